@@ -110,6 +110,11 @@ class Input(Section):
         description="folders that a source may name images in: one URL or a list; for tables with places outside their "
         "folder and at private addresses, and for datasets whose images are stored by reference",
     )
+    view: Annotated[str, Field(pattern=rf"^{LAYER_NAME.pattern}(@[0-9a-f]+)?$")] | None = Field(
+        None,
+        description="view of the dataset in `source` (see `reinforce select`) whose samples are read, or "
+        "NAME@FINGERPRINT for that state of it; default: all samples",
+    )
     limits: Limits = Limits()
     reduce_to: int | None = Field(
         None,

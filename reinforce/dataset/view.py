@@ -7,20 +7,24 @@ counts rows. A view that is made again with other rules replaces the earlier one
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 import schemas
+from reinforce.dataset.files.layer_file import LayerFile, RefusedFile
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import compute_fingerprint
 from reinforce.errors import UserError
+from reinforce.source.views import FOLDER, rows_path
 
-FOLDER = "views"
 _DESCRIPTION, _SHARDS = "view.json", "shards.parquet"
 _FORMAT = "reinforced-view"
 _VERSION = 1
@@ -39,27 +43,68 @@ class ViewRows:
         group."""
         buffer = io.BytesIO()
         schema = schemas.view_schema()
-        with pq.ParquetWriter(buffer, schema, compression="zstd", use_dictionary=["left_out"]) as writer:
+        options: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
+        with pq.ParquetWriter(buffer, schema, use_dictionary=["left_out"], **options) as writer:
             for keys, reasons in groups:
                 writer.write_table(pa.table([keys, reasons], schema=schema))
         store.write_bytes(buffer.getvalue(), *self._path(shard))
 
-    def kept(self, store: Store, shard: str, group: int, keys: pa.ChunkedArray) -> pa.Array:
-        """Which rows of a row group are kept [rows]. Raises UserError unless they have the ``keys``."""
+    def read(self, store: Store, shard: str) -> list[pa.Table]:
+        """Key and ``left_out`` of each row of a shard, by row group. Raises UserError."""
+
+        def parse(content: bytes) -> list[pa.Table]:
+            file = LayerFile(pa.BufferReader(content), len(content), file=(f"{FOLDER}/{self.name}", shard))
+            return [file.read_row_group(group, names, use_threads=False) for group in range(file.num_row_groups)]
+
+        names = schemas.view_schema().names
         try:
-            table = _read(store, schemas.view_schema(), *self._path(shard), group=group)
+            return store.read_parsed(parse, *self._path(shard), limit=_MAX_BYTES)
         except FileNotFoundError as error:
             raise UserError(f"{store.url}: view {self.name} has no rows of {shard}. Make it again.") from error
-        if not table["key"].equals(keys):
-            raise UserError(f"{store.url}: view {self.name} is of other samples of {shard}. Make it again.")
-        return table["left_out"].combine_chunks().is_null()
+        except RefusedFile as error:
+            path = store.path(*self._path(shard))
+            raise UserError(f"{path} cannot be read ({error}). Make the view again.") from error
+
+    def open(self, store: Store, shard: str) -> ShardRows:
+        """Read which rows of a shard are kept. Raises UserError."""
+        tables = self.read(store, shard)
+        kept = tuple(table["left_out"].combine_chunks().is_null() for table in tables)
+        error = f"{store.url}: view {self.name} is of other samples of {shard}. Make it again."
+        return ShardRows(kept, tuple(_digest(table["key"]) for table in tables), error)
 
     def remove(self, store: Store, shards: Iterable[str]) -> None:
         for shard in shards:
             store.remove(*self._path(shard))
 
     def _path(self, shard: str) -> tuple[str, ...]:
-        return FOLDER, self.name, f"rows-{self.fingerprint}", f"{shard}.parquet"
+        return rows_path(self.name, self.fingerprint, shard)
+
+
+@dataclass(frozen=True)
+class ShardRows:
+    """Which rows of a shard a view keeps, by row group, and digests of their keys: some bits a row."""
+
+    masks: tuple[pa.BooleanArray, ...]
+    digests: tuple[bytes, ...]
+    error: str
+
+    def kept(self, group: int, keys: pa.ChunkedArray) -> pa.BooleanArray:
+        """Which rows of a row group are kept [rows]. Raises UserError unless they have the ``keys``."""
+        if group >= len(self.masks) or self.digests[group] != _digest(keys):
+            raise UserError(self.error)
+        return self.masks[group]
+
+
+@functools.lru_cache(maxsize=4096)
+def shard_rows(view: ViewRows, store: Store, shard: str) -> ShardRows:
+    """``ViewRows.open``, which reads the file of a shard once."""
+    return view.open(store, shard)
+
+
+def _digest(keys: pa.ChunkedArray) -> bytes:
+    keys = keys.combine_chunks()
+    text = pc.binary_join(pa.ListArray.from_arrays(pa.array([0, len(keys)], pa.int32()), keys), "\n")
+    return hashlib.blake2b(text[0].as_buffer(), digest_size=16).digest()
 
 
 @dataclass(frozen=True)
@@ -87,16 +132,17 @@ class View:
         """Number of samples that are kept."""
         return sum(map(sum, self.kept.values()))
 
-    def check(self, url: str, manifest: Mapping[str, Any]) -> None:
-        """Raise UserError if a layer that it was made from is another one now."""
+    def changes(self, manifest: Mapping[str, Any]) -> list[str]:
+        """What differs from when it was made: layers that were dropped, and those that are others now."""
         now = {name: entry.get("fingerprint") for name, entry in manifest["layers"].items()}
-        changed = [name for name, fingerprint in self.inputs.items() if now.get(name) != fingerprint]
-        if changed:
-            verb = "have" if changed[1:] else "has"
-            raise UserError(
-                f"{url}: {', '.join(changed)} {verb} changed since view {self.name} was made. Make it again with "
-                "reinforce select."
-            )
+        changed = {name: before for name, before in self.inputs.items() if now.get(name) != before}
+        since = f"since view {self.name} was made"
+        return [
+            f"{name} has changed {since} ({before} then, {now[name]} now)"
+            if name in now
+            else f"{name} was dropped {since}"
+            for name, before in changed.items()
+        ]
 
 
 def view_fingerprint(
@@ -147,9 +193,10 @@ def list_views(store: Store) -> list[str]:
 
 
 def open_view(store: Store, manifest: Mapping[str, Any], name: str) -> View:
-    """Read a view of the dataset as it is now. Raises UserError as ``read_view`` and ``View.check``."""
+    """Read a view of the dataset as it is now. Raises UserError as ``read_view``, and if its inputs have changed."""
     view = read_view(store, name)
-    view.check(store.url, manifest)
+    if changes := view.changes(manifest):
+        raise UserError(f"{store.url}: {'; '.join(changes)}. Make it again with reinforce select.")
     return view
 
 
@@ -165,7 +212,7 @@ def read_view(store: Store, name: str) -> View:
     if description["version"] > _VERSION:
         raise UserError(f"{path} was written by a newer version of this program. Upgrade to read it.")
     try:
-        table = _read(store, schemas.view_shards_schema(), FOLDER, name, _SHARDS)
+        table = _read_shards(store, name)
         shards, rows, kept = (table[column].to_pylist() for column in ("shard", "rows", "kept"))
         view = View(
             name,
@@ -185,14 +232,14 @@ def read_view(store: Store, name: str) -> View:
     return view
 
 
-def _read(store: Store, schema: pa.Schema, *parts: str, group: int | None = None) -> pa.Table:
-    """Read a file of a view, or one of its row groups."""
-    data = store.read_bytes(*parts, limit=_MAX_BYTES)
-    path = store.path(*parts)
+def _read_shards(store: Store, name: str) -> pa.Table:
+    """Read how many rows of each shard a view keeps."""
+    path, schema = store.path(FOLDER, name, _SHARDS), schemas.view_shards_schema()
     try:
-        file = pq.ParquetFile(pa.BufferReader(data))
-        table = file.read() if group is None else file.read_row_group(group)
-    except (pa.ArrowException, OSError, IndexError) as error:
+        table = pq.read_table(pa.BufferReader(store.read_bytes(FOLDER, name, _SHARDS, limit=_MAX_BYTES)))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing. Make the view again.") from error
+    except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} cannot be read ({error}). Make the view again.") from error
     if table.schema.names != schema.names or table.schema.types != schema.types:
         raise UserError(f"{path} has other columns than a view. Make the view again.")

@@ -31,6 +31,7 @@ def reinforce_here(config: dict[str, Any], group_rows: int = 8, results: list[Sh
     """
     parsed = parse_config(config)
     plan, store = make_plan(parsed), Store(parsed.output)
+    parsed = plan.config
     write_lists(store, plan.lists)
     models = load_models(parsed, plan.layers.values())
     loaded = {name: _describe(teacher) for name, teacher in models.teachers.items()}

@@ -24,7 +24,7 @@ _RECIPE = ("images", "seed", "policies", "input", "augmentations")
 #: that the fingerprints of those datasets stay valid.
 _LATER_LIMITS = ("scans", "members", "key_chars", "shard_samples")
 #: Keys of `input` that were added later, in the same way.
-_LATER_KEYS = ("image", "key", "rows_per_shard")
+_LATER_KEYS = ("image", "key", "rows_per_shard", "view")
 
 
 class Samples(LayerKind):

@@ -205,8 +205,9 @@ class Dataset:
     def _kept(self, shard: str, groups: Iterable[dict[str, pa.Table]]) -> Iterator[dict[str, pa.Table]]:
         """The rows of row groups that the view keeps. Raises UserError if the view is of other rows."""
         assert self.view is not None
+        rows = self.view.rows.open(self.store, shard)
         for number, tables in enumerate(groups):
-            kept = self.view.rows.kept(self.store, shard, number, tables[SAMPLES]["key"])
+            kept = rows.kept(number, tables[SAMPLES]["key"])
             yield {name: table.filter(kept) for name, table in tables.items()}
 
     def rows(self, shard: str, group: int, places: Sequence[int], *, images: bool = True) -> list[Sample]:

@@ -29,7 +29,7 @@ from reinforce.engine.messages.task import PendingShard
 from reinforce.engine.plan.precision import resolve_precisions
 from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.engine.plan.shard_lists import list_url
-from reinforce.engine.plan.source_shards import SourceShards, source_shards
+from reinforce.engine.plan.source_shards import SourceShards, source_shards, with_view
 from reinforce.engine.plan.stored_layers import stored_layers
 from reinforce.errors import UserError
 from reinforce.nodes import nodes_of_run
@@ -108,7 +108,7 @@ def make_plan(
 ) -> Plan:
     """List the source and every layer once, and subtract; ``nodes`` as in ``resolve_precisions``. Raises UserError."""
     store = Store(config.output)
-    config, notes = resolve_precisions(config, store, nodes)
+    config, notes = resolve_precisions(with_view(config), store, nodes)
     layers = build_layers(config, describe_models(config))
     listed: dict[str, Info] = {}
     source = source_shards(config, listed)

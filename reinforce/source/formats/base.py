@@ -109,6 +109,8 @@ class SourceFormat:
     has_offsets: bool = False
     #: Whether images can be stored by reference.
     referable: bool = False
+    #: Whether ``input.view`` can choose samples of it.
+    has_views: bool = False
     #: Whether reading in random order needs a copy of the images that ``read`` yields without a URL.
     copied: bool = True
 

@@ -17,6 +17,7 @@ from reinforce.source.formats.parquet import ParquetFile, Row
 from reinforce.source.references import ImageRoots, LostImage, images_or_losses
 from reinforce.source.samples import Item, Place, RawSample, ReadBudget, Refusal, unique_keys
 from reinforce.source.urls import Info, canonical, expand
+from reinforce.source.views import rows_path, split_view
 from schemas import IMAGE_DIGEST, Reason, image_column
 
 _CHUNK_ROWS = 64  # of referenced images that are read with one file
@@ -29,6 +30,7 @@ class SamplesLayer(SourceFormat):
     name = "dataset"
     noun = "reinforced dataset"
     copied = False
+    has_views = True
 
     def recognises_folder(self, fs: Any, path: str) -> bool:
         return bool(fs.isfile(f"{path}/{MANIFEST}"))
@@ -72,6 +74,8 @@ def _read_samples_layer(url: str, spec: Input) -> Iterator[RawSample | Refusal]:
             raise RefusedFile("it does not have the columns of a samples layer")
         columns = Columns("key", "key", {}, (image, *_TEXTS, *({IMAGE_DIGEST} & {*names})), tuple(names))
         rows = file.rows(columns)
+        if spec.view is not None:
+            rows = _kept_rows(rows, url, spec.view)
         if image == image_column("embed"):
             for row in rows:
                 yield _damage(row) if isinstance(row, RefusedFile) else _sample(row[1], row[1][image], spec)
@@ -80,6 +84,31 @@ def _read_samples_layer(url: str, spec: Input) -> Iterator[RawSample | Refusal]:
         while chunk := list(itertools.islice(rows, _CHUNK_ROWS)):
             yield from _referenced([row[1] for row in chunk if not isinstance(row, RefusedFile)], roots, spec)
             yield from (_damage(row) for row in chunk if isinstance(row, RefusedFile))
+
+
+def _kept_rows(
+    rows: Iterator[tuple[int, Row] | RefusedFile], url: str, view: str
+) -> Iterator[tuple[int, Row] | RefusedFile]:
+    """The rows of a samples file that a view keeps. Raises RefusedFile if the view is of other rows."""
+    dataset, _, file = url.rpartition("/samples/")
+    path = rows_path(*split_view(view), file.removesuffix(".parquet"))
+    with ParquetFile("/".join((dataset, *path))) as rows_of_view:
+        columns = Columns("key", "key", {}, ("left_out",), tuple(rows_of_view.types))
+        if {*columns.read} - rows_of_view.types.keys():
+            raise RefusedFile(f"{path[-2]}/{path[-1]} of view {view} does not have its columns")
+        found = rows_of_view.rows(columns)
+        for item in rows:
+            if isinstance(item, RefusedFile):
+                yield item
+                continue
+            number, row = item
+            state = next((one for one in found if isinstance(one, RefusedFile) or one[0] >= number), None)
+            if isinstance(state, RefusedFile):
+                raise RefusedFile(f"view {view}: {state}")
+            if state is None or (state[0], state[1]["key"]) != (number, row["key"]):
+                raise RefusedFile(f"view {view} is of other samples; make it again with reinforce select")
+            if state[1]["left_out"] is None:
+                yield item
 
 
 def _referenced(rows: Sequence[Row], roots: ImageRoots, spec: Input) -> Iterator[RawSample | Refusal]:

@@ -20,7 +20,7 @@ from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.reading.aligned import RowGroup, row_errors
 from reinforce.dataset.reading.dataset import AlignedLayers
 from reinforce.dataset.reading.sample import ImagePolicies
-from reinforce.dataset.view import ViewRows
+from reinforce.dataset.view import ViewRows, shard_rows
 from reinforce.errors import UserError
 from reinforce.source.references import ChangedImages, ImageRoots
 from reinforce.student.data.examples import Example, Examples, ExampleSpec, ReadLayer, SampleFile, make_examples
@@ -119,7 +119,7 @@ class StreamedDataset:
         with self.layers.open(shard, whole=False) as layers:
             group = layers.row_group(place)
             if self.view is not None:
-                group.keep(self.view.kept(self.layers.store, shard, place, group.samples["key"]))
+                group.keep(shard_rows(self.view, self.layers.store, shard).kept(place, group.samples["key"]))
             if group.samples.num_rows != rows:
                 raise UserError(
                     f"{self.url}: samples/{shard}.parquet changed after the training started. Start it again."

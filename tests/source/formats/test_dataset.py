@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,13 @@ import pytest
 
 from reinforce.config import parse_config
 from reinforce.dataset.files.store import Store
+from reinforce.dataset.validate.validate import validate
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.preflight.check_source import check_source
 from reinforce.errors import UserError
+from reinforce.selection.config import SelectConfig
+from reinforce.selection.select import select
+from reinforce.settings import parse
 from tests.helpers.data import config_of, members_of, picture, write_tar
 from tests.helpers.reinforced import reinforce_here
 from tests.helpers.tables import outcomes, read_table
@@ -52,6 +58,78 @@ def test_the_samples_of_a_dataset_are_those_of_its_source(first: Path, tmp_path:
     assert rows(reinforce_here({**values, "augmentations": {"count": 1}, "output": f"{tmp_path}/1"})) != rows(
         first / "embed"
     )
+
+
+@pytest.fixture
+def viewed(first: Path, tmp_path: Path) -> Path:
+    """A copy of the datasets of which the view ``some`` keeps two samples."""
+    shutil.copytree(first, tmp_path / "first")
+    for images in ("embed", "reference"):
+        make_view(tmp_path / "first" / images, "key IN ('00000001', '00000003')")
+    return tmp_path / "first"
+
+
+def make_view(dataset: Path, where: str) -> str:
+    config = {"dataset": str(dataset), "name": "some", "rules": [{"where": where}]}
+    return select(parse(SelectConfig, config)).fingerprint
+
+
+@pytest.mark.parametrize("images", ["embed", "reference"])
+def test_of_a_view_its_samples_are_read_and_dataset_json_records_it(first: Path, viewed: Path, images: str) -> None:
+    spec = {"view": "some", **({"images_from": str(first / "tars")} if images == "reference" else {})}
+    values = config(viewed / images, viewed / "out", input=spec)
+    sample, notes = check_source(make_plan(parse_config(values)))
+    assert (sample and sample.raw.key, notes) == ("00000001", [])
+    kept = [row for row in rows(first / "embed") if row["key"] in ("00000001", "00000003")]
+    assert rows(reinforce_here(values)) == kept
+    recorded = Store(f"{viewed}/out").read_json("dataset.json")["input"]["view"]  # type: ignore[index]
+    assert recorded == f"some@{Store(str(viewed / images)).read_json('views/some/view.json')['fingerprint']}"  # type: ignore[index]
+    assert not make_plan(parse_config({**values, "input": {**spec, "view": recorded}})).pending
+    found = validate(f"{viewed}/out", [str(viewed)], count=True)
+    assert (found.valid, found.counted) == (True, 0), "the samples that are left out are not missed"
+
+
+def test_a_view_of_a_source_that_was_made_again_is_refused_with_what_differs(viewed: Path) -> None:
+    values = config(viewed / "embed", viewed / "out", input={"view": "some"})
+    reinforce_here(values)
+    before = Store(f"{viewed}/embed").read_json("views/some/view.json")["fingerprint"]  # type: ignore[index]
+    now = make_view(viewed / "embed", "key = '00000002'")
+    for view, message in [
+        ("some", f'input.view: "some@{before}" in the dataset, "some@{now}" in this config'),
+        (f"some@{before}", f"view some of {viewed}/embed was made again: it has fingerprint {now} now"),
+    ]:
+        with pytest.raises(UserError, match=re.escape(message)):
+            make_plan(parse_config({**values, "input": {"view": view}}))
+    manifest = viewed / "embed" / "dataset.json"
+    fingerprint = Store(f"{viewed}/embed").read_json("dataset.json")["layers"]["samples"]["fingerprint"]  # type: ignore[index]
+    manifest.write_text(manifest.read_text().replace(fingerprint, "0" * 16))
+    message = f"samples has changed since view some was made ({fingerprint} then, {'0' * 16} now). Make it again"
+    with pytest.raises(UserError, match=re.escape(message)):
+        make_plan(parse_config({**values, "output": f"{viewed}/other"}))
+
+
+def test_a_view_of_another_source_is_one_error(viewed: Path) -> None:
+    for source, found in [
+        (f"{viewed}/tars/0.tar", f"source has {viewed}/tars/0.tar."),
+        ([f"{viewed}/embed", f"{viewed}/reference"], f"source has {viewed}/embed and 1 more."),
+    ]:
+        with pytest.raises(UserError, match=re.escape(f"input.view: a view is of one reinforced dataset, and {found}")):
+            make_plan(parse_config({**config("", viewed / "out"), "source": source, "input": {"view": "some"}}))
+    with pytest.raises(UserError, match="has no view 'best'; it has: some"):
+        make_plan(parse_config(config(viewed / "embed", viewed / "out", input={"view": "best"})))
+    with pytest.raises(UserError, match=r"input\.view"):
+        parse_config(config(viewed / "embed", viewed / "out", input={"view": "../some"}))
+
+
+def test_rows_of_a_view_that_are_not_those_of_the_samples_refuse_the_shard(viewed: Path) -> None:
+    values = config(viewed / "embed", viewed / "out", input={"view": "some"})
+    [path] = (viewed / "embed" / "views" / "some").glob("rows-*/*")
+    table = pq.read_table(path)
+    pq.write_table(table.slice(1), path)
+    store = Store(reinforce_here(values))
+    [row] = store.quarantined("samples", next(iter(store.shards("quarantine/samples"))))
+    assert row["reason"] == "shard_unreadable"
+    assert "is of other samples; make it again" in str(row["detail"])
 
 
 def test_references_are_read_only_from_folders_that_are_named(first: Path, tmp_path: Path) -> None:
