@@ -15,6 +15,7 @@ from reinforce.source.formats.columns import IMAGES, PLACES
 HEAD_BYTES = 2**18
 _DELIMITERS = (",", ";", "\t", "|")
 _MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+_CHAOS = 0.1  # in which encodings may differ, as charset_normalizer measures it, to be about as likely
 _CAPTION_NUMBER = re.compile(r"#\d+$")  # of Flickr's image names in captions.token
 
 
@@ -81,11 +82,17 @@ def _encoding(head: bytes) -> tuple[str, bool]:
 def _guess(head: bytes) -> tuple[str, bool]:
     from charset_normalizer import from_bytes
 
-    found = from_bytes(head).best()
-    names = [] if found is None else ["cp1252", found.encoding]  # what most such files are, if it is possible
-    possible = [] if found is None else found.could_be_from_charset
+    matches = from_bytes(head)
+    found = matches.best()
+    if found is None:
+        return "utf-8", True
+    names = [found.encoding]
+    # What most such files are is taken if it is about as likely: a few letters do not tell encodings apart.
+    alike = [one for one in matches if one.chaos <= found.chaos + _CHAOS and one.coherence >= found.coherence]
+    if any("cp1252" in one.could_be_from_charset for one in alike):
+        names = ["cp1252", *names]
     for name in names:
-        if name in possible and "a,\n".encode(name) == b"a,\n":  # lines are divided before they are decoded
+        if "a,\n".encode(name) == b"a,\n":  # lines are divided before they are decoded
             return name, True
     return "utf-8", True
 

@@ -125,6 +125,25 @@ LATIN = 'file_name,text\na.png,"schön, süß"\na.png,Mädchen\n'
 
 
 @pytest.mark.parametrize(
+    ("texts", "encoding"),
+    [
+        (["a naïve café", "straße über", "a dog", "piñata"], "cp1252"),
+        (["une élève à l'école", "garçon déçu"], "cp1252"),
+        (["zażółć gęślą jaźń", "chłopiec w śniegu"], "cp1250"),
+        (["Příliš žluťoučký kůň úpěl ďábelské ódy"], "cp1250"),
+    ],
+    ids=["Western", "French", "Polish", "Czech"],
+)
+def test_a_table_in_an_encoding_of_windows_is_read_by_its_letters(
+    tmp_path: Path, texts: list[str], encoding: str
+) -> None:
+    (tmp_path / "a.png").write_bytes(IMAGES[0])
+    lines = ["file_name;text", *(f"a.png;{text}" for text in texts)]
+    (tmp_path / "x.csv").write_bytes("\n".join(lines).encode(encoding))
+    assert list(outcomes(read_table(tmp_path / "x.csv", "csv")).values()) == texts
+
+
+@pytest.mark.parametrize(
     ("name", "content", "second"),
     [
         ("x.csv", EXCEL.encode(), "“zwei” – drei"),
