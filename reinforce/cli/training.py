@@ -17,6 +17,7 @@ from teachers.redact import redact
 
 if TYPE_CHECKING:
     from reinforce.evaluation.report import Report
+    from reinforce.evaluation.suite.results import SuiteReport
     from reinforce.shipping.report import LatencyReport
 
 T = TypeVar("T")
@@ -154,12 +155,21 @@ def evaluate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:0.")] = "auto",
     precision: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="Precision of the forward pass.")] = "fp32",
     json_: JsonFile = None,
-    clip_benchmark: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="Also run the package clip_benchmark on datasets that it downloads to this folder.",
-        ),
+    suite: Annotated[
+        Literal["datacomp"] | None, typer.Option(help="Instead of sets of your own, the published sets of a suite.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="ROOT", help="Folder or URL with the sets of --suite; hf:// reads them where published."),
+    ] = None,
+    sets_: Annotated[
+        list[str] | None, typer.Option("--sets", metavar="KEY,...", help="Sets of --suite by key. Default: all.")
+    ] = None,
+    out: Annotated[
+        str, typer.Option(metavar="FOLDER", help="Where --suite keeps results; finished sets are not repeated.")
+    ] = "evaluation",
+    compare: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Show the published metrics of a model, such as mobileclip2_s0.")
     ] = None,
 ) -> None:
     """Evaluate models by zero-shot classification and image-text retrieval.
@@ -169,17 +179,37 @@ def evaluate(
     from reinforce.evaluation import command
     from reinforce.model_names import resolve_models
 
+    failed: list[str] = []
     with only_json(json_ == STDOUT) as print_json:
         common = {"classes": classes, "label": label, "templates": templates, "groups": groups}
         given = {key: value for key, value in common.items() if value is not None}
-        sets = command.build_evaluation(
-            config, zero_shot or [], retrieval or [], given, limit, batch, images_from or []
-        )
-        if not sets.metrics and clip_benchmark is None:
-            raise UserError("nothing to evaluate on: name sets with --zero-shot, --retrieval or --config.")
-        with resolve_models(models, pretrained) as specs:
-            report = command.evaluate_models(specs, sets, device, precision, clip_benchmark)
-        show_report(report, json_, print_json)
+        if suite is not None:
+            own = {**given, "zero-shot": zero_shot, "retrieval": retrieval, "config": config, "limit": limit}
+            if options := [f"--{name}" for name, value in {**own, "images-from": images_from}.items() if value]:
+                raise UserError(f"{', '.join(options)}: not with --suite, whose sets and templates are published.")
+            if data is None:
+                raise UserError(f"--suite {suite}: name the folder or URL of its sets with --data, or --data hf://")
+            from reinforce.evaluation.suite.run import evaluate_suite
+
+            names = [name for part in sets_ or () for name in part.split(",")]
+            device_options: dict[str, Any] = {"device": device, "precision": precision, "batch": batch}
+            with resolve_models(models, pretrained) as specs:
+                result = evaluate_suite(specs, suite, data, out, names=names, compare=compare, **device_options)
+            show_report(result, json_, print_json)
+            failed = list(result.failed)
+        elif data is not None or sets_ or compare:
+            raise UserError("--data, --sets and --compare belong to --suite, and none is given.")
+        else:
+            sets = command.build_evaluation(
+                config, zero_shot or [], retrieval or [], given, limit, batch, images_from or []
+            )
+            if not sets.metrics:
+                raise UserError("nothing to evaluate on: name sets with --zero-shot, --retrieval, --config or --suite.")
+            with resolve_models(models, pretrained) as specs:
+                report = command.evaluate_models(specs, sets, device, precision)
+            show_report(report, json_, print_json)
+    if failed:
+        raise UserError(f"{len(failed)} sets failed: {', '.join(failed)}. The same command tries them again.")
 
 
 def latency(
@@ -214,7 +244,9 @@ def latency(
         show_report(report, json_, print_json)
 
 
-def show_report(report: Report | LatencyReport, file: str | None, print_json: Callable[[Any], None]) -> None:
+def show_report(
+    report: Report | LatencyReport | SuiteReport, file: str | None, print_json: Callable[[Any], None]
+) -> None:
     """Show a report on the terminal, and write it to the file of --json. Raises UserError."""
     from reinforce.storage import write_json
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from reinforce import settings
 from reinforce.errors import UserError
-from reinforce.evaluation import clip_benchmark
 from reinforce.evaluation.config import RETRIEVAL, ZERO_SHOT, Evaluation
 from reinforce.evaluation.report import Report
 from reinforce.model_names import model_errors
@@ -57,12 +56,8 @@ def evaluate_models(
     evaluation: Evaluation,
     device: str,
     precision: Precision,
-    benchmark: Path | None = None,
 ) -> Report:
-    """Evaluate each model, one in memory at a time.
-
-    ``benchmark`` is a folder for results of clip_benchmark, which then runs as well. Raises UserError.
-    """
+    """Evaluate each model, one in memory at a time. Raises UserError."""
     import torch
 
     from reinforce.evaluation.evaluator import Evaluator
@@ -71,7 +66,6 @@ def evaluate_models(
     from teachers.open_clip.teacher import OpenClipTeacher
 
     torch.set_num_threads(min(torch.get_num_threads(), available_cores()))  # torch ignores quotas of containers
-    commands = {} if benchmark is None else clip_benchmark.build_commands(specs, benchmark)
     evaluator = Evaluator(evaluation)
     report = Report()
     set_flags(device)
@@ -82,9 +76,6 @@ def evaluate_models(
                 Screen().log(evaluator.describe(accelerator))
             model = OpenClipTeacher(TeacherSpec(model=spec.model, pretrained=spec.pretrained), accelerator)
         report.add(name, evaluator.evaluate(model, accelerator))
-    for name, command in commands.items():
-        assert benchmark is not None
-        report.metrics[name] |= clip_benchmark.run(command, name, benchmark)
     return report
 
 

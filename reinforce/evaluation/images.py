@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ import numpy as np
 from reinforce.config import Limits
 from reinforce.evaluation.reading import Example
 from reinforce.evaluation.sets import Examples
-from reinforce.images.policy import ImageRefused, decode
+from reinforce.images.policy import IMAGE_POLICY, ImageRefused, decode
 from reinforce.processes.prefetch import prefetch
 from reinforce.source.samples import Refusal
 from schemas import Reason
@@ -79,38 +79,60 @@ class ImageBatches:
         targets: list[Any] = []
         refused: list[Refusal] = []
 
-        def decoded(pool: ThreadPoolExecutor) -> Generator[tuple[np.ndarray, Any], None, None]:
-            for item in prefetch(pool, lambda item: self._decode(item, spec), self._examples(), 2 * size + threads):
-                if isinstance(item, Refusal):
-                    refused.append(item)
-                else:
-                    yield item
-
-        # closing() cancels pending decodes when the consumer stops early
-        with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool, closing(decoded(pool)) as items:
-            while taken := list(itertools.islice(items, size)):
-                batch = Batch(np.stack([pixels for pixels, _ in taken]), [target for _, target in taken])
+        batches = decode_batches(self._examples(), [spec], size, threads, self._limits, refused)
+        with closing(batches):
+            for (pixels,), found in batches:
                 if caches:
-                    cache[len(targets) : len(targets) + len(taken)] = batch.pixels
-                    targets += batch.targets
-                yield batch
+                    cache[len(targets) : len(targets) + len(found)] = pixels
+                    targets += found
+                yield Batch(pixels, found)
         self.refused = refused
         if caches:
             self._budget.free -= needed
             self._cached = _Cached(geometry, cache[: len(targets)], targets, needed)
 
-    def _decode(self, item: Example | Refusal, spec: ImageSpec) -> tuple[np.ndarray, Any] | Refusal:
-        if isinstance(item, Refusal):
-            return item
-        data = item.load()
-        if len(data) > self._limits.image_bytes:  # a dataset may have been made with wider limits
-            return Refusal(item.key, Reason.IMAGE_BYTES, f"{len(data)} bytes, above limits.image_bytes")
-        try:
-            return fit(decode(data, self._limits), spec), item.target
-        except ImageRefused as refused:
-            return Refusal(item.key, refused.reason, refused.detail)
-
     def _clear_cache(self) -> None:
         if self._cached is not None:
             self._budget.free += self._cached.bytes
             self._cached = None
+
+
+def decode_batches(
+    examples: Iterator[Example | Refusal],
+    specs: Sequence[ImageSpec],
+    size: int,
+    threads: int,
+    limits: Limits,
+    refused: list[Refusal],
+    policy: str = IMAGE_POLICY,
+) -> Generator[tuple[list[np.ndarray], list[Any]], None, None]:
+    """Yield batches of ``size`` in order: uint8 [B, height, width, 3] by each spec, and targets.
+
+    The last batch may be smaller. Each image is decoded once, in threads, and resized by each spec. Those that cannot
+    be decoded are added to ``refused``.
+    """
+
+    def convert(item: Example | Refusal) -> tuple[list[np.ndarray], Any] | Refusal:
+        if isinstance(item, Refusal):
+            return item
+        data = item.load()
+        if len(data) > limits.image_bytes:  # a dataset may have been made with wider limits
+            return Refusal(item.key, Reason.IMAGE_BYTES, f"{len(data)} bytes, above limits.image_bytes")
+        try:
+            image = decode(data, limits, policy=policy)
+            return [fit(image, spec) for spec in specs], item.target
+        except ImageRefused as error:
+            return Refusal(item.key, error.reason, error.detail)
+
+    def decoded(pool: ThreadPoolExecutor) -> Generator[tuple[list[np.ndarray], Any], None, None]:
+        for item in prefetch(pool, convert, examples, 2 * size + threads):
+            if isinstance(item, Refusal):
+                refused.append(item)
+            else:
+                yield item
+
+    # closing() cancels pending decodes when the consumer stops early
+    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool, closing(decoded(pool)) as items:
+        while taken := list(itertools.islice(items, size)):
+            pixels = [np.stack(images) for images in zip(*(images for images, _ in taken), strict=True)]
+            yield pixels, [target for _, target in taken]

@@ -1,11 +1,9 @@
-"""The command `reinforce evaluate`, the report it prints, and the program clip_benchmark."""
+"""The command `reinforce evaluate` and the report it prints."""
 
 from __future__ import annotations
 
 import io
 import json
-import re
-import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,13 +14,10 @@ import torch
 import yaml
 from rich.console import Console
 
-from reinforce.errors import UserError
-from reinforce.evaluation import clip_benchmark
 from reinforce.evaluation.report import Report, Result, SetSummary
 from reinforce.processes.cores import available_cores
 from reinforce.source.samples import Refusal
 from schemas import Reason
-from teachers.spec import ModelSpec
 from tests.helpers import tiny_models
 from tests.helpers.commands import Command
 from tests.helpers.evaluation import solid_image, write_colour_folder, write_colour_shard, write_shard
@@ -128,51 +123,6 @@ def test_a_user_error_is_one_message(evaluate: Command, root: Path) -> None:
         assert "Traceback" not in out + err, fault
 
 
-# --- clip_benchmark
-
-
-def test_clip_benchmark_commands_are_printed_where_it_is_not_installed(
-    evaluate: Command, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
-    status, _, err = evaluate(f"{root}/plain", "--clip-benchmark", f"{tmp_path}/b")
-    assert status == 2
-    assert "pip install clip-benchmark 'numpy<2.4'" in err
-    assert f"clip_benchmark eval --pretrained_model local-dir:{root}/plain, --dataset wds/mscoco_captions" in err
-    assert "wds/vtab/svhn --dataset_root 'https://huggingface.co/datasets/clip-benchmark/wds_{dataset_cleaned}" in err
-    assert not (tmp_path / "b").exists()
-
-
-def test_clip_benchmark_results_are_part_of_the_report(
-    evaluate: Command, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A script replaces the program and writes the output of release 1.6.2 for a set of each kind."""
-    program = tmp_path / "bin" / "clip_benchmark"
-    program.parent.mkdir()
-    program.write_text(
-        "#!/bin/sh\n"
-        'while [ "$1" != --output ]; do shift; done\n'
-        'out=$(dirname "$2")\n'
-        'echo \'{"dataset": "wds/vtab/pets", "metrics": {"acc1": 0.25, "acc5": NaN}}\' > "$out/pets.json"\n'
-        'echo \'{"dataset": "wds/flickr8k", "metrics": {"image_retrieval_recall@5": 0.5}}\' > "$out/flickr8k.json"\n'
-    )
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
-    arguments = [f"{root}/plain", "--clip-benchmark", f"{tmp_path}/b", "--json", f"{tmp_path}/x.json"]
-    status, out, _ = evaluate(*arguments)
-    assert status == 0
-    assert "clip_benchmark/vtab/pets/acc1" in out
-    (report,) = json.loads((tmp_path / "x.json").read_text())["models"].values()
-    assert report["metrics"] == {
-        "clip_benchmark/flickr8k/image_retrieval_recall@5": 0.5,
-        "clip_benchmark/vtab/pets/acc1": 0.25,
-    }
-    program.write_text("#!/bin/sh\nexit 3\n")
-    status, _, err = evaluate(*arguments)
-    assert status == 2
-    assert re.search(r"clip_benchmark ended with status 3; .* in .*/b/", err.replace("\n", " "))
-
-
 def refusals(count: int) -> list[Refusal]:
     return [Refusal(f"k{i}", Reason.IMAGE_BROKEN, "cut") for i in range(count)]
 
@@ -202,22 +152,3 @@ def test_the_table_has_a_column_per_model_in_percent_and_equal_summaries_share_a
     assert report.lines() == ["zero_shot/x: 4 images", "zero_shot/x: 4 images; 1 refused: k0 (image_broken)"]
     report.add("c", Result({}, {"zero_shot/x": SetSummary(4, [])}))
     assert len(report.lines()) == 2
-
-
-def test_command_names_the_model_and_the_output_as_clip_benchmark_parses_them(tmp_path: Path) -> None:
-    spec = ModelSpec(model="ViT-B-32", pretrained="openai")
-    arguments = clip_benchmark.build_command(spec, tmp_path / "{a}", ["wds/x"])
-    named = dict(zip(arguments[2::2], arguments[3::2], strict=False))
-    assert named["--pretrained_model"] == "ViT-B-32,openai"
-    assert arguments[arguments.index("--output") + 1].format(dataset="x", task="y") == f"{tmp_path}/{{a}}/x_y.json"
-    with pytest.raises(Exception, match="splits names at commas"):
-        clip_benchmark.build_command(ModelSpec(model="local-dir:/a,b"), tmp_path)
-
-
-def test_a_checkpoint_whose_preprocessing_clip_benchmark_would_not_read_is_refused(tmp_path: Path) -> None:
-    tiny_models.open_clip_model(tmp_path, preprocess={"std": 0.5})
-    spec = ModelSpec(model="ViT-B-32", pretrained=f"{tmp_path}/open_clip_model.safetensors")
-    with pytest.raises(UserError, match=r"does not read the preprocessing of .* Name the folder, as local-dir:PATH"):
-        clip_benchmark.build_command(spec, tmp_path)
-    (tmp_path / "open_clip_config.json").unlink()
-    assert clip_benchmark.build_command(spec, tmp_path)

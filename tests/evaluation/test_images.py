@@ -57,9 +57,9 @@ class DecodeCounter:
         self.count = 0
         decode = images.decode
 
-        def counted(data: bytes, limits: Limits) -> Image.Image:
+        def counted(data: bytes, limits: Limits, **options: Any) -> Image.Image:
             self.count += 1
-            return decode(data, limits)
+            return decode(data, limits, **options)
 
         monkeypatch.setattr(images, "decode", counted)
 

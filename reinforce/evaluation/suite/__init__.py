@@ -1,0 +1,1 @@
+"""Suites of published evaluations: DataComp's 38 sets, their metrics, and what is published of released models."""

@@ -1,0 +1,118 @@
+"""The files of a set below ROOT, in the layouts in which the sets are published, and what they hold."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from reinforce.config import Input
+from reinforce.errors import UserError
+from reinforce.evaluation.reading import raise_on_damage
+from reinforce.evaluation.suite.registry import SuiteSet
+from reinforce.parquet.footers import RefusedFile
+from reinforce.source.formats.base import Shard
+from reinforce.source.formats.columns import Columns
+from reinforce.source.formats.parquet import ParquetFile
+from reinforce.source.reading import read_samples
+from reinforce.source.samples import RawSample, Refusal
+from reinforce.source.urls import canonical, filesystem
+from reinforce.source.whole_reads import read_whole
+
+CLASSES = "classnames.txt"
+TEMPLATES = "zeroshot_classification_templates.txt"
+_SHARDS = "test/nshards.txt"
+
+
+@dataclass(frozen=True)
+class SetFiles:
+    """The files of a set: its ``folder`` and ``shards`` as URLs, and a ``digest`` of all names and sizes."""
+
+    folder: str
+    shards: list[str]
+    digest: str
+
+
+def find_files(one: SuiteSet, root: str) -> SetFiles | None:
+    """Find the files of a set; None if there are none. Raises UserError for a part of a set."""
+    folder = one.place(root)
+    shown = canonical(folder)
+    fs, path = filesystem(folder)
+    try:
+        found = {str(name): info for name, info in fs.find(path, detail=True).items()}
+        if not found:
+            return None
+        if one.kind == "classification":
+            names = _list_tars(fs, found, path, shown)
+            shards = [f"{folder}/{name}" for name in names]
+            used = {name: _size(found, name) for name in (CLASSES, TEMPLATES, *names)}
+        else:
+            tables = sorted(name for name in found if name.endswith(".parquet"))
+            if not tables:
+                raise UserError(f"{shown} has no Parquet file. {one.page} has them in its branch refs/convert/parquet.")
+            shards = [str(fs.unstrip_protocol(name)) for name in tables]
+            used = {name.rpartition("/")[2]: int(found[name]["size"] or 0) for name in tables}
+    except FileNotFoundError:
+        return None
+    except UserError:
+        raise
+    except Exception as error:  # each storage driver raises its own exceptions
+        raise UserError(f"{shown} cannot be listed: {type(error).__name__}: {error}. Check the address.") from error
+    digest = hashlib.blake2b(json.dumps(used).encode(), digest_size=8).hexdigest()
+    return SetFiles(folder, shards, digest)
+
+
+def read_tars(one: SuiteSet, files: SetFiles, fields: Sequence[str]) -> Iterator[RawSample | Refusal]:
+    """Yield the samples of the set's tars with the members ``fields``. Raises UserError for a damaged shard."""
+    spec = Input(captions=[*fields])
+    for url in files.shards:
+        yield from raise_on_damage(read_samples(Shard(url), spec), url, one.name)
+
+
+def read_tables(one: SuiteSet, files: SetFiles, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the key and the ``columns`` of each row of the set's tables. Raises UserError for damage."""
+    for url in files.shards:
+        shown = canonical(url)
+        try:
+            with ParquetFile(url) as file:
+                missing = [name for name in columns if name not in file.types]
+                if missing:
+                    raise UserError(f"{one.name}: {shown} has no column {missing[0]}; it has {', '.join(file.types)}.")
+                first, *others = columns
+                for item in file.rows(Columns(first, None, {}, tuple(others), tuple(file.types))):
+                    if isinstance(item, RefusedFile):
+                        raise UserError(f"{one.name}: {shown}: {item}. Download it again.")
+                    number, row = item
+                    yield f"{url.rpartition('/')[2]}:{number}", dict(row)
+        except UserError:
+            raise
+        except Exception as error:  # each storage driver raises its own exceptions
+            raise UserError(f"{one.name}: {shown} cannot be read: {type(error).__name__}: {error}.") from error
+
+
+def image_bytes(image: object, key: str, where: str) -> bytes:
+    """The encoded image in a column of Hugging Face. Raises UserError if it is not there."""
+    data = image.get("bytes") if isinstance(image, dict) else image
+    if not isinstance(data, bytes):
+        raise UserError(f"{where}: {key} has no image bytes; the published tables store each image.")
+    return data
+
+
+def _list_tars(fs: Any, found: dict[str, Any], path: str, shown: str) -> list[str]:
+    """Names of the tars that nshards.txt counts. Raises UserError where one is missing."""
+    if _size(found, _SHARDS) is None:
+        raise UserError(f"{shown} has no {_SHARDS}, which has the number of shards. Download it.")
+    text = read_whole(fs, f"{path.rstrip('/')}/{_SHARDS}").decode("utf-8", "replace").strip()
+    if not text.isdecimal() or not 0 < int(text) < 100_000:
+        raise UserError(f"{shown}/{_SHARDS} is {text[:40]!r}, not the number of shards. Download it again.")
+    names = [f"test/{number}.tar" for number in range(int(text))]
+    for name in (CLASSES, TEMPLATES, *names):
+        if _size(found, name) is None:
+            raise UserError(f"{shown} has no {name}. Download the whole set.")
+    return names
+
+
+def _size(found: dict[str, Any], name: str) -> int | None:
+    return next((int(info["size"] or 0) for path, info in found.items() if path.endswith(f"/{name}")), None)

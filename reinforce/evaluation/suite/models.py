@@ -1,0 +1,83 @@
+"""Models that are evaluated together: each image is decoded once for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from reinforce.config import Limits
+from reinforce.errors import UserError
+from reinforce.evaluation.classes import Template
+from reinforce.evaluation.encoding import Encoder, build_classifier, encode_texts
+from reinforce.evaluation.images import decode_batches
+from reinforce.evaluation.reading import Example
+from reinforce.images.policy import PUBLISHED_POLICY
+from reinforce.source.samples import Refusal
+from teachers.device.accelerator import Accelerator
+from teachers.preprocessing.pixels import to_pixels
+from teachers.protocols import ImageSpec
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a set gives: ``metrics`` by model, the number of ``samples``, those ``refused``, and the ``classes``."""
+
+    metrics: dict[str, dict[str, float | None]]
+    samples: int
+    refused: list[Refusal]
+    classes: int | None = None
+
+
+@dataclass(frozen=True)
+class Models:
+    """Dual encoders by name, on one accelerator."""
+
+    encoders: Mapping[str, Encoder]
+    accelerator: Accelerator
+    batch: int
+    threads: int
+
+    def among(self, names: Sequence[str]) -> Models:
+        """The models of these names."""
+        return Models({name: self.encoders[name] for name in names}, self.accelerator, self.batch, self.threads)
+
+    def encode_images(
+        self, examples: Iterator[Example | Refusal], refused: list[Refusal]
+    ) -> Iterator[tuple[dict[str, torch.Tensor], list[Any]]]:
+        """Yield float32 [B, dim] of unit norm by model, on the device, and the targets of each batch.
+
+        Images are decoded as by Pillow's ``convert("RGB")``, as the published evaluations do.
+        """
+        specs = {name: _image_spec(name, encoder) for name, encoder in self.encoders.items()}
+        sizes = {(spec.height, spec.width, spec.interpolation, spec.resize): spec for spec in specs.values()}
+        places = [*sizes]
+        batches = decode_batches(
+            examples, [*sizes.values()], self.batch, self.threads, Limits(), refused, PUBLISHED_POLICY
+        )
+        for pixels, targets in batches:
+            put = [self.accelerator.put(array) for array in pixels]
+            vectors = {}
+            for name, spec in specs.items():
+                at = places.index((spec.height, spec.width, spec.interpolation, spec.resize))
+                vectors[name] = self.encoders[name].encode_images(to_pixels(put[at], spec)).float()
+            yield vectors, targets
+
+    def encode_texts(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Encode N texts -> float32 [N, dim] on the CPU, by model."""
+        return {name: encode_texts(encoder, texts, self.batch) for name, encoder in self.encoders.items()}
+
+    def classifiers(self, classes: Sequence[str], templates: Sequence[Template]) -> dict[str, torch.Tensor]:
+        """Class weights, float32 [C, dim] on the device, by model."""
+        return {
+            name: self.accelerator.put(build_classifier(encoder, classes, templates, self.batch))
+            for name, encoder in self.encoders.items()
+        }
+
+
+def _image_spec(name: str, encoder: Encoder) -> ImageSpec:
+    if encoder.image is None:
+        raise UserError(f"{name} has no image side; evaluate a model that encodes images.")
+    return encoder.image

@@ -1,0 +1,103 @@
+"""The sets of each suite, and published main metrics of released models; both are tables beside this file.
+
+``sets.csv`` has a line for each set: DataComp's, from mlfoundations/datacomp, tasklist.yml. ``published.csv`` has the
+main metrics in results/ of apple/ml-mobileclip, commit 4144bb1, as fractions.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Literal
+
+from reinforce.errors import UserError
+
+Kind = Literal["classification", "retrieval", "association"]
+
+HUB = "hf://"
+#: Suites by name.
+SUITES = ("datacomp",)
+
+
+@dataclass(frozen=True)
+class SuiteSet:
+    """A set of a suite. ``size`` and ``classes`` are published numbers, ``published`` a dataset of the Hub.
+
+    ``fields`` are the columns of a sample's ``npy`` metadata. ``groups`` maps the metric of the worst group to the
+    field that has the groups.
+    """
+
+    key: str
+    name: str
+    kind: Kind
+    size: int
+    classes: int | None
+    main_metric: str
+    chance: float | None
+    published: str
+    fields: tuple[str, ...]
+    groups: dict[str, str]
+
+    @property
+    def folder(self) -> str:
+        """The folder of the set below ROOT."""
+        return self.published.partition("@")[0].rpartition("/")[2]
+
+    @property
+    def page(self) -> str:
+        """The page where the set is published."""
+        return f"https://huggingface.co/datasets/{self.published.partition('@')[0]}"
+
+    def place(self, root: str) -> str:
+        """The set's folder or URL; ``hf://`` stands for the places where the sets are published."""
+        return f"{HUB}datasets/{self.published}" if root == HUB else f"{root.rstrip('/')}/{self.folder}"
+
+
+def select_sets(suite: str, names: Sequence[str] = ()) -> list[SuiteSet]:
+    """Return the sets of a suite, or those with the given keys or names. Raises UserError."""
+    known = _load_sets(suite)
+    chosen = {}
+    for name in names:
+        found = [
+            one for one in known if name.lower() in (one.key.lower(), one.name.lower(), one.key.rpartition("/")[2])
+        ]
+        if not found:
+            raise UserError(f"--sets: {suite} has no set {name!r}; it has {', '.join(one.key for one in known)}.")
+        chosen.update({one.key: one for one in found})
+    return [one for one in known if not names or one.key in chosen]
+
+
+def published_metrics(model: str) -> dict[str, float]:
+    """Return the published main metrics of a model by the keys of sets. Raises UserError for an unknown model."""
+    rows = _read("published.csv")
+    models = [name for name in rows[0] if name != "key"]
+    if model not in models:
+        raise UserError(f"--compare: nothing is published of {model!r}; choose one of {', '.join(models)}.")
+    return {row["key"]: float(row[model]) for row in rows if row[model]}
+
+
+@cache
+def _load_sets(suite: str) -> tuple[SuiteSet, ...]:
+    return tuple(
+        SuiteSet(
+            key=row["key"],
+            name=row["name"],
+            kind=row["kind"],  # type: ignore[arg-type]
+            size=int(row["size"]),
+            classes=int(row["classes"]) if row["classes"] else None,
+            main_metric=row["main_metric"],
+            chance=float(row["chance"]) if row["chance"] else None,
+            published=row["published"],
+            fields=tuple(row["fields"].split()),
+            groups=dict(pair.split("=") for pair in row["groups"].split()),
+        )
+        for row in _read("sets.csv")
+        if row["suite"] == suite
+    )
+
+
+def _read(name: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(files(__package__).joinpath(name).read_text(encoding="utf-8").splitlines()))

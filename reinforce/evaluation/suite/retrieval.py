@@ -1,0 +1,50 @@
+"""Image-text retrieval on tables of images with several captions each."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from reinforce.errors import UserError
+from reinforce.evaluation.ranking import compute_recalls
+from reinforce.evaluation.reading import Example
+from reinforce.evaluation.suite.files import SetFiles, image_bytes, read_tables
+from reinforce.evaluation.suite.metrics import retrieval_metrics
+from reinforce.evaluation.suite.models import Models, Outcome
+from reinforce.evaluation.suite.registry import SuiteSet
+from reinforce.source.samples import Refusal
+
+
+def retrieve(one: SuiteSet, files: SetFiles, models: Models) -> Outcome:
+    """Evaluate models on a retrieval set. Raises UserError for a table that does not fit.
+
+    Each caption is a text of its own, also where two are equal, and matches its own image alone, as in the published
+    evaluations.
+    """
+    refused: list[Refusal] = []
+    captions: list[list[str]] = []
+    parts: dict[str, list[torch.Tensor]] = {name: [] for name in models.encoders}
+    for batch, targets in models.encode_images(_examples(one, files), refused):
+        captions += targets
+        for name, images in batch.items():
+            parts[name].append(images.cpu())
+    metrics: dict[str, dict[str, float | None]] = {}
+    if captions:
+        counts = [len(texts) for texts in captions]
+        pairs = np.stack([np.repeat(np.arange(len(counts)), counts), np.arange(sum(counts))]).astype(np.int64)
+        texts = models.encode_texts([text for of_image in captions for text in of_image])
+        for name, vectors in parts.items():
+            recalls = compute_recalls(torch.cat(vectors), texts[name], pairs, models.accelerator)
+            metrics[name] = {**retrieval_metrics(recalls)}
+    return Outcome(metrics, len(captions) + len(refused), refused)
+
+
+def _examples(one: SuiteSet, files: SetFiles) -> Iterator[Example]:
+    for key, row in read_tables(one, files, ["image", "caption"]):
+        captions = row["caption"]
+        if not isinstance(captions, list) or not captions or not all(isinstance(text, str) for text in captions):
+            raise UserError(f"{one.name}: {key} has no list of captions in its column caption, but {captions!r:.100}.")
+        yield Example(key, functools.partial(bytes, image_bytes(row["image"], key, one.name)), captions)

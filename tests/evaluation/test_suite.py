@@ -1,0 +1,285 @@
+"""``reinforce evaluate --suite``: sets in their published layouts, results that are kept, and faulty sets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reinforce.evaluation import images
+from reinforce.evaluation.encoding import Encoder
+from reinforce.evaluation.suite import run
+from reinforce.evaluation.suite.files import find_files
+from reinforce.evaluation.suite.models import Models, Outcome
+from tests.helpers import tiny_models
+from tests.helpers.commands import Command
+from tests.helpers.evaluation import CPU, ColourOracle, ConstantEncoder, NanEncoder, solid_image
+from tests.helpers.suites import colour_samples, find_set, stored, write_classification, write_table
+
+
+def evaluate_set(root: Path, key: str, batch: int = 5, **encoders: Encoder) -> Outcome:
+    """Evaluate encoders, by default one that is right about colours, on a set below ``root``."""
+    one = find_set(key)
+    files = find_files(one, str(root))
+    assert files is not None
+    models = Models(encoders or {"oracle": ColourOracle()}, CPU, batch, threads=2)
+    return run._kinds()[one.kind](one, files, models)
+
+
+def test_classification_of_several_models(tmp_path: Path) -> None:
+    write_classification(tmp_path, "cifar10", colour_samples())
+    encoders = {"oracle": ColourOracle(), "constant": ConstantEncoder(), "nan": NanEncoder()}
+    outcome = evaluate_set(tmp_path, "cifar10", **encoders)
+    assert (outcome.samples, outcome.classes, outcome.refused) == (12, 6, [])
+    assert outcome.metrics == {
+        "oracle": {"acc1": 1, "acc5": 1, "mean_per_class_recall": 1},
+        "constant": pytest.approx({"acc1": 1 / 6, "acc5": 5 / 6, "mean_per_class_recall": 1 / 6}),
+        "nan": {"acc1": 0, "acc5": 0, "mean_per_class_recall": 0},
+    }
+
+
+def test_worst_group_of_those_with_samples(tmp_path: Path) -> None:
+    samples = [(label, image, (label % 3, 8)) for label, image, _ in colour_samples(1)]
+    samples[4] = (0, samples[4][1], (1, 8))  # a wrong label: half of region 1 is missed
+    write_classification(tmp_path, "fairness/geode", samples)
+    assert evaluate_set(tmp_path, "geode").metrics["oracle"] == pytest.approx(
+        {
+            "acc1": 5 / 6, "acc5": 1, "mean_per_class_recall": 0.9, "acc_avg": 5 / 6, "acc_wg": 1 / 2,
+            "acc_region:0": 1, "acc_region:1": 1 / 2, "acc_region:2": 1,
+            "count_region:0": 2, "count_region:1": 2, "count_region:2": 2,
+        }
+    )  # fmt: skip
+
+
+def test_groups_of_each_set_with_metadata(tmp_path: Path) -> None:
+    """The constant model ranks classes by their index, so the last of six is not among its top five."""
+    samples = [(label, image, (label // 5, 1, label % 2)) for label, image, _ in colour_samples(1)]
+    write_classification(tmp_path, "wilds/fmow", samples)
+    write_classification(tmp_path, "fairness/dollar_street", samples)
+    write_classification(tmp_path, "wilds/iwildcam", [(label, image, range(9)) for label, image, _ in samples])
+    constant = partial(evaluate_set, tmp_path, model=ConstantEncoder())
+    fmow = constant("wilds/fmow").metrics["model"]
+    assert (fmow["acc_worst_region"], fmow["acc_worst_year"]) == (0, pytest.approx(1 / 6))
+    street = constant("dollar_street").metrics["model"]
+    assert (street["acc_top5_income_ds:0"], street["acc_top5_wg"]) == (1, 0)
+    iwildcam = constant("iwildcam").metrics["model"]
+    assert iwildcam["F1-macro_all"] == pytest.approx(2 / 7 / 6)
+    assert iwildcam["recall-macro_all"] == pytest.approx(1 / 6)
+
+
+def test_equal_captions_of_two_images_are_two_texts(tmp_path: Path) -> None:
+    colours = ["red", "green", "blue"]
+    columns = {
+        "image": [stored(solid_image(colour)) for colour in colours],
+        "caption": [["red", "red paint"], ["green"], ["red", "blue"]],
+    }
+    write_table(tmp_path, "flickr", columns)
+    metrics = evaluate_set(tmp_path, "flickr").metrics["oracle"]
+    assert metrics["image_retrieval_recall@1"] == 4 / 5
+    assert metrics["text_retrieval_recall@1"] == 1
+    assert metrics["mean_recall@1"] == metrics["image_retrieval_recall@1"] / 2 + 1 / 2
+
+
+def associations(count: int, right: int) -> dict[str, list[Any]]:
+    """An instance with ``count`` candidates about red, of which ``right`` of two associated ones are red."""
+    names = [f"c{number}" for number in range(count)]
+    pictures = ["red"] * right + ["blue"] * (count - right)
+    return {
+        "cue": ["Red"],
+        "candidate_images": [[stored(solid_image(colour, number)) for number, colour in enumerate(pictures)]],
+        "candidates": [names],
+        "associations": [["c0", names[-1]] if right == 1 else ["c0", "c1"]],
+    }
+
+
+def test_association_counts_instances_of_ten_and_twelve_candidates(tmp_path: Path) -> None:
+    small, large = associations(5, 2), associations(12, 1)
+    write_table(tmp_path, "winogavil", {name: small[name] + large[name] for name in small})
+    metrics = evaluate_set(tmp_path, "winogavil").metrics["oracle"]
+    assert metrics["jaccard_score_5-6"] == 1
+    assert metrics["jaccard_score_10-12"] == pytest.approx(1 / 3), "c0 is chosen, and c1 for the last"
+
+
+# --- the command
+
+
+@pytest.fixture
+def evaluate(command: Command, tmp_path: Path) -> Command:
+    tiny_models.open_clip_model(tmp_path / "plain")
+    tiny_models.open_clip_model(tmp_path / "other", image_size=24, seed=1)
+    models = [f"{tmp_path}/plain", f"{tmp_path}/other"]
+    return partial(command, "evaluate", *models, "--suite", "datacomp", "--data", f"{tmp_path}/sets", "--out", "out")
+
+
+def test_finished_sets_are_kept_and_compared_with_published_ones(
+    evaluate: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_classification(tmp_path / "sets", "mnist", colour_samples())
+    decoded: list[int] = []
+    decode = images.decode
+    monkeypatch.setattr(images, "decode", lambda *a, **b: (decoded.append(1), decode(*a, **b))[1])
+    chosen = ("--sets", "mnist,stl10", "--compare", "mobileclip2_s0")
+    status, out, _ = evaluate(*chosen)
+    assert status == 0
+    assert len(decoded) == 12, "each image is decoded once for both models"
+    assert "* MNIST: 12 samples, published 10,000: not comparable" in out
+    assert "STL-10 is missing, and not in the mean: expected at" in out
+    assert "https://huggingface.co/datasets/djghosh/wds_stl10_test" in out
+    assert "The mean is not that of the 38 sets of datacomp." in out
+    assert "mean of 1 of 38 sets" in out
+    lines = (tmp_path / "out" / f"{tmp_path}-plain.jsonl".replace("/", "-").strip("-")).read_text().splitlines()
+    (line,) = map(json.loads, lines)
+    assert (line["key"], line["dataset"]) == ("mnist", "MNIST")
+    assert line["metrics"]["main_metric"] == line["metrics"]["acc1"]
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "| MNIST | acc1 |" in table
+    assert "| 85.03 |  |" in table, "a set of another size has no difference"
+    assert (tmp_path / "out" / "scores.png").stat().st_size > 10_000
+    write_classification(tmp_path / "sets", "stl10", colour_samples(1))
+    status, out, _ = evaluate(*chosen, "--json", "-")
+    assert status == 0
+    assert len(decoded) == 18, "the finished set is kept"
+    report = json.loads(out)
+    assert (report["sets"], report["missing"]) == (["mnist", "stl10"], {})
+    assert [len(model["results"]) for model in report["models"].values()] == [2, 2]
+    (tmp_path / "sets" / "wds_mnist_test" / "classnames.txt").write_text("red\n" * 6)
+    evaluate(*chosen)
+    assert len(decoded) == 30, "a set whose files have changed is evaluated again"
+
+
+def test_a_failed_set_leaves_the_others_and_the_status(
+    evaluate: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_classification(tmp_path / "sets", "mnist", colour_samples(), classes=["red"])
+    write_classification(tmp_path / "sets", "cifar10", colour_samples(1))
+    status, out, err = evaluate("--sets", "mnist", "--sets", "cifar10")
+    assert status == 2
+    assert (
+        "MNIST failed, and is not in the mean: MNIST: s0000002 has the label 1, but classnames.txt has 1 class" in out
+    )
+    assert "1 sets failed: mnist. The same command tries them again." in err
+    assert "mean of 1 of 38 sets" in out
+
+
+FAULTS = {
+    "no root": (["--suite", "datacomp"], "name the folder or URL of its sets with --data"),
+    "no set at all": (["--suite", "datacomp", "--data", "{root}"], "--data has none of the 38 sets: Caltech-101 is"),
+    "options of other sets": (["--suite", "datacomp", "--limit", "5"], "--limit: not with --suite"),
+    "no suite": (["--data", "x"], "belong to --suite"),
+    "nothing published": (
+        ["--suite", "datacomp", "--data", "{root}", "--compare", "s0"],
+        "nothing is published of 's0'",
+    ),
+}
+
+
+def test_a_user_error_is_one_message(command: Command, tmp_path: Path) -> None:
+    tiny_models.open_clip_model(tmp_path / "plain")
+    for fault, (options, message) in FAULTS.items():
+        words = [word.format(root=tmp_path) for word in options]
+        status, out, err = command("evaluate", f"{tmp_path}/plain", "--out", f"{tmp_path}/out", *words)
+        assert status == 2, fault
+        assert message in err.replace("\n", " "), fault
+        assert "Traceback" not in out + err, fault
+
+
+# --- faulty sets
+
+
+def remove(name: str) -> Callable[[Path], None]:
+    return lambda root: (root / "wds_geode_test" / name).unlink()
+
+
+def write(name: str, text: str) -> Callable[[Path], object]:
+    return lambda root: (root / "wds_geode_test" / name).write_text(text)
+
+
+def rewrite(change: Callable[[list[Any]], object]) -> Callable[[Path], None]:
+    """Write the set with other samples."""
+
+    def do(root: Path) -> None:
+        samples: list[Any] = [(label, image, (0, 1)) for label, image, _ in colour_samples(1)]
+        change(samples)
+        write_classification(root / "new", "geode", samples)
+        (root / "wds_geode_test").rename(root / "old")
+        (root / "new" / "wds_geode_test").rename(root / "wds_geode_test")
+
+    return do
+
+
+def replace(number: int, *sample: Any) -> Callable[[list[Any]], None]:
+    def do(samples: list[Any]) -> None:
+        samples[number] = sample
+
+    return do
+
+
+RED = solid_image("red")
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no classes": (remove("classnames.txt"), "has no classnames.txt. Download the whole set"),
+    "no number of shards": (remove("test/nshards.txt"), "has no test/nshards.txt"),
+    "bad number of shards": (write("test/nshards.txt", "<html>"), "is '<html>', not the number of shards"),
+    "a missing shard": (remove("test/1.tar"), "has no test/1.tar"),
+    "a damaged shard": (write("test/1.tar", "x" * 600), "1.tar: shard_unreadable"),
+    "templates without a placeholder": (
+        write("zeroshot_classification_templates.txt", "a photo of {c}\na photo\n"),
+        "template 'a photo' has no {}",
+    ),
+    "an empty class": (write("classnames.txt", "red\n\nblue\n"), "line 2 of"),
+    "a label beyond the classes": (rewrite(replace(2, 6, RED, (0, 1))), "has the label 6, but classnames.txt has 6"),
+    "a negative label": (rewrite(replace(2, -1, RED, (0, 1))), "has the label -1"),
+    "a label that is a name": (rewrite(replace(2, "red", RED, (0, 1))), "has the label 'red'; want a class index"),
+    "no metadata": (rewrite(replace(2, 0, RED, None)), "whole numbers region, country in its .npy member; it has none"),
+    "metadata of another shape": (rewrite(replace(2, 0, RED, (1, 2, 3))), "its shape is (3,)"),
+    "metadata that is no number": (rewrite(replace(2, 0, RED, (0.5, 1))), "it has [0.5, 1.0]"),
+    "a broken image": (rewrite(replace(2, 0, b"x", (0, 1))), "1 of 6 images cannot be used, more than 0.1%: s0000002"),
+}
+
+
+@pytest.mark.parametrize("fault", DAMAGE)
+def test_a_faulty_set_has_an_error_instead_of_a_number(tmp_path: Path, fault: str) -> None:
+    write_classification(tmp_path, "geode", [(label, image, (0, 1)) for label, image, _ in colour_samples(1)])
+    damage, message = DAMAGE[fault]
+    damage(tmp_path)
+    with pytest.raises(run.UserError) as error:
+        run._check(find_set("geode"), evaluate_set(tmp_path, "geode"))
+    assert message in str(error.value)
+
+
+def test_one_broken_image_in_a_thousand_is_left_out_and_named(tmp_path: Path) -> None:
+    samples = [*colour_samples(1)] * 200
+    samples[7] = (0, b"broken", None)
+    write_classification(tmp_path, "cifar10", samples)
+    one, outcome = find_set("cifar10"), evaluate_set(tmp_path, "cifar10", batch=300)
+    assert run._check(one, outcome).samples == len(samples)
+    line = run._line(one, outcome, "oracle", "", "")
+    assert line["refused"] == ["1 of 1,200 left out: s0000007 (image_format)"]
+    assert line["metrics"]["main_metric"] == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "message"),
+    [
+        ("flickr", {"caption": [[]]}, "has no list of captions"),
+        ("flickr", {"caption": ["red"]}, "has no list of captions in its column caption, but 'red'"),
+        ("flickr", {"caption": None}, "has no column caption"),
+        ("flickr", {"image": [{"bytes": None, "path": "a.jpg"}]}, "has no image bytes"),
+        ("winogavil", {"associations": [["other"]]}, "5 images for 5 candidates, of which 0 are associated"),
+        ("winogavil", {"candidates": [["c0", "c1"]]}, "has 5 images for 2 candidates"),
+        ("winogavil", {"cue": [""]}, "lacks one of cue"),
+        ("winogavil", {}, "has no jaccard_score_10-12"),
+    ],
+)
+def test_a_table_of_another_shape_is_an_error(tmp_path: Path, key: str, change: dict[str, Any], message: str) -> None:
+    columns = {"image": [stored(RED)], "caption": [["red"]]} if key == "flickr" else associations(5, 2)
+    columns = {name: values for name, values in (columns | change).items() if values is not None}
+    write_table(tmp_path, key, columns)
+    with pytest.raises(run.UserError) as error:
+        run._check(find_set(key), evaluate_set(tmp_path, key))
+    assert message in str(error.value)

@@ -1,0 +1,121 @@
+"""Metrics of suites: known answers, ties, empty groups, and what scikit-learn computes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from reinforce.errors import UserError
+from reinforce.evaluation.ranking import compute_recalls
+from reinforce.evaluation.suite.association import cue_text
+from reinforce.evaluation.suite.metrics import (
+    association_metrics,
+    classification_metrics,
+    group_accuracies,
+    jaccard,
+    macro_f1,
+    macro_recall,
+    retrieval_metrics,
+)
+from reinforce.evaluation.suite.registry import published_metrics, select_sets
+from tests.helpers.evaluation import CPU
+
+
+def test_f1_recall_and_jaccard_equal_those_of_scikit_learn() -> None:
+    """The numbers are those of scikit-learn 1.9.1: f1_score and recall_score with ``labels=np.unique(labels)`` and
+    ``average="macro"``, balanced_accuracy_score, and jaccard_score of the chosen candidates."""
+    rng = np.random.default_rng(0)
+    labels, predicted = rng.integers(0, 9, 200) * 2, rng.integers(0, 20, 200)
+    predicted[:90] = labels[:90]
+    assert macro_f1(labels, predicted) == pytest.approx(0.5363400906879168, abs=1e-12)
+    assert macro_recall(labels, predicted) == pytest.approx(0.4610610715839474, abs=1e-12)
+    scores, associated = rng.random(12).astype(np.float32), rng.random(12) < 0.5
+    assert jaccard(scores, associated) == pytest.approx(0.4, abs=1e-12)
+
+
+def test_classes_without_samples_and_classes_that_are_only_predicted() -> None:
+    labels, predicted = np.array([0, 0, 2, 2]), np.array([0, 1, 2, -1])
+    assert macro_recall(labels, predicted) == 0.5
+    assert macro_f1(labels, predicted) == pytest.approx((2 / 3 + 2 / 3) / 2), "class 1 has no sample"
+    assert macro_f1(labels, np.array([0, 2, 2, 2])) == pytest.approx((2 / 3 + 4 / 5) / 2), "a wrong 2 costs class 2"
+    assert macro_f1(labels, np.full(4, -1)) == 0
+
+
+def test_top_5_is_left_out_for_fewer_than_five_classes() -> None:
+    labels, ranks, predicted = np.array([0, 1, 1]), np.array([0, 4, 5]), np.array([0, 0, 3])
+    metrics = classification_metrics(labels, ranks, predicted, 6)
+    assert metrics == pytest.approx({"acc1": 1 / 3, "acc5": 2 / 3, "mean_per_class_recall": 1 / 2})
+    assert classification_metrics(labels, ranks, predicted, 4)["acc5"] is None
+
+
+def test_groups_without_samples_do_not_count() -> None:
+    hits, groups = np.array([True, False, True, True]), np.array([7, 7, 0, 0])
+    assert group_accuracies(hits, groups) == {0: (1.0, 2), 7: (0.5, 2)}
+
+
+def test_an_image_with_five_captions_counts_once_and_each_caption_for_itself() -> None:
+    images, texts = torch.eye(2), torch.eye(2)[[0, 1, 1, 1, 1, 1]]
+    pairs = np.array([[0, 0, 0, 0, 0, 1], [0, 1, 2, 3, 4, 5]])
+    metrics = retrieval_metrics(compute_recalls(images, texts, pairs, CPU))
+    assert metrics["text_retrieval_recall@1"] == 0.5, (
+        "of equal scores the first: caption 1 of image 0 is before its own"
+    )
+    assert metrics["image_retrieval_recall@1"] == pytest.approx(2 / 6)
+    assert metrics["mean_recall@1"] == pytest.approx((1 / 2 + 2 / 6) / 2)
+    assert metrics["text_retrieval_recall@5"] == 1
+
+
+def test_jaccard_of_ties_and_of_scores_that_are_not_finite() -> None:
+    associated = np.array([True, False, True, False, False])
+    assert jaccard(np.array([9.0, 1, 8, 2, 3]), associated) == 1
+    assert jaccard(np.array([9.0, 8, 1, 2, 3]), associated) == pytest.approx(1 / 3)
+    assert jaccard(np.ones(5), associated) == pytest.approx(1 / 3), "the first two are chosen"
+    assert jaccard(np.full(5, np.nan), associated) == 0
+
+
+def test_association_is_averaged_by_the_number_of_candidates() -> None:
+    metrics = association_metrics([1.0, 0.5, 0.25, 0.0], [5, 6, 10, 12])
+    assert metrics == {
+        "avg_jaccard_score": 0.4375,
+        "jaccard_score_5": 1.0, "jaccard_score_6": 0.5, "jaccard_score_10": 0.25, "jaccard_score_12": 0.0,
+        "jaccard_score_5-6": 0.75, "jaccard_score_10-12": 0.125,
+    }  # fmt: skip
+    assert "jaccard_score_10-12" not in association_metrics([1.0], [5])
+
+
+def test_cues_begin_with_an_article() -> None:
+    assert [cue_text(cue) for cue in ("Dog", "owl", "Umbrella")] == ["A dog", "An owl", "An umbrella"]
+
+
+# --- the sets and what is published
+
+
+def test_averages_of_published_models_come_out_as_published() -> None:
+    keys = [one.key for one in select_sets("datacomp")]
+    assert len(keys) == 38
+    for model, average in (("mobileclip2_s0", 0.597), ("mobileclip2_s2", 0.641), ("mobileclip2_b", 0.658)):
+        published = published_metrics(model)
+        assert round(sum(published[key] for key in keys) / 38, 3) == average
+
+
+def test_sets_are_chosen_by_key_and_unknown_ones_are_refused() -> None:
+    assert [one.key for one in select_sets("datacomp", ["pets", "cifar10", "vtab/pets"])] == ["cifar10", "vtab/pets"]
+    with pytest.raises(UserError, match="has no set 'imagenet'"):
+        select_sets("datacomp", ["imagenet"])
+    with pytest.raises(UserError, match=r"nothing is published of 'x'; choose one of .*mobileclip2_s0"):
+        published_metrics("x")
+
+
+def test_each_set_is_read_from_where_it_is_published() -> None:
+    places = {one.key: (one.folder, one.place("hf://"), one.place("s3://b/sets/")) for one in select_sets("datacomp")}
+    assert places["fairness/geode"][0] == "wds_geode_test"
+    assert places["vtab/pets"][1:] == (
+        "hf://datasets/djghosh/wds_vtab-pets_test",
+        "s3://b/sets/wds_vtab-pets_test",
+    )
+    assert places["misc/winogavil"] == (
+        "winogavil",
+        "hf://datasets/nlphuji/winogavil@refs/convert/parquet",
+        "s3://b/sets/winogavil",
+    )
