@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from reinforce.cli.common import Address
 from reinforce.terminal import escape
 from teachers.redact import redact
 
@@ -19,15 +20,19 @@ def select(
             "--set", metavar="KEY=VALUE", help="Override a key of the config, repeatable: --set dataset=demo/dataset"
         ),
     ] = None,
+    address: Address = None,
 ) -> None:
     """Choose samples of a dataset by rules from what is stored of them, and write a view.
 
     A view names the samples that are kept, and why each of the others is left out. It copies nothing: reinforce.open
     reads the dataset through it.
+
+    Works on a Ray cluster, or in a process for each core. The same command continues one that was stopped.
     """
     from reinforce.selection.config import load_config
     from reinforce.selection.select import report_lines, select
 
-    view = select(load_config(config, overrides), log=lambda line: typer.echo(escape(redact(line)), err=True))
+    log = lambda line: typer.echo(escape(redact(line)), err=True)  # noqa: E731
+    view = select(load_config(config, overrides), log, address)
     for line in report_lines(view):
         typer.echo(escape(redact(line)))

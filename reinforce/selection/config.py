@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -11,6 +11,8 @@ from reinforce import settings
 from reinforce.config import LayerName
 from reinforce.config_schema import InSchema
 from reinforce.settings import Section
+
+Cosine = Annotated[float, Field(gt=0, le=1)]
 
 
 class Keep(Section):
@@ -20,6 +22,9 @@ class Keep(Section):
         gt=0, description="number of samples, or with a decimal point their share"
     )
     by: str = Field(description="an expression of SQL that gives a number")
+    within: str | None = Field(
+        None, description="an expression of SQL: the largest values of each group of samples that have the same"
+    )
 
     @model_validator(mode="after")
     def _check_share(self) -> Keep:
@@ -28,22 +33,53 @@ class Keep(Section):
         return self
 
 
+class Deduplicate(Section):
+    """The best sample of those whose images are nearly, or exactly, the same."""
+
+    teacher: LayerName | None = Field(None, description="whose embeddings of the images are compared")
+    threshold: Cosine = Field(0.95, description="smallest cosine of two near duplicates, of means over crops")
+    exact: Literal[True] | None = Field(None, description="compare the bytes of the images instead, by their digests")
+    keep: str | None = Field(
+        None,
+        description="an expression of SQL that gives a number, the largest for the sample to keep; default: the first",
+    )
+
+    @model_validator(mode="after")
+    def _check_one(self) -> Deduplicate:
+        if (self.teacher is None) == (self.exact is None):
+            raise ValueError("name a `teacher` for near duplicates, or set `exact: true` for equal images")
+        if self.exact and "threshold" in self.model_fields_set:
+            raise ValueError("threshold: it is for near duplicates by a `teacher`; remove it, or `exact`")
+        return self
+
+
+class Decontaminate(Section):
+    """The samples whose images are not among those of an evaluation."""
+
+    against: Annotated[list[str], Field(min_length=1, description="folders or URLs of reinforced datasets")]
+    teacher: LayerName = Field(description="whose embeddings of the images are compared")
+    threshold: Cosine = Field(0.95, description="smallest cosine of images that are the same, of means over crops")
+
+
 class Rule(Section):
-    """One rule: ``where``, ``keep`` or ``sample``."""
+    """One rule: ``where``, ``keep``, ``sample``, ``deduplicate`` or ``decontaminate``."""
 
     where: str | None = Field(None, description="an expression of SQL that is true for the samples to keep")
     keep: Keep | None = Field(None, description="the samples with the largest values")
     sample: int | None = Field(None, ge=1, description="so many samples, at random by seed and key")
+    deduplicate: Deduplicate | None = Field(None, description="one sample of each group of duplicates")
+    decontaminate: Decontaminate | None = Field(None, description="the samples that are not in other datasets")
 
     @model_validator(mode="after")
     def _check_one(self) -> Rule:
         if len(self.model_fields_set) != 1:
-            raise ValueError("a rule is one of where, keep, sample; write several rules as several entries")
+            names = ", ".join(type(self).model_fields)
+            raise ValueError(f"a rule is one of {names}; write several rules as several entries")
         return self
 
     @property
     def name(self) -> str:
-        """``where``, ``keep`` or ``sample``."""
+        """The key that it has."""
         [name] = self.model_fields_set
         return name
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ from reinforce.errors import UserError
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
+Kind = Literal["boolean", "number", "group"]
 #: Columns of the samples that an expression may name, and their types.
 _SAMPLES = {
     **dict.fromkeys(("key", "caption", "metadata"), pa.string()),
@@ -56,10 +57,10 @@ class Expression:
         return {path[0] for path in self.columns if path[0] not in _FOLDERS}
 
 
-def check(text: str, manifest: Mapping[str, Any], where: str, boolean: bool) -> Expression:
+def check(text: str, manifest: Mapping[str, Any], where: str, kind: Kind) -> Expression:
     """Check an expression before anything is read: its syntax, its columns and its type.
 
-    ``where`` names it in messages. Raises UserError.
+    A value of any type (``group``) becomes its text. ``where`` names it in messages. Raises UserError.
     """
     with connect() as database:
         [[serialized]] = database.execute("SELECT json_serialize_sql(?)", [f"SELECT {text}"]).fetchall()
@@ -76,23 +77,33 @@ def check(text: str, manifest: Mapping[str, Any], where: str, boolean: bool) -> 
         found = Expression(text, tuple(_known_column(path, manifest, where) for path in columns))
         rows = _schema(found, manifest).empty_table()
         try:
-            [kind] = database.from_arrow(rows).project(f"({text}) AS value").types
+            [found_type] = database.from_arrow(rows).project(f"({text}) AS value").types
         except Exception as error:  # duckdb has many, without a common base that is public
             raise UserError(f"{where}: {text!r}: {str(error).splitlines()[0]}") from error
-    if not (str(kind) == "BOOLEAN" if boolean else str(kind).partition("(")[0] in _NUMBERS):
-        wanted = "true or false" if boolean else "a number"
-        raise UserError(f"{where}: {text!r} is {kind}, and must be {wanted}")
+    if kind == "group":
+        return Expression(f"CAST(({text}) AS VARCHAR)", found.columns)
+    if str(found_type).partition("(")[0] not in (_NUMBERS if kind == "number" else {"BOOLEAN"}):
+        wanted = "a number" if kind == "number" else "true or false"
+        raise UserError(f"{where}: {text!r} is {found_type}, and must be {wanted}")
     return found
 
 
 def evaluate(
     database: DuckDBPyConnection, expressions: Sequence[Expression], tables: Mapping[str, pa.Table]
 ) -> list[pa.Array]:
-    """The value of each expression [rows]: booleans, or float32. ``tables`` are those of a row group by layer."""
+    """The value of each expression [rows]: booleans, or float32. ``tables`` are those of a row group by layer.
+
+    Raises UserError for a row on which one fails.
+    """
     rows = _rows(expressions, tables)
     values = ", ".join(f"({one.text}) AS value_{n}" for n, one in enumerate(expressions))
     # Rows that duckdb divides among vectors keep their order, since there is one thread.
-    found = database.from_arrow(rows).project(values).to_arrow_table()
+    try:
+        found = database.from_arrow(rows).project(values).to_arrow_table()
+    except Exception as error:  # as above
+        raise UserError(
+            f"an expression fails on a sample: {str(error).splitlines()[0]} Use try_cast, or try()."
+        ) from error
     return [column.combine_chunks() for column in found.columns]
 
 

@@ -1,105 +1,83 @@
 """``reinforce select``: apply rules to all samples of a dataset, and write a view.
 
-Each shard is read by itself, in threads. What must be known of all samples, such as the value above which a share of
-them lies, is found by passes over the shards that add up counts, so memory does not grow with the dataset.
+Work is done by chunks of shards. What must be known of all samples, such as the value above which a share of them lies,
+is found from counts that chunks add up, and duplicates in buckets of similar samples, so no process has all rows. What
+is finished is kept under ``views/<name>/parts-<fingerprint>`` until the view is written.
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import threading
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-from pandas.util import hash_array
 
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.manifest.manifest import read_manifest
-from reinforce.dataset.reading.aligned import AlignedLayers
 from reinforce.dataset.reading.completeness import check_completeness
+from reinforce.dataset.reading.row_counts import row_group_table
 from reinforce.dataset.view import View, ViewRows, view_fingerprint, write_view
 from reinforce.errors import UserError
-from reinforce.processes.cores import available_cores
-from reinforce.selection.config import Rule, SelectConfig
-from reinforce.selection.expressions import Expression, check, connect, evaluate, numbers
-from reinforce.selection.thresholds import FLOAT_BITS, HASH_BITS, Ordered, Search, number, ordered
+from reinforce.selection.config import SelectConfig
+from reinforce.selection.duplicates import (
+    Buckets,
+    CollectRecords,
+    CompareRecords,
+    EnterDuplicates,
+    TrainCells,
+    training_places,
+)
+from reinforce.selection.neighbours import Reference
+from reinforce.selection.parts import Arrays, Parts, Work
+from reinforce.selection.passes import Chunk, CountValues, Measure, Pass, WriteRows, chunks_of
+from reinforce.selection.references import OtherDataset, ReadReference, find_datasets
+from reinforce.selection.rules import BoundRule, bind, labels, layers_of
+from reinforce.selection.thresholds import Counts, Search, number
 
+_MAX_GROUPS = 2**16
 _T = TypeVar("_T")
-_Codes = npt.NDArray[np.int64]
+_Log = Callable[[str], None]
 
 
-@dataclass
-class _Rule:
-    """A rule in work: its ``expression``, if it has one, and ``threshold``, once it is known."""
-
-    label: str
-    spec: Rule
-    expression: Expression | None
-    threshold: int | None = None
-
-    @property
-    def wanted(self) -> int | float | None:
-        """How many samples it keeps, or which share, if that depends on all of them."""
-        return self.spec.sample or (self.spec.keep.top if self.spec.keep else None)
-
-    @property
-    def bits(self) -> int:
-        return FLOAT_BITS if self.expression else HASH_BITS
-
-
-@dataclass
-class _Group:
-    """Rows of a row group, with the ``values`` of expressions.
-
-    ``codes`` is 0 for rows that are kept so far, 2 n for those that rule n (from 1) leaves out, and 2 n + 1 for those
-    for which its expression is null.
-    """
-
-    shard: str
-    keys: pa.Array
-    values: Mapping[str, pa.Array]
-    codes: _Codes
-
-
-def select(config: SelectConfig, log: Callable[[str], None] = lambda line: None) -> View:
+def select(
+    config: SelectConfig,
+    log: _Log = lambda line: None,
+    address: str | None = None,
+    processes: int | None = None,
+) -> View:
     """Write the view of a config, in place of an earlier one of its name; ``log`` gets lines on the progress.
 
-    Raises UserError.
+    Works on the Ray cluster at ``address`` (default: RAY_ADDRESS), else in ``processes`` of this machine (default: one
+    a core). One that was killed continues. Raises UserError.
     """
     store = Store(config.dataset)
     manifest = read_manifest(store)
-    rules = [_checked(n, rule, manifest) for n, rule in enumerate(config.rules, 1)]
-    layers = {SAMPLES, *(layer for rule in rules if rule.expression for layer in rule.expression.layers)}
-    inputs = {
-        name: str(manifest["layers"][name]["fingerprint"])
-        for name in sorted(layers, key=lambda name: (name != SAMPLES, name))
-    }
+    rules = [bind(n, rule, config.seed, manifest) for n, rule in enumerate(config.rules, 1)]
+    against = {rule.number: find_datasets(rule, manifest) for rule in rules if rule.spec.decontaminate}
+    inputs = {name: str(manifest["layers"][name]["fingerprint"]) for name in layers_of(rules)}
     shards = _complete_shards(store, inputs, log)
-    with ThreadPoolExecutor(available_cores()) as pool:
-        selection = _Selection(store, inputs, rules, config.seed, shards, pool)
-        for place, rule in enumerate(rules):
-            if rule.wanted is not None:
-                log(f"rule {rule.label}: looking for the value above which it keeps samples")
-                selection.find_threshold(place)
-        log(f"writing {len(shards):,} shards")
-        written = [rule.model_dump(mode="json", exclude_unset=True) for rule in config.rules]
-        fingerprint = view_fingerprint(written, config.seed, inputs, shards)
-        counts = selection.write(ViewRows(config.name, fingerprint))
-    rows = {shard: int(found.sum()) for shard, found in counts.items()}
-    kept = {shard: found[:, 0].tolist() for shard, found in counts.items()}
-    report = _report(rules, np.sum([found.sum(axis=0) for found in counts.values()], axis=0))
+    written = [_written(rule, against.get(rule.number, {})) for rule in rules]
+    fingerprint = view_fingerprint(written, config.seed, inputs, shards)
+    groups = row_group_table(store, inputs[SAMPLES], shards)
+    parts = Parts(config.dataset, config.name, fingerprint)
+    with Work(parts, address, processes) as work:
+        selection = _Selection(parts, work, inputs, rules, [*shards], groups, log)
+        for rule in rules:
+            selection.add(rule, manifest, against.get(rule.number, {}))
+        kept, codes = selection.write(ViewRows(config.name, fingerprint))
+    report = _report(selection.rules, codes)
+    rows = dict(zip(shards, _rows(groups, len(shards)), strict=True))
     view = View(config.name, fingerprint, written, config.seed, inputs, rows, kept, report)
     if not len(view):
+        parts.remove()
         last = next(line["rule"] for line in reversed(report) if line["rows"])
         raise UserError(f"the rules keep no sample: rule {last} leaves out the last; view {config.name} is not written")
     write_view(store, view)
+    parts.remove()
     return view
 
 
@@ -108,137 +86,148 @@ def report_lines(view: View) -> Iterator[str]:
     for line in view.report:
         null = f", of which {line['null']:,} have no value" if line["null"] else ""
         above = f"; keeps values of at least {line['threshold']:g}" if line.get("threshold") is not None else ""
+        above = f"; in {line['groups']:,} groups" if line.get("groups") is not None else above
         yield f"{line['rule']}: {line['left_out']:,} of {line['rows']:,} samples are left out{null}{above}"
     yield f"view {view.name}: {len(view):,} of {sum(view.counts.values()):,} samples are kept"
 
 
-def _checked(number_: int, rule: Rule, manifest: Any) -> _Rule:
-    text = rule.where or (rule.keep.by if rule.keep else None)
-    label = f"{number_} {rule.name}"
-    where = f"rules.{number_ - 1}.{'keep.by' if rule.keep else rule.name}"
-    return _Rule(label, rule, None if text is None else check(text, manifest, where, boolean=rule.keep is None))
+def _written(rule: BoundRule, against: Mapping[str, OtherDataset]) -> dict[str, Any]:
+    written = rule.spec.model_dump(mode="json", exclude_none=True)
+    if against:
+        written["decontaminate"]["against"] = {url: dataset.written() for url, dataset in against.items()}
+    return written
 
 
-def _complete_shards(store: Store, inputs: Iterable[str], log: Callable[[str], None]) -> list[str]:
-    """The shards that have all layers. Raises UserError if one lacks a layer that is not quarantined."""
-    found = check_completeness(store, store.listings(inputs))
+def _complete_shards(store: Store, inputs: Iterable[str], log: _Log) -> dict[str, int]:
+    """The shards that have all layers, with the bytes of their samples. Raises UserError if one lacks a layer that is
+    not quarantined, or there are none."""
+    listings = store.listings(inputs)
+    found = check_completeness(store, listings)
     if found.missing:
         raise UserError(f"{store.url}: {found.describe_missing()}. Finish the run before you select.")
     if found.quarantined:
         log(found.describe_quarantined())
-    return found.complete
+    if not found.complete:
+        raise UserError(f"{store.url} has no shards to select from. Finish the run before you select.")
+    sizes = listings[SAMPLES].sizes_of(found.complete)
+    return dict(zip(found.complete, sizes.tolist(), strict=True))
 
 
-def _report(rules: Sequence[_Rule], counts: npt.NDArray[np.int64]) -> list[dict[str, Any]]:
-    """Of each rule: the rows that it saw, how many it leaves out, and for how many its expression is null."""
+def _rows(groups: npt.NDArray[np.int64], shards: int) -> list[int]:
+    """Rows of each shard."""
+    rows = np.zeros(shards, np.int64)
+    np.add.at(rows, groups[:, 0], groups[:, 2])
+    return [int(count) for count in rows]
+
+
+def _report(rules: Sequence[BoundRule], counts: npt.NDArray[np.int64]) -> list[dict[str, Any]]:
+    """Of each rule: the rows that it saw, how many it leaves out, and for how many it has no value."""
     left, report = int(counts.sum()), []
-    for n, rule in enumerate(rules, 1):
-        out, null = (int(count) for count in counts[2 * n : 2 * n + 2])
+    for rule in rules:
+        out, null = (int(count) for count in counts[2 * rule.number : 2 * rule.number + 2])
         line: dict[str, Any] = {"rule": rule.label, "rows": left, "left_out": out + null, "null": null}
-        if rule.threshold and rule.expression:
-            line["threshold"] = number(rule.threshold)
+        if rule.within is not None and rule.search:
+            line["groups"] = len(rule.search.groups)
+        elif rule.value and rule.search and out:
+            line["threshold"] = number(int(rule.search.prefix[0]))
         report.append(line)
         left -= out + null
     return report
 
 
+@dataclass
 class _Selection:
-    def __init__(
-        self,
-        store: Store,
-        inputs: dict[str, str],
-        rules: Sequence[_Rule],
-        seed: int,
-        shards: Sequence[str],
-        pool: ThreadPoolExecutor,
-    ) -> None:
-        self._store, self._rules, self._seed, self._shards, self._pool = store, rules, seed, shards, pool
-        columns = {name for rule in rules if rule.expression for name in rule.expression.sample_columns}
-        self._layers = AlignedLayers(store, inputs, {SAMPLES: ["key", *sorted(columns - {"key"})]})
-        self._local = threading.local()
+    """Rules that are applied one after the other. ``pending`` are those that the next pass applies."""
 
-    def find_threshold(self, place: int) -> None:
-        """Find the value above which a rule keeps samples; those of the rules before it are known."""
-        rule = self._rules[place]
+    parts: Parts
+    work: Work
+    inputs: dict[str, str]
+    rules: list[BoundRule]
+    shards: list[str]
+    groups: npt.NDArray[np.int64]
+    log: _Log
+    pending: list[BoundRule] = field(default_factory=list)
+    codes: str | None = None
+    chunks: list[Chunk] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.chunks = chunks_of(dict(zip(self.shards, _rows(self.groups, len(self.shards)), strict=True)))
+
+    def add(self, rule: BoundRule, manifest: Mapping[str, Any], against: Mapping[str, OtherDataset]) -> None:
+        """Find out what a rule needs to know of all samples."""
+        stage = str(rule.number)
+        if rule.top is not None:
+            self.log(f"rule {rule.label}: looking for the value above which it keeps samples")
+            rule = replace(rule, search=self._find_values(rule, rule.top))
+        elif rule.spec.decontaminate is not None:
+            self.log(f"rule {rule.label}: reading {', '.join(against)}")
+            stage = f"{stage}-reference"
+            self._all(self.work.map(stage, ReadReference(self.parts), [[*against.values()]]))
+            rule = replace(rule, reference=Reference(self.parts, stage, rule.spec.decontaminate.threshold))
+        elif rule.spec.deduplicate is not None:
+            self._find_duplicates(rule, manifest["layers"][rule.layer]["dim"] if rule.layer else 0)
+        self.rules[rule.number - 1] = rule
+        if rule.spec.deduplicate is None:
+            self.pending.append(rule)
+
+    def write(self, view: ViewRows) -> tuple[dict[str, array[int]], npt.NDArray[np.int64]]:
+        """Write the rows of all shards -> rows of each row group that are kept, by shard, and rows with each code."""
+        self.log(f"writing {len(self.shards):,} shards")
+        kept: dict[str, array[int]] = {}  # they take a tenth of the memory of lists
+        names = labels(self.rules)
+        codes = np.zeros(len(names), np.int64)
+        results = self._pass("rows", WriteRows(view, names))
+        for chunk, result in zip(self.chunks, results, strict=True):
+            of_shards = np.split(result["kept"], np.cumsum(result["groups"])[:-1])
+            kept |= {shard: array("i", of.tobytes()) for shard, of in zip(chunk.shards, of_shards, strict=True)}
+            codes += result["codes"]
+        return kept, codes
+
+    def _find_values(self, rule: BoundRule, top: int | float) -> Search:
         search = Search(rule.bits)
         while search.left:
-            counts = sum(self._map(functools.partial(self._count, place=place, search=search)))
-            assert isinstance(counts, np.ndarray)
-            if search.left == rule.bits:
-                total, wanted = int(counts.sum()), rule.wanted
-                assert wanted is not None
-                search = Search(rule.bits, max(1, round(wanted * total)) if isinstance(wanted, float) else wanted)
-                if search.wanted >= total:  # it keeps all
-                    rule.threshold = 0
-                    return
-            search = search.narrowed(counts)
-        rule.threshold = search.prefix
+            results = self._pass(f"{rule.number}-counts-{search.left}", CountValues(rule, search))
+            counts = Counts.sum(Counts(**result) for result in results)
+            search = search.narrowed(counts, top)
+            if len(search.groups) > _MAX_GROUPS:
+                raise UserError(
+                    f"rule {rule.label}: `within` makes {len(search.groups):,} groups, more than {_MAX_GROUPS:,}. Name "
+                    "an expression with fewer values, such as hash(...) % 10000."
+                )
+            if not len(search.groups):
+                break
+        return search
 
-    def write(self, rows: ViewRows) -> dict[str, npt.NDArray[np.int64]]:
-        """Write the rows of all shards -> how many rows of each row group of a shard have each code [groups, codes]."""
-        return dict(zip(self._shards, self._map(functools.partial(self._write, rows=rows)), strict=True))
+    def _find_duplicates(self, rule: BoundRule, dim: int) -> None:
+        rows = int(self.groups[:, 2].sum())
+        buckets = Buckets(rows, dim)
+        centroids, records, out = (f"{rule.number}-{name}" for name in ("centroids", "records", "duplicates"))
+        if dim:
+            self.log(f"rule {rule.label}: dividing {rows:,} samples into {buckets.cells:,} cells")
+            places = training_places(self.groups, self.shards, rule.seed, buckets.cells)
+            self._all(self.work.map(centroids, TrainCells(self.parts, self.inputs, rule, buckets.cells), [places]))
+        collect = CollectRecords(rule, buckets, records, centroids)
+        ends = np.stack([result["ends"] for result in self._pass(records, collect, leaves_out=True)])
+        self.log(f"rule {rule.label}: comparing the samples of {buckets.count:,} parts")
+        firsts = np.array([*(chunk.first for chunk in self.chunks), rows])
+        compare = CompareRecords(self.parts, rule, buckets, records, out, firsts)
+        ranges = [ends[:, n : n + 2] for n in range(buckets.count)]
+        ends = np.stack([result["ends"] for result in self.work.map(out, compare, ranges)])
+        assert self.codes is not None
+        enter = EnterDuplicates(self.parts, rule, out, self.codes, f"{out}-codes")
+        chunks = [(chunk, ends[:, n : n + 2]) for n, chunk in enumerate(self.chunks)]
+        self._all(self.work.map(f"{out}-entered", enter, chunks))
+        self.codes = enter.after
 
-    def _map(self, work: Callable[[str], _T]) -> Iterator[_T]:
-        return self._pool.map(work, self._shards)
+    def _pass(self, stage: str, measure: Measure[_T], leaves_out: bool = False) -> Iterator[Arrays]:
+        """Apply what is pending to all chunks, and measure -> the result of each chunk."""
+        after = f"{stage}-codes" if self.pending or leaves_out else None
+        task = Pass(self.parts, self.inputs, self.codes, after, tuple(self.pending), measure)
+        yield from self.work.map(stage, task, self.chunks)
+        self.codes, self.pending = after or self.codes, []
 
-    def _count(self, shard: str, place: int, search: Search) -> npt.NDArray[np.int64]:
-        counts = np.zeros(2**16, np.int64)
-        *earlier, rule = self._rules[: place + 1]
-        for group in self._groups(shard, earlier, rule):
-            values, valid = self._ordered(rule, group)
-            counts += search.counts(values[valid & (group.codes == 0)])
-        return counts
-
-    def _write(self, shard: str, rows: ViewRows) -> npt.NDArray[np.int64]:
-        labels = [None, None, *(text for rule in self._rules for text in (rule.label, f"{rule.label}: null"))]
-        reasons = pa.array(labels, pa.string())
-        counts, groups = [np.zeros((0, len(labels)), np.int64)], []
-        for group in self._groups(shard, self._rules):
-            counts.append(np.bincount(group.codes, minlength=len(labels))[None])
-            groups.append((group.keys, reasons.take(pa.array(group.codes))))
-        rows.write(self._store, shard, groups)
-        return np.concatenate(counts)
-
-    def _groups(self, shard: str, rules: Sequence[_Rule], *others: _Rule) -> Iterator[_Group]:
-        """The row groups of a shard after the first ``rules``, with the values of these and of ``others``."""
-        expressions = [rule.expression for rule in (*rules, *others) if rule.expression]
-        with self._layers.open(shard, whole=False) as files:
-            for index in range(files.row_groups):
-                tables = files.read(index)
-                found = evaluate(self._database, expressions, tables) if expressions else []
-                values = {one.text: value for one, value in zip(expressions, found, strict=True)}
-                keys = tables[SAMPLES]["key"].combine_chunks()
-                group = _Group(shard, keys, values, np.zeros(len(keys), np.int64))
-                for n, rule in enumerate(rules, 1):
-                    self._apply(n, rule, group)
-                yield group
-
-    def _apply(self, n: int, rule: _Rule, group: _Group) -> None:
-        if rule.spec.where is not None:
-            values = group.values[rule.spec.where]
-            valid = np.asarray(values.is_valid())
-            keeps = values.fill_null(False).to_numpy(zero_copy_only=False)
-        else:
-            assert rule.threshold is not None
-            order, valid = self._ordered(rule, group)
-            keeps = order >= np.uint64(rule.threshold)
-        alive = group.codes == 0
-        group.codes[alive & ~valid] = 2 * n + 1
-        group.codes[alive & valid & ~keeps] = 2 * n
-
-    def _ordered(self, rule: _Rule, group: _Group) -> tuple[Ordered, npt.NDArray[np.bool_]]:
-        """The numbers by which a rule keeps rows, as integers, and the rows that have one."""
-        if rule.expression is not None:
-            values = numbers(group.values[rule.expression.text])
-            return ordered(values), ~np.isnan(values)
-        # A key is unique in its shard only.
-        salt = hashlib.blake2b(f"{self._seed}\0{group.shard}".encode(), digest_size=8).hexdigest()
-        hashes = hash_array(group.keys.to_numpy(zero_copy_only=False), hash_key=salt, categorize=False)
-        return hashes >> np.uint64(64 - HASH_BITS), np.ones(len(hashes), np.bool_)
-
-    @property
-    def _database(self) -> Any:
-        """The database of this thread."""
-        if not hasattr(self._local, "database"):
-            self._local.database = connect()
-        return self._local.database
+    @staticmethod
+    def _all(results: Iterator[Arrays]) -> None:
+        """Compute all parts of a stage, whose results are read where they are needed."""
+        for _ in results:
+            pass

@@ -23,7 +23,7 @@ from reinforce.dataset.view import View, list_views
 from reinforce.errors import UserError
 from reinforce.selection.config import SelectConfig
 from reinforce.selection.select import select
-from reinforce.selection.thresholds import FLOAT_BITS, Search, number, ordered
+from reinforce.selection.thresholds import FLOAT_BITS, Counts, Search, number, ordered
 from reinforce.settings import parse
 from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.reinforced import reinforce_here
@@ -119,14 +119,36 @@ def test_a_sample_depends_on_seed_and_key_alone(url: str) -> None:
     assert kept(url) == first, "rules before it change nothing if they keep all"
 
 
-@given(st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=50), st.data())
-def test_thresholds_are_exact_for_any_numbers(values: list[float], data: st.DataObject) -> None:
-    wanted = data.draw(st.integers(1, len(values)))
-    parts = [ordered(np.array(part, np.float32)) for part in (values[::2], values[1::2])]
-    search = Search(FLOAT_BITS, wanted)
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.floats(width=32, allow_nan=False)), min_size=1, max_size=50),
+    st.one_of(st.integers(1, 60), st.floats(0.01, 1.0)),
+)
+def test_thresholds_of_groups_are_exact_for_any_numbers(pairs: list[tuple[int, float]], top: float) -> None:
+    groups, values = np.array([group for group, _ in pairs], np.uint64), np.array([one for _, one in pairs], np.float32)
+    parts = [(groups[part], ordered(values[part])) for part in (slice(0, None, 2), slice(1, None, 2))]
+    search = Search(FLOAT_BITS)
     while search.left:
-        search = search.narrowed(sum(search.counts(part) for part in parts))  # type: ignore[arg-type]
-    assert number(search.prefix) == sorted(values, reverse=True)[wanted - 1]
+        search = search.narrowed(Counts.sum(search.counts(*part) for part in parts), top)
+    for group, found in zip(search.groups, search.prefix, strict=True):
+        ordered_values = sorted(values[groups == group].tolist(), reverse=True)
+        count = len(ordered_values)
+        wanted = min(count, max(1, round(top * count))) if isinstance(top, float) else min(count, top)
+        assert number(found) == ordered_values[wanted - 1]
+    assert {*search.groups.tolist()} == {*groups.tolist()}
+
+
+def test_keep_within_takes_the_largest_values_of_each_group(url: str) -> None:
+    by, within = "scores.match.caption_mean", "length(captions.namer[1]) % 3"
+    view = view_of(url, {"keep": {"top": 0.25, "by": by, "within": within}})
+    values, of_group = scores(url, "match.caption_mean"), {}
+    for sample in reinforce.open(url):
+        if values[sample.key] is not None:
+            assert sample.captions["namer"] is not None
+            of_group.setdefault(len(sample.captions["namer"][0] or "") % 3, []).append(sample.key)
+    best = {group: sorted(keys, key=values.__getitem__, reverse=True) for group, keys in of_group.items()}
+    assert {*kept(url)} == {key for keys in best.values() for key in keys[: max(1, round(0.25 * len(keys)))]}
+    assert (view.report[0]["groups"], view.report[0]["null"]) == (len(best), 3)
+    assert len(best) > 1
 
 
 def test_a_view_that_is_made_again_replaces_the_first_and_its_rows(url: str) -> None:
@@ -178,6 +200,11 @@ def test_a_wrong_rule_is_one_error_before_anything_is_read(url: str, rule: Any, 
         view_of(url, rule)
     assert message in str(raised.value)
     assert not Path(url, "views").exists()
+
+
+def test_an_expression_that_fails_on_a_sample_is_one_error(url: str) -> None:
+    with pytest.raises(UserError, match=r"an expression fails on a sample: .*'thing 0 of shard 0'.* Use try_cast"):
+        view_of(url, {"where": "CAST(caption AS INTEGER) > 1"})
 
 
 def test_a_view_of_layers_that_have_changed_is_refused(url: str) -> None:

@@ -1,0 +1,218 @@
+"""Which samples have a better duplicate: equal images by their digests, and near ones by vectors in cells.
+
+A sample is left out if a duplicate of it is better, whether that one is kept or not, as in SemDeDup (2303.09540). So
+each pair is judged by itself, and the outcome depends on no order of work. A first stage writes a record of each sample
+for the *bucket* that it belongs to; a second one finds the worse duplicates of a bucket; a third one enters them into
+the codes of the chunks that have their rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+import schemas
+from reinforce.dataset.layers import SAMPLES
+from reinforce.dataset.reading.aligned import AlignedLayers
+from reinforce.errors import UserError
+from reinforce.selection import neighbours
+from reinforce.selection.parts import Arrays, Parts
+from reinforce.selection.passes import Chunk
+from reinforce.selection.rules import BoundRule, Group
+from reinforce.source.references import image_digest
+
+_BUCKET_BYTES = 2**30  # of records that a process compares
+_CELL_ROWS, _MAX_CELLS = 2**13, 2**15
+_TRAINED_ROWS = 64  # for each cell
+_WRITTEN_ROWS = 2**14  # at a time
+_DIGESTS = np.dtype([("place", "<i8"), ("best", "<f4"), ("digest", "<u8")])
+_PLACES = np.dtype("<i8")
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """How records of ``rows`` samples are divided: vectors of ``dim`` numbers, or digests if that is 0."""
+
+    rows: int
+    dim: int
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        if not self.dim:
+            return _DIGESTS
+        vector = ("vector", "<f2", (self.dim,))
+        return np.dtype([("place", "<i8"), ("best", "<f4"), ("cell", "<i4"), ("home", "?"), vector])
+
+    @property
+    def cells(self) -> int:
+        return max(1, min(_MAX_CELLS, -(-self.rows // _CELL_ROWS)))
+
+    @property
+    def count(self) -> int:
+        """Number of buckets; no bucket has less than a cell."""
+        copies = 2 if self.dim else 1
+        buckets = -(-self.rows * self.dtype.itemsize * copies // _BUCKET_BYTES)
+        return max(1, min(buckets, self.cells) if self.dim else buckets)
+
+
+@dataclass(frozen=True)
+class TrainCells:
+    """Finds centroids from row groups chosen at random."""
+
+    parts: Parts
+    inputs: dict[str, str]
+    rule: BoundRule
+    cells: int
+
+    def __call__(self, number: int, places: Sequence[tuple[str, int]]) -> Arrays:
+        assert self.rule.layer is not None
+        layers = AlignedLayers(self.parts.store, {name: self.inputs[name] for name in (SAMPLES, self.rule.layer)}, {})
+        found = []
+        for shard, index in places:
+            with layers.open(shard, whole=False) as files:
+                vectors, valid = neighbours.mean_vectors(files.read_unchecked(self.rule.layer, index))
+            found.append(vectors[valid])
+        vectors = np.concatenate(found)[: self.cells * _TRAINED_ROWS]
+        if not len(vectors):
+            raise UserError(f"{self.parts.store.url}: {self.rule.layer} has no vectors. Choose another teacher.")
+        return {"centroids": neighbours.train(vectors, min(self.cells, len(vectors)), self.rule.seed)}
+
+
+def training_places(
+    groups: npt.NDArray[np.int64], shards: Sequence[str], seed: int, cells: int
+) -> list[tuple[str, int]]:
+    """Shards and row groups to find centroids from; ``groups`` is the table of ``row_counts`` [row groups, 3]."""
+    order = np.random.default_rng([seed, len(groups)]).permutation(len(groups))
+    enough = int(np.searchsorted(np.cumsum(groups[order, 2]), cells * _TRAINED_ROWS)) + 1
+    return [(shards[shard], int(index)) for shard, index in sorted(map(tuple, groups[order[:enough], :2].tolist()))]
+
+
+@dataclass(frozen=True)
+class CollectRecords:
+    """Writes a record of each sample that is kept so far, sorted by bucket; ``ends`` are those of each bucket."""
+
+    rule: BoundRule
+    buckets: Buckets
+    stage: str
+    centroids: str
+
+    @property
+    def rules(self) -> Sequence[BoundRule]:
+        return [self.rule]
+
+    def of(self, group: Group) -> npt.NDArray[Any]:
+        values, valid = self.rule.vectors(group) if self.buckets.dim else _digests(group)
+        group.codes[group.kept & ~valid] = 2 * self.rule.number + 1
+        kept = np.flatnonzero(group.kept)
+        records = np.zeros(len(kept), self.buckets.dtype)
+        records["place"] = group.first + kept
+        records["best"] = self.rule.best(group)[kept]
+        records["vector" if self.buckets.dim else "digest"] = values[kept]
+        return records
+
+    def result(self, number: int, chunk: Chunk, found: Sequence[npt.NDArray[Any]], parts: Parts) -> Arrays:
+        records = np.concatenate([np.zeros(0, self.buckets.dtype), *found])
+        if self.buckets.dim:
+            centroids = parts.load(self.centroids, 0)["centroids"]
+            rows, cells, homes = neighbours.assign(records["vector"], centroids, threshold_of(self.rule))
+            places = cells % self.buckets.count
+        else:
+            rows, cells, homes = np.arange(len(records)), None, None
+            places = (records["digest"] % np.uint64(self.buckets.count)).astype(np.int64)
+        order = np.argsort(places, kind="stable")
+
+        def blocks() -> Iterator[npt.NDArray[Any]]:
+            for start in range(0, len(order), _WRITTEN_ROWS):
+                some = order[start : start + _WRITTEN_ROWS]
+                block = records[rows[some]]
+                if cells is not None and homes is not None:
+                    block["cell"], block["home"] = cells[some], homes[some]
+                yield block
+
+        parts.save_records(self.stage, number, blocks())
+        return {"ends": np.searchsorted(places[order], np.arange(self.buckets.count + 1)).astype(np.int32)}
+
+
+def threshold_of(rule: BoundRule) -> float:
+    assert rule.spec.deduplicate is not None
+    return rule.spec.deduplicate.threshold
+
+
+def _digests(group: Group) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.bool_]]:
+    """Digest of each image [rows], and whether there is one [rows]."""
+    samples = group.tables[SAMPLES]
+    if "image" in samples.column_names:
+        found = np.array([image_digest(image.as_buffer()) for image in samples["image"]], np.uint64)
+        return found, np.ones(len(found), np.bool_)
+    if schemas.IMAGE_DIGEST not in samples.column_names:
+        raise UserError(
+            f"{SAMPLES}/{group.shard}.parquet has no digests of images: an earlier version made it. Deduplicate by a "
+            "teacher with threshold 1.0."
+        )
+    column = samples[schemas.IMAGE_DIGEST].combine_chunks()
+    return column.fill_null(0).to_numpy(), np.asarray(column.is_valid())
+
+
+@dataclass(frozen=True)
+class CompareRecords:
+    """Finds the worse duplicates of a bucket; ``ends`` are those of each chunk among their places.
+
+    ``firsts`` are the numbers of the first row of each chunk, and of all rows [chunks + 1].
+    """
+
+    parts: Parts
+    rule: BoundRule
+    buckets: Buckets
+    stage: str
+    out: str
+    firsts: npt.NDArray[np.int64]
+
+    def __call__(self, number: int, ranges: npt.NDArray[np.int32]) -> Arrays:
+        records = self.parts.load_records(self.stage, ranges, self.buckets.dtype)
+        out = self._near(records) if self.buckets.dim else _equal(records)
+        places = np.unique(records["place"][out])
+        self.parts.save_records(self.out, number, [places])
+        return {"ends": np.searchsorted(places, self.firsts).astype(np.int32)}
+
+    def _near(self, records: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+        out = np.zeros(len(records), np.bool_)
+        order = np.argsort(records["cell"], kind="stable")
+        ends = np.flatnonzero(np.diff(records["cell"][order], append=-1))
+        for cell in np.split(order, ends[:-1] + 1):
+            of = records[cell]
+            out[cell] = neighbours.worse_duplicates(
+                of["vector"], of["home"], of["best"], of["place"], threshold_of(self.rule)
+            )
+        return out
+
+
+def _equal(records: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """Which records have a better one with their digest."""
+    order = np.lexsort((records["place"], -records["best"], records["digest"]))
+    digests = records["digest"][order]
+    out = np.zeros(len(records), np.bool_)
+    out[order[1:]] = digests[1:] == digests[:-1]
+    return out
+
+
+@dataclass(frozen=True)
+class EnterDuplicates:
+    """Enters the worse duplicates of all buckets into the codes of a chunk, from the stage ``before`` to ``after``."""
+
+    parts: Parts
+    rule: BoundRule
+    out: str
+    before: str
+    after: str
+
+    def __call__(self, number: int, part: tuple[Chunk, npt.NDArray[np.int32]]) -> Arrays:
+        chunk, ranges = part
+        codes = self.parts.load(self.before, number)["codes"]
+        places = np.unique(self.parts.load_records(self.out, ranges, _PLACES))
+        codes[places - chunk.first] = 2 * self.rule.number
+        self.parts.save(self.after, number, {"codes": codes})
+        return {"left_out": np.array(len(places))}

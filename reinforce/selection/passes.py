@@ -1,0 +1,180 @@
+"""Passes over the shards, by chunks of shards, each of which is a part.
+
+A pass reads the columns that its own rules need. Its codes, which say what rules have left out so far, are kept with
+the results, so that no later pass evaluates them again.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from reinforce.dataset.layers import SAMPLES
+from reinforce.dataset.reading.aligned import AlignedLayers
+from reinforce.dataset.view import ViewRows
+from reinforce.errors import UserError
+from reinforce.selection.expressions import connect, evaluate
+from reinforce.selection.parts import Arrays, Parts
+from reinforce.selection.rules import BoundRule, Codes, Group, layers_of
+from reinforce.selection.thresholds import COLUMNS, Counts, Search
+
+_CHUNK_ROWS, _CHUNK_SHARDS = 2**18, 64
+_THREADS = 8  # of a process that reads an object store
+_T = TypeVar("_T")
+_local = threading.local()
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Shards that are read together, each with its rows; ``first`` is the number of the first row in the dataset."""
+
+    shards: Mapping[str, int]
+    first: int
+
+    @property
+    def rows(self) -> int:
+        return sum(self.shards.values())
+
+
+def chunks_of(rows: Mapping[str, int]) -> list[Chunk]:
+    """Divide shards, given with their rows."""
+    chunks: list[Chunk] = []
+    shards: dict[str, int] = {}
+    first = 0
+    for shard, count in rows.items():
+        if shards and (sum(shards.values()) + count > _CHUNK_ROWS or len(shards) == _CHUNK_SHARDS):
+            chunks.append(Chunk(shards, first))
+            first += chunks[-1].rows
+            shards = {}
+        shards[shard] = count
+    return [*chunks, Chunk(shards, first)] if shards else chunks
+
+
+class Measure(Protocol[_T]):
+    """What a pass finds out."""
+
+    @property
+    def rules(self) -> Sequence[BoundRule]:
+        """The rules whose columns it reads."""
+
+    def of(self, group: Group) -> _T:
+        """What is found in a row group. It is called in threads."""
+
+    def result(self, number: int, chunk: Chunk, found: Sequence[_T], parts: Parts) -> Arrays:
+        """The result of chunk ``number``."""
+
+
+@dataclass(frozen=True)
+class Pass(Generic[_T]):
+    """Applies ``pending`` rules to the rows of a chunk, and measures those that are kept.
+
+    ``before`` is the stage whose codes it starts from, ``after`` the one that gets its own, if it changes some.
+    """
+
+    parts: Parts
+    inputs: Mapping[str, str]
+    before: str | None
+    after: str | None
+    pending: Sequence[BoundRule]
+    measure: Measure[_T]
+
+    def __call__(self, number: int, chunk: Chunk) -> Arrays:
+        codes = np.zeros(chunk.rows, np.uint16)
+        if self.before is not None:
+            codes = self.parts.load(self.before, number)["codes"]
+        ends = np.cumsum([*chunk.shards.values()])
+        firsts = (chunk.first + ends - [*chunk.shards.values()]).tolist()
+        with ThreadPoolExecutor(1 if self.parts.store.local else _THREADS) as pool:
+            found = [*pool.map(self._measure, chunk.shards, firsts, np.split(codes, ends[:-1]))]
+        if self.after is not None:
+            self.parts.save(self.after, number, {"codes": codes})
+        return self.measure.result(number, chunk, [one for of_shard in found for one in of_shard], self.parts)
+
+    def _measure(self, shard: str, start: int, codes: Codes) -> list[_T]:
+        """What is found in each row group of a shard, whose ``codes`` are updated; it begins at row ``start``."""
+        found, first = [], 0
+        rules = [*self.pending, *self.measure.rules]
+        expressions = [one for rule in rules for one in rule.expressions]
+        names = set().union(*(rule.sample_columns for rule in rules))
+        inputs = {name: self.inputs[name] for name in layers_of(rules)}
+        layers = AlignedLayers(self.parts.store, inputs, {SAMPLES: ["key", *sorted(names - {"key"})]})
+        with layers.open(shard, whole=False) as files:
+            for index in range(files.row_groups):
+                tables = files.read(index)
+                values = evaluate(_database(), expressions, tables) if expressions else []
+                texts = [one.text for one in expressions]
+                rows = len(tables[SAMPLES])
+                of_group = codes[first : first + rows]
+                if len(of_group) < rows:
+                    break
+                group = Group(shard, start + first, tables, dict(zip(texts, values, strict=True)), of_group)
+                for rule in self.pending:
+                    rule.apply(group)
+                found.append(self.measure.of(group))
+                first += rows
+        if first != len(codes):
+            raise UserError(
+                f"{self.parts.store.layer_path(SAMPLES, shard)} has changed since this selection began. Run it again."
+            )
+        return found
+
+
+def _database() -> Any:
+    """The database of this thread."""
+    if not hasattr(_local, "database"):
+        _local.database = connect()
+    return _local.database
+
+
+@dataclass(frozen=True)
+class CountValues:
+    """Counts the values of a rule that may be the one above which it keeps samples."""
+
+    rule: BoundRule
+    search: Search
+
+    @property
+    def rules(self) -> Sequence[BoundRule]:
+        return [self.rule]
+
+    def of(self, group: Group) -> Counts:
+        groups, values, valid = self.rule.ordered(group)
+        valid &= group.kept
+        return self.search.counts(groups[valid], values[valid])
+
+    def result(self, number: int, chunk: Chunk, found: Sequence[Counts], parts: Parts) -> Arrays:
+        counts = Counts.sum(found)
+        return {name: getattr(counts, name) for name in COLUMNS}
+
+
+@dataclass(frozen=True)
+class WriteRows:
+    """Writes why each row is left out, and counts: rows of each row group with each code."""
+
+    view: ViewRows
+    labels: Sequence[str | None]
+    rules: Sequence[BoundRule] = ()
+
+    def of(self, group: Group) -> tuple[str, pa.Array, Codes]:
+        return group.shard, group.keys, group.codes
+
+    def result(self, number: int, chunk: Chunk, found: Sequence[tuple[str, pa.Array, Codes]], parts: Parts) -> Arrays:
+        reasons = pa.array(self.labels, pa.string())
+        of_shard: dict[str, list[tuple[pa.Array, pa.Array]]] = {shard: [] for shard in chunk.shards}
+        for shard, keys, codes in found:
+            of_shard[shard].append((keys, reasons.take(pa.array(codes))))
+        for shard, groups in of_shard.items():
+            self.view.write(parts.store, shard, groups)
+        counts: list[npt.NDArray[np.int64]] = [np.bincount(codes, minlength=len(reasons)) for _, _, codes in found]
+        return {
+            "groups": np.array([len(groups) for groups in of_shard.values()]),
+            "kept": np.array([of[0] for of in counts], np.int32),
+            "codes": np.sum([np.zeros(len(reasons), np.int64), *counts], axis=0),
+        }

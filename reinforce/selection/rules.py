@@ -1,0 +1,197 @@
+"""Rules of a selection: checked against a dataset, and applied to row groups."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from pandas.util import hash_array
+
+import schemas
+from reinforce.dataset.kinds.registry import stored_layer
+from reinforce.dataset.layers import SAMPLES, embeddings_layer
+from reinforce.errors import UserError
+from reinforce.selection.config import Rule
+from reinforce.selection.expressions import Expression, check, numbers
+from reinforce.selection.neighbours import Reference, load_faiss, mean_vectors
+from reinforce.selection.thresholds import FLOAT_BITS, HASH_BITS, Ordered, Search, ordered
+
+Codes = npt.NDArray[np.uint16]
+Mask = npt.NDArray[np.bool_]
+
+
+@dataclass
+class Group:
+    """Rows of a row group: columns of the samples and of layers, and the values of expressions by text.
+
+    ``first`` is the number of its first row in the dataset.
+    ``codes`` is 0 for rows that are kept so far, 2 n for those that rule n (from 1) leaves out, and 2 n + 1 for those
+    for which it has no value.
+    """
+
+    shard: str
+    first: int
+    tables: Mapping[str, pa.Table]
+    values: Mapping[str, pa.Array]
+    codes: Codes
+
+    @property
+    def keys(self) -> pa.Array:
+        return self.tables[SAMPLES]["key"].combine_chunks()
+
+    @property
+    def kept(self) -> Mask:
+        return self.codes == 0
+
+
+@dataclass(frozen=True)
+class BoundRule:
+    """Rule ``number`` (from 1) of a selection.
+
+    Attributes:
+        value: the expression that decides.
+        within: the expression that makes groups.
+        layer: the embeddings that it compares.
+        images: columns of the samples with the images that it compares.
+        search: the values above which it keeps samples, once they are known.
+        reference: the vectors that must not be found, once they are known.
+    """
+
+    number: int
+    spec: Rule
+    seed: int
+    value: Expression | None = None
+    within: Expression | None = None
+    layer: str | None = None
+    images: tuple[str, ...] = ()
+    search: Search | None = None
+    reference: Reference | None = None
+
+    @property
+    def label(self) -> str:
+        return f"{self.number} {self.spec.name}"
+
+    @property
+    def top(self) -> int | float | None:
+        """How many samples it keeps, or which share, if that depends on all of them."""
+        return self.spec.sample or (self.spec.keep.top if self.spec.keep else None)
+
+    @property
+    def bits(self) -> int:
+        return FLOAT_BITS if self.value else HASH_BITS
+
+    @property
+    def expressions(self) -> list[Expression]:
+        return [one for one in (self.value, self.within) if one is not None]
+
+    @property
+    def layers(self) -> set[str]:
+        """Layers that it reads, besides the samples."""
+        return set().union(*(one.layers for one in self.expressions), [self.layer] if self.layer else [])
+
+    @property
+    def sample_columns(self) -> set[str]:
+        return set(self.images).union(*(one.sample_columns for one in self.expressions))
+
+    def apply(self, group: Group) -> None:
+        """Enter the rows of a group that it leaves out into its codes."""
+        if self.spec.where is not None:
+            assert self.value is not None
+            values = group.values[self.value.text]
+            valid = np.asarray(values.is_valid())
+            keeps = values.fill_null(False).to_numpy(zero_copy_only=False)
+        elif self.reference is not None:
+            vectors, valid = self.vectors(group)
+            keeps = np.ones(len(valid), np.bool_)
+            alive = valid & group.kept
+            keeps[alive] = ~self.reference.contains(vectors[alive])
+        else:
+            assert self.search is not None
+            groups, order, valid = self.ordered(group)
+            keeps = self.search.reached(groups, order)
+        alive = group.kept
+        group.codes[alive & ~valid] = 2 * self.number + 1
+        group.codes[alive & valid & ~keeps] = 2 * self.number
+
+    def ordered(self, group: Group) -> tuple[Ordered, Ordered, Mask]:
+        """The group of each row, the number by which it is kept as an integer, and whether it has both [rows]."""
+        if self.value is None:
+            # A key is unique in its shard only.
+            salt = hashlib.blake2b(f"{self.seed}\0{group.shard}".encode(), digest_size=8).hexdigest()
+            hashes = hash_array(group.keys.to_numpy(zero_copy_only=False), hash_key=salt, categorize=False)
+            order = hashes >> np.uint64(64 - HASH_BITS)
+            return np.zeros(len(order), np.uint64), order, np.ones(len(order), np.bool_)
+        values = numbers(group.values[self.value.text])
+        valid, groups = ~np.isnan(values), np.zeros(len(values), np.uint64)
+        if self.within is not None:
+            texts = group.values[self.within.text]
+            valid &= np.asarray(texts.is_valid())
+            groups = hash_array(texts.fill_null("").to_numpy(zero_copy_only=False))
+        return groups, ordered(values), valid
+
+    def best(self, group: Group) -> npt.NDArray[np.float32]:
+        """The value by which a sample is preferred to its duplicates [rows]: -inf where it has none."""
+        if self.value is None:
+            return np.zeros(len(group.codes), np.float32)
+        values = numbers(group.values[self.value.text])
+        return np.where(np.isnan(values), np.float32(-np.inf), values)
+
+    def vectors(self, group: Group) -> tuple[npt.NDArray[np.float16], Mask]:
+        """The vectors that it compares [rows, D], and whether a row has one [rows]."""
+        assert self.layer is not None
+        return mean_vectors(group.tables[self.layer])
+
+
+def bind(number: int, spec: Rule, seed: int, manifest: Mapping[str, Any]) -> BoundRule:
+    """Check a rule against a dataset. Raises UserError."""
+    where = f"rules.{number - 1}"
+    rule = BoundRule(number, spec, seed)
+    if spec.where is not None:
+        return replace(rule, value=check(spec.where, manifest, f"{where}.where", "boolean"))
+    if spec.keep is not None:
+        within = spec.keep.within
+        return replace(
+            rule,
+            value=check(spec.keep.by, manifest, f"{where}.keep.by", "number"),
+            within=None if within is None else check(within, manifest, f"{where}.keep.within", "group"),
+        )
+    if spec.deduplicate is not None:
+        keep, teacher = spec.deduplicate.keep, spec.deduplicate.teacher
+        if keep is not None:
+            rule = replace(rule, value=check(keep, manifest, f"{where}.deduplicate.keep", "number"))
+        if teacher is None:
+            return replace(rule, images=schemas.image_columns(manifest["images"])[-1:])
+        return replace(rule, layer=_image_layer(teacher, manifest, f"{where}.deduplicate.teacher"))
+    if spec.decontaminate is not None:
+        layer = _image_layer(spec.decontaminate.teacher, manifest, f"{where}.decontaminate.teacher")
+        return replace(rule, layer=layer)
+    return rule
+
+
+def _image_layer(teacher: str, manifest: Mapping[str, Any], where: str) -> str:
+    """A teacher's embeddings of the images. Raises UserError if there are none, or no faiss."""
+    layer = embeddings_layer(teacher, "images")
+    if layer not in manifest["layers"]:
+        stored = (stored_layer(name, entry) for name, entry in manifest["layers"].items())
+        known = [str(one.model) for one in stored if one.model and one.name == embeddings_layer(one.model, "images")]
+        raise UserError(
+            f"{where}: no teacher {teacher!r} has embedded the images of this dataset. Those that have: "
+            f"{', '.join(known) or 'none; add one to `teachers` of its run'}."
+        )
+    load_faiss()
+    return layer
+
+
+def layers_of(rules: Iterable[BoundRule]) -> list[str]:
+    """The samples, and then all layers that rules read."""
+    return [SAMPLES, *sorted(set().union(*(rule.layers for rule in rules)))]
+
+
+def labels(rules: Sequence[BoundRule]) -> list[str | None]:
+    """What a view has for each code."""
+    return [None, None, *(text for rule in rules for text in (rule.label, f"{rule.label}: null"))]
