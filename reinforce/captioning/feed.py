@@ -37,6 +37,7 @@ from reinforce.errors import UserError
 from reinforce.images.policy import ImageRefused, decode
 from reinforce.processes.prefetch import prefetch
 from reinforce.seeds import permutation, uniforms
+from reinforce.terminal import plural
 from reinforce.training.order import ORDER
 from reinforce.training.task import Reading
 
@@ -85,7 +86,7 @@ class CaptionFeed:
         """See ``reinforce.training.task.Feed``; the order of samples depends on nothing that is chosen here."""
         self._order_version = order
         self._threads = self._data.threads or loaders
-        return Reading(self._threads, f"{self._threads} loader thread{'s' * (self._threads > 1)}")
+        return Reading(self._threads, f"{plural(self._threads, 'loader thread')}")
 
     def batches(self, rank: int, ranks: int, batch: int, start: int) -> Iterator[dict[str, Any]]:
         """Yield endless batches of ``batch`` samples for one rank, beginning with step ``start``.

@@ -16,6 +16,7 @@ from reinforce.captioning.model import build_captioner, check_captioner, describ
 from reinforce.captioning.pairs import PAIRS_FILE, Pairs, load_pairs
 from reinforce.captioning.task import CaptioningTask
 from reinforce.storage import Storage
+from reinforce.terminal import plural
 from reinforce.training.config import MUTABLE_KEYS, fixed_config
 from reinforce.training.distributed import gather
 from reinforce.training.job import Job, model_settings
@@ -115,8 +116,9 @@ def _data_notes(pairs: Pairs, model: str) -> list[str]:
     """Return the sizes of the training and held-out data, and the number of truncated captions, as log lines."""
     training, held_out = pairs.training(), pairs.held_out()
     notes = [
-        f"training on {len(training):,} images with {training.caption_counts().sum():,} captions; {len(held_out):,} "
-        f"images with {held_out.caption_counts().sum():,} captions held out (column `held_out` of {PAIRS_FILE})"
+        f"training on {plural(len(training), 'image')} with {training.caption_counts().sum():,} captions; "
+        f"{plural(len(held_out), 'image')} with "
+        f"{held_out.caption_counts().sum():,} captions held out (column `held_out` of {PAIRS_FILE})"
     ]
     captions = [caption for texts in pairs.table["captions"].to_pylist() for caption in texts]
     if truncated := count_truncated(captions, model):

@@ -10,7 +10,7 @@ import typer
 
 from reinforce.cli.common import DatasetUrl
 from reinforce.errors import UserError
-from reinforce.terminal import escape, print_table
+from reinforce.terminal import escape, plural, print_table
 from teachers.redact import redact
 
 if TYPE_CHECKING:
@@ -165,4 +165,4 @@ def captions_report(
 
     report = report_on(dataset, captioner, teacher, limit)
     print_table(captions_table(report))
-    typer.echo(f"{report['rows']:,} images; written: {', '.join(write_report(report, out))}")
+    typer.echo(f"{plural(report['rows'], 'image')}; written: {', '.join(write_report(report, out))}")

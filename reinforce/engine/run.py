@@ -35,6 +35,7 @@ from reinforce.errors import RayEnded, StorageError, TooManyQuarantined, UserErr
 from reinforce.nodes import cluster_of_run, nodes_of_run
 from reinforce.processes.cores import Node
 from reinforce.settings import as_config
+from reinforce.terminal import plural
 from teachers.redact import Redactor
 
 _LOG = logging.getLogger(__name__)
@@ -83,9 +84,9 @@ def _run(config: Config, address: str | None, retry_quarantined: bool, accept_ch
         pending = [shard.name for shard in plan.pending]
         if gone := prune_index(store, SAMPLES, plan.layers[SAMPLES].fingerprint, plan.committed, pending):
             _LOG.warning(
-                "%s: the samples of %d shards, such as %s, were deleted, and `source` does not name these. Readers do "
+                "%s: the samples of %s, such as %s, were deleted, and `source` does not name these. Readers do "
                 "not report them any more.",
-                store.url, len(gone), gone[0],
+                store.url, plural(len(gone), "shard"), gone[0],
             )  # fmt: skip
         for note in scale_notes(manifest, config):
             _LOG.warning(note)
@@ -160,9 +161,11 @@ def _compute(
         _LOG.warning(redact(changes_note(plan, changed)))
     if retry_quarantined:
         _forget_quarantine(plan, store)
+    progress = Progress()
+    progress.log(f"{plural(len(plan.pending), 'shard')} to compute; waiting for Ray")
     from reinforce.cluster import ray_cluster  # imports Ray, which planning does not need
 
-    with ray_cluster(address), Progress() as progress:
+    with ray_cluster(address), progress:
         from reinforce.engine.driver.driver import Driver
 
         summary = Driver(plan, store, progress, claims).run()

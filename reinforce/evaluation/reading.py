@@ -22,6 +22,7 @@ from reinforce.source.formats.base import Shard
 from reinforce.source.formats.recognise import source_format
 from reinforce.source.samples import RawSample, Refusal
 from reinforce.source.urls import COMPRESSIONS, canonical, expand, filesystem, shard_names
+from reinforce.terminal import plural
 from schemas import Reason
 
 
@@ -80,7 +81,7 @@ def list_class_folders(url: str, where: str) -> dict[str, list[File]]:
     if not folders:
         raise UserError(f"{where}: {shown} has no class folder; to read shards in it write {shown}/*.tar.")
     if loose:
-        raise UserError(f"{where}: {loose} images are directly in {shown}: move them into their class folders.")
+        raise UserError(f"{where}: {plural(loose, 'image')} directly in {shown}: move all into their class folders.")
     empty = [name for name, files in folders.items() if not files]
     if empty:
         raise UserError(

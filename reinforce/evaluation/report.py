@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from reinforce.source.samples import Refusal
+from reinforce.terminal import plural
 
 _LISTED = 3  # refused images that are named in a line
 
@@ -21,10 +22,10 @@ class SetSummary:
 
     def __str__(self) -> str:
         if not self.refused:
-            return f"{self.images:,} images"
+            return f"{plural(self.images, 'image')}"
         some = ", ".join(f"{refusal.key} ({refusal.reason.value})" for refusal in self.refused[:_LISTED])
         more = ", ..." if len(self.refused) > _LISTED else ""
-        return f"{self.images:,} images; {len(self.refused):,} refused: {some}{more}"
+        return f"{plural(self.images, 'image')}; {len(self.refused):,} refused: {some}{more}"
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from reinforce.inspection.rows import Rows, read_rows
 from reinforce.inspection.selection import Selection, select
 from reinforce.inspection.texts import text_figures
 from reinforce.markup import TEMPLATES, render
-from reinforce.terminal import escape
+from reinforce.terminal import escape, plural
 
 _FOUND_ROWS = 1000  # of a file with the texts that the search reads
 _PROBLEMS = 20  # that are shown
@@ -44,10 +44,10 @@ class Inspected:
         """A summary for people."""
         about = "" if self.exact else "about "
         looked = (
-            f"looked at {self.rows:,} of {about}{self.samples:,} samples, in {self.groups:,} row groups of "
-            f"{self.shards:,} shards; {self.pictures:,} have pictures"
+            f"looked at {self.rows:,} of {about}{plural(self.samples, 'sample')}, in "
+            f"{plural(self.groups, 'row group')} of {plural(self.shards, 'shard')}; {self.pictures:,} have pictures"
         )
-        problems = [f"{self.problems:,} problems, which the report lists"] if self.problems else []
+        problems = [f"{plural(self.problems, 'problem')}, which the report lists"] if self.problems else []
         return [looked, *problems, f"open {self.output}/index.html"]
 
 

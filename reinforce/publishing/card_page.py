@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from reinforce.dataset.layers import SAMPLES, Layer
-from reinforce.terminal import escape, format_bytes
+from reinforce.terminal import escape, format_bytes, plural
 
 #: By which a README.md is recognised as one that may be replaced.
 MARK = "<!-- written by `reinforce card` -->"
@@ -59,7 +59,7 @@ def render_page(url: str, manifest: Mapping[str, Any], layers: Sequence[LayerCar
         MARK,
         f"# {markdown(url.rpartition('/')[2])}",
         f"A reinforced dataset: {samples.rows:,} image-text pairs with stored augmentations, embeddings of teachers "
-        f"and synthetic captions, in {samples.shards:,} shards, {size}. Licence: {markdown(licence)}.",
+        f"and synthetic captions, in {plural(samples.shards, 'shard')}, {size}. Licence: {markdown(licence)}.",
         "## Layers",
         "All layers have the same rows in the same order within each shard; `key` names a row within its shard.",
         _table(

@@ -32,6 +32,7 @@ from reinforce.publishing.shards import (
     record_export,
 )
 from reinforce.storage import Storage
+from reinforce.terminal import plural
 
 CONFIG = "config.json"
 #: Images from which the format's readers replace the normalisation by that of the student; the key must be there.
@@ -54,10 +55,10 @@ class Exported:
 
     def lines(self) -> list[str]:
         kept = f", of which {self.kept:,} were there before" if self.kept else ""
-        lines = [f"{self.shards:,} tars with {self.samples:,} samples{kept}: {self.output}"]
+        lines = [f"{plural(self.shards, 'tar')} with {plural(self.samples, 'sample')}{kept}: {self.output}"]
         if self.converted:
-            lines.append(f"converted: {self.converted:,} images, to PNGs that readers decode to the same pixels")
-        lines += [f"left out: {count:,} samples, {reason}" for reason, count in self.left_out.most_common()]
+            lines.append(f"converted: {plural(self.converted, 'image')}, to PNGs that decode to the same pixels")
+        lines += [f"left out: {plural(count, 'sample')}, {reason}" for reason, count in self.left_out.most_common()]
         return [*lines, *self.notes, f"train with ml-mobileclip: {shlex.join(self._flags())}"]
 
     def _flags(self) -> Iterable[str]:

@@ -34,6 +34,7 @@ from reinforce.publishing.shards import (
 )
 from reinforce.source.captions import parse_json
 from reinforce.storage import Storage
+from reinforce.terminal import plural
 
 CONFIG = "embeddings.json"
 IMAGES, TEXTS, METADATA = "img_emb", "text_emb", "metadata"
@@ -94,12 +95,13 @@ class ExportedVectors:
 
     def lines(self) -> list[str]:
         texts = "" if self.choice.texts == NO_TEXTS else f", texts: {self.choice.texts} ({self.choice.text})"
+        kept = f", of which {self.kept:,} were there before" if self.kept else ""
         lines = [
-            f"{self.rows:,} vectors of {self.choice.teacher}, images: augmentation {self.choice.image}{texts}, in "
-            f"{self.parts:,} parts{f', of which {self.kept:,} were there before' if self.kept else ''}: {self.output}"
+            f"{plural(self.rows, 'vector')} of {self.choice.teacher}, images: augmentation {self.choice.image}{texts}, "
+            f"in {plural(self.parts, 'part')}{kept}: {self.output}"
         ]
         if self.left_out:
-            lines.append(f"left out: {self.left_out:,} samples without a vector or text")
+            lines.append(f"left out: {plural(self.left_out, 'sample')} without a vector or text")
         return [*lines, f"index them: autofaiss build_index --embeddings {self.output}/{IMAGES} --metric_type ip"]
 
 

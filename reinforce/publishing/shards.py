@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from reinforce.errors import StorageError, UserError
 from reinforce.storage import Storage
-from reinforce.terminal import Screen, format_duration
+from reinforce.terminal import Screen, format_duration, plural
 
 R = TypeVar("R")
 _ATTEMPTS = 3  # at a shard whose storage fails
@@ -32,7 +32,9 @@ def for_each_shard(
         for done, result in enumerate(calls, start=1):
             rate = done / max(time.monotonic() - start, 1e-9)
             left = format_duration((len(shards) - done) / rate)
-            screen.draw(f"{done:,} of {len(shards):,} shards  {rate:.1f} shards/s  ETA {left}", done, len(shards))
+            screen.draw(
+                f"{done:,} of {plural(len(shards), 'shard')}  {rate:.1f} shards/s  ETA {left}", done, len(shards)
+            )
             yield result
 
 

@@ -19,7 +19,7 @@ _PACK = "pack the samples into tars whose members are KEY.jpg and KEY.txt, with 
 _IMAGES = "name the folder of the images, or pack images and captions into tars, as KEY.jpg and KEY.txt"
 _TABLE = "in `source` of a run, name such files alone or set input.format"
 _JSON = "if it has an object on each line, name it .jsonl or set input.format: jsonl"
-_OTHER = "write WebDataset tars or Parquet with a column of images"
+_ARROW = "write Parquet instead, such as by `datasets.load_from_disk(FOLDER).to_parquet(FILE)`"
 _UNPACK = "unpack it, and pack its files with `tar --sort=name`"
 _HTML = "it may be the error page of a server; check the URL"
 _LFS = "run `git lfs pull` in its repository"
@@ -27,7 +27,7 @@ _LIST = "if it lists URLs, name it .txt"
 #: What a file is, by the extension of its name, and the remedy.
 _BY_EXTENSION = {
     "parquet": ("a Parquet file", _TABLE),
-    **dict.fromkeys(("arrow", "feather"), ("an Arrow file", _OTHER)),
+    **dict.fromkeys(("arrow", "feather"), ("an Arrow file", _ARROW)),
     **dict.fromkeys(("csv", "tsv"), ("a CSV file", _TABLE)),
     **dict.fromkeys(("json", "jsonl", "ndjson"), ("a JSON file", _JSON)),
     **dict.fromkeys(("tfrecord", "tfrecords", "h5", "hdf5", "mdb", "npy", "npz"), ("another format", _PACK)),
@@ -37,7 +37,7 @@ _BY_EXTENSION = {
 #: What a file is, by the bytes at an offset, and the remedy.
 _BY_CONTENT = (
     (0, b"PAR1", ("a Parquet file", _TABLE)),
-    (0, b"ARROW1", ("an Arrow file", _OTHER)),
+    (0, b"ARROW1", ("an Arrow file", _ARROW)),
     (0, b"\x89PNG", ("an image", _IMAGES)),
     (0, b"\xff\xd8\xff", ("an image", _IMAGES)),
     (0, b"GIF8", ("an image", _IMAGES)),

@@ -30,7 +30,7 @@ from reinforce.errors import UserError
 from reinforce.processes.cores import arithmetic_threads, loader_processes
 from reinforce.seeds import seed_for
 from reinforce.storage import Storage
-from reinforce.terminal import Screen
+from reinforce.terminal import Screen, plural
 from reinforce.training.batches import Prefetcher
 from reinforce.training.checkpoint import Checkpoints, Progress
 from reinforce.training.distributed import gather
@@ -164,7 +164,7 @@ class _Loop:
         loaders, step = loader_processes(cores, accelerated), self.progress.step
         before, batch = self.progress, self.training.batch // ranks
         reading = self.feed.set_up(ranks, batch, step, loaders, before.streams, before.order)
-        division = f"{ranks} rank{'s' * (ranks > 1)} x {parts} part{'s' * (parts > 1)}"
+        division = f"{plural(ranks, 'rank')} x {plural(parts, 'part')}"
         if self.training.compute.sync_batch_norm and ranks > 1:
             division += " with shared batch statistics"
         now = replace(before, streams=reading.streams, samples=self.feed.samples, files=reading.files)

@@ -15,7 +15,7 @@ from reinforce.cluster import live_resources, ray_cluster
 from reinforce.errors import UserError
 from reinforce.processes.cores import capacity, cores_per_process, default_gpus, describe_share
 from reinforce.storage import Storage
-from reinforce.terminal import Screen
+from reinforce.terminal import Screen, plural
 from reinforce.training.config import Compute
 from reinforce.training.distributed.mailbox import Mailbox
 from reinforce.training.distributed.rank_watch import TIMEOUT
@@ -106,7 +106,7 @@ def launch_on_ray(build: Build, job: Job, address: str | None) -> Results:
                 **environment_of_ranks(each.gpus),
             ),
         )
-        ray.get(mailbox.log.remote(f"starting {compute.ranks} rank{'s' * (compute.ranks > 1)} on Ray, {each} each"))
+        ray.get(mailbox.log.remote(f"starting {plural(compute.ranks, 'rank')} on Ray, {each} each"))
         error = _run(trainer, mailbox, each)
         user_errors, signum = ray.get(mailbox.outcome.remote())
         if user_errors:

@@ -25,7 +25,7 @@ from reinforce.processes.cores import capacity
 from reinforce.storage import Storage
 from reinforce.student.config import StudentConfig
 from reinforce.student.train import build, make_job
-from reinforce.terminal import Screen
+from reinforce.terminal import Screen, plural
 from reinforce.training.config import Compute
 from reinforce.training.distributed.ranks import join_ranks
 from reinforce.training.loop import run_rank
@@ -73,7 +73,7 @@ class Search:
             outcomes = {trial: self._read_outcome(config) for trial, config in trials.items()}
             open_ = [trial for trial, outcome in outcomes.items() if outcome.state == "open"]
         if done := len(trials) - len(open_):
-            self.screen.log(f"{done} of {len(trials)} trials are already done")
+            self.screen.log(f"trials that are already done: {done} of {len(trials)}")
         if open_:
             _configure_tune()  # before Ray starts, since its workers inherit the environment
             self.start_cluster()
@@ -122,7 +122,7 @@ class Search:
         each = reserve(compute, at_once)
         check_capacity(each, can_grow=True)
         at_once = min(at_once, capacity(live_resources(), each.cpus, each.gpus))
-        self.screen.log(f"{at_once} trial{'s' * (at_once > 1)} at a time, {each} each")
+        self.screen.log(f"{plural(at_once, 'trial')} at a time, {each} each")
         return each
 
 

@@ -209,4 +209,4 @@ def test_status_shows_what_the_last_run_found_outside_its_source(dataset: Path, 
         "accelerator busy 50%",
         "  captions/c: 30 captions, 10 captions/s",
     ]
-    assert out[-1].startswith("not in `source`: 1 quarantined shards, such as samples/old-ab. ")
+    assert out[-1].startswith("not in `source`: 1 quarantined shard, such as samples/old-ab. ")

@@ -212,4 +212,4 @@ def test_a_shard_that_was_computed_again_does_not_repeat_its_keys() -> None:
         "keys: 1 of 2 shards were compared, those that runs have recorded; `reinforce validate out` compares all"
     ]
     [line] = sample.repeated().lines(2, "out")
-    assert line == "repeated keys: 3 keys, 100.00% of all, occur in more than one shard, for example in a and deleted"
+    assert line == "repeated keys: 3 keys, 100.00% of all, in more than one shard, for example in a and deleted"

@@ -198,7 +198,7 @@ def faults(root: Path) -> dict[str, tuple[Callable[[], Any], str]]:
         "unknown driver": (lambda: zero_shot("nowhere://x"), "Check the part before `://`"),
         "no class folder": (lambda: zero_shot(f"{root}/bare"), f"to read shards in it write {root}/bare/*.tar"),
         "empty class folder": (lambda: zero_shot(f"{root}/hole"), "1 of 7 class folders in"),
-        "images next to class folders": (lambda: zero_shot(f"{root}/loose"), "1 images are directly in"),
+        "images next to class folders": (lambda: zero_shot(f"{root}/loose"), "1 image directly in"),
         "no image": (lambda: zero_shot(nothing, classes=NAMES), "no image in"),
         "fewer names than folders": (
             lambda: zero_shot(folder, classes=f"{root}/short.txt"),

@@ -100,7 +100,7 @@ def test_a_run_reports_damaged_files_replaced_sources_and_repeated_keys_and_the_
         name: content for name, content in before.items() if name != "dataset.json"
     }
     assert "1 of 1 shards that get new layers have changed since their samples were written (0-" in caplog.text
-    repeated = "repeated keys: 4 keys, 57.14% of all, occur in more than one shard, for example in "
+    repeated = "repeated keys: 4 keys, 57.14% of all, in more than one shard, for example in "
     assert repeated in text
     with pytest.raises(SystemExit, match="0"):
         main(["status", str(out)])

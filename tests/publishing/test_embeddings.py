@@ -49,7 +49,7 @@ def unit(vector: np.ndarray) -> np.ndarray:
 def test_rows_of_images_texts_and_metadata_belong_together(dataset: str, tmp_path: Path) -> None:
     found = export(dataset, tmp_path, teacher="red")
     assert (found.parts, found.rows, found.left_out) == (2, 8, 1)
-    assert "left out: 1 samples without a vector or text" in found.lines()
+    assert "left out: 1 sample without a vector or text" in found.lines()
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*_*.*")) == [
         *(f"img_emb/img_emb_{n}.npy" for n in range(2)),
         *(f"metadata/metadata_{n}.parquet" for n in range(2)),

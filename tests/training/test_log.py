@@ -148,7 +148,7 @@ def test_the_summary_has_a_line_for_each_number() -> None:
         "top1: 0.5000",
         "recall: not finite",
         "best top1: 0.7500 at step 80, kept as a checkpoint",
-        "2 steps were skipped because their gradient was not finite",
+        "2 steps skipped, because the gradient was not finite",
         "weights: out/student   curves: out/curves.png",
     ]
     assert "best" not in replace(RESULTS, best=BestCheckpoint(100, "top1", 0.5)).summary(), "the last step is the best"

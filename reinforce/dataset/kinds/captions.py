@@ -19,6 +19,7 @@ from reinforce.dataset.layers import (
     compute_fingerprint,
     mapping_at,
 )
+from reinforce.terminal import plural
 
 if TYPE_CHECKING:
     from teachers.spec import ModelInfo
@@ -77,7 +78,7 @@ class Captions(LayerKind):
         return values.captions(layer)
 
     def content(self, layer: Layer) -> str:
-        return f"{layer.count} captions"
+        return plural(layer.count, "caption")
 
     def row_and_type(self, layer: Layer) -> tuple[str, str]:
         return self.content(layer), "text"

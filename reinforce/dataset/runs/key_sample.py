@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from reinforce.terminal import plural
+
 Hashes = npt.NDArray[np.uint64]
 #: Hashes that are kept of each shard, and of all shards.
 SHARD_HASHES = 1024
@@ -65,9 +67,9 @@ class RepeatedKeys:
         """For people: none if no key is repeated and all ``shards`` of the dataset at ``url`` were compared."""
         lines = []
         if self.pair is not None:
-            count = f"{self.keys:,}" if self.exact else f"about {self.keys:,}"
+            count = f"{'' if self.exact else 'about '}{plural(self.keys, 'key')}"
             lines.append(
-                f"repeated keys: {count} keys, {self.share:.2%} of all, occur in more than one shard, for example in "
+                f"repeated keys: {count}, {self.share:.2%} of all, in more than one shard, for example in "
                 f"{self.pair[0]} and {self.pair[1]}"
             )
         if self.shards < shards:

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from reinforce.dataset.runs.progress import LeaseProgress, RunProgress, WorkerProgress
-from reinforce.terminal import escape, format_duration
+from reinforce.terminal import escape, format_duration, plural
 
 WORKERS = 30  # rows of the table
 _ERROR_CHARACTERS = 200
@@ -17,20 +17,20 @@ _ERROR_CHARACTERS = 200
 
 def headline(run: RunProgress) -> str:
     """One line: how far the run is, how fast, and how long it will take."""
-    parts = [f"{run.shards_done:,} of {run.shards:,} shards", f"{run.samples:,} samples"]
+    parts = [f"{run.shards_done:,} of {plural(run.shards, 'shard')}", plural(run.samples, "sample")]
     if run.samples_per_second is not None:
         parts.append(f"{run.samples_per_second:,.0f} samples/s")
     if run.busy_share is not None:
         parts.append(f"accelerator busy {run.busy_share:.0%}")
     starting = f", {run.starting_workers} starting" if run.starting_workers else ""
-    parts.append(f"{len(run.workers)} worker{'s' * (len(run.workers) != 1)}{starting}")
+    parts.append(f"{plural(len(run.workers), 'worker')}{starting}")
     if run.eta_seconds is not None:
         parts.append(f"ETA {format_duration(run.eta_seconds)}")
     if run.failing_shards:
-        parts.append(f"{run.failing_shards:,} failing shards")
+        parts.append(f"{plural(run.failing_shards, 'failing shard')}")
     if run.quarantined_shards or run.quarantined:
         counts = ", ".join(f"{count:,} {reason}" for reason, count in sorted(run.quarantined.items()))
-        parts.append(f"quarantine: {run.quarantined_shards:,} shards; {counts}")
+        parts.append(f"quarantine: {plural(run.quarantined_shards, 'shard')}; {counts}")
     return escape("  ".join(parts))
 
 
@@ -56,9 +56,9 @@ def detail_lines(run: RunProgress) -> list[str]:
         lines.append(f"slowest finished shards, with their longest stage: {', '.join(slow)}")
     for one in run.failing:
         error = " ".join(one.error.split())[:_ERROR_CHARACTERS]
-        lines.append(f"failing: {one.shard}, {one.failures} failure{'s' * (one.failures != 1)}: {error}")
+        lines.append(f"failing: {one.shard}, {plural(one.failures, 'failure')}: {error}")
     if rest := run.failing_shards - len(run.failing):
-        lines.append(f"and {rest:,} more failing shards")
+        lines.append(f"and {plural(rest, 'more failing shard')}")
     hidden = len(run.workers) - WORKERS
     if hidden > 0:
         lines.append(f"and {hidden:,} more workers, whose shards have changed their stage later; --json has all")

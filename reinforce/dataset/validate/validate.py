@@ -26,6 +26,7 @@ from reinforce.dataset.validate.process_pool import ShardPool, default_processes
 from reinforce.dataset.validate.shard_checks import ShardFiles
 from reinforce.dataset.validate.shard_reader import ELSEWHERE, SAME, TOUCHED, UNKNOWN, UNREADABLE, ReadOptions, Shards
 from reinforce.source.references import ImageRoots
+from reinforce.terminal import plural
 
 _CAPACITY = 2**24  # hashes of keys, 128 MiB: datasets of more samples are estimated
 _NAMED = 10
@@ -111,7 +112,7 @@ class Validation:
                 f"which repeated keys were looked for, {found}"
             )
         else:
-            yield f"{self.url}: {self.shards:,} shards were read, {found}"
+            yield f"{self.url}: read {plural(self.shards, 'shard')}, {found}"
 
 
 def validate(

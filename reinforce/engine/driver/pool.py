@@ -21,6 +21,7 @@ from reinforce.engine.messages.results import WorkerId, WorkerInfo
 from reinforce.engine.messages.task import PendingShard
 from reinforce.engine.worker.actor import SHARDS_IN_FLIGHT, as_actor
 from reinforce.processes.cores import Node, capacity, cores_per_process
+from reinforce.terminal import plural
 
 _CAPACITY_SECONDS = 5.0  # between two counts of the cluster's resources
 _BOARD_SECONDS = 10.0  # for the boards of workers that do not answer
@@ -76,18 +77,18 @@ def describe_workers(workers: Workers, shards: int, limit: int, nodes: Sequence[
     """A line about the workers of a run (at most ``limit``, and one for each shard) and about cores that stay idle."""
     count = min(shards, limit)
     device = "cuda" if workers.gpus else "cpu"
-    what = f"{count} worker{'s' * (count != 1)} x {workers.describe()}"
+    what = f"{plural(count, 'worker')} x {workers.describe()}"
     batches = (
         "the largest batches that fit"
         if workers.batch == "auto" and workers.gpus
-        else f"batches of {workers.images} images"
+        else f"batches of {plural(workers.images, 'image')}"
     )
     line = f"{what}, {batches}, device {device}"
     places = capacity(nodes, workers.cores, workers.gpus or 0)
     cores = cores_per_process(nodes, count, 0)
     if workers.gpus or workers.max is not None or shards >= places or cores <= workers.cores:
         return line
-    left = f"{shards} shard{'s' * (shards != 1)}"
+    left = f"{plural(shards, 'shard')}"
     return f"{line}; there are {places} places for workers and {left}: workers.cpus={cores} uses more cores"
 
 

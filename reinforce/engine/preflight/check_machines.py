@@ -14,7 +14,7 @@ from reinforce.config import Workers
 from reinforce.nodes import cluster_of_run, nodes_of_run
 from reinforce.processes.cores import Node, available_cores, capacity
 from reinforce.storage import Storage
-from reinforce.terminal import format_bytes
+from reinforce.terminal import format_bytes, plural
 
 _SHM = "/dev/shm"  # noqa: S108
 _SHM_BYTES = 2**30  # Ray moves its object store to the disk below some hundred megabytes; Docker's default is 64 MiB
@@ -94,7 +94,7 @@ def machine_warnings(machines: Sequence[Machine], workers: Workers, output: str,
     held = count_workers(machines, workers)
     if held < workers.min:
         share = f"{workers.cores} CPUs" + (f" and {workers.gpus:g} GPU" if workers.gpus else "")
-        warnings.append(f"{held:,} workers of {share} fit at a time, and workers.min is {workers.min:,}")
+        warnings.append(f"room for {plural(held, 'worker')} of {share} at a time, and workers.min is {workers.min:,}")
     return warnings + _output_warnings(output, written)
 
 

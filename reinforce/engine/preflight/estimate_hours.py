@@ -10,7 +10,7 @@ from typing import Any
 from reinforce.config import Estimate
 from reinforce.engine.plan.plan import Plan
 from reinforce.engine.preflight.estimate_bytes import SourceStatistics
-from reinforce.terminal import format_bytes, format_duration
+from reinforce.terminal import format_bytes, format_duration, plural
 
 #: CPU milliseconds of a worker for a photograph of 512 x 512 pixels, by the number of augmentations: its decode
 #: processes and its own process, as docs/performance.md has them (benchmarks/results/pipeline.json).
@@ -58,17 +58,17 @@ class Effort:
 
     def lines(self, hours: float | None = None) -> list[str]:
         """For people; ``hours`` is the wish for which ``wanted_workers`` are needed."""
-        each = f"{self.workers:,} worker{'s' * (self.workers != 1)} with {_share(self.gpus, self.cpus)} each"
+        each = f"{plural(self.workers, 'worker')} with {_share(self.gpus, self.cpus)} each"
         read = f"reads {format_bytes(self.read_bytes)}"
         if self.hours is None or self.worker_hours is None or self.limited is None:
             return [
-                f"estimate: {self.samples:,} images; {read}; hours are not known: give --rate, or compute some shards "
-                "first, whose rate is then used"
+                f"estimate: {plural(self.samples, 'image')}; {read}; hours are not known: give --rate, or compute some "
+                "shards first, whose rate is then used"
             ]
         unit = "GPU hours" if self.gpus else "worker hours"
         time = format_duration(self.hours * 3600)
         lines = [
-            f"estimate: {self.samples:,} images at {self.limited:,.0f} a second a worker; {each}: {time}, "
+            f"estimate: {plural(self.samples, 'image')} at {self.limited:,.0f} a second a worker; {each}: {time}, "
             f"{self.worker_hours * (self.gpus or 1):,.1f} {unit}; {read}"
         ]
         if self.wanted_workers is not None and hours is not None:
@@ -178,5 +178,5 @@ def measured_rate(plan: Plan, summary: Mapping[str, Any] | None) -> Rate | None:
 
 
 def _share(gpus: float, cpus: int) -> str:
-    cores = f"{cpus} core{'s' * (cpus != 1)}"
+    cores = f"{plural(cpus, 'core')}"
     return f"{gpus:g} GPU and {cores}" if gpus else cores

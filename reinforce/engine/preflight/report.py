@@ -17,7 +17,7 @@ from reinforce.engine.preflight.estimate_bytes import SourceStatistics, expected
 from reinforce.engine.preflight.estimate_hours import Effort, Rate, decoding_rate, estimate_effort, measured_rate
 from reinforce.engine.record.summary import not_in_source_lines
 from reinforce.source.urls import canonical
-from reinforce.terminal import format_bytes
+from reinforce.terminal import format_bytes, plural
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class PlanReport:
         plan = self.plan
         size = format_bytes(sum(size or 0 for size in self.expected.values()))
         size += "" if self.bytes is not None else " or more"
-        lines = [f"{plan.shards:,} shards, {len(plan.pending):,} with something missing, about {size} to write"]
+        lines = [f"{plural(plan.shards, 'shard')}, {len(plan.pending):,} with something missing, about {size} to write"]
         damage = describe_damaged(Store(plan.config.output).url, plan.damaged)
         lines += [
             *(code.line() for code in plan.codes),

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
-from reinforce.terminal import Screen, format_duration
+from reinforce.terminal import Screen, format_duration, plural
 
 _WINDOW_SECONDS = 60.0
 
@@ -63,16 +63,16 @@ class Progress(Screen):
 
     def line(self, now: Snapshot) -> str:
         rates = self.rates(now)
-        parts = [f"{now.shards_done:,} of {now.shards:,} shards", f"{now.samples:,} samples"]
+        parts = [f"{now.shards_done:,} of {plural(now.shards, 'shard')}", plural(now.samples, "sample")]
         if rates.samples_per_second is not None:
             parts.append(f"{rates.samples_per_second:,.0f} samples/s")
         if rates.busy_share is not None:
             parts.append(f"accelerator busy {rates.busy_share:.0%}")
-        parts.append(f"{now.workers} worker{'s' * (now.workers != 1)}")
+        parts.append(f"{plural(now.workers, 'worker')}")
         if rates.eta is not None:
             parts.append(f"ETA {format_duration(rates.eta)}")
         if now.quarantined_shards or now.refused_rows:
-            parts.append(f"quarantine: {now.quarantined_shards} shards, {now.refused_rows:,} rows")
+            parts.append(f"quarantine: {plural(now.quarantined_shards, 'shard')}, {plural(now.refused_rows, 'row')}")
         return "  ".join(parts)
 
     def _eta(self, now: Snapshot) -> float | None:

@@ -213,8 +213,8 @@ def summarize(
         status, message = (
             1,
             (
-                f"{len(totals.postponed):,} shards are not finished: files that they need were damaged or did not fit, "
-                "and are set aside. Run the same command again."
+                f"not finished: {plural(len(totals.postponed), 'shard')}. Files that they need were damaged or did not "
+                "fit, and are set aside. Run the same command again."
             ),
         )
     elif totals.samples == 0 and any(SAMPLES in shard.layers for shard in plan.pending):
@@ -313,13 +313,13 @@ def not_in_source_lines(counts: Mapping[str, Any]) -> list[str]:
     lines = []
     if count := counts.get("finished"):
         lines.append(
-            f"not in `source`: {count:,} finished shards, such as {counts['first_finished']}. They stay in the dataset "
-            "and are read; to remove one, delete its files NAME.parquet in all layers"
+            f"not in `source`: {plural(count, 'finished shard')}, such as {counts['first_finished']}. Such shards stay "
+            "in the dataset and are read; to remove one, delete its files NAME.parquet in all layers"
         )
     if count := counts.get("quarantined"):
         lines.append(
-            f"not in `source`: {count:,} quarantined shards, such as {counts['first_quarantined']}. They are not "
-            "retried; to forget one, delete its file quarantine/LAYER/NAME.parquet"
+            f"not in `source`: {plural(count, 'quarantined shard')}, such as {counts['first_quarantined']}. Such "
+            "shards are not retried; to forget one, delete its file quarantine/LAYER/NAME.parquet"
         )
     return lines
 
@@ -338,11 +338,11 @@ def nothing_to_do(plan: Plan) -> RunSummary:
     """The summary of a run that found every layer complete."""
     status, message = verdict(plan.quarantined, plan.shards, plan.config.failures.allowed_share)
     text = (
-        f"nothing to do: {plan.shards:,} shards, {len(plan.layers)} layers, all complete in "
+        f"nothing to do: {plural(plan.shards, 'shard')}, {plural(len(plan.layers), 'layer')}, all complete in "
         f"{redact(plan.config.output)}"
     )
     if plan.quarantined:
-        text += f" except {plan.quarantined:,} quarantined shards (--retry-quarantined retries them)"
+        text += f" except {plural(plan.quarantined, 'quarantined shard')} (--retry-quarantined retries them)"
     text = "\n".join([text, *not_in_source_lines(asdict(plan.not_in_source))])
     if status:
         text += f"\n{message}"

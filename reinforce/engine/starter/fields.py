@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from reinforce.config import Input
@@ -23,12 +22,14 @@ from reinforce.source.urls import canonical
 _CAPTIONS = ("txt", "text", "caption", "captions", "alt_text", "alt", "description", "title", "prompt", "sentence")
 _KEYS = ("id", "image_id", "sample_id", "hash", "sha256", "md5")
 _FIRST_SAMPLES = 16
+_SCHEME_CHARS = 16
 
 
 @dataclass(frozen=True)
 class Fields:
     """What is found: the columns of a table (``image``, ``key``; None: by default), where captions are (None: as by
-    default), whether there are any, other names, and an example."""
+    default), whether there are any, other names, an example, whether a table has URLs of its images, and why no sample
+    can be read, if so."""
 
     image: str | None = None
     captions: tuple[str, ...] | None = None
@@ -36,6 +37,8 @@ class Fields:
     other_key: str | None = None
     names: tuple[str, ...] = ()
     example: str | None = None
+    remote: bool = False
+    unread: str | None = None
 
     def as_input(self) -> dict[str, Any]:
         """The keys of `input` that differ from the default."""
@@ -44,9 +47,11 @@ class Fields:
 
     def lines(self) -> list[str]:
         """About captions, for people."""
+        if self.unread is not None:
+            return [self.unread]
         if self.example is not None:
             return [f"caption of the first sample: {self.example!r}"]
-        return ["no caption was found; set input.captions to where captions are"]
+        return ["no caption was found; set input.captions to where captions are, or name a captioner"]
 
 
 def find_fields(shard: Shard, spec: Input) -> Fields:
@@ -79,12 +84,13 @@ def _table_fields(shard: Shard, spec: Input) -> Fields:
     texts = [name for name in names if name not in (columns.image, columns.key) and _is_text(rows[name])]
     defaults = {"txt", "text", "caption"} & {*texts}
     other = None if columns.key else _named(names, _KEYS)
+    remote = "://" in str(rows[columns.image] or "")[:_SCHEME_CHARS]
     if defaults:
-        return Fields(image, None, True, other, names)
+        return Fields(image, None, True, other, names, remote=remote)
     chosen = _named(texts, _CAPTIONS) or next(
         (t for t in texts if " " in str(rows[t]) and not _is_place(rows[t])), None
     )
-    return Fields(image, () if chosen is None else (chosen,), chosen is not None, other, names)
+    return Fields(image, () if chosen is None else (chosen,), chosen is not None, other, names, remote=remote)
 
 
 def _columns(shard: Shard) -> tuple[list[str], Mapping[str, Any]]:
@@ -110,12 +116,13 @@ def _first_sample(shard: Shard, spec: Input) -> RawSample:
 
 
 def _with_example(shard: Shard, fields: Fields) -> Fields:
-    """The fields with the caption of the first sample."""
+    """The fields with the caption of the first sample, or why none can be read."""
     spec = Input(**fields.as_input())
-    with contextlib.suppress(UserError):
+    try:
         caption = _first_sample(shard, spec).caption(spec.captions, spec.limits)
-        return Fields(**{**vars(fields), "example": None if caption is None else _shorten(caption)})
-    return fields
+    except UserError as error:
+        return replace(fields, unread=str(error))
+    return replace(fields, example=None if caption is None else _shorten(caption))
 
 
 def _json_of(sample: RawSample) -> dict[str, Any]:

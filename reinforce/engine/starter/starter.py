@@ -11,7 +11,7 @@ from pathlib import Path
 import schemas
 from reinforce.config import Config, Input
 from reinforce.engine.plan.source_shards import source_shards
-from reinforce.engine.starter.fields import find_fields
+from reinforce.engine.starter.fields import Fields, find_fields
 from reinforce.engine.starter.template import render
 from reinforce.errors import UserError
 from reinforce.nodes import nodes_of_run
@@ -32,21 +32,38 @@ class Starter:
 
 def make_starter(data: str, config_path: Path) -> Starter:
     """Look at ``data``, and make the config that will be written to ``config_path``. Raises UserError."""
+    output = f"{_name(data)}-reinforced"
     source, notes = files_of_folder(data)
-    name = _name(data)
-    output = f"{name}-reinforced"
+    look = _look_at(source, output)
+    if look.fields.remote and (images := files_of_folder(data, images_first=True))[0] != source:
+        source, notes = images  # the table is where images were downloaded from, as img2dataset writes it
+        look = _look_at(source, output)
+    gpu = bool(default_gpus(nodes_of_run()))
+    schema = _schema_for(config_path)
+    text = render(source, output, look.found, look.format, look.fields, gpu, schema, str(config_path))
+    return Starter(text, [f"source: {look.found}", *look.fields.lines(), *notes, *look.notes])
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What a source is: a description, its format, the fields of its first shard, and notes."""
+
+    found: str
+    format: SourceFormat
+    fields: Fields
+    notes: Sequence[str]
+
+
+def _look_at(source: str, output: str) -> _Look:
     listed: dict[str, Info] = {}
     shards = source_shards(Config(source=source, output=output), listed)
     if not shards.urls:
-        raise UserError(f"{canonical(data)} has no files. Check the folder.")
+        raise UserError(f"{canonical(source)} has no files. Check the folder.")
     first = shards.names[0].as_py()
     shard = Shard(shards.urls[0], first, shards.format.name, shards.lists.get(first, b""))
-    fields = find_fields(shard, Input())
-    gpu = bool(default_gpus(nodes_of_run()))
     sizes = [info.get("size") or 0 for info in listed.values()]
     found = _describe(len(shards.urls), shards.format, sum(sizes) if len(sizes) == len(shards.urls) else None)
-    text = render(source, output, found, shards.format, fields, gpu, _schema_for(config_path), str(config_path))
-    return Starter(text, [f"source: {found}", *fields.lines(), *notes, *shards.notes])
+    return _Look(found, shards.format, find_fields(shard, Input()), shards.notes)
 
 
 def _name(data: str) -> str:
@@ -66,10 +83,10 @@ def default_path(data: str) -> Path:
 
 
 def _describe(count: int, format_: SourceFormat, size: int | None) -> str:
-    from reinforce.terminal import format_bytes
+    from reinforce.terminal import format_bytes, plural
 
     what = format_.noun.removesuffix(" file")
-    return f"{count:,} shard{'s' * (count > 1)} ({what}{'' if size is None else f', {format_bytes(size)}'})"
+    return f"{plural(count, 'shard')} ({what}{'' if size is None else f', {format_bytes(size)}'})"
 
 
 def _schema_for(config_path: Path) -> str:

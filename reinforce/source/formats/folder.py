@@ -19,7 +19,7 @@ from reinforce.errors import UserError
 from reinforce.parquet.footers import RefusedFile
 from reinforce.processes.prefetch import prefetch
 from reinforce.source.captions import parse_json
-from reinforce.source.file_types import METADATA, is_image_name
+from reinforce.source.file_types import METADATA, foreign_name, is_image_name
 from reinforce.source.formats.base import ListedFolder, Shard, SourceFormat
 from reinforce.source.formats.columns import NoColumn, RowReader, find_columns
 from reinforce.source.formats.lines import BrokenRow, LinesFormat
@@ -31,10 +31,12 @@ from reinforce.source.streams import check_file
 from reinforce.source.urls import canonical, filesystem
 from reinforce.source.whole_reads import open_whole
 from reinforce.source_formats import SOURCES
+from reinforce.terminal import plural
 from schemas import Reason
 
 FILE_NAME = "file_name"
 
+_TABLES = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet")  # other files that may have captions
 _LINE_BYTES = 2**24
 _THREADS = 16
 _LOCAL_THREADS = 2
@@ -94,10 +96,11 @@ def list_folder(url: str, spec: Input, output: str = "") -> ListedFolder:
         raise UserError(_no_images(root, others + tables))
     notes = []
     if others:
-        shown = canonical(f"{root}/{others[0]}")
-        notes.append(
-            f"source: {len(others):,} files are ignored, which are no images and belong to none, such as {shown}"
-        )
+        captioned = tables or any(sample.files.keys() & {"txt", "json"} for sample in found)
+        table = None if captioned else next((path for path in others if path.lower().endswith(_TABLES)), None)
+        hint = "; captions are read from metadata.csv or .jsonl beside the images (file_name, text)" if table else ""
+        shown = canonical(f"{root}/{table or others[0]}")
+        notes.append(f"source: {plural(len(others), 'other file')} not read, such as {shown}{hint}")
     notes += [note for path in tables if (note := _add_rows(root, path, found))]
     return ListedFolder(found, notes)
 
@@ -195,10 +198,9 @@ def _no_images(root: str, others: list[str]) -> str:
     shown = canonical(root)
     if not others:
         return f"source: {shown} is an empty folder. Name one with images, or files by a pattern such as {shown}/*.tar."
-    return (
-        f"source: {shown} is a folder without images; it has {len(others):,} other files, such as {others[0]}. Name "
-        f"what is read: {SOURCES}."
-    )
+    remedy = foreign_name(others[0]) or f"name what is read: {SOURCES}"
+    count = plural(len(others), "other file")
+    return f"source: {shown} is a folder without images; it has {count}, such as {others[0]}: {remedy}."
 
 
 def _add_rows(root: str, table: str, samples: list[FolderSample]) -> str | None:
@@ -220,7 +222,7 @@ def _add_rows(root: str, table: str, samples: list[FolderSample]) -> str | None:
     if count and strays == count:
         where = f"source: {canonical(root)}/{table}"
         raise UserError(f"{where}: no row has the path of an image, relative to its folder, in `{FILE_NAME}`.")
-    return f"source: {strays:,} rows of {table} name no image that is there" if strays else None
+    return f"source: {plural(strays, 'row')} of {table} without an image that is there" if strays else None
 
 
 def _rows(url: str) -> Iterator[Mapping[str, Any]]:

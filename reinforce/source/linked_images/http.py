@@ -154,6 +154,7 @@ def _seconds_left(end: float) -> float:
 
 def _connect(host: str, port: int | None, secure: bool, private: bool, end: float) -> http.client.HTTPConnection:
     """A connection to the address that was checked."""
+    place = f"http{'s' * secure}://{f'[{host}]' if ':' in host else host}{f':{port}' if port else ''}"
     port = port or (443 if secure else 80)
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -162,7 +163,9 @@ def _connect(host: str, port: int | None, secure: bool, private: bool, end: floa
     addresses = [str(entry[4][0]) for entry in found]
     if not private and (others := [address for address in addresses if not is_public_address(address)]):
         named = "" if host == others[0] else f"{host[:200]} is "
-        detail = f"{named}{others[0]}, an address that is not public; allow it in input.images_from"
+        detail = (
+            f'{named}{others[0]}, an address that is not public; to allow it, set input.images_from: ["{place[:200]}"]'
+        )
         raise ImageRefusedByPlace(Reason.IMAGE_PLACE, detail)
     connection = http.client.HTTPConnection(host, port)
     raw = socket.create_connection((addresses[0], port), timeout=_seconds_left(end))

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from reinforce.errors import UserError
 from reinforce.processes.cores import available_cores, cores_per_process, default_gpus, describe_share
+from reinforce.terminal import plural
 from reinforce.training.config import Compute
 from reinforce.training.distributed.rank_watch import TIMEOUT, RankWatch
 from reinforce.training.stop import Stopped
@@ -79,7 +80,7 @@ class Ranks:
 
     def describe(self, reading: str) -> str:
         """A line about what the ranks use; ``reading`` describes the loaders of each."""
-        ranks = f"{self.size} rank{'s' * (self.size > 1)} x {describe_share(self.cpus, 0)}"
+        ranks = f"{plural(self.size, 'rank')} x {describe_share(self.cpus, 0)}"
         return f"{ranks}, {reading}{' each' * (self.size > 1)}, device {self.accelerator.device.type}"
 
     def start_max(self, value: int) -> Callable[[], int]:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from reinforce.terminal import format_duration
+from reinforce.terminal import format_duration, plural
 
 
 class Throughput:
@@ -53,5 +53,5 @@ def format_row(row: Mapping[str, Any], steps: int, seconds_left: float) -> str:
         f"ETA {format_duration(seconds_left)}",
     ]
     if row["skipped"]:
-        parts.append(f"{row['skipped']:,} steps skipped")
+        parts.append(f"{plural(row['skipped'], 'step')} skipped")
     return "  ".join(parts)

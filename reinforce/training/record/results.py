@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from reinforce.storage import Storage
-from reinforce.terminal import format_duration
+from reinforce.terminal import format_duration, plural
 from reinforce.training.checkpoint import FOLDER, BestCheckpoint
 from reinforce.training.record.log import CURVES, EVENTS, LOG
 
@@ -46,8 +46,8 @@ class Results:
     def summary(self) -> str:
         """A summary in plain English, several lines."""
         lines = [
-            f"trained {self.parameters / 1e6:,.1f} million parameters for {self.steps:,} steps on {self.samples:,} "
-            f"samples in {format_duration(self.seconds)} ({self.seconds_per_step:.3g} s per step, "
+            f"trained {self.parameters / 1e6:,.1f} million parameters for {plural(self.steps, 'step')} on "
+            f"{self.samples:,} samples in {format_duration(self.seconds)} ({self.seconds_per_step:.3g} s per step, "
             f"{self.samples_per_second:,.0f} samples/s)"
         ]
         if self.loss is not None:
@@ -58,7 +58,7 @@ class Results:
             where = "exported" if self.best.step == self.exported else "kept as a checkpoint"
             lines.append(f"best {self.best.metric}: {self.best.value:.4f} at step {self.best.step:,}, {where}")
         if self.skipped:
-            lines.append(f"{self.skipped:,} steps were skipped because their gradient was not finite")
+            lines.append(f"{plural(self.skipped, 'step')} skipped, because the gradient was not finite")
         lines.append(f"weights: {self.output}/{self.export}   curves: {self.output}/{CURVES}")
         return "\n".join(lines)
 

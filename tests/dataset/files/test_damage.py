@@ -149,7 +149,7 @@ def test_a_shard_that_was_removed_from_all_layers_is_named_and_forgotten_by_the_
     one = {**config(made, dataset), "source": f"{made.parent}/source/00000.tar"}
     with caplog.at_level(logging.WARNING):
         assert reinforce.run(one).run is None, "nothing is computed"
-    assert f"the samples of 1 shards, such as {Path(name).stem}, were deleted" in caplog.text
+    assert f"the samples of 1 shard, such as {Path(name).stem}, were deleted" in caplog.text
     assert len(reinforce.open(str(dataset), strict=True)) == 9
 
 

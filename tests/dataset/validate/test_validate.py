@@ -28,9 +28,9 @@ from tests.helpers.validated import printed
 
 def test_a_sound_dataset_is_valid_and_not_written_to(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     url, before = str(made), tree(made, layers_only=False)
-    assert printed(url, 0, capsys) == f"{url}: 2 shards were read, valid\n"
+    assert printed(url, 0, capsys) == f"{url}: read 2 shards, valid\n"
     out = printed(url, 0, capsys, "--sources", f"{made.parent}/source")
-    assert out == f"source files: 2 as when their samples were written\n{url}: 2 shards were read, valid\n"
+    assert out == f"source files: 2 as when their samples were written\n{url}: read 2 shards, valid\n"
     report = json.loads(printed(url, 0, capsys, "--json", "--quick"))
     assert (report["valid"], report["shards"], report["rows"], report["findings"]) == (True, 2, 12, [])
     assert tree(made, layers_only=False) == before
@@ -42,8 +42,8 @@ def test_keys_that_repeat_across_shards_are_counted(tmp_path: Path, capsys: pyte
         write_tar(tmp_path / "source" / f"{number}.tar", members)
     url = reinforce_here(config_of(f"{tmp_path}/source/*.tar", tmp_path / "out"))
     out = printed(url, 1, capsys)
-    assert "repeated keys: 2 keys, 18.18% of all, occur in more than one shard, for example in 0-" in out
-    assert out.endswith("3 shards were read, not valid\n")
+    assert "repeated keys: 2 keys, 18.18% of all, in more than one shard, for example in 0-" in out
+    assert out.endswith("read 3 shards, not valid\n")
 
 
 def test_changed_touched_and_missing_sources_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -67,7 +67,7 @@ def test_plan_and_run_fail_with_the_same_message(tmp_path: Path, capsys: pytest.
     for name, changes, message in cases:
         values = config(tmp_path, f"{tmp_path}/{name}.tar", **changes)
         status, out, err = plan_command(tmp_path, values, capsys)
-        assert (status, "1 shards, 1 with something missing" in out) == (2, True)
+        assert (status, "1 shard, 1 with something missing" in out) == (2, True)
         assert message in err
         with pytest.raises(UserError) as raised:
             run(values)
@@ -96,7 +96,7 @@ def test_a_source_without_access_fails_a_plan_after_its_table(
     with pytest.raises(SystemExit, match="2"):
         main(["plan", str(ROOT / "configs/dfn5b.yaml"), *changes])
     printed = capsys.readouterr()
-    assert "1 shards, 1 with something missing" in printed.out
+    assert "1 shard, 1 with something missing" in printed.out
     assert "error: source cannot be read: s3://nobody/x.tar: NoCredentialsError" in printed.err
     s3fs.S3FileSystem.clear_instance_cache()
 
@@ -142,7 +142,7 @@ def test_a_plan_names_shards_of_the_dataset_that_are_not_in_the_source(
     reinforce_here(config(tmp_path, f"{tmp_path}/?.tar"))
     status, out, err = plan_command(tmp_path, config(tmp_path, f"{tmp_path}/1.tar"), capsys)
     assert (status, err) == (0, "")
-    assert out.splitlines()[-1].startswith("not in `source`: 1 finished shards, such as 0-")
+    assert out.splitlines()[-1].startswith("not in `source`: 1 finished shard, such as 0-")
 
 
 def test_a_first_sample_without_a_caption_is_noted_if_captions_are_encoded(tmp_path: Path) -> None:

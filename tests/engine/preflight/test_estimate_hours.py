@@ -111,7 +111,7 @@ def test_machines_that_lack_something_are_warned_of(tmp_path: Path) -> None:
     for part, text in zip(
         ("node b: /dev/shm has 64.0 MiB", "node b: the disk of Ray's temporary folder is 97% full",
          "node c did not answer",
-         "1 workers of 8 CPUs and 1 GPU fit at a time, and workers.min is 4", "free, and"),
+         "room for 1 worker of 8 CPUs and 1 GPU at a time, and workers.min is 4", "free, and"),
         found, strict=True,
     ):  # fmt: skip
         assert part in text

@@ -140,10 +140,10 @@ def test_samples_are_counted_by_what_joined_them_and_captions_that_could_not_be_
 def test_shards_that_are_not_in_the_source_are_reported_with_what_to_do() -> None:
     absent = NotInSource(3, 2, "00000-ab", "samples/00007-cd")
     lines = [
-        "not in `source`: 3 finished shards, such as 00000-ab. They stay in the dataset and are read; to remove one, "
-        "delete its files NAME.parquet in all layers",
-        "not in `source`: 2 quarantined shards, such as samples/00007-cd. They are not retried; to forget one, delete "
-        "its file quarantine/LAYER/NAME.parquet",
+        "not in `source`: 3 finished shards, such as 00000-ab. Such shards stay in the dataset and are read; to remove "
+        "one, delete its files NAME.parquet in all layers",
+        "not in `source`: 2 quarantined shards, such as samples/00007-cd. Such shards are not retried; to forget "
+        "one, delete its file quarantine/LAYER/NAME.parquet",
     ]
     done = nothing_to_do(replace(plan(pending=()), not_in_source=absent))
     assert done.message.splitlines()[1:] == lines

@@ -64,6 +64,11 @@ SOURCES: dict[str, tuple[dict[str, bytes], str, str, dict[str, Any], int]] = {
     "a folder of images": (
         {**FOLDER, "metadata.csv": b"file_name,text\na/a.png,other\n"}, "", "", {"format": "folder"}, 1
     ),
+    "img2dataset's files": (
+        {f"00000/{key}{end}": data for key in "ab" for end, data in ((".png", picture(7)), (".txt", b"a caption"))}
+        | {"00000.parquet": parquet(url=["http://x/a.png"], caption=["a caption"]), "00000_stats.json": b"{}"},
+        "", "", {"format": "folder"}, 1,
+    ),
     "images without captions": (IMAGE, "", "", {"format": "folder", "captions": []}, 1),
 }  # fmt: skip
 
@@ -99,7 +104,7 @@ def test_the_config_for_each_kind_of_source_passes_plan_unchanged(
     assert config["source"] == f"{folder}/source{source}"
     assert config["input"] == fields
     assert f"source: {shards} shard" in out
-    assert f"{shards} shards, {shards} with something missing" in planned
+    assert f"{shards} shard{'s' * (shards > 1)}, {shards} with something missing" in planned
     assert config["teachers"].keys() == {"mobileclip2-s0"}, "there is no GPU here"
     assert "captioners" not in config
     assert ("caption of the first sample" in out) == (fields.get("captions") != [])
@@ -120,7 +125,9 @@ def test_a_run_reads_the_files_of_a_folder_as_by_their_pattern(kind: str, folder
     assert by_folder.names.to_pylist() == by_pattern.names.to_pylist()
     assert len(by_folder.urls) == count
     assert by_folder.format is by_pattern.format
-    assert bool(by_folder.notes) == (kind == "a folder as on the hub"), "files that are left out are named"
+    assert bool(by_folder.notes) == (kind in ("a folder as on the hub", "img2dataset's files")), (
+        "files that are left out are named"
+    )
 
 
 def test_a_folder_with_images_is_one_of_images_and_the_output_is_no_source(folder: Path) -> None:
@@ -150,6 +157,20 @@ def test_a_machine_with_a_gpu_gets_the_ensemble_and_a_captioner(
     assert config["teachers"].keys() == {"dfn2b", "dfn2b-s39b"}
     assert config["captioners"].keys() == {"coca"}
     assert "captions/coca" in planned
+
+
+def test_what_a_new_user_must_know_is_printed(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (folder / "urls.csv").write_text("url,caption\nhttp://127.0.0.1:9/a.png,a caption\n")
+    status, out, _ = run_command(capfd, "init", "urls.csv")
+    assert status == 0
+    assert "no sample can be read. urls.csv-" in out
+    assert 'to allow it, set input.images_from: ["http://127.0.0.1:9"]' in out
+    assert "no caption was found" not in out
+    for name in ("captions.txt", "annotations/captions_val2017.json"):
+        root = write(folder / name.partition(".")[0], {"images/a.png": picture(1), "Thumbs.db": b"", name: b"{}"})
+        _, out, _ = run_command(capfd, "init", root)
+        assert "set input.captions to where captions are, or name a captioner" in out
+        assert f"source: 2 other files not read, such as {root}/{name}; captions are read from metadata.csv" in out
 
 
 def test_names_of_columns_cannot_write_into_the_config(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -65,7 +65,7 @@ def test_a_folder_gives_the_samples_of_a_tar_of_it(photos: Path, tmp_path: Path)
     values = config(photos, tmp_path / "out")
     sample, [note] = check_source(plan(values))
     assert (sample and sample.line()) == "first sample: cats/a (.png, 40 x 30), caption 'a cat'"
-    assert note == (f"source: 3 files are ignored, which are no images and belong to none, such as {photos}/Thumbs.db")
+    assert note == f"source: 3 other files not read, such as {photos}/Thumbs.db"
     assert (expected_bytes(plan(values))["samples"] or 0) > sum(len(picture(number)) for number in range(4))
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         for path in sorted(photos.rglob("*")):
@@ -114,7 +114,7 @@ def test_a_folder_of_hugging_face_is_read_with_its_metadata(photos: Path, tmp_pa
     loaded = datasets.load_dataset("imagefolder", data_dir=str(photos / "dogs"), cache_dir=str(tmp_path / "cache"))
     assert "a row" in loaded["train"]["text"]
     notes = check_source(plan(config(photos, tmp_path / "out")))[1]
-    assert notes[1:] == ["source: 1 rows of metadata.csv name no image that is there"]
+    assert notes[1:] == ["source: 1 row of metadata.csv without an image that is there"]
     made = {row["key"]: row for row in rows(reinforce_here(config(photos, tmp_path / "out")))}
     assert [made[key]["caption"] for key in ("cats/a", "dogs/c", "dogs/d")] == ["a cat", "a dog", "a row"]
     assert json.loads(made["dogs/d"]["metadata"]) == {"text": "a row", "tags": ["x", None]}
@@ -168,7 +168,11 @@ def test_files_that_disappear_cost_their_samples_and_a_list_is_written_once(phot
     ("files", "message"),
     [
         ({}, "is an empty folder. Name one with images, or files by a pattern such as"),
-        ({"x.arrow": "x"}, "Name what is read: tars, Parquet, jsonl or csv files"),
+        ({"x.bin": "x"}, "1 other file, such as x.bin: name what is read: tars, Parquet, jsonl or csv files"),
+        (
+            {"data-0.arrow": "x", "state.json": "{}"},
+            "2 other files, such as data-0.arrow: an Arrow file, not a tar: write Parquet",
+        ),
         ({"a.png": "x", "metadata.csv": "name,text\na.png,x\n"}, "/metadata.csv: no row has the path of an image,"),
         ({"a.png": "x", "metadata.jsonl": "{broken"}, "/metadata.jsonl cannot be read: invalid JSON"),
     ],

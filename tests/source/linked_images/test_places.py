@@ -132,7 +132,9 @@ def test_urls_are_read_from_public_addresses_and_from_those_that_are_named(
         )
         found = refusals(read_table(path, "csv"))
         assert {refusal.partition(":")[0] for refusal in found} == {"image_place"}
-        assert found[0].endswith("127.0.0.1, an address that is not public; allow it in input.images_from")
+        assert found[0].endswith(
+            f'127.0.0.1, an address that is not public; to allow it, set input.images_from: ["{url}"]'
+        )
         expected = ["0", "1", "image_missing: ", "image_missing: "]
         named = refusals(read_table(path, "csv", images_from=url))
         assert [item if item in "01" else item[:15] for item in named] == expected

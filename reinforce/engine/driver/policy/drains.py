@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from reinforce.terminal import plural
+
 
 @dataclass(frozen=True)
 class Drain:
@@ -21,7 +23,7 @@ class Drain:
     def line(self, place: str, workers: int, shards: int) -> str:
         """A message for the log: ``workers`` run on the node, with ``shards`` in flight."""
         when = "" if self.seconds is None else f" and ends in {self.seconds:.0f} s"
-        busy = f"{workers} worker{'s' * (workers != 1)}, {shards} shard{'s' * (shards != 1)} in flight"
+        busy = f"{plural(workers, 'worker')}, {plural(shards, 'shard')} in flight"
         return f"node {place} is drained{when} ({busy}): its workers finish these and get no others"
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from reinforce.engine.messages.results import WorkerId
 from reinforce.errors import UserError
+from reinforce.terminal import plural
 
 ALONE = 3
 MAX_IN_A_ROW = 10  # deaths without a finished shard, or twice as many as there are workers
@@ -71,7 +72,7 @@ class MemoryDeaths:
 
 
 def _describe(deaths: int, worker: WorkerId, use: MemoryUse, recycle: int | None) -> str:
-    which = f"{deaths} worker{'s' * (deaths > 1)} killed because the memory of a node ran out, which counts against no "
+    which = f"{plural(deaths, 'worker')} killed because the memory of a node ran out, which counts against no "
     which += f"shard. The last one is {worker}"
     if use.shards and use.growth > _LEAK_SHARE * use.first:
         lasted = max(1, use.shards // 2)

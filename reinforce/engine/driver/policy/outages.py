@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from reinforce.config import Failures
 from reinforce.engine.messages.results import StorageFailure
 from reinforce.errors import StorageError
+from reinforce.terminal import plural
 
 _MAX_PAUSE_SECONDS = 60.0
 
@@ -95,7 +96,7 @@ class Outages:
         if not self.left:
             return None
         shard, text = next(reversed(self.left.items()))
-        shards = f"{len(self.left):,} shard{'s' * (len(self.left) != 1)}"
+        shards = f"{plural(len(self.left), 'shard')}"
         return StorageError(
             f"{text.rstrip('.')}. So the storage failed for {shards}, such as {shard}, for "
             f"{self.settings.outage_seconds:g} s (failures.outage_seconds). None is quarantined for that."
