@@ -15,11 +15,16 @@ HIGHEST_LOGIT_SCALE = 100.0
 
 
 class Optimizer(Section):
-    """AdamW with linear warm-up and cosine decay to ``final_lr``; the defaults are those of MobileCLIP2."""
+    """AdamW with linear warm-up and cosine decay to ``final_lr``; the defaults are those of MobileCLIP2's paper."""
 
     lr: float = Field(1e-3, gt=0, description="peak learning rate")
     final_lr: float = Field(1e-6, ge=0, description="learning rate of the last step")
     warmup: int = Field(1000, ge=0, description="steps until the peak learning rate")
+    hold: int | None = Field(
+        None,
+        ge=1,
+        description="steps at the peak learning rate before it decays; as many as the training has: a constant rate",
+    )
     betas: tuple[float, float] = Field(
         (0.9, 0.95), strict=False, description="decay of AdamW's averages of gradients and their squares"
     )

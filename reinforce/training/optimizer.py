@@ -12,16 +12,18 @@ from reinforce.training.config import Optimizer
 def learning_rate(step: int, steps: int, config: Optimizer) -> float:
     """Learning rate of step ``step`` (from 0) of ``steps``: linear warm-up to ``lr``, then a cosine to ``final_lr``.
 
-    With w = ``warmup`` and n = ``steps``:
+    With w = ``warmup``, h = w + ``hold`` and n = ``steps``:
 
         lr * (step + 1) / w                                                          for step < w
-        final_lr + (lr - final_lr) / 2 * (1 + cos(pi * (step - w) / (n - 1 - w)))    otherwise
+        lr                                                                           for step < h
+        final_lr + (lr - final_lr) / 2 * (1 + cos(pi * (step - h) / (n - 1 - h)))    otherwise
 
-    The last step has ``final_lr``.
+    The last step has ``final_lr``, unless it is held.
     """
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
-    done = (step - config.warmup) / max(1, steps - 1 - config.warmup)
+    start = config.warmup + (config.hold or 0)
+    done = max(0, step - start) / max(1, steps - 1 - start)
     return config.final_lr + (config.lr - config.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 

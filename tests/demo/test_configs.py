@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import open_clip
 import pytest
 import yaml
+from open_clip.coca_model import CoCa
 
 from reinforce import settings
 from reinforce.captioning.config import CaptionerConfig, load_captioner_config
@@ -99,3 +101,53 @@ def test_configs_of_published_sets_name_what_their_cards_and_scripts_show(
     )
     assert len(source) == len(published)
     assert [url.split("/")[-2:] for url in source][-1][-1] == published[-1].split("/")[-1]
+
+
+RECIPES = {
+    "vit-b-16-datacompdr12m": ("ViT-B-16", 1.0, [100, 100], 30_000, 8192, 1e-6, None),
+    "vit-b-16-datacompdr1b": ("ViT-B-16", 0.75, [100, 100], 200_000, 65536, 1e-6, None),
+    "mobileclip-b-lt-datacompdr1b": ("MobileCLIP-B", 0.75, [100, 100], 600_000, 65536, 1e-8, 299_000),
+    "mobileclip-b-dfndr12m": ("MobileCLIP-B", 1.0, [70, 60], 30_000, 8192, 1e-8, None),
+    "mobileclip-b-dfndr2b": ("MobileCLIP-B", 1.0, [70, 60], 200_000, 65536, 1e-8, None),
+}
+
+
+def test_every_recipe_is_compared_with_its_script() -> None:
+    assert {path.stem for path in ROOT.glob("configs/recipes/*.yaml")} == {*RECIPES, "dfndr-labels"}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_of_trainings_have_the_values_of_the_published_scripts(name: str) -> None:
+    config = load_student_config(ROOT / f"configs/recipes/{name}.yaml")
+    optimizer, compute = config.train.optimizer, config.train.compute
+    found = (config.student.model, config.loss.lambda_, [*config.loss.logit_scales.values()])
+    assert (*found, config.train.steps, config.train.batch, optimizer.eps, optimizer.hold) == RECIPES[name]
+    assert (optimizer.lr, optimizer.final_lr, optimizer.warmup, optimizer.betas) == (1e-3, 0, 1000, (0.9, 0.95))
+    assert (optimizer.weight_decay, optimizer.clip, config.seed) == (0.2, 1.0, 0)
+    assert (config.data.captions, config.data.pick, compute.gradient_checkpointing) == ("both", "random", True)
+    assert config.train.batch // compute.ranks == (256 if config.train.batch == 8192 else 512)
+    [source] = config.data.datasets
+    labels = load_config(ROOT / f"configs/{name.rpartition('-')[2]}.yaml")
+    assert labels.output == source.url
+    assert [*labels.teachers] == config.data.teachers
+    assert config.data.captioners is not None
+    assert [*labels.captioners] == [*config.data.captioners]
+    assert {name: spec.logit_scale for name, spec in labels.teachers.items()} == config.loss.logit_scales
+
+
+def test_the_recipe_of_the_labels_has_the_values_of_the_published_generator() -> None:
+    config = load_config(ROOT / "configs/recipes/dfndr-labels.yaml")
+    augmentations, [captioner] = config.augmentations, config.captioners.values()
+    assert (augmentations.count, augmentations.size, augmentations.scale) == (2, 224, (0.08, 1.0))
+    assert augmentations.rand_augment is not None
+    assert (augmentations.rand_augment.ops, augmentations.rand_augment.magnitude) == (2, 9)
+    assert (captioner.strategy, captioner.captions, captioner.top_p, captioner.temperature) == ("nucleus", 5, 0.9, 1.0)
+    defaults = inspect.signature(CoCa.generate).parameters
+    assert (captioner.min_length, captioner.max_length) == (
+        defaults["min_seq_len"].default,
+        defaults["seq_len"].default,
+    )
+    assert captioner.clean is not None
+    assert captioner.clean.first_sentence
+    assert not captioner.clean.drop_duplicates
+    assert [(spec.precision, spec.logit_scale) for spec in config.teachers.values()] == [("fp32", 70), ("fp32", 60)]

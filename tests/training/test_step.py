@@ -119,6 +119,16 @@ def test_the_learning_rate_warms_up_linearly_and_decays_as_a_cosine() -> None:
     assert rates[8] == pytest.approx(0.1)
 
 
+def test_the_learning_rate_is_held_before_it_decays_and_may_stay_constant() -> None:
+    config = Optimizer(lr=1.0, final_lr=0.0, warmup=2, hold=4)
+    rates = [learning_rate(step, 11, config) for step in range(11)]
+    assert rates[:7] == [0.5, *[1.0] * 6]
+    assert rates[6:] == pytest.approx(
+        [learning_rate(step, 5, Optimizer(lr=1.0, final_lr=0.0, warmup=0)) for step in range(5)]
+    )
+    assert {learning_rate(step, 9, Optimizer(lr=1.0, warmup=0, hold=9)) for step in range(9)} == {1.0}
+
+
 @given(steps=st.integers(1, 300), data=st.data())
 def test_the_learning_rate_never_rises_after_the_warm_up_nor_leaves_its_bounds(steps: int, data: st.DataObject) -> None:
     warmup = data.draw(st.integers(0, steps - 1))
