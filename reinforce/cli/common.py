@@ -29,6 +29,9 @@ JsonFile = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object; everything else goes to standard error.")]
 DatasetUrl = Annotated[str, typer.Argument(metavar="DATASET", help="Folder or fsspec URL of a reinforced dataset.")]
+ViewName = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Only the samples that this view of `reinforce select` keeps.")
+]
 
 #: FILE of --json for standard output.
 STDOUT = "-"

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from reinforce.cli.common import Address, DatasetUrl, examples, split_names
+from reinforce.cli.common import Address, DatasetUrl, ViewName, examples, split_names
 from reinforce.terminal import escape
 
 OutputUrl = Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder or fsspec URL to write to.")]
@@ -81,6 +81,7 @@ def export_datacompdr(
     approximate: Annotated[
         bool, typer.Option("--approximate", help="Also export records of the augmentation backend fixed-point-1.")
     ] = False,
+    view: ViewName = None,
     address: Address = None,
     no_ray: NoRay = False,
 ) -> None:
@@ -94,7 +95,8 @@ def export_datacompdr(
 
     result = write(
         dataset, output, teachers=split_names(teachers), captioners=split_names(captioners), precision=precision,
-        images=images, images_from=images_from or (), approximate=approximate, use_ray=not no_ray, address=address,
+        images=images, images_from=images_from or (), approximate=approximate, view=view, use_ray=not no_ray,
+        address=address,
     )  # fmt: skip
     for line in result.lines():
         typer.echo(escape(line))
@@ -119,6 +121,7 @@ def export_embeddings(
     ] = "average",
     text: Annotated[str, typer.Option(metavar="N", help="Number of the caption, or `average` of all.")] = "0",
     dtype: Annotated[Literal["float16", "float32"], typer.Option(help="Of the stored vectors.")] = "float16",
+    view: ViewName = None,
     address: Address = None,
     no_ray: NoRay = False,
 ) -> None:
@@ -130,7 +133,7 @@ def export_embeddings(
 
     result = write(
         dataset, output, teacher=teacher, texts=texts, image=_number("--image", image), text=_number("--text", text),
-        dtype=dtype, use_ray=not no_ray, address=address,
+        dtype=dtype, view=view, use_ray=not no_ray, address=address,
     )  # fmt: skip
     for line in result.lines():
         typer.echo(escape(line))

@@ -11,7 +11,7 @@ import functools
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from reinforce.datacompdr.members import MAX_OPS
@@ -81,6 +81,7 @@ def export_datacompdr(
     images: bool = True,
     images_from: Sequence[str] = (),
     approximate: bool = False,
+    view: str | None = None,
     use_ray: bool = True,
     address: str | None = None,
 ) -> Exported:
@@ -88,10 +89,10 @@ def export_datacompdr(
 
     The vectors of ``teachers`` are concatenated in this order; default: all. Without ``images`` the tars have none.
     ``images_from`` is that of ``reinforce.open``. ``approximate`` also accepts an augmentation backend whose pixels
-    readers of the format replay only approximately.
+    readers of the format replay only approximately. With ``view``, only the samples that it keeps are exported.
     Raises UserError, for what the format cannot hold before anything is written.
     """
-    data = Dataset(url, teachers, captioners, images_from=images_from, images_key="--images-from {}")
+    data = Dataset(url, teachers, captioners, view=view, images_from=images_from, images_key="--images-from {}")
     result = Exported(Storage(output).url, {})
     _check_teachers(data)
     operations = _check_policies(data, approximate)
@@ -112,6 +113,7 @@ def export_datacompdr(
         limits=limits,
         roots=data.roots,
         moved=data.manifest.get("moved", {}),
+        view=None if data.view is None else data.view.rows,
     )
     if not data.captioners:
         result.notes.append("no captioner: the trainer of ml-mobileclip needs synthetic captions")
@@ -213,6 +215,7 @@ def build_config(data: Dataset, operations: int, precision: str, images: bool) -
             "images": images,
             "policies": manifest["policies"],
             "layers": data.fingerprints,
+            **({} if data.view is None else {"view": asdict(data.view.rows)}),
         },
     }
 

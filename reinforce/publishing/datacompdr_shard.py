@@ -28,6 +28,7 @@ from reinforce.dataset.augment.records import OPS
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, captions_layer, embeddings_layer
 from reinforce.dataset.reading.aligned import AlignedLayers, row_errors
+from reinforce.dataset.view import ViewRows
 from reinforce.errors import UserError
 from reinforce.images.policy import PUBLISHED_POLICY, ImageRefused
 from reinforce.publishing.datacompdr_images import has_published_pixels, image_member
@@ -62,6 +63,7 @@ class ShardExport:
         operations: number of operations of each record with RandAugment.
         precision: of the stored vectors.
         limits, roots, moved: bounds on images; where they may be read by reference; former folders of the source.
+        view: whose rows are exported, None for all.
     """
 
     url: str
@@ -77,6 +79,7 @@ class ShardExport:
     limits: Limits
     roots: ImageRoots = field(default_factory=ImageRoots)
     moved: Mapping[str, str] = field(default_factory=dict)
+    view: ViewRows | None = None
 
     @property
     def reads_images(self) -> bool:
@@ -137,7 +140,7 @@ def _rows(export: ShardExport, shard: str) -> Iterator[tuple[str, dict[str, Any]
     store = Store(export.url)
     columns = ["key", "caption", "metadata", "augmentations"]
     columns += image_columns(export.images) if export.reads_images else ()
-    layers = AlignedLayers(store, export.fingerprints, {SAMPLES: columns}, export.moved)
+    layers = AlignedLayers(store, export.fingerprints, {SAMPLES: columns}, export.moved, export.view)
     with layers.open(shard) as opened:
         for number in range(opened.row_groups):
             tables = opened.read(number)

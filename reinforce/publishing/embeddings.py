@@ -24,6 +24,7 @@ from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, captions_layer, embeddings_layer
 from reinforce.dataset.reading.aligned import AlignedLayers, row_errors
 from reinforce.dataset.reading.dataset import Dataset
+from reinforce.dataset.view import ViewRows
 from reinforce.errors import UserError
 from reinforce.publishing.shards import (
     as_seen_by_workers,
@@ -80,6 +81,7 @@ class PartExport:
     choice: Choice
     fingerprints: Mapping[str, str]
     moved: Mapping[str, str]
+    view: ViewRows | None = None
 
 
 @dataclass
@@ -114,23 +116,26 @@ def export_embeddings(
     image: int | Literal["average"] = AVERAGE,  # type: ignore[assignment]
     text: int | Literal["average"] = 0,
     dtype: Literal["float16", "float32"] = "float16",
+    view: str | None = None,
     use_ray: bool = True,
     address: str | None = None,
 ) -> ExportedVectors:
     """Write the vectors of the complete shards of a dataset to a folder or fsspec URL. Raises UserError.
 
-    Rows that lack a vector are left out and counted. ``teacher`` may be left open if the dataset has one.
+    Rows that lack a vector are left out and counted. ``teacher`` may be left open if the dataset has one. With
+    ``view``, only the samples that it keeps are exported.
     """
     captioners = [] if texts in (TRUE_CAPTION, NO_TEXTS) else [texts]
-    data = Dataset(url, None if teacher is None else [teacher], captioners)
+    data = Dataset(url, None if teacher is None else [teacher], captioners, view=view)
     if len(data.teachers) != 1:
         raise UserError(f"{data.store.url} has teachers {', '.join(data.teachers)}: choose one by --teacher.")
     choice = Choice(data.teachers[0], texts, image, text, dtype)
     layers = _needed_layers(data, choice)
     fingerprints = {name: data.fingerprints[name] for name in layers}
     export = PartExport(
-        as_seen_by_workers(url), as_seen_by_workers(output), choice, fingerprints, data.manifest.get("moved", {})
-    )
+        as_seen_by_workers(url), as_seen_by_workers(output), choice, fingerprints, data.manifest.get("moved", {}),
+        None if data.view is None else data.view.rows,
+    )  # fmt: skip
     return _write(export, data.shards, use_ray, address)
 
 
@@ -187,6 +192,7 @@ def _record(output: Storage, export: PartExport, shards: Sequence[str]) -> None:
         "layers": dict(export.fingerprints),
         "shards": len(shards),
         "shard_names": digest,
+        **({} if export.view is None else {"view": asdict(export.view)}),
     }
     record_export(output, config, CONFIG)
 
@@ -196,7 +202,8 @@ def export_part(export: PartExport, part: str) -> tuple[int, int]:
     number, _, shard = part.partition(" ")
     choice, output, store = export.choice, Storage(export.output), Store(export.url)
     images, texts, rows, left_out = list[Floats](), list[Floats](), list[dict[str, Any]](), 0
-    with AlignedLayers(store, export.fingerprints, {SAMPLES: _COLUMNS}, export.moved).open(shard) as layers:
+    aligned = AlignedLayers(store, export.fingerprints, {SAMPLES: _COLUMNS}, export.moved, export.view)
+    with aligned.open(shard) as layers:
         for tables in map(layers.read, range(layers.row_groups)):
             with row_errors(store.url):
                 image, text, captions = _vectors(tables, choice)

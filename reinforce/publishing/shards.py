@@ -61,7 +61,8 @@ def record_export(output: Storage, config: Mapping[str, Any], name: str, options
         output.write_json(config, name)
     elif before != config:
         own, other = (config, before) if options is None else (config[options], before.get(options))
-        different = [key for key in own if not isinstance(other, dict) or other.get(key) != own[key]]
+        other = other if isinstance(other, dict) else {}
+        different = [key for key in {**own, **other} if other.get(key) != own.get(key)]
         raise UserError(
             f"{output.url} has an export with other {', '.join(different) or 'content'}. Repeat the options of that "
             "one, or give another folder."

@@ -23,6 +23,9 @@ from reinforce.dataset.augment.records import OPS
 from reinforce.errors import UserError
 from reinforce.publishing import datacompdr_shard
 from reinforce.publishing.datacompdr import Exported, export_datacompdr
+from reinforce.selection.config import SelectConfig
+from reinforce.selection.select import select
+from reinforce.settings import parse
 from tests.helpers.data import config_of, members_of, picture, write_tar
 from tests.helpers.reinforced import reinforce_here
 
@@ -215,6 +218,19 @@ def test_images_by_reference_are_read_from_folders_that_are_named(tmp_path: Path
     notes = export(tmp_path, tmp_path / "without", images=False).notes
     assert len(notes) == 1
     assert notes[0].startswith("images were not read: readers of the format decode by pillow-rgb-1")
+
+
+def test_of_a_view_only_its_samples_are_exported(plain: Path, tmp_path: Path) -> None:
+    url = str(shutil.copytree(plain / "out", tmp_path / "out"))
+    view = select(parse(SelectConfig, {"dataset": url, "name": "some", "rules": [{"where": "key LIKE '0000000_'"}]}))
+    exported = export(tmp_path, view="some", images=False)
+    assert (exported.shards, exported.samples) == (1, 5), "the other shard has no sample of the view"
+    [tar] = (tmp_path / "tars").glob("*.tar")
+    with tarfile.open(tar) as opened:
+        found = {name.partition(".")[0] for name in opened.getnames()}
+    assert found == {sample.key for sample in reinforce.open(url, view="some")}
+    recorded = json.loads((tmp_path / "tars" / "config.json").read_text())["reinforced_dataset"]["view"]
+    assert recorded == {"name": "some", "fingerprint": view.fingerprint}
 
 
 def test_an_export_into_its_dataset_is_refused(plain: Path) -> None:

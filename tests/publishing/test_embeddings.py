@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from reinforce.demo.styles import twemoji
 from reinforce.errors import UserError
 from reinforce.publishing import embeddings
 from reinforce.publishing.embeddings import ExportedVectors, export_embeddings
+from reinforce.selection.config import SelectConfig
+from reinforce.selection.select import select
+from reinforce.settings import parse
 from tests.helpers.data import config_of, members_of, picture, write_tar
 from tests.helpers.demo import COMMITTED
 from tests.helpers.reinforced import reinforce_here
@@ -64,6 +68,24 @@ def test_rows_of_images_texts_and_metadata_belong_together(dataset: str, tmp_pat
         assert row["url"] == f"https://example.org/{sample.key}"
         np.testing.assert_allclose(image, unit(sample.images["red"].mean(axis=0)), atol=1e-3)
         np.testing.assert_allclose(text, unit(sample.texts["red"]["caption"][0]), atol=1e-3)
+
+
+def test_of_a_view_only_its_samples_are_exported(dataset: str, tmp_path: Path) -> None:
+    url = str(shutil.copytree(dataset, tmp_path / "dataset"))
+    # The second shard has no sample of the view.
+    select(parse(SelectConfig, {"dataset": url, "name": "some", "rules": [{"where": "key IN ('00000001', 'silent')"}]}))
+    found = export(url, tmp_path / "out", teacher="red", texts="none", view="some")
+    assert (found.parts, found.rows) == (1, 2)
+    table = pandas.read_parquet(tmp_path / "out" / "metadata")
+    assert [*table["image_path"]] == ["00000001", "silent"]
+    samples = {sample.key: sample for sample in reinforce.open(dataset)}
+    for key, image in zip(table["image_path"], read(tmp_path / "out", "img_emb"), strict=True):
+        np.testing.assert_allclose(image, unit(samples[key].images["red"].mean(axis=0)), atol=1e-3)
+    assert export(url, tmp_path / "out", teacher="red", texts="none", view="some").kept == 1, "it is resumed"
+    with pytest.raises(UserError, match="has an export with other shards, shard_names, view"):
+        export(url, tmp_path / "out", teacher="red", texts="none")
+    with pytest.raises(UserError, match="has no view 'best'; it has: some"):
+        export(url, tmp_path / "other", teacher="red", view="best")
 
 
 def test_options_choose_augmentation_caption_and_type(dataset: str, tmp_path: Path) -> None:

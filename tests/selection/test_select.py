@@ -267,6 +267,16 @@ def test_a_damaged_or_changed_view_is_one_error(url: str, case: int) -> None:
         kept(url)
 
 
+def test_show_and_rows_find_the_samples_of_a_view_alone(url: str) -> None:
+    some = [sample.key for sample in reinforce.open(url)][1::2]
+    view_of(url, {"where": f"key IN ({', '.join(map(repr, some))})"})
+    data = reinforce.open(url, view="mine")
+    assert data.show(some[3]).key == some[3]
+    assert [sample.key for sample in data.rows(data.shards[0], 0, [0, 1])] == some[:2]
+    with pytest.raises(KeyError, match="has no sample '00000000'"):
+        data.show("00000000")
+
+
 def test_an_unknown_view_is_named_with_those_that_exist(url: str) -> None:
     with pytest.raises(UserError, match=r"has no view 'best'; it has: none\. `reinforce select` makes one"):
         reinforce.open(url, view="best")

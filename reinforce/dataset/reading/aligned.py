@@ -12,6 +12,7 @@ from reinforce.dataset.files.damage import drop_shard_command
 from reinforce.dataset.files.layer_file import LayerFile, RefusedFile
 from reinforce.dataset.files.store import Store, parse_footer
 from reinforce.dataset.layers import SAMPLES
+from reinforce.dataset.view import ShardRows, ViewRows, shard_rows
 from reinforce.errors import UserError
 from reinforce.source.identity import current_url
 from reinforce.terminal import escape
@@ -27,13 +28,15 @@ class AlignedLayers:
 
     ``fingerprints`` maps each layer, ``samples`` included, to the fingerprint that its files must have, None if that is
     not checked. ``columns`` restricts a layer to some of its columns, among them ``key``; default: all columns.
-    ``moved`` is that of dataset.json: references to images get the URLs where the source shards are now.
+    ``moved`` is that of dataset.json: references to images get the URLs where the source shards are now. With ``view``,
+    only the rows that it keeps are read.
     """
 
     store: Store
     fingerprints: Mapping[str, str | None]
     columns: Mapping[str, Sequence[str]]
     moved: Mapping[str, str] = field(default_factory=dict)
+    view: ViewRows | None = None
 
     @contextlib.contextmanager
     def open(self, shard: str, *, whole: bool = True) -> Iterator[AlignedShard]:
@@ -41,6 +44,7 @@ class AlignedLayers:
 
         Raises UserError if one is missing, damaged, or has another fingerprint.
         """
+        rows = None if self.view is None else shard_rows(self.view, self.store, shard)
         with contextlib.ExitStack() as stack:
             files = {}
             for name, fingerprint in self.fingerprints.items():
@@ -48,7 +52,7 @@ class AlignedLayers:
                     files[name] = stack.enter_context(self.store.open_layer(name, shard, fingerprint, whole=whole))
                 if files[name].num_row_groups != files[SAMPLES].num_row_groups:
                     raise alignment_error(self.store, name, shard)
-            yield AlignedShard(self.store, shard, files, self.columns, self.moved)
+            yield AlignedShard(self.store, shard, files, self.columns, self.moved, rows)
 
 
 class AlignedShard:
@@ -61,11 +65,12 @@ class AlignedShard:
         files: Mapping[str, LayerFile],
         columns: Mapping[str, Sequence[str]],
         moved: Mapping[str, str],
+        rows: ShardRows | None = None,
     ) -> None:
         self.store, self.shard = store, shard
         self.layers = tuple(files)
         self.row_groups: int = files[SAMPLES].num_row_groups
-        self._files, self._columns, self._moved = files, columns, moved
+        self._files, self._columns, self._moved, self._rows = files, columns, moved, rows
 
     @property
     def source(self) -> str:
@@ -78,7 +83,7 @@ class AlignedShard:
 
     def row_group(self, number: int) -> RowGroup:
         """Read the samples of a row group; its other layers are read on request."""
-        return RowGroup(self, number)
+        return RowGroup(self, number, self._rows)
 
     def read(self, number: int) -> dict[str, pa.Table]:
         """Read a row group of every layer. Raises UserError if they are not aligned or a file is damaged."""
@@ -97,14 +102,12 @@ class AlignedShard:
 class RowGroup:
     """One row group of an open shard: its ``samples``, and other layers on request."""
 
-    def __init__(self, shard: AlignedShard, number: int) -> None:
+    def __init__(self, shard: AlignedShard, number: int, rows: ShardRows | None) -> None:
         self._shard, self._number = shard, number
         self.samples: pa.Table = shard.read_unchecked(SAMPLES, number)
-        self._kept: pa.Array | None = None
-
-    def keep(self, kept: pa.Array) -> None:
-        """Leave out the rows of all layers that are not ``kept`` [rows]."""
-        self.samples, self._kept = self.samples.filter(kept), kept
+        self._kept = None if rows is None else rows.kept(number, self.samples["key"])
+        if self._kept is not None:
+            self.samples = self.samples.filter(self._kept)
 
     def read(self, layer: str) -> pa.Table:
         """Read a layer. Raises UserError if its keys are not those of the samples or its file is damaged."""

@@ -6,7 +6,8 @@ import copy
 import itertools
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ from reinforce.dataset.files.store import Store
 from reinforce.dataset.kinds.registry import kind_of, stored_layer
 from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, captions_layer, embeddings_layer
 from reinforce.dataset.manifest.manifest import read_manifest, select_names
-from reinforce.dataset.reading.aligned import AlignedLayers, layer_errors, row_errors
+from reinforce.dataset.reading.aligned import AlignedLayers, row_errors
 from reinforce.dataset.reading.completeness import check_completeness
 from reinforce.dataset.reading.row_counts import row_group_table
 from reinforce.dataset.reading.sample import ImagePolicies, Sample
@@ -77,7 +78,7 @@ class Dataset:
     ``data[2:5]`` are the dataset restricted to these shards.
 
     Attributes:
-        shards: names of the shards, sorted.
+        shards: names of the shards, sorted; with a view, those of which it keeps samples.
         teachers, captioners: names of those selected.
         layers: names of the layers that are read.
         manifest: content of dataset.json.
@@ -143,10 +144,9 @@ class Dataset:
 
     def _open_view(self, name: str) -> View:
         view = open_view(self.store, self.manifest, name)
-        shards = [shard for shard in self.shards if shard in view.kept]
-        if newer := len(self.shards) - len(shards):
+        if newer := sum(shard not in view.kept for shard in self.shards):
             _LOG.warning("%s: %s shards are newer than view %s and are not read", self.store.url, f"{newer:,}", name)
-        self.shards = shards
+        self.shards = [shard for shard in self.shards if any(view.kept.get(shard, ()))]
         return view
 
     @property
@@ -198,22 +198,19 @@ class Dataset:
 
     def row_groups(self, shard: str) -> Iterator[dict[str, pa.Table]]:
         """Tables of each row group by layer, aligned by key. Raises UserError if they are not or one is damaged."""
-        with AlignedLayers(self.store, self.fingerprints, {}, self.manifest.get("moved", {})).open(shard) as layers:
-            groups = map(layers.read, range(layers.row_groups))
-            yield from groups if self.view is None else self._kept(shard, groups)
+        with self._aligned({}).open(shard) as layers:
+            yield from map(layers.read, range(layers.row_groups))
 
-    def _kept(self, shard: str, groups: Iterable[dict[str, pa.Table]]) -> Iterator[dict[str, pa.Table]]:
-        """The rows of row groups that the view keeps. Raises UserError if the view is of other rows."""
-        assert self.view is not None
-        rows = self.view.rows.open(self.store, shard)
-        for number, tables in enumerate(groups):
-            kept = rows.kept(number, tables[SAMPLES]["key"])
-            yield {name: table.filter(kept) for name, table in tables.items()}
+    def _aligned(self, columns: Mapping[str, Sequence[str]]) -> AlignedLayers:
+        view = None if self.view is None else self.view.rows
+        return AlignedLayers(self.store, self.fingerprints, columns, self.manifest.get("moved", {}), view)
 
     def rows(self, shard: str, group: int, places: Sequence[int], *, images: bool = True) -> list[Sample]:
-        """The samples at some places of a row group, or all but their images. Raises UserError as iterating does."""
-        layers = AlignedLayers(self.store, self.fingerprints, {}, self.manifest.get("moved", {}))
-        with layers.open(shard, whole=False) as files:
+        """The samples at some places of a row group, or all but their images. Raises UserError as iterating does.
+
+        With a view, places are among the rows that it keeps.
+        """
+        with self._aligned({}).open(shard, whole=False) as files:
             tables = {name: table.take(pa.array(places)) for name, table in files.read(group).items()}
         try:
             return list(self._samples(tables, images))
@@ -233,13 +230,10 @@ class Dataset:
 
     def _find(self, shard: str, key: str) -> Iterator[tuple[int, int]]:
         """Row group and place of a key in a shard, if it has it."""
-        fingerprint = self.fingerprints[SAMPLES]
-        with (
-            layer_errors(self.store, SAMPLES, shard),
-            self.store.open_layer(SAMPLES, shard, fingerprint, whole=False) as file,
-        ):
-            for group in range(file.num_row_groups):
-                place = pc.index(file.read_row_group(group, ["key"])["key"], key).as_py()
+        layers = replace(self._aligned({SAMPLES: ["key"]}), fingerprints={SAMPLES: self.fingerprints[SAMPLES]})
+        with layers.open(shard, whole=False) as files:
+            for group in range(files.row_groups):
+                place = pc.index(files.row_group(group).samples["key"], key).as_py()
                 if place >= 0:
                     yield group, place
 

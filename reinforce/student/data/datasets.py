@@ -79,11 +79,11 @@ def _open_dataset(source: Source, data: Data, seed: int, teachers: Sequence[str]
                 f"{url} has no layer {layer}. Run a config with both models on it, or leave one out under `data`."
             )
     fingerprints = {layer: layers[layer]["fingerprint"] for layer in columns}
-    aligned = AlignedLayers(store, fingerprints, columns, manifest.get("moved", {}))
+    view = None if source.view is None else open_view(store, manifest, source.view)
+    rows = None if view is None else view.rows
+    aligned = AlignedLayers(store, fingerprints, columns, manifest.get("moved", {}), rows)
     sizes = _complete_shards(store, fingerprints)
-    view = None
-    if source.view is not None:
-        view = open_view(store, manifest, source.view)
+    if view is not None:
         sizes = {shard: size for shard, size in sizes.items() if shard in view.kept}
     groups = row_group_table(store, fingerprints[SAMPLES], sizes)
     if view is not None:
@@ -115,7 +115,6 @@ def _open_dataset(source: Source, data: Data, seed: int, teachers: Sequence[str]
         groups,
         roots,
         files,
-        None if view is None else view.rows,
     )
 
 

@@ -78,8 +78,8 @@ class StudentFeed:
         self.data = dict(flatten(read, "data."))
         for dataset in self._datasets:
             self.data |= flatten(dataset.layers.fingerprints, f"{redact(dataset.url)}: ")
-            if dataset.view is not None:
-                self.data[f"{redact(dataset.url)}: view {dataset.view.name}"] = dataset.view.fingerprint
+            if (chosen := dataset.layers.view) is not None:
+                self.data[f"{redact(dataset.url)}: view {chosen.name}"] = chosen.fingerprint
         self._reading: Reading | None = None
         self._order = ORDER
 

@@ -20,7 +20,6 @@ from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.reading.aligned import RowGroup, row_errors
 from reinforce.dataset.reading.dataset import AlignedLayers
 from reinforce.dataset.reading.sample import ImagePolicies
-from reinforce.dataset.view import ViewRows, shard_rows
 from reinforce.errors import UserError
 from reinforce.source.references import ChangedImages, ImageRoots
 from reinforce.student.data.examples import Example, Examples, ExampleSpec, ReadLayer, SampleFile, make_examples
@@ -74,8 +73,8 @@ class StreamedDataset:
 
     ``policies`` decode its images and replay its augmentations, ``size`` is the side in pixels at which augmentations
     were recorded. ``groups`` int64 [row groups, 3] are the number of the shard, the place in its file and the rows.
-    ``files`` is a hash of the names and sizes of the files of the samples. With a ``view``, row groups have only the
-    rows that it keeps.
+    ``files`` is a hash of the names and sizes of the files of the samples. If ``layers`` are read through a view, row
+    groups have only the rows that it keeps.
     """
 
     url: str
@@ -89,7 +88,6 @@ class StreamedDataset:
     groups: npt.NDArray[np.int64]
     roots: ImageRoots = field(default_factory=ImageRoots)
     files: str = ""
-    view: ViewRows | None = None
     kept: KeptGroups = field(default_factory=KeptGroups, compare=False, repr=False)
 
     @property
@@ -118,8 +116,6 @@ class StreamedDataset:
     def _open(self, shard: str, place: int, rows: int) -> Iterator[RowGroup]:
         with self.layers.open(shard, whole=False) as layers:
             group = layers.row_group(place)
-            if self.view is not None:
-                group.keep(shard_rows(self.view, self.layers.store, shard).kept(place, group.samples["key"]))
             if group.samples.num_rows != rows:
                 raise UserError(
                     f"{self.url}: samples/{shard}.parquet changed after the training started. Start it again."
