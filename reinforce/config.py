@@ -2,41 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from reinforce import settings, source_formats
-from reinforce.config_schema import InSchema, either, keys_match
+from reinforce.config_schema import LAYER_NAMES, InSchema, LayerName, OneOrMore, either
 from reinforce.processes.cores import Node, cores_per_process, default_gpus, describe_share
 from reinforce.settings import Section
+from teachers.custom.family import ClassScorerSpec
 from teachers.registry import AnyCaptioner, AnyTeacher
-
-#: Pattern of the names of teachers and captioners, which become names of folders.
-LAYER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-
-
-def _check_layer_name(name: str) -> str:
-    if not LAYER_NAME.fullmatch(name) or name in ("caption", "images"):
-        raise ValueError(
-            f"{name!r} cannot name a layer: use letters, digits, '.', '_' and '-'; 'caption' and 'images' are reserved"
-        )
-    return name
-
-
-LayerName = Annotated[str, AfterValidator(_check_layer_name)]
-#: Of a mapping from layer names.
-LAYER_NAMES = keys_match(f"^{LAYER_NAME.pattern}$", "caption", "images")
-#: One text, or a list of texts.
-OneOrMore = Annotated[
-    list[str],
-    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
-    InSchema(lambda texts: either({"type": "string"}, texts)),
-]
-
 
 if TYPE_CHECKING:
     Format = str
@@ -277,33 +254,50 @@ class Failures(Section):
 
 
 #: What can be told of a sample without a model.
-Fact = Literal["width", "height", "aspect", "bytes", "characters", "words"]
+Fact = Literal["width", "height", "aspect", "bytes", "characters", "words", "tokens"]
 
 
 class Score(Section):
-    """Scores of each sample, from what is stored: ``similarity``, ``head`` or ``facts``."""
+    """Scores of each sample: ``similarity``, ``head`` or ``facts``, from what is stored, or a ``class``."""
 
     similarity: OneOrMore | None = Field(None, description="teachers whose similarity of images and texts it is")
     texts: OneOrMore = Field(["caption"], min_length=1, description="similarity: `caption`, and names of captioners")
     head: str | None = Field(None, description="safetensors file of a linear layer: `weight` [N, D], `bias` [N]")
     teacher: str | None = Field(None, description="head: the teacher to whose embeddings of images it is applied")
-    names: OneOrMore = Field(["score"], min_length=1, description="head: a name for each of its N outputs")
+    names: OneOrMore = Field(
+        ["score"], min_length=1, description="head: a name for each of its N outputs; class: instead of its own `names`"
+    )
     facts: list[Fact] | None = Field(None, min_length=1, description="sizes of the image and the caption")
+    tokenizer: str = Field("ViT-B-32", description="facts: open_clip model whose tokenizer counts `tokens`")
+    class_: str | None = Field(
+        None, alias="class", description="a class of yours, package.module:Class; see teachers/protocols.py"
+    )
+    options: dict[str, Any] = Field(default_factory=dict, description="class: its keyword arguments")
+    inputs: OneOrMore | None = Field(None, min_length=1, description="class: what it sees, instead of its own `inputs`")
 
     @model_validator(mode="after")
     def _check_kind(self) -> Score:
-        uses = {"similarity": {"texts"}, "head": {"teacher", "names"}, "facts": set[str]()}
+        uses = {"similarity": {"texts"}, "head": {"teacher", "names"}, "facts": {"tokenizer"}}
+        uses["class_"] = {"options", "inputs", "names"}
         chosen = [key for key in uses if getattr(self, key) is not None]
         if len(chosen) != 1:
-            raise ValueError(f"set one of {', '.join(uses)}")
+            raise ValueError(f"set one of {', '.join(uses)}".rstrip("_"))
         if unused := self.model_fields_set - uses[chosen[0]] - {chosen[0]}:
-            raise ValueError(f"{', '.join(sorted(unused))}: not used with `{chosen[0]}`; remove it")
+            raise ValueError(f"{', '.join(sorted(unused))}: not used with `{chosen[0].rstrip('_')}`; remove it")
         if self.head is not None and self.teacher is None:
             raise ValueError("set `teacher`, to whose embeddings `head` is applied")
         for names in (self.similarity or [], self.texts, self.names, self.facts or []):
             if len({*names}) < len(names):
                 raise ValueError(f"{', '.join(names)}: a name occurs twice")
+        if self.class_ is not None:
+            _ = self.scorer  # raises what is wrong
         return self
+
+    @property
+    def scorer(self) -> ClassScorerSpec:
+        """The class."""
+        names = self.names if "names" in self.model_fields_set else None
+        return ClassScorerSpec(class_=self.class_, options=self.options, inputs=self.inputs, names=names)
 
 
 class Estimate(Section):
@@ -351,7 +345,7 @@ class Config(Section):
         default_factory=dict, description="teachers by name"
     )
     scores: Annotated[dict[LayerName, Score], LAYER_NAMES] = Field(
-        default_factory=dict, description="scores by name, from layers that this config names"
+        default_factory=dict, description="scores by name, from layers that this config names or by a class"
     )
     workers: Workers = Workers()
     failures: Failures = Failures()
@@ -363,9 +357,14 @@ class Config(Section):
         return self.images == "embed"
 
     @property
+    def scorers(self) -> dict[str, ClassScorerSpec]:
+        """The scores that a class computes, by name."""
+        return {name: score.scorer for name, score in self.scores.items() if score.class_ is not None}
+
+    @property
     def classes(self) -> list[str]:
-        """Custom classes of teachers and captioners, ``package.module:Class``, which are imported and run."""
-        specs = (*self.teachers.values(), *self.captioners.values())
+        """Custom classes, ``package.module:Class``, which are imported and run."""
+        specs = (*self.teachers.values(), *self.captioners.values(), *self.scorers.values())
         return list(dict.fromkeys(spec.imports for spec in specs if spec.imports is not None))
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""JSON schemas of configs, by which editors complete and check YAML.
+"""JSON schemas of configs, by which editors complete and check YAML, and types of keys that several configs have.
 
 A schema accepts what the config's own validation accepts, except rules between several keys, which only the validation
 has. Editors and `jsonschema` take 1.0 for an integer; the validation does not.
@@ -6,10 +6,11 @@ has. Editors and `jsonschema` take 1.0 for an integer; the validation does not.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel
+from pydantic import AfterValidator, BaseModel, BeforeValidator
 from pydantic.annotated_handlers import GetJsonSchemaHandler
 from pydantic_core import CoreSchema
 
@@ -36,6 +37,29 @@ def keys_match(pattern: str, *reserved: str) -> InSchema:
     """Annotation of a mapping whose keys match a pattern and are not reserved."""
     keys: Schema = {"pattern": pattern, **({"not": {"enum": [*reserved]}} if reserved else {})}
     return InSchema(lambda mapping: {**mapping, "propertyNames": keys})
+
+
+#: Pattern of the names of teachers, captioners and scores, which become names of folders.
+LAYER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def _check_layer_name(name: str) -> str:
+    if not LAYER_NAME.fullmatch(name) or name in ("caption", "images"):
+        raise ValueError(
+            f"{name!r} cannot name a layer: use letters, digits, '.', '_' and '-'; 'caption' and 'images' are reserved"
+        )
+    return name
+
+
+LayerName = Annotated[str, AfterValidator(_check_layer_name)]
+#: Of a mapping from layer names.
+LAYER_NAMES = keys_match(f"^{LAYER_NAME.pattern}$", "caption", "images")
+#: One text, or a list of texts.
+OneOrMore = Annotated[
+    list[str],
+    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+    InSchema(lambda texts: either({"type": "string"}, texts)),
+]
 
 
 def json_schema(model: type[BaseModel]) -> Schema:

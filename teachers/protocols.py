@@ -1,4 +1,4 @@
-"""Protocols of the models that label a dataset. Read this file to plug in your own teacher or captioner.
+"""Protocols of the models that label a dataset. Read this file to plug in your own teacher, captioner or scorer.
 
 A class of your own needs no base class and no registration. Name it in the config as ``class: package.module:Class``;
 it is built in each worker as ``Class(device, **options)``, with a ``torch.device`` and the config's ``options``:
@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
@@ -127,5 +127,41 @@ class Captioner(Protocol):
         the other images of the batch, so that a retried shard gets the same captions. Return None for an image whose
         logits are not finite; its row is stored as null and quarantined as ``not_finite``. Return ``NoCaptions`` where
         there is no caption for another reason.
+        """
+        ...
+
+
+class Scorer(Protocol):
+    """A model that computes named numbers of each sample, on the image, texts, metadata or stored vectors.
+
+    It is named by ``scores: {NAME: {class: package.module:Class}}`` and built like a teacher, as ``Class(device,
+    **options)``. ``names`` and ``inputs`` are attributes of the class, since they are known before it is built; the
+    config may set others. ``version`` is that of a teacher.
+
+    ``inputs`` are the arguments of ``score``, in this order:
+
+    - ``pixels``: float32 [B, 3, H, W] on the device, the image as a whole, preprocessed by ``image``,
+    - ``caption``: B strings, the true captions,
+    - ``metadata``: B mappings, the metadata of the samples layer,
+    - ``embeddings/TEACHER/images``, ``embeddings/TEACHER/caption`` or ``embeddings/TEACHER/CAPTIONER``: float32
+      [B, count, dim] on the device, stored vectors; images are augmented ones,
+    - ``captions/CAPTIONER``: B lists of strings.
+
+    Beside ``pixels``, only ``caption`` can be another input. A sample that lacks an input is left out of the batch, and
+    its scores are null. Inputs may be changed; outputs are copied before the next call and may reuse their memory.
+    """
+
+    #: Names of the scores.
+    names: Sequence[str]
+    #: What it sees.
+    inputs: Sequence[str]
+    #: Preprocessing of ``pixels``; needed only with these.
+    image: ImageSpec
+
+    def score(self, *inputs: Any) -> torch.Tensor | np.ndarray:
+        """Score B samples -> [B, K] with a number for each of K ``names``; [B] for a single one.
+
+        A number that is NaN or infinite is stored as null, and its row quarantined as ``not_finite``. A score must
+        depend on its own sample alone, never on the others of the batch.
         """
         ...

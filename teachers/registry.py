@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeAlias
 from pydantic import Field, GetCoreSchemaHandler, create_model
 from pydantic_core import CoreSchema, core_schema
 
-from teachers.protocols import Captioner, Teacher
+from teachers.custom.family import ClassScorerSpec
+from teachers.protocols import Captioner, Scorer, Teacher
 from teachers.spec import CaptionerSpec, ModelInfo, ModelSpec, TeacherSpec
 
 
@@ -63,6 +64,12 @@ def describe_captioner(name: str, spec: CaptionerSpec) -> ModelInfo:
         return spec.describe()
 
 
+def describe_scorer(name: str, spec: ClassScorerSpec) -> ModelInfo:
+    """Describe the class of a score without loading it; raises as ``describe_teacher`` does."""
+    with _errors_naming(f"scores.{name}"):
+        return spec.describe()
+
+
 def load_teacher(name: str, spec: TeacherSpec, device: str) -> Teacher:
     """Load a teacher with its weights on a device (``auto``, ``cpu``, ``cuda:0``, ...).
 
@@ -77,6 +84,12 @@ def load_captioner(name: str, spec: CaptionerSpec, device: str) -> Captioner:
     """Load a captioner with its weights on a device; raises as ``load_teacher`` does."""
     with _errors_naming(f"captioner {name}"):
         return spec.load(name, device)
+
+
+def load_scorer(name: str, spec: ClassScorerSpec, device: str) -> Scorer:
+    """Load the class of a score on a device; raises as ``load_teacher`` does."""
+    with _errors_naming(f"scores.{name}"):
+        return spec.load(device)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -13,7 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from PIL import Image
 from pydantic import BaseModel
 
 import reinforce
@@ -28,6 +31,7 @@ from reinforce.student.config import StudentConfig
 from reinforce.tuning.config import TuneConfig
 from schemas import Reason
 from teachers.open_clip.catalog import check_model
+from teachers.preprocessing.fit import fit
 from tests.helpers import pages_commands as commands
 from tests.helpers.pages import (
     GENERATED,
@@ -78,7 +82,8 @@ def built(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Iterat
         shutil.copytree("my-data", "demo/dataset")
         run_command("train", "student.yaml")
         yield folder
-    sys.modules.pop("our_teachers", None)
+    for module in ("our_teachers", "our_scores"):
+        sys.modules.pop(module, None)
 
 
 @pytest.fixture
@@ -169,6 +174,14 @@ def test_scores_are_read_as_the_page_shows(workspace: Path) -> None:
     found = dict(names["best"])
     assert found == {sample.key: pytest.approx(sample.values["scores/match"]["caption_mean"]) for sample in samples}
     assert [score for _, score in names["best"]] == sorted(found.values(), reverse=True)
+    for sample in samples:
+        with Image.open(io.BytesIO(sample.image)) as image:
+            pixels = torch.from_numpy(fit(image.convert("RGB"), names["Sharpness"].image).copy()).permute(2, 0, 1) / 255
+        [[sharpness]] = names["Sharpness"]("cpu").score(pixels[None]).tolist()
+        assert sample.values["scores/sharp"]["sharpness"] == pytest.approx(sharpness, rel=1e-4)
+        vectors = sample.texts["conv-64"]
+        agreement = float((vectors["caption"] @ vectors["coca"].T).mean())
+        assert sample.values["scores/agreement"]["agreement"] == pytest.approx(agreement, abs=1e-5)
 
 
 def test_a_picture_is_shown_to_a_student_as_the_image_policy_decodes_it(workspace: Path) -> None:

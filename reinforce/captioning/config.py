@@ -8,7 +8,8 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from reinforce import settings
-from reinforce.config import Format, Limits, OneOrMore
+from reinforce.config import Format, Limits
+from reinforce.config_schema import OneOrMore
 from reinforce.evaluation.config import RECALLS
 from reinforce.settings import Section
 from reinforce.training.config import Trackers, Training

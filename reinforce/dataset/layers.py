@@ -19,7 +19,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 import schemas
-from reinforce.config import LAYER_NAME, Config
+from reinforce.config import Config
+from reinforce.config_schema import LAYER_NAME
 from reinforce.dataset.comparison import Comparison
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class Layer:
     Attributes:
         name: its folder in the dataset.
         needs: names of the layers it is computed from.
-        model: captioner or teacher that makes it.
+        model: captioner, teacher or class of a score that makes it.
         texts: what a teacher encodes in a layer of texts: ``caption`` or a captioner's name.
         count: vectors or captions per row (K or N).
         dim: dimension of the vectors, None until a model of unknown dimension has been loaded.
@@ -88,6 +89,7 @@ class Layer:
         published: whether it is read from published reinforcements, without loading a model.
         recipe: what the fingerprint covers.
         code: hash of the file that defines the model's class, if it is a custom one; the fingerprint does not cover it.
+        pixels: whether a scorer of it sees the image as a whole.
     """
 
     name: str
@@ -103,6 +105,18 @@ class Layer:
     published: bool = False
     recipe: Mapping[str, Any] = field(default_factory=dict, compare=False)
     code: str | None = field(default=None, compare=False)
+    pixels: bool = field(default=False, compare=False)
+
+    @property
+    def sees_images(self) -> bool:
+        """Whether computing it takes decoded images, unless it is published."""
+        return self.kind.crops or self.kind.views or self.pixels
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """The part of the recipe that describes its model, or how scores are computed; empty for samples."""
+        found: Mapping[str, Any] = self.recipe.get("model") or self.recipe.get("score") or {}
+        return found
 
     @property
     def owner(self) -> tuple[str | None, str | None]:

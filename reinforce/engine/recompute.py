@@ -105,13 +105,13 @@ def recompute(config: Config, url: str, rows: int, seed: int = 0, pool: DecodePo
 
 def _describable(config: Config, found: Recomputed) -> Config:
     """The config without models whose identity cannot be determined, such as those whose weights are not here."""
-    usable: dict[str, dict[str, Any]] = {"captioners": {}, "teachers": {}}
-    for kind, specs in (("captioners", config.captioners), ("teachers", config.teachers)):
-        for name, spec in specs.items():
-            alone: dict[str, Any] = {"captioners": {}, "teachers": {}, kind: {name: spec}}
+    usable: dict[str, dict[str, Any]] = {"captioners": {}, "teachers": {}, "scores": {}}
+    for kind, specs in usable.items():
+        for name, spec in getattr(config, kind).items():
+            alone: dict[str, Any] = {"captioners": {}, "teachers": {}, "scores": {}, kind: {name: spec}}
             try:
                 describe_models(config.model_copy(update=alone))
-                usable[kind][name] = spec
+                specs[name] = spec
             except UserError as error:
                 found.left_out.append(f"{kind[:-1]} {name}: not computed again: {error}")
     return config.model_copy(update=usable)

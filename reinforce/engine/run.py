@@ -148,8 +148,7 @@ def _compute(
 ) -> RunSummary:
     needed = {name for shard in plan.pending for name in shard.layers}
     layers = [layer for name, layer in plan.layers.items() if name in needed]
-    models = [layer.recipe["model"] for layer in layers if "model" in layer.recipe]
-    for note in version_notes(models):
+    for note in version_notes(layer.identity for layer in layers):
         _LOG.warning(note)
     redact = Redactor(plan.config.model_dump(mode="json"))
     for note in check_source(plan)[1]:

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from reinforce.config import Format, Limits, OneOrMore
-from reinforce.config_schema import keys_match
+from reinforce.config import Format, Limits
+from reinforce.config_schema import OneOrMore, keys_match
 from reinforce.settings import Section
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")

@@ -8,8 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from reinforce import settings
-from reinforce.config import LayerName
-from reinforce.config_schema import InSchema
+from reinforce.config_schema import InSchema, LayerName
 from reinforce.settings import Section
 
 Cosine = Annotated[float, Field(gt=0, le=1)]

@@ -15,8 +15,8 @@ from pydantic import (
 )
 
 from reinforce import settings
-from reinforce.config import LAYER_NAMES, LayerName, OneOrMore, ReadLimits
-from reinforce.config_schema import InSchema, either
+from reinforce.config import ReadLimits
+from reinforce.config_schema import LAYER_NAMES, InSchema, LayerName, OneOrMore, either
 from reinforce.evaluation.config import Evaluation
 from reinforce.settings import Section
 from reinforce.training.config import Trackers, Training

@@ -9,12 +9,12 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 from pydantic import model_validator
 
 from teachers.decoding.postprocess import cleaning_identity
-from teachers.protocols import Captioner, ImageSpec, Teacher
+from teachers.protocols import Captioner, ImageSpec, Scorer, Teacher
 from teachers.redact import redact_values
 from teachers.spec import CHAT_FIELDS, DECODING_FIELDS, CaptionerSpec, ModelInfo, ModelSpec, TeacherSpec
 
@@ -155,6 +155,61 @@ class ClassCaptionerSpec(_Class, CaptionerSpec):
                 f"class {self.class_} gives {captions} captions an image, not {self.count}: set `captions: {captions}` "
                 "or change the class"
             )
+
+
+#: What a scorer can see besides layers.
+PIXELS, CAPTION, METADATA = "pixels", "caption", "metadata"
+
+
+class ClassScorerSpec(_Class):
+    """The class of an entry of ``scores``; ``inputs`` and ``names`` replace the class's own."""
+
+    inputs: list[str] | None = None
+    names: list[str] | None = None
+
+    def describe(self) -> ModelInfo:
+        cls = self.import_class()
+        score = getattr(cls, "score", None)
+        if not callable(score):
+            raise ValueError(f"class {self.class_} has no method `score`")
+        inputs, names = self._texts(cls, "inputs"), self._texts(cls, "names")
+        if wrong := [one for one in inputs if one not in (PIXELS, CAPTION, METADATA) and "/" not in one]:
+            raise ValueError(
+                f"class {self.class_} has the input {wrong[0]!r}; use {PIXELS}, {CAPTION}, {METADATA}, or a layer such "
+                "as embeddings/TEACHER/images or captions/CAPTIONER"
+            )
+        if PIXELS in inputs and (others := [one for one in inputs if one not in (PIXELS, CAPTION)]):
+            raise ValueError(
+                f"class {self.class_} sees {PIXELS} and {', '.join(others)}, which are not computed at the same time; "
+                f"beside {PIXELS} use {CAPTION} alone, or make two scores"
+            )
+        signature = inspect.signature(score)
+        try:
+            signature.bind(*range(1 + len(inputs)))
+        except TypeError as error:
+            raise ValueError(
+                f"class {self.class_}: score{signature} does not take its inputs {', '.join(inputs)}: {error}"
+            ) from error
+        identity = {**self.identity(cls), "inputs": inputs, "names": names}
+        return ModelInfo(None, PIXELS in inputs, CAPTION in inputs, identity, _hash_of_code(cls))
+
+    def load(self, device: str) -> Scorer:
+        scorer = self.build(device)
+        if PIXELS in self._texts(type(scorer), "inputs") and not isinstance(getattr(scorer, "image", None), ImageSpec):
+            raise ValueError(
+                f"class {self.class_} sees {PIXELS} and must set `image` to a teachers.protocols.ImageSpec"
+            )
+        return cast(Scorer, scorer)
+
+    def _texts(self, cls: type, key: Literal["inputs", "names"]) -> list[str]:
+        """``inputs`` or ``names``, of the config or the class. Raises ValueError."""
+        given = getattr(self, key)
+        found = getattr(cls, key, None) if given is None else given
+        if not isinstance(found, (list, tuple)) or not found or not all(one and isinstance(one, str) for one in found):
+            raise ValueError(f"class {self.class_} must set `{key}` to a list of texts, got {found!r}")
+        if len({*found}) < len(found):
+            raise ValueError(f"class {self.class_}: `{key}` has a text twice: {', '.join(found)}")
+        return [*found]
 
 
 def _hash_of_code(cls: type) -> str | None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,21 +14,29 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from PIL import Image
 from safetensors.numpy import save_file
 
 import reinforce
-from reinforce.config import parse_config
+from reinforce.config import Score, parse_config
 from reinforce.dataset.drop import plan_drop
 from reinforce.dataset.files.layer_file import LayerFile
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.manifest.manifest import read_manifest, write_manifest
+from reinforce.dataset.scoring.facts import Facts
 from reinforce.dataset.validate.validate import validate
+from reinforce.engine.inference.models import load_models
+from reinforce.engine.messages.results import LayerFailure
 from reinforce.engine.plan.plan import make_plan
+from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.engine.recompute import recompute
+from reinforce.engine.worker.producers.registry import check_models
 from reinforce.errors import UserError
+from teachers.preprocessing.fit import fit
 from tests.helpers.commands import printed_by
 from tests.helpers.data import config_of, members_of, tree, write_tar
 from tests.helpers.reinforced import reinforce_here
+from tests.helpers.scorers import SPEC
 
 SCORES: dict[str, Any] = {
     "match": {"similarity": ["red", "blue"], "texts": ["caption", "namer"]},
@@ -33,6 +44,13 @@ SCORES: dict[str, Any] = {
     "sizes": {"facts": ["width", "height", "aspect", "bytes", "characters", "words"]},
 }
 CAPTIONLESS, COUNT = "00000003", 11
+OURS = "tests.helpers.scorers:"
+CLASSES: dict[str, Any] = {
+    "colors": {"class": f"{OURS}Colors"},
+    "described": {"class": f"{OURS}Described"},
+    "every": {"class": f"{OURS}Everything"},
+    "letters": {"class": f"{OURS}Length", "names": "characters"},
+}
 
 
 @pytest.fixture
@@ -171,12 +189,24 @@ def test_a_model_that_gives_other_vectors_than_the_head_takes_costs_the_layer(co
 @pytest.mark.parametrize(
     ("score", "message"),
     [
-        ({}, "set one of similarity, head, facts"),
+        ({}, "set one of similarity, head, facts, class"),
         ({"similarity": "red", "facts": ["width"]}, "set one of similarity, head, facts"),
         ({"similarity": "red", "teacher": "red"}, "teacher: not used with `similarity`; remove it"),
         ({"similarity": ["red", "red"]}, "red, red: a name occurs twice"),
         ({"head": "head.safetensors"}, "set `teacher`, to whose embeddings"),
         ({"facts": ["weight"]}, "facts"),
+        ({"facts": ["tokens"], "tokenizer": "ViT-B-31"}, "model 'ViT-B-31' is unknown to open_clip"),
+        ({"facts": ["words"], "tokenizer": "ViT-B-32"}, "tokenizer: used only for the fact `tokens`"),
+        ({"class": "Aesthetic"}, "`class` must be package.module:Class"),
+        ({"class": f"{OURS}Lost"}, "has no such name"),
+        ({"class": f"{OURS}Length", "teacher": "red"}, "teacher: not used with `class`"),
+        ({"class": f"{OURS}Length", "options": {"depth": 1}}, "got an unexpected keyword argument 'depth'"),
+        ({"class": f"{OURS}NoScore"}, "has no method `score`"),
+        ({"class": f"{OURS}NoNames"}, "must set `names` to a list of texts, got None"),
+        ({"class": f"{OURS}Unknown"}, "has the input 'text'; use pixels, caption, metadata, or a layer"),
+        ({"class": f"{OURS}Other"}, "sees pixels and metadata, which are not computed at the same time"),
+        ({"class": f"{OURS}TwoInputs"}, "does not take its inputs caption, metadata: too many positional arguments"),
+        ({"class": f"{OURS}Length", "inputs": "captions/poet"}, "captions/poet is no layer of this config"),
         ({"similarity": "green"}, "embeddings/green/images, embeddings/green/caption is no layer of this config"),
         ({"similarity": "red", "texts": "poet"}, "embeddings/red/poet is no layer of this config"),
         ({"head": "nowhere.safetensors", "teacher": "red"}, "nowhere.safetensors"),
@@ -206,3 +236,139 @@ def test_only_facts_about_bytes_read_images(
     reinforce_here({**config, "scores": {"sizes": {"facts": [fact]}}})
     assert "key" in asked
     assert ("image" in asked) == reads_images
+
+
+def test_tokens_are_those_of_the_whole_caption_without_marks() -> None:
+    samples = pa.table({"caption": ["a photo of a cat", None, "cat " * 200]})
+    rows: Any = SimpleNamespace(samples=lambda: samples)
+    for tokenizer, counts in {"ViT-B-32": [5, 200], "local-dir:configs/demo-models/conv-64": [7, 200]}.items():
+        found = Facts(Score(facts=["tokens"], tokenizer=tokenizer)).scores(rows)["tokens"]
+        assert [*found[[0, 2]]] == counts, tokenizer
+        assert np.isnan(found[1])
+
+
+def test_a_class_scores_the_image_as_a_whole_texts_metadata_and_stored_vectors(config: dict[str, Any]) -> None:
+    samples = list(reinforce.open(reinforce_here({**config, "scores": CLASSES})))
+    assert len(samples) == COUNT
+    for sample in samples:
+        found = {name: sample.values[f"scores/{name}"] for name in CLASSES}
+        with Image.open(io.BytesIO(sample.image)) as image:
+            red, _, blue = fit(image.convert("RGB"), SPEC).mean(axis=(0, 1)) / 255
+        assert found["colors"] == pytest.approx({"red": red, "blue": blue}, abs=1e-5)
+        if sample.key == CAPTIONLESS:
+            found.pop("colors")
+            assert {value for scores in found.values() for value in scores.values()} == {None}
+            continue
+        length = len(str(sample.caption))
+        assert found["described"]["product"] == pytest.approx(red * length, rel=1e-4)
+        assert found["letters"] == {"characters": length}
+        synthetic = sum(map(len, sample.captions["namer"]))
+        first = sample.images["red"][0, 0]
+        every = {"first": first, "true": length, "synthetic": synthetic, "uid": int(sample.metadata["uid"])}
+        assert found["every"] == pytest.approx(every, abs=1e-6)
+
+
+def test_a_class_that_is_added_later_gives_equal_bytes_and_uses_no_other_model(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reinforce_here({**config, "output": "at-once", "scores": CLASSES})
+    reinforce_here({**config, "scores": {}})
+    monkeypatch.setattr("tests.helpers.models.ColorTeacher.encode_images", lambda *_: 1 / 0)
+    results: list[Any] = []
+    reinforce_here({**config, "scores": CLASSES}, results=results)
+    assert results[0].stages.keys() == {f"scores/{name}" for name in CLASSES}
+    at_once, in_turn = (tree(tmp_path / of) for of in ("at-once", "out"))
+    assert [name for name, data in at_once.items() if name.startswith("scores/") and in_turn[name] != data] == []
+    assert validate("out").findings == []
+    compared = {one.layer: one for one in recompute(parse_config({**config, "scores": CLASSES}), "out", 4).layers}
+    assert all(compared[f"scores/{name}"].equal == compared[f"scores/{name}"].rows > 0 for name in CLASSES)
+
+
+def test_options_inputs_names_and_version_of_a_class_are_in_the_fingerprint(config: dict[str, Any]) -> None:
+    def fingerprint(**changes: Any) -> str:
+        scores = {"mine": {"class": f"{OURS}Length", **changes}}
+        return make_plan(parse_config({**config, "scores": scores})).layers["scores/mine"].fingerprint
+
+    before = fingerprint()
+    assert fingerprint(names=["letters"], inputs=["caption"], options={}) == before
+    changes = ({"names": ["other"]}, {"inputs": ["captions/namer"]}, {"options": {"wrong": "nan"}})
+    others = {fingerprint(**change) for change in changes}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tests.helpers.scorers.Length.version", 2, raising=False)
+        others.add(fingerprint())
+    assert len(others - {before}) == 4
+
+
+def test_a_score_that_is_nan_is_null_and_counted_with_the_name_of_its_class(config: dict[str, Any]) -> None:
+    scores = {"every": {**CLASSES["every"], "options": {"nan": "00000005"}}}
+    results: list[Any] = []
+    url = reinforce_here({**config, "scores": scores}, results=results)
+    assert results[0].refused["not_finite"] == 1
+    assert results[0].examples["not_finite"] == f"00000005: {OURS}Everything returned NaN or infinity for first"
+    [path] = Path(url, "scores", "every").glob("*.parquet")
+    row = pq.read_table(path)["scores"].to_pylist()[5]
+    assert row == {**row, "first": None, "uid": 5.0}
+
+
+def test_a_class_that_fails_costs_its_own_layer_only(config: dict[str, Any]) -> None:
+    scores = {**CLASSES, "every": {**CLASSES["every"], "options": {"rows": "fewer"}}}
+    message = r"Everything\.score\(\) must return numbers of shape \(7, 4\), one for each of 7 .* got float64 \(6, 4\)"
+    with pytest.raises(LayerFailure, match=message) as raised:
+        reinforce_here({**config, "scores": scores})
+    assert raised.value.layer == "scores/every"
+
+
+@pytest.mark.parametrize("name", ["colors", "every"])
+def test_a_batch_of_a_class_that_does_not_fit_is_halved(name: str, config: dict[str, Any]) -> None:
+    whole, halved = [{**config, "output": f"{n}", "workers": {"batch": 16}} for n in ("whole", "halved")]
+    reinforce_here({**whole, "scores": {name: CLASSES[name]}})
+    results: list[Any] = []
+    small = {**CLASSES[name], "options": {"capacity": 2}}
+    reinforce_here({**halved, "scores": {name: small}}, results=results)
+    [note] = results[0].notes[-1:]
+    assert re.match(rf"scores/{name}: \d \w+ at once do not fit in the memory of the device; from now on 2", note)
+    before, after = (pq.read_table(next(Path(of, "scores", name).glob("*.parquet"))) for of in ("whole", "halved"))
+    assert before.equals(after)
+    with pytest.raises(UserError, match="a smaller model in scores"):
+        reinforce_here({**halved, "output": "none", "scores": {name: {**small, "options": {"capacity": 0.5}}}})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("rows", r"must return numbers of shape \(\d+, 1\), one for each of \d+ samples .*, got float32 \(1,\)"),
+        ("columns", r"got float32 \(1, 2\)"),
+        ("type", "got str"),
+        ("nan", "scores must be finite"),
+        ("random", "the same batch gives other scores the second time"),
+        ("batch", "samples get other scores in a batch than alone"),
+        ("", None),
+    ],
+)
+def test_the_self_test_finds_classes_that_score_wrongly(
+    wrong: str, message: str | None, config: dict[str, Any]
+) -> None:
+    parsed = parse_config({**config, "scores": {"mine": {"class": f"{OURS}Length", "options": {"wrong": wrong}}}})
+    layer = build_layers(parsed, describe_models(parsed))["scores/mine"]
+    models = load_models(parsed, [layer])
+    for full in (None, parsed):
+        if message is None:
+            check_models(models, [layer], {}, full)
+        elif full is None or wrong != "random":
+            with pytest.raises(UserError, match=rf"^scores\.mine fails its self-test \(scores.*{message}"):
+                check_models(models, [layer], {}, full)
+
+
+def test_a_class_that_sees_pixels_needs_an_image_spec(config: dict[str, Any]) -> None:
+    parsed = parse_config({**config, "scores": {"mine": {"class": f"{OURS}NoImage"}}})
+    with pytest.raises(UserError, match=r"scores\.mine: class .*NoImage sees pixels and must set `image`"):
+        load_models(parsed, build_layers(parsed, describe_models(parsed)).values())
+
+
+def test_an_image_that_has_changed_is_not_shown_to_a_class(config: dict[str, Any]) -> None:
+    config = {**config, "images": "reference", "teachers": {}, "captioners": {}}
+    reinforce_here({**config, "scores": {}})
+    write_tar(Path("source/0.tar"), members_of(7, COUNT))
+    with pytest.raises(LayerFailure) as raised:
+        reinforce_here({**config, "scores": {"letters": CLASSES["letters"], "colors": CLASSES["colors"]}})
+    assert raised.value.layer == "scores/colors"

@@ -67,11 +67,14 @@ def test_a_run_warns_of_what_is_wrong_with_the_source_without_secrets(
     assert "0.tar, b: no caption: looked for .txt, json:caption; the sample has .png, .(secret)" in caplog.text
 
 
-CLASS = """from tests.helpers.models import ColorTeacher
-
-class Changing(ColorTeacher):
-    version = 3
-"""
+CLASSES = {
+    kind: f"from tests.helpers.{base} as Base\n\nclass Changing(Base):\n    version = 3\n"
+    for kind, base in {
+        "teachers": "models import ColorTeacher",
+        "captioners": "models import SeedCaptioner",
+        "scores": "scorers import Length",
+    }.items()
+}
 
 
 @dataclass
@@ -84,8 +87,8 @@ class Changing:
 
     def __post_init__(self) -> None:
         self.file = self.folder / f"changing_{self.kind}.py"
-        self.spec = {"class": f"{self.file.stem}:Changing", **({} if self.kind == "teachers" else {"captions": 2})}
-        self.file.write_text(CLASS if self.kind == "teachers" else CLASS.replace("ColorTeacher", "SeedCaptioner"))
+        self.spec = {"class": f"{self.file.stem}:Changing", **({"captions": 2} if self.kind == "captioners" else {})}
+        self.file.write_text(CLASSES[self.kind])
         for number in range(2):
             write_tar(self.folder / "source" / f"{number}.tar", members_of(number, 2))
         reinforce_here(self.config("0"))
@@ -94,7 +97,7 @@ class Changing:
         self.file.write_text(f"{self.file.read_text()}# other code\n")
 
     def config(self, shards: str = "*", **changes: Any) -> dict[str, Any]:
-        models = {"teachers": {}, "captioners": {}, self.kind: {"my": self.spec}}
+        models = {"teachers": {}, "captioners": {}, "scores": {}, self.kind: {"my": self.spec}}
         return config_of(f"{self.folder}/source/{shards}.tar", self.folder / "out", **{**models, **changes})
 
     def started(self, **options: Any) -> list[str]:
@@ -106,12 +109,17 @@ class Changing:
 
     @property
     def hashes(self) -> list[str]:
-        manifest = json.loads((self.folder / "out" / "dataset.json").read_text())
-        found: list[str] = manifest[self.kind]["my"].get("code", [])
+        found: list[str] = self.entry(json.loads((self.folder / "out" / "dataset.json").read_text())).get("code", [])
+        return found
+
+    def entry(self, manifest: dict[str, Any]) -> dict[str, Any]:
+        """The entry of the class in a dataset.json."""
+        found: dict[str, Any]
+        found = manifest["layers"]["scores/my"] if self.kind == "scores" else manifest[self.kind]["my"]
         return found
 
 
-@pytest.fixture(params=["teachers", "captioners"])
+@pytest.fixture(params=[*CLASSES])
 def changing(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> Changing:
@@ -150,9 +158,10 @@ def test_a_class_may_change_where_none_of_its_layers_is_computed_or_has_files(ch
     [first] = changing.hashes
     changing.change()
     with pytest.raises(UserError, match="no Ray here"):
-        run(changing.config(captioners={}, teachers={}))
+        run(changing.config(captioners={}, teachers={}, scores={}))
     assert changing.hashes == [first]
-    shutil.rmtree(changing.folder / "out" / ("embeddings" if changing.kind == "teachers" else "captions"))
+    folder = {"teachers": "embeddings", "captioners": "captions", "scores": "scores"}[changing.kind]
+    shutil.rmtree(changing.folder / "out" / folder)
     assert changing.started() == []
     assert changing.hashes == [], "of no file"
 
@@ -160,7 +169,7 @@ def test_a_class_may_change_where_none_of_its_layers_is_computed_or_has_files(ch
 def test_a_class_of_a_dataset_without_hashes_is_accepted_as_it_is(changing: Changing) -> None:
     store = Store(str(changing.folder / "out"))
     manifest = read_manifest(store)
-    del manifest[changing.kind]["my"]["code"]
+    del changing.entry(manifest)["code"]
     write_manifest(store, manifest)
     changing.change()
     assert changing.started() == []

@@ -31,6 +31,7 @@ def write_inputs(folder: Path) -> None:
     cat.putalpha(cat.copy())
     cat.save(folder / "cat.png", exif=exif)
     (folder / "our_teachers.py").write_text(blocks("docs/teachers.md", "python")[0].text)
+    (folder / "our_scores.py").write_text(blocks("docs/scores.md", "python")[0].text)
     for name in ("configs", "jobs"):
         os.symlink(ROOT / name, folder / name)
     for name, config in _configs(folder).items():
@@ -48,7 +49,11 @@ def _configs(folder: Path) -> dict[str, dict[str, Any]]:
             "conv-64": {"model": vit, "logit_scale": 20},
             "tiny": {"class": "our_teachers:Tiny", "options": {"width": SIZE}},
         },
-        "scores": {"match": {"similarity": ["conv-64", "tiny"], "texts": ["caption", "coca"]}},
+        "scores": {
+            "match": {"similarity": ["conv-64", "tiny"], "texts": ["caption", "coca"]},
+            "sharp": {"class": "our_scores:Sharpness"},
+            "agreement": {"class": "our_scores:Agreement"},
+        },
         "workers": {"max": 1},
     }
     student = {

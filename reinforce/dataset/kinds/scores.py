@@ -37,27 +37,41 @@ class Scores(LayerKind):
     columns = ("key", "scores")
     values = None  # a score is null where one of its inputs is, which says why in the quarantine of its layer
     unit = "samples"
+    section = "scores"
     required = ("names", "needs", "score")
 
     def layers(
         self, config: Config, infos: Mapping[tuple[str, str], ModelInfo], known: Mapping[str, Layer]
     ) -> Iterable[Layer]:
         for name, spec in config.scores.items():
-            try:
-                scorer = make_scorer(spec)
-                identity = scorer.identity()
-            except (ValueError, OSError) as error:
-                raise UserError(f"scores.{name}: {error}") from error
-            if missing := [need for need in scorer.needs if need not in known]:
+            info = infos.get((self.section, name))
+            if info is not None:
+                identity, names = info.identity, tuple(info.identity["names"])
+                wanted = tuple(one for one in info.identity["inputs"] if "/" in one)
+            else:
+                try:
+                    scorer = make_scorer(spec)
+                    identity, names, wanted = scorer.identity(), scorer.names, scorer.needs
+                except (ValueError, OSError) as error:
+                    raise UserError(f"scores.{name}: {error}") from error
+            if missing := [need for need in wanted if need not in known]:
                 raise UserError(
                     f"scores.{name}: {', '.join(missing)} is no layer of this config. Name its teacher in `teachers`, "
                     "and the captioner of its texts in `captioners`."
                 )
-            needs = (SAMPLES, *scorer.needs)
+            needs = (SAMPLES, *wanted)
             recipe = _recipe({need: known[need].fingerprint for need in needs}, identity)
-            layer = scores_layer(name)
-            fingerprint = compute_fingerprint(recipe)
-            yield Layer(layer, self, fingerprint, needs, names=scorer.names, recipe=recipe)
+            yield Layer(
+                name=scores_layer(name),
+                kind=self,
+                fingerprint=compute_fingerprint(recipe),
+                needs=needs,
+                model=None if info is None else name,
+                names=names,
+                recipe=recipe,
+                code=None if info is None else info.code,
+                pixels=info is not None and info.images,
+            )
 
     def inputs(self, name: str, entry: Mapping[str, Any]) -> tuple[str, ...]:
         return tuple(entry.get("needs") or (SAMPLES,))

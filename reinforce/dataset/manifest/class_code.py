@@ -10,12 +10,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from reinforce.dataset.layers import Layer, mapping_at
+from reinforce.dataset.layers import Layer, mapping_at, model_of, scores_layer
 from reinforce.errors import UserError
 
 #: Key of the entry of a custom class with the hashes of the file that defines it, one for each change.
 CODE_KEY = "code"
 _SECTIONS = ("teachers", "captioners")
+
+
+def entry_keys(section: str, model: str) -> tuple[str, str]:
+    """Where dataset.json has the code of a class: in the entry of its model, or in that of the one layer of a score."""
+    return ("layers", scores_layer(model)) if section == "scores" else (section, model)
 
 
 @dataclass(frozen=True)
@@ -89,16 +94,16 @@ def class_codes(
             owned.setdefault((str(layer.kind.section), str(layer.model)), []).append(layer)
     codes, listed = [], mapping_at(manifest or {}, "layers")
     for (section, model), found in owned.items():
-        entry, identity = mapping_at(manifest or {}, section, model), found[0].recipe["model"]
+        entry = mapping_at(manifest or {}, *entry_keys(section, model))
         names = {layer.name for layer in found}
         others = [name for name, one in listed.items() if one.get(section[:-1]) == model and name not in layers]
         codes.append(
             ClassCode(
                 section=section,
                 model=model,
-                identity=identity,
+                identity=found[0].identity,
                 now=str(found[0].code),
-                recorded=recorded_code(entry) if entry.get("model") == identity else (),
+                recorded=recorded_code(entry, found[0]),
                 stored=bool(others) or not names.isdisjoint(stored),
                 computed=not names.isdisjoint(computed),
             )
@@ -106,10 +111,10 @@ def class_codes(
     return codes
 
 
-def recorded_code(entry: Mapping[str, Any]) -> Sequence[str]:
-    """The hashes in the entry of a model, which somebody else may have written."""
-    found = entry.get(CODE_KEY)
-    return [*map(str, found)] if isinstance(found, list) else []
+def recorded_code(entry: Mapping[str, Any], layer: Layer | None = None) -> Sequence[str]:
+    """The hashes in an entry, which somebody else may have written; none if it has another model than ``layer``."""
+    known, found = entry.get("model", entry.get("score")), entry.get(CODE_KEY)
+    return [*map(str, found)] if isinstance(found, list) and (layer is None or known == layer.identity) else []
 
 
 def check_classes(codes: Iterable[ClassCode], accepted: bool = False) -> list[str]:
@@ -127,6 +132,7 @@ def check_classes(codes: Iterable[ClassCode], accepted: bool = False) -> list[st
 def code_lines(manifest: Mapping[str, Any]) -> list[str]:
     """One line for each custom class whose file has changed while its layers were computed."""
     entries = {f"{section[:-1]} {name}": entry for section in _SECTIONS for name, entry in manifest[section].items()}
+    entries |= {f"score {model_of(name)}": entry for name, entry in manifest["layers"].items()}
     return [
         f"{name}: its layers were computed with {len(hashes)} states of the file of its class "
         f"(hashes {', '.join(hashes)}) under one `version`"

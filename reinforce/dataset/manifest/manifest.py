@@ -11,7 +11,7 @@ import schemas
 from reinforce.config import Config
 from reinforce.dataset.files.store import MANIFEST, Store
 from reinforce.dataset.layers import SAMPLES, Layer
-from reinforce.dataset.manifest.class_code import CODE_KEY, ClassCode, recorded_code
+from reinforce.dataset.manifest.class_code import CODE_KEY, ClassCode, entry_keys, recorded_code
 from reinforce.dataset.manifest.schema import check_manifest
 from reinforce.errors import UserError
 from reinforce.source.urls import canonical
@@ -98,6 +98,8 @@ def update_manifest(
         before = manifest["layers"].get(name, {})
         dim = loaded.get(layer.model or "", {}).get("dim", layer.dim) or before.get("dim")
         entry = layer.kind.entry(layer, dim)
+        if layer.kind.section == "scores":
+            entry |= _code(before, layer if name in computed else None)
         manifest["layers"][name] = {"kind": layer.kind.name, "fingerprint": layer.fingerprint, **entry}
     for name, teacher in config.teachers.items():
         before = manifest["teachers"].get(name, {})
@@ -159,9 +161,7 @@ def _code(before: Mapping[str, Any], layer: Layer | None) -> dict[str, Any]:
 
     ``layer`` is one that is computed now, None if there is none. Another model or version begins a new list.
     """
-    known = [*recorded_code(before)]
-    if layer is not None and before.get("model") != layer.recipe["model"]:
-        known = []
+    known = [*recorded_code(before, layer)]
     if layer is not None and layer.code is not None and known[-1:] != [layer.code]:
         known.append(layer.code)
     return {CODE_KEY: known} if known else {}
@@ -173,7 +173,8 @@ def forget_code(store: Store, codes: Iterable[ClassCode]) -> None:
     manifest = find_manifest(store) if forgotten else None
     if manifest is not None:
         for code in forgotten:
-            manifest[code.section].get(code.model, {}).pop(CODE_KEY, None)
+            section, name = entry_keys(code.section, code.model)
+            manifest[section].get(name, {}).pop(CODE_KEY, None)
         write_manifest(store, manifest)
 
 

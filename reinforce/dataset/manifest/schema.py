@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from reinforce.config import LAYER_NAME
+from reinforce.config_schema import LAYER_NAME
 from reinforce.dataset.kinds.registry import KINDS
 from reinforce.dataset.layers import parts_of
 from reinforce.errors import UserError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pyarrow.compute as pc
 
 from reinforce.config import Fact, Score
 from reinforce.dataset.scoring.base import Floats, Scorer, StoredRows
+from teachers.open_clip.catalog import model_config
 
 _VERSION = 1
 
@@ -42,19 +44,43 @@ _COMPUTED: dict[Fact, tuple[tuple[str, ...], Callable[[pa.Table], Any]]] = {
 
 
 class Facts(Scorer):
-    """Sizes of the image, and lengths of the true caption, which are null where there is none."""
+    """Sizes of the image, and lengths of the true caption, which are null where there is none.
+
+    ``tokens`` are those of the whole caption, without the marks at its start and end.
+    """
 
     key = "facts"
+    used = ("tokenizer",)
 
     def __init__(self, spec: Score) -> None:
-        self._facts = spec.facts or []
+        self._facts, self._tokenizer = spec.facts or [], spec.tokenizer
+        self._computed = {**_COMPUTED, "tokens": (("caption",), self._tokens)}
         self.names = tuple(self._facts)
-        self.columns = tuple(dict.fromkeys(column for name in self._facts for column in _COMPUTED[name][0]))
+        self.columns = tuple(dict.fromkeys(column for name in self._facts for column in self._computed[name][0]))
+        if "tokens" in self._facts:
+            model_config(self._tokenizer)  # raises what is wrong with the name
+        elif "tokenizer" in spec.model_fields_set:
+            raise ValueError("tokenizer: used only for the fact `tokens`; remove it")
 
     def identity(self) -> dict[str, Any]:
-        return {"facts": [*self.names], "version": _VERSION}
+        tokenizer = {"tokenizer": self._tokenizer} if "tokens" in self._facts else {}
+        return {"facts": [*self.names], "version": _VERSION, **tokenizer}
 
     def scores(self, rows: StoredRows) -> Mapping[str, Floats]:
         samples = rows.samples()
-        found = {name: pc.cast(_COMPUTED[name][1](samples), pa.float32(), safe=False) for name in self._facts}
+        found = {name: pc.cast(self._computed[name][1](samples), pa.float32(), safe=False) for name in self._facts}
         return {name: pc.fill_null(values, np.nan).to_numpy() for name, values in found.items()}
+
+    def _tokens(self, samples: pa.Table) -> Any:
+        texts = samples["caption"].to_pylist()
+        return pa.array([None if text is None else self._count_tokens(text) for text in texts], pa.int64())
+
+    @cached_property
+    def _count_tokens(self) -> Callable[[str], int]:
+        """The number of tokens of a text. Raises OSError or ValueError if the tokenizer cannot be loaded."""
+        import open_clip
+
+        tokenizer = open_clip.get_tokenizer(self._tokenizer)
+        if isinstance(tokenizer, open_clip.SimpleTokenizer):
+            return lambda text: len(tokenizer.encode(text))
+        return lambda text: len(tokenizer.tokenizer.encode(tokenizer.clean_fn(text), add_special_tokens=False))

@@ -21,8 +21,8 @@ from reinforce.errors import UserError
 
 #: Largest batch of ``workers.batch: auto``. Larger ones are hardly faster, and take more shared memory for pixels.
 MAX_AUTO_BATCH = 1024
-_Bound = Literal["rows", "crops", "texts"]
-_UNITS: dict[_Bound, str] = {"rows": "image", "crops": "augmented image", "texts": "text"}
+_Bound = Literal["rows", "crops", "texts", "samples"]
+_UNITS: dict[_Bound, str] = {"rows": "image", "crops": "augmented image", "texts": "text", "samples": "sample"}
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,10 @@ class BatchSizes:
         """Texts of a forward pass that may have ``texts``."""
         return min(texts, self._bounds.get("texts", texts))
 
+    def samples(self, samples: int) -> int:
+        """Samples that a scorer gets without their images, of a batch that may have ``samples``."""
+        return min(samples, self._bounds.get("samples", samples))
+
     def take_notes(self) -> tuple[str, ...]:
         """Messages about sizes that were halved since the last call."""
         with self._changed:
@@ -113,7 +117,8 @@ class BatchSizes:
         """
         bound, count = demand.bound, config.augmentations.count
         failed = self.crops(count) if bound == "crops" else size
-        planned: dict[_Bound, int] = {"rows": rows_per_batch(config), "crops": count, "texts": config.workers.images}
+        rows, images = rows_per_batch(config), config.workers.images
+        planned: dict[_Bound, int] = {"rows": rows, "crops": count, "texts": images, "samples": images}
         with self._changed:
             self._one_at_a_time = True
             if failed > 1:

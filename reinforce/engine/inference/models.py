@@ -19,14 +19,14 @@ from reinforce.dataset.augment.backends import load_backend
 from reinforce.dataset.layers import Layer
 from reinforce.engine.inference.batch_sizes import BatchSizes
 from reinforce.engine.inference.out_of_memory import memory_hint, release_cache
-from reinforce.engine.inference.outputs import copied, encode
+from reinforce.engine.inference.outputs import Floats, copied, encode, to_scores
 from reinforce.engine.inference.turns import PriorityLock
 from reinforce.engine.messages.tracebacks import user_frames
 from reinforce.engine.record.rates import Cost
 from reinforce.errors import UserError
 from teachers.device.accelerator import Accelerator
-from teachers.protocols import Captioner, NoCaptions, Teacher
-from teachers.registry import load_captioner, load_teacher
+from teachers.protocols import Captioner, NoCaptions, Scorer, Teacher
+from teachers.registry import load_captioner, load_scorer, load_teacher
 
 
 @dataclass
@@ -70,6 +70,7 @@ class Models:
     teachers: Mapping[str, Teacher]
     captioners: Mapping[str, Captioner]
     accelerator: Accelerator
+    scorers: Mapping[str, Scorer] = field(default_factory=dict)
     counters: Counters = field(default_factory=Counters)
     lock: PriorityLock = field(default_factory=PriorityLock)  # of the accelerator
     batches: BatchSizes = field(default_factory=BatchSizes)
@@ -106,12 +107,16 @@ class Models:
         tokens = copied(splitting.generate(pixels, seeds))
         return lambda: copied(splitting.to_texts(tokens)), _count_tokens(tokens)
 
+    def score(self, scorer: Scorer, inputs: Sequence[Any], count: int, names: Sequence[str]) -> Floats:
+        """Score ``count`` samples on the accelerator -> [count, names]. Raises ValueError for another shape."""
+        return to_scores(scorer.score(*inputs), count, names, type(scorer).__name__)
+
     def release_memory(self) -> None:
         """Return memory that models keep between batches, and that torch keeps for them, to the device.
 
         Call it while no other thread uses the accelerator.
         """
-        for model in (*self.teachers.values(), *self.captioners.values()):
+        for model in (*self.teachers.values(), *self.captioners.values(), *self.scorers.values()):
             if callable(release := getattr(model, "release_memory", None)):
                 release()
         release_cache(self.accelerator.device)
@@ -146,6 +151,11 @@ def load_models(config: Config, layers: Iterable[Layer]) -> Models:
                 if ("captioners", name) in owners
             },
             Accelerator(device),
+            {
+                name: load_scorer(name, spec, device)
+                for name, spec in config.scorers.items()
+                if ("scores", name) in owners
+            },
         )
     except (ValueError, OSError, ImportError, RuntimeError, TypeError) as error:
         raise UserError(f"{error}{user_frames(error)}{memory_hint(error)}") from error

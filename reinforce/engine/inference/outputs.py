@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -65,3 +65,15 @@ def to_numpy(out: torch.Tensor, ignored: npt.NDArray[np.bool_] | None = None) ->
                 f"embeddings must have norm 1, got {norms[row]:.3f} in row {row + 1} of {len(out)}; normalize them"
             )
     return values
+
+
+def to_scores(out: object, count: int, names: Sequence[str], what: str) -> Floats:
+    """A copy of the scores [count, names] that a class ``what`` returned, on the CPU. Raises ValueError for others."""
+    values = np.array(out.detach().float().cpu() if isinstance(out, torch.Tensor) else out)
+    if values.dtype.kind not in "fiu" or values.shape not in {(count, len(names)), (count,) * (len(names) == 1)}:
+        found = f"{values.dtype} {values.shape}" if isinstance(out, torch.Tensor | np.ndarray) else type(out).__name__
+        raise ValueError(
+            f"{what}.score() must return numbers of shape {(count, len(names))}, one for each of {count} samples and "
+            f"each of {', '.join(names)}, got {found}"
+        )
+    return values.astype(np.float32).reshape(count, len(names))

@@ -14,6 +14,9 @@ and that some caption of a batch begins as it does for its image alone. It does 
 of matrix products may depend on the batch and change a sampled word. In a full batch, at least twice as many captions
 must begin as those of their image than as those of another. Different images may get the same caption. Of one that is
 not ``repeatable`` it requires texts alone, or reasons why there are none.
+
+Of a scorer that sees pixels and captions alone it requires finite numbers, the same ones again, and in a batch those of
+each sample alone. Others are not tested: what is in metadata and vectors is not known.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from reinforce.engine.inference.out_of_memory import memory_hint
 from reinforce.engine.inference.outputs import Floats, to_numpy
 from reinforce.engine.messages.tracebacks import user_frames
 from reinforce.errors import UserError
+from teachers.custom.family import CAPTION, PIXELS
 from teachers.preprocessing.pixels import to_pixels
 from teachers.protocols import Captioner, ImageSpec, NoCaptions
 from teachers.spec import Precision
@@ -43,9 +47,12 @@ TEXTS = (
     "a dog on the bed",
     "two children in red coats fly a kite on a wide beach in the evening",
 )
+LONG_TEXT = "a photo of two children in red coats who fly a kite on a wide beach in the evening, " * 6
 _IMAGES = 3
 _CAPTIONED_IMAGES = 2
 _COMPARED_CHARACTERS = 24  # at the start of a caption
+#: In a batch, scores may differ by this share of the largest of the test, and by so much anyway; again, by a tenth.
+_SCORE_TOLERANCE, _SCORE_DIFFERENCE = 0.05, 1e-3
 #: Bounds of a full batch on CPUs, where one of a large model would take longer than workers may take to start, and one
 #: of a small model a noticeable part of a small run.
 _SECONDS, _LEAST_BATCH, _LARGEST_BATCH = 5.0, 8, 64
@@ -158,6 +165,37 @@ def check_captioner(models: Models, name: str, count: int, batch: int | None = N
             )
     except Exception as error:
         raise _failed(name, "captions", captioner, error, batch) from error
+
+
+def check_scorer(
+    models: Models, name: str, inputs: Sequence[str], names: Sequence[str], batch: int | None = None
+) -> None:
+    """Test the class of a score with such ``inputs`` and ``names``. Raises UserError. ``batch`` is that of
+    ``check_image_encoder``."""
+    if not {*inputs} <= {PIXELS, CAPTION}:
+        return
+    scorer = models.scorers[name]
+
+    def score(rows: Sequence[int]) -> Floats:
+        with models.use_accelerator():
+            pixels = probe_images(models, scorer.image, rows) if PIXELS in inputs else None
+            values = [pixels if one == PIXELS else [TEXTS[row] for row in rows] for one in inputs]
+            return models.score(scorer, values, len(rows), names)
+
+    try:
+        start = time.process_time()
+        alone = np.concatenate([score([row]) for row in range(_IMAGES)])
+        if not np.isfinite(alone).all():
+            raise ValueError("scores must be finite, got NaN or infinity; check the weights and the precision")
+        rows = [*range(_IMAGES)] if batch is None else _shuffled(_IMAGES, _affordable(models, batch, start))
+        first = score(rows)
+        allowed = _SCORE_TOLERANCE * np.abs(alone).max(axis=0) + _SCORE_DIFFERENCE
+        if batch is None and (np.abs(score(rows) - first) > allowed / 10).any():
+            raise ValueError("the same batch gives other scores the second time; remove what is random")
+        if (np.abs(first - alone[rows]) > allowed).any():
+            raise ValueError("samples get other scores in a batch than alone; keep the order of the rows")
+    except Exception as error:
+        raise _failed(f"scores.{name}", "scores", scorer, error, batch) from error
 
 
 def _check_captions_of_batch(

@@ -15,7 +15,7 @@ from reinforce.engine.inference.out_of_memory import OutOfMemory, attempt
 from reinforce.engine.inference.stage_meter import StageMeter
 from reinforce.engine.messages.pulse import WAITING, LeaseWatch
 from reinforce.engine.messages.results import raising_layer_failure
-from teachers.protocols import Captioner, Teacher
+from teachers.protocols import Captioner, Scorer, Teacher
 
 _T = TypeVar("_T")
 
@@ -36,6 +36,9 @@ class Session:
 
     def captioner(self, layer: Layer) -> Captioner:
         return self.models.captioners[str(layer.model)]
+
+    def scorer(self, layer: Layer) -> Scorer:
+        return self.models.scorers[str(layer.model)]
 
     @contextlib.contextmanager
     def stage(self, layer: str, what: str, inputs: int = 0) -> Iterator[None]:

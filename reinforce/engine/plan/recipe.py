@@ -10,8 +10,8 @@ from reinforce.dataset.kinds.registry import KINDS
 from reinforce.dataset.layers import Layer
 from reinforce.engine.messages.tracebacks import user_frames
 from reinforce.errors import UserError
-from teachers.registry import describe_captioner, describe_teacher
-from teachers.spec import ModelInfo
+from teachers.registry import describe_captioner, describe_scorer, describe_teacher
+from teachers.spec import ModelInfo, ModelSpec
 
 
 def describe_models(config: Config) -> dict[tuple[str, str], ModelInfo]:
@@ -25,6 +25,8 @@ def describe_models(config: Config) -> dict[tuple[str, str], ModelInfo]:
             infos["captioners", name] = describe_captioner(name, captioner)
         for name, teacher in config.teachers.items():
             infos["teachers", name] = describe_teacher(name, teacher)
+        for name, scorer in config.scorers.items():
+            infos["scores", name] = describe_scorer(name, scorer)
     except (ValueError, OSError, ImportError) as error:
         raise UserError(f"{error}{user_frames(error)}") from error
     return infos
@@ -32,12 +34,13 @@ def describe_models(config: Config) -> dict[tuple[str, str], ModelInfo]:
 
 def check_class_files(config: Config, layers: Iterable[Layer], host: str) -> None:
     """Raise UserError if the file of a class on this ``host`` is not the one that ``layers`` were planned with."""
+    specs: dict[str | None, Mapping[str, ModelSpec]] = {"teachers": config.teachers, "captioners": config.captioners}
+    specs["scores"] = config.scorers
     for layer in {layer.owner: layer for layer in layers if layer.code is not None}.values():
-        spec = config.teachers.get(str(layer.model)) if layer.owner[0] == "teachers" else None
-        found = (spec or config.captioners[str(layer.model)]).describe().code
+        found = specs[layer.kind.section][str(layer.model)].describe().code
         if found is not None and found != layer.code:
             raise UserError(
-                f"{layer.model}: the file of class {layer.recipe['model']['class']} on {host} is not that of the plan "
+                f"{layer.model}: the file of class {layer.identity['class']} on {host} is not that of the plan "
                 f"(hash {layer.code} there, {found} here). Finished shards are kept. Give all nodes the same file, and "
                 "run again."
             )
@@ -56,7 +59,7 @@ def build_layers(config: Config, infos: Mapping[tuple[str, str], ModelInfo]) -> 
 def _position(config: Config, layer: Layer) -> int:
     """The place of a layer's model in its section of the config."""
     section, model = layer.owner
-    return 0 if section is None else [*getattr(config, section)].index(model)
+    return 0 if model is None else [*getattr(config, str(section))].index(model)
 
 
 def version_notes(models: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -142,10 +142,9 @@ def _cpu_warnings(cores: float | None, cpus: int, gpus: float, rate: Rate | None
 def _cpu_of_sample(plan: Plan) -> tuple[float, str]:
     """CPU milliseconds of a worker for a sample, and the assumption in words."""
     needed = {layer for shard in plan.pending for layer in shard.layers}
-    kinds = {plan.layers[name].kind for name in needed}
-    crops = any(kind.crops for kind in kinds)
+    crops = any(plan.layers[name].kind.crops for name in needed)
     count = plan.config.augmentations.count if crops else 0
-    decode = _at(DECODE_MS, count) if crops or any(kind.views for kind in kinds) else 0.0
+    decode = _at(DECODE_MS, count) if any(plan.layers[name].sees_images for name in needed) else 0.0
     total = decode + _at(OWN_MS, count)
     return total, f"{total:.1f} ms of CPU an image with {count} augmentations (docs/performance.md, 512 x 512 pixels)"
 

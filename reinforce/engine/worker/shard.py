@@ -225,7 +225,7 @@ class _ShardProcess:
             raise LayerFailure(self._first_image_layer(), reason) from error
 
     def _first_image_layer(self) -> str:
-        return next(name for name, layer in self.layers.items() if layer.kind.crops or layer.kind.views)
+        return next(name for name, layer in self.layers.items() if layer.sees_images)
 
     # -- models and tables
 

@@ -1,18 +1,39 @@
-"""Scores: computed from the layers that are stored, or computed beside them."""
+"""Scores: computed from the layers that are stored, or computed beside them, or by classes of the user's."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import torch
 
+from reinforce.config import Config
 from reinforce.dataset.layers import Layer, model_of
 from reinforce.dataset.scoring.registry import make_scorer
+from reinforce.engine.decode.row import Row
+from reinforce.engine.inference.batch_sizes import Demand, rows_per_batch
+from reinforce.engine.inference.inference import Batch, Outputs
+from reinforce.engine.inference.models import Models
+from reinforce.engine.inference.out_of_memory import OutOfMemory
+from reinforce.engine.inference.outputs import Floats
+from reinforce.engine.inference.self_test import LONG_TEXT, check_scorer
 from reinforce.engine.inference.session import Session
 from reinforce.engine.messages.results import raising_layer_failure
 from reinforce.engine.worker.producers.base import Producer, RowGroup
 from reinforce.engine.worker.refusals import Refusals
+from reinforce.source.samples import Refusal
+from schemas import Reason
+from teachers.custom.family import CAPTION, METADATA, PIXELS
+from teachers.preprocessing.pixels import to_pixels
+from teachers.protocols import ImageSpec
+from teachers.spec import Precision
+
+Mask = npt.NDArray[np.bool_]
 
 
 class Scores(Producer):
@@ -22,18 +43,148 @@ class Scores(Producer):
         self, layers: Iterable[Layer], session: Session, refusals: Refusals | None = None, source: str = ""
     ) -> None:
         super().__init__(layers, session, refusals, source)
-        self._scorers = {layer.name: make_scorer(session.config.scores[model_of(layer.name)]) for layer in self.layers}
+        stored = [layer.name for layer in self.layers if layer.model is None]
+        self._scorers = {name: make_scorer(session.config.scores[model_of(name)]) for name in stored}
+        self._seeing = [layer for layer in self.layers if layer.pixels]
+
+    @staticmethod
+    def self_test(models: Models, layer: Layer, precision: Precision, config: Config | None) -> None:
+        batch = None
+        if config is not None:
+            images = config.workers.images
+            batch = models.batches.rows(rows_per_batch(config)) if layer.pixels else models.batches.samples(images)
+        check_scorer(models, str(layer.model), layer.identity["inputs"], layer.names, batch)
 
     @property
     def sample_columns(self) -> set[str]:
-        return {column for scorer in self._scorers.values() for column in scorer.columns}
+        columns = {column for scorer in self._scorers.values() for column in scorer.columns}
+        return columns | {METADATA for layer in self.layers if METADATA in _inputs(layer)}
+
+    # -- classes that see pixels
+
+    @property
+    def views(self) -> Iterable[ImageSpec]:
+        return [self.session.scorer(layer).image for layer in self._seeing]
+
+    def encode(self, batch: Batch, prepared: Any) -> Callable[[], Outputs]:
+        """Scores [rows, names] by layer; NaN where an input is missing."""
+        outputs: Outputs = {}
+        for layer in self._seeing:
+            image, inputs = self.session.scorer(layer).image, _inputs(layer)
+            given = _usable(layer, batch.rows)
+            outputs[layer.name] = np.full((len(given), len(layer.names)), np.nan, np.float32)
+            if not given.any():
+                continue
+            with self.session.stage(layer.name, batch.what, int(given.sum())):
+                pixels = batch.views[image]
+                pixels = to_pixels(pixels if given.all() else pixels[torch.from_numpy(given).to(pixels.device)], image)
+                texts = [row.caption for row, usable in zip(batch.rows, given, strict=True) if usable]
+                values = [pixels if one == PIXELS else texts for one in inputs]
+                outputs[layer.name][given] = self._score(layer, values, len(texts))
+        return lambda: outputs
+
+    # -- classes that see none
+
+    def _score_group(self, layer: Layer, group: RowGroup) -> tuple[Floats, Mask]:
+        """Scores [rows, names], and which rows have all inputs [rows]."""
+        values = [_values(one, group) for one in _inputs(layer)]
+        given = np.all([_given(one) for one in values], axis=0)
+        found = np.full((len(given), len(layer.names)), np.nan, np.float32)
+        found[given] = self._score_batches(layer, values, np.flatnonzero(given))
+        return found, given
+
+    def _score_batches(self, layer: Layer, values: Sequence[Any], places: npt.NDArray[np.int64]) -> Floats:
+        """Scores [places, names] of the ``places`` in the ``values`` of each input.
+
+        Raises LayerFailure, and UserError if a single sample does not fit in the memory of the device.
+        """
+        session, found, start = self.session, np.zeros((len(places), len(layer.names)), np.float32), 0
+        while start < len(places):
+            chosen = places[start : start + session.models.batches.samples(session.config.workers.images)]
+            output, shared = session.attempt(partial(self._run, layer, values, chosen))
+            if isinstance(output, OutOfMemory):
+                session.halve(output, self.demand(layer, len(chosen)), len(chosen), shared)
+            else:
+                found[start : start + len(chosen)] = output
+                start += len(chosen)
+        return found
+
+    def _run(self, layer: Layer, values: Sequence[Any], places: npt.NDArray[np.int64], shared: bool) -> Floats:
+        with self.session.use_accelerator(), self.session.stage(layer.name, f"{len(places)} samples", len(places)):
+            inputs = [
+                self.session.models.accelerator.put(one[places])
+                if isinstance(one, np.ndarray)
+                else [one[place] for place in places]
+                for one in values
+            ]
+            return self._score(layer, inputs, len(places))
+
+    def _score(self, layer: Layer, inputs: Sequence[Any], count: int) -> Floats:
+        return self.session.models.score(self.session.scorer(layer), inputs, count, layer.names)
+
+    def fill(self) -> None:
+        rows = self.session.models.batches.samples(self.session.config.workers.images)
+        for layer in self.layers:
+            if _inputs(layer) == [CAPTION]:
+                self._score_batches(layer, [[f"{i} {LONG_TEXT}" for i in range(rows)]], np.arange(rows))
+
+    def demand(self, layer: Layer, rows: int) -> Demand:
+        one = f"{layer.name}: one sample does"
+        return Demand("rows" if layer.pixels else "samples", one, f"a smaller model in scores.{layer.model}")
+
+    # -- tables
 
     def table(self, layer: Layer, group: RowGroup) -> pa.Table:
-        what = f"{len(group.keys)} rows"
-        with self.session.watch.stage(layer.name, what), raising_layer_failure(layer.name):
-            scores = self._scorers[layer.name].scores(group)
-            columns = [np.asarray(scores[name], np.float32) for name in layer.names]
+        if layer.model is None:
+            with self.session.watch.stage(layer.name, f"{len(group.keys)} rows"), raising_layer_failure(layer.name):
+                scores = self._scorers[layer.name].scores(group)
+                values = np.stack([np.asarray(scores[name], np.float32) for name in layer.names], axis=1)
+        else:
+            values = self._of_class(layer, group)
         schema = self.schema(layer)
-        arrays = [pa.array(values, mask=~np.isfinite(values)) for values in columns]
-        scores = pa.StructArray.from_arrays(arrays, fields=[*schema.field("scores").type])
-        return pa.table([pa.array(group.keys, pa.string()), scores], schema=schema)
+        arrays = [pa.array(column, mask=~np.isfinite(column)) for column in np.ascontiguousarray(values.T)]
+        structs = pa.StructArray.from_arrays(arrays, fields=[*schema.field("scores").type])
+        return pa.table([pa.array(group.keys, pa.string()), structs], schema=schema)
+
+    def _of_class(self, layer: Layer, group: RowGroup) -> Floats:
+        """Scores [rows, names] of a class; records why rows have none."""
+        if layer.pixels:
+            self.refuse_unreadable(layer, group)
+            values = np.concatenate(group.outputs(layer.name))
+            given = _usable(layer, group.rows)
+        else:
+            values, given = self._score_group(layer, group)
+        finite = np.isfinite(values)
+        for row in np.flatnonzero(given & ~finite.all(axis=1)):
+            names = ", ".join(np.array(layer.names)[~finite[row]])
+            detail = f"{layer.identity['class']} returned NaN or infinity for {names}"
+            self.refusals.add(layer.name, Refusal(group.keys[row], Reason.NOT_FINITE, detail))
+        return values
+
+
+def _inputs(layer: Layer) -> Sequence[str]:
+    """The arguments of a class; none of scores that no class computes."""
+    found: Sequence[str] = layer.identity.get("inputs", ())
+    return found
+
+
+def _usable(layer: Layer, rows: Sequence[Row]) -> Mask:
+    """Which rows a class that sees pixels gets."""
+    texts = CAPTION in _inputs(layer)
+    return np.array([not row.unreadable and bool(row.caption or not texts) for row in rows], bool)
+
+
+def _values(name: str, group: RowGroup) -> Any:
+    """The value of each row in an input: an array whose first axis is that of the rows, or a list with None."""
+    if name == CAPTION:
+        return [row.caption or None for row in group.rows]
+    if name == METADATA:
+        return [None if text is None else json.loads(text) for text in group.samples()[METADATA].to_pylist()]
+    return group.values(name)
+
+
+def _given(values: Any) -> Mask:
+    """Which rows have a value."""
+    if isinstance(values, np.ndarray):
+        return np.asarray(np.isfinite(values).reshape(len(values), -1).all(axis=1))
+    return np.array([value is not None for value in values], bool)

@@ -17,15 +17,13 @@ from reinforce.engine.inference.inference import Outputs
 from reinforce.engine.inference.models import Models
 from reinforce.engine.inference.out_of_memory import OutOfMemory
 from reinforce.engine.inference.outputs import to_numpy
-from reinforce.engine.inference.self_test import TEXTS, check_text_encoder
+from reinforce.engine.inference.self_test import LONG_TEXT, TEXTS, check_text_encoder
 from reinforce.engine.messages.tracebacks import shorten
 from reinforce.engine.worker.producers.base import RowGroup
 from reinforce.engine.worker.producers.vectors import Embeddings, Floats, Mask
 from reinforce.source.samples import Refusal
 from schemas import Reason
 from teachers.spec import Precision
-
-_LONG_TEXT = "a photo of two children in red coats who fly a kite on a wide beach in the evening, " * 6
 
 
 class TextEmbeddings(Embeddings):
@@ -87,7 +85,7 @@ class TextEmbeddings(Embeddings):
     def fill(self) -> None:
         for layer in self.computed:
             rows = -(-self.session.models.batches.texts(self.session.config.workers.images) // layer.count)
-            self.encode_texts(layer, [[f"{i} {n} {_LONG_TEXT}" for n in range(layer.count)] for i in range(rows)])
+            self.encode_texts(layer, [[f"{i} {n} {LONG_TEXT}" for n in range(layer.count)] for i in range(rows)])
 
     def demand(self, layer: Layer, rows: int) -> Demand:
         return Demand("texts", f"{layer.name}: one text does", self.smaller_model(layer))

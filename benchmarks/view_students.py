@@ -1,0 +1,123 @@
+"""The second part of ``make bench-select``: what a student gains by a view of a dataset with wrong captions.
+
+Plain students of the demo (lambda 0, true captions alone), with equal steps and several seeds, on all samples of the
+dataset in which 40 % of the captions are exchanged, on the view that keeps the best 60 % by the ensemble's similarity,
+and on the pairs that are right, which no rule can know. Finished trainings are kept, so that an interrupted benchmark
+continues. Writes a table into docs/scores.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import reinforce
+from benchmarks.selection import BUILD, captions, make_dataset
+from benchmarks.stored import write_results
+from benchmarks.transfer import summarise
+from reinforce.demo.compare import MEASURES, arm_overrides, collect_measures, format_share
+from reinforce.demo.data import write_tests
+from reinforce.demo.students import train_side_by_side
+from reinforce.demo.wrong_captions import SHARE
+from reinforce.selection.config import SelectConfig
+from reinforce.selection.select import select
+
+RESULTS = Path(__file__).parent / "results" / "view_students.json"
+PAGE = Path(__file__).parents[1] / "docs" / "scores.md"
+SCORE = "scores.ensemble.caption_mean"
+#: Arm -> what its students are trained on.
+ARMS = {"whole": "all samples", "view": f"best {1 - SHARE:.0%}", "right": "right pairs alone"}
+SHOWN = ("unseen_style", "unseen_style_group", "unseen_pictures_group", "retrieval", "own_style")
+_MARKERS = re.compile(r"(<!-- students:[^\n]*-->\n).*?(<!-- end of students -->)", flags=re.DOTALL)
+_TEXT = """\
+Plain students of the demo on the same dataset, {steps} steps each, mean and minimum to maximum of {seeds} seeds (date
+{date}). The view is `keep: {{top: {top:g}, by: {score}}}`: it leaves out {left_out:,} of {samples:,} samples, of which
+{precision:.1%} have a wrong caption (precision); these are {recall:.1%} of the wrong captions (recall). *Recovered* is
+the share that the view regains of what the students on all samples lose against those on the right pairs alone."""
+
+
+def make_views(url: str) -> dict[str, float]:
+    """Write the views of the arms -> how well the one by scores finds the wrong captions."""
+    right = captions(Path("demo/shards"))
+    samples = list(reinforce.open(url, teachers=[], captioners=[]))
+    wrong = {sample.key for sample in samples if sample.caption != right[sample.key]}
+    keys = ", ".join(f"'{sample.key}'" for sample in samples if sample.key not in wrong)
+    rules = {"view": {"keep": {"top": 1 - SHARE, "by": SCORE}}, "right": {"where": f"key IN ({keys})"}}
+    for name, rule in rules.items():
+        select(SelectConfig.model_validate({"dataset": url, "name": name, "rules": [rule]}))
+    kept = {sample.key for sample in reinforce.open(url, view="view", teachers=[], captioners=[])}
+    left_out = {sample.key for sample in samples} - kept
+    found = len(left_out & wrong)
+    return {
+        "samples": len(samples),
+        "left_out": len(left_out),
+        "precision": found / len(left_out),
+        "recall": found / len(wrong),
+    }
+
+
+def train(url: str, out: Path, seeds: int, more: Sequence[str]) -> tuple[dict[str, Any], int]:
+    """Train the students that are not trained yet -> the summary of each arm, and the steps."""
+    data = {arm: f"{{url: {url}{'' if arm == 'whole' else f', view: {arm}'}}}" for arm in ARMS}
+    trainings = {
+        f"{arm}-{seed}": [*arm_overrides("plain", out / f"{arm}-{seed}", seed), f"data.datasets=[{data[arm]}]", *more]
+        for seed in range(seeds)
+        for arm in ARMS
+    }
+    train_side_by_side(trainings, out)
+    rows, steps = collect_measures({arm: [out / f"{arm}-{seed}" for seed in range(seeds)] for arm in ARMS})
+    return summarise(rows), steps
+
+
+def recovered(students: Mapping[str, Any], measure: str) -> float:
+    """The share of the loss that the view regains, by means."""
+    whole, view, right = (students[arm][measure]["mean"] for arm in ARMS)
+    return float((view - whole) / (right - whole)) if right != whole else float(np.nan)
+
+
+def render_page(text: str, results: Mapping[str, Any]) -> str:
+    """The page with the part about students written anew; the rest of ``text`` stays."""
+    students = results["students"]
+    seeds = len(students["whole"][SHOWN[0]]["seeds"])
+    lines = [
+        _TEXT.format(**results["view"], **results, seeds=seeds, top=1 - SHARE, score=SCORE),
+        "",
+        f"| trained on | {' | '.join(ARMS.values())} | recovered |",
+        "|---|---|---|---|---|",
+    ]
+    for name in SHOWN:
+        cells = [format_share(students[arm][name]["seeds"]) for arm in ARMS]
+        lines.append(f"| {MEASURES[name][0]} | {' | '.join(cells)} | {recovered(students, name):.0%} |")
+    mean = statistics.fmean(recovered(students, name) for name in SHOWN)
+    lines.append(f"| mean of these | | | | {mean:.0%} |")
+    if len(_MARKERS.findall(text)) != 1:
+        raise ValueError("the page must have `<!-- students: -->` and `<!-- end of students -->`, each once")
+    part = "\n".join(lines)
+    return _MARKERS.sub(lambda found: f"{found[1]}\n{part}\n\n{found[2]}", text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.view_students", description=__doc__)
+    parser.add_argument("--out", type=Path, default=BUILD / "students", help="folder for the trainings")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of each student")
+    parser.add_argument("--set", action="append", default=[], help="KEY=VALUE override of configs/student-demo.yaml")
+    arguments = parser.parse_args()
+    write_tests("demo/tests")
+    url = make_dataset()
+    view = make_views(url)
+    students, steps = train(url, arguments.out, arguments.seeds, arguments.set)
+    write_results(RESULTS, ["torch", "numpy"], {"view": view, "steps": steps, "students": students})
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    PAGE.write_text(render_page(PAGE.read_text(encoding="utf-8"), results), encoding="utf-8")
+    print(f"written to {RESULTS} and {PAGE}")
+
+
+if __name__ == "__main__":
+    main()
