@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from reinforce import settings, source_formats
-from reinforce.config_schema import LAYER_NAMES, InSchema, LayerName, OneOrMore, either
+from reinforce.config_schema import LAYER_NAME, LAYER_NAMES, InSchema, LayerName, OneOrMore, either
 from reinforce.processes.cores import Node, cores_per_process, default_gpus, describe_share
 from reinforce.settings import Section
 from teachers.custom.family import ClassScorerSpec
@@ -265,13 +265,11 @@ class Score(Section):
     head: str | None = Field(None, description="safetensors file of a linear layer: `weight` [N, D], `bias` [N]")
     teacher: str | None = Field(None, description="head: the teacher to whose embeddings of images it is applied")
     names: OneOrMore = Field(
-        ["score"], min_length=1, description="head: a name for each of its N outputs; class: instead of its own `names`"
+        ["score"], min_length=1, description="head: one for each output; class: in place of its own"
     )
     facts: list[Fact] | None = Field(None, min_length=1, description="sizes of the image and the caption")
     tokenizer: str = Field("ViT-B-32", description="facts: open_clip model whose tokenizer counts `tokens`")
-    class_: str | None = Field(
-        None, alias="class", description="a class of yours, package.module:Class; see teachers/protocols.py"
-    )
+    class_: str | None = Field(None, alias="class", description="package.module:Class; see teachers/protocols.py")
     options: dict[str, Any] = Field(default_factory=dict, description="class: its keyword arguments")
     inputs: OneOrMore | None = Field(None, min_length=1, description="class: what it sees, instead of its own `inputs`")
 
