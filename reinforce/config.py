@@ -60,18 +60,18 @@ class Input(Section):
         None, description="what the files of `source` are; default: recognised by their names, else by the first file"
     )
     image: str | None = Field(
-        None,
-        description="column of a table with the images, or with their paths or URLs; default: `image`, `jpg` and other "
-        "common names",
+        None, description="column of a table with images, their paths or URLs; default: `image`, `jpg` and the like"
     )
     key: str | None = Field(
-        None,
-        description="column of a table with the keys; default: `key`, `__key__` or `uid`, else shard and row number",
+        None, description="column of a table with keys; default: `key`, `__key__` or `uid`, else shard and row number"
     )
     captions: list[str] = Field(
         default=["txt", "json:caption"],
         description="where the true caption is: a member's extension or json:FIELD, in tables COLUMN or json:COLUMN; "
         "the first with text is used",
+    )
+    captions_per_sample: int | None = Field(
+        None, ge=1, le=64, description="most true captions of a sample to keep and embed; default: only the first"
     )
     metadata: Literal["all", "none"] | list[str] = Field(
         "all", description="what to keep of the json sidecar, or of the columns: all, none, or a list of names"
@@ -157,9 +157,7 @@ class Workers(Section):
 
     min: int = Field(1, ge=1, description="the run fails if fewer workers have started after `start_timeout`")
     max: int | None = Field(
-        None,
-        ge=1,
-        description="default: as many as the cluster can hold; a number is requested from the autoscaler",
+        None, ge=1, description="default: as many as the cluster can hold; a number is requested from the autoscaler"
     )
     gpus: float | None = Field(
         None, ge=0, description="GPUs per worker; default: 1 if a node has any; 0: compute on the CPU"

@@ -58,11 +58,21 @@ def image_columns(images: str) -> tuple[str, ...]:
     return (image_column(images),) if images == "embed" else (image_column(images), IMAGE_DIGEST)
 
 
-def samples_schema(images: str) -> pa.Schema:
-    """Schema of ``samples/<shard>.parquet``; ``images`` is ``embed`` or ``reference``."""
+#: Column of a samples layer with several true captions of a sample; most datasets do not have it.
+TRUE_CAPTIONS = "true_captions"
+
+
+def samples_schema(images: str, true_captions: bool = False) -> pa.Schema:
+    """Schema of ``samples/<shard>.parquet``; ``images`` is ``embed`` or ``reference``.
+
+    ``true_captions``: with a column of all true captions of a sample.
+    """
+    texts = pa.list_(pa.field("element", pa.string(), nullable=False))
+    several = [_field(TRUE_CAPTIONS, texts, "the true captions, `caption` the first; empty where there is none", False)]
     fields = [
         _KEY,
         _field("caption", pa.string(), "the true caption after the caption policy; null where there is none"),
+        *several[: int(true_captions)],
         _field("metadata", pa.string(), "the json sidecar or its chosen fields, as JSON text"),
         _field("width", pa.int32(), "of the RGB image (orientation applied), in pixels", nullable=False),
         _field("height", pa.int32(), "of the RGB image (orientation applied), in pixels", nullable=False),

@@ -207,7 +207,7 @@ def _search_files(rows: Rows) -> dict[str, str]:
         entries = []
         for row in range(start, min(start + _FOUND_ROWS, len(rows))):
             synthetic = [text for texts in rows.synthetic.values() for text in texts[row] or () if text is not None]
-            texts = [rows.captions[row], *synthetic]
+            texts = [*(rows.captions[row] or (None,)), *synthetic]
             shown = [None if text is None else escape(text) for text in texts]
             entries.append([row, escape(rows.keys[row]), rows.places[row][0].shard, shown])
         files[f"data/rows-{part}.js"] = f"inspection.add({json.dumps(entries, separators=(',', ':'))});\n"

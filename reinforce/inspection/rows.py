@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from reinforce.dataset import vectors
 from reinforce.dataset.augment.records import OPS
 from reinforce.dataset.kinds.registry import kind_of
+from reinforce.dataset.kinds.samples import true_captions
 from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, captions_layer, embeddings_layer
 from reinforce.dataset.reading.aligned import AlignedLayers, row_errors
 from reinforce.dataset.reading.dataset import Dataset
@@ -19,8 +20,9 @@ from reinforce.dataset.vectors import Floats
 from reinforce.errors import UserError
 from reinforce.inspection.selection import Group, Selection
 from reinforce.inspection.targets import Targets
+from schemas import TRUE_CAPTIONS
 
-_COLUMNS = ["key", "caption", "width", "height", "augmentations"]
+_COLUMNS = ["key", "caption", TRUE_CAPTIONS, "width", "height", "augmentations"]
 NORM_BINS = np.linspace(0.98, 1.02, 41)
 
 
@@ -67,7 +69,7 @@ class Rows:
     targets: Targets
     places: list[tuple[Group, int]] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
-    captions: list[str | None] = field(default_factory=list)
+    captions: list[list[str]] = field(default_factory=list)  # the true ones
     synthetic: dict[str, list[list[str] | None]] = field(default_factory=dict)
     pixels: list[np.ndarray] = field(default_factory=list)
     areas: list[np.ndarray] = field(default_factory=list)
@@ -134,7 +136,7 @@ def _add(rows: Rows, group: Group, tables: Mapping[str, pa.Table]) -> None:
     pixels = np.stack([samples["width"].to_numpy(), samples["height"].to_numpy()], axis=1)
     captions = {name: tables[captions_layer(name)]["captions"].to_pylist() for name in rows.captioners}
     rows.keys += samples["key"].to_pylist()
-    rows.captions += samples["caption"].to_pylist()
+    rows.captions += true_captions(samples)
     rows.places += [(group, row) for row in range(samples.num_rows)]
     rows.pixels.append(pixels)
     rows.areas.append(areas)

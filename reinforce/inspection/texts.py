@@ -26,7 +26,7 @@ class TextFigures:
 def text_figures(rows: Rows) -> dict[str, TextFigures]:
     """Figures by captioner, and of ``caption``, the true captions, which come first."""
     texts: dict[str, list[list[str] | None]] = {
-        TRUE_CAPTION: [None if text is None else [text] for text in rows.captions],
+        TRUE_CAPTION: [texts or None for texts in rows.captions],
         **rows.synthetic,
     }
     return {name: _figures(found) for name, found in texts.items()}

@@ -163,7 +163,7 @@ def _arrays(export: ShardExport, tables: Mapping[str, pa.Table]) -> dict[str, Fl
         return np.concatenate(parts, axis=2)
 
     texts = {f"{LIST_OF.format(name)}_emb": joined(name) for name in export.captioners}
-    return {"image_emb": joined("images"), "text_emb": joined(TRUE_CAPTION), **texts}
+    return {"image_emb": joined("images"), "text_emb": joined(TRUE_CAPTION)[:, :1], **texts}
 
 
 def _images(export: ShardExport, rows: Sequence[Mapping[str, Any]]) -> Iterator[bytes | None]:

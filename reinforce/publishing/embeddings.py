@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from reinforce.dataset import vectors
 from reinforce.dataset.files.store import Store
+from reinforce.dataset.kinds.samples import true_captions
 from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, captions_layer, embeddings_layer
 from reinforce.dataset.reading.aligned import AlignedLayers, row_errors
 from reinforce.dataset.reading.dataset import Dataset
@@ -36,6 +37,7 @@ from reinforce.publishing.shards import (
 from reinforce.source.captions import parse_json
 from reinforce.storage import Storage
 from reinforce.terminal import plural
+from schemas import TRUE_CAPTIONS
 
 CONFIG = "embeddings.json"
 IMAGES, TEXTS, METADATA = "img_emb", "text_emb", "metadata"
@@ -52,7 +54,7 @@ _SCHEMA = pa.schema(
         ("height", pa.int32()),
     ]
 )
-_COLUMNS = ("key", "caption", "metadata", "width", "height")
+_COLUMNS = ("key", "caption", TRUE_CAPTIONS, "metadata", "width", "height")
 
 Floats = npt.NDArray[np.float32]
 
@@ -227,13 +229,14 @@ def export_part(export: PartExport, part: str) -> tuple[int, int]:
 
 def _vectors(tables: Mapping[str, pa.Table], choice: Choice) -> tuple[Floats, Floats, list[str | None]]:
     """Image vectors and text vectors [rows, dim] of a row group, and the captions of the latter; null rows are NaN."""
-    captions: list[str | None] = tables[SAMPLES]["caption"].to_pylist()
+    at = choice.text if isinstance(choice.text, int) else 0
+    own = true_captions(tables[SAMPLES])  # which come again in turn where they are fewer than the vectors
+    captions: list[str | None] = [texts[at % len(texts)] if texts else None for texts in own]
     image = _select(tables[embeddings_layer(choice.teacher, "images")], choice.image)
     if choice.texts == NO_TEXTS:
         return image, np.empty((len(image), 0), np.float32), captions
     if choice.texts != TRUE_CAPTION:
         listed = tables[captions_layer(choice.texts)]["captions"].to_pylist()
-        at = choice.text if isinstance(choice.text, int) else 0
         captions = [None if texts is None or len(texts) <= at else texts[at] for texts in listed]
     return image, _select(tables[embeddings_layer(choice.teacher, choice.texts)], choice.text), captions
 

@@ -15,11 +15,13 @@ import numpy as np
 import pyarrow as pa
 
 from reinforce.dataset import vectors
+from reinforce.dataset.kinds.samples import true_captions
 from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, captions_layer, embeddings_layer
 from reinforce.dataset.reading.aligned import AlignedLayers, layer_errors
 from reinforce.dataset.reading.dataset import Dataset
 from reinforce.errors import UserError
 from reinforce.report.texts import DEFINITIONS, TextStatistics
+from schemas import TRUE_CAPTIONS
 
 _SHARDS = 64  # opened at least, if there are so many; more only while these have fewer rows than the limit
 _BINS = 200  # of the histogram of cosines
@@ -67,7 +69,8 @@ def captions_report(
     if not data.captioners:
         raise UserError(f"{url} has no synthetic captions. Add a captioner to `captioners` and run `reinforce run`.")
     counts = {name: int(layers[captions_layer(name)]["count"]) for name in data.captioners}
-    texts = {name: TextStatistics(count) for name, count in {**counts, TRUE_CAPTION: 1}.items()}
+    own = int(layers[SAMPLES].get("count") or 1)
+    texts = {name: TextStatistics(count) for name, count in {**counts, TRUE_CAPTION: own}.items()}
     similarities: dict[str, dict[str, SimilarityStatistics]] = {
         teacher: {name: SimilarityStatistics() for name in texts if _comparable(layers, teacher, name)}
         for teacher in data.teachers
@@ -75,7 +78,7 @@ def captions_report(
     rows = 0
     for tables in _sample_tables(data, limit):
         rows += tables[SAMPLES].num_rows
-        texts[TRUE_CAPTION].add([None if text is None else [text] for text in tables[SAMPLES]["caption"].to_pylist()])
+        texts[TRUE_CAPTION].add([found or None for found in true_captions(tables[SAMPLES])])
         for name in data.captioners:
             texts[name].add(tables[captions_layer(name)]["captions"].to_pylist())
         for teacher, by_text in similarities.items():
@@ -104,7 +107,7 @@ def _comparable(layers: Mapping[str, Any], teacher: str, texts: str) -> bool:
 def _sample_tables(data: Dataset, limit: int) -> Iterator[dict[str, pa.Table]]:
     """Yield row groups of every layer with at most ``limit`` rows in total; the last of a shard can be cut."""
     fingerprints = {name: data.manifest["layers"][name]["fingerprint"] for name in data.layers}
-    layers = AlignedLayers(data.store, fingerprints, {SAMPLES: ["key", "caption"]})
+    layers = AlignedLayers(data.store, fingerprints, {SAMPLES: ["key", "caption", TRUE_CAPTIONS]})
     for shard, rows in _rows_per_shard(data, limit):
         with layers.open(shard) as files:
             remaining, groups = rows, iter(range(files.row_groups))

@@ -61,7 +61,8 @@ class TextStatistics:
             self._count_captions(texts, words)
             self._count_ngrams(words)
         if self._bleu is not None:
-            self._bleu.add(images)
+            for count in sorted({*map(len, images)}):  # true captions may be more of one image than of another
+                self._bleu.add([texts for texts in images if len(texts) == count])
 
     def _count_captions(self, texts: Sequence[str], words: Sequence[tuple[str, ...]]) -> None:
         self._lengths.update(map(len, words))

@@ -21,6 +21,7 @@ REPLACED, CAPTIONS_REPLACED = "\ufffd", "captions_replaced"
 _MAX_DEPTH = 900
 
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_LINE_ENDS = re.compile(r"[\r\n]+")
 _SURROGATES = re.compile(r"[\ud800-\udfff]")
 
 
@@ -48,6 +49,47 @@ def caption_of(sidecars: Mapping[str, bytes], fields: Sequence[str], limits: Lim
     return None
 
 
+def captions_of(sidecars: Mapping[str, bytes], fields: Sequence[str], limits: Limits, most: int) -> list[str]:
+    """Return the first ``most`` different captions at all ``fields``, in their order, each cleaned by ``text-1``.
+
+    A member holds a JSON list of texts, or a caption on each line; a JSON field holds a text or a list of texts.
+    """
+    found: dict[str, None] = {}
+    for field in fields:
+        extension, is_json, name = field.partition(":")
+        data = sidecars.get(extension)
+        if data is None:
+            continue
+        for text in _json_texts(data, name) if is_json else _lines(data):
+            if caption := clean_text(text, limits.caption_chars):
+                found[caption] = None
+            if len(found) == most:
+                return [*found]
+    return [*found]
+
+
+def _json_texts(data: bytes, name: str) -> list[str]:
+    document = parse_json(data)
+    return texts_of(document.get(name)) if isinstance(document, dict) else []
+
+
+def _lines(data: bytes) -> list[str]:
+    text = _decode(data)
+    listed = texts_of(parse_json(data)) if text.lstrip().startswith("[") else []
+    return listed or _LINE_ENDS.split(text)
+
+
+def texts_of(value: Any) -> list[str]:
+    """The texts of a value: itself, or those of a list."""
+    return [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, str)]
+
+
+def as_lines(value: Any) -> str | None:
+    """The texts of a value as lines, from which ``captions_of`` reads them; None if there is none."""
+    texts = [text for one in texts_of(value) if (text := _LINE_ENDS.sub(" ", one).strip())]
+    return "\n".join(texts) or None
+
+
 def why_no_caption(sidecars: Mapping[str, bytes], fields: Sequence[str], members: Sequence[str]) -> str:
     """Explain why no caption was found: where it was looked for, and the sample's ``members`` (extensions)."""
     looked = [f"{_place(field)}{_state(sidecars, field, members)}" for field in fields]
@@ -70,6 +112,8 @@ def _state(sidecars: Mapping[str, bytes], field: str, members: Sequence[str]) ->
     document = parse_json(data)
     if not isinstance(document, dict):
         return " (not a JSON object)"
+    if texts_of(document.get(name)):
+        return " (a list, of which input.captions_per_sample keeps several)"
     return " (empty, or not a text)" if name in document else " (no such field)"
 
 

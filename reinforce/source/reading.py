@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 from reinforce.config import Input
+from reinforce.source.captions import captions_of
 from reinforce.source.formats.base import Shard
 from reinforce.source.formats.registry import find_format
 from reinforce.source.linked_images.places import Places
 from reinforce.source.samples import Item, Place, RawSample, ReadBudget, Refusal, refusing_absent
+
+_MOST_CAPTIONS = 64  # of a sample, as in the config
 
 
 def read_samples(shard: Shard, spec: Input, budget: ReadBudget | None = None) -> Iterator[RawSample | Refusal]:
@@ -20,6 +24,54 @@ def read_samples(shard: Shard, spec: Input, budget: ReadBudget | None = None) ->
     """
     samples = find_format(shard.format).read(shard, spec, budget)
     yield from refusing_absent(shard.file, _with_images(samples, shard.file, spec))
+
+
+@dataclass(frozen=True)
+class SeveralCaptions:
+    """True captions of the first samples of a shard: of each the texts at the first place that has some.
+
+    ``rows`` is whether several rows of a table name one image, and are a sample each unless captions are kept together.
+    """
+
+    texts: Sequence[Sequence[str]]
+    rows: bool
+
+    @property
+    def most(self) -> int:
+        """The most of a sample."""
+        return max(map(len, self.texts), default=0)
+
+
+def find_several(shard: Shard, spec: Input, samples: Sequence[RawSample], most: int = 8) -> SeveralCaptions:
+    """Find the captions of ``samples``, the first ones of a shard; of a table those of ``most``, without their images.
+
+    Raises the errors of the storage.
+    """
+    items: Iterable[Item] = samples
+    rows = False
+    format_ = find_format(shard.format)
+    if format_.is_table:
+        wide = spec.model_copy(update={"captions_per_sample": _MOST_CAPTIONS})
+        items = [*itertools.islice(format_.read(shard, wide), most)]
+        images = [_image(item) for item in itertools.islice(format_.read(shard, _apart(spec)), 2)]
+        rows = images[1:] == images[:1] != [None]
+    return SeveralCaptions([_captions(item, spec) for item in items if not isinstance(item, Refusal)], rows)
+
+
+def _apart(spec: Input) -> Input:
+    return spec.model_copy(update={"captions_per_sample": None, "key": None})
+
+
+def _image(item: Item) -> str | bytes | None:
+    if isinstance(item, Refusal):
+        return None
+    return item.location if isinstance(item, Place) else item.image
+
+
+def _captions(item: RawSample | Place, spec: Input) -> list[str]:
+    sidecars = item.all_sidecars if isinstance(item, RawSample) else item.sidecars
+    found = (captions_of(sidecars, [field], spec.limits, _MOST_CAPTIONS) for field in spec.captions)
+    return next(filter(None, found), [])
 
 
 def _with_images(items: Iterator[Item], table: str, spec: Input) -> Iterator[RawSample | Refusal]:

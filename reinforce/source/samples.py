@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from reinforce.config import Limits
-from reinforce.source.captions import caption_of, why_no_caption
+from reinforce.config import Input, Limits
+from reinforce.source.captions import caption_of, captions_of, why_no_caption
 from reinforce.source.file_types import NOT_A_FILE, folder_detail
 from reinforce.source.urls import canonical
 from schemas import Reason
@@ -58,6 +58,14 @@ class RawSample:
     def caption(self, fields: Sequence[str], limits: Limits) -> str | None:
         """The caption by ``caption_of``; the sample's own sidecars take precedence over those of its image."""
         return caption_of(self.sidecars, fields, limits) or caption_of(self.all_sidecars, fields, limits)
+
+    def captions(self, spec: Input) -> list[str]:
+        """The true captions that a config keeps: one, or those by ``captions_of``."""
+        if (most := spec.captions_per_sample) is None:
+            caption = self.caption(spec.captions, spec.limits)
+            return [caption] if caption else []
+        found = (captions_of(of, spec.captions, spec.limits, most) for of in (self.sidecars, self.all_sidecars))
+        return next(filter(None, found), [])
 
     def why_no_caption(self, fields: Sequence[str]) -> str:
         """Explain why no caption was found, with what the sample has."""

@@ -62,7 +62,7 @@ def _shape_of(type_: pa.DataType) -> str:
 def _known_columns() -> dict[str, set[str]]:
     """The types that each column of a layer file may have."""
     known: dict[str, set[str]] = {}
-    layers = [schemas.samples_schema(images) for images in ("embed", "reference")]
+    layers = [schemas.samples_schema(images, True) for images in ("embed", "reference")]
     layers += [schemas.embeddings_schema(1, 1, dtype) for dtype in ("float16", "float32", "int8")]
     others = (schemas.captions_schema(), schemas.quarantine_schema(), schemas.index_schema())
     for schema in (*layers, *others):
@@ -133,7 +133,7 @@ class LayerFile:
 
     def _read_row_group(self, number: int, columns: Collection[str] | None, use_threads: bool) -> pa.Table:
         names = [name for name in self._names if columns is None or name in columns]
-        if missing := set(columns or ()) - set(names) - {schemas.IMAGE_DIGEST}:
+        if missing := set(columns or ()) - set(names) - {schemas.IMAGE_DIGEST, schemas.TRUE_CAPTIONS}:
             raise RefusedFile(f"it has no column {', '.join(sorted(missing))}")
         group = self._row_group(number)
         leaves = [leaf for leaf in map(group.column, range(group.num_columns)) if _column(leaf) in names]

@@ -26,6 +26,7 @@ from reinforce.dataset.layers import (
     inputs_of,
     mapping_at,
 )
+from reinforce.errors import UserError
 
 if TYPE_CHECKING:
     from teachers.spec import ModelInfo, TeacherSpec
@@ -186,13 +187,17 @@ class TextEmbeddings(_Embeddings):
         synthetic = [
             (name, spec.count) for name, spec in config.captioners.items() if spec.published or not teacher.published
         ]
-        return [(TRUE_CAPTION, 1), *synthetic]
+        most = config.input.captions_per_sample or 1
+        if most > 1 and teacher.published:
+            raise UserError("input.captions_per_sample: published vectors are of one true caption. Remove it.")
+        return [(TRUE_CAPTION, most), *synthetic]
 
     def published_value(self, layer: Layer, values: PublishedValues) -> npt.NDArray[np.float32]:
         return values.text_vectors(layer)
 
     def report_content(self, layer: Layer) -> str:
-        what = "true caption" if layer.texts == TRUE_CAPTION else f"captions of {layer.texts}"
+        own = "true caption" if layer.count == 1 else "true captions"
+        what = own if layer.texts == TRUE_CAPTION else f"captions of {layer.texts}"
         return f"{what}, {layer.count} \u00d7 {layer.dim} {layer.dtype}"
 
 

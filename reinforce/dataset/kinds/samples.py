@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -24,7 +25,7 @@ _RECIPE = ("images", "seed", "policies", "input", "augmentations")
 #: that the fingerprints of those datasets stay valid.
 _LATER_LIMITS = ("scans", "members", "key_chars", "shard_samples")
 #: Keys of `input` that were added later, in the same way.
-_LATER_KEYS = ("image", "key", "rows_per_shard", "view")
+_LATER_KEYS = ("image", "key", "rows_per_shard", "view", "captions_per_sample")
 
 
 class Samples(LayerKind):
@@ -49,16 +50,20 @@ class Samples(LayerKind):
             "input": _input_recipe(config),
             "augmentations": _augmentations_recipe(config),
         }
-        yield Layer(SAMPLES, self, compute_fingerprint(recipe), recipe=recipe)
+        count = config.input.captions_per_sample or 0
+        yield Layer(SAMPLES, self, compute_fingerprint(recipe), count=count, recipe=recipe)
 
     def inputs(self, name: str, entry: Mapping[str, Any]) -> tuple[str, ...]:
         return ()
 
     def schema(self, layer: Layer, images: str) -> pa.Schema:
-        return schemas.samples_schema(images)
+        return schemas.samples_schema(images, bool(layer.count))
 
     def row_bytes(self, layer: Layer, sample: float) -> float | None:
         return sample
+
+    def entry(self, layer: Layer, dim: int | None) -> dict[str, Any]:
+        return {"count": layer.count} if layer.count else {}
 
     def recorded_fingerprint(self, layer: Layer, manifest: Mapping[str, Any]) -> str | None:
         known = all(key in manifest for key in _RECIPE)
@@ -72,9 +77,13 @@ class Samples(LayerKind):
         if records is not None:
             wrong = pc.not_equal(pc.list_value_length(table["augmentations"]), records)
             yield f"do not have {records} augmentation records", pc.fill_null(wrong, True).to_numpy()
+        if layer.count:
+            found = zip(table["caption"].to_pylist(), true_captions(table), strict=True)
+            wrong = np.array([len(texts) > layer.count or one != next(iter(texts), None) for one, texts in found], bool)
+            yield f"do not have their caption as the first of at most {layer.count} true captions", wrong
 
     def content(self, layer: Layer) -> str:
-        return "rows and images"
+        return "rows and images" + (f", up to {layer.count} true captions" if layer.count else "")
 
     def row_and_type(self, layer: Layer) -> tuple[str, str]:
         return "image, caption, augmentations", ""
@@ -84,6 +93,13 @@ class Samples(LayerKind):
 
     def report_content(self, layer: Layer) -> str:
         return "keys, captions, images, augmentation records"
+
+
+def true_captions(samples: pa.Table) -> list[list[str]]:
+    """The true captions of each row: one or none where the dataset does not keep several."""
+    if schemas.TRUE_CAPTIONS in samples.column_names:
+        return [texts or [] for texts in samples[schemas.TRUE_CAPTIONS].to_pylist()]
+    return [[] if text is None else [text] for text in samples["caption"].to_pylist()]
 
 
 def _input_recipe(config: Config) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from reinforce.dataset.files.index import read_index
 from reinforce.dataset.files.listing import Listing
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.kinds.registry import kind_of, stored_layer
+from reinforce.dataset.kinds.samples import true_captions
 from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, captions_layer, embeddings_layer
 from reinforce.dataset.manifest.manifest import read_manifest, select_names
 from reinforce.dataset.reading.aligned import AlignedLayers, row_errors
@@ -338,6 +339,7 @@ class Dataset:
                     images=layers.images(i),
                     texts=layers.texts(i),
                     values=layers.values(i),
+                    true_captions=tuple(layers.true_captions[i]),
                     policies=self._policies,
                 )
             yield sample
@@ -348,6 +350,7 @@ class _RowGroupLayers:
 
     def __init__(self, tables: Mapping[str, pa.Table], teachers: Sequence[str], captioners: Sequence[str]) -> None:
         inputs = (TRUE_CAPTION, *captioners)
+        self.true_captions = true_captions(tables[SAMPLES])
         self._captions = {
             c: tables[captions_layer(c)]["captions"].to_pylist() for c in captioners if captions_layer(c) in tables
         }
@@ -373,4 +376,6 @@ class _RowGroupLayers:
         return {teacher: values[row] for teacher, values in self._images.items()}
 
     def texts(self, row: int) -> dict[str, dict[str, np.ndarray]]:
-        return {t: {name: values[row] for name, values in of.items()} for t, of in self._texts.items()}
+        # A row with fewer true captions than vectors has the same ones again.
+        ends = {TRUE_CAPTION: max(1, len(self.true_captions[row]))}
+        return {t: {n: values[row][: ends.get(n)] for n, values in of.items()} for t, of in self._texts.items()}

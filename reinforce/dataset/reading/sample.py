@@ -74,9 +74,10 @@ class Sample:
         augmentations: K augmentation records; ``augmented(k)`` replays one.
         captions: synthetic captions by captioner, None if the layer is null for this sample.
         images: float32 [K, D] by teacher; row k is the embedding of ``augmented(k)``.
-        texts: float32 [1 or N, D] by teacher, then by ``caption`` (the true caption) or captioner.
+        texts: float32 [1 or N, D] by teacher, then by ``caption`` (the true captions) or captioner.
         policies: how the dataset's images become pixels.
         values: by layer, what layers have that no model of the config makes.
+        true_captions: all true captions, ``caption`` the first; more than one where the dataset keeps several.
 
     Vectors are NaN if the layer is null for this sample.
     """
@@ -93,6 +94,7 @@ class Sample:
     texts: Mapping[str, Mapping[str, np.ndarray]]
     policies: ImagePolicies
     values: Mapping[str, Any] = field(default_factory=dict)
+    true_captions: tuple[str, ...] = ()
 
     def pil(self) -> Image.Image:
         """Decode the image to RGB by the dataset's recorded image policy and limits.

@@ -27,6 +27,8 @@ class Shown(Protocol):
     @property
     def caption(self) -> str | None: ...
     @property
+    def true_captions(self) -> Sequence[str]: ...
+    @property
     def width(self) -> int: ...
     @property
     def height(self) -> int: ...
@@ -145,7 +147,7 @@ def _operations(augmentation: Augmentation) -> Iterator[str]:
 
 
 def _caption_lines(sample: Shown, teachers: tuple[str, ...]) -> Iterator[CaptionLine]:
-    by_source: dict[str, list[str | None]] = {TRUE_CAPTION: [sample.caption]}
+    by_source: dict[str, list[str | None]] = {TRUE_CAPTION: [sample.caption, *sample.true_captions[1:]]}
     by_source |= {name: [None] if texts is None else [*texts] for name, texts in sample.captions.items()}
     for source, texts in by_source.items():
         columns = [_similarities(sample, teacher, source, len(texts)) for teacher in teachers]

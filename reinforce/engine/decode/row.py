@@ -51,9 +51,9 @@ class StoredImage:
 class Decoded:
     """What a decode process returns of a row; ``published`` holds the values of published layers, by layer.
 
-    ``records``, ``caption``, ``metadata`` and the size in pixels are set for a sample of the source only; ``left_out``
-    lists its parts that are missing. ``unreadable`` is set only for a row of the samples layer: why its referenced
-    image can no longer be read; its pixels are black then.
+    ``records``, ``caption`` with ``more`` of them, ``metadata`` and the size in pixels are set for a sample of the
+    source only; ``left_out`` lists its parts that are missing. ``unreadable`` is set only for a row of the samples
+    layer: why its referenced image can no longer be read; its pixels are black then.
     """
 
     published: Mapping[str, PublishedValue] = field(default_factory=dict)
@@ -64,6 +64,7 @@ class Decoded:
     records: Sequence[Mapping[str, Any]] = ()
     left_out: tuple[Refusal, ...] = ()
     unreadable: Refusal | None = None
+    more: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Row:
     ``sample`` is what is decoded: a sample of the source, which stays without its sidecars, or the image of a row of
     the samples layer. ``members`` are those of published reinforcements, or why there are none, and ``records`` the
     augmentations of a row of the samples layer that has them. The pixels are in the ``cell`` of the lease,
-    None where none are needed, and ``group`` numbers the row group.
+    None where none are needed, and ``group`` numbers the row group. ``more`` are true captions besides ``caption``.
     """
 
     key: str
@@ -95,6 +96,12 @@ class Row:
     members: Members | Refusal | None = None
     records: Sequence[Mapping[str, Any]] | None = None
     decoded: Decoded = _NOTHING
+    more: Sequence[str] = ()
+
+    @property
+    def captions(self) -> list[str]:
+        """All true captions."""
+        return [self.caption, *self.more] if self.caption else []
 
     @property
     def size(self) -> int:
@@ -121,7 +128,7 @@ class Row:
         """Take what was decoded. What no table needs is released: memory is bounded by the images of a row group."""
         self.decoded, self.members, self.records = decoded, None, None
         if isinstance(self.sample, RawSample):
-            self.caption = decoded.caption
+            self.caption, self.more = decoded.caption, decoded.more
             self.sample = replace(self.sample, sidecars={}, of_image={})
         else:
             self.sample = None
@@ -158,18 +165,19 @@ def _decode_new(spec: DecodeSpec, cells: PixelCells, row: Row, raw: RawSample) -
     _write(cells, row, image, augmentations, policy.backend)
     fields = config.input.captions
     metadata = metadata_of(raw.all_sidecars, config.input.metadata)
-    caption = raw.caption(fields, limits)
+    captions = raw.captions(config.input)
     left_out = [*_left_out(config, raw, metadata)]
-    if caption is None and fields and min(len(raw.members), len(raw.columns or raw.members)) > 1:  # than an image
+    if not captions and fields and min(len(raw.members), len(raw.columns or raw.members)) > 1:  # than an image
         left_out.append(Refusal(raw.key, Reason.NO_TEXT, raw.why_no_caption(fields)))
     return Decoded(
         {} if spec.published is None else spec.published.values(key, _members(row)),
-        caption,
+        next(iter(captions), None),
         metadata,
         width,
         height,
         to_records(augmentations),
         tuple(left_out),
+        more=captions[1:],
     )
 
 

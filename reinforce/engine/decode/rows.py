@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from reinforce.config import Config
 from reinforce.datacompdr.reinforcements import Reinforcements
 from reinforce.dataset.files.layer_file import LayerFile
+from reinforce.dataset.kinds.samples import true_captions
 from reinforce.engine.decode.ahead import decode_ahead
 from reinforce.engine.decode.cells import PixelLayout
 from reinforce.engine.decode.pool import CellLease
@@ -26,7 +27,7 @@ from reinforce.source.reading import read_samples
 from reinforce.source.references import ImageRoots, LostImage, images_of_group
 from reinforce.source.samples import RawSample, Refusal
 from reinforce.source.urls import canonical, is_public
-from schemas import IMAGE_DIGEST, Reason, image_columns
+from schemas import IMAGE_DIGEST, TRUE_CAPTIONS, Reason, image_columns
 from teachers.protocols import ImageSpec
 
 #: A row group is full at the first of these limits: rows, bytes of encoded images, and bytes of vectors at a nominal
@@ -170,7 +171,7 @@ def _source_rows(samples: Iterable[RawSample | Refusal], published: Reinforcemen
 
 def _stored_rows(config: Config, shard: Shard, file: LayerFile, spec: RowSpec) -> Iterator[Row]:
     """The rows of the samples layer, without images where none are needed."""
-    columns = ["key", "caption"]
+    columns = ["key", "caption", TRUE_CAPTIONS]
     roots = _image_roots(config, shard)
     if spec.needs_image:
         columns += ["augmentations", *image_columns(config.images)]
@@ -187,9 +188,10 @@ def _stored_rows(config: Config, shard: Shard, file: LayerFile, spec: RowSpec) -
             images = images_of_group(table["image_ref"].to_pylist(), roots, config.moved, digests)
         records = table["augmentations"].to_pylist() if "augmentations" in columns else itertools.repeat([])
         metadata = table["metadata"].to_pylist() if "metadata" in columns else itertools.repeat(None)
-        keys, captions = table["key"].to_pylist(), table["caption"].to_pylist()
-        for key, caption, image, record, text in zip(keys, captions, images, records, metadata, strict=False):
-            row = Row(key, caption, group=group, sample=None if image is None else StoredImage(image, record))
+        keys, captions = table["key"].to_pylist(), true_captions(table)
+        for key, texts, image, record, text in zip(keys, captions, images, records, metadata, strict=False):
+            sample = None if image is None else StoredImage(image, record)
+            row = Row(key, next(iter(texts), None), group=group, sample=sample, more=texts[1:])
             if published is not None:
                 row.members, row.records = published.members_of_stored(key, text), record
             yield row

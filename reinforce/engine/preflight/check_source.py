@@ -6,6 +6,7 @@ an image that crashes or hangs the decoder is a matter of the workers.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,9 +25,10 @@ from reinforce.source.formats.base import Shard, SourceFormat
 from reinforce.source.formats.recognise import unexpected_name
 from reinforce.source.formats.registry import find_format
 from reinforce.source.identity import probe_state
-from reinforce.source.reading import read_samples
+from reinforce.source.reading import SeveralCaptions, find_several, read_samples
 from reinforce.source.samples import RawSample, ReadBudget, Refusal
 from reinforce.source.urls import canonical, filesystem
+from reinforce.terminal import plural
 
 _READ_ITEMS = 64  # samples and refusals at the beginning of a shard, among which one sample must be readable
 _READ_BYTES = 64 * 2**20  # in addition to the largest image
@@ -41,13 +43,20 @@ class FirstSample:
     url: str
     raw: RawSample
     size: tuple[int, int] | None  # width and height, or None for formats whose header is not read here
-    caption: str | None
+    captions: Sequence[str]
+    several: SeveralCaptions | None = None
+
+    @property
+    def caption(self) -> str | None:
+        """The first true caption."""
+        return next(iter(self.captions), None)
 
     def line(self) -> str:
         """The sample in one line."""
         image = next(filter(is_image_name, self.raw.members), self.raw.members[0])
         size = "" if self.size is None else f", {self.size[0]} x {self.size[1]}"
         caption = "no caption" if self.caption is None else f"caption {_quote(self.caption)}"
+        caption += f" and {len(self.captions) - 1} more" if len(self.captions) > 1 else ""
         return f"first sample: {self.raw.key} (.{image}{size}), {caption}"
 
     def notes(self, plan: Plan) -> list[str]:
@@ -60,6 +69,8 @@ class FirstSample:
             notes.append(f"{self._place()}: {why}; set input.captions to where captions are, or to []")
         if REPLACED in (self.caption or ""):
             notes.append(f"{self._place()}: its caption has bytes that are not UTF-8, which become U+FFFD")
+        if encoded and self.several and (note := self._several_note(plan.config)):
+            notes.append(note)
         images = [*filter(is_image_name, self.raw.members)]
         if len(images) > 1:
             listed = ", ".join(f".{extension}" for extension in images[:5])
@@ -68,6 +79,23 @@ class FirstSample:
                 "of the file name"
             )
         return notes
+
+    def _several_note(self, config: Config) -> str | None:
+        """What becomes of several true captions, if the first samples have some."""
+        several, kept = self.several, config.input.captions_per_sample
+        if several is None or several.most <= (kept or 1):
+            return None
+        first = next(iter(several.texts[0]), None)
+        if kept is not None:
+            used = f"of which {kept} {'is' if kept == 1 else 'are'} kept"
+        elif several.rows:
+            used = "in rows that are a sample each"
+        elif self.caption is None:
+            used = "of which none is used"
+        else:
+            used = "of which the first is used" if self.caption == first else "which are read as one"
+        where = f"{canonical(self.url)}: the first samples have up to {several.most} true captions, {used}"
+        return f"{where}; input.captions_per_sample: {several.most} keeps and embeds them"
 
     def _place(self) -> str:
         return f"the first sample of {canonical(self.url)}, {self.raw.key}"
@@ -100,6 +128,12 @@ def check_source(plan: Plan) -> tuple[FirstSample | None, list[str]]:
         raise UserError(f"source: no sample can be read. {'; '.join(faults)}.")
     notes += _format_notes(readable[:1])
     notes += [f"source: {fault}" for fault in faults + doubts]
+    most = plan.config.input.captions_per_sample or 1
+    if teachers := sum(layer.texts == TRUE_CAPTION for layer in plan.layers.values()) if most > 1 else 0:
+        notes.append(
+            f"true captions: up to {most} a sample, each encoded by {plural(teachers, 'teacher')}, which "
+            f"{'stores' if teachers == 1 else 'store'} {most} vectors a sample"
+        )
     return sample, notes + (sample.notes(plan) if sample else [])
 
 
@@ -224,7 +258,10 @@ def _sample_of(shard: Shard, config: Config, budget: ReadBudget) -> FirstSample 
         except ImageRefused as refused:
             refusals.append(Refusal(item.key, refused.reason, refused.detail))
             continue
-        return FirstSample(shard.url, item, size, item.caption(config.input.captions, limits))
+        several = None
+        with contextlib.suppress(Exception):  # each driver has its own; reading the sample did not raise
+            several = find_several(shard, config.input, [item])
+        return FirstSample(shard.url, item, size, item.captions(config.input), several)
     return _describe(refusals, find_format(shard.format))
 
 

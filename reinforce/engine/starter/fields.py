@@ -10,16 +10,18 @@ from typing import Any
 from reinforce.config import Input
 from reinforce.errors import UserError
 from reinforce.parquet.footers import RefusedFile
+from reinforce.source.captions import texts_of
 from reinforce.source.file_types import is_image_name
 from reinforce.source.formats.base import Shard
 from reinforce.source.formats.columns import NoColumn, find_columns
 from reinforce.source.formats.registry import find_format
-from reinforce.source.reading import read_samples
+from reinforce.source.reading import find_several, read_samples
 from reinforce.source.samples import RawSample
 from reinforce.source.urls import canonical
 
 #: Names of captions besides those that are read by default, in the order of preference, in lower case.
-_CAPTIONS = ("txt", "text", "caption", "captions", "alt_text", "alt", "description", "title", "prompt", "sentence")
+_CAPTIONS = ("txt", "text", "caption", "captions", "alt_text", "alt", "description", "title", "prompt")
+_CAPTIONS += ("sentence", "sentences")
 _KEYS = ("id", "image_id", "sample_id", "hash", "sha256", "md5")
 _FIRST_SAMPLES = 16
 _SCHEME_CHARS = 16
@@ -28,8 +30,8 @@ _SCHEME_CHARS = 16
 @dataclass(frozen=True)
 class Fields:
     """What is found: the columns of a table (``image``, ``key``; None: by default), where captions are (None: as by
-    default), whether there are any, other names, an example, whether a table has URLs of its images, and why no sample
-    can be read, if so."""
+    default), whether there are any, other names, an example, whether a table has URLs of its images, why no sample can
+    be read, if so, the most captions of a first sample, and whether they are read only as several."""
 
     image: str | None = None
     captions: tuple[str, ...] | None = None
@@ -39,18 +41,25 @@ class Fields:
     example: str | None = None
     remote: bool = False
     unread: str | None = None
+    several: int = 1
+    only_several: bool = False
 
     def as_input(self) -> dict[str, Any]:
         """The keys of `input` that differ from the default."""
         found: dict[str, Any] = {} if self.image is None else {"image": self.image}
-        return found if self.captions is None else {**found, "captions": [*self.captions]}
+        found |= {} if self.captions is None else {"captions": [*self.captions]}
+        return found | ({"captions_per_sample": self.several} if self.only_several else {})
 
     def lines(self) -> list[str]:
         """About captions, for people."""
         if self.unread is not None:
             return [self.unread]
         if self.example is not None:
-            return [f"caption of the first sample: {self.example!r}"]
+            lines = [f"caption of the first sample: {self.example!r}"]
+            if self.several > 1:
+                done = "keeps them" if self.only_several else "would keep them; it is not set"
+                lines.append(f"up to {self.several} true captions a sample; input.captions_per_sample {done}")
+            return lines
         return ["no caption was found; set input.captions to where captions are, or name a captioner"]
 
 
@@ -59,15 +68,15 @@ def find_fields(shard: Shard, spec: Input) -> Fields:
     if find_format(shard.format).is_table:
         return _with_example(shard, _table_fields(shard, spec))
     sample = _first_sample(shard, spec)
-    if caption := sample.caption(spec.captions, spec.limits):
-        return Fields(example=_shorten(caption), names=sample.members)
+    if sample.captions(spec.model_copy(update={"captions_per_sample": 1})):
+        return _with_example(shard, Fields(names=sample.members), sample)
     document = _json_of(sample)
-    texts = [name for name in document if isinstance(document[name], str)]
+    texts = [name for name in document if texts_of(document[name])]
     chosen = _named(texts, _CAPTIONS)
     if chosen is None:
         return Fields(captions=(), has_captions=False, names=(*sample.members, *document))
     found = Fields(captions=(f"json:{chosen}",), names=(*sample.members, *document))
-    return _with_example(shard, found)
+    return _with_example(shard, found, sample)
 
 
 def _table_fields(shard: Shard, spec: Input) -> Fields:
@@ -82,7 +91,7 @@ def _table_fields(shard: Shard, spec: Input) -> Fields:
             raise UserError(f"{canonical(shard.url)}: {error}") from None
         columns = find_columns(names, spec.model_copy(update={"image": image}))
     texts = [name for name in names if name not in (columns.image, columns.key) and _is_text(rows[name])]
-    defaults = {"txt", "text", "caption"} & {*texts}
+    defaults = {"txt", "text", "caption"} & {name for name in texts if isinstance(rows[name], str)}
     other = None if columns.key else _named(names, _KEYS)
     remote = "://" in str(rows[columns.image] or "")[:_SCHEME_CHARS]
     if defaults:
@@ -115,13 +124,18 @@ def _first_sample(shard: Shard, spec: Input) -> RawSample:
     raise UserError(f"{canonical(shard.url)}: no sample can be read. {'; '.join(faults[:1]) or 'It is empty.'}")
 
 
-def _with_example(shard: Shard, fields: Fields) -> Fields:
-    """The fields with the caption of the first sample, or why none can be read."""
+def _with_example(shard: Shard, fields: Fields, sample: RawSample | None = None) -> Fields:
+    """The fields with the caption of the first sample and how many true captions the first samples have, or why none
+    can be read."""
     spec = Input(**fields.as_input())
     try:
-        caption = _first_sample(shard, spec).caption(spec.captions, spec.limits)
+        sample = sample or _first_sample(shard, spec)
     except UserError as error:
         return replace(fields, unread=str(error))
+    several, caption = find_several(shard, spec, [sample]), sample.caption(spec.captions, spec.limits)
+    fields = replace(fields, several=max(1, several.most))
+    if several.most and (several.rows or caption is None):
+        fields, caption = replace(fields, only_several=True), next(iter(several.texts[0]), None)
     return replace(fields, example=None if caption is None else _shorten(caption))
 
 

@@ -102,6 +102,10 @@ def _input(format_: SourceFormat, fields: Fields) -> str:
     lines.append(
         f"captions: {captions}" if captions else '# captions: [txt, "json:caption"]  # the first with text is used'
     )
+    if fields.several > 1 or fields.only_several:
+        start = "" if fields.only_several else "# "
+        lines.append(f"# the first samples have up to {fields.several} true captions; each that is kept is embedded")
+        lines.append(f"{start}captions_per_sample: {fields.several}")
     return "\n# How files become samples.\ninput:\n" + "".join(f"  {line}\n" for line in lines)
 
 

@@ -202,7 +202,7 @@ class _ShardProcess:
             else:
                 for refusal in row.decoded.left_out:
                     self.refusals.add(SAMPLES, refusal)
-                if REPLACED in (row.caption or ""):
+                if any(REPLACED in caption for caption in row.captions):
                     self.source_counts[CAPTIONS_REPLACED] += 1
                 yield row
 

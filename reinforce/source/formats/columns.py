@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, time
 from typing import Any
 
 from reinforce.config import Input, Limits
+from reinforce.source.captions import as_lines, texts_of
 from reinforce.source.file_types import image_extension
 from reinforce.source.samples import Place, RawSample, Refusal
 from schemas import Reason
@@ -31,14 +33,15 @@ class NoColumn(ValueError):
 @dataclass(frozen=True)
 class Columns:
     """The columns of a table that are read. ``texts`` maps caption fields without ``json:`` to their columns;
-    ``metadata`` are those of the json member, which has that of the image where it is a path or URL, and ``all`` names
-    all columns, for messages."""
+    ``metadata`` are those of the json member, which has that of the image where it is a path or URL, ``all`` names all
+    columns, for messages, and ``captions`` those with captions."""
 
     image: str
     key: str | None
     texts: Mapping[str, str]
     metadata: tuple[str, ...]
     all: tuple[str, ...]
+    captions: tuple[str, ...] = ()
 
     @property
     def read(self) -> set[str]:
@@ -67,14 +70,55 @@ def find_columns(names: Sequence[str], spec: Input, plain: Sequence[str] | None 
     elif spec.metadata != "none":
         wanted |= {*spec.metadata}
     metadata = tuple(name for name in (names if plain is None else plain) if name in wanted)
-    return Columns(image, key, texts, metadata, tuple(names))
+    captions = (*texts.values(), *(name for _, is_json, name in fields if is_json and name in metadata))
+    return Columns(image, key, texts, metadata, tuple(names), captions)
+
+
+def joined_rows(rows: Iterable[Any], find: Callable[[Sequence[str]], Columns], spec: Input) -> Iterator[Any]:
+    """Make one row of rows with equal images that follow one another, with a list of their captions in each column.
+
+    ``rows`` are (number, row) and faults; ``find`` finds the columns of a row by their names. Without
+    ``captions_per_sample``, the rows as they are.
+    """
+    most = spec.captions_per_sample
+    if most is None:
+        yield from rows
+        return
+    held: Any = None  # (number, row)
+    columns: Columns | None = None
+    for item in rows:
+        row = item[1] if isinstance(item, tuple) and isinstance(item[1], Mapping) else None
+        image = held[1].get(columns.image) if held and columns else None
+        if columns and row and image and row.get(columns.image) == image:
+            add_captions(held[1], row, columns.captions, most)
+            continue
+        if held:
+            yield held
+        held = columns = None
+        if row is None:
+            yield item
+            continue
+        held = item[0], dict(row)
+        with contextlib.suppress(NoColumn):  # which reading the row refuses
+            columns = find([*row])
+    if held:
+        yield held
+
+
+def add_captions(row: dict[str, Any], other: Mapping[str, Any], names: Sequence[str], most: int) -> None:
+    """Add the captions of another row to a row, up to ``most`` in a column."""
+    for name in names:
+        known = texts_of(row.get(name))
+        row[name] = [*known, *(text for text in texts_of(other.get(name)) if text not in known)][
+            : max(most, len(known))
+        ]
 
 
 class RowReader:
     """Makes the samples of the rows of a shard. ``shard`` is its name: of rows without a key, the key is made of it."""
 
     def __init__(self, shard: str, spec: Input) -> None:
-        self._shard, self._limits = shard, spec.limits
+        self._shard, self._limits, self._several = shard, spec.limits, spec.captions_per_sample is not None
 
     def sample(self, number: int, row: Mapping[str, Any], columns: Columns) -> RawSample | Place | Refusal:
         """The sample of row ``number`` of the shard."""
@@ -103,7 +147,9 @@ class RowReader:
         found: dict[str, bytes] = {}
         for field, column in columns.texts.items():
             value = row.get(column)
-            if isinstance(value, list):  # several captions
+            if self._several:
+                value = as_lines(value)
+            elif isinstance(value, list):  # several captions
                 value = next((one for one in value if isinstance(one, str) and one.strip()), None)
             if isinstance(value, str):
                 found[field] = value.encode("utf-8", "replace")

@@ -10,6 +10,7 @@ from typing import Any
 from reinforce.config import Input
 from reinforce.errors import UserError
 from reinforce.parquet.footers import RefusedFile
+from reinforce.source.captions import as_lines
 from reinforce.source.file_types import MANIFEST
 from reinforce.source.formats.base import Shard, SourceFormat
 from reinforce.source.formats.columns import Columns, make_sample
@@ -18,7 +19,7 @@ from reinforce.source.references import ImageRoots, LostImage, images_or_losses
 from reinforce.source.samples import Item, Place, RawSample, ReadBudget, Refusal, unique_keys
 from reinforce.source.urls import Info, canonical, expand
 from reinforce.source.views import rows_path, split_view
-from schemas import IMAGE_DIGEST, Reason, image_column
+from schemas import IMAGE_DIGEST, TRUE_CAPTIONS, Reason, image_column
 
 _CHUNK_ROWS = 64  # of referenced images that are read with one file
 _TEXTS = {"caption": "txt", "metadata": "json"}  # sidecars that the columns are
@@ -72,7 +73,7 @@ def _read_samples_layer(url: str, spec: Input) -> Iterator[RawSample | Refusal]:
         types = {name: str(type_).replace(" not null", "") for name, type_ in file.types.items()}
         if image is None or {(name, types.get(name)) for name in ("key", image, *_TEXTS)} - _TYPES:
             raise RefusedFile("it does not have the columns of a samples layer")
-        columns = Columns("key", "key", {}, (image, *_TEXTS, *({IMAGE_DIGEST} & {*names})), tuple(names))
+        columns = Columns("key", "key", {}, (image, *_TEXTS, *({IMAGE_DIGEST, TRUE_CAPTIONS} & {*names})), tuple(names))
         rows = file.rows(columns)
         if spec.view is not None:
             rows = _kept_rows(rows, url, spec.view)
@@ -131,6 +132,8 @@ def _referenced(rows: Sequence[Row], roots: ImageRoots, spec: Input) -> Iterator
 
 def _sample(row: Row, image: bytes, spec: Input) -> RawSample | Refusal:
     sidecars = {name: row[column].encode() for column, name in _TEXTS.items() if row[column] is not None}
+    if spec.captions_per_sample and (several := as_lines(row.get(TRUE_CAPTIONS))):
+        sidecars["txt"] = several.encode()
     return make_sample(Place(row["key"], "", sidecars, {}, ()), image, spec.limits)
 
 

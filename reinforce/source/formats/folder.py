@@ -21,7 +21,7 @@ from reinforce.processes.prefetch import prefetch
 from reinforce.source.captions import parse_json
 from reinforce.source.file_types import METADATA, foreign_name, is_image_name
 from reinforce.source.formats.base import ListedFolder, Shard, SourceFormat
-from reinforce.source.formats.columns import NoColumn, RowReader, find_columns
+from reinforce.source.formats.columns import Columns, NoColumn, RowReader, add_captions, find_columns
 from reinforce.source.formats.lines import BrokenRow, LinesFormat
 from reinforce.source.formats.parquet import Parquet, ParquetFile, is_binary
 from reinforce.source.formats.recognise import format_of_name
@@ -48,7 +48,7 @@ class FolderSample:
 
     key: str
     files: dict[str, tuple[str, int]] = field(default_factory=dict)
-    row: Mapping[str, Any] | None = None
+    row: dict[str, Any] | None = None
 
     def line(self) -> bytes:
         """The sample as a line of JSON."""
@@ -101,7 +101,7 @@ def list_folder(url: str, spec: Input, output: str = "") -> ListedFolder:
         hint = "; captions are read from metadata.csv or .jsonl beside the images (file_name, text)" if table else ""
         shown = canonical(f"{root}/{table or others[0]}")
         notes.append(f"source: {plural(len(others), 'other file')} not read, such as {shown}{hint}")
-    notes += [note for path in tables if (note := _add_rows(root, path, found))]
+    notes += [note for path in tables if (note := _add_rows(root, path, found, spec))]
     return ListedFolder(found, notes)
 
 
@@ -138,7 +138,7 @@ class _ListReader:
     def _with_row(self, item: RawSample, row: Mapping[str, Any]) -> RawSample:
         """A sample with its row of metadata; its own files take precedence."""
         try:
-            columns = find_columns([FILE_NAME, *row], self._spec.model_copy(update={"image": FILE_NAME, "key": None}))
+            columns = _columns(row, self._spec)
         except NoColumn:
             return item
         columns = replace(columns, metadata=tuple(name for name in columns.metadata if name != FILE_NAME))
@@ -203,7 +203,7 @@ def _no_images(root: str, others: list[str]) -> str:
     return f"source: {shown} is a folder without images; it has {count}, such as {others[0]}: {remedy}."
 
 
-def _add_rows(root: str, table: str, samples: list[FolderSample]) -> str | None:
+def _add_rows(root: str, table: str, samples: list[FolderSample], spec: Input) -> str | None:
     """Add the rows of a metadata file to the samples of its folder; returns a note on rows without an image."""
     folder = table.rpartition("/")[0]
     by_path = {path: sample for sample in samples for path, _ in sample.files.values()}
@@ -217,12 +217,20 @@ def _add_rows(root: str, table: str, samples: list[FolderSample]) -> str | None:
                 strays += 1
             elif sample.row is None:
                 sample.row = {key: value for key, value in row.items() if key != FILE_NAME}
+            elif spec.captions_per_sample:
+                add_captions(sample.row, row, _columns(row, spec).captions, spec.captions_per_sample)
     except (EOFError, RefusedFile, ValueError) as error:
         raise UserError(f"source: {canonical(root)}/{table} cannot be read: {error}. Correct or remove it.") from error
     if count and strays == count:
         where = f"source: {canonical(root)}/{table}"
         raise UserError(f"{where}: no row has the path of an image, relative to its folder, in `{FILE_NAME}`.")
     return f"source: {plural(strays, 'row')} of {table} without an image that is there" if strays else None
+
+
+def _columns(row: Mapping[str, Any], spec: Input) -> Columns:
+    """The columns of a row of metadata. Raises NoColumn."""
+    names = [FILE_NAME, *(name for name in row if name != FILE_NAME)]
+    return find_columns(names, spec.model_copy(update={"image": FILE_NAME, "key": None}))
 
 
 def _rows(url: str) -> Iterator[Mapping[str, Any]]:

@@ -10,7 +10,7 @@ from typing import Any
 from reinforce.config import Input, Limits
 from reinforce.parquet.footers import RefusedFile
 from reinforce.source.formats.base import Part, Shard, SourceFormat
-from reinforce.source.formats.columns import Columns, NoColumn, RowReader, find_columns
+from reinforce.source.formats.columns import Columns, NoColumn, RowReader, find_columns, joined_rows
 from reinforce.source.samples import Item, ReadBudget, Refusal, unique_keys
 from reinforce.source.streams import Seekable, open_stream
 from reinforce.source.tar import Readable
@@ -62,9 +62,16 @@ class LinesFormat(SourceFormat):
     def _samples(self, shard: Shard, spec: Input) -> Iterator[Item]:
         reader, known = RowReader(shard.name, spec), _KnownColumns(spec)
         most = spec.limits.image_bytes * 4 // 3 + 4 * spec.limits.sidecar_bytes + 2**16
-        good = bad = 0
+        good = bad = read = 0
+
+        def rows() -> Iterator[tuple[int, Row | BrokenRow]]:
+            nonlocal read
+            for item in self.rows(shard.file, most, shard.part):
+                read += 1
+                yield item
+
         try:
-            for number, row in self.rows(shard.file, most, shard.part):
+            for number, row in joined_rows(rows(), known.columns, spec):
                 key = f"{shard.name}-{number:08d}"
                 try:
                     if isinstance(row, BrokenRow):
@@ -82,8 +89,8 @@ class LinesFormat(SourceFormat):
             detail = str(error).replace(" .tar.", " .")  # the detail names the ending that the file needs
             yield Refusal(None, Reason.SHARD_DAMAGED if good else Reason.SHARD_UNREADABLE, detail)
             return
-        if shard.part and good + bad != shard.part.rows:
-            detail = f"{good + bad:,} rows where {shard.part.rows:,} were when its shards were formed"
+        if shard.part and read != shard.part.rows:
+            detail = f"{read:,} rows where {shard.part.rows:,} were when its shards were formed"
             yield Refusal(None, Reason.SHARD_DAMAGED, detail)
         if bad and not good:
             detail = f"no line is {self.line} with an image; {item.detail}"  # type: ignore[union-attr]

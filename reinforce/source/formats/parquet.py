@@ -19,7 +19,7 @@ from reinforce.parquet.checked_file import CheckedFile
 from reinforce.parquet.footers import FooterCheck, RefusedFile
 from reinforce.parquet.pages import BadPage
 from reinforce.source.formats.base import Part, Shard, SourceFormat
-from reinforce.source.formats.columns import Columns, NoColumn, RowReader, find_columns
+from reinforce.source.formats.columns import Columns, NoColumn, RowReader, find_columns, joined_rows
 from reinforce.source.samples import Item, ReadBudget, Refusal, unique_keys
 from reinforce.source.streams import check_file
 from reinforce.source.urls import filesystem
@@ -174,11 +174,12 @@ class Parquet(SourceFormat):
                 part = shard.part
                 if part:
                     _check_groups(part, file.group_sizes)
-                for item in file.rows(columns, *((range(part.start, part.end), part.first) if part else ())):
+                rows = file.rows(columns, *((range(part.start, part.end), part.first) if part else ()))
+                for item in joined_rows(rows, lambda _: columns, spec):
                     if isinstance(item, RefusedFile):
                         yield Refusal(None, Reason.SHARD_DAMAGED, str(item))
                     else:
-                        yield reader.sample(*item, columns)
+                        yield reader.sample(item[0], item[1], columns)
         except (RefusedFile, NoColumn) as error:
             yield Refusal(None, Reason.SHARD_UNREADABLE, f"a Parquet file that cannot be used: {error}")
 

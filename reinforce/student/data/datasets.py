@@ -71,6 +71,7 @@ def _open_dataset(source: Source, data: Data, seed: int, teachers: Sequence[str]
         synthetic=data.synthetic,
         pick=data.pick,
         seed=seed,
+        several=bool(layers[SAMPLES].get("count")),
     )
     columns = spec.columns(manifest["images"])
     for layer in columns:

@@ -22,7 +22,7 @@ from reinforce.images.policy import IMAGE_POLICY
 from reinforce.seeds import uniforms
 from reinforce.source.references import ImageRoots, referenced_images
 from reinforce.source.tar import DamagedTar
-from schemas import IMAGE_DIGEST, image_columns
+from schemas import IMAGE_DIGEST, TRUE_CAPTIONS, image_columns
 
 Bools = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.intp]
@@ -48,6 +48,7 @@ class ExampleSpec:
     synthetic: float
     pick: Literal["random", "sequential"]
     seed: int
+    several: bool = False  # whether the samples keep several true captions
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -75,9 +76,8 @@ class ExampleSpec:
         """Columns to read by layer; ``images`` is how the samples layer of the dataset stores images."""
         sources = list(dict.fromkeys(source for kind in self.kinds for source in self.sources(kind)))
         samples = ["key", "augmentations", *image_columns(images)]
-        columns: dict[str, tuple[str, ...]] = {
-            SAMPLES: (*samples, "caption") if TRUE_CAPTION in sources else (*samples,)
-        }
+        own = (TRUE_CAPTIONS if self.several else "caption",) if TRUE_CAPTION in sources else ()
+        columns: dict[str, tuple[str, ...]] = {SAMPLES: (*samples, *own)}
         columns |= {captions_layer(source): ("key", "captions") for source in sources if source != TRUE_CAPTION}
         layers = [embeddings_layer(teacher, "images") for teacher in self.image_teachers]
         layers += [embeddings_layer(teacher, source) for teacher in self.text_teachers for source in sources]
@@ -176,13 +176,20 @@ class _Picks:
     def __init__(self, spec: ExampleSpec, epoch: int, keys: Sequence[str]) -> None:
         self._random = uniforms(spec.seed, keys, "example", epoch, 2 + len(spec.kinds))
         self._turn = uniforms(spec.seed, keys, "turn", 0, 2) if spec.pick == "sequential" else None
-        self._epoch = epoch
+        self._spec, self._keys, self._epoch = spec, keys, epoch
 
     def index(self, number: int, counts: Ints) -> Ints:
         """One of ``counts`` [rows] items for every row; in turn, all items come up in as many epochs."""
-        if self._turn is None:
-            return (self._random[:, number] * counts).astype(np.intp)
-        return ((self._turn[:, number] * counts).astype(np.intp) + self._epoch) % np.maximum(counts, 1)
+        return self._of((self._random if self._turn is None else self._turn)[:, number], counts)
+
+    def true_captions(self, counts: Ints) -> Ints:
+        """The same of true captions; the numbers are others, since most datasets keep one."""
+        index = self._epoch if self._turn is None else 0
+        return self._of(uniforms(self._spec.seed, self._keys, "true caption", index, 1)[:, 0], counts)
+
+    def _of(self, numbers: npt.NDArray[np.float64], counts: Ints) -> Ints:
+        first = (numbers * counts).astype(np.intp)
+        return first if self._turn is None else (first + self._epoch) % np.maximum(counts, 1)
 
     def source(self, number: int, complete: Sequence[Bools], weights: Sequence[float]) -> tuple[Ints, Bools]:
         """The source of each row's text, by weight among the complete ones, and whether there is one."""
@@ -203,14 +210,15 @@ class _PickedTexts(NamedTuple):
 def _pick_texts(
     samples: pa.Table, read: ReadLayer, source: str, teachers: Sequence[str], picks: _Picks
 ) -> _PickedTexts:
-    if source == TRUE_CAPTION:
+    if source == TRUE_CAPTION and TRUE_CAPTIONS not in samples.column_names:
         texts = samples["caption"].to_pylist()
         has_text = np.asarray(samples["caption"].is_valid())
         index = np.zeros(len(texts), np.intp)
     else:
-        lists = _ListColumn(read(captions_layer(source))["captions"])
+        own = source == TRUE_CAPTION
+        lists = _ListColumn(samples[TRUE_CAPTIONS] if own else read(captions_layer(source))["captions"])
         has_text = lists.counts > 0
-        index = picks.index(1, lists.counts)
+        index = picks.true_captions(lists.counts) if own else picks.index(1, lists.counts)
         texts = lists.take(index)
     picked = {layer: vectors.pick(read(layer), index) for layer in (embeddings_layer(t, source) for t in teachers)}
     complete = np.logical_and.reduce([has_text, *(of_layer.unit for of_layer in picked.values())])

@@ -210,3 +210,26 @@ def test_a_dataset_with_samples_is_continued_with_a_broken_shard(tmp_path: Path)
     assert note.startswith(f"source: {tmp_path}/1.parquet: a Parquet file, not a tar: ")
     assert len(Store(str(tmp_path / "out")).shards("samples")) == 1
     assert probe(values) == (None, []), "a complete dataset needs no source"
+
+
+def test_several_true_captions_are_noted_with_what_becomes_of_them(tmp_path: Path) -> None:
+    lines, listed = b"one\ntwo\nthree", b'{"caption": ["one", "two", "three"]}'
+    write_tar(tmp_path / "lines.tar", [("a.png", picture(1)), ("a.txt", lines)])
+    write_tar(tmp_path / "list.tar", [("a.png", picture(1)), ("a.json", listed)])
+    (tmp_path / "a.png").write_bytes(picture(1))
+    (tmp_path / "rows.csv").write_text("image,caption\n" + "".join(f"a.png,{n}\n" for n in ("one", "two", "three")))
+    keeps = "input.captions_per_sample: 3 keeps and embeds them"
+    for name, used in {
+        "lines.tar": "which are read as one",
+        "list.tar": "of which none is used",
+        "rows.csv": "in rows that are a sample each",
+    }.items():
+        where = f"{tmp_path}/{name}: the first samples have up to 3 true captions, "
+        assert f"{where}{used}; {keeps}" in probe(config(tmp_path, f"{tmp_path}/{name}"))[1]
+        sample, notes = probe(config(tmp_path, f"{tmp_path}/{name}", input={"captions_per_sample": 2}))
+        assert sample is not None
+        assert sample.line().endswith("caption 'one' and 1 more")
+        assert f"{where}of which 2 are kept; {keeps}" in notes
+        assert "true captions: up to 2 a sample, each encoded by 2 teachers, which store 2 vectors a sample" in notes
+        _, notes = probe(config(tmp_path, f"{tmp_path}/{name}", input={"captions_per_sample": 3}))
+        assert not [note for note in notes if "the first samples have" in note]

@@ -69,6 +69,18 @@ SOURCES: dict[str, tuple[dict[str, bytes], str, str, dict[str, Any], int]] = {
         | {"00000.parquet": parquet(url=["http://x/a.png"], caption=["a caption"]), "00000_stats.json": b"{}"},
         "", "", {"format": "folder"}, 1,
     ),
+    "rows of one image": (
+        {**IMAGE, "captions.txt": b"image,caption\na.png,one\na.png,two\n"}, "/captions.txt", "/captions.txt",
+        {"format": "csv", "captions_per_sample": 2}, 1,
+    ),
+    "lists in JSON": (
+        {"a.tar": tar_bytes([("a.png", picture(1)), ("a.json", b'{"sentences": ["one", "two", "three"]}')])},
+        "", "/*.tar", {"format": "tar", "captions": ["json:sentences"], "captions_per_sample": 3}, 1,
+    ),
+    "lists in a column": (
+        {"rows.parquet": parquet(image=[picture(1)], caption=[["one", "two"]])}, "/rows.parquet", "/rows.parquet",
+        {"format": "parquet", "captions": ["caption"]}, 1,
+    ),
     "images without captions": (IMAGE, "", "", {"format": "folder", "captions": []}, 1),
 }  # fmt: skip
 
@@ -138,6 +150,28 @@ def test_a_folder_with_images_is_one_of_images_and_the_output_is_no_source(folde
     write(folder / "tables", {"more/rows.parquet": HUB})
     with pytest.raises(UserError, match="has a reinforced dataset in it, out"):
         source_shards(Config(source=root, output=f"{root}/out"))
+
+
+@pytest.mark.parametrize(("kind", "count"), [("rows of one image", 2), ("lists in JSON", 3), ("lists in a column", 2)])
+def test_several_true_captions_are_said_and_kept_where_they_are_not_read_otherwise(
+    kind: str, count: int, folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    files, data, *_ = SOURCES[kind]
+    config, out, planned = init(capfd, write(folder / "source", files) + data)
+    kept = "captions_per_sample" in config["input"]
+    assert kept == (kind != "lists in a column")
+    ends = "keeps them" if kept else "would keep them; it is not set"
+    assert f"up to {count} true captions a sample; input.captions_per_sample {ends}" in out
+    assert ("# " * (not kept) + f"captions_per_sample: {count}\n") in Path("my.yaml").read_text()
+    if kept:
+        assert f"caption 'one' and {count - 1} more" in planned
+        stored = (
+            f"true captions: up to {count} a sample, each encoded by 1 teacher, which stores {count} vectors a sample"
+        )
+        assert stored in planned
+    else:
+        more = f"true captions, of which the first is used; input.captions_per_sample: {count} keeps and embeds them"
+        assert more in planned
 
 
 def test_the_samples_of_a_dataset_are_a_source(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:

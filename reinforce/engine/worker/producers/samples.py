@@ -15,7 +15,7 @@ from reinforce.engine.worker.refusals import Refusals
 from reinforce.engine.worker.stale_files import IMAGES
 from reinforce.source.references import image_digest
 from reinforce.source.samples import RawSample
-from schemas import IMAGE_DIGEST
+from schemas import IMAGE_DIGEST, TRUE_CAPTIONS
 
 
 class Samples(Producer):
@@ -33,6 +33,7 @@ class Samples(Producer):
         columns: dict[str, list[Any]] = {
             "key": group.keys,
             "caption": [row.caption for row in group.rows],
+            TRUE_CAPTIONS: [row.captions for row in group.rows],
             "metadata": [one.metadata for one in decoded],
             "width": [one.width for one in decoded],
             "height": [one.height for one in decoded],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -41,9 +42,11 @@ class TextEmbeddings(Embeddings):
             return count_flops(models.text_encoder(models.teachers[str(layer.model)], TEXTS)) / len(TEXTS)
 
     def encode_group(self, rows: Sequence[Row]) -> Outputs:
-        """Embeddings of the rows' own captions, and which rows have some, by layer."""
+        """Embeddings of the rows' own captions, which come again in turn where they are fewer than the vectors, and
+        which rows have some, by layer."""
         layers = [layer for layer in self.computed if layer.texts == TRUE_CAPTION]
-        texts = [[row.caption] if row.caption else None for row in rows]
+        most = max((layer.count for layer in layers), default=0)
+        texts = [[*itertools.islice(itertools.cycle(row.captions), most)] or None for row in rows]
         return {layer.name: self.encode_texts(layer, texts) for layer in layers}
 
     def encode_texts(self, layer: Layer, texts: Sequence[list[str] | None]) -> tuple[Floats, Mask]:

@@ -1,0 +1,163 @@
+"""Datasets that keep several true captions of a sample: stored, embedded, read, checked, exported and trained from."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import reinforce
+from reinforce.config import parse_config
+from reinforce.dataset.files.store import Store
+from reinforce.dataset.reading.dataset import Dataset
+from reinforce.dataset.validate.row_checks import RowChecks
+from reinforce.engine.plan.plan import make_plan
+from reinforce.errors import UserError
+from reinforce.inspection.rows import read_rows
+from reinforce.inspection.selection import select
+from reinforce.inspection.texts import text_figures
+from reinforce.publishing.embeddings import export_embeddings
+from reinforce.report.captions import captions_report
+from reinforce.student.config import Data
+from reinforce.student.data.feed import StudentFeed
+from tests.helpers.data import config_of, picture, tree, write_tar
+from tests.helpers.reinforced import letters, read, reinforce_here
+from tests.helpers.validated import printed
+
+CAPTIONS = {"five": [f"text {n}" for n in range(5)], "two": ["text 3", "a dog"], "none": [], "more": ["x", *"abcdefg"]}
+
+
+def write_source(folder: Path) -> dict[str, Any]:
+    members = [(f"{key}.png", picture(number)) for number, key in enumerate(CAPTIONS)]
+    members += [(f"{key}.txt", "\n".join(texts).encode()) for key, texts in CAPTIONS.items() if texts]
+    write_tar(folder / "source.tar", sorted(members, key=lambda member: member[0]))
+    return config_of(f"{folder}/source.tar", folder / "out", input={"captions_per_sample": 5})
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The dataset, to which the teacher blue was added later."""
+    folder = tmp_path_factory.mktemp("several")
+    config = write_source(folder)
+    blue = config["teachers"].pop("blue")
+    reinforce_here(config)
+    config["teachers"]["blue"] = blue
+    return Path(reinforce_here(config))
+
+
+def by_key(made: Path) -> dict[str, reinforce.Sample]:
+    return {sample.key: sample for sample in reinforce.open(str(made))}
+
+
+def test_all_true_captions_are_stored_and_each_has_its_vector(made: Path) -> None:
+    samples = by_key(made)
+    assert {key: [*sample.true_captions] for key, sample in samples.items()} == {
+        key: texts[:5] for key, texts in CAPTIONS.items()
+    }
+    for key, sample in samples.items():
+        assert sample.caption == next(iter(CAPTIONS[key]), None)
+        for dim, vectors in ((8, sample.texts["red"]["caption"]), (12, sample.texts["blue"]["caption"])):
+            assert vectors.shape == (max(1, len(sample.true_captions)), dim)
+    five, two = samples["five"].texts["red"]["caption"], samples["two"].texts["red"]["caption"]
+    assert np.array_equal(five[3], two[0]), "the same text"
+    assert len(np.unique(five, axis=0)) == 5
+    assert np.isnan(samples["none"].texts["red"]["caption"]).all()
+    assert "text 4" in samples["five"]._repr_html_()
+
+
+def test_a_dataset_as_a_source_gives_all_of_them_and_a_fresh_run_the_same_files(made: Path, tmp_path: Path) -> None:
+    config = config_of(f"{made.parent}/source.tar", tmp_path / "fresh", input={"captions_per_sample": 5})
+    assert tree(Path(reinforce_here(config))) == tree(made), "blue was added to stored samples"
+    again = config_of(str(made), tmp_path / "again", input={"captions_per_sample": 3}, captioners={}, teachers={})
+    found = {sample.key: [*sample.true_captions] for sample in reinforce.open(reinforce_here(again))}
+    assert found == {key: texts[:3] for key, texts in CAPTIONS.items()}
+
+
+def test_dataset_json_states_the_number_and_other_datasets_do_not(made: Path, tmp_path: Path) -> None:
+    manifest = json.loads((made / "dataset.json").read_text())
+    assert (manifest["input"]["captions_per_sample"], manifest["layers"]["samples"]["count"]) == (5, 5)
+    assert manifest["layers"]["embeddings/red/caption"]["count"] == 5
+    plain = write_source(tmp_path) | {"input": {}}
+    manifest = json.loads((Path(reinforce_here(plain)) / "dataset.json").read_text())
+    assert "captions_per_sample" not in manifest["input"]
+    assert "count" not in manifest["layers"]["samples"]
+    assert "true_captions" not in pq.read_schema(next((tmp_path / "out/samples").glob("*.parquet"))).names
+    with pytest.raises(UserError, match=r"captions_per_sample: not set in the dataset, 5 in this config"):
+        make_plan(parse_config(write_source(tmp_path)))
+
+
+def test_validate_passes_and_captions_that_do_not_fit_are_found(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "valid" in printed(str(made), 0, capsys)
+    with Store(str(made)).open_layer("samples", reinforce.open(str(made)).shards[0]) as file:
+        table = file.read()
+    entry = json.loads((made / "dataset.json").read_text())["layers"]["samples"]
+    names = table.column_names
+    wrong = {"five": [*CAPTIONS["five"], "sixth"], "two": ["a dog"], "none": [], "more": ["x"]}
+    column = pa.array([wrong[key] for key in table["key"].to_pylist()], table.schema.field("true_captions").type)
+    checks = RowChecks("samples", entry, 2)
+    checks.add(table.set_column(names.index("true_captions"), "true_captions", column))
+    message = "2 rows do not have their caption as the first of at most 5 true captions (five, two)"
+    assert checks.problems(None) == [message]
+
+
+def feed_of(made: Path, pick: str) -> StudentFeed:
+    data = Data.model_validate({"datasets": str(made), "workers": 0, "window": 10, "captions": "both", "pick": pick})
+    return StudentFeed(data, seed=5, size=20, tokenize=letters)
+
+
+def test_a_student_draws_one_an_epoch_with_its_own_vector_and_resumes(made: Path) -> None:
+    samples = by_key(made)
+    for pick, epochs in (("sequential", 5), ("random", 40)):
+        seen: dict[str, list[str]] = {key: [] for key, texts in CAPTIONS.items() if texts}
+        batches = [*itertools.islice(feed_of(made, pick).batches(0, 1, 2, 0), 2 * epochs)]
+        for batch in batches:
+            for row, (key, text) in enumerate(zip(batch["key"], read(batch["caption"]), strict=True)):
+                seen[key].append(text)
+                at = samples[key].true_captions.index(text)
+                for teacher in ("red", "blue"):
+                    stored = samples[key].texts[teacher]["caption"][at]
+                    given = batch["targets"][teacher]["caption"][row].numpy()
+                    assert np.allclose(given, stored / np.linalg.norm(stored), atol=1e-6)
+        assert {key: {*texts} for key, texts in seen.items()} == {key: {*CAPTIONS[key][:5]} for key in seen}
+        [resumed] = itertools.islice(feed_of(made, pick).batches(0, 1, 2, 4), 1)
+        assert read(resumed["caption"]) == read(batches[4]["caption"])
+
+
+def test_reports_count_all_of_them(made: Path) -> None:
+    kept = sum(len(texts[:5]) for texts in CAPTIONS.values())
+    data = Dataset(str(made))
+    rows = read_rows(data, select(data, 100, 0))
+    assert text_figures(rows)["caption"].summary["captions"] == kept
+    assert captions_report(str(made))["texts"]["caption"]["captions"] == kept
+
+
+def test_an_export_takes_the_caption_and_the_vector_of_one_number(made: Path, tmp_path: Path) -> None:
+    export_embeddings(str(made), str(tmp_path / "vectors"), teacher="red", text=3, use_ray=False)
+    table = pq.read_table(tmp_path / "vectors" / "metadata").to_pydict()
+    assert dict(zip(table["image_path"], table["caption"], strict=True)) == {
+        "five": "text 3",
+        "two": "a dog",
+        "more": "c",
+    }
+    vectors = np.load(tmp_path / "vectors" / "text_emb" / "text_emb_0.npy")
+    stored = by_key(made)["two"].texts["red"]["caption"][1]
+    assert np.allclose(vectors[table["image_path"].index("two")], stored, atol=2e-3)
+
+
+def test_published_vectors_of_one_caption_are_not_taken_for_several(tmp_path: Path) -> None:
+    teacher = {"family": "published", "model": "x", "columns": [0, 8], "logit_scale": 50}
+    config = write_source(tmp_path) | {
+        "reinforcements": "x.tar",
+        "teachers": {"x": teacher},
+        "augmentations": {"size": 24},
+    }
+    with pytest.raises(
+        UserError, match=r"input.captions_per_sample: published vectors are of one true caption. Remove it"
+    ):
+        make_plan(parse_config(config))
