@@ -97,8 +97,7 @@ class Input(Section):
         None,
         ge=8,
         le=65_535,
-        description="decode large JPEGs at 1/2, 1/4 or 1/8 of their size if both sides keep this many pixels; "
-        "default: at their size",
+        description="decode large JPEGs at 1/2, 1/4 or 1/8 size if both sides keep so many pixels; default: full size",
     )
 
 
