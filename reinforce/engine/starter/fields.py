@@ -20,8 +20,10 @@ from reinforce.source.samples import RawSample
 from reinforce.source.urls import canonical
 
 #: Names of captions besides those that are read by default, in the order of preference, in lower case.
-_CAPTIONS = ("txt", "text", "caption", "captions", "alt_text", "alt", "description", "title", "prompt")
-_CAPTIONS += ("sentence", "sentences")
+_CAPTIONS = (
+    *("txt", "text", "caption", "captions", "alt_text", "alt", "description", "title", "prompt"),
+    *("sentence", "sentences"),
+)
 _KEYS = ("id", "image_id", "sample_id", "hash", "sha256", "md5")
 _FIRST_SAMPLES = 16
 _SCHEME_CHARS = 16
