@@ -35,6 +35,9 @@ def status(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object; with --watch, one in a line for each report.")
     ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Also show the speed of each layer in the last run.")
+    ] = False,
 ) -> None:
     """Show the running job, the layers of a dataset, what is quarantined and why, and how the last run ended.
 
@@ -44,14 +47,14 @@ def status(
 
     store = Store(dataset)
     if not watch:
-        _show(store, reasons, as_json)
+        _show(store, reasons, as_json, verbose)
         return
     try:
         summary = _follow(store, as_json)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
     if not as_json:
-        _show(store, reasons, as_json)
+        _show(store, reasons, as_json, verbose)
     raise typer.Exit(int(summary.get("status", 0)))
 
 
@@ -67,7 +70,7 @@ def dashboard(
     typer.echo(escape(f"written: {write_dashboard(folder)}"))
 
 
-def _show(store: Store, reasons: bool, as_json: bool) -> None:
+def _show(store: Store, reasons: bool, as_json: bool, verbose: bool) -> None:
     """Print the status once."""
     from reinforce.dataset.files.store import MANIFEST
     from reinforce.dataset.runs.progress import list_runs, running
@@ -84,7 +87,7 @@ def _show(store: Store, reasons: bool, as_json: bool) -> None:
     if begun:
         typer.echo("there are no layers yet: workers load their models")
     else:
-        _print_dataset(read_status(store.url), reasons)
+        _print_dataset(read_status(store.url), reasons, verbose)
 
 
 def _as_json(url: str, progress: RunProgress | None, found: Mapping[str, Any]) -> dict[str, Any]:
@@ -184,7 +187,7 @@ def _print_run(progress: RunProgress) -> None:
         typer.echo(line)
 
 
-def _print_dataset(found: Mapping[str, Any], reasons: bool) -> None:
+def _print_dataset(found: Mapping[str, Any], reasons: bool, verbose: bool) -> None:
     from reinforce.dataset.files.damage import describe_damaged
     from reinforce.dataset.status import quarantine_lines, status_table
     from reinforce.engine.record.rates import rate_lines
@@ -207,5 +210,5 @@ def _print_dataset(found: Mapping[str, Any], reasons: bool) -> None:
         typer.echo(escape(text))
         lines = [*source_lines(last.get("source_counts", {})), *cleaned_lines(last.get("cleaned", {}))]
         lines += not_in_source_lines(last.get("not_in_source", {}))
-        for line in [*rate_lines(last), *lines, *map(str, last.get("notes", []))]:
+        for line in [*rate_lines(last, verbose), *lines, *map(str, last.get("notes", []))]:
             typer.echo(escape(line))

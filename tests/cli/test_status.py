@@ -16,6 +16,7 @@ from rich.console import Console
 
 from reinforce.cli import status as cli_status
 from reinforce.dataset.files.store import Store
+from reinforce.dataset.manifest.manifest import read_manifest
 from reinforce.dataset.runs.progress import RunProgress
 from schemas import Reason
 from tests.helpers.commands import Command
@@ -203,10 +204,31 @@ def test_status_shows_what_the_last_run_found_outside_its_source(dataset: Path, 
     rates = {"busy_share": 0.5, "stages": {"captions/c": {"inputs": 30, "seconds": 3.0, "per_second": 10.0}}}
     last = {"run": "2026", "shards": 2, "seconds": 1.0, "message": "done", "not_in_source": absent, **rates}
     Store(str(dataset)).write_json(last, "runs", "2026", "summary.json")
-    out = command("status", str(dataset))[1].splitlines()
+    out = command("status", str(dataset), "-v")[1].splitlines()
     assert out[-4:-1] == [
         "last run 2026: 2 shards in 1 s, done",
         "accelerator busy 50%",
         "  captions/c: 30 captions, 10 captions/s",
     ]
     assert out[-1].startswith("not in `source`: 1 quarantined shard, such as samples/old-ab. ")
+
+
+def test_a_usual_dataset_fits_a_screen(tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("dfn2b", "dfn2b-s39b", "siglip2-so400m")
+    teachers = {name: {"class": "tests.helpers.models:ColorTeacher"} for name in names}
+    captioners = {"coca": {"class": "tests.helpers.models:SeedCaptioner", "captions": 2}}
+    store = Store(small_dataset(tmp_path, (3,), teachers=teachers, captioners=captioners))
+    [shard] = store.shards("samples")
+    layers = read_manifest(store)["layers"]
+    stages = {layer: {"inputs": 30, "seconds": 3.0, "per_second": 10.0} for layer in layers if layer != "samples"}
+    last = {"run": "20261127T224904Z-36533a", "shards": 1, "seconds": 9.0, "message": "done", "stages": stages}
+    store.write_json(last, "runs", "2026", "summary.json")
+    refused = [(f"{number}", Reason.IMAGE_BROKEN if number else Reason.IMAGE_FORMAT, "") for number in range(16)]
+    for layer in layers:
+        store.quarantine(layer, shard, refused)
+    store.quarantine("captions/coca", shard, [*refused, ("x", Reason.NO_TEXT, "")])
+    monkeypatch.setenv("COLUMNS", "80")
+    out = command("status", store.url)[1].replace(str(tmp_path), "s3://my-bucket").splitlines()
+    assert sum(-(-len(line) // 80) for line in out) <= 23, "and the prompt"
+    assert out[-1] == "accelerator busy 0%; -v shows the speed of each layer"
+    assert len(command("status", store.url, "-v")[1].splitlines()) == len(out) + len(stages)

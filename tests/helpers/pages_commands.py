@@ -24,7 +24,7 @@ BUCKET = "s3://my-bucket/"
 RUN = [
     r"reinforce plan my\.yaml( --rate 400 --price 3 --hours 24)?",
     r"reinforce run my\.yaml( --set workers\.cpus=4| --retry-quarantined)?",
-    r"reinforce status (my-data|demo/dataset)( --reasons| --watch| --json)?",
+    r"reinforce status (my-data|demo/dataset)( --reasons| --watch| --json| -v)?",
     r"reinforce dashboard grafana/dashboards",
     r"reinforce validate my-data( --quick| --repair)?( --sample 2000)?( --sources shards)?",
     r"reinforce check (my\.yaml|our_teachers:Tiny --options .*)",

@@ -39,9 +39,10 @@ class PlanReport:
     def lines(self) -> list[str]:
         """What follows the table of layers."""
         plan = self.plan
-        size = format_bytes(sum(size or 0 for size in self.expected.values()))
-        size += "" if self.bytes is not None else " or more"
-        lines = [f"{plural(plan.shards, 'shard')}, {len(plan.pending):,} with something missing, about {size} to write"]
+        known = sum(size or 0 for size in self.expected.values())
+        size = f"about {format_bytes(known)}" if known or self.bytes == 0 else "an unknown size"
+        size += "" if self.bytes is not None or not known else " or more"
+        lines = [f"{plural(plan.shards, 'shard')}, {len(plan.pending):,} with something missing, {size} to write"]
         damage = describe_damaged(Store(plan.config.output).url, plan.damaged)
         lines += [
             *(code.line() for code in plan.codes),

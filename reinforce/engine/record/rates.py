@@ -64,7 +64,7 @@ def unit_of(layer: str) -> str:
     return "inputs" if kind is None else kind.unit
 
 
-def rate_lines(summary: Mapping[str, Any]) -> list[str]:
+def rate_lines(summary: Mapping[str, Any], by_layer: bool = True) -> list[str]:
     """Lines about the speed of a run, from its summary; none if an earlier version wrote it without rates."""
     stages, device = summary.get("stages") or {}, summary.get("device") or {}
     lines = []
@@ -73,8 +73,9 @@ def rate_lines(summary: Mapping[str, Any]) -> list[str]:
         if device:
             peak, total = (format_bytes(device.get(key, 0)) for key in ("memory_peak", "memory_total"))
             memory = f", {device.get('name')}: tensors took at most {peak} of {total}"
-        lines.append(f"accelerator busy {summary.get('busy_share', 0):.0%}{memory}")
-    for layer, stage in stages.items():
+        more = "" if by_layer else "; -v shows the speed of each layer"
+        lines.append(f"accelerator busy {summary.get('busy_share', 0):.0%}{memory}{more}")
+    for layer, stage in stages.items() if by_layer else ():
         unit = unit_of(layer)
         mfu = f", MFU {stage['mfu']:.0%}" if "mfu" in stage else ""
         tokens = f", {stage['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in stage else ""
