@@ -110,6 +110,7 @@ bench-sources: $(INSTALLED) ## CPU of a run by the format of its source, compare
 
 bench-select: $(INSTALLED) ## how well scores find wrong captions, and what choosing samples costs (ten minutes)
 	$(BIN)/python -m benchmarks.selection
+	$(BIN)/python -m benchmarks.duplicates
 
 bench-scale: $(INSTALLED) ## planning, starting and driving at the size of DFN-5B, simulated (five minutes)
 	$(BIN)/python -m benchmarks.scale

@@ -113,7 +113,7 @@ def measure(url: str, count: int) -> Iterator[tuple[str, dict[str, float]]]:
     for name, rules in RULES.items():
         config = SelectConfig.model_validate({"dataset": dataset, "name": name, "rules": rules})
         start, cpu = time.perf_counter(), time.process_time()
-        view = select(config)
+        view = select(config, processes=1)
         samples = sum(view.counts.values())
         size = sum(path.stat().st_size for path in Path(dataset, "views", name).rglob("*") if path.is_file())
         yield (

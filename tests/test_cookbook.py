@@ -12,6 +12,8 @@ import yaml
 
 import reinforce
 from reinforce.dataset.validate.validate import validate
+from reinforce.selection.config import SelectConfig
+from reinforce.selection.select import select
 from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.pages import blocks
 from tests.helpers.reinforced import reinforce_here
@@ -19,6 +21,7 @@ from tests.helpers.reinforced import reinforce_here
 PAGE = "docs/cookbook.md"
 COLOUR = {"class": "tests.helpers.models:ColorTeacher", "options": {"size": 16, "dim": 8}, "logit_scale": 50.0}
 NAMER = {"class": "tests.helpers.models:SeedCaptioner", "captions": 2}
+KEPT = 8  # samples of the view
 RECIPES = [block for block in blocks(PAGE, "yaml") if block.file == "my.yaml"]
 
 
@@ -42,7 +45,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for shard in range(2):
         broken = [(f"{shard:03d}99999.png", b"no image"), (f"{shard:03d}99999.txt", b"none")] * shard
         write_tar(folder / "source" / f"{shard:05d}.tar", [*members_of(shard, 6), *broken])
-    reinforce_here(config(folder))
+    url = reinforce_here(config(folder))
+    select(SelectConfig.model_validate({"dataset": url, "name": "filtered", "rules": [{"sample": KEPT}]}))
     return folder
 
 
@@ -57,29 +61,18 @@ def names(folder: Path) -> dict[str, Any]:
     return scope
 
 
-def test_pairs_are_filtered_by_the_stored_cosines(names: dict[str, Any]) -> None:
-    assert len(names["scores"]) == 12
-    assert 7 <= len(names["kept"]) <= 9
-    assert min(names["scores"][key] for key in names["kept"]) > names["threshold"]
-    assert {*names["agreed"]} <= {*names["scores"]}
-
-
 def test_the_best_caption_is_a_true_or_a_synthetic_one(names: dict[str, Any]) -> None:
     for sample in names["samples"]:
         assert names["captions"][sample.key] in [sample.caption, *sample.captions["coca"]]
 
 
-def test_duplicates_are_pairs_with_equal_vectors(names: dict[str, Any]) -> None:
-    vectors = names["vectors"]
-    near = (vectors @ vectors.T > 0.999).sum() - len(vectors)
-    assert len(names["duplicates"]) == near / 2
-
-
 def test_filtered_samples_are_tars_that_a_run_reads(folder: Path, names: dict[str, Any]) -> None:
     with tarfile.open(folder / "filtered.tar") as tar:
-        assert {name.partition(".")[0] for name in tar.getnames()} == {*names["kept"]}
+        keys = {name.partition(".")[0] for name in tar.getnames()}
+    assert keys == {sample.key for sample in reinforce.open(str(folder / "my-data"), view="filtered")}
+    assert len(keys) == KEPT
     again = reinforce_here({**config(folder), "source": f"{folder}/filtered.tar", "output": f"{folder}/filtered"})
-    assert [sample.key for sample in reinforce.open(again)] == names["kept"]
+    assert {sample.key for sample in reinforce.open(again)} == keys
 
 
 def test_a_copied_dataset_is_valid_and_complete(folder: Path, names: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ from reinforce.source.references import image_digest
 
 _BUCKET_BYTES = 2**30  # of records that a process compares
 _CELL_ROWS, _MAX_CELLS = 2**13, 2**15
-_TRAINED_ROWS = 64  # for each cell
+_TRAINED_ROWS = 40  # for each cell
 _WRITTEN_ROWS = 2**14  # at a time
 _DIGESTS = np.dtype([("place", "<i8"), ("best", "<f4"), ("digest", "<u8")])
 _PLACES = np.dtype("<i8")

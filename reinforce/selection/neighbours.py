@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from reinforce.dataset import vectors as stored_vectors
 from reinforce.errors import UserError
+from reinforce.processes.cores import available_cores
 from reinforce.selection.parts import Parts
 
 Floats = npt.NDArray[np.float32]
@@ -55,10 +56,12 @@ def mean_vectors(table: pa.Table) -> tuple[Halves, Mask]:
 
 
 def train(vectors: Halves, cells: int, seed: int) -> Floats:
-    """The centroids of k-means [cells, D], of unit norm."""
+    """The centroids of k-means [cells, D], of unit norm, by all cores: no other part is computed meanwhile."""
     faiss = load_faiss()
     if cells == 1:
         return vectors[:1].astype(np.float32)
+    threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(available_cores())
     kmeans = faiss.Kmeans(
         vectors.shape[1],
         cells,
@@ -69,6 +72,7 @@ def train(vectors: Halves, cells: int, seed: int) -> Floats:
         max_points_per_centroid=len(vectors),
     )
     kmeans.train(vectors.astype(np.float32))
+    faiss.omp_set_num_threads(threads)
     centroids: Floats = kmeans.centroids
     return centroids
 
