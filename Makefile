@@ -108,9 +108,10 @@ bench-latency: $(INSTALLED) ## MobileCLIP2 compared with ViT-L/14 on one core (m
 bench-sources: $(INSTALLED) ## CPU of a run by the format of its source, compared with tars (five minutes)
 	$(BIN)/python -m benchmarks.sources
 
-bench-select: $(INSTALLED) ## how well scores find wrong captions, and what choosing samples costs (ten minutes)
+bench-select: $(INSTALLED) ## how well scores find wrong captions, what choosing costs, and students on views (half an hour)
 	$(BIN)/python -m benchmarks.selection
 	$(BIN)/python -m benchmarks.duplicates
+	$(BIN)/python -m benchmarks.view_students
 
 bench-scale: $(INSTALLED) ## planning, starting and driving at the size of DFN-5B, simulated (five minutes)
 	$(BIN)/python -m benchmarks.scale

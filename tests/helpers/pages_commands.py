@@ -27,7 +27,7 @@ RUN = [
     r"reinforce status (my-data|demo/dataset)( --reasons| --watch| --json| -v)?",
     r"reinforce dashboard grafana/dashboards",
     r"reinforce validate my-data( --quick| --repair)?( --sample 2000)?( --sources shards)?",
-    r"reinforce check (my\.yaml|our_teachers:Tiny --options .*)",
+    r"reinforce check (my\.yaml|our_teachers:Tiny --options .*|our_scores:Sharpness)",
     r"reinforce captions-report my-data",
     r"reinforce inspect (my-data my-report|demo/dataset demo/report)",
     r"reinforce export datacompdr my-data my-data-dr --teachers conv-64,tiny",

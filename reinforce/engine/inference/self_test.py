@@ -167,20 +167,30 @@ def check_captioner(models: Models, name: str, count: int, batch: int | None = N
         raise _failed(name, "captions", captioner, error, batch) from error
 
 
+def can_be_tested(inputs: Sequence[str]) -> bool:
+    """Whether a scorer sees what a test can make up."""
+    return {*inputs} <= {PIXELS, CAPTION}
+
+
+def score_probes(models: Models, name: str, inputs: Sequence[str], names: Sequence[str], rows: Sequence[int]) -> Floats:
+    """Score test images and texts -> [rows, names]."""
+    scorer = models.scorers[name]
+    pixels = probe_images(models, scorer.image, rows) if PIXELS in inputs else None
+    values = [pixels if one == PIXELS else [TEXTS[row] for row in rows] for one in inputs]
+    return models.score(scorer, values, len(rows), names)
+
+
 def check_scorer(
     models: Models, name: str, inputs: Sequence[str], names: Sequence[str], batch: int | None = None
 ) -> None:
     """Test the class of a score with such ``inputs`` and ``names``. Raises UserError. ``batch`` is that of
     ``check_image_encoder``."""
-    if not {*inputs} <= {PIXELS, CAPTION}:
+    if not can_be_tested(inputs):
         return
-    scorer = models.scorers[name]
 
     def score(rows: Sequence[int]) -> Floats:
         with models.use_accelerator():
-            pixels = probe_images(models, scorer.image, rows) if PIXELS in inputs else None
-            values = [pixels if one == PIXELS else [TEXTS[row] for row in rows] for one in inputs]
-            return models.score(scorer, values, len(rows), names)
+            return score_probes(models, name, inputs, names, rows)
 
     try:
         start = time.process_time()
@@ -195,7 +205,7 @@ def check_scorer(
         if (np.abs(first - alone[rows]) > allowed).any():
             raise ValueError("samples get other scores in a batch than alone; keep the order of the rows")
     except Exception as error:
-        raise _failed(f"scores.{name}", "scores", scorer, error, batch) from error
+        raise _failed(f"scores.{name}", "scores", models.scorers[name], error, batch) from error
 
 
 def _check_captions_of_batch(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -22,10 +22,13 @@ from reinforce.engine.inference.out_of_memory import is_out_of_memory, memory_hi
 from reinforce.engine.inference.self_test import (
     TEXTS,
     Floats,
+    can_be_tested,
     check_captioner,
     check_image_encoder,
+    check_scorer,
     check_text_encoder,
     probe_images,
+    score_probes,
 )
 from reinforce.engine.messages.tracebacks import user_frames
 from reinforce.engine.plan.precision import resolve_precisions
@@ -33,7 +36,7 @@ from reinforce.engine.plan.recipe import version_notes
 from reinforce.errors import UserError
 from reinforce.processes.cores import available_cores, describe_share
 from reinforce.terminal import Screen
-from teachers.custom.family import ClassTeacherSpec
+from teachers.custom.family import ClassScorerSpec, ClassTeacherSpec
 from teachers.device.accelerator import Accelerator
 from teachers.device.determinism import set_flags
 from teachers.protocols import ImageSpec
@@ -41,14 +44,17 @@ from teachers.redact import Redactor
 from teachers.registry import (
     captioner_spec,
     describe_captioner,
+    describe_scorer,
     describe_teacher,
     load_captioner,
+    load_scorer,
     load_teacher,
     teacher_spec,
 )
 from teachers.spec import CaptionerSpec, TeacherSpec
 
 Kind = Literal["teacher", "captioner"]
+_Spec: TypeAlias = "TeacherSpec | CaptionerSpec | ClassScorerSpec"
 
 _FIRST_BATCH, _CLASS_BATCH = 8, 64
 _ENOUGH_SECONDS = 0.5  # of one batch; a larger one is not measured
@@ -114,7 +120,8 @@ def check_config(config: Config) -> Report:
     set_flags(device, workers.deterministic)
     Screen().log(f"{workers.describe()}, batches of {largest:,}, device {device}")
     with _threads(workers.cores):
-        specs: list[tuple[str, TeacherSpec | CaptionerSpec]] = [*config.teachers.items(), *config.captioners.items()]
+        specs: list[tuple[str, _Spec]] = [*config.teachers.items(), *config.captioners.items()]
+        specs += config.scorers.items()
         for name, spec in specs:
             if spec.published:
                 report.notes.append(f"{name} is read from published reinforcements: no model is loaded")
@@ -129,8 +136,11 @@ def check_class(target: str, options: dict[str, Any], kind: Kind | None = None) 
     spec: dict[str, Any] = {"class": target, "options": options}
     try:
         cls = ClassTeacherSpec.model_validate(spec).import_class()
-        checked: TeacherSpec | CaptionerSpec
-        checked = teacher_spec(**spec) if (kind or _kind_of(cls)) == "teacher" else captioner_spec(**spec)
+        checked: _Spec
+        if kind is None and callable(getattr(cls, "score", None)):
+            checked = ClassScorerSpec.model_validate(spec)
+        else:
+            checked = teacher_spec(**spec) if (kind or _kind_of(cls)) == "teacher" else captioner_spec(**spec)
     except ValueError as error:
         raise UserError(redact(f"{error}{user_frames(error)}")) from error
     set_flags("auto")
@@ -140,9 +150,7 @@ def check_class(target: str, options: dict[str, Any], kind: Kind | None = None) 
     return report
 
 
-def _check_model(
-    report: Report, redact: Redactor, name: str, spec: TeacherSpec | CaptionerSpec, device: str, batch: int
-) -> None:
+def _check_model(report: Report, redact: Redactor, name: str, spec: _Spec, device: str, batch: int) -> None:
     """Add a model's measurements to the report, or what failed."""
     try:
         models = Models({}, {}, Accelerator(device))
@@ -150,6 +158,13 @@ def _check_model(
             info = describe_captioner(name, spec)
             models.captioners = {name: load_captioner(name, spec, device)}
             report.rows.append(_measure_captioner(models, name, spec, batch))
+        elif isinstance(spec, ClassScorerSpec):
+            info = describe_scorer(name, spec)
+            models.scorers = {name: load_scorer(name, spec, device)}
+            if can_be_tested(info.identity["inputs"]):
+                report.rows.append(_measure_scorer(models, name, info.identity, batch))
+            else:
+                report.notes.append(f"scores.{name} sees more than pixels and captions: it is loaded, and not tested")
         else:
             info = describe_teacher(name, spec)
             models.teachers = {name: load_teacher(name, spec, device)}
@@ -207,6 +222,18 @@ def _measure_captioner(models: Models, name: str, spec: CaptionerSpec, batch: in
     rate, size = _measure(models, prepare, batch, f"{name} (captions)")
     check_captioner(models, name, count, size)
     return Measurement(name, "captions", None, None, rate * count, size)
+
+
+def _measure_scorer(models: Models, name: str, identity: Mapping[str, Any], batch: int) -> Measurement:
+    inputs, names = identity["inputs"], identity["names"]
+    check_scorer(models, name, inputs, names)
+
+    def prepare(size: int) -> Callable[[], Any]:
+        return lambda: score_probes(models, name, inputs, names, [i % 3 for i in range(size)])
+
+    rate, size = _measure(models, prepare, batch, f"scores.{name}")
+    check_scorer(models, name, inputs, names, size)
+    return Measurement(name, "samples", None, None, rate, size)
 
 
 def _measure(models: Models, prepare: Callable[[int], Callable[[], Any]], largest: int, what: str) -> tuple[float, int]:

@@ -116,6 +116,18 @@ def test_a_class_is_checked_by_its_methods(name: str, options: dict[str, Any], e
     assert sides(report) == expected
 
 
+def test_classes_of_scores_are_checked_where_their_inputs_can_be_made_up(tmp_path: Path) -> None:
+    ours = "tests.helpers.scorers"
+    assert sides(check_class(f"{ours}:Colors", {})) == [("Colors", "samples", None, 64)]
+    [error] = check_class(f"{ours}:Length", {"wrong": "random"}).errors
+    assert error.startswith("scores.Length fails its self-test (scores): the same batch gives other scores")
+    scores = {"red": {"class": f"{ours}:Described"}, "every": {"class": f"{ours}:Everything"}}
+    report = check_config(parse_config(config_of("x.tar", tmp_path, teachers={}, captioners={}, scores=scores)))
+    assert sides(report) == [("red", "samples", None, 16)]
+    assert report.errors == []
+    assert report.notes == ["scores.every sees more than pixels and captions: it is loaded, and not tested"]
+
+
 def test_the_kind_is_needed_where_the_methods_do_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "our_checked", sys.modules[__name__])
     assert sides(check_class("our_checked:ThreeCaptions", {})) == [("ThreeCaptions", "captions", None, 64)]
