@@ -156,7 +156,8 @@ def evaluate(
     precision: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="Precision of the forward pass.")] = "fp32",
     json_: JsonFile = None,
     suite: Annotated[
-        Literal["datacomp"] | None, typer.Option(help="Instead of sets of your own, the published sets of a suite.")
+        Literal["datacomp", "sugarcrepe", "long-captions"] | None,
+        typer.Option(help="Instead of sets of your own, the published sets of a suite."),
     ] = None,
     data: Annotated[
         str | None,
@@ -209,7 +210,7 @@ def evaluate(
                 report = command.evaluate_models(specs, sets, device, precision)
             show_report(report, json_, print_json)
     if failed:
-        raise UserError(f"{len(failed)} sets failed: {', '.join(failed)}. The same command tries them again.")
+        raise UserError(f"sets failed: {', '.join(failed)}. The same command tries them again.")
 
 
 def latency(

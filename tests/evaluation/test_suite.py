@@ -104,6 +104,57 @@ def test_association_counts_instances_of_ten_and_twelve_candidates(tmp_path: Pat
     assert metrics["jaccard_score_10-12"] == pytest.approx(1 / 3), "c0 is chosen, and c1 for the last"
 
 
+def write_pictures(folder: Path, **pictures: str) -> Path:
+    folder.mkdir(parents=True)
+    for name, colour in pictures.items():
+        (folder / f"{name}.jpg").write_bytes(solid_image(colour))
+    return folder
+
+
+def test_the_right_caption_must_have_the_higher_score(tmp_path: Path) -> None:
+    folder = write_pictures(tmp_path / "sugar-crepe" / "val2017", a="red", b="blue").parent
+    captions = [("a.jpg", "red", "blue"), ("a.jpg", "blue", "red"), ("b.jpg", "red", "green"), ("b.jpg", "blue", "red")]
+    rows = [dict(zip(("filename", "caption", "negative_caption"), row, strict=True)) for row in captions]
+    (folder / "data").mkdir()
+    (folder / "data" / "swap_obj.json").write_text(json.dumps({"0": rows[0], "1": rows[1], "7": rows[2], "9": rows[3]}))
+    encoders = {"oracle": ColourOracle(), "constant": ConstantEncoder(), "nan": NanEncoder()}
+    outcome = evaluate_set(tmp_path, "swap_obj", **encoders)
+    assert outcome.samples == 4
+    assert outcome.metrics == {"oracle": {"acc": 0.5}, "constant": {"acc": 0}, "nan": {"acc": 0}}, "ties are no hits"
+    assert find_files(find_set("add_obj"), str(tmp_path)) is None, "each of the seven is a set of its own"
+    for broken in ('{"0": {"filename": "a.jpg"}}', '{"0": {"filename"', "[]"):
+        (folder / "data" / "swap_obj.json").write_text(broken)
+        with pytest.raises(run.UserError, match=r"swap_obj.json has another shape than the published file"):
+            evaluate_set(tmp_path, "swap_obj")
+    (folder / "data" / "swap_obj.json").write_text(json.dumps({"0": rows[0] | {"filename": "none.jpg"}}))
+    with pytest.raises(run.UserError, match=r"none.jpg cannot be read"):
+        evaluate_set(tmp_path, "swap_obj")
+
+
+def test_long_captions_are_read_as_they_are_published(tmp_path: Path) -> None:
+    folder = write_pictures(tmp_path / "Urban1k" / "image", x="red", y="blue").parent
+    (folder / "caption").mkdir()
+    (folder / "caption" / "x.txt").write_text("The red one.\nblue is a second line.\n")
+    (folder / "caption" / "y.txt").write_text("The green one.")
+    assert evaluate_set(tmp_path, "urban1k").metrics["oracle"]["mean_recall@1"] == 0.5
+    folder = write_pictures(tmp_path / "ShareGPT4V" / "sam" / "images", x="red", y="blue").parents[1]
+    rows = [
+        {"image": f"sam/images/{name}.jpg", "conversations": [{"value": "?"}, {"value": text}]}
+        for name, text in (("x", "A\nred one"), ("y", "A blue one"))
+    ]
+    whole, cut = json.dumps(rows, indent=1), json.dumps([*rows, rows[0]])[:-100]
+    (folder / "share-captioner_coco_lcs_sam_1246k_1107.json").write_text(whole)
+    outcome = evaluate_set(tmp_path, "sharegpt4v-1k")
+    assert (outcome.samples, outcome.metrics["oracle"]["mean_recall@1"]) == (2, 1)
+    (folder / "share-captioner_coco_lcs_sam_1246k_1107.json").write_text(cut)
+    with pytest.raises(run.UserError, match="has another shape than the published file"):
+        evaluate_set(tmp_path, "sharegpt4v-1k")
+
+
+def test_sets_that_the_hub_has_only_in_archives_are_missing_there() -> None:
+    assert find_files(find_set("urban1k"), "hf://") is None
+
+
 # --- the command
 
 
@@ -127,7 +178,7 @@ def test_finished_sets_are_kept_and_compared_with_published_ones(
     status, out, _ = evaluate(*chosen)
     assert status == 0
     assert len(decoded) == 12, "each image is decoded once for both models"
-    assert "* MNIST: 12 samples, published 10,000: not comparable" in out
+    assert "* MNIST: 12 samples (published: 10,000), 6 classes (published: 10): not comparable" in out
     assert "STL-10 is missing, and not in the mean: expected at" in out
     assert "https://huggingface.co/datasets/djghosh/wds_stl10_test" in out
     assert "The mean is not that of the 38 sets of datacomp." in out
@@ -163,7 +214,7 @@ def test_a_failed_set_leaves_the_others_and_the_status(
     assert (
         "MNIST failed, and is not in the mean: MNIST: s0000002 has the label 1, but classnames.txt has 1 class" in out
     )
-    assert "1 sets failed: mnist. The same command tries them again." in err
+    assert "sets failed: mnist. The same command tries them again." in err
     assert "mean of 1 of 38 sets" in out
 
 

@@ -20,8 +20,9 @@ Samples = Sequence[tuple[object, bytes, Sequence[int] | None]]
 
 
 def find_set(key: str) -> SuiteSet:
-    (one,) = select_sets("datacomp", [key])
-    return one
+    """The set of a key, of the last part of one, or of a name, in any suite."""
+    sets = [one for suite in ("datacomp", "sugarcrepe", "long-captions") for one in select_sets(suite)]
+    return next(one for one in sets if one.key.endswith(key) or one.name.lower() == key)
 
 
 def colour_samples(each: int = 2) -> list[tuple[object, bytes, Sequence[int] | None]]:

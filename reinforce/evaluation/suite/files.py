@@ -11,7 +11,7 @@ from typing import Any
 from reinforce.config import Input
 from reinforce.errors import UserError
 from reinforce.evaluation.reading import raise_on_damage
-from reinforce.evaluation.suite.registry import SuiteSet
+from reinforce.evaluation.suite.registry import HUB, SuiteSet
 from reinforce.parquet.footers import RefusedFile
 from reinforce.source.formats.base import Shard
 from reinforce.source.formats.columns import Columns
@@ -24,11 +24,17 @@ from reinforce.source.whole_reads import read_whole
 CLASSES = "classnames.txt"
 TEMPLATES = "zeroshot_classification_templates.txt"
 _SHARDS = "test/nshards.txt"
+#: The file of a layout that names its images, below the folder of the set.
+ANNOTATIONS = {"sugarcrepe": "data/{}.json", "sharegpt4v": "share-captioner_coco_lcs_sam_1246k_1107.json"}
+_ENDINGS = {"tables": ".parquet", "pairs": ".txt"}
 
 
 @dataclass(frozen=True)
 class SetFiles:
-    """The files of a set: its ``folder`` and ``shards`` as URLs, and a ``digest`` of all names and sizes."""
+    """The files of a set: its ``folder`` and ``shards`` as URLs, and a ``digest`` of names and sizes.
+
+    ``shards`` are tars or tables, the captions of layout ``pairs``, or the file that names the images.
+    """
 
     folder: str
     shards: list[str]
@@ -37,23 +43,22 @@ class SetFiles:
 
 def find_files(one: SuiteSet, root: str) -> SetFiles | None:
     """Find the files of a set; None if there are none. Raises UserError for a part of a set."""
+    if root == HUB and not one.on_hub:
+        return None
     folder = one.place(root)
     shown = canonical(folder)
     fs, path = filesystem(folder)
+    used: dict[str, int | None]
     try:
-        found = {str(name): info for name, info in fs.find(path, detail=True).items()}
-        if not found:
-            return None
-        if one.kind == "classification":
-            names = _list_tars(fs, found, path, shown)
-            shards = [f"{folder}/{name}" for name in names]
-            used = {name: _size(found, name) for name in (CLASSES, TEMPLATES, *names)}
+        if one.layout in ANNOTATIONS:
+            name = ANNOTATIONS[one.layout].format(one.key.rpartition("sugarcrepe_")[2])
+            shards = [f"{folder}/{name}"]
+            used = {name: int(fs.info(f"{path.rstrip('/')}/{name}")["size"] or 0)}
         else:
-            tables = sorted(name for name in found if name.endswith(".parquet"))
-            if not tables:
-                raise UserError(f"{shown} has no Parquet file. {one.page} has them in its branch refs/convert/parquet.")
-            shards = [str(fs.unstrip_protocol(name)) for name in tables]
-            used = {name.rpartition("/")[2]: int(found[name]["size"] or 0) for name in tables}
+            found = {str(name): info for name, info in fs.find(path, detail=True).items()}
+            if not found:
+                return None
+            shards, used = _list_files(one, fs, found, path, folder)
     except FileNotFoundError:
         return None
     except UserError:
@@ -62,6 +67,23 @@ def find_files(one: SuiteSet, root: str) -> SetFiles | None:
         raise UserError(f"{shown} cannot be listed: {type(error).__name__}: {error}. Check the address.") from error
     digest = hashlib.blake2b(json.dumps(used).encode(), digest_size=8).hexdigest()
     return SetFiles(folder, shards, digest)
+
+
+def _list_files(
+    one: SuiteSet, fs: Any, found: dict[str, Any], path: str, folder: str
+) -> tuple[list[str], dict[str, int | None]]:
+    """The URLs of tars, tables or captions, and the sizes of the set's files. Raises UserError if some are missing."""
+    shown = canonical(folder)
+    if one.layout == "tars":
+        names = _list_tars(fs, found, path, shown)
+        return [f"{folder}/{name}" for name in names], {n: _size(found, n) for n in (CLASSES, TEMPLATES, *names)}
+    ending = _ENDINGS[one.layout]
+    files = sorted(name for name in found if name.endswith(ending))
+    if not files:
+        raise UserError(f"{shown} has no file that ends with {ending}. {one.page} has the set.")
+    return [str(fs.unstrip_protocol(name)) for name in files], {
+        n[len(path) :]: int(found[n]["size"] or 0) for n in files
+    }
 
 
 def read_tars(one: SuiteSet, files: SetFiles, fields: Sequence[str]) -> Iterator[RawSample | Refusal]:

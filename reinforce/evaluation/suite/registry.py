@@ -1,7 +1,7 @@
 """The sets of each suite, and published main metrics of released models; both are tables beside this file.
 
-``sets.csv`` has a line for each set: DataComp's, from mlfoundations/datacomp, tasklist.yml. ``published.csv`` has the
-main metrics in results/ of apple/ml-mobileclip, commit 4144bb1, as fractions.
+``sets.csv`` has a line for each set; DataComp's are those of mlfoundations/datacomp, tasklist.yml. ``published.csv``
+has the main metrics in results/ of apple/ml-mobileclip, commit 4144bb1, as fractions.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from typing import Literal
 
 from reinforce.errors import UserError
 
-Kind = Literal["classification", "retrieval", "association"]
+Kind = Literal["classification", "retrieval", "association", "choice"]
+Layout = Literal["tars", "tables", "sugarcrepe", "sharegpt4v", "pairs"]
 
 HUB = "hf://"
-#: Suites by name.
-SUITES = ("datacomp",)
 
 
 @dataclass(frozen=True)
 class SuiteSet:
-    """A set of a suite. ``size`` and ``classes`` are published numbers, ``published`` a dataset of the Hub.
+    """A set of a suite. ``size`` and ``classes`` are published numbers, ``published`` a dataset of the Hub
+    or a page.
 
     ``fields`` are the columns of a sample's ``npy`` metadata. ``groups`` maps the metric of the worst group to the
     field that has the groups.
@@ -33,6 +33,7 @@ class SuiteSet:
     key: str
     name: str
     kind: Kind
+    layout: Layout
     size: int
     classes: int | None
     main_metric: str
@@ -49,7 +50,13 @@ class SuiteSet:
     @property
     def page(self) -> str:
         """The page where the set is published."""
-        return f"https://huggingface.co/datasets/{self.published.partition('@')[0]}"
+        hub = f"https://huggingface.co/datasets/{self.published.partition('@')[0]}"
+        return hub if self.on_hub else self.published
+
+    @property
+    def on_hub(self) -> bool:
+        """Whether the Hub has the files in their layout, so that they can be read from there."""
+        return not self.published.startswith("https://")
 
     def place(self, root: str) -> str:
         """The set's folder or URL; ``hf://`` stands for the places where the sets are published."""
@@ -86,6 +93,7 @@ def _load_sets(suite: str) -> tuple[SuiteSet, ...]:
             key=row["key"],
             name=row["name"],
             kind=row["kind"],  # type: ignore[arg-type]
+            layout=row["layout"],  # type: ignore[arg-type]
             size=int(row["size"]),
             classes=int(row["classes"]) if row["classes"] else None,
             main_metric=row["main_metric"],

@@ -97,7 +97,8 @@ class SuiteReport:
         theirs = [self.published[one.key] for one in evaluated if one.key in self.published]
         of_same = sum(theirs) / len(theirs) if theirs and len(theirs) == len(evaluated) else None
         count = f"mean of {len(evaluated)}" + (f" of {self.total}" if len(evaluated) < self.total else "") + " sets"
-        rows.append([count, "", *(_percent(mean) for mean in means), *self._compared(means, of_same, self._noted)])
+        cells = [_percent(mean) + _OTHER_SIZE * self._noted for mean in means]
+        rows.append([count, "", *cells, *self._compared(means, of_same, self._noted)])
         return rows
 
     def table(self) -> Table:

@@ -1,4 +1,4 @@
-"""Image-text retrieval on tables of images with several captions each."""
+"""Image-text retrieval on images with one or several captions each."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from reinforce.errors import UserError
 from reinforce.evaluation.ranking import compute_recalls
 from reinforce.evaluation.reading import Example
+from reinforce.evaluation.suite.annotated import read_annotated
 from reinforce.evaluation.suite.files import SetFiles, image_bytes, read_tables
 from reinforce.evaluation.suite.metrics import retrieval_metrics
 from reinforce.evaluation.suite.models import Models, Outcome
@@ -27,7 +28,8 @@ def retrieve(one: SuiteSet, files: SetFiles, models: Models) -> Outcome:
     refused: list[Refusal] = []
     captions: list[list[str]] = []
     parts: dict[str, list[torch.Tensor]] = {name: [] for name in models.encoders}
-    for batch, targets in models.encode_images(_examples(one, files), refused):
+    examples = _read_tables(one, files) if one.layout == "tables" else read_annotated(one, files)
+    for batch, targets in models.encode_images(examples, refused):
         captions += targets
         for name, images in batch.items():
             parts[name].append(images.cpu())
@@ -42,7 +44,7 @@ def retrieve(one: SuiteSet, files: SetFiles, models: Models) -> Outcome:
     return Outcome(metrics, len(captions) + len(refused), refused)
 
 
-def _examples(one: SuiteSet, files: SetFiles) -> Iterator[Example]:
+def _read_tables(one: SuiteSet, files: SetFiles) -> Iterator[Example]:
     for key, row in read_tables(one, files, ["image", "caption"]):
         captions = row["caption"]
         if not isinstance(captions, list) or not captions or not all(isinstance(text, str) for text in captions):

@@ -104,10 +104,11 @@ def _find(report: SuiteReport, root: str) -> list[tuple[SuiteSet, SetFiles]]:
 def _kinds() -> dict[Kind, Callable[[SuiteSet, SetFiles, Models], Outcome]]:
     """How the sets of each kind are evaluated; they load torch."""
     from reinforce.evaluation.suite.association import associate
+    from reinforce.evaluation.suite.choice import choose
     from reinforce.evaluation.suite.classification import classify
     from reinforce.evaluation.suite.retrieval import retrieve
 
-    return {"classification": classify, "retrieval": retrieve, "association": associate}
+    return {"classification": classify, "retrieval": retrieve, "association": associate, "choice": choose}
 
 
 def _load(specs: Mapping[str, ModelSpec], device: str, precision: Precision, batch: int) -> Models:
@@ -157,11 +158,12 @@ def _check(one: SuiteSet, outcome: Outcome) -> Outcome:
 
 def _line(one: SuiteSet, outcome: Outcome, model: str, files: str, identity: str) -> Line:
     metrics = outcome.metrics[model]
-    notes = []
+    differs = []
     if outcome.samples != one.size:
-        notes.append(f"{outcome.samples:,} samples, published {one.size:,}: not comparable")
+        differs.append(f"{outcome.samples:,} samples (published: {one.size:,})")
     if one.classes is not None and outcome.classes != one.classes:
-        notes.append(f"{outcome.classes} classes, published {one.classes}: not comparable")
+        differs.append(f"{outcome.classes} classes (published: {one.classes})")
+    notes = [f"{', '.join(differs)}: not comparable"] if differs else []
     refused = (
         [f"{len(outcome.refused):,} of {outcome.samples:,} left out: {_named(outcome)}"] if outcome.refused else []
     )
