@@ -76,6 +76,7 @@ test: $(INSTALLED) ## run the tests, three files at a time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(INSTALLED) ## run the few tests that `make test` leaves out, because they take long (five minutes)
+	$(BIN)/python -m pip install --quiet -e '.[azure,gcs]' gcp-storage-emulator -c constraints.txt
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 # What tests import is compiled by one process. Otherwise each process of `make test` does it, all at the same time.

@@ -58,7 +58,8 @@ def filesystem(url: str, redirects: bool = True) -> tuple[Any, str]:
         fs, path = fsspec.core.url_to_fs(url, **retries, **options)
     except (ValueError, ImportError) as error:
         raise UserError(
-            f"{canonical(url)}: {error}. Check the part before `://`, or install the fsspec driver for it."
+            f"{canonical(url)}: {error}. Check the part before `://`, or install the fsspec driver for it, which "
+            "for gs:// and abfs:// are the extras gcs and azure: `pip install -e '.[gcs]'`."
         ) from error
     if retries and "s3" in fs.protocol:
         fs.retries = _S3FS_ATTEMPTS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -131,6 +132,15 @@ def test_a_decoder_with_other_pixels_is_not_used(monkeypatch: pytest.MonkeyPatch
     decode_jpeg = simplejpeg.decode_jpeg
     monkeypatch.setattr(simplejpeg, "decode_jpeg", darker)
     assert fast_jpeg._load_decoder.__wrapped__() is None
+
+
+def test_images_have_the_same_pixels_where_the_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encode(natural(60, 40), "JPEG")
+    fast = decode(data, LIMITS).tobytes()
+    monkeypatch.setitem(sys.modules, "simplejpeg", None)
+    monkeypatch.setattr(fast_jpeg, "_load_decoder", fast_jpeg._load_decoder.__wrapped__)
+    assert not fast_jpeg.load(opened(data), data)
+    assert decode(data, LIMITS).tobytes() == fast
 
 
 def test_the_image_keeps_its_metadata_and_its_memory() -> None:
