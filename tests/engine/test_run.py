@@ -127,6 +127,8 @@ def changing(
         raise UserError("no Ray here")
 
     monkeypatch.setattr("reinforce.cluster.ray_cluster", refuse)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # whichever tests ran before in this process
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, f"changing_{request.param}", raising=False)  # of the test before
     return Changing(tmp_path, request.param, caplog)

@@ -24,7 +24,9 @@ from pathlib import Path
 from ray import _raylet
 from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
+from tests.helpers.lean_ray import leave_out_needless
 
+leave_out_needless()
 config, output, log, quick = sys.argv[1], Path(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
 
 def events(kind):

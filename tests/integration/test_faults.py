@@ -38,11 +38,11 @@ def simple_config(source: str, output: Path, **changes: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def slow_run(config: dict[str, Any], folder: Path, delay: float = 0.15) -> Iterator[subprocess.Popen[str]]:
-    """A run in a process and a Ray of its own, whose shards have three batches of ``delay`` seconds each."""
+    """`reinforce run` in a process and a Ray of its own; shards have three batches of ``delay`` seconds each."""
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False))
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"TESTS_DELAY": str(delay)}
-    command = [sys.executable, "-m", "reinforce", "run", str(path)]
+    command = [sys.executable, "-m", "tests.helpers.lean_ray", "run", str(path)]
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

@@ -35,7 +35,7 @@ def head() -> Iterator[dict[str, str]]:
         "RAY_AUTH_MODE": "disabled",
         "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
     }
-    command = [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats"]
+    command = [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", "--no-monitor", "--disable-usage-stats"]
     command += [f"--port={free_port()}", f"--dashboard-port={dashboard}"]
     command += ["--min-worker-port=30000", "--max-worker-port=30999"]
     command += [f"--dashboard-agent-listen-port={free_port()}"]  # the default is taken by the session's Ray

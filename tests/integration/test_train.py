@@ -45,7 +45,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "output": "",
         "seed": 3,
         "student": {"model": student_folder(folder / "student")},
-        "data": {"datasets": url, "workers": 1, "streams": 2, "window": 16},
+        "data": {"datasets": url, "workers": 0, "streams": 2, "window": 16},
         "loss": {"lambda": 0.7, "logit_scales": {"blue": 60.0}},
         "train": {
             "steps": STEPS,
@@ -142,7 +142,7 @@ def test_a_killed_and_interrupted_training_has_the_curve_of_an_uninterrupted_one
     saved = max(int(path.stem.removeprefix("step-")) for path in (output / "checkpoints").glob("step-*"))
     assert 12 <= reached < STEPS
 
-    interrupted = start("jobs/train_student.py", "--config", config)
+    interrupted = start("jobs/train_student.py", "--config", config, "--set", "data.workers=1")
     wait_for_step(interrupted, output, max(22, reached + 2))
     os.killpg(interrupted.pid, signal.SIGINT)  # like a terminal: loader processes get it, too
     printed, _ = interrupted.communicate(timeout=300)
@@ -173,7 +173,7 @@ def test_sigterm_under_torchrun_ends_both_ranks_with_a_checkpoint_and_they_resum
     start: Start, base: dict[str, Any], undisturbed: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    config = written(base, output, {"data": {**base["data"], "workers": 0}})
+    config = written(base, output)
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "reinforce", "train"]
     stopped = start(*command, config)
     wait_for_step(stopped, output, 10)
@@ -199,7 +199,7 @@ def test_two_ranks_on_ray_train_have_the_curve_of_one(
     base: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     for name, ranks in (("one", 1), ("two", 2)):
-        config = written(base, tmp_path / name, {"data": {**base["data"], "workers": 0}})
+        config = written(base, tmp_path / name)
         with pytest.raises(SystemExit) as ended:
             main(["train", config, "--set", "train.steps=10", "--set", f"train.compute.ranks={ranks}"])
         assert ended.value.code == 0
@@ -231,7 +231,7 @@ def test_a_training_does_not_resume_with_other_teachers_of_the_same_shards(
         return small_dataset(tmp_path, sizes=(9,), teachers=teachers)
 
     def train(output: str, steps: int) -> tuple[int, str]:
-        changes = {"data": {**base["data"], "datasets": url, "workers": 0}, "loss": {}, "evaluate": {}}
+        changes = {"data": {**base["data"], "datasets": url}, "loss": {}, "evaluate": {}}
         warmup = {"optimizer": {"warmup": 0}}
         config = written(base, tmp_path / output, {**changes, "train": {"steps": steps, "batch": 4, **warmup}})
         status, out, err = command("train", config)
