@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,11 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from reinforce.errors import UserError
+from reinforce.errors import RayEnded, UserError
 from reinforce.processes.cores import available_cores
+
+_LOG = logging.getLogger(__name__)
+_TIMED_OUT = "timed out during startup"  # in what Ray raises where its processes do not answer in 30 s
 
 
 @contextlib.contextmanager
@@ -27,7 +31,7 @@ def ray_cluster(address: str | None, log_to_driver: bool = True) -> Iterator[Non
 
     ``address`` defaults to the environment variable RAY_ADDRESS. With ``log_to_driver``, the output of workers is
     printed here with Ray's prefix. SIGTERM is handled as before; while Ray starts, and where nothing handles it, it
-    raises SystemExit with status 143. Raises UserError if there is no cluster at the address.
+    raises SystemExit with status 143. Raises UserError if there is no cluster at the address, or Ray does not start.
     """
     if ray.is_initialized():
         yield
@@ -58,6 +62,23 @@ def _start_ray(address: str | None, log_to_driver: bool) -> None:
         except (ConnectionError, RuntimeError) as error:
             raise UserError(f"no Ray cluster at {address}: {error}. Check --address and RAY_ADDRESS.") from error
         return
+    for attempt in (1, 2):
+        try:
+            return _start_here(log_to_driver)
+        except Exception as error:  # Ray raises this class
+            if _TIMED_OUT not in str(error):
+                raise
+            _kill_started(error)
+            if attempt == 2:
+                raise RayEnded(
+                    "Ray did not start on this machine in half a minute, twice: the machine is too busy, or has too "
+                    "little memory. End other programs, or wait for them, and run the same command again. Ray's logs "
+                    "are in /tmp/ray/session_latest/logs."
+                ) from error
+            _LOG.warning("Ray did not start on this machine in half a minute; it is started once more")
+
+
+def _start_here(log_to_driver: bool) -> None:
     # ERROR, because at WARNING Ray explains token authentication, which does not apply to one machine.
     quiet = {"include_dashboard": False, "logging_level": logging.ERROR}
     import torch  # whoever starts Ray here has imported it
@@ -66,6 +87,14 @@ def _start_ray(address: str | None, log_to_driver: bool) -> None:
     machine = {"num_cpus": available_cores(), "num_gpus": torch.cuda.device_count()}
     with _package_folder():
         ray.init(address="local", log_to_driver=log_to_driver, **machine, **quiet)
+
+
+def _kill_started(error: Exception) -> None:
+    """Kill the processes of a node that did not start. Ray has no other reference to it than in the traceback."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        node = frame.f_locals.get("self")
+        if isinstance(node, ray._private.node.Node):
+            node.kill_all_processes(check_alive=False, allow_graceful=False)
 
 
 def _handle_sigterm(handler: Any) -> None:
@@ -93,49 +122,70 @@ def _package_folder() -> Iterator[None]:
         os.chdir(before)
 
 
-class RayletWatch:
-    """Whether the process of Ray that this machine needs (the raylet) runs.
+class _Watch:
+    """Whether a process listens at an address. One connection is kept, because Ray logs each that ends."""
 
-    When it is gone, requests to Ray end this process after some seconds, without an exception. One connection is kept,
-    because the raylet logs each that ends.
-    """
-
-    def __init__(self) -> None:
-        node = getattr(ray._private.worker, "_global_node", None)  # None for a client of a remote cluster
-        path = getattr(node, "raylet_socket_name", None)
-        self._path = path if path is not None and os.path.isabs(path) else None
+    def __init__(self, family: socket.AddressFamily, address: Any) -> None:
+        """``address`` is None where there is nothing to watch."""
+        self._family, self._address = family, address
         self._connection: socket.socket | None = None
 
     def is_alive(self) -> bool:
-        if self._path is None:
+        if self._address is None:
             return True
         if self._connection is not None:
             try:
-                if self._connection.recv(1, socket.MSG_PEEK):
-                    return True
+                while self._connection.recv(2**16):  # what it has sent comes before its end
+                    pass
             except BlockingIOError:
                 return True
             except OSError:
                 pass
             self.close()
-        return self._connect(self._path)
+        return self._connect()
 
     def close(self) -> None:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
 
-    def _connect(self, path: str) -> bool:
-        connection = socket.socket(socket.AF_UNIX)
+    def _connect(self) -> bool:
+        connection = socket.socket(self._family)
         connection.settimeout(5.0)
         try:
-            connection.connect(path)
+            connection.connect(self._address)
         except OSError as error:
             connection.close()
             return not isinstance(error, (ConnectionRefusedError, FileNotFoundError))  # others: it is there, and busy
         connection.setblocking(False)
         self._connection = connection
         return True
+
+
+class RayletWatch(_Watch):
+    """Whether the process of Ray that this machine needs (the raylet) runs.
+
+    When it is gone, requests to Ray end this process after some seconds, without an exception.
+    """
+
+    def __init__(self) -> None:
+        path = getattr(_node(), "raylet_socket_name", None)
+        super().__init__(socket.AF_UNIX, path if path is not None and os.path.isabs(path) else None)
+
+
+class ControlWatch(_Watch):
+    """Whether Ray's control service (GCS) runs. When it is gone, requests to it block, and end this process after a
+    minute, without an exception."""
+
+    def __init__(self) -> None:
+        host, _, port = (getattr(_node(), "gcs_address", None) or "").rpartition(":")
+        host = host.strip("[]")
+        super().__init__(socket.AF_INET6 if ":" in host else socket.AF_INET, (host, int(port)) if host else None)
+
+
+def _node() -> Any:
+    """Ray's record of the node that this process belongs to; None for a client of a remote cluster."""
+    return getattr(ray._private.worker, "_global_node", None)
 
 
 def live_nodes() -> frozenset[str]:

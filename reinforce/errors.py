@@ -19,7 +19,7 @@ class TooManyQuarantined(UserError):
 
 
 class RayEnded(UserError):
-    """Ray ended before the run did, for example because its process was killed."""
+    """Ray ended before the run did, for example because its process was killed, or did not start."""
 
     exit_status = 1
 

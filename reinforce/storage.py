@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import os
 import posixpath
 import re
 import shutil
 import stat
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +31,10 @@ from teachers.redact import redact
 from teachers.weights import replacing
 
 _READS = 3  # of a file of which only a part arrives
+_PROBE_PAUSES = (2.0, 8.0, None)  # seconds after the first attempts to write to an object store
+_PROBE_SECONDS = 30.0  # after which there is no further attempt
 T = TypeVar("T")
+_LOG = logging.getLogger(__name__)
 _JSON_BYTES = 16 * 2**20  # of a file that is read as JSON
 _PUTS_AT_ONCE = 16
 _TEMPORARY_FOLDER = ".tmp"
@@ -85,7 +90,7 @@ def write_file(data: bytes, url: str) -> None:
 def write_json(data: Mapping[str, Any], url: str) -> None:
     """Write JSON as ``write_file``. Raises UserError if it cannot be written."""
     try:
-        write_file(_json_bytes(data), url)
+        write_file(json_bytes(data), url)
     except OSError as error:
         raise UserError(f"{url} cannot be written: {error}. Name another file.") from error
 
@@ -97,7 +102,8 @@ def _is_full(error: Exception) -> bool:
     return number in _NO_SPACE
 
 
-def _json_bytes(data: Mapping[str, Any]) -> bytes:
+def json_bytes(data: Mapping[str, Any]) -> bytes:
+    """The content of a file of JSON."""
     return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
 
 
@@ -241,21 +247,33 @@ class Storage:
             list(pool.map(self.fs.put_file, map(str, paths), names))
 
     def write_json(self, data: Mapping[str, Any], *parts: str) -> None:
-        self.write_bytes(_json_bytes(data), *parts)
+        self.write_bytes(json_bytes(data), *parts)
 
     def check_writable(self) -> None:
-        """Raise UserError if nothing can be written here, or if Ray deletes it after the job."""
+        """Raise UserError if nothing can be written here, in an object store after some attempts, or if Ray deletes it
+        after the job."""
         self._check_outlives_job()
-        probe = (_TEMPORARY_FOLDER, f"write-test-{uuid.uuid4().hex}")
-        try:
-            self.write_bytes(b"", *probe)
-            self.fs.rm_file(self.path(*probe))
-        except Exception as error:
-            cause = error.__cause__ or error
-            raise UserError(
-                f"output {self.url} cannot be written: {type(cause).__name__}: {cause}. "
-                "Check the path, the permissions and (for an object store) the address and the credentials."
-            ) from error
+        begin = time.monotonic()
+        for pause in _PROBE_PAUSES:
+            probe = (_TEMPORARY_FOLDER, f"write-test-{uuid.uuid4().hex}")
+            try:
+                self.write_bytes(b"", *probe)
+                self.fs.rm_file(self.path(*probe))
+                return
+            except Exception as error:
+                cause = error.__cause__ or error
+                text = f"output {self.url} cannot be written: {type(cause).__name__}: {cause}"
+                lasting = isinstance(cause, FileNotFoundError) or (
+                    isinstance(cause, PermissionError) and "expired" not in str(cause)
+                )
+                if self.local or lasting or pause is None or time.monotonic() - begin > _PROBE_SECONDS:
+                    raise UserError(
+                        f"{text}. Check the path, the permissions and (for an object store) the address and the "
+                        "credentials."
+                    ) from error
+            _LOG.warning("%s; it is tried again in %g s", redact(text), pause)
+            time.sleep(pause)
+            self.refresh()
 
     def _check_outlives_job(self) -> None:
         """Raise UserError in a job of `ray job submit` if this is a folder of the code that was uploaded with it."""

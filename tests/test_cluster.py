@@ -14,7 +14,8 @@ import pytest
 import ray
 import torch
 
-from reinforce.cluster import RayletWatch, cause_of, live_nodes, live_resources, ray_cluster
+from reinforce.cluster import ControlWatch, RayletWatch, cause_of, live_nodes, live_resources, ray_cluster
+from reinforce.errors import RayEnded
 
 
 @pytest.mark.usefixtures("ray_session")
@@ -76,6 +77,39 @@ def test_sigterm_while_ray_starts_ends_with_143_and_stops_what_ray_has_started(m
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+@pytest.mark.parametrize("starts", [False, True])
+def test_ray_that_does_not_start_on_a_busy_machine_is_started_once_more_and_then_one_error(
+    monkeypatch: pytest.MonkeyPatch, starts: bool
+) -> None:
+    nodes: list[Busy] = []
+
+    def init(**_: object) -> None:
+        if len(nodes) < 1 + (not starts):
+            Busy(nodes)
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    ends = nullcontext() if starts else pytest.raises(RayEnded, match=r"too busy, .* run the same command again")
+    with ends, ray_cluster(None):
+        assert starts
+    assert [node.killed for node in nodes] == [True] * (1 + (not starts)), "what Ray had started is stopped"
+
+
+class Busy(ray._private.node.Node):
+    """A node of Ray whose processes do not answer in time."""
+
+    killed = False
+
+    def __init__(self, nodes: list[Busy]) -> None:
+        nodes.append(self)
+        raise Exception("The current node timed out during startup. This could happen because ...")  # as Ray does
+
+    def kill_all_processes(self, *_: object, **__: object) -> None:
+        self.killed = True
+
+
 @pytest.mark.usefixtures("ray_session")
 def test_only_known_nodes_are_alive() -> None:
     assert live_nodes() == {ray.get_runtime_context().get_node_id()}
@@ -105,6 +139,23 @@ def test_a_raylet_is_watched_by_one_connection_until_it_ends(tmp_path: Path, mon
     watch.close()
 
 
+def test_the_control_service_is_watched_though_it_has_sent_something_before_its_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = "{}:{}".format(*server.getsockname())
+        monkeypatch.setattr("ray._private.worker._global_node", SimpleNamespace(gcs_address=address))
+        watch = ControlWatch()
+        assert watch.is_alive()
+        connection, _ = server.accept()
+        connection.sendall(b"settings of HTTP/2")
+        assert all(watch.is_alive() for _ in range(10))
+        connection.close()
+    assert not watch.is_alive()
+    watch.close()
+
+
 def test_without_a_raylet_of_this_machine_there_is_nothing_to_watch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray._private.worker._global_node", None)
     assert RayletWatch().is_alive()
+    assert ControlWatch().is_alive()

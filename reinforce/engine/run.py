@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ from reinforce.dataset.manifest.manifest import (
     update_manifest,
     write_manifest,
 )
-from reinforce.dataset.runs.shard_records import read_records
-from reinforce.engine.plan.changed_sources import changed_sources, changes_note
+from reinforce.dataset.runs.shard_records import SourceRecord, read_records
+from reinforce.engine.plan.changed_sources import changed_sources, changes_note, finished_note
 from reinforce.engine.plan.duplicates import check_copies
 from reinforce.engine.plan.plan import Plan, make_plan
 from reinforce.engine.plan.recipe import version_notes
@@ -92,6 +92,9 @@ def _run(config: Config, address: str | None, retry_quarantined: bool, accept_ch
             _LOG.warning(note)
         if config.workers.overlap:
             _LOG.warning("workers.overlap has no effect; remove it: captions and embeddings take turns on the GPU")
+        recorded = read_records(store).sources if plan.listed or plan.finished else {}
+        if changed := finished_note(plan, recorded):
+            _LOG.warning(changed)
         if not plan.pending:
             manifest = _complete_manifest(plan, store, manifest)
             updated = update_manifest(manifest, config, plan.layers, {})
@@ -102,7 +105,7 @@ def _run(config: Config, address: str | None, retry_quarantined: bool, accept_ch
             _LOG.warning(note)
         with Claims(store, config, plan.layers) as claims:
             _complete_manifest(plan, store, manifest)
-            return _compute(plan, store, claims, address, retry_quarantined)
+            return _compute(plan, store, claims, recorded, address, retry_quarantined)
 
 
 def _complete_manifest(plan: Plan, store: Store, manifest: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -143,6 +146,7 @@ def _compute(
     plan: Plan,
     store: Store,
     claims: Claims,
+    recorded: Mapping[str, SourceRecord],
     address: str | None,
     retry_quarantined: bool,
 ) -> RunSummary:
@@ -156,7 +160,7 @@ def _compute(
     check_copies(plan, store)
     forget_code(store, plan.codes)
     write_lists(store, plan.lists)
-    if plan.listed and (changed := changed_sources(plan, read_records(store).sources)):
+    if plan.listed and (changed := changed_sources(plan, recorded)):
         _LOG.warning(redact(changes_note(plan, changed)))
     if retry_quarantined:
         _forget_quarantine(plan, store)

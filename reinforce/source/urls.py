@@ -15,7 +15,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from reinforce.errors import UserError
-from reinforce.source.whole_reads import read_whole
+from reinforce.source.whole_reads import list_whole, read_whole
 from reinforce.source_formats import SOURCES
 from teachers.redact import CONTAINER_SCHEMES
 
@@ -305,7 +305,7 @@ def _expand_glob(pattern: str, listed: dict[str, Info]) -> list[str]:
     index = next(i for i, segment in enumerate(segments) if _has_glob(segment))
     try:
         fs, path = filesystem("::".join(segments[index:]))
-        found = fs.glob(path, detail=True)
+        found = list_whole(lambda: fs.glob(path, detail=True))
         names = sorted(name for name, info in found.items() if info["type"] != "directory")
         if not names and fs.isfile(path):
             return [pattern]  # a file whose name contains the characters of a glob

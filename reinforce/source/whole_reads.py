@@ -1,16 +1,21 @@
-"""Reads that check how many bytes arrive.
+"""Reads that check how many bytes arrive, and listings that start again.
 
 An object store may answer with fewer bytes than were asked for and a Content-Length that fits them. No driver notices
 that, and where the answer has no checksum, the file looks damaged. Its size is known, so the bytes are asked for again.
+A listing is a chain of pages, each with the token of the next one, and a token may expire before it is used.
 """
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 _ATTEMPTS = 3
+_INVALID = (errno.EINVAL, errno.EIO, 400)  # what drivers raise for a request that the storage finds invalid
+_NO_NEXT_PAGE = ("PaginationError", "KeyError")  # botocore's for a token that is repeated, s3fs's for one that is lost
+T = TypeVar("T")
 
 
 class ShortRead(OSError):
@@ -36,6 +41,18 @@ def read_whole(fs: Any, path: str) -> bytes:
     data: bytes = fs.cat_file(path)
     size = fs.info(path).get("size") or 0
     return data if len(data) >= size else _read(lambda: fs.cat_file(path), size, path)
+
+
+def list_whole(read: Callable[[], T]) -> T:
+    """What a listing returns. It starts again where the storage finds a request invalid, or a page leads nowhere."""
+    for _ in range(_ATTEMPTS - 1):
+        try:
+            return read()
+        except Exception as error:  # each driver has its own exceptions
+            codes = {getattr(error, name, None) for name in ("errno", "code", "status_code")}
+            if codes.isdisjoint(_INVALID) and type(error).__name__ not in _NO_NEXT_PAGE:
+                raise
+    return read()
 
 
 def _fetch(fetch: Callable[[int, int], bytes], size: int, path: str, start: int, end: int) -> bytes:

@@ -91,6 +91,11 @@ def slow(seconds: float, pieces: int = 4) -> Fault:
     return fault
 
 
+def lose(handler: Handler, request: Request) -> None:
+    """Answer a put, and write nothing."""
+    handler.send(Response(200, [("ETag", '"0"'), ("Content-Length", "0")], b""))
+
+
 def hold(handler: Handler, request: Request) -> None:
     """Do not answer until the fault is removed or the proxy is closed."""
     handler.proxy.released.wait()

@@ -25,7 +25,7 @@ from reinforce.source import urls
 from tests.helpers.data import config_of, members_of, tree
 from tests.helpers.large_object import write
 from tests.helpers.reinforced import fresh_dataset
-from tests.helpers.s3_proxy import Fault, Proxy, Request, cut, hold, refuse, run_first, slow
+from tests.helpers.s3_proxy import Fault, Proxy, Request, cut, hold, lose, refuse, run_first, slow
 from tests.helpers.s3_runs import SHARDS, config, events, layers, put_source, reads_shard, writes_layer
 from tests.helpers.tars import tar_bytes
 
@@ -81,14 +81,14 @@ def undisturbed(s3: s3fs.S3FileSystem, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.mark.slow
-def test_each_layer_is_listed_once_in_a_run(
+def test_each_layer_is_listed_at_the_start_and_at_the_end_of_a_run(
     s3: s3fs.S3FileSystem, s3_proxy: Proxy, undisturbed: dict[str, bytes]
 ) -> None:
     folders = {name.rpartition("/")[0] for name in undisturbed} - {""}
     s3_proxy.requests.clear()
     assert reinforce.run(config("listed")).status == 0
     listed = Counter(request.prefix for request in s3_proxy.requests if request.is_list)
-    assert {name: listed[f"listed/{name}/"] for name in folders} == dict.fromkeys(folders, 1)
+    assert {name: listed[f"listed/{name}/"] for name in folders} == dict.fromkeys(folders, 2)
     assert layers(s3, "listed") == undisturbed
 
     s3_proxy.requests.clear()
@@ -119,6 +119,13 @@ def test_transient_faults_leave_no_trace(s3: s3fs.S3FileSystem, s3_proxy: Proxy,
         (refuse(500, "InternalError"), writes_layer, 2 * urls._BOTOCORE_ATTEMPTS),
         (refuse(503, "SlowDown"), lambda r: r.key.startswith("bucket/passing"), 3),
         (refuse(403, "ExpiredToken"), lambda r: r.method == "PUT" and r.key == "bucket/passing/dataset.json", 1),
+        (
+            refuse(403, "ExpiredToken", "The provided token has expired."),
+            lambda r: r.method == "PUT" and r.key.startswith("bucket/passing/.tmp/"),
+            1,
+        ),
+        (lose, lambda r: r.method == "PUT" and r.key == "bucket/passing/dataset.json", 1),
+        (lose, lambda r: r.method == "PUT" and r.key.startswith("bucket/passing/embeddings/blue/images/"), 1),
         (refuse(403, "ExpiredToken"), lambda r: reads_shard(r, 2) and has_begun(s3_proxy), 2),
         (refuse(404, "NoSuchKey"), lambda r: reads_shard(r, 3) and has_begun(s3_proxy), 1),
     ]
@@ -131,6 +138,7 @@ def test_transient_faults_leave_no_trace(s3: s3fs.S3FileSystem, s3_proxy: Proxy,
     raised = "".join(event["error"] for event in events(s3, "passing", "shard_raised"))
     assert "FileExpired" in raised
     assert "cannot be written: OSError" in raised
+    assert len(s3.ls("bucket/passing/runs")) == 2, "what the storage has lost is computed again"
     assert layers(s3, "passing") == undisturbed
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import contextvars
+import errno
 import itertools
 import os
 import posixpath
@@ -23,6 +24,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from reinforce.source.whole_reads import list_whole
 from reinforce.storage import Storage
 
 #: Names of files after the first one, up to the second one, if there is one.
@@ -187,7 +189,7 @@ def _list(storage: Storage, folder: str, part: _Range) -> Listing:
     try:
         with storage.storage_errors("listed", folder):
             if _is_s3(storage.fs):
-                return _list_s3(storage.fs, storage.path(folder), part)
+                return list_whole(lambda: _list_s3(storage.fs, storage.path(folder), part))
             return Listing.of(_entries(storage, storage.path(folder)))
     except (FileNotFoundError, NotADirectoryError):
         return Listing.of([])
@@ -210,7 +212,7 @@ def _whole_listing(fs: Any, path: str) -> Iterator[tuple[str, int]]:
     """Name and bytes of each file in a folder, for other drivers, which keep more than a kilobyte for each."""
     with _LISTED_WHOLE:
         try:
-            found = fs.ls(path, detail=True, refresh=True)
+            found = list_whole(lambda: fs.ls(path, detail=True, refresh=True))
         finally:
             fs.invalidate_cache(path)
     while found:
@@ -280,7 +282,10 @@ def _s3_pages(fs: Any, path: str, after: str) -> Iterator[tuple[list[str], list[
                 yield [posixpath.basename(entry["Key"]) for entry in found], [entry["Size"] for entry in found]
             if not page.get("IsTruncated"):
                 return
-            arguments["ContinuationToken"] = page["NextContinuationToken"]
+            before, following = arguments.get("ContinuationToken"), page.get("NextContinuationToken")
+            if following in (None, before):
+                raise OSError(errno.EIO, f"a page of the listing of {path} names no next page")
+            arguments["ContinuationToken"] = following
     finally:
         _FAST.reset(token)
 

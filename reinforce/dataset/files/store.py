@@ -57,6 +57,12 @@ class Store(Storage):
         """Path of a layer's file in the file system."""
         return self.path(layer, f"{shard}.parquet")
 
+    def is_missing(self, layer: str, shard: str) -> bool:
+        """Whether a layer has no file of a shard, by its name and no listing."""
+        with self.storage_errors("read", layer, f"{shard}.parquet"):
+            self.fs.invalidate_cache()
+            return not self.fs.exists(self.layer_path(layer, shard))
+
     def quarantine_path(self, layer: str, shard: str) -> str:
         """Path of a quarantine file in the file system."""
         return self.path("quarantine", layer, f"{shard}.parquet")

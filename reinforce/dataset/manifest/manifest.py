@@ -13,7 +13,7 @@ from reinforce.dataset.files.store import MANIFEST, Store
 from reinforce.dataset.layers import SAMPLES, Layer
 from reinforce.dataset.manifest.class_code import CODE_KEY, ClassCode, entry_keys, recorded_code
 from reinforce.dataset.manifest.schema import check_manifest
-from reinforce.errors import UserError
+from reinforce.errors import StorageError, UserError
 from reinforce.source.urls import canonical
 
 #: Key of a teacher's entry with the logit scales from before a tuned one was recorded.
@@ -45,8 +45,12 @@ def find_manifest(store: Store) -> dict[str, Any] | None:
 
 
 def write_manifest(store: Store, manifest: Mapping[str, Any]) -> None:
-    """Write dataset.json with its digest."""
+    """Write dataset.json with its digest. Raises StorageError if an object store has something else afterwards."""
     store.write_json({**manifest, DIGEST_KEY: manifest_digest(manifest)}, MANIFEST)
+    if not store.local and not same_content(manifest, store.read_json(MANIFEST)):
+        raise StorageError(
+            f"{store.path(MANIFEST)} is not what was written: the storage lost it, or another command wrote it."
+        )
 
 
 def manifest_digest(manifest: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,9 +20,10 @@ from pydantic import BaseModel
 from reinforce.dataset.runs.key_sample import ALL, KeySample, ShardKeys
 from reinforce.errors import StorageError
 from reinforce.source.identity import SourceState
-from reinforce.source.whole_reads import read_range
+from reinforce.source.whole_reads import list_whole, read_range
 from reinforce.storage import Storage
 
+_LOG = logging.getLogger(__name__)
 FILE = "shards.jsonl"
 _WRITE_SECONDS = 300.0
 _MAX_BYTES = 2**30  # of a run's records; a million shards take a third of it
@@ -129,15 +131,15 @@ class Records:
 def read_records(store: Storage) -> Records:
     """Read the records of all runs; those of later runs replace earlier ones.
 
-    Damaged lines are left out, and so is what is no file or has more than 1 GiB.
+    Damaged lines are left out, and so is what is no file or has more than 1 GiB, and all if they may not be read.
     """
-    with store.storage_errors("read", "runs"):
-        found = store.fs.glob(store.path("runs", "*", FILE), detail=True)
-        paths = sorted(path for path, info in found.items() if _is_readable(info))
-        contents = store.fs.cat(paths, on_error="omit") if paths else {}
-        for path, content in contents.items():
-            if len(content) < (size := found[path].get("size") or 0):
-                contents[path] = read_range(store.fs, path, 0, size)
+    try:
+        contents = _contents(store)
+    except StorageError as error:
+        if not isinstance(error.__cause__, PermissionError):
+            raise
+        _LOG.warning("%s The records of earlier runs are not used.", error)
+        contents = {}
     keys, sources = KeySample(), {}
     for path in sorted(contents):
         for line in contents.pop(path).decode(errors="replace").split("\n"):
@@ -147,6 +149,18 @@ def read_records(store: Storage) -> Records:
             if record.source is not None:
                 sources[record.shard] = record.source
     return Records(keys, sources)
+
+
+def _contents(store: Storage) -> dict[str, bytes]:
+    """The records of each run by their path."""
+    with store.storage_errors("read", "runs"):
+        found = list_whole(lambda: store.fs.glob(store.path("runs", "*", FILE), detail=True))
+        paths = sorted(path for path, info in found.items() if _is_readable(info))
+        contents: dict[str, bytes] = store.fs.cat(paths, on_error="omit") if paths else {}
+        for path, content in contents.items():
+            if len(content) < (size := found[path].get("size") or 0):
+                contents[path] = read_range(store.fs, path, 0, size)
+    return contents
 
 
 def _is_readable(info: Mapping[str, Any]) -> bool:

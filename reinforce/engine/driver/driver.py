@@ -21,9 +21,10 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from reinforce.cluster import RayletWatch, cause_of, draining_nodes, live_nodes, live_resources
+from reinforce.cluster import ControlWatch, RayletWatch, cause_of, draining_nodes, live_nodes, live_resources
 from reinforce.dataset.files.damage import DamagedFile, set_aside, set_aside_notes
 from reinforce.dataset.files.index import IndexWriter
+from reinforce.dataset.files.listing import Listing
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.manifest.claims import Claims
@@ -60,6 +61,7 @@ _RETRY_REASONS: dict[type, str] = {Retry: "error", Requeue: WORKER_LOST, RunAlon
 _TICK_SECONDS = 0.5
 _PAUSE_SECONDS_PER_REF, _MAX_PAUSE_SECONDS = 5e-5, 1.0
 _RAY_SECONDS = 2.0  # between two checks of Ray on this machine
+_CONTROL_SECONDS = 20.0  # without Ray's control service; Ray itself ends this process after 60
 _MANIFEST_SECONDS = 5.0  # between two attempts to write dataset.json
 _QUIET_START_SECONDS = 15.0  # after which a slow start is logged
 
@@ -94,8 +96,10 @@ class Driver:
         )
         self.lifecycle, self.reporter = WorkerLifecycle(self.state), Reporter(self.state)
         self.raylet, self.ray_checked = RayletWatch(), time.monotonic()
+        self.control, self.control_lost = ControlWatch(), 0.0
         self.manifest_written = self.wait_logged = False
         self.notes_logged = 0
+        self.committed: dict[str, set[str]] = {}  # shards of which this run has written a file, by layer
         self.loaded: Mapping[str, Mapping[str, Any]] | None = None  # what the models of a worker report
         self.manifest_due = self.manifest_failed = 0.0
 
@@ -110,6 +114,7 @@ class Driver:
             self._set_damaged_aside()
             with stop_requests() as stop:
                 self._loop(start, stop)
+            self._check_committed()
         except BaseException as error:
             ending = ending_of(error, self.redact)
             raise
@@ -119,6 +124,7 @@ class Driver:
             self.reporter.report(last=True)
             self.pool.close()
             self.raylet.close()
+            self.control.close()
             with contextlib.suppress(StorageError):  # a cache
                 self.index.flush()
             with contextlib.suppress(StorageError, FileNotFoundError):  # the run itself does not need the records
@@ -154,7 +160,9 @@ class Driver:
         while remaining := len(self.queue) + len(self.pool.leases) + self.policy.undecided_shards:
             if stop.is_set():
                 raise KeyboardInterrupt
-            self._check_ray(remaining)
+            if not self._check_ray(remaining):
+                time.sleep(_TICK_SECONDS)
+                continue
             self.pool.grow(remaining)
             self.pool.shrink(remaining, self.policy.consecutive_failures)
             for verdict in self.policy.judge_deaths(time.monotonic(), live_nodes):
@@ -182,14 +190,26 @@ class Driver:
         if error := self.policy.outages.error():
             raise error
 
-    def _check_ray(self, remaining: int) -> None:
-        """Raise RayEnded if Ray has ended on this machine. Look for nodes that Ray drains."""
-        if time.monotonic() - self.ray_checked < _RAY_SECONDS:
-            return
-        self.ray_checked = time.monotonic()
-        if not self.raylet.is_alive():
-            raise ray_ended(len(self.totals.finished), remaining)
-        self.lifecycle.follow_drains(draining_nodes())
+    def _check_ray(self, remaining: int) -> bool:
+        """Raise RayEnded if Ray has ended. Look for nodes that Ray drains.
+
+        Returns whether Ray's control service answers. It may come back on another head node, or after a restart.
+        """
+        now, done = time.monotonic(), len(self.totals.finished)
+        if not self.control.is_alive():
+            self.control_lost = self.control_lost or now
+            if now - self.control_lost > _CONTROL_SECONDS:
+                raise ray_ended(
+                    "Ray's control service ended before the run did: its process (gcs_server)", done, remaining
+                )
+            return False
+        self.control_lost = 0.0
+        if now - self.ray_checked >= _RAY_SECONDS:
+            self.ray_checked = now
+            if not self.raylet.is_alive():
+                raise ray_ended("Ray ended on this machine before the run did: its process (raylet)", done, remaining)
+            self.lifecycle.follow_drains(draining_nodes())
+        return True
 
     def _report_workers(self) -> None:
         """Log the policy's notes and avoid the nodes that it names. Raise UserError if no shard can be finished."""
@@ -240,6 +260,23 @@ class Driver:
         else:
             self.manifest_written = True
 
+    def _check_committed(self) -> None:
+        """List the layers of an object store once more: it may have answered a put, and not have written the object.
+
+        The shards of such files are postponed. A listing may lag, so files that it lacks are asked for by name.
+        """
+        if self.store.local:
+            return
+        with contextlib.suppress(StorageError):  # the next run lists them
+            listings = self.store.listings(self.committed, self.plan.committed)
+            for layer, names in self.committed.items():
+                committed = Listing.of((name, 0) for name in names)
+                for name in committed.only(~committed.within(listings[layer].names)):
+                    if self.store.is_missing(layer, name):
+                        self.state.log(f"{layer} of {name} is not there, though the storage has answered its put")
+                        self.totals.finished.discard(name)
+                        self.totals.postponed.add(name)
+
     # -- leases that have ended
 
     def _handle_lease_end(self, ref: Any) -> None:
@@ -262,6 +299,8 @@ class Driver:
         self.totals.add(result)
         self.events.add("shard", **result.event())
         self.index.add(result.shard, result.files)
+        for layer in result.files:
+            self.committed.setdefault(layer, set()).add(result.shard)
         for layer, reason in result.set_aside.items():
             text = DamagedFile(layer, result.shard, reason).line()
             self.state.log(f"{text}; it is set aside, and the shard is finished after the others")

@@ -77,13 +77,31 @@ def changed_sources(plan: Plan, recorded: Mapping[str, SourceRecord]) -> list[Ch
     return changed
 
 
+def finished_note(plan: Plan, recorded: Mapping[str, SourceRecord]) -> str | None:
+    """A warning about shards that lack nothing, and whose source file has another size than when it was read."""
+    changed = []
+    for name, size in plan.finished.items():
+        before = recorded[name].state if name in recorded else None
+        if before is not None and before.bytes not in (None, size):
+            changed.append(ChangedSource(name, before.describe_change(SourceState(size, None))))
+    if not changed:
+        return None
+    return (
+        f"source: {len(changed):,} of {len(plan.finished):,} finished shards have changed since their samples were "
+        f"written ({_names(changed)}). The dataset has what was in them then. {_REMEDY.format(name='SHARD')}"
+    )
+
+
 def changes_note(plan: Plan, changed: list[ChangedSource]) -> str:
     """A warning about changed sources."""
-    names = "; ".join(f"{one.shard}: {one.change}" for one in changed[:_NAMED])
-    more = f"; and {len(changed) - _NAMED:,} more" if len(changed) > _NAMED else ""
     extended = sum(SAMPLES not in shard.layers for shard in plan.pending)
     stored = "from the stored images" if plan.config.embeds_images else "from images at their old offsets"
     return (
         f"source: {len(changed):,} of {extended:,} shards that get new layers have changed since their samples were "
-        f"written ({names}{more}). The new layers are computed {stored}. {_REMEDY.format(name='SHARD')}"
+        f"written ({_names(changed)}). The new layers are computed {stored}. {_REMEDY.format(name='SHARD')}"
     )
+
+
+def _names(changed: list[ChangedSource]) -> str:
+    names = "; ".join(f"{one.shard}: {one.change}" for one in changed[:_NAMED])
+    return f"{names}; and {len(changed) - _NAMED:,} more" if len(changed) > _NAMED else names

@@ -67,10 +67,10 @@ class Plan:
 
     ``shards`` counts all source shards, ``pending`` lists those that lack a layer, ``committed`` names those that the
     samples layer has, also of other sources, and ``not_in_source`` counts these. ``listed`` is what the file system
-    lists, by URL, of the source files of pending shards that have samples already. ``damaged`` are files that count as
-    missing. ``codes`` are those of the custom classes. ``notes`` are lines about precisions that the config leaves
-    open; those of ``config`` are resolved. ``source_notes`` are lines about the source, and ``lists`` those of new
-    shards of folders, by name.
+    lists, by URL, of the source files of pending shards that have samples already, and ``finished`` the bytes that it
+    lists of those of shards that lack nothing. ``damaged`` are files that count as missing. ``codes`` are those of the
+    custom classes. ``notes`` are lines about precisions that the config leaves open; those of ``config`` are resolved.
+    ``source_notes`` are lines about the source, and ``lists`` those of new shards of folders, by name.
     """
 
     config: Config
@@ -81,6 +81,7 @@ class Plan:
     committed: Listing = field(default_factory=lambda: Listing.of(()))
     not_in_source: NotInSource = NotInSource()
     listed: Mapping[str, Info] = field(default_factory=dict)
+    finished: Listing = field(default_factory=lambda: Listing.of(()))
     damaged: Sequence[DamagedFile] = ()
     codes: Sequence[ClassCode] = ()
     notes: Sequence[str] = ()
@@ -144,6 +145,7 @@ def make_plan(
         states[name] = LayerState(len(done), done.total_bytes, missing.quarantined[name], missing.missing[name])
     not_in_source = _not_in_source(source.names, committed[SAMPLES], quarantine)
     extended = (shard.url for shard in pending if SAMPLES not in shard.layers)
+    finished = _listed_sizes(source, committed[SAMPLES], {shard.name for shard in pending}, listed) if listed else None
     listed = {url: listed[url] for url in extended if url in listed}
     return Plan(
         config=config,
@@ -154,6 +156,7 @@ def make_plan(
         committed=committed[SAMPLES],
         not_in_source=not_in_source,
         listed=listed,
+        finished=finished or Listing.of(()),
         damaged=damaged,
         codes=class_codes(manifest, layers, filter(committed.get, layers), filter(missing.missing.get, layers)),
         notes=notes,
@@ -206,6 +209,16 @@ def _subtract(
 def _reinforcements(published: Sequence[str], layers: Mapping[str, Layer], row: int, todo: Iterable[str]) -> str | None:
     """The URL of a shard's published reinforcements, if a missing layer reads them."""
     return published[row] if published and reads_reinforcements(layers[name] for name in todo) else None
+
+
+def _listed_sizes(
+    source: SourceShards, committed: Listing, pending: Collection[str], listed: Mapping[str, Info]
+) -> Listing:
+    """The bytes of the source files of finished shards, where a listing names them."""
+    rows = np.flatnonzero(committed.has(source.names)).tolist()
+    names = source.names.take(pa.array(rows, pa.int64())).to_pylist()
+    sizes = ((name, listed.get(source.urls[row], {}).get("size")) for name, row in zip(names, rows, strict=True))
+    return Listing.of((name, size) for name, size in sizes if size is not None and name not in pending)
 
 
 def _not_in_source(names: pa.StringArray, committed: Listing, quarantine: Mapping[str, Collection[str]]) -> NotInSource:

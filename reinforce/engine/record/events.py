@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import heapq
 import json
+import logging
 import time
 import uuid
 from collections import Counter
@@ -16,7 +17,7 @@ import yaml
 from reinforce.config import Config
 from reinforce.errors import StorageError
 from reinforce.source.urls import canonical
-from reinforce.storage import Storage
+from reinforce.storage import Storage, json_bytes
 from teachers.redact import redact_values
 
 _PART_BYTES = 2**20
@@ -24,7 +25,8 @@ _FLUSH_SECONDS = 10.0
 _FLUSH_SECONDS_LOCAL = 1.0
 _SLOWEST = 5
 _ERROR_CHARACTERS = 300
-_PATIENCE_SECONDS = 300.0  # during which failed writes are tolerated
+_MAX_FLUSH_SECONDS = 300.0  # between two writes while they fail
+_LOG = logging.getLogger(__name__)
 
 
 class EventDigest:
@@ -64,13 +66,13 @@ class Events:
         self._redact = redact
         self._part = 0
         self._lines: list[bytes] = []
-        self._dirty = False
+        self._dirty = self._refused = False
         self.digest = EventDigest()
-        self._flushed = self._clean_at = time.monotonic()
+        self._flushed = time.monotonic()
         self._interval = _FLUSH_SECONDS_LOCAL if store.local else _FLUSH_SECONDS
         self._folder = ("runs", self.run)
         text = yaml.safe_dump(_public(config), sort_keys=False, allow_unicode=True)
-        store.write_bytes(text.encode(), *self._folder, "config.yaml")
+        self._put(text.encode(), "config.yaml")
 
     def add(self, event: str, **values: Any) -> None:
         record = {"time": round(time.time(), 3), "event": event, **values}
@@ -80,30 +82,34 @@ class Events:
         self.digest.add(event, values)
 
     def flush_when_due(self) -> None:
-        """Write new events every few seconds. Raises StorageError if writing has failed for five minutes."""
-        now = time.monotonic()
-        if not self._dirty:
-            self._clean_at = now
-        elif now - self._flushed > self._interval:
-            try:
-                self.flush()
-            except StorageError:
-                if time.monotonic() - self._clean_at > _PATIENCE_SECONDS:
-                    raise
+        """Write new events every few seconds, and less often while they cannot be written."""
+        if self._dirty and time.monotonic() - self._flushed > self._interval:
+            self.flush()
 
     def flush(self) -> None:
         """Write new events now."""
+        if self._put(b"".join(self._lines), f"events-{self._part:05d}.jsonl"):
+            self._dirty = False
+            if sum(map(len, self._lines)) > _PART_BYTES:
+                self._part, self._lines = self._part + 1, []
         self._flushed = time.monotonic()
-        self._store.write_bytes(b"".join(self._lines), *self._folder, f"events-{self._part:05d}.jsonl")
-        self._dirty, self._clean_at = False, time.monotonic()
-        if sum(map(len, self._lines)) > _PART_BYTES:
-            self._part, self._lines = self._part + 1, []
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Add the ``end`` event and write summary.json."""
         self.add("end", **summary)
         self.flush()
-        self._store.write_json(summary, *self._folder, "summary.json")
+        self._put(json_bytes(summary), "summary.json")
+
+    def _put(self, data: bytes, name: str) -> bool:
+        """Write a file -> whether the storage has taken it. The run itself does not need it."""
+        try:
+            self._store.write_bytes(data, *self._folder, name)
+        except StorageError as error:
+            if not self._refused:
+                _LOG.warning("%s The run goes on without its record.", self._redact(str(error)))
+            self._refused, self._interval = True, min(2 * self._interval, _MAX_FLUSH_SECONDS)
+            return False
+        return True
 
 
 def _public(config: Config) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from reinforce.source.formats.tar import sample_of_files, split_name
 from reinforce.source.samples import Item, Place, RawSample, ReadBudget, Refusal, unique_keys
 from reinforce.source.streams import check_file
 from reinforce.source.urls import canonical, filesystem
-from reinforce.source.whole_reads import open_whole
+from reinforce.source.whole_reads import list_whole, open_whole
 from reinforce.source_formats import SOURCES
 from reinforce.terminal import plural
 from schemas import Reason
@@ -182,7 +182,7 @@ def _files(root: str) -> dict[str, int]:
     """The sizes of all files of a folder by their paths in it, without hidden ones. Raises UserError."""
     try:
         fs, top = filesystem(root)
-        found = fs.find(top, detail=True)
+        found = list_whole(lambda: fs.find(top, detail=True))
     except Exception as error:  # each driver has its own exceptions
         raise UserError(f"source {canonical(root)}: cannot be listed ({type(error).__name__}: {error}).") from error
     start = f"{top.rstrip('/')}/"

@@ -12,6 +12,7 @@ from reinforce.source.file_types import MANIFEST, METADATA, foreign_name, is_ima
 from reinforce.source.formats.recognise import format_of_folder, format_of_name
 from reinforce.source.formats.registry import all_formats
 from reinforce.source.urls import canonical, filesystem
+from reinforce.source.whole_reads import list_whole
 
 _TRAIN = re.compile(r"(^|/)train[-_.0-9][^/]*$")
 _NO_FOLDER = re.compile(r"[*?\[{]|::|^https?://|\.txt\Z", re.IGNORECASE)
@@ -48,7 +49,7 @@ def files_of_folder(data: str, named: str | None = None, images_first: bool = Fa
     whole = format_of_folder(fs, path)
     if whole and not whole.is_listed:
         return folder, []
-    files = sorted(file[len(path) + 1 :] for file in fs.find(path))
+    files = sorted(file[len(path) + 1 :] for file in list_whole(lambda: fs.find(path)))
     inner = [file.removesuffix(MANIFEST) for file in files if file.endswith(f"/{MANIFEST}")]
     by_format: dict[str, list[str]] = {}
     for file in files:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,10 @@ from reinforce.dataset.files.store import Store, parse_footer
 from reinforce.dataset.kinds.registry import KINDS
 from reinforce.dataset.layers import Layer
 from reinforce.dataset.vectors import encode
-from reinforce.errors import UserError
+from reinforce.errors import StorageError, UserError
+from reinforce.source.urls import expand
 from schemas import Reason
+from tests.helpers.s3_proxy import Handler, Proxy, Request, Response, refuse
 
 LAYER = Layer("captions/c", KINDS["captions"], "f00d", needs=("samples",), model="c", count=1)
 
@@ -189,6 +193,31 @@ def test_layers_in_s3_are_listed_side_by_side_with_a_request_for_a_thousand_name
     assert list(found["captions/c"].items()) == [(shard, 1000) for shard in SHARDS[:1000]]
     assert counts(address)["LIST"] == 5
     assert counts(address)["at once"] == 3
+
+
+@pytest.mark.parametrize("names_no_page", [False, True], ids=["expired token", "lost token"])
+def test_a_listing_whose_continuation_token_does_not_work_starts_again(
+    address: str, monkeypatch: pytest.MonkeyPatch, names_no_page: bool
+) -> None:
+    def without_token(handler: Handler, request: Request) -> None:
+        answer = handler.forward(request)
+        body = re.sub(b"<NextContinuationToken>.*</NextContinuationToken>", b"", answer.body)
+        kept = [(name, value) for name, value in answer.headers if name.lower() != "content-length"]
+        handler.send(Response(answer.status, [*kept, ("Content-Length", str(len(body)))], body))
+
+    proxy = Proxy(0, int(address.rpartition(":")[2]))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+    expired = refuse(400, "InvalidArgument", "The continuation token provided is incorrect")
+    fault = without_token if names_no_page else expired
+    with contextlib.closing(proxy):
+        with proxy.inject(fault, lambda r: r.is_list and "continuation-token" in r.query, 1) as affected:
+            assert list(Store("s3://bucket/data").listings(DONE)["samples"]) == SHARDS
+        assert affected
+        with proxy.inject(fault, lambda r: r.is_list and "continuation-token" in r.query, 1) as affected:
+            assert len(expand("s3://bucket/data/samples/*.parquet")) == len(SHARDS)
+        assert affected
+        with proxy.inject(fault, lambda r: r.is_list), pytest.raises(StorageError, match="cannot be listed"):
+            Store("s3://bucket/data").listings(DONE)
 
 
 def test_listings_of_s3_are_not_kept_by_the_driver_nor_parsed_by_botocore(

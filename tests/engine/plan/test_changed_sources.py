@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
+import reinforce
 from reinforce.config import parse_config
-from reinforce.dataset.runs.shard_records import SourceRecord
-from reinforce.engine.messages.results import LayerFailure
-from reinforce.engine.plan.changed_sources import changed_sources, changes_note, referenced_source_change
+from reinforce.dataset.files.store import Store
+from reinforce.dataset.runs.shard_records import RecordWriter, SourceRecord
+from reinforce.engine.messages.results import LayerFailure, ShardResult
+from reinforce.engine.plan.changed_sources import changed_sources, changes_note, finished_note, referenced_source_change
 from reinforce.engine.plan.plan import make_plan
 from reinforce.source.identity import read_state
 from tests.helpers.data import config_of, members_of, write_tar
@@ -50,6 +52,26 @@ def test_replaced_sources_of_shards_that_get_new_layers_are_named(shards: Callab
     assert "and 2 more). The new layers are computed from the stored images. Restore the old files, or drop the" in note
     fresh = parse_config(config_of(source, tmp_path / "other"))
     assert changed_sources(make_plan(fresh), recorded) == [], "samples that are computed now are of the new file"
+
+
+def test_a_source_that_grew_behind_a_finished_shard_is_said_where_there_is_nothing_to_do(
+    shards: Callable[..., str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    results: list[ShardResult] = []
+    config = config_of(shards(2, 2), tmp_path / "out", teachers=RED)
+    reinforce_here(config, results=results)
+    records = RecordWriter(Store(str(tmp_path / "out")), "a-run")
+    for result in results:
+        assert result.record is not None
+        records.add(result.record)
+    records.flush()
+    assert "nothing to do" in reinforce.run(config).message
+    assert "have changed" not in caplog.text
+    write_tar(tmp_path / "source" / "00001.tar", members_of(1, 40))
+    assert finished_note(make_plan(parse_config(config)), {}) is None, "its former size is not known"
+    assert "nothing to do" in reinforce.run(config).message
+    assert "source: 1 of 2 finished shards have changed since their samples were written (00001-" in caplog.text
+    assert " bytes then, " in caplog.text
 
 
 def test_a_source_of_unknown_state_is_not_judged(shards: Callable[..., str], tmp_path: Path) -> None:

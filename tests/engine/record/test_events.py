@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
+import s3fs
 
 from reinforce.config import parse_config
 from reinforce.dataset.files.store import Store
+from reinforce.dataset.runs.shard_records import read_records
 from reinforce.engine.record import events
 from reinforce.engine.record.events import EventDigest, Events
-from reinforce.errors import StorageError
+from tests.helpers.s3_proxy import Proxy, refuse
 
 
 def record_in(folder: Path) -> Events:
@@ -22,8 +25,8 @@ def written(part: Path) -> list[str]:
     return [json.loads(line)["event"] for line in part.read_text().splitlines()]
 
 
-def test_events_that_cannot_be_written_are_written_later_or_end_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_events_that_cannot_be_written_are_written_later_and_end_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(events, "_FLUSH_SECONDS_LOCAL", -1.0)
     record = record_in(tmp_path)
@@ -33,14 +36,30 @@ def test_events_that_cannot_be_written_are_written_later_or_end_the_run(
     record.add("first")
     record.flush_when_due()
     record.add("second")
-    monkeypatch.setattr(events, "_PATIENCE_SECONDS", -1.0)
-    with pytest.raises(StorageError, match="cannot be written"):
-        record.flush_when_due()
+    record.flush_when_due()
+    assert [line.partition(" cannot be written")[1] for line in caplog.messages] == [" cannot be written"], (
+        "one warning"
+    )
     runs.unlink()
     moved.rename(runs)
     record.flush_when_due()
     [part] = runs.glob("*/events-00000.jsonl")
     assert written(part) == ["first", "second"]
+
+
+def test_a_storage_that_refuses_the_records_of_runs_ends_no_run(
+    s3: s3fs.S3FileSystem, s3_proxy: Proxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = Store("s3://bucket/refused")
+    with s3_proxy.inject(refuse(403, "AccessDenied"), lambda r: "refused/runs" in unquote(r.key + r.query)) as refused:
+        record = Events(store, parse_config({"source": "x", "output": "y"}), str)
+        record.finish({"status": 0})
+        assert read_records(store).sources == {}
+    assert {request.method for request in refused} == {"PUT", "GET"}
+    assert [line.rpartition(". ")[2] for line in caplog.messages] == [
+        "The run goes on without its record.",
+        "The records of earlier runs are not used.",
+    ]
 
 
 def test_a_new_part_begins_after_a_mebibyte(tmp_path: Path) -> None:

@@ -341,12 +341,11 @@ def _may_be_worker(error: Exception) -> bool:
     return error.worker_at_fault if isinstance(error, ShardFailure) else True
 
 
-def ray_ended(finished: int, remaining: int) -> RayEnded:
-    """The error for a run whose driver finds that Ray has ended on its machine."""
+def ray_ended(what: str, finished: int, remaining: int) -> RayEnded:
+    """The error for a run whose driver finds that a process of Ray has ended."""
     return RayEnded(
-        "Ray ended on this machine before the run did: its process (raylet) was killed, perhaps for lack of memory, or "
-        f"crashed. The {finished:,} shards that are finished are kept; {remaining:,} are left. Run the same command "
-        "again to resume."
+        f"{what} was killed, perhaps for lack of memory, or crashed. Finished shards are kept ({finished:,}); "
+        f"{remaining:,} are left. Run the same command again to resume."
     )
 
 
