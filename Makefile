@@ -120,7 +120,8 @@ bench-scale: $(INSTALLED) ## planning, starting and driving at the size of DFN-5
 fuzz: $(INSTALLED) ## feed random broken shards, images and texts, for SECONDS (default 600)
 	$(BIN)/python -W ignore -m tests.fuzz --seconds $(SECONDS)
 
-soak: $(INSTALLED) ## kill and starve runs at random for SECONDS (default 600); they must end complete
+soak: $(INSTALLED) ## each fault of a storage (half an hour), then kill runs at random for SECONDS; they must end complete
+	$(BIN)/python -m tests.soak.faults
 	$(BIN)/python -m tests.soak --seconds $(SECONDS)
 
 audit: $(INSTALLED) ## known vulnerabilities of the tested versions; fails if their database cannot be reached

@@ -263,10 +263,8 @@ class Storage:
             except Exception as error:
                 cause = error.__cause__ or error
                 text = f"output {self.url} cannot be written: {type(cause).__name__}: {cause}"
-                lasting = isinstance(cause, FileNotFoundError) or (
-                    isinstance(cause, PermissionError) and "expired" not in str(cause)
-                )
-                if self.local or lasting or pause is None or time.monotonic() - begin > _PROBE_SECONDS:
+                passing = getattr(cause, "errno", None) is not None or "expired" in str(cause)  # by s3fs
+                if self.local or not passing or pause is None or time.monotonic() - begin > _PROBE_SECONDS:
                     raise UserError(
                         f"{text}. Check the path, the permissions and (for an object store) the address and the "
                         "credentials."

@@ -228,7 +228,8 @@ def simulated(cluster: Cluster, layers: Sequence[str]) -> Iterator[SimulatedRay]
         for module in (driver, pool, worker_lifecycle, reinforce_cluster):
             stack.enter_context(mock.patch.object(module, "ray", ray))
         stack.enter_context(mock.patch.object(pool, "as_actor", return_value=ray))
-        stack.enter_context(mock.patch.object(driver, "RayletWatch"))
+        for watch in ("RayletWatch", "ControlWatch"):
+            stack.enter_context(mock.patch.object(driver, watch))
         stack.enter_context(mock.patch.object(driver, "draining_nodes", return_value={}))
         yield ray
 

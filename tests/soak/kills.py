@@ -1,0 +1,108 @@
+"""Processes of a run that are killed, for ``tests.soak.faults``: the run is a process with a Ray of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+if TYPE_CHECKING:
+    from tests.soak.faults import Bench
+
+ROOT = Path(__file__).parents[2]
+_LIMIT_SECONDS = 400
+#: What a command does before it starts Ray where Ray's own process is to be one that does nothing.
+_LATE_RAYLET = "import ray._private.services as s; s.RAYLET_EXECUTABLE = {path!r}; "
+
+
+@dataclass(frozen=True)
+class Kill:
+    """A process that is killed, by the start of its command, once objects match ``after``; None if none is.
+
+    ``error`` is in the last line of the run, '' if it must be complete; None if the driver is killed.
+    """
+
+    name: str
+    process: str | None
+    after: str = "embeddings/**/*.parquet"
+    error: str | None = ""
+
+
+KILLS = [
+    Kill("a worker is killed", "ray::Worker"),
+    Kill("a decode process is killed", f"{sys.executable} -I -c"),
+    Kill("the driver is killed while it has claims", "driver", "claims/*.json", None),
+    Kill("the driver is killed in the middle", "driver", error=None),
+    Kill("Ray's control service is killed", "gcs_server", error="Ray's control service ended before the run did"),
+    Kill("Ray's raylet is killed", "raylet", error="Ray ended on this machine before the run did"),
+    Kill("Ray does not start in time", None, error="Ray did not start on this machine"),
+]
+
+
+def run_killed(bench: Bench, kill: Kill, name: str, folder: Path) -> str:
+    """Run the config of a case in a process, and kill what ``kill`` names -> the last line of an error, or ''.
+
+    Raises AssertionError where it ends otherwise than ``kill`` says.
+    """
+    path, log = folder / "config.yaml", folder / "log"
+    path.write_text(yaml.safe_dump(bench.config(name)))
+    start = f"from reinforce.cli import main; main(['run', {str(path)!r}])"
+    if kill.process is None:
+        raylet = folder / "raylet"
+        raylet.write_text("#!/bin/sh\nexec sleep 1000\n")
+        raylet.chmod(0o755)
+        start = _LATE_RAYLET.format(path=str(raylet)) + start
+    environment = {**os.environ, "TESTS_DELAY": "0.5", "RAY_worker_niceness": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
+    with log.open("wb") as output:
+        run = subprocess.Popen([sys.executable, "-c", start], cwd=ROOT, env=environment, stdout=output, stderr=output)
+    try:
+        if kill.process is not None:
+            _wait(lambda: run.poll() is not None or bench.s3.glob(f"bucket/{name}/out/{kill.after}"), log)
+            for pid in [run.pid] if kill.process == "driver" else _found(run.pid, kill.process)[:1]:
+                os.kill(pid, signal.SIGKILL)
+        run.wait(_LIMIT_SECONDS)
+    finally:
+        run.kill()
+        run.wait()
+    lines = log.read_text(errors="replace").strip().splitlines()
+    if kill.error is None:
+        return "killed"
+    assert not any("Traceback" in line for line in lines), lines[-20:]
+    assert run.returncode == (1 if kill.error else 0), lines[-5:]
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    assert len(errors) == bool(kill.error), lines[-5:]
+    assert kill.error in "".join(errors), errors
+    return "".join(errors)
+
+
+def _wait(condition: Callable[[], Any], log: Path) -> None:
+    deadline = time.monotonic() + _LIMIT_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, f"no progress: {log.read_text(errors='replace')[-500:]}"
+        time.sleep(0.2)
+
+
+def _found(pid: int, command: str) -> list[int]:
+    """Descendants of a process by the start of their command, or of its file's name."""
+    found = []
+    for child in _descendants(pid):
+        text = Path(f"/proc/{child}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        if text.startswith(command) or text.partition(" ")[0].rpartition("/")[2] == command:
+            found.append(child)
+    assert found, f"no process {command}"
+    return found
+
+
+def _descendants(pid: int) -> Iterator[int]:
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in map(int, path.read_text().split()):
+            yield child
+            yield from _descendants(child)

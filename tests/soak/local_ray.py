@@ -1,0 +1,93 @@
+"""Ray's part of a run in this process: the real driver and the real worker, whose leases run in threads.
+
+Runs start in a second, so that many faults of a storage can be tried. Processes are not killed here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from functools import partial
+from typing import Any
+from unittest import mock
+
+from ray.exceptions import RayTaskError
+
+from reinforce.engine.worker.actor import SHARDS_IN_FLIGHT, Worker
+from tests.helpers.decoding import decode_pool
+
+
+class _Method:
+    """A method of an actor: ``actor.process.remote(shard)``."""
+
+    def __init__(self, threads: ThreadPoolExecutor, method: Callable[..., Any]) -> None:
+        self.remote = partial(threads.submit, method)
+
+    def options(self, **_: Any) -> _Method:
+        return self
+
+
+class _Actor:
+    def __init__(self, arguments: Sequence[Any]) -> None:
+        worker, threads, control = Worker(*arguments), ThreadPoolExecutor(SHARDS_IN_FLIGHT), ThreadPoolExecutor(1)
+        self.load, self.process = _Method(threads, worker.load), _Method(threads, worker.process)
+        self.pulse = _Method(control, worker.pulse)
+        self.threads = (threads, control)
+
+
+class LocalRay:
+    """The functions of Ray that the driver calls."""
+
+    __version__ = "local"
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def put(self, value: Any) -> Any:
+        return value
+
+    def options(self, **_: Any) -> LocalRay:
+        return self
+
+    def remote(self, *arguments: Any) -> _Actor:
+        return _Actor(arguments)
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"NodeID": "here", "Alive": True, "Resources": {"CPU": 1.0}}]
+
+    def kill(self, actor: _Actor) -> None:
+        for threads in actor.threads:
+            threads.shutdown(wait=False, cancel_futures=True)
+
+    def get(self, ref: Future[Any]) -> Any:
+        error = ref.exception()
+        if isinstance(error, Exception):
+            raise RayTaskError("worker", "", error)
+        return ref.result()
+
+    def wait(
+        self, refs: Sequence[Future[Any]], num_returns: int, timeout: float
+    ) -> tuple[list[Future[Any]], list[Future[Any]]]:
+        wait(refs, timeout, FIRST_COMPLETED)
+        ready = [ref for ref in refs if ref.done()][:num_returns]
+        return ready, [ref for ref in refs if ref not in ready]
+
+
+@contextlib.contextmanager
+def local_ray() -> Iterator[None]:
+    """Replace Ray in the modules of the driver, while the block runs."""
+    from reinforce import cluster
+    from reinforce.engine.driver import driver, pool, worker_lifecycle
+    from reinforce.engine.worker import actor
+
+    ray = LocalRay()
+    with contextlib.ExitStack() as stack:
+        for module in (driver, pool, worker_lifecycle, cluster):
+            stack.enter_context(mock.patch.object(module, "ray", ray))
+        stack.enter_context(mock.patch.object(pool, "as_actor", return_value=ray))
+        for watch in ("RayletWatch", "ControlWatch"):
+            stack.enter_context(mock.patch.object(driver, watch))
+        stack.enter_context(mock.patch.object(driver, "draining_nodes", return_value={}))
+        stack.enter_context(mock.patch.object(actor, "DecodePool", side_effect=lambda *_: decode_pool()))
+        yield
