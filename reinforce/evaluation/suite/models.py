@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,10 +39,11 @@ class Models:
     accelerator: Accelerator
     batch: int
     threads: int
+    progress: Callable[[int], None] = lambda images: None  # receives the number of a set's images that are encoded
 
-    def among(self, names: Sequence[str]) -> Models:
+    def among(self, names: Sequence[str], progress: Callable[[int], None]) -> Models:
         """The models of these names."""
-        return Models({name: self.encoders[name] for name in names}, self.accelerator, self.batch, self.threads)
+        return replace(self, encoders={name: self.encoders[name] for name in names}, progress=progress)
 
     def encode_images(
         self, examples: Iterator[Example | Refusal], refused: list[Refusal]
@@ -57,6 +58,7 @@ class Models:
         batches = decode_batches(
             examples, [*sizes.values()], self.batch, self.threads, Limits(), refused, PUBLISHED_POLICY
         )
+        done = 0
         for pixels, targets in batches:
             put = [self.accelerator.put(array) for array in pixels]
             vectors = {}
@@ -64,6 +66,8 @@ class Models:
                 at = places.index((spec.height, spec.width, spec.interpolation, spec.resize))
                 vectors[name] = self.encoders[name].encode_images(to_pixels(put[at], spec)).float()
             yield vectors, targets
+            done += len(targets)
+            self.progress(done)
 
     def encode_texts(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
         """Encode N texts -> float32 [N, dim] on the CPU, by model."""

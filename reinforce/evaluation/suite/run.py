@@ -63,23 +63,34 @@ def evaluate_suite(
         if not pending:
             continue
         models = models or _load(specs, device, precision, batch or _BATCH)
-        start = time.monotonic()
         try:
-            outcome = _check(one, _kinds()[one.kind](one, files, models.among(pending)))
+            outcome = _evaluate(one, files, models, pending)
         except UserError as error:
             report.failed[one.key] = str(error)
-            Screen().log(f"{one.name} failed: {error}")
             continue
         for name in pending:
             results[name][one.key] = line = _line(one, outcome, name, files.digest, identities[name])
             stores[name].add(line)
-        scores = ", ".join(f"{name} {100 * results[name][one.key]['metrics']['main_metric']:.2f}" for name in pending)
-        seconds = time.monotonic() - start
-        Screen().log(f"{one.name}: {outcome.samples:,} samples in {seconds:.0f} s; {one.main_metric}: {scores}")
     write_file(report.markdown().encode(), f"{out.rstrip('/')}/table.md")
     if report.evaluated:
         report.draw(f"{out.rstrip('/')}/scores.png")
     return report
+
+
+def _evaluate(one: SuiteSet, files: SetFiles, models: Models, names: Sequence[str]) -> Outcome:
+    """Evaluate some of the models on a set and show the progress. Raises UserError."""
+    start = time.monotonic()
+    with Screen() as screen:
+        chosen = models.among(names, lambda images: screen.draw(f"{one.name}: {images:,} images", images, one.size))
+        try:
+            outcome = _check(one, _kinds()[one.kind](one, files, chosen))
+        except UserError as error:
+            screen.log(f"{one.name} failed: {error}")
+            raise
+        scores = ", ".join(f"{name} {100 * (outcome.metrics[name][one.main_metric] or 0):.2f}" for name in names)
+        seconds = time.monotonic() - start
+        screen.log(f"{one.name}: {outcome.samples:,} samples in {seconds:.0f} s; {one.main_metric}: {scores}")
+    return outcome
 
 
 def _find(report: SuiteReport, root: str) -> list[tuple[SuiteSet, SetFiles]]:
