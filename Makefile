@@ -117,6 +117,9 @@ bench-select: $(INSTALLED) ## how well scores find wrong captions, what choosing
 bench-scale: $(INSTALLED) ## planning, starting and driving at the size of DFN-5B, simulated (five minutes)
 	$(BIN)/python -m benchmarks.scale
 
+rehearsal: $(INSTALLED) ## from published labels to 38 numbers, as docs/reproduce.md has it, with stand-ins (two minutes)
+	$(BIN)/python -m tests.rehearsal
+
 fuzz: $(INSTALLED) ## feed random broken shards, images and texts, for SECONDS (default 600)
 	$(BIN)/python -W ignore -m tests.fuzz --seconds $(SECONDS)
 
