@@ -77,7 +77,8 @@ def main() -> None:
     folder = parser.parse_args().folder
     with tempfile.TemporaryDirectory() as temporary:
         metrics = rehearse(folder or Path(temporary), _command)
-    print("\nmain metrics of the stand-in student: " + ", ".join(f"{key} {value:.2f}" for key, value in metrics.items()))
+    described = ", ".join(f"{key} {value:.2f}" for key, value in metrics.items())
+    print(f"\nmain metrics of the stand-in student: {described}")
 
 
 if __name__ == "__main__":
