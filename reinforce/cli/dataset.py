@@ -97,11 +97,12 @@ def drop(
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Delete. Without it, only show what would be deleted.")] = False,
 ) -> None:
-    """Delete layers: their files, their quarantine and their entries in dataset.json.
+    """Delete layers: their files, their quarantine and their entries in dataset.json. And views: 'views/best'.
 
     With --shard, set aside one file of each layer, for example a damaged one, so that a run computes it again.
 
-    Layers that depend on a deleted one must be named, too. All depend on `samples`: '*' deletes everything.
+    Layers that depend on a deleted one must be named, too. All depend on `samples`: '*' deletes everything. Views that
+    were made from a deleted layer stay, and are refused until a run computes the same again.
 
     Do not use it while a run writes to the dataset; only a local dataset is locked.
     """
@@ -117,8 +118,7 @@ def drop(
         typer.echo(escape(line))
     plan.check()
     if not yes:
-        command = dropping.drop_command(store.url, [*plan.sizes], plan.known)
-        typer.echo(escape(f"nothing was deleted; to delete: {command} --yes"))
+        typer.echo(escape(f"nothing was deleted; to delete: {plan.command()} --yes"))
         return
     try:
         dropping.drop(store, plan)

@@ -103,6 +103,7 @@ def _as_json(url: str, progress: RunProgress | None, found: Mapping[str, Any]) -
         "missing": found.get("lost") or None,
         "notes": found.get("notes", []),
         "last_run": found.get("last_run"),
+        "views": [asdict(view) for view in found.get("views", ())],
     }
 
 
@@ -198,7 +199,7 @@ def _print_dataset(found: Mapping[str, Any], reasons: bool, verbose: bool) -> No
         typer.echo(escape(damage))
     if found["lost"]:
         typer.echo(escape(f"{found['lost']}. `reinforce run` with the dataset's config computes what is missing."))
-    for line in found["notes"]:
+    for line in [*found["notes"], *(view.line() for view in found["views"])]:
         typer.echo(escape(line))
     for line in quarantine_lines(dict(found), reasons):
         typer.echo(escape(line))

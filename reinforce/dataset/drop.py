@@ -1,4 +1,4 @@
-"""Deleting layers of a dataset: their files, their quarantine, their index and their entries in ``dataset.json``.
+"""Deleting layers of a dataset, with their quarantine, index and entries in ``dataset.json``, and views.
 
 A layer's files are deleted first, then its quarantine and its index, and last its entry. So an interrupted drop leaves
 a layer that ``dataset.json`` still lists: a run of its config computes the deleted files again, a run of another config
@@ -11,9 +11,10 @@ from __future__ import annotations
 import contextlib
 import os
 import posixpath
-from collections.abc import Collection, Iterable, Iterator, Mapping
+import shlex
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -28,8 +29,10 @@ from reinforce.dataset.kinds.registry import (
     kind_of,
     with_dependants,
 )
-from reinforce.dataset.layers import model_of, parts_of
+from reinforce.dataset.layers import SAMPLES, model_of, parts_of
 from reinforce.dataset.manifest.manifest import TUNED_KEY, find_manifest, write_manifest
+from reinforce.dataset.view import FOLDER as VIEWS
+from reinforce.dataset.view import read_view, remove_view, view_folders
 from reinforce.errors import UserError
 from reinforce.terminal import format_bytes
 
@@ -46,6 +49,8 @@ class DropPlan:
         entries: for each teacher or captioner that loses its last layer, such as ``teachers.dfn2b``, its entry.
         dependants: other layers of the dataset that were computed from these.
         known: all layers of the dataset, with their entries in dataset.json.
+        views: for each view, the bytes of its files.
+        refused: lines on the views that stay, and that are refused without the layers.
     """
 
     url: str
@@ -53,10 +58,12 @@ class DropPlan:
     entries: Mapping[str, Mapping[str, Any]]
     dependants: list[str]
     known: Mapping[str, Mapping[str, Any]]
+    views: Mapping[str, list[int]] = field(default_factory=dict)
+    refused: Sequence[str] = ()
 
     def lines(self) -> list[str]:
         """The plan for people."""
-        lines = []
+        lines = [f"{view}: {_describe_files(files)}" for view, files in self.views.items()]
         for layer, (files, quarantine) in self.sizes.items():
             text = f"{layer}: {_describe_files(files)}"
             lines.append(f"{text}, and {_describe_files(quarantine)} in its quarantine" if quarantine else text)
@@ -64,9 +71,15 @@ class DropPlan:
             tuned = f" with the tuned logit scale {entry['logit_scale']:g}" if TUNED_KEY in entry else ""
             lines.append(f"{MANIFEST}: the entry {name}{tuned}")
         every = [size for sizes in self.sizes.values() for part in sizes for size in part]
-        lines.append(f"in total: {_describe_files(every)}")
+        lines.append(f"in total: {_describe_files(every + [size for of in self.views.values() for size in of])}")
+        lines += self.refused
         lines += [f"depends on this: {layer}" for layer in self.dependants]
         return lines
+
+    def command(self) -> str:
+        """The command that deletes this."""
+        views = () if SAMPLES in self.sizes else self.views
+        return " ".join([drop_command(self.url, [*self.sizes], self.known), *map(shlex.quote, views)])
 
     def check(self) -> None:
         """Raise UserError with the full command if other layers depend on these."""
@@ -81,7 +94,8 @@ class DropPlan:
 
 
 def plan_drop(store: Store, patterns: Iterable[str]) -> DropPlan:
-    """Find the layers that match any of some names or patterns such as ``embeddings/dfn2b/*``. Deletes nothing.
+    """Find the layers and views that match any of some names or patterns, such as ``embeddings/dfn2b/*`` and
+    ``views/best``. Deletes nothing.
 
     ``*`` matches any characters, ``/`` included. Raises UserError if there is no dataset, if nothing matches a pattern,
     and for a layer whose folder is a link.
@@ -90,18 +104,25 @@ def plan_drop(store: Store, patterns: Iterable[str]) -> DropPlan:
     known = _known_layers(store, manifest)
     if not known:
         raise UserError(f"{store.url} is not a reinforced dataset: it has no {MANIFEST} and no layers.")
+    views = [f"{VIEWS}/{name}" for name in view_folders(store)]
     chosen: set[str] = set()
     for pattern in patterns:
-        matches = {name for name in known if fnmatchcase(name, pattern)}
+        matches = {name for name in (*known, *views) if fnmatchcase(name, pattern)}
         if not matches:
-            raise UserError(f"{store.url} has no layer {pattern}; it has: {', '.join(known)}.")
+            raise UserError(f"{store.url} has no layer {pattern}; it has: {', '.join([*known, *views])}.")
         chosen |= matches
+    dropped = {view: _sizes_of_view(store, view) for view in views if view in chosen}
+    others = [view for view in views if view not in dropped]
+    chosen -= {*dropped}
     names = sorted(chosen, key=deletion_order)
     for name in names:
         _check_links(store, name)
     sizes = {name: _file_sizes(store, name) for name in names}
     dependants = [name for name in with_dependants(names, known) if name not in chosen]
-    return DropPlan(store.url, sizes, _orphans(manifest or {}, chosen), dependants, known)
+    if SAMPLES in chosen:  # without samples, no view can be made again
+        dependants += others
+    refused = [line for view in others for line in _refused(store, view, chosen)] if SAMPLES not in chosen else []
+    return DropPlan(store.url, sizes, _orphans(manifest or {}, chosen), dependants, known, dropped, refused)
 
 
 def layers_with_shard(store: Store, patterns: Iterable[str], shard: str) -> list[str]:
@@ -111,6 +132,8 @@ def layers_with_shard(store: Store, patterns: Iterable[str], shard: str) -> list
     its rows with theirs.
     """
     layers = [*plan_drop(store, patterns).sizes]
+    if not layers:
+        raise UserError("--shard sets the files of layers aside. Name layers, or drop the view without --shard.")
     for layer in layers:
         if shard not in store.shards(layer):
             raise UserError(f"{store.url} has no file {layer}/{shard}.parquet.")
@@ -130,6 +153,9 @@ def drop(store: Store, plan: DropPlan) -> None:
     """
     plan.check()
     with store.lock():
+        for view in plan.views:
+            remove_view(store, view.removeprefix(f"{VIEWS}/"))
+            _delete_empty_folders(store, VIEWS)
         for layer in plan.sizes:
             _delete_files(store, layer)
             _delete_files(store, "quarantine", layer)
@@ -140,6 +166,24 @@ def drop(store: Store, plan: DropPlan) -> None:
 
 def _describe_files(sizes: Collection[int]) -> str:
     return f"{len(sizes):,} {'file' if len(sizes) == 1 else 'files'} ({format_bytes(sum(sizes))})"
+
+
+def _refused(store: Store, view: str, dropped: Collection[str]) -> Iterator[str]:
+    """A line on a view that is refused without the dropped layers."""
+    try:
+        needs = [name for name in read_view(store, view.removeprefix(f"{VIEWS}/")).inputs if name in dropped]
+    except UserError:  # it is refused already
+        return
+    if needs:
+        yield f"{view} was made from {', '.join(needs)}: it stays, and is refused until a run computes the same again"
+
+
+def _sizes_of_view(store: Store, view: str) -> list[int]:
+    """Bytes of the files of a view. Raises UserError if its folder is a link."""
+    for folder in (VIEWS, view) if store.local else ():
+        _check_link(store.path(folder))
+    with store.storage_errors("listed", view):
+        return [int(info["size"]) for info in store.fs.find(store.path(view), detail=True).values()]
 
 
 def _known_layers(store: Store, manifest: Mapping[str, Any] | None) -> dict[str, Mapping[str, Any]]:
@@ -198,12 +242,15 @@ def _check_links(store: Store, layer: str) -> None:
     parts = parts_of(layer)
     folders = [parts[:depth] for depth in range(1, len(parts) + 1)]
     for folder in [*folders, *(["quarantine", *folder] for folder in ([], *folders))] if store.local else ():
-        path = store.path(*folder)
-        if os.path.islink(path):
-            raise UserError(
-                f"{path} is a link to {os.path.realpath(path)}, and the files there may belong to another dataset. "
-                "Nothing was deleted. Remove the link, and drop the layer again."
-            )
+        _check_link(store.path(*folder))
+
+
+def _check_link(path: str) -> None:
+    if os.path.islink(path):
+        raise UserError(
+            f"{path} is a link to {os.path.realpath(path)}, and the files there may belong to another dataset. "
+            "Nothing was deleted. Remove the link, and drop the layer again."
+        )
 
 
 def _delete_files(store: Store, *parts: str) -> None:

@@ -18,6 +18,7 @@ from reinforce.dataset.manifest.class_code import code_lines
 from reinforce.dataset.manifest.manifest import read_manifest
 from reinforce.dataset.reading.completeness import check_completeness
 from reinforce.dataset.runs.progress import list_runs, read_summary
+from reinforce.dataset.view import view_states
 from reinforce.terminal import escape, format_bytes, plural
 
 _QUARANTINE_FILES = 1000  # per layer whose reasons are counted
@@ -30,7 +31,7 @@ def read_status(url: str) -> dict[str, Any]:
     ``quarantined`` counts samples once: ``samples``, by layer the rows of those that no layer before has, by reason,
     and ``following`` rows of the others in ``following_layers``.
     ``damaged`` are ``DamagedFile`` and count as missing, ``lost`` names shards whose samples are gone, ``notes`` are
-    lines about custom classes that have changed. Raises UserError if there is no dataset.
+    lines about custom classes that have changed, ``views`` are ``ViewState``. Raises UserError if there is no dataset.
     """
     store = Store(url)
     manifest = read_manifest(store)
@@ -60,6 +61,7 @@ def read_status(url: str) -> dict[str, Any]:
         "lost": found.describe_missing(),
         "notes": code_lines(manifest),
         "last_run": _last_run(store),
+        "views": [*view_states(store, manifest, listings[SAMPLES].names.to_pylist())],
     }
 
 

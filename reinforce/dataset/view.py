@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ import schemas
 from reinforce.dataset.files.layer_file import LayerFile, RefusedFile
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import compute_fingerprint
-from reinforce.errors import UserError
+from reinforce.errors import StorageError, UserError
 from reinforce.source.views import FOLDER, rows_path
 
 _DESCRIPTION, _SHARDS = "view.json", "shards.parquet"
@@ -75,6 +75,11 @@ class ViewRows:
     def remove(self, store: Store, shards: Iterable[str]) -> None:
         for shard in shards:
             store.remove(*self._path(shard))
+
+    @property
+    def folder(self) -> str:
+        """The folder of the files in the dataset."""
+        return "/".join(self._path("")[:-1])
 
     def _path(self, shard: str) -> tuple[str, ...]:
         return rows_path(self.name, self.fingerprint, shard)
@@ -184,12 +189,60 @@ def write_view(store: Store, view: View) -> None:
 
 def list_views(store: Store) -> list[str]:
     """Names of the views of a dataset."""
+    return [name for name in view_folders(store) if store.fs.exists(store.path(FOLDER, name, _DESCRIPTION))]
+
+
+def view_folders(store: Store) -> list[str]:
+    """Names of the views of a dataset, and of those that a stopped selection or an interrupted drop has left."""
     try:
         with store.storage_errors("listed", FOLDER):
             entries = store.fs.ls(store.path(FOLDER), detail=True, refresh=True)
     except (FileNotFoundError, NotADirectoryError):
         return []
     return sorted(str(one["name"]).rstrip("/").rpartition("/")[2] for one in entries if one["type"] == "directory")
+
+
+@dataclass(frozen=True)
+class ViewState:
+    """A view as ``status`` shows it: the samples that it keeps of some, and why it cannot be read, one line each.
+
+    ``newer`` counts shards that it does not have. ``kept`` and ``samples`` are None if it is damaged.
+    """
+
+    name: str
+    fingerprint: str | None
+    kept: int | None
+    samples: int | None
+    newer: int
+    problems: tuple[str, ...]
+
+    def line(self) -> str:
+        newer = f"; {self.newer:,} shards are newer and not read" if self.newer else ""
+        kept = "" if self.kept is None else f"{self.kept:,} of {self.samples:,} samples, "
+        state = f"not current: {'; '.join(self.problems)}" if self.problems else "current"
+        return f"views/{self.name}: {kept}{state}{newer}"
+
+
+def view_states(store: Store, manifest: Mapping[str, Any], shards: Collection[str]) -> Iterator[ViewState]:
+    """The state of each view of a dataset whose samples have some ``shards``."""
+    for name in list_views(store):
+        try:
+            view = read_view(store, name)
+        except StorageError:
+            raise
+        except UserError as error:
+            yield ViewState(name, None, None, None, 0, (str(error),))
+        else:
+            newer = sum(shard not in view.counts for shard in shards)
+            counts = len(view), sum(view.counts.values())
+            yield ViewState(name, view.fingerprint, *counts, newer, tuple(view.changes(manifest)))
+
+
+def remove_view(store: Store, name: str) -> None:
+    """Delete a view, first its description, and whatever a selection has left of it."""
+    store.remove(FOLDER, name, _DESCRIPTION)
+    with store.storage_errors("removed", FOLDER, name):
+        store.fs.rm(store.path(FOLDER, name), recursive=True)
 
 
 def open_view(store: Store, manifest: Mapping[str, Any], name: str) -> View:

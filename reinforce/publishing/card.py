@@ -6,19 +6,22 @@ Its front matter has a configuration for each layer, with the files and the type
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 import yaml
 
+import schemas
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.kinds.registry import stored_layer
 from reinforce.dataset.layers import SAMPLES, Layer
 from reinforce.dataset.manifest.manifest import read_manifest
 from reinforce.dataset.reading.row_counts import row_group_table
+from reinforce.dataset.view import View, list_views, read_view
 from reinforce.errors import UserError
-from reinforce.publishing.card_page import MARK, LayerCard, one_line, render_page
+from reinforce.publishing.card_page import MARK, LayerCard, one_line, render_page, view_config
 from reinforce.storage import Storage
 from schemas import IMAGE_DIGEST
 
@@ -48,16 +51,17 @@ def build_card(store: Store, licence: str) -> str:
     manifest = read_manifest(store)
     layers = read_layers(store, manifest)
     rows = next(layer.rows for layer in layers if layer.name == SAMPLES)
+    views = [view for view in map(functools.partial(read_view, store), list_views(store)) if not view.changes(manifest)]
     front = {
         "license": one_line(licence),
         "pretty_name": one_line(store.url.rpartition("/")[2]) or "reinforced dataset",
         "tags": ["reinforced-dataset", "clip", "distillation"],
         "size_categories": [_size_category(rows)],
-        "configs": [_files(layer) for layer in layers],
-        "dataset_info": [_info(layer) for layer in layers],
+        "configs": [*map(_files, layers), *map(_files_of_view, views)],
+        "dataset_info": [*map(_info, layers), *(_info_of_view(store, view) for view in views)],
     }
     header = yaml.safe_dump(front, sort_keys=False, width=2**16)
-    return f"---\n{header}---\n\n{render_page(store.url, manifest, layers, licence)}"
+    return f"---\n{header}---\n\n{render_page(store.url, manifest, layers, views, licence)}"
 
 
 def read_layers(store: Store, manifest: Mapping[str, Any]) -> list[LayerCard]:
@@ -98,13 +102,27 @@ def _files(layer: LayerCard) -> dict[str, Any]:
     return {"config_name": layer.config, "data_files": [files], **default}
 
 
+def _files_of_view(view: View) -> dict[str, Any]:
+    files = {"split": "train", "path": f"{view.rows.folder}/*.parquet"}
+    return {"config_name": view_config(view), "data_files": [files]}
+
+
 def _info(layer: LayerCard) -> dict[str, Any]:
+    return _describe(layer.config, layer.schema, layer.size, layer.rows)
+
+
+def _info_of_view(store: Store, view: View) -> dict[str, Any]:
+    size = store.shards(view.rows.folder).total_bytes
+    return _describe(view_config(view), schemas.view_schema(), size, sum(view.counts.values()))
+
+
+def _describe(config: str, schema: pa.Schema, size: int, rows: int) -> dict[str, Any]:
     return {
-        "config_name": layer.config,
-        "features": [_feature(field) for field in layer.schema],
-        "splits": [{"name": "train", "num_bytes": layer.size, "num_examples": layer.rows}],
-        "download_size": layer.size,
-        "dataset_size": layer.size,
+        "config_name": config,
+        "features": [_feature(field) for field in schema],
+        "splits": [{"name": "train", "num_bytes": size, "num_examples": rows}],
+        "download_size": size,
+        "dataset_size": size,
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from reinforce.dataset.layers import SAMPLES, Layer
+from reinforce.dataset.view import View
 from reinforce.terminal import escape, format_bytes, plural
 
 #: By which a README.md is recognised as one that may be replaced.
@@ -51,7 +53,14 @@ def one_line(value: object) -> str:
     return " ".join(escape(str(value)).split())
 
 
-def render_page(url: str, manifest: Mapping[str, Any], layers: Sequence[LayerCard], licence: str) -> str:
+def view_config(view: View) -> str:
+    """Name of the configuration that has the rows of a view."""
+    return f"views--{view.name}"
+
+
+def render_page(
+    url: str, manifest: Mapping[str, Any], layers: Sequence[LayerCard], views: Sequence[View], licence: str
+) -> str:
     """The card below its front matter."""
     samples = next(layer for layer in layers if layer.name == SAMPLES)
     size = format_bytes(sum(layer.size for layer in layers))
@@ -77,6 +86,10 @@ def render_page(url: str, manifest: Mapping[str, Any], layers: Sequence[LayerCar
     if manifest["captioners"]:
         rows = ((markdown(name), markdown(_model(entry))) for name, entry in manifest["captioners"].items())
         parts += ["## Captioners", _table(("name", "model"), rows)]
+    if views:
+        rows = ((f"`{view_config(view)}`", f"{len(view):,}", markdown(json.dumps([*view.rules]))) for view in views)
+        text = "Rows have `left_out`, the rule that leaves the sample out: null for the samples that the view keeps."
+        parts += ["## Views", text, _table(("configuration", "samples", "rules, in order"), rows)]
     parts += [*_policies(manifest), *_usage(manifest, layers)]
     return "\n\n".join(parts) + "\n"
 

@@ -93,6 +93,7 @@ def test_json_has_the_run_and_the_dataset(dataset: Path, command: Command) -> No
     found = json.loads(command("status", str(dataset), "--json")[1])
     assert found.keys() == {
         "url", "run", "shards", "layers", "quarantine", "quarantined", "damaged", "missing", "notes", "last_run",
+        "views",
     }  # fmt: skip
     assert (found["url"], found["shards"], found["last_run"]) == (str(dataset), 2, None)
     assert found["layers"][layer]["shards"] == 1

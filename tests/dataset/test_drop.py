@@ -19,7 +19,11 @@ from reinforce.dataset.files.store import MANIFEST, Store
 from reinforce.dataset.manifest.manifest import read_manifest, record_scales
 from reinforce.engine.plan.plan import make_plan
 from reinforce.errors import UserError
+from reinforce.selection.config import SelectConfig
+from reinforce.selection.select import select
+from reinforce.settings import parse
 from schemas import Reason
+from tests.helpers.commands import printed_by
 from tests.helpers.data import config_of, members_of, tree, write_tar
 from tests.helpers.reinforced import reinforce_here
 
@@ -58,6 +62,34 @@ def content(dataset: Path) -> tuple[dict[str, bytes], Any]:
     """The files, and dataset.json as an object: the order of its keys has no meaning."""
     files = tree(dataset)
     return files, json.loads(files.pop(MANIFEST))
+
+
+def test_views_are_deleted_by_name_and_with_everything(dataset: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    url = str(dataset)
+    for name in ("best", "other"):
+        rules = [{"where": "captions.namer[1] IS NOT NULL" if name == "best" else "width > 0"}]
+        select(parse(SelectConfig, {"dataset": url, "name": name, "rules": rules}))
+    before = content(dataset)[0]
+    printed = printed_by(capfd, "drop", url, "views/best")
+    assert "views/best: 4 files" in printed
+    assert f"nothing was deleted; to delete: reinforce drop {url} views/best --yes" in printed
+    assert "views/best was made from captions/namer: it stays, and is refused until a run computes the same" in (
+        printed_by(capfd, "drop", url, "captions/*", "embeddings/*")
+    )
+    drop_layers(url, "embeddings/*", "captions/*")
+    with pytest.raises(UserError, match="captions/namer was dropped since view best was made"):
+        reinforce.open(url, view="best")
+    assert len(reinforce.open(url, view="other")) == 6
+    drop_layers(url, "views/best")
+    assert not (dataset / "views/best").exists()
+    with pytest.raises(UserError, match=r"views/other depends on samples\. Name them, too: reinforce drop \S+ '\*'"):
+        drop_layers(url, "samples")
+    assert {name for name in content(dataset)[0] if "views/other" in name} == {
+        name for name in before if "views/other" in name
+    }
+    drop_layers(url, "*")
+    assert not (dataset / "views").exists()
+    assert not (dataset / MANIFEST).exists()
 
 
 def test_a_teacher_is_deleted_with_its_quarantine_and_its_entries(made: Path, dataset: Path) -> None:

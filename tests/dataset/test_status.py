@@ -7,9 +7,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from reinforce.dataset.drop import drop, plan_drop
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.status import read_status, status_table
 from reinforce.errors import UserError
+from reinforce.selection.config import SelectConfig
+from reinforce.selection.select import select
+from reinforce.settings import parse
 from schemas import Reason
 from tests.helpers.reinforced import small_dataset
 
@@ -38,6 +42,21 @@ def test_quarantined_rows_and_shards_are_counted_by_reason(store: Store) -> None
             "examples": {"image_broken": "one: a: cut off", "shard_damaged (shard)": "one: at byte 9"},
         }
     }
+
+
+def test_views_are_listed_with_what_they_keep_and_whether_they_are_current(store: Store) -> None:
+    for name, where in (("all", "width > 0"), ("some", "captions.namer[1] IS NOT NULL AND key LIKE '%0'")):
+        select(parse(SelectConfig, {"dataset": store.url, "name": name, "rules": [{"where": where}]}))
+    drop(store, plan_drop(store, ["captions/*", "embeddings/*"]))
+    (Path(store.url) / "views" / "stopped" / "parts-0").mkdir(parents=True)
+    views = read_status(store.url)["views"]
+    assert [view.line() for view in views] == [
+        "views/all: 5 of 5 samples, current",
+        "views/some: 2 of 5 samples, not current: captions/namer was dropped since view some was made",
+    ]
+    Path(store.url, "views/all/view.json").write_text("{}")
+    [damaged, _] = read_status(store.url)["views"]
+    assert "does not describe a view. Make it again with reinforce select" in damaged.line()
 
 
 def test_the_last_run_is_the_latest_with_a_summary(store: Store) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,14 @@ from PIL import Image
 
 import reinforce
 from reinforce.cli import main
+from reinforce.dataset.drop import drop, plan_drop
 from reinforce.dataset.files.store import MANIFEST, Store
 from reinforce.errors import UserError
 from reinforce.publishing.card import write_card
 from reinforce.publishing.card_page import MARK, markdown
+from reinforce.selection.config import SelectConfig
+from reinforce.selection.select import select
+from reinforce.settings import parse
 from tests.helpers.data import config_of
 from tests.helpers.reinforced import small_dataset
 
@@ -59,6 +64,20 @@ def front_matter(path: Path) -> dict[str, Any]:
 
 def load(dataset: str, layer: str, tmp_path: Path, **options: Any) -> Any:
     return datasets.load_dataset(dataset, layer, split="train", cache_dir=str(tmp_path / "cache"), **options)
+
+
+def test_views_that_are_current_are_configurations(dataset: str, tmp_path: Path) -> None:
+    url = str(shutil.copytree(dataset, tmp_path / "out"))
+    for name, where in (("some", "key LIKE '%1'"), ("stale", "captions.namer[1] IS NOT NULL")):
+        config = {"dataset": url, "name": name, "rules": [{"where": where}]}
+        select(parse(SelectConfig, config))
+    drop(Store(url), plan_drop(Store(url), ["captions/*", "embeddings/*"]))
+    write_card(url, force=True)
+    card = front_matter(Path(url, "README.md"))
+    assert [one["config_name"] for one in card["configs"]] == ["samples", "views--some"]
+    rows = load(url, "views--some", tmp_path)
+    assert [row["key"] for row in rows if row["left_out"] is None] == [s.key for s in reinforce.open(url, view="some")]
+    assert "| `views--some` | 2 | " in Path(url, "README.md").read_text()
 
 
 @pytest.mark.parametrize("streaming", [False, True])

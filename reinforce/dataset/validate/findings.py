@@ -9,7 +9,10 @@ from typing import Literal
 #: of another layer, shard or recipe. ``rows``: values that a run does not write. ``missing``: a file that should exist.
 #: ``orphan``: a file that belongs to nothing. ``manifest``: dataset.json contradicts itself or the files.
 #: ``count``: the source has another number of samples. ``quarantine``: the quarantine file of the layer is damaged.
-Kind = Literal["unreadable", "damaged", "misplaced", "rows", "missing", "orphan", "manifest", "count", "quarantine"]
+#: ``view``: a view is damaged, or of other rows than the samples.
+Kind = Literal[
+    "unreadable", "damaged", "misplaced", "rows", "missing", "orphan", "manifest", "count", "quarantine", "view"
+]
 
 
 @dataclass(frozen=True)

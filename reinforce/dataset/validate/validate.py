@@ -25,6 +25,7 @@ from reinforce.dataset.validate.inventory import check_missing, check_orphans, c
 from reinforce.dataset.validate.process_pool import ShardPool, default_processes
 from reinforce.dataset.validate.shard_checks import ShardFiles
 from reinforce.dataset.validate.shard_reader import ELSEWHERE, SAME, TOUCHED, UNKNOWN, UNREADABLE, ReadOptions, Shards
+from reinforce.dataset.validate.views import check_views
 from reinforce.source.references import ImageRoots
 from reinforce.terminal import plural
 
@@ -168,6 +169,10 @@ def validate(
             found.sources += part.sources
             found.changed += part.changed
             counted += part.counted
+    faulty = {finding.shard for finding in found.findings}
+    findings, notes = check_views(store, manifest, listings[SAMPLES], [name for name in chosen if name not in faulty])
+    found.findings += findings
+    found.code += notes
     found.repeated = keys.repeated()
     found.counted = counted if count else None
     return found

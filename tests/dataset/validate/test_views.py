@@ -1,0 +1,82 @@
+"""`reinforce validate` on views: damaged files, other rows than those of the samples, inputs that have changed."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from reinforce.dataset.drop import drop, plan_drop
+from reinforce.dataset.files.store import Store
+from reinforce.dataset.validate.validate import validate
+from reinforce.selection.config import SelectConfig
+from reinforce.selection.select import select
+from reinforce.settings import parse
+
+
+@pytest.fixture
+def viewed(made: Path, tmp_path: Path) -> Path:
+    """A copy of a dataset with a view."""
+    url = Path(shutil.copytree(made, tmp_path / "out"))
+    rule = {"where": "captions.namer[1] IS NOT NULL AND key LIKE '%1'"}
+    select(parse(SelectConfig, {"dataset": str(url), "name": "best", "rules": [rule]}))
+    return url
+
+
+def rows_file(url: Path) -> Path:
+    return sorted(url.glob("views/best/rows-*/*"))[0]
+
+
+def write_rows(path: Path, change: Callable[[pa.Table], pa.Table]) -> None:
+    rows = pq.read_metadata(path).row_group(0).num_rows
+    pq.write_table(change(pq.read_table(path)), path, row_group_size=rows)
+
+
+def one_more(table: pa.Table) -> pa.Table:
+    """The rows with another one left out or kept."""
+    left_out = table["left_out"].to_pylist()
+    changed = [None if left_out[0] else "1 where", *left_out[1:]]
+    return table.set_column(1, table.schema.field(1), pa.array(changed, pa.string()))
+
+
+def damage_page(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[60] ^= 255
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda url: rows_file(url).unlink(), "view best has no rows of "),
+        (lambda url: write_rows(rows_file(url), one_more), "view best keeps other rows of "),
+        (lambda url: write_rows(rows_file(url), lambda table: table.slice(1)), "view best is of other samples of "),
+        (lambda url: damage_page(rows_file(url)), "cannot be read"),
+        (lambda url: (url / "views/best/shards.parquet").write_bytes(b"PAR1"), "shards.parquet cannot be read"),
+        (
+            lambda url: (url / "views/best/view.json").write_text(
+                (url / "views/best/view.json").read_text().replace("%1", "%2")
+            ),
+            "does not have its fingerprint: it was changed",
+        ),
+    ],
+)
+def test_a_damaged_view_is_one_finding(viewed: Path, damage: Callable[[Path], object], message: str) -> None:
+    assert validate(str(viewed)).valid
+    damage(viewed)
+    found = validate(str(viewed))
+    [finding] = found.findings
+    assert message in finding.message
+    assert (finding.kind, finding.layer, finding.at_fault) == ("view", "views/best", False)
+
+
+def test_a_view_of_a_dropped_layer_is_a_note(viewed: Path) -> None:
+    store = Store(str(viewed))
+    drop(store, plan_drop(store, ["captions/*", "embeddings/*/namer"]))
+    found = validate(str(viewed))
+    assert found.valid
+    assert "view best is refused: captions/namer was dropped since view best was made. Make it again" in found.code[-1]
