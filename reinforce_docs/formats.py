@@ -11,8 +11,8 @@ from reinforce_docs.tables import cell, code, table
 
 #: Title -> (path of the files, schema).
 FILES: dict[str, tuple[str, pa.Schema]] = {
-    "Samples with embedded images": ("samples/<shard>.parquet", schemas.samples_schema("embed")),
-    "Samples with referenced images": ("samples/<shard>.parquet", schemas.samples_schema("reference")),
+    "Samples with embedded images": ("samples/<shard>.parquet", schemas.samples_schema("embed", True)),
+    "Samples with referenced images": ("samples/<shard>.parquet", schemas.samples_schema("reference", True)),
     "Captions": ("captions/<captioner>/<shard>.parquet", schemas.captions_schema()),
     "Embeddings in float16": (
         "embeddings/<teacher>/<what>/<shard>.parquet",

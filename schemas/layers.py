@@ -68,7 +68,7 @@ def samples_schema(images: str, true_captions: bool = False) -> pa.Schema:
     ``true_captions``: with a column of all true captions of a sample.
     """
     texts = pa.list_(pa.field("element", pa.string(), nullable=False))
-    several = [_field(TRUE_CAPTIONS, texts, "the true captions, `caption` the first; empty where there is none", False)]
+    several = [_field(TRUE_CAPTIONS, texts, "all, `caption` the first; only with `input.captions_per_sample`", False)]
     fields = [
         _KEY,
         _field("caption", pa.string(), "the true caption after the caption policy; null where there is none"),

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import schemas
 from reinforce.captioning.config import Data
 from reinforce.config import Input
+from reinforce.dataset.kinds.samples import true_captions
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.reading.dataset import Dataset
 from reinforce.errors import UserError
@@ -124,10 +125,11 @@ def _scan_dataset_shard(dataset: Dataset, shard: str, data: Data) -> ShardPairs:
             ranges = roots.ranges(table["image_ref"].to_pylist())
             urls, starts, lengths = ([*column] for column in zip(*ranges, strict=True)) if ranges else ([], [], [])
         texts = table.select(["key", "caption", "metadata"]).to_pylist()
-        for url, start, length, text in zip(urls, starts, lengths, texts, strict=True):
+        several = true_captions(table)
+        for url, start, length, text, own in zip(urls, starts, lengths, texts, several, strict=True):
             members = {"txt": text["caption"], "json": text["metadata"]}
             sidecars = {name: value.encode() for name, value in members.items() if value}
-            pairs.add(text["key"], url, start, length, sidecars)
+            pairs.add(text["key"], url, start, length, sidecars, own)
     return pairs.build()
 
 
@@ -139,8 +141,12 @@ class _PairsBuilder:
         self._data = data
         self._rows: list[dict[str, Any]] = []
 
-    def add(self, key: str, url: str, offset: int, length: int, sidecars: Mapping[str, bytes]) -> None:
-        captions = read_captions(sidecars, self._data.captions, self._data.limits)
+    def add(
+        self, key: str, url: str, offset: int, length: int, sidecars: Mapping[str, bytes], several: Sequence[str] = ()
+    ) -> None:
+        """Add an image with the captions of its sidecars, or with ``several`` that a dataset keeps."""
+        found = several if len(several) > 1 else read_captions(sidecars, self._data.captions, self._data.limits)
+        captions = list(found)
         if captions:
             self._rows.append({"key": key, "url": url, "offset": offset, "length": length, "captions": captions})
         else:

@@ -13,6 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import reinforce
+from reinforce.captioning.config import Data as CaptionerData
+from reinforce.captioning.scan import scan
 from reinforce.config import parse_config
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.reading.dataset import Dataset
@@ -127,6 +129,17 @@ def test_a_student_draws_one_an_epoch_with_its_own_vector_and_resumes(made: Path
         assert {key: {*texts} for key, texts in seen.items()} == {key: {*CAPTIONS[key][:5]} for key in seen}
         [resumed] = itertools.islice(feed_of(made, pick).batches(0, 1, 2, 4), 1)
         assert read(resumed["caption"]) == read(batches[4]["caption"])
+
+
+def test_a_batch_may_be_larger_than_the_usable_rows(made: Path) -> None:
+    [batch] = itertools.islice(feed_of(made, "random").batches(0, 1, 4, 0), 1)
+    assert {*batch["key"]} == {key for key, texts in CAPTIONS.items() if texts}
+
+
+def test_a_captioner_learns_from_all_of_them(made: Path) -> None:
+    pairs = scan(str(made), CaptionerData(source=str(made)), "data")
+    found = dict(zip(pairs["key"].to_pylist(), pairs["captions"].to_pylist(), strict=True))
+    assert found == {key: texts[:5] for key, texts in CAPTIONS.items() if texts}
 
 
 def test_reports_count_all_of_them(made: Path) -> None:

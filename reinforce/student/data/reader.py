@@ -223,6 +223,8 @@ class DatasetReader:
                     return list(found.values())
             if searched >= min(_MAX_UNUSABLE_ROWS, 2 * self._order.total):
                 break
+        if found:  # fewer than a batch has
+            return list(found.values())
         raise UserError(
             f"{self._dataset.url}: none of {searched:,} rows can be used ({', '.join(unusable)}). Choose other "
             "`teachers` or `captioners` under `data`; `reinforce status` shows why rows are null."
