@@ -78,7 +78,7 @@ def test_with_accelerators_each_has_its_part_of_its_nodes_cores() -> None:
 @pytest.mark.parametrize(
     ("cores", "accelerated", "loaders", "threads"),
     [(1, False, 1, 1), (2, False, 1, 2), (4, False, 1, 4), (16, False, 1, 15), (64, False, 3, 61),
-     (1, True, 1, 1), (4, True, 2, 2), (12, True, 8, 4), (16, True, 8, 8), (64, True, 8, 56)],
+     (1, True, 1, 1), (4, True, 2, 2), (12, True, 8, 4), (16, True, 10, 6), (64, True, 42, 22)],
 )  # fmt: skip
 def test_threads_and_loader_processes_of_a_rank(cores: int, accelerated: bool, loaders: int, threads: int) -> None:
     assert loader_processes(cores, accelerated) == loaders

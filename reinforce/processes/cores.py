@@ -12,7 +12,6 @@ from pathlib import Path, PurePosixPath
 Node = Mapping[str, float]
 
 #: Loader processes of a rank with an accelerator; more only cost memory.
-_MAX_LOADERS = 8
 #: From so many cores on, a core is worth less to the arithmetic than its loader process loses by sharing it.
 _LEAVES_CORES = 8
 _CORES_PER_LOADER = 32  # without an accelerator, where a sample takes much longer to train on than to read
@@ -103,7 +102,7 @@ def loader_processes(cores: int, accelerated: bool) -> int:
     of the time of a step.
     """
     if accelerated:
-        return min(_MAX_LOADERS, max(1, cores * 2 // 3))
+        return max(1, cores * 2 // 3)
     return 1 + cores // _CORES_PER_LOADER
 
 

@@ -110,7 +110,7 @@ class Data(Section):
         None,
         ge=0,
         description="loader processes per rank; 0: read in the training process; default: two thirds of the rank's "
-        "cores, at most 8, with an accelerator, else 1 for every 32 cores",
+        "cores with an accelerator, else 1 for every 32 cores",
     )
     prefetch: int = Field(4, ge=1, description="batches to prefetch; each loader process makes a part of every batch")
 
