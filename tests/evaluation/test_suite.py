@@ -223,6 +223,23 @@ FAULTS = {
     "no set at all": (["--suite", "datacomp", "--data", "{root}"], "--data has none of the 38 sets: Caltech-101 is"),
     "options of other sets": (["--suite", "datacomp", "--limit", "5"], "--limit: not with --suite"),
     "no suite": (["--data", "x"], "belong to --suite"),
+    "a result that is no result": (
+        ["--suite", "datacomp", "--data", "{root}/sets", "--sets", "mnist", "--out", "{root}/bad"],
+        "plain.jsonl has a line that is not of results",
+    ),
+    "a folder that cannot be written": (
+        [
+            "--suite",
+            "datacomp",
+            "--data",
+            "{root}/sets",
+            "--sets",
+            "mnist",
+            "--out",
+            "{root}/plain/open_clip_config.json",
+        ],
+        "open_clip_config.json cannot be written",
+    ),
     "nothing published": (
         ["--suite", "datacomp", "--data", "{root}", "--compare", "s0"],
         "nothing is published of 's0'",
@@ -232,6 +249,9 @@ FAULTS = {
 
 def test_a_user_error_is_one_message(command: Command, tmp_path: Path) -> None:
     tiny_models.open_clip_model(tmp_path / "plain")
+    write_classification(tmp_path / "sets", "mnist", colour_samples(1))
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / f"{tmp_path}-plain.jsonl".replace("/", "-").strip("-")).write_text("[]\n")
     for fault, (options, message) in FAULTS.items():
         words = [word.format(root=tmp_path) for word in options]
         status, out, err = command("evaluate", f"{tmp_path}/plain", "--out", f"{tmp_path}/out", *words)

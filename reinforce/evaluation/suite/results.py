@@ -13,7 +13,7 @@ from rich.table import Table
 from reinforce import plots
 from reinforce.errors import UserError
 from reinforce.evaluation.suite.registry import SuiteSet
-from reinforce.source.urls import filesystem
+from reinforce.source.urls import canonical, filesystem
 from reinforce.source.whole_reads import read_whole
 from reinforce.storage import write_file
 
@@ -42,7 +42,9 @@ class ResultFile:
         try:
             write_file(text.encode(), self.url)
         except OSError as error:
-            raise UserError(f"{self.url} cannot be written: {error}. Name another folder with --out.") from error
+            raise UserError(
+                f"{canonical(self.url)} cannot be written: {error}. Name another folder with --out."
+            ) from error
 
     def _read(self) -> dict[str, Line]:
         fs, path = filesystem(self.url)
@@ -52,7 +54,9 @@ class ResultFile:
             lines = [json.loads(line) for line in read_whole(fs, path).decode().splitlines() if line.strip()]
             return {line["key"]: line for line in lines}
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{self.url} has a line that is not of results ({error}). Remove the file.") from error
+            raise UserError(
+                f"{canonical(self.url)} has a line that is not of results ({error}). Remove the file."
+            ) from error
 
 
 @dataclass

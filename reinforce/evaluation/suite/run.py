@@ -16,8 +16,9 @@ from reinforce.evaluation.suite.results import Line, ResultFile, SuiteReport
 from reinforce.model_names import model_errors
 from reinforce.processes.cores import available_cores
 from reinforce.source.urls import canonical
-from reinforce.storage import write_file
+from reinforce.storage import Storage, write_file
 from reinforce.terminal import Screen
+from teachers.redact import redact
 from teachers.spec import ModelSpec, TeacherSpec
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def evaluate_suite(
     A set that is missing below ``root``, or that cannot be evaluated, is in the report with the reason. Raises
     UserError for other faults: an unknown set or name to compare with, a model that cannot be loaded, no set at all.
     """
+    specs = {redact(name): spec for name, spec in specs.items()}  # they are written to files
     sets = select_sets(suite, names)
     published = published_metrics(compare) if compare else {}
     identities = {name: _identity(name, spec, precision) for name, spec in specs.items()}
@@ -54,6 +56,7 @@ def evaluate_suite(
     results: dict[str, dict[str, Line]] = {name: {} for name in specs}
     report = SuiteReport(suite, len(select_sets(suite)), sets, results, compared=compare, published=published)
     present = _find(report, root)
+    Storage(out).check_writable()
     models: Models | None = None
     for one, files in present:
         for name, store in stores.items():
