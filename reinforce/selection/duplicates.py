@@ -61,9 +61,10 @@ class Buckets:
 
 @dataclass(frozen=True)
 class TrainCells:
-    """Finds centroids from row groups chosen at random."""
+    """Finds centroids from row groups chosen at random, and saves them in ``stage``."""
 
     parts: Parts
+    stage: str
     inputs: dict[str, str]
     rule: BoundRule
     cells: int
@@ -79,7 +80,9 @@ class TrainCells:
         vectors = np.concatenate(found)[: self.cells * _TRAINED_ROWS]
         if not len(vectors):
             raise UserError(f"{self.parts.store.url}: {self.rule.layer} has no vectors. Choose another teacher.")
-        return {"centroids": neighbours.train(vectors, min(self.cells, len(vectors)), self.rule.seed)}
+        centroids = neighbours.train(vectors, min(self.cells, len(vectors)), self.rule.seed)
+        self.parts.save(self.stage, number, {"centroids": centroids})
+        return {"trained": np.array(len(vectors))}
 
 
 def training_places(

@@ -126,7 +126,7 @@ def worse_duplicates(vectors: Halves, home: Mask, best: Floats, place: npt.NDArr
 
 @dataclass(frozen=True)
 class Reference:
-    """Vectors that samples are compared with: ``vectors`` of the first result of a stage."""
+    """Vectors that samples are compared with, which ``stage`` has."""
 
     parts: Parts
     stage: str

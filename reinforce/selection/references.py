@@ -82,9 +82,10 @@ def _policy(manifest: Mapping[str, Any], name: str) -> Any:
 
 @dataclass(frozen=True)
 class ReadReference:
-    """Reads the vectors of datasets [N, D]."""
+    """Reads the vectors of datasets [N, D], and saves them in ``stage``."""
 
     parts: Parts
+    stage: str
 
     def __call__(self, number: int, datasets: Sequence[OtherDataset]) -> Arrays:
         found = []
@@ -99,4 +100,5 @@ class ReadReference:
         if not len(vectors):
             names = ", ".join(redact(one.url) for one in datasets)
             raise UserError(f"against: {names} has no vectors. Name datasets with images.")
-        return {"vectors": vectors}
+        self.parts.save(self.stage, number, {"vectors": vectors})
+        return {"vectors": np.array(len(vectors))}

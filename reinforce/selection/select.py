@@ -74,6 +74,7 @@ def select(
     view = View(config.name, fingerprint, written, config.seed, inputs, rows, kept, report)
     if not len(view):
         parts.remove()
+        view.rows.remove(store, view.counts)
         last = next(line["rule"] for line in reversed(report) if line["rows"])
         raise UserError(f"the rules keep no sample: rule {last} leaves out the last; view {config.name} is not written")
     write_view(store, view)
@@ -155,14 +156,13 @@ class _Selection:
 
     def add(self, rule: BoundRule, manifest: Mapping[str, Any], against: Mapping[str, OtherDataset]) -> None:
         """Find out what a rule needs to know of all samples."""
-        stage = str(rule.number)
         if rule.top is not None:
             self.log(f"rule {rule.label}: looking for the value above which it keeps samples")
             rule = replace(rule, search=self._find_values(rule, rule.top))
         elif rule.spec.decontaminate is not None:
             self.log(f"rule {rule.label}: reading {', '.join(against)}")
-            stage = f"{stage}-reference"
-            self._all(self.work.map(stage, ReadReference(self.parts), [[*against.values()]]))
+            stage = f"{rule.number}-reference"
+            self._all(self.work.map(f"{stage}-read", ReadReference(self.parts, stage), [[*against.values()]]))
             rule = replace(rule, reference=Reference(self.parts, stage, rule.spec.decontaminate.threshold))
         elif rule.spec.deduplicate is not None:
             self._find_duplicates(rule, manifest["layers"][rule.layer]["dim"] if rule.layer else 0)
@@ -176,7 +176,7 @@ class _Selection:
         kept: dict[str, array[int]] = {}  # they take a tenth of the memory of lists
         names = labels(self.rules)
         codes = np.zeros(len(names), np.int64)
-        results = self._pass("rows", WriteRows(view, names))
+        results = self._pass("rows", WriteRows(view, names), save=False)
         for chunk, result in zip(self.chunks, results, strict=True):
             of_shards = np.split(result["kept"], np.cumsum(result["groups"])[:-1])
             kept |= {shard: array("i", of.tobytes()) for shard, of in zip(chunk.shards, of_shards, strict=True)}
@@ -205,9 +205,10 @@ class _Selection:
         if dim:
             self.log(f"rule {rule.label}: dividing {rows:,} samples into {buckets.cells:,} cells")
             places = training_places(self.groups, self.shards, rule.seed, buckets.cells)
-            self._all(self.work.map(centroids, TrainCells(self.parts, self.inputs, rule, buckets.cells), [places]))
+            train = TrainCells(self.parts, centroids, self.inputs, rule, buckets.cells)
+            self._all(self.work.map(f"{centroids}-trained", train, [places]))
         collect = CollectRecords(rule, buckets, records, centroids)
-        ends = np.stack([result["ends"] for result in self._pass(records, collect, leaves_out=True)])
+        ends = np.stack([result["ends"] for result in self._pass(records, collect, save=True)])
         self.log(f"rule {rule.label}: comparing the samples of {buckets.count:,} parts")
         firsts = np.array([*(chunk.first for chunk in self.chunks), rows])
         compare = CompareRecords(self.parts, rule, buckets, records, out, firsts)
@@ -219,9 +220,12 @@ class _Selection:
         self._all(self.work.map(f"{out}-entered", enter, chunks))
         self.codes = enter.after
 
-    def _pass(self, stage: str, measure: Measure[_T], leaves_out: bool = False) -> Iterator[Arrays]:
-        """Apply what is pending to all chunks, and measure -> the result of each chunk."""
-        after = f"{stage}-codes" if self.pending or leaves_out else None
+    def _pass(self, stage: str, measure: Measure[_T], save: bool | None = None) -> Iterator[Arrays]:
+        """Apply what is pending to all chunks, and measure -> the result of each chunk.
+
+        ``save`` is whether the codes are kept for the next pass; by default if something was pending.
+        """
+        after = f"{stage}-codes" if (bool(self.pending) if save is None else save) else None
         task = Pass(self.parts, self.inputs, self.codes, after, tuple(self.pending), measure)
         yield from self.work.map(stage, task, self.chunks)
         self.codes, self.pending = after or self.codes, []

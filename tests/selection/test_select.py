@@ -165,6 +165,7 @@ def test_a_rule_that_leaves_nothing_is_an_error_and_the_earlier_view_stays(url: 
     with pytest.raises(UserError, match="the rules keep no sample: rule 1 where leaves out the last; view mine is not"):
         view_of(url, {"where": "width > 4000"}, {"sample": 3})
     assert len(kept(url)) == 5
+    assert len([*Path(url, "views/mine").glob("*/*")]) == SHARDS, "of the earlier view alone"
 
 
 @pytest.mark.parametrize(
