@@ -32,6 +32,7 @@ RESULTS = Path(__file__).parent / "results" / "duplicates.json"
 BUILD = Path("build/duplicates")
 DIM, SHARD_ROWS, GROUP_ROWS = 128, 5000, 500
 THRESHOLD = 0.95
+NEAR: dict[str, Any] = {"deduplicate": {"teacher": "teacher", "threshold": THRESHOLD}}
 TEACHER = embeddings_layer("teacher", "images")
 #: DFN-5B as it is published: samples and shards, and vectors of ViT-L/14.
 DFN_ROWS, DFN_SHARDS, DFN_DIM = 2_000_000_000, 190_735, 768
@@ -128,6 +129,10 @@ def left_out(url: str) -> np.ndarray:
     return np.concatenate([np.asarray(pq.read_table(path)["left_out"].is_valid()) for path in paths])
 
 
+def foreign(against: str) -> dict[str, Any]:
+    return {"decontaminate": {"against": [against], "teacher": "teacher", "threshold": THRESHOLD}}
+
+
 def recall(found: np.ndarray, wanted: np.ndarray) -> dict[str, float]:
     return {
         "wanted": int(wanted.sum()),
@@ -164,12 +169,12 @@ def speeds() -> dict[str, float]:
     return {"assign": assign, "compare": compare}
 
 
-def at_dfn(copies: float) -> dict[str, float]:
-    """Hours and memory at the size of DFN-5B by arithmetic, with ``copies`` of a vector among the cells."""
+def at_dfn(places: float) -> dict[str, float]:
+    """Hours and memory at the size of DFN-5B by arithmetic, of vectors that are in ``places`` cells."""
     speed, buckets = speeds(), duplicates.Buckets(DFN_ROWS, DFN_DIM)
     assign = speed["assign"] * DFN_ROWS * buckets.cells * DFN_DIM
     cell = DFN_ROWS / buckets.cells
-    compare = speed["compare"] * DFN_ROWS * (copies - 0.5) * cell * DFN_DIM
+    compare = speed["compare"] * DFN_ROWS * (places - 0.5) * cell * DFN_DIM
     trained = buckets.cells * duplicates._TRAINED_ROWS
     chunks = DFN_SHARDS // (2**18 // (DFN_ROWS // DFN_SHARDS)) + 1
     return {
@@ -178,51 +183,53 @@ def at_dfn(copies: float) -> dict[str, float]:
         "chunks": chunks,
         "core hours to find cells": assign / 3600,
         "core hours to compare": compare / 3600,
-        "GB of records": copies * DFN_ROWS * buckets.dtype.itemsize / 1e9,
+        "GB of records": places * DFN_ROWS * buckets.dtype.itemsize / 1e9,
         "GB of a worker: centroids": trained * DFN_DIM * 6 / 1e9,
         "GB of a worker: chunk": 2 * 2**18 * buckets.dtype.itemsize / 1e9,
-        "GB of a worker: bucket": (2**30 * copies / 2 + copies * cell * DFN_DIM * 6) / 1e9,
+        "GB of a worker: bucket": (2**30 * places / 2 + places * cell * DFN_DIM * 6) / 1e9,
         "GB of the driver: places of records": 2 * chunks * buckets.count * 4 / 1e9,
     }
 
 
+def measure_recall(rows: int) -> dict[str, Any]:
+    """What the rules find, compared with all pairs."""
+    vectors = make_vectors(rows)
+    url = write_dataset(BUILD / "compared", vectors)
+    in_process(url, NEAR)
+    found = {"deduplicate": recall(left_out(url), compared(vectors, vectors, earlier=True))}
+    others = np.concatenate([make_vectors(rows, seed=1), vectors[::50]])
+    in_process(url, foreign(write_dataset(BUILD / "against", others)))
+    found["decontaminate"] = recall(left_out(url), compared(vectors, others, earlier=False))
+    places, _, _ = neighbours.assign(vectors, neighbours.train(vectors, 12, 0), THRESHOLD)
+    return {**found, "places of a vector": len(places) / len(vectors)}
+
+
+def measure_costs(rows: int) -> dict[str, Any]:
+    """What each rule costs; ``near`` once more in two processes, for their memory."""
+    url = write_dataset(BUILD / "costs", make_vectors(rows))
+    against = write_dataset(BUILD / "few", make_vectors(10_000, seed=1))
+    rules = {"near": NEAR, "exact": {"deduplicate": {"exact": True}}, "decontaminate": foreign(against)}
+    costs = {name: in_process(url, rule) for name, rule in rules.items()}
+    of_two = in_process(url, NEAR, processes=2)
+    return {**costs, "near, two processes": {key: value for key, value in of_two.items() if not key.startswith("CPU")}}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.duplicates", description=__doc__)
-    parser.add_argument("--rows", type=int, nargs="+", default=[50_000, 500_000], help="samples of costs")
-    parser.add_argument("--compared", type=int, default=100_000, help="samples of which all pairs are compared")
+    parser.add_argument("--rows", type=int, nargs="*", default=[30_000, 300_000], help="samples of costs")
+    parser.add_argument(
+        "--compared", type=int, default=100_000, help="samples of which all pairs are compared; 0: none"
+    )
     arguments = parser.parse_args()
-    near: dict[str, Any] = {"deduplicate": {"teacher": "teacher", "threshold": THRESHOLD}}
-    vectors = make_vectors(arguments.compared)
-    url = write_dataset(BUILD / "compared", vectors)
-    in_process(url, near)
-    found = {"deduplicate": recall(left_out(url), compared(vectors, vectors, earlier=True))}
-    others = np.concatenate([make_vectors(arguments.compared, seed=1), vectors[::50]])
-    against = write_dataset(BUILD / "against", others)
-    foreign: dict[str, Any] = {"decontaminate": {"against": [against], "teacher": "teacher", "threshold": THRESHOLD}}
-    in_process(url, foreign)
-    found["decontaminate"] = recall(left_out(url), compared(vectors, others, earlier=False))
-    Console().print(found)
-    places, _, _ = neighbours.assign(vectors, neighbours.train(vectors, 12, 0), THRESHOLD)
-    copies = len(places) / len(vectors)
-    rules: dict[str, dict[str, Any]] = {
-        "near": near,
-        "exact": {"deduplicate": {"exact": True}},
-        "decontaminate": foreign,
-    }
-    costs: dict[str, Any] = {}
+    results: dict[str, Any] = {"recall": {}, "costs by samples": {}}
+    if RESULTS.exists():
+        results |= {key: value for key, value in json.loads(RESULTS.read_text()).items() if key in results}
+    if arguments.compared:
+        results["recall"] = {"samples": arguments.compared, **measure_recall(arguments.compared)}
     for rows in arguments.rows:
-        url = write_dataset(BUILD / "costs", make_vectors(rows))
-        costs[str(rows)] = {name: in_process(url, rule) for name, rule in rules.items()}
-        costs[str(rows)]["near, two processes"] = in_process(url, near, processes=2)
-        del costs[str(rows)]["near, two processes"]["CPU us a sample"]  # it is that of the driver alone
-        Console().print(costs[str(rows)])
-    results = {
-        "recall": found,
-        "copies of a vector": copies,
-        "costs by samples": costs,
-        "at the size of DFN-5B": at_dfn(copies),
-    }
-    Console().print(results["at the size of DFN-5B"])
+        results["costs by samples"][str(rows)] = measure_costs(rows)
+    results["at the size of DFN-5B"] = at_dfn(results["recall"]["places of a vector"])
+    Console().print(results)
     write_results(RESULTS, ["pyarrow", "faiss-cpu", "numpy"], results)
 
 

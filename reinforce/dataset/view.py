@@ -257,7 +257,8 @@ def read_view(store: Store, name: str) -> View:
     """Read the description of a view. Raises UserError if there is none, it is damaged, or a newer version wrote it."""
     description = store.read_json(FOLDER, name, _DESCRIPTION)
     if description is None:
-        known = ", ".join(list_views(store)) or "none"
+        others = [one for one in list_views(store) if one != name]  # a selection that was stopped leaves a folder
+        known = ", ".join(others) or "none"
         raise UserError(f"{store.url} has no view {name!r}; it has: {known}. `reinforce select` makes one.")
     path = store.path(FOLDER, name, _DESCRIPTION)
     if description.get("format") != _FORMAT or not isinstance(description.get("version"), int):

@@ -139,6 +139,8 @@ def test_a_killed_selection_continues_with_what_is_finished(url: str, monkeypatc
         patched.setattr(ViewRows, "write", killed)
         with pytest.raises(KeyboardInterrupt):
             view_of(url, *rules, processes=1)
+    with pytest.raises(UserError, match="has no view 'mine'; it has: none"):
+        reinforce.open(url, view="mine")
     vectors = [*Path(url, "embeddings/red/images").iterdir()]
     content = [path.read_bytes() for path in vectors]
     for path in vectors:
