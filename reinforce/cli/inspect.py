@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from reinforce.cli.common import DatasetUrl, split_names
+from reinforce.cli.common import DatasetUrl, ViewName, split_names
 from reinforce.terminal import escape
 
 Names = Annotated[str | None, typer.Option(metavar="NAMES", help="Names, separated by commas. Default: all.")]
@@ -25,11 +25,14 @@ def inspect(
             metavar="URL", help="Folder of tars that images may be read from, if stored by reference; repeatable."
         ),
     ] = None,
+    view: ViewName = None,
 ) -> None:
     """Write a report on a dataset: an HTML folder with a summary, a gallery of samples, and plots.
 
     It opens in a browser from disk, from a web server or from an object store, and sends no request elsewhere. An
     earlier report in OUTPUT is replaced. The same command gives equal files.
+
+    With --view, it also shows samples on both sides of each rule of the view.
     """
     from reinforce import __version__
     from reinforce.inspection.report import inspect as inspect_dataset
@@ -42,6 +45,7 @@ def inspect(
         limit=limit,
         seed=seed,
         images_from=images_from or (),
+        view=view,
         version=__version__,
     )
     for line in found.lines():

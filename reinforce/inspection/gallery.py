@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -17,6 +16,8 @@ from reinforce.dataset.reading.sample_view import Pictures, SampleView, draw
 from reinforce.errors import UserError
 from reinforce.inspection.overview import Quarantined
 from reinforce.inspection.rows import Rows
+from reinforce.inspection.selection import Group
+from reinforce.inspection.sides import RuleSides
 from reinforce.seeds import permutation
 
 _RANDOM, _RANKED, _NULL = 96, 24, 24  # samples in the random view, in each ranked view, and among null rows
@@ -62,8 +63,11 @@ class Card:
     quarantined: tuple[Quarantined, ...]
 
 
-def choose(rows: Rows, seed: int, quarantined: set[tuple[str, str]]) -> dict[str, list[int]]:
-    """The rows of each view, in its order; ``quarantined`` are the shard and key of items."""
+def choose(
+    rows: Rows, seed: int, quarantined: set[tuple[str, str]], others: Collection[int] = ()
+) -> dict[str, list[int]]:
+    """The rows of each view, in its order; ``quarantined`` are the shard and key of items, and ``others`` are rows that
+    other pages show."""
     views = {"random": permutation(len(rows), seed, "inspected samples").tolist()[:_RANDOM]}
     agreement = rows.targets.agreements()
     if len(agreement) == len(rows):
@@ -74,7 +78,7 @@ def choose(rows: Rows, seed: int, quarantined: set[tuple[str, str]]) -> dict[str
     views["true"] = [row for row in _extreme(gap) if gap[row] < 0]
     null = [row for row, (group, _) in enumerate(rows.places) if (group.shard, rows.keys[row]) in quarantined]
     views["quarantine"] = null[:_NULL]
-    shown = sorted({row for found in views.values() for row in found})
+    shown = sorted({*others, *(row for found in views.values() for row in found)})
     views["key"] = sorted(shown, key=lambda row: (rows.places[row][0].shard, rows.keys[row], row))
     return views
 
@@ -116,9 +120,8 @@ def make_cards(
         for rank, row in enumerate(found):
             ranks.setdefault(row, {})[name] = rank
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for wanted, samples, unread in _read(data, rows, views["key"]):
-            drawn = pool.map(_draw, samples) if not unread else itertools.repeat((None, unread), len(samples))
-            for row, sample, (pictures, problem) in zip(wanted, samples, drawn, strict=True):
+        for found, samples in _read(data, {row: rows.places[row] for row in views["key"]}, rows.problems, pool):
+            for row, (sample, pictures, problem) in zip(found, samples, strict=True):
                 stem = f"images/{row:06d}" if pictures else None
                 if pictures:
                     write(f"{stem}.webp", pictures.original)
@@ -134,20 +137,71 @@ def make_cards(
     return sorted(cards, key=lambda card: order[card.row])
 
 
-def _read(data: Dataset, rows: Rows, wanted: list[int]) -> Iterator[tuple[list[int], list[Sample], str]]:
-    """Read rows with their images, a row group at a time, or without them and with the reason."""
+@dataclass(frozen=True)
+class Thumbnail:
+    """A sample on a page beside the gallery: a number, the file of its picture or None with a ``problem``, its key and
+    caption, and the number of its card in the gallery, if it has one."""
+
+    value: str
+    picture: str | None
+    problem: str
+    key: str
+    caption: str | None
+    card: int | None = None
+
+    @classmethod
+    def of(cls, card: Card, value: str) -> Thumbnail:
+        picture = None if card.picture is None else f"{card.picture}.webp"
+        caption = next((line.text for line in card.view.captions if line.captioner is None), None)
+        return cls(value, picture, card.problem, card.view.key, caption, card.row)
+
+
+def draw_sides(
+    data: Dataset, rules: Sequence[RuleSides], problems: list[str], write: Callable[[str, bytes], None]
+) -> dict[tuple[int, str], list[Thumbnail]]:
+    """Read and draw the samples of the sides of rules, and ``write`` their pictures -> thumbnails by rule and side."""
+    chosen = [(rule.number, side.name, one) for rule in rules for side in rule.sides for one in side.samples]
+    drawn: dict[int, Thumbnail] = {}
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        places = {index: (one.group, one.place) for index, (_, _, one) in enumerate(chosen)}
+        for found, samples in _read(data, places, problems, pool):
+            for index, (sample, pictures, problem) in zip(found, samples, strict=True):
+                name = f"images/rule-{index:05d}.webp" if pictures else None
+                if pictures and name:
+                    write(name, pictures.original)
+                view, value = SampleView.of(sample), chosen[index][2].value
+                caption = next((line.text for line in view.captions if line.captioner is None), None)
+                text = "" if value is None else f"{value:.4g}"
+                drawn[index] = Thumbnail(text, name, problem, view.key, caption)
+    sides: dict[tuple[int, str], list[Thumbnail]] = {}
+    for index in sorted(drawn):
+        sides.setdefault(chosen[index][:2], []).append(drawn[index])
+    return sides
+
+
+_Drawn = tuple[Sample, "Pictures | None", str]
+
+
+def _read(
+    data: Dataset, places: Mapping[int, tuple[Group, int]], problems: list[str], pool: ThreadPoolExecutor
+) -> Iterator[tuple[list[int], Iterable[_Drawn]]]:
+    """Read and draw samples at places, a row group at a time; one without a picture has a problem."""
     by_group: dict[tuple[str, int], list[int]] = {}
-    for row in sorted(wanted):
-        group, _ = rows.places[row]
+    for row in sorted(places):
+        group, _ = places[row]
         by_group.setdefault((group.shard, group.number), []).append(row)
     for (shard, number), found in by_group.items():
-        places = [rows.places[row][1] for row in found]
+        of_group = [places[row][1] for row in found]
         try:
-            yield found, data.rows(shard, number, places), ""
+            samples = data.rows(shard, number, of_group)
         except UserError as error:
-            rows.problems.append(str(error))
+            problems.append(str(error))
             with contextlib.suppress(UserError):
-                yield found, data.rows(shard, number, places, images=False), "The image cannot be read."
+                unread = data.rows(shard, number, of_group, images=False)
+                yield found, [(sample, None, "The image cannot be read.") for sample in unread]
+        else:
+            drawn = pool.map(_draw, samples)
+            yield found, [(sample, *pictures) for sample, pictures in zip(samples, drawn, strict=True)]
 
 
 def _draw(sample: Sample) -> tuple[Pictures | None, str]:

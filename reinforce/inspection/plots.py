@@ -16,6 +16,7 @@ from reinforce.inspection.texts import TextFigures
 _BINS = 40
 _AREA_BINS = 8
 _LONGEST = 0.995  # of the captions are in the chart of lengths; the rest would stretch it
+_QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)  # at which samples are shown
 _FEW = 30  # an operation with fewer crops is not shown
 TRUE_LABEL = "true captions"
 
@@ -43,23 +44,34 @@ def similarity_charts(rows: Rows) -> Iterator[Chart]:
         )
 
 
-def number_charts(rows: Rows) -> Iterator[Chart]:
-    """The distribution of each score."""
-    for (layer, name), parts in rows.numbers.items():
-        every = np.concatenate(parts)
+def quantile_rows(values: np.ndarray) -> list[tuple[str, int]]:
+    """The rows at some quantiles of their finite values, each with the quantile as text; none twice."""
+    finite = np.flatnonzero(np.isfinite(values))
+    ordered = finite[np.argsort(values[finite], kind="stable")]
+    places = {round(share * (len(ordered) - 1)): share for share in reversed(_QUANTILES)} if len(ordered) else {}
+    return [(f"{places[place]:.0%}".replace("%", " %"), int(ordered[place])) for place in sorted(places)]
+
+
+def number_charts(rows: Rows) -> Iterator[tuple[Chart, list[tuple[str, int]]]]:
+    """The distribution of each score, and the rows at its quantiles."""
+    for (layer, name), every in rows.scores().items():
         found = every[np.isfinite(every)]
         if not len(found):
             continue
+        at = quantile_rows(every)
         edges = np.linspace(found.min(), max(found.max(), found.min() + 1e-3), _BINS + 1)
-        yield Chart(
-            f"{layer}: {name}",
-            f"Of {len(found):,} samples; {len(every) - len(found):,} have none.",
-            name,
-            "share of samples",
-            [_histogram(name, found, edges, 0)],
-            ["score", "number", "mean", "5 %", "median", "95 %"],
-            [[name, f"{len(found):,}", f"{found.mean():.3f}", *_quantiles(found)]],
-            y_share=True,
+        yield (
+            Chart(
+                f"{layer}: {name}",
+                f"Of {len(found):,} samples; {len(every) - len(found):,} have none.",
+                name,
+                "share of samples",
+                [_histogram(name, found, edges, 0)],
+                ["score", "number", "mean", "5 %", "median", "95 %"],
+                [[name, f"{len(found):,}", f"{found.mean():.3f}", *_quantiles(found)]],
+                y_share=True,
+            ),
+            [(f"{share}: {every[row]:.4g}", row) for share, row in at],
         )
 
 

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.reading.dataset import Dataset
 from reinforce.dataset.vectors import NORM_TOLERANCE
+from reinforce.dataset.view import open_view
 from reinforce.inspection import plots
 from reinforce.inspection.charts import draw_chart, draw_dots
 from reinforce.inspection.folder import ReportFolder
-from reinforce.inspection.gallery import VIEWS, Card, choose, make_cards
+from reinforce.inspection.gallery import VIEWS, Card, Thumbnail, choose, draw_sides, make_cards
 from reinforce.inspection.overview import Overview, Quarantined, model_facts, read_overview, recipe_lines
+from reinforce.inspection.plots import quantile_rows
 from reinforce.inspection.rows import Rows, read_rows
 from reinforce.inspection.selection import Selection, select
+from reinforce.inspection.sides import Sides
 from reinforce.inspection.texts import text_figures
 from reinforce.markup import TEMPLATES, render
+from reinforce.selection.select import report_lines
 from reinforce.terminal import escape, plural
 
 _FOUND_ROWS = 1000  # of a file with the texts that the search reads
+_KEY_CHARS = 40  # in the summary for people
 _PROBLEMS = 20  # that are shown
 
 
@@ -39,6 +44,7 @@ class Inspected:
     files: int
     bytes: int
     problems: int
+    text: tuple[str, ...] = ()  # the rules of a view, and values and keys at the quantiles of scores
 
     def lines(self) -> list[str]:
         """A summary for people."""
@@ -48,7 +54,7 @@ class Inspected:
             f"{plural(self.groups, 'row group')} of {plural(self.shards, 'shard')}; {self.pictures:,} have pictures"
         )
         problems = [f"{plural(self.problems, 'problem')}, which the report lists"] if self.problems else []
-        return [looked, *problems, f"open {self.output}/index.html"]
+        return [looked, *self.text, *problems, f"open {self.output}/index.html"]
 
 
 def inspect(
@@ -60,29 +66,35 @@ def inspect(
     limit: int = 10_000,
     seed: int = 0,
     images_from: Sequence[str] = (),
+    view: str | None = None,
     version: str = "",
 ) -> Inspected:
     """Write a report on a dataset to a folder or fsspec URL, in place of an earlier report.
 
     Looks at no more than ``limit`` samples, in seeded row groups. Equal arguments give equal files. ``version`` is that
-    of the program, which the pages show. Raises UserError.
+    of the program, which the pages show. With ``view``, looks at the samples that it keeps, and at some on both sides
+    of each of its rules. Raises UserError.
     """
     folder = ReportFolder(output)
     data = Dataset(url, teachers, captioners, images_from=images_from, images_key="--images-from {}")
+    sides = None if view is None else Sides(data, open_view(data.store, data.manifest, view), seed)
     overview = read_overview(data, seed)
-    selection = select(data, limit, seed)
-    rows = read_rows(data, selection)
+    selection = select(data, limit, seed, None if sides is None else sides.view)
+    rows = read_rows(data, selection, sides)
     items = _by_key(overview.quarantine.items)
     files: dict[str, bytes] = {}
-    cards = make_cards(data, rows, choose(rows, seed, set(items)), items, files.__setitem__)
-    page = _Page(data, overview, selection, rows, limit, seed, version)
-    files |= {name: text.encode() for name, text in {**page.pages(cards), **_search_files(rows)}.items()}
+    at_quantiles = {row for values in rows.scores().values() for _, row in quantile_rows(values)}
+    cards = make_cards(data, rows, choose(rows, seed, set(items), at_quantiles), items, files.__setitem__)
+    thumbnails = draw_sides(data, sides.rules, rows.problems, files.__setitem__) if sides else {}
+    page = _Page(data, overview, selection, rows, limit, seed, version, sides)
+    files |= {name: text.encode() for name, text in {**page.pages(cards, thumbnails), **_search_files(rows)}.items()}
     files |= {name: (TEMPLATES / "report" / name).read_bytes() for name in ("report.css", "report.js")}
     about = {
         "dataset": data.store.url,
         "version": version,
         "teachers": data.teachers,
         "captioners": data.captioners,
+        **({} if sides is None else {"view": asdict(sides.view.rows)}),
         "limit": limit,
         "seed": seed,
         "rows": len(rows),
@@ -94,7 +106,16 @@ def inspect(
         folder.storage.url, len(rows), selection.samples, selection.exact, len(selection.groups),
         len(selection.by_shard()), sum(card.picture is not None for card in cards), len(files) + 1,
         sum(map(len, files.values())), len(page.problems),
+        (*(report_lines(sides.view) if sides else ()), *_quantile_lines(rows)),
     )  # fmt: skip
+
+
+def _quantile_lines(rows: Rows) -> Iterator[str]:
+    """The values of each score at some quantiles, and the samples that have them."""
+    for (layer, name), values in rows.scores().items():
+        found = [f"{share} {values[row]:.4g} ({rows.keys[row][:_KEY_CHARS]})" for share, row in quantile_rows(values)]
+        if found:
+            yield f"{layer}: {name}: {', '.join(found)}"
 
 
 def _by_key(items: Sequence[Quarantined]) -> dict[tuple[str, str], list[Quarantined]]:
@@ -110,9 +131,17 @@ class _Page:
     """What the pages of a report are filled in with."""
 
     def __init__(
-        self, data: Dataset, overview: Overview, selection: Selection, rows: Rows, limit: int, seed: int, version: str
+        self,
+        data: Dataset,
+        overview: Overview,
+        selection: Selection,
+        rows: Rows,
+        limit: int,
+        seed: int,
+        version: str,
+        sides: Sides | None,
     ) -> None:
-        self._data, self._rows, self._overview = data, rows, overview
+        self._data, self._rows, self._overview, self._sides = data, rows, overview, sides
         self.problems = [*overview.problems, *dict.fromkeys(rows.problems)]
         self._shared: dict[str, Any] = {
             "title": data.store.url.rstrip("/").rpartition("/")[2] or data.store.url,
@@ -124,15 +153,28 @@ class _Page:
             "seed": seed,
             "teachers": data.teachers,
             "captioners": data.captioners,
+            "view": None if sides is None else sides.view,
         }
 
-    def pages(self, cards: Sequence[Card]) -> dict[str, str]:
+    def pages(self, cards: Sequence[Card], thumbnails: Mapping[tuple[int, str], Sequence[Thumbnail]]) -> dict[str, str]:
         """The HTML of each page by its name."""
-        return {
+        pages = {
             "index.html": self._summary(),
             "gallery.html": self._gallery(cards),
-            "plots.html": self._plots(),
+            "plots.html": self._plots({card.row: card for card in cards}),
         }
+        return pages if self._sides is None else {**pages, "view.html": self._view(self._sides, thumbnails)}
+
+    def _view(self, sides: Sides, thumbnails: Mapping[tuple[int, str], Sequence[Thumbnail]]) -> str:
+        rules = [
+            (
+                rule,
+                json.dumps(rule.rule, ensure_ascii=False),
+                [(side, thumbnails.get((rule.number, side.name), ())) for side in rule.sides],
+            )
+            for rule in sides.rules
+        ]
+        return render("report/view.html", page="view.html", **self._shared, rules=rules)
 
     def _summary(self) -> str:
         manifest = self._data.manifest
@@ -169,15 +211,16 @@ class _Page:
             parts=parts,
         )
 
-    def _plots(self) -> str:
+    def _plots(self, cards: Mapping[int, Card]) -> str:
         rows = self._rows
+        scores = [*plots.number_charts(rows)]
         texts = text_figures(rows)
         lengths = plots.length_chart(texts)
         names, matrix = plots.correlations(rows)
         operations = plots.operation_chart(rows)
         sections: Mapping[str, list[Any]] = {
             "similarity": [*plots.similarity_charts(rows)],
-            "scores": [*plots.number_charts(rows)],
+            "scores": [chart for chart, _ in scores],
             "crops": [plots.area_chart(rows)],
             "targets": [plots.entropy_chart(rows), plots.agreement_chart(rows)],
             "captions": [lengths],
@@ -193,6 +236,7 @@ class _Page:
             page="plots.html",
             **self._shared,
             charts=drawn,
+            quantiles=[[Thumbnail.of(cards[row], text) for text, row in at if row in cards] for _, at in scores],
             correlations=[*zip(names, matrix, strict=True)],
             texts=texts,
             layers=[(name, figures) for name, figures in rows.layers.items() if name != SAMPLES],

@@ -19,6 +19,7 @@ from reinforce.dataset.reading.dataset import Dataset
 from reinforce.dataset.vectors import Floats
 from reinforce.errors import UserError
 from reinforce.inspection.selection import Group, Selection
+from reinforce.inspection.sides import Sides
 from reinforce.inspection.targets import Targets
 from schemas import TRUE_CAPTIONS
 
@@ -87,24 +88,35 @@ class Rows:
         parts = self.similarity.get((teacher, texts))
         return np.concatenate(parts) if parts else np.empty((len(self), 0), np.float32)
 
+    def scores(self) -> dict[tuple[str, str], np.ndarray]:
+        """Each score of all rows [R], NaN where there is none, by layer and name."""
+        return {name: np.concatenate(parts) for name, parts in self.numbers.items()}
+
     def true_similarity(self, teacher: str) -> np.ndarray:
         """Similarity of the true caption, mean over the augmentations [R]; NaN where there is none."""
         values = self.similarities(teacher, TRUE_CAPTION)
         return values.mean(axis=1) if values.shape[1] else np.full(len(self), np.nan, np.float32)
 
 
-def read_rows(data: Dataset, selection: Selection) -> Rows:
-    """Read the selected row groups, without images. One that cannot be read is a problem of the rows."""
+def read_rows(data: Dataset, selection: Selection, sides: Sides | None = None) -> Rows:
+    """Read the selected row groups, without images. One that cannot be read is a problem of the rows.
+
+    With ``sides``, only the rows that its view keeps, and these and the others are added to it.
+    """
     rows = _empty(data)
     rows.problems += selection.problems
-    layers = AlignedLayers(data.store, data.fingerprints, {SAMPLES: _COLUMNS})
+    layers = AlignedLayers(data.store, data.fingerprints, {SAMPLES: [*_COLUMNS, *(sides.columns if sides else ())]})
     for shard, groups in selection.by_shard().items():
         try:
+            reasons = sides.read(data.store, shard) if sides else None
             with layers.open(shard, whole=False) as files:
                 for group in groups:
-                    tables = {name: table.slice(0, group.rows) for name, table in files.read(group.number).items()}
+                    tables = files.read(group.number)
+                    places = np.arange(group.rows)
                     with row_errors(f"{data.store.url}, shard {shard}"):
-                        _add(rows, group, tables)
+                        if sides and reasons:
+                            places = sides.add(group, tables, reasons[group.number])[: group.rows]
+                        _add(rows, group, places, {name: table.take(places) for name, table in tables.items()})
         except UserError as error:
             rows.problems.append(str(error))
     rows.targets.finish()
@@ -126,8 +138,8 @@ def _has(data: Dataset, teacher: str, inputs: str) -> bool:
     return embeddings_layer(teacher, inputs) in data.layers
 
 
-def _add(rows: Rows, group: Group, tables: Mapping[str, pa.Table]) -> None:
-    """Add a row group. Nothing is added if something in it cannot be read."""
+def _add(rows: Rows, group: Group, places: np.ndarray, tables: Mapping[str, pa.Table]) -> None:
+    """Add the rows at some places of a row group. Nothing is added if something in it cannot be read."""
     samples = tables[SAMPLES]
     areas, operations = _augmentations(samples)
     names = [embeddings_layer(t, i) for t in rows.teachers for i in ("images", TRUE_CAPTION, *rows.captioners)]
@@ -137,7 +149,7 @@ def _add(rows: Rows, group: Group, tables: Mapping[str, pa.Table]) -> None:
     captions = {name: tables[captions_layer(name)]["captions"].to_pylist() for name in rows.captioners}
     rows.keys += samples["key"].to_pylist()
     rows.captions += true_captions(samples)
-    rows.places += [(group, row) for row in range(samples.num_rows)]
+    rows.places += [(group, place) for place in places.tolist()]
     rows.pixels.append(pixels)
     rows.areas.append(areas)
     rows.operations.append(operations)

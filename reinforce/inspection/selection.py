@@ -11,6 +11,7 @@ from reinforce.dataset.files.index import LayerIndex, read_index
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.reading.aligned import layer_errors
 from reinforce.dataset.reading.dataset import Dataset
+from reinforce.dataset.view import View
 from reinforce.errors import UserError
 from reinforce.seeds import permutation
 
@@ -20,7 +21,7 @@ _GROUPS = 256  # row groups at most: each takes a request for every layer
 
 @dataclass(frozen=True)
 class Group:
-    """A row group, and how many of its rows are looked at, from the first."""
+    """A row group, and how many of its rows are looked at, from the first; with a view, of those that it keeps."""
 
     shard: str
     number: int
@@ -50,11 +51,15 @@ class Selection:
         return found
 
 
-def select(data: Dataset, limit: int, seed: int) -> Selection:
-    """Select row groups with at most ``limit`` rows together, the last of them cut.
+def select(data: Dataset, limit: int, seed: int, view: View | None = None) -> Selection:
+    """Select row groups with at most ``limit`` rows together, the last of them cut; of a ``view`` its rows.
 
-    Reads the index and the footers of the shards that it opens; a shard whose footer is damaged is a problem.
+    Reads the index and the footers of the shards that it opens; a shard whose footer is damaged is a problem. A view
+    has the rows of all shards.
     """
+    if view is not None:
+        kept = {shard: [*view.kept[shard]] for shard in data.shards if any(view.kept.get(shard, ()))}
+        return Selection(_in_order(data, _cut(kept, limit, seed)), sum(map(sum, kept.values())), True, ())
     opened: dict[str, list[int]] = {}
     problems = []
     total = 0
@@ -67,11 +72,14 @@ def select(data: Dataset, limit: int, seed: int) -> Selection:
             problems.append(str(error))
             continue
         total += sum(opened[shard])
-    groups = _cut(opened, limit, seed)
-    places = {shard: place for place, shard in enumerate(data.shards)}
-    groups.sort(key=lambda group: (places[group.shard], group.number))
+    groups = _in_order(data, _cut(opened, limit, seed))
     samples, exact = _count_samples(data, {shard: sum(rows) for shard, rows in opened.items()})
-    return Selection(tuple(groups), samples, exact, tuple(problems))
+    return Selection(groups, samples, exact, tuple(problems))
+
+
+def _in_order(data: Dataset, groups: list[Group]) -> tuple[Group, ...]:
+    places = {shard: place for place, shard in enumerate(data.shards)}
+    return tuple(sorted(groups, key=lambda group: (places[group.shard], group.number)))
 
 
 def _in_seeded_order(shards: list[str], seed: int) -> Iterator[str]:

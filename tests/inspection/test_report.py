@@ -11,9 +11,13 @@ from typing import Any
 
 import pytest
 
+import reinforce
 from reinforce.errors import UserError
 from reinforce.inspection.report import inspect
-from tests.helpers.inspected import REFUSED, hostile_dataset
+from reinforce.selection.config import SelectConfig
+from reinforce.selection.select import select
+from reinforce.settings import parse
+from tests.helpers.inspected import REFUSED, WITHOUT_CAPTION, hostile_dataset
 from tests.helpers.reinforced import small_dataset
 
 PAGES = ("index.html", "gallery.html", "plots.html")
@@ -153,3 +157,72 @@ def test_a_report_in_an_object_store_has_the_types_that_browsers_need(url: str, 
         assert kind in s3.info(f"bucket/report/{name}", refresh=True)["ContentType"], name
     names = {path.removeprefix("bucket/report/") for path in s3.find("bucket/report")}
     assert names == {"report.json", *json.loads(s3.cat("bucket/report/report.json"))["files"]}
+
+
+SCORES = {"match": {"similarity": "red"}}
+
+
+@pytest.fixture(scope="module")
+def viewed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A dataset with scores and hostile captions, and a view by a threshold and by keys."""
+    url = hostile_dataset(tmp_path_factory.mktemp("viewed"), scores=SCORES)
+    rules = [{"keep": {"top": 0.5, "by": "scores.match.caption_mean"}}, {"where": "key NOT LIKE '%7'"}]
+    select(parse(SelectConfig, {"dataset": url, "name": "best", "rules": rules}))
+    return url
+
+
+def thumbnails(page: str) -> dict[tuple[str, str], list[tuple[str, str]]]:
+    """Value and key of each thumbnail by the headings above it, in the order of the pictures."""
+    found: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    heads = ["", ""]
+    for match in re.finditer(
+        r"<h2[^>]*>(.*?)</h2>|<h3[^>]*>(.*?)</h3>|<p>(?:<b>([^<]*)</b> )?(?:<a[^>]*>)?<bdi>(.*?)</bdi>", page
+    ):
+        section, side, value, key = match.groups()
+        if key is None:
+            heads = [section, ""] if section else [heads[0], side]
+        else:
+            found.setdefault((heads[0], heads[1]), []).append((value or "", key))
+    return found
+
+
+def test_samples_at_the_quantiles_of_a_score_are_shown(viewed: str, tmp_path: Path) -> None:
+    found_lines = inspect(viewed, str(tmp_path / "report")).lines()
+    found = {sample.key: sample.values["scores/match"]["caption_mean"] for sample in reinforce.open(viewed)}
+    values = {key: value for key, value in found.items() if value is not None}
+    ordered = sorted(values, key=values.__getitem__)
+    shown = thumbnails((tmp_path / "report" / "plots.html").read_text())["Scores", "scores/match: caption_mean"]
+    expected = [ordered[round(share * (len(ordered) - 1))] for share in (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)]
+    assert [key for _, key in shown] == expected
+    [line] = [line for line in found_lines if line.startswith("scores/match: caption_mean: ")]
+    assert line.endswith(f"100 % {values[ordered[-1]]:.4g} ({ordered[-1]})")
+    assert [text for text, _ in shown][::6] == [f"0 %: {values[ordered[0]]:.4g}", f"100 %: {values[ordered[-1]]:.4g}"]
+
+
+def test_a_report_on_a_view_has_its_samples_and_both_sides_of_each_rule(viewed: str, tmp_path: Path) -> None:
+    view = reinforce.open(viewed, view="best")
+    found = inspect(viewed, str(tmp_path / "report"), view="best")
+    assert found.lines()[1].startswith("1 keep: ")
+    assert (found.rows, found.samples, found.exact) == (len(view), len(view), True)
+    page = (tmp_path / "report" / "view.html").read_text()
+    sides = thumbnails(page)
+    values = {sample.key: sample.values["scores/match"]["caption_mean"] for sample in reinforce.open(viewed)}
+    ordered = sorted((key for key in values if values[key] is not None), key=lambda key: -values[key])
+    half = round(len(ordered) / 2)
+    near = "next to the threshold first"
+    assert [key for _, key in sides["1 keep", f"Left out, {near}"]] == ordered[half : half + 12]
+    assert [key for _, key in sides["1 keep", f"Kept, {near}"]] == ordered[:half][::-1][:12]
+    assert {key for _, key in sides["1 keep", "Left out, without a value"]} == {*WITHOUT_CAPTION}
+    assert {key for _, key in sides["2 where", "Left out"]} == {key for key in ordered[:half] if key.endswith("7")}
+    assert {key for _, key in sides["2 where", "Kept"]} <= {sample.key for sample in view}
+    for address in Addresses(page).found:
+        if not address.startswith(("#", "data:,")):
+            assert (tmp_path / "report" / address.partition("#")[0]).is_file(), address
+    assert re.findall("<script[^>]*>", page) == ['<script src="report.js">'], "captions stay text"
+    before = files_of(tmp_path / "report")
+    inspect(viewed, str(tmp_path / "report"), view="best")
+    assert files_of(tmp_path / "report") == before
+    inspect(viewed, str(tmp_path / "report"))
+    assert not (tmp_path / "report" / "view.html").exists()
+    with pytest.raises(UserError, match="has no view 'worst'; it has: best"):
+        inspect(viewed, str(tmp_path / "report"), view="worst")

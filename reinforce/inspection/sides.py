@@ -1,0 +1,135 @@
+"""Samples on both sides of each rule of a view: some that it leaves out, and some that it keeps.
+
+Where a rule keeps the largest values, these are the samples with the values next to its threshold; else random ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from reinforce.dataset.files.store import Store
+from reinforce.dataset.layers import SAMPLES
+from reinforce.dataset.reading.dataset import Dataset
+from reinforce.dataset.view import View
+from reinforce.errors import UserError
+from reinforce.inspection.selection import Group
+from reinforce.selection.expressions import Expression, check, connect, evaluate, numbers
+
+_SHOWN = 12  # samples of each side
+_NUMBER = re.compile(r"(\d+) ")
+LEFT_OUT, KEPT, NO_VALUE = "left out", "kept", "left out, without a value"
+
+
+@dataclass(frozen=True)
+class SideSample:
+    """A sample and where it is; the ``value`` by which a rule decides, and the ``distance`` by which it is chosen."""
+
+    distance: float
+    group: Group
+    place: int
+    value: float | None
+
+
+@dataclass
+class Side:
+    """The samples of one side of a rule, those that are shown first."""
+
+    name: str
+    samples: list[SideSample] = field(default_factory=list)
+
+    def add(self, group: Group, places: np.ndarray, distances: np.ndarray, values: np.ndarray | None) -> None:
+        """Add the rows at some places of a row group; the smallest distances are shown."""
+        for place in places[np.argsort(distances[places], kind="stable")[:_SHOWN]].tolist():
+            value = None if values is None or np.isnan(values[place]) else float(values[place])
+            self.samples.append(SideSample(float(distances[place]), group, place, value))
+        self.samples = sorted(self.samples, key=lambda sample: sample.distance)[:_SHOWN]
+
+
+@dataclass
+class RuleSides:
+    """A rule of a view: what it says, the ``line`` of the view's report on it, and its sides."""
+
+    number: int
+    rule: Mapping[str, Any]
+    line: Mapping[str, Any]
+    expression: Expression | None
+    sides: tuple[Side, ...] = field(default_factory=lambda: (Side(LEFT_OUT), Side(KEPT), Side(NO_VALUE)))
+
+    def add(self, group: Group, codes: np.ndarray, null: np.ndarray, order: np.ndarray, value: np.ndarray) -> None:
+        """Add the rows of a row group: ``codes`` number the rule that leaves a row out, 0 for none."""
+        threshold = self.line.get("threshold")
+        values = value if self.expression is not None and threshold is not None else None
+        distances = order if values is None else np.where(np.isnan(values), order, np.abs(values - threshold))
+        out, kept, without = self.sides
+        here = codes == self.number
+        out.add(group, np.flatnonzero(here & ~null), distances, values)
+        kept.add(group, np.flatnonzero((codes == 0) | (codes > self.number)), distances, values)
+        without.add(group, np.flatnonzero(here & null), order, None)
+
+
+class Sides:
+    """The sides of all rules of a view, from the row groups that are added."""
+
+    def __init__(self, data: Dataset, view: View, seed: int) -> None:
+        self.view, self._seed = view, seed
+        self.rules = [
+            RuleSides(number, rule, line, _expression(data, number, rule))
+            for number, (rule, line) in enumerate(zip(view.rules, view.report, strict=True), 1)
+        ]
+
+    @property
+    def columns(self) -> list[str]:
+        """Columns of the samples that the expressions of rules need."""
+        return sorted({name for rule in self.rules if rule.expression for name in rule.expression.sample_columns})
+
+    def read(self, store: Store, shard: str) -> list[pa.Table]:
+        """Key and reason of each row of a shard, by row group. Raises UserError."""
+        return self.view.rows.read(store, shard)
+
+    def add(self, group: Group, tables: Mapping[str, pa.Table], reasons: pa.Table) -> np.ndarray:
+        """Add a row group; returns the places of the rows that the view keeps. Raises UserError."""
+        from pandas.util import hash_array
+
+        keys = tables[SAMPLES]["key"]
+        if not reasons["key"].equals(keys):
+            raise UserError(f"view {self.view.name} is of other samples of {group.shard}. Make it again.")
+        texts = reasons["left_out"].to_pylist()
+        codes = np.array([_code(text) for text in texts], np.int64)
+        null = np.array([text is not None and text.endswith(": null") for text in texts], np.bool_)
+        salt = hashlib.blake2b(f"{self._seed} {group.shard}".encode(), digest_size=8).hexdigest()
+        order = hash_array(keys.to_numpy(), hash_key=salt, categorize=False).astype(np.float64)
+        for rule in self.rules:
+            rule.add(group, codes, null, order, _values(rule.expression, tables))
+        return np.flatnonzero(codes == 0)
+
+
+def _code(reason: str | None) -> int:
+    """The number of the rule that leaves a row out, 0 where it is kept."""
+    found = _NUMBER.match(reason or "")
+    return int(found[1]) if found else 0
+
+
+def _expression(data: Dataset, number: int, rule: Mapping[str, Any]) -> Expression | None:
+    """The expression by which a rule keeps the largest values; None if it has none, or one that cannot be computed."""
+    keep = rule.get("keep")
+    if not keep or keep.get("within"):  # each group has its own threshold
+        return None
+    try:
+        found = check(str(keep["by"]), data.manifest, f"rules.{number - 1}.keep.by", "number")
+    except UserError:  # without duckdb, samples are shown without values
+        return None
+    return found if found.layers <= {*data.layers} else None
+
+
+def _values(expression: Expression | None, tables: Mapping[str, pa.Table]) -> np.ndarray:
+    if expression is None:
+        return np.zeros(0, np.float32)
+    with connect() as database:
+        return numbers(evaluate(database, [expression], tables)[0])
