@@ -55,9 +55,12 @@ class RowSpec:
         return PixelLayout((policy.count, policy.size) if self.crops else None, self.views)
 
 
-def max_group_rows(augmentations: int, group_rows: int = GROUP_ROWS) -> int:
-    """Most rows of a row group. Independent of the teachers, so that one can be added later."""
-    return max(1, min(group_rows, GROUP_BYTES // (augmentations * _NOMINAL_VECTOR_BYTES)))
+def max_group_rows(vectors: int, group_rows: int = GROUP_ROWS) -> int:
+    """Most rows of a row group, for ``vectors`` of a row: augmentations, or true captions if they are more.
+
+    Independent of the teachers, so that one can be added later.
+    """
+    return max(1, min(group_rows, GROUP_BYTES // (vectors * _NOMINAL_VECTOR_BYTES)))
 
 
 def rows_from_source(
@@ -71,7 +74,8 @@ def rows_from_source(
     if published is not None and published.shard_refusal is not None:
         yield published.shard_refusal
         return
-    grouping = _Grouping(max_group_rows(config.augmentations.count, group_rows))
+    vectors = max(config.augmentations.count, config.input.captions_per_sample or 1)
+    grouping = _Grouping(max_group_rows(vectors, group_rows))
     seen: set[str] = set()  # published keys: several samples of the source may match one
     for row in decode_ahead(lease, _source_rows(_read_samples(config, shard), published), window):
         if isinstance(row, Refusal):

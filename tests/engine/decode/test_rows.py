@@ -25,7 +25,7 @@ from reinforce.source.samples import RawSample, Refusal
 from schemas import Reason
 from teachers.preprocessing.fit import fit
 from teachers.protocols import ImageSpec
-from tests.helpers.data import config_of, members_of, write_tar
+from tests.helpers.data import config_of, members_of, picture, write_tar
 from tests.helpers.decoding import cell_of, lease
 from tests.helpers.reinforced import reinforce_here
 
@@ -177,6 +177,19 @@ def test_row_groups_shrink_with_the_number_of_augmentations() -> None:
     assert max_group_rows(30) == 364
     assert max_group_rows(10**6) == 1
     assert max_group_rows(1, group_rows=8) == 8
+
+
+def test_row_groups_shrink_with_the_number_of_true_captions(tmp_path: Path) -> None:
+    members = [(f"{i:03d}.{end}", data) for i in range(172) for end, data in (("png", picture(1, 8, 8)), ("txt", b"t"))]
+    path = write_tar(tmp_path / "0.tar", members)
+    config = parse_config(config_of(str(path), tmp_path / "out", input={"captions_per_sample": 64}))
+    groups: list[int] = []
+    with lease(config, RowSpec(crops=False)) as taken:
+        for row in rows_from_source(config, Shard(str(path)), RowSpec(crops=False), taken, 4):
+            assert isinstance(row, Row)
+            taken.free.release([cell_of(row)])
+            groups.append(row.group)
+    assert groups == [0] * 170 + [1] * 2
 
 
 def test_only_the_shard_itself_is_read_by_reference(tmp_path: Path) -> None:
