@@ -130,7 +130,7 @@ def test_a_killed_fine_tuning_resumes_with_identical_results(trained: tuple[Path
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
         checkpoints = folder / "killed" / "checkpoints"
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not list(checkpoints.glob("step-*.safetensors")):
             assert process.poll() is None
             assert time.monotonic() < deadline

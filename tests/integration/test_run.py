@@ -179,7 +179,7 @@ def test_a_run_that_a_defect_of_the_program_stops(source: str, tmp_path: Path, m
     def fail(*_: object) -> None:
         raise ZeroDivisionError("a defect")
 
-    monkeypatch.setattr(Driver, "_check_start", fail)
+    monkeypatch.setattr(Driver, "_loop", fail)
     assert run(tmp_path, config_of(source, tmp_path / "out")) == 1
     assert (summary(tmp_path)["status"], summary(tmp_path)["message"]) == (
         1, "stopped by an error: ZeroDivisionError: a defect",

@@ -116,7 +116,7 @@ def test_a_process_killed_while_writing_leaves_the_previous_checkpoint(tmp_path:
     process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "first\n"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not any(size > 1_000_000 for size in sizes(tmp_path / ".tmp")):
         assert process.poll() is None, "the process finished before it could be killed"
         assert time.monotonic() < deadline

@@ -60,7 +60,7 @@ def test_figures_that_are_measured_alone_replace_their_section() -> None:
     assert f"| **{section}**, load average 7.5 | | | |" in page.render_page(page.PAGE.read_text(encoding="utf-8"), new)
 
 
-@pytest.mark.parametrize("part", ["local", "driver", "secrets"])
+@pytest.mark.parametrize("part", [pytest.param("local", marks=pytest.mark.slow), "driver", "secrets"])
 def test_every_part_is_measured(part: str, capsys: pytest.CaptureFixture[str]) -> None:
     main(["--quick", "--only", part])
     assert "CPU" in capsys.readouterr().out or part == "local"

@@ -102,7 +102,7 @@ def test_an_attempt_ends_at_its_deadline_whatever_is_sent(
     start = time.monotonic()
     with pytest.raises((Unreachable, ImageRefusedByPlace)) as caught:
         fetched(server, "/silent" if path == "/tls" else path, "https" if path == "/tls" else "http")
-    assert time.monotonic() - start < SECONDS / 2
+    assert time.monotonic() - start < SECONDS
     assert isinstance(caught.value, Unreachable), "redirects within their number"
 
 
