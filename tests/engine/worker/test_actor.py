@@ -37,7 +37,7 @@ class Reversing(ColorTeacher):
     """Reverses the rows of large batches."""
 
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
-        return super().encode_images(pixels.flip(0) if len(pixels) > 100 else pixels)
+        return super().encode_images(pixels.flip(0) if len(pixels) > 50 else pixels)
 
 
 class LocalWorker(Worker):
@@ -171,10 +171,10 @@ def test_a_worker_does_not_start_with_a_teacher_that_is_wrong_in_full_batches(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     teachers = {"red": {"class": "tests.engine.worker.test_actor:Reversing"}}
-    config = parse_config(config_of("x.tar", "out", captioners={}, teachers=teachers, workers={"batch": 128}))
+    config = parse_config(config_of("x.tar", "out", captioners={}, teachers=teachers, workers={"batch": 64}))
     layers = build_layers(config, describe_models(config))
     worker = Worker(config, layers, frozenset(layers), str(tmp_path))
-    with pytest.raises(LoadFailure, match=r"red fails its self-test \(images, a batch of 128\): .*order of the rows"):
+    with pytest.raises(LoadFailure, match=r"red fails its self-test \(images, a batch of 64\): .*order of the rows"):
         worker.load()
     assert worker.pool is not None
     worker.pool.close()
