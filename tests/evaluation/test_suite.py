@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from reinforce.evaluation import images
 from reinforce.evaluation.encoding import Encoder
@@ -40,6 +41,27 @@ def test_classification_of_several_models(tmp_path: Path) -> None:
         "constant": pytest.approx({"acc1": 1 / 6, "acc5": 5 / 6, "mean_per_class_recall": 1 / 6}),
         "nan": {"acc1": 0, "acc5": 0, "mean_per_class_recall": 0},
     }
+
+
+def test_sets_with_the_same_classes_share_a_classifier(tmp_path: Path) -> None:
+    class Counter(ColourOracle):
+        texts = 0
+
+        def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
+            self.texts += len(texts)
+            return super().encode_texts(texts)
+
+    encoder = Counter()
+    models = Models({"model": encoder}, CPU, batch=5, threads=2)
+    templates = {"imagenet1k": ["{c}", "a {c}"], "imagenetv2": ["{c}", "a {c}"], "imagenet_sketch": ["{c}", "the {c}"]}
+    counts = []
+    for key, lines in templates.items():
+        write_classification(tmp_path, key, colour_samples(1), templates=lines)
+        files = find_files(find_set(key), str(tmp_path))
+        assert files is not None
+        assert run._kinds()["classification"](find_set(key), files, models).metrics["model"]["acc1"] == 1
+        counts.append(encoder.texts)
+    assert counts == [12, 12, 24]
 
 
 def test_worst_group_of_those_with_samples(tmp_path: Path) -> None:

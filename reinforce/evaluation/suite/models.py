@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ class Models:
     accelerator: Accelerator
     batch: int
     threads: int
+    weights: dict[tuple[str, ...], torch.Tensor] = field(default_factory=dict)  # classifiers; ImageNet's sets share one
     progress: Callable[[int], None] = lambda images: None  # receives the number of a set's images that are encoded
 
     def among(self, names: Sequence[str], progress: Callable[[int], None]) -> Models:
@@ -74,11 +75,13 @@ class Models:
         return {name: encode_texts(encoder, texts, self.batch) for name, encoder in self.encoders.items()}
 
     def classifiers(self, classes: Sequence[str], templates: Sequence[Template]) -> dict[str, torch.Tensor]:
-        """Class weights, float32 [C, dim] on the device, by model."""
-        return {
-            name: self.accelerator.put(build_classifier(encoder, classes, templates, self.batch))
-            for name, encoder in self.encoders.items()
-        }
+        """Class weights, float32 [C, dim] on the device, by model; those of the same texts are computed once."""
+        texts = (*classes, "", *(template("{}") for template in templates))
+        for name, encoder in self.encoders.items():
+            if (name, *texts) not in self.weights:
+                weights = build_classifier(encoder, classes, templates, self.batch)
+                self.weights[(name, *texts)] = self.accelerator.put(weights)
+        return {name: self.weights[(name, *texts)] for name in self.encoders}
 
 
 def _image_spec(name: str, encoder: Encoder) -> ImageSpec:
