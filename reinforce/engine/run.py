@@ -82,7 +82,10 @@ def _run(config: Config, address: str | None, retry_quarantined: bool, accept_ch
         config = plan.config
         manifest = find_manifest(store)
         pending = [shard.name for shard in plan.pending]
-        if gone := prune_index(store, SAMPLES, plan.layers[SAMPLES].fingerprint, plan.committed, pending):
+        gone: list[str] = []
+        with contextlib.suppress(StorageError):  # a cache, which readers and runs can do without
+            gone = prune_index(store, SAMPLES, plan.layers[SAMPLES].fingerprint, plan.committed, pending)
+        if gone:
             _LOG.warning(
                 "%s: the samples of %s, such as %s, were deleted, and `source` does not name these. Readers do "
                 "not report them any more.",

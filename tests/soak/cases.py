@@ -256,7 +256,7 @@ CASES = [
     Case("a target that is full", faulty(refuse(507, "InsufficientStorage"), is_put, seconds=600), "Insufficient|507",
          _SHORT),
     Case("wrong credentials", faulty(refuse(403, "InvalidAccessKeyId"), any_request), "cannot be written"),
-    Case("a source that may not be read", faulty(_DENIED, is_source), "source cannot be read"),
+    Case("a source that may not be read", faulty(_DENIED, is_source), "no sample can be read.*Access Denied"),
     Case("a refusal of runs/ alone", faulty(_DENIED, below("runs"))),
     Case("a refusal of index/ alone", faulty(_DENIED, below("index"))),
     Case("a refusal of claims/ alone", faulty(_DENIED, below("claims")), "claims"),

@@ -155,14 +155,16 @@ def main() -> None:
     logging.basicConfig(filename=os.devnull)
     problems = 0
     with tempfile.TemporaryDirectory(prefix="reinforce-faults-") as folder, open(os.devnull, "w") as nowhere:
-        bench = Bench(Path(folder))
+        with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):  # the progress of runs
+            bench = Bench(Path(folder))
         for number, case in enumerate(chosen, 1):
-            with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):  # the progress of runs
+            with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
                 outcome = _tried(bench, case)
-            result = "FAILED" if outcome.problem else "error, then equal" if outcome.error else "equal"
+            ended = "killed" if outcome.error == "killed" else "error"
+            result = "FAILED" if outcome.problem else f"{ended}, then equal" if outcome.error else "equal"
             print(f"{number:3} {case.name:<70} {result:<18} {outcome.seconds:6.1f} s", flush=True)
             for line in (outcome.problem, outcome.error[:200]):
-                if line:
+                if line not in ("", "killed"):
                     print(f"      {line}", flush=True)
             problems += bool(outcome.problem)
     print(f"{len(chosen)} faults, {problems} problems")
