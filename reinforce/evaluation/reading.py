@@ -23,7 +23,7 @@ from reinforce.source.formats.recognise import source_format
 from reinforce.source.samples import RawSample, Refusal
 from reinforce.source.urls import COMPRESSIONS, canonical, expand, filesystem, shard_names
 from reinforce.terminal import plural
-from schemas import Reason
+from schemas import TRUE_CAPTIONS, Reason
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,9 @@ def make_loader(url: str) -> Callable[[str], bytes]:
 def read_samples(urls: str | Sequence[str], spec: Input, where: str) -> Iterator[RawSample | Refusal]:
     """Yield the samples of a source of any format in order, and the refusals among them.
 
-    A dataset's samples have the true caption as ``txt`` and the metadata as ``json``. Raises UserError for a shard
-    that cannot be read completely, since metrics on a part of a set do not compare.
+    A dataset's samples have the true caption as ``txt``, all of them as lines of ``true_captions``, and the metadata as
+    ``json``. Raises UserError for a shard that cannot be read completely, since metrics on a part of a set do not
+    compare.
     """
     if detect_kind(urls) == "layers":
         assert isinstance(urls, str)
@@ -182,6 +183,7 @@ def _read_dataset(url: str, images_from: Sequence[str]) -> Iterator[RawSample]:
         sidecars = {}
         if sample.caption is not None:
             sidecars["txt"] = sample.caption.encode()
+            sidecars[TRUE_CAPTIONS] = "\n".join(sample.true_captions).encode()
         if sample.metadata is not None:
             sidecars["json"] = json.dumps(sample.metadata, ensure_ascii=False).encode()
         yield RawSample(sample.key, sample.image, 0, len(sample.image), sidecars)

@@ -15,12 +15,14 @@ import pytest
 import reinforce
 from reinforce.captioning.config import Data as CaptionerData
 from reinforce.captioning.scan import scan
-from reinforce.config import parse_config
+from reinforce.config import Limits, parse_config
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.reading.dataset import Dataset
 from reinforce.dataset.validate.row_checks import RowChecks
 from reinforce.engine.plan.plan import make_plan
 from reinforce.errors import UserError
+from reinforce.evaluation.config import RetrievalSet
+from reinforce.evaluation.sets import Example, open_retrieval_set
 from reinforce.inspection.rows import read_rows
 from reinforce.inspection.selection import select
 from reinforce.inspection.texts import text_figures
@@ -140,6 +142,15 @@ def test_a_captioner_learns_from_all_of_them(made: Path) -> None:
     pairs = scan(str(made), CaptionerData(source=str(made)), "data")
     found = dict(zip(pairs["key"].to_pylist(), pairs["captions"].to_pylist(), strict=True))
     assert found == {key: texts[:5] for key, texts in CAPTIONS.items() if texts}
+
+
+def test_retrieval_is_evaluated_on_all_of_them(made: Path) -> None:
+    found = {}
+    for where in ("lines:true_captions", "txt"):
+        retrieval = open_retrieval_set("own", RetrievalSet(pairs=str(made), captions=[where]), Limits())
+        found[where] = {one.key: [*one.target] for one in retrieval.examples() if isinstance(one, Example)}
+    several = {key: texts[:5] for key, texts in CAPTIONS.items() if texts}
+    assert found == {"lines:true_captions": several, "txt": {key: texts[:1] for key, texts in several.items()}}
 
 
 def test_reports_count_all_of_them(made: Path) -> None:
