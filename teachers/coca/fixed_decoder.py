@@ -12,6 +12,7 @@ import torch
 
 from teachers.coca.network import CocaNetwork
 from teachers.device.accelerator import Accelerator
+from teachers.device.recompilation import many_shapes
 from teachers.device.step_graphs import EagerSteps, GraphedSteps, Step, Steps
 
 Tensor = torch.Tensor
@@ -19,8 +20,6 @@ Tensor = torch.Tensor
 SIZES = (16, 32, 64, 96, 128, 192, 256, 384, 512, 640, 768, 896, 1024)
 #: Smallest number of positions that tokens attend to; larger ones are its doubles. Each compiled shape takes a minute.
 _MIN_VISIBLE, _MIN_VISIBLE_COMPILED = 16, 32
-#: torch's limit of 8 counts the shapes of all captioners in a process.
-_MAX_COMPILED_SHAPES = 1024
 
 
 class FixedCocaDecoder:
@@ -210,9 +209,7 @@ def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     compiled = torch.compile(function, fullgraph=True, dynamic=False)
 
     def run(*arguments: Tensor | int) -> Tensor:
-        with torch._dynamo.config.patch(
-            recompile_limit=_MAX_COMPILED_SHAPES, accumulated_recompile_limit=_MAX_COMPILED_SHAPES
-        ):
+        with many_shapes():
             return compiled(*arguments)
 
     return run

@@ -10,14 +10,13 @@ from typing import Any
 import torch
 
 from teachers.device.accelerator import Accelerator
+from teachers.device.recompilation import many_shapes
 from teachers.tokens.trimming import PROBE_TEXTS
 
 _LOG = logging.getLogger(__name__)
 #: Modules that do nothing with their weights but what autocast computes in its precision.
 _PRODUCTS = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d, torch.nn.MultiheadAttention)
-#: Smallest batch of a compiled tower. With powers of two from there to 1,024, there are as many shapes as torch
-#: compiles for one function.
-_SMALLEST = 8
+_SMALLEST = 8  # rows in a batch of a compiled tower
 _MIN_BLOCKS = 2
 
 Outputs = Callable[[], Sequence[torch.Tensor]]
@@ -106,15 +105,19 @@ def _alike(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 
 def padded(encode: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-    """``encode`` for few batch sizes: powers of two from 8. A batch is padded by zeros; [B, ...] -> [B, ...]."""
+    """``encode`` of a compiled tower, for few batch sizes: powers of two from 8.
+
+    A batch is padded by zeros; [B, ...] -> [B, ...].
+    """
 
     def run(batch: torch.Tensor) -> torch.Tensor:
         rows = len(batch)
         size = max(_SMALLEST, 1 << (rows - 1).bit_length())
-        if size == rows:
-            return encode(batch)
-        whole = batch.new_zeros((size, *batch.shape[1:]))
-        whole[:rows] = batch
-        return encode(whole)[:rows]
+        with many_shapes():
+            if size == rows:
+                return encode(batch)
+            whole = batch.new_zeros((size, *batch.shape[1:]))
+            whole[:rows] = batch
+            return encode(whole)[:rows]
 
     return run

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from open_clip.transformer import ResidualAttentionBlock
 from torch._dynamo.testing import CompileCounter
 
 from teachers import registry
@@ -119,6 +120,20 @@ def test_growing_and_shrinking_batches_compile_one_graph_for_each_power_of_two_a
     assert counter.frame_count == 2, "8 and 32"
     assert [len(output) for output in outputs] == sizes
     assert all(map(torch.equal, expected, outputs))
+    torch._dynamo.reset()
+
+
+def test_two_towers_with_six_batch_sizes_each_are_compiled_for_all_of_them() -> None:
+    torch._dynamo.reset()
+    counter, sizes = CompileCounter(), [8, 16, 32, 64, 128, 256]
+    for width in (16, 32):
+        tower = torch.nn.Sequential(*[ResidualAttentionBlock(width, 2) for _ in range(2)])
+        assert towers.compile_blocks(tower, backend=counter) == 2
+        encode = towers.padded(tower)
+        with torch.inference_mode():
+            for size in sizes:
+                encode(torch.zeros(size, 3, width))
+    assert counter.frame_count == 2 * len(sizes), "torch's own limit is 8 graphs for all blocks of a class"
     torch._dynamo.reset()
 
 
