@@ -209,10 +209,10 @@ def test_finished_sets_are_kept_and_compared_with_published_ones(
     (line,) = map(json.loads, lines)
     assert (line["key"], line["dataset"]) == ("mnist", "MNIST")
     assert line["metrics"]["main_metric"] == line["metrics"]["acc1"]
-    table = (tmp_path / "out" / "table.md").read_text()
+    table = (tmp_path / "out" / "datacomp.md").read_text()
     assert "| MNIST | acc1 |" in table
     assert "| 85.03 |  |" in table, "a set of another size has no difference"
-    assert (tmp_path / "out" / "scores.png").stat().st_size > 10_000
+    assert (tmp_path / "out" / "datacomp.png").stat().st_size > 10_000
     write_classification(tmp_path / "sets", "stl10", colour_samples(1))
     status, out, _ = evaluate(*chosen, "--json", "-")
     assert status == 0

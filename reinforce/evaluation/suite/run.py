@@ -74,9 +74,9 @@ def evaluate_suite(
         for name in pending:
             results[name][one.key] = line = _line(one, outcome, name, files.digest, identities[name])
             stores[name].add(line)
-    write_file(report.markdown().encode(), f"{out.rstrip('/')}/table.md")
+    write_file(report.markdown().encode(), f"{out.rstrip('/')}/{suite}.md")
     if report.evaluated:
-        report.draw(f"{out.rstrip('/')}/scores.png")
+        report.draw(f"{out.rstrip('/')}/{suite}.png")
     return report
 
 
