@@ -81,6 +81,8 @@ def _start_ray(address: str | None, log_to_driver: bool) -> None:
 def _start_here(log_to_driver: bool) -> None:
     # ERROR, because at WARNING Ray explains token authentication, which does not apply to one machine.
     quiet = {"include_dashboard": False, "logging_level": logging.ERROR}
+    # Else Ray starts a process for each core, for tasks, of which runs and trainings have none.
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     import torch  # whoever starts Ray here has imported it
 
     # Ray counts GPUs by their drivers; those count that torch can use.

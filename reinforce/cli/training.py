@@ -12,6 +12,7 @@ import typer
 
 from reinforce.cli.common import STDOUT, Address, AsJson, JsonFile, Overrides, config_argument, only_json
 from reinforce.errors import UserError
+from reinforce.processes.imports import no_garbage_collection
 from reinforce.terminal import escape, print_table
 from teachers.redact import redact
 
@@ -37,7 +38,8 @@ def train(
 
     with only_json(as_json) as print_json:
         checked = load_student_config(config, set_)
-        from reinforce.student.train import train as train_student  # takes seconds, so the config is checked before
+        with no_garbage_collection():  # takes seconds, so the config is checked before
+            from reinforce.student.train import train as train_student
 
         results = _run_training(lambda: train_student(checked, address=address))
         if _is_first_rank():
@@ -58,7 +60,8 @@ def finetune_captioner(
 
     with only_json(as_json) as print_json:
         checked = load_captioner_config(config, set_)
-        from reinforce.captioning.finetune import finetune, format_comparison
+        with no_garbage_collection():
+            from reinforce.captioning.finetune import finetune, format_comparison
 
         results = _run_training(lambda: finetune(checked, address=address))
         if _is_first_rank() and as_json:
@@ -85,7 +88,8 @@ def tune(
 
     Writes a table, a plot and a config for `reinforce train` to the output folder.
     """
-    from reinforce.tuning import command
+    with no_garbage_collection():
+        from reinforce.tuning import command
     from reinforce.tuning.config import load_tune_config
     from reinforce.tuning.tables import results_table, screening_table
 

@@ -14,6 +14,7 @@ import ray
 from reinforce.cluster import live_resources, ray_cluster
 from reinforce.errors import UserError
 from reinforce.processes.cores import capacity, cores_per_process, default_gpus, describe_share
+from reinforce.processes.imports import no_garbage_collection
 from reinforce.storage import Storage
 from reinforce.terminal import Screen, plural
 from reinforce.training.config import Compute
@@ -192,7 +193,8 @@ def _train_rank(settings: dict[str, Any]) -> None:
     folder, mailbox = settings["folder"], settings["mailbox"]
     if os.path.isdir(folder):  # paths of the config and custom classes are relative to the driver's folder
         os.chdir(folder)
-    build, job = ray.get(settings["work"])
+    with no_garbage_collection():  # what the build needs is imported
+        build, job = ray.get(settings["work"])
     if ray.get(mailbox.outcome.remote())[0]:
         return  # this is a restart after a user error, which a restart cannot fix
     stop = StopSignal()

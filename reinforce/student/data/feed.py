@@ -33,9 +33,6 @@ from reinforce.training.task import Batch, Reading
 from teachers.redact import redact
 
 _LOG = logging.getLogger(__name__)
-#: Modules that loader processes need and that take seconds to import: the fork server imports them once.
-_PRELOADED = ["open_clip", "reinforce.student.data.stream", "teachers.open_clip.text"]
-
 T = TypeVar("T")
 _Assembled: TypeAlias = "tuple[Batch, Counter[str]]"  # a batch, and the unusable rows since the last one, by reason
 
@@ -136,7 +133,7 @@ class StudentFeed:
         depth, rows = self._data.prefetch + 1, -(-stream.batch // processes)
         buffers = stream.buffers = self._maker.allocate_shared(processes, depth, rows)
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_PRELOADED)
+        context.set_forkserver_preload(["reinforce.student.data.preloaded"])
         loader: DataLoader[Part | UserError] = DataLoader(
             _WorkerStream(stream),
             batch_size=None,
