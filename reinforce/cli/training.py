@@ -38,6 +38,7 @@ def train(
 
     with only_json(as_json) as print_json:
         checked = load_student_config(config, set_)
+        checked.train.check_warmup(checked.train.steps)
         with no_garbage_collection():  # takes seconds, so the config is checked before
             from reinforce.student.train import train as train_student
 
@@ -60,6 +61,7 @@ def finetune_captioner(
 
     with only_json(as_json) as print_json:
         checked = load_captioner_config(config, set_)
+        checked.train.check_warmup(checked.train.steps)
         with no_garbage_collection():
             from reinforce.captioning.finetune import finetune, format_comparison
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
+from reinforce.errors import UserError
 from reinforce.settings import Section, flatten
 from teachers.redact import redact_values
 
@@ -110,6 +111,14 @@ class Training(Section):
                 "NCCL refuses two ranks on one accelerator; set compute.gpus to 1, or compute.ranks to 1"
             )
         return self
+
+    def check_warmup(self, steps: int | None) -> None:
+        """Raise UserError if the warm-up is not shorter than ``steps``, where these are known."""
+        if steps is not None and self.optimizer.warmup >= steps:
+            raise UserError(
+                f"train.optimizer.warmup ({self.optimizer.warmup:,}) must be below the training's {steps:,} steps. "
+                f"Lower it, for example with --set train.optimizer.warmup={steps // 10}, or train for longer."
+            )
 
 
 class Wandb(Section):

@@ -61,14 +61,5 @@ def total_steps(training: Training, samples: int, ranks: int) -> int:
     else:
         assert training.epochs is not None
         steps = max(1, round(training.epochs * samples / training.batch))
-    check_warmup(training, steps)
+    training.check_warmup(steps)
     return steps
-
-
-def check_warmup(training: Training, steps: int) -> None:
-    """Raise UserError if the warm-up is not shorter than ``steps``."""
-    if training.optimizer.warmup >= steps:
-        raise UserError(
-            f"train.optimizer.warmup ({training.optimizer.warmup:,}) must be below the training's {steps:,} steps. "
-            f"Lower it, for example with --set train.optimizer.warmup={steps // 10}, or train for longer."
-        )

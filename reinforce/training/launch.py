@@ -7,7 +7,7 @@ import os
 
 from reinforce.storage import Storage
 from reinforce.training.distributed.ranks import join_ranks, under_torchrun
-from reinforce.training.job import Job, check_warmup
+from reinforce.training.job import Job
 from reinforce.training.loop import run_rank
 from reinforce.training.record.results import Results
 from reinforce.training.stop import StopSignal
@@ -19,8 +19,6 @@ def launch(build: Build, job: Job, address: str | None = None) -> Results:
 
     Raises UserError and Stopped as `reinforce.training.loop.fit` does.
     """
-    if job.training.steps is not None:
-        check_warmup(job.training, job.training.steps)  # before anything is loaded
     if runs_on_ray(job, address):
         from reinforce.training.ray_train import launch_on_ray
 

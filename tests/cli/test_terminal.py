@@ -116,12 +116,19 @@ except SystemExit as ended:
 
 
 @pytest.mark.parametrize(
-    ("command", "config"), [("train", "student-demo.yaml"), ("finetune-captioner", "finetune-demo.yaml")]
+    ("command", "config", "change", "message"),
+    [
+        ("train", "student-demo.yaml", "unknown=1", "unknown: unknown key"),
+        ("finetune-captioner", "finetune-demo.yaml", "unknown=1", "unknown: unknown key"),
+        ("train", "student-demo.yaml", "train.steps=80", "for example with --set train.optimizer.warmup=8, or"),
+    ],
 )
-def test_errors_in_a_config_are_reported_before_models_are_imported(command: str, config: str) -> None:
-    arguments = [command, f"configs/{config}", "--set", "unknown=1"]
+def test_errors_in_a_config_are_reported_before_models_are_imported(
+    command: str, config: str, change: str, message: str
+) -> None:
+    arguments = [command, f"configs/{config}", "--set", change]
     done = subprocess.run(
         [sys.executable, "-c", CODE, *arguments], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert "unknown: unknown key" in done.stderr
+    assert message in done.stderr
     assert done.stdout.split("\n")[-2] == "2 []"

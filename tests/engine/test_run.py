@@ -267,7 +267,9 @@ class Guarded(ColorTeacher):
             raise ValueError("no token")
 
 
-def test_a_run_goes_on_with_shards_whose_files_were_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_goes_on_with_shards_whose_files_were_set_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_tar(tmp_path / "0.tar", members_of(0, 3))
     summaries = [
         RunSummary(
@@ -291,6 +293,7 @@ def test_a_run_goes_on_with_shards_whose_files_were_set_aside(tmp_path: Path, mo
     monkeypatch.setattr("reinforce.cluster.ray_cluster", lambda _: contextlib.nullcontext())
     config = config_of(f"{tmp_path}/0.tar", tmp_path / "out")
     found = run(config)
+    assert capsys.readouterr().out == "1 shard to compute; waiting for Ray\n", "before anything takes long"
     assert (found.status, found.message, found.postponed, left) == (0, "done", 0, [])
     assert (found.shards, found.samples, found.bytes, found.refused) == (5, 49, 110, {"no_text": 3})
     assert (found.busy_share, found.notes) == (0.3, ["x was set aside"])
