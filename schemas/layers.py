@@ -132,7 +132,7 @@ def scores_schema(names: Sequence[str]) -> pa.Schema:
 
 
 def view_schema() -> pa.Schema:
-    """Schema of ``views/<name>/rows/<shard>.parquet``: a row for each sample, in their order."""
+    """Schema of ``views/<name>/rows-<fingerprint>/<shard>.parquet``: a row for each sample, in their order."""
     description = "number and name of the rule that leaves the sample out; null where it is kept"
     return pa.schema([_KEY, _field("left_out", pa.string(), description)])
 

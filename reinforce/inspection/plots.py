@@ -16,7 +16,7 @@ from reinforce.inspection.texts import TextFigures
 _BINS = 40
 _AREA_BINS = 8
 _LONGEST = 0.995  # of the captions are in the chart of lengths; the rest would stretch it
-_QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)  # at which samples are shown
+_QUANTILES = (0.05, 0.95, 0.25, 0.75, 0.5, 0.0, 1.0)  # at which samples are shown, the most important last
 _FEW = 30  # an operation with fewer crops is not shown
 TRUE_LABEL = "true captions"
 
@@ -48,7 +48,7 @@ def quantile_rows(values: np.ndarray) -> list[tuple[str, int]]:
     """The rows at some quantiles of their finite values, each with the quantile as text; none twice."""
     finite = np.flatnonzero(np.isfinite(values))
     ordered = finite[np.argsort(values[finite], kind="stable")]
-    places = {round(share * (len(ordered) - 1)): share for share in reversed(_QUANTILES)} if len(ordered) else {}
+    places = {round(share * (len(ordered) - 1)): share for share in _QUANTILES} if len(ordered) else {}
     return [(f"{places[place]:.0%}".replace("%", " %"), int(ordered[place])) for place in sorted(places)]
 
 

@@ -9,10 +9,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import reinforce
 from reinforce.errors import UserError
+from reinforce.inspection.plots import quantile_rows
 from reinforce.inspection.report import inspect
 from reinforce.selection.config import SelectConfig
 from reinforce.selection.select import select
@@ -184,6 +186,13 @@ def thumbnails(page: str) -> dict[tuple[str, str], list[tuple[str, str]]]:
         else:
             found.setdefault((heads[0], heads[1]), []).append((value or "", key))
     return found
+
+
+def test_of_few_values_the_extremes_and_the_median_are_named() -> None:
+    values = np.array([3.0, np.nan, 1.0, 2.0])
+    assert quantile_rows(values) == [("0 %", 2), ("50 %", 3), ("100 %", 0)]
+    assert quantile_rows(values[:1]) == [("100 %", 0)]
+    assert quantile_rows(values[1:2]) == []
 
 
 def test_samples_at_the_quantiles_of_a_score_are_shown(viewed: str, tmp_path: Path) -> None:
