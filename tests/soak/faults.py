@@ -24,11 +24,11 @@ from typing import Any
 import reinforce
 from reinforce.errors import UserError
 from tests.helpers.data import config_of, members_of, write_tar
+from tests.helpers.local_ray import local_ray
 from tests.helpers.s3_proxy import Proxy
 from tests.helpers.s3_runs import layers
 from tests.soak.cases import CASES, SHARDS, Case
 from tests.soak.kills import KILLS, Kill, run_killed
-from tests.soak.local_ray import local_ray
 
 _LIMIT_SECONDS = 600  # of a case
 _REFUSED = ("/quarantine/", "/set-aside/")
