@@ -37,6 +37,7 @@ from reinforce.engine.worker.stale_files import MisalignedLayer, origin_entries
 from reinforce.errors import UserError
 from reinforce.nodes import nodes_of_run
 from teachers.device.determinism import set_flags
+from teachers.spec import ModelInfo
 
 _SHARDS = 16  # from which rows are taken, at most
 
@@ -104,13 +105,17 @@ def recompute(config: Config, url: str, rows: int, seed: int = 0, pool: DecodePo
 
 
 def _describable(config: Config, found: Recomputed) -> Config:
-    """The config without models whose identity cannot be determined, such as those whose weights are not here."""
+    """The config without models whose identity cannot be determined, such as those whose weights are not here, and
+    without scores that are computed from theirs."""
     usable: dict[str, dict[str, Any]] = {"captioners": {}, "teachers": {}, "scores": {}}
+    infos: dict[tuple[str, str], ModelInfo] = {}
     for kind, specs in usable.items():
         for name, spec in getattr(config, kind).items():
             alone: dict[str, Any] = {"captioners": {}, "teachers": {}, "scores": {}, kind: {name: spec}}
             try:
-                describe_models(config.model_copy(update=alone))
+                infos |= describe_models(config.model_copy(update=alone))
+                if kind == "scores":
+                    build_layers(config.model_copy(update={**usable, kind: {name: spec}}), infos)
                 specs[name] = spec
             except UserError as error:
                 found.left_out.append(f"{kind[:-1]} {name}: not computed again: {error}")

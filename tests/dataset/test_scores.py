@@ -284,6 +284,15 @@ def test_a_class_that_is_added_later_gives_equal_bytes_and_uses_no_other_model(
     assert all(compared[f"scores/{name}"].equal == compared[f"scores/{name}"].rows > 0 for name in CLASSES)
 
 
+def test_scores_of_a_teacher_that_is_not_here_are_left_out_when_rows_are_computed_again(config: dict[str, Any]) -> None:
+    url = reinforce_here({**config, "scores": {**SCORES, "red": CLASSES["colors"]}})
+    scores = {**SCORES, "red": CLASSES["colors"]}
+    lost = {**config["teachers"], "red": {"class": "nowhere:Lost"}}
+    found = recompute(parse_config({**config, "teachers": lost, "scores": scores}), url, 4)
+    assert [line.partition(":")[0] for line in found.left_out] == ["teacher red", "score match", "score pretty"]
+    assert {one.layer for one in found.layers if one.layer.startswith("scores/")} == {"scores/sizes", "scores/red"}
+
+
 def test_options_inputs_names_and_version_of_a_class_are_in_the_fingerprint(config: dict[str, Any]) -> None:
     def fingerprint(**changes: Any) -> str:
         scores = {"mine": {"class": f"{OURS}Length", **changes}}
