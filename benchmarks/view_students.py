@@ -38,10 +38,11 @@ SHOWN = ("unseen_style", "unseen_style_group", "unseen_pictures_group", "retriev
 _MARKERS = re.compile(r"(<!-- students:[^\n]*-->\n).*?(<!-- end of students -->)", flags=re.DOTALL)
 _TEXT = """\
 Plain students of the demo on the same dataset, {steps} steps each, mean and minimum to maximum of {seeds} seeds \
-({date}). The view is `keep: {{top: {top:g}, by: {score}}}`: it leaves out {left_out:,} of {samples:,} samples, of \
+({date}, [view_students.json](../benchmarks/results/view_students.json)). The view is \
+`keep: {{top: {top:g}, by: {score}}}`: it leaves out {left_out:,} of {samples:,} samples, of \
 which {precision:.1%} have a wrong caption (precision); these are {recall:.1%} of the wrong captions (recall). \
 *Recovered* is the share that the view regains of what the students on all samples lose against those on the right \
-pairs alone; - where not every seed of the latter is better."""
+pairs alone; it is "-" where not each of their seeds is better."""
 _AGREEMENT = """\
 The agreement of true and synthetic captions, the mean cosine of the three teachers' embeddings of these texts, finds \
 wrong captions with an AUC of {alone[AUC]:.3f} ({alone[wrong of worst]:.1%} of the worst 40 % are wrong), less well \

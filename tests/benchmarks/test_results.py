@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import captions, step, transfer
+from benchmarks import captions, step, transfer, view_students
 
 
 def test_stored_targets_add_operations_to_a_plain_step(tmp_path: Path) -> None:
@@ -66,3 +66,14 @@ def test_committed_page_is_rendered_from_the_stored_numbers() -> None:
     stored = json.loads(transfer.RESULTS.read_text())
     page = transfer.render_page(stored)
     assert transfer.PAGE.read_text() == page
+
+
+def test_the_page_has_the_stored_results_of_students_on_views() -> None:
+    stored = json.loads(view_students.RESULTS.read_text())
+    page = view_students.PAGE.read_text(encoding="utf-8")
+    assert view_students.render_page(page, stored) == page, "run `python -m benchmarks.view_students`"
+    whole, right = ({"mean": mean, "min": mean, "max": mean} for mean in (0.1, 0.3))
+    students = {"whole": {"a": whole}, "view": {"a": {"mean": 0.25}}, "right": {"a": right}}
+    assert view_students.recovered(students, "a") == "75%"
+    students["right"]["a"]["min"] = 0.1
+    assert view_students.recovered(students, "a") == "-", "no loss in each seed"
