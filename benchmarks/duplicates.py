@@ -1,7 +1,7 @@
 """``python -m benchmarks.duplicates``: what `deduplicate` and `decontaminate` find, and what they cost.
 
 The vectors are made: topics within topics, with the spectrum of embeddings, and near duplicates at cosines from 0.93 to
-0.999. Recall is that of comparing all pairs. Each size is selected in a process of its own, and once more in several.
+0.999. Recall is that of comparing all pairs. Each rule runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -101,26 +101,23 @@ def write_dataset(folder: Path, vectors: np.ndarray) -> str:
     return str(folder)
 
 
-def run(url: str, rule: dict[str, Any], processes: int) -> dict[str, float]:
-    """Select by one rule, in this process and others -> what it costs."""
+def run(url: str, rule: dict[str, Any]) -> dict[str, float]:
+    """Select by one rule in this process -> what it costs."""
     config = SelectConfig.model_validate({"dataset": url, "name": "view", "rules": [rule]})
     start, cpu = time.perf_counter(), time.process_time()
-    view = select(config, processes=processes)
+    view = select(config, processes=1)
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-    own, children = (
-        resource.getrusage(who).ru_maxrss / 1e3 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    )
     samples = sum(view.counts.values())
     size = sum(path.stat().st_size for path in Path(url, "views/view").rglob("*") if path.is_file())
     of_sample = {"CPU us a sample": 1e6 * cpu / samples, "bytes a sample": size / samples}
-    memory = {"MB": own} if processes == 1 else {"driver MB": own, "largest worker MB": children}
-    return {"samples": samples, "left out": samples - len(view), "seconds": seconds, **of_sample, **memory}
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    return {"samples": samples, "left out": samples - len(view), "seconds": seconds, **of_sample, "MB": memory}
 
 
-def in_process(url: str, rule: dict[str, Any], processes: int = 1) -> dict[str, float]:
+def in_process(url: str, rule: dict[str, Any]) -> dict[str, float]:
     """``run`` in a process of its own, so that memory and CPU are of nothing else."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(run, url, rule, processes).result()
+        return pool.submit(run, url, rule).result()
 
 
 def left_out(url: str) -> np.ndarray:
@@ -205,18 +202,16 @@ def measure_recall(rows: int) -> dict[str, Any]:
 
 
 def measure_costs(rows: int) -> dict[str, Any]:
-    """What each rule costs; ``near`` once more in two processes, for their memory."""
+    """What each rule costs."""
     url = write_dataset(BUILD / "costs", make_vectors(rows))
     against = write_dataset(BUILD / "few", make_vectors(10_000, seed=1))
     rules = {"near": NEAR, "exact": {"deduplicate": {"exact": True}}, "decontaminate": foreign(against)}
-    costs = {name: in_process(url, rule) for name, rule in rules.items()}
-    of_two = in_process(url, NEAR, processes=2)
-    return {**costs, "near, two processes": {key: value for key, value in of_two.items() if not key.startswith("CPU")}}
+    return {name: in_process(url, rule) for name, rule in rules.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.duplicates", description=__doc__)
-    parser.add_argument("--rows", type=int, nargs="*", default=[30_000, 300_000], help="samples of costs")
+    parser.add_argument("--rows", type=int, nargs="*", default=[40_960, 409_600], help="samples of costs")
     parser.add_argument(
         "--compared", type=int, default=100_000, help="samples of which all pairs are compared; 0: none"
     )

@@ -136,19 +136,27 @@ class Reference:
         """Which vectors have one within the threshold [rows]."""
         if not len(vectors):
             return np.zeros(0, np.bool_)
-        cosines, _ = _index(self.parts, self.stage).search(vectors.astype(np.float32), 1)
-        return np.asarray(cosines[:, 0] >= self.threshold)
+        index = _index(self.parts, self.stage)
+        found = []
+        for start in range(0, len(vectors), _BLOCK):
+            block = vectors[start : start + _BLOCK].astype(np.float32)
+            nearest = (
+                (block @ index.T).max(axis=1) if isinstance(index, np.ndarray) else index.search(block, 1)[0][:, 0]
+            )
+            found.append(nearest >= self.threshold)
+        return np.concatenate(found)
 
 
 @functools.lru_cache(maxsize=2)
 def _index(parts: Parts, stage: str) -> Any:
-    """The index of a reference, which a process makes once: of all vectors, or of lists."""
+    """What a process searches, made once: all vectors [N, D], or lists of them."""
     vectors = parts.load(stage, 0)["vectors"].astype(np.float32)
+    if len(vectors) <= _SEARCH_ALL:
+        return vectors
     faiss, dim = load_faiss(), vectors.shape[1]
-    index = faiss.IndexFlatIP(dim)
-    if len(vectors) > _SEARCH_ALL:
-        index = faiss.IndexIVFFlat(index, dim, 4 * int(np.sqrt(len(vectors))), faiss.METRIC_INNER_PRODUCT)
-        index.nprobe = _LISTS_SEARCHED
-        index.train(vectors)
+    quantizer = faiss.IndexFlatIP(dim)
+    index = faiss.IndexIVFFlat(quantizer, dim, 4 * int(np.sqrt(len(vectors))), faiss.METRIC_INNER_PRODUCT)
+    index.nprobe = _LISTS_SEARCHED
+    index.train(vectors)
     index.add(vectors)
     return index

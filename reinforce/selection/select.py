@@ -203,13 +203,13 @@ class _Selection:
         buckets = Buckets(rows, dim)
         centroids, records, out = (f"{rule.number}-{name}" for name in ("centroids", "records", "duplicates"))
         if dim:
-            self.log(f"rule {rule.label}: dividing {rows:,} samples into {buckets.cells:,} cells")
+            self.log(f"rule {rule.label}: dividing samples into cells ({buckets.cells:,})")
             places = training_places(self.groups, self.shards, rule.seed, buckets.cells)
             train = TrainCells(self.parts, centroids, self.inputs, rule, buckets.cells)
             self._all(self.work.map(f"{centroids}-trained", train, [places]))
         collect = CollectRecords(rule, buckets, records, centroids)
         ends = np.stack([result["ends"] for result in self._pass(records, collect, save=True)])
-        self.log(f"rule {rule.label}: comparing the samples of {buckets.count:,} parts")
+        self.log(f"rule {rule.label}: comparing samples in each part ({buckets.count:,})")
         firsts = np.array([*(chunk.first for chunk in self.chunks), rows])
         compare = CompareRecords(self.parts, rule, buckets, records, out, firsts)
         ranges = [ends[:, n : n + 2] for n in range(buckets.count)]
