@@ -66,7 +66,6 @@ def _set_s3_environment(patch: pytest.MonkeyPatch, endpoint: str) -> None:
 def ray_session(s3_server: str) -> None:
     """Ray on this machine, which runs until the first file that does not use it: even idle it takes CPU."""
     import ray
-    from ray._private.node import Node
 
     from tests.helpers import lean_ray
 
@@ -74,8 +73,7 @@ def ray_session(s3_server: str) -> None:
         with pytest.MonkeyPatch.context() as patch:  # workers get the environment of the first ray.init
             _set_s3_environment(patch, s3_server)
             patch.setenv("RAY_metrics_report_interval_ms", "2000")  # instead of 10,000, for which a test would wait
-            for name in lean_ray.NEEDLESS:
-                patch.setattr(Node, name, lean_ray.start_nothing)
+            lean_ray.prepare(patch)
             ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
 
 

@@ -24,9 +24,10 @@ from pathlib import Path
 from ray import _raylet
 from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
-from tests.helpers.lean_ray import leave_out_needless
+import pytest
+from tests.helpers.lean_ray import prepare
 
-leave_out_needless()
+prepare(pytest.MonkeyPatch())
 config, output, log, quick = sys.argv[1], Path(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
 
 def events(kind):
@@ -73,7 +74,7 @@ def test_the_pool_follows_the_cluster_and_lost_and_drained_nodes_cost_no_shard(
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(path), str(tmp_path / "out"), str(tmp_path / "log"), str(quick)],
         cwd=ROOT,
-        env={**os.environ, "TESTS_DELAY": "2", "TESTS_UNTIL": str(quick), "RAY_raylet_start_wait_time_s": "240"},
+        env={**os.environ, "TESTS_DELAY": "2", "TESTS_UNTIL": str(quick)},
         capture_output=True,
         text=True,
         timeout=540,
