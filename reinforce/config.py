@@ -266,25 +266,26 @@ class Score(Section):
     )
     facts: list[Fact] | None = Field(None, min_length=1, description="sizes of the image and the caption")
     tokenizer: str = Field("ViT-B-32", description="facts: open_clip model whose tokenizer counts `tokens`")
-    class_: str | None = Field(None, alias="class", description="package.module:Class; see teachers/protocols.py")
+    own: str | None = Field(None, alias="class", description="package.module:Class; see teachers/protocols.py")
     options: dict[str, Any] = Field(default_factory=dict, description="class: its keyword arguments")
     inputs: OneOrMore | None = Field(None, min_length=1, description="class: what it sees, instead of its own `inputs`")
 
     @model_validator(mode="after")
     def _check_kind(self) -> Score:
         uses = {"similarity": {"texts"}, "head": {"teacher", "names"}, "facts": {"tokenizer"}}
-        uses["class_"] = {"options", "inputs", "names"}
-        chosen = [key for key in uses if getattr(self, key) is not None]
+        uses["class"] = {"options", "inputs", "names"}
+        fields = {key: "own" if key == "class" else key for key in uses}
+        chosen = [key for key, field in fields.items() if getattr(self, field) is not None]
         if len(chosen) != 1:
-            raise ValueError(f"set one of {', '.join(uses)}".rstrip("_"))
-        if unused := self.model_fields_set - uses[chosen[0]] - {chosen[0]}:
-            raise ValueError(f"{', '.join(sorted(unused))}: not used with `{chosen[0].rstrip('_')}`; remove it")
+            raise ValueError(f"set one of {', '.join(uses)}")
+        if unused := self.model_fields_set - uses[chosen[0]] - {fields[chosen[0]]}:
+            raise ValueError(f"{', '.join(sorted(unused))}: not used with `{chosen[0]}`; remove it")
         if self.head is not None and self.teacher is None:
             raise ValueError("set `teacher`, to whose embeddings `head` is applied")
         for names in (self.similarity or [], self.texts, self.names, self.facts or []):
             if len({*names}) < len(names):
                 raise ValueError(f"{', '.join(names)}: a name occurs twice")
-        if self.class_ is not None:
+        if self.own is not None:
             _ = self.scorer  # raises what is wrong
         return self
 
@@ -292,7 +293,7 @@ class Score(Section):
     def scorer(self) -> ClassScorerSpec:
         """The class."""
         names = self.names if "names" in self.model_fields_set else None
-        return ClassScorerSpec(class_=self.class_, options=self.options, inputs=self.inputs, names=names)
+        return ClassScorerSpec(class_=self.own, options=self.options, inputs=self.inputs, names=names)
 
 
 class Estimate(Section):
@@ -354,7 +355,7 @@ class Config(Section):
     @property
     def scorers(self) -> dict[str, ClassScorerSpec]:
         """The scores that a class computes, by name."""
-        return {name: score.scorer for name, score in self.scores.items() if score.class_ is not None}
+        return {name: score.scorer for name, score in self.scores.items() if score.own is not None}
 
     @property
     def classes(self) -> list[str]:

@@ -114,8 +114,7 @@ def _describable(config: Config, found: Recomputed) -> Config:
             alone: dict[str, Any] = {"captioners": {}, "teachers": {}, "scores": {}, kind: {name: spec}}
             try:
                 infos |= describe_models(config.model_copy(update=alone))
-                if kind == "scores":
-                    build_layers(config.model_copy(update={**usable, kind: {name: spec}}), infos)
+                build_layers(config.model_copy(update={**usable, kind: {name: spec}}), infos)
                 specs[name] = spec
             except UserError as error:
                 found.left_out.append(f"{kind[:-1]} {name}: not computed again: {error}")

@@ -102,7 +102,7 @@ def update_manifest(
         before = manifest["layers"].get(name, {})
         dim = loaded.get(layer.model or "", {}).get("dim", layer.dim) or before.get("dim")
         entry = layer.kind.entry(layer, dim)
-        if layer.kind.section == "scores":
+        if layer.kind.section not in manifest:  # where models have entries, these have the code
             entry |= _code(before, layer if name in computed else None)
         manifest["layers"][name] = {"kind": layer.kind.name, "fingerprint": layer.fingerprint, **entry}
     for name, teacher in config.teachers.items():
