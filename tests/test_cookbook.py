@@ -46,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         broken = [(f"{shard:03d}99999.png", b"no image"), (f"{shard:03d}99999.txt", b"none")] * shard
         write_tar(folder / "source" / f"{shard:05d}.tar", [*members_of(shard, 6), *broken])
     url = reinforce_here(config(folder))
-    select(SelectConfig.model_validate({"dataset": url, "name": "filtered", "rules": [{"sample": KEPT}]}))
+    select(SelectConfig.model_validate({"dataset": url, "name": "best", "rules": [{"sample": KEPT}]}))
     return folder
 
 
@@ -69,7 +69,7 @@ def test_the_best_caption_is_a_true_or_a_synthetic_one(names: dict[str, Any]) ->
 def test_filtered_samples_are_tars_that_a_run_reads(folder: Path, names: dict[str, Any]) -> None:
     with tarfile.open(folder / "filtered.tar") as tar:
         keys = {name.partition(".")[0] for name in tar.getnames()}
-    assert keys == {sample.key for sample in reinforce.open(str(folder / "my-data"), view="filtered")}
+    assert keys == {sample.key for sample in reinforce.open(str(folder / "my-data"), view="best")}
     assert len(keys) == KEPT
     again = reinforce_here({**config(folder), "source": f"{folder}/filtered.tar", "output": f"{folder}/filtered"})
     assert {sample.key for sample in reinforce.open(again)} == keys

@@ -186,7 +186,7 @@ def test_images_that_readers_would_decode_otherwise_are_converted_or_left_out(tm
     write_dataset(tmp_path, *extra)
     exported = export(tmp_path)
     assert (exported.left_out, exported.samples, exported.converted) == ({}, 14, 3)
-    assert "converted: 3 images, to PNGs that readers decode to the same pixels" in exported.lines()
+    assert "converted: 3 images, to PNGs that decode to the same pixels" in exported.lines()
     names = [name for path in (tmp_path / "tars").glob("00000-*.tar") for name in member_names(path)]
     assert {"turned.png", "glass.png", "opaque.png", "old.png"} <= {*names}
     assert {name for name in names if name.startswith("silent")} == {

@@ -110,7 +110,8 @@ class SuiteReport:
         header, *rows = self.rows()
         table = Table(box=None, header_style="bold", pad_edge=False)
         for number, name in enumerate(header):
-            table.add_column(name, justify="left" if number < 2 else "right", overflow="fold")
+            first = number < 2
+            table.add_column(name, justify="left" if first else "right", no_wrap=first, overflow="fold")
         for row in rows:
             table.add_row(*row)
         return table
