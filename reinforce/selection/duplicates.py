@@ -26,7 +26,7 @@ from reinforce.selection.rules import BoundRule, Group
 from reinforce.source.references import image_digest
 
 _BUCKET_BYTES = 2**30  # of records that a process compares
-_CELL_ROWS, _MAX_CELLS = 2**13, 2**15
+_CELL_ROWS, _MAX_CELLS = 2**11, 2**15
 _TRAINED_ROWS = 40  # for each cell
 _WRITTEN_ROWS = 2**14  # at a time
 _DIGESTS = np.dtype([("place", "<i8"), ("best", "<f4"), ("digest", "<u8")])
