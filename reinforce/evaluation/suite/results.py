@@ -110,8 +110,9 @@ class SuiteReport:
         header, *rows = self.rows()
         table = Table(box=None, header_style="bold", pad_edge=False)
         for number, name in enumerate(header):
-            first = number < 2
-            table.add_column(name, justify="left" if first else "right", no_wrap=first, overflow="fold")
+            # Names of models may be long paths: they are folded where a terminal is narrow.
+            whole = not any(model in name for model in self.results)
+            table.add_column(name, justify="left" if number < 2 else "right", no_wrap=whole, overflow="fold")
         for row in rows:
             table.add_row(*row)
         return table
