@@ -225,13 +225,9 @@ class ViewState:
 
 def view_states(store: Store, manifest: Mapping[str, Any], shards: Collection[str]) -> Iterator[ViewState]:
     """The state of each view of a dataset whose samples have some ``shards``."""
-    for name in list_views(store):
-        try:
-            view = read_view(store, name)
-        except StorageError:
-            raise
-        except UserError as error:
-            yield ViewState(name, None, None, None, 0, (str(error),))
+    for name, view in read_views(store):
+        if isinstance(view, UserError):
+            yield ViewState(name, None, None, None, 0, (str(view),))
         else:
             newer = sum(shard not in view.counts for shard in shards)
             counts = len(view), sum(view.counts.values())
@@ -251,6 +247,17 @@ def open_view(store: Store, manifest: Mapping[str, Any], name: str) -> View:
     if changes := view.changes(manifest):
         raise UserError(f"{store.url}: {'; '.join(changes)}. Make it again with reinforce select.")
     return view
+
+
+def read_views(store: Store) -> Iterator[tuple[str, View | UserError]]:
+    """The name of each view of a dataset, with the view or the error of ``read_view``. Raises StorageError."""
+    for name in list_views(store):
+        try:
+            yield name, read_view(store, name)
+        except StorageError:
+            raise
+        except UserError as error:
+            yield name, error
 
 
 def read_view(store: Store, name: str) -> View:

@@ -11,7 +11,7 @@ from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.reading.aligned import AlignedLayers
 from reinforce.dataset.validate.findings import Finding
-from reinforce.dataset.view import View, list_views, read_view
+from reinforce.dataset.view import View, read_views
 from reinforce.errors import StorageError, UserError
 
 _THREADS = 16
@@ -26,13 +26,9 @@ def check_views(
     """
     findings: list[Finding] = []
     notes: list[str] = []
-    for name in list_views(store):
-        try:
-            view = read_view(store, name)
-        except StorageError:
-            raise
-        except UserError as error:
-            findings.append(Finding("view", str(error), f"views/{name}"))
+    for name, view in read_views(store):
+        if isinstance(view, UserError):
+            findings.append(Finding("view", str(view), f"views/{name}"))
             continue
         if changes := view.changes(manifest):
             notes.append(f"view {name} is refused: {'; '.join(changes)}. Make it again with reinforce select.")
