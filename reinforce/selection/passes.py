@@ -6,6 +6,7 @@ the results, so that no later pass evaluates them again.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ from reinforce.errors import UserError
 from reinforce.selection.expressions import connect, evaluate
 from reinforce.selection.parts import Arrays, Parts
 from reinforce.selection.rules import BoundRule, Codes, Group, layers_of
-from reinforce.selection.thresholds import COLUMNS, Counts, Search
+from reinforce.selection.thresholds import COLUMNS, Ordered, Search
 
 _CHUNK_ROWS, _CHUNK_SHARDS = 2**18, 64
 _THREADS = 8  # of a process that reads an object store
@@ -91,8 +92,8 @@ class Pass(Generic[_T]):
             codes = self.parts.load(self.before, number)["codes"]
         ends = np.cumsum([*chunk.shards.values()])
         firsts = (chunk.first + ends - [*chunk.shards.values()]).tolist()
-        with ThreadPoolExecutor(1 if self.parts.store.local else _THREADS) as pool:
-            found = [*pool.map(self._measure, chunk.shards, firsts, np.split(codes, ends[:-1]))]
+        pool = _readers(1 if self.parts.store.local else _THREADS)
+        found = [*pool.map(self._measure, chunk.shards, firsts, np.split(codes, ends[:-1]))]
         if self.after is not None:
             self.parts.save(self.after, number, {"codes": codes})
         return self.measure.result(number, chunk, [one for of_shard in found for one in of_shard], self.parts)
@@ -126,6 +127,12 @@ class Pass(Generic[_T]):
         return found
 
 
+@functools.cache
+def _readers(threads: int) -> ThreadPoolExecutor:
+    """Threads that outlive a chunk: the database of each takes as much CPU to open as thousands of rows."""
+    return ThreadPoolExecutor(threads)
+
+
 def _database() -> Any:
     """The database of this thread."""
     if not hasattr(_local, "database"):
@@ -144,13 +151,15 @@ class CountValues:
     def rules(self) -> Sequence[BoundRule]:
         return [self.rule]
 
-    def of(self, group: Group) -> Counts:
+    def of(self, group: Group) -> tuple[Ordered, Ordered]:
         groups, values, valid = self.rule.ordered(group)
         valid &= group.kept
-        return self.search.counts(groups[valid], values[valid])
+        return groups[valid], values[valid]
 
-    def result(self, number: int, chunk: Chunk, found: Sequence[Counts], parts: Parts) -> Arrays:
-        counts = Counts.sum(found)
+    def result(self, number: int, chunk: Chunk, found: Sequence[tuple[Ordered, Ordered]], parts: Parts) -> Arrays:
+        # Counting sorts, so it is done once for all row groups.
+        groups, values = (np.concatenate([np.empty(0, np.uint64), *(one[n] for one in found)]) for n in (0, 1))
+        counts = self.search.counts(groups, values)
         return {name: getattr(counts, name) for name in COLUMNS}
 
 
