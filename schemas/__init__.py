@@ -2,11 +2,13 @@
 
 from schemas.layers import (
     AUGMENTATION,
+    IDENTITIES,
     IMAGE_DIGEST,
     SCHEMA_VERSION,
     TRUE_CAPTIONS,
     captions_schema,
     embeddings_schema,
+    identities_schema,
     image_column,
     image_columns,
     index_schema,
@@ -21,6 +23,7 @@ from schemas.reasons import WHOLE_SHARD, Reason
 
 __all__ = [
     "AUGMENTATION",
+    "IDENTITIES",
     "IMAGE_DIGEST",
     "PAIRS",
     "SCHEMA_VERSION",
@@ -29,6 +32,7 @@ __all__ = [
     "Reason",
     "captions_schema",
     "embeddings_schema",
+    "identities_schema",
     "image_column",
     "image_columns",
     "index_schema",

@@ -45,7 +45,10 @@ AUGMENTATION = pa.struct(
 
 
 def image_column(images: str) -> str:
-    """Column of a samples layer that holds the images: ``image`` (``embed``) or ``image_ref`` (``reference``)."""
+    """Column of a samples layer that holds the images: ``image`` (``embed``) or ``image_ref`` (``reference``).
+
+    The samples of published labels (``none``) have neither.
+    """
     return "image" if images == "embed" else "image_ref"
 
 
@@ -55,15 +58,20 @@ IMAGE_DIGEST = "image_digest"
 
 def image_columns(images: str) -> tuple[str, ...]:
     """Columns of a samples layer from which images are read: that of ``image_column``, and of references the digest."""
+    if images == "none":
+        return ()
     return (image_column(images),) if images == "embed" else (image_column(images), IMAGE_DIGEST)
 
+
+#: Columns of the samples of published labels that identify the image of a row.
+IDENTITIES = ("uid", "sha256", IMAGE_DIGEST, "url")
 
 #: Column of a samples layer with several true captions of a sample; most datasets do not have it.
 TRUE_CAPTIONS = "true_captions"
 
 
 def samples_schema(images: str, true_captions: bool = False) -> pa.Schema:
-    """Schema of ``samples/<shard>.parquet``; ``images`` is ``embed`` or ``reference``.
+    """Schema of ``samples/<shard>.parquet``; ``images`` is ``embed``, ``reference``, or ``none`` of published labels.
 
     ``true_captions``: with a column of all true captions of a sample.
     """
@@ -77,7 +85,9 @@ def samples_schema(images: str, true_captions: bool = False) -> pa.Schema:
         _field("width", pa.int32(), "of the RGB image (orientation applied), in pixels", nullable=False),
         _field("height", pa.int32(), "of the RGB image (orientation applied), in pixels", nullable=False),
     ]
-    if image_column(images) == "image":
+    if images == "none":
+        fields += _identity_fields()
+    elif image_column(images) == "image":
         fields.append(_field("image", pa.binary(), "the encoded image as it stood in the source", nullable=False))
     else:
         reference = pa.struct(
@@ -100,6 +110,27 @@ def samples_schema(images: str, true_captions: bool = False) -> pa.Schema:
         )
     )
     return pa.schema(fields)
+
+
+def _identity_fields() -> list[pa.Field]:
+    uid, sha256, digest, url = IDENTITIES
+    return [
+        _field(uid, pa.string(), "uid of the sample in the data set that it is from"),
+        _field(sha256, pa.string(), "SHA-256 of the file as it was downloaded, in hex digits"),
+        _field(digest, pa.uint64(), "BLAKE2b-64 of the encoded image that was labelled, little-endian"),
+        _field(url, pa.string(), "where the image was downloaded from"),
+    ]
+
+
+def identities_schema() -> pa.Schema:
+    """Schema of ``identities/<fingerprint>/<kind>/<number>.parquet``, sorted by hash."""
+    return pa.schema(
+        [
+            _field("hash", pa.uint64(), "of a digest itself, of others BLAKE2b-64 of the text", nullable=False),
+            _field("shard_number", pa.int32(), "place of the shard in shards.parquet", nullable=False),
+            _field("row", pa.int32(), "row of the shard, over all of its row groups", nullable=False),
+        ]
+    )
 
 
 def captions_schema() -> pa.Schema:

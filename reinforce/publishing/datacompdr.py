@@ -23,12 +23,12 @@ from reinforce.dataset.reading.dataset import Dataset
 from reinforce.dataset.reading.sample import ImagePolicies
 from reinforce.errors import UserError
 from reinforce.images.policy import IMAGE_POLICY, PUBLISHED_POLICY
+from reinforce.nodes import for_each_shard
 from reinforce.publishing.datacompdr_shard import LIST_OF, ShardExport, export_shard, stats_name, tar_name
 from reinforce.publishing.shards import (
     as_seen_by_workers,
     check_output,
     existing_files,
-    for_each_shard,
     record_export,
 )
 from reinforce.storage import Storage

@@ -27,11 +27,11 @@ from reinforce.dataset.reading.aligned import AlignedLayers, row_errors
 from reinforce.dataset.reading.dataset import Dataset
 from reinforce.dataset.view import ViewRows
 from reinforce.errors import UserError
+from reinforce.nodes import for_each_shard
 from reinforce.publishing.shards import (
     as_seen_by_workers,
     check_output,
     existing_files,
-    for_each_shard,
     record_export,
 )
 from reinforce.source.captions import parse_json

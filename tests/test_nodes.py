@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from reinforce.errors import StorageError, UserError
-from reinforce.publishing.shards import for_each_shard
+from reinforce.nodes import for_each_shard
 
 
 def length(folder: str, failing: str, shard: str) -> int:

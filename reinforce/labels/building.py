@@ -1,0 +1,241 @@
+"""Building the index of identities: two passes over parts, on Ray or in this process, with finished files kept.
+
+1. A part of the shards: the hashes of their identities, sorted by partition, kind and hash, in one file.
+2. A partition: its entries of all parts, merged and sorted, one Parquet file a kind.
+
+Memory is bounded by the entries of a part or a partition, some 2**20 rows. ``index.json`` is written last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+import schemas
+from reinforce.datacompdr.matching import KEY
+from reinforce.dataset.files.store import Store
+from reinforce.dataset.layers import SAMPLES
+from reinforce.dataset.manifest.manifest import read_manifest
+from reinforce.dataset.reading.aligned import layer_errors
+from reinforce.dataset.reading.row_counts import row_group_table
+from reinforce.errors import StorageError, UserError
+from reinforce.labels.identities import INDEXED, columns_of_identities, hash_identities, identities, lone_keys
+from reinforce.labels.index import (
+    DESCRIPTION,
+    FOLDER,
+    MAX_BITS,
+    SHARDS,
+    IdentityIndex,
+    description,
+    find_index,
+    index_fingerprint,
+    partition_name,
+    partition_of,
+)
+from reinforce.nodes import for_each_shard
+from reinforce.source.whole_reads import read_range
+from reinforce.storage import Storage
+
+PART_ROWS = 2**20  # of the shards of a part, and about of a partition
+_GROUP_ROWS = 2**14  # of a row group of a partition
+_PARTS = "parts"
+_ENTRY = np.dtype([("hash", "<u8"), ("shard", "<i4"), ("row", "<i4")])
+_OFFSET = np.dtype("<i8")
+
+
+@dataclass(frozen=True)
+class Build:
+    """What to index: a dataset, the fingerprint of its samples and of the index, and the shards of each part."""
+
+    url: str
+    samples: str
+    fingerprint: str
+    bits: int
+    parts: tuple[tuple[int, tuple[str, ...]], ...]  # number of the first shard, and names
+
+    def path(self, *names: str) -> tuple[str, ...]:
+        return (FOLDER, self.fingerprint, *names)
+
+
+def build_index(url: str, *, use_ray: bool = True, address: str | None = None) -> IdentityIndex:
+    """Index the identities of a dataset in its folder; nothing is written if it has the index of its samples.
+
+    Raises UserError.
+    """
+    store = Store(url)
+    samples = read_manifest(store)["layers"][SAMPLES]["fingerprint"]
+    listing = store.shards(SAMPLES)
+    counts = row_group_table(store, samples, dict(listing.items()))
+    groups: list[list[int]] = [[] for _ in listing]
+    for shard, _, rows in counts.tolist():
+        groups[shard].append(rows)
+    bits = min(MAX_BITS, max(0, math.ceil(math.log2(max(1, counts[:, 2].sum() / PART_ROWS)))))
+    sizes = pa.array(listing.sizes, pa.int64())
+    columns = [listing.names, sizes, pa.array(map(sum, groups), pa.int64()), pa.array(groups, pa.list_(pa.int32()))]
+    shards = pa.table(columns, schema=schemas.index_schema())
+    fingerprint = index_fingerprint(samples, bits, shards)
+    with contextlib.suppress(UserError):  # a damaged one is built again
+        if (found := find_index(store)) is not None and found.fingerprint == fingerprint:
+            return found
+    build = Build(store.root if store.local else url, samples, fingerprint, bits, _parts([*listing], groups))
+    kinds = _build(store, build, use_ray, address)
+    buffer = pa.BufferOutputStream()
+    pq.write_table(shards, buffer, row_group_size=4096, compression="zstd", write_page_checksum=True)
+    store.write_bytes(buffer.getvalue().to_pybytes(), *build.path(f"{SHARDS}.parquet"))
+    index = IdentityIndex(store, fingerprint, samples, bits, kinds, [*listing], groups)
+    store.write_json(description(index), FOLDER, DESCRIPTION)
+    _clean(store, build)
+    return index
+
+
+def _parts(shards: Sequence[str], groups: Sequence[Sequence[int]]) -> tuple[tuple[int, tuple[str, ...]], ...]:
+    parts: list[tuple[int, list[str]]] = []
+    rows = PART_ROWS
+    for number, (shard, of_groups) in enumerate(zip(shards, groups, strict=True)):
+        if rows + sum(of_groups) > PART_ROWS:
+            parts.append((number, []))
+            rows = 0
+        parts[-1][1].append(shard)
+        rows += sum(of_groups)
+    return tuple((first, tuple(names)) for first, names in parts)
+
+
+def _build(store: Store, build: Build, use_ray: bool, address: str | None) -> dict[str, int]:
+    """Write what is missing of the parts and partitions -> the entries of each kind that has some."""
+    kept = store.shards("/".join(build.path(INDEXED[-1])))
+    partitions = [number for number in map(partition_name, range(2**build.bits)) if number not in kept]
+    counts = dict.fromkeys(INDEXED, 0)
+    if partitions:
+        written = _files(store, *build.path(_PARTS))
+        missing = [str(number) for number in range(len(build.parts)) if part_name(number) not in written]
+        write = functools.partial(write_dataset_part, build)
+        for _ in for_each_shard(write, missing, use_ray=use_ray, address=address, unit="part"):
+            pass
+        merge = functools.partial(merge_partition, build)
+        for _, found in for_each_shard(merge, partitions, use_ray=use_ray, address=address, unit="partition"):
+            counts = {kind: counts[kind] + found[kind] for kind in INDEXED}
+    for kind in INDEXED if len(kept) else ():
+        counts[kind] += sum(_rows(store, build, kind, number) for number in kept)
+    return {kind: count for kind, count in counts.items() if count}
+
+
+def _rows(store: Store, build: Build, kind: str, number: str) -> int:
+    with store.open_layer("/".join(build.path(kind)), number, whole=False) as file:
+        return int(file.metadata.num_rows)
+
+
+def part_name(number: int) -> str:
+    return f"{number:06d}.bin"
+
+
+def write_dataset_part(build: Build, number: str) -> None:
+    """Write a part from the samples of its shards. Raises UserError."""
+    store = Store(build.url)
+    first, names = build.parts[int(number)]
+    rows = ((first + place, *group) for place, name in enumerate(names) for group in _row_groups(store, build, name))
+    write_part(store, build.path(_PARTS, part_name(int(number))), build.bits, rows)
+
+
+def _row_groups(store: Store, build: Build, shard: str) -> Iterator[tuple[int, dict[str, pa.Array]]]:
+    """The number of rows of each row group of a shard, and their identities."""
+    with layer_errors(store, SAMPLES, shard), store.open_layer(SAMPLES, shard, build.samples, whole=False) as file:
+        columns = columns_of_identities(file.metadata.schema.to_arrow_schema().names)
+        for group in range(file.num_row_groups):
+            table = file.read_row_group(group, ["key", *columns], use_threads=False)
+            found = identities(table)
+            yield table.num_rows, {**found, KEY: lone_keys(table, found)}
+
+
+def write_part(
+    storage: Storage, path: Sequence[str], bits: int, groups: Iterable[tuple[int, int, Mapping[str, pa.Array]]]
+) -> None:
+    """Write a part. ``groups`` are consecutive rows: the number of their shard, of rows, and identities by kind.
+
+    The file has the offsets [partitions * kinds + 1] of the entries of each partition and kind, then all entries.
+    """
+    found: list[npt.NDArray[np.void]] = []
+    kinds: list[npt.NDArray[np.int8]] = []
+    at, start = -1, 0
+    for shard, rows, values in groups:
+        at, start = shard, start if shard == at else 0
+        for number, kind in enumerate(INDEXED):
+            if kind in values:
+                hashes, places = hash_identities(kind, values[kind])
+                entries = np.empty(len(hashes), _ENTRY)
+                entries["hash"], entries["shard"], entries["row"] = hashes, shard, start + places
+                found.append(entries)
+                kinds.append(np.full(len(hashes), number, np.int8))
+        start += rows
+    every = np.concatenate([np.empty(0, _ENTRY), *found])
+    cells = partition_of(every["hash"], bits) * len(INDEXED) + np.concatenate([np.empty(0, np.int8), *kinds])
+    order = np.lexsort((every["hash"], cells))
+    offsets = np.searchsorted(cells[order], np.arange(2**bits * len(INDEXED) + 1)).astype(_OFFSET)
+    storage.write_bytes(offsets.tobytes() + every[order].tobytes(), *path)
+
+
+def merge_partition(build: Build, number: str) -> dict[str, int]:
+    """Write the files of a partition -> the number of its entries by kind. Raises UserError."""
+    store = Store(build.url)
+    parts = [build.path(_PARTS, part_name(part)) for part in range(len(build.parts))]
+    counts = {}
+    for kind, entries in zip(INDEXED, read_parts(store, parts, build.bits, int(number)), strict=True):
+        by_hash = entries[np.argsort(entries["hash"], kind="stable")]  # of equal ones, those of earlier shards first
+        table = pa.table([by_hash["hash"], by_hash["shard"], by_hash["row"]], schema=schemas.identities_schema())
+        buffer = pa.BufferOutputStream()
+        pq.write_table(
+            table,
+            buffer,
+            row_group_size=_GROUP_ROWS,
+            compression="zstd",
+            use_dictionary=False,
+            column_encoding={"hash": "DELTA_BINARY_PACKED"},
+            write_statistics=["hash"],
+            write_page_checksum=True,
+        )
+        store.write_bytes(buffer.getvalue().to_pybytes(), *build.path(kind, f"{number}.parquet"))
+        counts[kind] = len(entries)
+    return counts
+
+
+def read_parts(storage: Storage, parts: Iterable[Sequence[str]], bits: int, number: int) -> list[npt.NDArray[np.void]]:
+    """The entries of a partition in some parts, by kind. Raises StorageError."""
+    found: list[list[npt.NDArray[np.void]]] = [[] for _ in INDEXED]
+    first = number * len(INDEXED)
+    start = (2**bits * len(INDEXED) + 1) * _OFFSET.itemsize
+    for path in parts:
+        with storage.storage_errors("read", *path):
+            place = storage.path(*path)
+            stated = read_range(
+                storage.fs, place, first * _OFFSET.itemsize, (first + len(INDEXED) + 1) * _OFFSET.itemsize
+            )
+            offsets = np.frombuffer(stated, _OFFSET)
+            begin, end = (start + int(offset) * _ENTRY.itemsize for offset in offsets[[0, -1]])
+            entries = np.frombuffer(read_range(storage.fs, place, begin, end) if end > begin else b"", _ENTRY)
+        for kind, (low, high) in enumerate(zip(offsets - offsets[0], offsets[1:] - offsets[0], strict=False)):
+            found[kind].append(entries[low:high])
+    return [np.concatenate([np.empty(0, _ENTRY), *of_kind]) for of_kind in found]
+
+
+def _files(store: Store, *folder: str) -> set[str]:
+    try:
+        with store.storage_errors("listed", *folder):
+            found = store.fs.ls(store.path(*folder), detail=False, refresh=True)
+    except (FileNotFoundError, NotADirectoryError):
+        return set()
+    return {str(path).rstrip("/").rpartition("/")[2] for path in found}
+
+
+def _clean(store: Store, build: Build) -> None:
+    """Remove the parts, and indexes of other states of the dataset."""
+    others = _files(store, FOLDER) - {DESCRIPTION, build.fingerprint}
+    for path in [build.path(_PARTS), *((FOLDER, name) for name in others)]:
+        with contextlib.suppress(FileNotFoundError, StorageError), store.storage_errors("removed", *path):
+            store.fs.rm(store.path(*path), recursive=True)

@@ -1,0 +1,75 @@
+"""Identities of the images of a samples layer, by kind, and their hashes.
+
+Published labels have a column for each kind. Of other datasets, ``uid``, ``sha256`` and ``url`` are in the metadata of
+a sample, and the digest is that of the encoded image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from reinforce.datacompdr.matching import KEY, identity_of
+from reinforce.source.references import image_digest
+from schemas import IDENTITIES, IMAGE_DIGEST
+
+#: Kinds of identities, strongest first, each with its column in the samples of published labels.
+COLUMNS = dict(zip(("uid", "sha256", "digest", "url"), IDENTITIES, strict=True))
+DIGEST = "digest"
+#: Kinds that an index has: also the keys of rows that state no identity, which nothing else can join.
+INDEXED = (*COLUMNS, KEY)
+
+Hashes = npt.NDArray[np.uint64]
+
+
+def columns_of_identities(names: Sequence[str], images: bool = True) -> list[str]:
+    """The columns of a samples file with the columns ``names`` that have identities; images only on request."""
+    wanted = [*COLUMNS.values(), *([] if {"uid", "sha256"} & {*names} else ["metadata"])]
+    found = [name for name in wanted if name in names]
+    return [*found, "image"] if images and "image" in names and IMAGE_DIGEST not in names else found
+
+
+def identities(samples: pa.Table) -> dict[str, pa.Array]:
+    """The identities of rows of samples by kind, null where a row states none: texts, and digests as uint64 [rows]."""
+    found = {
+        kind: samples[column].combine_chunks() for kind, column in COLUMNS.items() if column in samples.column_names
+    }
+    if DIGEST not in found and "image" in samples.column_names:
+        found[DIGEST] = pa.array(map(image_digest, samples["image"].to_pylist()), pa.uint64())
+    if "metadata" in samples.column_names and "uid" not in found:
+        stated = [
+            {} if text is None else identity_of({"json": text.encode()}) for text in samples["metadata"].to_pylist()
+        ]
+        for kind in COLUMNS:
+            if kind != DIGEST:
+                found[kind] = pa.array([one.get(kind) for one in stated], pa.string())
+    return {kind: found[kind] for kind in COLUMNS if kind in found}
+
+
+def lone_keys(samples: pa.Table, found: Mapping[str, pa.Array]) -> pa.Array:
+    """The keys of rows, null where one of the identities ``found`` is stated [rows]."""
+    keys = samples["key"].combine_chunks()
+    stated = np.zeros(len(keys), bool)
+    for values in found.values():
+        stated |= values.is_valid().to_numpy(zero_copy_only=False)
+    return pc.if_else(pa.array(stated), None, keys)
+
+
+def hash_identities(kind: str, values: pa.Array) -> tuple[Hashes, npt.NDArray[np.int64]]:
+    """Hashes of the values that are not null, and their places: digests themselves, of texts BLAKE2b-64 [m], [m]."""
+    places = np.flatnonzero(values.is_valid().to_numpy(zero_copy_only=False)).astype(np.int64)
+    present = values.drop_null()
+    if kind == DIGEST:
+        return present.to_numpy().astype(np.uint64), places
+    hashes = (hash_text(text) for text in present.to_pylist())
+    return np.fromiter(hashes, np.uint64, len(present)), places
+
+
+def hash_text(text: str) -> int:
+    """BLAKE2b-64 of a uid, SHA-256, URL or key."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
