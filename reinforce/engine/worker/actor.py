@@ -50,6 +50,8 @@ from teachers.device import determinism
 from teachers.redact import Redactor
 
 SHARDS_IN_FLIGHT = 2
+#: Python's default is 5 ms: a thread that has read a flag of the device waits so long for one that runs Python code.
+SWITCH_SECONDS = 0.5e-3
 
 
 class Worker:
@@ -87,6 +89,8 @@ class Worker:
     def _load(self) -> WorkerInfo:
         self._check_output()
         torch.set_num_threads(self.config.workers.cores)
+        if self.config.workers.gpus:
+            sys.setswitchinterval(SWITCH_SECONDS)
         if self.config.classes:
             sys.path += [path for path in self.folders if path not in sys.path]  # behind installed packages
         determinism.set_flags("cuda" if self.config.workers.gpus else "cpu", self.config.workers.deterministic)

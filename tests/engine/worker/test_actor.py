@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import shutil
 import sys
@@ -222,3 +223,15 @@ def test_workers_start_with_small_pages_unless_the_environment_sets_another(monk
     assert variables()["MIMALLOC_ALLOW_THP"] == "0"
     monkeypatch.setenv("MIMALLOC_ALLOW_THP", "1")
     assert variables()["MIMALLOC_ALLOW_THP"] == "1"
+
+
+def test_threads_of_a_worker_with_an_accelerator_take_turns_often(shards: Callable[..., str], tmp_path: Path) -> None:
+    default = sys.getswitchinterval()
+    config = parse_config(config_of(shards(1), tmp_path / "out", captioners={}, teachers={}, workers={"gpus": 1}))
+    try:
+        with contextlib.suppress(LoadFailure):  # of a machine without an accelerator
+            Worker(config, make_plan(config).layers, frozenset(), "/nonexistent").load()
+        assert sys.getswitchinterval() == pytest.approx(0.5e-3)
+    finally:
+        sys.setswitchinterval(default)
+        torch.use_deterministic_algorithms(False)  # as the process was
