@@ -1,4 +1,4 @@
-"""``reinforce export``: models for other runtimes, datasets in the formats of other programs."""
+"""``reinforce export datacompdr`` and ``embeddings``: datasets in the formats of other programs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from reinforce.cli.common import Address, DatasetUrl, ViewName, examples, split_names
+from reinforce.cli.export_models import export
 from reinforce.terminal import escape
 
 OutputUrl = Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder or fsspec URL to write to.")]
@@ -17,49 +18,6 @@ ImagesFrom = Annotated[
     ),
 ]
 NoRay = Annotated[bool, typer.Option("--no-ray", help="Work in this process, one shard after the other.")]
-
-export = typer.Typer(
-    no_args_is_help=True,
-    **examples("reinforce export onnx demo/students/distilled"),
-    help="Export a model to run without torch and open_clip, or a dataset for other programs.",
-)
-
-
-@export.command("onnx", **examples("reinforce export onnx demo/students/distilled --output demo/onnx"))
-def export_onnx(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="A folder or URL that a training wrote, local-dir:PATH, NAME,TAG of open_clip, or hf-hub:ORG/REPO.",
-        ),
-    ],
-    pretrained: Annotated[
-        str | None, typer.Option(metavar="TAG", help="Tag or checkpoint of a model given by NAME alone.")
-    ] = None,
-    output: Annotated[
-        str | None,
-        typer.Option(metavar="FOLDER", help="New folder or fsspec URL. Default: the name of MODEL with -onnx."),
-    ] = None,
-) -> None:
-    """Write image.onnx, text.onnx, tokenizer.json, preprocess.json, and a README.md with an example.
-
-    The towers take any batch size, and are reparameterised where the model supports it.
-
-    Their outputs are compared with torch's before the folder is published.
-
-    Requires: pip install -e '.\\[export]', in the checkout
-    """
-    from reinforce.model_names import resolve_models, short_name
-    from reinforce.shipping.packages import require_export_packages
-
-    require_export_packages()
-    from reinforce.shipping import export as shipping
-
-    with resolve_models([model], pretrained) as specs:
-        result = shipping.export_onnx(model, specs[model], output or f"{short_name(model)}-onnx")
-    for line in result.lines():
-        typer.echo(line)
 
 
 @export.command(

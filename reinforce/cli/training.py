@@ -241,10 +241,10 @@ def latency(
     """
     from reinforce.model_names import resolve_models
     from reinforce.shipping.latency import measure_latency
-    from reinforce.shipping.packages import require_export_packages
+    from reinforce.shipping.packages import require_packages
 
     if onnx_:
-        require_export_packages()
+        require_packages("onnx")
     with only_json(json_ == STDOUT) as print_json:
         with resolve_models(models, weights=False) as specs:
             report = measure_latency(specs, rounds=rounds, threads=threads, onnx=onnx_, clock=clock)

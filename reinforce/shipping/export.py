@@ -1,6 +1,7 @@
-"""``reinforce export onnx``: a folder that runs a model without torch and open_clip.
+"""``reinforce export onnx``, ``coreml`` and others: a folder that runs a model without torch and open_clip.
 
-The towers are compared with torch, and the tokenizer with open_clip's, before the folder is published.
+What all targets share. The towers are compared with those of the trained model, and the tokenizer with open_clip's,
+before the folder is published.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,84 +22,179 @@ import torch
 from torch.nn.functional import normalize
 
 from reinforce.errors import UserError
+from reinforce.evaluation.config import Evaluation
+from reinforce.evaluation.evaluator import Evaluator
 from reinforce.model_names import model_errors, short_name
-from reinforce.shipping import graph, tokens
-from reinforce.shipping.graph import Tower
-from reinforce.shipping.packages import require_export_packages
-from reinforce.shipping.readme import render_readme
-from reinforce.shipping.towers import reparameterize, split_towers
+from reinforce.shipping import tokens
+from reinforce.shipping.checks import HELD_OUT, Agreement, compare, compare_on_sets
+from reinforce.shipping.golden import GOLDEN, check_golden, write_golden
+from reinforce.shipping.packages import TARGETS, load_target
+from reinforce.shipping.targets.base import ExportOptions, Run, Target
+from reinforce.shipping.towers import Tower, reparameterize, split_towers
 from reinforce.storage import Storage
-from reinforce.terminal import format_bytes
+from reinforce.terminal import Screen, format_bytes, format_duration
 from teachers.open_clip.teacher import image_spec, load_model, model_name
+from teachers.open_clip.tokenizer import Tokenizer
 from teachers.preprocessing.pixels import to_pixels
 from teachers.protocols import ImageSpec
 from teachers.spec import ModelSpec
 
-#: Largest allowed difference between an element of an embedding and torch's.
-MAX_DIFFERENCE = 1e-4
-_BATCHES = (1, 3, 8)
+#: Default of the smallest cosine to the trained model that is published.
+MIN_COSINE = 0.99
+_GENERATED = 64  # pictures and texts that are compared without an evaluation
 
 
-@dataclass
+@dataclass(frozen=True)
 class ExportResult:
-    """The exported folder: ``differences`` from torch by tower, and ``sizes`` in bytes by file."""
+    """An exported folder; ``report`` is the content of its ``export.json``."""
 
     output: str
-    differences: dict[str, float] = field(default_factory=dict)
-    sizes: dict[str, int] = field(default_factory=dict)
+    report: dict[str, Any]
 
     def lines(self) -> list[str]:
-        batches = ", ".join(map(str, _BATCHES))
+        trained, exported = (self.report["metrics"].get(name, {}) for name in ("trained", "exported"))
         return [
             *(
-                f"{name}.onnx: {format_bytes(self.sizes[f'{name}.onnx'])}; at most {difference:.1e} from torch, "
-                f"in batches of {batches}"
-                for name, difference in self.differences.items()
+                f"{tower['file']}: {format_bytes(tower['bytes'])}; cosine to the trained model at least "
+                f"{tower['cosine']['min']:.5f}, mean {tower['cosine']['mean']:.5f}; largest difference "
+                f"{tower['largest_difference']:.1e}"
+                for tower in self.report["towers"].values()
             ),
+            *(f"{name}: {100 * exported[name]:.2f} %, trained model {100 * trained[name]:.2f} %" for name in exported),
             f"tokenizer.json: same tokens as open_clip for {len(tokens.PROBES)} test texts",
             f"written: {self.output}; its README.md has an example",
         ]
 
 
-def export_onnx(name: str, spec: ModelSpec, output: str) -> ExportResult:
-    """Write a model to ``output``, a new folder or fsspec URL. Raises UserError, and then nothing is written."""
-    require_export_packages()
+@dataclass(frozen=True)
+class _Model:
+    """A model to export. ``references`` are its towers by name, before reparameterization."""
+
+    towers: list[Tower]
+    references: dict[str, Run]
+    image: ImageSpec
+    tokenizer: Any
+    config: dict[str, Any]
+
+
+def export_model(
+    target: str,
+    name: str,
+    spec: ModelSpec,
+    output: str,
+    options: ExportOptions,
+    min_cosine: float = MIN_COSINE,
+    evaluation: Evaluation | None = None,
+) -> ExportResult:
+    """Write a model for a target of ``TARGETS`` to ``output``, a new folder or fsspec URL.
+
+    With the sets of an ``evaluation``, the pictures and texts of these are compared, otherwise generated ones, and the
+    metrics of both models are reported. Raises UserError, and then nothing is written.
+    """
+    runtime = load_target(target)
     store = Storage(output)
     _check_new(store)
-    result = ExportResult(store.url)  # redacted, unlike ``output``
-    with model_errors(name), _publish_folder(store) as folder:
-        clip = load_model(spec).eval().requires_grad_(False)
-        image = image_spec(open_clip.get_model_preprocess_cfg(clip))
-        tokenizer = tokens.convert_tokenizer(model_name(spec))
-        tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
-        probes = torch.tensor([text.ids for text in tokenizer.encode_batch(list(tokens.PROBES))])
-        for tower in split_towers(reparameterize(clip), image, probes):
-            path = folder / f"{tower.name}.onnx"
-            graph.write_onnx(tower, path, {"model": short_name(name)})
-            result.differences[tower.name] = _compare_with_torch(tower, path, _reference(clip, image, tower.name))
-        config = _preprocess_config(name, clip, image, tuple(probes.shape)[1])
-        (folder / "preprocess.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(render_readme(config, image), encoding="utf-8")
-        result.sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
-    return result
+    evaluator = Evaluator(evaluation) if evaluation is not None and evaluation.metrics else None
+    with model_errors(name), _publish_folder(store) as folder, Screen() as screen:
+        model = _load(name, spec)
+        runtime.refuse(model.towers, options)
+        paths = {}
+        for tower in model.towers:
+            with _step(screen, f"{tower.name} tower: conversion to {runtime.title}"):
+                paths[tower.name] = _convert(runtime, tower, folder, options)
+        runs = {side: runtime.load(path) for side, path in paths.items()}
+        with _step(screen, "comparison with the trained model"):
+            models = {"trained": model.references, "exported": runs}
+            if evaluator is not None:
+                found, metrics = compare_on_sets(evaluator, models, model.image, Tokenizer(model_name(spec)))
+            else:
+                examples = {tower.name: tower.example(_GENERATED) for tower in model.towers}
+                found = {side: compare(runs[side], model.references[side], rows) for side, rows in examples.items()}
+                metrics = {}
+        for side, agreement in found.items():
+            _check_agreement(side, agreement, target, options, min_cosine)
+        about = {side: {**found[side].as_json(), **runtime.about(path)} for side, path in paths.items()}
+        _write_common(folder, runtime, model, paths["image"])
+        report = {
+            "target": target,
+            "model": options.model,
+            "weights": options.weights,
+            "towers": {
+                side: {"file": path.name, "bytes": _size(folder, path.name), **about[side]}
+                for side, path in paths.items()
+            },
+            "compared": "pictures and texts of the evaluation" if evaluator else "generated pictures and texts",
+            "metrics": metrics,
+            "versions": {package: version(package) for package in ("torch", *TARGETS[target].packages)},
+        }
+        (folder / "export.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return ExportResult(store.url, report)
 
 
-def _reference(clip: Any, spec: ImageSpec, tower: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return a tower of the trained model in torch, before reparameterization."""
-    if tower == "image":
-        return lambda images: normalize(clip.encode_image(to_pixels(images, spec)), dim=-1)
-    return lambda texts: normalize(clip.encode_text(texts), dim=-1)
+def check_export(target: str, folder: str, min_cosine: float = MIN_COSINE) -> list[str]:
+    """Run the golden file of an exported folder in its runtime on this machine. Raises UserError if it differs."""
+    runtime = load_target(target)
+    lines = []
+    for side, found in check_golden(folder, target, runtime.load).items():
+        if not found.minimum >= min_cosine:
+            raise UserError(
+                f"{folder}: the {side} tower has a cosine of {found.minimum:.4f} to the golden file's embeddings, less "
+                f"than --min-cosine {min_cosine:g}. Export it again, or look for an operation that this runtime "
+                "computes otherwise."
+            )
+        lines.append(f"{side}: cosine at least {found.minimum:.5f} to {found.count} embeddings of {GOLDEN}")
+    return lines
 
 
-def _compare_with_torch(tower: Tower, path: Path, reference: Callable[[torch.Tensor], torch.Tensor]) -> float:
-    difference = graph.largest_difference(path, reference, map(tower.example, _BATCHES))
-    if not difference <= MAX_DIFFERENCE:
+def _load(name: str, spec: ModelSpec) -> _Model:
+    clip = load_model(spec).eval().requires_grad_(False)
+    image = image_spec(open_clip.get_model_preprocess_cfg(clip))
+    tokenizer = tokens.convert_tokenizer(model_name(spec))
+    texts = torch.tensor([text.ids for text in tokenizer.encode_batch([*tokens.PROBES, *HELD_OUT])])
+    references: dict[str, Run] = {
+        "image": lambda images: normalize(clip.encode_image(to_pixels(images, image)), dim=-1),
+        "text": lambda rows: normalize(clip.encode_text(rows), dim=-1),
+    }
+    config = _preprocess_config(name, clip, image, texts.shape[1])
+    return _Model(split_towers(reparameterize(clip), image, texts), references, image, tokenizer, config)
+
+
+def _convert(runtime: Target, tower: Tower, folder: Path, options: ExportOptions) -> Path:
+    try:
+        return runtime.convert(tower, folder, options)
+    except ValueError:
+        raise
+    except Exception as error:  # of any converter
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(f"its {tower.name} tower cannot be converted to {runtime.title}: {reason}") from error
+
+
+def _check_agreement(side: str, agreement: Agreement, target: str, options: ExportOptions, min_cosine: float) -> None:
+    """Raise ValueError if a converted tower is too far from the trained one."""
+    runtime, packages = load_target(target), TARGETS[target].packages
+    allowed = runtime.max_difference(options.weights)
+    if not agreement.difference <= allowed:
         raise ValueError(
-            f"its {tower.name} tower in onnxruntime differs by {difference:.1e} from torch, more than the allowed "
-            f"{MAX_DIFFERENCE:.0e}: look for weights that are not finite or very large, or try other versions of onnx, "
-            "onnxscript and onnxruntime"
+            f"its {side} tower in {runtime.title} differs by {agreement.difference:.1e} from torch, more than the "
+            f"allowed {allowed:.0e}: look for weights that are not finite or very large, or try other versions of "
+            f"{' and '.join([', '.join(packages[:-1]), packages[-1]] if packages[1:] else packages)}"
         )
-    return difference
+    if agreement.minimum < min_cosine:
+        raise ValueError(
+            f"its {side} tower with {options.weights} weights has a cosine of {agreement.minimum:.4f} to the trained "
+            f"one, less than --min-cosine {min_cosine:g}: use other --weights, or allow less"
+        )
+
+
+def _write_common(folder: Path, runtime: Target, model: _Model, image_file: Path) -> None:
+    """Write the files that every target has."""
+    config = {**model.config, "normalised_by": image_file.name}
+    (folder / "preprocess.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(runtime.readme(config, model.image), encoding="utf-8")
+    model.tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
+    write_golden(
+        folder / GOLDEN, model.references, model.image, lambda text: model.tokenizer.encode(text).ids, tokens.PROBES
+    )
 
 
 def _preprocess_config(name: str, clip: Any, spec: ImageSpec, context_length: int) -> dict[str, Any]:
@@ -110,12 +208,28 @@ def _preprocess_config(name: str, clip: Any, spec: ImageSpec, context_length: in
         "interpolation": spec.interpolation,
         "mean": list(spec.mean),
         "std": list(spec.std),
-        "normalised_by": "image.onnx",
+        "normalised_by": "",
         "context_length": context_length,
         "dim": int(clip.encode_text(torch.zeros(1, context_length, dtype=torch.long)).shape[1]),
         "logit_scale": float(clip.logit_scale.exp()),
         "logit_bias": None if bias is None else float(bias),
     }
+
+
+@contextlib.contextmanager
+def _step(screen: Screen, label: str) -> Iterator[None]:
+    """Print what is done and, once it is, how long it took."""
+    start = time.monotonic()
+    screen.draw(label, 0, 1)
+    yield
+    screen.log(f"{label}: {format_duration(time.monotonic() - start)}")
+
+
+def _size(folder: Path, name: str) -> int:
+    """Bytes of a file, of all files of a package, and of weights beside a file."""
+    return sum(
+        path.stat().st_size for one in folder.glob(f"{name}*") for path in (one, *one.rglob("*")) if path.is_file()
+    )
 
 
 def _check_new(store: Storage) -> None:
@@ -143,7 +257,8 @@ def _publish_folder(store: Storage) -> Iterator[Path]:
         if not store.local:
             store.put_folder(str(folder))
             return
-        for path in folder.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+        for path in folder.rglob("*"):
+            if path.is_file():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
         os.replace(folder, store.root)

@@ -23,9 +23,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from reinforce.model_names import model_errors
 from reinforce.processes.cores import available_cores, describe_share
-from reinforce.shipping import graph
 from reinforce.shipping.machine import describe_machine
 from reinforce.shipping.report import LatencyReport
+from reinforce.shipping.targets import onnx as graph
 from reinforce.shipping.towers import count_parameters, reparameterize, split_towers
 from reinforce.terminal import Screen
 from teachers.open_clip.teacher import image_spec, model_name, random_model

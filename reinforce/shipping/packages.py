@@ -1,16 +1,46 @@
-"""Optional packages that ONNX export needs."""
+"""The runtimes that models are exported for, and the optional packages that each needs."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from reinforce.errors import UserError
 
-_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+if TYPE_CHECKING:
+    from reinforce.shipping.targets.base import Target
 
 
-def require_export_packages() -> None:
-    """Raise UserError if a package of the extra `export` is missing."""
-    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+@dataclass(frozen=True)
+class TargetEntry:
+    """A runtime: the extra that installs its ``packages``. ``targets/NAME.py`` implements it."""
+
+    title: str
+    extra: str
+    packages: tuple[str, ...]
+
+
+#: By the name that `reinforce export` has for it.
+TARGETS = {
+    "onnx": TargetEntry("ONNX", "export", ("onnx", "onnxscript", "onnxruntime")),
+    "coreml": TargetEntry("Core ML", "coreml", ("coremltools",)),
+}
+
+
+def require_packages(target: str) -> None:
+    """Raise UserError if a package of a target's extra is missing."""
+    entry = TARGETS[target]
+    missing = [name for name in entry.packages if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"ONNX needs {', '.join(missing)}: run pip install -e '.[export]' in the checkout")
+        raise UserError(
+            f"{entry.title} needs {', '.join(missing)}: run pip install -e '.[{entry.extra}]' in the checkout"
+        )
+
+
+def load_target(target: str) -> Target:
+    """Import a target. Raises UserError if a package of its extra is missing."""
+    require_packages(target)
+    found: Target = importlib.import_module(f"reinforce.shipping.targets.{target}").TARGET
+    return found

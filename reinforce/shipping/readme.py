@@ -56,7 +56,7 @@ image = image.crop((left, top, left + width, top + height))"""
 _SQUASH = """image = image.resize(config["size"][::-1], Image.Resampling.{filter})"""
 
 
-def render_readme(config: Mapping[str, Any], spec: ImageSpec) -> str:
+def render_onnx(config: Mapping[str, Any], spec: ImageSpec) -> str:
     """Return the README of a model. ``config`` is the content of its ``preprocess.json``."""
     crop = _CROP_SQUARE if spec.height == spec.width else _CROP
     resize = (_SQUASH if spec.resize == "squash" else crop).format(filter=spec.interpolation.upper())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import open_clip
@@ -10,8 +12,17 @@ import torch
 from timm.utils.model import reparameterize_model
 from torch.nn.functional import normalize
 
-from reinforce.shipping.graph import Tower
 from teachers.protocols import ImageSpec
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A tower to export: ``name`` of its file, ``input`` of the graph, and ``example(n)`` inputs of n rows."""
+
+    name: str
+    input: str
+    module: torch.nn.Module
+    example: Callable[[int], torch.Tensor]
 
 
 class ImageTower(torch.nn.Module):
@@ -30,8 +41,11 @@ class ImageTower(torch.nn.Module):
         self.register_buffer("std", torch.tensor(spec.std).view(3, 1, 1))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        pixels = (images.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
-        return normalize(self.clip.encode_image(pixels), dim=-1)
+        return self.encode(images.permute(0, 3, 1, 2).float() / 255)
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Float pixels [N, 3, height, width] between 0 and 1 -> float32 [N, dim] of unit norm."""
+        return normalize(self.clip.encode_image((pixels - self.mean) / self.std), dim=-1)
 
 
 class TextTower(torch.nn.Module):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,9 +27,11 @@ from reinforce.cli import main
 from reinforce.config import Limits
 from reinforce.errors import UserError
 from reinforce.images.policy import decode
-from reinforce.shipping import graph, packages
-from reinforce.shipping.readme import render_readme
-from reinforce.shipping.towers import count_parameters, reparameterize
+from reinforce.shipping import packages
+from reinforce.shipping.checks import compare
+from reinforce.shipping.readme import render_onnx
+from reinforce.shipping.targets import onnx as graph
+from reinforce.shipping.towers import Tower, count_parameters, reparameterize
 from teachers.open_clip.teacher import load_model
 from teachers.protocols import ImageSpec
 from teachers.spec import ModelSpec
@@ -36,7 +40,7 @@ from tests.helpers.data import picture
 from tests.helpers.students import built
 from tests.helpers.tiny_coca import coca_model
 
-FILES = {"README.md", "image.onnx", "preprocess.json", "text.onnx", "tokenizer.json"}
+FILES = {"README.md", "export.json", "golden.json", "image.onnx", "preprocess.json", "text.onnx", "tokenizer.json"}
 CLASSES = ["a cat", "a dog"]  # of the README
 HALF = ((0.5,) * 3,) * 2  # mean and deviation
 
@@ -156,6 +160,42 @@ def test_tokenizer_pads_and_truncates_like_open_clip(exported: Exported) -> None
     assert {len(text.ids) for text in actual} == {models.CONTEXT}
 
 
+def test_report_and_golden_file_hold_what_the_trained_model_computes(
+    exported: Exported, capfd: pytest.CaptureFixture[str]
+) -> None:
+    report = json.loads((exported.folder / "export.json").read_text())
+    for side, inputs in (("image", 64), ("text", 64)):
+        tower = report["towers"][side]
+        assert (exported.folder / tower["file"]).stat().st_size == tower["bytes"]
+        assert (tower["cosine"]["inputs"], tower["cosine"]["min"]) == (inputs, pytest.approx(1, abs=1e-5))
+    golden = json.loads((exported.folder / "golden.json").read_text())
+    model, _, preprocess = open_clip.create_model_and_transforms(exported.model)
+    pictures = [Image.open(io.BytesIO(base64.b64decode(case["png"]))) for case in golden["pictures"]]
+    assert len({picture.size for picture in pictures}) == len(pictures) == 3
+    with torch.no_grad():
+        images = model.eval().encode_image(torch.stack([preprocess(picture) for picture in pictures]), normalize=True)
+        tokens = torch.tensor([case["tokens"] for case in golden["texts"]])
+        texts = model.encode_text(tokens, normalize=True)
+    assert torch.equal(tokens, open_clip.get_tokenizer(exported.model)([case["text"] for case in golden["texts"]]))
+    for cases, embeddings in ((golden["pictures"], images), (golden["texts"], texts)):
+        expected = torch.tensor([case["embedding"] for case in cases])
+        torch.testing.assert_close(embeddings, expected, rtol=0, atol=1e-5)
+
+    assert export(str(exported.folder), "--check") == 0
+    assert capfd.readouterr().out == (
+        "image: cosine at least 1.00000 to 3 embeddings of golden.json\n"
+        "text: cosine at least 1.00000 to 8 embeddings of golden.json\n"
+    )
+    swapped = {**golden, "texts": [{**case, "tokens": golden["texts"][0]["tokens"]} for case in golden["texts"]]}
+    other = exported.folder.parent / "other"
+    shutil.copytree(exported.folder, other)
+    (other / "golden.json").write_text(json.dumps(swapped))
+    assert export(str(other), "--check") == 2
+    assert "the text tower has a cosine of" in capfd.readouterr().err
+    assert export(str(exported.folder.parent), "--check") == 2
+    assert "has no export.json of onnx: --check takes a local folder" in capfd.readouterr().err
+
+
 def test_existing_folder_is_not_overwritten(exported: Exported, capfd: pytest.CaptureFixture[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in exported.folder.iterdir()}
     assert export(exported.model, "--output", str(exported.folder)) == 2
@@ -172,10 +212,7 @@ def test_tower_that_differs_from_torch_is_reported_and_nothing_is_written(
     state["visual.proj"][0, 0] = float("nan")
     save_file(state, weights)
     assert export(name, "--output", f"{tmp_path}/out/onnx") == 2
-    assert (
-        "its image tower in onnxruntime differs by inf from torch, more than the allowed 1e-04"
-        in capfd.readouterr().err
-    )
+    assert "its image tower in ONNX differs by inf from torch, more than the allowed 1e-04" in capfd.readouterr().err
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -186,7 +223,8 @@ def test_models_that_cannot_be_exported_are_reported(
     assert "it is a captioner" in capfd.readouterr().err
     assert export("MobileCLIP2-S0", "--output", f"{tmp_path}/onnx") == 2
     assert "no weights without `pretrained`" in capfd.readouterr().err
-    monkeypatch.setattr(packages, "_PACKAGES", ("onnx", "onnx_that_is_not_there"))
+    lacking = packages.TargetEntry("ONNX", "export", ("onnx", "onnx_that_is_not_there"))
+    monkeypatch.setitem(packages.TARGETS, "onnx", lacking)
     assert export("MobileCLIP2-S0") == 2
     assert "onnx_that_is_not_there: run pip install -e '.[export]'" in capfd.readouterr().err
     assert not (tmp_path / "onnx").exists()
@@ -226,20 +264,22 @@ class Double(torch.nn.Module):
 def test_large_weights_are_stored_in_a_separate_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graph, "EXTERNAL_DATA_BYTES", 1000)
     linear = torch.nn.Linear(40, 30)
-    tower = graph.Tower("image", "images", linear, lambda count: torch.rand(count, 40))
+    tower = Tower("image", "images", linear, lambda count: torch.rand(count, 40))
     graph.write_onnx(tower, tmp_path / "image.onnx", {})
     assert (tmp_path / "image.onnx.data").stat().st_size >= 40 * 30 * 4
     (tmp_path / "image.onnx").rename(tmp_path / "moved.onnx")  # the graph does not depend on its own name
-    assert graph.largest_difference(tmp_path / "moved.onnx", linear, [torch.rand(3, 40)]) < 1e-5
+    assert compare(graph.load_session(tmp_path / "moved.onnx"), linear, torch.rand(3, 40)).difference < 1e-5
 
 
 def test_largest_difference_is_infinite_where_a_number_is_not_finite(tmp_path: Path) -> None:
-    tower = graph.Tower("image", "images", Double(), lambda count: torch.rand(count, 4))
+    tower = Tower("image", "images", Double(), lambda count: torch.rand(count, 4))
     graph.write_onnx(tower, tmp_path / "image.onnx", {})
-    rows = torch.ones(2, 4)
-    assert graph.largest_difference(tmp_path / "image.onnx", lambda x: 2 * x + 0.5, [rows]) == pytest.approx(0.5)
-    assert graph.largest_difference(tmp_path / "image.onnx", lambda x: 2 * x / 0, [rows]) == float("inf")
-    assert graph.largest_difference(tmp_path / "image.onnx", lambda x: x[:, :3], [rows]) == float("inf")
+    run, rows = graph.load_session(tmp_path / "image.onnx"), torch.ones(20, 4)
+    assert compare(run, lambda x: 2 * x + 0.5, rows).difference == pytest.approx(0.5)
+    assert compare(run, lambda x: 2 * x / 0, rows).difference == float("inf")
+    assert compare(run, lambda x: x[:, :3], rows).difference == float("inf")
+    quarter = compare(run, lambda x: x * torch.where(x.cumsum(1) == 1, 1, -1), rows)  # (1, -1, -1, -1)
+    assert (quarter.minimum, quarter.mean, quarter.count) == (pytest.approx(-0.5), pytest.approx(-0.5), 20)
 
 
 @pytest.mark.parametrize(
@@ -251,7 +291,7 @@ def test_largest_difference_is_infinite_where_a_number_is_not_finite(tmp_path: P
     ],
 )
 def test_example_resizes_as_the_model_expects(spec: ImageSpec, line: str) -> None:
-    text = render_readme({"model": "tiny", "dim": 16, "context_length": 77}, spec)
+    text = render_onnx({"model": "tiny", "dim": 16, "context_length": 77}, spec)
     assert line in text
     assert f"uint8 [N, {spec.height}, {spec.width}, 3]" in text
     assert "float32 [N, 16]" in text

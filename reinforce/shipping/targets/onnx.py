@@ -1,28 +1,41 @@
-"""Export a tower to ONNX, run it in onnxruntime, and compare it with torch."""
+"""ONNX, run by onnxruntime: graphs that take any batch size."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from reinforce.shipping.readme import render_onnx
+from reinforce.shipping.targets.base import ExportOptions, Run, Target
+from reinforce.shipping.towers import Tower
+from teachers.protocols import ImageSpec
 
 OUTPUT = "embeddings"
 #: Size in bytes from which weights are stored in a separate file: a protobuf message is limited to 2 GB.
 EXTERNAL_DATA_BYTES = 19 * 10**8
 
 
-@dataclass(frozen=True)
-class Tower:
-    """A tower to export: ``name`` of its file, ``input`` of the graph, and ``example(n)`` inputs of n rows."""
+class Onnx(Target):
+    title = "ONNX"
+    weights = ("fp32",)
 
-    name: str
-    input: str
-    module: torch.nn.Module
-    example: Callable[[int], torch.Tensor]
+    def max_difference(self, weights: str) -> float:
+        return 1e-4
+
+    def convert(self, tower: Tower, folder: Path, options: ExportOptions) -> Path:
+        path = folder / f"{tower.name}.onnx"
+        write_onnx(tower, path, {"model": options.model})
+        return path
+
+    def load(self, path: Path, threads: int | None = None) -> Run:
+        return load_session(path, threads)
+
+    def readme(self, config: Mapping[str, Any], image: ImageSpec) -> str:
+        return render_onnx(config, image)
 
 
 def write_onnx(tower: Tower, path: Path, metadata: Mapping[str, str]) -> None:
@@ -53,7 +66,7 @@ def write_onnx(tower: Tower, path: Path, metadata: Mapping[str, str]) -> None:
     program.save(str(path), external_data=weights >= EXTERNAL_DATA_BYTES)
 
 
-def load_session(path: Path, threads: int | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
+def load_session(path: Path, threads: int | None = None) -> Run:
     """Load a file into onnxruntime on the CPU; return a function from inputs to embeddings."""
     import onnxruntime
 
@@ -66,22 +79,6 @@ def load_session(path: Path, threads: int | None = None) -> Callable[[torch.Tens
     return lambda inputs: torch.from_numpy(session.run([OUTPUT], {name: inputs.numpy()})[0])
 
 
-def largest_difference(
-    path: Path, reference: Callable[[torch.Tensor], torch.Tensor], batches: Iterable[torch.Tensor]
-) -> float:
-    """Return the largest absolute difference between onnxruntime and torch; infinity for NaN or another shape."""
-    run = load_session(path)
-    largest = 0.0
-    for inputs in batches:
-        with torch.inference_mode():
-            expected = reference(inputs)
-        actual = run(inputs)
-        if actual.shape != expected.shape or not bool(actual.isfinite().all() and expected.isfinite().all()):
-            return float("inf")
-        largest = max(largest, float((actual - expected).abs().max()))
-    return largest
-
-
 def _remove_debug_metadata(model: Any) -> None:
     """Remove torch's debugging notes at each node: source lines with the paths of this machine."""
     model.metadata_props.clear()
@@ -92,3 +89,6 @@ def _remove_debug_metadata(model: Any) -> None:
         node.metadata_props.clear()
         for value in node.outputs:
             value.metadata_props.clear()
+
+
+TARGET = Onnx()

@@ -1,0 +1,107 @@
+"""Comparison of an exported model with the trained one that it was made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.nn.functional import cosine_similarity
+
+from reinforce.evaluation.evaluator import Evaluator
+from reinforce.shipping.targets.base import Run
+from teachers.device.accelerator import Accelerator
+from teachers.protocols import ImageSpec
+
+#: Texts that are compared, beside those of the tokenizer, where there is no evaluation.
+HELD_OUT = tuple(
+    f"a {kind} of a {thing} {place}"
+    for thing in ("small dog", "red bus", "wooden chair", "man with an umbrella")
+    for kind in ("photo", "drawing", "blurry picture")
+    for place in ("on a beach", "at night", "in the snow", "in front of a window")
+)
+_BATCHES = (1, 3, 8)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Cosines of the embeddings of ``count`` inputs by two models, and the largest difference of an element."""
+
+    minimum: float
+    mean: float
+    difference: float
+    count: int
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "cosine": {"min": self.minimum, "mean": self.mean, "inputs": self.count},
+            "largest_difference": self.difference,
+        }
+
+
+def agreement(actual: torch.Tensor, expected: torch.Tensor) -> Agreement:
+    """Compare embeddings [N, dim]. Numbers that are not finite, or another shape, count as infinitely different."""
+    if actual.shape != expected.shape or not bool(actual.isfinite().all() and expected.isfinite().all()):
+        return Agreement(float("nan"), float("nan"), float("inf"), len(expected))
+    cosines = cosine_similarity(actual.double(), expected.double())
+    difference = float((actual - expected).abs().max())
+    return Agreement(float(cosines.min()), float(cosines.mean()), difference, len(expected))
+
+
+def compare(run: Run, reference: Run, inputs: torch.Tensor) -> Agreement:
+    """Compare what two models make of the same inputs, in batches of several sizes."""
+    with torch.inference_mode():
+        actual, expected = (torch.cat([model(batch) for batch in _batches(inputs)]) for model in (run, reference))
+    return agreement(actual, expected)
+
+
+def _batches(inputs: torch.Tensor) -> Iterator[torch.Tensor]:
+    start = 0
+    for size in (*_BATCHES, *[_BATCHES[-1]] * len(inputs)):
+        if start < len(inputs):
+            yield inputs[start : start + size]
+        start += size
+
+
+class _RecordingEncoder:
+    """An exported model as an evaluation calls it, which keeps all embeddings so that they can be compared."""
+
+    def __init__(self, runs: Mapping[str, Run], image: ImageSpec, tokenize: Callable[[Sequence[str]], Any]) -> None:
+        #: Pixels between 0 and 255, which the exported graphs normalize.
+        self.image: ImageSpec | None = replace(image, mean=(0.0,) * 3, std=(1 / 255,) * 3)
+        self._runs, self._tokenize = runs, tokenize
+        self._kept: dict[str, list[torch.Tensor]] = {"image": [], "text": []}
+
+    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self._run("image", pixels.round().byte().permute(0, 2, 3, 1).contiguous())
+
+    def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        return self._run("text", self._tokenize(texts))
+
+    def _run(self, side: str, inputs: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            vectors = self._runs[side](inputs)
+        self._kept[side].append(vectors)
+        return vectors
+
+    @property
+    def embeddings(self) -> dict[str, torch.Tensor]:
+        """All embeddings so far, [N, dim] by side; sides that were not used are left out."""
+        return {side: torch.cat(kept) for side, kept in self._kept.items() if kept}
+
+
+def compare_on_sets(
+    evaluator: Evaluator,
+    models: Mapping[str, Mapping[str, Run]],
+    image: ImageSpec,
+    tokenize: Callable[[Sequence[str]], Any],
+) -> tuple[dict[str, Agreement], dict[str, dict[str, float]]]:
+    """Evaluate two models, by name and side, the trained one first; compare all their embeddings.
+
+    Returns the agreement by side, and the metrics by model.
+    """
+    encoders = {name: _RecordingEncoder(runs, image, tokenize) for name, runs in models.items()}
+    metrics = {name: evaluator.evaluate(one, Accelerator("cpu", "fp32")).metrics for name, one in encoders.items()}
+    expected, actual = (encoder.embeddings for encoder in encoders.values())
+    return {side: agreement(actual[side], expected[side]) for side in expected}, metrics

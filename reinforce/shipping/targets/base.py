@@ -1,0 +1,62 @@
+"""What a runtime must offer so that models are exported for it."""
+
+from __future__ import annotations
+
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from reinforce.shipping.towers import Tower
+from teachers.protocols import ImageSpec
+
+#: The inputs of a tower, as ``Tower.example`` returns them, N rows -> embeddings, float32 [N, dim], unit norm.
+Run = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """``model``: its short name; ``weights``: one of ``Target.weights``; ``app_names``: names of the authors' app."""
+
+    model: str
+    weights: str
+    app_names: bool = False
+
+
+class Target(ABC):
+    """A runtime. ``title`` is its name in messages, ``weights`` are the precisions in which it stores weights."""
+
+    title: ClassVar[str]
+    weights: ClassVar[tuple[str, ...]]
+
+    def max_difference(self, weights: str) -> float:
+        """Return the largest allowed difference of an element from torch; by default, the cosine alone decides."""
+        return sys.float_info.max
+
+    def refuse(self, towers: Sequence[Tower], options: ExportOptions) -> None:  # noqa: B027  (optional)
+        """Raise ValueError with what is not supported. Called before any tower is converted."""
+
+    @abstractmethod
+    def convert(self, tower: Tower, folder: Path, options: ExportOptions) -> Path:
+        """Write a tower into ``folder``; return the path that ``load`` takes. Raises ValueError with the operation."""
+
+    @abstractmethod
+    def load(self, path: Path, threads: int | None = None) -> Run:
+        """Load a converted tower into its runtime on the CPU."""
+
+    def about(self, path: Path) -> dict[str, Any]:
+        """Return what else ``export.json`` has about a converted tower."""
+        return {}
+
+    @abstractmethod
+    def readme(self, config: Mapping[str, Any], image: ImageSpec) -> str:
+        """Return README.md of an exported folder. ``config`` is the content of its ``preprocess.json``."""
+
+
+def row_by_row(run: Run) -> Run:
+    """Return a function for any number of rows, of one that takes a single row."""
+    return lambda inputs: torch.cat([run(row) for row in inputs.split(1)])
