@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from reinforce import settings, source_formats
-from reinforce.config_schema import LAYER_NAME, LAYER_NAMES, InSchema, LayerName, OneOrMore, either
+from reinforce.config_schema import LAYER_NAME, LAYER_NAMES, Batch, LayerName, OneOrMore
 from reinforce.processes.cores import Node, cores_per_process, default_gpus, describe_share
 from reinforce.settings import Section
 from teachers.custom.family import ClassScorerSpec
+from teachers.published.labels import Join
 from teachers.registry import AnyCaptioner, AnyTeacher
 
 if TYPE_CHECKING:
@@ -136,19 +137,6 @@ class Augmentations(Section):
 
 #: What ``workers.batch: auto`` means on the CPU.
 AUTO_BATCH = 256
-
-
-def _check_batch(value: Any) -> Any:
-    if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise ValueError(f"must be a number of images, at least 1, or auto, got {value!r}")
-    return value
-
-
-Batch = Annotated[
-    int | Literal["auto"],
-    BeforeValidator(_check_batch),
-    InSchema(lambda _: either({"type": "integer", "minimum": 1}, {"const": "auto"})),
-]
 
 
 class Workers(Section):
@@ -327,6 +315,11 @@ class Config(Section):
         description="published reinforcements of `source` (DataCompDR, DFNDR): shards with the same file names or in "
         "the same order, or `source` itself; augmentations and layers of `family: published` are read from them",
     )
+    join: Join | None = Field(
+        None,
+        description="weakest agreement that joins samples and `reinforcements`; key: also by key, where neither side "
+        "states anything else; default: url",
+    )
     seed: int = Field(0, description="seed of everything random in the dataset")
     images: Literal["embed", "reference"] = Field(
         "embed",
@@ -362,6 +355,12 @@ class Config(Section):
         """Custom classes, ``package.module:Class``, which are imported and run."""
         specs = (*self.teachers.values(), *self.captioners.values(), *self.scorers.values())
         return list(dict.fromkeys(spec.imports for spec in specs if spec.imports is not None))
+
+    @model_validator(mode="after")
+    def _check_join(self) -> Config:
+        if self.join and self.reinforcements is None:
+            raise ValueError("join: used with `reinforcements` only; remove it")
+        return self
 
     @model_validator(mode="after")
     def _check_moved(self) -> Config:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator
 from pydantic.annotated_handlers import GetJsonSchemaHandler
@@ -59,6 +59,20 @@ OneOrMore = Annotated[
     list[str],
     BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
     InSchema(lambda texts: either({"type": "string"}, texts)),
+]
+
+
+def _check_batch(value: Any) -> Any:
+    if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ValueError(f"must be a number of images, at least 1, or auto, got {value!r}")
+    return value
+
+
+#: Images of a batch.
+Batch = Annotated[
+    int | Literal["auto"],
+    BeforeValidator(_check_batch),
+    InSchema(lambda _: either({"type": "integer", "minimum": 1}, {"const": "auto"})),
 ]
 
 

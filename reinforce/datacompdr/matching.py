@@ -1,8 +1,9 @@
 """Which published sample belongs to a sample of the source: by what both state of the image, and by name last.
 
 An identity is a value that a side states of its image. The kinds, strongest first: ``uid``, the SHA-256 of the
-downloaded file, and the URL. Two samples match if one kind agrees and no kind that both state differs. The key alone
-joins samples that have no kind in common.
+downloaded file, the digest of the encoded image, and the URL. Two samples match if one kind agrees and no kind that
+both state differs. The key alone joins samples of which neither side states anything, and only if the config asks for
+it. A digest also differs where a copy was encoded again, so it contradicts only what is weaker: the URL and the key.
 """
 
 from __future__ import annotations
@@ -14,10 +15,14 @@ from typing import TypeAlias
 from urllib.parse import quote, urlsplit
 
 from reinforce.source.captions import parse_json
+from teachers.published.labels import JOINS
 
-KINDS = ("uid", "sha256", "url")
-#: Further names of counts: joined by the key alone; of another image; without a counterpart.
-KEY, OTHER_IMAGE, ABSENT = "key", "other_image", "absent"
+#: Digest of the encoded image, in 16 hex digits. Members do not state it.
+DIGEST = "digest"
+KINDS = ("uid", "sha256", DIGEST, "url")
+#: Further names of counts: joined by the key alone; of another image; without a counterpart; with the key of one, but
+#: nothing that confirms it.
+KEY, OTHER_IMAGE, ABSENT, UNCONFIRMED = "key", "other_image", "absent", "unconfirmed"
 
 #: What a side states of an image: values by kind.
 Identity: TypeAlias = "Mapping[str, str]"
@@ -30,7 +35,8 @@ _KEPT = "%/:?#[]@!$&'()*+,;=~"  # characters of a URL that are not percent-encod
 def identity_of(sidecars: Mapping[str, bytes]) -> Identity:
     """The identity in a sample's members: ``uid``, ``sha256`` and ``url`` of ``json``, and ``url.txt``."""
     document = parse_json(sidecars["json"]) if "json" in sidecars else None
-    found = {kind: document.get(kind) for kind in KINDS} if isinstance(document, dict) else {}
+    stated = (kind for kind in KINDS if kind != DIGEST)
+    found = {kind: document.get(kind) for kind in stated} if isinstance(document, dict) else {}
     if "url.txt" in sidecars:
         found["url"] = sidecars["url.txt"].decode(errors="replace")
     values = {kind: value.strip() for kind, value in found.items() if isinstance(value, str) and value.strip()}
@@ -58,11 +64,11 @@ _NORMAL = {"sha256": str.lower, "url": normal_url}
 class Matcher:
     """Finds the entry, by its key, that belongs to a sample. ``counts`` are the samples by what matched, or why not.
 
-    Without ``by_key``, the key alone joins nothing.
+    ``join`` is the weakest kind that may join: one of KINDS, or ``key``.
     """
 
-    def __init__(self, by_key: bool = True) -> None:
-        self._by_key = by_key
+    def __init__(self, join: str = "url") -> None:
+        self._joins = JOINS[: JOINS.index(join) + 1]
         self._identities: dict[str, Identity] = {}
         self._keys: dict[tuple[str, str], list[str]] = {}  # by kind and value
         self.counts: Counter[str] = Counter()
@@ -78,41 +84,68 @@ class Matcher:
         differing: dict[str, str] = {}  # by key of an entry
         for kind in KINDS:
             for candidate in self._keys.get((kind, identity[kind]), ()) if kind in identity else ():
-                if (differs := self._difference(candidate, identity)) is None:
+                if differs := difference(identity, self._identities[candidate], kind):
+                    differing[candidate] = differs
+                elif kind in self._joins:
                     return self._counted(kind, candidate, kind)
-                differing[candidate] = differs
         own = self._identities.get(key)
-        if own is not None and (differs := self._difference(key, identity)):
+        if own is not None and (differs := difference(identity, own)):
             differing[key] = differs
-        elif own is not None and self._by_key:  # they have no kind in common
-            return self._counted(KEY, key, KEY)
         for candidate, differs in differing.items():
             return self._counted(OTHER_IMAGE, None, f"{candidate!r} is of another image: {differs}")
+        if own is not None:
+            if KEY in self._joins and only_keys(key, identity, own):
+                return self._counted(KEY, key, KEY)
+            return self._counted(UNCONFIRMED, None, why_unconfirmed(key, identity, own, self._joins[-1]))
         return self._counted(ABSENT, None, f"none with its {_listed([*identity, KEY])}")
-
-    def _difference(self, key: str, identity: Identity) -> str | None:
-        """The strongest kind that an entry and a sample both state with different values, with both; or None."""
-        other = self._identities[key]
-        for kind in KINDS:
-            if kind in identity and kind in other and identity[kind] != other[kind]:
-                return f"{kind} {identity[kind][:100]!r} here, {other[kind][:100]!r} there"
-        return None
 
     def _counted(self, name: str, key: str | None, text: str) -> tuple[str | None, str]:
         self.counts[name] += 1
         return key, text
 
 
-def _listed(names: Iterable[str]) -> str:
-    *others, last = names
+def difference(one: Identity, other: Identity, agreed: str = KEY) -> str | None:
+    """The strongest kind that two sides both state with different values, with both; or None.
+
+    ``agreed`` is the kind that joins them. A digest contradicts only kinds that are weaker.
+    """
+    for kind in KINDS:
+        if kind == DIGEST and agreed in KINDS and KINDS.index(agreed) <= KINDS.index(DIGEST):
+            continue
+        if kind in one and kind in other and one[kind] != other[kind]:
+            return f"{kind} {one[kind][:100]!r} here, {other[kind][:100]!r} there"
+    return None
+
+
+def only_keys(key: str, one: Identity, other: Identity) -> bool:
+    """Whether neither side of a ``key`` states anything else of its image.
+
+    Each image has a digest, which counts where both state it. A uid that repeats the key states nothing else.
+    """
+    stated = {kind for side in (one, other) for kind, value in side.items() if value != key}
+    return not stated - {DIGEST} and not (DIGEST in one and DIGEST in other)
+
+
+def why_unconfirmed(key: str, one: Identity, other: Identity, join: str) -> str:
+    """Why an entry with the same key as a sample does not belong to it, although nothing differs."""
+    if only_keys(key, one, other):
+        return "only the key agrees, which confirms nothing; `join: key` takes it"
+    here, there = (_listed([*found], "nothing") for found in (one, other))
+    allowed = "" if join in (KEY, KINDS[-1]) else f", and `join: {join}` takes nothing weaker"
+    return f"only the key agrees: {here} stated here, {there} there{allowed}"
+
+
+def _listed(names: Iterable[str], nothing: str = "") -> str:
+    *others, last = [*names] or [nothing]
     return f"{', '.join(others)} or {last}" if others else last
 
 
 def describe_counts(counts: Mapping[str, int]) -> str:
     """The counts of a Matcher for people, '' without any."""
     words = {kind: f"by {kind}" for kind in KINDS} | {
-        KEY: "by key alone, which nothing confirms",
+        KEY: "by key alone (join: key)",
         OTHER_IMAGE: "not (another image)",
         ABSENT: "not (no counterpart)",
+        UNCONFIRMED: "not (by key alone, which nothing confirms)",
     }
     return ", ".join(f"{counts[name]:,} {word}" for name, word in words.items() if counts.get(name))

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 
 from reinforce.config import Config
-from reinforce.datacompdr.matching import Matcher, describe_counts, identity_of
+from reinforce.datacompdr.matching import KEY, KINDS, UNCONFIRMED, Matcher, describe_counts, identity_of
 from reinforce.datacompdr.members import CAPTIONS, PARAMETERS, VECTORS, Unreadable
 from reinforce.datacompdr.values import LARGEST_IMAGE, Members, PublishedReader
 from reinforce.dataset.layers import SAMPLES, Layer
@@ -39,7 +39,7 @@ class Reinforcements:
 
     def __init__(self, url: str, config: Config, limit: int | None = None) -> None:
         self._members: dict[str, dict[str, tuple[int, int]]] = {}  # offset and length, by key and name
-        self._matcher = Matcher()
+        self._matcher = Matcher(config.join or "url")
         self._matched: set[str] = set()
         self.refusals: list[Refusal] = []
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`
@@ -130,13 +130,22 @@ def check_reinforcements(url: str, config: Config, layers: Iterable[Layer]) -> N
 def preview_join(url: str, config: Config, shard: Shard, budget: ReadBudget) -> str | None:
     """How the first samples of a shard join with the first of its reinforcements; None if none of either can be read.
 
-    Raises the errors of the storage.
+    Raises UserError if nothing but their keys agrees, and the errors of the storage.
     """
     items = itertools.islice(read_samples(shard, config.input, budget), _JOINED_SAMPLES)
     with contextlib.closing(Reinforcements(url, config, _JOINED_SAMPLES)) as published:
         matches = [published.match(one.key, one.all_sidecars) for one in items if isinstance(one, RawSample)]
         if not matches or not [*published]:
             return None
+        counts = published.counts
+        if counts[UNCONFIRMED] and config.join != KEY and not any(counts[kind] for kind in KINDS):
+            refused = next(match for match in matches if isinstance(match, Refusal))
+            raise UserError(
+                f"reinforcements: none of the first {len(matches)} samples of {canonical(shard.url)} is proven to be "
+                f"the image that was labelled. {refused.key}: {refused.detail}. Keep `uid`, `sha256` or `url` in the "
+                "json member of the source's samples; or, if you know that equal keys are equal images and neither "
+                "side states anything else, set `join: key`."
+            )
         joined = f"join the first {len([*published])} published ones: {describe_counts(published.counts)}"
     example = next((f"; {match.key}: {match.detail}" for match in matches if isinstance(match, Refusal)), "")
     return f"reinforcements: the first {len(matches)} samples of {canonical(shard.url)} {joined}{example}"

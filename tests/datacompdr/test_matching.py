@@ -16,7 +16,9 @@ from reinforce.datacompdr.reinforcements import Reinforcements
 from reinforce.engine.messages.results import ShardResult
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.preflight.check_source import check_source
+from reinforce.errors import UserError
 from reinforce.source.samples import Refusal
+from teachers.published.labels import JOINS
 from tests.helpers.data import write_tar
 from tests.helpers.published import (
     ALL,
@@ -54,8 +56,10 @@ def members(url: str | None = None, **fields: str) -> dict[str, bytes]:
         ("z", members("cat", **TWO), {"a": members("cat", **ONE), "b": members("cat", **TWO)}, "b by sha256"),
         ("z", members("cat", **ONE), {"a": members("cat"), "z": members("truck")}, "a by url"),
         ("a", members(uid="u"), {"a": members(uid="v")}, "other_image"),
-        ("a", members(), {"a": members("cat")}, "a by key"),
-        ("a", members(uid="u"), {"a": members("cat")}, "a by key"),
+        ("a", members(), {"a": members("cat")}, "unconfirmed"),
+        ("a", members(uid="u"), {"a": members("cat")}, "unconfirmed"),
+        ("a", members(uid="u"), {"a": members()}, "unconfirmed"),
+        ("a", members(), {"a": members()}, "a by key"),
         ("q", members(), {"a": members("cat")}, "absent"),
     ],
 )
@@ -66,16 +70,50 @@ def test_published_samples_are_found_by_identity_and_a_contradiction_is_no_match
         (f"{name}.{end}", data) for name, one in published.items() for end, data in {"syn.json": b"{}", **one}.items()
     ]
     write_tar(tmp_path / "dr.tar", tar)
-    reinforcements = Reinforcements(f"{tmp_path}/dr.tar", parse_config(config_of(tmp_path)))
+    reinforcements = Reinforcements(f"{tmp_path}/dr.tar", parse_config(config_of(tmp_path, join="key")))
     found = reinforcements.match(key, sample)
     [count] = reinforcements.counts
     assert (count if isinstance(found, Refusal) else f"{found} by {count}") == expected
 
 
-def test_without_keys_only_identities_join() -> None:
-    matcher = Matcher(by_key=False)
-    matcher.add("a", {})
-    assert matcher.match("a", {}) == (None, "none with its key")
+#: What agrees of a sample "a" and an entry "a", what differs, and what must allow the join, if anything does.
+AGREEMENTS = [
+    ({"uid": "u", "digest": "1"}, {"uid": "u", "digest": "2"}, "uid"),  # encoded again
+    ({"sha256": "s", "url": "v", "digest": "1"}, {"sha256": "s", "digest": "2"}, "sha256"),
+    ({"digest": "1"}, {"digest": "1"}, "digest"),
+    ({"url": "v", "digest": "1"}, {"url": "v", "digest": "2"}, None),  # the URL may have another image now
+    ({"digest": "1", "uid": "u"}, {"digest": "1", "uid": "v"}, None),
+    ({"url": "v", "digest": "1"}, {"url": "v"}, "url"),
+    ({"digest": "1"}, {}, "key"),  # each image has a digest, which counts where both state it
+    ({"digest": "1"}, {"digest": "2"}, None),
+    ({"url": "v"}, {}, None),
+    ({}, {}, "key"),
+]
+
+
+@pytest.mark.parametrize(("sample", "entry", "weakest"), AGREEMENTS)
+@pytest.mark.parametrize("join", JOINS)
+def test_no_weaker_agreement_joins_than_the_config_allows(
+    sample: dict[str, str], entry: dict[str, str], weakest: str | None, join: str
+) -> None:
+    matcher = Matcher(join)
+    matcher.add("a", entry)
+    found, what = matcher.match("a", sample)
+    joined = weakest is not None and JOINS.index(weakest) <= JOINS.index(join)
+    assert (
+        (found, what) == ("a", weakest) if joined else (found is None and "'a' is of" in what) or "only the key" in what
+    )
+
+
+def test_keys_that_nothing_confirms_are_refused_before_a_run_unless_the_config_joins_by_key(tmp_path: Path) -> None:
+    one = published_members(ALL[0], json=None, **{"url.txt": None})
+    write_published(tmp_path, [source_members(ALL[0])[:2]], [one])
+    with pytest.raises(UserError, match=r"none of the first 1 samples .* set `join: key`"):
+        check_source(make_plan(parse_config(config_of(tmp_path))))
+    reinforce_here(config_of(tmp_path, join="key"))
+    [sample] = reinforce.open(f"{tmp_path}/out")
+    check_sample(ALL[0], sample)
+    check_source(make_plan(parse_config(config_of(tmp_path))))  # a finished dataset stays valid
 
 
 @pytest.mark.parametrize(
@@ -102,14 +140,16 @@ def test_exchanged_images_get_no_labels_and_plan_and_summary_count_what_joined(t
     write_published(tmp_path, source, [published_members(ALL[number], json=None, **url(number)) for number in range(3)])
     config = config_of(tmp_path)
     _, notes = check_source(make_plan(parse_config(config)))
-    assert len([note for note in notes if "1 by url, 1 by key alone, which nothing confirms, 1 not" in note]) == 1
+    expected = "1 by url, 1 not (another image), 1 not (by key alone, which nothing confirms)"
+    assert len([note for note in notes if expected in note]) == 1
     results: list[ShardResult] = []
     reinforce_here(config, results=results)
     [result] = results
-    assert result.source_counts == {"url": 1, "key": 1, "other_image": 1}
-    for one, sample in zip((ALL[0], ALL[2]), reinforce.open(f"{tmp_path}/out"), strict=True):
-        check_sample(one, sample)
-    assert quarantine(tmp_path) == [(ALL[1].key, "not_reinforced"), (ALL[1].key, "no_image")]
+    assert result.source_counts == {"url": 1, "unconfirmed": 1, "other_image": 1}
+    [sample] = reinforce.open(f"{tmp_path}/out")
+    check_sample(ALL[0], sample)
+    refused = [(one.key, reason) for reason in ("not_reinforced", "no_image") for one in ALL[1:3]]
+    assert quarantine(tmp_path) == refused
 
 
 @pytest.mark.parametrize(

@@ -81,12 +81,11 @@ def published_members(one: PublishedSample, packed: str = "npz", **changed: byte
 
 
 def source_members(one: PublishedSample, key: str | None = None, **members: bytes) -> list[tuple[str, bytes]]:
-    """The members of a sample of the source. With another ``key``, the uid is in its json."""
+    """The members of a sample of the source, with its uid in json."""
     number = int(one.key[3:])
-    found = [("png", picture(number, WIDTH, HEIGHT)), ("txt", f"true {one.key}".encode())]
-    if key is not None:
-        found.append(("json", json.dumps({"uid": one.key}).encode()))
-    return [(f"{key or one.key}.{name}", content) for name, content in [*found, *members.items()]]
+    found = {"png": picture(number, WIDTH, HEIGHT), "txt": f"true {one.key}".encode()}
+    found |= {"json": json.dumps({"uid": one.key}).encode(), **members}
+    return [(f"{key or one.key}.{name}", content) for name, content in found.items()]
 
 
 def write_published(

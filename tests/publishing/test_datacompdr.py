@@ -63,7 +63,7 @@ def read_back(folder: Path, source: str) -> list[reinforce.Sample]:
         name: {"family": "published", "model": one["list"], "captions": one["captions"]}
         for name, one in described["captioners"].items()
     }
-    own = {"reinforcements": f"{folder}/tars/*.tar", "teachers": teachers, "captioners": captioners}
+    own = {"reinforcements": f"{folder}/tars/*.tar", "join": "key", "teachers": teachers, "captioners": captioners}
     return list(reinforce.open(reinforce_here(config_of(source, folder / "back", **own))))
 
 

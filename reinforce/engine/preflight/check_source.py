@@ -138,13 +138,18 @@ def check_source(plan: Plan) -> tuple[FirstSample | None, list[str]]:
 
 
 def _preview_join(plan: Plan, shard: PendingShard) -> list[str]:
-    """A note on how the first samples of a shard join with its reinforcements, if they are still to be joined."""
+    """A note on how the first samples of a shard join with its reinforcements, if they are still to be joined.
+
+    Raises UserError if nothing but their keys agrees.
+    """
     if SAMPLES not in shard.layers:
         return []
     config = plan.config
     budget = ReadBudget(config.input.limits.image_bytes + _READ_BYTES)
     try:
         note = preview_join(str(shard.reinforcements), config, plan.shard(shard), budget)
+    except UserError:
+        raise
     except Exception:  # each driver has its own exceptions; reading the first sample reports them
         return []
     return [note] if note else []

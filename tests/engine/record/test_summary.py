@@ -131,7 +131,7 @@ def test_samples_are_counted_by_what_joined_them_and_captions_that_could_not_be_
     counts = {"uid": 8, "key": 1, "other_image": 2, "captions_replaced": 3}
     summary = summary_of(totals_of(*(replace(RESULT, source_counts=counts) for _ in range(2))))
     assert summary.text("out").splitlines()[1:3] == [
-        "samples joined with reinforcements: 16 by uid, 2 by key alone, which nothing confirms, 4 not (another image)",
+        "samples joined with reinforcements: 16 by uid, 2 by key alone (join: key), 4 not (another image)",
         "captions with characters that could not be decoded (U+FFFD): 6; store them as UTF-8",
     ]
     assert add_summaries(summary, summary).source_counts["uid"] == 32
