@@ -7,6 +7,7 @@ from pathlib import Path
 
 from reinforce.student.model import Student, load_tokenizer
 from teachers.open_clip.export import write_open_clip
+from teachers.open_clip.released import MIXER
 
 _LOG = logging.getLogger(__name__)
 
@@ -16,4 +17,6 @@ def export(student: Student, folder: str) -> None:
     text_tower = student.config["text_cfg"].get("hf_model_name")
     if text_tower is not None and Path(text_tower).is_dir():
         _LOG.warning("%s needs the folder %s, which holds the architecture of its text tower", folder, text_tower)
+    if MIXER in student.config["text_cfg"]:
+        _LOG.warning("plain open_clip cannot load %s: it has no such text tower; commands of reinforce can", folder)
     write_open_clip(student.clip, student.config, load_tokenizer(student), folder)

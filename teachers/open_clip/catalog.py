@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from teachers.open_clip import released
 from teachers.weights import CHECKPOINTS, is_url
 
 HUB_PREFIX = "hf-hub:"
@@ -41,8 +42,15 @@ _WEIGHTS = (
 
 
 def builtin_name(model: str) -> str:
-    """Normalize a model name to open_clip's spelling: ``ViT-L/14`` is ``ViT-L-14``."""
-    return model.replace("/", "-")
+    """Normalize a model name to open_clip's spelling: ``ViT-L/14`` is ``ViT-L-14``, ``mobileclip_blt`` MobileCLIP-B."""
+    found = released.published(model)
+    return found[0] if found else model.replace("/", "-")
+
+
+def weights_name(model: str, pretrained: str | None) -> str | None:
+    """``pretrained``, or the tag of a published MobileCLIP that is named without weights."""
+    found = released.published(model)
+    return found[1] if found and pretrained is None else pretrained
 
 
 def model_config(model: str) -> dict[str, Any] | None:
@@ -58,7 +66,7 @@ def model_config(model: str) -> dict[str, Any] | None:
         if not isinstance(config, dict):
             raise ValueError(f"{path} has no `model_cfg`: use a folder written by open_clip's push_to_hf_hub")
     else:
-        path = _package() / "model_configs" / f"{builtin_name(model)}.json"
+        path = _config_files().get(builtin_name(model), Path())
         if not path.is_file():
             raise ValueError(
                 f"model {model!r} is unknown to open_clip{_suggestion(builtin_name(model), builtin_models())}"
@@ -86,6 +94,7 @@ def check_model(model: str, pretrained: str | None) -> None:
     Raises ValueError or FileNotFoundError.
     """
     model_config(model)
+    pretrained = weights_name(model, pretrained)
     if model.startswith((HUB_PREFIX, FOLDER_PREFIX)):
         if pretrained is not None:
             raise ValueError(
@@ -94,7 +103,7 @@ def check_model(model: str, pretrained: str | None) -> None:
         if model.startswith(FOLDER_PREFIX):
             folder_weights(model)
     elif pretrained is None:
-        tags = _pretrained().list_pretrained_tags_by_model(builtin_name(model))
+        tags = _tags(builtin_name(model))
         raise ValueError(
             f"model {model} has no weights without `pretrained`: set a checkpoint file or a tag ({', '.join(tags)})"
         )
@@ -116,7 +125,7 @@ def canonical_tag(tag: str) -> str:
 
 
 def builtin_models() -> list[str]:
-    return sorted(path.stem for path in (_package() / "model_configs").glob("*.json"))
+    return sorted(_config_files())
 
 
 def tag_config(model: str, tag: str) -> dict[str, Any]:
@@ -126,12 +135,11 @@ def tag_config(model: str, tag: str) -> dict[str, Any]:
     or GELU): open_clip only warns, and the embeddings would be wrong.
     """
     name = builtin_name(model)
-    pretrained = _pretrained()
-    found: dict[str, Any] = pretrained.get_pretrained_cfg(name, tag)
-    tags = list(pretrained.list_pretrained_tags_by_model(name))
+    tags = _tags(name)
+    found = tags.get(canonical_tag(tag), {})
     if not found:
-        models = pretrained.list_pretrained_models_by_tag(tag)
-        where = f"; models with that tag: {', '.join(models)}" if models else _suggestion(tag, tags)
+        models = _pretrained().list_pretrained_models_by_tag(tag)
+        where = f"; models with that tag: {', '.join(models)}" if models else _suggestion(tag, list(tags))
         options = f"; tags of {name}: {', '.join(tags)}" if tags else f"; {name} has no tags"
         raise ValueError(f"pretrained {tag!r} is neither a tag of {name} nor a checkpoint file{where}{options}")
     config = model_config(name)
@@ -195,8 +203,8 @@ def _check_stated(name: str, checkpoint: str, stated: Mapping[str, Any]) -> None
     """Raise ValueError if a tag of a built-in model has another value than open_clip for a key that is not stated."""
     options: dict[str, list[str]] = {}
     missing: set[str] = set()
-    for tag in _pretrained().list_pretrained_tags_by_model(name):
-        values = _preprocess_of({"preprocess_cfg": _pretrained().get_pretrained_cfg(name, tag)})
+    for tag, entry in _tags(name).items():
+        values = _preprocess_of({"preprocess_cfg": entry})
         options.setdefault(json.dumps(values), []).append(tag)
         missing |= {key for key, value in values.items() if value != DEFAULT_PREPROCESS[key]} - stated.keys()
     if missing:
@@ -231,6 +239,20 @@ def folder_weights(model: str) -> Path:
         names = ", ".join(path.name for path in others)
         raise ValueError(f"folder {folder} has several checkpoints ({names}): rename the one to use to {_WEIGHTS[0]}")
     return others[0]
+
+
+@cache
+def _config_files() -> dict[str, Path]:
+    """Config by name of the model: open_clip's, and of released models that it does not have."""
+    folders = (released.CONFIGS, _package() / "model_configs")
+    return {path.stem: path for folder in folders for path in folder.glob("*.json")}
+
+
+def _tags(name: str) -> dict[str, dict[str, Any]]:
+    """Entries of the pretrained tags of a model in open_clip's spelling."""
+    tags = _pretrained().list_pretrained_tags_by_model(name)
+    entries = {tag: _pretrained().get_pretrained_cfg(name, tag) for tag in tags}
+    return {**released.WEIGHTS.get(name, {}), **entries}
 
 
 @cache

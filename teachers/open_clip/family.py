@@ -42,7 +42,8 @@ class OpenClipTeacherSpec(OpenClipOptions, TeacherSpec):
 def model_identity(spec: ModelSpec) -> dict[str, Any]:
     """What determines the outputs of a model. Raises ValueError or FileNotFoundError for one that cannot be loaded."""
     model = spec.name
-    catalog.check_model(model, spec.pretrained)
+    pretrained = catalog.weights_name(model, spec.pretrained)
+    catalog.check_model(model, pretrained)
     identity: dict[str, Any] = {"family": "open_clip", "precision": spec.resolved_precision}
     if model.startswith(catalog.FOLDER_PREFIX):
         # Identified by its files: a folder that was moved is the same model.
@@ -57,19 +58,20 @@ def model_identity(spec: ModelSpec) -> dict[str, Any]:
         identity["model"] = model
     else:
         identity["model"] = catalog.builtin_name(model)
-        assert spec.pretrained is not None
-        if catalog.is_checkpoint_file(spec.pretrained):
-            identity["weights"] = weights.identity(spec.pretrained)
+        assert pretrained is not None
+        if catalog.is_checkpoint_file(pretrained):
+            identity["weights"] = weights.identity(pretrained)
         else:
-            identity["pretrained"] = catalog.canonical_tag(spec.pretrained)
-    if changed := catalog.changed_preprocess(model, spec.pretrained, stated_preprocess(spec)):
+            identity["pretrained"] = catalog.canonical_tag(pretrained)
+    if changed := catalog.changed_preprocess(model, pretrained, stated_preprocess(spec)):
         identity["preprocess"] = changed  # absent without changes, so that older fingerprints stay valid
     return identity
 
 
 def weight_hosts(spec: ModelSpec) -> Iterator[str]:
     """Where the weights of a model come from, unless they are local files or at a URL of the config."""
+    pretrained = catalog.weights_name(spec.name, spec.pretrained)
     if spec.name.startswith(catalog.HUB_PREFIX):
         yield f"{weights.HUB} ({spec.name.removeprefix(catalog.HUB_PREFIX)})"
-    elif not spec.name.startswith(catalog.FOLDER_PREFIX) and spec.pretrained and not Path(spec.pretrained).suffix:
-        yield f"{weights.HUB} or the host that open_clip names ({spec.name}, {spec.pretrained})"
+    elif not spec.name.startswith(catalog.FOLDER_PREFIX) and pretrained and not Path(pretrained).suffix:
+        yield f"{weights.HUB} or the host that open_clip names ({spec.name}, {pretrained})"

@@ -12,20 +12,19 @@ from typing import Any
 import open_clip
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from timm.utils.model import reparameterize_model
 
 from teachers import weights
 from teachers.device import towers
 from teachers.device.accelerator import Accelerator
 from teachers.open_clip import catalog
+from teachers.open_clip.building import FUSED, build, from_authors, is_authors
 from teachers.open_clip.options import stated_preprocess
 from teachers.open_clip.text import TextEncoder, keep_residual_in_float32
 from teachers.preprocessing.pixels import channels
 from teachers.protocols import ImageSpec
 from teachers.spec import ModelSpec, TeacherSpec
-
-#: In the names of weights of a FastViT (MobileCLIP) whose training branches are fused.
-FUSED = ".reparam_conv."
 
 
 class OpenClipEncoder:
@@ -82,24 +81,30 @@ class OpenClipTeacher(OpenClipEncoder):
 def load_model(spec: ModelSpec) -> Any:
     """Load the model of a spec with its weights, in float32 on the CPU. Never returns random weights.
 
-    The training branches of an image tower of timm are fused where those of the weights are. Raises ValueError for an
+    Training branches of a tower are fused where those of the weights are. Raises ValueError for an
     unknown name or tag, weights trained with another activation, a checkpoint whose preprocessing is not stated, and
     weights that do not fit the model; FileNotFoundError for missing files.
     """
     name = model_name(spec)
-    catalog.check_model(name, spec.pretrained)
-    changed = catalog.changed_preprocess(name, spec.pretrained, stated_preprocess(spec))
-    path, preprocess = _weights(name, spec.pretrained)
+    pretrained = catalog.weights_name(spec.name, spec.pretrained)
+    catalog.check_model(name, pretrained)
+    changed = catalog.changed_preprocess(name, pretrained, stated_preprocess(spec))
+    path, preprocess = _weights(name, pretrained)
     with _no_random_weights_warning():
-        model = open_clip.create_model(
-            name, load_weights=False, pretrained_text=False, force_preprocess_cfg={**(preprocess or {}), **changed}
-        )
+        model = build(name, {**(preprocess or {}), **changed})
     try:
         file = str(weights.as_safetensors(path))
         with safe_open(file, "pt") as content:
-            if any(FUSED in key for key in content.keys()):  # noqa: SIM118  (it is no dict)
-                model.visual = reparameterize_model(model.visual)
-        open_clip.load_checkpoint(model, file, strict=True)
+            keys = set(content.keys())
+        fused = {key.startswith("text") for key in keys if FUSED in key}
+        if False in fused:
+            model.visual = reparameterize_model(model.visual)
+        if True in fused:
+            model.text = reparameterize_model(model.text)
+        if is_authors(keys):
+            model.load_state_dict(from_authors(load_file(file), model))
+        else:
+            open_clip.load_checkpoint(model, file, strict=True)
     except (RuntimeError, KeyError, AttributeError, AssertionError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"the weights in {path} do not fit {name}: {reason}") from error
@@ -109,9 +114,7 @@ def load_model(spec: ModelSpec) -> Any:
 def random_model(name: str, preprocess: Mapping[str, Any] | None = None) -> Any:
     """Build an architecture by open_clip's name or ``local-dir:PATH`` with random weights, without downloads."""
     with _no_random_weights_warning():
-        model = open_clip.create_model(
-            name, load_weights=False, pretrained_text=False, force_preprocess_cfg=dict(preprocess or {})
-        )
+        model = build(name, preprocess)
     return model.float().eval()
 
 

@@ -11,6 +11,7 @@ from open_clip.tokenizer import get_clean_fn
 from open_clip.transformer import text_global_pool
 
 from teachers.device.accelerator import Accelerator
+from teachers.open_clip import registration  # noqa: F401  (whoever tokenizes for a model finds it by name)
 from teachers.tokens.special_tokens import special_token_escaper
 from teachers.tokens.trimming import trimming_is_exact
 

@@ -119,3 +119,11 @@ def test_each_set_is_read_from_where_it_is_published() -> None:
         "hf://datasets/nlphuji/winogavil@refs/convert/parquet",
         "s3://b/sets/winogavil",
     )
+
+
+def test_published_metrics_are_found_by_every_spelling_of_a_published_name() -> None:
+    found = published_metrics("mobileclip_b_lt")
+    assert found["imagenet1k"] == pytest.approx(0.772, abs=5e-4)
+    assert published_metrics("MobileCLIP-B (LT)") == published_metrics("mobileclip_blt") == found
+    with pytest.raises(UserError, match="nothing is published of 'MobileCLIP-S9'; choose one of mobileclip2_b, "):
+        published_metrics("MobileCLIP-S9")

@@ -14,6 +14,7 @@ from importlib.resources import files
 from typing import Literal
 
 from reinforce.errors import UserError
+from teachers.open_clip.released import name_key
 
 Kind = Literal["classification", "retrieval", "association", "choice"]
 Layout = Literal["tars", "tables", "sugarcrepe", "sharegpt4v", "pairs"]
@@ -80,10 +81,11 @@ def select_sets(suite: str, names: Sequence[str] = ()) -> list[SuiteSet]:
 def published_metrics(model: str) -> dict[str, float]:
     """Return the published main metrics of a model by the keys of sets. Raises UserError for an unknown model."""
     rows = _read("published.csv")
-    models = [name for name in rows[0] if name != "key"]
-    if model not in models:
-        raise UserError(f"--compare: nothing is published of {model!r}; choose one of {', '.join(models)}.")
-    return {row["key"]: float(row[model]) for row in rows if row[model]}
+    models = {name_key(name): name for name in rows[0] if name != "key"}
+    name = models.get(name_key(model))
+    if name is None:
+        raise UserError(f"--compare: nothing is published of {model!r}; choose one of {', '.join(models.values())}.")
+    return {row["key"]: float(row[name]) for row in rows if row[name]}
 
 
 @cache

@@ -12,7 +12,7 @@ import open_clip
 import pytest
 import yaml
 
-from teachers.open_clip import catalog
+from teachers.open_clip import catalog, released
 from teachers.registry import describe_teacher, teacher_spec
 from teachers.spec import ModelInfo
 from tests.helpers import tiny_models
@@ -117,7 +117,7 @@ def test_a_file_of_a_released_model_needs_the_preprocessing_in_which_its_tags_di
     Path(file).write_bytes(b"weights")
     weights = describe_teacher("a", teacher_spec(model="ViT-B-32", pretrained=file)).identity["weights"]
     refused = 0
-    for model in catalog.builtin_models():
+    for model in set(catalog.builtin_models()) - released.WEIGHTS.keys():
         tags = {tag: preprocess_of(model, tag) for tag in open_clip.list_pretrained_tags_by_model(model)}
         # The fingerprint of right preprocessing is that of versions without the key.
         before = {"family": "open_clip", "precision": "fp32", "model": model, "weights": weights}
