@@ -16,7 +16,7 @@ import schemas
 from reinforce.captioning.config import Data
 from reinforce.config import Input
 from reinforce.dataset.kinds.samples import true_captions
-from reinforce.dataset.layers import SAMPLES
+from reinforce.dataset.layers import SAMPLES, require_images
 from reinforce.dataset.reading.dataset import Dataset
 from reinforce.errors import UserError
 from reinforce.evaluation.fields import read_captions
@@ -50,6 +50,7 @@ def list_files(source: str | list[str], data: Data, where: str) -> list[Shard]:
     """List the files with the images, or the samples layer of a reinforced dataset. Raises UserError."""
     if detect_kind(source) == "layers":
         dataset = Dataset(str(source), [], [])
+        require_images(dataset.manifest, where)
         return [Shard(_samples_file(dataset, shard), shard, samples_layer.FORMAT.name) for shard in dataset.shards]
     shards = list_shards(source, input_of_data(data))
     for shard in shards:

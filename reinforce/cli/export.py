@@ -97,6 +97,51 @@ def export_embeddings(
         typer.echo(escape(line))
 
 
+@export.command(
+    "labels",
+    **examples(
+        "reinforce export labels demo/dataset demo/labels",
+        "reinforce export labels demo/dataset demo/labels-of-one --layers captions/coca,embeddings/conv-64 --no-urls",
+    ),
+)
+def export_labels(
+    dataset: DatasetUrl,
+    output: OutputUrl,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B", help="Layers, or folders of these such as embeddings/dfn2b, with `*`. Default: all."
+        ),
+    ] = None,
+    identities: Annotated[
+        str | None,
+        typer.Option(metavar="A,B", help="What is published of each image: uid, sha256, digest, url. Default: all."),
+    ] = None,
+    urls: Annotated[bool, typer.Option("--urls/--no-urls", help="Publish URLs.")] = True,
+    license_: Annotated[
+        str, typer.Option("--license", metavar="ID", help="Hugging Face's name of the licence, such as cc-by-4.0.")
+    ] = "unknown",
+    images_from: ImagesFrom = None,
+    view: ViewName = None,
+    address: Address = None,
+    no_ray: NoRay = False,
+) -> None:
+    """Write layers without images, so that others join them with their own copy of the images, by identity.
+
+    The labels are a dataset: all commands read them, and `labels` of `reinforce run` uses them.
+
+    Finished files are kept: the same command continues an export, and adds what is new in the dataset.
+    """
+    from reinforce.publishing.labels import export_labels as write
+
+    result = write(
+        dataset, output, layers=split_names(layers), identities=split_names(identities), urls=urls, licence=license_,
+        images_from=images_from or (), view=view, use_ray=not no_ray, address=address,
+    )  # fmt: skip
+    for line in result.lines():
+        typer.echo(escape(line))
+
+
 def _number(option: str, value: str) -> int | Literal["average"]:
     if value == "average":
         return "average"

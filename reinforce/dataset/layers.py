@@ -22,11 +22,14 @@ import schemas
 from reinforce.config import Config
 from reinforce.config_schema import LAYER_NAME
 from reinforce.dataset.comparison import Comparison
+from reinforce.errors import UserError
 
 if TYPE_CHECKING:
     from teachers.spec import ModelInfo
 
 SAMPLES = "samples"
+#: ``images`` in the dataset.json of published labels, which have none, and the key with what these labels are of.
+NO_IMAGES, LABELS = "none", "labels"
 #: Name of the true caption among the texts that teachers encode; the other names are captioners.
 TRUE_CAPTION = "caption"
 
@@ -257,6 +260,15 @@ class LayerKind(ABC):
     def report_content(self, layer: Layer) -> str:
         """What a row holds, in ``reinforce inspect``."""
         return self.content(layer)
+
+
+def require_images(manifest: Mapping[str, Any], where: str) -> None:
+    """Raise UserError if a dataset has no images, because it is published labels."""
+    if manifest["images"] == NO_IMAGES:
+        raise UserError(
+            f"{where} has labels without images. Name it under `labels` in a config with your copy of the images as "
+            "`source`, and use the dataset that `reinforce run` makes."
+        )
 
 
 def mapping_at(manifest: Mapping[str, Any], *keys: str | None) -> Mapping[str, Any]:

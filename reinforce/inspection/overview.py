@@ -171,13 +171,16 @@ def _run(name: str, summary: Mapping[str, Any]) -> RunFacts:
     )
 
 
+_IMAGES = {"embed": "embedded", "reference": "by reference", "none": "none: published labels"}
+
+
 def recipe_lines(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The settings that determine a dataset, by name, for people."""
     augmentations = dict(manifest.get("augmentations", {}))
     lines = [
         ("schema version", str(manifest.get("schema_version", ""))),
         ("seed", str(manifest.get("seed", ""))),
-        ("images", {"embed": "embedded", "reference": "by reference"}.get(manifest["images"], manifest["images"])),
+        ("images", _IMAGES.get(manifest["images"], manifest["images"])),
         *((f"{name} policy", str(value)) for name, value in dict(manifest.get("policies", {})).items()),
         *((f"augmentations: {name}", _compact(value)) for name, value in augmentations.items()),
     ]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,7 +92,7 @@ def build_index(url: str, *, use_ray: bool = True, address: str | None = None) -
     store.write_bytes(buffer.getvalue().to_pybytes(), *build.path(f"{SHARDS}.parquet"))
     index = IdentityIndex(store, fingerprint, samples, bits, kinds, [*listing], groups)
     store.write_json(description(index), FOLDER, DESCRIPTION)
-    _clean(store, build)
+    _clean(store, build, kinds)
     return index
 
 
@@ -233,9 +233,10 @@ def _files(store: Store, *folder: str) -> set[str]:
     return {str(path).rstrip("/").rpartition("/")[2] for path in found}
 
 
-def _clean(store: Store, build: Build) -> None:
-    """Remove the parts, and indexes of other states of the dataset."""
+def _clean(store: Store, build: Build, kinds: Collection[str]) -> None:
+    """Remove the parts, kinds without entries, and indexes of other states of the dataset."""
     others = _files(store, FOLDER) - {DESCRIPTION, build.fingerprint}
-    for path in [build.path(_PARTS), *((FOLDER, name) for name in others)]:
+    unused = [build.path(name) for name in (_PARTS, *INDEXED) if name not in kinds]
+    for path in [*unused, *((FOLDER, name) for name in others)]:
         with contextlib.suppress(FileNotFoundError, StorageError), store.storage_errors("removed", *path):
             store.fs.rm(store.path(*path), recursive=True)

@@ -21,7 +21,7 @@ from schemas import IDENTITIES, IMAGE_DIGEST
 #: Kinds of identities, strongest first, each with its column in the samples of published labels.
 COLUMNS = dict(zip(("uid", "sha256", "digest", "url"), IDENTITIES, strict=True))
 DIGEST = "digest"
-#: Kinds that an index has: also the keys of rows that state no identity, which nothing else can join.
+#: Kinds that an index has: also the keys of rows of which nothing else is stated but a digest.
 INDEXED = (*COLUMNS, KEY)
 
 Hashes = npt.NDArray[np.uint64]
@@ -52,11 +52,12 @@ def identities(samples: pa.Table) -> dict[str, pa.Array]:
 
 
 def lone_keys(samples: pa.Table, found: Mapping[str, pa.Array]) -> pa.Array:
-    """The keys of rows, null where one of the identities ``found`` is stated [rows]."""
+    """The keys of rows, null where one of the identities ``found`` states more: no digest, no uid that is the key."""
     keys = samples["key"].combine_chunks()
     stated = np.zeros(len(keys), bool)
-    for values in found.values():
-        stated |= values.is_valid().to_numpy(zero_copy_only=False)
+    for kind, values in found.items():
+        if kind != DIGEST:
+            stated |= pc.fill_null(pc.not_equal(values, keys), False).to_numpy(zero_copy_only=False)
     return pc.if_else(pa.array(stated), None, keys)
 
 

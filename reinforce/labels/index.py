@@ -83,6 +83,11 @@ class IdentityIndex:
     groups: list[list[int]]
 
     @property
+    def folder(self) -> str:
+        """The folder of its files in the dataset."""
+        return f"{FOLDER}/{self.fingerprint}"
+
+    @property
     def partitions(self) -> int:
         return 2**self.bits
 
@@ -120,7 +125,7 @@ class IdentityIndex:
 
     def _read(self, kind: str, number: int, hashes: Hashes | None) -> Iterator[Entries]:
         """The row groups of a partition, or those that can have some sorted ``hashes``."""
-        layer, name = f"{FOLDER}/{self.fingerprint}/{kind}", partition_name(number)
+        layer, name = f"{self.folder}/{kind}", partition_name(number)
         try:
             with self.store.open_layer(layer, name, whole=hashes is None) as file:
                 for group in range(file.num_row_groups):

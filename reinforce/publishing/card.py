@@ -16,20 +16,22 @@ import yaml
 import schemas
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.kinds.registry import stored_layer
-from reinforce.dataset.layers import SAMPLES, Layer
+from reinforce.dataset.layers import LABELS, SAMPLES, Layer, mapping_at
 from reinforce.dataset.manifest.manifest import read_manifest
 from reinforce.dataset.reading.row_counts import row_group_table
 from reinforce.dataset.view import View, list_views, read_view
 from reinforce.errors import UserError
-from reinforce.publishing.card_page import MARK, LayerCard, one_line, render_page, view_config
+from reinforce.labels.index import SHARDS, IdentityIndex, find_index
+from reinforce.publishing.card_page import MARK, LayerCard, index_config, one_line, render_page, view_config
 from reinforce.storage import Storage
 from schemas import IMAGE_DIGEST
 
 NAME = "README.md"
+UNKNOWN = "unknown"
 _MAX_BYTES = 2**22  # of a README.md that is replaced
 
 
-def write_card(url: str, output: str | None = None, licence: str = "unknown", force: bool = False) -> str:
+def write_card(url: str, output: str | None = None, licence: str = UNKNOWN, force: bool = False) -> str:
     """Write README.md into the dataset, or into another folder -> its path.
 
     Raises UserError if there is one that this function has not written, unless ``force`` is set.
@@ -42,14 +44,18 @@ def write_card(url: str, output: str | None = None, licence: str = "unknown", fo
         before = None
     if before is not None and MARK.encode() not in before and not force:
         raise UserError(f"{target.path(NAME)} was not written by this command. --force replaces it.")
-    target.write_bytes(build_card(store, licence).encode(), NAME)
+    content = build_card(store, licence).encode()
+    if content != before:
+        target.write_bytes(content, NAME)
     return target.path(NAME)
 
 
 def build_card(store: Store, licence: str) -> str:
     """The content of README.md."""
     manifest = read_manifest(store)
+    licence = str(mapping_at(manifest, LABELS).get("licence", licence)) if licence == UNKNOWN else licence
     layers = read_layers(store, manifest)
+    index = find_index(store)
     rows = next(layer.rows for layer in layers if layer.name == SAMPLES)
     views = [view for view in map(functools.partial(read_view, store), list_views(store)) if not view.changes(manifest)]
     front = {
@@ -57,11 +63,15 @@ def build_card(store: Store, licence: str) -> str:
         "pretty_name": one_line(store.url.rpartition("/")[2]) or "reinforced dataset",
         "tags": ["reinforced-dataset", "clip", "distillation"],
         "size_categories": [_size_category(rows)],
-        "configs": [*map(_files, layers), *map(_files_of_view, views)],
-        "dataset_info": [*map(_info, layers), *(_info_of_view(store, view) for view in views)],
+        "configs": [*map(_files, layers), *map(_files_of_view, views), *_files_of_index(index)],
+        "dataset_info": [
+            *map(_info, layers),
+            *(_info_of_view(store, view) for view in views),
+            *_info_of_index(store, index),
+        ],
     }
     header = yaml.safe_dump(front, sort_keys=False, width=2**16)
-    return f"---\n{header}---\n\n{render_page(store.url, manifest, layers, views, licence)}"
+    return f"---\n{header}---\n\n{render_page(store.url, manifest, layers, views, licence, index)}"
 
 
 def read_layers(store: Store, manifest: Mapping[str, Any]) -> list[LayerCard]:
@@ -105,6 +115,28 @@ def _files(layer: LayerCard) -> dict[str, Any]:
 def _files_of_view(view: View) -> dict[str, Any]:
     files = {"split": "train", "path": f"{view.rows.folder}/*.parquet"}
     return {"config_name": view_config(view), "data_files": [files]}
+
+
+def _files_of_index(index: IdentityIndex | None) -> list[dict[str, Any]]:
+    if index is None:
+        return []
+    paths = {kind: f"{kind}/*.parquet" for kind in index.kinds} | {SHARDS: f"{SHARDS}.parquet"}
+    return [
+        {"config_name": index_config(name), "data_files": [{"split": "train", "path": f"{index.folder}/{path}"}]}
+        for name, path in paths.items()
+    ]
+
+
+def _info_of_index(store: Store, index: IdentityIndex | None) -> list[dict[str, Any]]:
+    if index is None:
+        return []
+    sizes = {kind: store.shards(f"{index.folder}/{kind}").total_bytes for kind in index.kinds}
+    found = [
+        _describe(index_config(kind), schemas.identities_schema(), sizes[kind], rows)
+        for kind, rows in index.kinds.items()
+    ]
+    size = store.shards(index.folder)[SHARDS]
+    return [*found, _describe(index_config(SHARDS), schemas.index_schema(), size, len(index.shards))]
 
 
 def _info(layer: LayerCard) -> dict[str, Any]:

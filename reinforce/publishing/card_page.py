@@ -11,14 +11,22 @@ from typing import Any
 
 import pyarrow as pa
 
-from reinforce.dataset.layers import SAMPLES, Layer
+from reinforce.dataset.layers import NO_IMAGES, SAMPLES, Layer
 from reinforce.dataset.view import View
+from reinforce.labels.index import IdentityIndex
 from reinforce.terminal import escape, format_bytes, plural
 
 #: By which a README.md is recognised as one that may be replaced.
 MARK = "<!-- written by `reinforce card` -->"
 _SPECIAL = re.compile(r"([\\`*_{}\[\]()#+\-.!|~:@$=])")
 _MAX_CHARS = 200
+_KINDS = {
+    "uid": "the uid in the data set that the sample is from",
+    "sha256": "SHA-256 of the downloaded file",
+    "digest": "BLAKE2b-64 of the encoded image",
+    "url": "where the image was downloaded from",
+    "key": "the key of a row of which nothing else is stated",
+}
 
 
 @dataclass(frozen=True)
@@ -58,8 +66,18 @@ def view_config(view: View) -> str:
     return f"views--{view.name}"
 
 
+def index_config(kind: str) -> str:
+    """Name of the configuration that has the entries of a kind of identities, or the shards that they name."""
+    return f"identities--{kind}"
+
+
 def render_page(
-    url: str, manifest: Mapping[str, Any], layers: Sequence[LayerCard], views: Sequence[View], licence: str
+    url: str,
+    manifest: Mapping[str, Any],
+    layers: Sequence[LayerCard],
+    views: Sequence[View],
+    licence: str,
+    index: IdentityIndex | None = None,
 ) -> str:
     """The card below its front matter."""
     samples = next(layer for layer in layers if layer.name == SAMPLES)
@@ -67,7 +85,7 @@ def render_page(
     parts = [
         MARK,
         f"# {markdown(url.rpartition('/')[2])}",
-        f"A reinforced dataset: {samples.rows:,} image-text pairs with stored augmentations, embeddings of teachers "
+        f"{_subject(manifest)}: {samples.rows:,} image-text pairs with stored augmentations, embeddings of teachers "
         f"and synthetic captions, in {plural(samples.shards, 'shard')}, {size}. Licence: {markdown(licence)}.",
         "## Layers",
         "All layers have the same rows in the same order within each shard; `key` names a row within its shard.",
@@ -90,8 +108,20 @@ def render_page(
         rows = ((f"`{view_config(view)}`", f"{len(view):,}", markdown(json.dumps([*view.rules]))) for view in views)
         text = "Rows have `left_out`, the rule that leaves the sample out: null for the samples that the view keeps."
         parts += ["## Views", text, _table(("configuration", "samples", "rules, in order"), rows)]
+    if index is not None:
+        rows = ((f"`{index_config(kind)}`", f"{count:,}", _KINDS[kind]) for kind, count in index.kinds.items())
+        text = "Rows have the hash of an identity, the number of a shard in `identities--shards`, and the row in it."
+        parts += ["## Identities", text, _table(("configuration", "rows", "what is stated"), rows)]
+    if manifest["images"] == NO_IMAGES:
+        rows = ((f"`{one.config}`", f"`{one_line(one.layer.fingerprint)}`") for one in layers)
+        text = "Fingerprints of the layers that were published: hashes of all that determines their content."
+        parts += ["## Provenance", text, _table(("configuration", "fingerprint"), rows)]
     parts += [*_policies(manifest), *_usage(manifest, layers)]
     return "\n\n".join(parts) + "\n"
+
+
+def _subject(manifest: Mapping[str, Any]) -> str:
+    return "Labels without images" if manifest["images"] == NO_IMAGES else "A reinforced dataset"
 
 
 def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -141,6 +171,8 @@ def _usage(manifest: Mapping[str, Any], layers: Sequence[LayerCard]) -> list[str
         lines.insert(0, "import numpy as np")
         if scaled:
             lines.append('first *= np.array(vectors[0]["scales"])[:, None]')
+    if manifest["images"] == NO_IMAGES:
+        lines.append("# Images are not included: uid, sha256, image_digest and url state which image a row is of.")
     if manifest["images"] == "reference":
         lines.append("# Images are not included: `image_ref` names the file and the place of each.")
     return [

@@ -165,7 +165,7 @@ def bind(number: int, spec: Rule, seed: int, manifest: Mapping[str, Any]) -> Bou
         if keep is not None:
             rule = replace(rule, value=check(keep, manifest, f"{where}.deduplicate.keep", "number"))
         if teacher is None:
-            return replace(rule, images=schemas.image_columns(manifest["images"])[-1:])
+            return replace(rule, images=schemas.image_columns(manifest["images"])[-1:] or (schemas.IMAGE_DIGEST,))
         return replace(rule, layer=_image_layer(teacher, manifest, f"{where}.deduplicate.teacher"))
     if spec.decontaminate is not None:
         layer = _image_layer(spec.decontaminate.teacher, manifest, f"{where}.decontaminate.teacher")

@@ -25,7 +25,7 @@ ROWS = 24
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three shards. In the last one, a URL is that of another sample."""
+    """Three shards. In the last one, a URL is that of another sample, and nothing is stated of one."""
     folder = tmp_path_factory.mktemp("index")
     for shard in range(2):
         write_tar(folder / "source" / f"{shard}.tar", members_of(shard, 11))
@@ -68,8 +68,10 @@ def test_the_index_has_every_identity(dataset: Path, monkeypatch: pytest.MonkeyP
     index = build(dataset)
     assert index.partitions == (1 if rows > ROWS else 8)
     expected = scanned(dataset, index)
-    assert indexed(index) == expected
-    assert index.kinds == {"uid": 23, "sha256": 1, "digest": 24, "url": 23}
+    found = indexed(index)
+    assert found.pop("key") == {(*hash_identities("key", texts("two"))[0].tolist(), 2, 1)}
+    assert found == expected
+    assert index.kinds == {"uid": 23, "sha256": 1, "digest": 24, "url": 23, "key": 1}
     for kind, entries in expected.items():
         hashes = np.array([*{entry[0] for entry in entries}, 5], np.uint64)[::-1].copy()
         places, shards, of_shards = index.lookup(kind, hashes)
@@ -107,10 +109,10 @@ def test_a_killed_build_continues_and_a_second_one_writes_nothing(
     assert find_index(Store(str(dataset))) is None
     kept = {name: (dataset / name).stat().st_mtime_ns for name in tree(dataset) if name.startswith("identities/")}
     index = build(dataset)
-    assert indexed(index).keys() == {"uid", "sha256", "digest", "url"}
+    assert indexed(index).keys() == {"uid", "sha256", "digest", "url", "key"}
     assert index.kinds["digest"] == ROWS  # also of the partitions that were kept
     now = {name: (dataset / name).stat().st_mtime_ns for name in tree(dataset) if name.startswith("identities/")}
-    assert {name: now[name] for name in kept if "/parts/" not in name}.items() <= kept.items()
+    assert {name: now[name] for name in kept if name in now}.items() <= kept.items()
     assert not any("/parts/" in name for name in now)
     build(dataset)
     assert now == {name: (dataset / name).stat().st_mtime_ns for name in now}

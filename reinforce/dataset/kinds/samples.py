@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 import schemas
 from reinforce.config import Config, Limits
-from reinforce.dataset.layers import SAMPLES, Layer, LayerKind, compute_fingerprint
+from reinforce.dataset.layers import LABELS, NO_IMAGES, SAMPLES, Layer, LayerKind, compute_fingerprint, mapping_at
 from reinforce.images.policy import image_policy
 from reinforce.source.captions import CAPTION_POLICY
 
@@ -66,8 +66,12 @@ class Samples(LayerKind):
         return {"count": layer.count} if layer.count else {}
 
     def recorded_fingerprint(self, layer: Layer, manifest: Mapping[str, Any]) -> str | None:
-        known = all(key in manifest for key in _RECIPE)
-        return compute_fingerprint({key: manifest[key] for key in _RECIPE}) if known else None
+        if not all(key in manifest for key in _RECIPE):
+            return None
+        recipe = {key: manifest[key] for key in _RECIPE}
+        if recipe["images"] == NO_IMAGES:  # those of who has published these samples
+            recipe["images"] = mapping_at(manifest, LABELS).get("images")
+        return compute_fingerprint(recipe)
 
     def recipes(self, layer: Layer, manifest: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         before = {key: manifest[key] for key in ("schema_version", *layer.recipe) if key in manifest}
@@ -83,13 +87,15 @@ class Samples(LayerKind):
             yield f"do not have their caption as the first of at most {layer.count} true captions", wrong
 
     def content(self, layer: Layer) -> str:
-        return "rows and images" + (f", up to {layer.count} true captions" if layer.count else "")
+        own = f"identities ({', '.join(layer.names)})" if layer.names else "images"
+        return f"rows and {own}" + (f", up to {layer.count} true captions" if layer.count else "")
 
     def row_and_type(self, layer: Layer) -> tuple[str, str]:
         return "image, caption, augmentations", ""
 
     def card_content(self, layer: Layer) -> str:
-        return "images, captions, metadata, augmentation records"
+        own = "identities of images, captions" if layer.names else "images, captions, metadata"
+        return f"{own}, augmentation records"
 
     def report_content(self, layer: Layer) -> str:
         return "keys, captions, images, augmentation records"

@@ -8,7 +8,7 @@ from typing import Any
 
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.kinds.registry import drop_command, with_dependants
-from reinforce.dataset.layers import SAMPLES, Layer, mapping_at
+from reinforce.dataset.layers import SAMPLES, Layer, mapping_at, require_images
 from reinforce.errors import UserError
 from reinforce.settings import flatten
 from reinforce.terminal import plural
@@ -25,6 +25,7 @@ def check_recipes(
     ``found`` maps layers to their fingerprints in the dataset. The message has the settings that differ, with a layer
     and its fingerprints and the number of the others, and the command that deletes the layers.
     """
+    require_images(manifest or {"images": None}, f"output: {store.url}")
     others = {name: fingerprint for name, fingerprint in found.items() if fingerprint != layers[name].fingerprint}
     if not others:
         return

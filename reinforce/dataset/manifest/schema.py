@@ -72,8 +72,16 @@ class _Augmentations(_Part):
     size: int = Field(ge=1, le=4096)
 
 
-class _Manifest(_Part):
+class _Labels(_Part):
+    version: int
     images: Literal["embed", "reference"]
+    identities: list[_Text] = Field(max_length=16)
+    licence: _Text = "unknown"
+    hidden: list[_Text] = Field(default_factory=list, max_length=_MAX_LAYERS)
+
+
+class _Manifest(_Part):
+    images: Literal["embed", "reference", "none"]
     schema_version: int = 0
     seed: int = 0
     augmentations: _Augmentations
@@ -81,6 +89,7 @@ class _Manifest(_Part):
     layers: dict[str, _LayerEntry] = Field(max_length=_MAX_LAYERS)
     teachers: dict[str, _TeacherEntry]
     captioners: dict[str, dict[str, Any]]
+    labels: _Labels | None = None
 
 
 class _Stage(_Part):

@@ -25,7 +25,7 @@ from reinforce.dataset.files.listing import Listing
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.kinds.registry import kind_of, stored_layer
 from reinforce.dataset.kinds.samples import true_captions
-from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, captions_layer, embeddings_layer
+from reinforce.dataset.layers import NO_IMAGES, SAMPLES, TRUE_CAPTION, captions_layer, embeddings_layer
 from reinforce.dataset.manifest.manifest import read_manifest, select_names
 from reinforce.dataset.reading.aligned import AlignedLayers, row_errors
 from reinforce.dataset.reading.completeness import check_completeness
@@ -67,6 +67,8 @@ def open(
     If the dataset stores its images by reference, ``images_from`` are the folders or URLs of tars that it may read them
     from, such as the folder of its ``source``. ``limits`` are ``image_bytes`` and ``pixels`` of
     ``reinforce.config.ReadLimits``, above which an image is not read.
+
+    Published labels have no images: ``image`` of their samples is empty, and to decode it raises UserError.
     """
     return Dataset(url, teachers, captioners, view=view, strict=strict, images_from=images_from, limits=limits)
 
@@ -312,7 +314,8 @@ class Dataset:
     def _samples(self, tables: Mapping[str, pa.Table], with_images: bool = True) -> Iterator[Sample]:
         """The samples of one row group. Raises UserError if a row is not what a run writes."""
         column = image_column(self.manifest["images"])
-        if column not in tables[SAMPLES].column_names:
+        with_images &= self.manifest["images"] != NO_IMAGES
+        if with_images and column not in tables[SAMPLES].column_names:
             raise UserError(f"{self.store.url}: column {column}, which dataset.json states, is missing. Restore it.")
         with row_errors(self.store.url):
             rows = tables[SAMPLES].to_pylist()

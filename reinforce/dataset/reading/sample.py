@@ -70,7 +70,7 @@ class Sample:
         caption: true caption, or None.
         metadata: the sample's JSON sidecar, or the fields of it that were kept, or None.
         width, height: size in pixels of the decoded image.
-        image: encoded image, as in the source; ``pil()`` decodes it.
+        image: encoded image, as in the source; ``pil()`` decodes it. Empty in published labels.
         augmentations: K augmentation records; ``augmented(k)`` replays one.
         captions: synthetic captions by captioner, None if the layer is null for this sample.
         images: float32 [K, D] by teacher; row k is the embedding of ``augmented(k)``.
@@ -102,6 +102,11 @@ class Sample:
         Raises UserError if the image cannot be decoded or the policy is from a newer version.
         """
         self.policies.check()
+        if not self.image:
+            raise UserError(
+                f"{self.policies.url}, key {escape(self.key)}: there is no image, because these are published labels. "
+                "`labels` in a config joins them with your copy of the images."
+            )
         try:
             return decode(self.image, self.policies.limits, policy=self.policies.image)
         except ImageRefused as error:

@@ -13,7 +13,7 @@ from reinforce.dataset.files.index import LayerIndex
 from reinforce.dataset.files.listing import Listing
 from reinforce.dataset.files.store import MANIFEST, DamagedFiles, Store
 from reinforce.dataset.kinds.registry import depends, stored_layer
-from reinforce.dataset.layers import SAMPLES
+from reinforce.dataset.layers import LABELS, SAMPLES, mapping_at
 from reinforce.dataset.manifest.manifest import DIGEST_KEY, manifest_digest
 from reinforce.dataset.validate.findings import Finding
 
@@ -40,8 +40,11 @@ def check_recipes(manifest: Mapping[str, Any]) -> Iterator[Finding]:
 def _wrong_fingerprints(manifest: Mapping[str, Any]) -> Iterator[Finding]:
     if manifest.get("schema_version") != schemas.SCHEMA_VERSION:
         return
+    hidden = {*mapping_at(manifest, LABELS).get("hidden", ())}  # fingerprints cover settings that are not published
     for name, entry in manifest["layers"].items():
         layer = stored_layer(name, entry)
+        if not hidden.isdisjoint((".".join(map(str, layer.owner)), f"layers.{name}")):
+            continue
         computed = layer.kind.recorded_fingerprint(layer, manifest)
         if computed is not None and computed != entry["fingerprint"]:
             yield Finding(

@@ -45,7 +45,10 @@ class SamplesLayer(SourceFormat):
     ) -> list[str]:
         found = []
         for url in urls:
-            if read_manifest(url)["images"] == "reference" and not spec.images_from:
+            images = read_manifest(url)["images"]
+            if images == "none":
+                raise UserError(f"source: {canonical(url)} has labels without images. Name it under `labels`.")
+            if images == "reference" and not spec.images_from:
                 raise UserError(
                     f"source: {canonical(url)} stores its images by reference. Name the folders with the tars that you "
                     "allow it to read in input.images_from."

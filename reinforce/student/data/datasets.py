@@ -19,7 +19,7 @@ from reinforce.dataset.augment.backends import load_backend
 from reinforce.dataset.files.damage import describe_damaged, find_damaged
 from reinforce.dataset.files.index import read_index
 from reinforce.dataset.files.store import Store
-from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, embeddings_layer
+from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, embeddings_layer, require_images
 from reinforce.dataset.manifest.manifest import read_manifest, select_names
 from reinforce.dataset.reading.aligned import AlignedLayers
 from reinforce.dataset.reading.completeness import check_completeness
@@ -57,6 +57,7 @@ def _open_dataset(source: Source, data: Data, seed: int, teachers: Sequence[str]
     url = source.url
     store = Store(url)
     manifest = read_manifest(store)
+    require_images(manifest, url)
     policies = ImagePolicies.from_manifest(manifest, url, data.limits)
     policies.check()
     load_backend(policies.augmentation)  # loader processes use it; here an error is reported before the first step

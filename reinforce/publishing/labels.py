@@ -1,0 +1,243 @@
+"""``reinforce export labels``: the layers of a dataset without its images, as a dataset that others join by identity.
+
+The labels have the layout of every dataset, so that all commands read them. Files that exist are kept, so that the same
+command continues an export, and adds shards and layers that are new. The index of identities and the card come last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from reinforce.dataset.files.index import IndexWriter
+from reinforce.dataset.files.store import Store
+from reinforce.dataset.kinds.registry import stored_layer
+from reinforce.dataset.layers import LABELS, NO_IMAGES, SAMPLES, mapping_at
+from reinforce.dataset.manifest.manifest import DIGEST_KEY, find_manifest, same_content, write_manifest
+from reinforce.dataset.reading.dataset import Dataset
+from reinforce.errors import UserError
+from reinforce.labels.building import build_index
+from reinforce.labels.identities import COLUMNS, DIGEST
+from reinforce.nodes import for_each_shard
+from reinforce.publishing.card import write_card
+from reinforce.publishing.labels_shard import LabelsExport, export_shard
+from reinforce.publishing.public import has_hidden, without_paths
+from reinforce.publishing.shards import as_seen_by_workers, check_output
+from reinforce.terminal import format_bytes, plural
+
+_VERSION = 1
+
+
+@dataclass
+class ExportedLabels:
+    """Result of an export: shards, those that were there before, rows, identities by kind, and those left out."""
+
+    output: str
+    shards: int = 0
+    kept: int = 0
+    rows: int = 0
+    bytes: int = 0
+    identities: Mapping[str, int] = field(default_factory=dict)
+    left_out: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        kept = f", of which {self.kept:,} were there before" if self.kept else ""
+        size = format_bytes(self.bytes)
+        found = ", ".join(f"{kind} of {count:,}" for kind, count in self.identities.items()) or "none"
+        lines = [
+            f"labels of {plural(self.rows, 'sample')} in {plural(self.shards, 'shard')}, {size}{kept}: {self.output}",
+            f"identities: {found}",
+        ]
+        lines += [f"left out: {kind} of {count:,}: {_WHY[kind]}" for kind, count in self.left_out.items() if count]
+        return [*lines, *self.notes]
+
+
+_WHY = {
+    "url": "they have a password or signature, or are no public web address",
+    "uid": "they are local paths, or longer than a uid",
+    "sha256": "they are local paths, or longer than a digest",
+}
+
+
+def export_labels(
+    url: str,
+    output: str,
+    *,
+    layers: Sequence[str] | None = None,
+    identities: Sequence[str] | None = None,
+    urls: bool = True,
+    licence: str = "unknown",
+    images_from: Sequence[str] = (),
+    view: str | None = None,
+    use_ray: bool = True,
+    address: str | None = None,
+) -> ExportedLabels:
+    """Write layers of the complete shards of a dataset, without images, to a folder or fsspec URL. Raises UserError.
+
+    ``layers`` are names of layers or folders of these, with ``*``; default: all. What a layer is computed from is
+    published with it. ``identities`` are kinds of ``COLUMNS``, default: all, without ``urls`` all but URLs.
+    ``images_from`` is that of ``reinforce.open``: where images by reference may be read whose digests are not stored.
+    With ``view``, only the samples that it keeps are published.
+    """
+    kinds = _kinds(identities, urls)
+    whole = Dataset(url, view=view, images_from=images_from, images_key="--images-from {}")
+    wanted = _chosen(whole, layers)
+    data = whole if layers is None else _with_models(whole, wanted, url, view, images_from)
+    names = [name for name in data.layers if name in wanted]
+    store, out = Store(as_seen_by_workers(url)), Store(as_seen_by_workers(output))
+    check_output(store, out)
+    result = ExportedLabels(out.url, len(data.shards))
+    manifest = labels_manifest(data, names, kinds, licence)
+    chosen = tuple(stored_layer(name, manifest["layers"][name]) for name in names)
+    with out.lock():
+        _record(out, manifest)
+        listings = out.listings(names)
+        missing = {
+            shard: tuple(name for name in names if shard not in listings[name])
+            for shard in data.shards
+            if any(shard not in listings[name] for name in names)
+        }
+        result.kept = result.shards - len(missing)
+        quarantine = store.listings(f"quarantine/{name}" for name in names)
+        export = LabelsExport(
+            url=as_seen_by_workers(url),
+            output=as_seen_by_workers(output),
+            layers=chosen,
+            identities=kinds,
+            missing={shard: some for shard, some in missing.items() if len(some) < len(names)},
+            quarantined={name: frozenset(quarantine[f"quarantine/{name}"]) for name in names},
+            roots=data.roots,
+            moved=data.manifest.get("moved", {}),
+            view=None if data.view is None else data.view.rows,
+        )
+        index = IndexWriter(out, {layer.name: layer for layer in chosen})
+        with contextlib.ExitStack() as stack:
+            stack.callback(index.flush)
+            for shard, written in for_each_shard(
+                functools.partial(export_shard, export), [*missing], use_ray=use_ray, address=address
+            ):
+                index.add(shard, written.files)
+                index.flush_when_due()
+                result.left_out += written.left_out
+        found = build_index(as_seen_by_workers(output), use_ray=use_ray, address=address)
+        write_card(out.url, licence=licence)
+    result.identities = {kind: count for kind, count in found.kinds.items() if kind in COLUMNS}
+    result.rows = sum(map(sum, found.groups))
+    result.bytes = sum(listing.total_bytes for listing in out.listings(names).values())
+    result.notes += _notes(result, data, kinds, manifest)
+    return result
+
+
+def _notes(result: ExportedLabels, data: Dataset, kinds: Sequence[str], manifest: Mapping[str, Any]) -> list[str]:
+    notes = []
+    lacking = result.rows - result.identities.get(DIGEST, 0)
+    if DIGEST in kinds and lacking and data.manifest["images"] == "reference":
+        notes.append(
+            f"{plural(lacking, 'sample')} without a digest: earlier versions stored none. Name the folder of the tars "
+            "by --images-from, in a new folder, and they are computed"
+        )
+    if not result.identities:
+        notes.append("no sample states what its image is: others can join these labels by key alone, without proof")
+    if hidden := manifest[LABELS].get("hidden"):
+        notes.append(f"local paths are hidden in the settings of {', '.join(hidden)}")
+    return notes
+
+
+def _kinds(identities: Sequence[str] | None, urls: bool) -> tuple[str, ...]:
+    for name in identities or ():
+        if name not in COLUMNS:
+            raise UserError(f"--identities: there is no {name!r}; there are: {', '.join(COLUMNS)}.")
+    chosen = [*COLUMNS] if identities is None else identities
+    return tuple(kind for kind in COLUMNS if kind in chosen and (urls or kind != "url"))
+
+
+def _chosen(data: Dataset, patterns: Sequence[str] | None) -> set[str]:
+    """The layers that patterns name, and those that they are computed from. Raises UserError."""
+    entries = data.manifest["layers"]
+    found = {SAMPLES, *(data.layers if patterns is None else ())}
+    for pattern in patterns or ():
+        named = {name for name in entries if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}/*")}
+        if not named:
+            raise UserError(f"--layers: {data.store.url} has no {pattern!r}; it has: {', '.join(entries)}.")
+        found |= named
+    pending = [*found]
+    while pending:
+        name = pending.pop()
+        needs = {*stored_layer(name, entries[name]).needs} - found
+        found |= needs
+        pending += needs
+    return found
+
+
+def _with_models(whole: Dataset, names: set[str], url: str, view: str | None, images_from: Sequence[str]) -> Dataset:
+    """The dataset with the models of some layers alone, so that only these layers decide which shards are complete."""
+    entries = whole.manifest["layers"]
+    teachers = [name for name in whole.teachers if any(entries[layer].get("teacher") == name for layer in names)]
+    captioners = [name for name in whole.captioners if any(entries[layer].get("captioner") == name for layer in names)]
+    return Dataset(url, teachers, captioners, view=view, images_from=images_from, images_key="--images-from {}")
+
+
+def labels_manifest(data: Dataset, names: Sequence[str], kinds: Sequence[str], licence: str) -> dict[str, Any]:
+    """dataset.json of labels: that of the dataset, without local paths, and under ``labels`` what they are of.
+
+    ``labels.images`` is how the dataset stored images, which the fingerprint of its samples covers, and
+    ``labels.hidden`` names settings that fingerprints cover and that are not published as they are.
+    """
+    manifest = {key: value for key, value in data.manifest.items() if key not in ("moved", DIGEST_KEY)}
+    before = mapping_at(manifest, LABELS)
+    layers = {name: manifest["layers"][name] for name in names}
+    layers[SAMPLES] = {**layers[SAMPLES], "names": [*kinds]}
+    models = {
+        section: {
+            name: entry
+            for name, entry in manifest[section].items()
+            if any(layer.get(section[:-1]) == name for layer in layers.values())
+        }
+        for section in ("teachers", "captioners")
+    }
+    cleaned = without_paths({**manifest, "images": NO_IMAGES, **models, "layers": layers})
+    hidden = [
+        f"{section}.{name}"
+        for section in ("teachers", "captioners", "layers")
+        for name, entry in cleaned[section].items()
+        if has_hidden(entry)
+    ]
+    cleaned[LABELS] = {
+        "version": _VERSION,
+        "images": before.get("images", manifest["images"]),
+        "identities": [*kinds],
+        "licence": licence,
+        **({} if data.view is None else {"view": asdict(data.view.rows)}),
+        **({"hidden": hidden} if hidden else {}),
+    }
+    return dict(cleaned)
+
+
+def _record(out: Store, manifest: Mapping[str, Any]) -> None:
+    """Write dataset.json, which may gain layers. Raises UserError if the folder has other labels."""
+    before = find_manifest(out)
+    if before is not None:
+        if LABELS not in before:
+            raise UserError(f"{out.url} has a dataset. Give another folder.")
+        if different := _differences(before, manifest):
+            raise UserError(
+                f"{out.url} has labels with other {', '.join(different)}. Repeat the options of that export, or give "
+                "another folder."
+            )
+    if not same_content(manifest, before):
+        write_manifest(out, manifest)
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    own, other = now[LABELS], mapping_at(before, LABELS)
+    found = [key for key in {**own, **other} if key not in ("hidden", "licence") and own.get(key) != other.get(key)]
+    layers = mapping_at(before, "layers")
+    return found + [
+        name for name in layers if mapping_at(now, "layers", name).get("fingerprint") != layers[name].get("fingerprint")
+    ]
