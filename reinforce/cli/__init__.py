@@ -97,6 +97,12 @@ app.command(
 )(dataset.drop)
 app.command(
     **examples(
+        "reinforce diff demo/dataset demo/labels",
+        "reinforce diff demo/dataset demo/labels --layers captions,embeddings/conv-64 --json",
+    )
+)(dataset.diff)
+app.command(
+    **examples(
         "reinforce inspect demo/dataset demo/report",
         "reinforce inspect demo/dataset demo/report --teachers conv-64 --limit 500 --seed 1",
     )

@@ -53,44 +53,79 @@ _OFFSET = np.dtype("<i8")
 
 @dataclass(frozen=True)
 class Build:
-    """What to index: a dataset, the fingerprint of its samples and of the index, and the shards of each part."""
+    """What to index: a dataset, where, the fingerprint of its samples and of the index, and the shards of each part.
+
+    ``images`` are read for digests that are not stored.
+    """
 
     url: str
+    output: str
     samples: str
     fingerprint: str
     bits: int
     parts: tuple[tuple[int, tuple[str, ...]], ...]  # number of the first shard, and names
+    images: bool = True
 
     def path(self, *names: str) -> tuple[str, ...]:
         return (FOLDER, self.fingerprint, *names)
 
 
-def build_index(url: str, *, use_ray: bool = True, address: str | None = None) -> IdentityIndex:
-    """Index the identities of a dataset in its folder; nothing is written if it has the index of its samples.
+@dataclass(frozen=True)
+class _Contents:
+    """What an index of a dataset has: its shards with the rows of their row groups, and its fingerprint."""
 
-    Raises UserError.
+    samples: str
+    bits: int
+    shards: list[str]
+    groups: list[list[int]]
+    table: pa.Table
+    fingerprint: str
+
+    @classmethod
+    def of(cls, store: Store) -> _Contents:
+        samples = read_manifest(store)["layers"][SAMPLES]["fingerprint"]
+        listing = store.shards(SAMPLES)
+        counts = row_group_table(store, samples, dict(listing.items()))
+        groups: list[list[int]] = [[] for _ in listing]
+        for shard, _, rows in counts.tolist():
+            groups[shard].append(rows)
+        bits = min(MAX_BITS, max(0, math.ceil(math.log2(max(1, counts[:, 2].sum() / PART_ROWS)))))
+        rows, sizes = pa.array(map(sum, groups), pa.int64()), pa.array(listing.sizes, pa.int64())
+        columns = [listing.names, sizes, rows, pa.array(groups, pa.list_(pa.int32()))]
+        table = pa.table(columns, schema=schemas.index_schema())
+        return cls(samples, bits, [*listing], groups, table, index_fingerprint(samples, bits, table))
+
+    def find(self, store: Store) -> IdentityIndex | None:
+        """The index in a folder if it is of these contents; None also for a damaged one."""
+        with contextlib.suppress(UserError):
+            if (found := find_index(store)) is not None and found.fingerprint == self.fingerprint:
+                return found
+        return None
+
+
+def has_current_index(store: Store) -> bool:
+    """Whether a dataset has an index of its samples as they are now. Raises UserError if it cannot be read."""
+    return _Contents.of(store).find(store) is not None
+
+
+def build_index(
+    url: str, output: str | None = None, *, images: bool = True, use_ray: bool = True, address: str | None = None
+) -> IdentityIndex:
+    """Index the identities of a dataset in its folder, or another one; nothing is written if it is there.
+
+    Without ``images``, digests are indexed only where they are stored. Raises UserError.
     """
-    store = Store(url)
-    samples = read_manifest(store)["layers"][SAMPLES]["fingerprint"]
-    listing = store.shards(SAMPLES)
-    counts = row_group_table(store, samples, dict(listing.items()))
-    groups: list[list[int]] = [[] for _ in listing]
-    for shard, _, rows in counts.tolist():
-        groups[shard].append(rows)
-    bits = min(MAX_BITS, max(0, math.ceil(math.log2(max(1, counts[:, 2].sum() / PART_ROWS)))))
-    sizes = pa.array(listing.sizes, pa.int64())
-    columns = [listing.names, sizes, pa.array(map(sum, groups), pa.int64()), pa.array(groups, pa.list_(pa.int32()))]
-    shards = pa.table(columns, schema=schemas.index_schema())
-    fingerprint = index_fingerprint(samples, bits, shards)
-    with contextlib.suppress(UserError):  # a damaged one is built again
-        if (found := find_index(store)) is not None and found.fingerprint == fingerprint:
-            return found
-    build = Build(store.root if store.local else url, samples, fingerprint, bits, _parts([*listing], groups))
+    contents, store = _Contents.of(Store(url)), Store(url if output is None else output)
+    if (found := contents.find(store)) is not None:
+        return found
+    parts = _parts(contents.shards, contents.groups)
+    source, target = (one.root if one.local else one.url for one in (Store(url), store))
+    build = Build(source, target, contents.samples, contents.fingerprint, contents.bits, parts, images)
     kinds = _build(store, build, use_ray, address)
     buffer = pa.BufferOutputStream()
-    pq.write_table(shards, buffer, row_group_size=4096, compression="zstd", write_page_checksum=True)
+    pq.write_table(contents.table, buffer, row_group_size=4096, compression="zstd", write_page_checksum=True)
     store.write_bytes(buffer.getvalue().to_pybytes(), *build.path(f"{SHARDS}.parquet"))
-    index = IdentityIndex(store, fingerprint, samples, bits, kinds, [*listing], groups)
+    index = IdentityIndex(store, build.fingerprint, build.samples, build.bits, kinds, contents.shards, contents.groups)
     store.write_json(description(index), FOLDER, DESCRIPTION)
     _clean(store, build, kinds)
     return index
@@ -141,13 +176,13 @@ def write_dataset_part(build: Build, number: str) -> None:
     store = Store(build.url)
     first, names = build.parts[int(number)]
     rows = ((first + place, *group) for place, name in enumerate(names) for group in _row_groups(store, build, name))
-    write_part(store, build.path(_PARTS, part_name(int(number))), build.bits, rows)
+    write_part(Storage(build.output), build.path(_PARTS, part_name(int(number))), build.bits, rows)
 
 
 def _row_groups(store: Store, build: Build, shard: str) -> Iterator[tuple[int, dict[str, pa.Array]]]:
     """The number of rows of each row group of a shard, and their identities."""
     with layer_errors(store, SAMPLES, shard), store.open_layer(SAMPLES, shard, build.samples, whole=False) as file:
-        columns = columns_of_identities(file.metadata.schema.to_arrow_schema().names)
+        columns = columns_of_identities(file.metadata.schema.to_arrow_schema().names, build.images)
         for group in range(file.num_row_groups):
             table = file.read_row_group(group, ["key", *columns], use_threads=False)
             found = identities(table)
@@ -183,7 +218,7 @@ def write_part(
 
 def merge_partition(build: Build, number: str) -> dict[str, int]:
     """Write the files of a partition -> the number of its entries by kind. Raises UserError."""
-    store = Store(build.url)
+    store = Store(build.output)
     parts = [build.path(_PARTS, part_name(part)) for part in range(len(build.parts))]
     counts = {}
     for kind, entries in zip(INDEXED, read_parts(store, parts, build.bits, int(number)), strict=True):

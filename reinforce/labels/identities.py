@@ -14,13 +14,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from reinforce.datacompdr.matching import KEY, identity_of
+from reinforce.datacompdr.matching import DIGEST, KEY, KINDS, identity_of
 from reinforce.source.references import image_digest
 from schemas import IDENTITIES, IMAGE_DIGEST
 
 #: Kinds of identities, strongest first, each with its column in the samples of published labels.
-COLUMNS = dict(zip(("uid", "sha256", "digest", "url"), IDENTITIES, strict=True))
-DIGEST = "digest"
+COLUMNS = dict(zip(KINDS, IDENTITIES, strict=True))
 #: Kinds that an index has: also the keys of rows of which nothing else is stated but a digest.
 INDEXED = (*COLUMNS, KEY)
 

@@ -31,6 +31,7 @@ RUN = [
     r"reinforce captions-report my-data",
     r"reinforce inspect (my-data my-report|demo/dataset demo/report)",
     r"reinforce export datacompdr my-data my-data-dr --teachers conv-64,tiny",
+    r"reinforce diff my-data my-labels",
     r"reinforce export labels my-data my-labels --license cc-by-4\.0",
     r"reinforce export embeddings my-data my-vectors --teacher conv-64",
     r"reinforce card my-data --license cc-by-4\.0",

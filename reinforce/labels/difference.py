@@ -1,0 +1,354 @@
+"""``reinforce diff``: where two datasets or labels differ, in rows that are of one image.
+
+Shards are compared one after the other, a row group at a time, on Ray or in this process; memory is bounded by the row
+groups of all layers, and a bit for each row of the second dataset.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from reinforce.datacompdr.matching import KEY, OTHER_IMAGE
+from reinforce.dataset.files.store import Store
+from reinforce.dataset.kinds.registry import kind_of
+from reinforce.dataset.layers import SAMPLES
+from reinforce.dataset.manifest.manifest import read_manifest
+from reinforce.dataset.reading.aligned import AlignedLayers, AlignedShard, row_errors
+from reinforce.dataset.reading.row_counts import row_group_table
+from reinforce.errors import UserError
+from reinforce.labels.building import build_index, has_current_index
+from reinforce.labels.identities import COLUMNS
+from reinforce.labels.pairs import ABSENT, Partners, Place
+from reinforce.nodes import for_each_shard
+
+#: What is compared of the samples, by columns.
+_PARTS = {"captions": ("caption",), "sizes": ("width", "height"), "augmentations": ("augmentations",)}
+
+
+@dataclass
+class Difference:
+    """Values of ``rows`` rows on two sides. ``equal`` rows have no difference, ``nulls`` are null on one side alone.
+
+    ``cosines`` is the sum of the cosines of ``vectors`` vectors, ``least`` the smallest one, ``most`` the largest
+    difference of a score.
+    """
+
+    rows: int = 0
+    equal: int = 0
+    nulls: int = 0
+    vectors: int = 0
+    cosines: float = 0.0
+    least: float | None = None
+    most: float | None = None
+
+    def add(self, other: Difference) -> None:
+        for name in ("rows", "equal", "nulls", "vectors", "cosines"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.least = min((one for one in (self.least, other.least) if one is not None), default=None)
+        self.most = max((one for one in (self.most, other.most) if one is not None), default=None)
+
+    @property
+    def cosine(self) -> float | None:
+        return self.cosines / self.vectors if self.vectors else None
+
+
+@dataclass
+class DatasetDiff:
+    """Where two datasets differ: layers of one side alone, rows by what matched or why not, values by layer."""
+
+    first: str
+    second: str
+    only_first: list[str] = field(default_factory=list)
+    only_second: list[str] = field(default_factory=list)
+    fingerprints: dict[str, tuple[str, str]] = field(default_factory=dict)
+    rows: tuple[int, int] = (0, 0)
+    matched: Counter[str] = field(default_factory=Counter)
+    unmatched: tuple[int, int] = (0, 0)
+    missing: Counter[str] = field(default_factory=Counter)
+    layers: dict[str, Difference] = field(default_factory=dict)
+
+    @property
+    def equal(self) -> bool:
+        """Whether both have the same layers and rows with equal values."""
+        values = all(one.equal == one.rows for one in self.layers.values())
+        return values and not (self.only_first or self.only_second or any(self.unmatched) or self.missing)
+
+    def lines(self) -> Iterator[str]:
+        """What the table does not have, for people."""
+        yield f"A  {self.first}: {self.rows[0]:,} samples"
+        yield f"B  {self.second}: {self.rows[1]:,} samples"
+        words = {KEY: "by key in shards of one name", **{kind: f"by {kind}" for kind in COLUMNS}}
+        found = [f"{self.matched[name]:,} {word}" for name, word in words.items() if self.matched[name]]
+        yield f"of one image: {', '.join(found) or 'none'}"
+        if self.matched[OTHER_IMAGE]:
+            yield f"of another image, although something agrees: {self.matched[OTHER_IMAGE]:,}"
+        for name, layers, rows in zip("AB", (self.only_first, self.only_second), self.unmatched, strict=True):
+            if rows:
+                yield f"only in {name}: {rows:,} samples"
+            if layers:
+                yield f"only in {name}: {', '.join(layers)}"
+        for layer, shards in self.missing.items():
+            yield f"{layer}: {shards:,} shards are in one of both alone"
+        yield "equal" if self.equal else "different"
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "a": self.first,
+            "b": self.second,
+            "equal": self.equal,
+            "rows": {"a": self.rows[0], "b": self.rows[1]},
+            "matched": dict(self.matched),
+            "only_in_a": {"samples": self.unmatched[0], "layers": self.only_first},
+            "only_in_b": {"samples": self.unmatched[1], "layers": self.only_second},
+            "missing_shards": dict(self.missing),
+            "layers": {
+                name: {
+                    "rows": one.rows,
+                    "equal": one.equal,
+                    "null_on_one_side": one.nulls,
+                    "mean_cosine": one.cosine,
+                    "least_cosine": one.least,
+                    "largest_difference": one.most,
+                    "fingerprints": self.fingerprints.get(name.partition(": ")[0]),
+                }
+                for name, one in self.layers.items()
+            },
+        }
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Two datasets as tasks read them: URLs, fingerprints of the common layers, and shards that lack one of these."""
+
+    first: str
+    second: str
+    fingerprints: tuple[Mapping[str, str], Mapping[str, str]]
+    lacking: Mapping[str, frozenset[str]]
+    index: str | None
+    least: float
+
+
+@dataclass
+class _ShardDiff:
+    counts: Counter[str] = field(default_factory=Counter)
+    layers: dict[str, Difference] = field(default_factory=dict)
+    rows: dict[str, set[int]] = field(default_factory=dict)  # of the second dataset, by shard
+
+
+def diff(
+    first: str,
+    second: str,
+    layers: Sequence[str] | None = None,
+    min_cosine: float = 1.0,
+    *,
+    use_ray: bool = True,
+    address: str | None = None,
+) -> DatasetDiff:
+    """Compare two datasets. ``layers`` are names or folders of these, with ``*``; default: all.
+
+    Vectors count as equal from a cosine of ``min_cosine`` on; at 1, if their numbers are equal. Rows are matched by key
+    in shards of one name, others by identity. Raises UserError.
+    """
+    stores, manifests = [Store(first), Store(second)], []
+    for store in stores:
+        manifests.append(read_manifest(store))
+    names = [_named(manifest["layers"], layers) for manifest in manifests]
+    if layers is not None and not {*names[0], *names[1]} - {SAMPLES}:
+        known = sorted({name for manifest in manifests for name in manifest["layers"]})
+        raise UserError(f"--layers: neither dataset has {', '.join(layers)}; they have: {', '.join(known)}.")
+    common = [name for name in names[0] if name in names[1]]
+    found = DatasetDiff(stores[0].url, stores[1].url)
+    found.only_first = [name for name in names[0] if name not in common]
+    found.only_second = [name for name in names[1] if name not in common]
+    prints = [{name: manifest["layers"][name]["fingerprint"] for name in common} for manifest in manifests]
+    found.fingerprints = {name: (prints[0][name], prints[1][name]) for name in common}
+    listings = [store.listings(common) for store in stores]
+    lacking = {
+        name: frozenset(
+            shard for side in listings for shard in side[SAMPLES].only(~side[SAMPLES].within(side[name].names))
+        )
+        for name in common
+    }
+    found.missing.update({name: len(shards) for name, shards in lacking.items() if shards})
+    groups = [
+        row_group_table(store, prints[side][SAMPLES], dict(listings[side][SAMPLES].items()))
+        for side, store in enumerate(stores)
+    ]
+    found.rows = (int(groups[0][:, 2].sum()), int(groups[1][:, 2].sum()))
+    seen = _Seen([*listings[1][SAMPLES]], groups[1])
+    with contextlib.ExitStack() as stack:
+        index = None
+        if not listings[1][SAMPLES].has(listings[0][SAMPLES].names).all():
+            index = _index_of(stores[1], stack)
+        use_ray = use_ray and (index is None or has_current_index(stores[1]))  # a temporary one is on this machine
+        one, other = (store.root if store.local else store.url for store in stores)
+        pair = _Pair(one, other, (prints[0], prints[1]), lacking, index, min_cosine)
+        shards = [*listings[0][SAMPLES]]
+        compare = functools.partial(_diff_shard, pair)
+        for _, part in for_each_shard(compare, shards, use_ray=use_ray, address=address):
+            found.matched += part.counts
+            for name, values in part.layers.items():
+                found.layers.setdefault(name, Difference()).add(values)
+            for shard, rows in part.rows.items():
+                seen.add(shard, rows)
+    found.layers = {name: found.layers[name] for name in sorted(found.layers, key=_in_order)}
+    unmatched = found.matched[ABSENT] + found.matched[OTHER_IMAGE]
+    found.unmatched = (unmatched, found.rows[1] - seen.count())
+    return found
+
+
+def _in_order(name: str) -> tuple[bool, str]:
+    return not name.startswith(SAMPLES), name
+
+
+def _named(layers: Mapping[str, Any], patterns: Sequence[str] | None) -> list[str]:
+    """The samples, and the layers that some patterns name, or all."""
+    return [
+        name
+        for name in sorted(layers, key=_in_order)
+        if name == SAMPLES
+        or patterns is None
+        or any(fnmatchcase(name, one) or fnmatchcase(name, f"{one}/*") for one in patterns)
+    ]
+
+
+def _index_of(store: Store, stack: contextlib.ExitStack) -> str:
+    """The URL of a dataset with a current index, or a temporary folder with one."""
+    if has_current_index(store):
+        return store.root if store.local else store.url
+    folder = stack.enter_context(tempfile.TemporaryDirectory())
+    build_index(store.url, folder, images=False, use_ray=False)
+    return folder
+
+
+class _Seen:
+    """Which rows of a dataset were matched, a bit each."""
+
+    def __init__(self, shards: Sequence[str], groups: npt.NDArray[np.int64]) -> None:
+        rows = np.bincount(groups[:, 0], weights=groups[:, 2], minlength=len(shards)).astype(np.int64)
+        self._rows = dict(zip(shards, rows.tolist(), strict=True))
+        self._bits: dict[str, npt.NDArray[np.uint8]] = {}
+
+    def add(self, shard: str, rows: set[int]) -> None:
+        mask = np.zeros(self._rows[shard], bool)
+        mask[[*rows]] = True
+        bits = np.packbits(mask)
+        self._bits[shard] = bits | self._bits[shard] if shard in self._bits else bits
+
+    def count(self) -> int:
+        return sum(int(np.unpackbits(bits).sum()) for bits in self._bits.values())
+
+
+def _diff_shard(pair: _Pair, shard: str) -> _ShardDiff:
+    """Compare the rows of a shard of the first dataset with theirs of the second. Raises UserError."""
+    found, second = _ShardDiff(), Store(pair.second)
+    partners = Partners(second, pair.fingerprints[1][SAMPLES], pair.index)
+    with _opened(pair, 0, shard) as own, contextlib.closing(_Reader(pair)) as reader:
+        by_key = partners.keys(shard)
+        for number in range(own.row_groups):
+            tables = own.read(number)
+            places = partners.find(tables[SAMPLES], by_key)
+            groups: dict[tuple[str, int], list[tuple[int, Place]]] = {}
+            for row, place in enumerate(places):
+                if place is not None:
+                    groups.setdefault((place.shard, place.group), []).append((row, place))
+                    found.rows.setdefault(place.shard, set()).add(place.number)
+            for (other, group), rows in sorted(groups.items()):
+                theirs = reader.read(other, group)
+                mine = pa.array([row for row, _ in rows])
+                taken = pa.array([place.row for _, place in rows])
+                for name in tables.keys() & theirs.keys():
+                    with row_errors(f"{pair.first} or {pair.second}"):
+                        parts = _compare(name, tables[name].take(mine), theirs[name].take(taken), pair.least)
+                        for part, one in parts.items():
+                            found.layers.setdefault(part, Difference()).add(one)
+    found.counts = partners.counts
+    return found
+
+
+def _opened(pair: _Pair, side: int, shard: str) -> contextlib.AbstractContextManager[AlignedShard]:
+    """A shard with the columns that are compared."""
+    url, prints = (pair.first, pair.second)[side], pair.fingerprints[side]
+    store = Store(url)
+    wanted: dict[str, str | None] = {name: one for name, one in prints.items() if shard not in pair.lacking[name]}
+    with store.open_layer(SAMPLES, shard, whole=False) as file:
+        names = file.metadata.schema.to_arrow_schema().names
+    columns = [name for name in names if name not in ("image", "image_ref")]
+    return AlignedLayers(store, wanted, {SAMPLES: columns}).open(shard, whole=False)
+
+
+class _Reader:
+    """Reads row groups of the second dataset; the last shard stays open."""
+
+    def __init__(self, pair: _Pair) -> None:
+        self._pair, self._stack = pair, contextlib.ExitStack()
+        self._shard = ""
+        self._file: AlignedShard | None = None
+
+    def read(self, shard: str, group: int) -> dict[str, pa.Table]:
+        if self._file is None or shard != self._shard:
+            self._stack.close()
+            self._file, self._shard = self._stack.enter_context(_opened(self._pair, 1, shard)), shard
+        return self._file.read(group)
+
+    def close(self) -> None:
+        self._stack.close()
+
+
+def _compare(layer: str, one: pa.Table, other: pa.Table, least: float) -> dict[str, Difference]:
+    """Compare the same rows of a layer on two sides, by part."""
+    if layer == SAMPLES:
+        return {
+            f"{SAMPLES}: {part}": _listed([one[name].to_pylist() for name in columns],
+                                          [other[name].to_pylist() for name in columns])
+            for part, columns in _PARTS.items()
+        }  # fmt: skip
+    kind = kind_of(layer)
+    first, second = kind.decode(one), kind.decode(other)
+    if isinstance(first, np.ndarray):
+        return {layer: _vectors(first, second, least)}
+    found = _listed([first], [second])
+    numbers = [kind.numbers(table) for table in (one, other)]
+    gaps = [np.abs(numbers[0][name] - numbers[1][name]) for name in numbers[0].keys() & numbers[1].keys()]
+    largest = [float(np.nanmax(gap)) for gap in gaps if not np.isnan(gap).all()]
+    found.most = max(largest, default=None)
+    return {layer: found}
+
+
+def _listed(first: Sequence[Sequence[Any]], second: Sequence[Sequence[Any]]) -> Difference:
+    rows = [*zip(zip(*first, strict=True), zip(*second, strict=True), strict=True)]
+    nulls = sum(any((a is None) != (b is None) for a, b in zip(one, other, strict=True)) for one, other in rows)
+    return Difference(len(rows), sum(one == other for one, other in rows), nulls)
+
+
+def _vectors(first: npt.NDArray[np.float32], second: npt.NDArray[np.float32], least: float) -> Difference:
+    """Compare vectors [rows, count, dim]; NaN where a row is null. Others of another shape are not equal."""
+    if first.shape != second.shape:
+        return Difference(len(first))
+    null = np.isnan(first).any(axis=(1, 2)), np.isnan(second).any(axis=(1, 2))
+    both = ~(null[0] | null[1])
+    one, other = first[both], second[both]
+    norms = np.linalg.norm(one, axis=2) * np.linalg.norm(other, axis=2)
+    cosines = np.einsum("rcd,rcd->rc", one, other) / np.maximum(norms, np.finfo(np.float32).tiny)
+    same = (one == other).all(axis=(1, 2))
+    cosines[same] = 1.0
+    equal = same | (cosines >= least).all(axis=1) if least < 1 else same
+    return Difference(
+        len(first),
+        int(equal.sum() + (null[0] & null[1]).sum()),
+        int((null[0] != null[1]).sum()),
+        cosines.size,
+        float(cosines.sum(dtype=np.float64)),
+        float(cosines.min()) if cosines.size else None,
+    )

@@ -1,0 +1,137 @@
+"""`reinforce diff` names what differs between two datasets in rows of one image, whatever their shards are."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from reinforce.labels.difference import DatasetDiff, diff
+from reinforce.publishing.labels import export_labels
+from tests.helpers.commands import run_command
+from tests.helpers.data import config_of, members_of, picture, tree, write_tar
+from tests.helpers.reinforced import reinforce_here
+
+SIZES = (9, 4)
+
+
+def config(source: Path, output: Path) -> dict[str, Any]:
+    return config_of(f"{source}/*.tar", output, scores={"size": {"facts": ["width"]}})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset, and one of its samples in another order in other shards, without the last one and with a new one."""
+    folder = tmp_path_factory.mktemp("diff")
+    members = [members_of(number, size) for number, size in enumerate(SIZES)]
+    for number, of_shard in enumerate(members):
+        write_tar(folder / "source" / f"{number}.tar", of_shard)
+    mixed = [member for of_shard in reversed(members) for member in of_shard][:-3]
+    new = [("new.png", picture(77)), ("new.json", json.dumps({"uid": "new"}).encode())]
+    write_tar(folder / "mixed" / "all.tar", mixed + new)
+    for name in ("source", "mixed"):
+        reinforce_here(config(folder / name, folder / f"{name}-dataset"))
+    return folder
+
+
+def compare(first: Path, second: Path, **options: Any) -> DatasetDiff:
+    return diff(str(first), str(second), use_ray=False, **options)
+
+
+def change(dataset: Path, layer: str, column: str, value: Any) -> None:
+    """Replace a column of the first row of a layer's first shard."""
+    path = min((dataset / layer).glob("*.parquet"))
+    table = pq.read_table(path)
+    values = table[column].combine_chunks()
+    changed = pa.concat_arrays([pa.array([value], values.type), values[1:]]) if not callable(value) else value(values)
+    at = table.schema.get_field_index(column)
+    pq.write_table(table.set_column(at, table.schema.field(at), changed), path, row_group_size=8)
+
+
+def test_a_dataset_and_its_labels_are_equal(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    dataset = folder / "source-dataset"
+    export_labels(str(dataset), str(tmp_path / "labels"), use_ray=False)
+    code, out, _ = run_command(capfd, "diff", str(dataset), str(tmp_path / "labels"), "--no-ray")
+    assert (code, out.splitlines()[-1]) == (0, "equal")
+    assert "of one image: 13 by key in shards of one name" in out
+    for part in ("captions/namer", "samples: augmentations", "scores/size", "embeddings/red/namer"):
+        assert f"{part} " in out
+
+
+def test_rows_in_other_shards_are_matched_by_identity(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    before = tree(folder / "mixed-dataset", layers_only=False)
+    found = compare(folder / "source-dataset", folder / "mixed-dataset")
+    assert tree(folder / "mixed-dataset", layers_only=False) == before  # no index is left
+    assert (found.rows, found.unmatched, dict(found.matched)) == ((13, 13), (1, 1), {"uid": 12, "absent": 1})
+    assert all((one.rows, one.equal) == (12, 12) for one in found.layers.values())
+    assert not found.equal
+    code, out, _ = run_command(
+        capfd, "diff", *(str(folder / f"{name}-dataset") for name in ("mixed", "source")), "--json"
+    )
+    document = json.loads(out)
+    assert (code, document["equal"], document["matched"]) == (1, False, {"uid": 12, "absent": 1})
+    assert document["layers"]["embeddings/red/images"]["mean_cosine"] == 1
+
+
+def test_what_differs_is_named(folder: Path, tmp_path: Path) -> None:
+    dataset = folder / "source-dataset"
+    other = Path(shutil.copytree(dataset, tmp_path / "other"))
+    change(other, "samples", "caption", "another")
+    change(other, "captions/namer", "captions", ["one", "another"])
+    change(other, "scores/size", "scores", {"width": 140.0})
+    turned = np.zeros((1, 16), np.float16)
+    turned[0, [0, 8]] = 1
+    change(
+        other,
+        "embeddings/red/images",
+        "embeddings",
+        lambda column: pa.ExtensionArray.from_storage(
+            column.type, pa.concat_arrays([pa.array([turned[0].tolist()], column.storage.type), column.storage[1:]])
+        ),
+    )
+    change(other, "captions/namer", "captions", None)
+    shutil.rmtree(other / "embeddings/blue")
+    manifest = json.loads((other / "dataset.json").read_text())
+    manifest["layers"] = {name: one for name, one in manifest["layers"].items() if "blue" not in name}
+    (other / "dataset.json").write_text(json.dumps(manifest))
+    found = compare(dataset, other)
+    different = {name: (one.rows - one.equal, one.nulls) for name, one in found.layers.items() if one.equal < one.rows}
+    assert different == {
+        "samples: captions": (1, 0), "captions/namer": (1, 1), "embeddings/red/images": (1, 0), "scores/size": (1, 0),
+    }  # fmt: skip
+    assert found.layers["scores/size"].most == 100
+    vectors = found.layers["embeddings/red/images"]
+    assert vectors.cosine is not None
+    assert vectors.least is not None
+    assert -1 <= vectors.least < vectors.cosine < 1
+    assert found.only_first == [f"embeddings/blue/{name}" for name in ("caption", "images", "namer")]
+    assert (
+        compare(dataset, other, layers=["embeddings/red"], min_cosine=-1.0).layers["embeddings/red/images"].equal == 13
+    )
+
+
+def test_another_image_under_one_key_is_no_match(folder: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(folder / "source", tmp_path / "source"))
+    members = members_of(0, SIZES[0])
+    members[2] = (members[2][0], json.dumps({"uid": "truck", "url": "https://example.org/truck"}).encode())
+    write_tar(source / "0.tar", members)
+    reinforce_here({**config(source, tmp_path / "out"), "moved": {str(source): str(folder / "source")}})
+    found = compare(folder / "source-dataset", tmp_path / "out", layers=["captions"])
+    assert (dict(found.matched), found.unmatched) == ({"key": 12, "other_image": 1}, (1, 1))
+
+
+def test_bad_input_is_one_line(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    dataset = str(folder / "source-dataset")
+    for words, message in [
+        ([dataset, str(tmp_path)], "is not a reinforced dataset"),
+        ([dataset, dataset, "--layers", "nope"], "neither dataset has nope; they have: captions/namer"),
+    ]:
+        code, out, err = run_command(capfd, "diff", *words)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert message in err
