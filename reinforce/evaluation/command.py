@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +76,8 @@ def evaluate_models(
             if not report.metrics:
                 Screen().log(evaluator.describe(accelerator))
             model = OpenClipTeacher(TeacherSpec(model=spec.model, pretrained=spec.pretrained), accelerator)
-        report.add(name, evaluator.evaluate(model, accelerator))
+        result = evaluator.evaluate(model, accelerator)
+        report.add(name, replace(result, metrics=evaluation.combine([result.metrics])))
     return report
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
 from reinforce.config import Format, Limits
 from reinforce.config_schema import OneOrMore, keys_match
+from reinforce.errors import UserError
+from reinforce.evaluation.registry import SuiteSet, select_sets
 from reinforce.settings import Section
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -16,6 +19,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 #: Ranks k of recall@k.
 RECALLS = (1, 5, 10)
 ZERO_SHOT, RETRIEVAL = "zero_shot", "retrieval"
+#: Assumed images of a set of the user's, until it is opened: those of ImageNet.
+_IMAGES = 50_000
 
 
 def _check_set_name(name: str) -> str:
@@ -105,11 +110,18 @@ class Evaluation(Section):
     retrieval: Annotated[dict[SetName, RetrievalSet], _SET_NAMES] = Field(
         default_factory=dict, description="retrieval sets by name"
     )
+    suite: Literal["datacomp", "sugarcrepe", "long-captions"] | None = Field(
+        None, description="a suite of published sets, evaluated as by `reinforce evaluate --suite`"
+    )
+    data: str | None = Field(
+        None, description="folder or URL with the sets of `suite`; hf:// reads them where they are published"
+    )
+    sets: OneOrMore | None = Field(None, description="sets of `suite` by key; default: all")
     best: str | None = Field(
         None,
         description="metric that selects the best checkpoint, e.g. zero_shot/NAME/top1; higher is better, and the "
         "earlier of two equal ones is kept; default: top1 of the first zero-shot set, else text_to_image/r1 of the "
-        "first retrieval set",
+        "first retrieval set, else SUITE/mean",
     )
     export: Literal["last", "best"] = Field(
         "last", description="weights that a training exports: of its last step, or of its best evaluated one by `best`"
@@ -137,12 +149,52 @@ class Evaluation(Section):
         for name in self.retrieval:
             for direction in ("text_to_image", "image_to_text"):
                 names += [f"{RETRIEVAL}/{name}/{direction}/r{k}" for k in RECALLS]
+        if self.suite is not None:
+            names += [f"{self.suite}/mean", *(metric_of(self.suite, one) for one in self.suite_sets)]
         return names
+
+    @property
+    def suite_sets(self) -> list[SuiteSet]:
+        """The chosen sets of the suite."""
+        return [] if self.suite is None else select_sets(self.suite, self.sets or ())
+
+    def shares(self, ranks: int) -> list[frozenset[str]]:
+        """Names of sets by rank, such that each has about equally many images."""
+        sizes = {f"{ZERO_SHOT}/{name}": one.limit or _IMAGES for name, one in self.zero_shot.items()}
+        sizes |= {f"{RETRIEVAL}/{name}": one.limit or _IMAGES for name, one in self.retrieval.items()}
+        sizes |= {f"{self.suite}/{one.key}": one.size for one in self.suite_sets}
+        shares: list[set[str]] = [set() for _ in range(ranks)]
+        images = [0] * ranks
+        for name in sorted(sizes, key=lambda name: -sizes[name]):
+            least = images.index(min(images))
+            shares[least].add(name)
+            images[least] += sizes[name]
+        return [frozenset(share) for share in shares]
+
+    def combine(self, parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        """The metrics of shares, in order, with the mean of the suite if it is whole. Sets that failed have none."""
+        found = {name: score for part in parts for name, score in part.items()}
+        if self.suite is not None:
+            scores = [found.get(metric_of(self.suite, one)) for one in self.suite_sets]
+            known = [score for score in scores if score is not None]
+            if len(known) == len(scores):
+                found[f"{self.suite}/mean"] = sum(known) / len(known)
+        return {name: found[name] for name in self.metrics if name in found}
 
     @property
     def best_metric(self) -> str | None:
         """The metric that selects the best checkpoint; None without sets."""
         return self.best or next(iter(self.metrics), None)
+
+    @model_validator(mode="after")
+    def _check_suite(self) -> Evaluation:
+        if (self.suite is None) != (self.data is None) or (self.sets is not None and self.suite is None):
+            raise ValueError("suite, data: set both, and `sets` only with them; `data` is where the suite's sets are")
+        try:
+            self.suite_sets  # noqa: B018
+        except UserError as error:
+            raise ValueError(str(error).replace("--sets", "sets")) from error
+        return self
 
     @model_validator(mode="after")
     def _check_best(self) -> Evaluation:
@@ -152,3 +204,8 @@ class Evaluation(Section):
         if self.export == "best" and not self.metrics:
             raise ValueError("export: best needs a set to evaluate on; add one, or remove `export`")
         return self
+
+
+def metric_of(suite: str, one: SuiteSet) -> str:
+    """Name of the main metric of a set of a suite."""
+    return f"{suite}/{one.key}/{one.main_metric}"

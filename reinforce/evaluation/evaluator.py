@@ -4,64 +4,103 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from reinforce.errors import UserError
-from reinforce.evaluation.config import Evaluation
+from reinforce.evaluation.config import RETRIEVAL, ZERO_SHOT, Evaluation
 from reinforce.evaluation.encoding import Encoder, build_classifier, encode_texts
 from reinforce.evaluation.images import CacheBudget, ImageBatches
 from reinforce.evaluation.ranking import compute_accuracies, compute_recalls, rank_classes
+from reinforce.evaluation.registry import SuiteSet
 from reinforce.evaluation.report import Result, SetSummary
 from reinforce.evaluation.sets import Retrieval, ZeroShot, open_retrieval_set, open_zero_shot_set
+from reinforce.evaluation.suite.files import SetFiles
+from reinforce.evaluation.suite.models import Models
+from reinforce.evaluation.suite.run import evaluate_set, find_set
 from reinforce.processes.cores import available_cores
 from teachers.device.accelerator import Accelerator
 from teachers.open_clip.teacher import OpenClipEncoder
 from teachers.preprocessing.pixels import to_pixels
 from teachers.protocols import ImageSpec
 
+_MODEL = "model"
 _log = logging.getLogger(__name__)
 
 
 class Evaluator:
     """Evaluates models on the sets of a config, which are checked once, at construction.
 
-    Sets that fit into ``config.memory`` stay decoded between evaluations. Raises UserError for a faulty set: a missing
+    Those of the config that fit into ``config.memory`` stay decoded between evaluations. ``only`` are the names of the
+    sets that are used, such as ``zero_shot/imagenet``; default: all. Raises UserError for a faulty set: a missing
     folder or shard, labels that do not match the classes, invalid templates.
     """
 
-    def __init__(self, config: Evaluation) -> None:
+    def __init__(self, config: Evaluation, only: Collection[str] | None = None) -> None:
         self.config = config
         self._threads = config.threads or available_cores()
         reading = config.limits, config.images_from or ()
+
+        def used(kind: str, name: str) -> bool:
+            return only is None or f"{kind}/{name}" in only
+
         self._sets: list[ZeroShot | Retrieval] = [
-            *(open_zero_shot_set(name, section, *reading) for name, section in config.zero_shot.items()),
-            *(open_retrieval_set(name, section, *reading) for name, section in config.retrieval.items()),
+            *(
+                open_zero_shot_set(name, one, *reading)
+                for name, one in config.zero_shot.items()
+                if used(ZERO_SHOT, name)
+            ),
+            *(
+                open_retrieval_set(name, one, *reading)
+                for name, one in config.retrieval.items()
+                if used(RETRIEVAL, name)
+            ),
         ]
+        suite, root = config.suite or "", config.data or ""
+        self._suite = [(one, find_set(one, root)) for one in config.suite_sets if used(suite, one.key)]
         budget = CacheBudget(config.memory)
         self._images = {
             image_set.name: ImageBatches(image_set.examples, image_set.images, config.limits, budget)
             for image_set in self._sets
         }
 
-    def evaluate(self, model: Encoder, accelerator: Accelerator) -> Result:
+    def evaluate(self, model: Encoder, accelerator: Accelerator, *, keep_going: bool = False) -> Result:
         """Evaluate a dual encoder on all sets. Images that cannot be decoded are left out and listed in the result.
 
-        Raises UserError where the model has no image or text side, or where no image of a set can be decoded.
+        Raises UserError where the model has no image or text side, where no image of a set can be decoded, and for a
+        set of the suite that cannot be used; with ``keep_going`` such a set is logged and has no metrics.
         """
         metrics: dict[str, float] = {}
         summaries: dict[str, SetSummary] = {}
-        for image_set in self._sets:
-            if isinstance(image_set, ZeroShot):
-                scores, images = self._classify(image_set, model, accelerator)
-            else:
-                scores, images = self._retrieve(image_set, model, accelerator)
-            metrics |= {f"{image_set.name}/{name}": score for name, score in scores.items()}
-            summaries[image_set.name] = SetSummary(images, self._images[image_set.name].refused)
+        models = Models({_MODEL: model}, accelerator, self.config.batch, self._threads)
+        work = {one.name: partial(self._evaluate_own, one, model, accelerator) for one in self._sets}
+        work |= {
+            f"{self.config.suite}/{one.key}": partial(_evaluate_published, one, f, models) for one, f in self._suite
+        }
+        for name, evaluate in work.items():
+            try:
+                scores, summaries[name] = evaluate()
+            except (UserError, OSError, ValueError, RuntimeError) as error:
+                if not keep_going:
+                    raise
+                _log.warning("%s failed, and has no metrics: %s", name, error)
+                continue
+            metrics |= {f"{name}/{metric}": score for metric, score in scores.items()}
         return Result(metrics, summaries)
+
+    def _evaluate_own(
+        self, one: ZeroShot | Retrieval, model: Encoder, accelerator: Accelerator
+    ) -> tuple[dict[str, float], SetSummary]:
+        evaluated = (
+            self._classify(one, model, accelerator)
+            if isinstance(one, ZeroShot)
+            else self._retrieve(one, model, accelerator)
+        )
+        return evaluated[0], SetSummary(evaluated[1], self._images[one.name].refused)
 
     def describe(self, accelerator: Accelerator) -> str:
         """A line about what an evaluation uses."""
@@ -76,10 +115,11 @@ class Evaluator:
         """Evaluate an open_clip model that is on the accelerator, without side effects on its training.
 
         ``image`` is its preprocessing (``teachers.open_clip.teacher.image_spec``), ``tokenizer`` open_clip's. Modes of
-        modules, gradients and the global random state are left unchanged.
+        modules, gradients and the global random state are left unchanged. A set that fails is logged, without metrics.
         """
         with _eval_mode(model, accelerator):
-            result = self.evaluate(OpenClipEncoder(model, image, tokenizer, accelerator), accelerator)
+            encoder = OpenClipEncoder(model, image, tokenizer, accelerator)
+            result = self.evaluate(encoder, accelerator, keep_going=True)
         for name, summary in result.sets.items():
             if summary.refused:
                 _log.warning("%s: %s", name, summary)
@@ -129,6 +169,13 @@ class Evaluator:
                 f"{image_set.name}: every image is refused, the first ({refused.key}) for {refused.reason.value}: "
                 f"{refused.detail}. Check that these are images, or widen `limits`."
             )
+
+
+def _evaluate_published(one: SuiteSet, files: SetFiles, models: Models) -> tuple[dict[str, float], SetSummary]:
+    outcome = evaluate_set(one, files, models)
+    score = outcome.metrics[_MODEL][one.main_metric]
+    assert score is not None  # evaluate_set refuses it
+    return {one.main_metric: score}, SetSummary(outcome.samples - len(outcome.refused), outcome.refused)
 
 
 @contextlib.contextmanager

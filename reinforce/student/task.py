@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -9,6 +11,7 @@ import torch
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.manifest.manifest import read_manifest
 from reinforce.evaluation.evaluator import Evaluator
+from reinforce.processes.cores import available_cores
 from reinforce.student import online
 from reinforce.student.config import StudentConfig
 from reinforce.student.distillation import (
@@ -60,9 +63,13 @@ class StudentTask:
         self._online_teachers = {name: teachers[name] for name in self.plan.teachers if name in teachers}
         self._objective = Objective(loss.lambda_, loss.form, self.plan.scales, loss.logit_biases)
         self._precision = config.train.compute.precision
-        self._evaluator: Evaluator | None = None
-        if gather.rank() == 0:
-            self._evaluator = Evaluator(config.evaluate)
+        rank, ranks, evaluation = gather.rank(), gather.world_size(), config.evaluate
+        self._evaluation = evaluation
+        if rank == 0 and ranks > 1:
+            Evaluator(evaluation)  # reports the faulty sets of all ranks
+        threads = evaluation.threads or max(1, available_cores() // gather.local_world_size())
+        own = evaluation.model_copy(update={"threads": threads})
+        self._evaluator = Evaluator(own, evaluation.shares(ranks)[rank])
         self.notes = [_describe(self.model, config), *self.plan.notes]
 
     def prepare(self, batch: Batch) -> Batch:
@@ -89,12 +96,16 @@ class StudentTask:
         return losses | scale_losses(learnt, targets)
 
     def evaluate(self, model: torch.nn.Module) -> dict[str, float]:
-        """Metrics of the sets under ``evaluate``, by the names in ``reinforce.evaluation``; on rank 0 only."""
+        """Metrics of this rank's share of the sets under ``evaluate``, by the names in ``reinforce.evaluation``."""
         assert isinstance(model, Student)
-        assert self._evaluator is not None
         device = str(next(model.parameters()).device)
         accelerator = Accelerator(device, self._precision)
         return self._evaluator.evaluate_module(model.clip, model.image, self.tokenizer, accelerator).metrics
+
+    def combine_evaluations(self, parts: Sequence[dict[str, float]]) -> dict[str, float]:
+        """The metrics of all ranks in the order of the config; NaN for a set that failed."""
+        found = self._evaluation.combine(parts)
+        return {name: found.get(name, math.nan) for name in self._evaluation.metrics}
 
     def export(self, model: torch.nn.Module, folder: str) -> None:
         """Write a folder that open_clip loads as model and tokenizer ``local-dir:FOLDER``."""

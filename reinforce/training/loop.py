@@ -309,18 +309,31 @@ class _Loop:
         return step == self.steps or (every is not None and step % every == 0)
 
     def _evaluate(self) -> None:
-        if self._evaluation_due():
-            self.ranks.run_on_first(self._evaluate_on_first)
-
-    def _evaluate_on_first(self) -> None:
-        assert self.log is not None
-        step = self.progress.step
-        if self._logged_metrics(step) is not None:
+        """Evaluate the state of rank 0, on all ranks if the task can share it out; rank 0 logs the metrics."""
+        if not self._evaluation_due():
             return
+        logged = self.log is not None and self._logged_metrics(self.progress.step) is not None
+        if self.ranks.start_max(logged)():
+            return
+        combine = getattr(self.task, "combine_evaluations", None)
+        if combine is None or self.ranks.size == 1:
+            parts = [self.ranks.run_on_first(lambda: self._measure(self.state.final_model)) or {}]
+        else:
+            with self.ranks.with_tensors_of_first(self.state.model, self.state.final_model) as model:
+                parts = self.ranks.run_on_all(lambda: self._measure(model))
+        metrics = parts[0] if combine is None else combine(parts)
+        self.ranks.run_on_first(lambda: self._record_evaluation(metrics))
+
+    def _measure(self, model: torch.nn.Module) -> dict[str, float]:
         self.state.model.eval()
         with self.stop.interruptible(), determinism.inference():
-            metrics = dict(self.task.evaluate(self.state.final_model))
+            metrics = dict(self.task.evaluate(model))
         self.state.model.train()
+        return metrics
+
+    def _record_evaluation(self, metrics: dict[str, float]) -> None:
+        assert self.log is not None
+        step = self.progress.step
         if metrics:
             chosen = self.job.best or next(iter(metrics))
             if chosen not in metrics:

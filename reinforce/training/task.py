@@ -70,7 +70,11 @@ class Task(Protocol):
         ...
 
     def evaluate(self, model: torch.nn.Module) -> dict[str, float]:
-        """Metrics by name, higher is better. Called on rank 0 with the (averaged) weights in eval mode."""
+        """Metrics by name, higher is better. Called with the (averaged) weights of rank 0 in eval mode.
+
+        A task with a method ``combine_evaluations(parts)``, which makes one dict of those of all ranks, is called on
+        every rank and returns the metrics of the rank's share; another one is called on rank 0.
+        """
         ...
 
     def export(self, model: torch.nn.Module, folder: str) -> None:

@@ -40,9 +40,36 @@ def test_the_first_metric_selects_unless_best_is_set() -> None:
     assert Evaluation().best_metric is None
 
 
+def test_a_suite_has_main_metrics_and_their_mean_and_ranks_share_out_its_images() -> None:
+    chosen = ["vtab/pets", "imagenet1k", "wilds/fmow", "renderedsst2"]
+    config = settings.parse(Evaluation, {"suite": "datacomp", "data": "hf://", "sets": chosen})
+    assert config.best_metric == "datacomp/mean"
+    scores = {
+        "datacomp/imagenet1k/acc1": 0.7,
+        "datacomp/vtab/pets/mean_per_class_recall": 0.9,
+        "datacomp/renderedsst2/acc1": 0.5,
+        "datacomp/wilds/fmow/acc_worst_region": 0.1,
+    }
+    assert config.metrics == ["datacomp/mean", *scores]
+    assert config.combine([scores]) == {"datacomp/mean": pytest.approx(0.55), **scores}
+    failed = {name: score for name, score in scores.items() if "fmow" not in name}
+    assert config.combine([{}, failed]) == failed, "no mean of a part"
+    assert [{name.removeprefix("datacomp/") for name in share} for share in config.shares(2)] == [
+        {"imagenet1k"},
+        {"wilds/fmow", "vtab/pets", "renderedsst2"},
+    ]
+    both = settings.parse(Evaluation, {**SETS, "suite": "datacomp", "data": "x"})
+    assert len(both.metrics) == 13 + 1 + 38
+    assert sum(map(len, both.shares(128))) == len(frozenset().union(*both.shares(128))) == 3 + 38
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
+        ({"suite": "datacomp"}, "suite, data: set both"),
+        ({"sets": ["imagenet1k"]}, "suite, data: set both, and `sets` only with them"),
+        ({"suite": "datacomp", "data": "x", "sets": ["imagenet9k"]}, "sets: datacomp has no set 'imagenet9k'; it has "),
+        ({"suite": "imagenet", "data": "x"}, "'datacomp', 'sugarcrepe' or 'long-captions'"),
         ({**SETS, "best": "zero_shot/emojis/top1"}, "no set gives 'zero_shot/emojis/top1'; the metrics are: zero_shot"),
         ({**SETS, "best": "zero_shot/in1k/group"}, "no set gives 'zero_shot/in1k/group'"),
         ({"best": "zero_shot/in1k/top1"}, "none, since there are no sets"),

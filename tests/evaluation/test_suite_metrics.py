@@ -8,6 +8,7 @@ import torch
 
 from reinforce.errors import UserError
 from reinforce.evaluation.ranking import compute_recalls
+from reinforce.evaluation.registry import published_metrics, select_sets
 from reinforce.evaluation.suite.association import cue_text
 from reinforce.evaluation.suite.metrics import (
     association_metrics,
@@ -18,7 +19,6 @@ from reinforce.evaluation.suite.metrics import (
     macro_recall,
     retrieval_metrics,
 )
-from reinforce.evaluation.suite.registry import published_metrics, select_sets
 from tests.helpers.evaluation import CPU
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from reinforce.evaluation.suite.registry import SuiteSet, select_sets
+from reinforce.evaluation.registry import SuiteSet, select_sets
 from tests.helpers.data import write_tar
 from tests.helpers.evaluation import COLOURS, solid_image
 

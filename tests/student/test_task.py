@@ -24,6 +24,7 @@ from teachers.device.accelerator import Accelerator
 from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.reinforced import reinforce_here
 from tests.helpers.students import student_folder
+from tests.helpers.suites import colour_samples, write_classification
 from tests.helpers.tiny_models import open_clip_model
 from tests.helpers.trainings import rows
 
@@ -188,6 +189,28 @@ def test_the_exported_student_has_the_evaluated_metrics(config: Any, dataset: st
     )
     assert "pretrained" in again.notes[0]
     assert again.evaluate(again.model) == metrics
+
+
+def test_a_training_evaluates_a_suite_and_names_a_set_that_fails(
+    config: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = tmp_path / "sets"
+    write_classification(root, "mnist", colour_samples())
+    write_classification(root, "stl10", [(99, image, None) for _, image, _ in colour_samples()])
+    suite = {"suite": "datacomp", "data": str(root), "sets": ["mnist", "stl10"]}
+    train = {"steps": 1, "batch": PAIRS, "optimizer": {"warmup": 0}}
+    results = reinforce.train(config(evaluate=suite, train=train))
+    assert "datacomp/stl10 failed, and has no metrics: STL-10: s0000000 has the label 99" in caplog.text
+    assert results.metrics["datacomp/stl10/acc1"] is None
+    assert results.metrics["datacomp/mean"] is None
+    task = StudentTask(config(evaluate={**suite, "sets": ["mnist"]}))
+    metrics = task.combine_evaluations([task.evaluate(task.model)])
+    assert metrics == {
+        "datacomp/mean": metrics["datacomp/mnist/acc1"],
+        "datacomp/mnist/acc1": pytest.approx(0.5, abs=0.5),
+    }
+    with pytest.raises(UserError, match=r"SVHN is expected at .*wds_vtab-svhn_test; published at .* leave it out of"):
+        StudentTask(config(evaluate={**suite, "sets": ["mnist", "vtab/svhn"]}))
 
 
 def test_an_online_teacher_that_cannot_be_loaded_is_named(config: Any) -> None:

@@ -53,6 +53,23 @@ class Failing(TowersTask):
         raise UserError("the set is gone")
 
 
+class Sharing(TowersTask):
+    """Shares out its evaluation: each rank sums up the tensors that it evaluates."""
+
+    def evaluate(self, model: torch.nn.Module) -> dict[str, float]:
+        return {f"rank {gather.rank()}": sum(float(t.double().sum()) for t in model.state_dict().values())}
+
+    def combine_evaluations(self, parts: list[dict[str, float]]) -> dict[str, float]:
+        return {name: score for part in parts for name, score in part.items()}
+
+
+class FailingShare(Sharing):
+    def evaluate(self, model: torch.nn.Module) -> dict[str, float]:
+        if gather.rank() == 1:
+            raise UserError("the set of rank 1 is gone")
+        return super().evaluate(model)
+
+
 def failing(accelerator: Accelerator) -> tuple[Task, Feed]:
     return Failing(), PairFeed()
 
@@ -135,6 +152,9 @@ def work(rank: int, folder: str, port: int, port_of_hanging: int) -> None:
         train("resumed", build=builder(**WIDE), output="stopped", steps=6)
         train("apart", output=f"apart-{rank}")  # like a folder that two machines do not share
         train("failed", build=failing)
+        train("alone", build=builder(norm=True), steps=8, ema=0.9)
+        train("sharing", build=lambda _: (Sharing(norm=True), PairFeed()), steps=8, ema=0.9)
+        train("failing share", build=lambda _: (FailingShare(), PairFeed()))
         train("poisoned", build=builder({"poisoned": range(4, 6)}))
     os.environ["MASTER_PORT"] = str(port_of_hanging)
     reports: list[str] = []
@@ -194,6 +214,24 @@ def test_what_rank_0_finds_is_shared_and_its_error_ends_all_ranks(trained: Train
     assert [outcomes["gone"] for outcomes in trained[1]] == ["gone on rank 0", *others]
     assert [outcomes["failed"] for outcomes in trained[1]] == [
         f"UserError: {message}" for message in ["the set is gone", *others]
+    ]
+
+
+def test_ranks_that_share_out_an_evaluation_evaluate_the_state_of_rank_0_and_train_as_without_it(
+    trained: Trained,
+) -> None:
+    """Each rank has batch statistics of its own, and only rank 0 has the average."""
+    evaluated = [row["metrics"] for row in rows(trained[0] / "sharing") if "metrics" in row]
+    assert [list(metrics) for metrics in evaluated] == [[f"rank {rank}" for rank in range(RANKS)]] * 2
+    assert [len(set(metrics.values())) for metrics in evaluated] == [1, 1]
+    last = "checkpoints/step-000000008.safetensors"
+    alone, sharing = (load_file(trained[0] / name / last) for name in ("alone", "sharing"))
+    assert all(torch.equal(alone[name], tensor) for name, tensor in sharing.items()), "bit for bit"
+    average = sum(float(t.double().sum()) for name, t in sharing.items() if name.startswith("average/"))
+    assert evaluated[1]["rank 2"] == pytest.approx(average)
+    other = "rank 1 failed: see its message"
+    assert [outcomes["failing share"] for outcomes in trained[1]] == [
+        f"UserError: {message}" for message in (other, "the set of rank 1 is gone", other)
     ]
 
 

@@ -11,10 +11,10 @@ import torch
 
 from reinforce.errors import UserError
 from reinforce.evaluation.reading import Example
+from reinforce.evaluation.registry import SuiteSet
 from reinforce.evaluation.suite.files import SetFiles, image_bytes, read_tables
 from reinforce.evaluation.suite.metrics import association_metrics, jaccard
 from reinforce.evaluation.suite.models import Models, Outcome
-from reinforce.evaluation.suite.registry import SuiteSet
 from reinforce.source.samples import Refusal
 
 _COLUMNS = ["cue", "candidate_images", "candidates", "associations"]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from reinforce.evaluation.registry import SuiteSet
 from reinforce.evaluation.suite.annotated import read_annotated
 from reinforce.evaluation.suite.files import SetFiles
 from reinforce.evaluation.suite.models import Models, Outcome
-from reinforce.evaluation.suite.registry import SuiteSet
 from reinforce.source.samples import Refusal
 
 

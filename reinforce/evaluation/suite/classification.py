@@ -13,6 +13,7 @@ from reinforce.evaluation.classes import load_class_names, load_templates
 from reinforce.evaluation.fields import read_label
 from reinforce.evaluation.ranking import rank_classes
 from reinforce.evaluation.reading import Example
+from reinforce.evaluation.registry import SuiteSet
 from reinforce.evaluation.suite.files import CLASSES, TEMPLATES, SetFiles, read_tars
 from reinforce.evaluation.suite.metrics import (
     TOP,
@@ -22,7 +23,6 @@ from reinforce.evaluation.suite.metrics import (
     macro_recall,
 )
 from reinforce.evaluation.suite.models import Models, Outcome
-from reinforce.evaluation.suite.registry import SuiteSet
 from reinforce.source.samples import RawSample, Refusal
 
 _LABEL, _METADATA = "cls", "npy"

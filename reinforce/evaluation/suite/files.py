@@ -11,7 +11,7 @@ from typing import Any
 from reinforce.config import Input
 from reinforce.errors import UserError
 from reinforce.evaluation.reading import raise_on_damage
-from reinforce.evaluation.suite.registry import HUB, SuiteSet
+from reinforce.evaluation.registry import HUB, SuiteSet
 from reinforce.parquet.footers import RefusedFile
 from reinforce.source.formats.base import Shard
 from reinforce.source.formats.columns import Columns

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from reinforce import plots
 from reinforce.errors import UserError
-from reinforce.evaluation.suite.registry import SuiteSet
+from reinforce.evaluation.registry import SuiteSet
 from reinforce.source.urls import canonical, filesystem
 from reinforce.source.whole_reads import read_whole
 from reinforce.storage import write_file

@@ -11,11 +11,11 @@ import torch
 from reinforce.errors import UserError
 from reinforce.evaluation.ranking import compute_recalls
 from reinforce.evaluation.reading import Example
+from reinforce.evaluation.registry import SuiteSet
 from reinforce.evaluation.suite.annotated import read_annotated
 from reinforce.evaluation.suite.files import SetFiles, image_bytes, read_tables
 from reinforce.evaluation.suite.metrics import retrieval_metrics
 from reinforce.evaluation.suite.models import Models, Outcome
-from reinforce.evaluation.suite.registry import SuiteSet
 from reinforce.source.samples import Refusal
 
 

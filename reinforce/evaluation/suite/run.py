@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from reinforce.errors import UserError
+from reinforce.evaluation.registry import Kind, SuiteSet, published_metrics, select_sets
 from reinforce.evaluation.suite.files import SetFiles, find_files
-from reinforce.evaluation.suite.registry import Kind, SuiteSet, published_metrics, select_sets
 from reinforce.evaluation.suite.results import Line, ResultFile, SuiteReport
 from reinforce.model_names import model_errors
 from reinforce.processes.cores import available_cores
@@ -86,7 +86,7 @@ def _evaluate(one: SuiteSet, files: SetFiles, models: Models, names: Sequence[st
     with Screen() as screen:
         chosen = models.among(names, lambda images: screen.draw(f"{one.name}: {images:,} images", images, one.size))
         try:
-            outcome = _check(one, _kinds()[one.kind](one, files, chosen))
+            outcome = evaluate_set(one, files, chosen)
         except UserError as error:
             screen.log(f"{one.name} failed: {error}")
             raise
@@ -94,6 +94,23 @@ def _evaluate(one: SuiteSet, files: SetFiles, models: Models, names: Sequence[st
         seconds = time.monotonic() - start
         screen.log(f"{one.name}: {outcome.samples:,} samples in {seconds:.0f} s; {one.main_metric}: {scores}")
     return outcome
+
+
+def evaluate_set(one: SuiteSet, files: SetFiles, models: Models) -> Outcome:
+    """Evaluate models on a set. Raises UserError where it cannot be used, or where a number would not be right."""
+    return _check(one, _kinds()[one.kind](one, files, models))
+
+
+def find_set(one: SuiteSet, root: str) -> SetFiles:
+    """The files of a set below ``root``. Raises UserError if there are none."""
+    files = find_files(one, root)
+    if files is None:
+        raise UserError(f"{one.name} is {_expected(one, root)}. Copy it there, or leave it out of `sets`.")
+    return files
+
+
+def _expected(one: SuiteSet, root: str) -> str:
+    return f"expected at {canonical(one.place(root))}; published at {one.page}"
 
 
 def _find(report: SuiteReport, root: str) -> list[tuple[SuiteSet, SetFiles]]:
@@ -106,7 +123,7 @@ def _find(report: SuiteReport, root: str) -> list[tuple[SuiteSet, SetFiles]]:
             report.failed[one.key] = str(error)
             continue
         if files is None:
-            report.absent[one.key] = f"expected at {canonical(one.place(root))}; published at {one.page}"
+            report.absent[one.key] = _expected(one, root)
         else:
             present.append((one, files))
     if not present and not report.failed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -11,6 +12,11 @@ import torch.distributed as dist
 def world_size() -> int:
     """Number of ranks; 1 without torch.distributed."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def local_world_size() -> int:
+    """Number of ranks on this machine, as torchrun and Ray Train set it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or world_size())
 
 
 def rank() -> int:

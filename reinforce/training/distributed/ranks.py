@@ -66,12 +66,54 @@ class Ranks:
         dist.broadcast(status, 0, group=self.control)
         if error is not None:
             raise error
-        code = int(status.item())
-        if code == _SUCCESS:
-            return result
-        if code == _USER_ERROR:
-            raise UserError("rank 0 failed: see its message")
-        raise RuntimeError("rank 0 failed: see its message") if code == _ERROR else Stopped(code)
+        _raise_of(0, int(status.item()))
+        return result
+
+    def run_on_all(self, work: Callable[[], T]) -> list[T]:
+        """Run ``work`` on every rank; returns the results, which must be picklable, in the order of the ranks.
+
+        If it raises on a rank, every rank raises: that one the error itself, the others UserError, Stopped or
+        RuntimeError.
+        """
+        if self.size == 1:
+            return [work()]
+        self.at("work that ranks share out")
+        result, error = None, None
+        try:
+            result = work()
+        except Exception as raised:
+            error = raised
+        status = _SUCCESS if error is None else _status_of(error)
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, (status, result), group=self.control)
+        if error is not None:
+            raise error
+        for rank, (code, _) in enumerate(found):
+            _raise_of(rank, code)
+        return [result for _, result in found]
+
+    @contextlib.contextmanager
+    def with_tensors_of_first(self, module: torch.nn.Module, source: torch.nn.Module) -> Iterator[torch.nn.Module]:
+        """Yield on each rank a module with the weights and buffers of rank 0's ``source``.
+
+        On other ranks it is ``module``, which has its own tensors back at the end.
+        """
+        if self.size == 1:
+            yield source
+            return
+        chosen = source if self.is_first else module
+        tensors = [*chosen.state_dict().values()]  # not copies: they share memory with the module
+        own = [tensor.clone() for tensor in tensors if not self.is_first]
+        for tensor in tensors:
+            shared = tensor.contiguous()
+            dist.broadcast(shared, 0)
+            if not self.is_first:
+                tensor.copy_(shared)
+        try:
+            yield chosen
+        finally:
+            for tensor, value in zip(tensors, own, strict=False):
+                tensor.copy_(value)
 
     def at(self, what: str, waits: bool = False) -> None:
         """Record where this rank is, for messages of ranks that wait for it; ``waits`` if it may wait there itself."""
@@ -239,6 +281,14 @@ def wrap_ddp(model: torch.nn.Module, ranks: Ranks) -> Any:
     if ranks.size == 1:
         return model
     return torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True, gradient_as_bucket_view=True)
+
+
+def _raise_of(rank: int, code: int) -> None:
+    """Raise what the status of a rank means for the others."""
+    if code == _USER_ERROR:
+        raise UserError(f"rank {rank} failed: see its message")
+    if code != _SUCCESS:
+        raise RuntimeError(f"rank {rank} failed: see its message") if code == _ERROR else Stopped(code)
 
 
 def _status_of(error: Exception) -> int:
