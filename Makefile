@@ -39,7 +39,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@ $(DEMO_INSTALLED)
 
 $(DEMO_INSTALLED): pyproject.toml constraints.txt
-	$(call pip_install,demo$(comma)fast)
+	$(call pip_install,demo$(comma)fast$(comma)train)
 	touch $@
 
 install: $(INSTALLED) ## create .venv with the tested versions of everything

@@ -7,24 +7,40 @@ draw at the same time.
 from __future__ import annotations
 
 import io
+import logging
 from typing import TYPE_CHECKING
 
+from reinforce.processes.imports import installed, require
 from reinforce.storage import write_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_LOG = logging.getLogger(__name__)
+_PACKAGE = "matplotlib"
 #: Distinguishable on white with any colour vision, and in grey by their lightness.
 COLOURS = ("#0b7285", "#e8590c", "#5f3dc4", "#f2b705", "#c2255c", "#66a80f", "#4dabf7", "#495057")
 _INK, _GREY, _EDGE = "#1f2328", "#6b7280", "#e1e4e8"
 _DPI = 160
 
 
+def drawable(picture: str) -> bool:
+    """Whether matplotlib is installed; logs that ``picture`` (``PATH is``) is left out if it is not."""
+    if not installed(_PACKAGE):
+        _LOG.warning("%s not drawn: run pip install -e '.[report]' in the checkout", picture)
+        return False
+    return True
+
+
 def figure(
     panels: int = 1, width: float = 8.0, height: float = 4.5, columns: int | None = None
 ) -> tuple[Figure, list[Axes]]:
-    """Create a figure with ``panels`` axes, in one row or in rows of ``columns``; its size is in inches."""
+    """Create a figure with ``panels`` axes, in one row or in rows of ``columns``; its size is in inches.
+
+    Raises UserError if matplotlib is not installed.
+    """
+    require("report", "a picture", _PACKAGE)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 import os
 import shutil
@@ -106,3 +107,15 @@ def test_a_circle_of_imports_is_reported(broken: dict[str, str]) -> None:
 def test_a_module_without_a_place_is_reported(broken: dict[str, str], contract: str, folder: str) -> None:
     section = next(text for name, text in broken.items() if name.startswith(contract))
     assert f"{folder.replace('/', '.')}.unplaced" in section
+
+
+def test_packages_of_extras_are_imported_only_where_they_are_used() -> None:
+    """A core install has none of them; `make wheel-check` runs and trains with it."""
+    extras = {"matplotlib", "tensorboard", "sacrebleu", "duckdb", "faiss", "onnx", "onnxruntime", "openai"}
+    found = []
+    for path in itertools.chain.from_iterable((ROOT / name).rglob("*.py") for name in ("reinforce", "teachers")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            found += [(path.name, name) for name in names if name.partition(".")[0] in extras]
+    assert found == []

@@ -1,5 +1,7 @@
 """Use the installed wheel outside the repository: `make wheel-check` runs this with the Python of a new environment.
 
+The environment has no extra: it reads, runs and trains.
+
     .venv/wheel/bin/python -I tests/wheel_check.py .
 
 The argument is the repository, of which only README.md and docs/teachers.md are read.
@@ -8,7 +10,9 @@ The argument is the repository, of which only README.md and docs/teachers.md are
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import io
+import json
 import os
 import re
 import subprocess
@@ -18,6 +22,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
+EXTRAS = ("matplotlib", "sacrebleu", "tensorboard", "duckdb", "faiss", "onnx")
 CAPTIONER = '''
 class Colours:
     """A captioner for this check: it names the main colour of an image."""
@@ -42,6 +47,18 @@ captioners: {coca: {class: "our_captioner:Colours", captions: 2}}
 teachers: {conv-64: {class: "our_teachers:Tiny"}}
 workers: {max: 1}
 """
+STUDENT = """
+output: student
+student: {model: "local-dir:architecture"}
+data: {datasets: demo/dataset, captioners: [coca]}
+loss: {lambda: 0}
+train: {steps: 2, batch: 4, optimizer: {warmup: 0}}
+"""
+ARCHITECTURE = {
+    "embed_dim": 8,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 16, "head_width": 8, "patch_size": 16},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
 
 
 def python_blocks(page: Path) -> list[str]:
@@ -63,6 +80,9 @@ def write_inputs(folder: Path, repository: Path) -> None:
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
     (folder / "my.yaml").write_text(CONFIG)
+    (folder / "student.yaml").write_text(STUDENT)
+    (folder / "architecture").mkdir()
+    (folder / "architecture/open_clip_config.json").write_text(json.dumps({"model_cfg": ARCHITECTURE}))
     (folder / "our_captioner.py").write_text(CAPTIONER)
     (folder / "our_teachers.py").write_text(python_blocks(repository / "docs/teachers.md")[0])
 
@@ -93,6 +113,9 @@ def main() -> None:
             print(block)
             sys.path.insert(0, name)
             exec(compile(block, "README.md", "exec"), {"__name__": "page"})
+        assert not [name for name in EXTRAS if importlib.util.find_spec(name)], f"one of {EXTRAS} is installed"
+        assert "only log.jsonl: pip install -e '.[train]'" in run("reinforce", "train", "student.yaml")
+        assert "loss" in Path("student/log.jsonl").read_text()
         configs = Path(sysconfig.get_path("data")) / "share/dataset-reinforcement/configs"
         assert (configs / "dfn5b.yaml").is_file(), f"{configs} has no configs"
     print(f"dataset-reinforcement {importlib.metadata.version('dataset-reinforcement')} works from {home.parent}")

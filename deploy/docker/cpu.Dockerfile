@@ -22,7 +22,7 @@ COPY schemas schemas
 COPY teachers teachers
 COPY reinforce reinforce
 COPY configs configs
-RUN /opt/venv/bin/pip install --no-cache-dir --no-compile --constraint constraints.txt '.[fast,server]' ${PACKAGES} \
+RUN /opt/venv/bin/pip install --no-cache-dir --no-compile --constraint constraints.txt '.[fast,server,train]' ${PACKAGES} \
     && rm -rf build ./*.egg-info
 
 # hadolint ignore=DL3006

@@ -15,6 +15,7 @@ from reinforce.captioning.feed import CaptionFeed
 from reinforce.captioning.model import build_captioner, check_captioner, describe_parameters
 from reinforce.captioning.pairs import PAIRS_FILE, Pairs, load_pairs
 from reinforce.captioning.task import CaptioningTask
+from reinforce.processes.imports import require
 from reinforce.storage import Storage
 from reinforce.terminal import plural
 from reinforce.training.config import MUTABLE_KEYS, fixed_config
@@ -52,6 +53,8 @@ def finetune(config: CaptionerConfig | str | Path | dict[str, Any], *, address: 
     Storage(config.output).check_writable()
     check_captioner(config)
     check_trackers(config.log)
+    if config.evaluate.captioned != 0:
+        require("train", "evaluate.captioned (BLEU and CIDEr)", "sacrebleu")
     load_pairs(config)  # scan the data once, before the ranks start
     job = Job(
         training=config.train,

@@ -1,10 +1,13 @@
-"""Imports of large libraries without garbage collection."""
+"""Imports of large libraries without garbage collection, and packages of extras that may be missing."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import importlib.util
 from collections.abc import Iterator
+
+from reinforce.errors import UserError
 
 
 @contextlib.contextmanager
@@ -20,3 +23,15 @@ def no_garbage_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def installed(package: str) -> bool:
+    """Whether a package can be imported."""
+    return importlib.util.find_spec(package) is not None
+
+
+def require(extra: str, what: str, *packages: str) -> None:
+    """Raise UserError, which names the extra, if ``what`` needs a package that is not installed."""
+    missing = [package for package in packages if not installed(package)]
+    if missing:
+        raise UserError(f"{what} needs {', '.join(missing)}: run pip install -e '.[{extra}]' in the checkout")

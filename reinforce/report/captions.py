@@ -20,6 +20,7 @@ from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, captions_layer, embe
 from reinforce.dataset.reading.aligned import AlignedLayers, layer_errors
 from reinforce.dataset.reading.dataset import Dataset
 from reinforce.errors import UserError
+from reinforce.processes.imports import require
 from reinforce.report.texts import DEFINITIONS, TextStatistics
 from schemas import TRUE_CAPTIONS
 
@@ -62,8 +63,9 @@ def captions_report(
 
     ``texts`` maps each captioner, and ``caption`` for the true captions, to the summary of its ``TextStatistics``;
     ``similarity`` maps each teacher to summaries of ``SimilarityStatistics`` by the same names.
-    Default: all captioners and teachers. Raises UserError if one is missing.
+    Default: all captioners and teachers. Raises UserError if one is missing, or sacrebleu is not installed.
     """
+    require("report", "captions-report", "sacrebleu")
     data = Dataset(url, teachers, captioners)
     layers = data.manifest["layers"]
     if not data.captioners:

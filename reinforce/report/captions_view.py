@@ -59,9 +59,14 @@ def captions_table(report: Mapping[str, Any]) -> Table:
 
 
 def write_report(report: Mapping[str, Any], folder: str) -> list[str]:
-    """Write ``report.json`` and the plots to a folder or fsspec URL, replacing earlier ones -> their paths."""
+    """Write ``report.json`` and the plots to a folder or fsspec URL, replacing earlier ones -> their paths.
+
+    Without matplotlib there are no plots.
+    """
     paths = {name: posixpath.join(folder, name) for name in ("report.json", "lengths.png", "distinct.png")}
     write_json(report, paths["report.json"])
+    if not plots.drawable(f"{paths['lengths.png']} and others are"):
+        return [paths["report.json"]]
     _draw_lengths(report, paths["lengths.png"])
     _draw_distinct(report, paths["distinct.png"])
     if any(report["similarity"].values()):

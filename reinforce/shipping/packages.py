@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from reinforce.errors import UserError
+from reinforce.processes.imports import require
 
 if TYPE_CHECKING:
     from reinforce.shipping.targets.base import Target
@@ -32,11 +31,7 @@ TARGETS = {
 def require_packages(target: str) -> None:
     """Raise UserError if a package of a target's extra is missing."""
     entry = TARGETS[target]
-    missing = [name for name in entry.packages if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(
-            f"{entry.title} needs {', '.join(missing)}: run pip install -e '.[{entry.extra}]' in the checkout"
-        )
+    require(entry.extra, entry.title, *entry.packages)
 
 
 def load_target(target: str) -> Target:

@@ -39,6 +39,7 @@ from reinforce.training.job import Job, total_steps
 from reinforce.training.optimizer import learning_rate, make_adamw
 from reinforce.training.order import ORDER
 from reinforce.training.record.log import Log
+from reinforce.training.record.log import notes as log_notes
 from reinforce.training.record.progress import Throughput, TimeLeft, format_row
 from reinforce.training.record.results import Results, read_results
 from reinforce.training.record.trackers import open_trackers
@@ -136,7 +137,7 @@ class _Loop:
         finished = results is not None and results.steps == self.progress.step == self.steps
         if results is not None and finished and results.exported == self._exported_step():
             return results
-        notes = [*self._set_up_reading(), *self.task.notes]
+        notes = [*self._set_up_reading(), *self.task.notes, *log_notes()]
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.storage.space_errors())
             if self.ranks.is_first:

@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 
+from reinforce import plots
 from reinforce.cluster import ray_cluster
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.manifest.manifest import read_manifest, record_scales, write_manifest
@@ -327,5 +328,6 @@ def _draw_plot(
     checks: Mapping[str, ScreeningCheck],
     metric: str,
 ) -> None:
-    if curves or screenings:
-        plot.draw(curves, screenings, checks, metric, f"{config.output.rstrip('/')}/{PLOT}")
+    picture = f"{config.output.rstrip('/')}/{PLOT}"
+    if (curves or screenings) and plots.drawable(f"{picture} is"):
+        plot.draw(curves, screenings, checks, metric, picture)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from reinforce.cli import main
 from reinforce.dataset.layers import TRUE_CAPTION
 from reinforce.report.captions import _rows_per_shard, captions_report
 from reinforce.report.captions_view import captions_table, write_report
+from tests.helpers.commands import printed_by, run_command
 from tests.helpers.data import config_of
 from tests.helpers.reinforced import reinforce_here
 
@@ -121,6 +123,24 @@ def test_the_command_prints_a_table_and_writes_the_report(
     status, _, err = command("--captioner", "nobody", "--out", "elsewhere")
     assert (status, "has no captioner 'nobody'" in err) == (2, True)
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_without_matplotlib_there_are_no_plots_and_without_sacrebleu_no_report(
+    dataset: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    out = printed_by(capfd, "captions-report", dataset, "--out", f"{tmp_path}/report")
+    assert out.endswith(f"17 images; written: {tmp_path}/report/report.json\n")
+    assert caplog.messages == [
+        f"{tmp_path}/report/lengths.png and others are not drawn: run pip install -e '.[report]' in the checkout"
+    ]
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    status, _, err = run_command(capfd, "captions-report", dataset)
+    assert (status, "captions-report needs sacrebleu: run pip install -e '.[report]'" in err) == (2, True)
 
 
 def test_a_report_is_formatted_as_a_table_and_written_as_json_and_plots(dataset: str, tmp_path: Path) -> None:

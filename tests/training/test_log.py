@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import reinforce.training.record.progress
 from reinforce.storage import Storage
 from reinforce.training.checkpoint import BestCheckpoint
+from reinforce.training.distributed.ranks import Ranks
+from reinforce.training.loop import fit
 from reinforce.training.record import curves
 from reinforce.training.record.curves import draw_curves
 from reinforce.training.record.log import Log
 from reinforce.training.record.progress import Throughput, TimeLeft, format_row
 from reinforce.training.record.results import Results, read_results
+from reinforce.training.stop import StopSignal
+from teachers.device.accelerator import Accelerator
+from tests.helpers.trainings import PairFeed, TowersTask, job
 
 
 def row(step: int, loss: float = 1.0) -> dict[str, Any]:
@@ -152,3 +158,18 @@ def test_the_summary_has_a_line_for_each_number() -> None:
         "weights: out/student   curves: out/curves.png",
     ]
     assert "best" not in replace(RESULTS, best=BestCheckpoint(100, "top1", 0.5)).summary(), "the last step is the best"
+
+
+def test_a_training_without_the_extra_writes_no_curves_and_no_events_and_names_it_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("matplotlib", "tensorboard", "sacrebleu"):
+        monkeypatch.setitem(sys.modules, package, None)
+    results = fit(TowersTask(), PairFeed(), job(tmp_path), Ranks(0, 1, Accelerator("cpu")), StopSignal())
+    line = "without matplotlib and tensorboard there is no curves.png and tensorboard, only log.jsonl: pip install"
+    assert capsys.readouterr().out.count(f"{line} -e '.[train]'") == 1
+    written = {path.name for path in tmp_path.iterdir()} - {".tmp"}
+    assert written == {"checkpoints", "log.jsonl", "results.json", "student"}
+    assert len([row for row in read(tmp_path / "log.jsonl") if "loss" in row]) == results.steps
+    assert [*results.as_json()["files"]] == ["weights", "checkpoints", "log"]
+    assert results.summary().endswith(f"weights: {tmp_path}/student   log: {tmp_path}/log.jsonl")

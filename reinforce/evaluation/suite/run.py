@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from reinforce import plots
 from reinforce.errors import UserError
 from reinforce.evaluation.registry import Kind, SuiteSet, published_metrics, select_sets
 from reinforce.evaluation.suite.files import SetFiles, find_files
@@ -75,8 +76,9 @@ def evaluate_suite(
             results[name][one.key] = line = _line(one, outcome, name, files.digest, identities[name])
             stores[name].add(line)
     write_file(report.markdown().encode(), f"{out.rstrip('/')}/{suite}.md")
-    if report.evaluated:
-        report.draw(f"{out.rstrip('/')}/{suite}.png")
+    picture = f"{out.rstrip('/')}/{suite}.png"
+    if report.evaluated and plots.drawable(f"{picture} is"):
+        report.draw(picture)
     return report
 
 

@@ -10,12 +10,29 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from reinforce.processes.imports import installed
 from reinforce.storage import Storage
 from reinforce.training.record.curves import draw_curves
 from reinforce.training.record.trackers import Tracker
 
 _DRAWING_SECONDS = 30.0
 LOG, CURVES, EVENTS = "log.jsonl", "curves.png", "tensorboard"
+#: Files that a package of the extra `train` writes.
+_PACKAGES = {"matplotlib": CURVES, "tensorboard": EVENTS}
+
+
+def written() -> dict[str, bool]:
+    """Whether the packages are installed that write the curves and the events, by the name of the file."""
+    return {file: installed(package) for package, file in _PACKAGES.items()}
+
+
+def notes() -> list[str]:
+    """A line if a package is not installed, without which a training has no curves or no events."""
+    missing = {package: file for package, file in _PACKAGES.items() if not installed(package)}
+    if not missing:
+        return []
+    files = " and ".join(missing.values())
+    return [f"without {' and '.join(missing)} there is no {files}, only {LOG}: pip install -e '.[train]'"]
 
 
 class Log:
@@ -27,8 +44,6 @@ class Log:
 
     def __init__(self, storage: Storage, start: int, trackers: Sequence[Tracker] = ()) -> None:
         """Continue after step ``start``: later rows, of steps that will be repeated, are deleted."""
-        from torch.utils.tensorboard import SummaryWriter
-
         self._storage, self._trackers = storage, trackers
         self.rows = [row for row in _read_rows(storage) if row["step"] <= start]
         self._temporary = None if storage.local else tempfile.TemporaryDirectory(prefix="reinforce-log-")
@@ -40,7 +55,11 @@ class Log:
             Path(folder, LOG).write_bytes(text)
         self._file = open(Path(folder, LOG), "a", encoding="utf-8")  # noqa: SIM115
         self._drawn = time.monotonic()
-        self._events = SummaryWriter(str(folder / EVENTS), purge_step=start + 1 if start else None, flush_secs=30)
+        self._written, self._events = written(), None
+        if self._written[EVENTS]:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._events = SummaryWriter(str(folder / EVENTS), purge_step=start + 1 if start else None, flush_secs=30)
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Write one row. In log.jsonl, numbers that are not finite become null."""
@@ -49,15 +68,17 @@ class Log:
         self._file.write(json.dumps(clean) + "\n")
         self._file.flush()
         scalars = {name: value for name, value in _flat(row) if name != "step"}
-        for name, value in scalars.items():
-            self._events.add_scalar(name, value, row["step"])
+        if self._events is not None:
+            for name, value in scalars.items():
+                self._events.add_scalar(name, value, row["step"])
         for tracker in self._trackers:
             tracker.add(row["step"], scalars)
 
     def publish(self, last: bool = False) -> None:
         """Write all files to the output. Curves, which take a second, are drawn every 30 s and when ``last``."""
-        self._events.flush()
-        if last or time.monotonic() - self._drawn > _DRAWING_SECONDS:
+        if self._events is not None:
+            self._events.flush()
+        if self._written[CURVES] and (last or time.monotonic() - self._drawn > _DRAWING_SECONDS):
             draw_curves(self.rows, f"{self._storage.url}/{CURVES}")
             self._drawn = time.monotonic()
         if self._temporary is not None:
@@ -70,7 +91,8 @@ class Log:
         for tracker in self._trackers:
             tracker.close(failed=error is not None)
         self._file.close()
-        self._events.close()
+        if self._events is not None:
+            self._events.close()
         if self._temporary is not None:
             self._temporary.cleanup()
 

@@ -9,7 +9,7 @@ from typing import Any
 from reinforce.storage import Storage
 from reinforce.terminal import format_duration, plural
 from reinforce.training.checkpoint import FOLDER, BestCheckpoint
-from reinforce.training.record.log import CURVES, EVENTS, LOG
+from reinforce.training.record.log import CURVES, EVENTS, LOG, written
 
 RESULTS = "results.json"
 
@@ -59,7 +59,8 @@ class Results:
             lines.append(f"best {self.best.metric}: {self.best.value:.4f} at step {self.best.step:,}, {where}")
         if self.skipped:
             lines.append(f"{plural(self.skipped, 'step')} skipped, because the gradient was not finite")
-        lines.append(f"weights: {self.output}/{self.export}   curves: {self.output}/{CURVES}")
+        curves = f"curves: {self.output}/{CURVES}" if written()[CURVES] else f"log: {self.output}/{LOG}"
+        lines.append(f"weights: {self.output}/{self.export}   {curves}")
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -90,7 +91,9 @@ class Results:
     def as_json(self) -> dict[str, Any]:
         """The content of results.json."""
         rates = {"seconds_per_step": self.seconds_per_step, "samples_per_second": self.samples_per_second}
-        files = {"weights": self.export, "checkpoints": FOLDER, "log": LOG, "tensorboard": EVENTS, "curves": CURVES}
+        optional = {"tensorboard": EVENTS, "curves": CURVES}
+        files = {"weights": self.export, "checkpoints": FOLDER, "log": LOG}
+        files |= {key: file for key, file in optional.items() if written()[file]}
         return {**asdict(self), **rates, "files": files}
 
     def write(self, storage: Storage) -> None:
