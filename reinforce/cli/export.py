@@ -39,6 +39,10 @@ def export_datacompdr(
     approximate: Annotated[
         bool, typer.Option("--approximate", help="Also export records of the augmentation backend fixed-point-1.")
     ] = False,
+    layout: Annotated[
+        Literal["datacompdr", "dfndr"],
+        typer.Option(help="dfndr: without images, true captions and JSON, joined by URL alone, as DFNDR is published."),
+    ] = "datacompdr",
     view: ViewName = None,
     address: Address = None,
     no_ray: NoRay = False,
@@ -53,8 +57,8 @@ def export_datacompdr(
 
     result = write(
         dataset, output, teachers=split_names(teachers), captioners=split_names(captioners), precision=precision,
-        images=images, images_from=images_from or (), approximate=approximate, view=view, use_ray=not no_ray,
-        address=address,
+        images=images, images_from=images_from or (), approximate=approximate, layout=layout, view=view,
+        use_ray=not no_ray, address=address,
     )  # fmt: skip
     for line in result.lines():
         typer.echo(escape(line))

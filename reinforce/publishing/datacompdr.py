@@ -18,7 +18,7 @@ from reinforce.datacompdr.members import MAX_OPS
 from reinforce.dataset.augment.fixed_point import FIXED_POINT_BACKEND
 from reinforce.dataset.augment.records import AUGMENTATION_BACKEND
 from reinforce.dataset.kinds.samples import PUBLISHED_FORMAT
-from reinforce.dataset.layers import TRUE_CAPTION, captions_layer, embeddings_layer
+from reinforce.dataset.layers import NO_IMAGES, TRUE_CAPTION, captions_layer, embeddings_layer
 from reinforce.dataset.reading.dataset import Dataset
 from reinforce.dataset.reading.sample import ImagePolicies
 from reinforce.errors import UserError
@@ -81,6 +81,7 @@ def export_datacompdr(
     images: bool = True,
     images_from: Sequence[str] = (),
     approximate: bool = False,
+    layout: Literal["datacompdr", "dfndr"] = "datacompdr",
     view: str | None = None,
     use_ray: bool = True,
     address: str | None = None,
@@ -90,13 +91,19 @@ def export_datacompdr(
     The vectors of ``teachers`` are concatenated in this order; default: all. Without ``images`` the tars have none.
     ``images_from`` is that of ``reinforce.open``. ``approximate`` also accepts an augmentation backend whose pixels
     readers of the format replay only approximately. With ``view``, only the samples that it keeps are exported.
+    ``layout`` ``dfndr`` is that of DFNDR: without images, true captions and all that states an image but its URL.
     Raises UserError, for what the format cannot hold before anything is written.
     """
     data = Dataset(url, teachers, captioners, view=view, images_from=images_from, images_key="--images-from {}")
+    images = images and layout == "datacompdr"
+    if images and data.manifest["images"] == NO_IMAGES:
+        raise UserError(f"{data.store.url} has labels without images. Add --no-images.")
     result = Exported(Storage(output).url, {})
     _check_teachers(data)
     operations = _check_policies(data, approximate)
     result.config = build_config(data, operations, precision, images)
+    if layout != "datacompdr":
+        result.config["reinforced_dataset"]["layout"] = layout
     policies = data.manifest["policies"]
     limits = ImagePolicies.from_manifest(data.manifest, data.store.url).limits
     export = ShardExport(
@@ -114,6 +121,7 @@ def export_datacompdr(
         roots=data.roots,
         moved=data.manifest.get("moved", {}),
         view=None if data.view is None else data.view.rows,
+        layout=layout,
     )
     if not data.captioners:
         result.notes.append("no captioner: the trainer of ml-mobileclip needs synthetic captions")

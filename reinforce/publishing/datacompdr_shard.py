@@ -26,12 +26,13 @@ from reinforce.datacompdr.members import CAPTIONS, PARAMETERS
 from reinforce.dataset import vectors
 from reinforce.dataset.augment.records import OPS
 from reinforce.dataset.files.store import Store
-from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, captions_layer, embeddings_layer
+from reinforce.dataset.layers import NO_IMAGES, SAMPLES, TRUE_CAPTION, captions_layer, embeddings_layer
 from reinforce.dataset.reading.aligned import AlignedLayers, row_errors
 from reinforce.dataset.view import ViewRows
 from reinforce.errors import UserError
 from reinforce.images.policy import PUBLISHED_POLICY, ImageRefused
 from reinforce.publishing.datacompdr_images import has_published_pixels, image_member
+from reinforce.publishing.public import public_url
 from reinforce.source.captions import parse_json
 from reinforce.source.formats.tar import split_name
 from reinforce.source.references import ImageRoots, referenced_images
@@ -57,13 +58,14 @@ class ShardExport:
         url, output: of the dataset and of the folder of tars.
         teachers, captioners: names, in the order in which dimensions and lists are written.
         fingerprints: of the layers that are read, ``samples`` first.
-        images: ``embed`` or ``reference``, as dataset.json records it.
+        images: ``embed``, ``reference`` or ``none``, as dataset.json records it.
         with_images: whether images are written.
         image_policy: the recorded one.
         operations: number of operations of each record with RandAugment.
         precision: of the stored vectors.
         limits, roots, moved: bounds on images; where they may be read by reference; former folders of the source.
         view: whose rows are exported, None for all.
+        layout: which members there are: ``dfndr`` has none that state more of the image than its URL.
     """
 
     url: str
@@ -71,7 +73,7 @@ class ShardExport:
     teachers: tuple[str, ...]
     captioners: tuple[str, ...]
     fingerprints: Mapping[str, str]
-    images: Literal["embed", "reference"]
+    images: Literal["embed", "reference", "none"]
     with_images: bool
     image_policy: str
     operations: int
@@ -80,6 +82,7 @@ class ShardExport:
     roots: ImageRoots = field(default_factory=ImageRoots)
     moved: Mapping[str, str] = field(default_factory=dict)
     view: ViewRows | None = None
+    layout: Literal["datacompdr", "dfndr"] = "datacompdr"
 
     @property
     def reads_images(self) -> bool:
@@ -140,6 +143,7 @@ def _rows(export: ShardExport, shard: str) -> Iterator[tuple[str, dict[str, Any]
     store = Store(export.url)
     columns = ["key", "caption", "metadata", "augmentations"]
     columns += image_columns(export.images) if export.reads_images else ()
+    columns += ("uid", "sha256", "url") if export.images == NO_IMAGES else ()
     layers = AlignedLayers(store, export.fingerprints, {SAMPLES: columns}, export.moved, export.view)
     with layers.open(shard) as opened:
         for number in range(opened.row_groups):
@@ -202,17 +206,27 @@ def _members(export: ShardExport, shard: str, key: str, row: Mapping[str, Any]) 
     missing += [LIST_OF.format(name) for name, texts in row["captions"].items() if texts is None or None in texts]
     if missing:
         raise LeftOut(f"null in the dataset: {', '.join(missing)}")
-    if caption is not None:
+    metadata = _metadata(row)
+    url = metadata.get("url")
+    if export.layout == "dfndr" and (not isinstance(url, str) or (url := public_url(url)) is None):
+        raise LeftOut("it has no URL that is public, which is all that this layout states of an image")
+    if caption is not None and export.layout == "datacompdr":
         yield "txt", caption.encode()
-    metadata = parse_json((row["metadata"] or "{}").encode())
-    metadata = metadata if isinstance(metadata, dict) else {}
-    if isinstance(url := metadata.get("url"), str):
+    if isinstance(url, str):
         yield "url.txt", url.encode(errors="replace")
     yield CAPTIONS, _json({LIST_OF.format(name): texts for name, texts in row["captions"].items()})
     yield PARAMETERS, _json({"param_aug": [_record(export, shard, key, one) for one in row["augmentations"]]})
     yield ("npz", _npz(arrays)) if export.precision == "fp32" else ("pth.gz", _pth(arrays))
     uid = metadata.get("uid")
-    yield "json", _json({**metadata, "uid": uid if isinstance(uid, str) else key})
+    if export.layout == "datacompdr":
+        yield "json", _json({**metadata, "uid": uid if isinstance(uid, str) else key})
+
+
+def _metadata(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata of a sample; of published labels, which have none, what is stated of its image."""
+    found = parse_json((row["metadata"] or "{}").encode())
+    stated = {kind: row[kind] for kind in ("uid", "sha256", "url") if row.get(kind) is not None}
+    return {**(found if isinstance(found, dict) else {}), **stated}
 
 
 def _record(export: ShardExport, shard: str, key: str, record: Mapping[str, Any]) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import os
 import re
@@ -22,7 +23,9 @@ def public_url(url: str) -> str | None:
 
     Others are local paths, hosts of a private network, and URLs with a user, password or signature.
     """
-    if len(url) > _MAX_URL or not url.lower().startswith(("http://", "https://")) or redact_values(url) != url:
+    if len(url) > _MAX_URL or not url.lower().startswith(("http://", "https://")):
+        return None
+    if ("@" in url or "?" in url) and redact_values(url) != url:
         return None
     try:
         host = urlsplit(url).hostname or ""
@@ -31,6 +34,7 @@ def public_url(url: str) -> str | None:
     return normal_url(url) if _is_public_host(host) else None
 
 
+@functools.lru_cache(maxsize=2**14)
 def _is_public_host(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_global

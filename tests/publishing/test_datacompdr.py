@@ -23,10 +23,11 @@ from reinforce.dataset.augment.records import OPS
 from reinforce.errors import UserError
 from reinforce.publishing import datacompdr_shard
 from reinforce.publishing.datacompdr import Exported, export_datacompdr
+from reinforce.publishing.labels import export_labels
 from reinforce.selection.config import SelectConfig
 from reinforce.selection.select import select
 from reinforce.settings import parse
-from tests.helpers.data import config_of, members_of, picture, write_tar
+from tests.helpers.data import config_of, members_of, picture, tree, write_tar
 from tests.helpers.reinforced import reinforce_here
 
 
@@ -49,7 +50,7 @@ def write_dataset(folder: Path, *extra: tuple[str, bytes], **changes: Any) -> No
     reinforce_here(config_of(f"{folder}/source/*.tar", folder / "out", **changes))
 
 
-def read_back(folder: Path, source: str) -> list[reinforce.Sample]:
+def read_back(folder: Path, source: str, join: str = "key") -> list[reinforce.Sample]:
     """The samples of ``tars`` in a dataset that reads them as published reinforcements of ``source``."""
     described = json.loads((folder / "tars" / "config.json").read_text())["reinforced_dataset"]
     teachers = {
@@ -63,7 +64,7 @@ def read_back(folder: Path, source: str) -> list[reinforce.Sample]:
         name: {"family": "published", "model": one["list"], "captions": one["captions"]}
         for name, one in described["captioners"].items()
     }
-    own = {"reinforcements": f"{folder}/tars/*.tar", "join": "key", "teachers": teachers, "captioners": captioners}
+    own = {"reinforcements": f"{folder}/tars/*.tar", "join": join, "teachers": teachers, "captioners": captioners}
     return list(reinforce.open(reinforce_here(config_of(source, folder / "back", **own))))
 
 
@@ -93,6 +94,34 @@ def test_reading_an_export_as_reinforcements_gives_the_same_dataset(
             for texts in ("caption", "namer"):
                 np.testing.assert_allclose(other.texts[teacher][texts], unit(one.texts[teacher][texts]), atol=tolerance)
         np.testing.assert_array_equal(one.augmented(1), other.augmented(1))
+
+
+def test_dfndrs_layout_has_urls_alone_and_is_joined_by_them(tmp_path: Path) -> None:
+    private = {"private.png": picture(60), "private.txt": b"x", "private.json": b'{"url": "https://e.org/a?sig=1"}'}
+    write_dataset(tmp_path, *private.items())
+    exported = export(tmp_path, layout="dfndr")
+    reason = "it has no URL that is public, which is all that this layout states of an image"
+    assert (exported.samples, exported.left_out) == (8, {reason: 1})
+    for path in (tmp_path / "tars").glob("*.tar"):
+        with tarfile.open(path) as tar:
+            extensions = {name.partition(".")[2] for name in tar.getnames()}
+        assert extensions == {"url.txt", "syn.json", "paug.json", "npz"}
+    kept = [sample for sample in reinforce.open(str(tmp_path / "out")) if sample.key != "private"]
+    back = read_back(tmp_path, f"{tmp_path}/source/*.tar", "url")
+    assert [(one.key, one.captions, one.augmentations) for one in back] == [
+        (one.key, one.captions, one.augmentations) for one in kept
+    ]
+    for one, other in zip(kept, back, strict=True):
+        np.testing.assert_allclose(other.images["red"], unit(one.images["red"]), atol=1e-6)
+
+
+def test_labels_without_images_give_the_tars_of_their_dataset(plain: Path, tmp_path: Path) -> None:
+    export_labels(str(plain / "out"), str(tmp_path / "out"), use_ray=False)
+    export(plain, tmp_path / "expected", images=False)
+    with pytest.raises(UserError, match=r"has labels without images. Add --no-images.$"):
+        export(tmp_path)
+    export(tmp_path, images=False)
+    assert tree(tmp_path / "tars") == tree(tmp_path / "expected")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
