@@ -73,8 +73,17 @@ def ray_session(s3_server: str) -> None:
         with pytest.MonkeyPatch.context() as patch:  # workers get the environment of the first ray.init
             _set_s3_environment(patch, s3_server)
             patch.setenv("RAY_metrics_report_interval_ms", "2000")  # instead of 10,000, for which a test would wait
-            lean_ray.prepare(patch)
+            lean_ray.prepare(patch, agent=True)
             ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+
+
+@pytest.fixture
+def ray_here() -> Iterator[None]:
+    """Runs have their workers in the process of the test."""
+    from tests.helpers.local_ray import local_ray
+
+    with local_ray():
+        yield
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

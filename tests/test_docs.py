@@ -26,6 +26,7 @@ from reinforce.captioning.config import CaptionerConfig
 from reinforce.cli import main
 from reinforce.config import Config, Limits
 from reinforce.images.policy import decode
+from reinforce.publishing import shards as export_shards
 from reinforce.selection.config import SelectConfig
 from reinforce.student.config import StudentConfig
 from reinforce.tuning.config import TuneConfig
@@ -33,6 +34,7 @@ from schemas import Reason
 from teachers.open_clip.catalog import check_model
 from teachers.preprocessing.fit import fit
 from tests.helpers import pages_commands as commands
+from tests.helpers.local_ray import local_ray
 from tests.helpers.pages import (
     GENERATED,
     ROOT,
@@ -71,12 +73,16 @@ run_once = cache(run_command)  # the workspace is the same for each page
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Iterator[Path]:
-    """The workspace after the first commands of README.md: a dataset, and a student that was trained from it."""
+def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The workspace after the first commands of README.md: a dataset, and a student that was trained from it.
+
+    What commands do in processes of Ray is done in this one.
+    """
     folder = tmp_path_factory.mktemp("workspace")
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, local_ray():
         patch.chdir(folder)
         patch.syspath_prepend(str(folder))
+        patch.setattr(export_shards, "_in_tasks", lambda function, names, _: export_shards._here(function, names))
         write_inputs(folder)
         run_command("run", "my.yaml")
         shutil.copytree("my-data", "demo/dataset")
@@ -221,6 +227,7 @@ def test_the_custom_teacher_and_reading_without_this_project_stay_short() -> Non
 # --- configs
 
 
+@cache
 def complete(name: str) -> dict[str, Any]:
     """The config of this name that a page shows as a whole, over which the others are laid."""
     required = {key for key, field in CONFIGS[name].model_fields.items() if field.is_required()}
@@ -269,10 +276,15 @@ def dotted_keys(schema: dict[str, Any], sections: dict[str, Any]) -> Iterator[st
             yield from (f"{name}.{key}" for key in dotted_keys(sections[section], sections))
 
 
+@cache
+def known_keys() -> set[str]:
+    schemas = [config.model_json_schema() for config in CONFIGS.values()]
+    return {key for schema in schemas for key in dotted_keys(schema, schema["$defs"])}
+
+
 @pytest.mark.parametrize("page", [page for page in WRITTEN_BY_HAND if page != "docs/reading.md"])
 def test_keys_of_configs_in_sentences_exist(page: str) -> None:
-    schemas = [config.model_json_schema() for config in CONFIGS.values()]
-    known = {key for schema in schemas for key in dotted_keys(schema, schema["$defs"])}
+    known = known_keys()
     for code in inline_code(page):
         dotted = re.fullmatch(r"[a-z_]+(\.[a-z_]+)+", code) and Path(code).suffix not in FILES
         if dotted and code.partition(".")[0] in known:

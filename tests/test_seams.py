@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,11 @@ from tests.helpers.reinforced import reinforce_here
 ROOT = Path(__file__).parents[1]
 
 
+@cache
+def parsed_file(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 # Source formats.
 
 
@@ -62,7 +68,7 @@ def test_no_other_code_asks_which_format_a_source_has() -> None:
         for folder in ("reinforce", "jobs", "benchmarks")
         for path in sorted((ROOT / folder).rglob("*.py"))
         if "source/formats" not in str(path.relative_to(ROOT))
-        for line, text in compared_texts(ast.parse(path.read_text()))
+        for line, text in compared_texts(parsed_file(path))
         if text in source_formats.MODULES
     ]
     assert asked == []
@@ -149,7 +155,7 @@ def test_no_other_code_asks_which_family_a_model_is_of() -> None:
         f"{path.relative_to(ROOT)}:{line}: {name}"
         for folder in ("reinforce", "benchmarks", "jobs", "reinforce_docs", "schemas")
         for path in sorted((ROOT / folder).rglob("*.py"))
-        for line, name in attributes(ast.parse(path.read_text()))
+        for line, name in attributes(parsed_file(path))
         if name in ("family", "class_")
     ]
     assert asked == []
@@ -238,7 +244,7 @@ def test_no_other_code_asks_which_kind_a_layer_is_of_or_reads_its_name() -> None
         f"{path.relative_to(ROOT)}:{line}: {text}"
         for path in sorted((ROOT / "reinforce").rglob("*.py"))
         if not str(path.relative_to(ROOT / "reinforce")).startswith(own)
-        for line, text in kind_questions(ast.parse(path.read_text()))
+        for line, text in kind_questions(parsed_file(path))
     ]
     assert asked == []
     code = "layer.kind.name in ('images', 'texts'); f'captions/{c}'; layer.split('/'); posixpath.dirname(name)"

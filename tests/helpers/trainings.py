@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 from collections.abc import Container, Iterator, Mapping
 from functools import partial
@@ -119,6 +120,25 @@ class StoppingFeed(PairFeed):
             if step == self.at:  # while the previous step is computed
                 self.stop.request(signal.SIGTERM)
             yield made
+
+
+class FatalFeed(PairFeed):
+    """Kills rank 1 at a step, once: a file marks that it has happened."""
+
+    def __init__(self, folder: str, at: int) -> None:
+        super().__init__()
+        self.marker, self.at = Path(folder, "killed"), at
+
+    def batches(self, rank: int, ranks: int, batch: int, start: int) -> Iterator[Batch]:
+        for step, made in enumerate(super().batches(rank, ranks, batch, start), start=start):
+            if (rank, step) == (1, self.at) and not self.marker.exists():
+                self.marker.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield made
+
+
+def fatal(accelerator: Accelerator, folder: str) -> tuple[TowersTask, PairFeed]:
+    return TowersTask(), FatalFeed(folder, at=8)
 
 
 def training(**changes: Any) -> Training:

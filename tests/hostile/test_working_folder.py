@@ -55,6 +55,9 @@ def test_the_workers_of_a_run_import_packages_first(dataset: Path, shards: Calla
         "from tests.helpers.models import ColorTeacher\n\n\nclass Mine(ColorTeacher): ...\n"
     )
     (tmp_path / "my.yaml").write_text(yaml.safe_dump(config))
-    done = run(dataset, REINFORCE, "run", f"{tmp_path}/my.yaml")
+    program = tmp_path / "bin" / "reinforce"
+    program.parent.mkdir()
+    program.write_text("from tests.helpers import lean_ray\n\nlean_ray.run_command()\n")
+    done = run(dataset, sys.executable, str(program), "run", f"{tmp_path}/my.yaml")
     assert (done.returncode, ran(dataset)) == (0, []), done.stderr
     assert (tmp_path / "new" / "embeddings" / "mine").is_dir()

@@ -84,7 +84,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(ray_session: None, source: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(source: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return fresh_dataset(simple_config(source, tmp_path_factory.mktemp("undisturbed") / "out"))
 
 
@@ -109,6 +109,7 @@ def check_resumes(config: dict[str, Any], out: Path, undisturbed: Path) -> None:
     assert not list((out / ".tmp").glob("reinforce-*")), "no temporary file is left"
 
 
+@pytest.mark.usefixtures("ray_here")
 @pytest.mark.parametrize("sent", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_run_whose_driver_was_killed_or_interrupted_resumes(
     source: str, undisturbed: Path, tmp_path: Path, sent: signal.Signals
@@ -125,6 +126,7 @@ def test_a_run_whose_driver_was_killed_or_interrupted_resumes(
     check_resumes(simple_config(source, out), out, undisturbed)
 
 
+@pytest.mark.usefixtures("ray_here")
 def test_a_second_run_is_refused_a_killed_worker_is_replaced_and_a_terminated_run_resumes(
     source: str, undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -152,6 +154,7 @@ def test_a_second_run_is_refused_a_killed_worker_is_replaced_and_a_terminated_ru
     check_resumes(config, out, undisturbed)
 
 
+@pytest.mark.usefixtures("ray_here")
 def test_only_the_monotonic_clock_affects_a_run(
     source: str, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,10 +1,9 @@
-"""`ray job submit` to a head node that is started as in docs/clusters.md: run to its end, then submitted again."""
+"""`ray job submit` to a head node that is started as in docs/clusters.md: a run to its end, and the same run again."""
 
 from __future__ import annotations
 
 import os
 import re
-import shlex
 import shutil
 import signal
 import socket
@@ -60,7 +59,7 @@ def _answers(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def test_a_submitted_job_finishes_and_submitting_it_again_does_nothing(
+def test_a_submitted_run_finishes_and_the_same_run_again_does_nothing(
     head: dict[str, str], shards: Callable[..., str], tmp_path: Path
 ) -> None:
     work = tmp_path / "checkout"
@@ -70,30 +69,24 @@ def test_a_submitted_job_finishes_and_submitting_it_again_does_nothing(
     config["teachers"]["red"] = {"class": "tests.helpers.models:PrintingTeacher"}
     (work / "job.yaml").write_text(yaml.safe_dump(config))
 
-    def submit(*entrypoint: str) -> subprocess.CompletedProcess[str]:
-        command = [str(BIN / "ray"), "job", "submit", "--working-dir", ".", "--", *entrypoint]
-        for _ in range(20):
-            done = subprocess.run(command, cwd=work, env=head, capture_output=True, text=True, timeout=240, check=False)
-            if "No available agent" not in done.stderr:  # the head is still starting
-                break
-            time.sleep(1)
-        return done
-
-    program = ("python", "jobs/reinforce_dfn.py", "--config", "job.yaml")
-    first = submit(*program)
-    assert first.returncode == 0, first.stdout + first.stderr
-    assert "9 samples" in first.stdout
+    program = "python jobs/reinforce_dfn.py --config job.yaml"
+    stamps = f"find {tmp_path}/out -name '*.parquet' -printf '%p %T@\\n' | sort"
+    entry = f"{program} && {stamps} > before && {program} && {stamps} > after && cmp before after && wc -l < after"
+    command = [str(BIN / "ray"), "job", "submit", "--working-dir", ".", "--", "sh", "-c"]
+    command += [f"{entry} && ! {program} --set output=runs/out"]
+    for _ in range(20):
+        done = subprocess.run(command, cwd=work, env=head, capture_output=True, text=True, timeout=480, check=False)
+        if "No available agent" not in done.stderr:  # the head is still starting
+            break
+        time.sleep(1)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "9 samples" in done.stdout
     [run] = list_runs(store := Storage(str(tmp_path / "out")))
     progress = read_progress(store, run)
     assert progress is not None
-    assert f"{progress.log_command()}\n".removesuffix(" --follow\n") in first.stdout, "Ray names the same command"
-    assert "\x1b[2K" not in first.stdout, "the log of a job has no control sequences"
-    assert re.search(r"^\(\w+ pid=\d+\) printed by a worker$", first.stdout, re.MULTILINE), "nor colours"
-    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.parquet")}
-    assert len(stamps) == 2 * 8 + 8, "two shards and the index of each layer"
-    again = f"{shlex.join(program)} && ! {shlex.join(program)} --set output=runs/out"
-    second = submit("sh", "-c", again)
-    assert second.returncode == 0, second.stdout + second.stderr
-    assert "nothing to do" in second.stdout
-    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.parquet")} == stamps
-    assert "error: output runs/out is in the temporary folder of a Ray job" in second.stdout
+    assert f"{progress.log_command()}\n".removesuffix(" --follow\n") in done.stdout, "Ray names the same command"
+    assert "\x1b[2K" not in done.stdout, "the log of a job has no control sequences"
+    assert re.search(r"^\(\w+ pid=\d+\) printed by a worker$", done.stdout, re.MULTILINE), "nor colours"
+    assert "nothing to do" in done.stdout
+    assert re.search(rf"^{2 * 8 + 8}$", done.stdout, re.MULTILINE), "two shards and the index of each layer, unchanged"
+    assert "error: output runs/out is in the temporary folder of a Ray job" in done.stdout

@@ -1,4 +1,4 @@
-"""Whole runs on a local Ray: the files they write, that nothing is computed twice, and their exit status."""
+"""Whole runs: the files they write, that nothing is computed twice, and their exit status."""
 
 from __future__ import annotations
 
@@ -22,8 +22,6 @@ from tests.helpers import published
 from tests.helpers.data import config_of, members_of, tree, write_tar
 from tests.helpers.reinforced import fresh_dataset
 
-pytestmark = pytest.mark.usefixtures("ray_session")
-
 
 def events_of(output: Path, kind: str) -> list[dict[str, Any]]:
     parts = sorted(output.glob("runs/*/events-*.jsonl"))
@@ -32,6 +30,7 @@ def events_of(output: Path, kind: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
 def test_two_runs_into_two_folders_give_equal_files(
     shards: Callable[..., str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -44,6 +43,7 @@ def test_two_runs_into_two_folders_give_equal_files(
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
 
 
+@pytest.mark.usefixtures("ray_session")
 def test_an_added_teacher_and_captioner_compute_only_their_layers_and_end_as_a_fresh_run(
     shards: Callable[..., str], tmp_path: Path
 ) -> None:
@@ -65,6 +65,7 @@ def test_an_added_teacher_and_captioner_compute_only_their_layers_and_end_as_a_f
     assert manifests[0] == manifests[1]
 
 
+@pytest.mark.usefixtures("ray_here")
 def test_a_run_reports_damaged_files_replaced_sources_and_repeated_keys_and_the_next_does_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -137,6 +138,7 @@ def source(tmp_path: Path) -> str:
     return f"{tmp_path}/source/{{0..1}}.tar"
 
 
+@pytest.mark.usefixtures("ray_here")
 def test_a_finished_run_with_too_many_quarantined_shards(
     source: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -150,6 +152,7 @@ def test_a_finished_run_with_too_many_quarantined_shards(
     assert run(tmp_path, config) == 1, "also when there is nothing left to do"
 
 
+@pytest.mark.usefixtures("ray_here")
 def test_a_fault_of_all_shards_stops_the_run_before_it_quarantines_the_rest(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -163,6 +166,7 @@ def test_a_fault_of_all_shards_stops_the_run_before_it_quarantines_the_rest(
     assert len(list((tmp_path / "out" / "quarantine" / "samples").iterdir())) < 20
 
 
+@pytest.mark.usefixtures("ray_here")
 def test_a_model_with_a_wrong_output_shape_fails_before_the_first_shard(
     source: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -175,6 +179,7 @@ def test_a_model_with_a_wrong_output_shape_fails_before_the_first_shard(
     assert not list(tmp_path.glob("out/samples/*"))
 
 
+@pytest.mark.usefixtures("ray_here")
 def test_a_run_that_a_defect_of_the_program_stops(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise ZeroDivisionError("a defect")
@@ -186,6 +191,7 @@ def test_a_run_that_a_defect_of_the_program_stops(source: str, tmp_path: Path, m
     )  # fmt: skip
 
 
+@pytest.mark.usefixtures("ray_here")
 def test_a_run_reads_published_reinforcements_and_adds_a_custom_teacher(tmp_path: Path) -> None:
     published.write_published(
         tmp_path,

@@ -24,7 +24,6 @@ from reinforce.errors import StorageError
 from reinforce.source import urls
 from tests.helpers.data import config_of, members_of, tree
 from tests.helpers.large_object import write
-from tests.helpers.local_ray import local_ray
 from tests.helpers.reinforced import fresh_dataset
 from tests.helpers.s3_proxy import Fault, Proxy, Request, cut, hold, lose, refuse, run_first, slow
 from tests.helpers.s3_runs import SHARDS, config, events, layers, put_source, reads_shard, writes_layer
@@ -105,6 +104,7 @@ def has_begun(proxy: Proxy) -> bool:
     return any(request.method == "PUT" and request.key.endswith("dataset.json") for request in proxy.requests)
 
 
+@pytest.mark.usefixtures("ray_here")
 def test_transient_faults_leave_no_trace(s3: s3fs.S3FileSystem, s3_proxy: Proxy, undisturbed: dict[str, bytes]) -> None:
     """Several kinds of faults in one run."""
     real = s3.cat_file("bucket/source/1.tar")
@@ -134,8 +134,7 @@ def test_transient_faults_leave_no_trace(s3: s3fs.S3FileSystem, s3_proxy: Proxy,
     s3_proxy.requests.clear()
     with contextlib.ExitStack() as stack:
         done = [stack.enter_context(s3_proxy.inject(*fault)) for fault in faults]
-        with local_ray():  # whose two passes start no worker processes
-            summary = reinforce.run(config("passing"))
+        summary = reinforce.run(config("passing"))
     assert [len(affected) for affected in done] == [times for _, _, times in faults], "each fault was injected"
     assert (summary.status, summary.quarantined_shards, summary.refused) == (0, 0, {})
     raised = "".join(event["error"] for event in events(s3, "passing", "shard_raised"))
@@ -162,6 +161,7 @@ def test_two_runs_at_once_put_equal_objects(
     assert max(puts.values()) == 2, "both wrote the same shards"
 
 
+@pytest.mark.usefixtures("ray_here")
 def test_shards_that_cannot_be_read_are_quarantined_and_their_neighbours_finish(
     s3: s3fs.S3FileSystem, s3_proxy: Proxy, undisturbed: dict[str, bytes]
 ) -> None:

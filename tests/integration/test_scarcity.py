@@ -13,6 +13,7 @@ import yaml
 
 import reinforce
 from tests.helpers.data import config_of, tree
+from tests.helpers.local_ray import local_ray
 from tests.helpers.reinforced import fresh_dataset
 
 ROOT = Path(__file__).parents[2]
@@ -75,7 +76,8 @@ def test_a_full_disk_ends_a_run_with_one_error_and_nothing_half_written(
     assert 3 <= len(there) < 15
 
     make_room()
-    assert reinforce.run(config).status == 0
+    with local_ray():
+        assert reinforce.run(config).status == 0
     assert not list((out / ".tmp").glob("reinforce-*"))
     assert tree(out) == tree(fresh_dataset({**config, "output": str(tmp_path / "whole")}))
     assert there.items() <= tree(out).items(), "the files on the full disk were complete"

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,30 +17,10 @@ from reinforce.training.distributed.ranks import Ranks
 from reinforce.training.launch import launch
 from reinforce.training.loop import run_rank
 from reinforce.training.stop import Stopped, StopSignal
-from reinforce.training.task import Batch
 from teachers.device.accelerator import Accelerator
-from tests.helpers.trainings import PairFeed, StoppingFeed, TowersTask, builder, curve, job
+from tests.helpers.trainings import PairFeed, StoppingFeed, TowersTask, builder, curve, fatal, job
 
 pytestmark = pytest.mark.usefixtures("ray_session")
-
-
-class FatalFeed(PairFeed):
-    """Kills rank 1 at a step, once: a file marks that it has happened."""
-
-    def __init__(self, folder: str, at: int) -> None:
-        super().__init__()
-        self.marker, self.at = Path(folder, "killed"), at
-
-    def batches(self, rank: int, ranks: int, batch: int, start: int) -> Iterator[Batch]:
-        for step, made in enumerate(super().batches(rank, ranks, batch, start), start=start):
-            if (rank, step) == (1, self.at) and not self.marker.exists():
-                self.marker.touch()
-                os.kill(os.getpid(), signal.SIGKILL)
-            yield made
-
-
-def fatal(accelerator: Accelerator, folder: str) -> tuple[TowersTask, PairFeed]:
-    return TowersTask(), FatalFeed(folder, at=8)
 
 
 def test_after_a_killed_rank_all_ranks_restart_from_the_last_checkpoint(tmp_path: Path) -> None:

@@ -92,6 +92,7 @@ def read_losses(lines: bytes) -> list[float]:
     return [row["loss"] for row in map(json.loads, lines.splitlines()) if "loss" in row]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_an_object_store_gives_the_results_of_a_local_disk(s3: Any, tmp_path: Path) -> None:
     write_shards(tmp_path, 20, 20)
     s3.put(f"{tmp_path}/shards/", "bucket/pairs/", recursive=True)

@@ -57,8 +57,7 @@ class Soak:
         self.proxy = Proxy(0, server.get_host_and_port()[1])
         os.environ |= {"AWS_ENDPOINT_URL": self.proxy.url, "AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "k"}
         os.environ |= {"AWS_DEFAULT_REGION": "us-east-1", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
-        # On a busy machine workers need CPU time, and nodes time to start.
-        os.environ |= {"RAY_worker_niceness": "0", "RAY_raylet_start_wait_time_s": "300"}
+        os.environ |= {"RAY_worker_niceness": "0"}  # on a busy machine workers need CPU time
         import s3fs
         from ray.cluster_utils import Cluster
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,16 @@ import yaml
 from reinforce.cli import main
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.manifest.manifest import read_manifest
-from reinforce.student.config import load_student_config
+from reinforce.settings import parse
+from reinforce.student.config import StudentConfig, load_student_config
 from reinforce.student.train import build
+from reinforce.terminal import Screen
 from reinforce.training.record.log import LOG
+from reinforce.tuning.command import _run_stage
+from reinforce.tuning.config import TuneConfig
+from reinforce.tuning.search import Search
+from reinforce.tuning.space import BaseStudent, Trial, scale_settings
+from reinforce.tuning.trials import Outcome
 from teachers.device.accelerator import Accelerator
 from tests.helpers.reinforced import small_dataset
 from tests.helpers.students import student_folder
@@ -44,7 +51,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "student": str(folder / "student.yaml"),
         "trial": {"train": {"steps": STEPS}, "evaluate": {"every": 2}},
         "scales": {"red": [5.0, 50.0]},
-        "seeds": [0, 1],
+        "seeds": [0],  # each stage of a search starts a process
         "concurrent": 1,
         "metric": METRIC,
         "screening": {"batches": 2},
@@ -92,7 +99,7 @@ def test_tuning_writes_results_resumes_and_records_scales(
 
     # Finished trials are not trained again; an interrupted one gives the same result.
     logs = {path: path.read_bytes() for path in output.glob(f"trials/*/{LOG}")}
-    best = output / "trials" / f"red-{curve['best']:g}_seed-1"
+    best = output / "trials" / f"red-{curve['best']:g}_seed-0"
     (best / "results.json").unlink()
     shutil.rmtree(best / "student")
     (best / "checkpoints" / f"step-{STEPS:09d}.safetensors").unlink()
@@ -103,7 +110,7 @@ def test_tuning_writes_results_resumes_and_records_scales(
     found = json.loads(shown)  # only JSON is on standard output
     [recorded] = found.pop("recorded")
     assert found == {"output": str(output), **json.loads((output / "table.json").read_text()), "errors": []}
-    assert f"red-{curve['best']:g}_seed-1: step {STEPS} of {STEPS}" in printed
+    assert f"red-{curve['best']:g}_seed-0: step {STEPS} of {STEPS}" in printed
     assert table_of(output) == table
     assert {path: path.read_bytes() for path in logs} == logs
 
@@ -112,6 +119,32 @@ def test_tuning_writes_results_resumes_and_records_scales(
     assert entry["logit_scale"] == curve["best"]
     assert entry["logit_scale_from"].startswith(f"tuned by {METRIC}")
     assert f"logit scale of red is now {curve['best']:g}, was 50 (config)" in recorded
+
+
+def test_settings_that_are_not_stopped_are_trained_with_every_seed_and_then_the_neighbours_of_the_plateau(
+    config: dict[str, Any],
+) -> None:
+    values = {10.0: 0.1, 20.0: 0.6, 40.0: 0.6, 80.0: 0.2}
+    asked: list[tuple[bool, list[str]]] = []
+
+    class Answers(Search):
+        def run(self, trials: Mapping[Trial, StudentConfig], stop_early: bool) -> dict[Trial, Outcome]:
+            asked.append((stop_early, [trial.name for trial in trials]))
+            return {
+                trial: Outcome("stopped" if stop_early and trial.setting.scales["red"] in (10.0, 80.0)
+                               else "finished", [(STEPS, values[trial.setting.scales["red"]] + 0.02 * trial.seed)])
+                for trial in trials
+            }  # fmt: skip
+
+    made = parse(TuneConfig, {**config, "output": "out", "scales": {"red": [*values]}, "seeds": [0, 1]})
+    search = Answers("out", METRIC, STEPS, made.early_stopping, 1, Screen(), lambda: None)
+    outcomes = _run_stage(made, BaseStudent(made), search, scale_settings(made))
+    assert asked == [
+        (True, [f"red-{scale:g}_seed-0" for scale in values]),
+        (False, ["red-20_seed-1", "red-40_seed-1"]),
+        (False, [f"red-{scale}_seed-{seed}" for seed in (0, 1) for scale in (10, 80)]),
+    ]
+    assert len(outcomes) == 8
 
 
 def test_screen_only_trains_nothing(config: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
