@@ -23,6 +23,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch threads that wait w
 os.environ.setdefault("RAY_worker_niceness", "0")  # with Ray's default of 15, other tests starve the workers
 os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # processes for tasks, of which runs have none
 os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # an actor for each group of ranks
+os.fsync = lambda _: None  # no test cuts the power, and files are synced thousands of times
 
 
 @pytest.hookimpl(wrapper=True)

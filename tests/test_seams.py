@@ -251,7 +251,7 @@ def test_no_other_code_asks_which_kind_a_layer_is_of_or_reads_its_name() -> None
     assert len({text for _, text in kind_questions(ast.parse(code))}) == 4, "the search finds such code"
 
 
-@pytest.mark.usefixtures("ray_session")
+@pytest.mark.usefixtures("ray_here")
 def test_one_more_kind_of_layers_needs_a_kind_and_a_producer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,12 +6,14 @@ import io
 import json
 import os
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 
-from reinforce.demo import icon_sets
+from reinforce.demo import data, icon_sets, teacher_data
+from reinforce.demo.concepts import Concept
 from reinforce.demo.data import shared_concepts, write_noisy_shards, write_shards, write_tests
 
 
@@ -40,15 +42,26 @@ def tests(demo_folder: Path) -> Path:
     return demo_folder / "tests"
 
 
+@pytest.fixture
+def few_concepts(monkeypatch: pytest.MonkeyPatch) -> Sequence[Concept]:
+    """A twentieth of the concepts, with those of the npm packages, instead of all: drawing these takes seconds."""
+    concepts = data.shared_concepts()
+    unseen = next(concept for concept in concepts if concept.unseen)
+    few = [c for n, c in enumerate(concepts) if n % 20 == 0 or c is unseen or c.emoji.key == "1f34e"]
+    for module in (data, teacher_data):
+        monkeypatch.setattr(module, "shared_concepts", lambda: few)
+    return few
+
+
 def pack(folder: Path, package: str, members: dict[str, object]) -> None:
     """Write an archive as `npm pack` does."""
     name, _, version = package.lstrip("@").rpartition("@")
     with tarfile.open(folder / f"{name.replace('/', '-')}-{version}.tgz", "w:gz") as tar:
         for path, content in members.items():
-            data = json.dumps(content).encode()
+            packed = json.dumps(content).encode()
             member = tarfile.TarInfo(f"package/{path}")
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
+            member.size = len(packed)
+            tar.addfile(member, io.BytesIO(packed))
 
 
 @pytest.fixture(scope="session")

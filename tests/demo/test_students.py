@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -101,20 +100,27 @@ def test_commands_of_the_makefile_exist() -> None:
         assert "--help" in run(command, "--help")
 
 
-def test_data_repairs_damaged_shards_and_does_not_write_complete_ones_again(demo_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("few_concepts")
+def test_data_repairs_damaged_shards_and_does_not_write_complete_ones_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All is drawn again, to the same bytes."""
-    folder = Path(shutil.copytree(demo_folder, tmp_path / "demo"))
+    monkeypatch.setattr("reinforce.demo.data.SAMPLES_PER_SHARD", 28)
+    folder = tmp_path / "demo"
     out, noisy, tests = (folder / name for name in ("shards", "noisy-shards", "tests"))
+    command = ("data", "--out", str(out), "--noisy", str(noisy), "--tests", str(tests))
+    run(*command)
+    whole = tree(folder)
     damaged = {out / "00001.tar", noisy / "00001.tar", tests / "unseen-style/00000.tar"}
     for path in damaged:
         path.write_bytes(path.read_bytes()[:1000])
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
-    output = run("data", "--out", str(out), "--noisy", str(noisy), "--tests", str(tests))
+    output = run(*command)
     assert f"3 shards in {out}" in output
     assert {path.name for path in tests.iterdir()} == {
         "classes.txt", "groups.json", "unseen-icons", "unseen-pictures", "unseen-style",
     }  # fmt: skip
-    assert tree(folder) == tree(demo_folder)
+    assert tree(folder) == whole
     assert {path for path, written in before.items() if path.stat().st_mtime_ns != written} == damaged
 
 

@@ -194,7 +194,6 @@ def test_sigterm_under_torchrun_ends_both_ranks_with_a_checkpoint_and_they_resum
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("ray_session")
 def test_two_ranks_on_ray_train_have_the_curve_of_one(
     base: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -20,7 +20,7 @@ from reinforce.training.stop import Stopped, StopSignal
 from teachers.device.accelerator import Accelerator
 from tests.helpers.trainings import PairFeed, StoppingFeed, TowersTask, builder, curve, fatal, job
 
-pytestmark = pytest.mark.usefixtures("ray_session")
+pytestmark = pytest.mark.usefixtures("ray_session", "no_pictures")
 
 
 def test_after_a_killed_rank_all_ranks_restart_from_the_last_checkpoint(tmp_path: Path) -> None:
