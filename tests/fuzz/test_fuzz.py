@@ -13,8 +13,8 @@ from tests.fuzz.targets import GOOD, HEADERS, TARGETS, Mutation, shard
 from tests.fuzz.watchdog import bounded
 
 ROOT = Path(__file__).parents[2]
-EXAMPLES = {"shard": 60, "packed": 40, "members": 60, "image": 150, "text": 150, "published": 100}
-EXAMPLES |= {"dataset": 30, "manifest": 30, "table": 20}
+EXAMPLES = {"shard": 30, "packed": 20, "members": 30, "image": 75, "text": 75, "published": 50}
+EXAMPLES |= {"dataset": 15, "manifest": 15, "table": 10}
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -67,7 +67,7 @@ cluster.shutdown()
 def test_the_pool_follows_the_cluster_and_lost_and_drained_nodes_cost_no_shard(
     shards: Callable[..., str], tmp_path: Path
 ) -> None:
-    config = config_of(shards(*[8] * 120), tmp_path / "out", captioners={}, workers={"batch": 32})
+    config = config_of(shards(*[2] * 120), tmp_path / "out", captioners={}, workers={"batch": 32})
     config["teachers"] = {"red": {"class": "tests.helpers.models:ColorTeacher"}}
     path, quick = tmp_path / "config.yaml", tmp_path / "quick"
     path.write_text(yaml.safe_dump(config, sort_keys=False))

@@ -216,7 +216,7 @@ def test_single_failures_leave_no_trace_and_lasting_ones_cost_a_shard_or_the_lay
     assert tree(out) == whole
 
 
-@pytest.mark.usefixtures("ray_session")
+@pytest.mark.usefixtures("ray_here")
 def test_a_worker_at_which_every_lease_fails_is_replaced_and_no_shard_is_quarantined(
     shards: Callable[..., str], tmp_path: Path
 ) -> None:

@@ -26,7 +26,7 @@ def rows_of(order: Order, stream: int, position: int = 0) -> Iterator[tuple[int,
 
 
 @given(groups, streams, windows)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_every_row_comes_once_per_epoch_and_streams_are_equal(rows: list[int], count: int, window: int) -> None:
     order = Order(rows, 7, "d", count, window)
     epochs = 3
@@ -38,7 +38,7 @@ def test_every_row_comes_once_per_epoch_and_streams_are_equal(rows: list[int], c
 
 
 @given(groups, streams, windows, st.integers(0, 150))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_a_stream_can_start_at_any_position(rows: list[int], count: int, window: int, position: int) -> None:
     order = Order(rows, 7, "d", count, window)
     stream = position % count
