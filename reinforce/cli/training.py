@@ -178,6 +178,11 @@ def evaluate(
     compare: Annotated[
         str | None, typer.Option(metavar="NAME", help="Show the published metrics of a model, such as mobileclip2_s0.")
     ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes for sets of --suite side by side. Default: one for each accelerator."),
+    ] = None,
+    address: Address = None,
 ) -> None:
     """Evaluate models by zero-shot classification and image-text retrieval.
 
@@ -200,12 +205,13 @@ def evaluate(
 
             names = [name for part in sets_ or () for name in part.split(",")]
             device_options: dict[str, Any] = {"device": device, "precision": precision, "batch": batch}
+            device_options |= {"workers": workers, "address": address, "pretrained": pretrained}
             with resolve_models(models, pretrained) as specs:
                 result = evaluate_suite(specs, suite, data, out, names=names, compare=compare, **device_options)
             show_report(result, json_, print_json)
             failed = list(result.failed)
-        elif data is not None or sets_ or compare:
-            raise UserError("--data, --sets and --compare belong to --suite, and none is given.")
+        elif data is not None or sets_ or compare or workers or address:
+            raise UserError("--data, --sets, --compare, --workers and --address belong to --suite, and none is given.")
         else:
             sets = command.build_evaluation(
                 config, zero_shot or [], retrieval or [], given, limit, batch, images_from or []

@@ -21,7 +21,7 @@ from reinforce.evaluation.report import Result, SetSummary
 from reinforce.evaluation.sets import Retrieval, ZeroShot, open_retrieval_set, open_zero_shot_set
 from reinforce.evaluation.suite.files import SetFiles
 from reinforce.evaluation.suite.models import Models
-from reinforce.evaluation.suite.run import evaluate_set, find_set
+from reinforce.evaluation.suite.one_set import evaluate_set, find_set
 from reinforce.processes.cores import available_cores
 from teachers.device.accelerator import Accelerator
 from teachers.open_clip.teacher import OpenClipEncoder

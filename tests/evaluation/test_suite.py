@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from reinforce.errors import UserError
 from reinforce.evaluation import images
 from reinforce.evaluation.encoding import Encoder
-from reinforce.evaluation.suite import run
+from reinforce.evaluation.suite import one_set, run
 from reinforce.evaluation.suite.files import find_files
 from reinforce.evaluation.suite.models import Models, Outcome
 from tests.helpers import tiny_models
@@ -28,7 +29,7 @@ def evaluate_set(root: Path, key: str, batch: int = 5, **encoders: Encoder) -> O
     files = find_files(one, str(root))
     assert files is not None
     models = Models(encoders or {"oracle": ColourOracle()}, CPU, batch, threads=2)
-    return run._kinds()[one.kind](one, files, models)
+    return one_set._kinds()[one.kind](one, files, models)
 
 
 def test_classification_of_several_models(tmp_path: Path) -> None:
@@ -59,7 +60,7 @@ def test_sets_with_the_same_classes_share_a_classifier(tmp_path: Path) -> None:
         write_classification(tmp_path, key, colour_samples(1), templates=lines)
         files = find_files(find_set(key), str(tmp_path))
         assert files is not None
-        assert run._kinds()["classification"](find_set(key), files, models).metrics["model"]["acc1"] == 1
+        assert one_set._kinds()["classification"](find_set(key), files, models).metrics["model"]["acc1"] == 1
         counts.append(encoder.texts)
     assert counts == [12, 12, 24]
 
@@ -146,10 +147,10 @@ def test_the_right_caption_must_have_the_higher_score(tmp_path: Path) -> None:
     assert find_files(find_set("add_obj"), str(tmp_path)) is None, "each of the seven is a set of its own"
     for broken in ('{"0": {"filename": "a.jpg"}}', '{"0": {"filename"', "[]"):
         (folder / "data" / "swap_obj.json").write_text(broken)
-        with pytest.raises(run.UserError, match=r"swap_obj.json has another shape than the published file"):
+        with pytest.raises(UserError, match=r"swap_obj.json has another shape than the published file"):
             evaluate_set(tmp_path, "swap_obj")
     (folder / "data" / "swap_obj.json").write_text(json.dumps({"0": rows[0] | {"filename": "none.jpg"}}))
-    with pytest.raises(run.UserError, match=r"none.jpg cannot be read"):
+    with pytest.raises(UserError, match=r"none.jpg cannot be read"):
         evaluate_set(tmp_path, "swap_obj")
 
 
@@ -169,7 +170,7 @@ def test_long_captions_are_read_as_they_are_published(tmp_path: Path) -> None:
     outcome = evaluate_set(tmp_path, "sharegpt4v-1k")
     assert (outcome.samples, outcome.metrics["oracle"]["mean_recall@1"]) == (2, 1)
     (folder / "share-captioner_coco_lcs_sam_1246k_1107.json").write_text(cut)
-    with pytest.raises(run.UserError, match="has another shape than the published file"):
+    with pytest.raises(UserError, match="has another shape than the published file"):
         evaluate_set(tmp_path, "sharegpt4v-1k")
 
 
@@ -340,8 +341,8 @@ def test_a_faulty_set_has_an_error_instead_of_a_number(tmp_path: Path, fault: st
     write_classification(tmp_path, "geode", [(label, image, (0, 1)) for label, image, _ in colour_samples(1)])
     damage, message = DAMAGE[fault]
     damage(tmp_path)
-    with pytest.raises(run.UserError) as error:
-        run._check(find_set("geode"), evaluate_set(tmp_path, "geode"))
+    with pytest.raises(UserError) as error:
+        one_set._check(find_set("geode"), evaluate_set(tmp_path, "geode"))
     assert message in str(error.value)
 
 
@@ -350,7 +351,7 @@ def test_one_broken_image_in_a_thousand_is_left_out_and_named(tmp_path: Path) ->
     samples[7] = (0, b"broken", None)
     write_classification(tmp_path, "cifar10", samples)
     one, outcome = find_set("cifar10"), evaluate_set(tmp_path, "cifar10", batch=300)
-    assert run._check(one, outcome).samples == len(samples)
+    assert one_set._check(one, outcome).samples == len(samples)
     line = run._line(one, outcome, "oracle", "", "")
     assert line["refused"] == ["1 of 1,200 left out: s0000007 (image_format)"]
     assert line["metrics"]["main_metric"] == 1
@@ -373,6 +374,6 @@ def test_a_table_of_another_shape_is_an_error(tmp_path: Path, key: str, change: 
     columns = {"image": [stored(RED)], "caption": [["red"]]} if key == "flickr" else associations(5, 2)
     columns = {name: values for name, values in (columns | change).items() if values is not None}
     write_table(tmp_path, key, columns)
-    with pytest.raises(run.UserError) as error:
-        run._check(find_set(key), evaluate_set(tmp_path, key))
+    with pytest.raises(UserError) as error:
+        one_set._check(find_set(key), evaluate_set(tmp_path, key))
     assert message in str(error.value)

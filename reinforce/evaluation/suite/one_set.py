@@ -1,0 +1,91 @@
+"""Evaluation of loaded models on one set of a suite, and the checks that its numbers are right."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from reinforce.errors import UserError
+from reinforce.evaluation.registry import Kind, SuiteSet
+from reinforce.evaluation.suite.files import SetFiles, find_files
+from reinforce.model_names import model_errors
+from reinforce.source.urls import canonical
+from teachers.spec import ModelSpec, TeacherSpec
+
+if TYPE_CHECKING:
+    from reinforce.evaluation.suite.models import Models, Outcome
+    from teachers.device.accelerator import Precision
+
+#: Share of a set's images that may be broken.
+BROKEN = 0.001
+_SHOWN = 3
+
+
+def evaluate_set(one: SuiteSet, files: SetFiles, models: Models) -> Outcome:
+    """Evaluate models on a set. Raises UserError where it cannot be used, or where a number would not be right."""
+    return _check(one, _kinds()[one.kind](one, files, models))
+
+
+def find_set(one: SuiteSet, root: str) -> SetFiles:
+    """The files of a set below ``root``. Raises UserError if there are none."""
+    files = find_files(one, root)
+    if files is None:
+        raise UserError(f"{one.name} is {where_expected(one, root)}. Copy it there, or leave it out of `sets`.")
+    return files
+
+
+def where_expected(one: SuiteSet, root: str) -> str:
+    """Where the files of a set should be, and where they are published."""
+    return f"expected at {canonical(one.place(root))}; published at {one.page}"
+
+
+def _kinds() -> dict[Kind, Callable[[SuiteSet, SetFiles, Models], Outcome]]:
+    """How the sets of each kind are evaluated; they load torch."""
+    from reinforce.evaluation.suite.association import associate
+    from reinforce.evaluation.suite.choice import choose
+    from reinforce.evaluation.suite.classification import classify
+    from reinforce.evaluation.suite.retrieval import retrieve
+
+    return {"classification": classify, "retrieval": retrieve, "association": associate, "choice": choose}
+
+
+def load_models(specs: Mapping[str, ModelSpec], device: str, precision: Precision, batch: int, threads: int) -> Models:
+    """Load all models onto one device, with ``threads`` that decode images. Raises UserError."""
+    import torch
+
+    from reinforce.evaluation.suite.models import Models
+    from teachers.device.accelerator import Accelerator
+    from teachers.device.determinism import set_flags
+    from teachers.open_clip.teacher import OpenClipTeacher
+
+    torch.set_num_threads(min(torch.get_num_threads(), threads))  # torch ignores quotas of containers
+    set_flags(device)
+    encoders = {}
+    for name, spec in specs.items():
+        with model_errors(name):
+            accelerator = Accelerator(device, precision)
+            encoders[name] = OpenClipTeacher(TeacherSpec(model=spec.model, pretrained=spec.pretrained), accelerator)
+    return Models(encoders, accelerator, batch, threads)
+
+
+def _check(one: SuiteSet, outcome: Outcome) -> Outcome:
+    """Raise UserError where a number would look right but is not."""
+    if len(outcome.refused) > BROKEN * outcome.samples:
+        raise UserError(
+            f"{one.name}: {len(outcome.refused):,} of {outcome.samples:,} images cannot be used, more than "
+            f"{BROKEN:.1%}: {name_refused(outcome)}. Download the set again."
+        )
+    for name, metrics in outcome.metrics.items():
+        score = metrics.get(one.main_metric)
+        if score is None or not math.isfinite(score):
+            raise UserError(f"{one.name}: {name} has no {one.main_metric}, since no sample of the set counts for it.")
+    if not outcome.metrics:
+        raise UserError(f"{one.name} has no samples. Download the set again.")
+    return outcome
+
+
+def name_refused(outcome: Outcome) -> str:
+    """The first refused images, with the reasons."""
+    some = ", ".join(f"{refusal.key} ({refusal.reason.value})" for refusal in outcome.refused[:_SHOWN])
+    return some + (", ..." if len(outcome.refused) > _SHOWN else "")
