@@ -86,7 +86,8 @@ class Input(Section):
     images_from: OneOrMore | None = Field(
         None,
         description="folders that a source may name images in: one URL or a list; for tables with places outside their "
-        "folder and at private addresses, and for datasets whose images are stored by reference",
+        "folder and at private addresses, and for datasets whose images are stored by reference; file names that are "
+        "not in the folder of a table are looked for there",
     )
     view: Annotated[str, Field(pattern=rf"^{LAYER_NAME.pattern}(@[0-9a-f]+)?$")] | None = Field(
         None,

@@ -11,10 +11,11 @@ MODULES = {
     "parquet": "reinforce.source.formats.parquet",
     "jsonl": "reinforce.source.formats.jsonl",
     "csv": "reinforce.source.formats.csv",
+    "coco": "reinforce.source.formats.coco",
     "folder": "reinforce.source.formats.folder",
     "dataset": "reinforce.source.formats.dataset",
 }
 #: What a source is read as if nothing of it is recognised, which reports what its files are instead.
 DEFAULT = "tar"
 #: What a source can be, for messages.
-SOURCES = "tars, Parquet, jsonl or csv files, a folder of these or of images, or a reinforced dataset"
+SOURCES = "tars, Parquet, jsonl or csv files, COCO's captions, a folder of these or of images, or a reinforced dataset"

@@ -43,6 +43,9 @@ class Data(Section):
     image: str | None = Field(
         None, description="column of a table with the images, or with their paths; default: as in a run"
     )
+    view: str | None = Field(
+        None, description="of a reinforced dataset: view of `reinforce select` whose samples are read; default: all"
+    )
     images_from: OneOrMore | None = Field(
         None,
         description="folders or URLs of the tars from which images that a dataset stores by reference may be read",
@@ -79,6 +82,7 @@ class HeldOut(Section):
     """Images for evaluation that are never trained on."""
 
     source: str | list[str] | None = Field(None, description="separate shards or dataset, read like `data`")
+    view: str | None = Field(None, description="view of a dataset in `source`, like that of `data`")
     share: float | None = Field(
         None, gt=0, lt=1, description="share of the images of `data`, selected by a seeded hash of the key"
     )
@@ -87,6 +91,8 @@ class HeldOut(Section):
     def _check_one_given(self) -> HeldOut:
         if (self.source is None) == (self.share is None):
             raise ValueError("give either `source` or `share`")
+        if self.view is not None and self.source is None:
+            raise ValueError("view: it is of the dataset in `source`; a share is of what `data` reads")
         return self
 
 

@@ -20,6 +20,8 @@ import pyarrow.parquet as pq
 import schemas
 from reinforce.captioning.config import CaptionerConfig
 from reinforce.captioning.scan import copied_input, list_files, scan
+from reinforce.dataset.files.store import Store
+from reinforce.dataset.view import read_view
 from reinforce.errors import UserError
 from reinforce.seeds import seed_for
 from reinforce.source.captions import CAPTION_POLICY
@@ -99,14 +101,15 @@ def load_pairs(config: CaptionerConfig) -> Pairs:
     Raises UserError for shards that cannot be read completely, and for too few training or held-out images.
     """
     store = Storage(config.output)
-    sources = {"data": config.data.source}
+    sources = {"data": (config.data.source, config.data.view)}
     if config.held_out.source is not None:
-        sources["held_out"] = config.held_out.source
-    files = {where: list_files(source, config.data, where) for where, source in sources.items()}
+        sources["held_out"] = (config.held_out.source, config.held_out.view)
+    files = {where: list_files(source, config.data, where, view) for where, (source, view) in sources.items()}
     fingerprint = _fingerprint(config, files)
     table = _read_stored(store, fingerprint)
     if table is None:
-        table = _split_held_out(config, [scan(source, config.data, where) for where, source in sources.items()])
+        tables = [scan(source, config.data, where, view) for where, (source, view) in sources.items()]
+        table = _split_held_out(config, tables)
         _write(store, table, fingerprint)
     listed = {canonical(shard.url): shard for shards in files.values() for shard in shards}
     inputs = {url: copied_input(shard, config.data) for url, shard in listed.items()}
@@ -145,6 +148,9 @@ def _fingerprint(config: CaptionerConfig, files: Mapping[str, Sequence[Shard]]) 
     }
     if any(inputs):
         parts["inputs"] = inputs
+    views = [(config.data.source, config.data.view), (config.held_out.source, config.held_out.view)]
+    if named := [(str(source), view) for source, view in views if view is not None]:
+        parts["views"] = [read_view(Store(source), view).fingerprint for source, view in named]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 

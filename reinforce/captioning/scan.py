@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,9 +19,11 @@ from reinforce.config import Input
 from reinforce.dataset.kinds.samples import true_captions
 from reinforce.dataset.layers import SAMPLES, require_images
 from reinforce.dataset.reading.dataset import Dataset
+from reinforce.dataset.view import View, shard_rows
 from reinforce.errors import UserError
+from reinforce.evaluation.config import Table
 from reinforce.evaluation.fields import read_captions
-from reinforce.evaluation.reading import detect_kind, input_of, list_shards, raise_on_damage
+from reinforce.evaluation.reading import check_no_view, detect_kind, input_of, list_shards, raise_on_damage
 from reinforce.source.formats import dataset as samples_layer
 from reinforce.source.formats.base import Shard
 from reinforce.source.formats.registry import find_format
@@ -43,15 +46,16 @@ ShardPairs = tuple[pa.RecordBatch, list[Refusal]]
 
 def input_of_data(data: Data) -> Input:
     """How the samples of a fine-tuning are read."""
-    return input_of(data.limits, data.images_from, data.captions, data.image, data.format)
+    return input_of(data.limits, data.images_from, data.captions, Table(format=data.format, image=data.image))
 
 
-def list_files(source: str | list[str], data: Data, where: str) -> list[Shard]:
+def list_files(source: str | list[str], data: Data, where: str, view: str | None = None) -> list[Shard]:
     """List the files with the images, or the samples layer of a reinforced dataset. Raises UserError."""
     if detect_kind(source) == "layers":
-        dataset = Dataset(str(source), [], [])
+        dataset = Dataset(str(source), [], [], view=view)
         require_images(dataset.manifest, where)
         return [Shard(_samples_file(dataset, shard), shard, samples_layer.FORMAT.name) for shard in dataset.shards]
+    check_no_view(source, view, where)
     shards = list_shards(source, input_of_data(data))
     for shard in shards:
         if find_format(shard.format).has_offsets and compression(shard.url):
@@ -72,15 +76,16 @@ def copied_input(shard: Shard, data: Data) -> str | None:
     return input_of_data(data).model_copy(update={"format": shard.format}).model_dump_json()
 
 
-def scan(source: str | list[str], data: Data, where: str) -> pa.Table:
+def scan(source: str | list[str], data: Data, where: str, view: str | None = None) -> pa.Table:
     """Return all pairs of a source in order, with SCAN_SCHEMA. Refused samples are counted and logged.
 
     ``where`` is the config key for messages. Raises UserError for a shard that cannot be read completely, and where no
     sample has a caption.
     """
     if detect_kind(source) == "layers":
-        dataset = Dataset(str(source), [], [])
-        parts = [_scan_dataset_shard(dataset, shard, data) for shard in dataset.shards]
+        shards = Dataset(str(source), [], [], view=view)
+        whole = Dataset(str(source), [], [])  # places of images are among all rows
+        parts = [_scan_dataset_shard(whole, shard, data, shards.view) for shard in shards.shards]
     else:
         with ThreadPoolExecutor(_READERS) as pool:
             parts = list(pool.map(lambda shard: _scan_file(shard, data, where), list_files(source, data, where)))
@@ -111,11 +116,11 @@ def _scan_file(shard: Shard, data: Data, where: str) -> ShardPairs:
     return pairs.build()
 
 
-def _scan_dataset_shard(dataset: Dataset, shard: str, data: Data) -> ShardPairs:
+def _scan_dataset_shard(dataset: Dataset, shard: str, data: Data, view: View | None) -> ShardPairs:
     pairs = _PairsBuilder(data)
     roots = ImageRoots.named(data.images_from or (), 'data.images_from: ["{}"]', data.limits.image_bytes)
-    offset = 0
-    for tables in dataset.row_groups(shard):
+    offset, rows = 0, None if view is None else shard_rows(view.rows, dataset.store, shard)
+    for group, tables in enumerate(dataset.row_groups(shard)):
         table = tables[SAMPLES]
         if dataset.manifest["images"] == "embed":
             lengths = pc.binary_length(table["image"]).to_pylist()
@@ -127,7 +132,9 @@ def _scan_dataset_shard(dataset: Dataset, shard: str, data: Data) -> ShardPairs:
             urls, starts, lengths = ([*column] for column in zip(*ranges, strict=True)) if ranges else ([], [], [])
         texts = table.select(["key", "caption", "metadata"]).to_pylist()
         several = true_captions(table)
-        for url, start, length, text, own in zip(urls, starts, lengths, texts, several, strict=True):
+        kept = [True] * len(table) if rows is None else rows.kept(group, table["key"]).to_pylist()
+        found = zip(urls, starts, lengths, texts, several, strict=True)
+        for url, start, length, text, own in itertools.compress(found, kept):
             members = {"txt": text["caption"], "json": text["metadata"]}
             sidecars = {name: value.encode() for name, value in members.items() if value}
             pairs.add(text["key"], url, start, length, sidecars, own)

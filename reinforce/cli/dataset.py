@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from reinforce.cli.common import Address, AsJson, DatasetUrl, only_json, split_names
+from reinforce.cli.common import Address, AsJson, DatasetUrl, ViewName, only_json, split_names
 from reinforce.errors import UserError
 from reinforce.terminal import escape, plural, print_table
 from teachers.redact import redact
@@ -192,6 +192,7 @@ def captions_report(
     ] = None,
     out: Annotated[str, typer.Option(help="Folder or fsspec URL for report.json and the plots.")] = "captions-report",
     limit: Annotated[int, typer.Option(min=1, help="Maximum number of images, spread over the dataset.")] = 10_000,
+    view: ViewName = None,
 ) -> None:
     """Measure how diverse a dataset's captions are and how similar to their images, compared with the true captions.
 
@@ -200,6 +201,6 @@ def captions_report(
     from reinforce.report.captions import captions_report as report_on
     from reinforce.report.captions_view import captions_table, write_report
 
-    report = report_on(dataset, captioner, teacher, limit)
+    report = report_on(dataset, captioner, teacher, limit, view)
     print_table(captions_table(report))
     typer.echo(f"{plural(report['rows'], 'image')}; written: {', '.join(write_report(report, out))}")

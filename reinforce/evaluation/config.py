@@ -42,6 +42,9 @@ class Table(Section):
     image: str | None = Field(
         None, description="column of a table with the images, or with their paths or URLs; default: as in a run"
     )
+    view: str | None = Field(
+        None, description="of a reinforced dataset: view of `reinforce select` whose samples are read; default: all"
+    )
 
 
 class ZeroShotSet(Table):

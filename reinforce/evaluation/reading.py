@@ -11,10 +11,11 @@ from typing import Any, Literal
 
 from fsspec.implementations.local import LocalFileSystem
 
-from reinforce.config import Format, Input, Limits
+from reinforce.config import Input, Limits
 from reinforce.dataset.files.store import MANIFEST
 from reinforce.dataset.reading.dataset import Dataset
 from reinforce.errors import UserError
+from reinforce.evaluation.config import Table
 from reinforce.evaluation.fields import LINES, is_json_field
 from reinforce.source import reading
 from reinforce.source.file_types import is_image_name
@@ -133,8 +134,9 @@ def read_samples(urls: str | Sequence[str], spec: Input, where: str) -> Iterator
     """
     if detect_kind(urls) == "layers":
         assert isinstance(urls, str)
-        yield from raise_on_damage(_read_dataset(urls, spec.images_from or ()), urls, where)
+        yield from raise_on_damage(_read_dataset(urls, spec), urls, where)
         return
+    check_no_view(urls, spec.view, where)
     for shard in list_shards(urls, spec):
         yield from raise_on_damage(reading.read_samples(shard, spec), shard.file, where)
 
@@ -153,14 +155,14 @@ def input_of(
     limits: Limits,
     images_from: Sequence[str] | None,
     fields: Sequence[str],
-    image: str | None = None,
-    format_: Format | None = None,
+    table: Table,
 ) -> Input:
     """How samples are read whose labels or captions are at ``fields``, in the forms of ``fields.read_captions``."""
     captions = [field for field in fields if not is_json_field(field)]
     captions = [field.removeprefix(LINES) for field in captions]
     allowed = [*images_from] if images_from else None
-    return Input(format=format_, image=image, captions=captions, images_from=allowed, limits=limits)
+    how = {"format": table.format, "image": table.image, "view": table.view}
+    return Input(**how, captions=captions, images_from=allowed, limits=limits)
 
 
 def raise_on_damage(items: Iterator[RawSample | Refusal], url: str, where: str) -> Iterator[RawSample | Refusal]:
@@ -177,9 +179,17 @@ def raise_on_damage(items: Iterator[RawSample | Refusal], url: str, where: str) 
         raise UserError(f"{where}: {canonical(url)} cannot be read: {type(error).__name__}: {error}. {fix}") from error
 
 
-def _read_dataset(url: str, images_from: Sequence[str]) -> Iterator[RawSample]:
+def check_no_view(urls: str | Sequence[str], view: str | None, where: str) -> None:
+    """Raise UserError if a view is named of a source that is no reinforced dataset."""
+    if view is not None:
+        shown = canonical(urls if isinstance(urls, str) else urls[0])
+        raise UserError(f"{where}: a view is of one reinforced dataset, and {shown} is none. Remove `view`.")
+
+
+def _read_dataset(url: str, spec: Input) -> Iterator[RawSample]:
     key = 'evaluate.images_from: ["{0}"], or --images-from "{0}" on the command line'
-    for sample in Dataset(url, teachers=[], captioners=[], images_from=images_from, images_key=key):
+    data = Dataset(url, [], [], view=spec.view, images_from=spec.images_from or (), images_key=key)
+    for sample in data:
         sidecars = {}
         if sample.caption is not None:
             sidecars["txt"] = sample.caption.encode()

@@ -57,13 +57,13 @@ def open_zero_shot_set(name: str, config: ZeroShotSet, limits: Limits, images_fr
     """Check a classification set and count its images. Raises UserError."""
     name = f"{ZERO_SHOT}/{name}"
     templates = load_templates(config.templates, name)
-    if config.format is None and detect_kind(config.images) == "classes":
+    if config.format is None and config.view is None and detect_kind(config.images) == "classes":
         return _open_folders(name, config, templates, limits)
     given = None if config.classes is None else load_class_names(config.classes, name)
     labels: list[int | str] = []
     group_of: dict[int | str, str] = {}
     images = 0
-    spec = input_of(limits, images_from, [config.label], config.image, config.format)
+    spec = input_of(limits, images_from, [config.label], config)
     fields = [field for field in (config.label, config.groups) if is_json_field(field)]
 
     def samples() -> Iterator[RawSample | Refusal]:
@@ -104,7 +104,7 @@ def open_zero_shot_set(name: str, config: ZeroShotSet, limits: Limits, images_fr
 def open_retrieval_set(name: str, config: RetrievalSet, limits: Limits, images_from: Sequence[str] = ()) -> Retrieval:
     """Check a retrieval set and count its images. Raises UserError."""
     name = f"{RETRIEVAL}/{name}"
-    spec = input_of(limits, images_from, config.captions, config.image, config.format)
+    spec = input_of(limits, images_from, config.captions, config)
 
     def examples() -> Iterator[Example | Refusal]:
         for item in itertools.islice(read_samples(config.pairs, spec, name), config.limit):

@@ -57,16 +57,21 @@ class SimilarityStatistics:
 
 
 def captions_report(
-    url: str, captioners: Sequence[str] | None = None, teachers: Sequence[str] | None = None, limit: int = 10_000
+    url: str,
+    captioners: Sequence[str] | None = None,
+    teachers: Sequence[str] | None = None,
+    limit: int = 10_000,
+    view: str | None = None,
 ) -> dict[str, Any]:
     """Report on the captions of at most ``limit`` images, for each captioner and for the true captions.
 
+    With ``view``, only of the samples that a view keeps.
     ``texts`` maps each captioner, and ``caption`` for the true captions, to the summary of its ``TextStatistics``;
     ``similarity`` maps each teacher to summaries of ``SimilarityStatistics`` by the same names.
     Default: all captioners and teachers. Raises UserError if one is missing, or sacrebleu is not installed.
     """
     require("report", "captions-report", "sacrebleu")
-    data = Dataset(url, teachers, captioners)
+    data = Dataset(url, teachers, captioners, view=view)
     layers = data.manifest["layers"]
     if not data.captioners:
         raise UserError(f"{url} has no synthetic captions. Add a captioner to `captioners` and run `reinforce run`.")
@@ -109,7 +114,8 @@ def _comparable(layers: Mapping[str, Any], teacher: str, texts: str) -> bool:
 def _sample_tables(data: Dataset, limit: int) -> Iterator[dict[str, pa.Table]]:
     """Yield row groups of every layer with at most ``limit`` rows in total; the last of a shard can be cut."""
     fingerprints = {name: data.manifest["layers"][name]["fingerprint"] for name in data.layers}
-    layers = AlignedLayers(data.store, fingerprints, {SAMPLES: ["key", "caption", TRUE_CAPTIONS]})
+    view = None if data.view is None else data.view.rows
+    layers = AlignedLayers(data.store, fingerprints, {SAMPLES: ["key", "caption", TRUE_CAPTIONS]}, view=view)
     for shard, rows in _rows_per_shard(data, limit):
         with layers.open(shard) as files:
             remaining, groups = rows, iter(range(files.row_groups))
@@ -127,7 +133,7 @@ def _rows_per_shard(data: Dataset, limit: int) -> Iterator[tuple[str, int]]:
         if len(sizes) >= _SHARDS and total >= limit:
             break
         with layer_errors(data.store, SAMPLES, shard), data.store.open_layer(SAMPLES, shard) as file:
-            sizes[shard] = file.metadata.num_rows
+            sizes[shard] = file.metadata.num_rows if data.view is None else sum(data.view.kept[shard])
         total += sizes[shard]
     for done, shard in enumerate(sorted(sizes, key=lambda shard: sizes[shard])):
         rows = min(sizes[shard], math.ceil(limit / (len(sizes) - done)))

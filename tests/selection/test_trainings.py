@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,22 @@ import pytest
 import torch
 
 import reinforce
+from reinforce.captioning.config import CaptionerConfig
+from reinforce.captioning.pairs import load_pairs
+from reinforce.config import Input, Limits
 from reinforce.errors import UserError
+from reinforce.evaluation.config import RetrievalSet, ZeroShotSet
+from reinforce.evaluation.reading import read_samples
+from reinforce.evaluation.sets import open_retrieval_set, open_zero_shot_set
+from reinforce.report.captions import captions_report
 from reinforce.selection.config import SelectConfig
 from reinforce.selection.select import select
 from reinforce.settings import parse
+from reinforce.source.samples import RawSample
 from reinforce.student.config import Data
 from reinforce.student.data.feed import StudentFeed
 from reinforce.training.task import Batch
+from tests.helpers.data import members_of, write_tar
 from tests.helpers.reinforced import letters, small_dataset
 
 KEPT = 7
@@ -101,3 +111,41 @@ def test_a_view_of_other_rows_fails_before_the_first_step(url: str, tmp_path: Pa
     pq.write_table(table.set_column(2, table.schema.field(2), pa.array(kept, pa.list_(pa.int32()))), shards)
     with pytest.raises(UserError, match="view some is of other samples"):
         feed_of(other, "some")
+
+
+def test_reports_evaluation_sets_and_fine_tunings_read_the_samples_of_a_view(url: str, tmp_path: Path) -> None:
+    """The images of a fine-tuning are at their places among those of all samples."""
+    samples, data = {sample.key: sample for sample in reinforce.open(url, view="some")}, reinforce.open(url)
+    assert captions_report(url, teachers=[], view="some")["rows"] == KEPT
+    read = [item for item in read_samples(url, Input(view="some"), "set") if isinstance(item, RawSample)]
+    assert [(item.key, item.image) for item in read] == [(key, sample.image) for key, sample in samples.items()]
+    pairs = load_pairs(parse(CaptionerConfig, captioner_config(url, tmp_path, view="some")))
+    training = pairs.training()
+    assert [training.key(n) for n in range(len(training))] == [*samples]
+    whole = {shard: b"".join(sample.image for sample in data[shard]) for shard in data.shards}
+    for number, sample in enumerate(samples.values()):
+        place = training.location(number)
+        assert whole[Path(place.url).stem][place.offset : place.offset + place.length] == sample.image
+    assert {pairs.held_out().key(n) for n in range(KEPT)} == {one.key for one in reinforce.open(url, view="few")}
+    others = load_pairs(parse(CaptionerConfig, captioner_config(url, tmp_path, view="few"))).training()
+    assert {others.key(n) for n in range(KEPT)} == {one.key for one in reinforce.open(url, view="few")}
+
+
+def captioner_config(source: str, output: Path, **data: Any) -> dict[str, Any]:
+    return {
+        **{"output": str(output), "captioner": {"model": "coca_ViT-B-32"}, "train": {"steps": 1, "batch": 2}},
+        **{"data": {"source": source, **data}, "held_out": {"source": source, "view": "few"}},
+    }
+
+
+def test_a_view_of_what_is_no_dataset_is_an_error(tmp_path: Path) -> None:
+    tar = str(write_tar(tmp_path / "a.tar", members_of(0, 3)))
+    captioner = parse(CaptionerConfig, captioner_config(tar, tmp_path, view="some"))
+    readers: dict[str, Callable[[], object]] = {
+        "retrieval/set": lambda: open_retrieval_set("set", RetrievalSet(pairs=tar, view="some"), Limits()),
+        "zero_shot/set": lambda: open_zero_shot_set("set", ZeroShotSet(images=tar, view="some"), Limits()),
+        "data": lambda: load_pairs(captioner),
+    }
+    for key, read in readers.items():
+        with pytest.raises(UserError, match=rf"{key}: a view is of one reinforced dataset, and .*a.tar is none"):
+            read()

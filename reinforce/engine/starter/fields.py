@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,8 +17,8 @@ from reinforce.source.formats.base import Shard
 from reinforce.source.formats.columns import NoColumn, find_columns
 from reinforce.source.formats.registry import find_format
 from reinforce.source.reading import find_several, read_samples
-from reinforce.source.samples import RawSample
-from reinforce.source.urls import canonical
+from reinforce.source.samples import Place, RawSample
+from reinforce.source.urls import canonical, filesystem
 
 #: Names of captions besides those that are read by default, in the order of preference, in lower case.
 _CAPTIONS = (
@@ -33,7 +34,8 @@ _SCHEME_CHARS = 16
 class Fields:
     """What is found: the columns of a table (``image``, ``key``; None: by default), where captions are (None: as by
     default), whether there are any, other names, an example, whether a table has URLs of its images, why no sample can
-    be read, if so, the most captions of a first sample, and whether they are read only as several."""
+    be read, if so, the most captions of a first sample, whether they are read only as several, and the folder of the
+    images that a table names by their files."""
 
     image: str | None = None
     captions: tuple[str, ...] | None = None
@@ -45,11 +47,13 @@ class Fields:
     unread: str | None = None
     several: int = 1
     only_several: bool = False
+    images_from: str | None = None
 
     def as_input(self) -> dict[str, Any]:
         """The keys of `input` that differ from the default."""
         found: dict[str, Any] = {} if self.image is None else {"image": self.image}
         found |= {} if self.captions is None else {"captions": [*self.captions]}
+        found |= {} if self.images_from is None else {"images_from": self.images_from}
         return found | ({"captions_per_sample": self.several} if self.only_several else {})
 
     def lines(self) -> list[str]:
@@ -133,12 +137,32 @@ def _with_example(shard: Shard, fields: Fields, sample: RawSample | None = None)
     try:
         sample = sample or _first_sample(shard, spec)
     except UserError as error:
-        return replace(fields, unread=str(error))
+        folder = None if fields.images_from else _folder_of_images(shard, spec)
+        if folder is None:
+            return replace(fields, unread=str(error))
+        return _with_example(shard, replace(fields, images_from=folder))
     several, caption = find_several(shard, spec, [sample]), sample.caption(spec.captions, spec.limits)
     fields = replace(fields, several=max(1, several.most))
     if several.most and (several.rows or caption is None):
         fields, caption = replace(fields, only_several=True), next(iter(several.texts[0]), None)
     return replace(fields, example=None if caption is None else _shorten(caption))
+
+
+def _folder_of_images(shard: Shard, spec: Input) -> str | None:
+    """The folder beside a table, or beside its folder, that has the first image that the table names."""
+    format_, folder = find_format(shard.format), canonical(shard.file).rpartition("/")[0]
+    items = itertools.islice(format_.read(shard, spec), _FIRST_SAMPLES)
+    place = next((item.location for item in items if isinstance(item, Place)), "://")
+    if not format_.is_table or "://" in place or place.startswith("/") or ".." in place.split("/"):
+        return None
+    for parent in (folder, folder.rpartition("/")[0]):
+        fs, path = filesystem(parent)
+        entries = fs.ls(path, detail=True) if fs.isdir(path) else []
+        names = [str(one["name"]).rstrip("/").rpartition("/")[2] for one in entries if one["type"] == "directory"]
+        for name in sorted(names, key=lambda name: (name not in shard.file, name)):  # captions_val2017.json: val2017
+            if fs.isfile(f"{path.rstrip('/')}/{name}/{place}"):
+                return f"{parent}/{name}"
+    return None
 
 
 def _json_of(sample: RawSample) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 from collections.abc import Sequence
@@ -19,7 +20,10 @@ from reinforce.processes.cores import default_gpus
 from reinforce.source.formats.base import Shard, SourceFormat
 from reinforce.source.formats.folder_files import files_of_folder
 from reinforce.source.formats.recognise import format_of_name
-from reinforce.source.urls import Info, canonical
+from reinforce.source.urls import Info, canonical, filesystem
+
+#: Names of files with captions of images elsewhere, in a folder of images.
+_CAPTIONS = ("captions.txt", "captions.csv", "captions*.json", "*/captions.txt", "*/captions*.json")
 
 
 @dataclass(frozen=True)
@@ -38,10 +42,27 @@ def make_starter(data: str, config_path: Path) -> Starter:
     if look.fields.remote and (images := files_of_folder(data, images_first=True))[0] != source:
         source, notes = images  # the table is where images were downloaded from, as img2dataset writes it
         look = _look_at(source, output)
+    if not look.fields.has_captions:
+        for table in _captions_beside(data):
+            captioned = _look_at(table, output)
+            if captioned.fields.has_captions and captioned.fields.unread is None:
+                source, notes, look = table, [], captioned
+                break
     gpu = bool(default_gpus(nodes_of_run()))
     schema = _schema_for(config_path)
     text = render(source, output, look.found, look.format, look.fields, gpu, schema, str(config_path))
     return Starter(text, [f"source: {look.found}", *look.fields.lines(), *notes, *look.notes])
+
+
+def _captions_beside(folder: str) -> list[str]:
+    """Tables in a folder of images, or one folder below, that are named as Flickr and COCO name captions."""
+    fs, path = filesystem(folder)
+    if not fs.isdir(path):
+        return []
+    root, top = folder.rstrip("/"), path.rstrip("/")
+    found = [one for pattern in _CAPTIONS for one in sorted(fs.glob(f"{glob.escape(top)}/{pattern}"))]
+    paths = [f"{root}{str(one).removeprefix(top)}" for one in found]
+    return sorted(paths, key=lambda one: "train" not in one.rpartition("/")[2])
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,8 @@ def _input(format_: SourceFormat, fields: Fields) -> str:
     lines.append(
         f"captions: {captions}" if captions else '# captions: [txt, "json:caption"]  # the first with text is used'
     )
+    if fields.images_from is not None:
+        lines.append(f"images_from: {_scalar(fields.images_from)}  # where the images are that the table names")
     if fields.several > 1 or fields.only_several:
         start = "" if fields.only_several else "# "
         lines.append(f"# the first samples have up to {fields.several} true captions; each that is kept is embedded")

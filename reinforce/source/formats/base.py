@@ -97,6 +97,8 @@ class SourceFormat:
     #: Endings of the names of its files in lower case, and further ones that are read if a config names the format.
     endings: tuple[str, ...] = ()
     other_endings: tuple[str, ...] = ()
+    #: Endings of names that several formats share, whose files are of this one if it recognises their content.
+    content_endings: tuple[str, ...] = ()
     #: Whether all files of a source are read as this format if one is by its name.
     prevails: bool = False
     #: Whether each row of a file is a sample, with columns. Such a file can be divided into parts.

@@ -16,6 +16,9 @@ HEAD_BYTES = 2**18
 _DELIMITERS = (",", ";", "\t", "|")
 _MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 _CHAOS = 0.1  # in which encodings may differ, as charset_normalizer measures it, to be about as likely
+_RUSSIAN = frozenset("абвгдеёжзийклмнопрстуфхцчшщъыьэюя")
+_ACCENTED = re.compile("[\u00c0-\u024f]")
+_MIXED = re.compile(r"[a-z][а-яё]|[а-яё][a-z]", re.IGNORECASE)  # words of two scripts
 _CAPTION_NUMBER = re.compile(r"#\d+$")  # of Flickr's image names in captions.token
 
 
@@ -91,10 +94,19 @@ def _guess(head: bytes) -> tuple[str, bool]:
     alike = [one for one in matches if one.chaos <= found.chaos + _CHAOS and one.coherence >= found.coherence]
     if any("cp1252" in one.could_be_from_charset for one in alike):
         names = ["cp1252", *names]
+    elif (found.encoding == "cp1125" or _ACCENTED.search(str(found))) and _is_russian(head.decode("cp1251", "replace")):
+        names = ["cp1251", *names]
     for name in names:
         if "a,\n".encode(name) == b"a,\n":  # lines are divided before they are decoded
             return name, True
     return "utf-8", True
+
+
+def _is_russian(text: str) -> bool:
+    """Whether the letters that are not ASCII are words of Russian, mostly of small letters."""
+    letters = [letter for letter in text if letter > "\x7f" and letter.isalpha()]
+    small = sum(letter in _RUSSIAN for letter in letters)
+    return small > len(letters) / 2 and all(one.lower() in _RUSSIAN for one in letters) and not _MIXED.search(text)
 
 
 def _first_line(head: bytes, encoding: str) -> str:

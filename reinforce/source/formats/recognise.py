@@ -54,14 +54,15 @@ def _name(url: str) -> str:
 
 def _format_of_content(url: str) -> SourceFormat:
     """The format of a file or folder by its content; the default if it is not recognised or cannot be read."""
-    found = None
-    if foreign_name(url) is None:
+    found, foreign = None, foreign_name(url) is not None
+    known = [one for one in all_formats() if not foreign or _name(url).endswith(one.content_endings)]
+    if known:
         try:
             fs, path = filesystem(url)
             if fs.isfile(path):
                 head = fs.read_block(path, 0, _FIRST_BYTES)
-                found = next((one for one in all_formats() if one.recognises(head)), None)
-            elif fs.isdir(path):
+                found = next((one for one in known if one.recognises(head)), None)
+            elif fs.isdir(path) and not foreign:
                 found = format_of_folder(fs, path.rstrip("/"))
         except Exception:  # each driver has its own exceptions; reading reports them
             found = None

@@ -1,11 +1,13 @@
 """Images in files of their own, at the paths and URLs that a table or a folder names.
 
-Paths are relative to the folder of the table and stay in it. Everything else is read only where it is in a folder that
-``input.images_from`` names, except http and https URLs of public addresses.
+Paths are relative to the folder of the table and stay in it; what is not there is looked for in the folders that
+``input.images_from`` names. Everything else is read only where it is in one of these, except http and https URLs of
+public addresses.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import re
 from collections.abc import Iterable, Iterator
@@ -70,10 +72,25 @@ class Places:
         if not isinstance(item, Place):
             return item
         try:
-            url = self.resolve(item.location)
-            return make_sample(item, self._content(url), self._limits, url)
+            url, data = self._found(item.location)
+            return make_sample(item, data, self._limits, url)
         except ImageRefusedByPlace as error:
             return Refusal(item.key, error.reason, f"{item.location[:500]!r}: {error.detail}")
+
+    def _found(self, location: str) -> tuple[str, bytes]:
+        """The URL of a place, and its content. Raises ImageRefusedByPlace."""
+        url = self.resolve(location)
+        try:
+            return url, self._content(url)
+        except ImageRefusedByPlace as error:
+            inside = url.startswith(f"{self.folder}/") and "://" not in location and not location.startswith("/")
+            if error.reason is not Reason.IMAGE_MISSING or not inside or ".." in location.split("/"):
+                raise
+            for root in self._roots.urls:
+                with contextlib.suppress(ImageRefusedByPlace):
+                    found = f"{root}{url.removeprefix(self.folder)}"
+                    return found, self._content(found)
+            raise
 
     def _content(self, url: str) -> bytes:
         if url.lower().startswith(_WEB):

@@ -131,8 +131,12 @@ LATIN = 'file_name,text\na.png,"schön, süß"\na.png,Mädchen\n'
         (["une élève à l'école", "garçon déçu"], "cp1252"),
         (["zażółć gęślą jaźń", "chłopiec w śniegu"], "cp1250"),
         (["Příliš žluťoučký kůň úpěl ďábelské ódy"], "cp1250"),
+        (["кошка сидит на окне"], "cp1251"),
+        (["собака бежит по траве"], "cp1251"),
+        (["Чёрная кошка и белая собака"], "cp1251"),
+        (["γάτα στο παράθυρο", "σκύλος στο γρασίδι"], "cp1253"),
     ],
-    ids=["Western", "French", "Polish", "Czech"],
+    ids=["Western", "French", "Polish", "Czech", "Russian", "dog", "capitals", "Greek"],
 )
 def test_a_table_in_an_encoding_of_windows_is_read_by_its_letters(
     tmp_path: Path, texts: list[str], encoding: str

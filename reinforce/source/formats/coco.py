@@ -1,0 +1,90 @@
+"""Captions in COCO's JSON: one document with ``images`` (``id``, ``file_name``) and ``annotations`` (``image_id``,
+``caption``). The images are in files of their own, and each image is a row with all of its captions.
+
+The document is read as a whole, 118,287 images of COCO's training set in 1 GB of memory.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from reinforce.config import Limits
+from reinforce.source.formats.base import Part
+from reinforce.source.formats.lines import BrokenRow, LinesFormat, Row
+from reinforce.source.urls import filesystem
+from reinforce.source.whole_reads import read_whole
+
+_MOST_BYTES = 2**30
+_START = re.compile(rb'\s*\{\s*"(info"\s*:\s*\{|(licenses|images|annotations)"\s*:\s*\[\s*\{)')
+
+
+class Coco(LinesFormat):
+    name = "coco"
+    noun = "JSON file of COCO's captions"
+    line = "an image with a file_name"
+    content_endings = (".json",)
+    whole_bytes = 2**24  # it names images, and holds none
+    referable = True
+
+    def recognises(self, head: bytes) -> bool:
+        return _START.match(head) is not None and b"}\n{" not in head
+
+    def rows(self, url: str, most: int, part: Part | None = None) -> Iterator[tuple[int, Row | BrokenRow]]:
+        rows = _rows_of(url)
+        first, last = (part.first, part.first + part.rows) if part else (0, len(rows))
+        yield from itertools.islice(enumerate(rows), first, last)
+
+    def count(self, url: str, limits: Limits) -> int | None:
+        try:
+            return min(len(_rows_of(url)), limits.shard_samples)
+        except EOFError:
+            return None
+
+    def parts(self, url: str, rows: int, last: Part | None = None) -> Iterator[Part]:
+        total = len(_rows_of(url))
+        for first in range(last.first + last.rows if last else 0, total, rows):
+            end = min(first + rows, total)
+            yield Part(url, first, end - first, first, end)
+
+
+def _rows_of(url: str) -> Sequence[Row | BrokenRow]:
+    """The rows of a document. Raises EOFError if it is none of COCO's, and the errors of the storage."""
+    fs, path = filesystem(url)
+    return _parsed(url, fs.ukey(path))
+
+
+@functools.lru_cache(maxsize=1)  # the parts of a file follow one another
+def _parsed(url: str, state: str) -> Sequence[Row | BrokenRow]:
+    fs, path = filesystem(url)
+    if (fs.info(path).get("size") or 0) > _MOST_BYTES:
+        raise EOFError(
+            f"more than {_MOST_BYTES:,} bytes, which are read at once; write jsonl with a line for each image"
+        )
+    try:
+        document = json.loads(read_whole(fs, path))
+        images, annotations = document["images"], document["annotations"]
+        texts: dict[Any, list[str]] = {}
+        for one in annotations:
+            if isinstance(caption := one.get("caption"), str):
+                texts.setdefault(one["image_id"], []).append(" ".join(caption.split()))
+        return [_row(image, texts) for image in images]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise EOFError(
+            f"it does not have COCO's captions, `images` (id, file_name) and `annotations` (image_id, caption): "
+            f"{type(error).__name__}: {str(error)[:200]}"
+        ) from error
+
+
+def _row(image: Mapping[str, Any], texts: Mapping[Any, list[str]]) -> Row | BrokenRow:
+    if not isinstance(image, dict) or "id" not in image or not isinstance(image.get("file_name"), str):
+        return BrokenRow(f"an image without id or file_name: {str(image)[:100]}")
+    values = {name: value for name, value in image.items() if not isinstance(value, list | dict)}
+    return {**values, "key": str(image["id"]), "text": texts.get(image["id"], [])}
+
+
+FORMAT = Coco()
