@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from reinforce import settings
 from reinforce.config import Format, Limits
-from reinforce.config_schema import OneOrMore
+from reinforce.config_schema import LayerName, OneOrMore
 from reinforce.evaluation.config import RECALLS
 from reinforce.settings import Section
 from reinforce.training.config import Trackers, Training
@@ -43,7 +43,7 @@ class Data(Section):
     image: str | None = Field(
         None, description="column of a table with the images, or with their paths; default: as in a run"
     )
-    view: str | None = Field(
+    view: LayerName | None = Field(
         None, description="of a reinforced dataset: view of `reinforce select` whose samples are read; default: all"
     )
     images_from: OneOrMore | None = Field(
@@ -82,7 +82,7 @@ class HeldOut(Section):
     """Images for evaluation that are never trained on."""
 
     source: str | list[str] | None = Field(None, description="separate shards or dataset, read like `data`")
-    view: str | None = Field(None, description="view of a dataset in `source`, like that of `data`")
+    view: LayerName | None = Field(None, description="view of a dataset in `source`, like that of `data`")
     share: float | None = Field(
         None, gt=0, lt=1, description="share of the images of `data`, selected by a seeded hash of the key"
     )

@@ -29,10 +29,18 @@ def select(
 
     Works on a Ray cluster, or in a process for each core. The same command continues one that was stopped.
     """
+    from reinforce.config import Config
     from reinforce.selection.config import load_config
     from reinforce.selection.select import report_lines, select
 
     log = lambda line: typer.echo(escape(redact(line)), err=True)  # noqa: E731
-    view = select(load_config(config, overrides), log, address)
+
+    def reinforce(references: Config) -> None:
+        from reinforce.engine.run import run
+
+        log(f"embedding the images of {references.source}")
+        run(references, address=address)
+
+    view = select(load_config(config, overrides), log, address, reinforce=reinforce)
     for line in report_lines(view):
         typer.echo(escape(redact(line)))

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from reinforce.config import Format, Limits
-from reinforce.config_schema import OneOrMore, keys_match
+from reinforce.config_schema import LayerName, OneOrMore, keys_match
 from reinforce.errors import UserError
 from reinforce.evaluation.registry import SuiteSet, select_sets
 from reinforce.settings import Section
@@ -42,7 +42,7 @@ class Table(Section):
     image: str | None = Field(
         None, description="column of a table with the images, or with their paths or URLs; default: as in a run"
     )
-    view: str | None = Field(
+    view: LayerName | None = Field(
         None, description="of a reinforced dataset: view of `reinforce select` whose samples are read; default: all"
     )
 

@@ -161,8 +161,8 @@ def input_of(
     captions = [field for field in fields if not is_json_field(field)]
     captions = [field.removeprefix(LINES) for field in captions]
     allowed = [*images_from] if images_from else None
-    how = {"format": table.format, "image": table.image, "view": table.view}
-    return Input(**how, captions=captions, images_from=allowed, limits=limits)
+    found = Input(captions=captions, images_from=allowed, limits=limits)
+    return found.model_copy(update={"format": table.format, "image": table.image, "view": table.view})
 
 
 def raise_on_damage(items: Iterator[RawSample | Refusal], url: str, where: str) -> Iterator[RawSample | Refusal]:

@@ -55,9 +55,20 @@ class Deduplicate(Section):
 class Decontaminate(Section):
     """The samples whose images are not among those of an evaluation."""
 
-    against: Annotated[list[str], Field(min_length=1, description="folders or URLs of reinforced datasets")]
+    against: Annotated[
+        list[str],
+        Field(
+            min_length=1,
+            description="folders or URLs of reinforced datasets; with `config`, also other images",
+        ),
+    ]
     teacher: LayerName = Field(description="whose embeddings of the images are compared")
     threshold: Cosine = Field(0.95, description="smallest cosine of images that are the same, of means over crops")
+    config: str | None = Field(
+        None,
+        description="config of the run of this dataset, by which the teacher embeds the images of what `against` names "
+        "that is no reinforced dataset; they are kept in the folder of the view",
+    )
 
 
 class Rule(Section):

@@ -1,24 +1,34 @@
-"""Other datasets whose images must not be in a selection: their vectors by the same teacher."""
+"""Other datasets whose images must not be in a selection: their vectors by the same teacher.
+
+What is no reinforced dataset, such as the shards of an evaluation, becomes one by the config of the dataset's run, with
+this teacher alone. It is kept in ``views/<name>/references``, so that it is embedded once.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from reinforce.config import Config, Input, load_config
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import SAMPLES, embeddings_layer, mapping_at
-from reinforce.dataset.manifest.manifest import find_manifest
+from reinforce.dataset.manifest.manifest import find_manifest, read_manifest
 from reinforce.dataset.reading.aligned import AlignedLayers
 from reinforce.dataset.reading.completeness import check_completeness
 from reinforce.errors import UserError
 from reinforce.selection import neighbours
+from reinforce.selection.config import Decontaminate
 from reinforce.selection.parts import Arrays, Parts
 from reinforce.selection.rules import BoundRule
+from reinforce.source.urls import canonical
 from teachers.redact import redact
+
+#: The folder of a view with datasets that were made of its references.
+REFERENCES = "references"
 
 
 @dataclass(frozen=True)
@@ -36,23 +46,57 @@ class OtherDataset:
         return {"fingerprint": self.fingerprints[self.layer], "shards": shards}
 
 
-def find_datasets(rule: BoundRule, manifest: Mapping[str, Any]) -> dict[str, OtherDataset]:
-    """The datasets of a rule by URL. Raises UserError if one cannot be compared with a dataset of this manifest."""
+#: Runs a config: ``reinforce.engine.run.run``, which this package does not import.
+Reinforce = Callable[[Config], object]
+
+
+def find_datasets(
+    rule: BoundRule, manifest: Mapping[str, Any], view: str, reinforce: Reinforce | None
+) -> dict[str, OtherDataset]:
+    """The datasets of a rule by URL; ``view`` is the URL of the folder of the view.
+
+    Raises UserError if one cannot be compared with a dataset of this manifest.
+    """
     spec = rule.spec.decontaminate
     assert spec is not None
-    return {redact(url): _find(url, spec.teacher, manifest) for url in spec.against}
+    embedded = {url: _embedded(url, spec, view, reinforce) for url in spec.against}
+    return {redact(url): _find(found, spec.teacher, manifest) for url, found in embedded.items()}
+
+
+def _is_dataset(url: str) -> bool:
+    store = Store(url)
+    is_pattern = store.url.endswith((".tar", ".parquet")) or "{" in url or "*" in url
+    return not is_pattern and find_manifest(store) is not None
+
+
+def _embedded(url: str, spec: Decontaminate, view: str, reinforce: Reinforce | None) -> str:
+    """The URL of a dataset: ``url``, or if it is none, what a run makes of it. Raises UserError."""
+    if spec.config is None or reinforce is None or _is_dataset(url):
+        return url
+    run = load_config(spec.config)
+    if spec.teacher not in run.teachers:
+        known = ", ".join(run.teachers) or "none"
+        raise UserError(f"decontaminate.config: {spec.config} has no teacher {spec.teacher}. It has: {known}.")
+    digest = hashlib.blake2b(f"{canonical(url)}\0{spec.teacher}".encode(), digest_size=8).hexdigest()
+    images = Input(captions=[], metadata="none", limits=run.input.limits, reduce_to=run.input.reduce_to)
+    changes = {
+        **{"source": url, "output": f"{view}/{REFERENCES}/{digest}", "input": images, "images": "embed"},
+        **{"teachers": {spec.teacher: run.teachers[spec.teacher]}, "captioners": {}, "scores": {}, "moved": {}},
+    }
+    reinforce(run.model_copy(update=changes))
+    return str(changes["output"])
 
 
 def _find(url: str, teacher: str, manifest: Mapping[str, Any]) -> OtherDataset:
     store = Store(url)
     model = mapping_at(manifest, "teachers", teacher, "model")
     recipe = f"with the teacher {teacher}, and the `augmentations` and the image policy of this dataset"
-    other = None if store.url.endswith((".tar", ".parquet")) or "{" in url or "*" in url else find_manifest(store)
-    if other is None:
+    if not _is_dataset(url):
         raise UserError(
             f"against: {store.url} is not a reinforced dataset. Run `reinforce run` on its images {recipe}, and name "
-            "the output."
+            "the output; or set `config` to the config of this dataset's run, by which its images are embedded."
         )
+    other = read_manifest(store)
     names = [name for name, entry in other["teachers"].items() if entry.get("model") == model]
     layers = [embeddings_layer(name, "images") for name in names]
     found = [layer for layer in layers if layer in other["layers"]]

@@ -34,9 +34,10 @@ from reinforce.selection.duplicates import (
 from reinforce.selection.neighbours import Reference
 from reinforce.selection.parts import Arrays, Parts, Work
 from reinforce.selection.passes import Chunk, CountValues, Measure, Pass, WriteRows, chunks_of
-from reinforce.selection.references import OtherDataset, ReadReference, find_datasets
+from reinforce.selection.references import OtherDataset, ReadReference, Reinforce, find_datasets
 from reinforce.selection.rules import BoundRule, bind, labels, layers_of
 from reinforce.selection.thresholds import Counts, Search, number
+from reinforce.source.views import FOLDER
 
 _MAX_GROUPS = 2**16
 _T = TypeVar("_T")
@@ -48,16 +49,20 @@ def select(
     log: _Log = lambda line: None,
     address: str | None = None,
     processes: int | None = None,
+    reinforce: Reinforce | None = None,
 ) -> View:
     """Write the view of a config, in place of an earlier one of its name; ``log`` gets lines on the progress.
 
     Works on the Ray cluster at ``address`` (default: RAY_ADDRESS), else in ``processes`` of this machine (default: one
-    a core). One that was killed continues. Raises UserError.
+    a core). One that was killed continues. ``reinforce`` runs a config, for references that are no reinforced dataset.
+    Raises UserError.
     """
     store = Store(config.dataset)
     manifest = read_manifest(store)
     rules = [bind(n, rule, config.seed, manifest) for n, rule in enumerate(config.rules, 1)]
-    against = {rule.number: find_datasets(rule, manifest) for rule in rules if rule.spec.decontaminate}
+    folder = f"{store.url}/{FOLDER}/{config.name}"
+    compared = [rule for rule in rules if rule.spec.decontaminate]
+    against = {rule.number: find_datasets(rule, manifest, folder, reinforce) for rule in compared}
     inputs = {name: str(manifest["layers"][name]["fingerprint"]) for name in layers_of(rules)}
     shards = _complete_shards(store, inputs, log)
     written = [_written(rule, against.get(rule.number, {})) for rule in rules]
@@ -95,6 +100,7 @@ def report_lines(view: View) -> Iterator[str]:
 def _written(rule: BoundRule, against: Mapping[str, OtherDataset]) -> dict[str, Any]:
     written = rule.spec.model_dump(mode="json", exclude_none=True)
     if against:
+        written["decontaminate"].pop("config", None)  # the fingerprints say what it has led to
         written["decontaminate"]["against"] = {url: dataset.written() for url, dataset in against.items()}
     return written
 

@@ -12,7 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 import reinforce
+from reinforce.config import Config
 from reinforce.dataset.view import View, ViewRows
+from reinforce.engine.messages.results import ShardResult
 from reinforce.errors import UserError
 from reinforce.selection import neighbours, passes
 from reinforce.selection.config import SelectConfig
@@ -163,6 +165,41 @@ def test_images_of_another_dataset_are_left_out(url: str, evaluation: Path) -> N
     [dataset] = view.rules[0]["decontaminate"]["against"].values()
     layer = json.loads((evaluation / "dataset.json").read_text())["layers"]["embeddings/red/images"]
     assert dataset["fingerprint"] == layer["fingerprint"]
+
+
+def test_shards_are_embedded_once_by_the_config_of_the_run(url: str, evaluation: Path, tmp_path: Path) -> None:
+    """They leave out what the reinforced dataset of them leaves out."""
+    made = config_of("not/read/*.tar", Path(url), captioners={})
+    (tmp_path / "my.yaml").write_text(json.dumps(made))
+    calls = []
+
+    def reinforce(config: Config) -> None:
+        calls.append(config)
+        results: list[ShardResult] = []
+        reinforce_here(config.model_dump(mode="json", by_alias=True), results=results)
+        computed.append(len(results))
+
+    computed: list[int] = []
+    raw = f"{evaluation.parent}/source/*.tar"
+    rule = {"against": [raw], "teacher": "red", "config": str(tmp_path / "my.yaml")}
+    config = parse(SelectConfig, {"dataset": url, "name": "mine", "rules": [{"decontaminate": rule}]})
+    first, again = (select(config, reinforce=reinforce) for _ in range(2))
+    assert (first, computed) == (again, [1, 0])
+    assert [*calls[0].teachers] == ["red"]
+    assert [*first.rules[0]["decontaminate"]["against"]] == [raw]
+    assert "config" not in first.rules[0]["decontaminate"]
+    found = reasons(url)
+    view_of(url, {"decontaminate": {"against": [str(evaluation)], "teacher": "red"}})
+    assert found == reasons(url)
+    assert found.count("1 decontaminate") > 2
+    for change, message in (
+        ({"teachers": {}}, "my.yaml has no teacher red. It has: none."),
+        ({"augmentations": {"count": 1, "size": 20}}, "has other augmentations"),
+    ):
+        (tmp_path / "my.yaml").write_text(json.dumps({**made, **change}))
+        shutil.rmtree(Path(url, "views/mine/references"), ignore_errors=True)
+        with pytest.raises(UserError, match=message):
+            select(config, reinforce=reinforce)
 
 
 def test_a_dataset_that_cannot_be_compared_is_one_error(url: str, evaluation: Path, tmp_path: Path) -> None:

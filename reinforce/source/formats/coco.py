@@ -1,7 +1,7 @@
 """Captions in COCO's JSON: one document with ``images`` (``id``, ``file_name``) and ``annotations`` (``image_id``,
 ``caption``). The images are in files of their own, and each image is a row with all of its captions.
 
-The document is read as a whole, 118,287 images of COCO's training set in 1 GB of memory.
+The document is read as a whole, 118,287 images of COCO's training set in 0.5 GB of memory.
 """
 
 from __future__ import annotations
