@@ -151,6 +151,7 @@ def _build(store: Store, build: Build, use_ray: bool, address: str | None) -> di
     if partitions:
         written = _files(store, *build.path(_PARTS))
         missing = [str(number) for number in range(len(build.parts)) if part_name(number) not in written]
+        use_ray &= len(build.parts) > 1  # to start Ray would take longer
         write = functools.partial(write_dataset_part, build)
         for _ in for_each_shard(write, missing, use_ray=use_ray, address=address, unit="part"):
             pass

@@ -14,7 +14,11 @@ from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+
 from reinforce.dataset.files.index import IndexWriter
+from reinforce.dataset.files.listing import Listing
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.kinds.registry import stored_layer
 from reinforce.dataset.layers import LABELS, NO_IMAGES, SAMPLES, mapping_at
@@ -98,11 +102,7 @@ def export_labels(
     with out.lock():
         _record(out, manifest)
         listings = out.listings(names)
-        missing = {
-            shard: tuple(name for name in names if shard not in listings[name])
-            for shard in data.shards
-            if any(shard not in listings[name] for name in names)
-        }
+        missing = _missing(data.shards, listings)
         result.kept = result.shards - len(missing)
         quarantine = store.listings(f"quarantine/{name}" for name in names)
         export = LabelsExport(
@@ -118,6 +118,10 @@ def export_labels(
         )
         index = IndexWriter(out, {layer.name: layer for layer in chosen})
         with contextlib.ExitStack() as stack:
+            if use_ray and missing:
+                from reinforce.cluster import ray_cluster
+
+                stack.enter_context(ray_cluster(address))  # for the shards and the index
             stack.callback(index.flush)
             for shard, written in for_each_shard(
                 functools.partial(export_shard, export), [*missing], use_ray=use_ray, address=address
@@ -125,13 +129,24 @@ def export_labels(
                 index.add(shard, written.files)
                 index.flush_when_due()
                 result.left_out += written.left_out
-        found = build_index(as_seen_by_workers(output), use_ray=use_ray, address=address)
+            index.flush()
+            found = build_index(as_seen_by_workers(output), use_ray=use_ray, address=address)
         write_card(out.url, licence=licence)
     result.identities = {kind: count for kind, count in found.kinds.items() if kind in COLUMNS}
     result.rows = sum(map(sum, found.groups))
     result.bytes = sum(listing.total_bytes for listing in out.listings(names).values())
     result.notes += _notes(result, data, kinds, manifest)
     return result
+
+
+def _missing(shards: Sequence[str], listings: Mapping[str, Listing]) -> dict[str, tuple[str, ...]]:
+    """The layers that shards lack, of those that lack some."""
+    names = pa.array(shards, pa.string())
+    lacking = np.array([~listing.has(names) for listing in listings.values()])
+    return {
+        shards[int(at)]: tuple(name for name, lacks in zip(listings, lacking[:, at], strict=True) if lacks)
+        for at in np.flatnonzero(lacking.any(axis=0))
+    }
 
 
 def _notes(result: ExportedLabels, data: Dataset, kinds: Sequence[str], manifest: Mapping[str, Any]) -> list[str]:

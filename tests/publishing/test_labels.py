@@ -18,6 +18,7 @@ import reinforce
 from reinforce.dataset.files.store import MANIFEST, Store
 from reinforce.dataset.validate.validate import validate
 from reinforce.errors import UserError
+from reinforce.labels.difference import diff
 from reinforce.labels.index import open_index
 from reinforce.publishing import labels
 from reinforce.publishing.labels import ExportedLabels, export_labels
@@ -202,6 +203,18 @@ def test_a_killed_export_continues_and_a_second_one_writes_nothing(
     before = stamps(output)
     assert export(dataset, output, licence="cc-by-4.0").kept == 2
     assert stamps(output) == before
+
+
+def test_labels_in_an_object_store_are_those_on_disk(dataset: str, published: Path, s3: Any) -> None:
+    for kept in (0, 2):
+        result = export_labels(dataset, "s3://bucket/labels", use_ray=False, licence="cc-by-4.0")
+        assert result.kept == kept
+    local = tree(published)
+    assert {name.removeprefix("bucket/labels/"): s3.cat_file(name) for name in s3.find("bucket/labels")}.items() >= (
+        local.items()
+    )
+    found = diff(str(published), "s3://bucket/labels", use_ray=False)
+    assert (found.equal, found.matched) == (True, {"key": 16})
 
 
 def test_some_layers_of_a_view_come_with_what_they_are_computed_from(dataset: str, tmp_path: Path) -> None:
