@@ -13,7 +13,7 @@ from reinforce.config_schema import LAYER_NAME, LAYER_NAMES, Batch, LayerName, O
 from reinforce.processes.cores import Node, cores_per_process, default_gpus, describe_share
 from reinforce.settings import Section
 from teachers.custom.family import ClassScorerSpec
-from teachers.published.labels import Join
+from teachers.published.labels import Join, Labels
 from teachers.registry import AnyCaptioner, AnyTeacher
 
 if TYPE_CHECKING:
@@ -321,6 +321,9 @@ class Config(Section):
         description="weakest agreement that joins samples and `reinforcements`; key: also by key, where neither side "
         "states anything else; default: url",
     )
+    labels: Annotated[dict[LayerName, Labels], LAYER_NAMES] = Field(
+        default_factory=dict, description="labels that others have published as datasets, by a name of yours"
+    )
     seed: int = Field(0, description="seed of everything random in the dataset")
     images: Literal["embed", "reference"] = Field(
         "embed",
@@ -358,12 +361,6 @@ class Config(Section):
         return list(dict.fromkeys(spec.imports for spec in specs if spec.imports is not None))
 
     @model_validator(mode="after")
-    def _check_join(self) -> Config:
-        if self.join and self.reinforcements is None:
-            raise ValueError("join: used with `reinforcements` only; remove it")
-        return self
-
-    @model_validator(mode="after")
     def _check_moved(self) -> Config:
         if not self.embeds_images and len({*self.moved.values()}) < len(self.moved):
             raise ValueError("moved: with images: reference, each former folder can be in one place only")
@@ -371,6 +368,10 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check_published(self) -> Config:
+        if self.join and self.reinforcements is None:
+            raise ValueError("join: used with `reinforcements` only; set labels.NAME.join for `labels`")
+        if self.labels and self.reinforcements is not None:
+            raise ValueError("labels: not with `reinforcements`; make a dataset of these, and name it in `labels`")
         models = (*self.teachers.items(), *self.captioners.items())
         published = [name for name, spec in models if spec.published]
         if published and self.reinforcements is None:

@@ -70,10 +70,15 @@ IDENTITIES = ("uid", "sha256", IMAGE_DIGEST, "url")
 TRUE_CAPTIONS = "true_captions"
 
 
-def samples_schema(images: str, true_captions: bool = False) -> pa.Schema:
+#: Column of a samples layer whose augmentation records are of published labels.
+LABELLED = "labelled"
+
+
+def samples_schema(images: str, true_captions: bool = False, labels: bool = False) -> pa.Schema:
     """Schema of ``samples/<shard>.parquet``; ``images`` is ``embed``, ``reference``, or ``none`` of published labels.
 
-    ``true_captions``: with a column of all true captions of a sample.
+    ``true_captions``: with a column of all true captions of a sample. ``labels``: with a column of how its published
+    labels were found.
     """
     texts = pa.list_(pa.field("element", pa.string(), nullable=False))
     several = [_field(TRUE_CAPTIONS, texts, "all, `caption` the first; only with `input.captions_per_sample`", False)]
@@ -109,7 +114,10 @@ def samples_schema(images: str, true_captions: bool = False) -> pa.Schema:
             nullable=False,
         )
     )
-    return pa.schema(fields)
+    joined = (
+        "what joined `augmentations` with the sample, and the size that they are scaled from; null where they are own"
+    )
+    return pa.schema([*fields, *[_field(LABELLED, pa.string(), joined)][: int(labels)]])
 
 
 def _identity_fields() -> list[pa.Field]:

@@ -52,8 +52,7 @@ def _dataset_json(config: Config) -> str:
     exclude: dict[str, Any] = {"output": True, "workers": True, "scores": True, "failures": {"outage_seconds"}}
     if config.augmentations.backend == AUGMENTATION_BACKEND:
         exclude["augmentations"] = {"backend"}
-    if not config.moved:
-        exclude["moved"] = True
+    exclude |= {key: True for key in ("moved", "labels") if not getattr(config, key)}
     if config.failures.stall_seconds is None:
         failures = config.failures.model_copy(update={"stall_seconds": _FIRST_STALL_SECONDS})
         config = config.model_copy(update={"failures": failures})

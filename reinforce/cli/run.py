@@ -127,6 +127,10 @@ def check(
     kind: Annotated[
         Literal["teacher", "captioner"] | None, typer.Option(help="What the class is. Default: by its methods.")
     ] = None,
+    labels: Annotated[
+        bool,
+        typer.Option("--labels", help="Compare the vectors of `labels` with those that the config's models compute."),
+    ] = False,
 ) -> None:
     """Load teachers and captioners, test them as before a run, and measure their speed.
 
@@ -134,6 +138,13 @@ def check(
     """
     from reinforce.engine.preflight.check_models import check_target
 
+    if labels:
+        from reinforce.config import load_config
+        from reinforce.engine.label_check import check_labels
+
+        for line in check_labels(load_config(target, set_)):
+            typer.echo(escape(line))
+        return
     report = check_target(target, options, kind, set_)
     if report.rows:
         print_table(report.table())

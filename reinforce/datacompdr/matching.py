@@ -21,8 +21,11 @@ from teachers.published.labels import JOINS
 DIGEST = "digest"
 KINDS = ("uid", "sha256", DIGEST, "url")
 #: Further names of counts: joined by the key alone; of another image; without a counterpart; with the key of one, but
-#: nothing that confirms it.
-KEY, OTHER_IMAGE, ABSENT, UNCONFIRMED = "key", "other_image", "absent", "unconfirmed"
+#: nothing that confirms it; with labels that cannot be read.
+KEY, OTHER_IMAGE, ABSENT, UNCONFIRMED, BROKEN = "key", "other_image", "absent", "unconfirmed", "broken"
+
+#: Prefix of the names of the counts of `labels`: ``labels.NAME.WHAT``.
+PREFIX = "labels."
 
 #: What a side states of an image: values by kind.
 Identity: TypeAlias = "Mapping[str, str]"
@@ -147,5 +150,6 @@ def describe_counts(counts: Mapping[str, int]) -> str:
         OTHER_IMAGE: "not (another image)",
         ABSENT: "not (no counterpart)",
         UNCONFIRMED: "not (by key alone, which nothing confirms)",
+        BROKEN: "not (labels that cannot be read)",
     }
     return ", ".join(f"{counts[name]:,} {word}" for name, word in words.items() if counts.get(name))

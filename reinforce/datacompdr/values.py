@@ -116,19 +116,21 @@ class _Sample:
                 f"{columns[0]} to {columns[1]} for {layer.model}"
             )
         part = arrays[name][first : first + layer.count, columns[0] : columns[1]]
-        with np.errstate(all="ignore"):
-            norms = np.linalg.norm(part, axis=1, keepdims=True)
-        if not (np.isfinite(norms).all() and _NORM_RANGE[0] < norms.min() and norms.max() < _NORM_RANGE[1]):
-            raise Unreadable(
-                f"{name}: norms of {norms.min():.3g} to {norms.max():.3g} in columns {columns[0]} to {columns[1]}, "
-                "expected 1"
-            )
-        unit: Floats = part / norms
+        unit: Floats = part / checked_norms(part, f"{name}, columns {columns[0]} to {columns[1]}")
         return unit
 
     def _list_of(self, captioner: str) -> str:
         """The list of synthetic captions that a captioner of the config names."""
         return str(self._config.captioners[captioner].model)
+
+
+def checked_norms(values: Floats, where: str) -> Floats:
+    """The norms [count, 1] of somebody else's vectors [count, dim]. Raises Unreadable unless all are nearly 1."""
+    with np.errstate(all="ignore"):
+        norms = np.linalg.norm(values, axis=1, keepdims=True)
+    if not (np.isfinite(norms).all() and _NORM_RANGE[0] < norms.min() and norms.max() < _NORM_RANGE[1]):
+        raise Unreadable(f"{where}: norms of {norms.min():.3g} to {norms.max():.3g}, expected 1")
+    return norms
 
 
 def _augmentations(config: Config, members: Members, width: int, height: int) -> tuple[Augmentation, ...]:

@@ -93,6 +93,8 @@ class Layer:
         recipe: what the fingerprint covers.
         code: hash of the file that defines the model's class, if it is a custom one; the fingerprint does not cover it.
         pixels: whether a scorer of it sees the image as a whole.
+        labels: name of the labels in the config that have values of it; those of other rows are computed, unless it is
+            published.
     """
 
     name: str
@@ -109,6 +111,7 @@ class Layer:
     recipe: Mapping[str, Any] = field(default_factory=dict, compare=False)
     code: str | None = field(default=None, compare=False)
     pixels: bool = field(default=False, compare=False)
+    labels: str | None = field(default=None, compare=False)
 
     @property
     def sees_images(self) -> bool:

@@ -35,6 +35,7 @@ from reinforce.engine.plan.source_shards import with_view
 from reinforce.engine.worker.shard import process_shard
 from reinforce.engine.worker.stale_files import MisalignedLayer, origin_entries
 from reinforce.errors import UserError
+from reinforce.labels.taken import with_labels
 from reinforce.nodes import nodes_of_run
 from teachers.device.determinism import set_flags
 from teachers.spec import ModelInfo
@@ -81,7 +82,7 @@ def recompute(config: Config, url: str, rows: int, seed: int = 0, pool: DecodePo
     gpus = float(torch.cuda.is_available() and config.workers.gpus != 0)
     workers = config.workers.model_copy(update={"gpus": gpus})
     config = config.model_copy(update={"output": store.url, "workers": workers})
-    config = _describable(resolve_precisions(with_view(config), store, nodes_of_run)[0], found)
+    config = _describable(resolve_precisions(with_labels(with_view(config)), store, nodes_of_run)[0], found)
     layers = build_layers(config, describe_models(config))
     chosen = _known(layers, manifest, found)
     if SAMPLES not in chosen:

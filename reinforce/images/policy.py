@@ -19,6 +19,7 @@ from reinforce.errors import UserError
 from reinforce.images import fast_jpeg, png
 from reinforce.images.jpeg import ends_in_zeros, lacks_scan_data
 from schemas import Reason
+from teachers.published.labels import crops_of
 
 #: Name and version of the conversion to RGB in :func:`decode`; recorded in dataset.json.
 IMAGE_POLICY = "rgb-1"
@@ -53,7 +54,9 @@ _TRANSPOSE_BY_ORIENTATION = {
 
 
 def image_policy(config: Config) -> str:
-    """Return the image policy of a run: with published reinforcements, the policy that they were made with."""
+    """Return the image policy of a run: with published crops, the policy that they were made with."""
+    if (labels := crops_of(config.labels)) is not None:
+        return config.labels[labels].taken.image_policy
     if config.reinforcements is not None:
         return PUBLISHED_POLICY
     side = config.input.reduce_to

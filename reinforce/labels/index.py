@@ -11,6 +11,7 @@ rows, but no files.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -99,6 +100,15 @@ class IdentityIndex:
                 return number, rest
             rest -= rows
         raise UserError(f"{self._path()} names row {row} of shard {shard}, which has none. {_FIX}")
+
+    def place(self, shard: str, group: int) -> tuple[int, int]:
+        """The number of a shard, and the first row of one of its row groups."""
+        number = self._numbers[shard]
+        return number, sum(self.groups[number][:group])
+
+    @functools.cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {shard: number for number, shard in enumerate(self.shards)}
 
     def partition(self, kind: str, number: int) -> Entries:
         """Read all entries of a partition. Raises UserError if it is damaged."""

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from teachers.spec import CaptionerSpec, ModelInfo, ModelSpec, TeacherSpec
 
 
-class _Published(ModelSpec):
+class Published(ModelSpec):
     """Only these keys are used, since no model is loaded."""
 
     uses_precision: ClassVar[bool] = False
@@ -17,13 +17,13 @@ class _Published(ModelSpec):
     used: ClassVar[tuple[str, ...]] = ()
 
     @model_validator(mode="after")
-    def _check_used(self) -> _Published:
+    def _check_used(self) -> Published:
         if unused := self.model_fields_set - {"family", "model", *self.used}:
             raise ValueError(f"{', '.join(sorted(unused))}: not used with family published; remove it")
         return self
 
 
-class PublishedTeacherSpec(_Published, TeacherSpec):
+class PublishedTeacherSpec(Published, TeacherSpec):
     used = ("columns", "logit_scale", "dtype")
 
     columns: tuple[int, int] | None = Field(
@@ -49,7 +49,7 @@ class PublishedTeacherSpec(_Published, TeacherSpec):
         return ModelInfo(end - first, images=True, texts=True, identity=identity)
 
 
-class PublishedCaptionerSpec(_Published, CaptionerSpec):
+class PublishedCaptionerSpec(Published, CaptionerSpec):
     used = ("captions",)
 
     def describe(self) -> ModelInfo:

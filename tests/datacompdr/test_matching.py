@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
+import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import reinforce
 from reinforce.config import parse_config
@@ -180,3 +184,40 @@ def test_a_teacher_added_from_another_set_gets_no_vectors_of_other_images_or_cro
     assert [bool(np.isnan(vectors).all()) for vectors in rows] == [reason is not None] * 3
     assert {found for _, found in quarantine(tmp_path, "embeddings/two/images")} == ({reason} - {None})
     assert bool(quarantine(tmp_path, "embeddings/two/caption")) == bool(other_url), "captions have no crops"
+
+
+#: What DFNDR's tars state of a sample, and DataCompDR's.
+LAYOUTS: dict[str, Callable[[int], dict[str, str]]] = {
+    "DFNDR": lambda number: {"url": f"{URL}{number}"},
+    "DataCompDR": lambda number: {"uid": f"{number:032x}", "sha256": f"{number:064x}"},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_copy_in_another_order_has_the_labels_of_its_own_images_and_no_others(tmp_path: Path, layout: str) -> None:
+    """Image 0 is missing, image 1 exchanged under the same key, image 2 encoded again."""
+    stated = LAYOUTS[layout]
+
+    def published(number: int) -> list[tuple[str, bytes]]:
+        found = stated(number)
+        url = found.get("url", f"{URL}{number}").encode()
+        document = None if layout == "DFNDR" else json.dumps(found).encode()
+        return published_members(ALL[number], json=document, **{"url.txt": url})
+
+    source = [
+        source_members(ALL[number], f"own{number}", json=json.dumps(stated(number)).encode()) for number in range(2, 10)
+    ]
+    again = io.BytesIO()
+    Image.open(io.BytesIO(source[0][0][1])).save(again, "JPEG")
+    source[0][0] = ("own2.jpg", again.getvalue())
+    source.append(source_members(ALL[1], json=json.dumps(stated(99)).encode()))
+    random.Random(0).shuffle(source)
+    write_published(tmp_path, source, [published(number) for number in range(10)])
+    results: list[ShardResult] = []
+    samples = list(reinforce.open(reinforce_here(config_of(tmp_path), results=results)))
+    assert {sample.key for sample in samples} == {ALL[number].key for number in range(2, 10)}
+    for sample in samples:
+        check_sample(next(one for one in ALL if one.key == sample.key), sample)
+    joined = "url" if layout == "DFNDR" else "uid"
+    assert results[0].source_counts == {joined: 8, "other_image": 1}
+    assert (ALL[1].key, "not_reinforced") in quarantine(tmp_path)

@@ -62,7 +62,7 @@ def _shape_of(type_: pa.DataType) -> str:
 def _known_columns() -> dict[str, set[str]]:
     """The types that each column of a layer file may have."""
     known: dict[str, set[str]] = {}
-    layers = [schemas.samples_schema(images, True) for images in ("embed", "reference", "none")]
+    layers = [schemas.samples_schema(images, True, True) for images in ("embed", "reference", "none")]
     layers += [schemas.embeddings_schema(1, 1, dtype) for dtype in ("float16", "float32", "int8")]
     others = (schemas.captions_schema(), schemas.quarantine_schema(), schemas.index_schema())
     for schema in (*layers, *others):

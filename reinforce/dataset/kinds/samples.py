@@ -14,6 +14,7 @@ from reinforce.config import Config, Limits
 from reinforce.dataset.layers import LABELS, NO_IMAGES, SAMPLES, Layer, LayerKind, compute_fingerprint, mapping_at
 from reinforce.images.policy import image_policy
 from reinforce.source.captions import CAPTION_POLICY
+from teachers.published.labels import crops_of
 
 if TYPE_CHECKING:
     from teachers.spec import ModelInfo
@@ -57,7 +58,7 @@ class Samples(LayerKind):
         return ()
 
     def schema(self, layer: Layer, images: str) -> pa.Schema:
-        return schemas.samples_schema(images, bool(layer.count))
+        return schemas.samples_schema(images, bool(layer.count), bool(layer.labels))
 
     def row_bytes(self, layer: Layer, sample: float) -> float | None:
         return sample
@@ -124,4 +125,8 @@ def _augmentations_recipe(config: Config) -> dict[str, Any]:
     if config.reinforcements is not None:
         return {"published": PUBLISHED_FORMAT, "count": config.augmentations.count, "size": config.augmentations.size}
     # The backend is recorded among the policies.
-    return config.augmentations.model_dump(mode="json", exclude={"backend"})
+    recipe = config.augmentations.model_dump(mode="json", exclude={"backend"})
+    if (name := crops_of(config.labels)) is not None:
+        labels = config.labels[name]
+        recipe["labels"] = {"samples": labels.taken.samples, "join": labels.join}
+    return recipe

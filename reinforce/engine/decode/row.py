@@ -19,6 +19,7 @@ from reinforce.dataset.augment.backends import load_backend
 from reinforce.dataset.augment.records import Augmentation, Crop, from_records, sample_augmentation, to_records
 from reinforce.engine.decode.cells import PixelCells, PixelLayout
 from reinforce.images.policy import ImageRefused, decode, image_policy
+from reinforce.labels.crops import RowLabels
 from reinforce.source.captions import json_error, metadata_of
 from reinforce.source.references import LostImage
 from reinforce.source.samples import RawSample, Refusal
@@ -52,8 +53,9 @@ class Decoded:
     """What a decode process returns of a row; ``published`` holds the values of published layers, by layer.
 
     ``records``, ``caption`` with ``more`` of them, ``metadata`` and the size in pixels are set for a sample of the
-    source only; ``left_out`` lists its parts that are missing. ``unreadable`` is set only for a row of the samples
-    layer: why its referenced image can no longer be read; its pixels are black then.
+    source only; ``left_out`` lists its parts that are missing. ``joined`` is what joined its augmentations with labels,
+    and ``unlabelled`` why labels are of another image, by their name. ``unreadable`` is set only for a row of the
+    samples layer: why its referenced image can no longer be read; its pixels are black then.
     """
 
     published: Mapping[str, PublishedValue] = field(default_factory=dict)
@@ -65,6 +67,8 @@ class Decoded:
     left_out: tuple[Refusal, ...] = ()
     unreadable: Refusal | None = None
     more: Sequence[str] = ()
+    joined: str | None = None
+    unlabelled: Mapping[str, Refusal] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,7 @@ class Row:
     the samples layer. ``members`` are those of published reinforcements, or why there are none, and ``records`` the
     augmentations of a row of the samples layer that has them. The pixels are in the ``cell`` of the lease,
     None where none are needed, and ``group`` numbers the row group. ``more`` are true captions besides ``caption``.
+    ``labels`` are those of a sample of the source, and ``values`` what they have of layers.
     """
 
     key: str
@@ -97,6 +102,11 @@ class Row:
     records: Sequence[Mapping[str, Any]] | None = None
     decoded: Decoded = _NOTHING
     more: Sequence[str] = ()
+    labels: Sequence[RowLabels] = ()
+    values: Mapping[str, PublishedValue] = field(default_factory=dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "values": {}}  # no decode process needs them
 
     @property
     def captions(self) -> list[str]:
@@ -118,7 +128,7 @@ class Row:
 
     @property
     def published(self) -> Mapping[str, PublishedValue]:
-        return self.decoded.published
+        return {**self.decoded.published, **self.values} if self.values else self.decoded.published
 
     @property
     def unreadable(self) -> Refusal | None:
@@ -130,6 +140,9 @@ class Row:
         if isinstance(self.sample, RawSample):
             self.caption, self.more = decoded.caption, decoded.more
             self.sample = replace(self.sample, sidecars={}, of_image={})
+            for one in self.labels:
+                found = one.values_of(self.key, self.captions, decoded.unlabelled.get(one.name))
+                self.values = {**self.values, **found}
         else:
             self.sample = None
 
@@ -152,7 +165,10 @@ def _decode_new(spec: DecodeSpec, cells: PixelCells, row: Row, raw: RawSample) -
         image = decode(raw.image, limits, strict=True, policy=image_policy(config))
         width, height = image.size
         augmentations: Sequence[Augmentation]
-        if spec.published is None:
+        joined, published, unlabelled = _fit_labels(row, width, height)
+        if published:
+            augmentations = published
+        elif spec.published is None:
             augmentations = [
                 sample_augmentation(policy, config.seed, key, k, width, height) for k in range(policy.count)
             ]
@@ -178,7 +194,25 @@ def _decode_new(spec: DecodeSpec, cells: PixelCells, row: Row, raw: RawSample) -
         to_records(augmentations),
         tuple(left_out),
         more=captions[1:],
+        joined=joined,
+        unlabelled=unlabelled,
     )
+
+
+def _fit_labels(row: Row, width: int, height: int) -> tuple[str | None, Sequence[Augmentation], Mapping[str, Refusal]]:
+    """What joined a sample with labels that have augmentation records, these for its image, and why labels are of
+    another image, by their name."""
+    joined: str | None = None
+    records: Sequence[Augmentation] = ()
+    unlabelled = {}
+    for one in row.labels:
+        if one.image is not None:
+            try:
+                if found := one.image.fitted(width, height):
+                    records, joined = found, one.image.note(width, height)
+            except Unreadable as error:
+                unlabelled[one.name] = Refusal(row.key, Reason.NOT_REINFORCED, f"labels: {error}")
+    return joined, records, unlabelled
 
 
 def _decode_stored(spec: DecodeSpec, cells: PixelCells, row: Row, stored: StoredImage | None) -> Decoded:

@@ -7,11 +7,18 @@ augmented ahead in decode processes. Memory grows with the window and the row gr
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
+
+import pyarrow as pa
 
 from reinforce.config import Config
+from reinforce.datacompdr.matching import identity_of
+from reinforce.datacompdr.members import Unreadable
 from reinforce.datacompdr.reinforcements import Reinforcements
+from reinforce.datacompdr.values import PublishedValue
+from reinforce.dataset.augment.records import from_records
 from reinforce.dataset.files.layer_file import LayerFile
 from reinforce.dataset.kinds.samples import true_captions
 from reinforce.engine.decode.ahead import decode_ahead
@@ -20,6 +27,8 @@ from reinforce.engine.decode.pool import CellLease
 from reinforce.engine.decode.row import Row, StoredImage
 from reinforce.engine.messages.pulse import READING
 from reinforce.errors import UserError
+from reinforce.labels.crops import RowLabels
+from reinforce.labels.rows import LabelReader, Wanted
 from reinforce.source.formats.base import Shard
 from reinforce.source.formats.registry import find_format
 from reinforce.source.identity import former_url
@@ -34,16 +43,26 @@ from teachers.protocols import ImageSpec
 #: width. Small enough to shuffle and to stream.
 GROUP_ROWS = 1024
 GROUP_BYTES = 32 * 2**20
+_LABEL_COLUMNS = ("metadata", "width", "height", "augmentations")  # of stored samples, by which labels are found
+_LABELLED_ROWS = 512  # of which labels are looked up together
 _NOMINAL_VECTOR_BYTES = 1536 * 2
 
 
 @dataclass(frozen=True)
 class RowSpec:
-    """What the layers of a lease need of each row: ``crops``, ``views`` and values of ``published`` reinforcements."""
+    """What the layers of a lease need of each row: ``crops``, ``views``, values of ``published`` reinforcements and of
+    ``labels``."""
 
     crops: bool
     views: tuple[ImageSpec, ...] = ()
     published: Reinforcements | None = None
+    labels: LabelReader | None = None
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """Samples by what joined them with labels of others, or why nothing did."""
+        readers = (self.published, self.labels)
+        return {name: count for one in readers if one is not None for name, count in one.counts.items()}
 
     @property
     def needs_image(self) -> bool:
@@ -77,7 +96,7 @@ def rows_from_source(
     vectors = max(config.augmentations.count, config.input.captions_per_sample or 1)
     grouping = _Grouping(max_group_rows(vectors, group_rows))
     seen: set[str] = set()  # published keys: several samples of the source may match one
-    for row in decode_ahead(lease, _source_rows(_read_samples(config, shard), published), window):
+    for row in decode_ahead(lease, _source_rows(_read_samples(config, shard), spec), window):
         if isinstance(row, Refusal):
             yield row
             continue
@@ -89,6 +108,9 @@ def rows_from_source(
             continue
         if published is not None:
             seen.add(row.key)
+        if spec.labels is not None:
+            for name in row.decoded.unlabelled:
+                spec.labels.refuse(next(one for one in row.labels if one.name == name))
         row.group = grouping.add(len(row.sample.image))
         yield row
     if published is not None:
@@ -161,7 +183,11 @@ class _Grouping:
         return self._group
 
 
-def _source_rows(samples: Iterable[RawSample | Refusal], published: Reinforcements | None) -> Iterator[Row | Refusal]:
+def _source_rows(samples: Iterable[RawSample | Refusal], spec: RowSpec) -> Iterator[Row | Refusal]:
+    published = spec.published
+    if spec.labels is not None:
+        yield from _labelled_rows(samples, spec.labels)
+        return
     for raw in samples:
         if isinstance(raw, Refusal):
             yield raw
@@ -173,6 +199,24 @@ def _source_rows(samples: Iterable[RawSample | Refusal], published: Reinforcemen
             yield Row(key, sample=raw, members=published.members(key))
 
 
+def _labelled_rows(samples: Iterable[RawSample | Refusal], labels: LabelReader) -> Iterator[Row | Refusal]:
+    """The samples of a source, some at a time, with their labels."""
+    waiting: list[RawSample | Refusal] = []
+    size = 0
+    for item in itertools.chain(samples, [None]):
+        if item is not None:
+            waiting.append(item)
+            size += len(item.image) if isinstance(item, RawSample) else 0
+        if item is None or len(waiting) == _LABELLED_ROWS or size > GROUP_BYTES:
+            raws = [one for one in waiting if isinstance(one, RawSample)]
+            wanted = [Wanted(one.key, identity_of(one.all_sidecars), one.image) for one in raws]
+            found = iter(labels.find(wanted))
+            yield from (
+                one if isinstance(one, Refusal) else Row(one.key, sample=one, labels=next(found)) for one in waiting
+            )
+            waiting, size = [], 0
+
+
 def _stored_rows(config: Config, shard: Shard, file: LayerFile, spec: RowSpec) -> Iterator[Row]:
     """The rows of the samples layer, without images where none are needed."""
     columns = ["key", "caption", TRUE_CAPTIONS]
@@ -182,20 +226,62 @@ def _stored_rows(config: Config, shard: Shard, file: LayerFile, spec: RowSpec) -
     published = spec.published
     if published is not None:
         columns = [*dict.fromkeys([*columns, "augmentations", "metadata"])]
+    if spec.labels is not None:
+        stated = image_columns(config.images)[-1:] if spec.labels.needs_digests else ()  # a digest, or the image
+        columns = [*dict.fromkeys([*columns, *_LABEL_COLUMNS, *stated])]
     for group in range(file.num_row_groups):
         table = file.read_row_group(group, columns=columns)
         images: Iterable[bytes | LostImage | None] = itertools.repeat(None)
-        if "image" in columns:
+        if spec.needs_image and "image" in columns:
             images = (value.as_py() for value in table["image"])
-        elif "image_ref" in columns:
+        elif spec.needs_image:
             digests = table[IMAGE_DIGEST].to_pylist() if IMAGE_DIGEST in table.column_names else None
             images = images_of_group(table["image_ref"].to_pylist(), roots, config.moved, digests)
         records = table["augmentations"].to_pylist() if "augmentations" in columns else itertools.repeat([])
         metadata = table["metadata"].to_pylist() if "metadata" in columns else itertools.repeat(None)
         keys, captions = table["key"].to_pylist(), true_captions(table)
-        for key, texts, image, record, text in zip(keys, captions, images, records, metadata, strict=False):
+        values = _labels_of_stored(table, captions, spec.labels) if spec.labels is not None else itertools.repeat({})
+        for key, texts, image, record, text, one in zip(
+            keys, captions, images, records, metadata, values, strict=False
+        ):
             sample = None if image is None else StoredImage(image, record)
-            row = Row(key, next(iter(texts), None), group=group, sample=sample, more=texts[1:])
+            row = Row(key, next(iter(texts), None), group=group, sample=sample, more=texts[1:], values=one)
             if published is not None:
                 row.members, row.records = published.members_of_stored(key, text), record
             yield row
+
+
+def _labels_of_stored(
+    samples: pa.Table, captions: Sequence[Sequence[str]], labels: LabelReader
+) -> Iterator[Mapping[str, PublishedValue]]:
+    """What labels have of the rows of a row group of samples. Vectors of images must belong to their crops."""
+    keys, metadata = samples["key"].to_pylist(), samples["metadata"].to_pylist()
+    digests = samples[IMAGE_DIGEST].to_pylist() if IMAGE_DIGEST in samples.column_names else itertools.repeat(None)
+    if "image" in samples.column_names:
+        digests = (image.as_py() for image in samples["image"])
+    stated = (identity_of({} if text is None else {"json": text.encode()}) for text in metadata)
+    wanted = [Wanted(*one) for one in zip(keys, stated, digests, strict=False)]
+    sizes = zip(*(samples[side].to_pylist() for side in ("width", "height")), strict=True)
+    rows = zip(labels.find(wanted), wanted, captions, sizes, samples["augmentations"].to_pylist(), strict=True)
+    for found, one, texts, (width, height), records in rows:
+        values: dict[str, PublishedValue] = {}
+        for part in found:
+            why = _why_other(part, width, height, records)
+            if why is not None:
+                labels.refuse(part)
+            refusal = None if why is None else Refusal(one.key, Reason.NOT_REINFORCED, f"labels: {why}")
+            values |= part.values_of(one.key, texts, refusal)
+        yield values
+
+
+def _why_other(labels: RowLabels, width: int, height: int, records: Sequence[Mapping[str, Any]]) -> str | None:
+    """Why labels are not those of a stored sample, or None."""
+    if labels.image is None:
+        return None
+    try:
+        fitted = labels.image.fitted(width, height)
+    except Unreadable as error:
+        return str(error)
+    return (
+        None if not fitted or [*fitted] == [*from_records(records)] else "its crops are not those of the stored sample"
+    )

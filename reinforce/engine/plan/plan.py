@@ -32,6 +32,7 @@ from reinforce.engine.plan.shard_lists import list_url
 from reinforce.engine.plan.source_shards import SourceShards, source_shards, with_view
 from reinforce.engine.plan.stored_layers import stored_layers
 from reinforce.errors import UserError
+from reinforce.labels.taken import with_labels
 from reinforce.nodes import nodes_of_run
 from reinforce.processes.cores import Node
 from reinforce.source.formats.base import Shard
@@ -109,7 +110,7 @@ def make_plan(
 ) -> Plan:
     """List the source and every layer once, and subtract; ``nodes`` as in ``resolve_precisions``. Raises UserError."""
     store = Store(config.output)
-    config, notes = resolve_precisions(with_view(config), store, nodes)
+    config, notes = resolve_precisions(with_labels(with_view(config)), store, nodes)
     layers = build_layers(config, describe_models(config))
     listed: dict[str, Info] = {}
     source = source_shards(config, listed)

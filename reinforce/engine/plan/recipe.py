@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from reinforce.config import Config
@@ -10,6 +11,7 @@ from reinforce.dataset.kinds.registry import KINDS
 from reinforce.dataset.layers import Layer
 from reinforce.engine.messages.tracebacks import user_frames
 from reinforce.errors import UserError
+from reinforce.labels.taken import labelled
 from teachers.registry import describe_captioner, describe_scorer, describe_teacher
 from teachers.spec import ModelInfo, ModelSpec
 
@@ -29,6 +31,11 @@ def describe_models(config: Config) -> dict[tuple[str, str], ModelInfo]:
             infos["scores", name] = describe_scorer(name, scorer)
     except (ValueError, OSError, ImportError) as error:
         raise UserError(f"{error}{user_frames(error)}") from error
+    for labels in config.labels.values():
+        for place, info in infos.items():
+            if place[0] != "scores":
+                identity = {**info.identity, **labels.taken.identity(place[1], labels.join)}
+                infos[place] = replace(info, identity=identity)
     return infos
 
 
@@ -51,7 +58,7 @@ def build_layers(config: Config, infos: Mapping[tuple[str, str], ModelInfo]) -> 
     layers: dict[str, Layer] = {}
     for level in sorted({kind.level for kind in KINDS.values()}):
         kinds = [kind for kind in KINDS.values() if kind.level == level]
-        found = [layer for kind in kinds for layer in kind.layers(config, infos, layers)]
+        found = labelled(config, (layer for kind in kinds for layer in kind.layers(config, infos, layers)))
         layers |= {layer.name: layer for layer in sorted(found, key=lambda layer: _position(config, layer))}
     return layers
 

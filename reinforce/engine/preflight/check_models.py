@@ -124,7 +124,7 @@ def check_config(config: Config) -> Report:
         specs += config.scorers.items()
         for name, spec in specs:
             if spec.published:
-                report.notes.append(f"{name} is read from published reinforcements: no model is loaded")
+                report.notes.append(f"{name} is read from what others have published: no model is loaded")
             else:
                 _check_model(report, redact, name, spec, device, largest)
     return report

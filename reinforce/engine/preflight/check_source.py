@@ -13,12 +13,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from reinforce.config import Config
+from reinforce.datacompdr.matching import describe_counts, identity_of
 from reinforce.datacompdr.reinforcements import check_reinforcements, preview_join
 from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION
 from reinforce.engine.messages.task import PendingShard
 from reinforce.engine.plan.plan import Plan
+from reinforce.engine.record.summary import counts_of_labels
 from reinforce.errors import UserError
 from reinforce.images.policy import ImageRefused, check_header
+from reinforce.labels.rows import LabelReader, Wanted
 from reinforce.source.captions import REPLACED
 from reinforce.source.file_types import is_image_name
 from reinforce.source.formats.base import Shard, SourceFormat
@@ -122,6 +125,7 @@ def check_source(plan: Plan) -> tuple[FirstSample | None, list[str]]:
         layers = [plan.layers[name] for name in published[0].layers]
         check_reinforcements(str(published[0].reinforcements), plan.config, layers)
         notes += _preview_join(plan, published[0])
+    notes += _preview_labels(plan, readable)
     notes += _undivided(named) if _is_new(plan) and plan.config.input.rows_per_shard is None else []
     sample, faults, doubts = _first_sample([plan.shard(shard) for shard in readable], plan.config)
     if faults and _is_new(plan) and sample is None and not doubts:
@@ -153,6 +157,27 @@ def _preview_join(plan: Plan, shard: PendingShard) -> list[str]:
     except Exception:  # each driver has its own exceptions; reading the first sample reports them
         return []
     return [note] if note else []
+
+
+def _preview_labels(plan: Plan, readable: Sequence[PendingShard]) -> list[str]:
+    """How the first samples of a shard join with the labels of the config. Raises UserError if labels have no index."""
+    layers = [layer for layer in plan.layers.values() if layer.labels is not None]
+    if not layers:
+        return []
+    with contextlib.closing(LabelReader(plan.config, layers)) as labels:
+        samples: list[Wanted] = []
+        with contextlib.suppress(Exception):  # each driver has its own; reading the first sample reports them
+            for shard in readable[:1]:
+                budget = ReadBudget(plan.config.input.limits.image_bytes + _READ_BYTES)
+                for raw in itertools.islice(read_samples(plan.shard(shard), plan.config.input, budget), _READ_ITEMS):
+                    if isinstance(raw, RawSample):
+                        samples.append(Wanted(raw.key, identity_of(raw.all_sidecars), raw.image))
+        labels.find(samples)
+        return [
+            f"labels.{name}: the first {len(samples)} samples of {canonical(readable[0].url)} join "
+            f"{canonical(plan.config.labels[name].url)}: {describe_counts(counts)}"
+            for name, counts in counts_of_labels(labels.counts)
+        ]
 
 
 def _format_notes(shards: Sequence[PendingShard]) -> list[str]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from reinforce.datacompdr.matching import describe_counts
+from reinforce.datacompdr.matching import PREFIX, describe_counts
 from reinforce.dataset.layers import SAMPLES
 from reinforce.engine.messages.results import ShardResult
 from reinforce.engine.messages.tracebacks import shorten
@@ -303,9 +303,19 @@ def source_lines(counts: Mapping[str, int]) -> list[str]:
     joined, lines = describe_counts(counts), []
     if joined:
         lines.append(f"samples joined with reinforcements: {joined}")
+    lines += [
+        f"samples joined with labels {name}: {describe_counts(found)}" for name, found in counts_of_labels(counts)
+    ]
     if count := counts.get(CAPTIONS_REPLACED):
         lines.append(f"captions with characters that could not be decoded (U+FFFD): {count:,}; store them as UTF-8")
     return lines
+
+
+def counts_of_labels(counts: Mapping[str, int]) -> Iterator[tuple[str, Mapping[str, int]]]:
+    """The counts of each set of labels, by its name."""
+    places = {name: name.removeprefix(PREFIX).rpartition(".") for name in sorted(counts) if name.startswith(PREFIX)}
+    for labels in dict.fromkeys(labels for labels, _, _ in places.values()):
+        yield labels, {what: counts[name] for name, (of, _, what) in places.items() if of == labels}
 
 
 def not_in_source_lines(counts: Mapping[str, Any]) -> list[str]:

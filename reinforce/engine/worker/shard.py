@@ -36,6 +36,7 @@ from reinforce.engine.worker.producers.base import RowGroup
 from reinforce.engine.worker.producers.registry import make_producers
 from reinforce.engine.worker.refusals import Refusals
 from reinforce.engine.worker.stale_files import MisalignedLayer, origin_entries, set_inputs_aside, set_stale_aside
+from reinforce.labels.rows import LabelReader
 from reinforce.source.captions import CAPTIONS_REPLACED, REPLACED
 from reinforce.source.identity import SourceState, former_url, probe_state, read_state
 from reinforce.source.references import ChangedImages
@@ -165,7 +166,7 @@ class _ShardProcess:
             device=device_report(self.models.accelerator),
             read_bytes=self.watch.read_bytes,
             times=self.watch.take_seconds(),
-            source_counts={**self.source_counts, **(spec.published.counts if spec.published else {})},
+            source_counts={**self.source_counts, **spec.counts},
         )
 
     # -- rows
@@ -175,7 +176,11 @@ class _ShardProcess:
         if self.shard.reinforcements and reads_reinforcements(self.layers.values()):
             published = Reinforcements(self.shard.reinforcements, self.config)
             stack.enter_context(contextlib.closing(published))
-        return RowSpec(self.inference.crops, self.inference.views, published)
+        labels = None
+        if any(layer.labels for layer in self.layers.values()):
+            labels = LabelReader(self.config, self.layers.values())
+            stack.enter_context(contextlib.closing(labels))
+        return RowSpec(self.inference.crops, self.inference.views, published, labels)
 
     def _lease(self, spec: RowSpec) -> contextlib.AbstractContextManager[CellLease]:
         """Pixel cells for the rows that are pending and those of a batch."""

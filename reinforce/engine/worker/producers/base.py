@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import pyarrow as pa
 
 from reinforce.config import Config
@@ -117,7 +118,7 @@ class Producer(Encoder):
     def refuse_unreadable(self, layer: Layer, group: RowGroup) -> None:
         """Record the rows of which the image cannot be read any more."""
         for row in group.rows:
-            if row.unreadable:
+            if row.unreadable and not self.has_label(layer, row):
                 self.refusals.add(layer.name, row.unreadable)
 
     def published(self, layer: Layer, group: RowGroup) -> list[Any]:
@@ -130,6 +131,22 @@ class Producer(Encoder):
                 self.refusals.add(layer.name, value)
             values.append(None if isinstance(value, Refusal) else value)
         return values
+
+    @staticmethod
+    def has_label(layer: Layer, row: Row) -> bool:
+        """Whether labels of others have the value of a row."""
+        return layer.labels is not None and isinstance(row.values.get(layer.name), list | np.ndarray)
+
+    @staticmethod
+    def label(layer: Layer, row: Row) -> Any:
+        """The value that labels of others have of a row."""
+        return row.values[layer.name]
+
+    def without_label(self, layer: Layer, rows: Sequence[Row]) -> list[int]:
+        """The places of the rows whose values are computed."""
+        if layer.labels is None:
+            return [*range(len(rows))]
+        return [place for place, row in enumerate(rows) if not self.has_label(layer, row)]
 
     def published_refusal(self, layer: Layer, row: Row) -> Refusal | None:
         """Why the published value of a row is not used, None if it is."""

@@ -52,12 +52,19 @@ class Captions(Producer):
         texts: dict[str, Callable[[], _Texts]] = {}
         for layer in self.computed:
             captioner, seeds = self.session.captioner(layer), prepared[layer.name]
+            own = self.without_label(layer, batch.rows)
+            if not own:
+                texts[layer.name] = list
+                continue
+            views = batch.views[captioner.image]
+            if len(own) < len(batch.rows):
+                views, seeds = views[own], seeds[own]
             with self.session.stage(layer.name, batch.what, seeds.size):
-                pixels = to_pixels(batch.views[captioner.image], captioner.image)
+                pixels = to_pixels(views, captioner.image)
                 texts[layer.name], tokens = self.session.models.captions(captioner, pixels, seeds)
             self.session.meter.add_tokens(layer.name, tokens)
-        count, what = len(batch.rows), batch.what
-        return lambda: {layer.name: self._finish(layer, texts[layer.name], count, what) for layer in self.computed}
+        rows, what = batch.rows, batch.what
+        return lambda: {layer.name: self._finish(layer, texts[layer.name], rows, what) for layer in self.computed}
 
     def demand(self, layer: Layer, rows: int) -> Demand:
         return Demand(
@@ -77,24 +84,31 @@ class Captions(Producer):
         seeds = [[seed_for(seed, row.key, layer.name, n) for n in range(layer.count)] for row in rows]
         return np.array(seeds, np.uint64)
 
-    def _finish(self, layer: Layer, texts: Callable[[], _Texts], count: int, what: str) -> _Texts:
-        """The captions of ``count`` images."""
+    def _finish(self, layer: Layer, texts: Callable[[], _Texts], rows: Sequence[Row], what: str) -> _Texts:
+        """The captions of ``rows``, empty for those that have labels."""
+        own = self.without_label(layer, rows)
+        count = len(own)
         stage = SERVER if getattr(self.session.captioner(layer), "waits", False) else layer.name
         with self.session.watch.stage(stage, what), raising_layer_failure(layer.name):
             found = texts()
-            rows = [row for row in found if row is not None and not isinstance(row, NoCaptions)]
-            if len(found) != count or any(len(row) != layer.count for row in rows):
+            given = [one for one in found if one is not None and not isinstance(one, NoCaptions)]
+            if len(found) != count or any(len(one) != layer.count for one in given):
                 raise ValueError(f"{layer.model}: caption() must return {layer.count} texts for each of {count} images")
-            return found
+            if count == len(rows):
+                return found
+            of_rows = dict(zip(own, found, strict=True))
+            return [of_rows.get(place, []) for place in range(len(rows))]
 
     def _captions(self, layer: Layer, group: RowGroup) -> list[list[str] | None]:
         """Captions of each row, or None; records why there are none."""
         self.refuse_unreadable(layer, group)
         texts = itertools.chain.from_iterable(group.outputs(layer.name))
-        return [
-            None if row.unreadable else self._clean(layer, row.key, captions)
-            for row, captions in zip(group.rows, texts, strict=True)
-        ]
+        return [self._caption(layer, row, captions) for row, captions in zip(group.rows, texts, strict=True)]
+
+    def _caption(self, layer: Layer, row: Row, captions: list[str] | NoCaptions | None) -> list[str] | None:
+        if self.has_label(layer, row):
+            return list(self.label(layer, row))
+        return None if row.unreadable else self._clean(layer, row.key, captions)
 
     def _clean(self, layer: Layer, key: str, texts: list[str] | NoCaptions | None) -> list[str] | None:
         """One image's captions after the config's ``clean``; None if none is left."""

@@ -48,8 +48,9 @@ class ImageEmbeddings(Embeddings):
     def encode(self, batch: Batch, prepared: Any) -> Callable[[], Outputs]:
         """Embeddings [rows, K, D] by layer."""
         assert batch.crops is not None
-        crops, count, models = batch.crops, self.session.config.augmentations.count, self.session.models
-        size = models.batches.crops(len(crops))
+        count, models = self.session.config.augmentations.count, self.session.models
+        unlabelled = {layer.name: self.without_label(layer, batch.rows) for layer in self.computed}
+        size = models.batches.crops(len(batch.crops))
         placeholders = np.repeat([row.unreadable is not None for row in batch.rows], count)
         prepared_pixels: dict[ImageSpec, torch.Tensor] = {}
         waiting = Counter(self.session.teacher(layer).image for layer in self.computed)
@@ -58,8 +59,13 @@ class ImageEmbeddings(Embeddings):
             teacher = self.session.teacher(layer)
             assert teacher.image is not None
             waiting[teacher.image] -= 1
+            crops, places = batch.crops, unlabelled[layer.name]
+            if not places:
+                continue
+            if few := len(places) < len(batch.rows):
+                crops = crops.unflatten(0, (-1, count))[places].flatten(0, 1)
             with self.session.stage(layer.name, batch.what, len(crops)):
-                if len(crops) > size:
+                if few or len(crops) > size:
                     parts = [
                         models.encode_images(teacher, to_pixels(part, teacher.image)) for part in crops.split(size)
                     ]
@@ -75,8 +81,11 @@ class ImageEmbeddings(Embeddings):
         for layer in self.computed:  # copied to the CPU only when all teachers' work is queued
             dim = self.session.teacher(layer).dim
             with self.session.stage(layer.name, batch.what):
-                values = to_numpy(encoded[layer.name], placeholders)
-            outputs[layer.name] = values.reshape(len(batch.rows), count, dim)
+                places = unlabelled[layer.name]
+                outputs[layer.name] = np.zeros((len(batch.rows), count, dim), np.float32)
+                if places:
+                    values = to_numpy(encoded[layer.name], placeholders.reshape(-1, count)[places].ravel())
+                    outputs[layer.name][places] = values.reshape(-1, count, dim)
         return lambda: outputs
 
     def demand(self, layer: Layer, rows: int) -> Demand:

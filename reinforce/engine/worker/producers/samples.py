@@ -15,7 +15,7 @@ from reinforce.engine.worker.refusals import Refusals
 from reinforce.engine.worker.stale_files import IMAGES
 from reinforce.source.references import image_digest
 from reinforce.source.samples import RawSample
-from schemas import IMAGE_DIGEST, TRUE_CAPTIONS
+from schemas import IMAGE_DIGEST, LABELLED, TRUE_CAPTIONS
 
 
 class Samples(Producer):
@@ -38,6 +38,7 @@ class Samples(Producer):
             "width": [one.width for one in decoded],
             "height": [one.height for one in decoded],
             "augmentations": [one.records for one in decoded],
+            LABELLED: [one.joined for one in decoded],
         }
         samples = [row.sample for row in group.rows if isinstance(row.sample, RawSample)]
         if "image" in schema.names:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -25,6 +26,8 @@ from reinforce.engine.worker.producers.vectors import Embeddings, Floats, Mask
 from reinforce.source.samples import Refusal
 from schemas import Reason
 from teachers.spec import Precision
+
+_Texts: TypeAlias = "list[str] | None"
 
 
 class TextEmbeddings(Embeddings):
@@ -47,7 +50,13 @@ class TextEmbeddings(Embeddings):
         layers = [layer for layer in self.computed if layer.texts == TRUE_CAPTION]
         most = max((layer.count for layer in layers), default=0)
         texts = [[*itertools.islice(itertools.cycle(row.captions), most)] or None for row in rows]
-        return {layer.name: self.encode_texts(layer, texts) for layer in layers}
+        return {layer.name: self.encode_texts(layer, self._own(layer, rows, texts)) for layer in layers}
+
+    def _own(self, layer: Layer, rows: Sequence[Row], texts: Sequence[_Texts]) -> Sequence[_Texts]:
+        """The texts of each row, None for those that have labels."""
+        if layer.labels is None:
+            return texts
+        return [None if self.has_label(layer, row) else one for row, one in zip(rows, texts, strict=True)]
 
     def encode_texts(self, layer: Layer, texts: Sequence[list[str] | None]) -> tuple[Floats, Mask]:
         """Embeddings [rows, count, dim] of each row's texts, and the rows that have texts [rows].
@@ -99,10 +108,10 @@ class TextEmbeddings(Embeddings):
             where = f"none at input.captions ({', '.join(self.session.config.input.captions) or 'empty'})"
         else:
             captions = layer.needs[-1]
-            values, valid = self.encode_texts(layer, group.values(captions))
+            values, valid = self.encode_texts(layer, self._own(layer, group.rows, group.values(captions)))
             where = f"{captions} has none for this key"
         for row, encoded in zip(group.rows, valid, strict=True):
-            if not encoded:
+            if not encoded and not self.has_label(layer, row):
                 self.refusals.add(layer.name, Refusal(row.key, Reason.NO_TEXT, f"no caption to encode: {where}"))
         return values, valid
 

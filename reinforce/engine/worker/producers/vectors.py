@@ -33,6 +33,9 @@ class Embeddings(Producer):
 
     def table(self, layer: Layer, group: RowGroup) -> pa.Table:
         values, valid = self._published_vectors(layer, group) if layer.published else self.vectors(layer, group)
+        for i, row in enumerate(group.rows if layer.labels is not None and not layer.published else ()):
+            if self.has_label(layer, row):
+                values[i], valid[i] = self.label(layer, row), True
         finite = np.isfinite(values).all(axis=(1, 2))
         for key, refused in zip(group.keys, valid & ~finite, strict=True):
             if refused:

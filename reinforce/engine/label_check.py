@@ -1,0 +1,89 @@
+"""How near the vectors of labels are to what the config's models compute of one's own images."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from reinforce.config import Config
+from reinforce.dataset import vectors
+from reinforce.dataset.comparison import MIN_COSINE
+from reinforce.dataset.files.store import Store
+from reinforce.dataset.layers import SAMPLES, Layer
+from reinforce.engine.decode.pool import DecodePool
+from reinforce.engine.inference.models import load_models
+from reinforce.engine.plan.plan import make_plan
+from reinforce.engine.worker.shard import process_shard
+from reinforce.errors import UserError
+from teachers.device.determinism import set_flags
+
+
+@dataclass(frozen=True)
+class Nearness:
+    """Cosines of the stored and the computed vectors of a layer, in ``rows`` rows."""
+
+    layer: str
+    rows: int
+    cosines: np.ndarray
+
+    def line(self) -> str:
+        if not len(self.cosines):
+            return f"{self.layer}: none of the first {self.rows:,} samples has labels"
+        least, median = np.min(self.cosines), np.median(self.cosines)
+        far = int((self.cosines < MIN_COSINE).sum())
+        text = f"{self.layer}: {len(self.cosines):,} vectors, cosine of stored and computed ones: least {least:.4f}, "
+        text += f"median {median:.4f}"
+        return f"{text}; {far:,} below {MIN_COSINE}" if far else text
+
+
+def check_labels(config: Config, rows: int = 64, pool: DecodePool | None = None) -> list[str]:
+    """Compare the vectors of labels with those of the models in the config, for the first ``rows`` samples of the
+    source -> a line for each layer. Models that only the labels name are not loaded. Raises UserError."""
+    if not config.labels:
+        raise UserError("--labels: the config has no `labels`. Add them.")
+    with tempfile.TemporaryDirectory(prefix="reinforce-labels-") as folder:
+        limits = config.input.limits.model_copy(update={"shard_samples": rows})
+        here = {"output": folder, "input": config.input.model_copy(update={"limits": limits}), "scores": {}}
+        plan = make_plan(config.model_copy(update=here))
+        taken = {name: layer for name, layer in plan.layers.items() if layer.labels is not None}
+        vectors_of = {name: layer for name, layer in taken.items() if layer.kind.section == "teachers"}
+        models = {name: layer for name, layer in vectors_of.items() if not layer.published}
+        lines = [
+            f"{name}: its model is not in the config, so it is not loaded" for name in vectors_of.keys() - models.keys()
+        ]
+        if not models:
+            return lines
+        store = Store(folder)
+        shard = replace(plan.pending[0], layers=tuple(name for name in plan.layers if name in (SAMPLES, *taken)))
+        own = pool or DecodePool(config.workers.cores)
+        set_flags("cuda" if torch.cuda.is_available() and plan.config.workers.gpus != 0 else "cpu", True)
+        try:
+            # First what the labels have, without models, then all of it by the models.
+            stored = {name: replace(layer, published=True) for name, layer in taken.items() if name != SAMPLES}
+            loaded = load_models(plan.config, stored.values())
+            process_shard(shard, plan.config, {**plan.layers, **stored}, store, loaded, own)
+            before = {name: _values(store, layer, shard.name) for name, layer in models.items()}
+            computed = {name: replace(layer, labels=None) for name, layer in models.items()}
+            for name in computed:
+                store.remove(name, f"{shard.name}.parquet")
+            loaded = load_models(plan.config, computed.values())
+            again = replace(shard, layers=tuple(computed))
+            process_shard(again, plan.config, {**plan.layers, **computed}, store, loaded, own)
+        finally:
+            if pool is None:
+                own.close()
+        for name, layer in models.items():
+            now = _values(store, layer, shard.name)
+            both = np.isfinite(before[name]).all((1, 2)) & np.isfinite(now).all((1, 2))
+            cosines = (vectors.normalized(before[name][both]) * vectors.normalized(now[both])).sum(-1).ravel()
+            lines.append(Nearness(name, len(now), cosines).line())
+        return lines
+
+
+def _values(store: Store, layer: Layer, shard: str) -> np.ndarray:
+    """The vectors of a layer [rows, count, dim], NaN where one is null."""
+    with store.open_layer(layer.name, shard) as file:
+        return vectors.decode(file.read())

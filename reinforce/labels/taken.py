@@ -1,0 +1,168 @@
+"""What a config takes of labels that others have published: its layers, models and augmentations, by dataset.json."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from reinforce.config import Augmentations, Config
+from reinforce.dataset.files.store import Store
+from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, Layer, captions_layer, inputs_of, mapping_at, model_of
+from reinforce.dataset.manifest.manifest import read_manifest
+from reinforce.errors import UserError
+from reinforce.images.policy import IMAGE_POLICIES, image_policy, is_image_policy
+from reinforce.terminal import escape
+from teachers.published.labels import LabelCaptionerSpec, Labels, LabelTeacherSpec, Taken, crops_of
+from teachers.spec import ModelInfo
+
+#: Sections of the config and of dataset.json with the model of a layer, by the first part of the layer's name.
+_SECTIONS = {"captions": "captioners", "embeddings": "teachers"}
+_MAX_COUNT = 1000  # augmentation records of a sample
+
+
+def with_labels(config: Config) -> Config:
+    """The config with what it takes of its labels: their augmentations, and models that only they have.
+
+    Raises UserError if the labels cannot be read, do not have what the config takes, or do not fit it.
+    """
+    owners: dict[str, str] = {}
+    read: dict[str, Labels] = {}
+    for name, labels in config.labels.items():
+        manifest = read_manifest(Store(labels.url))
+        taken = _take(f"labels.{name}", labels, manifest)
+        for layer in taken.layers:
+            if owners.setdefault(layer, name) != name:
+                raise UserError(f"labels.{name}.layers: {layer} is taken of labels.{owners[layer]} already")
+        read[name] = labels.taking(taken)
+        if taken.crops:
+            config = _with_crops(f"labels.{name}", config, manifest, taken)
+        config = _with_models(f"labels.{name}", config, manifest, taken)
+    crops = [name for name, labels in read.items() if labels.taken.crops]
+    if crops[1:]:
+        raise UserError(
+            f"labels: vectors of augmented images are taken of {' and '.join(crops)}, whose augmentations differ; "
+            "take embeddings/NAME/caption of all but one"
+        )
+    return config.model_copy(update={"labels": read}) if read else config
+
+
+def labelled(config: Config, layers: Iterable[Layer]) -> Iterable[Layer]:
+    """The layers of a config, with the labels that they are taken of; without those that nothing makes."""
+    owners = {layer: name for name, labels in config.labels.items() for layer in labels.taken.layers}
+    for layer in layers:
+        section, model = layer.owner
+        if layer.name in owners:
+            entry = config.labels[owners[layer.name]].taken.layers[layer.name]
+            yield replace(_fitting(layer, entry, f"labels.{owners[layer.name]}"), labels=owners[layer.name])
+        elif layer.name == SAMPLES and crops_of(config.labels) is not None:
+            yield replace(layer, labels=crops_of(config.labels))
+        elif not isinstance(getattr(config, str(section), {}).get(model), LabelTeacherSpec):
+            yield layer
+
+
+def _fitting(layer: Layer, entry: Mapping[str, Any], where: str) -> Layer:
+    """A layer with the dimension of labels. Raises UserError unless it has their shape, or fewer crops."""
+    count, dim = entry["count"], entry.get("dim")
+    if (layer.count > count if layer.kind.crops else layer.count != count) or layer.dim not in (None, dim):
+        raise UserError(f"{where}: {layer.name} is {[count, dim]} there, and {[layer.count, layer.dim]} in this config")
+    return replace(layer, dim=dim)
+
+
+def _take(where: str, labels: Labels, manifest: Mapping[str, Any]) -> Taken:
+    """What labels have of the layers that a config names."""
+    known = {name: entry for name, entry in manifest["layers"].items() if name.partition("/")[0] in _SECTIONS}
+    named: dict[str, Mapping[str, Any]] = {}
+    for wanted in labels.layers:
+        found = {name: entry for name, entry in known.items() if name == wanted or name.startswith(f"{wanted}/")}
+        if not found:
+            listed = ", ".join(map(escape, known)) or "none"
+            raise UserError(f"{where}.layers: {Store(labels.url).url} has no {wanted}; what can be taken: {listed}")
+        named |= found
+    for name in [*named]:
+        if name.startswith("embeddings/") and inputs_of(name) not in ("images", TRUE_CAPTION):
+            captions = captions_layer(inputs_of(name))
+            if captions not in named and name in labels.layers:
+                raise UserError(f"{where}.layers: {name} is of the captions in {captions}; take them too")
+            if captions not in named:
+                del named[name]
+    if not named:
+        raise UserError(f"{where}.layers: {', '.join(labels.layers)} are of captions that are not taken; take them too")
+    policy, count = mapping_at(manifest, "policies").get("image"), manifest["augmentations"].get("count")
+    if not isinstance(policy, str) or not is_image_policy(policy):
+        raise UserError(
+            f"{where}: made with image policy {escape(str(policy)[:40])!r}; this version has {IMAGE_POLICIES}. Upgrade."
+        )
+    if type(count) is not int or not 1 <= count <= _MAX_COUNT:
+        raise UserError(f"{where}: its dataset.json states no number of augmentations. Restore it.")
+    return Taken(named, manifest["layers"][SAMPLES]["fingerprint"], policy, count, manifest["images"] == "embed")
+
+
+def _with_crops(where: str, config: Config, manifest: Mapping[str, Any], taken: Taken) -> Config:
+    """The config with those augmentations of the labels that it does not set."""
+    stated = manifest["augmentations"] | {"backend": mapping_at(manifest, "policies").get("augmentation")}
+    own = config.augmentations
+    values = {key: stated[key] for key in Augmentations.model_fields if key in stated}
+    values |= {key: getattr(own, key) for key in own.model_fields_set}
+    try:
+        augmentations = Augmentations.model_validate(values)
+    except ValueError as error:
+        raise UserError(
+            f"{where}: its dataset.json states augmentations that cannot be made: {escape(str(error)[:300])}"
+        ) from None
+    for key, most in (("size", None), ("backend", None), ("count", taken.count)):
+        now, there = getattr(augmentations, key), stated.get(key)
+        if now > most if most is not None else now != there:
+            raise UserError(
+                f"augmentations.{key}: {now} in this config, {there} of {where}, whose vectors are of its crops. "
+                "Remove it, or take no vectors of augmented images"
+            )
+    if config.input.reduce_to is not None and image_policy(config) != taken.image_policy:
+        raise UserError(f"input.reduce_to: remove it; the crops of {where} are of images of another size")
+    return config.model_copy(update={"augmentations": augmentations})
+
+
+def _with_models(where: str, config: Config, manifest: Mapping[str, Any], taken: Taken) -> Config:
+    """The config with the models of the layers that are taken."""
+    for layer, entry in taken.layers.items():
+        section, name = _SECTIONS[layer.partition("/")[0]], model_of(layer)
+        models = getattr(config, section)
+        known = mapping_at(manifest, section, name)
+        identity = dict(mapping_at(known, "model"))
+        identity.pop("labels", None)
+        spec = models.get(name)
+        if spec is None:
+            spec = _spec_of(section, name, identity, known, entry, taken)
+            config = config.model_copy(update={section: {**models, name: spec}})
+        elif not isinstance(spec, LabelTeacherSpec | LabelCaptionerSpec):
+            _check_same(f"{section}.{name}", where, spec.describe().identity, identity)
+            if section == "teachers" and spec.dtype != entry["dtype"]:
+                raise UserError(f"{section}.{name}.dtype: set {entry['dtype']}, as {where} has it")
+    return config
+
+
+def _spec_of(
+    section: str, name: str, identity: dict[str, Any], known: Mapping[str, Any], entry: Mapping[str, Any], taken: Taken
+) -> LabelTeacherSpec | LabelCaptionerSpec:
+    """A model that only labels have."""
+    if section == "captioners":
+        info = ModelInfo(None, images=True, texts=False, identity=identity)
+        return LabelCaptionerSpec(family="published", model=name, captions=entry["count"], info=info)
+    sides = {inputs_of(layer) for layer in taken.layers if layer.startswith(f"embeddings/{name}/")}
+    info = ModelInfo(entry["dim"], images="images" in sides, texts=bool(sides - {"images"}), identity=identity)
+    scale = known.get("logit_scale")
+    return LabelTeacherSpec(family="published", model=name, logit_scale=scale, dtype=entry["dtype"], info=info)
+
+
+def _check_same(model: str, where: str, own: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    """Raise UserError if the model of a config is not that of labels."""
+    unequal = [key for key in {*own, *theirs} - {"precision", "labels"} if own.get(key) != theirs.get(key)]
+    if unequal:
+        shown = "; ".join(
+            f"{key}: {escape(str(theirs.get(key))[:80])} there, {str(own.get(key))[:80]} here"
+            for key in sorted(unequal)[:4]
+        )
+        raise UserError(
+            f"{model} is not the model of {where} ({shown}), and their outputs would be mixed. Give it another name, "
+            "or remove it: samples without labels are null then"
+        )

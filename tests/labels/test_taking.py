@@ -1,0 +1,267 @@
+"""Labels of another dataset are taken by identity: all that must match do, with equal values, and nothing else."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import reinforce
+from reinforce.config import parse_config
+from reinforce.engine.label_check import check_labels
+from reinforce.engine.messages.results import ShardResult
+from reinforce.engine.plan.plan import make_plan
+from reinforce.engine.preflight.check_source import check_source
+from reinforce.errors import UserError
+from reinforce.labels.building import build_index
+from reinforce.publishing.labels import export_labels
+from reinforce.student.config import Data
+from reinforce.student.data.feed import StudentFeed
+from tests.helpers.data import config_of, picture, write_tar
+from tests.helpers.decoding import decode_pool
+from tests.helpers.reinforced import letters, reinforce_here
+
+COUNT = 40
+LAYERS = ["captions/namer", "embeddings/red", "embeddings/blue"]
+MISSING, EXCHANGED, AGAIN = 0, 1, 2  # places in each ten
+
+
+def smaller(image: bytes) -> bytes:
+    """An image at half its size, as JPEG."""
+    out = io.BytesIO()
+    Image.open(io.BytesIO(image)).resize((20, 15)).save(out, "JPEG")
+    return out.getvalue()
+
+
+def sample(number: int, key: str, image: bytes | None = None, **stated: str) -> list[tuple[str, bytes]]:
+    fields = stated or {"uid": f"uid{number}", "url": f"https://example.org/{number}"}
+    return [
+        (f"{key}.png", image or picture(number)),
+        (f"{key}.txt", f"thing {number}".encode()),
+        (f"{key}.json", json.dumps(fields).encode()),
+    ]
+
+
+def write_labels(folder: Path, **changes: Any) -> str:
+    """The labels of a lab's dataset of 40 samples in two shards, which is beside them."""
+    for shard in range(2):
+        numbers = range(shard * 20, shard * 20 + 20)
+        members = [member for number in numbers for member in sample(number, f"{number:05d}")]
+        write_tar(folder / "images" / f"{shard}.tar", members)
+    dataset = reinforce_here(config_of(f"{folder}/images/*.tar", folder / "dataset", **changes))
+    return export_labels(dataset, f"{folder}/labels", use_ray=False).output
+
+
+def dataset_of(labels: str) -> str:
+    return str(Path(labels).parent / "dataset")
+
+
+def write_copy(folder: Path, seed: int = 0) -> None:
+    """A copy in three shards, in another order with other keys: a tenth is missing, a tenth exchanged under the same
+    key, a tenth encoded again at half the size; and three images are new."""
+    numbers = [number for number in range(COUNT + 3) if number >= COUNT or number % 10 != MISSING]
+    random.Random(seed).shuffle(numbers)
+    for shard in range(3):
+        members = []
+        for number in numbers[shard::3]:
+            key = f"own{number}"
+            if number < COUNT and number % 10 == EXCHANGED:
+                other = {"uid": f"other{number}", "url": f"https://example.org/other{number}"}
+                members += sample(number, f"{number:05d}", picture(1000 + number), **other)
+            elif number < COUNT and number % 10 == AGAIN:
+                members += sample(number, key, smaller(picture(number)))
+            else:
+                members += sample(number, key)
+        write_tar(folder / "copy" / f"part-{shard}.tar", members)
+
+
+def taking(folder: Path, url: str, **changes: Any) -> dict[str, Any]:
+    labels = {"lab": {"url": url, "layers": LAYERS}}
+    own = {"labels": labels, "augmentations": {}, "teachers": {}, "captioners": {}}
+    return config_of(f"{folder}/copy/*.tar", folder / "out", **{**own, **changes})
+
+
+def by_number(url: str) -> dict[int, reinforce.Sample]:
+    return {int(str(one.caption).split()[1]): one for one in reinforce.open(url)}
+
+
+def same_values(one: reinforce.Sample, other: reinforce.Sample) -> None:
+    assert one.captions["namer"] == other.captions["namer"]
+    for teacher in ("red", "blue"):
+        np.testing.assert_array_equal(one.images[teacher], other.images[teacher])
+        for texts in ("caption", "namer"):
+            np.testing.assert_array_equal(one.texts[teacher][texts], other.texts[teacher][texts])
+
+
+@pytest.fixture(scope="module")
+def labels(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_labels(tmp_path_factory.mktemp("labels"))
+
+
+@pytest.mark.parametrize("computed", [False, True])
+def test_every_row_that_must_match_has_the_labels_and_no_other(tmp_path: Path, labels: str, computed: bool) -> None:
+    write_copy(tmp_path)
+    results: list[ShardResult] = []
+    own = {name: config_of("", "")[name] for name in ("teachers", "captioners")} if computed else {}
+    before, after = (
+        by_number(dataset_of(labels)),
+        by_number(reinforce_here(taking(tmp_path, labels, **own), results=results)),
+    )
+    assert after.keys() == {n for n in range(COUNT + 3) if n >= COUNT or n % 10 != MISSING}
+    for number, one in after.items():
+        if number < COUNT and number % 10 != EXCHANGED:
+            same_values(before[number], one)
+            half = 2 if number % 10 == AGAIN else 1
+            for there, here in zip(before[number].augmentations, one.augmentations, strict=True):
+                assert (there.size, there.ops) == (here.size, here.ops)
+                assert abs(there.crop.width - half * here.crop.width) <= half
+        elif computed:
+            assert one.captions["namer"]
+            assert np.isfinite(one.images["red"]).all()
+        else:
+            assert one.captions.get("namer") is None
+            assert np.isnan(one.images["red"]).all()
+    counts = [result.source_counts for result in results]
+    assert sum(count.get("labels.lab.uid", 0) for count in counts) == 32
+    assert sum(count.get("labels.lab.absent", 0) for count in counts) == 7
+
+
+def test_from_the_same_images_a_student_sees_the_same_batches(tmp_path: Path, labels: str) -> None:
+    config = {**taking(tmp_path, labels), "source": f"{Path(labels).parent}/images/*.tar"}
+    batches = []
+    for url in (dataset_of(labels), reinforce_here(config)):
+        feed = StudentFeed(Data.model_validate({"datasets": url, "workers": 0, "window": 1}), 0, 24, letters)
+        batches.append([*itertools.islice(feed.batches(0, 1, 8, 0), 6)])
+    assert [*leaves(batches[0])] == [*leaves(batches[1])]
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """The values in nested batches; tensors as bytes."""
+    if isinstance(value, dict | list | tuple):
+        for inner in value.items() if isinstance(value, dict) else value:
+            yield from leaves(inner)
+    else:
+        yield value.numpy().tobytes() if isinstance(value, torch.Tensor) else value
+
+
+def test_layers_that_are_taken_later_fit_the_stored_rows(tmp_path: Path, labels: str) -> None:
+    write_copy(tmp_path)
+    first = {"lab": {"url": labels, "layers": ["embeddings/red/images"], "join": "uid"}}
+    reinforce_here(taking(tmp_path, labels, labels=first))
+    later = {"lab": {"url": labels, "layers": [*LAYERS, "embeddings/red/images"], "join": "uid"}}
+    with pytest.raises(UserError, match="embeddings/red/images: fingerprint"):  # one model, one recipe
+        reinforce_here(taking(tmp_path, labels, labels=later))
+    others = {
+        "lab": {"url": labels, "layers": ["embeddings/red/images", "embeddings/blue", "captions/namer"], "join": "uid"}
+    }
+    results: list[ShardResult] = []
+    url = reinforce_here(taking(tmp_path, labels, labels=others), results=results)
+    before = by_number(dataset_of(labels))
+    for number, one in by_number(url).items():
+        joined = number < COUNT and number % 10 != EXCHANGED
+        assert one.captions.get("namer") == (before[number].captions["namer"] if joined else None)
+        if joined:
+            np.testing.assert_array_equal(one.images["blue"], before[number].images["blue"])
+            np.testing.assert_array_equal(one.texts["blue"]["namer"], before[number].texts["blue"]["namer"])
+    assert sum(result.source_counts["labels.lab.uid"] for result in results) == 32
+    assert reinforce_here(taking(tmp_path, labels, labels=others), results=[]) == url  # nothing is left to do
+
+
+STATED = {
+    "url": lambda number: {"url": f"https://example.org/{number}"},
+    "sha256": lambda number: {"sha256": f"{number:064x}"},
+}
+
+
+@pytest.mark.parametrize("kind", STATED)
+def test_a_rotten_download_is_another_image(tmp_path: Path, kind: str) -> None:
+    """Image 1 has another shape at the same URL, image 2 other pixels; image 3 was encoded again."""
+    stated = STATED[kind]
+    members = [m for n in range(5) for m in sample(n, f"{n:05d}", **stated(n))]
+    write_tar(tmp_path / "images" / "0.tar", members)
+    url = reinforce_here(config_of(f"{tmp_path}/images/*.tar", tmp_path / "labels"))
+    build_index(url, use_ray=False)  # of a dataset with its images
+    images = {1: picture(1, 30, 30), 2: picture(99), 3: smaller(picture(3))}
+    copy = [m for n in range(5) for m in sample(n, f"own{n}", images.get(n), **stated(n))]
+    write_tar(tmp_path / "copy" / "0.tar", copy)
+    results: list[ShardResult] = []
+    taken = by_number(reinforce_here(taking(tmp_path, url), results=results))
+    labelled = {number for number, one in taken.items() if one.captions.get("namer")}
+    # The SHA-256 is that of the file before it was encoded; a URL may have another image now, which a digest shows.
+    assert labelled == ({0, 4} if kind == "url" else {0, 2, 3, 4})
+    counts = {"labels.lab.digest": 2, "labels.lab.other_image": 3}
+    assert results[0].source_counts == (
+        counts if kind == "url" else {"labels.lab.sha256": 4, "labels.lab.other_image": 1}
+    )
+
+
+BAD: list[tuple[str, dict[str, Any], str]] = [
+    ("nothing there", {"url": "nowhere"}, "is not a reinforced dataset"),
+    ("an unknown layer", {"layers": ["captions/other"]}, "has no captions/other; what can be taken: captions/namer"),
+    ("vectors without their captions", {"layers": ["embeddings/red/namer"]}, "captions/namer; take them too"),
+    (
+        "another model",
+        {"teachers": {"red": {"class": "tests.helpers.models:TextOnly"}}},
+        "is not the model of labels.lab",
+    ),
+    ("another type", {"teachers": {"red": {**config_of("", "")["teachers"]["red"], "dtype": "int8"}}}, "set float16"),
+    ("more crops", {"augmentations": {"count": 3}}, "augmentations.count: 3 in this config, 2 of labels.lab"),
+    ("crops of another size", {"augmentations": {"size": 32}}, "augmentations.size: 32 in this config, 24"),
+    ("another backend", {"augmentations": {"backend": "fixed-point-1"}}, "augmentations.backend: fixed-point-1"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), [bad[1:] for bad in BAD], ids=[bad[0] for bad in BAD])
+def test_labels_that_do_not_fit_are_refused_while_planning(
+    tmp_path: Path, labels: str, changes: dict[str, Any], message: str
+) -> None:
+    own = {key: value for key, value in changes.items() if key not in ("url", "layers")}
+    lab = {"url": labels, "layers": LAYERS, **{key: changes[key] for key in ("url", "layers") if key in changes}}
+    with pytest.raises(UserError, match=message):
+        make_plan(parse_config(taking(tmp_path, labels, labels={"lab": lab}, **own)))
+
+
+def test_labels_without_an_index_are_refused_before_a_run_and_with_one_plan_counts_what_joins(
+    tmp_path: Path, labels: str
+) -> None:
+    write_copy(tmp_path)
+    _, notes = check_source(make_plan(parse_config(taking(tmp_path, labels))))
+    assert any(note.startswith("labels.lab: the first") and "by uid" in note for note in notes)
+    shutil.copytree(labels, tmp_path / "labels", ignore=shutil.ignore_patterns("identities"))
+    with pytest.raises(UserError, match=r"has no identities/index\.json"):
+        check_source(make_plan(parse_config(taking(tmp_path, f"{tmp_path}/labels"))))
+
+
+def test_damaged_labels_cost_their_rows_only(tmp_path: Path, labels: str) -> None:
+    write_copy(tmp_path)
+    copied = Path(shutil.copytree(labels, tmp_path / "labels"))
+    one, two = sorted(copied.glob("embeddings/red/images/*.parquet"))
+    one.write_bytes(one.read_bytes()[:-20])
+    two.unlink()
+    results: list[ShardResult] = []
+    taken = by_number(reinforce_here(taking(tmp_path, str(copied)), results=results))
+    assert not any(np.isfinite(sample.images["red"]).any() for sample in taken.values())
+    assert sum(bool(sample.captions.get("namer")) for sample in taken.values()) == 32
+    assert sum(result.refused["reinforcement_broken"] for result in results) == 32
+
+
+def test_the_check_of_labels_prints_how_near_stored_and_computed_vectors_are(tmp_path: Path, labels: str) -> None:
+    write_copy(tmp_path)
+    red = {"red": config_of("", "")["teachers"]["red"]}
+    config = parse_config(taking(tmp_path, labels, teachers=red))
+    lines = check_labels(config, 43, decode_pool())
+    cosines = {line.partition(":")[0]: line for line in lines}
+    assert "median 1.0000" in cosines["embeddings/red/images"]
+    assert "below 0.99" not in cosines["embeddings/red/caption"]  # of texts, which no copy changes
+    assert cosines["embeddings/blue/images"].endswith("its model is not in the config, so it is not loaded")
+    assert not (tmp_path / "out").exists()
