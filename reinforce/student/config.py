@@ -75,7 +75,8 @@ class Data(Section):
     )
     captioners: Weights | None = Field(
         None,
-        description="captioners whose captions are read: names or {name: weight}; default: all, equally; []: none",
+        description="captioners whose captions are read: names or {name: weight}; default: all, equally; []: none. "
+        "syn_* stands for each whose name begins so",
     )
     images_from: OneOrMore | None = Field(
         None,
@@ -88,9 +89,15 @@ class Data(Section):
         "both", description="`both`: a true and a synthetic caption per example; `mixed`: one of them, see `synthetic`"
     )
     synthetic: float = Field(0.5, ge=0, le=1, description="with `mixed`: share of examples with a synthetic caption")
-    pick: Literal["random", "sequential"] = Field(
+    pick: Literal["random", "sequential", "epoch"] = Field(
         "random",
-        description="how augmentation and synthetic caption are picked: at random, or in turn over the epochs",
+        description="how augmentation and synthetic caption are picked: at random, in turn over the epochs, or in an "
+        "epoch the same ones of all samples",
+    )
+    translations: Literal["scaled", "stored"] | None = Field(
+        None,
+        description="TranslateX and TranslateY at another size than the stored one: scaled with it, as the teachers "
+        "saw them (the default), or by the stored pixels, as the published trainer replays them",
     )
     samples: int | None = Field(None, ge=1, description="samples per epoch; default: all samples of the datasets")
     window: int = Field(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import schemas
@@ -69,12 +70,20 @@ def same_content(one: Mapping[str, Any], other: Mapping[str, Any] | None) -> boo
 
 
 def select_names(url: str, kind: str, names: Sequence[str] | None, manifest: Mapping[str, Any]) -> list[str]:
-    """Select ``teachers`` or ``captioners`` by name; None selects all. Raises UserError if there is none of a name."""
+    """Select ``teachers`` or ``captioners`` by name or pattern, such as ``syn_*``; None selects all.
+
+    Raises UserError if there is none of a name.
+    """
     known = list(manifest[kind])
-    for name in names or []:
-        if name not in known:
+    if names is None:
+        return known
+    chosen: dict[str, None] = {}
+    for name in names:
+        found = [one for one in known if fnmatchcase(one, name)]
+        if not found:
             raise UserError(f"{url} has no {kind[:-1]} {name!r}; it has: {', '.join(known) or 'none'}.")
-    return known if names is None else list(names)
+        chosen |= dict.fromkeys(found)
+    return list(chosen)
 
 
 def update_manifest(

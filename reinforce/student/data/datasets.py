@@ -11,6 +11,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from fnmatch import fnmatchcase
 
 import numpy as np
 import numpy.typing as npt
@@ -67,7 +68,7 @@ def _open_dataset(source: Source, data: Data, seed: int, teachers: Sequence[str]
     spec = ExampleSpec(
         image_teachers=tuple(t for t in chosen_teachers if embeddings_layer(t, "images") in layers),
         text_teachers=tuple(t for t in chosen_teachers if embeddings_layer(t, TRUE_CAPTION) in layers),
-        captioners={name: (data.captioners or {}).get(name, 1.0) for name in captioners},
+        captioners={name: _weight_of(name, data.captioners or {}) for name in captioners},
         captions=data.captions,
         synthetic=data.synthetic,
         pick=data.pick,
@@ -118,6 +119,11 @@ def _open_dataset(source: Source, data: Data, seed: int, teachers: Sequence[str]
         roots,
         files,
     )
+
+
+def _weight_of(name: str, weights: Mapping[str, float]) -> float:
+    """The weight of a captioner by its name, else by the first pattern that it matches."""
+    return weights.get(name, next((weight for key, weight in weights.items() if fnmatchcase(name, key)), 1.0))
 
 
 def _kept_rows(groups: npt.NDArray[np.int64], shards: Sequence[str], view: View) -> npt.NDArray[np.int64]:

@@ -46,7 +46,7 @@ class ExampleSpec:
     captioners: Mapping[str, float]
     captions: Literal["both", "mixed"]
     synthetic: float
-    pick: Literal["random", "sequential"]
+    pick: Literal["random", "sequential", "epoch"]
     seed: int
     several: bool = False  # whether the samples keep several true captions
 
@@ -175,7 +175,10 @@ class _Picks:
 
     def __init__(self, spec: ExampleSpec, epoch: int, keys: Sequence[str]) -> None:
         self._random = uniforms(spec.seed, keys, "example", epoch, 2 + len(spec.kinds))
-        self._turn = uniforms(spec.seed, keys, "turn", 0, 2) if spec.pick == "sequential" else None
+        self._turn: npt.NDArray[np.float64] | None = None
+        if spec.pick != "random":
+            same = np.zeros((len(keys), 2))
+            self._turn = same if spec.pick == "epoch" else uniforms(spec.seed, keys, "turn", 0, 2)
         self._spec, self._keys, self._epoch = spec, keys, epoch
 
     def index(self, number: int, counts: Ints) -> Ints:
@@ -184,6 +187,8 @@ class _Picks:
 
     def true_captions(self, counts: Ints) -> Ints:
         """The same of true captions; the numbers are others, since most datasets keep one."""
+        if self._spec.pick == "epoch":
+            return self._of(np.zeros(len(counts)), counts)
         index = self._epoch if self._turn is None else 0
         return self._of(uniforms(self._spec.seed, self._keys, "true caption", index, 1)[:, 0], counts)
 

@@ -65,7 +65,7 @@ class StudentFeed:
         self._assembler = Assembler(spec.kinds, targets, tuple(online), pin)
         width = sum(dim for _, dim in targets)
         view = max(dataset.size for dataset in self._datasets) if online else None
-        self._maker = PartMaker(size, width, tokenize, view)
+        self._maker = PartMaker(size, width, tokenize, view, scaled=data.translations != "stored")
         self.rows: int = sum(dataset.rows for dataset in self._datasets)
         self.samples: int = data.samples or self.rows
         read = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -69,13 +69,15 @@ class Part(NamedTuple):
 class PartMaker:
     """Makes parts with images of ``size`` x ``size`` pixels and ``width`` vector elements per example.
 
-    ``view`` is the side in pixels of the images for online teachers, None if there are none.
+    ``view`` is the side in pixels of the images for online teachers, None if there are none. Translations of the
+    student's images are scaled with their size, unless not ``scaled``.
     """
 
     size: int
     width: int
     tokenize: Tokenize
     view: int | None = None
+    scaled: bool = True
 
     @property
     def sides(self) -> list[int]:
@@ -105,9 +107,11 @@ class PartMaker:
             try:
                 image = decode(example.image, example.file.limits, policy=example.file.policy)
                 replay = load_backend(example.file.backend)
+                record = example.augmentation
                 for images, side in pixels:
                     if side:
-                        images[i] = replay(image, example.augmentation, side)
+                        own = record if self.scaled or images is not pixels[0][0] else replace(record, size=side)
+                        images[i] = replay(image, own, side)
             except (ImageRefused, ValueError, TypeError, OverflowError) as error:
                 raise UserError(
                     f"{example.file.path}, key {example.key}: this is not the image that was augmented ({error}). "

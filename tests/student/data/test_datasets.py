@@ -65,6 +65,10 @@ def test_unknown_names_and_layers_are_reported_with_the_known_ones(dataset: Path
         open_(dataset, teachers=["rde"])
     with pytest.raises(UserError, match=r"has no captioner 'cocoa'; it has: namer"):
         open_(dataset, captioners={"cocoa": 1.0})
+    with pytest.raises(UserError, match=r"has no captioner 'syn_\*'; it has: namer"):
+        open_(dataset, captioners=["syn_*"])
+    for pattern in ({"n*": 2.0}, {"n*": 3.0, "namer": 2.0}):
+        assert open_(dataset, captioners=pattern).data["data.captioners.namer"] == 2.0
     manifest = json.loads((dataset / "dataset.json").read_text())
     del manifest["layers"]["embeddings/red/namer"]
     (dataset / "dataset.json").write_text(json.dumps(manifest))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,15 @@ def test_picks_are_uniform_and_captioners_are_picked_by_weight() -> None:
     assert views[0] / ROWS == pytest.approx(1 / 2, abs=0.1)
     assert sources["a"] / ROWS == pytest.approx(3 / 4, abs=0.1)
     assert all(texts[n] / ROWS == pytest.approx(1 / 3, abs=0.1) for n in "012")
+
+
+def test_an_epoch_may_have_the_same_augmentation_and_caption_of_all_samples() -> None:
+    spec = replace(SPEC, pick="epoch")
+    for epoch in range(4):
+        made = [example for example in examples(tables(), spec, epoch=epoch).rows if example]
+        assert {example.augmentation.crop.top for example in made} == {epoch % 2}
+        assert {example.texts[1][-1] for example in made} == {str(epoch % 3)}
+        assert {example.texts[1][0] for example in made} == {"a", "b"}, "captioners are picked at random"
 
 
 def test_a_row_gives_the_same_example_in_any_chunk() -> None:

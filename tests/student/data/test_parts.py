@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from reinforce.config import Limits
-from reinforce.dataset.augment.records import Augmentation, Crop
+from reinforce.dataset.augment.records import Augmentation, Crop, Op
 from reinforce.errors import UserError
 from reinforce.student.data.assembly import BufferPool
 from reinforce.student.data.examples import Example, SampleFile
 from reinforce.student.data.parts import PartMaker
 from tests.helpers.data import picture
+from tests.helpers.evaluation import encode_png
 from tests.helpers.reinforced import letters
 
 FILE = SampleFile("samples/x.parquet", Limits())
@@ -34,6 +36,26 @@ def test_an_image_that_is_not_the_augmented_one_is_named(image: bytes) -> None:
     strict = FILE._replace(limits=Limits(pixels=100))  # of the file that has the image
     with pytest.raises(UserError, match="this is not the image that was augmented"):
         maker.make([example(0)._replace(file=strict)], maker.allocate(1), Counter())
+
+
+def test_translations_are_scaled_or_shift_by_the_stored_pixels() -> None:
+    """The crop is white; a translation to the right leaves black columns of its own width."""
+    image = np.full((20, 24, 3), 255, np.uint8)
+    record = Augmentation(Crop(0, 0, 20, 24), 16, (Op("TranslateX", 4.9), Op("TranslateY", -3.0)))
+    white = example(0)._replace(image=encode_png(image), augmentation=record)
+
+    def shifts(size: int, **options: Any) -> list[int]:
+        maker = PartMaker(size, 5, letters, **options)
+        part = maker.make([white], maker.allocate(1), Counter())
+        assert part.buffers is not None
+        buffers = [part.buffers.image, part.buffers.view] if maker.sides[1] else [part.buffers.image]
+        black = [(pixels[0] == 0).all(dim=-1) for pixels in buffers]
+        return [int(side.sum()) for mask in black for side in (mask.all(dim=0), mask.all(dim=1))]
+
+    assert shifts(16) == shifts(16, scaled=False) == [4, 3]
+    assert shifts(32) == [9, 6]
+    assert shifts(32, scaled=False) == [4, 3]
+    assert shifts(32, scaled=False, view=48) == [4, 3, 14, 9], "teachers in the loop see what a stored one would"
 
 
 def test_memory_is_reused_only_when_nothing_references_it() -> None:
