@@ -26,6 +26,9 @@ class CaptioningTask:
         self._loss = loss
         self._evaluator = evaluator
 
+    def begin_step(self, step: int, steps: int) -> None:
+        """Do nothing: all steps are alike."""
+
     def prepare(self, batch: Batch) -> Batch:
         """Return the batch as it is; this task adds nothing."""
         return batch

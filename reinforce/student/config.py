@@ -175,12 +175,37 @@ class Loss(Section):
         return self
 
 
+Quantize = Literal["int8-weights", "int8"]
+#: Share of the steps that train with fake quantisation, unless `student.quantize_share` says otherwise.
+QUANTIZE_SHARE = 0.2
+
+
 class Student(Section):
     """The model to train, by its name in open_clip."""
 
     model: str = Field(min_length=1, description="an open_clip name such as MobileCLIP2-S0, or local-dir:PATH")
     pretrained: str | None = Field(None, description="pretrained tag or checkpoint to start from; default: random")
     preprocess: Preprocess | None = Field(None, description=PREPROCESS)
+    image_size: int | None = Field(
+        None, ge=16, description="side of its square images in pixels; default: as in the model's config"
+    )
+    quantize: Quantize | None = Field(
+        None,
+        description="train the last part with weights rounded to int8 (`int8-weights`), or inputs of layers as well "
+        "(`int8`), so that an int8 export keeps its accuracy; the result is in float32",
+    )
+    quantize_share: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description=f"share of the steps, the last ones, that `quantize` is for; default: {QUANTIZE_SHARE}",
+    )
+
+    @model_validator(mode="after")
+    def _share_of_something(self) -> Student:
+        if self.quantize_share is not None and self.quantize is None:
+            raise ValueError("`quantize_share` needs `quantize`: set it to int8-weights or int8, or remove the share")
+        return self
 
 
 class StudentConfig(Section):
@@ -196,6 +221,16 @@ class StudentConfig(Section):
     log: Trackers | None = Field(
         None, description="trackers of the training besides log.jsonl and TensorBoard; default: none"
     )
+
+    @model_validator(mode="after")
+    def _export_is_quantized(self) -> StudentConfig:
+        student = self.student
+        if student.quantize is not None and student.quantize_share != 1 and self.evaluate.export == "best":
+            raise ValueError(
+                "with `student.quantize`, `evaluate.export: best` may choose a step before the weights were rounded; "
+                "set it to last, or `student.quantize_share` to 1"
+            )
+        return self
 
 
 def load_student_config(path: str | Path, overrides: list[str] | None = None) -> StudentConfig:

@@ -12,10 +12,12 @@ import torch
 from torch.nn.functional import normalize
 
 from reinforce.errors import UserError
+from reinforce.student.config import Quantize
 from reinforce.student.config import Student as StudentSpec
 from reinforce.student.distillation import CAPTION, IMAGE, IMAGES, SYNTHETIC, TEXTS, TeacherInfo
 from reinforce.student.loss import Form
 from reinforce.student.pointwise import avoid_faulty_convolutions
+from reinforce.student.quantize import can_quantize, freeze_batch_norms, quantize
 from reinforce.training.task import Batch, Encoded
 from teachers.open_clip import catalog
 from teachers.open_clip.options import OpenClipOptions, stated_preprocess
@@ -50,6 +52,7 @@ class Student(torch.nn.Module):
         self.config = config
         self.image = image
         self.pretrained = pretrained
+        self.quantized: Quantize | None = None
         self.features = dict(features or {})
         self.features_weight = features_weight
         self.heads = torch.nn.ModuleDict()
@@ -79,6 +82,19 @@ class Student(torch.nn.Module):
             scalars["logit_bias"] = self.clip.logit_bias.reshape(())
         scalars |= {scale_name(_teacher_name(module)): scale() for module, scale in self.scales.items()}
         return Encoded(features, self._feature_losses(features, batch), scalars)
+
+    def quantize(self, kind: Quantize) -> None:
+        """Train with rounded values from now on; see ``reinforce.student.quantize``."""
+        quantize(self.clip, kind)
+        self.quantized = kind
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Student:
+        """Set the mode; a student that trains with rounded values keeps its batch statistics."""
+        super().train(mode)
+        if self.quantized is not None:
+            freeze_batch_norms(self.clip)
+        return self
 
     def _feature_losses(self, features: Mapping[str, torch.Tensor], batch: Batch) -> dict[str, torch.Tensor]:
         """``features/WHAT``: weight x mean of 1 - cos(head(feature), vector), over the teachers that have WHAT."""
@@ -130,11 +146,21 @@ def build_student(
         model = OpenClipOptions(model=spec.model, pretrained=spec.pretrained, preprocess=spec.preprocess)
         name, pretrained = model_name(model), _has_weights(model)
         config = _model_config(name)
-        clip = load_model(model) if pretrained else _random_model(name, seed, stated_preprocess(model))
+        if spec.image_size is not None:
+            config["vision_cfg"] = {**config["vision_cfg"], "image_size": spec.image_size}
+        if pretrained:
+            clip = load_model(model, spec.image_size)
+        else:
+            clip = _random_model(name, seed, stated_preprocess(model), spec.image_size)
         if any(FUSED in key for key in clip.state_dict()):
             raise ValueError(
                 f"the weights of {name} are reparameterised for inference and lack the branches that are trained: "
                 "start from the weights before that"
+            )
+        if spec.image_size is not None and hasattr(getattr(clip.visual, "trunk", None), "set_input_size"):
+            raise ValueError(
+                f"open_clip cannot load a {name} of another image size, since its image tower is a transformer of "
+                "timm: choose a model with this `image_size`, and remove the key"
             )
         image = image_spec(open_clip.get_model_preprocess_cfg(clip))
         if image.height != image.width:
@@ -150,6 +176,8 @@ def build_student(
                     "`form: softmax`"
                 )
             config |= _init_as_siglip(clip)
+        if spec.quantize is not None and not can_quantize(clip):
+            raise ValueError(f"{name} has no layer whose weights `quantize` could round: remove the key")
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         raise UserError(f"student: {error}") from error
     if form == "softmax" and clip.logit_bias is not None:
@@ -198,9 +226,9 @@ def _model_config(name: str) -> dict[str, Any]:
     return dict(config)
 
 
-def _random_model(name: str, seed: int, preprocess: Mapping[str, Any]) -> Any:
+def _random_model(name: str, seed: int, preprocess: Mapping[str, Any], image_size: int | None) -> Any:
     with _seeded(seed):
-        return random_model(name, preprocess)
+        return random_model(name, preprocess, image_size)
 
 
 def _init_as_siglip(clip: Any) -> dict[str, float]:

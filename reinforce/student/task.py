@@ -13,7 +13,7 @@ from reinforce.dataset.manifest.manifest import read_manifest
 from reinforce.evaluation.evaluator import Evaluator
 from reinforce.processes.cores import available_cores
 from reinforce.student import online
-from reinforce.student.config import StudentConfig
+from reinforce.student.config import QUANTIZE_SHARE, StudentConfig
 from reinforce.student.distillation import (
     CAPTION,
     IMAGE,
@@ -62,6 +62,8 @@ class StudentTask:
         self.tokenizer = load_tokenizer(self.model)
         self._online_teachers = {name: teachers[name] for name in self.plan.teachers if name in teachers}
         self._objective = Objective(loss.lambda_, loss.form, self.plan.scales, loss.logit_biases)
+        self._quantize = config.student.quantize
+        self._quantize_share = config.student.quantize_share or QUANTIZE_SHARE
         self._precision = config.train.compute.precision
         rank, ranks, evaluation = gather.rank(), gather.world_size(), config.evaluate
         self._evaluation = evaluation
@@ -71,6 +73,14 @@ class StudentTask:
         own = evaluation.model_copy(update={"threads": threads})
         self._evaluator = Evaluator(own, evaluation.shares(ranks)[rank])
         self.notes = [_describe(self.model, config), *self.plan.notes]
+
+    def begin_step(self, step: int, steps: int) -> str | None:
+        """Train with rounded values in the last ``student.quantize_share`` of the steps, at least in one."""
+        if self._quantize in (None, self.model.quantized) or step < steps - max(1, round(self._quantize_share * steps)):
+            return None
+        assert self._quantize is not None
+        self.model.quantize(self._quantize)
+        return f"step {step + 1:,} and later ones train with {self._quantize}, and keep their batch statistics"
 
     def prepare(self, batch: Batch) -> Batch:
         """Keep images, tokens and targets, and add the targets of online teachers.

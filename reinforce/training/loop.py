@@ -253,6 +253,8 @@ class _Loop:
     def _step(self, model: Any, prefetcher: Prefetcher, rank_batch: int, time_left: TimeLeft) -> int:
         """Train on the fetched batch; returns the signal by which any rank was asked to stop, or 0."""
         step, begun = self.progress.step, time.perf_counter()
+        if (note := self.task.begin_step(step, self.steps)) and self.ranks.is_first:
+            self.screen.log(note)
         lr = learning_rate(step, self.steps, self.training.optimizer)
         for group in self.state.optimizer.param_groups:
             group["lr"] = lr

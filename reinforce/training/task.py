@@ -54,6 +54,14 @@ class Task(Protocol):
         """Lines for the user about what is trained from what; rank 0 prints them at the start."""
         ...
 
+    def begin_step(self, step: int, steps: int) -> str | None:
+        """Change the model for step ``step`` (from 0) of ``steps``, if it is to change; returns a line for the user.
+
+        Called before each step on every rank. The model must depend on the arguments alone, since a training may resume
+        at any step, and keep its parameters, buffers and their names.
+        """
+        ...
+
     def prepare(self, batch: Batch) -> Batch:
         """Complete a rank's whole batch on its device; called once per step, before the batch is split into parts.
 

@@ -20,15 +20,23 @@ _IMAGE = "image_encoder.model."
 _RECOGNISED = f"{_IMAGE}patch_embed.0.rbr_conv.0.conv.weight"
 
 
-def build(name: str, preprocess: Mapping[str, Any] | None = None) -> Any:
-    """Build an architecture by open_clip's name or ``local-dir:PATH`` with random weights, without downloads."""
+def build(name: str, preprocess: Mapping[str, Any] | None = None, image_size: int | None = None) -> Any:
+    """Build an architecture by open_clip's name or ``local-dir:PATH`` with random weights, without downloads.
+
+    ``image_size`` replaces the side of its images in pixels.
+    """
     options: dict[str, Any] = {}
     text = (open_clip.get_model_config(name) or {}).get("text_cfg", {})
     kernel = text.pop(MIXER, None)
     if kernel is not None:
         options["text_cfg"] = text
     model = open_clip.create_model(
-        name, load_weights=False, pretrained_text=False, force_preprocess_cfg=dict(preprocess or {}), **options
+        name,
+        load_weights=False,
+        pretrained_text=False,
+        force_image_size=image_size,
+        force_preprocess_cfg=dict(preprocess or {}),
+        **options,
     )
     if kernel is not None:
         blocks = model.text.transformer.resblocks

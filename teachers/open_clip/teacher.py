@@ -78,12 +78,13 @@ class OpenClipTeacher(OpenClipEncoder):
             self._encode_images = towers.padded(model.encode_image)
 
 
-def load_model(spec: ModelSpec) -> Any:
+def load_model(spec: ModelSpec, image_size: int | None = None) -> Any:
     """Load the model of a spec with its weights, in float32 on the CPU. Never returns random weights.
 
-    Training branches of a tower are fused where those of the weights are. Raises ValueError for an
-    unknown name or tag, weights trained with another activation, a checkpoint whose preprocessing is not stated, and
-    weights that do not fit the model; FileNotFoundError for missing files.
+    ``image_size`` replaces the side of its images in pixels; positional embeddings are interpolated. Training branches
+    of a tower are fused where those of the weights are. Raises ValueError for an unknown name or tag, weights trained
+    with another activation, a checkpoint whose preprocessing is not stated, and weights that do not fit the model;
+    FileNotFoundError for missing files.
     """
     name = model_name(spec)
     pretrained = catalog.weights_name(spec.name, spec.pretrained)
@@ -91,7 +92,7 @@ def load_model(spec: ModelSpec) -> Any:
     changed = catalog.changed_preprocess(name, pretrained, stated_preprocess(spec))
     path, preprocess = _weights(name, pretrained)
     with _no_random_weights_warning():
-        model = build(name, {**(preprocess or {}), **changed})
+        model = build(name, {**(preprocess or {}), **changed}, image_size)
     try:
         file = str(weights.as_safetensors(path))
         with safe_open(file, "pt") as content:
@@ -111,10 +112,10 @@ def load_model(spec: ModelSpec) -> Any:
     return model.float()
 
 
-def random_model(name: str, preprocess: Mapping[str, Any] | None = None) -> Any:
+def random_model(name: str, preprocess: Mapping[str, Any] | None = None, image_size: int | None = None) -> Any:
     """Build an architecture by open_clip's name or ``local-dir:PATH`` with random weights, without downloads."""
     with _no_random_weights_warning():
-        model = build(name, preprocess)
+        model = build(name, preprocess, image_size)
     return model.float().eval()
 
 

@@ -52,6 +52,9 @@ class TowersTask:
         self.model = Towers(**options)
         self.evaluated: list[int] = []
 
+    def begin_step(self, step: int, steps: int) -> None:
+        pass
+
     def prepare(self, batch: Batch) -> Batch:
         return batch
 

@@ -1,0 +1,171 @@
+"""What int8 costs a student, and what training with rounded values recovers: ``make bench-quantize``.
+
+Students of the demo with a FastViT of five stages, trained from the stored targets alone. Those that differ by
+``student.quantize`` share their steps before the last part, so it is trained once per seed. Each finished student is
+reparameterised and evaluated three times: in float32, with int8 weights, and with int8 weights and inputs, as torch
+computes them (`reinforce.student.quantize`). Writes a table into docs/students.md. Finished trainings are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+
+from benchmarks.ablations.encoders import Encoder
+from benchmarks.stored import write_results
+from reinforce.demo.compare import student_config
+from reinforce.demo.data import write_tests
+from reinforce.evaluation.evaluator import Evaluator
+from reinforce.shipping.checks import compare_on_sets
+from reinforce.shipping.towers import reparameterize, split_towers
+from reinforce.storage import Storage
+from reinforce.student.config import StudentConfig
+from reinforce.student.quantize import quantize
+from reinforce.student.train import build, make_job
+from reinforce.training.checkpoint import Checkpoints
+from reinforce.training.distributed.ranks import join_ranks
+from reinforce.training.loop import run_rank
+from reinforce.training.stop import StopSignal
+from teachers.open_clip.teacher import image_spec, load_model
+from teachers.open_clip.tokenizer import Tokenizer
+from teachers.spec import ModelSpec
+
+BUILD = Path("build/quantize")
+RESULTS = Path(__file__).parent / "results" / "quantize_students.json"
+PAGE = Path(__file__).parents[1] / "docs" / "students.md"
+ENCODER = Encoder((1, 1, 1, 1, 1), 16, 64)
+STEPS, SHARE = 320, 0.2
+#: Trained with -> overrides; the first has the steps that the others share.
+ARMS: Mapping[str, Sequence[str]] = {
+    "float32": (),
+    "int8-weights": ("student.quantize=int8-weights",),
+    "int8": ("student.quantize=int8",),
+}
+#: Measure -> metric of an evaluation.
+MEASURES = {
+    "training pictures": "zero_shot/own-style/top1",
+    "unseen style": "zero_shot/unseen-style/top1",
+    "retrieval, unseen style": "retrieval/unseen-style/text_to_image/r5",
+}
+_MARKERS = re.compile(r"(<!-- quantize:[^\n]*-->\n).*?(<!-- end of quantize -->)", flags=re.DOTALL)
+
+
+def config_of(arm: str, seed: int, out: Path, more: Sequence[str]) -> StudentConfig:
+    """The config of a training, which evaluates nothing itself."""
+    fixed = (
+        *("train.compute.cpus=1", "data.workers=0", "data.streams=4", f"train.steps={STEPS}"),
+        f"student.model={ENCODER.model(out)}",
+    )
+    config = student_config("distilled", out / f"{arm}-{seed}", seed, [*fixed, *ARMS[arm], *more])
+    assert config.train.steps is not None
+    start = config.train.steps - max(1, round(SHARE * config.train.steps))
+    checkpoints = config.train.checkpoints.model_copy(update={"every": start, "keep": 2})
+    train = config.train.model_copy(update={"checkpoints": checkpoints})
+    evaluation = type(config.evaluate)()
+    return config.model_copy(update={"train": train, "evaluate": evaluation})
+
+
+def train(config: StudentConfig) -> None:
+    """Train as `reinforce train` does."""
+    with join_ranks(config.train.compute, "cpu") as ranks:
+        run_rank(partial(build, config), make_job(config), ranks, StopSignal())
+
+
+def branch(first: StudentConfig, config: StudentConfig) -> None:
+    """Let a training begin at the step at which it starts to round, with the state of ``first`` at this step."""
+    target = Checkpoints(Storage(config.output), 2)
+    if target.steps():
+        return
+    progress, tensors = Checkpoints(Storage(first.output), 2).load(first.train.checkpoints.every)
+    target.save(replace(progress, fixed_config=make_job(config).fixed_config), tensors)
+
+
+def evaluate(config: StudentConfig, evaluator: Evaluator) -> dict[str, Any]:
+    """Metrics and cosines of a finished student by the kind of rounding."""
+    spec = ModelSpec(model=f"local-dir:{config.output}/student")
+    found: dict[str, Any] = {}
+    clips = {"float32": reparameterize(load_model(spec))}
+    for kind in ("int8-weights", "int8"):
+        clips[kind] = reparameterize(load_model(spec))
+        quantize(clips[kind], kind, in_eval=True)
+    image, tokenizer = image_spec(open_clip.get_model_preprocess_cfg(clips["float32"])), Tokenizer(str(spec.model))
+    probes = tokenizer(["a dog"])
+    runs = {
+        kind: {tower.name: tower.module for tower in split_towers(clip, image, probes)} for kind, clip in clips.items()
+    }
+    for kind in ("int8-weights", "int8"):
+        pair = {name: runs[name] for name in ("float32", kind)}
+        agreements, metrics = compare_on_sets(evaluator, pair, image, tokenizer)
+        for name, values in metrics.items():
+            found.setdefault(name, {measure: values[metric] for measure, metric in MEASURES.items()})
+        for side, agreement in agreements.items():
+            found[kind] |= {f"{side}, mean cosine": agreement.mean, f"{side}, least cosine": agreement.minimum}
+    return found
+
+
+def _cell(values: Sequence[float], scale: float = 100, digits: int = 1) -> str:
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{scale * statistics.fmean(values):.{digits}f} ± {scale * spread:.{digits}f}"
+
+
+def render_page(text: str, results: Mapping[str, Any]) -> str:
+    """The page with the table written anew; the rest of ``text`` stays."""
+    columns = [f"{name}, %" for name in MEASURES]
+    lines = [
+        f"| trained with | runs in | {' | '.join(columns)} | image cosine, mean | image cosine, least |",
+        "|---|---|" + "---|" * (len(columns) + 2),
+    ]
+    for arm, seeds in results["students"].items():
+        for kind in seeds[0]:
+            rows = [seed[kind] for seed in seeds]
+            cells = [_cell([row[measure] for row in rows]) for measure in MEASURES]
+            for which in ("mean", "least"):
+                key = f"image, {which} cosine"
+                cells.append(_cell([row[key] for row in rows], 1, 4) if key in rows[0] else "1")
+            lines.append(f"| {arm} | {kind} | {' | '.join(cells)} |")
+    if len(_MARKERS.findall(text)) != 1:
+        raise ValueError("the page must have `<!-- quantize: -->` and `<!-- end of quantize -->`, each once")
+    return _MARKERS.sub(lambda found: "\n".join([f"{found[1]}", *lines, "", found[2]]), text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quantize_students", description=__doc__)
+    parser.add_argument("--out", type=Path, default=BUILD, help="folder for the trainings")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of each student")
+    parser.add_argument("--set", action="append", default=[], help="KEY=VALUE override of configs/student-demo.yaml")
+    arguments = parser.parse_args()
+    write_tests("demo/tests")
+    ENCODER.write(arguments.out)
+    torch.set_num_threads(1)
+    sections = student_config("distilled", arguments.out).evaluate
+    evaluator = Evaluator(sections.model_copy(update={"zero_shot": {
+        name: section for name, section in sections.zero_shot.items() if f"zero_shot/{name}/top1" in MEASURES.values()
+    }}))  # fmt: skip
+    students: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
+    for seed in range(arguments.seeds):
+        configs = {arm: config_of(arm, seed, arguments.out, arguments.set) for arm in ARMS}
+        first = next(iter(configs.values()))
+        for arm, config in configs.items():
+            if config is not first:
+                branch(first, config)
+            train(config)
+            students[arm].append(evaluate(config, evaluator))
+            print(arm, seed, json.dumps(students[arm][-1]), flush=True)
+    results = {"steps": first.train.steps, "share": SHARE, "students": students}
+    write_results(RESULTS, ["torch", "timm"], results)
+    PAGE.write_text(render_page(PAGE.read_text(encoding="utf-8"), results), encoding="utf-8")
+    print(f"written to {RESULTS} and {PAGE}")
+
+
+if __name__ == "__main__":
+    main()

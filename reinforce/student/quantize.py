@@ -1,0 +1,205 @@
+"""Fake quantisation: in the last part of a training, a student computes with the int8 values that devices compute with.
+
+What is rounded is what exports round:
+
+- weights, to 255 values symmetric to zero, each output channel with a scale of its own: of convolutions, linear layers,
+  attention and projections; of token embeddings, each row. Blocks that exports merge (`reinforce.student.merged`) are
+  merged first and compute as one convolution. A batch normalisation that follows a single convolution scales output
+  channels, which commutes with rounding them, so it stays where it is.
+- with ``int8`` also the inputs of convolutions (each image with a range of its own) and of linear layers (each token),
+  to 256 values, as runtimes with dynamic quantisation do. The input of an attention's output projection is not rounded.
+
+Rounding has the gradient of the identity. Batch normalisations use their running statistics from here on, as the merged
+kernels do. Modules keep their parameters and their names: a layer gets a subclass of its class, whose weight is rounded
+where it is read in training mode. Nothing is added to checkpoints, and in eval mode the model is the plain one.
+
+torchao's quantisation-aware training replaces linear layers alone, and torch's own a traced graph, with other names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import open_clip
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from reinforce.student.config import Quantize
+from reinforce.student.merged import MERGES, Kernel
+
+
+def round_weights(weight: torch.Tensor, channel: int) -> torch.Tensor:
+    """The nearest of 255 values k * s, s = largest absolute value / 127 along each index of the axis ``channel``."""
+    weight = weight.float()
+    with torch.no_grad():
+        others = [axis for axis in range(weight.ndim) if axis != channel]
+        scales = (weight.abs().amax(others) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+        zeros = torch.zeros_like(scales, dtype=torch.int32)
+    return torch.fake_quantize_per_channel_affine(weight, scales, zeros, channel, -127, 127)
+
+
+def round_inputs(values: torch.Tensor, axes: tuple[int, ...]) -> torch.Tensor:
+    """The nearest of 256 values between the least and the largest along ``axes``, one of which is zero."""
+    with torch.no_grad():
+        exact = values.float()
+        low, high = exact.amin(axes, keepdim=True).clamp_max(0), exact.amax(axes, keepdim=True).clamp_min(0)
+        scale = ((high - low) / 255).clamp_min(torch.finfo(torch.float32).tiny)
+        zero = (-low / scale).round()
+        error = ((exact / scale).round() + zero).clamp(0, 255).sub(zero).mul(scale) - exact
+    return values + error.to(values.dtype)
+
+
+def quantize(model: torch.nn.Module, kind: Quantize, in_eval: bool = False) -> int:
+    """Let a model compute with rounded weights, and with ``int8`` inputs, in training mode; ``in_eval``: always.
+
+    Returns the number of layers that round; 0 means that the model has nothing to round and is unchanged.
+    """
+    rounding, layers = _Rounding(kind == "int8", in_eval), 0
+    pending: list[Any] = [model]
+    while pending:
+        module = pending.pop()
+        children = dict(module.named_children())
+        if (mixin := _mixin(module)) is not None:
+            own: Any = type(module)
+            module.__class__ = _combined(mixin, own)
+            module.rounding = rounding
+            layers += 1
+            if issubclass(mixin, _Merged):
+                children = {name: child for name, child in children.items() if name in _AFTER_MERGED}
+        pending += children.values()
+    return layers
+
+
+def can_quantize(model: torch.nn.Module) -> bool:
+    """Whether a model has anything to round."""
+    return any(_mixin(module) is not None for module in model.modules())
+
+
+def freeze_batch_norms(model: torch.nn.Module) -> None:
+    """Let batch normalisations use their running statistics; ``train()`` undoes it."""
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()
+
+
+#: Children of a merged block that follow its convolution.
+_AFTER_MERGED = ("se", "act")
+
+
+@dataclass(frozen=True)
+class _Rounding:
+    """What is rounded: whether inputs are, and whether in eval mode, too."""
+
+    inputs: bool
+    in_eval: bool
+
+
+class _Rounded(torch.nn.Module):
+    """Base of the classes that are put before a layer's own."""
+
+    rounding: _Rounding
+
+    def rounds(self) -> bool:
+        return self.training or self.rounding.in_eval
+
+    def rounds_inputs(self) -> bool:
+        return self.rounding.inputs and self.rounds()
+
+
+class _RoundedProjection(_Rounded):
+    """A module of which only a parameter is rounded."""
+
+
+class _RoundedConvolution(_Rounded):
+    def forward(self, images: torch.Tensor) -> Any:
+        return super().forward(round_inputs(images, (1, 2, 3)) if self.rounds_inputs() else images)
+
+
+class _RoundedLinear(_Rounded):
+    def forward(self, rows: torch.Tensor) -> Any:
+        return super().forward(round_inputs(rows, (-1,)) if self.rounds_inputs() else rows)
+
+
+class _RoundedAttention(_Rounded):
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **options: Any) -> Any:
+        if self.rounds_inputs():
+            itself = query is key is value  # torch recognises self-attention by the identity of its inputs
+            query = round_inputs(query, (-1,))
+            key, value = (query if itself else round_inputs(rows, (-1,)) for rows in (key, value))
+        return super().forward(query, key, value, *args, **options)
+
+
+class _RoundedEmbedding(_Rounded):
+    def forward(self, tokens: torch.Tensor) -> Any:
+        rows = super().forward(tokens)
+        return round_weights(rows.flatten(0, -2), 0).view_as(rows) if self.rounds() else rows
+
+
+class _Merged(_Rounded):
+    """A block of branches that computes as the convolution to which exports merge it."""
+
+    merge: Callable[[], Kernel]
+
+    def forward(self, images: torch.Tensor) -> Any:
+        if not self.rounds():
+            return super().forward(images)
+        block: Any = self
+        kernel, bias = block.merge()
+        inputs = round_inputs(images, (1, 2, 3)) if self.rounding.inputs else images
+        groups, stride = getattr(block, "groups", len(kernel)), getattr(block, "stride", 1)
+        weights = round_weights(kernel, 0)
+        outputs = torch.nn.functional.conv2d(inputs, weights, bias, stride, kernel.shape[-1] // 2, groups=groups)
+        for name in _AFTER_MERGED:
+            if hasattr(block, name):
+                outputs = getattr(block, name)(outputs)
+        return outputs
+
+
+#: Classes and their parameters that are rounded, with the axis of the output channels.
+_WEIGHTS: dict[type[torch.nn.Module], tuple[type[_Rounded], str, int]] = {
+    torch.nn.Conv2d: (_RoundedConvolution, "weight", 0),
+    torch.nn.Linear: (_RoundedLinear, "weight", 0),
+    torch.nn.MultiheadAttention: (_RoundedAttention, "in_proj_weight", 0),
+    open_clip.model.CLIP: (_RoundedProjection, "text_projection", 1),
+    open_clip.transformer.TextTransformer: (_RoundedProjection, "text_projection", 1),
+    open_clip.transformer.VisionTransformer: (_RoundedProjection, "proj", 1),
+}
+
+
+def _mixin(module: torch.nn.Module) -> Any:
+    """The class that is put before a module's own, or None if nothing of it is rounded."""
+    if isinstance(module, torch.nn.Embedding):
+        return _RoundedEmbedding
+    kind: Any
+    for kind in MERGES:
+        if isinstance(module, kind) and module.reparam_conv is None:
+            return _merging(kind)
+    layer: Any
+    for layer, (_, name, _) in _WEIGHTS.items():
+        if isinstance(module, layer) and module._parameters.get(name) is not None:
+            return _rounding(layer)
+    return None
+
+
+@cache
+def _merging(kind: Any) -> type[_Rounded]:
+    return type("Merged", (_Merged,), {"merge": MERGES[kind]})
+
+
+@cache
+def _rounding(layer: Any) -> type[_Rounded]:
+    base, name, channel = _WEIGHTS[layer]
+
+    def read(self: _Rounded) -> torch.Tensor | None:
+        weight = self._parameters[name]
+        return round_weights(weight, channel) if weight is not None and self.rounds() else weight
+
+    return type(base.__name__, (base,), {name: property(read)})
+
+
+@cache
+def _combined(mixin: Any, own: Any) -> type[torch.nn.Module]:
+    return type(own.__name__, (mixin, own), {"__doc__": own.__doc__})
