@@ -199,6 +199,7 @@ def _gradients(rank: int, folder: Path) -> dict[str, torch.Tensor]:
     """Gradients and batch statistics of a wrapped student, whose ranks have other statistics before the first step."""
     student = built(f"local-dir:{folder}")
     train_briefly(student, steps=2 + rank)
+    student.zero_grad()
     student.quantize("int8-weights")
     wrapped = torch.nn.parallel.DistributedDataParallel(student, find_unused_parameters=True)
     found = wrapped(batch_for(student)).features
