@@ -18,7 +18,7 @@ CORE_TESTS := --ignore=tests/source/test_hub.py tests/images tests/parquet \
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: deploy-check help install demo demo-teachers test bench bench-step bench-loader bench-augment bench-captions bench-gpu bench-latency bench-scale bench-select bench-sources bench-transfer ablations lint clean fuzz soak audit \
+.PHONY: deploy-check help install demo demo-teachers test bench bench-step bench-loader bench-augment bench-captions bench-gpu bench-latency bench-quantize bench-scale bench-select bench-sources bench-transfer ablations lint clean fuzz soak audit \
 	docs test-lowest test-slow wheel-check
 
 help: ## list the targets
@@ -105,6 +105,9 @@ bench-gpu: $(INSTALLED) ## models, captions, shards and trainings on an NVIDIA G
 bench-latency: $(INSTALLED) ## MobileCLIP2 compared with ViT-L/14 on one core (minutes)
 	$(BIN)/reinforce latency MobileCLIP2-S0 MobileCLIP2-S2 MobileCLIP2-B MobileCLIP2-S3 MobileCLIP2-S4 ViT-L-14 \
 		--threads 1 --clock process --rounds $(ROUNDS) --json benchmarks/results/latency.json
+
+bench-quantize: $(INSTALLED) ## what int8 costs students, and what training with it recovers (half an hour)
+	$(BIN)/python -m benchmarks.quantize_students
 
 bench-sources: $(INSTALLED) ## CPU of a run by the format of its source, compared with tars (five minutes)
 	$(BIN)/python -m benchmarks.sources
