@@ -16,9 +16,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from benchmarks.ablations.encoders import Encoder
 from reinforce.errors import UserError
+from reinforce.shipping.towers import reparameterize
+from reinforce.student.config import Student as StudentSpec
 from reinforce.student.export import export
-from reinforce.student.model import load_tokenizer
+from reinforce.student.model import build_student, load_tokenizer
 from reinforce.student.pointwise import avoid_faulty_convolutions
 from teachers.preprocessing.fit import fit
 from teachers.protocols import ImageSpec
@@ -273,3 +276,30 @@ def test_only_affected_convolutions_are_changed() -> None:
     assert avoid_faulty_convolutions(torch.nn.Sequential(affected, *others)) == 1
     assert affected._forward_hooks
     assert not any(other._forward_hooks for other in others)
+
+
+def test_five_stages_at_another_image_size_are_exported_with_it_and_merge_for_inference(tmp_path: Path) -> None:
+    encoder = Encoder((1, 1, 1, 1, 1), 8, 64)
+    encoder.write(tmp_path)
+    spec = StudentSpec(model=encoder.model(tmp_path), image_size=96)
+    student = build_student(spec, seed=0)
+    with pytest.raises(UserError, match="the batch has images of 64 x 64; the student takes 96"):
+        student(batch(64, context=20))
+    for _ in range(2):
+        student(batch(96, context=20))
+    export(student.eval(), str(tmp_path / "student"))
+    loaded, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'student'}")
+    assert preprocess(Image.new("RGB", (200, 100))).shape == (3, 96, 96)
+    pixels = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    merged = reparameterize(loaded.eval())
+    torch.testing.assert_close(merged.encode_image(pixels), student.clip.encode_image(pixels), atol=1e-4, rtol=1e-3)
+
+
+def test_a_transformer_starts_from_weights_at_another_image_size_unless_it_is_one_of_timm(tmp_path: Path) -> None:
+    name = open_clip_model(tmp_path / "vit", context_length=16)
+    student = build_student(StudentSpec(model=name, image_size=48), seed=0)
+    assert student.image.size == 48
+    assert len(student.clip.visual.positional_embedding) == 1 + (48 // 8) ** 2
+    timm = student_folder(tmp_path / "timm", vision_cfg={"timm_model_name": "vit_tiny_patch16_224", "image_size": 224})
+    with pytest.raises(UserError, match=r"another image size, .*choose a model with this `image_size`"):
+        build_student(StudentSpec(model=timm, image_size=96), seed=0)
