@@ -240,7 +240,7 @@ class Failures(Section):
 
 
 #: What can be told of a sample without a model.
-Fact = Literal["width", "height", "aspect", "bytes", "characters", "words", "tokens"]
+Fact = Literal["width", "height", "aspect", "bytes", "characters", "words", "tokens", "digest_1", "digest_2"]
 
 
 class Score(Section):

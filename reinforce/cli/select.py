@@ -38,7 +38,7 @@ def select(
     def reinforce(references: Config) -> None:
         from reinforce.engine.run import run
 
-        log(f"embedding the images of {references.source}")
+        log(f"embedding the images of {references.source} that are not embedded yet")
         run(references, address=address)
 
     view = select(load_config(config, overrides), log, address, reinforce=reinforce)

@@ -38,6 +38,7 @@ from reinforce.selection.references import OtherDataset, ReadReference, Reinforc
 from reinforce.selection.rules import BoundRule, bind, labels, layers_of
 from reinforce.selection.thresholds import Counts, Search, number
 from reinforce.source.views import FOLDER
+from reinforce.terminal import plural
 
 _MAX_GROUPS = 2**16
 _T = TypeVar("_T")
@@ -178,7 +179,7 @@ class _Selection:
 
     def write(self, view: ViewRows) -> tuple[dict[str, array[int]], npt.NDArray[np.int64]]:
         """Write the rows of all shards -> rows of each row group that are kept, by shard, and rows with each code."""
-        self.log(f"writing {len(self.shards):,} shards")
+        self.log(f"writing {plural(len(self.shards), 'shard')}")
         kept: dict[str, array[int]] = {}  # they take a tenth of the memory of lists
         names = labels(self.rules)
         codes = np.zeros(len(names), np.int64)

@@ -32,6 +32,7 @@ from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.engine.recompute import recompute
 from reinforce.engine.worker.producers.registry import check_models
 from reinforce.errors import UserError
+from reinforce.source.references import image_digest
 from teachers.preprocessing.fit import fit
 from tests.helpers.commands import printed_by
 from tests.helpers.data import config_of, members_of, tree, write_tar
@@ -113,7 +114,7 @@ def test_scores_that_are_added_later_are_equal_and_load_no_model(
 
 @pytest.mark.parametrize("images", ["embed", "reference"])
 def test_stored_samples_give_the_facts_that_read_ones_give(images: str, config: dict[str, Any]) -> None:
-    facts = {"sizes": SCORES["sizes"]}
+    facts = {"sizes": {"facts": [*SCORES["sizes"]["facts"], "digest_1", "digest_2"]}}
     config = {**config, "images": images, "teachers": {}, "captioners": {}}
     [first, later] = [{**config, "output": output, "scores": facts} for output in ("first", "later")]
     reinforce_here(first)
@@ -122,6 +123,9 @@ def test_stored_samples_give_the_facts_that_read_ones_give(images: str, config: 
     tables = [pq.read_table(next(Path(of, "scores/sizes").glob("*.parquet"))) for of in ("first", "later")]
     assert tables[0].equals(tables[1])
     assert tables[0]["scores"].to_pylist()[0]["bytes"] > 100
+    for sample in reinforce.open(str(Path("first").absolute()), images_from=[str(Path().absolute())]):
+        digest, sizes = image_digest(sample.image), sample.values["scores/sizes"]
+        assert (sizes["digest_1"], sizes["digest_2"]) == (digest & 0xFFFFFF, digest >> 24 & 0xFFFFFF)
 
 
 def test_commands_know_scores_like_other_layers(config: dict[str, Any], capfd: pytest.CaptureFixture[str]) -> None:

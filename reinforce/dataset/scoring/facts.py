@@ -12,6 +12,8 @@ import pyarrow.compute as pc
 
 from reinforce.config import Fact, Score
 from reinforce.dataset.scoring.base import Floats, Scorer, StoredRows
+from reinforce.source.references import image_digest
+from schemas import IMAGE_DIGEST
 from teachers.open_clip.catalog import model_config
 
 _VERSION = 1
@@ -28,6 +30,23 @@ def _aspect(samples: pa.Table) -> Any:
     return pc.divide(pc.max_element_wise(width, height), pc.min_element_wise(width, height))
 
 
+def _digest(place: int) -> Callable[[pa.Table], Any]:
+    """A number of 24 bits, which float32 holds, from ``place`` in the digest of the encoded image."""
+
+    def part(samples: pa.Table) -> Any:
+        if "image" in samples.column_names:
+            digests = pa.array([image_digest(image.as_buffer()) for image in samples["image"]], pa.uint64())
+        elif IMAGE_DIGEST in samples.column_names:
+            digests = samples[IMAGE_DIGEST]
+        else:  # of an earlier version
+            return pa.nulls(len(samples), pa.uint64())
+        return pc.bit_wise_and(
+            pc.shift_right(digests, pa.scalar(place, pa.uint64())), pa.scalar(2**24 - 1, pa.uint64())
+        )
+
+    return part
+
+
 def _words(samples: pa.Table) -> Any:
     return pc.list_value_length(pc.utf8_split_whitespace(samples["caption"]))
 
@@ -40,6 +59,8 @@ _COMPUTED: dict[Fact, tuple[tuple[str, ...], Callable[[pa.Table], Any]]] = {
     "bytes": (("image", "image_ref"), _bytes),
     "characters": (("caption",), lambda samples: pc.utf8_length(samples["caption"])),
     "words": (("caption",), _words),
+    "digest_1": (("image", IMAGE_DIGEST), _digest(0)),
+    "digest_2": (("image", IMAGE_DIGEST), _digest(24)),
 }
 
 
