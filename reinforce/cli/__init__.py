@@ -98,7 +98,7 @@ app.command(
 app.command(
     **examples(
         "reinforce diff demo/dataset demo/labels",
-        "reinforce diff demo/dataset demo/labels --layers captions,embeddings/conv-64 --json",
+        "reinforce diff demo/dataset demo/labels --layers captions --json",
     )
 )(dataset.diff)
 app.command(

@@ -105,7 +105,7 @@ def export_embeddings(
     "labels",
     **examples(
         "reinforce export labels demo/dataset demo/labels",
-        "reinforce export labels demo/dataset demo/labels-of-one --layers captions/coca,embeddings/conv-64 --no-urls",
+        "reinforce export labels demo/dataset demo/captions --layers captions --no-urls",
     ),
 )
 def export_labels(

@@ -206,9 +206,7 @@ def test_a_killed_export_continues_and_a_second_one_writes_nothing(
 
 
 def test_labels_in_an_object_store_are_those_on_disk(dataset: str, published: Path, s3: Any) -> None:
-    for kept in (0, 2):
-        result = export_labels(dataset, "s3://bucket/labels", use_ray=False, licence="cc-by-4.0")
-        assert result.kept == kept
+    export_labels(dataset, "s3://bucket/labels", use_ray=False, licence="cc-by-4.0")
     local = tree(published)
     assert {name.removeprefix("bucket/labels/"): s3.cat_file(name) for name in s3.find("bucket/labels")}.items() >= (
         local.items()
