@@ -125,6 +125,7 @@ class Augmentations(Section):
         "torchvision-pil-1",
         description="how records are replayed: with torchvision's pixels, or faster with pixels of its own",
     )
+    own: Literal[True] | None = Field(None, description="with `reinforcements` without records (RayGen): drawn here")
 
     @model_validator(mode="after")
     def _check_ranges(self) -> Augmentations:
@@ -368,20 +369,20 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check_published(self) -> Config:
-        if self.join and self.reinforcements is None:
-            raise ValueError("join: used with `reinforcements` only; set labels.NAME.join for `labels`")
+        if self.reinforcements is None and (self.join or self.augmentations.own):
+            name = "join" if self.join else "augmentations.own"
+            raise ValueError(f"{name}: used with `reinforcements` only; set labels.NAME.join for `labels`")
         if self.labels and self.reinforcements is not None:
             raise ValueError("labels: not with `reinforcements`; make a dataset of these, and name it in `labels`")
         models = (*self.teachers.items(), *self.captioners.items())
         published = [name for name, spec in models if spec.published]
         if published and self.reinforcements is None:
-            raise ValueError(
-                f"{', '.join(published)}: family published is read from `reinforcements`, which is not set; set it"
-            )
-        if self.reinforcements is not None and self.input.reduce_to is not None:
+            names = ", ".join(published)
+            raise ValueError(f"{names}: family published is read from `reinforcements`, which is not set; set it")
+        crops = self.reinforcements is not None and not self.augmentations.own
+        if crops and self.input.reduce_to is not None:
             raise ValueError("input.reduce_to: remove it; published reinforcements were made on images of full size")
-        sampled = self.augmentations.model_fields_set - {"count", "size"}
-        if self.reinforcements is not None and sampled:
+        if crops and (sampled := self.augmentations.model_fields_set - {"count", "size"}):
             raise ValueError(
                 f"augmentations.{sorted(sampled)[0]}: remove it; with `reinforcements`, augmentations are not sampled "
                 "but read, and only `count` and `size` can be set, to what was published"

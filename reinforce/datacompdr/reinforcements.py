@@ -19,6 +19,7 @@ from reinforce.datacompdr.members import CAPTIONS, PARAMETERS, VECTORS, Unreadab
 from reinforce.datacompdr.values import LARGEST_IMAGE, Members, PublishedReader
 from reinforce.dataset.layers import SAMPLES, Layer
 from reinforce.errors import StorageError, UserError
+from reinforce.images.policy import reads_crops
 from reinforce.source.formats.base import Shard
 from reinforce.source.formats.tar import read_shard
 from reinforce.source.reading import read_samples
@@ -120,7 +121,7 @@ def check_reinforcements(url: str, config: Config, layers: Iterable[Layer]) -> N
     with contextlib.closing(Reinforcements(url, config, _CHECKED_SAMPLES)) as reinforcements:
         errors = [_layer_errors(reader, key, reinforcements.members(key)) for key in reinforcements]
     for layer in errors[0] if errors else ():
-        if all(layer in others for others in errors):
+        if all(layer in others for others in errors) and (layer != SAMPLES or reads_crops(config)):
             raise UserError(
                 f"{layer}: cannot be read from any of the first {len(errors)} samples of {canonical(url)}: "
                 f"{errors[0][layer]}"

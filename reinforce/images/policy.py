@@ -53,11 +53,16 @@ _TRANSPOSE_BY_ORIENTATION = {
 }
 
 
+def reads_crops(config: Config) -> bool:
+    """Whether the augmentation records of a run are those of its published reinforcements."""
+    return config.reinforcements is not None and not config.augmentations.own
+
+
 def image_policy(config: Config) -> str:
     """Return the image policy of a run: with published crops, the policy that they were made with."""
     if (labels := crops_of(config.labels)) is not None:
         return config.labels[labels].taken.image_policy
-    if config.reinforcements is not None:
+    if reads_crops(config):
         return PUBLISHED_POLICY
     side = config.input.reduce_to
     return IMAGE_POLICY if side is None else f"{IMAGE_POLICY}-reduced-{side}"

@@ -21,6 +21,7 @@ from tests.helpers.published import (
     DIMS,
     check_sample,
     config_of,
+    npz,
     published_members,
     published_sample,
     quarantine,
@@ -41,6 +42,36 @@ def test_published_layers_hold_the_published_values(tmp_path: Path, packed: str)
         check_sample(one, sample, 1e-6 if packed == "npz" else 5e-3)
         np.testing.assert_allclose(np.linalg.norm(sample.images["one"], axis=1), 1, atol=1e-5)
     assert not (tmp_path / "out" / "quarantine").exists()
+
+
+def test_raygens_tars_give_captions_and_text_vectors_and_crops_are_drawn_here(tmp_path: Path) -> None:
+    """RayGen writes images, captions and vectors into one tar, and no record of its crops."""
+    members = []
+    for number, one in enumerate(ALL[:4]):
+        vectors = {name: value for name, value in one.vectors.items() if name != "image_emb"}
+        packed = npz({**vectors, "image_emb{self.tag_suffix}": one.vectors["image_emb"]})
+        stated = json.dumps({"sha256": f"{number:064x}"}).encode()
+        others = {"paug.json": None, "npz": packed, "json": stated, "url.txt": b"https://example.org/%d" % number}
+        members.append([*source_members(one)[:2], *published_members(one, **others)])
+    write_published(tmp_path, members, [])
+    config = config_of(tmp_path)
+    tars = config["source"]
+    own = {**config, "reinforcements": tars, "augmentations": {"count": 2, "size": 24, "own": True}}
+    url = reinforce_here(own)
+    samples = list(reinforce.open(url))
+    plain = reinforce_here(
+        {"source": tars, "output": str(tmp_path / "plain"), "augmentations": {"count": 2, "size": 24}}
+    )
+    for one, sample, alone in zip(ALL, samples, reinforce.open(plain), strict=False):
+        assert sample.captions["coca"] == one.captions["syn_text"]
+        assert sample.augmentations == alone.augmentations
+        assert sample.images == {}
+        np.testing.assert_allclose(sample.texts["one"]["coca"], one.vectors["text_emb"][1:, : DIMS[0]], atol=1e-3)
+    assert len(samples) == 4
+    manifest = json.loads(Path(url, "dataset.json").read_text())
+    assert manifest["layers"]["samples"] == json.loads(Path(plain, "dataset.json").read_text())["layers"]["samples"]
+    with pytest.raises(UserError, match=r"augmentations.own: used with"):
+        parse_config({**own, "reinforcements": None, "captioners": {}, "teachers": {}})
 
 
 def test_samples_are_matched_by_key_or_uid_in_source_order(tmp_path: Path) -> None:
@@ -212,7 +243,7 @@ def test_a_contradictory_config_is_rejected(tmp_path: Path, change: dict[str, An
         ),
         (
             {"teachers": {"one": {"family": "published", "model": "O", "columns": [0, 10], "logit_scale": 1}}},
-            r"embeddings/one/images: .* norms of 1.41 to 1.41 in columns 0 to 10, expected 1",
+            r"embeddings/one/images: .* image_emb, columns 0 to 10: norms of 1.41 to 1.41, expected 1",
         ),
     ],
 )

@@ -159,6 +159,8 @@ class ImageEmbeddings(_Embeddings):
     _inputs_in_words = "augmented images"
 
     def _sides(self, config: Config, teacher: TeacherSpec, info: ModelInfo) -> Iterable[tuple[str, int]]:
+        if teacher.published and config.augmentations.own:
+            return []  # the crops of published vectors are unknown
         return [("images", config.augmentations.count)] if info.images else []
 
     def _texts(self, inputs: str) -> str | None:

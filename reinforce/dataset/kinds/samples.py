@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import schemas
 from reinforce.config import Config, Limits
 from reinforce.dataset.layers import LABELS, NO_IMAGES, SAMPLES, Layer, LayerKind, compute_fingerprint, mapping_at
-from reinforce.images.policy import image_policy
+from reinforce.images.policy import image_policy, reads_crops
 from reinforce.source.captions import CAPTION_POLICY
 from teachers.published.labels import crops_of
 
@@ -122,10 +122,10 @@ def _input_recipe(config: Config) -> dict[str, Any]:
 
 
 def _augmentations_recipe(config: Config) -> dict[str, Any]:
-    if config.reinforcements is not None:
+    if reads_crops(config):
         return {"published": PUBLISHED_FORMAT, "count": config.augmentations.count, "size": config.augmentations.size}
     # The backend is recorded among the policies.
-    recipe = config.augmentations.model_dump(mode="json", exclude={"backend"})
+    recipe = config.augmentations.model_dump(mode="json", exclude={"backend", "own"})
     if (name := crops_of(config.labels)) is not None:
         labels = config.labels[name]
         recipe["labels"] = {"samples": labels.taken.samples, "join": labels.join}

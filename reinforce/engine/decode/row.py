@@ -18,7 +18,7 @@ from reinforce.datacompdr.values import Members, PublishedReader, PublishedValue
 from reinforce.dataset.augment.backends import load_backend
 from reinforce.dataset.augment.records import Augmentation, Crop, from_records, sample_augmentation, to_records
 from reinforce.engine.decode.cells import PixelCells, PixelLayout
-from reinforce.images.policy import ImageRefused, decode, image_policy
+from reinforce.images.policy import ImageRefused, decode, image_policy, reads_crops
 from reinforce.labels.crops import RowLabels
 from reinforce.source.captions import json_error, metadata_of
 from reinforce.source.references import LostImage
@@ -168,7 +168,7 @@ def _decode_new(spec: DecodeSpec, cells: PixelCells, row: Row, raw: RawSample) -
         joined, published, unlabelled = _fit_labels(row, width, height)
         if published:
             augmentations = published
-        elif spec.published is None:
+        elif spec.published is None or not reads_crops(config):
             augmentations = [
                 sample_augmentation(policy, config.seed, key, k, width, height) for k in range(policy.count)
             ]
