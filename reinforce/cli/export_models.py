@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -70,6 +70,28 @@ def export_onnx(
         raise UserError("OUTPUT and --output are the same: give one of them.")
     sets = config, zero_shot, retrieval, limit
     _export("onnx", model, output or folder, pretrained, "fp32", min_cosine, sets, check)
+
+
+@export.command("coreml", **examples("reinforce export coreml demo/students/distilled demo/coreml"))
+def export_coreml(
+    model: Model, output: Output = None, pretrained: Pretrained = None,
+    weights: Annotated[
+        Literal["fp16", "int8", "palettised"], typer.Option(help="How weights are stored; palettised: 6 bits.")
+    ] = "fp16",
+    names: Annotated[
+        Literal["model", "app"], typer.Option(help="app: packages get the names of the app of MobileCLIP's authors.")
+    ] = "model",
+    min_cosine: MinCosine = 0.99, config: Config = None, zero_shot: ZeroShot = None, retrieval: Retrieval = None,
+    limit: Limit = None, check: Check = False,
+) -> None:  # fmt: skip
+    """Write two Core ML packages for iOS 17, with tokenizer.json, preprocess.json, golden.json and a README.md.
+
+    On macOS, packages are compared with torch in Core ML; elsewhere by an interpreter of their operations.
+
+    Requires: pip install -e '.\\[coreml]', in the checkout
+    """
+    sets = config, zero_shot, retrieval, limit
+    _export("coreml", model, output, pretrained, weights, min_cosine, sets, check, names == "app")
 
 
 def _export(

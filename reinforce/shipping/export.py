@@ -61,6 +61,7 @@ class ExportResult:
                 for tower in self.report["towers"].values()
             ),
             *(f"{name}: {100 * exported[name]:.2f} %, trained model {100 * trained[name]:.2f} %" for name in exported),
+            f"compared: {self.report['compared']}, in {self.report['executed_by']}",
             f"tokenizer.json: same tokens as open_clip for {len(tokens.PROBES)} test texts",
             f"written: {self.output}; its README.md has an example",
         ]
@@ -123,6 +124,7 @@ def export_model(
                 side: {"file": path.name, "bytes": _size(folder, path.name), **about[side]}
                 for side, path in paths.items()
             },
+            "executed_by": runtime.executor,
             "compared": "pictures and texts of the evaluation" if evaluator else "generated pictures and texts",
             "metrics": metrics,
             "versions": {package: version(package) for package in ("torch", *TARGETS[target].packages)},
@@ -142,7 +144,8 @@ def check_export(target: str, folder: str, min_cosine: float = MIN_COSINE) -> li
                 f"than --min-cosine {min_cosine:g}. Export it again, or look for an operation that this runtime "
                 "computes otherwise."
             )
-        lines.append(f"{side}: cosine at least {found.minimum:.5f} to {found.count} embeddings of {GOLDEN}")
+        agrees = f"cosine at least {found.minimum:.5f} to {found.count} embeddings of {GOLDEN}"
+        lines.append(f"{side}: {agrees}, in {runtime.executor}")
     return lines
 
 

@@ -42,6 +42,35 @@ print(np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum())
 ```
 """
 
+_COREML = """# {model} in Core ML
+
+| file | content |
+| --- | --- |
+| `{image_file}` | `image`, a 32-bit colour picture of {width} x {height} -> `final_emb_1`, float32 [1, {dim}] |
+| `{text_file}` | `text`, int32 [1, {context}], padded with zeros -> `final_emb_1`, float32 [1, {dim}], unit norm |
+| `tokenizer.json` | tokenizer in the format of the package `tokenizers`; pads and truncates to {context} tokens |
+| `preprocess.json` | how to resize an image to {height} x {width}, and the logit scale |
+| `golden.json` | pictures and texts, with the pixels, tokens and embeddings that an app must arrive at |
+| `export.json` | sizes, cosines to the trained model, and what computed them |
+
+The packages need iOS 17 or macOS 14. The image package takes pixels: scale, mean and standard deviation are inside.
+Before that a picture is turned upright by its EXIF orientation, put on white where it is transparent, and
+{resize}.
+Both embeddings have unit norm: their dot product is the cosine. The softmax of `logit_scale` (in `preprocess.json`)
+times the cosines gives the probabilities of texts.
+
+Drop both packages into an Xcode project, which generates a class with the name of each:
+
+```swift
+let images = try {image_class}(configuration: MLModelConfiguration())
+let texts = try {text_class}(configuration: MLModelConfiguration())
+let image = try images.prediction(image: pixelBuffer).final_emb_1
+let text = try texts.prediction(text: tokens).final_emb_1  // MLMultiArray [1, {context}] of int32
+```
+
+Check the packages on a Mac, in Core ML itself: `reinforce export coreml THIS_FOLDER --check`.
+"""
+
 _CROP_SQUARE = """size = config["size"][0]
 image = image.resize([int(size * side / min(image.size)) for side in image.size], Image.Resampling.{filter})
 left, top = [round((side - size) / 2) for side in image.size]
@@ -67,4 +96,27 @@ def render_onnx(config: Mapping[str, Any], spec: ImageSpec) -> str:
         dim=config["dim"],
         context=config["context_length"],
         resize=resize,
+    )
+
+
+def render_coreml(config: Mapping[str, Any], spec: ImageSpec) -> str:
+    """Return the README of two Core ML packages. ``config`` is the content of their ``preprocess.json``."""
+    size = f"{spec.width} x {spec.height}"
+    ways = {
+        "crop": f"resized ({spec.interpolation}) until it covers {size}, whose centre is cut out",
+        "squash": f"resized ({spec.interpolation}) to {size}, whatever its proportions",
+    }
+    image_file = config["normalised_by"]
+    text_file = image_file.replace("_image.", "_text.")
+    return _COREML.format(
+        model=config["model"],
+        image_file=image_file,
+        text_file=text_file,
+        image_class=image_file.partition(".")[0],
+        text_class=text_file.partition(".")[0],
+        height=spec.height,
+        width=spec.width,
+        dim=config["dim"],
+        context=config["context_length"],
+        resize=ways[spec.resize],
     )

@@ -69,7 +69,7 @@ CHECKED = {
     r"reinforce evaluate demo/students/.*": "needs the demo's student; tests/evaluation evaluates small ones",
     r"python -m reinforce\.demo data": "draws 1,364 emoji; tests/demo",
     r"reinforce evaluate .*( --classes imagenet| --suite [a-z-]+).*": "needs large sets; see tests/evaluation",
-    r"reinforce export onnx .*": "takes half a minute; tests/shipping/test_export.py",
+    r"reinforce export (onnx|coreml|litert|executorch) .*": "takes half a minute; tests/shipping",
     r"reinforce latency .*": "measures large models for minutes; tests/shipping/test_latency.py",
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,19 +57,25 @@ def fastvit(folder: Path, weights: bool = True) -> str:
     saved = {"model_cfg": {**config, "custom_text": True}, "preprocess_cfg": preprocess}
     (folder / "open_clip_config.json").write_text(json.dumps(saved))
     if weights:
-        save_file(_model_with_statistics(config).state_dict(), str(folder / "open_clip_model.safetensors"))
+        model = _with_statistics(lambda: open_clip.CustomTextCLIP(**config), (96, 64))
+        save_file(model.state_dict(), str(folder / "open_clip_model.safetensors"))
     return f"local-dir:{folder}"
 
 
-def _model_with_statistics(config: dict[str, Any]) -> torch.nn.Module:
+def mobileclip2_s0() -> Any:
+    """MobileCLIP2-S0 with random weights."""
+    return _with_statistics(lambda: open_clip.create_model("MobileCLIP2-S0", load_weights=False), (256, 256))
+
+
+def _with_statistics(build: Callable[[], Any], size: tuple[int, int]) -> Any:
     """Weights that give different images different embeddings, and batch statistics as after training."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        model = open_clip.CustomTextCLIP(**config).train()
+        model = build().train()
         for name, parameter in model.named_parameters():
             if name.endswith("gamma"):  # layer scale, which is initialized near zero
                 torch.nn.init.uniform_(parameter, 0.5, 1.0)
         for _ in range(10):
-            images = torch.nn.functional.interpolate(torch.randn(8, 3, 4, 4), (96, 64), mode="bicubic")
+            images = torch.nn.functional.interpolate(torch.randn(8, 3, 4, 4), size, mode="bicubic")
             model.encode_image(images)
     return model.eval()

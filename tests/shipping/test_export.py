@@ -183,8 +183,8 @@ def test_report_and_golden_file_hold_what_the_trained_model_computes(
 
     assert export(str(exported.folder), "--check") == 0
     assert capfd.readouterr().out == (
-        "image: cosine at least 1.00000 to 3 embeddings of golden.json\n"
-        "text: cosine at least 1.00000 to 8 embeddings of golden.json\n"
+        "image: cosine at least 1.00000 to 3 embeddings of golden.json, in ONNX\n"
+        "text: cosine at least 1.00000 to 8 embeddings of golden.json, in ONNX\n"
     )
     swapped = {**golden, "texts": [{**case, "tokens": golden["texts"][0]["tokens"]} for case in golden["texts"]]}
     other = exported.folder.parent / "other"

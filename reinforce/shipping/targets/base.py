@@ -33,6 +33,11 @@ class Target(ABC):
     title: ClassVar[str]
     weights: ClassVar[tuple[str, ...]]
 
+    @property
+    def executor(self) -> str:
+        """What ``load`` runs a tower in, in reports."""
+        return self.title
+
     def max_difference(self, weights: str) -> float:
         """Return the largest allowed difference of an element from torch; by default, the cosine alone decides."""
         return sys.float_info.max

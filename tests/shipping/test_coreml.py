@@ -1,0 +1,197 @@
+"""``reinforce export coreml``: its packages, and the interpreter that executes them where there is no Core ML."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+
+from reinforce.cli import main
+from reinforce.shipping.checks import compare
+from reinforce.shipping.targets import coreml, mil
+from reinforce.shipping.targets.base import ExportOptions, row_by_row
+from reinforce.shipping.tokens import PROBES
+from reinforce.shipping.towers import Tower, reparameterize, split_towers
+from teachers.open_clip.teacher import image_spec, load_model
+from teachers.preprocessing.pixels import to_pixels
+from teachers.spec import ModelSpec
+from tests.helpers import shipping as models
+from tests.helpers.commands import run_command
+from tests.helpers.tiny_models import open_clip_model
+
+ct = pytest.importorskip("coremltools")
+FLOAT32, INT32 = 65568, 131104  # ArrayFeatureType
+
+
+class Exported(NamedTuple):
+    model: str
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """A FastViT of portrait pictures, and its packages in fp16."""
+    root: Path = tmp_path_factory.mktemp("coreml")
+    name = models.fastvit(root / "my-student")
+    with pytest.raises(SystemExit) as ended:
+        main(["export", "coreml", name, f"{root}/out"])
+    assert not ended.value.code
+    return Exported(name, root / "out")
+
+
+def spec_of(path: Path) -> Any:
+    return ct.utils.load_spec(str(path))
+
+
+def operations(path: Path) -> list[Any]:
+    (function,) = spec_of(path).mlProgram.functions.values()
+    return list(function.block_specializations[function.opset].operations)
+
+
+def test_packages_have_the_interface_of_the_authors_app(exported: Exported) -> None:
+    files = {"export.json", "golden.json", "preprocess.json", "README.md", "tokenizer.json"}
+    packages = {"my_student_image.mlpackage", "my_student_text.mlpackage"}
+    assert {path.name for path in exported.folder.iterdir()} == files | packages
+    specs = {side: spec_of(exported.folder / f"my_student_{side}.mlpackage") for side in ("image", "text")}
+    assert {spec.specificationVersion for spec in specs.values()} == {ct.target.iOS17}
+    (image,), (text,) = (spec.description.input for spec in specs.values())
+    picture, tokens = image.type.imageType, text.type.multiArrayType
+    assert (image.name, picture.width, picture.height, picture.colorSpace) == ("image", 64, 96, picture.RGB)
+    assert (text.name, list(tokens.shape), tokens.dataType) == ("text", [1, models.CONTEXT], INT32)
+    for spec in specs.values():
+        (output,) = spec.description.output
+        assert (output.name, output.type.multiArrayType.dataType) == ("final_emb_1", FLOAT32)
+    readme = (exported.folder / "README.md").read_text()
+    assert "my_student_image(configuration:" in readme
+    assert "resized (bilinear) to 64 x 96, whatever its proportions" in readme
+
+
+def test_packages_in_fp16_compute_what_the_student_does(exported: Exported) -> None:
+    report = json.loads((exported.folder / "export.json").read_text())
+    assert report["executed_by"] == "an interpreter of the package's operations (Core ML needs macOS)"
+    assert min(report["towers"][side]["cosine"]["min"] for side in ("image", "text")) >= 0.9999
+    clip = load_model(ModelSpec(model=exported.model)).eval()
+    coarse = np.random.default_rng(5).integers(0, 256, (4, 6, 4, 3), np.uint8)
+    pixels = torch.from_numpy(coarse.repeat(16, 1).repeat(16, 2))
+    about = json.loads((exported.folder / "preprocess.json").read_text())
+    mean, std = (torch.tensor(about[key]).view(3, 1, 1) for key in ("mean", "std"))
+    run = coreml.TARGET.load(exported.folder / "my_student_image.mlpackage")
+    with torch.inference_mode():
+        expected = clip.encode_image((pixels.permute(0, 3, 1, 2) / 255 - mean) / std, normalize=True)
+        torch.testing.assert_close(run(pixels), expected, rtol=0, atol=2e-3)
+    assert (expected - expected.mean(0)).abs().max() > 0.01, "a constant would agree too"
+
+
+def test_end_of_text_is_found_on_integers(exported: Exported) -> None:
+    assert torch.tensor([49406, 49407]).half().unique().numel() == 1
+    package = exported.folder / "my_student_text.mlpackage"
+    (argmax,) = [one for one in operations(package) if one.type == "reduce_argmax"]
+    (given,) = argmax.inputs["x"].arguments
+    assert given.name == "text", "the int32 input itself"
+    texts = torch.tensor([[49406, 320, 1125, 49407] + [0] * 12, [49406, 49407] + [0] * 14, [49406, *[320] * 14, 49407]])
+    clip = load_model(ModelSpec(model=exported.model)).eval()
+    found = compare(coreml.TARGET.load(package), lambda rows: clip.encode_text(rows, normalize=True), texts)
+    assert found.minimum > 0.9999
+
+
+def test_smaller_weights_are_published_if_they_are_close_enough(
+    exported: Exported, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ("export", "coreml", exported.model, str(tmp_path / "small"), "--weights")
+    code, _, err = run_command(capfd, *words, "palettised")
+    assert code == 2
+    assert "its text tower with palettised weights has a cosine of 0.97" in err
+    assert "to the trained one, less than --min-cosine 0.99: use other --weights, or allow less" in err
+    assert list(tmp_path.iterdir()) == []
+    assert run_command(capfd, *words, "int8")[0] == 0
+    report, large = (json.loads((one / "export.json").read_text()) for one in (tmp_path / "small", exported.folder))
+    assert report["towers"]["text"]["bytes"] < 0.6 * large["towers"]["text"]["bytes"]
+    assert 0.995 <= report["towers"]["text"]["cosine"]["min"] < large["towers"]["text"]["cosine"]["min"]
+
+
+def test_check_runs_the_golden_file(exported: Exported, capfd: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run_command(capfd, "export", "coreml", str(exported.folder), "--check")
+    assert code == 0, err
+    assert "image: cosine at least 1.00000 to 3 embeddings of golden.json, in an interpreter" in out
+
+
+def test_what_the_app_cannot_run_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    def towers(side: int, context: int, first: int = 49406) -> list[Tower]:
+        tokens = torch.tensor([[first, 320, 1125, 539, 320, 2368, 49407] + [0] * (context - 7)])
+        pixels = torch.zeros(1, side, side, 3, dtype=torch.uint8)
+        nothing = torch.nn.Identity()
+        return [Tower("image", "", nothing, lambda _: pixels), Tower("text", "", nothing, lambda _: tokens)]
+
+    assert (coreml._app_model(towers(256, 77)), coreml._app_model(towers(224, 77))) == ("s0", "blt")
+    for case, reason in (
+        (towers(256, 40), "has texts of 77 tokens, not 40"),
+        (towers(256, 77, first=1), "has CLIP's tokenizer"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            coreml._app_model(case)
+    name = open_clip_model(tmp_path / "model")
+    code, _, err = run_command(capfd, "export", "coreml", name, str(tmp_path / "out"), "--names", "app")
+    assert (code, "the authors' app has pictures of 256 x 256 or 224 x 224, not 32 x 32" in err) == (2, True)
+    assert not (tmp_path / "out").exists()
+
+
+class Airy(torch.nn.Module):
+    """A layer of which coremltools knows nothing."""
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return torch.special.airy_ai(rows)
+
+
+def test_unknown_operations_are_named(
+    exported: Exported, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = torch.zeros(1, 8, dtype=torch.int64)
+    tower = Tower("text", "tokens", torch.nn.Sequential(torch.nn.Embedding(9, 4), Airy()), lambda _: tokens)
+    with pytest.raises(ValueError, match=r"operations that coremltools lacks: aten\.special_airy_ai"):
+        coreml.TARGET.refuse([tower], ExportOptions("model", "fp16"))
+    monkeypatch.delitem(mil._OPERATIONS, "gelu")
+    with pytest.raises(ValueError, match="an operation that cannot be checked here: gelu"):
+        coreml.TARGET.load(exported.folder / "my_student_text.mlpackage")
+    code, _, err = run_command(capfd, "export", "coreml", exported.model, str(tmp_path / "out"))
+    assert (code, "cannot be checked here: gelu" in err, list(tmp_path.iterdir())) == (2, True, [])
+
+
+def test_palette_is_a_minimum_of_the_squared_error() -> None:
+    weights = np.random.default_rng(0).standard_normal((40, 50)).astype(np.float32)
+    palette, indices = coreml._palette(weights)
+    assert (palette.shape, indices.shape) == ((64,), weights.shape)
+    error = np.square(palette[indices] - weights).mean()
+    uniform = np.linspace(weights.min(), weights.max(), 64)[:, None]
+    assert error < 0.7 * np.square(np.abs(weights.ravel() - uniform).min(0)).mean()
+    nearest = np.abs(weights[..., None] - palette).argmin(-1)
+    assert (indices == nearest).all()
+
+
+@pytest.mark.slow
+def test_packages_of_mobileclip2_s0_compute_what_it_does(tmp_path: Path) -> None:
+    clip = models.mobileclip2_s0()
+    image = image_spec(open_clip.get_model_preprocess_cfg(clip))
+    texts = open_clip.get_tokenizer("MobileCLIP2-S0")(list(PROBES))
+    references = {"image": lambda rows: clip.encode_image(to_pixels(rows, image), normalize=True)}
+    references["text"] = lambda rows: clip.encode_text(rows, normalize=True)
+    for weights, allowed, megabytes in (("fp16", 0.9999, (24, 130)), ("int8", 0.995, (13, 66))):
+        options = ExportOptions("s0", weights, app_names=True)
+        towers = split_towers(reparameterize(clip), image, texts)
+        coreml.TARGET.refuse(towers, options)
+        for tower, most in zip(towers, megabytes, strict=True):
+            path = coreml.TARGET.convert(tower, tmp_path, options)
+            assert path.name == f"mobileclip_s0_{tower.name}.mlpackage"
+            size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+            assert size < most * 1e6
+            found = compare(coreml.TARGET.load(path), references[tower.name], tower.example(12))
+            assert found.minimum >= allowed, (weights, tower.name, found)
+
+
+def test_rows_are_run_one_by_one() -> None:
+    run = row_by_row(lambda row: row * len(row))
+    assert torch.equal(run(torch.ones(3, 2)), torch.ones(3, 2))
