@@ -18,7 +18,7 @@ CORE_TESTS := --ignore=tests/source/test_hub.py tests/images tests/parquet \
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: deploy-check help install demo demo-teachers test bench bench-step bench-loader bench-augment bench-captions bench-gpu bench-latency bench-quantize bench-scale bench-select bench-sources bench-transfer ablations lint clean fuzz soak audit \
+.PHONY: deploy-check help install demo demo-teachers test bench bench-step bench-loader bench-augment bench-captions bench-gpu bench-labels bench-latency bench-quantize bench-scale bench-select bench-sources bench-transfer ablations lint clean fuzz soak audit \
 	docs test-lowest test-slow wheel-check
 
 help: ## list the targets
@@ -116,6 +116,9 @@ bench-select: $(INSTALLED) ## how well scores find wrong captions, what choosing
 	$(BIN)/python -m benchmarks.selection
 	$(BIN)/python -m benchmarks.duplicates
 	$(BIN)/python -m benchmarks.view_students
+
+bench-labels: $(INSTALLED) ## what it costs to find and read published labels for a copy in other shards (ten minutes)
+	$(BIN)/python -m benchmarks.labels
 
 bench-scale: $(INSTALLED) ## planning, starting and driving at the size of DFN-5B, simulated (five minutes)
 	$(BIN)/python -m benchmarks.scale

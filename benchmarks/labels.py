@@ -1,4 +1,4 @@
-"""``python -m benchmarks.labels``: what it costs to find and read labels for a copy that is sharded differently.
+"""``make bench-labels``: what it costs to find and read labels for a copy that is sharded differently.
 
 The labels are made: identities, records, captions and vectors of one teacher, and the index of identities. The copy has
 lost a fifth of the images; its shards have other sizes. It is in the order of the labels, or in a random order. Files
@@ -39,6 +39,7 @@ BUILD = Path("build/labels")
 COUNT, DIM, CAPTIONS = 2, 768, 5
 SHARD_ROWS, COPY_ROWS, LOST = 5000, 7919, 0.2
 LAYERS = ("captions/coca", "embeddings/dfn2b/images")
+_RANDOM_SAMPLES = 512  # each of which reads a row group
 #: DFN-2B as it is labelled: samples.
 DFN_ROWS = 2_000_000_000
 
@@ -154,8 +155,8 @@ def uid(number: int) -> str:
     return f"{number * 0x9E3779B97F4A7C15 % 2**128:032x}"
 
 
-def join(labels: str, rows: int, order: str, shards: int) -> dict[str, float]:
-    """Find and read the labels of the first ``shards`` shards of a copy -> what it costs a sample."""
+def join(labels: str, rows: int, order: str, most: int) -> dict[str, float]:
+    """Find and read the labels of the first ``most`` samples of a copy -> what it costs a sample."""
     rng = np.random.default_rng(1)
     kept = np.flatnonzero(rng.random(rows) >= LOST)
     if order == "random":
@@ -164,9 +165,9 @@ def join(labels: str, rows: int, order: str, shards: int) -> dict[str, float]:
     layers = build_layers(config, describe_models(config))
     seconds, cpu, found, labelled = time.perf_counter(), time.process_time(), 0, 0
     CountingFileSystem.requests = CountingFileSystem.bytes = 0
-    for number in range(shards):
+    for start in range(0, min(most, len(kept)), COPY_ROWS):  # its shards
         reader = LabelReader(config, layers.values())
-        part = kept[number * COPY_ROWS : (number + 1) * COPY_ROWS].tolist()
+        part = kept[start : min(start + COPY_ROWS, most)].tolist()
         for first in range(0, len(part), 512):
             wanted = [Wanted(f"own{one}", {"uid": uid(one)}) for one in part[first : first + 512]]
             labelled += sum(len(one.values) == len(LAYERS) for [one] in reader.find(wanted))
@@ -199,10 +200,9 @@ def main() -> None:
     )
     size = sum(path.stat().st_size for path in folder.rglob("*.parquet")) / args.rows
     results: dict[str, Any] = {"rows": args.rows, "stored bytes a row": size}
-    shards = int(args.rows * (1 - LOST)) // COPY_ROWS
-    for order, number in (("same", shards), ("random", 1)):
+    for order, most in (("same", args.rows), ("random", _RANDOM_SAMPLES)):
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            results[order] = found = pool.submit(join, str(folder), args.rows, order, number).result()
+            results[order] = found = pool.submit(join, str(folder), args.rows, order, most).result()
         hours = found["CPU us a sample"] * DFN_ROWS * (1 - LOST) / 1e6 / 3600
         results[order] |= {"CPU hours of 1.6 billion": hours, "TB of 1.6 billion": found["bytes a sample"] * 1.6e-3}
         console.print(order, json.dumps(results[order], indent=1))

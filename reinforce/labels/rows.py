@@ -207,7 +207,8 @@ class _LabelSet:
         found: dict[tuple[int, int, int], None] = {}
         missing, probed = [number for number in numbers if kind in own[number]], 1
         while missing:
-            near = self._files.near(kind, [own[number][kind] for number in missing], self._index)
+            values = [own[number][kind] for number in missing]
+            near = {} if kind == KEY else self._files.near(kind, values, self._index)  # only lone keys join
             found |= {(missing[at], *place): None for at, place in near.items()}
             missing = [number for at, number in enumerate(missing) if at not in near]
             part, missing = missing[:probed], missing[probed:]
@@ -297,7 +298,7 @@ class _LabelSet:
                 raise Unreadable(f"{layer.name} has vectors {[*value.shape]}, expected {[layer.count, layer.dim]}")
             if np.isnan(value).all():
                 return None
-            vectors = value[: layer.count]
+            vectors = value[: layer.count].copy()  # a view would keep the row group
             checked_norms(vectors, layer.name)
             return vectors
         if value is None:

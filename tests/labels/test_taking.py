@@ -265,3 +265,29 @@ def test_the_check_of_labels_prints_how_near_stored_and_computed_vectors_are(tmp
     assert "below 0.99" not in cosines["embeddings/red/caption"]  # of texts, which no copy changes
     assert cosines["embeddings/blue/images"].endswith("its model is not in the config, so it is not loaded")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_index_that_names_wrong_rows_gives_no_sample_the_labels_of_another(tmp_path: Path, labels: str) -> None:
+    write_copy(tmp_path)
+    copied = Path(shutil.copytree(labels, tmp_path / "labels"))
+    one, two = sorted(copied.glob("samples/*.parquet"))
+    content = one.read_bytes()
+    one.write_bytes(two.read_bytes())
+    two.write_bytes(content)
+    results: list[ShardResult] = []
+    taken = by_number(reinforce_here(taking(tmp_path, str(copied)), results=results))
+    assert not any(sample.captions.get("namer") for sample in taken.values())
+    assert sum(result.refused["not_reinforced"] + result.refused["reinforcement_broken"] for result in results) > 0
+
+
+@pytest.mark.parametrize("join", ["url", "key"])
+def test_keys_join_only_where_neither_side_states_anything_and_the_config_says_so(tmp_path: Path, join: str) -> None:
+    members = [member for n in range(3) for member in sample(n, f"{n:05d}")[:2]]
+    write_tar(tmp_path / "images" / "0.tar", members)
+    dataset = reinforce_here(config_of(f"{tmp_path}/images/*.tar", tmp_path / "dataset"))
+    url = export_labels(dataset, f"{tmp_path}/labels", identities=["uid"], use_ray=False).output
+    write_tar(tmp_path / "copy" / "0.tar", [*members[:4], *sample(2, "00002")])  # the last one states a uid
+    labels = {"lab": {"url": url, "layers": ["captions/namer"], "join": join}}
+    taken = by_number(reinforce_here(taking(tmp_path, url, labels=labels)))
+    joined = {number for number, one in taken.items() if one.captions.get("namer")}
+    assert joined == ({0, 1} if join == "key" else set())
