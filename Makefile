@@ -170,10 +170,15 @@ deploy-check: $(INSTALLED) ## deploy/ by its parsers and linters, with SkyPilot 
 		&& touch .venv/deploy/.installed; }
 	DEPLOY_TOOLS=.venv/deploy/bin $(BIN)/python -m pytest tests/deploy -v -v -rs
 
-lint: $(INSTALLED) ## ruff, mypy and the import contracts
+lint: lint-style lint-imports lint-types ## ruff, mypy and the import contracts
+
+.PHONY: lint-style lint-imports lint-types
+lint-style: $(INSTALLED)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+lint-imports: $(INSTALLED)
 	$(BIN)/lint-imports --no-logo
+lint-types: $(INSTALLED)
 	$(BIN)/mypy
 
 clean: ## remove the output of the demo and of the tools; .venv stays
