@@ -20,6 +20,7 @@ from reinforce.images.policy import PUBLISHED_POLICY, decode
 from reinforce.student.config import Data
 from reinforce.student.data.feed import StudentFeed
 from tests.helpers.images import encode, noise
+from tests.helpers.in_loaders import letters, read
 from tests.helpers.published import (
     COUNT,
     SIZE,
@@ -29,7 +30,7 @@ from tests.helpers.published import (
     source_members,
     write_published,
 )
-from tests.helpers.reinforced import letters, read, reinforce_here
+from tests.helpers.reinforced import reinforce_here
 
 
 @pytest.mark.filterwarnings("error")

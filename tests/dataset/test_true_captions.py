@@ -31,7 +31,8 @@ from reinforce.report.captions import captions_report
 from reinforce.student.config import Data
 from reinforce.student.data.feed import StudentFeed
 from tests.helpers.data import config_of, picture, tree, write_tar
-from tests.helpers.reinforced import letters, read, reinforce_here
+from tests.helpers.in_loaders import letters, read
+from tests.helpers.reinforced import reinforce_here
 from tests.helpers.validated import printed
 
 CAPTIONS = {"five": [f"text {n}" for n in range(5)], "two": ["text 3", "a dog"], "none": [], "more": ["x", *"abcdefg"]}

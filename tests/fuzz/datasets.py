@@ -22,7 +22,8 @@ from reinforce.errors import UserError
 from reinforce.student.config import Data
 from reinforce.student.data.feed import StudentFeed
 from schemas import Reason
-from tests.helpers.reinforced import letters, small_dataset
+from tests.helpers.in_loaders import letters
+from tests.helpers.reinforced import small_dataset
 
 ROWS = 8
 INDEX = "index"

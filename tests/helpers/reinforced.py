@@ -7,8 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from reinforce.config import parse_config
 from reinforce.dataset.files.damage import set_aside
 from reinforce.dataset.files.index import IndexWriter
@@ -67,13 +65,3 @@ def small_dataset(folder: Path, sizes: Sequence[int] = (21, 9, 14), **changes: A
     for number, size in enumerate(sizes):
         write_tar(folder / "source" / f"{number:05d}.tar", members_of(number, size))
     return reinforce_here(config_of(f"{folder}/source/*.tar", folder / "out", **changes))
-
-
-def letters(texts: Sequence[str]) -> torch.Tensor:
-    """A tokenizer for tests: code points of the first 40 characters, [B, 40]."""
-    return torch.tensor([[ord(letter) for letter in text[:40].ljust(40)] for text in texts])
-
-
-def read(tokens: torch.Tensor) -> list[str]:
-    """The texts that ``letters`` encoded."""
-    return ["".join(map(chr, row)).strip() for row in tokens.tolist()]

@@ -24,7 +24,8 @@ from reinforce.tuning.command import tune
 from reinforce.tuning.config import TuneConfig
 from tests.helpers.captioning import captioner_config, write_shards
 from tests.helpers.data import config_of, members_of, write_tar
-from tests.helpers.reinforced import letters, reinforce_here, small_dataset
+from tests.helpers.in_loaders import letters
+from tests.helpers.reinforced import reinforce_here, small_dataset
 from tests.helpers.students import student_folder
 
 SIZES = (40, 25)

@@ -29,7 +29,8 @@ from reinforce.student.config import Data
 from reinforce.student.data.feed import StudentFeed
 from tests.helpers.data import config_of, picture, write_tar
 from tests.helpers.decoding import decode_pool
-from tests.helpers.reinforced import letters, reinforce_here
+from tests.helpers.in_loaders import letters
+from tests.helpers.reinforced import reinforce_here
 
 COUNT = 40
 LAYERS = ["captions/namer", "embeddings/red", "embeddings/blue"]

@@ -30,7 +30,8 @@ from reinforce.student.config import Data
 from reinforce.student.data.feed import StudentFeed
 from reinforce.training.task import Batch
 from tests.helpers.data import members_of, write_tar
-from tests.helpers.reinforced import letters, small_dataset
+from tests.helpers.in_loaders import letters
+from tests.helpers.reinforced import small_dataset
 
 KEPT = 7
 

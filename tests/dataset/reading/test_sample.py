@@ -22,6 +22,7 @@ from reinforce.engine.record.summary import RunSummary
 from reinforce.errors import UserError
 from reinforce.training.record.results import Results
 from tests.helpers.data import config_of, picture, write_tar
+from tests.helpers.in_loaders import key_and_crop
 from tests.helpers.pixels import PixelRecorder, torchvision_replay
 from tests.helpers.published import COUNT, SIZE, published_members, published_sample, source_members, write_published
 from tests.helpers.published import config_of as published_config
@@ -180,10 +181,6 @@ def test_a_dataset_and_the_results_of_runs_are_shown_as_tables(data: reinforce.D
     assert all(
         text in results._repr_html_() for text in ("runs/&lt;s0&gt;", "1.2500", "top1", "not finite", "2.0 million")
     )
-
-
-def key_and_crop(sample: reinforce.Sample) -> tuple[str, torch.Tensor]:
-    return sample.key, torch.tensor(list(sample.augmented(0, size=8).tobytes()))
 
 
 def test_samples_come_in_the_order_of_the_dataset(data: reinforce.Dataset) -> None:

@@ -30,7 +30,8 @@ from reinforce.student.data.assembly import Assembler
 from reinforce.student.data.feed import StudentFeed
 from reinforce.training.task import Batch
 from tests.helpers.data import config_of, members_of, write_tar
-from tests.helpers.reinforced import letters, read, reinforce_here, small_dataset
+from tests.helpers.in_loaders import letters, read
+from tests.helpers.reinforced import reinforce_here, small_dataset
 
 ROOT = Path(__file__).parents[3]
 
@@ -322,7 +323,7 @@ import os, sys, time
 from multiprocessing import active_children, forkserver
 from reinforce.student.config import Data
 from reinforce.student.data.feed import StudentFeed
-from tests.helpers.reinforced import letters
+from tests.helpers.in_loaders import letters
 
 if __name__ == "__main__":
     data = Data.model_validate({"datasets": sys.argv[1], "workers": 2, "window": 10})

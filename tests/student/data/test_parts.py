@@ -17,7 +17,7 @@ from reinforce.student.data.examples import Example, SampleFile
 from reinforce.student.data.parts import PartMaker
 from tests.helpers.data import picture
 from tests.helpers.evaluation import encode_png
-from tests.helpers.reinforced import letters
+from tests.helpers.in_loaders import letters
 
 FILE = SampleFile("samples/x.parquet", Limits())
 CROP = Augmentation(Crop(top=2, left=3, height=20, width=24), 16, None)

@@ -35,7 +35,8 @@ from reinforce.student.data.stream import (
 )
 from reinforce.training.order import Chunk, Order
 from tests.helpers.data import config_of, members_of, picture, write_tar
-from tests.helpers.reinforced import letters, reinforce_here, small_dataset
+from tests.helpers.in_loaders import letters, unchanged
+from tests.helpers.reinforced import reinforce_here, small_dataset
 
 NO_CAPTION = ("00000003", "00000017")
 
@@ -255,7 +256,7 @@ def test_the_state_dict_lets_a_stateful_loader_resume_exactly(streamed: Streamed
             stream_of(streamed),
             batch_size=None,
             num_workers=2,
-            collate_fn=_identity,
+            collate_fn=unchanged,
             multiprocessing_context="forkserver",
         )
 
@@ -271,10 +272,6 @@ def test_the_state_dict_lets_a_stateful_loader_resume_exactly(streamed: Streamed
     assert keys(resumed) == keys(undisturbed)
     pairs = zip(resumed, undisturbed, strict=True)
     assert all(torch.equal(part.buffers.image, old.buffers.image) for part, old in pairs)
-
-
-def _identity(part: Any) -> Any:
-    return part
 
 
 def test_a_reader_draws_from_the_datasets_by_weight_and_from_any_position(
