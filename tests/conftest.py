@@ -34,6 +34,7 @@ def pytest_collection() -> Generator[None, object, object]:
         return (yield)
     finally:
         gc.freeze()
+        gc.set_threshold(5_000)  # instead of 700: a twentieth of what many tests take
         gc.enable()
 
 
