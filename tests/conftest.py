@@ -65,7 +65,7 @@ def _set_s3_environment(patch: pytest.MonkeyPatch, endpoint: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def ray_session(s3_server: str) -> None:
+def ray_session(s3_server: str, request: pytest.FixtureRequest) -> None:
     """Ray on this machine, which runs until the first file that does not use it: even idle it takes CPU."""
     import ray
 
@@ -75,7 +75,7 @@ def ray_session(s3_server: str) -> None:
         with pytest.MonkeyPatch.context() as patch:  # workers get the environment of the first ray.init
             _set_s3_environment(patch, s3_server)
             patch.setenv("RAY_metrics_report_interval_ms", "2000")  # instead of 10,000, for which a test would wait
-            lean_ray.prepare(patch, agent=True)
+            lean_ray.prepare(patch, agent=_reads_metrics(request.path))
             ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
 
 
@@ -91,6 +91,13 @@ def ray_here() -> Iterator[None]:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if "ray" in sys.modules and sys.modules["ray"].is_initialized() and item.path not in _files_with_ray():
         sys.modules["ray"].shutdown()
+
+
+def _reads_metrics(path: Path) -> bool:
+    """Whether a file shares its Ray with the one file whose tests read metrics."""
+    halves = _files_with_ray()
+    [reads] = [half for file, half in halves.items() if file.name == "test_models_run.py"]
+    return halves[path] == reads or "PYTEST_XDIST_WORKER" not in os.environ
 
 
 @cache

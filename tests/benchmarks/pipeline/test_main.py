@@ -27,6 +27,7 @@ from reinforce.processes.shared_memory import SharedMemory
 from tests.helpers.demo import read_samples
 
 
+@pytest.mark.slow
 def test_a_small_run_measures_the_figures_of_its_parts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
