@@ -83,9 +83,10 @@ def scan(source: str | list[str], data: Data, where: str, view: str | None = Non
     sample has a caption.
     """
     if detect_kind(source) == "layers":
-        shards = Dataset(str(source), [], [], view=view)
-        whole = Dataset(str(source), [], [])  # places of images are among all rows
-        parts = [_scan_dataset_shard(whole, shard, data, shards.view) for shard in shards.shards]
+        kept = whole = Dataset(str(source), [], [])
+        if view is not None:  # whose images are at places among all rows
+            kept = Dataset(str(source), [], [], view=view)
+        parts = [_scan_dataset_shard(whole, shard, data, kept.view) for shard in kept.shards]
     else:
         with ThreadPoolExecutor(_READERS) as pool:
             parts = list(pool.map(lambda shard: _scan_file(shard, data, where), list_files(source, data, where)))

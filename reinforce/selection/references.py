@@ -74,14 +74,16 @@ def _embedded(url: str, spec: Decontaminate, view: str, reinforce: Reinforce | N
     if spec.config is None or reinforce is None or _is_dataset(url):
         return url
     run = load_config(spec.config)
-    if spec.teacher not in run.teachers:
-        known = ", ".join(run.teachers) or "none"
-        raise UserError(f"decontaminate.config: {spec.config} has no teacher {spec.teacher}. It has: {known}.")
+    models = [name for name, model in run.teachers.items() if not model.published]
+    if spec.teacher not in models:
+        known = ", ".join(models) or "none"
+        raise UserError(f"decontaminate.config: {spec.config} has no model of teacher {spec.teacher}. It has: {known}.")
     digest = hashlib.blake2b(f"{canonical(url)}\0{spec.teacher}".encode(), digest_size=8).hexdigest()
     images = Input(captions=[], metadata="none", limits=run.input.limits, reduce_to=run.input.reduce_to)
     changes = {
         **{"source": url, "output": f"{view}/{REFERENCES}/{digest}", "input": images, "images": "embed"},
         **{"teachers": {spec.teacher: run.teachers[spec.teacher]}, "captioners": {}, "scores": {}, "moved": {}},
+        "reinforcements": None,  # published augmentations are of other images
     }
     reinforce(run.model_copy(update=changes))
     return str(changes["output"])

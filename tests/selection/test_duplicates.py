@@ -193,7 +193,7 @@ def test_shards_are_embedded_once_by_the_config_of_the_run(url: str, evaluation:
     assert found == reasons(url)
     assert found.count("1 decontaminate") > 2
     for change, message in (
-        ({"teachers": {}}, "my.yaml has no teacher red. It has: none."),
+        ({"teachers": {}}, "my.yaml has no model of teacher red. It has: none."),
         ({"augmentations": {"count": 1, "size": 20}}, "has other augmentations"),
     ):
         (tmp_path / "my.yaml").write_text(json.dumps({**made, **change}))
