@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -132,6 +133,9 @@ def test_every_row_that_must_match_has_the_labels_and_no_other(tmp_path: Path, l
         else:
             assert one.captions.get("namer") is None
             assert np.isnan(one.images["red"]).all()
+    samples = pq.read_table(tmp_path / "out" / "samples", columns=["caption", "labelled"]).to_pylist()
+    notes = {int(row["caption"].split()[1]): row["labelled"] for row in samples}
+    assert (notes[12], notes[13], notes[11], notes[41]) == ("uid, scaled from 40 x 30", "uid", None, None)
     counts = [result.source_counts for result in results]
     assert sum(count.get("labels.lab.uid", 0) for count in counts) == 32
     assert sum(count.get("labels.lab.absent", 0) for count in counts) == 7
