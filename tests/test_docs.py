@@ -21,12 +21,11 @@ from pydantic import BaseModel
 
 import reinforce
 from benchmarks.pipeline.page import render_page as render_performance
-from reinforce import settings
+from reinforce import nodes, settings
 from reinforce.captioning.config import CaptionerConfig
 from reinforce.cli import main
 from reinforce.config import Config, Limits
 from reinforce.images.policy import decode
-from reinforce.publishing import shards as export_shards
 from reinforce.selection.config import SelectConfig
 from reinforce.student.config import StudentConfig
 from reinforce.tuning.config import TuneConfig
@@ -82,7 +81,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch, local_ray():
         patch.chdir(folder)
         patch.syspath_prepend(str(folder))
-        patch.setattr(export_shards, "_in_tasks", lambda function, names, _: export_shards._here(function, names))
+        patch.setattr(nodes, "_in_tasks", lambda function, names, _: nodes._here(function, names))
         write_inputs(folder)
         run_command("run", "my.yaml")
         shutil.copytree("my-data", "demo/dataset")
