@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Collection, Iterator
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -76,31 +75,25 @@ class Evaluator:
         """
         metrics: dict[str, float] = {}
         summaries: dict[str, SetSummary] = {}
+        for image_set in self._sets:
+            if isinstance(image_set, ZeroShot):
+                scores, images = self._classify(image_set, model, accelerator)
+            else:
+                scores, images = self._retrieve(image_set, model, accelerator)
+            metrics |= {f"{image_set.name}/{name}": score for name, score in scores.items()}
+            summaries[image_set.name] = SetSummary(images, self._images[image_set.name].refused)
         models = Models({_MODEL: model}, accelerator, self.config.batch, self._threads)
-        work = {one.name: partial(self._evaluate_own, one, model, accelerator) for one in self._sets}
-        work |= {
-            f"{self.config.suite}/{one.key}": partial(_evaluate_published, one, f, models) for one, f in self._suite
-        }
-        for name, evaluate in work.items():
+        for one, files in self._suite:
+            name = f"{self.config.suite}/{one.key}"
             try:
-                scores, summaries[name] = evaluate()
+                score, summaries[name] = _evaluate_published(one, files, models)
             except (UserError, OSError, ValueError, RuntimeError) as error:
                 if not keep_going:
                     raise
-                _log.warning("%s failed, and has no metrics: %s", name, error)
-                continue
-            metrics |= {f"{name}/{metric}": score for metric, score in scores.items()}
+                _log.warning("%s failed, and has no metric: %s", name, error)
+            else:
+                metrics[f"{name}/{one.main_metric}"] = score
         return Result(metrics, summaries)
-
-    def _evaluate_own(
-        self, one: ZeroShot | Retrieval, model: Encoder, accelerator: Accelerator
-    ) -> tuple[dict[str, float], SetSummary]:
-        evaluated = (
-            self._classify(one, model, accelerator)
-            if isinstance(one, ZeroShot)
-            else self._retrieve(one, model, accelerator)
-        )
-        return evaluated[0], SetSummary(evaluated[1], self._images[one.name].refused)
 
     def describe(self, accelerator: Accelerator) -> str:
         """A line about what an evaluation uses."""
@@ -115,7 +108,7 @@ class Evaluator:
         """Evaluate an open_clip model that is on the accelerator, without side effects on its training.
 
         ``image`` is its preprocessing (``teachers.open_clip.teacher.image_spec``), ``tokenizer`` open_clip's. Modes of
-        modules, gradients and the global random state are left unchanged. A set that fails is logged, without metrics.
+        modules, gradients and the global random state are left unchanged. A set of the suite that fails is logged.
         """
         with _eval_mode(model, accelerator):
             encoder = OpenClipEncoder(model, image, tokenizer, accelerator)
@@ -171,11 +164,11 @@ class Evaluator:
             )
 
 
-def _evaluate_published(one: SuiteSet, files: SetFiles, models: Models) -> tuple[dict[str, float], SetSummary]:
+def _evaluate_published(one: SuiteSet, files: SetFiles, models: Models) -> tuple[float, SetSummary]:
     outcome = evaluate_set(one, files, models)
     score = outcome.metrics[_MODEL][one.main_metric]
     assert score is not None  # evaluate_set refuses it
-    return {one.main_metric: score}, SetSummary(outcome.samples - len(outcome.refused), outcome.refused)
+    return score, SetSummary(outcome.samples - len(outcome.refused), outcome.refused)
 
 
 @contextlib.contextmanager

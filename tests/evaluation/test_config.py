@@ -75,7 +75,10 @@ def test_a_suite_has_main_metrics_and_their_mean_and_ranks_share_out_its_images(
         ({"best": "zero_shot/in1k/top1"}, "none, since there are no sets"),
         ({"export": "best"}, "export: best needs a set to evaluate on"),
         ({"zero_shot": {"a/b": {"images": "x"}}}, "'a/b' cannot name a set"),
-        ({"zero_shot": {"a": {"images": "x", "class": "y"}}}, "known keys here: format, image, images, classes, label"),
+        (
+            {"zero_shot": {"a": {"images": "x", "class": "y"}}},
+            "known keys here: format, image, view, images, classes, label",
+        ),
         ({"retrieval": {"a": {"pairs": "x", "captions": []}}}, "retrieval.a.captions"),
     ],
 )

@@ -200,7 +200,7 @@ def test_a_training_evaluates_a_suite_and_names_a_set_that_fails(
     suite = {"suite": "datacomp", "data": str(root), "sets": ["mnist", "stl10"]}
     train = {"steps": 1, "batch": PAIRS, "optimizer": {"warmup": 0}}
     results = reinforce.train(config(evaluate=suite, train=train))
-    assert "datacomp/stl10 failed, and has no metrics: STL-10: s0000000 has the label 99" in caplog.text
+    assert "datacomp/stl10 failed, and has no metric: STL-10: s0000000 has the label 99" in caplog.text
     assert results.metrics["datacomp/stl10/acc1"] is None
     assert results.metrics["datacomp/mean"] is None
     task = StudentTask(config(evaluate={**suite, "sets": ["mnist"]}))
