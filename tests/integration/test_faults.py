@@ -24,6 +24,7 @@ from reinforce.dataset.runs.progress import RunProgress, list_runs, running
 from reinforce.source.urls import shard_name
 from reinforce.storage import Storage
 from tests.helpers.data import config_of, members_of, tree, write_tar
+from tests.helpers.local_ray import local_ray
 from tests.helpers.reinforced import fresh_dataset
 
 ROOT = Path(__file__).parents[2]
@@ -212,7 +213,8 @@ def test_single_failures_leave_no_trace_and_lasting_ones_cost_a_shard_or_the_lay
         f"embeddings/ill/caption/{ill}.parquet"
     }
     assert all(there[name] == data for name, data in whole.items() if name in there)
-    assert reinforce.run(config, retry_quarantined=True).status == 0
+    with local_ray():
+        assert reinforce.run(config, retry_quarantined=True).status == 0
     assert tree(out) == whole
 
 
