@@ -9,6 +9,7 @@ from typing import Any
 from reinforce.datacompdr.members import Unreadable, parse_augmentation
 from reinforce.datacompdr.values import PublishedValue
 from reinforce.dataset.augment.records import OPS, Augmentation, Crop
+from reinforce.dataset.kinds.registry import encodes_texts
 from reinforce.dataset.layers import TRUE_CAPTION, captions_layer, inputs_of
 from reinforce.source.samples import Refusal
 from schemas import Reason
@@ -66,7 +67,7 @@ class RowLabels:
             return dict.fromkeys(self.values, refusal)
         found = dict(self.values)
         for layer, value in self.values.items():
-            if isinstance(value, Refusal) or not layer.startswith("embeddings/") or inputs_of(layer) == "images":
+            if isinstance(value, Refusal) or not encodes_texts(layer):
                 continue
             own = self.values.get(captions_layer(inputs_of(layer)))
             if isinstance(own, Refusal):

@@ -8,6 +8,7 @@ from typing import Any
 
 from reinforce.config import Augmentations, Config
 from reinforce.dataset.files.store import Store
+from reinforce.dataset.kinds.registry import encodes_texts, kind_of
 from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, Layer, captions_layer, inputs_of, mapping_at, model_of
 from reinforce.dataset.manifest.manifest import read_manifest
 from reinforce.errors import UserError
@@ -17,7 +18,7 @@ from teachers.published.labels import LabelCaptionerSpec, Labels, LabelTeacherSp
 from teachers.spec import ModelInfo
 
 #: Sections of the config and of dataset.json with the model of a layer, by the first part of the layer's name.
-_SECTIONS = {"captions": "captioners", "embeddings": "teachers"}
+_SECTIONS = ("captioners", "teachers")
 _MAX_COUNT = 1000  # augmentation records of a sample
 
 
@@ -71,7 +72,7 @@ def _fitting(layer: Layer, entry: Mapping[str, Any], where: str) -> Layer:
 
 def _take(where: str, labels: Labels, manifest: Mapping[str, Any]) -> Taken:
     """What labels have of the layers that a config names."""
-    known = {name: entry for name, entry in manifest["layers"].items() if name.partition("/")[0] in _SECTIONS}
+    known = {name: entry for name, entry in manifest["layers"].items() if kind_of(name).section in _SECTIONS}
     named: dict[str, Mapping[str, Any]] = {}
     for wanted in labels.layers:
         found = {name: entry for name, entry in known.items() if name == wanted or name.startswith(f"{wanted}/")}
@@ -80,7 +81,7 @@ def _take(where: str, labels: Labels, manifest: Mapping[str, Any]) -> Taken:
             raise UserError(f"{where}.layers: {Store(labels.url).url} has no {wanted}; what can be taken: {listed}")
         named |= found
     for name in [*named]:
-        if name.startswith("embeddings/") and inputs_of(name) not in ("images", TRUE_CAPTION):
+        if encodes_texts(name) and inputs_of(name) != TRUE_CAPTION:
             captions = captions_layer(inputs_of(name))
             if captions not in named and name in labels.layers:
                 raise UserError(f"{where}.layers: {name} is of the captions in {captions}; take them too")
@@ -125,7 +126,7 @@ def _with_crops(where: str, config: Config, manifest: Mapping[str, Any], taken: 
 def _with_models(where: str, config: Config, manifest: Mapping[str, Any], taken: Taken) -> Config:
     """The config with the models of the layers that are taken."""
     for layer, entry in taken.layers.items():
-        section, name = _SECTIONS[layer.partition("/")[0]], model_of(layer)
+        section, name = str(kind_of(layer).section), model_of(layer)
         models = getattr(config, section)
         known = mapping_at(manifest, section, name)
         identity = dict(mapping_at(known, "model"))
@@ -148,7 +149,8 @@ def _spec_of(
     if section == "captioners":
         info = ModelInfo(None, images=True, texts=False, identity=identity)
         return LabelCaptionerSpec(family="published", model=name, captions=entry["count"], info=info)
-    sides = {inputs_of(layer) for layer in taken.layers if layer.startswith(f"embeddings/{name}/")}
+    own = [layer for layer in taken.layers if kind_of(layer).section == section and model_of(layer) == name]
+    sides = {inputs_of(layer) for layer in own}
     info = ModelInfo(entry["dim"], images="images" in sides, texts=bool(sides - {"images"}), identity=identity)
     scale = known.get("logit_scale")
     return LabelTeacherSpec(family="published", model=name, logit_scale=scale, dtype=entry["dtype"], info=info)

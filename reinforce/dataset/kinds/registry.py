@@ -37,6 +37,11 @@ def kind_of(name: str) -> LayerKind:
     return kind
 
 
+def encodes_texts(name: str) -> bool:
+    """Whether the layer of a name has a teacher's vectors of texts."""
+    return kind_of(name) is KINDS["texts"]
+
+
 def stored_layer(name: str, entry: Mapping[str, Any]) -> Layer:
     """A layer by its entry in dataset.json."""
     kind = KINDS[entry["kind"]]
