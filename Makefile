@@ -78,6 +78,11 @@ test: $(INSTALLED) ## run the tests, three files at a time
 test-slow: $(INSTALLED) ## run the few tests that `make test` leaves out, because they take long (five minutes)
 	$(BIN)/python -m pip install --quiet -e '.[azure,gcs]' gcp-storage-emulator -c constraints.txt
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+	@# LiteRT needs older packages than the other tests.
+	test -x .venv/devices/bin/pytest || ($(PYTHON) -m venv .venv/devices \
+		&& .venv/devices/bin/pip install -q --no-compile \
+		-e '.[executorch,export,litert,openvino]' pytest pytest-timeout pytest-xdist)
+	OMP_NUM_THREADS=1 .venv/devices/bin/python -m pytest -m slow tests/shipping/test_runtimes.py
 
 # What tests import is compiled by one process. Otherwise each process of `make test` does it, all at the same time.
 .PHONY: collect

@@ -94,6 +94,46 @@ def export_coreml(
     _export("coreml", model, output, pretrained, weights, min_cosine, sets, check, names == "app")
 
 
+@export.command("litert", **examples("reinforce export litert demo/students/distilled demo/litert"))
+def export_litert(
+    model: Model, output: Output = None, pretrained: Pretrained = None,
+    weights: Annotated[
+        Literal["fp32", "int8", "dynamic-int8"],
+        typer.Option(help="How weights are stored; dynamic-int8 also computes in int8, with scales found at run time."),
+    ] = "fp32",
+    min_cosine: MinCosine = 0.99, config: Config = None, zero_shot: ZeroShot = None, retrieval: Retrieval = None,
+    limit: Limit = None, check: Check = False,
+) -> None:  # fmt: skip
+    """Write image.tflite and text.tflite, with tokenizer.json, preprocess.json, golden.json and a README.md.
+
+    LiteRT's interpreter runs them, and its embeddings are compared with torch's.
+
+    Requires: pip install -e '.\\[litert]', in an environment of its own: its packages need older ones of others
+    """
+    sets = config, zero_shot, retrieval, limit
+    _export("litert", model, output, pretrained, weights, min_cosine, sets, check)
+
+
+@export.command("executorch", **examples("reinforce export executorch demo/students/distilled demo/executorch"))
+def export_executorch(
+    model: Model, output: Output = None, pretrained: Pretrained = None,
+    weights: Annotated[
+        Literal["fp32", "dynamic-int8"],
+        typer.Option(help="dynamic-int8: matrix products in int8, with scales of their inputs found at run time."),
+    ] = "fp32",
+    min_cosine: MinCosine = 0.99, config: Config = None, zero_shot: ZeroShot = None, retrieval: Retrieval = None,
+    limit: Limit = None, check: Check = False,
+) -> None:  # fmt: skip
+    """Write image.pte and text.pte for XNNPACK, with tokenizer.json, preprocess.json, golden.json and a README.md.
+
+    ExecuTorch's runtime runs them, and its embeddings are compared with torch's.
+
+    Requires: pip install -e '.\\[executorch]', in the checkout
+    """
+    sets = config, zero_shot, retrieval, limit
+    _export("executorch", model, output, pretrained, weights, min_cosine, sets, check)
+
+
 def _export(
     target: str,
     model: str,

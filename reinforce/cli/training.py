@@ -12,7 +12,7 @@ import typer
 
 from reinforce.cli.common import STDOUT, Address, AsJson, JsonFile, Overrides, config_argument, only_json
 from reinforce.errors import UserError
-from reinforce.processes.imports import no_garbage_collection
+from reinforce.processes.imports import no_garbage_collection, require
 from reinforce.terminal import escape, print_table
 from teachers.redact import redact
 
@@ -231,30 +231,68 @@ def latency(
         typer.Argument(metavar="MODEL...", help="Names of open_clip, local-dir:PATH, or folders that trainings wrote."),
     ],
     rounds: Annotated[int, typer.Option(min=1, help="Measurements per tower; the towers take turns.")] = 20,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: torch's, one per core.")] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="CPU threads, pinned to as many cores. Default: torch's, one per core, not pinned."),
+    ] = None,
     clock: Annotated[
         Literal["wall", "process"],
         typer.Option(help="wall: elapsed time; process: CPU time of all threads, for a machine that is not idle."),
     ] = "wall",
-    onnx_: Annotated[
-        bool, typer.Option("--onnx", help="Also measure in onnxruntime; requires pip install -e '.\\[export]'.")
-    ] = False,
+    runtime: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Measured next to torch in eager mode: onnxruntime, openvino, litert, litert-int8, "
+            "litert-dynamic-int8, executorch, executorch-dynamic-int8, or all that are installed; repeatable.",
+        ),
+    ] = None,
+    onnx_: Annotated[bool, typer.Option("--onnx", help="The same as --runtime onnxruntime.")] = False,
+    image_size: Annotated[
+        list[int] | None, typer.Option(min=1, help="Measure every model at this image size; repeatable.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images or texts of a forward pass; the table is for one.")] = 1,
+    picture: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Draw ImageNet-1k zero-shot accuracy over latency, as PNG.")
+    ] = None,
+    results: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER", help="Of `evaluate --suite --out`: accuracies of models that are not published."
+        ),
+    ] = None,
     json_: JsonFile = None,
 ) -> None:
-    """Compare parameters, operations and latency at batch size 1 of models, on the CPU of this machine.
+    """Compare sizes, operations and latency of models in runtimes, one image or text at a time, on this machine's CPU.
 
     The architectures are measured with random weights, reparameterised as for export; nothing is downloaded.
+
+    The towers of all models and runtimes take turns. No latency of a phone is measured or estimated.
     """
     from reinforce.model_names import resolve_models
-    from reinforce.shipping.latency import measure_latency
-    from reinforce.shipping.packages import require_packages
+    from reinforce.shipping.runtimes import choose_runtimes
 
-    if onnx_:
-        require_packages("onnx")
+    if picture is not None:
+        require("report", "--picture", "matplotlib")
+    elif results is not None:
+        raise UserError("--results belongs to --picture, which is not given.")
+    names = [name for given in runtime or () for name in given.split(",")]
+    runtimes, missing = choose_runtimes([*names, *(["onnxruntime"] if onnx_ else [])])
+    from reinforce.shipping.latency import measure_latency, sized_names
+    from reinforce.shipping.report import find_accuracies
+
+    sizes = image_size or []
+    accuracies = {} if picture is None else find_accuracies([*sized_names(models, sizes)], results)
     with only_json(json_ == STDOUT) as print_json:
+        for line in missing:
+            typer.echo(line, err=True)
         with resolve_models(models, weights=False) as specs:
-            report = measure_latency(specs, rounds=rounds, threads=threads, onnx=onnx_, clock=clock)
+            report = measure_latency(
+                specs, rounds=rounds, threads=threads, runtimes=runtimes, clock=clock, image_sizes=sizes, batch=batch
+            )  # fmt: skip
         show_report(report, json_, print_json)
+    if picture is not None:
+        report.draw(accuracies, picture)
 
 
 def show_report(

@@ -60,6 +60,12 @@ class ExportResult:
                 f"{tower['largest_difference']:.1e}"
                 for tower in self.report["towers"].values()
             ),
+            *(
+                f"{tower['file']}: {delegate['name']} computes {delegate['operations']} of {delegate['of']} operations "
+                f"({delegate['share']:.0%})"
+                for tower in self.report["towers"].values()
+                if (delegate := tower.get("delegate"))
+            ),
             *(f"{name}: {100 * exported[name]:.2f} %, trained model {100 * trained[name]:.2f} %" for name in exported),
             f"compared: {self.report['compared']}, in {self.report['executed_by']}",
             f"tokenizer.json: same tokens as open_clip for {len(tokens.PROBES)} test texts",

@@ -6,11 +6,13 @@ interleaved, so that other load on the machine affects them equally.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,9 +26,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from reinforce.model_names import model_errors
 from reinforce.processes.cores import available_cores, describe_share
 from reinforce.shipping.machine import describe_machine
+from reinforce.shipping.packages import TARGETS, load_target
 from reinforce.shipping.report import LatencyReport
-from reinforce.shipping.targets import onnx as graph
-from reinforce.shipping.towers import count_parameters, reparameterize, split_towers
+from reinforce.shipping.runtimes import TORCH, Runtime
+from reinforce.shipping.targets.base import ExportOptions
+from reinforce.shipping.towers import Tower, count_parameters, reparameterize, split_towers
 from reinforce.terminal import Screen
 from teachers.open_clip.teacher import image_spec, model_name, random_model
 from teachers.open_clip.tokenizer import Tokenizer
@@ -55,64 +59,111 @@ def measure_latency(
     *,
     rounds: int,
     threads: int | None = None,
-    onnx: bool = False,
+    runtimes: Mapping[str, Runtime] | None = None,
     clock: Clock = "wall",
+    image_sizes: Sequence[int] = (),
+    batch: int = 1,
 ) -> LatencyReport:
-    """Measure models, by the name that the user gave. Raises UserError.
+    """Measure models, by the name that the user gave, in torch and other runtimes. Raises UserError.
 
-    A round runs every tower twice and times the second run, with one image or one text of the tokenizer's full length;
-    rounds alternate between forward and backward order. Torch takes normalized float32 pixels, onnxruntime bytes, as
-    the exported graphs do. The clock ``process`` counts CPU seconds of this process on all threads, which depend less
-    on other load.
+    A round runs every tower twice and times the second run, with ``batch`` images or texts of the tokenizer's full
+    length; rounds alternate between forward and backward order. Torch takes normalized float32 pixels, the other
+    runtimes bytes, as the exported graphs do. LiteRT and ExecuTorch take a batch row by row. The clock ``process``
+    counts CPU seconds of this process on all threads, which depend less on other load. With ``threads``, as many cores
+    are used and no others. With ``image_sizes``, each model is measured at each, as ``NAME at SIZE``.
     """
-    now = _CLOCKS[clock]
-    threads = threads or min(torch.get_num_threads(), available_cores())  # torch ignores quotas of containers
+    now, runtimes = _CLOCKS[clock], runtimes or {}
+    packages = dict.fromkeys(name for runtime in runtimes.values() for name in TARGETS[runtime.target].packages)
+    about = describe_machine((*_PACKAGES, *packages))
+    pinned, threads = threads, threads or min(torch.get_num_threads(), available_cores())  # torch ignores quotas
     torch.set_num_threads(threads)
-    Screen().log(f"{rounds} rounds on {describe_share(threads, 0)}, device cpu")
-    about = describe_machine((*_PACKAGES, "onnxruntime") if onnx else _PACKAGES)
+    screen = Screen()
+    screen.log(f"{rounds} rounds on {describe_share(threads, 0)}, device cpu")
     models: dict[str, dict[str, Any]] = {}
     towers: list[TimedTower] = []
-    for name, spec in specs.items():
-        with model_errors(name), tempfile.TemporaryDirectory(prefix="reinforce-latency-") as folder:
-            models[name], of_model = _prepare(name, spec, threads, Path(folder) if onnx else None)
-        towers += of_model
-    for number in range(rounds):
-        for tower in towers if number % 2 == 0 else reversed(towers):
-            tower.run()
-            start = now()
-            tower.run()
-            tower.seconds.append(now() - start)
+    with _pin_to_cores(pinned), tempfile.TemporaryDirectory(prefix="reinforce-latency-") as folder:
+        for number, (name, (given, size)) in enumerate(sized_names([*specs], image_sizes).items()):
+            with model_errors(name):
+                models[name], exported, of_model = _prepare(name, specs[given], size, batch)
+                towers += of_model
+                for runtime in runtimes:
+                    screen.log(f"{name}: conversion for {runtime}")
+                    place = Path(folder, f"{number}-{runtime}")
+                    sizes, of_model = _convert(name, runtime, runtimes[runtime], exported, place, threads, batch)
+                    models[name].setdefault("bytes", {})[runtime] = sizes
+                    towers += of_model
+        for number in range(rounds):
+            for tower in towers if number % 2 == 0 else reversed(towers):
+                tower.run()
+                start = now()
+                tower.run()
+                tower.seconds.append(now() - start)
     for tower in towers:
         models[tower.model]["milliseconds"].setdefault(tower.runtime, {})[tower.side] = _summarise(tower.seconds)
-    about |= {"threads": threads, "clock": f"{clock} clock", "rounds": rounds, "batch": 1}
+    about |= {"threads": threads, "clock": f"{clock} clock", "rounds": rounds, "batch": batch}
     return LatencyReport({"date": datetime.date.today().isoformat(), **about}, models)
 
 
-def _prepare(name: str, spec: ModelSpec, threads: int, folder: Path | None) -> tuple[dict[str, Any], list[TimedTower]]:
-    """Return the sizes of a model and its towers in torch, and with ``folder`` also in onnxruntime."""
+def sized_names(names: Sequence[str], image_sizes: Sequence[int]) -> dict[str, tuple[str, int | None]]:
+    """Return the name in the report -> the given name of a model, and its image size if it is not the model's own."""
+    if not image_sizes:
+        return {name: (name, None) for name in names}
+    return {f"{name} at {size}": (name, size) for name in names for size in image_sizes}
+
+
+@contextlib.contextmanager
+def _pin_to_cores(count: int | None) -> Iterator[None]:
+    """Keep this thread, and those that it starts, on the last ``count`` of the cores that it may use; None: on all."""
+    if count is None or not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(before)[-count:])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def _prepare(
+    name: str, spec: ModelSpec, size: int | None, batch: int
+) -> tuple[dict[str, Any], list[Tower], list[TimedTower]]:
+    """Return the sizes of a model, its towers to export, and its towers in torch."""
     architecture = model_name(spec)
-    clip = reparameterize(random_model(architecture))
+    clip = reparameterize(random_model(architecture, image_size=size))
     image = image_spec(open_clip.get_model_preprocess_cfg(clip))
     exported = split_towers(clip, image, Tokenizer(architecture)([_TEXT]))
-    pixels, texts = (tower.example(1) for tower in exported)
-    pixels = to_pixels(pixels, image)
-    encoders = {"image": lambda: clip.encode_image(pixels), "text": lambda: clip.encode_text(texts)}
+    one, all_ = ([tower.example(count) for tower in exported] for count in (1, batch))
+    pixels = to_pixels(all_[0], image)
+    encoders = {"image": lambda: clip.encode_image(pixels), "text": lambda: clip.encode_text(all_[1])}
+    counted = {
+        "image": lambda: clip.encode_image(to_pixels(one[0], image)),
+        "text": lambda: clip.encode_text(one[1]),
+    }
     counts = count_parameters(clip)
     about: dict[str, Any] = {
         "image size": [image.height, image.width],
-        "context length": texts.shape[1],
+        "context length": one[1].shape[1],
         "parameters": {**counts, "total": sum(counts.values())},
-        "gflop": {side: _count_operations(run) / 1e9 for side, run in encoders.items()},
+        "gflop": {side: _count_operations(run) / 1e9 for side, run in counted.items()},
         "milliseconds": {},
     }
-    timed = [TimedTower(name, "torch", side, _in_inference_mode(run)) for side, run in encoders.items()]
-    if folder is not None:
-        for tower in exported:
-            path = folder / f"{tower.name}.onnx"
-            graph.write_onnx(tower, path, {})
-            run = partial(graph.load_session(path, threads), tower.example(1))
-            timed.append(TimedTower(name, "onnxruntime", tower.name, run))
-    return about, timed
+    return about, exported, [TimedTower(name, TORCH, side, _in_inference_mode(run)) for side, run in encoders.items()]
+
+
+def _convert(
+    name: str, runtime: str, of: Runtime, exported: Sequence[Tower], folder: Path, threads: int, batch: int
+) -> tuple[dict[str, int], list[TimedTower]]:
+    """Return the bytes of the files of each tower in a runtime, and the towers loaded in it."""
+    target, sizes, timed = load_target(of.target), {}, []
+    for tower in exported:
+        place = folder / tower.name
+        place.mkdir(parents=True)
+        path = target.convert(tower, place, ExportOptions(name, of.weights))
+        sizes[tower.name] = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
+        run = partial(target.load(path, threads), tower.example(batch))
+        timed.append(TimedTower(name, runtime, tower.name, run))
+    return sizes, timed
 
 
 def _in_inference_mode(run: Callable[[], object]) -> Callable[[], object]:

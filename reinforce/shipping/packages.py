@@ -21,9 +21,12 @@ class TargetEntry:
     packages: tuple[str, ...]
 
 
-#: By the name that `reinforce export` has for it.
+#: By the name that `reinforce export` has for it. OpenVINO runs the files of ONNX, and is only measured.
 TARGETS = {
     "onnx": TargetEntry("ONNX", "export", ("onnx", "onnxscript", "onnxruntime")),
+    "litert": TargetEntry("LiteRT", "litert", ("litert_torch", "ai_edge_litert", "ai_edge_quantizer")),
+    "executorch": TargetEntry("ExecuTorch", "executorch", ("executorch", "torchao")),
+    "openvino": TargetEntry("OpenVINO", "openvino", ("onnx", "onnxscript", "openvino")),
     "coreml": TargetEntry("Core ML", "coreml", ("coremltools",)),
 }
 

@@ -7,26 +7,26 @@ from typing import Any
 
 from teachers.protocols import ImageSpec
 
-_README = """# {model} in ONNX
+_README = """# {model} in {title}
 
 | file | content |
 | --- | --- |
-| `image.onnx` | `images`, uint8 [N, {height}, {width}, 3] in RGB -> `embeddings`, float32 [N, {dim}], unit norm |
-| `text.onnx` | `tokens`, int64 [N, {context}] -> `embeddings`, float32 [N, {dim}], unit norm |
+| `image.{end}` | `images`, uint8 [{n}, {height}, {width}, 3] in RGB -> `embeddings`, float32 [{n}, {dim}], unit norm |
+| `text.{end}` | `tokens`, {integers} [{n}, {context}] -> `embeddings`, float32 [{n}, {dim}], unit norm |
 | `tokenizer.json` | tokenizer for the package `tokenizers`; pads and truncates to {context} tokens |
 | `preprocess.json` | how to resize an image to {height} x {width}, and the logit scale |
 
-`image.onnx` takes bytes: it normalizes by mean and standard deviation itself. N may be any number. Weights of 1.9 GB or
-more are stored in `.onnx.data` files next to the graphs. Before an image is resized, its orientation (EXIF) is applied
-and its transparency is composited on white, as in the example; `convert("RGB")` alone does neither.
+`image.{end}` takes bytes: it normalizes by mean and standard deviation itself. {note} Before an image is resized,
+its orientation (EXIF) is applied and its transparency is composited on white, as in the example; `convert("RGB")` alone
+does neither.
 
-Install `pip install onnxruntime pillow numpy tokenizers`, and run this in the folder:
+Install `pip install {packages} pillow numpy tokenizers`, and run this in the folder:
 
 ```python
 import json
 
 import numpy as np
-import onnxruntime
+{imports}
 from PIL import Image, ImageOps
 from tokenizers import Tokenizer
 
@@ -35,8 +35,7 @@ image = ImageOps.exif_transpose(Image.open("cat.jpg")).convert("RGBA")
 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 {resize}
 tokens = [text.ids for text in Tokenizer.from_file("tokenizer.json").encode_batch(["a cat", "a dog"])]
-images = onnxruntime.InferenceSession("image.onnx").run(None, {{"images": np.asarray(image)[None]}})[0]
-texts = onnxruntime.InferenceSession("text.onnx").run(None, {{"tokens": np.array(tokens, np.int64)}})[0]
+{run}
 logits = config["logit_scale"] * images @ texts.T
 print(np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum())
 ```
@@ -71,6 +70,54 @@ let text = try texts.prediction(text: tokens).final_emb_1  // MLMultiArray [1, {
 Check the packages on a Mac, in Core ML itself: `reinforce export coreml THIS_FOLDER --check`.
 """
 
+_ONNX = {
+    "title": "ONNX", "end": "onnx", "n": "N", "integers": "int64", "packages": "onnxruntime",
+    "imports": "import onnxruntime",
+    "note": """N may be any number. Weights of
+1.9 GB or more are stored in `.onnx.data` files next to the graphs.""",
+    "run": """images = onnxruntime.InferenceSession("image.onnx").run(None, {"images": np.asarray(image)[None]})[0]
+texts = onnxruntime.InferenceSession("text.onnx").run(None, {"tokens": np.array(tokens, np.int64)})[0]""",
+}  # fmt: skip
+
+_ONE_ROW = """A file takes
+one image or one text at a time."""
+
+_LITERT = {
+    "title": "LiteRT", "end": "tflite", "n": "1", "integers": "int32", "packages": "ai-edge-litert",
+    "imports": "from ai_edge_litert.interpreter import Interpreter",
+    "note": _ONE_ROW,
+    "run": """
+
+def run(file, rows):
+    interpreter = Interpreter(file)
+    interpreter.allocate_tensors()
+    embeddings = []
+    for row in rows:
+        interpreter.set_tensor(interpreter.get_input_details()[0]["index"], row[None])
+        interpreter.invoke()
+        embeddings.append(interpreter.get_tensor(interpreter.get_output_details()[0]["index"])[0])
+    return np.stack(embeddings)
+
+
+images = run("image.tflite", np.asarray(image)[None])
+texts = run("text.tflite", np.array(tokens, np.int32))""",
+}  # fmt: skip
+
+_EXECUTORCH = {
+    "title": "ExecuTorch", "end": "pte", "n": "1", "integers": "int64", "packages": "executorch torch",
+    "imports": "import torch\nfrom executorch.runtime import Runtime",
+    "note": _ONE_ROW,
+    "run": """
+
+def run(file, rows):
+    method = Runtime.get().load_program(file).load_method("forward")
+    return np.stack([method.execute([torch.tensor(row[None])])[0][0].numpy().copy() for row in rows])
+
+
+images = run("image.pte", np.asarray(image)[None])
+texts = run("text.pte", np.array(tokens))""",
+}  # fmt: skip
+
 _CROP_SQUARE = """size = config["size"][0]
 image = image.resize([int(size * side / min(image.size)) for side in image.size], Image.Resampling.{filter})
 left, top = [round((side - size) / 2) for side in image.size]
@@ -87,6 +134,20 @@ _SQUASH = """image = image.resize(config["size"][::-1], Image.Resampling.{filter
 
 def render_onnx(config: Mapping[str, Any], spec: ImageSpec) -> str:
     """Return the README of a model. ``config`` is the content of its ``preprocess.json``."""
+    return _render(_ONNX, config, spec)
+
+
+def render_litert(config: Mapping[str, Any], spec: ImageSpec) -> str:
+    """Return the README of a model in LiteRT."""
+    return _render(_LITERT, config, spec)
+
+
+def render_executorch(config: Mapping[str, Any], spec: ImageSpec) -> str:
+    """Return the README of a model in ExecuTorch."""
+    return _render(_EXECUTORCH, config, spec)
+
+
+def _render(runtime: Mapping[str, str], config: Mapping[str, Any], spec: ImageSpec) -> str:
     crop = _CROP_SQUARE if spec.height == spec.width else _CROP
     resize = (_SQUASH if spec.resize == "squash" else crop).format(filter=spec.interpolation.upper())
     return _README.format(
@@ -96,6 +157,7 @@ def render_onnx(config: Mapping[str, Any], spec: ImageSpec) -> str:
         dim=config["dim"],
         context=config["context_length"],
         resize=resize,
+        **runtime,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,13 @@ import open_clip
 import pytest
 import torch
 
+from reinforce.errors import UserError
+from reinforce.evaluation.suite.results import ResultFile
 from reinforce.model_names import resolve_models
 from reinforce.shipping.latency import measure_latency
 from reinforce.shipping.machine import cpu_name, machine_name
-from reinforce.shipping.report import LatencyReport
+from reinforce.shipping.report import LatencyReport, find_accuracies
+from reinforce.shipping.runtimes import choose_runtimes
 from reinforce.shipping.towers import reparameterize
 from tests.helpers import shipping as models
 from tests.helpers.commands import Command
@@ -62,6 +66,36 @@ def test_command_measures_several_models(latency: Command, tmp_path: Path, threa
             assert 0 < times["fastest"] <= times["lower quartile"] <= times["median"] <= times["upper quartile"]
 
 
+def test_image_sizes_and_batches_are_measured_on_pinned_cores(latency: Command, tmp_path: Path, threads: None) -> None:
+    cores = os.sched_getaffinity(0)
+    model, file, drawn = models.fastvit(tmp_path / "fast", weights=False), tmp_path / "l.json", tmp_path / "l.png"
+    results = tmp_path / "results"
+    ResultFile(str(results), f"{model} at 64").add({"key": "imagenet1k", "metrics": {"main_metric": 0.5}})
+    words = [model, "--rounds", "2", "--threads", "1", "--batch", "2", "--image-size", "64", "--image-size", "96"]
+    status, out, _ = latency(*words, "--json", str(file), "--picture", str(drawn), "--results", str(results))
+    assert (status, "in batches of 2" in out) == (0, True)
+    measured = json.loads(file.read_text())
+    small, large = measured["models"].values()
+    assert list(measured["models"]) == [f"{model} at 64", f"{model} at 96"]
+    assert (measured["batch"], small["image size"], large["image size"]) == (2, [64, 64], [96, 96])
+    assert small["parameters"] == large["parameters"]
+    assert small["gflop"]["image"] < large["gflop"]["image"]  # of one image
+    assert os.sched_getaffinity(0) == cores
+    assert drawn.read_bytes().startswith(b"\x89PNG")
+
+
+def test_accuracies_are_published_or_of_a_suite(tmp_path: Path) -> None:
+    ResultFile(str(tmp_path), "runs/s0").add({"key": "imagenet1k", "metrics": {"main_metric": 0.25}})
+    names = ["runs/s0", "MobileCLIP2-S0", "MobileCLIP2-L-14,dfndr2b", "ViT-L-14"]
+    assert find_accuracies(names, str(tmp_path)) == {
+        "runs/s0": 0.25,
+        "MobileCLIP2-S0": 0.71534,
+        "MobileCLIP2-L-14,dfndr2b": 0.81904,
+    }
+    with pytest.raises(UserError, match="nothing is published of ViT-L-14"):
+        find_accuracies(["ViT-L-14"], None)
+
+
 def test_operations_match_a_count_by_hand(tmp_path: Path) -> None:
     with resolve_models([student_folder(tmp_path)], weights=False) as specs:
         (about,) = measure_latency(specs, rounds=1).models.values()
@@ -79,7 +113,7 @@ def test_operations_match_a_count_by_hand(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_onnxruntime_is_measured_next_to_torch(tmp_path: Path) -> None:
     with resolve_models([student_folder(tmp_path)], weights=False) as specs:
-        report = measure_latency(specs, rounds=2, onnx=True, clock="process")
+        report = measure_latency(specs, rounds=2, runtimes=choose_runtimes(["onnxruntime"])[0], clock="process")
     (about,) = report.models.values()
     assert {runtime: set(sides) for runtime, sides in about["milliseconds"].items()} == {
         "torch": {"image", "text"},

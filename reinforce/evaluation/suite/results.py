@@ -35,6 +35,10 @@ class ResultFile:
         line = self._lines.get(one.key)
         return line if line is not None and (line.get("files"), line.get("model")) == (files, identity) else None
 
+    def main_metric(self, key: str) -> float | None:
+        """The main metric of a set, whatever files it was made of; None if it has no line."""
+        return self._lines[key]["metrics"]["main_metric"] if key in self._lines else None
+
     def add(self, line: Line) -> None:
         """Write a line in place of an earlier one of its set. Raises UserError."""
         self._lines[line["key"]] = line

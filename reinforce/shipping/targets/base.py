@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -65,3 +68,25 @@ class Target(ABC):
 def row_by_row(run: Run) -> Run:
     """Return a function for any number of rows, of one that takes a single row."""
     return lambda inputs: torch.cat([run(row) for row in inputs.split(1)])
+
+
+@contextlib.contextmanager
+def silenced() -> Iterator[None]:
+    """Discard what converters, in Python or C++, print on standard output and error."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = [(number, os.dup(number)) for number in (1, 2)]
+    null = os.open(os.devnull, os.O_WRONLY)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            for number, _ in saved:
+                os.dup2(null, number)
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for number, copy in saved:
+                os.dup2(copy, number)
+                os.close(copy)
+            os.close(null)

@@ -1,0 +1,92 @@
+"""LiteRT and ExecuTorch: exported towers in their real runtimes, next to others in ``reinforce latency``."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from reinforce.errors import UserError
+from reinforce.shipping.packages import require_packages
+from reinforce.shipping.runtimes import RUNTIMES, choose_runtimes
+from tests.helpers import shipping as models
+from tests.helpers.commands import Command
+from tests.helpers.data import picture
+
+ENDINGS = {"litert": "tflite", "executorch": "pte"}
+
+
+def need(target: str) -> None:
+    try:
+        require_packages(target)
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ENDINGS)
+def test_exported_towers_agree_with_torch_and_the_readme_runs(target: str, command: Command, tmp_path: Path) -> None:
+    need(target)
+    folder, end = tmp_path / "out", ENDINGS[target]
+    status, out, err = command("export", target, models.fastvit(tmp_path / "model"), str(folder))
+    assert (status, "[START]" in out + err) == (0, False), err  # of the converter
+    towers = json.loads((folder / "export.json").read_text())["towers"]
+    for side, tower in towers.items():
+        assert tower["largest_difference"] <= 1e-4, side
+        assert tower["cosine"]["min"] > 0.99999, side
+        assert tower["bytes"] == (folder / f"{side}.{end}").stat().st_size
+    if target == "executorch":
+        assert all(0.4 < tower["delegate"]["share"] < 1 for tower in towers.values())
+        assert f"image.pte: XNNPACK computes {towers['image']['delegate']['operations']} of " in out
+    (folder / "cat.jpg").write_bytes(picture(0))
+    (example,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    shown = subprocess.run([sys.executable, "-c", example], cwd=folder, capture_output=True, text=True, check=True)
+    numbers = re.findall(r"[0-9.e-]+", shown.stdout.strip().splitlines()[-1])
+    assert sum(map(float, numbers)) == pytest.approx(1, abs=1e-4)
+    assert command("export", target, str(folder), "--check")[0] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("target", "weights"), [("litert", "int8"), ("executorch", "dynamic-int8")])
+def test_int8_is_refused_below_the_least_cosine(target: str, weights: str, command: Command, tmp_path: Path) -> None:
+    need(target)
+    words = ["export", target, models.fastvit(tmp_path / "model"), str(tmp_path / "int8"), "--weights", weights]
+    status, _, err = command(*words, "--min-cosine", "1")
+    assert (status, "less than --min-cosine 1" in err, (tmp_path / "int8").exists()) == (2, True, False)
+    assert command(*words, "--min-cosine", "0.98")[0] == 0
+    towers = json.loads((tmp_path / "int8" / "export.json").read_text())["towers"]
+    assert all(0.98 <= tower["cosine"]["min"] < 1 for tower in towers.values())
+    if target == "litert":  # XNNPACK's quantizer leaves the embedding of tokens, most of this text tower, in fp32
+        assert towers["text"]["bytes"] < 49408 * 32 * 4 / 2
+
+
+@pytest.mark.slow
+def test_all_installed_runtimes_are_measured_side_by_side(command: Command, tmp_path: Path) -> None:
+    runtimes, missing = choose_runtimes(["all"])
+    if not runtimes:
+        pytest.skip("; ".join(missing))
+    model, file = models.vit(tmp_path / "model"), tmp_path / "latency.json"
+    status, _, err = command(
+        "latency", model, "--threads", "1", "--rounds", "2", "--json", str(file), "--runtime", "all"
+    )
+    assert (status, err.count("left out: ")) == (0, len(missing))
+    (about,) = json.loads(file.read_text())["models"].values()
+    assert list(about["milliseconds"]) == ["torch", *runtimes]
+    assert list(about["bytes"]) == list(runtimes)
+    assert all(times[side]["median"] > 0 for times in about["milliseconds"].values() for side in times)
+
+
+def test_missing_and_unknown_runtimes_are_one_line_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reinforce.processes.imports.installed", lambda name: "litert" not in name)
+    chosen, missing = choose_runtimes(["all"])
+    assert set(chosen) == {name for name in RUNTIMES if not name.startswith("litert")}
+    (line,) = missing
+    assert line.startswith("left out: LiteRT needs litert_torch, ai_edge_litert: run pip install -e '.[litert]'")
+    with pytest.raises(UserError, match=r"LiteRT needs .*\.\[litert\]"):
+        choose_runtimes(["litert-int8"])
+    with pytest.raises(UserError, match="'tflite' is unknown; choose of torch, onnxruntime, "):
+        choose_runtimes(["tflite"])
