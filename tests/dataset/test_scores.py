@@ -242,13 +242,19 @@ def test_only_facts_about_bytes_read_images(
     assert ("image" in asked) == reads_images
 
 
-def test_tokens_are_those_of_the_whole_caption_without_marks() -> None:
+@pytest.mark.parametrize(
+    ("tokenizer", "counts"), [("ViT-B-32", [5, 200]), ("local-dir:configs/demo-models/conv-64", [7, 200])]
+)
+def test_tokens_are_those_of_the_whole_caption_without_marks(tokenizer: str, counts: list[int]) -> None:
+    if tokenizer.startswith("local-dir:"):
+        pytest.importorskip(
+            "transformers", "5", reason="earlier versions cannot read the tokenizer of the demo's models"
+        )
     samples = pa.table({"caption": ["a photo of a cat", None, "cat " * 200]})
     rows: Any = SimpleNamespace(samples=lambda: samples)
-    for tokenizer, counts in {"ViT-B-32": [5, 200], "local-dir:configs/demo-models/conv-64": [7, 200]}.items():
-        found = Facts(Score(facts=["tokens"], tokenizer=tokenizer)).scores(rows)["tokens"]
-        assert [*found[[0, 2]]] == counts, tokenizer
-        assert np.isnan(found[1])
+    found = Facts(Score(facts=["tokens"], tokenizer=tokenizer)).scores(rows)["tokens"]
+    assert [*found[[0, 2]]] == counts
+    assert np.isnan(found[1])
 
 
 def test_a_class_scores_the_image_as_a_whole_texts_metadata_and_stored_vectors(config: dict[str, Any]) -> None:
