@@ -44,8 +44,7 @@ BUILD = Path("build/quantize")
 RESULTS = Path(__file__).parent / "results" / "quantize_students.json"
 PAGE = Path(__file__).parents[1] / "docs" / "students.md"
 ENCODER = Encoder((1, 1, 1, 1, 1), 16, 64)
-STEPS, SHARE = 120, 0.2
-_LENGTH = (f"train.steps={STEPS}", "train.batch=64", "train.optimizer.warmup=30")
+SHARE = 0.2
 #: Trained with -> overrides; the first has the steps that the others share.
 ARMS: Mapping[str, Sequence[str]] = {
     "float32": (),
@@ -63,7 +62,7 @@ _MARKERS = re.compile(r"(<!-- quantize:[^\n]*-->\n).*?(<!-- end of quantize -->)
 def config_of(arm: str, seed: int, out: Path, more: Sequence[str]) -> StudentConfig:
     """The config of a training, which evaluates nothing itself."""
     fixed = (
-        *("train.compute.cpus=1", "data.workers=0", "data.streams=4", *_LENGTH),
+        *("train.compute.cpus=1", "data.workers=0", "data.streams=4"),
         f"student.model={ENCODER.model(out)}",
     )
     config = student_config("distilled", out / f"{arm}-{seed}", seed, [*fixed, *ARMS[arm], *more])
@@ -150,6 +149,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quantize_students", description=__doc__)
     parser.add_argument("--out", type=Path, default=BUILD, help="folder for the trainings")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the students")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=[*ARMS], help="trained with; float32 is the first")
     parser.add_argument("--set", action="append", default=[], help="KEY=VALUE override of configs/student-demo.yaml")
     arguments = parser.parse_args()
     write_tests("demo/tests")
@@ -159,9 +159,9 @@ def main() -> None:
     evaluator = Evaluator(sections.model_copy(update={"zero_shot": {
         name: section for name, section in sections.zero_shot.items() if f"zero_shot/{name}/top1" in MEASURES.values()
     }}))  # fmt: skip
-    students: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
+    students: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arguments.arms}
     for seed in arguments.seeds:
-        configs = {arm: config_of(arm, seed, arguments.out, arguments.set) for arm in ARMS}
+        configs = {arm: config_of(arm, seed, arguments.out, arguments.set) for arm in students}
         first = next(iter(configs.values()))
         for arm, config in configs.items():
             if config is not first:

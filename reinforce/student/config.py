@@ -186,6 +186,9 @@ class Student(Section):
     model: str = Field(min_length=1, description="an open_clip name such as MobileCLIP2-S0, or local-dir:PATH")
     pretrained: str | None = Field(None, description="pretrained tag or checkpoint to start from; default: random")
     preprocess: Preprocess | None = Field(None, description=PREPROCESS)
+    freeze: list[Literal["image", "text"]] | None = Field(
+        None, max_length=1, description="the tower that keeps its pretrained weights; default: none"
+    )
     image_size: int | None = Field(
         None, ge=16, description="side of its square images in pixels; default: as in the model's config"
     )

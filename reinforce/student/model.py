@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -52,6 +52,7 @@ class Student(torch.nn.Module):
         self.config = config
         self.image = image
         self.pretrained = pretrained
+        self.frozen: Sequence[str] = ()
         self.quantized: Quantize | None = None
         self.features = dict(features or {})
         self.features_weight = features_weight
@@ -89,9 +90,29 @@ class Student(torch.nn.Module):
         self.quantized = kind
         self.train(self.training)
 
+    def freeze(self, towers: Sequence[str]) -> None:
+        """Let towers keep their weights and batch statistics. Raises UserError if they are random."""
+        if towers and not self.pretrained:
+            raise UserError(f"student.freeze: {self.name} starts from random weights; set student.pretrained")
+        self.frozen = tuple(towers)
+        for name, parameter in self.named_parameters():
+            if self.tower_of(name) in towers:
+                parameter.requires_grad_(False)
+        self.train(self.training)
+
+    @staticmethod
+    def tower_of(name: str) -> str | None:
+        """The tower that a parameter or module of this name belongs to, ``image`` or ``text``; None if to neither."""
+        if not name.startswith("clip.") or name.startswith("clip.logit_"):
+            return None
+        return "image" if name.startswith("clip.visual") else "text"
+
     def train(self, mode: bool = True) -> Student:
-        """Set the mode; a student that trains with rounded values keeps its batch statistics."""
+        """Set the mode; frozen towers, and batch statistics of one that trains with rounded values, stay as in eval."""
         super().train(mode)
+        for name, child in self.clip.named_children():
+            if self.tower_of(f"clip.{name}") in self.frozen:
+                child.eval()
         if self.quantized is not None:
             freeze_batch_norms(self.clip)
         return self
@@ -186,7 +207,9 @@ def build_student(
     if checkpointing:
         clip.set_grad_checkpointing()
     with _seeded(seed):
-        return Student(name, clip.train(), config, image, pretrained, features, features_weight, scales)
+        student = Student(name, clip.train(), config, image, pretrained, features, features_weight, scales)
+    student.freeze(spec.freeze or ())
+    return student
 
 
 def load_tokenizer(student: Student) -> Any:

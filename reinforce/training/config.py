@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
@@ -20,6 +20,9 @@ class Optimizer(Section):
 
     lr: float = Field(1e-3, gt=0, description="peak learning rate")
     final_lr: float = Field(1e-6, ge=0, description="learning rate of the last step")
+    towers: dict[str, Annotated[float, Field(gt=0)]] | None = Field(
+        None, description="peak learning rate by tower, `image` or `text`, in place of `lr`; students only"
+    )
     warmup: int = Field(1000, ge=0, description="steps until the peak learning rate")
     hold: int | None = Field(
         None,
@@ -52,7 +55,10 @@ class Compute(Section):
         description="cores per rank: torch threads, and the CPUs that Ray reserves; default: all cores, shared among "
         "the ranks, or an accelerator's part of the cores of its node",
     )
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="precision of the forward pass (autocast)")
+    precision: Literal["fp32", "bf16", "auto"] = Field(
+        "fp32",
+        description="precision of the forward pass (autocast); auto: bf16 on accelerators that have it, else fp32",
+    )
     accumulate: int = Field(
         1,
         ge=1,

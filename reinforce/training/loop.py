@@ -121,7 +121,10 @@ class _Loop:
         self.accelerator = ranks.accelerator
         self.storage = Storage(job.output)
         self.checkpoints = Checkpoints(self.storage, self.training.checkpoints.keep)
-        self.progress = Progress(0, job.fixed_config, model_config=job.model_config, data=feed.data, order=ORDER)
+        fixed = {**job.fixed_config}
+        if fixed.get("train.compute.precision") == "auto":
+            fixed["train.compute.precision"] = self.accelerator.precision
+        self.progress = Progress(0, fixed, model_config=job.model_config, data=feed.data, order=ORDER)
         model = self.accelerator.place(task.model).train()
         if self.training.compute.sync_batch_norm:
             synchronize_batch_norms(model, ranks)
@@ -257,7 +260,7 @@ class _Loop:
             self.screen.log(note)
         lr = learning_rate(step, self.steps, self.training.optimizer)
         for group in self.state.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = learning_rate(step, self.steps, self.training.optimizer, group["tower"])
         parts = self.training.compute.accumulate
         seeds = [
             seed_for(self.job.seed, f"step {step}", "training", self.ranks.rank * parts + part) for part in range(parts)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 
+from reinforce.errors import UserError
 from reinforce.training.config import Optimizer
 
 
-def learning_rate(step: int, steps: int, config: Optimizer) -> float:
+def learning_rate(step: int, steps: int, config: Optimizer, tower: str | None = None) -> float:
     """Learning rate of step ``step`` (from 0) of ``steps``: linear warm-up to ``lr``, then a cosine to ``final_lr``.
 
     With w = ``warmup``, h = w + ``hold`` and n = ``steps``:
@@ -18,13 +20,14 @@ def learning_rate(step: int, steps: int, config: Optimizer) -> float:
         lr                                                                           for step < h
         final_lr + (lr - final_lr) / 2 * (1 + cos(pi * (step - h) / (n - 1 - h)))    otherwise
 
-    The last step has ``final_lr``, unless it is held.
+    The last step has ``final_lr``, unless it is held. ``lr`` is that of the ``tower``, if it has one of its own.
     """
+    peak = config.lr if tower is None or config.towers is None else config.towers.get(tower, config.lr)
     if step < config.warmup:
-        return config.lr * (step + 1) / config.warmup
+        return peak * (step + 1) / config.warmup
     start = config.warmup + (config.hold or 0)
     done = max(0, step - start) / max(1, steps - 1 - start)
-    return config.final_lr + (config.lr - config.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    return config.final_lr + (peak - config.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
 def undecayed_parameters(model: torch.nn.Module) -> set[str]:
@@ -41,13 +44,19 @@ def undecayed_parameters(model: torch.nn.Module) -> set[str]:
 
 
 def make_adamw(model: torch.nn.Module, config: Optimizer) -> torch.optim.AdamW:
-    """AdamW over all parameters that require gradients; fused into one kernel on CUDA."""
+    """AdamW over all parameters that require gradients; fused into one kernel on CUDA.
+
+    Groups have the ``tower`` for ``learning_rate``. Raises UserError for towers that the model does not have.
+    """
     learnt = {name: p for name, p in model.named_parameters() if p.requires_grad}
     undecayed = undecayed_parameters(model)
-    groups = [
-        {"params": [p for name, p in learnt.items() if name not in undecayed], "weight_decay": config.weight_decay},
-        {"params": [p for name, p in learnt.items() if name in undecayed], "weight_decay": 0.0},
-    ]
+    towers = _towers(model, config, learnt)
+    groups = []
+    for tower in (None, *(config.towers or ())):
+        own = {name: p for name, p in learnt.items() if towers.get(name) == tower}
+        for free, decay in ((False, config.weight_decay), (True, 0.0)):
+            parameters = [p for name, p in own.items() if (name in undecayed) == free]
+            groups.append({"params": parameters, "weight_decay": decay, "tower": tower})
     return torch.optim.AdamW(
         groups,
         lr=config.lr,
@@ -55,3 +64,19 @@ def make_adamw(model: torch.nn.Module, config: Optimizer) -> torch.optim.AdamW:
         eps=config.eps,
         fused=all(p.is_cuda for p in learnt.values()) or None,
     )
+
+
+def _towers(model: torch.nn.Module, config: Optimizer, learnt: Iterable[str]) -> dict[str, str]:
+    """The tower of each parameter that has a learning rate of its own."""
+    if not config.towers:
+        return {}
+    tower_of = getattr(model, "tower_of", None)
+    if tower_of is None:
+        raise UserError("train.optimizer.towers is for students: remove it, and set train.optimizer.lr.")
+    towers = {name: tower for name in learnt if (tower := tower_of(name)) in config.towers}
+    if missing := sorted({*config.towers} - {*towers.values()}):
+        raise UserError(
+            f"train.optimizer.towers: no weights of {', '.join(missing)} are learnt; name image or text, if it is not "
+            "under student.freeze."
+        )
+    return towers

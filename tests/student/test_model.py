@@ -23,6 +23,8 @@ from reinforce.student.config import Student as StudentSpec
 from reinforce.student.export import export
 from reinforce.student.model import build_student, load_tokenizer
 from reinforce.student.pointwise import avoid_faulty_convolutions
+from reinforce.training.config import Optimizer
+from reinforce.training.optimizer import learning_rate, make_adamw
 from teachers.preprocessing.fit import fit
 from teachers.protocols import ImageSpec
 from tests.helpers.demo import ROOT
@@ -303,3 +305,33 @@ def test_a_transformer_starts_from_weights_at_another_image_size_unless_it_is_on
     timm = student_folder(tmp_path / "timm", vision_cfg={"timm_model_name": "vit_tiny_patch16_224", "image_size": 224})
     with pytest.raises(UserError, match=r"another image size, .*choose a model with this `image_size`"):
         build_student(StudentSpec(model=timm, image_size=96), seed=0)
+
+
+def test_a_frozen_tower_keeps_its_weights_and_statistics(tmp_path: Path) -> None:
+    random = student_folder(tmp_path / "random", "mobileclip")
+    export(built(random), str(tmp_path / "trained"))
+    student = build_student(StudentSpec(model=f"local-dir:{tmp_path / 'trained'}", freeze=["image"]), seed=0)
+    before = {name: value.clone() for name, value in student.clip.state_dict().items()}
+    student.eval().train()
+    train_briefly(student)
+    changed = {name for name, value in student.clip.state_dict().items() if not torch.equal(value, before[name])}
+    assert {name.partition(".")[0] for name in changed} == {"text", "logit_scale"}
+    with pytest.raises(UserError, match=r"student\.freeze: .* starts from random weights; set student\.pretrained"):
+        build_student(StudentSpec(model=random, freeze=["image"]), seed=0)
+
+
+@pytest.mark.parametrize("kind", ["vit", "mobileclip"])
+def test_a_tower_has_a_learning_rate_of_its_own(tmp_path: Path, kind: str) -> None:
+    student = built(student_folder(tmp_path, kind), features={"t": TEACHER})
+    config = Optimizer(lr=1.0, final_lr=0.0, warmup=2, towers={"text": 0.1})
+    groups = make_adamw(student, config).param_groups
+    rates = {id(p): learning_rate(1, 9, config, group["tower"]) for group in groups for p in group["params"]}
+    for name, parameter in student.named_parameters():
+        text = not name.startswith(("clip.visual", "clip.logit", "heads"))
+        assert rates[id(parameter)] == (0.1 if text else 1.0), name
+    student.pretrained = True
+    student.freeze(["text"])
+    with pytest.raises(UserError, match=r"no weights of text are learnt; name image or text"):
+        make_adamw(student, config)
+    with pytest.raises(UserError, match=r"train\.optimizer\.towers is for students"):
+        make_adamw(torch.nn.Linear(2, 2), config)
