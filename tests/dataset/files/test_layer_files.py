@@ -199,6 +199,9 @@ def test_layers_in_s3_are_listed_side_by_side_with_a_request_for_a_thousand_name
 def test_a_listing_whose_continuation_token_does_not_work_starts_again(
     address: str, monkeypatch: pytest.MonkeyPatch, names_no_page: bool
 ) -> None:
+    if names_no_page:
+        pytest.importorskip("s3fs", "2026.9", reason="earlier versions take a page without a token for the last one")
+
     def without_token(handler: Handler, request: Request) -> None:
         answer = handler.forward(request)
         body = re.sub(b"<NextContinuationToken>.*</NextContinuationToken>", b"", answer.body)
