@@ -64,10 +64,10 @@ def fastvit(folder: Path, weights: bool = True) -> str:
 
 def mobileclip2_s0() -> Any:
     """MobileCLIP2-S0 with random weights."""
-    return _with_statistics(lambda: open_clip.create_model("MobileCLIP2-S0", load_weights=False), (256, 256))
+    return _with_statistics(lambda: open_clip.create_model("MobileCLIP2-S0", load_weights=False), (256, 256), 1)
 
 
-def _with_statistics(build: Callable[[], Any], size: tuple[int, int]) -> Any:
+def _with_statistics(build: Callable[[], Any], size: tuple[int, int], passes: int = 10) -> Any:
     """Weights that give different images different embeddings, and batch statistics as after training."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
@@ -75,7 +75,11 @@ def _with_statistics(build: Callable[[], Any], size: tuple[int, int]) -> Any:
         for name, parameter in model.named_parameters():
             if name.endswith("gamma"):  # layer scale, which is initialized near zero
                 torch.nn.init.uniform_(parameter, 0.5, 1.0)
-        for _ in range(10):
+        if passes == 1:
+            for module in model.modules():
+                if isinstance(module, torch.nn.BatchNorm2d):
+                    module.momentum = None  # the statistics are those of the batch
+        for _ in range(passes):
             images = torch.nn.functional.interpolate(torch.randn(8, 3, 4, 4), size, mode="bicubic")
             model.encode_image(images)
     return model.eval()
