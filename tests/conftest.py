@@ -12,6 +12,7 @@ from typing import Any
 from urllib.request import Request, urlopen
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.helpers.commands import Command, run_command
 from tests.helpers.data import members_of, write_tar
@@ -24,6 +25,8 @@ os.environ.setdefault("RAY_worker_niceness", "0")  # with Ray's default of 15, o
 os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # processes for tasks, of which runs have none
 os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # an actor for each group of ranks
 os.fsync = lambda _: None  # no test cuts the power, and files are synced thousands of times
+settings.register_profile("busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy machine")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -75,7 +75,7 @@ def test_ranks_split_the_batch_of_a_single_rank(source: tuple[Pairs, Data]) -> N
         assert torch.equal(whole["image"], torch.cat([part["image"] for part in parts]))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(epoch=st.integers(0, 1000), use=st.sampled_from(["one", "all"]), seed=st.integers(0, 9))
 def test_every_epoch_has_every_example_once(source: tuple[Pairs, Data], epoch: int, use: str, seed: int) -> None:
     pairs, data = source

@@ -41,7 +41,7 @@ def unit_rows(draw) -> np.ndarray:
 
 
 @pytest.mark.skipif(int(pa.__version__.partition(".")[0]) < 26, reason="plain pyarrow 25 does not read null rows")
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(unit_rows(), st.sampled_from(DTYPES), st.data())
 def test_vectors_and_nulls_survive_parquet(vectors, dtype, data):
     valid = data.draw(arrays.arrays(np.bool_, len(vectors)))
@@ -68,7 +68,7 @@ def test_vectors_and_nulls_survive_parquet(vectors, dtype, data):
         assert (np.abs(read - expected) <= peaks / 254 * (1 + 1e-4)).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(unit_rows())
 def test_the_cosine_error_of_int8_is_within_its_bound(vectors):
     read = decode(table(vectors, "int8", np.ones(len(vectors), bool))).astype(np.float64)

@@ -33,7 +33,7 @@ def sorted_ranks(scores: np.ndarray, matches: np.ndarray) -> np.ndarray:
     return np.take_along_axis(matches, order, axis=1).argmax(axis=1)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     seed=st.integers(0, 10_000),
     levels=st.integers(0, 3),
@@ -50,7 +50,7 @@ def test_class_rank_is_the_position_in_a_stable_sort(seed: int, levels: int, ima
     assert ranking.predicted.tolist() == scores.argmax(axis=1).tolist()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     seed=st.integers(0, 10_000),
     levels=st.integers(0, 3),

@@ -43,7 +43,7 @@ def outcome(data: bytes, strict: bool) -> Any:
         return refused.reason, refused.detail
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.integers(1, 90),
     st.integers(1, 90),
@@ -84,7 +84,7 @@ def test_hostile_images_have_the_same_outcome_as_with_pillow(
     assert found == outcome(data, strict)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(0, 2**32), st.data())
 def test_damaged_jpegs_have_the_same_outcome_as_with_pillow(seed: int, draw: st.DataObject) -> None:
     data = bytearray(encode(noise(40, 30, seed), "JPEG", quality=draw.draw(st.sampled_from([30, 90]))))

@@ -76,7 +76,7 @@ def test_a_complete_grey_jpeg_with_fill_bytes_before_its_end_mark_is_not_refused
     st.integers(1, 100),
     st.sampled_from(["rgb-1", policy(8)]),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_no_complete_jpeg_is_refused(
     size: tuple[int, int], colour: int | None, mode: str, options: dict[str, Any], quality: int, name: str
 ) -> None:

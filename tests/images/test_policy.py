@@ -284,7 +284,7 @@ ENCODED += [encode(noise(), "TIFF", compression="tiff_lzw")]
 
 @pytest.mark.filterwarnings("ignore")
 @given(st.sampled_from(ENCODED), st.lists(st.tuples(st.integers(0, 1000), st.integers(0, 255)), max_size=4), st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_any_bytes_are_decoded_to_rgb_or_refused(data, mutations, draw):
     changed = bytearray(data)
     for at, value in mutations:

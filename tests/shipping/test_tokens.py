@@ -72,7 +72,7 @@ def test_real_texts_have_the_same_tokens_as_in_open_clip() -> None:
 CHARACTERS = st.characters(codec="utf-8", exclude_categories=["Cn"])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.one_of(st.text(CHARACTERS, max_size=8), st.sampled_from(PARTS)), max_size=8))
 def test_random_texts_have_the_same_tokens_as_in_open_clip(parts: list[str]) -> None:
     text = "".join(parts)

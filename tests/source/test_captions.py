@@ -6,7 +6,7 @@ import json
 import re
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from reinforce.config import Input, Limits
@@ -104,7 +104,6 @@ TEXTS = st.text(st.characters())  # surrogates included
 
 
 @given(st.one_of(st.binary(max_size=200), TEXTS.map(lambda text: text.encode("utf-8", "surrogatepass"))))
-@settings(deadline=None)
 def test_any_bytes_become_a_clean_caption_or_none(data):
     text = caption(data, Limits(caption_chars=50))
     assert text is None or (
@@ -124,7 +123,6 @@ JSON = st.recursive(
 
 
 @given(st.dictionaries(TEXTS, JSON, max_size=4), st.booleans())
-@settings(deadline=None)
 def test_any_json_object_becomes_valid_json_with_the_same_values(document, ascii_only):
     data = json.dumps(document, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass")
     text = metadata_of({"json": data}, "all")

@@ -72,7 +72,6 @@ FORMATS = st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 
 
 @given(MEMBERS, FORMATS, st.booleans())
-@settings(deadline=None)
 def test_members_are_those_that_tarfile_wrote(written, format, end):
     data = tar_bytes([*written, ("last", b"x")], format, end) + bytes(0 if end else 1024)
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
@@ -84,7 +83,7 @@ def test_members_are_those_that_tarfile_wrote(written, format, end):
 
 
 @given(st.lists(st.tuples(st.from_regex(r"[a-z]{1,30}(/[a-z]{1,60}){0,3}", fullmatch=True), st.binary(max_size=900))))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_samples_are_read_from_every_format(pairs):
     images = dict(pairs)
     written = [(f"{key}.{extension}", data) for key, data in images.items() for extension in ("jpg", "txt")]
@@ -272,7 +271,7 @@ MUTATIONS = st.lists(st.tuples(st.integers(0, len(TAR) - 1), st.integers(0, 255)
 
 
 @given(MUTATIONS, st.integers(1, len(TAR)), st.sampled_from(["x.tar", "x.tar.gz", "x.tar.zst"]))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_reading_never_raises_for_any_bytes(mutations, cut, name):
     data = bytearray({"x.tar": TAR, "x.tar.gz": gzip.compress(TAR), "x.tar.zst": zstd(TAR)}[name])
     for at, value in mutations:

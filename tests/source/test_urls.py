@@ -7,7 +7,7 @@ import time
 
 import fsspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from reinforce.errors import UserError
@@ -51,7 +51,6 @@ def test_braces_expand_as_in_a_shell(pattern, urls):
 
 
 @given(st.integers(0, 10**8), st.integers(0, 300), st.integers(1, 10))
-@settings(deadline=None)
 def test_a_zero_padded_range_has_every_number_in_order_at_one_width(first, more, width):
     last = first + more
     width = max(width, len(str(last)))
@@ -175,7 +174,6 @@ def test_shard_names_differ_between_folders_and_compressions():
 
 
 @given(st.text(max_size=300))
-@settings(deadline=None)
 def test_any_file_name_becomes_a_safe_shard_name(stem):
     assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}-[0-9a-f]{10}", shard_name(f"s3://bucket/x/{stem}.tar.zst"))
 

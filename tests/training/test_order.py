@@ -26,7 +26,7 @@ def rows_of(order: Order, stream: int, position: int = 0) -> Iterator[tuple[int,
 
 
 @given(groups, streams, windows)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_every_row_comes_once_per_epoch_and_streams_are_equal(rows: list[int], count: int, window: int) -> None:
     order = Order(rows, 7, "d", count, window)
     epochs = 3
@@ -38,7 +38,7 @@ def test_every_row_comes_once_per_epoch_and_streams_are_equal(rows: list[int], c
 
 
 @given(groups, streams, windows, st.integers(0, 150))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_a_stream_can_start_at_any_position(rows: list[int], count: int, window: int, position: int) -> None:
     order = Order(rows, 7, "d", count, window)
     stream = position % count
@@ -47,7 +47,7 @@ def test_a_stream_can_start_at_any_position(rows: list[int], count: int, window:
 
 
 @given(groups, streams, windows)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_windows_are_whole_chunks_of_about_the_given_rows(rows: list[int], count: int, window: int) -> None:
     order = Order(rows, 7, "d", count, window)
     for found in itertools.islice(order.windows(0), 20):
@@ -81,7 +81,7 @@ def test_shares_add_up_and_differ_by_at_most_one(total: int, parts: int) -> None
 
 
 @given(st.lists(st.floats(0.001, 1000), min_size=1, max_size=5), st.integers(0, 25_000))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_datasets_are_drawn_by_weight_beginning_at_any_position(weights: list[float], position: int) -> None:
     mixture = Mixture(weights, 3)
     drawn = list(itertools.islice(mixture.draws(1, 0), position + 50))

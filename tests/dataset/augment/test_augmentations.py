@@ -84,7 +84,7 @@ def policies(draw) -> Augmentations:
 SIDES = st.one_of(st.integers(1, 8), st.integers(1, 200))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(policies(), st.integers(0, 2**63), st.text(max_size=8), SIDES, SIDES)
 def test_a_record_read_from_parquet_replays_to_the_same_pixels(policy, seed, key, width, height):
     image = picture(width, height)
@@ -96,7 +96,7 @@ def test_a_record_read_from_parquet_replays_to_the_same_pixels(policy, seed, key
         assert replay(image, other).size == (policy.size, policy.size)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(policies(), st.integers(0, 2**32), st.sampled_from([(1, 1), (1, 5000), (5000, 1), (2, 3), (97, 13)]))
 def test_the_crop_is_inside_the_image(policy, seed, size):
     width, height = size
@@ -147,7 +147,7 @@ def test_every_operation_equals_torchvisions_at_every_magnitude(name):
             assert same(ours, theirs), f"{name} {magnitude}"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.sampled_from(["ShearX", "ShearY", "Rotate", "TranslateX", "TranslateY"]), st.floats(-60, 60, width=32))
 def test_geometric_operations_equal_torchvisions_at_any_magnitude(name, magnitude):
     image = picture(48, 48)
@@ -258,7 +258,7 @@ def test_a_record_that_does_not_fit_the_image_is_an_error(image, augmentation):
 
 
 @pytest.mark.parametrize("name", ["Brightness", "Color", "Contrast", "Sharpness"])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 2**32), st.integers(1, 40), st.integers(1, 40), st.booleans(), st.floats(-1.5, 1.5, width=32))
 def test_enhancements_equal_pillows(name: str, seed: int, width: int, height: int, saturated: bool, by: float) -> None:
     image = noise(width, height, seed, saturated)

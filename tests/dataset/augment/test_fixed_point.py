@@ -107,7 +107,7 @@ def test_cykooz_resizer_gives_the_golden_pixels_with_any_instructions(
     assert len(made) > 300
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(SIDES, SIDES, st.integers(8, 260), st.integers(0, 2**32), st.booleans())
 def test_both_packages_resize_to_the_same_pixels(width: int, height: int, size: int, seed: int, extreme: bool) -> None:
     pytest.importorskip("cykooz_resizer")
@@ -117,7 +117,7 @@ def test_both_packages_resize_to_the_same_pixels(width: int, height: int, size: 
     assert one.tobytes() == other.tobytes()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 2**32), st.integers(8, 260), st.integers(8, 260), st.integers(8, 260))
 def test_natural_images_differ_little_from_pillows_resizing(seed: int, width: int, height: int, size: int) -> None:
     image = natural(width, height, seed).point(lambda value: 64 + value // 2)  # no overshoot, which each clips apart
@@ -127,7 +127,7 @@ def test_natural_images_differ_little_from_pillows_resizing(seed: int, width: in
     assert differences.mean() < 0.5
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(8, 60), st.integers(0, 20), st.integers(0, 20), st.integers(0, 2**32))
 def test_a_crop_of_the_recorded_size_is_copied_and_pixels_around_it_do_not_matter(
     size: int, top: int, left: int, seed: int

@@ -129,7 +129,7 @@ def test_a_process_that_dies_ends_the_command_with_one_line(made: Path, monkeypa
 
 
 texts = st.lists(st.text(max_size=20) | st.sampled_from(["x" * 255, "x" * 256, "x" * 257]), max_size=8)
-few = settings(max_examples=40, deadline=None)
+few = settings(max_examples=40)
 
 
 @few

@@ -54,7 +54,7 @@ def by_sorting(logits: torch.Tensor, u: torch.Tensor, top_p: float) -> list[int]
     return tokens
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.integers(300, 9_000),
     st.sampled_from([0.0, 1e-3, 0.1, 1.0, 3.0, 8.0]),
@@ -96,7 +96,7 @@ def test_non_finite_rows_do_not_affect_others():
             assert 0 <= found[1] < 5_000
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     arrays.arrays(
         np.float32, st.tuples(st.integers(1, 5), st.integers(1, 400)), elements=st.sampled_from([-9, 0, 0.5, 3])

@@ -154,7 +154,7 @@ def test_special_tokens_in_texts_are_read_as_plain_text(models: dict[str, str], 
     assert not torch.equal(teacher.encode_texts([text]), teacher.encode_texts(["a b"]))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.text(st.characters(max_codepoint=0x17F)) | st.text("ab <&;>\t\n\x1b[0m'\"", max_size=20))
 def test_clean_text_matches_open_clip(text: str) -> None:
     assert clean_text(text) == get_clean_fn("lower")(text)
@@ -213,7 +213,7 @@ def test_tokens_match_open_clip_also_after_pickling() -> None:
 
 
 @given(st.text(max_size=60).filter(lambda text: "<" not in html.unescape(html.unescape(text))))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_tokens_of_any_text_match_open_clip(text: str) -> None:
     twice = [text, text]  # the second text uses the token cache
     assert torch.equal(SAFE(twice), OWN(twice))

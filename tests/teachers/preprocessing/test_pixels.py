@@ -36,7 +36,7 @@ def _open_clip(image: Image.Image, spec: ImageSpec) -> torch.Tensor:
     return result
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     width=st.integers(1, 130),
     height=st.integers(1, 130),

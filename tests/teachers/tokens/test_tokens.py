@@ -21,7 +21,7 @@ from tests.helpers.tiny_captioners import blip
 from tests.helpers.tiny_coca import coca_model
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.sampled_from(["<s>", "</S>", "<", "s>", "[cls]", "x", " ", "<<s>>"])).map("".join))
 def test_every_special_token_is_broken_and_characters_are_kept(text: str) -> None:
     special = ["<s>", "</s>", "[CLS]", "s><", "<"]

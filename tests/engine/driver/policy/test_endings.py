@@ -83,7 +83,7 @@ def histories(draw: st.DrawFn) -> Callable[[PendingShard, WorkerId], Outcome]:
     return outcome
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(histories(), st.sampled_from(WORKERS), st.integers(1, 12))
 def test_every_run_ends_with_each_layer_of_each_shard_computed_or_quarantined_after_few_leases(
     outcome: Callable[[PendingShard, WorkerId], Outcome], workers: tuple[int, int], shards: int
