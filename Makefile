@@ -122,7 +122,7 @@ bench-select: $(INSTALLED) ## how well scores find wrong captions, what choosing
 	$(BIN)/python -m benchmarks.duplicates
 	$(BIN)/python -m benchmarks.view_students
 
-bench-labels: $(INSTALLED) ## what it costs to find and read published labels for a copy in other shards (ten minutes)
+bench-labels: $(INSTALLED) ## what it costs to find and read published labels for a copy in other shards (a minute)
 	$(BIN)/python -m benchmarks.labels
 
 bench-scale: $(INSTALLED) ## planning, starting and driving at the size of DFN-5B, simulated (five minutes)

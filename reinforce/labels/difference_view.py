@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from rich.table import Table
 
-from reinforce.labels.difference import DatasetDiff
+from reinforce.labels.difference import DatasetDiff, Difference
 from reinforce.terminal import escape
 
 
 def diff_table(found: DatasetDiff) -> Table:
     """One line for each layer, and for each part of the samples."""
     table = Table(box=None, pad_edge=False)
-    table.add_column("layer")
-    for heading in ("rows", "equal", "null in one", "mean cosine", "least cosine", "largest difference"):
-        table.add_column(heading, justify="right")
-    table.add_column("fingerprint")
+    table.add_column("layer", overflow="fold", min_width=min(36, max(map(len, found.layers))))
+    table.add_column("equal rows", justify="right", no_wrap=True)
+    table.add_column("differences")
     for name, one in found.layers.items():
         first, second = found.fingerprints[name.partition(": ")[0]]
-        numbers = (one.cosine, one.least, one.most)
-        table.add_row(
-            escape(name), f"{one.rows:,}", f"{one.equal:,}", f"{one.nulls:,}",
-            *("" if value is None else f"{value:.6f}" for value in numbers),
-            escape(first if first == second else f"{first} / {second}"),
-        )  # fmt: skip
+        words = [*_differences(one), *(["other fingerprint"] if first != second else [])]
+        table.add_row(escape(name), f"{one.equal:,} of {one.rows:,}", ", ".join(words))
     return table
+
+
+def _differences(one: Difference) -> Iterator[str]:
+    if one.nulls:
+        yield f"{one.nulls:,} null in one"
+    if one.equal < one.rows and one.cosine is not None:
+        yield f"cosine {one.cosine:.6f}, least {one.least:.6f}"
+    if one.most:
+        yield f"by at most {one.most:.6g}"

@@ -16,9 +16,10 @@ _README = """# {model} in {title}
 | `tokenizer.json` | tokenizer for the package `tokenizers`; pads and truncates to {context} tokens |
 | `preprocess.json` | how to resize an image to {height} x {width}, and the logit scale |
 
-`image.{end}` takes bytes: it normalizes by mean and standard deviation itself. {note} Before an image is resized,
-its orientation (EXIF) is applied and its transparency is composited on white, as in the example; `convert("RGB")` alone
-does neither.
+`image.{end}` takes bytes: it normalizes by mean and standard deviation itself. {note}
+
+Before an image is resized, its orientation (EXIF) is applied and its transparency is composited on white, as in the
+example; `convert("RGB")` alone does neither.
 
 Install `pip install {packages} pillow numpy tokenizers`, and run this in the folder:
 
@@ -73,14 +74,13 @@ Check the packages on a Mac, in Core ML itself: `reinforce export coreml THIS_FO
 _ONNX = {
     "title": "ONNX", "end": "onnx", "n": "N", "integers": "int64", "packages": "onnxruntime",
     "imports": "import onnxruntime",
-    "note": """N may be any number. Weights of
-1.9 GB or more are stored in `.onnx.data` files next to the graphs.""",
+    "note": """N may be any
+number. Weights of 1.9 GB or more are stored in `.onnx.data` files next to the graphs.""",
     "run": """images = onnxruntime.InferenceSession("image.onnx").run(None, {"images": np.asarray(image)[None]})[0]
 texts = onnxruntime.InferenceSession("text.onnx").run(None, {"tokens": np.array(tokens, np.int64)})[0]""",
 }  # fmt: skip
 
-_ONE_ROW = """A file takes
-one image or one text at a time."""
+_ONE_ROW = "A file\ntakes one image or one text at a time."
 
 _LITERT = {
     "title": "LiteRT", "end": "tflite", "n": "1", "integers": "int32", "packages": "ai-edge-litert",

@@ -167,7 +167,7 @@ def test_every_help_explains_all_options_and_has_short_examples_that_the_parser_
     assert status == 0
     for config in re.findall(r"configs/[\w-]+\.yaml", out):
         assert "YOUR-BUCKET" not in (ROOT / config).read_text(), "an example runs as it is, after `make demo`"
-    if name in (["export", "onnx"], ["latency"]):
+    if name == ["export", "onnx"]:
         assert ".[export]'" in out, "the name of an extra"
     found = get_command(app)
     for part in name:

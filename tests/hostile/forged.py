@@ -10,7 +10,7 @@ FORGED: dict[str, tuple[dict[str, Any], str]] = {
     "a layer that is text": ({"layers__samples": "x"}, r"layers\.samples"),
     "a fingerprint that is a number": ({"layers__samples__fingerprint": 1}, r"layers\.samples\.fingerprint"),
     "a dimension of a million million": ({"layers": {"embeddings/red/images": {"dim": 10**12}}}, "dataset.json"),
-    "images in a way that is not known": ({"images": "both"}, "images: Input should be 'embed' or 'reference'"),
+    "images in a way that is not known": ({"images": "both"}, "images: Input should be 'embed', 'reference' or 'none'"),
     "a logit scale that is text": ({"teachers__red__logit_scale": "\x1b[2J"}, r"teachers\.red\.logit_scale"),
     "an infinite logit scale": ({"teachers__red__logit_scale": float("inf")}, r"teachers\.red\.logit_scale"),
     "a schema version that is text": ({"schema_version": "one"}, "schema_version"),

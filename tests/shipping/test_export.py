@@ -221,7 +221,7 @@ def test_models_that_cannot_be_exported_are_reported(
 ) -> None:
     assert export(coca_model(tmp_path / "coca"), "--output", f"{tmp_path}/onnx") == 2
     assert "it is a captioner" in capfd.readouterr().err
-    assert export("MobileCLIP2-S0", "--output", f"{tmp_path}/onnx") == 2
+    assert export("ViT-B-32", "--output", f"{tmp_path}/onnx") == 2
     assert "no weights without `pretrained`" in capfd.readouterr().err
     lacking = packages.TargetEntry("ONNX", "export", ("onnx", "onnx_that_is_not_there"))
     monkeypatch.setitem(packages.TARGETS, "onnx", lacking)

@@ -44,7 +44,10 @@ def make_starter(data: str, config_path: Path) -> Starter:
         look = _look_at(source, output)
     if not look.fields.has_captions:
         for table in _captions_beside(data):
-            captioned = _look_at(table, output)
+            try:
+                captioned = _look_at(table, output)
+            except UserError:  # something else under such a name
+                continue
             if captioned.fields.has_captions and captioned.fields.unread is None:
                 source, notes, look = table, [], captioned
                 break
