@@ -6,7 +6,7 @@ keys and implements ``describe``, ``load`` and ``hosts``. ``teachers.registry.FA
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -122,6 +122,11 @@ class TeacherSpec(ModelSpec):
     compile: bool | None = Field(
         None, description="compile the blocks of the image tower (torch.compile); takes a minute at the start of a run"
     )
+
+    @property
+    def stated(self) -> Mapping[str, Any]:
+        """``dim`` and ``image`` (preprocessing) as far as they are known without loading the model."""
+        return {}
 
     def load(self, device: str) -> Teacher:
         """Load the model with its weights on a device. Raises ValueError, OSError, or what the model raises."""

@@ -152,8 +152,14 @@ def _spec_of(
     own = [layer for layer in taken.layers if kind_of(layer).section == section and model_of(layer) == name]
     sides = {inputs_of(layer) for layer in own}
     info = ModelInfo(entry["dim"], images="images" in sides, texts=bool(sides - {"images"}), identity=identity)
-    scale = known.get("logit_scale")
-    return LabelTeacherSpec(family="published", model=name, logit_scale=scale, dtype=entry["dtype"], info=info)
+    return LabelTeacherSpec(
+        family="published",
+        model=name,
+        logit_scale=known.get("logit_scale"),
+        dtype=entry["dtype"],
+        info=info,
+        image=known.get("image"),
+    )
 
 
 def _check_same(model: str, where: str, own: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:

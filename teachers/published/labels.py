@@ -79,9 +79,14 @@ def crops_of(labels: Mapping[str, Labels]) -> str | None:
 class LabelTeacherSpec(Published, TeacherSpec):
     """A teacher that is only in labels."""
 
-    used = ("logit_scale", "dtype", "info")
+    used = ("logit_scale", "dtype", "info", "image")
 
     info: ModelInfo
+    image: dict[str, Any] | None = None
+
+    @property
+    def stated(self) -> Mapping[str, Any]:
+        return {"dim": self.info.dim, "image": self.image}
 
     def describe(self) -> ModelInfo:
         return self.info

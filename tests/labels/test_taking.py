@@ -143,11 +143,14 @@ def test_every_row_that_must_match_has_the_labels_and_no_other(tmp_path: Path, l
 
 def test_from_the_same_images_a_student_sees_the_same_batches(tmp_path: Path, labels: str) -> None:
     config = {**taking(tmp_path, labels), "source": f"{Path(labels).parent}/images/*.tar"}
-    batches = []
-    for url in (dataset_of(labels), reinforce_here(config)):
+    batches, made = [], (dataset_of(labels), reinforce_here(config))
+    for url in made:
         feed = StudentFeed(Data.model_validate({"datasets": url, "workers": 0, "window": 1}), 0, 24, letters)
         batches.append([*itertools.islice(feed.batches(0, 1, 8, 0), 6)])
     assert [*leaves(batches[0])] == [*leaves(batches[1])]
+    document = json.loads(Path(made[1], "dataset.json").read_text())
+    dim = document["layers"]["embeddings/red/images"]["dim"]
+    assert document["teachers"]["red"]["dim"] == dim, "projections of features need it"
 
 
 def leaves(value: Any) -> Iterator[Any]:

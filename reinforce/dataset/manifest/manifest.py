@@ -116,7 +116,7 @@ def update_manifest(
         manifest["layers"][name] = {"kind": layer.kind.name, "fingerprint": layer.fingerprint, **entry}
     for name, teacher in config.teachers.items():
         before = manifest["teachers"].get(name, {})
-        of_model = loaded.get(name, {})
+        of_model = loaded.get(name) or teacher.stated
         manifest["teachers"][name] = {
             "model": _model_identity(layers, "teachers", name) or before.get("model"),
             **_code(before, _model_layer(made, "teachers", name)),
