@@ -111,7 +111,7 @@ bench-latency: $(INSTALLED) ## MobileCLIP2 compared with ViT-L/14 on one core (m
 	$(BIN)/reinforce latency MobileCLIP2-S0 MobileCLIP2-S2 MobileCLIP2-B MobileCLIP2-S3 MobileCLIP2-S4 ViT-L-14 \
 		--threads 1 --clock process --rounds $(ROUNDS) --json benchmarks/results/latency.json
 
-bench-quantize: $(INSTALLED) ## what int8 costs students, and what training with it recovers (half an hour)
+bench-quantize: $(INSTALLED) ## what int8 costs students, and what training with it recovers, after `make demo` (half an hour)
 	$(BIN)/python -m benchmarks.quantize_students
 
 bench-sources: $(INSTALLED) ## CPU of a run by the format of its source, compared with tars (five minutes)
