@@ -76,17 +76,16 @@ def silenced() -> Iterator[None]:
     sys.stdout.flush()
     sys.stderr.flush()
     saved = [(number, os.dup(number)) for number in (1, 2)]
-    null = os.open(os.devnull, os.O_WRONLY)
-    with warnings.catch_warnings():
+    with open(os.devnull, "w", encoding="utf-8") as null, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             for number, _ in saved:
-                os.dup2(null, number)
-            yield
+                os.dup2(null.fileno(), number)
+            with contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):  # in notebooks not 1, 2
+                yield
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
             for number, copy in saved:
                 os.dup2(copy, number)
                 os.close(copy)
-            os.close(null)
