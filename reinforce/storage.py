@@ -386,3 +386,9 @@ class Storage:
                 else:
                     stale.unlink(missing_ok=True)
             yield
+
+
+def as_seen_by_workers(url: str) -> str:
+    """A URL, or the absolute path of a local folder, because workers have other working folders."""
+    storage = Storage(url)
+    return storage.root if storage.local else url

@@ -58,6 +58,13 @@ def decode(data: pa.Table | pa.RecordBatch) -> Floats:
     return vectors
 
 
+def cosines(first: npt.NDArray[np.float32], second: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Cosines [rows, count] of vectors [rows, count, dim]; 0 for those of length 0."""
+    norms = np.linalg.norm(first, axis=2) * np.linalg.norm(second, axis=2)
+    products: npt.NDArray[np.float32] = np.einsum("rcd,rcd->rc", first, second)
+    return products / np.maximum(norms, np.finfo(np.float32).tiny)
+
+
 def normalized(values: Floats) -> Floats:
     """Vectors [..., D] at unit norm: stored in 16 or 8 bits, they are not exactly so."""
     unit: Floats = values / np.maximum(np.linalg.norm(values, axis=-1, keepdims=True), np.float32(1e-12))

@@ -78,7 +78,7 @@ def check_labels(config: Config, rows: int = 64, pool: DecodePool | None = None)
         for name, layer in models.items():
             now = _values(store, layer, shard.name)
             both = np.isfinite(before[name]).all((1, 2)) & np.isfinite(now).all((1, 2))
-            cosines = (vectors.normalized(before[name][both]) * vectors.normalized(now[both])).sum(-1).ravel()
+            cosines = vectors.cosines(before[name][both], now[both]).ravel()
             lines.append(Nearness(name, len(now), cosines).line())
         return lines
 

@@ -42,7 +42,7 @@ from reinforce.labels.index import (
 )
 from reinforce.nodes import for_each_shard
 from reinforce.source.whole_reads import read_range
-from reinforce.storage import Storage
+from reinforce.storage import Storage, as_seen_by_workers
 
 PART_ROWS = 2**20  # of the shards of a part, and about of a partition
 _GROUP_ROWS = 2**14  # of a row group of a partition
@@ -119,7 +119,7 @@ def build_index(
     if (found := contents.find(store)) is not None:
         return found
     parts = _parts(contents.shards, contents.groups)
-    source, target = (one.root if one.local else one.url for one in (Store(url), store))
+    source, target = as_seen_by_workers(url), as_seen_by_workers(url if output is None else output)
     build = Build(source, target, contents.samples, contents.fingerprint, contents.bits, parts, images)
     kinds = _build(store, build, use_ray, address)
     buffer = pa.BufferOutputStream()

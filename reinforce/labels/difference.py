@@ -20,6 +20,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from reinforce.datacompdr.matching import KEY, OTHER_IMAGE
+from reinforce.dataset import vectors
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.kinds.registry import kind_of
 from reinforce.dataset.layers import SAMPLES
@@ -31,6 +32,7 @@ from reinforce.labels.building import build_index, has_current_index
 from reinforce.labels.identities import COLUMNS
 from reinforce.labels.pairs import ABSENT, Partners, Place
 from reinforce.nodes import for_each_shard
+from reinforce.storage import as_seen_by_workers
 
 #: What is compared of the samples, by columns.
 _PARTS = {"captions": ("caption",), "sizes": ("width", "height"), "augmentations": ("augmentations",)}
@@ -187,12 +189,12 @@ def diff(
     ]
     found.rows = (int(groups[0][:, 2].sum()), int(groups[1][:, 2].sum()))
     seen = _Seen([*listings[1][SAMPLES]], groups[1])
+    one, other = as_seen_by_workers(first), as_seen_by_workers(second)
     with contextlib.ExitStack() as stack:
         index = None
         if not listings[1][SAMPLES].has(listings[0][SAMPLES].names).all():
-            index = _index_of(stores[1], stack)
-        use_ray = use_ray and (index is None or has_current_index(stores[1]))  # a temporary one is on this machine
-        one, other = (store.root if store.local else store.url for store in stores)
+            index = _index_of(stores[1], other, stack)
+        use_ray = use_ray and index in (None, other)  # a temporary one is on this machine
         pair = _Pair(one, other, (prints[0], prints[1]), lacking, index, min_cosine)
         shards = [*listings[0][SAMPLES]]
         compare = functools.partial(_diff_shard, pair)
@@ -223,12 +225,12 @@ def _named(layers: Mapping[str, Any], patterns: Sequence[str] | None) -> list[st
     ]
 
 
-def _index_of(store: Store, stack: contextlib.ExitStack) -> str:
-    """The URL of a dataset with a current index, or a temporary folder with one."""
+def _index_of(store: Store, url: str, stack: contextlib.ExitStack) -> str:
+    """The ``url`` of a dataset with a current index, or a temporary folder with one."""
     if has_current_index(store):
-        return store.root if store.local else store.url
+        return url
     folder = stack.enter_context(tempfile.TemporaryDirectory())
-    build_index(store.url, folder, images=False, use_ray=False)
+    build_index(url, folder, images=False, use_ray=False)
     return folder
 
 
@@ -339,8 +341,7 @@ def _vectors(first: npt.NDArray[np.float32], second: npt.NDArray[np.float32], le
     null = np.isnan(first).any(axis=(1, 2)), np.isnan(second).any(axis=(1, 2))
     both = ~(null[0] | null[1])
     one, other = first[both], second[both]
-    norms = np.linalg.norm(one, axis=2) * np.linalg.norm(other, axis=2)
-    cosines = np.einsum("rcd,rcd->rc", one, other) / np.maximum(norms, np.finfo(np.float32).tiny)
+    cosines = vectors.cosines(one, other)
     same = (one == other).all(axis=(1, 2))
     cosines[same] = 1.0
     equal = same | (cosines >= least).all(axis=1) if least < 1 else same

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from reinforce.datacompdr.matching import DIGEST, KEY, KINDS, identity_of
+from reinforce.datacompdr.matching import DIGEST, KEY, KINDS, Identity, identity_of
 from reinforce.source.references import image_digest
 from schemas import IDENTITIES, IMAGE_DIGEST
 
@@ -48,6 +48,17 @@ def identities(samples: pa.Table) -> dict[str, pa.Array]:
             if kind != DIGEST:
                 found[kind] = pa.array([one.get(kind) for one in stated], pa.string())
     return {kind: found[kind] for kind in COLUMNS if kind in found}
+
+
+def stated(samples: pa.Table) -> list[Identity]:
+    """The identity of each row, with digests in 16 hex digits."""
+    columns = {kind: values.to_pylist() for kind, values in identities(samples).items()}
+    if DIGEST in columns:
+        columns[DIGEST] = [None if value is None else f"{value:016x}" for value in columns[DIGEST]]
+    return [
+        {kind: values[row] for kind, values in columns.items() if values[row] is not None}
+        for row in range(samples.num_rows)
+    ]
 
 
 def lone_keys(samples: pa.Table, found: Mapping[str, pa.Array]) -> pa.Array:

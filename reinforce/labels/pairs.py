@@ -15,7 +15,7 @@ from reinforce.dataset.files.layer_file import LayerFile
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.reading.aligned import layer_errors
-from reinforce.labels.identities import COLUMNS, DIGEST, columns_of_identities, hash_identities, identities
+from reinforce.labels.identities import COLUMNS, columns_of_identities, hash_identities, identities, stated
 from reinforce.labels.index import IdentityIndex, open_index
 
 ABSENT = "absent"
@@ -30,17 +30,6 @@ class Place:
     group: int
     row: int
     number: int
-
-
-def stated(samples: pa.Table) -> list[Identity]:
-    """The identity of each row, with digests in 16 hex digits."""
-    columns = {kind: values.to_pylist() for kind, values in identities(samples).items()}
-    if DIGEST in columns:
-        columns[DIGEST] = [None if value is None else f"{value:016x}" for value in columns[DIGEST]]
-    return [
-        {kind: values[row] for kind, values in columns.items() if values[row] is not None}
-        for row in range(samples.num_rows)
-    ]
 
 
 class Partners:

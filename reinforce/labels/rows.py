@@ -36,7 +36,7 @@ from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import SAMPLES, Layer
 from reinforce.errors import UserError
 from reinforce.labels.crops import LabelCrops, RowLabels, parse_records
-from reinforce.labels.identities import columns_of_identities, hash_text, identities
+from reinforce.labels.identities import columns_of_identities, hash_text, stated
 from reinforce.labels.index import DESCRIPTION, FOLDER, IdentityIndex, open_index
 from reinforce.source.captions import clean_text
 from reinforce.source.references import image_digest
@@ -156,8 +156,8 @@ class _LabelSet:
         )
         refusals = {}
         for number in {*range(len(own))} - places.keys():
-            stated = [kind for kind in own[number] if kind in self._joins]
-            count, detail = why.get(number, (ABSENT, f"none with its {', '.join(stated) or 'key'}"))
+            named = [kind for kind in own[number] if kind in self._joins]
+            count, detail = why.get(number, (ABSENT, f"none with its {', '.join(named) or 'key'}"))
             reason = Reason.REINFORCEMENT_BROKEN if count == BROKEN else Reason.NOT_REINFORCED
             refusals[number] = Refusal(samples[number].key, reason, f"labels: {detail}")
         return places, refusals
@@ -293,7 +293,7 @@ class _LabelSet:
         if len(keys) != samples.num_rows or keys[row] != samples["key"][row]:
             raise Unreadable(f"{layer.name} does not have the rows of its samples")
         value = values[row]
-        if layer.kind.section != "captioners":
+        if isinstance(value, np.ndarray):
             if value.shape[0] < layer.count or value.shape[1] != layer.dim:
                 raise Unreadable(f"{layer.name} has vectors {[*value.shape]}, expected {[layer.count, layer.dim]}")
             if np.isnan(value).all():
@@ -355,16 +355,12 @@ class _Files:
         if self._labels.taken.crops:
             columns.append("augmentations")
         table = file.read_row_group(group, columns, use_threads=False)
-        stated: list[dict[str, str]] = [{KEY: key} for key in table["key"].to_pylist()]
-        for kind, found in identities(table).items():
-            for one, value in zip(stated, found.to_pylist(), strict=True):
-                if value is not None:
-                    one[kind] = f"{value:016x}" if kind == DIGEST else value
+        found = [{KEY: key, **one} for key, one in zip(table["key"].to_pylist(), stated(table), strict=True)]
         rows: dict[str, dict[str, int]] = {}
-        for row, one in enumerate(stated):
+        for row, one in enumerate(found):
             for kind, value in one.items():
                 rows.setdefault(kind, {}).setdefault(value, row)
-        return (table, stated, rows), 4 * table.nbytes
+        return (table, found, rows), 4 * table.nbytes
 
     def _cached(self, layer: str, shard: str, group: int, read: Any) -> Any:
         place = (layer, shard, group)

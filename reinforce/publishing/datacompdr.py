@@ -26,12 +26,11 @@ from reinforce.images.policy import IMAGE_POLICY, PUBLISHED_POLICY
 from reinforce.nodes import for_each_shard
 from reinforce.publishing.datacompdr_shard import LIST_OF, ShardExport, export_shard, stats_name, tar_name
 from reinforce.publishing.shards import (
-    as_seen_by_workers,
     check_output,
     existing_files,
     record_export,
 )
-from reinforce.storage import Storage
+from reinforce.storage import Storage, as_seen_by_workers
 from reinforce.terminal import plural
 
 CONFIG = "config.json"

@@ -29,13 +29,12 @@ from reinforce.dataset.view import ViewRows
 from reinforce.errors import UserError
 from reinforce.nodes import for_each_shard
 from reinforce.publishing.shards import (
-    as_seen_by_workers,
     check_output,
     existing_files,
     record_export,
 )
 from reinforce.source.captions import parse_json
-from reinforce.storage import Storage
+from reinforce.storage import Storage, as_seen_by_workers
 from reinforce.terminal import plural
 from schemas import TRUE_CAPTIONS
 

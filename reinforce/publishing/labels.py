@@ -31,7 +31,8 @@ from reinforce.nodes import for_each_shard
 from reinforce.publishing.card import write_card
 from reinforce.publishing.labels_shard import LabelsExport, export_shard
 from reinforce.publishing.public import has_hidden, without_paths
-from reinforce.publishing.shards import as_seen_by_workers, check_output
+from reinforce.publishing.shards import check_output
+from reinforce.storage import as_seen_by_workers
 from reinforce.terminal import format_bytes, plural
 
 _VERSION = 1

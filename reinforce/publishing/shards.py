@@ -9,12 +9,6 @@ from reinforce.errors import UserError
 from reinforce.storage import Storage
 
 
-def as_seen_by_workers(url: str) -> str:
-    """A URL, or the absolute path of a local folder, because workers have other working folders."""
-    storage = Storage(url)
-    return storage.root if storage.local else url
-
-
 def check_output(dataset: Storage, output: Storage) -> None:
     """Raise UserError if an export would write into the dataset, or cannot write."""
     if f"{output.root}/".startswith(f"{dataset.root}/") and type(output.fs) is type(dataset.fs):

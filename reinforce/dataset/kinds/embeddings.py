@@ -135,9 +135,8 @@ class _Embeddings(LayerKind):
         if not both.any():
             return Comparison(layer, len(old), equal, nulls)
         old, new = old[both], new[both]
-        norms = np.linalg.norm(old, axis=2) * np.linalg.norm(new, axis=2)
-        cosines = np.einsum("rcd,rcd->rc", old, new) / np.maximum(norms, np.finfo(np.float32).tiny)
-        return Comparison(layer, len(both), equal, nulls, float(np.abs(old - new).max()), float(cosines.min()))
+        cosine = float(vectors.cosines(old, new).min())
+        return Comparison(layer, len(both), equal, nulls, float(np.abs(old - new).max()), cosine)
 
     def content(self, layer: Layer) -> str:
         return f"[{layer.count}, {layer.dim}] {layer.dtype}"
