@@ -83,7 +83,7 @@ def _embedded(url: str, spec: Decontaminate, view: str, reinforce: Reinforce | N
     changes = {
         **{"source": url, "output": f"{view}/{REFERENCES}/{digest}", "input": images, "images": "embed"},
         **{"teachers": {spec.teacher: run.teachers[spec.teacher]}, "captioners": {}, "scores": {}, "moved": {}},
-        "reinforcements": None,  # published augmentations are of other images
+        **{"reinforcements": None, "join": None, "labels": {}},  # published augmentations are of other images
     }
     reinforce(run.model_copy(update=changes))
     return str(changes["output"])
