@@ -32,9 +32,9 @@ from reinforce.storage import Storage
 from reinforce.student.config import Quantize, StudentConfig
 from reinforce.student.quantize import quantize
 from reinforce.student.train import build, make_job
-from reinforce.training.checkpoint import Checkpoints
 from reinforce.training.distributed.ranks import join_ranks
 from reinforce.training.loop import run_rank
+from reinforce.training.saving.checkpoint import Checkpoints
 from reinforce.training.stop import StopSignal
 from teachers.open_clip.teacher import image_spec, load_model
 from teachers.open_clip.tokenizer import Tokenizer

@@ -18,9 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-import secrets
 import time
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -32,28 +30,29 @@ from reinforce.seeds import seed_for
 from reinforce.storage import Storage
 from reinforce.terminal import Screen, plural
 from reinforce.training.batches import Prefetcher
-from reinforce.training.checkpoint import Checkpoints, Progress
 from reinforce.training.distributed import gather
-from reinforce.training.distributed.ranks import Ranks, synchronize_batch_norms, wrap_ddp
+from reinforce.training.distributed.ranks import (
+    Ranks,
+    check_output_is_shared,
+    synchronize_batch_norms,
+    wrap_ddp,
+)
 from reinforce.training.job import Job, total_steps
 from reinforce.training.optimizer import learning_rate, make_adamw
 from reinforce.training.order import ORDER
+from reinforce.training.record.evaluations import Evaluations, OnEvaluation
 from reinforce.training.record.log import Log
 from reinforce.training.record.log import notes as log_notes
 from reinforce.training.record.progress import Throughput, TimeLeft, format_row
 from reinforce.training.record.results import Results, read_results
 from reinforce.training.record.trackers import open_trackers
-from reinforce.training.resume import check_resumable, describe_differences
+from reinforce.training.saving.checkpoint import Progress
+from reinforce.training.saving.resume import check_resumable, describe_differences
 from reinforce.training.state import State, check_skipped, make_average
 from reinforce.training.step import StepOutput, backpropagate
 from reinforce.training.stop import Stopped, StopSignal
 from reinforce.training.task import Build, Feed, Task
 from teachers.device import determinism
-from teachers.redact import redact
-
-_SHARED_PROBE = (".tmp", "shared-output.json")
-#: Called on rank 0 with the step and the metrics of each new evaluation.
-OnEvaluation = Callable[[int, Mapping[str, float]], None]
 
 
 def fit(
@@ -115,12 +114,10 @@ class _Loop:
         on_evaluation: OnEvaluation | None,
     ) -> None:
         self.task, self.feed, self.job, self.ranks, self.stop, self.screen = task, feed, job, ranks, stop, screen
-        self.on_evaluation = on_evaluation
         self.training = job.training
         self.steps = total_steps(self.training, feed.samples, ranks.size)
         self.accelerator = ranks.accelerator
         self.storage = Storage(job.output)
-        self.checkpoints = Checkpoints(self.storage, self.training.checkpoints.keep)
         fixed = {**job.fixed_config}
         if fixed.get("train.compute.precision") == "auto":
             fixed["train.compute.precision"] = self.accelerator.precision
@@ -130,15 +127,17 @@ class _Loop:
             synchronize_batch_norms(model, ranks)
         average = make_average(model, self.training.ema) if self.training.ema and ranks.is_first else None
         self.state = State(model, make_adamw(model, self.training.optimizer), average)
+        self.evaluations = Evaluations(task, job, ranks, self.state, self.steps, stop, screen, on_evaluation)
+        self.checkpoints = self.evaluations.checkpoints
         self.throughput = Throughput()
         self.log: Log | None = None  # only on rank 0
 
     def run(self) -> Results:
-        self._check_output_is_shared()
+        check_output_is_shared(self.storage, self.ranks)
         self._resume()
         results = read_results(self.storage)
         finished = results is not None and results.steps == self.progress.step == self.steps
-        if results is not None and finished and results.exported == self._exported_step():
+        if results is not None and finished and results.exported == self.evaluations.exported_step():
             return results
         notes = [*self._set_up_reading(), *self.task.notes, *log_notes()]
         with contextlib.ExitStack() as stack:
@@ -146,16 +145,19 @@ class _Loop:
             if self.ranks.is_first:
                 trackers = open_trackers(self.job, self.storage)
                 self.log = stack.enter_context(Log(self.storage, self.progress.step, trackers))
+                self.evaluations.log = self.log
                 stack.enter_context(self.screen)
                 for note in notes:
                     self.screen.log(note)
                 if self.progress.step:
                     self.screen.log(f"resuming after step {self.progress.step:,} of {self.steps:,}")
-            if self.job.export_best and not self.progress.step and self._evaluation_due():
+            if self.job.export_best and not self.progress.step and self.evaluations.due(self.progress.step):
                 self._save()  # the state before the first step may be the best one
-            self._evaluate()  # in case the process was killed between a checkpoint and its evaluation
+            self.evaluations.evaluate(
+                self.progress.step
+            )  # in case the process was killed between a checkpoint and its evaluation
             self._train()
-            self.ranks.run_on_first(self._finish)
+            self.ranks.run_on_first(lambda: self.evaluations.finish(self.progress))
         results = read_results(self.storage)
         assert results is not None
         return results
@@ -181,21 +183,6 @@ class _Loop:
         return notes + describe_differences(before, self.progress)
 
     # -- checkpoints
-
-    def _check_output_is_shared(self) -> None:
-        """Raise UserError if a rank does not see what rank 0 writes to the output."""
-        if self.ranks.size == 1:
-            return
-        token = secrets.randbits(62) if self.ranks.is_first else 0
-        self.ranks.run_on_first(lambda: self.storage.write_json({"token": token}, *_SHARED_PROBE))
-        token = self.ranks.start_max(token)()
-        seen = self.storage.read_json(*_SHARED_PROBE)
-        if self.ranks.start_max(seen != {"token": token})():
-            raise UserError(
-                f"not every rank sees what another writes to {self.job.output}. "
-                "Set `output` to a folder that all nodes share or to an object store."
-            )
-        self.ranks.run_on_first(lambda: self.storage.fs.rm_file(self.storage.path(*_SHARED_PROBE)))
 
     def _resume(self) -> None:
         """Load the last checkpoint, if any. Raises UserError if it does not fit the config or the model."""
@@ -239,12 +226,12 @@ class _Loop:
         time_left = TimeLeft(self.progress.step, self.steps)
         while self.progress.step < self.steps:
             signum = self._step(model, prefetcher, rank_batch, time_left)
-            last = self.progress.step == self.steps
-            if signum or last or self._evaluation_due() or self.progress.step % self.training.checkpoints.every == 0:
+            step, every = self.progress.step, self.training.checkpoints.every
+            if signum or step == self.steps or self.evaluations.due(step) or step % every == 0:
                 self._save(last=bool(signum))
             if signum:
                 raise Stopped(signum)
-            self._evaluate()
+            self.evaluations.evaluate(self.progress.step)
 
     def _fetch(self, prefetcher: Prefetcher) -> None:
         try:
@@ -305,93 +292,3 @@ class _Loop:
         }
         self.log.add(row)
         self.screen.draw(format_row(row, self.steps, time_left.seconds(step)), step, self.steps)
-
-    # -- evaluation and results
-
-    def _evaluation_due(self) -> bool:
-        step, every = self.progress.step, self.job.evaluate_every
-        if step == 0:
-            return self.job.evaluate_start
-        return step == self.steps or (every is not None and step % every == 0)
-
-    def _evaluate(self) -> None:
-        """Evaluate the state of rank 0, on all ranks if the task can share it out; rank 0 logs the metrics."""
-        if not self._evaluation_due():
-            return
-        logged = self.log is not None and self._logged_metrics(self.progress.step) is not None
-        if self.ranks.start_max(logged)():
-            return
-        combine = getattr(self.task, "combine_evaluations", None)
-        if combine is None or self.ranks.size == 1:
-            parts = [self.ranks.run_on_first(lambda: self._measure(self.state.final_model)) or {}]
-        else:
-            with self.ranks.with_tensors_of_first(self.state.model, self.state.final_model) as model:
-                parts = self.ranks.run_on_all(lambda: self._measure(model))
-        metrics = parts[0] if combine is None else combine(parts)
-        self.ranks.run_on_first(lambda: self._record_evaluation(metrics))
-
-    def _measure(self, model: torch.nn.Module) -> dict[str, float]:
-        self.state.model.eval()
-        with self.stop.interruptible(), determinism.inference():
-            metrics = dict(self.task.evaluate(model))
-        self.state.model.train()
-        return metrics
-
-    def _record_evaluation(self, metrics: dict[str, float]) -> None:
-        assert self.log is not None
-        step = self.progress.step
-        if metrics:
-            chosen = self.job.best or next(iter(metrics))
-            if chosen not in metrics:
-                raise UserError(f"evaluate.best: there is no metric {chosen}; there are {', '.join(metrics)}.")
-            if (step or self.job.export_best) and math.isfinite(metrics[chosen]):  # else step 0 has no checkpoint
-                self.checkpoints.update_best(step, chosen, metrics[chosen])
-            self.screen.log(f"step {step:,}: " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
-        self.log.add({"step": step, "metrics": metrics})
-        self.log.publish()
-        if self.on_evaluation is not None:
-            self.on_evaluation(step, metrics)
-
-    def _logged_metrics(self, step: int) -> dict[str, float | None] | None:
-        """Metrics of a step in the log, or None if it was not evaluated."""
-        assert self.log is not None
-        found = [row["metrics"] for row in self.log.rows if row["step"] == step and "metrics" in row]
-        return found[-1] if found else None
-
-    def _exported_step(self) -> int:
-        """The step whose weights are exported. Raises UserError if the best one is wanted and not known."""
-        if not self.job.export_best:
-            return self.steps
-        best = self.checkpoints.best()
-        if best is None or best.metric != (self.job.best or best.metric) or best.step not in self.checkpoints.steps():
-            raise UserError(
-                f"evaluate.export: best, but {self.job.output} has no checkpoint of a step that is known to be the "
-                f"best by {self.job.best or 'a finite metric'}. Set it to last."
-            )
-        return best.step
-
-    def _finish(self) -> None:
-        """Export the weights, then write results.json, which marks the training as finished."""
-        assert self.log is not None
-        exported = self._exported_step()
-        if exported != self.steps:
-            self.state.load(self.checkpoints.load(exported)[1])
-        with self.stop.interruptible(), self.storage.temporary_folder() as folder:
-            self.task.export(self.state.final_model, folder)
-            self.storage.put_folder(folder, self.job.export)
-        losses = [row["loss"] for row in self.log.rows if "loss" in row]
-        results = Results(
-            output=redact(self.job.output),
-            export=self.job.export,
-            steps=self.steps,
-            samples=self.steps * self.training.batch,
-            seconds=self.progress.seconds,
-            parameters=sum(p.numel() for p in self.state.model.parameters()),
-            loss=losses[-1] if losses else None,
-            metrics=self._logged_metrics(exported) or {},
-            best=self.checkpoints.best(),
-            skipped=self.progress.skipped,
-            exported=exported,
-        )
-        self.log.publish(last=True)
-        results.write(self.storage)

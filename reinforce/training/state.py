@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from reinforce.errors import UserError
-from reinforce.training.checkpoint import Progress
 from reinforce.training.config import HIGHEST_LOGIT_SCALE
+from reinforce.training.saving.checkpoint import Progress
 
 if TYPE_CHECKING:
     from timm.utils import ModelEmaV3

@@ -15,10 +15,10 @@ from reinforce.errors import UserError
 from reinforce.storage import Storage
 from reinforce.student.config import StudentConfig
 from reinforce.student.train import make_job
-from reinforce.training.checkpoint import Checkpoints
 from reinforce.training.config import describe_changes
 from reinforce.training.record.log import LOG
 from reinforce.training.record.results import read_results
+from reinforce.training.saving.checkpoint import Checkpoints
 
 _TRIAL, _STOPPED = "trial.json", "stopped.json"
 

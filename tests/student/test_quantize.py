@@ -21,9 +21,9 @@ from reinforce.student.config import StudentConfig
 from reinforce.student.model import Student, build_student
 from reinforce.student.quantize import can_quantize, quantize, round_inputs, round_weights
 from reinforce.student.train import build, make_job
-from reinforce.training.checkpoint import Checkpoints
 from reinforce.training.distributed.ranks import Ranks
 from reinforce.training.loop import fit
+from reinforce.training.saving.checkpoint import Checkpoints
 from reinforce.training.stop import Stopped, StopSignal
 from teachers.device.accelerator import Accelerator
 from tests.helpers.data import config_of, members_of, write_tar

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from reinforce.dataset.files.store import Store
 from reinforce.errors import UserError
-from reinforce.training.checkpoint import BestCheckpoint, Checkpoints, Progress
+from reinforce.training.saving.checkpoint import BestCheckpoint, Checkpoints, Progress
 
 
 def checkpoints(folder: Path, keep: int = 2) -> Checkpoints:
@@ -107,7 +107,7 @@ def sizes(folder: Path) -> Iterator[int]:
 def test_a_process_killed_while_writing_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
     script = (
         "import sys, torch; from reinforce.dataset.files.store import Store\n"
-        "from reinforce.training.checkpoint import *\n"
+        "from reinforce.training.saving.checkpoint import *\n"
         "made = Checkpoints(Store(sys.argv[1]), 2)\n"
         "made.save(Progress(1, {}), {'model/w': torch.ones(4)})\n"
         "print('first', flush=True)\n"

@@ -15,7 +15,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import reinforce.training.record.progress
 from reinforce.storage import Storage
-from reinforce.training.checkpoint import BestCheckpoint
 from reinforce.training.distributed.ranks import Ranks
 from reinforce.training.loop import fit
 from reinforce.training.record import curves
@@ -23,6 +22,7 @@ from reinforce.training.record.curves import draw_curves
 from reinforce.training.record.log import Log
 from reinforce.training.record.progress import Throughput, TimeLeft, format_row
 from reinforce.training.record.results import Results, read_results
+from reinforce.training.saving.checkpoint import BestCheckpoint
 from reinforce.training.stop import StopSignal
 from teachers.device.accelerator import Accelerator
 from tests.helpers.trainings import PairFeed, TowersTask, job

@@ -22,11 +22,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from reinforce.errors import UserError
 from reinforce.storage import Storage
-from reinforce.training.checkpoint import BestCheckpoint, Checkpoints, Progress
 from reinforce.training.distributed.ranks import Ranks
 from reinforce.training.job import Job
 from reinforce.training.loop import fit
 from reinforce.training.record.results import Results, read_results
+from reinforce.training.saving.checkpoint import BestCheckpoint, Checkpoints, Progress
 from reinforce.training.stop import Stopped, StopSignal
 from reinforce.training.task import Batch
 from teachers.device.accelerator import Accelerator

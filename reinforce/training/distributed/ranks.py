@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,6 +15,7 @@ import torch.distributed as dist
 
 from reinforce.errors import UserError
 from reinforce.processes.cores import available_cores, cores_per_process, default_gpus, describe_share
+from reinforce.storage import Storage
 from reinforce.terminal import plural
 from reinforce.training.config import Compute
 from reinforce.training.distributed.rank_watch import TIMEOUT, RankWatch
@@ -24,6 +26,7 @@ from teachers.device.determinism import strict_flags
 T = TypeVar("T")
 #: Timeout of the control group: rank 0 may evaluate and write for longer than any collective of a step takes.
 _CONTROL_TIMEOUT = timedelta(hours=12)
+_SHARED_PROBE = (".tmp", "shared-output.json")
 #: What rank 0 broadcasts about its work; a positive number is the signal that stopped it.
 _SUCCESS, _ERROR, _USER_ERROR = 0, -1, -2
 
@@ -270,6 +273,22 @@ def synchronize_batch_norms(model: torch.nn.Module, ranks: Ranks) -> None:
     from timm.layers import convert_sync_batchnorm  # torch's own drops the activation of timm's layers
 
     convert_sync_batchnorm(model)
+
+
+def check_output_is_shared(storage: Storage, ranks: Ranks) -> None:
+    """Raise UserError if a rank does not see what rank 0 writes to the output."""
+    if ranks.size == 1:
+        return
+    token = secrets.randbits(62) if ranks.is_first else 0
+    ranks.run_on_first(lambda: storage.write_json({"token": token}, *_SHARED_PROBE))
+    token = ranks.start_max(token)()
+    seen = storage.read_json(*_SHARED_PROBE)
+    if ranks.start_max(seen != {"token": token})():
+        raise UserError(
+            f"not every rank sees what another writes to {storage.url}. "
+            "Set `output` to a folder that all nodes share or to an object store."
+        )
+    ranks.run_on_first(lambda: storage.fs.rm_file(storage.path(*_SHARED_PROBE)))
 
 
 def wrap_ddp(model: torch.nn.Module, ranks: Ranks) -> Any:

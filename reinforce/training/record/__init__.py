@@ -1,1 +1,1 @@
-"""What a training records: logs, curves, trackers, progress, results."""
+"""What a training records: logs, curves, trackers, progress, evaluations, results."""

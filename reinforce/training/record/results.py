@@ -8,8 +8,8 @@ from typing import Any
 
 from reinforce.storage import Storage
 from reinforce.terminal import format_duration, plural
-from reinforce.training.checkpoint import FOLDER, BestCheckpoint
 from reinforce.training.record.log import CURVES, EVENTS, LOG, written
+from reinforce.training.saving.checkpoint import FOLDER, BestCheckpoint
 
 RESULTS = "results.json"
 

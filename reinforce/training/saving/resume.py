@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from reinforce.errors import UserError
-from reinforce.training.checkpoint import Progress
 from reinforce.training.config import describe_changes
+from reinforce.training.saving.checkpoint import Progress
 
 
 def check_resumable(before: Progress, now: Progress, steps: int, output: str) -> None:

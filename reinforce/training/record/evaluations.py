@@ -1,0 +1,134 @@
+"""Evaluations during a training, and what it leaves at its end: exported weights and results."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+
+from reinforce.errors import UserError
+from reinforce.storage import Storage
+from reinforce.terminal import Screen
+from reinforce.training.distributed.ranks import Ranks
+from reinforce.training.job import Job
+from reinforce.training.record.log import Log
+from reinforce.training.record.results import Results
+from reinforce.training.saving.checkpoint import Checkpoints, Progress
+from reinforce.training.state import State
+from reinforce.training.stop import StopSignal
+from reinforce.training.task import Task
+from teachers.device import determinism
+from teachers.redact import redact
+
+#: Called on rank 0 with the step and the metrics of each new evaluation.
+OnEvaluation = Callable[[int, Mapping[str, float]], None]
+
+
+class Evaluations:
+    """The evaluations of a training of ``steps`` steps, of the state of rank 0. ``log`` is None on other ranks."""
+
+    def __init__(
+        self,
+        task: Task,
+        job: Job,
+        ranks: Ranks,
+        state: State,
+        steps: int,
+        stop: StopSignal,
+        screen: Screen,
+        on_evaluation: OnEvaluation | None,
+    ) -> None:
+        self.task, self.job, self.ranks, self.state = task, job, ranks, state
+        self.steps, self.stop, self.screen, self.on_evaluation = steps, stop, screen, on_evaluation
+        self.storage = Storage(job.output)
+        self.checkpoints = Checkpoints(self.storage, job.training.checkpoints.keep)
+        self.log: Log | None = None
+
+    def due(self, step: int) -> bool:
+        """Whether the state after ``step`` steps is to be evaluated."""
+        every = self.job.evaluate_every
+        if step == 0:
+            return self.job.evaluate_start
+        return step == self.steps or (every is not None and step % every == 0)
+
+    def evaluate(self, step: int) -> None:
+        """Evaluate if it is due and not done, on all ranks if the task can share it out; rank 0 logs the metrics."""
+        if not self.due(step):
+            return
+        logged = self.log is not None and self._logged_metrics(step) is not None
+        if self.ranks.start_max(logged)():
+            return
+        combine = getattr(self.task, "combine_evaluations", None)
+        if combine is None or self.ranks.size == 1:
+            parts = [self.ranks.run_on_first(lambda: self._measure(self.state.final_model)) or {}]
+        else:
+            with self.ranks.with_tensors_of_first(self.state.model, self.state.final_model) as model:
+                parts = self.ranks.run_on_all(lambda: self._measure(model))
+        metrics = parts[0] if combine is None else combine(parts)
+        self.ranks.run_on_first(lambda: self._record(step, metrics))
+
+    def _measure(self, model: torch.nn.Module) -> dict[str, float]:
+        self.state.model.eval()
+        with self.stop.interruptible(), determinism.inference():
+            metrics = dict(self.task.evaluate(model))
+        self.state.model.train()
+        return metrics
+
+    def _record(self, step: int, metrics: Mapping[str, float]) -> None:
+        assert self.log is not None
+        if metrics:
+            chosen = self.job.best or next(iter(metrics))
+            if chosen not in metrics:
+                raise UserError(f"evaluate.best: there is no metric {chosen}; there are {', '.join(metrics)}.")
+            if (step or self.job.export_best) and math.isfinite(metrics[chosen]):  # else step 0 has no checkpoint
+                self.checkpoints.update_best(step, chosen, metrics[chosen])
+            self.screen.log(f"step {step:,}: " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+        self.log.add({"step": step, "metrics": metrics})
+        self.log.publish()
+        if self.on_evaluation is not None:
+            self.on_evaluation(step, metrics)
+
+    def _logged_metrics(self, step: int) -> dict[str, float | None] | None:
+        """Metrics of a step in the log, or None if it was not evaluated."""
+        assert self.log is not None
+        found = [row["metrics"] for row in self.log.rows if row["step"] == step and "metrics" in row]
+        return found[-1] if found else None
+
+    def exported_step(self) -> int:
+        """The step whose weights are exported. Raises UserError if the best one is wanted and not known."""
+        if not self.job.export_best:
+            return self.steps
+        best = self.checkpoints.best()
+        if best is None or best.metric != (self.job.best or best.metric) or best.step not in self.checkpoints.steps():
+            raise UserError(
+                f"evaluate.export: best, but {self.job.output} has no checkpoint of a step that is known to be the "
+                f"best by {self.job.best or 'a finite metric'}. Set it to last."
+            )
+        return best.step
+
+    def finish(self, progress: Progress) -> None:
+        """Export the weights, then write results.json, which marks the training as finished."""
+        assert self.log is not None
+        exported = self.exported_step()
+        if exported != self.steps:
+            self.state.load(self.checkpoints.load(exported)[1])
+        with self.stop.interruptible(), self.storage.temporary_folder() as folder:
+            self.task.export(self.state.final_model, folder)
+            self.storage.put_folder(folder, self.job.export)
+        losses = [row["loss"] for row in self.log.rows if "loss" in row]
+        results = Results(
+            output=redact(self.job.output),
+            export=self.job.export,
+            steps=self.steps,
+            samples=self.steps * self.job.training.batch,
+            seconds=progress.seconds,
+            parameters=sum(p.numel() for p in self.state.model.parameters()),
+            loss=losses[-1] if losses else None,
+            metrics=self._logged_metrics(exported) or {},
+            best=self.checkpoints.best(),
+            skipped=progress.skipped,
+            exported=exported,
+        )
+        self.log.publish(last=True)
+        results.write(self.storage)
