@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from reinforce import settings
 from reinforce.config import Format, Limits
 from reinforce.config_schema import LayerName, OneOrMore
-from reinforce.evaluation.config import RECALLS
+from reinforce.evaluation.config import RECALLS, CaptionField
 from reinforce.settings import Section
 from reinforce.training.config import Trackers, Training
 from teachers.spec import CaptionerSpec
@@ -50,12 +50,12 @@ class Data(Section):
         None,
         description="folders or URLs of the tars from which images that a dataset stores by reference may be read",
     )
-    captions: list[str] = Field(
+    captions: list[CaptionField] = Field(
         default=["json:captions", "txt", "json:caption"],
         min_length=1,
         description="where to find an image's captions, first hit wins: a member's extension, lines:EXTENSION for one "
-        "caption per line, or json:FIELD (text or a list of texts); `txt` of a reinforced dataset is its caption; of "
-        "tables: COLUMN, or json:COLUMN for all texts of a list",
+        "caption per line, json:FIELD (text or a list of texts), or jmespath:EXPRESSION over the JSON; `txt` of a "
+        "reinforced dataset is its caption; of tables: COLUMN, or json:COLUMN for all texts of a list",
     )
     use: Literal["one", "all"] = Field(
         "one", description="per epoch, `one` randomly drawn caption of each image, or `all` of them"

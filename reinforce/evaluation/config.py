@@ -11,6 +11,7 @@ from pydantic import AfterValidator, Field, model_validator
 from reinforce.config import Format, Limits
 from reinforce.config_schema import LayerName, OneOrMore, keys_match
 from reinforce.errors import UserError
+from reinforce.evaluation.fields import check_caption_field
 from reinforce.evaluation.registry import SuiteSet, select_sets
 from reinforce.settings import Section
 
@@ -30,6 +31,7 @@ def _check_set_name(name: str) -> str:
 
 
 SetName = Annotated[str, AfterValidator(_check_set_name)]
+CaptionField = Annotated[str, AfterValidator(check_caption_field)]
 _SET_NAMES = keys_match(f"^{_NAME.pattern}$")
 
 
@@ -93,12 +95,12 @@ class RetrievalSet(Table):
         description="what `source` of a run may be: tars, Parquet, jsonl or csv files, a folder of images, or a "
         "reinforced dataset",
     )
-    captions: list[str] = Field(
+    captions: list[CaptionField] = Field(
         default=["txt", "json:caption"],
         min_length=1,
         description="where to find an image's captions, first hit wins: a member's extension, lines:EXTENSION for one "
-        "caption per line, or json:FIELD (text or a list of texts); `txt` of a reinforced dataset is its caption; of "
-        "tables: COLUMN, or json:COLUMN for all texts of a list",
+        "caption per line, json:FIELD (text or a list of texts), or jmespath:EXPRESSION over the JSON; `txt` of a "
+        "reinforced dataset is its caption; of tables: COLUMN, or json:COLUMN for all texts of a list",
     )
     limit: int | None = Field(None, ge=1, description="images to use, the first ones")
 

@@ -16,7 +16,7 @@ from reinforce.dataset.files.store import MANIFEST
 from reinforce.dataset.reading.dataset import Dataset
 from reinforce.errors import UserError
 from reinforce.evaluation.config import Table
-from reinforce.evaluation.fields import LINES, is_json_field
+from reinforce.evaluation.fields import LINES, is_in_json
 from reinforce.source import reading
 from reinforce.source.file_types import is_image_name
 from reinforce.source.formats.base import Shard
@@ -158,7 +158,7 @@ def input_of(
     table: Table,
 ) -> Input:
     """How samples are read whose labels or captions are at ``fields``, in the forms of ``fields.read_captions``."""
-    captions = [field for field in fields if not is_json_field(field)]
+    captions = [field for field in fields if not is_in_json(field)]
     captions = [field.removeprefix(LINES) for field in captions]
     allowed = [*images_from] if images_from else None
     found = Input(captions=captions, images_from=allowed, limits=limits)

@@ -29,7 +29,7 @@ _BY_EXTENSION = {
     "parquet": ("a Parquet file", _TABLE),
     **dict.fromkeys(("arrow", "feather"), ("an Arrow file", _ARROW)),
     **dict.fromkeys(("csv", "tsv"), ("a CSV file", _TABLE)),
-    **dict.fromkeys(("json", "jsonl", "ndjson"), ("a JSON file", _JSON)),
+    **dict.fromkeys(("json", "jsonl", "ndjson", "jsonlines"), ("a JSON file", _JSON)),
     **dict.fromkeys(("tfrecord", "tfrecords", "h5", "hdf5", "mdb", "npy", "npz"), ("another format", _PACK)),
     **dict.fromkeys(("zip", "7z", "rar"), ("an archive of another format", _UNPACK)),
     **dict.fromkeys(IMAGE_EXTENSIONS, ("an image", _IMAGES)),

@@ -26,12 +26,17 @@ from tests.helpers.reinforced import reinforce_here
 from tests.helpers.tiny_coca import coca_model
 
 CONFIGS = sorted(Path(__file__).parents[2].glob("configs/finetune-*.yaml"))
+PUBLISHED = [path for path in CONFIGS if path.stem != "finetune-demo"]
+PUBLISHED += sorted(Path(__file__).parents[2].glob("configs/recipes/coca-*.yaml"))
 
 
-@pytest.mark.parametrize("name", ["coco38k", "docci"])
-def test_published_recipes_have_the_published_values_and_two_overrides_give_open_clips(name: str) -> None:
-    path = next(path for path in CONFIGS if path.stem == f"finetune-{name}")
-    train = load_captioner_config(path).train
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_published_recipes_have_the_published_values_and_two_overrides_give_open_clips(path: Path) -> None:
+    config = load_captioner_config(path)
+    train = config.train
+    assert (config.loss.contrastive, config.loss.caption) == (1, 2)
+    assert train.steps is not None
+    assert train.steps * train.batch == 12_000_000
     optimizer = train.optimizer
     assert (optimizer.lr, optimizer.weight_decay, optimizer.warmup, train.batch) == (1e-5, 0.1, 1000, 128)
     loss = load_captioner_config(path, ["loss.contrastive=0", "loss.caption=1"]).loss

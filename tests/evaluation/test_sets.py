@@ -318,9 +318,13 @@ def test_label_is_an_index_or_a_name(sidecars: dict[str, bytes], field: str, lab
         (["json:text"], ("three",)),
         (["json:number", "absent", "lines:absent", "json:text"], ("three",)),
         (["json:number"], ()),
+        (["jmespath:regions[?size > `1`].phrase"], ("four", "five")),
+        (["jmespath:join(', ', [text, regions[0].phrase][?@])"], ("three, four",)),
+        (["jmespath:join(', ', number)", "jmespath:nothing.there", "jmespath:number", "json:text"], ("three",)),
     ],
 )
 def test_captions_come_from_the_first_field_that_has_any(fields: list[str], captions: tuple[str, ...]) -> None:
-    document = {"texts": ["one", " two\n", "one", "", 3], "text": "three", "number": 4}
+    regions = [{"phrase": "four", "size": 2}, {"phrase": "six", "size": 1}, {"phrase": "five", "size": 3}]
+    document = {"texts": ["one", " two\n", "one", "", 3], "text": "three", "number": 4, "regions": regions}
     sidecars = {"txt": b"a dog\na cat\n\na dog\n", "json": json.dumps(document).encode()}
     assert read_captions(sidecars, fields, Limits()) == captions

@@ -15,7 +15,9 @@ class Jsonl(LinesFormat):
     name = "jsonl"
     noun = "jsonl file"
     line = "a JSON object"
-    endings = tuple(f".{name}{end}" for name in ("jsonl", "ndjson") for end in ("", *(f".{e}" for e in COMPRESSIONS)))
+    endings = tuple(
+        f".{name}{end}" for name in ("jsonl", "ndjson", "jsonlines") for end in ("", *(f".{e}" for e in COMPRESSIONS))
+    )
     other_endings = (".json", *(f".json.{end}" for end in COMPRESSIONS))  # such as Dataset.to_json writes
     whole_bytes = 2**31
 

@@ -37,6 +37,7 @@ LINES = b"\n".join(map(raygen, range(3))) + b"\n"
     ("name", "pack"),
     [
         ("x.jsonl", bytes),
+        ("x.jsonlines", bytes),
         ("x.jsonl.gz", gzip.compress),
         ("x.ndjson.zst", lambda data: pa.compress(data, "zstd", asbytes=True)),
     ],

@@ -1,0 +1,240 @@
+"""Configs of the sets that the published captioners were fine-tuned on, and the layouts in which these are published.
+
+Each set is a stand-in of a few pictures, in the layout and with the fields of its publisher.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from reinforce.captioning.config import load_captioner_config
+from reinforce.captioning.images import read_images
+from reinforce.captioning.pairs import load_pairs
+from reinforce.errors import UserError
+from tests.helpers.commands import printed_by
+from tests.helpers.data import picture, write_tar
+from tests.helpers.demo import ROOT
+from tests.helpers.pages import blocks
+from tests.helpers.tables import write_huggingface
+from tests.helpers.tiny_coca import coca_model
+
+COUNT = 24
+
+
+def write_files(folder: Path, names: list[str]) -> None:
+    folder.mkdir(parents=True)
+    for number, name in enumerate(names):
+        (folder / name).write_bytes(picture(number, 9, 9))
+
+
+def write_coco(root: Path) -> None:
+    """``captions_train2017.json``, of which every third picture has another licence, and ``train2017``."""
+    names = [f"{number:012d}.jpg" for number in range(COUNT * 3 // 2)]
+    write_files(root / "coco/train2017", names)
+    licences = [(4, 5, 3)[number % 3] for number in range(len(names))]
+    images = [
+        {"license": licence, "file_name": name, "coco_url": f"http://images.cocodataset.org/{name}", "id": number}
+        for number, (name, licence) in enumerate(zip(names, licences, strict=True))
+    ]
+    annotations = [
+        {"image_id": number, "id": 10 * number + n, "caption": f"caption {n} of {number}\n"}
+        for n in range(2)
+        for number in range(len(names))
+    ]
+    (root / "coco/annotations").mkdir()
+    document = {"info": {"year": 2017}, "licenses": [], "images": images, "annotations": annotations}
+    (root / "coco/annotations/captions_train2017.json").write_text(json.dumps(document))
+
+
+def write_docci(root: Path) -> None:
+    """``docci_descriptions.jsonlines`` of all splits, and ``images``."""
+    names = [f"{split}_{number:05d}" for split in ("train", "test", "qual_dev") for number in range(COUNT)]
+    write_files(root / "docci/images", [f"{name}.jpg" for name in names])
+    rows = [
+        {
+            "split": name.rpartition("_")[0],
+            "image_file": f"{name}.jpg",
+            "example_id": name,
+            "description": f"About {name}",
+        }
+        for name in names
+    ]
+    (root / "docci/docci_descriptions.jsonlines").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_dci(root: Path) -> None:
+    """A JSON file in ``complete`` for each picture in ``photos``, of another name, with its masks."""
+    folder = root / "densely_captioned_images"
+    write_files(folder / "photos", [f"sa_{number}.jpg" for number in range(COUNT)])
+    (folder / "complete").mkdir()
+    masks: dict[str, dict[str, str | int]] = {
+        "1": {
+            "idx": "1",
+            "outer_mask": "iVBORw0K",
+            "mask_quality": 0,
+            "label": "Tree",
+            "caption": "Green leaves.",
+        },
+        "2": {"idx": "2", "outer_mask": "iVBORw0K", "mask_quality": 1, "label": "Sky"},
+        "0": {"idx": "0", "outer_mask": "iVBORw0K", "mask_quality": 2},
+    }
+    for number in range(COUNT):
+        masks["1"]["outer_mask"] = "iVBORw0K" * (140_000 if number == 0 else 1)  # more than a limit's default
+        entry = {"image": f"sa_{number}.jpg", "short_caption": f"A pump {number}.", "mask_data": masks}
+        extra = {"extra_caption": "" if number == 1 else f"It is old.\nVery {number}.", "mask_keys": ["1", "2", "0"]}
+        summaries = {"summaries": {"base": ["short"]}, "negatives": {"base": {"swaps": ["no pump"]}}}
+        (folder / f"complete/{1000 - number}.json").write_text(json.dumps({**entry, **extra, **summaries}))
+
+
+def described(*texts: tuple[str, str]) -> list[dict[str, str]]:
+    return [{"text": text, "label": label} for text, label in texts]
+
+
+def write_gbc(root: Path, name: str) -> None:
+    """Tars as img2dataset writes them with ``--save_additional_columns '["vertices"]'``."""
+    members = []
+    for number in range(COUNT):
+        vertices = [
+            {
+                "vertex_id": "",
+                "label": "image",
+                "descs": described((f"Long {number}", "detail"), (f"Short {number}", "short")),
+            },
+            {"vertex_id": "horse", "label": "entity", "descs": described(("A brown horse", "detail"))},
+            {"vertex_id": "trees", "label": "composition", "descs": described(("Both are bare", "short"))},
+            {"vertex_id": "[horse|snow]", "label": "relation", "descs": described((f"In snow {number}", "relation"))},
+        ]
+        row = {
+            "vertices": vertices,
+            "url": "http://x/y.jpg",
+            "key": f"{number:05d}",
+            "status": "success",
+            "error_message": None,
+        }
+        members += [
+            (f"{number:05d}.jpg", picture(number, 9, 9)),
+            (f"{number:05d}.json", json.dumps(row, indent=4).encode()),
+        ]
+    write_tar(root / name / "00000.tar", members)
+
+
+def write_recap(root: Path) -> None:
+    """``new_data.parquet`` with an image feature."""
+    columns = {
+        "image_id": [str(number) for number in range(COUNT)],
+        "caption": ["of COCO"] * COUNT,
+        "recaption": [f"Recaption {number}" for number in range(COUNT)],
+        "coco_url": ["http://images.cocodataset.org/val2014/x.jpg"] * COUNT,
+    }
+    (root / "recap").mkdir()
+    write_huggingface(root / "recap/new_data.parquet", [picture(number, 9, 9) for number in range(COUNT)], columns)
+
+
+RECAP = "hf://datasets/UCSC-VLAA/Recap-COCO-30K"
+COMPLETE = " Tree: Green leaves. Sky"
+
+
+def extended(number: int) -> str:
+    return f"A pump {number}." + (f" It is old. Very {number}." if number != 1 else "")
+
+
+#: Each config: what writes its set, and the captions of a picture by its number.
+SETS: dict[str, tuple[Callable[[Path], None], Callable[[int], list[str]]]] = {
+    "finetune-coco38k": (write_coco, lambda number: [f"caption {n} of {number}" for n in range(2)]),
+    "finetune-docci": (write_docci, lambda number: [f"About train_{number:05d}"]),
+    "recipes/coca-dci-short": (write_dci, lambda number: [f"A pump {number}."]),
+    "recipes/coca-dci-extended": (write_dci, lambda number: [extended(number)]),
+    "recipes/coca-dci-complete": (write_dci, lambda number: [extended(number) + COMPLETE]),
+    "recipes/coca-recap-coco-30k": (write_recap, lambda number: [f"Recaption {number}"]),
+    "recipes/coca-gbc1m-short": (partial(write_gbc, name="gbc1m"), lambda number: [f"Short {number}"]),
+}
+
+
+def test_every_config_of_a_captioner_is_read_here() -> None:
+    found = [*ROOT.glob("configs/finetune-*.yaml"), *ROOT.glob("configs/recipes/coca-*.yaml")]
+    names = {str(path.relative_to(ROOT / "configs").with_suffix("")) for path in found}
+    assert names - {"finetune-demo"} == {*SETS}
+
+
+def overrides(name: str, root: Path, **changes: str) -> list[str]:
+    """What is set in a config: folders for its buckets, and some steps of a tiny captioner on a CPU."""
+    config = load_captioner_config(ROOT / f"configs/{name}.yaml")
+
+    def local(url: str | list[str]) -> str:
+        assert isinstance(url, str)
+        return url.replace("s3://YOUR-BUCKET", str(root)).replace(RECAP, str(root / "recap"))
+
+    values = {"output": f"{root}/out", "data.source": local(config.data.source), "data.threads": "1", **changes}
+    if config.data.images_from:
+        values["data.images_from"] = local(*config.data.images_from)
+    if config.held_out.source:
+        values["held_out.source"] = local(config.held_out.source)
+    else:
+        values["held_out.share"] = "0.5"
+    return [f"{key}={value}" for key, value in (TINY | values).items()]
+
+
+#: A training of two steps.
+TINY = {
+    "train.batch": "4",
+    "train.steps": "2",
+    "train.optimizer.warmup": "0",
+    "train.compute": "{}",
+    "evaluate.captioned": "0",
+    "evaluate.best": "token_accuracy",
+}
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("REINFORCE_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_the_published_layout_gives_the_captions_of_each_picture(
+    name: str, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, captions_of = SETS[name]
+    write(root)
+    if name.startswith("finetune-"):
+        convert(name, root, monkeypatch)
+    config = load_captioner_config(ROOT / f"configs/{name}.yaml", overrides(name, root))
+    pairs = load_pairs(config)
+    read = pairs.training() if config.held_out.source else pairs
+    numbers = {picture(number, 9, 9): number for number in range(2 * COUNT)}
+    found = [numbers[image] for image in read_images([read.location(index) for index in range(len(read))])]
+    assert [read.captions(index) for index in range(len(read))] == [captions_of(number) for number in found]
+    assert len({*found}) == len(found) == COUNT
+
+
+def convert(name: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run what docs/captions.md shows for a set."""
+    [block] = [
+        block for block in blocks("docs/captions.md", "python") if name.removeprefix("finetune-")[:4] in block.text
+    ]
+    monkeypatch.chdir(root)
+    exec(compile(block.text, "docs/captions.md", "exec"), {})
+
+
+def test_a_captioner_is_fine_tuned_by_the_command_on_nested_captions(
+    root: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_dci(root)
+    name = "recipes/coca-dci-complete"
+    model = coca_model(root / "model")
+    changes = overrides(name, root, **{"captioner.model": model, "captioner.pretrained": "null"})
+    words = [word for change in changes for word in ("--set", change)]
+    printed = printed_by(capfd, "finetune-captioner", str(ROOT / f"configs/{name}.yaml"), *words)
+    assert f"weights: {root}/out/captioner" in printed
+
+
+def test_an_expression_that_is_none_is_refused(root: Path) -> None:
+    name = "recipes/coca-gbc1m-short"
+    with pytest.raises(UserError, match=r"data\.captions\.0: 'jmespath:vertices\[\?' is no expression of JMESPath"):
+        load_captioner_config(ROOT / f"configs/{name}.yaml", ["data.captions=['jmespath:vertices[?']"])
