@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.pipeline.figures import Figure
-from reinforce.engine.inference.flops import peak_flops
 from teachers.device.accelerator import Accelerator, Precision
+from teachers.device.flops import peak_flops
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.gpu.bench import Bench
 from benchmarks.pipeline.figures import Figure, alternate, medians
-from reinforce.engine.inference.flops import peak_flops
+from teachers.device.flops import peak_flops
 
 CARD = "card"
 #: GB/s of the memory, as NVIDIA's data sheets state them, by words of torch's name; the first that matches is used.

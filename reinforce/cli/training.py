@@ -28,6 +28,9 @@ def train(
     config: Annotated[Path, config_argument("student-demo.yaml")],
     set_: Overrides = None,
     address: Address = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Trace three steps into the output; as --set train.profile=3.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a student from reinforced datasets, or resume from the last checkpoint in its output folder.
@@ -37,7 +40,7 @@ def train(
     from reinforce.student.config import load_student_config
 
     with only_json(as_json) as print_json:
-        checked = load_student_config(config, set_)
+        checked = load_student_config(config, [*(set_ or ()), "train.profile=3"] if profile else set_)
         checked.train.check_warmup(checked.train.steps)
         with no_garbage_collection():  # takes seconds, so the config is checked before
             from reinforce.student.train import train as train_student

@@ -28,11 +28,15 @@ class Prefetcher:
             self._ready = _to_device(batch, self._accelerator)
 
     def take(self) -> Batch:
-        """Return the batch that was fetched last."""
-        assert self._ready is not None
-        batch, self._ready = self._ready, None
-        self._accelerator.wait_for_copies(_tensors(batch))
+        """Return the batch that was fetched last, once."""
+        batch, self._ready = self.peek(), None
         return batch
+
+    def peek(self) -> Batch:
+        """Return the batch that was fetched last and keep it."""
+        assert self._ready is not None
+        self._accelerator.wait_for_copies(_tensors(self._ready))
+        return self._ready
 
 
 def slice_batch(batch: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:

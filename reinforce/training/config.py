@@ -16,7 +16,7 @@ HIGHEST_LOGIT_SCALE = 100.0
 
 
 class Optimizer(Section):
-    """AdamW with linear warm-up and cosine decay to ``final_lr``; the defaults are those of MobileCLIP2's paper."""
+    """AdamW with linear warm-up and decay to ``final_lr``; the defaults are those of MobileCLIP2's paper."""
 
     lr: float = Field(1e-3, gt=0, description="peak learning rate")
     final_lr: float = Field(1e-6, ge=0, description="learning rate of the last step")
@@ -29,6 +29,15 @@ class Optimizer(Section):
         ge=1,
         description="steps at the peak learning rate before it decays; as many as the training has: a constant rate",
     )
+    cooldown: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="share of the steps, the last ones, in which the learning rate decays; it is constant before",
+    )
+    decay: Literal["cosine", "linear"] | None = Field(
+        None, description="how the learning rate decays to `final_lr`; default: as a cosine"
+    )
     betas: tuple[float, float] = Field(
         (0.9, 0.95), strict=False, description="decay of AdamW's averages of gradients and their squares"
     )
@@ -40,6 +49,12 @@ class Optimizer(Section):
         "modules list in `no_weight_decay()`, such as positional embeddings",
     )
     clip: float | None = Field(1.0, gt=0, description="largest gradient norm; null: no clipping")
+
+    @model_validator(mode="after")
+    def _one_start_of_decay(self) -> Optimizer:
+        if self.hold is not None and self.cooldown is not None:
+            raise ValueError("`hold` and `cooldown` both state when the learning rate decays; remove one of them")
+        return self
 
 
 class Compute(Section):
@@ -59,11 +74,11 @@ class Compute(Section):
         "fp32",
         description="precision of the forward pass (autocast); auto: bf16 on accelerators that have it, else fp32",
     )
-    accumulate: int = Field(
-        1,
-        ge=1,
+    accumulate: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto",
         description="parts into which a rank's batch is split (gradient accumulation); the loss still contrasts the "
-        "whole batch",
+        "whole batch; auto: on accelerators as few as fit in memory, found at the start, which a resumed training "
+        "keeps; on CPUs one",
     )
     sync_batch_norm: bool = Field(
         False,
@@ -77,6 +92,11 @@ class Compute(Section):
         description="use the kernels of CUDA that give equal bytes again; false: the fastest ones, and a resumed "
         "training may differ from an uninterrupted one in rounding",
     )
+
+    @property
+    def stated_parts(self) -> int:
+        """The number of parts that the config states, 1 for ``auto``."""
+        return 1 if self.accumulate == "auto" else self.accumulate
 
 
 class Checkpoints(Section):
@@ -102,13 +122,16 @@ class Training(Section):
     )
     checkpoints: Checkpoints = Checkpoints()
     log_every: int = Field(50, ge=1, description="steps between rows of the log")
+    profile: int | None = Field(
+        None, ge=1, le=20, description="steps after the first ten that rank 0 traces, into `profile/`; default: none"
+    )
     retries: int = Field(3, ge=0, description="restarts of the ranks by Ray Train after a failure")
 
     @model_validator(mode="after")
     def _one_length(self) -> Training:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give either `steps` or `epochs`")
-        parts = self.compute.ranks * self.compute.accumulate
+        parts = self.compute.ranks * self.compute.stated_parts
         if self.batch % parts:
             raise ValueError(f"batch ({self.batch}) must be a multiple of compute.ranks x compute.accumulate ({parts})")
         if self.compute.ranks > 1 and self.compute.gpus not in (None, 0, 1):
@@ -125,6 +148,17 @@ class Training(Section):
                 f"train.optimizer.warmup ({self.optimizer.warmup:,}) must be below the training's {steps:,} steps. "
                 f"Lower it, for example with --set train.optimizer.warmup={steps // 10}, or train for longer."
             )
+        share = self.optimizer.cooldown
+        if steps is not None and share is not None and self.optimizer.warmup > cooldown_start(steps, share) + 1:
+            raise UserError(
+                f"train.optimizer.cooldown ({share:g}) begins within the warm-up of {self.optimizer.warmup:,} steps: "
+                "lower either, or train for longer."
+            )
+
+
+def cooldown_start(steps: int, share: float) -> int:
+    """The last step (from 0) of ``steps`` before a cool-down in a ``share`` of them; -1 if there is none."""
+    return steps - max(1, round(share * steps)) - 1
 
 
 class Wandb(Section):
@@ -168,7 +202,7 @@ class Trackers(Section):
 
 #: Keys of a `Training` that may change when it resumes: its length, where it runs, checkpoints and logs.
 MUTABLE_KEYS = (
-    *("steps", "epochs", "checkpoints", "log_every", "retries"),
+    *("steps", "epochs", "checkpoints", "log_every", "profile", "retries"),
     *(f"compute.{name}" for name in Compute.model_fields if name != "precision"),
 )
 

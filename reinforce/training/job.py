@@ -51,7 +51,7 @@ def total_steps(training: Training, samples: int, ranks: int) -> int:
 
     Raises UserError if the batch cannot be divided among the ranks or the warm-up is not shorter than the training.
     """
-    parts = ranks * training.compute.accumulate
+    parts = ranks * training.compute.stated_parts
     if training.batch % parts:
         raise UserError(
             f"train.batch ({training.batch}) must be a multiple of ranks x compute.accumulate ({parts}). Change either."

@@ -9,9 +9,10 @@ Each of the steps 0 .. ``steps`` - 1 takes a global batch of ``train.batch`` sam
 4. clip the gradient to norm ``optimizer.clip`` and update the weights, or skip the update if the norm is not finite;
    clamp logit scales to [1, 100]; update the moving average of the weights.
 
-Every ``checkpoints.every`` steps, before an evaluation, after a signal and at the end, rank 0 saves a checkpoint. A
-training that is started again resumes from the last checkpoint with the same batches, random numbers and weights, so
-its curve is the one of an uninterrupted training, bit for bit.
+Every ``checkpoints.every`` steps, before an evaluation, after a signal and at the end, rank 0 saves a checkpoint, while
+the training goes on (`reinforce.training.saving.writer`). A training that is started again resumes from the last
+checkpoint with the same batches, random numbers and weights, so its curve is the one of an uninterrupted training, bit
+for bit.
 """
 
 from __future__ import annotations
@@ -37,22 +38,29 @@ from reinforce.training.distributed.ranks import (
     synchronize_batch_norms,
     wrap_ddp,
 )
+from reinforce.training.division import fewest_parts, flops_of_sample
 from reinforce.training.job import Job, total_steps
 from reinforce.training.optimizer import learning_rate, make_adamw
 from reinforce.training.order import ORDER
 from reinforce.training.record.evaluations import Evaluations, OnEvaluation
 from reinforce.training.record.log import Log
 from reinforce.training.record.log import notes as log_notes
+from reinforce.training.record.profile import StepProfiler
 from reinforce.training.record.progress import Throughput, TimeLeft, format_row
 from reinforce.training.record.results import Results, read_results
 from reinforce.training.record.trackers import open_trackers
-from reinforce.training.saving.checkpoint import Progress
+from reinforce.training.saving.checkpoint import Checkpoints, Progress
 from reinforce.training.saving.resume import check_resumable, describe_differences
+from reinforce.training.saving.writer import CheckpointWriter
 from reinforce.training.state import State, check_skipped, make_average
 from reinforce.training.step import StepOutput, backpropagate
 from reinforce.training.stop import Stopped, StopSignal
-from reinforce.training.task import Build, Feed, Task
+from reinforce.training.task import Batch, Build, Feed, Task
 from teachers.device import determinism
+from teachers.device.memory import is_out_of_memory
+
+#: Above all signals: the last checkpoint could not be written.
+_NOT_SAVED = 1000
 
 
 def fit(
@@ -84,6 +92,11 @@ def fit(
                 f"CUDA has no deterministic kernel for {operation}, which this training uses. Set "
                 "train.compute.deterministic to false: a resumed training then differs from an uninterrupted one in "
                 "rounding."
+            ) from error
+        if is_out_of_memory(error):
+            raise UserError(
+                f"out of memory in a training: {str(error).splitlines()[0]} Set train.compute.accumulate to a number, "
+                "more parts than now, or train.compute.gradient_checkpointing to true."
             ) from error
         raise
 
@@ -127,10 +140,14 @@ class _Loop:
             synchronize_batch_norms(model, ranks)
         average = make_average(model, self.training.ema) if self.training.ema and ranks.is_first else None
         self.state = State(model, make_adamw(model, self.training.optimizer), average)
-        self.evaluations = Evaluations(task, job, ranks, self.state, self.steps, stop, screen, on_evaluation)
-        self.checkpoints = self.evaluations.checkpoints
+        self.checkpoints = Checkpoints(self.storage, self.training.checkpoints.keep)
+        self.writer = CheckpointWriter(self.checkpoints)
+        self.evaluations = Evaluations(
+            task, job, ranks, self.state, self.writer, self.steps, stop, screen, on_evaluation
+        )
         self.throughput = Throughput()
         self.log: Log | None = None  # only on rank 0
+        self.parts = self.training.compute.stated_parts
 
     def run(self) -> Results:
         check_output_is_shared(self.storage, self.ranks)
@@ -142,6 +159,7 @@ class _Loop:
         notes = [*self._set_up_reading(), *self.task.notes, *log_notes()]
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.storage.space_errors())
+            stack.enter_context(self.writer)
             if self.ranks.is_first:
                 trackers = open_trackers(self.job, self.storage)
                 self.log = stack.enter_context(Log(self.storage, self.progress.step, trackers))
@@ -164,23 +182,46 @@ class _Loop:
 
     def _set_up_reading(self) -> list[str]:
         """Share the rank's cores between arithmetic and reading; returns lines about both."""
-        ranks, parts = self.ranks.size, self.training.compute.accumulate
-        accelerated = self.accelerator.device.type != "cpu"
+        ranks, accelerated = self.ranks.size, self.accelerator.device.type != "cpu"
         cores = -self.ranks.start_max(-self.ranks.cpus)()  # all ranks read in the same way
         loaders, step = loader_processes(cores, accelerated), self.progress.step
         before, batch = self.progress, self.training.batch // ranks
         reading = self.feed.set_up(ranks, batch, step, loaders, before.streams, before.order)
-        division = f"{plural(ranks, 'rank')} x {plural(parts, 'part')}"
-        if self.training.compute.sync_batch_norm and ranks > 1:
-            division += " with shared batch statistics"
         now = replace(before, streams=reading.streams, samples=self.feed.samples, files=reading.files)
-        self.progress = replace(now, division=division)
+        # With `auto`, that of the checkpoint until the first step is tried.
+        self.progress = replace(now, division=before.division if self._finds_parts else self._division())
         threads = arithmetic_threads(self.ranks.cpus, reading.loaders, accelerated)
         if self.training.compute.cpus is None and threads < self.ranks.cpus:
             torch.set_num_threads(threads)
         line = self.ranks.describe(reading.text)
         notes = [line] if reading.note is None else [line, reading.note]
         return notes + describe_differences(before, self.progress)
+
+    @property
+    def _finds_parts(self) -> bool:
+        return self.training.compute.accumulate == "auto" and self.accelerator.device.type != "cpu"
+
+    def _division(self) -> str:
+        division = f"{plural(self.ranks.size, 'rank')} x {plural(self.parts, 'part')}"
+        shared = self.training.compute.sync_batch_norm and self.ranks.size > 1
+        return division + " with shared batch statistics" * shared
+
+    def _divide(self, batch: Batch, size: int) -> None:
+        """Find what a sample costs, and the parts of a rank's ``size`` samples if the config leaves that open."""
+        flops = flops_of_sample(self.task, self.state, batch, size, self.accelerator)
+        peak = self.accelerator.peak_flops()
+        self.throughput = Throughput(flops, None if peak is None else peak * self.ranks.size)
+        if not self._finds_parts:
+            return
+        self.ranks.at("finding how many samples fit in memory")
+        before = self.progress
+        self.parts = fewest_parts(self.task, self.state, batch, size, self.ranks, before.part)
+        self.progress = replace(before, part=size // self.parts, division=self._division())
+        if self.ranks.is_first:
+            of = f"{plural(self.parts, 'part')} of {size // self.parts:,}" if self.parts > 1 else "one part"
+            self.screen.log(f"accumulate: auto: a rank's {size:,} samples of a step fit in {of}")
+            for note in describe_differences(before, self.progress):
+                self.screen.log(note)
 
     # -- checkpoints
 
@@ -202,8 +243,10 @@ class _Loop:
 
     def _save(self, last: bool = False) -> None:
         def save() -> None:
-            self.checkpoints.save(self.progress, self.state.tensors())
+            self.writer.save(self.progress, self.state.tensors())
             assert self.log is not None
+            if last:
+                self.writer.wait()
             self.log.publish(last)
 
         self.ranks.run_on_first(save)
@@ -213,9 +256,6 @@ class _Loop:
     def _train(self) -> None:
         if self.progress.step == self.steps:
             return
-        if self.training.compute.compile:
-            self.state.model.compile()
-        model = wrap_ddp(self.state.model, self.ranks)
         rank_batch = self.training.batch // self.ranks.size
         batches = self.feed.batches(self.ranks.rank, self.ranks.size, rank_batch, self.progress.step)
         prefetcher = Prefetcher(batches, self.accelerator)
@@ -223,9 +263,23 @@ class _Loop:
         self._fetch(prefetcher)
         if signum := self.ranks.start_max(self.stop.signum)():
             raise Stopped(signum)
-        time_left = TimeLeft(self.progress.step, self.steps)
+        self._divide(prefetcher.peek(), rank_batch)  # before the model is compiled and wrapped
+        if self.training.compute.compile:
+            self.state.model.compile()
+        model = wrap_ddp(self.state.model, self.ranks)
+        time_left, profiler = TimeLeft(self.progress.step, self.steps), None
+        if self.training.profile is not None and self.ranks.is_first:
+            counts = self.training.profile, self.progress.step, self.steps
+            profiler = StepProfiler(self.storage, self.accelerator, *counts)
         while self.progress.step < self.steps:
+            if profiler is not None:
+                profiler.begin_step(self.progress.step)
             signum = self._step(model, prefetcher, rank_batch, time_left)
+            if profiler is not None:
+                for line in profiler.end_step(self.progress.step - 1):
+                    self.screen.log(line)
+            if signum == _NOT_SAVED:
+                self.ranks.run_on_first(self.writer.wait)  # raises on all ranks
             step, every = self.progress.step, self.training.checkpoints.every
             if signum or step == self.steps or self.evaluations.due(step) or step % every == 0:
                 self._save(last=bool(signum))
@@ -241,17 +295,15 @@ class _Loop:
                 raise
 
     def _step(self, model: Any, prefetcher: Prefetcher, rank_batch: int, time_left: TimeLeft) -> int:
-        """Train on the fetched batch; returns the signal by which any rank was asked to stop, or 0."""
+        """Train on the fetched batch; returns the signal by which any rank was asked to stop, _NOT_SAVED, or 0."""
         step, begun = self.progress.step, time.perf_counter()
         if (note := self.task.begin_step(step, self.steps)) and self.ranks.is_first:
             self.screen.log(note)
         lr = learning_rate(step, self.steps, self.training.optimizer)
         for group in self.state.optimizer.param_groups:
             group["lr"] = learning_rate(step, self.steps, self.training.optimizer, group["tower"])
-        parts = self.training.compute.accumulate
-        seeds = [
-            seed_for(self.job.seed, f"step {step}", "training", self.ranks.rank * parts + part) for part in range(parts)
-        ]
+        first = self.ranks.rank * self.parts
+        seeds = [seed_for(self.job.seed, f"step {step}", "training", first + part) for part in range(self.parts)]
         self.ranks.at(f"the gradients of step {step + 1:,}")
         output = backpropagate(self.task, model, prefetcher.take(), rank_batch, seeds, self.accelerator)
         computed = self.accelerator.mark()
@@ -260,7 +312,7 @@ class _Loop:
             self._fetch(prefetcher)  # while the device computes
         fetched = self.accelerator.mark()
         self.ranks.at(f"the update of step {step + 1:,}", waits=True)
-        stop_of_ranks = self.ranks.start_max(self.stop.signum)
+        stop_of_ranks = self.ranks.start_max(_NOT_SAVED if self.writer.failed else self.stop.signum)
         norm = self.state.update(self.training.optimizer.clip, step + 1)
         seconds = time.perf_counter() - begun
         self.throughput.add_step(seconds, self.accelerator.seconds_between(computed, fetched))
@@ -270,7 +322,7 @@ class _Loop:
             self._log_step(output, lr, norm, time_left)
         elif self.ranks.is_first:
             self.screen.advance(self.progress.step)
-        return stop_of_ranks() if self.ranks.size > 1 else self.stop.signum
+        return stop_of_ranks() or (self.stop.signum if self.ranks.size == 1 else 0)
 
     def _log_step(self, output: StepOutput, lr: float, norm: float, time_left: TimeLeft) -> None:
         """Write a row of the log; its losses are the means over the ranks of this step's losses."""

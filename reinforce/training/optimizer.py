@@ -8,26 +8,29 @@ from collections.abc import Iterable
 import torch
 
 from reinforce.errors import UserError
-from reinforce.training.config import Optimizer
+from reinforce.training.config import Optimizer, cooldown_start
 
 
 def learning_rate(step: int, steps: int, config: Optimizer, tower: str | None = None) -> float:
-    """Learning rate of step ``step`` (from 0) of ``steps``: linear warm-up to ``lr``, then a cosine to ``final_lr``.
+    """Learning rate of step ``step`` (from 0) of ``steps``: a linear warm-up, ``lr``, then a decay to ``final_lr``.
 
-    With w = ``warmup``, h = w + ``hold`` and n = ``steps``:
+    With w = ``warmup``, n = ``steps``, and h = w + ``hold``, or with ``cooldown`` the step before the last
+    ``cooldown`` * n:
 
-        lr * (step + 1) / w                                                          for step < w
-        lr                                                                           for step < h
-        final_lr + (lr - final_lr) / 2 * (1 + cos(pi * (step - h) / (n - 1 - h)))    otherwise
+        lr * (step + 1) / w                                      for step < w
+        lr                                                       for step < h
+        final_lr + (lr - final_lr) * f((step - h) / (n - 1 - h)) otherwise
 
-    The last step has ``final_lr``, unless it is held. ``lr`` is that of the ``tower``, if it has one of its own.
+    where f(x) is (1 + cos(pi x)) / 2, or 1 - x for ``decay: linear``. The last step has ``final_lr``, unless it is
+    held. ``lr`` is that of the ``tower``, if it has one of its own.
     """
     peak = config.lr if tower is None or config.towers is None else config.towers.get(tower, config.lr)
     if step < config.warmup:
         return peak * (step + 1) / config.warmup
-    start = config.warmup + (config.hold or 0)
-    done = max(0, step - start) / max(1, steps - 1 - start)
-    return config.final_lr + (peak - config.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    start = config.warmup + (config.hold or 0) if config.cooldown is None else cooldown_start(steps, config.cooldown)
+    done = min(1.0, max(0, step - start) / max(1, steps - 1 - start))
+    left = 1 - done if config.decay == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return config.final_lr + (peak - config.final_lr) * left
 
 
 def undecayed_parameters(model: torch.nn.Module) -> set[str]:

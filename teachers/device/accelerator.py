@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from teachers.device.determinism import tf32
+from teachers.device.flops import peak_flops
 from teachers.spec import Precision
 
 Module = TypeVar("Module", bound=torch.nn.Module)
@@ -176,6 +177,12 @@ class Accelerator:
             return int(torch.cuda.max_memory_allocated(self.device))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
+
+    def peak_flops(self) -> float | None:
+        """FLOP/s that the card can reach at most in the precision; None on CPUs and for cards that are not known."""
+        if self.device.type != "cuda":
+            return None
+        return peak_flops(torch.cuda.get_device_name(self.device), self.precision)
 
     def synchronize(self) -> None:
         """Wait until the device has finished all queued work. No-op on CPU."""

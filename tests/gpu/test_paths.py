@@ -24,8 +24,11 @@ from reinforce.errors import UserError
 from reinforce.student.train import train
 from reinforce.training import loop
 from reinforce.training.batches import Prefetcher
+from reinforce.training.distributed import gather
 from reinforce.training.distributed.ranks import Ranks, synchronize_batch_norms
+from reinforce.training.division import fewest_parts
 from reinforce.training.loop import fit
+from reinforce.training.state import State
 from reinforce.training.step import StepOutput, backpropagate
 from reinforce.training.stop import Stopped, StopSignal
 from teachers.device.accelerator import Accelerator
@@ -38,12 +41,13 @@ from tests.helpers.stand_in_cuda import Counts, StandIn, stand_in_cuda
 from tests.helpers.students import batch_for, built, student_folder
 from tests.helpers.tiny_coca import coca_model
 from tests.helpers.tiny_models import open_clip_model, transformers_siglip
-from tests.helpers.trainings import PairFeed, StoppingFeed, TowersTask, job
+from tests.helpers.trainings import PairFeed, StoppingFeed, TowersTask, curve, job
 
 # For each batch of images with its texts, without decoding: one for the output of each model.
 WAITS_A_BATCH = 6
 # Reads the norm of the gradient.
 WAITS_A_STEP = 1
+WIDE = 100_000  # middle features of a student whose activations are larger than its weights
 
 
 def test_a_shard_on_a_gpu_has_the_layers_of_a_cpu_and_waits_for_no_copy_of_its_images(
@@ -152,6 +156,62 @@ def test_a_training_on_a_gpu_that_resumes_has_the_weights_of_one_that_does_not(t
     )
     assert whole.keys() == parts.keys()
     assert all(torch.equal(parts[name], tensor) for name, tensor in whole.items())
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_step_is_divided_as_far_as_memory_asks_and_a_resumed_training_keeps_the_division_while_it_fits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """16 samples at once take 47 MB, 8 take 40, 4 take 34; 6 % of the memory are kept free."""
+
+    def train(output: str, memory: int, stop_at: int | None = None, accumulate: int | str = "auto") -> str:
+        stop, changes = StopSignal(), {"steps": 4, "compute": {"accumulate": accumulate}}
+        feed = PairFeed() if stop_at is None else StoppingFeed(stop, stop_at)
+        torch.manual_seed(0)
+        with stand_in_cuda(memory * 10**6), contextlib.suppress(Stopped):
+            ranks = Ranks(0, 1, Accelerator("cuda"))
+            fit(TowersTask(width=WIDE, dropout=0.5), feed, job(tmp_path / output, **changes), ranks, stop)
+        return " ".join(capsys.readouterr().out.split())
+
+    assert "a rank's 16 samples of a step fit in one part" in train("large", 100)
+    assert "a rank's 16 samples of a step fit in 2 parts of 8" in train("auto", 45)
+    train("stated", 100, accumulate=2)
+    assert curve(tmp_path / "auto") == curve(tmp_path / "stated") != curve(tmp_path / "large")
+    train("resumed", 45, stop_at=2)
+    assert "last checkpoint" not in train("resumed", 100)
+    assert curve(tmp_path / "resumed") == curve(tmp_path / "stated"), "on a larger card, too"
+    train("smaller", 45, stop_at=2)
+    assert "1 rank x 4 parts now and was divided into 1 rank x 2 parts at the last" in train("smaller", 36)
+    with pytest.raises(UserError, match=r"out of memory: .* even one sample at a time. Lower train.batch, use more"):
+        train("none", 20)
+    with pytest.raises(UserError, match=r"out of memory in a training: CUDA out of .* Set train.compute.accumulate"):
+        train("too-few", 36, accumulate=1)
+
+
+def test_ranks_divide_alike_and_wait_for_none_in_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three ranks, another is out of memory with one part and with two."""
+    monkeypatch.setattr(gather, "world_size", lambda: 3)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+
+    class Others(Ranks):
+        answers = [1, 1, 0]  # noqa: RUF012
+
+        def start_max(self, value: int) -> Any:
+            assert not value, "it fits here"
+            return lambda: self.answers.pop(0)
+
+    with stand_in_cuda():
+        accelerator, task = Accelerator("cuda"), TowersTask(norm=True)
+        task.model = accelerator.place(task.model)
+        state = State(task.model, torch.optim.AdamW(task.model.parameters()))
+        before = {name: value.clone() for name, value in state.tensors().items()}
+        batch = next(iter(PairFeed().batches(0, 1, 12, 0)))
+        there = Prefetcher([batch], accelerator)
+        there.fetch()
+        assert fewest_parts(task, state, there.peek(), 12, Others(1, 3, accelerator), None) == 4
+        assert state.tensors().keys() == before.keys()
+        assert all(torch.equal(value, before[name]) for name, value in state.tensors().items())
+        assert all(parameter.grad is None for parameter in task.model.parameters())
 
 
 def test_shared_batch_statistics_keep_weights_and_activations_and_need_accelerators(tmp_path: Path) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +22,12 @@ from safetensors.torch import save_file
 
 from reinforce.dataset.files.store import Store
 from reinforce.errors import UserError
+from reinforce.training.distributed.ranks import Ranks
+from reinforce.training.loop import fit
 from reinforce.training.saving.checkpoint import BestCheckpoint, Checkpoints, Progress
+from reinforce.training.saving.writer import CheckpointWriter
+from teachers.device.accelerator import Accelerator
+from tests.helpers.trainings import PairFeed, TowersTask, job
 
 
 def checkpoints(folder: Path, keep: int = 2) -> Checkpoints:
@@ -46,6 +55,56 @@ def test_header_and_tensors_are_loaded_as_they_were_saved(tmp_path: Path) -> Non
     umask = os.umask(0)
     os.umask(umask)
     assert (tmp_path / "checkpoints/step-000000007.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_a_checkpoint_written_in_a_thread_has_the_bytes_of_the_state_when_it_was_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tied = torch.randn(3)
+    conv = torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)
+    tensors = {"a": tied, "b": tied, "conv": conv, "scale": torch.tensor(2.5), "bf": torch.randn(2).bfloat16()}
+    for step in (1, 2):
+        checkpoints(tmp_path / "plain").save(Progress(step, {}), {name: step * t for name, t in tensors.items()})
+    begin, write = threading.Event(), Checkpoints.save_separate
+
+    def late(*arguments: Any) -> None:
+        begin.wait(60)
+        write(*arguments)
+
+    monkeypatch.setattr(Checkpoints, "save_separate", late)
+    with CheckpointWriter(checkpoints(tmp_path / "thread")) as writer:
+        writer.save(Progress(1, {}), tensors)
+        for tensor in (tied, conv, tensors["scale"], tensors["bf"]):
+            tensor.mul_(2)  # the training goes on
+        assert not (tmp_path / "thread/checkpoints").exists()
+        begin.set()
+        writer.save(Progress(2, {}), tensors)
+        assert not writer.failed
+    for step in (1, 2):
+        plain, thread = (tmp_path / name / f"checkpoints/step-{step:09d}.safetensors" for name in ("plain", "thread"))
+        assert _content(thread) == _content(plain)
+
+
+def _content(path: Path) -> tuple[dict[str, Any], bytes]:
+    """The JSON header, whose keys safetensors writes in any order, and all bytes after it."""
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    return json.loads(content[8:end]), content[end:]
+
+
+@pytest.mark.parametrize("every", [2, 100])
+def test_a_checkpoint_that_cannot_be_written_ends_the_training_soon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", f"{tmp_path}/checkpoints/x")
+
+    monkeypatch.setattr(Checkpoints, "save_separate", full)
+    feed = PairFeed()
+    with pytest.raises(UserError, match=r"cannot be written: .*No space left.*checkpoints/x.*; make room"):
+        fit(TowersTask(), feed, job(tmp_path, steps=40, checkpoints={"every": every}), Ranks(0, 1, Accelerator("cpu")))
+    assert (feed.seen[-1] < 39) == (every == 2)
+    assert not (tmp_path / "results.json").exists()
 
 
 def test_the_header_format_stays(tmp_path: Path) -> None:

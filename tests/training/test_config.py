@@ -31,7 +31,7 @@ def test_the_checkpoint_format_depends_on_these_keys() -> None:
     """Checkpoints store the fixed config. A key that is renamed, or added with a value, makes old ones refused."""
     optimizer = ("betas", "clip", "eps", "final_lr", "lr", "warmup", "weight_decay")
     keys = {"batch", "compute.precision", "ema", *(f"optimizer.{name}" for name in optimizer)}
-    added = {"optimizer.hold", "optimizer.towers"}
+    added = {"optimizer.hold", "optimizer.towers", "optimizer.cooldown", "optimizer.decay"}
     now = fixed_config(training(), MUTABLE_KEYS)
     assert now.keys() == keys | added
     assert describe_changes({key: now[key] for key in keys}, now) == [], "checkpoints of earlier versions"
@@ -47,6 +47,8 @@ def test_changes_are_described_key_by_key() -> None:
     [
         ({"epochs": 2}, "give either `steps` or `epochs`"),
         ({"steps": None}, "give either `steps` or `epochs`"),
+        ({"optimizer": {"hold": 3, "cooldown": 0.5}}, "`hold` and `cooldown` both state when .* remove one"),
+        ({"compute": {"accumulate": "some"}}, "compute.accumulate"),
         ({"compute": {"ranks": 2, "accumulate": 3}}, r"batch \(16\) must be a multiple of .* \(6\)"),
         (
             {"compute": {"ranks": 2, "gpus": 0.5}},
@@ -85,3 +87,9 @@ def test_the_batch_must_be_divisible_among_ranks_and_parts() -> None:
 def test_the_warm_up_must_be_shorter_than_the_training(length: dict[str, Any], steps: int) -> None:
     with pytest.raises(UserError, match=rf"warmup \({steps}\) must be below the training's {steps} steps"):
         total_steps(training(optimizer={"warmup": steps}, **length), samples=64, ranks=1)
+
+
+def test_the_warm_up_must_end_before_the_cool_down() -> None:
+    training(steps=10, optimizer={"warmup": 5, "cooldown": 0.5}).check_warmup(10)
+    with pytest.raises(UserError, match=r"cooldown \(0\.5\) begins within the warm-up of 6 steps: lower either"):
+        total_steps(training(steps=10, optimizer={"warmup": 6, "cooldown": 0.5}), samples=64, ranks=1)

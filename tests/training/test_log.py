@@ -108,6 +108,17 @@ def test_throughput_counts_samples_and_waiting_since_the_last_row() -> None:
     assert throughput.measure(batch=64) == {"samples_per_second": 128.0, "waiting": 1.0}
 
 
+@pytest.mark.parametrize(("peak", "mfu"), [(None, {}), (6.4e12, {"mfu": 0.4})])
+def test_throughput_has_the_flops_of_the_model_and_their_share_of_a_known_peak(
+    peak: float | None, mfu: dict[str, float]
+) -> None:
+    throughput = Throughput(flops=4e10, peak=peak)
+    throughput.add_step(seconds=1.0, idle=0.0)
+    speed = throughput.measure(batch=64)
+    assert speed == {"samples_per_second": 64.0, "waiting": 0.0, "flops_per_second": 2.56e12, **mfu}
+    assert ("samples/s  MFU 40%  waiting" in format_row({**ROW, **speed}, 5000, 90.0)) == bool(mfu)
+
+
 def test_the_time_left_follows_from_the_average_step_since_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter([100.0, 130.0])
     monkeypatch.setattr(reinforce.training.record.progress.time, "monotonic", lambda: next(now))

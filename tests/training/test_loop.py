@@ -8,7 +8,6 @@ import os
 import resource
 import signal
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,6 @@ from reinforce.training.loop import fit
 from reinforce.training.record.results import Results, read_results
 from reinforce.training.saving.checkpoint import BestCheckpoint, Checkpoints, Progress
 from reinforce.training.stop import Stopped, StopSignal
-from reinforce.training.task import Batch
 from teachers.device.accelerator import Accelerator
 from tests.helpers.trainings import PairFeed, StoppingFeed, TowersTask, curve, job, rows
 
@@ -372,23 +370,6 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(tmp_path: Path, 
     assert not (tmp_path / "results.json").exists()
     assert [path.name for path in (tmp_path / ".tmp").iterdir()] == []
     assert fit(TowersTask(), PairFeed(), made, Ranks(0, 1, Accelerator("cpu"))).steps == 12
-
-
-def test_logs_have_the_speed_and_the_time_spent_waiting_for_data(tmp_path: Path) -> None:
-    class SlowFeed(PairFeed):
-        def batches(self, rank: int, ranks: int, batch: int, start: int) -> Iterator[Batch]:
-            for made in super().batches(rank, ranks, batch, start):
-                threading.Event().wait(0.3)
-                yield made
-
-    run(job(tmp_path / "slow", log_every=5), SlowFeed())
-    run(job(tmp_path / "fast", log_every=5))
-    slow, fast = rows(tmp_path / "slow"), rows(tmp_path / "fast")
-    assert [row["step"] for row in slow if "loss" in row] == [5, 10, 12]
-    assert slow[1]["waiting"] > max(0.5, fast[1]["waiting"])
-    assert slow[1]["samples_per_second"] < 16 / 0.3
-    assert slow[1]["memory"] > 10_000_000
-    assert slow[1]["lr"] == pytest.approx(0.02 * 0.5 * (1 + math.cos(math.pi * 7 / 9)), rel=1e-3)
 
 
 @pytest.mark.slow

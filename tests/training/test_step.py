@@ -129,6 +129,14 @@ def test_the_learning_rate_is_held_before_it_decays_and_may_stay_constant() -> N
     assert {learning_rate(step, 9, Optimizer(lr=1.0, warmup=0, hold=9)) for step in range(9)} == {1.0}
 
 
+@pytest.mark.parametrize(("decay", "last"), [("linear", [0.75, 0.5, 0.25, 0.0]), (None, [0.854, 0.5, 0.146, 0.0])])
+def test_the_learning_rate_is_constant_up_to_the_cool_down_whatever_the_length(decay: Any, last: list[float]) -> None:
+    config = Optimizer(lr=1.0, final_lr=0.0, warmup=2, cooldown=0.4, decay=decay)
+    assert [learning_rate(step, 10, config) for step in range(10)] == pytest.approx([0.5, *[1.0] * 5, *last], abs=1e-3)
+    longer = [learning_rate(step, 20, config) for step in range(12)]
+    assert longer == [0.5, *[1.0] * 11], "a longer training goes on from any step before the cool-down"
+
+
 @given(steps=st.integers(1, 300), data=st.data())
 def test_the_learning_rate_never_rises_after_the_warm_up_nor_leaves_its_bounds(steps: int, data: st.DataObject) -> None:
     warmup = data.draw(st.integers(0, steps - 1))

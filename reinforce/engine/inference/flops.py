@@ -1,81 +1,22 @@
-"""Floating-point operations of the teachers, and the peak rates of cards.
+"""Floating-point operations of the teachers.
 
 Operations are counted on a few inputs when a worker starts, only on cards whose peak is known, and only for models
 whose precision is known: not for classes of the user. Captioners are left out, since memory limits decoding, not
 operations. Resizing counts for nothing.
-
-Peak rates are those that the makers of the cards state: dense matrix products without sparsity.
-Data sheets of NVIDIA state them with sparsity, twice as high. Compared with copies of these in November 2026: B200 and
-GB200 (https://glennklockwood.com/garden/processors/B200, and NVIDIA's table in
-https://zdszero.github.io/Computer/Artificial_Intelligence/Hardware.html), H100 SXM and PCIe
-(https://archive-lib.hpctech.co.jp/gpuproduct/nvidia-h100.html), H200
-(https://itkb.uw.cz/2026/06/nvidia-h200-vs-b300-precisions-cores.html), A100
-(https://glennklockwood.com/garden/processors/A100), A40 and L4 (https://hmc-tech.com/gpu/nvidia-l4-vs-nvidia-a40, 3 %
-higher clocks), L40S, L40, A30, H800 and GH200 (hardware_dict.py of https://github.com/feifeibear/LLMRoofline). Others
-were not compared. GeForce cards have half the rate with sums in fp32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from reinforce.config import Config
 from reinforce.dataset.layers import Layer
 from reinforce.engine.inference.models import Models
 from reinforce.engine.record.rates import Cost
-from teachers.device.accelerator import Precision
-
-_TERA = 1e12
-#: TFLOP/s in bf16 and fp16 with sums in fp32, in TF32, and in fp32, by words that torch's name of the card contains.
-#: None where the card has no such unit. The first row that matches is used.
-_CARDS: tuple[tuple[tuple[str, ...], float | None, float | None, float], ...] = (
-    (("GB200",), 2500, 1250, 80),
-    (("B200",), 2250, 1100, 75),
-    (("GH200",), 989, 494.5, 67),
-    (("H200", "NVL"), 835.5, 417.5, 60),
-    (("H200",), 989, 494.5, 67),
-    (("H100", "PCIe"), 756, 378, 51),
-    (("H100", "NVL"), 835.5, 417.5, 60),
-    (("H100",), 989, 494.5, 67),
-    (("H800",), 989, 494.5, 67),
-    (("A100",), 312, 156, 19.5),
-    (("A800",), 312, 156, 19.5),
-    (("A30",), 165, 82, 10.3),
-    (("A40",), 149.7, 74.8, 37.4),
-    (("A10G",), 70, 35, 31.5),
-    (("A10",), 125, 62.5, 31.2),
-    (("RTX A6000",), 154.8, 77.4, 38.7),
-    (("RTX 6000 Ada",), 364.2, 182.1, 91.1),
-    (("L40S",), 362, 183, 91.6),
-    (("L40",), 181, 90.5, 90.5),
-    (("L4",), 121, 60, 30.3),
-    (("RTX 5090",), 209.5, 104.8, 104.8),
-    (("RTX 4090",), 165.2, 82.6, 82.6),
-    (("RTX 3090",), 71, 35.6, 35.6),
-    (("V100", "PCIE"), 112, None, 14),
-    (("V100",), 125, None, 15.7),
-    (("T4",), 65, None, 8.1),
-)
-
-
-_WITHOUT_BF16 = ("V100", "T4")
-
-
-def peak_flops(card: str, precision: Precision) -> float | None:
-    """FLOP/s that a card, by torch's name of it, can reach at most in a precision; None if that is not known."""
-    words = card.upper().replace("-", " ").split()
-    for parts, half, tf32, fp32 in _CARDS:
-        if all(word in words for part in parts for word in part.upper().split()):
-            if precision == "bf16" and parts[0] in _WITHOUT_BF16:
-                return None
-            rate = {"fp32": fp32, "tf32": tf32, "bf16": half, "fp16": half}[precision]
-            return None if rate is None else rate * _TERA
-    return None
-
+from teachers.device.flops import peak_flops
 
 FlopsOf: TypeAlias = "Callable[[Models, Layer], float]"
 
@@ -99,17 +40,3 @@ def costs_on(card: str, models: Models, config: Config, layers: Iterable[Layer],
         if peak is not None and (flops := flops_of(models, layer)):
             costs[layer.name] = Cost(flops, peak)
     return costs
-
-
-def count_flops(work: Callable[[], Any]) -> int:
-    """FLOPs of a function; 0 if they cannot be counted."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # its operation is unknown to the counter
-    try:
-        with FlopCounterMode(display=False) as counter:
-            work()
-        return int(counter.get_total_flops())
-    except Exception:  # the counter does not support every operation, and a run does not need its result
-        return 0
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)

@@ -18,13 +18,14 @@ from reinforce.config import Config
 from reinforce.dataset.augment.backends import load_backend
 from reinforce.dataset.layers import Layer
 from reinforce.engine.inference.batch_sizes import BatchSizes
-from reinforce.engine.inference.out_of_memory import memory_hint, release_cache
+from reinforce.engine.inference.out_of_memory import memory_hint
 from reinforce.engine.inference.outputs import Floats, copied, encode, to_scores
 from reinforce.engine.inference.turns import PriorityLock
 from reinforce.engine.messages.tracebacks import user_frames
 from reinforce.engine.record.rates import Cost
 from reinforce.errors import UserError
 from teachers.device.accelerator import Accelerator
+from teachers.device.memory import release_cache
 from teachers.protocols import Captioner, NoCaptions, Scorer, Teacher
 from teachers.registry import load_captioner, load_scorer, load_teacher
 

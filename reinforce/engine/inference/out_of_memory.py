@@ -1,26 +1,17 @@
-"""Errors of a device that is out of memory: recognised, and forgotten so that what they refer to is freed."""
+"""Work for which the memory of a device may not suffice, and what to do about that."""
 
 from __future__ import annotations
 
-import gc
-import re
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-import torch
-
 from reinforce.engine.messages.results import LayerFailure
 from reinforce.engine.messages.tracebacks import error_with_frames, shorten
+from teachers.device.memory import forget_frames, is_out_of_memory
 
 T = TypeVar("T")
 
-#: Messages of RuntimeErrors that mean the same as torch's OutOfMemoryError.
-_MESSAGES = re.compile(
-    r"(CUDA|HIP)( driver)? error: out of memory|(CUDA|HIP) out of memory|CUFFT_ALLOC_FAILED|"
-    r"(CUBLAS|CUDNN|CUSOLVER|CUSPARSE)_STATUS_ALLOC_FAILED|DefaultCPUAllocator: "
-)
 _MAX_CHARACTERS = 500
 
 
@@ -32,14 +23,6 @@ class OutOfMemory:
     text: str
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error, or one that it was raised from, is that of a device without free memory."""
-    return any(
-        isinstance(one, torch.cuda.OutOfMemoryError) or (isinstance(one, RuntimeError) and _MESSAGES.search(str(one)))
-        for one in _chain(error)
-    )
-
-
 def attempt(work: Callable[[], T]) -> T | OutOfMemory:
     """The result of ``work``, or OutOfMemory. Then nothing refers any more to what the functions in it have held."""
     try:
@@ -49,8 +32,7 @@ def attempt(work: Callable[[], T]) -> T | OutOfMemory:
             raise
         layer = error.layer if isinstance(error, LayerFailure) else None
         text = str(error.args[1]) if isinstance(error, LayerFailure) else error_with_frames(error)
-        for one in _chain(error):
-            traceback.clear_frames(one.__traceback__)
+        forget_frames(error)
     return OutOfMemory(layer, shorten(text, _MAX_CHARACTERS))
 
 
@@ -63,27 +45,3 @@ def memory_hint(error: BaseException) -> str:
         "bf16`, compute some of the layers in a run of their own, or use a device with more memory, or one that no "
         "other program uses."
     )
-
-
-def release_cache(device: torch.device) -> None:
-    """Return memory that nothing uses to the device."""
-    gc.collect(1)  # cycles of the last batch; those of the whole process would take half a second
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def forget_peak(device: torch.device) -> None:
-    """Return unused memory to the device, and count its peak from here on."""
-    if device.type == "cuda":
-        release_cache(device)
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An error and those that it was raised from or while they were handled."""
-    one: BaseException | None = error
-    seen: set[int] = set()
-    while one is not None and id(one) not in seen:
-        seen.add(id(one))
-        yield one
-        one = one.__cause__ or (None if one.__suppress_context__ else one.__context__)

@@ -18,7 +18,7 @@ from reinforce.config import Config, load_config
 from reinforce.dataset.files.store import Store
 from reinforce.engine.inference.batch_sizes import MAX_AUTO_BATCH
 from reinforce.engine.inference.models import Models
-from reinforce.engine.inference.out_of_memory import is_out_of_memory, memory_hint
+from reinforce.engine.inference.out_of_memory import memory_hint
 from reinforce.engine.inference.self_test import (
     TEXTS,
     Floats,
@@ -39,6 +39,7 @@ from reinforce.terminal import Screen
 from teachers.custom.family import ClassScorerSpec, ClassTeacherSpec
 from teachers.device.accelerator import Accelerator
 from teachers.device.determinism import set_flags
+from teachers.device.memory import is_out_of_memory
 from teachers.protocols import ImageSpec
 from teachers.redact import Redactor
 from teachers.registry import (

@@ -20,11 +20,11 @@ from reinforce.engine.inference.batch_sizes import MAX_AUTO_BATCH, rows_per_batc
 from reinforce.engine.inference.batches import IN_WORK
 from reinforce.engine.inference.inference import Inference
 from reinforce.engine.inference.models import Counters, Models
-from reinforce.engine.inference.out_of_memory import forget_peak
 from reinforce.engine.inference.session import Session
 from reinforce.engine.messages.results import LayerFailure
 from reinforce.engine.worker.producers.registry import make_producers
 from reinforce.errors import UserError
+from teachers.device.memory import forget_peak
 
 _COPIED = 2 * IN_WORK  # batches on the device, of two shards
 _POLL_SECONDS = 0.001

@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+_state = SimpleNamespace(alone=False)  # of the process, since backward passes on CUDA have threads of their own
+
+
+@contextmanager
+def without_communication() -> Iterator[None]:
+    """Let ``gather`` and ``mean`` take copies of this rank's rows for those of others, without waiting for them."""
+    _state.alone = True
+    try:
+        yield
+    finally:
+        _state.alone = False
 
 
 def world_size() -> int:
@@ -39,7 +54,7 @@ def gather(parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def mean(value: torch.Tensor) -> torch.Tensor:
     """Mean over the ranks, without gradients."""
-    if world_size() == 1:
+    if world_size() == 1 or _state.alone:
         return value
     total = value.detach().clone()
     dist.all_reduce(total)
@@ -49,12 +64,16 @@ def mean(value: torch.Tensor) -> torch.Tensor:
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor) -> torch.Tensor:
+        if _state.alone:
+            return rows.repeat(world_size(), 1)
         whole = rows.new_empty(world_size() * len(rows), *rows.shape[1:])
         _collective("all_gather_single", "all_gather_into_tensor")(whole, rows.contiguous())
         return whole
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        if _state.alone:
+            return gradient.chunk(world_size())[0]
         own = gradient.new_empty(len(gradient) // world_size(), *gradient.shape[1:])
         _collective("reduce_scatter_single", "reduce_scatter_tensor")(own, gradient.contiguous())
         return own

@@ -14,7 +14,8 @@ from reinforce.training.distributed.ranks import Ranks
 from reinforce.training.job import Job
 from reinforce.training.record.log import Log
 from reinforce.training.record.results import Results
-from reinforce.training.saving.checkpoint import Checkpoints, Progress
+from reinforce.training.saving.checkpoint import Progress
+from reinforce.training.saving.writer import CheckpointWriter
 from reinforce.training.state import State
 from reinforce.training.stop import StopSignal
 from reinforce.training.task import Task
@@ -34,6 +35,7 @@ class Evaluations:
         job: Job,
         ranks: Ranks,
         state: State,
+        writer: CheckpointWriter,
         steps: int,
         stop: StopSignal,
         screen: Screen,
@@ -41,8 +43,7 @@ class Evaluations:
     ) -> None:
         self.task, self.job, self.ranks, self.state = task, job, ranks, state
         self.steps, self.stop, self.screen, self.on_evaluation = steps, stop, screen, on_evaluation
-        self.storage = Storage(job.output)
-        self.checkpoints = Checkpoints(self.storage, job.training.checkpoints.keep)
+        self.storage, self.writer, self.checkpoints = Storage(job.output), writer, writer.checkpoints
         self.log: Log | None = None
 
     def due(self, step: int) -> bool:
@@ -77,6 +78,7 @@ class Evaluations:
 
     def _record(self, step: int, metrics: Mapping[str, float]) -> None:
         assert self.log is not None
+        self.writer.wait()  # the best step must have a checkpoint, and so must one at which ``on_evaluation`` ends it
         if metrics:
             chosen = self.job.best or next(iter(metrics))
             if chosen not in metrics:
@@ -110,6 +112,7 @@ class Evaluations:
     def finish(self, progress: Progress) -> None:
         """Export the weights, then write results.json, which marks the training as finished."""
         assert self.log is not None
+        self.writer.wait()
         exported = self.exported_step()
         if exported != self.steps:
             self.state.load(self.checkpoints.load(exported)[1])

@@ -10,9 +10,13 @@ from reinforce.terminal import format_duration, plural
 
 
 class Throughput:
-    """Speed of the steps between two rows of the log, without evaluations and checkpoints."""
+    """Speed of the steps between two rows of the log, without evaluations and checkpoints.
 
-    def __init__(self) -> None:
+    ``flops`` are those of the model for a sample, 0 if unknown, and ``peak`` the FLOP/s of all ranks' cards, if known.
+    """
+
+    def __init__(self, flops: float = 0.0, peak: float | None = None) -> None:
+        self._flops, self._peak = flops, peak
         self._seconds = self._idle = 0.0
         self._steps = 0
 
@@ -25,9 +29,14 @@ class Throughput:
     def measure(self, batch: int) -> dict[str, float]:
         """Return samples per second over all ranks and the share of time spent waiting for data, then reset.
 
-        ``batch`` is the global batch size.
+        ``batch`` is the global batch size. Where they are known, the model's FLOP/s over all ranks and their share of
+        the cards' peak (``mfu``) are returned, too.
         """
         speed = {"samples_per_second": self._steps * batch / self._seconds, "waiting": self._idle / self._seconds}
+        if self._flops:
+            speed["flops_per_second"] = self._flops * speed["samples_per_second"]
+            if self._peak is not None:
+                speed["mfu"] = speed["flops_per_second"] / self._peak
         self._seconds, self._idle, self._steps = 0.0, 0.0, 0
         return speed
 
@@ -49,6 +58,7 @@ def format_row(row: Mapping[str, Any], steps: int, seconds_left: float) -> str:
         f"epoch {row['epoch']:.2f}",
         f"loss {row['loss']:.4f}",
         f"{row['samples_per_second']:,.0f} samples/s",
+        *([f"MFU {row['mfu']:.0%}"] if "mfu" in row else []),
         f"waiting for data {row['waiting']:.0%}",
         f"ETA {format_duration(seconds_left)}",
     ]

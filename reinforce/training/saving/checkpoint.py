@@ -39,7 +39,8 @@ class Progress:
     the number of streams that the feed reads, if the order of samples depends on one, and ``samples`` those of an
     epoch; ``model_config`` is that of the job, ``data`` that of the feed, ``files`` the hash of its files, and
     ``division`` the parts of a batch. Older checkpoints do not have these. ``skipped_last`` is the number of steps
-    without an update since the last update, ``order`` the version of the order of samples.
+    without an update since the last update, ``order`` the version of the order of samples, and ``part`` the samples of
+    a part that ``accumulate: auto`` has found.
     """
 
     step: int
@@ -54,6 +55,7 @@ class Progress:
     files: str | None = None
     skipped_last: int = 0
     order: int = 1
+    part: int | None = None
 
     def after_step(self, seconds: float, skipped: bool) -> Progress:
         """The progress after one more step, of ``seconds``, which may have been ``skipped``."""
@@ -93,10 +95,14 @@ class Checkpoints:
 
     def save(self, progress: Progress, tensors: Mapping[str, torch.Tensor]) -> None:
         """Publish a checkpoint, then delete those that are neither among the latest ``keep`` nor the best."""
-        header, separate = _encode_header(progress), _separate_copies(tensors)
+        self.save_separate(progress, _separate_copies(tensors))
+
+    def save_separate(self, progress: Progress, separate: Mapping[str, torch.Tensor]) -> None:
+        """``save`` of contiguous tensors on the CPU that share no memory."""
+        header = _encode_header(progress)
         metadata = {_HEADER: header, _CHECKSUM: _checksum(header, separate)}
         with self._storage.new_file(FOLDER, _file_name(progress.step)) as path:
-            save_file(separate, path, metadata=metadata)
+            save_file(dict(separate), path, metadata=metadata)
         best = self.best()
         for step in self.steps()[: -self._keep]:
             if best is None or step != best.step:
@@ -131,7 +137,7 @@ def _file_name(step: int) -> str:
 
 
 def _encode_header(progress: Progress) -> str:
-    names = ("streams", "samples", "model_config", "data", "division", "files")
+    names = ("streams", "samples", "model_config", "data", "division", "files", "part")
     optional = {**{name: getattr(progress, name) for name in names}, "skipped_last": progress.skipped_last or None}
     optional["order"] = progress.order if progress.order > 1 else None
     fields = {

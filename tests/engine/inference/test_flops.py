@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from reinforce.config import parse_config
-from reinforce.engine.inference.flops import costs_on, count_flops, measure_costs, peak_flops
+from reinforce.engine.inference.flops import costs_on, measure_costs
 from reinforce.engine.inference.models import Counters, load_models
 from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.engine.worker.producers.registry import flops_of
 from teachers.device.accelerator import Precision
+from teachers.device.flops import count_flops, peak_flops
 from tests.helpers import tiny_models
 from tests.helpers.data import config_of
 

@@ -18,13 +18,14 @@ from reinforce.dataset.layers import Layer
 from reinforce.engine.decode.cells import PixelCells
 from reinforce.engine.decode.row import Row
 from reinforce.engine.inference.models import Counters, Models, load_models
-from reinforce.engine.inference.out_of_memory import OutOfMemory, attempt, is_out_of_memory, memory_hint
+from reinforce.engine.inference.out_of_memory import OutOfMemory, attempt, memory_hint
 from reinforce.engine.messages.results import ShardResult, raising_layer_failure
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.engine.worker.full_batch import find_batch, fit_batch
 from reinforce.engine.worker.shard import process_shard
 from reinforce.errors import UserError
+from teachers.device.memory import is_out_of_memory
 from tests.helpers.batches import make_inference
 from tests.helpers.data import config_of, members_of, tree, write_tar
 from tests.helpers.decoding import decode_pool

@@ -12,13 +12,13 @@ import torch
 from reinforce.config import Config
 from reinforce.dataset.layers import Layer
 from reinforce.engine.inference.batch_sizes import Demand, rows_per_batch
-from reinforce.engine.inference.flops import count_flops
 from reinforce.engine.inference.inference import Batch, Outputs
 from reinforce.engine.inference.models import Models
 from reinforce.engine.inference.outputs import to_numpy
 from reinforce.engine.inference.self_test import check_image_encoder, probe_images
 from reinforce.engine.worker.producers.base import RowGroup
 from reinforce.engine.worker.producers.vectors import Embeddings, Floats, Mask
+from teachers.device.flops import count_flops
 from teachers.preprocessing.pixels import to_pixels
 from teachers.protocols import ImageSpec
 from teachers.spec import Precision

@@ -14,7 +14,6 @@ from reinforce.config import Config
 from reinforce.dataset.layers import TRUE_CAPTION, Layer
 from reinforce.engine.decode.row import Row
 from reinforce.engine.inference.batch_sizes import Demand
-from reinforce.engine.inference.flops import count_flops
 from reinforce.engine.inference.inference import Outputs
 from reinforce.engine.inference.models import Models
 from reinforce.engine.inference.out_of_memory import OutOfMemory
@@ -25,6 +24,7 @@ from reinforce.engine.worker.producers.base import RowGroup
 from reinforce.engine.worker.producers.vectors import Embeddings, Floats, Mask
 from reinforce.source.samples import Refusal
 from schemas import Reason
+from teachers.device.flops import count_flops
 from teachers.spec import Precision
 
 _Texts: TypeAlias = "list[str] | None"

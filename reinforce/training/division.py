@@ -1,0 +1,106 @@
+"""The division of a rank's batch into parts that fit in the memory of its accelerator, and what a sample costs.
+
+Both are found before the first step, by steps that leave no trace: weights, buffers and gradients are as before, and
+random generators are seeded for each step anyway. No rank waits for another in them, since one that is out of memory
+would not come: a rank takes copies of its own rows for those of others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from reinforce.errors import UserError
+from reinforce.training.batches import slice_batch
+from reinforce.training.distributed import gather
+from reinforce.training.distributed.ranks import Ranks
+from reinforce.training.state import State
+from reinforce.training.step import backpropagate
+from reinforce.training.task import Batch, Task
+from teachers.device.accelerator import Accelerator
+from teachers.device.flops import count_flops
+from teachers.device.memory import forget_frames, is_out_of_memory, release_cache
+
+#: Share of an accelerator's memory that a trial leaves to the next batch, to communication and to fragmentation.
+_RESERVE = 0.06
+
+
+def fewest_parts(task: Task, state: State, batch: Batch, size: int, ranks: Ranks, before: int | None) -> int:
+    """The fewest parts of a rank's ``batch`` of ``size`` samples with which a step fits, the same on all ranks.
+
+    It begins with one part, or with parts of ``before`` samples, and tries the next divisor of ``size`` from twice as
+    many on. Raises UserError if a single sample does not fit.
+    """
+    parts = size // before if before and size % before == 0 else 1
+    while True:
+        fits = _fits(task, state, batch, size, parts, ranks.accelerator)
+        if not ranks.start_max(not fits)():
+            return parts
+        if parts == size:
+            raise UserError(
+                "out of memory: a step does not fit in the memory of the accelerator, even one sample at a time. "
+                "Lower train.batch, use more ranks, or set train.compute.gradient_checkpointing: true."
+            )
+        parts = next(count for count in range(min(2 * parts, size), size + 1) if size % count == 0)
+
+
+def flops_of_sample(task: Task, state: State, batch: Batch, size: int, accelerator: Accelerator) -> float:
+    """FLOPs of the model for a sample, forward and backward, as far as they can be counted; 0 if not at all.
+
+    The loss over the batch counts for nothing, nor do forward passes that are repeated to save memory: of the parts of
+    a batch, and in blocks whose activations are recomputed.
+    """
+    rows = min(2, size)  # batch normalisation of one row may raise
+
+    def encode() -> torch.Tensor:
+        with accelerator.autocast():
+            encoded = task.model(few)
+        return torch.stack([value.float().sum() for value in (*encoded.features.values(), *encoded.losses.values())])
+
+    def forward() -> None:
+        with torch.no_grad():
+            encode()
+
+    with _no_trace(state):
+        with torch.no_grad():
+            few = task.prepare(slice_batch(batch, 0, rows))
+        once = count_flops(forward)
+        whole = count_flops(lambda: encode().sum().backward())
+    recomputed = any(getattr(module, "grad_checkpointing", False) for module in task.model.modules())
+    return max(once, whole - once * recomputed) / rows
+
+
+def _fits(task: Task, state: State, batch: Batch, size: int, parts: int, accelerator: Accelerator) -> bool:
+    """Whether a step of ``parts`` parts fits, with the optimizer's state and a reserve beside it."""
+    try:
+        with _no_trace(state), gather.without_communication():
+            total = torch.cuda.get_device_properties(accelerator.device).total_memory
+            kept = [torch.empty(int(_RESERVE * total), dtype=torch.uint8, device=accelerator.device)]
+            for group in state.optimizer.param_groups:
+                new = [parameter for parameter in group["params"] if parameter not in state.optimizer.state]
+                kept += [torch.empty_like(parameter) for parameter in new for _ in range(2)]
+            backpropagate(task, task.model, batch, size, [0] * parts, accelerator)
+        return True
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        forget_frames(error)
+    finally:
+        kept = []
+        release_cache(accelerator.device)
+    return False
+
+
+@contextmanager
+def _no_trace(state: State) -> Iterator[None]:
+    """Restore the model's buffers, and drop its gradients."""
+    buffers = [(buffer, buffer.clone()) for buffer in state.model.buffers()]
+    try:
+        yield
+    finally:
+        state.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
