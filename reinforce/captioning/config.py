@@ -1,4 +1,4 @@
-"""Config of a captioner's fine-tuning, typed and validated before anything starts."""
+"""Config of a captioner's training, typed and validated before anything starts."""
 
 from __future__ import annotations
 
@@ -21,13 +21,31 @@ TOWERS: tuple[Tower, ...] = ("image", "text", "decoder")
 
 
 class Captioner(Section):
-    """The CoCa to fine-tune, by open_clip's names."""
+    """The CoCa to train, by open_clip's names."""
 
     model: str = Field(min_length=1, description="coca_ViT-L-14, coca_ViT-B-32, hf-hub:ORG/REPO or local-dir:PATH")
     pretrained: str | None = Field(None, description="pretrained tag, or a checkpoint by path or fsspec URL")
     freeze: list[Tower] = Field(
         default_factory=list, description="towers that are not trained: image, text, decoder; default: none"
     )
+    random: Literal[True] | None = Field(
+        None, description="start from random weights, as a pre-training does; default: the model must have weights"
+    )
+    context: int | None = Field(
+        None,
+        ge=8,
+        le=1024,
+        description="positions of the text tower, that of its class token included: open_clip's CoCas have 77; "
+        "default: the model's",
+    )
+
+    @model_validator(mode="after")
+    def _check_start(self) -> Captioner:
+        if self.random and self.pretrained is not None:
+            raise ValueError("random: the weights are named in `pretrained`; remove one of the two")
+        if self.random and self.freeze:
+            raise ValueError("freeze: random weights would stay as they are; remove the towers, or `random`")
+        return self
 
 
 class Data(Section):

@@ -78,12 +78,13 @@ def build(config: CaptionerConfig, accelerator: Accelerator) -> tuple[Captioning
     """Build the task and the feed of one rank, with the model on the CPU. Raises UserError."""
     model = build_captioner(config)
     pairs = load_pairs(config)
-    tokenize = Tokenizer(model.name)
+    context = None if config.captioner.context is None else model.coca.text.context_length
+    tokenize = Tokenizer(model.name, context)
     end = int(tokenize([""])[0, 1])
     held_out = pairs.held_out().shuffled(config.seed).first(config.evaluate.images)
     feed = CaptionFeed(pairs.training(), config.data, config.seed, model.image.height, tokenize, end)
     evaluator = CaptionerEvaluator(held_out, config, tokenize, end)
-    notes = [describe_parameters(model), *_data_notes(pairs, model.name)] if gather.rank() == 0 else []
+    notes = [describe_parameters(model), *_data_notes(pairs, model.name, context)] if gather.rank() == 0 else []
     return CaptioningTask(model, config.loss, evaluator, notes), feed
 
 
@@ -97,25 +98,28 @@ def format_comparison(results: Results) -> str:
     )
 
 
-def count_truncated(captions: Sequence[str], model: str) -> int:
-    """Count the captions that an open_clip model truncates, because they have more tokens than its context."""
+def count_truncated(captions: Sequence[str], model: str, context: int | None = None) -> int:
+    """Count the captions that an open_clip model truncates, because they have more tokens than its context.
+
+    ``context`` replaces that of the model.
+    """
     import open_clip
 
     from teachers.open_clip.text import disable_special_tokens
 
-    tokenizer = disable_special_tokens(open_clip.get_tokenizer(model))
+    tokenizer = disable_special_tokens(open_clip.get_tokenizer(model, context))
     [empty] = tokenizer([""])
-    context, end = len(empty), int(empty[1])
-    longer = [caption for caption in captions if len(caption.encode()) > context - 2]  # a token has at least one byte
+    length, end = len(empty), int(empty[1])
+    longer = [caption for caption in captions if len(caption.encode()) > length - 2]  # a token has at least one byte
     truncated = 0
     for start in range(0, len(longer), _TEXTS_AT_ONCE):
         # with one more position, a longer text is truncated there and has the end token at the last position
-        tokens = tokenizer(longer[start : start + _TEXTS_AT_ONCE], context_length=context + 1)
-        truncated += int((tokens[:, context] == end).sum())
+        tokens = tokenizer(longer[start : start + _TEXTS_AT_ONCE], context_length=length + 1)
+        truncated += int((tokens[:, length] == end).sum())
     return truncated
 
 
-def _data_notes(pairs: Pairs, model: str) -> list[str]:
+def _data_notes(pairs: Pairs, model: str, context: int | None) -> list[str]:
     """Return the sizes of the training and held-out data, and the number of truncated captions, as log lines."""
     training, held_out = pairs.training(), pairs.held_out()
     notes = [
@@ -124,6 +128,6 @@ def _data_notes(pairs: Pairs, model: str) -> list[str]:
         f"{held_out.caption_counts().sum():,} captions held out (column `held_out` of {PAIRS_FILE})"
     ]
     captions = [caption for texts in pairs.table["captions"].to_pylist() for caption in texts]
-    if truncated := count_truncated(captions, model):
+    if truncated := count_truncated(captions, model, context):
         notes.append(f"{truncated:,} of {len(captions):,} captions are longer than the model's context and truncated")
     return notes

@@ -16,9 +16,10 @@ from reinforce.captioning.config import TOWERS, CaptionerConfig, Loss, Tower
 from reinforce.errors import UserError
 from reinforce.training.task import Batch, Encoded
 from teachers.coca.captioner import check_max_length, check_model, check_model_name
+from teachers.coca.context import set_context
 from teachers.device.accelerator import upload
 from teachers.open_clip import catalog
-from teachers.open_clip.teacher import image_spec, load_model, model_name
+from teachers.open_clip.teacher import image_spec, load_model, model_name, random_model
 from teachers.preprocessing.pixels import to_pixels
 from teachers.protocols import ImageSpec
 from teachers.spec import CaptionerSpec
@@ -163,9 +164,11 @@ def check_captioner(config: CaptionerConfig) -> None:
     spec = _captioner_spec(config)
     try:
         check_model_name(str(spec.model))
-        catalog.check_model(model_name(spec), spec.pretrained)
+        if not config.captioner.random:
+            catalog.check_model(model_name(spec), spec.pretrained)
     except (ValueError, OSError) as error:
-        raise UserError(f"captioner: {error}") from error
+        hint = "" if spec.pretrained else "; `captioner.random: true` starts from random ones"
+        raise UserError(f"captioner: {error}{hint}") from error
 
 
 def build_captioner(config: CaptionerConfig) -> CaptionerModel:
@@ -173,8 +176,7 @@ def build_captioner(config: CaptionerConfig) -> CaptionerModel:
     check_captioner(config)
     spec = _captioner_spec(config)
     try:
-        coca: Any = load_model(spec)
-        check_model(spec, coca)
+        coca, model_cfg = _load(spec, config)
         image = image_spec(open_clip.get_model_preprocess_cfg(coca))
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         raise UserError(f"captioner: {error}") from error
@@ -187,11 +189,25 @@ def build_captioner(config: CaptionerConfig) -> CaptionerModel:
             f"captioner: images of {image.height} x {image.width} are not square, but training crops are: use another "
             "model."
         )
-    name = model_name(spec)
-    model = CaptionerModel(name, coca, open_clip.get_model_config(name), image, config.loss, config.captioner.freeze)
+    model = CaptionerModel(model_name(spec), coca, model_cfg, image, config.loss, config.captioner.freeze)
     if config.train.compute.gradient_checkpointing:
         coca.set_grad_checkpointing()
     return model
+
+
+def _load(spec: CaptionerSpec, config: CaptionerConfig) -> tuple[Any, Mapping[str, Any]]:
+    """The model with its weights, or random ones seeded by the config, and its ``model_cfg``."""
+    name, wanted = model_name(spec), config.captioner
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        coca: Any = random_model(name) if wanted.random else load_model(spec)
+        check_model(spec, coca)
+        if wanted.random:  # open_clip leaves it uninitialised, and its `init_parameters` for it is never called
+            torch.nn.init.normal_(coca.text_decoder.text_projection, std=coca.text_decoder.width**-0.5)
+        model_cfg: Mapping[str, Any] = open_clip.get_model_config(name)
+        if wanted.context is not None:
+            model_cfg = set_context(coca, model_cfg, wanted.context, bool(wanted.random))
+    return coca, model_cfg
 
 
 def _captioner_spec(config: CaptionerConfig) -> CaptionerSpec:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import open_clip
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from reinforce.captioning.model import CaptionerModel, build_captioner, describe_parameters
+from reinforce.captioning.config import Generation
+from reinforce.captioning.model import CaptionerModel, build_captioner, check_captioner, describe_parameters
 from reinforce.captioning.task import CaptioningTask
 from reinforce.errors import UserError
 from reinforce.training.step import backpropagate
 from reinforce.training.task import Batch
+from teachers.coca.captioner import CocaCaptioner
+from teachers.coca.context import set_context
 from teachers.device.accelerator import Accelerator
+from teachers.open_clip.export import write_open_clip
+from teachers.open_clip.tokenizer import Tokenizer
 from teachers.preprocessing.pixels import to_pixels
 from tests.helpers.caption_ranks import RANKS, compute, of_rank
 from tests.helpers.captioning import TEXTS, captioner_config, gradients_of, make_batch, make_captioner, task_losses
@@ -187,3 +194,75 @@ def test_the_exported_folder_loads_with_the_same_weights(tmp_path: Path) -> None
     assert again.image == model.image
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in again.state_dict().items())
     assert open_clip.get_tokenizer(name)("fog").shape == (1, 76)
+
+
+@pytest.mark.parametrize("context", [9, 128])
+def test_another_context_keeps_the_features_and_predictions_of_captions_that_fit_it(
+    tmp_path: Path, context: int
+) -> None:
+    """The words keep their positions, and the class token its own; interpolation would move all of them."""
+    plain = make_captioner(tmp_path).eval()
+    other = make_captioner(
+        tmp_path,
+        captioner={"model": f"local-dir:{tmp_path}/model", "context": context},
+        evaluate={"generate": {"min_length": 0, "max_length": 8}},
+    ).eval()
+    tokens = Tokenizer("coca_ViT-B-32")(["fog", "two dogs"])
+    resized = Tokenizer("coca_ViT-B-32", context - 1)(["fog", "two dogs"])
+    assert resized.shape == (2, context - 1)
+    batch = make_batch(["fog", "two dogs"])
+    with torch.no_grad():
+        before, after = plain(batch), other({**batch, "caption": resized})
+    assert torch.equal(tokens[:, :8], resized[:, :8])
+    for name, values in before.features.items():
+        torch.testing.assert_close(after.features[name], values, msg=name)
+    assert len(other.coca.text.positional_embedding) == context
+
+
+def test_a_context_is_exported_and_captions_are_written_up_to_it(tmp_path: Path) -> None:
+    model = {"model": f"local-dir:{tmp_path}/model"}
+    generate = {"generate": {"min_length": 0, "max_length": 128}}
+    trained = make_captioner(tmp_path, captioner={**model, "context": 128}, evaluate=generate)
+    folder = str(tmp_path / "exported")
+    write_open_clip(trained.coca, trained.config, open_clip.get_tokenizer(trained.name), folder)
+    assert open_clip.get_tokenizer(f"local-dir:{folder}")("fog").shape == (1, 127)
+    spec = Generation(min_length=127 - 2, max_length=128).captioner(f"local-dir:{folder}")
+    captioner = CocaCaptioner(spec, Accelerator("cpu"))
+    [[caption]] = captioner.caption(torch.rand(1, 3, 32, 32), np.zeros((1, 1), np.uint64))
+    assert caption
+    with pytest.raises(UserError, match=r"max_length 129 exceeds the 128 tokens"):
+        make_captioner(
+            tmp_path,
+            captioner={**model, "context": 128},
+            evaluate={"generate": {"max_length": 129}},
+        )
+
+
+def test_random_weights_are_those_of_the_seed_for_a_name_and_a_folder(tmp_path: Path) -> None:
+    folder = {"model": f"local-dir:{tmp_path}/model", "random": True, "context": 16}
+    short = {"generate": {"max_length": 12}}
+    first, again, other = (make_captioner(tmp_path, captioner=folder, evaluate=short, seed=seed) for seed in (0, 0, 1))
+    weights = dict(first.named_parameters())
+    assert all(torch.equal(weights[name], value) for name, value in again.named_parameters())
+    assert not torch.equal(weights["coca.text.positional_embedding"], other.coca.text.positional_embedding)
+    assert float(weights["coca.text.positional_embedding"].detach().std()) == pytest.approx(0.01, rel=0.3)
+    assert float(weights["coca.text_decoder.text_projection"].detach().std()) == pytest.approx(16**-0.5, rel=0.1)
+    config = captioner_config(tmp_path, captioner={"model": "coca_ViT-B-32", "random": True})
+    check_captioner(config)
+    with pytest.raises(UserError, match=r"`captioner\.random: true` starts from random ones"):
+        check_captioner(captioner_config(tmp_path, captioner={"model": "coca_ViT-B-32"}))
+
+
+@pytest.mark.parametrize(
+    ("keys", "error"),
+    [({"random": True, "pretrained": "x"}, "remove one of the two"), ({"random": True, "freeze": ["image"]}, "freeze")],
+)
+def test_random_weights_beside_named_or_frozen_ones_are_refused(tmp_path: Path, keys: Any, error: str) -> None:
+    with pytest.raises(UserError, match=error):
+        captioner_config(tmp_path, captioner={"model": f"local-dir:{tmp_path}/model", **keys})
+
+
+def test_the_context_of_a_hugging_face_text_tower_is_not_changed() -> None:
+    coca = SimpleNamespace(text=torch.nn.Linear(1, 1), text_decoder=None)
+    with pytest.raises(ValueError, match="its context cannot be changed"):
+        set_context(coca, {}, 128)
