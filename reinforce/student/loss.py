@@ -35,19 +35,24 @@ identity, whose minimum is the s_t that makes the true pairs of the batch most l
 1706.04599). Only the scale gets a gradient from it, and L_distill treats the scale as a constant.
 
 With several ranks, each rank compares its b rows with the columns of all ranks; the mean over the ranks is the loss of
-the global batch of B = ranks * b pairs.
+the global batch of B = ranks * b pairs. Matrices [b, B] of more than 2^25 entries are computed in chunks, with equal
+results up to rounding; see ``reinforce.student.chunks``.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from reinforce.student import chunks
+from reinforce.student.chunks import Logits
 from reinforce.training.distributed import gather
+from teachers.device.determinism import tf32
 
 Form = Literal["softmax", "sigmoid"]
 #: Tensors [b, D] by ``image`` and kind of text.
@@ -73,17 +78,22 @@ def contrastive_losses(
     scale: torch.Tensor,
     bias: torch.Tensor | None,
     targets: Mapping[str, Features],
+    reduced: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Weighted losses ``clip/KIND`` and ``distill/KIND``, scalars that sum to L; terms of weight 0 are left out.
 
     ``features`` are the student's, tensors [b, D]; ``targets`` are the teachers', {teacher: tensors [b, D_t]}, with the
     same keys; all have unit norm. ``scale`` s and ``bias`` b are scalars; ``softmax`` ignores the bias. Computed in
-    float64 if the features are, else in float32. Raises KeyError if a teacher in ``objective.scales`` has no targets.
+    float64 if the features are, else in float32; ``reduced`` lets CUDA multiply the chunks of large batches in TF32.
+    Raises KeyError if a teacher in ``objective.scales`` has no targets.
     """
     lambda_, form = objective.lambda_, objective.form
     rows = {name: _full_precision(value) for name, value in features.items()}
     columns = _gather_columns(form, rows)
     kinds = [name for name in rows if name != "image"]
+    if _is_large(rows):
+        with tf32() if reduced else contextlib.nullcontext():
+            return _losses_in_chunks(objective, rows, columns, scale, bias, targets)
     soft = _soft_targets(objective, kinds, targets) if lambda_ > 0 and objective.scales else {}
     losses: dict[str, torch.Tensor] = {}
     for kind in kinds:
@@ -96,14 +106,20 @@ def contrastive_losses(
     return losses
 
 
-def scale_losses(scales: Mapping[str, torch.Tensor], targets: Mapping[str, Features]) -> dict[str, torch.Tensor]:
+def scale_losses(
+    scales: Mapping[str, torch.Tensor], targets: Mapping[str, Features], reduced: bool = False
+) -> dict[str, torch.Tensor]:
     """``scale/TEACHER``: the cross-entropy of softmax(s_t I_t X_t^T) with the identity, mean over the kinds of text.
 
-    ``scales`` are scalars with gradients by teacher, ``targets`` as in ``contrastive_losses``.
+    ``scales`` are scalars with gradients by teacher, ``targets`` and ``reduced`` as in ``contrastive_losses``.
     """
     losses = {}
     for teacher, scale in scales.items():
         rows = {name: _full_precision(value) for name, value in targets[teacher].items()}
+        if _is_large(rows):
+            found = contrastive_losses(Objective(0.0), rows, scale, None, {}, reduced)
+            losses[f"scale/{teacher}"] = torch.stack([*found.values()]).mean()
+            continue
         columns = _gather_columns("softmax", rows)
         of_kinds = [
             _cross_entropy("softmax", [values.log_softmax(dim=1) for values in logits], None)
@@ -111,6 +127,68 @@ def scale_losses(scales: Mapping[str, torch.Tensor], targets: Mapping[str, Featu
         ]
         losses[f"scale/{teacher}"] = torch.stack(of_kinds).mean()
     return losses
+
+
+def _is_large(rows: Features) -> bool:
+    """Whether matrices of a rank's rows [b, D] and all columns are computed in chunks."""
+    return len(rows["image"]) ** 2 * gather.world_size() > chunks.LARGEST
+
+
+def _losses_in_chunks(
+    objective: Objective,
+    rows: dict[str, torch.Tensor],
+    columns: Features,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: Mapping[str, Features],
+) -> dict[str, torch.Tensor]:
+    """``contrastive_losses``, given the student's rows of this rank and columns of all."""
+    lambda_, form = objective.lambda_, objective.form
+    scales = objective.scales if lambda_ > 0 else {}
+    of_teachers = {t: {what: _full_precision(targets[t][what]) for what in rows} for t in scales}
+    images = {t: _gather_columns(form, {"image": own["image"]}) for t, own in of_teachers.items()}
+
+    def teachers(kind: str) -> list[list[Logits]]:
+        """The teachers' logits by side. Only columns of one kind are in memory at a time."""
+        sides = []
+        for teacher, own in of_teachers.items():
+            others = {**images[teacher], **gather.gather({kind: own[kind]})}
+            given = objective.biases.get(teacher)
+            logits = _chunked_logits(form, own, others, kind, scales[teacher], given)
+            if form == "sigmoid" and given is None:
+                logits = [replace(logits[0], bias=-gather.mean(logits[0].mean_of_others()))]
+            sides.append(logits)
+        return [list(side) for side in zip(*sides, strict=True)]
+
+    losses: dict[str, torch.Tensor] = {}
+    for kind in [name for name in rows if name != "image"]:
+        students = _chunked_logits(form, rows, columns, kind, scale, bias)
+        pairs = zip(students, teachers(kind) if scales else [[] for _ in students], strict=True)
+        found = [chunks.cross_entropies(form, student, soft, lambda_ < 1) for student, soft in pairs]
+        means = [torch.stack(sides).mean() for sides in zip(*found, strict=True)]
+        if lambda_ < 1:
+            losses[f"clip/{kind}"] = (1 - lambda_) * means[0]
+        if scales:
+            losses[f"distill/{kind}"] = lambda_ * means[-1]
+    return losses
+
+
+def _chunked_logits(
+    form: Form,
+    rows: Features,
+    columns: Features,
+    kind: str,
+    scale: torch.Tensor | float,
+    bias: torch.Tensor | float | None,
+) -> list[Logits]:
+    """As ``_logits``, before anything is computed."""
+    first = gather.rank() * len(rows[kind])
+    if form == "sigmoid":
+        return [Logits(rows["image"], columns[kind], scale, bias, first)]
+    return [
+        Logits(rows["image"], columns[kind], scale, None, first),
+        Logits(rows[kind], columns["image"], scale, None, first),
+    ]
 
 
 def _cross_entropy(

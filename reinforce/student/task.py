@@ -102,8 +102,9 @@ class StudentTask:
         if learnt:
             objective = replace(objective, scales={name: scale.detach() for name, scale in learnt.items()})
         scale, bias = scalars["logit_scale"], scalars.get("logit_bias")
-        losses = contrastive_losses(objective, encoded.features, scale, bias, targets)
-        return losses | scale_losses(learnt, targets)
+        reduced = self._precision != "fp32"
+        losses = contrastive_losses(objective, encoded.features, scale, bias, targets, reduced)
+        return losses | scale_losses(learnt, targets, reduced)
 
     def evaluate(self, model: torch.nn.Module) -> dict[str, float]:
         """Metrics of this rank's share of the sets under ``evaluate``, by the names in ``reinforce.evaluation``."""

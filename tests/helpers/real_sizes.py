@@ -14,8 +14,10 @@ from typing import Any
 import open_clip
 import torch
 from torch._subclasses import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 # torch.use_deterministic_algorithms in torch 2.13 lists what raises on CUDA; these are ATen's names.
 RAISING = {
@@ -123,3 +125,22 @@ class SavedForBackward:
     @property
     def bytes(self) -> int:
         return sum(storage.nbytes() for storage in self._kept.values())
+
+
+class PeakMemory(TorchDispatchMode):
+    """The most bytes of the tensors made inside that exist at a time, after each operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
+        self.bytes = max(self.bytes, sum(size for _, size in self._alive.values()))
+        return made

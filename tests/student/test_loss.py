@@ -9,7 +9,9 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from reinforce.student import chunks
 from reinforce.student.loss import (
     Objective,
     contrastive_losses,
@@ -213,3 +215,88 @@ def test_a_learnt_scale_converges_to_where_the_true_pairs_are_most_likely() -> N
     assert 2.1 < best < 95
     assert found.exp().item() == pytest.approx(best, rel=5e-3)
     assert loss().item() == pytest.approx(curve.min(), abs=1e-5)
+
+
+KINDS_AND_IMAGE = ("image", *KINDS["both"])
+
+
+class RoundedProducts(TorchDispatchMode):
+    """Rounds what float32 matrix products multiply to 10 bits of mantissa, as TF32 does on CUDA."""
+
+    _dropped = 23 - 10
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        factors = {"mm": 0, "addmm_": 1}.get(func._schema.name.removeprefix("aten::"))
+        if factors is not None:
+            args = (
+                *args[:factors],
+                *(self._round(value) for value in args[factors : factors + 2]),
+                *args[factors + 2 :],
+            )
+        return func(*args, **(kwargs or {}))
+
+    def _round(self, values: torch.Tensor) -> torch.Tensor:
+        bits = values.contiguous().view(torch.int32)
+        even = (1 << (self._dropped - 1)) - 1 + ((bits >> self._dropped) & 1)
+        return ((bits + even) & -(1 << self._dropped)).view(torch.float32)
+
+
+def losses_and_gradients(objective, features, targets, learnt, weighted=True):  # type: ignore[no-untyped-def]
+    """Of both losses, each with a weight of its own, for a scale of 20 and a bias of -3."""
+    dtype = features["image"].dtype
+    inputs = {name: value.clone().requires_grad_() for name, value in features.items()}
+    scalars = {"scale": 20.0, "bias": -3.0, **learnt}
+    scalars = {name: torch.tensor(value, dtype=dtype, requires_grad=True) for name, value in scalars.items()}
+    losses = contrastive_losses(objective, inputs, scalars["scale"], scalars["bias"], targets, reduced=True)
+    losses |= scale_losses({name: scalars[name] for name in learnt}, targets)
+    weights = range(1, 1 + len(losses)) if weighted else [1] * len(losses)
+    torch.stack([weight * loss for weight, loss in zip(weights, losses.values(), strict=True)]).sum().backward()
+    gradients = {name: value.grad for name, value in {**inputs, **scalars}.items() if value.grad is not None}
+    return {name: loss.detach() for name, loss in losses.items()} | gradients
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("form", ["softmax", "sigmoid"])
+def test_large_batches_in_chunks_have_the_losses_and_gradients_of_the_whole_matrix(
+    form: str, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = 23
+    features, targets = vectors("student", pairs=pairs), {name: vectors(name, pairs=pairs) for name in ("one", "two")}
+    objective = Objective(share, form, {"one": 30.0, "two": 15.0}, {"two": -9.0})  # type: ignore[arg-type]
+    learnt = {"one": 30.0} if form == "softmax" else {}
+    whole = losses_and_gradients(objective, features, targets, learnt)
+    monkeypatch.setattr(chunks, "LARGEST", pairs * pairs - 1)
+    monkeypatch.setattr(chunks, "CHUNK", 5 * pairs)
+    found = losses_and_gradients(objective, features, targets, learnt)
+    assert found.keys() == whole.keys()
+    assert {"image", "caption", "synthetic", "scale"} <= found.keys()
+    for name, expected in whole.items():
+        torch.testing.assert_close(found[name], expected, rtol=1e-12, atol=1e-14, msg=lambda t, n=name: f"{n}: {t}")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.7, 1.0])
+def test_tf32_changes_gradients_by_a_fifth_of_what_one_rounding_to_bf16_does_at_most(
+    share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Autocast rounds the features, after it has rounded everything before them."""
+    pairs = 96
+    shared = unit(pairs, 64, 0, torch.float32)
+
+    def tower(dim: int, seed: int, noise: float) -> dict[str, torch.Tensor]:
+        own = torch.nn.functional.normalize(shared @ unit(64, dim, seed, torch.float32), dim=1)
+        made = {kind: own + noise * unit(pairs, dim, seed + i, torch.float32) for i, kind in enumerate(KINDS_AND_IMAGE)}
+        return {kind: torch.nn.functional.normalize(value, dim=1) for kind, value in made.items()}
+
+    features, targets = tower(512, 10, 2.0), {"one": tower(768, 20, 1.5), "two": tower(768, 30, 1.5)}
+    objective = Objective(share, "softmax", {"one": 70.0, "two": 60.0})
+    monkeypatch.setattr(chunks, "LARGEST", 0)
+
+    def gradient(features: dict[str, torch.Tensor]) -> torch.Tensor:
+        found = losses_and_gradients(objective, features, targets, {}, weighted=False)
+        return torch.cat([found[kind].flatten() for kind in KINDS_AND_IMAGE])
+
+    exact = gradient(features)
+    with RoundedProducts():
+        in_tf32 = gradient(features)
+    rounded = gradient({kind: value.bfloat16().float() for kind, value in features.items()})
+    assert 0 < (in_tf32 - exact).norm() < 0.2 * (rounded - exact).norm() < 0.2 * 0.01 * exact.norm()
