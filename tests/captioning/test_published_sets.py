@@ -152,6 +152,12 @@ SETS: dict[str, tuple[Callable[[Path], None], Callable[[int], list[str]]]] = {
     "recipes/coca-dci-complete": (write_dci, lambda number: [extended(number) + COMPLETE]),
     "recipes/coca-recap-coco-30k": (write_recap, lambda number: [f"Recaption {number}"]),
     "recipes/coca-gbc1m-short": (partial(write_gbc, name="gbc1m"), lambda number: [f"Short {number}"]),
+    "recipes/coca-gbc1m-long": (partial(write_gbc, name="gbc1m"), lambda number: [f"Long {number}"]),
+    "recipes/coca-gbc10m-long": (partial(write_gbc, name="gbc10m"), lambda number: [f"Long {number}"]),
+    "recipes/coca-gbc10m-short-relation": (
+        partial(write_gbc, name="gbc10m"),
+        lambda number: [f"Short {number}", f"In snow {number}"],
+    ),
 }
 
 
