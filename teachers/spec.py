@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from teachers.protocols import Captioner, Teacher
 
-Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+Precision = Literal["fp32", "tf32", "bf16", "fp16", "fp8"]
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,8 @@ class ModelSpec(BaseModel):
     precision: Literal["auto"] | Precision = Field(
         "auto",
         description="precision of the forward pass; auto: as dataset.json records, else bf16 where workers use GPUs, "
-        "fp32 where they do not. fp32 is IEEE; tf32 rounds the inputs of products on CUDA",
+        "fp32 where they do not. fp32 is IEEE; tf32 rounds the inputs of products on CUDA; fp8, of teachers: linear "
+        "layers of the image tower in e4m3, the rest in bf16",
     )
 
     @model_validator(mode="after")
@@ -85,6 +86,11 @@ class ModelSpec(BaseModel):
     def resolved_precision(self) -> Precision:
         """``precision``, or fp32 where it is ``auto``, which a run resolves before anything else."""
         return "fp32" if self.precision == "auto" else self.precision
+
+    @property
+    def autocast_precision(self) -> Literal["auto"] | Precision:
+        """``precision`` of all that fp8 does not replace."""
+        return "bf16" if self.precision == "fp8" else self.precision
 
     @property
     def name(self) -> str:
@@ -120,7 +126,9 @@ class TeacherSpec(ModelSpec):
         "float16", description="data type in which embeddings are stored"
     )
     compile: bool | None = Field(
-        None, description="compile the blocks of the image tower (torch.compile); takes a minute at the start of a run"
+        None,
+        description="compile the blocks of the image tower (torch.compile), a minute at the start of a run; default: "
+        "on CUDA, if that works",
     )
 
     @property
@@ -194,6 +202,12 @@ class CaptionerSpec(ModelSpec):
     clean: Clean | None = Field(
         None, description="cleaning of captions before they are stored; dropped ones are replaced by the others"
     )
+
+    @model_validator(mode="after")
+    def _check_precision(self) -> CaptionerSpec:
+        if self.precision == "fp8":
+            raise ValueError("`precision: fp8` is for image towers of teachers: set bf16 or auto")
+        return self
 
     @model_validator(mode="after")
     def _check_lengths(self) -> CaptionerSpec:

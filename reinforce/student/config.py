@@ -159,6 +159,10 @@ class Loss(Section):
         for name, spec in teachers.items():
             if spec.precision == "auto" and "precision" in spec.model_fields_set:
                 raise ValueError(f"{name}: `precision: auto` is for `reinforce run`; set fp32, tf32, bf16 or fp16")
+            if spec.precision == "fp8":
+                raise ValueError(
+                    f"{name}: `precision: fp8` is for `reinforce run`, which compares it with bf16; set bf16"
+                )
         # Checkpoints record it: before there was `auto`, fp32 was the default.
         return {name: spec.model_copy(update={"precision": spec.resolved_precision}) for name, spec in teachers.items()}
 

@@ -56,6 +56,8 @@ _CARDS: tuple[tuple[tuple[str, ...], float | None, float | None, float], ...] = 
 
 
 _WITHOUT_BF16 = ("V100", "T4")
+#: Cards whose products in fp8 are twice as fast as in bf16.
+_WITH_FP8 = ("GB200", "B200", "GH200", "H200", "H100", "H800", "RTX 6000 Ada", "L40S", "L40", "L4")
 
 
 def peak_flops(card: str, precision: Precision) -> float | None:
@@ -65,7 +67,8 @@ def peak_flops(card: str, precision: Precision) -> float | None:
         if all(word in words for part in parts for word in part.upper().split()):
             if precision == "bf16" and parts[0] in _WITHOUT_BF16:
                 return None
-            rate = {"fp32": fp32, "tf32": tf32, "bf16": half, "fp16": half}[precision]
+            fp8 = 2 * half if half and parts[0] in _WITH_FP8 else None
+            rate = {"fp32": fp32, "tf32": tf32, "bf16": half, "fp16": half, "fp8": fp8}[precision]
             return None if rate is None else rate * _TERA
     return None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from teachers.device.accelerator import Accelerator
@@ -41,19 +43,26 @@ class FrozenLinear(torch.nn.Module):
 
 
 class FrozenAttention(torch.nn.Module):
-    """A ``torch.nn.MultiheadAttention`` with ``batch_first``, without dropout, whose key and value are one input."""
+    """A ``torch.nn.MultiheadAttention`` with ``batch_first``, without dropout, whose key and value are one input.
 
-    def __init__(self, attention: torch.nn.MultiheadAttention, accelerator: Accelerator) -> None:
+    Nothing is copied between the products and the attention. ``packed`` is that of ``FrozenLinear``; without it,
+    queries, keys and values of self-attention are one product.
+    """
+
+    def __init__(self, attention: torch.nn.MultiheadAttention, accelerator: Accelerator, packed: bool = True) -> None:
         super().__init__()
+        linear = partial(FrozenLinear, accelerator=accelerator, packed=packed)
         width, bias = attention.out_proj.weight.shape[1], attention.in_proj_bias
-        if attention.in_proj_weight is not None:
-            query, *others = attention.in_proj_weight.split(width)
+        whole = attention.in_proj_weight
+        if whole is not None:
+            query, others = whole[:width], whole[width:]
         else:  # keys and values have another width
-            query, others = attention.q_proj_weight, [attention.k_proj_weight, attention.v_proj_weight]
+            query, others = attention.q_proj_weight, torch.cat([attention.k_proj_weight, attention.v_proj_weight])
         self.heads = attention.num_heads
-        self.query = FrozenLinear(query, None if bias is None else bias[:width], accelerator)
-        self.key_value = FrozenLinear(torch.cat(others), None if bias is None else bias[width:], accelerator)
-        self.out = FrozenLinear(attention.out_proj.weight, attention.out_proj.bias, accelerator)
+        self.whole = None if packed or whole is None else linear(whole, bias)
+        self.query = linear(query, None if bias is None else bias[:width])
+        self.key_value = linear(others, None if bias is None else bias[width:])
+        self.out = linear(attention.out_proj.weight, attention.out_proj.bias)
 
     def forward(
         self,
@@ -63,11 +72,19 @@ class FrozenAttention(torch.nn.Module):
         need_weights: bool = False,
         attn_mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, None]:
-        """query [B, n, width]; key and value the same [B, m, key width] -> ([B, n, width], None)."""
+        """query [B, n, width]; key and value the same [B, m, key width] -> ([B, n, width], None).
+
+        ``attn_mask`` is [n, m], or [B * heads, n, m].
+        """
         assert key is value
         assert not need_weights
-        projected = (self.query(query), *self.key_value(key).chunk(2, dim=-1))
+        if self.whole is not None and query is key:
+            projected = self.whole(query).chunk(3, dim=-1)
+        else:
+            projected = (self.query(query), *self.key_value(key).chunk(2, dim=-1))
         q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in projected)
+        if attn_mask is not None and attn_mask.ndim == 3:
+            attn_mask = attn_mask.unflatten(0, (-1, self.heads))
         x = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
         return self.out(x.transpose(1, 2).flatten(2)), None
 

@@ -1,4 +1,4 @@
-"""Towers made fast on CUDA: weights held in the precision, and blocks compiled for a few static shapes."""
+"""Towers made fast on CUDA: weights held in the precision, attention without copies, blocks compiled for few shapes."""
 
 from __future__ import annotations
 
@@ -10,16 +10,33 @@ from typing import Any
 import torch
 
 from teachers.device.accelerator import Accelerator
-from teachers.device.recompilation import many_shapes
+from teachers.device.fp8 import Float8Layers, check_device
+from teachers.device.frozen import FrozenAttention
+from teachers.device.recompilation import many_shapes, settle_compiler
 from teachers.tokens.trimming import PROBE_TEXTS
 
 _LOG = logging.getLogger(__name__)
 #: Modules that do nothing with their weights but what autocast computes in its precision.
 _PRODUCTS = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d, torch.nn.MultiheadAttention)
-_SMALLEST = 8  # rows in a batch of a compiled tower
+#: Least rows in a batch of a compiled tower. On CUDA fewer rows take nearly as long, and each size is compiled.
+_SMALLEST, _SMALLEST_ON_CUDA = 8, 32
 _MIN_BLOCKS = 2
+#: Least cosine between the embeddings of a fast path and those of the plain one, in fp32, in other precisions, and in
+#: fp8, where the rounding of one layer changes that of the next.
+_COSINE_FP32, _COSINE, _COSINE_FP8 = 0.99999, 0.999, 0.99
 
 Outputs = Callable[[], Sequence[torch.Tensor]]
+Encode = Callable[[torch.Tensor], torch.Tensor]
+
+
+def freeze_for_cuda(teacher: Any, model: torch.nn.Module, accelerator: Accelerator) -> None:
+    """Hold the weights of a teacher's model in its precision and fuse its attention, on CUDA; on CPUs do nothing.
+
+    ``model`` is changed in place. The embeddings of ``teacher`` differ in rounding at most.
+    """
+    if accelerator.device.type == "cuda":
+        hold_in_precision(model, accelerator, lambda: probe_outputs(teacher, accelerator))
+        fuse_attention(model, accelerator, lambda: probe_outputs(teacher, accelerator))
 
 
 def hold_in_precision(model: torch.nn.Module, accelerator: Accelerator, outputs: Outputs) -> bool:
@@ -44,6 +61,40 @@ def hold_in_precision(model: torch.nn.Module, accelerator: Accelerator, outputs:
         parameter.data = data
     _LOG.info("weights of %s stay in float32: %s", type(model).__name__, reason)
     return False
+
+
+def fuse_attention(model: torch.nn.Module, accelerator: Accelerator, outputs: Outputs) -> bool:
+    """Replace torch's attention modules by those that copy nothing between their products -> whether it did.
+
+    They are put back if ``outputs`` changes by more than rounding: a library may read the weights of the module.
+    """
+    found = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if type(child) is torch.nn.MultiheadAttention and child.batch_first
+    ]
+    if not found:
+        return False
+    before = outputs()
+    try:
+        for parent, name, child in found:
+            setattr(parent, name, FrozenAttention(child, accelerator, packed=False))
+        _check_equal(before, outputs(), _COSINE_FP32 if accelerator.precision == "fp32" else _COSINE)
+        return True
+    except Exception as error:  # of any library that expects another module
+        for parent, name, child in found:
+            setattr(parent, name, child)
+        _LOG.info("attention of %s is torch's: %s: %s", type(model).__name__, type(error).__name__, error)
+        return False
+
+
+def _check_equal(before: Sequence[torch.Tensor], after: Sequence[torch.Tensor], least: float) -> None:
+    """Raise ValueError if the cosine between embeddings is below ``least``."""
+    for one, other in zip(before, after, strict=True):
+        cosine = float(torch.nn.functional.cosine_similarity(one.double(), other.double(), dim=-1).min())
+        if not cosine >= least:  # nor if it is NaN
+            raise ValueError(f"embeddings change (cosine {cosine:.5f}, at least {least} is required)")
 
 
 def probe_outputs(teacher: Any, accelerator: Accelerator) -> list[torch.Tensor]:
@@ -74,6 +125,54 @@ def _weights_of_products(model: torch.nn.Module) -> Iterator[torch.nn.Parameter]
     return (parameter for parameter in found if id(parameter) not in others and parameter.dtype == torch.float32)
 
 
+def use_fp8(teacher: Any, tower: torch.nn.Module, accelerator: Accelerator) -> None:
+    """Compute the linear layers in the blocks of an image tower in fp8.
+
+    ``teacher`` gets a method ``encode_images_in_bf16``, for comparison; its weights are released with it. Raises
+    ValueError for a device without fp8 and a tower without such layers.
+    """
+    check_device(accelerator.device)
+    layers = Float8Layers(_alike(tower))
+
+    def encode_images_in_bf16(pixels: torch.Tensor) -> torch.Tensor:
+        with layers.plain():
+            encoded: torch.Tensor = teacher.encode_images(pixels)
+            return encoded
+
+    teacher.encode_images_in_bf16 = encode_images_in_bf16
+
+
+def compile_images(
+    teacher: Any, tower: torch.nn.Module, encode: Encode, wanted: bool | None, accelerator: Accelerator
+) -> Encode:
+    """``encode``, which computes ``tower`` and more of it, with the blocks of the tower compiled.
+
+    By default (``wanted`` None) they are compiled on CUDA, if that works with the embeddings of before up to rounding:
+    it needs a C compiler, for example. With True, what goes wrong raises.
+    """
+    if wanted is False or (wanted is None and accelerator.device.type != "cuda"):
+        return encode
+    spec = teacher.image
+    pixels = torch.randn(2, 3, spec.height, spec.width, generator=torch.Generator().manual_seed(0))
+    pixels = accelerator.layout(accelerator.put(pixels))
+    fast = padded(encode, _SMALLEST_ON_CUDA if accelerator.device.type == "cuda" else _SMALLEST)
+    least = _COSINE_FP32 if accelerator.precision == "fp32" else _COSINE
+    least = _COSINE_FP8 if hasattr(teacher, "encode_images_in_bf16") else least
+    with accelerator.forward():
+        before = encode(pixels)
+        try:
+            compile_blocks(tower)
+            _check_equal([before], [fast(pixels)], least)
+        except Exception as error:
+            if wanted:
+                raise
+            for block in _alike(tower):
+                block._compiled_call_impl = None
+            _LOG.warning("%s is not compiled: %s: %s", type(teacher).__name__, type(error).__name__, error)
+            return encode
+    return fast
+
+
 def compile_blocks(tower: torch.nn.Module, backend: str | Callable[..., Any] = "inductor") -> int:
     """Compile the blocks of a tower that follow each other and are alike, such as a transformer's -> their number.
 
@@ -84,6 +183,7 @@ def compile_blocks(tower: torch.nn.Module, backend: str | Callable[..., Any] = "
     """
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 5):
         raise ValueError(f"`compile` of a teacher needs torch 2.5, and this is {torch.__version__}")
+    settle_compiler()
     blocks = list(_alike(tower))
     for block in blocks:
         block.compile(backend=backend, dynamic=False)
@@ -104,20 +204,27 @@ def _alike(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
                 yield from _alike(child)
 
 
-def padded(encode: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-    """``encode`` of a compiled tower, for few batch sizes: powers of two from 8.
+def padded(encode: Encode, smallest: int = _SMALLEST) -> Encode:
+    """``encode`` of a compiled tower, for few batch sizes: powers of two from ``smallest``, a power of two.
 
-    A batch is padded by zeros; [B, ...] -> [B, ...].
+    A batch is padded by zeros; [B, ...] -> [B, ...]. If less than ``smallest`` does not fit in the memory of the
+    device, smaller sizes are used from then on.
     """
+    least = smallest
 
     def run(batch: torch.Tensor) -> torch.Tensor:
+        nonlocal least
         rows = len(batch)
-        size = max(_SMALLEST, 1 << (rows - 1).bit_length())
+        size = max(least, 1 << (rows - 1).bit_length())
         with many_shapes():
             if size == rows:
                 return encode(batch)
-            whole = batch.new_zeros((size, *batch.shape[1:]))
-            whole[:rows] = batch
-            return encode(whole)[:rows]
+            try:
+                whole = batch.new_zeros((size, *batch.shape[1:]))
+                whole[:rows] = batch
+                return encode(whole)[:rows]
+            except torch.OutOfMemoryError:
+                least = 1 if rows < least else least
+                raise
 
     return run

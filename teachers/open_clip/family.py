@@ -33,7 +33,7 @@ class OpenClipTeacherSpec(OpenClipOptions, TeacherSpec):
         from teachers.device.accelerator import Accelerator
         from teachers.open_clip.teacher import OpenClipTeacher
 
-        return OpenClipTeacher(self, Accelerator(device, self.precision))
+        return OpenClipTeacher(self, Accelerator(device, self.autocast_precision))
 
     def hosts(self) -> Iterator[str]:
         return weight_hosts(self)

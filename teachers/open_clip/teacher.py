@@ -72,10 +72,10 @@ class OpenClipTeacher(OpenClipEncoder):
         self.dim = int(open_clip.get_model_config(model_name(spec))["embed_dim"])
         if accelerator.device.type == "cuda":
             keep_residual_in_float32(model)
-            towers.hold_in_precision(model, accelerator, lambda: towers.probe_outputs(self, accelerator))
-        if spec.compile:
-            towers.compile_blocks(model.visual)
-            self._encode_images = towers.padded(model.encode_image)
+        towers.freeze_for_cuda(self, model, accelerator)
+        if spec.precision == "fp8":
+            towers.use_fp8(self, model.visual, accelerator)
+        self._encode_images = towers.compile_images(self, model.visual, model.encode_image, spec.compile, accelerator)
 
 
 def load_model(spec: ModelSpec, image_size: int | None = None) -> Any:

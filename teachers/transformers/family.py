@@ -58,7 +58,7 @@ class TransformersTeacherSpec(_Transformers, TransformersOptions):
         from teachers.device.accelerator import Accelerator
         from teachers.transformers.teacher import load
 
-        return load(self, Accelerator(device, self.precision))
+        return load(self, Accelerator(device, self.autocast_precision))
 
 
 class TransformersCaptionerSpec(_Transformers, CaptionerSpec):

@@ -153,7 +153,9 @@ class TextTeacher:
             self.dim = self.encode_texts(PROBE_TEXTS).shape[1]
         if spec.compile:
             raise ValueError("`compile` is for image towers, and this model has none; remove it")
-        _hold_in_precision(self, self._model, accelerator)
+        if spec.precision == "fp8":
+            raise ValueError("`precision: fp8` is for image towers, and this model has none: set bf16 or auto")
+        towers.freeze_for_cuda(self, self._model, accelerator)
 
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
         """B strings -> [B, dim] float32, unit norm."""
@@ -261,20 +263,15 @@ def _load_model(spec: TransformersOptions, accelerator: Accelerator) -> tuple[An
     return accelerator.prepare(model.float()), not missing
 
 
-def _hold_in_precision(teacher: Any, model: Any, accelerator: Accelerator) -> None:
-    if accelerator.device.type == "cuda":
-        towers.hold_in_precision(model, accelerator, lambda: towers.probe_outputs(teacher, accelerator))
-
-
 def _make_fast(
     teacher: Any, model: Any, spec: TransformersOptions, accelerator: Accelerator, encode: EncodeImages
 ) -> EncodeImages:
-    """Hold the weights of a teacher in its precision on CUDA, and compile its image tower if the spec asks for it."""
-    _hold_in_precision(teacher, model, accelerator)
-    if not spec.compile:
-        return encode
-    towers.compile_blocks(getattr(model, "vision_model", model))
-    return towers.padded(encode)
+    """``encode`` on the fast paths of ``teachers.device.towers``."""
+    towers.freeze_for_cuda(teacher, model, accelerator)
+    tower = getattr(model, "vision_model", model)
+    if spec.precision == "fp8":
+        towers.use_fp8(teacher, tower, accelerator)
+    return towers.compile_images(teacher, tower, encode, spec.compile, accelerator)
 
 
 @contextmanager

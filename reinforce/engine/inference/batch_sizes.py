@@ -21,6 +21,9 @@ from reinforce.errors import UserError
 
 #: Largest batch of ``workers.batch: auto``. Larger ones are hardly faster, and take more shared memory for pixels.
 MAX_AUTO_BATCH = 1024
+#: Least texts of a batch on accelerators: with fewer, launching the kernels of a text tower takes longer than running
+#: them.
+_LEAST_TEXTS = 1024
 _Bound = Literal["rows", "crops", "texts", "samples"]
 _UNITS: dict[_Bound, str] = {"rows": "image", "crops": "augmented image", "texts": "text", "samples": "sample"}
 
@@ -50,6 +53,12 @@ def rows_per_batch(config: Config) -> int:
     return max(1, config.workers.images // config.augmentations.count)
 
 
+def texts_per_batch(config: Config) -> int:
+    """Texts of a batch."""
+    images = config.workers.images
+    return max(images, _LEAST_TEXTS) if config.workers.gpus else images
+
+
 class BatchSizes:
     """Bounds of batches by what they consist of; without one, the config decides."""
 
@@ -76,8 +85,13 @@ class BatchSizes:
         """Samples that a scorer gets without their images, of a batch that may have ``samples``."""
         return min(samples, self._bounds.get("samples", samples))
 
+    def note(self, text: str) -> None:
+        """Add a message to those of ``take_notes``."""
+        with self._changed:
+            self._notes.append(text)
+
     def take_notes(self) -> tuple[str, ...]:
-        """Messages about sizes that were halved since the last call."""
+        """Messages since the last call: about sizes that were halved, and others."""
         with self._changed:
             notes, self._notes = tuple(self._notes), []
         return notes
@@ -118,7 +132,7 @@ class BatchSizes:
         bound, count = demand.bound, config.augmentations.count
         failed = self.crops(count) if bound == "crops" else size
         rows, images = rows_per_batch(config), config.workers.images
-        planned: dict[_Bound, int] = {"rows": rows, "crops": count, "texts": images, "samples": images}
+        planned: dict[_Bound, int] = {"rows": rows, "crops": count, "texts": texts_per_batch(config), "samples": images}
         with self._changed:
             self._one_at_a_time = True
             if failed > 1:

@@ -76,6 +76,7 @@ class Models:
     lock: PriorityLock = field(default_factory=PriorityLock)  # of the accelerator
     batches: BatchSizes = field(default_factory=BatchSizes)
     costs: Mapping[str, Cost] = field(default_factory=dict)  # of layers, where they are known
+    uncompared: set[str] = field(default_factory=set)  # teachers in fp8 that are still to be compared with bf16
     _tokenizing: threading.Lock = field(default_factory=threading.Lock)
     _tokens: TokenCache = field(default_factory=TokenCache)
 

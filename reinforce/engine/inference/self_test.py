@@ -7,7 +7,8 @@ Of each encoder of a teacher it requires, on a batch of three inputs, that
 - different inputs give different embeddings,
 - the batch gives what each input gives alone, and so does a full batch, in which the three are repeated at random.
 
-How close is close enough depends on the precision: see ``TOLERANCES``.
+How close is close enough depends on the precision: see ``TOLERANCES``. A teacher in fp8 is also compared with itself in
+bf16, on the first crops of each worker, before a file of them is written.
 
 Of a captioner it requires ``captions`` texts for each image, that the same images and seeds give the same texts again,
 and that some caption of a batch begins as it does for its image alone. It does not require more, because the rounding
@@ -73,7 +74,10 @@ TOLERANCES: dict[Precision, Tolerance] = {
     "tf32": Tolerance(batch=0.99, repeat=0.999, equal=1e-6),
     "bf16": Tolerance(batch=0.99, repeat=0.999, equal=1e-4),
     "fp16": Tolerance(batch=0.99, repeat=0.999, equal=1e-4),
+    "fp8": Tolerance(batch=0.99, repeat=0.999, equal=1e-4),
 }
+#: Least cosine between the embeddings of an image in fp8 and in bf16, and the images of which it is computed.
+_FP8_COSINE, _FP8_IMAGES = 0.999, 128
 _PRECISIONS: dict[torch.dtype, Precision] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -114,6 +118,25 @@ def check_image_encoder(models: Models, name: str, precision: Precision, batch: 
             return models.encode_images(teacher, pixels)
 
     return _check_encoder(models, name, _IMAGE_INPUTS, encode, precision, batch)
+
+
+def check_fp8(models: Models, name: str, pixels: torch.Tensor) -> None:
+    """Compare a teacher in fp8 with itself in bf16 on crops, float32 [B, 3, H, W], in the accelerator's turn.
+
+    It happens once, and afterwards only a teacher in fp8 is held. Raises UserError if they differ too much.
+    """
+    teacher: Any = models.teachers[name]
+    pixels = pixels[:_FP8_IMAGES]
+    exact = to_numpy(teacher.encode_images_in_bf16(pixels.clone()))
+    cosine = _least_cosine(to_numpy(teacher.encode_images(pixels.clone())), exact)
+    compared = f"the embeddings of {len(pixels)} crops in fp8 have cosines of at least {cosine:.5f} to those in bf16"
+    if not cosine >= _FP8_COSINE:  # nor if it is NaN
+        raise UserError(
+            f"teachers.{name}: {compared}, and {_FP8_COSINE} is required: set `precision: bf16`, and drop what other "
+            "workers have written of it"
+        )
+    teacher.encode_images_in_bf16 = None
+    models.batches.note(f"teachers.{name}: {compared}")
 
 
 def check_text_encoder(models: Models, name: str, precision: Precision, batch: int | None = None) -> Floats:

@@ -174,6 +174,8 @@ def _check_model(report: Report, redact: Redactor, name: str, spec: _Spec, devic
             if info.texts:
                 report.rows.append(_measure_texts(models, name, spec, batch))
         report.notes += version_notes([info.identity])
+        if getattr(spec, "precision", None) == "fp8":
+            report.notes.append(f"{name}: each worker of a run compares fp8 with bf16 on its first crops")
     except UserError as error:
         report.errors.append(redact(str(error)))
     except Exception as error:  # a model may raise anything

@@ -102,6 +102,7 @@ class Worker:
         check_models(self.models, layers, precisions(self.config))
         self.config = fit_batch(self.models, self.config, layers)
         check_models(self.models, layers, precisions(self.config), self.config)
+        self.models.uncompared = {name for name, used in precisions(self.config).items() if used == "fp8"}
         self.models.costs = measure_costs(self.models, self.config, layers, flops_of)
         allocate_pixels(self.pool, self.config, layers, self.models, SHARDS_IN_FLIGHT)
         self.pool.wait_until_ready()

@@ -16,6 +16,7 @@ from teachers.device.accelerator import Precision
 from teachers.device.flops import count_flops, peak_flops
 from tests.helpers import tiny_models
 from tests.helpers.data import config_of
+from tests.helpers.stand_in_cuda import stand_in_cuda
 
 
 def test_the_flops_of_a_tower_are_those_of_its_products_also_where_torch_has_a_fused_layer() -> None:
@@ -47,6 +48,11 @@ def test_costs_are_those_of_teachers_on_cards_whose_peak_is_known(tmp_path: Path
     assert all(cost.flops > 0 for cost in costs.values())
     assert costs_on("a card of next year", models, config, layers, flops_of) == {}
     assert measure_costs(models, config, layers, flops_of) == {}, "a CPU"
+    on_gpu = config.model_copy(update={"workers": config.workers.model_copy(update={"gpus": 1.0})})
+    with stand_in_cuda():
+        padded = costs_on("NVIDIA H100 80GB HBM3", load_models(on_gpu, layers), on_gpu, layers, flops_of)
+    name = "embeddings/tiny/images"
+    assert padded[name].flops == pytest.approx(costs[name].flops), "of an image, not of the batch that it is padded to"
 
 
 @pytest.mark.parametrize(
@@ -54,6 +60,8 @@ def test_costs_are_those_of_teachers_on_cards_whose_peak_is_known(tmp_path: Path
     [
         ("NVIDIA H100 80GB HBM3", "bf16", 989),
         ("NVIDIA H100 80GB HBM3", "fp32", 67),
+        ("NVIDIA H100 80GB HBM3", "fp8", 1978),
+        ("NVIDIA A100-SXM4-80GB", "fp8", None),
         ("NVIDIA H100 PCIe", "fp16", 756),
         ("NVIDIA H100 NVL", "bf16", 835.5),
         ("NVIDIA H200", "tf32", 494.5),

@@ -17,6 +17,7 @@ from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import Layer
 from reinforce.engine.decode.cells import PixelCells
 from reinforce.engine.decode.row import Row
+from reinforce.engine.inference.batch_sizes import texts_per_batch
 from reinforce.engine.inference.models import Counters, Models, load_models
 from reinforce.engine.inference.out_of_memory import OutOfMemory, attempt, memory_hint
 from reinforce.engine.messages.results import ShardResult, raising_layer_failure
@@ -266,6 +267,14 @@ def test_a_model_that_fails_in_a_full_batch_only_ends_the_run_before_it_begins()
     captioner.caption = caption
     with pytest.raises(UserError, match=r"captions/namer fails in a full batch of 64: IndexError: no room for 32"):
         find_batch(models, config, layers)
+
+
+@pytest.mark.parametrize(("workers", "texts"), [((16, 1), 1024), ((2048, 1), 2048), ((16, 0), 16)])
+def test_texts_are_encoded_in_large_batches_where_launching_kernels_decides(
+    workers: tuple[int, int], texts: int
+) -> None:
+    batch, gpus = workers
+    assert texts_per_batch(parse_config(config_of("x.tar", "y", workers={"batch": batch, "gpus": gpus}))) == texts
 
 
 def test_a_batch_must_be_a_number_or_auto() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from teachers.preprocessing.pixels import to_pixels
 from teachers.protocols import ImageSpec
 from teachers.registry import teacher_spec
 from teachers.tokens.trimming import PROBE_TEXTS
+from tests.helpers.named_models import open_clip_named
 from tests.helpers.stand_in_cuda import stand_in_cuda
 from tests.helpers.tiny_models import FULL_LENGTH, TRIMMED, open_clip_model
 
@@ -73,9 +75,12 @@ def test_weights_stay_in_float32_where_the_outputs_would_change(tmp_path: Path) 
     assert all(map(torch.equal, before, embeddings(teacher)))
 
 
-def test_a_teacher_on_cuda_holds_its_weights_in_bf16_with_the_embeddings_of_before(tmp_path: Path) -> None:
+def test_a_teacher_on_cuda_holds_its_weights_in_bf16_and_copies_nothing_for_attention(tmp_path: Path) -> None:
     spec = teacher_spec(model=open_clip_model(tmp_path), precision="bf16")
-    expected = embeddings(OpenClipTeacher(spec, Accelerator("cpu", "bf16")))
+    cpu = Accelerator("cpu", "bf16")
+    plain = OpenClipTeacher(spec, cpu)
+    assert towers.fuse_attention(plain._model, cpu, lambda: towers.probe_outputs(plain, cpu))
+    expected = embeddings(plain)
     with stand_in_cuda() as cuda:
         teacher = OpenClipTeacher(spec, Accelerator("cuda", "bf16"))
         assert stored_in(teacher._model, torch.bfloat16)
@@ -85,6 +90,76 @@ def test_a_teacher_on_cuda_holds_its_weights_in_bf16_with_the_embeddings_of_befo
         assert all(torch.equal(one, other.cpu()) for one, other in zip(expected, found, strict=True))
         casts = [name for name in counts.by_name if name == "_to_copy"]
         assert counts.by_name["_to_copy"] < len(stored_in(teacher._model, torch.bfloat16)), casts
+        assert counts.by_name["clone"] == 1, "of pixels, not one for each attention"
+        assert {name: counts.by_name[name] for name in ("bmm", "addmm")} == {"bmm": 0, "addmm": 16}, "with its bias"
+
+
+@pytest.mark.parametrize("name", ["ViT-L-14-quickgelu", "ViT-SO400M-14-SigLIP2", "MobileCLIP2-S0"])
+def test_attention_without_copies_gives_the_embeddings_of_torchs_up_to_rounding(tmp_path: Path, name: str) -> None:
+    outputs: dict[str, list[torch.Tensor]] = {}
+    model = open_clip_named(tmp_path, name)
+    for precision in ("fp32", "bf16"):
+        accelerator = Accelerator("cpu", precision)  # type: ignore[arg-type]
+        teacher = OpenClipTeacher(teacher_spec(model=model, precision=precision), accelerator)
+        outputs[precision] = embeddings(teacher)
+        assert towers.fuse_attention(teacher._model, accelerator, partial(towers.probe_outputs, teacher, accelerator))
+        assert not [one for one in teacher._model.modules() if isinstance(one, torch.nn.MultiheadAttention)]
+        outputs[f"fused {precision}"] = embeddings(teacher)
+    for side, exact in enumerate(outputs["fp32"]):
+        torch.testing.assert_close(outputs["fused fp32"][side], exact, rtol=0, atol=1e-6)
+        plain, fused = ((outputs[one][side] - exact).abs().max() for one in ("bf16", "fused bf16"))
+        assert fused <= 1.5 * plain, "the precision rounds more than the path"
+
+
+def test_attention_that_cannot_be_replaced_stays_torchs(tmp_path: Path) -> None:
+    accelerator = Accelerator("cpu")
+    teacher = OpenClipTeacher(teacher_spec(model=open_clip_model(tmp_path)), accelerator)
+    attention = teacher._model.visual.transformer.resblocks[0].attn
+    torch.nn.init.normal_(attention.in_proj_bias)
+    before = embeddings(teacher)
+    attention.bias_k = torch.nn.Parameter(torch.ones(1, 1, 32))  # keys that the fused module does not have
+    attention.bias_v = torch.nn.Parameter(torch.ones(1, 1, 32))
+    changed = embeddings(teacher)
+    assert not torch.equal(before[0], changed[0])
+    assert not towers.fuse_attention(teacher._model, accelerator, lambda: towers.probe_outputs(teacher, accelerator))
+    assert teacher._model.visual.transformer.resblocks[0].attn is attention
+    assert all(map(torch.equal, changed, embeddings(teacher)))
+
+
+@pytest.mark.parametrize(("compile_", "blocks"), [(None, 2), (True, 2), (False, 0)])
+def test_blocks_of_image_towers_are_compiled_on_cuda_unless_the_config_says_no(
+    tmp_path: Path, compile_: bool | None, blocks: int
+) -> None:
+    spec = teacher_spec(model=open_clip_model(tmp_path), precision="bf16", compile=compile_)
+    with stand_in_cuda() as cuda:
+        teacher = OpenClipTeacher(spec, Accelerator("cuda", "bf16"))
+        assert [one["dynamic"] for one in cuda.compiled] == [False] * blocks
+        seen: list[int] = []
+        teacher._model.visual.conv1.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+        for rows in (1, 3, 33):
+            teacher.encode_images(images(rows).to("cuda"))
+    assert seen == ([32, 32, 64] if blocks else [1, 3, 33]), "few shapes"
+
+
+def test_a_node_without_a_compiler_computes_without_and_fails_where_the_config_asks_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def compile_(module: torch.nn.Module, **_: Any) -> None:
+        def call(*_: Any, **__: Any) -> None:
+            raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
+
+        module._compiled_call_impl = call
+
+    values = {"model": open_clip_model(tmp_path), "precision": "bf16"}
+    expected = embeddings(OpenClipTeacher(teacher_spec(**values), Accelerator("cpu", "bf16")))
+    with stand_in_cuda(), monkeypatch.context() as patched:
+        patched.setattr(torch.nn.Module, "compile", compile_)
+        teacher = OpenClipTeacher(teacher_spec(**values), Accelerator("cuda", "bf16"))
+        found = teacher.encode_images(images(3).to("cuda")).cpu()
+        with pytest.raises(RuntimeError, match="teacher vit: RuntimeError: Failed to find C compiler"):
+            registry.load_teacher("vit", teacher_spec(**values, compile=True), "cuda")
+    torch.testing.assert_close(found, expected[0], rtol=0, atol=2e-2)
+    assert "OpenClipTeacher is not compiled: RuntimeError: Failed to find C compiler" in caplog.text
 
 
 def test_preparing_pixels_copies_nothing_and_waits_for_nothing() -> None:
@@ -113,6 +188,7 @@ def test_growing_and_shrinking_batches_compile_one_graph_for_each_power_of_two_a
         teacher_spec(model=open_clip_model(tmp_path), precision="bf16"), Accelerator("cpu", "bf16")
     )
     model: Any = teacher._model
+    assert towers.fuse_attention(model, Accelerator("cpu", "bf16"), lambda: [model.encode_image(images(1))])
     sizes = [8, 3, 32, 31, 1, 17, 5, 25, 2]
     with Accelerator("cpu", "bf16").forward():
         expected = [towers.padded(model.encode_image)(images(size)) for size in sizes]

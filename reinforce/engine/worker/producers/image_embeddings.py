@@ -15,13 +15,15 @@ from reinforce.engine.inference.batch_sizes import Demand, rows_per_batch
 from reinforce.engine.inference.inference import Batch, Outputs
 from reinforce.engine.inference.models import Models
 from reinforce.engine.inference.outputs import to_numpy
-from reinforce.engine.inference.self_test import check_image_encoder, probe_images
+from reinforce.engine.inference.self_test import check_fp8, check_image_encoder, probe_images
 from reinforce.engine.worker.producers.base import RowGroup
 from reinforce.engine.worker.producers.vectors import Embeddings, Floats, Mask
 from teachers.device.flops import count_flops
 from teachers.preprocessing.pixels import to_pixels
 from teachers.protocols import ImageSpec
 from teachers.spec import Precision
+
+_COUNTED = 32  # images whose operations are counted
 
 
 class ImageEmbeddings(Embeddings):
@@ -36,10 +38,11 @@ class ImageEmbeddings(Embeddings):
 
     @staticmethod
     def flops(models: Models, layer: Layer) -> float:
+        """The mean of a batch; compiled towers pad smaller ones."""
         teacher = models.teachers[str(layer.model)]
         with models.use_accelerator():
-            pixels = probe_images(models, teacher.image, [0])
-            return count_flops(lambda: teacher.encode_images(pixels))
+            pixels = probe_images(models, teacher.image, [0] * _COUNTED)
+            return count_flops(lambda: teacher.encode_images(pixels)) / _COUNTED
 
     @property
     def crops(self) -> bool:
@@ -58,6 +61,9 @@ class ImageEmbeddings(Embeddings):
         for layer in self.computed:
             teacher = self.session.teacher(layer)
             assert teacher.image is not None
+            if layer.model in models.uncompared and not placeholders.all():
+                check_fp8(models, layer.model, to_pixels(batch.crops[~placeholders], teacher.image))
+                models.uncompared.discard(layer.model)
             waiting[teacher.image] -= 1
             crops, places = batch.crops, unlabelled[layer.name]
             if not places:
