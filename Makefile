@@ -104,7 +104,7 @@ bench-augment: $(INSTALLED) ## decoding and augmenting by augmentation backend a
 bench-captions: $(INSTALLED) ## CoCa's caption decoding compared with open_clip's (twenty minutes)
 	$(BIN)/python -m benchmarks.captions
 
-bench-gpu: $(INSTALLED) ## models, captions, shards and trainings on an NVIDIA GPU, with their limits (ten minutes)
+bench-gpu: $(INSTALLED) ## models, captions, shards and trainings on an NVIDIA GPU, with their limits (an hour)
 	$(BIN)/python -m benchmarks.gpu
 
 bench-latency: $(INSTALLED) ## MobileCLIP2 compared with ViT-L/14 on one core (minutes)

@@ -1,7 +1,7 @@
-"""``make bench-gpu``: models, captions, whole shards and trainings on an accelerator, each compared with its limit.
+"""``make bench-gpu``: what an accelerator does with this project's models, in an hour or less.
 
-Weights are random and nothing is downloaded. On a CPU, ``--tiny`` runs the same code with tiny models, to test it.
-
-Sections: the card (``card.py``), teachers (``towers.py``), a captioner (``captions.py``), shards from decoding to
-Parquet (``shards.py``), and trainings of students (``students.py``).
+``__main__.py`` lists the sections by their value: the limits of the card (``card.py``), whether its results are right
+(``right.py``), whole shards and runs (``shards.py``), captions (``captions.py``), trainings (``students.py``) and
+teachers (``teachers.py``). Models have random weights, unless a folder of real ones is given. Results are kept after
+each section. On a CPU, ``--tiny`` runs the same code with tiny models, to test it.
 """

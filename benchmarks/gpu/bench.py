@@ -1,62 +1,76 @@
-"""What is measured, on which device, and how rates are measured."""
+"""What is measured, on which device, and how rates are measured: warm, for a minute, with a trace."""
 
 from __future__ import annotations
 
 import gc
-import math
 import time
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from benchmarks.pipeline.figures import Figure
-from teachers.device.accelerator import Accelerator, Precision
+from benchmarks.gpu.models import model_folder
+from benchmarks.gpu.trace import Trace, traced
+from benchmarks.pipeline.figures import Figure, Rule
+from teachers.device.accelerator import Accelerator, Precision, TimeMark
 from teachers.device.flops import peak_flops
+
+_WINDOWS = 6  # into which the time of a rate is divided, to show whether it changes
+_QUEUED = 2  # calls that the device has not finished when the next one is queued
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much is measured. ``seconds`` is the time of one measurement of a rate."""
+    """How much is measured. ``seconds`` is the time of a figure, ``warm`` that before it which is not counted, and
+    ``point`` the time of a point of a sweep or of a limit."""
 
-    teachers: tuple[str, ...] = ("ViT-L-14", "ViT-L-14-quickgelu", "ViT-SO400M-14-SigLIP")
-    captioner: str = "coca_ViT-L-14"
-    #: Students and their batches, whose activations take 31 and 50 GB.
-    students: Mapping[str, int] = field(default_factory=lambda: {"MobileCLIP2-S0": 256, "MobileCLIP2-S4": 128})
-    rounds: int = 3
-    seconds: float = 1.0
+    tiny: bool = False
+    seconds: float = 60.0
+    warm: float = 5.0
+    point: float = 10.0
+    traced: float = 2.0
     matrix: int = 8192
     copied: int = 2**28  # bytes
-    images: int = 256
-    texts: int = 1024
-    captioned: int = 128
-    captions: int = 5
-    words: int = 20
-    #: Shards and their images, by the number of augmentations.
-    shards: Mapping[int, tuple[int, int]] = field(default_factory=lambda: {2: (4, 512), 10: (4, 192)})
     batch: int = 256
-    steps: int = 24
-    compiles_students: bool = True
+    texts: int = 1024
+    compared: int = 16  # images and texts of which the outputs are compared with those of a CPU
+    words: int = 12  # of the captions of which the logits are compared
+    rows: tuple[int, ...] = (32, 64, 96, 128, 200, 256, 512, 1024)
+    captioned: tuple[int, ...] = (32, 64, 128, 256)
+    shards: int = 16
+    many: int = 10  # augmentations
+    images: int = 1024  # of a shard
+    students: tuple[str, ...] = ("MobileCLIP2-S0", "MobileCLIP2-S4")
+    samples: int = 1024  # of a step of a training
+    steps: int = 8  # of trainings that are compared
+    rank_steps: int = 200  # of those on several cards
 
 
 TINY = Size(
-    teachers=("tiny",),
-    captioner="tiny-coca",
-    students={"tiny": 4},
-    rounds=1,
+    tiny=True,
     seconds=0.0,
+    warm=0.0,
+    point=0.0,
+    traced=0.05,
     matrix=64,
     copied=2**12,
-    images=2,
-    texts=2,
-    captioned=2,
-    captions=2,
-    words=3,
-    shards={2: (2, 6), 10: (1, 2)},
     batch=8,
+    texts=2,
+    compared=3,
+    words=3,
+    rows=(2, 3),
+    captioned=(2,),
+    shards=2,
+    many=3,
+    images=6,
+    students=("tiny",),
+    samples=4,
     steps=2,
-    compiles_students=False,
+    rank_steps=8,
 )
 
 
@@ -64,45 +78,41 @@ TINY = Size(
 class Bench:
     """The place, the device and the size of the measurements; ``log`` shows a line of progress.
 
-    ``cores`` is the number of decode and loader processes. After ``deadline``, on the clock of ``time.monotonic``,
-    what takes minutes is left out. ``failures`` receives the parts that raised, with their errors.
+    ``folder`` keeps models, shards and datasets for the next call, ``weights`` has real ones by open_clip's names of
+    the models. ``cores`` is the number of decode and loader processes, ``ranks`` that of cards which train together.
+    ``failures`` receives the parts that raised, with their errors, and ``traces`` what the profiler saw, by the name of
+    the figure.
     """
 
     folder: Path
     device: str
     cores: int
-    size: Size
+    size: Size = Size()
+    weights: Path | None = None
+    ranks: int = 1
     log: Callable[[str], None] = print
-    deadline: float = math.inf
-    measured: dict[str, float] = field(default_factory=dict)  # what later sections compare with
     failures: dict[str, str] = field(default_factory=dict)
+    traces: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def on_cuda(self) -> bool:
         return self.device.startswith("cuda")
-
-    def is_late(self, minutes: float = 0.0) -> bool:
-        """Whether fewer than ``minutes`` are left until the deadline."""
-        return time.monotonic() > self.deadline - 60 * minutes
 
     def attempt(self, what: str, work: Callable[[], list[Figure]]) -> list[Figure]:
         """The figures of a part; none if it raises, so that the other parts are measured."""
         try:
             return work()
         except Exception as error:
-            text = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
-            self.failures[what] = text
-            self.log(f"{what} FAILED: {text}")
-            gc.collect(1)  # what the error has held
+            self.fail(what, f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
             return []
         finally:
+            gc.collect(1)  # models that are no longer used, and what an error has held
             if self.on_cuda:
                 torch.cuda.empty_cache()
 
-    @property
-    def compiler(self) -> str:
-        """Backend of ``torch.compile``. On a CPU the graph is captured and not compiled, which takes minutes."""
-        return "inductor" if self.on_cuda else "eager"
+    def fail(self, what: str, text: str) -> None:
+        self.failures[what] = text
+        self.log(f"{what} FAILED: {text}")
 
     def accelerator(self, precision: Precision = "bf16") -> Accelerator:
         return Accelerator(self.device, precision)
@@ -110,25 +120,58 @@ class Bench:
     def card(self) -> str:
         return torch.cuda.get_device_name(self.device) if self.on_cuda else "cpu"
 
-    def peak(self) -> float:
-        """FLOP/s in bf16 of the card's data sheet; the measured ones of a card that is not known."""
-        return peak_flops(self.card(), "bf16") or self.measured["products"]
+    def peak(self) -> float | None:
+        """FLOP/s in bf16 of the card's data sheet, None if the card is not known."""
+        return peak_flops(self.card(), "bf16")
 
-    def seconds(self, work: Callable[[], object]) -> float:
-        """Seconds of one call of ``work``, with what it has queued on the device."""
+    def model(self, name: str) -> str:
+        """The folder of a model, as a config names it."""
+        return model_folder(name, self.folder / "models", self.weights, self.size.tiny)
+
+    def figure(
+        self,
+        section: str,
+        name: str,
+        work: Callable[[], object],
+        items: float,
+        unit: str,
+        limit: float | None = None,
+        rule: Rule = "",
+        seconds: float | None = None,
+    ) -> Figure:
+        """Items a second of calls of ``work``, of which each does ``items``, by default for ``size.seconds``.
+
+        The calls of ``size.warm`` before are not counted. Unless ``seconds`` are given, one more call is traced.
+        """
+        traced, seconds = seconds is None, self.size.seconds if seconds is None else seconds
+        work()  # compiles, captures and allocates
+        self._repeat(work, min(self.size.warm, seconds))
+        windows = [self._repeat(work, seconds / _WINDOWS) for _ in range(_WINDOWS if seconds else 1)]
+        calls, elapsed = (sum(column) for column in zip(*windows, strict=True))
+        if traced:
+            with self.tracing(name):
+                work()
+                self.accelerator().synchronize()
+        self.log(f"  {name}: {items * calls / elapsed:,.1f} {unit}")
+        return Figure(section, name, items * calls / elapsed, unit, limit, rule, [items * n / s for n, s in windows])
+
+    @contextmanager
+    def tracing(self, name: str) -> Iterator[Trace]:
+        """Trace what the device does in the block, into a file and into ``traces``."""
+        with traced(self.folder / "traces" / f"{name}.json.gz", self.on_cuda) as trace:
+            yield trace
+        self.traces[name] = trace.summary()
+
+    def _repeat(self, work: Callable[[], object], seconds: float) -> tuple[int, float]:
+        """Calls of ``work`` in at least ``seconds``, and how long they took with what they queued on the device."""
         accelerator = self.accelerator()
         accelerator.synchronize()
-        start = time.perf_counter()
-        work()
+        start, calls, marks = time.perf_counter(), 0, deque[TimeMark]()
+        while not calls or time.perf_counter() - start < seconds:
+            work()
+            calls += 1
+            marks.append(accelerator.mark())
+            if len(marks) > _QUEUED:
+                accelerator.wait_until(marks.popleft())
         accelerator.synchronize()
-        return time.perf_counter() - start
-
-    def rate(self, work: Callable[[], object], items: float) -> float:
-        """Items per second of calls of ``work``, of which each does ``items``."""
-        calls = max(1, math.ceil(self.size.seconds / max(1e-6, self.seconds(work))))
-
-        def repeat() -> None:
-            for _ in range(calls):
-                work()
-
-        return items * calls / self.seconds(repeat)
+        return calls, time.perf_counter() - start

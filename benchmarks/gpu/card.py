@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
 import torch
 
 from benchmarks.gpu.bench import Bench
-from benchmarks.pipeline.figures import Figure, alternate, medians
-from teachers.device.flops import peak_flops
+from benchmarks.pipeline.figures import Figure, Rule
 
 CARD = "card"
 #: GB/s of the memory, as NVIDIA's data sheets state them, by words of torch's name; the first that matches is used.
@@ -26,54 +25,29 @@ _BANDWIDTHS = (
 
 
 def measure_card(bench: Bench) -> list[Figure]:
-    """Rates that are the limits of all others."""
+    """Rates that are the limits of all others; that of products for a minute, since the clock falls with the power."""
     device, size = bench.accelerator().device, bench.size
     sides = [torch.randn(size.matrix, size.matrix, device=device, dtype=torch.bfloat16) for _ in range(2)]
     host = torch.zeros(size.copied, dtype=torch.uint8)
     there = torch.zeros(size.copied, dtype=torch.uint8, device=device)
     other = torch.zeros_like(there)
     pinned = host.pin_memory() if bench.on_cuda else host
-
-    def copy(target: torch.Tensor, source: torch.Tensor) -> Callable[[], object]:
-        return lambda: target.copy_(source, non_blocking=True)
-
-    works: dict[str, tuple[Callable[[], object], float]] = {
-        "products": (lambda: sides[0] @ sides[1], 2 * size.matrix**3),
-        "pinned": (copy(there, pinned), size.copied),
-        "pageable": (copy(there, host), size.copied),
-        "back": (copy(pinned, there), size.copied),
-        "inside": (copy(other, there), size.copied),
+    copies = {
+        "pinned memory to the device": (there, pinned),
+        "other memory to the device": (there, host),
+        "the device to pinned memory": (pinned, there),
+        "the device to itself": (other, there),
     }
-    for work, _ in works.values():
-        work()
-    variants = {
-        name: lambda work=work, items=items: {"rate": bench.rate(work, items)} for name, (work, items) in works.items()
-    }
-    values = alternate(variants, size.rounds)
-    rates = {name.removesuffix(" rate"): rate for name, rate in medians(values).items()}
-    bench.measured.update(rates)
-    names = {
-        "pinned": "copies from pinned memory to the device",
-        "pageable": "copies from other memory to the device",
-        "back": "copies from the device to pinned memory",
-        "inside": "copies inside the device",
-    }
-    peak = peak_flops(bench.card(), "bf16")
-    products = Figure(
-        CARD,
-        f"products of bf16 matrices of {size.matrix:,} x {size.matrix:,}",
-        rates["products"] / 1e12,
-        "TFLOP/s",
-        None if peak is None else peak / 1e12,
-        "" if peak is None else "limit",
-        [value / 1e12 for value in values["products rate"]],
-    )
-    copies = []
-    for name, text in names.items():
-        limit = _copy_limit(bench.card()) if name == "inside" else None
-        rounds = [value / 1e9 for value in values[f"{name} rate"]]
-        copies.append(Figure(CARD, text, rates[name] / 1e9, "GB/s", limit, "limit" if limit else "", rounds))
-    return [products, *copies]
+    peak, bandwidth = bench.peak(), _copy_limit(bench.card())
+    name = f"products of bf16 matrices of {size.matrix:,} x {size.matrix:,}"
+    work, teraflop = partial(torch.matmul, *sides), 2 * size.matrix**3 / 1e12
+    rule: Rule = "limit"
+    figures = [bench.figure(CARD, name, work, teraflop, "TFLOP/s", peak and peak / 1e12, rule)]
+    for what, (target, source) in copies.items():
+        work, name = partial(target.copy_, source, non_blocking=True), f"copies from {what}"
+        limit = bandwidth if target is other else None
+        figures.append(bench.figure(CARD, name, work, size.copied / 1e9, "GB/s", limit, rule, seconds=size.point))
+    return figures
 
 
 def _copy_limit(card: str) -> float | None:

@@ -2,44 +2,79 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping
-from itertools import groupby
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu.captions import ENCODING
+from benchmarks.gpu.results import Results
+from benchmarks.gpu.trace import limit_of
 from benchmarks.pipeline.page import PAGE, limit_text, met_text, number, read_figures
 
-RESULTS = Path(__file__).parents[1] / "results" / "gpu.json"
+RESULTS = Path(__file__).parents[1] / "results" / "gpu.jsonl"
 _MARKERS = re.compile(r"(<!-- gpu:[^\n]*-->\n).*?(<!-- end of gpu -->)", flags=re.DOTALL)
+#: Milliseconds of a source image of configs/dfn5b.yaml on an H100, as they were estimated before there was a card.
+ESTIMATES = {
+    "teachers": "2.4",
+    ENCODING: "0.5",
+    "decoding": "0.85",
+    "texts": "0.16",
+    "gaps": "0.1 to 0.3",
+    "all": "4.1",
+}
+
+
+_SHOWN = ("clock MHz", "power W", "power limit W", "temperature C", "memory MiB")
 
 
 def write_page() -> None:
     """Write the stored figures to the page."""
-    results = json.loads(RESULTS.read_text(encoding="utf-8"))
-    PAGE.write_text(render_page(PAGE.read_text(encoding="utf-8"), results), encoding="utf-8")
+    PAGE.write_text(render_page(PAGE.read_text(encoding="utf-8"), Results.read(RESULTS)), encoding="utf-8")
 
 
-def render_page(text: str, results: Mapping[str, Any]) -> str:
+def render_page(text: str, results: Results) -> str:
     """The page with its part about a GPU written anew; the rest of ``text`` stays."""
     if len(_MARKERS.findall(text)) != 1:
         raise ValueError("the page must have one part between `<!-- gpu: ... -->` and `<!-- end of gpu -->`")
-    return _MARKERS.sub(lambda match: match[1] + _part(results) + match[2], text)
+    return _MARKERS.sub(lambda match: match[1] + "\n" + "\n".join(_part(results)) + "\n" + match[2], text)
 
 
-def _part(results: Mapping[str, Any]) -> str:
-    machine = results["machine"]
-    lines = [
-        f"Measured on {results['date']}: {results['card']} (CUDA {results['cuda']}), {machine['cpu']},",
-        f"{machine['cores']} cores, {results['decode processes']} decode processes, "
-        f"torch {machine['versions']['torch']}. Weights are random.",
-        "",
-    ]
-    for section, figures in groupby(read_figures(results), key=lambda figure: figure.section):
-        lines += [f"| {section} | measured | limit | met |", "| --- | ---: | ---: | --- |"]
-        for figure in figures:
-            cells = (figure.name, number(figure.value, figure.unit), limit_text(figure), met_text(figure))
-            lines.append(f"| {' | '.join(cells)} |")
-        lines.append("")
-    return "\n".join(lines) + "\n"
+def _part(results: Results) -> Iterator[str]:
+    machine = results.machine
+    real = ", ".join(machine["real weights"]) or "none, all are random"
+    yield f"Measured on {machine['date']}: {machine['card']} (CUDA {machine['cuda']}), {machine['cpu']},"
+    yield f"{machine['cores']} cores, {machine['decode processes']} decode processes, torch"
+    yield f"{machine['versions']['torch']}. Real weights: {real}.\n"
+    yield from _estimates(results)
+    for name, entry in results.sections.items():
+        yield f"| {name} | measured | limit | met | what limited it |\n| --- | ---: | ---: | --- | --- |"
+        for figure in read_figures(entry):
+            limited = limit_of(entry["traces"].get(figure.name, {}), entry["card"].get("at power limit", 0.0))
+            cells = (figure.name, number(figure.value, figure.unit), limit_text(figure), met_text(figure), limited)
+            yield f"| {' | '.join(cells)} |"
+        for what, error in entry["failures"].items():
+            yield f"| **FAILED**: {what} | {error} | | no | |"
+        yield f"\nIn {entry['seconds']:.0f} s: {_readings(entry['card'])}.\n"
+
+
+def _estimates(results: Results) -> Iterator[str]:
+    """What a source image took of the device, beside what was estimated."""
+    values = {figure["name"]: figure["value"] for entry in results.sections.values() for figure in entry["figures"]}
+    took = {name: values[f"a source image: {name}"] for name in ESTIMATES if f"a source image: {name}" in values}
+    if not took:
+        return
+    if ENCODING in values:
+        took[ENCODING] = 1000 / values[ENCODING]
+        took["decoding"] = values["a source image: captions"] - took[ENCODING]
+    yield "| milliseconds of a source image | measured | estimated for an H100 |\n| --- | ---: | ---: |"
+    for name, estimate in ESTIMATES.items():
+        yield f"| {name} | {f'{took[name]:.2f}' if name in took else ''} | {estimate} |"
+    yield ""
+
+
+def _readings(card: Mapping[str, Any]) -> str:
+    if "absent" in card:
+        return str(card["absent"])
+    known = [name for name in _SHOWN if name in card]
+    return ", ".join("{} {:,.0f} ({:,.0f} to {:,.0f})".format(name, *card[name]) for name in known)

@@ -1,13 +1,16 @@
-"""Whole shards, from decoding to Parquet, by the recipe of configs/dfn5b.yaml; equal bytes; a device out of memory."""
+"""Whole shards, from decoding to Parquet: their speed, equal bytes, a device out of memory, and a run with Ray."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
+import os
+import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,140 +18,144 @@ from unittest.mock import patch
 
 import torch
 
+import reinforce
+from benchmarks.gpu import recipe
 from benchmarks.gpu.bench import Bench
 from benchmarks.pipeline.figures import Figure, Rule
-from benchmarks.pipeline.inputs import photo, write_shards
-from reinforce.config import Config, parse_config
 from reinforce.dataset.files.store import MANIFEST, Store
-from reinforce.dataset.layers import Layer
 from reinforce.dataset.manifest.manifest import update_manifest
-from reinforce.engine.decode.pool import DecodePool
-from reinforce.engine.inference.models import Counters, Models, load_models
+from reinforce.engine.inference.models import describe_loaded
 from reinforce.engine.messages.results import ShardResult
-from reinforce.engine.messages.task import PendingShard
 from reinforce.engine.plan.plan import make_plan
-from reinforce.engine.plan.recipe import build_layers, describe_models
-from reinforce.engine.worker.actor import SHARDS_IN_FLIGHT
-from reinforce.engine.worker.shard import allocate_pixels, process_shard
+from reinforce.engine.record.rates import Stages, add_stages
+from reinforce.engine.worker.actor import SHARDS_IN_FLIGHT, Worker
 from reinforce.errors import UserError
 
-SHARDS = "shards"
+SECTION, MANY, CHECKS, RUN = "shards", "shards, many augmentations", "checks of shards", "reinforce run"
 PER_SECOND = 400  # source images, with 2 augmentations
-_TEACHERS = 2  # of the recipe
-_CHANGED = "embeddings/second/images"  # the layer that a resumed run computes again
+DATASET = "dataset"  # folder of the first run; trainings read it
+_CHANGED = "images"  # of the embeddings that a resumed run computes again
 
 
-@dataclass(frozen=True)
-class Measured:
-    """A run of shards: source images per second, and the share of the time in which the device computed."""
+class Shards:
+    """The worker of a run, in this process: its models, decode processes and two shards in flight."""
 
-    output: Path
-    rate: float
-    busy: float
-    notes: tuple[str, ...]  # about batches that were halved
+    def __init__(self, bench: Bench, augmentations: int = 2) -> None:
+        self._bench, self._augmentations = bench, augmentations
+        self._first = self._make(bench.folder / "none")
+        self._first.load()
+        assert self._first.models is not None
+        self.models = self._first.models
 
+    def __enter__(self) -> Shards:
+        return self
 
-class Worker:
-    """Loaded models and decode processes, which process shards two at a time as a worker of a run does."""
+    def __exit__(self, *_: object) -> None:
+        assert self._first.pool is not None
+        self._first.pool.close()
 
-    def __init__(self, bench: Bench, pool: DecodePool) -> None:
-        self._bench, self._pool = bench, pool
-        config = self.config("none", "none", 2)
-        self.models: Models = load_models(config, _layers_of(config))
+    def _make(self, output: Path) -> Worker:
+        self._plan = make_plan(recipe.run_config(self._bench, output, self._augmentations))
+        return Worker(self._plan.config, self._plan.layers, frozenset(self._plan.layers), os.getcwd())
 
-    def config(self, source: str, output: str, augmentations: int) -> Config:
-        size = self._bench.size
-        names = [size.teachers[min(n, len(size.teachers) - 1)] for n in range(_TEACHERS)]
-        options = {"name": size.captioner, "captions": size.captions, "words": size.words}
-        captioner = {"class": "benchmarks.gpu.models:RandomCaptioner", "captions": size.captions, "options": options}
-        return parse_config(
-            {
-                "source": source,
-                "output": output,
-                "augmentations": {"count": augmentations, "size": 224},
-                "captioners": {"captioner": captioner},
-                "teachers": {
-                    number: {
-                        "class": "benchmarks.gpu.models:RandomTeacher",
-                        "options": {"name": name},
-                        "logit_scale": 50.0,
-                    }
-                    for number, name in zip(("first", "second"), names, strict=True)
-                },
-                "workers": {"cpus": self._bench.cores, "gpus": int(self._bench.on_cuda), "batch": size.batch},
-            }
-        )
+    def for_output(self, output: Path) -> Iterator[partial[ShardResult]]:
+        """The work that is missing in an output, a call for each shard; dataset.json is written first."""
+        worker = self._make(output)
+        worker.models, worker.pool = self._first.models, self._first.pool
+        worker.config = self._first.config.model_copy(update={"output": str(output)})  # with the batch that fits
+        plan, store = self._plan, Store(str(output))
+        loaded = describe_loaded(self.models)
+        store.write_json(update_manifest(store.read_json(MANIFEST), plan.config, plan.layers, loaded), MANIFEST)
+        return (partial(worker.process, shard) for shard in plan.pending)
 
-    def allocate(self, config: Config) -> None:
-        """Pinned pixel memory for the shards that are in work, as large as the config needs."""
-        allocate_pixels(self._pool, config, _layers_of(config), self.models, SHARDS_IN_FLIGHT)
-
-    def run(self, source: str, output: Path, augmentations: int = 2) -> Measured:
-        """Compute what is missing, and write dataset.json."""
-        config = self.config(source, str(output), augmentations)
-        plan, store = make_plan(config), Store(config.output)
-        self.models.counters = Counters()
-        if self._bench.on_cuda:
-            torch.cuda.reset_peak_memory_stats(self.models.accelerator.device)
-        start = time.perf_counter()
-
-        def process(shard: PendingShard) -> ShardResult:
-            return process_shard(shard, config, plan.layers, store, self.models, self._pool)
-
+    def run(self, output: Path) -> list[ShardResult]:
+        """Compute what is missing."""
         with ThreadPoolExecutor(SHARDS_IN_FLIGHT) as leases:
-            results = list(leases.map(process, plan.pending))
-        seconds = time.perf_counter() - start
-        loaded = {name: {"dim": teacher.dim} for name, teacher in self.models.teachers.items()}
-        manifest = update_manifest(store.read_json(MANIFEST), config, plan.layers, loaded, plan.layers)
-        store.write_json(manifest, MANIFEST)
-        samples = sum(result.samples for result in results)
-        notes = tuple(note for result in results for note in result.notes)
-        return Measured(output, samples / seconds, self.models.counters.busy / seconds, notes)
+            return list(leases.map(lambda work: work(), self.for_output(output)))
 
 
-def _layers_of(config: Config) -> list[Layer]:
-    return [*build_layers(config, describe_models(config)).values()]
+def dataset(bench: Bench) -> Path:
+    """A finished dataset with 2 augmentations, which is computed once."""
+    output = bench.folder / DATASET
+    if make_plan(recipe.run_config(bench, output)).pending:
+        with Shards(bench) as shards:
+            shards.run(output)
+    return output
 
 
-def measure_shards(bench: Bench, pool: DecodePool | None = None) -> list[Figure]:
-    """Speed with few and many augmentations, equal bytes, and a run whose device has too little memory."""
-    with contextlib.ExitStack() as stack:
-        pool = pool or stack.enter_context(DecodePool(bench.cores))
-        worker = Worker(bench, pool)
-        photos = [photo(seed) for seed in range(8)]
-        figures = []
-        for augmentations, (shards, images) in bench.size.shards.items():
-            source = write_shards(bench.folder / f"source-{augmentations}", shards, images, photos)
-            work = partial(_measure, bench, worker, source, augmentations)
-            figures += bench.attempt(f"shards: {augmentations} augmentations", work)
-        figures += bench.attempt("shards: equal bytes", lambda: _compare_bytes(bench, worker))
-        return figures + bench.attempt("shards: too little memory", lambda: [_run_short_of_memory(bench, worker)])
+def measure_shards(bench: Bench) -> list[Figure]:
+    return _measure(bench, SECTION, 2)
 
 
-def _measure(bench: Bench, worker: Worker, source: str, augmentations: int) -> list[Figure]:
-    worker.allocate(worker.config(source, "none", augmentations))
-    measured = worker.run(source, bench.folder / f"run-{augmentations}", augmentations)
-    target: tuple[float | None, Rule] = (None, "")
-    if bench.on_cuda and augmentations == 2:
-        target = (PER_SECOND, "at least")
+def measure_many_augmentations(bench: Bench) -> list[Figure]:
+    return _measure(bench, MANY, bench.size.many)
+
+
+def _measure(bench: Bench, section: str, augmentations: int) -> list[Figure]:
+    """Source images a second after the first shard, the busy share, and what each image took of the device."""
+    size, passes = bench.size, bench.folder / f"passes-{augmentations}"
+
+    def output(number: int) -> Path:
+        return bench.folder / DATASET if augmentations == 2 and not number else passes / str(number)
+
+    with Shards(bench, augmentations) as shards, ThreadPoolExecutor(SHARDS_IN_FLIGHT) as leases:
+        endless = itertools.chain.from_iterable(shards.for_output(output(number)) for number in itertools.count())
+        running = {leases.submit(next(endless)) for _ in range(SHARDS_IN_FLIGHT)}
+        counts: list[tuple[int, float, float]] = []  # images, time and busy seconds, whenever shards end
+        finished: list[ShardResult] = []
+        while not counts or counts[-1][0] == counts[0][0] or counts[-1][1] - counts[0][1] < size.seconds:
+            done = wait(running, return_when=FIRST_COMPLETED).done
+            counters = shards.models.counters
+            counts.append((counters.samples, time.perf_counter(), counters.busy))
+            running = running - done | {leases.submit(next(endless)) for _ in done}
+            finished += [lease.result() for lease in done]
+        with bench.tracing(section):
+            time.sleep(size.traced)
+        finished += [lease.result() for lease in running]
+    shutil.rmtree(passes, ignore_errors=True)
+    (before, start, busy), (after, end, busy_then) = counts[0], counts[-1]
     what = f"{augmentations} augmentations, {bench.cores} decode processes"
-    return [
-        Figure(SHARDS, f"decoding to Parquet, {what}", measured.rate, "images/s", *target),
-        Figure(SHARDS, f"busy share of the device, {what}", measured.busy, "", 1.0, "limit"),
+    rate: tuple[float | None, Rule] = (PER_SECOND, "at least") if bench.on_cuda and augmentations == 2 else (None, "")
+    share = (busy_then - busy) / (end - start)
+    figures = [
+        Figure(section, f"decoding to Parquet, {what}", (after - before) / (end - start), "images/s", *rate),
+        Figure(section, f"busy share of the device, {what}", share, "", 1.0, "limit"),
     ]
+    return figures + _stages(section, finished, (end - start) / (after - before))
 
 
-def _compare_bytes(bench: Bench, worker: Worker) -> list[Figure]:
-    """Files that differ between the run with 2 augmentations, a second one, and one that continues after a loss."""
-    source, first = f"{bench.folder}/source-2/*.tar", bench.folder / "run-2"
-    again = worker.run(source, bench.folder / "again").output
-    different = _differing(first, again)
-    for path in sorted((again / _CHANGED).glob("*.parquet"))[::2]:
-        path.unlink()
-    resumed = _differing(first, worker.run(source, again).output)
+def _stages(section: str, finished: list[ShardResult], seconds: float) -> list[Figure]:
+    """Milliseconds of a source image that its layers took of the device, and others, as the estimates name them."""
+    sums: Stages = {}
+    for result in finished:
+        add_stages(sums, result.stages)
+    images, took = sum(result.samples for result in finished), Counter[str]()
+    for layer, stage in sums.items():
+        kind = "captions" if layer.startswith("captions/") else "teachers" if layer.endswith("/images") else "texts"
+        took[kind] += 1000 * stage["seconds"] / images  # type: ignore[assignment]
+    gaps = {"gaps": 1000 * seconds - sum(took.values()), "all": 1000 * seconds}
+    return [Figure(section, f"a source image: {name}", ms, "ms") for name, ms in {**took, **gaps}.items()]
+
+
+def check_shards(bench: Bench) -> list[Figure]:
+    """Files that differ between two runs and after some were lost, and shards that finish where memory is short."""
+    first, again = dataset(bench), bench.folder / "again"
+    shutil.rmtree(again, ignore_errors=True)
+    with Shards(bench) as shards:
+        shards.run(again)
+        different = _differing(first, again)
+        lost = sorted(again.glob(f"embeddings/*/{_CHANGED}/*.parquet"))[::2]
+        for path in lost:
+            path.unlink()
+        shards.run(again)
+        resumed = _differing(first, again)
+        finished = _run_short_of_memory(bench, shards)
     return [
-        Figure(SHARDS, "files that differ between two runs", different, "", 0.0, "at most"),
-        Figure(SHARDS, "files that differ after a run that continues", resumed, "", 0.0, "at most"),
+        Figure(CHECKS, "files that differ between two runs", different, "", 0.0, "at most"),
+        Figure(
+            CHECKS, f"files that differ after {len(lost)} were lost and computed again", resumed, "", 0.0, "at most"
+        ),
+        Figure(CHECKS, "shards that finish in halved batches when memory is short", finished, "", 1.0, "at least"),
     ]
 
 
@@ -164,25 +171,23 @@ def _differing(one: Path, other: Path) -> int:
     return sum(digests[0].get(name) != digests[1].get(name) for name in {*digests[0], *digests[1]})
 
 
-def _run_short_of_memory(bench: Bench, worker: Worker) -> Figure:
-    """The share of the images that a run computes where full batches do not fit."""
-    source, (shards, _) = f"{bench.folder}/source-2/*.tar", bench.size.shards[2]
-    finished, notes = 0.0, ""
+def _run_short_of_memory(bench: Bench, shards: Shards) -> float:
+    """The share of the shards that finish where full batches do not fit; 0 if all of them fit."""
+    output, notes = bench.folder / "short", ""
+    shutil.rmtree(output, ignore_errors=True)
     try:
-        with _too_little_memory(bench, worker.models):
-            measured = worker.run(source, bench.folder / "short")
-        notes = " ".join(measured.notes)
-        if notes:
-            finished = len([*(measured.output / "samples").glob("*.parquet")]) / shards
+        with _too_little_memory(bench, shards):
+            notes = " ".join(note for result in shards.run(output) for note in result.notes)
     except UserError as error:  # of a batch of one
-        notes = str(error)
+        bench.log(str(error))
     bench.log("out of memory: " + (notes or "nothing was halved"))
-    return Figure(SHARDS, "shards that finish in halved batches when memory is short", finished, "", 1.0, "at least")
+    return len([*output.glob("samples/*.parquet")]) / bench.size.shards if notes else 0.0
 
 
 @contextlib.contextmanager
-def _too_little_memory(bench: Bench, models: Models) -> Iterator[None]:
+def _too_little_memory(bench: Bench, shards: Shards) -> Iterator[None]:
     """On CUDA, a limit below what a full batch takes. On a CPU, a teacher that raises for such a batch."""
+    models = shards.models
     if bench.on_cuda:
         device = models.accelerator.device
         torch.cuda.empty_cache()
@@ -195,7 +200,7 @@ def _too_little_memory(bench: Bench, models: Models) -> Iterator[None]:
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0, device)
         return
-    teacher: Any = models.teachers["first"]
+    teacher: Any = next(iter(models.teachers.values()))
     encode, limit = teacher.encode_images, bench.size.batch // 2
 
     def refuse(pixels: torch.Tensor) -> torch.Tensor:
@@ -206,3 +211,19 @@ def _too_little_memory(bench: Bench, models: Models) -> Iterator[None]:
 
     with patch.object(teacher, "encode_images", refuse):
         yield
+
+
+def measure_run(bench: Bench) -> list[Figure]:
+    """``reinforce run`` with its driver and its actor: images a second after the first shards, and its busy share."""
+    output = bench.folder / "ray"
+    shutil.rmtree(output, ignore_errors=True)
+    summary = reinforce.run(recipe.run_config(bench, output))
+    ended = sorted(path.stat().st_mtime for path in output.glob("samples/*.parquet"))
+    first = min(SHARDS_IN_FLIGHT, len(ended) - 1)  # those that were in flight together at the start
+    rate = (len(ended) - first) * bench.size.images / max(1e-9, ended[-1] - ended[first - 1])
+    return [
+        Figure(RUN, "images/s of `reinforce run`, after its first shards", rate, "images/s"),
+        Figure(RUN, "images/s with the start of Ray and of the worker", summary.samples / summary.seconds, "images/s"),
+        Figure(RUN, "busy share of the device", summary.busy_share, "", 1.0, "limit"),
+        Figure(RUN, "files that differ from those without Ray", _differing(dataset(bench), output), "", 0.0, "at most"),
+    ]

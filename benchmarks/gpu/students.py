@@ -1,9 +1,16 @@
-"""Trainings of students on the dataset that ``shards.py`` has made: speed, waiting for data, and exact resuming."""
+"""Trainings of students on the dataset of ``shards.py``: speed with the loader, exact resuming, and several ranks."""
 
 from __future__ import annotations
 
-import contextlib
 import json
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import time
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,97 +18,187 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.gpu import recipe
 from benchmarks.gpu.bench import Bench
-from benchmarks.gpu.models import model_name
+from benchmarks.gpu.shards import dataset
 from benchmarks.pipeline.figures import Figure
-from reinforce import settings
 from reinforce.student.config import StudentConfig
-from reinforce.student.train import build, make_job
-from reinforce.training.distributed.ranks import Ranks
+from reinforce.student.train import build, make_job, train
+from reinforce.terminal import Screen
+from reinforce.training.distributed.ranks import join_ranks
 from reinforce.training.loop import run_rank
-from reinforce.training.stop import StopSignal
-from teachers.device.accelerator import Precision
+from reinforce.training.stop import Stopped, StopSignal
 
-STUDENTS = "students"
+SECTION, RESUMED, RANKS = "students", "resumed training", "ranks"
 WAITING = 0.02
+#: Keys of ``train.compute`` that are compared. On a CPU nothing is compiled, which takes a minute.
+SWITCHES: dict[str, dict[str, Any]] = {"eager": {}, "compiled": {"compile": True}}
+_FOREVER = 1_000_000  # steps
+_COUNTED = 2  # rows of the log, after which they count
+#: After SIGTERM, until a rank is killed, as by torchrun; and for all of them to end.
+_TERM_SECONDS, _END_SECONDS = 30.0, 60.0
 
 
-class _Enough(Exception):
-    """Ends a training at an evaluation, from where another one resumes."""
+class _Watch(Screen):
+    """Asks a training to stop at the first row of its log, or ``seconds`` after the second one.
+
+    With ``tracing``, the steps between the first two are traced; those before have what is compiled and allocated.
+    """
+
+    def __init__(self, stop: StopSignal, seconds: float, tracing: AbstractContextManager[object] | None) -> None:
+        super().__init__()
+        self._stop, self._seconds, self._tracing = stop, seconds, tracing
+        self._rows, self._counted = 0, time.monotonic()
+
+    def draw(self, line: str, done: float, total: float) -> None:
+        self._rows += 1
+        if self._tracing is not None and self._rows == 1:
+            self._tracing.__enter__()
+        if self._tracing is not None and self._rows == _COUNTED:
+            self._tracing.__exit__(None, None, None)
+            self._counted = time.monotonic()
+        counts = self._tracing is None or self._rows > _COUNTED
+        if counts and time.monotonic() - self._counted >= self._seconds:
+            self._stop.request(signal.SIGTERM)
+        super().draw(line, done, total)
 
 
 def measure_students(bench: Bench) -> list[Figure]:
-    """Samples per second with and without ``compile``, and how many tensors a resumed training has otherwise."""
+    """Samples a second of a training with its loader, which follow the first steps."""
     figures: list[Figure] = []
     for name in bench.size.students:
-        for compiled in (False, True):
-            if compiled and (bench.is_late() or not bench.size.compiles_students):
-                bench.log(f"{name}, compiled: left out")
-                continue
-            what = f"students: {name}{', compiled' * compiled}"
-            figures += bench.attempt(what, partial(_measure, bench, name, compiled))
-    return figures + bench.attempt("students: resuming", lambda: [_compare_resumed(bench)])
+        for switch, compute in SWITCHES.items():
+            if not (compute and bench.size.tiny):
+                what = f"{name}, {switch}"
+                figures += bench.attempt(f"{SECTION}: {what}", partial(_measure, bench, name, what, compute))
+    return figures
 
 
-def _measure(bench: Bench, name: str, compiled: bool) -> list[Figure]:
-    output = _output(bench, name, compiled)
-    _train(bench, name, output, compiled=compiled)
-    rows = [row for row in map(json.loads, (output / "log.jsonl").read_text().splitlines()) if "loss" in row]
-    last = rows[-1]  # of the second half of the steps
-    what = f"{name}, {'compiled' if compiled else 'eager'}, batches of {bench.size.students[name]}"
-    limit = last["samples_per_second"] / max(1e-9, 1 - last["waiting"])
+def _measure(bench: Bench, name: str, what: str, compute: dict[str, Any]) -> list[Figure]:
+    output = bench.folder / "training"
+    shutil.rmtree(output, ignore_errors=True)
+    config = _config(bench, name, output, steps=_FOREVER, compute=compute)
+    name = f"{what}, with its loader"
+    _run(config, bench.size.seconds, bench.tracing(name))
+    rows = _rows(output)[_COUNTED:]
+    rate = len(rows) / sum(1 / row["samples_per_second"] for row in rows)
+    waiting = sum(row["waiting"] for row in rows) / len(rows)
+    figures = [
+        Figure(SECTION, name, rate, "samples/s", rate / max(1e-9, 1 - waiting), "limit"),
+        Figure(SECTION, f"{what}, share of the time waiting for data", waiting, "", WAITING, "at most"),
+        Figure(SECTION, f"{what}, peak of memory", max(row["memory"] for row in rows) / 1e9, "GB"),
+    ]
+    if all("mfu" in row for row in rows):
+        figures.append(Figure(SECTION, f"{what}, MFU", sum(row["mfu"] for row in rows) / len(rows), ""))
+    return figures
+
+
+def compare_resumed(bench: Bench) -> list[Figure]:
+    """Tensors of the last checkpoint that differ from those of a training that was not interrupted."""
+    name = next(iter(bench.size.students))
+    outputs = [bench.folder / which for which in ("whole", "resumed")]
+    for output in outputs:
+        shutil.rmtree(output, ignore_errors=True)
+    whole, resumed = (_config(bench, name, output, log_every=1) for output in outputs)
+    _run(whole)
+    if not _run(resumed, 0.0):  # at the first step
+        raise RuntimeError("the training ended before it was stopped")
+    _run(resumed)
+    name = "tensors that differ after a training that resumes"
+    return [Figure(RESUMED, name, _differing(*outputs), "", 0.0, "at most")]
+
+
+def measure_ranks(bench: Bench) -> list[Figure]:
+    """A training on several cards: its speed, the end of all ranks when one is killed, and equal tensors afterwards."""
+    name = next(iter(bench.size.students))
+    outputs = {which: bench.folder / f"ranks-{which}" for which in ("whole", "killed")}
+    for output in outputs.values():
+        shutil.rmtree(output, ignore_errors=True)
+    checkpoints = {"every": bench.size.rank_steps // 4, "keep": 9}
+    steps = {"all_ranks": True, "steps": bench.size.rank_steps, "checkpoints": checkpoints}
+    configs = {which: _config(bench, name, output, **steps) for which, output in outputs.items()}
+    if _join(_start(bench, configs["whole"])):
+        raise RuntimeError("a rank failed: see its message")
+    ranks = _start(bench, configs["killed"])
+    while not [*(outputs["killed"] / "checkpoints").glob("*.safetensors")]:
+        if any(not rank.is_alive() for rank in ranks):
+            raise RuntimeError("a rank ended before the first checkpoint: see its message")
+        time.sleep(0.05)
+    ranks[-1].kill()
+    ended = _join(ranks)
+    _join(_start(bench, configs["killed"]))
+    rows = _rows(outputs["whole"])[1:]
+    rate = len(rows) / sum(1 / row["samples_per_second"] for row in rows)
+    different = _differing(*outputs.values())
     return [
-        Figure(STUDENTS, f"{what}, training", last["samples_per_second"], "samples/s", limit, "limit"),
-        Figure(STUDENTS, f"{what}, share of the time waiting for data", last["waiting"], "", WAITING, "at most"),
+        Figure(RANKS, f"{name}, {bench.ranks} ranks", rate, "samples/s"),
+        Figure(RANKS, "seconds until the others have ended when one was killed", ended, "s", _END_SECONDS, "at most"),
+        Figure(RANKS, "tensors that differ after that training resumes", different, "", 0.0, "at most"),
     ]
 
 
-def _compare_resumed(bench: Bench) -> Figure:
-    """Tensors of the last checkpoint that differ between the first training and one that was interrupted."""
-    name = next(iter(bench.size.students))
-    resumed = bench.folder / "resumed"
-    with contextlib.suppress(_Enough):
-        _train(bench, name, resumed, stop=True)
-    _train(bench, name, resumed)
-    whole, parts = (
-        load_file(sorted((output / "checkpoints").glob("*.safetensors"))[-1])
-        for output in (_output(bench, name), resumed)
-    )
-    different = sum(not torch.equal(parts[key], tensor) for key, tensor in whole.items())
-    return Figure(STUDENTS, "tensors that differ after a training that resumes", different, "", 0.0, "at most")
+def _start(bench: Bench, config: StudentConfig) -> list[Any]:
+    """Start a process for each rank, with the environment that torchrun gives it."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["reinforce.student.train", "torch._dynamo"])
+    ranks = [context.Process(target=_be_rank, args=(n, bench.ranks, port, config)) for n in range(bench.ranks)]
+    for rank in ranks:
+        rank.start()
+    return ranks
 
 
-def _output(bench: Bench, name: str, compiled: bool = False) -> Path:
-    return bench.folder / f"student-{name}-{'compiled' if compiled else 'eager'}"
+def _be_rank(rank: int, size: int, port: int, config: StudentConfig) -> None:
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1")
+    train(config)
 
 
-def _train(bench: Bench, name: str, output: Path, compiled: bool = False, stop: bool = False) -> None:
-    size = bench.size
-    half = size.steps // 2
-    precision: Precision = "bf16" if bench.on_cuda else "fp32"
-    compute: dict[str, Any] = {"precision": precision, "compile": compiled}
-    config = settings.parse(
-        StudentConfig,
-        {
-            "output": str(output),
-            "student": {"model": model_name(name)},
-            "data": {"datasets": str(bench.folder / "run-2"), "workers": bench.cores if bench.on_cuda else 0},
-            "loss": {"lambda": 0.7},
-            "evaluate": {"every": half},
-            "train": {
-                "steps": size.steps,
-                "batch": size.students[name],
-                "log_every": half,
-                "optimizer": {"warmup": 1},
-                "checkpoints": {"every": half},
-                "compute": compute,
-            },
-        },
-    )
+def _join(ranks: list[Any]) -> float:
+    """Wait for all ranks, and end the others when one fails, as torchrun does -> seconds from then on, 0 if none does.
 
-    def evaluated(step: int, _: Any) -> None:
-        if stop and step < size.steps:
-            raise _Enough
+    Those that wait in a collective of NCCL do not react to SIGTERM.
+    """
+    while any(rank.is_alive() for rank in ranks) and not any(rank.exitcode for rank in ranks):
+        time.sleep(0.05)
+    if not any(rank.exitcode for rank in ranks):
+        return 0.0
+    start = time.monotonic()
+    for rank in ranks:
+        rank.terminate()
+    for rank in ranks:
+        rank.join(max(0.0, start + _TERM_SECONDS - time.monotonic()))
+        rank.kill()
+        rank.join()
+    return time.monotonic() - start
 
-    ranks = Ranks(0, 1, bench.accelerator(precision), cpus=bench.cores)
-    run_rank(partial(build, config), make_job(config), ranks, StopSignal(), on_evaluation=evaluated)
+
+def _config(bench: Bench, model: str, output: Path, **train: Any) -> StudentConfig:
+    keys = {"steps": bench.size.steps, "checkpoints": {"every": _FOREVER}, **train}
+    return recipe.training_config(bench, model, dataset(bench), output, **keys)
+
+
+def _run(
+    config: StudentConfig, seconds: float = math.inf, tracing: AbstractContextManager[object] | None = None
+) -> bool:
+    """Train in this process -> whether ``_Watch`` has stopped it."""
+    stop = StopSignal()
+    with join_ranks(config.train.compute) as ranks:
+        try:
+            run_rank(partial(build, config), make_job(config), ranks, stop, _Watch(stop, seconds, tracing))
+        except Stopped:
+            return True
+    return False
+
+
+def _rows(output: Path) -> list[dict[str, Any]]:
+    rows = map(json.loads, (output / "log.jsonl").read_text(encoding="utf-8").splitlines())
+    return [row for row in rows if "loss" in row]
+
+
+def _differing(*outputs: Path) -> int:
+    """Tensors of the last checkpoints that are not equal."""
+    one, other = (load_file(sorted((path / "checkpoints").glob("*.safetensors"))[-1]) for path in outputs)
+    return sum(not torch.equal(other[key], tensor) for key, tensor in one.items())

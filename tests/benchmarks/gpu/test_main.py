@@ -2,83 +2,171 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
+import open_clip
 import pytest
 import torch
 
-from benchmarks.gpu import page
-from benchmarks.gpu.__main__ import main
+from benchmarks.gpu import models, page, right
+from benchmarks.gpu import shards as gpu_shards
+from benchmarks.gpu.__main__ import SECTIONS, Section, main
 from benchmarks.gpu.bench import Bench, Size
-from benchmarks.gpu.models import load_tokenizer, vocabulary_size
+from benchmarks.gpu.probe import ABSENT, probing
+from benchmarks.gpu.results import Results
+from benchmarks.gpu.trace import Trace, limit_of
 from benchmarks.pipeline.figures import Figure
 from benchmarks.pipeline.page import read_figures
-from tests.helpers.decoding import decode_pool
+from tests.helpers.local_ray import local_ray
+
+DEVICE = "benchmarks.gpu.probe._card_id"
 
 
-def test_a_tiny_run_on_a_cpu_measures_every_figure(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Runs in this process, with the decode processes of the other tests."""
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr("benchmarks.gpu.shards.DecodePool", lambda _: contextlib.nullcontext(decode_pool()))
     monkeypatch.setattr("reinforce.training.record.log.draw_curves", lambda *_: None)  # a second each
     monkeypatch.setattr("teachers.device.determinism.set_flags", lambda *_, **__: None)  # flags of the other tests
-    main(["--device", "cpu", "--tiny", "--cores", "1", "--results", f"{tmp_path}/gpu.json"])
+    monkeypatch.setattr(gpu_shards.Shards, "__exit__", lambda *_: None)  # closes the pool
+    monkeypatch.setattr("open_clip.get_tokenizer", cache(open_clip.get_tokenizer))  # 0.2 s each
+    with local_ray():
+        yield
+
+
+def run(tmp_path: Path, *words: str) -> Results:
+    """The stored results of a tiny run."""
+    results = tmp_path / "gpu.jsonl"
+    main(["--tiny", "--cores", "1", "--folder", f"{tmp_path}/folder", "--results", str(results), *words])
+    return Results.read(results)
+
+
+@pytest.mark.usefixtures("here")
+def test_a_tiny_run_on_a_cpu_measures_every_section(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = run(tmp_path)
     output = capsys.readouterr().out
-    results = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
-    figures = {figure.name: figure for figure in read_figures(results)}
+    assert results.sections.keys() == SECTIONS.keys() - {"ranks"}
+    figures = {figure.name: figure for entry in results.sections.values() for figure in read_figures(entry)}
     for name in (
         "products of bf16 matrices of 64 x 64",
         "copies from pinned memory to the device",
-        "tiny, images, compiled",
-        "tiny, images, bf16 weights",
-        "tiny, MFU, as in runs",
-        "tiny, texts of 16 tokens",
-        "tiny, texts of 77 tokens",
-        "tiny-coca, batches of 2 images with 2 captions of 3 words",
-        "kernels a word of a batch",
-        "waits of the host a word of a batch",
+        "dfn2b, as in runs, images: lowest cosine to fp32 on the CPU",
         "decoding to Parquet, 2 augmentations, 1 decode processes",
-        "busy share of the device, 10 augmentations, 1 decode processes",
-        "tiny, eager, batches of 4, training",
+        "decoding to Parquet, 3 augmentations, 1 decode processes",
+        "a source image: teachers",
+        "a source image: texts",
+        "a source image: captions",
+        "coca-coco, batches of 4 images with 2 captions",
+        "kernels a word of a batch",
+        "images/s of `reinforce run`, after its first shards",
+        "tiny, eager, with its loader",
+        "dfn2b-s39b, texts of 77 tokens",
+        "ViT-SO400M-14-SigLIP, images",
+        "dfn2b, batches of 3",
     ):
         assert figures[name].value > 0, name
         assert name in output
-    same = [figure for name, figure in figures.items() if "differ" in name]
-    assert [figure.value for figure in same] == [0, 0, 0]
+    differing = [name for name in figures if " differ " in name or "nearer" in name]
+    assert len(differing) == 14
+    assert [name for name in differing if figures[name].value] == []
     assert figures["shards that finish in halved batches when memory is short"].met
-    assert "Measured on" in page.render_page(page.PAGE.read_text(encoding="utf-8"), results)
+    assert results.sections["card"]["card"] == ABSENT
+    assert results.sections["teachers"]["traces"]["dfn2b, images"]["kernels"] > 10
+    assert (tmp_path / "folder" / "traces" / "dfn2b, images.json.gz").exists()
+    text = page.render_page(page.PAGE.read_text(encoding="utf-8"), results)
+    assert "| teachers | " in text
+    assert "there is no nvidia-smi" in text
 
 
-def test_a_part_that_fails_is_reported_and_the_others_are_stored(
+@pytest.mark.usefixtures("here")
+def test_embeddings_of_another_input_fail_and_set_the_exit_status(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    load = right.load_teacher
+
+    def load_wrong(name: str, spec: Any, device: str) -> Any:
+        teacher: Any = load(name, spec, device)
+        if name == "dfn2b" and spec.precision == "bf16":
+            encode = teacher.encode_images
+            monkeypatch.setattr(teacher, "encode_images", lambda pixels: encode(pixels).roll(1, 0))
+        return teacher
+
+    monkeypatch.setattr(right, "load_teacher", load_wrong)
+    monkeypatch.setattr(right, "TEACHERS", {"as in runs": {}})
+    with pytest.raises(SystemExit) as ended:
+        run(tmp_path, "--only", "right")
+    assert ended.value.code == 1
+    name = "right: dfn2b, as in runs, images: nearer to the embedding of another input"
+    failures = Results.read(tmp_path / "gpu.jsonl").sections["right"]["failures"]
+    assert failures[name] == "3.000, not at most 0.000"
+    assert not any("texts" in failure or "s39b" in failure or "captioner" in failure for failure in failures)
+    assert f"{name} FAILED: 3.000, not at most 0.000" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("here")
+def test_sections_are_stored_when_they_end_and_a_second_call_continues(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+
     def captions(bench: Bench) -> list[Figure]:
+        calls.append("captions")
         first = Figure("captions", "first", 2.0, "captions/s")
         return [first, *bench.attempt("captions: second", lambda: [Figure("captions", "second", 1 / 0, "")])]
 
-    def shards(bench: Bench) -> list[Figure]:
-        assert "first" in (tmp_path / "gpu.json").read_text(), "each section is stored when it ends"
-        raise torch.OutOfMemoryError("CUDA out of memory.")
+    def shards(_: Bench) -> list[Figure]:
+        calls.append("shards")
+        assert "first" in (tmp_path / "gpu.jsonl").read_text()
+        return [Figure("shards", "third", 3.0, "images/s", 4.0, "at least")]  # a target of speed, which is no check
 
-    sections = {"captions": captions, "shards": shards, "students": lambda _: [Figure("students", "third", 3.0, "")]}
+    sections = {"captions": Section(captions, 1), "shards": Section(shards, 1)}
     monkeypatch.setattr("benchmarks.gpu.__main__.SECTIONS", sections)
-    monkeypatch.setattr("teachers.device.determinism.set_flags", lambda *_, **__: None)
-    with pytest.raises(SystemExit) as ended:
-        main(["--device", "cpu", "--tiny", "--cores", "1", "--results", f"{tmp_path}/gpu.json"])
-    results = json.loads((tmp_path / "gpu.json").read_text())
-    assert [figure.value for figure in read_figures(results)] == [2, 3]
-    assert results["failures"] == {
-        "captions: second": "ZeroDivisionError: division by zero",
-        "shards": "OutOfMemoryError: CUDA out of memory.",
+    for expected in (["captions", "shards"], ["captions"]):
+        calls.clear()
+        with pytest.raises(SystemExit) as ended:
+            run(tmp_path)
+        assert calls == expected, "what has failed is measured again"
+        assert ended.value.code == 1
+    output = capsys.readouterr().out
+    assert "captions: second FAILED: ZeroDivisionError: division by zero" in output
+    assert "1 FAILED: captions: second" in output
+    with (tmp_path / "gpu.jsonl").open("a") as file:
+        file.write('{"section": "shards", "fig')  # of a call that was killed
+    sections["captions"] = Section(lambda _: [Figure("captions", "first", 2.0, "captions/s")], 1)
+    assert read_figures(run(tmp_path).sections["captions"])[0].name == "first"
+    first, *_ = (tmp_path / "gpu.jsonl").read_text().splitlines()
+    (tmp_path / "gpu.jsonl").write_text(json.dumps({**json.loads(first), "card": "another"}) + "\n")
+    with pytest.raises(SystemExit):
+        run(tmp_path)
+    assert "was measured with another card" in capsys.readouterr().err
+
+
+def test_sections_for_which_the_minutes_do_not_suffice_are_left_out(tmp_path: Path) -> None:
+    from benchmarks.gpu import __main__ as program
+
+    bench, measured = Bench(tmp_path, "cpu", 1, Size(), log=lambda _: None), []
+    sections = {
+        name: Section(lambda _: measured.append(1) or [], section.minutes) for name, section in SECTIONS.items()
     }
-    assert ended.value.code == 1
-    assert "2 parts failed: captions: second, shards" in capsys.readouterr().out
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(program, "SECTIONS", sections)
+        left_out = program.measure_missing(bench, [*SECTIONS], Results(None), 4.5)
+    assert left_out == [name for name, section in SECTIONS.items() if section.minutes > 4]
+    assert len(measured) == len(SECTIONS) - len(left_out)
 
 
-@pytest.mark.parametrize(("words", "advice"), [([], "no CUDA device"), (["--device", "cpu"], "add --tiny")])
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [
+        ([], "no CUDA device"),
+        (["--device", "cpu"], "add --tiny"),
+        (["--tiny", "--weights", "nowhere"], "nowhere is not a folder"),
+    ],
+)
 def test_what_this_machine_cannot_measure_is_one_message(
     words: list[str], advice: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -87,9 +175,60 @@ def test_what_this_machine_cannot_measure_is_one_message(
     assert advice in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", Size().teachers)
-def test_tokenizers_are_not_downloaded_and_their_tokens_are_in_the_vocabulary(name: str) -> None:
-    tokens = load_tokenizer(name)(["a photo of a dog", ""])
-    assert tokens.shape[0] == 2
-    assert tokens.min() >= 0
-    assert tokens.max() < vocabulary_size(name)
+def test_readings_of_the_card_are_those_of_the_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "nvidia-smi"
+    lines = "1980, 2619, 650.5, 700, 60, 9000, 99\\n1200, 2619, 690.0, 700, 70, 9100, [N/A]\\n"
+    program.write_text(f"#!/bin/sh\nprintf '{lines}'\ntouch {tmp_path}/printed\nexec sleep 60\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(DEVICE, lambda _: "GPU-1")
+    with probing("cuda") as readings:
+        while not (tmp_path / "printed").exists():
+            pass
+    assert readings["clock MHz"] == [1590, 1200, 1980]
+    assert readings["utilization %"] == [99, 99, 99]
+    assert readings["at power limit"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("kernels", "limit"),
+    [
+        ([("sm90_gemm", 0, 10), ("gelu", 90, 100)], "host: the device computed 20% of the time (0 waits)"),
+        ([("sm90_gemm", 0, 90), ("flash_fwd", 50, 100)], "products and attention, 100% of the time"),
+        ([("gelu", 0, 90), ("sm90_gemm", 90, 100)], "memory traffic: products are 10% of the time; most is gelu"),
+    ],
+)
+def test_a_trace_tells_what_limits_a_figure(kernels: list[tuple[str, float, float]], limit: str) -> None:
+    assert limit_of(Trace(kernels).summary()) == limit
+    assert limit_of(Trace(kernels).summary(), at_power_limit=0.9) == f"{limit}; power limit reached"
+
+
+def test_real_weights_are_used_where_a_folder_has_them(tmp_path: Path) -> None:
+    (tmp_path / "weights" / "ViT-L-14").mkdir(parents=True)
+    bench = Bench(tmp_path, "cpu", 1, Size(tiny=True), weights=tmp_path / "weights")
+    assert bench.model("ViT-L-14") == f"local-dir:{tmp_path}/weights/ViT-L-14"
+    assert bench.model("ViT-L-14-quickgelu") == f"local-dir:{tmp_path}/models/tiny-ViT-L-14-quickgelu"
+    assert "hf_tokenizer_name" not in models._config("ViT-SO400M-14-SigLIP", tiny=False)["text_cfg"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("here")
+def test_ranks_end_when_one_is_killed_and_their_training_resumes(tmp_path: Path) -> None:
+    figures = {figure.name: figure for figure in read_figures(run(tmp_path, "--ranks", "2").sections["ranks"])}
+    assert figures["tiny, 2 ranks"].value > 0
+    assert figures["seconds until the others have ended when one was killed"].value < 30
+    assert figures["tensors that differ after that training resumes"].met
+
+
+def test_lengths_of_captions_of_random_weights_vary(tmp_path: Path) -> None:
+    from benchmarks.gpu import recipe
+    from teachers.registry import load_captioner
+
+    bench = Bench(tmp_path, "cpu", 1, Size(tiny=True))
+    name, spec = recipe.captioner(bench)
+    captioner: Any = load_captioner(name, recipe.changed(spec, max_length=30, captions=4), "cpu")
+    pixels = right.pixels_of(captioner.image, 4)
+    seeds = torch.arange(16).reshape(4, 4).numpy().astype("uint64")
+    lengths = [len(text) for texts in captioner.generate(pixels, seeds) for text in texts]
+    assert 8 < sum(lengths) / len(lengths) < 25
+    assert len(set(lengths)) > 4

@@ -1,0 +1,96 @@
+"""Configs of the measurements: those of ``configs/``, with the models, the shards and the sizes of the benchmark."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from benchmarks.gpu.bench import Bench
+from benchmarks.pipeline.inputs import photo, write_shards
+from reinforce import settings
+from reinforce.config import Config, parse_config
+from reinforce.student.config import StudentConfig
+from teachers.spec import CaptionerSpec, TeacherSpec
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+_RUN, _TRAINING = CONFIGS / "dfn5b.yaml", CONFIGS / "mobileclip2-s0.yaml"
+_PHOTOS = 8
+
+
+def source(bench: Bench) -> str:
+    """URL of shards of photographs, which are written once."""
+    folder = bench.folder / "source"
+    if not folder.exists():
+        photos = [photo(seed) for seed in range(_PHOTOS)]
+        write_shards(folder.with_name("writing"), bench.size.shards, bench.size.images, photos)
+        folder.with_name("writing").rename(folder)
+    return f"{folder}/*.tar"
+
+
+def run_config(bench: Bench, output: Path, augmentations: int = 2) -> Config:
+    """The config of configs/dfn5b.yaml."""
+    config: dict[str, Any] = yaml.safe_load(_RUN.read_text(encoding="utf-8"))
+    config |= {"source": source(bench), "output": str(output)}
+    config["augmentations"]["count"] = augmentations
+    workers = {"max": 1, "gpus": int(bench.on_cuda), "cpus": bench.cores, "batch": bench.size.batch}
+    config["workers"] = workers
+    for spec in (*config["teachers"].values(), *config["captioners"].values()):
+        spec["model"] = bench.model(spec["model"])
+        del spec["pretrained"]
+    if bench.size.tiny:
+        for spec in config["captioners"].values():
+            spec.update(captions=2, max_length=8)
+    return parse_config(config)
+
+
+def teachers(bench: Bench) -> dict[str, TeacherSpec]:
+    """The teachers of the recipe, by name."""
+    return dict(run_config(bench, bench.folder).teachers)
+
+
+def captioner(bench: Bench) -> tuple[str, CaptionerSpec]:
+    """The captioner of the recipe, with its name."""
+    ((name, spec),) = run_config(bench, bench.folder).captioners.items()
+    return name, spec
+
+
+def changed(spec: Any, **keys: Any) -> Any:
+    """A spec with other values of some keys, checked as those of a config; None removes a key."""
+    values = {**spec.model_dump(exclude_unset=True, by_alias=True), **keys}
+    return type(spec).model_validate({key: value for key, value in values.items() if value is not None})
+
+
+def available(spec: Any, switches: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """The spec with each set of keys, by its name; without those that its family does not have."""
+    for name, keys in switches.items():
+        with contextlib.suppress(ValidationError):
+            yield name, changed(spec, **keys)
+
+
+def training_config(bench: Bench, model: str, dataset: Path, output: Path, **train: Any) -> StudentConfig:
+    """The config of configs/mobileclip2-s0.yaml with a batch for one rank. ``train`` has keys of ``train``, among them
+    those of ``compute`` that are to be changed."""
+    config: dict[str, Any] = yaml.safe_load(_TRAINING.read_text(encoding="utf-8"))
+    size, ranks = bench.size, bench.ranks if train.pop("all_ranks", False) else 1
+    compute = {
+        "precision": "bf16" if bench.on_cuda else "fp32",
+        "gpus": int(bench.on_cuda),
+        "cpus": bench.cores,
+        "accumulate": "auto",
+        **train.pop("compute", {}),
+    }
+    config["train"] |= {"batch": size.samples * ranks, "log_every": 2, **train, "compute": compute}
+    config["train"]["optimizer"] |= {"warmup": 1}
+    config["data"] |= {
+        "datasets": str(dataset),
+        "images_from": str(bench.folder / "source"),
+        "streams": None,
+        "workers": bench.cores if bench.on_cuda else 0,
+    }
+    student = {"model": bench.model(model) if size.tiny else model}
+    return settings.parse(StudentConfig, {**config, "output": str(output), "student": student, "evaluate": {}})
