@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -29,10 +28,11 @@ from reinforce.shipping import tokens
 from reinforce.shipping.checks import HELD_OUT, Agreement, compare, compare_on_sets
 from reinforce.shipping.golden import GOLDEN, check_golden, write_golden
 from reinforce.shipping.packages import TARGETS, load_target
+from reinforce.shipping.steps import step, step_screen
 from reinforce.shipping.targets.base import ExportOptions, Run, Target
 from reinforce.shipping.towers import Tower, reparameterize, split_towers
 from reinforce.storage import Storage
-from reinforce.terminal import Screen, format_bytes, format_duration
+from reinforce.terminal import format_bytes
 from teachers.open_clip.teacher import image_spec, load_model, model_name
 from teachers.open_clip.tokenizer import Tokenizer
 from teachers.preprocessing.pixels import to_pixels
@@ -102,15 +102,15 @@ def export_model(
     store = Storage(output)
     _check_new(store)
     evaluator = Evaluator(evaluation) if evaluation is not None and evaluation.metrics else None
-    with model_errors(name), _publish_folder(store) as folder, Screen() as screen:
+    with model_errors(name), _publish_folder(store) as folder, step_screen() as screen:
         model = _load(name, spec)
         runtime.refuse(model.towers, options)
         paths = {}
         for tower in model.towers:
-            with _step(screen, f"{tower.name} tower: conversion to {runtime.title}"):
+            with step(screen, f"{tower.name} tower: conversion to {runtime.title}"):
                 paths[tower.name] = _convert(runtime, tower, folder, options)
         runs = {side: runtime.load(path) for side, path in paths.items()}
-        with _step(screen, "comparison with the trained model"):
+        with step(screen, "comparison with the trained model"):
             models = {"trained": model.references, "exported": runs}
             if evaluator is not None:
                 found, metrics = compare_on_sets(evaluator, models, model.image, Tokenizer(model_name(spec)))
@@ -223,15 +223,6 @@ def _preprocess_config(name: str, clip: Any, spec: ImageSpec, context_length: in
         "logit_scale": float(clip.logit_scale.exp()),
         "logit_bias": None if bias is None else float(bias),
     }
-
-
-@contextlib.contextmanager
-def _step(screen: Screen, label: str) -> Iterator[None]:
-    """Print what is done and, once it is, how long it took."""
-    start = time.monotonic()
-    screen.draw(label, 0, 1)
-    yield
-    screen.log(f"{label}: {format_duration(time.monotonic() - start)}")
 
 
 def _size(folder: Path, name: str) -> int:

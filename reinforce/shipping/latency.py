@@ -29,6 +29,7 @@ from reinforce.shipping.machine import describe_machine
 from reinforce.shipping.packages import TARGETS, load_target
 from reinforce.shipping.report import LatencyReport
 from reinforce.shipping.runtimes import TORCH, Runtime
+from reinforce.shipping.steps import step, step_screen
 from reinforce.shipping.targets.base import ExportOptions
 from reinforce.shipping.towers import Tower, count_parameters, reparameterize, split_towers
 from reinforce.terminal import Screen
@@ -77,21 +78,22 @@ def measure_latency(
     about = describe_machine((*_PACKAGES, *packages))
     pinned, threads = threads, threads or min(torch.get_num_threads(), available_cores())  # torch ignores quotas
     torch.set_num_threads(threads)
-    screen = Screen()
-    screen.log(f"{rounds} rounds on {describe_share(threads, 0)}, device cpu")
     models: dict[str, dict[str, Any]] = {}
     towers: list[TimedTower] = []
     with _pin_to_cores(pinned), tempfile.TemporaryDirectory(prefix="reinforce-latency-") as folder:
-        for number, (name, (given, size)) in enumerate(sized_names([*specs], image_sizes).items()):
-            with model_errors(name):
-                models[name], exported, of_model = _prepare(name, specs[given], size, batch)
-                towers += of_model
-                for runtime in runtimes:
-                    screen.log(f"{name}: conversion for {runtime}")
-                    place = Path(folder, f"{number}-{runtime}")
-                    sizes, of_model = _convert(name, runtime, runtimes[runtime], exported, place, threads, batch)
-                    models[name].setdefault("bytes", {})[runtime] = sizes
+        with step_screen() as screen:  # and none during the measurement, which it would disturb
+            screen.log(f"{rounds} rounds on {describe_share(threads, 0)}, device cpu")
+            for number, (name, (given, size)) in enumerate(sized_names([*specs], image_sizes).items()):
+                with model_errors(name):
+                    models[name], exported, of_model = _prepare(name, specs[given], size, batch)
                     towers += of_model
+                    for one in exported:
+                        paths = _convert(screen, name, one, runtimes, Path(folder, f"{number}-{one.name}"))
+                        inputs = one.example(batch)
+                        for runtime, path in paths.items():
+                            models[name].setdefault("bytes", {}).setdefault(runtime, {})[one.name] = _size(path)
+                            run = load_target(runtimes[runtime].target).load(path, threads)
+                            towers.append(TimedTower(name, runtime, one.name, partial(run, inputs)))
         for number in range(rounds):
             for tower in towers if number % 2 == 0 else reversed(towers):
                 tower.run()
@@ -151,19 +153,25 @@ def _prepare(
     return about, exported, [TimedTower(name, TORCH, side, _in_inference_mode(run)) for side, run in encoders.items()]
 
 
-def _convert(
-    name: str, runtime: str, of: Runtime, exported: Sequence[Tower], folder: Path, threads: int, batch: int
-) -> tuple[dict[str, int], list[TimedTower]]:
-    """Return the bytes of the files of each tower in a runtime, and the towers loaded in it."""
-    target, sizes, timed = load_target(of.target), {}, []
-    for tower in exported:
-        place = folder / tower.name
-        place.mkdir(parents=True)
-        path = target.convert(tower, place, ExportOptions(name, of.weights))
-        sizes[tower.name] = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
-        run = partial(target.load(path, threads), tower.example(batch))
-        timed.append(TimedTower(name, runtime, tower.name, run))
-    return sizes, timed
+def _convert(screen: Screen, name: str, tower: Tower, runtimes: Mapping[str, Runtime], folder: Path) -> dict[str, Path]:
+    """Convert a tower for each runtime. Runtimes of the same files share them."""
+    paths: dict[str, Path] = {}
+    converted: dict[tuple[Any, str], Path] = {}  # by the method that converts, and the weights
+    for runtime, of in runtimes.items():
+        target = load_target(of.target)
+        method = type(target).convert
+        if (method, of.weights) not in converted:
+            (folder / runtime).mkdir(parents=True)
+            options = ExportOptions(name, of.weights, whole=converted.get((method, "fp32")))
+            with step(screen, f"{name}: {tower.name} tower: conversion for {runtime}"):
+                converted[method, of.weights] = target.convert(tower, folder / runtime, options)
+        paths[runtime] = converted[method, of.weights]
+    return paths
+
+
+def _size(path: Path) -> int:
+    """Bytes of a converted tower, which is alone in its folder."""
+    return sum(file.stat().st_size for file in path.parent.rglob("*") if file.is_file())
 
 
 def _in_inference_mode(run: Callable[[], object]) -> Callable[[], object]:

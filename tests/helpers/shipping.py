@@ -42,23 +42,36 @@ def vit(folder: Path) -> str:
     return open_clip_model(folder, context_length=CONTEXT)
 
 
-def fastvit(folder: Path, weights: bool = True) -> str:
-    """Write a FastViT with portrait images, which it squashes, and a text tower without causal mask."""
+def fastvit(folder: Path, weights: bool = True, size: tuple[int, int] = (96, 64), context: int = CONTEXT) -> str:
+    """Write a FastViT whose images, portraits by default, are squashed, and a text tower without causal mask."""
     folder.mkdir(parents=True)
-    config = open_clip_config(context_length=CONTEXT, no_causal_mask=True)
+    config = open_clip_config(context_length=context, no_causal_mask=True)
     config["vision_cfg"] = {
         "timm_model_name": "tiny_fastvit",
         "timm_model_pretrained": False,
         "timm_pool": "avg",
         "timm_proj": None,
-        "image_size": [96, 64],
+        "image_size": [*size],
     }
-    preprocess = {"mean": MEAN, "std": STD, "interpolation": "bilinear", "resize_mode": "squash", "size": [96, 64]}
+    preprocess = {"mean": MEAN, "std": STD, "interpolation": "bilinear", "resize_mode": "squash", "size": [*size]}
     saved = {"model_cfg": {**config, "custom_text": True}, "preprocess_cfg": preprocess}
     (folder / "open_clip_config.json").write_text(json.dumps(saved))
     if weights:
-        model = _with_statistics(lambda: open_clip.CustomTextCLIP(**config), (96, 64))
+        model = _with_statistics(lambda: open_clip.CustomTextCLIP(**config), size)
         save_file(model.state_dict(), str(folder / "open_clip_model.safetensors"))
+    return f"local-dir:{folder}"
+
+
+def resnet(folder: Path) -> str:
+    """Write a ResNet, in whose attention pooling keys and values are products of one input."""
+    folder.mkdir(parents=True)
+    config = open_clip_config(context_length=CONTEXT)
+    config["vision_cfg"] = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 16}
+    saved = {"model_cfg": config, "preprocess_cfg": {"mean": MEAN, "std": STD, "size": 32}}
+    (folder / "open_clip_config.json").write_text(json.dumps(saved))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        save_file(open_clip.CLIP(**config).state_dict(), str(folder / "open_clip_model.safetensors"))
     return f"local-dir:{folder}"
 
 

@@ -75,6 +75,7 @@ def test_packages_in_fp16_compute_what_the_student_does(exported: Exported) -> N
     report = json.loads((exported.folder / "export.json").read_text())
     assert report["executed_by"] == "an interpreter of the package's operations (Core ML needs macOS)"
     assert min(report["towers"][side]["cosine"]["min"] for side in ("image", "text")) >= 0.9999
+    assert {tower["cosine"]["inputs"] for tower in report["towers"].values()} == {64}, "without an evaluation"
     clip = load_model(ModelSpec(model=exported.model)).eval()
     coarse = np.random.default_rng(5).integers(0, 256, (4, 6, 4, 3), np.uint8)
     pixels = torch.from_numpy(coarse.repeat(16, 1).repeat(16, 2))
@@ -83,7 +84,9 @@ def test_packages_in_fp16_compute_what_the_student_does(exported: Exported) -> N
     run = coreml.TARGET.load(exported.folder / "my_student_image.mlpackage")
     with torch.inference_mode():
         expected = clip.encode_image((pixels.permute(0, 3, 1, 2) / 255 - mean) / std, normalize=True)
-        torch.testing.assert_close(run(pixels), expected, rtol=0, atol=2e-3)
+        found = run(pixels)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-3)
+    torch.testing.assert_close(found.norm(dim=1), torch.ones(4), rtol=0, atol=1e-5)  # divided in float32
     assert (expected - expected.mean(0)).abs().max() > 0.01, "a constant would agree too"
 
 
@@ -138,6 +141,28 @@ def test_what_the_app_cannot_run_is_refused(tmp_path: Path, capfd: pytest.Captur
     code, _, err = run_command(capfd, "export", "coreml", name, str(tmp_path / "out"), "--names", "app")
     assert (code, "the authors' app has pictures of 256 x 256 or 224 x 224, not 32 x 32" in err) == (2, True)
     assert not (tmp_path / "out").exists()
+
+
+def test_packages_replace_those_of_the_app(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    name, out = models.fastvit(tmp_path / "model", size=(256, 256), context=77), tmp_path / "out"
+    code, _, err = run_command(capfd, "export", "coreml", name, str(out), "--names", "app")
+    assert code == 0, err
+    sides = {side: out / f"mobileclip_s0_{side}.mlpackage" for side in ("image", "text")}
+    assert {*out.glob("*.mlpackage")} == {*sides.values()}
+    image, text = (spec_of(path).description for path in sides.values())
+    picture = image.input[0].type.imageType
+    assert (image.input[0].name, picture.width, picture.height, picture.colorSpace) == ("image", 256, 256, picture.RGB)
+    tokens = text.input[0].type.multiArrayType
+    assert (text.input[0].name, list(tokens.shape), tokens.dataType) == ("text", [1, 77], INT32)
+    for description in (image, text):
+        (output,) = description.output
+        values = output.type.multiArrayType
+        assert (output.name, list(values.shape), values.dataType) == ("final_emb_1", [1, 16], FLOAT32)
+    report = json.loads((out / "export.json").read_text())
+    assert {side: tower["file"] for side, tower in report["towers"].items()} == {
+        side: path.name for side, path in sides.items()
+    }
+    assert "mobileclip_s0_image(configuration:" in (out / "README.md").read_text()
 
 
 def test_unknown_operations_are_named(

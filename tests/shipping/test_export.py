@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import re
@@ -19,6 +20,7 @@ import onnxruntime
 import open_clip
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -28,7 +30,7 @@ from reinforce.config import Limits
 from reinforce.errors import UserError
 from reinforce.images.policy import decode
 from reinforce.shipping import packages
-from reinforce.shipping.checks import compare
+from reinforce.shipping.checks import compare, compare_on_sets
 from reinforce.shipping.readme import render_onnx
 from reinforce.shipping.targets import onnx as graph
 from reinforce.shipping.towers import Tower, count_parameters, reparameterize
@@ -36,7 +38,9 @@ from teachers.open_clip.teacher import load_model
 from teachers.protocols import ImageSpec
 from teachers.spec import ModelSpec
 from tests.helpers import shipping as models
+from tests.helpers.commands import run_command
 from tests.helpers.data import picture
+from tests.helpers.evaluation import COLOURS, ColourOracle, make_evaluator, write_colour_folder, write_colour_shard
 from tests.helpers.students import built
 from tests.helpers.tiny_coca import coca_model
 
@@ -48,18 +52,32 @@ HALF = ((0.5,) * 3,) * 2  # mean and deviation
 class Exported(NamedTuple):
     model: str
     folder: Path
+    sets: list[str]
+    printed: str
 
 
 @pytest.fixture(scope="module", params=["vit", pytest.param("fastvit", marks=pytest.mark.slow)])
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    """A model and its exported folder; one is exported to disk, the other to an object store and copied back."""
+    """A model, its exported folder, and what it was tested on; one is exported to disk, the other to an object store
+    and copied back."""
     root: Path = tmp_path_factory.mktemp(request.param)
     name = getattr(models, request.param)(root / "model")
     output = f"{root}/onnx" if request.param == "vit" else f"memory://{root}/onnx"
-    export(name, "--output", output)
+    sets = evaluation_sets(root)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert export(name, "--output", output, *sets) == 0
     if request.param == "fastvit":
         fsspec.filesystem("memory").get(output, f"{root}/onnx", recursive=True)
-    return Exported(name, root / "onnx")
+    return Exported(name, root / "onnx", sets, printed.getvalue())
+
+
+def evaluation_sets(root: Path) -> list[str]:
+    """Options that name 12 pictures of six classes, and 10 with captions."""
+    colours, pairs = write_colour_folder(root / "colours"), write_colour_shard(root / "pairs.tar")
+    section = {"zero_shot": {"colours": {"images": colours, "templates": "none"}}}
+    config = root / "student.yaml"
+    config.write_text(yaml.safe_dump({"output": "x", "student": {"model": "y"}, "evaluate": section}))
+    return ["--config", str(config), "--retrieval", f"pairs={pairs}", "--limit", "10"]
 
 
 def export(*arguments: str) -> int:
@@ -164,7 +182,7 @@ def test_report_and_golden_file_hold_what_the_trained_model_computes(
     exported: Exported, capfd: pytest.CaptureFixture[str]
 ) -> None:
     report = json.loads((exported.folder / "export.json").read_text())
-    for side, inputs in (("image", 64), ("text", 64)):
+    for side, inputs in (("image", 12 + 10), ("text", 6 + 10)):
         tower = report["towers"][side]
         assert (exported.folder / tower["file"]).stat().st_size == tower["bytes"]
         assert (tower["cosine"]["inputs"], tower["cosine"]["min"]) == (inputs, pytest.approx(1, abs=1e-5))
@@ -194,6 +212,41 @@ def test_report_and_golden_file_hold_what_the_trained_model_computes(
     assert "the text tower has a cosine of" in capfd.readouterr().err
     assert export(str(exported.folder.parent), "--check") == 2
     assert "has no export.json of onnx: --check takes a local folder" in capfd.readouterr().err
+
+
+def test_accuracy_of_the_trained_and_the_exported_model_is_reported(
+    exported: Exported, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    judged = ["evaluate", exported.model, *exported.sets, "--json", str(tmp_path / "report.json")]
+    assert run_command(capfd, *judged)[0] == 0
+    (expected,) = json.loads((tmp_path / "report.json").read_text())["models"].values()
+    report = json.loads((exported.folder / "export.json").read_text())
+    assert report["metrics"]["trained"] == report["metrics"]["exported"] == expected["metrics"]
+    assert {"zero_shot/colours/top1", "retrieval/pairs/text_to_image/r1"} <= expected["metrics"].keys()
+    assert report["compared"] == "pictures and texts of the evaluation"
+    top1 = f"{100 * expected['metrics']['zero_shot/colours/top1']:.2f} %"
+    assert f"zero_shot/colours/top1: {top1}, trained model {top1}\n" in exported.printed
+
+
+def test_each_model_is_judged_by_its_own_embeddings(tmp_path: Path) -> None:
+    def run_of(encoder: ColourOracle) -> dict[str, Any]:
+        texts = lambda rows: encoder.encode_texts([[*COLOURS][int(row[0])] for row in rows])  # noqa: E731
+        return {"image": lambda rows: encoder.encode_images(rows.permute(0, 3, 1, 2) / 255), "text": texts}
+
+    evaluator = make_evaluator(zero_shot={"set": {"images": write_colour_folder(tmp_path)}})
+    models = {"trained": run_of(ColourOracle()), "exported": run_of(Turned())}
+    tokenize = lambda texts: torch.tensor([[next(n for n, c in enumerate(COLOURS) if c in text)] for text in texts])  # noqa: E731
+    found, metrics = compare_on_sets(evaluator, models, ImageSpec(8, *HALF), tokenize)
+    assert [metrics[name]["zero_shot/set/top1"] for name in models] == [1, 0]
+    assert (found["image"].minimum, found["image"].count) == (0, 12)
+    assert found["text"].minimum == pytest.approx(1)
+
+
+class Turned(ColourOracle):
+    """Takes each colour for the next one."""
+
+    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
+        return super().encode_images(pixels).roll(1, 1)
 
 
 def test_existing_folder_is_not_overwritten(exported: Exported, capfd: pytest.CaptureFixture[str]) -> None:

@@ -8,11 +8,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import open_clip
 import pytest
 
 from reinforce.errors import UserError
-from reinforce.shipping.packages import require_packages
+from reinforce.shipping.checks import compare
+from reinforce.shipping.packages import load_target, require_packages
 from reinforce.shipping.runtimes import RUNTIMES, choose_runtimes
+from reinforce.shipping.targets.base import ExportOptions
+from reinforce.shipping.tokens import PROBES
+from reinforce.shipping.towers import reparameterize, split_towers
+from teachers.open_clip.teacher import image_spec
 from tests.helpers import shipping as models
 from tests.helpers.commands import Command
 from tests.helpers.data import picture
@@ -65,16 +71,43 @@ def test_int8_is_refused_below_the_least_cosine(target: str, weights: str, comma
 
 
 @pytest.mark.slow
+def test_int8_of_a_resnet_runs_although_biases_of_its_pooling_are_computed(command: Command, tmp_path: Path) -> None:
+    need("executorch")
+    model, folder = models.resnet(tmp_path / "model"), tmp_path / "int8"
+    status, _, err = command("export", "executorch", model, str(folder), "--weights", "dynamic-int8")
+    assert status == 0, err
+    assert json.loads((folder / "export.json").read_text())["towers"]["image"]["cosine"]["min"] >= 0.99
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("target", ENDINGS)
+def test_towers_of_mobileclip2_s0_agree_with_torch(target: str, tmp_path: Path) -> None:
+    need(target)
+    clip = models.mobileclip2_s0()
+    image = image_spec(open_clip.get_model_preprocess_cfg(clip))
+    runtime, tokens = load_target(target), open_clip.get_tokenizer("MobileCLIP2-S0")(list(PROBES))
+    for tower in split_towers(reparameterize(clip), image, tokens):
+        path = runtime.convert(tower, tmp_path, ExportOptions("s0", "fp32"))
+        found = compare(runtime.load(path, threads=1), tower.module, tower.example(4))
+        assert found.difference <= 1e-4, (tower.name, found)
+
+
+@pytest.mark.slow
 def test_all_installed_runtimes_are_measured_side_by_side(command: Command, tmp_path: Path) -> None:
     runtimes, missing = choose_runtimes(["all"])
     if not runtimes:
         pytest.skip("; ".join(missing))
     model, file = models.vit(tmp_path / "model"), tmp_path / "latency.json"
-    status, _, err = command(
+    status, out, err = command(
         "latency", model, "--threads", "1", "--rounds", "2", "--json", str(file), "--runtime", "all"
     )
     assert (status, err.count("left out: ")) == (0, len(missing))
     (about,) = json.loads(file.read_text())["models"].values()
+    if {"onnxruntime", "openvino"} <= runtimes.keys():
+        assert about["bytes"]["openvino"] == about["bytes"]["onnxruntime"]
+        assert "conversion for openvino" not in out, "it runs the files of ONNX"
+    assert f"{model}: text tower: conversion for {[*runtimes][-1]}: 0:" in out
     assert list(about["milliseconds"]) == ["torch", *runtimes]
     assert list(about["bytes"]) == list(runtimes)
     assert all(times[side]["median"] > 0 for times in about["milliseconds"].values() for side in times)

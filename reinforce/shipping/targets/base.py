@@ -23,11 +23,15 @@ Run = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """``model``: its short name; ``weights``: one of ``Target.weights``; ``app_names``: names of the authors' app."""
+    """``model``: its short name; ``weights``: one of ``Target.weights``; ``app_names``: names of the authors' app.
+
+    ``whole``: the tower that the target has already converted with fp32 weights, if any.
+    """
 
     model: str
     weights: str
     app_names: bool = False
+    whole: Path | None = None
 
 
 class Target(ABC):

@@ -31,7 +31,7 @@ _APP_MODELS = {256: "s0", 224: "blt"}
 _APP_CONTEXT = 77
 _A_PHOTO_OF_A_CAT = [49406, 320, 1125, 539, 320, 2368, 49407]
 #: Operations in float32: 1e-12, the smallest norm, is zero in float16, and the sum of squares may exceed its range.
-_FLOAT32 = {"reduce_l2_norm", "maximum", "real_div", "sub"}
+_FLOAT32 = {"reduce_l2_norm", "maximum", "tile", "real_div", "sub"}
 _PALETTE, _PALETTE_STEPS = 2**6, 100
 
 

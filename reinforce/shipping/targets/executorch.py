@@ -90,8 +90,10 @@ class _Pointwise(torch.nn.Module):
 def _quantize_products(module: torch.nn.Module, example: tuple[torch.Tensor]) -> torch.nn.Module:
     """Return a graph whose matrix products have int8 weights by output, and int8 inputs with a scale computed per call.
 
-    Convolutions of several pixels stay in fp32.
+    Convolutions of several pixels stay in fp32, as do products whose weights or bias are computed, such as those of
+    attention pooling, which XNNPACK would leave to kernels that the runtime lacks.
     """
+    from executorch.backends.transforms.duplicate_dynamic_quant_chain import DuplicateDynamicQuantChainPass
     from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
         XNNPACKQuantizer,
         get_symmetric_quantization_config,
@@ -105,9 +107,12 @@ def _quantize_products(module: torch.nn.Module, example: tuple[torch.Tensor]) ->
                 setattr(parent, name, _Pointwise(child))
     config = get_symmetric_quantization_config(is_per_channel=True, is_dynamic=True)
     quantizer = XNNPACKQuantizer().set_operator_type(torch.ops.aten.linear.default, config)
+    quantizer.set_filter_function(lambda node: all(one is None or one.op == "get_attr" for one in node.args[1:]))
     graph = prepare_pt2e(torch.export.export(module, example, strict=False).module(), quantizer)
     graph(*example)
-    return convert_pt2e(graph)
+    graph = convert_pt2e(graph)
+    DuplicateDynamicQuantChainPass()(graph)  # XNNPACK takes a product with the chain of its input alone
+    return graph
 
 
 TARGET = ExecuTorch()

@@ -29,17 +29,15 @@ class LiteRt(Target):
         """Write ``NAME.tflite``: uint8 [1, H, W, 3] or int32 [1, context] -> float32 [1, dim]."""
         path = folder / f"{tower.name}.tflite"
         with silenced(), tempfile.TemporaryDirectory(prefix="reinforce-litert-") as temporary:
-            import litert_torch
-
-            converted = litert_torch.convert(tower.module, sample_kwargs={tower.input: _narrow(tower.example(1))})
             if options.weights == "fp32":
-                converted.export(str(path))
+                _write(tower, path)
                 return path
             from ai_edge_quantizer import quantizer, recipe
 
-            whole = str(Path(temporary, path.name))
-            converted.export(whole)
-            quantized = quantizer.Quantizer(whole, getattr(recipe, _RECIPES[options.weights])()).quantize()
+            whole = options.whole or Path(temporary, path.name)
+            if not options.whole:
+                _write(tower, whole)
+            quantized = quantizer.Quantizer(str(whole), getattr(recipe, _RECIPES[options.weights])()).quantize()
             quantized.export_model(str(path))
         return path
 
@@ -60,6 +58,12 @@ class LiteRt(Target):
 
     def readme(self, config: Mapping[str, Any], image: ImageSpec) -> str:
         return render_litert(config, image)
+
+
+def _write(tower: Tower, path: Path) -> None:
+    import litert_torch
+
+    litert_torch.convert(tower.module, sample_kwargs={tower.input: _narrow(tower.example(1))}).export(str(path))
 
 
 def _narrow(inputs: torch.Tensor) -> torch.Tensor:
