@@ -107,6 +107,16 @@ class Captioner(Protocol):
     It may add ``generate(pixels, seeds) -> tokens`` and ``to_texts(tokens) -> captions``. A run then calls these two
     instead of ``caption``, so that tokens become text while another shard uses the accelerator.
 
+    Beside these two it may add ``draw(seeds) -> numbers``, an array with a row for each image, which ``generate`` then
+    gets in place of seeds, so that random numbers are drawn while another shard uses the accelerator.
+
+    One that replaces captions that have ended by those of further images sets ``by_group = True`` and divides
+    ``generate`` further: ``encode(pixels) -> images``, a tensor with a row for each image, and ``decode(images, seeds,
+    at_once) -> tokens`` of a list of such rows. A run then encodes the images of each batch and decodes those of a row
+    group together, in their order. ``at_once`` is the most of them whose captions may be in work: memory allows no
+    more. It may add ``reserve(image, at_once)``, which allocates for a test before the run what decoding many such
+    images needs.
+
     One that keeps memory of the device between batches may add ``release_memory()``. It is called when the device runs
     out of memory, before a smaller batch.
 

@@ -71,11 +71,19 @@ class SelfAttentionBlock(_Block):
         """Process the newest tokens [rows, width] -> [rows, width].
 
         ``cache`` [rows, 2, length, width] holds the keys and values of all positions; those of the newest tokens are
-        written to it at ``position``, int64 [1]. Tokens attend to the first ``visible`` positions that ``mask`` allows.
+        written to it at ``position``, int64 [rows], or [1] for all rows. Tokens attend to the first ``visible``
+        positions that ``mask`` allows.
         """
-        query, key, value = self.project(self.norm(x)).chunk(3, dim=-1)
-        key = self.key_norm(key.unflatten(-1, (self.heads, -1))).flatten(1)
-        cache.index_copy_(2, position, torch.stack([key, value], dim=1)[:, :, None])
+        query, key, value = (projected := self.project(self.norm(x))).chunk(3, dim=-1)
+        if isinstance(self.key_norm, torch.nn.Identity):
+            newest = projected[:, query.shape[1] :].unflatten(1, (2, 1, -1))
+        else:
+            key = self.key_norm(key.unflatten(-1, (self.heads, -1))).flatten(1)
+            newest = torch.stack([key, value], dim=1)[:, :, None]
+        if len(position) == 1:
+            cache.index_copy_(2, position, newest)
+        else:
+            cache.scatter_(2, position[:, None, None, None].expand_as(newest), newest)
         keys, values = cache[:, :, :visible].unbind(1)
         return self.add(x, self.attend(query[:, None], keys, values, mask).squeeze(1))
 
@@ -95,15 +103,14 @@ class CrossAttentionBlock(_Block):
         projected: Tensor = self.project_image(self.image_norm(images))
         return projected
 
-    def forward(self, x: Tensor, image_cache: Tensor, slots: Tensor, rows: int) -> Tensor:
+    def forward(self, x: Tensor, image_cache: Tensor, slots: Tensor, row_of_slot: Tensor) -> Tensor:
         """Process the newest tokens [rows, width] -> [rows, width].
 
-        ``image_cache`` is the result of ``keys_values``. Tokens are scattered to an array [B * rows], ``rows`` slots
-        per image, so that the captions of an image share its keys and values. Token i has slot ``slots[i]``; slots
-        beyond the array are for padding rows.
+        ``image_cache`` is the result of ``keys_values``. Tokens are arranged by slots, equally many for each image, so
+        that the captions of an image share its keys and values. Token i has slot ``slots[i]``, and ``row_of_slot`` is
+        the token of each slot, any for an unused one.
         """
-        query = self.project(self.norm(x))
-        array = query.new_zeros(len(image_cache) * rows + 1, query.shape[-1]).index_copy(0, slots, query)
+        query = self.project(self.norm(x)).index_select(0, row_of_slot).unflatten(0, (len(image_cache), -1))
         keys, values = image_cache.chunk(2, dim=-1)
-        attended = self.attend(array[:-1].unflatten(0, (-1, rows)), keys, values, None).flatten(0, 1)
-        return self.add(x, attended[slots.clamp(max=len(attended) - 1)])
+        attended = self.attend(query, keys, values, None).flatten(0, 1)
+        return self.add(x, attended.index_select(0, slots))

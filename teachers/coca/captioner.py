@@ -14,7 +14,7 @@ from teachers.coca.decoder import CocaDecoder
 from teachers.coca.fixed_decoder import SIZES, FixedCocaDecoder
 from teachers.coca.network import CocaNetwork, check_decodable
 from teachers.decoding.choosing import TokenChooser
-from teachers.decoding.decode import decode
+from teachers.decoding.decode import BEAMS, decode, draw
 from teachers.decoding.device_sampling import DeviceSampler
 from teachers.decoding.rules import DecodingRules
 from teachers.device.accelerator import Accelerator
@@ -66,7 +66,12 @@ class CocaCaptioner:
             max_tokens=spec.max_length - 2,  # start and end count
             repetition_penalty=spec.repetition_penalty,
         )
-        self._sampler = None if packed else DeviceSampler(self._rules, TokenChooser(spec))
+        self._sampler = None if packed or spec.strategy in BEAMS else DeviceSampler(self._rules, TokenChooser(spec))
+
+    @property
+    def by_group(self) -> bool:
+        """Whether images of several batches are decoded together, by ``encode`` and ``decode``."""
+        return self._sampler is not None
 
     @torch.inference_mode()
     def caption(self, pixels: torch.Tensor, seeds: npt.NDArray[np.uint64]) -> list[list[str] | None]:
@@ -78,22 +83,56 @@ class CocaCaptioner:
         """
         return self.to_texts(self.generate(pixels, seeds))
 
+    def draw(self, seeds: npt.NDArray[np.uint64]) -> npt.NDArray[Any]:
+        """What ``generate`` and ``decode`` take in place of seeds; needs no accelerator."""
+        return draw(seeds, self._rules, self._spec)
+
     @torch.inference_mode()
-    def generate(self, pixels: torch.Tensor, seeds: npt.NDArray[np.uint64]) -> list[list[list[int]] | None]:
-        """As ``caption``, but the tokens of each caption between start and end."""
-        if seeds.shape != (len(pixels), self.captions):
+    def generate(self, pixels: torch.Tensor, seeds: npt.NDArray[Any]) -> list[list[list[int]] | None]:
+        """As ``caption``, but the tokens of each caption between start and end. ``seeds`` may be those of ``draw``."""
+        if seeds.shape[:2] != (len(pixels), self.captions):
             raise ValueError(f"expected seeds of shape {(len(pixels), self.captions)}, got {seeds.shape}")
+        images = self.encode(pixels)
+        if self.by_group:
+            return self.decode(images.unbind(), seeds)
+        at_once, captions = self._at_once(images[0]), list[list[list[int]] | None]()
+        for part in np.array_split(np.arange(len(images)), -(-len(images) // at_once)):
+            with unique_indices():
+                self._decoder.begin(images[part[0] : part[-1] + 1], self._spec.rows_per_image)
+                captions += decode(self._decoder, self._rules, self._spec, seeds[part])
+        return captions
+
+    @torch.inference_mode()
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels float32 [B, 3, H, W] -> image tokens [B, n, width]."""
         with self._accelerator.forward():
-            _, images = self._visual(self._accelerator.layout(pixels))
+            images: torch.Tensor = self._visual(self._accelerator.layout(pixels))[1]
+        return images
+
+    @torch.inference_mode()
+    def decode(
+        self, images: Sequence[torch.Tensor], seeds: npt.NDArray[Any], at_once: int | None = None
+    ) -> list[list[list[int]] | None]:
+        """As ``generate``, from the image tokens of each image. The captions of at most ``at_once`` are in work."""
+        if not images:
+            return []
+        assert isinstance(self._decoder, FixedCocaDecoder)
+        with unique_indices(), self._decoder.opened(images, self.captions, self._at_once(images[0], at_once)):
+            return decode(self._decoder, self._rules, self._spec, seeds, self._sampler)
+
+    @torch.inference_mode()
+    def reserve(self, image: torch.Tensor, at_once: int | None = None) -> None:
+        """Allocate what ``decode`` needs for many images with so many tokens as this one."""
+        if isinstance(self._decoder, FixedCocaDecoder) and self._sampler is not None:
+            self._decoder.reserve(image, self.captions, self._at_once(image, at_once))
+            self._sampler.reserve(self._decoder.capacity)
+
+    def _at_once(self, image: torch.Tensor, most: int | None = None) -> int:
+        """Images with tokens [n, width] whose captions are in work, at most ``most``."""
         rows = self._spec.rows_per_image
         budget = cache_bytes(self._accelerator.device, _MAX_CACHE_BYTES)
-        at_once = min(_MAX_ROWS // rows, budget // self._decoder.bytes_per_image(rows, images.shape[1]))
-        captions: list[list[list[int]] | None] = []
-        for part in np.array_split(np.arange(len(images)), -(-len(images) // max(1, at_once))):
-            with unique_indices():
-                self._decoder.begin(images[part[0] : part[-1] + 1], rows)
-                captions += decode(self._decoder, self._rules, self._spec, seeds[part], self._sampler)
-        return captions
+        at_once = min(_MAX_ROWS // rows, budget // self._decoder.bytes_per_image(rows, len(image)))
+        return max(1, at_once if most is None else min(at_once, most))
 
     def release_memory(self) -> None:
         """Return the memory that is kept for the next batch."""

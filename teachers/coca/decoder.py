@@ -47,15 +47,14 @@ class CocaDecoder:
         self._masked = self._masked or bool(hidden.any())
         self.visible[:rows].index_copy_(1, position, ~hidden[:, None])
         mask = self.visible[:rows, None, None, : self._filled] if self._masked else None
-        images, rows_per_image = self._shape
         with self._accelerator.forward():
             return self.network.step(
                 tokens[:, -1],
                 position,
                 self._slots,
-                rows_per_image,
+                self._row_of_slot,
                 self.cache[:rows],
-                self.image_cache[:images],
+                self.image_cache[: self._images],
                 self._filled,
                 mask,
                 None,
@@ -66,7 +65,7 @@ class CocaDecoder:
         _move_rows(self.cache[:, :, :, : self._filled], rows)
         _move_rows(self.visible, rows)
         image_of = self._image_of[rows]
-        in_use = torch.bincount(image_of, minlength=self._shape[0]) > 0
+        in_use = torch.bincount(image_of, minlength=self._images) > 0
         if not in_use.all():
             order = torch.from_numpy(compact(in_use.numpy()))
             _move_rows(self.image_cache, order)
@@ -82,8 +81,10 @@ class CocaDecoder:
         by_image = image_of.argsort(stable=True)
         rank = torch.empty_like(image_of)
         rank[by_image] = torch.arange(len(image_of)) - (counts.cumsum(0) - counts)[image_of[by_image]]
-        self._image_of, self._shape = image_of, (len(counts), rows_per_image)
+        self._image_of, self._images = image_of, len(counts)
         self._slots = image_of * rows_per_image + rank
+        self._row_of_slot = torch.zeros(len(counts) * rows_per_image, dtype=torch.int64)
+        self._row_of_slot[self._slots] = torch.arange(len(image_of))
 
     def _is_hidden(self, tokens: torch.Tensor) -> torch.Tensor:
         """bool [rows]: whether the text tower never attends to the newest token; see ``CocaNetwork.hiding``."""

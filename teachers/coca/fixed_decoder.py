@@ -6,12 +6,15 @@ depend on texts are made on the device; the host only knows how many rows there 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
 from teachers.coca.network import CocaNetwork
-from teachers.device.accelerator import Accelerator
+from teachers.decoding.schedule import Entry
+from teachers.device.accelerator import Accelerator, upload
 from teachers.device.recompilation import many_shapes
 from teachers.device.step_graphs import EagerSteps, GraphedSteps, Step, Steps
 
@@ -20,14 +23,23 @@ Tensor = torch.Tensor
 SIZES = (16, 32, 64, 96, 128, 192, 256, 384, 512, 640, 768, 896, 1024)
 #: Smallest number of positions that tokens attend to; larger ones are its doubles. Each compiled shape takes a minute.
 _MIN_VISIBLE, _MIN_VISIBLE_COMPILED = 16, 32
+#: Some text of many is nearly always longer than 16 tokens.
+_MIN_VISIBLE_OF_MANY = 32
+#: Places for images, as a multiple of those that fill the rows: when some captions of an image have ended, more images
+#: share the rows.
+_PLACES = 1.25
+#: Masks of attention have a multiple of so many positions in memory; otherwise CUDA's kernels copy them in each layer.
+_ALIGNED = 16
 
 
 class FixedCocaDecoder:
     """A ``device_sampling.DeviceDecoder`` of an open_clip CoCa.
 
-    ``begin`` starts a batch of images and ends the previous one. Shapes are a function of the batch, whatever batches
-    were before: rows are padded to one of ``SIZES``, and so are images. Padding rows belong to no image. Without
-    ``compiled``, steps on CUDA are graphs if ``graphs`` is set; with it, they are compiled and then graphs.
+    Two ways: ``begin`` starts a batch of images, all at once, for ``next_logits``; ``opened`` has a batch of any
+    size, whose images ``enter`` while others leave, for ``step``. Each ends the previous batch. Shapes are a function
+    of the batch, whatever batches were before: rows are padded to one of ``SIZES``, and so are images. Padding rows
+    belong to no image. Without ``compiled``, steps on CUDA are graphs if ``graphs`` is set; with it, they are compiled
+    and then graphs.
     """
 
     def __init__(
@@ -40,16 +52,21 @@ class FixedCocaDecoder:
         self._min_visible = _MIN_VISIBLE_COMPILED if compiled else _MIN_VISIBLE
         self.cache, self.image_cache = network.text_cache(0), network.image_cache(0, 0)
         self._last_logits, self._captions = torch.zeros(0), 0
-        self._places = torch.arange(network.length, device=accelerator.device)
+        self._waiting: Sequence[Tensor] = ()
+        self._aligned = -(-network.length // _ALIGNED) * _ALIGNED
+        self._positions = torch.arange(self._aligned, device=accelerator.device)
+        self._seen, self._unseen = torch.tensor([0, -torch.inf], dtype=network.dtype).to(accelerator.device).unbind()
 
     def bytes_per_image(self, captions: int, image_tokens: int) -> int:
         """Bytes of the caches for one image with so many captions and image tokens, and of the logits of its rows."""
         logits = 5 * captions * self.network.vocabulary_size * torch.float32.itemsize
-        return self.network.bytes_per_image(captions, image_tokens) + logits
+        text = self.network.bytes_per_image(captions, 0)
+        image = self.network.bytes_per_image(0, image_tokens)
+        return text + int(image * (_PLACES if captions > 1 else 1)) + logits
 
     def begin(self, images: Tensor, captions: int) -> None:
         """Start with image tokens [B, n, width] and one row per image, to be selected at most ``captions`` times."""
-        self._reserve(len(images), captions, images.shape[1])
+        self._reserve(self.padded(len(images) * captions), self.padded(len(images)), captions, images.shape[1])
         with self._accelerator.forward():
             self.network.fill_image_cache(images, self.image_cache)
         # What a masked position holds is multiplied by 0 and must be finite.
@@ -62,30 +79,74 @@ class FixedCocaDecoder:
         self._image_of[: self._rows] = places.masked_fill(places >= len(images), self._images)
         self._assign_slots()
 
+    @contextmanager
+    def opened(self, images: Sequence[Tensor], captions: int, at_once: int) -> Iterator[None]:
+        """A batch with the image tokens [n, width] of each image, of which ``at_once`` fill the rows. None has entered
+        yet."""
+        self._waiting, self._filled = images, 0
+        self._rows, self._images = self._shape(len(images), captions, at_once)
+        try:
+            self._reserve(self._rows, self._images, captions, len(images[0]))
+            yield
+        finally:
+            self._waiting = ()
+
+    def reserve(self, image: Tensor, captions: int, at_once: int) -> None:
+        """Allocate what the largest batch of images with so many tokens [n, width] needs."""
+        self._reserve(*self._shape(SIZES[-1], captions, at_once), captions, len(image))
+
+    def room(self, images: int, captions: int) -> tuple[int, int]:
+        """Number of rows of the batch that is ``opened``, and of places for images."""
+        return self._rows, self._images
+
+    def enter(self, entry: Entry) -> None:
+        """Begin the captions of images, in rows and places that are free."""
+        tokens = torch.stack([self._waiting[image] for image in entry.images])
+        device = self._accelerator.device
+        with self._accelerator.forward():
+            self.network.fill_image_cache(tokens, self.image_cache, upload(entry.places, device))
+        rows = upload(entry.rows, device)
+        # What a masked position holds is multiplied by 0 and must be finite.
+        self.cache.index_fill_(0, rows, 0)
+        self._visible.index_fill_(0, rows, False)
+        self._image_of[: self._rows] = upload(entry.place_of, device)
+        self._assign_slots()
+
+    def _shape(self, images: int, captions: int, at_once: int) -> tuple[int, int]:
+        """Rows, and places for images, of a batch of which ``at_once`` images fill the rows."""
+        rows = self.padded(min(images, at_once) * captions)
+        places = max(SIZES[0], rows if captions == 1 else math.ceil(rows / captions * _PLACES))
+        return rows, min(places, self.padded(min(images, places)))
+
     @staticmethod
     def padded(rows: int) -> int:
         """Number of rows of a step for so many rows."""
         return next(size for size in SIZES if size >= rows)
 
-    def launch(self, step: Step) -> None:
-        """Run a step that calls ``step`` or ``_logits`` of this decoder once."""
+    def launch(self, step: Step, longest: int) -> None:
+        """Run a step that calls ``step`` once. Texts that have not ended have at most ``longest`` new tokens."""
+        self._filled = max(longest, min(self.network.length, _MIN_VISIBLE_OF_MANY) - 1)
+        self._launch(step)
+
+    def _launch(self, step: Step) -> None:
         key = (step_name(step), self._rows, self._images, self._attended())
         self.steps.run(key, step)
         self._filled += 1
 
     def step(self, tokens: Tensor, position: Tensor) -> Tensor:
-        """Tokens int64 [rows, length + 1] -> logits [rows, vocabulary] after the token at ``position``, int64 [1].
+        """Tokens int64 [rows, any length] -> logits [rows, vocabulary] after those at ``position``, int64 [rows].
 
-        The start token comes first. Waits for nothing. ``rows`` is ``padded(rows)``.
+        The start token comes first. A row at the position after the last has ended. Waits for nothing. ``rows`` is
+        that of ``room`` or ``padded``.
         """
-        newest = tokens.index_select(1, position).squeeze(1)
+        newest = tokens.gather(1, position[:, None]).squeeze(1)
         if self.network.hiding is None:
-            hidden = torch.zeros_like(newest, dtype=torch.bool)
+            hidden = None
         else:
             pad_id, back = self.network.hiding
-            decides = tokens.index_select(1, (position + 1 - back).clamp(min=0)).squeeze(1)
+            decides = tokens.gather(1, (position[:, None] + 1 - back).clamp(min=0)).squeeze(1)
             hidden = (decides == pad_id) & (position + 1 >= back)
-        return self._logits(newest, hidden, position)
+        return self._logits(newest, hidden, position.clamp(max=self.network.length - 1))
 
     def next_logits(self, tokens: Tensor) -> Tensor:
         """Start token and new tokens so far, int64 [rows, 1 + new tokens] -> logits [rows, vocabulary].
@@ -100,7 +161,7 @@ class FixedCocaDecoder:
         hiding = self.network.hiding
         if hiding is not None and tokens.shape[1] >= hiding[1]:
             self._hidden[:rows] = tokens[:, -hiding[1]] == hiding[0]
-        self.launch(self._step_on_newest)
+        self._launch(self._step_on_newest)
         return self._last_logits[:rows]
 
     def select_rows(self, rows: Tensor, used: Tensor | None = None) -> None:
@@ -123,25 +184,32 @@ class FixedCocaDecoder:
             self._renumber_images(self._rows)
         self._assign_slots()
 
-    def _logits(self, newest: Tensor, hidden: Tensor, position: Tensor) -> Tensor:
+    def _logits(self, newest: Tensor, hidden: Tensor | None, position: Tensor) -> Tensor:
         rows, attended = self._rows, self._attended()
-        self._visible[:rows].index_copy_(1, position, ~hidden[:, None])
+        causal = text = self._mask(self._positions <= position[:, None])[..., :attended]
+        if hidden is not None:
+            self._visible[:rows].scatter_(1, position[:, None], ~hidden[:, None])
+            text = self._mask(self._visible[:rows])[..., :attended]
         with self._accelerator.forward():
             return self._network_step(
                 newest,
                 position,
                 self._slots[:rows],
-                self._captions,
+                self._row_of_slot[: self._images * self._captions],
                 self.cache[:rows],
                 self.image_cache[: self._images],
                 attended,
-                self._visible[:rows, None, None, :attended],
-                (self._places[:attended] <= position)[None],
+                text,
+                causal,
             )
+
+    def _mask(self, visible: Tensor) -> Tensor:
+        """What attention adds to logits of positions, [rows, 1, 1, positions], from bool [rows, positions]."""
+        return torch.where(visible, self._seen, self._unseen)[:, None, None]
 
     def _step_on_newest(self) -> None:
         rows = self._rows
-        self._last_logits[:rows] = self._logits(self._newest[:rows], self._hidden[:rows], self._position)
+        self._last_logits[:rows] = self._logits(self._newest[:rows], self._hidden[:rows], self._position[:rows])
         self._position.add_(1)
 
     def _attended(self) -> int:
@@ -164,16 +232,17 @@ class FixedCocaDecoder:
         self._images = images
 
     def _assign_slots(self) -> None:
-        """Assign rows to slots by their images: those of an image are adjacent. Padding has the slot after the last."""
-        image_of = self._image_of[: self._rows]
+        """Assign rows to slots by their images: those of an image are adjacent. Padding has the last slot, which it
+        reads only."""
+        image_of, count = self._image_of[: self._rows], self._images * self._captions
         ordered, by_image = image_of.sort(stable=True)
         rank = self._row_places[: self._rows] - torch.searchsorted(ordered, ordered)
-        slots = (ordered * self._captions + rank).clamp(max=self._images * self._captions)
-        self._slots.index_copy_(0, by_image, slots)
+        slots = (ordered * self._captions + rank).clamp(max=count)
+        self._row_of_slot[: count + 1].zero_().index_copy_(0, slots, by_image)
+        self._slots.index_copy_(0, by_image, slots.clamp(max=count - 1))
 
-    def _reserve(self, images: int, captions: int, image_tokens: int) -> None:
+    def _reserve(self, rows: int, images: int, captions: int, image_tokens: int) -> None:
         """Allocate all arrays for a batch; those of the previous batch are used again if they are large enough."""
-        rows, images = self.padded(images * captions), self.padded(images)
         same = captions == self._captions and self.image_cache.shape[2] == image_tokens
         if same and rows <= len(self.cache) and images <= len(self.image_cache):
             return
@@ -181,10 +250,11 @@ class FixedCocaDecoder:
         self.release()  # before the larger ones are allocated
         device, network = self._accelerator.device, self.network
         self.cache, self.image_cache = network.text_cache(rows), network.image_cache(images, image_tokens)
-        self._visible = torch.zeros(rows, network.length, dtype=torch.bool, device=device)
-        self._position = torch.zeros(1, dtype=torch.int64, device=device)
+        self._visible = torch.zeros(rows, self._aligned, dtype=torch.bool, device=device)
         self._row_places = torch.arange(rows, device=device)
-        self._image_of, self._slots, self._newest = (torch.zeros_like(self._row_places) for _ in range(3))
+        self._position, self._newest = torch.zeros_like(self._row_places), torch.zeros_like(self._row_places)
+        self._image_of, self._slots = torch.zeros_like(self._row_places), torch.zeros_like(self._row_places)
+        self._row_of_slot = torch.zeros(images * captions + 1, dtype=torch.int64, device=device)
         self._hidden = torch.zeros(rows, dtype=torch.bool, device=device)
         self._captions = captions  # last: all are there, though any may run out of memory
 

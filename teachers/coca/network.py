@@ -61,29 +61,33 @@ class CocaNetwork(torch.nn.Module):
         values = text + len(self.cross_blocks) * image_tokens
         return 2 * values * self.width * self.dtype.itemsize
 
-    def fill_image_cache(self, images: Tensor, cache: Tensor) -> None:
-        """Write the keys and values of image tokens [B, n, width] to the first B images of an image cache."""
+    def fill_image_cache(self, images: Tensor, cache: Tensor, places: Tensor | None = None) -> None:
+        """Write the keys and values of image tokens [B, n, width] to an image cache, at ``places``, int64 [B], by
+        default to its first B images."""
         for layer, block in enumerate(self.cross_blocks):
             assert isinstance(block, CrossAttentionBlock)
-            cache[: len(images), layer] = block.keys_values(images)
+            if places is None:
+                cache[: len(images), layer] = block.keys_values(images)
+            else:
+                cache[:, layer].index_copy_(0, places, block.keys_values(images))
 
     def step(
         self,
         newest: Tensor,
         position: Tensor,
         slots: Tensor,
-        rows_per_image: int,
+        row_of_slot: Tensor,
         cache: Tensor,
         image_cache: Tensor,
         visible: int,
         text_mask: Tensor | None,
         causal: Tensor | None,
     ) -> Tensor:
-        """Newest tokens [rows] at ``position``, int64 [1] -> logits [rows, vocabulary] of the next tokens.
+        """Newest tokens [rows] at ``position``, int64 [rows] or [1] -> logits [rows, vocabulary] of the next tokens.
 
         The keys and values of the newest tokens are written to ``cache``, a text cache of as many rows. Tokens attend
         to the first ``visible`` positions that the masks of the text tower and of the decoder allow. Row i has slot
-        ``slots[i]`` among ``rows_per_image`` slots of each image in ``image_cache``; see ``CrossAttentionBlock``.
+        ``slots[i]`` among the slots of the images in ``image_cache``; see ``CrossAttentionBlock``.
         """
         caches = cache.unbind(1)
         text_caches, decoder_caches = caches[: len(self.text_blocks)], caches[len(self.text_blocks) :]
@@ -94,7 +98,7 @@ class CocaNetwork(torch.nn.Module):
         x = self.text_norm(x)
         blocks = zip(self.decoder_blocks, decoder_caches, self.cross_blocks, image_caches, strict=True)
         for block, decoder_cache, cross, of_image in blocks:
-            x = cross(block(x, decoder_cache, position, visible, causal), of_image, slots, rows_per_image)
+            x = cross(block(x, decoder_cache, position, visible, causal), of_image, slots, row_of_slot)
         logits: Tensor = self.vocabulary(self.final_norm(x))
         return logits
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,30 +18,40 @@ from teachers.spec import CaptionerSpec
 
 #: Logits [rows, vocabulary] and float64 [rows] in (0, 1] -> tokens [rows].
 Choose = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+BEAMS = ("beams", "diverse_beams")
+
+
+def draw(seeds: npt.NDArray[np.uint64], rules: DecodingRules, spec: CaptionerSpec) -> npt.NDArray[Any]:
+    """What ``decode`` takes in place of seeds [images, captions]: numbers [images, captions, tokens] if it samples."""
+    if spec.strategy in BEAMS:
+        return seeds
+    if spec.strategy == "greedy":
+        return np.ones((*seeds.shape, rules.max_tokens))
+    return uniforms(seeds.reshape(-1), rules.max_tokens).reshape(*seeds.shape, rules.max_tokens)
 
 
 def decode(
     decoder: Decoder | DeviceDecoder,
     rules: DecodingRules,
     spec: CaptionerSpec,
-    seeds: npt.NDArray[np.uint64],
+    seeds: npt.NDArray[Any],
     sampler: DeviceSampler | None = None,
 ) -> list[list[list[int]] | None]:
     """Decode the captions of a batch with one row per image and seeds [images, captions] -> their new tokens.
 
-    With sampling, caption (b, n) is a function of image b and ``seeds[b, n]``, otherwise of image b alone, up to the
-    rounding of matrix products. An image whose logits are not finite gives None. Raises ValueError if that happens to
-    every image of several, which points to the model.
+    ``seeds`` may be the result of ``draw``. With sampling, caption (b, n) is a function of image b and ``seeds[b, n]``,
+    otherwise of image b alone, up to the rounding of matrix products. An image whose logits are not finite gives None.
+    Raises ValueError if that happens to every image of several, which points to the model.
 
     ``sampler`` is used in place of ``sample`` and needs a ``DeviceDecoder``. Texts then differ by rounding alone.
     """
-    images, captions = seeds.shape
-    if spec.strategy in ("beams", "diverse_beams"):
+    images, captions = seeds.shape[:2]
+    if spec.strategy in BEAMS:
         groups, diversity = (spec.groups, spec.diversity) if spec.strategy == "diverse_beams" else (1, 0.0)
         options = BeamOptions(spec.beams, groups, diversity, spec.length_penalty)
         texts = beam_search(decoder, rules, images, captions, options)
     else:
-        drawn = uniforms(seeds.reshape(-1), rules.max_tokens).reshape(images, captions, rules.max_tokens)
+        drawn = seeds if seeds.ndim > 2 else draw(seeds, rules, spec)
         if sampler is None:
             texts = sample(decoder, rules, TokenChooser(spec), torch.from_numpy(drawn))
         else:

@@ -50,22 +50,21 @@ class DecodingRules:
             mask[self.end].fill_(-torch.inf)
         return logits + mask  # several times as fast as masked_fill
 
-    def masks(self) -> torch.Tensor:
-        """What ``apply_at`` adds to logits, [2, vocabulary]: before ``min_tokens``, and from then on."""
-        mask = torch.zeros(2, len(self.impossible), device=self.impossible.device)
-        mask.masked_fill_(self.impossible, -torch.inf)
-        mask[0, self.end].fill_(-torch.inf)
-        return mask
+    def mask(self) -> torch.Tensor:
+        """What ``apply_at`` adds to logits, [vocabulary]."""
+        mask = torch.zeros(len(self.impossible), device=self.impossible.device)
+        return mask.masked_fill_(self.impossible, -torch.inf)
 
     def apply_at(
-        self, logits: torch.Tensor, new: torch.Tensor, position: torch.Tensor, masks: torch.Tensor
+        self, logits: torch.Tensor, new: torch.Tensor, position: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
-        """As ``apply``, with the number of new tokens on the device, ``position`` int64 [1].
+        """As ``apply``, with the number of each row's new tokens on the device, ``position`` int64 [rows].
 
-        ``new`` is [rows, any length], padded with the start token, which is impossible; ``masks`` is ``masks()``.
+        ``new`` is [rows, any length], padded with the start token, which is impossible; ``mask`` is ``mask()``.
         """
-        logits = self._penalize(logits.float(), new)
-        return logits + masks.index_select(0, (position >= self.min_tokens).long())
+        logits = self._penalize(logits.float(), new) + mask
+        logits[:, self.end].masked_fill_(position < self.min_tokens, -torch.inf)
+        return logits
 
     def _penalize(self, logits: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         if self.repetition_penalty == 1:

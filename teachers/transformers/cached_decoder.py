@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from teachers.device.accelerator import Accelerator
+from teachers.decoding.schedule import Entry
+from teachers.device.accelerator import Accelerator, upload
 from teachers.device.step_graphs import Step, decoding_kernels
 
 
@@ -51,6 +52,15 @@ class CachedDecoder:
         return merge_end_tokens(logits[:, -1], self._ends)
 
     @staticmethod
+    def room(images: int, captions: int) -> tuple[int, int]:
+        """Number of rows and of images in them: all at once, because their texts grow together."""
+        return images * captions, images
+
+    def enter(self, entry: Entry) -> None:
+        """Begin the captions of all images."""
+        self.select_rows(upload(entry.place_of, self._logits.device))
+
+    @staticmethod
     def padded(rows: int) -> int:
         """Number of rows that steps have for so many rows: the same."""
         return rows
@@ -60,7 +70,7 @@ class CachedDecoder:
         """None is reserved: arrays grow with the text."""
         return 0
 
-    def launch(self, step: Step) -> None:
+    def launch(self, step: Step, longest: int) -> None:
         """Run a step, which calls ``step`` once."""
         with decoding_kernels(self._accelerator.device):
             step()

@@ -63,22 +63,22 @@ def test_128_images_with_5_captions_are_one_part_on_80_gib_and_a_step_waits_for_
         assert (images.shape, images.dtype) == ((IMAGES, 255, 768), torch.bfloat16)
         network = CocaNetwork(model, accelerator, LENGTH, packed=False)
         decoder = FixedCocaDecoder(network, accelerator, graphs=False)
-        decoder.begin(images, CAPTIONS)
         rules = DecodingRules(49406, 49407, torch.zeros(49408, dtype=torch.bool), 5, LENGTH, spec.repetition_penalty)
         sampler = DeviceSampler.__new__(DeviceSampler)
         sampler._rules, sampler._choose, sampler._state = rules, TokenChooser(spec), None
-        sampler._masks, sampler._padding = rules.masks(), 0
-        rows = decoder.padded(IMAGES * CAPTIONS)
-        state = sampler._reserve(rows, LENGTH)
-        decoder.select_rows(torch.arange(IMAGES).repeat_interleave(CAPTIONS))
-        with Operations() as operations:  # fake tensors raise where a value is needed
-            sampler._step(decoder, state, rows)
-            decoder.step(state.tokens, state.position)
-        assert decoder.step(state.tokens, state.position).shape == (640, 49408)
+        sampler._mask, sampler._padding = rules.mask(), 0
+        state = sampler._reserve(640, LENGTH)
+        with decoder.opened(images.repeat(2, 1, 1).unbind(), CAPTIONS, IMAGES):
+            assert decoder.room(2 * IMAGES, CAPTIONS) == (640, 160)
+            with Operations() as operations:  # fake tensors raise where a value is needed
+                sampler._step(decoder, state, 640)
+                decoder.step(state.tokens, state.position)
+            assert decoder.step(state.tokens, state.position).shape == (640, 49408)
     assert operations.raising <= {"cumsum"}, "the CPU's; see ``teachers.decoding.sampling._sums``"
-    # Keys and values in bf16: of texts in 24 layers, of 255 image tokens in 12; in fp32, five arrays of logits.
+    # Keys and values in bf16: of texts in 24 layers; of 255 image tokens in 12, of a quarter more images than fill the
+    # rows; in fp32, five arrays of logits.
     texts = 640 * 24 * 2 * LENGTH * 768 * 2
-    of_images = 128 * 12 * 255 * 2 * 768 * 2
+    of_images = 160 * 12 * 255 * 2 * 768 * 2
     assert (decoder.cache.nbytes, decoder.image_cache.nbytes) == (texts, of_images)
     needed = texts + of_images + 5 * 640 * 49408 * 4
     assert decoder.bytes_per_image(CAPTIONS, 255) * IMAGES == needed

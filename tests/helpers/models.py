@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import ray
@@ -187,6 +188,35 @@ class SeedCaptioner:
             [f"a picture of {mean:.3f}, seed {int(seed) % 1000}" for seed in row]
             for mean, row in zip(means, seeds, strict=True)
         ]
+
+
+class GroupCaptioner(SeedCaptioner):
+    """Writes the same texts for the images of a row group together, of which ``limit`` fit in memory at once."""
+
+    by_group = True
+    decoded: ClassVar[list[int]] = []  # the images of each group
+
+    def __init__(self, device: torch.device, captions: int = 2, limit: int = 1000) -> None:
+        super().__init__(device, captions)
+        self.limit = limit
+
+    def draw(self, seeds: np.ndarray) -> np.ndarray:
+        return (seeds % 1000)[..., None]
+
+    def generate(self, pixels: torch.Tensor, seeds: np.ndarray) -> list[Any]:
+        return self.decode(list(self.encode(pixels)), self.draw(seeds), len(pixels))
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        return pixels.mean(dim=(1, 2, 3))
+
+    def decode(self, images: list[torch.Tensor], seeds: np.ndarray, at_once: int) -> list[Any]:
+        if at_once > self.limit:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        self.decoded.append(len(images))
+        return [[(float(mean), int(seed)) for seed in row] for mean, row in zip(images, seeds[..., 0], strict=True)]
+
+    def to_texts(self, tokens: list[Any]) -> list[list[str]]:
+        return [[f"a picture of {mean:.3f}, seed {seed}" for mean, seed in row] for row in tokens]
 
 
 class RepetitiveCaptioner(SeedCaptioner):

@@ -40,6 +40,8 @@ class Counters:
 
 #: Batches to keep: those of the row groups in work, since each teacher encodes all texts of a row group in turn.
 _MAX_BATCHES = 64
+#: What a captioner divides ``generate`` into.
+_ENCODE_DECODE = ("encode", "decode")
 
 
 class TokenCache:
@@ -97,8 +99,21 @@ class Models:
             tokens = self._tokens.get(key, texts, splitting.tokenize)
         return partial(encode, teacher, "encode_tokens", tokens, len(texts))
 
+    def draw(self, captioner: Captioner, seeds: npt.NDArray[np.uint64]) -> npt.NDArray[Any]:
+        """Seeds, or the numbers that a captioner draws from them while others use the accelerator."""
+        splitting: Any = captioner
+        return splitting.draw(seeds) if _splits(captioner, "caption", "draw", "generate", "to_texts") else seeds
+
+    @staticmethod
+    def by_group(captioner: Captioner) -> bool:
+        """Whether a captioner decodes the images of a row group together."""
+        parts = _splits(captioner, "caption", "generate", "to_texts") and _splits(
+            captioner, "generate", *_ENCODE_DECODE
+        )
+        return parts and bool(getattr(captioner, "by_group", False))
+
     def captions(
-        self, captioner: Captioner, pixels: torch.Tensor, seeds: npt.NDArray[np.uint64]
+        self, captioner: Captioner, pixels: torch.Tensor, seeds: npt.NDArray[Any]
     ) -> tuple[Callable[[], Sequence[list[str] | NoCaptions | None]], int]:
         """Caption on the accelerator -> a function that returns the texts, for which it is not needed, and the number
         of tokens, 0 where it is not known."""
@@ -107,7 +122,7 @@ class Models:
             return lambda: texts, 0
         splitting: Any = captioner
         tokens = copied(splitting.generate(pixels, seeds))
-        return lambda: copied(splitting.to_texts(tokens)), _count_tokens(tokens)
+        return lambda: copied(splitting.to_texts(tokens)), count_tokens(tokens)
 
     def score(self, scorer: Scorer, inputs: Sequence[Any], count: int, names: Sequence[str]) -> Floats:
         """Score ``count`` samples on the accelerator -> [count, names]. Raises ValueError for another shape."""
@@ -175,7 +190,7 @@ def describe_loaded(models: Models) -> dict[str, dict[str, Any]]:
     }
 
 
-def _count_tokens(captions: object) -> int:
+def count_tokens(captions: object) -> int:
     """Tokens of captions as lists of tokens, by image; 0 for what a captioner prepares in another form."""
     images = captions if isinstance(captions, list) else []
     texts = [text for image in images if isinstance(image, list) for text in image]

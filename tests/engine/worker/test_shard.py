@@ -25,7 +25,7 @@ from reinforce.seeds import seed_for
 from teachers.preprocessing.pixels import to_pixels
 from tests.helpers.data import config_of, members_of, tree, write_tar
 from tests.helpers.decoding import decode_pool
-from tests.helpers.models import ColorTeacher
+from tests.helpers.models import ColorTeacher, GroupCaptioner
 from tests.helpers.reinforced import reinforce_here
 
 
@@ -83,6 +83,29 @@ def test_the_effects_of_clean_are_counted(tmp_path: Path) -> None:
     result = process(shard_config(tmp_path, members_of(0, 4), captioners={"c": captioner}, teachers={}))
     assert result.cleaned["c"]["captions"] == 12
     assert all(result.cleaned["c"].values()), "counts of zero are left out"
+
+
+@pytest.mark.parametrize("limit", [1000, 2])
+def test_a_captioner_may_decode_the_images_of_a_row_group_together_whatever_the_batch(
+    limit: int, tmp_path: Path
+) -> None:
+    def captions(kind: str, batch: int, **options: Any) -> tuple[ShardResult, dict[str, list[str]]]:
+        captioner = {"class": f"tests.helpers.models:{kind}", "captions": 2, "options": options}
+        folder, changes = tmp_path / f"{kind}{batch}", {"teachers": {}, "workers": {"batch": batch}}
+        result = process(shard_config(folder, members_of(0, 9), captioners={"c": captioner}, **changes))
+        [path] = (folder / "out" / "captions" / "c").iterdir()
+        return result, dict(zip(*pq.read_table(path).to_pydict().values(), strict=True))
+
+    GroupCaptioner.decoded.clear()
+    _, alone = captions("SeedCaptioner", 16)
+    for batch in (2, 16):
+        result, found = captions("GroupCaptioner", batch, limit=limit)
+        assert found == alone
+        assert result.stages["captions/c"]["inputs"] == 18
+        assert [note.split(": ")[1].split(";")[0] for note in result.notes] == [
+            "4 images at once do not fit in the memory of the device"
+        ] * (limit == 2)
+    assert GroupCaptioner.decoded == [4, 4, 1] * 2
 
 
 def test_captions_that_could_not_be_decoded_are_counted(tmp_path: Path) -> None:

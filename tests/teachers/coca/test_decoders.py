@@ -207,6 +207,11 @@ def test_captions_on_cuda_are_those_of_the_cpu_and_each_word_waits_once(options)
         assert counts.synchronizations <= counts.graph_launches + 2, counts.describe()
         assert not any(copy.blocking for copy in counts.copies_to_device()), counts.describe()
         assert not RAISING & counts.by_name.keys()
+        assert captioner.by_group == ("beams" not in str(options.get("strategy")))
+        if captioner.by_group:  # in 16 rows, so that images replace others
+            images, drawn = captioner.encode(pixels).unbind(), captioner.draw(seeds)
+            assert captioner.to_texts(captioner.decode(images, drawn, at_once=1)) == wanted
+            assert captioner.decode([], drawn[:0]) == []
 
 
 def per_word(cuda: StandIn, **options: Any) -> dict[str, float]:
@@ -319,6 +324,11 @@ def test_broken_images_give_none_on_cuda_without_affecting_others():
         whole = captioner.caption(pixels, seeds)
         pixels[1] = torch.nan
         assert captioner.caption(pixels, seeds) == [whole[0], None, whole[2]]
+        more, seeds = batch(captioner, 12)  # in 16 rows, so that others take the place of the broken one
+        images, more[1] = captioner.encode(more).unbind(), torch.nan
+        broken = captioner.encode(more).unbind()
+        others = captioner.decode(images, seeds, at_once=1)
+        assert captioner.decode(broken, seeds, at_once=1) == [others[0], None, *others[2:]]
         assert captioner.caption(*batch(captioner, 3)) == whole  # nothing of them stays in the caches
 
 

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TypeAlias
+from functools import partial
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import torch
 
 from reinforce.config import Config
 from reinforce.dataset.layers import Layer
 from reinforce.engine.decode.row import Row
+from reinforce.engine.decode.rows import GROUP_ROWS
 from reinforce.engine.inference.batch_sizes import Demand, rows_per_batch
 from reinforce.engine.inference.inference import Batch, Outputs
-from reinforce.engine.inference.models import Models
+from reinforce.engine.inference.models import Models, count_tokens
+from reinforce.engine.inference.out_of_memory import OutOfMemory
+from reinforce.engine.inference.outputs import copied
 from reinforce.engine.inference.self_test import check_captioner
 from reinforce.engine.messages.pulse import SERVER
 from reinforce.engine.messages.results import raising_layer_failure
@@ -30,6 +35,7 @@ from teachers.spec import Precision
 
 _Seeds = npt.NDArray[np.uint64]
 _Texts: TypeAlias = "Sequence[list[str] | NoCaptions | None]"
+_T = TypeVar("_T")
 
 
 class Captions(Producer):
@@ -44,27 +50,89 @@ class Captions(Producer):
     def views(self) -> Iterable[ImageSpec]:
         return [self.session.captioner(layer).image for layer in self.computed]
 
-    def prepare(self, rows: Sequence[Row]) -> Mapping[str, _Seeds]:
-        """Seeds [rows, captions] by layer."""
-        return {layer.name: self._seeds(layer, rows) for layer in self.computed}
+    def prepare(self, rows: Sequence[Row]) -> Mapping[str, npt.NDArray[Any]]:
+        """Seeds [rows, captions], or what is drawn from them, by layer."""
+        models = self.session.models
+        return {
+            layer.name: models.draw(self.session.captioner(layer), self._seeds(layer, rows)) for layer in self.computed
+        }
 
-    def encode(self, batch: Batch, prepared: Mapping[str, _Seeds]) -> Callable[[], Outputs]:
-        texts: dict[str, Callable[[], _Texts]] = {}
+    def encode(self, batch: Batch, prepared: Mapping[str, npt.NDArray[Any]]) -> Callable[[], Outputs]:
+        outputs: dict[str, Callable[[], Sequence[Any]]] = {}
         for layer in self.computed:
             captioner, seeds = self.session.captioner(layer), prepared[layer.name]
             own = self.without_label(layer, batch.rows)
-            if not own:
-                texts[layer.name] = list
-                continue
             views = batch.views[captioner.image]
             if len(own) < len(batch.rows):
                 views, seeds = views[own], seeds[own]
-            with self.session.stage(layer.name, batch.what, seeds.size):
+            if self.session.models.by_group(captioner):
+                encoded = dict(zip(own, self._encode(layer, batch.what, views, seeds), strict=True)) if own else {}
+                outputs[layer.name] = partial(list, [encoded.get(place) for place in range(len(batch.rows))])
+                continue
+            if not own:
+                outputs[layer.name] = partial(self._finish, layer, list, batch.rows, batch.what)
+                continue
+            with self.session.stage(layer.name, batch.what, len(own) * layer.count):
                 pixels = to_pixels(views, captioner.image)
-                texts[layer.name], tokens = self.session.models.captions(captioner, pixels, seeds)
+                texts, tokens = self.session.models.captions(captioner, pixels, seeds)
             self.session.meter.add_tokens(layer.name, tokens)
-        rows, what = batch.rows, batch.what
-        return lambda: {layer.name: self._finish(layer, texts[layer.name], rows, what) for layer in self.computed}
+            outputs[layer.name] = partial(self._finish, layer, texts, batch.rows, batch.what)
+        return lambda: {name: finish() for name, finish in outputs.items()}
+
+    def _encode(
+        self, layer: Layer, what: str, views: torch.Tensor, seeds: npt.NDArray[Any]
+    ) -> list[tuple[torch.Tensor, npt.NDArray[Any]]]:
+        """What ``decode`` needs of each image: its encoding, and its seeds."""
+        captioner: Any = self.session.captioner(layer)
+        with self.session.stage(layer.name, what), self.session.meter.stage(layer.name, 0):
+            images = copied(captioner.encode(to_pixels(views, captioner.image)))
+            if len(images) != len(seeds):
+                raise ValueError(f"{layer.model}: encode() must return {len(seeds)} images, not {len(images)}")
+            return [*zip(images, seeds, strict=True)]
+
+    def fill(self) -> None:
+        for layer in self.computed:
+            captioner: Any = self.session.captioner(layer)
+            if self.session.models.by_group(captioner) and callable(getattr(captioner, "reserve", None)):
+                reserve = partial(self._reserve, captioner)
+                self._in_turn(layer, GROUP_ROWS, "the captions of many images", reserve)
+
+    def _reserve(self, captioner: Any, at_once: int) -> None:
+        spec, device = captioner.image, self.session.models.accelerator.device
+        captioner.reserve(captioner.encode(torch.zeros(1, 3, spec.height, spec.width, device=device))[0], at_once)
+
+    def _in_turn(self, layer: Layer, images: int, what: str, work: Callable[[int], _T], inputs: int = 0) -> _T:
+        """The result of ``work`` for that number of images, or as many as fit in the memory of the device."""
+
+        def turn(at_once: int, shared: bool) -> _T:
+            with self.session.use_accelerator(), self.session.stage(layer.name, what, inputs):
+                return work(at_once)
+
+        while True:
+            at_once = self.session.models.batches.rows(images)
+            output, shared = self.session.attempt(partial(turn, at_once))
+            if not isinstance(output, OutOfMemory):
+                return output
+            self.session.halve(output, self.demand(layer, at_once), at_once, shared)
+
+    def _decode(self, layer: Layer, group: RowGroup) -> _Texts:
+        """The captions of a row group, whose images are decoded together and then released."""
+        captioner: Any = self.session.captioner(layer)
+        batches = group.outputs(layer.name)
+        encoded = [one for batch in batches for one in batch if one is not None]
+        for batch in batches:
+            batch.clear()
+        what = f"the captions of {len(encoded)} images"
+        if not encoded:
+            return self._finish(layer, list, group.rows, what)
+        images, seeds = [image for image, _ in encoded], np.stack([seeds for _, seeds in encoded])
+
+        def decode(at_once: int) -> Any:
+            return copied(captioner.decode(images, seeds, at_once))
+
+        tokens = self._in_turn(layer, len(images), what, decode, len(images) * layer.count)
+        self.session.meter.add_tokens(layer.name, count_tokens(tokens))
+        return self._finish(layer, lambda: copied(captioner.to_texts(tokens)), group.rows, what)
 
     def demand(self, layer: Layer, rows: int) -> Demand:
         return Demand(
@@ -102,7 +170,11 @@ class Captions(Producer):
     def _captions(self, layer: Layer, group: RowGroup) -> list[list[str] | None]:
         """Captions of each row, or None; records why there are none."""
         self.refuse_unreadable(layer, group)
-        texts = itertools.chain.from_iterable(group.outputs(layer.name))
+        texts: Iterable[list[str] | NoCaptions | None]
+        if self.session.models.by_group(self.session.captioner(layer)):
+            texts = self._decode(layer, group)
+        else:
+            texts = itertools.chain.from_iterable(group.outputs(layer.name))
         return [self._caption(layer, row, captions) for row, captions in zip(group.rows, texts, strict=True)]
 
     def _caption(self, layer: Layer, row: Row, captions: list[str] | NoCaptions | None) -> list[str] | None:
