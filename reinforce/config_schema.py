@@ -62,18 +62,20 @@ OneOrMore = Annotated[
 ]
 
 
-def _check_batch(value: Any) -> Any:
-    if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise ValueError(f"must be a number of images, at least 1, or auto, got {value!r}")
-    return value
+def _count_of(what: str) -> BeforeValidator:
+    def check(value: Any) -> Any:
+        if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"must be a number of {what}, at least 1, or auto, got {value!r}")
+        return value
+
+    return BeforeValidator(check)
 
 
+_COUNT_OR_AUTO = InSchema(lambda _: either({"type": "integer", "minimum": 1}, {"const": "auto"}))
 #: Images of a batch.
-Batch = Annotated[
-    int | Literal["auto"],
-    BeforeValidator(_check_batch),
-    InSchema(lambda _: either({"type": "integer", "minimum": 1}, {"const": "auto"})),
-]
+Batch = Annotated[int | Literal["auto"], _count_of("images"), _COUNT_OR_AUTO]
+#: Parts of a training's batch.
+Parts = Annotated[int | Literal["auto"], _count_of("parts"), _COUNT_OR_AUTO]
 
 
 def json_schema(model: type[BaseModel]) -> Schema:

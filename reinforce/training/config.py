@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
+from reinforce.config_schema import Parts
 from reinforce.errors import UserError
 from reinforce.settings import Section, flatten
 from teachers.redact import redact_values
@@ -74,7 +75,7 @@ class Compute(Section):
         "fp32",
         description="precision of the forward pass (autocast); auto: bf16 on accelerators that have it, else fp32",
     )
-    accumulate: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+    accumulate: Parts = Field(
         "auto",
         description="parts into which a rank's batch is split (gradient accumulation); the loss still contrasts the "
         "whole batch; auto: on accelerators as few as fit in memory, found at the start, which a resumed training "

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import finalize
 
 import open_clip
 import torch
 from torch._subclasses import FakeTensorMode
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -132,15 +132,24 @@ class PeakMemory(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.bytes = 0
-        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.bytes = self._now = 0
+        self._alive: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {storage._cdata for storage in _storages((args, kwargs))}
         made = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
-        self.bytes = max(self.bytes, sum(size for _, size in self._alive.values()))
+        for storage in _storages(made):
+            if storage._cdata not in given and storage._cdata not in self._alive:
+                self._alive.add(storage._cdata)
+                self._now += storage.nbytes()
+                finalize(storage, self._forget, storage._cdata, storage.nbytes()).atexit = False
+        self.bytes = max(self.bytes, self._now)
         return made
+
+    def _forget(self, storage: int, size: int) -> None:
+        self._alive.discard(storage)
+        self._now -= size
+
+
+def _storages(values: Any) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]

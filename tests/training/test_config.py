@@ -48,7 +48,7 @@ def test_changes_are_described_key_by_key() -> None:
         ({"epochs": 2}, "give either `steps` or `epochs`"),
         ({"steps": None}, "give either `steps` or `epochs`"),
         ({"optimizer": {"hold": 3, "cooldown": 0.5}}, "`hold` and `cooldown` both state when .* remove one"),
-        ({"compute": {"accumulate": "some"}}, "compute.accumulate"),
+        ({"compute": {"accumulate": 0}}, "must be a number of parts, at least 1, or auto, got 0"),
         ({"compute": {"ranks": 2, "accumulate": 3}}, r"batch \(16\) must be a multiple of .* \(6\)"),
         (
             {"compute": {"ranks": 2, "gpus": 0.5}},

@@ -28,6 +28,7 @@ from reinforce.training.record.results import Results, read_results
 from reinforce.training.saving.checkpoint import BestCheckpoint, Checkpoints, Progress
 from reinforce.training.stop import Stopped, StopSignal
 from teachers.device.accelerator import Accelerator
+from tests.helpers.stand_in_cuda import stand_in_cuda
 from tests.helpers.trainings import PairFeed, StoppingFeed, TowersTask, curve, job, rows
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -212,6 +213,19 @@ def test_resuming_with_another_division_of_the_batch_or_other_files_is_noted(
     shown = " ".join(capsys.readouterr().out.split())
     assert "divided into 1 rank x 4 parts now and was divided into 1 rank x 1 part at the last checkpoint" in shown
     assert "the files with the samples have changed since the last checkpoint, though not their number" in shown
+
+
+def test_precision_auto_is_recorded_as_what_it_was_and_must_be_the_same_on_resume(tmp_path: Path) -> None:
+    def stated(precision: str) -> Job:
+        made = job(tmp_path, steps=4, compute={"precision": precision})
+        return replace(made, fixed_config={"train.compute.precision": precision})
+
+    stopped_after(2, stated("auto"))
+    with pytest.raises(UserError, match=r"train\.compute\.precision: 'fp32' before, 'bf16' now"):
+        run(stated("bf16"))
+    run(stated("fp32"))
+    with stand_in_cuda():
+        assert Accelerator("cuda", "auto").precision == "bf16"
 
 
 def test_the_average_is_evaluated_and_exported(tmp_path: Path) -> None:
