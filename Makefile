@@ -18,7 +18,7 @@ CORE_TESTS := --ignore=tests/source/test_hub.py tests/images tests/parquet \
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: deploy-check help install demo demo-teachers test bench bench-step bench-loader bench-augment bench-captions bench-gpu bench-labels bench-latency bench-quantize bench-scale bench-select bench-sources bench-transfer ablations lint clean fuzz soak audit \
+.PHONY: deploy-check help install demo demo-teachers test bench bench-step bench-loader bench-augment bench-captioner bench-captions bench-gpu bench-labels bench-latency bench-quantize bench-scale bench-select bench-sources bench-transfer ablations lint clean fuzz soak audit \
 	docs test-lowest test-slow wheel-check
 
 help: ## list the targets
@@ -100,6 +100,9 @@ bench-loader: $(INSTALLED) ## the student's data loader compared with bare decod
 
 bench-augment: $(INSTALLED) ## decoding and augmenting by augmentation backend and image policy (three minutes)
 	$(BIN)/python -m benchmarks.augment
+
+bench-captioner: $(INSTALLED) ## a captioner's training step and loader compared with open_clip's (five minutes)
+	$(BIN)/python -m benchmarks.captioner
 
 bench-captions: $(INSTALLED) ## CoCa's caption decoding compared with open_clip's (twenty minutes)
 	$(BIN)/python -m benchmarks.captions

@@ -43,7 +43,7 @@ from torchvision import transforms
 from benchmarks.stored import write_results
 from reinforce.config import Augmentations, parse_config
 from reinforce.dataset.augment.backends import load_backend
-from reinforce.dataset.augment.records import AUGMENTATION_BACKEND
+from reinforce.dataset.augment.records import AUGMENTATION_BACKEND, Augmentation
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.manifest.manifest import update_manifest, write_manifest
 from reinforce.engine.decode.pool import DecodePool
@@ -209,6 +209,7 @@ def decode_in_memory(url: str, number: int, processes: int, pipe: Connection) ->
         while True:
             pipe.send("done")
             for example in itertools.islice(examples, pipe.recv()):
+                assert isinstance(example.augmentation, Augmentation)
                 replay = load_backend(example.file.backend)
                 replay(decode(example.image, example.file.limits), example.augmentation)
 

@@ -88,6 +88,28 @@ class Data(Section):
         "cores, at most 8, with an accelerator, else 1 for every 32 cores",
     )
     limits: Limits = Limits()
+    order: Literal["table", "streams"] | None = Field(
+        None,
+        description="table (default): all pairs are listed in memory, and images read in random order; streams: shards "
+        "are read from start to end and shuffled in windows, as students read datasets, for large sources",
+    )
+    window: int | None = Field(
+        None, ge=1, description="of streams: samples of a stream that are shuffled together; default: 4,096"
+    )
+    streams: int | None = Field(
+        None, ge=1, description="of streams: their number, a multiple of ranks x workers, the default"
+    )
+    workers: int | None = Field(
+        None, ge=0, description="of streams: loader processes per rank; default: as a student has"
+    )
+    prefetch: int | None = Field(None, ge=1, description="of streams: batches to prefetch; default: 4")
+
+    @model_validator(mode="after")
+    def _check_streams(self) -> Data:
+        keys = [key for key in ("window", "streams", "workers", "prefetch") if getattr(self, key) is not None]
+        if keys and self.order != "streams":
+            raise ValueError(f"{keys[0]}: it is of `order: streams`; add that, or remove the key")
+        return self
 
     @model_validator(mode="after")
     def _check_crop(self) -> Data:

@@ -13,13 +13,15 @@ from reinforce.captioning.config import CaptionerConfig
 from reinforce.captioning.evaluator import CaptionerEvaluator
 from reinforce.captioning.feed import CaptionFeed
 from reinforce.captioning.model import build_captioner, check_captioner, describe_parameters
-from reinforce.captioning.pairs import PAIRS_FILE, Pairs, load_pairs
+from reinforce.captioning.pairs import PAIRS_FILE, load_pairs
+from reinforce.captioning.streams import CaptionStreams, load_streams
 from reinforce.captioning.task import CaptioningTask
 from reinforce.processes.imports import require
 from reinforce.storage import Storage
 from reinforce.terminal import plural
 from reinforce.training.config import MUTABLE_KEYS, fixed_config
 from reinforce.training.distributed import gather
+from reinforce.training.distributed.ranks import share_from_first
 from reinforce.training.job import Job, model_settings
 from reinforce.training.launch import launch, runs_on_ray
 from reinforce.training.record.log import LOG
@@ -33,8 +35,7 @@ _MUTABLE_KEYS = (
     "output",
     "evaluate",
     "log",
-    "data.threads",
-    "data.images_from",
+    *(f"data.{key}" for key in ("threads", "workers", "prefetch", "images_from")),
     *(f"train.{key}" for key in MUTABLE_KEYS),
 )
 #: Folder of the output with the final weights.
@@ -55,7 +56,10 @@ def finetune(config: CaptionerConfig | str | Path | dict[str, Any], *, address: 
     check_trackers(config.log)
     if config.evaluate.captioned != 0:
         require("train", "evaluate.captioned (BLEU and CIDEr)", "sacrebleu")
-    load_pairs(config)  # scan the data once, before the ranks start
+    if config.data.order == "streams":
+        load_streams(config, 1)  # count the data once, before the ranks start
+    else:
+        load_pairs(config)  # scan it
     job = Job(
         training=config.train,
         output=config.output,
@@ -74,17 +78,33 @@ def finetune(config: CaptionerConfig | str | Path | dict[str, Any], *, address: 
     return launch(partial(build, config), job, address)
 
 
-def build(config: CaptionerConfig, accelerator: Accelerator) -> tuple[CaptioningTask, CaptionFeed]:
+def build(config: CaptionerConfig, accelerator: Accelerator) -> tuple[CaptioningTask, CaptionFeed | CaptionStreams]:
     """Build the task and the feed of one rank, with the model on the CPU. Raises UserError."""
     model = build_captioner(config)
-    pairs = load_pairs(config)
     context = None if config.captioner.context is None else model.coca.text.context_length
     tokenize = Tokenizer(model.name, context)
     end = int(tokenize([""])[0, 1])
-    held_out = pairs.held_out().shuffled(config.seed).first(config.evaluate.images)
-    feed = CaptionFeed(pairs.training(), config.data, config.seed, model.image.height, tokenize, end)
-    evaluator = CaptionerEvaluator(held_out, config, tokenize, end)
-    notes = [describe_parameters(model), *_data_notes(pairs, model.name, context)] if gather.rank() == 0 else []
+    feed: CaptionFeed | CaptionStreams
+    if config.data.order == "streams":
+        streamed, held_out = share_from_first(lambda: load_streams(config, model.image.height))
+        feed = CaptionStreams(streamed, tokenize, end, pin=accelerator.device.type == "cuda")
+        captions = held_out.all_captions()  # others are not read before the training
+        trained = f"{feed.samples:,} examples in {len(streamed.groups):,} groups of streams"
+    else:
+        pairs = load_pairs(config)
+        training, held_out, captions = pairs.training(), pairs.held_out(), pairs.all_captions()
+        feed = CaptionFeed(training, config.data, config.seed, model.image.height, tokenize, end)
+        trained = f"{plural(len(training), 'image')} with {training.caption_counts().sum():,} captions"
+    sample = held_out.shuffled(config.seed).first(config.evaluate.images)
+    evaluator = CaptionerEvaluator(sample, config, tokenize, end)
+    notes = []
+    if gather.rank() == 0:
+        kept = f"{plural(len(held_out), 'image')} with {held_out.caption_counts().sum():,} captions held out"
+        notes = [describe_parameters(model), f"training on {trained}; {kept} (column `held_out` of {PAIRS_FILE})"]
+        if truncated := count_truncated(captions, model.name, context):
+            notes.append(
+                f"{truncated:,} of {len(captions):,} captions are longer than the model's context and truncated"
+            )
     return CaptioningTask(model, config.loss, evaluator, notes), feed
 
 
@@ -117,17 +137,3 @@ def count_truncated(captions: Sequence[str], model: str, context: int | None = N
         tokens = tokenizer(longer[start : start + _TEXTS_AT_ONCE], context_length=length + 1)
         truncated += int((tokens[:, length] == end).sum())
     return truncated
-
-
-def _data_notes(pairs: Pairs, model: str, context: int | None) -> list[str]:
-    """Return the sizes of the training and held-out data, and the number of truncated captions, as log lines."""
-    training, held_out = pairs.training(), pairs.held_out()
-    notes = [
-        f"training on {plural(len(training), 'image')} with {training.caption_counts().sum():,} captions; "
-        f"{plural(len(held_out), 'image')} with "
-        f"{held_out.caption_counts().sum():,} captions held out (column `held_out` of {PAIRS_FILE})"
-    ]
-    captions = [caption for texts in pairs.table["captions"].to_pylist() for caption in texts]
-    if truncated := count_truncated(captions, model, context):
-        notes.append(f"{truncated:,} of {len(captions):,} captions are longer than the model's context and truncated")
-    return notes

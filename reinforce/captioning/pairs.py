@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ from reinforce.storage import Storage
 
 PAIRS_FILE = "pairs.parquet"
 _FINGERPRINT = b"fingerprint"
+_READERS = 16  # requests at a time
 
 
 class ImageLocation(NamedTuple):
@@ -71,6 +73,9 @@ class Pairs:
     def captions(self, index: int) -> list[str]:
         return list(self.table["captions"][index].as_py())
 
+    def all_captions(self) -> list[str]:
+        return [caption for texts in self.table["captions"].to_pylist() for caption in texts]
+
     def caption_counts(self) -> np.ndarray:
         """Number of captions of each image, int64."""
         return np.asarray(pc.list_value_length(self.table["captions"]), np.int64)
@@ -101,43 +106,32 @@ def load_pairs(config: CaptionerConfig) -> Pairs:
     Raises UserError for shards that cannot be read completely, and for too few training or held-out images.
     """
     store = Storage(config.output)
-    sources = {"data": (config.data.source, config.data.view)}
+    sources = {} if config.data.order == "streams" else {"data": (config.data.source, config.data.view)}
     if config.held_out.source is not None:
         sources["held_out"] = (config.held_out.source, config.held_out.view)
     files = {where: list_files(source, config.data, where, view) for where, (source, view) in sources.items()}
-    fingerprint = _fingerprint(config, files)
-    table = _read_stored(store, fingerprint)
+    fingerprint = fingerprint_of(config, files)
+    table = read_table(store, PAIRS_FILE, fingerprint)
     if table is None:
-        tables = [scan(source, config.data, where, view) for where, (source, view) in sources.items()]
+        tables = {where: scan(source, config.data, where, view) for where, (source, view) in sources.items()}
         table = _split_held_out(config, tables)
-        _write(store, table, fingerprint)
+        write_table(store, PAIRS_FILE, table, fingerprint)
     listed = {canonical(shard.url): shard for shards in files.values() for shard in shards}
     inputs = {url: copied_input(shard, config.data) for url, shard in listed.items()}
     urls = {url: shard.url for url, shard in listed.items()}
     pairs = Pairs(table, urls, {url: spec for url, spec in inputs.items() if spec is not None})
-    _check_sizes(config, pairs)
+    check_held_out(pairs)
+    if "data" in sources:
+        _check_batch(config, pairs)
     return pairs
 
 
-def _fingerprint(config: CaptionerConfig, files: Mapping[str, Sequence[Shard]]) -> str:
+def fingerprint_of(config: CaptionerConfig, files: Mapping[str, Sequence[Shard]], *more: str) -> str:
     """Hash of everything that determines the pairs, including the state of the files."""
-    states: list[tuple[str, str]] = []
-    inputs = []
-    for shard in (shard for shards in files.values() for shard in shards):
-        url = shard.url
-        if isinstance(shard.listing, bytes):
-            states.append((canonical(url), hashlib.sha256(shard.listing).hexdigest()))
-            continue
-        inputs.append(copied_input(shard, config.data))
-        fs, path = filesystem(url)
-        try:
-            states.append((canonical(url), fs.ukey(path)))
-        except FileNotFoundError as error:
-            raise UserError(f"{canonical(url)} does not exist. Check the URL of the shards.") from error
-        except Exception as error:  # each storage driver raises its own exceptions
-            raise UserError(
-                f"{canonical(url)} cannot be reached: {type(error).__name__}: {error}. Check the URL and credentials."
-            ) from error
+    shards = [shard for shards in files.values() for shard in shards]
+    with ThreadPoolExecutor(_READERS) as pool:
+        states = [*pool.map(_state, shards)]
+    inputs = [copied_input(shard, config.data) for shard in shards if not isinstance(shard.listing, bytes)]
     parts: dict[str, Any] = {
         "files": {where: len(shards) for where, shards in files.items()},
         "states": states,
@@ -151,11 +145,30 @@ def _fingerprint(config: CaptionerConfig, files: Mapping[str, Sequence[Shard]]) 
     views = [(config.data.source, config.data.view), (config.held_out.source, config.held_out.view)]
     if named := [(str(source), view) for source, view in views if view is not None]:
         parts["views"] = [read_view(Store(source), view).fingerprint for source, view in named]
+    if more:
+        parts["more"] = more
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def _read_stored(store: Storage, fingerprint: str) -> pa.Table | None:
-    path = store.path(PAIRS_FILE)
+def _state(shard: Shard) -> tuple[str, str]:
+    """The URL of a shard, and what changes with its content."""
+    url = shard.url
+    if isinstance(shard.listing, bytes):
+        return canonical(url), hashlib.sha256(shard.listing).hexdigest()
+    fs, path = filesystem(url)
+    try:
+        return canonical(url), fs.ukey(path)
+    except FileNotFoundError as error:
+        raise UserError(f"{canonical(url)} does not exist. Check the URL of the shards.") from error
+    except Exception as error:  # each storage driver raises its own exceptions
+        raise UserError(
+            f"{canonical(url)} cannot be reached: {type(error).__name__}: {error}. Check the URL and credentials."
+        ) from error
+
+
+def read_table(store: Storage, name: str, fingerprint: str) -> pa.Table | None:
+    """A table that was written with this fingerprint to the output, or None."""
+    path = store.path(name)
     if not store.fs.exists(path):
         return None
     with store.fs.open(path, "rb") as file:
@@ -165,33 +178,44 @@ def _read_stored(store: Storage, fingerprint: str) -> pa.Table | None:
     return table
 
 
-def _write(store: Storage, table: pa.Table, fingerprint: str) -> None:
+def write_table(store: Storage, name: str, table: pa.Table, fingerprint: str) -> None:
     sink = pa.BufferOutputStream()
     pq.write_table(
         table.replace_schema_metadata({_FINGERPRINT: fingerprint}), sink, compression="zstd", write_page_checksum=True
     )
-    store.write_bytes(sink.getvalue().to_pybytes(), PAIRS_FILE)
+    store.write_bytes(sink.getvalue().to_pybytes(), name)
 
 
-def _split_held_out(config: CaptionerConfig, tables: Sequence[pa.Table]) -> pa.Table:
+def is_held_out(key: str, seed: int, share: float) -> bool:
+    """Whether an image is of the share that is held out, by a seeded hash of its key."""
+    return seed_for(seed, key, "held out") < int(share * 2**64)
+
+
+def _split_held_out(config: CaptionerConfig, tables: Mapping[str, pa.Table]) -> pa.Table:
     """Join the tables and add ``held_out``: true for the second source, or for a share of the keys by a seeded hash."""
-    if config.held_out.share is None:
-        masks = [np.full(table.num_rows, index == 1) for index, table in enumerate(tables)]
+    share = config.held_out.share
+    if share is None:
+        masks = [np.full(table.num_rows, where == "held_out") for where, table in tables.items()]
     else:
-        threshold = int(config.held_out.share * 2**64)
-        keys = tables[0]["key"].to_pylist()
-        masks = [np.array([seed_for(config.seed, key, "held out") < threshold for key in keys], bool)]
-    parts = [t.append_column(schemas.PAIRS.field("held_out"), pa.array(m)) for t, m in zip(tables, masks, strict=True)]
-    return pa.concat_tables(parts)
+        masks = [np.array([is_held_out(key, config.seed, share) for key in tables["data"]["key"].to_pylist()], bool)]
+    column = schemas.PAIRS.field("held_out")
+    return pa.concat_tables(
+        [table.append_column(column, pa.array(mask)) for table, mask in zip(tables.values(), masks, strict=True)]
+    )
 
 
-def _check_sizes(config: CaptionerConfig, pairs: Pairs) -> None:
-    training, held_out = len(pairs.training()), len(pairs.held_out())
+def check_held_out(pairs: Pairs) -> None:
+    """Raise UserError for too few held-out images."""
+    held_out = len(pairs.held_out())
     if held_out < 2:
         raise UserError(
             f"held_out: {held_out} of {len(pairs)} images are held out, but evaluation needs at least two. Raise "
             "held_out.share, or give held_out.source."
         )
+
+
+def _check_batch(config: CaptionerConfig, pairs: Pairs) -> None:
+    training = len(pairs.training())
     if training < config.train.batch:
         raise UserError(
             f"data: {training} images are left for training, fewer than train.batch ({config.train.batch}), so a "

@@ -21,7 +21,7 @@ from reinforce.source import reading
 from reinforce.source.file_types import is_image_name
 from reinforce.source.formats.base import Shard
 from reinforce.source.formats.recognise import source_format
-from reinforce.source.samples import RawSample, Refusal
+from reinforce.source.samples import RawSample, Refusal, T
 from reinforce.source.urls import COMPRESSIONS, canonical, expand, filesystem, shard_names
 from reinforce.terminal import plural
 from schemas import TRUE_CAPTIONS, Reason
@@ -165,7 +165,7 @@ def input_of(
     return found.model_copy(update={"format": table.format, "image": table.image, "view": table.view})
 
 
-def raise_on_damage(items: Iterator[RawSample | Refusal], url: str, where: str) -> Iterator[RawSample | Refusal]:
+def raise_on_damage(items: Iterator[T], url: str, where: str) -> Iterator[T]:
     """Yield the items of a shard. Raises UserError if it cannot be read completely."""
     fix = "Check the path, or download it again."
     try:

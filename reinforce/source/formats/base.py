@@ -124,6 +124,10 @@ class SourceFormat:
         """
         raise NotImplementedError
 
+    def read_texts(self, shard: Shard, spec: Input) -> Iterator[Item]:
+        """Yield the samples as ``read`` does, without their images where that is less work; they may then lack one."""
+        return self.read(shard, spec)
+
     def recognises(self, head: bytes) -> bool:
         """Whether a file begins with ``head``, its first bytes, in this format alone."""
         return False

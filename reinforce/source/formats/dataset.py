@@ -59,30 +59,38 @@ class SamplesLayer(SourceFormat):
         return found
 
     def read(self, shard: Shard, spec: Input, budget: ReadBudget | None = None) -> Iterator[Item]:
+        """Yield the samples; of a part, those of its row groups."""
         return unique_keys(self._samples(shard, spec), spec.limits)
 
-    def _samples(self, shard: Shard, spec: Input) -> Iterator[Item]:
+    def read_texts(self, shard: Shard, spec: Input) -> Iterator[Item]:
+        return unique_keys(self._samples(shard, spec, images=False), spec.limits)
+
+    def _samples(self, shard: Shard, spec: Input, images: bool = True) -> Iterator[Item]:
         try:
-            yield from _read_samples_layer(shard.url, spec)
+            yield from _read_samples_layer(shard, spec, images)
         except RefusedFile as error:
             yield Refusal(None, Reason.SHARD_UNREADABLE, f"a samples file that cannot be used: {error}")
 
 
-def _read_samples_layer(url: str, spec: Input) -> Iterator[RawSample | Refusal]:
+def _read_samples_layer(shard: Shard, spec: Input, images: bool = True) -> Iterator[RawSample | Refusal]:
     """Yield the samples of a samples file, in order. Raises as ``ParquetFile``, and what the storage raises."""
+    url = shard.file
     with ParquetFile(url) as file:
         names = [*file.types]
         image = next((name for name in map(image_column, ("embed", "reference")) if name in names), None)
         types = {name: str(type_).replace(" not null", "") for name, type_ in file.types.items()}
         if image is None or {(name, types.get(name)) for name in ("key", image, *_TEXTS)} - _TYPES:
             raise RefusedFile("it does not have the columns of a samples layer")
-        columns = Columns("key", "key", {}, (image, *_TEXTS, *({IMAGE_DIGEST, TRUE_CAPTIONS} & {*names})), tuple(names))
-        rows = file.rows(columns)
+        read = (*_TEXTS, *({IMAGE_DIGEST, TRUE_CAPTIONS} & {*names}), *((image,) if images else ()))
+        columns = Columns("key", "key", {}, read, tuple(names))
+        sizes = file.group_sizes
+        start, end = (shard.part.start, shard.part.end) if shard.part else (0, len(sizes))
+        rows = file.rows(columns, range(start, end), sum(sizes[:start]))
         if spec.view is not None:
             rows = _kept_rows(rows, url, spec.view)
-        if image == image_column("embed"):
+        if image == image_column("embed") or not images:
             for row in rows:
-                yield _damage(row) if isinstance(row, RefusedFile) else _sample(row[1], row[1][image], spec)
+                yield _damage(row) if isinstance(row, RefusedFile) else _sample(row[1], row[1].get(image, b""), spec)
             return
         roots = ImageRoots.named(spec.images_from or (), 'input.images_from: ["{}"]', spec.limits.image_bytes)
         while chunk := list(itertools.islice(rows, _CHUNK_ROWS)):

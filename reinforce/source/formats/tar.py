@@ -40,6 +40,9 @@ class Tar(SourceFormat):
     def read(self, shard: Shard, spec: Input, budget: ReadBudget | None = None) -> Iterator[RawSample | Refusal]:
         return _read_tar(shard.file, spec.limits, budget=budget)
 
+    def read_texts(self, shard: Shard, spec: Input) -> Iterator[RawSample | Refusal]:
+        return _read_tar(shard.file, spec.limits, images=False)
+
     def foreign(self, url: str) -> str | None:
         if _PACKED_TABLE.search(url.partition("?")[0].lower()):
             return "a table with a compression that is not read: store it as it is, or as .gz or .zst"

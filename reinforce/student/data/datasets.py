@@ -85,16 +85,7 @@ def _open_dataset(source: Source, data: Data, seed: int, teachers: Sequence[str]
     view = None if source.view is None else open_view(store, manifest, source.view)
     rows = None if view is None else view.rows
     aligned = AlignedLayers(store, fingerprints, columns, manifest.get("moved", {}), rows)
-    sizes = _complete_shards(store, fingerprints)
-    if view is not None:
-        sizes = {shard: size for shard, size in sizes.items() if shard in view.kept}
-    groups = row_group_table(store, fingerprints[SAMPLES], sizes)
-    if view is not None:
-        groups = _kept_rows(groups, [*sizes], view)
-    if not groups[:, 2].sum():
-        raise UserError(
-            f"{url} has no sample in {len(sizes)} shards. `reinforce status {url}` shows what was quarantined."
-        )
+    sizes, groups = samples_groups(store, fingerprints, view)
     shards = tuple(sizes)
     roots = ImageRoots.named(data.images_from or (), 'data.images_from: ["{}"]', policies.limits.image_bytes)
     _check_some_shards(aligned, shards, roots if manifest["images"] == "reference" else None)
@@ -124,6 +115,26 @@ def _open_dataset(source: Source, data: Data, seed: int, teachers: Sequence[str]
 def _weight_of(name: str, weights: Mapping[str, float]) -> float:
     """The weight of a captioner by its name, else by the first pattern that it matches."""
     return weights.get(name, next((weight for key, weight in weights.items() if fnmatchcase(name, key)), 1.0))
+
+
+def samples_groups(
+    store: Store, fingerprints: Mapping[str, str], view: View | None
+) -> tuple[dict[str, int], npt.NDArray[np.int64]]:
+    """The complete shards with the bytes of their samples, and their row groups [n, 3]: number of the shard, place in
+    its file, and rows, of which those are counted that a view keeps. Raises UserError as ``open_datasets``.
+    """
+    sizes = _complete_shards(store, fingerprints)
+    if view is not None:
+        sizes = {shard: size for shard, size in sizes.items() if shard in view.kept}
+    groups = row_group_table(store, fingerprints[SAMPLES], sizes)
+    if view is not None:
+        groups = _kept_rows(groups, [*sizes], view)
+    if not groups[:, 2].sum():
+        raise UserError(
+            f"{store.url} has no sample in {len(sizes)} shards. `reinforce status {store.url}` shows what was "
+            "quarantined."
+        )
+    return sizes, groups
 
 
 def _kept_rows(groups: npt.NDArray[np.int64], shards: Sequence[str], view: View) -> npt.NDArray[np.int64]:

@@ -28,6 +28,8 @@ Bools = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.intp]
 Floats = npt.NDArray[np.float32]
 
+#: Samples the augmentation of an image by its width and height in pixels.
+SampleCrop: TypeAlias = Callable[[int, int], Augmentation]
 #: Reads one layer of a row group.
 ReadLayer: TypeAlias = Callable[[str], pa.Table]
 
@@ -103,7 +105,7 @@ class Example(NamedTuple):
     file: SampleFile
     key: str
     image: bytes
-    augmentation: Augmentation
+    augmentation: Augmentation | SampleCrop
     texts: tuple[str, ...]  # one for each of ``ExampleSpec.kinds``
     vectors: Floats  # concatenated vectors of ``ExampleSpec.targets``
 

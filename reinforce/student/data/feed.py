@@ -25,7 +25,8 @@ from reinforce.student.config import Data
 from reinforce.student.data.assembly import Assembler
 from reinforce.student.data.datasets import open_datasets
 from reinforce.student.data.parts import Part, PartMaker, Tokenize
-from reinforce.student.data.reading import plan_reading
+from reinforce.student.data.reader import Streamed
+from reinforce.student.data.reading import Streams, plan_reading
 from reinforce.student.data.stream import RankStream, StreamPlan
 from reinforce.training.distributed.ranks import share_from_first
 from reinforce.training.order import ORDER
@@ -37,46 +38,28 @@ T = TypeVar("T")
 _Assembled: TypeAlias = "tuple[Batch, Counter[str]]"  # a batch, and the unusable rows since the last one, by reason
 
 
-class StudentFeed:
-    """Batches from reinforced datasets, in the format of ``reinforce.student.data.batch``.
+class StreamFeed:
+    """Batches from datasets that are read in streams; see ``reinforce.training.order``.
 
-    ``size`` is the side of the student's images in pixels. ``teachers`` are those whose stored vectors are read,
-    instead of ``data.teachers``; for the teachers in ``online``, batches have ``views`` and ``texts``. ``pin`` puts
-    batches into pinned memory. ``rows`` counts the samples of the datasets, ``samples`` those of an epoch; ``data``
-    has the teachers, the captioners with their weights, and the fingerprints of the layers that are read. Raises
-    UserError if a dataset is incomplete, damaged, or does not fit the others.
+    ``config`` states how they are read, ``samples`` counts those of an epoch, ``files`` describes the files that are
+    read. Subclasses add ``data``, and may change batches.
     """
+
+    data: dict[str, Any]
 
     def __init__(
         self,
-        data: Data,
+        config: Streams,
         seed: int,
-        size: int,
-        tokenize: Tokenize,
-        teachers: Sequence[str] | None = None,
-        online: Sequence[str] = (),
-        pin: bool = False,
+        datasets: Sequence[Streamed],
+        maker: PartMaker,
+        assembler: Assembler,
+        samples: int,
+        files: str,
     ) -> None:
-        self._data, self._seed = data, seed
-        # Listing 190,000 shards in eight layers takes 1,500 requests: one rank makes them for all.
-        wanted = data.teachers if teachers is None else teachers
-        self._datasets = share_from_first(lambda: open_datasets(data, seed, wanted))
-        spec, targets = self._datasets[0].spec, self._datasets[0].targets
-        self._assembler = Assembler(spec.kinds, targets, tuple(online), pin)
-        width = sum(dim for _, dim in targets)
-        view = max(dataset.size for dataset in self._datasets) if online else None
-        self._maker = PartMaker(size, width, tokenize, view, scaled=data.translations != "stored")
-        self.rows: int = sum(dataset.rows for dataset in self._datasets)
-        self.samples: int = data.samples or self.rows
-        read = {
-            "teachers": list(dict.fromkeys(teacher for (teacher, _), _ in targets)),
-            "captioners": {name: w for dataset in self._datasets for name, w in dataset.spec.captioners.items()},
-        }
-        self.data = dict(flatten(read, "data."))
-        for dataset in self._datasets:
-            self.data |= flatten(dataset.layers.fingerprints, f"{redact(dataset.url)}: ")
-            if (chosen := dataset.layers.view) is not None:
-                self.data[f"{redact(dataset.url)}: view {chosen.name}"] = chosen.fingerprint
+        self._config, self._seed, self._datasets = config, seed, datasets
+        self._maker, self._assembler, self._files = maker, assembler, files
+        self.samples = samples
         self._reading: Reading | None = None
         self._order = ORDER
 
@@ -85,8 +68,8 @@ class StudentFeed:
     ) -> Reading:
         """See ``reinforce.training.task.Feed`` and ``plan_reading``."""
         self._order = order
-        reading = plan_reading(self._data, ranks, batch, start, loaders, streams)
-        self._reading = replace(reading, files=" ".join(dataset.files for dataset in self._datasets))
+        reading = plan_reading(self._config, ranks, batch, start, loaders, streams)
+        self._reading = replace(reading, files=self._files)
         return self._reading
 
     def batches(self, rank: int, ranks: int, batch: int, start: int) -> Generator[Batch]:
@@ -94,7 +77,7 @@ class StudentFeed:
 
         The number of the step is all the state there is, so a plain DataLoader resumes exactly.
         """
-        reading = self._reading or plan_reading(self._data, ranks, batch, start, 1, None)
+        reading = self._reading or plan_reading(self._config, ranks, batch, start, 1, None)
         processes, streams = max(1, reading.loaders), reading.streams
         assert streams is not None
         if streams % (ranks * processes):
@@ -103,7 +86,7 @@ class StudentFeed:
             )
         if batch < processes:
             raise UserError(f"data.workers ({processes}) must be at most the batch of a rank ({batch}).")
-        plan = StreamPlan(self._datasets, self._maker, self._seed, streams, self._data.window, self._order)
+        plan = StreamPlan(self._datasets, self._maker, self._seed, streams, self._config.window, self._order)
         stream = RankStream(plan, rank, ranks, batch, start)
         batches = self._read_here(stream)
         if reading.loaders:
@@ -130,7 +113,7 @@ class StudentFeed:
         """Read in loader processes, which make their parts in shared memory."""
         start = stream.step
         # While the parts of one step are assembled, a process is at most `prefetch` steps ahead of them.
-        depth, rows = self._data.prefetch + 1, -(-stream.batch // processes)
+        depth, rows = self._config.prefetch + 1, -(-stream.batch // processes)
         buffers = stream.buffers = self._maker.allocate_shared(processes, depth, rows)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["reinforce.student.data.preloaded"])
@@ -139,7 +122,7 @@ class StudentFeed:
             batch_size=None,
             collate_fn=_identity,
             num_workers=processes,
-            prefetch_factor=self._data.prefetch,
+            prefetch_factor=self._config.prefetch,
             # A fork of this process would copy locks of threads that do not exist in it (Ray's, s3fs's).
             multiprocessing_context=context,
             worker_init_fn=partial(_init_worker, dict(os.environ)),
@@ -154,6 +137,53 @@ class StudentFeed:
                 parts.append(part)
             filled = [buffers.select(p, step % depth, slice(len(part.keys))) for p, part in enumerate(parts)]
             yield self._assembler.assemble(parts, filled), sum((part.unusable for part in parts), Counter())
+
+
+class StudentFeed(StreamFeed):
+    """Batches from reinforced datasets, in the format of ``reinforce.student.data.batch``.
+
+    ``size`` is the side of the student's images in pixels. ``teachers`` are those whose stored vectors are read,
+    instead of ``data.teachers``; for the teachers in ``online``, batches have ``views`` and ``texts``. ``pin`` puts
+    batches into pinned memory. ``rows`` counts the samples of the datasets, ``samples`` those of an epoch; ``data``
+    has the teachers, the captioners with their weights, and the fingerprints of the layers that are read. Raises
+    UserError if a dataset is incomplete, damaged, or does not fit the others.
+    """
+
+    def __init__(
+        self,
+        data: Data,
+        seed: int,
+        size: int,
+        tokenize: Tokenize,
+        teachers: Sequence[str] | None = None,
+        online: Sequence[str] = (),
+        pin: bool = False,
+    ) -> None:
+        # Listing 190,000 shards in eight layers takes 1,500 requests: one rank makes them for all.
+        wanted = data.teachers if teachers is None else teachers
+        datasets = share_from_first(lambda: open_datasets(data, seed, wanted))
+        spec, targets = datasets[0].spec, datasets[0].targets
+        width = sum(dim for _, dim in targets)
+        view = max(dataset.size for dataset in datasets) if online else None
+        self.rows: int = sum(dataset.rows for dataset in datasets)
+        super().__init__(
+            data,
+            seed,
+            datasets,
+            PartMaker(size, width, tokenize, view, scaled=data.translations != "stored"),
+            Assembler(spec.kinds, targets, tuple(online), pin),
+            data.samples or self.rows,
+            files=" ".join(dataset.files for dataset in datasets),
+        )
+        read = {
+            "teachers": list(dict.fromkeys(teacher for (teacher, _), _ in targets)),
+            "captioners": {name: w for dataset in datasets for name, w in dataset.spec.captioners.items()},
+        }
+        self.data = dict(flatten(read, "data."))
+        for dataset in datasets:
+            self.data |= flatten(dataset.layers.fingerprints, f"{redact(dataset.url)}: ")
+            if (chosen := dataset.layers.view) is not None:
+                self.data[f"{redact(dataset.url)}: view {chosen.name}"] = chosen.fingerprint
 
 
 class _WorkerStream(IterableDataset[Any]):

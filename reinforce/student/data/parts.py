@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -17,9 +20,17 @@ from reinforce.images.policy import ImageRefused, decode
 from reinforce.processes.shared_memory import SharedMemory
 from reinforce.student.data.examples import Example
 
+_LOG = logging.getLogger(__name__)
+#: Broken images in a row after which a training fails, and those that each process names.
+_MOST_BROKEN, _MOST_NAMED = 100, 10
+_named: set[tuple[str, str]] = set()
+
 #: n texts -> int64 [n, context].
 Tokenize = Callable[[Sequence[str]], torch.Tensor]
+#: The example in place of one of a part, by its number and the number of the attempt.
+Spare = Callable[[int, int], Example]
 _Shape: TypeAlias = "tuple[int, ...]"
+_Pixels: TypeAlias = "list[tuple[np.ndarray, int]]"  # images [n, side, side, 3] and side in pixels
 
 
 @dataclass(frozen=True)
@@ -70,7 +81,8 @@ class PartMaker:
     """Makes parts with images of ``size`` x ``size`` pixels and ``width`` vector elements per example.
 
     ``view`` is the side in pixels of the images for online teachers, None if there are none. Translations of the
-    student's images are scaled with their size, unless not ``scaled``.
+    student's images are scaled with their size, unless not ``scaled``. With ``replaces``, another example stands in
+    for one whose image cannot be decoded, which is an error otherwise: a run has decoded each image of a dataset.
     """
 
     size: int
@@ -78,6 +90,7 @@ class PartMaker:
     tokenize: Tokenize
     view: int | None = None
     scaled: bool = True
+    replaces: bool = False
 
     @property
     def sides(self) -> list[int]:
@@ -96,7 +109,9 @@ class PartMaker:
         size = math.prod(image) + math.prod(view) + 4 * math.prod(vectors)
         return _map_buffers(SharedMemory(size), image, view, vectors)
 
-    def make(self, examples: Sequence[Example], buffers: PartBuffers, unusable: Counter[str]) -> Part:
+    def make(
+        self, examples: list[Example], buffers: PartBuffers, unusable: Counter[str], spare: Spare | None = None
+    ) -> Part:
         """Make a part in ``buffers`` for at least as many examples.
 
         Raises UserError if an image cannot be decoded or does not fit its augmentation record.
@@ -105,14 +120,11 @@ class PartMaker:
         pixels = [(buffers.image.numpy(), self.size), (buffers.view.numpy(), self.sides[1])]
         for i, example in enumerate(examples):
             try:
-                image = decode(example.image, example.file.limits, policy=example.file.policy)
-                replay = load_backend(example.file.backend)
-                record = example.augmentation
-                for images, side in pixels:
-                    if side:
-                        own = record if self.scaled or images is not pixels[0][0] else replace(record, size=side)
-                        images[i] = replay(image, own, side)
+                self._draw(example, i, pixels)
             except (ImageRefused, ValueError, TypeError, OverflowError) as error:
+                if self.replaces and spare is not None and isinstance(error, ImageRefused):
+                    examples[i] = self._replace(example, error, i, pixels, partial(spare, i), unusable)
+                    continue
                 raise UserError(
                     f"{example.file.path}, key {example.key}: this is not the image that was augmented ({error}). "
                     "If images are stored by reference, restore the tar that was changed. Otherwise the file is "
@@ -122,3 +134,41 @@ class PartMaker:
         texts = [example.texts for example in examples]
         tokens = torch.stack([self.tokenize(of_kind) for of_kind in zip(*texts, strict=True)])
         return Part([example.key for example in examples], buffers, tokens, texts if self.view else [], unusable)
+
+    def _draw(self, example: Example, i: int, pixels: _Pixels) -> None:
+        """Decode and augment the image of example ``i``. Raises ImageRefused and what the replay raises."""
+        image = decode(example.image, example.file.limits, policy=example.file.policy)
+        replay = load_backend(example.file.backend)
+        record = example.augmentation
+        if callable(record):
+            record = record(*image.size)
+        for images, side in pixels:
+            if side:
+                own = record if self.scaled or images is not pixels[0][0] else dataclasses.replace(record, size=side)
+                images[i] = replay(image, own, side)
+
+    def _replace(
+        self,
+        example: Example,
+        error: ImageRefused,
+        i: int,
+        pixels: _Pixels,
+        spare: Callable[[int], Example],
+        unusable: Counter[str],
+    ) -> Example:
+        """Draw another example in place of number ``i``, which is counted and, among the first ones, named."""
+        for attempt in range(_MOST_BROKEN):
+            unusable[error.reason.value] += 1
+            if len(_named) < _MOST_NAMED and (example.file.path, example.key) not in _named:
+                _named.add((example.file.path, example.key))
+                _LOG.warning("%s, key %s is replaced by another example: %s", example.file.path, example.key, error)
+            example = spare(attempt)
+            try:
+                self._draw(example, i, pixels)
+                return example
+            except ImageRefused as refused:
+                error = refused
+        raise UserError(
+            f"data: {_MOST_BROKEN} images in a row cannot be decoded, the last: {example.file.path}, key "
+            f"{example.key}: {error}. Check the shards."
+        ) from error

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -67,6 +67,25 @@ class KeptGroups:
                         del self._groups[key]
 
 
+class Streamed(Protocol):
+    """What streams read: rows in groups. ``groups`` int64 [groups, n] have the rows of each as their last column.
+
+    ``hint`` is for messages: what to do where no row can be used.
+    """
+
+    @property
+    def url(self) -> str: ...
+    @property
+    def weight(self) -> float: ...
+    @property
+    def hint(self) -> str: ...
+    @property
+    def groups(self) -> npt.NDArray[np.int64]: ...
+
+    def load(self, chunk: Chunk, epoch: int, keep: bool = False) -> Examples:
+        """Read a chunk's examples of one epoch; with ``keep``, its group may be kept for other chunks of it."""
+
+
 @dataclass(frozen=True)
 class StreamedDataset:
     """One dataset of a training.
@@ -89,6 +108,7 @@ class StreamedDataset:
     roots: ImageRoots = field(default_factory=ImageRoots)
     files: str = ""
     kept: KeptGroups = field(default_factory=KeptGroups, compare=False, repr=False)
+    hint: str = "Choose other `teachers` or `captioners` under `data`; `reinforce status` shows why rows are null."
 
     @property
     def rows(self) -> int:
@@ -153,7 +173,7 @@ class DatasetReader:
 
     def __init__(
         self,
-        dataset: StreamedDataset,
+        dataset: Streamed,
         order: Order,
         stream: int,
         position: int,
@@ -226,6 +246,5 @@ class DatasetReader:
         if found:  # fewer than a batch has
             return list(found.values())
         raise UserError(
-            f"{self._dataset.url}: none of {searched:,} rows can be used ({', '.join(unusable)}). Choose other "
-            "`teachers` or `captioners` under `data`; `reinforce status` shows why rows are null."
+            f"{self._dataset.url}: none of {searched:,} rows can be used ({', '.join(unusable)}). {self._dataset.hint}"
         )

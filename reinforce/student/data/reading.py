@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
-from reinforce.student.config import Data
+from typing import Protocol
+
 from reinforce.training.task import Reading
 
 
-def plan_reading(data: Data, ranks: int, batch: int, start: int, loaders: int, recorded: int | None) -> Reading:
+class Streams(Protocol):
+    """How a config reads in streams; see ``data`` of a student's config."""
+
+    @property
+    def window(self) -> int: ...
+    @property
+    def streams(self) -> int | None: ...
+    @property
+    def workers(self) -> int | None: ...
+    @property
+    def prefetch(self) -> int: ...
+
+
+def plan_reading(data: Streams, ranks: int, batch: int, start: int, loaders: int, recorded: int | None) -> Reading:
     """Choose loader processes and streams for ranks with ``batch`` samples per step each.
 
     Set values of ``data.workers`` and ``data.streams`` are used unchanged. Otherwise ``loaders`` suits the machine,
@@ -35,7 +49,7 @@ def _describe(workers: int) -> str:
     return f"{workers} loader process{'es' * (workers > 1)}" if workers else "no loader process"
 
 
-def _note(data: Data, ranks: int, workers: int, streams: int, start: int, recorded: int | None) -> str | None:
+def _note(data: Streams, ranks: int, workers: int, streams: int, start: int, recorded: int | None) -> str | None:
     """Why the order of samples may not be the one before, or None if it is."""
     if start and recorded and recorded != streams:
         return (

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
 from reinforce.student.data.examples import Example
 from reinforce.student.data.parts import Part, PartBuffers, PartMaker
-from reinforce.student.data.reader import DatasetReader, StreamedDataset
+from reinforce.student.data.reader import DatasetReader, Streamed
 from reinforce.training.order import ORDER, Mixture, Order, share
 
 #: Row groups that a process reads at a time: enough to hide the latency of an object store; each is in memory.
@@ -26,7 +27,7 @@ class StreamPlan:
     ``order`` is the version of the order of samples, see ``reinforce.training.order``.
     """
 
-    datasets: Sequence[StreamedDataset]
+    datasets: Sequence[Streamed]
     maker: PartMaker
     seed: int
     streams: int
@@ -72,26 +73,37 @@ class RankStream(IterableDataset[Part]):
                 )
             while True:
                 examples: list[Example] = []
+                drawn: list[tuple[StreamReader, int]] = []
                 for number, reader in readers.items():
                     done, due = (share(self.batch * step, local, number) for step in (self.step, self.step + 1))
                     examples += [next(reader) for _ in range(due - done)]
+                    drawn.append((reader, due - done))
                 if self.buffers is None:
                     buffers = self.plan.maker.allocate(len(examples))
                 else:
                     buffers = self.buffers.select(process, self.step % self.buffers.image.shape[1])
                 unusable = sum((reader.take_unusable() for reader in readers.values()), Counter[str]())
                 self.step += 1
-                yield self.plan.maker.make(examples, buffers, unusable)
+                yield self.plan.maker.make(examples, buffers, unusable, partial(_spare, drawn))
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def make_orders(datasets: Sequence[StreamedDataset], seed: int, streams: int, window: int) -> list[Order]:
+def _spare(drawn: Sequence[tuple[StreamReader, int]], index: int, attempt: int) -> Example:
+    """The example in place of number ``index`` of those drawn: of a later step, so that a batch has none twice."""
+    for reader, count in drawn:
+        if index < count:
+            return reader.ahead(attempt * count + index)
+        index -= count
+    raise IndexError(index)
+
+
+def make_orders(datasets: Sequence[Streamed], seed: int, streams: int, window: int) -> list[Order]:
     """The order of each dataset's samples; ``window`` is divided among the datasets by weight."""
     weights = [dataset.weight for dataset in datasets]
     windows = [max(1, round(window * weight / sum(weights))) for weight in weights]
     return [
-        Order(dataset.groups[:, 2], seed, f"dataset {number}", streams, own_window)
+        Order(dataset.groups[:, -1], seed, f"dataset {number}", streams, own_window)
         for number, (dataset, own_window) in enumerate(zip(datasets, windows, strict=True))
     ]
 
@@ -104,7 +116,7 @@ class StreamReader:
 
     def __init__(
         self,
-        datasets: Sequence[StreamedDataset],
+        datasets: Sequence[Streamed],
         orders: Sequence[Order],
         seed: int,
         stream: int,
@@ -119,9 +131,16 @@ class StreamReader:
             for dataset, order, start in zip(datasets, orders, mixture.before(stream, position), strict=True)
         ]
         self._examples = [iter(reader) for reader in self._readers]
+        self._ahead: deque[Example] = deque()
 
     def __next__(self) -> Example:
-        return next(self._examples[next(self._draws)])
+        return self._ahead.popleft() if self._ahead else next(self._examples[next(self._draws)])
+
+    def ahead(self, distance: int) -> Example:
+        """The example ``distance`` after the next one, which stays where it is."""
+        while len(self._ahead) <= distance:
+            self._ahead.append(next(self._examples[next(self._draws)]))
+        return self._ahead[distance]
 
     def take_unusable(self) -> Counter[str]:
         """Unusable rows since the last call, by reason."""

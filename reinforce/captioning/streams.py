@@ -1,0 +1,156 @@
+"""Batches of images with captions that are streamed, in the order of students' batches.
+
+They have the format of ``reinforce.captioning.feed``; ``reinforce.training.order`` describes the order. Memory holds,
+of each stream, the encoded images of a window and of a group: a row group of Parquet, 1,024 rows of another table, or a
+tar.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from reinforce.captioning.config import CaptionerConfig
+from reinforce.captioning.feed import Tokenize, predicted_lengths
+from reinforce.captioning.groups import Groups, PairReader, load_groups, load_held_out, make_reader
+from reinforce.captioning.pairs import Pairs
+from reinforce.config import Augmentations, RandAugment
+from reinforce.dataset.augment.records import sample_augmentation
+from reinforce.seeds import uniforms
+from reinforce.source.samples import RawSample, Refusal
+from reinforce.source.urls import canonical
+from reinforce.student.data.assembly import Assembler
+from reinforce.student.data.examples import Example, Examples, SampleFile
+from reinforce.student.data.feed import StreamFeed
+from reinforce.student.data.parts import PartMaker
+from reinforce.training.order import Chunk
+
+
+class Reading(NamedTuple):
+    """How streams are read; see ``reinforce.student.data.reading.Streams``."""
+
+    window: int
+    streams: int | None
+    workers: int | None
+    prefetch: int
+
+
+_NO_VECTORS = np.empty(0, np.float32)
+
+
+@dataclass(frozen=True)
+class StreamedPairs:
+    """The pairs of a source in groups; implements ``reinforce.student.data.reader.Streamed``."""
+
+    reader: PairReader
+    found: Groups
+    size: int
+    weight: float = 1.0
+    hint: str = "Name the member or field with captions in data.captions."
+
+    @property
+    def url(self) -> str:
+        return "data.source"
+
+    @property
+    def groups(self) -> npt.NDArray[np.int64]:
+        return self.found.rows[:, None]
+
+    def describe(self) -> str:
+        """Return the number of examples and a hash of the names and examples of the groups."""
+        names = [canonical(shard.file).rpartition("/")[2] for shard in self.found.shards]
+        digest = hashlib.sha256(json.dumps([names, self.found.rows.tolist()]).encode()).hexdigest()[:16]
+        return f"{self.found.rows.sum():,} examples in {len(names):,} groups, SHA-256 {digest}"
+
+    def load(self, chunk: Chunk, epoch: int, keep: bool = False) -> Examples:
+        """Read the examples of a chunk of a group in one epoch; see ``Streamed``.
+
+        Samples that are refused have no row where they were read to be counted, and are the last ones of a group
+        otherwise. Raises UserError for a shard that cannot be read completely.
+        """
+        refused = Counter[str]()
+        rows = [*self._rows(chunk, refused)]
+        keys = [item.key for item, _, _ in rows]
+        uniform: list[float] = uniforms(self.reader.seed, keys, "caption", epoch, 1)[:, 0].tolist() if rows else []
+        examples: list[Example | None] = []
+        for (item, captions, which), number in zip(rows, uniform, strict=True):
+            if which is None:
+                draw, text = epoch, captions[int(number * len(captions))]
+            else:
+                draw, text = epoch * len(captions) + which, captions[which]
+            crop = partial(sample_augmentation, self._policy, self.reader.seed, item.key, draw)
+            examples.append(Example(self._file(chunk.group), item.key, item.image, crop, (text,), _NO_VECTORS))
+        missing = chunk.rows - len(examples)
+        reasons = dict(refused) or {"fewer samples than were counted": missing}
+        return Examples([*examples, *[None] * missing], reasons if missing else {})
+
+    def _rows(self, chunk: Chunk, refused: Counter[str]) -> Iterator[tuple[RawSample, Sequence[str], int | None]]:
+        """Yield the samples of a chunk with their captions, and with ``use: all`` the number of one of these."""
+        number = 0
+        for pair in self.reader.pairs(self.found.shards[chunk.group]):
+            if isinstance(pair, Refusal):
+                refused[pair.reason.value] += 1
+                continue
+            item, captions = pair
+            assert isinstance(item, RawSample)
+            every = self.reader.data.use == "all"
+            count = len(captions) if every else 1
+            for which in range(max(0, chunk.first - number), min(count, chunk.stop - number)):
+                yield item, captions, which if every else None
+            number += count
+            if number >= chunk.stop:
+                return
+
+    @cached_property
+    def _policy(self) -> Augmentations:
+        return Augmentations(count=1, size=self.size, scale=self.reader.data.crop, rand_augment=RandAugment(ops=0))
+
+    def _file(self, group: int) -> SampleFile:
+        return SampleFile(canonical(self.found.shards[group].file), self.reader.data.limits)
+
+
+class CaptionStreams(StreamFeed):
+    """The feed of a training whose source is streamed; ``data`` and the order depend on the counts of the groups.
+
+    ``tokenize`` maps B texts to int64 [B, context], ``end`` is the token after the last word. With ``pin``, batches are
+    in pinned memory. An image that cannot be decoded is replaced by one of a later batch.
+    """
+
+    def __init__(self, pairs: StreamedPairs, tokenize: Tokenize, end: int, pin: bool = False) -> None:
+        data = pairs.reader.data
+        maker = PartMaker(pairs.size, 0, tokenize, replaces=True)
+        described = pairs.describe()
+        super().__init__(
+            Reading(data.window or 4096, data.streams, data.workers, data.prefetch or 4),
+            pairs.reader.seed,
+            [pairs],
+            maker,
+            Assembler(("caption",), (), (), pin),
+            int(pairs.found.rows.sum()),
+            files=described,
+        )
+        self._end = end
+        self.data = {"data": described}
+
+    def batches(self, rank: int, ranks: int, batch: int, start: int) -> Generator[dict[str, Any]]:
+        """See ``StreamFeed.batches``."""
+        with contextlib.closing(super().batches(rank, ranks, batch, start)) as batches:
+            for one in batches:
+                found = {name: one[name] for name in ("key", "image", "caption")}
+                yield {**found, "length": predicted_lengths(one["caption"], self._end)}
+
+
+def load_streams(config: CaptionerConfig, size: int) -> tuple[StreamedPairs, Pairs]:
+    """The pairs of a config for images of ``size`` pixels a side, and the held-out ones. Raises UserError."""
+    reader = make_reader(config)
+    groups = load_groups(config, reader)
+    return StreamedPairs(reader, groups, size), load_held_out(config, reader, groups)

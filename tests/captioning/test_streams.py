@@ -1,0 +1,258 @@
+"""Pairs that are streamed: order, ranks, resumption, what is held out, counted and replaced, and a training."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+import reinforce
+from reinforce.captioning import groups
+from reinforce.captioning.config import CaptionerConfig
+from reinforce.captioning.finetune import build, finetune
+from reinforce.captioning.pairs import load_pairs
+from reinforce.captioning.streams import CaptionStreams, load_streams
+from reinforce.errors import UserError
+from reinforce.selection.config import SelectConfig
+from reinforce.selection.select import select
+from reinforce.settings import parse
+from reinforce.training.record.results import Results
+from teachers.device.accelerator import Accelerator
+from teachers.open_clip.tokenizer import Tokenizer
+from tests.helpers.captioning import captioner_config, write_shards
+from tests.helpers.data import picture, write_tar
+from tests.helpers.reinforced import reinforce_here
+from tests.helpers.tiny_coca import END
+
+SIZE = 16
+tokenize = Tokenizer("coca_ViT-B-32")
+
+
+def streams_config(folder: Path, **data: Any) -> CaptionerConfig:
+    source = {"source": f"{folder}/shards/*.tar", "order": "streams", "workers": 0, "streams": 2, "window": 8}
+    changes = {key: data.pop(key) for key in ("held_out", "seed", "output", "train", "evaluate") if key in data}
+    return captioner_config(folder, data={**source, **data}, **changes)
+
+
+def feed_of(config: CaptionerConfig) -> CaptionStreams:
+    return CaptionStreams(load_streams(config, SIZE)[0], tokenize, END)
+
+
+def take(feed: CaptionStreams, steps: int, rank: int = 0, ranks: int = 1, batch: int = 4, start: int = 0) -> list[Any]:
+    batches = feed.batches(rank, ranks, batch, start)
+    try:
+        return list(itertools.islice(batches, steps))
+    finally:
+        batches.close()
+
+
+def equal(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    tensors = all(torch.equal(a[name], b[name]) for name in ("image", "caption"))
+    return tensors and a["key"] == b["key"] and a["length"] == b["length"]
+
+
+def keys_of(batches: list[Any]) -> list[str]:
+    return [key for batch in batches for key in batch["key"]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("streams")
+    write_shards(folder, 12, 20, 16, captions=2)
+    return folder
+
+
+def test_two_ranks_see_disjoint_samples_that_together_are_the_epoch_of_the_table(folder: Path) -> None:
+    config = streams_config(folder, output=f"{folder}/ranks")
+    feed = feed_of(config)
+    table = load_pairs(captioner_config(folder, output=f"{folder}/table")).training()
+    everything = {table.key(index) for index in range(len(table))}
+    steps = feed.samples // 4
+    by_rank = [keys_of(take(feed, steps, rank, 2, 2)) for rank in range(2)]
+    assert feed.samples == len(everything) == 33
+    assert not {*by_rank[0]} & {*by_rank[1]}
+    assert len({*by_rank[0], *by_rank[1]}) == 4 * steps
+    epoch = keys_of(take(feed_of(config), 33, batch=1))
+    assert sorted(epoch) == sorted(everything)
+    whole = take(feed, 4)
+    for step, batch in enumerate(whole):
+        parts = [take(feed, 1, rank, 2, 2, start=step)[0] for rank in range(2)]
+        assert sorted(batch["key"]) == sorted(keys_of(parts))
+
+
+def test_batches_do_not_depend_on_the_start_or_on_loader_processes(folder: Path) -> None:
+    config = streams_config(folder, output=f"{folder}/ranks")
+    whole = take(feed_of(config), 12)
+    assert all(map(equal, whole[9:], take(feed_of(config), 3, start=9)))
+    processes = config.model_copy(update={"data": config.data.model_copy(update={"workers": 2})})
+    feed = feed_of(processes)
+    feed.set_up(1, 4, 3, 2, None, 2)
+    assert all(map(equal, whole[3:5], take(feed, 2, start=3)))
+    assert not equal(whole[0], take(feed_of(streams_config(folder, output=f"{folder}/other", seed=1)), 1)[0])
+
+
+def test_every_caption_is_an_example_of_an_epoch_where_all_are_used(folder: Path) -> None:
+    feed = feed_of(streams_config(folder, output=f"{folder}/all", use="all"))
+    assert feed.samples == 66
+    batches = take(feed, 66, batch=1)
+    assert len({(batch["key"][0], tuple(batch["caption"][0].tolist())) for batch in batches}) == 66
+
+
+def test_held_out_images_of_a_share_are_those_of_the_table_and_are_copied_for_evaluations(folder: Path) -> None:
+    config = streams_config(folder, output=f"{folder}/held")
+    streamed, held_out = load_streams(config, SIZE)
+    table = load_pairs(captioner_config(folder, output=f"{folder}/table")).held_out()
+    images = {table.key(row): picture(1000 * int(table.key(row)[:3]) + int(table.key(row)[3:])) for row in range(15)}
+    assert {held_out.key(row) for row in range(len(held_out))} == images.keys()
+    place = held_out.location(3)
+    data = Path(place.url).read_bytes()[place.offset : place.offset + place.length]
+    assert data == images[held_out.key(3)]
+    assert int(streamed.found.rows.sum()) + len(held_out) == 48
+    few = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"images": 4})})
+    assert len(load_streams(few, SIZE)[1]) == 4
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "folder", "dataset", "view"])
+def test_sources_of_every_format_are_streamed(folder: Path, tmp_path: Path, kind: str) -> None:
+    images = {f"{i:03d}": picture(i) for i in range(24)}
+    data: dict[str, Any] = {"captions": ["txt"]}
+    if kind == "parquet":
+        rows = [{"key": key, "image": image, "text": f"thing {key}"} for key, image in images.items()]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "0.parquet", row_group_size=10)
+        data |= {"source": f"{tmp_path}/0.parquet", "captions": ["text", "txt"]}
+    else:
+        (tmp_path / "images").mkdir()
+        for key, image in images.items():
+            (tmp_path / "images" / f"{key}.png").write_bytes(image)
+            (tmp_path / "images" / f"{key}.txt").write_text(f"thing {key}")
+        data["source"] = f"{tmp_path}/images"
+    if kind == "jsonl":
+        lines = [json.dumps({"key": key, "file_name": f"images/{key}.png", "text": f"thing {key}"}) for key in images]
+        (tmp_path / "0.jsonl").write_text("\n".join(lines))
+        data |= {"source": f"{tmp_path}/0.jsonl", "captions": ["text", "txt"], "images_from": str(tmp_path)}
+    if kind in ("dataset", "view"):
+        run = {"source": f"{tmp_path}/images", "output": f"{tmp_path}/dataset", "augmentations": {"size": 8}}
+        data["source"] = reinforce_here(run)
+    if kind == "view":
+        rules = {"dataset": f"{tmp_path}/dataset", "name": "some", "rules": [{"sample": 9}]}
+        select(parse(SelectConfig, rules))
+        data["view"] = "some"
+        images = {sample.key: b"" for sample in reinforce.open(f"{tmp_path}/dataset", [], [], view="some")}
+        assert len(images) == 9
+    config = streams_config(tmp_path, held_out={"source": f"{folder}/shards/*.tar"}, **data)
+    feed = feed_of(config)
+    batches = take(feed, feed.samples, batch=1)
+    assert sorted(keys_of(batches)) == sorted(images)
+    texts = {batch["key"][0]: batch["caption"][0] for batch in batches}
+    assert all(torch.equal(tokens, tokenize([f"thing {key}"])[0]) for key, tokens in texts.items())
+
+
+def test_sizes_beside_tars_save_counting_and_surplus_ones_are_replaced(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_shards(tmp_path, 8, 8)
+    (tmp_path / "shards" / "sizes.json").write_text(json.dumps({"00000.tar": 8, "00001.tar": 12}))
+    config = streams_config(tmp_path, held_out={"source": f"{folder}/shards/*.tar"})
+    feed = feed_of(config)
+    assert feed.samples == 20
+    assert not Path(config.output, groups.GROUPS_FILE).exists()
+    with caplog.at_level(logging.WARNING):
+        assert len({*keys_of(take(feed, 11))}) == 16
+    assert "unusable rows that were replaced: fewer samples than were counted: 4" in caplog.text
+
+
+def test_broken_images_are_replaced_by_others_counted_and_named(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    members = [(f"{i:03d}.{e}", d) for i in range(16) for e, d in (("png", picture(i)), ("txt", b"thing"))]
+    members += [("broken.png", b"no image"), ("broken.txt", b"thing"), ("silent.png", picture(1))]
+    write_tar(tmp_path / "shards" / "0.tar", members)
+    config = streams_config(tmp_path, held_out={"source": f"{folder}/shards/*.tar"}, captions=["txt"])
+    feed = feed_of(config)
+    assert feed.samples == 17, "the one without a caption is not counted"
+    with caplog.at_level(logging.WARNING):
+        batches = take(feed, 9)
+    assert "broken" not in keys_of(batches)
+    assert all(len({*batch["key"]}) == 4 for batch in batches[:4])
+    assert f"{tmp_path}/shards/0.tar, key broken is replaced by another example: image_format" in caplog.text
+    assert "unusable rows that were replaced: image_format: 1" in caplog.text
+    assert all(map(equal, batches[4:], take(feed_of(config), 5, start=4)))
+
+
+def test_a_source_of_broken_images_ends_the_training(folder: Path, tmp_path: Path) -> None:
+    members = [(f"{i:03d}.{e}", d) for i in range(8) for e, d in (("png", b"no image"), ("txt", b"thing"))]
+    write_tar(tmp_path / "shards" / "0.tar", members)
+    config = streams_config(tmp_path, held_out={"source": f"{folder}/shards/*.tar"}, captions=["txt"])
+    with pytest.raises(UserError, match="100 images in a row cannot be decoded"):
+        take(feed_of(config), 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"order": None}, "workers: it is of `order: streams`"),
+        ({"source": "SHARDS/none-*.tar"}, "none-"),
+        ({"captions": ["md"]}, "0 examples are left for training"),
+        ({"view": "some"}, "a view is of one reinforced dataset"),
+    ],
+)
+def test_bad_configs_are_reported(folder: Path, tmp_path: Path, changes: dict[str, Any], error: str) -> None:
+    if changes.get("order", "") is None:
+        changes = {**changes, "streams": None, "window": None}
+    changes = {
+        name: value.replace("SHARDS", str(folder)) if name == "source" else value for name, value in changes.items()
+    }
+    with pytest.raises(UserError, match=error):
+        load_streams(streams_config(folder, output=str(tmp_path), **changes), SIZE)
+
+
+def test_a_damaged_shard_is_an_error_that_names_it(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "shards", tmp_path / "shards")
+    path = tmp_path / "shards" / "00001.tar"
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(UserError, match=r"data: .*00001\.tar: shard_damaged"):
+        load_streams(streams_config(tmp_path), SIZE)
+
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path) -> Results:
+    return finetune(training_config(folder, "trained"))
+
+
+def training_config(folder: Path, output: str) -> CaptionerConfig:
+    train = captioner_config(folder).train.model_dump()
+    data = {"window": 16, "streams": 1}
+    return streams_config(folder, output=f"{folder}/{output}", train={**train, "steps": STEPS}, **data)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_training_that_resumes_inside_an_epoch_has_the_weights_of_an_uninterrupted_one(
+    folder: Path, trained: Results
+) -> None:
+    killed = Path(shutil.copytree(folder / "trained", folder / "killed"))
+    (killed / "results.json").unlink()
+    shutil.rmtree(killed / "captioner")
+    for path in (killed / "checkpoints").glob(f"*{STEPS:09d}*"):
+        path.unlink()
+    results = finetune(training_config(folder, "killed"))
+    assert results.metrics == trained.metrics
+    weights = [
+        (folder / out / "captioner" / "open_clip_model.safetensors").read_bytes() for out in ("killed", "trained")
+    ]
+    assert weights[0] == weights[1]
+
+
+def test_notes_have_the_examples_of_the_streams(folder: Path) -> None:
+    task, _ = build(streams_config(folder, output=f"{folder}/held"), Accelerator("cpu"))
+    assert "training on 33 examples in 3 groups of streams; 15 images with 30 captions held out" in task.notes[1]
