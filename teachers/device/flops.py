@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from teachers.spec import Precision
 
@@ -73,12 +73,25 @@ def peak_flops(card: str, precision: Precision) -> float | None:
     return None
 
 
+def _convolution_backward(
+    gradient: list[int], inputs: list[int], weight: list[int], *others: Any, out_shape: Any = None
+) -> int:
+    """As many as the convolution's for each of the gradients of inputs and weights. torch ignores groups in it, and so
+    counts a depthwise convolution as if each channel had all others as inputs."""
+    transposed, needed = others[4], others[7]
+    return int(conv_flop_count(inputs, weight, gradient, transposed=transposed)) * sum(needed[:2])
+
+
+_MAPPING = {torch.ops.aten.convolution_backward: _convolution_backward}
+
+
 def count_flops(work: Callable[[], Any]) -> int:
     """FLOPs of a function; 0 if they cannot be counted."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # its operation is unknown to the counter
     try:
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # the CPU's is unknown, too
+        # Attention as products, since the fused kernel of CPUs is unknown, too.
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=_MAPPING) as counter:
             work()
         return int(counter.get_total_flops())
     except Exception:  # the counter does not support every operation, and a run does not need its result

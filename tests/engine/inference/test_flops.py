@@ -28,6 +28,15 @@ def test_the_flops_of_a_tower_are_those_of_its_products_also_where_torch_has_a_f
     assert count_flops(lambda: 1 / 0) == 0, "a run does not need them"
 
 
+@pytest.mark.parametrize("groups", [1, 4, 8])
+def test_the_flops_of_a_training_are_three_times_those_of_a_forward_pass_also_in_groups(groups: int) -> None:
+    convolution, inputs = torch.nn.Conv2d(8, 8, 3, padding=1, groups=groups), torch.zeros(2, 8, 4, 4)
+    forward = 2 * 2 * 4 * 4 * 8 * (8 // groups) * 9
+    assert count_flops(lambda: convolution(inputs)) == forward
+    assert count_flops(lambda: convolution(inputs).sum().backward()) == 2 * forward, "inputs have no gradient"
+    assert count_flops(lambda: convolution(inputs.clone().requires_grad_()).sum().backward()) == 3 * forward
+
+
 def test_costs_are_those_of_teachers_on_cards_whose_peak_is_known(tmp_path: Path) -> None:
     config = parse_config(
         config_of(
