@@ -37,6 +37,7 @@ class Size:
     copied: int = 2**28  # bytes
     batch: int = 256
     texts: int = 1024
+    group: int = 5  # batches of a row group
     compared: int = 16  # images and texts of which the outputs are compared with those of a CPU
     words: int = 12  # of the captions of which the logits are compared
     rows: tuple[int, ...] = (32, 64, 96, 128, 200, 256, 512, 1024)
@@ -60,6 +61,7 @@ TINY = Size(
     copied=2**12,
     batch=8,
     texts=2,
+    group=2,
     compared=3,
     words=3,
     rows=(2, 3),

@@ -105,10 +105,8 @@ def _reference_logits(spec: CaptionerSpec, pixels: torch.Tensor, tokens: torch.T
 
 @torch.inference_mode()
 def _logits(captioner: Any, pixels: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    with captioner._accelerator.forward():
-        _, images = captioner._visual(captioner._accelerator.layout(pixels))
     decoder = captioner._decoder
-    decoder.begin(images, 1)
+    decoder.begin(captioner.encode(pixels), 1)
     steps = [decoder.next_logits(tokens[:, : n + 1]).float().cpu() for n in range(tokens.shape[1])]
     return torch.stack(steps, dim=1)
 

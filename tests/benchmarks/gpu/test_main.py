@@ -38,16 +38,24 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def run(tmp_path: Path, *words: str) -> Results:
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models and shards of all tests."""
+    return tmp_path_factory.mktemp("folder")
+
+
+def run(tmp_path: Path, folder: Path, *words: str) -> Results:
     """The stored results of a tiny run."""
     results = tmp_path / "gpu.jsonl"
-    main(["--tiny", "--cores", "1", "--folder", f"{tmp_path}/folder", "--results", str(results), *words])
+    main(["--tiny", "--cores", "1", "--folder", str(folder), "--results", str(results), *words])
     return Results.read(results)
 
 
 @pytest.mark.usefixtures("here")
-def test_a_tiny_run_on_a_cpu_measures_every_section(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    results = run(tmp_path)
+def test_a_tiny_run_on_a_cpu_measures_every_section(
+    tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = run(tmp_path, folder)
     output = capsys.readouterr().out
     assert results.sections.keys() == SECTIONS.keys() - {"ranks"}
     figures = {figure.name: figure for entry in results.sections.values() for figure in read_figures(entry)}
@@ -60,7 +68,7 @@ def test_a_tiny_run_on_a_cpu_measures_every_section(tmp_path: Path, capsys: pyte
         "a source image: teachers",
         "a source image: texts",
         "a source image: captions",
-        "coca-coco, batches of 4 images with 2 captions",
+        "coca-coco, 2 batches of 4 images with 2 captions",
         "kernels a word of a batch",
         "images/s of `reinforce run`, after its first shards",
         "tiny, eager, with its loader",
@@ -76,7 +84,7 @@ def test_a_tiny_run_on_a_cpu_measures_every_section(tmp_path: Path, capsys: pyte
     assert figures["shards that finish in halved batches when memory is short"].met
     assert results.sections["card"]["card"] == ABSENT
     assert results.sections["teachers"]["traces"]["dfn2b, images"]["kernels"] > 10
-    assert (tmp_path / "folder" / "traces" / "dfn2b, images.json.gz").exists()
+    assert (folder / "traces" / "dfn2b, images.json.gz").exists()
     text = page.render_page(page.PAGE.read_text(encoding="utf-8"), results)
     assert "| teachers | " in text
     assert "there is no nvidia-smi" in text
@@ -84,7 +92,7 @@ def test_a_tiny_run_on_a_cpu_measures_every_section(tmp_path: Path, capsys: pyte
 
 @pytest.mark.usefixtures("here")
 def test_embeddings_of_another_input_fail_and_set_the_exit_status(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load = right.load_teacher
 
@@ -98,7 +106,7 @@ def test_embeddings_of_another_input_fail_and_set_the_exit_status(
     monkeypatch.setattr(right, "load_teacher", load_wrong)
     monkeypatch.setattr(right, "TEACHERS", {"as in runs": {}})
     with pytest.raises(SystemExit) as ended:
-        run(tmp_path, "--only", "right")
+        run(tmp_path, folder, "--only", "right")
     assert ended.value.code == 1
     name = "right: dfn2b, as in runs, images: nearer to the embedding of another input"
     failures = Results.read(tmp_path / "gpu.jsonl").sections["right"]["failures"]
@@ -109,7 +117,7 @@ def test_embeddings_of_another_input_fail_and_set_the_exit_status(
 
 @pytest.mark.usefixtures("here")
 def test_sections_are_stored_when_they_end_and_a_second_call_continues(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
 
@@ -128,7 +136,7 @@ def test_sections_are_stored_when_they_end_and_a_second_call_continues(
     for expected in (["captions", "shards"], ["captions"]):
         calls.clear()
         with pytest.raises(SystemExit) as ended:
-            run(tmp_path)
+            run(tmp_path, folder)
         assert calls == expected, "what has failed is measured again"
         assert ended.value.code == 1
     output = capsys.readouterr().out
@@ -137,11 +145,11 @@ def test_sections_are_stored_when_they_end_and_a_second_call_continues(
     with (tmp_path / "gpu.jsonl").open("a") as file:
         file.write('{"section": "shards", "fig')  # of a call that was killed
     sections["captions"] = Section(lambda _: [Figure("captions", "first", 2.0, "captions/s")], 1)
-    assert read_figures(run(tmp_path).sections["captions"])[0].name == "first"
+    assert read_figures(run(tmp_path, folder).sections["captions"])[0].name == "first"
     first, *_ = (tmp_path / "gpu.jsonl").read_text().splitlines()
     (tmp_path / "gpu.jsonl").write_text(json.dumps({**json.loads(first), "card": "another"}) + "\n")
     with pytest.raises(SystemExit):
-        run(tmp_path)
+        run(tmp_path, folder)
     assert "was measured with another card" in capsys.readouterr().err
 
 
@@ -213,18 +221,21 @@ def test_real_weights_are_used_where_a_folder_has_them(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("here")
-def test_ranks_end_when_one_is_killed_and_their_training_resumes(tmp_path: Path) -> None:
-    figures = {figure.name: figure for figure in read_figures(run(tmp_path, "--ranks", "2").sections["ranks"])}
+def test_ranks_end_when_one_is_killed_and_their_training_resumes(tmp_path: Path, folder: Path) -> None:
+    figures = {
+        figure.name: figure
+        for figure in read_figures(run(tmp_path, folder, "--ranks", "2", "--only", "ranks").sections["ranks"])
+    }
     assert figures["tiny, 2 ranks"].value > 0
     assert figures["seconds until the others have ended when one was killed"].value < 30
     assert figures["tensors that differ after that training resumes"].met
 
 
-def test_lengths_of_captions_of_random_weights_vary(tmp_path: Path) -> None:
+def test_lengths_of_captions_of_random_weights_vary(folder: Path) -> None:
     from benchmarks.gpu import recipe
     from teachers.registry import load_captioner
 
-    bench = Bench(tmp_path, "cpu", 1, Size(tiny=True))
+    bench = Bench(folder, "cpu", 1, Size(tiny=True))
     name, spec = recipe.captioner(bench)
     captioner: Any = load_captioner(name, recipe.changed(spec, max_length=30, captions=4), "cpu")
     pixels = right.pixels_of(captioner.image, 4)
