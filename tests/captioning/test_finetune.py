@@ -26,8 +26,21 @@ from tests.helpers.reinforced import reinforce_here
 from tests.helpers.tiny_coca import coca_model
 
 CONFIGS = sorted(Path(__file__).parents[2].glob("configs/finetune-*.yaml"))
+PRETRAINED = Path(__file__).parents[2] / "configs/recipes/coca-dfn2b.yaml"
 PUBLISHED = [path for path in CONFIGS if path.stem != "finetune-demo"]
-PUBLISHED += sorted(Path(__file__).parents[2].glob("configs/recipes/coca-*.yaml"))
+PUBLISHED += sorted(set(Path(__file__).parents[2].glob("configs/recipes/coca-*.yaml")) - {PRETRAINED})
+
+
+def test_the_published_pre_training_sees_13_billion_samples_of_streams() -> None:
+    config = load_captioner_config(PRETRAINED)
+    assert config.train.steps is not None
+    assert config.train.steps * config.train.batch == pytest.approx(13e9, rel=1e-5)
+    assert config.train.batch % config.train.compute.ranks == 0
+    assert (config.loss.contrastive, config.loss.caption, config.data.order) == (1, 2, "streams")
+    assert [load_captioner_config(PRETRAINED, [f"captioner.context={n}"]).captioner.context for n in (128, 256)] == [
+        128,
+        256,
+    ]
 
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)

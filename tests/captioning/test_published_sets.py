@@ -123,6 +123,18 @@ def write_gbc(root: Path, name: str) -> None:
     write_tar(root / name / "00000.tar", members)
 
 
+def write_dfn(root: Path) -> None:
+    """Tars of img2dataset, and others with held-out pictures."""
+    for name, first in (("dfn-2b/00000", 0), ("coco/val2017-00000", COUNT)):
+        members = []
+        for number in range(first, first + COUNT):
+            row = {"uid": f"{number:032x}", "url": "http://x/y.jpg", "caption": "of JSON", "status": "success"}
+            texts = {"txt": f"Text {number}".encode(), "json": json.dumps(row).encode()}
+            members += [(f"{number:05d}.jpg", picture(number, 9, 9))]
+            members += [(f"{number:05d}.{kind}", text) for kind, text in texts.items()]
+        write_tar(root / f"{name}.tar", members)
+
+
 def write_recap(root: Path) -> None:
     """``new_data.parquet`` with an image feature."""
     columns = {
@@ -151,6 +163,7 @@ SETS: dict[str, tuple[Callable[[Path], None], Callable[[int], list[str]]]] = {
     "recipes/coca-dci-extended": (write_dci, lambda number: [extended(number)]),
     "recipes/coca-dci-complete": (write_dci, lambda number: [extended(number) + COMPLETE]),
     "recipes/coca-recap-coco-30k": (write_recap, lambda number: [f"Recaption {number}"]),
+    "recipes/coca-dfn2b": (write_dfn, lambda number: [f"Text {number}"]),
     "recipes/coca-gbc1m-short": (partial(write_gbc, name="gbc1m"), lambda number: [f"Short {number}"]),
     "recipes/coca-gbc1m-long": (partial(write_gbc, name="gbc1m"), lambda number: [f"Long {number}"]),
     "recipes/coca-gbc10m-long": (partial(write_gbc, name="gbc10m"), lambda number: [f"Long {number}"]),
@@ -210,7 +223,8 @@ def test_the_published_layout_gives_the_captions_of_each_picture(
     write(root)
     if name.startswith("finetune-"):
         convert(name, root, monkeypatch)
-    config = load_captioner_config(ROOT / f"configs/{name}.yaml", overrides(name, root))
+    changes = [*overrides(name, root), "data.order=table"]
+    config = load_captioner_config(ROOT / f"configs/{name}.yaml", changes)
     pairs = load_pairs(config)
     read = pairs.training() if config.held_out.source else pairs
     numbers = {picture(number, 9, 9): number for number in range(2 * COUNT)}
@@ -228,14 +242,11 @@ def convert(name: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     exec(compile(block.text, "docs/captions.md", "exec"), {})
 
 
-def test_a_captioner_is_fine_tuned_by_the_command_on_nested_captions(
-    root: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    write_dci(root)
-    name = "recipes/coca-dci-complete"
-    model = coca_model(root / "model")
-    changes = overrides(name, root, **{"captioner.model": model, "captioner.pretrained": "null"})
-    words = [word for change in changes for word in ("--set", change)]
+@pytest.mark.parametrize("name", ["recipes/coca-gbc10m-short-relation", "recipes/coca-dfn2b"])
+def test_a_captioner_is_trained_by_the_command(name: str, root: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    SETS[name][0](root)
+    model = {"captioner.model": coca_model(root / "model"), "captioner.pretrained": "null"}
+    words = [word for change in overrides(name, root, **model) for word in ("--set", change)]
     printed = printed_by(capfd, "finetune-captioner", str(ROOT / f"configs/{name}.yaml"), *words)
     assert f"weights: {root}/out/captioner" in printed
 
