@@ -3,6 +3,7 @@
 - *web images*: JPEGs of 512 pixels with 2 and with 10 augmentations at 224 pixels. ``decode`` is the strict decoding of
   a run, ``crops`` the crops and their resizing, ``ops`` RandAugment's operations and the array of the result.
   ``torchvision-pil-1 (Pillow)`` is without simplejpeg, ``fixed-point-1 (torch)`` without cykooz-resizer.
+  ``device-1 (host)`` is what loader processes of a training do with it: they cut crops out.
 - *photographs*: JPEGs of 3,000 pixels with 2 augmentations, decoded at their size and reduced.
 - *cosines* of the embeddings of a committed teacher of the demo, between the crops of ``torchvision-pil-1`` at full
   size and those of the other variants, for the same records (scaled to the reduced image).
@@ -34,6 +35,7 @@ from benchmarks.stored import write_results
 from reinforce.config import Augmentations, Limits
 from reinforce.dataset.augment import fixed_point
 from reinforce.dataset.augment.backends import BACKENDS, Replay, load_backend
+from reinforce.dataset.augment.device_records import CELL, fill_cell
 from reinforce.dataset.augment.records import Augmentation, replay_with, sample_augmentation
 from reinforce.images import fast_jpeg
 from reinforce.images.policy import decode
@@ -79,6 +81,13 @@ def variants() -> dict[str, Variant]:
     backends = {name: Variant(load_backend(name)) for name in BACKENDS}
     pillow = {"torchvision-pil-1 (Pillow)": Variant(load_backend("torchvision-pil-1"), simplejpeg=False)}
     return {**pillow, **backends, "fixed-point-1 (torch)": Variant(by_torch)}
+
+
+def leave_to_device(image: Image.Image, augmentation: Augmentation, size: int | None = None) -> np.ndarray:
+    """The host's part of the backend ``device-1``."""
+    cell = np.empty((CELL * SIZE, CELL * SIZE, 3), np.uint8)
+    fill_cell(image, augmentation, size or SIZE, cell)
+    return cell
 
 
 def records_of(images: Sequence[Image.Image], count: int) -> Records:
@@ -163,7 +172,8 @@ def main() -> None:
     reduced = {name: variant for name, variant in of.items() if name != "fixed-point-1 (torch)"} | {
         f"{backend}, {policy}": Variant(of[backend].replay, policy) for policy in REDUCED for backend in BACKENDS
     }
-    tables = {f"web images, {count} augmentations": compare(web, of, count, options.rounds) for count in COUNTS}
+    host = {**of, "device-1 (host)": Variant(leave_to_device)}
+    tables = {f"web images, {count} augmentations": compare(web, host, count, options.rounds) for count in COUNTS}
     tables["photographs"] = compare(large, reduced, COUNTS[0], options.rounds)
     similar = {
         "web images": cosines(web, of, COUNTS[1]),

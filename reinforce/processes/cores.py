@@ -11,7 +11,6 @@ from pathlib import Path, PurePosixPath
 
 Node = Mapping[str, float]
 
-#: Loader processes of a rank with an accelerator; more only cost memory.
 #: From so many cores on, a core is worth less to the arithmetic than its loader process loses by sharing it.
 _LEAVES_CORES = 8
 _CORES_PER_LOADER = 32  # without an accelerator, where a sample takes much longer to train on than to read

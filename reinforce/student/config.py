@@ -99,6 +99,11 @@ class Data(Section):
         description="TranslateX and TranslateY at another size than the stored one: scaled with it, as the teachers "
         "saw them (the default), or by the stored pixels, as the published trainer replays them",
     )
+    backend: Literal["torchvision-pil-1", "fixed-point-1", "device-1"] | None = Field(
+        None,
+        description="augmentation backend that replays the records: that of each dataset (the default), or this one; "
+        "device-1 resizes and augments on the accelerator",
+    )
     samples: int | None = Field(None, ge=1, description="samples per epoch; default: all samples of the datasets")
     window: int = Field(
         4096,
@@ -228,6 +233,15 @@ class StudentConfig(Section):
     log: Trackers | None = Field(
         None, description="trackers of the training besides log.jsonl and TensorBoard; default: none"
     )
+
+    @model_validator(mode="after")
+    def _backend_makes_views(self) -> StudentConfig:
+        if self.data.backend == "device-1" and self.loss.targets == "online":
+            raise ValueError(
+                "data.backend: device-1 makes no images for teachers in the loop; with `loss.targets: online` leave it "
+                "out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _export_is_quantized(self) -> StudentConfig:

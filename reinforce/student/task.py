@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 
+from reinforce.dataset.augment.device import augment
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.manifest.manifest import read_manifest
 from reinforce.evaluation.evaluator import Evaluator
@@ -83,12 +84,14 @@ class StudentTask:
         return f"step {step + 1:,} and later ones train with {self._quantize}, and keep their batch statistics"
 
     def prepare(self, batch: Batch) -> Batch:
-        """Keep images, tokens and targets, and add the targets of online teachers.
+        """Keep images, tokens and targets; add the targets of online teachers, and augment what the loaders left to do.
 
         Sample keys are dropped: torch.compile would treat them as constants and recompile for each batch.
         """
         if self._online_teachers:
             batch = online.add_targets(batch, self._online_teachers)
+        if "records" in batch:
+            batch = {**batch, IMAGE: augment(batch[IMAGE], batch["records"], self.model.image.height)}
         return {name: batch[name] for name in (IMAGE, CAPTION, SYNTHETIC, "targets") if name in batch}
 
     def losses(self, encoded: Encoded, batch: Batch) -> dict[str, torch.Tensor]:

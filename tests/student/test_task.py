@@ -174,6 +174,20 @@ def test_a_student_with_sigmoid_learns_from_softmax_teachers_and_mixed_captions_
     assert losses_of(task, batch).keys() == {"distill/caption"}
 
 
+def test_crops_that_loaders_left_to_the_device_become_the_images_of_the_batch(config: Any, dataset: str) -> None:
+    data = {"datasets": dataset, "workers": 0, "window": 12}
+    _, expected = first_batch(config())
+    _, found = first_batch(config(data={**data, "backend": "device-1"}))
+    assert found["image"].shape == expected["image"].shape
+    assert (found["image"].int() - expected["image"].int()).abs().max() <= 2
+    assert torch.equal(found["caption"], expected["caption"])
+    assert found.keys() == expected.keys()
+    with pytest.raises(UserError, match="backend: device-1 makes no images for teachers in the loop"):
+        config({"targets": "online", "teachers": {"red": {"class": "a:B"}}}, data={**data, "backend": "device-1"})
+    with pytest.raises(UserError, match="backend"):
+        config(data={**data, "backend": "device-2"})
+
+
 def test_the_exported_student_has_the_evaluated_metrics(config: Any, dataset: str, tmp_path: Path) -> None:
     task = StudentTask(config(evaluate={"retrieval": {"own": {"pairs": dataset}}}))
     metrics = task.evaluate(task.model)

@@ -164,29 +164,42 @@ def replay_with(
     size: int | None = None,
 ) -> Image.Image:
     """Apply a record as ``replay`` does, by these functions."""
-    crop, size = augmentation.crop, size or augmentation.size
-    if size > MAX_SIDE or len(augmentation.ops or ()) > _MAX_OPS:
-        raise ValueError(
-            f"a record of {size} pixels and {len(augmentation.ops or ())} operations; at most {MAX_SIDE} and {_MAX_OPS}"
-        )
+    # The crop is cut out first: resizing with a box would use pixels around it.
+    out = resize(cut(image, augmentation), size or augmentation.size)
+    for op in operations_at(augmentation, size):
+        out = operations[op.name](out, op.magnitude)
+    return out
+
+
+def cut(image: Image.Image, augmentation: Augmentation) -> Image.Image:
+    """The record's crop of an RGB image. Raises ValueError if it does not fit into the image."""
+    crop = augmentation.crop
     box = (crop.left, crop.top, crop.left + crop.width, crop.top + crop.height)
     if image.mode != "RGB" or min(box) < 0 or box[2] > image.width or box[3] > image.height:
         raise ValueError(
             f"{crop} does not fit this {image.mode} image of {image.width} x {image.height}: the record is "
             "of another image, or the image was decoded by another image policy"
         )
-    # The crop is cut out first: resizing with a box would use pixels around it.
-    out = resize(image.crop(box), size)
-    for op in augmentation.ops or ():
-        if op.name not in operations:
+    return image.crop(box)
+
+
+def operations_at(augmentation: Augmentation, size: int | None = None) -> list[Op]:
+    """The record's operations at a size (default: the recorded one), to which translations are scaled.
+
+    Raises ValueError if there are too many, or one is unknown or has a magnitude out of bounds.
+    """
+    size, ops = size or augmentation.size, augmentation.ops or ()
+    if size > MAX_SIDE or len(ops) > _MAX_OPS:
+        raise ValueError(f"a record of {size} pixels and {len(ops)} operations; at most {MAX_SIDE} and {_MAX_OPS}")
+    scaled = []
+    for op in ops:
+        if op.name not in OPS:
             raise ValueError(f"unknown operation {op.name!r} in an augmentation record; known: {', '.join(OPS)}")
-        magnitude = op.magnitude
-        if not abs(magnitude) <= MAX_SIDE:  # also not a number
-            raise ValueError(f"magnitude {magnitude} in an augmentation record; at most {MAX_SIDE}")
-        if op.name in ("TranslateX", "TranslateY") and size != augmentation.size:
-            magnitude *= size / augmentation.size
-        out = operations[op.name](out, magnitude)
-    return out
+        if not abs(op.magnitude) <= MAX_SIDE:  # also not a number
+            raise ValueError(f"magnitude {op.magnitude} in an augmentation record; at most {MAX_SIDE}")
+        shifts = op.name in ("TranslateX", "TranslateY") and size != augmentation.size
+        scaled.append(Op(op.name, op.magnitude * (size / augmentation.size)) if shifts else op)
+    return scaled
 
 
 def to_records(augmentations: Iterable[Augmentation]) -> list[dict[str, Any]]:

@@ -57,6 +57,8 @@ class Assembler:
             "key": [key for part in parts for key in part.keys],
             "image": self._concatenate_images([of_part.image for of_part in buffers]),
         }
+        if parts[0].records:
+            batch["records"] = [record for part in parts for record in part.records]
         for number, kind in enumerate(self.kinds):
             batch[kind] = self._concatenate([part.tokens[number] for part in parts])
         targets: dict[str, dict[str, torch.Tensor]] = {}

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from reinforce.dataset.augment.backends import load_backend
+from reinforce.dataset.augment.device_records import DEVICE_BACKEND
 from reinforce.dataset.files.damage import describe_damaged, find_damaged
 from reinforce.dataset.files.index import read_index
 from reinforce.dataset.files.store import Store
@@ -61,7 +62,9 @@ def _open_dataset(source: Source, data: Data, seed: int, teachers: Sequence[str]
     require_images(manifest, url)
     policies = ImagePolicies.from_manifest(manifest, url, data.limits)
     policies.check()
-    load_backend(policies.augmentation)  # loader processes use it; here an error is reported before the first step
+    policies = replace(policies, augmentation=data.backend or policies.augmentation)
+    if policies.augmentation != DEVICE_BACKEND:
+        load_backend(policies.augmentation)  # loader processes use it; here an error is reported before the first step
     layers = manifest["layers"]
     chosen_teachers = select_names(url, "teachers", teachers, manifest)
     captioners = select_names(url, "captioners", None if data.captioners is None else list(data.captioners), manifest)

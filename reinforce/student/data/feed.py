@@ -17,6 +17,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from torch.utils.data import DataLoader, IterableDataset
 
+from reinforce.dataset.augment.device_records import DEVICE_BACKEND
 from reinforce.errors import UserError
 from reinforce.processes.parent import exit_with_parent
 from reinforce.processes.prefetch import prefetch
@@ -166,11 +167,12 @@ class StudentFeed(StreamFeed):
         width = sum(dim for _, dim in targets)
         view = max(dataset.size for dataset in datasets) if online else None
         self.rows: int = sum(dataset.rows for dataset in datasets)
+        scaled, device = data.translations != "stored", data.backend == DEVICE_BACKEND
         super().__init__(
             data,
             seed,
             datasets,
-            PartMaker(size, width, tokenize, view, scaled=data.translations != "stored"),
+            PartMaker(size, width, tokenize, view, scaled, device=device),
             Assembler(spec.kinds, targets, tuple(online), pin),
             data.samples or self.rows,
             files=" ".join(dataset.files for dataset in datasets),

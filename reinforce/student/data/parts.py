@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from reinforce.dataset.augment.backends import load_backend
+from reinforce.dataset.augment.device_records import CELL, CellRecord, fill_cell
 from reinforce.errors import UserError
 from reinforce.images.policy import ImageRefused, decode
 from reinforce.processes.shared_memory import SharedMemory
@@ -74,6 +75,7 @@ class Part(NamedTuple):
     tokens: torch.Tensor  # int64 [kinds of text, n, context]
     texts: list[tuple[str, ...]]  # for online teachers
     unusable: Counter[str]  # unusable rows since the last part, by reason
+    records: Sequence[CellRecord] = ()  # of images that the device augments
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class PartMaker:
     ``view`` is the side in pixels of the images for online teachers, None if there are none. Translations of the
     student's images are scaled with their size, unless not ``scaled``. With ``replaces``, another example stands in
     for one whose image cannot be decoded, which is an error otherwise: a run has decoded each image of a dataset.
+    With ``device``, images are cells for the augmentation backend ``device-1``.
     """
 
     size: int
@@ -91,11 +94,12 @@ class PartMaker:
     view: int | None = None
     scaled: bool = True
     replaces: bool = False
+    device: bool = False
 
     @property
     def sides(self) -> list[int]:
         """Sides of image and view in pixels, 0 for a view that is not needed."""
-        return [self.size, 0 if self.view in (None, self.size) else self.view or 0]
+        return [self.size * (CELL if self.device else 1), 0 if self.view in (None, self.size) else self.view or 0]
 
     def allocate(self, *rows: int) -> PartBuffers:
         """Buffers with leading dimensions ``rows``, the last of which is n."""
@@ -118,9 +122,11 @@ class PartMaker:
         """
         buffers = buffers.select(slice(len(examples)))
         pixels = [(buffers.image.numpy(), self.size), (buffers.view.numpy(), self.sides[1])]
+        records: list[CellRecord] = []
         for i, example in enumerate(examples):
             try:
-                self._draw(example, i, pixels)
+                if (record := self._draw(example, i, pixels)) is not None:
+                    records.append(record)
             except (ImageRefused, ValueError, TypeError, OverflowError) as error:
                 if self.replaces and spare is not None and isinstance(error, ImageRefused):
                     examples[i] = self._replace(example, error, i, pixels, partial(spare, i), unusable)
@@ -133,19 +139,28 @@ class PartMaker:
         np.stack([example.vectors for example in examples], out=buffers.vectors.numpy())
         texts = [example.texts for example in examples]
         tokens = torch.stack([self.tokenize(of_kind) for of_kind in zip(*texts, strict=True)])
-        return Part([example.key for example in examples], buffers, tokens, texts if self.view else [], unusable)
+        return Part(
+            [example.key for example in examples], buffers, tokens, texts if self.view else [], unusable, records
+        )
 
-    def _draw(self, example: Example, i: int, pixels: _Pixels) -> None:
-        """Decode and augment the image of example ``i``. Raises ImageRefused and what the replay raises."""
+    def _draw(self, example: Example, i: int, pixels: _Pixels) -> CellRecord | None:
+        """Decode and augment the image of example ``i``, or return what the device is to do with it.
+
+        Raises ImageRefused and what the replay raises.
+        """
         image = decode(example.image, example.file.limits, policy=example.file.policy)
-        replay = load_backend(example.file.backend)
         record = example.augmentation
         if callable(record):
             record = record(*image.size)
+        if self.device:
+            own = record if self.scaled else dataclasses.replace(record, size=self.size)
+            return fill_cell(image, own, self.size, pixels[0][0][i])
+        replay = load_backend(example.file.backend)
         for images, side in pixels:
             if side:
                 own = record if self.scaled or images is not pixels[0][0] else dataclasses.replace(record, size=side)
                 images[i] = replay(image, own, side)
+        return None
 
     def _replace(
         self,

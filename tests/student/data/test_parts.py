@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from reinforce.config import Limits
+from reinforce.dataset.augment.device import augment
 from reinforce.dataset.augment.records import Augmentation, Crop, Op
 from reinforce.errors import UserError
 from reinforce.student.data.assembly import BufferPool
@@ -56,6 +57,35 @@ def test_translations_are_scaled_or_shift_by_the_stored_pixels() -> None:
     assert shifts(32) == [9, 6]
     assert shifts(32, scaled=False) == [4, 3]
     assert shifts(32, scaled=False, view=48) == [4, 3, 14, 9], "teachers in the loop see what a stored one would"
+
+
+def test_an_image_that_is_augmented_on_the_device_has_the_pixels_of_the_default_backend() -> None:
+    """Also at another size, where translations are scaled or not; a crop without room in a cell is resized here."""
+    records = [
+        Augmentation(Crop(2, 3, 20, 24), 16, (Op("TranslateX", 4.9), Op("Equalize", 0.0))),
+        Augmentation(Crop(0, 1, 40, 39), 16, (Op("Rotate", -9.0),)),
+        Augmentation(Crop(2, 3, 7, 40), 16, None),
+    ]
+    examples = [example(n)._replace(augmentation=r, image=picture(n, 48, 40)) for n, r in enumerate(records)]
+
+    def images(size: int, scaled: bool, device: bool) -> torch.Tensor:
+        maker = PartMaker(size, 5, letters, scaled=scaled, device=device)
+        part = maker.make(examples, maker.allocate(3), Counter())
+        assert part.buffers is not None
+        return augment(part.buffers.image, part.records, size) if device else part.buffers.image
+
+    for size, scaled in ((16, True), (12, True), (12, False)):
+        found, expected = (images(size, scaled, device).int() for device in (True, False))
+        assert (found - expected).abs().max() <= 1
+        assert (found != expected).float().mean() < 0.01
+
+
+def test_a_damaged_record_for_the_device_is_named() -> None:
+    maker = PartMaker(12, 5, letters, device=True)
+    for op in (Op("Posterize", 9.0), Op("Melt", 1.0), Op("Rotate", float("nan"))):
+        damaged = example(0)._replace(augmentation=Augmentation(CROP.crop, 16, (op,)))
+        with pytest.raises(UserError, match=r"samples/x\.parquet, key k0: this is not the image that was augmented"):
+            maker.make([damaged], maker.allocate(1), Counter())
 
 
 def test_memory_is_reused_only_when_nothing_references_it() -> None:
