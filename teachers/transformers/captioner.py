@@ -18,7 +18,7 @@ import torch
 import transformers
 
 from teachers.decoding.choosing import TokenChooser
-from teachers.decoding.decode import decode
+from teachers.decoding.decode import decode, draw
 from teachers.decoding.device_sampling import DeviceSampler
 from teachers.decoding.rules import DecodingRules
 from teachers.device.accelerator import Accelerator
@@ -70,10 +70,14 @@ class TransformersCaptioner:
         """
         return self.to_texts(self.generate(pixels, seeds))
 
+    def draw(self, seeds: npt.NDArray[np.uint64]) -> npt.NDArray[Any]:
+        """What ``generate`` takes in place of seeds; needs no accelerator."""
+        return draw(seeds, self._rules, self._spec)
+
     @torch.inference_mode()
-    def generate(self, pixels: torch.Tensor, seeds: npt.NDArray[np.uint64]) -> list[list[list[int]] | None]:
-        """As ``caption``, but the tokens of each caption."""
-        if seeds.shape != (len(pixels), self.captions):
+    def generate(self, pixels: torch.Tensor, seeds: npt.NDArray[Any]) -> list[list[list[int]] | None]:
+        """As ``caption``, but the tokens of each caption. ``seeds`` may be those of ``draw``."""
+        if seeds.shape[:2] != (len(pixels), self.captions):
             raise ValueError(f"expected seeds of shape {(len(pixels), self.captions)}, got {seeds.shape}")
         images = max(1, self._rows // self._spec.rows_per_image)
         captions: list[list[list[int]] | None] = []

@@ -19,6 +19,7 @@ from reinforce.config import parse_config
 from reinforce.dataset.files.store import Store
 from reinforce.engine.inference.models import load_models
 from reinforce.engine.plan.plan import make_plan
+from reinforce.engine.worker.full_batch import find_batch
 from reinforce.engine.worker.shard import allocate_pixels, process_shard
 from reinforce.errors import UserError
 from reinforce.student.train import train
@@ -79,6 +80,8 @@ def test_a_shard_on_a_gpu_has_the_layers_of_a_cpu_and_waits_for_no_copy_of_its_i
     monkeypatch.setattr(pool, "_regions", [])  # those of other tests are not pinned
     with stand_in_cuda() as cuda:
         models = load_models(parsed, plan.layers.values())
+        find_batch(models, parsed, [plan.layers["captions/coca"]])
+        assert models.captioners["coca"]._decoder.capacity == 1024, "of a large row group, to test its memory"
         allocate_pixels(pool, parsed, plan.layers.values(), models, 1)
         with cuda.counted() as counts:
             process_shard(plan.pending[0], parsed, plan.layers, Store(parsed.output), models, pool, 8)

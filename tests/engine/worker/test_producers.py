@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from reinforce.config import parse_config
 from reinforce.dataset.augment.records import Augmentation, Crop, from_records, to_records
 from reinforce.engine.decode.row import Decoded, Row
+from reinforce.engine.inference.inference import Batch
 from reinforce.engine.inference.models import Models
 from reinforce.engine.inference.session import Session
 from reinforce.engine.plan.recipe import build_layers, describe_models
@@ -24,7 +26,7 @@ from reinforce.source.samples import RawSample, Refusal
 from schemas import Reason
 from teachers.device.accelerator import Accelerator
 from tests.helpers.data import config_of
-from tests.helpers.models import ColorTeacher
+from tests.helpers.models import ColorTeacher, GroupCaptioner
 
 AUGMENTATION = Augmentation(Crop(1, 2, 10, 20), 24, None)
 
@@ -89,6 +91,28 @@ def test_vectors_are_null_where_an_image_is_unreadable_or_they_are_not_finite_an
     found, refusals = table(name, RowGroup(rows, [{name: values[:3]}, {name: values[3:]}, {}], {}))
     assert [value is None for value in found["embeddings"].to_pylist()] == [False, True, True, True]
     assert refusals.counts() == {"not_finite": 2, "image_broken": 1}
+
+
+def test_captions_of_a_row_group_are_decoded_without_the_rows_that_have_labels() -> None:
+    config, captioner = parse_config(config_of("x.tar", "out")), GroupCaptioner(torch.device("cpu"))
+    layer = build_layers(config, describe_models(config))["captions/namer"]
+    layer = replace(layer, labels="those of another run")  # type: ignore[arg-type]
+    models = Models({}, {"namer": captioner}, Accelerator("cpu"))
+    [producer] = make_producers([layer], Session(config, models))
+    given = {layer.name: ["one", "two"]}
+    batches = [[Row("a"), Row("b", values=given)], [Row("c", values=given)], [Row("d")]]
+    outputs = []
+    for rows in batches:
+        views = {captioner.image: torch.full((len(rows), 8, 8, 3), 100, dtype=torch.uint8)}
+        outputs.append(producer.encode(Batch(rows, "rows", None, views), producer.prepare(rows))())
+    captioner.decoded.clear()
+    found = producer.table(layer, RowGroup([row for rows in batches for row in rows], outputs, {}))
+    texts = found["captions"].to_pylist()
+    assert captioner.decoded == [2]
+    assert texts[1:3] == [["one", "two"]] * 2
+    assert all(text.startswith("a picture of -0.216, seed ") for text in texts[0] + texts[3])
+    empty = producer.table(layer, RowGroup(batches[1], [{layer.name: [None]}], {}))
+    assert empty["captions"].to_pylist() == [["one", "two"]]
 
 
 def test_stored_captions_must_have_the_keys_of_samples_in_their_order() -> None:
