@@ -11,8 +11,9 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from unittest.mock import patch
 
 import torch
@@ -136,22 +137,23 @@ def make_parser() -> argparse.ArgumentParser:
 def main(words: Sequence[str] | None = None) -> None:
     parser = make_parser()
     options = parser.parse_args(words)
+    refuse = partial(_refuse, parser)
     console = Console(highlight=False)
     if options.page:
         if not page.RESULTS.exists():
-            parser.error(f"{page.RESULTS} does not exist: run `make bench-gpu` on a machine with a GPU first")
+            refuse(f"{page.RESULTS} does not exist: run `make bench-gpu` on a machine with a GPU first")
         page.write_page()
         console.print(f"written to {page.PAGE}")
         return
     device = options.device or ("cpu" if options.tiny else "cuda")
     if device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error("torch sees no CUDA device; `--tiny` tests the code on a CPU")
+        refuse("torch sees no CUDA device; `--tiny` tests the code on a CPU")
     if device == "cpu" and not options.tiny:
-        parser.error("a CPU takes hours for these models: add --tiny")
+        refuse("a CPU takes hours for these models: add --tiny")
     if device != "cpu" and options.ranks > torch.cuda.device_count():
-        parser.error(f"--ranks {options.ranks}, but torch sees {torch.cuda.device_count()} CUDA devices")
+        refuse(f"--ranks {options.ranks}, but torch sees {torch.cuda.device_count()} CUDA devices")
     if options.weights is not None and not options.weights.is_dir():
-        parser.error(f"--weights {options.weights} is not a folder")
+        refuse(f"--weights {options.weights} is not a folder")
     with contextlib.ExitStack() as stack:
         folder = options.folder or (
             Path(stack.enter_context(tempfile.TemporaryDirectory())) if options.tiny else FOLDER
@@ -163,7 +165,7 @@ def main(words: Sequence[str] | None = None) -> None:
         try:
             results.begin(describe(bench))
         except ValueError as error:
-            parser.error(str(error))
+            refuse(str(error))
         if not bench.on_cuda:
             stack.enter_context(_captured_only())
         determinism.set_flags(device)
@@ -180,6 +182,11 @@ def main(words: Sequence[str] | None = None) -> None:
     if failures:
         console.print(f"{len(failures)} FAILED: {', '.join(failures)}")
         raise SystemExit(1)
+
+
+def _refuse(parser: argparse.ArgumentParser, text: str) -> NoReturn:
+    """End with one line, and the exit status of a wrong option."""
+    parser.exit(2, f"{parser.prog}: {text}\n")
 
 
 def _captured_only() -> AbstractContextManager[object]:

@@ -70,7 +70,7 @@ def _compare_embeddings(bench: Bench, name: str, spec: TeacherSpec) -> list[Figu
             lowest, what = float(cosines.diagonal().min()), f"{name}, {switch}, {side}"
             others = int((cosines.argmax(1) != torch.arange(len(cosines))).sum())
             figures += [
-                Figure(RIGHT, f"{what}: lowest cosine to fp32 on the CPU", lowest, "", COSINE, "at least"),
+                Figure(RIGHT, f"{what}: lowest cosine to fp32 on the CPU", lowest, "cosine", COSINE, "at least"),
                 Figure(RIGHT, f"{what}: nearer to the embedding of another input", others, "", 0.0, "at most"),
             ]
     return figures

@@ -17,7 +17,7 @@ from benchmarks.pipeline.memory import pixel_cell_bytes
 
 RESULTS = Path(__file__).parents[1] / "results" / "pipeline.json"
 PAGE = Path(__file__).parents[2] / "docs" / "performance.md"
-_DECIMALS = {"ms": 2, "samples/s": 0, "images/s": 0, "MB": 0, "kB": 0}
+_DECIMALS = {"ms": 2, "samples/s": 0, "images/s": 0, "MB": 0, "kB": 0, "cosine": 5}
 _MEASURED = """\
 Measured on {date}: {cpu}, {cores} cores, load average {load average} at the start,
 torch {torch}, Pillow {pillow}. Models: {device}. Photographs: JPEGs of 512 x 512 pixels and {photograph bytes:,} bytes;

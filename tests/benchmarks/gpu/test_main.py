@@ -86,6 +86,7 @@ def test_a_tiny_run_on_a_cpu_measures_every_section(
     assert results.sections["teachers"]["traces"]["dfn2b, images"]["kernels"] > 10
     assert (folder / "traces" / "dfn2b, images.json.gz").exists()
     text = page.render_page(page.PAGE.read_text(encoding="utf-8"), results)
+    assert "| milliseconds of a source image | measured | estimated for an H100 |" in text
     assert "| teachers | " in text
     assert "there is no nvidia-smi" in text
 
@@ -178,9 +179,11 @@ def test_sections_for_which_the_minutes_do_not_suffice_are_left_out(tmp_path: Pa
 def test_what_this_machine_cannot_measure_is_one_message(
     words: list[str], advice: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as ended:
         main(words)
-    assert advice in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert advice in line
+    assert ended.value.code == 2
 
 
 def test_readings_of_the_card_are_those_of_the_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
