@@ -12,6 +12,7 @@ webdataset pipeline of its trainer. The consumer does nothing. Ratios of medians
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import statistics
@@ -45,7 +46,38 @@ from teachers.open_clip.tokenizer import Tokenizer
 from teachers.preprocessing.pixels import to_pixels
 
 RESULTS = Path(__file__).parent / "results" / "captioner.json"
-MODEL = "coca_ViT-B-32"
+TOKENIZER = "coca_ViT-B-32"
+SMALL = {
+    "embed_dim": 256,
+    "vision_cfg": {
+        "image_size": 224,
+        "layers": 6,
+        "width": 384,
+        "head_width": 64,
+        "patch_size": 32,
+        "attentional_pool": True,
+        "attn_pooler_heads": 4,
+        "output_tokens": True,
+    },
+    "text_cfg": {
+        "context_length": 76,
+        "vocab_size": 49408,
+        "width": 256,
+        "heads": 4,
+        "layers": 6,
+        "embed_cls": True,
+        "output_tokens": True,
+    },
+    "multimodal_cfg": {
+        "context_length": 76,
+        "vocab_size": 49408,
+        "width": 256,
+        "heads": 4,
+        "layers": 6,
+        "attn_pooler_heads": 4,
+    },
+    "custom_text": True,
+}
 SIZE, PREFETCH, WARMUP = 224, 2, 8
 
 
@@ -65,6 +97,11 @@ def config_of(folder: Path, model: str, **data: Any) -> CaptionerConfig:
 
 def make_steps(folder: Path, model: str, batch: int) -> dict[str, Callable[[], None]]:
     """One training step of ours and of open_clip, of models with equal weights."""
+    if model == "small":
+        (folder / "small").mkdir()
+        content = json.dumps({"model_cfg": SMALL, "preprocess_cfg": {}})
+        (folder / "small" / "open_clip_config.json").write_text(content)
+        model = f"local-dir:{folder}/small"
     config = config_of(folder, model)
     ours, theirs = (build_captioner(config).train() for _ in range(2))
     tokens = Tokenizer(model)([sentence(seed) for seed in range(batch)])
@@ -106,8 +143,8 @@ def time_steps(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, l
 
 def our_batches(folder: Path, processes: int, batch: int) -> Iterator[Any]:
     """The batches of this project's streams."""
-    config = config_of(folder, MODEL, workers=processes, prefetch=PREFETCH)
-    tokenize = Tokenizer(MODEL)
+    config = config_of(folder, TOKENIZER, workers=processes, prefetch=PREFETCH)
+    tokenize = Tokenizer(TOKENIZER)
     feed = CaptionStreams(load_streams(config, SIZE)[0], tokenize, int(tokenize([""])[0, 1]))
     feed.set_up(1, batch, 0, processes, None)
     return feed.batches(0, 1, batch, 0)
@@ -128,7 +165,7 @@ def open_clip_batches(folder: Path, shards: int, images: int, processes: int, ba
         workers=processes,
         world_size=1,
     )
-    loaded = get_wds_dataset(args, preprocess, is_train=True, tokenizer=open_clip.get_tokenizer(MODEL))
+    loaded = get_wds_dataset(args, preprocess, is_train=True, tokenizer=open_clip.get_tokenizer(TOKENIZER))
     while True:
         yield from loaded.dataloader
 
@@ -140,8 +177,8 @@ def consume(batches: Iterator[Any], batch: int, images: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=MODEL, help="open_clip name of the CoCa whose step is measured")
-    parser.add_argument("--batch", type=int, default=8, help="samples of a step")
+    parser.add_argument("--model", default="small", help="CoCa whose step is measured, by its name in open_clip")
+    parser.add_argument("--batch", type=int, default=32, help="samples of a step")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="loader processes")
     parser.add_argument("--images", type=int, default=1024, help="images that the loaders read")

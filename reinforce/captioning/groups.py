@@ -178,8 +178,18 @@ def _list_groups(data: Data) -> Iterator[tuple[Shard, int | None]]:
     check_no_view(data.source, data.view, "data")
     sizes_of: dict[str, dict[str, int]] = {}
     with ThreadPoolExecutor(_READERS) as pool:
-        for parts in pool.map(lambda shard: [*_divide(shard, sizes_of)], list_shards(data.source, input_of_data(data))):
+        for parts in pool.map(lambda shard: _divided(shard, sizes_of), list_shards(data.source, input_of_data(data))):
             yield from parts
+
+
+def _divided(shard: Shard, sizes_of: dict[str, dict[str, int]]) -> list[tuple[Shard, int | None]]:
+    try:
+        return [*_divide(shard, sizes_of)]
+    except Exception as error:  # each storage driver raises its own exceptions
+        raise UserError(
+            f"data: {canonical(shard.file)} cannot be read: {type(error).__name__}: {error}. Check the path, or "
+            "download it again."
+        ) from error
 
 
 def _divide(shard: Shard, sizes_of: dict[str, dict[str, int]]) -> Iterator[tuple[Shard, int | None]]:

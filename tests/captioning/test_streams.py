@@ -200,6 +200,7 @@ def test_a_source_of_broken_images_ends_the_training(folder: Path, tmp_path: Pat
     [
         ({"order": None}, "workers: it is of `order: streams`"),
         ({"source": "SHARDS/none-*.tar"}, "none-"),
+        ({"source": "SHARDS/none.parquet"}, r"data: .*none\.parquet cannot be read: FileNotFoundError"),
         ({"captions": ["md"]}, "0 examples are left for training"),
         ({"view": "some"}, "a view is of one reinforced dataset"),
     ],
