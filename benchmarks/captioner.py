@@ -29,6 +29,7 @@ import torch
 from open_clip.transform import AugmentationCfg, PreprocessCfg, image_transform_v2
 from rich.console import Console
 from rich.table import Table
+from webdataset.tariterators import tar_file_expander
 
 from benchmarks.loader import compare, sentence, write_source
 from benchmarks.stored import write_results
@@ -152,8 +153,10 @@ def our_batches(folder: Path, processes: int, batch: int) -> Iterator[Any]:
 
 def open_clip_batches(folder: Path, shards: int, images: int, processes: int, batch: int) -> Iterator[Any]:
     """Endless batches of the loader of open_clip's trainer."""
-    from open_clip_train.data import get_wds_dataset
+    from open_clip_train import data
 
+    # The installed webdataset ends each shard with an empty item, at which the trainer's loader fails.
+    data.tar_file_expander = partial(tar_file_expander, eof_value=None)
     preprocess = image_transform_v2(PreprocessCfg(size=SIZE), is_train=True, aug_cfg=AugmentationCfg())
     args = Namespace(
         train_data=f"{folder}/{{00000..{shards - 1:05d}}}.tar",
@@ -165,7 +168,7 @@ def open_clip_batches(folder: Path, shards: int, images: int, processes: int, ba
         workers=processes,
         world_size=1,
     )
-    loaded = get_wds_dataset(args, preprocess, is_train=True, tokenizer=open_clip.get_tokenizer(TOKENIZER))
+    loaded = data.get_wds_dataset(args, preprocess, is_train=True, tokenizer=open_clip.get_tokenizer(TOKENIZER))
     while True:
         yield from loaded.dataloader
 
