@@ -221,13 +221,15 @@ def kind_questions(tree: ast.AST) -> Iterator[tuple[int, str]]:
     """The line and the text of each comparison of a kind with a name, of each name of a layer that is built or
     compared, and of each that is divided into its parts."""
     names = {*KINDS}
+    sections = {kind.section for kind in KINDS.values()} - {None}
     folders = tuple(f"{parts_of(kind.pattern)[0]}/" for kind in KINDS.values())
     for node in ast.walk(tree):
         found = False
         if isinstance(node, ast.Compare):
             sides = [node.left, *node.comparators]
             texts = {leaf.value for side in sides for leaf in ast.walk(side) if isinstance(leaf, ast.Constant)}
-            found = bool(names & texts) and any("kind" in ast.unparse(side) for side in sides)
+            asked = "".join(map(ast.unparse, sides))
+            found = (bool(names & texts) and "kind" in asked) or (bool(sections & texts) and "kind.section" in asked)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             found = node.value.startswith(folders) and " " not in node.value
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
@@ -247,8 +249,9 @@ def test_no_other_code_asks_which_kind_a_layer_is_of_or_reads_its_name() -> None
         for line, text in kind_questions(parsed_file(path))
     ]
     assert asked == []
-    code = "layer.kind.name in ('images', 'texts'); f'captions/{c}'; layer.split('/'); posixpath.dirname(name)"
-    assert len({text for _, text in kind_questions(ast.parse(code))}) == 4, "the search finds such code"
+    code = "layer.kind.name in ('images', 'texts'); f'captions/{c}'; layer.split('/'); posixpath.dirname(name); "
+    code += "layer.kind.section == 'teachers'"
+    assert len({text for _, text in kind_questions(ast.parse(code))}) == 5, "the search finds such code"
 
 
 @pytest.mark.usefixtures("ray_here")

@@ -169,6 +169,7 @@ class LayerKind(ABC):
         section: of the config and dataset.json with the models that make its layers, None if no model does.
         required: keys of a layer's entry in dataset.json.
         crops, views: whether its models see the augmented images, or the image as a whole.
+        vectors: whether its values are vectors of a model, whose dimension dataset.json states.
     """
 
     name: ClassVar[str]
@@ -181,6 +182,7 @@ class LayerKind(ABC):
     required: ClassVar[tuple[str, ...]] = ()
     crops: ClassVar[bool] = False
     views: ClassVar[bool] = False
+    vectors: ClassVar[bool] = False
 
     # -- what is computed
 

@@ -49,7 +49,7 @@ def check_labels(config: Config, rows: int = 64, pool: DecodePool | None = None)
         here = {"output": folder, "input": config.input.model_copy(update={"limits": limits}), "scores": {}}
         plan = make_plan(config.model_copy(update=here))
         taken = {name: layer for name, layer in plan.layers.items() if layer.labels is not None}
-        vectors_of = {name: layer for name, layer in taken.items() if layer.kind.section == "teachers"}
+        vectors_of = {name: layer for name, layer in taken.items() if layer.kind.vectors}
         models = {name: layer for name, layer in vectors_of.items() if not layer.published}
         lines = [
             f"{name}: its model is not in the config, so it is not loaded" for name in vectors_of.keys() - models.keys()

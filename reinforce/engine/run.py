@@ -118,7 +118,7 @@ def _complete_manifest(plan: Plan, store: Store, manifest: dict[str, Any] | None
     """
     stored = [layer for name, layer in plan.layers.items() if plan.states[name].done and not layer.published]
     known = {name for name, entry in mapping_at(manifest or {}, "teachers").items() if entry.get("dim")}
-    lost = [layer for layer in stored if layer.kind.section == "teachers" and layer.model not in known]
+    lost = [layer for layer in stored if layer.kind.vectors and layer.model not in known]
     if not lost:
         return manifest
     import torch

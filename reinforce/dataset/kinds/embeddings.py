@@ -41,6 +41,7 @@ class _Embeddings(LayerKind):
     columns = ("key", "embeddings")
     values = "embeddings"
     section = "teachers"
+    vectors = True
     required = ("count", "dim", "dtype")
 
     def layers(
