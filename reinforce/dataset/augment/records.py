@@ -164,9 +164,10 @@ def replay_with(
     size: int | None = None,
 ) -> Image.Image:
     """Apply a record as ``replay`` does, by these functions."""
+    ops = operations_at(augmentation, size)  # refuses sizes that would take too much memory
     # The crop is cut out first: resizing with a box would use pixels around it.
     out = resize(cut(image, augmentation), size or augmentation.size)
-    for op in operations_at(augmentation, size):
+    for op in ops:
         out = operations[op.name](out, op.magnitude)
     return out
 
