@@ -112,7 +112,7 @@ def wait_for_step(process: subprocess.Popen[str], output: Path, step: int) -> No
 
 def assert_same(output: Path, undisturbed: Path) -> None:
     """The same rows, apart from timing and memory, and the same weights, bit for bit."""
-    timing = ("samples_per_second", "waiting", "memory")
+    timing = ("samples_per_second", "flops_per_second", "waiting", "memory")
     ours, theirs = (
         [{k: v for k, v in row.items() if k not in timing} for row in rows(o)] for o in (output, undisturbed)
     )

@@ -59,7 +59,7 @@ def test_a_training_in_s3_is_stopped_and_resumed_as_on_a_disk(s3: Any, tmp_path:
     assert results.steps == 12
 
     def lines(text: str) -> list[dict[str, Any]]:
-        timing = ("samples_per_second", "waiting", "memory")
+        timing = ("samples_per_second", "flops_per_second", "waiting", "memory")
         return [{k: v for k, v in json.loads(line).items() if k not in timing} for line in text.splitlines()]
 
     assert lines(s3.cat_file("bucket/trainings/one/log.jsonl").decode()) == lines(
