@@ -20,7 +20,7 @@ from reinforce.errors import UserError
 from reinforce.images.policy import decode
 from teachers.open_clip.tokenizer import Tokenizer
 from teachers.weights import cache_folder
-from tests.helpers.captioning import captioner_config, write_shards
+from tests.helpers.captioning import captioner_config, equal, take, write_shards
 from tests.helpers.data import picture, write_tar
 from tests.helpers.reinforced import reinforce_here
 from tests.helpers.tiny_coca import END
@@ -36,19 +36,6 @@ def make_pairs(folder: Path, **data: Any) -> tuple[Pairs, Data]:
 
 def make_feed(pairs: Pairs, data: Data, seed: int = 0) -> CaptionFeed:
     return CaptionFeed(pairs, data, seed, SIZE, tokenize, END)
-
-
-def take(feed: CaptionFeed, steps: int, rank: int = 0, ranks: int = 1, batch: int = 4, start: int = 0) -> list[Any]:
-    batches = feed.batches(rank, ranks, batch, start)
-    try:
-        return list(itertools.islice(batches, steps))
-    finally:
-        batches.close()
-
-
-def equal(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    tensors = all(torch.equal(a[name], b[name]) for name in ("image", "caption"))
-    return tensors and a["key"] == b["key"] and a["length"] == b["length"]
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import shutil
@@ -27,7 +26,7 @@ from reinforce.settings import parse
 from reinforce.training.record.results import Results
 from teachers.device.accelerator import Accelerator
 from teachers.open_clip.tokenizer import Tokenizer
-from tests.helpers.captioning import captioner_config, write_shards
+from tests.helpers.captioning import captioner_config, equal, take, write_shards
 from tests.helpers.data import picture, write_tar
 from tests.helpers.reinforced import reinforce_here
 from tests.helpers.tiny_coca import END
@@ -44,19 +43,6 @@ def streams_config(folder: Path, **data: Any) -> CaptionerConfig:
 
 def feed_of(config: CaptionerConfig) -> CaptionStreams:
     return CaptionStreams(load_streams(config, SIZE)[0], tokenize, END)
-
-
-def take(feed: CaptionStreams, steps: int, rank: int = 0, ranks: int = 1, batch: int = 4, start: int = 0) -> list[Any]:
-    batches = feed.batches(rank, ranks, batch, start)
-    try:
-        return list(itertools.islice(batches, steps))
-    finally:
-        batches.close()
-
-
-def equal(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    tensors = all(torch.equal(a[name], b[name]) for name in ("image", "caption"))
-    return tensors and a["key"] == b["key"] and a["length"] == b["length"]
 
 
 def keys_of(batches: list[Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from reinforce.captioning.feed import predicted_lengths
 from reinforce.captioning.model import CaptionerModel, build_captioner
 from reinforce.captioning.task import CaptioningTask
 from reinforce.settings import parse
-from reinforce.training.task import Batch
+from reinforce.training.task import Batch, Feed
 from teachers.open_clip.tokenizer import Tokenizer
 from tests.helpers.data import picture, write_tar
 from tests.helpers.tiny_coca import END, IMAGE_SIZE, coca_model
@@ -83,3 +84,18 @@ def task_losses(model: CaptionerModel, batch: Batch, loss: Loss) -> dict[str, to
 
 def gradients_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def take(feed: Feed, steps: int, rank: int = 0, ranks: int = 1, batch: int = 4, start: int = 0) -> list[Any]:
+    """The batches of some steps of one rank."""
+    batches = feed.batches(rank, ranks, batch, start)
+    try:
+        return list(itertools.islice(batches, steps))
+    finally:
+        batches.close()
+
+
+def equal(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two batches are equal."""
+    tensors = all(torch.equal(a[name], b[name]) for name in ("image", "caption"))
+    return tensors and a["key"] == b["key"] and a["length"] == b["length"]
