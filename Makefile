@@ -149,6 +149,7 @@ bench-transfer: $(INSTALLED) ## the demo's two students with three seeds each, a
 	$(BIN)/python -m benchmarks.transfer
 
 ablations: $(INSTALLED) ## the papers' questions at the demo's scale, after `make demo`; continues if stopped (hours)
+	$(BIN)/python -m benchmarks.ablations.ensembles
 	$(BIN)/python -m benchmarks.ablations
 
 wheel-check: $(INSTALLED) ## install the wheel into an empty environment, and use it outside the repository (minutes)

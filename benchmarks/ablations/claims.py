@@ -79,6 +79,25 @@ class Compare:
 
 
 @dataclass(frozen=True)
+class Within:
+    """The mean of ``first`` differs from that of ``second`` by at most this share of the smaller one."""
+
+    measure: str
+    first: str
+    second: str
+    share: float
+
+    def check(self, numbers: Numbers) -> Verdict:
+        measure = ALL_MEASURES[self.measure]
+        first, second = (statistics.fmean(numbers[label][self.measure]) for label in (self.first, self.second))
+        holds = max(first, second) <= (1 + self.share) * min(first, second)
+        claim = f"{measure.title}: {self.first} within {self.share:.0%} of {self.second}"
+        values = f"{measure.format(first)} and {measure.format(second)}"
+        difference = measure.format_difference(first, second)
+        return Verdict(holds, f"{claim}: {'yes' if holds else 'no'} ({values}, difference {difference})")
+
+
+@dataclass(frozen=True)
 class Sooner:
     """With every seed, ``first`` reaches the final accuracy of ``second`` in fewer steps than ``second`` does."""
 

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.ablations.measures import MILLISECONDS, MILLISECONDS_ALONE
-from reinforce.shipping.towers import reparameterize
+from reinforce.shipping.latency import measure_latency
+from reinforce.shipping.runtimes import TORCH
 from teachers.open_clip.catalog import CONFIG_FILE, FOLDER_PREFIX
-from teachers.open_clip.teacher import random_model
+from teachers.spec import ModelSpec
 
 #: The demo's student, whose text encoder and tokenizer all have.
 _STUDENT = Path("configs/student-demo")
-_TIMED, _ROUNDS = "milliseconds.json", 15
+_TIMED, _ROUNDS = "milliseconds.json", 60
 #: Measure -> images of a forward pass.
 _BATCHES = {MILLISECONDS: 64, MILLISECONDS_ALONE: 1}
 
@@ -80,42 +77,22 @@ class Encoder:
 
 
 def prepare(encoders: Sequence[Encoder], out: Path) -> None:
-    """Write the folders of these encoders with their milliseconds, unless all have them; the encoders take turns.
+    """Write the folders of these encoders with their milliseconds, unless all have them.
 
-    CPU milliseconds of one thread, with random weights, reparameterised as for export: medians per image of a batch,
-    and of an image alone.
+    They are those of `reinforce latency` on one core: medians of CPU time per image of a batch, and of an image alone.
     """
     if all((encoder.folder(out) / _TIMED).exists() for encoder in encoders):
         return
     for encoder in encoders:
         encoder.write(out)
-    passes = {
-        (encoder, name): _forward_pass(encoder, out, batch) for encoder in encoders for name, batch in _BATCHES.items()
-    }
-    milliseconds: dict[tuple[Encoder, str], list[float]] = {key: [] for key in passes}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    for number in range(_ROUNDS):
-        for key in passes if number % 2 == 0 else reversed(passes):
-            passes[key]()
-            start = time.process_time()
-            passes[key]()
-            milliseconds[key].append(1e3 * (time.process_time() - start) / _BATCHES[key[1]])
-    torch.set_num_threads(threads)
+    specs = {encoder.name: ModelSpec(model=encoder.model(out)) for encoder in encoders}
+    medians: dict[str, dict[str, float]] = {name: {} for name in specs}
+    for measure, batch in _BATCHES.items():
+        report = measure_latency(specs, rounds=_ROUNDS, threads=1, clock="process", batch=batch)
+        for name, about in report.models.items():
+            medians[name][measure] = about["milliseconds"][TORCH]["image"]["median"] / batch
     for encoder in encoders:
-        medians = {name: statistics.median(milliseconds[encoder, name]) for name in _BATCHES}
-        (encoder.folder(out) / _TIMED).write_text(json.dumps(medians), encoding="utf-8")
-
-
-def _forward_pass(encoder: Encoder, out: Path, batch: int) -> Callable[[], None]:
-    clip = reparameterize(random_model(encoder.model(out)))
-    pixels = torch.randn(batch, 3, encoder.size, encoder.size)
-
-    def run() -> None:
-        with torch.inference_mode():
-            clip.encode_image(pixels)
-
-    return run
+        (encoder.folder(out) / _TIMED).write_text(json.dumps(medians[encoder.name]), encoding="utf-8")
 
 
 def read_milliseconds(encoder: Encoder, out: Path) -> dict[str, float]:

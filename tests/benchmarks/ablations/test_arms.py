@@ -50,7 +50,7 @@ def test_equal_arms_are_trained_once(study: Study) -> None:
         study.student_config(arm, 0).model_dump_json(exclude={"output", "seed", "evaluate"}) for arm in arms.values()
     }
     assert len(configs) == len(arms)
-    shared = {"ways": "stored", "teachers": "ensemble", "lambda": "lambda 0.85", "storage": "float16"}
+    shared = {"ways": "stored", "lambda": "lambda 0.85", "storage": "float16"}
     for name, label in shared.items():
         assert {arm.label: arm.name for arm in questions[name].arms}[label] == "distilled"
     count = study.demo.augmentations.count

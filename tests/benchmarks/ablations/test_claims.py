@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from benchmarks.ablations.claims import Compare, Pick, Sooner
-from benchmarks.ablations.measures import ALL_MEASURES, REACHED_AT, step_of_level
+from benchmarks.ablations.claims import Compare, Pick, Sooner, Within
+from benchmarks.ablations.measures import ALL_MEASURES, MILLISECONDS, REACHED_AT, step_of_level
 from tests.helpers.ablations import numbers_of
 
 
@@ -38,6 +38,15 @@ def test_first_arm_must_be_sooner_with_every_seed() -> None:
     assert not verdict.holds
     assert "with 1 of 2 seeds" in verdict.text
     assert "never with 1" in verdict.text
+
+
+def test_times_within_a_share_are_within_it_in_both_directions() -> None:
+    numbers = {label: {MILLISECONDS: [value] * 3} for label, value in {"a": 1.0, "b": 1.09, "c": 1.11}.items()}
+    assert Within(MILLISECONDS, "a", "b", 0.1).check(numbers).holds
+    assert Within(MILLISECONDS, "b", "a", 0.1).check(numbers).holds
+    verdict = Within(MILLISECONDS, "a", "c", 0.1).check(numbers)
+    assert verdict.text == "ms/image, 64 together: a within 10% of c: no (1.00 and 1.11, difference 0.11, 1.11 times)"
+    assert not Within(MILLISECONDS, "c", "a", 0.1).check(numbers).holds
 
 
 def test_step_of_a_level_is_interpolated() -> None:

@@ -1,0 +1,61 @@
+"""What the demo's teachers know together: ``python -m benchmarks.ablations.ensembles``, after ``make demo``.
+
+For each set of names of the demo's student, the accuracy of each teacher alone, and that of all of them: of the mean of
+their probabilities at several logit scales, as the loss mixes them. Writes it as JSON. A minute of one core.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from benchmarks.ablations.arms import DEMO
+from benchmarks.stored import write_results
+from reinforce.config import load_config
+from reinforce.demo.compare import CONFIG
+from reinforce.evaluation.encoding import build_classifier
+from reinforce.evaluation.images import CacheBudget, ImageBatches
+from reinforce.evaluation.sets import open_zero_shot_set
+from reinforce.student.config import load_student_config
+from teachers.device.accelerator import Accelerator
+from teachers.open_clip.teacher import OpenClipTeacher
+from teachers.preprocessing.pixels import to_pixels
+
+RESULTS = Path(__file__).parents[1] / "results" / "ensembles.json"
+SCALES = (5, 20, 80)
+_BATCH = 128
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    accelerator = Accelerator("cpu")
+    specs = load_config(DEMO).teachers
+    teachers = {name: OpenClipTeacher(spec, accelerator) for name, spec in specs.items()}
+    evaluation = load_student_config(CONFIG).evaluate
+    shares: dict[str, dict[str, float]] = {}
+    for name, wanted in evaluation.zero_shot.items():
+        opened = open_zero_shot_set(name, wanted, evaluation.limits)
+        cosines, labels = {}, torch.empty(0)
+        for teacher, model in teachers.items():
+            assert model.image is not None
+            classes = build_classifier(model, opened.classes, opened.templates, _BATCH)
+            images = ImageBatches(opened.examples, opened.images, evaluation.limits, CacheBudget(0))
+            found = [*images.batches(model.image, _BATCH, threads=1)]
+            vectors = [model.encode_images(to_pixels(accelerator.put(one.pixels), model.image)) for one in found]
+            cosines[teacher] = torch.cat(vectors).float() @ classes.T
+            labels = torch.tensor([target for one in found for target in one.targets])
+
+        right = {teacher: one.argmax(1) == labels for teacher, one in cosines.items()}
+        either = torch.stack([*right.values()]).any(0)
+        for scale in SCALES:
+            probabilities = torch.stack([(scale * one).softmax(1) for one in cosines.values()]).mean(0)
+            right[f"mean of probabilities, scale {scale}"] = probabilities.argmax(1) == labels
+        right["any of them"] = either
+        shares[name] = {who: round(one.float().mean().item(), 4) for who, one in right.items()}
+        print(f"{name}, {len(labels):,} images: " + ", ".join(f"{who} {one:.1%}" for who, one in shares[name].items()))
+    write_results(RESULTS, ("torch", "open_clip_torch"), {"accuracy": shares})
+
+
+if __name__ == "__main__":
+    main()
