@@ -47,7 +47,8 @@ def test_header_and_tensors_are_loaded_as_they_were_saved(tmp_path: Path) -> Non
         "model/conv": torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last),
     }
     made = checkpoints(tmp_path)
-    made.save(progress, tensors)
+    with CheckpointWriter(made) as writer:
+        writer.save(progress, tensors)
     found, loaded = made.load(7)
     assert found == progress
     assert loaded.keys() == tensors.keys()
@@ -64,14 +65,15 @@ def test_a_checkpoint_written_in_a_thread_has_the_bytes_of_the_state_when_it_was
     conv = torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)
     tensors = {"a": tied, "b": tied, "conv": conv, "scale": torch.tensor(2.5), "bf": torch.randn(2).bfloat16()}
     for step in (1, 2):
-        checkpoints(tmp_path / "plain").save(Progress(step, {}), {name: step * t for name, t in tensors.items()})
-    begin, write = threading.Event(), Checkpoints.save_separate
+        separate = {name: (step * tensor).contiguous() for name, tensor in tensors.items()}
+        checkpoints(tmp_path / "plain").save(Progress(step, {}), separate)
+    begin, write = threading.Event(), Checkpoints.save
 
     def late(*arguments: Any) -> None:
         begin.wait(60)
         write(*arguments)
 
-    monkeypatch.setattr(Checkpoints, "save_separate", late)
+    monkeypatch.setattr(Checkpoints, "save", late)
     with CheckpointWriter(checkpoints(tmp_path / "thread")) as writer:
         writer.save(Progress(1, {}), tensors)
         for tensor in (tied, conv, tensors["scale"], tensors["bf"]):
@@ -99,7 +101,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_training_soon(
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", f"{tmp_path}/checkpoints/x")
 
-    monkeypatch.setattr(Checkpoints, "save_separate", full)
+    monkeypatch.setattr(Checkpoints, "save", full)
     feed = PairFeed()
     with pytest.raises(UserError, match=r"cannot be written: .*No space left.*checkpoints/x.*; make room"):
         fit(TowersTask(), feed, job(tmp_path, steps=40, checkpoints={"every": every}), Ranks(0, 1, Accelerator("cpu")))

@@ -94,15 +94,14 @@ class Checkpoints:
         return sorted(int(match[1]) for match in found if match)
 
     def save(self, progress: Progress, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Publish a checkpoint, then delete those that are neither among the latest ``keep`` nor the best."""
-        self.save_separate(progress, _separate_copies(tensors))
+        """Publish a checkpoint, then delete those that are neither among the latest ``keep`` nor the best.
 
-    def save_separate(self, progress: Progress, separate: Mapping[str, torch.Tensor]) -> None:
-        """``save`` of contiguous tensors on the CPU that share no memory."""
+        The tensors are contiguous, on the CPU, and share no memory.
+        """
         header = _encode_header(progress)
-        metadata = {_HEADER: header, _CHECKSUM: _checksum(header, separate)}
+        metadata = {_HEADER: header, _CHECKSUM: _checksum(header, tensors)}
         with self._storage.new_file(FOLDER, _file_name(progress.step)) as path:
-            save_file(dict(separate), path, metadata=metadata)
+            save_file(dict(tensors), path, metadata=metadata)
         best = self.best()
         for step in self.steps()[: -self._keep]:
             if best is None or step != best.step:
@@ -177,14 +176,3 @@ def _checksum(header: str, tensors: Mapping[str, torch.Tensor]) -> str:
         checksum = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), checksum)
         checksum = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, checksum)
     return f"crc32:{checksum:08x}"
-
-
-def _separate_copies(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Contiguous copies on the CPU; tied weights, which share memory, are stored twice."""
-    seen: set[int] = set()
-    separate = {}
-    for name, tensor in tensors.items():
-        flat = tensor.detach().cpu().contiguous()
-        separate[name] = flat.clone() if flat.data_ptr() in seen else flat
-        seen.add(flat.data_ptr())
-    return separate

@@ -28,7 +28,7 @@ class CheckpointWriter:
         """Copy the tensors and begin to write them, after the checkpoint before. Raises the error of that one."""
         self.wait()
         self._copy(tensors)
-        self._writing = self._thread.submit(self.checkpoints.save_separate, progress, self._copies)
+        self._writing = self._thread.submit(self.checkpoints.save, progress, self._copies)
 
     @property
     def failed(self) -> bool:
