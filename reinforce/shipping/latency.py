@@ -20,8 +20,6 @@ from typing import Any, Literal
 
 import open_clip
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from reinforce.model_names import model_errors
 from reinforce.processes.cores import available_cores, describe_share
@@ -33,6 +31,7 @@ from reinforce.shipping.steps import step, step_screen
 from reinforce.shipping.targets.base import ExportOptions
 from reinforce.shipping.towers import Tower, count_parameters, reparameterize, split_towers
 from reinforce.terminal import Screen
+from teachers.device.flops import counted_flops
 from teachers.open_clip.teacher import image_spec, model_name, random_model
 from teachers.open_clip.tokenizer import Tokenizer
 from teachers.preprocessing.pixels import to_pixels
@@ -147,7 +146,7 @@ def _prepare(
         "image size": [image.height, image.width],
         "context length": one[1].shape[1],
         "parameters": {**counts, "total": sum(counts.values())},
-        "gflop": {side: _count_operations(run) / 1e9 for side, run in counted.items()},
+        "gflop": {side: counted_flops(run) / 1e9 for side, run in counted.items()},
         "milliseconds": {},
     }
     return about, exported, [TimedTower(name, TORCH, side, _in_inference_mode(run)) for side, run in encoders.items()]
@@ -180,18 +179,6 @@ def _in_inference_mode(run: Callable[[], object]) -> Callable[[], object]:
             return run()
 
     return wrapped
-
-
-def _count_operations(run: Callable[[], object]) -> int:
-    """Count floating point operations in matrix products and convolutions; a multiply-add counts as two."""
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # the counter does not support fused attention
-    try:
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            run()
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
-    return int(counter.get_total_flops())
 
 
 def _summarise(seconds: list[float]) -> dict[str, float]:

@@ -87,6 +87,17 @@ _MAPPING = {torch.ops.aten.convolution_backward: _convolution_backward}
 
 def count_flops(work: Callable[[], Any]) -> int:
     """FLOPs of a function; 0 if they cannot be counted."""
+    try:
+        return counted_flops(work)
+    except Exception:  # the counter does not support every operation, and a run does not need its result
+        return 0
+
+
+def counted_flops(work: Callable[[], Any]) -> int:
+    """FLOPs of matrix products and convolutions in a function; a multiplication and an addition count as two.
+
+    Raises what the function raises, and for operations that cannot be counted.
+    """
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # its operation is unknown to the counter
     try:
@@ -94,7 +105,5 @@ def count_flops(work: Callable[[], Any]) -> int:
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=_MAPPING) as counter:
             work()
         return int(counter.get_total_flops())
-    except Exception:  # the counter does not support every operation, and a run does not need its result
-        return 0
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
