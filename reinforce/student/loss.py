@@ -97,7 +97,7 @@ def contrastive_losses(
     soft = _soft_targets(objective, kinds, targets) if lambda_ > 0 and objective.scales else {}
     losses: dict[str, torch.Tensor] = {}
     for kind in kinds:
-        logits = _logits(form, rows, columns, kind, scale, bias)
+        logits = _whole(_sides(form, rows, columns, kind, scale, bias))
         predictions = [values.log_softmax(dim=1) for values in logits] if form == "softmax" else logits
         if lambda_ < 1:
             losses[f"clip/{kind}"] = (1 - lambda_) * _cross_entropy(form, predictions, None)
@@ -123,7 +123,9 @@ def scale_losses(
         columns = _gather_columns("softmax", rows)
         of_kinds = [
             _cross_entropy("softmax", [values.log_softmax(dim=1) for values in logits], None)
-            for logits in (_logits("softmax", rows, columns, kind, scale, None) for kind in rows if kind != "image")
+            for logits in (
+                _whole(_sides("softmax", rows, columns, kind, scale, None)) for kind in rows if kind != "image"
+            )
         ]
         losses[f"scale/{teacher}"] = torch.stack(of_kinds).mean()
     return losses
@@ -154,7 +156,7 @@ def _losses_in_chunks(
         for teacher, own in of_teachers.items():
             others = {**images[teacher], **gather.gather({kind: own[kind]})}
             given = objective.biases.get(teacher)
-            logits = _chunked_logits(form, own, others, kind, scales[teacher], given)
+            logits = _sides(form, own, others, kind, scales[teacher], given)
             if form == "sigmoid" and given is None:
                 logits = [replace(logits[0], bias=-gather.mean(logits[0].mean_of_others()))]
             sides.append(logits)
@@ -162,7 +164,7 @@ def _losses_in_chunks(
 
     losses: dict[str, torch.Tensor] = {}
     for kind in [name for name in rows if name != "image"]:
-        students = _chunked_logits(form, rows, columns, kind, scale, bias)
+        students = _sides(form, rows, columns, kind, scale, bias)
         pairs = zip(students, teachers(kind) if scales else [[] for _ in students], strict=True)
         found = [chunks.cross_entropies(form, student, soft, lambda_ < 1) for student, soft in pairs]
         means = [torch.stack(sides).mean() for sides in zip(*found, strict=True)]
@@ -171,24 +173,6 @@ def _losses_in_chunks(
         if scales:
             losses[f"distill/{kind}"] = lambda_ * means[-1]
     return losses
-
-
-def _chunked_logits(
-    form: Form,
-    rows: Features,
-    columns: Features,
-    kind: str,
-    scale: torch.Tensor | float,
-    bias: torch.Tensor | float | None,
-) -> list[Logits]:
-    """As ``_logits``, before anything is computed."""
-    first = gather.rank() * len(rows[kind])
-    if form == "sigmoid":
-        return [Logits(rows["image"], columns[kind], scale, bias, first)]
-    return [
-        Logits(rows["image"], columns[kind], scale, None, first),
-        Logits(rows[kind], columns["image"], scale, None, first),
-    ]
 
 
 def _cross_entropy(
@@ -211,7 +195,7 @@ def _cross_entropy(
 def _soft_targets(
     objective: Objective, kinds: Sequence[str], targets: Mapping[str, Features]
 ) -> dict[str, list[torch.Tensor]]:
-    """The ensemble's P by kind: one matrix [b, B] for each of ``_logits``.
+    """The ensemble's P by kind: one matrix [b, B] for each of ``_sides``.
 
     Teachers are added to one sum, so that memory does not grow with their number.
     """
@@ -221,7 +205,7 @@ def _soft_targets(
         rows = {name: _full_precision(targets[teacher][name]) for name in ("image", *kinds)}
         columns = _gather_columns(form, rows)
         for kind in kinds:
-            logits = _logits(form, rows, columns, kind, scale, objective.biases.get(teacher))
+            logits = _whole(_sides(form, rows, columns, kind, scale, objective.biases.get(teacher)))
             if form == "softmax":
                 probabilities = [values.softmax(dim=1) for values in logits]
             elif teacher in objective.biases:
@@ -251,21 +235,30 @@ def _gather_columns(form: Form, rows: dict[str, torch.Tensor]) -> dict[str, torc
     return gather.gather(rows if form == "softmax" else {n: v for n, v in rows.items() if n != "image"})
 
 
-def _logits(
+def _sides(
     form: Form,
     rows: Features,
     columns: Features,
     kind: str,
     scale: torch.Tensor | float,
     bias: torch.Tensor | float | None,
-) -> list[torch.Tensor]:
-    """Logits [b, B] of images with all texts and, for softmax, also of texts with all images."""
-    of_images = (scale * rows["image"]) @ columns[kind].T
+) -> list[Logits]:
+    """Logits [b, B] of images with all texts and, for softmax, also of texts with all images, not yet computed."""
+    first = gather.rank() * len(rows[kind])
     if form == "sigmoid":
-        return [of_images if bias is None else of_images + bias]
-    if gather.world_size() == 1:
-        return [of_images, of_images.T]
-    return [of_images, (scale * rows[kind]) @ columns["image"].T]
+        return [Logits(rows["image"], columns[kind], scale, bias, first)]
+    return [
+        Logits(rows["image"], columns[kind], scale, None, first),
+        Logits(rows[kind], columns["image"], scale, None, first),
+    ]
+
+
+def _whole(sides: Sequence[Logits]) -> list[torch.Tensor]:
+    """The logits [b, B] of each side as a whole."""
+    of_images = sides[0].chunk(slice(None))
+    if len(sides) == 1:
+        return [of_images]
+    return [of_images, of_images.T if gather.world_size() == 1 else sides[1].chunk(slice(None))]
 
 
 def _true_pairs(matrix: torch.Tensor) -> torch.Tensor:
