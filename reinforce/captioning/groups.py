@@ -26,6 +26,7 @@ from reinforce.captioning.config import CaptionerConfig, Data
 from reinforce.captioning.pairs import (
     PAIRS_FILE,
     Pairs,
+    check_batch,
     check_held_out,
     fingerprint_of,
     is_held_out,
@@ -150,11 +151,7 @@ def load_groups(config: CaptionerConfig, reader: PairReader) -> Groups:
         unknown = [number for number, rows in enumerate(known) if rows is None]
         counted = iter(_counted(config, reader, [shards[number] for number in unknown])) if unknown else iter(())
         counts = [next(counted) if rows is None else rows for rows in known]
-    if sum(counts) < config.train.batch:
-        raise UserError(
-            f"data: {sum(counts):,} examples are left for training, fewer than train.batch ({config.train.batch}), so "
-            "a batch would contain an image twice. Lower train.batch or held_out.share."
-        )
+    check_batch(config, f"{sum(counts):,} examples", sum(counts))
     return Groups(tuple(shards), np.array(counts, np.int64))
 
 
@@ -200,9 +197,8 @@ def _divide(shard: Shard, sizes_of: dict[str, dict[str, int]]) -> Iterator[tuple
             part = lines[first : first + _ROWS]
             yield replace(shard, listing=b"\n".join(part)), len(part)
     elif format_.is_table:
-        whole = (
-            canonical(shard.url).lower().endswith(tuple(f".{end}" for end in COMPRESSIONS))
-        )  # reading a part would unpack those before it
+        # Reading a part of a compressed file would unpack those before it.
+        whole = canonical(shard.url).lower().endswith(tuple(f".{end}" for end in COMPRESSIONS))
         for piece in format_.parts(shard.url, 2**62 if whole else _ROWS):
             yield replace(shard, part=piece), piece.rows
     else:

@@ -122,7 +122,8 @@ def load_pairs(config: CaptionerConfig) -> Pairs:
     pairs = Pairs(table, urls, {url: spec for url, spec in inputs.items() if spec is not None})
     check_held_out(pairs)
     if "data" in sources:
-        _check_batch(config, pairs)
+        training = len(pairs.training())
+        check_batch(config, f"{training} images", training)
     return pairs
 
 
@@ -214,10 +215,10 @@ def check_held_out(pairs: Pairs) -> None:
         )
 
 
-def _check_batch(config: CaptionerConfig, pairs: Pairs) -> None:
-    training = len(pairs.training())
-    if training < config.train.batch:
+def check_batch(config: CaptionerConfig, training: str, count: int) -> None:
+    """Raise UserError for less than a batch; ``training`` says how many of what are left."""
+    if count < config.train.batch:
         raise UserError(
-            f"data: {training} images are left for training, fewer than train.batch ({config.train.batch}), so a "
+            f"data: {training} are left for training, fewer than train.batch ({config.train.batch}), so a "
             "batch would contain an image twice. Lower train.batch or held_out.share."
         )
