@@ -91,6 +91,7 @@ def replaced_runtime(cuda: StandIn) -> Iterator[None]:
     """Replace them while the context lasts."""
     _device[:] = [cuda]
     streams.Event.on_wait = staticmethod(cuda.wait)
+    streams.begin()
     with ExitStack() as stack:
         for name, value in _replacements(cuda).items():
             stack.enter_context(patch.object(torch.cuda, name, value))

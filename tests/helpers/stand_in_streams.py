@@ -63,6 +63,12 @@ def default(device: Any = None) -> Stream:
     return _default
 
 
+def begin() -> None:
+    """Forget what the default stream has recorded, of another stand-in."""
+    _default.awaited.clear()
+    _default.recorded.clear()
+
+
 @contextmanager
 def use(stream: Stream | None) -> Iterator[None]:
     """Operations of this thread go to ``stream``, as ``torch.cuda.stream`` does."""
