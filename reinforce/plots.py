@@ -21,7 +21,7 @@ _LOG = logging.getLogger(__name__)
 _PACKAGE = "matplotlib"
 #: Distinguishable on white with any colour vision, and in grey by their lightness.
 COLOURS = ("#0b7285", "#e8590c", "#5f3dc4", "#f2b705", "#c2255c", "#66a80f", "#4dabf7", "#495057")
-_INK, _GREY, _EDGE = "#1f2328", "#6b7280", "#e1e4e8"
+INK, GREY, EDGE = "#1f2328", "#6b7280", "#e1e4e8"
 _DPI = 160
 
 
@@ -50,10 +50,10 @@ def figure(
     axes = [fig.add_subplot(-(-panels // columns), columns, i + 1) for i in range(panels)]
     for panel in axes:
         panel.spines[["top", "right"]].set_visible(False)
-        panel.spines[["left", "bottom"]].set_color(_EDGE)
-        panel.grid(axis="y", color=_EDGE, linewidth=0.8)
+        panel.spines[["left", "bottom"]].set_color(EDGE)
+        panel.grid(axis="y", color=EDGE, linewidth=0.8)
         panel.set_axisbelow(True)
-        panel.tick_params(colors=_GREY, length=0, labelsize=9)
+        panel.tick_params(colors=GREY, length=0, labelsize=9)
     return fig, axes
 
 
@@ -64,15 +64,15 @@ def colour(index: int) -> str:
 
 def label(axes: Axes, title: str, x: str, y: str) -> None:
     """Set the title and the labels of both axes (with their units)."""
-    axes.set_title(title, loc="left", color=_INK, fontsize=11, fontweight="bold", pad=10)
-    axes.set_xlabel(x, color=_GREY, fontsize=9)
-    axes.set_ylabel(y, color=_GREY, fontsize=9)
+    axes.set_title(title, loc="left", color=INK, fontsize=11, fontweight="bold", pad=10)
+    axes.set_xlabel(x, color=GREY, fontsize=9)
+    axes.set_ylabel(y, color=GREY, fontsize=9)
 
 
 def legend(axes: Axes) -> None:
     """Add a legend if more than one series has a label."""
     if len(axes.get_legend_handles_labels()[1]) > 1:
-        axes.legend(frameon=False, fontsize=9, labelcolor=_INK)
+        axes.legend(frameon=False, fontsize=9, labelcolor=INK)
 
 
 def save(fig: Figure, url: str) -> None:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from reinforce import plots
 from reinforce.dataset.augment.records import OPS
 from reinforce.dataset.layers import TRUE_CAPTION
-from reinforce.inspection.charts import Chart, Dot, DotChart, Mark, Series
+from reinforce.inspection.charts import TRUE_COLOUR, Chart
 from reinforce.inspection.rows import Rows
 from reinforce.inspection.targets import BATCH, SCALES
 from reinforce.inspection.texts import TextFigures
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.ticker import Formatter
 
 _BINS = 40
 _AREA_BINS = 8
@@ -19,6 +25,7 @@ _LONGEST = 0.995  # of the captions are in the chart of lengths; the rest would 
 _QUANTILES = (0.05, 0.95, 0.25, 0.75, 0.5, 0.0, 1.0)  # at which samples are shown, the most important last
 _FEW = 30  # an operation with fewer crops is not shown
 TRUE_LABEL = "true captions"
+_DASHES = ("-", "--", ":", "-.")
 
 
 def similarity_charts(rows: Rows) -> Iterator[Chart]:
@@ -30,17 +37,12 @@ def similarity_charts(rows: Rows) -> Iterator[Chart]:
         finite = {name: found for name, found in finite.items() if len(found)}
         if not finite:
             continue
-        every = np.concatenate([*finite.values()])
-        edges = np.linspace(every.min(), max(every.max(), every.min() + 1e-3), _BINS + 1)
-        yield Chart(
+        yield _distribution(
             teacher,
             "Cosine of each caption's vector with those of its image, mean over the augmentations.",
             "similarity to the image",
-            "share of captions",
-            [_histogram(name, found, edges, colour) for (name, found), colour in zip_colours(finite)],
-            ["captions", "number", "mean", "5 %", "median", "95 %"],
-            [[name, f"{len(found):,}", f"{found.mean():.3f}", *_quantiles(found)] for name, found in finite.items()],
-            y_share=True,
+            "captions",
+            finite,
         )
 
 
@@ -58,48 +60,61 @@ def number_charts(rows: Rows) -> Iterator[tuple[Chart, list[tuple[str, int]]]]:
         found = every[np.isfinite(every)]
         if not len(found):
             continue
-        at = quantile_rows(every)
-        edges = np.linspace(found.min(), max(found.max(), found.min() + 1e-3), _BINS + 1)
-        yield (
-            Chart(
-                f"{layer}: {name}",
-                f"Of {len(found):,} samples; {len(every) - len(found):,} have none.",
-                name,
-                "share of samples",
-                [_histogram(name, found, edges, 0)],
-                ["score", "number", "mean", "5 %", "median", "95 %"],
-                [[name, f"{len(found):,}", f"{found.mean():.3f}", *_quantiles(found)]],
-                y_share=True,
-            ),
-            [(f"{share}: {every[row]:.4g}", row) for share, row in at],
-        )
+        about = f"Of {len(found):,} samples; {len(every) - len(found):,} have none."
+        chart = _distribution(f"{layer}: {name}", about, name, "samples", {name: found})
+        yield chart, [(f"{share}: {every[row]:.4g}", row) for share, row in quantile_rows(every)]
 
 
-def zip_colours(named: Mapping[str, np.ndarray]) -> Iterator[tuple[tuple[str, np.ndarray], int | None]]:
-    """Items with their colours: grey for true captions, the palette for captioners."""
-    colour = 0
-    for name, values in named.items():
-        if name == TRUE_LABEL:
-            yield (name, values), None
-        else:
-            yield (name, values), colour
-            colour += 1
+def _distribution(title: str, text: str, x_label: str, unit: str, named: Mapping[str, np.ndarray]) -> Chart:
+    """How finite values of several names are distributed."""
+    every = np.concatenate([*named.values()])
+    edges = np.linspace(every.min(), max(every.max(), every.min() + 1e-3), _BINS + 1)
+    heads = [unit, "number", "mean", "5 %", "median", "95 %"]
+    table = [[name, f"{len(found):,}", f"{found.mean():.3f}", *_quantiles(found)] for name, found in named.items()]
+    return _histograms(title, text, x_label, unit, named, edges, heads, table)
+
+
+def _histograms(
+    title: str,
+    text: str,
+    x_label: str,
+    unit: str,
+    named: Mapping[str, np.ndarray],
+    edges: np.ndarray,
+    heads: Sequence[str],
+    table: Sequence[Sequence[str]],
+) -> Chart:
+    def draw(axes: Axes) -> None:
+        for number, (name, found) in enumerate(named.items()):
+            style = _line(number - (TRUE_LABEL in named)) if name != TRUE_LABEL else {"color": TRUE_COLOUR}
+            if name == TRUE_LABEL or len(named) == 1:
+                style |= {"fill": True, "alpha": 0.42}
+            axes.stairs(np.histogram(found, edges)[0] / len(found), edges, label=name, **style)
+        axes.yaxis.set_major_formatter(_percent())
+
+    return Chart(title, text, x_label, f"share of {unit}", heads, table, draw)
+
+
+def _line(number: int) -> dict[str, Any]:
+    """The style of a line by its number, which can be told apart without colours as well."""
+    return {"color": plots.colour(number), "linestyle": _DASHES[number % len(_DASHES)], "linewidth": 1.6}
+
+
+def _percent() -> Formatter:
+    from matplotlib.ticker import PercentFormatter
+
+    return PercentFormatter(1, symbol=" %")
 
 
 def _quantiles(values: np.ndarray) -> list[str]:
     return [f"{quantile:.3f}" for quantile in np.quantile(values, (0.05, 0.5, 0.95))]
 
 
-def _histogram(label: str, values: np.ndarray, edges: np.ndarray, colour: int | None, filled: bool = False) -> Series:
-    shares = np.histogram(values, edges)[0] / len(values)
-    points = [*zip(edges[:-1].tolist(), shares.tolist(), strict=True), (float(edges[-1]), 0.0)]
-    return Series(label, points, colour, filled=filled or colour is None, steps=True)
-
-
 def area_chart(rows: Rows) -> Chart | None:
     """The similarity of the true caption to a crop, by the crop's share of the image."""
     areas = _joined(rows.areas)
-    series, table = [], []
+    lines: dict[int, np.ndarray] = {}
+    table = []
     for number, teacher in enumerate(rows.teachers):
         values = rows.similarities(teacher, TRUE_CAPTION)
         if values.shape != areas.shape or not np.isfinite(values).any():
@@ -108,30 +123,30 @@ def area_chart(rows: Rows) -> Chart | None:
         x, y = areas[finite], values[finite]
         edges = np.unique(np.quantile(x, np.linspace(0, 1, _AREA_BINS + 1)))
         places = np.clip(np.searchsorted(edges, x, side="right") - 1, 0, max(0, len(edges) - 2))
-        found = [(x[places == n], y[places == n]) for n in range(max(1, len(edges) - 1))]
-        found = [(one, other) for one, other in found if len(one)]
-        points = [(float(one.mean()), float(other.mean())) for one, other in found]
-        band = [(float(one.mean()), *map(float, np.quantile(other, (0.25, 0.75)))) for one, other in found]
-        series.append(Series(teacher, points, number, band=[(a, b, c) for a, b, c in band], dots=True))
-        table += [
-            [teacher, f"{a:.0%}", f"{b:.3f}", f"{low:.3f} to {high:.3f}"]
-            for (a, b), (_, low, high) in zip(points, band, strict=True)
-        ]
-    if not series:
+        found = [(x[places == n], y[places == n]) for n in np.unique(places)]
+        lines[number] = np.array([[a.mean(), b.mean(), *np.quantile(b, (0.25, 0.75))] for a, b in found])
+        table += [[teacher, f"{a:.0%}", f"{b:.3f}", f"{low:.3f} to {high:.3f}"] for a, b, low, high in lines[number]]
+    if not lines:
         return None
+
+    def draw(axes: Axes) -> None:
+        for number, (area, mean, low, high) in ((number, line.T) for number, line in lines.items()):
+            axes.plot(area, mean, label=rows.teachers[number], marker="o", markersize=4, **_line(number))
+            axes.fill_between(area, low, high, color=plots.colour(number), alpha=0.13, linewidth=0)
+        axes.xaxis.set_major_formatter(_percent())
+
     return Chart(
         "Crop size",
         "Mean over crops of similar size; the band holds the middle half of them.",
         "crop, share of the image's area",
         "similarity to the true caption",
-        series,
         ["teacher", "crop size", "mean", "middle half"],
         table,
-        x_share=True,
+        draw,
     )
 
 
-def operation_chart(rows: Rows) -> DotChart | None:
+def operation_chart(rows: Rows) -> Chart | None:
     """How each operation changes the similarity of a crop to the true caption."""
     bits = _joined(rows.operations)
     used = [(name, (bits & (1 << n)) > 0) for n, name in enumerate(OPS)]
@@ -145,27 +160,43 @@ def operation_chart(rows: Rows) -> DotChart | None:
         return None
     effects = []
     for name, has in used:
-        dots = []
+        found = {}
         for number, _, values in teachers:
             change = (values - values.mean(axis=1, keepdims=True))[has]
             change = change[np.isfinite(change)]
             if len(change) >= _FEW:
-                error = 1.96 * float(change.std()) / len(change) ** 0.5
-                mean = float(change.mean())
-                dots.append(Dot(mean, mean - error, mean + error, number))
-        effects.append((name, dots))
-    effects = sorted(((n, dots) for n, dots in effects if dots), key=lambda one: np.mean([d.value for d in one[1]]))
+                found[number] = float(change.mean()), 1.96 * float(change.std()) / len(change) ** 0.5
+        if found:
+            effects.append((name, found))
     if not effects:
         return None
-    return DotChart(
+    effects.sort(key=lambda effect: np.mean([mean for mean, _ in effect[1].values()]))
+
+    def draw(axes: Axes) -> None:
+        for nth, (number, teacher, _) in enumerate(teachers):
+            shift = 0.6 * ((nth + 0.5) / len(teachers) - 0.5)
+            points = [(*found[number], row + shift) for row, (_, found) in enumerate(effects) if number in found]
+            means, errors, places = zip(*points, strict=True) if points else ((), (), ())
+            axes.errorbar(means, places, xerr=errors, fmt="o", markersize=4, color=plots.colour(number), label=teacher)
+        axes.axvline(0, color=plots.GREY, linewidth=1)
+        axes.grid(visible=False, axis="y")
+        axes.grid(axis="x", color=plots.EDGE, linewidth=0.8)
+        axes.set_yticks(range(len(effects)), [name for name, _ in effects])
+        axes.invert_yaxis()
+
+    return Chart(
         "Operations",
-        "Change against the mean over the sample's augmentations, with 95 % intervals: what costs similarity is left.",
+        "Change against the mean over the sample's augmentations, with 95 % intervals: what costs similarity is on "
+        "the left.",
         "change of the similarity to the true caption",
-        [name for name, _ in effects],
-        [dots for _, dots in effects],
-        [(teacher, number) for number, teacher, _ in teachers],
+        "",
         ["operation", *(teacher for _, teacher, _ in teachers)],
-        [[name, *(f"{dot.value:+.4f} \u00b1 {dot.high - dot.value:.4f}" for dot in dots)] for name, dots in effects],
+        [
+            [name, *("{:+.4f} \u00b1 {:.4f}".format(*found[n]) if n in found else "-" for n, *_ in teachers)]
+            for name, found in effects
+        ],
+        draw,
+        height=1.2 + 0.22 * len(effects),
     )
 
 
@@ -175,17 +206,13 @@ def agreement_chart(rows: Rows) -> Chart | None:
     values = values[np.isfinite(values)]
     if len(values) < 2:
         return None
-    edges = np.linspace(float(values.min()), max(1.0, float(values.max())), _BINS + 1)
-    return Chart(
+    return _distribution(
         "Agreement of the teachers",
         "1 \u2212 the Jensen-Shannon divergence of their targets / log T at the logit scales in force; 1 is full "
         f"agreement. Targets are of batches of at least {BATCH} pairs, or all there are.",
         "agreement",
-        "share of samples",
-        [_histogram("samples", values, edges, 0, filled=True)],
-        ["samples", "mean", "5 %", "median", "95 %"],
-        [[f"{len(values):,}", f"{values.mean():.3f}", *_quantiles(values)]],
-        y_share=True,
+        "samples",
+        {"all": values},
     )
 
 
@@ -208,32 +235,37 @@ def _correlation(a: np.ndarray, b: np.ndarray) -> float:
 
 def entropy_chart(rows: Rows) -> Chart | None:
     """The entropy of each teacher's targets by logit scale, with the scale in force."""
-    series, marks, table = [], [], []
+    lines, table = {}, []
     for number, teacher in enumerate(rows.teachers):
         values = rows.targets.entropy(teacher) if teacher in rows.targets.scales else []
         if not values:
             continue
-        series.append(Series(teacher, [*zip(map(float, SCALES), values, strict=True)], number))
         scale = rows.targets.scales[teacher]
-        at = "-"
-        if scale is not None:
-            marks.append(Mark(min(max(scale, SCALES[0]), SCALES[-1]), f"{scale:g}", number))
-            at = f"{np.interp(scale, SCALES, values):.3f}"
-        table.append([teacher, "-" if scale is None else f"{scale:g}", at, f"{values[0]:.3f}", f"{values[-1]:.3f}"])
-    if not series:
+        lines[number] = teacher, values, scale
+        force = ["-", "-"] if scale is None else [f"{scale:g}", f"{np.interp(scale, SCALES, values):.3f}"]
+        table.append([teacher, *force, f"{values[0]:.3f}", f"{values[-1]:.3f}"])
+    if not lines:
         return None
+
+    def draw(axes: Axes) -> None:
+        axes.set_xscale("log")
+        for number, (teacher, values, scale) in lines.items():
+            axes.plot(SCALES, values, label=teacher if scale is None else f"{teacher} ({scale:g})", **_line(number))
+            if scale is not None:
+                axes.axvline(min(max(scale, SCALES[0]), SCALES[-1]), color=plots.colour(number), linestyle=(0, (5, 4)))
+        axes.set_ylim(bottom=0)
+        axes.minorticks_off()
+        axes.set_xticks(ticks := (1, 2, 5, 10, 20, 50, 100, 200), map(str, ticks))
+
     return Chart(
         "Entropy of the targets",
         "Mean entropy of the softmax over a batch, in both directions, / log of the batch: 0 is one-hot, 1 uniform. "
-        "Dashed lines are the logit scales in force.",
+        "Vertical lines are the logit scales in force.",
         "logit scale",
         "entropy / log B",
-        series,
         ["teacher", "scale in force", "entropy there", f"at {SCALES[0]}", f"at {SCALES[-1]}"],
         table,
-        marks,
-        x_log=True,
-        y_zero=True,
+        draw,
     )
 
 
@@ -251,15 +283,15 @@ def length_chart(texts: Mapping[str, TextFigures]) -> Chart | None:
     longest = max(int(np.quantile(values, _LONGEST)) for values in found.values()) + 1
     width = max(1, -(-longest // _BINS))
     edges = np.arange(0, longest + width + 1, width) - 0.5
-    return Chart(
+    return _histograms(
         "Lengths",
         "Words of a caption, without the longest 0.5 %.",
         "words",
-        "share of captions",
-        [_histogram(name, values, edges, colour) for (name, values), colour in zip_colours(found)],
+        "captions",
+        found,
+        edges,
         ["captions", "number", "mean", "median", "longest"],
         [[n, f"{len(v):,}", f"{v.mean():.1f}", f"{np.median(v):.0f}", f"{v.max()}"] for n, v in found.items()],
-        y_share=True,
     )
 
 

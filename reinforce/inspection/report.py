@@ -12,7 +12,7 @@ from reinforce.dataset.reading.dataset import Dataset
 from reinforce.dataset.vectors import NORM_TOLERANCE
 from reinforce.dataset.view import open_view
 from reinforce.inspection import plots
-from reinforce.inspection.charts import draw_chart, draw_dots
+from reinforce.inspection.charts import Chart
 from reinforce.inspection.folder import ReportFolder
 from reinforce.inspection.gallery import VIEWS, Card, Thumbnail, choose, draw_sides, make_cards
 from reinforce.inspection.overview import Overview, Quarantined, model_facts, read_overview, recipe_lines
@@ -22,6 +22,7 @@ from reinforce.inspection.selection import Selection, select
 from reinforce.inspection.sides import Sides
 from reinforce.inspection.texts import text_figures
 from reinforce.markup import TEMPLATES, render
+from reinforce.plots import drawable
 from reinforce.selection.select import report_lines
 from reinforce.terminal import escape, plural
 
@@ -215,27 +216,20 @@ class _Page:
         rows = self._rows
         scores = [*plots.number_charts(rows)]
         texts = text_figures(rows)
-        lengths = plots.length_chart(texts)
         names, matrix = plots.correlations(rows)
-        operations = plots.operation_chart(rows)
-        sections: Mapping[str, list[Any]] = {
+        charts: dict[str, list[Chart | None]] = {
             "similarity": [*plots.similarity_charts(rows)],
             "scores": [chart for chart, _ in scores],
-            "crops": [plots.area_chart(rows)],
+            "crops": [plots.area_chart(rows), plots.operation_chart(rows)],
             "targets": [plots.entropy_chart(rows), plots.agreement_chart(rows)],
-            "captions": [lengths],
+            "captions": [plots.length_chart(texts)],
         }
-        drawn = {
-            name: [(chart, draw_chart(chart)) for chart in charts if chart is not None]
-            for name, charts in sections.items()
-        }
-        if operations is not None:
-            drawn["crops"].append((operations, draw_dots(operations)))
         return render(
             "report/plots.html",
             page="plots.html",
             **self._shared,
-            charts=drawn,
+            charts={name: [*filter(None, found)] for name, found in charts.items()},
+            drawn=drawable("charts of the report are"),
             quantiles=[[Thumbnail.of(cards[row], text) for text, row in at if row in cards] for _, at in scores],
             correlations=[*zip(names, matrix, strict=True)],
             texts=texts,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,17 @@ def test_only_the_chosen_teachers_and_captioners_are_read(url: str, tmp_path: Pa
     assert "needs two that have a logit scale" in plots
     with pytest.raises(UserError, match="green"):
         inspect(url, str(tmp_path / "other"), ["green"])
+
+
+def test_without_matplotlib_the_numbers_of_charts_are_shown(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    inspect(url, str(tmp_path / "report"))
+    page = (tmp_path / "report" / "plots.html").read_text()
+    assert "<details open><summary>Numbers" in page
+    assert 'role="img"' not in page
+    assert "'.[report]'" in caplog.text
 
 
 @pytest.mark.parametrize("teachers", [{}, {"only": {"class": "tests.helpers.models:ImageOnly"}}])
