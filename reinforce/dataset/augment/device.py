@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from reinforce.dataset.augment.device_records import CellRecord
+from reinforce.dataset.augment.records import is_tall
 from teachers.device.accelerator import upload
 
 #: Crops that are resized at a time: 100 MB in float32 if they have 512 x 512 pixels.
@@ -24,8 +25,7 @@ _LEVELS = 256
 def augment(cells: torch.Tensor, records: Sequence[CellRecord], size: int) -> torch.Tensor:
     """Cells uint8 [B, ...] on any device, filled by ``fill_cell``, to images uint8 [B, size, size, 3] there."""
     pixels, images = cells.reshape(len(cells), -1, 3), cells.new_empty(len(cells), size, size, 3)
-    # As Pillow 13, which then computes less; the order changes some pixels by up to 4 levels.
-    tall = [size < record.height and 2 * record.width < record.height + size for record in records]
+    tall = [is_tall(record.width, record.height, size) for record in records]
     for width_first in (True, False):
         chosen = [row for row, is_tall in enumerate(tall) if is_tall is not width_first]
         for start in range(0, len(chosen), _AT_ONCE):

@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 from PIL import Image
 
-from reinforce.dataset.augment.records import Augmentation, cut, operations_at
+from reinforce.dataset.augment.records import Augmentation, cut, operations_at, resize
 
 DEVICE_BACKEND = "device-1"
 #: A cell has room for a crop with this many times the pixels of a side of the result.
@@ -44,7 +44,7 @@ def fill_cell(image: Image.Image, augmentation: Augmentation, size: int, cell: n
     ops = tuple((op.name, _NUMBERS[op.name](op.magnitude, size)) for op in operations_at(augmentation, size))
     crop = cut(image, augmentation)
     if 3 * crop.width * crop.height > cell.size or max(crop.size) > _LONGEST * size:
-        crop = crop.resize((size, size), Image.Resampling.BICUBIC)
+        crop = resize(crop, size)
     pixels = np.asarray(crop)
     cell.reshape(-1)[: pixels.size] = pixels.reshape(-1)
     return CellRecord(crop.height, crop.width, ops)

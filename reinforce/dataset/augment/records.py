@@ -144,16 +144,24 @@ Resize = Callable[[Image.Image, int], Image.Image]
 def replay(image: Image.Image, augmentation: Augmentation, size: int | None = None) -> Image.Image:
     """Apply a record by the backend ``torchvision-pil-1`` to the RGB image it was sampled for -> RGB (size, size).
 
-    At the recorded size (the default) the pixels equal torchvision's on a PIL image: ``resized_crop`` with bicubic
-    interpolation, then RandAugment's operations with nearest interpolation and black fill. At another size,
+    At the recorded size (the default) the pixels equal torchvision's on a PIL image of Pillow 13: ``resized_crop`` with
+    bicubic interpolation, then RandAugment's operations with nearest interpolation and black fill. At another size,
     translations are scaled with it, so that they shift the image by the same fraction.
     Raises ValueError if the image is not RGB, the crop does not fit into it or an operation is unknown.
     """
-    return replay_with(_resize, TORCHVISION, image, augmentation, size)
+    return replay_with(resize, TORCHVISION, image, augmentation, size)
 
 
-def _resize(image: Image.Image, size: int) -> Image.Image:
-    return image.resize((size, size), Image.Resampling.BICUBIC)
+def is_tall(width: int, height: int, size: int) -> bool:
+    """Whether a crop's height is resized to ``size`` before its width, as by Pillow 13, which then computes less."""
+    return size < height and 2 * width < height + size
+
+
+def resize(image: Image.Image, size: int) -> Image.Image:
+    """The image at (size, size) pixels, of each version of Pillow: those before 13 resize the width first in any case,
+    which changes some pixels of tall crops by up to 4 levels."""
+    half = (image.width, size) if is_tall(*image.size, size) else (size, image.height)
+    return image.resize(half, Image.Resampling.BICUBIC).resize((size, size), Image.Resampling.BICUBIC)
 
 
 def replay_with(

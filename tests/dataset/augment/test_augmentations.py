@@ -243,6 +243,19 @@ def test_other_operations_keep_their_magnitude_at_another_size():
 
 
 @pytest.mark.parametrize(
+    ("width", "height", "tall"), [(40, 70, True), (60, 70, False), (90, 70, False), (90, 160, True)]
+)
+def test_crops_are_resized_in_the_same_order_by_each_version_of_pillow(width, height, tall):
+    image, size = noise(width, height), 48
+    between = [(size, height), (width, size)]
+    orders = [
+        image.resize(half, Image.Resampling.BICUBIC).resize((size, size), Image.Resampling.BICUBIC) for half in between
+    ]
+    ours = replay(image, Augmentation(Crop(0, 0, height, width), size, None))
+    assert [same(ours, theirs) for theirs in orders] == [not tall, tall]
+
+
+@pytest.mark.parametrize(
     ("image", "augmentation"),
     [
         (Image.new("RGB", (30, 20)), Augmentation(Crop(0, 0, 21, 5), 8, None)),
