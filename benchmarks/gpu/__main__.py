@@ -19,7 +19,7 @@ from unittest.mock import patch
 import torch
 from rich.console import Console
 
-from benchmarks.gpu import captions, card, page, right, shards, students, teachers
+from benchmarks.gpu import captions, card, loader, losses, page, right, shards, students, teachers
 from benchmarks.gpu.bench import TINY, Bench, Size
 from benchmarks.gpu.probe import probing
 from benchmarks.gpu.results import Results
@@ -57,7 +57,9 @@ SECTIONS: dict[str, Section] = {
     "students": Section(students.measure_students, 8),
     "ranks": Section(students.measure_ranks, 5, checks=True, ranks=True),
     "bytes": Section(shards.check_shards, 5, checks=True),
-    "run": Section(shards.measure_run, 3),
+    "run": Section(shards.measure_run, 3, checks=True),
+    "loader": Section(loader.measure_loader, 2, checks=True),
+    "loss": Section(losses.measure_loss, 1, checks=True),
     "resumed": Section(students.compare_resumed, 2, checks=True),
     "teachers": Section(teachers.measure_teachers, 8),
     "augmentations": Section(shards.measure_many_augmentations, 3),

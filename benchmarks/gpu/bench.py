@@ -47,6 +47,7 @@ class Size:
     images: int = 1024  # of a shard
     students: tuple[str, ...] = ("MobileCLIP2-S0", "MobileCLIP2-S4")
     samples: int = 1024  # of a step of a training
+    pairs: int = 65536  # of a step of one with many ranks
     steps: int = 8  # of trainings that are compared
     rank_steps: int = 200  # of those on several cards
 
@@ -71,6 +72,7 @@ TINY = Size(
     images=6,
     students=("tiny",),
     samples=4,
+    pairs=64,
     steps=2,
     rank_steps=8,
 )
@@ -143,19 +145,26 @@ class Bench:
     ) -> Figure:
         """Items a second of calls of ``work``, of which each does ``items``, by default for ``size.seconds``.
 
-        The calls of ``size.warm`` before are not counted. Unless ``seconds`` are given, one more call is traced.
+        The calls of ``size.warm`` before are not counted. One more call is traced.
         """
-        traced, seconds = seconds is None, self.size.seconds if seconds is None else seconds
+        seconds = self.size.seconds if seconds is None else seconds
         work()  # compiles, captures and allocates
         self._repeat(work, min(self.size.warm, seconds))
         windows = [self._repeat(work, seconds / _WINDOWS) for _ in range(_WINDOWS if seconds else 1)]
         calls, elapsed = (sum(column) for column in zip(*windows, strict=True))
-        if traced:
-            with self.tracing(name):
-                work()
-                self.accelerator().synchronize()
+        with self.tracing(name):
+            work()
+            self.accelerator().synchronize()
         self.log(f"  {name}: {items * calls / elapsed:,.1f} {unit}")
         return Figure(section, name, items * calls / elapsed, unit, limit, rule, [items * n / s for n, s in windows])
+
+    def duration(
+        self, section: str, name: str, work: Callable[[], object], scale: float, unit: str, limit: float | None = None
+    ) -> Figure:
+        """The seconds of a call of ``work``, times ``scale``, measured for ``size.point``."""
+        rate = self.figure(section, name, work, 1, "calls/s", seconds=self.size.point)
+        rounds = [scale / calls for calls in rate.rounds]
+        return Figure(section, name, scale / rate.value, unit, limit, "limit" if limit else "", rounds)
 
     @contextmanager
     def tracing(self, name: str) -> Iterator[Trace]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks.gpu import recipe
 from benchmarks.gpu.bench import Bench
-from benchmarks.gpu.right import CAPTIONERS, pixels_of
+from benchmarks.gpu.right import captioners, pixels_of
 from benchmarks.pipeline.figures import Figure, Rule
 from teachers.registry import load_captioner
 from teachers.spec import CaptionerSpec
@@ -29,11 +29,10 @@ def measure_captions(bench: Bench) -> list[Figure]:
 
 
 def measure_switches(bench: Bench) -> list[Figure]:
-    """Captions without graphs and with compiled steps, which take a minute a shape to compile."""
+    """Captions with compiled steps, which take a minute a shape to compile, with graphs, and with neither."""
     name, spec = recipe.captioner(bench)
     figures: list[Figure] = []
-    compiled = {} if bench.size.tiny else {"compiled": {"compile": True}}
-    for switch, variant in recipe.available(spec, {**CAPTIONERS, **compiled}):
+    for switch, variant in captioners(bench, spec):
         if variant != spec:
             work = partial(_measure, bench, SWITCHES, f"{name}, {switch}", variant)
             figures += bench.attempt(f"{SWITCHES}: {switch}", work)

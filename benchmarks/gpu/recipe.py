@@ -72,9 +72,11 @@ def available(spec: Any, switches: Mapping[str, Mapping[str, Any]]) -> Iterator[
             yield name, changed(spec, **keys)
 
 
-def training_config(bench: Bench, model: str, dataset: Path, output: Path, **train: Any) -> StudentConfig:
-    """The config of configs/mobileclip2-s0.yaml with a batch for one rank. ``train`` has keys of ``train``, among them
-    those of ``compute`` that are to be changed."""
+def training_config(
+    bench: Bench, model: str, dataset: Path, output: Path, data: Mapping[str, Any] | None = None, **train: Any
+) -> StudentConfig:
+    """The config of configs/mobileclip2-s0.yaml with a batch for one rank. ``data`` and ``train`` have keys of these
+    parts, among them those of ``compute``, that are to be changed."""
     config: dict[str, Any] = yaml.safe_load(_TRAINING.read_text(encoding="utf-8"))
     size, ranks = bench.size, bench.ranks if train.pop("all_ranks", False) else 1
     compute = {
@@ -91,6 +93,7 @@ def training_config(bench: Bench, model: str, dataset: Path, output: Path, **tra
         "images_from": str(bench.folder / "source"),
         "streams": None,
         "workers": bench.cores if bench.on_cuda else 0,
+        **(data or {}),
     }
     student = {"model": bench.model(model) if size.tiny else model}
     return settings.parse(StudentConfig, {**config, "output": str(output), "student": student, "evaluate": {}})

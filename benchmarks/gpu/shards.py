@@ -94,6 +94,8 @@ def measure_many_augmentations(bench: Bench) -> list[Figure]:
 def _measure(bench: Bench, section: str, augmentations: int) -> list[Figure]:
     """Source images a second after the first shard, the busy share, and what each image took of the device."""
     size, passes = bench.size, bench.folder / f"passes-{augmentations}"
+    what = f"{augmentations} augmentations, {bench.cores} decode processes"
+    name = f"decoding to Parquet, {what}"
 
     def output(number: int) -> Path:
         return bench.folder / DATASET if augmentations == 2 and not number else passes / str(number)
@@ -109,16 +111,15 @@ def _measure(bench: Bench, section: str, augmentations: int) -> list[Figure]:
             counts.append((counters.samples, time.perf_counter(), counters.busy))
             running = running - done | {leases.submit(next(endless)) for _ in done}
             finished += [lease.result() for lease in done]
-        with bench.tracing(section):
+        with bench.tracing(name):
             time.sleep(size.traced)
         finished += [lease.result() for lease in running]
     shutil.rmtree(passes, ignore_errors=True)
     (before, start, busy), (after, end, busy_then) = counts[0], counts[-1]
-    what = f"{augmentations} augmentations, {bench.cores} decode processes"
     rate: tuple[float | None, Rule] = (PER_SECOND, "at least") if bench.on_cuda and augmentations == 2 else (None, "")
     share = (busy_then - busy) / (end - start)
     figures = [
-        Figure(section, f"decoding to Parquet, {what}", (after - before) / (end - start), "images/s", *rate),
+        Figure(section, name, (after - before) / (end - start), "images/s", *rate),
         Figure(section, f"busy share of the device, {what}", share, "", 1.0, "limit"),
     ]
     return figures + _stages(section, finished, (end - start) / (after - before))

@@ -116,7 +116,8 @@ def measure_ranks(bench: Bench) -> list[Figure]:
         shutil.rmtree(output, ignore_errors=True)
     checkpoints = {"every": bench.size.rank_steps // 4, "keep": 9}
     steps = {"all_ranks": True, "steps": bench.size.rank_steps, "checkpoints": checkpoints}
-    configs = {which: _config(bench, name, output, **steps) for which, output in outputs.items()}
+    traced = {"whole": {}, "killed": {"profile": 2}}  # the first one is timed
+    configs = {which: _config(bench, name, output, **steps, **traced[which]) for which, output in outputs.items()}
     if _join(_start(bench, configs["whole"])):
         raise RuntimeError("a rank failed: see its message")
     ranks = _start(bench, configs["killed"])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import re
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,19 @@ def cpu_seconds(pid: int) -> float:
     """CPU seconds of a process so far, without its children; 0 if it has ended."""
     stat = _stat(pid)
     return (int(stat[11]) + int(stat[12])) / _TICK if stat else 0.0
+
+
+def cpu_of_all() -> float:
+    """CPU seconds of this process and of those that multiprocessing has started in it and that live."""
+    below = [process.pid for process in multiprocessing.active_children()]
+    return time.process_time() + sum(cpu_seconds(pid) for pid in below if pid is not None)
+
+
+def own_peak() -> int:
+    """Largest memory of this process so far, in bytes. ``ru_maxrss`` may be that of the process that started it."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", (_PROC / "self/status").read_text())
+    assert found is not None
+    return 1024 * int(found[1])
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,12 @@ def _convolution_backward(
     return int(conv_flop_count(inputs, weight, gradient, transposed=transposed)) * sum(needed[:2])
 
 
-_MAPPING = {torch.ops.aten.convolution_backward: _convolution_backward}
+def _addmm(total: list[int], first: list[int], second: list[int], **_: Any) -> int:
+    """torch does not count it in place, as the loss of large batches adds up gradients."""
+    return 2 * first[0] * first[1] * second[1]
+
+
+_MAPPING = {torch.ops.aten.convolution_backward: _convolution_backward, torch.ops.aten.addmm_: _addmm}
 
 
 def count_flops(work: Callable[[], Any]) -> int:

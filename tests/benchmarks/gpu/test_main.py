@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -21,9 +23,18 @@ from benchmarks.gpu.results import Results
 from benchmarks.gpu.trace import Trace, limit_of
 from benchmarks.pipeline.figures import Figure
 from benchmarks.pipeline.page import read_figures
+from tests.helpers.demo import ROOT
 from tests.helpers.local_ray import local_ray
 
 DEVICE = "benchmarks.gpu.probe._card_id"
+WITH_RAY = """\
+import sys
+import pytest
+from benchmarks.gpu.__main__ import main
+from tests.helpers import lean_ray
+lean_ray.prepare(pytest.MonkeyPatch())
+main(sys.argv[1:])
+"""
 
 
 @pytest.fixture
@@ -75,13 +86,24 @@ def test_a_tiny_run_on_a_cpu_measures_every_section(
         "dfn2b-s39b, texts of 77 tokens",
         "ViT-SO400M-14-SigLIP, images",
         "dfn2b, batches of 3",
+        "device-1, 0 loader processes",
+        "fixed-point-1, CPU of the host a sample",
+        "device-1, time of the device a sample",
+        "64 pairs, a rank of 8, lambda 1.0, TF32",
     ):
         assert figures[name].value > 0, name
         assert name in output
     differing = [name for name in figures if " differ " in name or "nearer" in name]
-    assert len(differing) == 14
+    assert len(differing) == 16
     assert [name for name in differing if figures[name].value] == []
     assert figures["shards that finish in halved batches when memory is short"].met
+    products = 2 * (64 // 8) * 64 * 4 * (2 * 768 + (1 + 2 * 2) * 512)  # of two sides and two kinds of text
+    assert figures["64 pairs, a rank of 8, lambda 0.7, TF32: products"].value == pytest.approx(products / 1e12)
+    assert figures["gradients of features in TF32, from those in fp32"].value == 0, "a CPU has no TF32"
+    rates = {
+        name for name, figure in figures.items() if figure.unit.endswith("/s") and figure.section != gpu_shards.RUN
+    }
+    assert rates <= {name for entry in results.sections.values() for name in entry["traces"]}
     assert results.sections["card"]["card"] == ABSENT
     assert results.sections["teachers"]["traces"]["dfn2b, images"]["kernels"] > 10
     assert (folder / "traces" / "dfn2b, images.json.gz").exists()
@@ -164,6 +186,7 @@ def test_sections_for_which_the_minutes_do_not_suffice_are_left_out(tmp_path: Pa
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(program, "SECTIONS", sections)
         left_out = program.measure_missing(bench, [*SECTIONS], Results(None), 4.5)
+    assert sum(section.minutes for section in SECTIONS.values() if not section.ranks) <= program.MINUTES
     assert left_out == [name for name, section in SECTIONS.items() if section.minutes > 4]
     assert len(measured) == len(SECTIONS) - len(left_out)
 
@@ -220,6 +243,17 @@ def test_real_weights_are_used_where_a_folder_has_them(tmp_path: Path) -> None:
     assert bench.model("ViT-L-14") == f"local-dir:{tmp_path}/weights/ViT-L-14"
     assert bench.model("ViT-L-14-quickgelu") == f"local-dir:{tmp_path}/models/tiny-ViT-L-14-quickgelu"
     assert "hf_tokenizer_name" not in models._config("ViT-SO400M-14-SigLIP", tiny=False)["text_cfg"]
+
+
+@pytest.mark.slow
+def test_a_run_with_ray_writes_the_files_of_one_without(tmp_path: Path, folder: Path) -> None:
+    words = ["--tiny", "--only", "run", "--cores", "1", "--folder", str(folder), "--results", f"{tmp_path}/gpu.jsonl"]
+    program = [sys.executable, "-c", WITH_RAY, *words]  # which ends the Ray that it starts
+    done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = {figure.name: figure for figure in read_figures(Results.read(tmp_path / "gpu.jsonl").sections["run"])}
+    assert figures["files that differ from those without Ray"].value == 0
+    assert figures["images/s of `reinforce run`, after its first shards"].value > 0
 
 
 @pytest.mark.slow
