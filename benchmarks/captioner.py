@@ -12,7 +12,6 @@ webdataset pipeline of its trainer. The consumer does nothing. Ratios of medians
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import statistics
@@ -32,6 +31,7 @@ from rich.table import Table
 from webdataset.tariterators import tar_file_expander
 
 from benchmarks.loader import compare, sentence, write_source
+from benchmarks.step import model_folder
 from benchmarks.stored import write_results
 from reinforce.captioning.config import CaptionerConfig
 from reinforce.captioning.feed import predicted_lengths
@@ -99,10 +99,7 @@ def config_of(folder: Path, model: str, **data: Any) -> CaptionerConfig:
 def make_steps(folder: Path, model: str, batch: int) -> dict[str, Callable[[], None]]:
     """One training step of ours and of open_clip, of models with equal weights."""
     if model == "small":
-        (folder / "small").mkdir()
-        content = json.dumps({"model_cfg": SMALL, "preprocess_cfg": {}})
-        (folder / "small" / "open_clip_config.json").write_text(content)
-        model = f"local-dir:{folder}/small"
+        model = model_folder(folder / "small", SMALL, weights=False)
     config = config_of(folder, model)
     ours, theirs = (build_captioner(config).train() for _ in range(2))
     tokens = Tokenizer(model)([sentence(seed) for seed in range(batch)])

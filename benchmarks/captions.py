@@ -22,11 +22,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import datetime
-import json
 import math
 import os
-import platform
 import statistics
 import sys
 import time
@@ -44,7 +41,7 @@ import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
-from reinforce.shipping.machine import cpu_name
+from benchmarks.stored import write_results
 from teachers.coca.decoder import CocaDecoder
 from teachers.coca.network import CocaNetwork
 from teachers.decoding.choosing import greedy
@@ -365,16 +362,8 @@ def main() -> int:
             results[case.model] = measure(Case(case.model, images, rounds))
     runs = all(result["seconds of generate itself"] is not None for result in results.values())
     about = {
-        "date": datetime.date.today().isoformat(),
-        "cpu": cpu_name(),
         "threads": options.threads,
         "OMP_WAIT_POLICY": os.environ["OMP_WAIT_POLICY"],
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "open_clip": open_clip.__version__,
-            "transformers": transformers.__version__,
-        },
         "open_clip's side": "the loop of CoCa.generate, copied"
         + ("" if runs else f"; generate itself does not run with transformers {transformers.__version__}"),
     }
@@ -386,8 +375,8 @@ def main() -> int:
     for name, result in results.items():
         print(report(name, result))
     if not options.quick:
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps({**about, "targets": TARGETS, "models": results}, indent=2) + "\n")
+        packages = ("torch", "open_clip_torch", "transformers")
+        write_results(RESULTS, packages, {**about, "targets": TARGETS, "models": results})
     reached = all(r[f"speedup_{case}_length"] >= target for r in results.values() for case, target in TARGETS.items())
     return 0 if reached or options.quick else 1
 

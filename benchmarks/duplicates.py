@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 
 import schemas
+from benchmarks.processes import own_peak
 from benchmarks.stored import write_results
 from reinforce.dataset.layers import SAMPLES, embeddings_layer
 from reinforce.selection import duplicates, neighbours
@@ -109,10 +110,8 @@ def run(url: str, rule: dict[str, Any]) -> dict[str, float]:
     samples = sum(view.counts.values())
     size = sum(path.stat().st_size for path in Path(url, "views/view").rglob("*") if path.is_file())
     of_sample = {"CPU us a sample": 1e6 * cpu / samples, "bytes a sample": size / samples}
-    # ru_maxrss would be that of the process that started this one, if that is larger
-    [peak] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
-    memory = 1024 * int(peak.split()[1]) / 1e6
-    return {"samples": samples, "left out": samples - len(view), "seconds": seconds, **of_sample, "MB": memory}
+    counts = {"samples": samples, "left out": samples - len(view)}
+    return {**counts, "seconds": seconds, **of_sample, "MB": own_peak() / 1e6}
 
 
 def in_process(url: str, rule: dict[str, Any]) -> dict[str, float]:

@@ -25,6 +25,7 @@ from fsspec.spec import AbstractBufferedFile
 from rich.console import Console
 
 import schemas
+from benchmarks.processes import own_peak
 from benchmarks.stored import write_results
 from reinforce.config import parse_config
 from reinforce.dataset import vectors
@@ -174,7 +175,6 @@ def join(labels: str, rows: int, order: str, most: int) -> dict[str, float]:
             found += len(wanted)
         reader.close()
     seconds, cpu = time.perf_counter() - seconds, time.process_time() - cpu
-    [peak] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
     return {
         "samples": found,
         "labelled": labelled,
@@ -182,7 +182,7 @@ def join(labels: str, rows: int, order: str, most: int) -> dict[str, float]:
         "CPU us a sample": 1e6 * cpu / found,
         "bytes a sample": CountingFileSystem.bytes / found,
         "requests a sample": CountingFileSystem.requests / found,
-        "MB": 1024 * int(peak.split()[1]) / 1e6,
+        "MB": own_peak() / 1e6,
     }
 
 

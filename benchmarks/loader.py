@@ -15,13 +15,11 @@ Images per second depend on the machine; ratios of medians are comparable betwee
 from __future__ import annotations
 
 import argparse
-import contextlib
 import io
 import itertools
 import multiprocessing
 import os
 import statistics
-import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,7 +38,8 @@ from rich.table import Table
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from benchmarks.stored import write_results
+from benchmarks.processes import Children, cpu_of_all, serve
+from benchmarks.stored import write_results, write_tar
 from reinforce.config import Augmentations, parse_config
 from reinforce.dataset.augment.backends import load_backend
 from reinforce.dataset.augment.records import AUGMENTATION_BACKEND, Augmentation
@@ -142,13 +141,11 @@ def write_source(folder: Path, images: int, processes: int, distinct: int = PHOT
         with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
             photos = list(pool.map(photo, range(distinct), chunksize=8))
     for shard in range(SHARDS):
-        with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
-            for i in range(shard, images, SHARDS):
-                members = {"jpg": photos[i % distinct], "txt": sentence(i).encode(), "json": b'{"uid": "%d"}' % i}
-                for extension, data in members.items():
-                    info = tarfile.TarInfo(f"{i:08d}.{extension}")
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
+        samples = (
+            (f"{i:08d}", {"jpg": photos[i % distinct], "txt": sentence(i).encode(), "json": b'{"uid": "%d"}' % i})
+            for i in range(shard, images, SHARDS)
+        )
+        write_tar(folder / f"{shard:05d}.tar", samples)
     pixels = [width * height for width, height in (Image.open(io.BytesIO(data)).size for data in photos)]
     means = {"bytes": statistics.mean(map(len, photos)), "pixels": statistics.mean(pixels)}
     return f"{folder}/{{00000..{SHARDS - 1:05d}}}.tar", means
@@ -178,40 +175,19 @@ def reinforce(source: str, output: str, backend: str = AUGMENTATION_BACKEND, pro
     write_manifest(store, update_manifest(None, config, plan.layers, loaded))
 
 
-class DecodeOnly:
-    """Processes that decode and augment examples held in memory."""
-
-    def __init__(self, url: str, processes: int) -> None:
-        context = multiprocessing.get_context("forkserver")
-        self._pipes = []
-        for number in range(processes):
-            here, there = context.Pipe()
-            context.Process(target=decode_in_memory, args=(url, number, processes, there), daemon=True).start()
-            self._pipes.append(here)
-        self._wait()
-
-    def run(self, images: int) -> None:
-        for pipe in self._pipes:
-            pipe.send(images // len(self._pipes))
-        self._wait()
-
-    def _wait(self) -> None:
-        for pipe in self._pipes:
-            pipe.recv()
-
-
-def decode_in_memory(url: str, number: int, processes: int, pipe: Connection) -> None:
-    """Process as many images as the parent requests, until the pipe is closed."""
+def decode_in_memory(pipe: Connection, url: str, number: int, processes: int) -> None:
+    """Decode and augment as many images as the parent requests, until it closes the pipe. They are in memory."""
     [dataset] = open_datasets(Data.model_validate({"datasets": url}), 0, [])
     chunks = [Chunk(g, 0, int(dataset.groups[g, 2])) for g in range(number, len(dataset.groups), processes)]
     examples = itertools.cycle([row for chunk in chunks for row in dataset.load(chunk, 0).rows if row is not None])
-    with contextlib.suppress(EOFError):
-        while True:
-            pipe.send("done")
-            for example in itertools.islice(examples, pipe.recv()):
-                assert isinstance(example.augmentation, Augmentation)
-                replay = load_backend(example.file.backend)
-                replay(decode(example.image, example.file.limits), example.augmentation)
+
+    def decode_and_augment(count: int) -> None:
+        for example in itertools.islice(examples, count):
+            assert isinstance(example.augmentation, Augmentation)
+            replay = load_backend(example.file.backend)
+            replay(decode(example.image, example.file.limits), example.augmentation)
+
+    serve(pipe, decode_and_augment)
 
 
 def loader_batches(url: str, processes: int, batch: int = BATCH) -> Iterator[Any]:
@@ -271,9 +247,15 @@ def make_variants(
         for _ in range(images // batch):
             next(batches[name])
 
-    variants: dict[str, Callable[[int], None]] = {
-        f"bare{suffix}": DecodeOnly(url, processes).run for suffix, url in datasets.items()
+    bare = {
+        f"bare{suffix}": Children(decode_in_memory, [(url, number, processes) for number in range(processes)])
+        for suffix, url in datasets.items()
     }
+
+    def decode_alone(name: str, images: int) -> None:
+        bare[name].run([images // processes] * processes)
+
+    variants: dict[str, Callable[[int], None]] = {name: partial(decode_alone, name) for name in bare}
     return variants | {name: partial(consume, name) for name in batches}
 
 
@@ -289,9 +271,9 @@ def compare(
         for name, run in variants.items():
             wait_until_idle()
             run(warmup)  # uses up the prefetched batches
-            start, cpu = time.perf_counter(), cpu_seconds()
+            start, cpu = time.perf_counter(), cpu_of_all()
             run(images)
-            seconds, cpu = time.perf_counter() - start, cpu_seconds() - cpu
+            seconds, cpu = time.perf_counter() - start, cpu_of_all() - cpu
             figures[name]["images/s"].append(images / seconds)
             figures[name]["cpu ms"].append(1000 * cpu / images)
         print(f"round {number + 1}: " + ", ".join(f"{n} {f['images/s'][-1]:.0f} images/s" for n, f in figures.items()))
@@ -300,18 +282,10 @@ def compare(
 
 def wait_until_idle(seconds: float = 0.25) -> None:
     """Wait until no process prefetches batches any more."""
-    before, now = 0.0, cpu_seconds()
+    before, now = 0.0, cpu_of_all()
     while now - before > 0.1 * seconds:
         time.sleep(seconds)
-        before, now = now, cpu_seconds()
-
-
-def cpu_seconds() -> float:
-    """Return the CPU seconds of this process and its children, from /proc."""
-    tick = os.sysconf("SC_CLK_TCK")
-    stats = (Path(f"/proc/{child.pid}/stat").read_text() for child in multiprocessing.active_children())
-    fields = (stat.rpartition(")")[2].split() for stat in stats)
-    return time.process_time() + sum(int(field[11]) + int(field[12]) for field in fields) / tick
+        before, now = now, cpu_of_all()
 
 
 def main() -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -22,7 +21,7 @@ import open_clip
 import torch
 
 from benchmarks.ablations.encoders import Encoder
-from benchmarks.stored import write_results
+from benchmarks.stored import replace_part, update_page, write_results
 from reinforce.demo.compare import student_config
 from reinforce.demo.data import write_tests
 from reinforce.evaluation.evaluator import Evaluator
@@ -56,7 +55,6 @@ MEASURES = {
     "training pictures": "zero_shot/own-style/top1",
     "retrieval, unseen style": "retrieval/unseen-style/text_to_image/r5",
 }
-_MARKERS = re.compile(r"(<!-- quantize:[^\n]*-->\n).*?(<!-- end of quantize -->)", flags=re.DOTALL)
 
 
 def config_of(arm: str, seed: int, out: Path, more: Sequence[str]) -> StudentConfig:
@@ -140,9 +138,7 @@ def render_page(text: str, results: Mapping[str, Any]) -> str:
                 key = f"image, {which} cosine"
                 cells.append(_cell([row[key] for row in rows], 1, 4) if key in rows[0] else "1")
             lines.append(f"| {arm} | {kind} | {' | '.join(cells)} |")
-    if len(_MARKERS.findall(text)) != 1:
-        raise ValueError("the page must have `<!-- quantize: -->` and `<!-- end of quantize -->`, each once")
-    return _MARKERS.sub(lambda found: "\n".join([f"{found[1]}", *lines, "", found[2]]), text)
+    return replace_part(text, "quantize", "\n".join(lines))
 
 
 def main() -> None:
@@ -170,7 +166,7 @@ def main() -> None:
             students[arm].append(evaluate(config, evaluator))
     results = {"steps": first.train.steps, "share": SHARE, "students": students}
     write_results(RESULTS, ["torch", "timm"], results)
-    PAGE.write_text(render_page(PAGE.read_text(encoding="utf-8"), results), encoding="utf-8")
+    update_page(PAGE, RESULTS, render_page)
     print(f"written to {RESULTS} and {PAGE}")
 
 

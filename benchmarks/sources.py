@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import argparse
 import base64
-import io
 import json
 import os
 import statistics
-import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,8 +26,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.loader import photo, sentence
-from benchmarks.pipeline.proc import children, cpu_seconds
-from benchmarks.stored import write_results
+from benchmarks.processes import children, cpu_seconds
+from benchmarks.stored import write_results, write_tar
 from reinforce.config import parse_config
 from reinforce.dataset.files.store import Store
 from reinforce.engine.decode.pool import DecodePool
@@ -50,14 +48,14 @@ Sample = tuple[str, bytes, str]
 Figures = dict[str, dict[str, list[float]]]
 
 
-def write_tar(path: Path, samples: Sequence[Sample]) -> None:
-    with tarfile.open(path, "w") as tar:
-        for key, image, caption in samples:
-            members = {"jpg": image, "json": json.dumps({"url": key}).encode(), "txt": caption.encode()}
-            for extension, data in members.items():
-                info = tarfile.TarInfo(f"{key}.{extension}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
+def write_webdataset(path: Path, samples: Sequence[Sample]) -> None:
+    write_tar(
+        path,
+        (
+            (key, {"jpg": image, "json": json.dumps({"url": key}).encode(), "txt": caption.encode()})
+            for key, image, caption in samples
+        ),
+    )
 
 
 def write_huggingface(path: Path, samples: Sequence[Sample]) -> None:
@@ -86,7 +84,7 @@ def write_jsonl(path: Path, samples: Sequence[Sample]) -> None:
 
 
 WRITERS: dict[str, tuple[str, Callable[[Path, Sequence[Sample]], None]]] = {
-    "tar": ("source.tar", write_tar),
+    "tar": ("source.tar", write_webdataset),
     "parquet, Hugging Face": ("huggingface.parquet", write_huggingface),
     "parquet, img2dataset": ("img2dataset.parquet", write_img2dataset),
     "jsonl": ("source.jsonl", write_jsonl),

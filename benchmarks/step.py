@@ -14,9 +14,7 @@ quadratic in the batch and the towers are linear, so the limit is also reported 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
 import statistics
 import sys
 import tempfile
@@ -27,11 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
-import timm
 import torch
 from safetensors.torch import save_file
-from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.stored import write_results
 from reinforce import settings
 from reinforce.student.config import StudentConfig
 from reinforce.student.task import StudentTask
@@ -40,6 +37,7 @@ from reinforce.training.config import Optimizer
 from reinforce.training.optimizer import make_adamw
 from reinforce.training.step import backpropagate
 from teachers.device.accelerator import Accelerator
+from teachers.device.flops import counted_flops
 
 BOUND = 1.1
 DIM = 768
@@ -80,11 +78,7 @@ class Bench:
     def measure(self, case: Case) -> dict[str, Any]:
         """Return seconds and operations of each kind of step, measured alternately."""
         steps = self.steps(case)
-        operations = {}
-        for name, step in steps.items():  # also the warm-up
-            with FlopCounterMode(display=False) as counter:
-                step()
-            operations[name] = counter.get_total_flops()
+        operations = {name: counted_flops(step) for name, step in steps.items()}  # also the warm-up
         seconds: dict[str, list[float]] = {name: [] for name in steps}
         for number in range(case.rounds):
             for name, step in steps.items():
@@ -231,21 +225,13 @@ def main() -> int:
     worst = max(result["ratio"]["stored"] for result in results.values())
     print(f"a step with stored targets takes at most {worst:.3f} times as long as a plain one; the bound is {BOUND}")
     about = {
-        "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name() if options.device != "cpu" else "cpu",
         "threads": options.threads,
         "clock": "process" if options.device == "cpu" else "wall",
         "teachers in the loop": TEACHER,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "open_clip": open_clip.__version__,
-            "timm": timm.__version__,
-        },
         "bound": BOUND,
     }
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({**about, "students": results}, indent=2) + "\n")
+    write_results(RESULTS, ("torch", "open_clip_torch", "timm"), {**about, "students": results})
     return 0 if worst <= BOUND else 1
 
 

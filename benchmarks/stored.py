@@ -1,10 +1,13 @@
-"""Stored results of benchmarks."""
+"""What benchmarks write: their results, the parts of pages that show them, and tars of samples."""
 
 from __future__ import annotations
 
 import datetime
+import io
 import json
-from collections.abc import Mapping, Sequence
+import re
+import tarfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,3 +19,30 @@ def write_results(path: Path, packages: Sequence[str], results: Mapping[str, Any
     about = {"date": datetime.date.today().isoformat(), **describe_machine(packages)}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**about, **results}, indent=2) + "\n", encoding="utf-8")
+
+
+def replace_part(text: str, name: str, part: str) -> str:
+    """A page with another part between ``<!-- NAME ... -->`` and ``<!-- end of NAME -->``; the rest stays.
+
+    Raises ValueError unless the page has one such part.
+    """
+    markers = re.compile(rf"(<!-- {name}\b[^\n]*-->\n).*?(<!-- end of {name} -->)", flags=re.DOTALL)
+    if len(markers.findall(text)) != 1:
+        raise ValueError(f"the page must have `<!-- {name} -->` and `<!-- end of {name} -->`, each once")
+    return markers.sub(lambda found: f"{found[1]}\n{part.rstrip()}\n\n{found[2]}", text)
+
+
+def update_page(page: Path, results: Path, render: Callable[[str, Mapping[str, Any]], str]) -> None:
+    """Write the generated parts of a page from stored results."""
+    stored = json.loads(results.read_text(encoding="utf-8"))
+    page.write_text(render(page.read_text(encoding="utf-8"), stored), encoding="utf-8")
+
+
+def write_tar(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> None:
+    """Write a tar of samples, (key, content by extension)."""
+    with tarfile.open(path, "w") as tar:
+        for key, members in samples:
+            for extension, content in members.items():
+                info = tarfile.TarInfo(f"{key}.{extension}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))

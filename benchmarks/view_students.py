@@ -9,8 +9,6 @@ continues. Writes a table into docs/scores.md.
 from __future__ import annotations
 
 import argparse
-import json
-import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +18,7 @@ import numpy as np
 
 import reinforce
 from benchmarks.selection import BUILD, auc, captions, make_dataset, worst
-from benchmarks.stored import write_results
+from benchmarks.stored import replace_part, update_page, write_results
 from benchmarks.transfer import summarise
 from reinforce.demo.compare import MEASURES, arm_overrides, collect_measures, format_share
 from reinforce.demo.data import write_tests
@@ -35,7 +33,6 @@ SCORE = "scores.ensemble.caption_mean"
 #: Arm -> what its students are trained on.
 ARMS = {"whole": "all samples", "view": f"best {1 - SHARE:.0%}", "right": "right pairs alone"}
 SHOWN = ("unseen_style", "unseen_style_group", "unseen_pictures_group", "retrieval", "own_style")
-_MARKERS = re.compile(r"(<!-- students:[^\n]*-->\n).*?(<!-- end of students -->)", flags=re.DOTALL)
 _TEXT = """\
 Plain students of the demo on the same dataset, {steps} steps each, mean and minimum to maximum of {seeds} seeds \
 ({date}, [view_students.json](../benchmarks/results/view_students.json)). The view is \
@@ -114,10 +111,8 @@ def render_page(text: str, results: Mapping[str, Any]) -> str:
     for name in SHOWN:
         cells = [format_share(students[arm][name]["seeds"]) for arm in ARMS]
         lines.append(f"| {MEASURES[name][0]} | {' | '.join(cells)} | {recovered(students, name)} |")
-    if len(_MARKERS.findall(text)) != 1:
-        raise ValueError("the page must have `<!-- students: -->` and `<!-- end of students -->`, each once")
-    part = "\n".join([*lines, "", textwrap.fill(_AGREEMENT.format(**results["agreement"]), 120)])
-    return _MARKERS.sub(lambda found: f"{found[1]}\n{part}\n\n{found[2]}", text)
+    lines += ["", textwrap.fill(_AGREEMENT.format(**results["agreement"]), 120)]
+    return replace_part(text, "students", "\n".join(lines))
 
 
 def main() -> None:
@@ -132,8 +127,7 @@ def main() -> None:
     students, steps = train(url, arguments.out, arguments.seeds, arguments.set)
     results = {"view": view, "agreement": agreement, "steps": steps, "students": students}
     write_results(RESULTS, ["torch", "numpy"], results)
-    results = json.loads(RESULTS.read_text(encoding="utf-8"))
-    PAGE.write_text(render_page(PAGE.read_text(encoding="utf-8"), results), encoding="utf-8")
+    update_page(PAGE, RESULTS, render_page)
     print(f"written to {RESULTS} and {PAGE}")
 
 

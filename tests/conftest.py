@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, settings
 
 from tests.helpers.commands import Command, run_command
 from tests.helpers.data import members_of, write_tar
-from tests.helpers.s3_proxy import Proxy
+from tests.helpers.s3_proxy import Proxy, s3_behind_proxy, s3_environment
 
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # defaults use a GPU, and tests compare bits and speeds of one device
@@ -44,14 +44,8 @@ def pytest_collection() -> Generator[None, object, object]:
 @pytest.fixture(scope="session")
 def s3_proxy() -> Iterator[Proxy]:
     """The proxy of an S3 server that runs for the session, because moto's server keeps its port when it stops."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    proxy = Proxy(0, server.get_host_and_port()[1])
-    yield proxy
-    proxy.close()
-    server.stop()
+    with s3_behind_proxy() as proxy:
+        yield proxy
 
 
 @pytest.fixture(scope="session")
@@ -61,10 +55,8 @@ def s3_server(s3_proxy: Proxy) -> str:
 
 
 def _set_s3_environment(patch: pytest.MonkeyPatch, endpoint: str) -> None:
-    patch.setenv("AWS_ENDPOINT_URL", endpoint)
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        patch.setenv(name, "k")
-    patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    for name, value in s3_environment(endpoint).items():
+        patch.setenv(name, value)
 
 
 @pytest.fixture(scope="module")

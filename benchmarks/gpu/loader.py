@@ -12,7 +12,7 @@ from benchmarks.gpu import recipe
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.shards import dataset
 from benchmarks.pipeline.figures import Figure
-from benchmarks.pipeline.proc import cpu_of_all
+from benchmarks.processes import cpu_of_all
 from reinforce.dataset.augment.backends import BACKENDS
 from reinforce.dataset.augment.device import augment
 from reinforce.dataset.augment.device_records import DEVICE_BACKEND

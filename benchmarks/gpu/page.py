@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,9 @@ from benchmarks.gpu.captions import ENCODING
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.trace import limit_of
 from benchmarks.pipeline.page import PAGE, limit_text, met_text, number, read_figures
+from benchmarks.stored import replace_part
 
 RESULTS = Path(__file__).parents[1] / "results" / "gpu.jsonl"
-_MARKERS = re.compile(r"(<!-- gpu:[^\n]*-->\n).*?(<!-- end of gpu -->)", flags=re.DOTALL)
 #: Milliseconds of a source image of configs/dfn5b.yaml on an H100, as they were estimated before there was a card.
 ESTIMATES = {
     "teachers": "2.4",
@@ -35,9 +34,7 @@ def write_page() -> None:
 
 def render_page(text: str, results: Results) -> str:
     """The page with its part about a GPU written anew; the rest of ``text`` stays."""
-    if len(_MARKERS.findall(text)) != 1:
-        raise ValueError("the page must have one part between `<!-- gpu: ... -->` and `<!-- end of gpu -->`")
-    return _MARKERS.sub(lambda match: match[1] + "\n" + "\n".join(_part(results)) + "\n" + match[2], text)
+    return replace_part(text, "gpu", "\n".join(_part(results)))
 
 
 def _part(results: Results) -> Iterator[str]:

@@ -23,6 +23,7 @@ from benchmarks.pipeline.memory import measure_memory
 from benchmarks.pipeline.stand_ins import STAND_IN
 from benchmarks.pipeline.student import measure_loader
 from benchmarks.pipeline.texts import measure_texts
+from benchmarks.stored import update_page
 from reinforce.processes.cores import available_cores
 from reinforce.shipping.machine import describe_machine
 
@@ -91,7 +92,7 @@ def main(words: Sequence[str] | None = None) -> None:
     options = make_parser().parse_args(words)
     console = Console()
     if options.page:
-        page.write_page()
+        update_page(page.PAGE, page.RESULTS, page.render_page)
         console.print(f"written to {page.PAGE}")
         return
     machine = describe_machine(PACKAGES)

@@ -9,10 +9,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping
 
-from benchmarks.pipeline.children import Children
 from benchmarks.pipeline.figures import Bench, Figure, alternate, medians
 from benchmarks.pipeline.inputs import write_shards
 from benchmarks.pipeline.workers import Job, WorkerSetup, start_workers
+from benchmarks.processes import Children
 
 ACCELERATOR = "accelerator"
 AUGMENTATIONS = 2

@@ -7,8 +7,8 @@ import time
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 
-from benchmarks.pipeline.children import serve
 from benchmarks.pipeline.inputs import make_config
+from benchmarks.processes import serve
 from reinforce.dataset.augment.backends import load_backend
 from reinforce.dataset.augment.records import sample_augmentation
 from reinforce.images.policy import decode, image_policy

@@ -9,10 +9,10 @@ import contextlib
 from collections.abc import Callable, Mapping
 
 from benchmarks.pipeline.alone import serve_decoding
-from benchmarks.pipeline.children import Children
 from benchmarks.pipeline.figures import Bench, Figure, alternate, medians
 from benchmarks.pipeline.inputs import write_shards
 from benchmarks.pipeline.workers import Job, Measured, WorkerSetup, start_workers
+from benchmarks.processes import Children
 
 ALONE = "decoding and augmenting alone"
 WORKER = "a worker, whole shards"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
-import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from benchmarks.stored import write_tar
 from reinforce.config import Config, parse_config
 
 SIZE = 224
@@ -27,21 +27,15 @@ def photo(seed: int, side: int = 512) -> bytes:
     return out.getvalue()
 
 
-def write_shard(path: Path, photos: Sequence[bytes]) -> None:
-    """Write a tar of photos with captions."""
-    with tarfile.open(path, "w") as tar:
-        for i, data in enumerate(photos):
-            for name, content in ((f"{i:06d}.jpg", data), (f"{i:06d}.txt", f"a photo of thing {i}".encode())):
-                info = tarfile.TarInfo(name)
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
-
-
 def write_shards(folder: Path, shards: int, images: int, photos: Sequence[bytes]) -> str:
-    """Write ``shards`` tars of ``images`` photos each, which repeat; return their URL."""
+    """Write ``shards`` tars of ``images`` photos with captions each, which repeat; return their URL."""
     folder.mkdir(parents=True)
     for shard in range(shards):
-        write_shard(folder / f"{shard:05d}.tar", [photos[(shard + i) % len(photos)] for i in range(images)])
+        samples = (
+            (f"{i:06d}", {"jpg": photos[(shard + i) % len(photos)], "txt": f"a photo of thing {i}".encode()})
+            for i in range(images)
+        )
+        write_tar(folder / f"{shard:05d}.tar", samples)
     return f"{folder}/*.tar"
 
 

@@ -9,7 +9,7 @@ import math
 import shutil
 import statistics
 
-from benchmarks.pipeline import proc
+from benchmarks import processes
 from benchmarks.pipeline.figures import Bench, Figure
 from benchmarks.pipeline.inputs import SIZE, make_config, write_shards
 from benchmarks.pipeline.workers import Job, WorkerSetup, start_workers
@@ -41,7 +41,7 @@ def measure_memory(bench: Bench) -> list[Figure]:
     ]
 
 
-def _peak(bench: Bench, megabytes: int, shards: int) -> proc.Peak:
+def _peak(bench: Bench, megabytes: int, shards: int) -> processes.Peak:
     """Peak memory while a new worker processes shards of a size."""
     images = math.ceil(megabytes * 1e6 / statistics.fmean(map(len, bench.photos)))
     folder = bench.folder / f"memory-{megabytes}"
@@ -49,7 +49,7 @@ def _peak(bench: Bench, megabytes: int, shards: int) -> proc.Peak:
     with (
         bench.output() as output,
         start_workers(WorkerSetup(2, bench.cores, bench.device)) as workers,
-        proc.watch_memory(workers.all[0].pid) as peak,
+        processes.watch_memory(workers.all[0].pid) as peak,
     ):
         workers.run([Job(source, output)])
     shutil.rmtree(folder)

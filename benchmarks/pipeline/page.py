@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -14,6 +13,7 @@ from rich.table import Table
 from benchmarks.pipeline.figures import Figure
 from benchmarks.pipeline.inputs import SIZE
 from benchmarks.pipeline.memory import pixel_cell_bytes
+from benchmarks.stored import replace_part
 
 RESULTS = Path(__file__).parents[1] / "results" / "pipeline.json"
 PAGE = Path(__file__).parents[2] / "docs" / "performance.md"
@@ -60,18 +60,8 @@ def read_figures(results: Mapping[str, Any]) -> list[Figure]:
 
 def render_page(text: str, results: Mapping[str, Any]) -> str:
     """The page with its generated parts written anew; the rest of ``text`` stays."""
-    for name, part in (("figures", _figures_part(results)), ("sizing", _sizing_part(results))):
-        markers = re.compile(rf"(<!-- {name}[^\n]*-->\n).*?(<!-- end of {name} -->)", flags=re.DOTALL)
-        if len(markers.findall(text)) != 1:
-            raise ValueError(f"the page must have `<!-- {name} -->` and `<!-- end of {name} -->`, each once")
-        text = markers.sub(lambda found, part=part: f"{found[1]}\n{part}\n{found[2]}", text)  # type: ignore[misc]
-    return text
-
-
-def write_page() -> None:
-    """Write the generated parts of docs/performance.md from the stored results."""
-    results = json.loads(RESULTS.read_text(encoding="utf-8"))
-    PAGE.write_text(render_page(PAGE.read_text(encoding="utf-8"), results), encoding="utf-8")
+    text = replace_part(text, "figures", _figures_part(results))
+    return replace_part(text, "sizing", _sizing_part(results))
 
 
 def _figures_part(results: Mapping[str, Any]) -> str:

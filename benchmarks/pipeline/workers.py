@@ -13,10 +13,9 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from benchmarks.pipeline import proc
-from benchmarks.pipeline.children import Children, serve
 from benchmarks.pipeline.inputs import make_config
 from benchmarks.pipeline.stand_ins import STAND_IN, FixedTimeTeacher, StandInAccelerator, skip_conversion
+from benchmarks.processes import Children, children, cpu_seconds, serve
 from reinforce.dataset.files.store import Store
 from reinforce.engine.decode.pool import DecodePool
 from reinforce.engine.inference.models import Models
@@ -89,8 +88,8 @@ def serve_worker(pipe: Connection, setup: WorkerSetup) -> None:
 def _run(job: Job, setup: WorkerSetup, models: Models, teacher: FixedTimeTeacher, pool: DecodePool) -> Measured:
     """Process the shards of a job, two at a time as a worker actor does."""
     teacher.reset(job.seconds_per_image)
-    processes = proc.children(os.getpid())
-    start, own, below = time.perf_counter(), time.process_time(), sum(map(proc.cpu_seconds, processes))
+    below = children(os.getpid())
+    start, own, decode = time.perf_counter(), time.process_time(), sum(map(cpu_seconds, below))
     config = make_config(job.source, job.output, setup.augmentations, setup.cores, setup.batch)
     plan, store = make_plan(config), Store(config.output)
 
@@ -104,7 +103,7 @@ def _run(job: Job, setup: WorkerSetup, models: Models, teacher: FixedTimeTeacher
         samples,
         time.perf_counter() - start,
         time.process_time() - own,
-        sum(map(proc.cpu_seconds, processes)) - below,
+        sum(map(cpu_seconds, below)) - decode,
         teacher.busy / max(1e-9, teacher.last - teacher.first),
         written,
     )

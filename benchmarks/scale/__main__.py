@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.pipeline.figures import Figure
-from benchmarks.pipeline.page import make_table
+from benchmarks.pipeline.page import PAGE, make_table
 from benchmarks.scale import page
 from benchmarks.scale.driver import driver_figures
 from benchmarks.scale.inputs import (
@@ -31,7 +31,7 @@ from benchmarks.scale.inputs import (
     write_shards,
 )
 from benchmarks.scale.object_store import counts, serve
-from benchmarks.stored import write_results
+from benchmarks.stored import update_page, write_results
 from reinforce.source.urls import shard_names
 from teachers.redact import Redactor
 
@@ -234,7 +234,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     given = make_parser().parse_args(arguments)
     if given.page:
-        page.write_page()
+        update_page(PAGE, page.RESULTS, page.render_page)
         return
     figures = []
     for name in given.only or SECTIONS:
@@ -245,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             page.replace_figures(figures)
         else:
             write_results(page.RESULTS, PACKAGES, {"figures": [asdict(figure) for figure in figures]})
-        page.write_page()
+        update_page(PAGE, page.RESULTS, page.render_page)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
+
+from benchmarks.processes import own_peak
 
 
 def plan(config: str, *overrides: str) -> dict[str, Any]:
@@ -67,9 +67,7 @@ def main(name: str, *arguments: str) -> None:
         import reinforce.dataset.validate.validate  # noqa: F401
     began, cpu = time.perf_counter(), time.process_time()
     found = parts[name](*arguments)
-    memory = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
-    assert memory is not None
-    figures = {"seconds": time.perf_counter() - began, "cpu": time.process_time() - cpu, "MB": int(memory[1]) / 1000}
+    figures = {"seconds": time.perf_counter() - began, "cpu": time.process_time() - cpu, "MB": own_peak() / 1e6}
     print(json.dumps({**found, **figures}))
 
 

@@ -56,13 +56,13 @@ class _Ref:
         self.at, self.value, self.actor = at, value, actor
 
 
-class _Method:
+class Method:
     """A method of an actor: ``actor.process.remote(shard)``."""
 
-    def __init__(self, call: Callable[..., _Ref]) -> None:
+    def __init__(self, call: Callable[..., Any]) -> None:
         self.remote = call
 
-    def options(self, **_: Any) -> _Method:
+    def options(self, **_: Any) -> Method:
         return self
 
 
@@ -70,9 +70,9 @@ class _Actor:
     def __init__(self, ray: SimulatedRay, node: int, number: int) -> None:
         self.node, self.number, self.dead = node, number, False
         self.refs: set[_Ref] = set()
-        self.load = _Method(lambda: ray.start(self))
-        self.process = _Method(lambda shard: ray.lease(self, shard))
-        self.pulse = _Method(lambda: ray.answer(self, 0.001, Pulse()))
+        self.load = Method(lambda: ray.start(self))
+        self.process = Method(lambda shard: ray.lease(self, shard))
+        self.pulse = Method(lambda: ray.answer(self, 0.001, Pulse()))
 
 
 @dataclass
@@ -219,19 +219,26 @@ class SimulatedRay:
 
 @contextlib.contextmanager
 def simulated(cluster: Cluster, layers: Sequence[str]) -> Iterator[SimulatedRay]:
+    """Replace Ray by a simulated cluster."""
+    ray = SimulatedRay(cluster, layers)
+    with in_place_of_ray(ray):
+        yield ray
+
+
+@contextlib.contextmanager
+def in_place_of_ray(ray: Any) -> Iterator[None]:
     """Replace Ray in the modules of the driver."""
-    from reinforce import cluster as reinforce_cluster
+    from reinforce import cluster
     from reinforce.engine.driver import driver, pool, worker_lifecycle
 
-    ray = SimulatedRay(cluster, layers)
     with contextlib.ExitStack() as stack:
-        for module in (driver, pool, worker_lifecycle, reinforce_cluster):
+        for module in (driver, pool, worker_lifecycle, cluster):
             stack.enter_context(mock.patch.object(module, "ray", ray))
         stack.enter_context(mock.patch.object(pool, "as_actor", return_value=ray))
         for watch in ("RayletWatch", "ControlWatch"):
             stack.enter_context(mock.patch.object(driver, watch))
         stack.enter_context(mock.patch.object(driver, "draining_nodes", return_value={}))
-        yield ray
+        yield
 
 
 def config_of(folder: str, shards: int, workers: int, **failures: Any) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
@@ -12,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.pipeline.figures import Figure
-from benchmarks.pipeline.page import PAGE, limit_text, met_text, number, read_figures
+from benchmarks.pipeline.page import limit_text, met_text, number, read_figures
+from benchmarks.stored import replace_part
 
 RESULTS = Path(__file__).parents[1] / "results" / "scale.json"
-_MARKERS = re.compile(r"(<!-- scale:[^\n]*-->\n).*?(<!-- end of scale -->)", flags=re.DOTALL)
 
 
 def render_page(text: str, results: Mapping[str, Any]) -> str:
@@ -34,10 +33,7 @@ def render_page(text: str, results: Mapping[str, Any]) -> str:
         for each in part:
             cells = (each.name, _value(each), limit_text(each), met_text(each))
             lines.append(f"| {' | '.join(cells)} |")
-    if len(_MARKERS.findall(text)) != 1:
-        raise ValueError("the page must have `<!-- scale: -->` and `<!-- end of scale -->`, each once")
-    table = "\n".join(lines)
-    return _MARKERS.sub(lambda found: f"{found[1]}\n{table}\n\n{found[2]}", text)
+    return replace_part(text, "scale", "\n".join(lines))
 
 
 def replaced(results: Mapping[str, Any], figures: Sequence[Figure], load: float) -> dict[str, Any]:
@@ -61,9 +57,3 @@ def replace_figures(figures: Sequence[Figure]) -> None:
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
     new = replaced(results, figures, round(os.getloadavg()[0], 1))
     RESULTS.write_text(json.dumps(new, indent=2) + "\n", encoding="utf-8")
-
-
-def write_page() -> None:
-    """Write the table from the stored results."""
-    results = json.loads(RESULTS.read_text(encoding="utf-8"))
-    PAGE.write_text(render_page(PAGE.read_text(encoding="utf-8"), results), encoding="utf-8")

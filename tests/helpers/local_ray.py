@@ -6,7 +6,7 @@ Runs start in a second, so that many faults of a storage can be tried. Processes
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from functools import partial
 from typing import Any
@@ -14,25 +14,16 @@ from unittest import mock
 
 from ray.exceptions import RayTaskError
 
+from benchmarks.scale.cluster import Method, in_place_of_ray
 from reinforce.engine.worker.actor import SHARDS_IN_FLIGHT, Worker
 from tests.helpers.decoding import decode_pool
-
-
-class _Method:
-    """A method of an actor: ``actor.process.remote(shard)``."""
-
-    def __init__(self, threads: ThreadPoolExecutor, method: Callable[..., Any]) -> None:
-        self.remote = partial(threads.submit, method)
-
-    def options(self, **_: Any) -> _Method:
-        return self
 
 
 class _Actor:
     def __init__(self, arguments: Sequence[Any]) -> None:
         worker, threads, control = Worker(*arguments), ThreadPoolExecutor(SHARDS_IN_FLIGHT), ThreadPoolExecutor(1)
-        self.load, self.process = _Method(threads, worker.load), _Method(threads, worker.process)
-        self.pulse = _Method(control, worker.pulse)
+        self.load, self.process = (Method(partial(threads.submit, of)) for of in (worker.load, worker.process))
+        self.pulse = Method(partial(control.submit, worker.pulse))
         self.threads = (threads, control)
 
 
@@ -77,17 +68,7 @@ class LocalRay:
 @contextlib.contextmanager
 def local_ray() -> Iterator[None]:
     """Replace Ray in the modules of the driver, while the block runs."""
-    from reinforce import cluster
-    from reinforce.engine.driver import driver, pool, worker_lifecycle
     from reinforce.engine.worker import actor
 
-    ray = LocalRay()
-    with contextlib.ExitStack() as stack:
-        for module in (driver, pool, worker_lifecycle, cluster):
-            stack.enter_context(mock.patch.object(module, "ray", ray))
-        stack.enter_context(mock.patch.object(pool, "as_actor", return_value=ray))
-        for watch in ("RayletWatch", "ControlWatch"):
-            stack.enter_context(mock.patch.object(driver, watch))
-        stack.enter_context(mock.patch.object(driver, "draining_nodes", return_value={}))
-        stack.enter_context(mock.patch.object(actor, "DecodePool", side_effect=lambda *_: decode_pool()))
+    with in_place_of_ray(LocalRay()), mock.patch.object(actor, "DecodePool", side_effect=lambda *_: decode_pool()):
         yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -157,6 +158,26 @@ class Proxy:
             rule.fault(handler, request)
         else:
             handler.send(handler.forward(request), whole=request.method != "HEAD")
+
+
+@contextmanager
+def s3_behind_proxy() -> Iterator[Proxy]:
+    """The proxy of a new S3 server (moto's)."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # one line per request
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    proxy = Proxy(0, server.get_host_and_port()[1])
+    yield proxy
+    proxy.close()
+    server.stop()
+
+
+def s3_environment(endpoint: str) -> dict[str, str]:
+    """Variables with which s3fs uses a server."""
+    keys = {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "k"}
+    return {"AWS_ENDPOINT_URL": endpoint, **keys, "AWS_DEFAULT_REGION": "us-east-1"}
 
 
 @dataclass

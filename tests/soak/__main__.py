@@ -9,7 +9,6 @@ Each round must end with every shard finished and with the files of an undisturb
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import random
 import secrets
@@ -26,8 +25,9 @@ from typing import Any
 import yaml
 
 from tests.helpers.data import config_of, members_of, tree, write_tar
-from tests.helpers.s3_proxy import Proxy, cut, refuse, slow
+from tests.helpers.s3_proxy import Proxy, cut, refuse, s3_behind_proxy, s3_environment, slow
 from tests.helpers.s3_runs import layers, writes_layer
+from tests.soak.kills import DECODER, WORKER, processes_below
 
 ROOT = Path(__file__).parents[2]
 NODES = 3
@@ -39,8 +39,8 @@ SUMMARY = " samples in "  # in a driver's last line
 
 
 class Soak:
-    def __init__(self, seed: int, seconds: float, shards: int, folder: Path) -> None:
-        self.random, self.seconds, self.folder = random.Random(seed), seconds, folder
+    def __init__(self, seed: int, seconds: float, shards: int, folder: Path, proxy: Proxy) -> None:
+        self.random, self.seconds, self.folder, self.proxy = random.Random(seed), seconds, folder, proxy
         self.proxy_random = random.Random(seed)  # for the proxy's threads: the order of faults depends on the seed only
         self.shards, self.faults = shards, Counter[str]()
         self.starts = self.rounds = 0
@@ -49,14 +49,7 @@ class Soak:
         self.output = ""
 
     def run(self) -> None:
-        from moto.server import ThreadedMotoServer
-
-        logging.getLogger("werkzeug").setLevel(logging.ERROR)  # one line per request
-        server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-        server.start()
-        self.proxy = Proxy(0, server.get_host_and_port()[1])
-        os.environ |= {"AWS_ENDPOINT_URL": self.proxy.url, "AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "k"}
-        os.environ |= {"AWS_DEFAULT_REGION": "us-east-1", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
+        os.environ |= {**s3_environment(self.proxy.url), "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
         os.environ |= {"RAY_worker_niceness": "0"}  # on a busy machine workers need CPU time
         import s3fs
         from ray.cluster_utils import Cluster
@@ -144,33 +137,18 @@ class Soak:
 
     # -- faults
 
-    def _workers(self) -> list[int]:
-        """Process ids of this cluster's workers."""
-        return self._processes("ray::Worker")
-
-    def _decoders(self) -> list[int]:
-        """Process ids of the decode processes of this cluster's workers."""
-        return self._processes(f"{sys.executable} -I -c")
-
-    def _processes(self, command_start: str) -> list[int]:
-        listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
-        rows = [line.split(None, 2) for line in listed.splitlines()[1:]]
-        ours = {os.getpid()}
-        for pid, parent, _ in sorted(rows, key=lambda row: int(row[0])):
-            if int(parent) in ours:
-                ours.add(int(pid))
-        return [int(pid) for pid, _, command in rows if int(pid) in ours and command.startswith(command_start)]
-
     def _worker_killed(self) -> None:
-        if workers := self._workers():
-            os.kill(self.random.choice(workers), signal.SIGKILL)
+        self._kill(WORKER)
 
     def _decoder_killed(self) -> None:
-        if decoders := self._decoders():
-            os.kill(self.random.choice(decoders), signal.SIGKILL)
+        self._kill(DECODER)
+
+    def _kill(self, command: str) -> None:
+        if found := processes_below(os.getpid(), command):
+            os.kill(self.random.choice(found), signal.SIGKILL)
 
     def _worker_paused(self) -> None:
-        for worker in self._workers()[:1]:
+        for worker in processes_below(os.getpid(), WORKER)[:1]:
             os.kill(worker, signal.SIGSTOP)
             time.sleep(2)
             os.kill(worker, signal.SIGCONT)
@@ -239,8 +217,8 @@ def main() -> None:
     arguments = parser.parse_args()
     print(f"seed {arguments.seed}", flush=True)
     begin = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="reinforce-soak-") as folder:
-        soak = Soak(arguments.seed, arguments.seconds, arguments.shards, Path(folder))
+    with tempfile.TemporaryDirectory(prefix="reinforce-soak-") as folder, s3_behind_proxy() as proxy:
+        soak = Soak(arguments.seed, arguments.seconds, arguments.shards, Path(folder), proxy)
         outcome = "a check failed"
         try:
             soak.run()

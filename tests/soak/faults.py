@@ -25,7 +25,7 @@ import reinforce
 from reinforce.errors import UserError
 from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.local_ray import local_ray
-from tests.helpers.s3_proxy import Proxy
+from tests.helpers.s3_proxy import Proxy, s3_behind_proxy, s3_environment
 from tests.helpers.s3_runs import layers
 from tests.soak.cases import CASES, SHARDS, Case
 from tests.soak.kills import KILLS, Kill, run_killed
@@ -47,15 +47,9 @@ class Outcome:
 class Bench:
     """An object store behind a proxy, and what an undisturbed run writes there."""
 
-    def __init__(self, folder: Path) -> None:
-        from moto.server import ThreadedMotoServer
-
-        logging.getLogger("werkzeug").setLevel(logging.ERROR)  # one line per request
-        server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-        server.start()
-        self.proxy = Proxy(0, server.get_host_and_port()[1])
-        os.environ |= {"AWS_ENDPOINT_URL": self.proxy.url, "AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "k"}
-        os.environ |= {"AWS_DEFAULT_REGION": "us-east-1"}
+    def __init__(self, folder: Path, proxy: Proxy) -> None:
+        self.proxy = proxy
+        os.environ |= s3_environment(proxy.url)
         import s3fs
 
         self.s3 = s3fs.S3FileSystem(use_listings_cache=False, skip_instance_cache=True)
@@ -154,9 +148,10 @@ def main() -> None:
     chosen = [case for case in cases if re.search(pattern, case.name)]
     logging.basicConfig(filename=os.devnull)
     problems = 0
-    with tempfile.TemporaryDirectory(prefix="reinforce-faults-") as folder, open(os.devnull, "w") as nowhere:
+    temporary = tempfile.TemporaryDirectory(prefix="reinforce-faults-")
+    with temporary as folder, s3_behind_proxy() as proxy, open(os.devnull, "w") as nowhere:
         with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):  # the progress of runs
-            bench = Bench(Path(folder))
+            bench = Bench(Path(folder), proxy)
         for number, case in enumerate(chosen, 1):
             with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
                 outcome = _tried(bench, case)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -17,6 +18,8 @@ import yaml
 if TYPE_CHECKING:
     from tests.soak.faults import Bench
 
+#: How the commands of processes begin.
+WORKER, DECODER = "ray::Worker", f"{sys.executable} -I -c"
 ROOT = Path(__file__).parents[2]
 _LIMIT_SECONDS = 400
 #: What a command does before it starts Ray where Ray's own process is to be one that does nothing.
@@ -37,8 +40,8 @@ class Kill:
 
 
 KILLS = [
-    Kill("a worker is killed", "ray::Worker"),
-    Kill("a decode process is killed", f"{sys.executable} -I -c"),
+    Kill("a worker is killed", WORKER),
+    Kill("a decode process is killed", DECODER),
     Kill("the driver is killed while it has claims", "driver", "claims/*.json", None),
     Kill("the driver is killed in the middle", "driver", error=None),
     Kill("Ray's control service is killed", "gcs_server", error="Ray's control service ended before the run did"),
@@ -66,8 +69,9 @@ def run_killed(bench: Bench, kill: Kill, name: str, folder: Path) -> str:
     try:
         if kill.process is not None:
             _wait(lambda: run.poll() is not None or bench.s3.glob(f"bucket/{name}/out/{kill.after}"), log)
-            for pid in [run.pid] if kill.process == "driver" else _found(run.pid, kill.process)[:1]:
-                os.kill(pid, signal.SIGKILL)
+            pids = [run.pid] if kill.process == "driver" else processes_below(run.pid, kill.process)
+            assert pids, f"no process {kill.process}"
+            os.kill(pids[0], signal.SIGKILL)
         run.wait(_LIMIT_SECONDS)
     finally:
         run.kill()
@@ -90,19 +94,20 @@ def _wait(condition: Callable[[], Any], log: Path) -> None:
         time.sleep(0.2)
 
 
-def _found(pid: int, command: str) -> list[int]:
-    """Descendants of a process by the start of their command, or of its file's name."""
+def processes_below(pid: int, command: str) -> list[int]:
+    """Descendants of a process by the start of their command, or its file's name."""
     found = []
     for child in _descendants(pid):
-        text = Path(f"/proc/{child}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        if text.startswith(command) or text.partition(" ")[0].rpartition("/")[2] == command:
-            found.append(child)
-    assert found, f"no process {command}"
+        with contextlib.suppress(OSError):  # it has ended
+            text = Path(f"/proc/{child}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            if text.startswith(command) or text.partition(" ")[0].rpartition("/")[2] == command:
+                found.append(child)
     return found
 
 
 def _descendants(pid: int) -> Iterator[int]:
-    for path in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in map(int, path.read_text().split()):
-            yield child
-            yield from _descendants(child)
+    with contextlib.suppress(OSError):  # it has ended
+        for path in Path(f"/proc/{pid}/task").glob("*/children"):
+            for child in map(int, path.read_text().split()):
+                yield child
+                yield from _descendants(child)

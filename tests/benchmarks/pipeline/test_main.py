@@ -17,7 +17,8 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.pipeline import page, proc
+from benchmarks import processes
+from benchmarks.pipeline import page
 from benchmarks.pipeline.__main__ import SECTIONS, main, measure
 from benchmarks.pipeline.figures import QUICK, Bench
 from benchmarks.pipeline.inputs import make_config, photo, write_shards
@@ -136,10 +137,10 @@ def start(code: str, *words: str, **more: object) -> subprocess.Popen[bytes]:
 
 def test_cpu_of_a_child_is_counted_and_waiting_is_not() -> None:
     with start(_BUSY.format(0.3)) as child:
-        assert child.pid in proc.children(os.getpid())
-        assert 0.25 < proc.cpu_seconds(child.pid) < 0.6
+        assert child.pid in processes.children(os.getpid())
+        assert 0.25 < processes.cpu_seconds(child.pid) < 0.6
         child.kill()
-    assert proc.cpu_seconds(child.pid) == 0
+    assert processes.cpu_seconds(child.pid) == 0
     assert child.returncode == -signal.SIGKILL
 
 
@@ -149,20 +150,20 @@ def test_shared_memory_of_several_processes_counts_once(shared: SharedMemory) ->
     assert here.sum() == 50 * MEGABYTE  # mapped and read in this process, too
     descriptor = str(shared.descriptor)
     with start(_TOUCH, descriptor, pass_fds=[shared.descriptor]) as child:
-        sizes = [proc.memory(pid) for pid in (os.getpid(), child.pid)]
-        with proc.watch_memory(os.getpid(), seconds=0.01) as peak:
+        sizes = [processes.memory(pid) for pid in (os.getpid(), child.pid)]
+        with processes.watch_memory(os.getpid(), seconds=0.01) as peak:
             child.communicate(b"\n")  # ends it
     assert 45 * MEGABYTE < sum(size.shared for size in sizes) < 60 * MEGABYTE
     assert min(size.own for size in sizes) > MEGABYTE
-    assert proc.memory(child.pid) == proc.Memory()
+    assert processes.memory(child.pid) == processes.Memory()
     assert peak.total >= peak.parent > MEGABYTE
 
 
 def test_peak_keeps_the_parts_of_the_largest_sum(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = {1: proc.Memory(10, 4), 2: proc.Memory(3, 4), 3: proc.Memory(5, 4)}
-    monkeypatch.setattr(proc, "memory", found.__getitem__)
-    peak = proc.Peak()
+    found = {1: processes.Memory(10, 4), 2: processes.Memory(3, 4), 3: processes.Memory(5, 4)}
+    monkeypatch.setattr(processes, "memory", found.__getitem__)
+    peak = processes.Peak()
     peak.look(1, [2, 3])
-    found[1] = proc.Memory(9, 4)
+    found[1] = processes.Memory(9, 4)
     peak.look(1, [2, 3])
-    assert peak == proc.Peak(total=30, parent=10, child=4.0, shared=12)
+    assert peak == processes.Peak(total=30, parent=10, child=4.0, shared=12)
