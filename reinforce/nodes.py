@@ -9,14 +9,13 @@ import contextlib
 import logging
 import os
 import sys
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from reinforce.errors import StorageError, UserError
 from reinforce.processes.cores import Node
-from reinforce.terminal import Screen, format_duration, plural
+from reinforce.terminal import show_progress
 
 R = TypeVar("R")
 #: Of these one exists where torch may find a GPU.
@@ -70,13 +69,7 @@ def for_each_shard(
     attempt. Raises UserError; what has finished by then stays.
     """
     calls = _in_tasks(function, shards, address) if use_ray and shards else _here(function, shards)
-    start = time.monotonic()
-    with Screen() as screen:
-        for done, result in enumerate(calls, start=1):
-            rate = done / max(time.monotonic() - start, 1e-9)
-            left = format_duration((len(shards) - done) / rate)
-            screen.draw(f"{done:,} of {plural(len(shards), unit)}  {rate:.1f} {unit}s/s  ETA {left}", done, len(shards))
-            yield result
+    yield from show_progress(calls, len(shards), unit)
 
 
 def _here(function: Callable[[str], R], shards: Iterable[str]) -> Iterator[tuple[str, R]]:

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 from rich.live import Live
@@ -16,8 +16,10 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
     from typing import Self
 
+T = TypeVar("T")
 _LOG_SECONDS = 10.0
 _NOTEBOOK_SECONDS = 0.5
 _NOTEBOOK_COLUMNS = 115
@@ -112,6 +114,17 @@ class _NotebookLine:
             self._handle = display(data, raw=True, display_id=True)
         else:
             self._handle.update(data, raw=True)
+
+
+def show_progress(items: Iterable[T], total: int, unit: str) -> Iterator[T]:
+    """Yield items, and show how many of ``total`` there have been on a screen; ``unit`` is the noun for one."""
+    start = time.monotonic()
+    with Screen() as screen:
+        for done, item in enumerate(items, start=1):
+            rate = done / max(time.monotonic() - start, 1e-9)
+            left = format_duration((total - done) / rate)
+            screen.draw(f"{done:,} of {plural(total, unit)}  {rate:.1f} {unit}s/s  ETA {left}", done, total)
+            yield item
 
 
 def _bar_and_line(line: str, done: float, total: float) -> Table:

@@ -6,15 +6,15 @@ import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from reinforce import settings
 from reinforce.captioning.config import CaptionerConfig
 from reinforce.captioning.evaluator import CaptionerEvaluator
 from reinforce.captioning.feed import CaptionFeed
 from reinforce.captioning.model import build_captioner, check_captioner, describe_parameters
-from reinforce.captioning.pairs import PAIRS_FILE, load_pairs
-from reinforce.captioning.streams import CaptionStreams, load_streams
+from reinforce.captioning.pairs import PAIRS_FILE, Pairs, load_pairs
+from reinforce.captioning.streams import CaptionStreams, StreamedPairs, load_streams
 from reinforce.captioning.task import CaptioningTask
 from reinforce.processes.imports import require
 from reinforce.storage import Storage
@@ -41,6 +41,8 @@ _MUTABLE_KEYS = (
 #: Folder of the output with the final weights.
 EXPORT = "captioner"
 _TEXTS_AT_ONCE = 1024
+#: What is trained on, and the held-out images.
+_Data: TypeAlias = "tuple[StreamedPairs | Pairs, Pairs]"
 
 
 def finetune(config: CaptionerConfig | str | Path | dict[str, Any], *, address: str | None = None) -> Results:
@@ -56,10 +58,6 @@ def finetune(config: CaptionerConfig | str | Path | dict[str, Any], *, address: 
     check_trackers(config.log)
     if config.evaluate.captioned != 0:
         require("train", "evaluate.captioned (BLEU and CIDEr)", "sacrebleu")
-    if config.data.order == "streams":
-        load_streams(config, 1)  # count the data once, before the ranks start
-    else:
-        load_pairs(config)  # scan it
     job = Job(
         training=config.train,
         output=config.output,
@@ -73,26 +71,38 @@ def finetune(config: CaptionerConfig | str | Path | dict[str, Any], *, address: 
         trackers=config.log,
         model_config=model_settings(config.captioner.model),
     )
-    if runs_on_ray(job, address):
-        build_captioner(config)  # report its faults before Ray starts
-    return launch(partial(build, config), job, address)
+    data = None
+    if runs_on_ray(job, address):  # faults are reported before Ray starts
+        data = _load_data(config, build_captioner(config).image.height)
+    return launch(partial(build, config, data=data), job, address)
 
 
-def build(config: CaptionerConfig, accelerator: Accelerator) -> tuple[CaptioningTask, CaptionFeed | CaptionStreams]:
-    """Build the task and the feed of one rank, with the model on the CPU. Raises UserError."""
+def _load_data(config: CaptionerConfig, size: int) -> _Data:
+    if config.data.order == "streams":
+        return load_streams(config, size)
+    pairs = load_pairs(config)
+    return pairs.training(), pairs.held_out()
+
+
+def build(
+    config: CaptionerConfig, accelerator: Accelerator, data: _Data | None = None
+) -> tuple[CaptioningTask, CaptionFeed | CaptionStreams]:
+    """Build the task and the feed of one rank, with the model on the CPU. Raises UserError.
+
+    Without ``data``, rank 0 lists and counts what is trained on, for all.
+    """
     model = build_captioner(config)
     context = None if config.captioner.context is None else model.coca.text.context_length
     tokenize = Tokenizer(model.name, context)
     end = int(tokenize([""])[0, 1])
+    training, held_out = data or share_from_first(partial(_load_data, config, model.image.height))
+    captions = held_out.all_captions()
     feed: CaptionFeed | CaptionStreams
-    if config.data.order == "streams":
-        streamed, held_out = share_from_first(lambda: load_streams(config, model.image.height))
-        feed = CaptionStreams(streamed, tokenize, end, pin=accelerator.device.type == "cuda")
-        captions = held_out.all_captions()  # others are not read before the training
-        trained = f"{feed.samples:,} examples in {len(streamed.groups):,} groups of streams"
+    if isinstance(training, StreamedPairs):  # whose captions are not read before the training
+        feed = CaptionStreams(training, tokenize, end, pin=accelerator.device.type == "cuda")
+        trained = f"{feed.samples:,} examples in {len(training.groups):,} groups of streams"
     else:
-        pairs = load_pairs(config)
-        training, held_out, captions = pairs.training(), pairs.held_out(), pairs.all_captions()
+        captions += training.all_captions()
         feed = CaptionFeed(training, config.data, config.seed, model.image.height, tokenize, end)
         trained = f"{plural(len(training), 'image')} with {training.caption_counts().sum():,} captions"
     sample = held_out.shuffled(config.seed).first(config.evaluate.images)

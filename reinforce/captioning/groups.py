@@ -54,7 +54,7 @@ from reinforce.source.urls import canonical, filesystem
 from reinforce.source.views import with_fingerprint
 from reinforce.storage import Storage
 from reinforce.student.data.datasets import samples_groups
-from reinforce.terminal import plural
+from reinforce.terminal import plural, show_progress
 from schemas import Reason
 
 #: Files in the output: the counts of groups, and the encoded held-out images one after the other.
@@ -175,7 +175,9 @@ def _list_groups(data: Data) -> Iterator[tuple[Shard, int | None]]:
     check_no_view(data.source, data.view, "data")
     sizes_of: dict[str, dict[str, int]] = {}
     with ThreadPoolExecutor(_READERS) as pool:
-        for parts in pool.map(lambda shard: _divided(shard, sizes_of), list_shards(data.source, input_of_data(data))):
+        listed = list_shards(data.source, input_of_data(data))
+        divided = pool.map(lambda shard: _divided(shard, sizes_of), listed)
+        for parts in show_progress(divided, len(listed), "shard"):
             yield from parts
 
 
@@ -225,7 +227,8 @@ def _counted(config: CaptionerConfig, reader: PairReader, shards: Sequence[Shard
         return [int(rows) for rows in stored["rows"].to_pylist()]
     _log.info("counting the samples of %s, which is done once", plural(len(shards), "part"))
     with ThreadPoolExecutor(_READERS) as pool:
-        counts = [*pool.map(lambda shard: _count(reader, shard, config.data.use), shards)]
+        counted = pool.map(lambda shard: _count(reader, shard, config.data.use), shards)
+        counts = [*show_progress(counted, len(shards), "part")]
     write_table(store, GROUPS_FILE, pa.table({"rows": pa.array(counts, pa.int64())}), fingerprint)
     return counts
 
@@ -260,7 +263,7 @@ def load_held_out(config: CaptionerConfig, reader: PairReader, groups: Groups) -
         found = (pair for number in order for pair in reader.pairs(groups.shards[number], held_out=True))
         samples = (pair for pair in found if not isinstance(pair, Refusal))
         offset = 0
-        for item, captions in itertools.islice(samples, most):
+        for item, captions in show_progress(itertools.islice(samples, most), most, "held-out image"):
             assert isinstance(item, RawSample)
             place = {"url": canonical(url), "offset": offset, "length": len(item.image)}
             rows.append({"key": item.key, **place, "captions": [*captions], "held_out": True})

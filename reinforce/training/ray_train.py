@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 import threading
@@ -93,6 +94,7 @@ def launch_on_ray(build: Build, job: Job, address: str | None) -> Results:
                 "cpus": each.cpus,
                 "mailbox": mailbox,
                 "folder": os.getcwd(),
+                "log_level": logging.getLogger("reinforce").getEffectiveLevel(),
             },
             torch_config=TorchConfig(timeout_s=int(TIMEOUT.total_seconds())),
             scaling_config=ScalingConfig(
@@ -186,11 +188,25 @@ class _RemoteScreen(Screen):
         """Does nothing: a message per step would be too many."""
 
 
+class _RemoteLog(logging.Handler):
+    """The log of a rank, which the driver shows."""
+
+    def __init__(self, mailbox: Any) -> None:
+        super().__init__()
+        self._mailbox = mailbox
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._mailbox.log.remote(self.format(record))
+
+
 def _train_rank(settings: dict[str, Any]) -> None:
     """The train loop that each worker of Ray Train runs."""
     import ray.train.torch
 
     folder, mailbox = settings["folder"], settings["mailbox"]
+    log = logging.getLogger("reinforce")
+    log.setLevel(settings["log_level"])
+    log.addHandler(_RemoteLog(mailbox))
     if os.path.isdir(folder):  # paths of the config and custom classes are relative to the driver's folder
         os.chdir(folder)
     with no_garbage_collection():  # what the build needs is imported

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
+import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ import pytest
 import torch
 
 import reinforce
+from reinforce.captioning import finetune as finetuning
 from reinforce.captioning import groups
 from reinforce.captioning.config import CaptionerConfig
 from reinforce.captioning.finetune import build, finetune
@@ -23,13 +28,16 @@ from reinforce.errors import UserError
 from reinforce.selection.config import SelectConfig
 from reinforce.selection.select import select
 from reinforce.settings import parse
-from reinforce.training.record.results import Results
+from reinforce.training.record import log
+from reinforce.training.task import Batch, Feed, Task
 from teachers.device.accelerator import Accelerator
 from teachers.open_clip.tokenizer import Tokenizer
 from tests.helpers.captioning import captioner_config, equal, take, write_shards
-from tests.helpers.data import picture, write_tar
+from tests.helpers.data import free_port, picture, write_tar
+from tests.helpers.ranks import start_ranks
 from tests.helpers.reinforced import reinforce_here
-from tests.helpers.tiny_coca import END
+from tests.helpers.tiny_coca import END, coca_model
+from tests.helpers.trainings import curve
 
 SIZE = 16
 tokenize = Tokenizer("coca_ViT-B-32")
@@ -159,18 +167,25 @@ def test_broken_images_are_replaced_by_others_counted_and_named(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     members = [(f"{i:03d}.{e}", d) for i in range(16) for e, d in (("png", picture(i)), ("txt", b"thing"))]
-    members += [("broken.png", b"no image"), ("broken.txt", b"thing"), ("silent.png", picture(1))]
+    broken = [f"broken-{n}" for n in range(4)]
+    members += [(f"{key}.{e}", d) for key in broken for e, d in (("png", b"no image"), ("txt", b"thing"))]
+    members.append(("silent.png", picture(1)))
     write_tar(tmp_path / "shards" / "0.tar", members)
     config = streams_config(tmp_path, held_out={"source": f"{folder}/shards/*.tar"}, captions=["txt"])
     feed = feed_of(config)
-    assert feed.samples == 17, "the one without a caption is not counted"
+    assert feed.samples == 20, "the one without a caption is not counted"
     with caplog.at_level(logging.WARNING):
         batches = take(feed, 9)
-    assert "broken" not in keys_of(batches)
+    assert not {*broken} & {*keys_of(batches)}
     assert all(len({*batch["key"]}) == 4 for batch in batches[:4])
-    assert f"{tmp_path}/shards/0.tar, key broken is replaced by another example: image_format" in caplog.text
-    assert "unusable rows that were replaced: image_format: 1" in caplog.text
+    assert f"{tmp_path}/shards/0.tar, key broken-0 is replaced by another example: image_format" in caplog.text
+    assert "epoch 1, rank 0: unusable rows that were replaced: image_format: 4" in caplog.text, "each once"
     assert all(map(equal, batches[4:], take(feed_of(config), 5, start=4)))
+    caplog.clear()
+    for rank in range(2):
+        take(feed_of(config), 6, rank, 2, 2)
+    counts = [int(count) for count in re.findall(r"epoch 1, rank .: .*image_format: (\d)", caplog.text)]
+    assert sum(counts) == 4, "each by the rank that reads it"
 
 
 def test_a_source_of_broken_images_ends_the_training(folder: Path, tmp_path: Path) -> None:
@@ -209,35 +224,77 @@ def test_a_damaged_shard_is_an_error_that_names_it(folder: Path, tmp_path: Path)
         load_streams(streams_config(tmp_path), SIZE)
 
 
-STEPS = 6
+STEPS, EPOCH = 5, 3  # of the training; an epoch has 12 examples
+
+
+def training_config(folder: Path, output: str, steps: int = STEPS) -> CaptionerConfig:
+    optimizer = {"lr": 0.01, "warmup": 0, "hold": STEPS}
+    train = {"steps": steps, "batch": 4, "optimizer": optimizer, "checkpoints": {"every": 100}, "log_every": 1}
+    changes = {"train": train, "evaluate": {"captioned": 0, "batch": 4}, "source": f"{folder}/small/shards/*.tar"}
+    return streams_config(folder, output=f"{folder}/{output}", held_out={"source": f"{folder}/shards/*.tar"}, **changes)
+
+
+def train_on_two_ranks(rank: int, folder: Path, port: int) -> None:
+    """Train as torchrun would, once to the end and once with a restart inside an epoch."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1"}
+    log.draw_curves = lambda *_: None  # half a second for each training
+    models: list[torch.nn.Module] = []
+    seen: list[list[str]] = []
+
+    def noting(config: CaptionerConfig, accelerator: Accelerator, data: Any) -> tuple[Task, Feed]:
+        task, feed = build(config, accelerator, data)
+        batches = feed.batches
+
+        def noted(*arguments: int) -> Iterator[Batch]:
+            seen.append([])
+            with contextlib.closing(batches(*arguments)) as made:
+                for batch in made:
+                    seen[-1] += batch["key"]
+                    yield batch
+
+        models.append(task.model)
+        feed.batches = noted
+        return task, feed
+
+    finetuning.build = noting
+    counted = finetuning._load_data
+    loads: list[int] = []
+    finetuning._load_data = lambda *arguments: loads.append(rank) or counted(*arguments)
+    for number, (output, steps) in enumerate((("two", STEPS), ("resumed", EPOCH + 1), ("resumed", STEPS))):
+        os.environ.update({name: str(value) for name, value in {**place, "MASTER_PORT": port + number}.items()})
+        finetune(training_config(folder, output, steps))
+    torch.save((seen, loads, [model.state_dict() for model in models]), folder / f"{rank}.pt")
 
 
 @pytest.fixture(scope="module")
-def trained(folder: Path) -> Results:
-    return finetune(training_config(folder, "trained"))
-
-
-def training_config(folder: Path, output: str) -> CaptionerConfig:
-    train = captioner_config(folder).train.model_dump()
-    data = {"window": 16, "streams": 1}
-    return streams_config(folder, output=f"{folder}/{output}", train={**train, "steps": STEPS}, **data)
+def two_ranks(folder: Path) -> list[tuple[list[list[str]], list[int], list[dict[str, torch.Tensor]]]]:
+    """Of each rank: the keys of each training's start, the ranks that read the counts, and the weights at the end."""
+    write_shards(folder / "small", 5, 7, captions=2)
+    coca_model(folder / "model")
+    start_ranks(train_on_two_ranks, 2, folder, free_port())
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_a_training_that_resumes_inside_an_epoch_has_the_weights_of_an_uninterrupted_one(
-    folder: Path, trained: Results
+def test_two_ranks_have_the_curve_of_one_equal_weights_and_each_sample_of_an_epoch_once(
+    folder: Path, two_ranks: list[Any]
 ) -> None:
-    killed = Path(shutil.copytree(folder / "trained", folder / "killed"))
-    (killed / "results.json").unlink()
-    shutil.rmtree(killed / "captioner")
-    for path in (killed / "checkpoints").glob(f"*{STEPS:09d}*"):
-        path.unlink()
-    results = finetune(training_config(folder, "killed"))
-    assert results.metrics == trained.metrics
-    weights = [
-        (folder / out / "captioner" / "open_clip_model.safetensors").read_bytes() for out in ("killed", "trained")
-    ]
-    assert weights[0] == weights[1]
+    finetune(training_config(folder, "one"))
+    assert curve(folder / "two") == pytest.approx(curve(folder / "one"), rel=2e-4)
+    (first, loads, weights), (second, no_loads, others) = two_ranks
+    epoch = [*first[0][: 2 * EPOCH], *second[0][: 2 * EPOCH]]
+    assert sorted(epoch) == [f"{shard:03d}{i:04d}" for shard, size in enumerate((5, 7)) for i in range(size)]
+    assert (loads, no_loads) == ([0, 0, 0], []), "one rank counts for both"
+    assert all(torch.equal(others[0][name], tensor) for name, tensor in weights[0].items())
+
+
+def test_two_ranks_that_resume_inside_an_epoch_have_the_weights_of_an_uninterrupted_training(
+    folder: Path, two_ranks: list[Any]
+) -> None:
+    for seen, _, (whole, _, resumed) in two_ranks:
+        assert [len(keys) for keys in seen] == [2 * STEPS, 2 * (EPOCH + 1), 2 * (STEPS - EPOCH - 1)]
+        assert seen[1] + seen[2] == seen[0]
+        assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items()), "bit for bit"
 
 
 def test_notes_have_the_examples_of_the_streams(folder: Path) -> None:

@@ -25,7 +25,7 @@ from reinforce.settings import flatten
 from reinforce.student.config import Data
 from reinforce.student.data.assembly import Assembler
 from reinforce.student.data.datasets import open_datasets
-from reinforce.student.data.parts import Part, PartMaker, Tokenize
+from reinforce.student.data.parts import Part, PartBuffers, PartMaker, Tokenize
 from reinforce.student.data.reader import Streamed
 from reinforce.student.data.reading import Streams, plan_reading
 from reinforce.student.data.stream import RankStream, StreamPlan
@@ -35,6 +35,7 @@ from reinforce.training.task import Batch, Reading
 from teachers.redact import redact
 
 _LOG = logging.getLogger(__name__)
+_MOST_NAMED = 10  # rows of a rank that were replaced
 T = TypeVar("T")
 _Assembled: TypeAlias = "tuple[Batch, Counter[str]]"  # a batch, and the unusable rows since the last one, by reason
 
@@ -63,6 +64,7 @@ class StreamFeed:
         self.samples = samples
         self._reading: Reading | None = None
         self._order = ORDER
+        self._named: set[str] = set()
 
     def set_up(
         self, ranks: int, batch: int, start: int, loaders: int, streams: int | None, order: int = ORDER
@@ -108,7 +110,7 @@ class StreamFeed:
         stream.buffers = self._maker.allocate(1, 1, stream.batch)
         for part in stream:
             assert part.buffers is not None
-            yield self._assembler.assemble([part], [part.buffers]), part.unusable
+            yield self._assemble([part], [part.buffers])
 
     def _read_in_workers(self, stream: RankStream, processes: int) -> Generator[_Assembled]:
         """Read in loader processes, which make their parts in shared memory."""
@@ -137,7 +139,15 @@ class StreamFeed:
                     raise part
                 parts.append(part)
             filled = [buffers.select(p, step % depth, slice(len(part.keys))) for p, part in enumerate(parts)]
-            yield self._assembler.assemble(parts, filled), sum((part.unusable for part in parts), Counter())
+            yield self._assemble(parts, filled)
+
+    def _assemble(self, parts: Sequence[Part], buffers: Sequence[PartBuffers]) -> _Assembled:
+        """Make a batch of the parts of all processes, and name the first rows that were replaced."""
+        for line in itertools.chain.from_iterable(part.replaced for part in parts):
+            if len(self._named) < _MOST_NAMED and line not in self._named:
+                self._named.add(line)
+                _LOG.warning("%s", line)
+        return self._assembler.assemble(parts, buffers), sum((part.unusable for part in parts), Counter())
 
 
 class StudentFeed(StreamFeed):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -21,10 +20,8 @@ from reinforce.images.policy import ImageRefused, decode
 from reinforce.processes.shared_memory import SharedMemory
 from reinforce.student.data.examples import Example
 
-_LOG = logging.getLogger(__name__)
-#: Broken images in a row after which a training fails, and those that each process names.
-_MOST_BROKEN, _MOST_NAMED = 100, 10
-_named: set[tuple[str, str]] = set()
+#: Broken images in a row after which a training fails.
+_MOST_BROKEN = 100
 
 #: n texts -> int64 [n, context].
 Tokenize = Callable[[Sequence[str]], torch.Tensor]
@@ -76,6 +73,7 @@ class Part(NamedTuple):
     texts: list[tuple[str, ...]]  # for online teachers
     unusable: Counter[str]  # unusable rows since the last part, by reason
     records: Sequence[CellRecord] = ()  # of images that the device augments
+    replaced: Sequence[str] = ()  # a line about each image that could not be decoded
 
 
 @dataclass(frozen=True)
@@ -123,13 +121,16 @@ class PartMaker:
         buffers = buffers.select(slice(len(examples)))
         pixels = [(buffers.image.numpy(), self.size), (buffers.view.numpy(), self.sides[1])]
         records: list[CellRecord] = []
+        replaced: list[str] = []
         for i, example in enumerate(examples):
             try:
                 if (record := self._draw(example, i, pixels)) is not None:
                     records.append(record)
             except (ImageRefused, ValueError, TypeError, OverflowError) as error:
                 if self.replaces and spare is not None and isinstance(error, ImageRefused):
-                    examples[i] = self._replace(example, error, i, pixels, partial(spare, i), unusable)
+                    unusable[error.reason.value] += 1
+                    replaced.append(f"{example.file.path}, key {example.key} is replaced by another example: {error}")
+                    examples[i] = self._replace(i, pixels, partial(spare, i))
                     continue
                 raise UserError(
                     f"{example.file.path}, key {example.key}: this is not the image that was augmented ({error}). "
@@ -139,9 +140,8 @@ class PartMaker:
         np.stack([example.vectors for example in examples], out=buffers.vectors.numpy())
         texts = [example.texts for example in examples]
         tokens = torch.stack([self.tokenize(of_kind) for of_kind in zip(*texts, strict=True)])
-        return Part(
-            [example.key for example in examples], buffers, tokens, texts if self.view else [], unusable, records
-        )
+        keys = [example.key for example in examples]
+        return Part(keys, buffers, tokens, texts if self.view else [], unusable, records, replaced)
 
     def _draw(self, example: Example, i: int, pixels: _Pixels) -> CellRecord | None:
         """Decode and augment the image of example ``i``, or return what the device is to do with it.
@@ -162,21 +162,9 @@ class PartMaker:
                 images[i] = replay(image, own, side)
         return None
 
-    def _replace(
-        self,
-        example: Example,
-        error: ImageRefused,
-        i: int,
-        pixels: _Pixels,
-        spare: Callable[[int], Example],
-        unusable: Counter[str],
-    ) -> Example:
-        """Draw another example in place of number ``i``, which is counted and, among the first ones, named."""
+    def _replace(self, i: int, pixels: _Pixels, spare: Callable[[int], Example]) -> Example:
+        """Draw another example in place of number ``i``; those that cannot be decoded count when it is their turn."""
         for attempt in range(_MOST_BROKEN):
-            unusable[error.reason.value] += 1
-            if len(_named) < _MOST_NAMED and (example.file.path, example.key) not in _named:
-                _named.add((example.file.path, example.key))
-                _LOG.warning("%s, key %s is replaced by another example: %s", example.file.path, example.key, error)
             example = spare(attempt)
             try:
                 self._draw(example, i, pixels)
