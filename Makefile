@@ -81,7 +81,7 @@ test-slow: $(INSTALLED) ## run the few tests that `make test` leaves out, becaus
 	@# LiteRT needs older packages than the other tests.
 	test -x .venv/devices/bin/pytest || ($(PYTHON) -m venv .venv/devices \
 		&& .venv/devices/bin/pip install -q --no-compile \
-		-e '.[executorch,export,litert,openvino]' pytest pytest-timeout pytest-xdist)
+		-e '.[executorch,export,litert,openvino,report]' pytest pytest-timeout pytest-xdist)
 	OMP_NUM_THREADS=1 .venv/devices/bin/python -m pytest -m slow tests/shipping/test_runtimes.py
 
 # What tests import is compiled by one process. Otherwise each process of `make test` does it, all at the same time.

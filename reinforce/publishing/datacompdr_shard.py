@@ -39,6 +39,7 @@ from reinforce.source.references import ImageRoots, referenced_images
 from reinforce.storage import Storage
 from reinforce.terminal import escape
 from schemas import IMAGE_DIGEST, image_columns
+from teachers.redact import redact_values
 
 #: Name of a captioner's list in ``syn.json``; its vectors are in the array of that name and ``_emb``.
 LIST_OF = "syn_text_{}"
@@ -210,6 +211,9 @@ def _members(export: ShardExport, shard: str, key: str, row: Mapping[str, Any]) 
     url = metadata.get("url")
     if export.layout == "dfndr" and (not isinstance(url, str) or (url := public_url(url)) is None):
         raise LeftOut("it has no URL that is public, which is all that this layout states of an image")
+    if export.layout == "datacompdr":
+        metadata = redact_values(metadata)
+        url = metadata.get("url")
     if caption is not None and export.layout == "datacompdr":
         yield "txt", caption.encode()
     if isinstance(url, str):

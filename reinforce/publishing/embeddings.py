@@ -37,6 +37,7 @@ from reinforce.source.captions import parse_json
 from reinforce.storage import Storage, as_seen_by_workers
 from reinforce.terminal import plural
 from schemas import TRUE_CAPTIONS
+from teachers.redact import redact_values
 
 CONFIG = "embeddings.json"
 IMAGES, TEXTS, METADATA = "img_emb", "text_emb", "metadata"
@@ -260,7 +261,7 @@ def _metadata(sample: Mapping[str, Any], caption: str | None, shard: str) -> dic
         "image_path": sample["key"],
         "caption": caption,
         "shard": shard,
-        "url": url if isinstance(url, str) else None,
+        "url": redact_values(url) if isinstance(url, str) else None,
         "width": sample["width"],
         "height": sample["height"],
     }

@@ -79,6 +79,7 @@ def measure_latency(
     torch.set_num_threads(threads)
     models: dict[str, dict[str, Any]] = {}
     towers: list[TimedTower] = []
+    converted: dict[tuple[str, str], dict[str, Path]] = {}
     with _pin_to_cores(pinned), tempfile.TemporaryDirectory(prefix="reinforce-latency-") as folder:
         with step_screen() as screen:  # and none during the measurement, which it would disturb
             screen.log(f"{rounds} rounds on {describe_share(threads, 0)}, device cpu")
@@ -87,9 +88,12 @@ def measure_latency(
                     models[name], exported, of_model = _prepare(name, specs[given], size, batch)
                     towers += of_model
                     for one in exported:
-                        paths = _convert(screen, name, one, runtimes, Path(folder, f"{number}-{one.name}"))
+                        key = (given if one.name == "text" else name, one.name)  # one text tower for all sizes
+                        if key not in converted:
+                            to = Path(folder, f"{number}-{one.name}")
+                            converted[key] = _convert(screen, name, one, runtimes, to)
                         inputs = one.example(batch)
-                        for runtime, path in paths.items():
+                        for runtime, path in converted[key].items():
                             models[name].setdefault("bytes", {}).setdefault(runtime, {})[one.name] = _size(path)
                             run = load_target(runtimes[runtime].target).load(path, threads)
                             towers.append(TimedTower(name, runtime, one.name, partial(run, inputs)))

@@ -69,6 +69,8 @@ class LatencyReport:
         Models without accuracy are left out.
         """
         figure, (axes,) = plots.figure()
+        from matplotlib.ticker import LogFormatter
+
         lines = {key: times for key, times in self._lines().items() if key[0] in accuracies}
         for number, runtime in enumerate(dict.fromkeys(runtime for _, runtime in lines)):
             points = [
@@ -82,6 +84,8 @@ class LatencyReport:
             place = (fastest / self.about["batch"], 100 * accuracies[model])
             axes.annotate(model, place, (-6, 4), textcoords="offset points", ha="right", fontsize=8)
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(LogFormatter())  # plain numbers
+        axes.xaxis.set_minor_formatter(LogFormatter())
         axes.margins(x=0.2, y=0.1)
         plots.label(
             axes, f"Accuracy over latency, {self.about['threads']} thread(s) of {self.about['cpu']}",

@@ -102,6 +102,7 @@ def test_plan_run_and_status_report_the_state_of_the_dataset(
     assert planned["layers"]["captions/namer"]["missing"] == 2
     assert planned["layers"]["samples"]["expected_bytes"] > 1000
     assert planned["first_sample"]["caption"] == "thing 0 of shard 0"
+    assert planned["first_sample"]["captions"] == ["thing 0 of shard 0"]
     assert planned["first_sample"]["size"] == [40, 30]
     assert {"tests.helpers.models:ColorTeacher"} <= {*planned["classes"]}
     assert planned["estimate"]["hours"] is None, "no model was measured"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 import webdataset
@@ -23,6 +24,7 @@ from reinforce.dataset.augment.records import OPS
 from reinforce.errors import UserError
 from reinforce.publishing import datacompdr_shard
 from reinforce.publishing.datacompdr import Exported, export_datacompdr
+from reinforce.publishing.embeddings import export_embeddings
 from reinforce.publishing.labels import export_labels
 from reinforce.selection.config import SelectConfig
 from reinforce.selection.select import select
@@ -97,8 +99,7 @@ def test_reading_an_export_as_reinforcements_gives_the_same_dataset(
 
 
 def test_dfndrs_layout_has_urls_alone_and_is_joined_by_them(tmp_path: Path) -> None:
-    private = {"private.png": picture(60), "private.txt": b"x", "private.json": b'{"url": "https://e.org/a?sig=1"}'}
-    write_dataset(tmp_path, *private.items())
+    write_dataset(tmp_path, *signed_sample("private"))
     exported = export(tmp_path, layout="dfndr")
     reason = "it has no URL that is public, which is all that this layout states of an image"
     assert (exported.samples, exported.left_out) == (8, {reason: 1})
@@ -113,6 +114,24 @@ def test_dfndrs_layout_has_urls_alone_and_is_joined_by_them(tmp_path: Path) -> N
     ]
     for one, other in zip(kept, back, strict=True):
         np.testing.assert_allclose(other.images["red"], unit(one.images["red"]), atol=1e-6)
+
+
+def signed_sample(key: str) -> list[tuple[str, bytes]]:
+    """Members of a sample whose metadata has secrets."""
+    stated = {"url": "https://me:pass@e.org/a?sig=1", "api_key": "abc", "from": ["s3://user:word@b/c"], "n": 1}
+    return [(f"{key}.png", picture(60)), (f"{key}.txt", b"x"), (f"{key}.json", json.dumps(stated).encode())]
+
+
+def test_no_secret_of_the_metadata_is_published(tmp_path: Path) -> None:
+    write_dataset(tmp_path, *signed_sample("private"))
+    export(tmp_path)
+    [path] = (tmp_path / "tars").glob("00000-*.tar")
+    with tarfile.open(path) as tar:
+        url, stated = (tar.extractfile(f"private.{name}").read() for name in ("url.txt", "json"))  # type: ignore[union-attr]
+    public = {"url": "https://e.org/a", "api_key": "(secret)", "from": ["s3://b/c"], "n": 1, "uid": "private"}
+    assert (url, json.loads(stated)) == (b"https://e.org/a", public)
+    export_embeddings(str(tmp_path / "out"), str(tmp_path / "vectors"), teacher="red", use_ray=False)
+    assert "https://e.org/a" in pq.read_table(tmp_path / "vectors" / "metadata")["url"].to_pylist()
 
 
 def test_labels_without_images_give_the_tars_of_their_dataset(plain: Path, tmp_path: Path) -> None:

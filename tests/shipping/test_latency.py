@@ -12,14 +12,18 @@ import open_clip
 import pytest
 import torch
 
+from reinforce import plots
 from reinforce.errors import UserError
 from reinforce.evaluation.suite.results import ResultFile
 from reinforce.model_names import resolve_models
+from reinforce.shipping import latency as latencies
 from reinforce.shipping.latency import measure_latency
 from reinforce.shipping.machine import cpu_name, machine_name
 from reinforce.shipping.report import LatencyReport, find_accuracies
-from reinforce.shipping.runtimes import choose_runtimes
-from reinforce.shipping.towers import reparameterize
+from reinforce.shipping.runtimes import Runtime, choose_runtimes
+from reinforce.shipping.targets.base import ExportOptions
+from reinforce.shipping.targets.onnx import Onnx
+from reinforce.shipping.towers import Tower, reparameterize
 from tests.helpers import shipping as models
 from tests.helpers.commands import Command
 from tests.helpers.students import student_folder
@@ -84,6 +88,19 @@ def test_image_sizes_and_batches_are_measured_on_pinned_cores(latency: Command, 
     assert drawn.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_picture_has_plain_numbers_of_milliseconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(plots, "save", lambda figure, url: drawn.append(figure))
+    report = LatencyReport(
+        {"batch": 1, "threads": 1, "cpu": "C"}, {"a": figures(150.0, 30.0), "b": figures(400.0, 40.0)}
+    )
+    report.draw({"a": 0.5, "b": 0.6}, "x.png")
+    drawn[0].canvas.draw()
+    labels = [label.get_text() for label in drawn[0].axes[0].xaxis.get_ticklabels(which="both")]
+    assert {"200", "300", "400"} <= {*labels}
+    assert not any("times" in label for label in labels)
+
+
 def test_accuracies_are_published_or_of_a_suite(tmp_path: Path) -> None:
     ResultFile(str(tmp_path), "runs/s0").add({"key": "imagenet1k", "metrics": {"main_metric": 0.25}})
     names = ["runs/s0", "MobileCLIP2-S0", "MobileCLIP2-L-14,dfndr2b", "ViT-L-14"]
@@ -108,6 +125,29 @@ def test_operations_match_a_count_by_hand(tmp_path: Path) -> None:
     patching, projecting = 2 * patches * width * 3 * 8 * 8, 2 * width * 16
     assert about["gflop"]["image"] * 1e9 == pytest.approx(blocks(patches + 1) + patching + projecting)
     assert about["gflop"]["text"] * 1e9 == pytest.approx(blocks(length) + projecting)
+
+
+class Unconverted(Onnx):
+    """A runtime that copies nothing but the name of each tower."""
+
+    def convert(self, tower: Tower, folder: Path, options: ExportOptions) -> Path:
+        (folder / tower.name).write_text(tower.name)
+        return folder / tower.name
+
+    def load(self, path: Path, threads: int | None = None) -> Any:
+        return lambda inputs: inputs
+
+
+def test_the_text_tower_is_converted_once_for_all_image_sizes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(latencies, "load_target", lambda name: Unconverted())
+    with resolve_models([student_folder(tmp_path)], weights=False) as specs:
+        report = measure_latency(specs, rounds=1, runtimes={"mine": Runtime("onnx")}, image_sizes=[32, 64])
+    out = capfd.readouterr().out
+    assert [out.count(f"{side} tower: conversion for mine: ") for side in ("image", "text")] == [2, 1]
+    assert [about["bytes"]["mine"] for about in report.models.values()] == [{"image": 5, "text": 4}] * 2
+    assert [{*about["milliseconds"]["mine"]} for about in report.models.values()] == [{"image", "text"}] * 2
 
 
 @pytest.mark.slow

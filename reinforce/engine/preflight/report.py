@@ -106,4 +106,5 @@ def _rate(plan: Plan, cores: int, models: bool) -> Rate | None:
 
 def _sample(sample: FirstSample) -> dict[str, Any]:
     size = None if sample.size is None else [*sample.size]
-    return {"url": canonical(sample.url), "key": sample.raw.key, "size": size, "caption": sample.caption}
+    texts = {"caption": sample.caption, "captions": [*sample.captions]}
+    return {"url": canonical(sample.url), "key": sample.raw.key, "size": size, **texts}
