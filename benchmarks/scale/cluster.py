@@ -23,7 +23,7 @@ from reinforce.dataset.files.index import FileEntry
 from reinforce.dataset.runs.key_sample import ShardKeys
 from reinforce.dataset.runs.shard_records import ShardRecord
 from reinforce.engine.messages.pulse import Pulse
-from reinforce.engine.messages.results import ShardResult, WorkerInfo
+from reinforce.engine.messages.results import ShardResult, WorkerId, WorkerInfo
 from reinforce.engine.messages.task import PendingShard
 
 _KEYS = 1024  # hashes of a shard's record
@@ -160,7 +160,7 @@ class SimulatedRay:
     # -- what happens in the cluster
 
     def start(self, actor: _Actor) -> _Ref:
-        info = WorkerInfo(str(actor.node), actor.number, "cpu", {})
+        info = WorkerInfo(WorkerId(str(actor.node), actor.number), "cpu", {})
         return self.answer(actor, self.cluster.start_seconds(self._random), info)
 
     def lease(self, actor: _Actor, shard: PendingShard) -> _Ref:

@@ -10,7 +10,7 @@ import pytest
 from reinforce.config import parse_config
 from reinforce.dataset.layers import Layer
 from reinforce.engine.driver.pool import Pool, Slot
-from reinforce.engine.messages.results import WorkerInfo
+from reinforce.engine.messages.results import WorkerId, WorkerInfo
 from reinforce.engine.messages.task import PendingShard
 
 SAMPLES_ONLY = {"samples": Layer("samples", "samples", "0")}
@@ -22,7 +22,7 @@ def shard(name: str) -> PendingShard:
 
 def started(node: str = "node", pid: int = 1, **values: Any) -> Slot:
     """A worker whose models are loaded."""
-    return Slot(Actor(), WorkerInfo(node, pid, "cpu", {}), **values)
+    return Slot(Actor(), WorkerInfo(WorkerId(node, pid), "cpu", {}), **values)
 
 
 class Actor:

@@ -37,7 +37,6 @@ from reinforce.engine.driver.policy.decisions import (
     Requeue,
     Retry,
     RunAlone,
-    StopRun,
 )
 from reinforce.engine.driver.policy.failures import FailurePolicy, error_text, ray_ended
 from reinforce.engine.driver.pool import Pool, Slot
@@ -187,8 +186,7 @@ class Driver:
             self.events.flush_when_due()
             self.records.flush_when_due()
             self.index.flush_when_due()
-        if error := self.policy.outages.error():
-            raise error
+        self.policy.outages.check()
 
     def _check_ray(self, remaining: int) -> bool:
         """Raise RayEnded if Ray has ended. Look for nodes that Ray drains.
@@ -218,8 +216,7 @@ class Driver:
             self.state.log(note)
         self.notes_logged = len(self.policy.notes)
         self.pool.avoid(self.policy.faults.avoided(time.monotonic()))
-        if error := self.policy.memory.must_stop(len(self.pool.slots)):
-            raise error
+        self.policy.memory.check(len(self.pool.slots))
 
     def _check_start(self, waited: float) -> None:
         """Log a slow start once. Raise UserError after ``workers.start_timeout``."""
@@ -313,7 +310,7 @@ class Driver:
         if result.quarantine_reason:
             detail = result.examples.get(result.quarantine_reason, "")
             self.state.log(f"{result.shard} is quarantined: {result.quarantine_reason}: {detail}")
-            self._count_quarantined(result.shard, f"{result.quarantine_reason}: {detail}")
+            self.policy.shard_quarantined(result.shard, f"{result.quarantine_reason}: {detail}")
 
     def _try_elsewhere(self, slot: Slot, shard: PendingShard, reason: str) -> bool:
         """Queue a shard that could not be read for another node; False if it is not tried again."""
@@ -331,8 +328,6 @@ class Driver:
         if not isinstance(error, UserError):
             self.lifecycle.record_failure(slot, shard, error)
         decision = self.policy.lease_raised(shard, error, time.monotonic())
-        if isinstance(decision, StopRun):
-            raise decision.error
         text = self.redact(error_text(error))
         self.events.add("shard_raised", shard=shard.name, attempt=decision.attempt, error=shorten(text, 2000))
         shown = shorten(text, 1000)
@@ -374,15 +369,11 @@ class Driver:
         cause = f"{reason.value}: {shorten(detail, 300)}"
         self.state.log(f"{name} is quarantined in {layer}: {cause}")
         self.totals.add_quarantined(name, layer, reason.value, detail)
-        self._count_quarantined(name, cause)
+        self.policy.shard_quarantined(name, cause)
         if decision.rest is not None:
             self.queue.add(decision.rest)
         else:
             self.totals.finished.add(name)
-
-    def _count_quarantined(self, name: str, cause: str) -> None:
-        if stop := self.policy.shard_quarantined(name, cause):
-            raise stop.error
 
 
 def _ready(refs: list[Any]) -> list[Any]:

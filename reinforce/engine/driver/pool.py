@@ -242,7 +242,7 @@ class Pool:
     def read_boards(self, slots: Iterable[Slot]) -> dict[Slot, tuple[LeasePulse, ...]]:
         """The leases of workers that do not answer, read from their boards; empty if they cannot be read."""
         running = {slot: slot.info for slot in slots if slot.info is not None}
-        calls = [(info.node, (info.pid, info.board)) for info in running.values()]
+        calls = [(info.id.node, (info.id.pid, info.board)) for info in running.values()]
         boards = call_on_nodes(read_board, calls, _BOARD_SECONDS)
         return {slot: board or () for slot, board in zip(running, boards, strict=True)}
 

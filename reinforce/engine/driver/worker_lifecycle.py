@@ -41,22 +41,20 @@ class WorkerLifecycle:
         try:
             info: WorkerInfo = ray.get(ref)
         except RayTaskError as error:
-            if stop := self._policy.load_raised(cause_of(error), time.monotonic()):
-                raise stop.error from error
+            self._policy.load_raised(cause_of(error), time.monotonic())
             self._pool.remove(slot)
             return None
         except RayError as error:
             self._events.add("worker_failed_to_start", error=str(error)[:500])
             running, possible = self._pool.started_count, self._pool.count_placeable()
-            if stop := self._policy.load_died(str(error), is_node_lost(error), running, possible):
-                raise stop.error from error
+            self._policy.load_died(str(error), is_node_lost(error), running, possible)
             self._pool.discard(slot)
             return None
         self._policy.load_passed()
         self._pool.record_start(slot, info)
         self._policy.add_notes(info.notes)
         started = {"accelerator": info.accelerator, "batch": info.batch, "device": info.device}
-        self._events.add("worker_started", node=info.node, pid=info.pid, **started)
+        self._events.add("worker_started", node=info.id.node, pid=info.id.pid, **started)
         return info
 
     # -- leases that have ended

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from functools import cached_property
 from typing import Any, NamedTuple
 
 from reinforce.dataset.files.index import FileEntry
@@ -40,21 +39,15 @@ class WorkerInfo:
     ``notes`` are messages for the user.
     """
 
-    node: str
-    pid: int
+    id: WorkerId
     accelerator: str
     models: Mapping[str, Mapping[str, Any]]
-    host: str = ""
     memory: int = 0
     board: int = -1
     batch: int = 0
     notes: tuple[str, ...] = ()
     device: Mapping[str, Any] = field(default_factory=dict)  # name and memory of a CUDA device
     log: str = ""  # path of its output on its node, if that is a file
-
-    @cached_property
-    def id(self) -> WorkerId:
-        return WorkerId(self.node, self.pid, self.host)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -106,14 +106,11 @@ class Worker:
         self.models.costs = measure_costs(self.models, self.config, layers, flops_of)
         allocate_pixels(self.pool, self.config, layers, self.models, SHARDS_IN_FLIGHT)
         self.pool.wait_until_ready()
-        node, pid, host = self._id()
         self._record_metrics()
         return WorkerInfo(
-            node=node,
-            pid=pid,
+            id=self._id(),
             accelerator=str(self.models.accelerator.device),
             models=describe_loaded(self.models),
-            host=host,
             memory=process_memory(),
             board=self.watch.board,
             batch=self.config.workers.images,

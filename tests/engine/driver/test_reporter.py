@@ -9,12 +9,12 @@ import pytest
 from reinforce.engine.driver.pool import Slot
 from reinforce.engine.driver.reporter import job_id, worker_progress
 from reinforce.engine.messages.pulse import LeasePulse, Pulse
-from reinforce.engine.messages.results import WorkerInfo
+from reinforce.engine.messages.results import WorkerId, WorkerInfo
 
 
 def test_a_worker_is_shown_with_the_times_of_its_shards_and_stages() -> None:
     now, clock = time.time(), time.monotonic()
-    slot = Slot(None, WorkerInfo("n" * 20, 7, "cpu", {}, "host", log="/tmp/w.err"), index=4)
+    slot = Slot(None, WorkerInfo(WorkerId("n" * 20, 7, "host"), "cpu", {}, log="/tmp/w.err"), index=4)
     slot.leased_at = {"a": clock - 90, "b": clock - 3}
     slot.pulse, slot.pulse_at = Pulse(50, leases=(LeasePulse("a", "decoding", 20.0, "key 'k'"),)), clock - 5
     found = worker_progress(slot)

@@ -8,7 +8,6 @@ from typing import TypeAlias
 from reinforce.engine.driver.policy.memory import MemoryUse
 from reinforce.engine.messages.results import WorkerId
 from reinforce.engine.messages.task import PendingShard
-from reinforce.errors import UserError
 from schemas import Reason
 
 
@@ -54,13 +53,6 @@ class RunAlone:
 
     shard: PendingShard
     attempt: int = 0
-
-
-@dataclass(frozen=True)
-class StopRun:
-    """End the run with ``error``."""
-
-    error: UserError
 
 
 @dataclass(frozen=True)

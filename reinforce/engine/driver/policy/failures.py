@@ -42,7 +42,6 @@ from reinforce.engine.driver.policy.decisions import (
     Requeue,
     Retry,
     RunAlone,
-    StopRun,
 )
 from reinforce.engine.driver.policy.drains import Drains
 from reinforce.engine.driver.policy.faults import Faults
@@ -108,10 +107,10 @@ class FailurePolicy:
 
     def lease_raised(
         self, shard: PendingShard, error: Exception, now: float
-    ) -> Retry | RunAlone | Quarantine | LeaveShard | StopRun:
-        """Decide about a lease that raised."""
+    ) -> Retry | RunAlone | Quarantine | LeaveShard:
+        """Decide about a lease that raised. Raises a UserError, since nobody but the user can do anything about it."""
         if isinstance(error, UserError):
-            return StopRun(error)
+            raise error
         if isinstance(error, StorageFailure):
             return self._storage_failed(shard, error, now)
         self._attempts[shard.name] += 1
@@ -236,20 +235,17 @@ class FailurePolicy:
         self.deaths = undecided
         return verdicts
 
-    def shard_quarantined(self, name: str, cause: str) -> StopRun | None:
-        """Count a quarantined shard. If too many are, the run stops: they probably share a cause (credentials, a disk)
-        that would fail the rest as well."""
+    def shard_quarantined(self, name: str, cause: str) -> None:
+        """Count a quarantined shard. Raises TooManyQuarantined if too many are: they probably share a cause
+        (credentials, a disk) that would fail the rest as well."""
         self.quarantined.add(name)
         count, share = self.quarantined_shards, self.settings.allowed_share
-        if count <= max(TOLERATED_SHARDS, share * self.shards):
-            return None
-        return StopRun(
-            TooManyQuarantined(
+        if count > max(TOLERATED_SHARDS, share * self.shards):
+            raise TooManyQuarantined(
                 f"stopped: {count:,} of {self.shards:,} shards are quarantined, more than failures.allowed_share = "
                 f"{share:g}. They probably share the cause of the last one, {name}: {cause.rstrip('.')}. Fix it and "
                 "run with --retry-quarantined."
             )
-        )
 
     def read_failed(self, shard: PendingShard, reason: str, worker: WorkerId, nodes: int, now: float) -> Retry | None:
         """Decide about a shard that could not be read; ``nodes`` is the number of nodes with workers."""
@@ -261,31 +257,29 @@ class FailurePolicy:
         self._consecutive_failures[worker] += 1
         return Retry(shard, now + pause_seconds(1), 1)
 
-    def load_raised(self, error: Exception, now: float = 0.0) -> StopRun | None:
-        """Decide about a worker that could not load its models. The run stops unless shards pass on other nodes."""
-        if isinstance(error, LoadFailure):
-            return None if self.faults.record_failed_start(error.worker, str(error), now) else StopRun(error.error)
-        return StopRun(UserError(f"a worker could not load its models: {type(error).__name__}: {error}"))
+    def load_raised(self, error: Exception, now: float = 0.0) -> None:
+        """Record that a worker could not load its models. Raises UserError unless shards pass on other nodes."""
+        if not isinstance(error, LoadFailure):
+            raise UserError(f"a worker could not load its models: {type(error).__name__}: {error}")
+        if not self.faults.record_failed_start(error.worker, str(error), now):
+            raise error.error
 
     def load_passed(self) -> None:
         """Record that a worker has loaded its models."""
         self._failed_starts = 0
         self.faults.record_start()
 
-    def load_died(self, error: str, node_lost: bool, running: int, workers: int) -> StopRun | None:
-        """Decide about a worker that died, or whose node was lost, while it loaded its models.
+    def load_died(self, error: str, node_lost: bool, running: int, workers: int) -> None:
+        """Record that a worker died, or its node was lost, while it loaded its models.
 
-        ``running`` workers have loaded theirs; the cluster can hold ``workers``.
+        ``running`` workers have loaded theirs; the cluster can hold ``workers``. Raises UserError if too many died.
         """
         self._failed_starts += not node_lost
-        if running or self._failed_starts < max(MAX_FAILED_STARTS, 2 * workers):
-            return None
-        return StopRun(
-            UserError(
+        if not running and self._failed_starts >= max(MAX_FAILED_STARTS, 2 * workers):
+            raise UserError(
                 f"workers die while they load their models ({error.splitlines()[0]}). Check the memory of the nodes "
                 "and the Ray logs."
             )
-        )
 
     def _count_death(self, death: Death) -> None:
         worker = death.worker

@@ -64,11 +64,10 @@ class MemoryDeaths:
             self._alone[shard] += 1 if neighbours else 3
         return self._alone[shard] >= 3 * self._limit
 
-    def must_stop(self, workers: int) -> UserError | None:
-        """The error that ends the run, or None, where ``workers`` are running."""
-        if self._in_a_row < max(MAX_IN_A_ROW, 2 * workers):
-            return None
-        return UserError(f"no shard can be finished: {self.note}")
+    def check(self, workers: int) -> None:
+        """Raise the UserError that ends the run if no shard can be finished, where ``workers`` are running."""
+        if self._in_a_row >= max(MAX_IN_A_ROW, 2 * workers):
+            raise UserError(f"no shard can be finished: {self.note}")
 
 
 def _describe(deaths: int, worker: WorkerId, use: MemoryUse, recycle: int | None) -> str:

@@ -91,13 +91,13 @@ class Outages:
         self._failing.pop(shard, None)
         self._since_pass.discard(shard)
 
-    def error(self) -> StorageError | None:
-        """The error that ends a run which has left shards, or None."""
+    def check(self) -> None:
+        """Raise the StorageError that ends a run which has left shards."""
         if not self.left:
-            return None
+            return
         shard, text = next(reversed(self.left.items()))
         shards = f"{plural(len(self.left), 'shard')}"
-        return StorageError(
+        raise StorageError(
             f"{text.rstrip('.')}. So the storage failed for {shards}, such as {shard}, for "
             f"{self.settings.outage_seconds:g} s (failures.outage_seconds). None is quarantined for that."
         )

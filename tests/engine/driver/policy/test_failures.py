@@ -19,7 +19,6 @@ from reinforce.engine.driver.policy.decisions import (
     Requeue,
     Retry,
     RunAlone,
-    StopRun,
 )
 from reinforce.engine.driver.policy.drains import Drain, Drains
 from reinforce.engine.driver.policy.failures import NODE_VERDICT_SECONDS, FailurePolicy, error_text
@@ -27,7 +26,7 @@ from reinforce.engine.driver.policy.hangs import Hang
 from reinforce.engine.driver.policy.outages import pause_seconds
 from reinforce.engine.messages.results import LayerFailure, LoadFailure, ShardFailure, WorkerId
 from reinforce.engine.messages.task import PendingShard
-from reinforce.errors import StorageError, UserError
+from reinforce.errors import StorageError, TooManyQuarantined, UserError
 from schemas import Reason
 
 LAYERS = {
@@ -107,7 +106,8 @@ def test_the_layers_that_remain_have_all_their_attempts_again() -> None:
 
 def test_an_error_that_the_user_must_fix_stops_the_run_at_once_and_a_workers_storage_error_costs_an_attempt() -> None:
     for error in (UserError("fingerprint differs"), StorageError("bucket is unreachable")):
-        assert policy(attempts=9).lease_raised(A, error, 0.0) == StopRun(error)
+        with pytest.raises(type(error), match=str(error)):
+            policy(attempts=9).lease_raised(A, error, 0.0)
     assert isinstance(policy().lease_raised(A, ShardFailure("bucket is unreachable", False), 0.0), Retry)
 
 
@@ -234,28 +234,28 @@ def test_a_worker_at_which_leases_fail_in_a_row_is_paused_where_there_are_others
 
 def test_models_that_one_node_cannot_load_do_not_stop_a_run_whose_other_nodes_finish_shards() -> None:
     failures, error = policy(), LoadFailure(("bad", 1, "host"), "no space left", True)
-    stop = failures.load_raised(error)
-    assert stop is not None
-    assert str(stop.error) == "no space left"
+    with pytest.raises(UserError, match=r"^no space left$"):
+        failures.load_raised(error)
     failures.lease_returned("a", WorkerId("good", 2), False, 0.0, 2)
-    assert failures.load_raised(error) is None
+    failures.load_raised(error)
     for other in (LoadFailure(("good", 2, "host"), "KeyError: 'x'", False), KeyError("x")):
-        stop = failures.load_raised(other)
-        assert stop is not None
-        assert str(stop.error) == "a worker could not load its models: KeyError: 'x'"
+        with pytest.raises(UserError, match=r"^a worker could not load its models: KeyError: 'x'$"):
+            failures.load_raised(other)
 
 
 @pytest.mark.parametrize(("workers", "most"), [(1, 3), (8, 16)])
 def test_workers_that_die_in_a_row_while_they_load_stop_the_run_unless_one_runs(workers: int, most: int) -> None:
     failures = policy()
     for _ in range(3):
-        assert [failures.load_died("killed", False, 0, workers) for _ in range(most - 1)] == [None] * (most - 1)
+        for _ in range(most - 1):
+            failures.load_died("killed", False, 0, workers)
         failures.load_passed()
-    assert [failures.load_died("its node has died", True, 0, workers) for _ in range(20)] == [None] * 20
-    assert [failures.load_died("killed", False, 1, workers) for _ in range(most)] == [None] * most
-    stop = failures.load_died("killed\nstack", False, 0, workers)
-    assert stop is not None
-    assert "workers die while they load their models (killed). Check the memory" in str(stop.error)
+    for _ in range(20):
+        failures.load_died("its node has died", True, 0, workers)
+    for _ in range(most):
+        failures.load_died("killed", False, 1, workers)
+    with pytest.raises(UserError, match=r"workers die while they load their models \(killed\). Check the memory"):
+        failures.load_died("killed\nstack", False, 0, workers)
 
 
 def test_a_message_of_several_workers_is_noted_once() -> None:
@@ -270,18 +270,19 @@ def test_a_message_of_several_workers_is_noted_once() -> None:
 
 def test_ten_quarantined_shards_are_tolerated_and_more_than_the_allowed_share_stop_the_run() -> None:
     failures = policy(shards=200, allowed_share=0.01)
-    assert [failures.shard_quarantined(str(number), "x") for number in range(10)] == [None] * 10
-    assert failures.shard_quarantined("0", "x") is None, "a shard counts once"
-    stop = failures.shard_quarantined("10", "shard_missing: no such file")
-    assert stop is not None
-    assert str(stop.error) == (
+    for number in [*range(10), 0]:  # a shard counts once
+        failures.shard_quarantined(str(number), "x")
+    with pytest.raises(TooManyQuarantined) as error:
+        failures.shard_quarantined("10", "shard_missing: no such file")
+    assert str(error.value) == (
         "stopped: 11 of 200 shards are quarantined, more than failures.allowed_share = 0.01. They probably share the "
         "cause of the last one, 10: shard_missing: no such file. Fix it and run with --retry-quarantined."
     )
     failures = policy(shards=1000, quarantined_before=49, allowed_share=0.05)  # by earlier runs
-    assert failures.shard_quarantined("a", "x") is None
+    failures.shard_quarantined("a", "x")
     assert failures.quarantined_shards == 50
-    assert failures.shard_quarantined("b", "x") is not None
+    with pytest.raises(TooManyQuarantined):
+        failures.shard_quarantined("b", "x")
 
 
 # -- drained nodes

@@ -12,6 +12,7 @@ from reinforce.engine.driver.policy.failures import FailurePolicy
 from reinforce.engine.driver.policy.memory import MemoryDeaths, MemoryUse
 from reinforce.engine.messages.results import WorkerId
 from reinforce.engine.messages.task import PendingShard
+from reinforce.errors import UserError
 from schemas import Reason
 from tests.helpers.driver import SAMPLES_ONLY, shard
 
@@ -43,7 +44,7 @@ def test_a_leaking_worker_costs_no_shard_however_often_it_is_killed(policy: Fail
             assert kill(policy, A, B) == [Requeue(A), Requeue(B)]
         else:
             assert kill(policy, A, alone=True) == [RunAlone(A)]
-    assert policy.memory.must_stop(2) is None
+    policy.memory.check(2)
 
 
 @pytest.mark.parametrize(("neighbours", "deaths"), [(0, 3), (3, 9)])
@@ -96,6 +97,7 @@ def test_a_run_in_which_no_shard_can_be_finished_ends_with_one_error(workers: in
         deaths.record_death(WORKER, LEAK, None)
     deaths.record_success()
     for _ in range(most):
-        assert deaths.must_stop(workers) is None
+        deaths.check(workers)
         deaths.record_death(WORKER, LEAK, None)
-    assert str(deaths.must_stop(workers)).startswith("no shard can be finished: ")
+    with pytest.raises(UserError, match=r"^no shard can be finished: "):
+        deaths.check(workers)

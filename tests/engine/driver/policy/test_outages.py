@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from reinforce.engine.driver.policy.decisions import LeaveShard, Quarantine, Ret
 from reinforce.engine.driver.policy.failures import FailurePolicy
 from reinforce.engine.messages.results import StorageFailure, WorkerId
 from reinforce.engine.messages.task import PendingShard
+from reinforce.errors import StorageError
 from schemas import Reason
 from tests.helpers.driver import SAMPLES_ONLY, shard
 from tests.helpers.simulated_run import Outcome, SimulatedRun
@@ -39,7 +41,8 @@ def test_an_outage_quarantines_nothing_and_the_run_waits_with_few_leases(
 
     run = SimulatedRun(nodes, per_node, 300, outcome, seconds=4.0)
     run.run()
-    assert (run.quarantined, len(run.passed), run.policy.outages.error()) == ([], 300, None)
+    assert (run.quarantined, len(run.passed)) == ([], 300)
+    run.policy.outages.check()
     in_flight = 2 * nodes * per_node
     assert run.failures.total() <= 9 * in_flight, "the pauses double"
     assert (len(run.policy.notes) == 1) == (seconds > 10.0)
@@ -51,9 +54,10 @@ def test_a_storage_that_does_not_come_back_ends_the_run_with_one_error_and_no_qu
     run.run()
     assert (run.quarantined, run.replaced, len(run.passed)) == ([], [], 16)
     assert run.now < 1500.0
-    assert str(run.policy.outages.error()).startswith(
-        "OSError: Please reduce your request rate. So the storage failed for 4 shards, such as 000"
-    )
+    failed = "OSError: Please reduce your request rate. So the storage failed for 4 shards, such as 000"
+    with pytest.raises(StorageError, match=re.escape(failed)) as error:
+        run.policy.outages.check()
+    assert error.value.exit_status == 1
 
 
 def test_a_shard_that_always_fails_costs_no_other_shard_and_is_left_when_they_are_finished() -> None:
@@ -61,9 +65,6 @@ def test_a_shard_that_always_fails_costs_no_other_shard_and_is_left_when_they_ar
     run = SimulatedRun(2, 2, 60, lambda shard, worker: SLOW_DOWN if shard.name == "00003" else None)
     run.run()
     assert (run.quarantined, len(run.passed), [*run.policy.outages.left]) == ([], 59, ["00003"])
-    error = run.policy.outages.error()
-    assert error is not None
-    assert error.exit_status == 1
 
 
 def test_a_missing_file_is_believed_after_the_attempts_and_a_refused_one_when_another_shard_has_passed() -> None:
