@@ -133,6 +133,16 @@ class Storage:
     def path(self, *parts: str) -> str:
         return posixpath.join(self.root, *parts)
 
+    def names(self, *parts: str, folders: bool = False) -> list[str]:
+        """Names in a folder in ascending order, or only those of ``folders``; none if it does not exist."""
+        try:
+            with self.storage_errors("listed", *parts):
+                found = self.fs.ls(self.path(*parts), detail=folders, refresh=True)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        paths = [one["name"] for one in found if one["type"] == "directory"] if folders else found
+        return sorted(posixpath.basename(str(path).rstrip("/")) for path in paths)
+
     def read_json(self, *parts: str) -> dict[str, Any] | None:
         """Read a JSON object; return None if the file does not exist. Raises UserError for any other file."""
         path = self.path(*parts)

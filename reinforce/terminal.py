@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
@@ -144,6 +145,16 @@ def _as_text(row: Table) -> str:
 def plural(count: int, noun: str) -> str:
     """A number of things: '1 shard', '2,000 shards'."""
     return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
+def first_names(names: Sequence[str], most: int = 3) -> str:
+    """The first of some names in one line: 'a, b, c, ...'."""
+    return ", ".join([*names[:most], *["..."] * (len(names) > most)])
+
+
+def first_lines(lines: Sequence[str], most: int, more: str = "more") -> list[str]:
+    """The first of some lines, and the number of the others: 'and 2,000 more'."""
+    return [*lines[:most], *([f"and {len(lines) - most:,} {more}"] if len(lines) > most else [])]
 
 
 def print_table(table: Table) -> None:

@@ -272,7 +272,7 @@ def test_one_more_kind_of_layers_needs_a_kind_and_a_producer(
     assert make_plan(parse_config(config)).pending == []
     assert "mean of the first crop" in printed_by(capfd, "status", url)
     assert validate(url).findings == []
-    [comparison] = [one for one in recompute(parse_config(config), url, 5).layers if one.layer == BRIGHTNESS]
+    comparison = recompute(parse_config(config), url, 5).layers[BRIGHTNESS]
     assert (comparison.rows, comparison.equal) == (5, 5)
     samples = list(reinforce.open(url))
     assert len(samples) == 5

@@ -1,34 +1,72 @@
-"""How far stored values of a layer differ from those that are computed again."""
+"""How far the values of a layer differ on two sides: stored and computed again, or in two datasets."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 #: The smallest cosine of a stored vector and the one that is computed again that counts as rounding.
 MIN_COSINE = 0.99
 
 
-@dataclass(frozen=True)
+@dataclass
 class Comparison:
-    """Stored values of a layer against those computed again, in ``rows`` rows.
+    """Values of ``rows`` rows on two sides. ``equal`` rows have no difference, ``nulls`` are null on one side alone.
 
-    ``equal`` counts rows without any difference, ``nulls`` those that are null on one side only. ``difference`` is the
-    largest of a component and ``cosine`` the smallest of two vectors, None for what is no vector.
+    ``difference`` is the largest one of a number, ``cosine`` the smallest of two vectors, and ``cosines`` the sum of
+    those of ``vectors`` vectors. They are None or 0 for what is no number or vector.
     """
 
-    layer: str
-    rows: int
-    equal: int
-    nulls: int
+    rows: int = 0
+    equal: int = 0
+    nulls: int = 0
     difference: float | None = None
     cosine: float | None = None
+    vectors: int = 0
+    cosines: float = 0.0
+
+    @classmethod
+    def of_values(cls, first: Sequence[Sequence[Any]], second: Sequence[Sequence[Any]]) -> Comparison:
+        """Compare columns of values."""
+        rows = [*zip(zip(*first, strict=True), zip(*second, strict=True), strict=True)]
+        nulls = sum(any((a is None) != (b is None) for a, b in zip(one, other, strict=True)) for one, other in rows)
+        return cls(len(rows), sum(one == other for one, other in rows), nulls)
+
+    @classmethod
+    def of_numbers(cls, first: npt.NDArray[np.float32], second: npt.NDArray[np.float32]) -> Comparison:
+        """Compare numbers [rows, ...], NaN where one is null. Those of another shape are not equal."""
+        if first.shape != second.shape:
+            return cls(len(first))
+        first, second = first.reshape(len(first), -1), second.reshape(len(second), -1)
+        null = np.isnan(first), np.isnan(second)
+        both = ~(null[0] | null[1])
+        equal = int(((first == second) | (null[0] & null[1])).all(axis=1).sum())
+        difference = float(np.abs(first[both] - second[both]).max()) if both.any() else None
+        return cls(len(first), equal, int((null[0] != null[1]).any(axis=1).sum()), difference)
+
+    def add(self, other: Comparison) -> None:
+        """Add further rows."""
+        for name in ("rows", "equal", "nulls", "vectors", "cosines"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.cosine = min((one for one in (self.cosine, other.cosine) if one is not None), default=None)
+        self.difference = max((one for one in (self.difference, other.difference) if one is not None), default=None)
+
+    @property
+    def mean_cosine(self) -> float | None:
+        return self.cosines / self.vectors if self.vectors else None
 
     @property
     def fits(self) -> bool:
+        """Whether values that were computed again differ by rounding at most."""
         return not self.nulls and (self.cosine is None or self.cosine >= MIN_COSINE)
 
-    def line(self) -> str:
-        parts = [f"{self.layer}: {self.equal:,} of {self.rows:,} rows are equal when computed again"]
+    def line(self, layer: str) -> str:
+        """How values of a layer that were computed again differ from the stored ones."""
+        parts = [f"{layer}: {self.equal:,} of {self.rows:,} rows are equal when computed again"]
         if self.nulls:
             parts.append(f"{self.nulls:,} rows are null on one side only")
         if self.cosine is not None:

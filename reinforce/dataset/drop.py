@@ -200,24 +200,13 @@ def layers_with_folders(store: Store) -> set[str]:
         above: list[tuple[str, ...]] = [()]
         while above:
             parts = above.pop()
-            for folder in _folders(store, *root, *parts):
+            for folder in store.names(*root, *parts, folders=True):
                 name = "/".join((*parts, folder))
                 if find_kind(name) is not None:
                     names.add(name)
                 elif holds_layers(name):
                     above.append((*parts, folder))
     return names
-
-
-def _folders(store: Store, *parts: str) -> Iterator[str]:
-    try:
-        with store.storage_errors("listed", *parts):
-            entries = store.fs.ls(store.path(*parts), detail=True, refresh=True)
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    for entry in entries:
-        if entry["type"] == "directory":
-            yield posixpath.basename(str(entry["name"]).rstrip("/"))
 
 
 def _file_sizes(store: Store, layer: str) -> tuple[list[int], list[int]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
@@ -237,12 +237,13 @@ class LayerKind(ABC):
         """Numbers of each row of a row group by name [rows], for plots; NaN where one is null."""
         return {}
 
-    def compare(self, layer: str, stored: Sequence[pa.Table], computed: Sequence[pa.Table]) -> Comparison:
-        """Compare stored row groups of a layer with those that were computed again."""
-        before, now = ([value for table in of for value in self.decode(table)] for of in (stored, computed))
-        pairs = [*zip(before, now, strict=True)]
-        nulls = sum((one is None) != (other is None) for one, other in pairs)
-        return Comparison(layer, len(pairs), sum(one == other for one, other in pairs), nulls)
+    def compare(self, first: pa.Table, second: pa.Table, least: float = 1.0) -> Comparison:
+        """Compare the same rows on two sides. Vectors count as equal from a cosine of ``least`` on; at 1, if their
+        numbers are equal."""
+        one, other = self.numbers(first), self.numbers(second)
+        if one and one.keys() == other.keys():
+            return Comparison.of_numbers(*(np.stack([of[name] for name in one], axis=1) for of in (one, other)))
+        return Comparison.of_values([self.decode(first)], [self.decode(second)])
 
     def published_value(self, layer: Layer, values: PublishedValues) -> Any:
         """The value of a row in a published layer."""

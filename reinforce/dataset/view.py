@@ -170,9 +170,8 @@ def write_view(store: Store, view: View) -> None:
         "rows": [view.counts[one] for one in shards],
         "kept": [[*view.kept[one]] for one in shards],
     }
-    buffer = io.BytesIO()
-    pq.write_table(pa.table(columns, schema=schemas.view_shards_schema()), buffer, compression="zstd")
-    store.write_bytes(buffer.getvalue(), FOLDER, view.name, _SHARDS)
+    table = pa.table(columns, schema=schemas.view_shards_schema())
+    store.write_table(table, FOLDER, view.name, _SHARDS, write_page_checksum=False)
     description = {
         "format": _FORMAT,
         "version": _VERSION,
@@ -194,12 +193,7 @@ def list_views(store: Store) -> list[str]:
 
 def view_folders(store: Store) -> list[str]:
     """Names of the views of a dataset, and of those that a stopped selection or an interrupted drop has left."""
-    try:
-        with store.storage_errors("listed", FOLDER):
-            entries = store.fs.ls(store.path(FOLDER), detail=True, refresh=True)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    return sorted(str(one["name"]).rstrip("/").rpartition("/")[2] for one in entries if one["type"] == "directory")
+    return store.names(FOLDER, folders=True)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
@@ -47,19 +47,21 @@ _SHARDS = 16  # from which rows are taken, at most
 class Recomputed:
     """The comparison of each layer, and why others were not computed."""
 
-    layers: list[Comparison] = field(default_factory=list)
+    layers: dict[str, Comparison] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
 
     def findings(self) -> list[Finding]:
         """The layers whose values are not what the models compute."""
-        return [Finding("rows", one.line(), one.layer) for one in self.layers if not one.fits]
+        return [Finding("rows", one.line(name), name) for name, one in self.layers.items() if not one.fits]
 
     def lines(self) -> list[str]:
         """For people: the layers without a finding, and those that were left out."""
-        return [*(one.line() for one in self.layers if one.fits), *self.left_out]
+        return [*(one.line(name) for name, one in self.layers.items() if one.fits), *self.left_out]
 
     def as_json(self) -> dict[str, Any]:
-        return {"layers": [{**asdict(one), "fits": one.fits} for one in self.layers], "left_out": self.left_out}
+        keys = ("rows", "equal", "nulls", "difference", "cosine", "fits")
+        layers = [{"layer": name, **{key: getattr(one, key) for key in keys}} for name, one in self.layers.items()]
+        return {"layers": layers, "left_out": self.left_out}
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def recompute(config: Config, url: str, rows: int, seed: int = 0, pool: DecodePo
         for owner in owners:
             of_model = {name: layer for name, layer in computed.items() if layer.owner == owner}
             try:
-                found.layers += _compare_model(config, {**layers, **chosen}, of_model, picked, own)
+                found.layers |= _compare_model(config, {**layers, **chosen}, of_model, picked, own)
             except (UserError, LayerFailure, RefusedFile, MisalignedLayer) as error:
                 found.left_out.append(f"{', '.join(of_model)}: not computed again: {error}")
     finally:
@@ -159,10 +161,10 @@ def _compare_model(
     of_model: Mapping[str, Layer],
     picked: Sequence[_Rows],
     pool: DecodePool,
-) -> list[Comparison]:
+) -> dict[str, Comparison]:
     """Compute the layers of one model for all rows, and compare."""
     models = load_models(config, of_model.values())
-    computed: dict[str, list[pa.Table]] = {name: [] for name in of_model}
+    found = {name: Comparison() for name in of_model}
     with tempfile.TemporaryDirectory(prefix="reinforce-recompute-") as folder:
         store = Store(folder)
         here = config.model_copy(update={"output": folder})
@@ -171,11 +173,10 @@ def _compare_model(
             for name in inputs & rows.tables.keys():
                 _write(store, layers[name], config, rows, rows.tables[name])
             process_shard(PendingShard(rows.shard, rows.source, tuple(of_model)), here, layers, store, models, pool)
-            for name in of_model:
+            for name, layer in of_model.items():
                 with store.open_layer(name, rows.shard) as file:
-                    computed[name].append(file.read())
-    stored = {name: [rows.tables[name] for rows in picked] for name in of_model}
-    return [layer.kind.compare(name, stored[name], computed[name]) for name, layer in of_model.items()]
+                    found[name].add(layer.kind.compare(rows.tables[name], file.read()))
+    return found
 
 
 def _write(store: Store, layer: Layer, config: Config, rows: _Rows, table: pa.Table) -> None:

@@ -24,19 +24,13 @@ class ReportFolder:
     def __init__(self, url: str) -> None:
         self.storage = Storage(url)
         found = self.storage.read_json(CONTENTS)
-        if found is None and self._names():
+        if found is None and self.storage.names():
             raise UserError(
                 f"{self.storage.url} is not empty, and no report of `reinforce inspect`. Name another folder for it."
             )
         if found is not None and found.get("kind") != _KIND:
             raise UserError(f"{self.storage.path(CONTENTS)} is of another program. Name another folder.")
         self._before = {name for name in (found or {}).get("files", []) if _is_ours(name)}
-
-    def _names(self) -> list[str]:
-        try:
-            return [str(name) for name in self.storage.fs.ls(self.storage.root, detail=False)]
-        except (FileNotFoundError, NotADirectoryError):
-            return []
 
     def publish(self, files: Mapping[str, bytes], about: Mapping[str, Any]) -> None:
         """Write the files of a report by name, and remove those of an earlier one that it does not have."""

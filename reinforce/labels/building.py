@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 import schemas
 from reinforce.datacompdr.matching import KEY
@@ -122,9 +121,7 @@ def build_index(
     source, target = as_seen_by_workers(url), as_seen_by_workers(url if output is None else output)
     build = Build(source, target, contents.samples, contents.fingerprint, contents.bits, parts, images)
     kinds = _build(store, build, use_ray, address)
-    buffer = pa.BufferOutputStream()
-    pq.write_table(contents.table, buffer, row_group_size=4096, compression="zstd", write_page_checksum=True)
-    store.write_bytes(buffer.getvalue().to_pybytes(), *build.path(f"{SHARDS}.parquet"))
+    store.write_table(contents.table, *build.path(f"{SHARDS}.parquet"), row_group_size=4096)
     index = IdentityIndex(store, build.fingerprint, build.samples, build.bits, kinds, contents.shards, contents.groups)
     store.write_json(description(index), FOLDER, DESCRIPTION)
     _clean(store, build, kinds)
@@ -149,7 +146,7 @@ def _build(store: Store, build: Build, use_ray: bool, address: str | None) -> di
     partitions = [number for number in map(partition_name, range(2**build.bits)) if number not in kept]
     counts = dict.fromkeys(INDEXED, 0)
     if partitions:
-        written = _files(store, *build.path(_PARTS))
+        written = {*store.names(*build.path(_PARTS))}
         missing = [str(number) for number in range(len(build.parts)) if part_name(number) not in written]
         use_ray &= len(build.parts) > 1  # to start Ray would take longer
         write = functools.partial(write_dataset_part, build)
@@ -225,18 +222,14 @@ def merge_partition(build: Build, number: str) -> dict[str, int]:
     for kind, entries in zip(INDEXED, read_parts(store, parts, build.bits, int(number)), strict=True):
         by_hash = entries[np.argsort(entries["hash"], kind="stable")]  # of equal ones, those of earlier shards first
         table = pa.table([by_hash["hash"], by_hash["shard"], by_hash["row"]], schema=schemas.identities_schema())
-        buffer = pa.BufferOutputStream()
-        pq.write_table(
+        store.write_table(
             table,
-            buffer,
+            *build.path(kind, f"{number}.parquet"),
             row_group_size=_GROUP_ROWS,
-            compression="zstd",
             use_dictionary=False,
             column_encoding={"hash": "DELTA_BINARY_PACKED"},
             write_statistics=["hash"],
-            write_page_checksum=True,
         )
-        store.write_bytes(buffer.getvalue().to_pybytes(), *build.path(kind, f"{number}.parquet"))
         counts[kind] = len(entries)
     return counts
 
@@ -260,18 +253,9 @@ def read_parts(storage: Storage, parts: Iterable[Sequence[str]], bits: int, numb
     return [np.concatenate([np.empty(0, _ENTRY), *of_kind]) for of_kind in found]
 
 
-def _files(store: Store, *folder: str) -> set[str]:
-    try:
-        with store.storage_errors("listed", *folder):
-            found = store.fs.ls(store.path(*folder), detail=False, refresh=True)
-    except (FileNotFoundError, NotADirectoryError):
-        return set()
-    return {str(path).rstrip("/").rpartition("/")[2] for path in found}
-
-
 def _clean(store: Store, build: Build, kinds: Collection[str]) -> None:
     """Remove the parts, kinds without entries, and indexes of other states of the dataset."""
-    others = _files(store, FOLDER) - {DESCRIPTION, build.fingerprint}
+    others = {*store.names(FOLDER)} - {DESCRIPTION, build.fingerprint}
     unused = [build.path(name) for name in (_PARTS, *INDEXED) if name not in kinds]
     for path in [*unused, *((FOLDER, name) for name in others)]:
         with contextlib.suppress(FileNotFoundError, StorageError), store.storage_errors("removed", *path):

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from reinforce.datacompdr.matching import KEY, OTHER_IMAGE
-from reinforce.dataset import vectors
+from reinforce.dataset.comparison import Comparison
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.kinds.registry import kind_of
 from reinforce.dataset.layers import SAMPLES
@@ -39,33 +39,6 @@ _PARTS = {"captions": ("caption",), "sizes": ("width", "height"), "augmentations
 
 
 @dataclass
-class Difference:
-    """Values of ``rows`` rows on two sides. ``equal`` rows have no difference, ``nulls`` are null on one side alone.
-
-    ``cosines`` is the sum of the cosines of ``vectors`` vectors, ``least`` the smallest one, ``most`` the largest
-    difference of a score.
-    """
-
-    rows: int = 0
-    equal: int = 0
-    nulls: int = 0
-    vectors: int = 0
-    cosines: float = 0.0
-    least: float | None = None
-    most: float | None = None
-
-    def add(self, other: Difference) -> None:
-        for name in ("rows", "equal", "nulls", "vectors", "cosines"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.least = min((one for one in (self.least, other.least) if one is not None), default=None)
-        self.most = max((one for one in (self.most, other.most) if one is not None), default=None)
-
-    @property
-    def cosine(self) -> float | None:
-        return self.cosines / self.vectors if self.vectors else None
-
-
-@dataclass
 class DatasetDiff:
     """Where two datasets differ: layers of one side alone, rows by what matched or why not, values by layer."""
 
@@ -78,7 +51,7 @@ class DatasetDiff:
     matched: Counter[str] = field(default_factory=Counter)
     unmatched: tuple[int, int] = (0, 0)
     missing: Counter[str] = field(default_factory=Counter)
-    layers: dict[str, Difference] = field(default_factory=dict)
+    layers: dict[str, Comparison] = field(default_factory=dict)
 
     @property
     def equal(self) -> bool:
@@ -119,9 +92,9 @@ class DatasetDiff:
                     "rows": one.rows,
                     "equal": one.equal,
                     "null_on_one_side": one.nulls,
-                    "mean_cosine": one.cosine,
-                    "least_cosine": one.least,
-                    "largest_difference": one.most,
+                    "mean_cosine": one.mean_cosine,
+                    "least_cosine": one.cosine,
+                    "largest_difference": one.difference,
                     "fingerprints": self.fingerprints.get(name.partition(": ")[0]),
                 }
                 for name, one in self.layers.items()
@@ -144,7 +117,7 @@ class _Pair:
 @dataclass
 class _ShardDiff:
     counts: Counter[str] = field(default_factory=Counter)
-    layers: dict[str, Difference] = field(default_factory=dict)
+    layers: dict[str, Comparison] = field(default_factory=dict)
     rows: dict[str, set[int]] = field(default_factory=dict)  # of the second dataset, by shard
 
 
@@ -201,7 +174,7 @@ def diff(
         for _, part in for_each_shard(compare, shards, use_ray=use_ray, address=address):
             found.matched += part.counts
             for name, values in part.layers.items():
-                found.layers.setdefault(name, Difference()).add(values)
+                found.layers.setdefault(name, Comparison()).add(values)
             for shard, rows in part.rows.items():
                 seen.add(shard, rows)
     found.layers = {name: found.layers[name] for name in sorted(found.layers, key=_in_order)}
@@ -274,7 +247,7 @@ def _diff_shard(pair: _Pair, shard: str) -> _ShardDiff:
                     with row_errors(f"{pair.first} or {pair.second}"):
                         parts = _compare(name, tables[name].take(mine), theirs[name].take(taken), pair.least)
                         for part, one in parts.items():
-                            found.layers.setdefault(part, Difference()).add(one)
+                            found.layers.setdefault(part, Comparison()).add(one)
     found.counts = partners.counts
     return found
 
@@ -308,48 +281,12 @@ class _Reader:
         self._stack.close()
 
 
-def _compare(layer: str, one: pa.Table, other: pa.Table, least: float) -> dict[str, Difference]:
+def _compare(layer: str, one: pa.Table, other: pa.Table, least: float) -> dict[str, Comparison]:
     """Compare the same rows of a layer on two sides, by part."""
-    if layer == SAMPLES:
-        return {
-            f"{SAMPLES}: {part}": _listed([one[name].to_pylist() for name in columns],
-                                          [other[name].to_pylist() for name in columns])
-            for part, columns in _PARTS.items()
-        }  # fmt: skip
-    kind = kind_of(layer)
-    first, second = kind.decode(one), kind.decode(other)
-    if isinstance(first, np.ndarray):
-        return {layer: _vectors(first, second, least)}
-    found = _listed([first], [second])
-    numbers = [kind.numbers(table) for table in (one, other)]
-    gaps = [np.abs(numbers[0][name] - numbers[1][name]) for name in numbers[0].keys() & numbers[1].keys()]
-    largest = [float(np.nanmax(gap)) for gap in gaps if not np.isnan(gap).all()]
-    found.most = max(largest, default=None)
-    return {layer: found}
-
-
-def _listed(first: Sequence[Sequence[Any]], second: Sequence[Sequence[Any]]) -> Difference:
-    rows = [*zip(zip(*first, strict=True), zip(*second, strict=True), strict=True)]
-    nulls = sum(any((a is None) != (b is None) for a, b in zip(one, other, strict=True)) for one, other in rows)
-    return Difference(len(rows), sum(one == other for one, other in rows), nulls)
-
-
-def _vectors(first: npt.NDArray[np.float32], second: npt.NDArray[np.float32], least: float) -> Difference:
-    """Compare vectors [rows, count, dim]; NaN where a row is null. Others of another shape are not equal."""
-    if first.shape != second.shape:
-        return Difference(len(first))
-    null = np.isnan(first).any(axis=(1, 2)), np.isnan(second).any(axis=(1, 2))
-    both = ~(null[0] | null[1])
-    one, other = first[both], second[both]
-    cosines = vectors.cosines(one, other)
-    same = (one == other).all(axis=(1, 2))
-    cosines[same] = 1.0
-    equal = same | (cosines >= least).all(axis=1) if least < 1 else same
-    return Difference(
-        len(first),
-        int(equal.sum() + (null[0] & null[1]).sum()),
-        int((null[0] != null[1]).sum()),
-        cosines.size,
-        float(cosines.sum(dtype=np.float64)),
-        float(cosines.min()) if cosines.size else None,
-    )
+    if layer != SAMPLES:
+        return {layer: kind_of(layer).compare(one, other, least)}
+    found = {}
+    for part, columns in _PARTS.items():
+        sides = ([of[name].to_pylist() for name in columns] for of in (one, other))
+        found[f"{SAMPLES}: {part}"] = Comparison.of_values(*sides)
+    return found

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from rich.table import Table
 
-from reinforce.labels.difference import DatasetDiff, Difference
+from reinforce.dataset.comparison import Comparison
+from reinforce.labels.difference import DatasetDiff
 from reinforce.terminal import escape
 
 
@@ -23,10 +24,10 @@ def diff_table(found: DatasetDiff) -> Table:
     return table
 
 
-def _differences(one: Difference) -> Iterator[str]:
+def _differences(one: Comparison) -> Iterator[str]:
     if one.nulls:
         yield f"{one.nulls:,} null in one"
     if one.equal < one.rows and one.cosine is not None:
-        yield f"cosine {one.cosine:.6f}, least {one.least:.6f}"
-    if one.most:
-        yield f"by at most {one.most:.6g}"
+        yield f"cosine {one.mean_cosine:.6f}, least {one.cosine:.6f}"
+    elif one.difference and one.cosine is None:
+        yield f"by at most {one.difference:.6g}"

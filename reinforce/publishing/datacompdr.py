@@ -27,7 +27,6 @@ from reinforce.nodes import for_each_shard
 from reinforce.publishing.datacompdr_shard import LIST_OF, ShardExport, export_shard, stats_name, tar_name
 from reinforce.publishing.shards import (
     check_output,
-    existing_files,
     record_export,
 )
 from reinforce.storage import Storage, as_seen_by_workers
@@ -138,7 +137,7 @@ def _write(export: ShardExport, shards: Sequence[str], result: Exported, use_ray
     check_output(Storage(export.url), output)
     with output.lock():
         record_export(output, result.config, CONFIG, "reinforced_dataset")
-        written = existing_files(output)
+        written = {*output.names()}
         missing = [shard for shard in shards if tar_name(shard) not in written]
         found = {shard: output.read_json(stats_name(shard)) or {} for shard in shards if tar_name(shard) in written}
         result.kept = len(found)

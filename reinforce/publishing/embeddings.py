@@ -30,7 +30,6 @@ from reinforce.errors import UserError
 from reinforce.nodes import for_each_shard
 from reinforce.publishing.shards import (
     check_output,
-    existing_files,
     record_export,
 )
 from reinforce.source.captions import parse_json
@@ -164,7 +163,7 @@ def _write(export: PartExport, shards: Sequence[str], use_ray: bool, address: st
         _record(output, export, shards)
         digits = len(str(max(len(shards) - 1, 0)))
         parts = [f"{number:0{digits}d} {shard}" for number, shard in enumerate(shards)]
-        written = existing_files(output, METADATA)
+        written = {*output.names(METADATA)}
         missing = [part for part in parts if metadata_file(part.partition(" ")[0]) not in written]
         result.parts, result.kept = len(parts), len(parts) - len(missing)
         counts = [_counts_before(output, part.partition(" ")[0]) for part in parts if part not in {*missing}]

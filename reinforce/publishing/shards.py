@@ -32,13 +32,3 @@ def record_export(output: Storage, config: Mapping[str, Any], name: str, options
             f"{output.url} has an export with other {', '.join(different) or 'content'}. Repeat the options of that "
             "one, or give another folder."
         )
-
-
-def existing_files(output: Storage, *folder: str) -> set[str]:
-    """Names of the files in a folder of the output."""
-    try:
-        with output.storage_errors("listed", *folder):
-            found = output.fs.ls(output.path(*folder), detail=False, refresh=True)
-    except (FileNotFoundError, NotADirectoryError):
-        return set()
-    return {str(path).rstrip("/").rpartition("/")[2] for path in found}

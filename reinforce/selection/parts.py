@@ -86,20 +86,15 @@ class Parts:
 
     def finished(self, stage: str) -> set[int]:
         """Numbers of the parts whose result is kept."""
-        try:
-            with self.store.storage_errors("listed", stage):
-                paths = self.store.fs.ls(self.store.path(*self._folder, stage), detail=False, refresh=True)
-        except (FileNotFoundError, NotADirectoryError):
-            return set()
-        names = [str(path).rpartition("/")[2] for path in paths]
+        names = self.store.names(*self._folder, stage)
         return {int(name.removesuffix(_ENDING)) for name in names if name.endswith(_ENDING)}
 
     def remove(self) -> None:
         """Remove the results of this and of earlier selections of the view that were killed."""
         with self.store.storage_errors("removed", self.view), contextlib.suppress(FileNotFoundError):
-            for path in self.store.fs.ls(self.store.path(FOLDER, self.view), detail=False, refresh=True):
-                if str(path).rstrip("/").rpartition("/")[2].startswith("parts-"):
-                    self.store.fs.rm(path, recursive=True)
+            for name in self.store.names(FOLDER, self.view):
+                if name.startswith("parts-"):
+                    self.store.fs.rm(self.store.path(FOLDER, self.view, name), recursive=True)
 
     @property
     def _folder(self) -> tuple[str, ...]:

@@ -136,7 +136,7 @@ def test_commands_know_scores_like_other_layers(config: dict[str, Any], capfd: p
     assert status["layers"]["scores/pretty"]["shards"] == 1
     assert "caption_mean, caption_max" in printed_by(capfd, "status", url)
     assert validate(url).findings == []
-    compared = {one.layer: one for one in recompute(parse_config(config), url, COUNT).layers}
+    compared = recompute(parse_config(config), url, COUNT).layers
     assert all(compared[f"scores/{name}"].equal == compared[f"scores/{name}"].rows > 0 for name in SCORES)
     printed_by(capfd, "inspect", url, "report")
     assert "nice_mean" in Path("report", "index.html").read_text()
@@ -290,7 +290,7 @@ def test_a_class_that_is_added_later_gives_equal_bytes_and_uses_no_other_model(
     at_once, in_turn = (tree(tmp_path / of) for of in ("at-once", "out"))
     assert [name for name, data in at_once.items() if name.startswith("scores/") and in_turn[name] != data] == []
     assert validate("out").findings == []
-    compared = {one.layer: one for one in recompute(parse_config({**config, "scores": CLASSES}), "out", 4).layers}
+    compared = recompute(parse_config({**config, "scores": CLASSES}), "out", 4).layers
     assert all(compared[f"scores/{name}"].equal == compared[f"scores/{name}"].rows > 0 for name in CLASSES)
 
 
@@ -300,7 +300,7 @@ def test_scores_of_a_teacher_that_is_not_here_are_left_out_when_rows_are_compute
     lost = {**config["teachers"], "red": {"class": "nowhere:Lost"}}
     found = recompute(parse_config({**config, "teachers": lost, "scores": scores}), url, 4)
     assert [line.partition(":")[0] for line in found.left_out] == ["teacher red", "score match", "score pretty"]
-    assert {one.layer for one in found.layers if one.layer.startswith("scores/")} == {"scores/sizes", "scores/red"}
+    assert {name for name in found.layers if name.startswith("scores/")} == {"scores/sizes", "scores/red"}
 
 
 def test_options_inputs_names_and_version_of_a_class_are_in_the_fingerprint(config: dict[str, Any]) -> None:

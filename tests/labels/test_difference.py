@@ -105,11 +105,11 @@ def test_what_differs_is_named(folder: Path, tmp_path: Path) -> None:
     assert different == {
         "samples: captions": (1, 0), "captions/namer": (1, 1), "embeddings/red/images": (1, 0), "scores/size": (1, 0),
     }  # fmt: skip
-    assert found.layers["scores/size"].most == 100
+    assert found.layers["scores/size"].difference == 100
     vectors = found.layers["embeddings/red/images"]
     assert vectors.cosine is not None
-    assert vectors.least is not None
-    assert -1 <= vectors.least < vectors.cosine < 1
+    assert vectors.mean_cosine is not None
+    assert -1 <= vectors.cosine < vectors.mean_cosine < 1
     assert found.only_first == [f"embeddings/blue/{name}" for name in ("caption", "images", "namer")]
     assert (
         compare(dataset, other, layers=["embeddings/red"], min_cosine=-1.0).layers["embeddings/red/images"].equal == 13

@@ -22,6 +22,7 @@ from reinforce.dataset.files.layer_file import RefusedFile
 from reinforce.dataset.files.listing import Listing
 from reinforce.dataset.files.store import Store, parse_footer
 from reinforce.dataset.kinds.registry import kind_of
+from reinforce.terminal import first_lines
 
 SET_ASIDE = "set-aside"
 QUARANTINE = "quarantine/"  # before the layer, in the paths of quarantine files
@@ -146,12 +147,13 @@ def describe_damaged(url: str, files: Sequence[DamagedFile]) -> str:
         return ""
     what, them = ("1 file is damaged", "it") if len(files) == 1 else (f"{len(files):,} files are damaged", "them")
     layer, shard = files[0].layer, files[0].shard
+    named = "; ".join(first_lines([file.line() for file in files], _NAMED))
     if layer.startswith(QUARANTINE):
         command = shlex.join(["reinforce", "validate", url, "--repair"])
     else:
         command = f"{drop_shard_command(url, [layer], shard)} --yes"
     return (
-        f"{what} ({_first([file.line() for file in files])}). `reinforce run` with the dataset's config sets {them} "
+        f"{what} ({named}). `reinforce run` with the dataset's config sets {them} "
         f"aside and computes {them} again; to set one aside before: {command}"
     )
 
@@ -161,9 +163,5 @@ def set_aside_notes(files: Sequence[str]) -> list[str]:
     if not files:
         return []
     what = "1 file was" if len(files) == 1 else f"{len(files):,} files were"
-    return [f"{what} damaged or did not fit, moved to {SET_ASIDE}/ to be computed again: {_first(files)}"]
-
-
-def _first(lines: Sequence[str]) -> str:
-    more = [f"and {len(lines) - _NAMED:,} more"] if len(lines) > _NAMED else []
-    return "; ".join([*lines[:_NAMED], *more])
+    named = "; ".join(first_lines(files, _NAMED))
+    return [f"{what} damaged or did not fit, moved to {SET_ASIDE}/ to be computed again: {named}"]

@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 import schemas
 from reinforce.dataset.files.layer_file import MAX_ROWS, LayerFile
@@ -122,17 +121,8 @@ def _read_index(store: Store, layer: str, fingerprint: str) -> LayerIndex:
 def write_index(store: Store, layer: str, fingerprint: str, index: LayerIndex) -> None:
     """Publish the index of a layer. Raises StorageError."""
     metadata = {"reinforce.layer": layer, "reinforce.fingerprint": fingerprint}
-    buffer = pa.BufferOutputStream()
-    pq.write_table(
-        index.table.replace_schema_metadata(metadata),
-        buffer,
-        row_group_size=_GROUP_ROWS,
-        compression="zstd",
-        use_dictionary=False,
-        write_statistics=False,
-        write_page_checksum=True,
-    )
-    store.write_bytes(buffer.getvalue().to_pybytes(), FOLDER, index_file(layer))
+    options = {"row_group_size": _GROUP_ROWS, "use_dictionary": False, "write_statistics": False}
+    store.write_table(index.table.replace_schema_metadata(metadata), FOLDER, index_file(layer), **options)
 
 
 def prune_index(store: Store, layer: str, fingerprint: str, listing: Listing, pending: Collection[str]) -> list[str]:

@@ -83,9 +83,13 @@ class Store(Storage):
         """Write the quarantine file of a shard. Rows are (key, reason, detail); key None is the shard as a whole."""
         keys, reasons, details = zip(*[(k, r.value, d[:2000]) for k, r, d in rows], strict=True)
         table = pa.table([keys, reasons, details], schema=schemas.quarantine_schema())
+        self.write_table(table, "quarantine", layer, f"{shard}.parquet")
+
+    def write_table(self, table: pa.Table, *parts: str, **options: Any) -> None:
+        """Publish a small Parquet file; ``options`` are those of ``pyarrow.parquet.write_table``."""
         buffer = pa.BufferOutputStream()
-        pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
-        self.write_bytes(buffer.getvalue().to_pybytes(), "quarantine", layer, f"{shard}.parquet")
+        pq.write_table(table, buffer, **{"compression": "zstd", "write_page_checksum": True, **options})
+        self.write_bytes(buffer.getvalue().to_pybytes(), *parts)
 
     def quarantined(self, layer: str, shard: str) -> list[dict[str, str | None]]:
         """Read the rows of a quarantine file: key, reason, detail. Raises DamagedQuarantine."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -127,17 +127,19 @@ class _Embeddings(LayerKind):
     def decode(self, table: pa.Table) -> npt.NDArray[np.float32]:
         return vectors.decode(table)
 
-    def compare(self, layer: str, stored: Sequence[pa.Table], computed: Sequence[pa.Table]) -> Comparison:
-        old, new = (np.concatenate([vectors.decode(table) for table in of]) for of in (stored, computed))
-        null = np.isnan(old).any(axis=(1, 2)), np.isnan(new).any(axis=(1, 2))
-        both = ~(null[0] | null[1])
-        equal = int((old == new).all(axis=(1, 2)).sum() + (null[0] & null[1]).sum())
-        nulls = int((null[0] != null[1]).sum())
-        if not both.any():
-            return Comparison(layer, len(old), equal, nulls)
-        old, new = old[both], new[both]
-        cosine = float(vectors.cosines(old, new).min())
-        return Comparison(layer, len(both), equal, nulls, float(np.abs(old - new).max()), cosine)
+    def compare(self, first: pa.Table, second: pa.Table, least: float = 1.0) -> Comparison:
+        one, other = vectors.decode(first), vectors.decode(second)
+        found = Comparison.of_numbers(one, other)
+        if one.shape == other.shape:
+            both = ~(np.isnan(one) | np.isnan(other)).any(axis=(1, 2))
+            one, other = one[both], other[both]
+            cosines, same = vectors.cosines(one, other), (one == other).all(axis=(1, 2))
+            cosines[same] = 1.0
+            if least < 1:
+                found.equal += int((~same & (cosines >= least).all(axis=1)).sum())
+            found.vectors, found.cosines = cosines.size, float(cosines.sum(dtype=np.float64))
+            found.cosine = float(cosines.min()) if cosines.size else None
+        return found
 
     def content(self, layer: Layer) -> str:
         return f"[{layer.count}, {layer.dim}] {layer.dtype}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +12,6 @@ import pyarrow.compute as pc
 
 import schemas
 from reinforce.config import Config
-from reinforce.dataset.comparison import Comparison
 from reinforce.dataset.layers import (
     SAMPLES,
     Layer,
@@ -113,14 +112,6 @@ class Scores(LayerKind):
         scores = table["scores"].combine_chunks()
         names = [field.name for field in scores.type]
         return {name: pc.fill_null(one, np.nan).to_numpy() for name, one in zip(names, scores.flatten(), strict=True)}
-
-    def compare(self, layer: str, stored: Sequence[pa.Table], computed: Sequence[pa.Table]) -> Comparison:
-        old, new = (np.stack([*self.numbers(pa.concat_tables(of)).values()], axis=1) for of in (stored, computed))
-        null = np.isnan(old), np.isnan(new)
-        equal = int(((old == new) | (null[0] & null[1])).all(axis=1).sum())
-        both = ~(null[0] | null[1])
-        difference = float(np.abs(old[both] - new[both]).max()) if both.any() else None
-        return Comparison(layer, len(old), equal, int((null[0] != null[1]).any(axis=1).sum()), difference)
 
     def content(self, layer: Layer) -> str:
         return ", ".join(layer.names)

@@ -11,8 +11,7 @@ import pyarrow as pa
 
 from reinforce.dataset.files.listing import Listing
 from reinforce.dataset.files.store import Store
-
-_NAMED_SHARDS = 3  # per layer in a message
+from reinforce.terminal import first_names
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,7 @@ class Completeness:
         """For each layer, how many and which shards it lacks."""
         parts = []
         for layer, shards in self.missing.items():
-            names = ", ".join([*shards[:_NAMED_SHARDS], *["..."] * (len(shards) > _NAMED_SHARDS)])
-            parts.append(f"{layer} lacks {len(shards):,} of {self.total:,} shards ({names})")
+            parts.append(f"{layer} lacks {len(shards):,} of {self.total:,} shards ({first_names(shards)})")
         return "; ".join(parts)
 
     def describe_quarantined(self) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import posixpath
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -105,12 +104,7 @@ class RunProgress(_Record):
 
 def list_runs(store: Storage) -> list[str]:
     """Names of the runs of a dataset, the latest first."""
-    try:
-        with store.storage_errors("listed", "runs"):
-            found = store.fs.ls(store.path("runs"), detail=False, **({} if store.local else {"refresh": True}))
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    return sorted((posixpath.basename(str(run).rstrip("/")) for run in found), reverse=True)
+    return store.names("runs")[::-1]
 
 
 def read_summary(store: Storage, run: str) -> dict[str, Any] | None:

@@ -16,8 +16,7 @@ from reinforce.dataset.kinds.registry import depends, stored_layer
 from reinforce.dataset.layers import LABELS, SAMPLES, mapping_at
 from reinforce.dataset.manifest.manifest import DIGEST_KEY, manifest_digest
 from reinforce.dataset.validate.findings import Finding
-
-_NAMED = 3
+from reinforce.terminal import first_names
 
 
 def check_recipes(manifest: Mapping[str, Any]) -> Iterator[Finding]:
@@ -90,11 +89,10 @@ def check_missing(
                 shard,
             )
         if pending := names.filter(pa.array(~gone)).to_pylist():
-            named = ", ".join([*pending[:_NAMED], *["..."] * (len(pending) > _NAMED)])
             yield Finding(
                 "missing",
-                f"{layer} lacks {len(pending):,} of {len(every):,} shards ({named}), which no index lists: they are "
-                "not computed yet",
+                f"{layer} lacks {len(pending):,} of {len(every):,} shards ({first_names(pending)}), which no index "
+                "lists: they are not computed yet",
                 layer,
             )
 

@@ -24,6 +24,7 @@ from reinforce.errors import UserError
 from reinforce.source.identity import SourceState, current_url, probe_state
 from reinforce.source.references import ImageRoots
 from reinforce.source.urls import shard_name
+from reinforce.terminal import first_lines
 
 _NAMED = 10
 
@@ -38,12 +39,9 @@ class Repair:
 
     def lines(self) -> Iterator[str]:
         """For people: what was moved, what stays and what the next run computes."""
-        yield from (f"moved {name} to {path}" for name, path in self.moved[:_NAMED])
-        if len(self.moved) > _NAMED:
-            yield f"and {len(self.moved) - _NAMED:,} more files to {SET_ASIDE}/"
-        yield from self.kept[:_NAMED]
-        if len(self.kept) > _NAMED:
-            yield f"and {len(self.kept) - _NAMED:,} more that were not moved"
+        moved = [f"moved {name} to {path}" for name, path in self.moved]
+        yield from first_lines(moved, _NAMED, f"more files to {SET_ASIDE}/")
+        yield from first_lines(self.kept, _NAMED, "more that were not moved")
         if self.computed:
             parts = [f"{layer} of {count:,} shards" for layer, count in self.computed.items()]
             yield f"`reinforce run` with the dataset's config computes: {'; '.join(parts)}"

@@ -13,8 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from reinforce.dataset.kinds.registry import stored_layer
-
-_NAMED = 3
+from reinforce.terminal import first_names, plural
 
 
 class RowChecks:
@@ -57,5 +56,4 @@ class RowChecks:
 
 
 def _describe(keys: Collection[str], what: str) -> str:
-    named = ", ".join([*sorted(keys)[:_NAMED], *["..."] * (len(keys) > _NAMED)])
-    return f"{len(keys):,} {'row' if len(keys) == 1 else 'rows'} {what} ({named})"
+    return f"{plural(len(keys), 'row')} {what} ({first_names(sorted(keys))})"

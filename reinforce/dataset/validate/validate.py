@@ -27,7 +27,7 @@ from reinforce.dataset.validate.shard_checks import ShardFiles
 from reinforce.dataset.validate.shard_reader import ELSEWHERE, SAME, TOUCHED, UNKNOWN, UNREADABLE, ReadOptions, Shards
 from reinforce.dataset.validate.views import check_views
 from reinforce.source.references import ImageRoots
-from reinforce.terminal import plural
+from reinforce.terminal import first_lines, plural
 
 _CAPACITY = 2**24  # hashes of keys, 128 MiB: datasets of more samples are estimated
 _NAMED = 10
@@ -81,7 +81,7 @@ class Validation:
 
     def lines(self) -> Iterator[str]:
         """For people: what was found, the most serious first."""
-        yield from _first(self.errors, "problems")
+        yield from first_lines(self.errors, _NAMED, "more problems")
         yield from self.repeated.lines(0, self.url)
         if self.changed:
             yield (
@@ -89,7 +89,7 @@ class Validation:
                 f"drop the samples of these shards ({drop_shard_command(self.url, [SAMPLES], 'SHARD')} --yes) and run "
                 "again, which replaces their other layers, too:"
             )
-            yield from (f"  {line}" for line in _first(self.changed, "source files"))
+            yield from (f"  {line}" for line in first_lines(self.changed, _NAMED, "more source files"))
         yield from self.code
         if self.sources:
             texts = {
@@ -218,9 +218,3 @@ def _batches(
     while batch := [*itertools.islice(files, size)]:
         known = {file.name: recorded[file.name] for file in batch if file.name in recorded}
         yield Shards(batch, known, ALL if count else keys.limit)
-
-
-def _first(lines: list[str], what: str) -> Iterator[str]:
-    yield from lines[:_NAMED]
-    if len(lines) > _NAMED:
-        yield f"and {len(lines) - _NAMED:,} more {what}"

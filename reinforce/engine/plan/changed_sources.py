@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.runs.shard_records import SourceRecord
@@ -13,6 +12,7 @@ from reinforce.engine.plan.duplicates import evenly_spread
 from reinforce.engine.plan.plan import Plan
 from reinforce.source.identity import SourceState, listed_state, probe_state
 from reinforce.source.urls import canonical
+from reinforce.terminal import first_lines
 
 _PROBED = 64  # files of which the first bytes are read, where only the modification time differs
 _THREADS = 16
@@ -44,16 +44,8 @@ def describe_replaced(shard: PendingShard, note: str | None) -> str:
     return f"{note}. The referenced images are not where they were. {_REMEDY.format(name=shard.name)}"
 
 
-@dataclass(frozen=True)
-class ChangedSource:
-    """A shard whose source file has changed, and how."""
-
-    shard: str
-    change: str
-
-
-def changed_sources(plan: Plan, recorded: Mapping[str, SourceRecord]) -> list[ChangedSource]:
-    """Shards that get new layers and whose source file has changed since their samples were written.
+def changed_sources(plan: Plan, recorded: Mapping[str, SourceRecord]) -> list[str]:
+    """Shards that get new layers and whose source file has changed since their samples were written, and how.
 
     A shard that the listing of the source or the records lack is not judged. Where only the modification time differs,
     the first bytes of some files decide.
@@ -65,7 +57,7 @@ def changed_sources(plan: Plan, recorded: Mapping[str, SourceRecord]) -> list[Ch
             continue
         now = listed_state(info)
         if now.bytes != before.state.bytes and None not in (now.bytes, before.state.bytes):
-            changed.append(ChangedSource(shard.name, before.state.describe_change(now)))
+            changed.append(f"{shard.name}: {before.state.describe_change(now)}")
         elif now.stamp != before.state.stamp and before.url == canonical(shard.url):
             unsure.append((shard, before.state))
     probed = evenly_spread(unsure, _PROBED)
@@ -73,7 +65,7 @@ def changed_sources(plan: Plan, recorded: Mapping[str, SourceRecord]) -> list[Ch
         states = [*pool.map(lambda item: probe_state(item[0].url), probed)]
     for (shard, before_state), state in zip(probed, states, strict=True):
         if state is not None and before_state.same_content(state) is False:
-            changed.append(ChangedSource(shard.name, before_state.describe_change(state)))
+            changed.append(f"{shard.name}: {before_state.describe_change(state)}")
     return changed
 
 
@@ -83,25 +75,22 @@ def finished_note(plan: Plan, recorded: Mapping[str, SourceRecord]) -> str | Non
     for name, size in plan.finished.items():
         before = recorded[name].state if name in recorded else None
         if before is not None and before.bytes not in (None, size):
-            changed.append(ChangedSource(name, before.describe_change(SourceState(size, None))))
+            changed.append(f"{name}: {before.describe_change(SourceState(size, None))}")
     if not changed:
         return None
+    named = "; ".join(first_lines(changed, _NAMED))
     return (
         f"source: {len(changed):,} of {len(plan.finished):,} finished shards have changed since their samples were "
-        f"written ({_names(changed)}). The dataset has what was in them then. {_REMEDY.format(name='SHARD')}"
+        f"written ({named}). The dataset has what was in them then. {_REMEDY.format(name='SHARD')}"
     )
 
 
-def changes_note(plan: Plan, changed: list[ChangedSource]) -> str:
+def changes_note(plan: Plan, changed: list[str]) -> str:
     """A warning about changed sources."""
     extended = sum(SAMPLES not in shard.layers for shard in plan.pending)
+    named = "; ".join(first_lines(changed, _NAMED))
     stored = "from the stored images" if plan.config.embeds_images else "from images at their old offsets"
     return (
         f"source: {len(changed):,} of {extended:,} shards that get new layers have changed since their samples were "
-        f"written ({_names(changed)}). The new layers are computed {stored}. {_REMEDY.format(name='SHARD')}"
+        f"written ({named}). The new layers are computed {stored}. {_REMEDY.format(name='SHARD')}"
     )
-
-
-def _names(changed: list[ChangedSource]) -> str:
-    names = "; ".join(f"{one.shard}: {one.change}" for one in changed[:_NAMED])
-    return f"{names}; and {len(changed) - _NAMED:,} more" if len(changed) > _NAMED else names

@@ -57,11 +57,7 @@ def list_url(config: Config, shard: str) -> str:
 
 def _written_lists(store: Store) -> set[str]:
     """The names of the lists that the dataset has."""
-    with store.storage_errors("read", _LISTS):
-        if not store.fs.isdir(store.path(_LISTS)):
-            return set()
-        paths = store.fs.ls(store.path(_LISTS), detail=False, refresh=True)
-    return {path.rpartition("/")[2].removesuffix(".jsonl") for path in paths}
+    return {name.removesuffix(".jsonl") for name in store.names(_LISTS)}
 
 
 def folder_shards(folders: Sequence[str], config: Config, format_: SourceFormat) -> ListedShards:

@@ -15,7 +15,7 @@ from reinforce.engine.plan.plan import Plan
 from reinforce.engine.record.rates import Stages, add_numbers, add_stages, fuller, with_rates
 from reinforce.errors import UserError
 from reinforce.source.captions import CAPTIONS_REPLACED
-from reinforce.terminal import format_bytes, format_duration, plural
+from reinforce.terminal import first_lines, format_bytes, format_duration, plural
 from schemas import Reason
 from teachers.decoding.postprocess import COUNTS
 from teachers.redact import redact
@@ -284,9 +284,8 @@ def _why_no_samples(totals: RunTotals) -> str:
 
 def example_lines(examples: Mapping[str, str]) -> list[str]:
     """One line for each reason of quarantine with its first example."""
-    lines = [f"  {reason}, for example {example}" for reason, example in sorted(examples.items())]
-    rest = len(lines) - _MAX_EXAMPLES
-    return lines[:_MAX_EXAMPLES] + ([f"  and {rest} more reasons"] if rest > 0 else [])
+    lines = [f"{reason}, for example {example}" for reason, example in sorted(examples.items())]
+    return [f"  {line}" for line in first_lines(lines, _MAX_EXAMPLES, "more reasons")]
 
 
 def cleaned_lines(cleaned: Mapping[str, Mapping[str, int]]) -> list[str]:

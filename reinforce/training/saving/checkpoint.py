@@ -86,11 +86,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of the existing checkpoints, ascending. Costs one listing."""
-        try:
-            entries = self._storage.fs.ls(self._storage.path(FOLDER), detail=False, refresh=True)
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        found = (_NAME.fullmatch(str(entry).rpartition("/")[2]) for entry in entries)
+        found = map(_NAME.fullmatch, self._storage.names(FOLDER))
         return sorted(int(match[1]) for match in found if match)
 
     def save(self, progress: Progress, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -44,9 +44,9 @@ def test_replaced_sources_of_shards_that_get_new_layers_are_named(shards: Callab
     os.utime(tmp_path / "source" / "00005.tar", (1, 1))  # touched: the same content
     plan = make_plan(config)
     changed = changed_sources(plan, recorded)
-    assert [one.shard.partition("-")[0] for one in changed] == [f"{number:05d}" for number in range(5)]
-    assert " bytes then, " in changed[0].change
-    assert changed[4].change == "its first 64 KiB differ"
+    assert [one.partition("-")[0] for one in changed] == [f"{number:05d}" for number in range(5)]
+    assert " bytes then, " in changed[0]
+    assert changed[4].endswith(": its first 64 KiB differ")
     note = changes_note(plan, changed)
     assert "5 of 6 shards that get new layers have changed since their samples were written (00000-" in note
     assert "and 2 more). The new layers are computed from the stored images. Restore the old files, or drop the" in note
