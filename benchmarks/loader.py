@@ -48,7 +48,7 @@ from reinforce.dataset.manifest.manifest import update_manifest, write_manifest
 from reinforce.engine.decode.pool import DecodePool
 from reinforce.engine.inference.models import load_models
 from reinforce.engine.plan.plan import make_plan
-from reinforce.engine.worker.shard import process_shard
+from reinforce.engine.worker.shard import ShardProcess
 from reinforce.images.policy import decode
 from reinforce.student.config import Data
 from reinforce.student.data.datasets import open_datasets
@@ -171,7 +171,7 @@ def reinforce(source: str, output: str, backend: str = AUGMENTATION_BACKEND, pro
     loaded = {name: {"dim": teacher.dim} for name, teacher in models.teachers.items()}
     with DecodePool(processes) as pool:
         for shard in plan.pending:
-            process_shard(shard, config, plan.layers, store, models, pool)
+            ShardProcess(shard, config, plan.layers, store, models, pool).run()
     write_manifest(store, update_manifest(None, config, plan.layers, loaded))
 
 

@@ -33,7 +33,7 @@ from reinforce.dataset.files.store import Store
 from reinforce.engine.decode.pool import DecodePool
 from reinforce.engine.inference.models import load_models
 from reinforce.engine.plan.plan import make_plan
-from reinforce.engine.worker.shard import process_shard
+from reinforce.engine.worker.shard import ShardProcess
 from reinforce.source.formats.base import Shard
 from reinforce.source.formats.recognise import source_format
 from reinforce.source.reading import read_samples
@@ -143,7 +143,7 @@ class Runs:
         config = self._config(name)
         plan, store = make_plan(config), Store(config.output)
         with measured() as found:
-            process_shard(plan.pending[0], config, plan.layers, store, self._models, self._pool)
+            ShardProcess(plan.pending[0], config, plan.layers, store, self._models, self._pool).run()
         return 1000 * found[0] / self._samples
 
 

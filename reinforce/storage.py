@@ -18,6 +18,7 @@ import stat
 import tempfile
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -396,6 +397,26 @@ class Storage:
                 else:
                     stale.unlink(missing_ok=True)
             yield
+
+
+class PeriodicWriter(ABC):
+    """Collects what ``flush`` writes: now, or by ``flush_when_due`` every few minutes."""
+
+    seconds = 300.0
+
+    def __init__(self) -> None:
+        self._flushed = time.monotonic()
+
+    @abstractmethod
+    def flush(self) -> None:
+        """Write what is new. Raises StorageError."""
+
+    def flush_when_due(self) -> None:
+        """``flush`` if the last time is long ago. After a storage error, a later call writes the same."""
+        if time.monotonic() - self._flushed > self.seconds:
+            self._flushed = time.monotonic()
+            with contextlib.suppress(StorageError):
+                self.flush()
 
 
 def as_seen_by_workers(url: str) -> str:

@@ -23,7 +23,7 @@ from reinforce.engine.messages.task import PendingShard
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.engine.worker.actor import SHARDS_IN_FLIGHT, environment
-from reinforce.engine.worker.shard import allocate_pixels, process_shard
+from reinforce.engine.worker.shard import ShardProcess, allocate_pixels
 from teachers.device.accelerator import Accelerator
 
 
@@ -94,7 +94,7 @@ def _run(job: Job, setup: WorkerSetup, models: Models, teacher: FixedTimeTeacher
     plan, store = make_plan(config), Store(config.output)
 
     def process(shard: PendingShard) -> tuple[int, int]:
-        result = process_shard(shard, config, plan.layers, store, models, pool)
+        result = ShardProcess(shard, config, plan.layers, store, models, pool).run()
         return result.samples, result.bytes
 
     with ThreadPoolExecutor(SHARDS_IN_FLIGHT) as leases:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
-import torch
 
 from reinforce.config import Config
 from reinforce.dataset import vectors
@@ -14,29 +14,11 @@ from reinforce.dataset.comparison import MIN_COSINE
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import SAMPLES, Layer
 from reinforce.engine.decode.pool import DecodePool
-from reinforce.engine.inference.models import load_models
+from reinforce.engine.inference.models import load_models, on_this_machine
 from reinforce.engine.plan.plan import make_plan
-from reinforce.engine.worker.shard import process_shard
+from reinforce.engine.worker.shard import ShardProcess
 from reinforce.errors import UserError
 from teachers.device.determinism import set_flags
-
-
-@dataclass(frozen=True)
-class Nearness:
-    """Cosines of the stored and the computed vectors of a layer, in ``rows`` rows."""
-
-    layer: str
-    rows: int
-    cosines: np.ndarray
-
-    def line(self) -> str:
-        if not len(self.cosines):
-            return f"{self.layer}: none of the first {self.rows:,} samples has labels"
-        least, median = np.min(self.cosines), np.median(self.cosines)
-        far = int((self.cosines < MIN_COSINE).sum())
-        text = f"{self.layer}: {len(self.cosines):,} vectors, cosine of stored and computed ones: least {least:.4f}, "
-        text += f"median {median:.4f}"
-        return f"{text}; {far:,} below {MIN_COSINE}" if far else text
 
 
 def check_labels(config: Config, rows: int = 64, pool: DecodePool | None = None) -> list[str]:
@@ -47,7 +29,7 @@ def check_labels(config: Config, rows: int = 64, pool: DecodePool | None = None)
     with tempfile.TemporaryDirectory(prefix="reinforce-labels-") as folder:
         limits = config.input.limits.model_copy(update={"shard_samples": rows})
         here = {"output": folder, "input": config.input.model_copy(update={"limits": limits}), "scores": {}}
-        plan = make_plan(config.model_copy(update=here))
+        plan = make_plan(on_this_machine(config).model_copy(update=here))
         taken = {name: layer for name, layer in plan.layers.items() if layer.labels is not None}
         vectors_of = {name: layer for name, layer in taken.items() if layer.kind.vectors}
         models = {name: layer for name, layer in vectors_of.items() if not layer.published}
@@ -58,28 +40,24 @@ def check_labels(config: Config, rows: int = 64, pool: DecodePool | None = None)
             return lines
         store = Store(folder)
         shard = replace(plan.pending[0], layers=tuple(name for name in plan.layers if name in (SAMPLES, *taken)))
-        own = pool or DecodePool(config.workers.cores)
-        set_flags("cuda" if torch.cuda.is_available() and plan.config.workers.gpus != 0 else "cpu", True)
-        try:
+        set_flags("cuda" if plan.config.workers.gpus else "cpu", True)
+        with contextlib.nullcontext(pool) if pool else DecodePool(config.workers.cores) as own:
             # First what the labels have, without models, then all of it by the models.
             stored = {name: replace(layer, published=True) for name, layer in taken.items() if name != SAMPLES}
             loaded = load_models(plan.config, stored.values())
-            process_shard(shard, plan.config, {**plan.layers, **stored}, store, loaded, own)
+            ShardProcess(shard, plan.config, {**plan.layers, **stored}, store, loaded, own).run()
             before = {name: _values(store, layer, shard.name) for name, layer in models.items()}
             computed = {name: replace(layer, labels=None) for name, layer in models.items()}
             for name in computed:
                 store.remove(name, f"{shard.name}.parquet")
             loaded = load_models(plan.config, computed.values())
             again = replace(shard, layers=tuple(computed))
-            process_shard(again, plan.config, {**plan.layers, **computed}, store, loaded, own)
-        finally:
-            if pool is None:
-                own.close()
+            ShardProcess(again, plan.config, {**plan.layers, **computed}, store, loaded, own).run()
         for name, layer in models.items():
             now = _values(store, layer, shard.name)
             both = np.isfinite(before[name]).all((1, 2)) & np.isfinite(now).all((1, 2))
             cosines = vectors.cosines(before[name][both], now[both]).ravel()
-            lines.append(Nearness(name, len(now), cosines).line())
+            lines.append(_line(name, len(now), cosines))
         return lines
 
 
@@ -87,3 +65,13 @@ def _values(store: Store, layer: Layer, shard: str) -> np.ndarray:
     """The vectors of a layer [rows, count, dim], NaN where one is null."""
     with store.open_layer(layer.name, shard) as file:
         return vectors.decode(file.read())
+
+
+def _line(layer: str, rows: int, cosines: np.ndarray) -> str:
+    """The cosines of the stored and the computed vectors of a layer, in so many rows, for people."""
+    if not len(cosines):
+        return f"{layer}: none of the first {rows:,} samples has labels"
+    far = int((cosines < MIN_COSINE).sum())
+    text = f"{layer}: {len(cosines):,} vectors, cosine of stored and computed ones: least {np.min(cosines):.4f}, "
+    text += f"median {np.median(cosines):.4f}"
+    return f"{text}; {far:,} below {MIN_COSINE}" if far else text

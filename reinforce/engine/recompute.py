@@ -8,6 +8,7 @@ and captions, which are sampled, may be others.
 
 from __future__ import annotations
 
+import contextlib
 import random
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
-import torch
 
 from reinforce.config import Config
 from reinforce.dataset.comparison import Comparison
@@ -26,13 +26,13 @@ from reinforce.dataset.manifest.manifest import read_manifest
 from reinforce.dataset.reading.aligned import AlignedLayers
 from reinforce.dataset.validate.findings import Finding
 from reinforce.engine.decode.pool import DecodePool
-from reinforce.engine.inference.models import load_models
+from reinforce.engine.inference.models import load_models, on_this_machine
 from reinforce.engine.messages.results import LayerFailure
 from reinforce.engine.messages.task import PendingShard
 from reinforce.engine.plan.precision import resolve_precisions
 from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.engine.plan.source_shards import with_view
-from reinforce.engine.worker.shard import process_shard
+from reinforce.engine.worker.shard import ShardProcess
 from reinforce.engine.worker.stale_files import MisalignedLayer, origin_entries
 from reinforce.errors import UserError
 from reinforce.labels.taken import with_labels
@@ -81,29 +81,23 @@ def recompute(config: Config, url: str, rows: int, seed: int = 0, pool: DecodePo
     """
     store, found = Store(url), Recomputed()
     manifest = read_manifest(store)
-    gpus = float(torch.cuda.is_available() and config.workers.gpus != 0)
-    workers = config.workers.model_copy(update={"gpus": gpus})
-    config = config.model_copy(update={"output": store.url, "workers": workers})
+    config = on_this_machine(config).model_copy(update={"output": store.url})
     config = _describable(resolve_precisions(with_labels(with_view(config)), store, nodes_of_run)[0], found)
     layers = build_layers(config, describe_models(config))
     chosen = _known(layers, manifest, found)
     if SAMPLES not in chosen:
         return found
-    set_flags("cuda" if gpus else "cpu", config.workers.deterministic)
+    set_flags("cuda" if config.workers.gpus else "cpu", config.workers.deterministic)
     picked = [*_pick(store, chosen, config, rows, random.Random(seed))]  # noqa: S311
     computed = {name: layer for name, layer in chosen.items() if name != SAMPLES and not layer.published}
     owners = dict.fromkeys(layer.owner for layer in computed.values())
-    own = pool or DecodePool(config.workers.cores)
-    try:
+    with contextlib.nullcontext(pool) if pool else DecodePool(config.workers.cores) as own:
         for owner in owners:
             of_model = {name: layer for name, layer in computed.items() if layer.owner == owner}
             try:
                 found.layers |= _compare_model(config, {**layers, **chosen}, of_model, picked, own)
             except (UserError, LayerFailure, RefusedFile, MisalignedLayer) as error:
                 found.left_out.append(f"{', '.join(of_model)}: not computed again: {error}")
-    finally:
-        if pool is None:
-            own.close()
     return found
 
 
@@ -172,7 +166,9 @@ def _compare_model(
         for rows in picked:
             for name in inputs & rows.tables.keys():
                 _write(store, layers[name], config, rows, rows.tables[name])
-            process_shard(PendingShard(rows.shard, rows.source, tuple(of_model)), here, layers, store, models, pool)
+            ShardProcess(
+                PendingShard(rows.shard, rows.source, tuple(of_model)), here, layers, store, models, pool
+            ).run()
             for name, layer in of_model.items():
                 with store.open_layer(name, rows.shard) as file:
                     found[name].add(layer.kind.compare(rows.tables[name], file.read()))

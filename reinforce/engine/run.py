@@ -121,9 +121,7 @@ def _complete_manifest(plan: Plan, store: Store, manifest: dict[str, Any] | None
     lost = [layer for layer in stored if layer.kind.vectors and layer.model not in known]
     if not lost:
         return manifest
-    import torch
-
-    from reinforce.engine.inference.models import describe_loaded, load_models
+    from reinforce.engine.inference.models import describe_loaded, load_models, on_this_machine
 
     names = ", ".join(dict.fromkeys(str(layer.model) for layer in lost))
     path = store.path(MANIFEST)
@@ -132,10 +130,8 @@ def _complete_manifest(plan: Plan, store: Store, manifest: dict[str, Any] | None
         "tuned logit scales, and layers of other configs, are in no other file.",
         path, names,
     )  # fmt: skip
-    gpus = float(torch.cuda.is_available() and plan.config.workers.gpus != 0)
-    here = plan.config.model_copy(update={"workers": plan.config.workers.model_copy(update={"gpus": gpus})})
     try:
-        loaded = describe_loaded(load_models(here, lost))
+        loaded = describe_loaded(load_models(on_this_machine(plan.config), lost))
     except UserError as error:
         raise UserError(
             f"{path} was lost or is incomplete: restore a copy. A model cannot be loaded: {error}"

@@ -17,7 +17,7 @@ from reinforce.engine.plan.plan import Plan, make_plan
 from reinforce.engine.worker import full_batch
 from reinforce.engine.worker.full_batch import find_batch
 from reinforce.engine.worker.producers.registry import flops_of
-from reinforce.engine.worker.shard import process_shard
+from reinforce.engine.worker.shard import ShardProcess
 from reinforce.errors import UserError
 from tests.helpers.data import config_of, members_of, tree, write_tar
 from tests.helpers.decoding import decode_pool
@@ -59,7 +59,7 @@ def test_a_shard_is_finished_with_less_memory_and_reports_it(
     models.costs = measure_costs(models, parsed, plan.layers.values(), flops_of)
     for output in ("whole", "halved"):
         store = Store(str(tmp_path / output))
-        results.append(process_shard(plan.pending[0], parsed, plan.layers, store, models, decode_pool(), 8))
+        results.append(ShardProcess(plan.pending[0], parsed, plan.layers, store, models, decode_pool(), 8).run())
         cuda.memory = cuda.allocated + (cuda.peak - cuda.allocated) // 2
     whole, halved = results
     assert whole.notes == ()

@@ -20,7 +20,7 @@ from reinforce.dataset.files.store import Store
 from reinforce.engine.inference.models import load_models
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.worker.full_batch import find_batch
-from reinforce.engine.worker.shard import allocate_pixels, process_shard
+from reinforce.engine.worker.shard import ShardProcess, allocate_pixels
 from reinforce.errors import UserError
 from reinforce.student.train import train
 from reinforce.training import loop
@@ -84,7 +84,7 @@ def test_a_shard_on_a_gpu_has_the_layers_of_a_cpu_and_waits_for_no_copy_of_its_i
         assert models.captioners["coca"]._decoder.capacity == 1024, "of a large row group, to test its memory"
         allocate_pixels(pool, parsed, plan.layers.values(), models, 1)
         with cuda.counted() as counts:
-            process_shard(plan.pending[0], parsed, plan.layers, Store(parsed.output), models, pool, 8)
+            ShardProcess(plan.pending[0], parsed, plan.layers, Store(parsed.output), models, pool, 8).run()
     images = [copy for copy in counts.copies_to_device() if copy.place.startswith("teachers/device/accelerator.py")]
     assert images
     assert not any(copy.blocking for copy in images), images

@@ -17,7 +17,7 @@ from reinforce.engine.inference.models import load_models
 from reinforce.engine.messages.results import ShardResult
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.plan.shard_lists import write_lists
-from reinforce.engine.worker.shard import process_shard
+from reinforce.engine.worker.shard import ShardProcess
 from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.decoding import decode_pool
 
@@ -38,7 +38,7 @@ def reinforce_here(config: dict[str, Any], group_rows: int = 8, results: list[Sh
         set_aside(store, file.layer, file.shard)
     postponed = False
     for shard in plan.pending:
-        result = process_shard(shard, parsed, plan.layers, store, models, decode_pool(), group_rows)
+        result = ShardProcess(shard, parsed, plan.layers, store, models, decode_pool(), group_rows).run()
         index.add(shard.name, result.files)
         if results is not None:
             results.append(result)

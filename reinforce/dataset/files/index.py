@@ -7,7 +7,6 @@ as finished work. A damaged index, and one of another layer or fingerprint, coun
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -22,11 +21,11 @@ from reinforce.dataset.files.listing import SHARD_NAME, Listing
 from reinforce.dataset.files.store import Store, parse_footer
 from reinforce.dataset.layers import SAMPLES, Layer
 from reinforce.errors import StorageError, UserError
+from reinforce.storage import PeriodicWriter
 
 FOLDER = "index"
 _MAX_BYTES = 2**28  # of an index that is read
 _GROUP_ROWS = 4096
-_WRITE_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
@@ -139,32 +138,22 @@ def prune_index(store: Store, layer: str, fingerprint: str, listing: Listing, pe
     return removed
 
 
-class IndexWriter:
-    """Collects the files that a run commits, and adds them to the indexes: every few minutes, and with ``flush``."""
+class IndexWriter(PeriodicWriter):
+    """Collects the files that a run commits, and adds them to the indexes."""
 
     def __init__(self, store: Store, layers: Mapping[str, Layer]) -> None:
+        super().__init__()
         self._store, self._layers = store, layers
         self._entries: dict[str, dict[str, FileEntry]] = {}
-        self._written = time.monotonic()
 
     def add(self, shard: str, files: Mapping[str, FileEntry]) -> None:
         """Record the files of a shard by layer."""
         for layer, entry in files.items():
             self._entries.setdefault(layer, {})[shard] = entry
 
-    def flush_when_due(self) -> None:
-        """Write new entries if the last write is old. After a storage error, the next call writes them."""
-        if self._entries and time.monotonic() - self._written > _WRITE_SECONDS:
-            try:
-                self.flush()
-            except StorageError:
-                self._written = time.monotonic()
-
     def flush(self) -> None:
-        """Write what is new. Raises StorageError."""
         for layer in list(self._entries):
             fingerprint = self._layers[layer].fingerprint
             index = _read_index(self._store, layer, fingerprint).merged(self._entries[layer], layer == SAMPLES)
             write_index(self._store, layer, fingerprint, index)
             del self._entries[layer]
-        self._written = time.monotonic()

@@ -52,30 +52,23 @@ class AlignedLayers:
                     files[name] = stack.enter_context(self.store.open_layer(name, shard, fingerprint, whole=whole))
                 if files[name].num_row_groups != files[SAMPLES].num_row_groups:
                     raise alignment_error(self.store, name, shard)
-            yield AlignedShard(self.store, shard, files, self.columns, self.moved, rows)
+            yield AlignedShard(self, shard, files, rows)
 
 
 class AlignedShard:
     """The open files of one shard's layers."""
 
     def __init__(
-        self,
-        store: Store,
-        shard: str,
-        files: Mapping[str, LayerFile],
-        columns: Mapping[str, Sequence[str]],
-        moved: Mapping[str, str],
-        rows: ShardRows | None = None,
+        self, aligned: AlignedLayers, shard: str, files: Mapping[str, LayerFile], rows: ShardRows | None
     ) -> None:
-        self.store, self.shard = store, shard
-        self.layers = tuple(files)
+        self.store, self.shard, self.layers = aligned.store, shard, tuple(files)
         self.row_groups: int = files[SAMPLES].num_row_groups
-        self._files, self._columns, self._moved, self._rows = files, columns, moved, rows
+        self._aligned, self._files, self._rows = aligned, files, rows
 
     @property
     def source(self) -> str:
         """URL of the source shard where it is now, as the footer of its samples records it; empty if it does not."""
-        return current_url(parse_footer(self._files[SAMPLES].metadata).get("source", ""), self._moved)
+        return current_url(parse_footer(self._files[SAMPLES].metadata).get("source", ""), self._aligned.moved)
 
     def footer(self, layer: str) -> dict[str, str]:
         """The footer of a layer's file, as ``parse_footer`` returns it."""
@@ -93,10 +86,10 @@ class AlignedShard:
     def read_unchecked(self, layer: str, number: int) -> pa.Table:
         """Read a row group of a layer without comparing its keys."""
         with layer_errors(self.store, layer, self.shard):
-            table = self._files[layer].read_row_group(number, self._columns.get(layer), use_threads=False)
+            table = self._files[layer].read_row_group(number, self._aligned.columns.get(layer), use_threads=False)
             if "key" not in table.column_names:
                 raise RefusedFile("it has no column key")
-        return _with_current_urls(table, self._moved) if self._moved else table
+        return _with_current_urls(table, self._aligned.moved) if self._aligned.moved else table
 
 
 class RowGroup:

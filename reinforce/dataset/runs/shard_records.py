@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import json
 import logging
-import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,11 +20,10 @@ from reinforce.dataset.runs.key_sample import ALL, KeySample, ShardKeys
 from reinforce.errors import StorageError
 from reinforce.source.identity import SourceState
 from reinforce.source.whole_reads import list_whole, read_range
-from reinforce.storage import Storage
+from reinforce.storage import PeriodicWriter, Storage
 
 _LOG = logging.getLogger(__name__)
 FILE = "shards.jsonl"
-_WRITE_SECONDS = 300.0
 _MAX_BYTES = 2**30  # of a run's records; a million shards take a third of it
 
 
@@ -81,14 +79,15 @@ class ShardRecord:
         return cls(entry.shard, keys, source)
 
 
-class RecordWriter:
-    """Collects the records of a run and writes them: every few minutes, and with ``flush``."""
+class RecordWriter(PeriodicWriter):
+    """Collects the records of a run and writes them."""
 
     def __init__(self, store: Storage, run: str) -> None:
+        super().__init__()
         self._store, self._run = store, run
         self._keys = KeySample()
         self._sources: dict[str, SourceRecord | None] = {}
-        self._written, self._changed = time.monotonic(), False
+        self._changed = False
 
     def add(self, record: ShardRecord) -> None:
         self._keys.add(record.shard, record.keys)
@@ -104,20 +103,11 @@ class RecordWriter:
         for shard, source in self._sources.items():
             yield ShardRecord(shard, self._keys[shard], source)
 
-    def flush_when_due(self) -> None:
-        """Write new records if the last write is old. After a storage error, the next call writes them."""
-        if self._changed and time.monotonic() - self._written > _WRITE_SECONDS:
-            try:
-                self.flush()
-            except StorageError:
-                self._written = time.monotonic()
-
     def flush(self) -> None:
-        """Write the records so far, if there are new ones."""
         if self._changed:
             content = "".join(f"{record.line()}\n" for record in self._records())
             self._store.write_bytes(content.encode("utf-8", "replace"), "runs", self._run, FILE)
-        self._written, self._changed = time.monotonic(), False
+        self._changed = False
 
 
 @dataclass(frozen=True)

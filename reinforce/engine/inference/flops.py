@@ -21,17 +21,15 @@ from teachers.device.flops import peak_flops
 FlopsOf: TypeAlias = "Callable[[Models, Layer], float]"
 
 
-def measure_costs(models: Models, config: Config, layers: Iterable[Layer], flops_of: FlopsOf) -> dict[str, Cost]:
-    """The costs of layers by name, where they are known; ``flops_of`` counts the FLOPs of one input."""
-    device = models.accelerator.device
-    if device.type != "cuda":
-        return {}
-    return costs_on(torch.cuda.get_device_name(device), models, config, layers, flops_of)
+def measure_costs(
+    models: Models, config: Config, layers: Iterable[Layer], flops_of: FlopsOf, card: str | None = None
+) -> dict[str, Cost]:
+    """The costs of layers by name, where they are known; ``flops_of`` counts the FLOPs of one input.
 
-
-def costs_on(card: str, models: Models, config: Config, layers: Iterable[Layer], flops_of: FlopsOf) -> dict[str, Cost]:
-    """As ``measure_costs``, on a card by torch's name of it."""
-    costs = {}
+    ``card`` is torch's name of the device, by default that of the models.
+    """
+    device, costs = models.accelerator.device, {}
+    card = card or (torch.cuda.get_device_name(device) if device.type == "cuda" else "")
     for layer in layers:
         spec = config.teachers.get(layer.model or "")
         if layer.published or spec is None or not spec.uses_precision:

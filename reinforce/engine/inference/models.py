@@ -178,6 +178,12 @@ def load_models(config: Config, layers: Iterable[Layer]) -> Models:
         raise UserError(f"{error}{user_frames(error)}{memory_hint(error)}") from error
 
 
+def on_this_machine(config: Config) -> Config:
+    """The config with the GPU of this process for its models, if there is one and ``workers.gpus`` is not 0."""
+    gpus = float(torch.cuda.is_available() and config.workers.gpus != 0)
+    return config.model_copy(update={"workers": config.workers.model_copy(update={"gpus": gpus})})
+
+
 def describe_loaded(models: Models) -> dict[str, dict[str, Any]]:
     """What dataset.json has of each loaded teacher, by name."""
     return {

@@ -40,7 +40,7 @@ from reinforce.engine.plan.recipe import check_class_files
 from reinforce.engine.record.metrics import Recorder
 from reinforce.engine.worker.full_batch import fit_batch
 from reinforce.engine.worker.producers.registry import check_models, flops_of
-from reinforce.engine.worker.shard import allocate_pixels, process_shard
+from reinforce.engine.worker.shard import ShardProcess, allocate_pixels
 from reinforce.errors import StorageError, UserError
 from reinforce.source.samples import AbsentShard
 from reinforce.source.urls import is_local
@@ -134,16 +134,8 @@ class Worker:
         assert self.pool is not None
         try:
             with self.watch.lease(shard.name) as watch:
-                result = process_shard(
-                    shard,
-                    self.config,
-                    self.layers,
-                    self.store,
-                    self.models,
-                    self.pool,
-                    watch=watch,
-                    redact=self.redact,
-                )
+                lease = (shard, self.config, self.layers, self.store, self.models, self.pool)
+                result = ShardProcess(*lease, watch=watch).run()
             self._record_metrics()
             return replace(result, memory=process_memory())
         except (StorageError, AbsentShard) as error:

@@ -6,7 +6,8 @@ import contextlib
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 
 import schemas
@@ -46,28 +47,6 @@ from schemas import IMAGE_DIGEST
 from teachers.redact import Redactor
 
 
-def process_shard(
-    shard: PendingShard,
-    config: Config,
-    layers: Mapping[str, Layer],
-    store: Store,
-    models: Models,
-    pool: DecodePool,
-    group_rows: int = GROUP_ROWS,
-    watch: LeaseWatch | None = None,
-    redact: Callable[[str], str] | None = None,
-) -> ShardResult:
-    """Compute and commit the missing layers of ``shard``.
-
-    ``layers`` are all layers of the config, ``pool`` decodes images, ``group_rows`` bounds the row groups, ``watch``
-    receives its steps, and ``redact`` removes the config's secrets from what is refused. Raises LayerFailure for a
-    model's error, those of reading and writing as they are.
-    """
-    process = _ShardProcess(shard, config, layers, store, models, pool, group_rows, watch or LeaseWatch())
-    process.redact = redact or Redactor(config.model_dump(mode="json"))
-    return process.run()
-
-
 def allocate_pixels(pool: DecodePool, config: Config, layers: Iterable[Layer], models: Models, shards: int) -> None:
     """Allocate the cells of ``shards`` shards with ``layers`` once, page-locked for copies to the accelerator."""
     session = Session(config, models)
@@ -78,25 +57,27 @@ def allocate_pixels(pool: DecodePool, config: Config, layers: Iterable[Layer], m
             models.accelerator.pin(pool.allocate(cells_per_shard(config) * layout.cell_bytes))
 
 
-class _ShardProcess:
-    redact: Callable[[str], str]
+@dataclass
+class ShardProcess:
+    """Computes and commits the missing layers of ``shard``.
 
-    def __init__(
-        self,
-        shard: PendingShard,
-        config: Config,
-        layers: Mapping[str, Layer],
-        store: Store,
-        models: Models,
-        pool: DecodePool,
-        group_rows: int,
-        watch: LeaseWatch,
-    ) -> None:
-        self.shard, self.config, self.store, self.models, self.pool = shard, config, store, models, pool
-        self.all_layers = layers
-        self.layers = {name: layers[name] for name in shard.layers}
-        self.group_rows, self.watch = group_rows, watch
-        self.source = former_url(shard.url, config.moved)
+    ``all_layers`` are those of the config, ``pool`` decodes images, ``group_rows`` bounds the row groups, and ``watch``
+    receives its steps.
+    """
+
+    shard: PendingShard
+    config: Config
+    all_layers: Mapping[str, Layer]
+    store: Store
+    models: Models
+    pool: DecodePool
+    group_rows: int = GROUP_ROWS
+    watch: LeaseWatch = field(default_factory=LeaseWatch)
+
+    def __post_init__(self) -> None:
+        self.redact = Redactor(self.config.model_dump(mode="json"))
+        self.layers = {name: self.all_layers[name] for name in self.shard.layers}
+        self.source = former_url(self.shard.url, self.config.moved)
         self.refusals = Refusals()
         self.keys = ShardKeys.of([])
         self.groups: list[list[str]] = []  # keys of each row group, if stored layers are compared with them
@@ -105,11 +86,12 @@ class _ShardProcess:
         self.source_note: str | None = None
         self.source_counts: Counter[str] = Counter()
         self.counters = Counters()
-        self.session = Session(config, models, self.counters, watch)
+        self.session = Session(self.config, self.models, self.counters, self.watch)
         self.producers = make_producers(self.layers.values(), self.session, self.refusals, self.source)
         self.inference = Inference(self.session, self.producers)
 
     def run(self) -> ShardResult:
+        """Raises LayerFailure for a model's error, those of reading and writing as they are."""
         start = time.perf_counter()
         try:
             return self._run(start)

@@ -301,7 +301,7 @@ def test_an_error_of_the_storage_is_raised_and_nothing_is_lost(store: Store, mon
         patch.setattr(layer_index, "write_index", _raise)
         with pytest.raises(StorageError):
             writer.flush()
-        patch.setattr(layer_index, "_WRITE_SECONDS", -1.0)
+        patch.setattr(writer, "seconds", -1.0)
         writer.flush_when_due()
     writer.flush()
     assert dict(read_index(store, SAMPLES, "f0").listing().items()) == {"a": 10, "b": 20}

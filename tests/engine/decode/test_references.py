@@ -17,7 +17,7 @@ from reinforce.dataset.files.store import Store
 from reinforce.engine.inference.models import load_models
 from reinforce.engine.messages.results import LayerFailure, ShardResult
 from reinforce.engine.plan.plan import make_plan
-from reinforce.engine.worker.shard import process_shard
+from reinforce.engine.worker.shard import ShardProcess
 from reinforce.errors import UserError
 from reinforce.source.references import image_digest
 from reinforce.student.config import Data
@@ -66,7 +66,7 @@ def lease(made: Path, folder: Path) -> ShardResult:
     parsed = parse_config(config(made, folder / "out"))
     plan = make_plan(parsed)
     models = load_models(parsed, plan.layers.values())
-    return process_shard(plan.pending[0], parsed, plan.layers, Store(parsed.output), models, decode_pool(), 64)
+    return ShardProcess(plan.pending[0], parsed, plan.layers, Store(parsed.output), models, decode_pool(), 64).run()
 
 
 def samples_file(folder: Path) -> Path:

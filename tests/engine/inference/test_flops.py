@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from reinforce.config import parse_config
-from reinforce.engine.inference.flops import costs_on, measure_costs
+from reinforce.engine.inference.flops import measure_costs
 from reinforce.engine.inference.models import Counters, load_models
 from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.engine.worker.producers.registry import flops_of
@@ -17,6 +17,8 @@ from teachers.device.flops import count_flops, peak_flops
 from tests.helpers import tiny_models
 from tests.helpers.data import config_of
 from tests.helpers.stand_in_cuda import stand_in_cuda
+
+H100 = "NVIDIA H100 80GB HBM3"
 
 
 def test_the_flops_of_a_tower_are_those_of_its_products_also_where_torch_has_a_fused_layer() -> None:
@@ -51,15 +53,15 @@ def test_costs_are_those_of_teachers_on_cards_whose_peak_is_known(tmp_path: Path
     layers = [*build_layers(config, describe_models(config)).values()]
     models = load_models(config, layers)
     models.counters = Counters()
-    costs = costs_on("NVIDIA H100 80GB HBM3", models, config, layers, flops_of)
+    costs = measure_costs(models, config, layers, flops_of, H100)
     assert costs.keys() == {"embeddings/tiny/images", "embeddings/tiny/caption", "embeddings/tiny/namer"}
     assert {cost.peak for cost in costs.values()} == {989e12}
     assert all(cost.flops > 0 for cost in costs.values())
-    assert costs_on("a card of next year", models, config, layers, flops_of) == {}
+    assert measure_costs(models, config, layers, flops_of, "a card of next year") == {}
     assert measure_costs(models, config, layers, flops_of) == {}, "a CPU"
     on_gpu = config.model_copy(update={"workers": config.workers.model_copy(update={"gpus": 1.0})})
     with stand_in_cuda():
-        padded = costs_on("NVIDIA H100 80GB HBM3", load_models(on_gpu, layers), on_gpu, layers, flops_of)
+        padded = measure_costs(load_models(on_gpu, layers), on_gpu, layers, flops_of, H100)
     name = "embeddings/tiny/images"
     assert padded[name].flops == pytest.approx(costs[name].flops), "of an image, not of the batch that it is padded to"
 
@@ -67,9 +69,9 @@ def test_costs_are_those_of_teachers_on_cards_whose_peak_is_known(tmp_path: Path
 @pytest.mark.parametrize(
     ("name", "precision", "tera"),
     [
-        ("NVIDIA H100 80GB HBM3", "bf16", 989),
-        ("NVIDIA H100 80GB HBM3", "fp32", 67),
-        ("NVIDIA H100 80GB HBM3", "fp8", 1978),
+        (H100, "bf16", 989),
+        (H100, "fp32", 67),
+        (H100, "fp8", 1978),
         ("NVIDIA A100-SXM4-80GB", "fp8", None),
         ("NVIDIA H100 PCIe", "fp16", 756),
         ("NVIDIA H100 NVL", "bf16", 835.5),

@@ -24,7 +24,7 @@ from reinforce.engine.messages.results import ShardResult, raising_layer_failure
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.engine.worker.full_batch import find_batch, fit_batch
-from reinforce.engine.worker.shard import process_shard
+from reinforce.engine.worker.shard import ShardProcess
 from reinforce.errors import UserError
 from teachers.device.memory import is_out_of_memory
 from tests.helpers.batches import make_inference
@@ -62,7 +62,7 @@ def process(folder: Path, batch: int, where: str = "copy", limit: int = 1000) ->
     plan = make_plan(config)
     models = load_models(config, plan.layers.values())
     limit_memory(models, where, limit)
-    result = process_shard(plan.pending[0], config, plan.layers, Store(config.output), models, decode_pool(), 8)
+    result = ShardProcess(plan.pending[0], config, plan.layers, Store(config.output), models, decode_pool(), 8).run()
     return result, tree(folder / f"out-{batch}-{limit}")
 
 

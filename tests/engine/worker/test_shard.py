@@ -19,7 +19,7 @@ from reinforce.dataset.files.store import Store
 from reinforce.engine.inference.models import load_models
 from reinforce.engine.messages.results import ShardResult
 from reinforce.engine.plan.plan import make_plan
-from reinforce.engine.worker.shard import process_shard
+from reinforce.engine.worker.shard import ShardProcess
 from reinforce.images.policy import decode
 from reinforce.seeds import seed_for
 from teachers.preprocessing.pixels import to_pixels
@@ -34,7 +34,7 @@ def process(config: dict[str, Any], group_rows: int = 4) -> ShardResult:
     plan = make_plan(parsed)
     [shard] = plan.pending
     models = load_models(parsed, [plan.layers[name] for name in shard.layers])
-    return process_shard(shard, parsed, plan.layers, Store(parsed.output), models, decode_pool(), group_rows)
+    return ShardProcess(shard, parsed, plan.layers, Store(parsed.output), models, decode_pool(), group_rows).run()
 
 
 def shard_config(folder: Path, members: list[tuple[str, bytes]], **changes: Any) -> dict[str, Any]:

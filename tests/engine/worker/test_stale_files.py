@@ -21,7 +21,7 @@ from reinforce.engine.inference.models import load_models
 from reinforce.engine.messages.results import ShardResult
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.worker import stale_files as inputs
-from reinforce.engine.worker.shard import process_shard
+from reinforce.engine.worker.shard import ShardProcess
 from reinforce.source.identity import read_state
 from tests.helpers.data import config_of, members_of, tree, write_tar
 from tests.helpers.decoding import decode_pool
@@ -66,7 +66,7 @@ def planned_lease(made: Path, folder: Path) -> Callable[[], ShardResult]:
     parsed = parse_config(config(made, folder))
     plan = make_plan(parsed)
     models, store = load_models(parsed, plan.layers.values()), Store(parsed.output)
-    return lambda: process_shard(plan.pending[0], parsed, plan.layers, store, models, decode_pool(), 8)
+    return lambda: ShardProcess(plan.pending[0], parsed, plan.layers, store, models, decode_pool(), 8).run()
 
 
 def lease(made: Path, folder: Path) -> ShardResult:
@@ -111,7 +111,7 @@ def test_damaged_samples_stay_where_their_source_is_gone_or_another(made: Path, 
     shard = next(shard for shard in plan.pending if shard.name == path.stem)
     models = load_models(parsed, [plan.layers[name] for name in shard.layers])
     with pytest.raises(RefusedFile, match="It stays, because its source cannot be read or has changed"):
-        process_shard(shard, parsed, plan.layers, Store(parsed.output), models, decode_pool())
+        ShardProcess(shard, parsed, plan.layers, Store(parsed.output), models, decode_pool()).run()
     assert path.read_bytes() == before
 
 

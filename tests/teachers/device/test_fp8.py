@@ -14,7 +14,7 @@ from reinforce.config import parse_config
 from reinforce.dataset.files.store import Store
 from reinforce.engine.inference.models import load_models
 from reinforce.engine.plan.plan import make_plan
-from reinforce.engine.worker.shard import process_shard
+from reinforce.engine.worker.shard import ShardProcess
 from reinforce.errors import UserError
 from reinforce.student.config import Loss
 from teachers.device.fp8 import Float8Layers, Float8Linear, check_device
@@ -108,7 +108,9 @@ def test_fp8_is_used_only_where_real_crops_have_the_embeddings_of_bf16(tmp_path:
         models.uncompared = {"vit"}
 
         def run() -> Any:
-            return process_shard(plan.pending[0], config, plan.layers, Store(config.output), models, decode_pool(), 8)
+            return ShardProcess(
+                plan.pending[0], config, plan.layers, Store(config.output), models, decode_pool(), 8
+            ).run()
 
         if not near:
             with pytest.raises(UserError, match=r"teachers\.vit: .* of 4 crops in fp8 have cosines of at least 0\.6"):
