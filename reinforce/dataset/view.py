@@ -8,17 +8,16 @@ counts rows. A view that is made again with other rules replaces the earlier one
 from __future__ import annotations
 
 import functools
-import hashlib
 import io
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 import schemas
+from reinforce.dataset.files.key_hashes import digest_keys
 from reinforce.dataset.files.layer_file import LayerFile, RefusedFile
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import compute_fingerprint
@@ -70,7 +69,7 @@ class ViewRows:
         tables = self.read(store, shard)
         kept = tuple(table["left_out"].combine_chunks().is_null() for table in tables)
         error = f"{store.url}: view {self.name} is of other samples of {shard}. Make it again."
-        return ShardRows(kept, tuple(_digest(table["key"]) for table in tables), error)
+        return ShardRows(kept, tuple(digest_keys(table["key"]) for table in tables), error)
 
     def remove(self, store: Store, shards: Iterable[str]) -> None:
         for shard in shards:
@@ -95,7 +94,7 @@ class ShardRows:
 
     def kept(self, group: int, keys: pa.ChunkedArray) -> pa.BooleanArray:
         """Which rows of a row group are kept [rows]. Raises UserError unless they have the ``keys``."""
-        if group >= len(self.masks) or self.digests[group] != _digest(keys):
+        if group >= len(self.masks) or self.digests[group] != digest_keys(keys):
             raise UserError(self.error)
         return self.masks[group]
 
@@ -104,12 +103,6 @@ class ShardRows:
 def shard_rows(view: ViewRows, store: Store, shard: str) -> ShardRows:
     """``ViewRows.open``, which reads the file of a shard once."""
     return view.open(store, shard)
-
-
-def _digest(keys: pa.ChunkedArray) -> bytes:
-    keys = keys.combine_chunks()
-    text = pc.binary_join(pa.ListArray.from_arrays(pa.array([0, len(keys)], pa.int32()), keys), "\n")
-    return hashlib.blake2b(text[0].as_buffer(), digest_size=16).digest()
 
 
 @dataclass(frozen=True)

@@ -167,27 +167,16 @@ def _digest(names: Sequence[str], content: bytes) -> bytes:
     return hashlib.blake2b(repr([*names]).encode() + content, digest_size=16).digest()
 
 
-class _NoFile:
+class _NoFile(ArrowInput):
     """A file of any size that ends wherever it is read, and remembers that it was read.
 
     It does not raise: for each exception of Python in a read that runs ahead, Arrow 26 keeps 5 KB or more for ever, and
     formats a traceback.
     """
 
-    closed = False
     was_read = False
-    _position = 0
+    _size = 2**62
 
     def read(self, _: int = -1) -> bytes:
         self.was_read = True
         return b""
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self._position = offset + (2**62 if whence == 2 else 0)
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def close(self) -> None:
-        """Do nothing."""

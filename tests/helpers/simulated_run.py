@@ -11,17 +11,7 @@ from typing import TypeAlias
 
 from reinforce.config import Failures
 from reinforce.dataset.layers import Layer
-from reinforce.engine.driver.policy.decisions import (
-    Decision,
-    EndedWorker,
-    LeaveShard,
-    PauseWorker,
-    Quarantine,
-    ReplaceWorker,
-    Requeue,
-    Retry,
-    RunAlone,
-)
+from reinforce.engine.driver.policy.decisions import Decision, EndedWorker, PauseWorker, Quarantine, ReplaceWorker
 from reinforce.engine.driver.policy.failures import FailurePolicy
 from reinforce.engine.driver.pool import Slot
 from reinforce.engine.driver.shard_queue import ShardQueue
@@ -70,7 +60,7 @@ class SimulatedRun:
                 for decision in verdict.decisions:
                     self._carry_out(decision)
             if self.now >= self.policy.outages.held_until:
-                self.queue.hand_out(self.slots, self._lease, self.now, self.policy.failing_workers)
+                self.queue.hand_out(self.slots, self._lease, self.now, self.policy.consecutive_failures.keys())
         return self
 
     def _start(self, node: str) -> Slot:
@@ -107,23 +97,14 @@ class SimulatedRun:
                 self._replace(worker)
             case PauseWorker(_, until):
                 self.queue.pause(worker, until)
-        decision = self.policy.lease_raised(ended, outcome, self.now)
-        assert isinstance(decision, (Retry, Quarantine, LeaveShard, RunAlone))
-        self._carry_out(decision)
+        self._carry_out(self.policy.lease_raised(ended, outcome, self.now))
 
     def _carry_out(self, decision: Decision) -> None:
-        match decision:
-            case Retry(shard, at):
-                self.queue.add_delayed(shard, at, self.policy.faults.tried(shard.name))
-            case Requeue(shard):
-                self.queue.add(shard, first=True)
-            case RunAlone(shard):
-                self.queue.add_suspect(shard, self.policy.faults.tried(shard.name))
-            case Quarantine(shard, layer, _, _, rest):
-                self.quarantined.append(shard.name)
-                self.quarantined_layers.add((shard.name, layer))
-                if rest is not None:
-                    self.queue.add(rest)
+        name = decision.shard.name
+        if isinstance(decision, Quarantine):
+            self.quarantined.append(name)
+            self.quarantined_layers.add((name, decision.layer))
+        self.queue.put_back(decision, self.policy.faults.tried(name))
 
     def _remove(self, slot: Slot) -> None:
         self.slots.remove(slot)

@@ -53,10 +53,8 @@ class LayerIndex:
     def differing(self, listing: Listing) -> list[str]:
         """Shards of a listing whose file has another size than the one that was committed."""
         shards = self.table["shard"].combine_chunks()
-        places = pc.index_in(shards, value_set=listing.names)
-        listed = places.is_valid().to_numpy(zero_copy_only=False)
-        differs = listed.copy()
-        differs[listed] = listing.sizes[places.drop_null().to_numpy()] != self.table["size"].to_numpy()[listed]
+        sizes = listing.aligned(shards)
+        differs = (sizes >= 0) & (sizes != self.table["size"].to_numpy())
         names: list[str] = shards.filter(pa.array(differs)).to_pylist()
         return names
 

@@ -136,9 +136,7 @@ class Listing(Mapping[str, int]):
 
     def sizes_of(self, names: Sequence[str]) -> npt.NDArray[np.int64]:
         """The bytes of the files of some listed shards [names]."""
-        places = pc.index_in(pa.array(names, pa.string()), value_set=self.names)
-        found: npt.NDArray[np.int64] = self.sizes[places.to_numpy()]
-        return found
+        return self.aligned(pa.array(names, pa.string()))
 
     def aligned(self, names: pa.StringArray) -> npt.NDArray[np.int64]:
         """The bytes of the files of some shards, -1 for those that are not listed [names]."""

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from reinforce.dataset.files.damage import check_columns, compute_again
+from reinforce.dataset.files.key_hashes import Hashes, digest_keys, hash_keys
 from reinforce.dataset.files.layer_file import LayerFile, RefusedFile, StoredKeys
 from reinforce.dataset.files.store import DamagedQuarantine, Store, check_footer, parse_footer
 from reinforce.dataset.layers import SAMPLES
@@ -19,7 +20,6 @@ from reinforce.dataset.reading.aligned import MisalignedKeys, alignment_error, l
 from reinforce.dataset.runs.key_sample import ALL, ShardKeys
 from reinforce.dataset.validate.findings import Finding
 from reinforce.dataset.validate.inventory import quarantine_finding
-from reinforce.dataset.validate.key_hashes import Hashes, digest_keys, hash_keys
 from reinforce.dataset.validate.row_checks import RowChecks
 from reinforce.errors import UserError
 from reinforce.parquet.footers import check_together

@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 
 from reinforce.config import Limits
+from reinforce.dataset.files.key_hashes import hash_keys
 from reinforce.dataset.runs.key_sample import ShardKeys
-from reinforce.dataset.validate.key_hashes import hash_keys
 from reinforce.source.formats.recognise import format_of_name
 from reinforce.source.formats.registry import find_format
 from reinforce.source_formats import DEFAULT

@@ -169,7 +169,8 @@ class Driver:
             self._report_workers()
             if self.manifest_written and time.monotonic() >= self.policy.outages.held_until:
                 slots = self.pool.started if self.queue.needs_all_slots else self.pool.free
-                self.queue.hand_out(slots, self.pool.lease, time.monotonic(), self.policy.failing_workers)
+                failing = self.policy.consecutive_failures.keys()
+                self.queue.hand_out(slots, self.pool.lease, time.monotonic(), failing)
             for ref in _ready([*self.pool.loading, *self.pool.leases, *self.lifecycle.polled]):
                 if ref in self.lifecycle.polled:
                     self.lifecycle.record_pulse(ref)
@@ -349,17 +350,12 @@ class Driver:
     def _carry_out(self, decision: Decision) -> None:
         if (reason := _RETRY_REASONS.get(type(decision))) is not None:
             self.totals.retries[reason] += 1
-        match decision:
-            case Retry(shard, at):
-                self.queue.add_delayed(shard, at, self.policy.faults.tried(shard.name))
-            case Requeue(shard):
-                self.queue.add(shard, first=True)
-            case RunAlone(shard):
-                self.queue.add_suspect(shard, self.policy.faults.tried(shard.name))
-            case Quarantine():
-                self._quarantine(decision)
-            case LeaveShard(shard, _):
-                self.state.log(f"{shard.name} is left for the next run, because the storage has failed for too long")
+        name = decision.shard.name
+        if isinstance(decision, Quarantine):
+            self._quarantine(decision)
+        elif isinstance(decision, LeaveShard):
+            self.state.log(f"{name} is left for the next run, because the storage has failed for too long")
+        self.queue.put_back(decision, self.policy.faults.tried(name))
 
     def _quarantine(self, decision: Quarantine) -> None:
         name, layer, reason = decision.shard.name, decision.layer, decision.reason
@@ -370,9 +366,7 @@ class Driver:
         self.state.log(f"{name} is quarantined in {layer}: {cause}")
         self.totals.add_quarantined(name, layer, reason.value, detail)
         self.policy.shard_quarantined(name, cause)
-        if decision.rest is not None:
-            self.queue.add(decision.rest)
-        else:
+        if decision.rest is None:
             self.totals.finished.add(name)
 
 

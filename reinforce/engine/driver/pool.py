@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -159,14 +159,14 @@ class Pool:
         """A line about the workers for ``size`` shards."""
         return describe_workers(self._config.workers, size, self._limit(), live_resources())
 
-    def shrink(self, size: int, failures: Callable[[WorkerId], int]) -> None:
+    def shrink(self, size: int, failures: Mapping[WorkerId, int]) -> None:
         """Remove workers without leases until ``size`` are left: first those that have not started, then those with
         the most ``failures``."""
         excess = len(self.slots) - len(self.leaving) - size
         if excess <= 0:
             return
         idle = [slot for slot in self.slots if not slot.leases and not slot.leaving]
-        for slot in sorted(idle, key=lambda slot: (1, -failures(slot.id)) if slot.info else (0, 0))[:excess]:
+        for slot in sorted(idle, key=lambda slot: (1, -failures.get(slot.id, 0)) if slot.info else (0, 0))[:excess]:
             self.remove(slot)
 
     def remove(self, slot: Slot) -> None:

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TypeAlias
 
+from reinforce.engine.driver.policy.decisions import Decision, Quarantine, Requeue, Retry, RunAlone
 from reinforce.engine.driver.pool import Slot
 from reinforce.engine.messages.results import WorkerId
 from reinforce.engine.messages.task import PendingShard
@@ -50,6 +51,18 @@ class ShardQueue:
             self._ready.appendleft(shard)
         else:
             self._ready.append(shard)
+
+    def put_back(self, decision: Decision, tried: Tried) -> None:
+        """Queue what is left to do of a shard after a decision; the workers of ``tried`` have failed at it."""
+        match decision:
+            case Retry(shard, at):
+                self.add_delayed(shard, at, tried)
+            case Requeue(shard):
+                self.add(shard, first=True)
+            case RunAlone(shard):
+                self.add_suspect(shard, tried)
+            case Quarantine(rest=PendingShard() as rest):
+                self.add(rest)
 
     def add_delayed(self, shard: PendingShard, at: float, tried: Tried = frozenset()) -> None:
         """Add a shard that is not leased before time ``at``. It goes to another node than those of the workers that

@@ -13,15 +13,15 @@ from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayError, Ra
 
 from reinforce.cluster import cause_of, is_node_lost
 from reinforce.engine.driver.policy.decisions import EndedWorker, PauseWorker, ReplaceWorker
-from reinforce.engine.driver.policy.drains import Drain
 from reinforce.engine.driver.policy.failures import error_text
-from reinforce.engine.driver.policy.hangs import Hang, StallLimits, find_hang, find_silence, is_silent
+from reinforce.engine.driver.policy.hangs import Hang, StallLimits, find_hang, find_silence, silence_limit
 from reinforce.engine.driver.pool import Slot
 from reinforce.engine.driver.state import RunState
 from reinforce.engine.messages.results import ShardResult, WorkerInfo
 from reinforce.engine.messages.task import PendingShard
 from reinforce.engine.messages.tracebacks import shorten
 from reinforce.engine.record.summary import WORKER_LOST
+from reinforce.terminal import plural
 
 
 class WorkerLifecycle:
@@ -95,7 +95,7 @@ class WorkerLifecycle:
 
     def _replace(self, slot: Slot, reason: str) -> None:
         """Kill a worker that is at fault."""
-        failures = self._policy.consecutive_failures(slot.id)
+        failures = self._policy.consecutive_failures[slot.id]
         worker = self._end(slot)
         node, pid, _ = worker.id
         self._events.add("worker_replaced", node=node, pid=pid, failures=failures, reason=reason)
@@ -117,8 +117,8 @@ class WorkerLifecycle:
     def follow_drains(self, deadlines: Mapping[str, int]) -> None:
         """Give no leases to workers on nodes that Ray drains, and end those that have finished theirs."""
         drains = self._policy.drains
-        for drain in drains.update(deadlines, time.time()):
-            self._report_drain(drain)
+        for node, seconds in drains.update(deadlines, time.time()).items():
+            self._report_drain(node, seconds)
         self._pool.drain(drains.nodes)
         for slot in [slot for slot in self._pool.leaving if not slot.leases]:
             node, pid, _ = self._end(slot).id
@@ -126,12 +126,14 @@ class WorkerLifecycle:
             if not self._pool.started_count:
                 self._state.log("no worker is left, because the nodes are drained; the run waits for other nodes")
 
-    def _report_drain(self, drain: Drain) -> None:
-        slots = [slot for slot in self._pool.started if slot.id.node == drain.node]
+    def _report_drain(self, node: str, seconds: float | None) -> None:
+        slots = [slot for slot in self._pool.started if slot.id.node == node]
         shards = [shard.name for slot in slots for shard in slot.leases.values()]
-        self._events.add("node_drained", node=drain.node, seconds=drain.seconds, workers=len(slots), shards=shards)
-        place = slots[0].id.place if slots else drain.node[:12]
-        self._state.log(drain.line(place, len(slots), len(shards)))
+        self._events.add("node_drained", node=node, seconds=seconds, workers=len(slots), shards=shards)
+        when = "" if seconds is None else f" and ends in {seconds:.0f} s"
+        busy = f"{plural(len(slots), 'worker')}, {plural(len(shards), 'shard')} in flight"
+        place = slots[0].id.place if slots else node[:12]
+        self._state.log(f"node {place} is drained{when} ({busy}): its workers finish these and get no others")
 
     # -- pulses and hangs
 
@@ -144,7 +146,7 @@ class WorkerLifecycle:
         """Ask workers for their pulse, in turns, and kill those that have not answered for too long."""
         now = time.monotonic()
         unanswered = self._pool.polls.unanswered(now)
-        silent = {slot: t for slot, t in unanswered if slot.leases and is_silent(t, slot.pulse, self._limits)}
+        silent = {slot: t for slot, t in unanswered if slot.leases and t > silence_limit(slot.pulse, self._limits)}
         for slot, board in self._pool.read_boards(silent).items():
             self._kill_hung(slot, find_silence(silent[slot], slot.pulse, board, self._limits))
         for slot in self._pool.polls.due(now, self._limits.least):

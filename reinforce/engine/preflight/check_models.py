@@ -6,7 +6,8 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -183,60 +184,64 @@ def _check_model(report: Report, redact: Redactor, name: str, spec: _Spec, devic
 
 
 def _measure_images(models: Models, name: str, spec: TeacherSpec, batch: int) -> Measurement:
-    norms = check_image_encoder(models, name, spec.resolved_precision)
     teacher = models.teachers[name]
 
     def prepare(size: int) -> Callable[[], Any]:
         pixels = _pixels(models, teacher.image, size)
         return lambda: teacher.encode_images(pixels)
 
-    rate, size = _measure(models, prepare, batch, f"{name} (images)")
-    check_image_encoder(models, name, spec.resolved_precision, size)
-    return Measurement(name, "images", teacher.dim, norms, rate, size)
+    check = partial(check_image_encoder, models, name, spec.resolved_precision)
+    return _measure_side(models, name, "images", batch, check, prepare)
 
 
 def _measure_texts(models: Models, name: str, spec: TeacherSpec, batch: int) -> Measurement:
-    norms = check_text_encoder(models, name, spec.resolved_precision)
-    teacher = models.teachers[name]
-
     def prepare(size: int) -> Callable[[], Any]:
         texts = [f"{TEXTS[i % len(TEXTS)]}, {i}" for i in range(size)]
 
         def run() -> Any:  # tokenizes each time
-            return models.text_encoder(teacher, texts)()
+            return models.text_encoder(models.teachers[name], texts)()
 
         return run
 
-    rate, size = _measure(models, prepare, batch, f"{name} (texts)")
-    check_text_encoder(models, name, spec.resolved_precision, size)
-    return Measurement(name, "texts", teacher.dim, norms, rate, size)
+    check = partial(check_text_encoder, models, name, spec.resolved_precision)
+    return _measure_side(models, name, "texts", batch, check, prepare)
 
 
 def _measure_captioner(models: Models, name: str, spec: CaptionerSpec, batch: int) -> Measurement:
-    count = spec.count
-    check_captioner(models, name, count)
     captioner = models.captioners[name]
 
     def prepare(size: int) -> Callable[[], Any]:
         pixels = _pixels(models, captioner.image, size)
-        seeds = np.arange(size * count, dtype=np.uint64).reshape(size, count)
+        seeds = np.arange(size * spec.count, dtype=np.uint64).reshape(size, spec.count)
         return lambda: captioner.caption(pixels, seeds)
 
-    rate, size = _measure(models, prepare, batch, f"{name} (captions)")
-    check_captioner(models, name, count, size)
-    return Measurement(name, "captions", None, None, rate * count, size)
+    found = _measure_side(models, name, "captions", batch, partial(check_captioner, models, name, spec.count), prepare)
+    return replace(found, rate=found.rate * spec.count)
 
 
 def _measure_scorer(models: Models, name: str, identity: Mapping[str, Any], batch: int) -> Measurement:
     inputs, names = identity["inputs"], identity["names"]
-    check_scorer(models, name, inputs, names)
 
     def prepare(size: int) -> Callable[[], Any]:
         return lambda: score_probes(models, name, inputs, names, [i % 3 for i in range(size)])
 
-    rate, size = _measure(models, prepare, batch, f"scores.{name}")
-    check_scorer(models, name, inputs, names, size)
-    return Measurement(name, "samples", None, None, rate, size)
+    return _measure_side(models, name, "samples", batch, partial(check_scorer, models, name, inputs, names), prepare)
+
+
+def _measure_side(
+    models: Models,
+    name: str,
+    side: str,
+    largest: int,
+    check: Callable[..., Floats | None],
+    prepare: Callable[[int], Callable[[], Any]],
+) -> Measurement:
+    """Check one side of a model, measure it, and check it once more in the batch that was found."""
+    norms = check()
+    rate, size = _measure(models, prepare, largest, f"{name} ({side})")
+    check(size)
+    teacher = models.teachers.get(name)
+    return Measurement(name, side, None if teacher is None else teacher.dim, norms, rate, size)
 
 
 def _measure(models: Models, prepare: Callable[[int], Callable[[], Any]], largest: int, what: str) -> tuple[float, int]:

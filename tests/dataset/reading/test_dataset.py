@@ -275,14 +275,6 @@ def store(copy: Path) -> Store:
     return Store(str(copy))
 
 
-@pytest.fixture
-def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Datasets of two shards and more use this cache."""
-    monkeypatch.setattr(row_counts, "_CACHE_FROM", 2)
-    monkeypatch.setenv("REINFORCE_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "rows"
-
-
 def read_table(store: Store, monkeypatch: pytest.MonkeyPatch) -> tuple[int, list[list[int]]]:
     """The number of footers that were read, and the table."""
     footers: list[str] = []
@@ -296,22 +288,7 @@ def read_table(store: Store, monkeypatch: pytest.MonkeyPatch) -> tuple[int, list
 
 def test_row_groups_are_counted(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     assert read_table(store, monkeypatch) == (3, TABLE)
-    assert read_table(store, monkeypatch) == (3, TABLE), "a small dataset is not cached"
     assert row_group_table(store, "", {}).tolist() == []
-
-
-def test_footers_are_read_once_per_node_and_again_for_changed_files(
-    store: Store, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert read_table(store, monkeypatch) == (3, TABLE)
-    assert read_table(store, monkeypatch) == (0, TABLE)
-    path = store.layer_path(SAMPLES, sorted(store.shards(SAMPLES))[1])
-    pq.write_table(pq.read_table(path), path, row_group_size=8, compression="none")
-    assert read_table(store, monkeypatch) == (1, TABLE)
-    [cached] = cache.iterdir()
-    cached.write_bytes(b"PAR1 no")
-    assert read_table(store, monkeypatch) == (3, TABLE), "a broken cache is replaced"
-    assert read_table(store, monkeypatch) == (0, TABLE)
 
 
 def test_the_index_replaces_footers(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from reinforce.dataset.files.key_hashes import digest_keys, hash_keys
 from reinforce.dataset.files.layer_file import LayerFile
 from reinforce.dataset.files.listing import Listing
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.validate import process_pool as shard_pool
-from reinforce.dataset.validate.key_hashes import digest_keys, hash_keys
 from reinforce.dataset.validate.validate import validate
 from reinforce.errors import UserError
 from tests.helpers.data import members_of, write_tar

@@ -78,7 +78,7 @@ def test_the_pool_shrinks_by_workers_that_have_not_started_and_then_by_those_tha
     good, bad, loading = started(pid=1), started(pid=2), Slot(Actor())
     pool = pool_of(monkeypatch, [good, bad, loading])
     for size, left in ((2, [good, bad]), (1, [good])):
-        pool.shrink(size, lambda worker: 2 if worker == bad.id else 0)
+        pool.shrink(size, {bad.id: 2})
         assert pool.slots == left
 
 
@@ -104,7 +104,7 @@ def test_workers_on_a_drained_node_get_no_further_leases_and_others_are_started_
     assert list(drained.leases.values()) == [SHARD], "what is in flight goes on"
     pool.grow(10)
     assert len(pool.slots) == 3
-    pool.shrink(2, lambda worker: 0)
+    pool.shrink(2, {})
     pool.grow(2)
     assert len(pool.slots) == 3, "a worker that leaves is not counted"
     pool.end_lease(next(iter(drained.leases)))

@@ -25,7 +25,7 @@ the decisions that are returned.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Set
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 
 from reinforce.config import Failures
@@ -82,7 +82,7 @@ class FailurePolicy:
         self._attempts: Counter[str] = Counter()
         self._deaths_alone: Counter[str] = Counter()
         self._bystanders: set[str] = set()  # shards in a worker in which another shard hung
-        self._consecutive_failures: Counter[WorkerId] = Counter()  # leases since the worker's last success
+        self.consecutive_failures: Counter[WorkerId] = Counter()  # leases since the worker's last success
         self._charged_failures: Counter[WorkerId] = Counter()  # those of them that the worker may be the cause of
         self._failed_models: dict[str, set[WorkerId]] = {}  # by layer: where its model raised, since it last passed
         self.notes: list[str] = []  # messages about workers and nodes, for the log and the summary
@@ -159,7 +159,7 @@ class FailurePolicy:
 
         ``text`` is that of the error, without secrets.
         """
-        self._consecutive_failures[worker] += 1
+        self.consecutive_failures[worker] += 1
         if isinstance(error, LayerFailure):
             places = self._failed_models.setdefault(error.layer, set())
             places.add(worker)
@@ -177,18 +177,9 @@ class FailurePolicy:
             return PauseWorker(worker, now + pause_seconds(failures))
         return None
 
-    def consecutive_failures(self, worker: WorkerId) -> int:
-        """Number of leases that failed at a worker since its last success."""
-        return self._consecutive_failures[worker]
-
-    @property
-    def failing_workers(self) -> Set[WorkerId]:
-        """Workers at which the last lease failed."""
-        return self._consecutive_failures.keys()
-
     def forget_worker(self, worker: WorkerId) -> None:
         """Reset the failures in a row of a worker, which has succeeded or ended."""
-        self._consecutive_failures.pop(worker, None)
+        self.consecutive_failures.pop(worker, None)
         self._charged_failures.pop(worker, None)
 
     def worker_replaced(self, worker: WorkerId, now: float) -> None:
@@ -254,7 +245,7 @@ class FailurePolicy:
         first = self.faults.record_read_failure(shard.name, worker, reason)
         if not first or nodes == 1:
             return None
-        self._consecutive_failures[worker] += 1
+        self.consecutive_failures[worker] += 1
         return Retry(shard, now + pause_seconds(1), 1)
 
     def load_raised(self, error: Exception, now: float = 0.0) -> None:

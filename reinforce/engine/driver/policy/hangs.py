@@ -116,11 +116,6 @@ def silence_limit(pulse: Pulse, limits: StallLimits) -> float:
     return limits.seconds(_slowest_stage(pulse, limits))
 
 
-def is_silent(seconds: float, pulse: Pulse, limits: StallLimits) -> bool:
-    """Whether a worker that has not answered for ``seconds`` counts as hung."""
-    return seconds > limits.least and seconds > silence_limit(pulse, limits)
-
-
 def find_silence(seconds: float, pulse: Pulse, board: tuple[LeasePulse, ...], limits: StallLimits) -> Hang:
     """The hang of a worker that has not answered for ``seconds``. ``board`` has its leases, read by another process; if
     it is empty, the message names those of the last answer."""

@@ -20,7 +20,7 @@ from reinforce.engine.driver.policy.decisions import (
     Retry,
     RunAlone,
 )
-from reinforce.engine.driver.policy.drains import Drain, Drains
+from reinforce.engine.driver.policy.drains import Drains
 from reinforce.engine.driver.policy.failures import NODE_VERDICT_SECONDS, FailurePolicy, error_text
 from reinforce.engine.driver.policy.hangs import Hang
 from reinforce.engine.driver.policy.outages import pause_seconds
@@ -115,7 +115,7 @@ def test_a_shard_that_cannot_be_read_is_tried_on_another_node_once() -> None:
     failures, here, there = policy(), WorkerId("x", 1), WorkerId("y", 2)
     assert isinstance(failures.read_failed(A, "shard_missing", here, 2, 0.0), Retry)
     assert failures.read_failed(A, "shard_missing", there, 2, 0.0) is None
-    assert failures.failing_workers == {here}
+    assert failures.consecutive_failures.keys() == {here}
     assert failures.read_failed(B, "shard_missing", here, 1, 0.0) is None, "there is no other node"
     c = PendingShard("c", "c.tar", ("samples",))
     assert failures.read_failed(c, "shard_damaged", here, 2, 0.0) is None, "it has been read"
@@ -213,7 +213,7 @@ def test_a_worker_is_replaced_after_three_failures_in_a_row_not_counting_storage
     assert decisions[:-1] == [None] * 4
     reason = "3 leases in a row have failed at it; the last error: odd"
     assert decisions[-1] == ReplaceWorker(WORKER, reason)
-    assert failures.consecutive_failures(WORKER) == 5
+    assert failures.consecutive_failures[WORKER] == 5
 
 
 def test_a_worker_at_which_leases_fail_in_a_row_is_paused_where_there_are_others_until_it_succeeds() -> None:
@@ -226,9 +226,9 @@ def test_a_worker_at_which_leases_fail_in_a_row_is_paused_where_there_are_others
     decision = fail("4")
     assert isinstance(decision, PauseWorker)
     assert (decision.worker, decision.until) == (WORKER, pytest.approx(11.5, abs=0.5))
-    assert failures.failing_workers == {WORKER}
+    assert failures.consecutive_failures == {WORKER: 4}
     failures.lease_returned("5", WORKER, False, 11.0, 2)
-    assert failures.failing_workers == set()
+    assert not failures.consecutive_failures
     assert fail("6") is None
 
 
@@ -290,17 +290,9 @@ def test_ten_quarantined_shards_are_tolerated_and_more_than_the_allowed_share_st
 
 def test_each_drain_is_found_once_with_the_seconds_that_are_left_and_stays() -> None:
     drains = Drains()
-    assert drains.update({}, 100.0) == []
-    assert drains.update({"b": 130_000, "a": 0}, 100.0) == [Drain("a", None), Drain("b", 30.0)]
-    assert drains.update({"b": 130_000, "a": 0}, 110.0) == []
-    assert drains.update({"c": 90_000}, 110.0) == [Drain("c", 0.0)]
+    assert drains.update({}, 100.0) == {}
+    assert drains.update({"b": 130_000, "a": 0}, 100.0) == {"a": None, "b": 30.0}
+    assert drains.update({"b": 130_000, "a": 0}, 110.0) == {}
+    assert drains.update({"c": 90_000}, 110.0) == {"c": 0.0}
     drains.update({}, 200.0)  # the nodes have ended
     assert drains.remaining({"a", "b", "d"}) == {"d"}
-
-
-def test_a_drain_is_reported_with_what_is_in_flight() -> None:
-    assert Drain("a", 29.6).line("spot-7", 1, 2) == (
-        "node spot-7 is drained and ends in 30 s (1 worker, 2 shards in flight): its workers finish these and get no "
-        "others"
-    )
-    assert Drain("a", None).line("spot-7", 2, 1).startswith("node spot-7 is drained (2 workers, 1 shard in flight)")

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from pandas.util import hash_array
 
 Hashes = npt.NDArray[np.uint64]
 
@@ -22,6 +21,8 @@ def hash_keys(keys: pa.ChunkedArray | pa.Array) -> Hashes:
     Keys that differ have different hashes with near certainty, unless somebody has chosen them. A null key has the hash
     of an empty one.
     """
+    from pandas.util import hash_array  # reading, which only digests keys, does not need pandas
+
     encoded = keys.cast(pa.binary()).fill_null(b"").to_numpy(zero_copy_only=False)
     return np.asarray(hash_array(encoded, categorize=False), np.uint64)
 
