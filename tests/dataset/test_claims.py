@@ -203,10 +203,3 @@ def test_a_claim_that_no_run_has_written_does_not_count(memory: str) -> None:
     store = Store(memory)
     store.write_bytes(b"not json", "claims", "samples.json")
     claims_of(memory).take()
-
-
-def test_conditional_puts_are_used_where_the_store_has_them(s3: s3fs.S3FileSystem) -> None:
-    store = Store("s3://bucket/conditional")
-    assert store.create(b"first", "file")
-    assert not store.create(b"second", "file")
-    assert s3.cat_file("bucket/conditional/file") == b"first"

@@ -1,9 +1,9 @@
-"""Layers: their fingerprints, how they depend on each other, and how they are dropped."""
+"""Layers: their fingerprints, and how they are dropped."""
 
 from __future__ import annotations
 
-from reinforce.dataset.kinds.registry import KINDS, drop_command
-from reinforce.dataset.layers import Layer, compute_fingerprint, reads_reinforcements
+from reinforce.dataset.kinds.registry import drop_command
+from reinforce.dataset.layers import compute_fingerprint
 
 
 def test_a_fingerprint_depends_on_content_and_not_on_order() -> None:
@@ -11,14 +11,6 @@ def test_a_fingerprint_depends_on_content_and_not_on_order() -> None:
     assert compute_fingerprint({"seed": 0}) != compute_fingerprint({"seed": 1})
     # If this one changes, no existing dataset can be extended any more.
     assert compute_fingerprint({"seed": 0, "images": "embed"}) == "389e7ca116e06093"
-
-
-def test_samples_and_published_layers_read_the_reinforcements() -> None:
-    samples, computed = Layer("samples", KINDS["samples"], "a"), Layer("captions/c", KINDS["captions"], "b")
-    published = Layer("captions/p", KINDS["captions"], "c", published=True)
-    assert [reads_reinforcements(layers) for layers in ([samples], [computed], [computed, published], [])] == [
-        True, False, True, False,
-    ]  # fmt: skip
 
 
 def test_the_command_has_a_pattern_only_where_all_layers_of_a_teacher_are_named() -> None:

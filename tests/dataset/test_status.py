@@ -10,7 +10,6 @@ from rich.console import Console
 from reinforce.dataset.drop import drop, plan_drop
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.status import read_status, status_table
-from reinforce.errors import UserError
 from reinforce.selection.config import SelectConfig
 from reinforce.selection.select import select
 from reinforce.settings import parse
@@ -75,8 +74,3 @@ def test_the_table_has_a_line_per_layer(store: Store) -> None:
     assert lines["samples"][-3:] == ["rows", "and", "images"]
     assert lines["captions/namer"][-2:] == ["2", "captions"]
     assert lines["embeddings/blue/caption"][-3:] == ["[1,", "12]", "float16"]
-
-
-def test_a_folder_without_a_dataset_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is not a reinforced dataset"):
-        read_status(str(tmp_path))

@@ -30,6 +30,16 @@ from tests.helpers.models import ColorTeacher
 from tests.helpers.reinforced import reinforce_here
 
 
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs end where they would start Ray."""
+
+    def refuse(*_: object) -> None:
+        raise UserError("no Ray here")
+
+    monkeypatch.setattr("reinforce.cluster.ray_cluster", refuse)
+
+
 def test_a_config_is_accepted_as_an_object_a_mapping_and_a_file(tmp_path: Path) -> None:
     mapping = config_of("x.tar", tmp_path / "out")
     config = as_config(Config, mapping)
@@ -50,12 +60,8 @@ def test_a_run_warns_once_of_a_class_without_a_version_and_of_a_key_without_effe
 
 
 def test_a_run_warns_of_what_is_wrong_with_the_source_without_secrets(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, no_ray: None
 ) -> None:
-    def refuse(*_: object) -> None:
-        raise UserError("no Ray here")
-
-    monkeypatch.setattr("reinforce.cluster.ray_cluster", refuse)
     write_tar(tmp_path / "0.tar", [("b.png", picture(1)), ("b.t0ken-of-eve", b"a cat")])
     (tmp_path / "1.json").write_text("{}")
     options = {"hf_token": "t0ken-of-eve", "endpoint": "https://example.org"}
@@ -121,12 +127,12 @@ class Changing:
 
 @pytest.fixture(params=[*CLASSES])
 def changing(
-    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    no_ray: None,
 ) -> Changing:
-    def refuse(*_: object) -> None:
-        raise UserError("no Ray here")
-
-    monkeypatch.setattr("reinforce.cluster.ray_cluster", refuse)
     monkeypatch.setattr("ray.is_initialized", lambda: False)  # whichever tests ran before in this process
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.syspath_prepend(tmp_path)
@@ -215,12 +221,8 @@ def test_a_worker_with_another_file_of_a_class_does_not_start(changing: Changing
 @pytest.mark.parametrize("missing", [False, True], ids=["nothing to compute", "a shard is missing"])
 @pytest.mark.parametrize("lost", ["the file", "what its models state"])
 def test_a_lost_manifest_is_written_again_with_what_its_models_state(
-    missing: bool, lost: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    missing: bool, lost: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, no_ray: None
 ) -> None:
-    def refuse(*_: object) -> None:
-        raise UserError("no Ray here")
-
-    monkeypatch.setattr("reinforce.cluster.ray_cluster", refuse)
     write_tar(tmp_path / "0.tar", members_of(0, 2))
     config = config_of(f"{tmp_path}/*.tar", tmp_path / "out")
     store = Store(reinforce_here(config))

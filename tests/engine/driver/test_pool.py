@@ -11,16 +11,6 @@ from tests.helpers.driver import Actor, pool_of, shard, started
 SHARD = shard("a")
 
 
-def test_a_worker_takes_two_leases_once_it_has_started_and_one_if_it_runs_a_suspect() -> None:
-    slot = started()
-    free = [Slot(None).free, slot.free]
-    for number in range(2):
-        slot.leases[number] = SHARD
-        free.append(slot.free)
-    assert free == [0, 2, 1, 0]
-    assert started(leases={1: SHARD}, alone=True).free == 0
-
-
 def test_a_run_names_its_workers_and_the_cores_that_few_shards_leave_idle() -> None:
     nodes = [{"CPU": 16.0}]
 

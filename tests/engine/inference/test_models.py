@@ -68,13 +68,6 @@ def test_only_the_models_of_missing_layers_are_loaded() -> None:
     assert (loaded.teachers.keys(), loaded.captioners.keys()) == (set(), {"namer"})
 
 
-def test_a_model_that_cannot_be_built_is_a_user_error() -> None:
-    config = config_of("x.tar", "out")
-    config["teachers"]["red"]["options"] = {"delay": 0.0, "dim": "eight"}
-    with pytest.raises(UserError):
-        load_models(parse_config(config), [LAYERS["embeddings/red/caption"]])
-
-
 def test_models_that_do_not_fit_in_memory_together_are_a_user_error_with_the_mend(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -11,7 +11,6 @@ import pytest
 
 from reinforce.config import parse_config
 from reinforce.dataset.files.store import Store
-from reinforce.dataset.manifest.manifest import update_manifest
 from reinforce.engine.plan.plan import NotInSource, make_plan
 from reinforce.engine.plan.source_shards import source_shards
 from reinforce.errors import UserError
@@ -47,19 +46,6 @@ print("megabytes", int(re.search(r"VmHWM:\\s+(\\d+)", status)[1]) / 1024)
     assert "imported []" in done.stdout, "planning needs none of them"
     assert float(figures["seconds"]) < 10
     assert float(figures["megabytes"]) < 500
-
-
-def test_a_changed_fingerprint_is_reported_with_both_values(shards: Callable[..., str], tmp_path: Path) -> None:
-    source = shards(2)
-    config = parse_config(config_of(source, tmp_path / "out"))
-    plan = make_plan(config)
-    manifest = update_manifest(None, config, plan.layers, {})
-    manifest["layers"] = {"samples": {**manifest["layers"]["samples"], "fingerprint": "0123"}}
-    Store(config.output).write_json(manifest, "dataset.json")
-    with pytest.raises(UserError) as caught:
-        make_plan(config)
-    for part in ("0123", plan.layers["samples"].fingerprint, "another `output`", str(tmp_path / "out")):
-        assert part in str(caught.value)
 
 
 def test_the_same_shard_twice_is_reported(shards: Callable[..., str], tmp_path: Path) -> None:

@@ -16,15 +16,6 @@ from tests.helpers.data import config_of, members_of, tree, write_tar
 from tests.helpers.reinforced import fresh_dataset
 
 
-def test_only_a_reason_for_the_whole_shard_refuses_the_shard() -> None:
-    refusals = Refusals()
-    refusals.add("samples", Refusal("a", Reason.IMAGE_BROKEN, "cut"))
-    refusals.add("samples", Refusal(None, Reason.SHARD_DAMAGED, "at byte 9"))
-    assert refusals.shard_reason is None, "a damaged shard keeps its readable rows"
-    refusals.add("samples", Refusal(None, Reason.SHARD_MISSING, "gone"))
-    assert refusals.shard_reason == "shard_missing"
-
-
 def test_refusals_are_counted_shown_by_example_and_written_to_the_quarantine_without_secrets(tmp_path: Path) -> None:
     teacher = {"class": "tests.helpers.models:TextOnly", "options": {"hf_token": "hf_t0ken-of-eve"}}
     config = parse_config({"source": "x.tar", "output": str(tmp_path), "teachers": {"t": teacher}})
