@@ -18,7 +18,6 @@ import stat
 import tempfile
 import time
 import uuid
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -136,11 +135,9 @@ class Storage:
 
     def names(self, *parts: str, folders: bool = False) -> list[str]:
         """Names in a folder in ascending order, or only those of ``folders``; none if it does not exist."""
-        try:
-            with self.storage_errors("listed", *parts):
-                found = self.fs.ls(self.path(*parts), detail=folders, refresh=True)
-        except (FileNotFoundError, NotADirectoryError):
-            return []
+        found: list[Any] = []
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), self.storage_errors("listed", *parts):
+            found = self.fs.ls(self.path(*parts), detail=folders, refresh=True)
         paths = [one["name"] for one in found if one["type"] == "directory"] if folders else found
         return sorted(posixpath.basename(str(path).rstrip("/")) for path in paths)
 
@@ -151,10 +148,8 @@ class Storage:
             data = self.read_parsed(json.loads, *parts, limit=_JSON_BYTES)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (ValueError, UnicodeDecodeError, RecursionError) as error:
-            raise UserError(
-                f"{path} is not valid JSON ({error}). Restore it from a backup or from another copy."
-            ) from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path} is not valid JSON ({error}). Restore it from a backup or another copy.") from error
         if not isinstance(data, dict):
             raise UserError(f"{path} is not a JSON object. Restore it from a backup or from another copy.")
         return data
@@ -397,26 +392,6 @@ class Storage:
                 else:
                     stale.unlink(missing_ok=True)
             yield
-
-
-class PeriodicWriter(ABC):
-    """Collects what ``flush`` writes: now, or by ``flush_when_due`` every few minutes."""
-
-    seconds = 300.0
-
-    def __init__(self) -> None:
-        self._flushed = time.monotonic()
-
-    @abstractmethod
-    def flush(self) -> None:
-        """Write what is new. Raises StorageError."""
-
-    def flush_when_due(self) -> None:
-        """``flush`` if the last time is long ago. After a storage error, a later call writes the same."""
-        if time.monotonic() - self._flushed > self.seconds:
-            self._flushed = time.monotonic()
-            with contextlib.suppress(StorageError):
-                self.flush()
 
 
 def as_seen_by_workers(url: str) -> str:

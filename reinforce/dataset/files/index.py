@@ -18,10 +18,10 @@ import pyarrow.compute as pc
 import schemas
 from reinforce.dataset.files.layer_file import MAX_ROWS, LayerFile
 from reinforce.dataset.files.listing import SHARD_NAME, Listing
+from reinforce.dataset.files.periodic import PeriodicWriter
 from reinforce.dataset.files.store import Store, parse_footer
 from reinforce.dataset.layers import SAMPLES, Layer
 from reinforce.errors import StorageError, UserError
-from reinforce.storage import PeriodicWriter
 
 FOLDER = "index"
 _MAX_BYTES = 2**28  # of an index that is read

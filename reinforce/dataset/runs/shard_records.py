@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel
 
+from reinforce.dataset.files.periodic import PeriodicWriter
 from reinforce.dataset.runs.key_sample import ALL, KeySample, ShardKeys
 from reinforce.errors import StorageError
 from reinforce.source.identity import SourceState
 from reinforce.source.whole_reads import list_whole, read_range
-from reinforce.storage import PeriodicWriter, Storage
+from reinforce.storage import Storage
 
 _LOG = logging.getLogger(__name__)
 FILE = "shards.jsonl"
