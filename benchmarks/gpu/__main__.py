@@ -51,7 +51,7 @@ class Section:
 #: By their value: what comes first is measured first.
 SECTIONS: dict[str, Section] = {
     "card": Section(card.measure_card, 2),
-    "right": Section(right.measure_right, 3, checks=True),
+    "right": Section(right.measure_right, 4, checks=True),
     "shards": Section(shards.measure_shards, 4),
     "captions": Section(captions.measure_captions, 3),
     "students": Section(students.measure_students, 8),
@@ -64,7 +64,7 @@ SECTIONS: dict[str, Section] = {
     "teachers": Section(teachers.measure_teachers, 8),
     "augmentations": Section(shards.measure_many_augmentations, 3),
     "teacher-switches": Section(teachers.measure_switches, 5),
-    "caption-switches": Section(captions.measure_switches, 6),
+    "caption-switches": Section(captions.measure_switches, 5),
     "teacher-batches": Section(teachers.measure_batches, 3),
     "caption-batches": Section(captions.measure_batches, 2),
 }
