@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
 import os
 import shutil
 import signal
-import socket
+import subprocess
+import sys
 import time
 from contextlib import AbstractContextManager
 from functools import partial
@@ -22,8 +22,9 @@ from benchmarks.gpu import recipe
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.shards import dataset
 from benchmarks.pipeline.figures import Figure
+from benchmarks.processes import children
 from reinforce.student.config import StudentConfig
-from reinforce.student.train import build, make_job, train
+from reinforce.student.train import build, make_job
 from reinforce.terminal import Screen
 from reinforce.training.distributed.ranks import join_ranks
 from reinforce.training.loop import run_rank
@@ -35,8 +36,8 @@ WAITING = 0.02
 SWITCHES: dict[str, dict[str, Any]] = {"eager": {}, "compiled": {"compile": True}}
 _FOREVER = 1_000_000  # steps
 _COUNTED = 2  # rows of the log, after which they count
-#: After SIGTERM, until a rank is killed, as by torchrun; and for all of them to end.
-_TERM_SECONDS, _END_SECONDS = 30.0, 60.0
+#: Until all ranks have ended when one was killed: torchrun kills those that SIGTERM does not end after 30 s.
+_END_SECONDS = 60.0
 
 
 class _Watch(Screen):
@@ -118,16 +119,18 @@ def measure_ranks(bench: Bench) -> list[Figure]:
     steps = {"all_ranks": True, "steps": bench.size.rank_steps, "checkpoints": checkpoints}
     traced = {"whole": {}, "killed": {"profile": 2}}  # the first one is timed
     configs = {which: _config(bench, name, output, **steps, **traced[which]) for which, output in outputs.items()}
-    if _join(_start(bench, configs["whole"])):
+    if _start(bench, configs["whole"]).wait():
         raise RuntimeError("a rank failed: see its message")
-    ranks = _start(bench, configs["killed"])
+    running = _start(bench, configs["killed"])
     while not [*(outputs["killed"] / "checkpoints").glob("*.safetensors")]:
-        if any(not rank.is_alive() for rank in ranks):
+        if running.poll() is not None:
             raise RuntimeError("a rank ended before the first checkpoint: see its message")
         time.sleep(0.05)
-    ranks[-1].kill()
-    ended = _join(ranks)
-    _join(_start(bench, configs["killed"]))
+    os.kill(max(children(running.pid)), signal.SIGKILL)
+    killed = time.monotonic()
+    running.wait()
+    ended = time.monotonic() - killed
+    _start(bench, configs["killed"]).wait()
     rows = _rows(outputs["whole"])[1:]
     rate = len(rows) / sum(1 / row["samples_per_second"] for row in rows)
     different = _differing(*outputs.values())
@@ -138,42 +141,13 @@ def measure_ranks(bench: Bench) -> list[Figure]:
     ]
 
 
-def _start(bench: Bench, config: StudentConfig) -> list[Any]:
-    """Start a process for each rank, with the environment that torchrun gives it."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["reinforce.student.train", "torch._dynamo"])
-    ranks = [context.Process(target=_be_rank, args=(n, bench.ranks, port, config)) for n in range(bench.ranks)]
-    for rank in ranks:
-        rank.start()
-    return ranks
-
-
-def _be_rank(rank: int, size: int, port: int, config: StudentConfig) -> None:
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1")
-    train(config)
-
-
-def _join(ranks: list[Any]) -> float:
-    """Wait for all ranks, and end the others when one fails, as torchrun does -> seconds from then on, 0 if none does.
-
-    Those that wait in a collective of NCCL do not react to SIGTERM.
-    """
-    while any(rank.is_alive() for rank in ranks) and not any(rank.exitcode for rank in ranks):
-        time.sleep(0.05)
-    if not any(rank.exitcode for rank in ranks):
-        return 0.0
-    start = time.monotonic()
-    for rank in ranks:
-        rank.terminate()
-    for rank in ranks:
-        rank.join(max(0.0, start + _TERM_SECONDS - time.monotonic()))
-        rank.kill()
-        rank.join()
-    return time.monotonic() - start
+def _start(bench: Bench, config: StudentConfig) -> subprocess.Popen[bytes]:
+    """Train with torchrun, as on one machine."""
+    path = Path(f"{config.output}.json")
+    path.write_text(config.model_dump_json(exclude_unset=True, by_alias=True), encoding="utf-8")
+    ranks = ["--standalone", "--nproc-per-node", f"{bench.ranks}", "--monitor-interval", "0.1"]
+    words = [*ranks, "-m", "reinforce", "train", str(path)]
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *words])  # noqa: S603
 
 
 def _config(bench: Bench, model: str, output: Path, **train: Any) -> StudentConfig:
