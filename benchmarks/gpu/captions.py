@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks.gpu import recipe
 from benchmarks.gpu.bench import Bench
-from benchmarks.gpu.right import captioners, pixels_of
+from benchmarks.gpu.right import RUNS, captioners, load_switched, pixels_of
 from benchmarks.pipeline.figures import Figure, Rule
 from teachers.registry import load_captioner
 from teachers.spec import CaptionerSpec
@@ -25,17 +25,21 @@ _DRAWS = 4  # sets of random numbers, which a run draws while others use the acc
 
 def measure_captions(bench: Bench) -> list[Figure]:
     """Captions of a run, the encoding of their images alone, and kernels, launches and waits a word."""
-    return _measure(bench, SECTION, *recipe.captioner(bench), details=True)
+    name, spec = recipe.captioner(bench)
+    return _measure(bench, SECTION, name, load_captioner(name, spec, bench.device), details=True)
 
 
 def measure_switches(bench: Bench) -> list[Figure]:
-    """Captions with compiled steps, which take a minute a shape to compile, with graphs, and with neither."""
+    """Captions with compiled steps, which take minutes to compile, with graphs, and with neither."""
     name, spec = recipe.captioner(bench)
     figures: list[Figure] = []
     for switch, variant in captioners(bench, spec):
-        if variant != spec:
-            work = partial(_measure, bench, SWITCHES, f"{name}, {switch}", variant)
-            figures += bench.attempt(f"{SWITCHES}: {switch}", work)
+
+        def measure(switch: str = switch, variant: CaptionerSpec = variant) -> list[Figure]:
+            return _measure(bench, SWITCHES, f"{name}, {switch}", load_switched(bench, switch, variant))
+
+        if switch != RUNS:
+            figures += bench.attempt(f"{SWITCHES}: {switch}", measure)
     return figures
 
 
@@ -72,12 +76,11 @@ def _work(bench: Bench, captioner: Any, images: int, batches: int = 1) -> Callab
     return work
 
 
-def _measure(bench: Bench, section: str, name: str, spec: CaptionerSpec, details: bool = False) -> list[Figure]:
-    captioner: Any = load_captioner(name, spec, bench.device)
+def _measure(bench: Bench, section: str, name: str, captioner: Any, details: bool = False) -> list[Figure]:
     images, batches = bench.size.batch // 2, bench.size.group  # of a run with two augmentations
-    work, count = _work(bench, captioner, images, batches), images * batches * spec.captions
+    work, count = _work(bench, captioner, images, batches), images * batches * captioner.captions
     goal: tuple[float | None, Rule] = (PER_SECOND, "at least") if bench.on_cuda and details else (None, "")
-    what = f"{name}, {batches} batches of {images} images with {spec.captions} captions"
+    what = f"{name}, {batches} batches of {images} images with {captioner.captions} captions"
     figures = [bench.figure(section, what, work, count, "captions/s", *goal)]
     if not details:
         return figures
