@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import shutil
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 
 import schemas
-from benchmarks.processes import own_peak
+from benchmarks.processes import in_own_process, own_peak
 from benchmarks.stored import write_results
 from reinforce.dataset.layers import SAMPLES, embeddings_layer
 from reinforce.selection import duplicates, neighbours
@@ -101,23 +99,17 @@ def write_dataset(folder: Path, vectors: np.ndarray) -> str:
     return str(folder)
 
 
-def run(url: str, rule: dict[str, Any]) -> dict[str, float]:
-    """Select by one rule in this process -> what it costs."""
-    config = SelectConfig.model_validate({"dataset": url, "name": "view", "rules": [rule]})
+def run(url: str, rule: dict[str, Any], name: str = "view") -> dict[str, float]:
+    """Write a view by one rule in this process -> what it costs."""
+    config = SelectConfig.model_validate({"dataset": url, "name": name, "rules": [rule]})
     start, cpu = time.perf_counter(), time.process_time()
     view = select(config, processes=1)
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     samples = sum(view.counts.values())
-    size = sum(path.stat().st_size for path in Path(url, "views/view").rglob("*") if path.is_file())
+    size = sum(path.stat().st_size for path in Path(url, "views", name).rglob("*") if path.is_file())
     of_sample = {"CPU us a sample": 1e6 * cpu / samples, "bytes a sample": size / samples}
     counts = {"samples": samples, "left out": samples - len(view)}
     return {**counts, "seconds": seconds, **of_sample, "MB": own_peak() / 1e6}
-
-
-def in_process(url: str, rule: dict[str, Any]) -> dict[str, float]:
-    """``run`` in a process of its own, so that memory and CPU are of nothing else."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(run, url, rule).result()
 
 
 def left_out(url: str) -> np.ndarray:
@@ -192,10 +184,10 @@ def measure_recall(rows: int) -> dict[str, Any]:
     """What the rules find, compared with all pairs."""
     vectors = make_vectors(rows)
     url = write_dataset(BUILD / "compared", vectors)
-    in_process(url, NEAR)
+    in_own_process(run, url, NEAR)
     found = {"deduplicate": recall(left_out(url), compared(vectors, vectors, earlier=True))}
     others = np.concatenate([make_vectors(rows, seed=1), vectors[::50]])
-    in_process(url, foreign(write_dataset(BUILD / "against", others)))
+    in_own_process(run, url, foreign(write_dataset(BUILD / "against", others)))
     found["decontaminate"] = recall(left_out(url), compared(vectors, others, earlier=False))
     centroids = neighbours.train(vectors, duplicates.Buckets(rows, DIM).cells, 0)
     places, _, _ = neighbours.assign(vectors, centroids, THRESHOLD)
@@ -207,7 +199,7 @@ def measure_costs(rows: int) -> dict[str, Any]:
     url = write_dataset(BUILD / "costs", make_vectors(rows))
     against = write_dataset(BUILD / "few", make_vectors(10_000, seed=1))
     rules = {"near": NEAR, "exact": {"deduplicate": {"exact": True}}, "decontaminate": foreign(against)}
-    return {name: in_process(url, rule) for name, rule in rules.items()}
+    return {name: in_own_process(run, url, rule) for name, rule in rules.items()}
 
 
 def main() -> None:

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import shutil
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ from fsspec.spec import AbstractBufferedFile
 from rich.console import Console
 
 import schemas
-from benchmarks.processes import own_peak
+from benchmarks.processes import in_own_process, own_peak
 from benchmarks.stored import write_results
 from reinforce.config import parse_config
 from reinforce.dataset import vectors
@@ -201,8 +199,7 @@ def main() -> None:
     size = sum(path.stat().st_size for path in folder.rglob("*.parquet")) / args.rows
     results: dict[str, Any] = {"rows": args.rows, "stored bytes a row": size}
     for order, most in (("same", args.rows), ("random", _RANDOM_SAMPLES)):
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            results[order] = found = pool.submit(join, str(folder), args.rows, order, most).result()
+        results[order] = found = in_own_process(join, str(folder), args.rows, order, most)
         hours = found["CPU us a sample"] * DFN_ROWS * (1 - LOST) / 1e6 / 3600
         results[order] |= {"CPU hours of 1.6 billion": hours, "TB of 1.6 billion": found["bytes a sample"] * 1.6e-3}
         console.print(order, json.dumps(results[order], indent=1))

@@ -9,13 +9,15 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 _TICK = os.sysconf("SC_CLK_TCK")
 _PROC = Path("/proc")
+T = TypeVar("T")
 
 
 def children(pid: int) -> list[int]:
@@ -33,6 +35,12 @@ def cpu_of_all() -> float:
     """CPU seconds of this process and of those that multiprocessing has started in it and that live."""
     below = [process.pid for process in multiprocessing.active_children()]
     return time.process_time() + sum(cpu_seconds(pid) for pid in below if pid is not None)
+
+
+def in_own_process(work: Callable[..., T], *arguments: Any) -> T:
+    """What a function returns that runs in a process of its own, so that memory and CPU are of nothing else."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, *arguments).result()
 
 
 def own_peak() -> int:

@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 import tarfile
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,17 +22,16 @@ from rich.console import Console
 from rich.table import Table
 
 import reinforce
+from benchmarks.duplicates import run
 from benchmarks.stored import write_results
 from reinforce.demo.data import write_noisy_shards, write_shards
-from reinforce.selection.config import SelectConfig
-from reinforce.selection.select import select
 
 RESULTS = Path(__file__).parent / "results" / "selection.json"
 BUILD = Path("build/selection")
-RULES: dict[str, list[dict[str, Any]]] = {
-    "where": [{"where": "scores.ensemble.caption_mean > 0.2"}],
-    "keep": [{"keep": {"top": 0.5, "by": "scores.ensemble.caption_mean"}}],
-    "sample": [{"sample": 1000}],
+RULES: dict[str, dict[str, Any]] = {
+    "where": {"where": "scores.ensemble.caption_mean > 0.2"},
+    "keep": {"keep": {"top": 0.5, "by": "scores.ensemble.caption_mean"}},
+    "sample": {"sample": 1000},
 }
 
 
@@ -110,21 +108,10 @@ def copies(url: str, count: int) -> str:
 def measure(url: str, count: int) -> Iterator[tuple[str, dict[str, float]]]:
     """CPU microseconds a sample of each rule, and bytes a sample of the view."""
     dataset = copies(url, count)
-    for name, rules in RULES.items():
-        config = SelectConfig.model_validate({"dataset": dataset, "name": name, "rules": rules})
-        start, cpu = time.perf_counter(), time.process_time()
-        view = select(config, processes=1)
-        samples = sum(view.counts.values())
-        size = sum(path.stat().st_size for path in Path(dataset, "views", name).rglob("*") if path.is_file())
-        yield (
-            name,
-            {
-                "samples": samples,
-                "CPU us a sample": 1e6 * (time.process_time() - cpu) / samples,
-                "us a sample": 1e6 * (time.perf_counter() - start) / samples,
-                "bytes a sample": size / samples,
-            },
-        )
+    for name, rule in RULES.items():
+        cost = run(dataset, rule, name)
+        shown = {key: cost[key] for key in ("samples", "CPU us a sample", "bytes a sample")}
+        yield name, {**shown, "us a sample": 1e6 * cost["seconds"] / cost["samples"]}
 
 
 def print_scores(scores: Mapping[str, Mapping[str, float]]) -> None:

@@ -20,7 +20,6 @@ from PIL import Image
 from pydantic import BaseModel
 
 import reinforce
-from benchmarks.pipeline.page import render_page as render_performance
 from reinforce import nodes, settings
 from reinforce.captioning.config import CaptionerConfig
 from reinforce.cli import main
@@ -313,11 +312,6 @@ def test_results_in_readme_are_those_that_were_measured() -> None:
             assert row in readme, row
     seconds = [questions["ways"]["arms"][way]["seconds_per_step"]["mean"] for way in ("online", "stored")]
     assert f"takes {seconds[0] / seconds[1]:.1f} times as long" in readme
-
-
-def test_tables_of_the_performance_page_are_those_that_were_measured() -> None:
-    page = read_page("docs/performance.md")
-    assert render_performance(page, measured("pipeline")) == page
 
 
 def test_speeds_in_pages_are_those_that_were_measured() -> None:
