@@ -7,12 +7,13 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Annotated, Any
 
 import typer
 from rich.markup import escape as literal
 
+from reinforce.terminal import escape
 from teachers.redact import redact
 
 Overrides = Annotated[
@@ -32,6 +33,13 @@ DatasetUrl = Annotated[str, typer.Argument(metavar="DATASET", help="Folder or fs
 ViewName = Annotated[
     str | None, typer.Option(metavar="NAME", help="Only the samples that this view of `reinforce select` keeps.")
 ]
+ImagesFrom = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="URL", help="Folder of tars that images may be read from, if stored by reference; repeatable."
+    ),
+]
+NoRay = Annotated[bool, typer.Option("--no-ray", help="Work in this process, one shard after the other.")]
 
 #: FILE of --json for standard output.
 STDOUT = "-"
@@ -55,6 +63,12 @@ def examples(*commands: str) -> dict[str, Any]:
     """
     lines = [literal(_EXAMPLE + command) for command in commands]
     return {"epilog": "\n\n".join([f"Example{'s' * (len(lines) > 1)}:", *lines])}
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """Print lines that contain texts of data."""
+    for line in lines:
+        typer.echo(escape(line))
 
 
 def print_json(value: Any, indent: int | None = 2) -> None:

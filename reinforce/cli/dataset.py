@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from reinforce.cli.common import Address, AsJson, DatasetUrl, ViewName, only_json, split_names
+from reinforce.cli.common import Address, AsJson, DatasetUrl, NoRay, ViewName, only_json, print_lines, split_names
 from reinforce.errors import UserError
 from reinforce.terminal import escape, plural, print_table
 from teachers.redact import redact
@@ -114,8 +114,7 @@ def drop(
         _drop_shard(store, layers, shard, yes)
         return
     plan = dropping.plan_drop(store, layers)
-    for line in plan.lines():
-        typer.echo(escape(line))
+    print_lines(plan.lines())
     plan.check()
     if not yes:
         typer.echo(escape(f"nothing was deleted; to delete: {plan.command()} --yes"))
@@ -156,7 +155,7 @@ def diff(
     ] = 1.0,
     as_json: AsJson = False,
     address: Address = None,
-    no_ray: Annotated[bool, typer.Option("--no-ray", help="Work in this process, one shard after the other.")] = False,
+    no_ray: NoRay = False,
 ) -> None:
     """Compare two datasets or labels: layers, samples, captions, cosines of vectors, scores.
 

@@ -6,18 +6,11 @@ from typing import Annotated, Literal
 
 import typer
 
-from reinforce.cli.common import Address, DatasetUrl, ViewName, examples, split_names
+from reinforce.cli.common import Address, DatasetUrl, ImagesFrom, NoRay, ViewName, examples, print_lines, split_names
 from reinforce.cli.export_models import export
 from reinforce.terminal import escape
 
 OutputUrl = Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder or fsspec URL to write to.")]
-ImagesFrom = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="URL", help="Folder of tars that images may be read from, if stored by reference; repeatable."
-    ),
-]
-NoRay = Annotated[bool, typer.Option("--no-ray", help="Work in this process, one shard after the other.")]
 
 
 @export.command(
@@ -60,8 +53,7 @@ def export_datacompdr(
         images=images, images_from=images_from or (), approximate=approximate, layout=layout, view=view,
         use_ray=not no_ray, address=address,
     )  # fmt: skip
-    for line in result.lines():
-        typer.echo(escape(line))
+    print_lines(result.lines())
 
 
 @export.command(
@@ -97,8 +89,7 @@ def export_embeddings(
         dataset, output, teacher=teacher, texts=texts, image=_number("--image", image), text=_number("--text", text),
         dtype=dtype, view=view, use_ray=not no_ray, address=address,
     )  # fmt: skip
-    for line in result.lines():
-        typer.echo(escape(line))
+    print_lines(result.lines())
 
 
 @export.command(
@@ -142,8 +133,7 @@ def export_labels(
         dataset, output, layers=split_names(layers), identities=split_names(identities), urls=urls, licence=license_,
         images_from=images_from or (), view=view, use_ray=not no_ray, address=address,
     )  # fmt: skip
-    for line in result.lines():
-        typer.echo(escape(line))
+    print_lines(result.lines())
 
 
 def _number(option: str, value: str) -> int | Literal["average"]:

@@ -6,8 +6,7 @@ from typing import Annotated
 
 import typer
 
-from reinforce.cli.common import DatasetUrl, ViewName, split_names
-from reinforce.terminal import escape
+from reinforce.cli.common import DatasetUrl, ImagesFrom, ViewName, print_lines, split_names
 
 Names = Annotated[str | None, typer.Option(metavar="NAMES", help="Names, separated by commas. Default: all.")]
 
@@ -19,12 +18,7 @@ def inspect(
     captioners: Names = None,
     limit: Annotated[int, typer.Option(min=1, help="Maximum number of samples that are looked at.")] = 10_000,
     seed: Annotated[int, typer.Option(help="Which row groups and samples are looked at.")] = 0,
-    images_from: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="URL", help="Folder of tars that images may be read from, if stored by reference; repeatable."
-        ),
-    ] = None,
+    images_from: ImagesFrom = None,
     view: ViewName = None,
 ) -> None:
     """Write a report on a dataset: an HTML folder with a summary, a gallery of samples, and plots.
@@ -48,5 +42,4 @@ def inspect(
         view=view,
         version=__version__,
     )
-    for line in found.lines():
-        typer.echo(escape(line))
+    print_lines(found.lines())

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from reinforce.cli.common import Address, AsJson, Overrides, config_argument, only_json
+from reinforce.cli.common import Address, AsJson, Overrides, config_argument, only_json, print_lines
 from reinforce.errors import UserError
 from reinforce.terminal import escape, print_table
 from teachers.redact import redact
@@ -104,8 +104,7 @@ def plan(
         report = make_report(current, used, source_statistics(current), machines(), hours)
         if not as_json:
             print_table(plan_table(current, report.expected))
-            for line in report.lines():
-                typer.echo(escape(line))
+            print_lines(report.lines())
         sample, notes = check_source(current)
         notes += report.effort.warnings if report.effort is not None else ()
         if sample is not None and not as_json:
@@ -142,13 +141,11 @@ def check(
         from reinforce.config import load_config
         from reinforce.engine.label_check import check_labels
 
-        for line in check_labels(load_config(target, set_)):
-            typer.echo(escape(line))
+        print_lines(check_labels(load_config(target, set_)))
         return
     report = check_target(target, options, kind, set_)
     if report.rows:
         print_table(report.table())
-    for note in report.notes:
-        typer.echo(escape(note))
+    print_lines(report.notes)
     if report.errors:
         raise UserError("\n".join(report.errors))

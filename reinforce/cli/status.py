@@ -12,7 +12,7 @@ import typer
 from rich.console import Console, Group
 from rich.live import Live
 
-from reinforce.cli.common import DatasetUrl, print_json
+from reinforce.cli.common import DatasetUrl, print_json, print_lines
 from reinforce.errors import UserError
 from reinforce.terminal import escape, plural, print_table
 
@@ -199,10 +199,8 @@ def _print_dataset(found: Mapping[str, Any], reasons: bool, verbose: bool) -> No
         typer.echo(escape(damage))
     if found["lost"]:
         typer.echo(escape(f"{found['lost']}. `reinforce run` with the dataset's config computes what is missing."))
-    for line in [*found["notes"], *(view.line() for view in found["views"])]:
-        typer.echo(escape(line))
-    for line in quarantine_lines(dict(found), reasons):
-        typer.echo(escape(line))
+    print_lines([*found["notes"], *(view.line() for view in found["views"])])
+    print_lines(quarantine_lines(dict(found), reasons))
     if found["quarantine"] and not reasons:
         typer.echo(escape(f"`reinforce status {found['url']} --reasons` shows an example of each reason"))
     if last := found["last_run"]:
@@ -211,5 +209,4 @@ def _print_dataset(found: Mapping[str, Any], reasons: bool, verbose: bool) -> No
         typer.echo(escape(text))
         lines = [*source_lines(last.get("source_counts", {})), *cleaned_lines(last.get("cleaned", {}))]
         lines += not_in_source_lines(last.get("not_in_source", {}))
-        for line in [*rate_lines(last, verbose), *lines, *map(str, last.get("notes", []))]:
-            typer.echo(escape(line))
+        print_lines([*rate_lines(last, verbose), *lines, *map(str, last.get("notes", []))])

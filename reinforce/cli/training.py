@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
-from reinforce.cli.common import STDOUT, Address, AsJson, JsonFile, Overrides, config_argument, only_json
+from reinforce.cli.common import STDOUT, Address, AsJson, JsonFile, Overrides, config_argument, only_json, print_lines
 from reinforce.errors import UserError
 from reinforce.processes.imports import no_garbage_collection, require
-from reinforce.terminal import escape, print_table
+from reinforce.terminal import print_table
 from teachers.redact import redact
 
 if TYPE_CHECKING:
@@ -115,8 +115,7 @@ def tune(
         else:
             print_table(screening_table(result.screenings))
             print_table(results_table(result.rows, result.metric))
-            for line in [*result.lines(), *recorded]:
-                typer.echo(escape(line))
+            print_lines([*result.lines(), *recorded])
     if result.errors:
         raise UserError("trials failed; the same command retries them:\n  " + "\n  ".join(result.errors))
 

@@ -11,10 +11,9 @@ from reinforce import settings
 from reinforce.errors import UserError
 from reinforce.evaluation.config import RETRIEVAL, ZERO_SHOT, Evaluation
 from reinforce.evaluation.report import Report
-from reinforce.model_names import model_errors
 from reinforce.processes.cores import available_cores
 from reinforce.terminal import Screen
-from teachers.spec import ModelSpec, TeacherSpec
+from teachers.spec import ModelSpec
 
 if TYPE_CHECKING:
     from teachers.device.accelerator import Precision
@@ -59,23 +58,14 @@ def evaluate_models(
     precision: Precision,
 ) -> Report:
     """Evaluate each model, one in memory at a time. Raises UserError."""
-    import torch
-
+    from reinforce.evaluation.encoding import load_encoders
     from reinforce.evaluation.evaluator import Evaluator
-    from teachers.device.accelerator import Accelerator
-    from teachers.device.determinism import set_flags
-    from teachers.open_clip.teacher import OpenClipTeacher
 
-    torch.set_num_threads(min(torch.get_num_threads(), available_cores()))  # torch ignores quotas of containers
     evaluator = Evaluator(evaluation)
     report = Report()
-    set_flags(device)
-    for name, spec in specs.items():
-        with model_errors(name):
-            accelerator = Accelerator(device, precision)
-            if not report.metrics:
-                Screen().log(evaluator.describe(accelerator))
-            model = OpenClipTeacher(TeacherSpec(model=spec.model, pretrained=spec.pretrained), accelerator)
+    for name, model, accelerator in load_encoders(specs, device, precision, available_cores()):
+        if not report.metrics:
+            Screen().log(evaluator.describe(accelerator))
         result = evaluator.evaluate(model, accelerator)
         report.add(name, replace(result, metrics=evaluation.combine([result.metrics])))
     return report

@@ -1,14 +1,19 @@
-"""Text embeddings of a model: of captions, and as a zero-shot classifier from classes and templates."""
+"""Loading of models, and text embeddings: of captions, and as a zero-shot classifier from classes and templates."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
 
 from reinforce.evaluation.classes import Template
+from reinforce.model_names import model_errors
+from teachers.device.accelerator import Accelerator, Precision
+from teachers.device.determinism import set_flags
+from teachers.open_clip.teacher import OpenClipTeacher
 from teachers.protocols import ImageSpec
+from teachers.spec import ModelSpec, TeacherSpec
 
 _TEXTS_AT_ONCE = 2**14  # bounds the memory of a classifier for any number of classes and templates
 
@@ -25,6 +30,19 @@ class Encoder(Protocol):
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
         """B strings -> [B, dim], unit norm."""
         ...
+
+
+def load_encoders(
+    specs: Mapping[str, ModelSpec], device: str, precision: Precision, threads: int
+) -> Iterator[tuple[str, Encoder, Accelerator]]:
+    """Load models onto a device, each when it is asked for, and use at most ``threads`` of CPUs. Raises UserError."""
+    torch.set_num_threads(min(torch.get_num_threads(), threads))  # torch ignores quotas of containers
+    set_flags(device)
+    for name, spec in specs.items():
+        with model_errors(name):
+            accelerator = Accelerator(device, precision)
+            teacher = OpenClipTeacher(TeacherSpec(model=spec.model, pretrained=spec.pretrained), accelerator)
+        yield name, teacher, accelerator
 
 
 def encode_texts(model: Encoder, texts: Sequence[str], batch: int) -> torch.Tensor:

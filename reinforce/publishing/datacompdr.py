@@ -25,10 +25,7 @@ from reinforce.errors import UserError
 from reinforce.images.policy import IMAGE_POLICY, PUBLISHED_POLICY
 from reinforce.nodes import for_each_shard
 from reinforce.publishing.datacompdr_shard import LIST_OF, ShardExport, export_shard, stats_name, tar_name
-from reinforce.publishing.shards import (
-    check_output,
-    record_export,
-)
+from reinforce.publishing.shards import check_output, record_export
 from reinforce.storage import Storage, as_seen_by_workers
 from reinforce.terminal import plural
 

@@ -28,10 +28,7 @@ from reinforce.dataset.reading.dataset import Dataset
 from reinforce.dataset.view import ViewRows
 from reinforce.errors import UserError
 from reinforce.nodes import for_each_shard
-from reinforce.publishing.shards import (
-    check_output,
-    record_export,
-)
+from reinforce.publishing.shards import check_output, record_export
 from reinforce.source.captions import parse_json
 from reinforce.storage import Storage, as_seen_by_workers
 from reinforce.terminal import plural

@@ -71,7 +71,7 @@ let text = try texts.prediction(text: tokens).final_emb_1  // MLMultiArray [1, {
 Check the packages on a Mac, in Core ML itself: `reinforce export coreml THIS_FOLDER --check`.
 """
 
-_ONNX = {
+ONNX = {
     "title": "ONNX", "end": "onnx", "n": "N", "integers": "int64", "packages": "onnxruntime",
     "imports": "import onnxruntime",
     "note": """N may be any
@@ -82,7 +82,7 @@ texts = onnxruntime.InferenceSession("text.onnx").run(None, {"tokens": np.array(
 
 _ONE_ROW = "A file\ntakes one image or one text at a time."
 
-_LITERT = {
+LITERT = {
     "title": "LiteRT", "end": "tflite", "n": "1", "integers": "int32", "packages": "ai-edge-litert",
     "imports": "from ai_edge_litert.interpreter import Interpreter",
     "note": _ONE_ROW,
@@ -103,7 +103,7 @@ images = run("image.tflite", np.asarray(image)[None])
 texts = run("text.tflite", np.array(tokens, np.int32))""",
 }  # fmt: skip
 
-_EXECUTORCH = {
+EXECUTORCH = {
     "title": "ExecuTorch", "end": "pte", "n": "1", "integers": "int64", "packages": "executorch torch",
     "imports": "import torch\nfrom executorch.runtime import Runtime",
     "note": _ONE_ROW,
@@ -132,22 +132,8 @@ image = image.crop((left, top, left + width, top + height))"""
 _SQUASH = """image = image.resize(config["size"][::-1], Image.Resampling.{filter})"""
 
 
-def render_onnx(config: Mapping[str, Any], spec: ImageSpec) -> str:
-    """Return the README of a model. ``config`` is the content of its ``preprocess.json``."""
-    return _render(_ONNX, config, spec)
-
-
-def render_litert(config: Mapping[str, Any], spec: ImageSpec) -> str:
-    """Return the README of a model in LiteRT."""
-    return _render(_LITERT, config, spec)
-
-
-def render_executorch(config: Mapping[str, Any], spec: ImageSpec) -> str:
-    """Return the README of a model in ExecuTorch."""
-    return _render(_EXECUTORCH, config, spec)
-
-
-def _render(runtime: Mapping[str, str], config: Mapping[str, Any], spec: ImageSpec) -> str:
+def render(runtime: Mapping[str, str], config: Mapping[str, Any], spec: ImageSpec) -> str:
+    """Return the README of a model in a runtime, such as ``ONNX``; ``config`` is that of its ``preprocess.json``."""
     crop = _CROP_SQUARE if spec.height == spec.width else _CROP
     resize = (_SQUASH if spec.resize == "squash" else crop).format(filter=spec.interpolation.upper())
     return _README.format(

@@ -25,7 +25,7 @@ class _Instance:
     key: str
     text: str
     associated: np.ndarray  # bool, by candidate
-    vectors: dict[str, list[torch.Tensor]] = field(default_factory=dict)  # by model, of the candidates
+    rows: list[int] = field(default_factory=list)  # of the candidates among all images
 
 
 def associate(one: SuiteSet, files: SetFiles, models: Models) -> Outcome:
@@ -35,10 +35,9 @@ def associate(one: SuiteSet, files: SetFiles, models: Models) -> Outcome:
     """
     instances: list[_Instance] = []
     broken: list[Refusal] = []
-    for batch, targets in models.encode_images(_examples(one, files, instances), broken):
-        for name, images in batch.items():
-            for vector, instance in zip(images.cpu(), targets, strict=True):
-                instance.vectors.setdefault(name, []).append(vector)
+    vectors, targets = models.encode_all(_examples(one, files, instances), broken)
+    for row, instance in enumerate(targets):
+        instance.rows.append(row)
     refused = list({refusal.key.partition("/")[0]: refusal for refusal in broken if refusal.key}.values())
     keys = {refusal.key.partition("/")[0] for refusal in refused if refusal.key}
     whole = [instance for instance in instances if instance.key not in keys]
@@ -46,9 +45,9 @@ def associate(one: SuiteSet, files: SetFiles, models: Models) -> Outcome:
     if whole:
         texts = models.encode_texts([instance.text for instance in whole])
         counts = [len(instance.associated) for instance in whole]
-        for name in models.encoders:
+        for name, images in vectors.items():
             scores = [
-                jaccard(_scores(instance.vectors[name], text), instance.associated)
+                jaccard(_scores(images[instance.rows], text), instance.associated)
                 for instance, text in zip(whole, texts[name], strict=True)
             ]
             metrics[name] = {**association_metrics(scores, counts)}
@@ -60,9 +59,9 @@ def cue_text(cue: str) -> str:
     return f"{'An' if cue[:1].lower() in 'aeiou' else 'A'} {cue.lower()}"
 
 
-def _scores(images: list[torch.Tensor], text: torch.Tensor) -> np.ndarray:
+def _scores(images: torch.Tensor, text: torch.Tensor) -> np.ndarray:
     """Scores of candidates, rounded to float32, so that equal vectors tie."""
-    return (torch.stack(images).double() @ text.double()).float().numpy()
+    return (images.double() @ text.double()).float().numpy()
 
 
 def _examples(one: SuiteSet, files: SetFiles, instances: list[_Instance]) -> Iterator[Example]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from reinforce.evaluation.registry import SuiteSet
 from reinforce.evaluation.suite.annotated import read_annotated
 from reinforce.evaluation.suite.files import SetFiles
@@ -17,17 +15,11 @@ def choose(one: SuiteSet, files: SetFiles, models: Models) -> Outcome:
     Equal scores, and scores that are not finite, are misses; the published evaluation counts equal scores as hits.
     """
     refused: list[Refusal] = []
-    captions: list[str] = []
-    parts: dict[str, list[torch.Tensor]] = {name: [] for name in models.encoders}
-    for batch, targets in models.encode_images(read_annotated(one, files), refused):
-        captions += [caption for pair in targets for caption in pair]
-        for name, images in batch.items():
-            parts[name].append(images.cpu())
+    vectors, pairs = models.encode_all(read_annotated(one, files), refused)
     metrics: dict[str, dict[str, float | None]] = {}
-    if captions:
-        texts = models.encode_texts(captions)
-        for name, vectors in parts.items():
-            images = torch.cat(vectors).double()
-            right, wrong = ((images * texts[name][side::2].double()).sum(1).float() for side in (0, 1))
+    if pairs:
+        texts = models.encode_texts([caption for pair in pairs for caption in pair])
+        for name, images in vectors.items():
+            right, wrong = ((images.double() * texts[name][side::2].double()).sum(1).float() for side in (0, 1))
             metrics[name] = {"acc": float((right > wrong).double().mean())}
-    return Outcome(metrics, len(captions) // 2 + len(refused), refused)
+    return Outcome(metrics, len(pairs) + len(refused), refused)

@@ -70,6 +70,18 @@ class Models:
             done += len(targets)
             self.progress(done)
 
+    def encode_all(
+        self, examples: Iterator[Example | Refusal], refused: list[Refusal]
+    ) -> tuple[dict[str, torch.Tensor], list[Any]]:
+        """The vectors [N, dim] of all images on the CPU, by model, and the N targets; no model if there is no image."""
+        parts: dict[str, list[torch.Tensor]] = {}
+        targets: list[Any] = []
+        for vectors, batch in self.encode_images(examples, refused):
+            targets += batch
+            for name, images in vectors.items():
+                parts.setdefault(name, []).append(images.cpu())
+        return {name: torch.cat(of_model) for name, of_model in parts.items()}, targets
+
     def encode_texts(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
         """Encode N texts -> float32 [N, dim] on the CPU, by model."""
         return {name: encode_texts(encoder, texts, self.batch) for name, encoder in self.encoders.items()}

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 from reinforce.errors import UserError
 from reinforce.evaluation.registry import Kind, SuiteSet
 from reinforce.evaluation.suite.files import SetFiles, find_files
-from reinforce.model_names import model_errors
 from reinforce.source.urls import canonical
-from teachers.spec import ModelSpec, TeacherSpec
+from teachers.spec import ModelSpec
 
 if TYPE_CHECKING:
     from reinforce.evaluation.suite.models import Models, Outcome
@@ -52,21 +51,11 @@ def _kinds() -> dict[Kind, Callable[[SuiteSet, SetFiles, Models], Outcome]]:
 
 def load_models(specs: Mapping[str, ModelSpec], device: str, precision: Precision, batch: int, threads: int) -> Models:
     """Load all models onto one device, with ``threads`` that decode images. Raises UserError."""
-    import torch
-
+    from reinforce.evaluation.encoding import load_encoders
     from reinforce.evaluation.suite.models import Models
-    from teachers.device.accelerator import Accelerator
-    from teachers.device.determinism import set_flags
-    from teachers.open_clip.teacher import OpenClipTeacher
 
-    torch.set_num_threads(min(torch.get_num_threads(), threads))  # torch ignores quotas of containers
-    set_flags(device)
-    encoders = {}
-    for name, spec in specs.items():
-        with model_errors(name):
-            accelerator = Accelerator(device, precision)
-            encoders[name] = OpenClipTeacher(TeacherSpec(model=spec.model, pretrained=spec.pretrained), accelerator)
-    return Models(encoders, accelerator, batch, threads)
+    loaded = [*load_encoders(specs, device, precision, threads)]
+    return Models({name: model for name, model, _ in loaded}, loaded[-1][2], batch, threads)
 
 
 def _check(one: SuiteSet, outcome: Outcome) -> Outcome:

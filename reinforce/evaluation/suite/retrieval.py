@@ -6,7 +6,6 @@ import functools
 from collections.abc import Iterator
 
 import numpy as np
-import torch
 
 from reinforce.errors import UserError
 from reinforce.evaluation.ranking import compute_recalls
@@ -26,20 +25,15 @@ def retrieve(one: SuiteSet, files: SetFiles, models: Models) -> Outcome:
     evaluations.
     """
     refused: list[Refusal] = []
-    captions: list[list[str]] = []
-    parts: dict[str, list[torch.Tensor]] = {name: [] for name in models.encoders}
     examples = _read_tables(one, files) if one.layout == "tables" else read_annotated(one, files)
-    for batch, targets in models.encode_images(examples, refused):
-        captions += targets
-        for name, images in batch.items():
-            parts[name].append(images.cpu())
+    vectors, captions = models.encode_all(examples, refused)
     metrics: dict[str, dict[str, float | None]] = {}
     if captions:
         counts = [len(texts) for texts in captions]
         pairs = np.stack([np.repeat(np.arange(len(counts)), counts), np.arange(sum(counts))]).astype(np.int64)
         texts = models.encode_texts([text for of_image in captions for text in of_image])
-        for name, vectors in parts.items():
-            recalls = compute_recalls(torch.cat(vectors), texts[name], pairs, models.accelerator)
+        for name, images in vectors.items():
+            recalls = compute_recalls(images, texts[name], pairs, models.accelerator)
             metrics[name] = {**retrieval_metrics(recalls)}
     return Outcome(metrics, len(captions) + len(refused), refused)
 

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from reinforce.shipping.readme import render
 from reinforce.shipping.towers import Tower
 from teachers.protocols import ImageSpec
 
@@ -35,10 +36,12 @@ class ExportOptions:
 
 
 class Target(ABC):
-    """A runtime. ``title`` is its name in messages, ``weights`` are the precisions in which it stores weights."""
+    """A runtime. ``title`` is its name in messages, ``weights`` are the precisions in which it stores weights, and
+    ``about_runtime`` is what the README of a model has of it."""
 
     title: ClassVar[str]
     weights: ClassVar[tuple[str, ...]]
+    about_runtime: ClassVar[Mapping[str, str]]
 
     @property
     def executor(self) -> str:
@@ -64,9 +67,9 @@ class Target(ABC):
         """Return what else ``export.json`` has about a converted tower."""
         return {}
 
-    @abstractmethod
     def readme(self, config: Mapping[str, Any], image: ImageSpec) -> str:
         """Return README.md of an exported folder. ``config`` is the content of its ``preprocess.json``."""
+        return render(self.about_runtime, config, image)
 
 
 def row_by_row(run: Run) -> Run:

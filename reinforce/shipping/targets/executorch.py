@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from reinforce.shipping.readme import render_executorch
+from reinforce.shipping.readme import EXECUTORCH
 from reinforce.shipping.targets.base import ExportOptions, Run, Target, row_by_row, silenced
 from reinforce.shipping.towers import Tower
-from teachers.protocols import ImageSpec
 
 
 class ExecuTorch(Target):
     title = "ExecuTorch"
     weights = ("fp32", "dynamic-int8")
+    about_runtime = EXECUTORCH
 
     def __init__(self) -> None:
         self._delegated: dict[Path, tuple[int, int]] = {}
@@ -70,9 +69,6 @@ class ExecuTorch(Target):
         delegated, others = self._delegated[path]
         share = delegated / (delegated + others)
         return {"delegate": {"name": "XNNPACK", "operations": delegated, "of": delegated + others, "share": share}}
-
-    def readme(self, config: Mapping[str, Any], image: ImageSpec) -> str:
-        return render_executorch(config, image)
 
 
 class _Pointwise(torch.nn.Module):

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from reinforce.shipping.readme import render_litert
+from reinforce.shipping.readme import LITERT
 from reinforce.shipping.targets.base import ExportOptions, Run, Target, row_by_row, silenced
 from reinforce.shipping.towers import Tower
-from teachers.protocols import ImageSpec
 
 #: `--weights` -> recipe of ai-edge-quantizer.
 _RECIPES = {"int8": "weight_only_wi8_afp32", "dynamic-int8": "dynamic_wi8_afp32"}
@@ -21,6 +18,7 @@ _RECIPES = {"int8": "weight_only_wi8_afp32", "dynamic-int8": "dynamic_wi8_afp32"
 class LiteRt(Target):
     title = "LiteRT"
     weights = ("fp32", *_RECIPES)
+    about_runtime = LITERT
 
     def max_difference(self, weights: str) -> float:
         return 1e-4 if weights == "fp32" else super().max_difference(weights)
@@ -55,9 +53,6 @@ class LiteRt(Target):
             return torch.from_numpy(interpreter.get_tensor(made))
 
         return row_by_row(run)
-
-    def readme(self, config: Mapping[str, Any], image: ImageSpec) -> str:
-        return render_litert(config, image)
 
 
 def _write(tower: Tower, path: Path) -> None:

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 
-from reinforce.shipping.readme import render_onnx
+from reinforce.shipping.readme import ONNX
 from reinforce.shipping.targets.base import ExportOptions, Run, Target
 from reinforce.shipping.towers import Tower
-from teachers.protocols import ImageSpec
 
 OUTPUT = "embeddings"
 #: Size in bytes from which weights are stored in a separate file: a protobuf message is limited to 2 GB.
@@ -22,6 +21,7 @@ EXTERNAL_DATA_BYTES = 19 * 10**8
 class Onnx(Target):
     title = "ONNX"
     weights = ("fp32",)
+    about_runtime = ONNX
 
     def max_difference(self, weights: str) -> float:
         return 1e-4
@@ -33,9 +33,6 @@ class Onnx(Target):
 
     def load(self, path: Path, threads: int | None = None) -> Run:
         return load_session(path, threads)
-
-    def readme(self, config: Mapping[str, Any], image: ImageSpec) -> str:
-        return render_onnx(config, image)
 
 
 def write_onnx(tower: Tower, path: Path, metadata: Mapping[str, str]) -> None:
