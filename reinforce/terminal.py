@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -157,8 +157,8 @@ def first_lines(lines: Sequence[str], most: int, more: str = "more") -> list[str
     return [*lines[:most], *([f"and {len(lines) - most:,} {more}"] if len(lines) > most else [])]
 
 
-def print_table(table: Table) -> None:
-    """Print a table; in a pipe or file without ``COLUMNS``, as wide as it is."""
+def print_table(table: RenderableType) -> None:
+    """Print a table, or lines and tables; in a pipe or file without ``COLUMNS``, as wide as they are."""
     console = Console()
     fits = console.is_terminal or console.is_jupyter or "COLUMNS" in os.environ
     (console if fits else Console(width=_PIPE_COLUMNS)).print(table)

@@ -12,11 +12,10 @@ import yaml
 
 import reinforce
 from reinforce.dataset.validate.validate import validate
-from reinforce.selection.config import SelectConfig
-from reinforce.selection.select import select
 from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.pages import blocks
 from tests.helpers.reinforced import reinforce_here
+from tests.helpers.views import make_view
 
 PAGE = "docs/cookbook.md"
 COLOUR = {"class": "tests.helpers.models:ColorTeacher", "options": {"size": 16, "dim": 8}, "logit_scale": 50.0}
@@ -46,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         broken = [(f"{shard:03d}99999.png", b"no image"), (f"{shard:03d}99999.txt", b"none")] * shard
         write_tar(folder / "source" / f"{shard:05d}.tar", [*members_of(shard, 6), *broken])
     url = reinforce_here(config(folder))
-    select(SelectConfig.model_validate({"dataset": url, "name": "best", "rules": [{"sample": KEPT}]}))
+    make_view(url, {"sample": KEPT}, name="best")
     return folder
 
 

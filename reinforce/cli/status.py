@@ -83,7 +83,7 @@ def _show(store: Store, reasons: bool, as_json: bool, verbose: bool) -> None:
         print_json(_as_json(store.url, progress, found))
         return
     if progress is not None:
-        _print_run(progress)
+        print_table(_run_group(progress))
     if begun:
         typer.echo("there are no layers yet: workers load their models")
     else:
@@ -176,16 +176,6 @@ def _run_group(progress: RunProgress) -> Group:
 
     lines = [Text(line) for line in (state_line(progress), headline(progress))]
     return Group(*lines, workers_table(progress), *(Text(line) for line in detail_lines(progress)))
-
-
-def _print_run(progress: RunProgress) -> None:
-    from reinforce.dataset.runs.progress_view import detail_lines, headline, state_line, workers_table
-
-    typer.echo(state_line(progress))
-    typer.echo(headline(progress))
-    print_table(workers_table(progress))
-    for line in detail_lines(progress):
-        typer.echo(line)
 
 
 def _print_dataset(found: Mapping[str, Any], reasons: bool, verbose: bool) -> None:

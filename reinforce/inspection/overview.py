@@ -15,6 +15,7 @@ from reinforce.dataset.files.listing import Listing
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.kinds.registry import stored_layer
 from reinforce.dataset.layers import SAMPLES
+from reinforce.dataset.manifest.schema import RunRecord, check_run
 from reinforce.dataset.reading.completeness import check_completeness
 from reinforce.dataset.reading.dataset import Dataset
 from reinforce.dataset.runs.progress import list_runs, read_summary
@@ -64,31 +65,13 @@ class Quarantine:
 
 
 @dataclass(frozen=True)
-class RunFacts:
-    """One run, as its summary.json records it."""
-
-    name: str
-    started: str
-    samples: int
-    shards: int
-    seconds: float
-    busy_share: float
-    message: str
-    stages: Mapping[str, Any]
-
-    @property
-    def rate(self) -> float:
-        return self.samples / self.seconds if self.seconds else 0.0
-
-
-@dataclass(frozen=True)
 class Overview:
-    """The facts of a dataset. ``shards`` is the number of shards of the samples layer."""
+    """The facts of a dataset. ``shards`` is the number of shards of the samples layer, ``runs`` have their start."""
 
     shards: int
     layers: tuple[LayerFacts, ...]
     quarantine: Quarantine
-    runs: tuple[RunFacts, ...]
+    runs: tuple[tuple[str, RunRecord], ...]
     problems: tuple[str, ...]
 
     @property
@@ -147,28 +130,15 @@ def _in_turn(lists: list[list[Quarantined]]) -> Iterator[Quarantined]:
                 yield items[nth]
 
 
-def _runs(store: Store, problems: list[str]) -> Iterator[RunFacts]:
+def _runs(store: Store, problems: list[str]) -> Iterator[tuple[str, RunRecord]]:
     for name in list_runs(store)[:_RUNS]:
         try:
             if (summary := read_summary(store, name)) is not None:
-                yield _run(name, summary)
+                time = _RUN_TIME.match(name)
+                started = "{}-{}-{} {}:{} UTC".format(*time.groups()) if time else name
+                yield started, check_run(summary, store.path("runs", name))
         except UserError as error:
             problems.append(str(error))
-
-
-def _run(name: str, summary: Mapping[str, Any]) -> RunFacts:
-    time = _RUN_TIME.match(name)
-    samples = summary.get("samples", 0)
-    return RunFacts(
-        name,
-        "{}-{}-{} {}:{} UTC".format(*time.groups()) if time else name,
-        samples if isinstance(samples, int) else 0,
-        int(summary.get("shards", 0)),
-        float(summary.get("seconds", 0)),
-        float(summary.get("busy_share", 0)),
-        str(summary.get("message") or ""),
-        summary.get("stages") or {},
-    )
 
 
 _IMAGES = {"embed": "embedded", "reference": "by reference", "none": "none: published labels"}

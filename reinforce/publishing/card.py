@@ -178,9 +178,8 @@ def _type(type_: pa.DataType) -> dict[str, Any]:
 
 def _size_category(rows: int) -> str:
     """Hugging Face's name of a number of rows: 1,364 -> 1K<n<10K."""
-    bounds = [1000 * 10**power for power in range(10)]
     names = ["1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T"]
-    upper = next((i for i, bound in enumerate(bounds) if rows < bound), len(bounds))
-    if upper == 0:
+    lower = len(str(rows)) - 4
+    if lower < 0:
         return "n<1K"
-    return f"n>{names[-1]}" if upper == len(bounds) else f"{names[upper - 1]}<n<{names[upper]}"
+    return f"{names[lower]}<n<{names[lower + 1]}" if lower + 1 < len(names) else f"n>{names[-1]}"

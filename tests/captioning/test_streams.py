@@ -25,9 +25,6 @@ from reinforce.captioning.finetune import build, finetune
 from reinforce.captioning.pairs import load_pairs
 from reinforce.captioning.streams import CaptionStreams, load_streams
 from reinforce.errors import UserError
-from reinforce.selection.config import SelectConfig
-from reinforce.selection.select import select
-from reinforce.settings import parse
 from reinforce.training.record import log
 from reinforce.training.task import Batch, Feed, Task
 from teachers.device.accelerator import Accelerator
@@ -38,6 +35,7 @@ from tests.helpers.ranks import start_ranks
 from tests.helpers.reinforced import reinforce_here
 from tests.helpers.tiny_coca import END, coca_model
 from tests.helpers.trainings import curve
+from tests.helpers.views import make_view
 
 SIZE = 16
 tokenize = Tokenizer("coca_ViT-B-32")
@@ -136,8 +134,7 @@ def test_sources_of_every_format_are_streamed(folder: Path, tmp_path: Path, kind
         run = {"source": f"{tmp_path}/images", "output": f"{tmp_path}/dataset", "augmentations": {"size": 8}}
         data["source"] = reinforce_here(run)
     if kind == "view":
-        rules = {"dataset": f"{tmp_path}/dataset", "name": "some", "rules": [{"sample": 9}]}
-        select(parse(SelectConfig, rules))
+        make_view(tmp_path / "dataset", {"sample": 9})
         data["view"] = "some"
         images = {sample.key: b"" for sample in reinforce.open(f"{tmp_path}/dataset", [], [], view="some")}
         assert len(images) == 9

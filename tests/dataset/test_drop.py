@@ -19,13 +19,11 @@ from reinforce.dataset.files.store import MANIFEST, Store
 from reinforce.dataset.manifest.manifest import read_manifest, record_scales
 from reinforce.engine.plan.plan import make_plan
 from reinforce.errors import UserError
-from reinforce.selection.config import SelectConfig
-from reinforce.selection.select import select
-from reinforce.settings import parse
 from schemas import Reason
 from tests.helpers.commands import printed_by
 from tests.helpers.data import config_of, members_of, tree, write_tar
 from tests.helpers.reinforced import reinforce_here
+from tests.helpers.views import make_view
 
 LAYERS = [
     *(f"embeddings/{teacher}/{what}" for teacher in ("blue", "red") for what in ("caption", "images", "namer")),
@@ -67,8 +65,7 @@ def content(dataset: Path) -> tuple[dict[str, bytes], Any]:
 def test_views_are_deleted_by_name_and_with_everything(dataset: Path, capfd: pytest.CaptureFixture[str]) -> None:
     url = str(dataset)
     for name in ("best", "other"):
-        rules = [{"where": "captions.namer[1] IS NOT NULL" if name == "best" else "width > 0"}]
-        select(parse(SelectConfig, {"dataset": url, "name": name, "rules": rules}))
+        make_view(url, "captions.namer[1] IS NOT NULL" if name == "best" else "width > 0", name=name)
     before = content(dataset)[0]
     printed = printed_by(capfd, "drop", url, "views/best")
     assert "views/best: 4 files" in printed

@@ -10,11 +10,9 @@ from rich.console import Console
 from reinforce.dataset.drop import drop, plan_drop
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.status import read_status, status_table
-from reinforce.selection.config import SelectConfig
-from reinforce.selection.select import select
-from reinforce.settings import parse
 from schemas import Reason
 from tests.helpers.reinforced import small_dataset
+from tests.helpers.views import make_view
 
 
 @pytest.fixture
@@ -45,7 +43,7 @@ def test_quarantined_rows_and_shards_are_counted_by_reason(store: Store) -> None
 
 def test_views_are_listed_with_what_they_keep_and_whether_they_are_current(store: Store) -> None:
     for name, where in (("all", "width > 0"), ("some", "captions.namer[1] IS NOT NULL AND key LIKE '%0'")):
-        select(parse(SelectConfig, {"dataset": store.url, "name": name, "rules": [{"where": where}]}))
+        make_view(store.url, where, name=name)
     drop(store, plan_drop(store, ["captions/*", "embeddings/*"]))
     (Path(store.url) / "views" / "stopped" / "parts-0").mkdir(parents=True)
     views = read_status(store.url)["views"]

@@ -24,7 +24,7 @@ from reinforce.demo.data import (
     shared_concepts,
     write_shards,
 )
-from reinforce.demo.styles import PIXELS, render_cropped, twemoji
+from reinforce.demo.styles import PIXELS, render_cropped
 from reinforce.demo.teacher_data import write_teacher_data
 from reinforce.demo.wrong_captions import write_wrong_captions
 from reinforce.errors import UserError
@@ -89,23 +89,11 @@ def test_folder_that_cannot_be_created_is_a_user_error(tmp_path: Path) -> None:
         write_shards(tmp_path / "file" / "shards")
 
 
-def test_openmoji_drawings_have_no_margins(tests: Path) -> None:
-    for members in read_shards(sorted((tests / UNSEEN_PICTURES).glob("*.tar"))).values():
-        left, top, right, bottom = Image.open(io.BytesIO(members["png"])).convert("RGBA").getchannel("A").getbbox()
-        assert max(right - left, bottom - top) >= PIXELS - 2
-
-
 def test_svg_is_cropped_to_what_is_drawn() -> None:
     svg = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 40 40"><path fill="red" d="M10 15h20v10h-20z"/></svg>'
     image = Image.open(io.BytesIO(render_cropped(svg))).convert("RGBA")
     assert image.size == (PIXELS, PIXELS)
     assert image.getchannel("A").getbbox() == (0, PIXELS // 4, PIXELS, 3 * PIXELS // 4)
-
-
-def test_twemoji_has_no_skin_tones() -> None:
-    drawings = twemoji()
-    assert "1f34e" in drawings
-    assert not any("1f3fd" in key.split("-")[1:] for key in drawings)
 
 
 def test_symbols_are_black_and_have_the_name_of_a_concept() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from reinforce.demo.concepts import select_concepts
-from reinforce.demo.names import base_code, make_phrase, name_emoji
+from reinforce.demo.names import make_phrase, name_emoji
 from tests.helpers.demo import read_shards
 
 
@@ -53,18 +53,6 @@ def test_unicode_names_become_phrases(name: str, short_name: str, expected: str)
 
 def test_skin_tones_and_emoji_without_a_name_are_excluded() -> None:
     assert [emoji.key for emoji in name_emoji(["1f44b", "1f44b-1f3fe", "1f3fe", "ffff"])] == ["1f44b"]
-
-
-def test_base_code_removes_zeros_variation_joiners_and_tones() -> None:
-    assert base_code("0039-FE0F-20E3") == "39-20e3"
-    assert base_code("1F44B-1F3FD") == "1f44b"
-    assert base_code("1f9d1-200d-1f680") == "1f9d1-1f680"
-    assert base_code("1f3fd") == "1f3fd"  # a lone tone
-
-
-def test_concepts_have_class_names_and_subgroups() -> None:
-    (apple,) = select_concepts(["1f34e"])
-    assert (apple.name, apple.group, apple.emoji.phrase) == ("red apple", "food-fruit", "a red apple")
 
 
 def test_flags_letters_families_and_gendered_variants_are_excluded() -> None:

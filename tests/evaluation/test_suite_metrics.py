@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
 from reinforce.errors import UserError
-from reinforce.evaluation.ranking import compute_recalls
 from reinforce.evaluation.registry import published_metrics, select_sets
 from reinforce.evaluation.suite.association import cue_text
 from reinforce.evaluation.suite.metrics import (
     association_metrics,
     classification_metrics,
-    group_accuracies,
     jaccard,
     macro_f1,
     macro_recall,
-    retrieval_metrics,
 )
-from tests.helpers.evaluation import CPU
 
 
 def test_f1_recall_and_jaccard_equal_those_of_scikit_learn() -> None:
@@ -47,23 +42,6 @@ def test_top_5_is_left_out_for_fewer_than_five_classes() -> None:
     metrics = classification_metrics(labels, ranks, predicted, 6)
     assert metrics == pytest.approx({"acc1": 1 / 3, "acc5": 2 / 3, "mean_per_class_recall": 1 / 2})
     assert classification_metrics(labels, ranks, predicted, 4)["acc5"] is None
-
-
-def test_groups_without_samples_do_not_count() -> None:
-    hits, groups = np.array([True, False, True, True]), np.array([7, 7, 0, 0])
-    assert group_accuracies(hits, groups) == {0: (1.0, 2), 7: (0.5, 2)}
-
-
-def test_an_image_with_five_captions_counts_once_and_each_caption_for_itself() -> None:
-    images, texts = torch.eye(2), torch.eye(2)[[0, 1, 1, 1, 1, 1]]
-    pairs = np.array([[0, 0, 0, 0, 0, 1], [0, 1, 2, 3, 4, 5]])
-    metrics = retrieval_metrics(compute_recalls(images, texts, pairs, CPU))
-    assert metrics["text_retrieval_recall@1"] == 0.5, (
-        "of equal scores the first: caption 1 of image 0 is before its own"
-    )
-    assert metrics["image_retrieval_recall@1"] == pytest.approx(2 / 6)
-    assert metrics["mean_recall@1"] == pytest.approx((1 / 2 + 2 / 6) / 2)
-    assert metrics["text_retrieval_recall@5"] == 1
 
 
 def test_jaccard_of_ties_and_of_scores_that_are_not_finite() -> None:
@@ -103,8 +81,6 @@ def test_sets_are_chosen_by_key_and_unknown_ones_are_refused() -> None:
     assert [one.key for one in select_sets("datacomp", ["pets", "cifar10", "vtab/pets"])] == ["cifar10", "vtab/pets"]
     with pytest.raises(UserError, match="has no set 'imagenet'"):
         select_sets("datacomp", ["imagenet"])
-    with pytest.raises(UserError, match=r"nothing is published of 'x'; choose one of .*mobileclip2_s0"):
-        published_metrics("x")
 
 
 def test_each_set_is_read_from_where_it_is_published() -> None:

@@ -12,13 +12,14 @@ import io
 import json
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from PIL import Image
+
+from tests.helpers.web import serving
 
 #: From the headers and the body of a request to the status and the body of the answer.
 Answer: TypeAlias = "Callable[[Any, dict[str, Any]], tuple[int, dict[str, Any]]]"
@@ -67,11 +68,8 @@ def _handler(answer: Answer, after: Callable[[], None] = lambda: None) -> type[h
 @contextlib.contextmanager
 def chat_server(answer: Answer = describe) -> Iterator[str]:
     """The URL of a server in this process."""
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _handler(answer)) as running:
-        running.daemon_threads = True
-        threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        yield f"http://127.0.0.1:{running.server_port}"
-        running.shutdown()
+    with serving(_handler(answer)) as url:
+        yield url
 
 
 def start_process(port: int, count: Path) -> subprocess.Popen[bytes]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.server
 import json
 import re
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from reinforce.config import parse_config
 from reinforce.engine.plan.plan import make_plan
 from teachers.redact import REDACTED
 from tests.helpers.data import config_of, members_of, write_tar
+from tests.helpers.web import serving
 
 PASSWORD, SIGNATURE, TOKEN = "p4ssw0rd-of-eve", "c0ffee-signature", "hf_t0ken-of-eve"
 
@@ -59,10 +59,8 @@ def address(tmp_path: Path) -> Iterator[str]:
     write_tar(tmp_path / "good.tar", members_of(0, 5))
     write_tar(tmp_path / "broken.tar", members_of(1, 5))
     handler = type("Handler", (_Server,), {"folder": tmp_path})
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"127.0.0.1:{server.server_port}"
-        server.shutdown()
+    with serving(handler) as url:
+        yield url.removeprefix("http://")
 
 
 def secretive(address: str, output: Path, **changes: Any) -> dict[str, Any]:

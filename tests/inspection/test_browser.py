@@ -6,7 +6,6 @@ import functools
 import http.server
 import itertools
 import shutil
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from reinforce.inspection import gallery
 from reinforce.inspection.report import inspect
 from tests.helpers.hostile_captions import SCRIPT
 from tests.helpers.inspected import REFUSED, WITHOUT_CAPTION, hostile_dataset
+from tests.helpers.web import serving
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium")
@@ -113,14 +113,11 @@ def choose(page: Any, view: str) -> None:
 def test_pages_open_from_disk_and_from_a_server_without_errors(report: Path, watched: Watched) -> None:
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(report))
     handler.log_message = lambda *_: None  # type: ignore[attr-defined]
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    for root in (f"file://{report}", f"http://127.0.0.1:{server.server_port}"):
-        for name in PAGES:
-            watched.page.goto(f"{root}/{name}", wait_until="networkidle")
-            assert watched.page.locator("h1").inner_text() in ("Summary", "Gallery", "Plots")
-    server.shutdown()
-    server.server_close()
+    with serving(handler) as url:
+        for root in (f"file://{report}", url):
+            for name in PAGES:
+                watched.page.goto(f"{root}/{name}", wait_until="networkidle")
+                assert watched.page.locator("h1").inner_text() in ("Summary", "Gallery", "Plots")
     assert len(watched.requests) > 20
 
 

@@ -10,18 +10,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 import reinforce
 from reinforce.errors import UserError
-from reinforce.inspection.plots import quantile_rows
 from reinforce.inspection.report import inspect
-from reinforce.selection.config import SelectConfig
-from reinforce.selection.select import select
-from reinforce.settings import parse
 from tests.helpers.inspected import REFUSED, WITHOUT_CAPTION, hostile_dataset
 from tests.helpers.reinforced import small_dataset
+from tests.helpers.views import make_view
 
 PAGES = ("index.html", "gallery.html", "plots.html")
 
@@ -180,8 +176,7 @@ SCORES = {"match": {"similarity": "red"}}
 def viewed(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A dataset with scores and hostile captions, and a view by a threshold and by keys."""
     url = hostile_dataset(tmp_path_factory.mktemp("viewed"), scores=SCORES)
-    rules = [{"keep": {"top": 0.5, "by": "scores.match.caption_mean"}}, {"where": "key NOT LIKE '%7'"}]
-    select(parse(SelectConfig, {"dataset": url, "name": "best", "rules": rules}))
+    make_view(url, {"keep": {"top": 0.5, "by": "scores.match.caption_mean"}}, "key NOT LIKE '%7'", name="best")
     return url
 
 
@@ -198,13 +193,6 @@ def thumbnails(page: str) -> dict[tuple[str, str], list[tuple[str, str]]]:
         else:
             found.setdefault((heads[0], heads[1]), []).append((value or "", key))
     return found
-
-
-def test_of_few_values_the_extremes_and_the_median_are_named() -> None:
-    values = np.array([3.0, np.nan, 1.0, 2.0])
-    assert quantile_rows(values) == [("0 %", 2), ("50 %", 3), ("100 %", 0)]
-    assert quantile_rows(values[:1]) == [("100 %", 0)]
-    assert quantile_rows(values[1:2]) == []
 
 
 def test_samples_at_the_quantiles_of_a_score_are_shown(viewed: str, tmp_path: Path) -> None:

@@ -21,11 +21,9 @@ from reinforce.dataset.files.store import MANIFEST, Store
 from reinforce.errors import UserError
 from reinforce.publishing.card import write_card
 from reinforce.publishing.card_page import MARK, markdown
-from reinforce.selection.config import SelectConfig
-from reinforce.selection.select import select
-from reinforce.settings import parse
 from tests.helpers.data import config_of
 from tests.helpers.reinforced import small_dataset
+from tests.helpers.views import make_view
 
 TEACHERS = {
     **config_of("", "")["teachers"],
@@ -69,8 +67,7 @@ def load(dataset: str, layer: str, tmp_path: Path, **options: Any) -> Any:
 def test_views_that_are_current_are_configurations(dataset: str, tmp_path: Path) -> None:
     url = str(shutil.copytree(dataset, tmp_path / "out"))
     for name, where in (("some", "key LIKE '%1'"), ("stale", "captions.namer[1] IS NOT NULL")):
-        config = {"dataset": url, "name": name, "rules": [{"where": where}]}
-        select(parse(SelectConfig, config))
+        make_view(url, where, name=name)
     drop(Store(url), plan_drop(Store(url), ["captions/*", "embeddings/*"]))
     write_card(url, force=True)
     card = front_matter(Path(url, "README.md"))

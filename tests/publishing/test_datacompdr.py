@@ -26,11 +26,9 @@ from reinforce.publishing import datacompdr_shard
 from reinforce.publishing.datacompdr import Exported, export_datacompdr
 from reinforce.publishing.embeddings import export_embeddings
 from reinforce.publishing.labels import export_labels
-from reinforce.selection.config import SelectConfig
-from reinforce.selection.select import select
-from reinforce.settings import parse
 from tests.helpers.data import config_of, members_of, picture, tree, write_tar
 from tests.helpers.reinforced import reinforce_here
+from tests.helpers.views import make_view
 
 
 def export(folder: Path, output: Path | None = None, **options: Any) -> Exported:
@@ -270,7 +268,7 @@ def test_images_by_reference_are_read_from_folders_that_are_named(tmp_path: Path
 
 def test_of_a_view_only_its_samples_are_exported(plain: Path, tmp_path: Path) -> None:
     url = str(shutil.copytree(plain / "out", tmp_path / "out"))
-    view = select(parse(SelectConfig, {"dataset": url, "name": "some", "rules": [{"where": "key LIKE '0000000_'"}]}))
+    view = make_view(url, "key LIKE '0000000_'")
     exported = export(tmp_path, view="some", images=False)
     assert (exported.shards, exported.samples) == (1, 5), "the other shard has no sample of the view"
     [tar] = (tmp_path / "tars").glob("*.tar")

@@ -13,18 +13,16 @@ import pandas
 import pytest
 
 import reinforce
-from reinforce.cli import main
 from reinforce.demo.data import make_picture, shared_concepts, write_pictures
 from reinforce.demo.styles import twemoji
 from reinforce.errors import UserError
 from reinforce.publishing import embeddings
 from reinforce.publishing.embeddings import ExportedVectors, export_embeddings
-from reinforce.selection.config import SelectConfig
-from reinforce.selection.select import select
-from reinforce.settings import parse
+from tests.helpers.commands import Command
 from tests.helpers.data import config_of, members_of, picture, write_tar
 from tests.helpers.demo import COMMITTED
 from tests.helpers.reinforced import reinforce_here
+from tests.helpers.views import make_view
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +71,7 @@ def test_rows_of_images_texts_and_metadata_belong_together(dataset: str, tmp_pat
 def test_of_a_view_only_its_samples_are_exported(dataset: str, tmp_path: Path) -> None:
     url = str(shutil.copytree(dataset, tmp_path / "dataset"))
     # The second shard has no sample of the view.
-    select(parse(SelectConfig, {"dataset": url, "name": "some", "rules": [{"where": "key IN ('00000001', 'silent')"}]}))
+    make_view(url, "key IN ('00000001', 'silent')")
     found = export(url, tmp_path / "out", teacher="red", texts="none", view="some")
     assert (found.parts, found.rows) == (1, 2)
     table = pandas.read_parquet(tmp_path / "out" / "metadata")
@@ -88,11 +86,9 @@ def test_of_a_view_only_its_samples_are_exported(dataset: str, tmp_path: Path) -
         export(url, tmp_path / "other", teacher="red", view="best")
 
 
-def test_options_choose_augmentation_caption_and_type(dataset: str, tmp_path: Path) -> None:
+def test_options_choose_augmentation_caption_and_type(dataset: str, tmp_path: Path, command: Command) -> None:
     words = ["export", "embeddings", dataset, str(tmp_path), "--teacher", "blue", "--texts", "namer", "--no-ray"]
-    with pytest.raises(SystemExit) as ended:
-        main([*words, "--image", "1", "--text", "1", "--dtype", "float32"])
-    assert not ended.value.code
+    assert command(*words, "--image", "1", "--text", "1", "--dtype", "float32")[0] == 0
     images, texts = (read(tmp_path, name) for name in ("img_emb", "text_emb"))
     table = pandas.read_parquet(tmp_path / "metadata")
     samples = list(reinforce.open(dataset))

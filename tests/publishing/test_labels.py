@@ -23,12 +23,10 @@ from reinforce.labels.index import open_index
 from reinforce.publishing import labels
 from reinforce.publishing.labels import ExportedLabels, export_labels
 from reinforce.publishing.public import public_url, without_paths
-from reinforce.selection.config import SelectConfig
-from reinforce.selection.select import select
-from reinforce.settings import parse
 from tests.helpers.commands import printed_by, run_command
 from tests.helpers.data import config_of, members_of, picture, tree, write_tar
 from tests.helpers.reinforced import reinforce_here
+from tests.helpers.views import make_view
 
 PRIVATE = {
     "signed": "https://bucket.s3.amazonaws.com/a.jpg?X-Amz-Signature=abc&X-Amz-Credential=AKIA",
@@ -217,7 +215,7 @@ def test_labels_in_an_object_store_are_those_on_disk(dataset: str, published: Pa
 
 def test_some_layers_of_a_view_come_with_what_they_are_computed_from(dataset: str, tmp_path: Path) -> None:
     url = str(shutil.copytree(dataset, tmp_path / "dataset"))
-    select(parse(SelectConfig, {"dataset": url, "name": "some", "rules": [{"where": "key LIKE '%1'"}]}))
+    make_view(url, "key LIKE '%1'")
     output = tmp_path / "labels"
     options: dict[str, Any] = {"layers": ["embeddings/red/namer"], "view": "some", "identities": ["uid"]}
     result = export(url, output, **options)

@@ -7,7 +7,6 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import fsspec
 import numpy as np
@@ -16,11 +15,10 @@ from PIL import Image
 from rich.console import Console
 
 import reinforce
-from reinforce.cli import main
 from reinforce.dataset.layers import TRUE_CAPTION
 from reinforce.report.captions import _rows_per_shard, captions_report
 from reinforce.report.captions_view import captions_table, write_report
-from tests.helpers.commands import printed_by, run_command
+from tests.helpers.commands import Command, printed_by, run_command
 from tests.helpers.data import config_of
 from tests.helpers.reinforced import reinforce_here
 
@@ -107,20 +105,15 @@ def test_a_few_rows_of_many_shards_are_spread_over_them(shards: Callable[..., st
 
 
 def test_the_command_prints_a_table_and_writes_the_report(
-    dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    dataset: str, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def command(*arguments: str) -> Any:
-        with pytest.raises(SystemExit) as exited:
-            main(["captions-report", dataset, *arguments])
-        return exited.value.code or 0, *capsys.readouterr()
-
     monkeypatch.chdir(tmp_path)
-    status, out, _ = command("--captioner", "namer", "--teacher", "red", "--limit", "9")
+    status, out, _ = command("captions-report", dataset, "--captioner", "namer", "--teacher", "red", "--limit", "9")
     assert status == 0
     assert "self-BLEU-4" in out
     assert "9 images; written: captions-report/report.json" in out
     assert {path.name for path in (tmp_path / "captions-report").iterdir()} == FILES
-    status, _, err = command("--captioner", "nobody", "--out", "elsewhere")
+    status, _, err = command("captions-report", dataset, "--captioner", "nobody", "--out", "elsewhere")
     assert (status, "has no captioner 'nobody'" in err) == (2, True)
     assert not (tmp_path / "elsewhere").exists()
 

@@ -22,8 +22,6 @@ from reinforce.evaluation.config import RetrievalSet, ZeroShotSet
 from reinforce.evaluation.reading import read_samples
 from reinforce.evaluation.sets import open_retrieval_set, open_zero_shot_set
 from reinforce.report.captions import captions_report
-from reinforce.selection.config import SelectConfig
-from reinforce.selection.select import select
 from reinforce.settings import parse
 from reinforce.source.samples import RawSample
 from reinforce.student.config import Data
@@ -32,6 +30,7 @@ from reinforce.training.task import Batch
 from tests.helpers.data import members_of, write_tar
 from tests.helpers.in_loaders import letters
 from tests.helpers.reinforced import small_dataset
+from tests.helpers.views import make_view
 
 KEPT = 7
 
@@ -43,7 +42,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> str:
     some = [sample.key for sample in reinforce.open(url)][: 2 * KEPT : 2]
     keys = ", ".join(f"'{key}'" for key in some)
     for name, rule in (("some", {"where": f"key IN ({keys})"}), ("few", {"sample": KEPT})):
-        select(parse(SelectConfig, {"dataset": url, "name": name, "rules": [rule]}))
+        make_view(url, rule, name=name)
     return url
 
 
@@ -91,7 +90,7 @@ def test_a_checkpoint_states_the_view_and_one_without_is_as_before(url: str) -> 
 
 def test_the_file_of_a_shard_is_read_once_in_a_process(tmp_path: Path) -> None:
     url = small_dataset(tmp_path)
-    select(parse(SelectConfig, {"dataset": url, "name": "few", "rules": [{"sample": KEPT}]}))
+    make_view(url, {"sample": KEPT}, name="few")
     expected = [batch["key"] for batch in take(feed_of(url, "few"), 4)]
     feed = feed_of(url, "few")
     batches = feed.batches(0, 1, KEPT, 0)
@@ -105,7 +104,7 @@ def test_a_view_of_other_rows_fails_before_the_first_step(url: str, tmp_path: Pa
     other = small_dataset(tmp_path)
     with pytest.raises(UserError, match="has no view 'some'"):
         feed_of(other, "some")
-    select(parse(SelectConfig, {"dataset": other, "name": "some", "rules": [{"sample": KEPT}]}))
+    make_view(other, {"sample": KEPT})
     shards = Path(other, "views/some/shards.parquet")
     table = pq.read_table(shards)
     kept = [[*counts, 0] for counts in table["kept"].to_pylist()]

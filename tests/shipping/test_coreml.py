@@ -14,7 +14,6 @@ import torch
 from reinforce.cli import main
 from reinforce.shipping.checks import compare
 from reinforce.shipping.targets import coreml, mil
-from reinforce.shipping.targets.base import row_by_row
 from reinforce.shipping.tokens import PROBES
 from reinforce.shipping.towers import Tower, reparameterize, split_towers
 from teachers.open_clip.teacher import image_spec, load_model
@@ -211,8 +210,3 @@ def test_packages_of_mobileclip2_s0_compute_what_it_does(tmp_path: Path) -> None
             assert sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) < size
             found = compare(coreml.TARGET.load(path), references[tower.name], tower.example(6))
             assert found.minimum >= allowed, (weights, tower.name, found)
-
-
-def test_rows_are_run_one_by_one() -> None:
-    run = row_by_row(lambda row: row * len(row))
-    assert torch.equal(run(torch.ones(3, 2)), torch.ones(3, 2))

@@ -23,7 +23,6 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
 
 from reinforce.cli import main
 from reinforce.config import Limits
@@ -169,13 +168,6 @@ def test_exported_files_contain_no_paths_of_this_machine(exported: Exported) -> 
         content = path.read_bytes()
         for text in (str(Path(models.__file__).parents[2]), "site-packages", str(exported.folder.parent)):
             assert text.encode() not in content, path.name
-
-
-def test_tokenizer_pads_and_truncates_like_open_clip(exported: Exported) -> None:
-    texts = ["", "a photo of a cat", "many words " * 30]
-    actual = Tokenizer.from_file(str(exported.folder / "tokenizer.json")).encode_batch(texts)
-    assert [text.ids for text in actual] == open_clip.get_tokenizer(exported.model)(texts).tolist()
-    assert {len(text.ids) for text in actual} == {models.CONTEXT}
 
 
 def test_report_and_golden_file_hold_what_the_trained_model_computes(

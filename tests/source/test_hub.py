@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -15,12 +14,13 @@ import pytest
 import yaml
 from huggingface_hub import HfFileSystem
 
-from reinforce.cli import main
 from reinforce.source.formats.recognise import source_format
 from reinforce.source.identity import read_state
 from reinforce.source.urls import canonical, expand, shard_name
+from tests.helpers.commands import printed_by
 from tests.helpers.data import picture
 from tests.helpers.tables import outcomes, read_table, write_huggingface
+from tests.helpers.web import serving
 
 API = "/api/datasets/lab/photos"
 
@@ -67,12 +67,10 @@ class _Hub(BaseHTTPRequestHandler):
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The folder of the repository hf://datasets/lab/photos."""
     handler = type("Handler", (_Hub,), {"folder": tmp_path})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setitem(fsspec.config.conf, "hf", {"endpoint": f"http://127.0.0.1:{server.server_port}"})
+    with serving(handler) as endpoint:
+        monkeypatch.setitem(fsspec.config.conf, "hf", {"endpoint": endpoint})
         HfFileSystem.clear_instance_cache()
         yield tmp_path
-        server.shutdown()
     HfFileSystem.clear_instance_cache()
 
 
@@ -91,19 +89,15 @@ def test_files_of_the_hub_are_listed_and_read(hub: Path) -> None:
 
 
 def test_init_writes_a_config_for_a_dataset_of_the_hub(
-    hub: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    hub: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (hub / "data").mkdir()
     for name in ("train-0", "train-1", "validation-0"):
         write_huggingface(hub / "data" / f"{name}.parquet", [picture(3)], {"caption": ["a thing"]})
     (hub / "here").mkdir()
     monkeypatch.chdir(hub / "here")
-    for command in (["init", "hf://datasets/lab/photos"], ["plan", "photos.yaml"]):
-        with pytest.raises(SystemExit) as ended:
-            main(command)
-        assert not ended.value.code
+    out = printed_by(capfd, "init", "hf://datasets/lab/photos") + printed_by(capfd, "plan", "photos.yaml")
     config = yaml.safe_load(Path("photos.yaml").read_text())
     assert config["source"] == "hf://datasets/lab/photos/data/train*.parquet"
-    out = capsys.readouterr().out
     assert "other splits than `train` are left out: 1" in out
     assert "2 shards, 2 with something missing" in out

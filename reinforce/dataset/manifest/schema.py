@@ -105,10 +105,11 @@ class _Device(_Part):
 
 
 class RunRecord(_Part):
-    """What ``reinforce status`` shows of a run's summary.json."""
+    """What ``reinforce status`` and ``inspect`` show of a run's summary.json."""
 
     run: _Text | None = None
     shards: int = 0
+    samples: int = 0
     seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     message: _Text | None = None
     cleaned: dict[str, dict[str, int]] = Field(default_factory=dict)
@@ -117,6 +118,11 @@ class RunRecord(_Part):
     busy_share: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     stages: dict[_Text, _Stage] = Field(default_factory=dict)
     device: _Device = _Device()
+
+    @property
+    def rate(self) -> float:
+        """Samples a second."""
+        return self.samples / self.seconds if self.seconds else 0.0
 
 
 def check_manifest(manifest: Mapping[str, Any], where: str) -> None:

@@ -13,17 +13,14 @@ import pytest
 from reinforce.dataset.drop import drop, plan_drop
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.validate.validate import validate
-from reinforce.selection.config import SelectConfig
-from reinforce.selection.select import select
-from reinforce.settings import parse
+from tests.helpers.views import make_view
 
 
 @pytest.fixture
 def viewed(made: Path, tmp_path: Path) -> Path:
     """A copy of a dataset with a view."""
     url = Path(shutil.copytree(made, tmp_path / "out"))
-    rule = {"where": "captions.namer[1] IS NOT NULL AND key LIKE '%1'"}
-    select(parse(SelectConfig, {"dataset": str(url), "name": "best", "rules": [rule]}))
+    make_view(url, "captions.namer[1] IS NOT NULL AND key LIKE '%1'", name="best")
     return url
 
 

@@ -17,12 +17,10 @@ from reinforce.dataset.validate.validate import validate
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.preflight.check_source import check_source
 from reinforce.errors import UserError
-from reinforce.selection.config import SelectConfig
-from reinforce.selection.select import select
-from reinforce.settings import parse
 from tests.helpers.data import config_of, members_of, picture, write_tar
 from tests.helpers.reinforced import reinforce_here
 from tests.helpers.tables import outcomes, read_table
+from tests.helpers.views import make_view
 
 TEACHERS = {"red": config_of("", "")["teachers"]["red"]}
 
@@ -69,11 +67,6 @@ def viewed(first: Path, tmp_path: Path) -> Path:
     return tmp_path / "first"
 
 
-def make_view(dataset: Path, where: str) -> str:
-    config = {"dataset": str(dataset), "name": "some", "rules": [{"where": where}]}
-    return select(parse(SelectConfig, config)).fingerprint
-
-
 @pytest.mark.parametrize("images", ["embed", "reference"])
 def test_of_a_view_its_samples_are_read_and_dataset_json_records_it(first: Path, viewed: Path, images: str) -> None:
     spec = {"view": "some", **({"images_from": str(first / "tars")} if images == "reference" else {})}
@@ -93,7 +86,7 @@ def test_a_view_of_a_source_that_was_made_again_is_refused_with_what_differs(vie
     values = config(viewed / "embed", viewed / "out", input={"view": "some"})
     reinforce_here(values)
     before = Store(f"{viewed}/embed").read_json("views/some/view.json")["fingerprint"]  # type: ignore[index]
-    now = make_view(viewed / "embed", "key = '00000002'")
+    now = make_view(viewed / "embed", "key = '00000002'").fingerprint
     for view, message in [
         ("some", f'input.view: "some@{before}" in the dataset, "some@{now}" in this config'),
         (f"some@{before}", f"view some of {viewed}/embed was made again: it has fingerprint {now} now"),

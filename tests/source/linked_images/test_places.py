@@ -6,7 +6,6 @@ import contextlib
 import csv
 import functools
 import http.server
-import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from reinforce.source.linked_images import places
 from reinforce.source.linked_images.http import is_public_address
 from tests.helpers.data import picture
 from tests.helpers.tables import outcomes, read_table
+from tests.helpers.web import serving
 
 IMAGES = [picture(number) for number in range(3)]
 
@@ -68,11 +68,8 @@ def server(folder: Path, redirects: dict[str, str] | None = None) -> Iterator[st
         def log_message(self, *_: Any) -> None:
             """Log nothing."""
 
-    handler = functools.partial(Handler, directory=str(folder))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{running.server_port}"
-        running.shutdown()
+    with serving(functools.partial(Handler, directory=str(folder))) as url:
+        yield url
 
 
 def test_paths_of_a_table_are_relative_to_its_folder_and_stay_in_it(folder: Path) -> None:
