@@ -24,7 +24,14 @@ from reinforce.engine.decode.row import Decoded, DecodeSpec, Row, StoredImage
 from reinforce.source.samples import RawSample, Refusal
 from schemas import Reason
 from tests.helpers.data import config_of, picture
-from tests.helpers.decode_faults import CrashingRecords, CrashingSample, FailingSample, OnceCrashingSample, SizedRow
+from tests.helpers.decode_faults import (
+    CrashingRecords,
+    CrashingSample,
+    FailingSample,
+    HangingSample,
+    OnceCrashingSample,
+    SizedRow,
+)
 from tests.hostile.images import scan_bomb
 
 CONFIG = parse_config({**config_of("x", "y", captioners={}, teachers={}), "input": {"limits": {"scans": 100_000}}})
@@ -81,9 +88,21 @@ def pids(pool: DecodePool) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def expected() -> Found:
+def single() -> Iterator[DecodePool]:
+    """One process, which many tests share, since each takes CPU to start."""
     with pool_of(1) as pool:
-        return decode_all(pool, [row(i) for i in range(40)])
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def double() -> Iterator[DecodePool]:
+    with pool_of(2) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def expected(single: DecodePool) -> Found:
+    return decode_all(single, [row(i) for i in range(40)])
 
 
 def test_any_number_of_processes_gives_the_same_records_and_pixels(expected: Found) -> None:
@@ -93,7 +112,9 @@ def test_any_number_of_processes_gives_the_same_records_and_pixels(expected: Fou
 
 
 @pytest.mark.parametrize(("mebibytes", "most"), [(0, 16), (10, 12), (50, 2), (500, 1)])
-def test_rows_are_read_ahead_up_to_a_number_and_a_number_of_bytes(mebibytes: int, most: int) -> None:
+def test_rows_are_read_ahead_up_to_a_number_and_a_number_of_bytes(
+    single: DecodePool, mebibytes: int, most: int
+) -> None:
     read = 0
 
     def rows() -> Iterator[Row]:
@@ -102,7 +123,7 @@ def test_rows_are_read_ahead_up_to_a_number_and_a_number_of_bytes(mebibytes: int
             read += 1
             yield SizedRow(f"k{number}", sample=row(0).sample, size=mebibytes * 2**20)
 
-    with pool_of(1) as pool, pool.lease(SPEC, 64) as lease:
+    with single.lease(SPEC, 64) as lease:
         furthest = []
         for done, found in enumerate(decode_ahead(lease, rows(), 16), start=1):
             assert isinstance(found, Row)
@@ -113,9 +134,9 @@ def test_rows_are_read_ahead_up_to_a_number_and_a_number_of_bytes(mebibytes: int
     assert max(furthest) == most
 
 
-def test_refusals_pass_in_order_and_decoded_rows_keep_their_image_without_its_sidecars() -> None:
+def test_refusals_pass_in_order_and_decoded_rows_keep_their_image_without_its_sidecars(single: DecodePool) -> None:
     refusal = Refusal("bad", Reason.NO_IMAGE, "no image")
-    with pool_of(1) as pool, pool.lease(SPEC, 64) as lease:
+    with single.lease(SPEC, 64) as lease:
         first, bad, second, worse = decode_ahead(lease, [row(0), refusal, row(1), refusal], 16)
     assert bad == worse == refusal
     for number, found in enumerate((first, second)):
@@ -133,20 +154,19 @@ def test_an_image_that_crashes_its_process_is_refused_and_all_others_are_decoded
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: Found
 ) -> None:
     monkeypatch.setenv("TESTS_CRASHED", str(tmp_path / "crashed"))
-    kinds: dict[int, type[RawSample]] = {**dict.fromkeys((3, 4, 20), CrashingSample), 5: OnceCrashingSample}
+    kinds: dict[int, type[RawSample]] = {**dict.fromkeys((3, 4), CrashingSample), 5: OnceCrashingSample}
     with pool_of(2) as pool:
         found = decode_all(pool, [row(i, kind=kinds.get(i, RawSample)) for i in range(40)])
     detail = "the process that decoded it ended with signal SIGSEGV, 2 times"
-    refused = assert_equal(found, expected, [3, 4, 20])
-    assert refused == [Refusal(f"k{i}", Reason.IMAGE_CRASHED, detail) for i in (3, 4, 20)]
+    refused = assert_equal(found, expected, [3, 4])
+    assert refused == [Refusal(f"k{i}", Reason.IMAGE_CRASHED, detail) for i in (3, 4)]
     assert (tmp_path / "crashed").exists(), "an image whose process dies once is decoded by the next"
 
 
 def test_an_image_that_takes_too_long_is_refused_and_all_others_are_decoded(expected: Found) -> None:
-    bomb = scan_bomb(4_000)  # takes minutes
-    with pool_of(2, seconds=1.0, attempts=1) as pool:
-        found = decode_all(pool, [row(i, bomb if i == 7 else None) for i in range(40)])
-    detail = "decoding took longer than failures.sample_seconds = 1, 1 times"
+    with pool_of(2, seconds=10.0, attempts=1) as pool:
+        found = decode_all(pool, [row(i, kind=HangingSample if i == 7 else RawSample) for i in range(40)])
+    detail = "decoding took longer than failures.sample_seconds = 10, 1 times"
     assert assert_equal(found, expected, [7]) == [Refusal("k7", Reason.IMAGE_HUNG, detail)]
 
 
@@ -163,29 +183,28 @@ def test_a_stored_image_that_crashes_its_process_is_unreadable_and_black() -> No
 
 def test_processes_that_are_killed_are_replaced(expected: Found) -> None:
     with pool_of(2) as pool:
-        for _ in range(3):
+        for _ in range(2):
             for pid in pids(pool):
                 os.kill(pid, signal.SIGKILL)
             assert_equal(decode_all(pool, [row(i) for i in range(40)]), expected)
 
 
-def test_an_unexpected_exception_is_raised_where_the_row_is_due() -> None:
-    with pool_of(2) as pool, pytest.raises(RuntimeError, match="ZeroDivisionError: decoders do not do this"):
-        decode_all(pool, [row(i, kind=FailingSample if i == 9 else RawSample) for i in range(40)])
+def test_an_unexpected_exception_is_raised_where_the_row_is_due(double: DecodePool) -> None:
+    with pytest.raises(RuntimeError, match="ZeroDivisionError: decoders do not do this"):
+        decode_all(double, [row(i, kind=FailingSample if i == 9 else RawSample) for i in range(40)])
 
 
-def test_a_consumer_that_stops_leaves_no_process_at_its_cells(expected: Found) -> None:
-    with pool_of(2) as pool:
-        for _ in range(5):
-            with pool.lease(SPEC, 64) as lease:
-                rows = decode_ahead(lease, (row(100 + i) for i in range(40)), window=16)
-                next(rows)
-                rows.close()
-            assert_equal(decode_all(pool, [row(i) for i in range(40)]), expected)
+def test_a_consumer_that_stops_leaves_no_process_at_its_cells(double: DecodePool, expected: Found) -> None:
+    for _ in range(3):
+        with double.lease(SPEC, 64) as lease:
+            rows = decode_ahead(lease, (row(100 + i) for i in range(40)), window=16)
+            next(rows)
+            rows.close()
+        assert_equal(decode_all(double, [row(i) for i in range(40)]), expected)
 
 
-def test_leases_of_two_shards_share_the_processes(expected: Found) -> None:
-    with pool_of(2) as pool, pool.lease(SPEC, 64) as one, pool.lease(SPEC, 64) as other:
+def test_leases_of_two_shards_share_the_processes(double: DecodePool, expected: Found) -> None:
+    with double.lease(SPEC, 64) as one, double.lease(SPEC, 64) as other:
         assert one.cells.crops is not None
         assert other.cells.crops is not None
         assert not np.shares_memory(one.cells.crops, other.cells.crops)
@@ -197,11 +216,10 @@ def test_leases_of_two_shards_share_the_processes(expected: Found) -> None:
                 np.testing.assert_array_equal(crops[found.cell], expected[1][i])
 
 
-def test_regions_begin_at_pages_so_that_they_can_be_locked() -> None:
-    with pool_of(1) as pool:
-        for size in (1, 5_000, 4096):
-            assert pool.allocate(size).ctypes.data % mmap.PAGESIZE == 0
-        outcomes, _ = decode_all(pool, [row(i) for i in range(2)])
+def test_regions_begin_at_pages_so_that_they_can_be_locked(single: DecodePool) -> None:
+    for size in (1, 5_000, 4096):
+        assert single.allocate(size).ctypes.data % mmap.PAGESIZE == 0
+    outcomes, _ = decode_all(single, [row(i) for i in range(2)])
     assert all(isinstance(outcome, Decoded) for outcome in outcomes)
 
 
@@ -213,7 +231,7 @@ def test_closing_ends_the_processes_and_whoever_waits() -> None:
         future = submit(lease, row(0, scan_bomb(4_000)))
         pool.close()
         with pytest.raises(RuntimeError, match="the decode processes were stopped"):
-            future.result(timeout=120)
+            future.result(timeout=600)
         with pytest.raises(RuntimeError, match="the decode processes were stopped"):
             submit(lease, row(0))
     assert not Path(f"/proc/{pid}").exists()
@@ -241,7 +259,7 @@ def test_no_process_outlives_its_parent_not_even_inside_a_decoder() -> None:
         children = [int(pid) for pid in parent.stdout.readline().split()]
         assert len(children) == 2
         parent.kill()
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while any(_runs(pid) for pid in children):
         assert time.monotonic() < deadline, children
         time.sleep(0.05)
@@ -255,12 +273,11 @@ def _runs(pid: int) -> bool:
         return False
 
 
-def test_a_process_is_small_and_imports_neither_torch_nor_ray() -> None:
-    with pool_of(1) as pool:
-        decode_all(pool, [row(i) for i in range(8)])
-        [pid] = pids(pool)
-        mapped = Path(f"/proc/{pid}/maps").read_text()
-        status = Path(f"/proc/{pid}/status").read_text().split()
+def test_a_process_is_small_and_imports_neither_torch_nor_ray(single: DecodePool) -> None:
+    decode_all(single, [row(i) for i in range(8)])
+    [pid] = pids(single)
+    mapped = Path(f"/proc/{pid}/maps").read_text()
+    status = Path(f"/proc/{pid}/status").read_text().split()
     assert "PIL" in mapped
     assert "torch" not in mapped
     assert "/ray/" not in mapped
@@ -290,24 +307,24 @@ def test_a_process_that_cannot_start_is_an_error(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(RuntimeError, match="a decode process does not start: exit status 1"):
         pool.wait_until_ready()
     with pool.lease(SPEC, 8) as lease, pytest.raises(RuntimeError, match="does not start"):
-        submit(lease, row(0)).result(timeout=240)
+        submit(lease, row(0)).result(timeout=600)
     pool.close()
 
 
-def test_a_lease_needs_no_memory_where_no_pixels_are_needed() -> None:
-    with pool_of(1) as pool, pool.lease(DecodeSpec(CONFIG, PixelLayout(None)), 8) as lease:
+def test_a_lease_needs_no_memory_where_no_pixels_are_needed(single: DecodePool) -> None:
+    with single.lease(DecodeSpec(CONFIG, PixelLayout(None)), 8) as lease:
         [outcome] = submit(lease, row(0)).result()
         assert isinstance(outcome, Decoded)
         assert (outcome.width, outcome.height, outcome.caption) == (40, 30, "a caption")
 
 
-def test_the_images_of_the_oldest_lease_are_decoded_first() -> None:
+def test_the_images_of_the_oldest_lease_are_decoded_first(single: DecodePool) -> None:
     order: list[str] = []
-    with pool_of(1) as pool, pool.lease(SPEC, 64) as older, pool.lease(SPEC, 64) as younger:
+    with single.lease(SPEC, 64) as older, single.lease(SPEC, 64) as younger:
         futures = [submit(younger, row(0, scan_bomb(60)))]  # the process is busy while the others are submitted
         for number, (name, lease) in enumerate([("b", younger), ("b", younger), ("a", older), ("a", older)], 1):
             futures.append(submit(lease, row(number), number))
             futures[-1].add_done_callback(lambda _, name=name: order.append(name))
         for future in futures:
-            future.result(240)
+            future.result(600)
     assert "".join(order) in ("aabb", "baab")  # a process receives one chunk ahead
