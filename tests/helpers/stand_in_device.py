@@ -14,7 +14,6 @@ from typing import Any
 from weakref import finalize
 
 import torch
-from torch.utils._pytree import tree_map_only
 
 from tests.helpers.stand_in_streams import DEVICE, Stream, current
 
@@ -164,7 +163,7 @@ class StandIn:
         if torch.Tag.inplace_view not in func.tags and not _is_view(func):
             self._count(func, name, args)
         out = self._execute(func, args, {**kwargs, "device": "cpu"} if wanted else kwargs)
-        return self._adopt(out, on_device) if wanted is not False else out
+        return self._adopt(out) if wanted is not False else out
 
     def _wanted_device(self, device: Any, on_device: list[torch.Tensor]) -> bool | None:
         """Whether the result is to be on the device; None: as the inputs.
@@ -228,7 +227,7 @@ class StandIn:
             plain = {**plain, "non_blocking": False}
         out = self._execute(func, args, plain)
         if wanted:
-            return self._adopt(out, [source] if on_device else [])
+            return self._adopt(out)
         if kwargs.get("non_blocking"):
             self.pin(out.data_ptr(), out.nbytes, out)  # CUDA allocates pinned memory for it
         return out
@@ -266,19 +265,19 @@ class StandIn:
 
     # -- memory
 
-    def _adopt(self, out: Any, inputs: list[torch.Tensor]) -> Any:
-        def adopt(tensor: torch.Tensor) -> torch.Tensor:
-            if isinstance(tensor, CudaTensor):
-                return tensor
-            storage = tensor.untyped_storage()
-            if storage._cdata not in self._alive:
-                self._allocate(storage._cdata, storage.nbytes())
-            adopted: torch.Tensor = torch.Tensor._make_subclass(CudaTensor, tensor)
-            self._alive[storage._cdata] += 1
-            finalize(adopted, self._release, storage._cdata).atexit = False
-            return adopted
-
-        return tree_map_only(torch.Tensor, adopt, out)
+    def _adopt(self, out: Any) -> Any:
+        """Put what an operation returned on the device."""
+        if isinstance(out, (list, tuple)):
+            return type(out)(map(self._adopt, out))
+        if not isinstance(out, torch.Tensor) or isinstance(out, CudaTensor):
+            return out
+        storage = out.untyped_storage()
+        if storage._cdata not in self._alive:
+            self._allocate(storage._cdata, storage.nbytes())
+        adopted: torch.Tensor = torch.Tensor._make_subclass(CudaTensor, out)
+        self._alive[storage._cdata] += 1
+        finalize(adopted, self._release, storage._cdata).atexit = False
+        return adopted
 
     def _allocate(self, storage: int, size: int) -> None:
         if self.allocated + size > self.memory or (self._fail is not None and self._fail(size)):
