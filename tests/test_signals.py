@@ -30,5 +30,5 @@ def test_a_run_in_another_thread_leaves_signal_handlers_alone() -> None:
 
     thread = threading.Thread(target=run)
     thread.start()
-    thread.join(120)
+    thread.join(600)
     assert seen == [before]

@@ -104,7 +104,7 @@ def test_of_many_runs_that_start_at_once_those_of_one_config_start_at_most(
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(240)
+        thread.join(600)
     assert len(set(started)) == 1
     assert len(started) == 3
 

@@ -68,7 +68,7 @@ def calls(environment: dict[str, str]) -> list[str]:
 
 
 def wait_for_call(environment: dict[str, str], start: str) -> None:
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     while not any(call.startswith(start) for call in calls(environment)):
         assert time.monotonic() < deadline, calls(environment)
         time.sleep(0.05)
@@ -85,7 +85,7 @@ COMMAND = ["bash", "deploy/slurm/reinforce.sbatch"]
 
 def test_a_slurm_job_starts_ray_on_each_of_its_nodes_and_ends_with_the_status_of_the_run(slurm: dict[str, str]) -> None:
     done = subprocess.run(
-        COMMAND, cwd=ROOT, env={**slurm, "RUN_STATUS": "3"}, capture_output=True, text=True, timeout=240, check=False
+        COMMAND, cwd=ROOT, env={**slurm, "RUN_STATUS": "3"}, capture_output=True, text=True, timeout=600, check=False
     )
     assert os.access(ROOT / COMMAND[1], os.X_OK)
     assert done.returncode == 3, done.stderr
@@ -107,7 +107,7 @@ def test_a_slurm_job_that_is_preempted_stops_the_run_and_is_queued_again(
     job = subprocess.Popen(COMMAND, cwd=ROOT, env={**slurm, "RUN_SECONDS": "60"}, stdout=subprocess.PIPE, text=True)
     wait_for_call(slurm, "reinforce run")
     job.send_signal(notice)
-    output, _ = job.communicate(timeout=240)
+    output, _ = job.communicate(timeout=600)
     assert job.returncode == 0
     assert "queued again" in output
     found = calls(slurm)
@@ -126,11 +126,11 @@ def test_the_task_of_skypilot_starts_a_head_with_the_run_and_nodes_beside_it(
     with subprocess.Popen(["bash", "-c", task["run"]], env=environment) as job:
         wait_for_call(environment, "reinforce run" if rank == 0 else "ray start")
         if rank == 0:
-            assert job.wait(240) == 2
+            assert job.wait(600) == 2
             assert "reinforce run my.yaml --address 10.0.0.1:6479" in calls(environment)
         else:
             Path(environment["PATH"].split(":")[0], "ray").unlink()  # the head does not answer any more
-            assert job.wait(240) == 0
+            assert job.wait(600) == 0
             assert "reinforce" not in " ".join(calls(environment))
     wait_for_call(environment, "ray is stopped: start --block")
     where = "--head --port 6479" if rank == 0 else "--address 10.0.0.1:6479"

@@ -53,7 +53,7 @@ def test_the_largest_sets_begin_first_and_workers_run_side_by_side() -> None:
     def evaluate(number: int, job: Job) -> Outcome:
         begun.append(job.one.key)
         if len(begun) <= 2:
-            both.wait(60)  # passes only where another worker is at it, too
+            both.wait(600)  # passes only where another worker is at it, too
         return outcome_of(job)
 
     workers = Workers(evaluate)
@@ -144,7 +144,7 @@ def test_workers_of_ray_have_the_results_of_one_process_also_after_one_is_killed
 
 def kill_worker() -> int:
     """Kill a process of Ray that evaluates sets -> its id."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
         for pid in children(os.getpid()):
             if b"_SetWorker" in Path(f"/proc/{pid}/cmdline").read_bytes():

@@ -17,7 +17,7 @@ from ray._private.node import Node
 
 from reinforce.cli import main
 
-_START_SECONDS = 240.0  # for Ray, which gives up after 30
+_START_SECONDS = 600.0  # for Ray, which gives up after 30
 _get_node, _start_process = services.get_node, services.start_ray_process
 
 #: Instead of the agent for dashboards and metrics, a process writes the ports that the raylet waits for, where -1 means

@@ -68,7 +68,7 @@ def scraping(folder: Path) -> Iterator[Prometheus]:
     with subprocess.Popen(command) as process:
         try:
             prometheus = Prometheus(f"http://127.0.0.1:{port}")
-            deadline = time.monotonic() + 240
+            deadline = time.monotonic() + 600
             while not prometheus.is_ready():
                 assert process.poll() is None, "prometheus ended"
                 assert time.monotonic() < deadline, "prometheus does not start"
@@ -81,7 +81,7 @@ def scraping(folder: Path) -> Iterator[Prometheus]:
 def wait_for_reports(arrived: Callable[[], bool] = lambda: True) -> None:
     """Wait until what was recorded is scraped, twice, since rates need two values; ``arrived`` may need longer."""
     time.sleep(REPORT_SECONDS)
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     while not arrived() and time.monotonic() < deadline:
         time.sleep(0.5)
     time.sleep(2.0)
@@ -90,7 +90,7 @@ def wait_for_reports(arrived: Callable[[], bool] = lambda: True) -> None:
 def wait_until_unchanged(totals: Callable[[], dict[str, float]]) -> dict[str, float]:
     """Wait until no totals of earlier runs arrive any more, for four reports -> the totals."""
     wait_for_reports()
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     before, since = totals(), time.monotonic()
     while time.monotonic() - since < 4 * REPORT_SECONDS and time.monotonic() < deadline:
         time.sleep(0.5)

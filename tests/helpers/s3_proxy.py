@@ -212,7 +212,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def forward(self, request: Request) -> Response:
         """The answer of the S3 server."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.proxy.upstream, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", self.proxy.upstream, timeout=600)
         try:
             headers = {k: v for k, v in request.headers.items() if k.lower() not in ("connection", "expect")}
             connection.request(request.method, self.path, request.body or None, headers)

@@ -82,7 +82,7 @@ def outcomes(url: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tu
         path.write_bytes(bomb.write(footer_of(path)))
         assert path.stat().st_size < 25 * 2**20
     command = [sys.executable, "-c", OPEN_ALL, str(folder), str(GIGABYTES)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=540, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1080, check=False)
     found = [json.loads(line) for line in done.stdout.splitlines()]
     return {name: (outcome, peak) for name, outcome, peak in found}
 

@@ -38,7 +38,7 @@ def ran(folder: Path) -> list[str]:
 def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # for the classes of tests
     return subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, timeout=540, check=False, env=environment
+        command, cwd=folder, capture_output=True, text=True, timeout=1080, check=False, env=environment
     )
 
 

@@ -54,7 +54,7 @@ def slow_run(config: dict[str, Any], folder: Path, delay: float = 0.15) -> Itera
         process.wait()
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 240) -> None:
+def wait_for(condition: Callable[[], Any], seconds: float = 600) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "the run makes no progress"
@@ -91,7 +91,7 @@ def undisturbed(source: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def check_stopped(process: subprocess.Popen[str], out: Path) -> str:
     """What a run printed that a signal has stopped."""
-    output = process.communicate(timeout=540)[0]
+    output = process.communicate(timeout=1080)[0]
     assert process.returncode == 130, output
     assert "Run the same command again to resume" in output
     assert "Traceback" not in output
@@ -238,7 +238,7 @@ def test_a_run_whose_raylet_is_killed_ends_with_one_message_and_a_summary(source
         wait_for(lambda: finished(out) >= 1)
         [raylet] = [pid for pid in children(process.pid) if Path(f"/proc/{pid}/comm").read_text().strip() == "raylet"]
         os.kill(raylet, signal.SIGKILL)
-        output = process.communicate(timeout=240)[0]
+        output = process.communicate(timeout=600)[0]
     assert process.returncode == 1, output
     assert output.count("Ray ended on this machine before the run did") == 1
     assert "are kept" in output

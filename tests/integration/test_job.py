@@ -41,7 +41,7 @@ def head() -> Iterator[dict[str, str]]:
     process = subprocess.Popen(
         command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     while not _answers(dashboard):
         assert process.poll() is None, "the head did not start"
         assert time.monotonic() < deadline, "the head does not answer"
@@ -75,7 +75,7 @@ def test_a_submitted_run_finishes_and_the_same_run_again_does_nothing(
     command = [str(BIN / "ray"), "job", "submit", "--working-dir", ".", "--", "sh", "-c"]
     command += [f"{entry} && ! {program} --set output=runs/out"]
     for _ in range(20):
-        done = subprocess.run(command, cwd=work, env=head, capture_output=True, text=True, timeout=480, check=False)
+        done = subprocess.run(command, cwd=work, env=head, capture_output=True, text=True, timeout=1080, check=False)
         if "No available agent" not in done.stderr:  # the head is still starting
             break
         time.sleep(1)

@@ -154,7 +154,7 @@ def test_two_runs_at_once_put_equal_objects(
     for run in runs:
         run.start()
     for run in runs:
-        run.join(300)
+        run.join(600)
     assert [summary.status for summary in done] == [0, 0]
     assert layers(s3, "twice") == undisturbed
     puts = Counter(request.key for request in s3_proxy.requests if writes_layer(request))

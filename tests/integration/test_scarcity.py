@@ -91,7 +91,7 @@ def test_a_worker_killed_by_the_memory_monitor_costs_no_shard(shards: Callable[.
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False))
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(path)], cwd=ROOT, capture_output=True, text=True, timeout=540, check=False
+        [sys.executable, "-c", SCRIPT, str(path)], cwd=ROOT, capture_output=True, text=True, timeout=1080, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == [0, 0]

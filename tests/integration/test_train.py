@@ -102,7 +102,7 @@ def start() -> Iterator[Start]:
 
 
 def wait_for_step(process: subprocess.Popen[str], output: Path, step: int) -> None:
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     log = output / "log.jsonl"
     while not log.exists() or f'"step": {step},' not in log.read_text():
         assert process.poll() is None, process.communicate()[0]
@@ -145,7 +145,7 @@ def test_a_killed_and_interrupted_training_has_the_curve_of_an_uninterrupted_one
     interrupted = start("jobs/train_student.py", "--config", config, "--set", "data.workers=1")
     wait_for_step(interrupted, output, max(22, reached + 2))
     os.killpg(interrupted.pid, signal.SIGINT)  # like a terminal: loader processes get it, too
-    printed, _ = interrupted.communicate(timeout=300)
+    printed, _ = interrupted.communicate(timeout=600)
     assert interrupted.returncode == 130, printed
     assert "run the same command again to resume from the last checkpoint" in printed
     assert f"resuming after step {saved} of" in printed
@@ -178,13 +178,13 @@ def test_sigterm_under_torchrun_ends_both_ranks_with_a_checkpoint_and_they_resum
     stopped = start(*command, config)
     wait_for_step(stopped, output, 10)
     stopped.send_signal(signal.SIGTERM)
-    printed, _ = stopped.communicate(timeout=300)
+    printed, _ = stopped.communicate(timeout=600)
     assert stopped.returncode != 0
     stopped_at = rows(output)[-1]["step"]
     assert (output / f"checkpoints/step-{stopped_at:09d}.safetensors").exists(), printed
 
     done = start(*command, config)
-    printed, _ = done.communicate(timeout=300)
+    printed, _ = done.communicate(timeout=600)
     assert done.returncode == 0, printed
     assert f"resuming after step {stopped_at}" in printed
     assert printed.count(f"for {STEPS} steps on") == 1, "only rank 0 prints"

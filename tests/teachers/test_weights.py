@@ -71,7 +71,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_processes_of_a_node_share_one_download(server: _Server, cache: Path) -> None:
     code = f"from teachers.weights import fetch; print(fetch({server.url!r}))"
     processes = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(4)]
-    paths = {process.communicate(timeout=240)[0].strip() for process in processes}
+    paths = {process.communicate(timeout=600)[0].strip() for process in processes}
     assert len(paths) == 1
     assert Path(paths.pop()).read_bytes() == server.content
     assert server.downloads == 1

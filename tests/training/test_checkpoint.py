@@ -70,7 +70,7 @@ def test_a_checkpoint_written_in_a_thread_has_the_bytes_of_the_state_when_it_was
     begin, write = threading.Event(), Checkpoints.save
 
     def late(*arguments: Any) -> None:
-        begin.wait(60)
+        begin.wait(600)
         write(*arguments)
 
     monkeypatch.setattr(Checkpoints, "save", late)
@@ -177,7 +177,7 @@ def test_a_process_killed_while_writing_leaves_the_previous_checkpoint(tmp_path:
     process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "first\n"
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     while not any(size > 1_000_000 for size in sizes(tmp_path / ".tmp")):
         assert process.poll() is None, "the process finished before it could be killed"
         assert time.monotonic() < deadline

@@ -80,7 +80,7 @@ def test_a_tracker_that_fails_is_reported_once(
     for step in range(50):
         tracker.add(step, {"loss": 1.0})
     tracker.close(failed=False)
-    tracker._thread.join(120)
+    tracker._thread.join(600)
     [record] = caplog.records
     assert record.levelno == logging.WARNING
     assert "log.wandb failed, and gets no further rows; the training goes on: " in record.getMessage()
@@ -94,7 +94,7 @@ def test_a_tracker_that_does_not_answer_costs_no_step_and_does_not_hold_the_end(
 
     class Slow(Kept):
         def log(self, step: int, scalars: Scalars) -> None:
-            answer.wait(30)
+            answer.wait(600)
 
     tracker = Tracker("mlflow", Slow, closing_seconds=0.2)
     for step in range(10_100):

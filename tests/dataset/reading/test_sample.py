@@ -217,6 +217,6 @@ def test_forked_workers_read_from_an_object_store(data: reinforce.Dataset, s3: A
     stored = reinforce.open("s3://bucket/forked", teachers=["red"], captioners=[])
     here = [sample.key for sample in stored]
     loader = DataLoader(
-        stored.to_torch(key_and_crop), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=300
+        stored.to_torch(key_and_crop), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=600
     )
     assert sorted(key for key, _ in loader) == here

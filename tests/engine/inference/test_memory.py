@@ -127,7 +127,7 @@ def test_the_batch_that_the_other_shard_has_copied_is_not_the_cause_of_a_second_
             if not first.is_set():
                 first.set()
                 for _ in range(2):  # until both shards have copied their batch
-                    assert device.copied.acquire(timeout=120)
+                    assert device.copied.acquire(timeout=600)
             device.check(3 * len(pixels) // 2)  # 8 rows do not fit, 4 do, and 2 beside a copied batch of 8
             return super().encode_images(pixels)
 
@@ -143,7 +143,7 @@ def test_the_batch_that_the_other_shard_has_copied_is_not_the_cause_of_a_second_
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(600)
     assert len(outputs) == 2
     np.testing.assert_array_equal(outputs[0][layer.name], outputs[1][layer.name])
     assert outputs[0][layer.name].shape == (8, 2, 8)

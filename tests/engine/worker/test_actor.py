@@ -192,17 +192,17 @@ def test_a_worker_reports_the_layer_and_the_batch_in_which_a_shard_hangs_while_i
 
     def hang(pixels: Any) -> Any:
         running.set()
-        resume.wait(240)
+        resume.wait(600)
         return encode(pixels)
 
     teacher.encode_images = hang
     thread = threading.Thread(target=worker.run)
     thread.start()
-    assert running.wait(240)
+    assert running.wait(600)
     time.sleep(0.1)
     [lease] = worker.pulse().leases
     resume.set()
-    thread.join(240)
+    thread.join(600)
     assert (lease.shard, lease.stage) == (worker.shard.name, "embeddings/red/images")
     assert lease.what == "3 rows, keys '00000000' to '00000002'"
     assert 0.1 <= lease.seconds < 240

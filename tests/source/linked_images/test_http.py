@@ -17,7 +17,7 @@ from reinforce.source.linked_images.http import ImageRefusedByPlace, Unreachable
 from tests.helpers.data import picture
 
 IMAGE = picture(0)
-SECONDS = 8.0  # for which the server goes on at most
+SECONDS = 120.0  # for which the server goes on at most
 OK = b"HTTP/1.1 200 OK\r\n"
 WHOLE = OK + b"Content-Length: %d\r\n\r\n" % len(IMAGE) + IMAGE
 CUT = OK + b"Content-Length: 1000\r\n\r\n123"

@@ -354,7 +354,7 @@ def test_loader_processes_and_their_fork_server_exit_when_the_training_is_killed
         assert len(pids) == 3
         assert all(map(is_alive, pids))
         training.send_signal(signal.SIGKILL)
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 600
         while any(map(is_alive, pids)) and time.monotonic() < deadline:
             time.sleep(0.1)
         left = [pid for pid in pids if is_alive(pid)]
