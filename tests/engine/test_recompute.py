@@ -10,12 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from reinforce.cli import main
 from reinforce.config import parse_config
 from reinforce.engine.recompute import recompute
+from tests.helpers.commands import run_command
 from tests.helpers.data import config_of, tree
 from tests.helpers.decoding import decode_pool
 from tests.helpers.reinforced import small_dataset
+from tests.helpers.validated import printed
 
 
 def test_rows_computed_again_are_equal_until_a_layer_has_values_of_another_model(
@@ -41,9 +42,8 @@ def test_rows_computed_again_are_equal_until_a_layer_has_values_of_another_model
     Path(tmp_path, "config.yaml").write_text(yaml.safe_dump(data))
     monkeypatch.setattr("reinforce.engine.recompute.DecodePool", lambda *_: decode_pool())
     monkeypatch.setattr(decode_pool(), "close", lambda: None)
-    with pytest.raises(SystemExit, match=r"^1$"):
-        main(["validate", url, "--recompute", "4", "--config", f"{tmp_path}/config.yaml", "--seed", "3", "--json"])
-    report = json.loads(capsys.readouterr().out)
+    options = ("--recompute", "4", "--config", f"{tmp_path}/config.yaml", "--seed", "3", "--json")
+    report = json.loads(printed(url, 1, capsys, *options))
     assert [(one["kind"], one["layer"]) for one in report["findings"]] == [("rows", "embeddings/red/images")]
     layers = {one["layer"]: one for one in report["recomputed"]["layers"]}
     wrong = layers.pop("embeddings/red/images")
@@ -58,6 +58,5 @@ def test_rows_computed_again_are_equal_until_a_layer_has_values_of_another_model
 def test_recompute_without_a_config_is_an_error_that_names_the_option(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit, match=r"^2$"):
-        main(["validate", str(tmp_path), "--recompute", "4"])
-    assert "--recompute needs --config" in capsys.readouterr().err
+    status, _, err = run_command(capsys, "validate", str(tmp_path), "--recompute", "4")
+    assert (status, "--recompute needs --config" in err) == (2, True)

@@ -16,7 +16,6 @@ import pytest
 import torch
 import yaml
 
-from reinforce.cli import main
 from reinforce.config import Config, parse_config
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.manifest.manifest import read_manifest, write_manifest
@@ -25,6 +24,7 @@ from reinforce.engine.record.summary import RunSummary
 from reinforce.engine.run import run
 from reinforce.errors import UserError
 from reinforce.settings import as_config
+from tests.helpers.commands import printed_by, run_command
 from tests.helpers.data import config_of, members_of, picture, tree, write_tar
 from tests.helpers.models import ColorTeacher
 from tests.helpers.reinforced import reinforce_here
@@ -188,21 +188,13 @@ def test_plan_shows_the_file_of_a_class_and_fails_where_a_run_would_mix_two(
 ) -> None:
     path = changing.folder / "config.yaml"
     path.write_text(yaml.safe_dump(changing.config()))
-
-    def plan(*options: str) -> tuple[Any, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            main(["plan", str(path), *options])
-        return ended.value.code, *capsys.readouterr()
-
     [first] = changing.hashes
     shown = f"{changing.kind[:-1]} my: class {changing.spec['class']}, version 3, file "
-    status, out, _ = plan()
-    assert not status
-    assert f"{shown}{first}\n" in out
-    [found] = json.loads(plan("--json")[1])["class_files"]
+    assert f"{shown}{first}\n" in printed_by(capsys, "plan", str(path))
+    [found] = json.loads(printed_by(capsys, "plan", str(path), "--json"))["class_files"]
     assert (found["code"], found["recorded"], found["changed"]) == (first, [first], False)
     changing.change()
-    status, out, error = plan()
+    status, out, error = run_command(capsys, "plan", str(path))
     assert status == 2
     assert shown in out
     assert ", changed since its layers were computed\n" in out

@@ -7,7 +7,6 @@ and counts. A file that was set aside is no layer file any more: a run computes 
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import os
 import shlex
@@ -121,8 +120,7 @@ def set_aside(store: Store, layer: str, shard: str) -> str:
         else:
             store.fs.mv(store.layer_path(layer, shard), target)
     if not layer.startswith(QUARANTINE):
-        with contextlib.suppress(FileNotFoundError):
-            store.forget_quarantine(layer, shard)
+        store.forget_quarantine(layer, shard)
     return target
 
 

@@ -166,9 +166,8 @@ class Store(Storage):
         return {layer: {shard for shard, whole in shards.items() if whole} for layer, shards in found.items()}
 
     def forget_quarantine(self, layer: str, shard: str) -> None:
-        """Remove a quarantine file."""
-        with self.storage_errors("removed", "quarantine", layer, f"{shard}.parquet"):
-            self.fs.rm_file(self.quarantine_path(layer, shard))
+        """Remove a quarantine file, if there is one."""
+        self.remove("quarantine", layer, f"{shard}.parquet")
 
     def layer_end(self, layer: str, shard: str, size: int) -> LayerFile:
         """Read the end of a committed file whose ``size`` was listed, for row groups at one request each.

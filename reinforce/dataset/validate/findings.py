@@ -28,6 +28,3 @@ class Finding:
     def at_fault(self) -> bool:
         """Whether the file has a fault that ends if a run computes it again."""
         return self.kind in ("damaged", "misplaced", "rows") and None not in (self.layer, self.shard)
-
-    def as_json(self) -> dict[str, str | None]:
-        return {"kind": self.kind, "layer": self.layer, "shard": self.shard, "message": self.message}

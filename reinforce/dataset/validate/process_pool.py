@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
-from reinforce.dataset.validate.shard_reader import ReadOptions, ReadShards, ShardReader, Shards
+from reinforce.dataset.validate.shard_checks import CheckedShard
+from reinforce.dataset.validate.shard_reader import ReadOptions, ShardReader, Shards
 from reinforce.errors import UserError
 from reinforce.processes.cores import available_cores
 from reinforce.processes.parent import exit_with_parent
@@ -50,9 +51,9 @@ class ShardPool:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def read(self, batches: Iterable[Shards]) -> Iterator[ReadShards]:
+    def read(self, batches: Iterable[Shards]) -> Iterator[list[CheckedShard]]:
         """Read batches of shards in order, some ahead of the consumer. Raises UserError if a process ends."""
-        read: Callable[[Shards], ReadShards]
+        read: Callable[[Shards], list[CheckedShard]]
         pool: ProcessPoolExecutor | ThreadPoolExecutor
         if self._processes > 1:
             # A fork of a process with threads may hang.
@@ -82,5 +83,5 @@ def _start(options: ReadOptions, threads: int) -> None:
     _readers.append(ShardReader(options, threads))
 
 
-def _read_in_process(shards: Shards) -> ReadShards:
+def _read_in_process(shards: Shards) -> list[CheckedShard]:
     return _readers[0].read(shards)

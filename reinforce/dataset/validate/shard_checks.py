@@ -44,13 +44,17 @@ class ShardFiles:
 class CheckedShard:
     """A shard as it was read: hashes of its keys, rows, the footer of its samples, and what is wrong.
 
-    ``counted`` is whether its samples were counted in its source.
+    ``source`` is the state of its source file, ``changed`` what has changed there, and ``counted`` whether its samples
+    were counted there.
     """
 
+    name: str
     keys: ShardKeys = field(default_factory=lambda: ShardKeys(_NO_HASHES))
     rows: int = 0
     footer: dict[str, str] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
+    source: str = ""
+    changed: str = ""
     counted: bool = False
 
 
@@ -110,7 +114,7 @@ class ShardChecks:
 
     def _check(self, shard: ShardFiles, files: Mapping[tuple[str, str], LayerFile], limit: int) -> CheckedShard:
         """Read a shard in all its layers, the samples first. Other layers are not compared with damaged samples."""
-        found = CheckedShard()
+        found = CheckedShard(shard.name)
         keys: _Keys | None = _Keys(limit)
         for layer in sorted(self.manifest["layers"], key=lambda name: name != SAMPLES):
             if layer in shard.sizes:

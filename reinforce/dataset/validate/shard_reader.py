@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from reinforce.dataset.files.damage import compute_again
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import SAMPLES
-from reinforce.dataset.runs.key_sample import ShardKeys
 from reinforce.dataset.runs.shard_records import SourceRecord
 from reinforce.dataset.validate.findings import Finding
 from reinforce.dataset.validate.shard_checks import CheckedShard, ShardChecks, ShardFiles
@@ -49,21 +47,6 @@ class Shards:
     limit: int
 
 
-@dataclass
-class ReadShards:
-    """What was found in some shards: hashes of keys by shard, states of source files, and those that have changed.
-
-    ``counted`` is the number of shards whose samples were counted in their source.
-    """
-
-    rows: int = 0
-    keys: list[tuple[str, ShardKeys]] = field(default_factory=list)
-    findings: list[Finding] = field(default_factory=list)
-    sources: Counter[str] = field(default_factory=Counter)
-    changed: list[str] = field(default_factory=list)
-    counted: int = 0
-
-
 class ShardReader:
     """Reads shards, several at a time in ``threads``."""
 
@@ -74,41 +57,30 @@ class ShardReader:
         self._checks = ShardChecks(Store(options.url), options.manifest, options.quick)
         self._pool = ThreadPoolExecutor(threads)
 
-    def read(self, shards: Shards) -> ReadShards:
+    def read(self, shards: Shards) -> list[CheckedShard]:
         """Read some shards."""
-        found = ReadShards()
         size = _TOGETHER if self._options.quick else 1
         parts = [shards.files[start : start + size] for start in range(0, len(shards.files), size)]
-        every = itertools.chain.from_iterable(self._pool.map(lambda part: self._read(part, shards), parts))
-        for files, (checked, source, change) in zip(shards.files, every, strict=True):
-            found.rows += checked.rows
-            found.keys.append((files.name, checked.keys))
-            found.findings += checked.findings
-            if self._options.sources:
-                found.sources[source] += 1
-            if source == CHANGED:
-                found.changed.append(f"{files.name}: {change}")
-            found.counted += checked.counted
-        return found
+        return [*itertools.chain.from_iterable(self._pool.map(lambda part: self._read(part, shards), parts))]
 
     def close(self) -> None:
         """End the threads."""
         self._pool.shutdown(cancel_futures=True)
 
-    def _read(self, part: Sequence[ShardFiles], shards: Shards) -> list[tuple[CheckedShard, str, str]]:
-        """Each shard as it was read, the state of its source file, and what has changed in that."""
+    def _read(self, part: Sequence[ShardFiles], shards: Shards) -> list[CheckedShard]:
         checked = self._checks.check(part, shards.limit)
-        return [self._with_source(*each, shards) for each in zip(part, checked, strict=True)]
+        for files, one in zip(part, checked, strict=True):
+            if self._options.sources:
+                self._look_at_source(files, one, shards.recorded.get(files.name))
+        return checked
 
-    def _with_source(self, files: ShardFiles, checked: CheckedShard, shards: Shards) -> tuple[CheckedShard, str, str]:
-        if not self._options.sources:
-            return checked, UNKNOWN, ""
-        state, change = _compare_source(checked.footer, shards.recorded.get(files.name), self._roots, self._moved)
-        if self._options.count and state in (SAME, TOUCHED) and not checked.findings:
+    def _look_at_source(self, files: ShardFiles, checked: CheckedShard, recorded: SourceRecord | None) -> None:
+        """Compare a shard with its source file, and if wanted their numbers of samples."""
+        checked.source, checked.changed = _compare_source(checked.footer, recorded, self._roots, self._moved)
+        if self._options.count and checked.source in (SAME, TOUCHED) and not checked.findings:
             compared = self._compare_count(files, checked)
             checked.findings += compared or ()
             checked.counted = compared is not None
-        return checked, state, change
 
     def _compare_count(self, files: ShardFiles, checked: CheckedShard) -> list[Finding] | None:
         """A finding if a source file has another number of samples than its shard; None if that cannot be counted."""

@@ -6,7 +6,7 @@ import itertools
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -24,7 +24,16 @@ from reinforce.dataset.validate.findings import Finding
 from reinforce.dataset.validate.inventory import check_missing, check_orphans, check_recipes
 from reinforce.dataset.validate.process_pool import ShardPool, default_processes
 from reinforce.dataset.validate.shard_checks import ShardFiles
-from reinforce.dataset.validate.shard_reader import ELSEWHERE, SAME, TOUCHED, UNKNOWN, UNREADABLE, ReadOptions, Shards
+from reinforce.dataset.validate.shard_reader import (
+    CHANGED,
+    ELSEWHERE,
+    SAME,
+    TOUCHED,
+    UNKNOWN,
+    UNREADABLE,
+    ReadOptions,
+    Shards,
+)
 from reinforce.dataset.validate.views import check_views
 from reinforce.source.references import ImageRoots
 from reinforce.terminal import first_lines, plural
@@ -66,7 +75,7 @@ class Validation:
             "shards": self.shards,
             "read_shards": self.read,
             "rows": self.rows,
-            "findings": [finding.as_json() for finding in self.findings],
+            "findings": [asdict(finding) for finding in self.findings],
             "repeated_keys": {
                 "keys": repeated.keys,
                 "share": repeated.share,
@@ -161,14 +170,13 @@ def validate(
     with ShardPool(options, processes) as pool:
         files = _shard_files(chosen, every, names)
         counted = 0
-        for part in pool.read(_batches(files, pool.batch, recorded, keys, count)):
-            for shard, hashes in part.keys:
-                keys.add(shard, hashes)
-            found.rows += part.rows
-            found.findings += part.findings
-            found.sources += part.sources
-            found.changed += part.changed
-            counted += part.counted
+        for shard in itertools.chain.from_iterable(pool.read(_batches(files, pool.batch, recorded, keys, count))):
+            keys.add(shard.name, shard.keys)
+            found.rows += shard.rows
+            found.findings += shard.findings
+            found.sources.update([shard.source] if sources else ())
+            found.changed += [f"{shard.name}: {shard.changed}"] if shard.source == CHANGED else []
+            counted += shard.counted
     faulty = {finding.shard for finding in found.findings}
     findings, notes = check_views(store, manifest, listings[SAMPLES], [name for name in chosen if name not in faulty])
     found.findings += findings

@@ -24,8 +24,8 @@ MAX_AUTO_BATCH = 1024
 #: Least texts of a batch on accelerators: with fewer, launching the kernels of a text tower takes longer than running
 #: them.
 _LEAST_TEXTS = 1024
-_Bound = Literal["rows", "crops", "texts", "samples"]
-_UNITS: dict[_Bound, str] = {"rows": "image", "crops": "augmented image", "texts": "text", "samples": "sample"}
+Bound = Literal["rows", "crops", "texts", "samples"]
+_UNITS: dict[Bound, str] = {"rows": "image", "crops": "augmented image", "texts": "text", "samples": "sample"}
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Demand:
         fix: what the user can change if a single input does not fit.
     """
 
-    bound: _Bound
+    bound: Bound
     one: str
     fix: str
 
@@ -63,27 +63,16 @@ class BatchSizes:
     """Bounds of batches by what they consist of; without one, the config decides."""
 
     def __init__(self) -> None:
-        self._bounds: dict[_Bound, int] = {}
+        self._bounds: dict[Bound, int] = {}
         self._notes: list[str] = []
         self._changed = threading.Condition()
         self._one_at_a_time = False
         self._holding = 0  # batches on the device
 
-    def rows(self, rows: int) -> int:
-        """Rows of a batch that may have ``rows``."""
-        return min(rows, self._bounds.get("rows", rows))
-
-    def crops(self, crops: int) -> int:
-        """Augmented images of a forward pass that may have ``crops``."""
-        return min(crops, self._bounds.get("crops", crops))
-
-    def texts(self, texts: int) -> int:
-        """Texts of a forward pass that may have ``texts``."""
-        return min(texts, self._bounds.get("texts", texts))
-
-    def samples(self, samples: int) -> int:
-        """Samples that a scorer gets without their images, of a batch that may have ``samples``."""
-        return min(samples, self._bounds.get("samples", samples))
+    def fitting(self, bound: Bound, count: int) -> int:
+        """How many of ``count`` inputs fit: rows of a batch, augmented images or texts of a forward pass, or samples
+        that a scorer gets without their images."""
+        return min(count, self._bounds.get(bound, count))
 
     def note(self, text: str) -> None:
         """Add a message to those of ``take_notes``."""
@@ -130,9 +119,9 @@ class BatchSizes:
         Raises UserError for a single input, unless the device was ``shared``.
         """
         bound, count = demand.bound, config.augmentations.count
-        failed = self.crops(count) if bound == "crops" else size
+        failed = self.fitting("crops", count) if bound == "crops" else size
         rows, images = rows_per_batch(config), config.workers.images
-        planned: dict[_Bound, int] = {"rows": rows, "crops": count, "texts": texts_per_batch(config), "samples": images}
+        planned: dict[Bound, int] = {"rows": rows, "crops": count, "texts": texts_per_batch(config), "samples": images}
         with self._changed:
             self._one_at_a_time = True
             if failed > 1:
@@ -151,7 +140,7 @@ def _halved(size: int, failed: int) -> int:
     return size
 
 
-def _note(shortage: OutOfMemory, failed: int, after: int, bound: _Bound) -> str:
+def _note(shortage: OutOfMemory, failed: int, after: int, bound: Bound) -> str:
     unit = _UNITS[bound]
     return (
         f"{shortage.layer or 'copying images'}: {failed:,} {unit}s at once do not fit in the memory of the device; "

@@ -100,7 +100,7 @@ class Inference:
     @property
     def rows_per_batch(self) -> int:
         """Rows of the next batch."""
-        return self._session.models.batches.rows(rows_per_batch(self._session.config))
+        return self._session.models.batches.fitting("rows", rows_per_batch(self._session.config))
 
     def run(self, rows: Sequence[Row], pixels: PixelCells) -> Outputs:
         """The outputs of the models that see images, for one batch.
@@ -113,7 +113,7 @@ class Inference:
         parts: list[Outputs] = []
         rest = rows
         while rest:
-            part = rest[: self._session.models.batches.rows(len(rest))]
+            part = rest[: self._session.models.batches.fitting("rows", len(rest))]
             what = f"{len(part)} rows, keys {part[0].key!r} to {part[-1].key!r}"
             finishes, shared = self._session.attempt(partial(self._encode, part, pixels, what))
             if isinstance(finishes, OutOfMemory):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from reinforce.config import Estimate
@@ -52,9 +52,6 @@ class Effort:
     currency: str
     assumptions: Sequence[str]
     warnings: Sequence[str]
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
     def lines(self, hours: float | None = None) -> list[str]:
         """For people; ``hours`` is the wish for which ``wanted_workers`` are needed."""

@@ -71,7 +71,7 @@ class PlanReport:
             "class_files": [code.as_json() for code in plan.codes],
             "notes": [*plan.notes],
             "warnings": [*warnings],
-            "estimate": None if self.effort is None else self.effort.as_json(),
+            "estimate": None if self.effort is None else asdict(self.effort),
         }
 
 

@@ -178,18 +178,35 @@ class RunTotals:
         self.quarantined_shards += result.quarantine_reason is not None
         self.read_bytes += result.read_bytes
         add_numbers(self.times, result.times)
-        self.samples += result.samples
-        self.bytes += result.bytes
         self.busy += result.busy
-        self.refused.update(result.refused)
-        self.refused_samples += result.refused_samples
-        self.source_counts.update(result.source_counts)
-        add_stages(self.stages, result.stages)
-        self.device = fuller(self.device, result.device)
-        for captioner, counts in result.cleaned.items():
-            self.cleaned.setdefault(captioner, Counter()).update(counts)
+        self.add_sums(result)
         for reason, example in result.examples.items():
             self.examples.setdefault(reason, f"{result.shard}: {example}")
+
+    def add_sums(self, of: ShardResult | RunSummary) -> None:
+        """Add what the result of a lease and the summary of a run have in common."""
+        self.samples += of.samples
+        self.bytes += of.bytes
+        self.refused.update(of.refused)
+        self.refused_samples += of.refused_samples
+        self.source_counts.update(of.source_counts)
+        add_stages(self.stages, of.stages)
+        self.device = fuller(self.device, of.device)
+        for captioner, counts in of.cleaned.items():
+            self.cleaned.setdefault(captioner, Counter()).update(counts)
+
+    def sums(self) -> dict[str, Any]:
+        """The same, as fields of a summary."""
+        return {
+            "samples": self.samples,
+            "bytes": self.bytes,
+            "refused": dict(self.refused),
+            "refused_samples": self.refused_samples,
+            "source_counts": dict(self.source_counts),
+            "stages": with_rates(self.stages),
+            "device": self.device,
+            "cleaned": {captioner: dict(counts) for captioner, counts in self.cleaned.items()},
+        }
 
     def add_quarantined(self, shard: str, layer: str, reason: str, detail: str) -> None:
         """Count a shard that failed while a layer was computed."""
@@ -222,48 +239,33 @@ def summarize(
     return RunSummary(
         run=run,
         shards=len(totals.finished),
-        samples=totals.samples,
         seconds=round(seconds, 3),
         busy_share=round(min(1.0, totals.busy / (alive or seconds)), 4),
-        bytes=totals.bytes,
-        refused=dict(totals.refused),
-        refused_samples=totals.refused_samples,
         quarantined_shards=quarantined,
         status=status,
         message=message,
-        cleaned={captioner: dict(counts) for captioner, counts in totals.cleaned.items()},
         examples=totals.examples,
         not_in_source=asdict(plan.not_in_source),
         postponed=len(totals.postponed),
-        stages=with_rates(totals.stages),
-        device=totals.device,
-        source_counts=dict(totals.source_counts),
+        **totals.sums(),
     )
 
 
 def add_summaries(first: RunSummary, second: RunSummary) -> RunSummary:
     """The summary of a run and of its second pass over the shards that the first postponed."""
-    seconds = first.seconds + second.seconds
-    stages: Stages = {}
+    seconds, totals = first.seconds + second.seconds, RunTotals()
     for summary in (first, second):
-        add_stages(stages, summary.stages)
+        totals.add_sums(summary)
     busy = (first.busy_share * first.seconds + second.busy_share * second.seconds) / (seconds or 1.0)
     return replace(
         second,
         run=second.run or first.run,
         shards=first.shards + second.shards,
-        samples=first.samples + second.samples,
         seconds=round(seconds, 3),
         busy_share=round(busy, 4),
-        bytes=first.bytes + second.bytes,
-        refused=dict(Counter(first.refused) + Counter(second.refused)),
-        refused_samples=first.refused_samples + second.refused_samples,
         message="done" if second.status == 0 else second.message,
-        cleaned={**first.cleaned, **second.cleaned},
         examples={**second.examples, **first.examples},
-        stages=with_rates(stages),
-        device=fuller(first.device, second.device),
-        source_counts=dict(Counter(first.source_counts) + Counter(second.source_counts)),
+        **totals.sums(),
         notes=[*first.notes, *(note for note in second.notes if note not in first.notes)],
     )
 

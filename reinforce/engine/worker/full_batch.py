@@ -53,7 +53,7 @@ def find_batch(models: Models, config: Config, layers: list[Layer], largest: int
     if automatic:
         models.batches.take_notes()
         planned = rows_per_batch(config)
-        if (rows := models.batches.rows(planned)) < planned:
+        if (rows := models.batches.fitting("rows", planned)) < planned:
             config = _with_batch(config, rows * config.augmentations.count)
     return config
 

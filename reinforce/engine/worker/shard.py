@@ -277,7 +277,7 @@ class ShardProcess:
         with self.watch.stage(WRITING, "quarantine"):
             self.refusals.write(self.store, self.shard.name, self.redact)
             for layer in {*self.shard.quarantined} & self.layers.keys() - self.refusals.layers:
-                self.store.remove("quarantine", layer, f"{self.shard.name}.parquet")
+                self.store.forget_quarantine(layer, self.shard.name)
         if self.refusals.shard_reason is not None:
             return {}
         stale = {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +15,6 @@ from reinforce.errors import UserError
 from tests.helpers.data import config_of
 from tests.helpers.reinforced import small_dataset
 from tests.helpers.tiny_models import open_clip_model
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Path(small_dataset(tmp_path_factory.mktemp("dataset"), (3, 2)))
-
-
-@pytest.fixture
-def dataset(made: Path, tmp_path: Path) -> Path:
-    """A copy that a test may change."""
-    return Path(shutil.copytree(made, tmp_path / "copy"))
 
 
 def refusal(config: dict[str, Any]) -> list[str]:

@@ -9,21 +9,19 @@ from typing import Any
 
 import pytest
 
-from reinforce.cli import main
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.validate.repair import repair
 from reinforce.dataset.validate.validate import validate
 from schemas import Reason
 from tests.helpers.data import config_of, tree
 from tests.helpers.reinforced import reinforce_here
+from tests.helpers.validated import printed
 
 RED = "embeddings/red/images"
 
 
 def repaired(dataset: Path, capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:
-    with pytest.raises(SystemExit, match=r"^1$"):
-        main(["validate", str(dataset), "--repair", "--json", *options])
-    done: dict[str, Any] = json.loads(capsys.readouterr().out)["repair"]
+    done: dict[str, Any] = json.loads(printed(str(dataset), 1, capsys, "--repair", "--json", *options))["repair"]
     return done
 
 

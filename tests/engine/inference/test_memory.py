@@ -147,7 +147,7 @@ def test_the_batch_that_the_other_shard_has_copied_is_not_the_cause_of_a_second_
     assert len(outputs) == 2
     np.testing.assert_array_equal(outputs[0][layer.name], outputs[1][layer.name])
     assert outputs[0][layer.name].shape == (8, 2, 8)
-    assert models.batches.rows(8) == 4
+    assert models.batches.fitting("rows", 8) == 4
     assert device.used == 0
 
 
@@ -234,7 +234,7 @@ def test_auto_is_the_largest_batch_that_fits_while_others_are_copied() -> None:
     )  # four batches of 4 crops and 4 views are copied, and 12 more are needed
     found = find_batch(models, config, layers, largest=64)
     assert found.workers.images == 8, "4 rows with 2 augmentations"
-    assert models.batches.texts(64) == 8
+    assert models.batches.fitting("texts", 64) == 8
     assert models.batches.take_notes() == ()
     assert models.counters == Counters()
     with models.batches.on_device() as first, models.batches.on_device() as second:

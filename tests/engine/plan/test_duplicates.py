@@ -8,11 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
+import yaml
 
 import reinforce
-from reinforce.cli import main
 from reinforce.config import parse_config
 from reinforce.dataset.files.store import MANIFEST, Store
 from reinforce.dataset.manifest.manifest import DIGEST_KEY, update_manifest
@@ -20,26 +19,15 @@ from reinforce.engine.plan.duplicates import find_copies
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.run import run
 from reinforce.errors import UserError
+from tests.helpers.commands import run_command
 from tests.helpers.data import config_of, members_of, tree, write_tar
-from tests.helpers.reinforced import reinforce_here
+from tests.helpers.reinforced import forget_sources, reinforce_here
 
 MESSAGE = (
     r"^source: 3 new shards have the file name of another shard, {compared} of them were compared with it, and "
     r"{compared} have the same content, for example {new}/00000\.tar and {old}/00000\.tar\. .* "
     r'set `moved: {{"{new}": "{old}"}}`'
 )
-
-
-def without_state(output: Path) -> None:
-    """Make the samples files those of an earlier version, which recorded no state of their source."""
-    for path in (output / "samples").glob("*.parquet"):
-        with pq.ParquetFile(path) as file:
-            groups = [file.read_row_group(group) for group in range(file.num_row_groups)]
-            metadata = {k: v for k, v in (file.schema_arrow.metadata or {}).items() if b"source_" not in k}
-        schema = groups[0].schema.with_metadata(metadata)
-        with pq.ParquetWriter(path, schema) as writer:
-            for group in groups:
-                writer.write_table(group.replace_schema_metadata(metadata))
 
 
 @pytest.mark.parametrize("images", ["embed", "reference"])
@@ -49,7 +37,7 @@ def test_a_linked_source_is_refused_with_numbers_and_both_urls(
 ) -> None:
     reinforce_here(config_of(shards(3, 2, 4), tmp_path / "out", images=images))
     if earlier:
-        without_state(tmp_path / "out")
+        forget_sources((tmp_path / "out" / "samples").glob("*.parquet"))
     (tmp_path / "link").symlink_to(tmp_path / "source")
     before = tree(tmp_path / "out")
     config = config_of(f"{tmp_path}/link/*.tar", tmp_path / "out", images=images)
@@ -62,15 +50,12 @@ def test_a_linked_source_is_refused_with_numbers_and_both_urls(
 def test_a_plan_is_refused_as_a_run_would_be(
     shards: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import yaml
-
     config = config_of(shards(3), tmp_path / "out")
     reinforce_here(config)
     shutil.copytree(tmp_path / "source", tmp_path / "copy")
     (tmp_path / "my.yaml").write_text(yaml.safe_dump({**config, "source": f"{tmp_path}/copy/*.tar"}))
-    with pytest.raises(SystemExit, match="2"):
-        main(["plan", str(tmp_path / "my.yaml")])
-    assert "error: source: 1 new shards" in capsys.readouterr().err
+    status, _, err = run_command(capsys, "plan", f"{tmp_path}/my.yaml")
+    assert (status, "error: source: 1 new shards" in err) == (2, True)
 
 
 def test_a_source_that_lists_copies_is_refused(shards: Callable[..., str], tmp_path: Path) -> None:
@@ -89,7 +74,7 @@ def test_shards_of_equal_names_and_keys_with_other_content_are_accepted(tmp_path
         output = tmp_path / f"out-{earlier}"
         reinforce_here(config_of(f"{tmp_path}/a/*.tar", output))
         if earlier:
-            without_state(output)
+            forget_sources((output / "samples").glob("*.parquet"))
         config = parse_config(config_of(f"{tmp_path}/{{a,b}}/*.tar", output))
         found = find_copies(make_plan(config), Store(config.output))
         assert (found.pairs, found.compared, found.new) == ([], 1, 1)

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from reinforce.cli import main
 from reinforce.config import parse_config
 from reinforce.engine.plan.plan import Plan, make_plan
 from reinforce.engine.plan.recipe import build_layers, describe_models
@@ -18,6 +17,7 @@ from reinforce.nodes import nodes_of_run
 from reinforce.student.config import StudentConfig
 from reinforce.student.train import make_job
 from teachers.device.accelerator import Accelerator
+from tests.helpers.commands import printed_by
 from tests.helpers.data import config_of
 from tests.helpers.reinforced import reinforce_here
 from tests.helpers.tiny_coca import coca_model
@@ -91,9 +91,7 @@ def test_a_dataset_that_was_made_in_fp32_stays_complete_on_gpus(
 
     path = tmp_path / "my.yaml"
     path.write_text(json.dumps({**config, "workers": {"gpus": 1}}))
-    with pytest.raises(SystemExit):
-        main(["plan", str(path)])
-    shown = capsys.readouterr().out
+    shown = printed_by(capsys, "plan", str(path))
     assert "precision: bf16 for new (auto: workers use GPUs)" in shown
     assert "precision: fp32 for vit (auto: as dataset.json records)" in shown
 

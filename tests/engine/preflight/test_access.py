@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from reinforce.cli import main
 from reinforce.config import parse_config
 from reinforce.engine.preflight.access import config_uses
+from tests.helpers.commands import printed_by, run_command
 from tests.helpers.data import config_of
 
 
@@ -58,18 +58,12 @@ def test_plan_names_them_and_with_uses_imports_and_reads_nothing(
     (tmp_path / "their_lab.py").write_text("import pathlib\npathlib.Path('ran').touch()\n")
     (tmp_path / "theirs.yaml").write_text(yaml.safe_dump(theirs(source="none/*.tar", output="out")))
 
-    def plan(*options: str) -> tuple[Any, str]:
-        with pytest.raises(SystemExit) as ended:
-            main(["plan", "theirs.yaml", *options])
-        return ended.value.code, capsys.readouterr().out
-
-    status, shown = plan("--uses")
-    assert status in (0, None)
+    shown = printed_by(capsys, "plan", "theirs.yaml", "--uses")
     assert "runs the code of their_lab:Teacher, their_lab.words:Captioner" in shown
     assert "it reaches gs://weights" in shown
     assert not (tmp_path / "ran").exists()
     assert "their_lab" not in sys.modules
-    status, shown = plan()
+    status, shown, _ = run_command(capsys, "plan", "theirs.yaml")
     assert status == 2
     assert "runs the code of their_lab:Teacher" in shown, "also before a plan that imports it"
     assert (tmp_path / "ran").exists(), "the file is what the class names"

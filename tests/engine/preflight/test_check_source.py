@@ -11,13 +11,13 @@ import pytest
 import s3fs
 import yaml
 
-from reinforce.cli import main
 from reinforce.config import parse_config
 from reinforce.dataset.files.store import Store
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.preflight.check_source import FirstSample, check_source
 from reinforce.engine.run import run
 from reinforce.errors import UserError
+from tests.helpers.commands import run_command
 from tests.helpers.data import config_of, members_of, picture, write_tar
 from tests.helpers.published import ALL, published_members, source_members, write_published
 from tests.helpers.published import config_of as published_config
@@ -35,15 +35,10 @@ def probe(values: dict[str, Any]) -> tuple[FirstSample | None, list[str]]:
     return check_source(make_plan(parse_config(values)))
 
 
-def plan_command(
-    folder: Path, values: dict[str, Any], capsys: pytest.CaptureFixture[str], *options: str
-) -> tuple[object, str, str]:
+def plan_command(folder: Path, values: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
     """Exit status, standard output and standard error of ``reinforce plan``."""
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(values))
-    with pytest.raises(SystemExit) as ended:
-        main(["plan", str(path), *options])
-    return ended.value.code or 0, *capsys.readouterr()
+    (folder / "config.yaml").write_text(yaml.safe_dump(values))
+    return run_command(capsys, "plan", f"{folder}/config.yaml")
 
 
 # --- sources of which nothing can be read
@@ -93,11 +88,9 @@ def test_a_source_without_access_fails_a_plan_after_its_table(
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     s3fs.S3FileSystem.clear_instance_cache()
     changes = ["--set", "source=s3://nobody/x.tar", "--set", f"output={tmp_path}/out"]
-    with pytest.raises(SystemExit, match="2"):
-        main(["plan", str(ROOT / "configs/dfn5b.yaml"), *changes])
-    printed = capsys.readouterr()
-    assert "1 shard, 1 with something missing" in printed.out
-    assert "error: source cannot be read: s3://nobody/x.tar: NoCredentialsError" in printed.err
+    status, out, err = run_command(capsys, "plan", str(ROOT / "configs/dfn5b.yaml"), *changes)
+    assert (status, "1 shard, 1 with something missing" in out) == (2, True)
+    assert "error: source cannot be read: s3://nobody/x.tar: NoCredentialsError" in err
     s3fs.S3FileSystem.clear_instance_cache()
 
 

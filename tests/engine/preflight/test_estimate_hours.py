@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ def test_without_a_rate_hours_and_costs_are_unknown(plan: Plan) -> None:
     found = effort(plan, rate=None)
     assert (found.hours, found.cost, found.cores) == (None, None, None)
     assert "hours are not known: give --rate" in found.lines()[0]
-    json.dumps(found.as_json())
+    json.dumps(asdict(found))
 
 
 def test_the_rate_is_that_of_an_earlier_run_of_the_same_layers(plan: Plan) -> None:

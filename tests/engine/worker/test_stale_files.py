@@ -25,7 +25,7 @@ from reinforce.engine.worker.shard import ShardProcess
 from reinforce.source.identity import read_state
 from tests.helpers.data import config_of, members_of, tree, write_tar
 from tests.helpers.decoding import decode_pool
-from tests.helpers.reinforced import reinforce_here, small_dataset
+from tests.helpers.reinforced import forget_sources, reinforce_here, small_dataset
 
 LATER = ("embeddings/blue/images", "embeddings/blue/caption", "embeddings/blue/namer")
 
@@ -186,8 +186,7 @@ def test_other_images_under_the_same_keys_are_noticed_by_the_recorded_source(
     name = file_of(folder / "out", "samples").stem
     before = read_state(f"{folder}/source/00000.tar")
     if recorded != "in the files":  # as an earlier version has written them
-        for layer in store.read_json("dataset.json")["layers"]:  # type: ignore[index]
-            _without_state(Path(store.layer_path(layer, name)))
+        forget_sources((folder / "out").glob(f"*/**/{name}.parquet"))
     if recorded == "by the run":
         writer = RecordWriter(store, "2026")
         writer.add(ShardRecord(name, ShardKeys.of([]), SourceRecord(f"{folder}/source/00000.tar", before)))
@@ -246,18 +245,6 @@ def test_stored_captions_of_other_rows_are_set_aside_with_all_layers_that_do_not
     }
     reinforce_here(config(made, folder))
     assert validate(str(folder / "out")).valid
-
-
-def _without_state(path: Path) -> None:
-    """Rewrite a file without the state of the source in its footer."""
-    file = pq.ParquetFile(path)
-    metadata = {k: v for k, v in file.metadata.metadata.items() if not k.startswith(b"reinforce.source_")}
-    metadata.pop(b"ARROW:schema")
-    schema = file.schema_arrow.with_metadata(metadata)
-    with pq.ParquetWriter(path.with_suffix(".new"), schema) as writer:
-        for number in range(file.num_row_groups):
-            writer.write_table(file.read_row_group(number).cast(schema))
-    path.with_suffix(".new").replace(path)
 
 
 def _fail(*_: object) -> None:

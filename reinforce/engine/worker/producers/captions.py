@@ -43,7 +43,7 @@ class Captions(Producer):
 
     @staticmethod
     def self_test(models: Models, layer: Layer, precision: Precision, config: Config | None) -> None:
-        batch = None if config is None else models.batches.rows(rows_per_batch(config))
+        batch = None if config is None else models.batches.fitting("rows", rows_per_batch(config))
         check_captioner(models, str(layer.model), layer.count, batch)
 
     @property
@@ -109,7 +109,7 @@ class Captions(Producer):
                 return work(at_once)
 
         while True:
-            at_once = self.session.models.batches.rows(images)
+            at_once = self.session.models.batches.fitting("rows", images)
             output, shared = self.session.attempt(partial(turn, at_once))
             if not isinstance(output, OutOfMemory):
                 return output

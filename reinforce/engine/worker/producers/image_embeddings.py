@@ -33,7 +33,9 @@ class ImageEmbeddings(Embeddings):
     def self_test(models: Models, layer: Layer, precision: Precision, config: Config | None) -> None:
         batch = None
         if config is not None:
-            batch = models.batches.crops(models.batches.rows(rows_per_batch(config)) * config.augmentations.count)
+            batch = models.batches.fitting(
+                "crops", models.batches.fitting("rows", rows_per_batch(config)) * config.augmentations.count
+            )
         check_image_encoder(models, str(layer.model), precision, batch)
 
     @staticmethod
@@ -53,7 +55,7 @@ class ImageEmbeddings(Embeddings):
         assert batch.crops is not None
         count, models = self.session.config.augmentations.count, self.session.models
         unlabelled = {layer.name: self.without_label(layer, batch.rows) for layer in self.computed}
-        size = models.batches.crops(len(batch.crops))
+        size = models.batches.fitting("crops", len(batch.crops))
         placeholders = np.repeat([row.unreadable is not None for row in batch.rows], count)
         prepared_pixels: dict[ImageSpec, torch.Tensor] = {}
         waiting = Counter(self.session.teacher(layer).image for layer in self.computed)

@@ -52,7 +52,11 @@ class Scores(Producer):
         batch = None
         if config is not None:
             images = config.workers.images
-            batch = models.batches.rows(rows_per_batch(config)) if layer.pixels else models.batches.samples(images)
+            batch = (
+                models.batches.fitting("rows", rows_per_batch(config))
+                if layer.pixels
+                else models.batches.fitting("samples", images)
+            )
         check_scorer(models, str(layer.model), layer.identity["inputs"], layer.names, batch)
 
     @property
@@ -100,7 +104,7 @@ class Scores(Producer):
         """
         session, found, start = self.session, np.zeros((len(places), len(layer.names)), np.float32), 0
         while start < len(places):
-            chosen = places[start : start + session.models.batches.samples(session.config.workers.images)]
+            chosen = places[start : start + session.models.batches.fitting("samples", session.config.workers.images)]
             output, shared = session.attempt(partial(self._run, layer, values, chosen))
             if isinstance(output, OutOfMemory):
                 session.halve(output, self.demand(layer, len(chosen)), len(chosen), shared)
@@ -123,7 +127,7 @@ class Scores(Producer):
         return self.session.models.score(self.session.scorer(layer), inputs, count, layer.names)
 
     def fill(self) -> None:
-        rows = self.session.models.batches.samples(self.session.config.workers.images)
+        rows = self.session.models.batches.fitting("samples", self.session.config.workers.images)
         for layer in self.layers:
             if _inputs(layer) == [CAPTION]:
                 self._score_batches(layer, [[f"{i} {LONG_TEXT}" for i in range(rows)]], np.arange(rows))

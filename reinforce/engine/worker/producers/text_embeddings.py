@@ -35,7 +35,7 @@ class TextEmbeddings(Embeddings):
 
     @staticmethod
     def self_test(models: Models, layer: Layer, precision: Precision, config: Config | None) -> None:
-        batch = None if config is None else models.batches.texts(texts_per_batch(config))
+        batch = None if config is None else models.batches.fitting("texts", texts_per_batch(config))
         check_text_encoder(models, str(layer.model), precision, batch)
 
     @staticmethod
@@ -71,7 +71,7 @@ class TextEmbeddings(Embeddings):
         encoded = np.zeros((len(distinct), teacher.dim), np.float32)
         start = 0
         while start < len(distinct):
-            batch = distinct[start : start + session.models.batches.texts(texts_per_batch(session.config))]
+            batch = distinct[start : start + session.models.batches.fitting("texts", texts_per_batch(session.config))]
             count, what = len(batch), f"{len(batch):,} texts, the first {shorten(batch[0], 60)!r}"
             with session.stage(layer.name, what):
                 encode = session.models.text_encoder(teacher, batch)
@@ -96,7 +96,7 @@ class TextEmbeddings(Embeddings):
 
     def fill(self) -> None:
         for layer in self.computed:
-            rows = -(-self.session.models.batches.texts(texts_per_batch(self.session.config)) // layer.count)
+            rows = -(-self.session.models.batches.fitting("texts", texts_per_batch(self.session.config)) // layer.count)
             self.encode_texts(layer, [[f"{i} {n} {LONG_TEXT}" for n in range(layer.count)] for i in range(rows)])
 
     def demand(self, layer: Layer, rows: int) -> Demand:
