@@ -10,6 +10,9 @@ from reinforce.cli.common import Address, DatasetUrl, ImagesFrom, NoRay, ViewNam
 from reinforce.cli.export_models import export
 from reinforce.terminal import escape
 
+Licence = Annotated[
+    str, typer.Option("--license", metavar="ID", help="Hugging Face's name of the licence, such as cc-by-4.0.")
+]
 OutputUrl = Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder or fsspec URL to write to.")]
 
 
@@ -113,9 +116,7 @@ def export_labels(
         typer.Option(metavar="A,B", help="What is published of each image: uid, sha256, digest, url. Default: all."),
     ] = None,
     urls: Annotated[bool, typer.Option("--urls/--no-urls", help="Publish URLs.")] = True,
-    license_: Annotated[
-        str, typer.Option("--license", metavar="ID", help="Hugging Face's name of the licence, such as cc-by-4.0.")
-    ] = "unknown",
+    license_: Licence = "unknown",
     images_from: ImagesFrom = None,
     view: ViewName = None,
     address: Address = None,
@@ -149,9 +150,7 @@ def card(
     output: Annotated[
         str | None, typer.Argument(metavar="[OUTPUT]", help="Folder or fsspec URL. Default: that of the dataset.")
     ] = None,
-    license_: Annotated[
-        str, typer.Option("--license", metavar="ID", help="Hugging Face's name of the licence, such as cc-by-4.0.")
-    ] = "unknown",
+    license_: Licence = "unknown",
     force: Annotated[bool, typer.Option("--force", help="Replace a README.md that somebody else has written.")] = False,
 ) -> None:
     """Write README.md, by which Hugging Face's `datasets` and its viewer read every layer of a dataset.

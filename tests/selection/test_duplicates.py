@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 import reinforce
 from reinforce.config import Config
-from reinforce.dataset.view import View, ViewRows
+from reinforce.dataset.view import ViewRows
 from reinforce.engine.messages.results import ShardResult
 from reinforce.errors import UserError
 from reinforce.selection import neighbours, passes
@@ -22,6 +23,7 @@ from reinforce.selection.select import select
 from reinforce.settings import parse
 from tests.helpers.data import config_of, members_of, picture, write_tar
 from tests.helpers.reinforced import reinforce_here
+from tests.helpers.views import make_view
 
 ROWS = 16
 NEAR = {"teacher": "red", "threshold": 0.97}
@@ -59,8 +61,7 @@ def url(made: Path, tmp_path: Path) -> str:
     return str(tmp_path / "out")
 
 
-def view_of(url: str, *rules: dict[str, Any], **options: Any) -> View:
-    return select(parse(SelectConfig, {"dataset": url, "name": "mine", "rules": [*rules]}), **options)
+view_of = functools.partial(make_view, name="mine")
 
 
 def reasons(url: str) -> list[str | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Iterator
@@ -17,16 +18,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import reinforce
-from reinforce.cli import main
 from reinforce.dataset.files.store import Store
-from reinforce.dataset.view import View, list_views
+from reinforce.dataset.view import list_views
 from reinforce.errors import UserError
-from reinforce.selection.config import SelectConfig
-from reinforce.selection.select import select
 from reinforce.selection.thresholds import FLOAT_BITS, Counts, Search, number, ordered
-from reinforce.settings import parse
+from tests.helpers.commands import Command
 from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.reinforced import reinforce_here
+from tests.helpers.views import make_view
 
 SHARDS, ROWS = 3, 20
 SCORES = {"match": {"similarity": "red", "texts": ["caption", "namer"]}, "sizes": {"facts": ["words", "bytes"]}}
@@ -51,8 +50,7 @@ def url(made: Path, tmp_path: Path) -> str:
     return str(tmp_path / "out")
 
 
-def view_of(url: str, *rules: dict[str, Any], name: str = "mine", seed: int = 0) -> View:
-    return select(parse(SelectConfig, {"dataset": url, "name": name, "rules": [*rules], "seed": seed}))
+view_of = functools.partial(make_view, name="mine")
 
 
 def kept(url: str, name: str = "mine") -> list[str]:
@@ -286,14 +284,13 @@ def test_an_unknown_view_is_named_with_those_that_exist(url: str) -> None:
         reinforce.open(url, view="best")
 
 
-def test_the_command_says_what_each_rule_took(url: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_command_says_what_each_rule_took(url: str, tmp_path: Path, command: Command) -> None:
     rules = [{"where": "scores.match.caption_mean > -9"}, {"keep": {"top": 10, "by": "scores.match.caption_mean"}}]
     config = tmp_path / "select.yaml"
     config.write_text(yaml.safe_dump({"dataset": "elsewhere", "name": "best", "rules": rules}))
-    with pytest.raises(SystemExit) as ended:
-        main(["select", str(config), "--set", f"dataset={url}"])
-    assert not ended.value.code
-    lines = capfd.readouterr().out.splitlines()
+    status, out, _ = command("select", str(config), "--set", f"dataset={url}")
+    lines = out.splitlines()
+    assert status == 0
     assert lines[0] == "1 where: 3 of 60 samples are left out, of which 3 have no value"
     assert lines[1].startswith("2 keep: 47 of 57 samples are left out; keeps values of at least ")
     assert lines[2] == "view best: 10 of 60 samples are kept"
