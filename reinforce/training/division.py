@@ -52,7 +52,7 @@ def flops_of_sample(task: Task, state: State, batch: Batch, size: int, accelerat
     The loss over the batch counts for nothing, nor do forward passes that are repeated to save memory: of the parts of
     a batch, and in blocks whose activations are recomputed.
     """
-    rows = min(2, size)  # batch normalisation of one row may raise
+    recomputed = any(getattr(module, "grad_checkpointing", False) for module in task.model.modules())
 
     def encode() -> torch.Tensor:
         with accelerator.autocast():
@@ -64,11 +64,12 @@ def flops_of_sample(task: Task, state: State, batch: Batch, size: int, accelerat
             encode()
 
     with _no_trace(state):
-        with torch.no_grad():
-            few = task.prepare(slice_batch(batch, 0, rows))
-        once = count_flops(forward)
-        whole = count_flops(lambda: encode().sum().backward())
-    recomputed = any(getattr(module, "grad_checkpointing", False) for module in task.model.modules())
+        for rows in range(1, min(2, size) + 1):  # batch normalisation of one row may raise
+            with torch.no_grad():
+                few = task.prepare(slice_batch(batch, 0, rows))
+            if whole := count_flops(lambda: encode().sum().backward()):
+                break
+        once = count_flops(forward) if recomputed or not whole else 0
     return max(once, whole - once * recomputed) / rows
 
 
