@@ -220,8 +220,12 @@ def fixed_config(config: BaseModel, mutable: Iterable[str]) -> dict[str, Any]:
 
 def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """One line for each key in which two results of ``fixed_config`` differ."""
+
+    def shown(value: Any) -> str:
+        return "not set" if value is None else repr(value)
+
     return [
-        f"{key}: {before.get(key)!r} before, {now.get(key)!r} now"
+        f"{key}: {shown(before.get(key))} before, {shown(now.get(key))} now"
         for key in sorted({*before, *now})
         if before.get(key) != now.get(key)
     ]

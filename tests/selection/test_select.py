@@ -74,6 +74,14 @@ def test_where_keeps_the_samples_for_which_it_is_true(url: str) -> None:
     assert (line["rows"], line["null"]) == (SHARDS * ROWS, 2)
 
 
+def test_nan_is_no_value_of_a_number_and_nullif_makes_it_null_in_where(url: str) -> None:
+    number = "CASE WHEN key LIKE '000%' THEN 'nan'::DOUBLE ELSE width END"
+    best, large = view_of(url, {"keep": {"top": 1.0, "by": number}}), view_of(url, {"where": f"{number} > 0"}, name="b")
+    known = view_of(url, {"where": f"nullif({number}, 'nan') > 0"}, name="c")
+    rows = [(line["null"], line["left_out"]) for view in (best, large, known) for line in view.report]
+    assert rows == [(ROWS, ROWS), (0, 0), (ROWS, ROWS)], "duckdb's NaN is larger than any number"
+
+
 @pytest.mark.parametrize("top", [7, 0.25, 1.0, 1000])
 def test_keep_takes_the_samples_with_the_largest_values_of_all_shards(url: str, top: float) -> None:
     view = view_of(url, {"where": "caption IS NOT NULL"}, {"keep": {"top": top, "by": "scores.match.caption_mean"}})

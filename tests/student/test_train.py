@@ -85,7 +85,7 @@ def test_a_training_that_began_before_preprocessing_was_stated_resumes_with_what
 
     assert changes(**DEFAULT_PREPROCESS) == []
     assert changes(**{**DEFAULT_PREPROCESS, "interpolation": "bilinear"}) == [
-        "student.preprocess.interpolation: None before, 'bilinear' now"
+        "student.preprocess.interpolation: not set before, 'bilinear' now"
     ]
 
 

@@ -191,7 +191,8 @@ def test_a_training_resumes_on_the_same_data_only(tmp_path: Path) -> None:
         resumed({"data.teachers": ["b"], "url: embeddings/b/images": "4f3e"}, 4, **{"data.teachers": None})
     assert str(raised.value).startswith(
         f"{tmp_path} has a training on other data:\n  data.teachers: ['a'] before, ['b'] now\n"
-        "  url: embeddings/a/images: '4f3e' before, None now\n  url: embeddings/b/images: None before, '4f3e' now\n"
+        "  url: embeddings/a/images: '4f3e' before, not set now\n"
+        "  url: embeddings/b/images: not set before, '4f3e' now\n"
     )
     with pytest.raises(UserError, match="'4f3e' before, '0000' now"):
         resumed({**first, "url: embeddings/a/images": "0000"}, 4, **{"data.teachers": None})

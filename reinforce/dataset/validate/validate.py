@@ -92,6 +92,12 @@ class Validation:
         """For people: what was found, the most serious first."""
         yield from first_lines(self.errors, _NAMED, "more problems")
         yield from self.repeated.lines(0, self.url)
+        if self.repeated.keys:
+            yield (
+                "  Each sample is kept and can be read, and equal keys draw the same random numbers. If a shard was "
+                "listed twice, remove one from `source` and drop its samples; if the images differ, go on, or name "
+                "a column or rename members so that keys are unique, and write a new dataset"
+            )
         if self.changed:
             yield (
                 f"{len(self.changed):,} source files have changed since their samples were written. Restore them, or "

@@ -48,6 +48,7 @@ class FirstSample:
     size: tuple[int, int] | None  # width and height, or None for formats whose header is not read here
     captions: Sequence[str]
     several: SeveralCaptions | None = None
+    key_of_row: bool = False  # the key was made of the shard's name, and so of the URL
 
     @property
     def caption(self) -> str | None:
@@ -74,6 +75,12 @@ class FirstSample:
             notes.append(f"{self._place()}: its caption has bytes that are not UTF-8, which become U+FFFD")
         if encoded and self.several and (note := self._several_note(plan.config)):
             notes.append(note)
+        if self.key_of_row and _is_new(plan):
+            notes.append(
+                f"{self._place()}: rows without a key get one made of the file's URL, and with it other augmentations "
+                "and captions if the files are read from another place; name a column in input.key, or state `moved` "
+                "after a move"
+            )
         images = [*filter(is_image_name, self.raw.members)]
         if len(images) > 1:
             listed = ", ".join(f".{extension}" for extension in images[:5])
@@ -291,7 +298,8 @@ def _sample_of(shard: Shard, config: Config, budget: ReadBudget) -> FirstSample 
         several = None
         with contextlib.suppress(Exception):  # each driver has its own; reading the sample did not raise
             several = find_several(shard, config.input, [item])
-        return FirstSample(shard.url, item, size, item.captions(config.input), several)
+        own = find_format(shard.format).is_table and item.key.startswith(f"{shard.name}-")
+        return FirstSample(shard.url, item, size, item.captions(config.input), several, own)
     return _describe(refusals, find_format(shard.format))
 
 

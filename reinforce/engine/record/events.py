@@ -6,8 +6,8 @@ import datetime
 import heapq
 import json
 import logging
+import secrets
 import time
-import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -61,7 +61,8 @@ class Events:
     def __init__(self, store: Storage, config: Config, redact: Callable[[str], str]) -> None:
         """``redact`` removes secrets from texts."""
         now = datetime.datetime.now(datetime.timezone.utc)
-        self.run = f"{now:%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:6]}"
+        # The suffix is microseconds and four random bits, so that names sort by their times.
+        self.run = f"{now:%Y%m%dT%H%M%SZ}-{now.microsecond * 16 + secrets.randbelow(16):06x}"
         self._store = store
         self._redact = redact
         self._part = 0

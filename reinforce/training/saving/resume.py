@@ -25,7 +25,8 @@ def check_resumable(before: Progress, now: Progress, steps: int, output: str) ->
         )
         raise UserError(
             f"{output} has a training {kind}:\n  " + "\n  ".join(changed) + "\n"
-            "Write to another `output`, restore these values, or delete the folder to start over."
+            "Write to another `output`, restore these values (remove keys that were not set), or delete the folder to "
+            "start over."
         )
     if before.step > steps:
         raise UserError(

@@ -43,6 +43,7 @@ def test_keys_that_repeat_across_shards_are_counted(tmp_path: Path, capsys: pyte
     url = reinforce_here(config_of(f"{tmp_path}/source/*.tar", tmp_path / "out"))
     out = printed(url, 1, capsys)
     assert "repeated keys: 2 keys, 18.18% of all, in more than one shard, for example in 0-" in out
+    assert "  Each sample is kept and can be read, and equal keys draw the same random numbers. If a shard was" in out
     assert out.endswith("read 3 shards, not valid\n")
 
 

@@ -66,12 +66,13 @@ def test_a_table_gives_the_rows_of_a_tar_with_the_same_samples(tmp_path: Path, f
 
 def test_the_first_sample_of_a_table_is_shown_and_what_is_not_there_is_one_error(tmp_path: Path) -> None:
     path = write_huggingface(tmp_path / "x.parquet", IMAGES, {"title": CAPTIONS})
-    sample, [note] = probe(config(tmp_path, path))
+    sample, [note, of_key] = probe(config(tmp_path, path))
     name = make_plan(parse_config(config(tmp_path, path))).pending[0].name
     assert sample is not None
     assert sample.line() == f"first sample: {name}-00000000 (.png, 40 x 30), no caption"
     assert note.endswith("the row has image, title; set input.captions to where captions are, or to []")
-    sample, notes = probe(config(tmp_path, path, input={"captions": ["title"]}))
+    assert f"{name}-00000000: rows without a key get one made of the file's URL" in of_key
+    sample, notes = probe(config(tmp_path, path, input={"captions": ["title"], "key": "title"}))
     assert (sample and sample.caption, notes) == ("thing 0", [])
     with pytest.raises(
         UserError, match=r"^source: no sample can be read\. .*x\.parquet: a Parquet file .* column 'jpg'"
@@ -89,7 +90,7 @@ def test_the_first_sample_of_a_table_is_shown_and_what_is_not_there_is_one_error
 def test_the_format_is_recognised_by_names_then_by_content(tmp_path: Path) -> None:
     path = write_huggingface(tmp_path / "00000.parquet", IMAGES, {"text": CAPTIONS})
     (tmp_path / "00000_stats.json").write_text("{}")
-    sample, [note] = probe(config(tmp_path, f"{tmp_path}/0*"))
+    sample, [note, _] = probe(config(tmp_path, f"{tmp_path}/0*"))
     assert sample is not None
     assert note == (
         f"source: 1 of 2 files are not parquet files by their names and will be quarantined, such as {tmp_path}/"

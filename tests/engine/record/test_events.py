@@ -11,6 +11,7 @@ import s3fs
 
 from reinforce.config import parse_config
 from reinforce.dataset.files.store import Store
+from reinforce.dataset.runs.progress import list_runs
 from reinforce.dataset.runs.shard_records import read_records
 from reinforce.engine.record import events
 from reinforce.engine.record.events import EventDigest, Events
@@ -60,6 +61,11 @@ def test_a_storage_that_refuses_the_records_of_runs_ends_no_run(
         "The run goes on without its record.",
         "The records of earlier runs are not used.",
     ]
+
+
+def test_the_runs_of_one_second_are_listed_in_their_order(tmp_path: Path) -> None:
+    runs = [record_in(tmp_path).run for _ in range(8)]
+    assert list_runs(Store(str(tmp_path))) == runs[::-1]
 
 
 def test_a_new_part_begins_after_a_mebibyte(tmp_path: Path) -> None:
