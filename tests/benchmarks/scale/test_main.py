@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks.pipeline.figures import Figure
+from benchmarks.pipeline.page import PAGE
 from benchmarks.scale import page
 from benchmarks.scale.__main__ import QUICK, main, measure_resume, measure_start, measure_status, measure_validate
 from benchmarks.scale.cluster import Cluster, SimulatedRay, config_of, simulated
@@ -57,7 +58,7 @@ def test_figures_that_are_measured_alone_replace_their_section() -> None:
     found = page.read_figures(new)
     assert [figure.value for figure in found if figure.section == section] == [1.0]
     assert [one for one in found if one.section != section] == [one for one in before if one.section != section]
-    assert f"| **{section}**, load average 7.5 | | | |" in page.render_page(page.PAGE.read_text(encoding="utf-8"), new)
+    assert f"| **{section}**, load average 7.5 | | | |" in page.render_page(PAGE.read_text(encoding="utf-8"), new)
 
 
 @pytest.mark.parametrize("part", [pytest.param("local", marks=pytest.mark.slow), "driver", "secrets"])
@@ -68,7 +69,7 @@ def test_every_part_is_measured(part: str, capsys: pytest.CaptureFixture[str]) -
 
 def test_the_table_of_the_page_is_the_one_that_was_measured() -> None:
     results = json.loads(page.RESULTS.read_text(encoding="utf-8"))
-    text = page.PAGE.read_text(encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
     assert page.render_page(text, results) == text
 
 
