@@ -118,7 +118,7 @@ class CaptionerModel(torch.nn.Module):
         vocabulary, which makes the largest tensors.
         """
         decoder, longest = self.coca.text_decoder, max(length)
-        run = partial(checkpoint, use_reentrant=False) if decoder.grad_checkpointing else _call
+        run = partial(checkpoint, use_reentrant=False) if decoder.grad_checkpointing else torch.nn.Module.__call__
         x, attention_mask = text_tokens[:, :longest], decoder.attn_mask[:longest, :longest]
         for block, cross in zip(decoder.resblocks, decoder.cross_attn, strict=True):
             x = run(block, x, None, None, attention_mask)
@@ -222,11 +222,6 @@ def describe_parameters(model: CaptionerModel) -> str:
     parts = ", ".join(f"{name} {size}" for name, size in sizes.items() if counts[name])
     frozen = f"; frozen: {', '.join(model.frozen)}" if model.frozen else ""
     return f"{sum(counts.values()) / 1e6:,.2f} of {total / 1e6:,.2f} M parameters are trained ({parts}){frozen}"
-
-
-def _call(module: torch.nn.Module, *arguments: Any) -> torch.Tensor:
-    result: torch.Tensor = module(*arguments)
-    return result
 
 
 def _parameters_behind(outputs: Sequence[torch.Tensor]) -> set[int]:

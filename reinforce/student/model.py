@@ -172,7 +172,8 @@ def build_student(
         if pretrained:
             clip = load_model(model, spec.image_size)
         else:
-            clip = _random_model(name, seed, stated_preprocess(model), spec.image_size)
+            with _seeded(seed):
+                clip = random_model(name, stated_preprocess(model), spec.image_size)
         if any(FUSED in key for key in clip.state_dict()):
             raise ValueError(
                 f"the weights of {name} are reparameterised for inference and lack the branches that are trained: "
@@ -247,11 +248,6 @@ def _model_config(name: str) -> dict[str, Any]:
     if "multimodal_cfg" in config:
         raise ValueError(f"{name} is a captioner, and this loss does not train its decoder: choose a CLIP model")
     return dict(config)
-
-
-def _random_model(name: str, seed: int, preprocess: Mapping[str, Any], image_size: int | None) -> Any:
-    with _seeded(seed):
-        return random_model(name, preprocess, image_size)
 
 
 def _init_as_siglip(clip: Any) -> dict[str, float]:

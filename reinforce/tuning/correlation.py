@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from reinforce.tuning.results import Curve
 from reinforce.tuning.screening import MEASURES, TeacherScreening
@@ -80,11 +81,5 @@ def check_screening(
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
     """Return Spearman's rank correlation, with mean ranks for ties; None if either sequence is constant."""
-    ranks = [_mean_ranks(np.asarray(values, np.float64)) for values in (first, second)]
-    deviations = [r - r.mean() for r in ranks]
-    scale = np.sqrt((deviations[0] ** 2).sum() * (deviations[1] ** 2).sum())
-    return float((deviations[0] * deviations[1]).sum() / scale) if scale > 0 else None
-
-
-def _mean_ranks(values: np.ndarray) -> np.ndarray:
-    return np.array([(values < value).sum() + ((values == value).sum() - 1) / 2 for value in values])
+    correlation = pd.DataFrame({"first": first, "second": second}).corr("spearman").loc["first", "second"]
+    return None if pd.isna(correlation) else float(correlation)

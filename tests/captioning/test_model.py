@@ -184,18 +184,6 @@ def test_batch_parts_give_the_gradients_of_the_whole_batch_and_bf16_is_close(tmp
         torch.testing.assert_close(gradient, gradients_of_parts[name], rtol=1e-3, atol=1e-4, msg=name)
 
 
-def test_the_exported_folder_loads_with_the_same_weights(tmp_path: Path) -> None:
-    model = make_captioner(tmp_path)
-    task = CaptioningTask(model, model.loss, evaluator=None)  # type: ignore[arg-type]
-    (tmp_path / "export").mkdir()
-    task.export(model, f"{tmp_path}/export")
-    name = f"local-dir:{tmp_path}/export"
-    again = build_captioner(captioner_config(tmp_path, captioner={"model": name}))
-    assert again.image == model.image
-    assert all(torch.equal(value, model.state_dict()[key]) for key, value in again.state_dict().items())
-    assert open_clip.get_tokenizer(name)("fog").shape == (1, 76)
-
-
 @pytest.mark.parametrize("context", [9, 128])
 def test_another_context_keeps_the_features_and_predictions_of_captions_that_fit_it(
     tmp_path: Path, context: int

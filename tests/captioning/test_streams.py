@@ -62,24 +62,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_two_ranks_see_disjoint_samples_that_together_are_the_epoch_of_the_table(folder: Path) -> None:
-    config = streams_config(folder, output=f"{folder}/ranks")
-    feed = feed_of(config)
-    table = load_pairs(captioner_config(folder, output=f"{folder}/table")).training()
-    everything = {table.key(index) for index in range(len(table))}
-    steps = feed.samples // 4
-    by_rank = [keys_of(take(feed, steps, rank, 2, 2)) for rank in range(2)]
-    assert feed.samples == len(everything) == 33
-    assert not {*by_rank[0]} & {*by_rank[1]}
-    assert len({*by_rank[0], *by_rank[1]}) == 4 * steps
-    epoch = keys_of(take(feed_of(config), 33, batch=1))
-    assert sorted(epoch) == sorted(everything)
-    whole = take(feed, 4)
-    for step, batch in enumerate(whole):
-        parts = [take(feed, 1, rank, 2, 2, start=step)[0] for rank in range(2)]
-        assert sorted(batch["key"]) == sorted(keys_of(parts))
-
-
 def test_batches_do_not_depend_on_the_start_or_on_loader_processes(folder: Path) -> None:
     config = streams_config(folder, output=f"{folder}/ranks")
     whole = take(feed_of(config), 12)

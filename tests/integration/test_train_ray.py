@@ -1,8 +1,9 @@
-"""Trainings on Ray Train and on S3."""
+"""Trainings on Ray Train and on S3, of a student's stand-in and of a captioner whose pairs are streamed."""
 
 from __future__ import annotations
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load
 
+from reinforce.captioning.finetune import finetune
 from reinforce.errors import UserError
 from reinforce.training.distributed.ranks import Ranks
 from reinforce.training.launch import launch
 from reinforce.training.loop import run_rank
 from reinforce.training.stop import Stopped, StopSignal
 from teachers.device.accelerator import Accelerator
+from tests.helpers.captioning import captioner_config, write_shards
+from tests.helpers.data import picture, write_tar
 from tests.helpers.trainings import PairFeed, StoppingFeed, TowersTask, builder, curve, fatal, job
 
 pytestmark = pytest.mark.usefixtures("ray_session", "no_pictures")
@@ -33,6 +37,33 @@ def test_after_a_killed_rank_all_ranks_restart_from_the_last_checkpoint(tmp_path
     np.testing.assert_allclose(curve(tmp_path / "two"), curve(tmp_path / "one"), rtol=2e-4)
     with pytest.raises(UserError, match=r"training of another config:\n  batch: 16 before, 32 now"):
         launch(builder(), job(tmp_path / "two", batch=32, **changes))
+
+
+@pytest.mark.slow
+def test_two_ranks_train_a_captioner_of_streams_like_one_and_the_driver_shows_what_they_log(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_shards(tmp_path / "held", 4)
+    members = [(f"{n:02d}.{e}", d) for n in range(24) for e, d in (("png", picture(n)), ("txt", b"a thing"))]
+    members[:4] = [("00.png", b"no image"), members[1], ("01.png", b"no image"), members[3]]
+    write_tar(tmp_path / "0.tar", members)
+
+    def train(ranks: int) -> list[float]:
+        output = tmp_path / str(ranks)
+        compute = {"ranks": ranks, "gpus": 0, "cpus": 1}
+        changes = {"train": {"steps": 7, "batch": 4, "optimizer": {"warmup": 0}, "log_every": 1, "compute": compute}}
+        data = {"source": f"{tmp_path}/0.tar", "captions": ["txt"], "order": "streams", "streams": 2, "workers": 0}
+        held = {"source": f"{tmp_path}/held/shards/*.tar"}
+        config = captioner_config(tmp_path, output=str(output), data=data, held_out=held, **changes)
+        assert finetune(config).steps == 7
+        return curve(output)
+
+    np.testing.assert_allclose(train(2), train(1), rtol=2e-4)
+    printed = capfd.readouterr().out
+    named = re.findall(r"0\.tar, key (\d+) is replaced by another example: image_format", printed)
+    assert {*named} == {"00", "01"}
+    counts = re.findall(r"epoch 1, rank \d: unusable rows that were replaced: image_format: (\d)", printed)
+    assert sum(map(int, counts)) == 2
 
 
 def test_ranks_that_no_node_can_hold_are_refused(tmp_path: Path) -> None:

@@ -13,15 +13,6 @@ from reinforce.training.job import total_steps
 from tests.helpers.trainings import training
 
 
-def test_the_fixed_config_has_dotted_keys_without_the_mutable_ones() -> None:
-    fixed = fixed_config(training(), MUTABLE_KEYS)
-    assert fixed["batch"] == 16
-    assert fixed["optimizer.betas"] == [0.9, 0.95]
-    assert fixed["compute.precision"] == "fp32"
-    mutable = {"steps", "epochs", "log_every", "retries", "compute.ranks", "compute.accumulate", "checkpoints.every"}
-    assert not mutable & fixed.keys()
-
-
 def test_a_mutable_key_does_not_hide_keys_that_begin_like_it() -> None:
     assert "steps" not in fixed_config(training(), ["steps"])
     assert "steps" in fixed_config(training(), ["step"])

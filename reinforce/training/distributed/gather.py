@@ -31,7 +31,7 @@ def world_size() -> int:
 
 def local_world_size() -> int:
     """Number of ranks on this machine, as torchrun and Ray Train set it."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or world_size())
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or world_size())
 
 
 def rank() -> int:

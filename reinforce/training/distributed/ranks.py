@@ -18,6 +18,7 @@ from reinforce.processes.cores import available_cores, cores_per_process, defaul
 from reinforce.storage import Storage
 from reinforce.terminal import plural
 from reinforce.training.config import Compute
+from reinforce.training.distributed import gather
 from reinforce.training.distributed.rank_watch import TIMEOUT, RankWatch
 from reinforce.training.stop import Stopped
 from teachers.device.accelerator import Accelerator
@@ -50,27 +51,15 @@ class Ranks:
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def run_on_first(self, work: Callable[[], T]) -> T | None:
-        """Run ``work`` on rank 0 while the others wait; returns its result there and None on the other ranks.
+    def run_on_first(self, work: Callable[[], T]) -> T:
+        """Run ``work`` on rank 0 while the others wait; returns its result, which must be picklable, on every rank.
 
         If it raises, every rank raises: rank 0 the error itself, the others UserError, Stopped or RuntimeError.
         """
         if self.size == 1:
             return work()
         self.at("work that rank 0 does for all", waits=not self.is_first)
-        status = torch.tensor([_SUCCESS])
-        result, error = None, None
-        if self.is_first:
-            try:
-                result = work()
-            except Exception as raised:
-                error = raised
-                status.fill_(_status_of(raised))
-        dist.broadcast(status, 0, group=self.control)
-        if error is not None:
-            raise error
-        _raise_of(0, int(status.item()))
-        return result
+        return _run_on_first(work, self.control)
 
     def run_on_all(self, work: Callable[[], T]) -> list[T]:
         """Run ``work`` on every rank; returns the results, which must be picklable, in the order of the ranks.
@@ -163,7 +152,7 @@ def join_ranks(
     local_rank = int(os.environ.get("LOCAL_RANK", "0")) if owns_group else 0
     machine = {"CPU": available_cores(), "GPU": torch.cuda.device_count()}
     gpus = default_gpus([machine]) if compute.gpus is None else compute.gpus
-    cpus = compute.cpus or cpus or cores_per_process([machine], _local_ranks() if owns_group else 1, gpus)
+    cpus = compute.cpus or cpus or cores_per_process([machine], gather.local_world_size() if owns_group else 1, gpus)
     device = device or (f"cuda:{local_rank}" if gpus else "cpu")
     with strict_flags(device, compute.deterministic):
         try:
@@ -222,29 +211,28 @@ def watching(
 
 
 def share_from_first(work: Callable[[], T]) -> T:
-    """Run ``work`` on rank 0 and return its result, which must be picklable, on every rank.
-
-    Use it for work with many requests to a storage. Every rank must call it, or none. If ``work`` raises, rank 0 raises
-    its error and the others UserError or RuntimeError.
-    """
+    """``Ranks.run_on_first`` for code that does not know its ranks, such as a feed with many requests to a storage."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return work()
     group = dist.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT)
-    shared: list[Any] = [None, _SUCCESS]
-    error = None
     try:
-        if dist.get_rank() == 0:
-            try:
-                shared[0] = work()
-            except Exception as raised:
-                error, shared[1] = raised, _status_of(raised)
-        dist.broadcast_object_list(shared, 0, group=group)
+        return _run_on_first(work, group)
     finally:
         dist.destroy_process_group(group)
+
+
+def _run_on_first(work: Callable[[], T], group: dist.ProcessGroup | None) -> T:
+    shared: list[Any] = [None, _SUCCESS]
+    error = None
+    if dist.get_rank() == 0:
+        try:
+            shared[0] = work()
+        except Exception as raised:
+            error, shared[1] = raised, _status_of(raised)
+    dist.broadcast_object_list(shared, 0, group=group)
     if error is not None:
         raise error
-    if shared[1] != _SUCCESS:
-        raise (UserError if shared[1] == _USER_ERROR else RuntimeError)("rank 0 failed: see its message")
+    _raise_of(0, shared[1])
     result: T = shared[0]
     return result
 
@@ -252,11 +240,6 @@ def share_from_first(work: Callable[[], T]) -> T:
 def under_torchrun() -> bool:
     """Whether the environment sets a rank, as torchrun does."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
-def _local_ranks() -> int:
-    """Number of ranks on this machine, from torchrun's environment."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"])
 
 
 def synchronize_batch_norms(model: torch.nn.Module, ranks: Ranks) -> None:

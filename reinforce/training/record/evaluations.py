@@ -62,7 +62,7 @@ class Evaluations:
             return
         combine = getattr(self.task, "combine_evaluations", None)
         if combine is None or self.ranks.size == 1:
-            parts = [self.ranks.run_on_first(lambda: self._measure(self.state.final_model)) or {}]
+            parts = [self.ranks.run_on_first(lambda: self._measure(self.state.final_model))]
         else:
             with self.ranks.with_tensors_of_first(self.state.model, self.state.final_model) as model:
                 parts = self.ranks.run_on_all(lambda: self._measure(model))

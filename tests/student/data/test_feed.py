@@ -126,12 +126,6 @@ def test_a_rank_that_is_not_the_first_lists_and_reads_nothing_before_its_first_b
     assert same(take(feed_of(url), 1, batch=6, rank=1, ranks=2)[0], take(first, 1, batch=6, rank=1, ranks=2)[0])
 
 
-def test_a_resumed_training_gets_the_batches_of_an_uninterrupted_one(url: str) -> None:
-    undisturbed = take(feed_of(url), 14, 6)
-    for start in (1, 6, 9):
-        assert all(map(same, take(feed_of(url), 3, 6, start=start), undisturbed[start:]))
-
-
 def test_loader_processes_read_every_sample_once_and_resume_exactly_also_with_other_cores(url: str) -> None:
     feed = feed_of(url, workers=None)
     reading = feed.set_up(ranks=1, batch=4, start=0, loaders=2, streams=None)
