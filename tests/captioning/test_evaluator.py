@@ -24,7 +24,7 @@ from teachers.device.accelerator import Accelerator
 from teachers.open_clip.tokenizer import Tokenizer
 from teachers.preprocessing.fit import fit
 from teachers.preprocessing.pixels import to_pixels
-from tests.helpers.captioning import captioner_config, make_captioner, write_shards
+from tests.helpers.captioning import captioned, captioner_config, make_captioner, write_shards
 from tests.helpers.data import picture, write_tar
 from tests.helpers.tiny_coca import END
 
@@ -114,22 +114,18 @@ def test_evaluation_does_not_change_the_model(tmp_path: Path) -> None:
 def test_broken_held_out_images_are_left_out(tmp_path: Path) -> None:
     write_shards(tmp_path, 30)
     broken = {f"9{i}": picture(i)[:90] for i in range(3)}
-    write_tar(tmp_path / "held_out" / "0.tar", [m for key in broken for m in _members(key, broken[key])])
+    write_tar(tmp_path / "held_out" / "0.tar", captioned(broken))
     evaluator, _, model = make_evaluator(tmp_path, held_out={"source": f"{tmp_path}/held_out/0.tar"})
     with pytest.raises(UserError, match="held_out: no image can be decoded, the first: 90: "):
         evaluator.evaluate(model)
     good = {f"8{i}": picture(i) for i in range(5)}
-    write_tar(tmp_path / "held_out" / "1.tar", [m for key in good for m in _members(key, good[key])])
+    write_tar(tmp_path / "held_out" / "1.tar", captioned(good))
     evaluator, _, model = make_evaluator(tmp_path, held_out={"source": f"{tmp_path}/held_out/*.tar"})
     mixed = evaluator.evaluate(model)
     evaluator, _, model = make_evaluator(tmp_path, held_out={"source": f"{tmp_path}/held_out/1.tar"})
     alone = evaluator.evaluate(model)
     assert mixed["caption_loss"] == pytest.approx(alone["caption_loss"])
     assert mixed["retrieval/image_to_text/r1"] == alone["retrieval/image_to_text/r1"]
-
-
-def _members(key: str, image: bytes, text: bytes = b"a caption") -> list[tuple[str, bytes]]:
-    return [(f"{key}.png", image), (f"{key}.txt", text)]
 
 
 REFERENCES = [

@@ -20,7 +20,7 @@ from reinforce.errors import UserError
 from reinforce.images.policy import decode
 from teachers.open_clip.tokenizer import Tokenizer
 from teachers.weights import cache_folder
-from tests.helpers.captioning import captioner_config, equal, take, write_shards
+from tests.helpers.captioning import captioned, captioner_config, equal, take, write_shards
 from tests.helpers.data import picture, write_tar
 from tests.helpers.reinforced import reinforce_here
 from tests.helpers.tiny_coca import END
@@ -106,10 +106,8 @@ def test_an_example_is_a_crop_by_policy_with_a_caption_of_its_image(source: tupl
 
 
 def test_broken_neighbours_are_replaced_by_different_images_of_other_batches(tmp_path: Path) -> None:
-    members = []
-    for i in range(40):
-        members += [(f"{i:02d}.png", picture(i)[: 99 if i < 10 else None]), (f"{i:02d}.txt", f"number {i}".encode())]
-    write_tar(tmp_path / "shards" / "0.tar", members)
+    images = {f"{i:02d}": picture(i)[: 99 if i < 10 else None] for i in range(40)}
+    write_tar(tmp_path / "shards" / "0.tar", captioned(images, "number KEY"))
     feed = make_feed(*make_pairs(tmp_path, captions=["txt"]))
     batches = [batch["key"] for batch in take(feed, 12, batch=10)]
     assert all(len(set(keys)) == 10 for keys in batches)
@@ -121,11 +119,8 @@ def test_broken_neighbours_are_replaced_by_different_images_of_other_batches(tmp
 
 def test_broken_images_are_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     broken = {"2", "5"}
-    members = []
-    for i in range(20):
-        data = picture(i)
-        members += [(f"{i}.png", data[:99] if str(i) in broken else data), (f"{i}.txt", f"number {i}".encode())]
-    write_tar(tmp_path / "shards" / "0.tar", members)
+    images = {str(i): picture(i)[: 99 if str(i) in broken else None] for i in range(20)}
+    write_tar(tmp_path / "shards" / "0.tar", captioned(images, "number KEY"))
     pairs, data = make_pairs(tmp_path, captions=["txt"])
     feed = make_feed(pairs, data)
     with caplog.at_level(logging.WARNING):
@@ -141,7 +136,7 @@ def test_broken_images_are_replaced(tmp_path: Path, caplog: pytest.LogCaptureFix
 
 
 def test_only_broken_images_is_an_error(tmp_path: Path) -> None:
-    write_tar(tmp_path / "shards" / "0.tar", [m for i in range(20) for m in ((f"{i}.png", b"?"), (f"{i}.txt", b"t"))])
+    write_tar(tmp_path / "shards" / "0.tar", captioned({str(i): b"?" for i in range(20)}))
     pairs, data = make_pairs(tmp_path, captions=["txt"])
     with pytest.raises(UserError, match="images in a row cannot be decoded, the last: image_format"):
         take(make_feed(pairs, data), 1)

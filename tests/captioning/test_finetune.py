@@ -20,7 +20,7 @@ from reinforce.cli import main
 from reinforce.errors import UserError
 from reinforce.training.record.results import Results
 from teachers.device.accelerator import Accelerator
-from tests.helpers.captioning import captioner_config, write_shards
+from tests.helpers.captioning import captioned, captioner_config, write_shards
 from tests.helpers.data import picture, write_tar
 from tests.helpers.reinforced import reinforce_here
 from tests.helpers.tiny_coca import coca_model
@@ -220,15 +220,12 @@ def test_user_errors_are_reported_before_training(tmp_path: Path, capsys: pytest
 
 
 def test_notes_describe_parameters_data_and_truncated_captions(tmp_path: Path) -> None:
-    members = [m for i in range(30) for m in _members(str(i), picture(i))]
-    members += [m for i in range(30, 33) for m in _members(str(i), picture(i), b"word " * (74 if i == 30 else 75))]
+    members = captioned({str(i): picture(i) for i in range(30)})
+    for i in range(30, 33):
+        members += captioned({str(i): picture(i)}, "word " * (74 if i == 30 else 75))
     write_tar(tmp_path / "shards" / "0.tar", members)
     task, _ = build(captioner_config(tmp_path), Accelerator("cpu"))
     parameters, data, truncated = task.notes
     assert "M parameters are trained (image " in parameters
     assert "images with" in data
     assert truncated == "2 of 33 captions are longer than the model's context and truncated"
-
-
-def _members(key: str, image: bytes, text: bytes = b"a caption") -> list[tuple[str, bytes]]:
-    return [(f"{key}.png", image), (f"{key}.txt", text)]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +24,15 @@ from reinforce.captioning.pairs import load_pairs
 from reinforce.captioning.streams import CaptionStreams, load_streams
 from reinforce.errors import UserError
 from reinforce.training.record import log
-from reinforce.training.task import Batch, Feed, Task
+from reinforce.training.task import Feed, Task
 from teachers.device.accelerator import Accelerator
 from teachers.open_clip.tokenizer import Tokenizer
-from tests.helpers.captioning import captioner_config, equal, take, write_shards
+from tests.helpers.captioning import captioned, captioner_config, equal, take, write_shards
 from tests.helpers.data import free_port, picture, write_tar
 from tests.helpers.ranks import start_ranks
 from tests.helpers.reinforced import reinforce_here
 from tests.helpers.tiny_coca import END, coca_model
-from tests.helpers.trainings import curve
+from tests.helpers.trainings import before_batches, curve
 from tests.helpers.views import make_view
 
 SIZE = 16
@@ -145,11 +143,9 @@ def test_sizes_beside_tars_save_counting_and_surplus_ones_are_replaced(
 def test_broken_images_are_replaced_by_others_counted_and_named(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    members = [(f"{i:03d}.{e}", d) for i in range(16) for e, d in (("png", picture(i)), ("txt", b"thing"))]
-    broken = [f"broken-{n}" for n in range(4)]
-    members += [(f"{key}.{e}", d) for key in broken for e, d in (("png", b"no image"), ("txt", b"thing"))]
-    members.append(("silent.png", picture(1)))
-    write_tar(tmp_path / "shards" / "0.tar", members)
+    images = {f"{i:03d}": picture(i) for i in range(16)}
+    broken = {f"broken-{n}": b"no image" for n in range(4)}
+    write_tar(tmp_path / "shards" / "0.tar", [*captioned({**images, **broken}), ("silent.png", picture(1))])
     config = streams_config(tmp_path, held_out={"source": f"{folder}/shards/*.tar"}, captions=["txt"])
     feed = feed_of(config)
     assert feed.samples == 20, "the one without a caption is not counted"
@@ -168,8 +164,7 @@ def test_broken_images_are_replaced_by_others_counted_and_named(
 
 
 def test_a_source_of_broken_images_ends_the_training(folder: Path, tmp_path: Path) -> None:
-    members = [(f"{i:03d}.{e}", d) for i in range(8) for e, d in (("png", b"no image"), ("txt", b"thing"))]
-    write_tar(tmp_path / "shards" / "0.tar", members)
+    write_tar(tmp_path / "shards" / "0.tar", captioned({f"{i:03d}": b"no image" for i in range(8)}))
     config = streams_config(tmp_path, held_out={"source": f"{folder}/shards/*.tar"}, captions=["txt"])
     with pytest.raises(UserError, match="100 images in a row cannot be decoded"):
         take(feed_of(config), 1)
@@ -222,18 +217,9 @@ def train_on_two_ranks(rank: int, folder: Path, port: int) -> None:
 
     def noting(config: CaptionerConfig, accelerator: Accelerator, data: Any) -> tuple[Task, Feed]:
         task, feed = build(config, accelerator, data)
-        batches = feed.batches
-
-        def noted(*arguments: int) -> Iterator[Batch]:
-            seen.append([])
-            with contextlib.closing(batches(*arguments)) as made:
-                for batch in made:
-                    seen[-1] += batch["key"]
-                    yield batch
-
         models.append(task.model)
-        feed.batches = noted
-        return task, feed
+        seen.append([])
+        return task, before_batches(feed, lambda rank, step, batch: seen[-1].extend(batch["key"]))
 
     finetuning.build = noting
     counted = finetuning._load_data

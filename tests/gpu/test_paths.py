@@ -42,7 +42,7 @@ from tests.helpers.stand_in_cuda import Counts, StandIn, stand_in_cuda
 from tests.helpers.students import batch_for, built, student_folder
 from tests.helpers.tiny_coca import coca_model
 from tests.helpers.tiny_models import open_clip_model, transformers_siglip
-from tests.helpers.trainings import PairFeed, StoppingFeed, TowersTask, curve, job
+from tests.helpers.trainings import PairFeed, TowersTask, curve, job, stopping
 
 # For each batch of images with its texts, without decoding: one for the output of each model.
 WAITS_A_BATCH = 6
@@ -147,7 +147,7 @@ def test_a_training_on_a_gpu_that_resumes_has_the_weights_of_one_that_does_not(t
         ranks = Ranks(0, 1, Accelerator("cuda"))
         for name, feed, stopped in (
             ("whole", PairFeed(), StopSignal()),
-            ("parts", StoppingFeed(stop, 3), stop),
+            ("parts", stopping(PairFeed(), stop, 3), stop),
             ("parts", PairFeed(), StopSignal()),
         ):
             torch.manual_seed(0)
@@ -169,7 +169,7 @@ def test_a_step_is_divided_as_far_as_memory_asks_and_a_resumed_training_keeps_th
 
     def train(output: str, memory: int, stop_at: int | None = None, accumulate: int | str = "auto") -> str:
         stop, changes = StopSignal(), {"steps": 4, "compute": {"accumulate": accumulate}}
-        feed = PairFeed() if stop_at is None else StoppingFeed(stop, stop_at)
+        feed = PairFeed() if stop_at is None else stopping(PairFeed(), stop, stop_at)
         torch.manual_seed(0)
         with stand_in_cuda(memory * 200_000), contextlib.suppress(Stopped):
             ranks = Ranks(0, 1, Accelerator("cuda"))

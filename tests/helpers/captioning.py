@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,14 @@ def write_shards(folder: Path, *sizes: int, captions: int = 1) -> None:
                 (f"{key}.txt", f"text of {key}".encode()),
             ]
         write_tar(folder / "shards" / f"{shard:05d}.tar", members)
+
+
+def captioned(images: Mapping[str, bytes], text: str = "a caption") -> list[tuple[str, bytes]]:
+    """Members of a tar: images by key, each with a text, in which ``KEY`` stands for its key."""
+    members = []
+    for key, image in images.items():
+        members += [(f"{key}.png", image), (f"{key}.txt", text.replace("KEY", key).encode())]
+    return members
 
 
 def task_losses(model: CaptionerModel, batch: Batch, loss: Loss) -> dict[str, torch.Tensor]:

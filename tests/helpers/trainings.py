@@ -6,10 +6,10 @@ import json
 import math
 import os
 import signal
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,9 +19,10 @@ from reinforce.training.config import MUTABLE_KEYS, Training, fixed_config
 from reinforce.training.distributed.gather import gather
 from reinforce.training.job import Job
 from reinforce.training.stop import StopSignal
-from reinforce.training.task import Batch, Build, Encoded, Reading
+from reinforce.training.task import Batch, Build, Encoded, Feed, Reading
 from teachers.device.accelerator import Accelerator
 
+F = TypeVar("F", bound=Feed)
 WIDTH = 6
 
 
@@ -111,37 +112,34 @@ class PairFeed:
             step += 1
 
 
-class StoppingFeed(PairFeed):
-    """Requests the training to stop after step ``at``."""
+def before_batches(feed: F, act: Callable[[int, int, Batch], object]) -> F:
+    """The feed, which calls ``act`` with the rank, the step and the batch before it yields each batch."""
+    batches = feed.batches
 
-    def __init__(self, stop: StopSignal, at: int) -> None:
-        super().__init__()
-        self.stop, self.at = stop, at
-
-    def batches(self, rank: int, ranks: int, batch: int, start: int) -> Iterator[Batch]:
-        for step, made in enumerate(super().batches(rank, ranks, batch, start), start=start):
-            if step == self.at:  # while the previous step is computed
-                self.stop.request(signal.SIGTERM)
+    def acting(rank: int, ranks: int, batch: int, start: int) -> Iterator[Batch]:
+        for step, made in enumerate(batches(rank, ranks, batch, start), start=start):
+            act(rank, step, made)
             yield made
 
+    feed.batches = acting  # type: ignore[method-assign]
+    return feed
 
-class FatalFeed(PairFeed):
-    """Kills rank 1 at a step, once: a file marks that it has happened."""
 
-    def __init__(self, folder: str, at: int) -> None:
-        super().__init__()
-        self.marker, self.at = Path(folder, "killed"), at
-
-    def batches(self, rank: int, ranks: int, batch: int, start: int) -> Iterator[Batch]:
-        for step, made in enumerate(super().batches(rank, ranks, batch, start), start=start):
-            if (rank, step) == (1, self.at) and not self.marker.exists():
-                self.marker.touch()
-                os.kill(os.getpid(), signal.SIGKILL)
-            yield made
+def stopping(feed: F, stop: StopSignal, at: int) -> F:
+    """The feed, which requests the training to stop after step ``at``, while the step is computed."""
+    return before_batches(feed, lambda rank, step, batch: step == at and stop.request(signal.SIGTERM))
 
 
 def fatal(accelerator: Accelerator, folder: str) -> tuple[TowersTask, PairFeed]:
-    return TowersTask(), FatalFeed(folder, at=8)
+    """Kills rank 1 at a step, once: a file marks that it has happened."""
+    marker = Path(folder, "killed")
+
+    def kill(rank: int, step: int, batch: Batch) -> None:
+        if (rank, step) == (1, 8) and not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return TowersTask(), before_batches(PairFeed(), kill)
 
 
 def training(**changes: Any) -> Training:

@@ -20,9 +20,9 @@ from reinforce.training.launch import launch
 from reinforce.training.loop import run_rank
 from reinforce.training.stop import Stopped, StopSignal
 from teachers.device.accelerator import Accelerator
-from tests.helpers.captioning import captioner_config, write_shards
+from tests.helpers.captioning import captioned, captioner_config, write_shards
 from tests.helpers.data import picture, write_tar
-from tests.helpers.trainings import PairFeed, StoppingFeed, TowersTask, builder, curve, fatal, job
+from tests.helpers.trainings import PairFeed, TowersTask, builder, curve, fatal, job, stopping
 
 pytestmark = pytest.mark.usefixtures("ray_session", "no_pictures")
 
@@ -44,9 +44,8 @@ def test_two_ranks_train_a_captioner_of_streams_like_one_and_the_driver_shows_wh
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     write_shards(tmp_path / "held", 4)
-    members = [(f"{n:02d}.{e}", d) for n in range(24) for e, d in (("png", picture(n)), ("txt", b"a thing"))]
-    members[:4] = [("00.png", b"no image"), members[1], ("01.png", b"no image"), members[3]]
-    write_tar(tmp_path / "0.tar", members)
+    images = {f"{n:02d}": picture(n) if n > 1 else b"no image" for n in range(24)}
+    write_tar(tmp_path / "0.tar", captioned(images))
 
     def train(ranks: int) -> list[float]:
         output = tmp_path / str(ranks)
@@ -71,8 +70,8 @@ def test_ranks_that_no_node_can_hold_are_refused(tmp_path: Path) -> None:
         launch(builder(), job(tmp_path, compute={"ranks": 2, "cpus": 64}))
 
 
-def stopping(accelerator: Accelerator, stop: StopSignal) -> tuple[TowersTask, PairFeed]:
-    return TowersTask(), StoppingFeed(stop, at=3)
+def stopped(accelerator: Accelerator, stop: StopSignal) -> tuple[TowersTask, PairFeed]:
+    return TowersTask(), stopping(PairFeed(), stop, at=3)
 
 
 def test_a_training_in_s3_is_stopped_and_resumed_as_on_a_disk(s3: Any, tmp_path: Path) -> None:
@@ -82,7 +81,7 @@ def test_a_training_in_s3_is_stopped_and_resumed_as_on_a_disk(s3: Any, tmp_path:
     remote = job("s3://bucket/trainings/one", evaluate_every=5, **changes)
     stop = StopSignal()
     with pytest.raises(Stopped):
-        run_rank(partial(stopping, stop=stop), remote, Ranks(0, 1, Accelerator("cpu")), stop)
+        run_rank(partial(stopped, stop=stop), remote, Ranks(0, 1, Accelerator("cpu")), stop)
     assert s3.glob("bucket/trainings/one/checkpoints/*") == [
         "bucket/trainings/one/checkpoints/step-000000003.safetensors"
     ]

@@ -30,6 +30,7 @@ from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.ranks import results_of_ranks
 from tests.helpers.reinforced import reinforce_here
 from tests.helpers.students import batch_for, built, student_folder, train_briefly
+from tests.helpers.trainings import stopping
 
 STEPS = 5
 
@@ -142,22 +143,6 @@ def config_with(folder: Path, dataset: str, train: dict[str, Any] | None = None,
     )
 
 
-class StopAt:
-    """Asks a training to stop after a step, by the feed of the next one."""
-
-    def __init__(self, feed: Any, stop: StopSignal, step: int) -> None:
-        self._feed, self._stop, self._step = feed, stop, step
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._feed, name)
-
-    def batches(self, rank: int, ranks: int, batch: int, start: int) -> Any:
-        for step, made in enumerate(self._feed.batches(rank, ranks, batch, start), start=start):
-            if step == self._step:
-                self._stop.request(15)
-            yield made
-
-
 def train(config: StudentConfig, stop_at: int | None = None, log: list[str] | None = None) -> dict[str, torch.Tensor]:
     """Train in this process, and return the tensors of the last checkpoint."""
     accelerator, stop = Accelerator("cpu"), StopSignal()
@@ -171,8 +156,9 @@ def train(config: StudentConfig, stop_at: int | None = None, log: list[str] | No
         return note
 
     task.begin_step = logged  # type: ignore[method-assign]
-    stopping: Any = feed if stop_at is None else StopAt(feed, stop, stop_at)
-    fit(task, stopping, make_job(config), Ranks(0, 1, accelerator), stop)
+    if stop_at is not None:
+        feed = stopping(feed, stop, stop_at)
+    fit(task, feed, make_job(config), Ranks(0, 1, accelerator), stop)
     checkpoints = Checkpoints(Storage(config.output), 1)
     return checkpoints.load(max(checkpoints.steps()))[1]
 

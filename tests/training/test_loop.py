@@ -29,7 +29,7 @@ from reinforce.training.saving.checkpoint import BestCheckpoint, Checkpoints, Pr
 from reinforce.training.stop import Stopped, StopSignal
 from teachers.device.accelerator import Accelerator
 from tests.helpers.stand_in_cuda import stand_in_cuda
-from tests.helpers.trainings import PairFeed, StoppingFeed, TowersTask, curve, job, rows
+from tests.helpers.trainings import PairFeed, TowersTask, curve, job, rows, stopping
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -51,7 +51,7 @@ def state_at_the_end(output: Path) -> dict[str, torch.Tensor]:
 def stopped_after(step: int, job: Job, **options: Any) -> None:
     stop = StopSignal()
     with pytest.raises(Stopped) as raised:
-        run(job, StoppingFeed(stop, step), stop, **options)
+        run(job, stopping(PairFeed(), stop, step), stop, **options)
     assert raised.value.status == 128 + signal.SIGTERM
 
 

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -38,7 +38,7 @@ from reinforce.training.task import Batch, Feed, Task
 from teachers.device.accelerator import Accelerator
 from tests.helpers.data import free_port
 from tests.helpers.ranks import start_ranks
-from tests.helpers.trainings import PairFeed, TowersTask, builder, curve, job, rows
+from tests.helpers.trainings import PairFeed, TowersTask, before_batches, builder, curve, job, rows
 
 #: The folder and the outcomes of each rank.
 Trained = tuple[Path, list[dict[str, Any]]]
@@ -74,27 +74,17 @@ def failing(accelerator: Accelerator) -> tuple[Task, Feed]:
     return Failing(), PairFeed()
 
 
-class HangingFeed(PairFeed):
-    """Rank 1 hangs while it reads the third batch, until the others have failed."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__()
-        self.folder = folder
-
-    def batches(self, rank: int, ranks: int, batch: int, start: int) -> Iterator[Batch]:
-        for step, made in enumerate(super().batches(rank, ranks, batch, start), start=start):
-            if (rank, step) == (1, 2):
-                while not ((self.folder / "0.json").exists() and (self.folder / "2.json").exists()):
-                    time.sleep(0.05)
-            yield made
-
-
 def hang(folder: Path, rank: int, ranks: Ranks) -> None:
     """Train until rank 1 hangs. Rank 0, which keeps the list of places, ends after rank 2."""
+
+    def wait(rank: int, step: int, batch: Batch) -> None:
+        """Rank 1 hangs while it reads the third batch, until the others have failed."""
+        while (rank, step) == (1, 2) and not all((folder / f"{other}.json").exists() for other in (0, 2)):
+            time.sleep(0.05)
+
+    feed = before_batches(PairFeed(), wait)
     try:
-        run_rank(
-            lambda _: (TowersTask(), HangingFeed(folder)), job(folder / "hanging", batch=BATCH), ranks, StopSignal()
-        )
+        run_rank(lambda _: (TowersTask(), feed), job(folder / "hanging", batch=BATCH), ranks, StopSignal())
     except RuntimeError:
         if rank == 0:
             wait_for((folder / "2.json").exists)
@@ -248,7 +238,7 @@ def test_a_rank_that_others_wait_for_in_vain_is_named_with_where_it_is(trained: 
         assert error.startswith(f"AbsentRanks: rank {rank} waits at the update of step 2 for rank 1. Rank 1 (pid ")
         assert "has been at reading the batch of step 3 for " in error
         assert "tests/training/test_ranks.py" in error
-        assert "in batches. Look at what it waits for there: `py-spy dump --pid" in error
+        assert "in wait. Look at what it waits for there: `py-spy dump --pid" in error
         assert "Timed out waiting 3000ms" in error
 
 

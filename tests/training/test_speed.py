@@ -6,7 +6,6 @@ import gzip
 import json
 import math
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,8 @@ from reinforce.training import loop
 from reinforce.training.distributed.ranks import Ranks
 from reinforce.training.job import Job
 from reinforce.training.loop import fit
-from reinforce.training.task import Batch
 from teachers.device.accelerator import Accelerator
-from tests.helpers.trainings import WIDTH, PairFeed, TowersTask, job, rows
+from tests.helpers.trainings import WIDTH, PairFeed, TowersTask, before_batches, job, rows
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 LAST = "checkpoints/step-000000003.safetensors"
@@ -61,13 +59,8 @@ def test_logs_have_the_flops_of_the_model_and_counting_them_changes_nothing(
 
 
 def test_logs_have_the_speed_and_the_time_spent_waiting_for_data(tmp_path: Path) -> None:
-    class SlowFeed(PairFeed):
-        def batches(self, rank: int, ranks: int, batch: int, start: int) -> Iterator[Batch]:
-            for made in super().batches(rank, ranks, batch, start):
-                threading.Event().wait(0.3)
-                yield made
-
-    run(job(tmp_path / "slow", log_every=5), SlowFeed())
+    slow_feed = before_batches(PairFeed(), lambda *_: threading.Event().wait(0.3))
+    run(job(tmp_path / "slow", log_every=5), slow_feed)
     run(job(tmp_path / "fast", log_every=5))
     slow, fast = rows(tmp_path / "slow"), rows(tmp_path / "fast")
     assert [row["step"] for row in slow if "loss" in row] == [5, 10, 12]
