@@ -24,9 +24,7 @@ from teachers.device.accelerator import Accelerator
 from teachers.open_clip.export import write_open_clip
 from teachers.open_clip.tokenizer import Tokenizer
 from teachers.preprocessing.pixels import to_pixels
-from tests.helpers.caption_ranks import RANKS, compute, of_rank
 from tests.helpers.captioning import TEXTS, captioner_config, gradients_of, make_batch, make_captioner, task_losses
-from tests.helpers.ranks import results_of_ranks
 from tests.helpers.tiny_models import open_clip_model
 
 
@@ -145,23 +143,6 @@ def test_a_word_with_the_token_of_the_padding_counts(tmp_path: Path) -> None:
         ]
         torch.testing.assert_close(ours, 2 * torch.stack(token_by_token).mean(), rtol=1e-5, atol=1e-5)
         assert abs(float(ours - open_clip_losses(model, batch)["caption_loss"])) > 1e-3  # which ignores the word
-
-
-@pytest.fixture(scope="module")
-def by_rank(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, torch.Tensor]]:
-    return results_of_ranks(of_rank, RANKS, tmp_path_factory.mktemp("ranks"))
-
-
-def test_the_mean_over_ranks_is_the_loss_and_the_gradient_of_the_global_batch(
-    by_rank: list[dict[str, torch.Tensor]],
-) -> None:
-    whole = compute(slice(None))
-    for name in ("contrastive", "caption"):
-        parts = torch.stack([results[name] for results in by_rank])
-        torch.testing.assert_close(parts.mean(), whole[name])
-        assert parts[0] != parts[1]
-    for name in ("of image", "of text", "of nll"):
-        torch.testing.assert_close(torch.cat([results[name] for results in by_rank]) / RANKS, whole[name])
 
 
 def test_batch_parts_give_the_gradients_of_the_whole_batch_and_bf16_is_close(tmp_path: Path) -> None:

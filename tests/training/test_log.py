@@ -99,23 +99,17 @@ def test_the_picture_has_three_panels_a_line(tmp_path: Path, rows: list[dict[str
 ROW = {"step": 1200, "epoch": 0.5, "loss": 3.25, "samples_per_second": 2048.0, "waiting": 0.125, "skipped": 0}
 
 
-def test_throughput_counts_samples_and_waiting_since_the_last_row() -> None:
-    throughput = Throughput()
-    throughput.add_step(seconds=1.5, idle=0.5)
-    throughput.add_step(seconds=0.5, idle=0.0)
-    assert throughput.measure(batch=64) == {"samples_per_second": 64.0, "waiting": 0.25}
-    throughput.add_step(seconds=0.5, idle=0.5)
-    assert throughput.measure(batch=64) == {"samples_per_second": 128.0, "waiting": 1.0}
-
-
 @pytest.mark.parametrize(("peak", "mfu"), [(None, {}), (6.4e12, {"mfu": 0.4})])
-def test_throughput_has_the_flops_of_the_model_and_their_share_of_a_known_peak(
+def test_throughput_counts_samples_waiting_flops_and_their_share_of_a_known_peak_since_the_last_row(
     peak: float | None, mfu: dict[str, float]
 ) -> None:
     throughput = Throughput(flops=4e10, peak=peak)
-    throughput.add_step(seconds=1.0, idle=0.0)
+    throughput.add_step(seconds=1.5, idle=0.5)
+    throughput.add_step(seconds=0.5, idle=0.0)
     speed = throughput.measure(batch=64)
-    assert speed == {"samples_per_second": 64.0, "waiting": 0.0, "flops_per_second": 2.56e12, **mfu}
+    assert speed == {"samples_per_second": 64.0, "waiting": 0.25, "flops_per_second": 2.56e12, **mfu}
+    throughput.add_step(seconds=0.5, idle=0.5)
+    assert throughput.measure(batch=64)["waiting"] == 1.0
     assert ("samples/s  MFU 40%  waiting" in format_row({**ROW, **speed}, 5000, 90.0)) == bool(mfu)
 
 

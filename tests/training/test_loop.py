@@ -255,14 +255,10 @@ def test_steps_without_a_finite_gradient_are_skipped_and_counted(tmp_path: Path)
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
-def test_a_training_ends_after_20_steps_without_a_finite_gradient(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"not finite in 20 steps in a row up to step 23.*Lower train.optimizer.lr"):
-        run(job(tmp_path, steps=40), PairFeed(poisoned=range(3, 40)))
-
-
 @pytest.mark.parametrize(
     ("steps", "poisoned", "count"),
     [
+        (40, range(3, 40), "20 steps in a row up to step 23"),
         (15, range(1, 15), "14 steps in a row up to step 15, the last one"),
         (24, range(21, 24), "3 steps in a row up to step 24, the last one"),
         (12, range(2, 12, 3), "4 of 12 steps up to step 12, the last one"),
@@ -275,7 +271,7 @@ def test_a_training_fails_with_many_updates_skipped_or_the_last_ones(
     """Neither results nor weights are written, however often it is started."""
     made = job(tmp_path, steps=steps, checkpoints={"every": 2})
     for _ in range(2):
-        with pytest.raises(UserError, match=f"the gradient was not finite in {count}.*in another `output`"):
+        with pytest.raises(UserError, match=f"not finite in {count}.*Lower train.optimizer.lr.*in another `output`"):
             run(made, PairFeed(poisoned))
     assert not (tmp_path / "results.json").exists()
     assert not (tmp_path / "student").exists()
