@@ -89,7 +89,7 @@ class SimulatedRay:
     on_wait: Callable[[SimulatedRay], None] | None = None
 
     def __post_init__(self) -> None:
-        self._random, self._start = random.Random(self.cluster.seed), time.monotonic()  # noqa: S311 - not a secret
+        self._random, self.started = random.Random(self.cluster.seed), time.monotonic()  # noqa: S311 - not a secret
         self._actors: list[_Actor] = []
         self._lost: set[int] = set()
         self._rooms = dict.fromkeys(range(self.cluster.nodes), self.cluster.workers_per_node)
@@ -188,7 +188,7 @@ class SimulatedRay:
 
     def _happen(self) -> None:
         """Let nodes and workers die whose time has come."""
-        while self._events and self._events[0][0] <= time.monotonic() - self._start:
+        while self._events and self._events[0][0] <= time.monotonic() - self.started:
             _, _, node = heapq.heappop(self._events)
             living = [actor for actor in self._actors if not actor.dead and actor.node >= 0]
             if node is None:

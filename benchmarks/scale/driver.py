@@ -36,10 +36,9 @@ class _Mark:
 def driver_figures(workers: int, seconds: float) -> list[Figure]:
     """Run the driver for some seconds with workers that finish 100 shards a second; the first third is left out."""
     marks: list[_Mark] = []
-    start = time.monotonic()
 
     def look(ray: SimulatedRay) -> None:
-        now = time.monotonic() - start
+        now = time.monotonic() - ray.started
         if now > (seconds / 3, seconds, float("inf"))[len(marks)]:
             calls, pulses = ray.calls, ray.calls["get"] - ray.delivered
             marks.append(
