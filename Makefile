@@ -71,9 +71,9 @@ demo-teachers: $(INSTALLED) ## train the demo's committed teachers and captioner
 	$(BIN)/python -m reinforce.demo keep demo/teachers/styles-64/student configs/demo-models/styles-64
 	$(BIN)/python -m reinforce.demo keep demo/teachers/coca-finetune/captioner configs/demo-models/coca-64
 
-# One thread for each process, and three processes for two cores, since some tests mostly wait.
-test: $(INSTALLED) ## run the tests, three files at a time
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+# One thread for each process, and four processes for two cores, since tests of runs on Ray mostly wait.
+test: $(INSTALLED) ## run the tests, four files at a time
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(INSTALLED) ## run the few tests that `make test` leaves out, because they take long (five minutes)
 	$(BIN)/python -m pip install --quiet -e '.[azure,gcs]' gcp-storage-emulator -c constraints.txt
