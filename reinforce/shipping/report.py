@@ -92,7 +92,10 @@ class LatencyReport:
             "milliseconds of an image and a text", "ImageNet-1k zero-shot accuracy (%)",
         )  # fmt: skip
         plots.legend(axes)
-        plots.save(figure, url)
+        try:
+            plots.save(figure, url)
+        except OSError as error:
+            raise UserError(f"{url} cannot be written: {error}. Name another file.") from error
 
     def _lines(self) -> dict[tuple[str, str], dict[str, dict[str, float]]]:
         """Milliseconds by model and runtime."""

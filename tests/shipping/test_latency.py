@@ -88,12 +88,15 @@ def test_image_sizes_and_batches_are_measured_on_pinned_cores(latency: Command, 
     assert drawn.read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_picture_has_plain_numbers_of_milliseconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn: list[Any] = []
-    monkeypatch.setattr(plots, "save", lambda figure, url: drawn.append(figure))
+def test_a_picture_has_plain_numbers_of_milliseconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = LatencyReport(
         {"batch": 1, "threads": 1, "cpu": "C"}, {"a": figures(150.0, 30.0), "b": figures(400.0, 40.0)}
     )
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"/file/x\.png cannot be written: .*\. Name another file\.$"):
+        report.draw({"a": 0.5}, f"{tmp_path}/file/x.png")
+    drawn: list[Any] = []
+    monkeypatch.setattr(plots, "save", lambda figure, url: drawn.append(figure))
     report.draw({"a": 0.5, "b": 0.6}, "x.png")
     drawn[0].canvas.draw()
     labels = [label.get_text() for label in drawn[0].axes[0].xaxis.get_ticklabels(which="both")]
