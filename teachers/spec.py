@@ -196,8 +196,8 @@ class CaptionerSpec(ModelSpec):
     max_length: int = Field(30, ge=2, description="maximum tokens, start and end included")
     compile: Literal["auto"] | bool = Field(
         "auto",
-        description="CoCa: auto: one CUDA graph a word, on CPUs nothing; true: decoding steps are compiled as well, "
-        "which takes a minute for each shape; false: neither",
+        description="CoCa: auto: one CUDA graph a word, compiled if that works, on CPUs neither; true: compiled, on "
+        "CPUs too; false: neither. Compiling takes about a minute at the start of a run",
     )
     clean: Clean | None = Field(
         None, description="cleaning of captions before they are stored; dropped ones are replaced by the others"

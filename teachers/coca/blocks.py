@@ -1,7 +1,8 @@
 """Transformer blocks of CoCa's text towers for one position, with attention over cached keys and values.
 
 Everything but attention uses the modules of open_clip's blocks, so activations, norms and layer scales are the model's
-own. Linear layers are built by ``Linear``.
+own. Linear layers are built by ``Linear``. A block does not add its last output to the residual stream: the next block
+does, so that a compiled block adds and normalises in one kernel.
 """
 
 from __future__ import annotations
@@ -54,10 +55,14 @@ class _Block(torch.nn.Module):
             x = x * self.head_scale
         return x.transpose(1, 2).flatten(2)
 
-    def add(self, x: Tensor, attended: Tensor) -> Tensor:
-        """Add the attention output [rows, width] and the MLP to the residual stream [rows, width]."""
-        x = x + self.scale(self.outer_norm(self.out(self.inner_norm(attended))))
-        return x + self.mlp(x)
+    def add(self, x: Tensor, attended: Tensor, slots: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Add the attention output to the residual stream [rows, width] -> the stream, and the MLP of it.
+
+        ``attended`` is [rows, width], or [slots, width] with the slot of each row.
+        """
+        projected = self.scale(self.outer_norm(self.out(self.inner_norm(attended))))
+        x = x + (projected if slots is None else projected.index_select(0, slots))
+        return x, self.mlp(x)
 
 
 class SelfAttentionBlock(_Block):
@@ -67,13 +72,16 @@ class SelfAttentionBlock(_Block):
         super().__init__(block, linear)
         self.project = linear(block.attn.in_proj_weight, block.attn.in_proj_bias)
 
-    def forward(self, x: Tensor, cache: Tensor, position: Tensor, visible: int, mask: Tensor | None) -> Tensor:
-        """Process the newest tokens [rows, width] -> [rows, width].
+    def forward(
+        self, x: Tensor, added: Tensor | None, cache: Tensor, position: Tensor, visible: int, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Process the newest tokens: the residual stream [rows, width] and what is to be added to it -> both.
 
         ``cache`` [rows, 2, length, width] holds the keys and values of all positions; those of the newest tokens are
         written to it at ``position``, int64 [rows], or [1] for all rows. Tokens attend to the first ``visible``
         positions that ``mask`` allows.
         """
+        x = x if added is None else x + added
         query, key, value = (projected := self.project(self.norm(x))).chunk(3, dim=-1)
         if isinstance(self.key_norm, torch.nn.Identity):
             newest = projected[:, query.shape[1] :].unflatten(1, (2, 1, -1))
@@ -82,6 +90,9 @@ class SelfAttentionBlock(_Block):
             newest = torch.stack([key, value], dim=1)[:, :, None]
         if len(position) == 1:
             cache.index_copy_(2, position, newest)
+        elif torch.compiler.is_compiling():  # in place; of `scatter_` inductor makes copies of the cache
+            both = torch.arange(2, device=x.device)
+            cache[torch.arange(len(x), device=x.device)[:, None], both, position[:, None]] = newest.squeeze(2)
         else:
             cache.scatter_(2, position[:, None, None, None].expand_as(newest), newest)
         keys, values = cache[:, :, :visible].unbind(1)
@@ -103,14 +114,19 @@ class CrossAttentionBlock(_Block):
         projected: Tensor = self.project_image(self.image_norm(images))
         return projected
 
-    def forward(self, x: Tensor, image_cache: Tensor, slots: Tensor, row_of_slot: Tensor) -> Tensor:
-        """Process the newest tokens [rows, width] -> [rows, width].
+    def forward(
+        self, x: Tensor, added: Tensor, image_cache: Tensor, slots: Tensor, row_of_slot: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Process the newest tokens, as ``SelfAttentionBlock`` does.
 
         ``image_cache`` is the result of ``keys_values``. Tokens are arranged by slots, equally many for each image, so
         that the captions of an image share its keys and values. Token i has slot ``slots[i]``, and ``row_of_slot`` is
         the token of each slot, any for an unused one.
         """
+        x = x + added
         query = self.project(self.norm(x)).index_select(0, row_of_slot).unflatten(0, (len(image_cache), -1))
         keys, values = image_cache.chunk(2, dim=-1)
         attended = self.attend(query, keys, values, None).flatten(0, 1)
+        if torch.compiler.is_compiling():  # one kernel reads rows, adds and normalises
+            return self.add(x, attended, slots)
         return self.add(x, attended.index_select(0, slots))

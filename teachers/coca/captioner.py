@@ -10,6 +10,7 @@ import numpy.typing as npt
 import open_clip
 import torch
 
+from teachers.coca.compiling import compile_steps
 from teachers.coca.decoder import CocaDecoder
 from teachers.coca.fixed_decoder import SIZES, FixedCocaDecoder
 from teachers.coca.network import CocaNetwork, check_decodable
@@ -50,13 +51,12 @@ class CocaCaptioner:
         # The rest of the model is released: both parts copy its weights to layouts of their own.
         self._visual = model.visual
         freeze(self._visual, accelerator)
-        compiled, on_cpu = spec.compile is True, accelerator.device.type == "cpu"
-        packed = on_cpu and not compiled
+        packed = accelerator.device.type == "cpu" and spec.compile is not True
         network = CocaNetwork(model, accelerator, spec.max_length - 2, packed)
         self._decoder = (
             CocaDecoder(network, accelerator)
             if packed
-            else FixedCocaDecoder(network, accelerator, compiled, graphs=spec.compile is not False)
+            else FixedCocaDecoder(network, accelerator, graphs=spec.compile is not False)
         )
         self._rules = DecodingRules(
             start=self._tokens.start,
@@ -67,6 +67,8 @@ class CocaCaptioner:
             repetition_penalty=spec.repetition_penalty,
         )
         self._sampler = None if packed or spec.strategy in BEAMS else DeviceSampler(self._rules, TokenChooser(spec))
+        if isinstance(self._decoder, FixedCocaDecoder) and spec.compile:
+            compile_steps(self._decoder, self._sampler, accelerator.precision, wanted=spec.compile is True)
 
     @property
     def by_group(self) -> bool:

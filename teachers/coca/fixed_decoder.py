@@ -9,20 +9,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 
 from teachers.coca.network import CocaNetwork
 from teachers.decoding.schedule import Entry
 from teachers.device.accelerator import Accelerator, upload
-from teachers.device.recompilation import many_shapes
+from teachers.device.recompilation import for_any_rows, many_shapes
 from teachers.device.step_graphs import EagerSteps, GraphedSteps, Step, Steps
 
 Tensor = torch.Tensor
 #: Numbers of rows, and of images, that steps have. The last one is the largest number of rows of a part.
 SIZES = (16, 32, 64, 96, 128, 192, 256, 384, 512, 640, 768, 896, 1024)
-#: Smallest number of positions that tokens attend to; larger ones are its doubles. Each compiled shape takes a minute.
-_MIN_VISIBLE, _MIN_VISIBLE_COMPILED = 16, 32
+#: Smallest number of positions that tokens attend to; larger ones are its doubles.
+_MIN_VISIBLE = 16
 #: Some text of many is nearly always longer than 16 tokens.
 _MIN_VISIBLE_OF_MANY = 32
 #: Places for images, as a multiple of those that fill the rows: when some captions of an image have ended, more images
@@ -38,18 +39,16 @@ class FixedCocaDecoder:
     Two ways: ``begin`` starts a batch of images, all at once, for ``next_logits``; ``opened`` has a batch of any
     size, whose images ``enter`` while others leave, for ``step``. Each ends the previous batch. Shapes are a function
     of the batch, whatever batches were before: rows are padded to one of ``SIZES``, and so are images. Padding rows
-    belong to no image. Without ``compiled``, steps on CUDA are graphs if ``graphs`` is set; with it, they are compiled
-    and then graphs.
+    belong to no image. On CUDA, steps are graphs if ``graphs`` is set, also of what ``compile`` compiles.
     """
 
-    def __init__(
-        self, network: CocaNetwork, accelerator: Accelerator, compiled: bool = False, graphs: bool = True
-    ) -> None:
+    def __init__(self, network: CocaNetwork, accelerator: Accelerator, graphs: bool = True) -> None:
         self.network, self._accelerator = network, accelerator
         cuda = accelerator.device.type == "cuda"
         self.steps: Steps = GraphedSteps(accelerator.device) if cuda and graphs else EagerSteps(accelerator.device)
-        self._network_step = _compiled(network.step) if compiled else network.step
-        self._min_visible = _MIN_VISIBLE_COMPILED if compiled else _MIN_VISIBLE
+        self._newest_of: Callable[..., tuple[Tensor, Tensor | None, Tensor]] = newest_of
+        self._masks: Callable[..., tuple[Tensor, Tensor]] = masks
+        self._compiled = False
         self.cache, self.image_cache = network.text_cache(0), network.image_cache(0, 0)
         self._last_logits, self._captions = torch.zeros(0), 0
         self._waiting: Sequence[Tensor] = ()
@@ -130,7 +129,7 @@ class FixedCocaDecoder:
 
     def _launch(self, step: Step) -> None:
         key = (step_name(step), self._rows, self._images, self._attended())
-        self.steps.run(key, step)
+        self.steps.run(key, partial(_compiling, step) if self._compiled else step)
         self._filled += 1
 
     def step(self, tokens: Tensor, position: Tensor) -> Tensor:
@@ -139,14 +138,14 @@ class FixedCocaDecoder:
         The start token comes first. A row at the position after the last has ended. Waits for nothing. ``rows`` is
         that of ``room`` or ``padded``.
         """
-        newest = tokens.gather(1, position[:, None]).squeeze(1)
-        if self.network.hiding is None:
-            hidden = None
-        else:
-            pad_id, back = self.network.hiding
-            decides = tokens.gather(1, (position[:, None] + 1 - back).clamp(min=0)).squeeze(1)
-            hidden = (decides == pad_id) & (position + 1 >= back)
-        return self._logits(newest, hidden, position.clamp(max=self.network.length - 1))
+        return self._logits(*self._newest_of(tokens, position, self.network.hiding, self.network.length))
+
+    def compile(self, compiled: bool = True) -> None:
+        """Compile steps by parts, each once for all shapes; without ``compiled``, as it was before."""
+        self._compiled = compiled
+        self.network.compile_parts(compiled)
+        self._newest_of = for_any_rows(newest_of) if compiled else newest_of
+        self._masks = for_any_rows(masks) if compiled else masks
 
     def next_logits(self, tokens: Tensor) -> Tensor:
         """Start token and new tokens so far, int64 [rows, 1 + new tokens] -> logits [rows, vocabulary].
@@ -186,12 +185,11 @@ class FixedCocaDecoder:
 
     def _logits(self, newest: Tensor, hidden: Tensor | None, position: Tensor) -> Tensor:
         rows, attended = self._rows, self._attended()
-        causal = text = self._mask(self._positions <= position[:, None])[..., :attended]
-        if hidden is not None:
-            self._visible[:rows].scatter_(1, position[:, None], ~hidden[:, None])
-            text = self._mask(self._visible[:rows])[..., :attended]
+        constants = self._positions, self._seen, self._unseen
+        both = self._masks(position, hidden, self._visible[:rows], *constants)
+        text, causal = (mask[..., :attended] for mask in both)
         with self._accelerator.forward():
-            return self._network_step(
+            return self.network.step(
                 newest,
                 position,
                 self._slots[:rows],
@@ -203,10 +201,6 @@ class FixedCocaDecoder:
                 causal,
             )
 
-    def _mask(self, visible: Tensor) -> Tensor:
-        """What attention adds to logits of positions, [rows, 1, 1, positions], from bool [rows, positions]."""
-        return torch.where(visible, self._seen, self._unseen)[:, None, None]
-
     def _step_on_newest(self) -> None:
         rows = self._rows
         self._last_logits[:rows] = self._logits(self._newest[:rows], self._hidden[:rows], self._position[:rows])
@@ -214,7 +208,7 @@ class FixedCocaDecoder:
 
     def _attended(self) -> int:
         """Number of positions that the next step's tokens attend to, under a mask."""
-        attended = self._min_visible
+        attended = _MIN_VISIBLE
         while attended <= self._filled:
             attended *= 2
         return min(attended, self.network.length)
@@ -274,12 +268,35 @@ def step_name(step: Step) -> str:
     return getattr(step, "func", step).__name__
 
 
-def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """``torch.compile`` for fixed shapes, as many as there are."""
-    compiled = torch.compile(function, fullgraph=True, dynamic=False)
+def _compiling(step: Step) -> None:
+    with many_shapes():
+        step()
 
-    def run(*arguments: Tensor | int) -> Tensor:
-        with many_shapes():
-            return compiled(*arguments)
 
-    return run
+def newest_of(
+    tokens: Tensor, position: Tensor, hiding: tuple[int, int] | None, length: int
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The tokens [rows] at ``position``, whether the text tower never attends to them, and their place in the caches.
+
+    ``hiding`` is that of the network.
+    """
+    newest, hidden = tokens.gather(1, position[:, None]).squeeze(1), None
+    if hiding is not None:
+        pad_id, back = hiding
+        decides = tokens.gather(1, (position[:, None] - (back - 1)).clamp(min=0)).squeeze(1)
+        hidden = (decides == pad_id) & (position >= back - 1)
+    return newest, hidden, position.clamp(max=length - 1)
+
+
+def masks(
+    position: Tensor, hidden: Tensor | None, visible: Tensor, positions: Tensor, seen: Tensor, unseen: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What attention of the text tower and of the decoder adds to the logits of positions, [rows, 1, 1, positions].
+
+    ``visible``, bool [rows, positions], is written: whether the newest tokens are ``hidden``. ``positions`` counts.
+    """
+    causal = torch.where(positions <= position[:, None], seen, unseen)[:, None, None]
+    if hidden is None:
+        return causal, causal
+    visible.logical_or_((positions == position[:, None]) & ~hidden[:, None])
+    return torch.where(visible, seen, unseen)[:, None, None], causal

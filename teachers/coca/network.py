@@ -11,6 +11,7 @@ import torch
 from teachers.coca.blocks import CrossAttentionBlock, SelfAttentionBlock, check_block
 from teachers.device.accelerator import Accelerator
 from teachers.device.frozen import FrozenLinear
+from teachers.device.recompilation import for_any_rows
 
 Tensor = torch.Tensor
 
@@ -44,7 +45,7 @@ class CocaNetwork(torch.nn.Module):
         # mask is one position late by default: it hides the token after the padding.
         self.hiding = None if text.cls_emb is None else (text.pad_id, 1 if text.correct_cls_mask else 2)
         self.length, self.width, self.dtype = length, self.positions.shape[1], accelerator.dtype
-        self._device = accelerator.device
+        self._device, self.head = accelerator.device, self._logits
 
     def text_cache(self, rows: int) -> Tensor:
         """Cache of the keys and values of text tokens, [rows, layers, 2, length, width]."""
@@ -92,15 +93,31 @@ class CocaNetwork(torch.nn.Module):
         caches = cache.unbind(1)
         text_caches, decoder_caches = caches[: len(self.text_blocks)], caches[len(self.text_blocks) :]
         image_caches = image_cache.unbind(1)
-        x = self.embedding(newest) + self.positions[position]
+        x: Tensor = self.embedding(newest)
+        added: Any = self.positions[position]  # or None
         for block, text_cache in zip(self.text_blocks, text_caches, strict=True):
-            x = block(x, text_cache, position, visible, text_mask)
-        x = self.text_norm(x)
+            x, added = block(x, added, text_cache, position, visible, text_mask)
+        if not isinstance(self.text_norm, torch.nn.Identity):
+            x, added = self.text_norm(x + added), None
         blocks = zip(self.decoder_blocks, decoder_caches, self.cross_blocks, image_caches, strict=True)
         for block, decoder_cache, cross, of_image in blocks:
-            x = cross(block(x, decoder_cache, position, visible, causal), of_image, slots, row_of_slot)
-        logits: Tensor = self.vocabulary(self.final_norm(x))
+            x, added = block(x, added, decoder_cache, position, visible, causal)
+            x, added = cross(x, added, of_image, slots, row_of_slot)
+        logits: Tensor = self.head(x, added)
         return logits
+
+    def _logits(self, x: Tensor, added: Tensor) -> Tensor:
+        logits: Tensor = self.vocabulary(self.final_norm(x + added))
+        return logits
+
+    def compile_parts(self, compiled: bool = True) -> None:
+        """Compile what follows the embeddings by parts, so that alike blocks share a graph; without ``compiled``, undo.
+
+        A graph of all blocks would take minutes.
+        """
+        for block in (*self.text_blocks, *self.decoder_blocks, *self.cross_blocks):
+            block._compiled_call_impl = for_any_rows(block._call_impl) if compiled else None
+        self.head = for_any_rows(self._logits) if compiled else self._logits
 
     def _zeros(self, *shape: int) -> Tensor:
         # not `empty`: under a mask, values that are not finite would spread, since NaN times 0 is NaN

@@ -6,6 +6,7 @@ decides from them which images enter in place of texts that have ended, and at l
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
@@ -17,6 +18,7 @@ from teachers.decoding.choosing import TokenChooser
 from teachers.decoding.rules import Decoder, DecodingRules
 from teachers.decoding.schedule import Entry, Schedule
 from teachers.device.accelerator import upload
+from teachers.device.recompilation import for_any_rows
 from teachers.device.step_graphs import Step
 
 Tensor = torch.Tensor
@@ -70,6 +72,7 @@ class DeviceSampler:
     def __init__(self, rules: DecodingRules, choose: TokenChooser) -> None:
         self._rules, self._choose = rules, choose
         self._state: _State | None = None
+        self.advance: Callable[..., None] = self._advance
         self._mask = rules.mask()
         self._padding = int(rules.impossible.int().argmax())  # impossible, whatever the repetition penalty makes of it
 
@@ -109,9 +112,9 @@ class DeviceSampler:
         """Release the memory of all batches."""
         self._state = None
 
-    def reserve(self, rows: int) -> None:
+    def reserve(self, rows: int) -> _State:
         """Allocate the tensors of so many rows."""
-        self._reserve(rows, self._rules.max_tokens)
+        return self._reserve(rows, self._rules.max_tokens)
 
     def _reserve(self, rows: int, length: int) -> _State:
         if self._state is None or self._state.capacity != rows or self._state.length != length:
@@ -120,22 +123,41 @@ class DeviceSampler:
             self._state = _State(rows, length, vocabulary, self._rules.impossible.device)
         return self._state
 
+    def compile(self, compiled: bool = True) -> None:
+        """Compile what follows the logits of a step; without ``compiled``, as it was before."""
+        self.advance = for_any_rows(self._advance) if compiled else self._advance
+
     def _step(self, decoder: DeviceDecoder, state: _State, rows: int) -> None:
         """Choose the next token of each row. Reads and writes ``state`` alone, so that it can be a CUDA graph."""
-        end = self._rules.end
-        tokens, done, position = state.tokens[:rows], state.done[:rows], state.position[:rows]
-        logits = self._rules.apply_at(decoder.step(tokens, position), tokens[:, 1:], position, self._mask)
-        drawn = state.drawn[:rows].gather(1, position[:, None]).squeeze(1)
-        chosen, undecided = self._choose.without_waiting(logits, drawn, state.probabilities[:rows])
-        broken = ~logits.amax(-1).isfinite() & ~done
-        state.broken[:rows].logical_or_(broken)
-        chosen = chosen.masked_fill(done | broken, end)
+        logits = decoder.step(state.tokens[:rows], state.position[:rows])
+        self.advance(logits, *(values[:rows] for values in state.of_step()))
+
+    def _advance(
+        self,
+        logits: Tensor,
+        tokens: Tensor,
+        drawn: Tensor,
+        done: Tensor,
+        broken: Tensor,
+        position: Tensor,
+        flags: Tensor,
+        probabilities: Tensor,
+    ) -> None:
+        """Choose the next tokens from logits [rows, vocabulary] and write them to the rows of a state's tensors."""
+        end, length = self._rules.end, drawn.shape[1] - 1
+        logits = self._rules.apply_at(logits, tokens[:, 1:], position, self._mask)
+        number = drawn.gather(1, position[:, None]).squeeze(1)
+        chosen, undecided = self._choose.without_waiting(logits, number, probabilities)
+        lost = ~logits.amax(-1).isfinite() & ~done
+        broken.logical_or_(lost)
+        lost = lost | done
+        chosen = chosen.masked_fill(lost, end)
         position.add_(1)
         tokens.scatter_(1, position[:, None], chosen[:, None])
-        undecided = torch.zeros_like(done) if undecided is None else undecided & ~(done | broken)
-        done.logical_or_(((chosen == end) | (position == state.length)) & ~undecided)
-        position.masked_fill_(done, state.length)
-        state.flags[:rows] = done.to(torch.uint8) * _DONE + undecided.to(torch.uint8) * _OPEN
+        undecided = torch.zeros_like(done) if undecided is None else undecided & ~lost
+        done.logical_or_(((chosen == end) | (position == length)) & ~undecided)
+        position.masked_fill_(done, length)
+        flags.copy_(done.to(torch.uint8) * _DONE + undecided.to(torch.uint8) * _OPEN)
 
     def _decide(self, state: _State, rows: int, undecided: int) -> None:
         """Choose the tokens that the last step left open, in so many rows."""
@@ -168,6 +190,10 @@ class _State:
         self.position = torch.zeros_like(self.caption)
         self.flags = torch.zeros(capacity, dtype=torch.uint8, device=device)
         self.probabilities = torch.zeros(capacity, vocabulary, device=device)
+
+    def of_step(self) -> tuple[Tensor, ...]:
+        """The tensors that ``advance`` of a sampler reads and writes."""
+        return self.tokens, self.drawn, self.done, self.broken, self.position, self.flags, self.probabilities
 
     def start(self, drawn: npt.NDArray[np.float64], start: int, padding: int) -> None:
         """Begin without texts, with ``drawn`` [captions, length]. Tokens are ``start`` and then ``padding``."""

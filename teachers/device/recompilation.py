@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,12 +15,27 @@ import torch
 _SHAPES = 1024
 
 
-def many_shapes() -> AbstractContextManager[object]:
-    """Let torch compile functions for as many shapes as there are, while calls run inside of it."""
+@contextmanager
+def many_shapes() -> Iterator[None]:
+    """Let torch compile functions for as many shapes as there are, while calls run inside of it.
+
+    Sizes that are equal in the first call of ``for_any_rows`` are not taken to be equal in all calls.
+    """
     config = torch._dynamo.config
     limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # before torch 2.6
-    patched: AbstractContextManager[object] = config.patch({limit: _SHAPES, f"accumulated_{limit}": _SHAPES})
-    return patched
+    sizes: Any = importlib.import_module("torch.fx.experimental._config")
+    limits = {limit: _SHAPES, f"accumulated_{limit}": _SHAPES}
+    with config.patch(limits), sizes.patch(use_duck_shape=False):
+        yield
+
+
+def for_any_rows(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.compile`` with one graph for all sizes of the arguments but those that parameters decide.
+
+    Calls run inside of ``many_shapes``.
+    """
+    compiled: Callable[..., Any] = torch.compile(function, fullgraph=True, dynamic=True)
+    return compiled
 
 
 def settle_compiler() -> None:

@@ -80,7 +80,7 @@ def fuse_attention(model: torch.nn.Module, accelerator: Accelerator, outputs: Ou
     try:
         for parent, name, child in found:
             setattr(parent, name, FrozenAttention(child, accelerator, packed=False))
-        _check_equal(before, outputs(), _COSINE_FP32 if accelerator.precision == "fp32" else _COSINE)
+        check_equal(before, outputs(), least_cosine(accelerator.precision))
         return True
     except Exception as error:  # of any library that expects another module
         for parent, name, child in found:
@@ -89,12 +89,17 @@ def fuse_attention(model: torch.nn.Module, accelerator: Accelerator, outputs: Ou
         return False
 
 
-def _check_equal(before: Sequence[torch.Tensor], after: Sequence[torch.Tensor], least: float) -> None:
-    """Raise ValueError if the cosine between embeddings is below ``least``."""
+def least_cosine(precision: str) -> float:
+    """Least cosine between the results of a fast path and those of the plain one."""
+    return _COSINE_FP32 if precision == "fp32" else _COSINE
+
+
+def check_equal(before: Sequence[torch.Tensor], after: Sequence[torch.Tensor], least: float) -> None:
+    """Raise ValueError if the cosine between rows is below ``least``."""
     for one, other in zip(before, after, strict=True):
         cosine = float(torch.nn.functional.cosine_similarity(one.double(), other.double(), dim=-1).min())
         if not cosine >= least:  # nor if it is NaN
-            raise ValueError(f"embeddings change (cosine {cosine:.5f}, at least {least} is required)")
+            raise ValueError(f"results change (cosine {cosine:.5f}, at least {least} is required)")
 
 
 def probe_outputs(teacher: Any, accelerator: Accelerator) -> list[torch.Tensor]:
@@ -156,13 +161,12 @@ def compile_images(
     pixels = torch.randn(2, 3, spec.height, spec.width, generator=torch.Generator().manual_seed(0))
     pixels = accelerator.layout(accelerator.put(pixels))
     fast = padded(encode, _SMALLEST_ON_CUDA if accelerator.device.type == "cuda" else _SMALLEST)
-    least = _COSINE_FP32 if accelerator.precision == "fp32" else _COSINE
-    least = _COSINE_FP8 if hasattr(teacher, "encode_images_in_bf16") else least
+    least = _COSINE_FP8 if hasattr(teacher, "encode_images_in_bf16") else least_cosine(accelerator.precision)
     with accelerator.forward():
         before = encode(pixels)
         try:
             compile_blocks(tower)
-            _check_equal([before], [fast(pixels)], least)
+            check_equal([before], [fast(pixels)], least)
         except Exception as error:
             if wanted:
                 raise

@@ -66,7 +66,7 @@ def test_128_images_with_5_captions_are_one_part_on_80_gib_and_a_step_waits_for_
         rules = DecodingRules(49406, 49407, torch.zeros(49408, dtype=torch.bool), 5, LENGTH, spec.repetition_penalty)
         sampler = DeviceSampler.__new__(DeviceSampler)
         sampler._rules, sampler._choose, sampler._state = rules, TokenChooser(spec), None
-        sampler._mask, sampler._padding = rules.mask(), 0
+        sampler._mask, sampler._padding, sampler.advance = rules.mask(), 0, sampler._advance
         state = sampler._reserve(640, LENGTH)
         with decoder.opened(images.repeat(2, 1, 1).unbind(), CAPTIONS, IMAGES):
             assert decoder.room(2 * IMAGES, CAPTIONS) == (640, 160)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-import numpy as np
 import open_clip
 import pytest
 import torch
@@ -16,8 +15,7 @@ from teachers.coca.fixed_decoder import SIZES, FixedCocaDecoder
 from teachers.coca.network import CocaNetwork, check_decodable
 from teachers.device.accelerator import Accelerator
 from teachers.device.cache_size import cache_bytes
-from teachers.registry import captioner_spec
-from tests.helpers.pages import ROOT
+from tests.helpers.demo_coca import batch, build
 from tests.helpers.real_sizes import RAISING
 from tests.helpers.stand_in_cuda import StandIn, stand_in_cuda
 from tests.helpers.tiny_coca import coca_config
@@ -90,8 +88,8 @@ def build_decoder(model: Any, precision: str = "fp32", length: int = LENGTH) -> 
 def difference(model: Any, precision: str = "fp32", forward: Any = None) -> float:
     forward = forward or build_decoder(model, precision)
     images = image_tokens(model, 3)
-    for batch in (images * torch.nan, images):  # the second reuses the caches of the first
-        forward.begin(batch, 3)
+    for tokens in (images * torch.nan, images):  # the second reuses the caches of the first
+        forward.begin(tokens, 3)
         found = logits_of_steps(forward, 3)
     with Accelerator("cpu", precision).forward():
         wanted = logits_of_steps(UncachedDecoder(model, images), 3)
@@ -157,8 +155,6 @@ def test_unsupported_towers_are_rejected():
         check_decodable(odd)
 
 
-#: The demo's captioner, which is small and trained.
-MODEL = f"local-dir:{ROOT / 'configs' / 'demo-models' / 'coca-64'}"
 STRATEGIES: dict[str, dict[str, Any]] = {
     "nucleus": {"top_p": 0.9},
     "wide nuclei": {"top_p": 0.99, "temperature": 2.0, "max_length": 12},
@@ -167,19 +163,6 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "greedy": {"strategy": "greedy", "captions": 1},
     "diverse_beams": {"strategy": "diverse_beams", "beams": 4, "groups": 2},
 }
-
-
-def build(device: str, **options: Any) -> CocaCaptioner:
-    spec = captioner_spec(**{"model": MODEL, "captions": 3, "max_length": 16, **options})
-    return CocaCaptioner(spec, Accelerator(device))
-
-
-def batch(captioner: CocaCaptioner, count: int) -> tuple[torch.Tensor, np.ndarray]:
-    """Pixels on the device of a captioner, and seeds."""
-    pixels = torch.randn(count, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    pixels = torch.nn.functional.interpolate(pixels, (64, 64))
-    seeds = np.arange(count * captioner.captions, dtype=np.uint64).reshape(count, captioner.captions)
-    return captioner._accelerator.put(pixels), seeds
 
 
 @pytest.mark.parametrize("text", [{}, {"pad_id": 7}], ids=str)
@@ -265,13 +248,13 @@ def test_shapes_do_not_depend_on_earlier_batches():
         used.caption(*batch(used, 20))
         shapes: dict[CocaCaptioner, list[Any]] = {fresh: [], used: []}
         for captioner, seen in shapes.items():
-            step = captioner._decoder._network_step
+            step = captioner._decoder.network.step
 
             def record(*arguments: Any, step: Any = step, seen: list[Any] = seen) -> torch.Tensor:
                 seen.append([(*a.shape, a.stride()) if isinstance(a, torch.Tensor) else a for a in arguments])
                 return step(*arguments)
 
-            captioner._decoder._network_step = record
+            captioner._decoder.network.step = record
             captioner.caption(*batch(captioner, 4))
         assert shapes[fresh] == shapes[used] != []
         assert cuda.compiled == []
@@ -297,24 +280,6 @@ def test_attention_never_uses_cudnn_while_captions_are_decoded(monkeypatch):
         torch.backends.cuda.enable_cudnn_sdp(before)
     assert enabled
     assert not any(enabled)
-
-
-def test_a_compiled_captioner_gives_the_same_captions_for_batches_that_grow_and_shrink(monkeypatch):
-    shapes, plain = [], torch.compile
-
-    def backend(graph: Any, _: Any) -> Any:  # without code generation, which takes a minute for each shape
-        shapes.append(graph)
-        return graph.forward
-
-    monkeypatch.setattr(torch, "compile", lambda step, **options: plain(step, backend=backend, **options))
-    on_cpu, compiled = build("cpu"), build("cpu", compile=True)
-    pixels, seeds = batch(on_cpu, 10)
-    wanted = on_cpu.caption(pixels, seeds)
-    with torch._dynamo.config.patch(recompile_limit=1):  # 8 by default
-        for count in (1, 10, 1, 10):
-            assert compiled.caption(pixels[:count], seeds[:count]) == wanted[:count]
-        assert torch._dynamo.config.recompile_limit == 1
-    assert len(shapes) == 2  # 16 and 32 rows
 
 
 def test_broken_images_give_none_on_cuda_without_affecting_others():
@@ -349,17 +314,6 @@ def test_a_captioner_that_ran_out_of_memory_returns_what_it_keeps_and_captions_a
             assert captioner._decoder.capacity == 0
             assert captioner._sampler._state is None
             assert cuda.allocated - fresh < 0.1 * (kept - fresh)
-
-
-def test_compile_compiles_the_step_that_cuda_captures():
-    with stand_in_cuda() as cuda:
-        captioner = build("cuda", compile=True)
-        pixels, seeds = batch(captioner, 3)
-        captioner.caption(pixels, seeds)
-        assert len(cuda.compiled) == 1
-        with cuda.counted() as counts:
-            captioner.caption(pixels, seeds)
-        assert counts.graph_launches
 
 
 GIB = 2**30
