@@ -17,18 +17,17 @@ from teachers.open_clip.teacher import random_model
 from tests.helpers.demo import ROOT
 
 
-@pytest.mark.parametrize(("size", "place", "stages"), [(64, 0, 5), (64, 1, 4), (128, 0, 5), (128, 1, 4)])
+@pytest.mark.parametrize("encoder", STAGES, ids=lambda encoder: encoder.name)
 def test_an_encoder_has_its_stages_widths_and_size(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, place: int, stages: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoder: Encoder
 ) -> None:
     monkeypatch.chdir(ROOT)
-    encoder = STAGES[size][place]
+    stages, size = len(encoder.blocks), encoder.size
     encoder.write(tmp_path)
     clip = random_model(encoder.model(tmp_path))
     avoid_faulty_convolutions(clip)
     trunk = clip.visual.trunk
     assert [len(stage.blocks) for stage in trunk.stages] == list(encoder.blocks)
-    assert len(encoder.blocks) == stages
     assert [stage["num_chs"] for stage in trunk.feature_info] == [encoder.width * 2**i for i in range(stages)]
     with torch.inference_mode():
         assert clip.encode_image(torch.zeros(2, 3, size, size)).shape == (2, 96)
