@@ -38,7 +38,7 @@ def cpu_of_all() -> float:
 
 
 def in_own_process(work: Callable[..., T], *arguments: Any) -> T:
-    """What a function returns that runs in a process of its own, so that memory and CPU are of nothing else."""
+    """Run a function in a new process, whose memory and CPU are those of the function alone; return its result."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(work, *arguments).result()
 

@@ -53,7 +53,7 @@ def test_the_largest_sets_begin_first_and_workers_run_side_by_side() -> None:
     def evaluate(number: int, job: Job) -> Outcome:
         begun.append(job.one.key)
         if len(begun) <= 2:
-            both.wait(600)  # passes only where another worker is at it, too
+            both.wait(600)  # passes only if another worker runs at the same time
         return outcome_of(job)
 
     workers = Workers(evaluate)
