@@ -20,7 +20,7 @@ BROKEN = [
     ("Inside reinforce imports point one way", "reinforce/source/captions.py", "reinforce.dataset.layers"),
     ("The engine: messages, plan, decode", "reinforce/engine/plan/plan.py", "reinforce.engine.driver.pool"),
     ("The driver acts, its policy decides", "reinforce/engine/driver/policy/memory.py", "reinforce.engine.driver.pool"),
-    ("Policy is pure", "reinforce/engine/driver/policy/drains.py", "ray"),
+    ("Policy is pure", "reinforce/engine/driver/policy/outages.py", "ray"),
     ("Datasets: files, manifest", "reinforce/dataset/files/damage.py", "reinforce.dataset.manifest.claims"),
     ("Sources: bytes, samples, formats", "reinforce/source/streams.py", "reinforce.source.reading"),
     ("Teachers: families above", "teachers/device/accelerator.py", "teachers.coca.network"),

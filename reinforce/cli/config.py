@@ -34,10 +34,10 @@ def init(
     path = output or default_path(data)
     if path.exists() and not force:
         raise UserError(f"{path} exists. Name another file, or replace it with --force.")
-    starter = make_starter(data, path)
+    text, lines = make_starter(data, path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(starter.text, encoding="utf-8")
-    for line in starter.lines:
+    path.write_text(text, encoding="utf-8")
+    for line in lines:
         typer.echo(escape(redact(line)))
     typer.echo(escape(f"written: {path}; next: reinforce plan {path}"))
 

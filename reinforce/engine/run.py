@@ -23,7 +23,7 @@ from reinforce.dataset.manifest.manifest import (
     write_manifest,
 )
 from reinforce.dataset.runs.shard_records import SourceRecord, read_records
-from reinforce.engine.plan.changed_sources import changed_sources, changes_note, finished_note
+from reinforce.engine.plan.changed_sources import changes_note, finished_note
 from reinforce.engine.plan.duplicates import check_copies
 from reinforce.engine.plan.plan import Plan, make_plan
 from reinforce.engine.plan.recipe import version_notes
@@ -159,8 +159,8 @@ def _compute(
     check_copies(plan, store)
     forget_code(store, plan.codes)
     write_lists(store, plan.lists)
-    if plan.listed and (changed := changed_sources(plan, recorded)):
-        _LOG.warning(redact(changes_note(plan, changed)))
+    if plan.listed and (changed := changes_note(plan, recorded)):
+        _LOG.warning(redact(changed))
     if retry_quarantined:
         _forget_quarantine(plan, store)
     progress = Progress()

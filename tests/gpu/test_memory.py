@@ -11,12 +11,11 @@ import torch
 
 from reinforce.config import Config, parse_config
 from reinforce.dataset.files.store import Store
-from reinforce.engine.inference.flops import measure_costs
 from reinforce.engine.inference.models import Models, load_models
 from reinforce.engine.plan.plan import Plan, make_plan
 from reinforce.engine.worker import full_batch
 from reinforce.engine.worker.full_batch import find_batch
-from reinforce.engine.worker.producers.registry import flops_of
+from reinforce.engine.worker.producers.registry import measure_costs
 from reinforce.engine.worker.shard import ShardProcess
 from reinforce.errors import UserError
 from tests.helpers.data import config_of, members_of, tree, write_tar
@@ -56,7 +55,7 @@ def test_a_shard_is_finished_with_less_memory_and_reports_it(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H100 80GB HBM3")
     results = []
     parsed, plan, models = load(config, output=str(tmp_path / "whole"))
-    models.costs = measure_costs(models, parsed, plan.layers.values(), flops_of)
+    models.costs = measure_costs(models, parsed, plan.layers.values())
     for output in ("whole", "halved"):
         store = Store(str(tmp_path / output))
         results.append(ShardProcess(plan.pending[0], parsed, plan.layers, store, models, decode_pool(), 8).run())

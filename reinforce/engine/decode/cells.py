@@ -41,11 +41,9 @@ class PixelCells:
 
     def blacken(self, cell: int) -> None:
         """Write black pixels."""
-        for array in self._arrays():
-            array[cell] = 0
-
-    def _arrays(self) -> list[Bytes]:
-        return [*([] if self.crops is None else [self.crops]), *self.views.values()]
+        for array in (self.crops, *self.views.values()):
+            if array is not None:
+                array[cell] = 0
 
 
 @dataclass(frozen=True)

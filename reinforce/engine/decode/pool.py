@@ -92,7 +92,7 @@ class DecodePool:
         self.idle = 0
         self.closed = False
         self.chunks: queue.PriorityQueue[tuple[float, int, Chunk | None]] = queue.PriorityQueue()
-        self.status = SharedMemory(StatusBoard.bytes(processes))
+        self.status = SharedMemory(processes * StatusBoard.ENTRY_BYTES)
         self.pixels = SharedMemory(1)  # the byte that processes lock
         self._regions: list[tuple[int, Bytes]] = []  # start and memory of each region that no shard uses
         self._changing = threading.Lock()

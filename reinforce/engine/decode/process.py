@@ -45,13 +45,10 @@ class StatusBoard:
     The parent reads it when a process has died or takes too long.
     """
 
+    ENTRY_BYTES = 3 * 8
+
     def __init__(self, memory: SharedMemory) -> None:
         self._entries = memory.array().view(np.float64).reshape(-1, 3)
-
-    @staticmethod
-    def bytes(processes: int) -> int:
-        """Size of a board."""
-        return processes * 3 * 8
 
     def set(self, process: int, chunk: int, row: int) -> None:
         self._entries[process] = (chunk, row, time.monotonic())

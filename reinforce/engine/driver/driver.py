@@ -21,7 +21,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from reinforce.cluster import ControlWatch, RayletWatch, cause_of, draining_nodes, live_nodes, live_resources
+from reinforce.cluster import ControlWatch, RayletWatch, cause_of, draining_nodes, live_nodes
 from reinforce.dataset.files.damage import DamagedFile, set_aside, set_aside_notes
 from reinforce.dataset.files.index import IndexWriter
 from reinforce.dataset.files.listing import Listing
@@ -38,22 +38,19 @@ from reinforce.engine.driver.policy.decisions import (
     Retry,
     RunAlone,
 )
-from reinforce.engine.driver.policy.failures import FailurePolicy, error_text, ray_ended
-from reinforce.engine.driver.pool import Pool, Slot
+from reinforce.engine.driver.policy.failures import error_text, ray_ended
+from reinforce.engine.driver.pool import Slot
 from reinforce.engine.driver.reporter import Reporter
-from reinforce.engine.driver.shard_queue import ShardQueue
 from reinforce.engine.driver.state import RunState
 from reinforce.engine.driver.worker_lifecycle import WorkerLifecycle
 from reinforce.engine.messages.results import ShardResult, StorageFailure
 from reinforce.engine.messages.task import PendingShard
 from reinforce.engine.messages.tracebacks import shorten
 from reinforce.engine.plan.plan import Plan
-from reinforce.engine.record.events import Events
 from reinforce.engine.record.progress import Progress
-from reinforce.engine.record.summary import WORKER_LOST, Ending, RunSummary, RunTotals, ending_of, summarize
+from reinforce.engine.record.summary import WORKER_LOST, Ending, RunSummary, ending_of, summarize
 from reinforce.errors import StorageError, UserError
 from reinforce.processes.signals import stop_requests
-from teachers.redact import Redactor
 
 #: Reasons of retries, in metrics.
 _RETRY_REASONS: dict[type, str] = {Retry: "error", Requeue: WORKER_LOST, RunAlone: "suspect"}
@@ -69,30 +66,12 @@ class Driver:
     """Runs one plan to its end. Ray must be initialised."""
 
     def __init__(self, plan: Plan, store: Store, progress: Progress, claims: Claims | None = None) -> None:
-        self.plan, self.store, self.progress = plan, store, progress
+        self.state = state = RunState(plan, store, progress)
+        self.plan, self.store, self.progress, self.config = plan, store, progress, state.config
+        self.queue, self.pool, self.policy, self.totals = state.queue, state.pool, state.policy, state.totals
+        self.events, self.redact = state.events, state.redact
         self.claims = claims or Claims(store, plan.config, plan.layers)
-        self.needed = frozenset(name for shard in plan.pending for name in shard.layers)
-        models = any(plan.layers[name].model and not plan.layers[name].published for name in self.needed)
-        workers = plan.config.workers.fitted_to(live_resources(), models)
-        self.config = plan.config.model_copy(update={"workers": workers})
-        self.redact = Redactor(self.config.model_dump(mode="json"))
-        self.queue, self.totals = ShardQueue(plan.pending), RunTotals()
-        self.policy = FailurePolicy(self.config.failures, plan.layers, plan.shards, plan.quarantined, workers.recycle)
-        self.events = Events(store, self.config, self.redact)
         self.records, self.index = RecordWriter(store, self.events.run), IndexWriter(store, plan.layers)
-        self.pool = Pool(self.config, plan.layers, self.needed)
-        self.state = RunState(
-            plan=plan,
-            config=self.config,
-            store=store,
-            queue=self.queue,
-            pool=self.pool,
-            policy=self.policy,
-            totals=self.totals,
-            events=self.events,
-            progress=progress,
-            redact=self.redact,
-        )
         self.lifecycle, self.reporter = WorkerLifecycle(self.state), Reporter(self.state)
         self.raylet, self.ray_checked = RayletWatch(), time.monotonic()
         self.control, self.control_lost = ControlWatch(), 0.0
@@ -105,7 +84,7 @@ class Driver:
     def run(self) -> RunSummary:
         """Run the plan. Raises UserError, also after it has recorded how the run ended."""
         start = time.monotonic()
-        self.events.add("start", shards=len(self.plan.pending), layers=sorted(self.needed), ray=ray.__version__)
+        self.events.add("start", shards=len(self.plan.pending), layers=sorted(self.state.needed), ray=ray.__version__)
         for line in (self.pool.describe(len(self.plan.pending)), *self.plan.notes):
             self.state.log(line)
         ending = Ending()
@@ -247,7 +226,7 @@ class Driver:
         if self.loaded is None or self.pool.started_count < self.config.workers.min or now < self.manifest_due:
             return
         try:
-            self.claims.publish(self.loaded, self.needed)
+            self.claims.publish(self.loaded, self.state.needed)
         except StorageError as error:
             self.manifest_failed = self.manifest_failed or now
             if now - self.manifest_failed >= self.config.failures.outage_seconds:

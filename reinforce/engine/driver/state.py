@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from reinforce.config import Config
+from reinforce.cluster import live_resources
 from reinforce.dataset.files.store import Store
 from reinforce.engine.driver.policy.failures import FailurePolicy
 from reinforce.engine.driver.pool import Pool
@@ -16,20 +14,21 @@ from reinforce.engine.record.summary import RunTotals
 from teachers.redact import Redactor
 
 
-@dataclass(frozen=True)
 class RunState:
-    """The state of a run. ``config`` is that of the plan with the workers fitted to the cluster."""
+    """The state of a run. ``config`` is that of the plan with the workers fitted to the cluster, and ``needed`` are the
+    layers that some shard lacks."""
 
-    plan: Plan
-    config: Config
-    store: Store
-    queue: ShardQueue
-    pool: Pool
-    policy: FailurePolicy
-    totals: RunTotals
-    events: Events
-    progress: Progress
-    redact: Redactor
+    def __init__(self, plan: Plan, store: Store, progress: Progress) -> None:
+        self.plan, self.store, self.progress = plan, store, progress
+        self.needed = frozenset(name for shard in plan.pending for name in shard.layers)
+        models = any(plan.layers[name].model and not plan.layers[name].published for name in self.needed)
+        workers = plan.config.workers.fitted_to(live_resources(), models)
+        self.config = plan.config.model_copy(update={"workers": workers})
+        self.redact = Redactor(self.config.model_dump(mode="json"))
+        self.queue, self.totals = ShardQueue(plan.pending), RunTotals()
+        self.policy = FailurePolicy(self.config.failures, plan.layers, plan.shards, plan.quarantined, workers.recycle)
+        self.events = Events(store, self.config, self.redact)
+        self.pool = Pool(self.config, plan.layers, self.needed)
 
     def log(self, text: str) -> None:
         """Print a line for the user, without secrets."""

@@ -31,7 +31,7 @@ class WorkerLifecycle:
         self._state = state
         self._pool, self._policy, self._events = state.pool, state.policy, state.events
         self._limits = StallLimits(state.config.failures)
-        self._polled: dict[Any, Slot] = {}
+        self.polled: dict[Any, Slot] = {}  # requests for pulses that are under way
 
     # -- starts
 
@@ -137,11 +137,6 @@ class WorkerLifecycle:
 
     # -- pulses and hangs
 
-    @property
-    def polled(self) -> Mapping[Any, Slot]:
-        """Requests for pulses that are under way."""
-        return self._polled
-
     def poll(self) -> None:
         """Ask workers for their pulse, in turns, and kill those that have not answered for too long."""
         now = time.monotonic()
@@ -150,11 +145,11 @@ class WorkerLifecycle:
         for slot, board in self._pool.read_boards(silent).items():
             self._kill_hung(slot, find_silence(silent[slot], slot.pulse, board, self._limits))
         for slot in self._pool.polls.due(now, self._limits.least):
-            self._polled[slot.actor.pulse.options(concurrency_group="control").remote()] = slot
+            self.polled[slot.actor.pulse.options(concurrency_group="control").remote()] = slot
 
     def record_pulse(self, ref: Any) -> None:
         """Record the answer of a worker, and kill the worker if a shard in it makes no progress."""
-        slot = self._polled.pop(ref)
+        slot = self.polled.pop(ref)
         self._pool.polls.answered(slot)
         if not self._pool.is_started(slot):  # it has ended since
             return

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import heapq
+import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +22,6 @@ from reinforce.dataset.layers import Layer
 from reinforce.engine.inference.batch_sizes import BatchSizes
 from reinforce.engine.inference.out_of_memory import memory_hint
 from reinforce.engine.inference.outputs import Floats, copied, encode, to_scores
-from reinforce.engine.inference.turns import PriorityLock
 from reinforce.engine.messages.tracebacks import user_frames
 from reinforce.engine.record.rates import Cost
 from reinforce.errors import UserError
@@ -28,6 +29,8 @@ from teachers.device.accelerator import Accelerator
 from teachers.device.memory import release_cache
 from teachers.protocols import Captioner, NoCaptions, Scorer, Teacher
 from teachers.registry import load_captioner, load_scorer, load_teacher
+
+_Model = TypeVar("_Model")
 
 
 @dataclass
@@ -64,6 +67,46 @@ class TokenCache:
                 self._tokens.popitem(last=False)
         self._tokens.move_to_end(entry)
         return copied(self._tokens[entry])
+
+
+class PriorityLock:
+    """A lock that the oldest waiting shard gets first.
+
+    If two shards of equal length alternated, they would also end together, and the accelerator would wait until the
+    first images of the next two are decoded. So the older shard comes first, and the younger one is decoded ahead.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._waiting: list[tuple[int, int]] = []  # a heap of (order, ticket)
+        self._tickets = itertools.count()
+        self._numbers = itertools.count(1)
+        self._taken = False
+
+    def next_order(self) -> int:
+        """Return the number of a shard that begins, which is above those of all older shards."""
+        return next(self._numbers)
+
+    @property
+    def waiting(self) -> int:
+        """Number of threads that wait."""
+        return len(self._waiting)
+
+    @contextlib.contextmanager
+    def take(self, order: int) -> Iterator[None]:
+        """Hold the lock. Among equal ``order``, the thread that has waited longest comes first."""
+        with self._changed:
+            entry = (order, next(self._tickets))
+            heapq.heappush(self._waiting, entry)
+            self._changed.wait_for(lambda: not self._taken and self._waiting[0] == entry)
+            heapq.heappop(self._waiting)
+            self._taken = True
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._taken = False
+                self._changed.notify_all()
 
 
 @dataclass
@@ -155,24 +198,16 @@ def load_models(config: Config, layers: Iterable[Layer]) -> Models:
             "a worker has a GPU, but torch does not see it. Install a torch that supports it, or set workers.gpus to 0."
         )
     owners = {layer.owner for layer in layers}
+
+    def loaded(section: str, specs: Mapping[str, Any], load: Callable[[str, Any, str], _Model]) -> dict[str, _Model]:
+        return {name: load(name, spec, device) for name, spec in specs.items() if (section, name) in owners}
+
     try:
         return Models(
-            {
-                name: load_teacher(name, spec, device)
-                for name, spec in config.teachers.items()
-                if ("teachers", name) in owners
-            },
-            {
-                name: load_captioner(name, spec, device)
-                for name, spec in config.captioners.items()
-                if ("captioners", name) in owners
-            },
+            loaded("teachers", config.teachers, load_teacher),
+            loaded("captioners", config.captioners, load_captioner),
             Accelerator(device),
-            {
-                name: load_scorer(name, spec, device)
-                for name, spec in config.scorers.items()
-                if ("scores", name) in owners
-            },
+            loaded("scores", config.scorers, load_scorer),
         )
     except (ValueError, OSError, ImportError, RuntimeError, TypeError) as error:
         raise UserError(f"{error}{user_frames(error)}{memory_hint(error)}") from error

@@ -6,20 +6,15 @@ import contextlib
 import threading
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
+from reinforce.engine.inference.models import Counters
 from reinforce.engine.record.rates import Cost, Stages
 from teachers.device.accelerator import Accelerator, TimeMark
 
 _counting = threading.Lock()
-
-
-class Busy(Protocol):
-    """What counts the seconds in which the device works."""
-
-    busy: float
 
 
 class StageMeter:
@@ -29,7 +24,7 @@ class StageMeter:
     the host queues work more slowly than the device does it, are. ``costs`` are those of layers, where they are known.
     """
 
-    def __init__(self, accelerator: Accelerator, costs: Mapping[str, Cost], *counters: Busy) -> None:
+    def __init__(self, accelerator: Accelerator, costs: Mapping[str, Cost], *counters: Counters) -> None:
         self._accelerator, self._costs, self._counters = accelerator, costs, counters
         self._pending: deque[tuple[str, int, TimeMark, TimeMark]] = deque()
         self._stages: Stages = {}

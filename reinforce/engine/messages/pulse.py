@@ -52,7 +52,6 @@ class Pulse:
 
     samples: int = 0
     busy: float = 0.0
-    prepared: int = 0
     key: str | None = None
     leases: tuple[LeasePulse, ...] = ()
     slowest: Mapping[str, float] = field(default_factory=dict)

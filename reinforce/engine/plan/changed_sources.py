@@ -44,8 +44,8 @@ def describe_replaced(shard: PendingShard, note: str | None) -> str:
     return f"{note}. The referenced images are not where they were. {_REMEDY.format(name=shard.name)}"
 
 
-def changed_sources(plan: Plan, recorded: Mapping[str, SourceRecord]) -> list[str]:
-    """Shards that get new layers and whose source file has changed since their samples were written, and how.
+def changes_note(plan: Plan, recorded: Mapping[str, SourceRecord]) -> str | None:
+    """A warning about shards that get new layers and whose source file has changed since their samples were written.
 
     A shard that the listing of the source or the records lack is not judged. Where only the modification time differs,
     the first bytes of some files decide.
@@ -66,7 +66,14 @@ def changed_sources(plan: Plan, recorded: Mapping[str, SourceRecord]) -> list[st
     for (shard, before_state), state in zip(probed, states, strict=True):
         if state is not None and before_state.same_content(state) is False:
             changed.append(f"{shard.name}: {before_state.describe_change(state)}")
-    return changed
+    if not changed:
+        return None
+    extended = sum(SAMPLES not in shard.layers for shard in plan.pending)
+    stored = "from the stored images" if plan.config.embeds_images else "from images at their old offsets"
+    return (
+        f"source: {len(changed):,} of {extended:,} shards that get new layers have {_since(changed)} The new layers "
+        f"are computed {stored}. {_REMEDY.format(name='SHARD')}"
+    )
 
 
 def finished_note(plan: Plan, recorded: Mapping[str, SourceRecord]) -> str | None:
@@ -78,19 +85,11 @@ def finished_note(plan: Plan, recorded: Mapping[str, SourceRecord]) -> str | Non
             changed.append(f"{name}: {before.describe_change(SourceState(size, None))}")
     if not changed:
         return None
-    named = "; ".join(first_lines(changed, _NAMED))
     return (
-        f"source: {len(changed):,} of {len(plan.finished):,} finished shards have changed since their samples were "
-        f"written ({named}). The dataset has what was in them then. {_REMEDY.format(name='SHARD')}"
+        f"source: {len(changed):,} of {len(plan.finished):,} finished shards have {_since(changed)} The dataset has "
+        f"what was in them then. {_REMEDY.format(name='SHARD')}"
     )
 
 
-def changes_note(plan: Plan, changed: list[str]) -> str:
-    """A warning about changed sources."""
-    extended = sum(SAMPLES not in shard.layers for shard in plan.pending)
-    named = "; ".join(first_lines(changed, _NAMED))
-    stored = "from the stored images" if plan.config.embeds_images else "from images at their old offsets"
-    return (
-        f"source: {len(changed):,} of {extended:,} shards that get new layers have changed since their samples were "
-        f"written ({named}). The new layers are computed {stored}. {_REMEDY.format(name='SHARD')}"
-    )
+def _since(changed: list[str]) -> str:
+    return f"changed since their samples were written ({'; '.join(first_lines(changed, _NAMED))})."

@@ -25,17 +25,18 @@ from reinforce.dataset.manifest.class_code import ClassCode, class_codes
 from reinforce.dataset.manifest.differences import check_recipes
 from reinforce.dataset.manifest.manifest import find_manifest
 from reinforce.dataset.reading.aligned import layer_errors
+from reinforce.dataset.runs.shard_records import read_records
 from reinforce.engine.messages.task import PendingShard
 from reinforce.engine.plan.precision import resolve_precisions
 from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.engine.plan.shard_lists import list_url
 from reinforce.engine.plan.source_shards import SourceShards, source_shards, with_view
-from reinforce.engine.plan.stored_layers import stored_layers
 from reinforce.errors import UserError
 from reinforce.labels.taken import with_labels
 from reinforce.nodes import nodes_of_run
 from reinforce.processes.cores import Node
 from reinforce.source.formats.base import Shard
+from reinforce.source.identity import SourceState
 from reinforce.source.urls import Info, canonical, expand
 
 
@@ -125,7 +126,7 @@ def make_plan(
     damaged += damaged_quarantine(unreadable)
     refused = {} if retry_quarantined else quarantine
     missing = _subtract(source.names, layers, committed, refused)
-    stored = stored_layers(store, source.names, committed)
+    stored = _stored_layers(store, source.names, committed)
     pending = [
         PendingShard(
             name,
@@ -205,6 +206,28 @@ def _subtract(
         codes, pattern = np.unique(2 * pattern + todo, return_inverse=True)
         patterns = [(*patterns[code // 2], name) if code % 2 else patterns[code // 2] for code in codes.tolist()]
     return _Missing(patterns, pattern, missing, quarantined)
+
+
+def _stored_layers(
+    store: Store, names: pa.StringArray, committed: Mapping[str, Listing]
+) -> dict[str, tuple[tuple[str, ...], SourceState | None]]:
+    """The shards among ``names`` whose samples are missing although other layers exist, also of other configs.
+
+    Each with these layers, and with the state of its source file when samples were written, if a run has recorded it.
+    """
+    absent = ~committed[SAMPLES].has(names)
+    if not absent.any():
+        return {}
+    others = [name for name in (find_manifest(store) or {}).get("layers", {}) if name not in committed]
+    listings = {**committed, **store.listings(others)}
+    has = {layer: listing.has(names) & absent for layer, listing in listings.items() if listing}
+    stored: dict[str, list[str]] = {}
+    for layer, rows in has.items():
+        for shard in names.filter(pa.array(rows)).to_pylist():
+            stored.setdefault(shard, []).append(layer)
+    sources = read_records(store).sources if stored else {}
+    states = {shard: sources[shard].state if shard in sources else None for shard in stored}
+    return {shard: (tuple(layers), states[shard]) for shard, layers in stored.items()}
 
 
 def _reinforcements(published: Sequence[str], layers: Mapping[str, Layer], row: int, todo: Iterable[str]) -> str | None:

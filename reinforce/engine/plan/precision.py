@@ -25,29 +25,20 @@ def resolve_precisions(config: Config, store: Store, nodes: Callable[[], Sequenc
     ``nodes`` are those on which workers will run; it is called if `workers.gpus` is not set and they matter.
     """
     specs: dict[str, Mapping[str, ModelSpec]] = {"teachers": config.teachers, "captioners": config.captioners}
-    open_ = {
-        kind: [name for name, spec in of.items() if spec.uses_precision and spec.precision == "auto"]
-        for kind, of in specs.items()
-    }
-    if not any(open_.values()):
+    all_ = [(kind, name, spec) for kind, of in specs.items() for name, spec in of.items()]
+    open_ = [(kind, name) for kind, name, spec in all_ if spec.uses_precision and spec.precision == "auto"]
+    if not open_:
         return config, []
     manifest = find_manifest(store) or {}
-    found: dict[tuple[str, str], tuple[Precision, str]] = {}
-    for kind, names in open_.items():
-        for name in names:
-            if recorded := _recorded(manifest, kind, name):
-                found[kind, name] = recorded, _RECORDED
-    if len(found) < sum(map(len, open_.values())):
+    recorded = {model: _recorded(manifest, *model) for model in open_}
+    default: tuple[Precision, str] = ("fp32", _CPUS)
+    if None in recorded.values():
         gpus = default_gpus(nodes()) if config.workers.gpus is None else config.workers.gpus
-        default: tuple[Precision, str] = ("bf16", _GPUS) if gpus else ("fp32", _CPUS)
-        found = {(kind, name): found.get((kind, name), default) for kind, names in open_.items() for name in names}
-    changed = {
-        kind: {
-            name: spec.model_copy(update={"precision": found[kind, name][0]}) if (kind, name) in found else spec
-            for name, spec in of.items()
-        }
-        for kind, of in specs.items()
-    }
+        default = ("bf16", _GPUS) if gpus else default
+    found = {model: (precision, _RECORDED) if precision else default for model, precision in recorded.items()}
+    changed: dict[str, dict[str, ModelSpec]] = {kind: {**of} for kind, of in specs.items()}
+    for (kind, name), (precision, _) in found.items():
+        changed[kind][name] = changed[kind][name].model_copy(update={"precision": precision})
     return config.model_copy(update=changed), _lines(found)
 
 

@@ -64,18 +64,8 @@ def cluster_machines() -> list[Machine]:
 
 def look(folder: str) -> tuple[int | None, float | None]:
     """Bytes of shared memory, and the used share of the disk with ``folder``, of the machine that calls this."""
-    return _total(_SHM), _used(folder)
-
-
-def _total(path: str) -> int | None:
-    return shutil.disk_usage(path).total if os.path.isdir(path) else None
-
-
-def _used(path: str) -> float | None:
-    if not os.path.isdir(path):
-        return None
-    usage = shutil.disk_usage(path)
-    return 1 - usage.free / usage.total
+    memory, disk = (shutil.disk_usage(path) if os.path.isdir(path) else None for path in (_SHM, folder))
+    return memory and memory.total, disk and 1 - disk.free / disk.total
 
 
 def _ray_folder() -> str:

@@ -38,53 +38,58 @@ _ENDED = {
 
 @dataclass(frozen=True)
 class Series:
-    """One series. ``label`` is the name of its label, or None, and ``source`` the process that records it."""
+    """One series; ``label`` is the name of its label, or None."""
 
     name: str
-    kind: Literal["counter", "gauge"]
-    source: Literal["driver", "worker"]
     text: str
     label: str | None = None
 
+    @property
+    def kind(self) -> Literal["counter", "gauge"]:
+        return "counter" if self.name.endswith("_total") else "gauge"
 
-def _counter(name: str, text: str, label: str | None = None) -> Series:
-    return Series(f"reinforce_{name}", "counter", "driver", text, label)
-
-
-def _gauge(name: str, text: str) -> Series:
-    return Series(f"reinforce_{name}", "gauge", "driver", text)
-
-
-def _of_worker(name: str, kind: Literal["counter", "gauge"], text: str) -> Series:
-    return Series(f"reinforce_worker_{name}", kind, "worker", text, "worker")
+    @property
+    def source(self) -> Literal["driver", "worker"]:
+        """The process that records it."""
+        return "worker" if self.label == "worker" else "driver"
 
 
 SERIES = {
     one.name: one
     for one in (
-        _counter("samples_total", "Samples of shards that were written."),
-        _counter("shards_total", "Shards that were finished, or quarantined as a whole.", "result"),
-        _counter("captions_total", "Captions that captioners have generated for them."),
-        _counter("tokens_total", "Tokens of these captions, of captioners that report them."),
-        _counter("read_bytes_total", "Encoded images and texts that were read, of the source or of stored samples."),
-        _counter("written_bytes_total", "Bytes of the layer files that were written."),
-        _counter("quarantined_total", "Samples and shards that were quarantined.", "reason"),
-        _counter("stage_seconds_total", "Time of shards by stage of their reading thread.", "stage"),
-        _counter("model_seconds_total", "Time of models on the accelerator.", "layer"),
-        _counter("model_inputs_total", "Images, captions or texts of which models made a layer.", "layer"),
-        _counter("accelerator_busy_seconds_total", "Time in which the accelerators of all workers worked."),
-        _counter("worker_seconds_total", "Time of all workers since their models were loaded."),
-        _counter("retries_total", "Shards that were leased again.", "reason"),
-        _counter("workers_ended_total", "Workers that ended before the run did.", "reason"),
-        _gauge("workers", "Workers whose models are loaded."),
-        _gauge("waiting_shards", "Shards that no worker has."),
-        _gauge("leased_shards", "Shards that workers have."),
-        _gauge("eta_seconds", "Estimated time until the end of the run."),
-        _of_worker("samples_total", "counter", "Samples through the models, also of shards that are not finished."),
-        _of_worker("busy_seconds_total", "counter", "Time in which the worker's accelerator worked."),
-        _of_worker("decode_queue", "gauge", "Chunks of images that wait for a decode process."),
-        _of_worker("accelerator_queue", "gauge", "Batches that wait for the accelerator; 0 if it waits for images."),
-        _of_worker("memory_bytes", "gauge", "Memory of the worker's process."),
+        Series("reinforce_samples_total", "Samples of shards that were written."),
+        Series("reinforce_shards_total", "Shards that were finished, or quarantined as a whole.", "result"),
+        Series("reinforce_captions_total", "Captions that captioners have generated for them."),
+        Series("reinforce_tokens_total", "Tokens of these captions, of captioners that report them."),
+        Series(
+            "reinforce_read_bytes_total", "Encoded images and texts that were read, of the source or of stored samples."
+        ),
+        Series("reinforce_written_bytes_total", "Bytes of the layer files that were written."),
+        Series("reinforce_quarantined_total", "Samples and shards that were quarantined.", "reason"),
+        Series("reinforce_stage_seconds_total", "Time of shards by stage of their reading thread.", "stage"),
+        Series("reinforce_model_seconds_total", "Time of models on the accelerator.", "layer"),
+        Series("reinforce_model_inputs_total", "Images, captions or texts of which models made a layer.", "layer"),
+        Series("reinforce_accelerator_busy_seconds_total", "Time in which the accelerators of all workers worked."),
+        Series("reinforce_worker_seconds_total", "Time of all workers since their models were loaded."),
+        Series("reinforce_retries_total", "Shards that were leased again.", "reason"),
+        Series("reinforce_workers_ended_total", "Workers that ended before the run did.", "reason"),
+        Series("reinforce_workers", "Workers whose models are loaded."),
+        Series("reinforce_waiting_shards", "Shards that no worker has."),
+        Series("reinforce_leased_shards", "Shards that workers have."),
+        Series("reinforce_eta_seconds", "Estimated time until the end of the run."),
+        Series(
+            "reinforce_worker_samples_total",
+            "Samples through the models, also of shards that are not finished.",
+            "worker",
+        ),
+        Series("reinforce_worker_busy_seconds_total", "Time in which the worker's accelerator worked.", "worker"),
+        Series("reinforce_worker_decode_queue", "Chunks of images that wait for a decode process.", "worker"),
+        Series(
+            "reinforce_worker_accelerator_queue",
+            "Batches that wait for the accelerator; 0 if it waits for images.",
+            "worker",
+        ),
+        Series("reinforce_worker_memory_bytes", "Memory of the worker's process.", "worker"),
     )
 }
 

@@ -34,11 +34,6 @@ def add_stages(sums: Stages, stages: Mapping[str, Mapping[str, float]]) -> None:
         entry.update({key: value for key, value in stage.items() if key not in _RATES})
 
 
-def add_numbers(sums: Any, numbers: Mapping[str, float]) -> None:
-    """Add floats by name to a Counter, which is typed for integers."""
-    sums.update(numbers)
-
-
 def with_rates(stages: Stages) -> dict[str, dict[str, float]]:
     """Sums with ``per_second`` and, if known, ``tokens_per_second`` and ``mfu``."""
     found: dict[str, dict[str, float]] = {}

@@ -12,7 +12,7 @@ from reinforce.dataset.layers import SAMPLES
 from reinforce.engine.messages.results import ShardResult
 from reinforce.engine.messages.tracebacks import shorten
 from reinforce.engine.plan.plan import Plan
-from reinforce.engine.record.rates import Stages, add_numbers, add_stages, fuller, with_rates
+from reinforce.engine.record.rates import Stages, add_stages, fuller, with_rates
 from reinforce.errors import UserError
 from reinforce.source.captions import CAPTIONS_REPLACED
 from reinforce.terminal import first_lines, format_bytes, format_duration, plural
@@ -168,7 +168,7 @@ class RunTotals:
     quarantined_shards: int = 0  # in some layer
     quarantined: Counter[str] = field(default_factory=Counter)  # those of them that failed, by reason
     read_bytes: int = 0
-    times: Counter[str] = field(default_factory=Counter)  # seconds of shards by stage
+    times: Any = field(default_factory=Counter)  # seconds of shards by stage
     retries: Counter[str] = field(default_factory=Counter)  # shards that were leased again, by reason
     source_counts: Counter[str] = field(default_factory=Counter)
 
@@ -177,7 +177,7 @@ class RunTotals:
         self.written += not (result.set_aside or result.quarantine_reason)
         self.quarantined_shards += result.quarantine_reason is not None
         self.read_bytes += result.read_bytes
-        add_numbers(self.times, result.times)
+        self.times.update(result.times)
         self.busy += result.busy
         self.add_sums(result)
         for reason, example in result.examples.items():
@@ -223,27 +223,25 @@ def summarize(
 ) -> RunSummary:
     """The summary of run ``run`` after ``seconds``, in which workers were ``alive`` for so many worker-seconds and
     ``quarantined`` shards were quarantined."""
-    status, message = verdict(quarantined, plan.shards, plan.config.failures.allowed_share)
     if ending != Ending():
-        status, message = ending.status, ending.message
+        pass
     elif totals.postponed:
-        status, message = (
+        ending = Ending(
             1,
-            (
-                f"not finished: {plural(len(totals.postponed), 'shard')}. Files that they need were damaged or did not "
-                "fit, and are set aside, or the storage has not written them. Run the same command again."
-            ),
+            f"not finished: {plural(len(totals.postponed), 'shard')}. Files that they need were damaged or did not "
+            "fit, and are set aside, or the storage has not written them. Run the same command again.",
         )
     elif totals.samples == 0 and any(SAMPLES in shard.layers for shard in plan.pending):
-        status, message = 1, f"no samples: {_why_no_samples(totals)}"
+        ending = Ending(1, f"no samples: {_why_no_samples(totals)}")
+    else:
+        ending = _verdict(plan, quarantined)
     return RunSummary(
         run=run,
         shards=len(totals.finished),
         seconds=round(seconds, 3),
         busy_share=round(min(1.0, totals.busy / (alive or seconds)), 4),
         quarantined_shards=quarantined,
-        status=status,
-        message=message,
+        **asdict(ending),
         examples=totals.examples,
         not_in_source=asdict(plan.not_in_source),
         postponed=len(totals.postponed),
@@ -335,19 +333,18 @@ def not_in_source_lines(counts: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def verdict(quarantined: int, shards: int, allowed_share: float) -> tuple[int, str]:
-    """Exit status and message for a number of quarantined shards."""
-    if quarantined > allowed_share * shards:
-        return 1, (
-            f"{quarantined:,} of {shards:,} shards are quarantined, more than failures.allowed_share = "
-            f"{allowed_share:g}"
-        )
-    return 0, "done"
+def _verdict(plan: Plan, quarantined: int) -> Ending:
+    """The ending of a run by the number of quarantined shards."""
+    share = plan.config.failures.allowed_share
+    if quarantined <= share * plan.shards:
+        return Ending()
+    shards = f"{quarantined:,} of {plan.shards:,} shards are quarantined"
+    return Ending(1, f"{shards}, more than failures.allowed_share = {share:g}")
 
 
 def nothing_to_do(plan: Plan) -> RunSummary:
     """The summary of a run that found every layer complete."""
-    status, message = verdict(plan.quarantined, plan.shards, plan.config.failures.allowed_share)
+    ending = _verdict(plan, plan.quarantined)
     text = (
         f"nothing to do: {plural(plan.shards, 'shard')}, {plural(len(plan.layers), 'layer')}, all complete in "
         f"{redact(plan.config.output)}"
@@ -355,6 +352,6 @@ def nothing_to_do(plan: Plan) -> RunSummary:
     if plan.quarantined:
         text += f" except {plural(plan.quarantined, 'quarantined shard')} (--retry-quarantined retries them)"
     text = "\n".join([text, *not_in_source_lines(asdict(plan.not_in_source))])
-    if status:
-        text += f"\n{message}"
-    return RunSummary(quarantined_shards=plan.quarantined, status=status, message=text)
+    if ending.status:
+        text += f"\n{ending.message}"
+    return RunSummary(quarantined_shards=plan.quarantined, status=ending.status, message=text)

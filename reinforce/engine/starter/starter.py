@@ -26,16 +26,11 @@ from reinforce.source.urls import Info, canonical, filesystem
 _CAPTIONS = ("captions.txt", "captions.csv", "captions*.json", "*/captions.txt", "*/captions*.json")
 
 
-@dataclass(frozen=True)
-class Starter:
-    """A config as text, and lines about what was found."""
+def make_starter(data: str, config_path: Path) -> tuple[str, list[str]]:
+    """Look at ``data`` -> the text of the config that will be written to ``config_path``, and lines about the data.
 
-    text: str
-    lines: Sequence[str]
-
-
-def make_starter(data: str, config_path: Path) -> Starter:
-    """Look at ``data``, and make the config that will be written to ``config_path``. Raises UserError."""
+    Raises UserError.
+    """
     output = f"{_name(data)}-reinforced"
     source, notes = files_of_folder(data)
     look = _look_at(source, output)
@@ -54,7 +49,7 @@ def make_starter(data: str, config_path: Path) -> Starter:
     gpu = bool(default_gpus(nodes_of_run()))
     schema = _schema_for(config_path)
     text = render(source, output, look.found, look.format, look.fields, gpu, schema, str(config_path))
-    return Starter(text, [f"source: {look.found}", *look.fields.lines(), *notes, *look.notes])
+    return text, [f"source: {look.found}", *look.fields.lines(), *notes, *look.notes]
 
 
 def _captions_beside(folder: str) -> list[str]:

@@ -21,7 +21,6 @@ from reinforce.config import Config
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import Layer
 from reinforce.engine.decode.pool import DecodePool
-from reinforce.engine.inference.flops import measure_costs
 from reinforce.engine.inference.models import Counters, Models, describe_loaded, load_models
 from reinforce.engine.inference.self_test import precisions
 from reinforce.engine.inference.stage_meter import device_report
@@ -39,7 +38,7 @@ from reinforce.engine.messages.task import PendingShard
 from reinforce.engine.plan.recipe import check_class_files
 from reinforce.engine.record.metrics import Recorder
 from reinforce.engine.worker.full_batch import fit_batch
-from reinforce.engine.worker.producers.registry import check_models, flops_of
+from reinforce.engine.worker.producers.registry import check_models, measure_costs
 from reinforce.engine.worker.shard import ShardProcess, allocate_pixels
 from reinforce.errors import StorageError, UserError
 from reinforce.source.samples import AbsentShard
@@ -103,7 +102,7 @@ class Worker:
         self.config = fit_batch(self.models, self.config, layers)
         check_models(self.models, layers, precisions(self.config), self.config)
         self.models.uncompared = {name for name, used in precisions(self.config).items() if used == "fp8"}
-        self.models.costs = measure_costs(self.models, self.config, layers, flops_of)
+        self.models.costs = measure_costs(self.models, self.config, layers)
         allocate_pixels(self.pool, self.config, layers, self.models, SHARDS_IN_FLIGHT)
         self.pool.wait_until_ready()
         self._record_metrics()
@@ -171,7 +170,6 @@ class Worker:
         return Pulse(
             samples=counters.samples,
             busy=counters.busy,
-            prepared=prepared,
             key=key,
             leases=leases,
             slowest=dict(self.watch.slowest),

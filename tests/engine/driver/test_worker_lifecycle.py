@@ -9,18 +9,13 @@ import pytest
 
 from reinforce.config import parse_config
 from reinforce.dataset.files.store import Store
-from reinforce.engine.driver.policy.failures import FailurePolicy
 from reinforce.engine.driver.pool import Slot
-from reinforce.engine.driver.shard_queue import ShardQueue
 from reinforce.engine.driver.state import RunState
 from reinforce.engine.driver.worker_lifecycle import WorkerLifecycle
 from reinforce.engine.messages.results import ShardFailure, ShardResult
-from reinforce.engine.plan.plan import Plan
-from reinforce.engine.record.events import Events
+from reinforce.engine.plan.plan import LayerState, Plan
 from reinforce.engine.record.progress import Progress
-from reinforce.engine.record.summary import RunTotals
 from schemas import Reason
-from teachers.redact import Redactor
 from tests.helpers.driver import pool_of, shard, started
 
 MISSING = Reason.SHARD_MISSING.value
@@ -32,22 +27,14 @@ class Workers:
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         config = parse_config({"source": "a.tar", "output": str(folder)})
         self.lines: list[str] = []
-        progress, redact, store = Progress(), Redactor({}), Store(config.output)
+        progress = Progress()
         monkeypatch.setattr(progress, "log", self.lines.append)
+        monkeypatch.setattr("reinforce.engine.driver.state.live_resources", list)
         self.here, self.there = started("x"), started("y")
         self.pool = pool_of(monkeypatch, [self.here, self.there])
-        self.state = RunState(
-            plan=Plan(config, {}, 10, {}, []),
-            config=config,
-            store=store,
-            queue=ShardQueue([]),
-            pool=self.pool,
-            policy=FailurePolicy(config.failures, {}, 10, 0),
-            totals=RunTotals(),
-            events=Events(store, config, redact),
-            progress=progress,
-            redact=redact,
-        )
+        plan = Plan(config, {}, 10, {"samples": LayerState(0, 0, 0, 10)}, [])
+        self.state = RunState(plan, Store(config.output), progress)
+        self.state.pool = self.pool
         self.lifecycle = WorkerLifecycle(self.state)
 
     def lease(self, slot: Slot, name: str) -> Any:

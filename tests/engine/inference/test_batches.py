@@ -11,7 +11,7 @@ import pytest
 
 from reinforce.engine.decode.row import Row
 from reinforce.engine.inference.batches import Batches
-from reinforce.engine.inference.turns import PriorityLock
+from reinforce.engine.inference.models import PriorityLock
 from reinforce.engine.messages.pulse import LeaseWatch
 
 

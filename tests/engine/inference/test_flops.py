@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from reinforce.config import parse_config
-from reinforce.engine.inference.flops import measure_costs
 from reinforce.engine.inference.models import Counters, load_models
 from reinforce.engine.plan.recipe import build_layers, describe_models
-from reinforce.engine.worker.producers.registry import flops_of
+from reinforce.engine.worker.producers.registry import measure_costs
 from teachers.device.accelerator import Precision
 from teachers.device.flops import count_flops, peak_flops
 from tests.helpers import tiny_models
@@ -53,15 +52,15 @@ def test_costs_are_those_of_teachers_on_cards_whose_peak_is_known(tmp_path: Path
     layers = [*build_layers(config, describe_models(config)).values()]
     models = load_models(config, layers)
     models.counters = Counters()
-    costs = measure_costs(models, config, layers, flops_of, H100)
+    costs = measure_costs(models, config, layers, H100)
     assert costs.keys() == {"embeddings/tiny/images", "embeddings/tiny/caption", "embeddings/tiny/namer"}
     assert {cost.peak for cost in costs.values()} == {989e12}
     assert all(cost.flops > 0 for cost in costs.values())
-    assert measure_costs(models, config, layers, flops_of, "a card of next year") == {}
-    assert measure_costs(models, config, layers, flops_of) == {}, "a CPU"
+    assert measure_costs(models, config, layers, "a card of next year") == {}
+    assert measure_costs(models, config, layers) == {}, "a CPU"
     on_gpu = config.model_copy(update={"workers": config.workers.model_copy(update={"gpus": 1.0})})
     with stand_in_cuda():
-        padded = measure_costs(load_models(on_gpu, layers), on_gpu, layers, flops_of, H100)
+        padded = measure_costs(load_models(on_gpu, layers), on_gpu, layers, H100)
     name = "embeddings/tiny/images"
     assert padded[name].flops == pytest.approx(costs[name].flops), "of an image, not of the batch that it is padded to"
 

@@ -100,7 +100,7 @@ def test_init_finds_captions_and_images(tmp_path: Path, data: str) -> None:
     write_coco(tmp_path / "coco", "train2014")
     table = write_coco(tmp_path / "coco") if "val" in data else tmp_path / "coco/annotations/captions_train2014.json"
     table = write_flickr(tmp_path / "flickr") if data.startswith("flickr") else table
-    config = load_yaml(make_starter(f"{tmp_path}/{data}", tmp_path / "x.yaml").text)
+    config = load_yaml(make_starter(f"{tmp_path}/{data}", tmp_path / "x.yaml")[0])
     assert config["source"] == str(table)
     assert config["input"]["images_from"] == str(
         tmp_path / ("flickr/Images" if "flickr" in data else f"coco/{table.stem[9:]}")

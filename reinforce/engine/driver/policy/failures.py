@@ -7,6 +7,9 @@
 - A worker in which a shard makes no progress is killed (`hangs.py`). That shard is a suspect. The other shard of the
   worker is leased again, and is a suspect only if this happens to it a second time.
 - A lost node counts against no shard.
+- Ray drains a node after a preemption notice, a SIGTERM to its `ray start --block`, `ray drain-node`, or when an
+  autoscaler removes it. Its workers get no further leases, finish those in flight, and are ended, so that Ray can end
+  the node before its deadline. A shard that is still in flight when the node ends is leased again; it is no suspect.
 - A storage error counts against no shard (`outages.py`).
 - A worker at which three leases in a row fail is replaced. Storage errors do not count, unless the shards pass
   elsewhere (`faults.py`). While they do not count, the worker is paused between its leases. A model that fails at more
@@ -43,7 +46,6 @@ from reinforce.engine.driver.policy.decisions import (
     Retry,
     RunAlone,
 )
-from reinforce.engine.driver.policy.drains import Drains
 from reinforce.engine.driver.policy.faults import Faults
 from reinforce.engine.driver.policy.hangs import Hang
 from reinforce.engine.driver.policy.memory import MemoryDeaths
@@ -58,6 +60,26 @@ MAX_MODEL_WORKERS = 3  # a model that fails at more, and passes at none, is itse
 MAX_FAILED_STARTS = 3  # in a row; with more workers, two for each
 TOLERATED_SHARDS = 10  # quarantined shards that never stop a run
 NODE_VERDICT_SECONDS = 60.0  # time that Ray may take to notice a lost node
+
+
+class Drains:
+    """The nodes that are or were drained. A drain is never cancelled."""
+
+    def __init__(self) -> None:
+        self.nodes: frozenset[str] = frozenset()
+
+    def update(self, deadlines: Mapping[str, int], now: float) -> dict[str, float | None]:
+        """Record the nodes that Ray drains, with deadlines in ms since 1970, or 0.
+
+        Returns those that are new, with the seconds until Ray expects them to end, None without a deadline.
+        """
+        new = {node: at for node, at in sorted(deadlines.items()) if node not in self.nodes}
+        self.nodes |= new.keys()
+        return {node: max(0.0, at / 1000 - now) if at else None for node, at in new.items()}
+
+    def remaining(self, alive: Collection[str]) -> frozenset[str]:
+        """The nodes of ``alive`` that are not drained. What dies on a drained node dies with the node."""
+        return frozenset(alive) - self.nodes
 
 
 class FailurePolicy:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
 
 from reinforce.dataset.layers import Layer
-from reinforce.engine.inference.session import Session
 from reinforce.engine.worker.producers.base import Producer, RowGroup
-from reinforce.engine.worker.refusals import Refusals
 from reinforce.engine.worker.stale_files import IMAGES
 from reinforce.source.references import image_digest
 from reinforce.source.samples import RawSample
@@ -21,11 +19,10 @@ from schemas import IMAGE_DIGEST, LABELLED, TRUE_CAPTIONS
 class Samples(Producer):
     kind = "samples"
 
-    def __init__(
-        self, layers: Iterable[Layer], session: Session, refusals: Refusals | None = None, source: str = ""
-    ) -> None:
-        super().__init__(layers, session, refusals, source)
-        self._images = hashlib.blake2b(digest_size=8)  # of the digests of referenced images
+    @cached_property
+    def _images(self) -> Any:
+        """The digest of the digests of referenced images."""
+        return hashlib.blake2b(digest_size=8)
 
     def table(self, layer: Layer, group: RowGroup) -> pa.Table:
         schema = self.schema(layer)

@@ -22,10 +22,8 @@ from reinforce.engine.inference.models import Models
 from reinforce.engine.inference.out_of_memory import OutOfMemory
 from reinforce.engine.inference.outputs import Floats
 from reinforce.engine.inference.self_test import LONG_TEXT, check_scorer
-from reinforce.engine.inference.session import Session
 from reinforce.engine.messages.results import raising_layer_failure
 from reinforce.engine.worker.producers.base import Producer, RowGroup
-from reinforce.engine.worker.refusals import Refusals
 from reinforce.source.samples import Refusal
 from schemas import Reason
 from teachers.custom.family import CAPTION, METADATA, PIXELS
@@ -39,12 +37,10 @@ Mask = npt.NDArray[np.bool_]
 class Scores(Producer):
     kind = "scores"
 
-    def __init__(
-        self, layers: Iterable[Layer], session: Session, refusals: Refusals | None = None, source: str = ""
-    ) -> None:
-        super().__init__(layers, session, refusals, source)
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
         stored = [layer.name for layer in self.layers if layer.model is None]
-        self._scorers = {name: make_scorer(session.config.scores[model_of(name)]) for name in stored}
+        self._scorers = {name: make_scorer(self.session.config.scores[model_of(name)]) for name in stored}
         self._seeing = [layer for layer in self.layers if layer.pixels]
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""The failure policy: each sentence of policy/failures.py and policy/drains.py."""
+"""The failure policy: each sentence of policy/failures.py."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ from reinforce.engine.driver.policy.decisions import (
     Retry,
     RunAlone,
 )
-from reinforce.engine.driver.policy.drains import Drains
-from reinforce.engine.driver.policy.failures import NODE_VERDICT_SECONDS, FailurePolicy, error_text
+from reinforce.engine.driver.policy.failures import NODE_VERDICT_SECONDS, Drains, FailurePolicy, error_text
 from reinforce.engine.driver.policy.hangs import Hang
 from reinforce.engine.driver.policy.outages import pause_seconds
 from reinforce.engine.messages.results import LayerFailure, LoadFailure, ShardFailure, WorkerId
