@@ -165,7 +165,7 @@ def diff(
     Exits with status 0 if they are equal, 1 if they differ, 2 if one cannot be read.
     """
     from reinforce.labels.difference import diff as compare
-    from reinforce.labels.difference_view import diff_table
+    from reinforce.labels.difference import diff_table
 
     with only_json(as_json) as write:
         found = compare(first, second, split_names(layers), min_cosine, use_ray=not no_ray, address=address)
@@ -198,7 +198,7 @@ def captions_report(
     The metrics are defined in report.json, under `definitions`.
     """
     from reinforce.report.captions import captions_report as report_on
-    from reinforce.report.captions_view import captions_table, write_report
+    from reinforce.report.captions import captions_table, write_report
 
     report = report_on(dataset, captioner, teacher, limit, view)
     print_table(captions_table(report))

@@ -17,8 +17,6 @@ import numpy.typing as npt
 
 from reinforce.dataset.augment.records import OPS, Augmentation, Crop, Op
 
-#: Name and version of how the members are read; recorded in dataset.json.
-
 PARAMETERS, CAPTIONS = "paug.json", "syn.json"
 VECTORS = ("npz", "pth.gz")  # the more precise one first
 _MAX_BYTES = 64 * 2**20  # of one sample's unpacked vectors

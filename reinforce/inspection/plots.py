@@ -1,19 +1,21 @@
-"""The charts of a report, from the rows that were looked at."""
+"""The charts of a report, from the rows that were looked at, drawn by matplotlib as inline SVG."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import io
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from markupsafe import Markup
 
 from reinforce import plots
 from reinforce.dataset.augment.records import OPS
 from reinforce.dataset.layers import TRUE_CAPTION
-from reinforce.inspection.charts import TRUE_COLOUR, Chart
-from reinforce.inspection.rows import Rows
+from reinforce.inspection.rows import Rows, TextFigures
 from reinforce.inspection.targets import BATCH, SCALES
-from reinforce.inspection.texts import TextFigures
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,6 +28,56 @@ _QUANTILES = (0.05, 0.95, 0.25, 0.75, 0.5, 0.0, 1.0)  # at which samples are sho
 _FEW = 30  # an operation with fewer crops is not shown
 TRUE_LABEL = "true captions"
 _DASHES = ("-", "--", ":", "-.")
+TRUE_COLOUR = "#868e96"  # of true captions
+#: Variables of report.css, so that a chart follows light and dark.
+_VARIABLES = {
+    plots.INK: "ink",
+    plots.GREY: "soft",
+    plots.EDGE: "line",
+    TRUE_COLOUR: "grey",
+    **{colour: f"c{number}" for number, colour in enumerate(plots.COLOURS)},
+}
+_WIDTH = 4.4  # inches
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "text.parse_math": False,
+}
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart that ``draw`` draws on axes. ``table`` has the same numbers for readers who cannot see it, under its
+    ``heads``. ``height`` is in inches."""
+
+    title: str
+    text: str
+    x_label: str
+    y_label: str
+    heads: Sequence[str]
+    table: Sequence[Sequence[str]]
+    draw: Callable[[Axes], None]
+    height: float = 2.8
+
+    def svg(self) -> Markup:
+        """The drawing as an element of a page: equal charts are equal text."""
+        from matplotlib import rc_context
+
+        with rc_context({**_STYLE, "svg.hashsalt": self.title}):
+            figure, (axes,) = plots.figure(width=_WIDTH, height=self.height)
+            self.draw(axes)
+            plots.label(axes, "", self.x_label, self.y_label)
+            if len(labels := axes.get_legend_handles_labels()[1]) > 1:
+                columns = 1 if max(map(len, labels)) > 20 else 3
+                figure.legend(loc="outside upper left", ncols=columns, frameon=False, fontsize=9, labelcolor=plots.INK)
+            file = io.StringIO()
+            figure.savefig(
+                file, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
+            )
+        svg = file.getvalue()
+        svg = re.sub(r' id="[a-z0-9_.]+_\d+"', "", svg[svg.index("<svg") :])  # which other charts of the page have too
+        return Markup(re.sub("|".join(_VARIABLES), lambda found: f"var(--{_VARIABLES[found[0]]})", svg))  # noqa: S704
 
 
 def similarity_charts(rows: Rows) -> Iterator[Chart]:
@@ -225,12 +277,7 @@ def correlations(rows: Rows) -> tuple[list[str], list[list[float | None]]]:
         return [], []
     for teacher, found in values.items():
         ranked[teacher] = np.argsort(np.argsort(found[valid], kind="stable"), kind="stable").astype(float)
-    names = [*ranked]
-    return names, [[_correlation(ranked[a], ranked[b]) for b in names] for a in names]
-
-
-def _correlation(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.corrcoef(a, b)[0, 1])
+    return [*ranked], np.atleast_2d(np.corrcoef([*ranked.values()])).tolist()
 
 
 def entropy_chart(rows: Rows) -> Chart | None:

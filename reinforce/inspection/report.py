@@ -3,32 +3,38 @@
 from __future__ import annotations
 
 import json
+import re
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.reading.dataset import Dataset
 from reinforce.dataset.vectors import NORM_TOLERANCE
 from reinforce.dataset.view import open_view
+from reinforce.errors import UserError
 from reinforce.inspection import plots
-from reinforce.inspection.charts import Chart
-from reinforce.inspection.folder import ReportFolder
 from reinforce.inspection.gallery import VIEWS, Card, Thumbnail, choose, draw_sides, make_cards
 from reinforce.inspection.overview import Overview, Quarantined, model_facts, read_overview, recipe_lines
-from reinforce.inspection.plots import quantile_rows
-from reinforce.inspection.rows import Rows, read_rows
-from reinforce.inspection.selection import Selection, select
+from reinforce.inspection.plots import Chart, quantile_rows
+from reinforce.inspection.rows import Rows, read_rows, text_figures
+from reinforce.inspection.selection import select
 from reinforce.inspection.sides import Sides
-from reinforce.inspection.texts import text_figures
 from reinforce.markup import TEMPLATES, render
 from reinforce.plots import drawable
 from reinforce.selection.select import report_lines
+from reinforce.storage import Storage, write_file
 from reinforce.terminal import escape, plural
 
 _FOUND_ROWS = 1000  # of a file with the texts that the search reads
 _KEY_CHARS = 40  # in the summary for people
 _PROBLEMS = 20  # that are shown
+_CONTENTS = "report.json"
+_FIRST = "index.html"
+_KIND = "reinforce-inspect"
+_WRITTEN = re.compile(r"(images|data)/[a-z0-9-]+\.(webp|js)|[a-z]+\.(html|css|js)")
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ def inspect(
     of the program, which the pages show. With ``view``, looks at the samples that it keeps, and at some on both sides
     of each of its rules. Raises UserError.
     """
-    folder = ReportFolder(output)
+    folder = _ReportFolder(output)
     data = Dataset(url, teachers, captioners, images_from=images_from, images_key="--images-from {}")
     sides = None if view is None else Sides(data, open_view(data.store, data.manifest, view), seed)
     overview = read_overview(data, seed)
@@ -87,8 +93,26 @@ def inspect(
     at_quantiles = {row for values in rows.scores().values() for _, row in quantile_rows(values)}
     cards = make_cards(data, rows, choose(rows, seed, set(items), at_quantiles), items, files.__setitem__)
     thumbnails = draw_sides(data, sides.rules, rows.problems, files.__setitem__) if sides else {}
-    page = _Page(data, overview, selection, rows, limit, seed, version, sides)
-    files |= {name: text.encode() for name, text in {**page.pages(cards, thumbnails), **_search_files(rows)}.items()}
+    problems = [*overview.problems, *dict.fromkeys(rows.problems)]
+    shared = {
+        "title": data.store.url.rstrip("/").rpartition("/")[2] or data.store.url,
+        "url": data.store.url,
+        "version": version,
+        "selection": selection,
+        "rows": rows,
+        "limit": limit,
+        "seed": seed,
+        "teachers": data.teachers,
+        "captioners": data.captioners,
+        "view": None if sides is None else sides.view,
+    }
+    pages = {
+        "index.html": _summary_page(shared, data, overview, problems),
+        "gallery.html": _gallery_page(shared, overview, rows, cards),
+        "plots.html": _plots_page(shared, rows, {card.row: card for card in cards}),
+        **({} if sides is None else {"view.html": _view_page(shared, sides, thumbnails)}),
+    }
+    files |= {name: text.encode() for name, text in {**pages, **_search_files(rows)}.items()}
     files |= {name: (TEMPLATES / "report" / name).read_bytes() for name in ("report.css", "report.js")}
     about = {
         "dataset": data.store.url,
@@ -106,7 +130,7 @@ def inspect(
     return Inspected(
         folder.storage.url, len(rows), selection.samples, selection.exact, len(selection.groups),
         len(selection.by_shard()), sum(card.picture is not None for card in cards), len(files) + 1,
-        sum(map(len, files.values())), len(page.problems),
+        sum(map(len, files.values())), len(problems),
         (*(report_lines(sides.view) if sides else ()), *_quantile_lines(rows)),
     )  # fmt: skip
 
@@ -128,114 +152,76 @@ def _by_key(items: Sequence[Quarantined]) -> dict[tuple[str, str], list[Quaranti
     return found
 
 
-class _Page:
-    """What the pages of a report are filled in with."""
-
-    def __init__(
-        self,
-        data: Dataset,
-        overview: Overview,
-        selection: Selection,
-        rows: Rows,
-        limit: int,
-        seed: int,
-        version: str,
-        sides: Sides | None,
-    ) -> None:
-        self._data, self._rows, self._overview, self._sides = data, rows, overview, sides
-        self.problems = [*overview.problems, *dict.fromkeys(rows.problems)]
-        self._shared: dict[str, Any] = {
-            "title": data.store.url.rstrip("/").rpartition("/")[2] or data.store.url,
-            "url": data.store.url,
-            "version": version,
-            "selection": selection,
-            "rows": rows,
-            "limit": limit,
-            "seed": seed,
-            "teachers": data.teachers,
-            "captioners": data.captioners,
-            "view": None if sides is None else sides.view,
-        }
-
-    def pages(self, cards: Sequence[Card], thumbnails: Mapping[tuple[int, str], Sequence[Thumbnail]]) -> dict[str, str]:
-        """The HTML of each page by its name."""
-        pages = {
-            "index.html": self._summary(),
-            "gallery.html": self._gallery(cards),
-            "plots.html": self._plots({card.row: card for card in cards}),
-        }
-        return pages if self._sides is None else {**pages, "view.html": self._view(self._sides, thumbnails)}
-
-    def _view(self, sides: Sides, thumbnails: Mapping[tuple[int, str], Sequence[Thumbnail]]) -> str:
-        rules = [
-            (
-                rule,
-                json.dumps(rule.rule, ensure_ascii=False),
-                [(side, thumbnails.get((rule.number, side.name), ())) for side in rule.sides],
-            )
-            for rule in sides.rules
-        ]
-        return render("report/view.html", page="view.html", **self._shared, rules=rules)
-
-    def _summary(self) -> str:
-        manifest = self._data.manifest
-        return render(
-            "report/summary.html",
-            page="index.html",
-            **self._shared,
-            overview=self._overview,
-            problems=self.problems[:_PROBLEMS],
-            more_problems=max(0, len(self.problems) - _PROBLEMS),
-            manifest=json.dumps(manifest, indent=2, ensure_ascii=False),
-            recipe=recipe_lines(manifest),
-            models=[
-                (kind, name, model_facts(entry), entry)
-                for kind, names in (("teacher", self._data.teachers), ("captioner", self._data.captioners))
-                for name in names
-                for entry in [manifest[f"{kind}s"][name]]
-            ],
+def _view_page(shared: Mapping[str, Any], sides: Sides, thumbnails: Mapping[tuple[int, str], list[Thumbnail]]) -> str:
+    rules = [
+        (
+            rule,
+            json.dumps(rule.rule, ensure_ascii=False),
+            [(side, thumbnails.get((rule.number, side.name), ())) for side in rule.sides],
         )
+        for rule in sides.rules
+    ]
+    return render("report/view.html", page="view.html", **shared, rules=rules)
 
-    def _gallery(self, cards: Sequence[Card]) -> str:
-        shown = {(card.shard, card.view.key) for card in cards}
-        others = [item for item in self._overview.quarantine.items if (item.shard, item.key) not in shown]
-        counts = {view.name: sum(view.name in card.ranks for card in cards) for view in VIEWS}
-        counts["quarantine"] += len(others)
-        parts = -(-len(self._rows) // _FOUND_ROWS)
-        return render(
-            "report/gallery.html",
-            page="gallery.html",
-            **self._shared,
-            cards=cards,
-            others=others,
-            views=[(view, counts[view.name]) for view in VIEWS],
-            parts=parts,
-        )
 
-    def _plots(self, cards: Mapping[int, Card]) -> str:
-        rows = self._rows
-        scores = [*plots.number_charts(rows)]
-        texts = text_figures(rows)
-        names, matrix = plots.correlations(rows)
-        charts: dict[str, list[Chart | None]] = {
-            "similarity": [*plots.similarity_charts(rows)],
-            "scores": [chart for chart, _ in scores],
-            "crops": [plots.area_chart(rows), plots.operation_chart(rows)],
-            "targets": [plots.entropy_chart(rows), plots.agreement_chart(rows)],
-            "captions": [plots.length_chart(texts)],
-        }
-        return render(
-            "report/plots.html",
-            page="plots.html",
-            **self._shared,
-            charts={name: [*filter(None, found)] for name, found in charts.items()},
-            drawn=drawable("charts of the report are"),
-            quantiles=[[Thumbnail.of(cards[row], text) for text, row in at if row in cards] for _, at in scores],
-            correlations=[*zip(names, matrix, strict=True)],
-            texts=texts,
-            layers=[(name, figures) for name, figures in rows.layers.items() if name != SAMPLES],
-            tolerance=NORM_TOLERANCE,
-        )
+def _summary_page(shared: Mapping[str, Any], data: Dataset, overview: Overview, problems: Sequence[str]) -> str:
+    return render(
+        "report/summary.html",
+        page="index.html",
+        **shared,
+        overview=overview,
+        problems=problems[:_PROBLEMS],
+        more_problems=max(0, len(problems) - _PROBLEMS),
+        manifest=json.dumps(data.manifest, indent=2, ensure_ascii=False),
+        recipe=recipe_lines(data.manifest),
+        models=[
+            (kind, name, model_facts(entry), entry)
+            for kind, names in (("teacher", data.teachers), ("captioner", data.captioners))
+            for name in names
+            for entry in [data.manifest[f"{kind}s"][name]]
+        ],
+    )
+
+
+def _gallery_page(shared: Mapping[str, Any], overview: Overview, rows: Rows, cards: Sequence[Card]) -> str:
+    shown = {(card.shard, card.view.key) for card in cards}
+    others = [item for item in overview.quarantine.items if (item.shard, item.key) not in shown]
+    counts = {view.name: sum(view.name in card.ranks for card in cards) for view in VIEWS}
+    counts["quarantine"] += len(others)
+    return render(
+        "report/gallery.html",
+        page="gallery.html",
+        **shared,
+        cards=cards,
+        others=others,
+        views=[(view, counts[view.name]) for view in VIEWS],
+        parts=-(-len(rows) // _FOUND_ROWS),
+    )
+
+
+def _plots_page(shared: Mapping[str, Any], rows: Rows, cards: Mapping[int, Card]) -> str:
+    scores = [*plots.number_charts(rows)]
+    texts = text_figures(rows)
+    names, matrix = plots.correlations(rows)
+    charts: dict[str, list[Chart | None]] = {
+        "similarity": [*plots.similarity_charts(rows)],
+        "scores": [chart for chart, _ in scores],
+        "crops": [plots.area_chart(rows), plots.operation_chart(rows)],
+        "targets": [plots.entropy_chart(rows), plots.agreement_chart(rows)],
+        "captions": [plots.length_chart(texts)],
+    }
+    return render(
+        "report/plots.html",
+        page="plots.html",
+        **shared,
+        charts={name: [*filter(None, found)] for name, found in charts.items()},
+        drawn=drawable("charts of the report are"),
+        quantiles=[[Thumbnail.of(cards[row], text) for text, row in at if row in cards] for _, at in scores],
+        correlations=[*zip(names, matrix, strict=True)],
+        texts=texts,
+        layers=[(name, figures) for name, figures in rows.layers.items() if name != SAMPLES],
+        tolerance=NORM_TOLERANCE,
+    )
 
 
 def _search_files(rows: Rows) -> dict[str, str]:
@@ -250,3 +236,48 @@ def _search_files(rows: Rows) -> dict[str, str]:
             entries.append([row, escape(rows.keys[row]), rows.places[row][0].shard, shown])
         files[f"data/rows-{part}.js"] = f"inspection.add({json.dumps(entries, separators=(',', ':'))});\n"
     return files
+
+
+class _ReportFolder:
+    """The folder of a report, local or at an fsspec URL: files that fit together, and none that an earlier one left.
+
+    Raises UserError if it holds something else than a report."""
+
+    def __init__(self, url: str) -> None:
+        self.storage = Storage(url)
+        found = self.storage.read_json(_CONTENTS)
+        if found is None and self.storage.names():
+            raise UserError(
+                f"{self.storage.url} is not empty, and no report of `reinforce inspect`. Name another folder for it."
+            )
+        if found is not None and found.get("kind") != _KIND:
+            raise UserError(f"{self.storage.path(_CONTENTS)} is of another program. Name another folder.")
+        self._before = {name for name in (found or {}).get("files", []) if _is_ours(name)}
+
+    def publish(self, files: Mapping[str, bytes], about: Mapping[str, Any]) -> None:
+        """Write the files of a report by name, and remove those of an earlier one that it does not have."""
+        names = sorted(files)
+        contents = json.dumps({"kind": _KIND, **about, "files": names}, indent=2) + "\n"
+        written = {_CONTENTS: contents.encode(), **files}
+        written[_FIRST] = written.pop(_FIRST)  # the last
+        if self.storage.local:
+            for name, data in written.items():
+                write_file(data, self.storage.path(name))
+        else:
+            self._upload(written)
+        for name in sorted(self._before - set(names)):
+            self.storage.remove(name)
+
+    def _upload(self, files: Mapping[str, bytes]) -> None:
+        """Put files that have their names: drivers take the type, which a browser needs, from the ending."""
+        with tempfile.TemporaryDirectory(prefix="reinforce-") as folder:
+            for name, data in files.items():
+                path = Path(folder, name)
+                path.parent.mkdir(exist_ok=True)
+                path.write_bytes(data)
+            with self.storage.storage_errors("written", _FIRST):
+                self.storage.put_folder(folder)
+
+
+def _is_ours(name: Any) -> bool:
+    return isinstance(name, str) and _WRITTEN.fullmatch(name) is not None

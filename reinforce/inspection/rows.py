@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,10 +23,13 @@ from reinforce.errors import UserError
 from reinforce.inspection.selection import Group, Selection
 from reinforce.inspection.sides import Sides
 from reinforce.inspection.targets import Targets
+from reinforce.report.texts import WORD, TextStatistics
 from schemas import TRUE_CAPTIONS
 
 _COLUMNS = ["key", "caption", TRUE_CAPTIONS, "width", "height", "augmentations"]
 NORM_BINS = np.linspace(0.98, 1.02, 41)
+_WORDS = 3  # of an n-gram
+_SHOWN = 12
 
 
 @dataclass
@@ -72,7 +77,6 @@ class Rows:
     keys: list[str] = field(default_factory=list)
     captions: list[list[str]] = field(default_factory=list)  # the true ones
     synthetic: dict[str, list[list[str] | None]] = field(default_factory=dict)
-    pixels: list[np.ndarray] = field(default_factory=list)
     areas: list[np.ndarray] = field(default_factory=list)
     operations: list[np.ndarray] = field(default_factory=list)
     similarity: dict[tuple[str, str], list[np.ndarray]] = field(default_factory=dict)
@@ -145,12 +149,10 @@ def _add(rows: Rows, group: Group, places: np.ndarray, tables: Mapping[str, pa.T
     names = [embeddings_layer(t, i) for t in rows.teachers for i in ("images", TRUE_CAPTION, *rows.captioners)]
     decoded = {name: vectors.decode(tables[name]) for name in names if name in tables}
     similarity = _similarities(rows, decoded)
-    pixels = np.stack([samples["width"].to_numpy(), samples["height"].to_numpy()], axis=1)
     captions = {name: tables[captions_layer(name)]["captions"].to_pylist() for name in rows.captioners}
     rows.keys += samples["key"].to_pylist()
     rows.captions += true_captions(samples)
     rows.places += [(group, place) for place in places.tolist()]
-    rows.pixels.append(pixels)
     rows.areas.append(areas)
     rows.operations.append(operations)
     for name, texts in captions.items():
@@ -220,3 +222,32 @@ def _operation_bits(operations: pa.ListArray) -> np.ndarray:
         has = lengths > nth
         bits[has] |= (1 << known[starts[has] + nth]).astype(np.int32)
     return bits
+
+
+@dataclass(frozen=True)
+class TextFigures:
+    """``summary`` is that of ``TextStatistics``; ``frequent`` are n-grams of three words with their number."""
+
+    summary: Mapping[str, Any]
+    frequent: tuple[tuple[str, int], ...]
+
+
+def text_figures(rows: Rows) -> dict[str, TextFigures]:
+    """Lengths, duplicates and frequent n-grams by captioner, and of ``caption``, the true captions, first."""
+    texts: dict[str, list[list[str] | None]] = {
+        TRUE_CAPTION: [texts or None for texts in rows.captions],
+        **rows.synthetic,
+    }
+    return {name: _figures(found) for name, found in texts.items()}
+
+
+def _figures(rows: list[list[str] | None]) -> TextFigures:
+    clean = [None if texts is None else [text for text in texts if text is not None] for texts in rows]
+    statistics = TextStatistics(max((len(texts) for texts in clean if texts), default=1), bleu=False)
+    statistics.add(clean)
+    grams: Counter[tuple[str, ...]] = Counter()
+    for text in (text for texts in clean for text in texts or ()):
+        words = WORD.findall(text.lower())
+        grams.update(zip(*(words[n:] for n in range(_WORDS)), strict=False))
+    frequent = sorted(grams.items(), key=lambda gram: (-gram[1], gram[0]))[:_SHOWN]
+    return TextFigures(statistics.summary(), tuple((" ".join(gram), count) for gram, count in frequent if count > 1))

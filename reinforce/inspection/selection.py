@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
-from reinforce.dataset.files.index import LayerIndex, read_index
+from reinforce.dataset.files.index import read_index
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.reading.aligned import layer_errors
 from reinforce.dataset.reading.dataset import Dataset
@@ -63,7 +63,7 @@ def select(data: Dataset, limit: int, seed: int, view: View | None = None) -> Se
     opened: dict[str, list[int]] = {}
     problems = []
     total = 0
-    for shard in _in_seeded_order(data.shards, seed):
+    for shard in (data.shards[place] for place in permutation(len(data.shards), seed, "inspected shards").tolist()):
         if len(opened) >= min(_SHARDS, limit) and total >= limit:
             break
         try:
@@ -80,10 +80,6 @@ def select(data: Dataset, limit: int, seed: int, view: View | None = None) -> Se
 def _in_order(data: Dataset, groups: list[Group]) -> tuple[Group, ...]:
     places = {shard: place for place, shard in enumerate(data.shards)}
     return tuple(sorted(groups, key=lambda group: (places[group.shard], group.number)))
-
-
-def _in_seeded_order(shards: list[str], seed: int) -> Iterator[str]:
-    return (shards[place] for place in permutation(len(shards), seed, "inspected shards").tolist())
 
 
 def _rows_of_groups(data: Dataset, shard: str) -> list[int]:
@@ -108,18 +104,10 @@ def _count_samples(data: Dataset, opened: dict[str, int]) -> tuple[int, bool]:
     """The number of samples of the dataset, and whether it is exact."""
     if len(opened) == len(data.shards):
         return sum(opened.values()), True
-    index = read_index(data.store, SAMPLES, data.fingerprints[SAMPLES])
-    rows, shards = _indexed_rows(index, data.shards)
-    if shards == len(data.shards):
+    index = read_index(data.store, SAMPLES, data.fingerprints[SAMPLES]).table
+    known = index.filter(pc.is_in(index["shard"], value_set=pa.array(data.shards, pa.string())))
+    rows = pc.sum(known["rows"]).as_py() or 0
+    if len(known) == len(data.shards):
         return rows, True
-    mean = (rows + sum(opened.values())) / max(1, shards + len(opened))
+    mean = (rows + sum(opened.values())) / max(1, len(known) + len(opened))
     return round(mean * len(data.shards)), False
-
-
-def _indexed_rows(index: LayerIndex, shards: list[str]) -> tuple[int, int]:
-    """Rows of the shards that the index has, and their number."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    known = index.table.filter(pc.is_in(index.table["shard"], value_set=pa.array(shards, pa.string())))
-    return int(np.asarray(known["rows"]).sum()), known.num_rows

@@ -12,7 +12,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -69,42 +69,32 @@ class Build:
         return (FOLDER, self.fingerprint, *names)
 
 
-@dataclass(frozen=True)
-class _Contents:
-    """What an index of a dataset has: its shards with the rows of their row groups, and its fingerprint."""
+def _planned(dataset: Store, store: Store) -> tuple[IdentityIndex, pa.Table]:
+    """The index of a dataset as it is now, without entries, in the folder ``store``; and its table of shards."""
+    samples = read_manifest(dataset)["layers"][SAMPLES]["fingerprint"]
+    listing = dataset.shards(SAMPLES)
+    counts = row_group_table(dataset, samples, dict(listing.items()))
+    groups: list[list[int]] = [[] for _ in listing]
+    for shard, _, rows in counts.tolist():
+        groups[shard].append(rows)
+    bits = min(MAX_BITS, max(0, math.ceil(math.log2(max(1, counts[:, 2].sum() / PART_ROWS)))))
+    rows, sizes = pa.array(map(sum, groups), pa.int64()), pa.array(listing.sizes, pa.int64())
+    columns = [listing.names, sizes, rows, pa.array(groups, pa.list_(pa.int32()))]
+    table = pa.table(columns, schema=schemas.index_schema())
+    return IdentityIndex(store, index_fingerprint(samples, bits, table), samples, bits, {}, [*listing], groups), table
 
-    samples: str
-    bits: int
-    shards: list[str]
-    groups: list[list[int]]
-    table: pa.Table
-    fingerprint: str
 
-    @classmethod
-    def of(cls, store: Store) -> _Contents:
-        samples = read_manifest(store)["layers"][SAMPLES]["fingerprint"]
-        listing = store.shards(SAMPLES)
-        counts = row_group_table(store, samples, dict(listing.items()))
-        groups: list[list[int]] = [[] for _ in listing]
-        for shard, _, rows in counts.tolist():
-            groups[shard].append(rows)
-        bits = min(MAX_BITS, max(0, math.ceil(math.log2(max(1, counts[:, 2].sum() / PART_ROWS)))))
-        rows, sizes = pa.array(map(sum, groups), pa.int64()), pa.array(listing.sizes, pa.int64())
-        columns = [listing.names, sizes, rows, pa.array(groups, pa.list_(pa.int32()))]
-        table = pa.table(columns, schema=schemas.index_schema())
-        return cls(samples, bits, [*listing], groups, table, index_fingerprint(samples, bits, table))
-
-    def find(self, store: Store) -> IdentityIndex | None:
-        """The index in a folder if it is of these contents; None also for a damaged one."""
-        with contextlib.suppress(UserError):
-            if (found := find_index(store)) is not None and found.fingerprint == self.fingerprint:
-                return found
-        return None
+def _finished(planned: IdentityIndex) -> IdentityIndex | None:
+    """The index in the folder of a planned one if it is that; None also for a damaged one."""
+    with contextlib.suppress(UserError):
+        if (found := find_index(planned.store)) is not None and found.fingerprint == planned.fingerprint:
+            return found
+    return None
 
 
 def has_current_index(store: Store) -> bool:
     """Whether a dataset has an index of its samples as they are now. Raises UserError if it cannot be read."""
-    return _Contents.of(store).find(store) is not None
+    return _finished(_planned(store, store)[0]) is not None
 
 
 def build_index(
@@ -114,17 +104,17 @@ def build_index(
 
     Without ``images``, digests are indexed only where they are stored. Raises UserError.
     """
-    contents, store = _Contents.of(Store(url)), Store(url if output is None else output)
-    if (found := contents.find(store)) is not None:
+    store = Store(url if output is None else output)
+    planned, table = _planned(Store(url), store)
+    if (found := _finished(planned)) is not None:
         return found
-    parts = _parts(contents.shards, contents.groups)
+    parts = _parts(planned.shards, planned.groups)
     source, target = as_seen_by_workers(url), as_seen_by_workers(url if output is None else output)
-    build = Build(source, target, contents.samples, contents.fingerprint, contents.bits, parts, images)
-    kinds = _build(store, build, use_ray, address)
-    store.write_table(contents.table, *build.path(f"{SHARDS}.parquet"), row_group_size=4096)
-    index = IdentityIndex(store, build.fingerprint, build.samples, build.bits, kinds, contents.shards, contents.groups)
+    build = Build(source, target, planned.samples, planned.fingerprint, planned.bits, parts, images)
+    index = replace(planned, kinds=_build(store, build, use_ray, address))
+    store.write_table(table, *build.path(f"{SHARDS}.parquet"), row_group_size=4096)
     store.write_json(description(index), FOLDER, DESCRIPTION)
-    _clean(store, build, kinds)
+    _clean(store, build, index.kinds)
     return index
 
 

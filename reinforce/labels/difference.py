@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from rich.table import Table
 
 from reinforce.datacompdr.matching import KEY, OTHER_IMAGE
 from reinforce.dataset.comparison import Comparison
@@ -26,13 +27,14 @@ from reinforce.dataset.kinds.registry import kind_of
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.manifest.manifest import read_manifest
 from reinforce.dataset.reading.aligned import AlignedLayers, AlignedShard, row_errors
-from reinforce.dataset.reading.row_counts import row_group_table
+from reinforce.dataset.reading.row_counts import row_group_table, rows_of_shards
 from reinforce.errors import UserError
 from reinforce.labels.building import build_index, has_current_index
 from reinforce.labels.identities import COLUMNS
 from reinforce.labels.pairs import ABSENT, Partners, Place
 from reinforce.nodes import for_each_shard
 from reinforce.storage import as_seen_by_workers
+from reinforce.terminal import escape
 
 #: What is compared of the samples, by columns.
 _PARTS = {"captions": ("caption",), "sizes": ("width", "height"), "augmentations": ("augmentations",)}
@@ -100,6 +102,28 @@ class DatasetDiff:
                 for name, one in self.layers.items()
             },
         }
+
+
+def diff_table(found: DatasetDiff) -> Table:
+    """One line for each layer, and for each part of the samples."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("layer", overflow="fold", min_width=min(36, max(map(len, found.layers))))
+    table.add_column("equal rows", justify="right", no_wrap=True)
+    table.add_column("differences")
+    for name, one in found.layers.items():
+        first, second = found.fingerprints[name.partition(": ")[0]]
+        words = [*_words(one), *(["other fingerprint"] if first != second else [])]
+        table.add_row(escape(name), f"{one.equal:,} of {one.rows:,}", ", ".join(words))
+    return table
+
+
+def _words(one: Comparison) -> Iterator[str]:
+    if one.nulls:
+        yield f"{one.nulls:,} null in one"
+    if one.equal < one.rows and one.cosine is not None:
+        yield f"cosine {one.mean_cosine:.6f}, least {one.cosine:.6f}"
+    elif one.difference and one.cosine is None:
+        yield f"by at most {one.difference:.6g}"
 
 
 @dataclass(frozen=True)
@@ -211,8 +235,7 @@ class _Seen:
     """Which rows of a dataset were matched, a bit each."""
 
     def __init__(self, shards: Sequence[str], groups: npt.NDArray[np.int64]) -> None:
-        rows = np.bincount(groups[:, 0], weights=groups[:, 2], minlength=len(shards)).astype(np.int64)
-        self._rows = dict(zip(shards, rows.tolist(), strict=True))
+        self._rows = dict(zip(shards, rows_of_shards(groups, len(shards)), strict=True))
         self._bits: dict[str, npt.NDArray[np.uint8]] = {}
 
     def add(self, shard: str, rows: set[int]) -> None:

@@ -7,7 +7,8 @@ Its front matter has a configuration for each layer, with the files and the type
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -18,7 +19,7 @@ from reinforce.dataset.files.store import Store
 from reinforce.dataset.kinds.registry import stored_layer
 from reinforce.dataset.layers import LABELS, SAMPLES, Layer, mapping_at
 from reinforce.dataset.manifest.manifest import read_manifest
-from reinforce.dataset.reading.row_counts import row_group_table
+from reinforce.dataset.reading.row_counts import row_group_table, rows_of_shards
 from reinforce.dataset.view import View, list_views, read_view
 from reinforce.errors import UserError
 from reinforce.labels.index import SHARDS, IdentityIndex, find_index
@@ -58,17 +59,14 @@ def build_card(store: Store, licence: str) -> str:
     index = find_index(store)
     rows = next(layer.rows for layer in layers if layer.name == SAMPLES)
     views = [view for view in map(functools.partial(read_view, store), list_views(store)) if not view.changes(manifest)]
+    configs = [*_configs(store, layers, views, index)]
     front = {
         "license": one_line(licence),
         "pretty_name": one_line(store.url.rpartition("/")[2]) or "reinforced dataset",
         "tags": ["reinforced-dataset", "clip", "distillation"],
         "size_categories": [_size_category(rows)],
-        "configs": [*map(_files, layers), *map(_files_of_view, views), *_files_of_index(index)],
-        "dataset_info": [
-            *map(_info, layers),
-            *(_info_of_view(store, view) for view in views),
-            *_info_of_index(store, index),
-        ],
+        "configs": [config.files() for config in configs],
+        "dataset_info": [config.info() for config in configs],
     }
     header = yaml.safe_dump(front, sort_keys=False, width=2**16)
     return f"---\n{header}---\n\n{render_page(store.url, manifest, layers, views, licence, index)}"
@@ -82,10 +80,8 @@ def read_layers(store: Store, manifest: Mapping[str, Any]) -> list[LayerCard]:
     if not samples:
         raise UserError(f"{store.url} has no samples. Finish the run.")
     groups = row_group_table(store, entries[SAMPLES]["fingerprint"], dict(samples.items()))
-    rows = dict.fromkeys(samples, 0)
     names = list(samples)
-    for shard, _, count in groups.tolist():
-        rows[names[shard]] += count
+    rows = dict(zip(names, rows_of_shards(groups, len(names)), strict=True))
     cards = []
     for name, listing in listings.items():
         if listing:
@@ -106,56 +102,46 @@ def _schema(store: Store, layer: Layer, images: str, shards: Sequence[str]) -> p
     return schema
 
 
-def _files(layer: LayerCard) -> dict[str, Any]:
-    files = {"split": "train", "path": f"{layer.name}/*.parquet"}
-    default = {"default": True} if layer.name == SAMPLES else {}
-    return {"config_name": layer.config, "data_files": [files], **default}
+@dataclass(frozen=True)
+class _Config:
+    """A configuration for ``datasets``: its files, and their columns, bytes and rows."""
+
+    name: str
+    path: str
+    schema: pa.Schema
+    size: int
+    rows: int
+
+    def files(self) -> dict[str, Any]:
+        default = {"default": True} if self.name == SAMPLES else {}
+        return {"config_name": self.name, "data_files": [{"split": "train", "path": self.path}], **default}
+
+    def info(self) -> dict[str, Any]:
+        return {
+            "config_name": self.name,
+            "features": [_feature(field) for field in self.schema],
+            "splits": [{"name": "train", "num_bytes": self.size, "num_examples": self.rows}],
+            "download_size": self.size,
+            "dataset_size": self.size,
+        }
 
 
-def _files_of_view(view: View) -> dict[str, Any]:
-    files = {"split": "train", "path": f"{view.rows.folder}/*.parquet"}
-    return {"config_name": view_config(view), "data_files": [files]}
-
-
-def _files_of_index(index: IdentityIndex | None) -> list[dict[str, Any]]:
-    if index is None:
-        return []
-    paths = {kind: f"{kind}/*.parquet" for kind in index.kinds} | {SHARDS: f"{SHARDS}.parquet"}
-    return [
-        {"config_name": index_config(name), "data_files": [{"split": "train", "path": f"{index.folder}/{path}"}]}
-        for name, path in paths.items()
-    ]
-
-
-def _info_of_index(store: Store, index: IdentityIndex | None) -> list[dict[str, Any]]:
-    if index is None:
-        return []
-    sizes = {kind: store.shards(f"{index.folder}/{kind}").total_bytes for kind in index.kinds}
-    found = [
-        _describe(index_config(kind), schemas.identities_schema(), sizes[kind], rows)
-        for kind, rows in index.kinds.items()
-    ]
-    size = store.shards(index.folder)[SHARDS]
-    return [*found, _describe(index_config(SHARDS), schemas.index_schema(), size, len(index.shards))]
-
-
-def _info(layer: LayerCard) -> dict[str, Any]:
-    return _describe(layer.config, layer.schema, layer.size, layer.rows)
-
-
-def _info_of_view(store: Store, view: View) -> dict[str, Any]:
-    size = store.shards(view.rows.folder).total_bytes
-    return _describe(view_config(view), schemas.view_schema(), size, sum(view.counts.values()))
-
-
-def _describe(config: str, schema: pa.Schema, size: int, rows: int) -> dict[str, Any]:
-    return {
-        "config_name": config,
-        "features": [_feature(field) for field in schema],
-        "splits": [{"name": "train", "num_bytes": size, "num_examples": rows}],
-        "download_size": size,
-        "dataset_size": size,
-    }
+def _configs(
+    store: Store, layers: Sequence[LayerCard], views: Sequence[View], index: IdentityIndex | None
+) -> Iterator[_Config]:
+    for layer in layers:
+        yield _Config(layer.config, f"{layer.name}/*.parquet", layer.schema, layer.size, layer.rows)
+    for view in views:
+        folder, rows = view.rows.folder, sum(view.counts.values())
+        size = store.shards(folder).total_bytes
+        yield _Config(view_config(view), f"{folder}/*.parquet", schemas.view_schema(), size, rows)
+    if index is not None:
+        for kind, rows in index.kinds.items():
+            folder = f"{index.folder}/{kind}"
+            size = store.shards(folder).total_bytes
+            yield _Config(index_config(kind), f"{folder}/*.parquet", schemas.identities_schema(), size, rows)
+        path, size = f"{index.folder}/{SHARDS}.parquet", store.shards(index.folder)[SHARDS]
+        yield _Config(index_config(SHARDS), path, schemas.index_schema(), size, len(index.shards))
 
 
 def _feature(field: pa.Field) -> dict[str, Any]:

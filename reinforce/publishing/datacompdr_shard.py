@@ -30,8 +30,7 @@ from reinforce.dataset.layers import NO_IMAGES, SAMPLES, TRUE_CAPTION, captions_
 from reinforce.dataset.reading.aligned import AlignedLayers, row_errors
 from reinforce.dataset.view import ViewRows
 from reinforce.errors import UserError
-from reinforce.images.policy import PUBLISHED_POLICY, ImageRefused
-from reinforce.publishing.datacompdr_images import has_published_pixels, image_member
+from reinforce.images.policy import PUBLISHED_POLICY, ImageRefused, decode, format_extension, is_plain
 from reinforce.publishing.public import public_url
 from reinforce.source.captions import parse_json
 from reinforce.source.formats.tar import split_name
@@ -47,6 +46,7 @@ _FASTEST = 1  # of zlib's levels
 _ENTRY_SECONDS = 0  # modification time of members
 _UNSAFE = re.compile(r"[\x00-\x1f\x7f\\]")
 _NAMED_KEYS = 100  # of samples that are left out, per shard
+_READ_EXTENSIONS = ("jpg", "png", "webp")  # by the trainer of ml-mobileclip
 
 Floats = npt.NDArray[np.float32]
 
@@ -186,9 +186,9 @@ def _image_members(export: ShardExport, image: bytes | None) -> tuple[list[tuple
         return [], False
     try:
         if export.with_images:
-            extension, content, converted = image_member(image, export.image_policy, export.limits)
+            extension, content, converted = _image_member(image, export.image_policy, export.limits)
             return [(extension, content)], converted
-        if has_published_pixels(image, export.image_policy, export.limits):
+        if _has_published_pixels(image, export.image_policy, export.limits):
             return [], False
     except ImageRefused as error:
         raise LeftOut(f"its image cannot be decoded: {error.reason.value}") from error
@@ -196,6 +196,27 @@ def _image_members(export: ShardExport, image: bytes | None) -> tuple[list[tuple
         f"image policy {export.image_policy} gives other pixels than {PUBLISHED_POLICY}, by which readers of the "
         "format decode the original: orientation, transparency or more than 8 bits"
     )
+
+
+def _has_published_pixels(image: bytes, policy: str, limits: Limits) -> bool:
+    """Whether readers of the format decode an image to the pixels that ``policy`` gives. Raises ImageRefused."""
+    if policy == PUBLISHED_POLICY or is_plain(image):
+        return True
+    one, other = (decode(image, limits, policy=each) for each in (policy, PUBLISHED_POLICY))
+    return one.size == other.size and one.tobytes() == other.tobytes()
+
+
+def _image_member(image: bytes, policy: str, limits: Limits) -> tuple[str, bytes, bool]:
+    """Extension and content of an image, and whether it was converted to a PNG of its pixels. Raises ImageRefused.
+
+    It is converted where readers would decode it to other pixels, or do not read its format.
+    """
+    extension = format_extension(image)
+    if extension in _READ_EXTENSIONS and _has_published_pixels(image, policy, limits):
+        return extension, image, False
+    out = io.BytesIO()
+    decode(image, limits, policy=policy).save(out, "PNG")
+    return "png", out.getvalue(), True
 
 
 def _members(export: ShardExport, shard: str, key: str, row: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:

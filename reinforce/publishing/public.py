@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import ipaddress
+import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -63,14 +64,4 @@ def without_paths(value: Any) -> Any:
 
 def has_hidden(value: Any) -> bool:
     """Whether ``without_paths`` has hidden a path in a setting."""
-    return HIDDEN_PATH in _texts(value)
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, Mapping):
-        value = [*value.values()]
-    if isinstance(value, list):
-        for inner in value:
-            yield from _texts(inner)
-    elif isinstance(value, str):
-        yield value
+    return f'"{HIDDEN_PATH}"' in json.dumps(value)

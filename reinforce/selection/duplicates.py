@@ -8,7 +8,7 @@ the codes of the chunks that have their rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,30 +59,28 @@ class Buckets:
         return max(1, min(buckets, self.cells) if self.dim else buckets)
 
 
-@dataclass(frozen=True)
-class TrainCells:
-    """Finds centroids from row groups chosen at random, and saves them in ``stage``."""
-
-    parts: Parts
-    stage: str
-    inputs: dict[str, str]
-    rule: BoundRule
-    cells: int
-
-    def __call__(self, number: int, places: Sequence[tuple[str, int]]) -> Arrays:
-        assert self.rule.layer is not None
-        layers = AlignedLayers(self.parts.store, {name: self.inputs[name] for name in (SAMPLES, self.rule.layer)}, {})
-        found = []
-        for shard, index in places:
-            with layers.open(shard, whole=False) as files:
-                vectors, valid = neighbours.mean_vectors(files.read_unchecked(self.rule.layer, index))
-            found.append(vectors[valid])
-        vectors = np.concatenate(found)[: self.cells * _TRAINED_ROWS]
-        if not len(vectors):
-            raise UserError(f"{self.parts.store.url}: {self.rule.layer} has no vectors. Choose another teacher.")
-        centroids = neighbours.train(vectors, min(self.cells, len(vectors)), self.rule.seed)
-        self.parts.save(self.stage, number, {"centroids": centroids})
-        return {"trained": np.array(len(vectors))}
+def train_cells(
+    parts: Parts,
+    stage: str,
+    inputs: Mapping[str, str],
+    rule: BoundRule,
+    cells: int,
+    number: int,
+    places: Sequence[tuple[str, int]],
+) -> Arrays:
+    """Find centroids from row groups chosen at random, and save them in ``stage``."""
+    assert rule.layer is not None
+    layers = AlignedLayers(parts.store, {name: inputs[name] for name in (SAMPLES, rule.layer)}, {})
+    found = []
+    for shard, index in places:
+        with layers.open(shard, whole=False) as files:
+            vectors, valid = neighbours.mean_vectors(files.read_unchecked(rule.layer, index))
+        found.append(vectors[valid])
+    vectors = np.concatenate(found)[: cells * _TRAINED_ROWS]
+    if not len(vectors):
+        raise UserError(f"{parts.store.url}: {rule.layer} has no vectors. Choose another teacher.")
+    parts.save(stage, number, {"centroids": neighbours.train(vectors, min(cells, len(vectors)), rule.seed)})
+    return {"trained": np.array(len(vectors))}
 
 
 def training_places(
@@ -160,37 +158,36 @@ def _digests(group: Group) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.bool_
     return column.fill_null(0).to_numpy(), np.asarray(column.is_valid())
 
 
-@dataclass(frozen=True)
-class CompareRecords:
-    """Finds the worse duplicates of a bucket; ``ends`` are those of each chunk among their places.
+def compare_records(
+    parts: Parts,
+    rule: BoundRule,
+    buckets: Buckets,
+    stage: str,
+    out: str,
+    firsts: npt.NDArray[np.int64],
+    number: int,
+    ranges: npt.NDArray[np.int32],
+) -> Arrays:
+    """Find the worse duplicates of a bucket; ``ends`` are those of each chunk among their places.
 
     ``firsts`` are the numbers of the first row of each chunk, and of all rows [chunks + 1].
     """
+    records = parts.load_records(stage, ranges, buckets.dtype)
+    worse = _near(records, threshold_of(rule)) if buckets.dim else _equal(records)
+    places = np.unique(records["place"][worse])
+    parts.save_records(out, number, [places])
+    return {"ends": np.searchsorted(places, firsts).astype(np.int32)}
 
-    parts: Parts
-    rule: BoundRule
-    buckets: Buckets
-    stage: str
-    out: str
-    firsts: npt.NDArray[np.int64]
 
-    def __call__(self, number: int, ranges: npt.NDArray[np.int32]) -> Arrays:
-        records = self.parts.load_records(self.stage, ranges, self.buckets.dtype)
-        out = self._near(records) if self.buckets.dim else _equal(records)
-        places = np.unique(records["place"][out])
-        self.parts.save_records(self.out, number, [places])
-        return {"ends": np.searchsorted(places, self.firsts).astype(np.int32)}
-
-    def _near(self, records: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-        out = np.zeros(len(records), np.bool_)
-        order = np.argsort(records["cell"], kind="stable")
-        ends = np.flatnonzero(np.diff(records["cell"][order], append=-1))
-        for cell in np.split(order, ends[:-1] + 1):
-            of = records[cell]
-            out[cell] = neighbours.worse_duplicates(
-                of["vector"], of["home"], of["best"], of["place"], threshold_of(self.rule)
-            )
-        return out
+def _near(records: npt.NDArray[Any], threshold: float) -> npt.NDArray[np.bool_]:
+    """Which records have a better one near them."""
+    out = np.zeros(len(records), np.bool_)
+    order = np.argsort(records["cell"], kind="stable")
+    ends = np.flatnonzero(np.diff(records["cell"][order], append=-1))
+    for cell in np.split(order, ends[:-1] + 1):
+        of = records[cell]
+        out[cell] = neighbours.worse_duplicates(of["vector"], of["home"], of["best"], of["place"], threshold)
+    return out
 
 
 def _equal(records: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
@@ -202,20 +199,19 @@ def _equal(records: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
     return out
 
 
-@dataclass(frozen=True)
-class EnterDuplicates:
-    """Enters the worse duplicates of all buckets into the codes of a chunk, from the stage ``before`` to ``after``."""
-
-    parts: Parts
-    rule: BoundRule
-    out: str
-    before: str
-    after: str
-
-    def __call__(self, number: int, part: tuple[Chunk, npt.NDArray[np.int32]]) -> Arrays:
-        chunk, ranges = part
-        codes = self.parts.load(self.before, number)["codes"]
-        places = np.unique(self.parts.load_records(self.out, ranges, _PLACES))
-        codes[places - chunk.first] = 2 * self.rule.number
-        self.parts.save(self.after, number, {"codes": codes})
-        return {"left_out": np.array(len(places))}
+def enter_duplicates(
+    parts: Parts,
+    rule: BoundRule,
+    out: str,
+    before: str,
+    after: str,
+    number: int,
+    part: tuple[Chunk, npt.NDArray[np.int32]],
+) -> Arrays:
+    """Enter the worse duplicates of all buckets into the codes of a chunk, from the stage ``before`` to ``after``."""
+    chunk, ranges = part
+    codes = parts.load(before, number)["codes"]
+    places = np.unique(parts.load_records(out, ranges, _PLACES))
+    codes[places - chunk.first] = 2 * rule.number
+    parts.save(after, number, {"codes": codes})
+    return {"left_out": np.array(len(places))}

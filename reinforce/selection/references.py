@@ -126,25 +126,19 @@ def _policy(manifest: Mapping[str, Any], name: str) -> Any:
     return {key: value for key, value in found.items() if key != "count"} if isinstance(found, Mapping) else found
 
 
-@dataclass(frozen=True)
-class ReadReference:
-    """Reads the vectors of datasets [N, D], and saves them in ``stage``."""
-
-    parts: Parts
-    stage: str
-
-    def __call__(self, number: int, datasets: Sequence[OtherDataset]) -> Arrays:
-        found = []
-        for dataset in datasets:
-            layers = AlignedLayers(Store(dataset.url), dataset.fingerprints, {SAMPLES: ["key"]})
-            for shard in dataset.shards:
-                with layers.open(shard) as files:
-                    for index in range(files.row_groups):
-                        vectors, valid = neighbours.mean_vectors(files.read_unchecked(dataset.layer, index))
-                        found.append(vectors[valid])
-        vectors = np.concatenate(found)
-        if not len(vectors):
-            names = ", ".join(redact(one.url) for one in datasets)
-            raise UserError(f"against: {names} has no vectors. Name datasets with images.")
-        self.parts.save(self.stage, number, {"vectors": vectors})
-        return {"vectors": np.array(len(vectors))}
+def read_reference(parts: Parts, stage: str, number: int, datasets: Sequence[OtherDataset]) -> Arrays:
+    """Read the vectors of datasets [N, D], and save them in ``stage``."""
+    found = []
+    for dataset in datasets:
+        layers = AlignedLayers(Store(dataset.url), dataset.fingerprints, {SAMPLES: ["key"]})
+        for shard in dataset.shards:
+            with layers.open(shard) as files:
+                for index in range(files.row_groups):
+                    vectors, valid = neighbours.mean_vectors(files.read_unchecked(dataset.layer, index))
+                    found.append(vectors[valid])
+    vectors = np.concatenate(found)
+    if not len(vectors):
+        names = ", ".join(redact(one.url) for one in datasets)
+        raise UserError(f"against: {names} has no vectors. Name datasets with images.")
+    parts.save(stage, number, {"vectors": vectors})
+    return {"vectors": np.array(len(vectors))}

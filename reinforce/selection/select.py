@@ -10,6 +10,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,22 +20,22 @@ from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.manifest.manifest import read_manifest
 from reinforce.dataset.reading.completeness import check_completeness
-from reinforce.dataset.reading.row_counts import row_group_table
+from reinforce.dataset.reading.row_counts import row_group_table, rows_of_shards
 from reinforce.dataset.view import View, ViewRows, view_fingerprint, write_view
 from reinforce.errors import UserError
 from reinforce.selection.config import SelectConfig
 from reinforce.selection.duplicates import (
     Buckets,
     CollectRecords,
-    CompareRecords,
-    EnterDuplicates,
-    TrainCells,
+    compare_records,
+    enter_duplicates,
+    train_cells,
     training_places,
 )
 from reinforce.selection.neighbours import Reference
 from reinforce.selection.parts import Arrays, Parts, Work
 from reinforce.selection.passes import Chunk, CountValues, Measure, Pass, WriteRows, chunks_of
-from reinforce.selection.references import OtherDataset, ReadReference, Reinforce, find_datasets
+from reinforce.selection.references import OtherDataset, Reinforce, find_datasets, read_reference
 from reinforce.selection.rules import BoundRule, bind, labels, layers_of
 from reinforce.selection.thresholds import Counts, Search, number
 from reinforce.source.views import FOLDER
@@ -76,7 +77,7 @@ def select(
             selection.add(rule, manifest, against.get(rule.number, {}))
         kept, codes = selection.write(ViewRows(config.name, fingerprint))
     report = _report(selection.rules, codes)
-    rows = dict(zip(shards, _rows(groups, len(shards)), strict=True))
+    rows = dict(zip(shards, rows_of_shards(groups, len(shards)), strict=True))
     view = View(config.name, fingerprint, written, config.seed, inputs, rows, kept, report)
     if not len(view):
         parts.remove()
@@ -121,13 +122,6 @@ def _complete_shards(store: Store, inputs: Iterable[str], log: _Log) -> dict[str
     return dict(zip(found.complete, sizes.tolist(), strict=True))
 
 
-def _rows(groups: npt.NDArray[np.int64], shards: int) -> list[int]:
-    """Rows of each shard."""
-    rows = np.zeros(shards, np.int64)
-    np.add.at(rows, groups[:, 0], groups[:, 2])
-    return [int(count) for count in rows]
-
-
 def _report(rules: Sequence[BoundRule], counts: npt.NDArray[np.int64]) -> list[dict[str, Any]]:
     """Of each rule: the rows that it saw, how many it leaves out, and for how many it has no value."""
     left, report = int(counts.sum()), []
@@ -159,7 +153,7 @@ class _Selection:
     chunks: list[Chunk] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.chunks = chunks_of(dict(zip(self.shards, _rows(self.groups, len(self.shards)), strict=True)))
+        self.chunks = chunks_of(dict(zip(self.shards, rows_of_shards(self.groups, len(self.shards)), strict=True)))
 
     def add(self, rule: BoundRule, manifest: Mapping[str, Any], against: Mapping[str, OtherDataset]) -> None:
         """Find out what a rule needs to know of all samples."""
@@ -169,7 +163,7 @@ class _Selection:
         elif rule.spec.decontaminate is not None:
             self.log(f"rule {rule.label}: reading {', '.join(against)}")
             stage = f"{rule.number}-reference"
-            self._all(self.work.map(f"{stage}-read", ReadReference(self.parts, stage), [[*against.values()]]))
+            self._all(self.work.map(f"{stage}-read", partial(read_reference, self.parts, stage), [[*against.values()]]))
             rule = replace(rule, reference=Reference(self.parts, stage, rule.spec.decontaminate.threshold))
         elif rule.spec.deduplicate is not None:
             self._find_duplicates(rule, manifest["layers"][rule.layer]["dim"] if rule.layer else 0)
@@ -212,20 +206,20 @@ class _Selection:
         if dim:
             self.log(f"rule {rule.label}: dividing samples into cells ({buckets.cells:,})")
             places = training_places(self.groups, self.shards, rule.seed, buckets.cells)
-            train = TrainCells(self.parts, centroids, self.inputs, rule, buckets.cells)
+            train = partial(train_cells, self.parts, centroids, self.inputs, rule, buckets.cells)
             self._all(self.work.map(f"{centroids}-trained", train, [places]))
         collect = CollectRecords(rule, buckets, records, centroids)
         ends = np.stack([result["ends"] for result in self._pass(records, collect, save=True)])
         self.log(f"rule {rule.label}: comparing samples in each part ({buckets.count:,})")
         firsts = np.array([*(chunk.first for chunk in self.chunks), rows])
-        compare = CompareRecords(self.parts, rule, buckets, records, out, firsts)
+        compare = partial(compare_records, self.parts, rule, buckets, records, out, firsts)
         ranges = [ends[:, n : n + 2] for n in range(buckets.count)]
         ends = np.stack([result["ends"] for result in self.work.map(out, compare, ranges)])
         assert self.codes is not None
-        enter = EnterDuplicates(self.parts, rule, out, self.codes, f"{out}-codes")
+        enter = partial(enter_duplicates, self.parts, rule, out, self.codes, f"{out}-codes")
         chunks = [(chunk, ends[:, n : n + 2]) for n, chunk in enumerate(self.chunks)]
         self._all(self.work.map(f"{out}-entered", enter, chunks))
-        self.codes = enter.after
+        self.codes = f"{out}-codes"
 
     def _pass(self, stage: str, measure: Measure[_T], save: bool | None = None) -> Iterator[Arrays]:
         """Apply what is pending to all chunks, and measure -> the result of each chunk.

@@ -53,13 +53,10 @@ def find_several(shard: Shard, spec: Input, samples: Sequence[RawSample], most: 
     if format_.is_table:
         wide = spec.model_copy(update={"captions_per_sample": _MOST_CAPTIONS})
         items = [*itertools.islice(format_.read(shard, wide), most)]
-        images = [_image(item) for item in itertools.islice(format_.read(shard, _apart(spec)), 2)]
+        apart = spec.model_copy(update={"captions_per_sample": None, "key": None})
+        images = [_image(item) for item in itertools.islice(format_.read(shard, apart), 2)]
         rows = images[1:] == images[:1] != [None]
     return SeveralCaptions([_captions(item, spec) for item in items if not isinstance(item, Refusal)], rows)
-
-
-def _apart(spec: Input) -> Input:
-    return spec.model_copy(update={"captions_per_sample": None, "key": None})
 
 
 def _image(item: Item) -> str | bytes | None:

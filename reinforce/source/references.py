@@ -122,21 +122,6 @@ def image_digest(image: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(image, digest_size=8).digest(), "little")
 
 
-def check_digests(
-    images: Iterable[bytes], digests: Sequence[int | None], references: Sequence[Mapping[str, Any]]
-) -> Iterator[bytes]:
-    """Yield images that have their digests; one without a digest is not checked. Raises ChangedImages.
-
-    Before that, the remaining images are read, so that the error has their number.
-    """
-    found = iter(zip(images, digests, strict=True))
-    for number, (image, digest) in enumerate(found):
-        if digest is not None and image_digest(image) != digest:
-            changed = 1 + sum(other is not None and image_digest(data) != other for data, other in found)
-            raise ChangedImages(changed, len(digests), references[number]["url"])
-        yield image
-
-
 @dataclass(frozen=True)
 class LostImage:
     """Why an image by reference is not the one that the samples were made of."""
@@ -247,12 +232,14 @@ def referenced_images(
     """Yield the images of one row group from their tars; consecutive rows of one URL are read sequentially.
 
     ``moved`` is that of the config: references name the former places of the tars. ``digests`` are those of the images
-    if they are known. Raises UserError before anything is read if a reference is outside ``roots``, and ChangedImages.
+    that are known; others are not checked. Raises UserError before anything is read if a reference is outside
+    ``roots``, and ChangedImages; before that, the remaining images are read, so that the error has their number.
     """
-    images = _read_references(roots.ranges(references, moved))
-    yield from images if digests is None else check_digests(images, digests, references)
-
-
-def _read_references(ranges: Sequence[tuple[str, int, int]]) -> Iterator[bytes]:
-    for url, rows in itertools.groupby(ranges, key=lambda found: found[0]):
-        yield from read_ranges(url, ((offset, length) for _, offset, length in rows))
+    groups = itertools.groupby(roots.ranges(references, moved), key=lambda found: found[0])
+    images = (image for url, rows in groups for image in read_ranges(url, ((at, size) for _, at, size in rows)))
+    found = iter(zip(images, digests or [None] * len(references), strict=True))
+    for number, (image, digest) in enumerate(found):
+        if digest is not None and image_digest(image) != digest:
+            changed = 1 + sum(other is not None and image_digest(data) != other for data, other in found)
+            raise ChangedImages(changed, len(references), references[number]["url"])
+        yield image

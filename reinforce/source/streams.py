@@ -21,6 +21,8 @@ from reinforce.source.urls import compression, filesystem
 from reinforce.source.whole_reads import open_whole
 
 BLOCK_BYTES = 8 * 2**20  # bytes per request to an object store
+#: Errors of a storage that has no file at a path which may be read.
+NO_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 _MAGIC = {b"\x1f\x8b": ".tar.gz", b"\xfd7zXZ": ".tar.xz", b"BZh": ".tar.bz2", b"\x28\xb5\x2f\xfd": ".tar.zst"}
 
 
@@ -52,6 +54,15 @@ def check_file(fs: Any, path: str) -> None:
     """Raise IsADirectoryError for a local path that is a folder, pipe or device; opening a pipe would block."""
     if isinstance(fs, LocalFileSystem) and not stat.S_ISREG(mode := os.stat(path).st_mode):
         raise IsADirectoryError(errno.EISDIR, "a folder" if stat.S_ISDIR(mode) else NOT_A_FILE)
+
+
+def read_file(url: str, limit: int) -> bytes:
+    """Read a file; of one of more than ``limit`` bytes, one byte more than that. Raises as ``check_file``."""
+    fs, path = filesystem(url)
+    check_file(fs, path)
+    with open_whole(fs, path, block_size=limit + 1, cache_type="none") as file:
+        data: bytes = file.read(limit + 1)
+    return data
 
 
 class _PlainStream:

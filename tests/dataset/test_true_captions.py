@@ -23,9 +23,8 @@ from reinforce.engine.plan.plan import make_plan
 from reinforce.errors import UserError
 from reinforce.evaluation.config import RetrievalSet
 from reinforce.evaluation.sets import Example, open_retrieval_set
-from reinforce.inspection.rows import read_rows
+from reinforce.inspection.rows import read_rows, text_figures
 from reinforce.inspection.selection import select
-from reinforce.inspection.texts import text_figures
 from reinforce.publishing.embeddings import export_embeddings
 from reinforce.report.captions import captions_report
 from reinforce.student.config import Data

@@ -16,8 +16,7 @@ from rich.console import Console
 
 import reinforce
 from reinforce.dataset.layers import TRUE_CAPTION
-from reinforce.report.captions import _rows_per_shard, captions_report
-from reinforce.report.captions_view import captions_table, write_report
+from reinforce.report.captions import _rows_per_shard, captions_report, captions_table, write_report
 from tests.helpers.commands import Command, printed_by, run_command
 from tests.helpers.data import config_of
 from tests.helpers.reinforced import reinforce_here

@@ -37,6 +37,11 @@ def row_group_table(store: Store, fingerprint: str, shards: Mapping[str, int]) -
     return table
 
 
+def rows_of_shards(groups: npt.NDArray[np.int64], shards: int) -> list[int]:
+    """Rows of each of so many shards, by the table of ``row_group_table``."""
+    return [int(rows) for rows in np.bincount(groups[:, 0], groups[:, 2], shards)]
+
+
 def _footer_counts(store: Store, fingerprint: str, shards: Mapping[str, int]) -> Iterator[tuple[str, list[int]]]:
     """Each shard with the rows of its row groups."""
     names = list(shards)

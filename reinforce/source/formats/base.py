@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from reinforce.config import Input, Limits
 from reinforce.source.file_types import foreign_name
-from reinforce.source.samples import Item, ReadBudget
+from reinforce.source.samples import Item, ReadBudget, unique_keys
 from reinforce.source.urls import Info, filesystem
 from reinforce.source.whole_reads import read_whole
 from reinforce.source_formats import DEFAULT
@@ -122,6 +122,10 @@ class SourceFormat:
         ``budget`` bounds the bytes that are read before the first sample. Damage is yielded as a Refusal without a key.
         Raises the errors of the storage.
         """
+        return unique_keys(self.items(shard, spec), spec.limits)
+
+    def items(self, shard: Shard, spec: Input) -> Iterator[Item]:
+        """Yield the samples of a shard, whose keys may come again, as ``read`` does."""
         raise NotImplementedError
 
     def read_texts(self, shard: Shard, spec: Input) -> Iterator[Item]:

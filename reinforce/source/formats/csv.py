@@ -9,7 +9,6 @@ import codecs
 import csv
 import itertools
 from collections.abc import Iterator
-from typing import Any
 
 from reinforce.source.captions import REPLACED
 from reinforce.source.formats import csv_dialect
@@ -54,23 +53,15 @@ class Csv(LinesFormat):
         return notes
 
     def rows(self, url: str, most: int, part: Part | None = None) -> Iterator[tuple[int, Row | BrokenRow]]:
-        dialect = _dialect(url)
-        reader = _csv_reader(dialect, _Texts(url, dialect, part))
         names: list[str] | None = None
         number = part.first if part else 0
-        while True:
-            line = reader.line_num + 1
-            try:
-                values = next(reader, None)
-            except (csv.Error, BrokenRow) as error:
-                yield number, BrokenRow(f"line {line}: {error}", isinstance(error, BrokenRow))
+        for line, values, _ in _records(url, part):
+            if isinstance(values, Exception):
+                yield number, BrokenRow(f"line {line}: {values}", isinstance(values, BrokenRow))
                 if names is None:  # without the names of the columns, no row can be read
                     return
                 number += 1
-                continue
-            if values is None:
-                return
-            if names is None:
+            elif names is None:
                 names = [name.strip() for name in values]
                 if fault := header_fault(names):
                     yield number, BrokenRow(f"line 1: {fault}")
@@ -80,22 +71,13 @@ class Csv(LinesFormat):
                 number += 1
 
     def ends(self, url: str) -> Iterator[int]:
-        dialect = _dialect(url)
-        texts = _Texts(url, dialect)
-        reader, named = _csv_reader(dialect, texts), False
-        while True:
-            try:
-                values = next(reader, None)
-            except (csv.Error, BrokenRow):
-                if not named:
-                    return
-                yield texts.position
-                continue
-            if values is None:
+        named = False
+        for _, values, position in _records(url):
+            if isinstance(values, Exception) and not named:
                 return
             if values or not named:
                 named = True
-                yield texts.position
+                yield position
 
 
 def _row(names: list[str], values: list[str], line: int) -> Row | BrokenRow:
@@ -104,17 +86,26 @@ def _row(names: list[str], values: list[str], line: int) -> Row | BrokenRow:
     return dict(itertools.zip_longest(names, values[: len(names)]))
 
 
-def _dialect(url: str) -> Dialect:
-    return _dialect_of(url, file_head(url, HEAD_BYTES))
-
-
 def _dialect_of(url: str, head: bytes) -> Dialect:
     name = canonical(url).rpartition("/")[2].lower()
     return find_dialect(head, "\t" if ".tsv" in name else ",")
 
 
-def _csv_reader(dialect: Dialect, texts: _Texts) -> Any:
-    return csv.reader(texts, delimiter=dialect.delimiter, skipinitialspace=dialect.spaced, strict=True)
+def _records(url: str, part: Part | None = None) -> Iterator[tuple[int, list[str] | Exception, int]]:
+    """Yield the number of the first line of each record, its values or what is wrong with it, and where it ends."""
+    dialect = _dialect_of(url, file_head(url, HEAD_BYTES))
+    texts = _Texts(url, dialect, part)
+    reader = csv.reader(texts, delimiter=dialect.delimiter, skipinitialspace=dialect.spaced, strict=True)
+    values: list[str] | Exception | None
+    while True:
+        line = reader.line_num + 1
+        try:
+            values = next(reader, None)
+        except (csv.Error, BrokenRow) as error:
+            values = error
+        if values is None:
+            return
+        yield line, values, texts.position
 
 
 class _Texts:

@@ -16,7 +16,7 @@ from reinforce.source.formats.base import Shard, SourceFormat
 from reinforce.source.formats.columns import Columns, make_sample
 from reinforce.source.formats.parquet import ParquetFile, Row
 from reinforce.source.references import ImageRoots, LostImage, images_or_losses
-from reinforce.source.samples import Item, Place, RawSample, ReadBudget, Refusal, unique_keys
+from reinforce.source.samples import Item, Place, RawSample, Refusal, unique_keys
 from reinforce.source.urls import Info, canonical, expand
 from reinforce.source.views import rows_path, split_view
 from schemas import IMAGE_DIGEST, TRUE_CAPTIONS, Reason, image_column
@@ -58,14 +58,11 @@ class SamplesLayer(SourceFormat):
             found += expand(f"{literal}/samples/*.parquet", listed)
         return found
 
-    def read(self, shard: Shard, spec: Input, budget: ReadBudget | None = None) -> Iterator[Item]:
-        """Yield the samples; of a part, those of its row groups."""
-        return unique_keys(self._samples(shard, spec), spec.limits)
-
     def read_texts(self, shard: Shard, spec: Input) -> Iterator[Item]:
-        return unique_keys(self._samples(shard, spec, images=False), spec.limits)
+        return unique_keys(self.items(shard, spec, images=False), spec.limits)
 
-    def _samples(self, shard: Shard, spec: Input, images: bool = True) -> Iterator[Item]:
+    def items(self, shard: Shard, spec: Input, images: bool = True) -> Iterator[Item]:
+        """Yield the samples; of a part, those of its row groups."""
         try:
             yield from _read_samples_layer(shard, spec, images)
         except RefusedFile as error:

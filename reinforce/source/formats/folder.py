@@ -26,10 +26,10 @@ from reinforce.source.formats.lines import BrokenRow, LinesFormat
 from reinforce.source.formats.parquet import Parquet, ParquetFile, is_binary
 from reinforce.source.formats.recognise import format_of_name
 from reinforce.source.formats.tar import sample_of_files, split_name
-from reinforce.source.samples import Item, Place, RawSample, ReadBudget, Refusal, unique_keys
-from reinforce.source.streams import check_file
+from reinforce.source.samples import Item, Place, RawSample, Refusal
+from reinforce.source.streams import NO_FILE, read_file
 from reinforce.source.urls import canonical, filesystem
-from reinforce.source.whole_reads import list_whole, open_whole
+from reinforce.source.whole_reads import list_whole
 from reinforce.source_formats import SOURCES
 from reinforce.terminal import plural
 from schemas import Reason
@@ -65,8 +65,8 @@ class Folder(SourceFormat):
     def recognises_folder(self, fs: Any, path: str) -> bool:
         return not fs.glob(f"{escape(path)}/*.tar*")
 
-    def read(self, shard: Shard, spec: Input, budget: ReadBudget | None = None) -> Iterator[Item]:
-        return unique_keys(_read_list(shard.lines(), shard.folder, spec), spec.limits)
+    def items(self, shard: Shard, spec: Input) -> Iterator[Item]:
+        return _read_list(shard.lines(), shard.folder, spec)
 
     def list_folder(self, url: str, spec: Input, output: str = "") -> ListedFolder:
         return list_folder(url, spec, output)
@@ -131,7 +131,7 @@ class _ListReader:
                 opened.append((extension, file))
         try:
             items = [*sample_of_files(key, opened, self._spec.limits)]
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+        except NO_FILE as error:
             return [Refusal(key, Reason.IMAGE_MISSING, error.strerror or type(error).__name__)]
         return [self._with_row(item, row) if row and isinstance(item, RawSample) else item for item in items]
 
@@ -144,10 +144,8 @@ class _ListReader:
         columns = replace(columns, metadata=tuple(name for name in columns.metadata if name != FILE_NAME))
         place = self._rows.sample(0, {FILE_NAME: "x.png", **row}, columns)
         assert isinstance(place, Place)
-        values = {name: getattr(item, name) for name in item.__dataclass_fields__}
-        values["sidecars"] = {**place.sidecars, **item.sidecars}
-        values["members"] = tuple(dict.fromkeys((*item.members, *place.sidecars)))
-        return RawSample(**values)
+        members = tuple(dict.fromkeys((*item.members, *place.sidecars)))
+        return replace(item, sidecars={**place.sidecars, **item.sidecars}, members=members)
 
 
 class _LocalFile:
@@ -163,17 +161,14 @@ class _LocalFile:
         """Read the file; whether it exists."""
         try:
             self._data = self.read(limit) or b""
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError):
+        except NO_FILE:
             return False
         return True
 
     def read(self, limit: int) -> bytes | None:
         if self._data is not None:
             return self._data
-        fs, path = filesystem(self.url)
-        check_file(fs, path)
-        with open_whole(fs, path, block_size=limit + 1, cache_type="none") as file:
-            data: bytes = file.read(limit + 1)
+        data = read_file(self.url, limit)
         self.size = len(data)
         return None if len(data) > limit else data
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import codecs
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from reinforce.config import Input, Limits
 from reinforce.parquet.footers import RefusedFile
 from reinforce.source.formats.base import Part, Shard, SourceFormat
-from reinforce.source.formats.columns import Columns, NoColumn, RowReader, find_columns, joined_rows
-from reinforce.source.samples import Item, ReadBudget, Refusal, unique_keys
+from reinforce.source.formats.columns import NoColumn, RowReader, find_columns, joined_rows
+from reinforce.source.samples import Item, Refusal
 from reinforce.source.streams import Seekable, open_stream
 from reinforce.source.tar import Readable
 from reinforce.source.urls import canonical
@@ -56,11 +57,9 @@ class LinesFormat(SourceFormat):
         """
         raise NotImplementedError
 
-    def read(self, shard: Shard, spec: Input, budget: ReadBudget | None = None) -> Iterator[Item]:
-        return unique_keys(self._samples(shard, spec), spec.limits)
-
-    def _samples(self, shard: Shard, spec: Input) -> Iterator[Item]:
-        reader, known = RowReader(shard.name, spec), _KnownColumns(spec)
+    def items(self, shard: Shard, spec: Input) -> Iterator[Item]:
+        reader = RowReader(shard.name, spec)
+        columns = functools.lru_cache(maxsize=1)(lambda *names: find_columns(names, spec))  # most rows have equal names
         most = spec.limits.image_bytes * 4 // 3 + 4 * spec.limits.sidecar_bytes + 2**16
         good = bad = read = 0
 
@@ -71,12 +70,12 @@ class LinesFormat(SourceFormat):
                 yield item
 
         try:
-            for number, row in joined_rows(rows(), known.columns, spec):
+            for number, row in joined_rows(rows(), lambda names: columns(*names), spec):
                 key = f"{shard.name}-{number:08d}"
                 try:
                     if isinstance(row, BrokenRow):
                         raise row
-                    item = reader.sample(number, row, known.columns([*row]))
+                    item = reader.sample(number, row, columns(*row))
                     good += 1
                 except BrokenRow as error:
                     bad += 1
@@ -126,20 +125,6 @@ class LinesFormat(SourceFormat):
         if broken:
             raise RefusedFile(str(broken))
         return None
-
-
-class _KnownColumns:
-    """The columns of rows by their names, found once for rows with equal names."""
-
-    def __init__(self, spec: Input) -> None:
-        self._spec = spec
-        self._last: tuple[Sequence[str], Columns] | None = None
-
-    def columns(self, names: Sequence[str]) -> Columns:
-        """Raises NoColumn."""
-        if self._last is None or self._last[0] != names:
-            self._last = names, find_columns(names, self._spec)
-        return self._last[1]
 
 
 def file_lines(

@@ -20,7 +20,7 @@ from reinforce.parquet.footers import FooterCheck, RefusedFile
 from reinforce.parquet.pages import BadPage
 from reinforce.source.formats.base import Part, Shard, SourceFormat
 from reinforce.source.formats.columns import Columns, NoColumn, RowReader, find_columns, joined_rows
-from reinforce.source.samples import Item, ReadBudget, Refusal, unique_keys
+from reinforce.source.samples import Item, Refusal
 from reinforce.source.streams import check_file
 from reinforce.source.urls import filesystem
 from reinforce.source.whole_reads import open_whole
@@ -161,10 +161,7 @@ class Parquet(SourceFormat):
     def recognises(self, head: bytes) -> bool:
         return head.startswith(b"PAR1")
 
-    def read(self, shard: Shard, spec: Input, budget: ReadBudget | None = None) -> Iterator[Item]:
-        return unique_keys(self._samples(shard, spec), spec.limits)
-
-    def _samples(self, shard: Shard, spec: Input) -> Iterator[Item]:
+    def items(self, shard: Shard, spec: Input) -> Iterator[Item]:
         reader = RowReader(shard.name, spec)
         try:
             with ParquetFile(shard.file) as file:

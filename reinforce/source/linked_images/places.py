@@ -19,16 +19,14 @@ from reinforce.source.formats.columns import make_sample
 from reinforce.source.linked_images.http import ImageRefusedByPlace, Unreachable, fetch
 from reinforce.source.references import MAX_URL_CHARS, ImageRoots
 from reinforce.source.samples import Item, Place, RawSample, Refusal
-from reinforce.source.streams import check_file
-from reinforce.source.urls import canonical, filesystem
-from reinforce.source.whole_reads import open_whole
+from reinforce.source.streams import NO_FILE, read_file
+from reinforce.source.urls import canonical
 from schemas import Reason
 
 _THREADS = 16
 _LOCAL_THREADS = 2
 _FIRST_UNREACHABLE = 20  # unreachable images at the start of a shard after which the shard fails
 _NOT_IN_PLACES = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
-_MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 _NO_NAME = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)  # errors of file systems for impossible paths
 _WEB = ("http://", "https://")
 
@@ -95,14 +93,11 @@ class Places:
     def _content(self, url: str) -> bytes:
         if url.lower().startswith(_WEB):
             return self._fetched(url)
-        fs, path = filesystem(url)
         limit = self._limits.image_bytes
         try:
-            check_file(fs, path)
-            with open_whole(fs, path, block_size=limit + 1, cache_type="none") as file:
-                data: bytes = file.read(limit + 1)
+            data = read_file(url, limit)
         except OSError as error:
-            if not isinstance(error, _MISSING) and error.errno not in _NO_NAME:
+            if not isinstance(error, NO_FILE) and error.errno not in _NO_NAME:
                 raise
             raise ImageRefusedByPlace(Reason.IMAGE_MISSING, error.strerror or type(error).__name__) from error
         if len(data) > limit:
