@@ -77,7 +77,7 @@ def test_memory_that_cannot_be_pinned_leaves_no_error_for_the_next_kernel(monkey
         assert accelerator.put_parts([memory]).tolist() == [0] * 8
 
 
-def test_a_capture_that_fails_leaves_the_thread_on_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_capture_that_fails_leaves_the_thread_on_its_stream() -> None:
     entered = list[Any]()  # and not left when nothing refers to it
 
     class Failing:
@@ -93,8 +93,8 @@ def test_a_capture_that_fails_leaves_the_thread_on_its_stream(monkeypatch: pytes
         def __exit__(self, *_: Any) -> None:
             raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
 
-    with stand_in_cuda():
-        monkeypatch.setattr(torch.cuda, "graph", Failing)
+    with stand_in_cuda(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "graph", Failing)
         before = torch.cuda.current_stream()
         with pytest.raises(RuntimeError, match="during capture"):
             GraphedSteps(torch.device("cuda", 0)).run("step", lambda: None)

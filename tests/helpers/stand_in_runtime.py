@@ -92,19 +92,24 @@ def replaced_runtime(cuda: StandIn) -> Iterator[None]:
     _device[:] = [cuda]
     streams.Event.on_wait = staticmethod(cuda.wait)
     streams.begin()
+    types = [*foreach._foreach_supported_types, CudaTensor]
+    replaced = [
+        *((torch.cuda, name, value) for name, value in _replacements(cuda).items()),
+        (torch, "autocast", _Autocast),
+        (torch.amp, "autocast", _Autocast),
+        (torch, "compile", _compile(cuda)),
+        (torch.nn.Module, "compile", _compile_module(cuda)),
+        (torch, "Generator", _Generator),
+        (foreach, "_foreach_supported_types", types),
+        (optimizers, "_foreach_supported_types", types),
+        (torch._C, "_group_tensors_by_device_and_dtype", _grouped),
+    ]
     with ExitStack() as stack:
-        for name, value in _replacements(cuda).items():
-            stack.enter_context(patch.object(torch.cuda, name, value))
-        stack.enter_context(patch.object(torch, "autocast", _Autocast))
-        stack.enter_context(patch.object(torch.amp, "autocast", _Autocast))
-        stack.enter_context(patch.object(torch, "compile", _compile(cuda)))
-        stack.enter_context(patch.object(torch.nn.Module, "compile", _compile_module(cuda)))
-        stack.enter_context(patch.object(torch, "Generator", _Generator))
-        for module in (foreach, optimizers):
-            types = [*module._foreach_supported_types, CudaTensor]
-            stack.enter_context(patch.object(module, "_foreach_supported_types", types))
-        stack.enter_context(patch.object(torch._C, "_group_tensors_by_device_and_dtype", _grouped))
+        for owner, name, value in replaced:
+            stack.enter_context(patch.object(owner, name, value))
         yield
+        kept = [name for owner, name, value in replaced if getattr(owner, name) is not value]
+        assert not kept, f"a monkeypatch that is undone later would put the stand-in's {kept} into torch"
 
 
 def _compile(cuda: StandIn) -> Callable[..., Any]:

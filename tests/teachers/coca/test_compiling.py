@@ -65,14 +65,14 @@ def choose_otherwise(logits: torch.Tensor, *state: torch.Tensor) -> None:
     ],
 )
 def test_what_cannot_be_compiled_or_has_other_results_is_not_unless_the_config_asks_for_it(
-    function, compiled, message, caplog, monkeypatch
+    function, compiled, message, caplog
 ):
-    with stand_in_cuda():
+    with stand_in_cuda(), pytest.MonkeyPatch.context() as patch:
         plain = build("cuda", compile=False)
         pixels, seeds = batch(plain, 3)
         wanted = plain.caption(pixels, seeds)
         keep = lambda of, **_: compiled if of.__name__ == function else of  # noqa: E731
-        monkeypatch.setattr(torch, "compile", keep)
+        patch.setattr(torch, "compile", keep)  # undone before the stand-in puts torch's own function back
         captioner = build("cuda")
         assert captioner.caption(pixels, seeds) == wanted
         assert f"the captioner is not compiled: {message}" in caplog.text

@@ -55,16 +55,14 @@ def test_layers_of_other_sides_stay_and_the_plain_ones_come_back_bit_for_bit() -
         Float8Layers([torch.nn.Conv2d(3, 16, 1)])
 
 
-def test_a_device_without_fp8_is_refused_before_a_run_with_the_fix(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_device_without_fp8_is_refused_before_a_run_with_the_fix(tmp_path: Path) -> None:
     spec = teacher_spec(model=open_clip_model(tmp_path), precision="fp8")
     with pytest.raises(ValueError, match=r"teacher vit: `precision: fp8` needs an NVIDIA GPU: set .* to bf16 or auto"):
         load_teacher("vit", spec, "cpu")
-    with stand_in_cuda():
+    with stand_in_cuda(), pytest.MonkeyPatch.context() as patch:
         check_device(torch.device("cuda", 0))
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100-SXM4-80GB")
+        patch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+        patch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100-SXM4-80GB")
         with pytest.raises(ValueError, match=r"NVIDIA A100-SXM4-80GB has no fp8 \(compute capability 8\.0, and 8\.9"):
             check_device(torch.device("cuda", 0))
 
