@@ -1,46 +1,235 @@
-"""The pyarrow schema of every Parquet file that is written, with its version, and the quarantine reasons. No logic."""
+"""The pyarrow schema of every Parquet file that is written, with its version, and the quarantine reasons. No logic.
 
-from schemas.layers import (
-    AUGMENTATION,
-    IDENTITIES,
-    IMAGE_DIGEST,
-    LABELLED,
-    SCHEMA_VERSION,
-    TRUE_CAPTIONS,
-    captions_schema,
-    embeddings_schema,
-    identities_schema,
-    image_column,
-    image_columns,
-    index_schema,
-    quarantine_schema,
-    samples_schema,
-    scores_schema,
-    view_schema,
-    view_shards_schema,
+Every field has a ``description`` in its metadata. Readers refuse files of a higher ``SCHEMA_VERSION``. All layers of a
+shard have the same rows in the same order and the same row groups; each repeats ``key``, so that readers can check the
+alignment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pyarrow as pa
+
+from schemas.reasons import WHOLE_SHARD as WHOLE_SHARD
+from schemas.reasons import Reason as Reason
+
+SCHEMA_VERSION = 1
+
+
+def _field(name: str, type_: pa.DataType, description: str, nullable: bool = True) -> pa.Field:
+    return pa.field(name, type_, nullable=nullable, metadata={"description": description})
+
+
+_KEY = _field("key", pa.string(), "the sample's key in its source shard, as webdataset forms it", nullable=False)
+
+CROP = pa.struct(
+    [
+        _field("top", pa.int32(), "first row of the crop, in pixels of the RGB image", nullable=False),
+        _field("left", pa.int32(), "first column of the crop, in pixels of the RGB image", nullable=False),
+        _field("height", pa.int32(), "rows of the crop", nullable=False),
+        _field("width", pa.int32(), "columns of the crop", nullable=False),
+    ]
 )
-from schemas.pairs import PAIRS
-from schemas.reasons import WHOLE_SHARD, Reason
+OP = pa.struct(
+    [
+        _field("name", pa.string(), "RandAugment operation, by torchvision's name", nullable=False),
+        _field("magnitude", pa.float32(), "signed; TranslateX/Y in pixels at `size`", nullable=False),
+    ]
+)
+#: One augmentation record: crop, bicubic resize to (size, size), then ``ops`` in order. ``ops`` is null if RandAugment
+#: was skipped.
+AUGMENTATION = pa.struct(
+    [
+        _field("crop", CROP, "RandomResizedCrop's box", nullable=False),
+        _field("size", pa.int32(), "side in pixels of the square the crop was resized to", nullable=False),
+        _field("ops", pa.list_(pa.field("element", OP, nullable=False)), "RandAugment's operations in order"),
+    ]
+)
 
-__all__ = [
-    "AUGMENTATION",
-    "IDENTITIES",
-    "IMAGE_DIGEST",
-    "LABELLED",
-    "PAIRS",
-    "SCHEMA_VERSION",
-    "TRUE_CAPTIONS",
-    "WHOLE_SHARD",
-    "Reason",
-    "captions_schema",
-    "embeddings_schema",
-    "identities_schema",
-    "image_column",
-    "image_columns",
-    "index_schema",
-    "quarantine_schema",
-    "samples_schema",
-    "scores_schema",
-    "view_schema",
-    "view_shards_schema",
-]
+
+def image_column(images: str) -> str:
+    """Column of a samples layer that holds the images: ``image`` (``embed``) or ``image_ref`` (``reference``).
+
+    The samples of published labels (``none``) have neither.
+    """
+    return "image" if images == "embed" else "image_ref"
+
+
+#: Column of the digests of images that are stored by reference. Files of earlier versions do not have it.
+IMAGE_DIGEST = "image_digest"
+
+
+def image_columns(images: str) -> tuple[str, ...]:
+    """Columns of a samples layer from which images are read: that of ``image_column``, and of references the digest."""
+    if images == "none":
+        return ()
+    return (image_column(images),) if images == "embed" else (image_column(images), IMAGE_DIGEST)
+
+
+#: Columns of the samples of published labels that identify the image of a row.
+IDENTITIES = ("uid", "sha256", IMAGE_DIGEST, "url")
+
+#: Column of a samples layer with several true captions of a sample; most datasets do not have it.
+TRUE_CAPTIONS = "true_captions"
+
+
+#: Column of a samples layer whose augmentation records are of published labels.
+LABELLED = "labelled"
+
+
+def samples_schema(images: str, true_captions: bool = False, labels: bool = False) -> pa.Schema:
+    """Schema of ``samples/<shard>.parquet``; ``images`` is ``embed``, ``reference``, or ``none`` of published labels.
+
+    ``true_captions``: with a column of all true captions of a sample. ``labels``: with a column of how its published
+    labels were found.
+    """
+    texts = pa.list_(pa.field("element", pa.string(), nullable=False))
+    several = [_field(TRUE_CAPTIONS, texts, "all, `caption` the first; only with `input.captions_per_sample`", False)]
+    fields = [
+        _KEY,
+        _field("caption", pa.string(), "the true caption after the caption policy; null where there is none"),
+        *several[: int(true_captions)],
+        _field("metadata", pa.string(), "the json sidecar or its chosen fields, as JSON text"),
+        _field("width", pa.int32(), "of the RGB image (orientation applied), in pixels", nullable=False),
+        _field("height", pa.int32(), "of the RGB image (orientation applied), in pixels", nullable=False),
+    ]
+    if images == "none":
+        fields += _identity_fields()
+    elif image_column(images) == "image":
+        fields.append(_field("image", pa.binary(), "the encoded image as it stood in the source", nullable=False))
+    else:
+        reference = pa.struct(
+            [
+                _field("url", pa.string(), "the uncompressed tar that holds the image", nullable=False),
+                _field("offset", pa.int64(), "first byte of the encoded image in it", nullable=False),
+                _field("length", pa.int64(), "bytes of the encoded image", nullable=False),
+            ]
+        )
+        fields.append(_field("image_ref", reference, "where the encoded image lies", nullable=False))
+        fields.append(
+            _field(IMAGE_DIGEST, pa.uint64(), "BLAKE2b-64 of the encoded image, little-endian; absent in older files")
+        )
+    fields.append(
+        _field(
+            "augmentations",
+            pa.list_(pa.field("element", AUGMENTATION, nullable=False)),
+            "K augmentation records; embedding k of a teacher's images belongs to record k",
+            nullable=False,
+        )
+    )
+    joined = (
+        "what joined `augmentations` with the sample, and the size that they are scaled from; null where they are own"
+    )
+    return pa.schema([*fields, *[_field(LABELLED, pa.string(), joined)][: int(labels)]])
+
+
+def _identity_fields() -> list[pa.Field]:
+    uid, sha256, digest, url = IDENTITIES
+    return [
+        _field(uid, pa.string(), "uid of the sample in the data set that it is from"),
+        _field(sha256, pa.string(), "SHA-256 of the file as it was downloaded, in hex digits"),
+        _field(digest, pa.uint64(), "BLAKE2b-64 of the encoded image that was labelled, little-endian"),
+        _field(url, pa.string(), "where the image was downloaded from"),
+    ]
+
+
+def identities_schema() -> pa.Schema:
+    """Schema of ``identities/<fingerprint>/<kind>/<number>.parquet``, sorted by hash."""
+    return pa.schema(
+        [
+            _field("hash", pa.uint64(), "of a digest itself, of others BLAKE2b-64 of the text", nullable=False),
+            _field("shard_number", pa.int32(), "place of the shard in shards.parquet", nullable=False),
+            _field("row", pa.int32(), "row of the shard, over all of its row groups", nullable=False),
+        ]
+    )
+
+
+def captions_schema() -> pa.Schema:
+    """Schema of ``captions/<captioner>/<shard>.parquet``."""
+    return pa.schema([_KEY, _field("captions", pa.list_(pa.string()), "N synthetic captions of the image")])
+
+
+def embeddings_schema(count: int, dim: int, dtype: str) -> pa.Schema:
+    """Schema of ``embeddings/<teacher>/<what>/<shard>.parquet``: per row, [count, dim] unit-norm vectors.
+
+    ``dtype`` is ``float16``, ``float32`` or ``int8``. With int8, vector j is ``embeddings[j] * scales[j]``.
+    """
+    value = {"float16": pa.float16(), "float32": pa.float32(), "int8": pa.int8()}[dtype]
+    fields = [
+        _KEY,
+        _field("embeddings", pa.fixed_shape_tensor(value, [count, dim]), "unit-norm vectors, one a row of the tensor"),
+    ]
+    if dtype == "int8":
+        fields.append(
+            _field("scales", pa.fixed_shape_tensor(pa.float32(), [count]), "vector j = embeddings[j] * scales[j]")
+        )
+    return pa.schema(fields)
+
+
+def scores_schema(names: Sequence[str]) -> pa.Schema:
+    """Schema of ``scores/<name>/<shard>.parquet``: a struct of scores by name."""
+    scores = pa.struct([pa.field(name, pa.float32()) for name in names])
+    description = "of the sample; one is null where a value that it is computed from is null"
+    return pa.schema([_KEY, _field("scores", scores, description, nullable=False)])
+
+
+def view_schema() -> pa.Schema:
+    """Schema of ``views/<name>/rows-<fingerprint>/<shard>.parquet``: a row for each sample, in their order."""
+    description = "number and name of the rule that leaves the sample out; null where it is kept"
+    return pa.schema([_KEY, _field("left_out", pa.string(), description)])
+
+
+def view_shards_schema() -> pa.Schema:
+    """Schema of ``views/<name>/shards.parquet``, sorted by shard."""
+    return pa.schema(
+        [
+            _field("shard", pa.string(), "name of the shard", nullable=False),
+            _field("rows", pa.int64(), "samples of the shard", nullable=False),
+            _field("kept", pa.list_(pa.int32()), "samples of each row group that the view keeps", nullable=False),
+        ]
+    )
+
+
+def quarantine_schema() -> pa.Schema:
+    """Schema of ``quarantine/<layer>/<shard>.parquet``."""
+    return pa.schema(
+        [
+            _field("key", pa.string(), "the sample's key; null for the shard as a whole"),
+            _field("reason", pa.string(), "one of schemas.Reason", nullable=False),
+            _field("detail", pa.string(), "what was found, for people", nullable=False),
+        ]
+    )
+
+
+def index_schema() -> pa.Schema:
+    """Schema of ``index/<layer>.parquet``: what was committed, one row per file of the layer, sorted by shard."""
+    return pa.schema(
+        [
+            _field("shard", pa.string(), "name of the shard", nullable=False),
+            _field("size", pa.int64(), "bytes of the file when it was committed", nullable=False),
+            _field("rows", pa.int64(), "rows of the file", nullable=False),
+            _field("groups", pa.list_(pa.int32()), "rows of each of its row groups; null except in samples"),
+        ]
+    )
+
+
+#: Schema of ``pairs.parquet``, the image-caption pairs that fine-tuning of a captioner stores with its checkpoints: one
+#: row per image with captions. The file's metadata contains the ``fingerprint`` of the pairs' source.
+PAIRS = pa.schema(
+    [
+        _field("key", pa.string(), "the sample's key in its shard, as webdataset forms it", False),
+        _field(
+            "url", pa.string(), "the tar or the samples file that holds the image, without what must not be told", False
+        ),
+        _field("offset", pa.int64(), "first byte of the encoded image in the tar, or in all images of the file", False),
+        _field("length", pa.int64(), "bytes of the encoded image", False),
+        _field(
+            "captions",
+            pa.list_(pa.field("element", pa.string(), nullable=False)),
+            "the image's captions after the caption policy, at least one",
+            nullable=False,
+        ),
+        _field("held_out", pa.bool_(), "whether it is judged by and never learnt from", False),
+    ]
+)

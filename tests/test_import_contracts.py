@@ -27,8 +27,8 @@ BROKEN = [
     ("Training imports neither the engine", "reinforce/training/task.py", "reinforce.dataset.files.store"),
     ("What learns, and what judges it", "reinforce/student/task.py", "reinforce.engine.plan.plan"),
 ]
-#: Two imports that together break the contract "No circles".
-CIRCLE = [("schemas/reasons.py", "schemas.layers"), ("schemas/layers.py", "schemas.reasons")]
+#: An import that with one the other way breaks the contract "No circles".
+CIRCLE = ("reinforce_docs/tables.py", "reinforce_docs.statuses")
 #: Contracts that name every module of a folder, and a folder of each.
 EXHAUSTIVE = {
     "Inside reinforce imports point one way": "reinforce",
@@ -77,7 +77,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     for name in PACKAGES:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
     shutil.copy(ROOT / "pyproject.toml", folder)
-    for file, module in [*((file, module) for _, file, module in BROKEN), *CIRCLE]:
+    for file, module in [*((file, module) for _, file, module in BROKEN), CIRCLE]:
         package, _, name = module.rpartition(".")
         code = f"from {package} import {name}" if package else f"import {name}"
         with (folder / file).open("a") as changed:
@@ -100,7 +100,7 @@ def test_an_import_that_breaks_a_contract_is_reported(
 
 
 def test_a_circle_of_imports_is_reported(broken: dict[str, str]) -> None:
-    assert "No cycles are allowed in schemas" in broken["No circles"]
+    assert "No cycles are allowed in reinforce_docs" in broken["No circles"]
 
 
 @pytest.mark.parametrize(("contract", "folder"), EXHAUSTIVE.items())

@@ -123,7 +123,7 @@ def _follow(store: Store, as_json: bool) -> dict[str, Any]:
     shown = _shown_as_json if as_json else _shown_in_place if Console().is_terminal else _shown_as_lines
     for progress in shown(_reports(store, runs[0])):
         if progress.silent_for() is not None:
-            from reinforce.dataset.runs.progress_view import state_line
+            from reinforce.dataset.runs.progress import state_line
 
             raise UserError(state_line(progress))
     return read_summary(store, runs[0]) or {}
@@ -152,7 +152,7 @@ def _shown_as_json(reports: Iterator[RunProgress]) -> Iterator[RunProgress]:
 
 
 def _shown_as_lines(reports: Iterator[RunProgress]) -> Iterator[RunProgress]:
-    from reinforce.dataset.runs.progress_view import headline
+    from reinforce.dataset.runs.progress import headline
 
     printed = float("-inf")
     for progress in reports:
@@ -172,7 +172,7 @@ def _shown_in_place(reports: Iterator[RunProgress]) -> Iterator[RunProgress]:
 def _run_group(progress: RunProgress) -> Group:
     from rich.text import Text
 
-    from reinforce.dataset.runs.progress_view import detail_lines, headline, state_line, workers_table
+    from reinforce.dataset.runs.progress import detail_lines, headline, state_line, workers_table
 
     lines = [Text(line) for line in (state_line(progress), headline(progress))]
     return Group(*lines, workers_table(progress), *(Text(line) for line in detail_lines(progress)))

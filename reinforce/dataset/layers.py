@@ -255,10 +255,6 @@ class LayerKind(ABC):
     def content(self, layer: Layer) -> str:
         """What a row holds, in a few words."""
 
-    def row_and_type(self, layer: Layer) -> tuple[str, str]:
-        """What a row holds, and the type of its values, in a notebook."""
-        return self.content(layer), ""
-
     def card_content(self, layer: Layer) -> str:
         """What a row holds, on the card of a published dataset."""
         return self.content(layer)

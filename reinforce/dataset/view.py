@@ -64,13 +64,6 @@ class ViewRows:
             path = store.path(*self._path(shard))
             raise UserError(f"{path} cannot be read ({error}). Make the view again.") from error
 
-    def open(self, store: Store, shard: str) -> ShardRows:
-        """Read which rows of a shard are kept. Raises UserError."""
-        tables = self.read(store, shard)
-        kept = tuple(table["left_out"].combine_chunks().is_null() for table in tables)
-        error = f"{store.url}: view {self.name} is of other samples of {shard}. Make it again."
-        return ShardRows(kept, tuple(digest_keys(table["key"]) for table in tables), error)
-
     def remove(self, store: Store, shards: Iterable[str]) -> None:
         for shard in shards:
             store.remove(*self._path(shard))
@@ -101,8 +94,11 @@ class ShardRows:
 
 @functools.lru_cache(maxsize=4096)
 def shard_rows(view: ViewRows, store: Store, shard: str) -> ShardRows:
-    """``ViewRows.open``, which reads the file of a shard once."""
-    return view.open(store, shard)
+    """Which rows of a shard a view keeps, of which the file is read once. Raises UserError."""
+    tables = view.read(store, shard)
+    kept = tuple(table["left_out"].combine_chunks().is_null() for table in tables)
+    error = f"{store.url}: view {view.name} is of other samples of {shard}. Make it again."
+    return ShardRows(kept, tuple(digest_keys(table["key"]) for table in tables), error)
 
 
 @dataclass(frozen=True)

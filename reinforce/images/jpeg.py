@@ -48,7 +48,8 @@ def _has_flat_block(image: Image.Image, restarts: bool) -> bool:
     """Return whether the last block is mid-grey, or with restart markers any block."""
     if not restarts:
         pixel = image.getpixel((image.width - 1, image.height - 1))
-        return all(_is_mid_grey(value) for value in (pixel if isinstance(pixel, tuple) else (pixel,)))
+        values = pixel if isinstance(pixel, tuple) else (pixel,)
+        return all(value in (127, 128) for value in values)  # 127 where they are inverted, as in CMYK
     side = _block_side(image)
     pixels = np.asarray(image).reshape(image.height, image.width, -1)[side // 2 :: side, side // 2 :: side]
     return bool(((pixels == 127) | (pixels == 128)).all(axis=-1).any()) or _has_flat_block(image, restarts=False)
@@ -58,10 +59,6 @@ def _block_side(image: Image.Image) -> int:
     """Side in pixels of a block at the size at which the JPEG was decoded."""
     config = getattr(image, "decoderconfig", None)  # (divisor of the size, quality) after ``draft``
     return _BLOCK // config[0] if config else _BLOCK
-
-
-def _is_mid_grey(value: float | None) -> bool:
-    return value in (127, 128)  # 127 where the values are inverted, as in CMYK
 
 
 def _with_noise(data: bytes) -> bytes:

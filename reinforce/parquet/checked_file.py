@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from reinforce.parquet.delta_pages import ColumnLevels, decoded_bytes, is_delta
+from reinforce.parquet.delta_pages import decoded_bytes, is_delta
 from reinforce.parquet.footers import RefusedFile, span
 from reinforce.parquet.pages import DICTIONARY, BadPage, Bytes, CutOff, Page, longest_entry, read_page
 from reinforce.parquet.window import WindowFile
@@ -100,7 +100,7 @@ class CheckedFile(WindowFile):
             rest = self.read_at(start + len(body), page.stored - len(body))
             self.keep(chunk, start + len(body), rest)
             body = b"".join((body, rest))
-        size = decoded_bytes(page, body, chunk.levels)
+        size = decoded_bytes(page, body, chunk.column, chunk.compression)
         if size > MAX_PAGE_BYTES:
             raise BadPage(f"a page of texts of {size:,} bytes; at most {MAX_PAGE_BYTES:,} are read")
         return size
@@ -117,7 +117,7 @@ class _Chunk:
 
     def __init__(self, start: int, end: int, leaf: Any, column: Any) -> None:
         self.next, self.end = start, end
-        self.levels = ColumnLevels(column.max_repetition_level, column.max_definition_level, leaf.compression)
+        self.column, self.compression = column, leaf.compression
         # What has been read before Arrow asked for it: where it begins, and its bytes.
         self._values, self._first = leaf.num_values, start
 

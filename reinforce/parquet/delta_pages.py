@@ -7,10 +7,9 @@ a few bytes. https://parquet.apache.org/docs/file-format/data-pages/encodings/
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import numpy.typing as npt
+import pyarrow.parquet as pq
 
 from reinforce.parquet.pages import (
     DATA_V2,
@@ -31,26 +30,17 @@ _PART = 2**14  # values that are unpacked at once
 _INT32 = 2**31
 
 
-@dataclass(frozen=True)
-class ColumnLevels:
-    """The highest repetition and definition level of a column, and the compression of its chunk."""
-
-    repetition: int
-    definition: int
-    compression: str
-
-
 def is_delta(page: Page) -> bool:
     """Whether a page has lengths that Arrow decodes at once."""
     return page.encoding in (DELTA_LENGTH_BYTE_ARRAY, DELTA_BYTE_ARRAY)
 
 
-def decoded_bytes(page: Page, stored: Bytes, levels: ColumnLevels) -> int:
+def decoded_bytes(page: Page, stored: Bytes, column: pq.ColumnSchema, compression: str) -> int:
     """Bytes of the texts of a page ``is_delta`` and of their lengths; ``stored`` is its body. Raises BadPage."""
     if page.values > MAX_DELTA_VALUES:
         raise BadPage(f"a page of {page.values:,} delta-encoded values; at most {MAX_DELTA_VALUES:,} are read")
     try:
-        values = _values(page, stored, levels)
+        values = _values(page, stored, column, compression)
         if page.encoding == DELTA_LENGTH_BYTE_ARRAY:
             _check_count(values, 0, page.values)
             return page.uncompressed + 4 * page.values
@@ -61,16 +51,17 @@ def decoded_bytes(page: Page, stored: Bytes, levels: ColumnLevels) -> int:
     return page.uncompressed + prefixes + 8 * page.values
 
 
-def _values(page: Page, stored: Bytes, levels: ColumnLevels) -> memoryview:
+def _values(page: Page, stored: Bytes, column: pq.ColumnSchema, compression: str) -> memoryview:
     """The encoded values of a page, without its levels."""
     size = page.uncompressed
     if page.type == DATA_V2:
         body, rest = memoryview(stored)[page.levels :], size - page.levels
         if rest < 0 or len(stored) < page.levels:
             raise BadPage("the levels of a page are longer than the page")
-        return body if not page.is_compressed else memoryview(decompress(body, rest, levels.compression))
-    data = memoryview(decompress(stored, size, levels.compression))
-    for most, encoding in ((levels.repetition, page.level_encodings[1]), (levels.definition, page.level_encodings[0])):
+        return body if not page.is_compressed else memoryview(decompress(body, rest, compression))
+    data = memoryview(decompress(stored, size, compression))
+    definition, repetition = page.level_encodings
+    for most, encoding in ((column.max_repetition_level, repetition), (column.max_definition_level, definition)):
         if most:
             if encoding != RLE or len(data) < 4:
                 raise BadPage("the levels of a page cannot be read")

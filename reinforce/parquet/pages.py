@@ -79,7 +79,15 @@ def read_pages(chunk: Bytes, values: int) -> Iterator[Page]:
 
 def longest_entry(page: Page, stored: Bytes, compression: str) -> int:
     """Bytes of the longest text of a dictionary, whose page has the bytes ``stored``. Raises BadPage."""
-    return _longest(bytes(decompress(stored, page.uncompressed, compression)), page.values)
+    data = bytes(decompress(stored, page.uncompressed, compression))  # texts in PLAIN encoding
+    longest = position = 0
+    for _ in range(page.values):
+        length = int.from_bytes(data[position : position + 4], "little")
+        position += 4 + length
+        if position > len(data):
+            raise BadPage("a dictionary is cut off")
+        longest = max(longest, length)
+    return longest
 
 
 def read_page(chunk: Bytes, position: int, encodings: Collection[int] = ENCODINGS) -> Page:
@@ -173,15 +181,3 @@ def decompress(data: Bytes, size: int, compression: str) -> Bytes:
         return memoryview(pa.Codec(name).decompress(data, size)).cast("B")
     except (pa.ArrowException, ValueError, OSError) as error:
         raise BadPage(f"a page cannot be decompressed: {error}") from error
-
-
-def _longest(data: bytes, count: int) -> int:
-    """Bytes of the longest of ``count`` texts in PLAIN encoding."""
-    longest = position = 0
-    for _ in range(count):
-        length = int.from_bytes(data[position : position + 4], "little")
-        position += 4 + length
-        if position > len(data):
-            raise BadPage("a dictionary is cut off")
-        longest = max(longest, length)
-    return longest

@@ -14,8 +14,17 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from reinforce.dataset.runs.key_sample import ALL, SHARD_HASHES, KeySample, ShardKeys
-from reinforce.dataset.runs.progress import RunProgress, list_runs, read_progress, running
-from reinforce.dataset.runs.progress_view import WORKERS, detail_lines, headline, state_line, workers_table
+from reinforce.dataset.runs.progress import (
+    WORKERS,
+    RunProgress,
+    detail_lines,
+    headline,
+    list_runs,
+    read_progress,
+    running,
+    state_line,
+    workers_table,
+)
 from reinforce.dataset.runs.shard_records import RecordWriter, ShardRecord, SourceRecord, read_records
 from reinforce.errors import UserError
 from reinforce.source.identity import SourceState

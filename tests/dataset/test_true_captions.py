@@ -18,7 +18,7 @@ from reinforce.captioning.scan import scan
 from reinforce.config import Limits, parse_config
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.reading.dataset import Dataset
-from reinforce.dataset.validate.row_checks import RowChecks
+from reinforce.dataset.validate.shard_checks import RowChecks
 from reinforce.engine.plan.plan import make_plan
 from reinforce.errors import UserError
 from reinforce.evaluation.config import RetrievalSet

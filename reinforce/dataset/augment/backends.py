@@ -6,7 +6,7 @@ dataset.json records the backend of a dataset, and whoever replays its records l
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -15,6 +15,7 @@ from PIL import Image
 from reinforce.dataset.augment import fixed_point
 from reinforce.dataset.augment import records as augment
 from reinforce.dataset.augment.fixed_point import FIXED_POINT_BACKEND
+from reinforce.dataset.augment.operations import TORCHVISION, Operation
 from reinforce.dataset.augment.records import AUGMENTATION_BACKEND, Augmentation
 from reinforce.errors import UserError
 
@@ -30,37 +31,28 @@ class Replay(Protocol):
         """
 
 
-def _load_pillow() -> Replay:
-    def replay(image: Image.Image, augmentation: Augmentation, size: int | None = None) -> np.ndarray:
-        return np.asarray(augment.replay(image, augmentation, size))
-
-    return replay
-
-
-def _load_fixed_point() -> Replay:
-    resize = fixed_point.load_resizer()
-
-    def replay(image: Image.Image, augmentation: Augmentation, size: int | None = None) -> np.ndarray:
-        return np.asarray(augment.replay_with(resize, fixed_point.OPERATIONS, image, augmentation, size))
-
-    return replay
-
-
-_LOAD: dict[str, Callable[[], Replay]] = {
-    AUGMENTATION_BACKEND: _load_pillow,
-    FIXED_POINT_BACKEND: _load_fixed_point,
+#: How each backend resizes, which is loaded when it is used, and its operations.
+_PARTS: dict[str, tuple[Callable[[], augment.Resize], Mapping[str, Operation]]] = {
+    AUGMENTATION_BACKEND: (lambda: augment.resize, TORCHVISION),
+    FIXED_POINT_BACKEND: (fixed_point.load_resizer, fixed_point.OPERATIONS),
 }
 
 #: Names of all backends.
-BACKENDS = tuple(_LOAD)
+BACKENDS = tuple(_PARTS)
 
 
 @functools.cache
 def load_backend(name: str) -> Replay:
     """Load the backend of a name, once per process. Raises UserError if there is none or a package is missing."""
-    if name not in _LOAD:
+    if name not in _PARTS:
         raise UserError(
             f"unknown augmentation backend {name!r}; this version has {', '.join(BACKENDS)}. Use the version of the "
             "program that wrote the dataset."
         )
-    return _LOAD[name]()
+    load, operations = _PARTS[name]
+    resize = load()
+
+    def replay(image: Image.Image, augmentation: Augmentation, size: int | None = None) -> np.ndarray:
+        return np.asarray(augment.replay_with(resize, operations, image, augmentation, size))
+
+    return replay

@@ -96,14 +96,6 @@ def _blend(grey: torch.Tensor, images: torch.Tensor, factors: torch.Tensor) -> t
     return (start + factor * (images.float() - start)).clamp_(0, _LEVELS - 1).to(torch.uint8)
 
 
-def _brightness(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-    return _blend(images.new_zeros(()), images, factors)
-
-
-def _color(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-    return _blend(_grey(images), images, factors)
-
-
 def _contrast(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
     grey = _grey(images).flatten(1)
     mean = (grey.sum(dim=1).double() / grey.shape[1] + 0.5).floor()
@@ -163,8 +155,8 @@ def _equalize(images: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
 
 _OPERATIONS: Mapping[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     **dict.fromkeys(("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"), _affine),
-    "Brightness": _brightness,
-    "Color": _color,
+    "Brightness": lambda images, factors: _blend(images.new_zeros(()), images, factors),
+    "Color": lambda images, factors: _blend(_grey(images), images, factors),
     "Contrast": _contrast,
     "Sharpness": _sharpness,
     "Posterize": _posterize,

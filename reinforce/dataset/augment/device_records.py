@@ -79,27 +79,14 @@ def _bits(magnitude: float, _: int) -> Numbers:
     return (int(magnitude),)
 
 
-def _none(magnitude: float, _: int) -> Numbers:
-    return ()
-
-
-def _factor(magnitude: float, _: int) -> Numbers:
-    return (1.0 + magnitude,)
-
-
 _NUMBERS: Mapping[str, Callable[[float, int], Numbers]] = {
-    "Identity": _none,
+    **dict.fromkeys(("Identity", "AutoContrast", "Equalize"), lambda *_: ()),
+    **dict.fromkeys(("Brightness", "Color", "Contrast", "Sharpness"), lambda magnitude, _: (1.0 + magnitude,)),
     "ShearX": _shear_x,
     "ShearY": _shear_y,
     "TranslateX": lambda magnitude, _: _affine(1, 0, -int(magnitude), 0, 1, 0),
     "TranslateY": lambda magnitude, _: _affine(1, 0, 0, 0, 1, -int(magnitude)),
     "Rotate": _rotation,
-    "Brightness": _factor,
-    "Color": _factor,
-    "Contrast": _factor,
-    "Sharpness": _factor,
     "Posterize": _bits,
     "Solarize": lambda magnitude, _: (magnitude,),
-    "AutoContrast": _none,
-    "Equalize": _none,
 }

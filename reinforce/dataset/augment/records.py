@@ -118,22 +118,14 @@ def _magnitudes(bin_: int, size: int) -> Mapping[str, float]:
     def between(start: float, end: float) -> float:
         return float(np.linspace(start, end, _BINS)[bin_].astype(np.float32))
 
-    shear, translate, enhance = between(0.0, 0.3), between(0.0, 150.0 / 331.0 * size), between(0.0, 0.9)
     return {
-        "Identity": 0.0,
-        "ShearX": shear,
-        "ShearY": shear,
-        "TranslateX": translate,
-        "TranslateY": translate,
+        **dict.fromkeys(("Identity", "AutoContrast", "Equalize"), 0.0),
+        **dict.fromkeys(("ShearX", "ShearY"), between(0.0, 0.3)),
+        **dict.fromkeys(("TranslateX", "TranslateY"), between(0.0, 150.0 / 331.0 * size)),
+        **dict.fromkeys(("Brightness", "Color", "Contrast", "Sharpness"), between(0.0, 0.9)),
         "Rotate": between(0.0, 30.0),
-        "Brightness": enhance,
-        "Color": enhance,
-        "Contrast": enhance,
-        "Sharpness": enhance,
         "Posterize": float(8 - round(bin_ / ((_BINS - 1) / 4))),
         "Solarize": between(255.0, 0.0),
-        "AutoContrast": 0.0,
-        "Equalize": 0.0,
     }
 
 

@@ -111,11 +111,6 @@ class Listing(Mapping[str, int]):
         """Bytes of all files."""
         return int(self.sizes.sum())
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the listing takes in memory."""
-        return int(self.names.nbytes + self.sizes.nbytes)
-
     def first(self, most: int) -> Listing:
         """The first shards, at most ``most``."""
         return Listing(self.names[:most], self.sizes[:most])

@@ -80,9 +80,6 @@ class Captions(LayerKind):
     def content(self, layer: Layer) -> str:
         return plural(layer.count, "caption")
 
-    def row_and_type(self, layer: Layer) -> tuple[str, str]:
-        return self.content(layer), "text"
-
     def card_content(self, layer: Layer) -> str:
         return f"{layer.count} synthetic captions"
 

@@ -144,9 +144,6 @@ class _Embeddings(LayerKind):
     def content(self, layer: Layer) -> str:
         return f"[{layer.count}, {layer.dim}] {layer.dtype}"
 
-    def row_and_type(self, layer: Layer) -> tuple[str, str]:
-        return f"[{layer.count}, {layer.dim}]", str(layer.dtype)
-
     def card_content(self, layer: Layer) -> str:
         return f"{self.content(layer)}, of {self._inputs_in_words}, flat"
 

@@ -91,9 +91,6 @@ class Samples(LayerKind):
         own = f"identities ({', '.join(layer.names)})" if layer.names else "images"
         return f"rows and {own}" + (f", up to {layer.count} true captions" if layer.count else "")
 
-    def row_and_type(self, layer: Layer) -> tuple[str, str]:
-        return "image, caption, augmentations", ""
-
     def card_content(self, layer: Layer) -> str:
         own = "identities of images, captions" if layer.names else "images, captions, metadata"
         return f"{own}, augmentation records"

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 import schemas
-from reinforce.config import Config
+from reinforce.config import Config, Score
 from reinforce.dataset.layers import (
     SAMPLES,
     Layer,
@@ -20,13 +20,23 @@ from reinforce.dataset.layers import (
     mapping_at,
     scores_layer,
 )
-from reinforce.dataset.scoring.registry import make_scorer
+from reinforce.dataset.scoring.base import Scorer
+from reinforce.dataset.scoring.facts import Facts
+from reinforce.dataset.scoring.head import Head
+from reinforce.dataset.scoring.similarity import Similarity
 from reinforce.errors import UserError
 
 if TYPE_CHECKING:
     from teachers.spec import ModelInfo
 
 _WIDTH = 4
+#: The scorers by the key of a config that chooses them.
+SCORERS: dict[str, type[Scorer]] = {scorer.key: scorer for scorer in (Similarity, Head, Facts)}
+
+
+def make_scorer(spec: Score) -> Scorer:
+    """The scorer of an entry of ``scores``. Raises ValueError or OSError that names the fix."""
+    return next(scorer(spec) for key, scorer in SCORERS.items() if getattr(spec, key) is not None)
 
 
 class Scores(LayerKind):

@@ -33,12 +33,12 @@ def sample_html(sample: Shown) -> str:
 def dataset_html(url: str, facts: Sequence[tuple[str, str]], layers: Mapping[str, Mapping[str, Any]]) -> str:
     """A dataset: facts by name, and the entries in dataset.json of the layers that are read."""
     shown = [stored_layer(name, layers[name]) for name in [*layers][:_LAYERS]]
-    lines = [(layer.name, *layer.kind.row_and_type(layer), layer.fingerprint) for layer in shown]
+    lines = [(layer.name, layer.kind.content(layer), layer.fingerprint) for layer in shown]
     return render(
         "notebook/table.html",
         title=url,
         facts=facts,
-        heads=("layer", "a row", "type", "fingerprint"),
+        heads=("layer", "a row", "fingerprint"),
         lines=lines,
         more=len(layers) - len(shown),
     )

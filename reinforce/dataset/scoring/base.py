@@ -26,7 +26,7 @@ class StoredRows(Protocol):
 
 
 class Scorer(ABC):
-    """Computes some scores of each sample. ``scoring.registry`` has the class for each key of a config.
+    """Computes some scores of each sample. ``kinds.scores`` has the class for each key of a config.
 
     Attributes:
         key: the key of the config that chooses it.

@@ -1,4 +1,8 @@
-"""Checks of the files of one shard: footers, checksums, keys and rows."""
+"""Checks of the files of one shard: footers, checksums, keys and rows.
+
+A vector has norm 1 within 0.01 when it is stored; the storage type adds its own error. A row that a layer could not
+serve is null and has a reason in the layer's quarantine, and no other row has one.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +14,22 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from reinforce.dataset.files.damage import check_columns, compute_again
 from reinforce.dataset.files.key_hashes import Hashes, digest_keys, hash_keys
 from reinforce.dataset.files.layer_file import LayerFile, RefusedFile, StoredKeys
 from reinforce.dataset.files.store import DamagedQuarantine, Store, check_footer, parse_footer
+from reinforce.dataset.kinds.registry import stored_layer
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.reading.aligned import MisalignedKeys, alignment_error, layer_errors
 from reinforce.dataset.runs.key_sample import ALL, ShardKeys
 from reinforce.dataset.validate.findings import Finding
 from reinforce.dataset.validate.inventory import quarantine_finding
-from reinforce.dataset.validate.row_checks import RowChecks
 from reinforce.errors import UserError
 from reinforce.parquet.footers import check_together
 from reinforce.source.urls import shard_name
+from reinforce.terminal import first_names, plural
 
 _NO_HASHES: Hashes = np.empty(0, np.uint64)
 SHARD_CAPACITY = 2**20  # hashes of keys from one shard
@@ -91,6 +97,49 @@ class _Keys:
         """The hashes of the shard."""
         hashes = np.unique(np.concatenate(self._hashes)) if self._hashes else _NO_HASHES
         return ShardKeys(_NO_HASHES, self._limit).joined(ShardKeys(hashes, self._limit), SHARD_CAPACITY)
+
+
+class RowChecks:
+    """What is wrong with the rows of one file of ``layer``, in any number of row groups.
+
+    ``entry`` is the layer's in dataset.json, ``records`` the number of augmentation records of a sample there.
+    """
+
+    def __init__(self, layer: str, entry: Mapping[str, Any], records: int | None) -> None:
+        self._layer, self._records = stored_layer(layer, entry), records
+        self._wrong: dict[str, list[str]] = {}  # keys of rows by what is wrong with them
+        self._null: set[str] = set()
+        self._present: set[str] = set()
+
+    def add(self, table: pa.Table) -> None:
+        """Check a row group with all columns of the layer."""
+        kind = self._layer.kind
+        if kind.values is not None:
+            valid = table[kind.values].is_valid()
+            self._null.update(table["key"].filter(pc.invert(valid)).to_pylist())
+            self._present.update(table["key"].filter(valid).to_pylist())
+        for what, wrong in kind.wrong_rows(self._layer, table, self._records):
+            self._add(what, table, wrong)
+
+    def _add(self, what: str, table: pa.Table, wrong: Any) -> None:
+        if wrong.any():
+            self._wrong.setdefault(what, []).extend(table["key"].filter(pa.array(wrong)).to_pylist())
+
+    def problems(self, quarantined: Collection[str] | None) -> list[str]:
+        """One phrase for each kind of problem; ``quarantined`` are the keys in the layer's quarantine of the shard, or
+        None if they are not known."""
+        lines = [_describe(keys, what) for what, keys in self._wrong.items()]
+        if quarantined is None:
+            return lines
+        if unexplained := self._null.difference(quarantined):
+            lines.append(_describe(unexplained, "are null without a reason in the quarantine"))
+        if present := self._present.intersection(quarantined):
+            lines.append(_describe(present, "are in the quarantine although they have values"))
+        return lines
+
+
+def _describe(keys: Collection[str], what: str) -> str:
+    return f"{plural(len(keys), 'row')} {what} ({first_names(sorted(keys))})"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,8 @@
-"""What ``reinforce validate`` does with a shard: the checks of its files, and of its source file as it is now."""
+"""What ``reinforce validate`` does with a shard: the checks of its files, and of its source file as it is now.
+
+With ``--count``, samples of the source file are compared with the rows and the quarantine. The rows of a Parquet file
+are in its footer, of which some kilobytes are read. Other files are read as a whole.
+"""
 
 from __future__ import annotations
 
@@ -8,23 +12,36 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+
+from reinforce.config import Limits
 from reinforce.dataset.files.damage import compute_again
+from reinforce.dataset.files.key_hashes import hash_keys
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import SAMPLES
+from reinforce.dataset.runs.key_sample import ShardKeys
 from reinforce.dataset.runs.shard_records import SourceRecord
 from reinforce.dataset.validate.findings import Finding
 from reinforce.dataset.validate.shard_checks import CheckedShard, ShardChecks, ShardFiles
-from reinforce.dataset.validate.source_counts import count_source, count_stored, limits_of
 from reinforce.errors import UserError
+from reinforce.source.formats.recognise import format_of_name
+from reinforce.source.formats.registry import find_format
 from reinforce.source.identity import SourceState, current_url, probe_state
 from reinforce.source.references import ImageRoots
 from reinforce.source.urls import canonical
+from reinforce.source_formats import DEFAULT
+from schemas import Reason
 
 _TOGETHER = 4  # shards of a thread, if only keys are read: their footers are checked together
-#: What the state of a source file can be.
-ELSEWHERE, UNREADABLE, UNKNOWN, CHANGED, TOUCHED, SAME = (
-    "elsewhere", "unreadable", "unknown", "changed", "touched", "same",
-)  # fmt: skip
+#: What the state of a source file can be, as lines show it, besides ``changed``.
+STATES = {
+    "same": "as when their samples were written",
+    "touched": "with another modification time or ETag, but the same size and first 64 KiB",
+    "unknown": "that were not recorded, by an earlier version or because they are images of a folder",
+    "unreadable": "that cannot be read now, which only `images: reference` needs",
+    "elsewhere": "outside of the folders of --sources, which were not looked at",
+}
 
 
 @dataclass(frozen=True)
@@ -77,7 +94,7 @@ class ShardReader:
     def _look_at_source(self, files: ShardFiles, checked: CheckedShard, recorded: SourceRecord | None) -> None:
         """Compare a shard with its source file, and if wanted their numbers of samples."""
         checked.source, checked.changed = _compare_source(checked.footer, recorded, self._roots, self._moved)
-        if self._options.count and checked.source in (SAME, TOUCHED) and not checked.findings:
+        if self._options.count and checked.source in ("same", "touched") and not checked.findings:
             compared = self._compare_count(files, checked)
             checked.findings += compared or ()
             checked.counted = compared is not None
@@ -88,9 +105,10 @@ class ShardReader:
         if self._options.manifest.get("input", {}).get("view"):  # of another dataset, which may have another by now
             return None
         refused = store.quarantined(SAMPLES, files.name) if SAMPLES in files.quarantined else []
-        stored = count_stored(url, checked.rows, checked.keys, refused)
+        stored = _count_stored(url, checked.rows, checked.keys, refused)
         try:
-            there = None if stored is None else count_source(url, limits_of(self._options.manifest))
+            format_ = format_of_name(url) or find_format(DEFAULT)
+            there = None if stored is None else format_.count(url, _limits_of(self._options.manifest))
         except Exception:  # each driver has its own exceptions
             return None
         if stored is None or there is None:
@@ -110,17 +128,40 @@ def _compare_source(
     """How the source file compares with the one that the samples were read from, and what has changed."""
     before = SourceState.from_footer(footer)
     if "source" not in footer or before.head is None:
-        return UNKNOWN, ""
+        return "unknown", ""
     url = current_url(footer["source"], moved)
     try:
         now = probe_state(roots.check(url))
     except UserError:
-        return ELSEWHERE, ""
+        return "elsewhere", ""
     if now is None:
-        return UNREADABLE, ""
+        return "unreadable", ""
     if before.same_content(now) is False:
-        return CHANGED, before.describe_change(now)
+        return "changed", before.describe_change(now)
     same_place = recorded is not None and recorded.url == canonical(url)
     if same_place and recorded is not None and recorded.state.stamp not in (None, now.stamp):
-        return TOUCHED, ""
-    return SAME, ""
+        return "touched", ""
+    return "same", ""
+
+
+def _count_stored(url: str, rows: int, keys: ShardKeys, quarantine: Sequence[Mapping[str, str | None]]) -> int | None:
+    """Samples of a shard of the dataset: its rows and those that are only in the quarantine of the samples layer.
+
+    ``keys`` are all hashes of its rows by ``hash_keys``. None if a part of a table could not be read: the
+    quarantine does not record how many rows it had.
+    """
+    format_ = format_of_name(url)
+    table = format_ is not None and format_.is_table
+    if table and any(row["key"] is None and row["reason"] != Reason.SHARD_SAMPLES for row in quarantine):
+        return None
+    refused = {row["key"] for row in quarantine if row["key"] is not None}
+    others = np.unique(hash_keys(pa.array(sorted(refused), pa.string())))
+    only = len(np.setdiff1d(others, keys.hashes))
+    repeated = sum(row["reason"] == Reason.DUPLICATE_KEY and row["key"] is not None for row in quarantine)
+    return rows + only + (repeated if table else 0)
+
+
+def _limits_of(manifest: Mapping[str, Any]) -> Limits:
+    """The limits that the samples of a dataset were read with."""
+    known = manifest.get("input", {}).get("limits", {})
+    return Limits.model_validate({name: value for name, value in known.items() if name in Limits.model_fields})

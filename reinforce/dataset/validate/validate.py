@@ -24,16 +24,7 @@ from reinforce.dataset.validate.findings import Finding
 from reinforce.dataset.validate.inventory import check_missing, check_orphans, check_recipes
 from reinforce.dataset.validate.process_pool import ShardPool, default_processes
 from reinforce.dataset.validate.shard_checks import ShardFiles
-from reinforce.dataset.validate.shard_reader import (
-    CHANGED,
-    ELSEWHERE,
-    SAME,
-    TOUCHED,
-    UNKNOWN,
-    UNREADABLE,
-    ReadOptions,
-    Shards,
-)
+from reinforce.dataset.validate.shard_reader import STATES, ReadOptions, Shards
 from reinforce.dataset.validate.views import check_views
 from reinforce.source.references import ImageRoots
 from reinforce.terminal import first_lines, plural
@@ -107,14 +98,7 @@ class Validation:
             yield from (f"  {line}" for line in first_lines(self.changed, _NAMED, "more source files"))
         yield from self.code
         if self.sources:
-            texts = {
-                SAME: "as when their samples were written",
-                TOUCHED: "with another modification time or ETag, but the same size and first 64 KiB",
-                UNKNOWN: "that were not recorded, by an earlier version or because they are images of a folder",
-                UNREADABLE: "that cannot be read now, which only `images: reference` needs",
-                ELSEWHERE: "outside of the folders of --sources, which were not looked at",
-            }
-            parts = [f"{self.sources[state]:,} {text}" for state, text in texts.items() if self.sources[state]]
+            parts = [f"{self.sources[state]:,} {text}" for state, text in STATES.items() if self.sources[state]]
             yield f"source files: {'; '.join(parts) or 'all have changed'}"
         if self.counted is not None:
             yield (
@@ -181,7 +165,7 @@ def validate(
             found.rows += shard.rows
             found.findings += shard.findings
             found.sources.update([shard.source] if sources else ())
-            found.changed += [f"{shard.name}: {shard.changed}"] if shard.source == CHANGED else []
+            found.changed += [f"{shard.name}: {shard.changed}"] if shard.source == "changed" else []
             counted += shard.counted
     faulty = {finding.shard for finding in found.findings}
     findings, notes = check_views(store, manifest, listings[SAMPLES], [name for name in chosen if name not in faulty])

@@ -13,8 +13,8 @@ import pyarrow as pa
 import torch
 
 from reinforce.config import Config
+from reinforce.dataset.kinds.scores import make_scorer
 from reinforce.dataset.layers import Layer, model_of
-from reinforce.dataset.scoring.registry import make_scorer
 from reinforce.engine.decode.row import Row
 from reinforce.engine.inference.batch_sizes import Demand, rows_per_batch
 from reinforce.engine.inference.inference import Batch, Outputs
