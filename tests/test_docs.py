@@ -116,12 +116,9 @@ def test_every_command_shown_runs_or_is_parsed(block: Block, words: list[str], w
         run_once(*commands.local(words)[1:])
 
 
-def test_no_rule_is_left_over() -> None:
+def test_no_rule_is_left_over_and_the_tests_that_reasons_name_exist() -> None:
     used = {commands.rule_of(words) for _, words in SHOWN}
     assert {*commands.RUN, *commands.CHECKED} == used
-
-
-def test_the_tests_that_reasons_name_exist() -> None:
     for reason in commands.CHECKED.values():
         for named in re.findall(r"tests/[\w/.]+", reason):
             assert (ROOT / named).exists(), reason
@@ -146,11 +143,18 @@ def test_commands_in_the_comments_of_configs_are_parsed(workspace: Path) -> None
 
 
 @pytest.mark.parametrize("page", WRITTEN_BY_HAND)
-def test_commands_and_options_in_sentences_exist(page: str) -> None:
+def test_commands_keys_and_tests_in_sentences_exist(page: str) -> None:
+    known = known_keys()
     for code in inline_code(page):
         program, *words = code.split() or [""]
         if program in ("reinforce", "make", "python") and words:
             commands.check_names(program, words)
+        dotted = re.fullmatch(r"[a-z_]+(\.[a-z_]+)+", code) and Path(code).suffix not in FILES
+        if dotted and code.partition(".")[0] in known and page != "docs/reading.md":
+            assert code in known, f"{page}: `{code}`"
+        file, separator, name = code.partition("::")
+        if separator and file.startswith("tests/"):
+            assert f"\ndef {name}(" in (ROOT / file).read_text(encoding="utf-8"), f"{page}: {code}"
 
 
 # --- Python
@@ -216,12 +220,6 @@ def test_layers_joined_in_sql_and_frames_are_those_of_the_samples(workspace: Pat
         assert score == pytest.approx(scores[key], abs=1e-4)
 
 
-def test_the_custom_teacher_and_reading_without_this_project_stay_short() -> None:
-    (teacher,), (*_, bare) = blocks("docs/teachers.md", "python"), blocks("docs/reading.md", "python")
-    assert len(teacher.text.strip().splitlines()) <= 25
-    assert len(bare.text.strip().splitlines()) <= 6
-
-
 # --- configs
 
 
@@ -231,12 +229,6 @@ def complete(name: str) -> dict[str, Any]:
     required = {key for key, field in CONFIGS[name].model_fields.items() if field.is_required()}
     shown = (yaml.safe_load(block.text) for block in all_blocks("yaml") if block.file == name)
     return max((config for config in shown if required <= config.keys()), key=len)
-
-
-@pytest.mark.parametrize("block", all_blocks("yaml"), ids=str)
-def test_every_config_shown_is_valid(block: Block) -> None:
-    assert block.file in CONFIGS, f"{block}: begin with a comment that names one of {', '.join(CONFIGS)}"
-    settings.parse(CONFIGS[block.file], {**complete(block.file), **yaml.safe_load(block.text)}, str(block))
 
 
 def open_clip_models(value: Any) -> Iterator[tuple[str, str]]:
@@ -249,8 +241,11 @@ def open_clip_models(value: Any) -> Iterator[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("block", all_blocks("yaml"), ids=str)
-def test_open_clip_has_the_weights_that_configs_name(block: Block) -> None:
-    for model, pretrained in open_clip_models(yaml.safe_load(block.text)):
+def test_every_config_shown_is_valid_and_open_clip_has_the_weights_that_it_names(block: Block) -> None:
+    assert block.file in CONFIGS, f"{block}: begin with a comment that names one of {', '.join(CONFIGS)}"
+    config = yaml.safe_load(block.text)
+    settings.parse(CONFIGS[block.file], {**complete(block.file), **config}, str(block))
+    for model, pretrained in open_clip_models(config):
         check_model(model, pretrained)
 
 
@@ -258,12 +253,6 @@ def test_the_examples_of_readme_are_whole_configs() -> None:
     run, student = (yaml.safe_load(block.text) for block in blocks("README.md", "yaml"))
     assert set(settings.parse(Config, run).teachers) == {"dfn2b", "siglip"}
     assert settings.parse(StudentConfig, student).evaluate.best_metric == "zero_shot/imagenet/top1"
-
-
-def test_the_table_of_limits_is_that_of_the_config() -> None:
-    table = re.findall(r"^\| `(\w+)` \| ([\d,]+)( MiB)? \|", prose("docs/data.md"), flags=re.MULTILINE)
-    listed = {name: float(value.replace(",", "")) * (2**20 if mib else 1) for name, value, mib in table}
-    assert listed == {name: field.default for name, field in Limits.model_fields.items()}
 
 
 def dotted_keys(schema: dict[str, Any], sections: dict[str, Any]) -> Iterator[str]:
@@ -280,19 +269,13 @@ def known_keys() -> set[str]:
     return {key for schema in schemas for key in dotted_keys(schema, schema["$defs"])}
 
 
-@pytest.mark.parametrize("page", [page for page in WRITTEN_BY_HAND if page != "docs/reading.md"])
-def test_keys_of_configs_in_sentences_exist(page: str) -> None:
-    known = known_keys()
-    for code in inline_code(page):
-        dotted = re.fullmatch(r"[a-z_]+(\.[a-z_]+)+", code) and Path(code).suffix not in FILES
-        if dotted and code.partition(".")[0] in known:
-            assert code in known, f"{page}: `{code}`"
-
-
-def test_the_table_of_reasons_has_every_reason() -> None:
-    table = [line.partition(" | ")[0] for line in prose("docs/bad-data.md").splitlines() if line.startswith("| `")]
-    listed = [reason for cell in table for reason in re.findall(r"`(\w+)`", cell)]
-    assert sorted(listed) == sorted(reason.value for reason in Reason)
+def test_the_tables_of_limits_and_reasons_are_those_of_the_code() -> None:
+    table = re.findall(r"^\| `(\w+)` \| ([\d,]+)( MiB)? \|", prose("docs/data.md"), flags=re.MULTILINE)
+    listed = {name: float(value.replace(",", "")) * (2**20 if mib else 1) for name, value, mib in table}
+    assert listed == {name: field.default for name, field in Limits.model_fields.items()}
+    rows = [line.partition(" | ")[0] for line in prose("docs/bad-data.md").splitlines() if line.startswith("| `")]
+    reasons = [reason for cell in rows for reason in re.findall(r"`(\w+)`", cell)]
+    assert sorted(reasons) == sorted(reason.value for reason in Reason)
 
 
 def measured(name: str) -> dict[str, Any]:
@@ -330,42 +313,26 @@ def test_speeds_in_pages_are_those_that_were_measured() -> None:
 
 
 @pytest.mark.parametrize("page", pages())
-def test_every_link_leads_somewhere(page: str) -> None:
+def test_every_link_leads_somewhere_and_pages_are_easy_to_read_in_an_editor(page: str) -> None:
     for link in links(page):
         path, _, anchor = link.partition("#")
         target = (ROOT / page).parent / path if path else ROOT / page
         assert target.exists(), f"{page}: {link}"
         if anchor:
             assert anchor in anchors(str(target.resolve().relative_to(ROOT))), f"{page}: {link}"
-
-
-def test_the_index_names_every_page() -> None:
-    named = {link.partition("#")[0] for link in links("docs/README.md")}
-    assert {Path(page).name for page in pages() if page.startswith("docs/")} - {"README.md"} <= named
-
-
-@pytest.mark.parametrize("page", WRITTEN_BY_HAND)
-def test_tests_that_a_page_names_exist(page: str) -> None:
-    for code in inline_code(page):
-        file, separator, name = code.partition("::")
-        if separator and file.startswith("tests/"):
-            assert f"\ndef {name}(" in (ROOT / file).read_text(encoding="utf-8"), f"{page}: {code}"
-
-
-@pytest.mark.parametrize("page", WRITTEN_BY_HAND)
-def test_pages_are_easy_to_read_in_an_editor(page: str) -> None:
-    for number, line in enumerate(read_page(page).splitlines(), start=1):
+    for block in blocks(page):
+        assert block.language in ("console", "python", "yaml", "mermaid", "text"), str(block)
+    for number, line in enumerate(read_page(page).splitlines() if page in WRITTEN_BY_HAND else (), start=1):
         assert len(line) <= 120 or line.lstrip().startswith("|"), f"{page}:{number} has {len(line)} characters"
 
 
-@pytest.mark.parametrize("page", pages())
-def test_every_block_names_its_language(page: str) -> None:
-    for block in blocks(page):
-        assert block.language in ("console", "python", "yaml", "mermaid", "text"), str(block)
-
-
-def test_readme_stays_short() -> None:
+def test_the_index_names_every_page_and_readme_custom_teacher_and_reading_stay_short() -> None:
+    named = {link.partition("#")[0] for link in links("docs/README.md")}
+    assert {Path(page).name for page in pages() if page.startswith("docs/")} - {"README.md"} <= named
     assert len(read_page("README.md").splitlines()) <= 130
+    (teacher,), (*_, bare) = blocks("docs/teachers.md", "python"), blocks("docs/reading.md", "python")
+    assert len(teacher.text.strip().splitlines()) <= 25
+    assert len(bare.text.strip().splitlines()) <= 6
 
 
 def sections(model: type[BaseModel]) -> Iterator[type[BaseModel]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -38,12 +38,12 @@ from tests.helpers.reinforced import reinforce_here
 ROOT = Path(__file__).parents[1]
 
 
+DIVIDES, PARTS = ("split", "rsplit", "partition", "rpartition"), ("dirname", "basename")
+
+
 @cache
 def parsed_file(path: Path) -> ast.Module:
     return ast.parse(path.read_text())
-
-
-# Source formats.
 
 
 def compared_texts(tree: ast.AST) -> Iterator[tuple[int, str]]:
@@ -62,18 +62,77 @@ def compared_texts(tree: ast.AST) -> Iterator[tuple[int, str]]:
                     yield leaf.lineno, leaf.value
 
 
-def test_no_other_code_asks_which_format_a_source_has() -> None:
+def compared_formats(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    return ((line, text) for line, text in compared_texts(tree) if text in source_formats.MODULES)
+
+
+def read_families(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """The line and the name of each attribute that tells the family of a model."""
+    attributes = (node for node in ast.walk(tree) if isinstance(node, ast.Attribute))
+    return ((node.lineno, node.attr) for node in attributes if node.attr in ("family", "class_"))
+
+
+def kind_questions(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """The line and the text of each comparison of a kind with a name, of each name of a layer that is built or
+    compared, and of each that is divided into its parts."""
+    names = {*KINDS}
+    sections = {kind.section for kind in KINDS.values()} - {None}
+    folders = tuple(f"{parts_of(kind.pattern)[0]}/" for kind in KINDS.values())
+    for node in ast.walk(tree):
+        found = False
+        if isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+            texts = {leaf.value for side in sides for leaf in ast.walk(side) if isinstance(leaf, ast.Constant)}
+            asked = "".join(map(ast.unparse, sides))
+            found = (bool(names & texts) and "kind" in asked) or (bool(sections & texts) and "kind.section" in asked)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found = node.value.startswith(folders) and " " not in node.value
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            on, of = ast.unparse(node.func.value), "".join(ast.unparse(argument) for argument in node.args[:1])
+            divided = on if of == "'/'" and node.func.attr in DIVIDES else of if node.func.attr in PARTS else ""
+            found = divided in ("name", "layer", "layer.name", "self.name")
+        if found:
+            yield node.lineno, ast.unparse(node)  # type: ignore[attr-defined]
+
+
+KIND_CODE = "layer.kind.name in ('images', 'texts'); f'captions/{c}'; layer.split('/'); posixpath.dirname(name); "
+KIND_CODE += "layer.kind.section == 'teachers'"
+PROGRAMS = ("reinforce", "jobs", "benchmarks")
+
+
+@pytest.mark.parametrize(
+    ("search", "folders", "own", "code", "found"),
+    [
+        (compared_formats, PROGRAMS, ("source/formats",), 'a.f in ("tar", "csv") or {"folder": 1}.get(b)', 3),
+        (read_families, (*PROGRAMS, "reinforce_docs", "schemas"), (), "spec.family == 'openai' or s.class_ is None", 2),
+        (
+            kind_questions,
+            ("reinforce",),
+            ("reinforce/dataset/kinds/", "dataset/layers.py", "worker/producers/", "source/formats/tar.py"),
+            KIND_CODE,
+            5,
+        ),
+    ],
+)
+def test_no_other_code_asks_which_format_family_or_kind_it_has(
+    search: Callable[[ast.AST], Iterator[tuple[int, str]]],
+    folders: tuple[str, ...],
+    own: tuple[str, ...],
+    code: str,
+    found: int,
+) -> None:
     asked = [
-        f"{path.relative_to(ROOT)}:{line}: {text}"
-        for folder in ("reinforce", "jobs", "benchmarks")
+        f"{path}: {line}: {text}"
+        for folder in folders
         for path in sorted((ROOT / folder).rglob("*.py"))
-        if "source/formats" not in str(path.relative_to(ROOT))
-        for line, text in compared_texts(parsed_file(path))
-        if text in source_formats.MODULES
+        if not any(part in str(path.relative_to(ROOT)) for part in own)
+        for line, text in search(parsed_file(path))
     ]
     assert asked == []
-    found = [*compared_texts(ast.parse('a.format in ("tar", "csv") or {"folder": 1}.get(b)'))]
-    assert [text for _, text in found] == ["tar", "csv", "folder"], "the search finds such code"
+    assert len({text for _, text in search(ast.parse(code))}) == found, "the search finds such code"
+
+
+# Source formats.
 
 
 def test_each_format_has_the_name_it_is_registered_by_and_endings_of_its_own() -> None:
@@ -145,24 +204,6 @@ def test_a_damaged_file_and_another_name_of_one_more_format_are_reported(records
 # Families of models.
 
 
-def attributes(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """The line and the name of each attribute that is read."""
-    return ((node.lineno, node.attr) for node in ast.walk(tree) if isinstance(node, ast.Attribute))
-
-
-def test_no_other_code_asks_which_family_a_model_is_of() -> None:
-    asked = [
-        f"{path.relative_to(ROOT)}:{line}: {name}"
-        for folder in ("reinforce", "benchmarks", "jobs", "reinforce_docs", "schemas")
-        for path in sorted((ROOT / folder).rglob("*.py"))
-        for line, name in attributes(parsed_file(path))
-        if name in ("family", "class_")
-    ]
-    assert asked == []
-    found = [*attributes(ast.parse("spec.family == 'openai' or spec.class_ is None"))]
-    assert [name for _, name in found] == ["family", "class_"], "the search finds such code"
-
-
 @pytest.fixture
 def palette(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A config with models of one more family."""
@@ -213,45 +254,6 @@ def test_keys_of_one_more_family_are_validated_and_change_its_fingerprint(palett
 
 
 # Kinds of layers.
-
-DIVIDES, PARTS = ("split", "rsplit", "partition", "rpartition"), ("dirname", "basename")
-
-
-def kind_questions(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """The line and the text of each comparison of a kind with a name, of each name of a layer that is built or
-    compared, and of each that is divided into its parts."""
-    names = {*KINDS}
-    sections = {kind.section for kind in KINDS.values()} - {None}
-    folders = tuple(f"{parts_of(kind.pattern)[0]}/" for kind in KINDS.values())
-    for node in ast.walk(tree):
-        found = False
-        if isinstance(node, ast.Compare):
-            sides = [node.left, *node.comparators]
-            texts = {leaf.value for side in sides for leaf in ast.walk(side) if isinstance(leaf, ast.Constant)}
-            asked = "".join(map(ast.unparse, sides))
-            found = (bool(names & texts) and "kind" in asked) or (bool(sections & texts) and "kind.section" in asked)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            found = node.value.startswith(folders) and " " not in node.value
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            on, of = ast.unparse(node.func.value), "".join(ast.unparse(argument) for argument in node.args[:1])
-            divided = on if of == "'/'" and node.func.attr in DIVIDES else of if node.func.attr in PARTS else ""
-            found = divided in ("name", "layer", "layer.name", "self.name")
-        if found:
-            yield node.lineno, ast.unparse(node)  # type: ignore[attr-defined]
-
-
-def test_no_other_code_asks_which_kind_a_layer_is_of_or_reads_its_name() -> None:
-    own = ("dataset/kinds/", "dataset/layers.py", "engine/worker/producers/", "source/formats/tar.py")
-    asked = [
-        f"{path.relative_to(ROOT)}:{line}: {text}"
-        for path in sorted((ROOT / "reinforce").rglob("*.py"))
-        if not str(path.relative_to(ROOT / "reinforce")).startswith(own)
-        for line, text in kind_questions(parsed_file(path))
-    ]
-    assert asked == []
-    code = "layer.kind.name in ('images', 'texts'); f'captions/{c}'; layer.split('/'); posixpath.dirname(name); "
-    code += "layer.kind.section == 'teachers'"
-    assert len({text for _, text in kind_questions(ast.parse(code))}) == 5, "the search finds such code"
 
 
 @pytest.mark.usefixtures("ray_here")

@@ -16,6 +16,7 @@ from reinforce.config import parse_config
 from reinforce.dataset import drop as dropping
 from reinforce.dataset.drop import drop, drop_shard, layers_with_shard, plan_drop
 from reinforce.dataset.files.store import MANIFEST, Store
+from reinforce.dataset.kinds.registry import drop_command
 from reinforce.dataset.manifest.manifest import read_manifest, record_scales
 from reinforce.engine.plan.plan import make_plan
 from reinforce.errors import UserError
@@ -123,6 +124,8 @@ def test_layers_that_depend_on_a_deleted_one_must_be_named(dataset: Path) -> Non
     plan = plan_drop(Store(str(dataset)), ["captions/namer"])
     assert plan.dependants == ["embeddings/blue/namer", "embeddings/red/namer"]
     full = f"reinforce drop {dataset} embeddings/blue/namer embeddings/red/namer captions/namer"
+    [images] = only = ["embeddings/a/images"]
+    assert drop_command("my data", only, only) == f"reinforce drop 'my data' {images}", "no pattern for one layer"
     with pytest.raises(UserError) as caught:
         drop(Store(str(dataset)), plan)
     assert str(caught.value) == (
@@ -189,19 +192,15 @@ def test_layers_that_the_manifest_does_not_list_are_deleted_too(dataset: Path) -
     assert [name for name in tree(dataset, layers_only=False) if name != ".tmp/lock"] == []
 
 
-def test_other_files_in_a_layer_stay(dataset: Path) -> None:
+def test_a_dataset_that_a_run_writes_is_not_changed_and_other_files_in_a_layer_stay(dataset: Path) -> None:
     (dataset / "embeddings" / "red" / "images" / "notes.txt").write_text("mine")
-    drop_layers(dataset, "embeddings/red/*")
-    assert [path.name for path in (dataset / "embeddings" / "red").rglob("*.*")] == ["notes.txt"]
-
-
-def test_a_dataset_that_a_run_writes_is_not_changed(dataset: Path) -> None:
-    store = Store(str(dataset))
+    store, before = Store(str(dataset)), tree(dataset)
     plan = plan_drop(store, ["embeddings/red/*"])
-    before = tree(dataset)
     with Store(str(dataset)).lock(), pytest.raises(UserError, match="another run is writing"):
         drop(store, plan)
     assert tree(dataset) == before
+    drop(store, plan)
+    assert [path.name for path in (dataset / "embeddings" / "red").rglob("*.*")] == ["notes.txt"]
 
 
 def interrupted_drop(dataset: Path, pattern: str, step: int) -> None:
@@ -224,35 +223,36 @@ def interrupted_drop(dataset: Path, pattern: str, step: int) -> None:
             drop_layers(dataset, pattern)
 
 
+@pytest.fixture(scope="module")
+def other(made: Path) -> tuple[dict[str, Any], tuple[dict[str, bytes], Any]]:
+    """Teachers of another config, and the content of a dataset that was made with it."""
+    teachers = config_of("", "")["teachers"]
+    teachers["red"] = {**teachers["red"], "dtype": "int8"}
+    return teachers, content(Path(reinforce_here(config(made, made.parent / "other", teachers=teachers))))
+
+
 @pytest.mark.parametrize(
     ("pattern", "step"),
     [*(("embeddings/red/*", step) for step in range(10)), *(("*", step) for step in range(0, 20, 3))],
 )
-def test_after_an_interrupted_drop_a_run_computes_what_was_deleted_and_another_seed_is_refused(
-    made: Path, dataset: Path, pattern: str, step: int
+def test_after_an_interrupted_drop_a_run_computes_what_was_deleted_and_another_config_is_refused_until_it_is_finished(
+    made: Path, dataset: Path, other: tuple[dict[str, Any], Any], pattern: str, step: int
 ) -> None:
     before = content(dataset)
     interrupted_drop(dataset, pattern, step)
     with pytest.raises(UserError, match="seed: 0 in the dataset, 5 in this config"):
         make_plan(parse_config(config(made, dataset, seed=5)))
+    if pattern != "*":
+        teachers, expected = other
+        with pytest.raises(UserError, match=r'dtype: "float16" in the dataset, "int8" in this config') as caught:
+            make_plan(parse_config(config(made, dataset, teachers=teachers)))
+        _, _, arguments = str(caught.value).rpartition(f"reinforce drop {dataset} ")
+        finished = shutil.copytree(dataset, dataset.parent / "finished")
+        drop_layers(finished, *(argument.strip("'") for argument in arguments.split()))
+        reinforce_here(config(made, finished, teachers=teachers))
+        assert content(finished) == expected, "as if the other config had been there from the start"
     reinforce_here(config(made, dataset))
     assert content(dataset) == before
-
-
-@pytest.mark.parametrize("step", [0, 1, 2, 3, 5, 9])
-def test_after_an_interrupted_drop_another_config_is_refused_until_it_is_finished(
-    made: Path, dataset: Path, step: int
-) -> None:
-    interrupted_drop(dataset, "embeddings/red/*", step)
-    other = config_of("", "")["teachers"]
-    other["red"] = {**other["red"], "dtype": "int8"}
-    with pytest.raises(UserError, match=r'dtype: "float16" in the dataset, "int8" in this config') as caught:
-        make_plan(parse_config(config(made, dataset, teachers=other)))
-    _, _, arguments = str(caught.value).rpartition(f"reinforce drop {dataset} ")
-    drop_layers(dataset, *(argument.strip("'") for argument in arguments.split()))
-    reinforce_here(config(made, dataset, teachers=other))
-    fresh = Path(reinforce_here(config(made, dataset.parent / "fresh", teachers=other)))
-    assert content(dataset) == content(fresh), "as if the other config had been there from the start"
 
 
 def test_layers_and_damaged_files_in_s3_are_removed_and_computed_again(s3: Any, made: Path) -> None:

@@ -61,10 +61,6 @@ def test_the_latest_run_is_running_until_it_has_a_summary(tmp_path: Path) -> Non
     assert found.run == "b"
     store.write_json({"run": "b"}, "runs", "b", "summary.json")
     assert running(store, list_runs(store)) is None, "not an older one, which was killed"
-
-
-def test_a_file_that_is_no_progress_is_an_error_that_names_it(tmp_path: Path) -> None:
-    store = Storage(str(tmp_path))
     store.write_json({"run": ["x"]}, "runs", "a", "progress.json")
     with pytest.raises(UserError, match=r"runs/a/progress\.json is not the progress of a run"):
         read_progress(store, "a")
@@ -139,7 +135,7 @@ def test_later_runs_replace_records_and_keep_the_source_of_the_samples(tmp_path:
     assert found.keys.repeated().keys == 1
 
 
-def test_damaged_records_are_left_out(tmp_path: Path) -> None:
+def test_damaged_records_and_what_is_no_file_or_too_large_are_left_out(tmp_path: Path) -> None:
     good = ShardRecord("one", ShardKeys.of("xy"), SOURCE).line()
     lines = ["", "{", "[]", "3", good[:-9], good.replace('"keys": "', '"keys": "?'), '{"shard": "x", "limit": 3}']
     wrong_types = [("10240", '"10 KB"'), ("10240", "true"), ('"ab"', "[1]"), ('"s3://b/1.tar"', "{}"), ('"one"', "1")]
@@ -149,23 +145,15 @@ def test_damaged_records_are_left_out(tmp_path: Path) -> None:
     path = tmp_path / "runs" / "r" / "shards.jsonl"
     path.parent.mkdir(parents=True)
     path.write_bytes("\n".join(lines).encode() + b"\n\xff\n")
-    found = read_records(Storage(str(tmp_path)))
-    assert found.sources == {"one": SOURCE}
-    assert found.keys.repeated().shards == 1
-
-
-def test_what_is_no_file_or_too_large_is_not_read(tmp_path: Path) -> None:
-    writer = RecordWriter(Storage(str(tmp_path)), "first")
-    writer.add(ShardRecord("one", ShardKeys.of("xy"), SOURCE))
-    writer.flush()
     (tmp_path / "runs" / "pipe").mkdir()
     os.mkfifo(tmp_path / "runs" / "pipe" / "shards.jsonl")  # opening it would wait for a writer
     (tmp_path / "runs" / "folder" / "shards.jsonl").mkdir(parents=True)
-    large = tmp_path / "runs" / "large" / "shards.jsonl"
-    large.parent.mkdir()
-    with large.open("wb") as file:
+    (tmp_path / "runs" / "large").mkdir()
+    with (tmp_path / "runs" / "large" / "shards.jsonl").open("wb") as file:
         file.truncate(2**40)  # reading it would need a terabyte
-    assert read_records(Storage(str(tmp_path))).sources == {"one": SOURCE}
+    found = read_records(Storage(str(tmp_path)))
+    assert found.sources == {"one": SOURCE}
+    assert found.keys.repeated().shards == 1
 
 
 shards = st.lists(st.sets(st.text(max_size=2)), max_size=5)

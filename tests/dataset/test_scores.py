@@ -70,8 +70,11 @@ def similarities(sample: reinforce.Sample, teacher: str, texts: str) -> np.ndarr
     return sample.images[teacher] @ sample.texts[teacher][texts].T
 
 
-def test_scores_are_those_of_the_stored_vectors_and_samples(config: dict[str, Any]) -> None:
-    samples = list(reinforce.open(reinforce_here(config)))
+def test_scores_are_those_of_the_stored_vectors_and_samples_and_commands_know_them(
+    config: dict[str, Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    url = reinforce_here(config)
+    samples = list(reinforce.open(url))
     assert len(samples) == COUNT
     with_caption = [sample for sample in samples if sample.key != CAPTIONLESS]
     [without] = [sample for sample in samples if sample.key == CAPTIONLESS]
@@ -95,21 +98,43 @@ def test_scores_are_those_of_the_stored_vectors_and_samples(config: dict[str, An
         *("caption_mean", "caption_max", "caption_spread", "characters", "words")
     }, "null where an input is null"
 
+    Path("run.yaml").write_text(yaml.safe_dump(config))
+    assert "scores/match" in printed_by(capfd, "plan", "run.yaml")
+    status = json.loads(printed_by(capfd, "status", url, "--json"))
+    assert status["layers"]["scores/pretty"]["shards"] == 1
+    assert "caption_mean, caption_max" in printed_by(capfd, "status", url)
+    printed_by(capfd, "inspect", url, "report")
+    assert "nice_mean" in Path("report", "index.html").read_text()
+    plots = Path("report", "plots.html").read_text()
+    assert "scores/match: caption_spread" in plots
+    assert f"Of {COUNT - 1} samples; 1 have none." in plots
+    of_namer = ["scores/match", "embeddings/blue/namer", "embeddings/red/namer"]
+    assert plan_drop(Store(url), ["captions/namer"]).dependants == of_namer
+    assert plan_drop(Store(url), ["embeddings/red/images"]).dependants == ["scores/match", "scores/pretty"]
+    assert plan_drop(Store(url), ["scores/*"]).dependants == []
 
-def test_scores_that_are_added_later_are_equal_and_load_no_model(
+
+def test_scores_and_classes_that_are_added_later_give_equal_bytes_and_use_no_other_model(
     config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reinforce_here({**config, "output": "at-once"})
+    every = {**config, "scores": {**SCORES, **CLASSES}}
+    reinforce_here({**every, "output": "at-once"})
     reinforce_here({**config, "scores": {}})
     plan = make_plan(parse_config(config))
     assert [shard.layers for shard in plan.pending] == [tuple(f"scores/{name}" for name in SCORES)]
-    monkeypatch.setattr("tests.helpers.models.ColorTeacher.encode_images", lambda *_: 1 / 0)
-    results: list[Any] = []
-    reinforce_here(config, results=results)
+    with monkeypatch.context() as patch:
+        patch.setattr("tests.helpers.models.ColorTeacher.encode_images", lambda *_: 1 / 0)
+        results: list[Any] = []
+        for more in (config, every):
+            reinforce_here(more, results=results)
     assert (results[0].samples, results[0].busy) == (COUNT, 0)
+    assert results[1].stages.keys() == {f"scores/{name}" for name in CLASSES}
     at_once, in_turn = (tree(tmp_path / of) for of in ("at-once", "out"))
     assert at_once.keys() == in_turn.keys()
     assert [name for name, data in at_once.items() if in_turn[name] != data] == []
+    assert validate("out").findings == []
+    compared = recompute(parse_config(every), "out", COUNT).layers
+    assert all(compared[f"scores/{name}"].equal == compared[f"scores/{name}"].rows > 0 for name in every["scores"])
 
 
 @pytest.mark.parametrize("images", ["embed", "reference"])
@@ -128,47 +153,22 @@ def test_stored_samples_give_the_facts_that_read_ones_give(images: str, config: 
         assert (sizes["digest_1"], sizes["digest_2"]) == (digest & 0xFFFFFF, digest >> 24 & 0xFFFFFF)
 
 
-def test_commands_know_scores_like_other_layers(config: dict[str, Any], capfd: pytest.CaptureFixture[str]) -> None:
-    url = reinforce_here(config)
-    Path("run.yaml").write_text(yaml.safe_dump(config))
-    assert "scores/match" in printed_by(capfd, "plan", "run.yaml")
-    status = json.loads(printed_by(capfd, "status", url, "--json"))
-    assert status["layers"]["scores/pretty"]["shards"] == 1
-    assert "caption_mean, caption_max" in printed_by(capfd, "status", url)
-    assert validate(url).findings == []
-    compared = recompute(parse_config(config), url, COUNT).layers
-    assert all(compared[f"scores/{name}"].equal == compared[f"scores/{name}"].rows > 0 for name in SCORES)
-    printed_by(capfd, "inspect", url, "report")
-    assert "nice_mean" in Path("report", "index.html").read_text()
-    plots = Path("report", "plots.html").read_text()
-    assert "scores/match: caption_spread" in plots
-    assert f"Of {COUNT - 1} samples; 1 have none." in plots
+def test_a_captioner_that_is_added_changes_no_score(config: dict[str, Any]) -> None:
+    found = [
+        make_plan(parse_config({**config, "scores": {"match": {"similarity": "red"}}, **without})).layers
+        for without in ({}, {"captioners": {}})
+    ]
+    assert found[0]["scores/match"].fingerprint == found[1]["scores/match"].fingerprint
 
 
-def test_scores_depend_on_what_they_are_computed_from(config: dict[str, Any]) -> None:
+def test_a_damaged_or_changed_layer_of_scores_is_found_and_another_head_is_another_layer(
+    config: dict[str, Any],
+) -> None:
     store = Store(reinforce_here(config))
-    of_namer = ["scores/match", "embeddings/blue/namer", "embeddings/red/namer"]
-    assert plan_drop(store, ["captions/namer"]).dependants == of_namer
-    assert plan_drop(store, ["embeddings/red/images"]).dependants == ["scores/match", "scores/pretty"]
-    assert plan_drop(store, ["scores/*"]).dependants == []
-
-
-def test_another_head_is_another_layer_and_says_so(config: dict[str, Any]) -> None:
-    reinforce_here(config)
     save_file({"weight": np.ones((2, 8), np.float32)}, "head.safetensors")
     with pytest.raises(UserError, match=r"scores/pretty: fingerprint .*\n    head: \"sha256:") as raised:
         make_plan(parse_config(config))
     assert "scores/match" not in str(raised.value)
-
-
-def test_a_captioner_that_is_added_changes_no_score(config: dict[str, Any]) -> None:
-    reinforce_here({**config, "scores": {"match": {"similarity": "red"}}, "captioners": {}})
-    plan = make_plan(parse_config({**config, "scores": {"match": {"similarity": "red"}}}))
-    assert all("scores/match" not in shard.layers for shard in plan.pending)
-
-
-def test_a_damaged_or_changed_layer_of_scores_is_found(config: dict[str, Any]) -> None:
-    store = Store(reinforce_here(config))
     [path] = Path("out/scores/pretty").glob("*.parquet")
     groups = pq.ParquetFile(pa.BufferReader(path.read_bytes()))
     schema = groups.schema_arrow
@@ -223,10 +223,7 @@ def test_a_score_that_cannot_be_computed_is_one_error(score: Any, message: str, 
     assert "scores.mine" in str(raised.value)
 
 
-@pytest.mark.parametrize(("fact", "reads_images"), [("bytes", True), ("words", False)])
-def test_only_facts_about_bytes_read_images(
-    fact: str, reads_images: bool, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_facts_about_bytes_read_images(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     config = {**config, "teachers": {}, "captioners": {}, "scores": {}}
     reinforce_here(config)
     asked: list[Any] = []
@@ -237,9 +234,11 @@ def test_only_facts_about_bytes_read_images(
         return read(self, number, columns, use_threads)
 
     monkeypatch.setattr(LayerFile, "read_row_group", recorded)
-    reinforce_here({**config, "scores": {"sizes": {"facts": [fact]}}})
-    assert "key" in asked
-    assert ("image" in asked) == reads_images
+    for fact, reads_images in (("bytes", True), ("words", False)):
+        asked.clear()
+        reinforce_here({**config, "scores": {fact: {"facts": [fact]}}})
+        assert "key" in asked
+        assert ("image" in asked) == reads_images
 
 
 @pytest.mark.parametrize(
@@ -276,22 +275,6 @@ def test_a_class_scores_the_image_as_a_whole_texts_metadata_and_stored_vectors(c
         first = sample.images["red"][0, 0]
         every = {"first": first, "true": length, "synthetic": synthetic, "uid": int(sample.metadata["uid"])}
         assert found["every"] == pytest.approx(every, abs=1e-6)
-
-
-def test_a_class_that_is_added_later_gives_equal_bytes_and_uses_no_other_model(
-    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    reinforce_here({**config, "output": "at-once", "scores": CLASSES})
-    reinforce_here({**config, "scores": {}})
-    monkeypatch.setattr("tests.helpers.models.ColorTeacher.encode_images", lambda *_: 1 / 0)
-    results: list[Any] = []
-    reinforce_here({**config, "scores": CLASSES}, results=results)
-    assert results[0].stages.keys() == {f"scores/{name}" for name in CLASSES}
-    at_once, in_turn = (tree(tmp_path / of) for of in ("at-once", "out"))
-    assert [name for name, data in at_once.items() if name.startswith("scores/") and in_turn[name] != data] == []
-    assert validate("out").findings == []
-    compared = recompute(parse_config({**config, "scores": CLASSES}), "out", 4).layers
-    assert all(compared[f"scores/{name}"].equal == compared[f"scores/{name}"].rows > 0 for name in CLASSES)
 
 
 def test_scores_of_a_teacher_that_is_not_here_are_left_out_when_rows_are_computed_again(config: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ import functools
 import json
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -62,8 +63,8 @@ def layer_file(layer: str) -> Path:
 
 
 @functools.cache
-def places(layer: str) -> tuple[int, list[int]]:
-    """Length of a layer's file, and where its pages and its footer begin."""
+def places(layer: str) -> list[int]:
+    """Where the pages and the footer of a layer's file begin."""
     path = layer_file(layer)
     data, footer = path.read_bytes(), pq.read_metadata(path)
     found = [len(data) - 8 - int.from_bytes(data[-8:-4], "little"), len(data) - 8]
@@ -71,7 +72,7 @@ def places(layer: str) -> tuple[int, list[int]]:
         for column in map(footer.row_group(group).column, range(footer.num_columns)):
             found.append(column.data_page_offset)
             found += [column.dictionary_page_offset] if column.has_dictionary_page else []
-    return len(data), found
+    return found
 
 
 #: Where bytes change: anywhere, or at most 40 bytes after the beginning of a page or the footer; with the new bytes.
@@ -104,14 +105,20 @@ JSON_VALUES = st.recursive(
 )
 
 
+def changed(good: bytes, starts: Sequence[int], changes: list[tuple[tuple[int, float], bytes, bool]]) -> bytes:
+    """A file with changes of ``CHANGES``; ``starts`` are where its pages and its footer begin."""
+    data = bytearray(good)
+    for (number, share), value, inserted in changes:
+        at = int(share * len(good)) if number < 0 else starts[number % len(starts)] + int(share * 40)
+        data[at : at if inserted else at + len(value)] = value
+    return bytes(data)
+
+
 def changed_bytes(layer: str, changes: list[tuple[tuple[int, float], bytes, bool]]) -> None:
     """A Parquet file with bytes replaced or inserted in its pages, their headers and its footer."""
     path = layer_file(layer)
     good = path.read_bytes()
-    data, (length, starts) = bytearray(good), places(layer)
-    for (number, share), value, inserted in changes:
-        at = int(share * length) if number < 0 else starts[number % len(starts)] + int(share * 40)
-        data[at : at if inserted else at + len(value)] = value
+    data = changed(good, places(layer), changes)
     if layer == INDEX:
         try:
             (dataset() / INDEX / path.name).write_bytes(data)
@@ -119,7 +126,7 @@ def changed_bytes(layer: str, changes: list[tuple[tuple[int, float], bytes, bool
         finally:
             (dataset() / INDEX / path.name).unlink()
         return
-    with replaced(path, good, bytes(data)):
+    with replaced(path, good, data):
         read_every_way()
 
 

@@ -17,7 +17,7 @@ from reinforce.parquet import checked_file
 from reinforce.source.formats.base import Shard
 from reinforce.source.reading import read_samples
 from reinforce.source.samples import RawSample, Refusal
-from tests.fuzz.datasets import CHANGES
+from tests.fuzz.datasets import CHANGES, changed
 
 ROWS = 300
 TEXTS = ("DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY", "PLAIN")
@@ -55,12 +55,7 @@ def written(file: tuple[str, str, str]) -> tuple[bytes, list[int]]:
 
 def changed_table(file: tuple[str, str, str], changes: list[tuple[tuple[int, float], bytes, bool]]) -> None:
     """A Parquet file with bytes replaced or inserted in its pages, their headers and its footer."""
-    good, starts = written(file)
-    data = bytearray(good)
-    for (number, share), value, inserted in changes:
-        at = int(share * len(good)) if number < 0 else starts[number % len(starts)] + int(share * 60)
-        data[at : at if inserted else at + len(value)] = value
-    fsspec.filesystem("memory").pipe("/fuzz/x.parquet", bytes(data))
+    fsspec.filesystem("memory").pipe("/fuzz/x.parquet", changed(*written(file), changes))
     bounds = {"MAX_PAGE_BYTES": 2**24, "MAX_BATCH_BYTES": 2**26, "MAX_LIST_VALUES": 2**20}
     with mock.patch.multiple(checked_file, **bounds):
         read = Shard("memory://fuzz/x.parquet", "x", "parquet")

@@ -13,35 +13,28 @@ from reinforce_docs.offline import make_offline, outside_requests
 from reinforce_docs.pages import _LINK, ROOT, adapt, source_pages, write_pages
 
 
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pages") / "docs"
-    write_pages(folder)
-    return folder
-
-
-def test_every_link_leads_to_a_page_of_the_site(written: Path) -> None:
-    for page in written.rglob("*.md"):
-        if "files" not in page.relative_to(written).parts:
-            for link in _LINK.findall(page.read_text(encoding="utf-8")):
-                assert (page.parent / link[1]).exists(), f"{page.relative_to(written)}: {link[1]}"
-
-
 def listed(entries: list[object]) -> list[str]:
     values = [value for entry in entries for value in (entry.values() if isinstance(entry, dict) else [entry])]
     return [name for value in values for name in (listed(value) if isinstance(value, list) else [str(value)])]
 
 
-def test_every_page_of_the_repository_is_written_and_once_in_the_navigation(written: Path) -> None:
+def test_every_page_is_written_and_once_in_the_navigation_and_links_lead_to_pages_of_the_site(tmp_path: Path) -> None:
+    written = tmp_path / "docs"
+    write_pages(written)
     site = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
-    pages = [str(path.relative_to(written)) for path in written.rglob("*.md") if "files" not in path.parts]
-    assert {str(page) for page in source_pages()} <= {*pages}
-    assert sorted(listed(site["nav"])) == sorted(pages)
+    pages = [path.relative_to(written) for path in written.rglob("*.md") if "files" not in path.parts]
+    assert {*source_pages()} <= {*pages}
+    assert sorted(listed(site["nav"])) == sorted(map(str, pages))
     [styles] = site["extra_css"]
     assert "math {" in (written / styles).read_text(encoding="utf-8")
+    for page in pages:
+        for link in _LINK.findall((written / page).read_text(encoding="utf-8")):
+            assert ((written / page).parent / link[1]).exists(), f"{page}: {link[1]}"
 
 
-def test_diagrams_become_the_picture_and_files_become_pages() -> None:
+def test_diagrams_become_the_picture_files_become_pages_and_equations_stay_in_their_paragraph(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     shown: set[Path] = set()
     text = (
         "See [it](../reinforce/config.py) and [that](data.md#limits), `[code](x.py)`.\n\n```mermaid\nflowchart\n```\n"
@@ -50,9 +43,6 @@ def test_diagrams_become_the_picture_and_files_become_pages() -> None:
     assert "[it](../files/reinforce/config.py.md) and [that](data.md#limits)" in adapted
     assert "![How a run works](run.svg)" in adapted
     assert shown == {Path("reinforce/config.py")}
-
-
-def test_an_equation_at_the_start_of_a_line_stays_in_its_paragraph(monkeypatch: pytest.MonkeyPatch) -> None:
     convert = SimpleNamespace(convert=lambda text, display="inline": f"<math>{text}</math>")
     monkeypatch.setitem(sys.modules, "latex2mathml", SimpleNamespace(converter=convert))
     monkeypatch.setitem(sys.modules, "latex2mathml.converter", convert)
@@ -60,20 +50,17 @@ def test_an_equation_at_the_start_of_a_line_stays_in_its_paragraph(monkeypatch: 
     assert adapted == "<span><math>s</math></span> is a scale, and \n<math>Q</math>\n"
 
 
-@pytest.mark.parametrize(
-    "markup",
-    [
+def test_a_request_to_another_host_is_found_and_a_link_is_none(tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_text('<a href="https://arxiv.org/abs/2311.17049">paper</a>')
+    assert outside_requests(tmp_path) == []
+    for markup in (
         '<script src="https://unpkg.com/x"></script>',
         '<link rel="stylesheet" href="https://fonts.googleapis.com/css">',
         '<img alt="x" src="//cdn.example/x.png">',
         "<style>@import url(https://example.org/a.css)</style>",
-    ],
-)
-def test_a_request_to_another_host_is_found_and_a_link_is_none(tmp_path: Path, markup: str) -> None:
-    (tmp_path / "page.html").write_text('<a href="https://arxiv.org/abs/2311.17049">paper</a>')
-    assert outside_requests(tmp_path) == []
-    (tmp_path / "page.html").write_text(markup)
-    assert len(outside_requests(tmp_path)) == 1
+    ):
+        (tmp_path / "page.html").write_text(markup)
+        assert len(outside_requests(tmp_path)) == 1, markup
 
 
 def test_the_script_of_the_search_is_in_the_site(tmp_path: Path) -> None:

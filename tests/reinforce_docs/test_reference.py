@@ -53,18 +53,12 @@ def test_types_defaults_and_bounds_are_in_words() -> None:
     assert (outer.path, outer.description, inner.path) == ("", "What it is.", "inner")
 
 
-def test_every_reason_is_listed_with_a_meaning() -> None:
+def test_reasons_exit_statuses_and_environment_variables_are_explained() -> None:
     listed = list(statuses.reasons())
     assert [reason for _, reason, _ in listed] == [reason.value for reason in schemas.Reason]
     assert [reason for _, reason, meaning in listed if not meaning] == []
-
-
-def test_every_exit_status_of_an_error_is_explained() -> None:
     assert {error.exit_status for error in statuses.error_classes()} <= {*statuses.STATUSES}
     assert len(statuses.error_classes()) > 2
-
-
-def test_environment_variables_are_those_of_the_code_and_explained_or_internal() -> None:
     found = statuses.variables_in_code()
     assert {"REINFORCE_CACHE", "RAY_ADDRESS", "OMP_WAIT_POLICY"} <= found
     assert found - {*statuses.VARIABLES} - statuses.INTERNAL == set()
@@ -73,14 +67,11 @@ def test_environment_variables_are_those_of_the_code_and_explained_or_internal()
     assert [name for name in statuses.VARIABLES if f'"{name}"' not in text] == []
 
 
-def test_every_column_of_every_file_has_a_description() -> None:
+def test_every_column_of_every_file_has_a_description_and_every_command_a_section_with_its_options() -> None:
     listed = [(name, formats.description(field)) for _, schema in formats.FILES.values()
               for name, field in formats.columns(list(schema))]  # fmt: skip
     assert [name for name, description in listed if not description] == []
     assert "augmentations[].crop.top" in dict(listed)
-
-
-def test_every_command_has_a_section_with_its_options() -> None:
     page = commands.commands_page()
     names = re.findall(r"^##+ `reinforce (.+)`$", page, flags=re.MULTILINE)
     assert {*get_command(app).commands, "export onnx"} <= {*names}  # type: ignore[attr-defined]

@@ -175,7 +175,7 @@ def chi_square(counts: Counter, categories: list) -> float:
     return sum((counts[category] - expected) ** 2 / expected for category in categories)
 
 
-def test_operations_and_signs_are_uniform():
+def test_operations_and_signs_are_uniform_and_applied_with_their_probability():
     sampled = [op for i in range(4000) for op in sample_augmentation(POLICY, 0, str(i), 0, 64, 64).ops]
     assert chi_square(Counter(op.name for op in sampled), list(OPS)) < 34.5  # 13 degrees, p = 0.001
     pairs = Counter((first.name, second.name) for first, second in zip(sampled[::2], sampled[1::2], strict=True))
@@ -184,9 +184,6 @@ def test_operations_and_signs_are_uniform():
     signs = Counter((op.name, op.magnitude > 0) for op in sampled if op.name in signed)
     assert chi_square(signs, [(name, positive) for name in signed for positive in (True, False)]) < 41  # 17 degrees
     assert all(op.magnitude >= 0 for op in sampled if op.name not in signed)
-
-
-def test_rand_augment_is_applied_with_its_probability():
     policy = Augmentations(rand_augment=RandAugmentPolicy(probability=0.3))
     applied = sum(sample_augmentation(policy, 0, str(i), 0, 64, 64).ops is not None for i in range(4000))
     assert abs(applied / 4000 - 0.3) < 4 * math.sqrt(0.3 * 0.7 / 4000)
@@ -218,20 +215,15 @@ def test_crops_are_distributed_as_torchvisions(width, height):
         assert distance < 1.95 * math.sqrt(2 / count), name  # p = 0.001
 
 
-@pytest.mark.parametrize("size", [112, 224, 336, 448])
-def test_translations_shift_the_image_by_the_same_fraction_at_any_size(size):
+def test_translations_shift_the_image_by_the_same_fraction_at_any_size_and_other_operations_keep_their_magnitude():
     pixels = np.zeros((448, 448, 3), np.uint8)
     pixels[192:256, 192:256] = 255
-    image = Image.fromarray(pixels)
-    moved = Augmentation(Crop(0, 0, 448, 448), 224, (Op("TranslateX", 28.0), Op("TranslateY", -56.0)))
-    still = Augmentation(Crop(0, 0, 448, 448), 224, None)
-    rows, columns = (np.nonzero(np.asarray(replay(image, moved, size))[..., 0] > 127)[axis] for axis in (0, 1))
-    rows0, columns0 = (np.nonzero(np.asarray(replay(image, still, size))[..., 0] > 127)[axis] for axis in (0, 1))
-    assert columns.mean() - columns0.mean() == size * 28 / 224
-    assert rows.mean() - rows0.mean() == -size * 56 / 224
+    image, crop = Image.fromarray(pixels), Crop(0, 0, 448, 448)
+    moved, still = (Augmentation(crop, 224, ops) for ops in ((Op("TranslateX", 28), Op("TranslateY", -56)), None))
+    for size in (112, 224, 336, 448):
+        of_moved, of_still = (np.argwhere(np.asarray(replay(image, one, size))[..., 0] > 127) for one in (moved, still))
+        assert (of_moved.mean(axis=0) - of_still.mean(axis=0)).tolist() == [-size * 56 / 224, size * 28 / 224]
 
-
-def test_other_operations_keep_their_magnitude_at_another_size():
     image = picture(90, 70)
     ops = tuple(
         Op(name, table[9]) for name, (table, _) in torchvision_magnitudes(64).items() if "Translate" not in name
@@ -279,26 +271,26 @@ def test_enhancements_equal_pillows(name: str, seed: int, width: int, height: in
     assert operations.TORCHVISION[name](image, by).tobytes() == expected.tobytes()
 
 
-@pytest.mark.parametrize("value", range(0, 256, 15))
-def test_smoothing_rounds_as_pillow_does_for_every_sum(value: int) -> None:
+def test_smoothing_rounds_as_pillow_does_for_every_sum() -> None:
     """Images of two values have every sum of neighbours, next to each centre."""
-    rng = np.random.default_rng(value)
-    chosen = rng.choice(np.array([0, 1, value, 254, 255], np.uint8), (64, 64, 3))
-    image = Image.fromarray(chosen)
-    expected = Image.blend(image.filter(ImageFilter.SMOOTH), image, 0.0)
-    assert operations.sharpness(image, -1.0).tobytes() == expected.tobytes()
+    for value in range(0, 256, 15):
+        rng = np.random.default_rng(value)
+        chosen = rng.choice(np.array([0, 1, value, 254, 255], np.uint8), (64, 64, 3))
+        image = Image.fromarray(chosen)
+        expected = Image.blend(image.filter(ImageFilter.SMOOTH), image, 0.0)
+        assert operations.sharpness(image, -1.0).tobytes() == expected.tobytes()
 
 
-def test_the_config_accepts_every_backend_and_no_other() -> None:
+def test_every_backend_and_no_other_is_accepted_and_published_augmentations_keep_theirs() -> None:
     assert Augmentations().backend == AUGMENTATION_BACKEND
     assert [Augmentations(backend=name).backend for name in BACKENDS] == list(BACKENDS)
+    config = {"source": "x.tar", "output": "out"}
     with pytest.raises(UserError, match=r"augmentations\.backend.*torchvision-pil-1"):
-        parse_config({"source": "x.tar", "output": "out", "augmentations": {"backend": "torchvision-pil-0"}})
-
-
-def test_an_unknown_backend_is_refused_with_the_known_ones() -> None:
+        parse_config({**config, "augmentations": {"backend": "torchvision-pil-0"}})
     with pytest.raises(UserError, match=r"backend 'other-1'; this version has torchvision-pil-1, fixed-point-1\."):
         load_backend("other-1")
+    with pytest.raises(UserError, match=r"augmentations\.backend: remove it"):
+        parse_config({**config, "reinforcements": "y.tar", "augmentations": {"count": 2, "backend": "fixed-point-1"}})
 
 
 def test_another_backend_is_another_fingerprint_and_the_default_one_is_as_before() -> None:
@@ -313,10 +305,3 @@ def test_another_backend_is_another_fingerprint_and_the_default_one_is_as_before
     other = layers(backend="fixed-point-1")
     assert other["samples"].recipe["policies"]["augmentation"] == "fixed-point-1"
     assert all(other[name].fingerprint != layer.fingerprint for name, layer in layers().items())
-
-
-def test_published_augmentations_keep_their_backend() -> None:
-    augmentations = {"count": 2, "backend": "fixed-point-1"}
-    config = {"source": "x.tar", "output": "out", "reinforcements": "y.tar", "augmentations": augmentations}
-    with pytest.raises(UserError, match=r"augmentations\.backend: remove it"):
-        parse_config(config)

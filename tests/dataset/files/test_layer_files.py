@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 import schemas
@@ -115,56 +116,46 @@ def test_a_component_of_a_vector_takes_the_bytes_of_its_type(tmp_path: Path, dty
     )
 
 
-def test_a_file_of_a_newer_schema_is_an_error(tmp_path: Path) -> None:
-    store = Store(str(tmp_path))
-    (tmp_path / "captions" / "c").mkdir(parents=True)
-    newer = table("a").replace_schema_metadata({"reinforce.schema_version": str(schemas.SCHEMA_VERSION + 1)})
-    pq.write_table(newer, tmp_path / "captions" / "c" / "s.parquet")
-    with pytest.raises(UserError, match="newer version"), store.open_layer("captions/c", "s"):
-        pass
-
-
-def test_quarantine_rows_are_read_back(tmp_path: Path) -> None:
+def test_quarantine_rows_are_read_back_and_a_file_of_a_newer_schema_is_an_error(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     store.quarantine("samples", "s", [("k", Reason.IMAGE_BROKEN, "cut"), (None, Reason.SHARD_DAMAGED, "at byte 7")])
     assert store.quarantined("samples", "s") == [
         {"key": "k", "reason": "image_broken", "detail": "cut"},
         {"key": None, "reason": "shard_damaged", "detail": "at byte 7"},
     ]
+    newer = table("a").replace_schema_metadata({"reinforce.schema_version": str(schemas.SCHEMA_VERSION + 1)})
+    store.write_table(newer, "captions/c", "s.parquet")
+    with pytest.raises(UserError, match="newer version"), store.open_layer("captions/c", "s"):
+        pass
 
 
-DATA = bytes(range(200))
+def test_the_end_of_a_file_and_its_last_range_are_requested_once_and_a_pipe_does_not_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranges: list[tuple[int, int]] = []
+    cat_file = LocalFileSystem.cat_file
 
+    def recorded(self: Any, path: str, start: int, end: int) -> bytes:
+        ranges.append((start, end))
+        content: bytes = cat_file(self, path, start, end)
+        return content
 
-class Recorded:
-    def __init__(self) -> None:
-        self.ranges: list[tuple[int, int]] = []
+    monkeypatch.setattr(LocalFileSystem, "cat_file", recorded)
+    data, path = bytes(range(200)), tmp_path / "file"
+    path.write_bytes(data)
 
-    def cat_file(self, path: str, *, start: int, end: int) -> bytes:
-        self.ranges.append((start, end))
-        return DATA[start:end]
+    def read(file: RangeFile, start: int, length: int) -> bytes:
+        file.seek(start)
+        return file.read(length)
 
-
-def read(file: RangeFile, start: int, length: int) -> bytes:
-    file.seek(start)
-    return file.read(length)
-
-
-def test_the_end_of_a_file_and_its_last_range_are_requested_once() -> None:
-    fs = Recorded()
-    file = RangeFile(fs, "x", 200)
-    for start, length in ((150, 50), (160, 10), (10, 20), (12, 5), (10, 20), (190, 30)):
-        assert read(file, start, length) == DATA[start : min(200, start + length)]
-    assert fs.ranges == [(150, 200), (10, 30)]
-    assert read(file, 200, 5) == b""
-    assert read(file, 40, 5) == DATA[40:45]
-    assert read(file, 12, 5) == DATA[12:17], "only the last range is kept"
-    assert fs.ranges[2:] == [(40, 45), (12, 17)]
-
-
-def test_a_local_file_is_read_and_a_pipe_does_not_block(tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(DATA)
-    assert read(RangeFile(None, str(tmp_path / "file"), 200), 20, 9) == DATA[20:29]
+    for fs in (LocalFileSystem(), None):
+        file = RangeFile(fs, str(path), 200)
+        for start, length in ((150, 50), (160, 10), (10, 20), (12, 5), (10, 20), (190, 30), (200, 5)):
+            assert read(file, start, length) == data[start : start + length]
+        assert ranges == [(150, 200), (10, 30)], "of the file system alone"
+    read(file := RangeFile(LocalFileSystem(), str(path), 200), 150, 50)
+    assert [read(file, start, 5) for start in (10, 40, 12)] == [data[start : start + 5] for start in (10, 40, 12)]
+    assert ranges[3:] == [(10, 15), (40, 45), (12, 17)], "only the last range is kept"
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(OSError, match="Illegal seek"):
         read(RangeFile(None, str(tmp_path / "pipe"), 200), 20, 9)
@@ -184,14 +175,6 @@ def address(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         fsspec.get_filesystem_class("s3").clear_instance_cache()
         yield address
         fsspec.get_filesystem_class("s3").clear_instance_cache()
-
-
-def test_layers_in_s3_are_listed_side_by_side_with_a_request_for_a_thousand_names(address: str) -> None:
-    found = Store("s3://bucket/data").listings(DONE)
-    assert {layer: len(listing) for layer, listing in found.items()} == DONE
-    assert list(found["captions/c"].items()) == [(shard, 1000) for shard in SHARDS[:1000]]
-    assert counts(address)["LIST"] == 5
-    assert counts(address)["at once"] == 3
 
 
 @pytest.mark.parametrize("names_no_page", [False, True], ids=["expired token", "lost token"])
@@ -222,7 +205,7 @@ def test_a_listing_whose_continuation_token_does_not_work_starts_again(
             Store("s3://bucket/data").listings(DONE)
 
 
-def test_listings_of_s3_are_not_kept_by_the_driver_nor_parsed_by_botocore(
+def test_listings_of_s3_are_made_side_by_side_and_not_kept_by_the_driver_nor_parsed_by_botocore(
     address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from botocore.parsers import BaseXMLResponseParser
@@ -236,7 +219,10 @@ def test_listings_of_s3_are_not_kept_by_the_driver_nor_parsed_by_botocore(
 
     monkeypatch.setattr(BaseXMLResponseParser, "_parse_xml_string_to_dom", counting)
     store = Store("s3://bucket/data")
-    store.listings(DONE)
+    found = store.listings(DONE)
+    assert {layer: len(listing) for layer, listing in found.items()} == DONE
+    assert list(found["captions/c"].items()) == [(shard, 1000) for shard in SHARDS[:1000]]
+    assert (counts(address)["LIST"], counts(address)["at once"]) == (5, 3), "a request for a thousand names"
     assert not dict(store.fs.dircache), "s3fs keeps 1,250 bytes for each file"
     assert max(parsed) < 1000, "an answer with 1,000 names takes botocore 0.1 s of CPU"
     assert len(store.fs.call_s3("list_objects_v2", Bucket="bucket", Prefix="data/samples/")["Contents"]) == 1000
@@ -250,23 +236,20 @@ def test_objects_that_are_no_layer_files_are_not_listed(monkeypatch: pytest.Monk
     assert dict(listing._list_s3(None, "", ("a.parquet", "b.parquet"))) == {"b": 3}
 
 
-def test_a_listing_of_another_driver_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_files_that_are_no_layer_files_are_not_listed_and_listings_of_other_drivers_are_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dropped: list[str] = []
     monkeypatch.setattr(MemoryFileSystem, "invalidate_cache", lambda self, path=None: dropped.append(path))
-    store = Store("memory://listing-test")
-    for shard in ("b", "a"):
-        store.fs.pipe_file(store.layer_path("samples", shard), b"12345")
-    assert dict(store.shards("samples")) == {"a": 5, "b": 5}
-    assert dropped == [store.path("samples")]
-
-
-def test_local_files_that_are_no_layer_files_are_not_listed(tmp_path: Path) -> None:
-    folder = tmp_path / "samples"
-    (folder / "folder.parquet").mkdir(parents=True)
+    memory, local = Store("memory://listing-test"), Store(str(tmp_path))
+    (tmp_path / "samples" / "folder.parquet").mkdir(parents=True)
     for name in ("b.parquet", "a.parquet", ".hidden.parquet", "a name.parquet", "c.txt"):
-        (folder / name).write_bytes(b"123")
-    assert list(Store(str(tmp_path)).shards("samples").items()) == [("a", 3), ("b", 3)]
-    assert len(Store(str(tmp_path)).shards("captions/c")) == 0
+        for store in (memory, local):
+            store.fs.pipe_file(store.path("samples", name), b"123")
+    for store in (memory, local):
+        assert list(store.shards("samples").items()) == [("a", 3), ("b", 3)]
+    assert dropped == [memory.path("samples")]
+    assert len(local.shards("captions/c")) == 0
 
 
 def test_a_listing_is_a_mapping_and_answers_for_many_names() -> None:
@@ -288,14 +271,12 @@ def test_a_listing_is_a_mapping_and_answers_for_many_names() -> None:
     assert Listing.union([listing, Listing.of([("0", 1)]), Listing.of([])]).to_pylist() == ["0", "a", "b", "c"]
 
 
-@pytest.mark.parametrize("known", [SHARDS, SHARDS[::-7], ["0", "zz"] * 5])
-def test_a_listing_in_ranges_is_the_same_whatever_is_known(
-    address: str, known: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_listing_in_ranges_is_the_same_whatever_is_known(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listing, "_MIN_RANGE", 2)
-    found = Store("s3://bucket/data").listings(DONE, Listing.of((name, 1) for name in known))
-    assert {layer: list(one) for layer, one in found.items()} == {
-        layer: SHARDS[:count] for layer, count in DONE.items()
-    }
-    assert counts(address)["LIST"] <= 5 + 3 * 4
-    assert counts(address)["at once"] > 3
+    for times, known in enumerate((SHARDS, SHARDS[::-7], ["0", "zz"] * 5), start=1):
+        found = Store("s3://bucket/data").listings(DONE, Listing.of((name, 1) for name in known))
+        assert {layer: list(one) for layer, one in found.items()} == {
+            layer: SHARDS[:count] for layer, count in DONE.items()
+        }
+        assert counts(address)["LIST"] <= times * (5 + 3 * 4)
+        assert counts(address)["at once"] > 3

@@ -102,7 +102,9 @@ def test_the_command_of_a_changed_captioner_names_the_layers_that_depend_on_its_
     assert lines[-1].endswith(f": reinforce drop {made} embeddings/blue/namer embeddings/red/namer captions/namer")
 
 
-def test_every_changed_model_is_in_one_message(made: Path) -> None:
+def test_every_changed_model_is_in_one_message(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.helpers.models import ColorTeacher
+
     both = teachers(dtype="int8")
     both["blue"] = {**both["blue"], "options": {"size": 24, "dim": 12, "seed": 2}}
     text = "\n".join(refusal(config(made, teachers=both)))
@@ -110,11 +112,6 @@ def test_every_changed_model_is_in_one_message(made: Path) -> None:
         r'dtype: "float16" in the dataset, "int8" in this config\n  2 more.*\n  embeddings/blue/images', text
     )
     assert "options.seed: 1 in the dataset, 2 in this config" in text
-
-
-def test_a_changed_version_of_a_class_is_named(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests.helpers.models import ColorTeacher
-
     monkeypatch.setattr(ColorTeacher, "version", 7, raising=False)
     assert refusal(config(made)).count("    version: not set in the dataset, 7 in this config") == 1, "once for both"
 
@@ -134,19 +131,17 @@ def test_weights_tokenizers_and_precision_are_named(tmp_path: Path) -> None:
     assert "files.tokenizer_config.json" in keys
 
 
-def test_a_difference_that_the_manifest_does_not_explain_is_named_as_such(made: Path, dataset: Path) -> None:
-    manifest = json.loads((dataset / "dataset.json").read_text())
-    manifest["layers"]["embeddings/red/images"]["fingerprint"] = "0123"
-    (dataset / "dataset.json").write_text(json.dumps(manifest))
-    lines = refusal(config(made, dataset))
-    assert lines[1].startswith("  embeddings/red/images: fingerprint 0123 in the dataset, ")
-    assert lines[2] == "    nothing in dataset.json explains the difference"
-
-
-def test_a_layer_that_the_manifest_does_not_list_is_checked_by_a_footer(made: Path, dataset: Path) -> None:
+def test_a_difference_that_the_manifest_does_not_explain_is_named_and_a_missing_layer_is_checked_by_a_footer(
+    made: Path, dataset: Path
+) -> None:
     manifest = json.loads((dataset / "dataset.json").read_text())
     entry = manifest["layers"].pop("embeddings/red/images")
     (dataset / "dataset.json").write_text(json.dumps(manifest))
     assert make_plan(parse_config(config(made, dataset))).pending == []
     lines = refusal(config(made, dataset, teachers=teachers(dtype="int8")))
     assert f"embeddings/red/images: fingerprint {entry['fingerprint']} in the dataset, " in "\n".join(lines)
+    manifest["layers"]["embeddings/red/images"] = {**entry, "fingerprint": "0123"}
+    (dataset / "dataset.json").write_text(json.dumps(manifest))
+    lines = refusal(config(made, dataset))
+    assert lines[1].startswith("  embeddings/red/images: fingerprint 0123 in the dataset, ")
+    assert lines[2] == "    nothing in dataset.json explains the difference"

@@ -73,28 +73,21 @@ def test_layers_of_other_configs_and_what_only_a_loaded_model_has_are_kept() -> 
     assert updated(first) == first
 
 
-def test_a_tuned_scale_is_kept_until_the_config_names_another() -> None:
+def test_a_tuned_scale_is_kept_until_the_config_names_another_and_a_run_logs_which_is_used() -> None:
     tuned = record_scales(updated(logit_scale=50), {"red": 43.0}, "tuned by a")
     assert tuned["teachers"]["red"]["logit_scale_tuned"] == {"config": 50.0, "before": 50.0, "before_from": "config"}
     assert updated(tuned, logit_scale=50) == updated(tuned) == tuned
     replaced = updated(tuned, logit_scale=55)["teachers"]["red"]
     assert (replaced["logit_scale"], replaced["logit_scale_from"]) == (55.0, "config")
     assert "logit_scale_tuned" not in replaced
-
-
-@pytest.mark.parametrize(
-    ("scale", "notes"),
-    [
-        (None, []),
-        (43, ["teacher red: logit scale 43 of this config replaces 43 (tuned by a)"]),
-        (50, ["teacher red: logit scale 43 (tuned by a) stays in use, not the 50 of this config"]),
-        (55, ["teacher red: logit scale 55 of this config replaces 43 (tuned by a)"]),
-    ],
-)
-def test_a_run_logs_whether_a_tuned_scale_is_kept_or_replaced(scale: float | None, notes: list[str]) -> None:
-    tuned = record_scales(updated(logit_scale=50), {"red": 43.0}, "tuned by a")
-    found = scale_notes(tuned, config_with(logit_scale=scale))
-    assert [note.partition(", which")[0] for note in found] == notes
+    for scale, notes in {
+        None: [],
+        43: ["teacher red: logit scale 43 of this config replaces 43 (tuned by a)"],
+        50: ["teacher red: logit scale 43 (tuned by a) stays in use, not the 50 of this config"],
+        55: ["teacher red: logit scale 55 of this config replaces 43 (tuned by a)"],
+    }.items():
+        found = scale_notes(tuned, config_with(logit_scale=scale))
+        assert [note.partition(", which")[0] for note in found] == notes
 
 
 def test_a_manifest_of_a_newer_version_is_an_error(tmp_path: Path) -> None:

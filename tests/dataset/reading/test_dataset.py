@@ -51,33 +51,31 @@ def keys(data: reinforce.Dataset) -> list[str]:
     return [sample.key for sample in data]
 
 
-def test_len_is_the_number_of_samples(url: str) -> None:
-    data = reinforce.open(url)
-    assert len(data) == len(keys(data)) == 44
-    assert [len(data[shard]) for shard in data.shards] == [21, 9, 14]
-
-
-def test_opening_and_truth_read_no_footer(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_opening_and_truth_read_no_footer_and_list_nothing_else_if_nothing_is_missing(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Store, "open_layer", None)
     monkeypatch.setattr(row_counts, "read_footer", None)
-    assert reinforce.open(url)
+    listed = []
+    listings = Store.listings
+    monkeypatch.setattr(Store, "listings", lambda store, layers: (listed.extend(layers), listings(store, layers))[1])
+    data = reinforce.open(url)
+    assert data
+    assert listed == data.layers
 
 
-def test_a_dataset_is_restricted_by_name_number_and_slice(url: str) -> None:
+def test_a_dataset_has_a_length_and_is_restricted_by_name_number_and_slice(url: str) -> None:
     data = reinforce.open(url)
     every = keys(data)
     first, second, third = data.shards
+    assert [len(data[shard]) for shard in data.shards] == [21, 9, 14]
     assert keys(data[second]) == keys(data[1]) == keys(data[-2]) == every[21:30]
     assert data[1:].shards == [second, third]
     assert keys(data[1:]) == every[21:]
     assert data[::2].shards == [first, third]
     assert (data[5:].shards, len(data[5:]), keys(data[5:]), bool(data[5:])) == ([], 0, [], False)
     assert data[1:][0].shards == [second]
-    assert (data.shards, len(data)) == ([first, second, third], 44), "the dataset itself is not changed"
-
-
-def test_a_shard_that_does_not_exist_is_an_error_with_its_name(url: str) -> None:
-    data = reinforce.open(url)
+    assert (data.shards, len(data), len(every)) == ([first, second, third], 44, 44), "the dataset is not changed"
     with pytest.raises(KeyError, match="has no shard '00009' that is complete in every selected layer"):
         data["00009"]
     for number in (3, -4):
@@ -93,14 +91,13 @@ def test_teachers_and_captioners_are_selected_by_name(url: str) -> None:
     assert reinforce.open(url, teachers=["r*"]).teachers == ["red"]
     with pytest.raises(UserError, match="has no teacher 'green'; it has: red, blue"):
         reinforce.open(url, teachers=["green"])
-
-
-def test_a_folder_without_a_dataset_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a reinforced dataset"):
-        reinforce.open(str(tmp_path))
+        reinforce.open(str(Path(url).parent))
 
 
-def test_missing_files_are_a_warning_with_the_numbers(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_missing_files_are_a_warning_with_the_numbers_and_strict_refuses_them(
+    url: str, copy: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     lost = remove(copy, "embeddings/red/images", 0, 2)
     remove(copy, "embeddings/red/caption", 2)
     assert len(reinforce.open(str(copy))) == 9
@@ -113,16 +110,13 @@ def test_missing_files_are_a_warning_with_the_numbers(copy: Path, caplog: pytest
         )
     ]
     caplog.clear()
-    assert len(reinforce.open(str(copy), teachers=["blue"])) == 44
+    assert len(reinforce.open(str(copy), teachers=["blue"], strict=True)) == len(reinforce.open(url, strict=True)) == 44
     assert not caplog.records
-
-
-def test_strict_refuses_missing_files(url: str, copy: Path) -> None:
-    assert len(reinforce.open(url, strict=True)) == 44
-    remove(copy, "embeddings/blue/caption", 1)
-    with pytest.raises(UserError, match=r"embeddings/blue/caption lacks 1 of 3 shards .*, 2 of 3 shards are read\.$"):
+    with pytest.raises(UserError, match=r"red/caption lacks 1 of 3 shards .*, 1 of 3 shards are read\.$"):
         reinforce.open(str(copy), strict=True)
-    assert len(reinforce.open(str(copy), teachers=["red"], strict=True)) == 44
+    remove(copy, "embeddings/red/images", 0)
+    with pytest.raises(UserError, match=r"no shard that is complete in samples.*\n.*red/images lacks 3 of 3 shards"):
+        reinforce.open(str(copy))
 
 
 def test_quarantined_shards_are_logged_without_a_warning(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -139,21 +133,6 @@ def test_quarantined_shards_are_logged_without_a_warning(copy: Path, caplog: pyt
     (record,) = caplog.records
     assert "lacks 1 of 3 shards" in record.message
     assert "; 1 shard is left out because it is quarantined" in record.message
-
-
-def test_nothing_else_is_listed_if_nothing_is_missing(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    listed = []
-    listings = Store.listings
-    monkeypatch.setattr(Store, "listings", lambda store, layers: (listed.extend(layers), listings(store, layers))[1])
-    layers = reinforce.open(url).layers
-    assert listed == layers
-
-
-def test_a_dataset_without_a_complete_shard_is_an_error_with_the_numbers(copy: Path) -> None:
-    remove(copy, "embeddings/red/images", 0, 1)
-    remove(copy, "embeddings/blue/images", 2)
-    with pytest.raises(UserError, match=r"no shard that is complete in samples.*\n.*red/images lacks 2 of 3 shards"):
-        reinforce.open(str(copy))
 
 
 def test_repr_is_a_summary(url: str) -> None:
@@ -235,28 +214,18 @@ def test_layers_of_a_row_group_are_read_on_request(aligned: Store, whole: bool) 
             later.read("other")
 
 
-def test_another_number_of_row_groups_is_an_error(aligned: Store) -> None:
-    write(aligned, "other", [["a", "b", "c"]])
-    with pytest.raises(UserError, match=r"other/s\.parquet does not have the keys"), open_(aligned).open("s"):
-        pass
-
-
-def test_a_missing_file_and_another_fingerprint_are_errors(aligned: Store) -> None:
+def test_a_missing_file_another_fingerprint_and_another_number_of_row_groups_are_errors(aligned: Store) -> None:
     with pytest.raises(UserError, match=r"other/s\.parquet is missing\. `reinforce run`"), open_(aligned).open("s"):
         pass
     write(aligned, "other", GROUPS, fingerprint="beef")
     with pytest.raises(UserError, match="has fingerprint beef, its layer has f00d"), open_(aligned).open("s"):
         pass
+    write(aligned, "other", [["a", "b", "c"]])
+    with pytest.raises(UserError, match=r"other/s\.parquet does not have the keys"), open_(aligned).open("s"):
+        pass
 
 
 TABLE = [[0, 0, 8], [0, 1, 8], [0, 2, 5], [1, 0, 8], [1, 1, 1], [2, 0, 8], [2, 1, 6]]
-
-
-@pytest.fixture
-def store(copy: Path) -> Store:
-    """A dataset of an earlier version, without an index."""
-    shutil.rmtree(copy / "index")
-    return Store(str(copy))
 
 
 def read_table(store: Store, monkeypatch: pytest.MonkeyPatch) -> tuple[int, list[list[int]]]:
@@ -270,27 +239,25 @@ def read_table(store: Store, monkeypatch: pytest.MonkeyPatch) -> tuple[int, list
     return len(footers), table.tolist()
 
 
-def test_row_groups_are_counted(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_groups_are_counted_by_the_index_or_else_by_footers(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(str(copy))
+    assert read_table(store, monkeypatch) == (0, TABLE)
+    path = store.layer_path(SAMPLES, sorted(store.shards(SAMPLES))[1])
+    pq.write_table(pq.read_table(path), path, row_group_size=8, compression="none")
+    assert read_table(store, monkeypatch) == (1, TABLE), "a file of another size"
+    index = Path(store.path("index", "samples.parquet"))
+    index.write_bytes(b"PAR1 no")
+    assert read_table(store, monkeypatch) == (3, TABLE), "a damaged index"
+    index.unlink()  # a dataset of an earlier version
     assert read_table(store, monkeypatch) == (3, TABLE)
     assert row_group_table(store, "", {}).tolist() == []
-
-
-def test_the_index_replaces_footers(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    indexed = Store(str(copy))
-    assert read_table(indexed, monkeypatch) == (0, TABLE)
-    path = indexed.layer_path(SAMPLES, sorted(indexed.shards(SAMPLES))[1])
-    pq.write_table(pq.read_table(path), path, row_group_size=8, compression="none")
-    assert read_table(indexed, monkeypatch) == (1, TABLE), "a file of another size"
-    Path(indexed.path("index", "samples.parquet")).write_bytes(b"PAR1 no")
-    assert read_table(indexed, monkeypatch) == (3, TABLE), "a damaged index"
-
-
-def test_footers_longer_than_the_tail_are_read(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(row_counts, "TAIL_BYTES", 100)
-    assert read_table(store, monkeypatch) == (3, TABLE)
+    assert read_table(store, monkeypatch) == (3, TABLE), "footers that are longer than the tail"
 
 
-def test_a_damaged_file_and_another_fingerprint_are_named(store: Store) -> None:
+def test_a_damaged_file_and_another_fingerprint_are_named(copy: Path) -> None:
+    shutil.rmtree(copy / "index")
+    store = Store(str(copy))
     shards = store.shards(SAMPLES)
     first = min(shards)
     with pytest.raises(UserError, match=rf"samples/{first}\.parquet has fingerprint .*, its layer has beef"):

@@ -65,6 +65,7 @@ def test_augmented_is_the_crop_that_the_teachers_saw(tmp_path: Path, images: str
     samples = list(reinforce.open(reinforce_here(config), images_from=f"{tmp_path}/source"))
     crops = [np.asarray(sample.augmented(k)) for sample in samples for k in range(2)]
     assert len(samples) == 5
+    assert samples[1].pil().size == (samples[1].width, samples[1].height) == (30, 40), "turned by EXIF"
     np.testing.assert_array_equal(crops, PixelRecorder.seen[-10:])  # before these: a check of the loaded model
     expected = [load_backend(backend)(sample.pil(), record) for sample in samples for record in sample.augmentations]
     np.testing.assert_array_equal(crops, expected)
@@ -82,17 +83,6 @@ def test_published_records_are_replayed_as_torchvision_does(tmp_path: Path) -> N
         np.testing.assert_array_equal(sample.augmented(k), torchvision_replay(data, one.records[k], SIZE))
 
 
-def test_the_default_policy_applies_exif_and_composites_over_white(tmp_path: Path) -> None:
-    write_tar(tmp_path / "source" / "0.tar", [("a.png", rotated_by_exif())])
-    config = config_of(f"{tmp_path}/source/*.tar", tmp_path / "out", captioners={}, teachers={})
-    [sample] = reinforce.open(reinforce_here(config))
-    rgba = Image.open(io.BytesIO(sample.image)).transpose(Image.Transpose.ROTATE_270)
-    white = Image.new("RGB", rgba.size, "white")
-    white.paste(rgba, mask=rgba.getchannel("A"))
-    assert sample.pil().size == (sample.width, sample.height) == (30, 40)
-    assert sample.pil().tobytes() == white.tobytes()
-
-
 def test_augmented_takes_a_size_and_the_number_of_a_record(dataset: reinforce.Dataset) -> None:
     sample = next(iter(dataset))
     assert sample.augmented(0).size == (24, 24)
@@ -104,42 +94,30 @@ def test_augmented_takes_a_size_and_the_number_of_a_record(dataset: reinforce.Da
             sample.augmented(k)
 
 
-def test_an_image_that_was_changed_is_named_by_dataset_and_key(dataset: reinforce.Dataset) -> None:
-    sample = next(iter(dataset))
-    smaller = dataclasses.replace(sample, image=picture(0, width=2, height=2))
-    broken = dataclasses.replace(sample, image=b"no image")
-    for changed in (smaller, broken):
-        with pytest.raises(UserError, match=rf"out, key {sample.key}: this is not the image that was augmented"):
-            changed.augmented(0)
-
-
 @pytest.mark.parametrize(
     ("policy", "supported"),
     [("image", "rgb-1, rgb-1-reduced-N and pillow-rgb-1"), ("augmentation", "torchvision-pil-1 and fixed-point-1")],
 )
 def test_a_policy_of_another_version_is_an_error(dataset: reinforce.Dataset, policy: str, supported: str) -> None:
     dataset.manifest["policies"][policy] = "new-2"
-    sample = next(iter(dataset))
     with pytest.raises(UserError, match=f"{policy} policy new-2, this version supports {supported}"):
-        sample.augmented(0)
+        next(iter(dataset)).augmented(0)
 
 
-def test_limits_are_the_recorded_ones(dataset: reinforce.Dataset) -> None:
+def test_an_image_that_was_changed_is_named_by_dataset_and_key_and_limits_are_the_recorded_ones(
+    dataset: reinforce.Dataset,
+) -> None:
+    sample = next(iter(dataset))
+    for image in (picture(0, width=2, height=2), b"no image"):
+        with pytest.raises(UserError, match=rf"out, key {sample.key}: this is not the image that was augmented"):
+            dataclasses.replace(sample, image=image).augmented(0)
+    del dataset._policies
     limits = dataset.manifest["input"].pop("limits")
     with pytest.raises(UserError, match=r"does not record image policies and limits"):
         next(iter(dataset))
     dataset.manifest["input"]["limits"] = {**limits, "pixels": 10}
     with pytest.raises(UserError, match=r"above limits\.pixels of 10"):
         next(iter(dataset)).pil()
-
-
-def test_repr_shows_shapes_instead_of_content(dataset: reinforce.Dataset) -> None:
-    sample = dataclasses.replace(next(iter(dataset)), caption="word " * 100)
-    text = repr(sample)
-    assert len(text) < 450
-    assert f"image=<{len(sample.image):,} bytes>, augmentations=2, captions={{'namer': 2}}" in text
-    assert "images={'red': (2, 8), 'blue': (2, 12)}" in text
-    assert "'caption': (1, 8), 'namer': (2, 8)" in text
 
 
 def test_show_finds_the_sample_of_a_key(data: reinforce.Dataset) -> None:
@@ -153,19 +131,21 @@ def test_show_finds_the_sample_of_a_key(data: reinforce.Dataset) -> None:
 
 
 def test_a_sample_is_shown_with_its_crops_and_similarities_and_markup_stays_text(data: reinforce.Dataset) -> None:
-    sample = dataclasses.replace(data.show("00000001"), caption="<script>alert(1)</script> \x1b[31m")
-    shown = sample._repr_html_()
+    whole = data.show("00000001")
+    sample = dataclasses.replace(whole, caption="<script>alert(1)</script> \x1b[31m" + "word " * 100)
+    text, shown = repr(sample), sample._repr_html_()
     assert "<script" not in shown
     assert "&lt;script&gt;alert(1)&lt;/script&gt; \\x1b[31m" in shown
     assert shown.count("<rect ") == shown.count('class="replay"') == len(sample.augmentations)
     assert shown.count("data:image/webp;base64,") == 1 + len(sample.augmentations)
     assert not re.search(r"(src|href)=\"(?!data:)", shown)
-
-
-def test_a_sample_whose_image_is_broken_is_shown_with_the_reason(data: reinforce.Dataset) -> None:
-    shown = dataclasses.replace(data.show("00000001"), image=b"broken")._repr_html_()
-    assert "not the image that was augmented" in shown
-    assert "thing 1 of shard 0" in shown
+    broken = dataclasses.replace(whole, image=b"broken")._repr_html_()
+    assert "not the image that was augmented" in broken
+    assert "thing 1 of shard 0" in broken
+    assert len(text) < 450
+    assert f"image=<{len(sample.image):,} bytes>, augmentations=2, captions={{'namer': 2}}" in text
+    assert "images={'red': (2, 8), 'blue': (2, 12)}" in text
+    assert "'caption': (1, 8), 'namer': (2, 8)" in text
 
 
 def test_a_dataset_and_the_results_of_runs_are_shown_as_tables(data: reinforce.Dataset, tmp_path: Path) -> None:
@@ -188,6 +168,8 @@ def test_samples_come_in_the_order_of_the_dataset(data: reinforce.Dataset) -> No
     assert [sample.key for sample in data.to_torch()] == keys
     assert [key for key, _ in data.to_torch(key_and_crop)] == keys
     assert isinstance(data.to_torch(), torch.utils.data.IterableDataset)
+    loader = DataLoader(data[:1].to_torch(key_and_crop), batch_size=None, num_workers=2)
+    assert len(list(loader)) == 5, "more readers than shards leave some without samples"
 
 
 def test_ranks_read_every_sample_once_also_in_batches_of_spawned_workers(
@@ -205,11 +187,6 @@ def test_ranks_read_every_sample_once_also_in_batches_of_spawned_workers(
     assert sum(len(keys) for keys, _ in batches) == len(here[1]), "a worker has the rank of its parent"
     crops = {key: crop.tolist() for keys, made in batches for key, crop in zip(keys, made, strict=True)}
     assert crops == {key: crop.tolist() for key, crop in here[1].items()}
-
-
-def test_more_readers_than_shards_leave_some_without_samples(data: reinforce.Dataset) -> None:
-    loader = DataLoader(data[:1].to_torch(key_and_crop), batch_size=None, num_workers=2)
-    assert len(list(loader)) == 5
 
 
 def test_forked_workers_read_from_an_object_store(data: reinforce.Dataset, s3: Any) -> None:
