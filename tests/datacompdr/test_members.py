@@ -145,25 +145,31 @@ def test_vectors_are_the_two_dimensional_float_arrays_of_any_memory_order(
     np.testing.assert_array_equal(parsed, values)
 
 
-@pytest.mark.parametrize("defect", BROKEN)
-def test_an_unreadable_member_costs_its_own_row_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, defect: str
-) -> None:
+def test_an_unreadable_member_costs_its_own_row_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All defects in one shard, each between good samples."""
     monkeypatch.chdir(tmp_path)
-    layer, members = BROKEN[defect]
-    changed = {name: member() if callable(member) else member for name, member in members.items()}
-    write_published(
-        tmp_path,
-        [source_members(one) for one in ALL[:3]],
-        [published_members(ALL[0], **changed), *map(published_members, ALL[1:3])],
-    )
-    samples = list(reinforce.open(reinforce_here(config_of(tmp_path))))
-    assert (ALL[0].key, "reinforcement_broken") in quarantine(tmp_path, layer)
-    assert len(samples) == (2 if layer == "samples" else 3)
-    for one, sample in zip(ALL[1:3], samples[-2:], strict=True):
-        check_sample(one, sample)
-    if layer.endswith("images"):
-        assert np.isnan(samples[0].images[layer.split("/")[1]]).all()
+    source, published = [source_members(ALL[0])], [published_members(ALL[0])]
+    for number, (_, members) in enumerate(BROKEN.values(), 100):
+        broken, good = (
+            ALL[0]._replace(key=f"uid{number:05d}"),
+            ALL[number % 11 + 1]._replace(key=f"uid{900 + number:05d}"),
+        )
+        changed = {name: member() if callable(member) else member for name, member in members.items()}
+        source += [source_members(broken), source_members(good)]
+        published += [published_members(broken, **changed), published_members(good)]
+    write_published(tmp_path, source, published)
+    samples = {sample.key: sample for sample in reinforce.open(reinforce_here(config_of(tmp_path)))}
+    refused = {layer: quarantine(tmp_path, layer) for layer, _ in BROKEN.values()}
+    for number, (defect, (layer, _)) in enumerate(BROKEN.items(), 100):
+        key = f"uid{number:05d}"
+        assert (key, "reinforcement_broken") in refused[layer], defect
+        assert (key in samples) == (layer != "samples"), defect
+        assert not layer.endswith("images") or np.isnan(samples[key].images[layer.split("/")[1]]).all(), defect
+        good = ALL[number % 11 + 1]
+        np.testing.assert_allclose(
+            samples[f"uid{900 + number:05d}"].images["one"], good.vectors["image_emb"][:, :6], atol=1e-6
+        )
+    check_sample(ALL[0], samples[ALL[0].key])
     assert not (tmp_path / "harmed").exists()
 
 

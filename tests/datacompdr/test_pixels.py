@@ -54,19 +54,18 @@ def test_the_published_image_policy_is_pillows_conversion_alone(mode: str, trans
 def test_a_student_sees_the_pixels_of_the_published_trainer(tmp_path: Path) -> None:
     """Compared with torchvision, for an image that EXIF rotates and that has colored transparent pixels."""
     one = published_sample(5)
-    out = io.BytesIO()
     pixels = np.random.default_rng(1).integers(0, 255, (30, 40, 4), np.uint8)
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.fromarray(pixels, "RGBA").save(out, "PNG", exif=exif)
+    image = encode(Image.fromarray(pixels, "RGBA"), "PNG", exif=exif)
     source = source_members(one)
-    write_published(tmp_path, [[(source[0][0], out.getvalue()), *source[1:]]], [published_members(one)])
+    write_published(tmp_path, [[(source[0][0], image), *source[1:]]], [published_members(one)])
     url = reinforce_here(config_of(tmp_path))
     feed = StudentFeed(Data.model_validate({"datasets": url, "workers": 0, "window": 1}), 0, SIZE, letters)
     expected = []
     for crop, ops in one.records:
         view = F.resized_crop(
-            Image.open(io.BytesIO(out.getvalue())).convert("RGB"), *crop, [SIZE, SIZE], InterpolationMode.BICUBIC
+            Image.open(io.BytesIO(image)).convert("RGB"), *crop, [SIZE, SIZE], InterpolationMode.BICUBIC
         )
         for which, magnitude in ops or []:
             view = _apply_op(view, OPS[which], magnitude, InterpolationMode.NEAREST, None)

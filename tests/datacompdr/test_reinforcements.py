@@ -88,61 +88,6 @@ def test_samples_are_matched_by_key_or_uid_in_source_order(tmp_path: Path) -> No
     )
 
 
-def test_samples_without_uid_are_matched_by_url_and_never_by_key_alone(tmp_path: Path) -> None:
-    """As in DFNDR, whose samples have ``url.txt`` and no JSON member; keys of img2dataset are numbers."""
-
-    def url_of(number: int) -> bytes:
-        return f"https://example.org/{number}.jpg".encode()
-
-    published = [
-        published_members(one, **{"json": None, "url.txt": url_of(number)}) for number, one in enumerate(ALL[:4])
-    ]
-    source = [
-        source_members(ALL[1])[:1],  # its key, and no URL: refused
-        *(
-            source_members(ALL[number], ALL[key].key, json=json.dumps({"url": url_of(number).decode()}).encode())
-            for number, key in ((0, 7), (2, 3), (3, 2))  # the keys of two others, each with the other's URL
-        ),
-    ]
-    write_published(tmp_path, source, published)
-    samples = list(reinforce.open(reinforce_here(config_of(tmp_path))))
-    assert [sample.key for sample in samples] == [ALL[number].key for number in (0, 2, 3)]
-    for number, sample in zip((0, 2, 3), samples, strict=True):
-        check_sample(ALL[number], sample)
-
-
-def test_a_uid_is_preferred_to_a_key_of_another_sample(tmp_path: Path) -> None:
-    first, second, third = ALL[:3]
-    source = [
-        source_members(first, second.key),
-        source_members(second, first.key),
-        source_members(published_sample(77), third.key),
-    ]
-    write_published(tmp_path, source, [published_members(one) for one in (first, second, third)])
-    samples = list(reinforce.open(reinforce_here(config_of(tmp_path))))
-    assert [(sample.key, sample.caption) for sample in samples] == [
-        (first.key, f"true {first.key}"),
-        (second.key, f"true {second.key}"),
-    ]
-    assert quarantine(tmp_path) == [(third.key, "not_reinforced"), (third.key, "no_image")]
-
-
-def test_published_captions_are_cleaned_and_cut(tmp_path: Path) -> None:
-    texts = json.dumps({"syn_text": ["one\ud800\0\n two ", "x" * 9000]}).encode()
-    write_published(tmp_path, [source_members(ALL[0])], [published_members(ALL[0], **{"syn.json": texts})])
-    [sample] = reinforce.open(reinforce_here(config_of(tmp_path)))
-    assert sample.captions["coca"] == ["one\ufffd   two", "x" * 2000]
-
-
-def test_images_and_reinforcements_may_be_in_the_same_tars(tmp_path: Path) -> None:
-    merged = [source_members(one) + [m for m in published_members(one) if not m[0].endswith("url.txt")] for one in ALL]
-    write_published(tmp_path, merged, [])
-    config = config_of(tmp_path, reinforcements=f"{tmp_path}/source/*.tar", images="reference")
-    samples = reinforce.open(reinforce_here(config), images_from=[f"{tmp_path}/source"])
-    for one, sample in zip(ALL, samples, strict=True):
-        check_sample(one, sample)
-
-
 def test_a_layer_added_later_equals_that_of_a_single_run(tmp_path: Path) -> None:
     write_published(tmp_path, [source_members(one) for one in ALL], [published_members(one) for one in reversed(ALL)])
     ours = {"class": "tests.helpers.models:ColorTeacher", "options": {"size": 16, "dim": 8}}
@@ -166,11 +111,18 @@ def test_a_layer_added_later_equals_that_of_a_single_run(tmp_path: Path) -> None
         assert sample.texts["ours"].keys() == {"caption", "coca", "tagged"}
 
 
-def test_reinforcements_removed_between_runs_leave_null_rows(tmp_path: Path) -> None:
+def test_reinforcements_removed_between_runs_leave_null_rows_and_a_missing_shard_fails_the_layer(
+    tmp_path: Path,
+) -> None:
     write_published(tmp_path, [source_members(one) for one in ALL], [published_members(one) for one in ALL])
-    first = config_of(tmp_path)
+    first, nowhere = config_of(tmp_path), f"{tmp_path}/nowhere/00000.tar"
     del first["teachers"]["two"]
+    with pytest.raises(UserError, match=r"has no shard that is complete"):
+        list(reinforce.open(reinforce_here({**first, "reinforcements": nowhere, "output": f"{tmp_path}/bad/out"})))
+    assert quarantine(tmp_path / "bad") == [(None, "shard_missing")]
     reinforce_here(first)
+    with pytest.raises(LayerFailure, match=r"embeddings/two/images: shard_missing: reinforcements: "):
+        reinforce_here(config_of(tmp_path, reinforcements=nowhere))
     write_published(tmp_path, [], [published_members(one) for one in ALL[1:]])
     reinforce_here(config_of(tmp_path))
     samples = list(reinforce.open(f"{tmp_path}/out"))
@@ -179,89 +131,58 @@ def test_reinforcements_removed_between_runs_leave_null_rows(tmp_path: Path) -> 
     assert quarantine(tmp_path, "embeddings/two/images") == [(ALL[0].key, "not_reinforced")]
 
 
-def test_a_sample_without_a_caption_has_no_caption_vector(tmp_path: Path) -> None:
+def test_captions_are_cleaned_and_cut_and_a_sample_without_a_true_one_has_no_vector_of_it(tmp_path: Path) -> None:
     source = [[m for m in source_members(ALL[0]) if not m[0].endswith("txt")], source_members(ALL[1])]
-    write_published(tmp_path, source, [published_members(one) for one in ALL[:2]])
-    samples = list(reinforce.open(reinforce_here(config_of(tmp_path))))
-    assert np.isnan(samples[0].texts["one"]["caption"]).all()
+    texts = json.dumps({"syn_text": ["one\ud800\0\n two ", "x" * 9000]}).encode()
+    write_published(tmp_path, source, [published_members(ALL[0], **{"syn.json": texts}), published_members(ALL[1])])
+    first, second = reinforce.open(reinforce_here(config_of(tmp_path)))
+    assert np.isnan(first.texts["one"]["caption"]).all()
+    assert first.captions["coca"] == ["one\ufffd   two", "x" * 2000]
     assert quarantine(tmp_path, "embeddings/one/caption") == [(ALL[0].key, "no_text")]
-    check_sample(ALL[1], samples[1])
+    check_sample(ALL[1], second)
 
 
-def test_a_missing_published_shard_quarantines_the_shard(tmp_path: Path) -> None:
-    write_published(tmp_path, [source_members(one) for one in ALL], [])
-    config = config_of(tmp_path, reinforcements=f"{tmp_path}/nowhere/00000.tar")
-    with pytest.raises(UserError, match=r"has no shard that is complete"):
-        list(reinforce.open(reinforce_here(config)))
-    assert quarantine(tmp_path) == [(None, "shard_missing")]
+CLASS = {"class": "tests.helpers.models:SeedCaptioner"}
+CONTRADICTORY: list[tuple[dict[str, Any], str]] = [
+    ({"reinforcements": None}, "one, two, coca: family published is read from `reinforcements`"),
+    ({"reinforcements": None, "captioners": {"one": CLASS}}, "one, two: family published is read from"),
+    ({"augmentations": {"count": 3, "size": 24, "scale": [0.5, 1.0]}}, "augmentations.scale: .* not sampled"),
+    ({"teachers": {"one": {"family": "published", "model": "ONE", "logit_scale": 1}}}, "`columns: .0, 768.`"),
+    ({"teachers": {"one": {"family": "published", "model": "ONE", "columns": [0, 6]}}}, "needs `logit_scale`"),
+    ({"teachers": {"one": {"family": "published", "model": "O", "columns": [6, 6], "logit_scale": 1}}}, "first < end"),
+    ({"captioners": {"coca": {"family": "published", "model": "syn_text", "top_p": 0.5}}}, "top_p: not used with"),
+    ({"teachers": {"one": {"model": "ViT-B-32", "columns": [0, 6]}}}, "columns: used only with family published"),
+    ({"teachers": {"one": {"family": "published", "class": "a:B"}}}, "class: not used with family published"),
+    ({"captioners": {"one": {"family": "openai", "class": "a:B"}}}, "class: not used with family openai"),
+    ({"teachers": {"one": {"family": "opneai", "class": "a:B"}}}, "teachers.one.family: Input should be"),
+]
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"reinforcements": None}, "one, two, coca: family published is read from `reinforcements`"),
-        (
-            {
-                "reinforcements": None,
-                "captioners": {name: {"class": "tests.helpers.models:SeedCaptioner"} for name in ("one", "two")},
-            },
-            "one, two: family published is read from `reinforcements`",
-        ),
-        ({"augmentations": {"count": 3, "size": 24, "scale": [0.5, 1.0]}}, "augmentations.scale: .* not sampled"),
-        ({"teachers": {"one": {"family": "published", "model": "ONE", "logit_scale": 1}}}, "`columns: .0, 768.`"),
-        ({"teachers": {"one": {"family": "published", "model": "ONE", "columns": [0, 6]}}}, "needs `logit_scale`"),
-        (
-            {"teachers": {"one": {"family": "published", "model": "O", "columns": [6, 6], "logit_scale": 1}}},
-            "first < end",
-        ),
-        ({"captioners": {"coca": {"family": "published", "model": "syn_text", "top_p": 0.5}}}, "top_p: not used with"),
-        ({"teachers": {"one": {"model": "ViT-B-32", "columns": [0, 6]}}}, "columns: used only with family published"),
-        ({"teachers": {"one": {"family": "published", "class": "a:B"}}}, "class: not used with family published"),
-        ({"captioners": {"one": {"family": "openai", "class": "a:B"}}}, "class: not used with family openai"),
-        ({"teachers": {"one": {"family": "opneai", "class": "a:B"}}}, "teachers.one.family: Input should be"),
-    ],
-)
+@pytest.mark.parametrize(("change", "message"), CONTRADICTORY)
 def test_a_contradictory_config_is_rejected(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         parse_config(config_of(tmp_path, **change))
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
+def test_a_config_that_does_not_fit_the_reinforcements_is_rejected_before_the_run_starts(tmp_path: Path) -> None:
+    write_published(tmp_path, [source_members(one) for one in ALL[:3]], [published_members(one) for one in ALL[:3]])
+    one = {"family": "published", "model": "O", "logit_scale": 1}
+    texts = {"family": "published", "model": "syn_txt", "captions": 2}
+    cases: list[tuple[dict[str, Any], str]] = [
         (
             {"augmentations": {"count": 4, "size": 24}},
-            r"samples: .* first 3 samples .*: 3 augmentations in paug.json, expected 4",
+            r"samples: .* first 3 samples .*: 3 augmentations .*, expected 4",
         ),
+        ({"captioners": {"coca": texts}}, r"captions/coca: .* no list 'syn_txt' .*, which has: syn_text, syn_text_tag"),
         (
-            {"captioners": {"coca": {"family": "published", "model": "syn_txt", "captions": 2}}},
-            r"captions/coca: .* no list 'syn_txt' of texts in syn.json, which has: syn_text, syn_text_tagged",
+            {"teachers": {"one": {**one, "columns": [0, 11]}}},
+            r"image_emb has 3 vectors of 10 .* columns 0 to 11 for one",
         ),
-        (
-            {"teachers": {"one": {"family": "published", "model": "O", "columns": [0, 11], "logit_scale": 1}}},
-            r"embeddings/one/images: .* image_emb has 3 vectors of 10 numbers, expected 3 with columns 0 to 11 for one",
-        ),
-        (
-            {"teachers": {"one": {"family": "published", "model": "O", "columns": [0, 10], "logit_scale": 1}}},
-            r"embeddings/one/images: .* image_emb, columns 0 to 10: norms of 1.41 to 1.41, expected 1",
-        ),
-    ],
-)
-def test_a_config_that_does_not_fit_the_reinforcements_is_rejected_before_the_run_starts(
-    tmp_path: Path, change: dict[str, Any], message: str
-) -> None:
-    write_published(tmp_path, [source_members(one) for one in ALL[:3]], [published_members(one) for one in ALL[:3]])
-    with pytest.raises(UserError, match=message):
-        reinforce.run(config_of(tmp_path, **change))
-
-
-def test_a_published_shard_that_is_missing_later_fails_the_layer(tmp_path: Path) -> None:
-    write_published(tmp_path, [source_members(one) for one in ALL], [published_members(one) for one in ALL])
-    first = config_of(tmp_path)
-    del first["teachers"]["two"]
-    reinforce_here(first)
-    with pytest.raises(LayerFailure, match=r"embeddings/two/images: shard_missing: reinforcements: "):
-        reinforce_here(config_of(tmp_path, reinforcements=f"{tmp_path}/nowhere/00000.tar"))
+        ({"teachers": {"one": {**one, "columns": [0, 10]}}}, r"columns 0 to 10: norms of 1.41 to 1.41, expected 1"),
+    ]
+    for change, message in cases:
+        with pytest.raises(UserError, match=message):
+            reinforce.run(config_of(tmp_path, **change))
 
 
 def test_a_custom_teacher_is_added_without_the_reinforcements(tmp_path: Path) -> None:

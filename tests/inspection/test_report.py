@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shutil
@@ -15,6 +16,7 @@ import pytest
 import reinforce
 from reinforce.errors import UserError
 from reinforce.inspection.report import inspect
+from tests.helpers.data import tree
 from tests.helpers.inspected import REFUSED, WITHOUT_CAPTION, hostile_dataset
 from tests.helpers.reinforced import small_dataset
 from tests.helpers.views import make_view
@@ -27,9 +29,21 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> str:
     return hostile_dataset(tmp_path_factory.mktemp("hostile"))
 
 
-def files_of(folder: Path | str) -> dict[str, bytes]:
-    root = Path(folder)
-    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+@pytest.fixture(scope="module")
+def whole(url: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report on all of it."""
+    folder = tmp_path_factory.mktemp("whole") / "report"
+    inspect(url, str(folder))
+    return folder
+
+
+@pytest.fixture
+def without_charts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw no charts, which take most of the time."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+
+
+files_of = functools.partial(tree, layers_only=False)
 
 
 class Addresses(HTMLParser):
@@ -48,38 +62,31 @@ class Addresses(HTMLParser):
         self.text += data
 
 
+def check_addresses(folder: Path, *pages: str) -> None:
+    """Assert that every address in the pages is a file of the report."""
+    for address in [address for name in pages for address in Addresses((folder / name).read_text()).found]:
+        if not address.startswith(("#", "data:,")):
+            assert (folder / address.partition("#")[0]).is_file(), address
+
+
 def test_the_same_report_twice_has_equal_files_and_an_earlier_one_leaves_nothing(url: str, tmp_path: Path) -> None:
-    inspect(url, str(tmp_path / "once"), limit=20, seed=3)
-    inspect(url, str(tmp_path / "again"), limit=40, seed=1)
-    inspect(url, str(tmp_path / "again"), limit=20, seed=3)
+    inspect(url, str(tmp_path / "once"), limit=11, seed=3)
+    inspect(url, str(tmp_path / "again"), limit=20, seed=4)
+    other = files_of(tmp_path / "again")
+    found = inspect(url, str(tmp_path / "again"), limit=11, seed=3)
     once = files_of(tmp_path / "once")
     assert once == files_of(tmp_path / "again")
     assert json.loads(once["report.json"])["files"] == sorted(set(once) - {"report.json"})
-    inspect(url, str(tmp_path / "again"), limit=20, seed=4)
-    assert once["gallery.html"] != files_of(tmp_path / "again")["gallery.html"]
-
-
-def test_every_address_in_the_pages_is_a_file_of_the_report(url: str, tmp_path: Path) -> None:
-    inspect(url, str(tmp_path / "report"))
-    for name in PAGES:
-        page = Addresses((tmp_path / "report" / name).read_text())
-        for address in page.found:
-            if not address.startswith(("#", "data:,")):
-                assert (tmp_path / "report" / address.partition("#")[0]).is_file(), address
-    assert not re.search(rb"https?://(?!example)", (tmp_path / "report" / "gallery.html").read_bytes())
-
-
-def test_a_limit_looks_at_few_rows_and_the_report_says_how_many(url: str, tmp_path: Path) -> None:
-    found = inspect(url, str(tmp_path / "report"), limit=11)
+    assert once["gallery.html"] != other["gallery.html"]
     assert (found.rows, found.samples, found.exact) == (11, 42, True)
-    page = Addresses((tmp_path / "report" / "index.html").read_text())
-    assert "Looked at 11 of 42 samples" in page.text
-    assert "2 row groups" in page.text
+    text = Addresses(once["index.html"].decode()).text
+    assert ("Looked at 11 of 42 samples" in text, "2 row groups" in text) == (True, True)
 
 
-def test_quarantined_items_are_listed_with_their_reason(url: str, tmp_path: Path) -> None:
-    inspect(url, str(tmp_path / "report"))
-    text = Addresses((tmp_path / "report" / "gallery.html").read_text()).text
+def test_addresses_are_files_of_the_report_and_quarantined_items_are_listed_with_their_reason(whole: Path) -> None:
+    check_addresses(whole, *PAGES)
+    assert not re.search(rb"https?://(?!example)", (whole / "gallery.html").read_bytes())
+    text = Addresses((whole / "gallery.html").read_text()).text
     for key in REFUSED:
         assert re.search(rf"{key}\s+00000-\w+\s+image_\w+ in samples", text)
     assert "no_text in embeddings/red/caption" in text
@@ -96,10 +103,10 @@ def test_only_the_chosen_teachers_and_captioners_are_read(url: str, tmp_path: Pa
         inspect(url, str(tmp_path / "other"), ["green"])
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_without_matplotlib_the_numbers_of_charts_are_shown(
-    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
     inspect(url, str(tmp_path / "report"))
     page = (tmp_path / "report" / "plots.html").read_text()
     assert "<details open><summary>Numbers" in page
@@ -107,14 +114,15 @@ def test_without_matplotlib_the_numbers_of_charts_are_shown(
     assert "'.[report]'" in caplog.text
 
 
-@pytest.mark.parametrize("teachers", [{}, {"only": {"class": "tests.helpers.models:ImageOnly"}}])
-def test_a_dataset_without_texts_or_teachers_has_a_report(tmp_path: Path, teachers: dict[str, Any]) -> None:
-    data = small_dataset(tmp_path, (3,), teachers=teachers, captioners={})
-    found = inspect(data, str(tmp_path / "report"))
-    assert (found.rows, found.pictures) == (3, 3)
-    assert "No teacher has vectors of both" in (tmp_path / "report" / "plots.html").read_text()
+def test_a_dataset_without_texts_or_teachers_has_a_report(tmp_path: Path) -> None:
+    for name, teachers in (("none", {}), ("images", {"only": {"class": "tests.helpers.models:ImageOnly"}})):
+        data = small_dataset(tmp_path / name, (3,), teachers=teachers, captioners={})
+        found = inspect(data, str(tmp_path / name / "report"))
+        assert (found.rows, found.pictures) == (3, 3)
+        assert "No teacher has vectors of both" in (tmp_path / name / "report" / "plots.html").read_text()
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_images_by_reference_are_shown_from_the_named_folder_only(tmp_path: Path) -> None:
     data = small_dataset(tmp_path, (4,), images="reference")
     found = inspect(data, str(tmp_path / "without"))
@@ -124,6 +132,7 @@ def test_images_by_reference_are_shown_from_the_named_folder_only(tmp_path: Path
     assert (found.pictures, found.problems) == (4, 0)
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_a_damaged_file_is_a_problem_and_the_other_shards_are_shown(url: str, tmp_path: Path) -> None:
     data = shutil.copytree(url, tmp_path / "data")
     victim = min(data.glob("embeddings/red/images/*.parquet"))
@@ -136,7 +145,8 @@ def test_a_damaged_file_is_a_problem_and_the_other_shards_are_shown(url: str, tm
     assert f"embeddings/red/images/{victim.name} cannot be read" in text
 
 
-def test_a_folder_with_other_files_is_refused_and_left_as_it_is(url: str, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("without_charts")
+def test_other_files_in_a_folder_or_in_a_forged_list_of_a_report_stay_as_they_are(url: str, tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "index.html").write_text("mine")
     with pytest.raises(UserError, match="not empty"):
@@ -147,9 +157,6 @@ def test_a_folder_with_other_files_is_refused_and_left_as_it_is(url: str, tmp_pa
     assert (tmp_path / "thesis" / "index.html").read_text() == "mine"
     with pytest.raises(UserError, match="not empty"):
         inspect(url, url)
-
-
-def test_a_forged_list_of_files_removes_nothing_outside_the_report(url: str, tmp_path: Path) -> None:
     (tmp_path / "kept.html").write_text("kept")
     folder = tmp_path / "report"
     folder.mkdir()
@@ -159,6 +166,7 @@ def test_a_forged_list_of_files_removes_nothing_outside_the_report(url: str, tmp
     assert (tmp_path / "kept.html").read_text() == "kept"
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_a_report_in_an_object_store_has_the_types_that_browsers_need(url: str, s3: Any) -> None:
     inspect(url, "s3://bucket/report", limit=8)
     inspect(url, "s3://bucket/report", limit=4)
@@ -196,7 +204,9 @@ def thumbnails(page: str) -> dict[tuple[str, str], list[tuple[str, str]]]:
 
 
 def test_samples_at_the_quantiles_of_a_score_are_shown(viewed: str, tmp_path: Path) -> None:
+    inspect(viewed, str(tmp_path / "report"), view="best", limit=4)
     found_lines = inspect(viewed, str(tmp_path / "report")).lines()
+    assert not (tmp_path / "report" / "view.html").exists()
     found = {sample.key: sample.values["scores/match"]["caption_mean"] for sample in reinforce.open(viewed)}
     values = {key: value for key, value in found.items() if value is not None}
     ordered = sorted(values, key=values.__getitem__)
@@ -224,14 +234,10 @@ def test_a_report_on_a_view_has_its_samples_and_both_sides_of_each_rule(viewed: 
     assert {key for _, key in sides["1 keep", "Left out, without a value"]} == {*WITHOUT_CAPTION}
     assert {key for _, key in sides["2 where", "Left out"]} == {key for key in ordered[:half] if key.endswith("7")}
     assert {key for _, key in sides["2 where", "Kept"]} <= {sample.key for sample in view}
-    for address in Addresses(page).found:
-        if not address.startswith(("#", "data:,")):
-            assert (tmp_path / "report" / address.partition("#")[0]).is_file(), address
+    check_addresses(tmp_path / "report", "view.html")
     assert re.findall("<script[^>]*>", page) == ['<script src="report.js">'], "captions stay text"
     before = files_of(tmp_path / "report")
     inspect(viewed, str(tmp_path / "report"), view="best")
     assert files_of(tmp_path / "report") == before
-    inspect(viewed, str(tmp_path / "report"))
-    assert not (tmp_path / "report" / "view.html").exists()
     with pytest.raises(UserError, match="has no view 'worst'; it has: best"):
         inspect(viewed, str(tmp_path / "report"), view="worst")

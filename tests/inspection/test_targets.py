@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from reinforce.dataset.vectors import normalized
 from reinforce.inspection.targets import BATCH, SCALES, Targets
 
 
 def unit(*shape: int, seed: int) -> np.ndarray:
-    values = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-    return values / np.linalg.norm(values, axis=-1, keepdims=True)
+    return normalized(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
 
 
 def definition(images: np.ndarray, texts: np.ndarray, scale: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -34,10 +34,6 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(reinforce_here(config_of(f"{folder}/source/*.tar", folder / "out", teachers={}, captioners={})))
 
 
-def texts(*values: str) -> pa.Array:
-    return pa.array(values)
-
-
 def build(dataset: Path) -> IdentityIndex:
     return build_index(str(dataset), use_ray=False)
 
@@ -69,7 +65,7 @@ def test_the_index_has_every_identity(dataset: Path, monkeypatch: pytest.MonkeyP
     assert index.partitions == (1 if rows > ROWS else 8)
     expected = scanned(dataset, index)
     found = indexed(index)
-    assert found.pop("key") == {(*hash_identities("key", texts("two"))[0].tolist(), 2, 1)}
+    assert found.pop("key") == {(*hash_identities("key", pa.array(["two"]))[0].tolist(), 2, 1)}
     assert found == expected
     assert index.kinds == {"uid": 23, "sha256": 1, "digest": 24, "url": 23, "key": 1}
     for kind, entries in expected.items():
@@ -80,7 +76,7 @@ def test_the_index_has_every_identity(dataset: Path, monkeypatch: pytest.MonkeyP
 
 def test_an_image_of_two_rows_is_found_twice(dataset: Path) -> None:
     index = build(dataset)
-    hashes, _ = hash_identities("url", texts("https://example.org/00100003"))
+    hashes, _ = hash_identities("url", pa.array(["https://example.org/00100003"]))
     found = index.lookup("url", hashes)
     assert sorted(zip(found.shards.tolist(), found.rows.tolist(), strict=True)) == [(1, 3), (2, 0)]
     assert index.row_group(1, 9) == (1, 1)  # row groups of 8

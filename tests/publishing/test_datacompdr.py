@@ -21,12 +21,14 @@ from torchvision.transforms.functional import resized_crop
 
 import reinforce
 from reinforce.dataset.augment.records import OPS
+from reinforce.dataset.vectors import normalized as unit
 from reinforce.errors import UserError
 from reinforce.publishing import datacompdr_shard
 from reinforce.publishing.datacompdr import Exported, export_datacompdr
 from reinforce.publishing.embeddings import export_embeddings
 from reinforce.publishing.labels import export_labels
 from tests.helpers.data import config_of, members_of, picture, tree, write_tar
+from tests.helpers.images import encode
 from tests.helpers.reinforced import reinforce_here
 from tests.helpers.views import make_view
 
@@ -68,12 +70,6 @@ def read_back(folder: Path, source: str, join: str = "key") -> list[reinforce.Sa
     return list(reinforce.open(reinforce_here(config_of(source, folder / "back", **own))))
 
 
-def unit(vectors: np.ndarray) -> np.ndarray:
-    """Reading normalises again what was rounded for storage."""
-    normed: np.ndarray = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    return normed
-
-
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-6), ("bf16", 4e-3)])
 def test_reading_an_export_as_reinforcements_gives_the_same_dataset(
     tmp_path: Path, precision: Any, tolerance: float
@@ -90,6 +86,7 @@ def test_reading_an_export_as_reinforcements_gives_the_same_dataset(
         assert (one.captions, one.augmentations) == (other.captions, other.augmentations)
         assert other.images.keys() == {"blue", "more", "red"}
         for teacher in one.images:
+            # Reading normalises again what was rounded for storage.
             np.testing.assert_allclose(other.images[teacher], unit(one.images[teacher]), atol=tolerance)
             for texts in ("caption", "namer"):
                 np.testing.assert_allclose(other.texts[teacher][texts], unit(one.texts[teacher][texts]), atol=tolerance)
@@ -101,10 +98,8 @@ def test_dfndrs_layout_has_urls_alone_and_is_joined_by_them(tmp_path: Path) -> N
     exported = export(tmp_path, layout="dfndr")
     reason = "it has no URL that is public, which is all that this layout states of an image"
     assert (exported.samples, exported.left_out) == (8, {reason: 1})
-    for path in (tmp_path / "tars").glob("*.tar"):
-        with tarfile.open(path) as tar:
-            extensions = {name.partition(".")[2] for name in tar.getnames()}
-        assert extensions == {"url.txt", "syn.json", "paug.json", "npz"}
+    extensions = {name.partition(".")[2] for name in member_names(tmp_path / "tars")}
+    assert extensions == {"url.txt", "syn.json", "paug.json", "npz"}
     kept = [sample for sample in reinforce.open(str(tmp_path / "out")) if sample.key != "private"]
     back = read_back(tmp_path, f"{tmp_path}/source/*.tar", "url")
     assert [(one.key, one.captions, one.augmentations) for one in back] == [
@@ -178,11 +173,8 @@ def test_an_export_is_repeatable_and_resumed(plain: Path, tmp_path: Path, monkey
     for precision in ("fp32", "bf16"):
         for name in ("first", "second"):
             export(plain, tmp_path / f"{precision}-{name}", precision=precision)
-        first, second = (
-            {path.name: path.read_bytes() for path in (tmp_path / f"{precision}-{name}").glob("*.*") if path.is_file()}
-            for name in ("first", "second")
-        )
-        assert first == second
+        first = tree(tmp_path / f"{precision}-first")
+        assert first == tree(tmp_path / f"{precision}-second")
         assert len(first) == 5  # two tars with their counts, and config.json
 
     written, broken = [], datacompdr_shard._npz
@@ -200,8 +192,7 @@ def test_an_export_is_repeatable_and_resumed(plain: Path, tmp_path: Path, monkey
     assert not [*(tmp_path / "tars" / ".tmp").glob("reinforce-*")]
     exported = export(plain, tmp_path / "tars")
     assert (exported.shards, exported.kept, exported.samples) == (2, 1, 8)
-    tars = {path.name: path.read_bytes() for path in (tmp_path / "tars").glob("*.*") if path.is_file()}
-    assert tars == {path.name: path.read_bytes() for path in (tmp_path / "fp32-first").glob("*.*") if path.is_file()}
+    assert tree(tmp_path / "tars") == tree(tmp_path / "fp32-first")
     with pytest.raises(UserError, match=r"an export with other vectors\. Repeat the options"):
         export(plain, tmp_path / "tars", precision="bf16")
 
@@ -211,17 +202,13 @@ def rotated() -> bytes:
     image = Image.open(io.BytesIO(picture(1)))
     exif = image.getexif()
     exif[0x0112] = 6
-    out = io.BytesIO()
-    image.save(out, "JPEG", exif=exif)
-    return out.getvalue()
+    return encode(image, "JPEG", exif=exif)
 
 
 def half_transparent(alpha: int) -> bytes:
     image = Image.open(io.BytesIO(picture(2))).convert("RGBA")
     image.putalpha(alpha)
-    out = io.BytesIO()
-    image.save(out, "PNG")
-    return out.getvalue()
+    return encode(image, "PNG")
 
 
 def test_images_that_readers_would_decode_otherwise_are_converted_or_left_out(tmp_path: Path) -> None:
@@ -233,7 +220,7 @@ def test_images_that_readers_would_decode_otherwise_are_converted_or_left_out(tm
     exported = export(tmp_path)
     assert (exported.left_out, exported.samples, exported.converted) == ({}, 14, 3)
     assert "converted: 3 images, to PNGs that decode to the same pixels" in exported.lines()
-    names = [name for path in (tmp_path / "tars").glob("00000-*.tar") for name in member_names(path)]
+    names = member_names(tmp_path / "tars", "00000-*.tar")
     assert {"turned.png", "glass.png", "opaque.png", "old.png"} <= {*names}
     assert {name for name in names if name.startswith("silent")} == {
         "silent.png", "silent.syn.json", "silent.paug.json", "silent.npz", "silent.json",
@@ -259,8 +246,7 @@ def test_images_by_reference_are_read_from_folders_that_are_named(tmp_path: Path
     with pytest.raises(UserError, match=rf"add --images-from {tmp_path}/source"):
         export(tmp_path)
     assert export(tmp_path, images_from=[f"{tmp_path}/source"]).samples == 8
-    names = [name for path in (tmp_path / "tars").glob("*.tar") for name in member_names(path)]
-    assert len([name for name in names if name.endswith(".png")]) == 8
+    assert len([name for name in member_names(tmp_path / "tars") if name.endswith(".png")]) == 8
     notes = export(tmp_path, tmp_path / "without", images=False).notes
     assert len(notes) == 1
     assert notes[0].startswith("images were not read: readers of the format decode by pillow-rgb-1")
@@ -271,24 +257,20 @@ def test_of_a_view_only_its_samples_are_exported(plain: Path, tmp_path: Path) ->
     view = make_view(url, "key LIKE '0000000_'")
     exported = export(tmp_path, view="some", images=False)
     assert (exported.shards, exported.samples) == (1, 5), "the other shard has no sample of the view"
-    [tar] = (tmp_path / "tars").glob("*.tar")
-    with tarfile.open(tar) as opened:
-        found = {name.partition(".")[0] for name in opened.getnames()}
+    found = {name.partition(".")[0] for name in member_names(tmp_path / "tars")}
     assert found == {sample.key for sample in reinforce.open(url, view="some")}
     recorded = json.loads((tmp_path / "tars" / "config.json").read_text())["reinforced_dataset"]["view"]
     assert recorded == {"name": "some", "fingerprint": view.fingerprint}
 
 
-def test_an_export_into_its_dataset_is_refused(plain: Path) -> None:
-    for output in (plain / "out", plain / "out" / "samples"):
-        with pytest.raises(UserError, match=r"is in the dataset\. Give another folder"):
-            export(plain, output)
-
-
-def member_names(path: Path) -> list[str]:
-    with tarfile.open(path) as tar:
-        assert {entry.mtime for entry in tar.getmembers()} == {0}
-        return tar.getnames()
+def member_names(folder: Path, pattern: str = "*.tar") -> list[str]:
+    """The names of the members of tars, none of which has a time."""
+    names = []
+    for path in folder.glob(pattern):
+        with tarfile.open(path) as tar:
+            assert {entry.mtime for entry in tar.getmembers()} == {0}
+            names += tar.getnames()
+    return names
 
 
 @pytest.mark.parametrize(
@@ -310,7 +292,12 @@ def test_a_policy_that_the_format_cannot_hold_is_refused_before_anything_is_writ
         assert export(tmp_path, approximate=True).samples == 8
 
 
-def test_teachers_whose_vectors_do_not_fit_together_are_refused(plain: Path, tmp_path: Path) -> None:
+def test_folders_of_the_dataset_and_teachers_whose_vectors_do_not_fit_together_are_refused(
+    plain: Path, tmp_path: Path
+) -> None:
+    for output in (plain / "out", plain / "out" / "samples"):
+        with pytest.raises(UserError, match=r"is in the dataset\. Give another folder"):
+            export(plain, output)
     for teachers, message in (([], "name at least one teacher"), (["green"], "has no teacher 'green'")):
         with pytest.raises(UserError, match=message):
             export(plain, tmp_path / "tars", teachers=teachers)

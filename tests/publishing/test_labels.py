@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def stamps(folder: Path) -> dict[str, int]:
 
 
 def test_labels_are_the_dataset_without_its_images(
-    dataset: str, published: Path, capfd: pytest.CaptureFixture[str]
+    dataset: str, published: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own, data = reinforce.open(dataset), reinforce.open(str(published))
     assert data.layers == own.layers
@@ -94,23 +95,20 @@ def test_labels_are_the_dataset_without_its_images(
     with pytest.raises(UserError, match="these are published labels"):
         label.pil()
     assert validate(str(published)).findings == []
-    for command in ("status", "inspect"):
-        outputs = [str(published.parent / "report")] if command == "inspect" else []
-        printed_by(capfd, command, str(published), *outputs)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # charts, which take long, are those of other reports
+    printed_by(capfd, "status", str(published))
+    printed_by(capfd, "inspect", str(published), str(published.parent / "report"))
 
 
 def test_every_row_states_its_image_and_is_found_by_it(dataset: str, published: Path) -> None:
     index = open_index(Store(str(published)))
     assert index.kinds == {"uid": 15, "sha256": 6, "digest": 16, "url": 9, "key": 1}
-    for shard, name in enumerate(index.shards):
-        table = pq.read_table(published / "samples" / f"{name}.parquet")
-        images = pq.read_table(Path(dataset, "samples", f"{name}.parquet"), columns=["image"])["image"].to_pylist()
-        digests = [int.from_bytes(hashlib.blake2b(image, digest_size=8).digest(), "little") for image in images]
-        assert table["image_digest"].to_pylist() == digests
-        found = index.lookup("digest", np.array(digests, np.uint64))
-        assert sorted(zip(found.shards.tolist(), found.rows.tolist(), strict=True)) == [
-            (shard, row) for row in range(len(images))
-        ]
+    digests = [int(hashlib.blake2b(one.image, digest_size=8).hexdigest(), 16) for one in reinforce.open(dataset)]
+    stated = np.array(digests, ">u8").view("<u8")
+    assert pq.read_table(published / "samples")["image_digest"].to_pylist() == stated.tolist()
+    found = index.lookup("digest", stated)
+    places = [(shard, row) for shard, groups in enumerate(index.groups) for row in range(sum(groups))]
+    assert sorted(zip(found.shards.tolist(), found.rows.tolist(), strict=True)) == places
 
 
 def test_nothing_that_is_private_leaves(dataset: str, published: Path, tmp_path: Path) -> None:
@@ -130,22 +128,13 @@ def test_nothing_that_is_private_leaves(dataset: str, published: Path, tmp_path:
     assert "moved" not in manifest
 
 
-@pytest.mark.parametrize(
-    ("url", "published"),
-    [
-        ("HTTP://Example.org:80/a b.jpg#top", "http://example.org/a%20b.jpg"),
-        ("https://example.org/a.jpg?size=3&page=2", "https://example.org/a.jpg?size=3&page=2"),
-        ("https://example.org/a.jpg?token=1", None),
-        ("https://example.org/a.jpg?sig=1", None),
-        ("s3://bucket/a.jpg", None),
-        ("http://localhost/a.jpg", None),
-        ("http://[::1]/a.jpg", None),
-        ("http://[oops/a.jpg", None),
-        ("https://example.org/" + "a" * 5000, None),
-    ],
-)
-def test_only_addresses_that_anybody_can_use_are_public(url: str, published: str | None) -> None:
-    assert public_url(url) == published
+def test_only_addresses_that_anybody_can_use_are_public() -> None:
+    assert public_url("HTTP://Example.org:80/a b.jpg#top") == "http://example.org/a%20b.jpg"
+    assert public_url(url := "https://example.org/a.jpg?size=3&page=2") == url
+    secret = ["https://example.org/a.jpg?token=1", "https://example.org/a.jpg?sig=1"]
+    for url in (*secret, "s3://bucket/a.jpg", "http://localhost/a.jpg", "http://[::1]/a.jpg", "http://[oops/a.jpg"):
+        assert public_url(url) is None
+    assert public_url("https://example.org/" + "a" * 5000) is None
 
 
 def test_settings_lose_paths_and_secrets_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -223,22 +223,3 @@ def test_a_dataset_that_cannot_be_compared_is_one_error(url: str, evaluation: Pa
     path.write_text(json.dumps(content))
     next((tmp_path / "other/embeddings/red/images").iterdir()).unlink()
     assert "lacks 1 of 1 shards" in message(str(tmp_path / "other"))
-
-
-@pytest.mark.parametrize(
-    ("rule", "message"),
-    [
-        ({"deduplicate": {}}, "name a `teacher` for near duplicates, or set `exact: true`"),
-        ({"deduplicate": {"teacher": "red", "exact": True}}, "name a `teacher` for near duplicates, or set"),
-        ({"deduplicate": {"exact": True, "threshold": 0.9}}, "threshold: it is for near duplicates by a `teacher`"),
-        ({"deduplicate": {"teacher": "red", "threshold": 95}}, "less than or equal to 1"),
-        ({"deduplicate": {"teacher": "pink"}}, "no teacher 'pink' has embedded the images of this dataset. Those that"),
-        ({"deduplicate": {"exact": True, "keep": "key"}}, "rules.0.deduplicate.keep: 'key' is VARCHAR, and must be a"),
-        ({"decontaminate": {"against": [], "teacher": "red"}}, "at least 1 item"),
-        ({"keep": {"top": 2, "by": "width", "within": "uid"}}, "rules.0.keep.within: there is no column uid"),
-    ],
-)
-def test_a_wrong_rule_is_one_error(url: str, rule: Any, message: str) -> None:
-    with pytest.raises(UserError) as raised:
-        view_of(url, rule)
-    assert message in str(raised.value)

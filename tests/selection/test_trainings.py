@@ -88,23 +88,17 @@ def test_a_checkpoint_states_the_view_and_one_without_is_as_before(url: str) -> 
     assert dumped["datasets"] == [{"url": url, "weight": 1.0}], "as in checkpoints of earlier versions"
 
 
-def test_the_file_of_a_shard_is_read_once_in_a_process(tmp_path: Path) -> None:
-    url = small_dataset(tmp_path)
-    make_view(url, {"sample": KEPT}, name="few")
-    expected = [batch["key"] for batch in take(feed_of(url, "few"), 4)]
-    feed = feed_of(url, "few")
-    batches = feed.batches(0, 1, KEPT, 0)
-    found = [next(batches)["key"]]
-    for path in Path(url, "views/few").glob("rows-*/*"):
-        path.unlink()
-    assert [*found, *(next(batches)["key"] for _ in range(3))] == expected
-
-
-def test_a_view_of_other_rows_fails_before_the_first_step(url: str, tmp_path: Path) -> None:
+def test_the_file_of_a_shard_is_read_once_and_a_view_of_other_rows_fails_before_the_first_step(tmp_path: Path) -> None:
     other = small_dataset(tmp_path)
     with pytest.raises(UserError, match="has no view 'some'"):
         feed_of(other, "some")
     make_view(other, {"sample": KEPT})
+    expected = [batch["key"] for batch in take(feed_of(other, "some"), 4)]
+    batches = feed_of(other, "some").batches(0, 1, KEPT, 0)
+    found = [next(batches)["key"]]
+    for path in Path(other, "views/some").glob("rows-*/*"):
+        path.unlink()
+    assert [*found, *(next(batches)["key"] for _ in range(3))] == expected
     shards = Path(other, "views/some/shards.parquet")
     table = pq.read_table(shards)
     kept = [[*counts, 0] for counts in table["kept"].to_pylist()]

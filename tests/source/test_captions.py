@@ -1,4 +1,4 @@
-"""The caption policy: captions and metadata of any bytes."""
+"""The caption policy: captions and metadata of any bytes, beside the defects that tests/hostile/texts.py has."""
 
 from __future__ import annotations
 
@@ -53,25 +53,10 @@ def test_the_first_field_with_text_is_used():
     assert caption_of({}, FIELDS, LIMITS) is None
 
 
-@pytest.mark.parametrize("value", ["null", "3", "true", '["a"]', '{"a": "b"}', "NaN"])
-def test_json_values_that_are_not_strings_are_not_captions(value):
-    assert caption_of({"json": b'{"caption": %s}' % value.encode()}, FIELDS, LIMITS) is None
-
-
 def test_lone_surrogates_in_json_are_replaced_and_pairs_kept():
     data = rb'{"caption": "\ud83d\ude00 \ud83d x"}'
     assert caption_of({"json": data}, FIELDS, LIMITS) == "😀 \ufffd x"
     assert metadata_of({"json": data}, "all") == '{"caption":"😀 \ufffd x"}'
-
-
-BROKEN = [b"", b"{", b"[1]", b'"text"', b'{"a": ' + b"[" * 100_000, b'{"a": ' + b"[" * 9000 + b"]" * 9000 + b"}"]
-BROKEN += [b'{"a": ' + b"1" * 5000 + b"}"]
-
-
-@pytest.mark.parametrize("data", BROKEN)
-def test_json_that_is_invalid_too_deep_or_not_an_object_is_not_used(data):
-    assert metadata_of({"json": data}, "all") is None
-    assert caption_of({"json": data}, FIELDS, LIMITS) is None
 
 
 def test_json_of_900_levels_is_used_with_every_python():
@@ -89,15 +74,6 @@ def test_metadata_is_compact_json_in_the_original_order():
     assert metadata_of(data, ["absent"]) is None
     assert metadata_of(data, "none") is None
     assert metadata_of({}, "all") is None
-
-
-def test_numbers_that_json_cannot_express_become_null():
-    data = {"json": b'{"a": NaN, "b": [Infinity, -Infinity], "c": 1e999, "d": -1e999}'}
-    assert metadata_of(data, "all") == '{"a":null,"b":[null,null],"c":null,"d":null}'
-
-
-def test_a_utf16_sidecar_is_decoded():
-    assert metadata_of({"json": '{"a": "ü"}'.encode("utf-16")}, "all") == '{"a":"ü"}'
 
 
 TEXTS = st.text(st.characters())  # surrogates included

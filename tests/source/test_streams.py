@@ -24,30 +24,28 @@ def test_a_file_without_the_compression_of_its_name_is_unreadable(name):
 COMPRESS = {"gz": gzip.compress, "xz": lzma.compress, "bz2": bz2.compress, "zst": zstd}
 
 
-@pytest.mark.parametrize("ending", COMPRESS)
-def test_compressed_tars_are_read_like_plain_ones_and_a_truncated_one_is_damaged(ending):
+def test_compressed_tars_are_read_like_plain_ones_and_a_truncated_one_is_damaged():
     noise = random.Random(0)
-    plain = tar_bytes([member for i in range(250) for member in sample_members(f"{i}", noise.randbytes(4_800))])
-    data = COMPRESS[ending](plain)
+    plain = tar_bytes([member for i in range(180) for member in sample_members(f"{i}", noise.randbytes(4_800))])
     rows = read(plain)
-    assert len(rows) == 250
-    assert read(data, f"x.tar.{ending}") == rows
-    cut = read(data[:-20], f"x.tar.{ending}")
-    assert cut[-1].reason is Reason.SHARD_DAMAGED
-    assert cut[:100] == rows[:100]  # bzip2 loses the most, a block of 900 kB
+    assert len(rows) == 180
+    for ending, compress in COMPRESS.items():
+        data = compress(plain)
+        assert read(data, f"x.tar.{ending}") == rows, ending
+        cut = read(data[:-20], f"x.tar.{ending}")
+        assert cut[-1].reason is Reason.SHARD_DAMAGED, ending
+        assert cut[:100] == rows[:100], ending  # bzip2 loses the most, a block of 900 kB
 
 
-@pytest.mark.parametrize("error", [TimeoutError("no answer"), ConnectionResetError("gone"), OSError("try again")])
-@pytest.mark.parametrize("name", ["x.tar", "x.tar.gz"])
-def test_temporary_storage_errors_are_raised_after_the_samples_before_them(unsteady, name, error):
-    images = [random.Random(i).randbytes(2**20) for i in range(12)]
-    plain = tar_bytes([(f"{i}.jpg", image) for i, image in enumerate(images)])
-    unsteady.content = plain if name == "x.tar" else gzip.compress(plain, 1)
-    unsteady.fails_at, unsteady.error = 9 * 2**20, error
-    rows = read_shard(f"unsteady://{name}", Limits())
-    assert [next(rows).key for _ in range(5)] == ["0", "1", "2", "3", "4"]
-    with pytest.raises(type(error), match=str(error)):
-        list(rows)
+def test_temporary_storage_errors_are_raised_after_the_samples_before_them(unsteady):
+    plain = tar_bytes([(f"{i}.jpg", random.Random(i).randbytes(2**20)) for i in range(12)])
+    for name, content in (("x.tar", plain), ("x.tar.gz", gzip.compress(plain, 1))):
+        for error in (TimeoutError("no answer"), ConnectionResetError("gone"), OSError("try again")):
+            unsteady.content, unsteady.fails_at, unsteady.error = content, 9 * 2**20, error
+            rows = read_shard(f"unsteady://{name}", Limits())
+            assert [next(rows).key for _ in range(5)] == ["0", "1", "2", "3", "4"]
+            with pytest.raises(type(error), match=str(error)):
+                list(rows)
 
 
 @pytest.mark.parametrize("ending", COMPRESS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import time
 
@@ -32,22 +33,22 @@ def folder(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize(
-    ("pattern", "urls"),
-    [
-        ("s3://b/{08..11}.tar", ["s3://b/08.tar", "s3://b/09.tar", "s3://b/10.tar", "s3://b/11.tar"]),
-        ("{8..10}", ["8", "9", "10"]),
-        ("{2..0}", ["2", "1", "0"]),
-        ("{0..6..3}", ["0", "3", "6"]),
-        ("{a..c}", ["a", "b", "c"]),
-        ("{a,b}/{0..1}.tar", ["a/0.tar", "a/1.tar", "b/0.tar", "b/1.tar"]),
-        ("{x,{0..1}y,}z", ["xz", "0yz", "1yz", "z"]),
-        ("{single}-{}-{0..1}", ["{single}-{}-0", "{single}-{}-1"]),
-        ("{{0..1}}", ["{0}", "{1}"]),
-    ],
-)
-def test_braces_expand_as_in_a_shell(pattern, urls):
-    assert expand(pattern) == urls
+BRACES = {
+    "s3://b/{08..11}.tar": ["s3://b/08.tar", "s3://b/09.tar", "s3://b/10.tar", "s3://b/11.tar"],
+    "{8..10}": ["8", "9", "10"],
+    "{2..0}": ["2", "1", "0"],
+    "{0..6..3}": ["0", "3", "6"],
+    "{a..c}": ["a", "b", "c"],
+    "{a,b}/{0..1}.tar": ["a/0.tar", "a/1.tar", "b/0.tar", "b/1.tar"],
+    "{x,{0..1}y,}z": ["xz", "0yz", "1yz", "z"],
+    "{single}-{}-{0..1}": ["{single}-{}-0", "{single}-{}-1"],
+    "{{0..1}}": ["{0}", "{1}"],
+}
+
+
+def test_braces_expand_as_in_a_shell_and_lists_keep_their_order_without_duplicates():
+    assert {pattern: expand(pattern) for pattern in BRACES} == BRACES
+    assert expand(["b.tar", "{a,b}.tar", "b.tar"]) == ["b.tar", "a.tar"]
 
 
 @given(st.integers(0, 10**8), st.integers(0, 300), st.integers(1, 10))
@@ -66,29 +67,20 @@ def test_two_hundred_thousand_urls_expand_quickly():
     assert urls[-1] == "s3://bucket/dfn5b/00199999.tar"
 
 
-def test_lists_keep_their_order_without_duplicates():
-    assert expand(["b.tar", "{a,b}.tar", "b.tar"]) == ["b.tar", "a.tar"]
-
-
-def test_globs_match_sorted_files_and_no_folders(folder):
+def test_globs_match_sorted_files_and_keep_scheme_host_and_chain(folder):
     names = [f"{folder}/a.tar", f"{folder}/b.tar", f"{folder}/c.txt.tar"]
     assert expand(f"{folder}/*.tar") == names
     assert expand(f"file://{folder}/[ab].tar") == [f"file://{folder}/a.tar", f"file://{folder}/b.tar"]
     assert expand(f"{folder}/{{b,a}}.t?r") == [names[1], names[0]]
-
-
-def test_globs_of_fsspec_urls_keep_scheme_host_and_chain():
     fs = fsspec.filesystem("memory")
     fs.pipe({"/globs/y.tar": b"", "/globs/x.tar": b""})
     assert expand("memory://globs/*.tar") == ["memory://globs/x.tar", "memory://globs/y.tar"]
     assert expand("simplecache::memory://globs/x*") == ["simplecache::memory://globs/x.tar"]
-
-
-def test_a_question_mark_in_a_web_address_is_not_a_glob():
+    # A question mark in a web address is no glob.
     assert expand("https://host/a.tar?sig=[x]*") == ["https://host/a.tar?sig=[x]*"]
 
 
-def test_a_text_file_lists_urls_relative_to_its_folder(folder):
+def test_a_text_file_lists_urls_relative_to_its_folder_on_disk_and_elsewhere(folder):
     lists = folder / "lists[1]"
     lists.mkdir()
     (lists / "more.txt").write_text("last.tar\n")
@@ -103,66 +95,54 @@ def test_a_text_file_lists_urls_relative_to_its_folder(folder):
         f"{lists}/x1.tar",
         f"{lists}/last.tar",
     ]
-
-
-def test_a_remote_text_file_lists_urls_relative_to_its_folder():
     fsspec.filesystem("memory").pipe("/listed/shards.txt", b"a.tar\nsub/b.tar\n")
     assert expand("memory://listed/shards.txt") == ["memory://listed/a.tar", "memory://listed/sub/b.tar"]
 
 
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        ([], "source is empty"),
-        ("", "empty entry"),
-        ("/nowhere/*.tar", "/nowhere/*.tar: no file matches"),
-        ("/nowhere/list.txt", "/nowhere/list.txt: cannot read this list"),
-        ("nosuch://b/*.tar", "nosuch"),
-        ("s3://b/{0..9.tar", "brace is not closed"),
-        ("{0..9..0}", "step"),
-        ("{0..99999999}", "more than"),
-        ("pipe:cat x.tar", "commands are not run"),
-        ("ftp://me:secret@127.0.0.1:1/*.tar", "ftp://127.0.0.1:1/*.tar: cannot be listed"),
-    ],
-)
-def test_a_source_that_cannot_be_expanded_is_a_user_error_without_secrets(source, message):
-    with pytest.raises(UserError, match=re.escape(message)) as caught:
-        expand(source)
-    assert "secret" not in str(caught.value)
+NO_SOURCE = {
+    "": "empty entry",
+    "/nowhere/*.tar": "/nowhere/*.tar: no file matches",
+    "/nowhere/list.txt": "/nowhere/list.txt: cannot read this list",
+    "nosuch://b/*.tar": "nosuch",
+    "s3://b/{0..9.tar": "brace is not closed",
+    "{0..9..0}": "step",
+    "{0..99999999}": "more than",
+    "pipe:cat x.tar": "commands are not run",
+    "ftp://me:secret@127.0.0.1:1/*.tar": "ftp://127.0.0.1:1/*.tar: cannot be listed",
+}
 
 
-@pytest.mark.parametrize("content", [b"# nothing\n", b"\xff\xfe\x00", b"self.txt\n"])
-def test_a_text_file_that_is_empty_binary_or_lists_itself_is_a_user_error(tmp_path, content):
-    (tmp_path / "self.txt").write_bytes(content)
-    with pytest.raises(UserError, match=r"self\.txt"):
-        expand(f"{tmp_path}/self.txt")
+def test_a_source_that_cannot_be_expanded_is_a_user_error_without_secrets(tmp_path):
+    for source, message in NO_SOURCE.items():
+        with pytest.raises(UserError, match=re.escape(message)) as caught:
+            expand(source)
+        assert "secret" not in str(caught.value)
+    with pytest.raises(UserError, match="source is empty"):
+        expand([])
+    for content in (b"# nothing\n", b"\xff\xfe\x00", b"self.txt\n"):
+        (tmp_path / "self.txt").write_bytes(content)
+        with pytest.raises(UserError, match=r"self\.txt"):
+            expand(f"{tmp_path}/self.txt")
 
 
-@pytest.mark.parametrize(
-    ("url", "plain"),
-    [
-        ("s3://bucket/a/b.tar", "s3://bucket/a/b.tar"),
-        ("S3://bucket/a.tar?versionId=1#x", "s3://bucket/a.tar"),
-        ("https://me:pw@host:8/a.tar?token=1", "https://host:8/a.tar"),
-        ("ftp://me@host/a.tar", "ftp://host/a.tar"),
-        ("abfs://container@account.dfs.core.windows.net/a.tar", "abfs://container@account.dfs.core.windows.net/a.tar"),
-        ("file:///data/../data/a#1.tar", "/data/a#1.tar"),
-        ("simplecache::https://me:pw@host/a.tar", "https://host/a.tar"),
-        ("zip://a.tar::s3://bucket/x.zip", "zip://a.tar::s3://bucket/x.zip"),
-    ],
-)
-def test_canonical_urls_have_no_secrets(url, plain):
-    assert canonical(url) == plain
-    assert canonical(plain) == plain
+CANONICAL = {
+    "s3://bucket/a/b.tar": "s3://bucket/a/b.tar",
+    "S3://bucket/a.tar?versionId=1#x": "s3://bucket/a.tar",
+    "https://me:pw@host:8/a.tar?token=1": "https://host:8/a.tar",
+    "ftp://me@host/a.tar": "ftp://host/a.tar",
+    "abfs://container@account.dfs.core.windows.net/a.tar": "abfs://container@account.dfs.core.windows.net/a.tar",
+    "file:///data/../data/a#1.tar": "/data/a#1.tar",
+    "simplecache::https://me:pw@host/a.tar": "https://host/a.tar",
+    "zip://a.tar::s3://bucket/x.zip": "zip://a.tar::s3://bucket/x.zip",
+}
 
 
-def test_local_paths_become_absolute(tmp_path, monkeypatch):
+def test_canonical_urls_have_no_secrets_and_absolute_paths_and_shard_names_are_stable(tmp_path, monkeypatch):
+    assert {url: canonical(url) for url in CANONICAL} == CANONICAL
+    assert {plain: canonical(plain) for plain in CANONICAL.values()} == {plain: plain for plain in CANONICAL.values()}
     monkeypatch.chdir(tmp_path)
     assert canonical("x/../a.tar") == f"{tmp_path}/a.tar"
     assert shard_name("a.tar") == shard_name(f"file://{tmp_path}/a.tar")
-
-
-def test_shard_names_are_stable():
     assert shard_name("s3://bucket/dfn5b/00000007.tar") == "00000007-2e61a44594"
 
 
@@ -171,6 +151,8 @@ def test_shard_names_differ_between_folders_and_compressions():
     names = shard_names(urls)
     assert len(set(names)) == len(urls)
     assert {name.rpartition("-")[0] for name in names} == {"0", "1"}
+    with pytest.raises(UserError, match="same shard name"):
+        shard_names(["https://host/a.tar?part=1", "https://host/a.tar?part=2"])
 
 
 @given(st.text(max_size=300))
@@ -178,38 +160,15 @@ def test_any_file_name_becomes_a_safe_shard_name(stem):
     assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}-[0-9a-f]{10}", shard_name(f"s3://bucket/x/{stem}.tar.zst"))
 
 
-@pytest.mark.parametrize(
-    "folder",
-    [
-        "",
-        "x",
-        "./x/..",
-        "~",
-        "/data/x//y",
-        "s3://bucket",
-        "S3://me:pw@bucket/x",
-        "http://h/p?a=/b",
-        "http://h/p#/x",
-        "s3:/",
-    ],
-)
-@pytest.mark.parametrize(
-    "name", ["a.tar", "..", ".", "", "a?b.tar", "a#b", "m@a.tar", "\xe4.tgz", "a.TAR.GZ\n", "a::b.tar"]
-)
-def test_many_urls_get_the_canonical_forms_of_single_ones(folder, name):
-    urls = [f"{folder}/0", f"{folder}/{name}", f"{folder}/b.tar", name, f"simplecache::{folder}/{name}"]
-    assert list(_canonical_urls(urls)) == [canonical(url) for url in urls]
-    assert [find_private([f"{folder}/0.tar", url]) for url in urls] == [
-        next((each for each in (f"{folder}/0.tar", url) if not is_public(each)), None) for url in urls
-    ]
-    assert [find_compressed(["a.tar", url]) for url in urls] == [url if compression(url) else None for url in urls]
+FOLDERS = ["", "x", "./x/..", "~", "/data/x//y", "s3://bucket", "S3://me:pw@bucket/x", "http://h/p?a=/b", "s3:/"]
+NAMES = ["a.tar", "..", ".", "", "a?b.tar", "a#b", "m@a.tar", "\xe4.tgz", "a.TAR.GZ\n", "a::b.tar"]
 
 
-def test_two_urls_with_the_same_shard_name_are_a_user_error():
-    with pytest.raises(UserError, match="same shard name"):
-        shard_names(["https://host/a.tar?part=1", "https://host/a.tar?part=2"])
-
-
-def test_compression_is_detected_by_the_ending():
-    kinds = {".tar": None, ".tar.gz": "gzip", ".TGZ": "gzip", ".tar.zst": "zstd", ".tar.xz": "xz"}
-    assert {ending: compression(f"s3://b/a{ending}") for ending in kinds} == kinds
+def test_many_urls_get_the_canonical_forms_of_single_ones():
+    for folder, name in itertools.product([*FOLDERS, "http://h/p#/x"], NAMES):
+        urls = [f"{folder}/0", f"{folder}/{name}", f"{folder}/b.tar", name, f"simplecache::{folder}/{name}"]
+        assert list(_canonical_urls(urls)) == [canonical(url) for url in urls]
+        assert [find_private([f"{folder}/0.tar", url]) for url in urls] == [
+            next((each for each in (f"{folder}/0.tar", url) if not is_public(each)), None) for url in urls
+        ]
+        assert [find_compressed(["a.tar", url]) for url in urls] == [url if compression(url) else None for url in urls]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from tests.helpers.data import config_of, members_of, tree, write_tar
 from tests.helpers.reinforced import fresh_dataset
 from tests.helpers.s3_proxy import Proxy, Request, shorten
 
-pytestmark = pytest.mark.parametrize("share", [0.0, 0.5])
+SHARES = (0.0, 0.5)  # of the bytes, which are sent
 
 
 def every_other_read() -> Any:
@@ -41,31 +42,37 @@ def every_other_read() -> Any:
 
 
 def test_short_answers_change_nothing_of_a_dataset_and_damage_nothing(
-    s3: s3fs.S3FileSystem, s3_proxy: Proxy, tmp_path: Path, share: float
+    s3: s3fs.S3FileSystem, s3_proxy: Proxy, tmp_path: Path
 ) -> None:
+    faults = itertools.cycle(map(shorten, SHARES))
     for number in range(2):
         path = write_tar(tmp_path / "source" / f"{number}.tar", members_of(number, 5))
-        s3.put_file(str(path), f"bucket/{share}/{number}.tar")
-    whole = config_of(f"s3://bucket/{share}/{{0..1}}.tar", tmp_path / "whole", captioners={})
+        s3.put_file(str(path), f"bucket/short/{number}.tar")
+    whole = config_of("s3://bucket/short/{0..1}.tar", tmp_path / "whole", captioners={})
     fresh_dataset(whole)
-    config = {**whole, "output": f"s3://bucket/{share}/out"}
-    with s3_proxy.inject(shorten(share), every_other_read()) as affected:
+    config = {**whole, "output": "s3://bucket/short/out"}
+
+    def shortened(*request: Any) -> None:
+        next(faults)(*request)
+
+    with s3_proxy.inject(shortened, every_other_read()) as affected:
         fresh_dataset({**config, "teachers": {"red": config["teachers"]["red"]}})
         fresh_dataset(config)
-        found = validate(config["output"], [f"s3://bucket/{share}"])
+        found = validate(config["output"], ["s3://bucket/short"])
         assert (found.errors, found.changed, found.repeated.keys) == ([], [], 0)
         assert validate(config["output"], quick=True).valid
         assert read_status(config["output"])["damaged"] == []
         assert len({sample.key for sample in reinforce.open(config["output"])}) == 10
     assert len({request.key.rpartition(".")[2] for request in affected}) == 3, "tars, layers and dataset.json"
     s3.invalidate_cache()
-    root = f"bucket/{share}/out/"
+    root = "bucket/short/out/"
     files = {path.removeprefix(root): s3.cat_file(path) for path in s3.find(root)}
     assert {name: data for name, data in files.items() if not name.startswith(("runs/", "index/"))} == tree(
         tmp_path / "whole"
     )
 
 
+@pytest.mark.parametrize("share", SHARES)
 def test_a_storage_that_never_sends_all_is_an_error_and_no_damage(
     s3: s3fs.S3FileSystem, s3_proxy: Proxy, tmp_path: Path, share: float
 ) -> None:

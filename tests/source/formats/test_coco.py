@@ -95,16 +95,19 @@ def test_a_name_in_the_folder_of_the_table_comes_first_and_none_leaves_the_folde
     assert third.reason.value == "image_place"
 
 
-@pytest.mark.parametrize("data", ["coco", "coco/annotations/captions_val2017.json", "flickr", "flickr/captions.txt"])
-def test_init_finds_captions_and_images(tmp_path: Path, data: str) -> None:
-    write_coco(tmp_path / "coco", "train2014")
-    table = write_coco(tmp_path / "coco") if "val" in data else tmp_path / "coco/annotations/captions_train2014.json"
-    table = write_flickr(tmp_path / "flickr") if data.startswith("flickr") else table
-    config = load_yaml(make_starter(f"{tmp_path}/{data}", tmp_path / "x.yaml")[0])
-    assert config["source"] == str(table)
-    assert config["input"]["images_from"] == str(
-        tmp_path / ("flickr/Images" if "flickr" in data else f"coco/{table.stem[9:]}")
-    )
+def test_init_finds_captions_and_images(tmp_path: Path) -> None:
+    train = write_coco(tmp_path / "coco", "train2014")
+    flickr = write_flickr(tmp_path / "flickr")
+    write_coco(tmp_path / "both", "train2014")
+    val = write_coco(tmp_path / "both")
+    for data, table, images in (
+        (tmp_path / "coco", train, "coco/train2014"),
+        (val, val, "both/val2017"),
+        (tmp_path / "flickr", flickr, "flickr/Images"),
+        (flickr, flickr, "flickr/Images"),
+    ):
+        config = load_yaml(make_starter(str(data), tmp_path / "x.yaml")[0])
+        assert (config["source"], config["input"]["images_from"]) == (str(table), str(tmp_path / images))
 
 
 @pytest.mark.parametrize(
@@ -127,9 +130,7 @@ def test_a_document_that_is_none_of_cocos_is_one_refusal(tmp_path: Path, content
 
 
 def test_json_of_one_object_a_line_is_not_taken_for_it(tmp_path: Path) -> None:
-    for number, content in enumerate(
-        ('{"image": "a.jpg"}\n', '{"images": ["a.jpg"]}\n', '{"info": {}}\n{"info": {}}\n')
-    ):
-        path = tmp_path / f"{number}.json"
+    path = tmp_path / "x.json"
+    for content in ('{"image": "a.jpg"}\n', '{"images": ["a.jpg"]}\n', '{"info": {}}\n{"info": {}}\n'):
         path.write_text(content)
         assert source_format([str(path)], None).name == "tar", "whose reading says what to set"

@@ -72,25 +72,21 @@ def test_columns_are_named_by_the_config(tmp_path: Path) -> None:
     assert set(json.loads(read_table(path, **named)[0].sidecars["json"])) == {"image", "id", "titles", "taken"}  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize(
-    ("columns", "spec", "detail"),
-    [
+def test_a_file_without_usable_columns_is_refused_with_what_it_has(tmp_path: Path) -> None:
+    cases: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         ({"url_": ["a"], "text": ["b"]}, {}, "no column has images: it has url_, text; name one in input.image"),
         ({"image": [1]}, {}, "column image has type int64; images are binary, a struct of bytes and path as Hugging"),
         ({"image": [b"x"]}, {"image": "jpg"}, "input.image: there is no column 'jpg'; it has image"),
         ({"image": [b"x"]}, {"key": "id"}, "input.key: there is no column 'id'; it has image"),
         ({"image": [[b"x"]]}, {}, "column image has type list<element: binary>"),
-    ],
-)
-def test_a_file_without_usable_columns_is_refused_with_what_it_has(
-    tmp_path: Path, columns: dict[str, Any], spec: dict[str, Any], detail: str
-) -> None:
-    [refusal] = read_table(write_columns(tmp_path / "x.parquet", columns), **spec)
-    assert (refusal.key, refusal.reason.value) == (None, "shard_unreadable")  # type: ignore[union-attr]
-    assert refusal.detail.startswith(f"a Parquet file that cannot be used: {detail}")  # type: ignore[union-attr]
+    ]
+    for columns, spec, detail in cases:
+        [refusal] = read_table(write_columns(tmp_path / "x.parquet", columns), **spec)
+        assert (refusal.key, refusal.reason.value) == (None, "shard_unreadable")  # type: ignore[union-attr]
+        assert refusal.detail.startswith(f"a Parquet file that cannot be used: {detail}")  # type: ignore[union-attr]
 
 
-def test_values_that_are_no_images_cost_their_row(tmp_path: Path) -> None:
+def test_values_that_are_no_images_and_texts_above_limits_cost_their_row(tmp_path: Path) -> None:
     encoded = base64.b64encode(IMAGES[0]).decode()
     urlsafe = base64.urlsafe_b64encode(IMAGES[1]).decode().rstrip("=")
     texts = [encoded, f"data:image/png;base64,{encoded}", urlsafe, "not base64!", "a" * 9000, None, ""]
@@ -101,9 +97,6 @@ def test_values_that_are_no_images_cost_their_row(tmp_path: Path) -> None:
     assert broken.detail == "column image: neither base64 nor a path or URL: 'not base64!'"
     assert (large.reason.value, null.reason.value) == ("image_bytes", "no_image")  # type: ignore[union-attr]
     assert getattr(empty, "image", None) == b"", "the image policy refuses it"
-
-
-def test_keys_texts_and_rows_are_bounded(tmp_path: Path) -> None:
     columns = {"image": IMAGES, "key": ["a", "b" * 99, "c", "d"], "text": ["t", "t", "t" * 99, "t"]}
     limits = Limits(key_chars=9, sidecar_bytes=50, shard_samples=3)
     found = read_table(write_columns(tmp_path / "x.parquet", columns), limits=limits, metadata="none")
@@ -128,7 +121,7 @@ def test_a_damaged_row_group_costs_its_rows_only(tmp_path: Path) -> None:
     assert refusal.detail == "a Parquet file that cannot be used: it is not a Parquet file, or it is cut off"  # type: ignore[union-attr]
 
 
-def test_files_without_rows_have_no_samples(tmp_path: Path) -> None:
+def test_files_without_rows_have_no_samples_and_texts_in_columns_of_paths_are_paths(tmp_path: Path) -> None:
     empty = pa.table({"image": pa.array([], pa.binary())})
     pq.write_table(empty, tmp_path / "x.parquet")
     assert read_table(tmp_path / "x.parquet") == []
@@ -136,9 +129,6 @@ def test_files_without_rows_have_no_samples(tmp_path: Path) -> None:
         for part in (empty, pa.table({"image": IMAGES[:1]}), empty):
             writer.write_table(part)
     assert [item.key for item in read_table(tmp_path / "x.parquet")] == ["shard-00000000"]
-
-
-def test_texts_in_columns_of_paths_are_paths(tmp_path: Path) -> None:
     struct = [{"bytes": None, "path": "/etc/passwd"}]
     for image in ({"file_name": ["/etc/passwd"]}, {"image": struct}):
         [refusal] = read_table(write_columns(tmp_path / "x.parquet", image))

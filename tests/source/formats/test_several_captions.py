@@ -109,7 +109,7 @@ def test_rows_of_metadata_with_one_file_are_one_sample(tmp_path: Path) -> None:
         assert [item.captions(config.input) for item in items if isinstance(item, RawSample)] == found
 
 
-@pytest.mark.parametrize("number", [0, 65, "all"])
-def test_a_number_that_is_none_is_refused(number: Any) -> None:
-    with pytest.raises(ValueError, match="captions_per_sample"):
-        Input(captions_per_sample=number)
+def test_a_number_that_is_none_is_refused() -> None:
+    for number in (0, 65, "all"):
+        with pytest.raises(ValueError, match="captions_per_sample"):
+            Input(captions_per_sample=number)  # type: ignore[arg-type]
