@@ -25,7 +25,7 @@ from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.recompute import recompute
 from reinforce.engine.worker.producers.registry import PRODUCERS
 from reinforce.errors import UserError
-from reinforce.source.formats.registry import all_formats
+from reinforce.source.formats.recognise import all_formats
 from teachers import registry
 from tests.helpers.brightness import LAYER as BRIGHTNESS
 from tests.helpers.brightness import Brightness, BrightnessProducer

@@ -47,7 +47,7 @@ from reinforce.seeds import permutation
 from reinforce.source.formats import dataset as samples_layer
 from reinforce.source.formats.base import Part, Shard
 from reinforce.source.formats.lines import COMPRESSIONS
-from reinforce.source.formats.registry import find_format
+from reinforce.source.formats.recognise import find_format
 from reinforce.source.reading import read_samples
 from reinforce.source.samples import Item, RawSample, Refusal
 from reinforce.source.urls import canonical, filesystem

@@ -26,7 +26,7 @@ from reinforce.evaluation.fields import read_captions
 from reinforce.evaluation.reading import check_no_view, detect_kind, input_of, list_shards, raise_on_damage
 from reinforce.source.formats import dataset as samples_layer
 from reinforce.source.formats.base import Shard
-from reinforce.source.formats.registry import find_format
+from reinforce.source.formats.recognise import find_format
 from reinforce.source.reading import read_samples
 from reinforce.source.references import ImageRoots
 from reinforce.source.samples import Refusal

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from reinforce.config import Input
 from reinforce.source.captions import captions_of
 from reinforce.source.formats.base import Shard
-from reinforce.source.formats.registry import find_format
+from reinforce.source.formats.recognise import find_format
 from reinforce.source.linked_images.places import Places
 from reinforce.source.samples import Item, Place, RawSample, ReadBudget, Refusal, refusing_absent
 

@@ -10,17 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional as F
-from torchvision.transforms.autoaugment import _apply_op
 
 from reinforce.config import Limits
-from reinforce.dataset.augment.records import OPS
 from reinforce.images.policy import PUBLISHED_POLICY, decode
 from reinforce.student.config import Data
 from reinforce.student.data.feed import StudentFeed
 from tests.helpers.images import encode, noise
 from tests.helpers.in_loaders import letters, read
+from tests.helpers.pixels import torchvision_replay
 from tests.helpers.published import (
     COUNT,
     SIZE,
@@ -62,14 +59,7 @@ def test_a_student_sees_the_pixels_of_the_published_trainer(tmp_path: Path) -> N
     write_published(tmp_path, [[(source[0][0], image), *source[1:]]], [published_members(one)])
     url = reinforce_here(config_of(tmp_path))
     feed = StudentFeed(Data.model_validate({"datasets": url, "workers": 0, "window": 1}), 0, SIZE, letters)
-    expected = []
-    for crop, ops in one.records:
-        view = F.resized_crop(
-            Image.open(io.BytesIO(image)).convert("RGB"), *crop, [SIZE, SIZE], InterpolationMode.BICUBIC
-        )
-        for which, magnitude in ops or []:
-            view = _apply_op(view, OPS[which], magnitude, InterpolationMode.NEAREST, None)
-        expected.append(np.asarray(view))
+    expected = [torchvision_replay(image, record, SIZE) for record in one.records]
     seen: set[int] = set()
     for batch in itertools.islice(feed.batches(0, 1, 1, 0), 12):
         matches = [k for k in range(COUNT) if np.array_equal(batch["image"][0].numpy(), expected[k])]

@@ -19,8 +19,7 @@ from reinforce.cli import main
 from reinforce.dataset.drop import drop, plan_drop
 from reinforce.dataset.files.store import MANIFEST, Store
 from reinforce.errors import UserError
-from reinforce.publishing.card import write_card
-from reinforce.publishing.card_page import MARK, markdown
+from reinforce.publishing.card import MARK, markdown, write_card
 from tests.helpers.data import config_of
 from tests.helpers.reinforced import small_dataset
 from tests.helpers.views import make_view

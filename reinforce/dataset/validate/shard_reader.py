@@ -25,8 +25,7 @@ from reinforce.dataset.runs.shard_records import SourceRecord
 from reinforce.dataset.validate.findings import Finding
 from reinforce.dataset.validate.shard_checks import CheckedShard, ShardChecks, ShardFiles
 from reinforce.errors import UserError
-from reinforce.source.formats.recognise import format_of_name
-from reinforce.source.formats.registry import find_format
+from reinforce.source.formats.recognise import find_format, format_of_name
 from reinforce.source.identity import SourceState, current_url, probe_state
 from reinforce.source.references import ImageRoots
 from reinforce.source.urls import canonical

@@ -30,7 +30,7 @@ from reinforce.errors import UserError
 from reinforce.labels.crops import RowLabels
 from reinforce.labels.rows import LabelReader, Wanted
 from reinforce.source.formats.base import Shard
-from reinforce.source.formats.registry import find_format
+from reinforce.source.formats.recognise import find_format
 from reinforce.source.identity import former_url
 from reinforce.source.reading import read_samples
 from reinforce.source.references import ImageRoots, LostImage, images_of_group

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from reinforce.source.formats.base import Part, Shard
-from reinforce.source.formats.registry import find_format
+from reinforce.source.formats.recognise import find_format
 from reinforce.source.identity import SourceState
 from reinforce.source_formats import DEFAULT
 

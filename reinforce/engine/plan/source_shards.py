@@ -16,9 +16,7 @@ from reinforce.dataset.view import View, open_view
 from reinforce.engine.plan.shard_lists import ListedShards, folder_shards, table_shards
 from reinforce.errors import UserError
 from reinforce.source.formats.base import Part, SourceFormat
-from reinforce.source.formats.folder_files import expand_folders
-from reinforce.source.formats.recognise import source_format
-from reinforce.source.formats.registry import find_format
+from reinforce.source.formats.recognise import expand_folders, find_format, source_format
 from reinforce.source.identity import former_urls
 from reinforce.source.urls import Info, canonical, expand, find_compressed, find_private, shard_names
 from reinforce.source.views import split_view, with_fingerprint

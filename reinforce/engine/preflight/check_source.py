@@ -25,8 +25,7 @@ from reinforce.labels.rows import LabelReader, Wanted
 from reinforce.source.captions import REPLACED
 from reinforce.source.file_types import is_image_name
 from reinforce.source.formats.base import Shard, SourceFormat
-from reinforce.source.formats.recognise import unexpected_name
-from reinforce.source.formats.registry import find_format
+from reinforce.source.formats.recognise import find_format, unexpected_name
 from reinforce.source.identity import probe_state
 from reinforce.source.reading import SeveralCaptions, find_several, read_samples
 from reinforce.source.samples import RawSample, ReadBudget, Refusal

@@ -15,7 +15,7 @@ from reinforce.dataset.layers import Layer
 from reinforce.dataset.manifest.manifest import find_manifest
 from reinforce.engine.plan.plan import Plan
 from reinforce.source.formats.base import Shard
-from reinforce.source.formats.registry import find_format
+from reinforce.source.formats.recognise import find_format
 from reinforce.source.reading import read_samples
 from reinforce.source.samples import RawSample
 from reinforce.source.urls import filesystem

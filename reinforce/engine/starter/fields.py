@@ -15,7 +15,7 @@ from reinforce.source.captions import texts_of
 from reinforce.source.file_types import is_image_name
 from reinforce.source.formats.base import Shard
 from reinforce.source.formats.columns import NoColumn, find_columns
-from reinforce.source.formats.registry import find_format
+from reinforce.source.formats.recognise import find_format
 from reinforce.source.reading import find_several, read_samples
 from reinforce.source.samples import Place, RawSample
 from reinforce.source.urls import canonical, filesystem

@@ -18,8 +18,7 @@ from reinforce.errors import UserError
 from reinforce.nodes import nodes_of_run
 from reinforce.processes.cores import default_gpus
 from reinforce.source.formats.base import Shard, SourceFormat
-from reinforce.source.formats.folder_files import files_of_folder
-from reinforce.source.formats.recognise import format_of_name
+from reinforce.source.formats.recognise import files_of_folder, format_of_name
 from reinforce.source.urls import Info, canonical, filesystem
 
 #: Names of files with captions of images elsewhere, in a folder of images.

@@ -1,17 +1,35 @@
-"""The format of a source: named by the config, else recognised by the names of its files, else by the first file."""
+"""The format of a source, by the config, the names of its files or the first file; and the files of a folder."""
 
 from __future__ import annotations
 
+import glob
+import os
+import re
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
-from reinforce.source.file_types import foreign_name
+from reinforce.errors import UserError
+from reinforce.source.file_types import MANIFEST, METADATA, foreign_name, is_image_name
 from reinforce.source.formats.base import SourceFormat
-from reinforce.source.formats.registry import all_formats, find_format
-from reinforce.source.urls import filesystem
-from reinforce.source_formats import DEFAULT
+from reinforce.source.urls import canonical, filesystem
+from reinforce.source.whole_reads import list_whole
+from reinforce.source_formats import DEFAULT, MODULES
 
 _FIRST_BYTES = 512
+_TRAIN = re.compile(r"(^|/)train[-_.0-9][^/]*$")
+_NO_FOLDER = re.compile(r"[*?\[{]|::|^https?://|\.txt\Z", re.IGNORECASE)
+
+
+def find_format(name: str) -> SourceFormat:
+    """The format with a name."""
+    found: SourceFormat = import_module(MODULES[name]).FORMAT
+    return found
+
+
+def all_formats() -> list[SourceFormat]:
+    """Every format, in the order of the registry."""
+    return [find_format(name) for name in MODULES]
 
 
 def source_format(urls: Sequence[str], named: str | None) -> SourceFormat:
@@ -67,3 +85,93 @@ def _format_of_content(url: str) -> SourceFormat:
         except Exception:  # each driver has its own exceptions; reading reports them
             found = None
     return found or find_format(DEFAULT)
+
+
+def expand_folders(source: str | Sequence[str], named: str | None) -> tuple[list[str], list[str]]:
+    """Entries of ``source`` where a folder of tars, tables or lines is a pattern for its files, and notes.
+
+    A folder with images is one of images, whatever else is in it. ``named`` is the format that the config names, if
+    any. Raises UserError.
+    """
+    entries, notes = [], []
+    for entry in [source] if isinstance(source, str) else source:
+        is_path = not _NO_FOLDER.search(entry) and format_of_name(entry) is None and foreign_name(entry) is None
+        expanded, found = files_of_folder(entry, named, images_first=True) if is_path else (entry, [])
+        entries.append(expanded)
+        notes += found
+    return entries, notes
+
+
+def files_of_folder(data: str, named: str | None = None, images_first: bool = False) -> tuple[str, list[str]]:
+    """What `source` of a config is for a folder, a file or a pattern, and notes. Raises UserError.
+
+    ``named`` restricts it to the files of one format. With ``images_first``, a folder with images remains what it is.
+    """
+    fs, path = filesystem(data)
+    try:
+        is_folder = fs.isdir(path)
+    except Exception as error:  # each driver has its own exceptions
+        raise UserError(f"{canonical(data)} cannot be read: {type(error).__name__}: {error}.") from error
+    if not is_folder:
+        return data, []
+    folder, path = data.rstrip("/"), path.rstrip("/")
+    whole = format_of_folder(fs, path)
+    if whole and not whole.is_listed:
+        return folder, []
+    files = sorted(file[len(path) + 1 :] for file in list_whole(lambda: fs.find(path)))
+    inner = [file.removesuffix(MANIFEST) for file in files if file.endswith(f"/{MANIFEST}")]
+    by_format: dict[str, list[str]] = {}
+    for file in files:
+        name = file.rpartition("/")[2].lower()
+        if _is_hidden(file) or name in METADATA or file.startswith(tuple(inner)):
+            continue
+        if whole and images_first and is_image_name(name):
+            return folder, []
+        kind = format_of_name(file)
+        if kind is not None and named in (None, kind.name):
+            by_format.setdefault(kind.name, []).append(file)
+    found = next((by_format[one.name] for one in all_formats() if one.name in by_format), None)
+    if found is None:
+        return folder, []
+    train = [file for file in found if _TRAIN.search(file)]
+    chosen = train or found
+    pattern = f"{folder if '://' in folder else glob.escape(folder)}/{_pattern(chosen, bool(train))}"
+    if inner and "**" in pattern:
+        raise UserError(
+            f"source: {canonical(folder)} has a reinforced dataset in it, {inner[0].rstrip('/')}. Name the files "
+            "of the source by patterns, such as FOLDER/*.parquet."
+        )
+    left = len(found) - len(chosen)
+    notes = [f"files of other splits than `train` are left out: {left:,}; `source` can name them"] if left else []
+    return pattern, notes
+
+
+def _pattern(files: Sequence[str], train: bool) -> str:
+    """A glob for files, by their paths in a folder: in one folder or at any depth."""
+    folders = {file.rpartition("/")[0] for file in files}
+    ending = _common_ending([file.rpartition("/")[2] for file in files])
+    name = f"{'train' if train else ''}*{ending}"
+    only = next(iter(folders)) if len(folders) == 1 else None
+    if only is None:
+        return f"**/{name}"
+    return f"{glob.escape(only)}/{name}" if only else name
+
+
+def _common_ending(names: Sequence[str]) -> str:
+    """The extensions that all names have, such as ``.tar`` or ``.jsonl.gz``; ``.tar*`` if they differ."""
+    endings = {
+        "." + ".".join(name.split(".")[-2:]) if name.count(".") > 1 and _is_packed(name) else os.path.splitext(name)[1]
+        for name in names
+    }
+    if len(endings) == 1:
+        return next(iter(endings))
+    first = min(endings, key=len)
+    return f"{first}*" if all(ending.startswith(first) for ending in endings) else ".*"
+
+
+def _is_packed(name: str) -> bool:
+    return name.rpartition(".")[2] in ("gz", "xz", "bz2", "zst", "zstd")
+
+
+def _is_hidden(file: str) -> bool:
+    return any(part.startswith((".", "_")) for part in file.split("/"))

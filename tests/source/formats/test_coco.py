@@ -14,8 +14,7 @@ from reinforce.engine.starter.starter import make_starter
 from reinforce.settings import load_yaml
 from reinforce.source.captions import captions_of
 from reinforce.source.formats.base import Shard
-from reinforce.source.formats.recognise import source_format
-from reinforce.source.formats.registry import find_format
+from reinforce.source.formats.recognise import find_format, source_format
 from reinforce.source.reading import read_samples
 from reinforce.source.samples import RawSample, Refusal
 from tests.helpers.data import picture

@@ -15,7 +15,7 @@ from reinforce.config import Input, Limits, parse_config
 from reinforce.engine.plan.source_shards import SourceShards, source_shards
 from reinforce.parquet.footers import RefusedFile
 from reinforce.source.formats.base import Shard
-from reinforce.source.formats.registry import find_format
+from reinforce.source.formats.recognise import find_format
 from reinforce.source.reading import read_samples
 from reinforce.source.samples import RawSample, Refusal
 from tests.helpers.data import picture

@@ -11,7 +11,7 @@ import pytest
 from reinforce.config import Input, parse_config
 from reinforce.engine.plan.source_shards import source_shards
 from reinforce.source.formats.base import Shard
-from reinforce.source.formats.registry import find_format
+from reinforce.source.formats.recognise import find_format
 from reinforce.source.reading import read_samples
 from reinforce.source.samples import RawSample
 from tests.helpers.data import picture, write_tar
