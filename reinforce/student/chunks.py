@@ -1,4 +1,4 @@
-"""The cross-entropies of `reinforce.student.loss` for large batches, without a matrix of all pairs in memory.
+"""The cross-entropies of `reinforce.student.loss`, without a matrix of all pairs of a large batch in memory.
 
 Chunks of rows are computed one after another, each with its gradient: with logits z [c, B] of a chunk,
 
@@ -17,15 +17,16 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-#: Entries of the largest matrix that is computed as a whole (128 MiB in float32), and of a chunk of larger ones.
-LARGEST, CHUNK = 1 << 25, 1 << 24
+#: Entries of a chunk (64 MiB in float32).
+CHUNK = 1 << 24
 
 
 @dataclass(frozen=True)
 class Logits:
     """The matrix scale * rows @ columns.T + bias [b, B], of which chunks of rows are computed.
 
-    ``first`` is the column of the first row's true pair; those of the other rows follow.
+    ``first`` is the column of the first row's true pair; those of the other rows follow. With ``both``, the matrix is
+    square and one chunk, and the cross-entropy is the mean of those of a softmax of rows and of one of columns.
     """
 
     rows: torch.Tensor
@@ -33,6 +34,12 @@ class Logits:
     scale: torch.Tensor | float
     bias: torch.Tensor | float | None
     first: int
+    both: bool = False
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """The dimensions of a softmax."""
+        return (1, 0) if self.both else (1,)
 
     def parts(self) -> Iterator[slice]:
         """The rows of each chunk."""
@@ -83,7 +90,7 @@ class _CrossEntropies(torch.autograd.Function):
         for part in logits.parts():
             _add_chunk(form, logits, teachers, part, terms)
         ctx.save_for_backward(*(gradient for term in terms for gradient in term.gradients()))
-        return tuple(term.loss / len(logits.rows) for term in terms)
+        return tuple(term.loss / (len(logits.rows) * len(logits.dims)) for term in terms)
 
     @staticmethod
     @once_differentiable
@@ -100,13 +107,12 @@ class _CrossEntropies(torch.autograd.Function):
 
 
 def _add_chunk(form: str, logits: Logits, teachers: Sequence[Logits], part: slice, terms: Sequence[_Term]) -> None:
-    soft = _soft_targets(form, teachers, part).to(logits.rows.dtype) if teachers else None
-    predictions = logits.chunk(part)
-    if form == "softmax":
-        predictions = predictions.log_softmax(dim=1)
+    soft = [total.to(logits.rows.dtype) for total in _soft_targets(form, teachers, part)]
+    values = logits.chunk(part)
+    predictions = [values.log_softmax(dim) for dim in logits.dims] if form == "softmax" else [values]
     for term in terms:
         term.add_loss(part, predictions, soft if term.soft else None)
-    predictions = predictions.exp_() if form == "softmax" else predictions.sigmoid_()
+    predictions = [one.exp_() if form == "softmax" else one.sigmoid_() for one in predictions]
     for term in terms:  # the one with soft targets is the last: it overwrites the predictions
         term.add_gradients(part, predictions, soft if term.soft else None)
 
@@ -124,39 +130,43 @@ class _Term:
         self._columns = torch.zeros_like(logits.columns, memory_format=torch.contiguous_format) if needed[1] else None
         self._bias = logits.rows.new_zeros(())
 
-    def add_loss(self, part: slice, predictions: torch.Tensor, soft: torch.Tensor | None) -> None:
+    def add_loss(self, part: slice, predictions: Sequence[torch.Tensor], soft: Sequence[torch.Tensor] | None) -> None:
         """Add the sum over a chunk [c, B]; predictions are log-probabilities (softmax) or logits (sigmoid)."""
         if self._form == "softmax":
-            of_pairs = self._logits.true_pairs(part, predictions) if soft is None else soft * predictions
-            self.loss -= of_pairs.sum()
+            for number, values in enumerate(predictions):
+                of_pairs = self._logits.true_pairs(part, values) if soft is None else soft[number] * values
+                self.loss -= of_pairs.sum()
             return
         if soft is None:
-            soft = torch.zeros_like(predictions)
-            self._logits.true_pairs(part, soft).fill_(1)
-        self.loss += binary_cross_entropy_with_logits(predictions, soft, reduction="sum")
+            soft = [torch.zeros_like(predictions[0])]
+            self._logits.true_pairs(part, soft[0]).fill_(1)
+        self.loss += binary_cross_entropy_with_logits(predictions[0], soft[0], reduction="sum")
 
-    def add_gradients(self, part: slice, predictions: torch.Tensor, soft: torch.Tensor | None) -> None:
+    def add_gradients(
+        self, part: slice, predictions: Sequence[torch.Tensor], soft: Sequence[torch.Tensor] | None
+    ) -> None:
         """Add those of a chunk; predictions are probabilities, which are overwritten if the targets are soft."""
         if not any(self._needed):
             return
         logits = self._logits
-        true = logits.true_pairs(part, predictions)
+        differences = sum(predictions[1:], predictions[0])  # Q - P, summed over the dimensions of the softmax
+        true = logits.true_pairs(part, differences)
         before = true.clone()
         if soft is None:
-            true -= 1
-        else:
-            predictions -= soft
-        torch.mm(predictions, logits.columns, out=self._rows[part])
+            true -= len(predictions)
+        for targets in soft or ():
+            differences -= targets
+        torch.mm(differences, logits.columns, out=self._rows[part])
         if self._columns is not None:
-            self._columns.addmm_(predictions.T, logits.rows[part])
+            self._columns.addmm_(differences.T, logits.rows[part])
         if self._needed[3]:
-            self._bias += predictions.sum()
+            self._bias += differences.sum()
         if soft is None:
             true.copy_(before)
 
     def gradients(self) -> list[torch.Tensor | None]:
         """Of the mean over the rows, with respect to rows, columns, scale and bias."""
-        logits, rows = self._logits, len(self._logits.rows)
+        logits, rows = self._logits, len(self._logits.rows) * len(self._logits.dims)
         of_scale = (self._rows * logits.rows).sum() / rows  # sum over ij of (q - P)_ij cos_ij
         factor = logits.scale / rows
         of_columns = None if self._columns is None else self._columns.mul_(factor)
@@ -164,13 +174,12 @@ class _Term:
         return [value if needed else None for value, needed in zip(values, self._needed, strict=True)]
 
 
-def _soft_targets(form: str, teachers: Sequence[Logits], part: slice) -> torch.Tensor:
-    """The ensemble's P [c, B] of some rows."""
-    total: torch.Tensor | None = None
+def _soft_targets(form: str, teachers: Sequence[Logits], part: slice) -> list[torch.Tensor]:
+    """The ensemble's P [c, B] of some rows, by the dimension of the softmax; none without teachers."""
+    totals: list[torch.Tensor] = []
     for teacher in teachers:
         logits = teacher.chunk(part)
-        probabilities = logits.softmax(dim=1) if form == "softmax" else logits.sigmoid_()
+        found = [logits.softmax(dim) for dim in teacher.dims] if form == "softmax" else [logits.sigmoid_()]
         del logits
-        total = probabilities if total is None else total.add_(probabilities)
-    assert total is not None
-    return total.div_(len(teachers))
+        totals = [total.add_(one) for total, one in zip(totals, found, strict=True)] if totals else found
+    return [total.div_(len(teachers)) for total in totals]

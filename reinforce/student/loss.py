@@ -35,22 +35,21 @@ identity, whose minimum is the s_t that makes the true pairs of the batch most l
 1706.04599). Only the scale gets a gradient from it, and L_distill treats the scale as a constant.
 
 With several ranks, each rank compares its b rows with the columns of all ranks; the mean over the ranks is the loss of
-the global batch of B = ranks * b pairs. Matrices [b, B] of more than 2^25 entries are computed in chunks, with equal
-results up to rounding; see ``reinforce.student.chunks``.
+the global batch of B = ranks * b pairs. Matrices [b, B] are computed in chunks of rows; see
+``reinforce.student.chunks``.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
-from torch.nn.functional import binary_cross_entropy_with_logits
 
 from reinforce.student import chunks
-from reinforce.student.chunks import Logits
+from reinforce.student.chunks import Logits, cross_entropies
 from reinforce.training.distributed import gather
 from teachers.device.determinism import tf32
 
@@ -84,70 +83,14 @@ def contrastive_losses(
 
     ``features`` are the student's, tensors [b, D]; ``targets`` are the teachers', {teacher: tensors [b, D_t]}, with the
     same keys; all have unit norm. ``scale`` s and ``bias`` b are scalars; ``softmax`` ignores the bias. Computed in
-    float64 if the features are, else in float32; ``reduced`` lets CUDA multiply the chunks of large batches in TF32.
-    Raises KeyError if a teacher in ``objective.scales`` has no targets.
+    float64 if the features are, else in float32; ``reduced`` lets CUDA multiply in TF32. Raises KeyError if a teacher
+    in ``objective.scales`` has no targets.
     """
-    lambda_, form = objective.lambda_, objective.form
-    rows = {name: _full_precision(value) for name, value in features.items()}
-    columns = _gather_columns(form, rows)
-    kinds = [name for name in rows if name != "image"]
-    if _is_large(rows):
-        with tf32() if reduced else contextlib.nullcontext():
-            return _losses_in_chunks(objective, rows, columns, scale, bias, targets)
-    soft = _soft_targets(objective, kinds, targets) if lambda_ > 0 and objective.scales else {}
-    losses: dict[str, torch.Tensor] = {}
-    for kind in kinds:
-        logits = _whole(_sides(form, rows, columns, kind, scale, bias))
-        predictions = [values.log_softmax(dim=1) for values in logits] if form == "softmax" else logits
-        if lambda_ < 1:
-            losses[f"clip/{kind}"] = (1 - lambda_) * _cross_entropy(form, predictions, None)
-        if kind in soft:
-            losses[f"distill/{kind}"] = lambda_ * _cross_entropy(form, predictions, soft[kind])
-    return losses
-
-
-def scale_losses(
-    scales: Mapping[str, torch.Tensor], targets: Mapping[str, Features], reduced: bool = False
-) -> dict[str, torch.Tensor]:
-    """``scale/TEACHER``: the cross-entropy of softmax(s_t I_t X_t^T) with the identity, mean over the kinds of text.
-
-    ``scales`` are scalars with gradients by teacher, ``targets`` and ``reduced`` as in ``contrastive_losses``.
-    """
-    losses = {}
-    for teacher, scale in scales.items():
-        rows = {name: _full_precision(value) for name, value in targets[teacher].items()}
-        if _is_large(rows):
-            found = contrastive_losses(Objective(0.0), rows, scale, None, {}, reduced)
-            losses[f"scale/{teacher}"] = torch.stack([*found.values()]).mean()
-            continue
-        columns = _gather_columns("softmax", rows)
-        of_kinds = [
-            _cross_entropy("softmax", [values.log_softmax(dim=1) for values in logits], None)
-            for logits in (
-                _whole(_sides("softmax", rows, columns, kind, scale, None)) for kind in rows if kind != "image"
-            )
-        ]
-        losses[f"scale/{teacher}"] = torch.stack(of_kinds).mean()
-    return losses
-
-
-def _is_large(rows: Features) -> bool:
-    """Whether matrices of a rank's rows [b, D] and all columns are computed in chunks."""
-    return len(rows["image"]) ** 2 * gather.world_size() > chunks.LARGEST
-
-
-def _losses_in_chunks(
-    objective: Objective,
-    rows: dict[str, torch.Tensor],
-    columns: Features,
-    scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    targets: Mapping[str, Features],
-) -> dict[str, torch.Tensor]:
-    """``contrastive_losses``, given the student's rows of this rank and columns of all."""
     lambda_, form = objective.lambda_, objective.form
     scales = objective.scales if lambda_ > 0 else {}
+    rows = {name: _full_precision(value) for name, value in features.items()}
     of_teachers = {t: {what: _full_precision(targets[t][what]) for what in rows} for t in scales}
+    columns = _gather_columns(form, rows)
     images = {t: _gather_columns(form, {"image": own["image"]}) for t, own in of_teachers.items()}
 
     def teachers(kind: str) -> list[list[Logits]]:
@@ -163,71 +106,31 @@ def _losses_in_chunks(
         return [list(side) for side in zip(*sides, strict=True)]
 
     losses: dict[str, torch.Tensor] = {}
-    for kind in [name for name in rows if name != "image"]:
-        students = _sides(form, rows, columns, kind, scale, bias)
-        pairs = zip(students, teachers(kind) if scales else [[] for _ in students], strict=True)
-        found = [chunks.cross_entropies(form, student, soft, lambda_ < 1) for student, soft in pairs]
-        means = [torch.stack(sides).mean() for sides in zip(*found, strict=True)]
-        if lambda_ < 1:
-            losses[f"clip/{kind}"] = (1 - lambda_) * means[0]
-        if scales:
-            losses[f"distill/{kind}"] = lambda_ * means[-1]
+    with tf32() if reduced else contextlib.nullcontext():
+        for kind in [name for name in rows if name != "image"]:
+            students = _sides(form, rows, columns, kind, scale, bias)
+            pairs = zip(students, teachers(kind) if scales else [[] for _ in students], strict=True)
+            found = [cross_entropies(form, student, soft, lambda_ < 1) for student, soft in pairs]
+            means = [torch.stack(sides).mean() for sides in zip(*found, strict=True)]
+            if lambda_ < 1:
+                losses[f"clip/{kind}"] = (1 - lambda_) * means[0]
+            if scales:
+                losses[f"distill/{kind}"] = lambda_ * means[-1]
     return losses
 
 
-def _cross_entropy(
-    form: Form, predictions: Sequence[torch.Tensor], soft: Sequence[torch.Tensor] | None
-) -> torch.Tensor:
-    """Cross-entropy of predictions [b, B] with P, or with the identity if ``soft`` is None.
+def scale_losses(
+    scales: Mapping[str, torch.Tensor], targets: Mapping[str, Features], reduced: bool = False
+) -> dict[str, torch.Tensor]:
+    """``scale/TEACHER``: the cross-entropy of softmax(s_t I_t X_t^T) with the identity, mean over the kinds of text.
 
-    Predictions are log-probabilities of both directions (softmax) or the logits of one matrix (sigmoid).
+    ``scales`` are scalars with gradients by teacher, ``targets`` and ``reduced`` as in ``contrastive_losses``.
     """
-    if form == "sigmoid":
-        (logits,) = predictions
-        (targets,) = soft or [_identity(logits)]
-        return binary_cross_entropy_with_logits(logits, targets, reduction="sum") / len(logits)
-    if soft is None:
-        return -torch.stack([_true_pairs(values).mean() for values in predictions]).mean()
-    return -torch.stack([(p * values).sum(dim=1).mean() for p, values in zip(soft, predictions, strict=True)]).mean()
-
-
-@torch.no_grad()
-def _soft_targets(
-    objective: Objective, kinds: Sequence[str], targets: Mapping[str, Features]
-) -> dict[str, list[torch.Tensor]]:
-    """The ensemble's P by kind: one matrix [b, B] for each of ``_sides``.
-
-    Teachers are added to one sum, so that memory does not grow with their number.
-    """
-    form = objective.form
-    sums: dict[str, list[torch.Tensor]] = {}
-    for teacher, scale in objective.scales.items():
-        rows = {name: _full_precision(targets[teacher][name]) for name in ("image", *kinds)}
-        columns = _gather_columns(form, rows)
-        for kind in kinds:
-            logits = _whole(_sides(form, rows, columns, kind, scale, objective.biases.get(teacher)))
-            if form == "softmax":
-                probabilities = [values.softmax(dim=1) for values in logits]
-            elif teacher in objective.biases:
-                probabilities = [values.sigmoid() for values in logits]
-            else:
-                probabilities = [(values + implied_bias(values)).sigmoid() for values in logits]
-            if kind in sums:
-                for total, values in zip(sums[kind], probabilities, strict=True):
-                    total.add_(values)
-            else:
-                sums[kind] = probabilities
-    for totals in sums.values():
-        for total in totals:
-            total.div_(len(objective.scales))
-    return sums
-
-
-def implied_bias(logits: torch.Tensor) -> torch.Tensor:
-    """b_t = -mean_i log sum_{k != i} exp logits_ik over all ranks, [b, B] -> scalar; see the module's docstring."""
-    others = logits.clone()
-    _true_pairs(others).fill_(-torch.inf)
-    return -gather.mean(others.logsumexp(dim=1).mean())
+    losses = {}
+    for teacher, scale in scales.items():
+        found = contrastive_losses(Objective(0.0), targets[teacher], scale, None, {}, reduced)
+        losses[f"scale/{teacher}"] = torch.stack([*found.values()]).mean()
+    return losses
 
 
 def _gather_columns(form: Form, rows: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -243,34 +146,19 @@ def _sides(
     scale: torch.Tensor | float,
     bias: torch.Tensor | float | None,
 ) -> list[Logits]:
-    """Logits [b, B] of images with all texts and, for softmax, also of texts with all images, not yet computed."""
+    """Logits [b, B] of images with all texts and, for softmax, also of texts with all images, not yet computed.
+
+    On one rank a matrix of one chunk has both.
+    """
     first = gather.rank() * len(rows[kind])
     if form == "sigmoid":
         return [Logits(rows["image"], columns[kind], scale, bias, first)]
+    if gather.world_size() == 1 and len(rows["image"]) ** 2 <= chunks.CHUNK:
+        return [Logits(rows["image"], columns[kind], scale, None, first, both=True)]
     return [
         Logits(rows["image"], columns[kind], scale, None, first),
         Logits(rows[kind], columns["image"], scale, None, first),
     ]
-
-
-def _whole(sides: Sequence[Logits]) -> list[torch.Tensor]:
-    """The logits [b, B] of each side as a whole."""
-    of_images = sides[0].chunk(slice(None))
-    if len(sides) == 1:
-        return [of_images]
-    return [of_images, of_images.T if gather.world_size() == 1 else sides[1].chunk(slice(None))]
-
-
-def _true_pairs(matrix: torch.Tensor) -> torch.Tensor:
-    """The entries [b] of a rank's rows [b, B] that belong to true pairs, as a view."""
-    return matrix.diagonal(gather.rank() * len(matrix))
-
-
-def _identity(matrix: torch.Tensor) -> torch.Tensor:
-    """A matrix of the same shape: 1 for true pairs, 0 elsewhere."""
-    ones = torch.zeros_like(matrix)
-    _true_pairs(ones).fill_(1)
-    return ones
 
 
 def _full_precision(values: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from reinforce.student.chunks import LARGEST
 from reinforce.student.config import StudentConfig, load_student_config
 from reinforce.student.model import Student
 from teachers.device.accelerator import Accelerator
@@ -24,8 +23,7 @@ from tests.helpers.students import batch_for, built, student_folder
 STUDENTS = [ROOT / "configs/mobileclip2-s0.yaml", *sorted(ROOT.glob("configs/recipes/*-*-datacompdr*.yaml"))]
 STUDENTS += sorted(ROOT.glob("configs/recipes/mobileclip-*-dfndr*.yaml"))
 SAMPLES = 256  # so many that gradients, which are counted among the activations, are few beside them
-# Of test_real_sizes.py: matrices of all pairs that a loss keeps, and what a loss in chunks takes.
-MATRICES, IN_CHUNKS = 8.6, 3e9
+LOSS = 2.5e9  # of 65,536 pairs, most of it vectors of all ranks; see test_real_sizes.py
 
 
 @functools.cache
@@ -52,8 +50,7 @@ def gigabytes(config: StudentConfig, parts: int) -> float:
     """GB of a rank in a step; in several parts, the loss is computed before the activations that are kept."""
     compute, rows = config.train.compute, config.train.batch // config.train.compute.ranks
     state, of_sample = step_bytes(config.student.model, compute.gradient_checkpointing)
-    pairs = rows * config.train.batch
-    loss = IN_CHUNKS if pairs > LARGEST else 4 * MATRICES * pairs
+    loss = LOSS * config.train.batch / 65536
     activations = of_sample * rows / parts
     return (state + (activations + loss if parts == 1 else max(activations, loss))) / 1e9
 

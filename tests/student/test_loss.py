@@ -12,12 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from reinforce.student import chunks
-from reinforce.student.loss import (
-    Objective,
-    contrastive_losses,
-    implied_bias,
-    scale_losses,
-)
+from reinforce.student.loss import Objective, contrastive_losses, scale_losses
 
 KINDS = {"both": ("caption", "synthetic"), "mixed": ("caption",)}
 SCALES = {"one": 70.0, "two": 60.0, "three": 33.0}
@@ -71,25 +66,30 @@ def reference(features, scale, bias, teachers, scales, biases, share, form):  # 
 @pytest.mark.parametrize("teachers", [["one"], ["one", "two", "three"]])
 @pytest.mark.parametrize("captions", ["both", "mixed"])
 @pytest.mark.parametrize("form", ["softmax", "sigmoid"])
-def test_the_loss_equals_its_equation(form: str, captions: str, teachers: list[str], share: float) -> None:
+def test_the_loss_equals_its_equation_in_chunks_of_rows_too(
+    form: str, captions: str, teachers: list[str], share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     features = vectors("student", captions)
     targets = {name: vectors(name, captions) for name in teachers}
     scales = {name: SCALES[name] for name in teachers}
     biases = {"two": -9.0} if form == "sigmoid" and "two" in teachers else {}
     scale, bias = torch.tensor(20.0, dtype=torch.float64), torch.tensor(-3.0, dtype=torch.float64)
-    losses = contrastive_losses(Objective(share, form, scales, biases), features, scale, bias, targets)  # type: ignore[arg-type]
+    objective = Objective(share, form, scales, biases)  # type: ignore[arg-type]
     arrays = {name: {what: value.numpy() for what, value in of.items()} for name, of in targets.items()}
     expected = reference(
         {what: value.numpy() for what, value in features.items()}, 20.0, -3.0, arrays, scales, biases, share, form
     )
-    assert sum(losses.values()).item() == pytest.approx(expected, rel=1e-12)
     terms = {0.0: {"clip"}, 1.0: {"distill"}}.get(share, {"clip", "distill"})
-    assert set(losses) == {f"{term}/{kind}" for term in terms for kind in KINDS[captions]}
+    for rows in (PAIRS, 2):
+        monkeypatch.setattr(chunks, "CHUNK", rows * PAIRS)
+        losses = contrastive_losses(objective, features, scale, bias, targets)
+        assert sum(losses.values()).item() == pytest.approx(expected, rel=1e-12)
+        assert set(losses) == {f"{term}/{kind}" for term in terms for kind in KINDS[captions]}
 
 
 @pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
 @pytest.mark.parametrize("form", ["softmax", "sigmoid"])
-def test_gradients_reach_features_and_scalars(form: str, share: float) -> None:
+def test_gradients_reach_features_and_scalars(form: str, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
     features = vectors("student", pairs=4)
     targets = {name: vectors(name, pairs=4) for name in ("one", "two")}
     objective = Objective(share, form, {"one": 9.0, "two": 4.0})  # type: ignore[arg-type]
@@ -100,29 +100,24 @@ def test_gradients_reach_features_and_scalars(form: str, share: float) -> None:
         ).sum()
 
     inputs = [torch.tensor(5.0, dtype=torch.float64), torch.tensor(-1.0, dtype=torch.float64), *features.values()]
-    assert torch.autograd.gradcheck(loss, [value.requires_grad_() for value in inputs], check_undefined_grad=False)
+    for rows in (4, 3):  # one chunk, or two
+        monkeypatch.setattr(chunks, "CHUNK", rows * 4)
+        assert torch.autograd.gradcheck(loss, [value.requires_grad_() for value in inputs], check_undefined_grad=False)
     gradients = torch.autograd.grad(loss(*inputs), inputs, allow_unused=True)
     used = [gradient is not None and bool(gradient.abs().max() > 0) for gradient in gradients]
     assert used == [True, form == "sigmoid", True, True, True]
 
 
-@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
-def test_with_one_teacher_it_equals_open_clips_distillation_loss(share: float) -> None:
+def test_it_equals_open_clips_losses_with_and_without_a_teacher() -> None:
     student, teacher = vectors("student", "mixed"), vectors("one", "mixed")
-    scale = torch.tensor(25.0, dtype=torch.float64)
+    scale, bias = torch.tensor(25.0, dtype=torch.float64), torch.tensor(-7.0, dtype=torch.float64)
     theirs = open_clip.loss.DistillClipLoss()(
         student["image"], student["caption"], scale, teacher["image"], teacher["caption"], 70.0, output_dict=True
     )
-    expected = (1 - share) * theirs["contrastive_loss"] + share * theirs["distill_loss"]
-    losses = contrastive_losses(Objective(share, "softmax", {"one": 70.0}), student, scale, None, {"one": teacher})
-    torch.testing.assert_close(sum(losses.values()), expected)
-
-
-def test_without_teachers_it_equals_open_clips_losses() -> None:
-    student = vectors("student", "mixed")
-    scale, bias = torch.tensor(25.0, dtype=torch.float64), torch.tensor(-7.0, dtype=torch.float64)
-    clip = contrastive_losses(Objective(0.0), student, scale, None, {})["clip/caption"]
-    torch.testing.assert_close(clip, open_clip.ClipLoss()(student["image"], student["caption"], scale))
+    for share in (0.0, 0.4, 1.0):
+        expected = (1 - share) * theirs["contrastive_loss"] + share * theirs["distill_loss"]
+        losses = contrastive_losses(Objective(share, "softmax", {"one": 70.0}), student, scale, None, {"one": teacher})
+        torch.testing.assert_close(sum(losses.values()), expected)
     siglip = contrastive_losses(Objective(0.0, "sigmoid"), student, scale, bias, {})["clip/caption"]
     torch.testing.assert_close(siglip, open_clip.loss.SigLipLoss()(student["image"], student["caption"], scale, bias))
 
@@ -135,14 +130,11 @@ def test_the_largest_scales_in_half_precision_stay_finite(form: str, dtype: torc
     targets = {"one": {"image": same, "caption": unit(6, 16, 1, dtype)}, "two": {"image": same, "caption": same}}
     scale, bias = torch.tensor(100.0, requires_grad=True), torch.tensor(-10.0, requires_grad=True)
     objective = Objective(0.5, form, {"one": 100.0, "two": 100.0})  # type: ignore[arg-type]
-    losses = contrastive_losses(objective, features, scale, bias, targets)
-    total = torch.stack(list(losses.values())).sum()
+    total = torch.stack([*contrastive_losses(objective, features, scale, bias, targets).values()]).sum()
     total.backward()
     assert total.dtype == torch.float32
-    assert total.isfinite()
-    for value in (*features.values(), scale):
-        assert value.grad is not None
-        assert value.grad.isfinite().all()
+    gradients = [value.grad for value in (*features.values(), scale)]
+    assert all(value is not None and value.isfinite().all() for value in (total, *gradients))
 
 
 def test_half_precision_features_are_multiplied_in_float32() -> None:
@@ -166,30 +158,9 @@ def test_the_implied_bias_reproduces_the_softmax_of_similar_rows() -> None:
         assert implied_bias(torch.zeros(size, size)).item() == pytest.approx(-math.log(size - 1)), "the other samples"
 
 
-@pytest.mark.parametrize(("form", "matrices"), [("softmax", 4), ("sigmoid", 2)])
-def test_memory_for_the_gradient_does_not_grow_with_the_number_of_teachers(form: str, matrices: int) -> None:
-    pairs = 64
-    features = {what: value.requires_grad_() for what, value in vectors("student", pairs=pairs).items()}
-    targets = {name: vectors(name, pairs=pairs) for name in SCALES}
-    scale, bias = torch.tensor(20.0, requires_grad=True), torch.tensor(-3.0, requires_grad=True)
-
-    def kept(teachers: int) -> int:
-        """Matrices of all pairs that autograd holds: log-probabilities (or logits), and P, by text and direction."""
-        storages = {}
-
-        def keep(value: torch.Tensor) -> torch.Tensor:
-            if value.shape == (pairs, pairs):
-                storages[value.untyped_storage().data_ptr()] = value  # keeps its address from being reused
-            return value
-
-        objective = Objective(0.7, form, dict(list(SCALES.items())[:teachers]))  # type: ignore[arg-type]
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
-            losses = contrastive_losses(objective, features, scale, bias, targets)
-        assert len(losses) == 4
-        return len(storages)
-
-    identity = form == "sigmoid"  # the target matrix of the CLIP loss
-    assert kept(1) == kept(3) == (matrices + identity) * len(KINDS["both"])
+def implied_bias(logits: torch.Tensor) -> torch.Tensor:
+    """The bias of a teacher with these logits."""
+    return -chunks.Logits(logits, torch.eye(len(logits), dtype=logits.dtype), 1.0, None, 0).mean_of_others()
 
 
 def test_a_learnt_scale_converges_to_where_the_true_pairs_are_most_likely() -> None:
@@ -241,42 +212,9 @@ class RoundedProducts(TorchDispatchMode):
         return ((bits + even) & -(1 << self._dropped)).view(torch.float32)
 
 
-def losses_and_gradients(objective, features, targets, learnt, weighted=True):  # type: ignore[no-untyped-def]
-    """Of both losses, each with a weight of its own, for a scale of 20 and a bias of -3."""
-    dtype = features["image"].dtype
-    inputs = {name: value.clone().requires_grad_() for name, value in features.items()}
-    scalars = {"scale": 20.0, "bias": -3.0, **learnt}
-    scalars = {name: torch.tensor(value, dtype=dtype, requires_grad=True) for name, value in scalars.items()}
-    losses = contrastive_losses(objective, inputs, scalars["scale"], scalars["bias"], targets, reduced=True)
-    losses |= scale_losses({name: scalars[name] for name in learnt}, targets)
-    weights = range(1, 1 + len(losses)) if weighted else [1] * len(losses)
-    torch.stack([weight * loss for weight, loss in zip(weights, losses.values(), strict=True)]).sum().backward()
-    gradients = {name: value.grad for name, value in {**inputs, **scalars}.items() if value.grad is not None}
-    return {name: loss.detach() for name, loss in losses.items()} | gradients
-
-
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("form", ["softmax", "sigmoid"])
-def test_large_batches_in_chunks_have_the_losses_and_gradients_of_the_whole_matrix(
-    form: str, share: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pairs = 23
-    features, targets = vectors("student", pairs=pairs), {name: vectors(name, pairs=pairs) for name in ("one", "two")}
-    objective = Objective(share, form, {"one": 30.0, "two": 15.0}, {"two": -9.0})  # type: ignore[arg-type]
-    learnt = {"one": 30.0} if form == "softmax" else {}
-    whole = losses_and_gradients(objective, features, targets, learnt)
-    monkeypatch.setattr(chunks, "LARGEST", pairs * pairs - 1)
-    monkeypatch.setattr(chunks, "CHUNK", 5 * pairs)
-    found = losses_and_gradients(objective, features, targets, learnt)
-    assert found.keys() == whole.keys()
-    assert {"image", "caption", "synthetic", "scale"} <= found.keys()
-    for name, expected in whole.items():
-        torch.testing.assert_close(found[name], expected, rtol=1e-12, atol=1e-14, msg=lambda t, n=name: f"{n}: {t}")
-
-
 @pytest.mark.parametrize("share", [0.0, 0.7, 1.0])
 def test_tf32_changes_gradients_by_a_fifth_of_what_one_rounding_to_bf16_does_at_most(
-    share: float, monkeypatch: pytest.MonkeyPatch
+    share: float,
 ) -> None:
     """Autocast rounds the features, after it has rounded everything before them."""
     pairs = 96
@@ -289,11 +227,12 @@ def test_tf32_changes_gradients_by_a_fifth_of_what_one_rounding_to_bf16_does_at_
 
     features, targets = tower(512, 10, 2.0), {"one": tower(768, 20, 1.5), "two": tower(768, 30, 1.5)}
     objective = Objective(share, "softmax", {"one": 70.0, "two": 60.0})
-    monkeypatch.setattr(chunks, "LARGEST", 0)
 
     def gradient(features: dict[str, torch.Tensor]) -> torch.Tensor:
-        found = losses_and_gradients(objective, features, targets, {}, weighted=False)
-        return torch.cat([found[kind].flatten() for kind in KINDS_AND_IMAGE])
+        inputs = {kind: value.clone().requires_grad_() for kind, value in features.items()}
+        losses = contrastive_losses(objective, inputs, torch.tensor(20.0), None, targets, reduced=True)
+        found = torch.autograd.grad(torch.stack([*losses.values()]).sum(), [*inputs.values()])
+        return torch.cat([value.flatten() for value in found])
 
     exact = gradient(features)
     with RoundedProducts():

@@ -27,9 +27,8 @@ def unit(dim: int, seed: int) -> torch.Tensor:
     return torch.nn.functional.normalize(values, dim=-1)
 
 
-def computed(objective: Objective, rows: slice, in_chunks: bool = False) -> dict[str, torch.Tensor]:
-    """Loss and gradients by name for some rows of the batch; chunks have two rows."""
-    chunks.LARGEST, chunks.CHUNK = (0, 2 * RANKS * PAIRS) if in_chunks else (1 << 25, 1 << 24)
+def computed(objective: Objective, rows: slice) -> dict[str, torch.Tensor]:
+    """Loss and gradients by name for some rows of the batch."""
     features = {what: unit(6, i)[rows].clone().requires_grad_() for i, what in enumerate(WHATS)}
     targets = {
         teacher: {what: unit(dim, 10 * dim + i)[rows] for i, what in enumerate(WHATS)}
@@ -47,9 +46,9 @@ def computed(objective: Objective, rows: slice, in_chunks: bool = False) -> dict
 
 
 def of_rank(rank: int) -> dict[str, dict[str, torch.Tensor]]:
+    chunks.CHUNK = 2 * RANKS * PAIRS  # chunks of two rows
     rows = slice(rank * PAIRS, (rank + 1) * PAIRS)
-    whole = {name: computed(objective, rows) for name, objective in CASES.items()}
-    return whole | {f"{name}, chunks": computed(objective, rows, True) for name, objective in CASES.items()}
+    return {name: computed(objective, rows) for name, objective in CASES.items()}
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +56,12 @@ def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[st
     return results_of_ranks(of_rank, RANKS, tmp_path_factory.mktemp("ranks"))
 
 
-@pytest.mark.parametrize("how", ["", ", chunks"])
 @pytest.mark.parametrize("case", CASES)
 def test_the_mean_over_ranks_is_the_loss_of_the_whole_batch(
-    case: str, how: str, of_ranks: list[dict[str, dict[str, torch.Tensor]]]
+    case: str, of_ranks: list[dict[str, dict[str, torch.Tensor]]]
 ) -> None:
     whole = computed(CASES[case], slice(None))
-    parts = [results[case + how] for results in of_ranks]
+    parts = [results[case] for results in of_ranks]
     assert all(part.keys() == whole.keys() for part in parts)
     for name, expected in whole.items():
         if name in WHATS:  # each rank's own rows; averaging over ranks divides their gradients
