@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,7 @@ from reinforce.training.distributed import gather
 from reinforce.training.distributed.ranks import share_from_first
 from reinforce.training.job import Job, model_settings
 from reinforce.training.launch import launch, runs_on_ray
-from reinforce.training.record.log import LOG
+from reinforce.training.record.log import read_rows
 from reinforce.training.record.results import Results
 from reinforce.training.record.trackers import check_trackers
 from teachers.device.accelerator import Accelerator
@@ -120,8 +119,7 @@ def build(
 
 def format_comparison(results: Results) -> str:
     """Format the metrics of the held-out images before and after the fine-tuning, one line per metric."""
-    store = Storage(results.output)
-    rows = [json.loads(line) for line in store.fs.cat_file(store.path(LOG)).splitlines()]
+    rows = read_rows(Storage(results.output))
     before: dict[str, float] = next((row["metrics"] for row in rows if "metrics" in row and row["step"] == 0), {})
     return "\n".join(
         f"{name:<28} {before[name]:8.4f} -> {after:8.4f}" for name, after in results.metrics.items() if name in before

@@ -42,7 +42,7 @@ from reinforce.dataset.manifest.manifest import read_manifest
 from reinforce.dataset.view import open_view, read_view
 from reinforce.errors import UserError
 from reinforce.evaluation.fields import read_captions
-from reinforce.evaluation.reading import check_no_view, detect_kind, list_shards, raise_on_damage
+from reinforce.evaluation.reading import check_no_view, detect_kind, list_shards, raise_on_damage, storage_errors
 from reinforce.seeds import permutation
 from reinforce.source.formats import dataset as samples_layer
 from reinforce.source.formats.base import Part, Shard
@@ -182,13 +182,8 @@ def _list_groups(data: Data) -> Iterator[tuple[Shard, int | None]]:
 
 
 def _divided(shard: Shard, sizes_of: dict[str, dict[str, int]]) -> list[tuple[Shard, int | None]]:
-    try:
+    with storage_errors(f"data: {canonical(shard.file)} cannot be read", "Check the path, or download it again."):
         return [*_divide(shard, sizes_of)]
-    except Exception as error:  # each storage driver raises its own exceptions
-        raise UserError(
-            f"data: {canonical(shard.file)} cannot be read: {type(error).__name__}: {error}. Check the path, or "
-            "download it again."
-        ) from error
 
 
 def _divide(shard: Shard, sizes_of: dict[str, dict[str, int]]) -> Iterator[tuple[Shard, int | None]]:

@@ -24,6 +24,7 @@ from reinforce.captioning.scan import copied_input, list_files, scan
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.view import read_view
 from reinforce.errors import UserError
+from reinforce.evaluation.reading import storage_errors
 from reinforce.seeds import seed_for
 from reinforce.source.captions import CAPTION_POLICY
 from reinforce.source.formats.base import Shard
@@ -157,14 +158,11 @@ def _state(shard: Shard) -> tuple[str, str]:
     if isinstance(shard.listing, bytes):
         return canonical(url), hashlib.sha256(shard.listing).hexdigest()
     fs, path = filesystem(url)
-    try:
-        return canonical(url), fs.ukey(path)
-    except FileNotFoundError as error:
-        raise UserError(f"{canonical(url)} does not exist. Check the URL of the shards.") from error
-    except Exception as error:  # each storage driver raises its own exceptions
-        raise UserError(
-            f"{canonical(url)} cannot be reached: {type(error).__name__}: {error}. Check the URL and credentials."
-        ) from error
+    with storage_errors(f"{canonical(url)} cannot be reached", "Check the URL and credentials."):
+        try:
+            return canonical(url), fs.ukey(path)
+        except FileNotFoundError as error:
+            raise UserError(f"{canonical(url)} does not exist. Check the URL of the shards.") from error
 
 
 def read_table(store: Storage, name: str, fingerprint: str) -> pa.Table | None:

@@ -36,7 +36,7 @@ from reinforce.training.order import Chunk
 
 
 class Reading(NamedTuple):
-    """How streams are read; see ``reinforce.student.data.reading.Streams``."""
+    """How streams are read; see ``reinforce.student.data.feed.Streams``."""
 
     window: int
     streams: int | None

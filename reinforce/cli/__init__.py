@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 import reinforce
-from reinforce.cli import config, dataset, export, inspect, run, select, status, training
+from reinforce.cli import config, dataset, export, run, status, training
 from reinforce.cli.common import examples
 from reinforce.errors import UserError
 from reinforce.processes.cores import let_waiting_threads_sleep
@@ -106,8 +106,8 @@ app.command(
         "reinforce inspect demo/dataset demo/report",
         "reinforce inspect demo/dataset demo/report --teachers conv-64 --limit 500 --seed 1",
     )
-)(inspect.inspect)
-app.command(**examples("reinforce select configs/select-demo.yaml"))(select.select)
+)(dataset.inspect)
+app.command(**examples("reinforce select configs/select-demo.yaml"))(dataset.select)
 app.command(**examples("reinforce card demo/dataset --license cc-by-4.0"))(export.card)
 app.add_typer(export.export, name="export")
 app.command(

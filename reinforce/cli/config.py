@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -12,7 +13,14 @@ from reinforce.errors import UserError
 from reinforce.terminal import escape
 from teachers.redact import redact
 
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
 Kind = Literal["run", "student", "tune", "captioner", "select"]
+_MODELS: dict[Kind, str] = {
+    "run": "config:Config", "student": "student.config:StudentConfig", "tune": "tuning.config:TuneConfig",
+    "captioner": "captioning.config:CaptionerConfig", "select": "selection.config:SelectConfig",
+}  # fmt: skip
 
 
 def init(
@@ -54,37 +62,26 @@ def schema(
     typer.echo(json.dumps(schema_of(kind), indent=1))
 
 
+def model_of(kind: Kind) -> type[BaseModel]:
+    """The class of a kind of config."""
+    module, name = _MODELS[kind].split(":")
+    model: type[BaseModel] = getattr(importlib.import_module(f"reinforce.{module}"), name)
+    return model
+
+
 def schema_of(kind: Kind) -> dict[str, Any]:
     """The JSON schema of a kind of config."""
     from reinforce.config_schema import json_schema
 
-    if kind == "run":
-        from reinforce.config import Config
-
-        return json_schema(Config)
-    if kind == "student":
-        from reinforce.student.config import StudentConfig
-
-        return json_schema(StudentConfig)
-    if kind == "captioner":
-        from reinforce.captioning.config import CaptionerConfig
-
-        return json_schema(CaptionerConfig)
-    if kind == "select":
-        from reinforce.selection.config import SelectConfig
-
-        return json_schema(SelectConfig)
-    return _tune_schema()
+    return _tune_schema() if kind == "tune" else json_schema(model_of(kind))
 
 
 def _tune_schema() -> dict[str, Any]:
     """The schema of a tuning, in which `student` and `trial` are parts of the config of a student."""
     from reinforce.config_schema import either, json_schema, partial
-    from reinforce.student.config import StudentConfig
-    from reinforce.tuning.config import TuneConfig
 
-    schema = json_schema(TuneConfig)
-    student, sections = partial(json_schema(StudentConfig), "Student")
+    schema = json_schema(model_of("tune"))
+    student, sections = partial(json_schema(model_of("student")), "Student")
     schema["$defs"] |= {**sections, "StudentConfig": student}
     reference = {"$ref": "#/$defs/StudentConfig"}
     properties = schema["properties"]

@@ -1,4 +1,4 @@
-"""Commands about a dataset that exists: ``reinforce validate``, ``drop`` and ``captions-report``."""
+"""Commands about a dataset that exists: ``reinforce validate``, ``drop``, ``inspect``, ``select`` and others."""
 
 from __future__ import annotations
 
@@ -8,14 +8,27 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from reinforce.cli.common import Address, AsJson, DatasetUrl, NoRay, ViewName, only_json, print_lines, split_names
+from reinforce.cli.common import (
+    Address,
+    AsJson,
+    DatasetUrl,
+    ImagesFrom,
+    NoRay,
+    ViewName,
+    only_json,
+    print_lines,
+    split_names,
+)
 from reinforce.errors import UserError
 from reinforce.terminal import escape, plural, print_table
 from teachers.redact import redact
 
 if TYPE_CHECKING:
+    from reinforce.config import Config
     from reinforce.dataset.files.store import Store
     from reinforce.engine.recompute import Recomputed
+
+Names = Annotated[str | None, typer.Option(metavar="NAMES", help="Names, separated by commas. Default: all.")]
 
 
 def validate(
@@ -203,3 +216,70 @@ def captions_report(
     report = report_on(dataset, captioner, teacher, limit, view)
     print_table(captions_table(report))
     typer.echo(f"{plural(report['rows'], 'image')}; written: {', '.join(write_report(report, out))}")
+
+
+def inspect(
+    dataset: DatasetUrl,
+    output: Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder or fsspec URL to write the report to.")],
+    teachers: Names = None,
+    captioners: Names = None,
+    limit: Annotated[int, typer.Option(min=1, help="Maximum number of samples that are looked at.")] = 10_000,
+    seed: Annotated[int, typer.Option(help="Which row groups and samples are looked at.")] = 0,
+    images_from: ImagesFrom = None,
+    view: ViewName = None,
+) -> None:
+    """Write a report on a dataset: an HTML folder with a summary, a gallery of samples, and plots.
+
+    It opens in a browser from disk, from a web server or from an object store, and sends no request elsewhere. An
+    earlier report in OUTPUT is replaced. The same command gives equal files.
+
+    With --view, it also shows samples on both sides of each rule of the view.
+    """
+    from reinforce import __version__
+    from reinforce.inspection.report import inspect as inspect_dataset
+
+    found = inspect_dataset(
+        dataset,
+        output,
+        split_names(teachers),
+        split_names(captioners),
+        limit=limit,
+        seed=seed,
+        images_from=images_from or (),
+        view=view,
+        version=__version__,
+    )
+    print_lines(found.lines())
+
+
+def select(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML config: the dataset, a name, and rules.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Override a key of the config, repeatable: --set dataset=demo/dataset"
+        ),
+    ] = None,
+    address: Address = None,
+) -> None:
+    """Choose samples of a dataset by rules from what is stored of them, and write a view.
+
+    A view names the samples that are kept, and why each of the others is left out. It copies nothing: reinforce.open
+    reads the dataset through it.
+
+    Works on a Ray cluster, or in a process for each core. The same command continues one that was stopped.
+    """
+    from reinforce.selection.config import load_config
+    from reinforce.selection.select import report_lines, select
+
+    log = lambda line: typer.echo(escape(redact(line)), err=True)  # noqa: E731
+
+    def reinforce(references: Config) -> None:
+        from reinforce.engine.run import run
+
+        log(f"embedding the images of {references.source} that are not embedded yet")
+        run(references, address=address)
+
+    view = select(load_config(config, overrides), log, address, reinforce=reinforce)
+    for line in report_lines(view):
+        typer.echo(escape(redact(line)))

@@ -96,7 +96,7 @@ def tune(
     with no_garbage_collection():
         from reinforce.tuning import command
     from reinforce.tuning.config import load_tune_config
-    from reinforce.tuning.tables import results_table, screening_table
+    from reinforce.tuning.results import results_table, screening_table
 
     with only_json(as_json) as print_json:
         checked = load_tune_config(config, set_)

@@ -46,17 +46,16 @@ def load_encoders(
 
 
 def encode_texts(model: Encoder, texts: Sequence[str], batch: int) -> torch.Tensor:
-    """Encode N texts -> float32 [N, dim] on the CPU.
+    """Encode N texts -> float32 [N, dim] on the model's device.
 
     Texts are batched by length, since a batch takes as long as its longest text.
     """
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    parts = []
-    for start in range(0, len(order), batch):
-        vectors = model.encode_texts([texts[i] for i in order[start : start + batch]])
-        parts.append(vectors.float().cpu())
-    vectors = torch.cat(parts)
-    return torch.empty_like(vectors).index_copy_(0, torch.tensor(order), vectors)
+    starts = range(0, len(texts), batch)
+    # Each part is copied: the model may reuse its memory in the next call.
+    parts = [model.encode_texts([texts[i] for i in order[start : start + batch]]).clone() for start in starts]
+    vectors = torch.cat(parts).float()
+    return vectors[torch.tensor(order, device=vectors.device).argsort()]
 
 
 def build_classifier(model: Encoder, classes: Sequence[str], templates: Sequence[Template], batch: int) -> torch.Tensor:
@@ -69,6 +68,6 @@ def build_classifier(model: Encoder, classes: Sequence[str], templates: Sequence
     for start in range(0, len(classes), rows):
         names = classes[start : start + rows]
         vectors = encode_texts(model, [template(name) for name in names for template in templates], batch)
-        parts.append(vectors.view(len(names), len(templates), -1).mean(1))
+        parts.append(vectors.cpu().view(len(names), len(templates), -1).mean(1))
     means = torch.cat(parts)
     return means / means.norm(dim=1, keepdim=True)

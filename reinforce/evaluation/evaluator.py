@@ -141,7 +141,7 @@ class Evaluator:
                 text_indices += [index_of.setdefault(caption, len(index_of)) for caption in captions]
                 image_indices += [count] * len(captions)
                 count += 1
-        images, texts = torch.cat(vectors), encode_texts(model, list(index_of), self.config.batch)
+        images, texts = torch.cat(vectors), encode_texts(model, list(index_of), self.config.batch).cpu()
         return compute_recalls(images, texts, np.array([image_indices, text_indices], np.int64), accelerator), count
 
     def _encode_images(

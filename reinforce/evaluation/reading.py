@@ -6,6 +6,7 @@ import json
 import os
 import posixpath
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -45,6 +46,17 @@ class File:
     size: int
 
 
+@contextmanager
+def storage_errors(failure: str, fix: str) -> Iterator[None]:
+    """Raise UserError, with ``failure`` and ``fix`` around the error's own text, for what a storage raises inside."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # each storage driver raises its own exceptions
+        raise UserError(f"{failure}: {type(error).__name__}: {error}. {fix}") from error
+
+
 def detect_kind(urls: str | Sequence[str]) -> Literal["classes", "layers", "shards"]:
     """Return what a set's URL refers to: a directory has the layers of a dataset, or a folder for each class.
 
@@ -53,15 +65,10 @@ def detect_kind(urls: str | Sequence[str]) -> Literal["classes", "layers", "shar
     if not isinstance(urls, str) or canonical(urls).lower().endswith((*COMPRESSIONS, ".txt")):
         return "shards"
     fs, path = filesystem(urls)
-    try:
+    with storage_errors(f"{canonical(urls)} cannot be reached", "Check the URL and your credentials for it."):
         if not fs.isdir(path):
             return "shards"
         return "layers" if fs.isfile(posixpath.join(path, MANIFEST)) else "classes"
-    except Exception as error:  # each storage driver raises its own exceptions
-        raise UserError(
-            f"{canonical(urls)} cannot be reached: {type(error).__name__}: {error}. Check the URL and your "
-            "credentials for it."
-        ) from error
 
 
 def list_class_folders(url: str, where: str) -> dict[str, list[File]]:
@@ -117,10 +124,8 @@ def make_loader(url: str) -> Callable[[str], bytes]:
     fs, _ = filesystem(url)
 
     def load(path: str) -> bytes:
-        try:
+        with storage_errors(f"{path} cannot be read", "Check that it exists."):
             return bytes(fs.cat_file(path))
-        except Exception as error:  # each storage driver raises its own exceptions
-            raise UserError(f"{path} cannot be read: {type(error).__name__}: {error}. Check that it exists.") from error
 
     return load
 
@@ -168,15 +173,11 @@ def input_of(
 def raise_on_damage(items: Iterator[T], url: str, where: str) -> Iterator[T]:
     """Yield the items of a shard. Raises UserError if it cannot be read completely."""
     fix = "Check the path, or download it again."
-    try:
+    with storage_errors(f"{where}: {canonical(url)} cannot be read", fix):
         for item in items:
             if isinstance(item, Refusal) and item.key is None:
                 raise UserError(f"{where}: {canonical(url)}: {item.reason.value}: {item.detail}. {fix}")
             yield item
-    except UserError:
-        raise
-    except Exception as error:  # each storage driver raises its own exceptions
-        raise UserError(f"{where}: {canonical(url)} cannot be read: {type(error).__name__}: {error}. {fix}") from error
 
 
 def check_no_view(urls: str | Sequence[str], view: str | None, where: str) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from rich.table import Table
 
 from reinforce.source.samples import Refusal
-from reinforce.terminal import plural
+from reinforce.terminal import first_names, plural
 
-_LISTED = 3  # refused images that are named in a line
+
+def name_refused(refused: Sequence[Refusal]) -> str:
+    """The first refused images, with the reasons."""
+    return first_names([f"{refusal.key} ({refusal.reason.value})" for refusal in refused])
 
 
 @dataclass(frozen=True)
@@ -23,9 +27,7 @@ class SetSummary:
     def __str__(self) -> str:
         if not self.refused:
             return f"{plural(self.images, 'image')}"
-        some = ", ".join(f"{refusal.key} ({refusal.reason.value})" for refusal in self.refused[:_LISTED])
-        more = ", ..." if len(self.refused) > _LISTED else ""
-        return f"{plural(self.images, 'image')}; {len(self.refused):,} refused: {some}{more}"
+        return f"{plural(self.images, 'image')}; {len(self.refused):,} refused: {name_refused(self.refused)}"
 
 
 @dataclass(frozen=True)

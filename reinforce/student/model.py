@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -20,11 +22,15 @@ from reinforce.student.pointwise import avoid_faulty_convolutions
 from reinforce.student.quantize import can_quantize, freeze_batch_norms, quantize
 from reinforce.training.task import Batch, Encoded
 from teachers.open_clip import catalog
+from teachers.open_clip.export import write_open_clip
 from teachers.open_clip.options import OpenClipOptions, stated_preprocess
+from teachers.open_clip.released import MIXER
 from teachers.open_clip.teacher import FUSED, image_spec, load_model, model_name, random_model
 from teachers.preprocessing.pixels import to_pixels
 from teachers.protocols import ImageSpec
 from teachers.spec import ModelSpec
+
+_LOG = logging.getLogger(__name__)
 
 
 class Student(torch.nn.Module):
@@ -228,6 +234,19 @@ def load_tokenizer(student: Student) -> Any:
             f"Set text_cfg.context_length to {context}."
         )
     return tokenizer
+
+
+def export(student: Student, folder: str) -> None:
+    """Write a folder that plain open_clip loads as ``local-dir:FOLDER``: the model, its config and its tokenizer.
+
+    The student's heads and learnt scales are left out.
+    """
+    text_tower = student.config["text_cfg"].get("hf_model_name")
+    if text_tower is not None and Path(text_tower).is_dir():
+        _LOG.warning("%s needs the folder %s, which holds the architecture of its text tower", folder, text_tower)
+    if MIXER in student.config["text_cfg"]:
+        _LOG.warning("plain open_clip cannot load %s: it has no such text tower; commands of reinforce can", folder)
+    write_open_clip(student.clip, student.config, load_tokenizer(student), folder)
 
 
 def _has_weights(model: ModelSpec) -> bool:

@@ -5,11 +5,12 @@ They get the augmentations and texts that the stored teachers got, so the target
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 
 from reinforce.errors import UserError
+from reinforce.evaluation.encoding import encode_texts
 from reinforce.student.distillation import IMAGE, IMAGES, TEXTS, TeacherInfo
 from reinforce.training.task import Batch
 from teachers.device import determinism
@@ -50,7 +51,7 @@ def add_targets(batch: Batch, teachers: Mapping[str, Teacher]) -> Batch:
             targets[name][IMAGE] = _encode_images(teacher, batch["views"][name]).to(device)
         if callable(getattr(teacher, "encode_texts", None)):
             for kind, texts in batch["texts"].items():
-                targets[name][kind] = _encode_texts(teacher, texts).to(device)
+                targets[name][kind] = encode_texts(teacher, texts, _MAX_BATCH).to(device)
     return {**batch, "targets": targets}
 
 
@@ -60,12 +61,3 @@ def _encode_images(teacher: Teacher, views: torch.Tensor) -> torch.Tensor:
     # Each part is copied: the teacher may reuse its memory in the next call.
     parts = [teacher.encode_images(to_pixels(part, teacher.image)).clone() for part in views.split(_MAX_BATCH)]
     return torch.cat(parts).float()  # a new tensor: parts may be inference tensors, which autograd refuses
-
-
-def _encode_texts(teacher: Teacher, texts: Sequence[str]) -> torch.Tensor:
-    """B texts -> float32 [B, D]. Texts of similar length are encoded together, which saves padding."""
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    starts = range(0, len(texts), _MAX_BATCH)
-    parts = [teacher.encode_texts([texts[i] for i in order[start : start + _MAX_BATCH]]).clone() for start in starts]
-    vectors = torch.cat(parts).float()
-    return vectors[torch.tensor(order, device=vectors.device).argsort()]

@@ -24,9 +24,8 @@ from reinforce.student.distillation import (
     plan_distillation,
     stored_teachers,
 )
-from reinforce.student.export import export
 from reinforce.student.loss import Objective, contrastive_losses, scale_losses
-from reinforce.student.model import Student, build_student, load_tokenizer, scale_name
+from reinforce.student.model import Student, build_student, export, load_tokenizer, scale_name
 from reinforce.training.distributed import gather
 from reinforce.training.task import Batch, Encoded
 from teachers.device.accelerator import Accelerator

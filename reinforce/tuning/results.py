@@ -1,4 +1,4 @@
-"""Results of the trials: mean and deviation of each setting, and the best value and plateau of each curve."""
+"""Results of the trials: mean and deviation of each setting, the best value and plateau of each curve, and tables."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from rich.table import Table
 
+from reinforce.tuning.screening import TeacherScreening
 from reinforce.tuning.space import Setting, Trial
 from reinforce.tuning.trials import Outcome
 
@@ -185,3 +187,38 @@ def _make_curve(axis: str, rows: Sequence[tuple[float, Row]], noise: float | Non
     if high + 1 < len(rows) and means[high + 1] is None:
         unknown.append("above")
     return Curve(axis, rows, rows[best][0], Plateau(rows[low][0], rows[high][0], noise, unknown))
+
+
+def results_table(rows: Sequence[Row], metric: str) -> Table:
+    """Return a table with one line for each setting."""
+    table = Table("curve", "setting", metric, "deviation", "seeds", "", title="Trials", title_justify="left")
+    best = [best_row(rows, curve) for curve in dict.fromkeys(row.setting.curve for row in rows)]
+    for row in rows:
+        values = ", ".join(f"{name} {value:g}" for name, value in row.setting.values.items())
+        if row.mean is not None:
+            note = "best" if any(row is one for one in best) else ""
+            deviation = "-" if row.deviation is None else f"{row.deviation:.4f}"
+            table.add_row(row.setting.curve, values, f"{row.mean:.4f}", deviation, str(len(row.values)), note)
+        elif row.state == "stopped":
+            last = "-" if row.last_value is None else f"{row.last_value:.4f}"
+            table.add_row(row.setting.curve, values, f"({last})", "", "", f"stopped at step {row.last_step:,}")
+        else:
+            table.add_row(row.setting.curve, values, "", "", str(len(row.values)), f"failed: {row.error}")
+    return table
+
+
+def screening_table(screenings: Mapping[str, TeacherScreening]) -> Table:
+    """Return a table with one line for each scale; ``reinforce.tuning.screening`` defines the measures."""
+    table = Table(
+        "teacher", "logit scale", "entropy", "true pair", "calibration loss", "agreement", "",
+        title="Screening without training", title_justify="left",
+    )  # fmt: skip
+    for teacher, screening in screenings.items():
+        best = screening.calibrated
+        nearest = min(screening.scales, key=lambda measured: max(measured.scale / best, best / measured.scale))
+        for measured in screening.scales:
+            agreement = "-" if measured.agreement is None else f"{measured.agreement:.3f}"
+            note = f"most likely: {best:g}" if measured is nearest else ""
+            numbers = (f"{measured.entropy:.3f}", f"{measured.true_pair:.3f}", f"{measured.calibration:.3f}")
+            table.add_row(teacher, f"{measured.scale:g}", *numbers, agreement, note)
+    return table

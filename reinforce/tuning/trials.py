@@ -7,7 +7,7 @@ finished, ``stopped.json`` once it was stopped early. A search keeps no other st
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from reinforce.storage import Storage
 from reinforce.student.config import StudentConfig
 from reinforce.student.train import make_job
 from reinforce.training.config import describe_changes
-from reinforce.training.record.log import LOG
+from reinforce.training.record.log import read_rows
 from reinforce.training.record.results import read_results
 from reinforce.training.saving.checkpoint import Checkpoints
 
@@ -62,7 +62,8 @@ def read_outcome(config: StudentConfig, steps: int, metric: str) -> Outcome:
     """Read a trial's state from its folder. A trial that was stopped by another metric is open again."""
     store = Storage(config.output)
     store.fs.invalidate_cache(store.root)  # a worker may have written there since
-    curve = _read_curve(store, metric)
+    values = {row["step"]: row.get("metrics", {}).get(metric) for row in read_rows(store) if "metrics" in row}
+    curve = sorted((at, value) for at, value in values.items() if value is not None)
     results = read_results(store)
     if results is not None and results.steps == steps and curve and curve[-1][0] == steps:
         return Outcome("finished", curve, seconds=results.seconds)
@@ -76,20 +77,3 @@ def read_outcome(config: StudentConfig, steps: int, metric: str) -> Outcome:
 def mark_stopped(config: StudentConfig, metric: str, step: int, value: float) -> None:
     """Record that a trial was stopped early, and at which evaluation."""
     Storage(config.output).write_json({"metric": metric, "step": step, "value": value, "by": "ASHA"}, _STOPPED)
-
-
-def _read_curve(store: Storage, metric: str) -> list[tuple[int, float]]:
-    try:
-        lines = store.fs.cat_file(store.path(LOG)).decode().splitlines()
-    except FileNotFoundError:
-        return []
-    values: dict[int, float] = {}
-    for line in lines:
-        try:
-            row: Mapping[str, Any] = json.loads(line)
-        except ValueError:  # truncated when the training was killed
-            break
-        value = row.get("metrics", {}).get(metric)
-        if value is not None:
-            values[row["step"]] = value
-    return sorted(values.items())

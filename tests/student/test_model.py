@@ -20,8 +20,7 @@ from benchmarks.ablations.encoders import Encoder
 from reinforce.errors import UserError
 from reinforce.shipping.towers import reparameterize
 from reinforce.student.config import Student as StudentSpec
-from reinforce.student.export import export
-from reinforce.student.model import build_student, load_tokenizer
+from reinforce.student.model import build_student, export, load_tokenizer
 from reinforce.student.pointwise import avoid_faulty_convolutions
 from reinforce.training.config import Optimizer
 from reinforce.training.optimizer import learning_rate, make_adamw
@@ -165,38 +164,25 @@ def test_a_student_starts_from_given_weights(tmp_path: Path) -> None:
     assert again.image == vit.image, "from the config beside the weights"
 
 
-def test_weights_of_a_released_model_without_its_preprocessing_are_refused(tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_a_student_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.pt").touch()
-    with pytest.raises(UserError, match=r"student: checkpoint .*a\.pt does not state its preprocessing"):
-        built("MobileCLIP2-S0", pretrained=str(tmp_path / "a.pt"))
-
-
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [
-        ("MobileCLIP2-S1", "unknown to open_clip; did you mean .*MobileCLIP2-S"),
-        ("coca_ViT-B-32", "captioner.*choose a CLIP model"),
-        ("local-dir:/nowhere", "folder /nowhere does not exist"),
-    ],
-)
-def test_a_model_that_cannot_be_a_student_is_refused(model: str, message: str) -> None:
-    with pytest.raises(UserError, match=f"student: .*{message}"):
-        built(model)
-
-
-def test_images_that_are_not_square_and_sigmoid_without_a_bias_are_refused(tmp_path: Path) -> None:
-    name = student_folder(tmp_path / "portrait", vision_cfg={"image_size": [32, 48]})
-    with pytest.raises(UserError, match="images of 32 x 48, and augmented crops are square"):
-        built(name)
-    with pytest.raises(UserError, match="were trained with a softmax and have no logit bias"):
-        built(open_clip_model(tmp_path / "softmax"), form="sigmoid")
-
-
-def test_a_tokenizer_that_does_not_fit_the_context_is_refused(tmp_path: Path) -> None:
-    student = built(student_folder(tmp_path))
-    config = json.loads((tmp_path / "open_clip_config.json").read_text())
+    portrait = student_folder(tmp_path / "portrait", vision_cfg={"image_size": [32, 48]})
+    softmax = open_clip_model(tmp_path / "softmax")
+    refused: list[tuple[str, dict[str, Any], str]] = [
+        ("MobileCLIP2-S1", {}, "unknown to open_clip; did you mean .*MobileCLIP2-S"),
+        ("coca_ViT-B-32", {}, "captioner.*choose a CLIP model"),
+        ("local-dir:/nowhere", {}, "folder /nowhere does not exist"),
+        ("MobileCLIP2-S0", {"pretrained": f"{tmp_path}/a.pt"}, r"checkpoint .*a\.pt does not state its preprocessing"),
+        (portrait, {}, "images of 32 x 48, and augmented crops are square"),
+        (softmax, {"form": "sigmoid"}, "were trained with a softmax and have no logit bias"),
+    ]
+    for model, options, message in refused:
+        with pytest.raises(UserError, match=f"student: .*{message}"):
+            built(model, **options)
+    student = built(student_folder(tmp_path / "short"))
+    config = json.loads((tmp_path / "short/open_clip_config.json").read_text())
     config["model_cfg"]["text_cfg"]["context_length"] = 20
-    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    (tmp_path / "short/open_clip_config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"gives 20 tokens and its text tower takes 16"):
         load_tokenizer(student)
 
@@ -262,22 +248,12 @@ for channels, out, size in ((3, 64, 256), (3, 24, 96), (4, 8, 32), (5, 64, 256),
 """
 
 
-def test_gradients_are_those_of_double_precision() -> None:
+def test_gradients_of_affected_convolutions_alone_are_computed_otherwise_and_are_those_of_double_precision() -> None:
+    others = [((3, 8, 3, 2), 1), ((3, 8, 1), 1), ((16, 8, 1, 2), 1), ((8, 8, 1, 2), 8)]
+    unaffected = torch.nn.Sequential(*(torch.nn.Conv2d(*shape, groups=groups) for shape, groups in others))
+    assert avoid_faulty_convolutions(unaffected) == 0
     process = subprocess.run([sys.executable, "-c", _GRADIENTS], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (process.returncode, process.stderr) == (0, "")
-
-
-def test_only_affected_convolutions_are_changed() -> None:
-    affected = torch.nn.Conv2d(3, 8, 1, 2)
-    others = [
-        torch.nn.Conv2d(3, 8, 3, 2),
-        torch.nn.Conv2d(3, 8, 1),
-        torch.nn.Conv2d(16, 8, 1, 2),
-        torch.nn.Conv2d(8, 8, 1, 2, groups=8),
-    ]
-    assert avoid_faulty_convolutions(torch.nn.Sequential(affected, *others)) == 1
-    assert affected._forward_hooks
-    assert not any(other._forward_hooks for other in others)
 
 
 def test_five_stages_at_another_image_size_are_exported_with_it_and_merge_for_inference(tmp_path: Path) -> None:

@@ -6,9 +6,8 @@ import pytest
 from rich.table import Table
 
 from reinforce.tuning.correlation import check_screening, spearman
-from reinforce.tuning.results import make_curves, make_rows
+from reinforce.tuning.results import make_curves, make_rows, results_table, screening_table
 from reinforce.tuning.space import Setting, Trial
-from reinforce.tuning.tables import results_table, screening_table
 from reinforce.tuning.trials import Outcome
 from tests.helpers.tuning import scale_curve, scale_outcomes, toy_screening
 
@@ -25,19 +24,16 @@ def test_plateau_is_within_one_standard_error_of_the_best() -> None:
     assert curve.describe() == "red: best at 40 (0.6000), plateau 20 to 60 (within 0.0200, one standard error)"
 
 
-def test_plateau_side_is_unknown_where_trials_were_stopped() -> None:
+def test_plateau_is_unknown_of_one_seed_and_on_the_side_where_trials_were_stopped() -> None:
     curve = scale_curve({10.0: None, 20.0: [0.58, 0.62], 40.0: [0.59, 0.63], 80.0: [0.1, 0.14]})
     assert curve.plateau is not None
     assert (curve.plateau.low, curve.plateau.high, curve.plateau.unknown) == (20.0, 40.0, ["below"])
     assert "the value below it was not trained to the end" in curve.describe()
     assert [row.setting.scales["red"] for row in curve.neighbours] == [10.0, 80.0]
-
-
-def test_one_seed_has_no_plateau_and_a_missing_seed_no_mean() -> None:
     assert "plateau unknown" in scale_curve({10.0: [0.2], 20.0: [0.3]}, seeds=1).describe()
     curve = scale_curve({10.0: [0.2, 0.2], 20.0: [0.9]})
     assert curve.best == 10.0
-    assert [row.mean for _, row in curve.rows] == [0.2, None]
+    assert [row.mean for _, row in curve.rows] == [0.2, None], "a missing seed has no mean"
 
 
 def test_joint_curve_takes_the_best_setting_at_each_value() -> None:
@@ -75,7 +71,7 @@ def cells(table: Table) -> list[tuple[str, ...]]:
     return list(zip(*(map(str, column.cells) for column in table.columns), strict=True))
 
 
-def test_results_show_the_best_a_stopped_and_a_failed_setting() -> None:
+def test_tables_show_the_best_a_stopped_and_a_failed_setting_and_the_scale_nearest_to_the_most_likely_one() -> None:
     outcomes = scale_outcomes({10.0: [0.2, 0.2], 20.0: [0.3, 0.3], 40.0: None})
     outcomes[Trial(Setting("red", {"red": 80.0}, alone=True), 0)] = Outcome("open", error="no memory")
     assert cells(results_table(make_rows(outcomes, [0, 1]), "accuracy")) == [
@@ -84,25 +80,13 @@ def test_results_show_the_best_a_stopped_and_a_failed_setting() -> None:
         ("red", "red 40", "(0.1000)", "", "", "stopped at step 5"),
         ("red", "red 80", "", "", "0", "failed: no memory"),
     ]
-
-
-def test_screening_marks_the_scale_nearest_to_the_most_likely_one() -> None:
-    rows = cells(screening_table({"red": toy_screening(10.0, 40.0)}))
-    assert rows == [
+    assert cells(screening_table({"red": toy_screening(10.0, 40.0)})) == [
         ("red", "10", "0.100", "0.100", "20.000", "-", ""),
         ("red", "40", "0.025", "0.400", "10.000", "-", "most likely: 30"),
     ]
 
 
-def test_spearman_of_worked_examples() -> None:
-    assert spearman([1, 2, 3, 4], [10, 30, 50, 900]) == pytest.approx(1)
-    assert spearman([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
-    # Worked example with a tie: ranks 1, 2.5, 2.5, 4 against 1, 3, 2, 4.
-    assert spearman([1, 2, 2, 4], [1, 3, 2, 4]) == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
-    assert spearman([1, 1, 1], [1, 2, 3]) is None
-
-
-def test_screening_is_compared_at_the_end_of_training() -> None:
+def test_screening_is_compared_at_the_end_of_training_or_at_the_last_shared_step() -> None:
     curve = scale_curve({10.0: [0.1, 0.1], 20.0: [0.3, 0.3], 40.0: [0.4, 0.4]})
     check = check_screening(curve, toy_screening(10.0, 20.0, 40.0), [])
     assert check.correlations["entropy"] == pytest.approx(-1)
@@ -111,11 +95,10 @@ def test_screening_is_compared_at_the_end_of_training() -> None:
     assert (check.step, check.count, check.nearest) == (None, 3, 40.0)
     assert check.gap == pytest.approx(0)
     assert list(check.json()) == ["ranks", "count", "step", "calibrated", "best", "nearest", "lost"]
-
-
-def test_screening_is_compared_at_the_last_shared_step_if_trials_were_stopped() -> None:
     curve = scale_curve({10.0: None, 20.0: [0.3, 0.3], 40.0: [0.2, 0.2]})
     check = check_screening(curve, toy_screening(10.0, 20.0, 40.0), [{5: 0.1}, {5: 0.2, 10: 0.3}, {5: 0.3, 10: 0.2}])
-    assert check.step == 5
-    assert check.correlations["true_pair"] == pytest.approx(1)
+    assert (check.step, check.correlations["true_pair"]) == (5, pytest.approx(1))
     assert "at step 5, which all trials reached" in check.describe("red")
+    # Worked example with a tie: ranks 1, 2.5, 2.5, 4 against 1, 3, 2, 4.
+    assert spearman([1, 2, 2, 4], [1, 3, 2, 4]) == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
+    assert spearman([1, 1, 1], [1, 2, 3]) is None

@@ -10,7 +10,7 @@ from typing import Any
 
 from reinforce.config import Input
 from reinforce.errors import UserError
-from reinforce.evaluation.reading import raise_on_damage
+from reinforce.evaluation.reading import raise_on_damage, storage_errors
 from reinforce.evaluation.registry import HUB, SuiteSet
 from reinforce.parquet.footers import RefusedFile
 from reinforce.source.formats.base import Shard
@@ -46,25 +46,21 @@ def find_files(one: SuiteSet, root: str) -> SetFiles | None:
     if root == HUB and not one.on_hub:
         return None
     folder = one.place(root)
-    shown = canonical(folder)
     fs, path = filesystem(folder)
     used: dict[str, int | None]
-    try:
-        if one.layout in ANNOTATIONS:
-            name = ANNOTATIONS[one.layout].format(one.key.rpartition("sugarcrepe_")[2])
-            shards = [f"{folder}/{name}"]
-            used = {name: int(fs.info(f"{path.rstrip('/')}/{name}")["size"] or 0)}
-        else:
-            found = {str(name): info for name, info in fs.find(path, detail=True).items()}
-            if not found:
-                return None
-            shards, used = _list_files(one, fs, found, path, folder)
-    except FileNotFoundError:
-        return None
-    except UserError:
-        raise
-    except Exception as error:  # each storage driver raises its own exceptions
-        raise UserError(f"{shown} cannot be listed: {type(error).__name__}: {error}. Check the address.") from error
+    with storage_errors(f"{canonical(folder)} cannot be listed", "Check the address."):
+        try:
+            if one.layout in ANNOTATIONS:
+                name = ANNOTATIONS[one.layout].format(one.key.rpartition("sugarcrepe_")[2])
+                shards = [f"{folder}/{name}"]
+                used = {name: int(fs.info(f"{path.rstrip('/')}/{name}")["size"] or 0)}
+            else:
+                found = {str(name): info for name, info in fs.find(path, detail=True).items()}
+                if not found:
+                    return None
+                shards, used = _list_files(one, fs, found, path, folder)
+        except FileNotFoundError:
+            return None
     digest = hashlib.blake2b(json.dumps(used).encode(), digest_size=8).hexdigest()
     return SetFiles(folder, shards, digest)
 
@@ -97,21 +93,16 @@ def read_tables(one: SuiteSet, files: SetFiles, columns: Sequence[str]) -> Itera
     """Yield the key and the ``columns`` of each row of the set's tables. Raises UserError for damage."""
     for url in files.shards:
         shown = canonical(url)
-        try:
-            with ParquetFile(url) as file:
-                missing = [name for name in columns if name not in file.types]
-                if missing:
-                    raise UserError(f"{one.name}: {shown} has no column {missing[0]}; it has {', '.join(file.types)}.")
-                first, *others = columns
-                for item in file.rows(Columns(first, None, {}, tuple(others), tuple(file.types))):
-                    if isinstance(item, RefusedFile):
-                        raise UserError(f"{one.name}: {shown}: {item}. Download it again.")
-                    number, row = item
-                    yield f"{url.rpartition('/')[2]}:{number}", dict(row)
-        except UserError:
-            raise
-        except Exception as error:  # each storage driver raises its own exceptions
-            raise UserError(f"{one.name}: {shown} cannot be read: {type(error).__name__}: {error}.") from error
+        with storage_errors(f"{one.name}: {shown} cannot be read", "Download it again."), ParquetFile(url) as file:
+            missing = [name for name in columns if name not in file.types]
+            if missing:
+                raise UserError(f"{one.name}: {shown} has no column {missing[0]}; it has {', '.join(file.types)}.")
+            first, *others = columns
+            for item in file.rows(Columns(first, None, {}, tuple(others), tuple(file.types))):
+                if isinstance(item, RefusedFile):
+                    raise UserError(f"{one.name}: {shown}: {item}. Download it again.")
+                number, row = item
+                yield f"{url.rpartition('/')[2]}:{number}", dict(row)
 
 
 def image_bytes(image: object, key: str, where: str) -> bytes:

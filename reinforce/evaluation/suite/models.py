@@ -84,7 +84,7 @@ class Models:
 
     def encode_texts(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
         """Encode N texts -> float32 [N, dim] on the CPU, by model."""
-        return {name: encode_texts(encoder, texts, self.batch) for name, encoder in self.encoders.items()}
+        return {name: encode_texts(encoder, texts, self.batch).cpu() for name, encoder in self.encoders.items()}
 
     def classifiers(self, classes: Sequence[str], templates: Sequence[Template]) -> dict[str, torch.Tensor]:
         """Class weights, float32 [C, dim] on the device, by model; those of the same texts are computed once."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from reinforce.errors import UserError
 from reinforce.evaluation.registry import Kind, SuiteSet
+from reinforce.evaluation.report import name_refused
 from reinforce.evaluation.suite.files import SetFiles, find_files
 from reinforce.source.urls import canonical
 from teachers.spec import ModelSpec
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
 #: Share of a set's images that may be broken.
 BROKEN = 0.001
-_SHOWN = 3
 
 
 def evaluate_set(one: SuiteSet, files: SetFiles, models: Models) -> Outcome:
@@ -42,9 +42,8 @@ def where_expected(one: SuiteSet, root: str) -> str:
 def _kinds() -> dict[Kind, Callable[[SuiteSet, SetFiles, Models], Outcome]]:
     """How the sets of each kind are evaluated; they load torch."""
     from reinforce.evaluation.suite.association import associate
-    from reinforce.evaluation.suite.choice import choose
     from reinforce.evaluation.suite.classification import classify
-    from reinforce.evaluation.suite.retrieval import retrieve
+    from reinforce.evaluation.suite.retrieval import choose, retrieve
 
     return {"classification": classify, "retrieval": retrieve, "association": associate, "choice": choose}
 
@@ -63,7 +62,7 @@ def _check(one: SuiteSet, outcome: Outcome) -> Outcome:
     if len(outcome.refused) > BROKEN * outcome.samples:
         raise UserError(
             f"{one.name}: {len(outcome.refused):,} of {outcome.samples:,} images cannot be used, more than "
-            f"{BROKEN:.1%}: {name_refused(outcome)}. Download the set again."
+            f"{BROKEN:.1%}: {name_refused(outcome.refused)}. Download the set again."
         )
     for name, metrics in outcome.metrics.items():
         score = metrics.get(one.main_metric)
@@ -72,9 +71,3 @@ def _check(one: SuiteSet, outcome: Outcome) -> Outcome:
     if not outcome.metrics:
         raise UserError(f"{one.name} has no samples. Download the set again.")
     return outcome
-
-
-def name_refused(outcome: Outcome) -> str:
-    """The first refused images, with the reasons."""
-    some = ", ".join(f"{refusal.key} ({refusal.reason.value})" for refusal in outcome.refused[:_SHOWN])
-    return some + (", ..." if len(outcome.refused) > _SHOWN else "")

@@ -1,4 +1,4 @@
-"""Image-text retrieval on images with one or several captions each."""
+"""Sets of images with captions: retrieval of one by the other, and the choice of the right caption (SugarCrepe)."""
 
 from __future__ import annotations
 
@@ -36,6 +36,22 @@ def retrieve(one: SuiteSet, files: SetFiles, models: Models) -> Outcome:
             recalls = compute_recalls(images, texts[name], pairs, models.accelerator)
             metrics[name] = {**retrieval_metrics(recalls)}
     return Outcome(metrics, len(captions) + len(refused), refused)
+
+
+def choose(one: SuiteSet, files: SetFiles, models: Models) -> Outcome:
+    """Evaluate models on images with a right and a wrong caption. Raises UserError for files that do not fit.
+
+    Equal scores, and scores that are not finite, are misses; the published evaluation counts equal scores as hits.
+    """
+    refused: list[Refusal] = []
+    vectors, pairs = models.encode_all(read_annotated(one, files), refused)
+    metrics: dict[str, dict[str, float | None]] = {}
+    if pairs:
+        texts = models.encode_texts([caption for pair in pairs for caption in pair])
+        for name, images in vectors.items():
+            right, wrong = ((images.double() * texts[name][side::2].double()).sum(1).float() for side in (0, 1))
+            metrics[name] = {"acc": float((right > wrong).double().mean())}
+    return Outcome(metrics, len(pairs) + len(refused), refused)
 
 
 def _read_tables(one: SuiteSet, files: SetFiles) -> Iterator[Example]:

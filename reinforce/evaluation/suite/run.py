@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 from reinforce import plots
 from reinforce.errors import UserError
 from reinforce.evaluation.registry import SuiteSet, published_metrics, select_sets
+from reinforce.evaluation.report import name_refused
 from reinforce.evaluation.suite.files import SetFiles, find_files
-from reinforce.evaluation.suite.one_set import evaluate_set, load_models, name_refused, where_expected
+from reinforce.evaluation.suite.one_set import evaluate_set, load_models, where_expected
 from reinforce.evaluation.suite.results import Line, ResultFile, SuiteReport
 from reinforce.evaluation.suite.workers import Job, Options, count_workers, ray_workers, schedule
 from reinforce.model_names import model_errors
@@ -171,7 +172,7 @@ def _line(one: SuiteSet, outcome: Outcome, model: str, files: str, identity: str
         differs.append(f"{outcome.classes} classes (published: {one.classes})")
     notes = [f"{', '.join(differs)}: not comparable"] if differs else []
     refused = (
-        [f"{len(outcome.refused):,} of {outcome.samples:,} left out: {name_refused(outcome)}"]
+        [f"{len(outcome.refused):,} of {outcome.samples:,} left out: {name_refused(outcome.refused)}"]
         if outcome.refused
         else []
     )

@@ -45,7 +45,7 @@ class Log:
     def __init__(self, storage: Storage, start: int, trackers: Sequence[Tracker] = ()) -> None:
         """Continue after step ``start``: later rows, of steps that will be repeated, are deleted."""
         self._storage, self._trackers = storage, trackers
-        self.rows = [row for row in _read_rows(storage) if row["step"] <= start]
+        self.rows = [row for row in read_rows(storage) if row["step"] <= start]
         self._temporary = None if storage.local else tempfile.TemporaryDirectory(prefix="reinforce-log-")
         folder = Path(storage.root if self._temporary is None else self._temporary.name)
         text = "".join(json.dumps(row) + "\n" for row in self.rows).encode()
@@ -97,7 +97,8 @@ class Log:
             self._temporary.cleanup()
 
 
-def _read_rows(storage: Storage) -> Iterator[dict[str, Any]]:
+def read_rows(storage: Storage) -> Iterator[dict[str, Any]]:
+    """The rows of the log in an output folder, up to one that was cut off; none without a log."""
     try:
         lines = storage.fs.cat_file(storage.path(LOG)).decode().splitlines()
     except FileNotFoundError:

@@ -23,10 +23,9 @@ from reinforce.errors import UserError
 from reinforce.student.config import Data
 from reinforce.student.data.datasets import open_datasets
 from reinforce.student.data.examples import Example
-from reinforce.student.data.feed import StudentFeed
+from reinforce.student.data.feed import StudentFeed, plan_reading
 from reinforce.student.data.parts import Part, PartMaker
 from reinforce.student.data.reader import DatasetReader, KeptGroups, StreamedDataset
-from reinforce.student.data.reading import plan_reading
 from reinforce.student.data.stream import (
     RankStream,
     StreamPlan,
@@ -190,13 +189,6 @@ def test_a_training_of_an_earlier_version_gets_its_replacements(half: str) -> No
     assert [int(key) for key in batch["key"]] == expected
 
 
-def test_a_file_that_changed_after_the_start_is_named(dataset: StreamedDataset) -> None:
-    groups = dataset.groups.copy()
-    groups[0, 2] += 1
-    with pytest.raises(UserError, match=rf"samples/{dataset.shards[0]}\.parquet changed after the training started"):
-        replace(dataset, groups=groups).load(Chunk(0, 0, 4), 0)
-
-
 def feed_of(url: Path | str, **data: Any) -> StudentFeed:
     return StudentFeed(Data.model_validate({"datasets": str(url), "workers": 0, **data}), 0, 16, letters)
 
@@ -219,24 +211,29 @@ def test_damage_inside_a_page_is_reported_when_it_is_read_also_by_a_loader_proce
         assert "Traceback" not in str(raised.value)
 
 
-def test_references_to_a_missing_tar_and_to_changed_images_are_named(tmp_path: Path) -> None:
-    dataset = Path(small_dataset(tmp_path, (20,), images="reference"))
+def test_references_to_a_missing_tar_and_files_and_images_that_changed_are_named(
+    tmp_path: Path, dataset: StreamedDataset
+) -> None:
+    groups = dataset.groups.copy()
+    groups[0, 2] += 1
+    with pytest.raises(UserError, match=rf"samples/{dataset.shards[0]}\.parquet changed after the training started"):
+        replace(dataset, groups=groups).load(Chunk(0, 0, 4), 0)
+    url = Path(small_dataset(tmp_path, (20,), images="reference"))
     tar = tmp_path / "source" / "00000.tar"
     tar.rename(tar.with_suffix(".gone"))
     with pytest.raises(UserError, match=rf"stored by reference, and {tar} cannot be read: FileNotFoundError"):
-        read_epoch(feed_of(dataset, images_from=str(tar.parent)))
+        read_epoch(feed_of(url, images_from=str(tar.parent)))
     write_tar(tar, [(f"x{i}.png", picture(i, width=8, height=6)) for i in range(200)])
-    with pytest.raises(UserError, match=rf"of \d+ images that were read .* {tar} .* drop {dataset} samples"):
-        read_epoch(feed_of(dataset, images_from=str(tar.parent)))
+    with pytest.raises(UserError, match=rf"of \d+ images that were read .* {tar} .* drop {url} samples"):
+        read_epoch(feed_of(url, images_from=str(tar.parent)))
 
 
 SEED = 5
 
 
-@pytest.fixture(scope="module")
-def streamed(tmp_path_factory: pytest.TempPathFactory) -> StreamedDataset:
-    url = small_dataset(tmp_path_factory.mktemp("dataset"))
-    [dataset] = open_datasets(Data.model_validate({"datasets": url}), SEED, None)
+@pytest.fixture
+def streamed(labelled: str) -> StreamedDataset:
+    [dataset] = open_datasets(Data.model_validate({"datasets": labelled}), SEED, None)
     return dataset
 
 
@@ -304,9 +301,8 @@ def plan(
     return reading.loaders, reading.streams, reading.note is not None
 
 
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
+def test_a_training_has_the_processes_that_suit_the_machine_and_a_stream_for_each() -> None:
+    cases: list[tuple[dict[str, Any], tuple[int, int, bool]]] = [
         ({"loaders": 1}, (1, 1, False)),
         ({"ranks": 2}, (8, 16, False)),
         ({"batch": 3}, (3, 3, False)),  # a process needs a sample of each batch
@@ -321,21 +317,11 @@ def plan(
         # a checkpoint without a record is continued with the default of its time
         ({"ranks": 2, "start": 5}, (1, 2, True)),
         ({"ranks": 2, "start": 5, "streams": 4}, (2, 4, False)),
-        # another order after a resume is reported
+        # a resumed training keeps its streams on another machine, and another order is reported
+        *(({"start": 5, "recorded": 8, "loaders": n}, (w, 8, False)) for n, w in ((1, 1), (2, 2), (3, 2), (8, 8))),
         ({"start": 5, "recorded": 8, "workers": 4}, (4, 8, False)),
         ({"start": 5, "recorded": 8, "workers": 3}, (3, 3, True)),
         ({"ranks": 3, "start": 5, "recorded": 8, "loaders": 2}, (2, 6, True)),
-    ],
-)
-def test_a_training_has_the_processes_that_suit_the_machine_and_a_stream_for_each(
-    options: dict[str, Any], expected: tuple[int, int, bool]
-) -> None:
-    assert plan(**options) == expected
-
-
-@pytest.mark.parametrize("loaders", [1, 2, 3, 8])
-def test_a_resumed_training_keeps_its_streams_on_another_machine(loaders: int) -> None:
-    workers, streams, note = plan(start=5, loaders=loaders, recorded=8)
-    assert (streams, note) == (8, False)
-    assert 8 % workers == 0
-    assert 1 <= workers <= loaders
+    ]
+    for options, expected in cases:
+        assert plan(**options) == expected, options
