@@ -134,6 +134,14 @@ def s3(s3_server: str) -> Iterator[Any]:
     s3fs.S3FileSystem.clear_instance_cache()
 
 
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A dataset of 44 samples in three shards, which tests copy before they damage it."""
+    from tests.helpers.reinforced import small_dataset
+
+    return small_dataset(tmp_path_factory.mktemp("labelled"))
+
+
 @pytest.fixture
 def shards(tmp_path: Path) -> Callable[..., str]:
     """Return a function that writes shards of the given sizes and returns their glob."""

@@ -11,21 +11,12 @@ from typing import Any, get_args
 import pytest
 import yaml
 from jsonschema import Draft202012Validator
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from reinforce.captioning.config import CaptionerConfig
-from reinforce.cli.config import Kind, schema_of
-from reinforce.config import Config
-from reinforce.selection.config import SelectConfig
-from reinforce.student.config import StudentConfig
-from reinforce.tuning.config import TuneConfig
+from reinforce.cli.config import Kind, model_of, schema_of
 from tests.helpers.pages import ROOT
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
-MODELS: dict[str, type[BaseModel]] = {
-    "run": Config, "student": StudentConfig, "tune": TuneConfig, "captioner": CaptionerConfig,
-    "select": SelectConfig,
-}  # fmt: skip
 CONFIGS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("configs/**/*.yaml"))
 #: A config of each kind of which single keys are changed.
 EXAMPLES = {
@@ -39,10 +30,10 @@ def accepted_by_schema(kind: str, config: Any) -> bool:
     return bool(Draft202012Validator(SCHEMAS[kind]).is_valid(config))
 
 
-def accepted(kind: str, config: Any) -> bool:
+def accepted(kind: Kind, config: Any) -> bool:
     """Whether the validation accepts a config; of a tuning, also that of its student."""
     try:
-        MODELS[kind].model_validate(config)
+        model_of(kind).model_validate(config)
     except ValidationError:
         return False
     return True
@@ -53,13 +44,7 @@ def example(kind: str) -> Any:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_committed_schemas_are_those_of_the_configs(kind: Kind) -> None:
-    committed = json.loads((ROOT / f"schemas/json/{kind}.json").read_text(encoding="utf-8"))
-    assert committed == schema_of(kind), f"run: reinforce schema {kind} > schemas/json/{kind}.json"
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_key_has_a_description(kind: Kind) -> None:
+def test_every_key_has_a_description_and_the_committed_schemas_are_those_of_the_configs(kind: Kind) -> None:
     Draft202012Validator.check_schema(SCHEMAS[kind])
     sections = {kind: SCHEMAS[kind], **SCHEMAS[kind]["$defs"]}
     missing = [
@@ -69,6 +54,8 @@ def test_every_key_has_a_description(kind: Kind) -> None:
         if not value.get("description")
     ]
     assert missing == []
+    committed = json.loads((ROOT / f"schemas/json/{kind}.json").read_text(encoding="utf-8"))
+    assert committed == SCHEMAS[kind], f"run: reinforce schema {kind} > schemas/json/{kind}.json"
 
 
 @pytest.mark.parametrize("path", CONFIGS)
@@ -173,7 +160,7 @@ FORMS = [
 
 
 @pytest.mark.parametrize(("kind", "config", "good"), FORMS)
-def test_schema_and_validation_agree_on_every_form_of_a_value(kind: str, config: dict[str, Any], good: bool) -> None:
+def test_schema_and_validation_agree_on_every_form_of_a_value(kind: Kind, config: dict[str, Any], good: bool) -> None:
     assert (accepted_by_schema(kind, config), accepted(kind, config)) == (good, good)
 
 

@@ -38,15 +38,12 @@ def test_the_example_of_the_package_runs(
     assert len(found["captions"]) == 3
 
 
-@pytest.mark.parametrize("name", reinforce.__all__)
-def test_every_public_name_exists(name: str) -> None:
-    assert getattr(reinforce, name).__doc__
-
-
-def test_names_are_listed_before_they_are_imported() -> None:
+def test_every_public_name_exists_and_is_listed_before_it_is_imported() -> None:
+    assert all(getattr(reinforce, name).__doc__ for name in reinforce.__all__)
     assert {*reinforce.__all__, "__version__", "__doc__"} <= {*dir(reinforce)}
-    completed = [name for name in dir(reinforce) if not name.startswith("_")]
-    assert completed == sorted(reinforce.__all__)
+    assert [name for name in dir(reinforce) if not name.startswith("_")] == sorted(reinforce.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'missing'"):
+        reinforce.missing  # noqa: B018
 
 
 def test_the_version_is_that_of_the_code_without_an_installation() -> None:
@@ -56,11 +53,6 @@ def test_the_version_is_that_of_the_code_without_an_installation() -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+", version)
     assert Path(path) == ROOT / "reinforce" / "__init__.py"
     assert 'version = { attr = "reinforce.__version__" }' in PYPROJECT
-
-
-def test_an_unknown_name_is_an_attribute_error() -> None:
-    with pytest.raises(AttributeError, match="has no attribute 'missing'"):
-        reinforce.missing  # noqa: B018
 
 
 def test_the_name_of_another_distribution_is_never_installed() -> None:

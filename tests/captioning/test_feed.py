@@ -105,18 +105,6 @@ def test_an_example_is_a_crop_by_policy_with_a_caption_of_its_image(source: tupl
         assert batch["caption"][row, batch["length"][row]] == END
 
 
-def test_broken_neighbours_are_replaced_by_different_images_of_other_batches(tmp_path: Path) -> None:
-    images = {f"{i:02d}": picture(i)[: 99 if i < 10 else None] for i in range(40)}
-    write_tar(tmp_path / "shards" / "0.tar", captioned(images, "number KEY"))
-    feed = make_feed(*make_pairs(tmp_path, captions=["txt"]))
-    batches = [batch["key"] for batch in take(feed, 12, batch=10)]
-    assert all(len(set(keys)) == 10 for keys in batches)
-    old = make_feed(*make_pairs(tmp_path, captions=["txt"]))
-    old.set_up(ranks=1, batch=10, start=0, loaders=2, streams=None, order=1)
-    keys = [key for batch in take(old, 4, batch=10) for key in batch["key"]]
-    assert keys.count("10") == 11, "as before in a training of an earlier version"
-
-
 def test_broken_images_are_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     broken = {"2", "5"}
     images = {str(i): picture(i)[: 99 if str(i) in broken else None] for i in range(20)}
@@ -130,16 +118,24 @@ def test_broken_images_are_replaced(tmp_path: Path, caplog: pytest.LogCaptureFix
     keys = [key for batch in batches for key in batch["key"]]
     assert len(keys) == 60
     assert not broken & set(keys)
-    assert all(
-        equal(a, b) for a, b in zip(batches[4:], take(make_feed(pairs, data), 16, batch=3, start=4), strict=True)
-    )
+    assert all(map(equal, batches[4:], take(make_feed(pairs, data), 16, batch=3, start=4)))
 
 
-def test_only_broken_images_is_an_error(tmp_path: Path) -> None:
+def test_broken_neighbours_are_replaced_by_different_images_of_other_batches_if_any_can_be_decoded(
+    tmp_path: Path,
+) -> None:
+    images = {f"{i:02d}": picture(i)[: 99 if i < 10 else None] for i in range(40)}
+    write_tar(tmp_path / "shards" / "0.tar", captioned(images, "number KEY"))
+    feed = make_feed(*make_pairs(tmp_path, captions=["txt"]))
+    batches = [batch["key"] for batch in take(feed, 12, batch=10)]
+    assert all(len(set(keys)) == 10 for keys in batches)
+    old = make_feed(*make_pairs(tmp_path, captions=["txt"]))
+    old.set_up(ranks=1, batch=10, start=0, loaders=2, streams=None, order=1)
+    keys = [key for batch in take(old, 4, batch=10) for key in batch["key"]]
+    assert keys.count("10") == 11, "as before in a training of an earlier version"
     write_tar(tmp_path / "shards" / "0.tar", captioned({str(i): b"?" for i in range(20)}))
-    pairs, data = make_pairs(tmp_path, captions=["txt"])
     with pytest.raises(UserError, match="images in a row cannot be decoded, the last: image_format"):
-        take(make_feed(pairs, data), 1)
+        take(make_feed(*make_pairs(tmp_path, captions=["txt"])), 1)
 
 
 @pytest.mark.parametrize("images", ["embed", "reference"])

@@ -42,7 +42,7 @@ def keys(pairs: Pairs) -> list[str]:
     return [str(key) for key in pairs.table["key"].to_pylist()]
 
 
-def test_pairs_hold_captions_and_image_locations(tmp_path: Path) -> None:
+def test_pairs_hold_captions_and_image_locations_and_are_kept(tmp_path: Path) -> None:
     write_shards(tmp_path, 7, 5, captions=3)
     pairs = load_pairs(captioner_config(tmp_path))
     assert keys(pairs) == [f"{shard:03d}{i:04d}" for shard, size in enumerate((7, 5)) for i in range(size)]
@@ -50,6 +50,12 @@ def test_pairs_hold_captions_and_image_locations(tmp_path: Path) -> None:
     assert read_images([pairs.location(i) for i in (8, 0)]) == [picture(1001), picture(0)]
     assert len(pairs.training()) + len(pairs.held_out()) == 12
     assert pairs.table.schema.equals(schemas.PAIRS)
+    file = tmp_path / "out" / PAIRS_FILE
+    written = file.stat().st_mtime_ns
+    assert len(load_pairs(captioner_config(tmp_path))) == 12
+    assert file.stat().st_mtime_ns == written, "scanned again only if the data has changed"
+    write_shards(tmp_path, 15, 5)
+    assert len(load_pairs(captioner_config(tmp_path))) == 20
 
 
 def test_the_held_out_share_is_seeded_by_key_and_stored(tmp_path: Path) -> None:
@@ -71,17 +77,6 @@ def test_the_held_out_share_is_seeded_by_key_and_stored(tmp_path: Path) -> None:
     assert keys(first.held_out().first(None)) == held_out
 
 
-def test_pairs_are_scanned_again_only_if_the_data_has_changed(tmp_path: Path) -> None:
-    write_shards(tmp_path, 12)
-    config = captioner_config(tmp_path)
-    load_pairs(config)
-    written = (tmp_path / "out" / PAIRS_FILE).stat().st_mtime_ns
-    assert len(load_pairs(config)) == 12
-    assert (tmp_path / "out" / PAIRS_FILE).stat().st_mtime_ns == written
-    write_shards(tmp_path, 15)
-    assert len(load_pairs(config)) == 15
-
-
 def test_faults_of_the_data_are_user_errors(tmp_path: Path) -> None:
     config = captioner_config(tmp_path)
 
@@ -94,6 +89,11 @@ def test_faults_of_the_data_are_user_errors(tmp_path: Path) -> None:
     assert "0.tar does not exist" in fault(source=f"{tmp_path}/0.tar")
     write_shards(tmp_path, 20)
     assert "none of 20 samples has an image and a caption at json:text" in fault(captions=["json:text"])
+    few, big = config.held_out.model_copy(update={"share": 1e-9}), config.train.model_copy(update={"batch": 64})
+    with pytest.raises(UserError, match="0 of 20 images are held out"):
+        load_pairs(config.model_copy(update={"held_out": few}))
+    with pytest.raises(UserError, match=r"fewer than train\.batch \(64\)"):
+        load_pairs(config.model_copy(update={"train": big}))
     shard = tmp_path / "shards" / "00000.tar"
     packed = shard.with_name("packed.tar.gz")
     packed.write_bytes(gzip.compress(shard.read_bytes()))
@@ -102,17 +102,6 @@ def test_faults_of_the_data_are_user_errors(tmp_path: Path) -> None:
     assert "shard_damaged" in fault()
     shard.write_bytes(b"no tar" * 200)
     assert "shard_unreadable" in fault()
-
-
-def test_too_few_training_or_held_out_images_are_user_errors(tmp_path: Path) -> None:
-    write_shards(tmp_path, 8)
-    config = captioner_config(tmp_path)
-    few = config.held_out.model_copy(update={"share": 1e-9})
-    with pytest.raises(UserError, match="0 of 8 images are held out"):
-        load_pairs(config.model_copy(update={"held_out": few}))
-    big = config.train.model_copy(update={"batch": 64})
-    with pytest.raises(UserError, match=r"fewer than train\.batch \(64\)"):
-        load_pairs(config.model_copy(update={"train": big}))
 
 
 def test_url_options_are_used_for_reading_and_not_stored(tmp_path: Path) -> None:

@@ -21,7 +21,6 @@ from reinforce.engine.preflight.check_machines import cluster_machines
 from tests.helpers import command_line, pages_commands
 from tests.helpers.commands import Command
 from tests.helpers.data import config_of, members_of, write_tar
-from tests.helpers.reinforced import fresh_dataset
 
 ROOT = Path(__file__).parents[2]
 
@@ -74,19 +73,6 @@ def test_a_user_error_is_one_message_that_names_the_place(
     assert not list(tmp_path.glob("out/samples/*")), "nothing was started"
 
 
-def test_run_and_plan_report_a_changed_fingerprint(
-    command: Command, shards: Callable[..., str], tmp_path: Path
-) -> None:
-    config = config_of(shards(3), tmp_path / "out")
-    fresh_dataset(config)
-    path = write_config(tmp_path, {**config, "seed": 1})
-    for verb in ("run", "plan"):
-        status, _, err = command(verb, path)
-        assert status == 2
-        assert "fingerprint" in err
-        assert "another `output`" in err
-
-
 def test_plan_run_and_status_report_the_state_of_the_dataset(
     command: Command, shards: Callable[..., str], tmp_path: Path, ray_session: None
 ) -> None:
@@ -136,6 +122,11 @@ def test_plan_run_and_status_report_the_state_of_the_dataset(
     assert manifest["teachers"]["red"]["logit_scale"] == 75.0, "no layer depends on the scale"
     assert manifest["teachers"]["blue"]["logit_scale"] == 30.0
     assert manifest["teachers"]["blue"]["logit_scale_from"] == "model"
+    for verb in ("run", "plan"):
+        status, _, err = command(verb, path, "--set", "seed=1")
+        assert status == 2
+        assert "fingerprint" in err
+        assert "another `output`" in err
 
 
 def commands() -> list[list[str]]:
@@ -159,37 +150,31 @@ def test_commands_and_options_are_those_that_are_recorded() -> None:
     )
 
 
-@pytest.mark.parametrize("name", [[], *commands(), ["export"]], ids=" ".join)
 def test_every_help_explains_all_options_and_has_short_examples_that_the_parser_accepts(
-    command: Command, name: list[str], monkeypatch: pytest.MonkeyPatch
+    command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    status, out, _ = command(*name, "--help")
-    assert status == 0
-    for config in re.findall(r"configs/[\w-]+\.yaml", out):
-        assert "YOUR-BUCKET" not in (ROOT / config).read_text(), "an example runs as it is, after `make demo`"
-    if name == ["export", "onnx"]:
-        assert ".[export]'" in out, "the name of an extra"
-    found = get_command(app)
-    for part in name:
-        found = found.commands[part]
-    assert found.help
-    assert [parameter.name for parameter in found.params if not getattr(parameter, "help", "")] == []
-    examples = re.findall(r"^ \$ (.*?) *$", out, re.MULTILINE)
-    assert examples
-    for example in examples:
-        words = shlex.split(example)
-        assert words[: len(name) + 1] == ["reinforce", *name]
-        pages_commands.check(words)  # also that the configs exist
-
-
-def test_an_example_with_a_wrong_option_is_found() -> None:
+    assert command("--version") == (0, f"reinforce {reinforce.__version__}\n", "")
     with pytest.raises(Exception, match="--sett"):
         pages_commands.check(shlex.split("reinforce run configs/demo.yaml --sett seed=1"))
-
-
-def test_the_version_is_that_of_the_package(command: Command) -> None:
-    assert command("--version") == (0, f"reinforce {reinforce.__version__}\n", "")
+    for name in [[], *commands(), ["export"]]:
+        status, out, _ = command(*name, "--help")
+        assert status == 0
+        for config in re.findall(r"configs/[\w-]+\.yaml", out):
+            assert "YOUR-BUCKET" not in (ROOT / config).read_text(), "an example runs as it is, after `make demo`"
+        if name == ["export", "onnx"]:
+            assert ".[export]'" in out, "the name of an extra"
+        found = get_command(app)
+        for part in name:
+            found = found.commands[part]
+        assert found.help
+        assert [parameter.name for parameter in found.params if not getattr(parameter, "help", "")] == []
+        examples = re.findall(r"^ \$ (.*?) *$", out, re.MULTILINE)
+        assert examples
+        for example in examples:
+            words = shlex.split(example)
+            assert words[: len(name) + 1] == ["reinforce", *name]
+            pages_commands.check(words)  # also that the configs exist
 
 
 # --- errors
@@ -213,21 +198,20 @@ def test_an_unexpected_error_is_one_line_that_says_what_to_do(command: Command, 
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("by", ["option", "environment"])
-def test_debug_shows_the_traceback(command: Command, defect: None, monkeypatch: pytest.MonkeyPatch, by: str) -> None:
-    if by == "environment":
-        monkeypatch.setenv("REINFORCE_DEBUG", "1")
-    status, _, err = command(*(["--debug"] if by == "option" else []), "status", "somewhere")
-    assert status == 1
-    assert "Traceback (most recent call last)" in err
-    assert "secret" not in err
-    assert err.splitlines()[-1].startswith("error: unexpected KeyError")
-
-
-def test_debug_shows_the_traceback_of_a_user_error_and_keeps_its_status(command: Command, tmp_path: Path) -> None:
+def test_debug_shows_the_traceback(
+    command: Command, defect: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for debug in (["--debug"], []):
+        if not debug:
+            monkeypatch.setenv("REINFORCE_DEBUG", "1")
+        status, _, err = command(*debug, "status", "somewhere")
+        assert status == 1
+        assert "Traceback (most recent call last)" in err
+        assert "secret" not in err
+        assert err.splitlines()[-1].startswith("error: unexpected KeyError")
+    monkeypatch.undo()
     status, _, err = command("--debug", "status", str(tmp_path))
-    assert status == 2
-    assert "Traceback" in err
+    assert (status, "Traceback" in err) == (2, True), "of a user error, too"
     assert "is not a reinforced dataset" in err.splitlines()[-1]
     assert "Traceback" not in command("status", str(tmp_path))[2], "debug holds for one command"
 

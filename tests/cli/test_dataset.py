@@ -19,7 +19,9 @@ def dataset(tmp_path: Path) -> Path:
     return Path(small_dataset(tmp_path, (3, 2)))
 
 
-def test_a_dry_run_shows_files_and_bytes_and_the_command_that_deletes(dataset: Path, command: Command) -> None:
+def test_a_dry_run_shows_files_and_bytes_and_the_command_that_deletes_also_after_an_interruption(
+    dataset: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = tree(dataset, layers_only=False)
     status, out, err = command("drop", str(dataset), "embeddings/red/*")
     *shown, last = out.splitlines()
@@ -29,8 +31,16 @@ def test_a_dry_run_shows_files_and_bytes_and_the_command_that_deletes(dataset: P
     assert last == f"nothing was deleted; to delete: reinforce drop {dataset} 'embeddings/red/*' --yes"
     assert tree(dataset, layers_only=False) == before
 
-    status, out, _ = command(*shlex.split(last.partition("reinforce ")[2]))
-    assert (status, out.splitlines()) == (0, [*shown, "deleted"])
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    delete = shlex.split(last.partition("reinforce ")[2])
+    with monkeypatch.context() as patch:
+        patch.setattr(dropping, "_remove_entry", interrupt)
+        status, _, err = command(*delete)
+    assert (status, err) == (130, "stopped; run the same command again to delete the rest\n")
+    status, out, _ = command(*delete)
+    assert (status, out.splitlines()[-1]) == (0, "deleted")
     assert not any("/red/" in name for name in tree(dataset))
 
 
@@ -46,19 +56,6 @@ def test_a_dry_run_names_what_depends_on_the_layers_and_the_full_command(dataset
         assert err.strip().endswith(f"Name them, too: {full}")
     assert command(*shlex.split(full)[1:], "--yes")[0] == 0
     assert not any("namer" in name for name in tree(dataset))
-
-
-def test_an_interrupted_drop_names_the_way_to_finish_it(
-    dataset: Path, command: Command, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(dropping, "_remove_entry", interrupt)
-        status, _, err = command("drop", str(dataset), "embeddings/red/*", "--yes")
-    assert (status, err) == (130, "stopped; run the same command again to delete the rest\n")
-    assert command("drop", str(dataset), "embeddings/red/*", "--yes")[0] == 0
 
 
 def test_a_damaged_file_is_shown_and_set_aside_after_a_dry_run(dataset: Path, command: Command) -> None:

@@ -143,10 +143,11 @@ def test_watch_on_a_terminal_replaces_what_it_has_shown(
     assert "decoding" in rest
 
 
-def test_watch_ends_with_an_error_once_the_run_does_not_report_any_more(
+def test_watch_ends_with_an_error_once_the_run_does_not_report_any_more_or_is_interrupted(
     dataset: Path, command: Command, quick: list[Callable[[], None]]
 ) -> None:
     store = Store(str(dataset))
+    assert "no run has begun in" in command("status", str(dataset), "--watch")[2]
     report(store, 1)
     quick += [lambda: report(store, 1, pid=2**22 + 1)]
     status, out, err = command("status", str(dataset), "--watch")
@@ -155,17 +156,13 @@ def test_watch_ends_with_an_error_once_the_run_does_not_report_any_more(
     assert "was probably killed" in err
     assert command("status", str(dataset))[1].startswith("run r has not reported for ")
 
-
-def test_ctrl_c_ends_watch_and_nothing_else(dataset: Path, command: Command, quick: list[Callable[[], None]]) -> None:
     def interrupt() -> None:
         raise KeyboardInterrupt
 
-    assert "no run has begun in" in command("status", str(dataset), "--watch")[2]
-    report(Store(str(dataset)), 1)
+    report(store, 1)
     quick.append(interrupt)
     status, out, err = command("status", str(dataset), "--watch")
-    assert (status, err) == (130, "")
-    assert out.splitlines() == ["1 of 2 shards  10 samples  1 worker"]
+    assert (status, err, out.splitlines()) == (130, "", ["1 of 2 shards  10 samples  1 worker"])
 
 
 def test_status_shows_an_example_of_each_reason_when_asked(dataset: Path, command: Command) -> None:
@@ -183,7 +180,7 @@ def test_status_shows_an_example_of_each_reason_when_asked(dataset: Path, comman
     ]
 
 
-def test_quarantined_samples_are_counted_once_and_rows_that_follow_from_them_are_grouped(
+def test_quarantined_samples_are_counted_once_and_grouped_before_what_the_last_run_found(
     dataset: Path, command: Command
 ) -> None:
     store = Store(str(dataset))
@@ -198,13 +195,10 @@ def test_quarantined_samples_are_counted_once_and_rows_that_follow_from_them_are
         "quarantine of 2 layers computed from these: 3 rows of the same samples",
         "quarantined in all: 3 samples",
     ]
-
-
-def test_status_shows_what_the_last_run_found_outside_its_source(dataset: Path, command: Command) -> None:
     absent = {"finished": 0, "quarantined": 1, "first_finished": None, "first_quarantined": "samples/old-ab"}
     rates = {"busy_share": 0.5, "stages": {"captions/c": {"inputs": 30, "seconds": 3.0, "per_second": 10.0}}}
     last = {"run": "2026", "shards": 2, "seconds": 1.0, "message": "done", "not_in_source": absent, **rates}
-    Store(str(dataset)).write_json(last, "runs", "2026", "summary.json")
+    store.write_json(last, "runs", "2026", "summary.json")
     out = command("status", str(dataset), "-v")[1].splitlines()
     assert out[-4:-1] == [
         "last run 2026: 2 shards in 1 s, done",

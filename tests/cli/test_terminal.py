@@ -87,49 +87,44 @@ def test_the_script_for_bash_completes_in_a_bash(tmp_path: Path) -> None:
     assert "-o default" in done.stdout, "files are completed where the program has no suggestion"
 
 
-def test_help_and_completion_import_no_heavy_library() -> None:
-    code = "import sys, reinforce.cli, atexit\natexit.register(lambda: print(*sys.modules, file=sys.stderr))\n"
-    for variables, arguments in (
-        ({}, ["--help"]),
-        ({"_REINFORCE_COMPLETE": "complete_bash", "COMP_WORDS": "reinforce run --", "COMP_CWORD": "2"}, []),
-    ):
-        done = subprocess.run(
-            [sys.executable, "-c", code + f"reinforce.cli.main({arguments})"],
-            env={**os.environ, **variables},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert ("Usage: reinforce" if arguments else "--retry-quarantined") in done.stdout
-        heavy = {"torch", "ray", "numpy", "pyarrow", "yaml", "fsspec", "transformers", "open_clip", "matplotlib"}
-        assert heavy & set(done.stderr.split()) == set()
-
-
-ROOT = Path(__file__).parents[2]
 CODE = """
-import sys
+import os, sys
 from reinforce.cli import main
-try:
-    main(sys.argv[1:])
-except SystemExit as ended:
-    print(ended.code, sorted({"torch", "open_clip"} & {*sys.modules}))
+def run(*words, **variables):
+    os.environ.update(variables)
+    try:
+        main(list(words))
+    except SystemExit as ended:
+        print(ended.code, sorted(HEAVY & {*sys.modules}), flush=True)
+HEAVY = {"torch", "ray", "numpy", "pyarrow", "yaml", "fsspec", "transformers", "open_clip", "matplotlib"}
+"""
+HELP = """
+run("--help")
+run(_REINFORCE_COMPLETE="complete_bash", COMP_WORDS="reinforce run --", COMP_CWORD="2")
+"""
+FAULTS = """
+HEAVY = {"torch", "open_clip"}
+run("train", "configs/student-demo.yaml", "--set", "unknown=1")
+run("finetune-captioner", "configs/finetune-demo.yaml", "--set", "unknown=1")
+run("train", "configs/student-demo.yaml", "--set", "train.steps=80")
 """
 
 
-@pytest.mark.parametrize(
-    ("command", "config", "change", "message"),
-    [
-        ("train", "student-demo.yaml", "unknown=1", "unknown: unknown key"),
-        ("finetune-captioner", "finetune-demo.yaml", "unknown=1", "unknown: unknown key"),
-        ("train", "student-demo.yaml", "train.steps=80", "for example with --set train.optimizer.warmup=8, or"),
-    ],
-)
-def test_errors_in_a_config_are_reported_before_models_are_imported(
-    command: str, config: str, change: str, message: str
-) -> None:
-    arguments = [command, f"configs/{config}", "--set", change]
-    done = subprocess.run(
-        [sys.executable, "-c", CODE, *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", CODE + code], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True
     )
-    assert message in done.stderr
-    assert done.stdout.split("\n")[-2] == "2 []"
+
+
+def test_help_and_completion_import_no_heavy_library() -> None:
+    printed = python(HELP).stdout
+    assert "Usage: reinforce" in printed
+    assert "--retry-quarantined" in printed
+    assert printed.count("0 []\n") == 2
+
+
+def test_errors_in_a_config_are_reported_before_models_are_imported() -> None:
+    done = python(FAULTS)
+    assert done.stderr.count("unknown: unknown key") == 2
+    assert "for example with --set train.optimizer.warmup=8, or" in done.stderr
+    assert done.stdout.splitlines() == ["2 []"] * 3

@@ -17,7 +17,7 @@ SETS: dict[str, Any] = {
 }
 
 
-def test_metrics_are_named_by_kind_set_and_score() -> None:
+def test_metrics_are_named_by_kind_set_and_score_and_the_first_selects_unless_best_is_set() -> None:
     recalls = [f"retrieval/coco/{way}/r{k}" for way in ("text_to_image", "image_to_text") for k in (1, 5, 10)]
     assert settings.parse(Evaluation, SETS).metrics == [
         "zero_shot/emoji/top1",
@@ -29,15 +29,14 @@ def test_metrics_are_named_by_kind_set_and_score() -> None:
         "zero_shot/in1k/mean_per_class",
         *recalls,
     ]
-
-
-def test_the_first_metric_selects_unless_best_is_set() -> None:
-    assert settings.parse(Evaluation, SETS).best_metric == "zero_shot/emoji/top1"
-    retrieval = settings.parse(Evaluation, {"retrieval": SETS["retrieval"]})
-    assert retrieval.best_metric == "retrieval/coco/text_to_image/r1"
-    named = settings.parse(Evaluation, {**SETS, "best": "retrieval/coco/image_to_text/r5"})
-    assert named.best_metric == "retrieval/coco/image_to_text/r5"
-    assert Evaluation().best_metric is None
+    retrieval = {"retrieval": SETS["retrieval"]}
+    for keys, best in (
+        (SETS, "zero_shot/emoji/top1"),
+        (retrieval, "retrieval/coco/text_to_image/r1"),
+        ({**SETS, "best": "retrieval/coco/image_to_text/r5"}, "retrieval/coco/image_to_text/r5"),
+        ({}, None),
+    ):
+        assert settings.parse(Evaluation, keys).best_metric == best
 
 
 def test_a_suite_has_main_metrics_and_their_mean_and_ranks_share_out_its_images() -> None:

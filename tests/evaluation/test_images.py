@@ -83,27 +83,23 @@ def test_sets_that_fit_are_decoded_once(folder: str, tmp_path: Path, monkeypatch
     assert all(metrics == expected[0] for metrics in expected)
 
 
-def test_an_interrupted_pass_is_not_cached(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Interrupted(ColourOracle):
-        def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
-            raise KeyboardInterrupt
-
-    decodes = DecodeCounter(monkeypatch)
-    evaluator = make_evaluator(zero_shot={"a": {"images": folder}})
-    with pytest.raises(KeyboardInterrupt):
-        evaluator.evaluate(Interrupted(), CPU)
-    assert decodes.during(lambda: evaluator.evaluate(ColourOracle(), CPU)) == 12
-    assert evaluator.evaluate(ColourOracle(), CPU).metrics["zero_shot/a/top1"] == 1
-
-
-def test_another_geometry_replaces_the_cache(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_geometry_replaces_the_cache_and_an_interrupted_pass_is_not_cached(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Larger(ColourOracle):
         image = ImageSpec(12, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
     class Normalised(ColourOracle):
         image = ImageSpec(8, (0.1, 0.1, 0.1), (1.0, 1.0, 1.0))
 
+    class Interrupted(ColourOracle):
+        def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
+            raise KeyboardInterrupt
+
     decodes = DecodeCounter(monkeypatch)
     evaluator = make_evaluator(zero_shot={"a": {"images": folder}}, memory=12 * 12 * 12 * 3)
+    with pytest.raises(KeyboardInterrupt):
+        evaluator.evaluate(Interrupted(), CPU)
     for model, count in ((ColourOracle(), 12), (Normalised(), 0), (Larger(), 12), (Larger(), 0), (ColourOracle(), 12)):
         assert decodes.during(lambda model=model: evaluator.evaluate(model, CPU)) == count
+    assert evaluator.evaluate(ColourOracle(), CPU).metrics["zero_shot/a/top1"] == 1

@@ -134,7 +134,9 @@ def test_classifier_equals_that_of_open_clip(name: str, templates: Any) -> None:
     assert (expected.T @ expected).fill_diagonal_(0).max() < 1 - 1e-4, "the classes differ"
 
 
-def test_texts_are_batched_by_length_and_returned_in_their_order() -> None:
+def test_texts_are_batched_by_length_and_special_tokens_in_them_are_plain_text(name: str) -> None:
+    model, tokenizer = open_clip.create_model(name).eval(), open_clip.get_tokenizer(name)
+    encoder = OpenClipEncoder(model, load_spec(model), tokenizer, CPU)
     batches: list[list[str]] = []
 
     class Recorder(ColourOracle):
@@ -143,14 +145,8 @@ def test_texts_are_batched_by_length_and_returned_in_their_order() -> None:
             return super().encode_texts(texts)
 
     texts = ["a long text about red", "blue", "the green one", "grey"]
-    vectors = encode_texts(Recorder(), texts, 2)
+    assert torch.equal(encode_texts(Recorder(), texts, 2), ColourOracle().encode_texts(texts)), "in their order"
     assert batches == [["blue", "grey"], ["the green one", "a long text about red"]]
-    assert torch.equal(vectors, ColourOracle().encode_texts(texts))
-
-
-def test_special_tokens_in_texts_are_plain_text(name: str) -> None:
-    model, tokenizer = open_clip.create_model(name).eval(), open_clip.get_tokenizer(name)
-    encoder = OpenClipEncoder(model, load_spec(model), tokenizer, CPU)
     texts = ["a <end_of_text> b", "a", "a < end_of_text> b"]
     literal, cut, spelled = encoder.encode_texts(texts)
     assert torch.equal(literal, spelled)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -65,20 +65,7 @@ def test_sets_with_the_same_classes_share_a_classifier(tmp_path: Path) -> None:
     assert counts == [12, 12, 24]
 
 
-def test_worst_group_of_those_with_samples(tmp_path: Path) -> None:
-    samples = [(label, image, (label % 3, 8)) for label, image, _ in colour_samples(1)]
-    samples[4] = (0, samples[4][1], (1, 8))  # a wrong label: half of region 1 is missed
-    write_classification(tmp_path, "fairness/geode", samples)
-    assert evaluate_set(tmp_path, "geode").metrics["oracle"] == pytest.approx(
-        {
-            "acc1": 5 / 6, "acc5": 1, "mean_per_class_recall": 0.9, "acc_avg": 5 / 6, "acc_wg": 1 / 2,
-            "acc_region:0": 1, "acc_region:1": 1 / 2, "acc_region:2": 1,
-            "count_region:0": 2, "count_region:1": 2, "count_region:2": 2,
-        }
-    )  # fmt: skip
-
-
-def test_groups_of_each_set_with_metadata(tmp_path: Path) -> None:
+def test_groups_of_each_set_with_metadata_and_the_worst_of_them(tmp_path: Path) -> None:
     """The constant model ranks classes by their index, so the last of six is not among its top five."""
     samples = [(label, image, (label // 5, 1, label % 2)) for label, image, _ in colour_samples(1)]
     write_classification(tmp_path, "wilds/fmow", samples)
@@ -89,6 +76,16 @@ def test_groups_of_each_set_with_metadata(tmp_path: Path) -> None:
     assert (fmow["acc_worst_region"], fmow["acc_worst_year"]) == (0, pytest.approx(1 / 6))
     street = constant("dollar_street").metrics["model"]
     assert (street["acc_top5_income_ds:0"], street["acc_top5_wg"]) == (1, 0)
+    samples = [(label, image, (label % 3, 8)) for label, image, _ in colour_samples(1)]
+    samples[4] = (0, samples[4][1], (1, 8))  # a wrong label: half of region 1 is missed
+    write_classification(tmp_path, "fairness/geode", samples)
+    assert evaluate_set(tmp_path, "geode").metrics["oracle"] == pytest.approx(
+        {
+            "acc1": 5 / 6, "acc5": 1, "mean_per_class_recall": 0.9, "acc_avg": 5 / 6, "acc_wg": 1 / 2,
+            "acc_region:0": 1, "acc_region:1": 1 / 2, "acc_region:2": 1,
+            "count_region:0": 2, "count_region:1": 2, "count_region:2": 2,
+        }
+    )  # fmt: skip
     iwildcam = constant("iwildcam").metrics["model"]
     assert iwildcam["F1-macro_all"] == pytest.approx(2 / 7 / 6)
     assert iwildcam["recall-macro_all"] == pytest.approx(1 / 6)
@@ -160,6 +157,7 @@ def test_long_captions_are_read_as_they_are_published(tmp_path: Path) -> None:
     (folder / "caption" / "x.txt").write_text("The red one.\nblue is a second line.\n")
     (folder / "caption" / "y.txt").write_text("The green one.")
     assert evaluate_set(tmp_path, "urban1k").metrics["oracle"]["mean_recall@1"] == 0.5
+    assert find_files(find_set("urban1k"), "hf://") is None, "which the Hub has only in an archive"
     folder = write_pictures(tmp_path / "ShareGPT4V" / "sam" / "images", x="red", y="blue").parents[1]
     rows = [
         {"image": f"sam/images/{name}.jpg", "conversations": [{"value": "?"}, {"value": text}]}
@@ -172,10 +170,6 @@ def test_long_captions_are_read_as_they_are_published(tmp_path: Path) -> None:
     (folder / "share-captioner_coco_lcs_sam_1246k_1107.json").write_text(cut)
     with pytest.raises(UserError, match="has another shape than the published file"):
         evaluate_set(tmp_path, "sharegpt4v-1k")
-
-
-def test_sets_that_the_hub_has_only_in_archives_are_missing_there() -> None:
-    assert find_files(find_set("urban1k"), "hf://") is None
 
 
 # --- the command
@@ -286,64 +280,40 @@ def test_a_user_error_is_one_message(command: Command, tmp_path: Path) -> None:
 # --- faulty sets
 
 
-def remove(name: str) -> Callable[[Path], None]:
-    return lambda root: (root / "wds_geode_test" / name).unlink()
-
-
-def write(name: str, text: str) -> Callable[[Path], object]:
-    return lambda root: (root / "wds_geode_test" / name).write_text(text)
-
-
-def rewrite(change: Callable[[list[Any]], object]) -> Callable[[Path], None]:
-    """Write the set with other samples."""
-
-    def do(root: Path) -> None:
-        samples: list[Any] = [(label, image, (0, 1)) for label, image, _ in colour_samples(1)]
-        change(samples)
-        write_classification(root / "new", "geode", samples)
-        (root / "wds_geode_test").rename(root / "old")
-        (root / "new" / "wds_geode_test").rename(root / "wds_geode_test")
-
-    return do
-
-
-def replace(number: int, *sample: Any) -> Callable[[list[Any]], None]:
-    def do(samples: list[Any]) -> None:
-        samples[number] = sample
-
-    return do
-
-
 RED = solid_image("red")
-DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no classes": (remove("classnames.txt"), "has no classnames.txt. Download the whole set"),
-    "no number of shards": (remove("test/nshards.txt"), "has no test/nshards.txt"),
-    "bad number of shards": (write("test/nshards.txt", "<html>"), "is '<html>', not the number of shards"),
-    "a missing shard": (remove("test/1.tar"), "has no test/1.tar"),
-    "a damaged shard": (write("test/1.tar", "x" * 600), "1.tar: shard_unreadable"),
+#: Files of the set that are removed or have another content, or its third sample; and a part of the error.
+DAMAGE: dict[str, tuple[dict[str, str | None] | tuple[Any, ...], str]] = {
+    "no classes": ({"classnames.txt": None}, "has no classnames.txt. Download the whole set"),
+    "no number of shards": ({"test/nshards.txt": None}, "has no test/nshards.txt"),
+    "bad number of shards": ({"test/nshards.txt": "<html>"}, "is '<html>', not the number of shards"),
+    "a missing shard": ({"test/1.tar": None}, "has no test/1.tar"),
+    "a damaged shard": ({"test/1.tar": "x" * 600}, "1.tar: shard_unreadable"),
     "templates without a placeholder": (
-        write("zeroshot_classification_templates.txt", "a photo of {c}\na photo\n"),
+        {"zeroshot_classification_templates.txt": "a photo of {c}\na photo\n"},
         "template 'a photo' has no {}",
     ),
-    "an empty class": (write("classnames.txt", "red\n\nblue\n"), "line 2 of"),
-    "a label beyond the classes": (rewrite(replace(2, 6, RED, (0, 1))), "has the label 6, but classnames.txt has 6"),
-    "a negative label": (rewrite(replace(2, -1, RED, (0, 1))), "has the label -1"),
-    "a label that is a name": (rewrite(replace(2, "red", RED, (0, 1))), "has the label 'red'; want a class index"),
-    "no metadata": (rewrite(replace(2, 0, RED, None)), "whole numbers region, country in its .npy member; it has none"),
-    "metadata of another shape": (rewrite(replace(2, 0, RED, (1, 2, 3))), "its shape is (3,)"),
-    "metadata that is no number": (rewrite(replace(2, 0, RED, (0.5, 1))), "it has [0.5, 1.0]"),
-    "a broken image": (rewrite(replace(2, 0, b"x", (0, 1))), "1 of 6 images cannot be used, more than 0.1%: s0000002"),
+    "an empty class": ({"classnames.txt": "red\n\nblue\n"}, "line 2 of"),
+    "a label beyond the classes": ((6, RED, (0, 1)), "has the label 6, but classnames.txt has 6"),
+    "a negative label": ((-1, RED, (0, 1)), "has the label -1"),
+    "a label that is a name": (("red", RED, (0, 1)), "has the label 'red'; want a class index"),
+    "no metadata": ((0, RED, None), "whole numbers region, country in its .npy member; it has none"),
+    "metadata of another shape": ((0, RED, (1, 2, 3)), "its shape is (3,)"),
+    "metadata that is no number": ((0, RED, (0.5, 1)), "it has [0.5, 1.0]"),
+    "a broken image": ((0, b"x", (0, 1)), "1 of 6 images cannot be used, more than 0.1%: s0000002"),
 }
 
 
-@pytest.mark.parametrize("fault", DAMAGE)
-def test_a_faulty_set_has_an_error_instead_of_a_number(tmp_path: Path, fault: str) -> None:
-    write_classification(tmp_path, "geode", [(label, image, (0, 1)) for label, image, _ in colour_samples(1)])
-    damage, message = DAMAGE[fault]
-    damage(tmp_path)
-    with pytest.raises(UserError) as error:
-        one_set._check(find_set("geode"), evaluate_set(tmp_path, "geode"))
-    assert message in str(error.value)
+def test_a_faulty_set_has_an_error_instead_of_a_number(tmp_path: Path) -> None:
+    for fault, (damage, message) in DAMAGE.items():
+        samples: list[Any] = [(label, image, (0, 1)) for label, image, _ in colour_samples(1)]
+        if isinstance(damage, tuple):
+            samples[2] = damage
+        folder = write_classification(tmp_path / fault, "geode", samples)
+        for name, text in damage.items() if isinstance(damage, dict) else ():
+            (folder / name).unlink() if text is None else (folder / name).write_text(text)
+        with pytest.raises(UserError) as error:
+            one_set._check(find_set("geode"), evaluate_set(tmp_path / fault, "geode"))
+        assert message in str(error.value), fault
 
 
 def test_one_broken_image_in_a_thousand_is_left_out_and_named(tmp_path: Path) -> None:
@@ -357,23 +327,23 @@ def test_one_broken_image_in_a_thousand_is_left_out_and_named(tmp_path: Path) ->
     assert line["metrics"]["main_metric"] == 1
 
 
-@pytest.mark.parametrize(
-    ("key", "change", "message"),
-    [
-        ("flickr", {"caption": [[]]}, "has no list of captions"),
-        ("flickr", {"caption": ["red"]}, "has no list of captions in its column caption, but 'red'"),
-        ("flickr", {"caption": None}, "has no column caption"),
-        ("flickr", {"image": [{"bytes": None, "path": "a.jpg"}]}, "has no image bytes"),
-        ("winogavil", {"associations": [["other"]]}, "5 images for 5 candidates, of which 0 are associated"),
-        ("winogavil", {"candidates": [["c0", "c1"]]}, "has 5 images for 2 candidates"),
-        ("winogavil", {"cue": [""]}, "lacks one of cue"),
-        ("winogavil", {}, "has no jaccard_score_10-12"),
-    ],
-)
-def test_a_table_of_another_shape_is_an_error(tmp_path: Path, key: str, change: dict[str, Any], message: str) -> None:
-    columns = {"image": [stored(RED)], "caption": [["red"]]} if key == "flickr" else associations(5, 2)
-    columns = {name: values for name, values in (columns | change).items() if values is not None}
-    write_table(tmp_path, key, columns)
-    with pytest.raises(UserError) as error:
-        one_set._check(find_set(key), evaluate_set(tmp_path, key))
-    assert message in str(error.value)
+SHAPES: list[tuple[str, dict[str, Any], str]] = [
+    ("flickr", {"caption": [[]]}, "has no list of captions"),
+    ("flickr", {"caption": ["red"]}, "has no list of captions in its column caption, but 'red'"),
+    ("flickr", {"caption": None}, "has no column caption"),
+    ("flickr", {"image": [{"bytes": None, "path": "a.jpg"}]}, "has no image bytes"),
+    ("winogavil", {"associations": [["other"]]}, "5 images for 5 candidates, of which 0 are associated"),
+    ("winogavil", {"candidates": [["c0", "c1"]]}, "has 5 images for 2 candidates"),
+    ("winogavil", {"cue": [""]}, "lacks one of cue"),
+    ("winogavil", {}, "has no jaccard_score_10-12"),
+]
+
+
+def test_a_table_of_another_shape_is_an_error(tmp_path: Path) -> None:
+    for number, (key, change, message) in enumerate(SHAPES):
+        columns = {"image": [stored(RED)], "caption": [["red"]]} if key == "flickr" else associations(5, 2)
+        columns = {name: values for name, values in (columns | change).items() if values is not None}
+        write_table(tmp_path / str(number), key, columns)
+        with pytest.raises(UserError) as error:
+            one_set._check(find_set(key), evaluate_set(tmp_path / str(number), key))
+        assert message in str(error.value)

@@ -35,24 +35,19 @@ def test_classes_without_samples_and_classes_that_are_only_predicted() -> None:
     assert macro_f1(labels, predicted) == pytest.approx((2 / 3 + 2 / 3) / 2), "class 1 has no sample"
     assert macro_f1(labels, np.array([0, 2, 2, 2])) == pytest.approx((2 / 3 + 4 / 5) / 2), "a wrong 2 costs class 2"
     assert macro_f1(labels, np.full(4, -1)) == 0
-
-
-def test_top_5_is_left_out_for_fewer_than_five_classes() -> None:
     labels, ranks, predicted = np.array([0, 1, 1]), np.array([0, 4, 5]), np.array([0, 0, 3])
     metrics = classification_metrics(labels, ranks, predicted, 6)
     assert metrics == pytest.approx({"acc1": 1 / 3, "acc5": 2 / 3, "mean_per_class_recall": 1 / 2})
-    assert classification_metrics(labels, ranks, predicted, 4)["acc5"] is None
+    assert classification_metrics(labels, ranks, predicted, 4)["acc5"] is None, "of fewer than five classes"
 
 
-def test_jaccard_of_ties_and_of_scores_that_are_not_finite() -> None:
+def test_association_counts_ties_in_order_and_is_averaged_by_the_number_of_candidates() -> None:
     associated = np.array([True, False, True, False, False])
     assert jaccard(np.array([9.0, 1, 8, 2, 3]), associated) == 1
     assert jaccard(np.array([9.0, 8, 1, 2, 3]), associated) == pytest.approx(1 / 3)
     assert jaccard(np.ones(5), associated) == pytest.approx(1 / 3), "the first two are chosen"
     assert jaccard(np.full(5, np.nan), associated) == 0
-
-
-def test_association_is_averaged_by_the_number_of_candidates() -> None:
+    assert [cue_text(cue) for cue in ("Dog", "owl", "Umbrella")] == ["A dog", "An owl", "An umbrella"]
     metrics = association_metrics([1.0, 0.5, 0.25, 0.0], [5, 6, 10, 12])
     assert metrics == {
         "avg_jaccard_score": 0.4375,
@@ -60,10 +55,6 @@ def test_association_is_averaged_by_the_number_of_candidates() -> None:
         "jaccard_score_5-6": 0.75, "jaccard_score_10-12": 0.125,
     }  # fmt: skip
     assert "jaccard_score_10-12" not in association_metrics([1.0], [5])
-
-
-def test_cues_begin_with_an_article() -> None:
-    assert [cue_text(cue) for cue in ("Dog", "owl", "Umbrella")] == ["A dog", "An owl", "An umbrella"]
 
 
 # --- the sets and what is published
@@ -77,13 +68,10 @@ def test_averages_of_published_models_come_out_as_published() -> None:
         assert round(sum(published[key] for key in keys) / 38, 3) == average
 
 
-def test_sets_are_chosen_by_key_and_unknown_ones_are_refused() -> None:
+def test_sets_are_chosen_by_key_and_read_from_where_they_are_published() -> None:
     assert [one.key for one in select_sets("datacomp", ["pets", "cifar10", "vtab/pets"])] == ["cifar10", "vtab/pets"]
     with pytest.raises(UserError, match="has no set 'imagenet'"):
         select_sets("datacomp", ["imagenet"])
-
-
-def test_each_set_is_read_from_where_it_is_published() -> None:
     places = {one.key: (one.folder, one.place("hf://"), one.place("s3://b/sets/")) for one in select_sets("datacomp")}
     assert places["fairness/geode"][0] == "wds_geode_test"
     assert places["vtab/pets"][1:] == (

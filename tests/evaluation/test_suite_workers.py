@@ -82,13 +82,11 @@ def test_the_set_of_a_worker_that_died_is_done_again_and_named_where_it_dies_twi
     assert {key for key, outcome in found.items() if not isinstance(outcome, str)} == {*KEYS} - {"mnist", "stl10"}
     assert workers.started == 2 + 3, "each dead worker is replaced"
 
-
-def test_a_model_that_cannot_be_loaded_ends_the_command() -> None:
-    def evaluate(number: int, job: Job) -> Outcome:
+    def refuse(number: int, job: Job) -> Outcome:
         raise UserError("runs/s0: folder runs/s0 does not exist")
 
     with pytest.raises(UserError, match="runs/s0 does not exist"):
-        list(schedule(JOBS, Workers(evaluate).start, 2))
+        list(schedule(JOBS, Workers(refuse).start, 2))
 
 
 def test_one_accelerator_and_cpus_need_no_ray_unless_workers_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from reinforce import settings
 from reinforce.captioning.config import CaptionerConfig
 from reinforce.captioning.finetune import finetune
 from reinforce.student.config import Data
+from reinforce.student.data.datasets import open_datasets
 from reinforce.student.data.feed import StudentFeed
 from reinforce.training.order import Chunk
 from reinforce.training.task import Batch
@@ -54,19 +55,14 @@ def take(url: str, count: int, **data: Any) -> list[Batch]:
 
 
 @pytest.mark.parametrize(("images", "workers"), [("embed", 1), ("reference", 0)])
-def test_batches_from_s3_equal_those_from_disk(urls: dict[str, str], images: str, workers: int) -> None:
+def test_batches_from_s3_equal_those_from_disk_and_a_row_group_takes_few_requests(
+    urls: dict[str, str], images: str, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for here, there in zip(take(urls["disk"], 12), take(urls[images], 12, workers=workers), strict=True):
         assert here["key"] == there["key"]
         assert torch.equal(here["image"], there["image"])
         assert torch.equal(here["targets"]["blue"]["synthetic"], there["targets"]["blue"]["synthetic"])
-
-
-@pytest.mark.parametrize("images", ["embed", "reference"])
-def test_a_row_group_takes_few_requests(urls: dict[str, str], images: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    feed = StudentFeed(
-        Data.model_validate({"datasets": urls[images], "images_from": SOURCE, "workers": 0}), 0, 16, letters
-    )
-    [dataset] = feed._datasets
+    [dataset] = open_datasets(Data.model_validate({"datasets": urls[images], "images_from": SOURCE}), 0, None)
     asked = Counter[str]()
     original = s3fs.S3FileSystem._call_s3
 

@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
-from reinforce import settings
 from reinforce.config import parse_config
 from reinforce.dataset.files.store import MANIFEST, Store
 from reinforce.dataset.manifest.manifest import read_manifest, record_scales, update_manifest
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.run import run
-from reinforce.student.config import StudentConfig
+from reinforce.student.config import Data
 from reinforce.student.distillation import plan_distillation, stored_teachers
 from tests.helpers.data import config_of
 from tests.helpers.reinforced import small_dataset
+from tests.helpers.tuning import trial_student
 
 ORIGIN = "tuned by retrieval/own/text_to_image/r1, plateau 40 to 60, see runs/tuning"
 
@@ -55,31 +55,20 @@ def test_tuned_scale_stays_until_the_config_changes(
     assert f"teacher red: logit scale 55 of this config replaces 43 ({ORIGIN})" in warnings
 
 
-def test_scale_tuned_twice_keeps_the_value_of_the_config(dataset: Store) -> None:
+def test_scale_tuned_twice_keeps_the_value_of_the_config_and_trainings_and_added_teachers_the_tuned_one(
+    tmp_path: Path, dataset: Store
+) -> None:
     once = record_scales(read_manifest(dataset), {"red": 43.0}, "tuned once")
     twice = record_scales(once, {"red": 47.0}, "tuned twice")["teachers"]["red"]
     assert (twice["logit_scale"], twice["logit_scale_from"]) == (47.0, "tuned twice")
     assert twice["logit_scale_tuned"]["before"] == 50.0
-
-
-def test_added_teacher_leaves_a_tuned_scale_unchanged(tmp_path: Path, dataset: Store) -> None:
-    dataset.write_json(record_scales(read_manifest(dataset), {"blue": 21.0}, ORIGIN), MANIFEST)
+    dataset.write_json(record_scales(read_manifest(dataset), {"red": 43.0, "blue": 21.0}, ORIGIN), MANIFEST)
+    student = trial_student(tmp_path / "student")
+    student = student.model_copy(update={"data": Data.model_validate({"datasets": dataset.url})})
+    plan = plan_distillation(student.loss, stored_teachers(student, {dataset.url: read_manifest(dataset)}))
+    assert plan.scales == {"red": 43.0, "blue": 21.0}
+    assert f"logit scale 43 (dataset: {ORIGIN})" in plan.notes[0]
     config = parse_config(config_of(f"{tmp_path}/source/*.tar", tmp_path / "out"))
     loaded = {"blue": {"dim": 12, "logit_scale": 30.0}}  # the model's own scale does not replace the tuned one
     updated = update_manifest(read_manifest(dataset), config, make_plan(config).layers, loaded)
     assert updated["teachers"]["blue"]["logit_scale"] == 21.0
-
-
-def test_training_reports_that_its_scale_was_tuned(dataset: Store) -> None:
-    dataset.write_json(record_scales(read_manifest(dataset), {"red": 43.0}, ORIGIN), MANIFEST)
-    student = {
-        "output": "before",
-        "student": {"model": "MobileCLIP2-S0"},
-        "data": {"datasets": dataset.url},
-        "loss": {"logit_scales": {"blue": 21.0}},
-        "train": {"epochs": 8, "batch": 128, "optimizer": {"lr": 1e-3}},
-    }
-    config = settings.parse(StudentConfig, student)
-    plan = plan_distillation(config.loss, stored_teachers(config, {dataset.url: read_manifest(dataset)}))
-    assert plan.scales == {"red": 43.0, "blue": 21.0}
-    assert f"logit scale 43 (dataset: {ORIGIN})" in plan.notes[0]

@@ -57,51 +57,42 @@ def manifest(*layers: str, scale: float | None = 70.0, dim: int = 8, captioners:
 BOTH = ("vit/images", "vit/caption", "vit/coca")
 
 
-@pytest.mark.parametrize(("features", "approached"), [("all", ["vit", "dino"]), ("none", [])])
-def test_feature_targets_are_all_teachers_or_none(features: str, approached: list[str]) -> None:
-    plan = plan_distillation(loss(features=features), {"vit": TWO, "dino": EYES})
-    assert list(plan.features) == approached
-    assert plan.teachers == ["vit", *approached[1:]]
+def test_feature_targets_are_all_teachers_or_none_and_a_scale_of_the_config_replaces_that_of_the_dataset() -> None:
     note = "teacher vit: similarities, logit scale 70 (dataset: config)"
-    assert plan.notes[0] == note + "; vectors of images and texts, 8 dimensions" * (features == "all")
-    use = "unused" if features == "none" else "vectors of images, 5 dimensions"
-    assert plan.notes[1].startswith(f"teacher dino: {use}")
-
-
-def test_a_logit_scale_in_the_config_replaces_that_of_the_dataset() -> None:
+    for features, approached, use in (
+        ("all", ["vit", "dino"], "vectors of images, 5 dimensions"),
+        ("none", [], "unused"),
+    ):
+        plan = plan_distillation(loss(features=features), {"vit": TWO, "dino": EYES})
+        assert list(plan.features) == approached
+        assert plan.teachers == ["vit", *approached[1:]]
+        assert plan.notes[0] == note + "; vectors of images and texts, 8 dimensions" * (features == "all")
+        assert plan.notes[1].startswith(f"teacher dino: {use}")
     plan = plan_distillation(loss(logit_scales={"vit": 55.0}), {"vit": TWO})
     assert plan.scales == {"vit": 55.0}
     assert "55 (config: loss.logit_scales.vit, instead of 70 of the dataset: config)" in plan.notes[0]
     assert plan_distillation(loss(logit_scales={"vit": 5.0}), {"vit": UNSCALED}).scales == {"vit": 5.0}
 
 
-def test_a_teacher_without_a_scale_is_refused_with_the_key_to_set() -> None:
+def test_teachers_without_a_scale_of_unknown_names_or_with_one_side_are_refused_where_nothing_else_is_learnt() -> None:
+    refused: list[tuple[dict[str, Any], dict[str, TeacherInfo], str]] = [
+        ({}, {"vit": UNSCALED}, r"teacher vit has no logit scale.*Set loss\.logit_scales\.vit"),
+        ({"form": "sigmoid", "logit_scales": {"vid": 5.0}}, {"vit": TWO}, "there is no teacher 'vid'; there are: vit"),
+        ({"form": "sigmoid", "logit_biases": {"vid": 5.0}}, {"vit": TWO}, "there is no teacher 'vid'; there are: vit"),
+        ({}, {"dino": EYES}, r"loss\.lambda is 1 and no teacher has vectors of both"),
+        ({"lambda": 0.5}, {}, r"loss\.lambda is 0\.5 and no teacher"),
+    ]
+    for keys, teachers, message in refused:
+        with pytest.raises(UserError, match=message):
+            plan_distillation(loss(**keys), teachers)
     assert plan_distillation(loss(**{"lambda": 0.0}), {"vit": UNSCALED, "dino": EYES}).teachers == []
-    with pytest.raises(UserError, match=r"teacher vit has no logit scale.*Set loss\.logit_scales\.vit"):
-        plan_distillation(loss(), {"vit": UNSCALED})
-
-
-@pytest.mark.parametrize("key", ["logit_scales", "logit_biases"])
-def test_a_scale_of_an_unknown_teacher_is_refused(key: str) -> None:
-    with pytest.raises(UserError, match="there is no teacher 'vid'; there are: vit"):
-        plan_distillation(loss(form="sigmoid", **{key: {"vid": 5.0}}), {"vit": TWO})
-
-
-def test_some_loss_must_align_images_and_texts() -> None:
-    with pytest.raises(UserError, match=r"loss\.lambda is 1 and no teacher has vectors of both"):
-        plan_distillation(loss(), {"dino": EYES})
-    with pytest.raises(UserError, match=r"loss\.lambda is 0\.5 and no teacher"):
-        plan_distillation(loss(**{"lambda": 0.5}), {})
     assert plan_distillation(loss(**{"lambda": 0.5}), {"dino": EYES}).scales == {}
 
 
-def test_teachers_are_described_by_dataset_json() -> None:
+def test_teachers_are_described_by_dataset_json_and_need_vectors_of_the_texts_that_are_read() -> None:
     found = stored_teachers(config("a"), {"a": manifest(*BOTH, "dino/images")})
     assert found["vit"] == TeacherInfo(8, frozenset([IMAGES, TEXTS]), 70.0, "dataset: config")
     assert found["dino"].sides == {IMAGES}
-
-
-def test_only_the_texts_that_are_read_need_vectors() -> None:
     two = manifest(*BOTH, captioners=("coca", "blip"))
     with pytest.raises(UserError, match="a: teacher vit has vectors of caption, coca, not of blip"):
         stored_teachers(config("a"), {"a": two})
@@ -183,8 +174,3 @@ def test_targets_do_not_change_when_a_teacher_reuses_the_memory_of_its_output(
     monkeypatch.setattr(online, "_MAX_BATCH", 4)
     found = online.add_targets(batch(11), {"both": Reusing(torch.device("cpu"))})["targets"]
     torch.testing.assert_close(found["both"], online.add_targets(batch(11), teachers)["targets"]["both"])
-
-
-def test_a_teacher_that_cannot_be_loaded_is_an_error_for_the_user() -> None:
-    with pytest.raises(UserError, match="nowhere"):
-        online.load_teachers({"x": teacher_spec(**{"class": "nowhere:Model"})}, "cpu")

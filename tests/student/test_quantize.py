@@ -202,24 +202,16 @@ def test_ranks_round_with_the_same_batch_statistics(tmp_path: Path) -> None:
     assert [name for name, value in first.items() if not torch.equal(value, second[name])] == []
 
 
-@pytest.mark.parametrize(
-    ("student", "message"),
-    [
+def test_keys_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    refused: list[tuple[dict[str, Any], str]] = [
         ({"quantize": "int4"}, r"student\.quantize: Input should be 'int8-weights' or 'int8', got 'int4'"),
-        (
-            {"quantize": "int8", "quantize_share": 0.0},
-            r"student\.quantize_share: .* be greater than 0, got 0",
-        ),
+        ({"quantize": "int8", "quantize_share": 0.0}, r"student\.quantize_share: .* be greater than 0, got 0"),
         ({"quantize": "int8", "quantize_share": 1.5}, "less than or equal to 1, got 1.5"),
         ({"quantize_share": 0.5}, "`quantize_share` needs `quantize`: set it to int8-weights or int8, or remove"),
-    ],
-)
-def test_keys_that_do_not_fit_are_refused(tmp_path: Path, student: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        config_with(tmp_path, "unread", **student)
-
-
-def test_the_best_step_is_not_exported_where_it_may_not_have_rounded(tmp_path: Path) -> None:
+    ]
+    for student, message in refused:
+        with pytest.raises(UserError, match=message):
+            config_with(tmp_path, "unread", **student)
     config = config_with(tmp_path, "unread", quantize="int8").model_dump(mode="json", by_alias=True)
     config["evaluate"] = {"export": "best", "zero_shot": {"set": {"images": "a.tar", "classes": "a.txt"}}}
     with pytest.raises(UserError, match=r"may choose a step before .* set it to last, or .*share` to 1"):

@@ -25,29 +25,21 @@ from tests.helpers.trainings import PairFeed, TowersTask, builder, job
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
-@pytest.mark.parametrize(
-    ("ranks", "address", "environment", "on_ray"),
-    [
+def test_ray_train_is_used_for_several_ranks_or_an_address_but_not_under_torchrun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for ranks, address, environment, on_ray in (
         (1, None, {}, False),
         (2, None, {}, True),
         (1, "auto", {}, True),
         (1, None, {"RAY_ADDRESS": "auto"}, True),
         (2, "auto", {"RANK": "0", "WORLD_SIZE": "2"}, False),
-    ],
-)
-def test_ray_train_is_used_for_several_ranks_or_an_address_but_not_under_torchrun(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    ranks: int,
-    address: str | None,
-    environment: dict[str, str],
-    on_ray: bool,
-) -> None:
-    for name in ("RAY_ADDRESS", "RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert runs_on_ray(job(tmp_path, compute={"ranks": ranks}), address) == on_ray
+    ):
+        for name in ("RAY_ADDRESS", "RANK", "WORLD_SIZE"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        assert runs_on_ray(job(tmp_path, compute={"ranks": ranks}), address) == on_ray
 
 
 class CountingFeed(PairFeed):
@@ -94,10 +86,9 @@ def test_a_training_uses_all_cores_unless_the_config_says_otherwise(
 def test_a_training_of_an_earlier_version_goes_on_in_its_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     feed = CountingFeed(3)
-    monkeypatch.setattr("reinforce.training.loop.ORDER", 1)  # the checkpoint names no order
-    launch(lambda _: (TowersTask(), feed), job(tmp_path, steps=3))
-    monkeypatch.undo()
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with monkeypatch.context() as patch:
+        patch.setattr("reinforce.training.loop.ORDER", 1)  # the checkpoint names no order
+        launch(lambda _: (TowersTask(), feed), job(tmp_path, steps=3))
     for steps in (4, 5):
         launch(lambda _: (TowersTask(), feed), job(tmp_path, steps=steps))
         assert feed.asked[1:] == (6, 1)
@@ -110,24 +101,19 @@ def test_a_second_training_with_the_same_output_is_refused(tmp_path: Path, monke
     assert launch(builder(), job(tmp_path, steps=3)).steps == 3
 
 
-def test_a_repeated_signal_by_torchrun_is_ignored_and_a_later_one_ends_the_training_at_once(
+def test_a_signal_ends_an_interruptible_block_and_only_a_later_one_the_training_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     stop = StopSignal()
-    stop.request(signal.SIGINT)
+    with pytest.raises(Stopped), stop.interruptible():
+        stop.request(signal.SIGINT)
+    with pytest.raises(Stopped), stop.interruptible():
+        raise AssertionError("the block was entered")
     stop.request(signal.SIGTERM)
-    assert stop.signum == signal.SIGINT
+    assert stop.signum == signal.SIGINT, "a signal that torchrun repeats is ignored"
     monkeypatch.setattr(reinforce.training.stop, "_REPEAT_SECONDS", 0.0)
     with pytest.raises(KeyboardInterrupt):
         stop.request(signal.SIGINT)
-
-
-def test_an_interruptible_block_is_ended_by_a_signal_before_or_within_it() -> None:
-    stop = StopSignal()
-    with pytest.raises(Stopped), stop.interruptible():
-        stop.request(signal.SIGTERM)
-    with pytest.raises(Stopped), stop.interruptible():
-        raise AssertionError("the block was entered")
 
 
 def test_the_mailbox_passes_lines_bars_stops_and_errors_between_driver_and_ranks() -> None:

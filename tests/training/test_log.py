@@ -75,54 +75,39 @@ ROWS: list[dict[str, Any]] = [
 ]
 
 
-def test_series_are_grouped_by_panel_and_nulls_are_skipped() -> None:
-    panels = {title: curves._series(ROWS, values) for title, _, values in curves._PANELS}
-    assert panels == {
-        "Loss": {"all": [(1, 2.0)], "clip": [(1, 2.0)]},
-        "Learning rate": {"": [(1, 0.1), (2, 0.2)]},
-        "Learnt scalars": {"logit_scale": [(1, 14.0), (2, 15.0)]},
-        "Evaluation: losses": {"caption_loss": [(2, 3.0)]},
-        "Evaluation: retrieval": {"own/r1": [(2, 0.5)]},
-        "Evaluation": {"zero_shot/top1": [(2, 0.4)]},
-    }
-
-
-@pytest.mark.parametrize(("rows", "lines"), [(ROWS, 2), (ROWS[:1], 1), ([{"step": 0, "metrics": {}}], 0)])
-def test_the_picture_has_three_panels_a_line(tmp_path: Path, rows: list[dict[str, Any]], lines: int) -> None:
-    draw_curves(rows, f"{tmp_path}/curves.png")
-    assert (tmp_path / "curves.png").exists() == bool(lines), "none without values"
-    if lines:
+def test_the_picture_has_three_panels_a_line_and_a_series_for_each_number(tmp_path: Path) -> None:
+    titles = {"Loss": ["all", "clip"], "Learning rate": [""], "Learnt scalars": ["logit_scale"]}
+    titles |= {"Evaluation: losses": ["caption_loss"], "Evaluation: retrieval": ["own/r1"]}
+    titles |= {"Evaluation": ["zero_shot/top1"]}
+    assert {title: [*curves._series(ROWS, values)] for title, _, values in curves._PANELS} == titles
+    assert curves._series(ROWS, lambda row: {"": row.get("loss")}) == {"": [(1, 2.0)]}, "nulls are skipped"
+    draw_curves([{"step": 0, "metrics": {}}], f"{tmp_path}/curves.png")
+    assert not (tmp_path / "curves.png").exists(), "none without values"
+    for rows, lines in ((ROWS, 2), (ROWS[:1], 1)):
+        draw_curves(rows, f"{tmp_path}/curves.png")
         with Image.open(tmp_path / "curves.png") as picture:
             assert picture.width / picture.height == pytest.approx(3 * 4.6 / (lines * 3.6), rel=0.1)
 
 
-ROW = {"step": 1200, "epoch": 0.5, "loss": 3.25, "samples_per_second": 2048.0, "waiting": 0.125, "skipped": 0}
-
-
-@pytest.mark.parametrize(("peak", "mfu"), [(None, {}), (6.4e12, {"mfu": 0.4})])
-def test_throughput_counts_samples_waiting_flops_and_their_share_of_a_known_peak_since_the_last_row(
-    peak: float | None, mfu: dict[str, float]
+def test_a_row_is_one_line_with_samples_waiting_and_the_share_of_a_known_peak_since_the_last_row(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    throughput = Throughput(flops=4e10, peak=peak)
-    throughput.add_step(seconds=1.5, idle=0.5)
-    throughput.add_step(seconds=0.5, idle=0.0)
-    speed = throughput.measure(batch=64)
-    assert speed == {"samples_per_second": 64.0, "waiting": 0.25, "flops_per_second": 2.56e12, **mfu}
-    throughput.add_step(seconds=0.5, idle=0.5)
-    assert throughput.measure(batch=64)["waiting"] == 1.0
-    assert ("samples/s  MFU 40%  waiting" in format_row({**ROW, **speed}, 5000, 90.0)) == bool(mfu)
-
-
-def test_the_time_left_follows_from_the_average_step_since_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = iter([100.0, 130.0])
-    monkeypatch.setattr(reinforce.training.record.progress.time, "monotonic", lambda: next(now))
-    assert TimeLeft(start=10, steps=40).seconds(20) == 60.0  # 3 s a step, 20 steps left
-
-
-def test_a_row_is_one_line() -> None:
-    line = "step 1,200 of 5,000  epoch 0.50  loss 3.2500  2,048 samples/s  waiting for data 12%  ETA 0:01:30"
-    assert format_row(ROW, 5000, 90.0) == line
-    assert format_row({**ROW, "skipped": 3}, 5000, 90.0) == f"{line}  3 steps skipped"
+    for peak, mfu, shown in ((None, {}, ""), (6.4e12, {"mfu": 0.4}, "  MFU 40%")):
+        throughput = Throughput(flops=4e10, peak=peak)
+        throughput.add_step(seconds=1.5, idle=0.5)
+        throughput.add_step(seconds=0.5, idle=0.0)
+        speed = throughput.measure(batch=64)
+        assert speed == {"samples_per_second": 64.0, "waiting": 0.25, "flops_per_second": 2.56e12, **mfu}
+        throughput.add_step(seconds=0.5, idle=0.5)
+        assert throughput.measure(batch=64)["waiting"] == 1.0
+        row = {"step": 1200, "epoch": 0.5, "loss": 3.25, **speed, "skipped": 0}
+        line = f"step 1,200 of 5,000  epoch 0.50  loss 3.2500  64 samples/s{shown}  waiting for data 25%  ETA 0:01:00"
+        now = iter([100.0, 130.0])
+        monkeypatch.setattr(reinforce.training.record.progress.time, "monotonic", lambda now=now: next(now))
+        left = TimeLeft(start=10, steps=40).seconds(20)  # 3 s a step, 20 steps left
+        monkeypatch.undo()
+        assert format_row(row, 5000, left) == line
+        assert format_row({**row, "skipped": 3}, 5000, left) == f"{line}  3 steps skipped"
 
 
 RESULTS = Results(

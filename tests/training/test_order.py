@@ -71,6 +71,8 @@ def test_the_order_never_changes() -> None:
     rows = [(group, row) for _, group, row in itertools.islice(rows_of(order, 1), 6)]
     assert rows == [(2, 0), (2, 3), (2, 4), (2, 2), (1, 3), (2, 1)]
     assert list(itertools.islice(Mixture([1, 3], 0).draws(0, 0), 8)) == [0, 1, 1, 0, 0, 1, 1, 0]
+    with pytest.raises(ValueError, match="at least one row"):
+        Order([0, 0], 0, "d", 1, 1)
 
 
 @given(st.integers(0, 10_000), st.integers(1, 50))
@@ -90,8 +92,3 @@ def test_datasets_are_drawn_by_weight_beginning_at_any_position(weights: list[fl
     exact = np.array(weights) / sum(weights) * BLOCK
     assert mixture.quota.sum() == BLOCK
     assert (np.abs(mixture.quota - exact) <= len(weights)).all()
-
-
-def test_a_dataset_without_rows_is_refused() -> None:
-    with pytest.raises(ValueError, match="at least one row"):
-        Order([0, 0], 0, "d", 1, 1)

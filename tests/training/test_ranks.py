@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -191,20 +190,22 @@ def test_all_ranks_stop_after_the_same_step_when_one_gets_a_signal(trained: Trai
     assert curve(trained[0] / "stopped") == curve(trained[0] / "wide")
 
 
-def test_an_output_that_ranks_do_not_share_is_refused_at_the_start(trained: Trained) -> None:
-    for outcomes in trained[1]:
-        assert "not every rank sees what another writes" in outcomes["apart"]
-        assert "Set `output` to a folder that all nodes share" in outcomes["apart"]
-    assert not (trained[0] / "apart-0/log.jsonl").exists()
-
-
-def test_what_rank_0_finds_is_shared_and_its_error_ends_all_ranks(trained: Trained) -> None:
+def test_ranks_share_what_rank_0_finds_its_errors_the_output_and_which_steps_are_skipped(trained: Trained) -> None:
+    """Only rank 0 gets data without a finite loss."""
+    folder, of_ranks = trained
     others = ["rank 0 failed: see its message"] * (RANKS - 1)
-    assert [outcomes["shared"] for outcomes in trained[1]] == ["of rank 0"] * RANKS
-    assert [outcomes["gone"] for outcomes in trained[1]] == ["gone on rank 0", *others]
-    assert [outcomes["failed"] for outcomes in trained[1]] == [
+    assert [outcomes["shared"] for outcomes in of_ranks] == ["of rank 0"] * RANKS
+    assert [outcomes["gone"] for outcomes in of_ranks] == ["gone on rank 0", *others]
+    assert [outcomes["failed"] for outcomes in of_ranks] == [
         f"UserError: {message}" for message in ["the set is gone", *others]
     ]
+    for outcomes in of_ranks:
+        assert "not every rank sees what another writes" in outcomes["apart"]
+        assert "Set `output` to a folder that all nodes share" in outcomes["apart"]
+    assert not (folder / "apart-0/log.jsonl").exists()
+    assert [outcomes["poisoned"] for outcomes in of_ranks] == [12] * RANKS
+    skipped = [row["skipped"] for row in rows(folder / "poisoned") if "loss" in row]
+    assert skipped == [0, 0, 0, 0, 1, 2, 2, 2, 2, 2, 2, 2]
 
 
 def test_ranks_that_share_out_an_evaluation_evaluate_the_state_of_rank_0_and_train_as_without_it(
@@ -223,13 +224,6 @@ def test_ranks_that_share_out_an_evaluation_evaluate_the_state_of_rank_0_and_tra
     assert [outcomes["failing share"] for outcomes in trained[1]] == [
         f"UserError: {message}" for message in (other, "the set of rank 1 is gone", other)
     ]
-
-
-def test_all_ranks_skip_the_same_steps(trained: Trained) -> None:
-    """Only rank 0 gets data without a finite loss."""
-    assert [outcomes["poisoned"] for outcomes in trained[1]] == [12] * RANKS
-    skipped = [row["skipped"] for row in rows(trained[0] / "poisoned") if "loss" in row]
-    assert skipped == [0, 0, 0, 0, 1, 2, 2, 2, 2, 2, 2, 2]
 
 
 def test_a_rank_that_others_wait_for_in_vain_is_named_with_where_it_is(trained: Trained) -> None:
@@ -260,37 +254,32 @@ def place(count: int, waits: bool = False, age: float = 0.0, ended: str = "") ->
     return Place(count, "the gradients of step 3", now - 60, "model.py:7 in forward", waits, "node", 12, now, ended)
 
 
-@pytest.mark.parametrize(
-    ("others", "absent"),
-    [
-        ({1: partial(place, 7), 2: partial(place, 6)}, [2]),
-        ({1: partial(place, 7)}, [2]),
-        ({1: partial(place, 7, age=60), 2: partial(place, 7)}, [1]),
-        ({1: partial(place, 7, waits=True), 2: partial(place, 7, ended="ValueError")}, [2]),
-        ({1: partial(place, 7, waits=True), 2: partial(place, 7)}, [2]),
-        ({1: partial(place, 8), 2: partial(place, 7, waits=True)}, [1]),
-        ({1: partial(place, 7, waits=True), 2: partial(place, 7, waits=True)}, []),
-    ],
-)
-def test_the_absent_are_those_behind_or_lost_or_busy_with_their_own_code(
-    others: dict[int, Callable[[], Place]], absent: list[int]
-) -> None:
-    places = {rank: make() for rank, make in others.items()}
-    assert absent_ranks({0: place(7, waits=True), **places}, 0, 3, silence=30) == absent
+def test_the_absent_are_those_behind_or_lost_or_busy_with_their_own_code() -> None:
+    cases: list[tuple[dict[int, Place], list[int]]] = [
+        ({1: place(7), 2: place(6)}, [2]),
+        ({1: place(7)}, [2]),
+        ({1: place(7, age=60), 2: place(7)}, [1]),
+        ({1: place(7, waits=True), 2: place(7, ended="ValueError")}, [2]),
+        ({1: place(7, waits=True), 2: place(7)}, [2]),
+        ({1: place(8), 2: place(7, waits=True)}, [1]),
+        ({1: place(7, waits=True), 2: place(7, waits=True)}, []),
+    ]
+    for others, absent in cases:
+        assert absent_ranks({0: place(7, waits=True), **others}, 0, 3, silence=30) == absent
 
 
 def test_a_message_says_where_a_rank_is_and_what_to_look_at() -> None:
-    assert describe_rank(4, place(7), 30) == (
-        "Rank 4 (pid 12 on node) has been at the gradients of step 3 for 60 s, in model.py:7 in forward. Look at what "
-        "it waits for there: `py-spy dump --pid 12` on node shows its threads."
-    )
-    assert "has written nothing for 90 s, at the gradients of step 3: it was killed" in describe_rank(
-        4, place(7, age=90), 30
-    )
-    assert describe_rank(4, place(7, ended="KeyError: x"), 30).endswith(
-        "has failed at the gradients of step 3: KeyError: x."
-    )
-    assert describe_rank(4, None, 30) == "Rank 4 has not started: look at the log of its process."
+    for where, message in (
+        (
+            place(7),
+            "Rank 4 (pid 12 on node) has been at the gradients of step 3 for 60 s, in model.py:7 in forward. Look at "
+            "what it waits for there: `py-spy dump --pid 12` on node shows its threads.",
+        ),
+        (place(7, age=90), "has written nothing for 90 s, at the gradients of step 3: it was killed"),
+        (place(7, ended="KeyError: x"), "has failed at the gradients of step 3: KeyError: x."),
+        (None, "Rank 4 has not started: look at the log of its process."),
+    ):
+        assert message in describe_rank(4, where, 30)
 
 
 def watches(count: int, **options: Any) -> list[RankWatch]:
@@ -324,14 +313,11 @@ def test_a_wait_is_reported_by_one_rank_each_time_and_ends_the_processes_at_the_
     assert "has been at the start for " in reports[0]
     early = [text for text in reports if text.endswith("It has waited for 0 s.")]
     assert len(early) <= 4, "at 0.2 s, at 0.4 s, and each of two ranks at the limit of 0.5 s"
-
-
-def test_reports_are_due_at_the_same_times_on_all_ranks() -> None:
     due, times = 300.0, []
     while due < 5000:
         times.append(due)
         due = next_report(due + 7, 300, 3720)
-    assert times == [300, 600, 1200, 2400, 3720, 4027, 4334, 4641, 4948]
+    assert times == [300, 600, 1200, 2400, 3720, 4027, 4334, 4641, 4948], "the same on all ranks"
 
 
 def test_an_error_of_a_collective_names_the_ranks_and_another_error_is_left_alone() -> None:
@@ -346,8 +332,6 @@ def test_an_error_of_a_collective_names_the_ranks_and_another_error_is_left_alon
     assert first.explain(RuntimeError("size mismatch")) is None
     first.close()
 
-
-def test_where_rank_0_is_gone_it_is_the_absent_one() -> None:
     class Gone(dist.HashStore):
         def check(self, keys: list[str]) -> bool:
             raise dist.DistNetworkError("Connection reset by peer")

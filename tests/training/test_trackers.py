@@ -107,27 +107,22 @@ def test_a_tracker_that_does_not_answer_costs_no_step_and_does_not_hold_the_end(
 # --- the config
 
 
-def test_a_package_that_is_missing_is_an_error_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    check_trackers(None)
-    check_trackers(Trackers())
-    for name in ("wandb", "mlflow", "trackio"):
-        with pytest.raises(UserError, match=rf"log\.{name}: .* Run: pip install -e '\.\[{name}\]'"):
-            check_trackers(Trackers.model_validate({name: {}}))
-
-
-def test_trackers_are_no_part_of_what_a_checkpoint_fixes() -> None:
+def test_trackers_are_no_part_of_what_a_checkpoint_fixes_and_need_their_packages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     values = {"output": "o", "student": {"model": "m"}, "data": {"datasets": "d"}, "train": {"steps": 2000}}
     plain = StudentConfig.model_validate(values)
     named = StudentConfig.model_validate({**values, "log": {"wandb": {"project": "p", "entity": "me"}}})
     assert make_job(named).fixed_config == make_job(plain).fixed_config
     assert make_job(named).trackers == Trackers.model_validate({"wandb": {"project": "p", "entity": "me"}})
     assert '"log":' not in plain.model_dump_json(exclude_none=True), "recipes of ablations leave unset keys out"
-
-
-def test_without_trackers_nothing_is_written_and_no_package_is_imported(tmp_path: Path) -> None:
     assert open_trackers(job(tmp_path), Storage(str(tmp_path))) == []
     assert not (tmp_path / RUNS).exists()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    check_trackers(Trackers())
+    for name in ("wandb", "mlflow", "trackio"):
+        with pytest.raises(UserError, match=rf"log\.{name}: .* Run: pip install -e '\.\[{name}\]'"):
+            check_trackers(Trackers.model_validate({name: {}}))
 
 
 # --- the packages, offline

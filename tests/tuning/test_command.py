@@ -120,6 +120,11 @@ def test_tuning_writes_results_resumes_and_records_scales(
     assert entry["logit_scale_from"].startswith(f"tuned by {METRIC}")
     assert f"logit scale of red is now {curve['best']:g}, was 50 (config)" in recorded
 
+    # Trials that fit no machine: Ray itself would wait without limit.
+    trial = {**config["trial"], "train": {"steps": STEPS, "compute": {"cpus": 64}}}
+    assert tune({**config, "trial": trial}, tmp_path / "large") == 2
+    assert "each needs 64 CPUs on one node" in capfd.readouterr().err
+
 
 def test_settings_that_are_not_stopped_are_trained_with_every_seed_and_then_the_neighbours_of_the_plateau(
     config: dict[str, Any],
@@ -147,16 +152,13 @@ def test_settings_that_are_not_stopped_are_trained_with_every_seed_and_then_the_
     assert len(outcomes) == 8
 
 
-def test_screen_only_trains_nothing(config: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    output = tmp_path / "out"
+def test_screen_only_trains_nothing_and_asks_for_no_trials(
+    config: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "both"
     assert tune({**config, "scales": {"red": [5.0, 50.0], "blue": [5.0, 9.0]}}, output, "--screen-only") == 0
     assert "likely" in capfd.readouterr().out
     assert {path.name for path in output.iterdir()} == {".tmp", "screening.json", "scales.png"}
-
-
-def test_screen_only_asks_for_no_trials(
-    config: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
     without = with_student(lambda student: student.pop("evaluate"))(config)
     without = {**without, "trial": {}, "metric": None}
     assert tune(without, tmp_path / "trials") == 2
@@ -199,12 +201,3 @@ def test_errors_are_reported_before_anything_trains(
     (tmp_path / "file").write_text("in the way")
     assert tune(config, tmp_path / "file" / "out", path=tmp_path / "tune.yaml") == 2
     assert "cannot be written" in capfd.readouterr().err
-
-
-def test_trials_that_fit_no_machine_are_reported(
-    ray_session: None, config: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """Ray itself would wait without limit."""
-    trial = {**config["trial"], "train": {"steps": STEPS, "compute": {"cpus": 64}}}
-    assert tune({**config, "trial": trial}, tmp_path / "out") == 2
-    assert "each needs 64 CPUs on one node" in capfd.readouterr().err

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from reinforce import settings
 from reinforce.student.config import StudentConfig
 from reinforce.tuning.screening import TeacherScreening, _read_batches, screen
-from tests.helpers.reinforced import small_dataset
 
 SIZE, COUNT = 12, 3
 SCALES = {"red": [0.01, 5.0, 40.0], "blue": [20.0, 60.0]}
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> StudentConfig:
-    folder: Path = tmp_path_factory.mktemp("screening")
+def config(labelled: str) -> StudentConfig:
     return settings.parse(
         StudentConfig,
         {
-            "output": str(folder / "student"),
+            "output": "student",
             "student": {"model": "MobileCLIP2-S0"},
-            "data": {"datasets": small_dataset(folder), "window": 16},
+            "data": {"datasets": labelled, "window": 16},
             "train": {"steps": 1, "batch": SIZE},
         },
     )

@@ -27,16 +27,13 @@ def evaluation(step: int, value: float) -> str:
     return json.dumps({"step": step, "metrics": {METRIC: value}})
 
 
-def test_log_is_read_up_to_a_line_that_a_kill_truncated(tmp_path: Path) -> None:
+def test_log_is_read_up_to_a_line_that_a_kill_truncated_and_to_the_evaluation_that_stopped_a_trial(
+    tmp_path: Path,
+) -> None:
     config = trial_student(tmp_path / "one")
     assert read_outcome(config, 12, METRIC) == Outcome("open", []), "no log yet"
     write_log(config, evaluation(4, 0.1), json.dumps({"step": 5, "loss": 1.0}), evaluation(8, 0.2), '{"step": 9, "lo')
     assert read_outcome(config, 12, METRIC) == Outcome("open", [(4, 0.1), (8, 0.2)])
-
-
-def test_stopped_trial_ends_at_the_evaluation_that_stopped_it(tmp_path: Path) -> None:
-    config = trial_student(tmp_path / "one")
-    write_log(config, evaluation(4, 0.1), evaluation(8, 0.2))
     mark_stopped(config, METRIC, 4, 0.1)
     assert read_outcome(config, 12, METRIC) == Outcome("stopped", [(4, 0.1)])
     assert read_outcome(config, 12, "another").state == "open"
@@ -111,25 +108,23 @@ def states(configs: dict[Trial, StudentConfig]) -> dict[float, tuple[str, int]]:
     return {t.setting.scales["red"]: (o.state, o.curve[-1][0]) for t, o in outcomes.items()}
 
 
-def test_trials_that_fall_behind_at_a_rung_are_stopped(tmp_path: Path) -> None:
-    configs = trials(tmp_path)
-    run_trials(make_scheduler(configs), configs)
-    assert states(configs) == {
+def test_trials_that_fall_behind_at_a_rung_are_stopped_also_in_a_search_that_was_killed_and_resumed(
+    tmp_path: Path,
+) -> None:
+    whole = trials(tmp_path / "whole")
+    run_trials(make_scheduler(whole), whole)
+    assert states(whole) == {
         10.0: ("finished", 12), 20.0: ("finished", 12), 30.0: ("stopped", 4), 40.0: ("finished", 12),
         50.0: ("stopped", 8),
     }  # fmt: skip
-
-
-@pytest.mark.parametrize("kill_after", range(1, 13))
-def test_killed_search_resumes_with_the_same_decisions(tmp_path: Path, kill_after: int) -> None:
-    whole, killed = trials(tmp_path / "whole"), trials(tmp_path / "killed")
-    run_trials(make_scheduler(whole), whole)
-    run_trials(make_scheduler(killed), killed, kill_after=kill_after)
-    again = make_scheduler(killed)
-    for trial in killed:
-        again.replay(trial, read_outcome(killed[trial], STEPS, METRIC))
-    run_trials(again, killed)
-    assert states(killed) == states(whole)
+    for kill_after in range(1, 13):
+        killed = trials(tmp_path / str(kill_after))
+        run_trials(make_scheduler(killed), killed, kill_after=kill_after)
+        again = make_scheduler(killed)
+        for trial in killed:
+            again.replay(trial, read_outcome(killed[trial], STEPS, METRIC))
+        run_trials(again, killed)
+        assert states(killed) == states(whole)
 
 
 def test_evaluation_that_was_logged_but_not_reported_is_decided_on_resume(tmp_path: Path) -> None:

@@ -24,15 +24,10 @@ from tests.helpers.in_loaders import letters
 from tests.helpers.reinforced import small_dataset
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Path(small_dataset(tmp_path_factory.mktemp("dataset")))
-
-
 @pytest.fixture
-def dataset(made: Path, tmp_path: Path) -> Path:
+def dataset(labelled: str, tmp_path: Path) -> Path:
     """A copy that a test may damage."""
-    return Path(shutil.copytree(made, tmp_path / "copy"))
+    return Path(shutil.copytree(labelled, tmp_path / "copy"))
 
 
 def open_(dataset: Path | str | list[Any], **data: Any) -> StudentFeed:
@@ -56,12 +51,9 @@ def rewrite(path: Path, change: Callable[[pa.Table], pa.Table], fingerprint: str
             writer.write_table(table.replace_schema_metadata(metadata))
 
 
-def test_a_folder_that_is_not_a_dataset_is_refused(tmp_path: Path) -> None:
+def test_unknown_names_and_layers_are_reported_with_the_known_ones(dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is not a reinforced dataset"):
         open_(tmp_path)
-
-
-def test_unknown_names_and_layers_are_reported_with_the_known_ones(dataset: Path) -> None:
     with pytest.raises(UserError, match=r"has no teacher 'rde'; it has: red, blue"):
         open_(dataset, teachers=["rde"])
     with pytest.raises(UserError, match=r"has no captioner 'cocoa'; it has: namer"):
@@ -121,11 +113,11 @@ def test_rows_with_other_keys_than_the_samples_are_refused(dataset: Path) -> Non
         open_(dataset)
 
 
-def test_datasets_that_give_different_examples_are_refused(made: Path, tmp_path: Path) -> None:
+def test_datasets_that_give_different_examples_are_refused(labelled: str, tmp_path: Path) -> None:
     other = small_dataset(tmp_path, (5,), captioners={})
     with pytest.raises(UserError, match=r"give different examples: .* caption and synthetic .*share under `data`"):
-        open_([str(made), other])
-    assert open_([str(made), other], captioners=[]).samples == 49
+        open_([labelled, other])
+    assert open_([labelled, other], captioners=[]).samples == 49
 
 
 def set_policy(dataset: Path, **policies: str) -> None:

@@ -74,6 +74,8 @@ def test_picks_are_uniform_and_captioners_are_picked_by_weight() -> None:
     assert views[0] / ROWS == pytest.approx(1 / 2, abs=0.1)
     assert sources["a"] / ROWS == pytest.approx(3 / 4, abs=0.1)
     assert all(texts[n] / ROWS == pytest.approx(1 / 3, abs=0.1) for n in "012")
+    whole, part = examples(tables()).rows, examples(tables(), first=150).rows
+    assert [str(example) for example in part] == [str(example) for example in whole[150:]], "in any chunk"
 
 
 def test_an_epoch_may_have_the_same_augmentation_and_caption_of_all_samples() -> None:
@@ -83,11 +85,6 @@ def test_an_epoch_may_have_the_same_augmentation_and_caption_of_all_samples() ->
         assert {example.augmentation.crop.top for example in made} == {epoch % 2}
         assert {example.texts[1][-1] for example in made} == {str(epoch % 3)}
         assert {example.texts[1][0] for example in made} == {"a", "b"}, "captioners are picked at random"
-
-
-def test_a_row_gives_the_same_example_in_any_chunk() -> None:
-    whole, part = examples(tables()).rows, examples(tables(), first=150).rows
-    assert [str(example) for example in part] == [str(example) for example in whole[150:]]
 
 
 def test_without_a_text_of_one_captioner_the_other_is_picked() -> None:

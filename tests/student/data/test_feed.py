@@ -36,14 +36,9 @@ from tests.helpers.reinforced import reinforce_here, small_dataset
 ROOT = Path(__file__).parents[3]
 
 
-@pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return small_dataset(tmp_path_factory.mktemp("dataset"))
-
-
-def feed_of(url: str | list[dict[str, Any]], size: int = 20, **data: Any) -> StudentFeed:
+def feed_of(url: str | list[dict[str, Any]], size: int = 20, seed: int = 5, **data: Any) -> StudentFeed:
     options = {"datasets": url, "workers": 0, "window": 10, **data}
-    return StudentFeed(Data.model_validate(options), seed=5, size=size, tokenize=letters)
+    return StudentFeed(Data.model_validate(options), seed=seed, size=size, tokenize=letters)
 
 
 def take(feed: StudentFeed, count: int, batch: int, rank: int = 0, ranks: int = 1, start: int = 0) -> list[Batch]:
@@ -67,8 +62,8 @@ def same(first: Batch, second: Batch) -> bool:
     return first["key"] == second["key"] and equal
 
 
-def test_a_batch_has_the_documented_format(url: str) -> None:
-    [batch] = take(feed_of(url), 1, 6)
+def test_a_batch_has_the_documented_format(labelled: str) -> None:
+    [batch] = take(feed_of(labelled), 1, 6)
     shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors(batch).items()}
     texts = dict.fromkeys(("caption", "synthetic"), (torch.int64, (6, 40)))
     vectors = {
@@ -81,9 +76,9 @@ def test_a_batch_has_the_documented_format(url: str) -> None:
     assert all(tensor.is_contiguous() for tensor in tensors(batch).values())
 
 
-def test_images_texts_and_vectors_belong_together_and_are_the_stored_ones(url: str) -> None:
-    samples = {sample.key: sample for sample in reinforce.open(url)}
-    for batch in take(feed_of(url, size=24), 7, 6):
+def test_images_texts_and_vectors_belong_together_and_are_the_stored_ones(labelled: str) -> None:
+    samples = {sample.key: sample for sample in reinforce.open(labelled)}
+    for batch in take(feed_of(labelled, size=24), 7, 6):
         captions, synthetic = read(batch["caption"]), read(batch["synthetic"])
         for i, key in enumerate(batch["key"]):
             sample = samples[key]
@@ -105,8 +100,8 @@ def close(found: torch.Tensor, stored: np.ndarray) -> bool:
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
-def test_ranks_read_every_sample_once_per_epoch(url: str, ranks: int) -> None:
-    feed = feed_of(url)
+def test_ranks_read_every_sample_once_per_epoch(labelled: str, ranks: int) -> None:
+    feed = feed_of(labelled)
     assert feed.samples == 44
     steps, batch = (11, 4) if ranks == 1 else (7, 2)  # 44 and 42 of the 44 samples
     seen = Counter(
@@ -117,36 +112,36 @@ def test_ranks_read_every_sample_once_per_epoch(url: str, ranks: int) -> None:
 
 
 def test_a_rank_that_is_not_the_first_lists_and_reads_nothing_before_its_first_batch(
-    url: str, monkeypatch: pytest.MonkeyPatch
+    labelled: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = feed_of(url)
+    first = feed_of(labelled)
     shared = pickle.loads(pickle.dumps(first._datasets))
     monkeypatch.setattr(reinforce.student.data.feed, "share_from_first", lambda work: shared)
     monkeypatch.setattr(reinforce.student.data.feed, "open_datasets", None)
-    assert same(take(feed_of(url), 1, batch=6, rank=1, ranks=2)[0], take(first, 1, batch=6, rank=1, ranks=2)[0])
+    assert same(take(feed_of(labelled), 1, batch=6, rank=1, ranks=2)[0], take(first, 1, batch=6, rank=1, ranks=2)[0])
 
 
-def test_loader_processes_read_every_sample_once_and_resume_exactly_also_with_other_cores(url: str) -> None:
-    feed = feed_of(url, workers=None)
+def test_loader_processes_read_every_sample_once_and_resume_exactly_also_with_other_cores(labelled: str) -> None:
+    feed = feed_of(labelled, workers=None)
     reading = feed.set_up(ranks=1, batch=4, start=0, loaders=2, streams=None)
     assert (reading.loaders, reading.streams) == (2, 2)
     undisturbed = take(feed, 16, 4)
     epoch = [key for batch in undisturbed[:11] for key in batch["key"]]
     assert len(set(epoch)) == len(epoch) == 44
-    assert all(map(same, take(feed_of(url, workers=2), 5, 4, start=9), undisturbed[9:]))
+    assert all(map(same, take(feed_of(labelled, workers=2), 5, 4, start=9), undisturbed[9:]))
     # One process reads the same streams one after the other.
-    assert all(map(same, take(feed_of(url, streams=2), 16, 4), undisturbed))
-    resumed = feed_of(url, workers=None)
+    assert all(map(same, take(feed_of(labelled, streams=2), 16, 4), undisturbed))
+    resumed = feed_of(labelled, workers=None)
     assert resumed.set_up(ranks=1, batch=4, start=9, loaders=1, streams=reading.streams).loaders == 1
     assert all(map(same, take(resumed, 7, 4, start=9), undisturbed[9:]))
     # A checkpoint without a record was read in one stream.
-    old = feed_of(url, workers=None)
+    old = feed_of(labelled, workers=None)
     assert old.set_up(ranks=1, batch=4, start=9, loaders=2, streams=None).streams == 1
-    assert all(map(same, take(old, 3, 4, start=9), take(feed_of(url), 3, 4, start=9)))
+    assert all(map(same, take(old, 3, 4, start=9), take(feed_of(labelled), 3, 4, start=9)))
 
 
 def test_a_process_that_is_ahead_does_not_overwrite_parts_that_are_being_assembled(
-    url: str, monkeypatch: pytest.MonkeyPatch
+    labelled: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assemble = Assembler.assemble
 
@@ -155,42 +150,42 @@ def test_a_process_that_is_ahead_does_not_overwrite_parts_that_are_being_assembl
         return assemble(*args)
 
     monkeypatch.setattr(Assembler, "assemble", slowly)
-    batches = take(feed_of(url, workers=1, prefetch=1), 20, 2)
-    assert all(map(same, batches, take(feed_of(url), 20, 2)))
+    batches = take(feed_of(labelled, workers=1, prefetch=1), 20, 2)
+    assert all(map(same, batches, take(feed_of(labelled), 20, 2)))
 
 
-def test_with_fixed_streams_batches_are_the_same_for_any_number_of_ranks(url: str) -> None:
+def test_with_fixed_streams_batches_are_the_same_for_any_number_of_ranks_that_divides_them(labelled: str) -> None:
     def steps(ranks: int) -> list[list[str]]:
-        parts = [take(feed_of(url, streams=4), 13, 8 // ranks, rank, ranks) for rank in range(ranks)]
+        parts = [take(feed_of(labelled, streams=4), 13, 8 // ranks, rank, ranks) for rank in range(ranks)]
         return [sorted(key for part in parts for key in part[step]["key"]) for step in range(13)]
 
     assert steps(1) == steps(2) == steps(4)
+    with pytest.raises(UserError, match=r"data.streams \(3\) must be a multiple of ranks x data.workers \(2 x 1\)"):
+        next(feed_of(labelled, streams=3).batches(0, 2, 4, 0))
+    with pytest.raises(UserError, match=r"data.workers \(5\) must be at most the batch of a rank \(4\)"):
+        next(feed_of(labelled, workers=5).batches(0, 1, 4, 0))
 
 
-def test_sequential_picks_use_all_augmentations_and_captions_in_turn(url: str) -> None:
-    feed = feed_of(url, pick="sequential", window=100)
+def test_sequential_picks_take_turns_and_random_ones_differ_between_epochs_and_seeds(labelled: str) -> None:
+    feed = feed_of(labelled, pick="sequential", window=100)
     epochs = [{key: (i, t) for b in take(feed, 11, 4, start=11 * e) for key, i, t in parts_of(b)} for e in range(4)]
     for key in epochs[0]:
         images, texts = zip(*(epoch[key] for epoch in epochs), strict=True)
         assert len(set(images)) == len(set(texts)) == 2, "two augmentations and two captions in turns of two"
         assert (images[:2], texts[:2]) == (images[2:], texts[2:])
     assert len({images for images, _ in epochs[0].values()}) > 2
+    first, second, other = (
+        {key: image for b in take(one, 11, 4, start=11 * epoch) for key, image, _ in parts_of(b)}
+        for one, epoch in ((feed_of(labelled), 0), (feed_of(labelled), 1), (feed_of(labelled, seed=0), 0))
+    )
+    changed = sum(first[key] != second[key] for key in first)
+    assert 10 < changed < 34, "one of two augmentations, picked again"
+    assert first != other
 
 
 def parts_of(batch: Batch) -> list[tuple[str, bytes, str]]:
     images = [image.numpy().tobytes() for image in batch["image"]]
     return list(zip(batch["key"], images, read(batch["synthetic"]), strict=True))
-
-
-def test_picks_differ_between_epochs_and_seeds(url: str) -> None:
-    def picks(seed: int, epoch: int) -> dict[str, bytes]:
-        feed = StudentFeed(Data(datasets=url, workers=0), seed=seed, size=20, tokenize=letters)  # type: ignore[arg-type]
-        return {key: image for b in take(feed, 11, 4, start=11 * epoch) for key, image, _ in parts_of(b)}
-
-    first, second, other = picks(0, 0), picks(0, 1), picks(1, 0)
-    changed = sum(first[key] != second[key] for key in first)
-    assert 10 < changed < 34, "one of two augmentations, picked again"
-    assert first != other
 
 
 def test_captioners_and_datasets_are_mixed_by_weight(tmp_path: Path) -> None:
@@ -236,8 +231,8 @@ def test_each_dataset_of_a_mixture_is_replayed_by_its_own_backend(tmp_path: Path
     assert Counter(seen) == {"torchvision-pil-1": 12, "fixed-point-1": 12}
 
 
-def test_only_the_needed_layers_and_columns_are_read(url: str) -> None:
-    feed = feed_of(url, teachers=["blue"], captioners=[])
+def test_only_the_needed_layers_and_columns_are_read(labelled: str) -> None:
+    feed = feed_of(labelled, teachers=["blue"], captioners=[])
     [dataset] = feed._datasets
     assert dataset.layers.columns == {
         "samples": ("key", "augmentations", "image", "caption"),
@@ -285,8 +280,8 @@ def test_a_dataset_without_a_usable_row_is_refused(tmp_path: Path) -> None:
     assert take(feed_of(f"{tmp_path}/out", teachers=[], captions="mixed", synthetic=1.0), 1, 4)
 
 
-def test_online_teachers_get_the_views_and_texts_that_stored_ones_got(url: str) -> None:
-    data = Data.model_validate({"datasets": url, "workers": 0})
+def test_online_teachers_get_the_views_and_texts_that_stored_ones_got(labelled: str) -> None:
+    data = Data.model_validate({"datasets": labelled, "workers": 0})
     [stored] = take(StudentFeed(data, 5, 24, letters), 1, 6)
     [online] = take(StudentFeed(data, 5, 20, letters, teachers=[], online=["red", "new"]), 1, 6)
     assert online["targets"] == {}
@@ -303,13 +298,6 @@ def read_whole(tokens: torch.Tensor, texts: list[str]) -> list[str]:
     """The texts, after checking that the tokens are theirs."""
     assert [text[:40] for text in texts] == read(tokens)
     return texts
-
-
-def test_numbers_of_processes_and_streams_that_do_not_fit_are_refused(url: str) -> None:
-    with pytest.raises(UserError, match=r"data.streams \(3\) must be a multiple of ranks x data.workers \(2 x 1\)"):
-        next(feed_of(url, streams=3).batches(0, 2, 4, 0))
-    with pytest.raises(UserError, match=r"data.workers \(5\) must be at most the batch of a rank \(4\)"):
-        next(feed_of(url, workers=5).batches(0, 1, 4, 0))
 
 
 TRAINING = """

@@ -29,14 +29,18 @@ def example(number: int) -> Example:
     return Example(FILE, f"k{number}", picture(number), CROP, (f"true {number}", f"synthetic {number}"), vectors)
 
 
-@pytest.mark.parametrize("image", [b"not an image", picture(0, width=8, height=6)])
-def test_an_image_that_is_not_the_augmented_one_is_named(image: bytes) -> None:
-    maker = PartMaker(12, 5, letters)
-    with pytest.raises(UserError, match=r"samples/x\.parquet, key k0: this is not the image that was augmented"):
-        maker.make([example(0)._replace(image=image)], maker.allocate(1), Counter())
+def test_an_image_that_is_not_the_augmented_one_or_has_a_damaged_record_is_named() -> None:
     strict = FILE._replace(limits=Limits(pixels=100))  # of the file that has the image
-    with pytest.raises(UserError, match="this is not the image that was augmented"):
-        maker.make([example(0)._replace(file=strict)], maker.allocate(1), Counter())
+    ops = (Op("Posterize", 9.0), Op("Melt", 1.0), Op("Rotate", float("nan")))
+    for device, damaged in (
+        (False, example(0)._replace(image=b"not an image")),
+        (False, example(0)._replace(image=picture(0, width=8, height=6))),
+        (False, example(0)._replace(file=strict)),
+        *((True, example(0)._replace(augmentation=Augmentation(CROP.crop, 16, (op,)))) for op in ops),
+    ):
+        maker = PartMaker(12, 5, letters, device=device)
+        with pytest.raises(UserError, match=r"samples/x\.parquet, key k0: this is not the image that was augmented"):
+            maker.make([damaged], maker.allocate(1), Counter())
 
 
 def test_translations_are_scaled_or_shift_by_the_stored_pixels() -> None:
@@ -78,14 +82,6 @@ def test_an_image_that_is_augmented_on_the_device_has_the_pixels_of_the_default_
         found, expected = (images(size, scaled, device).int() for device in (True, False))
         assert (found - expected).abs().max() <= 1
         assert (found != expected).float().mean() < 0.01
-
-
-def test_a_damaged_record_for_the_device_is_named() -> None:
-    maker = PartMaker(12, 5, letters, device=True)
-    for op in (Op("Posterize", 9.0), Op("Melt", 1.0), Op("Rotate", float("nan"))):
-        damaged = example(0)._replace(augmentation=Augmentation(CROP.crop, 16, (op,)))
-        with pytest.raises(UserError, match=r"samples/x\.parquet, key k0: this is not the image that was augmented"):
-            maker.make([damaged], maker.allocate(1), Counter())
 
 
 def test_memory_is_reused_only_when_nothing_references_it() -> None:
