@@ -36,7 +36,7 @@ from reinforce.config import Augmentations, Limits
 from reinforce.dataset.augment import fixed_point
 from reinforce.dataset.augment.backends import BACKENDS, Replay, load_backend
 from reinforce.dataset.augment.device_records import CELL, fill_cell
-from reinforce.dataset.augment.records import Augmentation, replay_with, sample_augmentation
+from reinforce.dataset.augment.records import Augmentation, replay, sample_augmentation
 from reinforce.images import fast_jpeg
 from reinforce.images.policy import decode
 from teachers.preprocessing.pixels import to_pixels
@@ -76,7 +76,7 @@ def variants() -> dict[str, Variant]:
     resize = fixed_point.RESIZERS["torch"]()
 
     def by_torch(image: Image.Image, augmentation: Augmentation, size: int | None = None) -> np.ndarray:
-        return np.asarray(replay_with(resize, fixed_point.OPERATIONS, image, augmentation, size))
+        return np.asarray(replay(image, augmentation, size, resize, fixed_point.OPERATIONS))
 
     backends = {name: Variant(load_backend(name)) for name in BACKENDS}
     pillow = {"torchvision-pil-1 (Pillow)": Variant(load_backend("torchvision-pil-1"), simplejpeg=False)}

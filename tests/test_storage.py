@@ -53,14 +53,17 @@ def test_a_new_file_appears_at_the_end_of_the_block_and_not_if_that_raises(stora
     assert files(storage) == ["folder/data.bin"]
 
 
-def test_published_files_have_the_mode_of_other_new_files(tmp_path: Path) -> None:
-    storage = Storage(str(tmp_path))
-    with storage.new_file("made.bin") as path:
+def test_published_files_have_the_mode_of_other_new_files_and_an_output_below_a_file_is_an_error(
+    tmp_path: Path,
+) -> None:
+    with Storage(str(tmp_path)).new_file("made.bin") as path:
         Path(path).unlink()
         Path(path).touch(mode=0o600)
     (tmp_path / "usual.bin").touch()
     modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("made.bin", "usual.bin")]
     assert modes[0] == modes[1]
+    with pytest.raises(UserError, match="cannot be written"):
+        Storage(str(tmp_path / "usual.bin" / "out")).check_writable()
 
 
 def test_a_folder_is_published_with_its_subfolders(storage: Storage, tmp_path: Path) -> None:
@@ -126,12 +129,6 @@ def test_a_lock_refuses_a_second_run_and_deletes_the_files_of_a_killed_one(tmp_p
             pass
     with storage.lock():
         pass
-
-
-def test_an_output_that_cannot_be_written_is_a_user_error(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match="cannot be written"):
-        Storage(str(tmp_path / "file" / "out")).check_writable()
 
 
 def test_an_output_in_the_folder_of_a_ray_job_is_refused_and_absolute_paths_and_urls_are_not(

@@ -184,12 +184,6 @@ def test_a_damaged_or_changed_layer_of_scores_is_found_and_another_head_is_anoth
     assert any("scores/pretty" in finding.message for finding in validate(store.url).findings)
 
 
-def test_a_model_that_gives_other_vectors_than_the_head_takes_costs_the_layer(config: dict[str, Any]) -> None:
-    save_file({"weight": np.ones((2, 5), np.float32)}, "head.safetensors")
-    with pytest.raises(Exception, match=r"head\.safetensors is for vectors of 5 numbers, not 8"):
-        reinforce_here(config)
-
-
 @pytest.mark.parametrize(
     ("score", "message"),
     [
@@ -312,12 +306,15 @@ def test_a_score_that_is_nan_is_null_and_counted_with_the_name_of_its_class(conf
     assert row == {**row, "first": None, "uid": 5.0}
 
 
-def test_a_class_that_fails_costs_its_own_layer_only(config: dict[str, Any]) -> None:
+def test_a_class_or_a_head_that_fails_costs_its_own_layer_only(config: dict[str, Any]) -> None:
     scores = {**CLASSES, "every": {**CLASSES["every"], "options": {"rows": "fewer"}}}
     message = r"Everything\.score\(\) must return numbers of shape \(7, 4\), one for each of 7 .* got float64 \(6, 4\)"
     with pytest.raises(LayerFailure, match=message) as raised:
         reinforce_here({**config, "scores": scores})
     assert raised.value.layer == "scores/every"
+    save_file({"weight": np.ones((2, 5), np.float32)}, "head.safetensors")
+    with pytest.raises(Exception, match=r"head\.safetensors is for vectors of 5 numbers, not 8"):
+        reinforce_here({**config, "output": "other"})
 
 
 @pytest.mark.parametrize("name", ["colors", "every"])
@@ -359,9 +356,6 @@ def test_the_self_test_finds_classes_that_score_wrongly(
         elif full is None or wrong != "random":
             with pytest.raises(UserError, match=rf"^scores\.mine fails its self-test \(scores.*{message}"):
                 check_models(models, [layer], {}, full)
-
-
-def test_a_class_that_sees_pixels_needs_an_image_spec(config: dict[str, Any]) -> None:
     parsed = parse_config({**config, "scores": {"mine": {"class": f"{OURS}NoImage"}}})
     with pytest.raises(UserError, match=r"scores\.mine: class .*NoImage sees pixels and must set `image`"):
         load_models(parsed, build_layers(parsed, describe_models(parsed)).values())

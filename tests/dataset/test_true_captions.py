@@ -29,10 +29,10 @@ from reinforce.publishing.embeddings import export_embeddings
 from reinforce.report.captions import captions_report
 from reinforce.student.config import Data
 from reinforce.student.data.feed import StudentFeed
+from tests.helpers.commands import printed_by
 from tests.helpers.data import config_of, picture, tree, write_tar
 from tests.helpers.in_loaders import letters, read
 from tests.helpers.reinforced import reinforce_here
-from tests.helpers.validated import printed
 
 CAPTIONS = {"five": [f"text {n}" for n in range(5)], "two": ["text 3", "a dog"], "none": [], "more": ["x", *"abcdefg"]}
 
@@ -94,10 +94,14 @@ def test_dataset_json_states_the_number_and_other_datasets_do_not(made: Path, tm
     assert "true_captions" not in pq.read_schema(next((tmp_path / "out/samples").glob("*.parquet"))).names
     with pytest.raises(UserError, match=r"captions_per_sample: not set in the dataset, 5 in this config"):
         make_plan(parse_config(write_source(tmp_path)))
+    teacher = {"family": "published", "model": "x", "columns": [0, 8], "logit_scale": 50}
+    published = {"reinforcements": "x.tar", "teachers": {"x": teacher}, "augmentations": {"size": 24}}
+    with pytest.raises(UserError, match=r"captions_per_sample: published vectors are of one true caption. Remove it"):
+        make_plan(parse_config(write_source(tmp_path) | published))
 
 
 def test_validate_passes_and_captions_that_do_not_fit_are_found(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "valid" in printed(str(made), 0, capsys)
+    assert "valid" in printed_by(capsys, "validate", str(made))
     with Store(str(made)).open_layer("samples", reinforce.open(str(made)).shards[0]) as file:
         table = file.read()
     entry = json.loads((made / "dataset.json").read_text())["layers"]["samples"]
@@ -160,16 +164,3 @@ def test_an_export_takes_the_caption_and_the_vector_of_one_number(made: Path, tm
     vectors = np.load(tmp_path / "vectors" / "text_emb" / "text_emb_0.npy")
     stored = by_key(made)["two"].texts["red"]["caption"][1]
     assert np.allclose(vectors[table["image_path"].index("two")], stored, atol=2e-3)
-
-
-def test_published_vectors_of_one_caption_are_not_taken_for_several(tmp_path: Path) -> None:
-    teacher = {"family": "published", "model": "x", "columns": [0, 8], "logit_scale": 50}
-    config = write_source(tmp_path) | {
-        "reinforcements": "x.tar",
-        "teachers": {"x": teacher},
-        "augmentations": {"size": 24},
-    }
-    with pytest.raises(
-        UserError, match=r"input.captions_per_sample: published vectors are of one true caption. Remove it"
-    ):
-        make_plan(parse_config(config))

@@ -12,11 +12,10 @@ import yaml
 
 from reinforce.config import parse_config
 from reinforce.engine.recompute import recompute
-from tests.helpers.commands import run_command
+from tests.helpers.commands import printed_by, run_command
 from tests.helpers.data import config_of, tree
 from tests.helpers.decoding import decode_pool
 from tests.helpers.reinforced import small_dataset
-from tests.helpers.validated import printed
 
 
 def test_rows_computed_again_are_equal_until_a_layer_has_values_of_another_model(
@@ -43,7 +42,7 @@ def test_rows_computed_again_are_equal_until_a_layer_has_values_of_another_model
     monkeypatch.setattr("reinforce.engine.recompute.DecodePool", lambda *_: decode_pool())
     monkeypatch.setattr(decode_pool(), "close", lambda: None)
     options = ("--recompute", "4", "--config", f"{tmp_path}/config.yaml", "--seed", "3", "--json")
-    report = json.loads(printed(url, 1, capsys, *options))
+    report = json.loads(printed_by(capsys, "validate", url, *options, status=1))
     assert [(one["kind"], one["layer"]) for one in report["findings"]] == [("rows", "embeddings/red/images")]
     layers = {one["layer"]: one for one in report["recomputed"]["layers"]}
     wrong = layers.pop("embeddings/red/images")

@@ -7,6 +7,7 @@ touches must not change. ``watchdog.bounded`` limits time and memory.
 from __future__ import annotations
 
 import bz2
+import contextlib
 import gzip
 import io
 import json
@@ -272,6 +273,8 @@ def _changed(seed: bytes, changes: list[tuple[float, int | bytes]]) -> bytes:
 def image(data: bytes) -> None:
     """Any image is decoded to RGB within the limits, also when read from a dataset, or refused in valid text."""
     first = _decoded(data)
+    with contextlib.suppress(ImageRefused):
+        assert decode(data, LIMITS).mode == "RGB"
     if isinstance(first, ImageRefused):
         assert first.reason.value.startswith("image_")
         assert first.detail.encode()

@@ -19,8 +19,8 @@ def run_command(capfd: pytest.CaptureFixture[str], *words: str) -> tuple[int, st
     return (code if isinstance(code, int) else 0), *capfd.readouterr()
 
 
-def printed_by(capfd: pytest.CaptureFixture[str], *words: str) -> str:
-    """What a command prints that succeeds."""
+def printed_by(capfd: pytest.CaptureFixture[str], *words: str, status: int = 0) -> str:
+    """What a command prints that ends with this ``status``."""
     code, out, err = run_command(capfd, *words)
-    assert not code, err
+    assert code == status, err
     return out

@@ -53,6 +53,6 @@ def load_backend(name: str) -> Replay:
     resize = load()
 
     def replay(image: Image.Image, augmentation: Augmentation, size: int | None = None) -> np.ndarray:
-        return np.asarray(augment.replay_with(resize, operations, image, augmentation, size))
+        return np.asarray(augment.replay(image, augmentation, size, resize, operations))
 
     return replay

@@ -133,17 +133,6 @@ def _magnitudes(bin_: int, size: int) -> Mapping[str, float]:
 Resize = Callable[[Image.Image, int], Image.Image]
 
 
-def replay(image: Image.Image, augmentation: Augmentation, size: int | None = None) -> Image.Image:
-    """Apply a record by the backend ``torchvision-pil-1`` to the RGB image it was sampled for -> RGB (size, size).
-
-    At the recorded size (the default) the pixels equal torchvision's on a PIL image of Pillow 13: ``resized_crop`` with
-    bicubic interpolation, then RandAugment's operations with nearest interpolation and black fill. At another size,
-    translations are scaled with it, so that they shift the image by the same fraction.
-    Raises ValueError if the image is not RGB, the crop does not fit into it or an operation is unknown.
-    """
-    return replay_with(resize, TORCHVISION, image, augmentation, size)
-
-
 def is_tall(width: int, height: int, size: int) -> bool:
     """Whether a crop's height is resized to ``size`` before its width, as by Pillow 13, which then computes less."""
     return size < height and 2 * width < height + size
@@ -156,14 +145,21 @@ def resize(image: Image.Image, size: int) -> Image.Image:
     return image.resize(half, Image.Resampling.BICUBIC).resize((size, size), Image.Resampling.BICUBIC)
 
 
-def replay_with(
-    resize: Resize,
-    operations: Mapping[str, Operation],
+def replay(
     image: Image.Image,
     augmentation: Augmentation,
     size: int | None = None,
+    resize: Resize = resize,
+    operations: Mapping[str, Operation] = TORCHVISION,
 ) -> Image.Image:
-    """Apply a record as ``replay`` does, by these functions."""
+    """Apply a record to the RGB image it was sampled for -> RGB (size, size); by the backend ``torchvision-pil-1``, or
+    by the functions of another.
+
+    At the recorded size (the default) the pixels equal torchvision's on a PIL image of Pillow 13: ``resized_crop`` with
+    bicubic interpolation, then RandAugment's operations with nearest interpolation and black fill. At another size,
+    translations are scaled with it, so that they shift the image by the same fraction.
+    Raises ValueError if the image is not RGB, the crop does not fit into it or an operation is unknown.
+    """
     ops = operations_at(augmentation, size)  # refuses sizes that would take too much memory
     # The crop is cut out first: resizing with a box would use pixels around it.
     out = resize(cut(image, augmentation), size or augmentation.size)

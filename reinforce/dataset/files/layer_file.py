@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import functools
+import math
 import re
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
@@ -197,7 +198,7 @@ class LayerFile:
                 raise RefusedFile(f"column {name} has {values:,} values in {rows:,} rows")
             total += self._decoded_bytes(leaf, values)
             if name in self._shapes:
-                total += rows * _elements(self._shapes[name]) * _WIDTHS["FLOAT"]
+                total += rows * math.prod(self._shapes[name]) * _WIDTHS["FLOAT"]
             if total > MAX_BYTES:
                 raise RefusedFile(f"a row group needs more than {MAX_BYTES:,} bytes, in column {name}")
 
@@ -251,10 +252,6 @@ def _tensor_shapes(footer: pq.FileMetaData) -> dict[str, list[int]]:
     if not shapes or len(shapes[0]) != 2:
         return {}
     return {"embeddings": shapes[0], "scales": shapes[0][:1]}
-
-
-def _elements(shape: Sequence[int]) -> int:
-    return shape[0] * (shape[1] if len(shape) > 1 else 1)
 
 
 def _column(leaf: Any) -> str:

@@ -45,8 +45,15 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     return Store(str(tmp_path / "out") if request.param == "local" else f"memory://store-test{tmp_path}")
 
 
-def test_a_committed_file_is_listed_and_records_its_origin(store: Store) -> None:
+def test_a_committed_file_is_listed_and_records_its_origin_and_an_error_while_writing_leaves_none(
+    store: Store, tmp_path: Path
+) -> None:
+    with store.writer(LAYER, schemas.captions_schema(), "s", "u") as writer:
+        writer.write(table("a"))
+        with pytest.raises(ValueError, match="schema"):
+            writer.write(table("b").select(["key"]))
     assert store.shards("captions/c") == {}
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
     with store.writer(LAYER, schemas.captions_schema(), "shard-1", "s3://b/1.tar") as writer:
         writer.write(table("a", "b"))
         writer.write(table("c"))
@@ -61,18 +68,6 @@ def test_a_committed_file_is_listed_and_records_its_origin(store: Store) -> None
         }  # fmt: skip
     with store.fs.open(store.layer_path("captions/c", "shard-1")) as file:
         assert pq.read_schema(file).field("key").metadata[b"description"]
-
-
-def test_an_error_while_writing_leaves_no_file(store: Store, tmp_path: Path) -> None:
-    def write() -> None:
-        with store.writer(LAYER, schemas.captions_schema(), "s", "u") as writer:
-            writer.write(table("a"))
-            writer.write(table("b").select(["key"]))
-
-    with pytest.raises(ValueError, match="schema"):
-        write()
-    assert store.shards("captions/c") == {}
-    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
 
 
 def column_bytes(store: Store, layer: Layer, written: pa.Table) -> dict[str, float]:

@@ -253,11 +253,6 @@ def test_row_groups_are_counted_by_the_index_or_else_by_footers(copy: Path, monk
     assert row_group_table(store, "", {}).tolist() == []
     monkeypatch.setattr(row_counts, "TAIL_BYTES", 100)
     assert read_table(store, monkeypatch) == (3, TABLE), "footers that are longer than the tail"
-
-
-def test_a_damaged_file_and_another_fingerprint_are_named(copy: Path) -> None:
-    shutil.rmtree(copy / "index")
-    store = Store(str(copy))
     shards = store.shards(SAMPLES)
     first = min(shards)
     with pytest.raises(UserError, match=rf"samples/{first}\.parquet has fingerprint .*, its layer has beef"):

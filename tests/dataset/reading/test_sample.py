@@ -26,7 +26,7 @@ from tests.helpers.in_loaders import key_and_crop
 from tests.helpers.pixels import PixelRecorder, torchvision_replay
 from tests.helpers.published import COUNT, SIZE, published_members, published_sample, source_members, write_published
 from tests.helpers.published import config_of as published_config
-from tests.helpers.reinforced import reinforce_here, small_dataset
+from tests.helpers.reinforced import reinforce_here
 
 
 def rotated_by_exif(seed: int = 1) -> bytes:
@@ -39,16 +39,10 @@ def rotated_by_exif(seed: int = 1) -> bytes:
     return out.getvalue()
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> reinforce.Dataset:
-    """Shards of 5, 3 and 4 samples."""
-    return reinforce.open(small_dataset(tmp_path_factory.mktemp("dataset"), (5, 3, 4)))
-
-
 @pytest.fixture
-def dataset(data: reinforce.Dataset) -> reinforce.Dataset:
-    """The same dataset with a manifest that a test may change."""
-    return reinforce.open(data.store.root)
+def data(made: Path) -> reinforce.Dataset:
+    """Shards of 9 and 3 samples, with a manifest that a test may change."""
+    return reinforce.open(str(made))
 
 
 @pytest.mark.parametrize(
@@ -83,8 +77,8 @@ def test_published_records_are_replayed_as_torchvision_does(tmp_path: Path) -> N
         np.testing.assert_array_equal(sample.augmented(k), torchvision_replay(data, one.records[k], SIZE))
 
 
-def test_augmented_takes_a_size_and_the_number_of_a_record(dataset: reinforce.Dataset) -> None:
-    sample = next(iter(dataset))
+def test_augmented_takes_a_size_and_the_number_of_a_record(data: reinforce.Dataset) -> None:
+    sample = next(iter(data))
     assert sample.augmented(0).size == (24, 24)
     for k, record in enumerate(sample.augmentations):
         assert sample.augmented(k, size=36).tobytes() == replay(sample.pil(), record, 36).tobytes()
@@ -98,26 +92,26 @@ def test_augmented_takes_a_size_and_the_number_of_a_record(dataset: reinforce.Da
     ("policy", "supported"),
     [("image", "rgb-1, rgb-1-reduced-N and pillow-rgb-1"), ("augmentation", "torchvision-pil-1 and fixed-point-1")],
 )
-def test_a_policy_of_another_version_is_an_error(dataset: reinforce.Dataset, policy: str, supported: str) -> None:
-    dataset.manifest["policies"][policy] = "new-2"
+def test_a_policy_of_another_version_is_an_error(data: reinforce.Dataset, policy: str, supported: str) -> None:
+    data.manifest["policies"][policy] = "new-2"
     with pytest.raises(UserError, match=f"{policy} policy new-2, this version supports {supported}"):
-        next(iter(dataset)).augmented(0)
+        next(iter(data)).augmented(0)
 
 
 def test_an_image_that_was_changed_is_named_by_dataset_and_key_and_limits_are_the_recorded_ones(
-    dataset: reinforce.Dataset,
+    data: reinforce.Dataset,
 ) -> None:
-    sample = next(iter(dataset))
+    sample = next(iter(data))
     for image in (picture(0, width=2, height=2), b"no image"):
         with pytest.raises(UserError, match=rf"out, key {sample.key}: this is not the image that was augmented"):
             dataclasses.replace(sample, image=image).augmented(0)
-    del dataset._policies
-    limits = dataset.manifest["input"].pop("limits")
+    del data._policies
+    limits = data.manifest["input"].pop("limits")
     with pytest.raises(UserError, match=r"does not record image policies and limits"):
-        next(iter(dataset))
-    dataset.manifest["input"]["limits"] = {**limits, "pixels": 10}
+        next(iter(data))
+    data.manifest["input"]["limits"] = {**limits, "pixels": 10}
     with pytest.raises(UserError, match=r"above limits\.pixels of 10"):
-        next(iter(dataset)).pil()
+        next(iter(data)).pil()
 
 
 def test_show_finds_the_sample_of_a_key(data: reinforce.Dataset) -> None:
@@ -150,7 +144,7 @@ def test_a_sample_is_shown_with_its_crops_and_similarities_and_markup_stays_text
 
 def test_a_dataset_and_the_results_of_runs_are_shown_as_tables(data: reinforce.Dataset, tmp_path: Path) -> None:
     shown = data._repr_html_()
-    for text in ("12", "3", "red (dim 8, K 2, logit scale 50)", "embeddings/blue/namer", data.fingerprints["samples"]):
+    for text in ("12", "2", "red (dim 8, K 2, logit scale 50)", "embeddings/blue/namer", data.fingerprints["samples"]):
         assert text in shown
     run = RunSummary(
         run="r1", shards=3, samples=44, seconds=2.0, busy_share=0.9, bytes=2048, refused={"no_text": 2},
@@ -169,7 +163,7 @@ def test_samples_come_in_the_order_of_the_dataset(data: reinforce.Dataset) -> No
     assert [key for key, _ in data.to_torch(key_and_crop)] == keys
     assert isinstance(data.to_torch(), torch.utils.data.IterableDataset)
     loader = DataLoader(data[:1].to_torch(key_and_crop), batch_size=None, num_workers=2)
-    assert len(list(loader)) == 5, "more readers than shards leave some without samples"
+    assert len(list(loader)) == 9, "more readers than shards leave some without samples"
 
 
 def test_ranks_read_every_sample_once_also_in_batches_of_spawned_workers(

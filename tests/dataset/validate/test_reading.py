@@ -21,9 +21,9 @@ from reinforce.dataset.files.store import Store
 from reinforce.dataset.validate import process_pool as shard_pool
 from reinforce.dataset.validate.validate import validate
 from reinforce.errors import UserError
+from tests.helpers.commands import printed_by
 from tests.helpers.data import members_of, write_tar
 from tests.helpers.reinforced import small_dataset
-from tests.helpers.validated import printed
 
 RED = "embeddings/red/images"
 
@@ -83,14 +83,14 @@ def test_a_sample_of_shards_is_read_and_all_are_listed(tmp_path: Path, capsys: p
         read.append(opened)
     assert [len(opened) for opened in read] == [2, 2, 2]
     assert read[0] == read[1] != read[2]
-    out = printed(url, 0, capsys, "--sample", "2", "--seed", "1")
+    out = printed_by(capsys, "validate", url, "--sample", "2", "--seed", "1")
     assert f"{url}: all 6 shards were listed and 2 random ones were read, among which repeated keys were" in out
     for shard in shards:
         path = Path(url, RED, f"{shard}.parquet")
         path.write_bytes(path.read_bytes()[:-50])
     Path(url, "captions", "namer", f"{shards[0]}.parquet").unlink()
     Path(url, "samples", f"{shards[5]}.parquet").write_bytes(b"")
-    report = json.loads(printed(url, 1, capsys, "--sample", "2", "--json"))
+    report = json.loads(printed_by(capsys, "validate", url, "--sample", "2", "--json", status=1))
     assert (report["shards"], report["read_shards"]) == (6, 2)
     found = sorted((finding["kind"], finding["layer"], finding["shard"]) for finding in report["findings"])
     assert found == sorted(

@@ -13,15 +13,17 @@ from reinforce.dataset.files.store import Store
 from reinforce.dataset.validate.repair import repair
 from reinforce.dataset.validate.validate import validate
 from schemas import Reason
+from tests.helpers.commands import printed_by
 from tests.helpers.data import config_of, tree
 from tests.helpers.reinforced import reinforce_here
-from tests.helpers.validated import printed
 
 RED = "embeddings/red/images"
 
 
 def repaired(dataset: Path, capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:
-    done: dict[str, Any] = json.loads(printed(str(dataset), 1, capsys, "--repair", "--json", *options))["repair"]
+    done: dict[str, Any] = json.loads(
+        printed_by(capsys, "validate", str(dataset), "--repair", "--json", *options, status=1)
+    )["repair"]
     return done
 
 
@@ -39,16 +41,18 @@ def test_files_at_fault_are_moved_whole_and_the_next_run_restores_the_dataset(
     made: Path, dataset: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before, path = tree(dataset), first(dataset, RED)
-    damaged = cut(path)
+    damaged, findings = cut(path), validate(str(dataset)).findings
+    path.write_bytes(before[f"{RED}/{path.name}"])
+    done = repair(str(dataset), findings)
+    assert (done.moved, done.kept) == ([], [f"{RED}/{path.name} was not moved: it can be read now"])
+    cut(path)
     shutil.copy(first(dataset, "embeddings/red/caption"), first(dataset, "embeddings/blue/caption"))
     first(dataset, "captions/namer").unlink()
-    done = repaired(dataset, capsys)
-    assert [moved["file"] for moved in done["moved"]] == [
-        f"{RED}/{path.name}",
-        f"embeddings/blue/caption/{path.name}",
-    ]
-    assert done["computed"] == {RED: 1, "embeddings/blue/caption": 1, "captions/namer": 1}
-    assert (done["kept"], Path(done["moved"][0]["to"]).read_bytes()) == ([], damaged)
+    report = repaired(dataset, capsys)
+    moved = [one["file"] for one in report["moved"]]
+    assert moved == [f"{RED}/{path.name}", f"embeddings/blue/caption/{path.name}"]
+    assert report["computed"] == {RED: 1, "embeddings/blue/caption": 1, "captions/namer": 1}
+    assert (report["kept"], Path(report["moved"][0]["to"]).read_bytes()) == ([], damaged)
     reinforce_here(config_of(f"{made.parent}/source/*.tar", dataset))
     assert tree(dataset) == before
     assert validate(str(dataset)).valid
@@ -77,16 +81,6 @@ def test_samples_are_moved_only_where_their_source_is_still_the_same(
     assert ([moved["file"] for moved in done["moved"]], done["kept"]) == ([f"samples/{path.name}"], [])
     reinforce_here(config_of(f"{source}/*.tar", dataset))
     assert tree(dataset) == before
-
-
-def test_a_file_that_reads_well_the_second_time_stays(dataset: Path) -> None:
-    path = first(dataset, RED)
-    content = path.read_bytes()
-    cut(path)
-    findings = validate(str(dataset)).findings
-    path.write_bytes(content)
-    done = repair(str(dataset), findings)
-    assert (done.moved, done.kept) == ([], [f"{RED}/{path.name} was not moved: it can be read now"])
 
 
 def test_a_damaged_quarantine_is_found_and_set_aside_with_a_copy_and_the_next_run_restores_the_dataset(

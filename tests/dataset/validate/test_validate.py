@@ -21,17 +21,17 @@ from reinforce.dataset.runs.shard_records import RecordWriter, ShardRecord, Sour
 from reinforce.dataset.status import read_status
 from reinforce.dataset.validate.validate import validate
 from reinforce.source.identity import read_state
+from tests.helpers.commands import printed_by
 from tests.helpers.data import config_of, members_of, picture, tree, write_tar
 from tests.helpers.reinforced import reinforce_here, small_dataset
-from tests.helpers.validated import printed
 
 
 def test_a_sound_dataset_is_valid_and_not_written_to(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     url, before = str(made), tree(made, layers_only=False)
-    assert printed(url, 0, capsys) == f"{url}: read 2 shards, valid\n"
-    out = printed(url, 0, capsys, "--sources", f"{made.parent}/source")
+    assert printed_by(capsys, "validate", url) == f"{url}: read 2 shards, valid\n"
+    out = printed_by(capsys, "validate", url, "--sources", f"{made.parent}/source")
     assert out == f"source files: 2 as when their samples were written\n{url}: read 2 shards, valid\n"
-    report = json.loads(printed(url, 0, capsys, "--json", "--quick"))
+    report = json.loads(printed_by(capsys, "validate", url, "--json", "--quick"))
     assert (report["valid"], report["shards"], report["rows"], report["findings"]) == (True, 2, 12, [])
     assert tree(made, layers_only=False) == before
 
@@ -41,7 +41,7 @@ def test_keys_that_repeat_across_shards_are_counted(tmp_path: Path, capsys: pyte
         members = [member for key in keys for member in members_of(0, key + 1)[3 * key :]]
         write_tar(tmp_path / "source" / f"{number}.tar", members)
     url = reinforce_here(config_of(f"{tmp_path}/source/*.tar", tmp_path / "out"))
-    out = printed(url, 1, capsys)
+    out = printed_by(capsys, "validate", url, status=1)
     assert "repeated keys: 2 keys, 18.18% of all, in more than one shard, for example in 0-" in out
     assert "  Each sample is kept and can be read, and equal keys draw the same random numbers. If a shard was" in out
     assert out.endswith("read 3 shards, not valid\n")
@@ -66,7 +66,7 @@ def test_changed_touched_moved_and_missing_sources_are_told_apart(
     assert validate(url, [f"{tmp_path}/new"]).sources == {"same": 4}
     write_tar(tmp_path / "new" / "00000.tar", members_of(7, 40))
     (tmp_path / "new" / "00001.tar").unlink()
-    out = printed(url, 1, capsys, "--sources", str(tmp_path))
+    out = printed_by(capsys, "validate", url, "--sources", str(tmp_path), status=1)
     assert "1 source files have changed since their samples were written." in out
     assert "  00000-" in out
     assert " bytes then, " in out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,11 +16,10 @@ from tests.helpers.views import make_view
 
 
 @pytest.fixture
-def viewed(made: Path, tmp_path: Path) -> Path:
+def viewed(dataset: Path) -> Path:
     """A copy of a dataset with a view."""
-    url = Path(shutil.copytree(made, tmp_path / "out"))
-    make_view(url, "captions.namer[1] IS NOT NULL AND key LIKE '%1'", name="best")
-    return url
+    make_view(dataset, "captions.namer[1] IS NOT NULL AND key LIKE '%1'", name="best")
+    return dataset
 
 
 def rows_file(url: Path) -> Path:
