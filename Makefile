@@ -135,7 +135,7 @@ rehearsal: $(INSTALLED) ## from published labels to 38 numbers, as docs/reproduc
 	$(BIN)/python -m tests.rehearsal
 
 fuzz: $(INSTALLED) ## feed random broken shards, images and texts, for SECONDS (default 600)
-	$(BIN)/python -W ignore -m tests.fuzz --seconds $(SECONDS)
+	FUZZ_SECONDS=$(SECONDS) $(BIN)/python -m pytest -q -k nothing_hangs tests/fuzz/test_fuzz.py
 
 soak: $(INSTALLED) ## each fault of a storage (half an hour), then kill runs at random for SECONDS; they must end complete
 	$(BIN)/python -m tests.soak.faults

@@ -140,15 +140,8 @@ def test_each_format_has_the_name_it_is_registered_by_and_endings_of_its_own() -
     assert [one.name for one in formats] == [*source_formats.MODULES]
     endings = [ending for one in formats for ending in one.endings]
     assert len({*endings}) == len(endings)
-    schema = json.loads((ROOT / "schemas/json/run.json").read_text())
-    assert [one.name for one in formats] in [part.get("enum") for part in _parts(schema)]
-
-
-def _parts(document: Any) -> Iterator[dict[str, Any]]:
-    if isinstance(document, dict):
-        yield document
-    for value in document.values() if isinstance(document, dict) else document if isinstance(document, list) else ():
-        yield from _parts(value)
+    schema = json.dumps(json.loads((ROOT / "schemas/json/run.json").read_text()))
+    assert f'"enum": {json.dumps([one.name for one in formats])}' in schema
 
 
 @pytest.fixture

@@ -86,8 +86,18 @@ def test_a_file_that_was_cut_is_missing_in_plan_status_open_and_training(
     assert len(reinforce.open(str(dataset), strict=True)) == 12
 
 
-def test_a_dataset_without_an_index_is_complete_and_empty_files_are_still_found(made: Path, dataset: Path) -> None:
+def test_a_dataset_without_an_index_and_checksums_is_complete_and_empty_files_are_still_found(
+    made: Path, dataset: Path
+) -> None:
     shutil.rmtree(dataset / "index")
+    for path in [*dataset.glob("samples/*.parquet"), *dataset.glob("embeddings/**/*.parquet")]:
+        table = pq.ParquetFile(path)
+        with pq.ParquetWriter(path.with_suffix(".new"), table.schema_arrow, compression="none") as writer:
+            for number in range(table.num_row_groups):
+                writer.write_table(table.read_row_group(number))
+        path.with_suffix(".new").replace(path)
+    assert len(list(reinforce.open(str(dataset)))) == 12
+    assert validate(str(dataset)).valid
     assert not damaged(dataset)
     assert not make_plan(parse_config(config(made, dataset))).pending
     path = file_of(dataset, IMAGES, 1)
@@ -186,17 +196,6 @@ def test_a_flipped_byte_is_named_by_every_reader_with_the_command_that_mends_it(
     assert str(path) in found.errors[0]
     assert fix in found.errors[0]
     assert validate(str(dataset), quick=True).valid, "only the keys are read"
-
-
-def test_files_without_checksums_stay_readable(dataset: Path) -> None:
-    for path in [*dataset.glob("samples/*.parquet"), *dataset.glob("embeddings/**/*.parquet")]:
-        table = pq.ParquetFile(path)
-        with pq.ParquetWriter(path.with_suffix(".new"), table.schema_arrow, compression="none") as writer:
-            for number in range(table.num_row_groups):
-                writer.write_table(table.read_row_group(number))
-        path.with_suffix(".new").replace(path)
-    assert len(list(reinforce.open(str(dataset)))) == 12
-    assert validate(str(dataset)).valid
 
 
 LAYERS = {

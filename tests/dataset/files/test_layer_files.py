@@ -30,7 +30,7 @@ from reinforce.dataset.vectors import encode
 from reinforce.errors import StorageError, UserError
 from reinforce.source.urls import expand
 from schemas import Reason
-from tests.helpers.s3_proxy import Handler, Proxy, Request, Response, refuse
+from tests.helpers.s3_proxy import Handler, Proxy, Request, Response, refuse, s3_environment
 
 LAYER = Layer("captions/c", KINDS["captions"], "f00d", needs=("samples",), model="c", count=1)
 
@@ -164,9 +164,8 @@ DONE = {"samples": 2500, "captions/c": 1000, "embeddings/t/images": 0}
 def address(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """An S3 endpoint at which every request takes 50 ms."""
     with serve(Content(SHARDS, DONE, seconds=0.05)) as address:
-        for name, value in (("ACCESS_KEY_ID", "a"), ("SECRET_ACCESS_KEY", "b"), ("DEFAULT_REGION", "us-east-1")):
-            monkeypatch.setenv(f"AWS_{name}", value)
-        monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+        for name, value in s3_environment(address).items():
+            monkeypatch.setenv(name, value)
         fsspec.get_filesystem_class("s3").clear_instance_cache()
         yield address
         fsspec.get_filesystem_class("s3").clear_instance_cache()
