@@ -36,6 +36,10 @@ endef
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(call pip_install,demo$(comma)test)
+	@# Compile what tests import, on two cores. Otherwise each process of `make test` compiles most of it.
+	@$(BIN)/python -c 'import open_clip, timm, torch._dynamo, transformers.modeling_utils' & $(BIN)/python -c 'import \
+		coremltools, datasets, faiss, hypothesis, matplotlib.pyplot, moto.server, openai, playwright.sync_api, polars, \
+		ray.train.torch, ray.tune, s3fs, tensorboard.summary' >/dev/null 2>&1; wait
 	touch $@ $(DEMO_INSTALLED)
 
 $(DEMO_INSTALLED): pyproject.toml constraints.txt
