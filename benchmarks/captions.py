@@ -44,7 +44,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.stored import write_results
 from teachers.coca.decoder import CocaDecoder
 from teachers.coca.network import CocaNetwork
-from teachers.decoding.choosing import greedy
 from teachers.decoding.decode import sample
 from teachers.decoding.rules import DecodingRules
 from teachers.decoding.sampling import sample_nucleus, uniforms
@@ -154,7 +153,7 @@ class Bench:
 
         def likeliest(logits: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
             kept.append(logits[::CAPTIONS])
-            return greedy(logits, drawn)
+            return logits.argmax(dim=-1)
 
         texts = [image[0] for image in self.decode(self.lengths["fixed"], likeliest)]
         ours = torch.stack(kept, dim=1)

@@ -21,9 +21,8 @@ from benchmarks.selection import BUILD, auc, captions, make_dataset, worst
 from benchmarks.stored import replace_part, update_page, write_results
 from benchmarks.transfer import summarise
 from reinforce.demo.compare import MEASURES, arm_overrides, collect_measures, format_share
-from reinforce.demo.data import write_tests
+from reinforce.demo.data import SHARE, write_tests
 from reinforce.demo.students import train_side_by_side
-from reinforce.demo.wrong_captions import SHARE
 from reinforce.selection.config import SelectConfig
 from reinforce.selection.select import select
 

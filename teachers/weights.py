@@ -62,7 +62,8 @@ def fetch(location: str | Path) -> Path:
         if missing:
             with replacing(target) as temporary:
                 fs.get_file(path, str(temporary))
-                _check_size(url, temporary, info.get("size"))
+                if info.get("size") not in (None, found := temporary.stat().st_size):
+                    raise OSError(f"{url}: received {found} of {info['size']} bytes")
     return target
 
 
@@ -201,12 +202,6 @@ def _remote_identity(info: dict[str, Any]) -> str:
         if info.get(key):
             return f"size:{info.get('size')} {key.lower()}:{str(info[key]).strip(chr(34))}"
     return f"size:{info.get('size')}"
-
-
-def _check_size(url: str, path: Path, size: int | None) -> None:
-    found = path.stat().st_size
-    if size is not None and found != size:
-        raise OSError(f"{url}: received {found} of {size} bytes")
 
 
 def _sha256(path: Path) -> str:

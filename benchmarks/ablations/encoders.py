@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.ablations.measures import MILLISECONDS, MILLISECONDS_ALONE
 from reinforce.shipping.latency import measure_latency
-from reinforce.shipping.runtimes import TORCH
+from reinforce.shipping.packages import TORCH
 from teachers.open_clip.catalog import CONFIG_FILE, FOLDER_PREFIX
 from teachers.spec import ModelSpec
 

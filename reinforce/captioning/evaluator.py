@@ -26,7 +26,7 @@ from reinforce.evaluation.reading import Example
 from reinforce.processes.cores import available_cores
 from teachers.coca.captioner import CocaCaptioner
 from teachers.device.accelerator import Accelerator
-from teachers.open_clip.export import write_open_clip
+from teachers.open_clip.building import write_open_clip
 from teachers.preprocessing.pixels import to_pixels
 from teachers.protocols import ImageSpec
 

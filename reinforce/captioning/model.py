@@ -15,10 +15,10 @@ from torch.utils.checkpoint import checkpoint
 from reinforce.captioning.config import TOWERS, CaptionerConfig, Loss, Tower
 from reinforce.errors import UserError
 from reinforce.training.task import Batch, Encoded
-from teachers.coca.captioner import check_max_length, check_model, check_model_name
-from teachers.coca.context import set_context
+from teachers.coca.captioner import check_max_length, check_model, set_context
 from teachers.device.accelerator import upload
 from teachers.open_clip import catalog
+from teachers.open_clip.catalog import check_coca
 from teachers.open_clip.teacher import image_spec, load_model, model_name, random_model
 from teachers.preprocessing.pixels import to_pixels
 from teachers.protocols import ImageSpec
@@ -163,7 +163,7 @@ def check_captioner(config: CaptionerConfig) -> None:
     """Raise UserError if the names of the model and its weights show that it cannot caption. Loads nothing."""
     spec = _captioner_spec(config)
     try:
-        check_model_name(str(spec.model))
+        check_coca(str(spec.model))
         if not config.captioner.random:
             catalog.check_model(model_name(spec), spec.pretrained)
     except (ValueError, OSError) as error:

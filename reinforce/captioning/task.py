@@ -21,7 +21,7 @@ from reinforce.captioning.model import CaptionerModel
 from reinforce.student.loss import Objective, contrastive_losses
 from reinforce.training.distributed import gather
 from reinforce.training.task import Batch, Encoded
-from teachers.open_clip.export import write_open_clip
+from teachers.open_clip.building import write_open_clip
 
 #: CLIP's loss without distillation.
 _CLIP = Objective(lambda_=0.0)

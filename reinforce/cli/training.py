@@ -272,7 +272,7 @@ def latency(
     The towers of all models and runtimes take turns. No latency of a phone is measured or estimated.
     """
     from reinforce.model_names import resolve_models
-    from reinforce.shipping.runtimes import choose_runtimes
+    from reinforce.shipping.packages import choose_runtimes
 
     if picture is not None:
         require("report", "--picture", "matplotlib")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from reinforce.demo.concepts import Concept
+from reinforce.demo.names import Concept
 from reinforce.demo.styles import PIXELS, missing_packages
 
 #: Style -> the start of the font's file name.

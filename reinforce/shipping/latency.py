@@ -24,9 +24,8 @@ import torch
 from reinforce.model_names import model_errors
 from reinforce.processes.cores import available_cores, describe_share
 from reinforce.shipping.machine import describe_machine
-from reinforce.shipping.packages import TARGETS, load_target
+from reinforce.shipping.packages import TARGETS, TORCH, Runtime, load_target
 from reinforce.shipping.report import LatencyReport
-from reinforce.shipping.runtimes import TORCH, Runtime
 from reinforce.shipping.steps import step, step_screen
 from reinforce.shipping.targets.base import ExportOptions
 from reinforce.shipping.towers import Tower, count_parameters, reparameterize, split_towers
@@ -153,7 +152,11 @@ def _prepare(
         "gflop": {side: counted_flops(run) / 1e9 for side, run in counted.items()},
         "milliseconds": {},
     }
-    return about, exported, [TimedTower(name, TORCH, side, _in_inference_mode(run)) for side, run in encoders.items()]
+    return (
+        about,
+        exported,
+        [TimedTower(name, TORCH, side, torch.inference_mode()(run)) for side, run in encoders.items()],
+    )
 
 
 def _convert(screen: Screen, name: str, tower: Tower, runtimes: Mapping[str, Runtime], folder: Path) -> dict[str, Path]:
@@ -175,14 +178,6 @@ def _convert(screen: Screen, name: str, tower: Tower, runtimes: Mapping[str, Run
 def _size(path: Path) -> int:
     """Bytes of a converted tower, which is alone in its folder."""
     return sum(file.stat().st_size for file in path.parent.rglob("*") if file.is_file())
-
-
-def _in_inference_mode(run: Callable[[], object]) -> Callable[[], object]:
-    def wrapped() -> object:
-        with torch.inference_mode():
-            return run()
-
-    return wrapped
 
 
 def _summarise(seconds: list[float]) -> dict[str, float]:

@@ -22,7 +22,7 @@ from reinforce.student.pointwise import avoid_faulty_convolutions
 from reinforce.student.quantize import can_quantize, freeze_batch_norms, quantize
 from reinforce.training.task import Batch, Encoded
 from teachers.open_clip import catalog
-from teachers.open_clip.export import write_open_clip
+from teachers.open_clip.building import write_open_clip
 from teachers.open_clip.options import OpenClipOptions, stated_preprocess
 from teachers.open_clip.released import MIXER
 from teachers.open_clip.teacher import FUSED, image_spec, load_model, model_name, random_model

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,14 +14,14 @@ from teachers.coca.compiling import compile_steps
 from teachers.coca.decoder import CocaDecoder
 from teachers.coca.fixed_decoder import SIZES, FixedCocaDecoder
 from teachers.coca.network import CocaNetwork, check_decodable
-from teachers.decoding.choosing import TokenChooser
 from teachers.decoding.decode import BEAMS, decode, draw
 from teachers.decoding.device_sampling import DeviceSampler
 from teachers.decoding.rules import DecodingRules
+from teachers.decoding.sampling import TokenChooser
 from teachers.device.accelerator import Accelerator
-from teachers.device.cache_size import GIB, cache_bytes
 from teachers.device.determinism import unique_indices
 from teachers.device.frozen import freeze
+from teachers.device.memory import GIB, cache_bytes
 from teachers.open_clip import catalog
 from teachers.open_clip.teacher import image_spec, load_model, model_name
 from teachers.spec import CaptionerSpec
@@ -37,8 +37,7 @@ class CocaCaptioner:
     """
 
     def __init__(self, spec: CaptionerSpec, accelerator: Accelerator) -> None:
-        assert spec.model is not None
-        check_model_name(spec.model)
+        catalog.check_coca(spec.name)
         model: Any = load_model(spec)
         check_model(spec, model)
         check_max_length(spec, model)
@@ -174,14 +173,6 @@ class Vocabulary:
         return text.strip()
 
 
-def check_model_name(name: str) -> None:
-    """Raise ValueError if a model is known not to be a CoCa, before its weights are downloaded."""
-    config = catalog.model_config(name)
-    if config is not None and "multimodal_cfg" not in config:
-        captioners = ", ".join(model for model in catalog.builtin_models() if model.startswith("coca_"))
-        raise ValueError(f"captioner model {name!r} is not a CoCa and cannot caption: use one of {captioners}")
-
-
 def check_model(spec: CaptionerSpec, model: Any) -> None:
     """Raise ValueError if a loaded model is not a CoCa that can write captions."""
     if not isinstance(model, open_clip.CoCa):
@@ -200,3 +191,29 @@ def check_max_length(spec: CaptionerSpec, model: open_clip.CoCa) -> None:
         raise ValueError(
             f"max_length {spec.max_length} exceeds the {longest} tokens that captioner model {spec.model!r} can write"
         )
+
+
+def set_context(coca: Any, config: Mapping[str, Any], positions: int, random: bool = False) -> dict[str, Any]:
+    """Give a CoCa ``positions`` text positions, that of its class token included; returns its ``model_cfg`` with them.
+
+    Words keep their positional embeddings and the class token its own, so captions that fit both contexts keep their
+    features. Further positions start as the last one of a word. open_clip's ``resize_text_pos_embed`` interpolates,
+    which moves every word and counts the class token as one. With ``random``, all are drawn as open_clip draws them.
+    Raises ValueError for a text tower without positional embeddings of its own, or without a class token.
+    """
+    text, decoder = coca.text, coca.text_decoder
+    if getattr(text, "cls_emb", None) is None or not hasattr(text, "positional_embedding"):
+        raise ValueError(
+            "context: the text tower is not open_clip's own with a class token, so its context cannot be changed; "
+            "remove the key"
+        )
+    words, own = positions - 1, text.positional_embedding.detach()
+    kept, last = own[: min(words, len(own) - 1)], own[-2:-1]
+    values = torch.cat([kept, last.expand(words - len(kept), -1), own[-1:]])
+    if random:
+        values = torch.nn.init.normal_(torch.empty_like(values), std=0.01)
+    text.positional_embedding = torch.nn.Parameter(values)
+    text.context_length, text.num_pos, decoder.context_length = words, positions, words
+    text.attn_mask, decoder.attn_mask = text.build_causal_mask(), decoder.build_attention_mask()
+    parts = ("text_cfg", "multimodal_cfg")
+    return {**config, **{part: {**config[part], "context_length": words} for part in parts}}

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from teachers.decoding.postprocess import cleaning_identity
 from teachers.open_clip import catalog
-from teachers.open_clip.family import model_identity, weight_hosts
+from teachers.open_clip.family import model_identity
 from teachers.open_clip.options import OpenClipOptions
 from teachers.protocols import Captioner
 from teachers.spec import CHAT_FIELDS, CaptionerSpec, ModelInfo
@@ -17,10 +15,7 @@ class CocaSpec(OpenClipOptions, CaptionerSpec):
         if given := [field for field in CHAT_FIELDS if getattr(self, field) is not None]:
             raise ValueError(f"{', '.join(given)}: used only by chat models of `family: transformers`; remove it")
         identity = model_identity(self)
-        config = catalog.model_config(self.name)
-        if config is not None and "multimodal_cfg" not in config:
-            captioners = [name for name in catalog.builtin_models() if name.startswith("coca_")]
-            raise ValueError(f"model {self.model} does not write captions: use one of {', '.join(captioners)}")
+        catalog.check_coca(self.name)
         identity = {**identity, **self.decoding(), **cleaning_identity(self.clean)}
         return ModelInfo(dim=None, images=True, texts=False, identity=identity)
 
@@ -29,6 +24,3 @@ class CocaSpec(OpenClipOptions, CaptionerSpec):
         from teachers.device.accelerator import Accelerator
 
         return CocaCaptioner(self, Accelerator(device, self.precision))
-
-    def hosts(self) -> Iterator[str]:
-        return weight_hosts(self)

@@ -17,7 +17,7 @@ from teachers.coca.network import CocaNetwork
 from teachers.decoding.schedule import Entry
 from teachers.device.accelerator import Accelerator, upload
 from teachers.device.recompilation import for_any_rows, many_shapes
-from teachers.device.step_graphs import EagerSteps, GraphedSteps, Step, Steps
+from teachers.device.step_graphs import Step, Steps
 
 Tensor = torch.Tensor
 #: Numbers of rows, and of images, that steps have. The last one is the largest number of rows of a part.
@@ -44,8 +44,7 @@ class FixedCocaDecoder:
 
     def __init__(self, network: CocaNetwork, accelerator: Accelerator, graphs: bool = True) -> None:
         self.network, self._accelerator = network, accelerator
-        cuda = accelerator.device.type == "cuda"
-        self.steps: Steps = GraphedSteps(accelerator.device) if cuda and graphs else EagerSteps(accelerator.device)
+        self.steps = Steps(accelerator.device, graphs)
         self._newest_of: Callable[..., tuple[Tensor, Tensor | None, Tensor]] = newest_of
         self._masks: Callable[..., tuple[Tensor, Tensor]] = masks
         self._compiled = False

@@ -75,6 +75,14 @@ class _Class(ModelSpec):
 
         return self.import_class()(Accelerator(device).device, **self.options)
 
+    def check_image(self, model: Any, why: str) -> None:
+        """Raise ValueError unless a model states its preprocessing."""
+        image = getattr(model, "image", None)
+        if not isinstance(image, ImageSpec):
+            raise ValueError(
+                f"class {self.class_} {why} and must set `image` to a teachers.protocols.ImageSpec, got {image!r}"
+            )
+
     def identity(self, cls: type) -> dict[str, Any]:
         identity: dict[str, Any] = {"class": self.class_, "options": redact_values(self.options)}
         version = getattr(cls, "version", None)
@@ -101,14 +109,8 @@ class ClassTeacherSpec(_Class, TeacherSpec):
         if not isinstance(dim, int) or dim < 1:
             raise ValueError(f"class {self.class_} must set `dim`, the length of its embeddings, got {dim!r}")
         if callable(getattr(teacher, "encode_images", None)):
-            if not hasattr(teacher, "image"):
-                raise ValueError(
-                    f"class {self.class_} has `encode_images` and must set `image` to a teachers.protocols.ImageSpec"
-                )
-            if teacher.image is not None and not isinstance(teacher.image, ImageSpec):
-                raise ValueError(
-                    f"class {self.class_}: `image` must be a teachers.protocols.ImageSpec, got {teacher.image!r}"
-                )
+            if getattr(teacher, "image", "unset") is not None:
+                self.check_image(teacher, "has `encode_images`")
         else:
             teacher.image = None
         if self.logit_scale is not None or not hasattr(teacher, "logit_scale"):
@@ -134,8 +136,7 @@ class ClassCaptionerSpec(_Class, CaptionerSpec):
 
     def load(self, name: str, device: str) -> Captioner:
         captioner = self.build(device)
-        if not isinstance(getattr(captioner, "image", None), ImageSpec):
-            raise ValueError(f"class {self.class_} must set `image` to a teachers.protocols.ImageSpec")
+        self.check_image(captioner, "captions images")
         captions = getattr(captioner, "captions", None)
         self._check_captions(captions)
         captioner.captions = self.count
@@ -195,10 +196,8 @@ class ClassScorerSpec(_Class):
 
     def load(self, device: str) -> Scorer:
         scorer = self.build(device)
-        if PIXELS in self._texts(type(scorer), "inputs") and not isinstance(getattr(scorer, "image", None), ImageSpec):
-            raise ValueError(
-                f"class {self.class_} sees {PIXELS} and must set `image` to a teachers.protocols.ImageSpec"
-            )
+        if PIXELS in self._texts(type(scorer), "inputs"):
+            self.check_image(scorer, f"sees {PIXELS}")
         return cast(Scorer, scorer)
 
     def _texts(self, cls: type, key: Literal["inputs", "names"]) -> list[str]:

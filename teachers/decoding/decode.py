@@ -10,10 +10,9 @@ import numpy.typing as npt
 import torch
 
 from teachers.decoding.beams import BeamOptions, beam_search
-from teachers.decoding.choosing import TokenChooser
 from teachers.decoding.device_sampling import DeviceDecoder, DeviceSampler
 from teachers.decoding.rules import Decoder, DecodingRules, compact
-from teachers.decoding.sampling import uniforms
+from teachers.decoding.sampling import TokenChooser, uniforms
 from teachers.spec import CaptionerSpec
 
 #: Logits [rows, vocabulary] and float64 [rows] in (0, 1] -> tokens [rows].

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from teachers.decoding.choosing import TokenChooser
 from teachers.decoding.rules import Decoder, DecodingRules
+from teachers.decoding.sampling import TokenChooser
 from teachers.decoding.schedule import Entry, Schedule
 from teachers.device.accelerator import upload
 from teachers.device.recompilation import for_any_rows
@@ -85,7 +85,7 @@ class DeviceSampler:
         images, captions, length = drawn.shape
         rows, places = decoder.room(images, captions)
         schedule = Schedule(images, captions, rows, places)
-        state = self._reserve(max(rows, decoder.capacity), length)
+        state = self.reserve(max(rows, decoder.capacity))
         state.start(drawn.reshape(-1, length), self._rules.start, self._padding)
         while length:
             if (entry := schedule.enter()) is not None:
@@ -114,13 +114,10 @@ class DeviceSampler:
 
     def reserve(self, rows: int) -> _State:
         """Allocate the tensors of so many rows."""
-        return self._reserve(rows, self._rules.max_tokens)
-
-    def _reserve(self, rows: int, length: int) -> _State:
-        if self._state is None or self._state.capacity != rows or self._state.length != length:
+        if self._state is None or self._state.capacity != rows:
             self._state = None  # before the new one is allocated
             vocabulary = len(self._rules.impossible) if self._choose.keeps_probabilities else 0
-            self._state = _State(rows, length, vocabulary, self._rules.impossible.device)
+            self._state = _State(rows, self._rules.max_tokens, vocabulary, self._rules.impossible.device)
         return self._state
 
     def compile(self, compiled: bool = True) -> None:

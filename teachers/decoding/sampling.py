@@ -1,10 +1,14 @@
-"""Nucleus and top-k sampling by a random number per row, so that a row never depends on the rest of the batch."""
+"""Choice of the next token: nucleus and top-k sampling by a number per row, so that rows are independent, or greedy."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
+
+from teachers.spec import CaptionerSpec
 
 #: Number of most probable tokens that are searched for the nucleus or its edge before the whole vocabulary.
 _TOP_TOKENS = 256
@@ -12,6 +16,43 @@ _TOP_TOKENS = 256
 _BLOCK = 256
 #: Rows that are sorted at once, so that their sums in float64 take little memory.
 _SORTED_ROWS = 128
+
+
+@dataclass(frozen=True)
+class TokenChooser:
+    """Chooses tokens from logits [rows, vocabulary] and float64 numbers [rows] in (0, 1]."""
+
+    spec: CaptionerSpec
+
+    def __call__(self, logits: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        """The tokens [rows]; may wait for a device."""
+        spec = self.spec
+        if spec.strategy == "greedy":
+            return logits.argmax(dim=-1)
+        if spec.strategy == "top_k":
+            return sample_top_k(logits, u, spec.temperature, spec.top_k)
+        return sample_nucleus(logits, u, spec.temperature, spec.top_p)
+
+    @property
+    def keeps_probabilities(self) -> bool:
+        """Whether ``without_waiting`` may leave tokens open."""
+        return self.spec.strategy == "nucleus" and self.spec.top_p < 1
+
+    def without_waiting(
+        self, logits: torch.Tensor, u: torch.Tensor, probabilities: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The tokens [rows], and bool [rows] or None: those that are open.
+
+        If ``keeps_probabilities``, the probabilities are written to the given tensor, from which ``remaining`` chooses
+        the open tokens.
+        """
+        if self.keeps_probabilities:
+            return sample_narrow_nuclei(logits, u, self.spec.temperature, self.spec.top_p, probabilities)
+        return self(logits, u), None
+
+    def remaining(self, probabilities: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        """The tokens [rows] of rows that were left open."""
+        return sample_wide_nuclei(probabilities, u, self.spec.top_p)
 
 
 def uniforms(seeds: npt.NDArray[np.uint64], count: int) -> npt.NDArray[np.float64]:

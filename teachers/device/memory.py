@@ -1,4 +1,4 @@
-"""Memory of a device: errors where it is out, and how it is freed."""
+"""Memory of a device: errors where it is out, how it is freed, and how much of it captions may take."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ _MESSAGES = re.compile(
     r"(CUDA|HIP)( driver)? error: out of memory|(CUDA|HIP) out of memory|CUFFT_ALLOC_FAILED|"
     r"(CUBLAS|CUDNN|CUSOLVER|CUSPARSE)_STATUS_ALLOC_FAILED|DefaultCPUAllocator: "
 )
+GIB = 2**30
+#: Share of a card's memory that the caches of one captioner may take, 1 / _PART.
+_PART = 6
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -42,6 +45,19 @@ def forget_peak(device: torch.device) -> None:
     if device.type == "cuda":
         release_cache(device)
         torch.cuda.reset_peak_memory_stats(device)
+
+
+def cache_bytes(device: torch.device, on_cpu: int) -> int:
+    """Bytes for the caches of the captions that are decoded at once: ``on_cpu``, or a sixth of the memory of a card.
+
+    It decides into how many parts a batch is cut, and the rounding of products may depend on that. So it is the
+    card's whole memory in GiB that counts, not what is free of it: equal cards give equal bytes, whatever else is in
+    their memory.
+    """
+    if device.type != "cuda":
+        return on_cpu
+    total = torch.cuda.get_device_properties(device).total_memory // GIB
+    return max(1, total) * GIB // _PART
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

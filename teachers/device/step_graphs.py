@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -17,51 +16,30 @@ from teachers.device.determinism import unique_indices
 Step = Callable[[], None]
 
 
-class Steps(Protocol):
-    def run(self, key: Hashable, step: Step) -> None:
-        """Run a step. Steps with equal ``key`` are the same operations on the same tensors."""
-        ...
-
-    def clear(self) -> None:
-        """Forget all steps, because their tensors are replaced."""
-        ...
-
-
-class EagerSteps:
-    """Launches the operations of a step one by one."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    def run(self, key: Hashable, step: Step) -> None:
-        with decoding_kernels(self._device):
-            step()
-
-    def clear(self) -> None:
-        pass
-
-
-class GraphedSteps:
-    """Launches each step as one CUDA graph.
+class Steps:
+    """Launches steps: operation by operation, or each as one CUDA graph if ``graphs`` is set on CUDA.
 
     The first step with a key runs eagerly, which also lets libraries choose and load their kernels, and is then
     captured. A capture runs nothing. All graphs share one memory pool, since a step keeps no result in it.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, graphs: bool = True) -> None:
         self._device = device
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device) if graphs and device.type == "cuda" else None
 
     def run(self, key: Hashable, step: Step) -> None:
+        """Run a step. Steps with equal ``key`` are the same operations on the same tensors."""
         if key in self._graphs:
             self._graphs[key].replay()
             return
         with decoding_kernels(self._device):
             step()
-            self._graphs[key] = self._capture(step)
+            if self._stream is not None:
+                self._graphs[key] = self._capture(step)
 
     def clear(self) -> None:
+        """Forget all steps, because their tensors are replaced."""
         self._graphs.clear()
 
     def _capture(self, step: Step) -> torch.cuda.CUDAGraph:

@@ -13,7 +13,7 @@ from teachers.device.accelerator import Accelerator
 from teachers.device.fp8 import Float8Layers, check_device
 from teachers.device.frozen import FrozenAttention
 from teachers.device.recompilation import many_shapes, settle_compiler
-from teachers.tokens.trimming import PROBE_TEXTS
+from teachers.tokens.texts import PROBE_TEXTS
 
 _LOG = logging.getLogger(__name__)
 #: Modules that do nothing with their weights but what autocast computes in its precision.

@@ -1,23 +1,33 @@
-"""Models of open_clip without weights, and published weights in the layout of their authors."""
+"""Models of open_clip: built without weights, published weights in the layout of their authors, and exported folders.
+
+The configs of released models are added to open_clip's when this is imported, so that open_clip knows them by name.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
+from open_clip.constants import HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME
 from open_clip.convert import convert_mobile_clip_state_dict
+from safetensors.torch import save_file
 
-from teachers.open_clip import registration  # noqa: F401  (its models are built here)
 from teachers.open_clip.mixers import MixerBlock
-from teachers.open_clip.released import MIXER
+from teachers.open_clip.released import CONFIGS, MIXER
 
 #: In the names of weights of a FastViT (MobileCLIP) whose training branches are fused.
 FUSED = ".reparam_conv."
 _IMAGE = "image_encoder.model."
 _RECOGNISED = f"{_IMAGE}patch_embed.0.rbr_conv.0.conv.weight"
+
+for _file in sorted(CONFIGS.glob("*.json")):
+    if _file.stem not in open_clip.list_models():
+        open_clip.add_model_config(_file)
 
 
 def build(name: str, preprocess: Mapping[str, Any] | None = None, image_size: int | None = None) -> Any:
@@ -62,3 +72,16 @@ def from_authors(state: dict[str, torch.Tensor], model: Any) -> dict[str, torch.
     if fused:
         del renamed["visual.trunk.stem.0.conv_kxk.0.conv.weight"]
     return {key.replace("pos_enc.reparam_conv", "reparam_conv"): value for key, value in renamed.items()}
+
+
+def write_open_clip(clip: Any, config: Mapping[str, Any], tokenizer: Any, folder: str) -> None:
+    """Write float32 weights, ``model_cfg`` and ``preprocess_cfg``, and the files of a Hugging Face tokenizer."""
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    # cloned, since safetensors refuses tied weights, which some text towers have
+    state = {name: value.detach().cpu().clone() for name, value in clip.state_dict().items()}
+    save_file({name: value.contiguous() for name, value in state.items()}, target / HF_SAFE_WEIGHTS_NAME)
+    configs = {"model_cfg": config, "preprocess_cfg": open_clip.get_model_preprocess_cfg(clip)}
+    (target / HF_CONFIG_NAME).write_text(json.dumps(configs, indent=2) + "\n", encoding="utf-8")
+    if hasattr(tokenizer, "save_pretrained"):
+        tokenizer.save_pretrained(folder)

@@ -114,6 +114,14 @@ def check_model(model: str, pretrained: str | None) -> None:
         tag_config(model, pretrained)
 
 
+def check_coca(model: str) -> None:
+    """Raise ValueError if a model is known not to be a CoCa, before its weights are downloaded."""
+    config = model_config(model)
+    if config is not None and "multimodal_cfg" not in config:
+        captioners = ", ".join(name for name in builtin_models() if name.startswith("coca_"))
+        raise ValueError(f"model {model!r} is not a CoCa and cannot caption: use one of {captioners}")
+
+
 def is_checkpoint_file(pretrained: str) -> bool:
     """Whether ``pretrained`` is a file, by path or URL, rather than a tag."""
     return "/" in pretrained or Path(pretrained).suffix in CHECKPOINTS or Path(pretrained).is_file()

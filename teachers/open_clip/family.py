@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from teachers import weights
@@ -35,9 +33,6 @@ class OpenClipTeacherSpec(OpenClipOptions, TeacherSpec):
 
         return OpenClipTeacher(self, Accelerator(device, self.autocast_precision))
 
-    def hosts(self) -> Iterator[str]:
-        return weight_hosts(self)
-
 
 def model_identity(spec: ModelSpec) -> dict[str, Any]:
     """What determines the outputs of a model. Raises ValueError or FileNotFoundError for one that cannot be loaded."""
@@ -66,12 +61,3 @@ def model_identity(spec: ModelSpec) -> dict[str, Any]:
     if changed := catalog.changed_preprocess(model, pretrained, stated_preprocess(spec)):
         identity["preprocess"] = changed  # absent without changes, so that older fingerprints stay valid
     return identity
-
-
-def weight_hosts(spec: ModelSpec) -> Iterator[str]:
-    """Where the weights of a model come from, unless they are local files or at a URL of the config."""
-    pretrained = catalog.weights_name(spec.name, spec.pretrained)
-    if spec.name.startswith(catalog.HUB_PREFIX):
-        yield f"{weights.HUB} ({spec.name.removeprefix(catalog.HUB_PREFIX)})"
-    elif not spec.name.startswith(catalog.FOLDER_PREFIX) and pretrained and not Path(pretrained).suffix:
-        yield f"{weights.HUB} or the host that open_clip names ({spec.name}, {pretrained})"

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from teachers import weights
+from teachers.open_clip import catalog
 from teachers.spec import ModelSpec
 
 _Mean = Annotated[float, Field(allow_inf_nan=False)]
@@ -38,6 +42,13 @@ PREPROCESS = (
 
 class OpenClipOptions(ModelSpec):
     preprocess: Preprocess | None = Field(None, description=f"open_clip: {PREPROCESS}")
+
+    def hosts(self) -> Iterator[str]:
+        pretrained = catalog.weights_name(self.name, self.pretrained)
+        if self.name.startswith(catalog.HUB_PREFIX):
+            yield f"{weights.HUB} ({self.name.removeprefix(catalog.HUB_PREFIX)})"
+        elif not self.name.startswith(catalog.FOLDER_PREFIX) and pretrained and not Path(pretrained).suffix:
+            yield f"{weights.HUB} or the host that open_clip names ({self.name}, {pretrained})"
 
 
 def stated_preprocess(spec: BaseModel) -> dict[str, Any]:

@@ -142,8 +142,7 @@ def image_spec(config: dict[str, Any]) -> ImageSpec:
 
 def model_name(spec: ModelSpec) -> str:
     """The spec's model in open_clip's spelling."""
-    assert spec.model is not None
-    return spec.model if ":" in spec.model else catalog.builtin_name(spec.model)
+    return spec.name if ":" in spec.name else catalog.builtin_name(spec.name)
 
 
 def _weights(name: str, pretrained: str | None) -> tuple[Path, dict[str, Any] | None]:

@@ -11,9 +11,8 @@ from open_clip.tokenizer import get_clean_fn
 from open_clip.transformer import text_global_pool
 
 from teachers.device.accelerator import Accelerator
-from teachers.open_clip import registration  # noqa: F401  (whoever tokenizes for a model finds it by name)
-from teachers.tokens.special_tokens import special_token_escaper
-from teachers.tokens.trimming import trimming_is_exact
+from teachers.open_clip import building  # noqa: F401  (whoever tokenizes for a model finds it by name)
+from teachers.tokens.texts import special_token_escaper, trimming_is_exact
 
 #: Limit of the token cache in words, since workers and loader processes run for days.
 _MAX_CACHED_WORDS = 200_000

@@ -17,12 +17,12 @@ import numpy.typing as npt
 import torch
 import transformers
 
-from teachers.decoding.choosing import TokenChooser
 from teachers.decoding.decode import decode, draw
 from teachers.decoding.device_sampling import DeviceSampler
 from teachers.decoding.rules import DecodingRules
+from teachers.decoding.sampling import TokenChooser
 from teachers.device.accelerator import Accelerator
-from teachers.device.cache_size import GIB, cache_bytes
+from teachers.device.memory import GIB, cache_bytes
 from teachers.protocols import Captioner
 from teachers.spec import CaptionerSpec
 from teachers.transformers import catalog
@@ -141,10 +141,9 @@ def load(spec: CaptionerSpec, accelerator: Accelerator) -> Captioner:
 
     Raises ValueError for a model that cannot caption or lacks weights; OSError for a model that does not exist.
     """
-    assert spec.model is not None
-    if catalog.is_local_folder(spec.model):
-        catalog.read_config(spec.model)  # has better error messages for folders than transformers
-    config = transformers.AutoConfig.from_pretrained(spec.model, trust_remote_code=False).to_dict()
+    if catalog.is_local_folder(spec.name):
+        catalog.read_config(spec.name)  # has better error messages for folders than transformers
+    config = transformers.AutoConfig.from_pretrained(spec.name, trust_remote_code=False).to_dict()
     catalog.check_captioner(config, spec)
     model, report = transformers.AutoModelForImageTextToText.from_pretrained(
         spec.model, trust_remote_code=False, output_loading_info=True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from math import isqrt
 from typing import Any, Literal, cast
 
 import torch
@@ -14,9 +15,8 @@ from teachers.device import towers
 from teachers.device.accelerator import Accelerator
 from teachers.preprocessing.pixels import channels
 from teachers.protocols import ImageSpec, Teacher
-from teachers.tokens.special_tokens import special_token_escaper
-from teachers.tokens.trimming import PROBE_TEXTS, trimming_is_exact
-from teachers.transformers import catalog, naflex
+from teachers.tokens.texts import PROBE_TEXTS, special_token_escaper, trimming_is_exact
+from teachers.transformers import catalog
 from teachers.transformers.options import TransformersOptions
 
 _log = logging.getLogger(__name__)
@@ -30,10 +30,9 @@ def load(spec: TransformersOptions, accelerator: Accelerator) -> Teacher:
 
     Raises ValueError for a model that cannot be a teacher or lacks weights; OSError for a model that does not exist.
     """
-    assert spec.model is not None
-    if catalog.is_local_folder(spec.model):
-        catalog.read_config(spec.model)  # has better error messages for folders than transformers
-    config = transformers.AutoConfig.from_pretrained(spec.model, trust_remote_code=False)
+    if catalog.is_local_folder(spec.name):
+        catalog.read_config(spec.name)  # has better error messages for folders than transformers
+    config = transformers.AutoConfig.from_pretrained(spec.name, trust_remote_code=False)
     images, texts = catalog.modalities(config.to_dict())
     if images and texts:
         return TransformersTeacher(spec, accelerator)
@@ -57,8 +56,8 @@ class TransformersTeacher:
         if spec.pooling is not None:
             raise ValueError(f"`pooling` is not used by {type(self._model).__name__}, a dual encoder; remove it")
         processor = _load_processor(spec)
-        self.image: ImageSpec | None = image_spec(processor, naflex.square_size(processor, spec.image_size))
-        self._patch: int | None = processor["patch_size"] if naflex.takes_patches(processor) else None
+        self.image: ImageSpec | None = image_spec(processor, square_size(processor, spec.image_size))
+        self._patch: int | None = processor["patch_size"] if _takes_patches(processor) else None
         siglip = self._model.config.model_type in catalog.SIGLIP
         positions = self._model.config.text_config.max_position_embeddings
         self._tokenize = _Tokenizer(spec, positions, masked=not siglip)
@@ -78,7 +77,7 @@ class TransformersTeacher:
             return _unit(self._encode_images(self._accelerator.layout(pixels)))
 
     def _image_features(self, pixels: torch.Tensor) -> torch.Tensor:
-        inputs = naflex.patch_inputs(pixels, self._patch) if self._patch else {"pixel_values": pixels}
+        inputs = _patch_inputs(pixels, self._patch) if self._patch else {"pixel_values": pixels}
         return _features(self._model.get_image_features(**inputs))
 
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
@@ -106,7 +105,7 @@ class ImageTeacher:
         if spec.pooling is None and self._model.config.model_type == "radio":
             _log.warning("%s: set `pooling: summary` to get all class tokens, not the first alone", spec.model)
         processor = _load_processor(spec)
-        self.image: ImageSpec | None = image_spec(processor, naflex.square_size(processor, spec.image_size))
+        self.image: ImageSpec | None = image_spec(processor, square_size(processor, spec.image_size))
         if spec.pooling == "mean" or spec.lowercase is not None:
             raise ValueError(
                 "`lowercase` and `pooling: mean` are for texts, which this model does not encode; remove it"
@@ -241,6 +240,41 @@ def image_spec(config: dict[str, Any], side: int | None = None) -> ImageSpec:
         interpolation=_RESAMPLING[resample],
         resize="crop" if size and "shortest_edge" in size else "squash",
     )
+
+
+def _takes_patches(processor: dict[str, Any]) -> bool:
+    """Whether an image processor's config is that of a NaFlex model."""
+    return "max_num_patches" in processor
+
+
+def square_size(processor: dict[str, Any], size: int | None) -> int | None:
+    """Side of the images of a NaFlex model in pixels; ``size`` as it is for other models.
+
+    Without ``size`` it is that of the largest square image whose patches the processor does not reduce.
+    Raises ValueError for a size that is not a multiple of the patch.
+    """
+    if not _takes_patches(processor):
+        return size
+    patch = int(processor["patch_size"])
+    if size is not None and size % patch:
+        near = max(1, round(size / patch)) * patch
+        raise ValueError(f"`image_size: {size}` is not a multiple of the model's patch of {patch} pixels: use {near}")
+    return size or isqrt(int(processor["max_num_patches"])) * patch
+
+
+def _patch_inputs(pixels: torch.Tensor, patch: int) -> dict[str, torch.Tensor]:
+    """Pixels [B, 3, H, W] -> inputs of a NaFlex model, whose N patches are in row order with channels last.
+
+    ``pixel_values`` [B, N, patch * patch * 3], ``pixel_attention_mask`` [B, N] and ``spatial_shapes`` [B, 2].
+    """
+    batch, channels, height, width = pixels.shape
+    rows, columns = height // patch, width // patch
+    grid = pixels.reshape(batch, channels, rows, patch, columns, patch).permute(0, 2, 4, 3, 5, 1)
+    return {
+        "pixel_values": grid.reshape(batch, rows * columns, patch * patch * channels),
+        "pixel_attention_mask": pixels.new_ones((batch, rows * columns), dtype=torch.int32),
+        "spatial_shapes": torch.tensor([[rows, columns]] * batch),  # on the CPU, since the model compares its values
+    }
 
 
 def _load_processor(spec: TransformersOptions) -> dict[str, Any]:

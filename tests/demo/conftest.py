@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from reinforce.demo import data, icon_sets, teacher_data
-from reinforce.demo.concepts import Concept
+from reinforce.demo import data, teacher_data
 from reinforce.demo.data import shared_concepts, write_noisy_shards, write_shards, write_tests
+from reinforce.demo.names import Concept
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +70,7 @@ def npm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("npm")
     unseen = next(concept for concept in shared_concepts() if concept.unseen)
     square = '<path fill="{}" d="M2 2h12v12H2z"/>'
-    for style, icons in icon_sets.ICON_SETS.items():
+    for style, icons in teacher_data.ICON_SETS.items():
         apple = "redapple" if style == "fxemoji" else "red-apple"
         bodies = {apple: {"body": square.format("red")}, "unseen": {"body": square.format("blue")}}
         spelled = {"1f34e": "red-apple", unseen.emoji.key: "unseen", "1f44b-1f3fd": "red-apple"}

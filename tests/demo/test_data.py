@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from reinforce.demo import glyphs, icon_sets
-from reinforce.demo.concepts import Concept
+from reinforce.demo import glyphs, teacher_data
 from reinforce.demo.data import (
     CLASSES,
     GROUPS,
@@ -23,10 +22,11 @@ from reinforce.demo.data import (
     UNSEEN_STYLE,
     shared_concepts,
     write_shards,
+    write_wrong_captions,
 )
+from reinforce.demo.names import Concept
 from reinforce.demo.styles import PIXELS, render_cropped
 from reinforce.demo.teacher_data import write_teacher_data
-from reinforce.demo.wrong_captions import write_wrong_captions
 from reinforce.errors import UserError
 from tests.helpers.data import members_of, write_tar
 from tests.helpers.demo import read_samples, read_shards
@@ -120,18 +120,18 @@ def test_a_missing_package_is_a_user_error(monkeypatch: pytest.MonkeyPatch) -> N
 def test_missing_npm_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="npm, which is not installed"):
-        icon_sets.fetch_packages(tmp_path / "npm")
+        teacher_data.fetch_packages(tmp_path / "npm")
 
 
 def test_drawings_and_keywords_are_read_by_code_points(npm: Path) -> None:
-    icon_sets.fetch_packages(npm)  # downloads nothing again
-    drawings = icon_sets.read_drawings(npm, "noto")
+    teacher_data.fetch_packages(npm)  # downloads nothing again
+    drawings = teacher_data.read_drawings(npm, "noto")
     assert "1f34e" in drawings
     assert len(drawings) == 2
     assert Image.open(io.BytesIO(drawings["1f34e"]())).convert("RGB").getpixel((36, 36)) == (255, 0, 0)
-    assert icon_sets.read_drawings(npm, "fxemoji").keys() == drawings.keys()  # whose names have no hyphens
-    assert icon_sets.read_keywords(npm) == {"1f34e": ["fruit", "ripe"]}
-    assert "Apache-2.0" in icon_sets.credits_text("noto")
+    assert teacher_data.read_drawings(npm, "fxemoji").keys() == drawings.keys()  # whose names have no hyphens
+    assert teacher_data.read_keywords(npm) == {"1f34e": ["fruit", "ripe"]}
+    assert "Apache-2.0" in teacher_data.credits_of("noto")
 
 
 def test_teacher_data_excludes_openmoji_pictures_of_unseen_concepts(
@@ -141,18 +141,18 @@ def test_teacher_data_excludes_openmoji_pictures_of_unseen_concepts(
     unseen = {concept.emoji.key for concept in few_concepts if concept.unseen}
     assert len(unseen) > 5
     folders = {path.name: read_shards(sorted(path.glob("*.tar"))) for path in tmp_path.iterdir()}
-    assert folders.keys() == {"twemoji", "openmoji", *icon_sets.ICON_SETS}
+    assert folders.keys() == {"twemoji", "openmoji", *teacher_data.ICON_SETS}
     assert not {key.removesuffix("-openmoji") for key in folders["openmoji"]} & unseen
     assert {key.removesuffix("-twemoji") for key in folders["twemoji"]} > unseen
     assert "1f34e-openmoji" in folders["openmoji"]
-    for style in icon_sets.ICON_SETS:
+    for style in teacher_data.ICON_SETS:
         assert len(folders[style]) == 2
         members = folders[style][f"1f34e-{style}"]
         with Image.open(io.BytesIO(members["png"])) as image:
             assert image.convert("RGB").getpixel((36, 36)) == (255, 0, 0)
         assert "red apple" in members["txt"].decode()
         assert json.loads(members["json"])["phrase"] == "a red apple"
-        assert icon_sets.ICON_SETS[style].licence in (tmp_path / style / "CREDITS.txt").read_text()
+        assert teacher_data.ICON_SETS[style].licence in (tmp_path / style / "CREDITS.txt").read_text()
 
 
 def contents(folder: Path) -> dict[str, bytes]:

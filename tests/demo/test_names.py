@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from reinforce.demo.concepts import select_concepts
-from reinforce.demo.names import make_phrase, name_emoji
+from reinforce.demo.names import make_phrase, name_emoji, select_concepts
 from tests.helpers.demo import read_shards
 
 

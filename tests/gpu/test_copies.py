@@ -10,7 +10,7 @@ import torch
 
 from reinforce.engine.inference.models import Models
 from teachers.device.accelerator import Accelerator
-from teachers.device.step_graphs import GraphedSteps
+from teachers.device.step_graphs import Steps
 from tests.helpers.batches import CONFIG, LAYERS, make_inference, pixels, rows
 from tests.helpers.models import ColorTeacher, SeedCaptioner
 from tests.helpers.stand_in_cuda import stand_in_cuda
@@ -97,5 +97,5 @@ def test_a_capture_that_fails_leaves_the_thread_on_its_stream() -> None:
         patch.setattr(torch.cuda, "graph", Failing)
         before = torch.cuda.current_stream()
         with pytest.raises(RuntimeError, match="during capture"):
-            GraphedSteps(torch.device("cuda", 0)).run("step", lambda: None)
+            Steps(torch.device("cuda", 0)).run("step", lambda: None)
         assert torch.cuda.current_stream() is before

@@ -18,11 +18,11 @@ from reinforce.training.step import backpropagate
 from reinforce.training.task import Batch, Encoded
 from teachers.coca.fixed_decoder import FixedCocaDecoder
 from teachers.coca.network import CocaNetwork
-from teachers.decoding.choosing import TokenChooser
 from teachers.decoding.device_sampling import DeviceSampler
 from teachers.decoding.rules import DecodingRules
+from teachers.decoding.sampling import TokenChooser
 from teachers.device.accelerator import Accelerator
-from teachers.device.cache_size import _PART, GIB
+from teachers.device.memory import _PART, GIB
 from teachers.open_clip.teacher import image_spec
 from teachers.registry import captioner_spec
 from tests.helpers.real_sizes import Operations, PeakMemory, SavedForBackward, build_without_memory, counted_attention
@@ -66,7 +66,7 @@ def test_128_images_with_5_captions_are_one_part_on_80_gib_and_a_step_waits_for_
         sampler = DeviceSampler.__new__(DeviceSampler)
         sampler._rules, sampler._choose, sampler._state = rules, TokenChooser(spec), None
         sampler._mask, sampler._padding, sampler.advance = rules.mask(), 0, sampler._advance
-        state = sampler._reserve(640, LENGTH)
+        state = sampler.reserve(640)
         with decoder.opened(images.repeat(2, 1, 1).unbind(), CAPTIONS, IMAGES):
             assert decoder.room(2 * IMAGES, CAPTIONS) == (640, 160)
             with Operations() as operations:  # fake tensors raise where a value is needed

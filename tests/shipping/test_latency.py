@@ -19,8 +19,8 @@ from reinforce.model_names import resolve_models
 from reinforce.shipping import latency as latencies
 from reinforce.shipping.latency import measure_latency
 from reinforce.shipping.machine import cpu_name, machine_name
+from reinforce.shipping.packages import Runtime, choose_runtimes
 from reinforce.shipping.report import LatencyReport, find_accuracies
-from reinforce.shipping.runtimes import Runtime, choose_runtimes
 from reinforce.shipping.targets.base import ExportOptions
 from reinforce.shipping.targets.onnx import Onnx
 from reinforce.shipping.towers import Tower, reparameterize

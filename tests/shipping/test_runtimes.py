@@ -13,8 +13,7 @@ import pytest
 
 from reinforce.errors import UserError
 from reinforce.shipping.checks import compare
-from reinforce.shipping.packages import load_target, require_packages
-from reinforce.shipping.runtimes import RUNTIMES, choose_runtimes
+from reinforce.shipping.packages import RUNTIMES, choose_runtimes, load_target, require_packages
 from reinforce.shipping.targets.base import ExportOptions
 from reinforce.shipping.tokens import PROBES
 from reinforce.shipping.towers import reparameterize, split_towers

@@ -39,7 +39,7 @@ def test_a_wrong_teacher_is_rejected_before_loading(spec: dict[str, Any], messag
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        (CLIP, "does not write captions: use one of coca_ViT-B-32"),
+        (CLIP, "is not a CoCa and cannot caption: use one of coca_ViT-B-32"),
         ({**COCA, "prompt": "What?"}, "prompt: used only by chat models of `family: transformers`"),
         ({**HUB, "pretrained": "x"}, "`pretrained` is not used with family transformers"),
         ({**HUB, "compile": True}, "`compile` works only with CoCa"),

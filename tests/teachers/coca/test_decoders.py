@@ -14,7 +14,7 @@ from teachers.coca.decoder import CocaDecoder
 from teachers.coca.fixed_decoder import SIZES, FixedCocaDecoder
 from teachers.coca.network import CocaNetwork, check_decodable
 from teachers.device.accelerator import Accelerator
-from teachers.device.cache_size import cache_bytes
+from teachers.device.memory import cache_bytes
 from tests.helpers.demo_coca import batch, build
 from tests.helpers.real_sizes import RAISING
 from tests.helpers.stand_in_cuda import StandIn, stand_in_cuda

@@ -91,8 +91,8 @@ def test_a_class_with_one_encoder_is_supported() -> None:
     ("name", "message"),
     [
         ("NoDim", "must set `dim`, the length of its embeddings, got None"),
-        ("NoImage", "has `encode_images` and must set `image` to a teachers.protocols.ImageSpec"),
-        ("WrongImage", "`image` must be a teachers.protocols.ImageSpec, got 224"),
+        ("NoImage", "has `encode_images` and must set `image` to a teachers.protocols.ImageSpec, got None"),
+        ("WrongImage", "must set `image` to a teachers.protocols.ImageSpec, got 224"),
     ],
 )
 def test_missing_attributes_of_a_class_are_named(name: str, message: str) -> None:

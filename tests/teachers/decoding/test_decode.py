@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from teachers.decoding.beams import BeamOptions, beam_search
-from teachers.decoding.choosing import greedy
 from teachers.decoding.decode import decode, sample
 from teachers.decoding.rules import DecodingRules, compact
+from teachers.decoding.sampling import TokenChooser
 from teachers.registry import captioner_spec
 from teachers.spec import CaptionerSpec
 from tests.helpers.toy_language import (
@@ -100,7 +100,7 @@ def test_sampled_captions_follow_the_models_distribution():
 
 def test_captions_share_a_row_until_the_first_token_and_ended_rows_leave_the_batch():
     forward = ToyDecoder(IMAGES)
-    texts = sample(forward, rules(), greedy, torch.ones(len(IMAGES), 3, 4))
+    texts = sample(forward, rules(), TokenChooser(make_spec("greedy", captions=1)), torch.ones(len(IMAGES), 3, 4))
     lengths = [len(words) for of_image in texts for words in of_image]
     assert forward.steps == [len(IMAGES), *(sum(length >= step for length in lengths) for step in (1, 2, 3))]
 

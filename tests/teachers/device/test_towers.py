@@ -20,7 +20,7 @@ from teachers.open_clip.text import keep_residual_in_float32
 from teachers.preprocessing.pixels import to_pixels
 from teachers.protocols import ImageSpec
 from teachers.registry import teacher_spec
-from teachers.tokens.trimming import PROBE_TEXTS
+from teachers.tokens.texts import PROBE_TEXTS
 from tests.helpers.named_models import open_clip_named
 from tests.helpers.stand_in_cuda import stand_in_cuda
 from tests.helpers.tiny_models import FULL_LENGTH, TRIMMED, open_clip_model

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from teachers.device.accelerator import Accelerator
 from teachers.open_clip import catalog
-from teachers.open_clip.export import write_open_clip
+from teachers.open_clip.building import write_open_clip
 from teachers.open_clip.teacher import OpenClipTeacher, image_spec
 from teachers.open_clip.text import clean_text
 from teachers.open_clip.tokenizer import Tokenizer

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 
 from teachers.registry import captioner_spec, describe_captioner, describe_teacher, teacher_spec
 from teachers.tokens.files import check_tokenizer_files
-from teachers.tokens.special_tokens import special_token_escaper
-from teachers.tokens.trimming import PROBE_TEXTS, trimming_is_exact
+from teachers.tokens.texts import PROBE_TEXTS, special_token_escaper, trimming_is_exact
 from tests.helpers import tiny_models
 from tests.helpers.tiny_captioners import blip
 from tests.helpers.tiny_coca import coca_model

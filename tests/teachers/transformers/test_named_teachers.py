@@ -18,7 +18,7 @@ from reinforce.engine.inference.self_test import precisions
 from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.engine.worker.producers.registry import check_models
 from teachers.registry import load_teacher, teacher_spec
-from teachers.transformers.naflex import square_size
+from teachers.transformers.teacher import square_size
 from tests.helpers import named_models
 from tests.helpers.pages import blocks
 
