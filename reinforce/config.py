@@ -13,7 +13,7 @@ from reinforce.config_schema import LAYER_NAME, LAYER_NAMES, Batch, LayerName, O
 from reinforce.processes.cores import Node, cores_per_process, default_gpus, describe_share
 from reinforce.settings import Section
 from teachers.custom.family import ClassScorerSpec
-from teachers.published.labels import Join, Labels
+from teachers.published.family import Join, Labels
 from teachers.registry import AnyCaptioner, AnyTeacher
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import TypeAlias
 from urllib.parse import quote, urlsplit
 
 from reinforce.source.captions import parse_json
-from teachers.published.labels import JOINS
+from teachers.published.family import JOINS
 
 #: Digest of the encoded image, in 16 hex digits. Members do not state it.
 DIGEST = "digest"

@@ -19,7 +19,7 @@ from reinforce.errors import UserError
 from reinforce.images import fast_jpeg, png
 from reinforce.images.jpeg import ends_in_zeros, lacks_scan_data
 from schemas import Reason
-from teachers.published.labels import crops_of
+from teachers.published.family import crops_of
 
 #: Name and version of the conversion to RGB in :func:`decode`; recorded in dataset.json.
 IMAGE_POLICY = "rgb-1"

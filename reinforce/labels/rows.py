@@ -42,7 +42,7 @@ from reinforce.source.captions import clean_text
 from reinforce.source.references import image_digest
 from reinforce.source.samples import Refusal
 from schemas import Reason
-from teachers.published.labels import JOINS, Labels, crops_of
+from teachers.published.family import JOINS, Labels, crops_of
 
 _CACHED_BYTES = 128 * 2**20  # of decoded row groups
 _OPEN_FILES = 16

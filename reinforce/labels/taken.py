@@ -14,7 +14,7 @@ from reinforce.dataset.manifest.manifest import read_manifest
 from reinforce.errors import UserError
 from reinforce.images.policy import IMAGE_POLICIES, image_policy, is_image_policy
 from reinforce.terminal import escape
-from teachers.published.labels import LabelCaptionerSpec, Labels, LabelTeacherSpec, Taken, crops_of
+from teachers.published.family import LabelCaptionerSpec, Labels, LabelTeacherSpec, Taken, crops_of
 from teachers.spec import ModelInfo
 
 #: Sections of the config and of dataset.json with the model of a layer, by the first part of the layer's name.

@@ -29,7 +29,7 @@ from reinforce.shipping.checks import HELD_OUT, Agreement, compare, compare_on_s
 from reinforce.shipping.golden import GOLDEN, check_golden, write_golden
 from reinforce.shipping.packages import TARGETS, load_target
 from reinforce.shipping.steps import step, step_screen
-from reinforce.shipping.targets.base import ExportOptions, Run, Target
+from reinforce.shipping.targets.base import ExportOptions, Run, Target, size_of
 from reinforce.shipping.towers import Tower, reparameterize, split_towers
 from reinforce.storage import Storage
 from reinforce.terminal import format_bytes
@@ -127,8 +127,7 @@ def export_model(
             "model": options.model,
             "weights": options.weights,
             "towers": {
-                side: {"file": path.name, "bytes": _size(folder, path.name), **about[side]}
-                for side, path in paths.items()
+                side: {"file": path.name, "bytes": size_of(path), **about[side]} for side, path in paths.items()
             },
             "executed_by": runtime.executor,
             "compared": "pictures and texts of the evaluation" if evaluator else "generated pictures and texts",
@@ -223,13 +222,6 @@ def _preprocess_config(name: str, clip: Any, spec: ImageSpec, context_length: in
         "logit_scale": float(clip.logit_scale.exp()),
         "logit_bias": None if bias is None else float(bias),
     }
-
-
-def _size(folder: Path, name: str) -> int:
-    """Bytes of a file, of all files of a package, and of weights beside a file."""
-    return sum(
-        path.stat().st_size for one in folder.glob(f"{name}*") for path in (one, *one.rglob("*")) if path.is_file()
-    )
 
 
 def _check_new(store: Storage) -> None:

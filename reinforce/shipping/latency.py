@@ -27,7 +27,7 @@ from reinforce.shipping.machine import describe_machine
 from reinforce.shipping.packages import TARGETS, TORCH, Runtime, load_target
 from reinforce.shipping.report import LatencyReport
 from reinforce.shipping.steps import step, step_screen
-from reinforce.shipping.targets.base import ExportOptions
+from reinforce.shipping.targets.base import ExportOptions, size_of
 from reinforce.shipping.towers import Tower, count_parameters, reparameterize, split_towers
 from reinforce.terminal import Screen
 from teachers.device.flops import counted_flops
@@ -93,7 +93,7 @@ def measure_latency(
                             converted[key] = _convert(screen, name, one, runtimes, to)
                         inputs = one.example(batch)
                         for runtime, path in converted[key].items():
-                            models[name].setdefault("bytes", {}).setdefault(runtime, {})[one.name] = _size(path)
+                            models[name].setdefault("bytes", {}).setdefault(runtime, {})[one.name] = size_of(path)
                             run = load_target(runtimes[runtime].target).load(path, threads)
                             towers.append(TimedTower(name, runtime, one.name, partial(run, inputs)))
         for number in range(rounds):
@@ -173,11 +173,6 @@ def _convert(screen: Screen, name: str, tower: Tower, runtimes: Mapping[str, Run
                 converted[method, of.weights] = target.convert(tower, folder / runtime, options)
         paths[runtime] = converted[method, of.weights]
     return paths
-
-
-def _size(path: Path) -> int:
-    """Bytes of a converted tower, which is alone in its folder."""
-    return sum(file.stat().st_size for file in path.parent.rglob("*") if file.is_file())
 
 
 def _summarise(seconds: list[float]) -> dict[str, float]:

@@ -94,14 +94,8 @@ class Accelerator:
         return pixels.contiguous(memory_format=torch.channels_last) if self.device.type == "cuda" else pixels
 
     def put(self, array: np.ndarray | torch.Tensor) -> torch.Tensor:
-        """Copy to the device, on CUDA asynchronously through pinned memory.
-
-        On CPU a writable array is shared, not copied.
-        """
-        tensor = torch.from_numpy(_writable(array)) if isinstance(array, np.ndarray) else array
-        if self.device.type == "cuda" and tensor.device.type == "cpu":
-            tensor = tensor.pin_memory()  # the allocator does not reuse it before the copy is done
-        return tensor.to(self.device, non_blocking=True)
+        """``upload`` to the device."""
+        return upload(array, self.device)
 
     def put_parts(self, parts: Sequence[np.ndarray]) -> torch.Tensor:
         """Copy arrays to the device as one tensor, concatenated along the first dimension.
@@ -195,12 +189,11 @@ def _has_bf16(device: torch.device) -> bool:
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Copy a small array to a device without waiting for it. On CPU it is shared, not copied."""
-    tensor = torch.from_numpy(array)
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
-
-
-def _writable(array: np.ndarray) -> np.ndarray:
-    # torch has no read-only tensors, so read-only arrays of shared memory or Arrow are copied
-    return array if array.flags.writeable else array.copy()
+def upload(array: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy to a device, on CUDA asynchronously through pinned memory. On CPU a writable array is shared, not copied."""
+    if isinstance(array, np.ndarray):
+        # torch has no read-only tensors, so read-only arrays of shared memory or Arrow are copied
+        array = torch.from_numpy(array if array.flags.writeable else array.copy())
+    if device.type == "cuda" and array.device.type == "cpu":
+        array = array.pin_memory()  # the allocator does not reuse it before the copy is done
+    return array.to(device, non_blocking=True)

@@ -1,10 +1,12 @@
-"""Models whose outputs are read from the config's ``reinforcements``."""
+"""Models whose outputs others have published, as ``reinforcements`` or as labels, and what a config takes of labels."""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 from teachers.spec import CaptionerSpec, ModelInfo, ModelSpec, TeacherSpec
 
@@ -55,3 +57,99 @@ class PublishedCaptionerSpec(Published, CaptionerSpec):
     def describe(self) -> ModelInfo:
         identity = {"family": self.family, "texts": self.model, "captions": self.captions}
         return ModelInfo(dim=None, images=True, texts=False, identity=identity)
+
+
+#: What may join labels and images, strongest first.
+JOINS = ("uid", "sha256", "digest", "url", "key")
+if TYPE_CHECKING:
+    Join = str
+else:
+    Join = Literal[JOINS]
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What is taken of labels, by their dataset.json: entries of ``layers`` by name, the fingerprint of their samples,
+    and the image policy on which their crops were made."""
+
+    layers: Mapping[str, Mapping[str, Any]]
+    samples: str
+    image_policy: str
+    count: int  # augmentation records of a sample
+    embedded: bool = False  # whether the images are there, and their digests in the index alone
+
+    @property
+    def crops(self) -> bool:
+        """Whether vectors of augmented images are taken, and so the augmentation records."""
+        return any(name.endswith("/images") for name in self.layers)
+
+    def identity(self, name: str, join: str) -> dict[str, Any]:
+        """What the fingerprints of a model's layers cover of the labels; empty if nothing of it is taken."""
+        layers = {layer: str(entry["fingerprint"]) for layer, entry in self.layers.items() if _model_of(layer) == name}
+        return {"labels": {"join": join, "layers": layers}} if layers else {}
+
+
+class Labels(BaseModel):
+    """Labels that others have published as a dataset, with or without images, and what is taken of them."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    url: str = Field(min_length=1, description="folder or fsspec URL, as written by `reinforce export labels`")
+    layers: list[str] = Field(
+        min_length=1,
+        description="layers that are taken: captions/NAME, embeddings/NAME (all of a teacher) or embeddings/NAME/TEXTS",
+    )
+    join: Join = Field(
+        "url",
+        description="weakest agreement that joins samples and labels: uid, sha256, digest, url; key: also by key, "
+        "where neither side states anything else",
+    )
+    _taken: Taken | None = PrivateAttr(None)
+
+    def taking(self, taken: Taken) -> Labels:
+        """These labels, with what is taken of them."""
+        copy = self.model_copy()
+        copy._taken = taken
+        return copy
+
+    @property
+    def taken(self) -> Taken:
+        """What is taken, which a plan finds out before anything else."""
+        assert self._taken is not None, "the labels have not been read"
+        return self._taken
+
+
+def crops_of(labels: Mapping[str, Labels]) -> str | None:
+    """The name of the labels whose augmentation records are taken, or None."""
+    return next((name for name, one in labels.items() if one.taken.crops), None)
+
+
+class LabelTeacherSpec(Published, TeacherSpec):
+    """A teacher that is only in labels."""
+
+    used = ("logit_scale", "dtype", "info", "image")
+
+    info: ModelInfo
+    image: dict[str, Any] | None = None
+
+    @property
+    def stated(self) -> Mapping[str, Any]:
+        return {"dim": self.info.dim, "image": self.image}
+
+    def describe(self) -> ModelInfo:
+        return self.info
+
+
+class LabelCaptionerSpec(Published, CaptionerSpec):
+    """A captioner that is only in labels."""
+
+    used = ("captions", "info")
+
+    info: ModelInfo
+
+    def describe(self) -> ModelInfo:
+        return self.info
+
+
+def _model_of(layer: str) -> str:
+    return layer.split("/")[1]

@@ -18,20 +18,16 @@ from benchmarks.loader import photo
 from reinforce.config import Input, Limits
 from reinforce.images.policy import decode
 from reinforce.source.reading import read_samples as read_source
-from reinforce.source.samples import RawSample
 from tests.helpers.demo import read_samples
 
 
-def test_photos_have_a_common_size_and_about_a_bit_per_pixel() -> None:
+def test_source_has_every_photo_once_of_a_common_size_and_about_a_bit_per_pixel(tmp_path: Path) -> None:
     data = loader.photo(3)
     assert data == loader.photo(3)
     with Image.open(io.BytesIO(data)) as image:
         width, height = image.size
     assert 500 <= max(width, height) <= 800
     assert 0.6 < 8 * len(data) / (width * height) < 2.4
-
-
-def test_source_has_every_image_once(tmp_path: Path) -> None:
     url, means = loader.write_source(tmp_path, 6, processes=1, distinct=2)
     assert url == f"{tmp_path}/{{00000..00003}}.tar"
     shards = [read_samples(path) for path in sorted(tmp_path.glob("*.tar"))]
@@ -56,19 +52,16 @@ def test_random_models_return_unit_vectors_and_captions() -> None:
     assert captions == [[loader.sentence(1), loader.sentence(2)]]
 
 
-def test_the_variants_of_the_new_backend_have_the_same_pixels() -> None:
-    image = decode(photo(1, 300), Limits())
-    assert max(image.size) == 300
-    [records] = augment.records_of([image], 4)
-    pixels = {name: [variant.replay(image, record) for record in records] for name, variant in variants().items()}
-    np.testing.assert_array_equal(pixels["fixed-point-1"], pixels["fixed-point-1 (torch)"])
-    assert not np.array_equal(pixels["fixed-point-1"], pixels["torchvision-pil-1"])
-
-
-def test_results_have_ratios_to_the_default_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variants_of_a_backend_have_equal_pixels_and_results_ratios_to_the_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(augment, "SIZE", 64)
     photos = [photo(seed, 200) for seed in range(2)]
     of = variants()
+    [records] = augment.records_of([image := decode(photo(1, 300), Limits())], 4)
+    pixels = {name: [variant.replay(image, record) for record in records] for name, variant in of.items()}
+    np.testing.assert_array_equal(pixels["fixed-point-1"], pixels["fixed-point-1 (torch)"])
+    assert not np.array_equal(pixels["fixed-point-1"], pixels["torchvision-pil-1"])
     chosen = {name: of[name] for name in ("torchvision-pil-1", "fixed-point-1")}
     chosen["reduced"] = Variant(of["fixed-point-1"].replay, "rgb-1-reduced-60")
     tables = {"web images": compare(photos, chosen, 2, rounds=2)}
@@ -86,12 +79,8 @@ def test_every_format_has_the_same_samples(tmp_path: Path) -> None:
     samples = sources.make_samples(3, 60)
     for file, write in sources.WRITERS.values():
         write(tmp_path / file, samples)
-        found = [*read_source(sources._shard(tmp_path / file), Input())]
-        spec = Input()
-        assert [
-            (item.key, item.image, item.caption(spec.captions, spec.limits)) if isinstance(item, RawSample) else item
-            for item in found
-        ] == samples
+        spec, found = Input(), read_source(sources._shard(tmp_path / file), Input())
+        assert [(one.key, one.image, one.caption(spec.captions, spec.limits)) for one in found] == samples
 
 
 def test_medians_and_ratios_are_those_of_the_rounds() -> None:

@@ -19,20 +19,7 @@ def test_stored_targets_add_operations_to_a_plain_step(tmp_path: Path) -> None:
     assert result[f"limit of stored at {step.LARGE}"] > result["limit"]["stored"] > 1
 
 
-def test_stored_results_are_shown_as_a_table() -> None:
-    stored = json.loads(step.RESULTS.read_text())
-    lines = step.table(stored["students"]).splitlines()
-    assert lines[0].split() == ["student", "batch", "step", "seconds", "x", "plain", "limit"]
-    assert len(lines) == 1 + sum(len(result["ratio"]) + 1 for result in stored["students"].values())
-    assert max(result["ratio"]["stored"] for result in stored["students"].values()) <= stored["bound"]
-
-
-def test_operations_count_matrix_products() -> None:
-    x, weight = torch.rand(3, 8), torch.rand(5, 8)
-    assert captions.operations(lambda: x @ weight.T) == 2 * 3 * 8 * 5
-
-
-def test_timer_adds_the_forward_passes_of_a_module() -> None:
+def test_forward_passes_of_a_module_are_added_and_operations_counted() -> None:
     timer, module = captions.PartTimer(), torch.nn.Linear(4, 4)
     hooks = timer.watch(module, "linear")
     module(torch.rand(2, 4))
@@ -44,28 +31,28 @@ def test_timer_adds_the_forward_passes_of_a_module() -> None:
     twice = timer.seconds["linear"]
     module(torch.rand(2, 4))
     assert timer.seconds["linear"] == twice
+    x, weight = torch.rand(3, 8), torch.rand(5, 8)
+    assert captions.operations(lambda: x @ weight.T) == 2 * 3 * 8 * 5
 
 
-def test_stored_results_are_reported_for_each_case() -> None:
-    stored = json.loads(captions.RESULTS.read_text())
-    for name, result in stored["models"].items():
+def test_stored_results_of_steps_and_captions_are_shown() -> None:
+    stored = json.loads(step.RESULTS.read_text())
+    lines = step.table(stored["students"]).splitlines()
+    assert lines[0].split() == ["student", "batch", "step", "seconds", "x", "plain", "limit"]
+    assert len(lines) == 1 + sum(len(result["ratio"]) + 1 for result in stored["students"].values())
+    assert max(result["ratio"]["stored"] for result in stored["students"].values()) <= stored["bound"]
+    for name, result in json.loads(captions.RESULTS.read_text())["models"].items():
         lines = captions.report(name, result).splitlines()
         assert [line.split()[:2] for line in lines[::2]] == [[name, case] for case in captions.TARGETS]
-        for case, target in captions.TARGETS.items():
-            assert result[f"speedup_{case}_length"] >= target
+        assert all(result[f"speedup_{case}_length"] >= target for case, target in captions.TARGETS.items())
 
 
-def test_summary_has_mean_range_and_seeds() -> None:
+def test_the_page_of_transfer_has_the_stored_numbers_and_the_mean_range_and_seeds_of_others() -> None:
     names = (*transfer.MEASURES, transfer.SECONDS)
     rows = {"plain": [dict.fromkeys(names, 0.25), dict.fromkeys(names, 0.75)]}
     measure = transfer.summarise(rows)["plain"]["own_style"]
     assert measure == {"mean": pytest.approx(0.5), "min": 0.25, "max": 0.75, "seeds": [0.25, 0.75]}
-
-
-def test_committed_page_is_rendered_from_the_stored_numbers() -> None:
-    stored = json.loads(transfer.RESULTS.read_text())
-    page = transfer.render_page(stored)
-    assert transfer.PAGE.read_text() == page
+    assert transfer.PAGE.read_text() == transfer.render_page(json.loads(transfer.RESULTS.read_text()))
 
 
 def test_the_page_has_the_stored_results_of_students_on_views() -> None:

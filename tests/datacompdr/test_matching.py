@@ -20,7 +20,7 @@ from reinforce.engine.messages.results import ShardResult
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.preflight.check_source import check_source
 from reinforce.errors import UserError
-from teachers.published.labels import JOINS
+from teachers.published.family import JOINS
 from tests.helpers.images import encode
 from tests.helpers.published import (
     ALL,

@@ -21,12 +21,16 @@ from reinforce.tuning.config import TuneConfig
 from tests.helpers.demo import ROOT
 
 
-def test_demo_config_uses_the_committed_models() -> None:
+def test_demo_config_uses_the_committed_models_and_explains_every_section() -> None:
     config = load_config(ROOT / "configs/demo.yaml")
     assert (config.source, config.output) == ("demo/shards/*.tar", "demo/dataset")
     named = [spec.model for spec in [*config.teachers.values(), *config.captioners.values()]]
     assert {f"local-dir:configs/demo-models/{name}" for name in MODELS} == set(named)
     assert len(config.teachers) == 3
+    lines = (ROOT / "configs/demo.yaml").read_text().splitlines()
+    for key in yaml.safe_load("\n".join(lines)):
+        at = next(i for i, line in enumerate(lines) if line.startswith(f"{key}:"))
+        assert lines[at - 1].startswith("#"), f"{key} is not explained"
 
 
 @pytest.mark.parametrize("name", ["conv-64", "conv-48", "styles-64"])
@@ -45,13 +49,6 @@ def test_captioner_configs_end_with_noun_phrases() -> None:
     assert second.captioner.model == f"local-dir:{first.output}/captioner"
     assert (first.data.captions, second.data.captions) == (["txt"], ["json:phrase"])
     assert (first.seed, first.held_out) == (second.seed, second.held_out)
-
-
-def test_every_section_of_the_demo_config_is_explained() -> None:
-    lines = (ROOT / "configs/demo.yaml").read_text().splitlines()
-    for key in yaml.safe_load("\n".join(lines)):
-        at = next(i for i, line in enumerate(lines) if line.startswith(f"{key}:"))
-        assert lines[at - 1].startswith("#"), key
 
 
 def test_dfn5b_config_matches_the_paper() -> None:
@@ -112,11 +109,6 @@ RECIPES = {
 }
 
 
-def test_every_recipe_is_compared_with_its_script() -> None:
-    found = {path.stem for path in ROOT.glob("configs/recipes/*.yaml") if not path.stem.startswith("coca-")}
-    assert found == {*RECIPES, "dfndr-labels"}
-
-
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_of_trainings_have_the_values_of_the_published_scripts(name: str) -> None:
     config = load_student_config(ROOT / f"configs/recipes/{name}.yaml")
@@ -137,6 +129,8 @@ def test_recipes_of_trainings_have_the_values_of_the_published_scripts(name: str
 
 
 def test_the_recipe_of_the_labels_has_the_values_of_the_published_generator() -> None:
+    found = {path.stem for path in ROOT.glob("configs/recipes/*.yaml") if not path.stem.startswith("coca-")}
+    assert found == {*RECIPES, "dfndr-labels"}, "every recipe is compared with its script"
     config = load_config(ROOT / "configs/recipes/dfndr-labels.yaml")
     augmentations, [captioner] = config.augmentations, config.captioners.values()
     assert (augmentations.count, augmentations.size, augmentations.scale) == (2, 224, (0.08, 1.0))
@@ -144,10 +138,8 @@ def test_the_recipe_of_the_labels_has_the_values_of_the_published_generator() ->
     assert (augmentations.rand_augment.ops, augmentations.rand_augment.magnitude) == (2, 9)
     assert (captioner.strategy, captioner.captions, captioner.top_p, captioner.temperature) == ("nucleus", 5, 0.9, 1.0)
     defaults = inspect.signature(CoCa.generate).parameters
-    assert (captioner.min_length, captioner.max_length) == (
-        defaults["min_seq_len"].default,
-        defaults["seq_len"].default,
-    )
+    lengths = tuple(defaults[name].default for name in ("min_seq_len", "seq_len"))
+    assert (captioner.min_length, captioner.max_length) == lengths
     assert captioner.clean is not None
     assert captioner.clean.first_sentence
     assert not captioner.clean.drop_duplicates

@@ -6,7 +6,6 @@ import hashlib
 import importlib.util
 import io
 import json
-import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,8 +31,12 @@ from tests.helpers.data import members_of, write_tar
 from tests.helpers.demo import read_samples, read_shards
 
 
-def test_each_concept_is_one_sample_with_image_caption_and_sidecar(shards: list[Path]) -> None:
-    keys = [key for path in shards for key in read_samples(path)]
+def test_each_concept_is_one_sample_in_shards_of_equal_size_and_mixed_categories(shards: list[Path]) -> None:
+    read = [read_samples(path) for path in shards]
+    assert SAMPLES_PER_SHARD >= max(map(len, read)) <= 1 + min(map(len, read))
+    for samples in read:
+        assert len({json.loads(members["json"])["category"] for members in samples.values()}) >= 8
+    keys = [key for samples in read for key in samples]
     assert sorted(keys) == [concept.emoji.key for concept in shared_concepts()]
     assert len(set(keys)) > 1300
     for key, members in read_shards(shards).items():
@@ -47,14 +50,6 @@ def test_each_concept_is_one_sample_with_image_caption_and_sidecar(shards: list[
     credits = shards[0].with_name("CREDITS.txt").read_text()
     assert "Twitter" in credits
     assert "CC-BY 4.0" in credits
-
-
-def test_shards_have_equal_size_and_mixed_categories(shards: list[Path]) -> None:
-    sizes = [len(read_samples(path)) for path in shards]
-    assert max(sizes) <= SAMPLES_PER_SHARD
-    assert max(sizes) - min(sizes) <= 1
-    for path in shards:
-        assert len({json.loads(members["json"])["category"] for members in read_samples(path).values()}) >= 8
 
 
 def test_test_sets_have_a_quarter_of_unseen_concepts_and_unique_class_names(shards: list[Path], tests: Path) -> None:
@@ -83,12 +78,6 @@ def test_test_sets_have_a_quarter_of_unseen_concepts_and_unique_class_names(shar
     assert "CC BY-SA 4.0" in credits
 
 
-def test_folder_that_cannot_be_created_is_a_user_error(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="Give another --out"):
-        write_shards(tmp_path / "file" / "shards")
-
-
 def test_svg_is_cropped_to_what_is_drawn() -> None:
     svg = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 40 40"><path fill="red" d="M10 15h20v10h-20z"/></svg>'
     image = Image.open(io.BytesIO(render_cropped(svg))).convert("RGBA")
@@ -111,16 +100,18 @@ def test_symbols_are_black_and_have_the_name_of_a_concept() -> None:
     assert "SIL OFL" in glyphs.credits_text()
 
 
-def test_a_missing_package_is_a_user_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"qtawesome.*pip install -e"):
-        next(glyphs.read_symbols([]))
-
-
-def test_missing_npm_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_missing_or_cannot_be_written_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tar(tmp_path / "0.tar", [("a.jpg", b"")])
+    with pytest.raises(UserError, match="has no captions to exchange"):
+        write_wrong_captions(f"{tmp_path}/*.tar", tmp_path / "wrong", share=0.4)
+    with pytest.raises(UserError, match="Give another --out"):
+        write_shards(tmp_path / "0.tar" / "shards")
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="npm, which is not installed"):
         teacher_data.fetch_packages(tmp_path / "npm")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"qtawesome.*pip install -e"):
+        next(glyphs.read_symbols([]))
 
 
 def test_drawings_and_keywords_are_read_by_code_points(npm: Path) -> None:
@@ -155,35 +146,21 @@ def test_teacher_data_excludes_openmoji_pictures_of_unseen_concepts(
         assert teacher_data.ICON_SETS[style].licence in (tmp_path / style / "CREDITS.txt").read_text()
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    """The members of all shards by name."""
-    found = {}
-    for path in sorted(folder.glob("*.tar")):
-        with tarfile.open(path) as tar:
-            found |= {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
-    return found
-
-
 def test_share_of_captions_is_exchanged_and_the_rest_is_unchanged(tmp_path: Path) -> None:
     for shard in range(2):
         write_tar(tmp_path / f"{shard}.tar", members_of(shard, 25))
     made = write_wrong_captions(f"{tmp_path}/*.tar", tmp_path / "wrong", share=0.4)
-    before, after = contents(tmp_path), contents(tmp_path / "wrong")
+    before, after = read_shards(sorted(tmp_path.glob("*.tar"))), read_shards(made)
     assert list(before) == list(after)
-    wrong = {name for name in before if before[name] != after[name] and name.endswith(".txt")}
+    wrong = {key for key in before if before[key]["txt"] != after[key]["txt"]}
     assert len(wrong) == 20
-    assert sorted(after[name] for name in wrong) == sorted(before[name] for name in wrong)
-    for name, content in before.items():
-        if name.endswith(".json") and f"{name.removesuffix('.json')}.txt" in wrong:
-            caption = after[f"{name.removesuffix('.json')}.txt"].decode()
-            assert json.loads(after[name]) == {**json.loads(content), "caption": caption}
-        elif name not in wrong:
-            assert after[name] == content
+    assert sorted(after[key]["txt"] for key in wrong) == sorted(before[key]["txt"] for key in wrong)
+    for key, members in before.items():
+        if key in wrong:
+            metadata = {**json.loads(members["json"]), "caption": after[key]["txt"].decode()}
+            assert json.loads(after[key]["json"]) == metadata
+            assert after[key]["png"] == members["png"]
+        else:
+            assert after[key] == members
     again = write_wrong_captions(f"{tmp_path}/*.tar", tmp_path / "again", share=0.4)
     assert [path.read_bytes() for path in again] == [path.read_bytes() for path in made]
-
-
-def test_shards_without_captions_are_a_user_error(tmp_path: Path) -> None:
-    write_tar(tmp_path / "0.tar", [("a.jpg", b"")])
-    with pytest.raises(UserError, match="has no captions to exchange"):
-        write_wrong_captions(f"{tmp_path}/*.tar", tmp_path / "wrong", share=0.4)

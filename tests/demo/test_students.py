@@ -19,6 +19,12 @@ from tests.helpers.data import tree
 from tests.helpers.demo import ROOT, finish_training
 
 
+def run(*arguments: str) -> str:
+    result = CliRunner().invoke(app, [*arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
 def test_failed_training_is_named_and_terminates_the_others(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -65,12 +71,15 @@ def test_comparison_prints_a_table_and_writes_results_and_a_picture(
 
 
 def test_unfinished_or_unequal_trainings_are_a_user_error(tmp_path: Path) -> None:
-    finish_training(tmp_path / "plain", 0.1)
-    with pytest.raises(UserError, match="distilled has no finished training"):
-        compare_students(tmp_path, tmp_path)
-    finish_training(tmp_path / "distilled", 0.1, steps=200)
-    for arm in ("plain-noisy", "distilled-noisy"):
-        finish_training(tmp_path / arm, 0.1)
+    for arm, steps, message in (
+        ("plain", 300, r"plain has no finished training. Run `python -m reinforce\.demo students`"),
+        ("distilled", 200, "distilled has no finished training"),
+        ("plain-noisy", 300, "plain-noisy has no finished training"),
+        ("distilled-noisy", 300, "distilled-noisy has no finished training"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run("compare", str(tmp_path))
+        finish_training(tmp_path / arm, 0.1, steps=steps)
     with pytest.raises(UserError, match="200 and 300 steps"):
         compare_students(tmp_path, tmp_path)
 
@@ -85,12 +94,6 @@ def test_students_differ_only_in_lambda_and_captions(monkeypatch: pytest.MonkeyP
     assert plain == distilled
     assert plain["seed"] == 3
     assert {name for _, name in MEASURES.values()} <= set(student_config("plain", "out").evaluate.metrics)
-
-
-def run(*arguments: str) -> str:
-    result = CliRunner().invoke(app, [*arguments], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.output
 
 
 def test_commands_of_the_makefile_exist() -> None:
@@ -122,8 +125,3 @@ def test_data_repairs_damaged_shards_and_does_not_write_complete_ones_again(
     }  # fmt: skip
     assert tree(folder) == whole
     assert {path for path, written in before.items() if path.stat().st_mtime_ns != written} == damaged
-
-
-def test_compare_without_students_is_a_user_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"python -m reinforce\.demo students"):
-        run("compare", str(tmp_path))

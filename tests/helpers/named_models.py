@@ -14,18 +14,9 @@ from safetensors.torch import save_file
 from timm.models import eva, fastvit, register_model, vision_transformer
 
 from tests.helpers import tiny_models
-from tests.helpers.tiny_models import _TOWER as TOWER
+from tests.helpers.tiny_models import TEXT, TOWER, VISION
 
 SIDE = 32
-TEXT = {
-    **TOWER,
-    "vocab_size": 300,
-    "max_position_embeddings": 24,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-VISION = {**TOWER, "image_size": SIDE, "patch_size": 8}
 _CLIP = transformers.CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
 _RADIO = transformers.CLIPImageProcessor(size={"height": SIDE, "width": SIDE}, do_center_crop=False, do_normalize=False)
 

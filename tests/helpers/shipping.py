@@ -17,6 +17,10 @@ from timm.models.fastvit import FastVit, RepConditionalPosEnc
 from tests.helpers.tiny_models import MEAN, STD, open_clip_config, open_clip_model
 
 CONTEXT = 16
+#: ``vision_cfg`` of a model with ``tiny_fastvit``.
+FASTVIT = {
+    "timm_model_name": "tiny_fastvit", "timm_model_pretrained": False, "timm_pool": "avg", "timm_proj": None,
+}  # fmt: skip
 
 
 @timm.models.register_model
@@ -46,13 +50,7 @@ def fastvit(folder: Path, weights: bool = True, size: tuple[int, int] = (96, 64)
     """Write a FastViT whose images, portraits by default, are squashed, and a text tower without causal mask."""
     folder.mkdir(parents=True)
     config = open_clip_config(context_length=context, no_causal_mask=True)
-    config["vision_cfg"] = {
-        "timm_model_name": "tiny_fastvit",
-        "timm_model_pretrained": False,
-        "timm_pool": "avg",
-        "timm_proj": None,
-        "image_size": [*size],
-    }
+    config["vision_cfg"] = {**FASTVIT, "image_size": [*size]}
     preprocess = {"mean": MEAN, "std": STD, "interpolation": "bilinear", "resize_mode": "squash", "size": [*size]}
     saved = {"model_cfg": {**config, "custom_text": True}, "preprocess_cfg": preprocess}
     (folder / "open_clip_config.json").write_text(json.dumps(saved))

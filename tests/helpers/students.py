@@ -11,7 +11,7 @@ import torch
 from reinforce.student.config import Student as StudentSpec
 from reinforce.student.distillation import IMAGES, TEXTS, TeacherInfo
 from reinforce.student.model import Student, build_student
-from tests.helpers import shipping  # noqa: F401 (registers tiny_fastvit)
+from tests.helpers.shipping import FASTVIT
 from tests.helpers.tiny_models import open_clip_config, tokenizer
 
 KINDS = ("vit", "mobileclip", "hf")
@@ -28,15 +28,7 @@ def student_folder(folder: Path, kind: str = "vit", **changes: Any) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     config = open_clip_config(context_length=16)
     if kind == "mobileclip":
-        config["vision_cfg"] = {
-            "timm_model_name": "tiny_fastvit",
-            "timm_model_pretrained": False,
-            "timm_pool": "avg",
-            "timm_proj": None,
-            "timm_drop": 0.0,
-            "timm_drop_path": 0.0,
-            "image_size": 64,
-        }
+        config["vision_cfg"] = {**FASTVIT, "timm_drop": 0.0, "timm_drop_path": 0.0, "image_size": 64}
         config["text_cfg"]["no_causal_mask"] = True
         config["custom_text"] = True
     elif kind == "hf":

@@ -18,12 +18,11 @@ from teachers.protocols import ImageSpec
 from teachers.registry import captioner_spec
 from teachers.spec import CaptionerSpec
 from teachers.transformers.captioner import TransformersCaptioner
+from tests.helpers.tiny_models import TOWER, VISION
 
 SIDE = 32
 _SQUARE = {"height": SIDE, "width": SIDE}
-_TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-_VISION = {**_TOWER, "image_size": SIDE, "patch_size": 8}
-_TEXT = {**_TOWER, "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_TEXT = {**TOWER, "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 _LLAMA = {**_TEXT, "num_key_value_heads": 1}
 _GEMMA = {**_LLAMA, "head_dim": 16}
 _TEMPLATE = (
@@ -75,7 +74,7 @@ def blip(folder: Path, seed: int = 0) -> str:
     """Its vocabulary has two more outputs than the tokenizer has tokens."""
     tokenizer = _tokenizer("[DEC]")
     text = {**_TEXT, "vocab_size": len(tokenizer) + 2, "bos_token_id": 3, "sep_token_id": 2, "encoder_hidden_size": 32}
-    config = hf.BlipConfig(text_config={**text, "max_position_embeddings": 64}, vision_config=_VISION)
+    config = hf.BlipConfig(text_config={**text, "max_position_embeddings": 64}, vision_config=VISION)
     processor = hf.BlipProcessor(hf.BlipImageProcessor(size=_SQUARE), tokenizer)
     return _save(folder, lambda: hf.BlipForConditionalGeneration(config), processor, seed=seed)
 
@@ -83,7 +82,7 @@ def blip(folder: Path, seed: int = 0) -> str:
 def git(folder: Path, seed: int = 0) -> str:
     tokenizer = _tokenizer()
     config = hf.GitConfig(
-        vision_config=_VISION, **{**_TEXT, "vocab_size": len(tokenizer), "max_position_embeddings": 64}
+        vision_config=VISION, **{**_TEXT, "vocab_size": len(tokenizer), "max_position_embeddings": 64}
     )
     images = hf.CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=_SQUARE)
     return _save(folder, lambda: hf.GitForCausalLM(config), hf.GitProcessor(images, tokenizer), seed=seed)
@@ -94,55 +93,47 @@ def vision_encoder_decoder(folder: Path, seed: int = 0) -> str:
     tokenizer = _tokenizer()
     size = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
     decoder = hf.GPT2Config(vocab_size=len(tokenizer), bos_token_id=2, eos_token_id=2, **size)
-    config = hf.VisionEncoderDecoderConfig.from_encoder_decoder_configs(hf.ViTConfig(**_VISION), decoder)
+    config = hf.VisionEncoderDecoderConfig.from_encoder_decoder_configs(hf.ViTConfig(**VISION), decoder)
     config.decoder_start_token_id, config.eos_token_id, config.pad_token_id = 2, 2, 0
     images = hf.ViTImageProcessor(size=_SQUARE)
     return _save(folder, lambda: hf.VisionEncoderDecoderModel(config=config), images, tokenizer, seed=seed)
 
 
-def llava(folder: Path, seed: int = 0, template: bool = True) -> str:
+def _llava(folder: Path, seed: int, names: str, images: Any, template: bool = True, **grid: Any) -> str:
     tokenizer = _tokenizer("<image>")
-    config = hf.LlavaConfig(
-        vision_config=hf.CLIPVisionConfig(**_VISION),
+    config = getattr(hf, f"{names}Config")(
+        vision_config=hf.CLIPVisionConfig(**VISION),
         text_config=hf.LlamaConfig(vocab_size=len(tokenizer), **_LLAMA),
         image_token_index=3,
         vision_feature_layer=-1,
+        **grid,
     )
-    processor = hf.LlavaProcessor(
-        hf.CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=_SQUARE),
+    processor = getattr(hf, f"{names}Processor")(
+        images,
         tokenizer,
         patch_size=8,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=_template("<image>") if template else None,
     )
-    return _save(folder, lambda: hf.LlavaForConditionalGeneration(config), processor, seed=seed)
+    return _save(folder, lambda: getattr(hf, f"{names}ForConditionalGeneration")(config), processor, seed=seed)
+
+
+def llava(folder: Path, seed: int = 0, template: bool = True) -> str:
+    images = hf.CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=_SQUARE)
+    return _llava(folder, seed, "Llava", images, template)
 
 
 def llava_next(folder: Path, seed: int = 0) -> str:
-    tokenizer, grid = _tokenizer("<image>"), [[32, 64], [64, 64]]
-    config = hf.LlavaNextConfig(
-        vision_config=hf.CLIPVisionConfig(**_VISION),
-        text_config=hf.LlamaConfig(vocab_size=len(tokenizer), **_LLAMA),
-        image_token_index=3,
-        vision_feature_layer=-1,
-        image_grid_pinpoints=grid,
-    )
-    processor = hf.LlavaNextProcessor(
-        hf.LlavaNextImageProcessor(size={"shortest_edge": SIDE}, crop_size=_SQUARE, image_grid_pinpoints=grid),
-        tokenizer,
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=_template("<image>"),
-    )
-    return _save(folder, lambda: hf.LlavaNextForConditionalGeneration(config), processor, seed=seed)
+    grid = {"image_grid_pinpoints": [[32, 64], [64, 64]]}
+    images = hf.LlavaNextImageProcessor(size={"shortest_edge": SIDE}, crop_size=_SQUARE, **grid)
+    return _llava(folder, seed, "LlavaNext", images, **grid)
 
 
 def llava_onevision(folder: Path, seed: int = 0) -> str:
     tokenizer, grid = _tokenizer("<image>", "<video>"), [[32, 32], [64, 64]]
     config = hf.LlavaOnevisionConfig(
-        vision_config=hf.SiglipVisionConfig(**_VISION),
+        vision_config=hf.SiglipVisionConfig(**VISION),
         text_config=hf.Qwen2Config(vocab_size=len(tokenizer), **_LLAMA),
         image_token_index=3,
         video_token_index=4,
@@ -202,7 +193,7 @@ def _idefics(folder: Path, seed: int, names: str, *more: Any) -> str:
         image_token_id=4,
         scale_factor=2,
         pad_token_id=0,
-        vision_config=_VISION,
+        vision_config=VISION,
         text_config=hf.LlamaConfig(vocab_size=len(tokenizer), **_LLAMA),
     )
     images = getattr(hf, f"{names}ImageProcessor")(
@@ -229,7 +220,7 @@ def paligemma(folder: Path, seed: int = 0) -> str:
     images.image_seq_length = 16
     processor = hf.PaliGemmaProcessor(images, tokenizer)  # adds location tokens
     config = hf.PaliGemmaConfig(
-        vision_config=hf.SiglipVisionConfig(**_VISION, projection_dim=32),
+        vision_config=hf.SiglipVisionConfig(**VISION, projection_dim=32),
         text_config=hf.GemmaConfig(vocab_size=len(tokenizer), **_GEMMA),
         image_token_index=3,
         projection_dim=32,
@@ -243,7 +234,7 @@ def gemma3(folder: Path, seed: int = 0) -> str:
         image_token="<image_soft_token>", boi_token="<start_of_image>", eoi_token="<end_of_image>",
     )  # fmt: skip
     config = hf.Gemma3Config(
-        vision_config=hf.SiglipVisionConfig(**_VISION),
+        vision_config=hf.SiglipVisionConfig(**VISION),
         text_config=hf.Gemma3TextConfig(
             vocab_size=len(tokenizer),
             sliding_window=16,
@@ -268,7 +259,7 @@ def internvl(folder: Path, seed: int = 0) -> str:
         start_image_token="<img>", end_image_token="</img>", context_image_token="<IMG_CONTEXT>", video_token="<video>",
     )  # fmt: skip
     config = hf.InternVLConfig(
-        vision_config={**_VISION, "image_size": [SIDE, SIDE], "patch_size": [8, 8]},
+        vision_config={**VISION, "image_size": [SIDE, SIDE], "patch_size": [8, 8]},
         text_config=hf.Qwen2Config(vocab_size=len(tokenizer), **_LLAMA),
         image_token_id=5,
         downsample_ratio=0.5,

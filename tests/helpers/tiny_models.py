@@ -11,6 +11,17 @@ from safetensors.torch import save_file
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
+#: Configs of towers of transformers.
+TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+TEXT = {
+    **TOWER,
+    "vocab_size": 300,
+    "max_position_embeddings": 24,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+VISION = {**TOWER, "image_size": 32, "patch_size": 8}
 #: Options of ``open_clip_model`` whose text towers are exact on trimmed texts.
 TRIMMED: dict[str, dict[str, Any]] = {
     "small": {"image_size": 32, "embed_dim": 16},
@@ -116,9 +127,7 @@ def tokenizer(folder: Path, *, start: str, end: str, pad: str, length: int) -> N
 def transformers_clip(folder: Path, *, seed: int = 0, image_size: int = 32, dim: int = 24) -> str:
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
-    text = {**_TOWER, "vocab_size": 300, "max_position_embeddings": 24, "bos_token_id": 1, "eos_token_id": 2}
-    vision = {**_TOWER, "image_size": image_size, "patch_size": 8}
-    config = CLIPConfig(text_config={**text, "pad_token_id": 0}, vision_config=vision, projection_dim=dim)
+    config = CLIPConfig(text_config=TEXT, vision_config={**VISION, "image_size": image_size}, projection_dim=dim)
     seeded(lambda: CLIPModel(config), seed).save_pretrained(folder)
     square = {"height": image_size, "width": image_size}
     CLIPImageProcessor(size={"shortest_edge": image_size}, crop_size=square).save_pretrained(folder)
@@ -129,9 +138,7 @@ def transformers_clip(folder: Path, *, seed: int = 0, image_size: int = 32, dim:
 def transformers_siglip(folder: Path, *, seed: int = 0, image_size: int = 32) -> str:
     from transformers import SiglipConfig, SiglipImageProcessor, SiglipModel
 
-    text = {**_TOWER, "vocab_size": 300, "max_position_embeddings": 24, "bos_token_id": 1, "eos_token_id": 2}
-    vision = {**_TOWER, "image_size": image_size, "patch_size": 8}
-    config = SiglipConfig(text_config={**text, "pad_token_id": 0}, vision_config=vision)
+    config = SiglipConfig(text_config=TEXT, vision_config={**VISION, "image_size": image_size})
     seeded(lambda: SiglipModel(config), seed).save_pretrained(folder)
     SiglipImageProcessor(size={"height": image_size, "width": image_size}).save_pretrained(folder)
     tokenizer(folder, start="<s>", end="</s>", pad="<pad>", length=24)
@@ -153,10 +160,7 @@ def transformers_bert(folder: Path, *, seed: int = 0) -> str:
     """Save a text encoder."""
     from transformers import BertConfig, BertModel
 
-    config = BertConfig(vocab_size=300, max_position_embeddings=24, **_TOWER)
+    config = BertConfig(vocab_size=300, max_position_embeddings=24, **TOWER)
     seeded(lambda: BertModel(config), seed).save_pretrained(folder)
     tokenizer(folder, start="[CLS]", end="[SEP]", pad="[PAD]", length=24)
     return str(folder)
-
-
-_TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -52,22 +52,33 @@ def operations(path: Path) -> list[Any]:
     return list(function.block_specializations[function.opset].operations)
 
 
-def test_packages_have_the_interface_of_the_authors_app(exported: Exported) -> None:
+def check_interface(specs: dict[str, Any], width: int, height: int, context: int) -> None:
+    """Assert the inputs and outputs of the authors' app."""
+    image, text = (spec.description for spec in specs.values())
+    picture, tokens = image.input[0].type.imageType, text.input[0].type.multiArrayType
+    assert (image.input[0].name, picture.width, picture.height, picture.colorSpace) == (
+        "image", width, height, picture.RGB,
+    )  # fmt: skip
+    assert (text.input[0].name, list(tokens.shape), tokens.dataType) == ("text", [1, context], INT32)
+    for description in (image, text):
+        (output,) = description.output
+        values = output.type.multiArrayType
+        assert (output.name, list(values.shape), values.dataType) == ("final_emb_1", [1, 16], FLOAT32)
+
+
+def test_packages_have_the_interface_of_the_authors_app(exported: Exported, capfd: pytest.CaptureFixture[str]) -> None:
     files = {"export.json", "golden.json", "preprocess.json", "README.md", "tokenizer.json"}
     packages = {"my_student_image.mlpackage", "my_student_text.mlpackage"}
     assert {path.name for path in exported.folder.iterdir()} == files | packages
     specs = {side: spec_of(exported.folder / f"my_student_{side}.mlpackage") for side in ("image", "text")}
     assert {spec.specificationVersion for spec in specs.values()} == {ct.target.iOS17}
-    (image,), (text,) = (spec.description.input for spec in specs.values())
-    picture, tokens = image.type.imageType, text.type.multiArrayType
-    assert (image.name, picture.width, picture.height, picture.colorSpace) == ("image", 64, 96, picture.RGB)
-    assert (text.name, list(tokens.shape), tokens.dataType) == ("text", [1, models.CONTEXT], INT32)
-    for spec in specs.values():
-        (output,) = spec.description.output
-        assert (output.name, output.type.multiArrayType.dataType) == ("final_emb_1", FLOAT32)
+    check_interface(specs, 64, 96, models.CONTEXT)
     readme = (exported.folder / "README.md").read_text()
     assert "my_student_image(configuration:" in readme
     assert "resized (bilinear) to 64 x 96, whatever its proportions" in readme
+    code, out, err = run_command(capfd, "export", "coreml", str(exported.folder), "--check")
+    assert code == 0, err
+    assert "image: cosine at least 1.00000 to 3 embeddings of golden.json, in an interpreter" in out
 
 
 def test_packages_in_fp16_compute_what_the_student_does(exported: Exported) -> None:
@@ -116,12 +127,6 @@ def test_smaller_weights_are_published_if_they_are_close_enough(
     assert 0.995 <= report["towers"]["text"]["cosine"]["min"] < large["towers"]["text"]["cosine"]["min"]
 
 
-def test_check_runs_the_golden_file(exported: Exported, capfd: pytest.CaptureFixture[str]) -> None:
-    code, out, err = run_command(capfd, "export", "coreml", str(exported.folder), "--check")
-    assert code == 0, err
-    assert "image: cosine at least 1.00000 to 3 embeddings of golden.json, in an interpreter" in out
-
-
 def test_what_the_app_cannot_run_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     def towers(side: int, context: int, first: int = 49406) -> list[Tower]:
         tokens = torch.tensor([[first, 320, 1125, 539, 320, 2368, 49407] + [0] * (context - 7)])
@@ -148,15 +153,7 @@ def test_packages_replace_those_of_the_app(tmp_path: Path, capfd: pytest.Capture
     assert code == 0, err
     sides = {side: out / f"mobileclip_s0_{side}.mlpackage" for side in ("image", "text")}
     assert {*out.glob("*.mlpackage")} == {*sides.values()}
-    image, text = (spec_of(path).description for path in sides.values())
-    picture = image.input[0].type.imageType
-    assert (image.input[0].name, picture.width, picture.height, picture.colorSpace) == ("image", 256, 256, picture.RGB)
-    tokens = text.input[0].type.multiArrayType
-    assert (text.input[0].name, list(tokens.shape), tokens.dataType) == ("text", [1, 77], INT32)
-    for description in (image, text):
-        (output,) = description.output
-        values = output.type.multiArrayType
-        assert (output.name, list(values.shape), values.dataType) == ("final_emb_1", [1, 16], FLOAT32)
+    check_interface({side: spec_of(path) for side, path in sides.items()}, 256, 256, 77)
     report = json.loads((out / "export.json").read_text())
     assert {side: tower["file"] for side, tower in report["towers"].items()} == {
         side: path.name for side, path in sides.items()

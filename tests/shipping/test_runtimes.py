@@ -13,7 +13,7 @@ import pytest
 
 from reinforce.errors import UserError
 from reinforce.shipping.checks import compare
-from reinforce.shipping.packages import RUNTIMES, choose_runtimes, load_target, require_packages
+from reinforce.shipping.packages import RUNTIMES, TARGETS, choose_runtimes, load_target, require_packages
 from reinforce.shipping.targets.base import ExportOptions
 from reinforce.shipping.tokens import PROBES
 from reinforce.shipping.towers import reparameterize, split_towers
@@ -102,7 +102,11 @@ def test_all_installed_runtimes_are_measured_side_by_side(command: Command, tmp_
         "latency", model, "--threads", "1", "--rounds", "2", "--json", str(file), "--runtime", "all"
     )
     assert (status, err.count("left out: ")) == (0, len(missing))
-    (about,) = json.loads(file.read_text())["models"].values()
+    measured = json.loads(file.read_text())
+    (about,) = measured["models"].values()
+    assert {name for runtime in runtimes.values() for name in TARGETS[runtime.target].packages} <= measured[
+        "versions"
+    ].keys()
     if {"onnxruntime", "openvino"} <= runtimes.keys():
         assert about["bytes"]["openvino"] == about["bytes"]["onnxruntime"]
         assert "conversion for openvino" not in out, "it runs the files of ONNX"

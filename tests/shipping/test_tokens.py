@@ -87,11 +87,23 @@ def test_special_tokens_inside_texts_are_plain_text() -> None:
     assert_same_tokens(["<end_of_text>", "&lt;end_of_text&gt; <START_OF_TEXT> a cat", "<<end_of_text>>"])
 
 
-def test_hugging_face_tokenizers_include_the_cleaning_of_open_clip(tmp_path: Path) -> None:
-    name = student_folder(tmp_path, "hf")
+@pytest.mark.parametrize(
+    ("options", "texts"),
+    [
+        ({}, ["a  photo of\na cat", "“Fish” &amp; chips </s> <S>", "", "a dog " * 30]),
+        (
+            {"text_cfg": {"tokenizer_kwargs": {"clean": "canonicalize"}}},
+            ["A_Cat, (on) a-mat! It's [99%] \\ ~ done.", "snake_case.PY", "ΟΔΟΣ"],
+        ),
+    ],
+)
+def test_hugging_face_tokenizers_include_the_cleaning_of_open_clip(
+    tmp_path: Path, options: dict[str, Any], texts: list[str]
+) -> None:
+    name = student_folder(tmp_path, "hf", **options)
     converted, reference = tokens.convert_tokenizer(name), Reference(name)
-    texts = ["a  photo of\na cat", "“Fish” &amp; chips </s> <S>", "", "a dog " * 30]
     assert [text.ids for text in converted.encode_batch(texts)] == reference(texts).tolist()
+    assert isinstance(reference._tokenizer, HFTokenizer)
     assert Tokenizer.from_str(converted.to_str()).encode(texts[1]).ids == converted.encode(texts[1]).ids
 
 
@@ -103,11 +115,3 @@ def test_tokenizers_that_cannot_be_converted_are_rejected(tmp_path: Path, option
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(special))
     with pytest.raises(ValueError, match=r"cannot be expressed as tokenizer\.json"):
         tokens.convert_tokenizer(name)
-
-
-def test_canonicalize_cleans_texts_like_open_clip(tmp_path: Path) -> None:
-    name = student_folder(tmp_path, "hf", text_cfg={"tokenizer_kwargs": {"clean": "canonicalize"}})
-    converted, reference = tokens.convert_tokenizer(name), Reference(name)
-    texts = ["A_Cat, (on) a-mat! It's [99%] \\ ~ done.", "snake_case.PY", "ΟΔΟΣ"]
-    assert [text.ids for text in converted.encode_batch(texts)] == reference(texts).tolist()
-    assert isinstance(reference._tokenizer, HFTokenizer)

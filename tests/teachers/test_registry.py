@@ -13,42 +13,37 @@ import pytest
 from pydantic import ValidationError
 
 from teachers.registry import captioner_spec, describe_captioner, describe_teacher, teacher_spec
-from teachers.spec import Clean
+from teachers.spec import Clean, ModelInfo
 from tests.helpers import tiny_models
 from tests.helpers.tiny_captioners import spec_of
 
 CLIP = {"model": "ViT-B-32-quickgelu", "pretrained": "openai"}
 COCA = {"model": "coca_ViT-L-14", "pretrained": "laion2b_s13b_b90k"}
 HUB = {"family": "transformers", "model": "google/siglip-base-patch16-224"}
+#: Describe a model by the values of its spec.
+DESCRIBE: dict[str, Callable[[dict[str, Any]], ModelInfo]] = {
+    "teacher": lambda values: describe_teacher("mine", teacher_spec(**values)),
+    "captioner": lambda values: describe_captioner("mine", captioner_spec(**values)),
+}
 
 
 @pytest.mark.parametrize(
-    ("spec", "message"),
+    ("role", "spec", "message"),
     [
-        ({"model": "ViT-L-14", "pretrained": "dfn2b"}, "use model ViT-L-14-quickgelu"),
-        ({"model": "local-dir:/absent"}, "folder /absent does not exist"),
-        ({"family": "transformers", "model": "/absent/it"}, "folder /absent/it does not exist"),
-        ({**HUB, "pretrained": "x"}, "`pretrained` is not used with family"),
+        ("teacher", {"model": "ViT-L-14", "pretrained": "dfn2b"}, "use model ViT-L-14-quickgelu"),
+        ("teacher", {"model": "local-dir:/absent"}, "folder /absent does not exist"),
+        ("teacher", {"family": "transformers", "model": "/absent/it"}, "folder /absent/it does not exist"),
+        ("teacher", {**HUB, "pretrained": "x"}, "`pretrained` is not used with family"),
+        ("captioner", CLIP, "is not a CoCa and cannot caption: use one of coca_ViT-B-32"),
+        ("captioner", {**COCA, "prompt": "What?"}, "prompt: used only by chat models of `family: transformers`"),
+        ("captioner", {**HUB, "pretrained": "x"}, "`pretrained` is not used with family transformers"),
+        ("captioner", {**HUB, "compile": True}, "`compile` works only with CoCa"),
+        ("captioner", {"family": "transformers", "model": "/absent/it"}, "folder /absent/it does not exist"),
     ],
 )
-def test_a_wrong_teacher_is_rejected_before_loading(spec: dict[str, Any], message: str) -> None:
-    with pytest.raises((ValueError, FileNotFoundError), match=f"teacher mine: .*{message}"):
-        describe_teacher("mine", teacher_spec(**spec))
-
-
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        (CLIP, "is not a CoCa and cannot caption: use one of coca_ViT-B-32"),
-        ({**COCA, "prompt": "What?"}, "prompt: used only by chat models of `family: transformers`"),
-        ({**HUB, "pretrained": "x"}, "`pretrained` is not used with family transformers"),
-        ({**HUB, "compile": True}, "`compile` works only with CoCa"),
-        ({"family": "transformers", "model": "/absent/it"}, "folder /absent/it does not exist"),
-    ],
-)
-def test_a_wrong_captioner_is_rejected_before_loading(spec: dict[str, Any], message: str) -> None:
-    with pytest.raises((ValueError, FileNotFoundError), match=f"captioner mine: .*{message}"):
-        describe_captioner("mine", captioner_spec(**spec))
+def test_a_wrong_model_is_rejected_before_loading(role: str, spec: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=f"{role} mine: .*{message}"):
+        DESCRIBE[role](spec)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from reinforce.config import Config, Limits
 from reinforce.dataset.layers import LABELS, NO_IMAGES, SAMPLES, Layer, LayerKind, compute_fingerprint, mapping_at
 from reinforce.images.policy import image_policy, reads_crops
 from reinforce.source.captions import CAPTION_POLICY
-from teachers.published.labels import crops_of
+from teachers.published.family import crops_of
 
 if TYPE_CHECKING:
     from teachers.spec import ModelInfo

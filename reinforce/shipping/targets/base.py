@@ -72,6 +72,12 @@ class Target(ABC):
         return render(self.about_runtime, config, image)
 
 
+def size_of(path: Path) -> int:
+    """Bytes of a converted tower, a file or a folder, and of the files whose names begin with its name."""
+    found = (file for one in path.parent.glob(f"{path.name}*") for file in (one, *one.rglob("*")))
+    return sum(file.stat().st_size for file in found if file.is_file())
+
+
 def row_by_row(run: Run) -> Run:
     """Return a function for any number of rows, of one that takes a single row."""
     return lambda inputs: torch.cat([run(row) for row in inputs.split(1)])

@@ -41,6 +41,7 @@ def test_every_dataset_is_a_distinct_valid_run(study: Study) -> None:
     first, second = configs["two-captioners"].captioners.values()
     assert (first.model, first.captions, second.captions) == (second.model, 1, 1)
     assert first.decoding() != second.decoding()
+    assert study.own_scales() == {"conv-64": 27.3, "conv-48": 29.8, "styles-64": 24.0}, "of the teachers' weights"
 
 
 def test_equal_arms_are_trained_once(study: Study) -> None:
@@ -73,10 +74,6 @@ def test_overrides_apply_to_all_students_and_errors_are_reported_early(
         Study(tmp_path, ["train.steps=null", "train.epochs=3"])
 
 
-def test_own_scales_are_those_of_the_teachers_weights(study: Study) -> None:
-    assert study.own_scales() == {"conv-64": 27.3, "conv-48": 29.8, "styles-64": 24.0}
-
-
 def test_teachers_and_captioners_are_read_from_the_demo_configs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,23 +101,14 @@ def test_teachers_and_captioners_are_read_from_the_demo_configs(
     assert list(two.data.captioners or {}) == list(study.dataset_config("two-captioners").captioners)
 
 
-def test_a_named_question_without_its_captioner_is_an_error_before_anything_starts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_question_without_its_captioner_is_an_error_if_it_is_named_and_left_out_of_all_others(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(questions, "PRETRAINED_CAPTIONER", tmp_path / "captioner")
-    with pytest.raises(UserError, match=r"finetuning needs .*captioner, which `make demo-teachers` writes"):
-        ablations.main(tmp_path / "out", ["lambda", "finetuning"], 3, [], None)
-    assert not (tmp_path / "out").exists()
-
-
-def test_among_all_questions_it_is_left_out_with_a_message(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(ROOT)
     captioner = tmp_path / "captioner"
     monkeypatch.setattr(questions, "PRETRAINED_CAPTIONER", captioner)
-    study = ablations.Study(tmp_path / "out")
+    with pytest.raises(UserError, match=r"finetuning needs .*captioner, which `make demo-teachers` writes"):
+        ablations.main(tmp_path / "out", ["lambda", "finetuning"], 3, [], None)
+    assert not (tmp_path / "out").exists(), "before anything starts"
     finetuning, others = make_questions(study)["finetuning"], make_questions(study)["lambda"]
     assert ablations.can_answer(others, [], Screen())
     assert not ablations.can_answer(finetuning, [], Screen())

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -38,21 +37,16 @@ def test_a_small_run_measures_the_figures_of_its_parts(
     output = capsys.readouterr().out
     results = json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))
     figures = {figure.name: figure for figure in page.read_figures(results)}
-    expected: list[str] = []
-    for count in (2, 10):
-        expected += [
-            f"{what}, {count} augmentations"
-            for what in (
-                "CPU per sample",
-                "CPU per sample of its own process",
-                "CPU per sample of its decode processes",
-                "all CPU / that of decoding and augmenting alone",
-                "host ceiling: 1 / CPU of its own process",
-            )
-        ]
-    for name in expected:
-        assert figures[name].value > 0, name
-        assert name in output
+    for what in (
+        "CPU per sample",
+        "CPU per sample of its own process",
+        "CPU per sample of its decode processes",
+        "all CPU / that of decoding and augmenting alone",
+        "host ceiling: 1 / CPU of its own process",
+    ):
+        for name in (f"{what}, 2 augmentations", f"{what}, 10 augmentations"):
+            assert figures[name].value > 0, name
+            assert name in output
     assert all(figure.value > 0 and figure.section for figure in figures.values())
     assert all(f"{name}: " in output for name in parts)
     assert results["quick"] is True
@@ -86,7 +80,7 @@ def test_shards_repeat_deterministic_photos_and_differ(tmp_path: Path) -> None:
     assert [shard.url for shard in plan.pending] == [f"{tmp_path}/source/0000{i}.tar" for i in range(2)]
 
 
-def test_teacher_takes_time_for_each_image_and_no_cpu() -> None:
+def test_stand_ins_take_time_for_each_image_and_neither_cpu_nor_copies() -> None:
     teacher = FixedTimeTeacher(torch.device("cpu"), 0.02)
     assert teacher.encode_texts(["a", "b"]).shape == (2, teacher.dim)
     torch.testing.assert_close(teacher.encode_images(torch.zeros(3, 3, 4, 4)).norm(dim=-1), torch.ones(3))
@@ -98,14 +92,10 @@ def test_teacher_takes_time_for_each_image_and_no_cpu() -> None:
     assert time.thread_time() - cpu < 0.1
     teacher.reset(0.0)
     assert teacher.busy == 0
-
-
-def test_stand_in_accelerator_keeps_shapes_and_copies_nothing() -> None:
     parts = [np.zeros((count, 2, 8, 8, 3), np.uint8) for count in (3, 1)]
     tensor = StandInAccelerator().put_parts(parts)
-    assert tensor.shape == (4, 2, 8, 8, 3)
-    assert tensor.flatten(0, 1).shape == (8, 8, 8, 3)
-    assert tensor.untyped_storage().nbytes() == 1
+    assert (tensor.shape, tensor.flatten(0, 1).shape) == ((4, 2, 8, 8, 3), (8, 8, 8, 3))
+    assert tensor.untyped_storage().nbytes() == 1, "nothing is copied"
 
 
 MEGABYTE = 10**6
@@ -117,13 +107,6 @@ memory = SharedMemory(descriptor=int(sys.argv[1])).array()
 memory[:] = 1
 print("done", flush=True); input()
 """
-
-
-@pytest.fixture
-def shared() -> Iterator[SharedMemory]:
-    memory = SharedMemory(50 * MEGABYTE)
-    yield memory
-    memory.close()
 
 
 def start(code: str, *words: str, **more: object) -> subprocess.Popen[bytes]:
@@ -144,7 +127,9 @@ def test_cpu_of_a_child_is_counted_and_waiting_is_not() -> None:
     assert child.returncode == -signal.SIGKILL
 
 
-def test_shared_memory_of_several_processes_counts_once(shared: SharedMemory) -> None:
+def test_shared_memory_of_several_processes_counts_once(request: pytest.FixtureRequest) -> None:
+    shared = SharedMemory(50 * MEGABYTE)
+    request.addfinalizer(shared.close)
     shared.array()[:] = 1
     here = shared.array()
     assert here.sum() == 50 * MEGABYTE  # mapped and read in this process, too

@@ -15,18 +15,10 @@ from benchmarks.pipeline.memory import pixel_cell_bytes
 EMPTY = "# Title\n\n<!-- figures -->\n<!-- end of figures -->\nmore\n<!-- sizing -->\nold\n<!-- end of sizing -->\n"
 
 
-@pytest.fixture
-def stored() -> dict[str, Any]:
-    results: dict[str, Any] = json.loads(page.RESULTS.read_text(encoding="utf-8"))
-    return results
-
-
-def test_page_is_that_of_the_stored_figures(stored: dict[str, Any]) -> None:
+def test_page_is_that_of_the_stored_figures_whose_parts_are_replaced_while_the_rest_stays() -> None:
+    stored: dict[str, Any] = json.loads(page.RESULTS.read_text(encoding="utf-8"))
     text = page.PAGE.read_text(encoding="utf-8")
     assert page.render_page(text, stored) == text, "run `python -m benchmarks.pipeline --page`"
-
-
-def test_generated_parts_are_replaced_and_the_rest_stays(stored: dict[str, Any]) -> None:
     text = page.render_page(EMPTY, {**stored, "quick": False})
     assert text.startswith("# Title\n\n<!-- figures -->\n\nMeasured on ")
     assert "<!-- end of figures -->\nmore\n<!-- sizing -->" in text
@@ -36,11 +28,6 @@ def test_generated_parts_are_replaced_and_the_rest_stays(stored: dict[str, Any])
     assert "quick run" in page.render_page(EMPTY, {**stored, "quick": True})
     with pytest.raises(ValueError, match="sizing"):
         page.render_page(EMPTY.replace("end of sizing", "end"), stored)
-
-
-def test_pixel_cells_are_those_of_two_shards() -> None:
-    assert pixel_cell_bytes(2, cores=2) == 2 * (2 * 128 + 1 + 128) * 2 * 224 * 224 * 3
-    assert pixel_cell_bytes(10, cores=2) == 2 * (2 * 25 + 1 + 25) * 10 * 224 * 224 * 3
 
 
 def test_variants_alternate_and_medians_are_returned() -> None:
@@ -81,7 +68,9 @@ VALUES = {
 }
 
 
-def test_figures_of_the_host_follow_from_medians() -> None:
+def test_figures_of_the_host_follow_from_medians_and_pixel_cells_are_those_of_two_shards() -> None:
+    assert pixel_cell_bytes(2, cores=2) == 2 * (2 * 128 + 1 + 128) * 2 * 224 * 224 * 3
+    assert pixel_cell_bytes(10, cores=2) == 2 * (2 * 25 + 1 + 25) * 10 * 224 * 224 * 3
     figures = {figure.name: figure for figure in cpu_figures(2, 4, VALUES)}
     overhead = figures["all CPU / that of decoding and augmenting alone, 2 augmentations"]
     assert (overhead.value, overhead.limit, overhead.met) == (pytest.approx(1.1), 1.08, False)
@@ -90,8 +79,5 @@ def test_figures_of_the_host_follow_from_medians() -> None:
     speed = figures["speed on 4 cores, models that take no time, 2 augmentations"]
     assert speed.limit == pytest.approx(4000 / 6)
     assert figures["CPU per sample of its decode processes, 2 augmentations"].limit == 6.0
-
-
-def test_numbers_of_augmentations_without_a_target_are_measured_without_one() -> None:
     values = {name.replace("2", "3"): each for name, each in VALUES.items()}
     assert {figure.met for figure in cpu_figures(3, 4, values) if "own process" in figure.name} == {None}

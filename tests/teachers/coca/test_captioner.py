@@ -25,7 +25,13 @@ START = END - 1
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
-    return coca_model(tmp_path_factory.mktemp("coca"))
+    """A CoCa whose most probable next token is the start, which no text may contain."""
+    folder = tmp_path_factory.mktemp("coca")
+    name, path = coca_model(folder), folder / "open_clip_model.safetensors"
+    state = load_file(path)
+    state["text_decoder.text_projection"][:, START] = 50 * state["text_decoder.ln_final.bias"]
+    save_file(state, path)
+    return name
 
 
 def build_captioner(model: str, **options) -> CocaCaptioner:
@@ -49,14 +55,10 @@ def decoded(captioner: CocaCaptioner, pixels: torch.Tensor, row_seeds: np.ndarra
     return [words for of_image in texts for words in of_image or []]
 
 
-def test_the_captioner_has_the_models_own_preprocessing(model):
-    captioner = build_captioner(model, captions=3)
-    typed: Captioner = captioner
-    assert typed.captions == 3
-    assert typed.image == ImageSpec(IMAGE_SIZE, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "bicubic", "crop")
-
-
-def test_stated_preprocessing_replaces_that_of_the_model(model):
+def test_a_captioner_has_the_models_preprocessing_where_the_config_states_none(model):
+    captioner: Captioner = build_captioner(model, captions=3)
+    assert captioner.captions == 3
+    assert captioner.image == ImageSpec(IMAGE_SIZE, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "bicubic", "crop")
     captioner = build_captioner(model, captions=1, preprocess={"mean": [0.1, 0.1, 0.1], "interpolation": "bilinear"})
     assert captioner.image == ImageSpec(IMAGE_SIZE, (0.1, 0.1, 0.1), (0.2, 0.3, 0.4), "bilinear", "crop")
 
@@ -87,18 +89,6 @@ def test_lengths_are_within_bounds_and_captions_have_no_special_tokens(model, sh
     rows = decoded(captioner, images(8), seeds(8, 8))
     assert all(shortest <= len(tokens) <= longest - 2 for tokens in rows)
     assert not {START, END} & {token for tokens in rows for token in tokens}
-
-
-def test_the_start_token_is_never_sampled(tmp_path):
-    name = coca_model(tmp_path)
-    path = Path(tmp_path, "open_clip_model.safetensors")
-    state = load_file(path)
-    state["text_decoder.text_projection"][:, START] = 50 * state["text_decoder.ln_final.bias"]
-    save_file(state, path)
-    captioner = build_captioner(name, captions=4, top_p=1.0)
-    rows = decoded(captioner, images(2), seeds(2, 4))
-    assert rows
-    assert all(START not in tokens for tokens in rows)
 
 
 def test_captions_are_decoded_and_stripped_text(model):
@@ -145,11 +135,6 @@ def test_a_model_that_cannot_caption_is_rejected_by_name(tmp_path, change, messa
     assert name in str(refusal.value)
 
 
-def test_a_model_known_not_to_be_a_coca_is_rejected_before_download():
-    with pytest.raises(ValueError, match=r"'ViT-B-32' is not a CoCa .* coca_ViT-L-14"):
-        build_captioner("ViT-B-32", pretrained="laion2b_s34b_b79k")
-
-
 def test_captions_can_fill_the_context_and_longer_ones_are_rejected(model):
     with pytest.raises(ValueError, match=r"max_length 78 exceeds the 77 tokens .* can write"):
         build_captioner(model, max_length=78)
@@ -163,14 +148,3 @@ def test_an_image_with_nan_logits_gives_none_without_affecting_others(model):
     whole = captioner.caption(pixels, all_seeds)
     pixels[1] = torch.nan
     assert captioner.caption(pixels, all_seeds) == [whole[0], None, whole[2]]
-
-
-@pytest.mark.parametrize("options", [{}, {"strategy": "beams"}])
-def test_nan_logits_for_all_images_are_an_error(tmp_path, options):
-    name = coca_model(tmp_path)
-    path = Path(tmp_path, "open_clip_model.safetensors")
-    state = load_file(path)
-    state["text_decoder.text_projection"][3, 3] = torch.nan
-    save_file(state, path)
-    with pytest.raises(ValueError, match="not finite"):
-        build_captioner(name, **options).caption(images(2), seeds(2, 5))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -21,10 +21,15 @@ from teachers.registry import (
     load_teacher,
     teacher_spec,
 )
-from teachers.spec import TeacherSpec
+from teachers.spec import ModelInfo, TeacherSpec
 
 MODULE = "tests.helpers.custom_models"
 WEIGHTS = {"weights": "here"}
+#: Describe a model by the values of its spec.
+DESCRIBE: dict[str, Callable[[dict[str, Any]], ModelInfo]] = {
+    "teacher": lambda values: describe_teacher("mine", teacher_spec(**values)),
+    "captioner": lambda values: describe_captioner("mine", captioner_spec(**values)),
+}
 
 
 def custom(name: str, **spec: Any) -> TeacherSpec:
@@ -32,36 +37,26 @@ def custom(name: str, **spec: Any) -> TeacherSpec:
 
 
 @pytest.mark.parametrize(
-    ("name", "spec", "message"),
+    ("role", "name", "spec", "message"),
     [
-        ("no.such.module:T", {}, r"no\.such\.module:T cannot be imported: ModuleNotFoundError.*PYTHONPATH"),
-        ("Absent", {}, r"custom_models\.py has no such name"),
-        ("SPEC", {}, "an? ImageSpec of that name, not a class"),
-        ("Neither", {}, "neither `encode_images` nor `encode_texts`"),
-        ("Radiology", {}, "missing a required argument: 'weights'.*signature is Radiology"),
-        ("TextsOnly", {"options": {"size": 3}}, "unexpected keyword argument 'size'"),
-        ("Radiology", {"options": {"weights": {1, 2}}}, "not JSON serializable; use numbers, strings"),
-        ("TextsOnly", {"precision": "bf16"}, "`precision` is not used with `class`"),
-        ("TextsOnly", {"compile": True}, "`compile` is not used with `class`"),
+        ("teacher", "no.such.module:T", {}, r"no\.such\.module:T cannot be imported: ModuleNotFoundError.*PYTHONPATH"),
+        ("teacher", "Absent", {}, r"custom_models\.py has no such name"),
+        ("teacher", "SPEC", {}, "an? ImageSpec of that name, not a class"),
+        ("teacher", "Neither", {}, "neither `encode_images` nor `encode_texts`"),
+        ("teacher", "Radiology", {}, "missing a required argument: 'weights'.*signature is Radiology"),
+        ("teacher", "TextsOnly", {"options": {"size": 3}}, "unexpected keyword argument 'size'"),
+        ("teacher", "Radiology", {"options": {"weights": {1, 2}}}, "not JSON serializable; use numbers, strings"),
+        ("teacher", "TextsOnly", {"precision": "bf16"}, "`precision` is not used with `class`"),
+        ("teacher", "TextsOnly", {"compile": True}, "`compile` is not used with `class`"),
+        ("captioner", "Radiology", {"options": WEIGHTS}, r"has no method `caption\(pixels, seeds\)`"),
+        ("captioner", "Writer", {"top_p": 0.5}, "top_p: not used with `class`"),
+        ("captioner", "Writer", {"prompt": "What?"}, "prompt: not used with `class`"),
     ],
 )
-def test_a_wrong_teacher_is_rejected_before_loading(name: str, spec: dict[str, Any], message: str) -> None:
-    wrong = teacher_spec(class_=name if ":" in name else f"{MODULE}:{name}", **spec)
-    with pytest.raises(ValueError, match=f"teacher mine: .*(?:{message})"):
-        describe_teacher("mine", wrong)
-
-
-@pytest.mark.parametrize(
-    ("name", "spec", "message"),
-    [
-        ("Radiology", {"options": WEIGHTS}, r"has no method `caption\(pixels, seeds\)`"),
-        ("Writer", {"top_p": 0.5}, "top_p: not used with `class`"),
-        ("Writer", {"prompt": "What?"}, "prompt: not used with `class`"),
-    ],
-)
-def test_a_wrong_captioner_is_rejected_before_loading(name: str, spec: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=f"captioner mine: .*{message}"):
-        describe_captioner("mine", captioner_spec(class_=f"{MODULE}:{name}", **spec))
+def test_a_wrong_class_is_rejected_before_loading(role: str, name: str, spec: dict[str, Any], message: str) -> None:
+    values = {"class_": name if ":" in name else f"{MODULE}:{name}", **spec}
+    with pytest.raises(ValueError, match=f"{role} mine: .*(?:{message})"):
+        DESCRIBE[role](values)
 
 
 def test_a_class_is_built_with_the_device_and_its_options() -> None:
@@ -108,30 +103,20 @@ def test_errors_of_the_class_and_of_the_device_name_the_teacher() -> None:
         load_teacher("mine", custom("TextsOnly"), "cuda:64")
 
 
-def test_a_captioner_gets_its_number_of_captions() -> None:
-    three = captioner_spec(class_=f"{MODULE}:Writer", captions=3)
-    assert load_captioner("mine", three, "cpu").captions == 3
-    assert describe_captioner("mine", three).identity["captions"] == 3
-
-
-def test_a_captioner_s_own_number_of_captions_is_the_default() -> None:
-    of_options = captioner_spec(class_=f"{MODULE}:Writer", options={"captions": 2})
-    for own, number in ((of_options, 2), (captioner_spec(class_=f"{MODULE}:TwoCaptions"), 2)):
-        assert describe_captioner("mine", own).identity["captions"] == own.count == number
-        assert load_captioner("mine", own, "cpu").captions == number
-    assert captioner_spec(class_=f"{MODULE}:Writer").count == 5
-
-
-def test_a_number_that_a_captioner_does_not_give_is_refused_before_it_is_loaded() -> None:
+def test_a_captioner_s_number_of_captions_is_the_config_s_or_its_own_and_they_may_not_differ() -> None:
+    writer, two = {"class_": f"{MODULE}:Writer"}, {"class_": f"{MODULE}:TwoCaptions"}
+    of_options = {**writer, "options": {"captions": 2}}
+    for values, number in (({**writer, "captions": 3}, 3), (of_options, 2), (two, 2)):
+        spec = captioner_spec(**values)
+        assert describe_captioner("mine", spec).identity["captions"] == spec.count == number
+        assert load_captioner("mine", spec, "cpu").captions == number
+    assert captioner_spec(**writer).count == 5
     message = r"captioner mine: .* gives 2 captions an image, not 3: set `captions: 2` or change the class"
-    for own in ({"class_": f"{MODULE}:TwoCaptions"}, {"class_": f"{MODULE}:Writer", "options": {"captions": 2}}):
+    for values in (two, of_options):
         with pytest.raises(ValueError, match=message):
-            describe_captioner("mine", captioner_spec(**own, captions=3))
-
-
-def test_a_number_that_a_captioner_has_only_as_an_object_is_compared_when_it_is_loaded() -> None:
+            describe_captioner("mine", captioner_spec(**values, captions=3))
     with pytest.raises(ValueError, match=r"captioner mine: .* gives 4 captions an image, not 5: set `captions: 4`"):
-        load_captioner("mine", captioner_spec(class_=f"{MODULE}:FourCaptions"), "cpu")
+        load_captioner("mine", captioner_spec(class_=f"{MODULE}:FourCaptions"), "cpu")  # which only its objects have
 
 
 def test_the_documented_example_is_a_valid_teacher(monkeypatch: pytest.MonkeyPatch) -> None:

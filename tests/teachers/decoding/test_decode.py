@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -15,16 +16,63 @@ from teachers.decoding.rules import DecodingRules, compact
 from teachers.decoding.sampling import TokenChooser
 from teachers.registry import captioner_spec
 from teachers.spec import CaptionerSpec
-from tests.helpers.toy_language import (
-    END,
-    START,
-    VOCABULARY,
-    WORDS,
-    ToyDecoder,
-    all_texts,
-    log_probabilities,
-    rules,
-)
+
+# A toy language small enough to enumerate all texts. Logits depend on the image and on all tokens so far.
+WORDS, START, END = (0, 1, 2), 3, 4
+VOCABULARY = 5
+
+
+class ToyDecoder:
+    """A ``Decoder`` of the toy language. Raises AssertionError if rows and tokens do not match."""
+
+    def __init__(self, images: Sequence[int]) -> None:
+        self._rows = [(image, [START]) for image in images]
+        self.steps: list[int] = []
+
+    def next_logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        assert len(tokens) == len(self._rows)
+        for (_, before), now in zip(self._rows, tokens.tolist(), strict=True):
+            assert now[: len(before)] == before
+            assert len(now) == len(self.steps) + 1
+        self._rows = [(image, now) for (image, _), now in zip(self._rows, tokens.tolist(), strict=True)]
+        self.steps.append(len(tokens))
+        return torch.stack([logits_of(image, now[1:]) for image, now in self._rows])
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        self._rows = [self._rows[row] for row in rows.tolist()]
+
+
+def logits_of(image: int, words: Sequence[int]) -> torch.Tensor:
+    seed = image
+    for word in words:
+        seed = seed * 7 + word + 1
+    return 2 * torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(seed))
+
+
+def rules(min_tokens: int = 1, max_tokens: int = 4, repetition_penalty: float = 1.0) -> DecodingRules:
+    impossible = torch.tensor([token == START for token in range(VOCABULARY)])
+    return DecodingRules(START, END, impossible, min_tokens, max_tokens, repetition_penalty)
+
+
+def log_probabilities(image: int, words: Sequence[int], rules: DecodingRules) -> list[float]:
+    """Log-probabilities of the next token, by the definition of the rules."""
+    logits = logits_of(image, words).tolist()
+    for word in set(words):
+        logits[word] *= 1 / rules.repetition_penalty if logits[word] > 0 else rules.repetition_penalty
+    logits[START] = -torch.inf
+    if len(words) < rules.min_tokens:
+        logits[END] = -torch.inf
+    result: list[float] = torch.tensor(logits, dtype=torch.float64).log_softmax(0).tolist()
+    return result
+
+
+def all_texts(image: int, rules: DecodingRules) -> Iterator[tuple[list[int], float]]:
+    """Yield every possible text with its log-probability. A text of ``max_tokens`` ends with certainty."""
+    for length in range(rules.min_tokens, rules.max_tokens + 1):
+        for words in itertools.product(WORDS, repeat=length):
+            tokens = [*words, *([] if length == rules.max_tokens else [END])]
+            yield list(words), sum(log_probabilities(image, words[:i], rules)[t] for i, t in enumerate(tokens))
+
 
 IMAGES = tuple(range(20, 32))
 STRATEGIES = {
@@ -48,29 +96,19 @@ def seeds(images: int, captions: int) -> np.ndarray:
 @pytest.mark.parametrize(
     "decoding_rules", [rules(), rules(min_tokens=3, repetition_penalty=1.5)], ids=["plain", "penalty"]
 )
-def test_captions_do_not_depend_on_the_batch_for_any_strategy(strategy, options, decoding_rules):
+def test_captions_depend_on_their_image_and_seed_alone_for_any_strategy(strategy, options, decoding_rules):
     spec = make_spec(strategy, **options)
     row_seeds = seeds(len(IMAGES), spec.captions)
     together = decode(ToyDecoder(IMAGES), decoding_rules, spec, row_seeds)
     for i, image in enumerate(IMAGES):
         assert decode(ToyDecoder([image]), decoding_rules, spec, row_seeds[i : i + 1]) == [together[i]]
-    assert all(
-        decoding_rules.min_tokens <= len(words) <= decoding_rules.max_tokens
-        for of_image in together
-        for words in of_image
-    )
-    assert all(set(words) <= set(WORDS) for of_image in together for words in of_image)
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_seeds_determine_sampled_captions_and_do_not_affect_others(strategy):
-    spec = make_spec(strategy, **STRATEGIES[strategy])
-    row_seeds = seeds(len(IMAGES), spec.captions)
-    found = decode(ToyDecoder(IMAGES), rules(), spec, row_seeds)
+    for words in itertools.chain.from_iterable(together):
+        assert decoding_rules.min_tokens <= len(words) <= decoding_rules.max_tokens
+        assert set(words) <= set(WORDS)
     sampled = strategy in ("nucleus", "top_k")
-    reversed_ = [texts[:: -1 if sampled else 1] for texts in found]
-    assert decode(ToyDecoder(IMAGES), rules(), spec, row_seeds[:, ::-1]) == reversed_
-    assert (decode(ToyDecoder(IMAGES), rules(), spec, row_seeds + np.uint64(1000)) != found) == sampled
+    reversed_ = [texts[:: -1 if sampled else 1] for texts in together]
+    assert decode(ToyDecoder(IMAGES), decoding_rules, spec, row_seeds[:, ::-1]) == reversed_
+    assert (decode(ToyDecoder(IMAGES), decoding_rules, spec, row_seeds + np.uint64(1000)) != together) == sampled
 
 
 def test_greedy_chooses_the_most_probable_token():
@@ -108,7 +146,9 @@ def test_captions_share_a_row_until_the_first_token_and_ended_rows_leave_the_bat
 @pytest.mark.parametrize(
     ("options", "value"), [({"temperature": 3.0, "top_p": 1.0}, torch.inf), ({"strategy": "beams"}, torch.nan)]
 )
-def test_an_image_with_non_finite_logits_gives_none_without_affecting_others(options, value):
+def test_an_image_with_non_finite_logits_gives_none_without_affecting_others_and_all_of_several_are_an_error(
+    options, value
+):
     class Broken(ToyDecoder):
         def next_logits(self, tokens: torch.Tensor) -> torch.Tensor:
             logits = super().next_logits(tokens)
@@ -116,19 +156,12 @@ def test_an_image_with_non_finite_logits_gives_none_without_affecting_others(opt
             return logits.masked_fill(torch.tensor(broken)[:, None], value)
 
     spec = make_spec(**options)
-    whole = decode(ToyDecoder(IMAGES), rules(3), spec, seeds(len(IMAGES), 3))
-    assert decode(Broken(IMAGES), rules(3), spec, seeds(len(IMAGES), 3)) == [*whole[:2], None, *whole[3:]]
-
-
-@pytest.mark.parametrize("strategy", ["nucleus", "beams"])
-def test_non_finite_logits_for_all_images_are_an_error(strategy):
-    class Broken(ToyDecoder):
-        def next_logits(self, tokens: torch.Tensor) -> torch.Tensor:
-            return super().next_logits(tokens).fill_(torch.nan)
-
+    row_seeds = seeds(len(IMAGES), 3)
+    whole = decode(ToyDecoder(IMAGES), rules(3), spec, row_seeds)
+    assert decode(Broken(IMAGES), rules(3), spec, row_seeds) == [*whole[:2], None, *whole[3:]]
+    assert decode(Broken([22]), rules(3), spec, row_seeds[2:3]) == [None]
     with pytest.raises(ValueError, match="not finite: check the weights, or use `precision: bf16`"):
-        decode(Broken(IMAGES), rules(), make_spec(strategy), seeds(len(IMAGES), 3))
-    assert decode(Broken([20]), rules(), make_spec(strategy), seeds(1, 3)) == [None]
+        decode(Broken([22, 22]), rules(3), spec, row_seeds[[2, 2]])
 
 
 FEW_IMAGES = (11, 12, 13, 14)

@@ -84,22 +84,21 @@ def training(folder: Path, **options: bool) -> None:
 @pytest.mark.parametrize("start", [worker, training, lambda _: check_class("tests.helpers.models:ColorTeacher", {})])
 def test_workers_trainings_and_checks_settle_the_flags_before_they_load_models(tmp_path: Path, start: Any) -> None:
     assert flags() != SETTLED
-    start(tmp_path)
+    start(tmp_path / "deterministic")
     assert flags() == SETTLED
     assert os.environ[WORKSPACE] == ":4096:8"
     assert not torch.are_deterministic_algorithms_enabled(), "it would change operations on CPUs"
+    if start in (worker, training):
+        start(tmp_path / "fastest", deterministic=False)
+        assert flags() == {**SETTLED, "deterministic": False, "benchmark": True}
 
 
-@pytest.mark.parametrize("start", [worker, training])
-def test_the_switch_lets_cudnn_choose_its_fastest_kernels_and_keeps_the_precision(tmp_path: Path, start: Any) -> None:
-    start(tmp_path, deterministic=False)
-    assert flags() == {**SETTLED, "deterministic": False, "benchmark": True}
-
-
-def test_ray_starts_workers_with_the_workspace_of_cublas_unless_the_environment_has_one(
+def test_ray_starts_workers_and_ranks_with_the_workspace_of_cublas_unless_the_environment_has_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    assert environment_of_ranks(gpus=0) == {}, "ranks on CPUs can use processes that wait"
     for value in (":4096:8", ":16:8"):
+        assert RunConfig(**environment_of_ranks(gpus=1)).worker_runtime_env == {"env_vars": {WORKSPACE: value}}
         actor = as_actor(parse_config(config_of("x.tar", "y")))
         assert actor._default_options["runtime_env"]["env_vars"][WORKSPACE] == value
         monkeypatch.setenv(WORKSPACE, ":16:8")
@@ -128,12 +127,6 @@ def test_a_rank_on_cuda_requires_determinism_while_it_trains_and_leaves_the_proc
         assert not torch.are_deterministic_algorithms_enabled(), "a notebook goes on"
 
 
-def test_ray_train_starts_ranks_on_gpus_with_the_workspace_of_cublas() -> None:
-    run = RunConfig(**environment_of_ranks(gpus=1))
-    assert run.worker_runtime_env == {"env_vars": {WORKSPACE: ":4096:8"}}
-    assert environment_of_ranks(gpus=0) == {}, "ranks on CPUs can use processes that wait"
-
-
 def test_captions_are_decoded_without_sorting_the_indices_of_each_copy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,13 +145,9 @@ def test_captions_are_decoded_without_sorting_the_indices_of_each_copy(
     captioner.generate(torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE), np.zeros((1, 1), np.uint64))
     assert seen == [False]
     assert torch.is_deterministic_algorithms_warn_only_enabled()
-
-
-def test_steps_of_a_decoder_sort_no_indices_on_cuda_and_leave_the_flags_as_they_were() -> None:
-    determinism.set_flags("cuda")
     with decoding_kernels(torch.device("cuda")):
         assert not torch.are_deterministic_algorithms_enabled()
-    assert torch.are_deterministic_algorithms_enabled()
+    assert torch.are_deterministic_algorithms_enabled(), "as it was"
 
 
 def test_a_training_with_an_operation_without_a_deterministic_kernel_names_it_and_the_switch(tmp_path: Path) -> None:

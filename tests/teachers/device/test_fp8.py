@@ -67,21 +67,16 @@ def test_a_device_without_fp8_is_refused_before_a_run_with_the_fix(tmp_path: Pat
             check_device(torch.device("cuda", 0))
 
 
-def test_fp8_is_refused_where_nothing_compares_it_or_uses_it() -> None:
+def test_fp8_is_part_of_the_identity_of_a_model_and_refused_where_nothing_compares_or_uses_it(tmp_path: Path) -> None:
+    specs = [teacher_spec(model=open_clip_model(tmp_path), precision=one) for one in ("bf16", "fp8")]
+    bf16, fp8 = (describe_teacher("a", spec).identity for spec in specs)
+    assert fp8 == {**bf16, "precision": "fp8"}
     with pytest.raises(ValidationError, match="`precision: fp8` is for image towers of teachers"):
         captioner_spec(model="coca_ViT-L-14", precision="fp8")
     with pytest.raises(ValidationError, match="`precision: fp8` is for `reinforce run`"):
         Loss(targets="online", teachers={"a": teacher_spec(model="ViT-B-32", precision="fp8")})
     with pytest.raises(ValueError, match="`precision` is not used with `class`"):
         describe_teacher("red", teacher_spec(**{"class": "tests.helpers.models:ColorTeacher", "precision": "fp8"}))
-
-
-def test_fp8_is_part_of_the_identity_of_a_model(tmp_path: Path) -> None:
-    model = open_clip_model(tmp_path)
-    identities = {
-        one: describe_teacher("a", teacher_spec(model=model, precision=one)).identity for one in ("bf16", "fp8")
-    }
-    assert identities["fp8"] == {**identities["bf16"], "precision": "fp8"}
 
 
 @pytest.mark.parametrize(("growth", "near"), [(1, True), (3, False)])

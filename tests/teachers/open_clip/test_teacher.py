@@ -30,6 +30,7 @@ from tests.helpers import tiny_models
 from tests.helpers.tiny_models import FULL_LENGTH, TRIMMED
 
 CPU = Accelerator("cpu")
+OWN, SAFE = open_clip.get_tokenizer("ViT-B-32"), Tokenizer("ViT-B-32")
 TEXTS = ["a", "a photo of a dog on the beach", "", "so many words " * 60, "Ünïcode – 犬"]
 
 
@@ -73,26 +74,19 @@ def test_embeddings_match_open_clip_and_only_causal_towers_trim_texts(models: di
     assert _length_seen(teacher, ["word " * 200]) == full
 
 
-def test_logit_scale_defaults_to_the_models_own(models: dict[str, str]) -> None:
-    assert _teacher(models["small"]).logit_scale == pytest.approx(1 / 0.07)
-    assert _teacher(models["small"], logit_scale=60.0).logit_scale == 60
-
-
-def test_each_model_has_its_own_preprocessing(models: dict[str, str]) -> None:
-    small, large = _teacher(models["small"]).image, _teacher(models["large"]).image
-    assert small is not None
-    assert large is not None
-    assert (small.size, small.mean) == (32, tiny_models.MEAN)
-    assert (large.size, large.mean, large.std) == (48, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-
-
-def test_stated_preprocessing_is_that_of_the_loaded_model(models: dict[str, str], tmp_path: Path) -> None:
+def test_logit_scale_and_preprocessing_are_the_models_own_unless_the_config_states_others(
+    models: dict[str, str], tmp_path: Path
+) -> None:
+    small, large = _teacher(models["small"]), _teacher(models["large"])
+    assert small.logit_scale == pytest.approx(1 / 0.07)
+    assert small.image == ImageSpec(32, tiny_models.MEAN, tiny_models.STD)
+    assert large.image == ImageSpec(48, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     stated = {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0], "interpolation": "bilinear", "resize_mode": "squash"}
-    teacher = _teacher(models["small"], preprocess=stated)
-    assert teacher.image == ImageSpec(32, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "bilinear", "squash")
-    assert _teacher(models["small"], preprocess={"mean": [0.0, 0.0, 0.0]}).image == replace(
-        _teacher(models["small"]).image, mean=(0.0, 0.0, 0.0)
-    )
+    changed = _teacher(models["small"], preprocess=stated, logit_scale=60.0)
+    assert changed.logit_scale == 60
+    assert changed.image == ImageSpec(32, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "bilinear", "squash")
+    changed = _teacher(models["small"], preprocess={"mean": [0.0, 0.0, 0.0]})
+    assert changed.image == replace(small.image, mean=(0.0, 0.0, 0.0))
     (tmp_path / "a.pt").touch()
     with pytest.raises(ValueError, match=r"does not state its preprocessing, .* add `preprocess: \{mean: \[0\.0, "):
         _teacher("MobileCLIP2-S0", pretrained=str(tmp_path / "a.pt"))
@@ -119,12 +113,6 @@ def test_weights_that_do_not_fit_are_rejected(models: dict[str, str], tmp_path: 
         _teacher("ViT-B-32", pretrained=str(tmp_path / "a.pt"))
 
 
-def test_padding_preprocessing_is_rejected(tmp_path: Path) -> None:
-    model = tiny_models.open_clip_model(tmp_path / "m", preprocess={"resize_mode": "longest"})
-    with pytest.raises(ValueError, match=r"resize_mode 'longest' pads images.*shortest or squash"):
-        _teacher(model)
-
-
 def test_preprocessing_is_converted_as_open_clip_applies_it() -> None:
     config = {"size": [32, 48], "mean": 0.5, "std": [1, 2, 3], "interpolation": "bilinear", "resize_mode": "shortest"}
     assert image_spec(config).interpolation == "bicubic"  # open_clip always uses bicubic for crops that are not square
@@ -132,6 +120,8 @@ def test_preprocessing_is_converted_as_open_clip_applies_it() -> None:
     assert image_spec({**config, "resize_mode": "squash"}).interpolation == "bilinear"
     assert image_spec({**config, "size": (48, 48)}).size == 48
     assert image_spec({**config, "size": 48, "interpolation": "random"}).interpolation == "bicubic"
+    with pytest.raises(ValueError, match=r"resize_mode 'longest' pads images.*shortest or squash"):
+        image_spec({**config, "resize_mode": "longest"})
 
 
 def test_weights_of_the_other_activation_are_rejected_before_download() -> None:
@@ -148,9 +138,9 @@ def test_weights_of_the_other_activation_are_rejected_before_download() -> None:
 def test_special_tokens_in_texts_are_read_as_plain_text(models: dict[str, str], text: str) -> None:
     teacher = _teacher(models["small"])
     assert bool((open_clip.tokenize([text]) >= 49406).sum() > 2), "open_clip reads it as a special token"
-    tokens = teacher._text.tokenize([text])[0]
-    assert int((tokens == 49406).sum()) == 1
-    assert int((tokens == 49407).sum()) == 1
+    for tokens in (teacher._text.tokenize([text])[0].tolist(), SAFE([text])[0].tolist()):
+        assert tokens.count(49406) == tokens.count(49407) == 1
+        assert tokens.index(49407) > 6
     assert not torch.equal(teacher.encode_texts([text]), teacher.encode_texts(["a b"]))
 
 
@@ -170,7 +160,7 @@ def test_the_token_cache_is_bounded(models: dict[str, str], monkeypatch: pytest.
     assert torch.equal(teacher.encode_texts(["a dog"]), first)
 
 
-def test_a_hugging_face_tokenizer_is_used_and_its_special_tokens_are_plain_text(tmp_path: Path) -> None:
+def test_a_hugging_face_tokenizer_is_used_and_exported_and_its_special_tokens_are_plain_text(tmp_path: Path) -> None:
     folder = tmp_path / "hf"
     model = tiny_models.open_clip_model(
         folder, custom_text=True, pool_type="eos", eos_id=2, vocab_size=300, context_length=24, hf_tokenizer_name="own"
@@ -184,6 +174,9 @@ def test_a_hugging_face_tokenizer_is_used_and_its_special_tokens_are_plain_text(
     tokens = teacher._text.tokenize(["a </s> b </S> c <pad>"])[0]
     assert int((tokens == 2).sum()) == 1
     assert _length_seen(teacher, ["a", "a cat"]) < 24
+    config = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
+    write_open_clip(plain, config, tokenizer, str(tmp_path / "exported"))
+    assert torch.equal(open_clip.get_tokenizer(f"local-dir:{tmp_path / 'exported'}")(texts), tokenizer(texts))
 
 
 def test_text_towers_of_transformers_encode_the_full_length(tmp_path: Path) -> None:
@@ -201,15 +194,10 @@ def test_text_towers_of_transformers_encode_the_full_length(tmp_path: Path) -> N
     torch.testing.assert_close(teacher.encode_texts(TEXTS), expected, rtol=0, atol=1e-6)
 
 
-OWN, SAFE = open_clip.get_tokenizer("ViT-B-32"), Tokenizer("ViT-B-32")
-
-
 def test_tokens_match_open_clip_also_after_pickling() -> None:
     texts = ["A photo of a  cat.", "naïve café, ünïcode", "", "word " * 200]
-    here = Tokenizer("ViT-B-32")
-    expected = open_clip.get_tokenizer("ViT-B-32")(texts)
-    assert torch.equal(here(texts), expected)
-    assert torch.equal(pickle.loads(pickle.dumps(here))(texts), expected)
+    for tokenizer in (SAFE, pickle.loads(pickle.dumps(SAFE))):
+        assert torch.equal(tokenizer(texts), OWN(texts))
 
 
 @given(st.text(max_size=60).filter(lambda text: "<" not in html.unescape(html.unescape(text))))
@@ -217,13 +205,6 @@ def test_tokens_match_open_clip_also_after_pickling() -> None:
 def test_tokens_of_any_text_match_open_clip(text: str) -> None:
     twice = [text, text]  # the second text uses the token cache
     assert torch.equal(SAFE(twice), OWN(twice))
-
-
-def test_a_tokenizer_reads_special_tokens_as_plain_text() -> None:
-    [start, *_, end] = open_clip.get_tokenizer("ViT-B-32").all_special_ids[:2]
-    [tokens] = Tokenizer("ViT-B-32")(["a <end_of_text> b <start_of_text>"]).tolist()
-    assert tokens.count(end) == tokens.count(start) == 1
-    assert tokens.index(end) > 8
 
 
 def test_an_exported_folder_loads_in_open_clip_with_equal_outputs(tmp_path: Path) -> None:
@@ -237,14 +218,3 @@ def test_an_exported_folder_loads_in_open_clip_with_equal_outputs(tmp_path: Path
         assert torch.equal(loaded.encode_image(pixels), model.encode_image(pixels))
         assert torch.equal(loaded.encode_text(tokens), model.encode_text(tokens))
     assert open_clip.get_model_preprocess_cfg(loaded) == open_clip.get_model_preprocess_cfg(model)
-
-
-def test_the_files_of_a_hugging_face_tokenizer_are_exported(tmp_path: Path) -> None:
-    name = tiny_models.open_clip_model(
-        tmp_path / "a", custom_text=True, vocab_size=300, context_length=24, hf_tokenizer_name="own"
-    )
-    tiny_models.tokenizer(tmp_path / "a", start="<s>", end="</s>", pad="<pad>", length=24)
-    config = json.loads((tmp_path / "a" / "open_clip_config.json").read_text())["model_cfg"]
-    write_open_clip(open_clip.create_model(name), config, open_clip.get_tokenizer(name), str(tmp_path / "b"))
-    tokens = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'b'}")(["a cat"])
-    assert torch.equal(tokens, open_clip.get_tokenizer(name)(["a cat"]))

@@ -84,11 +84,6 @@ def test_an_image_without_a_caption_has_the_reason(answer: tuple[int, dict[str, 
     assert detail in second.detail
 
 
-def test_other_captions_of_the_image_fill_the_place_of_a_missing_one() -> None:
-    with chat_server(lambda _, request: (200, completion("" if request["seed"] == 1 else f"{request['seed']}"))) as url:
-        assert caption(url, [GRAY], captions=3) == [["0", "0", "2"]]
-
-
 def test_a_request_at_which_a_working_server_fails_costs_its_caption_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("teachers.server.servers.FIRST_PAUSE", 0.01)
     with chat_server(by_color((500, {"error": {"message": "out of memory"}}))) as url:
@@ -96,6 +91,8 @@ def test_a_request_at_which_a_working_server_fails_costs_its_caption_alone(monke
     assert first == ["a wall"]
     assert "answers other requests and fails at this one" in second.detail
     assert "out of memory" in second.detail
+    with chat_server(lambda _, request: (200, completion("" if request["seed"] == 1 else f"{request['seed']}"))) as url:
+        assert caption(url, [GRAY], captions=3) == [["0", "0", "2"]], "the others of the image fill its place"
 
 
 def test_requests_are_parallel_within_the_bound_and_spread_over_the_servers_that_work() -> None:

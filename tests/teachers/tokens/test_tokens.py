@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,18 +61,17 @@ def test_an_open_clip_folder_that_names_a_hugging_face_tokenizer_needs_its_files
 
 
 @pytest.mark.parametrize("name", ["vocab.txt", "spiece.model", "source.spm", "qwen.tiktoken"])
-def test_any_vocabulary_is_enough(tmp_path: Path, name: str) -> None:
+def test_any_vocabulary_is_enough_and_a_tokenizer_of_bytes_needs_none(tmp_path: Path, name: str) -> None:
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "CLIPTokenizer"}')
     with pytest.raises(FileNotFoundError, match=FIX):
         check_tokenizer_files(tmp_path)
     (tmp_path / name).touch()
     check_tokenizer_files(tmp_path)
-
-
-@pytest.mark.parametrize(("file", "key"), [("tokenizer_config.json", "tokenizer_class"), ("config.json", "model_type")])
-def test_a_tokenizer_of_bytes_needs_no_vocabulary(tmp_path: Path, file: str, key: str) -> None:
-    (tmp_path / file).write_text(json.dumps({key: "ByT5Tokenizer"}))
-    check_tokenizer_files(tmp_path)
+    (tmp_path / name).unlink()
+    for file, key in (("config.json", "model_type"), ("tokenizer_config.json", "tokenizer_class")):
+        (tmp_path / file).write_text(json.dumps({key: "ByT5Tokenizer"}))
+        check_tokenizer_files(tmp_path)
+        (tmp_path / file).unlink()
 
 
 def _encode(texts: Sequence[str], trim: bool, padding: float) -> torch.Tensor:
@@ -80,17 +80,12 @@ def _encode(texts: Sequence[str], trim: bool, padding: float) -> torch.Tensor:
     return torch.stack([torch.tensor([len(text), 1.0, padding * (longest - len(text))]) for text in texts])
 
 
-def test_an_encoder_that_ignores_padding_is_exact() -> None:
-    assert trimming_is_exact(lambda texts, trim: _encode(texts, trim, padding=0.0))
-
-
-def test_an_encoder_that_uses_padding_is_not_exact_and_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    assert not trimming_is_exact(lambda texts, trim: _encode(texts, trim, padding=0.1))
-    assert "texts are encoded at full length" in caplog.text
-
-
-def test_differences_of_longer_batches_are_found() -> None:
-    def encode(texts: Sequence[str], trim: bool) -> torch.Tensor:
+def test_an_encoder_is_exact_if_it_ignores_padding_in_all_batches(caplog: pytest.LogCaptureFixture) -> None:
+    def in_the_longest(texts: Sequence[str], trim: bool) -> torch.Tensor:
         return _encode(texts, trim, padding=0.1 if len(texts) == len(PROBE_TEXTS) else 0.0)
 
-    assert not trimming_is_exact(encode)
+    assert trimming_is_exact(partial(_encode, padding=0.0))
+    assert not caplog.text
+    assert not trimming_is_exact(in_the_longest)
+    assert not trimming_is_exact(partial(_encode, padding=0.1))
+    assert "texts are encoded at full length" in caplog.text
