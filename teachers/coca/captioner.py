@@ -22,6 +22,7 @@ from teachers.device.accelerator import Accelerator
 from teachers.device.determinism import unique_indices
 from teachers.device.frozen import freeze
 from teachers.device.memory import GIB, cache_bytes
+from teachers.open_clip import catalog
 from teachers.open_clip.teacher import image_spec, load_model, model_name
 from teachers.spec import CaptionerSpec
 
@@ -36,6 +37,7 @@ class CocaCaptioner:
     """
 
     def __init__(self, spec: CaptionerSpec, accelerator: Accelerator) -> None:
+        catalog.check_coca(spec.name)
         model: Any = load_model(spec)
         check_model(spec, model)
         check_max_length(spec, model)

@@ -46,10 +46,10 @@ def vit(folder: Path) -> str:
     return open_clip_model(folder, context_length=CONTEXT)
 
 
-def fastvit(folder: Path, weights: bool = True, size: tuple[int, int] = (96, 64), context: int = CONTEXT) -> str:
+def fastvit(folder: Path, weights: bool = True, size: tuple[int, int] = (96, 64)) -> str:
     """Write a FastViT whose images, portraits by default, are squashed, and a text tower without causal mask."""
     folder.mkdir(parents=True)
-    config = open_clip_config(context_length=context, no_causal_mask=True)
+    config = open_clip_config(context_length=CONTEXT, no_causal_mask=True)
     config["vision_cfg"] = {**FASTVIT, "image_size": [*size]}
     preprocess = {"mean": MEAN, "std": STD, "interpolation": "bilinear", "resize_mode": "squash", "size": [*size]}
     saved = {"model_cfg": {**config, "custom_text": True}, "preprocess_cfg": preprocess}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +32,20 @@ FLOAT32, INT32 = 65568, 131104  # ArrayFeatureType
 class Exported(NamedTuple):
     model: str
     folder: Path
+    converted: dict[str, Callable[..., Any]]  # what torch and coremltools do, once for each tower: it takes seconds
+
+
+def kept(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which returns what it has returned for the same tower."""
+    known: dict[str, Any] = {}
+
+    @wraps(function)
+    def once(tower: Tower, *rest: Any) -> Any:
+        if tower.name not in known:
+            known[tower.name] = function(tower, *rest)
+        return known[tower.name]
+
+    return once
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +53,22 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """A FastViT of portrait pictures, and its packages in fp16."""
     root: Path = tmp_path_factory.mktemp("coreml")
     name = models.fastvit(root / "my-student")
-    with pytest.raises(SystemExit) as ended:
-        main(["export", "coreml", name, f"{root}/out"])
+    converted = {function: kept(getattr(coreml, function)) for function in ("_export", "_convert")}
+    with pytest.MonkeyPatch.context() as patch:
+        for function, of in converted.items():
+            patch.setattr(coreml, function, of)
+        with pytest.raises(SystemExit) as ended:
+            main(["export", "coreml", name, f"{root}/out"])
     assert not ended.value.code
-    return Exported(name, root / "out")
+    return Exported(name, root / "out", converted)
+
+
+@pytest.fixture
+def again(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> Exported:
+    """An export of this model converts nothing again."""
+    for function, of in exported.converted.items():
+        monkeypatch.setattr(coreml, function, of)
+    return exported
 
 
 def spec_of(path: Path) -> Any:
@@ -113,16 +141,16 @@ def test_end_of_text_is_found_on_integers(exported: Exported) -> None:
 
 
 def test_smaller_weights_are_published_if_they_are_close_enough(
-    exported: Exported, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    again: Exported, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    words = ("export", "coreml", exported.model, str(tmp_path / "small"), "--weights")
+    words = ("export", "coreml", again.model, str(tmp_path / "small"), "--weights")
     code, _, err = run_command(capfd, *words, "palettised")
     assert code == 2
     assert "its text tower with palettised weights has a cosine of 0.97" in err
     assert "to the trained one, less than --min-cosine 0.99: use other --weights, or allow less" in err
     assert list(tmp_path.iterdir()) == []
     assert run_command(capfd, *words, "int8")[0] == 0
-    report, large = (json.loads((one / "export.json").read_text()) for one in (tmp_path / "small", exported.folder))
+    report, large = (json.loads((one / "export.json").read_text()) for one in (tmp_path / "small", again.folder))
     assert report["towers"]["text"]["bytes"] < 0.6 * large["towers"]["text"]["bytes"]
     assert 0.995 <= report["towers"]["text"]["cosine"]["min"] < large["towers"]["text"]["cosine"]["min"]
 
@@ -147,13 +175,18 @@ def test_what_the_app_cannot_run_is_refused(tmp_path: Path, capfd: pytest.Captur
     assert not (tmp_path / "out").exists()
 
 
-def test_packages_replace_those_of_the_app(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    name, out = models.fastvit(tmp_path / "model", size=(256, 256), context=77), tmp_path / "out"
+def test_packages_replace_those_of_the_app(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of small ones: large pictures take seconds."""
+    monkeypatch.setattr(coreml, "_APP_MODELS", {64: "s0"})
+    monkeypatch.setattr(coreml, "_APP_CONTEXT", models.CONTEXT)
+    name, out = models.fastvit(tmp_path / "model", size=(64, 64)), tmp_path / "out"
     code, _, err = run_command(capfd, "export", "coreml", name, str(out), "--names", "app")
     assert code == 0, err
     sides = {side: out / f"mobileclip_s0_{side}.mlpackage" for side in ("image", "text")}
     assert {*out.glob("*.mlpackage")} == {*sides.values()}
-    check_interface({side: spec_of(path) for side, path in sides.items()}, 256, 256, 77)
+    check_interface({side: spec_of(path) for side, path in sides.items()}, 64, 64, models.CONTEXT)
     report = json.loads((out / "export.json").read_text())
     assert {side: tower["file"] for side, tower in report["towers"].items()} == {
         side: path.name for side, path in sides.items()
@@ -162,16 +195,18 @@ def test_packages_replace_those_of_the_app(tmp_path: Path, capfd: pytest.Capture
 
 
 def test_unknown_operations_are_named(
-    exported: Exported, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    again: Exported, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_class_token = open_clip_model(tmp_path / "model", custom_text=True, embed_cls=True)
-    code, out, err = run_command(capfd, "export", "coreml", with_class_token, str(tmp_path / "out"))
+    with monkeypatch.context() as patch:
+        patch.setattr(coreml, "_export", again.converted["_export"].__wrapped__)
+        code, out, err = run_command(capfd, "export", "coreml", with_class_token, str(tmp_path / "out"))
     assert (code, out) == (2, ""), "before anything is converted"
     assert "its text tower has operations that coremltools lacks: aten.new_ones.default" in err
     monkeypatch.delitem(mil._OPERATIONS, "gelu")
     with pytest.raises(ValueError, match="an operation that cannot be checked here: gelu"):
-        coreml.TARGET.load(exported.folder / "my_student_text.mlpackage")
-    code, _, err = run_command(capfd, "export", "coreml", exported.model, str(tmp_path / "out"))
+        coreml.TARGET.load(again.folder / "my_student_text.mlpackage")
+    code, _, err = run_command(capfd, "export", "coreml", again.model, str(tmp_path / "out"))
     assert (code, "cannot be checked here: gelu" in err) == (2, True)
     assert list(tmp_path.iterdir()) == [tmp_path / "model"]
 

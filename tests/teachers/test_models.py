@@ -21,11 +21,10 @@ def check_independent(captioner: Any, count: int, monkeypatch: pytest.MonkeyPatc
     together: list[list[str]] = captioner.caption(pixels, all_seeds)
     for i in (0, count - 1):
         assert captioner.caption(pixels[i : i + 1], all_seeds[i : i + 1]) == [together[i]]
-    for rows in (1, 7):
-        monkeypatch.setattr("teachers.coca.captioner._MAX_ROWS", rows)
-        monkeypatch.setattr(captioner, "_rows", rows, raising=False)
+    with monkeypatch.context() as patch:
+        patch.setattr("teachers.coca.captioner._MAX_ROWS", 7)
+        patch.setattr(captioner, "_rows", 7, raising=False)
         assert captioner.caption(pixels, all_seeds) == together
-    monkeypatch.undo()
     return together
 
 
