@@ -38,7 +38,7 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "other heads": ({}, {"multimodal": {"heads": 4}}),
     "no pooling of images": ({}, {"vision": {"attentional_pool": False}}),
     "cast to bf16": ({}, {"cast_dtype": torch.bfloat16}),
-    "a mask that hides the padding itself": ({"correct_cls_mask": True}, {}),
+    "a mask that hides the padding itself": ({}, {"correct_cls_mask": True}),
 }
 
 
@@ -48,7 +48,9 @@ def coca(text: dict[str, Any], **model: Any) -> Any:
     config["multimodal_cfg"].update(model.pop("multimodal", {}))
     config["vision_cfg"].update(model.pop("vision", {}))
     del config["custom_text"]
+    correct = model.pop("correct_cls_mask", False)
     coca_model = open_clip.CoCa(**config, **model)
+    coca_model.text.correct_cls_mask = correct
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in coca_model.named_parameters():
