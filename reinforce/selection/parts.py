@@ -25,6 +25,7 @@ import numpy.typing as npt
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.view import FOLDER
 from reinforce.errors import UserError
+from reinforce.nodes import for_each_shard
 from reinforce.processes.cores import available_cores
 from reinforce.processes.parent import exit_with_parent
 from reinforce.processes.prefetch import prefetch
@@ -142,10 +143,18 @@ class Work:
 
     def _run(self, call: Callable[[tuple[int, _T]], Arrays], items: Sequence[tuple[int, _T]]) -> Iterator[Arrays]:
         if self._address:
-            return _on_ray(call, items)
+            return self._on_ray(call, dict(items))
         if self._processes == 1 or len(items) < 2:
             return map(call, items)
         return self._in_processes(call, items)
+
+    def _on_ray(self, call: Callable[[tuple[int, _T]], Arrays], items: dict[int, _T]) -> Iterator[Arrays]:
+        numbered, left = functools.partial(_call_numbered, call, items), deque(items)
+        found: dict[int, Arrays] = {}
+        for number, result in for_each_shard(numbered, [*map(str, items)], address=self._address, unit="part"):
+            found[int(number)] = result
+            while left and left[0] in found:
+                yield found.pop(left.popleft())
 
     def _in_processes(
         self, call: Callable[[tuple[int, _T]], Arrays], items: Sequence[tuple[int, _T]]
@@ -171,6 +180,10 @@ def _compute(parts: Parts, stage: str, compute: Callable[[int, _T], Arrays], ite
     return result
 
 
+def _call_numbered(call: Callable[[tuple[int, _T]], Arrays], items: dict[int, _T], number: str) -> Arrays:
+    return call((int(number), items[int(number)]))
+
+
 def _start() -> None:
     """Set up a process of the pool."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the pool
@@ -188,32 +201,3 @@ def _one_thread() -> Iterator[None]:
         os.environ.pop("OMP_NUM_THREADS")
         if before is not None:
             os.environ["OMP_NUM_THREADS"] = before
-
-
-def _on_ray(call: Callable[[tuple[int, _T]], Arrays], items: Sequence[tuple[int, _T]]) -> Iterator[Arrays]:
-    import ray
-    from ray.exceptions import RayTaskError
-
-    from reinforce.cluster import cause_of, live_resources
-
-    @ray.remote(num_cpus=1)
-    def remote(item: tuple[int, _T]) -> Arrays:
-        return call(item)
-
-    ahead = _AHEAD * max(1, int(sum(node.get("CPU", 0) for node in live_resources())))
-    pending: deque[Any] = deque()
-    left = iter(items)
-    try:
-        while True:
-            for item in left:
-                pending.append(remote.remote(item))
-                if len(pending) >= ahead:
-                    break
-            if not pending:
-                return
-            yield ray.get(pending.popleft())
-    except RayTaskError as error:
-        raise cause_of(error) from None
-    finally:
-        for reference in pending:
-            ray.cancel(reference)

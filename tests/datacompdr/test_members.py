@@ -18,8 +18,7 @@ import pytest
 import torch
 
 import reinforce
-from reinforce.datacompdr.members import Unreadable, parse_augmentation, parse_vectors
-from reinforce.dataset.augment.records import OPS, Augmentation, Crop, Op
+from reinforce.datacompdr.members import parse_vectors
 from tests.helpers.published import (
     ALL,
     COUNT,
@@ -91,6 +90,7 @@ BROKEN: dict[str, tuple[str, dict[str, bytes | Callable[[], bytes] | None]]] = {
     "an empty crop": ("samples", {"paug.json": paug([[[0, 0, 0, 9]]] * 3)}),
     "a crop of another image": ("samples", {"paug.json": paug([[[0, 0, 31, 40], None]] * 3)}),
     "an operation that there is not": ("samples", {"paug.json": paug([[CROP, [[14, 1.0]]]] * 3)}),
+    "an operation that is no number": ("samples", {"paug.json": paug([[CROP, [[True, 1.0]]]] * 3)}),
     "an operation without end": (
         "samples",
         {"paug.json": b'{"param_aug": [' + b", ".join([b"[[0, 0, 9, 9], [[1, 1e999]]]"] * 3) + b"]}"},
@@ -121,16 +121,6 @@ BROKEN: dict[str, tuple[str, dict[str, bytes | Callable[[], bytes] | None]]] = {
     "a pickle of a pth.gz": ("embeddings/one/images", {"npz": None, "pth.gz": harmful_pth()}),
     "a bare pickle": ("embeddings/one/images", {"npz": None, "pth.gz": gzip.compress(pickle.dumps(Harm()))}),
 }
-
-
-def test_an_augmentation_is_a_crop_and_operations_or_none() -> None:
-    parsed = parse_augmentation([[1, 2, 10, 20], [[OPS.index("Rotate"), 9], [0, 0.5]]], 24, 40, 30)
-    assert parsed == Augmentation(Crop(1, 2, 10, 20), 24, (Op("Rotate", 9.0), Op(OPS[0], 0.5)))
-    assert parse_augmentation([[0, 0, 30, 40], None], 24, 40, 30) == Augmentation(Crop(0, 0, 30, 40), 24, None)
-    with pytest.raises(Unreadable, match="does not fit this image of 40 x 30"):
-        parse_augmentation([[0, 0, 40, 30], None], 24, 40, 30)
-    with pytest.raises(Unreadable, match="is not an operation"):
-        parse_augmentation([[0, 0, 9, 9], [[True, 1.0]]], 24, 40, 30)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])

@@ -39,7 +39,7 @@ def test_entropy_and_agreement_are_those_of_the_definition() -> None:
     np.testing.assert_allclose(targets.agreements(), agreement.numpy(), atol=1e-4)
 
 
-def test_equal_teachers_agree_fully_and_null_rows_have_no_agreement() -> None:
+def test_equal_teachers_agree_fully_and_null_rows_and_teachers_without_a_scale_not_at_all() -> None:
     images, texts = unit(3 * BATCH + 5, 4, seed=0), unit(3 * BATCH + 5, 4, seed=1)
     images[7], texts[700] = np.nan, np.nan
     targets = Targets({"a": 20.0, "b": 20.0})
@@ -49,9 +49,6 @@ def test_equal_teachers_agree_fully_and_null_rows_have_no_agreement() -> None:
     assert len(agreement) == len(images)
     assert np.flatnonzero(np.isnan(agreement)).tolist() == [7, 700]
     np.testing.assert_allclose(agreement[~np.isnan(agreement)], 1, atol=1e-5)
-
-
-def test_a_teacher_without_a_logit_scale_has_an_entropy_but_no_agreement() -> None:
     rows = {name: (unit(30, 4, seed=n), unit(30, 4, seed=n + 5)) for n, name in enumerate("ab")}
     targets = Targets({"a": 20.0, "b": None})
     targets.add(rows)

@@ -250,12 +250,8 @@ def test_bad_input_is_one_line_that_names_the_remedy(
     other = shutil.copytree(dataset, tmp_path / "other")
     with pytest.raises(UserError, match="other has a dataset"):
         export(dataset, other)
-    code, _, err = run_command(capfd, "plan", _config(tmp_path, str(published)))
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps(config_of(str(published), tmp_path / "out")))
+    code, _, err = run_command(capfd, "plan", str(config))
     assert (code, err.count("\n")) == (2, 1)
     assert "has labels without images. Name it under `labels`" in err
-
-
-def _config(folder: Path, source: str) -> str:
-    path = folder / "config.yaml"
-    path.write_text(json.dumps(config_of(source, folder / "out")))
-    return str(path)

@@ -44,16 +44,13 @@ def test_lengths_duplicates_missing_end_marks_and_ends_mid_sentence_are_counted(
     assert summary["ends_midway"] == pytest.approx(3 / 8)
 
 
-def test_rows_without_captions_count_only_as_null() -> None:
+def test_rows_without_captions_count_only_as_null_and_equal_captions_have_a_self_bleu_of_one() -> None:
     summary = summary_of(None, ["a cat", "a dog"], None, None)
     assert (summary["rows"], summary["captions"], summary["null"]) == (4, 2, 0.75)
     assert summary.keys() - {"rows", "captions"} == DEFINITIONS.keys()
     nothing = summary_of(None, count=2)
     assert (nothing["null"], nothing["words"], nothing["self_bleu"]) == (1.0, None, None)
     assert nothing["distinct"] == {"1": None, "2": None, "3": None}
-
-
-def test_self_bleu_is_one_for_equal_captions_and_none_for_a_single_one() -> None:
     same = "a photo of a cat"
     assert summary_of([same] * 3, [same + " and a dog"] * 3)["self_bleu"] == pytest.approx(1)
     assert summary_of([same], ["another one of these"])["self_bleu"] is None

@@ -40,9 +40,11 @@ def test_captions_are_cleaned(data, text):
     assert caption(data) == text
 
 
-def test_long_captions_are_cut_and_trimmed():
+def test_long_captions_are_cut_and_trimmed_and_lone_surrogates_replaced():
     assert caption("ä".encode() * 3000) == "ä" * 2000
     assert caption(b"  abc  def", Limits(caption_chars=4)) == "abc"
+    data = rb'{"caption": "\ud83d\ude00 \ud83d x"}'
+    assert caption_of({"json": data}, FIELDS, LIMITS) == "😀 \ufffd x"
 
 
 def test_the_first_field_with_text_is_used():
@@ -51,12 +53,6 @@ def test_the_first_field_with_text_is_used():
     assert caption_of(sidecars | {"txt": b"from txt"}, FIELDS, LIMITS) == "from txt"
     assert caption_of(sidecars, ["json:alt", "json:none", "cls", "en.txt"], LIMITS) == "english"
     assert caption_of({}, FIELDS, LIMITS) is None
-
-
-def test_lone_surrogates_in_json_are_replaced_and_pairs_kept():
-    data = rb'{"caption": "\ud83d\ude00 \ud83d x"}'
-    assert caption_of({"json": data}, FIELDS, LIMITS) == "😀 \ufffd x"
-    assert metadata_of({"json": data}, "all") == '{"caption":"😀 \ufffd x"}'
 
 
 def test_json_of_900_levels_is_used_with_every_python():

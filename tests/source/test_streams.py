@@ -14,17 +14,10 @@ from reinforce.source.formats.tar import read_shard
 from schemas import Reason
 from tests.helpers.tars import LIMITS, TAR, outcomes, read, sample_members, tar_bytes, zstd
 
-
-@pytest.mark.parametrize("name", ["x.tar.gz", "x.tar.xz", "x.tar.bz2", "x.tar.zst"])
-def test_a_file_without_the_compression_of_its_name_is_unreadable(name):
-    for data in (TAR, b""):
-        assert outcomes(read(data, name)) == [(None, "shard_unreadable")]
-
-
 COMPRESS = {"gz": gzip.compress, "xz": lzma.compress, "bz2": bz2.compress, "zst": zstd}
 
 
-def test_compressed_tars_are_read_like_plain_ones_and_a_truncated_one_is_damaged():
+def test_compressed_tars_are_read_like_plain_ones_and_truncated_or_plain_ones_under_their_names_refused():
     noise = random.Random(0)
     plain = tar_bytes([member for i in range(180) for member in sample_members(f"{i}", noise.randbytes(4_800))])
     rows = read(plain)
@@ -35,6 +28,8 @@ def test_compressed_tars_are_read_like_plain_ones_and_a_truncated_one_is_damaged
         cut = read(data[:-20], f"x.tar.{ending}")
         assert cut[-1].reason is Reason.SHARD_DAMAGED, ending
         assert cut[:100] == rows[:100], ending  # bzip2 loses the most, a block of 900 kB
+        for other in (TAR, b""):
+            assert outcomes(read(other, f"x.tar.{ending}")) == [(None, "shard_unreadable")], ending
 
 
 def test_temporary_storage_errors_are_raised_after_the_samples_before_them(unsteady):
@@ -46,10 +41,7 @@ def test_temporary_storage_errors_are_raised_after_the_samples_before_them(unste
             assert [next(rows).key for _ in range(5)] == ["0", "1", "2", "3", "4"]
             with pytest.raises(type(error), match=str(error)):
                 list(rows)
-
-
-@pytest.mark.parametrize("ending", COMPRESS)
-def test_storage_errors_are_not_mistaken_for_broken_compression(unsteady, ending):
-    unsteady.content, unsteady.fails_at = COMPRESS[ending](TAR), 100
-    with pytest.raises(TimeoutError, match="no answer"):
-        list(read_shard(f"unsteady://x.tar.{ending}", LIMITS))
+    for ending, compress in COMPRESS.items():  # they are not mistaken for broken compression
+        unsteady.content, unsteady.fails_at = compress(TAR), 100
+        with pytest.raises(OSError, match="try again"):
+            list(read_shard(f"unsteady://x.tar.{ending}", LIMITS))

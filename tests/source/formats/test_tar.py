@@ -23,12 +23,16 @@ from tests.helpers.tars import KEYS, LIMITS, TAR, outcomes, read, sample_members
 # --- grouping
 
 
-def test_members_of_one_key_are_one_sample():
+def test_members_of_one_key_are_one_sample_with_one_image():
     data = tar_bytes(sample_members("a", b"A") + sample_members("b", b"B"))
     first, second = read(data)
     assert (first.key, first.image, second.key) == ("a", b"A", "b")
     assert first.sidecars == {"txt": b"photo a", "json": b'{"uid": 1}'}
     assert data[first.offset : first.offset + first.length] == b"A"
+    # The first image is used, and a plain extension precedes a compound one.
+    assert outcomes(read(tar_bytes([("a.jpg", b"1"), ("a.png", b"2")]))) == [("a", "1")]
+    assert outcomes(read(tar_bytes([("a.depth.png", b"1"), ("a.jpg", b"2"), ("a.left.jpg", b"3")]))) == [("a", "2")]
+    assert outcomes(read(tar_bytes([("a.0.jpg", b"1"), ("a.1.jpg", b"2")]))) == [("a", "1")]
 
 
 NAMES = [("./a.JPG", "./a", "jpg"), ("v1.0/part.2/a.b.Jpg", "v1.0/part.2/a", "b.jpg"), (".git/a.jpg", ".git/a", "jpg")]
@@ -65,12 +69,6 @@ def test_members_that_belong_to_no_sample_are_skipped(name):
         ("b", "B"),
         ("c", "C"),
     ]
-
-
-def test_the_first_image_is_used_and_a_plain_extension_precedes_a_compound_one():
-    assert outcomes(read(tar_bytes([("a.jpg", b"1"), ("a.png", b"2")]))) == [("a", "1")]
-    assert outcomes(read(tar_bytes([("a.depth.png", b"1"), ("a.jpg", b"2"), ("a.left.jpg", b"3")]))) == [("a", "2")]
-    assert outcomes(read(tar_bytes([("a.0.jpg", b"1"), ("a.1.jpg", b"2")]))) == [("a", "1")]
 
 
 def test_a_shard_with_most_samples_split_is_refused_as_a_whole():
