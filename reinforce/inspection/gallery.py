@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -119,20 +119,17 @@ def make_cards(
     for name, found in views.items():
         for rank, row in enumerate(found):
             ranks.setdefault(row, {})[name] = rank
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for found, samples in _read(data, {row: rows.places[row] for row in views["key"]}, rows.problems, pool):
-            for row, (sample, pictures, problem) in zip(found, samples, strict=True):
-                stem = f"images/{row:06d}" if pictures else None
-                if pictures:
-                    write(f"{stem}.webp", pictures.original)
-                    if pictures.replays:
-                        write(f"{stem}-crops.webp", pictures.replays)
-                shard = rows.places[row][0].shard
-                value = float(agreement[row]) if len(agreement) == len(rows) else float("nan")
-                view = SampleView.of(sample)
-                refused = tuple(items.get((shard, sample.key), ()))
-                agreed = value if np.isfinite(value) else None
-                cards.append(Card(row, shard, view, ranks[row], agreed, stem, problem, refused))
+    places = {row: rows.places[row] for row in views["key"]}
+    for row, sample, pictures, problem in _read(data, places, rows.problems):
+        stem = f"images/{row:06d}" if pictures else None
+        if pictures:
+            write(f"{stem}.webp", pictures.original)
+            if pictures.replays:
+                write(f"{stem}-crops.webp", pictures.replays)
+        shard = rows.places[row][0].shard
+        agreed = float(agreement[row]) if len(agreement) == len(rows) and np.isfinite(agreement[row]) else None
+        refused = tuple(items.get((shard, sample.key), ()))
+        cards.append(Card(row, shard, SampleView.of(sample), ranks[row], agreed, stem, problem, refused))
     order = {row: place for place, row in enumerate(views["key"])}
     return sorted(cards, key=lambda card: order[card.row])
 
@@ -162,46 +159,42 @@ def draw_sides(
     """Read and draw the samples of the sides of rules, and ``write`` their pictures -> thumbnails by rule and side."""
     chosen = [(rule.number, side.name, one) for rule in rules for side in rule.sides for one in side.samples]
     drawn: dict[int, Thumbnail] = {}
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        places = {index: (one.group, one.place) for index, (_, _, one) in enumerate(chosen)}
-        for found, samples in _read(data, places, problems, pool):
-            for index, (sample, pictures, problem) in zip(found, samples, strict=True):
-                name = f"images/rule-{index:05d}.webp" if pictures else None
-                if pictures and name:
-                    write(name, pictures.original)
-                view, value = SampleView.of(sample), chosen[index][2].value
-                caption = next((line.text for line in view.captions if line.captioner is None), None)
-                text = "" if value is None else f"{value:.4g}"
-                drawn[index] = Thumbnail(text, name, problem, view.key, caption)
+    places = {index: (one.group, one.place) for index, (_, _, one) in enumerate(chosen)}
+    for index, sample, pictures, problem in _read(data, places, problems):
+        name = f"images/rule-{index:05d}.webp" if pictures else None
+        if pictures and name:
+            write(name, pictures.original)
+        view, value = SampleView.of(sample), chosen[index][2].value
+        caption = next((line.text for line in view.captions if line.captioner is None), None)
+        drawn[index] = Thumbnail("" if value is None else f"{value:.4g}", name, problem, view.key, caption)
     sides: dict[tuple[int, str], list[Thumbnail]] = {}
     for index in sorted(drawn):
         sides.setdefault(chosen[index][:2], []).append(drawn[index])
     return sides
 
 
-_Drawn = tuple[Sample, "Pictures | None", str]
-
-
 def _read(
-    data: Dataset, places: Mapping[int, tuple[Group, int]], problems: list[str], pool: ThreadPoolExecutor
-) -> Iterator[tuple[list[int], Iterable[_Drawn]]]:
+    data: Dataset, places: Mapping[int, tuple[Group, int]], problems: list[str]
+) -> Iterator[tuple[int, Sample, Pictures | None, str]]:
     """Read and draw samples at places, a row group at a time; one without a picture has a problem."""
     by_group: dict[tuple[str, int], list[int]] = {}
     for row in sorted(places):
         group, _ = places[row]
         by_group.setdefault((group.shard, group.number), []).append(row)
-    for (shard, number), found in by_group.items():
-        of_group = [places[row][1] for row in found]
-        try:
-            samples = data.rows(shard, number, of_group)
-        except UserError as error:
-            problems.append(str(error))
-            with contextlib.suppress(UserError):
-                unread = data.rows(shard, number, of_group, images=False)
-                yield found, [(sample, None, "The image cannot be read.") for sample in unread]
-        else:
-            drawn = pool.map(_draw, samples)
-            yield found, [(sample, *pictures) for sample, pictures in zip(samples, drawn, strict=True)]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for (shard, number), found in by_group.items():
+            of_group = [places[row][1] for row in found]
+            samples, drawn = list[Sample](), list[tuple[Pictures | None, str]]()
+            try:
+                samples = data.rows(shard, number, of_group)
+                drawn = [*pool.map(_draw, samples)]
+            except UserError as error:
+                problems.append(str(error))
+                with contextlib.suppress(UserError):
+                    samples = data.rows(shard, number, of_group, images=False)
+                drawn = [(None, "The image cannot be read.")] * len(samples)
+            for row, sample, (pictures, problem) in zip(found, samples, drawn, strict=False):
+                yield row, sample, pictures, problem
 
 
 def _draw(sample: Sample) -> tuple[Pictures | None, str]:

@@ -147,14 +147,13 @@ _IMAGES = {"embed": "embedded", "reference": "by reference", "none": "none: publ
 def recipe_lines(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The settings that determine a dataset, by name, for people."""
     augmentations = dict(manifest.get("augmentations", {}))
-    lines = [
+    return [
         ("schema version", str(manifest.get("schema_version", ""))),
         ("seed", str(manifest.get("seed", ""))),
         ("images", _IMAGES.get(manifest["images"], manifest["images"])),
         *((f"{name} policy", str(value)) for name, value in dict(manifest.get("policies", {})).items()),
         *((f"augmentations: {name}", _compact(value)) for name, value in augmentations.items()),
     ]
-    return lines
 
 
 def model_facts(entry: Mapping[str, Any]) -> str:

@@ -84,7 +84,7 @@ def assign(
     index = load_faiss().IndexFlatIP(centroids.shape[1])
     index.add(centroids)
     near = np.sqrt(2 - 2 * threshold)
-    rows, cells, homes = [], [], []
+    rows, cells, homes = [np.empty(0, np.int64)], [np.empty(0, np.int64)], [np.empty(0, np.bool_)]
     for start in range(0, len(vectors), _BRANCH):
         cosines, places = index.search(vectors[start : start + _BRANCH].astype(np.float32), min(_CELLS, len(centroids)))
         home = centroids[places[:, 0]]
@@ -96,8 +96,6 @@ def assign(
         rows.append(row + start)
         cells.append(places[row, column])
         homes.append(column == 0)
-    if not rows:
-        return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.bool_)
     return np.concatenate(rows), np.concatenate(cells), np.concatenate(homes)
 
 

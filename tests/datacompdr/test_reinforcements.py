@@ -30,11 +30,9 @@ from tests.helpers.published import (
 )
 from tests.helpers.reinforced import reinforce_here
 
-ROOT = Path(__file__).parents[2]
-
 
 @pytest.mark.parametrize("packed", ["npz", "pth.gz"])
-def test_published_layers_hold_the_published_values(tmp_path: Path, packed: str) -> None:
+def test_published_layers_hold_the_published_values_and_a_custom_teacher_is_added(tmp_path: Path, packed: str) -> None:
     write_published(tmp_path, [source_members(one) for one in ALL], [published_members(one, packed) for one in ALL])
     samples = list(reinforce.open(reinforce_here(config_of(tmp_path), group_rows=5)))
     assert len(samples) == 12
@@ -42,6 +40,11 @@ def test_published_layers_hold_the_published_values(tmp_path: Path, packed: str)
         check_sample(one, sample, 1e-6 if packed == "npz" else 5e-3)
         np.testing.assert_allclose(np.linalg.norm(sample.images["one"], axis=1), 1, atol=1e-5)
     assert not (tmp_path / "out" / "quarantine").exists()
+    # A custom teacher is added without the reinforcements.
+    later = config_of(tmp_path, reinforcements=f"{tmp_path}/nowhere/{{00000..00000}}.tar")
+    later["teachers"]["ours"] = {"class": "tests.helpers.models:ColorTeacher", "options": {"size": 16, "dim": 8}}
+    assert [shard.reinforcements for shard in make_plan(parse_config(later)).pending] == [None]
+    assert {sample.images["ours"].shape for sample in reinforce.open(reinforce_here(later))} == {(COUNT, 8)}
 
 
 def test_raygens_tars_give_captions_and_text_vectors_and_crops_are_drawn_here(tmp_path: Path) -> None:
@@ -183,12 +186,3 @@ def test_a_config_that_does_not_fit_the_reinforcements_is_rejected_before_the_ru
     for change, message in cases:
         with pytest.raises(UserError, match=message):
             reinforce.run(config_of(tmp_path, **change))
-
-
-def test_a_custom_teacher_is_added_without_the_reinforcements(tmp_path: Path) -> None:
-    write_published(tmp_path, [source_members(one) for one in ALL], [published_members(one) for one in ALL])
-    reinforce_here(config_of(tmp_path))
-    later = config_of(tmp_path, reinforcements=f"{tmp_path}/nowhere/{{00000..00000}}.tar")
-    later["teachers"]["ours"] = {"class": "tests.helpers.models:ColorTeacher", "options": {"size": 16, "dim": 8}}
-    assert [shard.reinforcements for shard in make_plan(parse_config(later)).pending] == [None]
-    assert {sample.images["ours"].shape for sample in reinforce.open(reinforce_here(later))} == {(COUNT, 8)}

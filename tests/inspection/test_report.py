@@ -103,17 +103,6 @@ def test_only_the_chosen_teachers_and_captioners_are_read(url: str, tmp_path: Pa
         inspect(url, str(tmp_path / "other"), ["green"])
 
 
-@pytest.mark.usefixtures("without_charts")
-def test_without_matplotlib_the_numbers_of_charts_are_shown(
-    url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    inspect(url, str(tmp_path / "report"))
-    page = (tmp_path / "report" / "plots.html").read_text()
-    assert "<details open><summary>Numbers" in page
-    assert 'role="img"' not in page
-    assert "'.[report]'" in caplog.text
-
-
 def test_a_dataset_without_texts_or_teachers_has_a_report(tmp_path: Path) -> None:
     for name, teachers in (("none", {}), ("images", {"only": {"class": "tests.helpers.models:ImageOnly"}})):
         data = small_dataset(tmp_path / name, (3,), teachers=teachers, captioners={})
@@ -133,7 +122,9 @@ def test_images_by_reference_are_shown_from_the_named_folder_only(tmp_path: Path
 
 
 @pytest.mark.usefixtures("without_charts")
-def test_a_damaged_file_is_a_problem_and_the_other_shards_are_shown(url: str, tmp_path: Path) -> None:
+def test_a_damaged_file_is_a_problem_and_without_matplotlib_the_numbers_of_charts_are_shown(
+    url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     data = shutil.copytree(url, tmp_path / "data")
     victim = min(data.glob("embeddings/red/images/*.parquet"))
     content = bytearray(victim.read_bytes())
@@ -143,6 +134,10 @@ def test_a_damaged_file_is_a_problem_and_the_other_shards_are_shown(url: str, tm
     assert (found.rows, found.problems) == (30, 1)
     text = Addresses((tmp_path / "report" / "index.html").read_text()).text
     assert f"embeddings/red/images/{victim.name} cannot be read" in text
+    page = (tmp_path / "report" / "plots.html").read_text()
+    assert "<details open><summary>Numbers" in page
+    assert 'role="img"' not in page
+    assert "'.[report]'" in caplog.text
 
 
 @pytest.mark.usefixtures("without_charts")

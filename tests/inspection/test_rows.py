@@ -44,7 +44,9 @@ def test_rows_have_the_similarities_and_crops_of_their_samples(url: str, rows: R
             }
 
 
-def test_views_are_ordered_by_what_they_show_of_a_selection_that_is_seeded(url: str, rows: Rows) -> None:
+def test_views_are_ordered_by_what_they_show_of_a_selection_that_is_seeded(
+    url: str, rows: Rows, tmp_path: Path
+) -> None:
     views = choose(rows, 0, set())
     gap = synthetic_gap(rows)
     assert [*gap[views["synthetic"]]] == sorted(gap[gap > 0], reverse=True)[:24]
@@ -57,9 +59,7 @@ def test_views_are_ordered_by_what_they_show_of_a_selection_that_is_seeded(url: 
     assert [selection.rows for selection in chosen] == [20, 20, 20]
     assert len(chosen[0].by_shard()) > 1
     assert (chosen[0].samples, chosen[0].exact) == (44, True)
-
-
-def test_without_an_index_the_number_of_samples_is_estimated(tmp_path: Path) -> None:
+    # Without an index, their number is estimated.
     url = small_dataset(tmp_path, (6,) * 5)
     (tmp_path / "out/index/samples.parquet").unlink()
     found = select(reinforce.open(url), 2, 0)

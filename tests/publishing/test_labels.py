@@ -128,16 +128,15 @@ def test_nothing_that_is_private_leaves(dataset: str, published: Path, tmp_path:
     assert "moved" not in manifest
 
 
-def test_only_addresses_that_anybody_can_use_are_public() -> None:
+def test_only_addresses_that_anybody_can_use_are_public_and_settings_lose_paths_and_secrets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert public_url("HTTP://Example.org:80/a b.jpg#top") == "http://example.org/a%20b.jpg"
     assert public_url(url := "https://example.org/a.jpg?size=3&page=2") == url
     secret = ["https://example.org/a.jpg?token=1", "https://example.org/a.jpg?sig=1"]
     for url in (*secret, "s3://bucket/a.jpg", "http://localhost/a.jpg", "http://[::1]/a.jpg", "http://[oops/a.jpg"):
         assert public_url(url) is None
     assert public_url("https://example.org/" + "a" * 5000) is None
-
-
-def test_settings_lose_paths_and_secrets_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("models").mkdir()
     Path("models", "own.pt").touch()

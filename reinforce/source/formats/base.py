@@ -5,9 +5,10 @@ A format is one object. All other code reads sources through it, and never asks 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any
 
 from reinforce.config import Input, Limits
 from reinforce.source.file_types import foreign_name
@@ -70,14 +71,17 @@ class Shard:
         return content.splitlines()
 
 
-class ListedSample(Protocol):
-    """A sample of a folder before its files are read."""
+@dataclass
+class ListedSample:
+    """The files of one key by extension, each with its path in the folder and its size, and a row of metadata."""
 
-    @property
-    def key(self) -> str: ...
+    key: str
+    files: dict[str, tuple[str, int]] = field(default_factory=dict)
+    row: dict[str, Any] | None = None
 
     def line(self) -> bytes:
-        """The sample as a line of a list."""
+        """The sample as a line of JSON, of a list."""
+        return json.dumps({"key": self.key, "files": self.files, "row": self.row}, default=str).encode() + b"\n"
 
 
 @dataclass
@@ -186,5 +190,5 @@ class SourceFormat:
     # Of folders.
 
     def list_folder(self, url: str, spec: Input, output: str = "") -> ListedFolder:
-        """List a folder with all folders in it, but ``output``, a canonical URL. Raises UserError."""
+        """List a folder with all folders in it, but hidden ones and ``output``, a canonical URL. Raises UserError."""
         raise NotImplementedError

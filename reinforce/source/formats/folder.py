@@ -7,10 +7,9 @@ imagefolder has it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from glob import escape
 from typing import Any
 
@@ -20,7 +19,7 @@ from reinforce.parquet.footers import RefusedFile
 from reinforce.processes.prefetch import prefetch
 from reinforce.source.captions import parse_json
 from reinforce.source.file_types import METADATA, foreign_name, is_image_name
-from reinforce.source.formats.base import ListedFolder, Shard, SourceFormat
+from reinforce.source.formats.base import ListedFolder, ListedSample, Shard, SourceFormat
 from reinforce.source.formats.columns import Columns, NoColumn, RowReader, add_captions, find_columns
 from reinforce.source.formats.lines import BrokenRow, LinesFormat
 from reinforce.source.formats.parquet import Parquet, ParquetFile, is_binary
@@ -42,19 +41,6 @@ _THREADS = 16
 _LOCAL_THREADS = 2
 
 
-@dataclass
-class FolderSample:
-    """The files of one key by extension, each with its path in the folder and its size, and a row of metadata."""
-
-    key: str
-    files: dict[str, tuple[str, int]] = field(default_factory=dict)
-    row: dict[str, Any] | None = None
-
-    def line(self) -> bytes:
-        """The sample as a line of JSON."""
-        return json.dumps({"key": self.key, "files": self.files, "row": self.row}, default=str).encode() + b"\n"
-
-
 class Folder(SourceFormat):
     name = "folder"
     noun = "folder of images"
@@ -69,44 +55,41 @@ class Folder(SourceFormat):
         return _read_list(shard.lines(), shard.folder, spec)
 
     def list_folder(self, url: str, spec: Input, output: str = "") -> ListedFolder:
-        return list_folder(url, spec, output)
-
-
-def list_folder(url: str, spec: Input, output: str = "") -> ListedFolder:
-    """List a folder with all folders in it, but hidden ones and ``output``, a canonical URL. Raises UserError."""
-    root = url.rstrip("/")
-    own = f"{output.removeprefix(canonical(root) + '/')}/"
-    sizes = {path: size for path, size in _files(root).items() if not path.startswith(own)}
-    wanted = {"txt", "json"} | {name.partition(":")[0] for name in spec.captions}
-    samples: dict[str, FolderSample] = {}
-    others, tables = [], []
-    for path in sorted(sizes):
-        name = path.rpartition("/")[2]
-        key, extension = split_name(path)
-        if name.lower() in METADATA:
-            tables.append(path)
-        elif key and (is_image_name(name) or extension in wanted or extension.rpartition(".")[2] in wanted):
-            samples.setdefault(key, FolderSample(key)).files.setdefault(extension, (path, sizes[path]))
-        else:
-            others.append(path)
-    found = [sample for sample in samples.values() if any(map(is_image_name, sample.files))]
-    used = {sample.key for sample in found}
-    others += [path for key, sample in samples.items() if key not in used for path, _ in sample.files.values()]
-    if not found:
-        raise UserError(_no_images(root, others + tables))
-    notes = []
-    if others:
-        captioned = tables or any(sample.files.keys() & {"txt", "json"} for sample in found)
-        table = None if captioned else next((path for path in others if path.lower().endswith(_TABLES)), None)
-        hint = "; captions are read from metadata.csv or .jsonl beside the images (file_name, text)" if table else ""
-        shown = canonical(f"{root}/{table or others[0]}")
-        notes.append(f"source: {plural(len(others), 'other file')} not read, such as {shown}{hint}")
-    notes += [note for path in tables if (note := _add_rows(root, path, found, spec))]
-    return ListedFolder(found, notes)
+        root = url.rstrip("/")
+        own = f"{output.removeprefix(canonical(root) + '/')}/"
+        sizes = {path: size for path, size in _files(root).items() if not path.startswith(own)}
+        wanted = {"txt", "json"} | {name.partition(":")[0] for name in spec.captions}
+        samples: dict[str, ListedSample] = {}
+        others, tables = [], []
+        for path in sorted(sizes):
+            name = path.rpartition("/")[2]
+            key, extension = split_name(path)
+            if name.lower() in METADATA:
+                tables.append(path)
+            elif key and (is_image_name(name) or extension in wanted or extension.rpartition(".")[2] in wanted):
+                samples.setdefault(key, ListedSample(key)).files.setdefault(extension, (path, sizes[path]))
+            else:
+                others.append(path)
+        found = [sample for sample in samples.values() if any(map(is_image_name, sample.files))]
+        used = {sample.key for sample in found}
+        others += [path for key, sample in samples.items() if key not in used for path, _ in sample.files.values()]
+        if not found:
+            raise UserError(_no_images(root, others + tables))
+        notes = []
+        if others:
+            captioned = tables or any(sample.files.keys() & {"txt", "json"} for sample in found)
+            table = None if captioned else next((path for path in others if path.lower().endswith(_TABLES)), None)
+            hint = (
+                "; captions are read from metadata.csv or .jsonl beside the images (file_name, text)" if table else ""
+            )
+            shown = canonical(f"{root}/{table or others[0]}")
+            notes.append(f"source: {plural(len(others), 'other file')} not read, such as {shown}{hint}")
+        notes += [note for path in tables if (note := _add_rows(root, path, found, spec))]
+        return ListedFolder(found, notes)
 
 
 def _read_list(lines: Iterable[bytes], folder: str, spec: Input) -> Iterator[RawSample | Refusal]:
-    """Yield the samples of a list, whose lines are those of ``FolderSample``; images are read ahead in threads."""
+    """Yield the samples of a list, whose lines are those of ``ListedSample``; images are read ahead in threads."""
     reader = _ListReader(folder.rstrip("/"), spec)
     threads = _THREADS if "://" in folder else _LOCAL_THREADS
     with ThreadPoolExecutor(threads) as pool:
@@ -198,7 +181,7 @@ def _no_images(root: str, others: list[str]) -> str:
     return f"source: {shown} is a folder without images; it has {count}, such as {others[0]}: {remedy}."
 
 
-def _add_rows(root: str, table: str, samples: list[FolderSample], spec: Input) -> str | None:
+def _add_rows(root: str, table: str, samples: list[ListedSample], spec: Input) -> str | None:
     """Add the rows of a metadata file to the samples of its folder; returns a note on rows without an image."""
     folder = table.rpartition("/")[0]
     by_path = {path: sample for sample in samples for path, _ in sample.files.values()}

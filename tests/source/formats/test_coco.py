@@ -7,8 +7,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from reinforce.config import Input
 from reinforce.engine.starter.starter import make_starter
 from reinforce.settings import load_yaml
@@ -105,27 +103,20 @@ def test_init_finds_captions_and_images(tmp_path: Path) -> None:
         assert (config["source"], config["input"]["images_from"]) == (str(table), str(tmp_path / images))
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ('{"info": {}, "images": [{"id": 1, "file_name": "a.jpg"}]', "COCO's captions, .*JSONDecodeError"),
-        ('{"info": {}, "images": []}', "COCO's captions, .*KeyError: 'annotations'"),
-        ('{"info": {}, "images": [{"file_name": 3}], "annotations": []}', "an image without id or file_name"),
-        ('{"info": {}, "images": [], "annotations": [{"caption": "a"}]}', "KeyError: 'image_id'"),
-        ('{"info": {}, "images": 3, "annotations": [[]]}', "AttributeError"),
-    ],
-)
-def test_a_document_that_is_none_of_cocos_is_one_refusal(tmp_path: Path, content: str, message: str) -> None:
+def test_a_document_that_is_none_of_cocos_is_one_refusal_and_one_object_a_line_no_document(tmp_path: Path) -> None:
     path = tmp_path / "captions.json"
-    path.write_text(content)
-    item = read(path)[-1]
-    assert isinstance(item, Refusal)
-    assert item.key is None
-    assert re.search(message, item.detail), item.detail
-
-
-def test_json_of_one_object_a_line_is_not_taken_for_it(tmp_path: Path) -> None:
-    path = tmp_path / "x.json"
+    for content, message in {
+        '{"info": {}, "images": [{"id": 1, "file_name": "a.jpg"}]': "COCO's captions, .*JSONDecodeError",
+        '{"info": {}, "images": []}': "COCO's captions, .*KeyError: 'annotations'",
+        '{"info": {}, "images": [{"file_name": 3}], "annotations": []}': "an image without id or file_name",
+        '{"info": {}, "images": [], "annotations": [{"caption": "a"}]}': "KeyError: 'image_id'",
+        '{"info": {}, "images": 3, "annotations": [[]]}': "AttributeError",
+    }.items():
+        path.write_text(content)
+        item = read(path)[-1]
+        assert isinstance(item, Refusal)
+        assert item.key is None
+        assert re.search(message, item.detail), item.detail
     for content in ('{"image": "a.jpg"}\n', '{"images": ["a.jpg"]}\n', '{"info": {}}\n{"info": {}}\n'):
         path.write_text(content)
         assert source_format([str(path)], None).name == "tar", "whose reading says what to set"

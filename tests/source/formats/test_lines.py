@@ -214,7 +214,9 @@ def test_the_path_or_url_of_an_image_is_kept_in_the_metadata_and_its_bytes_are_n
     assert metadata("x.parquet") == [{"url": "a.png", "text": "one"}]
 
 
-def test_a_text_file_of_image_names_and_captions_is_a_table_and_no_list_of_urls(tmp_path: Path) -> None:
+def test_a_text_file_of_names_and_captions_is_a_table_and_a_guessed_encoding_is_noted(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "captions.txt").write_text("image,caption\na.png,A child in a pink dress .\n")
     (tmp_path / "list.txt").write_text("x/{a,b}.csv\ns3://bucket/image,text.csv\n")
 
@@ -224,9 +226,6 @@ def test_a_text_file_of_image_names_and_captions_is_a_table_and_no_list_of_urls(
     assert (shards("captions.txt").urls, shards("captions.txt").format.name) == ([f"{tmp_path}/captions.txt"], "csv")
     urls = [f"{tmp_path}/x/a.csv", f"{tmp_path}/x/b.csv", "s3://bucket/image,text.csv"]
     assert (shards("list.txt").urls, shards("list.txt").format.name) == (urls, "csv")
-
-
-def test_a_guessed_encoding_is_noted(tmp_path: Path) -> None:
     path = tmp_path / "x.csv"
     for content, note in ((LATIN.encode(), ""), (LATIN.encode("utf-16"), ""), (LATIN.encode("latin-1"), "as cp1252")):
         path.write_bytes(content)

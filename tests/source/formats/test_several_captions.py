@@ -67,7 +67,7 @@ def test_columns_of_tables_have_lists_and_several_columns_are_read_together(tmp_
     assert [*captions(Path(table), "parquet", captions_per_sample=5).values()] == [FIVE, ["x y"]]
 
 
-def test_rows_with_one_image_are_one_sample(tmp_path: Path) -> None:
+def test_rows_with_one_image_are_one_sample_and_a_part_of_a_table_counts_its_rows(tmp_path: Path) -> None:
     (pictures(tmp_path) / "captions.txt").write_text(FLICKR)
     assert captions(tmp_path / "captions.txt", "csv", captions_per_sample=5) == {
         "s-00000000": FIVE_OF["a"],
@@ -84,11 +84,7 @@ def test_rows_with_one_image_are_one_sample(tmp_path: Path) -> None:
     items = [*read_samples(Shard(f"{tmp_path}/a.jsonl", "s", "jsonl"), spec := Input(captions_per_sample=5))]
     assert [item.captions(spec) for item in items if isinstance(item, RawSample)] == [["a", "b"], ["c"]]
     assert items[-1].key == "s-00000003", "rows keep their numbers"
-
-
-def test_a_part_of_a_table_counts_its_rows_not_its_samples(tmp_path: Path) -> None:
-    (pictures(tmp_path) / "a.csv").write_text(FLICKR)
-    spec = Input(captions_per_sample=5)
+    (tmp_path / "a.csv").write_text(FLICKR)
     parts = [*find_format("csv").parts(f"{tmp_path}/a.csv", 5)]
     read = [[*read_samples(Shard(f"{tmp_path}/a.csv", "s", "csv", part=part), spec)] for part in parts]
     assert [[item.captions(spec) for item in of if isinstance(item, RawSample)] for of in read] == [

@@ -131,7 +131,9 @@ def test_urls_are_read_from_public_addresses_and_from_those_that_are_named(
         assert small[0].endswith("more bytes than limits.image_bytes of 100")
 
 
-def test_a_redirect_leads_to_public_addresses_only(folder: Path) -> None:
+def test_a_redirect_leads_to_public_addresses_only_and_a_shard_without_reachable_images_is_retried(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with server(folder) as inside, server(folder, {"/x": f"{inside}/a.png", "/y": "/a.png", "/z": "/z"}) as url:
         path = table(folder / "x.csv", [f"{url}/x", f"{url}/y", f"{url}/z", "ftp://x/y.png", "http://u:p@x/y.png"])
         first, *others = read(path, images_from=url)
@@ -139,14 +141,7 @@ def test_a_redirect_leads_to_public_addresses_only(folder: Path) -> None:
         assert others[0] == "1"
         assert others[1].endswith("more than 5 redirects")
         assert [refusal.partition(":")[0] for refusal in others[2:]] == ["image_place"] * 2
-
-
-def test_a_shard_whose_images_cannot_be_reached_is_retried_instead_of_quarantined(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
     monkeypatch.setattr(places, "_FIRST_UNREACHABLE", 3)
-    with server(folder) as url:
-        pass
     path = table(folder / "x.csv", [f"{url}/{number}.png" for number in range(5)])
     with pytest.raises(ConnectionError, match=r"none of the first . images can be reached: ConnectionRefusedError"):
         read(path, images_from=url)
