@@ -283,7 +283,7 @@ def measured(name: str) -> dict[str, Any]:
     return results
 
 
-def test_results_in_readme_are_those_that_were_measured() -> None:
+def test_results_and_speeds_in_pages_are_those_that_were_measured() -> None:
     readme, transfer, questions = prose("README.md"), measured("transfer"), measured("ablations")["questions"]
     for plain, distilled, names in (
         ("plain", "distilled", ("unseen_style", "unseen_pictures", "unseen_icons")),
@@ -296,8 +296,6 @@ def test_results_in_readme_are_those_that_were_measured() -> None:
     seconds = [questions["ways"]["arms"][way]["seconds_per_step"]["mean"] for way in ("online", "stored")]
     assert f"takes {seconds[0] / seconds[1]:.1f} times as long" in readme
 
-
-def test_speeds_in_pages_are_those_that_were_measured() -> None:
     students, captions = prose("docs/students.md"), prose("docs/captions.md")
     step, loader = measured("step")["students"], measured("loader")
     ratios = [step["MobileCLIP2-S0"]["ratio"]["stored"], step["tiny"]["ratio"]["stored"]]

@@ -184,14 +184,12 @@ def test_one_more_format_needs_a_module_and_a_line(records: Path, capfd: pytest.
     printed_by(capfd, "inspect", url, "report")
     assert "thing a0" in "".join(path.read_text() for path in Path("report").rglob("*.html"))
 
-
-def test_a_damaged_file_and_another_name_of_one_more_format_are_reported(records: Path) -> None:
     whole = (records / "a.records").read_bytes()
-    (records / "a.records").write_bytes(whole[:-100])
-    url = reinforce_here(config_of(f"{records}/a.records", "out"))
-    assert [sample.key for sample in reinforce.open(url)] == ["a0", "a1", "a2"]
     (records / "unnamed").write_bytes(whole)
     assert make_plan(parse_config(config_of(f"{records}/unnamed", "other"))).pending[0].format == "records"
+    (records / "a.records").write_bytes(whole[:-100])
+    damaged = reinforce.open(reinforce_here(config_of(f"{records}/a.records", "damaged")))
+    assert [sample.key for sample in damaged] == ["a0", "a1", "a2"]
 
 
 # Families of models.

@@ -60,7 +60,7 @@ def read_status(url: str) -> dict[str, Any]:
         "damaged": [*damaged, *damaged_quarantine(unreadable)],
         "lost": found.describe_missing(),
         "notes": code_lines(manifest),
-        "last_run": _last_run(store),
+        "last_run": next((one for run in list_runs(store) if (one := read_summary(store, run)) is not None), None),
         "views": [*view_states(store, manifest, listings[SAMPLES].names.to_pylist())],
     }
 
@@ -133,8 +133,3 @@ def status_table(status: dict[str, Any]) -> Table:
         row = (name, f"{layer['shards']:,}/{status['samples']:,}", format_bytes(layer["bytes"]))
         table.add_row(*(Text(escape(cell)) for cell in (*row, content)))
     return table
-
-
-def _last_run(store: Store) -> dict[str, Any] | None:
-    """The summary of the latest run that has one."""
-    return next((summary for run in list_runs(store) if (summary := read_summary(store, run)) is not None), None)

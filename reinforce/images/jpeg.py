@@ -27,7 +27,8 @@ def lacks_scan_data(image: Image.Image, data: bytes, decode: Callable[[bytes], I
     ``image`` is what ``data`` was decoded to, in its original mode, maybe at a fraction of its size; ``decode`` decodes
     bytes at their size, where noise changes more pixels.
     """
-    if not _has_flat_block(image, _has_restarts(data)):
+    restarts = bytes((0xFF, _DRI)) in data and any(marker == _DRI for marker, _ in _segments(data))
+    if not _has_flat_block(image, restarts):
         return False
     try:
         full = image if _block_side(image) == _BLOCK else decode(data)
@@ -74,10 +75,6 @@ def _with_noise(data: bytes) -> bytes:
             restarts = 0
         copied = end
     return b"".join([*parts, data[copied:]])
-
-
-def _has_restarts(data: bytes) -> bool:
-    return bytes((0xFF, _DRI)) in data and any(marker == _DRI for marker, _ in _segments(data))
 
 
 def _scan_ends(data: bytes) -> Iterator[tuple[int, int]]:

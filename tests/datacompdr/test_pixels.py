@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import reinforce
 from reinforce.config import Limits
 from reinforce.images.policy import PUBLISHED_POLICY, decode
 from reinforce.student.config import Data
@@ -60,6 +61,8 @@ def test_a_student_sees_the_pixels_of_the_published_trainer(tmp_path: Path) -> N
     url = reinforce_here(config_of(tmp_path))
     feed = StudentFeed(Data.model_validate({"datasets": url, "workers": 0, "window": 1}), 0, SIZE, letters)
     expected = [torchvision_replay(image, record, SIZE) for record in one.records]
+    [sample] = reinforce.open(url)
+    np.testing.assert_array_equal([sample.augmented(k) for k in range(COUNT)], expected)
     seen: set[int] = set()
     for batch in itertools.islice(feed.batches(0, 1, 1, 0), 12):
         matches = [k for k in range(COUNT) if np.array_equal(batch["image"][0].numpy(), expected[k])]

@@ -122,7 +122,16 @@ def test_a_layer_that_two_configs_define_differently_is_claimed_also_in_a_datase
     third.take()
 
 
-def test_a_claim_of_a_run_that_was_killed_expires(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_claims_of_a_run_that_was_killed_expire_and_are_removed_when_another_of_its_config_has_written_dataset_json(
+    memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for output in (memory, str(tmp_path / "out")):
+        claims_of(output).take()
+        with claims_of(output) as other:
+            other.publish({}, ())
+        assert names(output) == []
+    assert not (tmp_path / "out" / "claims").exists()
+    remove()
     claims_of(memory).take()
     other = claims_of(memory, seed=7)
     with pytest.raises(UserError, match="claims end 60 minutes after"):
@@ -131,17 +140,6 @@ def test_a_claim_of_a_run_that_was_killed_expires(memory: str, monkeypatch: pyte
     monkeypatch.setattr(time, "time", lambda: clock() + 3601)
     other.take()
     assert {json.loads(fsspec.filesystem("memory").cat(name))["token"] for name in names(memory)} == {other.token}
-
-
-def test_claims_of_a_run_that_was_killed_are_removed_when_another_of_its_config_has_written_dataset_json(
-    memory: str, tmp_path: Path
-) -> None:
-    for output in (memory, str(tmp_path / "out")):
-        claims_of(output).take()
-        with claims_of(output) as other:
-            other.publish({}, ())
-        assert names(output) == []
-    assert not (tmp_path / "out" / "claims").exists()
 
 
 def test_a_store_that_refuses_conditional_puts_is_written_without_them(s3: s3fs.S3FileSystem, s3_proxy: Proxy) -> None:

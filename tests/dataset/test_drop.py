@@ -23,6 +23,7 @@ from reinforce.errors import UserError
 from schemas import Reason
 from tests.helpers.commands import printed_by
 from tests.helpers.data import config_of, members_of, tree, write_tar
+from tests.helpers.reinforced import config_for as config
 from tests.helpers.reinforced import reinforce_here
 from tests.helpers.views import make_view
 
@@ -46,10 +47,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def dataset(made: Path, tmp_path: Path) -> Path:
     """A copy that a test may change."""
     return Path(shutil.copytree(made, tmp_path / "out"))
-
-
-def config(made: Path, output: Path | str, **changes: Any) -> dict[str, Any]:
-    return config_of(f"{made.parent}/source/*.tar", output, **changes)
 
 
 def drop_layers(url: Path | str, *patterns: str) -> None:

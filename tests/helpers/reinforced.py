@@ -57,6 +57,21 @@ def _describe(teacher: Any) -> dict[str, Any]:
     return {"dim": teacher.dim, "logit_scale": scale, "image": asdict(image) if image else None}
 
 
+def config_for(made: Path, output: Path | str | None = None, **changes: Any) -> dict[str, Any]:
+    """The config of a dataset next to its ``source``, for another output, with changes."""
+    return config_of(f"{made.parent}/source/*.tar", output or made, **changes)
+
+
+def flip(path: Path, column: str, from_end: int = 0) -> None:
+    """Change a bit in the middle of the first pages of a file's column, or ``from_end`` bytes before their end."""
+    group = pq.ParquetFile(path).metadata.row_group(0)
+    leaves = (group.column(i) for i in range(group.num_columns))
+    leaf = next(leaf for leaf in leaves if leaf.path_in_schema.startswith(column))
+    content, size = bytearray(path.read_bytes()), leaf.total_compressed_size
+    content[leaf.data_page_offset + (size - from_end if from_end else size // 2)] ^= 0x10
+    path.write_bytes(content)
+
+
 def fresh_dataset(config: dict[str, Any]) -> Path:
     """The dataset of a config, with the same files as by an undisturbed run on Ray, which takes five seconds more."""
     return Path(reinforce_here(config, GROUP_ROWS))

@@ -16,8 +16,7 @@ from PIL import Image
 from reinforce.config import Limits
 from reinforce.images import fast_jpeg
 from reinforce.images.policy import ImageRefused, decode
-from tests.helpers.images import encode, without_scan_data
-from tests.helpers.random_images import natural, noise
+from tests.helpers.images import encode, natural, noise, without_scan_data
 from tests.hostile.images import IMAGES, ImageCase
 
 pytest.importorskip("simplejpeg")
@@ -56,7 +55,7 @@ def outcomes(data: bytes) -> list[Any]:
 def test_pixels_equal_pillows(
     width: int, height: int, seed: int, saturated: bool, subsampling: str, quality: int, options: dict[str, Any]
 ) -> None:
-    image = noise(width, height, seed, saturated)
+    image = noise(width, height, seed=seed, saturated=saturated)
     data = encode(image, "JPEG", **{"subsampling": subsampling, "quality": quality, **options})
     header = opened(data)
     assert fast_jpeg.load(header, data)
@@ -83,7 +82,7 @@ def test_hostile_images_have_the_same_outcome_as_with_pillow(case: ImageCase, mo
 @settings(max_examples=100)
 @given(st.integers(0, 2**32), st.data())
 def test_damaged_jpegs_have_the_same_outcome_as_with_pillow(seed: int, draw: st.DataObject) -> None:
-    data = bytearray(encode(noise(40, 30, seed), "JPEG", quality=draw.draw(st.sampled_from([30, 90]))))
+    data = bytearray(encode(noise(seed=seed), "JPEG", quality=draw.draw(st.sampled_from([30, 90]))))
     for _ in range(draw.draw(st.integers(1, 4))):
         data[draw.draw(st.integers(2, len(data) - 1))] = draw.draw(st.integers(0, 255))
     damaged = bytes(data[: draw.draw(st.integers(len(data) // 2, len(data)))]) if seed % 3 == 0 else bytes(data)

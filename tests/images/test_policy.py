@@ -17,6 +17,7 @@ from reinforce.images.policy import (
     FORMATS,
     PUBLISHED_POLICY,
     ImageRefused,
+    _to_rgb,
     check_header,
     decode,
     format_extension,
@@ -110,15 +111,12 @@ def test_the_transparent_colour_of_a_png_works_at_every_depth(depth, colour, sam
     assert pixels(raw_png(2, 1, depth, colour, b"\0" + samples, png_chunk(b"tRNS", transparent))) == expected
 
 
-@pytest.mark.parametrize("mode", ["La", "RGBa", "PA"])
-def test_alpha_modes_without_a_common_file_format_are_composited(mode, monkeypatch):
-    from reinforce.images import policy as module
-
-    source = Image.new("LA", (1, 1), (0, 0)) if mode == "La" else Image.new("RGBA", (1, 1), (0, 255, 0, 0))
-    converted = source.convert(mode) if mode != "PA" else source.convert("P").convert("PA")
-    if mode == "PA":
-        converted.putalpha(0)
-    assert module._to_rgb(converted, b"").getpixel((0, 0)) == WHITE
+def test_alpha_modes_without_a_common_file_format_are_composited():
+    green = Image.new("RGBA", (1, 1), (0, 255, 0, 0))
+    palette = green.convert("P").convert("PA")
+    palette.putalpha(0)
+    for image in (Image.new("LA", (1, 1), (0, 0)).convert("La"), green.convert("RGBa"), palette):
+        assert _to_rgb(image, b"").getpixel((0, 0)) == WHITE
 
 
 def test_16_bit_grey_is_divided_by_257():
@@ -189,18 +187,15 @@ def test_exif_orientation_is_applied_once(format, orientation):
     assert np.abs(np.asarray(image).astype(int) - upright).max() <= 8
 
 
-def test_broken_exif_and_icc_profiles_are_ignored():
+def test_broken_exif_icc_profiles_and_all_frames_but_the_first_are_ignored():
     plain = decode(encode(noise(), "JPEG"), LIMITS).tobytes()
     for options in ({"exif": b"Exif\0\0MM\0*\0\0\0\x08\xff\xffjunk"}, {"icc_profile": b"junk" * 100}):
         assert decode(encode(noise(), "JPEG", **options), LIMITS).tobytes() == plain
     assert decode(encode(noise(), icc_profile=b"junk"), LIMITS).tobytes() == noise().tobytes()
-
-
-@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF", "AVIF"])
-def test_the_first_frame_of_an_animation_is_used(format):
-    frames = [Image.new("RGB", (32, 32), colour) for colour in (RED, BLACK)]
-    image = decode(encode(frames[0], format, save_all=True, append_images=frames[1:]), LIMITS)
-    assert np.abs(np.asarray(image).astype(int) - RED).max() <= 8
+    first, second = (Image.new("RGB", (32, 32), colour) for colour in (RED, BLACK))
+    for format in ("GIF", "WEBP", "PNG", "TIFF", "AVIF"):
+        image = decode(encode(first, format, save_all=True, append_images=[second]), LIMITS)
+        assert np.abs(np.asarray(image).astype(int) - RED).max() <= 8
 
 
 def test_conversion_in_strips_equals_conversion_at_once(monkeypatch):
@@ -242,19 +237,16 @@ def test_the_pixel_limit_of_the_config_applies_instead_of_pillows_except_to_webp
         assert refusal(encode(noise(), format)) is Reason.IMAGE_PIXELS
 
 
-def test_allowing_truncated_images_in_pillow_is_a_user_error(monkeypatch):
-    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
-    with pytest.raises(UserError, match="LOAD_TRUNCATED_IMAGES"):
-        decode(encode(noise()), LIMITS)
-
-
-def test_decoding_is_thread_safe():
+def test_decoding_is_thread_safe_and_pillow_must_not_allow_truncated_images(monkeypatch):
     encoded = [*(encode(noise(), format) for format in FORMATS), encode(noise(mode="P"), "GIF")]
     encoded += [encode(noise(mode="RGBA")), encode(noise(), "TIFF", compression="tiff_lzw")]
     expected = [decode(data, LIMITS).tobytes() for data in encoded]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda data: decode(data, LIMITS).tobytes(), encoded * 8))
     assert found == expected * 8
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    with pytest.raises(UserError, match="LOAD_TRUNCATED_IMAGES"):
+        decode(encode(noise()), LIMITS)
 
 
 def test_plain_images_are_the_same_by_both_policies() -> None:

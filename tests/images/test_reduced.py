@@ -21,9 +21,8 @@ from reinforce.errors import UserError
 from reinforce.images.policy import ImageRefused, decode, image_policy, is_image_policy
 from schemas import Reason
 from tests.helpers.data import config_of, write_tar
-from tests.helpers.images import JPEGS, encode, noise
+from tests.helpers.images import JPEGS, encode, natural, noise
 from tests.helpers.pixels import PixelRecorder
-from tests.helpers.random_images import natural
 from tests.helpers.reduced import decoded_digest, policy
 from tests.helpers.reinforced import reinforce_here
 from tests.hostile.images import IMAGES, ImageCase

@@ -44,11 +44,6 @@ def _blend_with(grey: int, image: Image.Image, magnitude: float) -> Image.Image:
     return image.point(list(table.tobytes()) * 3)
 
 
-def brightness(image: Image.Image, magnitude: float) -> Image.Image:
-    """``ImageEnhance.Brightness``."""
-    return _blend_with(0, image, magnitude)
-
-
 def contrast(image: Image.Image, magnitude: float) -> Image.Image:
     """``ImageEnhance.Contrast``."""
     counts = np.array(image.convert("L").histogram())
@@ -94,7 +89,7 @@ TORCHVISION: Mapping[str, Operation] = {
     "TranslateX": lambda image, magnitude: affine(image, 1, 0, -int(magnitude), 0, 1, 0),
     "TranslateY": lambda image, magnitude: affine(image, 1, 0, 0, 0, 1, -int(magnitude)),
     "Rotate": _rotate,
-    "Brightness": brightness,
+    "Brightness": lambda image, magnitude: _blend_with(0, image, magnitude),
     "Color": color,
     "Contrast": contrast,
     "Sharpness": sharpness,

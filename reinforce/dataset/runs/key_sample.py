@@ -124,15 +124,9 @@ class KeySample:
         repeated = len(np.unique(same))
         estimate = round(repeated * (ALL / max(1, self._limit)))
         share = repeated / max(1, len(every) - len(same))
-        owners = [name for name, part in zip(names, parts, strict=True) if len(same) and _has(part, same[0])]
+        owners = [name for name, part in zip(names, parts, strict=True) if len(same) and (part == same[0]).any()]
         pair = (owners[0], owners[1]) if owners else None
         return RepeatedKeys(estimate, share, self._limit == ALL, len(names), pair)
-
-
-def _has(hashes: Hashes, one: np.uint64) -> bool:
-    """Whether a hash is among some in ascending order."""
-    place = np.searchsorted(hashes, one)
-    return bool(place < len(hashes) and hashes[place] == one)
 
 
 _NO_KEYS = ShardKeys(np.empty(0, np.uint64))

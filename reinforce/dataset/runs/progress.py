@@ -198,7 +198,8 @@ def workers_table(run: RunProgress) -> Table:
     for worker in sorted(run.workers, key=_since)[:WORKERS]:
         first = (str(worker.worker), f"{worker.host} pid {worker.pid}")
         for row, lease in enumerate(worker.shards or [LeaseProgress(shard="no shard", leased=now)]):
-            cells = _lease_cells(lease, now)
+            waited = format_duration(max(0.0, now - lease.since)) if lease.stage else ""
+            cells = lease.shard, format_duration(max(0.0, now - lease.leased)), lease.stage, waited
             names, log = (first, worker.log) if row == 0 else (("", ""), "")
             table.add_row(*(Text(escape(cell)) for cell in (*names, *cells, log)))
     return table
@@ -206,8 +207,3 @@ def workers_table(run: RunProgress) -> Table:
 
 def _since(worker: WorkerProgress) -> float:
     return min((lease.since or lease.leased for lease in worker.shards), default=float("inf"))
-
-
-def _lease_cells(lease: LeaseProgress, now: float) -> Sequence[str]:
-    seconds = format_duration(max(0.0, now - lease.since)) if lease.stage else ""
-    return lease.shard, format_duration(max(0.0, now - lease.leased)), lease.stage, seconds

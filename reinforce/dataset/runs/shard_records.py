@@ -146,16 +146,13 @@ def _contents(store: Storage) -> dict[str, bytes]:
     """The records of each run by their path."""
     with store.storage_errors("read", "runs"):
         found = list_whole(lambda: store.fs.glob(store.path("runs", "*", FILE), detail=True))
-        paths = sorted(path for path, info in found.items() if _is_readable(info))
+        files = {path: info.get("size") or 0 for path, info in found.items() if info["type"] == "file"}
+        paths = sorted(path for path, size in files.items() if size <= _MAX_BYTES)
         contents: dict[str, bytes] = store.fs.cat(paths, on_error="omit") if paths else {}
         for path, content in contents.items():
-            if len(content) < (size := found[path].get("size") or 0):
-                contents[path] = read_range(store.fs, path, 0, size)
+            if len(content) < files[path]:
+                contents[path] = read_range(store.fs, path, 0, files[path])
     return contents
-
-
-def _is_readable(info: Mapping[str, Any]) -> bool:
-    return info["type"] == "file" and not (info.get("size") or 0) > _MAX_BYTES
 
 
 def _encode(hashes: np.ndarray) -> str:

@@ -47,10 +47,6 @@ def _digest(place: int) -> Callable[[pa.Table], Any]:
     return part
 
 
-def _words(samples: pa.Table) -> Any:
-    return pc.list_value_length(pc.utf8_split_whitespace(samples["caption"]))
-
-
 #: The columns of the samples that a fact is computed from, and how, by name.
 _COMPUTED: dict[Fact, tuple[tuple[str, ...], Callable[[pa.Table], Any]]] = {
     "width": (("width",), lambda samples: samples["width"]),
@@ -58,7 +54,7 @@ _COMPUTED: dict[Fact, tuple[tuple[str, ...], Callable[[pa.Table], Any]]] = {
     "aspect": (("width", "height"), _aspect),
     "bytes": (("image", "image_ref"), _bytes),
     "characters": (("caption",), lambda samples: pc.utf8_length(samples["caption"])),
-    "words": (("caption",), _words),
+    "words": (("caption",), lambda samples: pc.list_value_length(pc.utf8_split_whitespace(samples["caption"]))),
     "digest_1": (("image", IMAGE_DIGEST), _digest(0)),
     "digest_2": (("image", IMAGE_DIGEST), _digest(24)),
 }

@@ -74,18 +74,14 @@ class _Keys:
         self.digests: list[bytes] = []
         self.stored: list[StoredKeys | None] = []
         self._hashes: list[Hashes] = []
-        self._limit, self._free, self._count = limit, _STORED_BYTES, 0
-
-    @property
-    def free_bytes(self) -> int:
-        """How many bytes of stored keys are kept of the next row group."""
-        return self._free
+        self._limit, self._count = limit, 0
+        self.free_bytes = _STORED_BYTES  # of stored keys that are kept of the next row groups
 
     def add(self, keys: pa.ChunkedArray, stored: StoredKeys | None) -> None:
         """Add the keys of the next row group."""
         self.digests.append(digest_keys(keys))
         self.stored.append(stored)
-        self._free -= 0 if stored is None else len(stored.chunk)
+        self.free_bytes -= 0 if stored is None else len(stored.chunk)
         hashes = hash_keys(keys)
         self._hashes.append(hashes[hashes <= np.uint64(self._limit)])
         self._count += len(self._hashes[-1])

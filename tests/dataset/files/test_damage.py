@@ -28,14 +28,11 @@ from reinforce.student.config import Data
 from reinforce.student.data.datasets import open_datasets
 from reinforce.student.data.reader import DatasetReader
 from reinforce.training.order import Order
-from tests.helpers.data import config_of, tree
-from tests.helpers.reinforced import reinforce_here
+from tests.helpers.data import tree
+from tests.helpers.reinforced import config_for as config
+from tests.helpers.reinforced import flip, reinforce_here
 
 IMAGES = "embeddings/red/images"
-
-
-def config(made: Path, dataset: Path) -> dict[str, object]:
-    return config_of(f"{made.parent}/source/*.tar", dataset)
 
 
 def file_of(dataset: Path, layer: str, number: int = 0) -> Path:
@@ -161,16 +158,6 @@ def test_a_shard_that_was_removed_from_all_layers_is_named_and_forgotten_by_the_
         assert reinforce.run(one).run is None, "nothing is computed"
     assert f"the samples of 1 shard, such as {Path(name).stem}, were deleted" in caplog.text
     assert len(reinforce.open(str(dataset), strict=True)) == 9
-
-
-def flip(path: Path, column: str) -> None:
-    """Invert a byte in the middle of the first pages of a column."""
-    group = pq.ParquetFile(path).metadata.row_group(0)
-    leaves = (group.column(i) for i in range(group.num_columns))
-    leaf = next(leaf for leaf in leaves if leaf.path_in_schema.startswith(column))
-    content = bytearray(path.read_bytes())
-    content[leaf.data_page_offset + leaf.total_compressed_size // 2] ^= 0x10
-    path.write_bytes(content)
 
 
 @pytest.mark.parametrize(("layer", "column"), [("samples", "image"), (IMAGES, "embeddings")])

@@ -13,6 +13,7 @@ from reinforce.config import parse_config
 from reinforce.engine.plan.plan import make_plan
 from reinforce.errors import UserError
 from tests.helpers.data import config_of
+from tests.helpers.reinforced import config_for as config
 from tests.helpers.reinforced import small_dataset
 from tests.helpers.tiny_models import open_clip_model
 
@@ -22,10 +23,6 @@ def refusal(config: dict[str, Any]) -> list[str]:
     with pytest.raises(UserError) as caught:
         make_plan(parse_config(config))
     return str(caught.value).splitlines()
-
-
-def config(made: Path, output: Path | None = None, **changes: Any) -> dict[str, Any]:
-    return config_of(f"{made.parent}/source/*.tar", output or made, **changes)
 
 
 def teachers(**changes: Any) -> dict[str, Any]:

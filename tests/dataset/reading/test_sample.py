@@ -23,9 +23,7 @@ from reinforce.errors import UserError
 from reinforce.training.record.results import Results
 from tests.helpers.data import config_of, picture, write_tar
 from tests.helpers.in_loaders import key_and_crop
-from tests.helpers.pixels import PixelRecorder, torchvision_replay
-from tests.helpers.published import COUNT, SIZE, published_members, published_sample, source_members, write_published
-from tests.helpers.published import config_of as published_config
+from tests.helpers.pixels import PixelRecorder
 from tests.helpers.reinforced import reinforce_here
 
 
@@ -64,17 +62,6 @@ def test_augmented_is_the_crop_that_the_teachers_saw(tmp_path: Path, images: str
     expected = [load_backend(backend)(sample.pil(), record) for sample in samples for record in sample.augmentations]
     np.testing.assert_array_equal(crops, expected)
     assert samples[0].augmented(1, image=samples[0].pil()).tobytes() == expected[1].tobytes()
-
-
-def test_published_records_are_replayed_as_torchvision_does(tmp_path: Path) -> None:
-    one, data = published_sample(5), rotated_by_exif()
-    name, _ = source_members(one)[0]
-    write_published(tmp_path, [[(name, data), *source_members(one)[1:]]], [published_members(one)])
-    [sample] = reinforce.open(reinforce_here(published_config(tmp_path)))
-    assert sample.policies.image == "pillow-rgb-1"
-    assert sample.pil().tobytes() == Image.open(io.BytesIO(data)).convert("RGB").tobytes()
-    for k in range(COUNT):
-        np.testing.assert_array_equal(sample.augmented(k), torchvision_replay(data, one.records[k], SIZE))
 
 
 def test_augmented_takes_a_size_and_the_number_of_a_record(data: reinforce.Dataset) -> None:

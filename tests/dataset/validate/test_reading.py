@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import fsspec
 import pyarrow as pa
@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reinforce.dataset.files.key_hashes import digest_keys, hash_keys
-from reinforce.dataset.files.layer_file import LayerFile
 from reinforce.dataset.files.listing import Listing
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.validate import process_pool as shard_pool
@@ -34,20 +33,12 @@ def test_an_object_store_is_asked_once_for_a_small_file(made: Path, monkeypatch:
     for path in made.rglob("*"):
         if path.is_file():
             fs.pipe_file(f"/validated/{path.relative_to(made)}", path.read_bytes())
-    asked: list[str] = []
-    cat_file = type(fs).cat_file
-
-    def counted(self: Any, path: str, *rest: Any, **options: Any) -> bytes:
-        asked.append(path)
-        data: bytes = cat_file(self, path, *rest, **options)
-        return data
-
-    monkeypatch.setattr(type(fs), "cat_file", counted)
     monkeypatch.setattr(type(fs), "open", lambda self, path, *rest, **_: pytest.fail(f"{path} was opened"))
     for quick in (True, False):
-        asked.clear()
-        assert validate("memory://validated", quick=quick).errors == []
-        layers = [path for path in asked if "/index/" not in path and not path.endswith("dataset.json")]
+        with mock.patch.object(type(fs), "cat_file", autospec=True, side_effect=type(fs).cat_file) as asked:
+            assert validate("memory://validated", quick=quick).errors == []
+        paths = [call.args[1] for call in asked.call_args_list]
+        layers = [path for path in paths if "/index/" not in path and not path.endswith("dataset.json")]
         assert sorted(layers) == sorted(
             path for path in fs.find("/validated") if path.endswith(".parquet") and "/index/" not in path
         )
@@ -65,22 +56,14 @@ def test_a_file_that_was_replaced_after_it_was_listed_is_read_as_it_is(
     assert validate(str(dataset), quick=True).errors == []
 
 
-def _recording(store: Store, method: Any, shards: set[str], layer: str, shard: str, size: int) -> LayerFile:
-    shards.add(shard)
-    file: LayerFile = method(store, layer, shard, size)
-    return file
-
-
 def test_a_sample_of_shards_is_read_and_all_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     url = small_dataset(tmp_path, sizes=(1,) * 6)
     shards = [*Store(url).shards("samples")]
     read: list[set[str]] = []
     for seed in (1, 1, 2):
-        with pytest.MonkeyPatch.context() as patch:
-            opened: set[str] = set()
-            patch.setattr(Store, "layer_end", functools.partialmethod(_recording, Store.layer_end, opened))
+        with mock.patch.object(Store, "layer_end", autospec=True, side_effect=Store.layer_end) as opened:
             assert validate(url, quick=True, sample=2, seed=seed).valid
-        read.append(opened)
+        read.append({call.args[2] for call in opened.call_args_list})
     assert [len(opened) for opened in read] == [2, 2, 2]
     assert read[0] == read[1] != read[2]
     out = printed_by(capsys, "validate", url, "--sample", "2", "--seed", "1")
