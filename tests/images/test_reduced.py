@@ -80,8 +80,8 @@ def test_exif_orientation_is_applied_after_the_reduction_and_limits_apply_to_the
         decode(encode(noise(100, 80), "JPEG"), Limits(pixels=7999), policy=policy(10))
 
 
-@pytest.mark.parametrize("case", IMAGES, ids=lambda case: case.defect)
-def test_hostile_images_are_refused_as_at_full_size(case: ImageCase) -> None:
+@pytest.mark.parametrize("case", [case for case in IMAGES if case.extension == "jpg"], ids=lambda case: case.defect)
+def test_hostile_jpegs_are_refused_as_at_full_size(case: ImageCase) -> None:
     def outcome(name: str) -> Reason | None:
         try:
             decode(case.data(), LIMITS, strict=True, policy=name)
@@ -105,9 +105,9 @@ def test_pixels_do_not_depend_on_the_instructions_of_the_processor(tmp_path: Pat
             check=True,
             capture_output=True,
             text=True,
-            env={**os.environ, **({name: "1"} if name else {})},
+            env={**os.environ, name: "1"},
         ).stdout.strip()
-        for name in ("", "JSIMD_FORCENONE", "JSIMD_FORCESSE2")
+        for name in ("JSIMD_FORCENONE", "JSIMD_FORCESSE2")
     }
     assert digests == {decoded_digest(tmp_path)}
 
