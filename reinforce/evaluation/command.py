@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from reinforce import settings
 from reinforce.errors import UserError
 from reinforce.evaluation.config import RETRIEVAL, ZERO_SHOT, Evaluation
-from reinforce.evaluation.report import Report
+from reinforce.evaluation.report import Report, Result
 from reinforce.processes.cores import available_cores
 from reinforce.terminal import Screen
 from teachers.spec import ModelSpec
@@ -62,13 +62,13 @@ def evaluate_models(
     from reinforce.evaluation.evaluator import Evaluator
 
     evaluator = Evaluator(evaluation)
-    report = Report()
+    results: dict[str, Result] = {}
     for name, model, accelerator in load_encoders(specs, device, precision, available_cores()):
-        if not report.metrics:
+        if not results:
             Screen().log(evaluator.describe(accelerator))
         result = evaluator.evaluate(model, accelerator)
-        report.add(name, replace(result, metrics=evaluation.combine([result.metrics])))
-    return report
+        results[name] = replace(result, metrics=evaluation.combine([result.metrics]))
+    return Report(results)
 
 
 def _split_name(text: str) -> tuple[str, str]:

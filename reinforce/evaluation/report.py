@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from rich.table import Table
@@ -29,6 +29,10 @@ class SetSummary:
             return f"{plural(self.images, 'image')}"
         return f"{plural(self.images, 'image')}; {len(self.refused):,} refused: {name_refused(self.refused)}"
 
+    def as_json(self) -> dict[str, Any]:
+        refused = [{"key": r.key, "reason": r.reason.value, "detail": r.detail} for r in self.refused]
+        return {"images": self.images, "refused": refused}
+
 
 @dataclass(frozen=True)
 class Result:
@@ -42,41 +46,31 @@ class Result:
 class Report:
     """Results of several models, keyed by the model names that the user gave."""
 
-    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
-    sets: dict[str, dict[str, SetSummary]] = field(default_factory=dict)
-
-    def add(self, model: str, result: Result) -> None:
-        self.metrics[model] = dict(result.metrics)
-        self.sets[model] = result.sets
+    results: dict[str, Result]
 
     def table(self) -> Table:
         """Metrics in percent, one column per model."""
         table = Table(box=None, header_style="bold", pad_edge=False)
         table.add_column("%", no_wrap=True)
-        for model in self.metrics:
+        for model in self.results:
             table.add_column(model, justify="right", overflow="fold")
-        for metric in dict.fromkeys(metric for scores in self.metrics.values() for metric in scores):
-            row = (scores.get(metric) for scores in self.metrics.values())
+        for metric in dict.fromkeys(metric for result in self.results.values() for metric in result.metrics):
+            row = (result.metrics.get(metric) for result in self.results.values())
             table.add_row(metric, *("" if score is None else f"{100 * score:.2f}" for score in row))
         return table
 
     def lines(self) -> list[str]:
         """One line per set with its images; models with equal summaries share it."""
-        lines = {f"{name}: {summary}": None for sets in self.sets.values() for name, summary in sets.items()}
-        return list(lines)
+        of_models = (result.sets.items() for result in self.results.values())
+        return list(dict.fromkeys(f"{name}: {summary}" for sets in of_models for name, summary in sets))
 
     def as_json(self) -> dict[str, Any]:
         """Metrics, numbers of images and all refused images, by model."""
         models = {
             model: {
-                "metrics": self.metrics[model],
-                "sets": {name: _set_as_json(summary) for name, summary in self.sets[model].items()},
+                "metrics": result.metrics,
+                "sets": {name: summary.as_json() for name, summary in result.sets.items()},
             }
-            for model in self.metrics
+            for model, result in self.results.items()
         }
         return {"models": models}
-
-
-def _set_as_json(summary: SetSummary) -> dict[str, Any]:
-    refused = [{"key": r.key, "reason": r.reason.value, "detail": r.detail} for r in summary.refused]
-    return {"images": summary.images, "refused": refused}
