@@ -139,10 +139,7 @@ def test_broken_neighbours_are_replaced_by_different_images_of_other_batches_if_
 
 
 @pytest.mark.parametrize("images", ["embed", "reference"])
-def test_a_reinforced_dataset_gives_the_batches_of_its_shards(
-    tmp_path: Path, images: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("REINFORCE_CACHE", str(tmp_path / "cache"))
+def test_a_reinforced_dataset_gives_the_batches_of_its_shards(tmp_path: Path, images: str) -> None:
     write_shards(tmp_path, 6, 6, captions=2)
     source = f"{tmp_path}/shards/*.tar"
     dataset = reinforce_here(

@@ -180,7 +180,7 @@ def test_user_errors_are_reported_before_training(tmp_path: Path, capsys: pytest
     assert "evaluate.generate.max_length: max_length 90 exceeds the 77" in fault("evaluate.generate.max_length=90")
     if not torch.cuda.is_available():
         assert "error: train.compute.gpus: device 'cuda:0'" in fault("train.compute.gpus=1")
-    assert "data.crop: want 0 < low" in fault("data.crop=[0.9, 1.1]")
+    assert "data: crop: want 0 < low" in fault("data.crop=[0.9, 1.1]")
     assert "nothing is left to train" in fault("captioner.freeze=[image, text, decoder]")
     assert "nothing is left to train" in fault("captioner.freeze=[image, text]", "loss.caption=0")
     assert "images are held out" in fault("held_out.share=1.0e-9")

@@ -118,10 +118,7 @@ def test_url_options_are_used_for_reading_and_not_stored(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl", "folder", "csv"])
-def test_pairs_of_tables_and_folders_have_their_images(
-    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("REINFORCE_CACHE", str(tmp_path / "cache"))
+def test_pairs_of_tables_and_folders_have_their_images(tmp_path: Path, kind: str) -> None:
     images = [picture(number, 9, 9) for number in range(40)]
     captions = [None if number == 3 else f"caption {number}" for number in range(40)]
     folder = tmp_path / "source"
@@ -155,11 +152,6 @@ def test_pairs_are_not_read_from_web_addresses(tmp_path: Path) -> None:
         data = {"source": f"{tmp_path}/x.csv", "captions": ["txt"], "images_from": [address]}
         with pytest.raises(UserError, match="names images at web addresses"):
             load_pairs(config.model_copy(update={"data": config.data.model_copy(update=data)}))
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("REINFORCE_CACHE", str(tmp_path / "cache"))
 
 
 def test_images_of_parquet_files_are_read_from_a_local_copy(tmp_path: Path) -> None:

@@ -209,16 +209,11 @@ TINY = {
 }
 
 
-@pytest.fixture
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("REINFORCE_CACHE", str(tmp_path / "cache"))
-    return tmp_path
-
-
 @pytest.mark.parametrize("name", SETS)
 def test_the_published_layout_gives_the_captions_of_each_picture(
-    name: str, root: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    root = tmp_path
     write, captions_of = SETS[name]
     write(root)
     if name.startswith("finetune-"):
@@ -242,8 +237,8 @@ def convert(name: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     exec(compile(block.text, "docs/captions.md", "exec"), {})
 
 
-def test_a_captioner_is_trained_by_the_command(root: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    name = "recipes/coca-dfn2b"
+def test_a_captioner_is_trained_by_the_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    root, name = tmp_path, "recipes/coca-dfn2b"
     SETS[name][0](root)
     model = {"captioner.model": coca_model(root / "model"), "captioner.pretrained": "null"}
     words = [word for change in overrides(name, root, **model) for word in ("--set", change)]

@@ -1,7 +1,8 @@
-"""Metrics of evaluations, compared with plain open_clip loops and with known answers."""
+"""Metrics of evaluations, compared with plain open_clip loops and with known answers, and the cache of their images."""
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
 import random
@@ -16,10 +17,16 @@ import torch
 from open_clip.zero_shot_metadata import SIMPLE_IMAGENET_TEMPLATES
 from PIL import Image
 
+from reinforce.config import Limits
 from reinforce.errors import UserError
+from reinforce.evaluation import images
 from reinforce.evaluation.evaluator import Evaluator
+from reinforce.evaluation.images import CacheBudget, ImageBatches
+from reinforce.evaluation.reading import Example
 from reinforce.evaluation.report import Result
 from teachers.device.accelerator import Accelerator
+from teachers.preprocessing.pixels import to_pixels
+from teachers.protocols import ImageSpec
 from tests.helpers.data import config_of
 from tests.helpers.evaluation import (
     COLOURS,
@@ -34,6 +41,7 @@ from tests.helpers.evaluation import (
     make_photos,
     solid_image,
     write_colour_folder,
+    write_colour_shard,
     write_models,
     write_shard,
 )
@@ -68,7 +76,7 @@ def photo_shard(tmp_path_factory: pytest.TempPathFactory, photos: list[bytes]) -
 
 
 @pytest.mark.parametrize("kind", ["shortest", "squash"])
-def test_accuracy_equals_that_of_a_plain_open_clip_loop(
+def test_pixels_and_accuracy_equal_those_of_a_plain_open_clip_loop(
     names: dict[str, str], photos: list[bytes], photo_shard: str, kind: str
 ) -> None:
     model, _, transform = open_clip.create_model_and_transforms(names[kind])
@@ -78,6 +86,11 @@ def test_accuracy_equals_that_of_a_plain_open_clip_loop(
     with torch.no_grad():
         pixels = torch.stack([transform(Image.open(io.BytesIO(data))) for data in photos])
         predicted = (model.encode_image(pixels, normalize=True) @ weights).argmax(1)
+    spec = load_teacher(names[kind]).image
+    assert spec is not None
+    examples = [Example(str(i), lambda data=data: data, i) for i, data in enumerate(photos)]
+    batches = ImageBatches(lambda: iter(examples), len(photos), Limits(), CacheBudget(0)).batches(spec, 4, 2)
+    assert torch.equal(torch.cat([to_pixels(CPU.put(batch.pixels), spec) for batch in batches]), pixels)
     labels = torch.arange(len(photos)) % 5
     hits = (predicted == labels).float()
     result = evaluate_zero_shot(load_teacher(names[kind]), photo_shard, classes=WORDS)
@@ -260,3 +273,61 @@ def test_evaluation_has_no_side_effects_on_training(names: dict[str, str], folde
     assert all(torch.equal(one, other) for one, other in zip(alone, evaluated, strict=True))
     assert len(metrics) == 2
     assert set(metrics[0]) == set(evaluator.config.metrics)
+
+
+SPEC = ImageSpec(8, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+
+class DecodeCounter:
+    """Counts decoded images."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        decode = images.decode
+
+        def counted(data: bytes, limits: Limits, **options: Any) -> Image.Image:
+            self.count += 1
+            return decode(data, limits, **options)
+
+        monkeypatch.setattr(images, "decode", counted)
+
+    def during(self, act: Callable[[], Any]) -> int:
+        before = self.count
+        act()
+        return self.count - before
+
+
+def test_sets_that_fit_are_decoded_once(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decodes = DecodeCounter(monkeypatch)
+    url = write_colour_shard(tmp_path / "a.tar", each=3)
+    sets = {"zero_shot": {"a": {"images": folder}, "b": {"images": url, "label": "json:class"}}}
+    small = 12 * 8 * 8 * 3
+    expected: list[dict[str, float]] = []
+    for memory, decoded in ((small + 18 * 8 * 8 * 3, 0), (small, 18), (small - 1, 30), (0, 30)):
+        evaluator = make_evaluator(**sets, memory=memory)
+        expected.append(evaluator.evaluate(ColourOracle(), CPU).metrics)
+        again = functools.partial(evaluator.evaluate, ColourOracle(), CPU)
+        assert decodes.during(lambda again=again: expected.append(again().metrics)) == decoded
+    assert all(metrics == expected[0] for metrics in expected)
+
+
+def test_another_geometry_replaces_the_cache_and_an_interrupted_pass_is_not_cached(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Larger(ColourOracle):
+        image = ImageSpec(12, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+    class Normalised(ColourOracle):
+        image = ImageSpec(8, (0.1, 0.1, 0.1), (1.0, 1.0, 1.0))
+
+    class Interrupted(ColourOracle):
+        def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
+            raise KeyboardInterrupt
+
+    decodes = DecodeCounter(monkeypatch)
+    evaluator = make_evaluator(zero_shot={"a": {"images": folder}}, memory=12 * 12 * 12 * 3)
+    with pytest.raises(KeyboardInterrupt):
+        evaluator.evaluate(Interrupted(), CPU)
+    for model, count in ((ColourOracle(), 12), (Normalised(), 0), (Larger(), 12), (Larger(), 0), (ColourOracle(), 12)):
+        assert decodes.during(lambda model=model: evaluator.evaluate(model, CPU)) == count
+    assert evaluator.evaluate(ColourOracle(), CPU).metrics["zero_shot/a/top1"] == 1

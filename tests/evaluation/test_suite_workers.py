@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from reinforce.evaluation.suite.workers import Job, Worker, WorkerLost, count_wo
 from tests.helpers import tiny_models
 from tests.helpers.commands import Command
 from tests.helpers.suites import colour_samples, find_set, write_classification
+from tests.soak.kills import processes_below
 
 KEYS = ["mnist", "imagenet1k", "renderedsst2", "vtab/pcam", "stl10"]
 JOBS = [Job(find_set(key), SetFiles("", [], ""), ("model",)) for key in KEYS]
@@ -143,18 +144,8 @@ def test_workers_of_ray_have_the_results_of_one_process_also_after_one_is_killed
 def kill_worker() -> int:
     """Kill a process of Ray that evaluates sets -> its id."""
     deadline = time.monotonic() + 600
-    while time.monotonic() < deadline:
-        for pid in children(os.getpid()):
-            if b"_SetWorker" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                os.kill(pid, signal.SIGKILL)
-                return pid
+    while not (found := processes_below(os.getpid(), "ray::_SetWorker")):
+        assert time.monotonic() < deadline, "no worker has started"
         time.sleep(0.05)
-    raise AssertionError("no worker has started")
-
-
-def children(pid: int) -> Iterator[int]:
-    """Processes that a process has started, and those that these have started."""
-    for path in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in map(int, path.read_text().split()):
-            yield child
-            yield from children(child)
+    os.kill(found[0], signal.SIGKILL)
+    return found[0]

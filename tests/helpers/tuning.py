@@ -55,14 +55,14 @@ def toy_screening(*scales: float) -> TeacherScreening:
     return TeacherScreening(measured, calibrated=30.0, top1=0.5)
 
 
-def trial_student(output: Path, steps: int = 12, **train: Any) -> StudentConfig:
+def trial_student(output: Path | str, steps: int = 12, data: Any = None, **train: Any) -> StudentConfig:
     """The training of a trial."""
     return settings.parse(
         StudentConfig,
         {
             "output": str(output),
             "student": {"model": "MobileCLIP2-S0"},
-            "data": {"datasets": "data"},
+            "data": data or {"datasets": "data"},
             "train": {"steps": steps, "batch": 8, **train},
         },
     )

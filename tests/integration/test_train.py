@@ -201,22 +201,6 @@ def test_sigterm_under_torchrun_ends_both_ranks_with_a_checkpoint_and_they_resum
     np.testing.assert_allclose(curve(output), curve(undisturbed), rtol=2e-3)
 
 
-@pytest.mark.slow
-def test_two_ranks_on_ray_train_have_the_curve_of_one(
-    base: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    for name, ranks in (("one", 1), ("two", 2)):
-        config = written(base, tmp_path / name)
-        with pytest.raises(SystemExit) as ended:
-            main(["train", config, "--set", "train.steps=10", "--set", f"train.compute.ranks={ranks}"])
-        assert ended.value.code == 0
-    np.testing.assert_allclose(curve(tmp_path / "two"), curve(tmp_path / "one"), rtol=2e-4)
-    printed = capfd.readouterr().out
-    assert "starting 2 ranks on Ray, 1 CPU each" in printed
-    assert "2 ranks x 1 CPU, no loader process each, device cpu" in printed
-    assert printed.count("step 10: retrieval/own/text_to_image/r1") == 2, "the driver shows what rank 0 logs"
-
-
 @pytest.mark.usefixtures("no_pictures")
 def test_a_training_does_not_resume_with_other_teachers_of_the_same_shards(
     base: dict[str, Any], tmp_path: Path, command: Command

@@ -13,7 +13,6 @@ from reinforce.dataset.files.store import MANIFEST, Store
 from reinforce.dataset.manifest.manifest import read_manifest, record_scales, update_manifest
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.run import run
-from reinforce.student.config import Data
 from reinforce.student.distillation import plan_distillation, stored_teachers
 from tests.helpers.data import config_of
 from tests.helpers.reinforced import small_dataset
@@ -63,8 +62,7 @@ def test_scale_tuned_twice_keeps_the_value_of_the_config_and_trainings_and_added
     assert (twice["logit_scale"], twice["logit_scale_from"]) == (47.0, "tuned twice")
     assert twice["logit_scale_tuned"]["before"] == 50.0
     dataset.write_json(record_scales(read_manifest(dataset), {"red": 43.0, "blue": 21.0}, ORIGIN), MANIFEST)
-    student = trial_student(tmp_path / "student")
-    student = student.model_copy(update={"data": Data.model_validate({"datasets": dataset.url})})
+    student = trial_student(tmp_path / "student", data={"datasets": dataset.url})
     plan = plan_distillation(student.loss, stored_teachers(student, {dataset.url: read_manifest(dataset)}))
     assert plan.scales == {"red": 43.0, "blue": 21.0}
     assert f"logit scale 43 (dataset: {ORIGIN})" in plan.notes[0]

@@ -21,6 +21,7 @@ from reinforce.student.distillation import (
 )
 from teachers.registry import teacher_spec
 from tests.helpers.models import ColorTeacher
+from tests.helpers.tuning import trial_student
 
 TWO = TeacherInfo(8, frozenset([IMAGES, TEXTS]), 70.0, "dataset: config")
 UNSCALED = TeacherInfo(8, frozenset([IMAGES, TEXTS]), None, "dataset: model")
@@ -32,16 +33,8 @@ def loss(**keys: Any) -> Loss:
 
 
 def config(*urls: str, loss: dict[str, Any] | None = None, **data: Any) -> StudentConfig:
-    return settings.parse(
-        StudentConfig,
-        {
-            "output": "out",
-            "student": {"model": "MobileCLIP2-S0"},
-            "data": {"datasets": list(urls), **data},
-            "loss": loss or {},
-            "train": {"steps": 1},
-        },
-    )
+    made = trial_student("out", 1, {"datasets": list(urls), **data})
+    return made.model_copy(update={"loss": settings.parse(Loss, loss or {})})
 
 
 def manifest(*layers: str, scale: float | None = 70.0, dim: int = 8, captioners: tuple[str, ...] = ("coca",)) -> Any:

@@ -26,9 +26,7 @@ from reinforce.training.loop import fit
 from reinforce.training.saving.checkpoint import Checkpoints
 from reinforce.training.stop import Stopped, StopSignal
 from teachers.device.accelerator import Accelerator
-from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.ranks import results_of_ranks
-from tests.helpers.reinforced import reinforce_here
 from tests.helpers.students import batch_for, built, student_folder, train_briefly
 from tests.helpers.trainings import stopping
 
@@ -122,14 +120,6 @@ def test_a_compiled_part_is_compiled_once_more_when_it_begins_to_round(tmp_path:
     torch.testing.assert_close(compiled, module.forward(inputs))
 
 
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("dataset")
-    write_tar(folder / "source" / "0.tar", members_of(0, 12))
-    teachers = {"red": {"class": "tests.helpers.models:ColorTeacher", "logit_scale": 50.0, "dtype": "float32"}}
-    return reinforce_here(config_of(f"{folder}/source/*.tar", folder / "reinforced", teachers=teachers))
-
-
 def config_with(folder: Path, dataset: str, train: dict[str, Any] | None = None, **student: Any) -> StudentConfig:
     model = student_folder(folder / "model", student.pop("kind", "mobileclip"))
     return settings.parse(
@@ -164,14 +154,14 @@ def train(config: StudentConfig, stop_at: int | None = None, log: list[str] | No
 
 
 def test_a_training_that_resumes_where_it_rounds_has_equal_weights_and_exports_a_plain_student(
-    tmp_path: Path, dataset: str
+    tmp_path: Path, labelled: str
 ) -> None:
     compute = {"compute": {"accumulate": 2}}
     keys = {"quantize": "int8", "quantize_share": 0.6}
     log: list[str] = []
-    whole = train(config_with(tmp_path / "whole", dataset, compute, **keys), log=log)
+    whole = train(config_with(tmp_path / "whole", labelled, compute, **keys), log=log)
     assert log == ["step 3 and later ones train with int8, and keep their batch statistics"]
-    interrupted = config_with(tmp_path / "resumed", dataset, compute, **keys)
+    interrupted = config_with(tmp_path / "resumed", labelled, compute, **keys)
     with pytest.raises(Stopped):
         train(interrupted, stop_at=4)
     resumed = train(interrupted)
@@ -202,7 +192,7 @@ def test_ranks_round_with_the_same_batch_statistics(tmp_path: Path) -> None:
     assert [name for name, value in first.items() if not torch.equal(value, second[name])] == []
 
 
-def test_keys_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+def test_keys_that_do_not_fit_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refused: list[tuple[dict[str, Any], str]] = [
         ({"quantize": "int4"}, r"student\.quantize: Input should be 'int8-weights' or 'int8', got 'int4'"),
         ({"quantize": "int8", "quantize_share": 0.0}, r"student\.quantize_share: .* be greater than 0, got 0"),
@@ -218,9 +208,6 @@ def test_keys_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         settings.parse(StudentConfig, config)
     config["student"]["quantize_share"] = 1.0
     assert settings.parse(StudentConfig, config).student.quantize_share == 1
-
-
-def test_a_model_without_layers_to_round_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nothing = torch.nn.Sequential(torch.nn.LayerNorm(3), torch.nn.GELU())
     assert not can_quantize(nothing)
     assert quantize(nothing, "int8") == 0

@@ -1,20 +1,25 @@
-"""What a training writes and shows: rows of its log, TensorBoard events, curves, lines and results."""
+"""What a training writes and shows: its log, TensorBoard events, curves, speed, a trace, lines and results."""
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import reinforce.training.record.progress
 from reinforce.storage import Storage
+from reinforce.training import loop
 from reinforce.training.distributed.ranks import Ranks
 from reinforce.training.loop import fit
 from reinforce.training.record import curves
@@ -25,15 +30,12 @@ from reinforce.training.record.results import Results, read_results
 from reinforce.training.saving.checkpoint import BestCheckpoint
 from reinforce.training.stop import StopSignal
 from teachers.device.accelerator import Accelerator
-from tests.helpers.trainings import PairFeed, TowersTask, job
+from tests.helpers.trainings import WIDTH, PairFeed, TowersTask, before_batches, job, rows
+from tests.training.test_loop import run
 
 
 def row(step: int, loss: float = 1.0) -> dict[str, Any]:
     return {"step": step, "loss": loss, "losses": {"clip": loss}}
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_a_row_is_on_disk_at_once_and_a_scalar_for_every_number_in_the_events(tmp_path: Path) -> None:
@@ -42,7 +44,7 @@ def test_a_row_is_on_disk_at_once_and_a_scalar_for_every_number_in_the_events(tm
         log.add({**row(1, 0.25), "lr": 0.1})
         log.add(row(2, math.nan))
         written = [{**row(1, 0.25), "lr": 0.1}, {"step": 2, "loss": None, "losses": {"clip": None}}]
-        assert log.rows == read(tmp_path / "log.jsonl") == written
+        assert log.rows == rows(tmp_path) == written
         log.publish()
         assert not (tmp_path / "curves.png").exists()
         log.publish(last=True)
@@ -83,8 +85,8 @@ def test_the_picture_has_three_panels_a_line_and_a_series_for_each_number(tmp_pa
     assert curves._series(ROWS, lambda row: {"": row.get("loss")}) == {"": [(1, 2.0)]}, "nulls are skipped"
     draw_curves([{"step": 0, "metrics": {}}], f"{tmp_path}/curves.png")
     assert not (tmp_path / "curves.png").exists(), "none without values"
-    for rows, lines in ((ROWS, 2), (ROWS[:1], 1)):
-        draw_curves(rows, f"{tmp_path}/curves.png")
+    for drawn, lines in ((ROWS, 2), (ROWS[:1], 1)):
+        draw_curves(drawn, f"{tmp_path}/curves.png")
         with Image.open(tmp_path / "curves.png") as picture:
             assert picture.width / picture.height == pytest.approx(3 * 4.6 / (lines * 3.6), rel=0.1)
 
@@ -160,6 +162,53 @@ def test_a_training_without_the_extra_writes_no_curves_and_no_events_and_names_i
     assert capsys.readouterr().out.count(f"{line} -e '.[train]'") == 1
     written = {path.name for path in tmp_path.iterdir()} - {".tmp"}
     assert written == {"checkpoints", "log.jsonl", "results.json", "student"}
-    assert len([row for row in read(tmp_path / "log.jsonl") if "loss" in row]) == results.steps
+    assert len([row for row in rows(tmp_path) if "loss" in row]) == results.steps
     assert [*results.as_json()["files"]] == ["weights", "checkpoints", "log"]
     assert results.summary().endswith(f"weights: {tmp_path}/student   log: {tmp_path}/log.jsonl")
+
+
+LAST = "checkpoints/step-000000003.safetensors"
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_profile_has_a_trace_of_steps_and_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(job(tmp_path, steps=6, profile=2))
+    files = sorted(path.name for path in (tmp_path / "profile").iterdir())
+    assert files == ["steps-000000005-000000006.json.gz", "steps-000000005-000000006.txt"]
+    with gzip.open(tmp_path / "profile" / files[0]) as trace:
+        events = [event for event in json.load(trace)["traceEvents"] if event.get("name") == "aten::addmm"]
+    table = (tmp_path / "profile" / files[1]).read_text().splitlines()
+    of_product = next(line for line in table if line.endswith("aten::addmm"))
+    assert float(of_product.split()[2]) * 2 == len(events) == 2 * 3, "three linear layers in two steps"
+    shown = capsys.readouterr().out
+    assert "profile of steps 5 to 6; trace: profile/steps-000000005-000000006.json.gz; table: profile/" in shown
+    assert of_product in shown
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_logs_have_the_flops_of_the_model_and_counting_them_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(job(tmp_path / "counted", steps=3), norm=True, dropout=0.3)
+    row = rows(tmp_path / "counted")[-2]
+    products = 3 * (2 * WIDTH * 16 + 2 * 16 * 8 + 2 * WIDTH * 8) - 2 * WIDTH * 16 - 2 * WIDTH * 8  # none of inputs
+    assert row["flops_per_second"] == pytest.approx(products * row["samples_per_second"])
+    assert "mfu" not in row, "no peak of a CPU"
+    monkeypatch.setattr(loop, "flops_of_sample", lambda *_: 0.0)
+    run(job(tmp_path / "not", steps=3), norm=True, dropout=0.3)
+    assert "flops_per_second" not in rows(tmp_path / "not")[-2]
+    counted, without = (load_file(tmp_path / name / LAST) for name in ("counted", "not"))
+    assert all(torch.equal(tensor, without[name]) for name, tensor in counted.items())
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_logs_have_the_speed_and_the_time_spent_waiting_for_data(tmp_path: Path) -> None:
+    slow_feed = before_batches(PairFeed(), lambda *_: threading.Event().wait(0.3))
+    run(job(tmp_path / "slow", log_every=5), slow_feed)
+    run(job(tmp_path / "fast", log_every=5))
+    slow, fast = rows(tmp_path / "slow"), rows(tmp_path / "fast")
+    assert [row["step"] for row in slow if "loss" in row] == [5, 10, 12]
+    assert slow[1]["waiting"] > max(0.5, fast[1]["waiting"])
+    assert slow[1]["samples_per_second"] < 16 / 0.3
+    assert slow[1]["memory"] > 10_000_000
+    assert slow[1]["lr"] == pytest.approx(0.02 * 0.5 * (1 + math.cos(math.pi * 7 / 9)), rel=1e-3)

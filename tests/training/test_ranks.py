@@ -28,7 +28,7 @@ from reinforce.training.distributed.rank_watch import (
     describe_rank,
     next_report,
 )
-from reinforce.training.distributed.ranks import Ranks, join_ranks, share_from_first
+from reinforce.training.distributed.ranks import Ranks, join_ranks, share_from_first, wrap_ddp
 from reinforce.training.launch import launch
 from reinforce.training.loop import run_rank
 from reinforce.training.record import log
@@ -339,3 +339,40 @@ def test_an_error_of_a_collective_names_the_ranks_and_another_error_is_left_alon
     watch = RankWatch(Gone(), 1, 2, interval=60)
     assert "rank 0, which keeps the list of places, cannot be reached" in watch.describe()
     watch._closed.set()
+
+
+class Wide(torch.nn.Module):
+    """More parameters than the first two buckets of DistributedDataParallel hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(1500, 1500, bias=False) for _ in range(5))
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            values = layer(values)
+        return values
+
+
+def test_a_compiled_model_is_split_into_graphs_where_gradients_are_reduced() -> None:
+    """A model that is compiled before it is wrapped: torch splits what it compiles inside of the wrapper. So gradients
+    are reduced during the backward pass, and the pass without gradients of `accumulate` is one whole graph."""
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model, values = Wide(), torch.ones(2, 1500)
+        model.compile(backend=backend)
+        wrapped = wrap_ddp(model, Ranks(0, 2, Accelerator("cpu")))
+        with torch.no_grad():
+            model(values)
+        assert len(graphs) == 1
+        wrapped(values).sum().backward()
+    finally:
+        dist.destroy_process_group()
+    assert len(graphs) > 2
+    assert all(layer.weight.grad is not None for layer in model.layers)

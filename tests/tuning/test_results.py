@@ -1,15 +1,18 @@
-"""Curves, plateaus, tables and plots of a tuning, and its screening compared with trained students."""
+"""Curves, plateaus and tables of a tuning, and its screening, compared with trained students and its definitions."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from rich.table import Table
 
+from reinforce.student.config import StudentConfig
 from reinforce.tuning.correlation import check_screening, spearman
 from reinforce.tuning.results import make_curves, make_rows, results_table, screening_table
+from reinforce.tuning.screening import TeacherScreening, _read_batches, screen
 from reinforce.tuning.space import Setting, Trial
 from reinforce.tuning.trials import Outcome
-from tests.helpers.tuning import scale_curve, scale_outcomes, toy_screening
+from tests.helpers.tuning import scale_curve, scale_outcomes, toy_screening, trial_student
 
 
 def test_plateau_is_within_one_standard_error_of_the_best() -> None:
@@ -102,3 +105,63 @@ def test_screening_is_compared_at_the_end_of_training_or_at_the_last_shared_step
     # Worked example with a tie: ranks 1, 2.5, 2.5, 4 against 1, 3, 2, 4.
     assert spearman([1, 2, 2, 4], [1, 3, 2, 4]) == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
     assert spearman([1, 1, 1], [1, 2, 3]) is None
+
+
+SIZE, COUNT = 12, 3
+SCALES = {"red": [0.01, 5.0, 40.0], "blue": [20.0, 60.0]}
+
+
+@pytest.fixture(scope="module")
+def config(labelled: str) -> StudentConfig:
+    return trial_student("student", 1, {"datasets": labelled, "window": 16}, batch=SIZE)
+
+
+@pytest.fixture(scope="module")
+def screenings(config: StudentConfig) -> dict[str, TeacherScreening]:
+    return screen(config, ["red", "blue"], SCALES, {"red": 50.0, "blue": 30.0}, COUNT, None)
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return powers / powers.sum(axis=1, keepdims=True)
+
+
+def test_measures_match_their_definitions(config: StudentConfig, screenings: dict[str, TeacherScreening]) -> None:
+    entropies, true, losses, agreements = [], [], [], []
+    for batch in _read_batches(config, ["red", "blue"], COUNT, SIZE):
+        for kind in ("caption", "synthetic"):
+            for turn in (lambda m: m, lambda m: m.T):
+                one = softmax(turn(5.0 * batch["red"][kind].numpy().astype(np.float64)))
+                other = softmax(turn(30.0 * batch["blue"][kind].numpy().astype(np.float64)))
+                entropies.append(-(one * np.log(one)).sum(axis=1).mean() / np.log(SIZE))
+                true.append(np.diag(one).mean())
+                losses.append(-np.log(np.diag(one)).mean())
+                middle = (one + other) / 2
+                divergence = [(p * np.log(p / middle)).sum(axis=1).mean() for p in (one, other)]
+                agreements.append(1 - np.mean(divergence) / np.log(2))
+    measured = screenings["red"].scales[1]
+    assert measured.scale == 5.0
+    expected = [np.mean(values) for values in (entropies, true, losses, agreements)]
+    assert [measured.entropy, measured.true_pair, measured.calibration, measured.agreement] == pytest.approx(
+        expected, rel=1e-4
+    )
+    assert np.mean([measured.entropy_of_images, measured.entropy_of_texts]) == pytest.approx(measured.entropy)
+
+
+def test_most_likely_scale_has_the_lowest_loss_on_a_grid(config: StudentConfig) -> None:
+    grid = [float(scale) for scale in np.geomspace(1, 30, 60)]
+    screening = screen(config, ["blue"], {"blue": grid}, {"blue": 30.0}, COUNT, None)["blue"]
+    losses = screening.curve("calibration")
+    best = grid[int(np.argmin(losses))]  # type: ignore[arg-type]
+    assert screening.calibrated == pytest.approx(best, rel=0.06)
+    assert screening.curve("agreement") == [None] * 60  # undefined for a single teacher
+
+
+def test_screening_is_deterministic_and_depends_on_the_seed(
+    config: StudentConfig, screenings: dict[str, TeacherScreening]
+) -> None:
+    for seed in (config.seed, config.seed + 1):
+        again = screen(
+            config.model_copy(update={"seed": seed}), ["red", "blue"], SCALES, {"red": 50.0, "blue": 30.0}, COUNT, None
+        )
+        assert (again == screenings) == (seed == config.seed)
