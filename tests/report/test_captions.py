@@ -1,4 +1,4 @@
-"""The captions report on datasets that the pipeline made, as a table and as files."""
+"""The captions report on datasets that the pipeline made, and its statistics compared with counts by hand."""
 
 from __future__ import annotations
 
@@ -6,16 +6,21 @@ import itertools
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
 
 import reinforce
+from reinforce.captioning.metrics import bleu
 from reinforce.dataset.layers import TRUE_CAPTION
 from reinforce.report.captions import _rows_per_shard, captions_report, captions_table, write_report
+from reinforce.report.texts import DEFINITIONS, TextStatistics
 from tests.helpers.commands import Command, printed_by, run_command
 from tests.helpers.data import config_of
 from tests.helpers.reinforced import small_dataset
@@ -154,3 +159,65 @@ def test_a_report_on_rows_without_captions_is_drawn(tmp_path: Path) -> None:
     assert report["similarity"]["red"][TRUE_CAPTION]["mean"] is None
     assert len(write_report(report, str(tmp_path / "report"))) == 4
     captions_table(report)
+
+
+def summary_of(*images: list[str] | None, count: int = 0) -> dict[str, Any]:
+    statistics = TextStatistics(count or max(len(image or []) for image in images))
+    statistics.add(images)
+    return statistics.summary()
+
+
+def test_distinct_ngrams_are_counted_over_all_captions_and_within_an_image() -> None:
+    summary = summary_of(["A cat, a cat.", "a dog"], ["a cat", "the bird sings"])
+    # Words: a cat a cat a dog | a cat the bird sings; distinct: a cat dog the bird sings.
+    assert summary["distinct"]["1"] == pytest.approx(6 / 11)
+    # Pairs: a-cat cat-a a-cat a-dog | a-cat the-bird bird-sings; none crosses the end of a caption.
+    assert summary["distinct"]["2"] == pytest.approx(5 / 7)
+    assert summary["distinct"]["3"] == pytest.approx(3 / 3)
+    assert summary["distinct_within_image"]["1"] == pytest.approx([(2 / 4 + 2 / 2) / 2, (3 / 6 + 5 / 5) / 2])
+    assert summary["distinct_within_image"]["2"] == pytest.approx([(2 / 3 + 1) / 2, (3 / 4 + 1) / 2])
+    assert summary["distinct_within_image"]["3"] == pytest.approx([1, 1])
+
+
+def test_lengths_duplicates_missing_end_marks_and_ends_mid_sentence_are_counted() -> None:
+    summary = summary_of(["A dog's life - in 3 acts.", ""], ["one two", "one"])
+    assert summary["lengths"] == {"0": 1, "1": 1, "2": 1, "6": 1}
+    assert summary["words"] == pytest.approx(9 / 4)
+    summary = summary_of(["a cat", "A cat!", "a dog"], ["a dog", "a bird", "a fish"], ["x", "y", "y"])
+    assert summary["duplicates_within_image"] == pytest.approx(2 / 9)
+    assert summary["duplicates_across_images"] == pytest.approx(2 / 9), "both captions `a dog`, and no others"
+    summary = summary_of(
+        ["a cat.", 'he says "stop!"', "a cat on the", "a cat"], ["猫です。", "it is of", "a cat and", "so?"]
+    )
+    assert summary["no_end_mark"] == pytest.approx(4 / 8)
+    assert summary["ends_midway"] == pytest.approx(3 / 8)
+
+
+def test_rows_without_captions_count_only_as_null_and_equal_captions_have_a_self_bleu_of_one() -> None:
+    summary = summary_of(None, ["a cat", "a dog"], None, None)
+    assert (summary["rows"], summary["captions"], summary["null"]) == (4, 2, 0.75)
+    assert summary.keys() - {"rows", "captions"} == DEFINITIONS.keys()
+    nothing = summary_of(None, count=2)
+    assert (nothing["null"], nothing["words"], nothing["self_bleu"]) == (1.0, None, None)
+    assert nothing["distinct"] == {"1": None, "2": None, "3": None}
+    same = "a photo of a cat"
+    assert summary_of([same] * 3, [same + " and a dog"] * 3)["self_bleu"] == pytest.approx(1)
+    assert summary_of([same], ["another one of these"])["self_bleu"] is None
+    assert summary_of([same, "two dogs run on green grass"])["self_bleu"] < 0.1
+
+
+WORDS = st.lists(st.sampled_from(["a", "cat", "dog", "sits", "on", "the", "mat."]), min_size=1, max_size=9).map(
+    " ".join
+)
+
+
+@given(st.lists(st.lists(WORDS, min_size=3, max_size=3), min_size=1, max_size=6), st.integers(0, 6))
+def test_adding_images_in_parts_gives_the_same_statistics(images: list[list[str]], cut: int) -> None:
+    whole, parts = TextStatistics(3), TextStatistics(3)
+    whole.add(images)
+    parts.add(images[:cut])
+    parts.add(images[cut:])
+    assert parts.summary() == whole.summary()
+    captions = [text for image in images for text in image]
+    others = [[text for j, text in enumerate(image) if j != i] for image in images for i in range(3)]
+    assert whole.summary()["self_bleu"] == pytest.approx(bleu(captions, others))
