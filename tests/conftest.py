@@ -12,6 +12,7 @@ from typing import Any
 from urllib.request import Request, urlopen
 
 import pytest
+import typer.main
 from hypothesis import HealthCheck, settings
 
 from tests.helpers.commands import Command, run_command
@@ -26,6 +27,7 @@ os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # processes for 
 os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # an actor for each group of ranks
 _STARTUP = str(Path(__file__).parent / "helpers" / "startup")  # its sitecustomize.py runs in each process of Python
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (_STARTUP, os.environ.get("PYTHONPATH"))))
+typer.main.get_command = cache(typer.main.get_command)  # of all commands, which takes longer than many of them
 os.fsync = lambda _: None  # no test cuts the power, and files are synced thousands of times
 settings.register_profile("busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy machine")

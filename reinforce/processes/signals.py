@@ -1,8 +1,11 @@
-"""Handlers of the signals that end a run or a training."""
+"""Handlers of the signals that end a run or a training, and the end of child processes whose parent has ended."""
 
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
+import multiprocessing.connection
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -36,3 +39,16 @@ def stop_requests() -> Iterator[threading.Event]:
     stop = threading.Event()
     with handled_signals(lambda _: stop.set()):
         yield stop
+
+
+def exit_with_parent() -> None:
+    """Exit this process of ``multiprocessing`` when its parent has ended, also by a kill, which pools do not notice."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    sentinel = parent.sentinel
+
+    def wait() -> None:
+        multiprocessing.connection.wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait, name="exit-with-parent", daemon=True).start()

@@ -27,8 +27,8 @@ from reinforce.dataset.view import FOLDER
 from reinforce.errors import UserError
 from reinforce.nodes import for_each_shard
 from reinforce.processes.cores import available_cores
-from reinforce.processes.parent import exit_with_parent
 from reinforce.processes.prefetch import prefetch
+from reinforce.processes.signals import exit_with_parent
 from reinforce.source.whole_reads import read_range
 
 Arrays = dict[str, npt.NDArray[Any]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-import importlib.util
+import importlib
 import json
 import os
 import signal
@@ -137,17 +137,10 @@ def test_the_task_of_skypilot_starts_a_head_with_the_run_and_nodes_beside_it(
     assert any(call.startswith("ray start --block --num-gpus 4") and where in call for call in calls(environment))
 
 
-FILE = Path(__file__).parents[2] / "deploy/drain_on_notice.py"
-
-
 @pytest.fixture
-def module() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("drain_on_notice", FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
+def module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT / "deploy")
+    return importlib.import_module("drain_on_notice")
 
 
 def answer(module: ModuleType, monkeypatch: pytest.MonkeyPatch, answers: dict[str, str]) -> None:
@@ -159,15 +152,12 @@ def answer(module: ModuleType, monkeypatch: pytest.MonkeyPatch, answers: dict[st
     monkeypatch.setattr(module, "fetch", fetch)
 
 
-def test_there_is_no_notice_on_other_machines_and_on_those_that_stay(
+def test_a_notice_gives_the_seconds_that_are_left_and_machines_that_stay_have_none(
     module: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for answers in ({}, {"preempted": "FALSE"}, {"token": "secret"}):
         answer(module, monkeypatch, answers)
         assert module.seconds_left() is None
-
-
-def test_a_notice_gives_the_seconds_that_are_left(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     answer(module, monkeypatch, {"preempted": "TRUE"})
     assert module.seconds_left() == 30
     end = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(seconds=100)

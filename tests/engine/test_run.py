@@ -141,11 +141,30 @@ def changing(
 
 
 def test_a_run_that_would_mix_states_of_a_class_under_one_version_stops_unless_that_is_accepted(
-    changing: Changing,
+    changing: Changing, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert changing.started() == []
+    """So does a plan, which shows the file of the class, and a worker whose file is another one does not start."""
+    path = changing.folder / "config.yaml"
+    path.write_text(yaml.safe_dump(changing.config()))
+    config = parse_config(changing.config())
+    layers = build_layers(config, describe_models(config))
     [first] = changing.hashes
+    shown = f"{changing.kind[:-1]} my: class {changing.spec['class']}, version 3, file "
+    assert f"{shown}{first}\n" in printed_by(capsys, "plan", str(path))
+    [found] = json.loads(printed_by(capsys, "plan", str(path), "--json"))["class_files"]
+    assert (found["code"], found["recorded"], found["changed"]) == (first, [first], False)
+    check_class_files(config, layers.values(), "node-7")
+    assert changing.started() == []
+    assert changing.hashes == [first]
+
     changing.change()
+    with pytest.raises(UserError, match=r"my: the file of class changing_\w+:Changing on node-7 is not that of"):
+        check_class_files(config, layers.values(), "node-7")
+    status, out, error = run_command(capsys, "plan", str(path))
+    assert status == 2
+    assert shown in out
+    assert ", changed since its layers were computed\n" in out
+    assert f"(hash {first} then, " in error
     run(changing.config("0"))  # nothing to compute: nothing is mixed, and nothing is recorded
     files = tree(changing.folder / "out", layers_only=False)
     with pytest.raises(UserError, match="One layer could have outputs of two models, so nothing was started") as raised:
@@ -181,33 +200,6 @@ def test_a_class_of_a_dataset_without_hashes_is_accepted_as_it_is(changing: Chan
     write_manifest(store, manifest)
     changing.change()
     assert changing.started() == []
-
-
-def test_plan_shows_the_file_of_a_class_and_fails_where_a_run_would_mix_two(
-    changing: Changing, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = changing.folder / "config.yaml"
-    path.write_text(yaml.safe_dump(changing.config()))
-    [first] = changing.hashes
-    shown = f"{changing.kind[:-1]} my: class {changing.spec['class']}, version 3, file "
-    assert f"{shown}{first}\n" in printed_by(capsys, "plan", str(path))
-    [found] = json.loads(printed_by(capsys, "plan", str(path), "--json"))["class_files"]
-    assert (found["code"], found["recorded"], found["changed"]) == (first, [first], False)
-    changing.change()
-    status, out, error = run_command(capsys, "plan", str(path))
-    assert status == 2
-    assert shown in out
-    assert ", changed since its layers were computed\n" in out
-    assert f"(hash {first} then, " in error
-
-
-def test_a_worker_with_another_file_of_a_class_does_not_start(changing: Changing) -> None:
-    config = parse_config(changing.config())
-    layers = build_layers(config, describe_models(config))
-    check_class_files(config, layers.values(), "node-7")
-    changing.change()
-    with pytest.raises(UserError, match=r"my: the file of class changing_\w+:Changing on node-7 is not that of"):
-        check_class_files(config, layers.values(), "node-7")
 
 
 @pytest.mark.parametrize("missing", [False, True], ids=["nothing to compute", "a shard is missing"])

@@ -75,6 +75,17 @@ def config_of(source: str, output: Path | str, **changes: Any) -> dict[str, Any]
     return {**config, **changes}
 
 
+def config_of_tar(folder: Path, members: list[tuple[str, bytes]], **changes: Any) -> dict[str, Any]:
+    """Write a tar, and return a config that reads it."""
+    return config_of(str(write_tar(folder / "source" / "0.tar", members)), folder / "out", **changes)
+
+
+def events_of(dataset: Path, kind: str) -> list[dict[str, Any]]:
+    """The events of a kind of all runs of a dataset, in their order."""
+    lines = [line for part in sorted(dataset.glob("runs/*/events-*.jsonl")) for line in part.read_text().splitlines()]
+    return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+
 def tree(folder: Path, layers_only: bool = True) -> dict[str, bytes]:
     """Return the bytes of a dataset's files by relative path; by default without what only runs need."""
     skipped = ("runs/", ".tmp/", "index/", "set-aside/") if layers_only else ()

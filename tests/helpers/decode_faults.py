@@ -42,14 +42,6 @@ class OnceCrashingSample(_Faulty):
             return super().get(*arguments)
 
 
-class HangingSample(_Faulty):
-    """Waits without end, and without CPU."""
-
-    class Sidecars(dict[str, bytes]):
-        def get(self, *_: Any) -> Any:
-            signal.pause()
-
-
 class FailingSample(_Faulty):
     """Raises."""
 

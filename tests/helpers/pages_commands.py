@@ -6,7 +6,6 @@ import importlib.util
 import os
 import re
 import shlex
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +78,6 @@ CHECKED = {
 _WRITTEN = {"runs/tuning/student.yaml"}
 
 
-_command = cache(typer.main.get_command)
-
-
 def local(words: list[str]) -> list[str]:
     """A command with the buckets of the examples as folders of the workspace."""
     return [word.replace(BUCKET, "") for word in words]
@@ -121,7 +117,7 @@ def check_names(program: str, words: list[str]) -> None:
     if program == "python":
         _python(words)
         return
-    command: Any = _command(app)
+    command: Any = typer.main.get_command(app)
     if words and words[0].startswith("--"):
         _reinforce(words[:1])
         words = words[1:]
@@ -143,7 +139,7 @@ def _parse(command: Any, words: list[str]) -> None:
 
 
 def _reinforce(words: list[str]) -> None:
-    command: Any = _command(app)
+    command: Any = typer.main.get_command(app)
     options = {"--help", *(option for parameter in command.params for option in parameter.opts)}
     while words and words[0] in options:  # such as --version, which needs no command
         words = words[1:]
@@ -187,7 +183,7 @@ def _python(words: list[str]) -> None:
     if words[0] == "-m":
         assert importlib.util.find_spec(words[1]) is not None, f"there is no module {words[1]}"
         if words[1] == "reinforce.demo" and len(words) > 2:
-            _parse(_command(demo), words[2:])
+            _parse(typer.main.get_command(demo), words[2:])
         if words[1] == "benchmarks.pipeline":
             benchmark_options().parse_args(words[2:])
         if words[1] == "benchmarks.gpu":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from reinforce.dataset.files.index import IndexWriter
 from reinforce.dataset.files.store import MANIFEST, Store
 from reinforce.dataset.manifest.manifest import update_manifest, write_manifest
 from reinforce.engine.decode.rows import GROUP_ROWS
-from reinforce.engine.inference.models import load_models
+from reinforce.engine.inference.models import describe_loaded, load_models
 from reinforce.engine.messages.results import ShardResult
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.plan.shard_lists import write_lists
@@ -34,7 +33,7 @@ def reinforce_here(config: dict[str, Any], group_rows: int = 8, results: list[Sh
     parsed = plan.config
     write_lists(store, plan.lists)
     models = load_models(parsed, plan.layers.values())
-    loaded = {name: _describe(teacher) for name, teacher in models.teachers.items()}
+    loaded = describe_loaded(models)
     index = IndexWriter(store, plan.layers)
     for file in plan.recomputed:
         set_aside(store, file.layer, file.shard)
@@ -50,11 +49,12 @@ def reinforce_here(config: dict[str, Any], group_rows: int = 8, results: list[Sh
     return reinforce_here(config, group_rows, results) if postponed else parsed.output
 
 
-def _describe(teacher: Any) -> dict[str, Any]:
-    """What a worker reports about a loaded teacher."""
-    image = getattr(teacher, "image", None)
-    scale = getattr(teacher, "logit_scale", None)
-    return {"dim": teacher.dim, "logit_scale": scale, "image": asdict(image) if image else None}
+def shard_process(config: dict[str, Any], group_rows: int = 8) -> ShardProcess:
+    """The first shard of a config that lacks layers, to be run as in a worker."""
+    parsed = parse_config(config)
+    plan = make_plan(parsed)
+    models = load_models(parsed, plan.layers.values())
+    return ShardProcess(plan.pending[0], parsed, plan.layers, Store(parsed.output), models, decode_pool(), group_rows)
 
 
 def config_for(made: Path, output: Path | str | None = None, **changes: Any) -> dict[str, Any]:

@@ -1,23 +1,34 @@
-"""Nothing from data is executed. Ruff's rules (S) forbid eval, shells and yaml.load; these tests cover the rest."""
+"""Nothing from data is executed, and no file in the working folder is imported in place of a package.
+
+It may be the folder of somebody's dataset. Ruff's rules (S) forbid eval, shells and yaml.load; these tests cover the
+rest.
+"""
 
 from __future__ import annotations
 
 import ast
+import os
 import pickle
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from teachers.weights import as_safetensors
+from tests.helpers.data import config_of
+from tests.helpers.reinforced import small_dataset
 
 ROOT = Path(__file__).parents[2]
 SOURCES = [path for folder in ("reinforce", "teachers", "schemas", "jobs") for path in (ROOT / folder).rglob("*.py")]
 #: Functions that execute data, or unpack it to paths from the data.
 NEVER = {"pickle.load", "pickle.loads", "joblib.load", "marshal.loads", "shelve.open", "eval", "exec", "os.system"}
 NEVER |= {"yaml.load", "tar.extract", "tar.extractall", "archive.extractall"}
+KEYWORDS = ("shell", "allow_pickle", "trust_remote_code", "weights_only")
 #: Messages between a worker and its own decode processes, over a socket without a name.
 OWN_MESSAGES = {("decode/handle.py", "pickle.loads"), ("decode/process.py", "pickle.loads")}
 
@@ -25,7 +36,8 @@ OWN_MESSAGES = {("decode/handle.py", "pickle.loads"), ("decode/process.py", "pic
 def calls(path: Path) -> Iterator[tuple[str, dict[str | None, str]]]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call):
-            yield ast.unparse(node.func), {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            given = [keyword for keyword in node.keywords if keyword.arg in KEYWORDS]
+            yield ast.unparse(node.func), {keyword.arg: ast.unparse(keyword.value) for keyword in given}
 
 
 def test_no_function_that_executes_or_unpacks_data_is_called() -> None:
@@ -63,3 +75,50 @@ def test_code_in_a_checkpoint_is_not_executed(tmp_path: Path, monkeypatch: pytes
     assert not (tmp_path / "ran").exists()
     pickle.loads((tmp_path / "b.bin").read_bytes())
     assert (tmp_path / "ran").exists(), "the bomb works"
+
+
+REINFORCE = str(Path(sys.executable).with_name("reinforce"))
+#: Names of packages that some command imports.
+PACKAGES = ("PIL", "fsspec", "numpy", "pyarrow", "pydantic", "ray", "torch", "yaml", "our_teachers")
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    """A dataset with files that have the names of packages, and write a file when they are imported."""
+    folder = Path(small_dataset(tmp_path, (3,)))
+    for package in PACKAGES:
+        code = "import pathlib\npathlib.Path(__file__).with_suffix('.ran').touch()\n"
+        (folder / f"{package}.py").write_text(code)
+    return folder
+
+
+def ran(folder: Path) -> list[str]:
+    return sorted(path.stem for path in folder.glob("*.ran"))
+
+
+def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # for the classes of tests
+    return subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, timeout=1080, check=False, env=environment
+    )
+
+
+@pytest.mark.parametrize("program", [[REINFORCE], [sys.executable, "-m", "reinforce"]], ids=["script", "module"])
+def test_a_command_about_a_dataset_runs_no_file_of_it(dataset: Path, program: list[str]) -> None:
+    done = run(dataset, *program, "status", ".")
+    assert (done.returncode, ran(dataset)) == (0, []), done.stderr
+
+
+def test_the_workers_of_a_run_import_packages_first(dataset: Path, shards: Callable[..., str], tmp_path: Path) -> None:
+    config = config_of(shards(2, folder="more"), tmp_path / "new", captioners={})
+    config["teachers"] = {"mine": {"class": "our_lab:Mine"}}
+    (dataset / "our_lab.py").write_text(
+        "from tests.helpers.models import ColorTeacher\n\n\nclass Mine(ColorTeacher): ...\n"
+    )
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump(config))
+    program = tmp_path / "bin" / "reinforce"
+    program.parent.mkdir()
+    program.write_text("from tests.helpers import lean_ray\n\nlean_ray.run_command()\n")
+    done = run(dataset, sys.executable, str(program), "run", f"{tmp_path}/my.yaml")
+    assert (done.returncode, ran(dataset)) == (0, []), done.stderr
+    assert (tmp_path / "new" / "embeddings" / "mine").is_dir()

@@ -1,9 +1,11 @@
-"""One run over shards with every defect: each sample is a row, or in quarantine with its reason."""
+"""Runs over shards with every defect: each sample is a row, or in quarantine with its reason; and over an image and a
+model that hang, of which the first costs only its sample, the second only its shard."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,12 @@ import pytest
 
 import reinforce
 from reinforce.config import Limits
+from reinforce.engine.driver import polls
 from reinforce.engine.record.summary import RunSummary
 from reinforce.images.policy import decode
 from reinforce.source.urls import shard_name
-from tests.helpers.data import config_of, picture, tree, write_tar
-from tests.hostile.images import IMAGE_BYTES, IMAGES, ImageCase
+from tests.helpers.data import config_of, members_of, picture, tree, write_tar
+from tests.hostile.images import IMAGE_BYTES, IMAGES, ImageCase, scan_bomb
 from tests.hostile.tars import KEY_CHARS, SHARD_SAMPLES, TARS, TarCase
 from tests.hostile.texts import MEMBERS, SIDECAR_BYTES, TEXTS, TextCase
 from tests.hostile.words import slug
@@ -160,3 +163,43 @@ def test_names_in_a_tar_are_never_used_as_paths(outcome: Outcome) -> None:
     names = "|".join(re.escape(name) for name in ("etc", "passwd", "x.png", "x.txt", "[red]"))
     assert not [name for name in tree(outcome.output, layers_only=False) if re.search(f"(^|/)({names})($|/)", name)]
     assert not (outcome.output.parent / "x.png").exists()
+
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+
+def test_a_slow_image_costs_its_sample_and_a_hung_model_its_shard(
+    shards: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(polls, "POLL_SECONDS", 0.2)
+    source = shards(*[6] * 3)
+    bomb = members_of(9, 3)
+    bomb[3] = (bomb[3][0].replace("png", "jpg"), scan_bomb(4_000))  # takes three minutes; two seconds are allowed
+    write_tar(tmp_path / "source" / "0-bomb.tar", bomb)
+    config = config_of(source, tmp_path / "out", captioners={})
+    config["input"] = {"limits": {"scans": 100_000}}
+    config["failures"] = {"allowed_share": 1.0, "solo_attempts": 1, "sample_seconds": 2.0, "stall_seconds": 6.0}
+    config["workers"] = {"batch": 16, "max": 1}  # both are in flight in one worker, so both are suspects
+    config["teachers"] = {
+        "ill": {
+            "class": "tests.helpers.models:FailingTeacher",
+            "options": {"trigger": "thing 4 of shard 0", "failure": "hang"},
+        }
+    }
+    summary = reinforce.run(config)
+    assert (summary.status, summary.shards, summary.quarantined_shards) == (0, 4, 1)
+    names = {stem: shard_name(f"{tmp_path}/source/{stem}.tar") for stem in ("0-bomb", "00000")}
+    out = tmp_path / "out"
+    refused = {p.stem: pq.read_table(p).to_pylist() for p in (out / "quarantine" / "samples").glob("*.parquet")}
+    assert refused.keys() == set(names.values())
+    [slow], [hung] = (refused[names[stem]] for stem in ("0-bomb", "00000"))
+    assert (slow["key"], slow["reason"]) == ("00900001", "image_hung")
+    assert "failures.sample_seconds = 2, 1 times" in slow["detail"]
+    assert (hung["key"], hung["reason"]) == (None, "shard_hung")
+    assert "the worker has not answered for 6 s" in hung["detail"], "the model holds the interpreter lock"
+    assert "in layer embeddings/ill/caption (6 texts, the first " in hung["detail"]
+    assert "(limit: failures.stall_seconds = 6)" in hung["detail"]
+    layer = out / "embeddings" / "ill" / "caption"
+    assert pq.read_table(layer / f"{names['0-bomb']}.parquet")["key"].to_pylist() == ["00900000", "00900002"]
+    assert {p.stem for p in layer.glob("*.parquet")} & set(names.values()) == {names["0-bomb"]}
+    assert len(list(layer.glob("*.parquet"))) == 3

@@ -1,18 +1,28 @@
-"""Clusters of several nodes: the pool follows nodes that join, are lost, are drained, or cannot write files."""
+"""Clusters of several nodes: the pool follows nodes that join, are lost, are drained, or cannot write files.
+
+And `ray job submit` to a head node that is started as in docs/clusters.md: a run to its end, and the same run again.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
+import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.helpers.data import config_of, tree
+from reinforce.dataset.runs.progress import list_runs, read_progress
+from reinforce.storage import Storage
+from tests.helpers.data import config_of, events_of, free_port, tree
 from tests.helpers.reinforced import fresh_dataset
 
 ROOT = Path(__file__).parents[2]
@@ -25,14 +35,11 @@ from ray import _raylet
 from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
 import pytest
+from tests.helpers.data import events_of
 from tests.helpers.lean_ray import prepare
 
 prepare(pytest.MonkeyPatch())
 config, output, log, quick = sys.argv[1], Path(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
-
-def events(kind):
-    lines = [l for p in output.glob("runs/*/events-*.jsonl") for l in p.read_text().splitlines()]
-    return [e for e in map(json.loads, lines) if e["event"] == kind]
 
 def wait(condition, seconds=600):
     deadline = time.monotonic() + seconds
@@ -48,18 +55,18 @@ with open(log, "w") as out:
     run = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
     wait(lambda: len(list((output / "samples").glob("*.parquet"))) >= 2)
     second = cluster.add_node(num_cpus=1)
-    wait(lambda: len(events("worker_started")) >= 2)
+    wait(lambda: len(events_of(output, "worker_started")) >= 2)
     cluster.remove_node(first, allow_graceful=False)
     cluster.add_node(num_cpus=1)
-    wait(lambda: len(events("worker_started")) >= 3)
+    wait(lambda: len(events_of(output, "worker_started")) >= 3)
     gcs, deadline = _raylet.GcsClient(address=cluster.address), int((time.time() + 300) * 1000)
     gcs.drain_node(second.node_id, DRAIN_NODE_REASON_PREEMPTION, "a preemption notice", deadline)
-    wait(lambda: events("worker_drained"))
+    wait(lambda: events_of(output, "worker_drained"))
     wait(lambda: second.dead_processes())  # Ray ends a drained node once it is idle
     quick.touch()
     status = run.wait(600)
 kinds = ("worker_died", "shard_quarantined", "node_drained", "worker_drained", "shard")
-print(json.dumps({"status": status, "drained": second.node_id, **{kind: events(kind) for kind in kinds}}))
+print(json.dumps({"status": status, "drained": second.node_id, **{kind: events_of(output, kind) for kind in kinds}}))
 cluster.shutdown()
 """
 
@@ -67,14 +74,14 @@ cluster.shutdown()
 def test_the_pool_follows_the_cluster_and_lost_and_drained_nodes_cost_no_shard(
     shards: Callable[..., str], tmp_path: Path
 ) -> None:
-    config = config_of(shards(*[2] * 120), tmp_path / "out", captioners={}, workers={"batch": 32})
+    config = config_of(shards(*[2] * 80), tmp_path / "out", captioners={}, workers={"batch": 32})
     config["teachers"] = {"red": {"class": "tests.helpers.models:ColorTeacher"}}
     path, quick = tmp_path / "config.yaml", tmp_path / "quick"
     path.write_text(yaml.safe_dump(config, sort_keys=False))
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(path), str(tmp_path / "out"), str(tmp_path / "log"), str(quick)],
         cwd=ROOT,
-        env={**os.environ, "TESTS_DELAY": "2", "TESTS_UNTIL": str(quick)},
+        env={**os.environ, "TESTS_DELAY": "3", "TESTS_UNTIL": str(quick)},
         capture_output=True,
         text=True,
         timeout=1080,
@@ -129,17 +136,84 @@ def test_a_node_with_a_full_temporary_folder_costs_no_shard_and_is_avoided(
     assert done.returncode == 0, done.stdout + done.stderr
     status, quarantined, samples, notes = json.loads(done.stdout.splitlines()[-1])
     assert (status, quarantined, samples) == (0, 0, 80)
-    lines = [line for path in tmp_path.glob("out/runs/*/events-*.jsonl") for line in path.read_text().splitlines()]
-    events = [json.loads(line) for line in lines]
-    bad = (tmp_path / "bad-node").read_text()
-    replaced = [event for event in events if event["event"] == "worker_replaced"]
+    bad, out = (tmp_path / "bad-node").read_text(), tmp_path / "out"
+    replaced, started = events_of(out, "worker_replaced"), events_of(out, "worker_started")
     assert {event["node"] for event in replaced} == {bad}
     assert 2 <= len(replaced) <= 3
     assert "No space left on device" in replaced[0]["reason"]
-    assert len([event for event in events if event["event"] == "shard_raised"]) <= 20
+    assert len(events_of(out, "shard_raised")) <= 20
     assert any("gets no new workers for 10 minutes" in note for note in notes)
-    started = [event["node"] for event in events if event["event"] == "worker_started"]
-    noted = min(i for i, event in enumerate(events) if "no new workers" in event.get("text", ""))
-    assert bad not in [event["node"] for event in events[noted:] if event["event"] == "worker_started"]
+    noted = min(event["time"] for event in events_of(out, "note") if "no new workers" in event["text"])
+    assert bad not in [event["node"] for event in started if event["time"] > noted]
     assert len(started) >= 4, "workers are restarted after six shards"
-    assert any(event["event"] == "worker_recycled" for event in events)
+    assert events_of(out, "worker_recycled")
+
+
+BIN = Path(sys.executable).parent
+
+
+@pytest.fixture
+def head() -> Iterator[dict[str, str]]:
+    """Environment variables for `ray job submit` to a new head node."""
+    dashboard = free_port()
+    environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "AWS_ENDPOINT_URL")}
+    environment |= {
+        "PATH": f"{BIN}:{environment['PATH']}",
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
+    }
+    command = [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", "--no-monitor", "--disable-usage-stats"]
+    command += [f"--port={free_port()}", f"--dashboard-port={dashboard}"]
+    command += ["--min-worker-port=30000", "--max-worker-port=30999"]
+    command += [f"--dashboard-agent-listen-port={free_port()}"]  # the default is taken by the session's Ray
+    process = subprocess.Popen(
+        command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 600
+    while not _answers(dashboard):
+        assert process.poll() is None, "the head did not start"
+        assert time.monotonic() < deadline, "the head does not answer"
+        time.sleep(0.2)
+    yield environment
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(120)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_a_submitted_run_finishes_and_the_same_run_again_does_nothing(
+    head: dict[str, str], shards: Callable[..., str], tmp_path: Path
+) -> None:
+    work = tmp_path / "checkout"
+    for folder in ("reinforce", "teachers", "schemas", "jobs", "tests"):
+        shutil.copytree(ROOT / folder, work / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    config = config_of(shards(6, 3), tmp_path / "out")
+    config["teachers"]["red"] = {"class": "tests.helpers.models:PrintingTeacher"}
+    (work / "job.yaml").write_text(yaml.safe_dump(config))
+
+    program = "python jobs/reinforce_dfn.py --config job.yaml"
+    stamps = f"find {tmp_path}/out -name '*.parquet' -printf '%p %T@\\n' | sort"
+    entry = f"{program} && {stamps} > before && {program} && {stamps} > after && cmp before after && wc -l < after"
+    command = [str(BIN / "ray"), "job", "submit", "--working-dir", ".", "--", "sh", "-c"]
+    command += [entry]
+    for _ in range(120):
+        done = subprocess.run(command, cwd=work, env=head, capture_output=True, text=True, timeout=1080, check=False)
+        if not any(early in done.stderr for early in ("No available agent", "Failed to connect")):  # of a starting head
+            break
+        time.sleep(1)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "9 samples" in done.stdout
+    [run] = list_runs(store := Storage(str(tmp_path / "out")))
+    progress = read_progress(store, run)
+    assert progress is not None
+    assert f"{progress.log_command()}\n".removesuffix(" --follow\n") in done.stdout, "Ray names the same command"
+    assert "\x1b[2K" not in done.stdout, "the log of a job has no control sequences"
+    assert re.search(r"^\(\w+ pid=\d+\) printed by a worker$", done.stdout, re.MULTILINE), "nor colours"
+    assert "nothing to do" in done.stdout
+    assert re.search(rf"^{2 * 8 + 8}$", done.stdout, re.MULTILINE), "two shards and the index of each layer, unchanged"

@@ -1,4 +1,5 @@
-"""Real faults (killed processes, segfaults, wrong clocks). The files must equal an undisturbed run byte for byte."""
+"""Real faults: killed processes, segfaults, wrong clocks, a full disk, memory that runs out. The files must equal those
+of an undisturbed run byte for byte."""
 
 from __future__ import annotations
 
@@ -23,9 +24,10 @@ import reinforce
 from reinforce.dataset.runs.progress import RunProgress, list_runs, running
 from reinforce.source.urls import shard_name
 from reinforce.storage import Storage
-from tests.helpers.data import config_of, members_of, tree, write_tar
+from tests.helpers.data import config_of, events_of, members_of, tree, write_tar
 from tests.helpers.local_ray import local_ray
 from tests.helpers.reinforced import fresh_dataset
+from tests.soak.kills import processes_below
 
 ROOT = Path(__file__).parents[2]
 LAST = "embeddings/red/caption"  # the layer that is committed last
@@ -63,11 +65,6 @@ def wait_for(condition: Callable[[], Any], seconds: float = 600) -> None:
 
 def finished(out: Path) -> int:
     return len(list((out / LAST).glob("*.parquet")))
-
-
-def events(out: Path, kind: str) -> list[dict[str, Any]]:
-    lines = [line for path in sorted(out.glob("runs/*/events-*.jsonl")) for line in path.read_text().splitlines()]
-    return [event for event in map(json.loads, lines) if event["event"] == kind]
 
 
 def running_job(out: Path) -> RunProgress | None:
@@ -133,25 +130,25 @@ def test_a_second_run_is_refused_a_killed_worker_is_replaced_and_a_terminated_ru
 ) -> None:
     out, config = tmp_path / "out", simple_config(source, tmp_path / "out")
     with slow_run(config, tmp_path, delay=0.7) as process:
-        wait_for(lambda: finished(out) >= 1 and events(out, "worker_started"))
+        wait_for(lambda: finished(out) >= 1 and events_of(out, "worker_started"))
         with pytest.raises(reinforce.UserError, match="another run is writing"):
             reinforce.run(config)
         wait_for(lambda: (now := running_job(out)) and now.workers)
         now = running_job(out)
         assert now is not None
         assert (now.pid, now.shards, now.silent_for()) == (process.pid, SHARDS, None)
-        assert {worker.pid for worker in now.workers} <= {event["pid"] for event in events(out, "worker_started")}
+        assert {worker.pid for worker in now.workers} <= {event["pid"] for event in events_of(out, "worker_started")}
         assert all(Path(worker.log).is_file() for worker in now.workers)
         assert all(lease.shard.startswith("0000") for worker in now.workers for lease in worker.shards)
-        os.kill(events(out, "worker_started")[0]["pid"], signal.SIGKILL)
-        wait_for(lambda: events(out, "worker_died"))
+        os.kill(events_of(out, "worker_started")[0]["pid"], signal.SIGKILL)
+        wait_for(lambda: events_of(out, "worker_died"))
         before = finished(out)
         wait_for(lambda: finished(out) > before)
         process.send_signal(signal.SIGTERM)
         output = check_stopped(process, out)
     assert running_job(out) is None
     assert "a worker died" in output
-    assert [event["node_lost"] for event in events(out, "worker_died")] == [False]
+    assert [event["node_lost"] for event in events_of(out, "worker_died")] == [False]
     check_resumes(config, out, undisturbed)
 
 
@@ -196,12 +193,12 @@ def test_single_failures_leave_no_trace_and_lasting_ones_cost_a_shard_or_the_lay
     assert (summary.status, summary.quarantined_shards, summary.shards, summary.samples) == (0, 2, 5, 40)
     assert (tmp_path / "raised").exists()
     assert (tmp_path / "died").exists()
-    raised = Counter(event["shard"].partition("-")[0] for event in events(out, "shard_raised"))
+    raised = Counter(event["shard"].partition("-")[0] for event in events_of(out, "shard_raised"))
     assert raised.keys() <= {"00000", "00003"}
     assert raised["00000"] <= 1, "none if its worker dies of another shard at that moment"
-    assert len(events(out, "worker_died")) >= 1 + 2, "one that died once, one that died alone twice"
+    assert len(events_of(out, "worker_died")) >= 1 + 2, "one that died once, one that died alone twice"
     bad, ill = (shard_name(f"{tmp_path}/source/{number}.tar") for number in ("00002", "00003"))
-    assert {(event["shard"], event["layer"], event["reason"]) for event in events(out, "shard_quarantined")} == {
+    assert {(event["shard"], event["layer"], event["reason"]) for event in events_of(out, "shard_quarantined")} == {
         (bad, "samples", "shard_crashed"), (ill, "embeddings/ill/caption", "shard_failed"),
     }  # fmt: skip
     repaired.touch()
@@ -228,15 +225,14 @@ def test_a_worker_at_which_every_lease_fails_is_replaced_and_no_shard_is_quarant
     config["teachers"] = {"ill": {"class": "tests.helpers.models:BrokenDeviceTeacher", "options": options}}
     summary = reinforce.run(config)
     assert (summary.status, summary.quarantined_shards, summary.samples) == (0, 0, 80)
-    events = "".join(path.read_text() for path in tmp_path.glob("out/runs/*/events-*.jsonl"))
-    assert events.count('"worker_replaced"') == 1
+    assert len(events_of(tmp_path / "out", "worker_replaced")) == 1
 
 
 def test_a_run_whose_raylet_is_killed_ends_with_one_message_and_a_summary(source: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with slow_run(simple_config(source, out), tmp_path) as process:
         wait_for(lambda: finished(out) >= 1)
-        [raylet] = [pid for pid in children(process.pid) if Path(f"/proc/{pid}/comm").read_text().strip() == "raylet"]
+        [raylet] = processes_below(process.pid, "raylet")
         os.kill(raylet, signal.SIGKILL)
         output = process.communicate(timeout=600)[0]
     assert process.returncode == 1, output
@@ -249,5 +245,89 @@ def test_a_run_whose_raylet_is_killed_ends_with_one_message_and_a_summary(source
     assert "Ray ended" in summary["message"]
 
 
-def children(pid: int) -> list[int]:
-    return [int(child) for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()]
+DISK_BYTES = 300_000  # room for the first few shards
+
+#: A run on a Ray of its own, whose memory monitor allows 4 GiB more than are in use now: other tests take some of it.
+LITTLE_MEMORY = """
+import json, sys
+import ray, yaml
+from ray._private.utils import get_system_memory, get_used_memory
+import reinforce
+
+limit = (get_used_memory() + 4 * 2**30) / get_system_memory()
+assert limit < 0.97, "too little memory is free for this test"
+system = {"memory_usage_threshold": limit, "memory_monitor_refresh_ms": 100}
+ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, _system_config=system)
+summary = reinforce.run(yaml.safe_load(open(sys.argv[1])))
+print(json.dumps([summary.status, summary.quarantined_shards]))
+"""
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
+    """A folder on a small disk, and a function that makes room on it.
+
+    Without the permission to mount one, the size of the files that the worker can write is limited instead.
+    """
+    disk, limit = tmp_path / "disk", tmp_path / "limit"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(disk)]
+    try:
+        mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
+    except FileNotFoundError:
+        mounted = False
+    if not mounted:
+        limit.write_text("20000")
+        yield disk, limit.unlink
+        return
+    try:
+        yield disk, lambda: subprocess.run(["mount", "-o", "remount,size=50m", str(disk)], check=True) and None
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_full_disk_ends_a_run_with_one_error_and_nothing_half_written(
+    shards: Callable[..., str], tmp_path: Path, small_disk: tuple[Path, Callable[[], None]]
+) -> None:
+    disk, make_room = small_disk
+    out = disk / "out"
+    teachers = {
+        "red": {"class": "tests.helpers.models:FileLimitTeacher", "options": {"limit": str(tmp_path / "limit")}}
+    }
+    config = config_of(shards(2, *[30] * 4), out, captioners={}, teachers=teachers)
+    with pytest.raises(reinforce.UserError, match=r"cannot be written: .*make room in") as raised:
+        reinforce.run(config)
+    assert "\n" not in str(raised.value)
+    assert not list(out.glob("quarantine/**/*.parquet")), "a full disk is not a fault of a shard"
+    there = {name: data for name, data in tree(out).items() if name.endswith(".parquet")}
+    assert 3 <= len(there) < 15
+
+    make_room()
+    with local_ray():
+        assert reinforce.run(config).status == 0
+    assert not list((out / ".tmp").glob("reinforce-*"))
+    assert tree(out) == tree(fresh_dataset({**config, "output": str(tmp_path / "whole")}))
+    assert there.items() <= tree(out).items(), "the files on the full disk were complete"
+
+
+@pytest.mark.slow
+def test_a_worker_killed_by_the_memory_monitor_costs_no_shard(shards: Callable[..., str], tmp_path: Path) -> None:
+    options = {"trigger": "thing 3 of shard 1", "failure": "memory", "once": str(tmp_path / "taken")}
+    teachers = {"ill": {"class": "tests.helpers.models:FailingTeacher", "options": options}}
+    config = config_of(shards(*[10] * 3), tmp_path / "out", captioners={}, teachers=teachers)
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    done = subprocess.run(
+        [sys.executable, "-c", LITTLE_MEMORY, str(path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=1080,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == [0, 0]
+    [died] = events_of(tmp_path / "out", "worker_died")
+    assert "memory" in died["error"]
+    assert tree(tmp_path / "out") == tree(fresh_dataset({**config, "output": str(tmp_path / "whole")}))

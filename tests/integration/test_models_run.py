@@ -32,7 +32,7 @@ from teachers.preprocessing.fit import fit
 from teachers.preprocessing.pixels import to_pixels
 from teachers.registry import captioner_spec, load_captioner
 from tests.helpers import tiny_captioners
-from tests.helpers.data import config_of, members_of, write_tar
+from tests.helpers.data import config_of, events_of, members_of, write_tar
 from tests.helpers.prometheus import BINARY, Prometheus, scraping, wait_for_reports, wait_until_unchanged
 from tests.helpers.tiny_coca import coca_model
 from tests.helpers.tiny_models import open_clip_model, transformers_siglip
@@ -167,9 +167,8 @@ def test_dropped_captions_are_not_stored_and_are_counted_in_summary_events_and_s
     files = sorted((out / "quarantine/captions/stammerer").glob("*.parquet"))
     refused = [row for path in files for row in pq.read_table(path).to_pylist()]
     assert [(row["key"], row["reason"]) for row in refused] == [(key, "no_text") for key in bad]
-    lines = [line for part in out.glob("runs/*/events-*.jsonl") for line in part.read_text().splitlines()]
-    events = [event for event in map(json.loads, lines) if event["event"] == "shard"]
-    assert sum((Counter(event["cleaned"]["stammerer"]) for event in events), Counter()) == counts
+    cleaned = (Counter(event["cleaned"]["stammerer"]) for event in events_of(out, "shard"))
+    assert sum(cleaned, Counter()) == counts
     with pytest.raises(SystemExit):
         main(["status", str(out)])
     assert line in capsys.readouterr().out

@@ -20,14 +20,8 @@ from reinforce.dataset.manifest.manifest import read_manifest
 from reinforce.dataset.validate.validate import validate
 from reinforce.engine.driver.driver import Driver
 from tests.helpers import published
-from tests.helpers.data import config_of, members_of, tree, write_tar
+from tests.helpers.data import config_of, events_of, members_of, tree, write_tar
 from tests.helpers.reinforced import fresh_dataset
-
-
-def events_of(output: Path, kind: str) -> list[dict[str, Any]]:
-    parts = sorted(output.glob("runs/*/events-*.jsonl"))
-    events = [json.loads(line) for part in parts for line in part.read_text().splitlines()]
-    return [event for event in events if event["event"] == kind]
 
 
 @pytest.mark.slow

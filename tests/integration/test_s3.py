@@ -250,15 +250,19 @@ def uploads(s3: s3fs.S3FileSystem, folder: str) -> int:
     return sum(upload["Key"].startswith(folder) for upload in listed)
 
 
-def test_a_process_killed_in_the_middle_of_an_upload_leaves_no_object(s3: s3fs.S3FileSystem, s3_proxy: Proxy) -> None:
-    code = "from tests.helpers.large_object import write; write('killed')"
-    with s3_proxy.inject(hold, second_part) as reached:
-        process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+def kill_at(proxy: Proxy, when: Callable[[Request], bool], code: str, **environment: str) -> None:
+    """Run code in a process, and kill it at a request that has no answer."""
+    with proxy.inject(hold, when) as reached:
+        process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **environment})
         while not reached:
-            assert process.poll() is None, "it ended before its second part"
+            assert process.poll() is None, "it ended before its request"
             time.sleep(0.05)
         process.kill()
         process.wait()
+
+
+def test_a_process_killed_in_the_middle_of_an_upload_leaves_no_object(s3: s3fs.S3FileSystem, s3_proxy: Proxy) -> None:
+    kill_at(s3_proxy, second_part, "from tests.helpers.large_object import write; write('killed')")
     assert s3.find("bucket/killed", refresh=True) == []
     assert uploads(s3, "killed") == 1, "its parts cost money until a lifecycle rule removes them: see docs/clusters.md"
 
@@ -267,13 +271,7 @@ def test_a_process_killed_while_it_puts_a_file_leaves_none_on_its_machine(
     s3: s3fs.S3FileSystem, s3_proxy: Proxy, tmp_path: Path
 ) -> None:
     code = "from reinforce.dataset.files.store import Store; Store('s3://bucket/put').write_bytes(b'whole', 'file')"
-    with s3_proxy.inject(hold, lambda request: request.method == "PUT") as reached:
-        process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "TMPDIR": str(tmp_path)})
-        while not reached:
-            assert process.poll() is None, "it ended before its request"
-            time.sleep(0.05)
-        process.kill()
-        process.wait()
+    kill_at(s3_proxy, lambda request: request.method == "PUT", code, TMPDIR=str(tmp_path))
     assert [*tmp_path.iterdir()] == []
     Store("s3://bucket/put").write_bytes(b"whole", "file")
     assert s3.cat("bucket/put/file") == b"whole"

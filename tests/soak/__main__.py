@@ -25,7 +25,7 @@ from typing import Any
 import yaml
 
 from tests.helpers.data import config_of, members_of, tree, write_tar
-from tests.helpers.s3_proxy import Proxy, cut, refuse, s3_behind_proxy, s3_environment, slow
+from tests.helpers.s3_proxy import Fault, Proxy, Request, cut, refuse, s3_behind_proxy, s3_environment, slow
 from tests.helpers.s3_runs import layers, writes_layer
 from tests.soak.kills import DECODER, WORKER, processes_below
 
@@ -88,14 +88,14 @@ class Soak:
             found = self._committed(remote, name)
             if found > done:
                 done, last_progress = found, time.monotonic()
-                faults = [*self.PROCESSES]
+                faults = PROCESSES
             else:  # a run whose driver or node is killed before it starts work would never make progress
-                faults = [*self.STORAGE, *self.WORKERS]
+                faults = [*STORAGE, *WORKERS]
             assert time.monotonic() - last_progress < 300, f"{name} makes no progress at {done} files: {self._log()}"
             if faulty():
-                fault = self.random.choice(faults)
+                what, fault = self.random.choice(faults)
                 fault(self)
-                self.faults[fault.__name__.strip("_")] += 1
+                self.faults[what] += 1
         return layers(self.s3, name) if remote else tree(self.folder / name)
 
     def _finished(self) -> bool:
@@ -137,12 +137,6 @@ class Soak:
 
     # -- faults
 
-    def _worker_killed(self) -> None:
-        self._kill(WORKER)
-
-    def _decoder_killed(self) -> None:
-        self._kill(DECODER)
-
     def _kill(self, command: str) -> None:
         if found := processes_below(os.getpid(), command):
             os.kill(self.random.choice(found), signal.SIGKILL)
@@ -157,15 +151,6 @@ class Soak:
         node = self.nodes.pop(self.random.randrange(len(self.nodes)))
         self.cluster.remove_node(node, allow_graceful=False)
         self.nodes.append(self.cluster.add_node(num_cpus=1))
-
-    def _driver_killed(self) -> None:
-        self._signal(signal.SIGKILL)
-
-    def _driver_asked_to_stop(self) -> None:
-        self._stop_driver(signal.SIGTERM)
-
-    def _driver_interrupted(self) -> None:
-        self._stop_driver(signal.SIGINT)
 
     def _stop_driver(self, number: signal.Signals) -> None:
         """Wait for the first output: a driver that still imports modules cannot stop cleanly."""
@@ -182,31 +167,31 @@ class Soak:
         except subprocess.TimeoutExpired:
             raise AssertionError(f"a driver does not stop on {number.name}: {self._log()}") from None
 
-    def _s3_slow_down(self) -> None:
-        self._for_a_while(self.proxy.inject(refuse(503, "SlowDown"), lambda _: self.proxy_random.random() < 0.5))
-
-    def _s3_internal_errors(self) -> None:
-        self._for_a_while(self.proxy.inject(refuse(500, "InternalError"), writes_layer))
-
-    def _s3_connections_lost(self) -> None:
-        self._for_a_while(self.proxy.inject(cut, lambda r: r.is_read and self.proxy_random.random() < 0.5))
-
-    def _s3_slow(self) -> None:
-        self._for_a_while(self.proxy.inject(slow(0.2), lambda r: r.is_read))
-
-    def _for_a_while(self, fault: Any) -> None:
-        with fault:
+    def _for_a_while(self, fault: Fault, when: Callable[[Request], bool], share: float = 1.0) -> None:
+        """Inject a fault of the storage into a share of some requests."""
+        with self.proxy.inject(fault, lambda request: when(request) and self.proxy_random.random() < share):
             time.sleep(self.random.uniform(1, 3))
 
-    WORKERS = (_worker_killed, _worker_killed, _worker_paused, _decoder_killed)
-    PROCESSES = (
-        *WORKERS,
-        _node_lost_and_another_added,
-        _driver_killed,
-        _driver_asked_to_stop,
-        _driver_interrupted,
-    )
-    STORAGE = (_s3_slow_down, _s3_internal_errors, _s3_connections_lost, _s3_slow)
+
+WORKERS: list[tuple[str, Callable[[Soak], None]]] = [
+    ("worker killed", lambda soak: soak._kill(WORKER)),
+    ("worker killed", lambda soak: soak._kill(WORKER)),
+    ("worker paused", Soak._worker_paused),
+    ("decoder killed", lambda soak: soak._kill(DECODER)),
+]
+PROCESSES: list[tuple[str, Callable[[Soak], None]]] = [
+    *WORKERS,
+    ("node lost and another added", Soak._node_lost_and_another_added),
+    ("driver killed", lambda soak: soak._signal(signal.SIGKILL)),
+    ("driver asked to stop", lambda soak: soak._stop_driver(signal.SIGTERM)),
+    ("driver interrupted", lambda soak: soak._stop_driver(signal.SIGINT)),
+]
+STORAGE: list[tuple[str, Callable[[Soak], None]]] = [
+    ("S3 slow down", lambda soak: soak._for_a_while(refuse(503, "SlowDown"), lambda _: True, 0.5)),
+    ("S3 internal errors", lambda soak: soak._for_a_while(refuse(500, "InternalError"), writes_layer)),
+    ("S3 connections lost", lambda soak: soak._for_a_while(cut, lambda request: request.is_read, 0.5)),
+    ("S3 slow", lambda soak: soak._for_a_while(slow(0.2), lambda request: request.is_read)),
+]
 
 
 def main() -> None:
@@ -224,7 +209,7 @@ def main() -> None:
             soak.run()
             outcome = "each round complete and equal to an undisturbed run, byte for byte"
         finally:
-            counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in sorted(soak.faults.items()))
+            counts = ", ".join(f"{count} {name}" for name, count in sorted(soak.faults.items()))
             print(
                 f"{sum(soak.faults.values())} faults in {time.monotonic() - begin:.0f} s ({counts}); "
                 f"{soak.starts} drivers started, {soak.rounds} rounds of {soak.shards} shards; {outcome}"

@@ -16,8 +16,8 @@ from reinforce.dataset.validate.shard_checks import CheckedShard
 from reinforce.dataset.validate.shard_reader import ReadOptions, ShardReader, Shards
 from reinforce.errors import UserError
 from reinforce.processes.cores import available_cores
-from reinforce.processes.parent import exit_with_parent
 from reinforce.processes.prefetch import prefetch
+from reinforce.processes.signals import exit_with_parent
 from reinforce.storage import Storage
 
 #: Threads of a process, for the latency of storage; on a local disk, more of them only wait for each other.

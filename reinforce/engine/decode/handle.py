@@ -66,10 +66,6 @@ class ProcessHandle:
         if self._receive() != READY:
             raise ProcessDied("it sent something unexpected at its start")
 
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
     def send(self, message: Message) -> None:
         """Send a message; at most ``DEPTH`` may be without outcomes. ``receive`` reports a process that has died."""
         pickled = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)

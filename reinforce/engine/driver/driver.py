@@ -98,7 +98,9 @@ class Driver:
             raise
         finally:
             seconds, alive = time.monotonic() - start, self.pool.alive(time.monotonic())
-            summary = self._summarize(seconds, alive, ending)
+            quarantined = self.policy.quarantined_shards
+            summary = summarize(self.events.run, self.plan, self.totals, quarantined, seconds, alive, ending)
+            summary = replace(summary, notes=self.policy.notes)
             self.reporter.report(last=True)
             self.pool.close()
             self.raylet.close()
@@ -110,11 +112,6 @@ class Driver:
             with contextlib.nullcontext() if ending == Ending() else contextlib.suppress(UserError):
                 self.events.finish(asdict(summary))
         return summary
-
-    def _summarize(self, seconds: float, alive: float, ending: Ending) -> RunSummary:
-        quarantined = self.policy.quarantined_shards
-        summary = summarize(self.events.run, self.plan, self.totals, quarantined, seconds, alive, ending)
-        return replace(summary, notes=self.policy.notes)
 
     def _set_damaged_aside(self) -> None:
         """Move damaged files away before their shards are computed again."""
@@ -207,7 +204,7 @@ class Driver:
         if waited > workers.start_timeout:
             cause = self.pool.resource_error() or "see the workers' logs"
             raise UserError(
-                f"{self.pool.started_count} of workers.min = {workers.min} workers have started in {waited:.0f} s "
+                f"{len(self.pool.started)} of workers.min = {workers.min} workers have started in {waited:.0f} s "
                 f"(workers.start_timeout): {cause}"
             )
 
@@ -216,14 +213,14 @@ class Driver:
         info = self.lifecycle.finish_start(ref)
         if info is None:
             return
-        if self.pool.started_count == 1 and self.config.workers.batch == "auto":
+        if len(self.pool.started) == 1 and self.config.workers.batch == "auto":
             self.state.log(f"workers.batch: auto gives {info.batch:,} images at the first worker")
         self.loaded = info.models
 
     def _write_manifest(self) -> None:
         """Write dataset.json once ``workers.min`` workers have started; while the storage fails, every few seconds."""
         now = time.monotonic()
-        if self.loaded is None or self.pool.started_count < self.config.workers.min or now < self.manifest_due:
+        if self.loaded is None or len(self.pool.started) < self.config.workers.min or now < self.manifest_due:
             return
         try:
             self.claims.publish(self.loaded, self.state.needed)
@@ -269,7 +266,7 @@ class Driver:
             if not (result.quarantine_reason and self._try_elsewhere(slot, shard, result.quarantine_reason)):
                 self.lifecycle.record_success(slot, result)
                 self._handle_result(result)
-        if slot.exhausted and not slot.leases and self.pool.is_started(slot):
+        if slot.exhausted and not slot.leases and slot in self.pool.started:
             self.lifecycle.recycle(slot)
 
     def _handle_result(self, result: ShardResult) -> None:

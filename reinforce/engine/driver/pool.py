@@ -111,8 +111,8 @@ class Pool:
         self.busy = 0.0  # accelerator-seconds, also of workers that are no longer in the pool
         self._past_alive = self._started_sum = 0.0  # worker-seconds that ended; sum of `started_at`
         # Subsets of `slots`: with 10,000 workers, nothing may loop over all of them whenever a shard ends.
-        self._started: dict[Slot, None] = {}
-        self._free: dict[Slot, None] = {}
+        self.started: dict[Slot, None] = {}  # workers whose models are loaded
+        self.free: dict[Slot, None] = {}  # those of them that can take a lease
         self.leaving: dict[Slot, None] = {}  # workers on nodes that Ray drains
         self._capacity = 0
         self._capacity_checked = -_CAPACITY_SECONDS
@@ -140,14 +140,14 @@ class Pool:
         if nodes == self._drained:
             return
         self._drained, self._capacity_checked = nodes, -_CAPACITY_SECONDS
-        for slot in self._started:
+        for slot in self.started:
             self._mark_leaving(slot)
 
     def _mark_leaving(self, slot: Slot) -> None:
         if slot.id.node in self._drained and not slot.leaving:
             slot.leaving = True
             self.leaving[slot] = None
-            self._free.pop(slot, None)
+            self.free.pop(slot, None)
 
     def _placed(self) -> Any:
         """The actor class, with the nodes that it must not be placed on."""
@@ -174,8 +174,8 @@ class Pool:
         self.discard(slot)
         self.polls.remove(slot)
         if slot.info is not None:
-            del self._started[slot]
-            self._free.pop(slot, None)
+            del self.started[slot]
+            self.free.pop(slot, None)
             self.leaving.pop(slot, None)
             self.samples -= slot.pulse.samples
             self._started_sum -= slot.started_at
@@ -195,41 +195,23 @@ class Pool:
         for slot in list(self.slots):
             self.remove(slot)
 
-    @property
-    def started(self) -> list[Slot]:
-        """Workers whose models are loaded."""
-        return list(self._started)
-
-    def is_started(self, slot: Slot) -> bool:
-        """Whether a worker has loaded its models and has not ended."""
-        return slot in self._started
-
-    @property
-    def started_count(self) -> int:
-        return len(self._started)
-
     def count_placeable(self) -> int:
         """Number of workers that the cluster can hold at once, of those that were asked for."""
         return min(len(self.slots), self._cluster_capacity())
 
     def count_nodes(self) -> int:
         """Number of nodes with started workers."""
-        return len({slot.id.node for slot in self._started})
+        return len({slot.id.node for slot in self.started})
 
     def count_on_node(self, node: str) -> int:
         """Number of started workers on a node."""
-        return sum(slot.id.node == node for slot in self._started)
-
-    @property
-    def free(self) -> list[Slot]:
-        """Started workers that can take a lease."""
-        return list(self._free)
+        return sum(slot.id.node == node for slot in self.started)
 
     def record_start(self, slot: Slot, info: WorkerInfo) -> None:
         """Record that a worker has loaded its models."""
         slot.info, slot.started_at = info, time.monotonic()
         self._started_sum += slot.started_at
-        self._started[slot] = self._free[slot] = None
+        self.started[slot] = self.free[slot] = None
         self._mark_leaving(slot)
         self.polls.add(slot, slot.started_at)
 
@@ -248,7 +230,7 @@ class Pool:
 
     def alive(self, now: float) -> float:
         """Worker-seconds since the models were loaded, of all workers of the run."""
-        return self._past_alive + len(self._started) * now - self._started_sum
+        return self._past_alive + len(self.started) * now - self._started_sum
 
     def lease(self, slot: Slot, shard: PendingShard, alone: bool = False) -> None:
         """Lease a shard to a worker; ``alone`` for a suspect."""
@@ -259,14 +241,14 @@ class Pool:
         slot.leases[ref] = replace(shard, quarantined=shard.layers)  # if it is leased again
         self.leases[ref] = slot
         if not slot.free:
-            self._free.pop(slot, None)
+            self.free.pop(slot, None)
 
     def end_lease(self, ref: Any) -> PendingShard:
         """Remove a lease that has returned or raised, and return its shard."""
         slot = self.leases.pop(ref)
         slot.alone = False
         if not slot.leaving:
-            self._free[slot] = None
+            self.free[slot] = None
         shard = slot.leases.pop(ref)
         slot.leased_at.pop(shard.name, None)
         return shard

@@ -80,7 +80,7 @@ class ShardQueue:
 
     def hand_out(
         self,
-        slots: Sequence[Slot],
+        slots: Iterable[Slot],
         lease: Callable[..., None],
         now: float,
         failing: Collection[WorkerId] = frozenset(),

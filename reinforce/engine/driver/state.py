@@ -43,7 +43,7 @@ class RunState:
             samples_done=self.totals.samples,
             busy=self.pool.busy,
             alive=self.pool.alive(now),
-            workers=self.pool.started_count,
+            workers=len(self.pool.started),
             quarantined_shards=len(self.policy.quarantined),
             refused_rows=sum(self.totals.refused.values()),
         )

@@ -46,7 +46,7 @@ class WorkerLifecycle:
             return None
         except RayError as error:
             self._events.add("worker_failed_to_start", error=str(error)[:500])
-            running, possible = self._pool.started_count, self._pool.count_placeable()
+            running, possible = len(self._pool.started), self._pool.count_placeable()
             self._policy.load_died(str(error), is_node_lost(error), running, possible)
             self._pool.discard(slot)
             return None
@@ -123,7 +123,7 @@ class WorkerLifecycle:
         for slot in [slot for slot in self._pool.leaving if not slot.leases]:
             node, pid, _ = self._end(slot).id
             self._events.add("worker_drained", node=node, pid=pid, shards=slot.finished)
-            if not self._pool.started_count:
+            if not self._pool.started:
                 self._state.log("no worker is left, because the nodes are drained; the run waits for other nodes")
 
     def _report_drain(self, node: str, seconds: float | None) -> None:
@@ -151,7 +151,7 @@ class WorkerLifecycle:
         """Record the answer of a worker, and kill the worker if a shard in it makes no progress."""
         slot = self.polled.pop(ref)
         self._pool.polls.answered(slot)
-        if not self._pool.is_started(slot):  # it has ended since
+        if slot not in self._pool.started:  # it has ended since
             return
         with contextlib.suppress(RayError):  # a dead worker is detected when its leases fail
             self._pool.record_pulse(slot, ray.get(ref))

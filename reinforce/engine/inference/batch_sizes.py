@@ -66,7 +66,7 @@ class BatchSizes:
         self._bounds: dict[Bound, int] = {}
         self._notes: list[str] = []
         self._changed = threading.Condition()
-        self._one_at_a_time = False
+        self.short = False  # one batch at a time, after a shortage, until `end_of_search`
         self._holding = 0  # batches on the device
 
     def fitting(self, bound: Bound, count: int) -> int:
@@ -85,11 +85,6 @@ class BatchSizes:
             notes, self._notes = tuple(self._notes), []
         return notes
 
-    @property
-    def short(self) -> bool:
-        """Whether there was a shortage, since the last ``end_of_search``."""
-        return self._one_at_a_time
-
     @contextlib.contextmanager
     def on_device(self) -> Iterator[bool]:
         """Hold tensors on the device. After a shortage, one batch at a time can do so.
@@ -97,8 +92,8 @@ class BatchSizes:
         Yields whether others may hold some, so that a batch is to be copied before its turn, and not in it.
         """
         with self._changed:
-            self._changed.wait_for(lambda: not self._one_at_a_time or not self._holding)
-            shared = not self._one_at_a_time
+            self._changed.wait_for(lambda: not self.short or not self._holding)
+            shared = not self.short
             self._holding += 1
         try:
             yield shared
@@ -110,7 +105,7 @@ class BatchSizes:
     def end_of_search(self) -> bool:
         """Whether there was a shortage, after which several batches, smaller ones, may be on the device again."""
         with self._changed:
-            found, self._one_at_a_time = self._one_at_a_time, False
+            found, self.short = self.short, False
         return found
 
     def halve(self, shortage: OutOfMemory, demand: Demand, size: int, config: Config, shared: bool) -> None:
@@ -123,7 +118,7 @@ class BatchSizes:
         rows, images = rows_per_batch(config), config.workers.images
         planned: dict[Bound, int] = {"rows": rows, "crops": count, "texts": texts_per_batch(config), "samples": images}
         with self._changed:
-            self._one_at_a_time = True
+            self.short = True
             if failed > 1:
                 before = self._bounds.get(bound, max(failed, planned[bound]))
                 after = self._bounds[bound] = _halved(before, failed)

@@ -49,7 +49,7 @@ TEXTS = (
     "two children in red coats fly a kite on a wide beach in the evening",
 )
 LONG_TEXT = "a photo of two children in red coats who fly a kite on a wide beach in the evening, " * 6
-_IMAGES = 3
+_IMAGES = 3  # and texts
 _CAPTIONED_IMAGES = 2
 _COMPARED_CHARACTERS = 24  # at the start of a caption
 #: In a batch, scores may differ by this share of the largest of the test, and by so much anyway; again, by a tenth.
@@ -76,27 +76,11 @@ TOLERANCES: dict[Precision, Tolerance] = {
     "fp16": Tolerance(batch=0.99, repeat=0.999, equal=1e-4),
     "fp8": Tolerance(batch=0.99, repeat=0.999, equal=1e-4),
 }
+#: What to check if two inputs get the same embedding.
+_CAUSES = {"images": "image encoder and `image`", "texts": "tokenizer and the text encoder"}
 #: Least cosine between the embeddings of an image in fp8 and in bf16, and the images of which it is computed.
 _FP8_COSINE, _FP8_IMAGES = 0.999, 128
 _PRECISIONS: dict[torch.dtype, Precision] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    """What an encoder is tested on: their name in messages, their number, and what to check if two of them get the same
-    embedding."""
-
-    name: str
-    count: int
-    cause: str
-    texts: Sequence[str] = ()
-
-    def describe(self, one: int, other: int) -> str:
-        return f"{self.texts[other]!r} and {self.texts[one]!r}" if self.texts else "two different images"
-
-
-_IMAGE_INPUTS = _Inputs("images", _IMAGES, "image encoder and `image`")
-_TEXT_INPUTS = _Inputs("texts", len(TEXTS), "tokenizer and the text encoder", TEXTS)
 
 
 def precisions(config: Config) -> dict[str, Precision]:
@@ -117,7 +101,7 @@ def check_image_encoder(models: Models, name: str, precision: Precision, batch: 
         with models.use_accelerator():
             return models.encode_images(teacher, pixels)
 
-    return _check_encoder(models, name, _IMAGE_INPUTS, encode, precision, batch)
+    return _check_encoder(models, name, "images", encode, precision, batch)
 
 
 def check_fp8(models: Models, name: str, pixels: torch.Tensor) -> None:
@@ -148,7 +132,7 @@ def check_text_encoder(models: Models, name: str, precision: Precision, batch: i
         with models.use_accelerator():
             return run()
 
-    return _check_encoder(models, name, _TEXT_INPUTS, encode, precision, batch)
+    return _check_encoder(models, name, "texts", encode, precision, batch)
 
 
 def check_captioner(models: Models, name: str, count: int, batch: int | None = None) -> None:
@@ -288,28 +272,28 @@ def _any_begins_alike(a: list[list[str]], b: list[list[str]]) -> bool:
 def _check_encoder(
     models: Models,
     name: str,
-    inputs: _Inputs,
+    kind: str,
     encode: Callable[[Sequence[int]], torch.Tensor],
     precision: Precision,
     batch: int | None,
 ) -> Floats:
-    rows = everything = [*range(inputs.count)]
+    rows = everything = [*range(_IMAGES)]
     try:
         start = time.process_time()
         alone = [] if batch is None else [encode([row]) for row in everything]
         if batch is not None:
             batch = _affordable(models, batch, start)
-            rows = _shuffled(inputs.count, batch)
+            rows = _shuffled(_IMAGES, batch)
         out = encode(rows)
         tolerance = TOLERANCES[_PRECISIONS.get(out.dtype, precision)]
         together = _embeddings(out)
         if batch is None:
             _check_repeatable(together, _embeddings(encode(rows)), tolerance)
-            _check_different(together, inputs, tolerance)
+            _check_different(together, kind, tolerance)
             alone = [encode([row]) for row in everything]
         _check_independent(together, np.concatenate([_embeddings(one) for one in alone])[rows], tolerance)
     except Exception as error:
-        raise _failed(name, inputs.name, models.teachers[name], error, batch) from error
+        raise _failed(name, kind, models.teachers[name], error, batch) from error
     norms: Floats = np.linalg.norm(together, axis=1)
     return norms
 
@@ -330,14 +314,14 @@ def _check_repeatable(first: Floats, second: Floats, tolerance: Tolerance) -> No
         )
 
 
-def _check_different(values: Floats, inputs: _Inputs, tolerance: Tolerance) -> None:
+def _check_different(values: Floats, kind: str, tolerance: Tolerance) -> None:
     for one in range(len(values)):
         for other in range(one):
             difference = float(np.abs(values[one] - values[other]).max())
             if difference <= tolerance.equal:
+                pair = f"{TEXTS[other]!r} and {TEXTS[one]!r}" if kind == "texts" else "two different images"
                 raise ValueError(
-                    f"{inputs.describe(one, other)} get the same embedding (largest difference {difference:.1g}); "
-                    f"check the {inputs.cause}"
+                    f"{pair} get the same embedding (largest difference {difference:.1g}); check the {_CAUSES[kind]}"
                 )
 
 

@@ -29,8 +29,8 @@ from reinforce.dataset.runs.shard_records import read_records
 from reinforce.engine.messages.task import PendingShard
 from reinforce.engine.plan.precision import resolve_precisions
 from reinforce.engine.plan.recipe import build_layers, describe_models
-from reinforce.engine.plan.shard_lists import list_url
-from reinforce.engine.plan.source_shards import SourceShards, source_shards, with_view
+from reinforce.engine.plan.shard_lists import SourceShards, list_url
+from reinforce.engine.plan.source_shards import source_shards, with_view
 from reinforce.errors import UserError
 from reinforce.labels.taken import with_labels
 from reinforce.nodes import nodes_of_run

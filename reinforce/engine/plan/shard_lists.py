@@ -15,6 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+import pyarrow as pa
+
 from reinforce.config import Config
 from reinforce.dataset.files.store import Store
 from reinforce.errors import UserError
@@ -33,14 +35,23 @@ _THREADS = 16
 
 
 @dataclass
-class ListedShards:
-    """The shards of a source: their URLs, their parts if they are tables (None for a whole file), the lists that are
-    not written yet by name, and notes for the user."""
+class SourceShards:
+    """The shards of a source in order: their format, their URLs and their names.
 
+    ``parts`` are those of tables that are divided, None for a whole file, ``lists`` those that are not written yet, by
+    name, and ``notes`` are for the user.
+    """
+
+    format: SourceFormat
     urls: list[str] = field(default_factory=list)
     parts: list[Part | None] = field(default_factory=list)
     lists: dict[str, bytes] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    names: pa.StringArray = field(default_factory=lambda: pa.array([], pa.string()))
+
+    def part(self, row: int) -> Part | None:
+        """The part of a table that a shard is, None if it is a whole file."""
+        return self.parts[row] if self.parts else None
 
 
 def write_lists(store: Store, lists: Mapping[str, bytes]) -> None:
@@ -60,9 +71,9 @@ def _written_lists(store: Store) -> set[str]:
     return {name.removesuffix(".jsonl") for name in store.names(_LISTS)}
 
 
-def folder_shards(folders: Sequence[str], config: Config, format_: SourceFormat) -> ListedShards:
+def folder_shards(folders: Sequence[str], config: Config, format_: SourceFormat) -> SourceShards:
     """List folders, and form shards of the files that are in no list of the dataset. Raises UserError."""
-    store, result = Store(config.output), ListedShards()
+    store, result = Store(config.output), SourceShards(format_)
     written = _written_lists(store)
     for url in folders:
         folder = format_.list_folder(url, config.input, canonical(config.output))
@@ -108,13 +119,13 @@ class _Table:
 
 def table_shards(
     urls: Sequence[str], config: Config, format_: SourceFormat, listed: Mapping[str, Info]
-) -> ListedShards:
+) -> SourceShards:
     """Divide tables into parts; a file that cannot be read is one shard, which is refused when it is read.
 
     Only files that are new or have grown are looked into. Raises UserError for a file that has become shorter.
     """
     assert config.input.rows_per_shard is not None
-    store, result = Store(config.output), ListedShards()
+    store, result = Store(config.output), SourceShards(format_)
     names = sorted(name for name in _written_lists(store) if name.startswith(_PARTS))
     known = _read_lists(store, names)
     places = [former_url(url, config.moved) for url in urls]

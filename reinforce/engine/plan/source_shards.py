@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -13,34 +12,14 @@ from reinforce.config import Config
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.manifest.manifest import read_manifest
 from reinforce.dataset.view import View, open_view
-from reinforce.engine.plan.shard_lists import ListedShards, folder_shards, table_shards
+from reinforce.engine.plan.shard_lists import SourceShards, folder_shards, table_shards
 from reinforce.errors import UserError
-from reinforce.source.formats.base import Part, SourceFormat
+from reinforce.source.formats.base import SourceFormat
 from reinforce.source.formats.recognise import expand_folders, find_format, source_format
 from reinforce.source.identity import former_urls
 from reinforce.source.urls import Info, canonical, expand, find_compressed, find_private, shard_names
 from reinforce.source.views import split_view, with_fingerprint
 from reinforce.storage import is_job_folder, is_ray_job
-
-
-@dataclass(frozen=True)
-class SourceShards:
-    """The shards of a source in order: their names, their URLs and their format.
-
-    ``lists`` are those of new shards of folders, by name, ``notes`` are for the user, and ``parts`` are those of tables
-    that are divided.
-    """
-
-    names: pa.StringArray
-    urls: Sequence[str]
-    format: SourceFormat
-    lists: Mapping[str, bytes] = field(default_factory=dict)
-    notes: Sequence[str] = ()
-    parts: Sequence[Part | None] = ()
-
-    def part(self, row: int) -> Part | None:
-        """The part of a table that a shard is, None if it is a whole file."""
-        return self.parts[row] if self.parts else None
 
 
 def source_shards(config: Config, listed: dict[str, Info] | None = None) -> SourceShards:
@@ -61,9 +40,10 @@ def source_shards(config: Config, listed: dict[str, Info] | None = None) -> Sour
     if config.input.rows_per_shard is not None and format_.is_table:
         found = table_shards(urls, config, format_, listed or {})
     else:
-        found = folder_shards(urls, config, format_) if format_.is_listed else ListedShards(urls)
-    names = pa.array(shard_names(former_urls(found.urls, config.moved)), pa.string())
-    return SourceShards(names, found.urls, format_, found.lists, [*notes, *found.notes], found.parts)
+        found = folder_shards(urls, config, format_) if format_.is_listed else SourceShards(format_, urls)
+    found.names = pa.array(shard_names(former_urls(found.urls, config.moved)), pa.string())
+    found.notes = [*notes, *found.notes]
+    return found
 
 
 def with_view(config: Config) -> Config:

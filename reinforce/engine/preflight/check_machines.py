@@ -83,8 +83,8 @@ def machine_warnings(machines: Sequence[Machine], workers: Workers, output: str,
     warnings = [warning for machine in machines for warning in _warnings_of(machine)]
     held = count_workers(machines, workers)
     if held < workers.min:
-        share = f"{workers.cores} CPUs" + (f" and {workers.gpus:g} GPU" if workers.gpus else "")
-        warnings.append(f"room for {plural(held, 'worker')} of {share} at a time, and workers.min is {workers.min:,}")
+        room = f"room for {plural(held, 'worker')} of {workers.describe()} at a time"
+        warnings.append(f"{room}, and workers.min is {workers.min:,}")
     return warnings + _output_warnings(output, written)
 
 

@@ -87,7 +87,11 @@ class Report:
         for heading in ("model", "side", "dimension", "norm", "speed", "batch"):
             table.add_column(heading, justify="left" if heading in ("model", "side") else "right", no_wrap=True)
         for row in self.rows:
-            norm = "-" if row.norms is None else " to ".join(sorted({f"{n:.4f}" for n in _ends(row.norms)}))
+            norm = (
+                "-"
+                if row.norms is None
+                else " to ".join(sorted({f"{n:.4f}" for n in (row.norms.min(), row.norms.max())}))
+            )
             rate = f"{row.rate:,.0f}" if row.rate >= 100 else f"{row.rate:.3g}"
             table.add_row(row.model, row.side, str(row.dim or "-"), norm, f"{rate} {row.side}/s", str(row.batch))
         return table
@@ -273,10 +277,6 @@ def _measure(models: Models, prepare: Callable[[int], Callable[[], Any]], larges
 
 def _pixels(models: Models, spec: ImageSpec | None, size: int) -> torch.Tensor:
     return probe_images(models, spec, [i % 3 for i in range(size)])
-
-
-def _ends(norms: Floats) -> tuple[float, float]:
-    return float(norms.min()), float(norms.max())
 
 
 def _kind_of(cls: type) -> Kind:

@@ -117,12 +117,8 @@ def _public(config: Config) -> dict[str, Any]:
     """The config without the credentials in its URLs and options."""
     data: dict[str, Any] = redact_values(config.model_dump(mode="json", by_alias=True, exclude_defaults=True))
     source = config.source if isinstance(config.source, list) else [config.source]
-    data["source"] = [_without_credentials(url) for url in source]
+    data["source"] = [canonical(url) if "://" in url else url for url in source]
     data["output"] = canonical(config.output)
     if config.moved:
         data["moved"] = {canonical(now): canonical(before) for now, before in config.moved.items()}
     return data
-
-
-def _without_credentials(url: str) -> str:
-    return canonical(url) if "://" in url else url

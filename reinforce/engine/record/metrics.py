@@ -164,14 +164,9 @@ def dashboard_text() -> str:
     return files("reinforce.engine.record").joinpath("grafana_dashboard.json").read_text(encoding="utf-8")
 
 
-def ray_folder() -> Path:
-    """The folder in which Ray puts its own dashboards on this machine."""
-    return Path(os.environ.get(_FOLDER_VARIABLE) or _SESSION_FOLDER)
-
-
 def write_dashboard(folder: Path | None = None) -> Path:
     """Write the dashboard into a folder, by default beside those of Ray. Raises UserError."""
-    target = folder or ray_folder()
+    target = folder or Path(os.environ.get(_FOLDER_VARIABLE) or _SESSION_FOLDER)
     if folder is None and not target.is_dir():
         raise UserError(f"{target} does not exist: name a folder, or start Ray with its dashboard on this machine.")
     try:

@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from reinforce.dataset.augment.device_records import DEVICE_BACKEND
 from reinforce.errors import UserError
-from reinforce.processes.parent import exit_with_parent
 from reinforce.processes.prefetch import prefetch
+from reinforce.processes.signals import exit_with_parent
 from reinforce.settings import flatten
 from reinforce.student.config import Data
 from reinforce.student.data.assembly import Assembler

@@ -28,7 +28,6 @@ from tests.helpers.decode_faults import (
     CrashingRecords,
     CrashingSample,
     FailingSample,
-    HangingSample,
     OnceCrashingSample,
     SizedRow,
 )
@@ -84,7 +83,7 @@ def pool_of(processes: int, seconds: float = 60.0, attempts: int = 2) -> Iterato
 
 
 def pids(pool: DecodePool) -> list[int]:
-    return [server._handle.pid for server in pool._servers if server._handle is not None]
+    return [server._handle._process.pid for server in pool._servers if server._handle is not None]
 
 
 @pytest.fixture(scope="module")
@@ -163,13 +162,6 @@ def test_an_image_that_crashes_its_process_is_refused_and_all_others_are_decoded
     assert (tmp_path / "crashed").exists(), "an image whose process dies once is decoded by the next"
 
 
-def test_an_image_that_takes_too_long_is_refused_and_all_others_are_decoded(expected: Found) -> None:
-    with pool_of(2, seconds=10.0, attempts=1) as pool:
-        found = decode_all(pool, [row(i, kind=HangingSample if i == 7 else RawSample) for i in range(40)])
-    detail = "decoding took longer than failures.sample_seconds = 10, 1 times"
-    assert assert_equal(found, expected, [7]) == [Refusal("k7", Reason.IMAGE_HUNG, detail)]
-
-
 def test_a_stored_image_that_crashes_its_process_is_unreadable_and_black() -> None:
     with pool_of(1, attempts=1) as pool, pool.lease(SPEC, 64) as lease:
         assert lease.cells.crops is not None
@@ -182,10 +174,10 @@ def test_a_stored_image_that_crashes_its_process_is_unreadable_and_black() -> No
 
 
 def test_processes_that_are_killed_are_replaced(expected: Found) -> None:
-    with pool_of(2) as pool:
+    with pool_of(1) as pool:
         for _ in range(2):
-            for pid in pids(pool):
-                os.kill(pid, signal.SIGKILL)
+            [pid] = pids(pool)
+            os.kill(pid, signal.SIGKILL)
             assert_equal(decode_all(pool, [row(i) for i in range(40)]), expected)
 
 
@@ -321,7 +313,7 @@ def test_a_lease_needs_no_memory_where_no_pixels_are_needed(single: DecodePool) 
 def test_the_images_of_the_oldest_lease_are_decoded_first(single: DecodePool) -> None:
     order: list[str] = []
     with single.lease(SPEC, 64) as older, single.lease(SPEC, 64) as younger:
-        futures = [submit(younger, row(0, scan_bomb(60)))]  # the process is busy while the others are submitted
+        futures = [submit(younger, row(0, scan_bomb(30)))]  # the process is busy while the others are submitted
         for number, (name, lease) in enumerate([("b", younger), ("b", younger), ("a", older), ("a", older)], 1):
             futures.append(submit(lease, row(number), number))
             futures[-1].add_done_callback(lambda _, name=name: order.append(name))

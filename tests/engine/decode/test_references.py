@@ -11,22 +11,16 @@ import pyarrow.parquet as pq
 import pytest
 
 import reinforce
-from reinforce.config import parse_config
 from reinforce.dataset.files.damage import set_aside
 from reinforce.dataset.files.store import Store
-from reinforce.engine.inference.models import load_models
 from reinforce.engine.messages.results import LayerFailure, ShardResult
-from reinforce.engine.plan.plan import make_plan
-from reinforce.engine.worker.shard import ShardProcess
 from reinforce.errors import UserError
-from reinforce.source.references import image_digest
 from reinforce.student.config import Data
 from reinforce.student.data.datasets import open_datasets
 from reinforce.student.data.reader import DatasetReader
 from reinforce.training.order import Order
 from tests.helpers.data import config_of, members_of, picture, tree, write_tar
-from tests.helpers.decoding import decode_pool
-from tests.helpers.reinforced import reinforce_here
+from tests.helpers.reinforced import reinforce_here, shard_process
 
 ROWS, SAME = 30, 12  # images: in the shard, and before the first that is replaced
 
@@ -63,10 +57,7 @@ def config(made: Path, output: Path | None = None) -> dict[str, Any]:
 
 
 def lease(made: Path, folder: Path) -> ShardResult:
-    parsed = parse_config(config(made, folder / "out"))
-    plan = make_plan(parsed)
-    models = load_models(parsed, plan.layers.values())
-    return ShardProcess(plan.pending[0], parsed, plan.layers, Store(parsed.output), models, decode_pool(), 64).run()
+    return shard_process(config(made, folder / "out"), 64).run()
 
 
 def samples_file(folder: Path) -> Path:
@@ -83,12 +74,6 @@ def train(made: Path, folder: Path) -> None:
     [opened] = open_datasets(Data.model_validate({k: v for k, v in data.items() if k != "teachers"}), 0, None)
     with ThreadPoolExecutor(1) as pool:
         next(iter(DatasetReader(opened, Order(opened.groups[:, 2], 0, "d", 1, ROWS), 0, 0, pool)))
-
-
-def test_each_reference_has_the_digest_of_its_image(made: Path) -> None:
-    images = [data for name, data in members() if name.endswith(".png")]
-    table = pq.read_table(samples_file(made))
-    assert table["image_digest"].to_pylist() == [image_digest(image) for image in images]
 
 
 @pytest.mark.parametrize("read", [lease, read_dataset, train])

@@ -1,7 +1,8 @@
-"""Rows of a shard, from the source and from the samples layer."""
+"""Rows of a shard, from the source and from the samples layer, and the cells of their pixels in one memory."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
 
 from reinforce.config import parse_config
-from reinforce.dataset.augment.records import from_records, replay
+from reinforce.dataset.augment.backends import load_backend
+from reinforce.dataset.augment.records import AUGMENTATION_BACKEND, Augmentation, Crop, from_records, replay
 from reinforce.dataset.files.store import Store
-from reinforce.engine.decode.cells import PixelCells
+from reinforce.engine.decode.cells import FreeCells, PixelCells, PixelLayout, runs
 from reinforce.engine.decode.row import Row
 from reinforce.engine.decode.rows import GROUP_ROWS, RowSpec, max_group_rows, rows_from_samples, rows_from_source
 from reinforce.errors import UserError
@@ -25,7 +30,7 @@ from reinforce.source.samples import RawSample, Refusal
 from schemas import Reason
 from teachers.preprocessing.fit import fit
 from teachers.protocols import ImageSpec
-from tests.helpers.data import config_of, members_of, picture, write_tar
+from tests.helpers.data import config_of, config_of_tar, members_of, picture, write_tar
 from tests.helpers.decoding import cell_of, lease
 from tests.helpers.reinforced import reinforce_here
 
@@ -34,9 +39,7 @@ SPEC = RowSpec(crops=True, views=(VIEW,))
 
 
 def shard_config(folder: Path, members: list[tuple[str, bytes]], **changes: Any) -> dict[str, Any]:
-    write_tar(folder / "source" / "0.tar", members)
-    changes = {"captioners": {}, "teachers": {}, **changes}
-    return config_of(f"{folder}/source/0.tar", folder / "out", **changes)
+    return config_of_tar(folder, members, **{"captioners": {}, "teachers": {}, **changes})
 
 
 @dataclass(frozen=True)
@@ -147,10 +150,7 @@ def test_images_are_not_read_back_where_no_layer_needs_them(tmp_path: Path) -> N
     config = shard_config(tmp_path, members_of(0, 3), images="reference")
     reinforce_here(config)
     (tmp_path / "source" / "0.tar").unlink()
-    parsed, store, spec = parse_config(config), Store(config["output"]), RowSpec(crops=False)
-    [shard] = store.shards("samples")
-    with lease(parsed, spec) as taken, store.open_layer("samples", shard) as file:
-        rows = list(rows_from_samples(parsed, Shard(config["source"]), file, spec, taken, 4))
+    rows = [found.row for found in from_samples(config, RowSpec(crops=False))]
     assert [row.caption for row in rows] == [f"thing {i} of shard 0" for i in range(3)]
     assert all(row.cell is None and row.unreadable is None for row in rows)
 
@@ -202,3 +202,52 @@ def test_only_the_shard_itself_is_read_by_reference(tmp_path: Path) -> None:
     pq.write_table(table.set_column(index, field, pa.array(forged, field.type)), path)
     with pytest.raises(UserError, match=r"reference to /etc/hostname, .* add it to `source`"):
         from_samples(config)
+
+
+SMALL = ImageSpec((6, 4), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bicubic", "squash")
+
+
+def test_a_layout_divides_memory_into_cells_that_share_it() -> None:
+    layout = PixelLayout((2, 8), (SMALL,))
+    assert layout.cell_bytes == 2 * 8 * 8 * 3 + 6 * 4 * 3
+    memory = np.zeros(3 * layout.cell_bytes + 5, np.uint8)
+    cells = layout.cells(memory)
+    assert cells.crops is not None
+    assert (cells.crops.shape, cells.views[SMALL].shape) == ((3, 2, 8, 8, 3), (3, 6, 4, 3))
+    cells.crops[:] = 1
+    cells.views[SMALL][:] = 2
+    assert np.bincount(memory).tolist() == [5, 3 * 2 * 8 * 8 * 3, 3 * 6 * 4 * 3]
+
+
+def test_pixels_are_written_into_one_cell_only() -> None:
+    layout = PixelLayout((1, 8), (SMALL,))
+    cells = layout.cells(np.full(3 * layout.cell_bytes, 7, np.uint8))
+    image = Image.effect_noise((20, 16), 90).convert("RGB")
+    record = Augmentation(Crop(2, 3, 10, 12), 8, None)
+    cells.write(1, image, [record], load_backend(AUGMENTATION_BACKEND))
+    assert cells.crops is not None
+    np.testing.assert_array_equal(cells.crops[1, 0], np.asarray(replay(image, record)))
+    np.testing.assert_array_equal(cells.views[SMALL][1], fit(image, SMALL))
+    for array in (cells.crops, cells.views[SMALL]):
+        assert (array[[0, 2]] == 7).all()
+    cells.blacken(1)
+    assert not cells.crops[1].any()
+    assert not cells.views[SMALL][1].any()
+
+
+def test_the_lowest_free_cell_is_taken_first() -> None:
+    free = FreeCells(4)
+    assert [free.take() for _ in range(4)] == [0, 1, 2, 3]
+    free.release([2, 0])
+    assert (len(free), free.take(), free.take()) == (2, 0, 2)
+    with pytest.raises(IndexError):
+        free.take()
+
+
+@given(st.lists(st.integers(0, 9), unique=True, min_size=1))
+def test_runs_are_the_cells_in_order_without_copies(cells: list[int]) -> None:
+    array = np.arange(20, dtype=np.uint8).reshape(10, 2)
+    found = runs(array, cells)
+    np.testing.assert_array_equal(np.concatenate(found), array[cells])
+    assert all(np.shares_memory(part, array) for part in found)
+    assert len(found) == 1 + sum(b != a + 1 for a, b in itertools.pairwise(cells))

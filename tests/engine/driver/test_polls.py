@@ -1,4 +1,5 @@
-"""Which workers are asked for their pulse, also in clusters of 10,000 workers."""
+"""Which workers are asked for their pulse, also in clusters of 10,000 workers, and when one counts as hung: each
+sentence of policy/hangs.py."""
 
 from __future__ import annotations
 
@@ -9,9 +10,18 @@ import time
 import pytest
 
 from reinforce.config import Failures
-from reinforce.engine.driver.policy.hangs import StallLimits, find_hang
+from reinforce.engine.driver.policy.hangs import (
+    CEILING,
+    MODEL_FLOOR,
+    STORAGE_FLOOR,
+    Hang,
+    StallLimits,
+    find_hang,
+    find_silence,
+    silence_limit,
+)
 from reinforce.engine.driver.polls import MAX_IN_FLIGHT, Polls, poll_interval
-from reinforce.engine.messages.pulse import LeasePulse, Pulse
+from reinforce.engine.messages.pulse import DECODING, READING, SERVER, WAITING, WRITING, LeasePulse, Pulse
 
 
 def test_few_workers_are_asked_every_five_seconds_and_many_in_turns_within_a_quarter_of_the_limit() -> None:
@@ -80,3 +90,113 @@ def test_no_healthy_worker_is_killed_and_every_hang_is_found_in_time_in_a_large_
     assert killed.keys() == hung | silent
     assert max(killed.values()) < 60.0, "the limit, one round of requests, and the answers"
     assert time.process_time() - start < 20.0
+
+
+LAYER = "embeddings/red/images"
+SIX = StallLimits(Failures(stall_seconds=6.0))
+
+
+def pulse(stage: str, seconds: float, what: str = "", key: str | None = None) -> Pulse:
+    return Pulse(leases=(LeasePulse("a", stage, seconds, what),), key=key)
+
+
+def hang_of(pulse: Pulse, limits: StallLimits) -> Hang:
+    hang = find_hang(pulse, {"a", "b"}, limits)
+    assert hang is not None
+    return hang
+
+
+def hangs(stage: str, seconds: float, limits: StallLimits) -> bool:
+    return find_hang(pulse(stage, seconds), {"a"}, limits) is not None
+
+
+# -- limits
+
+
+def test_a_given_limit_is_that_of_every_stage() -> None:
+    limits = StallLimits(Failures(stall_seconds=6.0))
+    limits.record({LAYER: 1000.0})
+    for stage in (LAYER, READING, DECODING, WRITING):
+        assert not hangs(stage, 6.0, limits)
+        assert hangs(stage, 6.1, limits)
+
+
+@pytest.mark.parametrize(
+    ("slowest", "limit"),
+    [(None, CEILING), (0.1, MODEL_FLOOR), (15.0, 300.0), (60.0, 1200.0), (900.0, CEILING), (2000.0, 6000.0)],
+)
+def test_the_limit_of_a_batch_follows_from_the_slowest_batch_of_its_layer(slowest: float | None, limit: float) -> None:
+    limits = StallLimits(Failures())
+    limits.record({} if slowest is None else {LAYER: slowest})
+    limits.record({LAYER: 0.05, "another": 7000.0} if slowest else {})
+    assert limits.seconds(LAYER) == limit
+    assert not hangs(LAYER, limit, limits)
+    assert hangs(LAYER, limit + 1, limits)
+
+
+def test_a_first_batch_that_hung_for_an_hour_gets_a_quarter_of_it_when_its_shard_runs_alone() -> None:
+    limits = StallLimits(Failures())
+    limits.record_hang(hang_of(pulse(LAYER, 3601.0), limits))
+    assert (limits.seconds(LAYER), limits.seconds("another")) == (900.0, 3600.0)
+    limits.record({LAYER: 100.0})
+    assert limits.seconds(LAYER) == 2000.0, "what was measured counts more"
+
+
+def test_storage_has_a_limit_before_anything_was_measured_and_decoding_outlasts_its_own_limit() -> None:
+    limits = StallLimits(Failures(sample_seconds=1000.0))
+    assert (limits.seconds(READING), limits.seconds(WRITING)) == (STORAGE_FLOOR, STORAGE_FLOOR)
+    assert limits.seconds(DECODING) == 2500.0
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "hung"),
+    [
+        ((WAITING, 9999.0), (LAYER, 7.0), "b"),
+        ((SERVER, 9999.0), (LAYER, 7.0), "b"),
+        ((READING, 7.0), (LAYER, 0.1), "a"),
+        ((LAYER, 0.1), ("of a lease that has ended", 7.0), ""),
+    ],
+)
+def test_a_lease_that_waits_never_hangs_and_one_that_makes_no_progress_does_while_the_other_goes_on(
+    a: tuple[str, float], b: tuple[str, float], hung: str
+) -> None:
+    both = Pulse(leases=(LeasePulse("a", *a), LeasePulse("b" if hung else "ended", *b)))
+    hang = find_hang(both, {"a", "b"}, SIX)
+    assert (hang.shards if hang else set()) == set(hung)
+
+
+# -- messages
+
+
+def test_the_message_names_shard_layer_batch_and_limit_or_the_image_in_work() -> None:
+    limits = StallLimits(Failures())
+    limits.record({LAYER: 2.0})
+    assert hang_of(pulse(LAYER, 312.0, "16 rows, keys 'k16' to 'k31'"), limits).reason == (
+        "a has made no progress for 312 s in layer embeddings/red/images (16 rows, keys 'k16' to 'k31') (limit: 300 s, "
+        "because the slowest such step so far took 2 s; failures.stall_seconds sets another limit)"
+    )
+    assert hang_of(pulse(DECODING, 7.0, "key 'k3'", key="k9"), SIX).reason == (
+        "a has made no progress for 7 s in decoding (key 'k3'); longest in a decode process: key 'k9' "
+        "(limit: failures.stall_seconds = 6)"
+    )
+
+
+def test_a_worker_that_does_not_answer_has_the_limit_of_what_it_last_did() -> None:
+    limits = StallLimits(Failures())
+    assert silence_limit(Pulse(), limits) == CEILING, "nothing is known of it"
+    limits.record({LAYER: 2.0})
+    assert silence_limit(pulse(LAYER, 1.0, "4 rows"), limits) == 300
+    hang = find_silence(301.0, pulse(LAYER, 1.0, "4 rows"), (), limits)
+    assert hang.shards == frozenset(), "it may be another one by now"
+    assert hang.reason == (
+        "the worker has not answered for 301 s, as if something in it holds the interpreter lock; at its last answer "
+        "it was at a in layer embeddings/red/images (4 rows) (limit: 300 s, because the slowest such step so far took "
+        "2 s; failures.stall_seconds sets another limit)"
+    )
+
+
+def test_the_board_of_a_worker_that_does_not_answer_names_the_shard_and_the_batch() -> None:
+    board = (LeasePulse("a", WAITING, 9.0), LeasePulse("b", LAYER, 9.0, "8 rows"))
+    hang = find_silence(7.0, pulse(LAYER, 1.0, "4 rows"), board, SIX)
+    assert (hang.shards, hang.stages) == ({"b"}, {LAYER})
+    assert "; it is at a in waiting for the accelerator; b in layer embeddings/red/images (8 rows)" in hang.reason

@@ -1,8 +1,12 @@
-"""Batches through the models."""
+"""Batches through the models, two of a shard in work, and the order in which shards use the accelerator."""
 
 from __future__ import annotations
 
+import contextlib
+import threading
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,10 +15,12 @@ import numpy as np
 import pytest
 import torch
 
-from reinforce.engine.decode.row import Decoded
+from reinforce.engine.decode.row import Decoded, Row
+from reinforce.engine.inference.batches import Batches
 from reinforce.engine.inference.inference import Inference
-from reinforce.engine.inference.models import Counters, Models
+from reinforce.engine.inference.models import Counters, Models, PriorityLock
 from reinforce.engine.inference.outputs import to_numpy
+from reinforce.engine.messages.pulse import LeaseWatch
 from reinforce.engine.messages.results import LayerFailure
 from reinforce.seeds import seed_for
 from reinforce.source.samples import Refusal
@@ -169,58 +175,40 @@ def test_the_norm_of_an_unreadable_images_embedding_is_not_checked() -> None:
 # -- models that change their inputs, or reuse the memory of their outputs
 
 
-def multiply(pixels: torch.Tensor) -> None:
-    pixels.mul_(0.5)
+class Rude(ColorTeacher):
+    """Changes its inputs, and returns views of one buffer for batches of four or more, as captured graphs do.
 
+    The buffer is that of ``other``, if any.
+    """
 
-def multiply_data(pixels: torch.Tensor) -> None:
-    pixels.data.mul_(0.5)
-
-
-def fill_array(pixels: torch.Tensor) -> None:
-    pixels.numpy()[:, 0] = 0
-
-
-@pytest.mark.parametrize("change", [multiply, multiply_data, fill_array])
-def test_a_teacher_that_changes_its_pixels_changes_no_other_teachers_embeddings(
-    change: Callable[[torch.Tensor], None],
-) -> None:
-    class Changing(ColorTeacher):
-        def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
-            out = super().encode_images(pixels)
-            change(pixels)
-            return out
-
-    layers = [LAYERS[f"embeddings/{name}/images"] for name in ("red", "blue")]
-
-    def run(red: ColorTeacher) -> Any:
-        models = Models({"red": red, "blue": ColorTeacher(CPU, dim=12, seed=1)}, {}, Accelerator("cpu"))
-        return make_inference(CONFIG, layers, models).run(rows(3), pixels())
-
-    found, right = run(Changing(CPU)), run(ColorTeacher(CPU))
-    for name in right:
-        np.testing.assert_array_equal(found[name], right[name], err_msg=name)
-
-
-class Reusing(ColorTeacher):
-    """Returns views of one buffer for batches of four or more, as captured graphs do; of that of ``other``, if any."""
-
-    def __init__(self, other: Reusing | None = None) -> None:
+    def __init__(
+        self, change: Callable[[torch.Tensor], object] = torch.Tensor.zero_, other: Rude | None = None
+    ) -> None:
         super().__init__(CPU)
-        self.buffer = torch.empty(64, 8) if other is None else other.buffer
+        self.change, self.buffer = change, torch.empty(64, 8) if other is None else other.buffer
 
     def _store(self, out: torch.Tensor) -> torch.Tensor:
         return self.buffer[: len(out)].copy_(out) if len(out) >= 4 else out
 
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self._store(super().encode_images(pixels))
+        out = self._store(super().encode_images(pixels))
+        self.change(pixels)
+        return out
 
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
-        return self._store(super().encode_texts(texts))
+        out = self._store(super().encode_texts(texts))
+        assert isinstance(texts, list)
+        texts.clear()
+        return out
 
 
+@pytest.mark.parametrize(
+    "change",
+    [lambda pixels: pixels.mul_(0.5), lambda pixels: pixels.data.mul_(0.5), lambda pixels: pixels.numpy().fill(0)],
+    ids=["in place", "data", "array"],
+)
 @pytest.mark.parametrize("crops", [6, 4], ids=["whole batch", "batch in parts"])
-def test_embeddings_do_not_change_when_a_teacher_reuses_the_memory_of_its_output(crops: int) -> None:
+def test_a_teacher_may_change_its_pixels_and_reuse_the_memory_of_its_output(crops: int, change: Any) -> None:
     first, second = pixels(), pixels()
     assert second.crops is not None
     second.crops[:] = 255 - second.crops
@@ -231,25 +219,18 @@ def test_embeddings_do_not_change_when_a_teacher_reuses_the_memory_of_its_output
         shard = make_inference(CONFIG, [LAYERS[f"embeddings/{name}/images"] for name in ("red", "blue")], models)
         return [shard.run(rows(3), first), shard.run(rows(3), second)]
 
-    red = Reusing()
-    found, right = run(red, Reusing(red)), run(ColorTeacher(CPU), ColorTeacher(CPU))
+    red = Rude(change)
+    found, right = run(red, Rude(change, red)), run(ColorTeacher(CPU), ColorTeacher(CPU))
     for mine, theirs in zip(found, right, strict=True):
         for name in theirs:
             np.testing.assert_array_equal(mine[name], theirs[name], err_msg=name)
 
 
 def test_a_teacher_may_change_its_list_of_texts_and_reuse_the_memory_of_its_output() -> None:
-    class Emptying(Reusing):
-        def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
-            out = super().encode_texts(texts)
-            assert isinstance(texts, list)
-            texts.clear()
-            return out
-
     layer = LAYERS["embeddings/red/namer"]
     config = CONFIG.model_copy(update={"workers": CONFIG.workers.model_copy(update={"batch": 4})})
     texts = [["a", "bb"], ["ccc", "dddd"], ["eeeee", "ffffff"], ["ggggggg", "hhhhhhhh"]]
-    found = text_encoder(config, layer, models_with(Emptying())).encode_texts(layer, texts)[0]
+    found = text_encoder(config, layer, models_with(Rude())).encode_texts(layer, texts)[0]
     np.testing.assert_allclose(found, texts_of(ColorTeacher(CPU))(texts)[0], atol=1e-6)
 
 
@@ -271,3 +252,96 @@ def test_captions_do_not_change_when_a_captioner_reuses_the_lists_that_it_return
     batches = [rows(3), [replace(row, key=f"other {row.key}") for row in rows(3)]]
     found, right = ([run.run(batch, cells) for batch in batches] for run in runs)
     assert found == right
+
+
+def numbered(count: int) -> list[Row]:
+    return [Row(f"{number}", None) for number in range(count)]
+
+
+def keys(batch: list[Row]) -> str:
+    return "".join(row.key for row in batch)
+
+
+def test_batches_are_yielded_in_order_and_the_end_gets_all_rows() -> None:
+    with Batches(lambda: 2, LeaseWatch("a")) as batches:
+        found = [(keys(batch), result) for batch, result in batches.run(numbered(5), keys, keys)]
+    assert found == [("01", "01"), ("23", "23"), ("4", "4"), ("", "01234")]
+
+
+def test_the_older_of_two_shards_keeps_the_accelerator_between_its_batches() -> None:
+    lock, used, started = PriorityLock(), "", threading.Event()
+
+    def shard(name: str, order: int) -> None:
+        def run(batch: list[Row]) -> None:
+            nonlocal used
+            with lock.take(order):
+                started.set()
+                while name == "a" and keys(batch) != "3" and not any(order == 1 for order, _ in lock._waiting):
+                    time.sleep(0.001)
+                used += name
+
+        with Batches(lambda: 1, LeaseWatch(name)) as batches:
+            for _ in batches.run(numbered(4), run, lambda _: None):
+                time.sleep(0.005)  # the texts of a batch, while the next one waits for its turn
+
+    with ThreadPoolExecutor(2) as threads:
+        older = threads.submit(shard, "a", 1)
+        assert started.wait(600)
+        threads.submit(shard, "b", 2).result()
+        older.result()
+    assert used == "aaaabbbb"
+
+
+def test_an_error_arrives_once_no_batch_is_in_work() -> None:
+    working, ended = threading.Event(), threading.Event()
+
+    def run(batch: list[Row]) -> None:
+        if keys(batch) == "0":
+            assert working.wait(600)
+            raise ValueError("odd")
+        working.set()
+        time.sleep(0.1)
+        ended.set()
+
+    with pytest.raises(ValueError, match="odd"), Batches(lambda: 1, LeaseWatch("a")) as batches:
+        list(batches.run(numbered(3), run, lambda _: None))
+    assert ended.is_set()
+
+
+def test_the_oldest_waiting_shard_gets_the_lock_first() -> None:
+    lock, order = PriorityLock(), []
+
+    def use(number: int) -> None:
+        with lock.take(number):
+            order.append(number)
+
+    threads = [threading.Thread(target=use, args=(number,)) for number in (5, 3, 4, 3)]
+    with lock.take(9):
+        for thread in threads:
+            thread.start()
+        deadline = time.monotonic() + 600
+        while lock.waiting < 4:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+    for thread in threads:
+        thread.join(600)
+    assert order == [3, 3, 4, 5]
+
+
+def test_one_thread_at_a_time_holds_the_lock_and_an_exception_releases_it() -> None:
+    lock, inside, most = PriorityLock(), 0, 0
+    orders = [lock.next_order() for _ in range(4)]
+    assert orders == [1, 2, 3, 4]
+
+    def use(order: int) -> None:
+        nonlocal inside, most
+        for _ in range(50):
+            with contextlib.suppress(ZeroDivisionError), lock.take(order):
+                inside += 1
+                most = max(most, inside)
+                inside -= 1
+                raise ZeroDivisionError
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(use, orders))
+    assert most == 1

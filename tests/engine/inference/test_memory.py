@@ -13,27 +13,54 @@ import pytest
 import torch
 
 from reinforce.config import Config, parse_config
-from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import Layer
 from reinforce.engine.decode.cells import PixelCells
 from reinforce.engine.decode.row import Row
 from reinforce.engine.inference.batch_sizes import texts_per_batch
-from reinforce.engine.inference.models import Counters, Models, load_models
+from reinforce.engine.inference.models import Counters, Models
 from reinforce.engine.inference.out_of_memory import OutOfMemory, attempt, memory_hint
 from reinforce.engine.messages.results import ShardResult, raising_layer_failure
-from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.engine.worker.full_batch import find_batch, fit_batch
-from reinforce.engine.worker.shard import ShardProcess
 from reinforce.errors import UserError
+from teachers.device.accelerator import Accelerator
 from teachers.device.memory import is_out_of_memory
 from tests.helpers.batches import make_inference
 from tests.helpers.data import config_of, members_of, tree, write_tar
-from tests.helpers.decoding import decode_pool
 from tests.helpers.models import ColorTeacher, SeedCaptioner
-from tests.helpers.small_device import MESSAGE, SmallDevice
+from tests.helpers.reinforced import shard_process
 
 CPU = torch.device("cpu")
+MESSAGE = "CUDA out of memory. Tried to allocate 2.00 GiB."
+
+
+class SmallDevice(Accelerator):
+    """A device with memory for ``capacity`` rows, copied ones and those in a forward pass."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__("cpu")
+        self.capacity, self.used, self.copied = capacity, 0, threading.Semaphore(0)
+        self._changing = threading.RLock()
+
+    def put_parts(self, parts: Sequence[np.ndarray]) -> torch.Tensor:
+        class Block(np.ndarray):
+            """Memory of the device, used until no tensor shares it."""
+
+        block = np.concatenate(parts).view(Block)
+        with self._changing:
+            self.check(len(block))
+            self.used += len(block)
+        weakref.finalize(block, self.free, len(block))
+        self.copied.release()
+        return torch.from_numpy(block)
+
+    def check(self, rows: int) -> None:
+        if self.used + rows > self.capacity:
+            raise torch.cuda.OutOfMemoryError(MESSAGE)
+
+    def free(self, rows: int) -> None:
+        with self._changing:
+            self.used -= rows
 
 
 def limited(function: Callable[..., Any], limit: int) -> Callable[..., Any]:
@@ -58,12 +85,10 @@ def limit_memory(models: Models, where: str, limit: int) -> None:
 
 def process(folder: Path, batch: int, where: str = "copy", limit: int = 1000) -> tuple[ShardResult, dict[str, bytes]]:
     """A shard of 13 rows with two augmentations in row groups of 8 -> the result and the files of its layers."""
-    config = parse_config(config_of(f"{folder}/0.tar", folder / f"out-{batch}-{limit}", workers={"batch": batch}))
-    plan = make_plan(config)
-    models = load_models(config, plan.layers.values())
-    limit_memory(models, where, limit)
-    result = ShardProcess(plan.pending[0], config, plan.layers, Store(config.output), models, decode_pool(), 8).run()
-    return result, tree(folder / f"out-{batch}-{limit}")
+    output = folder / f"out-{batch}-{limit}"
+    shard = shard_process(config_of(f"{folder}/0.tar", output, workers={"batch": batch}))
+    limit_memory(shard.models, where, limit)
+    return shard.run(), tree(output)
 
 
 @pytest.mark.parametrize(

@@ -68,20 +68,18 @@ def test_only_the_models_of_missing_layers_are_loaded() -> None:
     assert (loaded.teachers.keys(), loaded.captioners.keys()) == (set(), {"namer"})
 
 
-def test_models_that_do_not_fit_in_memory_together_are_a_user_error_with_the_mend(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_what_cannot_be_loaded_is_a_user_error_with_the_mend(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.cuda.is_available():
+        config = parse_config(config_of("x.tar", "out", workers={"gpus": 1}))
+        with pytest.raises(UserError, match=r"torch does not see it.*set workers.gpus to 0"):
+            load_models(config, LAYERS.values())
+
     def load(*_: object) -> ColorTeacher:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(engine_models, "load_teacher", load)
     with pytest.raises(UserError, match=r"CUDA out of memory\..* do not fit in the memory of the device together"):
         load_models(CONFIG, LAYERS.values())
-
-
-def test_an_augmentation_backend_without_a_package_is_a_user_error_before_any_image(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
     monkeypatch.setattr(fixed_point, "RESIZERS", {})
     load_backend.cache_clear()
     config = parse_config(config_of("x.tar", "out", augmentations={"backend": "fixed-point-1"}))
@@ -96,14 +94,6 @@ def test_texts_are_tokenized_before_the_accelerator_is_used_where_the_teacher_su
         torch.testing.assert_close(encode(), ColorTeacher(CPU).encode_texts(["ONE", "TWO"]))
     encode = models().text_encoder(ColorTeacher(CPU), ["one"])
     torch.testing.assert_close(encode(), ColorTeacher(CPU).encode_texts(["one"]))
-
-
-def test_a_gpu_that_torch_does_not_see_is_reported_with_the_fix() -> None:
-    if torch.cuda.is_available():
-        pytest.skip("torch sees a GPU")
-    config = parse_config(config_of("x.tar", "out", workers={"gpus": 1}))
-    with pytest.raises(UserError, match=r"torch does not see it.*set workers.gpus to 0"):
-        load_models(config, LAYERS.values())
 
 
 def test_a_class_that_overrides_a_method_below_its_parts_is_called_by_the_method() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -94,18 +93,23 @@ def test_good_models_pass_and_the_check_does_not_count_as_work() -> None:
     np.testing.assert_allclose(check_text_encoder(models(), "red", "fp32"), [1] * len(TEXTS), atol=1e-6)
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Models of both libraries."""
+    folder = tmp_path_factory.mktemp("models")
+    make = {"vit": tiny_models.open_clip_model, "clip": tiny_models.transformers_clip, "coca": coca_model, "blip": blip}
+    make |= {"bert": tiny_models.transformers_bert, "dino": tiny_models.transformers_dinov2}
+    return {name: one(folder / name) for name, one in make.items()}
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_models_of_both_libraries_pass_in_every_precision(tmp_path: Path, precision: Precision) -> None:
-    vit, clip = tiny_models.open_clip_model(tmp_path / "vit"), tiny_models.transformers_clip(tmp_path / "clip")
-    bert, dino = tiny_models.transformers_bert(tmp_path / "bert"), tiny_models.transformers_dinov2(tmp_path / "dino")
+def test_models_of_both_libraries_pass_in_every_precision(saved: dict[str, str], precision: Precision) -> None:
     hugging_face: Any = {"family": "transformers", "precision": precision}
-    specs = {
-        "vit": teacher_spec(model=vit, precision=precision),
-        **{n: teacher_spec(model=m, **hugging_face) for n, m in {"clip": clip, "bert": bert, "dino": dino}.items()},
-    }
+    specs = {"vit": teacher_spec(model=saved["vit"], precision=precision)}
+    specs |= {name: teacher_spec(model=saved[name], **hugging_face) for name in ("clip", "bert", "dino")}
     captioners = {
-        "coca": captioner_spec(model=coca_model(tmp_path / "coca"), captions=2, max_length=10, precision=precision),
-        "blip": spec_of(blip(tmp_path / "blip"), "blip", captions=2, max_length=10, precision=precision),
+        "coca": captioner_spec(model=saved["coca"], captions=2, max_length=10, precision=precision),
+        "blip": spec_of(saved["blip"], "blip", captions=2, max_length=10, precision=precision),
     }
     config = parse_config({"source": "x.tar", "output": "out", "teachers": specs, "captioners": captioners})
     loaded = Models(

@@ -1,15 +1,28 @@
-"""Fingerprints: what changes them, and what does not."""
+"""Fingerprints: what changes them, what does not, and ``precision: auto``, which is resolved before."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+
 from reinforce.config import load_config, parse_config
+from reinforce.engine.plan.plan import Plan, make_plan
 from reinforce.engine.plan.recipe import build_layers, describe_models, version_notes
+from reinforce.nodes import nodes_of_run
 from reinforce.source.urls import expand
+from reinforce.student.config import StudentConfig
+from reinforce.student.train import make_job
+from teachers.device.accelerator import Accelerator
+from tests.helpers.commands import printed_by
 from tests.helpers.data import config_of
+from tests.helpers.reinforced import reinforce_here
+from tests.helpers.tiny_coca import coca_model
+from tests.helpers.tiny_models import open_clip_model
 
 ROOT = Path(__file__).parents[3]
 
@@ -19,14 +32,22 @@ def layers_for(**changes: Any) -> dict[str, str]:
     return {name: layer.fingerprint for name, layer in build_layers(config, describe_models(config)).items()}
 
 
-def test_limits_added_later_change_fingerprints_only_if_they_are_set(shards: Callable[..., str]) -> None:
-    def samples(**limits: int) -> str:
-        config = parse_config({"source": shards(1), "output": "out", "input": {"limits": limits}})
+def test_keys_of_input_that_were_added_later_change_fingerprints_only_if_they_are_set() -> None:
+    def samples(**spec: Any) -> str:
+        config = parse_config({"source": "x.tar", "output": "out", "input": spec})
         return build_layers(config, {})["samples"].fingerprint
 
     assert samples() == "9a59ea0ee9feb030", "the fingerprint of every dataset made with the defaults so far"
-    assert samples(members=64) == samples()
-    assert len({samples(), samples(members=65), samples(key_chars=10), samples(shard_samples=9)}) == 4
+    assert samples(limits={"members": 64}) == samples(format="parquet") == samples()
+    limits = [{"limits": {name: value}} for name, value in (("members", 65), ("key_chars", 10), ("shard_samples", 9))]
+    others = [*limits, {"image": "jpg"}, {"key": "id"}, {"rows_per_shard": 4}]
+    assert len({samples(), *(samples(**spec) for spec in others)}) == 7
+
+
+def test_teachers_with_one_side_have_that_sides_layers_only() -> None:
+    teachers = {"eye": {"class": "tests.helpers.models:ImageOnly"}, "ear": {"class": "tests.helpers.models:TextOnly"}}
+    layers = {name for name in layers_for(teachers=teachers) if name.startswith("embeddings/")}
+    assert layers == {"embeddings/eye/images", "embeddings/ear/caption", "embeddings/ear/namer"}
 
 
 def test_a_setting_that_changes_no_stored_value_changes_no_fingerprint() -> None:
@@ -74,3 +95,99 @@ def test_each_class_without_a_version_is_named_once() -> None:
         f"class {custom}:TextsOnly has no `version`",
     ]
     assert "part of the fingerprint" in notes[0]
+
+
+TEACHER = "embeddings/vit/images"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The sections of a config with an open model of each kind and a class, without any precision."""
+    folder = tmp_path_factory.mktemp("models")
+    red = config_of("x.tar", "y")["teachers"]["red"]
+    return {
+        "teachers": {"vit": {"model": open_clip_model(folder / "vit")}, "red": red},
+        "captioners": {"coca": {"model": coca_model(folder / "coca"), "captions": 1, "max_length": 10}},
+    }
+
+
+def planned(config: dict[str, Any], gpus: float | None = None, nodes: Any = nodes_of_run) -> Plan:
+    return make_plan(parse_config({**config, "workers": {"gpus": gpus}}), nodes=nodes)
+
+
+def precisions(plan: Plan) -> dict[str, str]:
+    return {name: spec.precision for name, spec in (*plan.config.teachers.items(), *plan.config.captioners.items())}
+
+
+def of_explicit(config: dict[str, Any], precision: str) -> dict[str, str]:
+    """The fingerprints that the models have in an explicit precision."""
+    explicit = json.loads(json.dumps(config))
+    for spec in (explicit["teachers"]["vit"], explicit["captioners"]["coca"]):
+        spec["precision"] = precision
+    parsed = parse_config(explicit)
+    return {name: layer.fingerprint for name, layer in build_layers(parsed, describe_models(parsed)).items()}
+
+
+@pytest.mark.parametrize(
+    ("gpus", "nodes", "precision", "reason"),
+    [
+        (0, [{"GPU": 8}], "fp32", "workers use CPUs"),
+        (0.5, [], "bf16", "workers use GPUs"),
+        (None, [{"CPU": 4}], "fp32", "workers use CPUs"),
+        (None, [{"CPU": 4}, {"CPU": 4, "GPU": 8}], "bf16", "workers use GPUs"),
+    ],
+)
+def test_a_new_dataset_is_made_in_bf16_where_workers_use_gpus(
+    shards: Callable[..., str], tmp_path: Path, models: Any, gpus: Any, nodes: Any, precision: str, reason: str
+) -> None:
+    config = config_of(shards(2), tmp_path / "out", **models)
+    plan = planned(config, gpus, lambda: nodes)
+    assert precisions(plan) == {"vit": precision, "coca": precision, "red": "auto"}
+    assert {name: layer.fingerprint for name, layer in plan.layers.items()} == of_explicit(config, precision)
+    assert plan.notes == [f"precision: {precision} for coca, vit (auto: {reason})"]
+    config["teachers"] = {"vit": {**models["teachers"]["vit"], "precision": "tf32"}}
+    assert precisions(planned(config, gpus, lambda: nodes))["vit"] == "tf32", "an explicit precision stays"
+
+
+def test_a_dataset_that_was_made_in_fp32_stays_complete_on_gpus(
+    shards: Callable[..., str], tmp_path: Path, models: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_of(shards(2), tmp_path / "out", teachers=models["teachers"], captioners={})
+    reinforce_here(config)
+    plan = planned(config, gpus=1)
+    assert not plan.pending
+    assert plan.notes == ["precision: fp32 for vit (auto: as dataset.json records)"]
+    config["teachers"] = {**config["teachers"], "new": models["teachers"]["vit"]}
+    plan = planned(config, gpus=1)
+    assert precisions(plan) == {"vit": "fp32", "red": "auto", "new": "bf16"}
+    [shard] = plan.pending
+    assert shard.layers == ("embeddings/new/images", "embeddings/new/caption")
+
+    path = tmp_path / "my.yaml"
+    path.write_text(json.dumps({**config, "workers": {"gpus": 1}}))
+    shown = printed_by(capsys, "plan", str(path))
+    assert "precision: bf16 for new (auto: workers use GPUs)" in shown
+    assert "precision: fp32 for vit (auto: as dataset.json records)" in shown
+
+
+def test_an_accelerator_without_bf16_is_reported_with_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    with pytest.raises(ValueError, match=r"Tesla T4 has no bf16: set `precision` of this model to fp16 or fp32"):
+        Accelerator("cuda", "bf16")
+
+
+def test_online_teachers_of_a_student_stay_in_fp32_so_that_its_checkpoints_fit(tmp_path: Path, models: Any) -> None:
+    teacher = models["teachers"]["vit"]
+    data = {
+        "output": str(tmp_path / "out"),
+        "data": {"datasets": "my-data"},
+        "student": {"model": "ViT-B-32"},
+        "loss": {"targets": "online", "teachers": {"vit": teacher}},
+        "train": {"steps": 2000},
+    }
+    assert make_job(StudentConfig.model_validate(data)).fixed_config["loss.teachers.vit.precision"] == "fp32"
+    data["loss"] = {"targets": "online", "teachers": {"vit": {**teacher, "precision": "auto"}}}
+    with pytest.raises(ValueError, match=r"`precision: auto` is for `reinforce run`"):
+        StudentConfig.model_validate(data)

@@ -16,7 +16,6 @@ import pytest
 from reinforce.config import parse_config
 from reinforce.dataset.validate.validate import validate
 from reinforce.engine.plan.plan import make_plan
-from reinforce.engine.plan.recipe import build_layers
 from reinforce.engine.preflight.check_source import check_source
 from reinforce.errors import UserError
 from reinforce.source import streams
@@ -170,14 +169,11 @@ def test_a_file_that_has_changed_is_refused(tmp_path: Path) -> None:
     assert refusal.reason.value == "shard_unreadable"  # type: ignore[union-attr]
 
 
-def test_the_division_is_part_of_the_fingerprint_only_where_it_is_set(tmp_path: Path) -> None:
-    whole, divided = (parse_config(config(tmp_path, "x", rows)) for rows in (None, 4))
-    assert "rows_per_shard" not in build_layers(whole, {})["samples"].recipe["input"]
+def test_a_dataset_is_not_divided_later(tmp_path: Path) -> None:
     name = write_jsonl(tmp_path, 6)
     reinforce_here(config(tmp_path, name, None))
     with pytest.raises(UserError, match=r"input.rows_per_shard: not set in the dataset, 4 in this config"):
         make_plan(parse_config(config(tmp_path, name, 4)))
-    assert divided.input.rows_per_shard == 4
 
 
 def test_a_file_that_cannot_be_read_is_one_shard(tmp_path: Path) -> None:

@@ -112,7 +112,8 @@ def test_the_config_for_each_kind_of_source_passes_plan_unchanged(
     kind: str, folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     files, data, source, fields, shards = SOURCES[kind]
-    config, out, planned = init(capfd, write(folder / "source", files) + data)
+    root = write(folder / "source", files)
+    config, out, planned = init(capfd, root + data)
     assert config["source"] == f"{folder}/source{source}"
     assert config["input"] == fields
     assert f"source: {shards} shard" in out
@@ -127,19 +128,31 @@ def test_the_config_for_each_kind_of_source_passes_plan_unchanged(
     for key in ("source", "output", "seed", "images", "input", "augmentations", "teachers", "workers"):
         before = text.partition(f"\n{key}:")[0].splitlines()[-1]
         assert before.startswith("#"), f"{key} has a comment above it"
+    check_several_captions(SEVERAL.get(kind, 1), fields, out, planned, text)
+    if not data:  # a run reads the files of a folder as by their pattern
+        by_folder, by_pattern = (source_shards(Config(source=url, output="out")) for url in (root + "/", root + source))
+        assert by_folder.names.to_pylist() == by_pattern.names.to_pylist()
+        assert len(by_folder.urls) == shards
+        assert by_folder.format is by_pattern.format
+        left_out = kind in ("a folder as on the hub", "img2dataset's files")
+        assert bool(by_folder.notes) == left_out, "files that are left out are named"
 
 
-@pytest.mark.parametrize("kind", [kind for kind, (_, data, *_) in SOURCES.items() if not data])
-def test_a_run_reads_the_files_of_a_folder_as_by_their_pattern(kind: str, folder: Path) -> None:
-    files, _, source, _, count = SOURCES[kind]
-    root = write(folder / "source", files)
-    by_folder, by_pattern = (source_shards(Config(source=url, output="out")) for url in (root + "/", root + source))
-    assert by_folder.names.to_pylist() == by_pattern.names.to_pylist()
-    assert len(by_folder.urls) == count
-    assert by_folder.format is by_pattern.format
-    assert bool(by_folder.notes) == (kind in ("a folder as on the hub", "img2dataset's files")), (
-        "files that are left out are named"
-    )
+#: True captions of a sample.
+SEVERAL = {"rows of one image": 2, "lists in JSON": 3, "lists in a column": 2}
+
+
+def check_several_captions(count: int, fields: dict[str, Any], out: str, planned: str, text: str) -> None:
+    """Several true captions are said, and kept where they are not read otherwise."""
+    kept = "captions_per_sample" in fields
+    ends = "keeps them" if kept else "would keep them; it is not set"
+    assert (f"up to {count} true captions a sample; input.captions_per_sample {ends}" in out) == (count > 1)
+    assert (("# " * (not kept) + f"captions_per_sample: {count}\n") in text) == (count > 1)
+    stored = f"up to {count} a sample, each encoded by 1 teacher, which stores {count} vectors a sample"
+    assert (f"caption 'one' and {count - 1} more" in planned) == kept
+    assert (f"true captions: {stored}" in planned) == kept
+    more = f"true captions, of which the first is used; input.captions_per_sample: {count} keeps and embeds them"
+    assert (more in planned) == (count > 1 and not kept)
 
 
 def test_a_folder_with_images_is_one_of_images_and_the_output_is_no_source(folder: Path) -> None:
@@ -150,28 +163,6 @@ def test_a_folder_with_images_is_one_of_images_and_the_output_is_no_source(folde
     write(folder / "tables", {"more/rows.parquet": HUB})
     with pytest.raises(UserError, match="has a reinforced dataset in it, out"):
         source_shards(Config(source=root, output=f"{root}/out"))
-
-
-@pytest.mark.parametrize(("kind", "count"), [("rows of one image", 2), ("lists in JSON", 3), ("lists in a column", 2)])
-def test_several_true_captions_are_said_and_kept_where_they_are_not_read_otherwise(
-    kind: str, count: int, folder: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    files, data, *_ = SOURCES[kind]
-    config, out, planned = init(capfd, write(folder / "source", files) + data)
-    kept = "captions_per_sample" in config["input"]
-    assert kept == (kind != "lists in a column")
-    ends = "keeps them" if kept else "would keep them; it is not set"
-    assert f"up to {count} true captions a sample; input.captions_per_sample {ends}" in out
-    assert ("# " * (not kept) + f"captions_per_sample: {count}\n") in Path("my.yaml").read_text()
-    if kept:
-        assert f"caption 'one' and {count - 1} more" in planned
-        stored = (
-            f"true captions: up to {count} a sample, each encoded by 1 teacher, which stores {count} vectors a sample"
-        )
-        assert stored in planned
-    else:
-        more = f"true captions, of which the first is used; input.captions_per_sample: {count} keeps and embeds them"
-        assert more in planned
 
 
 def test_the_samples_of_a_dataset_are_a_source(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,51 +1,54 @@
-"""One shard through its layers, in this process: its result, and what its files contain."""
+"""One shard through its layers, in this process: its result, the tables of its row groups, what its files contain, and
+what it refuses."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 import reinforce
 from reinforce.config import parse_config
-from reinforce.dataset.augment.records import replay
+from reinforce.dataset.augment.records import Augmentation, Crop, from_records, replay, to_records
 from reinforce.dataset.files.store import Store
-from reinforce.engine.inference.models import load_models
+from reinforce.engine.decode.row import Decoded, Row
+from reinforce.engine.inference.inference import Batch
+from reinforce.engine.inference.models import Models
+from reinforce.engine.inference.session import Session
 from reinforce.engine.messages.results import ShardResult
 from reinforce.engine.plan.plan import make_plan
-from reinforce.engine.worker.shard import ShardProcess
+from reinforce.engine.plan.recipe import build_layers, describe_models
+from reinforce.engine.worker.producers.base import RowGroup
+from reinforce.engine.worker.producers.registry import make_producers
+from reinforce.engine.worker.refusals import Refusals
+from reinforce.engine.worker.stale_files import MisalignedLayer
 from reinforce.images.policy import decode
 from reinforce.seeds import seed_for
+from reinforce.source.references import image_digest
+from reinforce.source.samples import RawSample, Refusal
+from reinforce.source.urls import shard_name
+from schemas import Reason
+from teachers.device.accelerator import Accelerator
 from teachers.preprocessing.pixels import to_pixels
-from tests.helpers.data import config_of, members_of, tree, write_tar
-from tests.helpers.decoding import decode_pool
+from teachers.redact import Redactor
+from tests.helpers.data import config_of, config_of_tar, members_of, tree
 from tests.helpers.models import ColorTeacher, GroupCaptioner
-from tests.helpers.reinforced import reinforce_here
-
-
-def process(config: dict[str, Any], group_rows: int = 4) -> ShardResult:
-    parsed = parse_config(config)
-    plan = make_plan(parsed)
-    [shard] = plan.pending
-    models = load_models(parsed, [plan.layers[name] for name in shard.layers])
-    return ShardProcess(shard, parsed, plan.layers, Store(parsed.output), models, decode_pool(), group_rows).run()
-
-
-def shard_config(folder: Path, members: list[tuple[str, bytes]], **changes: Any) -> dict[str, Any]:
-    write_tar(folder / "source" / "0.tar", members)
-    return config_of(f"{folder}/source/0.tar", folder / "out", **changes)
+from tests.helpers.reinforced import fresh_dataset, reinforce_here, shard_process
 
 
 def test_a_result_lists_the_committed_layers_their_bytes_and_what_was_refused(tmp_path: Path) -> None:
     members = [member for member in members_of(0, 9) if member[0] != "00000002.txt"]
     members[3] = (members[3][0], members[3][1][:200])
-    result = process(shard_config(tmp_path, members))
+    members[-2] = (members[-2][0], b"caf\xe9")
+    result = shard_process(config_of_tar(tmp_path, members), 4).run()
     files = {name: data for name, data in tree(tmp_path / "out").items() if not name.startswith("quarantine")}
     assert {name.rpartition("/")[0] for name in files} == set(result.layers)
     assert (result.samples, result.bytes, result.quarantine_reason) == (8, sum(map(len, files.values())), None)
@@ -55,6 +58,7 @@ def test_a_result_lists_the_committed_layers_their_bytes_and_what_was_refused(tm
     [row] = pq.read_table(path).to_pylist()
     assert row["detail"] == "no caption to encode: none at input.captions (txt, json:caption)"
     assert 0 < result.busy < result.seconds
+    assert result.source_counts == result.event()["source_counts"] == {"captions_replaced": 1}, "it is not UTF-8"
     assert result.read_bytes == sum(len(data) for _, data in members), "also of what is refused"
     assert sum(result.times.values()) == pytest.approx(result.seconds, abs=0.5)
     assert result.event()["times"].keys() == result.times.keys() >= {"reading", "decoding", "writing"}
@@ -70,19 +74,12 @@ def test_a_result_lists_the_committed_layers_their_bytes_and_what_was_refused(tm
 
 
 def test_a_shard_that_is_refused_as_a_whole_commits_nothing_but_its_quarantine(tmp_path: Path) -> None:
-    config = shard_config(tmp_path, members_of(0, 3))
+    config = config_of_tar(tmp_path, members_of(0, 3))
     (tmp_path / "source" / "0.tar").write_text("not a tar\n" * 100)
-    result = process(config)
+    result = shard_process(config).run()
     assert (result.layers, result.samples, result.quarantine_reason) == ((), 0, "shard_unreadable")
     [file] = tree(tmp_path / "out")
     assert file.startswith("quarantine/samples/")
-
-
-def test_the_effects_of_clean_are_counted(tmp_path: Path) -> None:
-    captioner = {"class": "tests.helpers.models:RepetitiveCaptioner", "captions": 3, "clean": {"first_sentence": True}}
-    result = process(shard_config(tmp_path, members_of(0, 4), captioners={"c": captioner}, teachers={}))
-    assert result.cleaned["c"]["captions"] == 12
-    assert all(result.cleaned["c"].values()), "counts of zero are left out"
 
 
 @pytest.mark.parametrize("limit", [1000, 2])
@@ -92,7 +89,7 @@ def test_a_captioner_may_decode_the_images_of_a_row_group_together_whatever_the_
     def captions(kind: str, batch: int, **options: Any) -> tuple[ShardResult, dict[str, list[str]]]:
         captioner = {"class": f"tests.helpers.models:{kind}", "captions": 2, "options": options}
         folder, changes = tmp_path / f"{kind}{batch}", {"teachers": {}, "workers": {"batch": batch}}
-        result = process(shard_config(folder, members_of(0, 9), captioners={"c": captioner}, **changes))
+        result = shard_process(config_of_tar(folder, members_of(0, 9), captioners={"c": captioner}, **changes), 4).run()
         [path] = (folder / "out" / "captions" / "c").iterdir()
         return result, dict(zip(*pq.read_table(path).to_pydict().values(), strict=True))
 
@@ -106,12 +103,6 @@ def test_a_captioner_may_decode_the_images_of_a_row_group_together_whatever_the_
             "4 images at once do not fit in the memory of the device"
         ] * (limit == 2)
     assert GroupCaptioner.decoded == [4, 4, 1] * 2
-
-
-def test_captions_that_could_not_be_decoded_are_counted(tmp_path: Path) -> None:
-    members = [(name, b"caf\xe9" if name == "00000001.txt" else data) for name, data in members_of(0, 3)]
-    result = process(shard_config(tmp_path, members, teachers={}, captioners={}))
-    assert result.source_counts == result.event()["source_counts"] == {"captions_replaced": 1}
 
 
 @pytest.mark.parametrize(
@@ -160,17 +151,6 @@ def test_layers_that_are_added_to_images_by_reference_equal_those_of_a_fresh_dat
     assert files == fresh
 
 
-def test_teachers_with_one_side_have_that_sides_layers_only(shards: Callable[..., str], tmp_path: Path) -> None:
-    config = config_of(shards(5), tmp_path / "out")
-    config["teachers"] = {
-        "eye": {"class": "tests.helpers.models:ImageOnly"},
-        "ear": {"class": "tests.helpers.models:TextOnly"},
-    }
-    reinforce_here(config)
-    folders = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out" / "embeddings").glob("*/*")}
-    assert folders == {"embeddings/eye/images", "embeddings/ear/caption", "embeddings/ear/namer"}
-
-
 def test_a_row_that_a_model_cannot_serve_is_null_and_quarantined(shards: Callable[..., str], tmp_path: Path) -> None:
     captioners = {"ill": {"class": "tests.helpers.models:NanCaptioner", "captions": 2}}
     config = config_of(shards(12), tmp_path / "out", captioners=captioners)
@@ -192,3 +172,146 @@ def test_a_row_that_a_model_cannot_serve_is_null_and_quarantined(shards: Callabl
         assert {*zip(table["key"].to_pylist(), table["reason"].to_pylist(), strict=True)} == {
             (key, "not_finite") for key in keys
         }
+
+
+def test_refusals_are_counted_shown_by_example_and_written_to_the_quarantine_without_secrets(tmp_path: Path) -> None:
+    teacher = {"class": "tests.helpers.models:TextOnly", "options": {"hf_token": "hf_t0ken-of-eve"}}
+    config = parse_config({"source": "x.tar", "output": str(tmp_path), "teachers": {"t": teacher}})
+    store, refusals, redact = Store(config.output), Refusals(), Redactor(config.model_dump())
+    refusals.write(store, "nothing", redact)
+    refusals.add("samples", Refusal("a", Reason.IMAGE_BROKEN, "cut\nby hf_t0ken-of-eve"))
+    refusals.add("samples", Refusal("b", Reason.IMAGE_BROKEN, "cut"))
+    refusals.add("samples", Refusal(None, Reason.SHARD_DAMAGED, "at byte 9" + "0" * 1000))
+    refusals.add("embeddings/t/caption", Refusal("b", Reason.NOT_FINITE, "hf_t0ken-of-eve is invalid"))
+    assert refusals.counts() == {"image_broken": 2, "shard_damaged": 1, "not_finite": 1}
+    examples = refusals.examples(redact)
+    assert examples.keys() == {"image_broken", "shard_damaged", "not_finite"}
+    assert examples["image_broken"].startswith("a: cut by ")
+    assert examples["shard_damaged"].startswith("at byte 9")
+    assert len(examples["shard_damaged"]) <= 300
+    refusals.write(store, "shard", redact)
+    assert store.shards("quarantine/samples").keys() == {"shard"}
+    assert [row["key"] for row in store.quarantined("samples", "shard")] == ["a", "b", None]
+    [row] = store.quarantined("embeddings/t/caption", "shard")
+    assert (row["key"], row["reason"]) == ("b", "not_finite")
+    assert "eve" not in f"{examples} {row['detail']} {store.quarantined('samples', 'shard')}"
+
+
+def test_what_passes_later_leaves_the_quarantine_and_what_is_refused_again_stays(tmp_path: Path) -> None:
+    members = [*members_of(0, 3), ("bad.png", b"not an image"), ("bad.txt", b"a")]
+    config = config_of_tar(tmp_path, members, captioners={})
+    store, name = Store(config["output"]), shard_name(config["source"])
+    whole = fresh_dataset({**config, "output": str(tmp_path / "whole")})
+    for layer in ("samples", "embeddings/red/images"):  # by a run that was killed before it wrote the layers
+        store.quarantine(layer, name, [("00000001", Reason.IMAGE_CRASHED, "its decode process died")])
+    fresh_dataset(config)
+    assert tree(tmp_path / "out") == tree(whole)
+    assert [row["key"] for row in store.quarantined("samples", name)] == ["bad"]
+
+
+def test_a_shard_whose_quarantine_file_is_damaged_is_computed_and_the_file_set_aside(tmp_path: Path) -> None:
+    config = config_of_tar(tmp_path, members_of(0, 3), captioners={})
+    store, name = Store(config["output"]), shard_name(config["source"])
+    store.quarantine("samples", name, [(None, Reason.SHARD_MISSING, "no such file")])
+    path = Path(store.quarantine_path("samples", name))
+    path.write_bytes(damaged := path.read_bytes()[:-50])
+    [file] = make_plan(parse_config(config)).recomputed
+    assert file.line().startswith(f"quarantine/samples/{name}.parquet: ")
+    fresh_dataset(config)
+    assert tree(tmp_path / "out") == tree(fresh_dataset({**config, "output": str(tmp_path / "whole")}))
+    [copy] = (tmp_path / "out" / "set-aside").rglob("*.parquet")
+    assert copy.read_bytes() == damaged
+
+
+AUGMENTATION = Augmentation(Crop(1, 2, 10, 20), 24, None)
+
+
+def row(key: str, caption: str | None, image: bytes, offset: int, decoded: Decoded) -> Row:
+    return Row(key, caption, sample=RawSample(key, image, offset, len(image), {}), decoded=decoded)
+
+
+RECORDS = to_records([AUGMENTATION])
+ROWS = [
+    row("a", "A", b"first", 512, Decoded(metadata='{"a": 1}', width=40, height=30, records=RECORDS)),
+    row("b", None, b"second", 2048, Decoded(width=20, height=10, records=RECORDS)),
+]
+
+
+def table(layer: str, group: RowGroup, **changes: Any) -> tuple[pa.Table, Refusals]:
+    """The table of a layer of a config with a teacher ``red`` of dimension 8 and 2 augmentations."""
+    config = parse_config(config_of("x.tar", "out", **changes))
+    models = Models({"red": ColorTeacher(torch.device("cpu"))}, {}, Accelerator("cpu"))
+    layers = build_layers(config, describe_models(config))
+    [producer] = make_producers([layers[layer]], Session(config, models), source="s3://bucket/x.tar")
+    [(_, found)] = producer.tables(group)
+    return found, producer.refusals
+
+
+def test_a_samples_table_has_the_encoded_images_or_references_to_them() -> None:
+    embedded = table("samples", RowGroup(ROWS, [], {}), images="embed")[0].to_pylist()
+    referenced = table("samples", RowGroup(ROWS, [], {}), images="reference")[0].to_pylist()
+    assert [row.pop("image") for row in embedded] == [b"first", b"second"]
+    assert [row.pop("image_ref") for row in referenced] == [
+        {"url": "s3://bucket/x.tar", "offset": 512, "length": 5},
+        {"url": "s3://bucket/x.tar", "offset": 2048, "length": 6},
+    ]
+    assert [row.pop("image_digest") for row in referenced] == [image_digest(b"first"), image_digest(b"second")]
+    assert embedded == referenced
+    assert from_records(embedded[0].pop("augmentations")) == [AUGMENTATION]
+    assert embedded[0] == {"key": "a", "caption": "A", "metadata": '{"a": 1}', "width": 40, "height": 30}
+
+
+@pytest.mark.parametrize("side", ["images", "caption"])
+def test_a_row_whose_decode_process_crashed_has_no_published_vector_and_its_refusal(side: str) -> None:
+    name = f"embeddings/old/{side}"
+    old = {"family": "published", "model": "OLD", "columns": [0, 8], "logit_scale": 50.0}
+    count = 2 if side == "images" else 1
+    rows = [
+        Row("a", decoded=Decoded({name: np.ones((count, 8), np.float32)}), caption="A"),
+        Row("b", decoded=Decoded(unreadable=Refusal("b", Reason.IMAGE_CRASHED, "gone"))),
+    ]
+    found, refusals = table(name, RowGroup(rows, [], {}), teachers={"old": old}, reinforcements="x.tar", captioners={})
+    assert [value is None for value in found["embeddings"].to_pylist()] == [False, True]
+    assert refusals.counts() == {"image_crashed": 1}
+
+
+def test_vectors_are_null_where_an_image_is_unreadable_or_they_are_not_finite_and_both_are_refused() -> None:
+    values = np.ones((4, 2, 8), np.float32)
+    values[1, 1, 2] = np.nan
+    values[2] = np.inf
+    rows = [Row(key, None) for key in "abc"] + [
+        Row("d", decoded=Decoded(unreadable=Refusal("d", Reason.IMAGE_BROKEN, "gone")))
+    ]
+    name = "embeddings/red/images"
+    found, refusals = table(name, RowGroup(rows, [{name: values[:3]}, {name: values[3:]}, {}], {}))
+    assert [value is None for value in found["embeddings"].to_pylist()] == [False, True, True, True]
+    assert refusals.counts() == {"not_finite": 2, "image_broken": 1}
+
+
+def test_captions_of_a_row_group_are_decoded_without_the_rows_that_have_labels() -> None:
+    config, captioner = parse_config(config_of("x.tar", "out")), GroupCaptioner(torch.device("cpu"))
+    layer = build_layers(config, describe_models(config))["captions/namer"]
+    layer = replace(layer, labels="those of another run")  # type: ignore[arg-type]
+    models = Models({}, {"namer": captioner}, Accelerator("cpu"))
+    [producer] = make_producers([layer], Session(config, models))
+    given = {layer.name: ["one", "two"]}
+    batches = [[Row("a"), Row("b", values=given)], [Row("c", values=given)], [Row("d")]]
+    outputs = []
+    for rows in batches:
+        views = {captioner.image: torch.full((len(rows), 8, 8, 3), 100, dtype=torch.uint8)}
+        outputs.append(producer.encode(Batch(rows, "rows", None, views), producer.prepare(rows))())
+    captioner.decoded.clear()
+    found = producer.table(layer, RowGroup([row for rows in batches for row in rows], outputs, {}))
+    texts = found["captions"].to_pylist()
+    assert captioner.decoded == [2]
+    assert texts[1:3] == [["one", "two"]] * 2
+    assert all(text.startswith("a picture of -0.216, seed ") for text in texts[0] + texts[3])
+    empty = producer.table(layer, RowGroup(batches[1], [{layer.name: [None]}], {}))
+    assert empty["captions"].to_pylist() == [["one", "two"]]
+
+
+def test_stored_captions_must_have_the_keys_of_samples_in_their_order() -> None:
+    stored = {"captions/c": pa.table({"key": ["a", "b"], "captions": [["x"], None]})}
+    assert RowGroup(ROWS, [], stored).values("captions/c") == [["x"], None]
+    with pytest.raises(MisalignedLayer, match=r"captions/c does not have the rows of the samples"):
+        RowGroup(ROWS[::-1], [], stored)

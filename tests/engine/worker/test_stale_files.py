@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,12 @@ from reinforce.dataset.files.store import Store
 from reinforce.dataset.runs.key_sample import ShardKeys
 from reinforce.dataset.runs.shard_records import RecordWriter, ShardRecord, SourceRecord
 from reinforce.dataset.validate.validate import validate
-from reinforce.engine.inference.models import load_models
 from reinforce.engine.messages.results import ShardResult
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.worker import stale_files as inputs
-from reinforce.engine.worker.shard import ShardProcess
 from reinforce.source.identity import read_state
 from tests.helpers.data import config_of, members_of, tree, write_tar
-from tests.helpers.decoding import decode_pool
-from tests.helpers.reinforced import forget_sources, reinforce_here, small_dataset
+from tests.helpers.reinforced import forget_sources, reinforce_here, shard_process, small_dataset
 
 LATER = ("embeddings/blue/images", "embeddings/blue/caption", "embeddings/blue/namer")
 
@@ -63,10 +61,8 @@ def damage(path: Path, group: int) -> None:
 
 def planned_lease(made: Path, folder: Path) -> Callable[[], ShardResult]:
     """A lease of the first pending shard, any number of times by one plan."""
-    parsed = parse_config(config(made, folder))
-    plan = make_plan(parsed)
-    models, store = load_models(parsed, plan.layers.values()), Store(parsed.output)
-    return lambda: ShardProcess(plan.pending[0], parsed, plan.layers, store, models, decode_pool(), 8).run()
+    planned = shard_process(config(made, folder))
+    return lambda: replace(planned).run()
 
 
 def lease(made: Path, folder: Path) -> ShardResult:
@@ -103,15 +99,11 @@ def test_damaged_samples_stay_where_their_source_is_gone_or_another(made: Path, 
     shutil.rmtree(folder / "out" / "embeddings" / "blue")
     path = file_of(folder / "out", "samples")
     damage(path, 0)
-    before = path.read_bytes()
-    parsed = parse_config(config(made, folder))
-    plan = make_plan(parsed)
-    source = folder / "source" / f"{path.stem.partition('-')[0]}.tar"
+    before, attempt = path.read_bytes(), planned_lease(made, folder)
+    source = folder / "source" / "00000.tar"
     source.unlink() if change == "removed" else write_tar(source, members_of(7, 9))
-    shard = next(shard for shard in plan.pending if shard.name == path.stem)
-    models = load_models(parsed, [plan.layers[name] for name in shard.layers])
     with pytest.raises(RefusedFile, match="It stays, because its source cannot be read or has changed"):
-        ShardProcess(shard, parsed, plan.layers, Store(parsed.output), models, decode_pool()).run()
+        attempt()
     assert path.read_bytes() == before
 
 

@@ -29,11 +29,6 @@ class MemoryUse:
     last: int = 0
     shards: int = 0
 
-    @property
-    def growth(self) -> float:
-        """Bytes per shard."""
-        return max(0, self.last - self.first) / max(1, self.shards)
-
 
 class MemoryDeaths:
     """Counts the workers that were killed for their memory."""
@@ -73,11 +68,12 @@ class MemoryDeaths:
 def _describe(deaths: int, worker: WorkerId, use: MemoryUse, recycle: int | None) -> str:
     which = f"{plural(deaths, 'worker')} killed because the memory of a node ran out, which counts against no "
     which += f"shard. The last one is {worker}"
-    if use.shards and use.growth > _LEAK_SHARE * use.first:
+    growth = (use.last - use.first) / max(1, use.shards)
+    if use.shards and growth > _LEAK_SHARE * use.first:
         lasted = max(1, use.shards // 2)
         fix = f"restart workers before that by workers.recycle: {min(lasted, recycle - 1) if recycle else lasted}"
         return (
-            f"{which}: it grew by {_megabytes(use.growth)} per shard, from {_megabytes(use.first)} with its models "
+            f"{which}: it grew by {_megabytes(growth)} per shard, from {_megabytes(use.first)} with its models "
             f"loaded to {_megabytes(use.last)} after {use.shards} shards. Its models or their libraries keep memory. "
             f"Correct them, or {fix}"
         )
