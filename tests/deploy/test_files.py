@@ -135,7 +135,7 @@ REASON = "set DEPLOY_BUILD to the command that builds an image, such as DEPLOY_B
 
 @pytest.mark.skipif("DEPLOY_BUILD" not in os.environ, reason=REASON)
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("image", ["cpu", "cuda"])
+@pytest.mark.parametrize("image", IMAGES)
 def test_images_build(image: str) -> None:
     command = [*shlex.split(os.environ["DEPLOY_BUILD"]), "-f", f"deploy/docker/{image}.Dockerfile"]
     done = subprocess.run([*command, "-t", f"reinforce:{image}", "."], cwd=ROOT, check=False)
@@ -253,11 +253,8 @@ def pods() -> Iterator[tuple[str, dict[str, Any]]]:
 @pytest.mark.parametrize(("name", "pod"), pods())
 def test_each_pod_has_probes_credentials_shared_memory_and_no_rights(name: str, pod: dict[str, Any]) -> None:
     [container] = pod["containers"]
-    probes = {"startupProbe", "readinessProbe", "livenessProbe"}
-    assert {container[probe]["httpGet"]["path"] for probe in probes} <= {
-        "/api/gcs_healthz",
-        "/api/local_raylet_healthz",
-    }
+    paths = {container[f"{probe}Probe"]["httpGet"]["path"] for probe in ("startup", "readiness", "liveness")}
+    assert paths <= {"/api/gcs_healthz", "/api/local_raylet_healthz"}
     assert container["envFrom"] == [{"secretRef": {"name": "reinforce-object-store"}}]
     assert not [entry for entry in container["env"] if re.search("KEY|SECRET|TOKEN", entry["name"])]
     volumes = {volume["name"]: volume for volume in pod["volumes"]}
@@ -293,11 +290,8 @@ def test_the_manifests_name_the_ray_of_the_image_and_files_that_are_in_it() -> N
     assert job["rayClusterSpec"]["rayVersion"] == ray
     [script] = re.findall(r"/opt/reinforce/(\S+\.py)", job["entrypoint"])
     assert (ROOT / script).is_file()
-    for image in ("cpu", "cuda"):
-        assert (
-            f"COPY jobs /opt/reinforce/{Path(script).parent}"
-            in (ROOT / f"deploy/docker/{image}.Dockerfile").read_text()
-        )
+    for image in IMAGES:
+        assert f"COPY jobs /opt/reinforce/{Path(script).parent}" in (DEPLOY / f"docker/{image}.Dockerfile").read_text()
 
 
 def _without_unknown_fields(schema: Any) -> Any:

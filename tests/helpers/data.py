@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import socket
@@ -23,6 +24,7 @@ def free_port() -> int:
             return port
 
 
+@functools.lru_cache(1000)
 def picture(seed: int, width: int = 40, height: int = 30, format_: str = "PNG") -> bytes:
     """An encoded image of coloured noise over a gradient."""
     rng = np.random.default_rng(seed)

@@ -50,8 +50,8 @@ class ColorTeacher:
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
         counts = torch.zeros(len(texts), 128)
         for row, text in enumerate(texts):
-            for letter in text:
-                counts[row, ord(letter) % 128] += 1
+            letters = torch.tensor([ord(letter) % 128 for letter in text], dtype=torch.int64)
+            counts[row] = letters.bincount(minlength=128)
         return _unit((counts + 0.01).to(self._letters.device) @ self._letters)
 
 

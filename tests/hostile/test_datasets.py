@@ -69,6 +69,14 @@ def footer_of(path: Path) -> dict[str, str]:
     return {key.decode(): value.decode() for key, value in pairs.items() if key != b"ARROW:schema"}
 
 
+def rewrite(dataset: Path, name: str, column: Any, instead_of: str = "") -> None:
+    """Replace a column of the samples, also by one of another name and type."""
+    path = layer_file(dataset, "samples")
+    table, footer = pq.read_table(path), footer_of(path)
+    table = table.set_column(table.column_names.index(instead_of or name), name, column)
+    pq.write_table(table.replace_schema_metadata(footer), path)
+
+
 @pytest.fixture(scope="module")
 def outcomes(url: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, int]]:
     """The outcome of opening a copy of the dataset with each bomb, and the peak memory in KiB until then."""
@@ -95,11 +103,8 @@ def test_bombs(bomb: Bomb, outcomes: dict[str, tuple[str, int]]) -> None:
 
 
 def test_an_embedding_dataset_follows_no_reference(copy: Path) -> None:
-    path = layer_file(copy, "samples")
-    table, footer = pq.read_table(path), footer_of(path)
     reference = pa.array([{"url": "/etc/hostname", "offset": 0, "length": 4}] * ROWS)
-    table = table.drop_columns("image").append_column("image_ref", reference)
-    pq.write_table(table.replace_schema_metadata(footer), path)
+    rewrite(copy, "image_ref", reference, instead_of="image")
     with pytest.raises(UserError, match=r"column image, which dataset\.json states, is missing"):
         list(reinforce.open(str(copy), images_from="/etc"))
 
@@ -123,12 +128,10 @@ class Touching(pa.ExtensionType):
 
 def test_types_of_libraries_in_a_schema_are_not_created(copy: Path) -> None:
     path = layer_file(copy, "samples")
-    table, footer = pq.read_table(path), footer_of(path)
     pa.register_extension_type(Touching())
     try:
-        captions = pa.ExtensionArray.from_storage(Touching(), table["caption"].combine_chunks())
-        table = table.set_column(table.column_names.index("caption"), "caption", captions)
-        pq.write_table(table.replace_schema_metadata(footer), path)
+        captions = pa.ExtensionArray.from_storage(Touching(), pq.read_table(path)["caption"].combine_chunks())
+        rewrite(copy, "caption", captions)
         Touching.ran.clear()
         assert [sample.caption for sample in reinforce.open(str(copy))] == captions.storage.to_pylist()
         assert len(reinforce.open(str(copy))) == ROWS
@@ -204,10 +207,7 @@ def test_limits_are_those_of_the_reader(copy: Path) -> None:
     """An image of 20,000 x 20,000 pixels, which would take 1.2 GB, in a file of 1.2 MB."""
     side = 20_000
     image = raw_png(side, side, 1, 0, bytes((side // 8 + 1) * side))
-    path = layer_file(copy, "samples")
-    table, footer = pq.read_table(path), footer_of(path)
-    table = table.set_column(table.column_names.index("image"), "image", pa.array([image] * ROWS, pa.binary()))
-    pq.write_table(table.replace_schema_metadata(footer), path)
+    rewrite(copy, "image", pa.array([image] * ROWS, pa.binary()))
     forge(copy, input__limits__pixels=10**13)
     with pytest.raises(UserError, match=r"20000x20000 pixels.* open it with limits=\{\"pixels\""):
         next(iter(reinforce.open(str(copy)))).pil()
@@ -247,11 +247,8 @@ def test_a_terminal_is_not_controlled_by_a_status(copy: Path, capsys: pytest.Cap
     ids=str,
 )
 def test_operations_that_no_run_samples_are_refused(copy: Path, values: dict[str, Any], message: str) -> None:
-    path = layer_file(copy, "samples")
-    table, footer = pq.read_table(path), footer_of(path)
-    column = table.schema.field("augmentations")
-    records = [[{**record, **values} for record in row] for row in table["augmentations"].to_pylist()]
-    table = table.set_column(table.column_names.index("augmentations"), column, pa.array(records, column.type))
-    pq.write_table(table.replace_schema_metadata(footer), path)
+    column = pq.read_table(layer_file(copy, "samples"))["augmentations"]
+    records = [[{**record, **values} for record in row] for row in column.to_pylist()]
+    rewrite(copy, "augmentations", pa.array(records, column.type))
     with pytest.raises(UserError, match=message):
         read_every_way(copy)

@@ -318,14 +318,8 @@ def test_a_worker_killed_by_the_memory_monitor_costs_no_shard(shards: Callable[.
     config = config_of(shards(*[10] * 3), tmp_path / "out", captioners={}, teachers=teachers)
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False))
-    done = subprocess.run(
-        [sys.executable, "-c", LITTLE_MEMORY, str(path)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=1080,
-        check=False,
-    )
+    command = [sys.executable, "-c", LITTLE_MEMORY, str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1080, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == [0, 0]
     [died] = events_of(tmp_path / "out", "worker_died")

@@ -171,26 +171,27 @@ def replaced_source(bench: Bench, name: str) -> AbstractContextManager[Any]:
     )
 
 
+def _claim(bench: Bench, name: str, layer: str, ago: float, **values: Any) -> str:
+    """Write a claim of a killed run of another config -> its path."""
+    path = f"bucket/{name}/out/claims/{layer}.json"
+    claim = {"layer": layer, "fingerprint": "0", "token": "0", "host": "x", "time": time.time() - ago, **values}
+    bench.s3.pipe_file(path, json.dumps(claim).encode())
+    return path
+
+
 def old_claims(bench: Bench, name: str) -> AbstractContextManager[Any]:
-    """Claims of killed runs of another config, by clocks a year behind and a year ahead."""
-    for layer, offset in (("samples", -1), ("embeddings@red@images", 1)):
-        claim = {"layer": layer, "fingerprint": "0", "token": "0", "host": "x", "time": time.time() + offset * 3e7}
-        bench.s3.pipe_file(f"bucket/{name}/out/claims/{layer}.json", json.dumps(claim).encode())
+    """Claims by clocks a year behind and a year ahead."""
+    _claim(bench, name, "samples", 3e7)
+    _claim(bench, name, "embeddings@red@images", -3e7)
     return contextlib.nullcontext()
 
 
-def fresh_claim(bench: Bench, name: str) -> AbstractContextManager[Any]:
-    """A claim of a run of another config that was killed a moment ago; it is deleted afterwards, as the error says."""
-    path = f"bucket/{name}/out/claims/samples.json"
-
-    @contextlib.contextmanager
-    def inject() -> Iterator[None]:
-        claim = {"layer": "samples", "fingerprint": "0", "token": "0", "host": "x", "time": time.time(), "manifest": {}}
-        bench.s3.pipe_file(path, json.dumps(claim).encode())
-        yield
-        bench.s3.rm_file(path)
-
-    return inject()
+@contextlib.contextmanager
+def fresh_claim(bench: Bench, name: str) -> Iterator[None]:
+    """A claim of a run that was killed a moment ago; it is deleted afterwards, as the error says."""
+    path = _claim(bench, name, "samples", 0, manifest={})
+    yield
+    bench.s3.rm_file(path)
 
 
 @contextlib.contextmanager

@@ -57,10 +57,9 @@ def test_time_in_which_the_driver_was_stopped_does_not_count_as_silence() -> Non
     assert [polls.unanswered(now) for now in (6.0, 5000.0, 5001.0)] == [[("a", 1.0)], [("a", 0.0)], [("a", 1.0)]]
 
 
-@pytest.mark.parametrize("workers", [2_000, 10_000])
-def test_no_healthy_worker_is_killed_and_every_hang_is_found_in_time_in_a_large_cluster(workers: int) -> None:
+def test_no_healthy_worker_is_killed_and_every_hang_is_found_in_time_in_a_large_cluster() -> None:
     """Answers take up to two seconds, batches up to 20 s; 20 workers hang at one moment, 20 others stop answering."""
-    rng, limit = random.Random(0), 30.0
+    rng, limit, workers = random.Random(0), 30.0, 10_000
     limits, polls = StallLimits(Failures(stall_seconds=limit)), Polls[int]()
     hung, silent = set(range(0, 200, 10)), set(range(5, 205, 10))
     began = [rng.uniform(-20.0, 0.0) for _ in range(workers)]  # of the batch in work
@@ -69,7 +68,7 @@ def test_no_healthy_worker_is_killed_and_every_hang_is_found_in_time_in_a_large_
     for worker in range(workers):
         polls.add(worker, 0.0)
     start = time.process_time()
-    for tick in range(401):
+    for tick in range(241):
         now = tick / 2
         while answers and answers[0][0] <= now:
             _, worker = heapq.heappop(answers)

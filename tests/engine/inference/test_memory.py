@@ -254,9 +254,8 @@ def loaded(batch: Any, capacity: int = 17) -> tuple[Models, Config, list[Layer]]
 
 
 def test_auto_is_the_largest_batch_that_fits_while_others_are_copied() -> None:
-    models, config, layers = loaded(
-        "auto", 50
-    )  # four batches of 4 crops and 4 views are copied, and 12 more are needed
+    # four batches of 4 crops and 4 views are copied, and 12 more are needed
+    models, config, layers = loaded("auto", 50)
     found = find_batch(models, config, layers, largest=64)
     assert found.workers.images == 8, "4 rows with 2 augmentations"
     assert models.batches.fitting("texts", 64) == 8
@@ -270,10 +269,8 @@ def test_auto_is_the_largest_batch_that_fits_while_others_are_copied() -> None:
 def test_a_batch_that_does_not_fit_is_reported_before_the_run() -> None:
     models, config, layers = loaded(16)
     assert find_batch(models, config, layers).workers.batch == 16
-    notes = models.batches.take_notes()
-    assert any(
-        "8 images at once do not fit in the memory of the device; from now on 4 images" in note for note in notes
-    )
+    line = "8 images at once do not fit in the memory of the device; from now on 4 images"
+    assert any(line in note for note in models.batches.take_notes())
 
 
 def test_on_the_cpu_auto_is_a_fixed_number_and_nothing_is_tried() -> None:

@@ -278,14 +278,10 @@ def test_the_first_sample_of_a_table_is_shown_and_what_is_not_there_is_one_error
     assert f"{name}-00000000: rows without a key get one made of the file's URL" in of_key
     sample, notes = probe(config(tmp_path, path, input={"captions": ["title"], "key": "title"}))
     assert (sample and sample.caption, notes) == ("thing 0", [])
-    with pytest.raises(
-        UserError, match=r"^source: no sample can be read\. .*x\.parquet: a Parquet file .* column 'jpg'"
-    ):
+    with pytest.raises(UserError, match=r"^source: no sample can be read\. .*x\.parquet: a Parq.* column 'jpg'"):
         probe(config(tmp_path, path, input={"image": "jpg"}))
     (tmp_path / "y.parquet").write_bytes(b"PAR1" + bytes(100))
-    with pytest.raises(
-        UserError, match=r"y\.parquet: a Parquet file that cannot be used: it is not a Parquet file, or"
-    ):
+    with pytest.raises(UserError, match=r"y\.parquet: a Parquet file that cannot be used: it is not a Parquet f"):
         probe(config(tmp_path, f"{tmp_path}/y.parquet"))
     sizes = expected_bytes(make_plan(parse_config(config(tmp_path, path))))
     assert sum(map(len, IMAGES)) < sizes["samples"] < 3 * sum(map(len, IMAGES))  # type: ignore[operator]
@@ -310,9 +306,7 @@ def test_the_format_is_recognised_by_names_then_by_content(tmp_path: Path) -> No
 
 def test_images_by_reference_need_files_that_hold_them(tmp_path: Path) -> None:
     path = write_huggingface(tmp_path / "x.parquet", IMAGES, {})
-    with pytest.raises(
-        UserError, match=r"^source: images: reference needs .*x\.parquet is a parquet file; set images: e"
-    ):
+    with pytest.raises(UserError, match=r"^source: images: reference needs .*x\.parquet is a parquet file; set"):
         make_plan(parse_config(config(tmp_path, path, images="reference")))
 
 

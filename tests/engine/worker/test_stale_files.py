@@ -35,13 +35,15 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(made: Path, tmp_path: Path) -> Path:
-    """A copy of the dataset, ``out``, and of its source."""
-    return Path(shutil.copytree(made.parent, tmp_path / "copy"))
+    """A copy of the dataset, ``out``, and of its source, with a link to where they were."""
+    copy = Path(shutil.copytree(made.parent, tmp_path / "copy"))
+    (copy / "made").symlink_to(made.parent)
+    return copy
 
 
-def config(made: Path, folder: Path) -> dict[str, Any]:
+def config(folder: Path) -> dict[str, Any]:
     """The source is moved: the shards keep their names."""
-    moved = {str(folder / "source"): str(made.parent / "source")}
+    moved = {str(folder / "source"): f"{(folder / 'made').readlink()}/source"}
     return config_of(f"{folder}/source/*.tar", folder / "out", moved=moved)
 
 
@@ -59,14 +61,14 @@ def damage(path: Path, group: int) -> None:
     path.write_bytes(content)
 
 
-def planned_lease(made: Path, folder: Path) -> Callable[[], ShardResult]:
+def planned_lease(folder: Path) -> Callable[[], ShardResult]:
     """A lease of the first pending shard, any number of times by one plan."""
-    planned = shard_process(config(made, folder))
+    planned = shard_process(config(folder))
     return lambda: replace(planned).run()
 
 
-def lease(made: Path, folder: Path) -> ShardResult:
-    return planned_lease(made, folder)()
+def lease(folder: Path) -> ShardResult:
+    return planned_lease(folder)()
 
 
 def remove(folder: Path, *layers: str) -> None:
@@ -78,28 +80,28 @@ def remove(folder: Path, *layers: str) -> None:
 @pytest.mark.parametrize("layer", ["samples", "captions/namer"])
 @pytest.mark.parametrize("group", [0, 1])
 def test_a_damaged_file_that_others_are_computed_from_is_set_aside_and_computed_again(
-    made: Path, folder: Path, layer: str, group: int
+    folder: Path, layer: str, group: int
 ) -> None:
     before = tree(folder / "out")
     remove(folder, *LATER)
     path = file_of(folder / "out", layer)
     damage(path, group)
-    result = lease(made, folder)
+    result = lease(folder)
     assert result.set_aside == {layer: "a page does not have its checksum: bytes of it have changed"}
     assert (result.layers, result.files, path.exists()) == ((), {}, False)
     assert len([*(folder / "out" / "set-aside" / layer).iterdir()]) == 1
-    reinforce_here(config(made, folder))
+    reinforce_here(config(folder))
     assert {k: v for k, v in tree(folder / "out").items() if k != "dataset.json"} == {
         k: v for k, v in before.items() if k != "dataset.json"
     }
 
 
 @pytest.mark.parametrize("change", ["removed", "replaced"])
-def test_damaged_samples_stay_where_their_source_is_gone_or_another(made: Path, folder: Path, change: str) -> None:
+def test_damaged_samples_stay_where_their_source_is_gone_or_another(folder: Path, change: str) -> None:
     shutil.rmtree(folder / "out" / "embeddings" / "blue")
     path = file_of(folder / "out", "samples")
     damage(path, 0)
-    before, attempt = path.read_bytes(), planned_lease(made, folder)
+    before, attempt = path.read_bytes(), planned_lease(folder)
     source = folder / "source" / "00000.tar"
     source.unlink() if change == "removed" else write_tar(source, members_of(7, 9))
     with pytest.raises(RefusedFile, match="It stays, because its source cannot be read or has changed"):
@@ -107,29 +109,29 @@ def test_damaged_samples_stay_where_their_source_is_gone_or_another(made: Path, 
     assert path.read_bytes() == before
 
 
-def test_a_footer_that_has_lost_a_column_is_damage(made: Path, folder: Path) -> None:
+def test_a_footer_that_has_lost_a_column_is_damage(folder: Path) -> None:
     remove(folder, *LATER)
     path = file_of(folder / "out", "samples")
     path.write_bytes(path.read_bytes().replace(b"caption", b"caqtion"))
-    assert lease(made, folder).set_aside == {"samples": "it has no column caption"}
+    assert lease(folder).set_aside == {"samples": "it has no column caption"}
 
 
-def test_a_file_that_vanishes_after_the_plan_is_computed_again(made: Path, folder: Path) -> None:
+def test_a_file_that_vanishes_after_the_plan_is_computed_again(folder: Path) -> None:
     remove(folder, *LATER)
-    attempt = planned_lease(made, folder)
+    attempt = planned_lease(folder)
     remove(folder, "captions/namer")
     assert attempt().set_aside == {"captions/namer": "it does not exist any more"}
 
 
 def test_a_file_that_reads_well_the_second_time_stays_and_the_lease_fails(
-    made: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     remove(folder, *LATER)
     path = file_of(folder / "out", "samples")
     damage(path, 1)
     monkeypatch.setattr(inputs, "file_damage", lambda *_: None)
     with pytest.raises(ValueError, match="a page does not have its checksum"):
-        lease(made, folder)
+        lease(folder)
     assert path.exists()
 
 
@@ -140,28 +142,26 @@ def rewrite_source(folder: Path, keys: int, pictures: int, count: int = 12) -> N
 
 
 @pytest.mark.parametrize("keys", [3, 9], ids=["the same number of other keys", "fewer keys"])
-def test_samples_of_a_changed_source_replace_the_other_layers_of_their_shard(
-    made: Path, folder: Path, keys: int
-) -> None:
+def test_samples_of_a_changed_source_replace_the_other_layers_of_their_shard(folder: Path, keys: int) -> None:
     remove(folder, "samples")
     rewrite_source(folder, keys * 3 if keys == 9 else 9, 0)
-    result = lease(made, folder)
+    result = lease(folder)
     assert result.layers == ("samples",)
-    assert [*result.set_aside] == [*make_plan(parse_config(config(made, folder))).pending[0].layers]
-    reinforce_here(config(made, folder))
+    assert [*result.set_aside] == [*make_plan(parse_config(config(folder))).pending[0].layers]
+    reinforce_here(config(folder))
     assert validate(str(folder / "out")).valid
-    fresh = reinforce_here({**config(made, folder), "output": str(folder / "fresh")})
+    fresh = reinforce_here({**config(folder), "output": str(folder / "fresh")})
     assert tree(folder / "out").keys() == tree(Path(fresh)).keys()
     for name, content in tree(Path(fresh)).items():
         assert name == "dataset.json" or tree(folder / "out")[name] == content, name
 
 
 def test_layers_that_a_failed_attempt_has_set_aside_are_still_to_be_computed(
-    made: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     remove(folder, "samples")
     rewrite_source(folder, 9, 0)
-    attempt, stem = planned_lease(made, folder), file_of(folder / "out", "captions/namer").stem
+    attempt, stem = planned_lease(folder), file_of(folder / "out", "captions/namer").stem
     with monkeypatch.context() as patch:
         patch.setattr("reinforce.dataset.files.store.LayerWriter.commit", _fail)
         with pytest.raises(OSError, match="the storage is away"):
@@ -171,9 +171,7 @@ def test_layers_that_a_failed_attempt_has_set_aside_are_still_to_be_computed(
 
 
 @pytest.mark.parametrize("recorded", ["in the files", "by the run", "nowhere"])
-def test_other_images_under_the_same_keys_are_noticed_by_the_recorded_source(
-    made: Path, folder: Path, recorded: str
-) -> None:
+def test_other_images_under_the_same_keys_are_noticed_by_the_recorded_source(folder: Path, recorded: str) -> None:
     store = Store(str(folder / "out"))
     name = file_of(folder / "out", "samples").stem
     before = read_state(f"{folder}/source/00000.tar")
@@ -185,7 +183,7 @@ def test_other_images_under_the_same_keys_are_noticed_by_the_recorded_source(
         writer.flush()
     set_aside(store, "samples", name)
     rewrite_source(folder, 0, 7, 9)
-    result = lease(made, folder)
+    result = lease(folder)
     if recorded == "nowhere":
         assert not result.set_aside, "the keys are the same, and nothing else is known"
         return
@@ -193,18 +191,18 @@ def test_other_images_under_the_same_keys_are_noticed_by_the_recorded_source(
     assert all(reason.startswith("it is of another source file: ") for reason in result.set_aside.values())
 
 
-def test_samples_that_are_the_same_again_leave_the_other_layers_alone(made: Path, folder: Path) -> None:
+def test_samples_that_are_the_same_again_leave_the_other_layers_alone(folder: Path) -> None:
     before = tree(folder / "out")
     set_aside(Store(str(folder / "out")), "samples", file_of(folder / "out", "samples").stem)
-    result = lease(made, folder)
+    result = lease(folder)
     assert (result.layers, result.set_aside) == (("samples",), {})
     assert tree(folder / "out") == before
 
 
-def test_layers_of_other_configs_are_compared_too(made: Path, folder: Path) -> None:
+def test_layers_of_other_configs_are_compared_too(folder: Path) -> None:
     remove(folder, "samples")
     rewrite_source(folder, 9, 0)
-    whole = config(made, folder)
+    whole = config(folder)
     reinforce_here({**whole, "captioners": {}, "teachers": {"red": whole["teachers"]["red"]}})
     path = file_of(folder / "out", "samples")
     assert not (folder / "out" / "embeddings/blue/images" / path.name).exists()
@@ -212,30 +210,30 @@ def test_layers_of_other_configs_are_compared_too(made: Path, folder: Path) -> N
     assert validate(str(folder / "out")).valid
 
 
-def test_stored_captions_that_do_not_fit_new_samples_are_replaced_with_the_rest(made: Path, folder: Path) -> None:
+def test_stored_captions_that_do_not_fit_new_samples_are_replaced_with_the_rest(folder: Path) -> None:
     remove(folder, "samples", *LATER)
     rewrite_source(folder, 9, 0)
-    result = lease(made, folder)
+    result = lease(folder)
     assert (result.layers, result.set_aside) == ((), {"captions/namer": "its rows are not those of the samples"})
-    result = lease(made, folder)
+    result = lease(folder)
     assert len(result.layers) == 1 + 1 + 3
     assert {*result.set_aside} == {f"embeddings/red/{what}" for what in ("images", "caption", "namer")}
-    assert lease(made, folder).layers == tuple(result.set_aside)
+    assert lease(folder).layers == tuple(result.set_aside)
     assert validate(str(folder / "out")).valid
 
 
-def test_stored_captions_of_other_rows_are_set_aside_with_all_layers_that_do_not_fit(made: Path, folder: Path) -> None:
+def test_stored_captions_of_other_rows_are_set_aside_with_all_layers_that_do_not_fit(folder: Path) -> None:
     """An earlier version has written samples of a changed source next to the other layers."""
     remove(folder, *LATER)
     rewrite_source(folder, 9, 0)
-    new = reinforce_here({**config(made, folder), "output": str(folder / "new")})
+    new = reinforce_here({**config(folder), "output": str(folder / "new")})
     shutil.copy(file_of(Path(new), "samples"), file_of(folder / "out", "samples"))
-    result = lease(made, folder)
+    result = lease(folder)
     assert {*result.set_aside} == {
         "captions/namer",
         *(f"embeddings/red/{what}" for what in ("images", "caption", "namer")),
     }
-    reinforce_here(config(made, folder))
+    reinforce_here(config(folder))
     assert validate(str(folder / "out")).valid
 
 
