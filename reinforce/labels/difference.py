@@ -20,7 +20,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from rich.table import Table
 
-from reinforce.datacompdr.matching import KEY, OTHER_IMAGE
+from reinforce.datacompdr.matching import ABSENT, KEY, OTHER_IMAGE
 from reinforce.dataset.comparison import Comparison
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.kinds.registry import kind_of
@@ -31,7 +31,7 @@ from reinforce.dataset.reading.row_counts import row_group_table, rows_of_shards
 from reinforce.errors import UserError
 from reinforce.labels.building import build_index, has_current_index
 from reinforce.labels.identities import COLUMNS
-from reinforce.labels.pairs import ABSENT, Partners, Place
+from reinforce.labels.pairs import Partners, Place
 from reinforce.nodes import for_each_shard
 from reinforce.storage import as_seen_by_workers
 from reinforce.terminal import escape

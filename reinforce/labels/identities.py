@@ -6,7 +6,6 @@ a sample, and the digest is that of the encoded image.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -83,4 +82,4 @@ def hash_identities(kind: str, values: pa.Array) -> tuple[Hashes, npt.NDArray[np
 
 def hash_text(text: str) -> int:
     """BLAKE2b-64 of a uid, SHA-256, URL or key."""
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+    return image_digest(text.encode("utf-8", "surrogatepass"))

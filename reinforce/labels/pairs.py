@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from reinforce.datacompdr.matching import KEY, OTHER_IMAGE, Identity, difference
+from reinforce.datacompdr.matching import ABSENT, KEY, OTHER_IMAGE, Identity, difference
 from reinforce.dataset.files.layer_file import LayerFile
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import SAMPLES
@@ -18,7 +18,6 @@ from reinforce.dataset.reading.aligned import layer_errors
 from reinforce.labels.identities import COLUMNS, columns_of_identities, hash_identities, identities, stated
 from reinforce.labels.index import IdentityIndex, open_index
 
-ABSENT = "absent"
 _CACHED_GROUPS = 64  # row groups of identities
 
 

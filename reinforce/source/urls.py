@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import re
@@ -190,16 +191,11 @@ def find_compressed(urls: Sequence[str]) -> str | None:
 
 def find_private(urls: Iterable[str]) -> str | None:
     """Return the first URL that is not :func:`is_public`, or None. Plain names are as public as their folder."""
-    folders: dict[str, bool] = {}
+    public = functools.lru_cache(maxsize=2**10)(is_public)
     for url in urls:
         folder, _, name = url.rpartition("/")
-        if not folder or _SPECIAL.search(folder) or not _PLAIN_NAME.fullmatch(name):
-            public = is_public(url)
-        elif (known := folders.get(folder)) is None:
-            public = folders[folder] = is_public(f"{folder}/x")
-        else:
-            public = known
-        if not public:
+        plain = folder and not _SPECIAL.search(folder) and _PLAIN_NAME.fullmatch(name)
+        if not public(f"{folder}/x" if plain else url):
             return url
     return None
 

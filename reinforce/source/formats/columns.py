@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import contextlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -212,15 +211,12 @@ def _from_base64(text: str, limits: Limits) -> bytes | Refusal:
     if len(text) * 3 // 4 > limits.image_bytes + 2:
         detail = f"{len(text)} base64 characters, above limits.image_bytes of {limits.image_bytes} bytes"
         return Refusal(None, Reason.IMAGE_BYTES, detail)
-    try:
+    with contextlib.suppress(ValueError):
         return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
-        if text.isascii():
-            with_others = text.translate({ord("-"): "+", ord("_"): "/", ord("\n"): None, ord("\r"): None})
-            try:
-                return base64.b64decode(with_others + "=" * (-len(with_others) % 4), validate=True)
-            except (binascii.Error, ValueError):
-                pass
+    if text.isascii():
+        with_others = text.translate({ord("-"): "+", ord("_"): "/", ord("\n"): None, ord("\r"): None})
+        with contextlib.suppress(ValueError):
+            return base64.b64decode(with_others + "=" * (-len(with_others) % 4), validate=True)
     return Refusal(None, Reason.IMAGE_BROKEN, f"neither base64 nor a path or URL: {text[:40]!r}")
 
 
