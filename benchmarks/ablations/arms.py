@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -167,9 +168,13 @@ class Study:
             self.student_config(arm, 0).model_dump_json(exclude=_NOT_IN_STUDENTS, exclude_none=True) for arm in arms
         ]
         datasets = [_dataset_json(self.dataset_config(arm.dataset)) for arm in arms]
+        return hashlib.sha256("\0".join([*students, *datasets, *self._weights]).encode()).hexdigest()[:16]
+
+    @cached_property
+    def _weights(self) -> list[str]:
+        """Identities of the weights of the models."""
         models = (*self.demo.teachers.values(), *self.demo.captioners.values())
-        files = [weights.identity(_weights_file(model)) for model in models]
-        return hashlib.sha256("\0".join([*students, *datasets, *files]).encode()).hexdigest()[:16]
+        return [weights.identity(_weights_file(model)) for model in models]
 
     def dataset_url(self, name: str) -> str:
         return str(self.out / "datasets" / name)

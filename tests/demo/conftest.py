@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from filelock import FileLock
 from reinforce.demo import data, teacher_data
 from reinforce.demo.data import shared_concepts, write_noisy_shards, write_shards, write_tests
 from reinforce.demo.names import Concept
+from tests.helpers.data import write_tar
 
 
 @pytest.fixture(scope="session")
@@ -55,13 +54,9 @@ def few_concepts(monkeypatch: pytest.MonkeyPatch) -> Sequence[Concept]:
 
 def pack(folder: Path, package: str, members: dict[str, object]) -> None:
     """Write an archive as `npm pack` does."""
+    packed = [(f"package/{path}", json.dumps(content).encode()) for path, content in members.items()]
     name, _, version = package.lstrip("@").rpartition("@")
-    with tarfile.open(folder / f"{name.replace('/', '-')}-{version}.tgz", "w:gz") as tar:
-        for path, content in members.items():
-            packed = json.dumps(content).encode()
-            member = tarfile.TarInfo(f"package/{path}")
-            member.size = len(packed)
-            tar.addfile(member, io.BytesIO(packed))
+    write_tar(folder / f"{name.replace('/', '-')}-{version}.tgz", packed)
 
 
 @pytest.fixture(scope="session")

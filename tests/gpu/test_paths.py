@@ -89,7 +89,7 @@ def test_a_shard_on_a_gpu_has_the_layers_of_a_cpu_and_waits_for_no_copy_of_its_i
     assert images
     assert not any(copy.blocking for copy in images), images
     waits = sum(count for wait, count in counts.waits.items() if not _is_decoding(wait))
-    assert waits <= WAITS_A_BATCH * 3, counts.describe()
+    assert waits <= WAITS_A_BATCH * 3, counts
     for path in sorted((tmp_path / "cuda").rglob("*.parquet")):
         found, expected = pq.read_table(path), pq.read_table(Path(here) / path.relative_to(tmp_path / "cuda"))
         if "embeddings" in path.parts:  # CUDA's convolutions are channels-last, which rounds otherwise
@@ -115,8 +115,8 @@ def test_a_training_step_on_a_gpu_has_the_loss_of_a_cpu_and_waits_once(
         found, steps = _three_steps(monkeypatch, {**config, "output": str(tmp_path / "on-cuda")}, cuda)
     assert found == pytest.approx(losses, rel=1e-5)
     for counts, in_use in steps[1:]:  # the first makes the optimizer's state
-        assert counts.synchronizations <= WAITS_A_STEP, counts.describe()
-        assert not any(copy.blocking for copy in counts.copies if copy.bytes > 64), counts.describe()
+        assert counts.synchronizations <= WAITS_A_STEP, counts
+        assert not any(copy.blocking for copy in counts.copies if copy.bytes > 64), counts
         assert in_use < 1.01 * steps[0][1]
         assert not RAISING & counts.by_name.keys(), "strict determinism ends the training"
 
@@ -135,7 +135,7 @@ def test_a_step_of_a_captioner_on_a_gpu_has_the_losses_of_a_cpu_and_deterministi
                 output = backpropagate(task, model, there, len(TEXTS), [0], accelerator)
             losses.append({name: float(loss) for name, loss in output.losses.items()})
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-    assert counts.synchronizations == 0, counts.describe()
+    assert counts.synchronizations == 0, counts
     assert {"nll_loss_forward", "nll_loss_backward"} <= counts.by_name.keys()
     assert not RAISING & counts.by_name.keys(), "strict determinism ends the training"
 
@@ -248,14 +248,13 @@ def _three_steps(
 
     The training is interrupted then, since its checkpoint, its evaluation and its export would take longer.
     """
-    losses: list[float] = []
+    losses: list[Any] = []
     steps: list[tuple[Counts, int]] = []
     compute, run = loop.backpropagate, loop._Loop._step
 
     def watched(*arguments: Any) -> StepOutput:
         output = compute(*arguments)
-        with cuda.uncounted() if cuda else contextlib.nullcontext():
-            losses.append(float(sum(output.losses.values())))
+        losses.append(sum(output.losses.values()))
         return output
 
     def counted(*arguments: Any) -> int:
@@ -270,4 +269,4 @@ def _three_steps(
         patch.setattr(loop, "backpropagate", watched)
         patch.setattr(loop._Loop, "_step", counted)
         train(config)
-    return losses, steps
+    return [float(loss) for loss in losses], steps

@@ -51,7 +51,7 @@ def test_each_wait_of_the_host_is_counted_with_its_place_and_spoils_a_capture(wa
             wait(tensor)
         with pytest.raises(RuntimeError, match="capturing"), torch.cuda.graph(torch.cuda.CUDAGraph()):
             wait(tensor)
-    assert counts.synchronizations == 1, counts.describe()
+    assert counts.synchronizations == 1, counts
     assert "tests/gpu/test_stand_in.py:" in next(iter(counts.waits))
 
 
@@ -67,7 +67,7 @@ def test_copies_from_and_to_pinned_memory_do_not_wait() -> None:
             torch.empty(8, pin_memory=True).copy_(tensor, non_blocking=True)
     copies = [(copy.to_device, copy.bytes) for copy in counts.copies]
     assert copies == [(True, 32), (True, 8), (True, 16), (False, 24), (False, 32)]
-    assert counts.synchronizations == 0, counts.describe()
+    assert counts.synchronizations == 0, counts
 
 
 def test_operations_are_counted_as_kernels_also_in_backward_passes() -> None:

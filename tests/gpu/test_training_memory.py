@@ -7,17 +7,14 @@ import functools
 import re
 from pathlib import Path
 
-import open_clip
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
 from reinforce.student.config import StudentConfig, load_student_config
-from reinforce.student.model import Student
 from teachers.device.accelerator import Accelerator
-from teachers.open_clip.teacher import image_spec
 from tests.helpers.pages import ROOT
-from tests.helpers.real_sizes import PeakMemory, build_without_memory
+from tests.helpers.real_sizes import PeakMemory, fake_student
 from tests.helpers.students import batch_for, built, student_folder
 
 STUDENTS = [ROOT / "configs/mobileclip2-s0.yaml", *sorted(ROOT.glob("configs/recipes/*-*-datacompdr*.yaml"))]
@@ -30,11 +27,7 @@ LOSS = 2.5e9  # of 65,536 pairs, most of it vectors of all ranks; see test_real_
 def step_bytes(name: str, checkpointing: bool) -> tuple[int, float]:
     """Weights, gradients and two moments of a student in bf16, and activations of a sample with two texts."""
     mode = FakeTensorMode()
-    clip = build_without_memory(mode, name)
-    if checkpointing:
-        clip.set_grad_checkpointing()
-    config = open_clip.get_model_config(name)
-    student = Student(name, clip, config, image_spec(open_clip.get_model_preprocess_cfg(clip)), False).train()
+    student = fake_student(mode, name, checkpointing)
     size = student.image.height
     with mode:
         batch = {kind: torch.empty(SAMPLES, 77, dtype=torch.int64) for kind in ("caption", "synthetic")}

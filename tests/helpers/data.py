@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from tests.helpers.images import encode
+
 
 def free_port() -> int:
     """Return a free port above those that Ray assigns to workers (10002 to 19999)."""
@@ -30,9 +32,7 @@ def picture(seed: int, width: int = 40, height: int = 30, format_: str = "PNG") 
     rng = np.random.default_rng(seed)
     ramp = np.linspace(0, 200, width)[None, :, None] * rng.random(3)
     pixels = (ramp + rng.random((height, width, 3)) * 50).astype(np.uint8)
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, format_)
-    return out.getvalue()
+    return encode(Image.fromarray(pixels), format_)
 
 
 def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from teachers.protocols import ImageSpec
 from teachers.registry import teacher_spec
 from tests.helpers import tiny_models
 from tests.helpers.data import picture, write_tar
+from tests.helpers.images import encode
 
 CPU = Accelerator("cpu")
 COLOURS = {
@@ -42,9 +42,7 @@ def solid_image(colour: str, shade: int = 0) -> bytes:
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
+    return encode(Image.fromarray(pixels))
 
 
 def write_colour_folder(root: Path, each: int = 2) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import open_clip
 import torch
 import transformers
-from safetensors.torch import save_file
 from timm.models import eva, fastvit, register_model, vision_transformer
 
 from tests.helpers import tiny_models
@@ -49,7 +47,6 @@ def open_clip_named(folder: Path, name: str) -> str:
     else:
         vision |= {"image_size": SIDE, "layers": 1, "width": 48, "head_width": 16, "patch_size": 8}
     config["embed_dim"] = 48
-    folder.mkdir(parents=True, exist_ok=True)
     if "hf_tokenizer_name" in text:  # open_clip takes the tokenizer of the folder
         text["vocab_size"] = 300
         tiny_models.tokenizer(folder, start="<s>", end="</s>", pad="<pad>", length=text["context_length"])
@@ -57,10 +54,9 @@ def open_clip_named(folder: Path, name: str) -> str:
     build = open_clip.CustomTextCLIP if custom else open_clip.CLIP
     model = _default(build, config) if "MobileCLIP" in name else tiny_models.seeded(lambda: build(**config), 0)
     preprocessing = {"size": SIDE, "mean": 0.5, "std": 0.5, "interpolation": "bicubic", "resize_mode": "squash"}
-    saved = {"model_cfg": {**config, **({"custom_text": True} if custom else {})}, "preprocess_cfg": preprocessing}
-    (folder / "open_clip_config.json").write_text(json.dumps(saved))
-    save_file(model.state_dict(), str(folder / "open_clip_model.safetensors"))
-    return f"local-dir:{folder}"
+    return tiny_models.save_open_clip(
+        folder, {**config, **({"custom_text": True} if custom else {})}, preprocessing, model
+    )
 
 
 def _default(build: Any, config: dict[str, Any]) -> Any:

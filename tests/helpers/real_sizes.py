@@ -15,9 +15,11 @@ from weakref import finalize
 import open_clip
 import torch
 from torch._subclasses import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from reinforce.student.model import Student
+from teachers.open_clip.teacher import image_spec
 
 # torch.use_deterministic_algorithms in torch 2.13 lists what raises on CUDA; these are ATen's names.
 RAISING = {
@@ -92,16 +94,12 @@ def build_without_memory(mode: FakeTensorMode, name: str) -> Any:
     return model.eval()
 
 
-@contextmanager
-def counted_attention() -> Iterator[None]:
-    """Attention as products, since torch's counter does not know the CPU's fused kernel."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+def fake_student(mode: FakeTensorMode, name: str, checkpointing: bool = False) -> Student:
+    """A student in training, whose parameters and buffers are fake."""
+    clip, config = build_without_memory(mode, name), open_clip.get_model_config(name)
+    if checkpointing:
+        clip.set_grad_checkpointing()
+    return Student(name, clip, config, image_spec(open_clip.get_model_preprocess_cfg(clip)), False).train()
 
 
 class SavedForBackward:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,10 +10,9 @@ from typing import Any
 import open_clip
 import timm
 import torch
-from safetensors.torch import save_file
 from timm.models.fastvit import FastVit, RepConditionalPosEnc
 
-from tests.helpers.tiny_models import MEAN, STD, open_clip_config, open_clip_model
+from tests.helpers.tiny_models import MEAN, STD, open_clip_config, open_clip_model, save_open_clip
 
 CONTEXT = 16
 #: ``vision_cfg`` of a model with ``tiny_fastvit``.
@@ -48,29 +46,20 @@ def vit(folder: Path) -> str:
 
 def fastvit(folder: Path, weights: bool = True, size: tuple[int, int] = (96, 64)) -> str:
     """Write a FastViT whose images, portraits by default, are squashed, and a text tower without causal mask."""
-    folder.mkdir(parents=True)
     config = open_clip_config(context_length=CONTEXT, no_causal_mask=True)
     config["vision_cfg"] = {**FASTVIT, "image_size": [*size]}
     preprocess = {"mean": MEAN, "std": STD, "interpolation": "bilinear", "resize_mode": "squash", "size": [*size]}
-    saved = {"model_cfg": {**config, "custom_text": True}, "preprocess_cfg": preprocess}
-    (folder / "open_clip_config.json").write_text(json.dumps(saved))
-    if weights:
-        model = _with_statistics(lambda: open_clip.CustomTextCLIP(**config), size)
-        save_file(model.state_dict(), str(folder / "open_clip_model.safetensors"))
-    return f"local-dir:{folder}"
+    model = _with_statistics(lambda: open_clip.CustomTextCLIP(**config), size) if weights else None
+    return save_open_clip(folder, {**config, "custom_text": True}, preprocess, model)
 
 
 def resnet(folder: Path) -> str:
     """Write a ResNet, in whose attention pooling keys and values are products of one input."""
-    folder.mkdir(parents=True)
     config = open_clip_config(context_length=CONTEXT)
     config["vision_cfg"] = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 16}
-    saved = {"model_cfg": config, "preprocess_cfg": {"mean": MEAN, "std": STD, "size": 32}}
-    (folder / "open_clip_config.json").write_text(json.dumps(saved))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        save_file(open_clip.CLIP(**config).state_dict(), str(folder / "open_clip_model.safetensors"))
-    return f"local-dir:{folder}"
+        return save_open_clip(folder, config, {"mean": MEAN, "std": STD, "size": 32}, open_clip.CLIP(**config))
 
 
 def mobileclip2_s0() -> Any:

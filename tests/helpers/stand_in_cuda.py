@@ -7,7 +7,7 @@ Their tensors are CPU tensors of a subclass that reports ``device.type == "cuda"
         captioner = CocaCaptioner(spec, Accelerator("cuda"))
         with cuda.counted() as counts:
             captioner.caption(pixels, seeds)
-    assert counts.synchronizations <= 20, counts.describe()
+    assert counts.synchronizations <= 20, counts
 
 Raised, as CUDA does:
 

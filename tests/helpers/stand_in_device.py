@@ -55,15 +55,6 @@ class Counts:
     def copies_to_device(self) -> list[Copy]:
         return [copy for copy in self.copies if copy.to_device]
 
-    def describe(self) -> str:
-        """A text for messages of assertions."""
-        waits = "; ".join(f"{count}x {what}" for what, count in self.waits.most_common(12))
-        names = ", ".join(f"{name} {count}" for name, count in self.by_name.most_common(20))
-        return (
-            f"{self.operations} operations ({names}), {self.allocations} allocations, {len(self.copies)} copies, "
-            f"{self.synchronizations} synchronizations: {waits}"
-        )
-
 
 class CudaTensor(torch.Tensor):
     """A CPU tensor that reports a CUDA device."""
@@ -106,15 +97,6 @@ class StandIn:
             yield counts
         finally:
             self._counting.remove(counts)
-
-    @contextmanager
-    def uncounted(self) -> Iterator[None]:
-        """Count nothing inside."""
-        counting, self._counting = self._counting, []
-        try:
-            yield
-        finally:
-            self._counting = counting
 
     @contextmanager
     def failing_allocations(self, fail: Callable[[int], bool]) -> Iterator[None]:

@@ -98,7 +98,7 @@ def replaced_runtime(cuda: StandIn) -> Iterator[None]:
         (torch, "autocast", _Autocast),
         (torch.amp, "autocast", _Autocast),
         (torch, "compile", _compile(cuda)),
-        (torch.nn.Module, "compile", _compile_module(cuda)),
+        (torch.nn.Module, "compile", _compile(cuda)),
         (torch, "Generator", _Generator),
         (foreach, "_foreach_supported_types", types),
         (optimizers, "_foreach_supported_types", types),
@@ -113,18 +113,11 @@ def replaced_runtime(cuda: StandIn) -> Iterator[None]:
 
 
 def _compile(cuda: StandIn) -> Callable[..., Any]:
-    def compile_(function: Any = None, **options: Any) -> Any:
-        if function is None:
-            return lambda inner: compile_(inner, **options)
+    """For functions and, as a method, for modules."""
+
+    def compile_(function: Any, **options: Any) -> Any:
         cuda.compiled.append({"function": function, **options})
         return function
-
-    return compile_
-
-
-def _compile_module(cuda: StandIn) -> Callable[..., None]:
-    def compile_(module: torch.nn.Module, **options: Any) -> None:
-        cuda.compiled.append({"function": module, **options})
 
     return compile_
 
@@ -153,7 +146,6 @@ def _replacements(cuda: StandIn) -> dict[str, Any]:
         "current_device": lambda: 0,
         "set_device": nothing,
         "device": lambda device: nullcontext(),
-        "is_bf16_supported": lambda *_: True,
         "get_device_name": lambda device=None: properties.name,
         "get_device_capability": lambda device=None: (9, 0),
         "get_device_properties": lambda device=None: properties,
@@ -170,7 +162,6 @@ def _replacements(cuda: StandIn) -> dict[str, Any]:
         "default_stream": streams.default,
         "CUDAGraph": CUDAGraph,
         "graph": _graph,
-        "is_current_stream_capturing": lambda: cuda.tape is not None,
         "manual_seed": nothing,
         "manual_seed_all": nothing,
         "get_rng_state": lambda device=None: torch.zeros(16, dtype=torch.uint8),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from reinforce.student.config import Student as StudentSpec
 from reinforce.student.distillation import IMAGES, TEXTS, TeacherInfo
 from reinforce.student.model import Student, build_student
 from tests.helpers.shipping import FASTVIT
-from tests.helpers.tiny_models import open_clip_config, tokenizer
+from tests.helpers.tiny_models import open_clip_config, save_open_clip, tokenizer
 
 KINDS = ("vit", "mobileclip", "hf")
 IMAGE_TEACHER = TeacherInfo(6, frozenset([IMAGES]), None, "")
@@ -25,7 +24,6 @@ def student_folder(folder: Path, kind: str = "vit", **changes: Any) -> str:
     ``vit`` is like OpenAI's CLIP; ``mobileclip`` has a small FastViT and a text tower that is not causal,
     like MobileCLIP2-S0; ``hf`` has a text tower and a tokenizer from transformers.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     config = open_clip_config(context_length=16)
     if kind == "mobileclip":
         config["vision_cfg"] = {**FASTVIT, "timm_drop": 0.0, "timm_drop_path": 0.0, "image_size": 64}
@@ -46,8 +44,7 @@ def student_folder(folder: Path, kind: str = "vit", **changes: Any) -> str:
         }
     for key, value in changes.items():
         config[key] = {**config[key], **value} if isinstance(value, dict) else value
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
-    return f"local-dir:{folder}"
+    return save_open_clip(folder, config, {})
 
 
 def batch(size: int, pairs: int = 4, context: int = 16, kinds: tuple[str, ...] = ("caption", "synthetic")) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +53,10 @@ def _tokenizer(*special: str, **names: str) -> Any:
     )
 
 
-def _save(folder: Path, model: Callable[[], Any], *processors: Any, seed: int = 0) -> str:
+def _save(folder: Path, model: Callable[[], Any], *processors: Any) -> str:
     """Save a model whose weights give distributions as peaked as a trained model's."""
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         captioner = model()
         for parameter in captioner.parameters():
             if parameter.ndim > 1:
@@ -70,25 +71,25 @@ def _template(image: str) -> str:
     return _TEMPLATE.replace("IMAGE", image)
 
 
-def blip(folder: Path, seed: int = 0) -> str:
+def blip(folder: Path) -> str:
     """Its vocabulary has two more outputs than the tokenizer has tokens."""
     tokenizer = _tokenizer("[DEC]")
     text = {**_TEXT, "vocab_size": len(tokenizer) + 2, "bos_token_id": 3, "sep_token_id": 2, "encoder_hidden_size": 32}
     config = hf.BlipConfig(text_config={**text, "max_position_embeddings": 64}, vision_config=VISION)
     processor = hf.BlipProcessor(hf.BlipImageProcessor(size=_SQUARE), tokenizer)
-    return _save(folder, lambda: hf.BlipForConditionalGeneration(config), processor, seed=seed)
+    return _save(folder, lambda: hf.BlipForConditionalGeneration(config), processor)
 
 
-def git(folder: Path, seed: int = 0) -> str:
+def git(folder: Path) -> str:
     tokenizer = _tokenizer()
     config = hf.GitConfig(
         vision_config=VISION, **{**_TEXT, "vocab_size": len(tokenizer), "max_position_embeddings": 64}
     )
     images = hf.CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=_SQUARE)
-    return _save(folder, lambda: hf.GitForCausalLM(config), hf.GitProcessor(images, tokenizer), seed=seed)
+    return _save(folder, lambda: hf.GitForCausalLM(config), hf.GitProcessor(images, tokenizer))
 
 
-def vision_encoder_decoder(folder: Path, seed: int = 0) -> str:
+def vision_encoder_decoder(folder: Path) -> str:
     """A ViT and a narrower GPT-2, whose start and end are the same token."""
     tokenizer = _tokenizer()
     size = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
@@ -96,10 +97,10 @@ def vision_encoder_decoder(folder: Path, seed: int = 0) -> str:
     config = hf.VisionEncoderDecoderConfig.from_encoder_decoder_configs(hf.ViTConfig(**VISION), decoder)
     config.decoder_start_token_id, config.eos_token_id, config.pad_token_id = 2, 2, 0
     images = hf.ViTImageProcessor(size=_SQUARE)
-    return _save(folder, lambda: hf.VisionEncoderDecoderModel(config=config), images, tokenizer, seed=seed)
+    return _save(folder, lambda: hf.VisionEncoderDecoderModel(config=config), images, tokenizer)
 
 
-def _llava(folder: Path, seed: int, names: str, images: Any, template: bool = True, **grid: Any) -> str:
+def _llava(folder: Path, names: str, images: Any, template: bool = True, **grid: Any) -> str:
     tokenizer = _tokenizer("<image>")
     config = getattr(hf, f"{names}Config")(
         vision_config=hf.CLIPVisionConfig(**VISION),
@@ -116,21 +117,21 @@ def _llava(folder: Path, seed: int, names: str, images: Any, template: bool = Tr
         num_additional_image_tokens=1,
         chat_template=_template("<image>") if template else None,
     )
-    return _save(folder, lambda: getattr(hf, f"{names}ForConditionalGeneration")(config), processor, seed=seed)
+    return _save(folder, lambda: getattr(hf, f"{names}ForConditionalGeneration")(config), processor)
 
 
-def llava(folder: Path, seed: int = 0, template: bool = True) -> str:
+def llava(folder: Path, template: bool = True) -> str:
     images = hf.CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=_SQUARE)
-    return _llava(folder, seed, "Llava", images, template)
+    return _llava(folder, "Llava", images, template)
 
 
-def llava_next(folder: Path, seed: int = 0) -> str:
+def llava_next(folder: Path) -> str:
     grid = {"image_grid_pinpoints": [[32, 64], [64, 64]]}
     images = hf.LlavaNextImageProcessor(size={"shortest_edge": SIDE}, crop_size=_SQUARE, **grid)
-    return _llava(folder, seed, "LlavaNext", images, **grid)
+    return _llava(folder, "LlavaNext", images, **grid)
 
 
-def llava_onevision(folder: Path, seed: int = 0) -> str:
+def llava_onevision(folder: Path) -> str:
     tokenizer, grid = _tokenizer("<image>", "<video>"), [[32, 32], [64, 64]]
     config = hf.LlavaOnevisionConfig(
         vision_config=hf.SiglipVisionConfig(**VISION),
@@ -149,10 +150,10 @@ def llava_onevision(folder: Path, seed: int = 0) -> str:
         vision_feature_select_strategy="full",
         chat_template=_template("<image>"),
     )
-    return _save(folder, lambda: hf.LlavaOnevisionForConditionalGeneration(config), processor, seed=seed)
+    return _save(folder, lambda: hf.LlavaOnevisionForConditionalGeneration(config), processor)
 
 
-def _qwen(folder: Path, seed: int, names: str, vision: dict[str, Any], **text: Any) -> str:
+def _qwen(names: str, vision: dict[str, Any], folder: Path, **text: Any) -> str:
     tokenizer = _tokenizer("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
     rope = {"mrope_section": [2, 3, 3], "rope_type": "default", "type": "default"}
     config = getattr(hf, f"{names}Config")(
@@ -169,25 +170,10 @@ def _qwen(folder: Path, seed: int, names: str, vision: dict[str, Any], **text: A
         hf.Qwen2VLVideoProcessor(patch_size=8, merge_size=2),
         chat_template=_template("<|vision_start|><|image_pad|><|vision_end|>"),
     )
-    return _save(folder, lambda: getattr(hf, f"{names}ForConditionalGeneration")(config), processor, seed=seed)
+    return _save(folder, lambda: getattr(hf, f"{names}ForConditionalGeneration")(config), processor)
 
 
-def qwen2_vl(folder: Path, seed: int = 0) -> str:
-    return _qwen(folder, seed, "Qwen2VL", {"embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2})
-
-
-def qwen2_5_vl(folder: Path, seed: int = 0) -> str:
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 32}
-    return _qwen(folder, seed, "Qwen2_5_VL", {**sizes, "window_size": 32, "fullatt_block_indexes": [1]})
-
-
-def qwen3_vl(folder: Path, seed: int = 0) -> str:
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 32}
-    vision = {**sizes, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
-    return _qwen(folder, seed, "Qwen3VL", vision, head_dim=16)
-
-
-def _idefics(folder: Path, seed: int, names: str, *more: Any) -> str:
+def _idefics(names: str, folder: Path) -> str:
     tokenizer = _tokenizer("<fake_token_around_image>", "<image>", "<global-img>", "<end_of_utterance>")
     config = getattr(hf, f"{names}Config")(
         image_token_id=4,
@@ -199,21 +185,14 @@ def _idefics(folder: Path, seed: int, names: str, *more: Any) -> str:
     images = getattr(hf, f"{names}ImageProcessor")(
         size={"longest_edge": 4 * SIDE}, max_image_size={"longest_edge": SIDE}
     )
+    more = [hf.SmolVLMVideoProcessor()] if names == "SmolVLM" else []
     processor = getattr(hf, f"{names}Processor")(
         images, tokenizer, *more, image_seq_len=4, chat_template=_template("<image>")
     )
-    return _save(folder, lambda: getattr(hf, f"{names}ForConditionalGeneration")(config), processor, seed=seed)
+    return _save(folder, lambda: getattr(hf, f"{names}ForConditionalGeneration")(config), processor)
 
 
-def idefics3(folder: Path, seed: int = 0) -> str:
-    return _idefics(folder, seed, "Idefics3")
-
-
-def smolvlm(folder: Path, seed: int = 0) -> str:
-    return _idefics(folder, seed, "SmolVLM", hf.SmolVLMVideoProcessor())
-
-
-def paligemma(folder: Path, seed: int = 0) -> str:
+def paligemma(folder: Path) -> str:
     """A model without chat template: its prompts are plain text after the image."""
     tokenizer = _tokenizer("<image>")
     images = hf.SiglipImageProcessor(size=_SQUARE)
@@ -225,10 +204,10 @@ def paligemma(folder: Path, seed: int = 0) -> str:
         image_token_index=3,
         projection_dim=32,
     )
-    return _save(folder, lambda: hf.PaliGemmaForConditionalGeneration(config), processor, seed=seed)
+    return _save(folder, lambda: hf.PaliGemmaForConditionalGeneration(config), processor)
 
 
-def gemma3(folder: Path, seed: int = 0) -> str:
+def gemma3(folder: Path) -> str:
     tokenizer = _tokenizer(
         "<image_soft_token>", "<start_of_image>", "<end_of_image>",
         image_token="<image_soft_token>", boi_token="<start_of_image>", eoi_token="<end_of_image>",
@@ -250,10 +229,10 @@ def gemma3(folder: Path, seed: int = 0) -> str:
     )
     images = hf.Gemma3ImageProcessor(size=_SQUARE)
     processor = hf.Gemma3Processor(images, tokenizer, image_seq_length=4, chat_template=_template("<start_of_image>"))
-    return _save(folder, lambda: hf.Gemma3ForConditionalGeneration(config), processor, seed=seed)
+    return _save(folder, lambda: hf.Gemma3ForConditionalGeneration(config), processor)
 
 
-def internvl(folder: Path, seed: int = 0) -> str:
+def internvl(folder: Path) -> str:
     tokenizer = _tokenizer(
         "<img>", "</img>", "<IMG_CONTEXT>", "<video>",
         start_image_token="<img>", end_image_token="</img>", context_image_token="<IMG_CONTEXT>", video_token="<video>",
@@ -271,22 +250,25 @@ def internvl(folder: Path, seed: int = 0) -> str:
         image_seq_length=4,
         chat_template=_template("<IMG_CONTEXT>"),
     )
-    return _save(folder, lambda: hf.InternVLForConditionalGeneration(config), processor, seed=seed)
+    return _save(folder, lambda: hf.InternVLForConditionalGeneration(config), processor)
 
 
 IMAGE_TO_TEXT = {"blip": blip, "git": git, "vision-encoder-decoder": vision_encoder_decoder}
-CHAT = {
+_SIZES = {"hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 32}
+CHAT: dict[str, Callable[[Path], str]] = {
     "gemma3": gemma3,
-    "idefics3": idefics3,
+    "idefics3": partial(_idefics, "Idefics3"),
     "internvl": internvl,
     "llava": llava,
     "llava_next": llava_next,
     "llava_onevision": llava_onevision,
     "paligemma": paligemma,
-    "qwen2_5_vl": qwen2_5_vl,
-    "qwen2_vl": qwen2_vl,
-    "qwen3_vl": qwen3_vl,
-    "smolvlm": smolvlm,
+    "qwen2_5_vl": partial(_qwen, "Qwen2_5_VL", {**_SIZES, "window_size": 32, "fullatt_block_indexes": [1]}),
+    "qwen2_vl": partial(_qwen, "Qwen2VL", {"embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2}),
+    "qwen3_vl": partial(
+        _qwen, "Qwen3VL", {**_SIZES, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}, head_dim=16
+    ),
+    "smolvlm": partial(_idefics, "SmolVLM"),
 }
 PROMPT = "Describe it."
 #: Loads the tiny captioner of a kind with options of its spec.

@@ -69,16 +69,18 @@ def open_clip_model(
     if custom_text:
         config["custom_text"] = True
     preprocessing = {
-        "size": image_size,
-        "mean": MEAN,
-        "std": STD,
-        "interpolation": "bicubic",
-        "resize_mode": "shortest",
-    }
+        "size": image_size, "mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "shortest",
+    }  # fmt: skip
+    return save_open_clip(folder, config, {**preprocessing, **(preprocess or {})}, model)
+
+
+def save_open_clip(folder: Path, config: dict[str, Any], preprocess: dict[str, Any], model: Any = None) -> str:
+    """Save a model, or its configs alone -> its name, ``local-dir:FOLDER``."""
     folder.mkdir(parents=True, exist_ok=True)
-    saved = {"model_cfg": config, "preprocess_cfg": {**preprocessing, **(preprocess or {})}}
+    saved = {"model_cfg": config, "preprocess_cfg": preprocess}
     (folder / "open_clip_config.json").write_text(json.dumps(saved))
-    save_file(model.state_dict(), str(folder / "open_clip_model.safetensors"))
+    if model is not None:
+        save_file(model.state_dict(), str(folder / "open_clip_model.safetensors"))
     return f"local-dir:{folder}"
 
 

@@ -10,11 +10,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip
 import pytest
-import torch
 
-from benchmarks.gpu import models, page, right
+from benchmarks.gpu import __main__ as program
+from benchmarks.gpu import models, page, recipe, right
 from benchmarks.gpu import shards as gpu_shards
 from benchmarks.gpu.__main__ import SECTIONS, Section, main
 from benchmarks.gpu.bench import Bench, Size
@@ -23,6 +24,7 @@ from benchmarks.gpu.results import Results
 from benchmarks.gpu.trace import Trace, limit_of
 from benchmarks.pipeline.figures import Figure
 from benchmarks.pipeline.page import read_figures
+from teachers.registry import load_captioner
 from tests.helpers.demo import ROOT
 from tests.helpers.local_ray import local_ray
 
@@ -100,10 +102,9 @@ def test_a_tiny_run_on_a_cpu_measures_every_section(
     products = 2 * (64 // 8) * 64 * 4 * (2 * 768 + (1 + 2 * 2) * 512)  # of two sides and two kinds of text
     assert figures["64 pairs, a rank of 8, lambda 0.7, TF32: products"].value == pytest.approx(products / 1e12)
     assert figures["gradients of features in TF32, from those in fp32"].value == 0, "a CPU has no TF32"
-    rates = {
-        name for name, figure in figures.items() if figure.unit.endswith("/s") and figure.section != gpu_shards.RUN
-    }
-    assert rates <= {name for entry in results.sections.values() for name in entry["traces"]}
+    traced = {name for entry in results.sections.values() for name in entry["traces"]}
+    of_run = {name for name, figure in figures.items() if figure.section == gpu_shards.RUN}
+    assert {name for name, figure in figures.items() if figure.unit.endswith("/s")} <= traced | of_run
     assert results.sections["card"]["card"] == ABSENT
     assert results.sections["teachers"]["traces"]["dfn2b, images"]["kernels"] > 10
     assert (folder / "traces" / "dfn2b, images.json.gz").exists()
@@ -177,8 +178,6 @@ def test_sections_are_stored_when_they_end_and_a_second_call_continues(
 
 
 def test_sections_for_which_the_minutes_do_not_suffice_are_left_out(tmp_path: Path) -> None:
-    from benchmarks.gpu import __main__ as program
-
     bench, measured = Bench(tmp_path, "cpu", 1, Size(), log=lambda _: None), []
     sections = {
         name: Section(lambda _: measured.append(1) or [], section.minutes) for name, section in SECTIONS.items()
@@ -259,24 +258,18 @@ def test_a_run_with_ray_writes_the_files_of_one_without(tmp_path: Path, folder: 
 @pytest.mark.slow
 @pytest.mark.usefixtures("here")
 def test_ranks_end_when_one_is_killed_and_their_training_resumes(tmp_path: Path, folder: Path) -> None:
-    figures = {
-        figure.name: figure
-        for figure in read_figures(run(tmp_path, folder, "--ranks", "2", "--only", "ranks").sections["ranks"])
-    }
+    found = read_figures(run(tmp_path, folder, "--ranks", "2", "--only", "ranks").sections["ranks"])
+    figures = {figure.name: figure for figure in found}
     assert figures["tiny, 2 ranks"].value > 0
     assert figures["seconds until the others have ended when one was killed"].value < 30
     assert figures["tensors that differ after that training resumes"].met
 
 
 def test_lengths_of_captions_of_random_weights_vary(folder: Path) -> None:
-    from benchmarks.gpu import recipe
-    from teachers.registry import load_captioner
-
     bench = Bench(folder, "cpu", 1, Size(tiny=True))
     name, spec = recipe.captioner(bench)
     captioner: Any = load_captioner(name, recipe.changed(spec, max_length=30, captions=4), "cpu")
-    pixels = right.pixels_of(captioner.image, 4)
-    seeds = torch.arange(16).reshape(4, 4).numpy().astype("uint64")
-    lengths = [len(text) for texts in captioner.generate(pixels, seeds) for text in texts]
+    seeds = np.arange(16, dtype=np.uint64).reshape(4, 4)
+    lengths = [len(text) for texts in captioner.generate(right.pixels_of(captioner.image, 4), seeds) for text in texts]
     assert 8 < sum(lengths) / len(lengths) < 25
     assert len(set(lengths)) > 4

@@ -200,8 +200,8 @@ def test_captions_on_cuda_are_those_of_the_cpu_and_each_word_waits_once(options)
         with cuda.counted() as counts:
             assert captioner.caption(pixels, seeds) == wanted
         # the texts are read once, and those of beams with their scores
-        assert counts.synchronizations <= counts.graph_launches + 2, counts.describe()
-        assert not any(copy.blocking for copy in counts.copies_to_device()), counts.describe()
+        assert counts.synchronizations <= counts.graph_launches + 2, counts
+        assert not any(copy.blocking for copy in counts.copies_to_device()), counts
         assert not RAISING & counts.by_name.keys()
         assert captioner.by_group == ("beams" not in str(options.get("strategy")))
         if captioner.by_group:  # in 16 rows, so that images replace others

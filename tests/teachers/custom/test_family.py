@@ -59,7 +59,7 @@ def test_a_wrong_class_is_rejected_before_loading(role: str, name: str, spec: di
         DESCRIBE[role](values)
 
 
-def test_a_class_is_built_with_the_device_and_its_options() -> None:
+def test_a_class_with_one_encoder_or_both_is_built_with_the_device_and_its_options() -> None:
     spec = custom("Radiology", options={"weights": "here", "scale": 2.0})
     teacher: Any = load_teacher("ours", spec, "cpu")
     assert (teacher.device, teacher.weights, teacher.scale) == (torch.device("cpu"), "here", 2.0)
@@ -67,15 +67,9 @@ def test_a_class_is_built_with_the_device_and_its_options() -> None:
     info = describe_teacher("ours", spec)
     assert (info.dim, info.images, info.texts) == (4, True, True)
     assert info.identity == {"class": f"{MODULE}:Radiology", "options": {"weights": "here", "scale": 2.0}, "version": 3}
-
-
-def test_the_configs_logit_scale_overrides_the_class_and_is_not_in_the_identity() -> None:
     scaled = custom("Radiology", options=WEIGHTS, logit_scale=70.0, dtype="int8")
     assert load_teacher("ours", scaled, "cpu").logit_scale == 70
     assert describe_teacher("ours", scaled) == describe_teacher("ours", custom("Radiology", options=WEIGHTS))
-
-
-def test_a_class_with_one_encoder_is_supported() -> None:
     info = describe_teacher("texts", custom("TextsOnly"))
     assert (info.dim, info.images, info.texts) == (None, False, True)
     teacher = load_teacher("texts", custom("TextsOnly"), "cpu")

@@ -70,13 +70,10 @@ def test_phrases_three_times_in_a_row_are_repetitive_and_other_repetitions_are_n
     assert [text for text in [*REPETITIVE, *OTHERS] if is_repetitive(text)] == REPETITIVE
 
 
-def test_dropped_captions_are_replaced_by_the_others_in_turn() -> None:
+def test_dropped_captions_are_replaced_by_the_others_in_turn_and_each_rule_can_be_disabled() -> None:
     assert cleaned("a cat", "b b b b", "a dog", "", "c c c c") == ["a cat", "a cat", "a dog", "a dog", "a cat"]
     assert cleaned("a cat", "A cat.", "a cat", "a dog") == ["a cat", "a cat", "a dog", "a dog"]
     assert cleaned("a a a a", " ") is None
-
-
-def test_each_rule_can_be_disabled() -> None:
     assert cleaned("b b b b", "a cat", "a cat", drop_repetitive=False) == ["b b b b", "a cat", "b b b b"]
     assert cleaned("b b b b", "a cat", "a cat", drop_duplicates=False) == ["a cat", "a cat", "a cat"]
     assert cleaned("a cat", "a cat", "a dog", drop_duplicates=False) == ["a cat", "a cat", "a dog"]

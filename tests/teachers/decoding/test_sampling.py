@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as arrays
 
 from teachers.decoding.sampling import (
     sample_narrow_nuclei,
@@ -56,19 +55,19 @@ def by_sorting(logits: torch.Tensor, u: torch.Tensor, top_p: float) -> list[int]
     return tokens
 
 
-@settings(max_examples=30)
+@settings(max_examples=60)
 @given(
-    st.integers(300, 9_000),
+    st.integers(1, 400) | st.integers(300, 9_000),
     st.sampled_from([0.0, 1e-3, 0.1, 1.0, 3.0, 8.0]),
     st.sampled_from([torch.float32, torch.bfloat16]),
     st.floats(0.01, 1, exclude_max=True),
     st.integers(0, 2**32),
 )
-def test_nuclei_match_those_of_sorted_rows(size, spread, dtype, top_p, seed):
+def test_a_token_is_possible_and_that_of_its_row_alone_by_sorting(size, spread, dtype, top_p, seed):
     """Rounded to bfloat16, hundreds of logits tie; without spread, all of them do."""
     generator = torch.Generator().manual_seed(seed)
     logits = (spread * torch.randn(4, size, generator=generator)).to(dtype).float()
-    logits[:, :50] = -torch.inf
+    logits[:, : min(50, size // 2)] = -torch.inf
     logits[1] *= 0.01
     u = torch.rand(4, dtype=torch.float64, generator=generator).clamp(min=2**-53)
     assert sample_nucleus(logits, u, 1.0, top_p).tolist() == by_sorting(logits, u, top_p)
@@ -98,26 +97,6 @@ def test_non_finite_rows_do_not_affect_others():
             assert 0 <= found[1] < 5_000
 
 
-@settings(max_examples=100)
-@given(
-    arrays.arrays(
-        np.float32, st.tuples(st.integers(1, 5), st.integers(1, 400)), elements=st.sampled_from([-9, 0, 0.5, 3])
-    ),
-    st.floats(2**-53, 1),
-    st.floats(1e-3, 1),
-    st.data(),
-)
-def test_a_token_depends_only_on_its_row_and_is_possible(logits, u, top_p, data):
-    possible = data.draw(arrays.arrays(np.bool_, logits.shape[1]))
-    possible[data.draw(st.integers(0, len(possible) - 1))] = True
-    masked = torch.from_numpy(np.where(possible, logits, -np.inf).astype(np.float32))
-    us = torch.full((len(masked),), u, dtype=torch.float64)
-    together = sample_nucleus(masked, us, 1.0, top_p)
-    alone = torch.cat([sample_nucleus(masked[i : i + 1], us[:1], 1.0, top_p) for i in range(len(masked))])
-    assert torch.equal(together, alone)
-    assert possible[together.numpy()].all()
-
-
 @pytest.mark.parametrize(("size", "spread", "top_p"), [(9_000, 0.1, 0.9), (3_000, 0.0, 0.5), (9_000, 8.0, 0.99)])
 def test_nuclei_without_waiting_are_the_same(size, spread, top_p):
     """Both halves together, on a CPU and with the sums of CUDA."""
@@ -138,7 +117,7 @@ def test_nuclei_without_waiting_are_the_same(size, spread, top_p):
         with cuda.counted() as counts:
             found = sample(*on_device)
         assert torch.equal(found.cpu(), expected)
-        assert counts.synchronizations == 0, counts.describe()
+        assert counts.synchronizations == 0, counts
         assert counts.by_name["cumsum"] == 0  # torch has no deterministic one on CUDA
 
 

@@ -164,7 +164,7 @@ def test_preparing_pixels_copies_nothing_and_waits_for_nothing() -> None:
         there = crops.to("cuda")
         with cuda.counted() as counts:
             pixels = to_pixels(there, spec)
-        assert (counts.copies, counts.synchronizations) == ([], 0), counts.describe()
+        assert (counts.copies, counts.synchronizations) == ([], 0), counts
         assert torch.equal(pixels.cpu(), to_pixels(crops, spec))
 
 

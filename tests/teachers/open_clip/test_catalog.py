@@ -53,25 +53,21 @@ def test_wrong_names_are_rejected_with_the_fix(
 
 
 def test_incomplete_folders_are_rejected(models: dict[str, str], tmp_path: Path) -> None:
-    source = catalog.local_folder(models["small"])
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"open_clip_config\.json does not exist"):
-        catalog.check_model(f"local-dir:{tmp_path / 'empty'}", None)
-    bare = tmp_path / "bare"
-    bare.mkdir()
-    shutil.copy(source / "open_clip_config.json", bare)
-    with pytest.raises(FileNotFoundError, match=r"bare has no weights: expected open_clip_model\.safetensors"):
-        catalog.check_model(f"local-dir:{bare}", None)
+    def check(error: type[Exception], message: str) -> None:
+        with pytest.raises(error, match=message):
+            catalog.check_model(f"local-dir:{tmp_path}", None)
+
+    config = tmp_path / "open_clip_config.json"
+    check(FileNotFoundError, r"open_clip_config\.json does not exist")
+    shutil.copy(catalog.local_folder(models["small"]) / config.name, config)
+    check(FileNotFoundError, r" has no weights: expected open_clip_model\.safetensors")
     for name in ("a.pt", "b.pt"):
-        (bare / name).touch()
-    with pytest.raises(ValueError, match=r"several checkpoints \(a\.pt, b\.pt\): rename the one"):
-        catalog.check_model(f"local-dir:{bare}", None)
-    (bare / "open_clip_config.json").write_text("{}")
-    with pytest.raises(ValueError, match="has no `model_cfg`"):
-        catalog.check_model(f"local-dir:{bare}", None)
-    (bare / "open_clip_config.json").write_text("{")
-    with pytest.raises(ValueError, match="is not JSON"):
-        catalog.check_model(f"local-dir:{bare}", None)
+        (tmp_path / name).touch()
+    check(ValueError, r"several checkpoints \(a\.pt, b\.pt\): rename the one")
+    config.write_text("{}")
+    check(ValueError, "has no `model_cfg`")
+    config.write_text("{")
+    check(ValueError, "is not JSON")
 
 
 def test_the_identity_of_a_folder_is_its_content_not_its_path(tmp_path: Path) -> None:

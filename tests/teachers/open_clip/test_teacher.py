@@ -16,7 +16,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from open_clip.tokenizer import get_clean_fn
-from safetensors.torch import save_file
 
 from teachers.device.accelerator import Accelerator
 from teachers.open_clip import catalog
@@ -92,19 +91,17 @@ def test_logit_scale_and_preprocessing_are_the_models_own_unless_the_config_stat
         _teacher("MobileCLIP2-S0", pretrained=str(tmp_path / "a.pt"))
 
 
-@pytest.mark.parametrize("name", ["open_clip_pytorch_model.bin", "weights.pt"])
-def test_torch_checkpoints_load_like_safetensors(models: dict[str, str], tmp_path: Path, name: str) -> None:
-    folder = tmp_path / "copy"
-    shutil.copytree(catalog.local_folder(models["small"]), folder)
-    (folder / "open_clip_model.safetensors").unlink()
-    torch.save({"state_dict": _load_open_clip(models["small"])[0].state_dict()}, folder / name)
-    copy = _teacher(f"local-dir:{folder}")
-    assert torch.equal(copy.encode_texts(TEXTS), _teacher(models["small"]).encode_texts(TEXTS))
-
-
-def test_weights_that_do_not_fit_are_rejected(models: dict[str, str], tmp_path: Path) -> None:
-    folder = tmp_path / "mixed"
-    shutil.copytree(catalog.local_folder(models["small"]), folder)
+def test_torch_checkpoints_load_like_safetensors_and_weights_that_do_not_fit_are_rejected(
+    models: dict[str, str], tmp_path: Path
+) -> None:
+    folder, small = tmp_path / "copy", catalog.local_folder(models["small"])
+    folder.mkdir()
+    shutil.copy(small / "open_clip_config.json", folder)
+    for name in ("weights.pt", "open_clip_pytorch_model.bin"):
+        torch.save({"state_dict": _load_open_clip(models["small"])[0].state_dict()}, folder / name)
+        copy = _teacher(f"local-dir:{folder}")
+        assert torch.equal(copy.encode_texts(TEXTS), _teacher(models["small"]).encode_texts(TEXTS))
+        (folder / name).unlink()
     shutil.copy(catalog.folder_weights(models["large"]), folder)
     with pytest.raises(ValueError, match=r"open_clip_model.safetensors do not fit local-dir:.*: \w+"):
         _teacher(f"local-dir:{folder}")
@@ -186,11 +183,10 @@ def test_text_towers_of_transformers_encode_the_full_length(tmp_path: Path) -> N
     model = tiny_models.seeded(lambda: open_clip.CustomTextCLIP(**config), 0)
     folder = tmp_path / "model"
     tiny_models.tokenizer(folder, start="[CLS]", end="[SEP]", pad="[PAD]", length=24)
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
-    save_file(model.state_dict(), str(folder / "open_clip_model.safetensors"))
-    teacher = _teacher(f"local-dir:{folder}")
+    name = tiny_models.save_open_clip(folder, config, {}, model)
+    teacher = _teacher(name)
     with torch.no_grad():
-        expected = model.encode_text(open_clip.get_tokenizer(f"local-dir:{folder}")(TEXTS), normalize=True)
+        expected = model.encode_text(open_clip.get_tokenizer(name)(TEXTS), normalize=True)
     torch.testing.assert_close(teacher.encode_texts(TEXTS), expected, rtol=0, atol=1e-6)
 
 
