@@ -55,7 +55,7 @@ def test_each_wait_of_the_host_is_counted_with_its_place_and_spoils_a_capture(wa
     assert "tests/gpu/test_stand_in.py:" in next(iter(counts.waits))
 
 
-def test_copies_from_and_to_pinned_memory_do_not_wait() -> None:
+def test_copies_of_pinned_memory_do_not_wait_and_operations_are_kernels_also_in_backward_passes() -> None:
     arena = np.zeros((4, 2), np.float32)
     with stand_in_cuda() as cuda:
         accelerator = Accelerator("cuda")
@@ -65,13 +65,9 @@ def test_copies_from_and_to_pinned_memory_do_not_wait() -> None:
             parts = accelerator.put_parts([arena[:1], arena[2:]])
             assert parts.to("cpu", non_blocking=True).shape == (3, 2)
             torch.empty(8, pin_memory=True).copy_(tensor, non_blocking=True)
-    copies = [(copy.to_device, copy.bytes) for copy in counts.copies]
-    assert copies == [(True, 32), (True, 8), (True, 16), (False, 24), (False, 32)]
-    assert counts.synchronizations == 0, counts
-
-
-def test_operations_are_counted_as_kernels_also_in_backward_passes() -> None:
-    with stand_in_cuda() as cuda:
+        copies = [(copy.to_device, copy.bytes) for copy in counts.copies]
+        assert copies == [(True, 32), (True, 8), (True, 16), (False, 24), (False, 32)]
+        assert counts.synchronizations == 0, counts
         layer = torch.nn.Linear(3, 2).to("cuda")
         inputs = torch.ones(4, 3, device="cuda")
         with cuda.counted() as counts, torch.inference_mode():
@@ -83,7 +79,7 @@ def test_operations_are_counted_as_kernels_also_in_backward_passes() -> None:
         assert {"addmm", "mm", "sum"} <= counts.by_name.keys()
 
 
-def test_memory_is_bounded_and_allocations_are_counted() -> None:
+def test_memory_is_bounded_allocations_are_counted_and_a_graph_uses_the_tensors_of_its_capture() -> None:
     with stand_in_cuda(memory=1000) as cuda:
         kept = torch.zeros(100, device="cuda")
         with cuda.counted() as counts:
@@ -94,12 +90,7 @@ def test_memory_is_bounded_and_allocations_are_counted() -> None:
         with pytest.raises(torch.OutOfMemoryError):
             torch.zeros(200, device="cuda")
         del _
-        assert cuda.allocated == 400
-        assert torch.cuda.max_memory_allocated() == 800
-
-
-def test_a_captured_graph_reads_and_writes_the_tensors_of_its_capture() -> None:
-    with stand_in_cuda() as cuda:
+        assert (cuda.allocated, torch.cuda.max_memory_allocated()) == (400, 800)
         inputs, total = torch.ones(3, device="cuda"), torch.zeros(3, device="cuda")
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

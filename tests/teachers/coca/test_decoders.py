@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from typing import Any
 
 import open_clip
@@ -188,10 +189,19 @@ def test_logits_match_the_full_forward_pass_while_rows_are_repeated_dropped_and_
 
 
 @pytest.mark.parametrize("options", STRATEGIES.values(), ids=STRATEGIES)
-def test_captions_on_cuda_are_those_of_the_cpu_and_each_word_waits_once(options):
+def test_captions_on_cuda_are_those_of_the_cpu_and_each_word_waits_once(options, monkeypatch, request):
+    attend, enabled = torch.nn.functional.scaled_dot_product_attention, []
+
+    def record(*arguments: Any, **others: Any) -> torch.Tensor:
+        enabled.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return attend(*arguments, **others)
+
+    request.addfinalizer(partial(torch.backends.cuda.enable_cudnn_sdp, torch.backends.cuda.cudnn_sdp_enabled()))
+    torch.backends.cuda.enable_cudnn_sdp(True)
     on_cpu = build("cpu", **options)
     wanted = on_cpu.caption(*batch(on_cpu, 10))
     assert len({len(text) for of in wanted for text in of}) > 1
+    monkeypatch.setattr("teachers.coca.blocks.scaled_dot_product_attention", record)
     with stand_in_cuda() as cuda:
         captioner = build("cuda", **options)
         pixels, seeds = batch(captioner, 10)
@@ -208,6 +218,8 @@ def test_captions_on_cuda_are_those_of_the_cpu_and_each_word_waits_once(options)
             images, drawn = captioner.encode(pixels).unbind(), captioner.draw(seeds)
             assert captioner.to_texts(captioner.decode(images, drawn, at_once=1)) == wanted
             assert captioner.decode([], drawn[:0]) == []
+        assert torch.backends.cuda.cudnn_sdp_enabled()
+    assert {*enabled} == {False}, "its kernels are not deterministic"
 
 
 def per_word(cuda: StandIn, **options: Any) -> dict[str, float]:
@@ -271,28 +283,6 @@ def test_shapes_do_not_depend_on_earlier_batches():
             captioner.caption(*batch(captioner, 4))
         assert shapes[fresh] == shapes[used] != []
         assert cuda.compiled == []
-
-
-def test_attention_never_uses_cudnn_while_captions_are_decoded(monkeypatch):
-    enabled, attend = [], torch.nn.functional.scaled_dot_product_attention
-
-    def record(*arguments: Any, **options: Any) -> torch.Tensor:
-        enabled.append(torch.backends.cuda.cudnn_sdp_enabled())
-        return attend(*arguments, **options)
-
-    monkeypatch.setattr("teachers.coca.blocks.scaled_dot_product_attention", record)
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(True)
-    try:
-        with stand_in_cuda():
-            for compile_ in ("auto", False):
-                captioner = build("cuda", compile=compile_)
-                captioner.caption(*batch(captioner, 2))
-        assert torch.backends.cuda.cudnn_sdp_enabled()
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)
-    assert enabled
-    assert not any(enabled)
 
 
 def test_broken_images_give_none_on_cuda_without_affecting_others():

@@ -116,15 +116,10 @@ def test_on_cuda_operations_are_deterministic_and_only_trainings_require_it() ->
         assert torch.are_deterministic_algorithms_enabled()
     assert not torch.is_deterministic_algorithms_warn_only_enabled()
     determinism.set_flags("cuda", deterministic=False)
-    assert not torch.are_deterministic_algorithms_enabled()
-
-
-def test_a_rank_on_cuda_requires_determinism_while_it_trains_and_leaves_the_process_as_it_was() -> None:
-    with stand_in_cuda():
-        with join_ranks(training_config().compute, "cuda:0"):
-            assert torch.are_deterministic_algorithms_enabled()
-            assert not torch.is_deterministic_algorithms_warn_only_enabled()
-        assert not torch.are_deterministic_algorithms_enabled(), "a notebook goes on"
+    with stand_in_cuda(), join_ranks(training_config().compute, "cuda:0"):
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+    assert not torch.are_deterministic_algorithms_enabled(), "a notebook goes on"
 
 
 def test_captions_are_decoded_without_sorting_the_indices_of_each_copy(
