@@ -122,20 +122,6 @@ def test_references_are_read_as_structs(tmp_path: Path) -> None:
     assert all(isinstance(row["image_digest"], int) for row in rows)
 
 
-def test_without_a_card_samples_are_read_and_embeddings_are_not(tmp_path: Path) -> None:
-    """What people meet who do not write one; the day on which it passes, the page can say less."""
-    dataset = small_dataset(tmp_path, (3,))
-    files = {name: f"{dataset}/{name}/*.parquet" for name in ("samples", "embeddings/red/images")}
-    rows = datasets.load_dataset(
-        "parquet", data_files=files["samples"], split="train", streaming=True, cache_dir=str(tmp_path / "cache")
-    )
-    assert isinstance(next(iter(rows))["image"], bytes)
-    with pytest.raises(ValueError, match="does not have a datasets dtype equivalent"):
-        datasets.load_dataset(
-            "parquet", data_files=files["embeddings/red/images"], cache_dir=str(tmp_path / "cache")
-        )  # fmt: skip
-
-
 def test_what_comes_from_data_is_escaped(tmp_path: Path) -> None:
     hostile = "x\n---\nlicense: mit\n| a | <script>alert(1)</script> [b](http://c) `d` \x1b[31m"
     dataset = small_dataset(tmp_path, (3,))

@@ -23,16 +23,11 @@ def caption(data: bytes, limits: Limits = LIMITS) -> str | None:
 @pytest.mark.parametrize(
     ("data", "text"),
     [
-        (b"a cat", "a cat"),
         (b"  a  cat\t\r\n", "a  cat"),
         (b"a\ncat\x00\x1b\x7f on\xc2\x85mats", "a cat    on mats"),
         ("\ufeffein Käse 🧀".encode(), "ein Käse 🧀"),
-        ("Käse".encode("utf-16"), "Käse"),
         (b"\xfe\xff" + "Käse".encode("utf-16-be"), "Käse"),
-        ("Käse".encode("latin-1"), "K\ufffdse"),
         ("a\u3000b\u3000".encode(), "a\u3000b"),
-        (b"", None),
-        (b" \n\x00 ", None),
         (b"\xef\xbb\xbf", None),
     ],
 )

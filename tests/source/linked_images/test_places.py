@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import functools
-import http.server
 import itertools
 import socketserver
 import threading
@@ -25,7 +23,6 @@ from reinforce.source.linked_images import places
 from reinforce.source.linked_images.http import ImageRefusedByPlace, Unreachable, fetch, is_public_address
 from tests.helpers.data import picture
 from tests.helpers.tables import outcomes, read_table
-from tests.helpers.web import serving
 
 IMAGES = [picture(number) for number in range(3)]
 
@@ -52,29 +49,6 @@ def folder(tmp_path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(IMAGES["abc".index(path.stem)])
     return tmp_path / "data"
-
-
-@contextlib.contextmanager
-def server(folder: Path, redirects: dict[str, str] | None = None) -> Iterator[str]:
-    """Serve a folder; ``redirects`` maps paths to where they lead, and /500 fails."""
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def do_GET(self) -> None:
-            if self.path in (redirects or {}):
-                self.send_response(302)
-                self.send_header("Location", (redirects or {})[self.path])
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-            elif self.path == "/500":
-                self.send_error(500)
-            else:
-                super().do_GET()
-
-        def log_message(self, *_: Any) -> None:
-            """Log nothing."""
-
-    with serving(functools.partial(Handler, directory=str(folder))) as url:
-        yield url
 
 
 def test_paths_of_a_table_are_relative_to_its_folder_and_stay_in_it(folder: Path) -> None:
@@ -115,41 +89,31 @@ def test_tables_of_any_format_may_name_places(folder: Path, format_: str) -> Non
 
 
 def test_urls_are_read_from_public_addresses_and_from_those_that_are_named(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    downloads: tuple[str, Counter[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with server(folder) as url:
-        path = table(
-            folder / "x.csv", [f"{url}/a.png", f"{url}/deep/b.png?width=9", f"{url}/none.png", f"{url}/500"], "URL"
-        )
-        found = read(path)
-        assert {refusal.partition(":")[0] for refusal in found} == {"image_place"}
-        assert found[0].endswith(
-            f'127.0.0.1, an address that is not public; to allow it, set input.images_from: ["{url}"]'
-        )
-        expected = ["0", "1", "image_missing: ", "image_missing: "]
-        named = read(path, images_from=url)
-        assert [item if item in "01" else item[:15] for item in named] == expected
-        assert ("HTTP status 404" in named[2], "HTTP status 500" in named[3]) == (True, True)
-        monkeypatch.setattr(web, "is_public_address", lambda address: True)
+    url = f"http://{downloads[0]}"
+    path = table(tmp_path / "x.csv", [f"{url}/{name}" for name in ("whole", "whole?width=9", "none", "500")], "URL")
+    found = read(path)
+    assert {refusal.partition(":")[0] for refusal in found} == {"image_place"}
+    assert found[0].endswith(f'127.0.0.1, an address that is not public; to allow it, set input.images_from: ["{url}"]')
+    expected = ["0", "1", "image_missing: ", "image_missing: "]
+    named = read(path, images_from=url)
+    assert [item if item in "01" else item[:15] for item in named] == expected
+    assert ("HTTP status 404" in named[2], "HTTP status 500" in named[3]) == (True, True)
+    with monkeypatch.context() as patch:
+        patch.setattr(web, "is_public_address", lambda address: True)
         assert [item if item in "01" else item[:15] for item in read(path)] == expected
         small = read(path, limits=Limits(image_bytes=100))
-        assert small[0].endswith("more bytes than limits.image_bytes of 100")
-
-
-def test_a_redirect_leads_to_public_addresses_only_and_a_shard_without_reachable_images_is_retried(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with server(folder) as inside, server(folder, {"/x": f"{inside}/a.png", "/y": "/a.png", "/z": "/z"}) as url:
-        path = table(folder / "x.csv", [f"{url}/x", f"{url}/y", f"{url}/z", "ftp://x/y.png", "http://u:p@x/y.png"])
-        first, *others = read(path, images_from=url)
-        assert first.startswith("image_place: ")
-        assert others[0] == "1"
-        assert others[1].endswith("more than 5 redirects")
-        assert [refusal.partition(":")[0] for refusal in others[2:]] == ["image_place"] * 2
+    assert small[0].endswith("more bytes than limits.image_bytes of 100")
+    others = [f"{url}/away", f"{url}/near", f"{url}/loop", "ftp://x/y.png", "http://u:p@x/y.png"]
+    away, near, loop, *refused = read(table(tmp_path / "x.csv", others), images_from=url)
+    assert near == "1"
+    assert loop.endswith("more than 5 redirects")
+    assert [refusal.partition(":")[0] for refusal in (away, *refused)] == ["image_place"] * 3
     monkeypatch.setattr(places, "_FIRST_UNREACHABLE", 3)
-    path = table(folder / "x.csv", [f"{url}/{number}.png" for number in range(5)])
+    path = table(tmp_path / "x.csv", [f"http://127.0.0.1:1/{number}.png" for number in range(5)])
     with pytest.raises(ConnectionError, match=r"none of the first . images can be reached: ConnectionRefusedError"):
-        read(path, images_from=url)
+        read(path, images_from="http://127.0.0.1:1")
 
 
 PRIVATE = "127.0.0.1 10.1.2.3 169.254.169.254 100.64.0.1 0.0.0.0 224.0.0.1 ::1 fe80::1%eth0 fd00::1"
@@ -165,6 +129,7 @@ SECONDS = 120.0  # for which the server goes on at most
 OK = b"HTTP/1.1 200 OK\r\n"
 WHOLE = OK + b"Content-Length: %d\r\n\r\n" % len(IMAGES[0]) + IMAGES[0]
 CUT = OK + b"Content-Length: 1000\r\n\r\n123"
+FOUND = b"HTTP/1.1 302 Found\r\nLocation: %b\r\nContent-Length: 0\r\n\r\n"
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -184,7 +149,13 @@ def answers(path: str, attempt: int) -> Iterable[bytes | float]:
         "/body": itertools.chain([OK + b"Content-Length: 1000000\r\n\r\n"], drip),
         "/continue": itertools.chain.from_iterable((CONTINUE, 0.02) for _ in itertools.count()),
         "/flood": itertools.repeat(CONTINUE * 1000),
-        "/hop": [0.1, b"HTTP/1.1 302 Found\r\nLocation: /hop\r\nContent-Length: 0\r\n\r\n"],
+        "/hop": [0.1, FOUND % b"/hop"],
+        "/loop": [FOUND % b"/loop"],
+        "/near": [FOUND % b"/whole"],
+        "/away": [FOUND % b"http://localhost:1/whole"],  # at an address that the config does not name
+        "/whole?width=9": [WHOLE],
+        "/none": [b"HTTP/1.1 404 Not Found\r\n\r\n"],
+        "/500": [b"HTTP/1.1 500 Internal Server Error\r\n\r\n"],
     }.get(path, [SECONDS])
 
 
