@@ -12,6 +12,7 @@ import pytest
 from reinforce.dataset.drop import drop, plan_drop
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.validate.validate import validate
+from tests.helpers.reinforced import flip
 from tests.helpers.views import make_view
 
 
@@ -38,19 +39,13 @@ def one_more(table: pa.Table) -> pa.Table:
     return table.set_column(1, table.schema.field(1), pa.array(changed, pa.string()))
 
 
-def damage_page(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[60] ^= 255
-    path.write_bytes(content)
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda url: rows_file(url).unlink(), "view best has no rows of "),
         (lambda url: write_rows(rows_file(url), one_more), "view best keeps other rows of "),
         (lambda url: write_rows(rows_file(url), lambda table: table.slice(1)), "view best is of other samples of "),
-        (lambda url: damage_page(rows_file(url)), "cannot be read"),
+        (lambda url: flip(rows_file(url), "left_out"), "cannot be read"),
         (lambda url: (url / "views/best/shards.parquet").write_bytes(b"PAR1"), "shards.parquet cannot be read"),
         (
             lambda url: (url / "views/best/view.json").write_text(
