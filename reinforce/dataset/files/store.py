@@ -12,7 +12,6 @@ import shlex
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
 from typing import Any, TypeAlias
 
 import pyarrow as pa
@@ -234,7 +233,7 @@ class RangeFile:
         return data
 
 
-class LayerWriter:
+class LayerWriter(contextlib.ExitStack):
     """Writes one layer of one shard, a row group at a time, and publishes the file with ``commit``.
 
     A context manager: leaving it without a commit discards the file.
@@ -243,8 +242,8 @@ class LayerWriter:
     def __init__(self, store: Store, layer: Layer, schema: pa.Schema, shard: str, source: str) -> None:
         self._store = store
         self._parts = (layer.name, f"{shard}.parquet")
-        self._stack = contextlib.ExitStack()
-        self._file, self._local_path = self._stack.enter_context(store.staging())
+        super().__init__()
+        self._file, self._local_path = self.enter_context(store.staging())
         self._parquet = pq.ParquetWriter(
             self._file,
             schema.with_metadata(
@@ -262,6 +261,7 @@ class LayerWriter:
         self.schema = schema
         self.groups: list[int] = []  # rows of each row group
         self.bytes = 0
+        self.callback(self._discard)
 
     def write(self, table: pa.Table) -> None:
         """Write one row group."""
@@ -279,16 +279,10 @@ class LayerWriter:
             self.bytes = self._file.tell()
             self._store.publish(self._file, self._local_path, self._store.path(*self._parts))
 
-    def __enter__(self) -> LayerWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with self._stack:
-            if self._parquet.is_open:
-                with contextlib.suppress(OSError):  # the file is discarded
-                    self._parquet.close()
+    def _discard(self) -> None:
+        if self._parquet.is_open:
+            with contextlib.suppress(OSError):
+                self._parquet.close()
 
 
 def _read_local(path: str, start: int, stop: int) -> bytes:
