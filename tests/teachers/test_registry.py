@@ -118,7 +118,7 @@ def test_a_captioners_identity_includes_its_files_its_prompt_and_its_sampling(
     assert files <= info.identity["files"].keys()
 
 
-def test_cleaning_is_in_the_identity_only_if_it_is_configured() -> None:
+def test_cleaning_is_in_the_identity_only_if_it_is_configured_and_wrong_rules_are_rejected() -> None:
     for spec in (COCA, {"class": "tests.helpers.models:SeedCaptioner", "captions": 2}):
         plain, asked, other = (
             describe_captioner("c", captioner_spec(**spec, **clean)).identity
@@ -126,6 +126,9 @@ def test_cleaning_is_in_the_identity_only_if_it_is_configured() -> None:
         )
         assert {name: value for name, value in asked.items() if name != "clean"} == plain
         assert asked["clean"] != other["clean"]
+    for wrong in ({"words": 0}, {"sentences": 1}, {"characters": "9"}):
+        with pytest.raises(ValidationError):
+            Clean.model_validate(wrong)
 
 
 @pytest.mark.parametrize(
@@ -154,9 +157,3 @@ def test_decoding_includes_later_options_only_if_they_are_used() -> None:
     assert captioner_spec(model="any", compile=True, **greedy).decoding() == {**greedy, **lengths}
     beams = {"strategy": "beams", "captions": 3}
     assert captioner_spec(model="any", **beams).decoding() == {**beams, "beams": 6, "length_penalty": 1.0, **lengths}
-
-
-def test_invalid_cleaning_rules_are_rejected() -> None:
-    for wrong in ({"words": 0}, {"sentences": 1}, {"characters": "9"}):
-        with pytest.raises(ValidationError):
-            Clean.model_validate(wrong)

@@ -42,10 +42,7 @@ def test_each_image_enters_once_in_order_in_rows_and_a_place_that_are_free(image
     lengths = np.random.default_rng(images).integers(1, 9, (images, captions))
     lengths[0] = 1  # ends at the first step
     steps_of(lengths, 16, 16 // captions)
-
-
-def test_no_images_take_no_steps() -> None:
-    assert Schedule(0, 5, 16, 4).enter() is None
+    assert Schedule(0, captions, 16, 16 // captions).enter() is None, "no images take no steps"
 
 
 @pytest.mark.parametrize("lengths", [NATURAL, SKEWED], ids=["natural", "skewed"])
