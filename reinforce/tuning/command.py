@@ -21,8 +21,7 @@ from reinforce.terminal import Screen, format_duration
 from reinforce.training.job import total_steps
 from reinforce.tuning import plot
 from reinforce.tuning.config import TuneConfig
-from reinforce.tuning.correlation import ScreeningCheck, check_screening
-from reinforce.tuning.results import Curve, Row, best_row, make_curves, make_rows
+from reinforce.tuning.results import Curve, Row, ScreeningCheck, best_row, check_screening, make_curves, make_rows
 from reinforce.tuning.screening import TeacherScreening, screen
 from reinforce.tuning.search import Search
 from reinforce.tuning.space import JOINT, LAMBDA, BaseStudent, Setting, Trial, lambda_settings, scale_settings

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from reinforce import plots
-from reinforce.tuning.correlation import ScreeningCheck
-from reinforce.tuning.results import Curve
+from reinforce.tuning.results import Curve, ScreeningCheck
 from reinforce.tuning.screening import TeacherScreening
 from reinforce.tuning.space import LAMBDA
 

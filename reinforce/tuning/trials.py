@@ -62,7 +62,7 @@ def read_outcome(config: StudentConfig, steps: int, metric: str) -> Outcome:
     """Read a trial's state from its folder. A trial that was stopped by another metric is open again."""
     store = Storage(config.output)
     store.fs.invalidate_cache(store.root)  # a worker may have written there since
-    values = {row["step"]: row.get("metrics", {}).get(metric) for row in read_rows(store) if "metrics" in row}
+    values = {row["step"]: row["metrics"].get(metric) for row in read_rows(store) if "metrics" in row}
     curve = sorted((at, value) for at, value in values.items() if value is not None)
     results = read_results(store)
     if results is not None and results.steps == steps and curve and curve[-1][0] == steps:
