@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
 
 from reinforce.evaluation.classes import load_templates
-from reinforce.evaluation.config import RECALLS
 from reinforce.evaluation.encoding import build_classifier, encode_texts
-from reinforce.evaluation.ranking import BLOCK, compute_accuracies, compute_recalls, rank_classes, rank_matches
+from reinforce.evaluation.ranking import compute_accuracies, rank_classes, rank_matches
 from teachers.open_clip.teacher import OpenClipEncoder
 from tests.helpers import tiny_models
 from tests.helpers.evaluation import CPU, ColourOracle, load_spec, load_teacher
@@ -68,21 +67,6 @@ def test_the_best_true_match_counts_for_any_block_size(
     rows, columns = np.nonzero(matches)
     ranks = rank_matches(torch.from_numpy(left), torch.from_numpy(right), (rows, columns), CPU, block)
     assert ranks.tolist() == sorted_ranks(left @ right.T, matches).tolist()
-
-
-def test_recall_over_several_blocks_equals_that_of_a_full_sort() -> None:
-    rng = np.random.default_rng(0)
-    images, texts = vectors(rng, 300, 9), vectors(rng, BLOCK + 100, 9)
-    matches = np.zeros((len(images), len(texts)), bool)
-    matches[np.arange(len(images)), rng.integers(0, len(texts), len(images))] = True
-    matches[rng.integers(0, len(images), len(texts)), np.arange(len(texts))] = True
-    scores = compute_recalls(torch.from_numpy(images), torch.from_numpy(texts), np.stack(np.nonzero(matches)), CPU)
-    for way, ranks in (
-        ("image_to_text", sorted_ranks(images @ texts.T, matches)),
-        ("text_to_image", sorted_ranks(texts @ images.T, matches.T)),
-    ):
-        assert {k: scores[f"{way}/r{k}"] for k in RECALLS} == {k: float((ranks < k).mean()) for k in RECALLS}
-    assert 0 < scores["text_to_image/r1"] < scores["text_to_image/r10"] < 1
 
 
 def test_nan_scores_are_never_hits() -> None:

@@ -27,36 +27,16 @@ def checkpoints(folder: Path, keep: int = 2) -> Checkpoints:
     return Checkpoints(Store(str(folder)), keep)
 
 
-def test_header_and_tensors_are_loaded_as_they_were_saved(tmp_path: Path) -> None:
-    progress = Progress(7, {"train.batch": 16, "data.teachers": None, "train.optimizer.betas": [0.9, 0.95]}, 1.5, 2)
-    tied = torch.randn(3)
-    tensors = {
-        "model/w": torch.randn(3, 4).T,
-        "model/scale": torch.tensor(2.5),
-        "model/steps": torch.tensor(3),
-        "model/bf": torch.randn(2, 2).bfloat16(),
-        "model/a": tied,
-        "model/b": tied,
-        "model/conv": torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last),
-    }
-    made = checkpoints(tmp_path)
-    with CheckpointWriter(made) as writer:
-        writer.save(progress, tensors)
-    found, loaded = made.load(7)
-    assert found == progress
-    assert loaded.keys() == tensors.keys()
-    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
-
-
-def test_a_checkpoint_written_in_a_thread_has_the_bytes_of_the_state_when_it_was_saved(
+def test_a_checkpoint_written_in_a_thread_has_the_bytes_of_the_state_when_it_was_saved_and_is_loaded_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tied = torch.randn(3)
     conv = torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)
     tensors = {"a": tied, "b": tied, "conv": conv, "scale": torch.tensor(2.5), "bf": torch.randn(2).bfloat16()}
+    config = {"train.batch": 16, "data.teachers": None, "train.optimizer.betas": [0.9, 0.95]}
     for step in (1, 2):
         separate = {name: (step * tensor).contiguous() for name, tensor in tensors.items()}
-        checkpoints(tmp_path / "plain").save(Progress(step, {}), separate)
+        checkpoints(tmp_path / "plain").save(Progress(step, config, 1.5, 2), separate)
     begin, write = threading.Event(), Checkpoints.save
 
     def late(*arguments: Any) -> None:
@@ -65,16 +45,20 @@ def test_a_checkpoint_written_in_a_thread_has_the_bytes_of_the_state_when_it_was
 
     monkeypatch.setattr(Checkpoints, "save", late)
     with CheckpointWriter(checkpoints(tmp_path / "thread")) as writer:
-        writer.save(Progress(1, {}), tensors)
+        writer.save(Progress(1, config, 1.5, 2), tensors)
         for tensor in (tied, conv, tensors["scale"], tensors["bf"]):
             tensor.mul_(2)  # the training goes on
         assert not (tmp_path / "thread/checkpoints").exists()
         begin.set()
-        writer.save(Progress(2, {}), tensors)
+        writer.save(Progress(2, config, 1.5, 2), tensors)
         assert not writer.failed
     for step in (1, 2):
         plain, thread = (tmp_path / name / f"checkpoints/step-{step:09d}.safetensors" for name in ("plain", "thread"))
         assert _content(thread) == _content(plain)
+    found, loaded = checkpoints(tmp_path / "thread").load(2)
+    assert found == Progress(2, config, 1.5, 2)
+    assert loaded.keys() == tensors.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
 
 
 def _content(path: Path) -> tuple[dict[str, Any], bytes]:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reinforce.training.order import BLOCK, Mixture, Order, share
+from reinforce.training.order import BLOCK, Mixture, Order
 
 groups = st.lists(st.integers(0, 12), min_size=1, max_size=12).filter(any)
 streams = st.integers(1, 9)
@@ -73,13 +73,6 @@ def test_the_order_never_changes() -> None:
     assert list(itertools.islice(Mixture([1, 3], 0).draws(0, 0), 8)) == [0, 1, 1, 0, 0, 1, 1, 0]
     with pytest.raises(ValueError, match="at least one row"):
         Order([0, 0], 0, "d", 1, 1)
-
-
-@given(st.integers(0, 10_000), st.integers(1, 50))
-def test_shares_add_up_and_differ_by_at_most_one(total: int, parts: int) -> None:
-    shares = [share(total, parts, part) for part in range(parts)]
-    assert sum(shares) == total
-    assert max(shares) - min(shares) <= 1
 
 
 @given(st.lists(st.floats(0.001, 1000), min_size=1, max_size=5), st.integers(0, 25_000))

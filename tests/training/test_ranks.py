@@ -41,7 +41,7 @@ from tests.helpers.trainings import PairFeed, TowersTask, before_batches, builde
 
 #: The folder and the outcomes of each rank.
 Trained = tuple[Path, list[dict[str, Any]]]
-RANKS, ROWS = 3, 3
+RANKS = 3
 BATCH = 24
 #: More gradients than the first bucket of DistributedDataParallel holds.
 WIDE = {"width": 40_000}
@@ -90,20 +90,6 @@ def hang(folder: Path, rank: int, ranks: Ranks) -> None:
         raise
 
 
-def values(rank: int, dim: int) -> torch.Tensor:
-    return torch.randn(ROWS, dim, generator=torch.Generator().manual_seed(10 * rank + dim))
-
-
-def gathered(rank: int) -> tuple[int, int, dict[str, torch.Tensor], dict[str, torch.Tensor | None], torch.Tensor]:
-    """Rank, ranks, rows of all ranks, gradients of the own rows, and a mean over ranks."""
-    parts = {"a": values(rank, 2).requires_grad_(), "b": values(rank, 4).requires_grad_()}
-    whole = gather.gather(parts)
-    ((rank + 1) * (whole["a"].sum() + 2 * whole["b"].sum())).backward()
-    gradients = {name: part.grad for name, part in parts.items()}
-    found = {name: value.detach() for name, value in whole.items()}
-    return gather.rank(), gather.world_size(), found, gradients, gather.mean(torch.tensor(float(rank)))
-
-
 def work(rank: int, folder: str, port: int, port_of_hanging: int) -> None:
     """All the trainings of this file, one after the other, because processes take seconds to start."""
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -126,7 +112,6 @@ def work(rank: int, folder: str, port: int, port_of_hanging: int) -> None:
         def gone() -> None:
             raise UserError(f"gone on rank {rank}")
 
-        torch.save(gathered(rank), f"{folder}/{rank}.pt")
         outcomes["shared"] = share_from_first(lambda: f"of rank {rank}")
         try:
             share_from_first(gone)
@@ -234,16 +219,6 @@ def test_a_rank_that_others_wait_for_in_vain_is_named_with_where_it_is(trained: 
         assert "tests/training/test_ranks.py" in error
         assert "in wait. Look at what it waits for there: `py-spy dump --pid" in error
         assert "Timed out waiting 3000ms" in error
-
-
-def test_every_rank_gathers_the_rows_of_all_in_the_order_of_the_ranks(trained: Trained) -> None:
-    """The gradient of a row is the sum over the ranks, whose losses are weighted by 1, 2 and 3."""
-    for rank in range(RANKS):
-        own, size, whole, gradients, mean = torch.load(trained[0] / f"{rank}.pt", weights_only=True)
-        assert (own, size, mean) == (rank, RANKS, 1.0)
-        for name, dim, factor in (("a", 2, 6.0), ("b", 4, 12.0)):
-            assert torch.equal(whole[name], torch.cat([values(other, dim) for other in range(RANKS)]))
-            assert torch.equal(gradients[name], torch.full((ROWS, dim), factor))
 
 
 TIMED_OUT = RuntimeError("[unbound_buffer.cc:78] Timed out waiting 1000ms for recv operation to complete")

@@ -7,8 +7,7 @@ import pytest
 from rich.table import Table
 
 from reinforce.student.config import StudentConfig
-from reinforce.tuning.correlation import check_screening, spearman
-from reinforce.tuning.results import make_curves, make_rows, results_table, screening_table
+from reinforce.tuning.results import check_screening, make_curves, make_rows, results_table, screening_table, spearman
 from reinforce.tuning.screening import TeacherScreening, _read_batches, screen
 from reinforce.tuning.space import Setting, Trial
 from reinforce.tuning.trials import Outcome
