@@ -235,7 +235,7 @@ def test_labels_that_do_not_fit_are_refused_while_planning(
         make_plan(parse_config(taking(tmp_path, labels, labels={"lab": lab}, **own)))
 
 
-def test_labels_without_an_index_are_refused_before_a_run_and_with_one_plan_counts_what_joins(
+def test_labels_without_an_index_are_refused_and_with_one_what_joins_is_counted_and_checked_before_a_run(
     tmp_path: Path, labels: str
 ) -> None:
     write_copy(tmp_path)
@@ -244,6 +244,14 @@ def test_labels_without_an_index_are_refused_before_a_run_and_with_one_plan_coun
     shutil.copytree(labels, tmp_path / "labels", ignore=shutil.ignore_patterns("identities"))
     with pytest.raises(UserError, match=r"has no identities/index\.json"):
         check_source(make_plan(parse_config(taking(tmp_path, f"{tmp_path}/labels"))))
+    # The check of labels prints how near stored and computed vectors are.
+    config = parse_config(taking(tmp_path, labels, teachers={"red": RED}))
+    lines = check_labels(config, 43, decode_pool())
+    cosines = {line.partition(":")[0]: line for line in lines}
+    assert "median 1.0000" in cosines["embeddings/red/images"]
+    assert "below 0.99" not in cosines["embeddings/red/caption"]  # of texts, which no copy changes
+    assert cosines["embeddings/blue/images"].endswith("its model is not in the config, so it is not loaded")
+    assert not (tmp_path / "out").exists()
 
 
 def test_damaged_labels_cost_their_rows_only_and_an_index_that_names_wrong_rows_joins_no_other(
@@ -267,17 +275,6 @@ def test_damaged_labels_cost_their_rows_only_and_an_index_that_names_wrong_rows_
     taken = by_number(reinforce_here(again, results=(results := [])))
     assert not any(sample.captions.get("namer") for sample in taken.values())
     assert sum(result.refused["not_reinforced"] + result.refused["reinforcement_broken"] for result in results) > 0
-
-
-def test_the_check_of_labels_prints_how_near_stored_and_computed_vectors_are(tmp_path: Path, labels: str) -> None:
-    write_copy(tmp_path)
-    config = parse_config(taking(tmp_path, labels, teachers={"red": RED}))
-    lines = check_labels(config, 43, decode_pool())
-    cosines = {line.partition(":")[0]: line for line in lines}
-    assert "median 1.0000" in cosines["embeddings/red/images"]
-    assert "below 0.99" not in cosines["embeddings/red/caption"]  # of texts, which no copy changes
-    assert cosines["embeddings/blue/images"].endswith("its model is not in the config, so it is not loaded")
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("join", ["url", "key"])

@@ -21,7 +21,7 @@ from reinforce.captioning.metrics import bleu
 from reinforce.dataset.layers import TRUE_CAPTION
 from reinforce.report.captions import _rows_per_shard, captions_report, captions_table, write_report
 from reinforce.report.texts import DEFINITIONS, TextStatistics
-from tests.helpers.commands import Command, printed_by, run_command
+from tests.helpers.commands import Command
 from tests.helpers.data import config_of
 from tests.helpers.reinforced import small_dataset
 
@@ -98,8 +98,8 @@ def test_rows_are_read_evenly_from_each_shard_and_spread_over_many(dataset: str,
     assert captions_report(data.store.url)["rows"] == 70, "all rows, as the limit allows"
 
 
-def test_the_command_prints_a_table_and_writes_the_report(
-    dataset: str, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+def test_the_command_prints_a_table_and_writes_what_the_libraries_that_are_there_allow(
+    dataset: str, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.chdir(tmp_path)
     status, out, _ = command("captions-report", dataset, "--captioner", "namer", "--teacher", "red", "--limit", "9")
@@ -107,23 +107,15 @@ def test_the_command_prints_a_table_and_writes_the_report(
     assert "self-BLEU-4" in out
     assert "9 images; written: captions-report/report.json" in out
     assert {path.name for path in (tmp_path / "captions-report").iterdir()} == FILES
-
-
-def test_without_matplotlib_there_are_no_plots_and_without_sacrebleu_no_report(
-    dataset: str,
-    tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    caplog.clear()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    out = printed_by(capfd, "captions-report", dataset, "--out", f"{tmp_path}/report")
+    status, out, _ = command("captions-report", dataset, "--out", f"{tmp_path}/report")
     assert out.endswith(f"17 images; written: {tmp_path}/report/report.json\n")
     assert caplog.messages == [
         f"{tmp_path}/report/lengths.png and others are not drawn: run pip install -e '.[report]' in the checkout"
     ]
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
-    status, _, err = run_command(capfd, "captions-report", dataset)
+    status, _, err = command("captions-report", dataset)
     assert (status, "captions-report needs sacrebleu: run pip install -e '.[report]'" in err) == (2, True)
 
 

@@ -74,9 +74,7 @@ def test_batches_over_a_view_are_the_same_after_a_resume_and_in_loader_processes
         for one, other in zip(whole[2:], others, strict=True):
             assert one["key"] == other["key"]
             assert torch.equal(one["image"], other["image"])
-
-
-def test_a_checkpoint_states_the_view_and_one_without_is_as_before(url: str) -> None:
+    # A checkpoint states the view, and one without is as before.
     [few, some, every] = [feed_of(url, view).data for view in ("few", "some", None)]
     assert few != some
     view = reinforce.open(url, view="few").view
