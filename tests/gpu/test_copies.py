@@ -36,7 +36,6 @@ def outputs(device: str) -> tuple[dict[str, Any], Noting]:
     models = Models({"red": Noting(there)}, {"namer": SeedCaptioner(there)}, Accelerator(device))
     cells = pixels()
     for array in (cells.crops, *cells.views.values()):
-        assert array is not None
         models.accelerator.pin(array)
     run = make_inference(CONFIG, [LAYERS[name] for name in NAMES], models).run
     return run(rows(3), cells), models.teachers["red"]  # type: ignore[return-value]

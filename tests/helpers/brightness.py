@@ -61,7 +61,6 @@ class BrightnessProducer(Producer):
     crops = True
 
     def encode(self, batch: Batch, prepared: Any) -> Callable[[], Outputs]:
-        assert batch.crops is not None
         [layer] = self.layers
         first = batch.crops.unflatten(0, (len(batch.rows), -1))[:, 0]
         with self.session.stage(layer.name, batch.what, len(batch.rows)):

@@ -22,7 +22,6 @@ def read_samples(path: Path) -> Samples:
         for member in tar:
             key, extension = member.name.split(".")
             file = tar.extractfile(member)
-            assert file is not None
             samples.setdefault(key, {})[extension] = file.read()
     return samples
 

@@ -174,7 +174,6 @@ def _torchrun(words: list[str]) -> None:
 def _pip(words: list[str]) -> None:
     assert words[0] == "install"
     extras = re.search(r"optional-dependencies\]\n(.*?)\n\n", (ROOT / "pyproject.toml").read_text(), re.DOTALL)
-    assert extras is not None
     for name in re.findall(r"\.\[(\w+)\]", " ".join(words)):
         assert re.search(rf"^{name} = ", extras[1], re.MULTILINE), f"there is no extra {name}"
 

@@ -23,7 +23,6 @@ def test_question_is_answered_when_all_seeds_are_finished(study: Study, tmp_path
     for arm in questions["lambda"].arms:
         for seed in range(2):
             training = find_training(study, arm, seed)
-            assert training is not None
             assert training.results() is None
             finish_training(training, 0.2 if arm.name == "distilled" else 0.1, study.steps)
     answers = [found for question in questions.values() if (found := read_answer(study, question, 2)) is not None]
@@ -39,12 +38,10 @@ def test_question_is_answered_when_all_seeds_are_finished(study: Study, tmp_path
 def test_training_of_another_config_or_dataset_is_rejected(study: Study) -> None:
     write_dataset(study)
     training = find_training(study, study.distilled, 0)
-    assert training is not None
     finish_training(training, 0.2, study.steps)
     assert training.results() is not None
     assert training.step == study.steps
     longer = find_training(Study(study.out, ["train.steps=9999"]), study.distilled, 0)
-    assert longer is not None
     assert longer.results() is None
     with pytest.raises(UserError, match=r"train\.steps: \d+ before, 9999 now\n.*Delete "):
         longer.begin()
@@ -52,15 +49,13 @@ def test_training_of_another_config_or_dataset_is_rejected(study: Study) -> None
     manifest["layers"]["samples"]["fingerprint"] = "beef"
     Path(study.dataset_url(BASE), "dataset.json").write_text(json.dumps(manifest))
     other = find_training(study, study.distilled, 0)
-    assert other is not None
     with pytest.raises(UserError, match="fingerprint of samples"):
         other.begin()
 
 
 def test_progress_counts_finished_trainings_and_logged_steps(study: Study) -> None:
     write_dataset(study)
-    found = [find_training(study, arm, 0) for arm in (study.plain, study.distilled)]
-    first, second = (training for training in found if training is not None)
+    first, second = (find_training(study, arm, 0) for arm in (study.plain, study.distilled))
     progress = _Progress([first, second], done=3)
     assert (progress.total, progress.steps) == (2 * study.steps, 0)
     second.folder.mkdir(parents=True)
