@@ -45,21 +45,17 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> tuple[Pairs, Data]:
     return make_pairs(folder)
 
 
-def test_batches_do_not_depend_on_the_start_or_the_number_of_threads(source: tuple[Pairs, Data]) -> None:
+def test_batches_do_not_depend_on_the_start_or_the_number_of_threads_or_ranks(source: tuple[Pairs, Data]) -> None:
     pairs, data = source
     whole = take(make_feed(pairs, data), 8)
     assert all(map(equal, whole[5:], take(make_feed(pairs, data), 3, start=5)))
     single = make_feed(pairs, data.model_copy(update={"threads": 1}))
     assert all(map(equal, whole, take(single, 8)))
     assert not equal(whole[0], take(make_feed(pairs, data, seed=1), 1)[0])
-
-
-def test_ranks_split_the_batch_of_a_single_rank(source: tuple[Pairs, Data]) -> None:
-    pairs, data = source
-    for step, whole in enumerate(take(make_feed(pairs, data), 5, batch=6)):
+    for step, batch in enumerate(take(make_feed(pairs, data), 5, batch=6)):
         parts = [take(make_feed(pairs, data), 1, rank, 3, 2, start=step)[0] for rank in range(3)]
-        assert whole["key"] == [key for part in parts for key in part["key"]]
-        assert torch.equal(whole["image"], torch.cat([part["image"] for part in parts]))
+        assert batch["key"] == [key for part in parts for key in part["key"]]
+        assert torch.equal(batch["image"], torch.cat([part["image"] for part in parts]))
 
 
 @settings(max_examples=30)

@@ -63,8 +63,8 @@ def end(store: Store, status: int = 0) -> Callable[[], None]:
     return lambda: store.write_json(summary, "runs", "r", "summary.json")
 
 
-def test_a_running_job_is_shown_with_its_workers_before_the_layers(
-    dataset: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+def test_a_running_job_is_shown_with_its_workers_before_the_layers_if_there_are_any(
+    dataset: Path, command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now)
@@ -75,13 +75,10 @@ def test_a_running_job_is_shown_with_its_workers_before_the_layers(
     assert lines[2].split() == ["worker", "on", "shard", "for", "stage", "for", "log"]
     assert lines[3].split()[4:8] == ["s1", "0:00:09", "decoding", "0:00:04"]
     assert lines[4].split()[:2] == ["layer", "shards"]
-
-
-def test_a_job_that_loads_its_models_into_a_new_folder_is_shown(tmp_path: Path, command: Command) -> None:
-    report(Store(str(tmp_path)), 0, workers=[], starting_workers=4)
-    status, out, _ = command("status", str(tmp_path))
+    report(Store(str(tmp_path / "new")), 0, workers=[], starting_workers=4)
+    status, out, _ = command("status", str(tmp_path / "new"))
     assert (status, out.splitlines()[-1]) == (0, "there are no layers yet: workers load their models")
-    found = json.loads(command("status", str(tmp_path), "--json")[1])
+    found = json.loads(command("status", str(tmp_path / "new"), "--json")[1])
     assert (found["run"]["starting_workers"], found["layers"], found["shards"]) == (4, {}, 0)
 
 
