@@ -33,23 +33,17 @@ def default_processes(quick: bool, files: int, size: int) -> int:
     return max(1, min(available_cores(), int(worth)))
 
 
-class ShardPool:
+class ShardPool(contextlib.ExitStack):
     """Reads batches of shards in ``processes``; 1 is this one. A context manager."""
 
     def __init__(self, options: ReadOptions, processes: int) -> None:
+        super().__init__()
         self._options, self._processes = options, processes
         if options.quick:
             self._threads, self.batch = _LOCAL_THREADS if Storage(options.url).local else _THREADS, _BATCH
         else:  # a thread holds a row group of the widest layer
             self._threads = max(2, _THREADS // processes)
             self.batch = 2 * self._threads
-        self._stack = contextlib.ExitStack()
-
-    def __enter__(self) -> ShardPool:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
 
     def read(self, batches: Iterable[Shards]) -> Iterator[list[CheckedShard]]:
         """Read batches of shards in order, some ahead of the consumer. Raises UserError if a process ends."""
@@ -62,9 +56,9 @@ class ShardPool:
             read = _read_in_process
         else:
             reader = ShardReader(self._options, self._threads)
-            self._stack.callback(reader.close)
+            self.callback(reader.close)
             pool, read = ThreadPoolExecutor(2), reader.read
-        self._stack.callback(pool.shutdown, cancel_futures=True)
+        self.callback(pool.shutdown, cancel_futures=True)
         try:
             yield from prefetch(pool, read, batches, 2 * self._processes)
         except BrokenProcessPool as error:

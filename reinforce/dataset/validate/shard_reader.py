@@ -67,6 +67,9 @@ class ShardReader:
     """Reads shards, several at a time in ``threads``."""
 
     def __init__(self, options: ReadOptions, threads: int) -> None:
+        # For `hash_keys`, before the threads import it: threads of a new process have waited for each other for ever.
+        from pandas.util import hash_array  # noqa: F401
+
         self._options = options
         self._moved: Mapping[str, str] = options.manifest.get("moved", {})
         self._roots = ImageRoots.named(options.sources, "--sources {}")
