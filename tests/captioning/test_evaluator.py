@@ -130,12 +130,9 @@ REFERENCES = [
 CAPTIONS = ["a red apple", "a cat with a hat", "a small cat"]
 
 
-def test_cider_d_equals_that_of_pycocoevalcap() -> None:
+def test_cider_d_equals_that_of_pycocoevalcap_and_scores_of_perfect_and_unrelated_captions_are_known() -> None:
     # value of pycocoevalcap 1.2 for the same words (its Cider is CIDEr-D)
     assert cider(CAPTIONS, REFERENCES) == pytest.approx(3.3992980299586297, rel=1e-12)
-
-
-def test_scores_of_perfect_unrelated_repeated_and_punctuated_captions() -> None:
     first = [texts[0] for texts in REFERENCES]
     assert bleu(first, REFERENCES) == pytest.approx(1)
     assert cider(first, [[text] for text in first]) == pytest.approx(10), "the highest score"

@@ -239,7 +239,7 @@ def test_a_faulty_set_is_reported(tmp_path: Path) -> None:
         assert message in str(error.value), fault
 
 
-def test_templates_are_built_in_or_custom(tmp_path: Path) -> None:
+def test_templates_and_class_names_are_built_in_given_or_in_a_file(tmp_path: Path) -> None:
     def texts(templates: str | list[str]) -> list[str]:
         return [template("{cat}") for template in load_templates(templates, "set")]
 
@@ -250,9 +250,6 @@ def test_templates_are_built_in_or_custom(tmp_path: Path) -> None:
     assert texts(["a {} in {0.__class__}", "{c} and {}"]) == ["a {cat} in {0.__class__}", "{cat} and {cat}"]
     (tmp_path / "own.txt").write_text("photo of {}\n\ta {c}.\n")
     assert texts(str(tmp_path / "own.txt")) == ["photo of {cat}", "a {cat}."]
-
-
-def test_class_names_come_from_a_list_a_file_or_imagenet(tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_bytes("\ufeffred\r\n dark blue \r\n\r\n".encode())
     assert load_class_names(["red", "blue"], "set") == ["red", "blue"]
     assert load_class_names(str(tmp_path / "names.txt"), "set") == ["red", "dark blue"]

@@ -97,16 +97,13 @@ def test_teachers_are_described_by_dataset_json_and_need_vectors_of_the_texts_th
     assert stored_teachers(config("a", captioners=["coca"]), {"a": two})["vit"].sides == {IMAGES, TEXTS}
 
 
-def test_data_teachers_selects_the_teachers() -> None:
+def test_data_teachers_selects_the_teachers_on_which_datasets_must_agree() -> None:
     manifests = {"a": manifest(*BOTH, "dino/images"), "b": manifest(*BOTH)}
     assert list(stored_teachers(config("a", "b", teachers=["vit"]), manifests)) == ["vit"]
     with pytest.raises(UserError, match="b has no teacher 'dino'; it has: vit"):
         stored_teachers(config("a", "b", teachers=["dino"]), manifests)
     with pytest.raises(UserError, match=r"different teachers: a has dino, vit, b has vit\. Name the teachers"):
         stored_teachers(config("a", "b"), manifests)
-
-
-def test_datasets_must_agree_on_a_teacher() -> None:
     with pytest.raises(UserError, match=r"vit differs between the datasets: a has 8 dimensions .* b has 9"):
         stored_teachers(config("a", "b"), {"a": manifest(*BOTH), "b": manifest(*BOTH, dim=9)})
     manifests = {"a": manifest(*BOTH), "b": manifest(*BOTH, scale=60.0)}

@@ -118,7 +118,7 @@ RESULTS = Results(
 )  # fmt: skip
 
 
-def test_results_are_read_as_they_were_written_and_their_keys_stay(tmp_path: Path) -> None:
+def test_results_are_read_as_they_were_written_and_their_summary_has_a_line_for_each_number(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
     assert read_results(storage) is None
     for results in (replace(RESULTS, best=None, loss=None), RESULTS):
@@ -137,9 +137,6 @@ def test_results_are_read_as_they_were_written_and_their_keys_stay(tmp_path: Pat
     del written["exported"]  # as by earlier versions, which exported the last step
     storage.write_json(written, "results.json")
     assert read_results(storage) == replace(RESULTS, exported=100)
-
-
-def test_the_summary_has_a_line_for_each_number() -> None:
     assert replace(RESULTS, skipped=2).summary().splitlines() == [
         "trained 12.3 million parameters for 100 steps on 3,200 samples in 0:00:50 (0.5 s per step, 64 samples/s)",
         "final loss: 1.2500",

@@ -56,17 +56,14 @@ def test_windows_are_whole_chunks_of_about_the_given_rows(rows: list[int], count
         assert sorted(found.order) == list(range(before_last + found.chunks[-1].rows))
 
 
-def test_epochs_windows_and_seeds_are_shuffled_differently() -> None:
+def test_epochs_windows_and_seeds_are_shuffled_differently_and_never_change() -> None:
     order, other = Order([50] * 4, 7, "d", 1, 200), Order([50] * 4, 8, "d", 1, 200)
     first, second = itertools.islice(order.windows(0), 2)
     [elsewhere] = itertools.islice(other.windows(0), 1)
     assert len({tuple(w.order) for w in (first, second, elsewhere)}) == 3
     assert len({tuple(c.group for c in next(order.windows(0, 200 * e)).chunks) for e in range(8)}) > 1
     assert sorted(first.order) != list(first.order)
-
-
-def test_the_order_never_changes() -> None:
-    """Trainings must resume after an upgrade: these numbers must stay."""
+    # Trainings must resume after an upgrade: these numbers must stay.
     order = Order([3, 4, 5], 1, "dataset 0", 2, 100)
     rows = [(group, row) for _, group, row in itertools.islice(rows_of(order, 1), 6)]
     assert rows == [(2, 0), (2, 3), (2, 4), (2, 2), (1, 3), (2, 1)]

@@ -38,16 +38,13 @@ def test_plateau_is_unknown_of_one_seed_and_on_the_side_where_trials_were_stoppe
     assert [row.mean for _, row in curve.rows] == [0.2, None], "a missing seed has no mean"
 
 
-def test_joint_curve_takes_the_best_setting_at_each_value() -> None:
+def test_joint_curve_takes_the_best_setting_at_each_value_and_none_with_a_failed_trial() -> None:
     outcomes = {}
     for red, blue, value in ((10.0, 1.0, 0.3), (10.0, 2.0, 0.5), (20.0, 1.0, 0.6), (20.0, 2.0, 0.2)):
         outcomes[Trial(Setting("joint", {"red": red, "blue": blue}), 0)] = Outcome("finished", [(10, value)])
     of_red, of_blue = make_curves(make_rows(outcomes, [0]))
     assert [(value, row.mean) for value, row in of_red.rows] == [(10.0, 0.5), (20.0, 0.6)]
     assert [(value, row.mean) for value, row in of_blue.rows] == [(1.0, 0.6), (2.0, 0.5)]
-
-
-def test_setting_with_a_failed_trial_is_reported_and_not_compared() -> None:
     outcomes = scale_outcomes({10.0: [0.2, 0.2], 20.0: [0.9]})
     outcomes[Trial(Setting("red", {"red": 20.0}, alone=True), 1)] = Outcome("open", [(5, 0.9)], error="no memory")
     rows = make_rows(outcomes, [0, 1])
