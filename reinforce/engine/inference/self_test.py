@@ -314,14 +314,14 @@ def _check_repeatable(first: Floats, second: Floats, tolerance: Tolerance) -> No
         )
 
 
-def _check_different(values: Floats, kind: str, tolerance: Tolerance) -> None:
+def _check_different(values: Floats, side: str, tolerance: Tolerance) -> None:
     for one in range(len(values)):
         for other in range(one):
             difference = float(np.abs(values[one] - values[other]).max())
             if difference <= tolerance.equal:
-                pair = f"{TEXTS[other]!r} and {TEXTS[one]!r}" if kind == "texts" else "two different images"
+                pair = f"{TEXTS[other]!r} and {TEXTS[one]!r}" if side == "texts" else "two different images"
                 raise ValueError(
-                    f"{pair} get the same embedding (largest difference {difference:.1g}); check the {_CAUSES[kind]}"
+                    f"{pair} get the same embedding (largest difference {difference:.1g}); check the {_CAUSES[side]}"
                 )
 
 
