@@ -38,23 +38,17 @@ def test_no_more_requests_are_under_way_than_allowed_and_slow_ones_keep_nobody_f
     assert len(polls.due(36.0, 300.0)) == MAX_IN_FLIGHT, "none of the first has answered, and others are asked"
 
 
-def test_a_worker_is_asked_again_only_after_its_answer() -> None:
+def test_a_worker_is_asked_again_only_after_its_answer_and_time_in_which_the_driver_was_stopped_is_no_silence() -> None:
     polls: Polls[str] = Polls()
     polls.add("a", 0.0)
     assert polls.due(5.0, 300.0) == ["a"]
-    assert polls.due(50.0, 300.0) == []
-    polls.answered("a")
-    assert polls.due(60.0, 300.0) == ["a"]
-    polls.remove("a")
-    assert polls.due(70.0, 300.0) == []
-    assert polls.unanswered(70.0) == []
-
-
-def test_time_in_which_the_driver_was_stopped_does_not_count_as_silence() -> None:
-    polls: Polls[str] = Polls()
-    polls.add("a", 0.0)
-    polls.due(5.0, 300.0)
     assert [polls.unanswered(now) for now in (6.0, 5000.0, 5001.0)] == [[("a", 1.0)], [("a", 0.0)], [("a", 1.0)]]
+    assert polls.due(5050.0, 300.0) == []
+    polls.answered("a")
+    assert polls.due(5060.0, 300.0) == ["a"]
+    polls.remove("a")
+    assert polls.due(5070.0, 300.0) == []
+    assert polls.unanswered(5070.0) == []
 
 
 def test_no_healthy_worker_is_killed_and_every_hang_is_found_in_time_in_a_large_cluster() -> None:
@@ -133,18 +127,14 @@ def test_the_limit_of_a_batch_follows_from_the_slowest_batch_of_its_layer(slowes
     assert hangs(LAYER, limit + 1, limits)
 
 
-def test_a_first_batch_that_hung_for_an_hour_gets_a_quarter_of_it_when_its_shard_runs_alone() -> None:
-    limits = StallLimits(Failures())
-    limits.record_hang(hang_of(pulse(LAYER, 3601.0), limits))
+def test_a_first_batch_that_hung_for_an_hour_gets_a_quarter_of_it_and_other_stages_have_limits_of_their_own() -> None:
+    limits = StallLimits(Failures(sample_seconds=1000.0))
+    limits.record_hang(hang_of(pulse(LAYER, 3601.0), limits))  # its shard runs alone next
     assert (limits.seconds(LAYER), limits.seconds("another")) == (900.0, 3600.0)
     limits.record({LAYER: 100.0})
     assert limits.seconds(LAYER) == 2000.0, "what was measured counts more"
-
-
-def test_storage_has_a_limit_before_anything_was_measured_and_decoding_outlasts_its_own_limit() -> None:
-    limits = StallLimits(Failures(sample_seconds=1000.0))
     assert (limits.seconds(READING), limits.seconds(WRITING)) == (STORAGE_FLOOR, STORAGE_FLOOR)
-    assert limits.seconds(DECODING) == 2500.0
+    assert limits.seconds(DECODING) == 2500.0, "decoding outlasts its own limit"
 
 
 @pytest.mark.parametrize(
@@ -180,7 +170,7 @@ def test_the_message_names_shard_layer_batch_and_limit_or_the_image_in_work() ->
     )
 
 
-def test_a_worker_that_does_not_answer_has_the_limit_of_what_it_last_did() -> None:
+def test_a_worker_that_does_not_answer_has_the_limit_of_what_it_last_did_and_its_board_names_shard_and_batch() -> None:
     limits = StallLimits(Failures())
     assert silence_limit(Pulse(), limits) == CEILING, "nothing is known of it"
     limits.record({LAYER: 2.0})
@@ -192,9 +182,6 @@ def test_a_worker_that_does_not_answer_has_the_limit_of_what_it_last_did() -> No
         "it was at a in layer embeddings/red/images (4 rows) (limit: 300 s, because the slowest such step so far took "
         "2 s; failures.stall_seconds sets another limit)"
     )
-
-
-def test_the_board_of_a_worker_that_does_not_answer_names_the_shard_and_the_batch() -> None:
     board = (LeasePulse("a", WAITING, 9.0), LeasePulse("b", LAYER, 9.0, "8 rows"))
     hang = find_silence(7.0, pulse(LAYER, 1.0, "4 rows"), board, SIX)
     assert (hang.shards, hang.stages) == ({"b"}, {LAYER})

@@ -41,22 +41,16 @@ def test_a_run_names_its_workers_and_the_cores_that_few_shards_leave_idle() -> N
     assert line(15, batch="auto") == line(15)
 
 
-def test_a_worker_gets_as_many_leases_as_recycle_allows_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_gets_as_many_leases_as_recycle_allows_and_a_shard_that_it_had_may_have_been_quarantined(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     pool = pool_of(monkeypatch, [slot := started()], recycle=3)
     for lease in range(3):
         assert slot.free > 0
         pool.lease(slot, SHARD)
         if lease == 0:
-            pool.end_lease(next(iter(slot.leases)))
+            assert pool.end_lease(next(iter(slot.leases))).quarantined == SHARD.layers
     assert (slot.free, slot.exhausted, len(slot.leases)) == (0, True, 2)
-
-
-def test_a_shard_that_is_leased_again_may_have_been_quarantined_by_its_first_lease(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    pool = pool_of(monkeypatch, [slot := started()])
-    pool.lease(slot, SHARD)
-    assert pool.end_lease(next(iter(slot.leases))).quarantined == SHARD.layers
 
 
 def test_a_new_worker_gets_the_number_of_one_that_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +70,7 @@ def test_the_pool_shrinks_by_workers_that_have_not_started_and_then_by_those_tha
     pool = pool_of(monkeypatch, [good, bad, loading])
     for size, left in ((2, [good, bad]), (1, [good])):
         pool.shrink(size, {bad.id: 2})
-        assert pool.slots == left
+        assert pool.slots == [*pool.free] == left
 
 
 def test_no_worker_is_placed_on_an_avoided_node_unless_there_is_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,10 +160,12 @@ def end(slot: Slot, name: str) -> None:
     slot.leases = {ref: leased for ref, leased in slot.leases.items() if leased.name != name}
 
 
-def test_each_worker_gets_two_shards_in_turns() -> None:
-    queue = ShardQueue(SHARDS)
-    assert hand_out(queue, started(), started()) == ["ac", "bd"]
-    assert len(queue) == 4
+def test_each_worker_gets_two_shards_in_turns_and_one_added_first_is_leased_first() -> None:
+    queue = ShardQueue(SHARDS[:5])
+    queue.add(SHARDS[5], first=True)
+    queue.add(SHARDS[6])
+    assert hand_out(queue, started(), started()) == ["fb", "ac"]
+    assert len(queue) == 3
 
 
 def test_a_delayed_shard_is_leased_at_its_time() -> None:
@@ -180,13 +176,6 @@ def test_a_delayed_shard_is_leased_at_its_time() -> None:
     assert found == [("", 2), ("b", 1), ("ba", 0)]
 
 
-def test_a_shard_added_first_is_leased_first() -> None:
-    queue = ShardQueue(SHARDS[:3])
-    queue.add(SHARDS[5], first=True)
-    queue.add(SHARDS[6])
-    assert hand_out(queue, started()) == ["fa"]
-
-
 def test_a_suspect_runs_alone_in_an_idle_worker() -> None:
     queue, slots = ShardQueue(SHARDS[:4]), [started(), started()]
     queue.add_suspect(SHARDS[7])
@@ -195,7 +184,7 @@ def test_a_suspect_runs_alone_in_an_idle_worker() -> None:
         assert [slot.alone for slot in slots] == [True, False]
 
 
-def test_a_busy_worker_is_drained_for_each_suspect_and_runs_it_alone() -> None:
+def test_a_busy_worker_is_drained_for_each_suspect_until_it_runs_it_alone_or_another_worker_takes_it() -> None:
     queue, slots = ShardQueue(SHARDS), [started(), started()]
     hand_out(queue, *slots)
     queue.add_suspect(shard("s"))
@@ -207,20 +196,15 @@ def test_a_busy_worker_is_drained_for_each_suspect_and_runs_it_alone() -> None:
     assert [slot.alone for slot in slots] == [True, False]
     end(slots[0], "s")
     assert hand_out(queue, *slots) == ["fg", "de"]
-
-
-def test_a_worker_stops_draining_when_another_one_takes_the_suspect() -> None:
-    queue, slots = ShardQueue(SHARDS), [started()]
-    hand_out(queue, *slots)
-    queue.add_suspect(shard("s"))
+    queue.add_suspect(shard("t"))
     hand_out(queue, *slots)
     assert slots[0].draining
     slots.append(started())
-    assert hand_out(queue, *slots)[1] == "s"
+    assert hand_out(queue, *slots)[2] == "t"
     assert not slots[0].draining
 
 
-def test_a_retry_goes_to_another_node_and_waits_for_it_while_others_go_on() -> None:
+def test_a_retry_waits_for_another_node_else_goes_to_another_worker_and_to_the_same_if_there_is_no_other() -> None:
     queue, slots = ShardQueue(SHARDS[:1]), [started("x", 1), started("x", 2), started("y", 3)]
     slots[2].leases = {1: SHARDS[5], 2: SHARDS[6]}
     queue.add_delayed(SHARDS[7], 0.0, TRIED)
@@ -228,14 +212,10 @@ def test_a_retry_goes_to_another_node_and_waits_for_it_while_others_go_on() -> N
     assert len(queue) == 1
     end(slots[2], "f")
     assert hand_out(queue, *slots, now=1.0) == ["a", "", "gh"]
-
-
-def test_a_retry_goes_to_another_worker_of_the_only_node_and_to_the_same_if_there_is_no_other() -> None:
-    queue, slots = ShardQueue([]), [started("x", 1), started("x", 2)]
-    queue.add_delayed(SHARDS[0], 0.0, TRIED)
-    assert hand_out(queue, *slots, now=1.0) == ["", "a"]
-    queue.add_delayed(SHARDS[0], 0.0, TRIED)
-    assert hand_out(queue, slots[0], now=1.0) == ["a"]
+    queue.add_delayed(SHARDS[1], 0.0, TRIED)
+    assert hand_out(queue, *slots[:2], now=1.0) == ["a", "b"], "there is one node"
+    queue.add_delayed(SHARDS[2], 0.0, TRIED)
+    assert hand_out(queue, slots[0], now=1.0) == ["ac"]
 
 
 def test_a_retry_goes_to_no_worker_at_which_the_last_lease_failed_while_there_are_others() -> None:

@@ -47,16 +47,14 @@ def test_a_worker_at_which_two_shards_failed_that_passed_elsewhere_is_at_fault_u
     assert [faults.record_success(shard, B, 4.0, 2) for shard in "34"] == [[], []]
 
 
-def test_three_shards_in_a_row_that_fail_while_others_pass_elsewhere_are_the_workers_fault(faults: Faults) -> None:
+def test_three_shards_in_a_row_that_fail_while_others_pass_elsewhere_are_the_workers_fault_and_one_is_not(
+    faults: Faults,
+) -> None:
+    fail(faults, C, "5", now=1.0)
     assert fail(faults, A, "1", "2", "3", now=1.0) is None, "nothing has passed elsewhere since"
     faults.record_success("9", B, 2.0, 2)
+    assert fail(faults, C, "5", "5", "5", "5", now=3.0) is None
     assert "4 shards in a row failed there while shards passed elsewhere" in str(fail(faults, A, "4", now=3.0))
-
-
-def test_a_shard_that_fails_again_and_again_at_one_worker_is_not_three_shards(faults: Faults) -> None:
-    fail(faults, A, "1", now=1.0)
-    faults.record_success("9", B, 2.0, 2)
-    assert fail(faults, A, "1", "1", "1", "1", now=3.0) is None
 
 
 def test_shards_that_fail_on_two_nodes_are_themselves_the_cause(faults: Faults) -> None:

@@ -86,18 +86,16 @@ def test_the_message_names_the_worker_its_growth_per_shard_and_the_fix(policy: F
     ]
 
 
-def test_the_message_of_workers_that_do_not_grow_asks_for_smaller_batches() -> None:
+def test_the_message_of_workers_that_do_not_grow_asks_for_smaller_batches_and_of_others_for_fewer_shards() -> None:
     deaths = MemoryDeaths(2)
-    deaths.record_death(WORKER, MemoryUse(5_000_000_000, 5_100_000_000, 40), None)
-    assert str(deaths.note).endswith(
-        "with 5,100 MB after 40 shards. Lower workers.batch, or give each worker more of its node by workers.cpus"
-    )
-
-
-def test_the_advice_is_below_a_number_of_shards_that_did_not_suffice() -> None:
-    deaths = MemoryDeaths(2)
+    for use in (MemoryUse(5_000_000_000, 9_000_000_000, 40), MemoryUse(5_000_000_000, 9_000_000_000, 0)):
+        deaths.record_death(WORKER, use, None)
+        assert str(deaths.note).endswith(
+            f"with 9,000 MB after {use.shards} shards. Lower workers.batch, or give each worker more of its node by "
+            "workers.cpus"
+        )
     deaths.record_death(WORKER, LEAK, 6)
-    assert str(deaths.note).endswith("workers.recycle: 5")
+    assert str(deaths.note).endswith("workers.recycle: 5"), "below a number that did not suffice"
 
 
 def test_there_is_a_message_after_three_deaths_and_whenever_their_number_has_doubled() -> None:
@@ -186,3 +184,6 @@ def test_a_storage_error_is_neither_an_attempt_nor_the_workers_fault() -> None:
         assert isinstance(failures.lease_raised(one, SLOW_DOWN, float(number)), Retry)
         assert failures.worker_failed(WORKER, str(number), SLOW_DOWN, "odd", float(number), 1) is None
     assert failures.lease_raised(one, SLOW_DOWN, 100.0) == LeaveShard(one, 21)
+    failures = policy_of(outage_seconds=0)
+    found = [failures.lease_raised(one, SLOW_DOWN, 0.0) for _ in range(2)]
+    assert (type(found[0]), found[1]) == (Retry, LeaveShard(one, 2)), "each shard is tried again once"
