@@ -19,8 +19,18 @@ from reinforce.evaluation.suite.files import find_files
 from reinforce.evaluation.suite.models import Models, Outcome
 from tests.helpers import tiny_models
 from tests.helpers.commands import Command
-from tests.helpers.evaluation import CPU, ColourOracle, ConstantEncoder, NanEncoder, solid_image
-from tests.helpers.suites import colour_samples, find_set, stored, write_classification, write_table
+from tests.helpers.evaluation import (
+    CPU,
+    ColourOracle,
+    ConstantEncoder,
+    NanEncoder,
+    colour_samples,
+    find_set,
+    solid_image,
+    stored,
+    write_classification,
+    write_table,
+)
 
 
 def evaluate_set(root: Path, key: str, batch: int = 5, **encoders: Encoder) -> Outcome:

@@ -1,7 +1,8 @@
-"""Small evaluation sets with known answers, and dual encoders that solve or fail them."""
+"""Small evaluation sets with known answers, also as suites publish them, and dual encoders that solve or fail them."""
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import open_clip
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
@@ -16,6 +19,7 @@ from reinforce import settings
 from reinforce.evaluation.config import Evaluation
 from reinforce.evaluation.encoding import Encoder
 from reinforce.evaluation.evaluator import Evaluator
+from reinforce.evaluation.registry import SuiteSet, select_sets
 from teachers.device.accelerator import Accelerator
 from teachers.open_clip.teacher import OpenClipTeacher, image_spec
 from teachers.protocols import ImageSpec
@@ -145,3 +149,61 @@ class NanEncoder(ConstantEncoder):
 
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
         return super().encode_images(pixels) * torch.nan
+
+
+#: Samples of a set: (class index, image, metadata or None).
+Samples = Sequence[tuple[object, bytes, Sequence[int] | None]]
+
+
+def find_set(key: str) -> SuiteSet:
+    """The set of a key, of the last part of one, or of a name, in any suite."""
+    sets = [one for suite in ("datacomp", "sugarcrepe", "long-captions") for one in select_sets(suite)]
+    return next(one for one in sets if one.key.endswith(key) or one.name.lower() == key)
+
+
+def colour_samples(each: int = 2) -> list[tuple[object, bytes, Sequence[int] | None]]:
+    """Solid images of all colours with their class indices, without metadata."""
+    return [(index, solid_image(colour, shade), None) for index, colour in enumerate(COLOURS) for shade in range(each)]
+
+
+def write_classification(
+    root: Path,
+    key: str,
+    samples: Samples,
+    classes: Sequence[str] = tuple(COLOURS),
+    templates: Sequence[str] = ("a photo of {c}.", "{c}"),
+    shards: int = 2,
+) -> Path:
+    """Write a set with its samples in turn in ``shards`` tars -> its folder."""
+    folder = root / find_set(key).folder
+    (folder / "test").mkdir(parents=True)
+    (folder / "classnames.txt").write_text("\n".join(classes) + "\n")
+    (folder / "zeroshot_classification_templates.txt").write_text("\n".join(templates) + "\n")
+    (folder / "test" / "nshards.txt").write_text(f"{shards}\n")
+    for shard in range(shards):
+        members = []
+        for number, (label, image, metadata) in list(enumerate(samples))[shard::shards]:
+            members += [(f"s{number:07}.webp", image), (f"s{number:07}.cls", str(label).encode())]
+            if metadata is not None:
+                members.append((f"s{number:07}.npy", npy(np.array(metadata))))
+        write_tar(folder / "test" / f"{shard}.tar", members)
+    return folder
+
+
+def npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def write_table(root: Path, key: str, columns: dict[str, list[Any]]) -> Path:
+    """Write a set as one Parquet file, where the branch refs/convert/parquet has it -> the file."""
+    path = root / find_set(key).folder / "TEST" / "test" / "0000.parquet"
+    path.parent.mkdir(parents=True)
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def stored(image: bytes) -> dict[str, Any]:
+    """An image as Hugging Face stores it in a table."""
+    return {"bytes": image, "path": None}

@@ -1,4 +1,4 @@
-"""A tiny CoCa with seeded random weights."""
+"""A tiny CoCa with seeded random weights, and the demo's captioner, which is small and trained."""
 
 from __future__ import annotations
 
@@ -6,9 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip
 import torch
 from safetensors.torch import save_file
+
+from teachers.coca.captioner import CocaCaptioner
+from teachers.device.accelerator import Accelerator
+from teachers.registry import captioner_spec
+from tests.helpers.pages import ROOT
 
 IMAGE_SIZE = 32
 END = 49407
@@ -63,3 +69,19 @@ def coca_model(folder: Path | str, seed: int = 0, **text: Any) -> str:
     state["text_decoder.text_projection"][:, END : END + 1] += 8 * tilt[:, None]
     save_file({name: value.contiguous() for name, value in state.items()}, folder / "open_clip_model.safetensors")
     return f"local-dir:{folder}"
+
+
+MODEL = f"local-dir:{ROOT / 'configs' / 'demo-models' / 'coca-64'}"
+
+
+def build(device: str, **options: Any) -> CocaCaptioner:
+    spec = captioner_spec(**{"model": MODEL, "captions": 3, "max_length": 16, **options})
+    return CocaCaptioner(spec, Accelerator(device))
+
+
+def batch(captioner: CocaCaptioner, count: int) -> tuple[torch.Tensor, np.ndarray]:
+    """Pixels on the device of a captioner, and seeds."""
+    pixels = torch.randn(count, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    pixels = torch.nn.functional.interpolate(pixels, (64, 64))
+    seeds = np.arange(count * captioner.captions, dtype=np.uint64).reshape(count, captioner.captions)
+    return captioner._accelerator.put(pixels), seeds

@@ -14,8 +14,7 @@ import pytest
 
 from reinforce.inspection import gallery
 from reinforce.inspection.report import inspect
-from tests.helpers.hostile_captions import SCRIPT
-from tests.helpers.inspected import REFUSED, WITHOUT_CAPTION, hostile_dataset
+from tests.helpers.inspected import REFUSED, SCRIPT, WITHOUT_CAPTION, hostile_dataset
 from tests.helpers.web import serving
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")

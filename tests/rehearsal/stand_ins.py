@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from tests.helpers.data import write_tar
-from tests.helpers.evaluation import COLOURS, encode_png
+from tests.helpers.evaluation import COLOURS, encode_png, write_classification, write_table
 from tests.helpers.published import npz
 from tests.helpers.students import student_folder
-from tests.helpers.suites import write_classification, write_table
 
 CAPTIONS, AUGMENTATIONS, DIM, SIDE = 5, 3, 768, 48
 CLASSIFICATION = ("cifar10", "vtab/pets", "fairness/geode")

@@ -1,4 +1,4 @@
-"""The loss compared with its equations in numpy and with open_clip, and its properties."""
+"""The loss compared with its equations in numpy and with open_clip, its properties, and that of two ranks."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import itertools
 import math
 
 import numpy as np
-import open_clip
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from reinforce.student import chunks
 from reinforce.student.loss import Objective, contrastive_losses, scale_losses
+from tests.helpers.ranks import results_of_ranks
 
 KINDS = {"both": ("caption", "synthetic"), "mixed": ("caption",)}
 SCALES = {"one": 70.0, "two": 60.0, "three": 33.0}
@@ -109,6 +109,8 @@ def test_gradients_reach_features_and_scalars(form: str, share: float, monkeypat
 
 
 def test_it_equals_open_clips_losses_with_and_without_a_teacher() -> None:
+    import open_clip  # not by the ranks below
+
     student, teacher = vectors("student", "mixed"), vectors("one", "mixed")
     scale, bias = torch.tensor(25.0, dtype=torch.float64), torch.tensor(-7.0, dtype=torch.float64)
     theirs = open_clip.loss.DistillClipLoss()(
@@ -239,3 +241,58 @@ def test_tf32_changes_gradients_by_a_fifth_of_what_one_rounding_to_bf16_does_at_
         in_tf32 = gradient(features)
     rounded = gradient({kind: value.bfloat16().float() for kind, value in features.items()})
     assert 0 < (in_tf32 - exact).norm() < 0.2 * (rounded - exact).norm() < 0.2 * 0.01 * exact.norm()
+
+
+RANKS, OF_RANK = 2, 3  # pairs
+CASES = {
+    f"{form}, lambda {share}": Objective(
+        share, form, {"one": 30.0, "two": 55.0}, {"two": -12.0} if form == "sigmoid" else {}
+    )
+    for form, share in itertools.product(("softmax", "sigmoid"), (0.0, 0.4, 1.0))
+}
+
+
+def computed(objective: Objective, rows: slice) -> dict[str, torch.Tensor]:
+    """Loss and gradients by name for some rows of the batch."""
+    features = {
+        what: unit(RANKS * OF_RANK, 6, i)[rows].clone().requires_grad_() for i, what in enumerate(KINDS_AND_IMAGE)
+    }
+    targets = {
+        teacher: {what: unit(RANKS * OF_RANK, dim, 10 * dim + i)[rows] for i, what in enumerate(KINDS_AND_IMAGE)}
+        for teacher, dim in (("one", 4), ("two", 5))
+    }
+    scalars = {
+        "scale": torch.tensor(math.log(15.0), dtype=torch.float64, requires_grad=True),
+        "bias": torch.tensor(-2.0, dtype=torch.float64, requires_grad=True),
+    }
+    losses = contrastive_losses(objective, features, scalars["scale"].exp(), scalars["bias"], targets)
+    total = torch.stack(list(losses.values())).sum()
+    total.backward()
+    gradients = {name: value.grad for name, value in {**features, **scalars}.items() if value.grad is not None}
+    return {"loss": total.detach(), **gradients}
+
+
+def of_rank(rank: int) -> dict[str, dict[str, torch.Tensor]]:
+    chunks.CHUNK = 2 * RANKS * OF_RANK  # chunks of two rows
+    rows = slice(rank * OF_RANK, (rank + 1) * OF_RANK)
+    return {name: computed(objective, rows) for name, objective in CASES.items()}
+
+
+@pytest.fixture(scope="module")
+def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, torch.Tensor]]]:
+    return results_of_ranks(of_rank, RANKS, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_mean_over_ranks_is_the_loss_of_the_whole_batch(
+    case: str, of_ranks: list[dict[str, dict[str, torch.Tensor]]]
+) -> None:
+    whole = computed(CASES[case], slice(None))
+    parts = [results[case] for results in of_ranks]
+    assert all(part.keys() == whole.keys() for part in parts)
+    for name, expected in whole.items():
+        if name in KINDS_AND_IMAGE:  # each rank's own rows; averaging over ranks divides their gradients
+            found = torch.cat([part[name] for part in parts]) / RANKS
+        else:
+            found = torch.stack([part[name] for part in parts]).mean(dim=0)
+        torch.testing.assert_close(found, expected, msg=lambda text, name=name: f"{name}: {text}")

@@ -1,9 +1,10 @@
-"""What a training writes and shows: its log, TensorBoard events, curves, speed, a trace, lines and results."""
+"""What a training writes and shows: log, events, curves, speed, trace, results, and the trackers that get its rows."""
 
 from __future__ import annotations
 
 import gzip
 import json
+import logging
 import math
 import sys
 import threading
@@ -18,20 +19,26 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import reinforce.training.record.progress
+from reinforce.errors import UserError
 from reinforce.storage import Storage
+from reinforce.student.config import StudentConfig
+from reinforce.student.train import make_job
 from reinforce.training import loop
+from reinforce.training.config import Trackers
 from reinforce.training.distributed.ranks import Ranks
+from reinforce.training.job import Job
 from reinforce.training.loop import fit
 from reinforce.training.record import curves
 from reinforce.training.record.curves import draw_curves
 from reinforce.training.record.log import Log
 from reinforce.training.record.progress import Throughput, TimeLeft, format_row
 from reinforce.training.record.results import Results, read_results
+from reinforce.training.record.trackers import RUNS, Scalars, Tracker, check_trackers, open_trackers
 from reinforce.training.saving.checkpoint import BestCheckpoint
 from reinforce.training.stop import StopSignal
 from teachers.device.accelerator import Accelerator
 from tests.helpers.trainings import WIDTH, PairFeed, TowersTask, before_batches, job, rows
-from tests.training.test_loop import run
+from tests.training.test_loop import run, stopped_after
 
 
 def row(step: int, loss: float = 1.0) -> dict[str, Any]:
@@ -209,3 +216,153 @@ def test_logs_have_the_speed_and_the_time_spent_waiting_for_data(tmp_path: Path)
     assert slow[1]["samples_per_second"] < 16 / 0.3
     assert slow[1]["memory"] > 10_000_000
     assert slow[1]["lr"] == pytest.approx(0.02 * 0.5 * (1 + math.cos(math.pi * 7 / 9)), rel=1e-3)
+
+
+def tracked(output: Path, **sections: Any) -> Job:
+    return replace(job(output, evaluate_every=6), trackers=Trackers(**sections))
+
+
+class Kept:
+    """A tracker that keeps what it gets."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, Scalars]] = []
+        self.failed: bool | None = None
+
+    def log(self, step: int, scalars: Scalars) -> None:
+        self.rows.append((step, scalars))
+
+    def close(self, failed: bool) -> None:
+        self.failed = failed
+
+
+# --- a tracker that fails
+
+
+def test_a_tracker_gets_finite_numbers_in_order_and_how_the_training_ended() -> None:
+    kept = Kept()
+    tracker = Tracker("x", lambda: kept)
+    tracker.add(1, {"loss": 2.0, "memory": float("inf")})
+    tracker.add(2, {"loss": float("nan")})
+    tracker.add(3, {"loss": 1.0, "skipped": 0})
+    tracker.close(failed=True)
+    assert kept.rows == [(1, {"loss": 2.0}), (3, {"loss": 1.0, "skipped": 0.0})]
+    assert kept.failed is True
+
+
+class Broken(Kept):
+    def __init__(self, where: str, error: BaseException) -> None:
+        super().__init__()
+        if where == "start":
+            raise error
+
+        def fail(*_: object) -> None:
+            raise error
+
+        setattr(self, where, fail)
+
+
+@pytest.mark.parametrize("where", ["start", "log", "close"])
+@pytest.mark.parametrize("error", [ValueError("no access to https://me:secret@host/x?k=1"), SystemExit(3)], ids=repr)
+def test_a_tracker_that_fails_is_reported_once(
+    where: str, error: BaseException, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = Tracker("wandb", lambda: Broken(where, error))
+    for step in range(50):
+        tracker.add(step, {"loss": 1.0})
+    tracker.close(failed=False)
+    tracker._thread.join(600)
+    [record] = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "log.wandb failed, and gets no further rows; the training goes on: " in record.getMessage()
+    assert "secret" not in record.getMessage()
+
+
+def test_a_tracker_that_does_not_answer_costs_no_step_and_does_not_hold_the_end(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    answer = threading.Event()
+
+    class Slow(Kept):
+        def log(self, step: int, scalars: Scalars) -> None:
+            answer.wait(600)
+
+    tracker = Tracker("mlflow", Slow, closing_seconds=0.2)
+    for step in range(10_100):
+        tracker.add(step, {"loss": 1.0})
+    tracker.close(failed=False)
+    answer.set()
+    assert [record.getMessage().rpartition(": ")[2] for record in caplog.records] == ["10,000 rows wait for it"]
+
+
+# --- the config
+
+
+def test_trackers_are_no_part_of_what_a_checkpoint_fixes_and_need_their_packages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {"output": "o", "student": {"model": "m"}, "data": {"datasets": "d"}, "train": {"steps": 2000}}
+    plain = StudentConfig.model_validate(values)
+    named = StudentConfig.model_validate({**values, "log": {"wandb": {"project": "p", "entity": "me"}}})
+    assert make_job(named).fixed_config == make_job(plain).fixed_config
+    assert make_job(named).trackers == Trackers.model_validate({"wandb": {"project": "p", "entity": "me"}})
+    assert '"log":' not in plain.model_dump_json(exclude_none=True), "recipes of ablations leave unset keys out"
+    assert open_trackers(job(tmp_path), Storage(str(tmp_path))) == []
+    assert not (tmp_path / RUNS).exists()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    check_trackers(Trackers())
+    for name in ("wandb", "mlflow", "trackio"):
+        with pytest.raises(UserError, match=rf"log\.{name}: .* Run: pip install -e '\.\[{name}\]'"):
+            check_trackers(Trackers.model_validate({name: {}}))
+
+
+# --- the packages, offline
+
+
+@pytest.fixture
+def wandb_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    pytest.importorskip("wandb", reason="needs the extra wandb")
+    for name in ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "wandb-files"))
+    (tmp_path / "wandb-files").mkdir()
+    return tmp_path / "wandb-files"
+
+
+def resumed_training(output: Path, **sections: Any) -> list[tuple[int, float]]:
+    """Train to step 6, stop, and resume; returns steps and losses of the log."""
+    stopped_after(6, tracked(output, **sections))
+    before = json.loads((output / RUNS).read_text())
+    run(tracked(output, **sections))
+    assert json.loads((output / RUNS).read_text()) == before, "the same run continues"
+    return [(row["step"], row["loss"]) for row in rows(output) if "loss" in row]
+
+
+def test_mlflow_has_one_run_with_the_rows_of_both_parts(tmp_path: Path) -> None:
+    pytest.importorskip("mlflow", reason="needs the extra mlflow")
+    from mlflow import MlflowClient
+
+    uri = f"file:{tmp_path}/mlruns"
+    expected = resumed_training(tmp_path / "student-1", mlflow={"uri": uri, "experiment": "tests"})
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name("tests")
+    assert experiment is not None
+    [found] = client.search_runs([experiment.experiment_id])
+    assert (found.info.run_name, found.info.status) == ("student-1", "FINISHED")
+    assert found.data.params["batch"] == "16"
+    metrics = client.get_metric_history(found.info.run_id, "loss")
+    assert sorted((metric.step, metric.value) for metric in metrics) == expected
+    assert "losses/closeness" in found.data.metrics
+
+
+def test_trackio_has_one_run_with_the_rows_of_both_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    trackio = pytest.importorskip("trackio", reason="needs the extra trackio")
+    resumed_training(tmp_path / "student-2", trackio={"project": "tests"})
+    runs = trackio.Api().runs("tests")
+    assert [one.name.rpartition("-")[0] for one in runs] == ["student-2"]
+
+
+def test_wandb_writes_a_run_for_later(tmp_path: Path, wandb_folder: Path) -> None:
+    resumed_training(tmp_path / "student-3", wandb={"mode": "offline", "folder": str(wandb_folder)})
+    number = json.loads((tmp_path / "student-3" / RUNS).read_text())["wandb"]
+    assert len([*wandb_folder.glob(f"wandb/offline-run-*-{number}/run-{number}.wandb")]) >= 1

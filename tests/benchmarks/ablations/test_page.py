@@ -1,22 +1,185 @@
-"""The page of the ablations and its stored numbers."""
+"""Claims and measures on small numbers, finished trainings and their answers, and the page that shows them."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from benchmarks.ablations import page
-from benchmarks.ablations.arms import Study
-from benchmarks.ablations.claims import agreement
-from benchmarks.ablations.measures import REACHED_AT, RETAINED
-from benchmarks.ablations.questions import make_questions
-from tests.helpers.ablations import make_answer, rising_answer, write_page
-from tests.helpers.demo import ROOT
+from benchmarks.ablations.arms import BASE, Study
+from benchmarks.ablations.claims import Compare, Pick, Sooner, Within, agreement
+from benchmarks.ablations.measures import (
+    ALL_MEASURES,
+    BYTES,
+    MILLISECONDS,
+    MILLISECONDS_ALONE,
+    REACHED_AT,
+    RETAINED,
+    step_of_level,
+)
+from benchmarks.ablations.questions import Question, make_questions
+from benchmarks.ablations.results import Answer, Training, add_derived_measures, find_training, read_answer
+from benchmarks.ablations.trainings import _Progress
+from reinforce.dataset.files.store import Store
+from reinforce.demo.compare import MEASURES, SECONDS
+from reinforce.errors import UserError
+from tests.helpers import demo
+
+
+def numbers_of(**arms: Sequence[float]) -> dict[str, dict[str, Sequence[float]]]:
+    """Return the unseen style of each arm, for each seed."""
+    return {label: {"unseen_style": values} for label, values in arms.items()}
+
+
+def make_answer(question: Question, levels: Mapping[str, float], seeds: int = 3) -> Answer:
+    """Return an answer where every measure of an arm is its level plus 0.001 per seed; curves are linear."""
+    numbers: dict[str, dict[str, list[float]]] = {}
+    curves: dict[str, dict[str, list[list[tuple[int, float]]]]] = {}
+    for arm in question.arms:
+        values = [levels[arm.label] + 0.001 * seed for seed in range(seeds)]
+        numbers[arm.label] = dict.fromkeys((*MEASURES, SECONDS, BYTES, MILLISECONDS, MILLISECONDS_ALONE), values)
+        if question.target is not None:
+            curves[arm.label] = {name: [[(50, v / 2), (100, v)] for v in values] for name in MEASURES}
+    return add_derived_measures(Answer(question, numbers, "this one", curves))
+
+
+def rising_answer(question: Question) -> Answer:
+    """Return an answer in which each arm is better than the previous one."""
+    return make_answer(question, {arm.label: 0.1 + 0.05 * place for place, arm in enumerate(question.arms)})
+
+
+def write_dataset(study: Study, name: str = BASE) -> None:
+    """Write the manifest of a dataset."""
+    manifest = {
+        "format": "reinforced-dataset",
+        "schema_version": 1,
+        "images": "embed",
+        "augmentations": {"count": 2, "size": 64},
+        "layers": {"samples": {"kind": "samples", "fingerprint": "f00d"}},
+        "teachers": {name: {"logit_scale": 50.0, "logit_scale_from": "config"} for name in study.teachers},
+        "captioners": {},
+    }
+    Store(study.dataset_url(name)).write_json(manifest, "dataset.json")
+
+
+def finish_training(training: Training, metric: float, steps: int) -> None:
+    """Write the files of a finished training."""
+    training.begin()
+    demo.finish_training(training.folder, metric, steps)
+
+
+def write_page(
+    study: Study, answers: Sequence[Answer], folder: Path, seeds: int = 3, draw: bool = False
+) -> tuple[str, dict[str, object]]:
+    """Write the page and the numbers to a folder; return both. Figures are left out by default: they take seconds."""
+    info = page.describe_study(study, seeds, [answer.question.name for answer in answers])
+    with contextlib.nullcontext() if draw else patch.object(page.figures, "draw"):
+        page.write_page(study, answers, info, folder / "page.md", folder / "numbers.json")
+    return (folder / "page.md").read_text(), json.loads((folder / "numbers.json").read_text())
+
+
+def test_arms_differ_if_their_means_differ_by_more_than_the_noise() -> None:
+    near = numbers_of(a=[0.30, 0.32, 0.31], b=[0.29, 0.33, 0.30])
+    far = numbers_of(a=[0.3, 0.32, 0.31], b=[0.1, 0.12, 0.11])
+    for relation, of_near, of_far in (
+        ("level with", True, False), ("not above", True, False), ("above", False, True),
+    ):  # fmt: skip
+        claim = Compare("unseen_style", "a", relation, "b")
+        assert (claim.check(near).holds, claim.check(far).holds) == (of_near, of_far)
+    assert Compare("unseen_style", "b", "below", "a").check(far).holds
+    # two standard errors: twice the root of 2 / 3 x (the mean of 0.01^2 and 0.01^2)
+    assert "difference 20.0 points, noise 1.6" in Compare("unseen_style", "a", "above", "b").check(far).text
+
+
+def test_best_of_several_arms_needs_a_larger_difference() -> None:
+    numbers = numbers_of(a=[0.30, 0.32, 0.31], b=[0.28, 0.30, 0.29], c=[0.28, 0.30, 0.29])
+    assert Compare("unseen_style", "a", "above", "b").check(numbers).holds
+    verdict = Compare("unseen_style", "a", "above", Pick(["b", "c"], "the best other")).check(numbers)
+    assert not verdict.holds
+    assert "a above the best other (b): no, level with it" in verdict.text
+
+
+def test_first_arm_must_be_sooner_with_every_seed() -> None:
+    never = {"a": {"own_style" + REACHED_AT: [5.0, math.inf]}, "b": {"own_style" + REACHED_AT: [20.0, 20.0]}}
+    verdict = Sooner("own_style", "a", "b").check(never)
+    assert not verdict.holds
+    assert "with 1 of 2 seeds" in verdict.text
+    assert "never with 1" in verdict.text
+
+
+def test_times_within_a_share_are_within_it_in_both_directions() -> None:
+    numbers = {label: {MILLISECONDS: [value] * 3} for label, value in {"a": 1.0, "b": 1.09, "c": 1.11}.items()}
+    assert Within(MILLISECONDS, "a", "b", 0.1).check(numbers).holds
+    assert Within(MILLISECONDS, "b", "a", 0.1).check(numbers).holds
+    verdict = Within(MILLISECONDS, "a", "c", 0.1).check(numbers)
+    assert verdict.text == "ms/image, 64 together: a within 10% of c: no (1.00 and 1.11, difference 0.11, 1.11 times)"
+    assert not Within(MILLISECONDS, "c", "a", 0.1).check(numbers).holds
+
+
+def test_step_of_a_level_is_interpolated() -> None:
+    curve = [(10, 0.1), (20, 0.3), (30, 0.2)]
+    assert [step_of_level(curve, level) for level in (0, 0.05, 0.1, 0.2, 0.3)] == [0, 5, 10, 15, 20]
+    assert math.isinf(step_of_level(curve, 0.31))
+    assert ALL_MEASURES["own_style" + REACHED_AT].format_cell([5, math.inf, math.inf]) == "never in 2 of 3"
+
+
+def test_question_is_answered_when_all_seeds_are_finished(study: Study, tmp_path: Path) -> None:
+    questions = make_questions(study)
+    assert find_training(study, study.plain, 0) is None  # no dataset yet
+    write_dataset(study)
+    for arm in questions["lambda"].arms:
+        for seed in range(2):
+            training = find_training(study, arm, seed)
+            assert training.results() is None
+            finish_training(training, 0.2 if arm.name == "distilled" else 0.1, study.steps)
+    answers = [found for question in questions.values() if (found := read_answer(study, question, 2)) is not None]
+    assert [found.question.name for found in answers] == ["lambda"]  # others need the plain student
+    text, numbers = write_page(study, answers, tmp_path, seeds=2)
+    assert list(numbers["questions"]) == ["lambda"]  # type: ignore[call-overload]
+    assert "## Synthetic captions" not in text
+    assert read_answer(study, questions["lambda"], 3) is None
+    shutil.rmtree(study.out / "students" / "distilled-1")
+    assert read_answer(study, questions["lambda"], 2) is None
+
+
+def test_training_of_another_config_or_dataset_is_rejected(study: Study) -> None:
+    write_dataset(study)
+    training = find_training(study, study.distilled, 0)
+    finish_training(training, 0.2, study.steps)
+    assert training.results() is not None
+    assert training.step == study.steps
+    longer = find_training(Study(study.out, ["train.steps=9999"]), study.distilled, 0)
+    assert longer.results() is None
+    with pytest.raises(UserError, match=r"train\.steps: \d+ before, 9999 now\n.*Delete "):
+        longer.begin()
+    manifest = json.loads(Path(study.dataset_url(BASE), "dataset.json").read_text())
+    manifest["layers"]["samples"]["fingerprint"] = "beef"
+    Path(study.dataset_url(BASE), "dataset.json").write_text(json.dumps(manifest))
+    other = find_training(study, study.distilled, 0)
+    with pytest.raises(UserError, match="fingerprint of samples"):
+        other.begin()
+
+
+def test_progress_counts_finished_trainings_and_logged_steps(study: Study) -> None:
+    write_dataset(study)
+    first, second = (find_training(study, arm, 0) for arm in (study.plain, study.distilled))
+    progress = _Progress([first, second], done=3)
+    assert (progress.total, progress.steps) == (2 * study.steps, 0)
+    second.folder.mkdir(parents=True)
+    (second.folder / "log.jsonl").write_text('{"step": 80, "loss": 1.0}\n{"step": 90, "lo')
+    progress.finish(first)
+    line = progress.line([second])
+    assert line.startswith(f"4 of 5 trainings  distilled-0 at 80 of {study.steps}  about ")
+    assert progress.steps == study.steps + 80
 
 
 def test_page_reports_agreement_and_disagreement(study: Study, tmp_path: Path) -> None:
@@ -92,7 +255,7 @@ def test_single_seed_gives_no_conclusion(study: Study) -> None:
 
 
 def test_committed_page_has_the_stored_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(demo.ROOT)
     stored = json.loads(page.RESULTS.read_text())
     monkeypatch.setattr(torch, "__version__", stored["torch"])
     study = Study(Path("demo/ablations"), stored["changes"])

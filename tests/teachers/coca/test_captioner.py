@@ -18,6 +18,7 @@ from teachers.decoding.decode import decode
 from teachers.device.accelerator import Accelerator
 from teachers.protocols import Captioner, ImageSpec
 from teachers.registry import captioner_spec
+from tests.helpers.tiny_captioners import seeds
 from tests.helpers.tiny_coca import END, IMAGE_SIZE, coca_config, coca_model
 
 START = END - 1
@@ -41,10 +42,6 @@ def build_captioner(model: str, **options) -> CocaCaptioner:
 
 def images(count: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(count, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(seed))
-
-
-def seeds(rows: int, count: int, first: int = 0) -> np.ndarray:
-    return np.arange(first, first + rows * count, dtype=np.uint64).reshape(rows, count)
 
 
 def decoded(captioner: CocaCaptioner, pixels: torch.Tensor, row_seeds: np.ndarray) -> list[list[int]]:

@@ -16,6 +16,7 @@ from teachers.decoding.rules import DecodingRules, compact
 from teachers.decoding.sampling import TokenChooser
 from teachers.registry import captioner_spec
 from teachers.spec import CaptionerSpec
+from tests.helpers.tiny_captioners import seeds
 
 # A toy language small enough to enumerate all texts. Logits depend on the image and on all tokens so far.
 WORDS, START, END = (0, 1, 2), 3, 4
@@ -86,10 +87,6 @@ STRATEGIES = {
 
 def make_spec(strategy: str = "nucleus", **options) -> CaptionerSpec:
     return captioner_spec(**{"model": "any", "captions": 3, "strategy": strategy, **options})
-
-
-def seeds(images: int, captions: int) -> np.ndarray:
-    return np.arange(images * captions, dtype=np.uint64).reshape(images, captions)
 
 
 @pytest.mark.parametrize(("strategy", "options"), STRATEGIES.items(), ids=STRATEGIES)
