@@ -239,10 +239,6 @@ def test_a_misspelt_field_and_a_wrong_type_are_found(
     assert errors(validators["RayJob"], document)
 
 
-def test_both_manifests_start_the_same_cluster() -> None:
-    assert manifest("RayJob")["spec"]["rayClusterSpec"] == manifest("RayCluster")["spec"]
-
-
 def pods() -> Iterator[tuple[str, dict[str, Any]]]:
     spec = manifest("RayCluster")["spec"]
     yield "head", spec["headGroupSpec"]["template"]["spec"]
@@ -284,8 +280,9 @@ def test_workers_run_on_gpu_pods_on_demand_and_on_spot_nodes_and_not_on_the_head
     assert 0 < on_demand["terminationGracePeriodSeconds"] - drain <= 60, "time to end after a drain"
 
 
-def test_the_manifests_name_the_ray_of_the_image_and_files_that_are_in_it() -> None:
+def test_the_manifests_start_the_same_cluster_and_name_the_ray_of_the_image_and_files_that_are_in_it() -> None:
     job = manifest("RayJob")["spec"]
+    assert job["rayClusterSpec"] == manifest("RayCluster")["spec"]
     [ray] = re.findall(r"^ray==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert job["rayClusterSpec"]["rayVersion"] == ray
     [script] = re.findall(r"/opt/reinforce/(\S+\.py)", job["entrypoint"])

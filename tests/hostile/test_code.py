@@ -103,13 +103,13 @@ def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("program", [[REINFORCE], [sys.executable, "-m", "reinforce"]], ids=["script", "module"])
-def test_a_command_about_a_dataset_runs_no_file_of_it(dataset: Path, program: list[str]) -> None:
-    done = run(dataset, *program, "status", ".")
-    assert (done.returncode, ran(dataset)) == (0, []), done.stderr
-
-
-def test_the_workers_of_a_run_import_packages_first(dataset: Path, shards: Callable[..., str], tmp_path: Path) -> None:
+def test_a_command_about_a_dataset_and_the_workers_of_a_run_run_no_file_of_it(
+    dataset: Path, shards: Callable[..., str], tmp_path: Path
+) -> None:
+    for command in ([REINFORCE], [sys.executable, "-m", "reinforce"]):
+        done = run(dataset, *command, "status", ".")
+        assert (done.returncode, ran(dataset)) == (0, []), done.stderr
+    # The workers of a run import packages first.
     config = config_of(shards(2, folder="more"), tmp_path / "new", captioners={})
     config["teachers"] = {"mine": {"class": "our_lab:Mine"}}
     (dataset / "our_lab.py").write_text(

@@ -146,15 +146,6 @@ def test_a_sample_without_a_caption_records_what_was_looked_for_and_what_is_ther
     assert unwanted.row.decoded.left_out == ()
 
 
-def test_images_are_not_read_back_where_no_layer_needs_them(tmp_path: Path) -> None:
-    config = shard_config(tmp_path, members_of(0, 3), images="reference")
-    reinforce_here(config)
-    (tmp_path / "source" / "0.tar").unlink()
-    rows = [found.row for found in from_samples(config, RowSpec(crops=False))]
-    assert [row.caption for row in rows] == [f"thing {i} of shard 0" for i in range(3)]
-    assert all(row.cell is None and row.unreadable is None for row in rows)
-
-
 def test_a_referenced_image_without_digest_that_is_broken_is_unreadable_and_black(tmp_path: Path) -> None:
     members = members_of(0, 3)
     config = shard_config(tmp_path, members, images="reference")
@@ -172,14 +163,11 @@ def test_a_referenced_image_without_digest_that_is_broken_is_unreadable_and_blac
     assert not rows[1].views[VIEW].any()
 
 
-def test_row_groups_shrink_with_the_number_of_augmentations() -> None:
+def test_row_groups_shrink_with_the_number_of_augmentations_and_of_true_captions(tmp_path: Path) -> None:
     assert max_group_rows(1) == 1024
     assert max_group_rows(30) == 364
     assert max_group_rows(10**6) == 1
     assert max_group_rows(1, group_rows=8) == 8
-
-
-def test_row_groups_shrink_with_the_number_of_true_captions(tmp_path: Path) -> None:
     members = [(f"{i:03d}.{end}", data) for i in range(172) for end, data in (("png", picture(1, 8, 8)), ("txt", b"t"))]
     path = write_tar(tmp_path / "0.tar", members)
     config = parse_config(config_of(str(path), tmp_path / "out", input={"captions_per_sample": 64}))
@@ -192,7 +180,7 @@ def test_row_groups_shrink_with_the_number_of_true_captions(tmp_path: Path) -> N
     assert groups == [0] * 170 + [1] * 2
 
 
-def test_only_the_shard_itself_is_read_by_reference(tmp_path: Path) -> None:
+def test_only_the_shard_itself_is_read_by_reference_and_not_where_no_layer_needs_its_images(tmp_path: Path) -> None:
     config = shard_config(tmp_path, members_of(0, 3), images="reference")
     reinforce_here(config)
     path = next((tmp_path / "out" / "samples").iterdir())
@@ -202,12 +190,16 @@ def test_only_the_shard_itself_is_read_by_reference(tmp_path: Path) -> None:
     pq.write_table(table.set_column(index, field, pa.array(forged, field.type)), path)
     with pytest.raises(UserError, match=r"reference to /etc/hostname, .* add it to `source`"):
         from_samples(config)
+    (tmp_path / "source" / "0.tar").unlink()
+    rows = [found.row for found in from_samples(config, RowSpec(crops=False))]
+    assert [row.caption for row in rows] == [f"thing {i} of shard 0" for i in range(3)]
+    assert all(row.cell is None and row.unreadable is None for row in rows)
 
 
 SMALL = ImageSpec((6, 4), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bicubic", "squash")
 
 
-def test_a_layout_divides_memory_into_cells_that_share_it() -> None:
+def test_a_layout_divides_memory_into_cells_of_which_an_image_is_written_into_one_only() -> None:
     layout = PixelLayout((2, 8), (SMALL,))
     assert layout.cell_bytes == 2 * 8 * 8 * 3 + 6 * 4 * 3
     memory = np.zeros(3 * layout.cell_bytes + 5, np.uint8)
@@ -217,19 +209,14 @@ def test_a_layout_divides_memory_into_cells_that_share_it() -> None:
     cells.crops[:] = 1
     cells.views[SMALL][:] = 2
     assert np.bincount(memory).tolist() == [5, 3 * 2 * 8 * 8 * 3, 3 * 6 * 4 * 3]
-
-
-def test_pixels_are_written_into_one_cell_only() -> None:
-    layout = PixelLayout((1, 8), (SMALL,))
-    cells = layout.cells(np.full(3 * layout.cell_bytes, 7, np.uint8))
     image = Image.effect_noise((20, 16), 90).convert("RGB")
-    record = Augmentation(Crop(2, 3, 10, 12), 8, None)
-    cells.write(1, image, [record], load_backend(AUGMENTATION_BACKEND))
-    assert cells.crops is not None
-    np.testing.assert_array_equal(cells.crops[1, 0], np.asarray(replay(image, record)))
+    records = [Augmentation(Crop(2, 3, 10, 12), 8, None), Augmentation(Crop(0, 1, 9, 9), 8, None)]
+    cells.write(1, image, records, load_backend(AUGMENTATION_BACKEND))
+    for crop, record in zip(cells.crops[1], records, strict=True):
+        np.testing.assert_array_equal(crop, np.asarray(replay(image, record)))
     np.testing.assert_array_equal(cells.views[SMALL][1], fit(image, SMALL))
-    for array in (cells.crops, cells.views[SMALL]):
-        assert (array[[0, 2]] == 7).all()
+    for array, value in ((cells.crops, 1), (cells.views[SMALL], 2)):
+        assert (array[[0, 2]] == value).all()
     cells.blacken(1)
     assert not cells.crops[1].any()
     assert not cells.views[SMALL][1].any()

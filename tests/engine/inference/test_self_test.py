@@ -257,14 +257,20 @@ def test_a_model_that_is_wrong_in_full_batches_alone_fails_its_self_test(wrong: 
             check(layer, red=teacher, namer=namer, config=full_batch(size))
 
 
-def test_a_full_batch_is_that_of_the_config_or_what_fits_in_memory() -> None:
+def test_a_full_batch_is_that_of_the_config_or_what_fits_in_memory_or_is_quick_on_a_cpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     sizes: list[int] = []
-    red = Changed(lambda out, _: sizes.append(len(out)) or out)
+    red, namer = (kind(lambda out, *_: sizes.append(len(out)) or out) for kind in (Changed, Writing))
     loaded = models(red=red)
     check_models(loaded, [LAYERS[IMAGES], LAYERS[TRUE]], {}, full_batch(20))
     loaded.batches._bounds |= {"rows": 4, "texts": 7}
     check_models(loaded, [LAYERS[IMAGES], LAYERS[TRUE]], {}, full_batch(20))
     assert [size for size in sizes if size > 1] == [20, 20, 8, 7]
+    sizes.clear()
+    monkeypatch.setattr(self_test, "_SECONDS", 0.0)  # of a slow model
+    check(IMAGES, TRUE, CAPTIONS, red=red, namer=namer, config=full_batch(200))
+    assert [size for size in sizes if size > 1] == [8, 8, 8]
 
 
 def test_a_captioner_that_is_not_repeatable_is_not_asked_for_a_full_batch() -> None:
@@ -272,14 +278,3 @@ def test_a_captioner_that_is_not_repeatable_is_not_asked_for_a_full_batch() -> N
     namer.repeatable = False
     check(CAPTIONS, namer=namer, config=full_batch(64))
     assert namer.calls == 0
-
-
-def test_a_full_batch_on_a_cpu_takes_seconds_and_not_the_time_of_a_slow_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes: list[int] = []
-    red, namer = (
-        Changed(lambda out, _: sizes.append(len(out)) or out),
-        Writing(lambda out, *_: sizes.append(len(out)) or out),
-    )
-    monkeypatch.setattr(self_test, "_SECONDS", 0.0)
-    check(IMAGES, TRUE, CAPTIONS, red=red, namer=namer, config=full_batch(200))
-    assert [size for size in sizes if size > 1] == [8, 8, 8]

@@ -27,7 +27,6 @@ from reinforce.engine.messages.pulse import (
     LeasePulse,
     LeaseWatch,
     WorkerWatch,
-    process_memory,
     read_board,
 )
 from reinforce.engine.messages.results import LayerFailure
@@ -140,7 +139,7 @@ def test_errors_without_code_of_the_user_are_unchanged() -> None:
         assert error_with_frames(error) == f"{type(error).__name__}: {error}"
 
 
-def test_the_frames_of_a_recursion_are_bounded() -> None:
+def test_the_frames_of_a_recursion_are_bounded_and_long_texts_keep_their_ends() -> None:
     def dive(depth: int) -> None:
         if depth == 0:
             raise ValueError("deep")
@@ -153,9 +152,6 @@ def test_the_frames_of_a_recursion_are_bounded() -> None:
     assert frames.endswith('`raise ValueError("deep")`)')
     assert " -> ... -> " in frames
     assert os.getcwd() not in frames
-
-
-def test_long_texts_keep_their_ends() -> None:
     assert shorten("short", 10) == "short"
     assert shorten("a" * 50 + "b" * 50, 15) == "aaaaa ... bbbbb"
 
@@ -254,10 +250,6 @@ def test_images_that_decode_processes_finish_are_progress_of_leases_that_wait_fo
         assert [(one.shard, one.seconds) for one in worker.pulses(7, 210.0)] == [("a", 0.0), ("b", 110.0)]
         assert [one.seconds for one in worker.pulses(7, 215.0)] == [5.0, 115.0]
     assert worker.pulses(7, 215.0) == ()
-
-
-def test_the_memory_of_this_process_is_measured() -> None:
-    assert 2**20 < process_memory() < 2**40
 
 
 def test_a_board_is_read_by_other_processes_while_the_worker_holds_the_interpreter_lock() -> None:

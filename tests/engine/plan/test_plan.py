@@ -48,14 +48,13 @@ print("megabytes", int(re.search(r"VmHWM:\\s+(\\d+)", status)[1]) / 1024)
     assert float(figures["megabytes"]) < 500
 
 
-def test_the_same_shard_twice_is_reported(shards: Callable[..., str], tmp_path: Path) -> None:
+def test_the_same_shard_twice_and_references_into_compressed_tars_are_refused(
+    shards: Callable[..., str], tmp_path: Path
+) -> None:
     shards(1)
     url = f"{tmp_path}/source/00000.tar"
     with pytest.raises(UserError, match="same shard name"):
         source_shards(parse_config(config_of([url, f"{tmp_path}/source/../source/00000.tar"], "out")))  # type: ignore[arg-type]
-
-
-def test_references_into_compressed_tars_are_refused() -> None:
     with pytest.raises(UserError, match="uncompressed"):
         source_shards(parse_config(config_of("x/{0..1}.tar.gz", "out", images="reference")))
 

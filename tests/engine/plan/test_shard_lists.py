@@ -111,6 +111,7 @@ def test_rows_that_are_added_form_new_shards_and_finished_ones_keep_theirs(tmp_p
         write(tmp_path, 12)
     assert captions(reinforce_here(config(tmp_path, name))) == {**expected, f"rows-{len(expected):06d}": rows(10, 12)}
     assert before == {path: path.read_bytes() for path in before}
+    assert validate(url).findings == []
 
 
 @pytest.mark.parametrize("kind", WRITERS)
@@ -182,10 +183,6 @@ def test_a_file_that_cannot_be_read_is_one_shard(tmp_path: Path) -> None:
     plan = make_plan(parse_config(config(tmp_path, "rows.parquet")))
     [refusal] = read_samples(plan.pending[0].source, plan.config.input)
     assert refusal.reason.value == "shard_unreadable"  # type: ignore[union-attr]
-
-
-def test_a_divided_dataset_is_valid(tmp_path: Path) -> None:
-    assert validate(reinforce_here(config(tmp_path, write_csv(tmp_path, 9)))).findings == []
 
 
 def test_a_large_table_that_is_one_shard_is_noted(tmp_path: Path) -> None:

@@ -304,13 +304,7 @@ def test_the_format_is_recognised_by_names_then_by_content(tmp_path: Path) -> No
         probe(config(tmp_path, f"{tmp_path}/00000.tar", input={"format": "jsonl"}))
 
 
-def test_images_by_reference_need_files_that_hold_them(tmp_path: Path) -> None:
-    path = write_huggingface(tmp_path / "x.parquet", IMAGES, {})
-    with pytest.raises(UserError, match=r"^source: images: reference needs .*x\.parquet is a parquet file; set"):
-        make_plan(parse_config(config(tmp_path, path, images="reference")))
-
-
-def test_a_table_of_paths_stores_references_that_are_read_again(tmp_path: Path) -> None:
+def test_a_table_of_paths_stores_references_that_are_read_again_and_one_of_images_cannot(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(IMAGES[0])
     listed = ["a.png", f"{tmp_path}/a.png", "none.png"]
     (tmp_path / "x.csv").write_text("file_name\n" + "\n".join(listed))
@@ -323,6 +317,9 @@ def test_a_table_of_paths_stores_references_that_are_read_again(tmp_path: Path) 
     (tmp_path / "y.csv").write_text(f"image\n{encoded}\n")
     found = rows(reinforce_here({**values, "source": f"{tmp_path}/y.csv", "output": f"{tmp_path}/y"}))
     assert found[0][0]["detail"] == "images: reference needs a file for each image"
+    path = write_huggingface(tmp_path / "x.parquet", IMAGES, {})
+    with pytest.raises(UserError, match=r"^source: images: reference needs .*x\.parquet is a parquet file; set"):
+        make_plan(parse_config(config(tmp_path, path, images="reference")))
 
 
 def test_a_quarantined_table_is_named_in_the_quarantine(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@ what it refuses."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -134,21 +133,6 @@ def test_embeddings_equal_the_teachers_for_replayed_augmentations_in_the_configu
         assert sample.metadata["uid"] == sample.key
         seen += 1
     assert seen == 20
-
-
-def test_layers_that_are_added_to_images_by_reference_equal_those_of_a_fresh_dataset(
-    shards: Callable[..., str], tmp_path: Path
-) -> None:
-    config = config_of(shards(20, 9), tmp_path / "fresh", images="reference")
-    reinforce_here(config)
-    grown = {**config, "output": str(tmp_path / "grown")}
-    reinforce_here({**grown, "captioners": {}, "teachers": {"red": config["teachers"]["red"]}})
-    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "grown").rglob("*.parquet")}
-    reinforce_here(grown)
-    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
-    files, fresh = tree(tmp_path / "grown"), tree(tmp_path / "fresh")
-    assert json.loads(files.pop("dataset.json")) == json.loads(fresh.pop("dataset.json"))
-    assert files == fresh
 
 
 def test_a_row_that_a_model_cannot_serve_is_null_and_quarantined(shards: Callable[..., str], tmp_path: Path) -> None:
