@@ -7,8 +7,6 @@ attention kernels are those of the CPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 from weakref import finalize
 
@@ -100,29 +98,6 @@ def fake_student(mode: FakeTensorMode, name: str, checkpointing: bool = False) -
     if checkpointing:
         clip.set_grad_checkpointing()
     return Student(name, clip, config, image_spec(open_clip.get_model_preprocess_cfg(clip)), False).train()
-
-
-class SavedForBackward:
-    """Bytes of the tensors that autograd keeps for the backward pass, without parameters."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        self._ignored = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-        self._kept: dict[int, torch.UntypedStorage] = {}
-
-    @contextmanager
-    def watch(self) -> Iterator[None]:
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in self._ignored:
-                self._kept[storage._cdata] = storage
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            yield
-
-    @property
-    def bytes(self) -> int:
-        return sum(storage.nbytes() for storage in self._kept.values())
 
 
 class PeakMemory(TorchDispatchMode):

@@ -6,12 +6,10 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import open_clip
 import pytest
 
 from benchmarks.gpu import __main__ as program
@@ -46,7 +44,6 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr("reinforce.training.record.log.draw_curves", lambda *_: None)  # a second each
     monkeypatch.setattr("teachers.device.determinism.set_flags", lambda *_, **__: None)  # flags of the other tests
     monkeypatch.setattr(gpu_shards.Shards, "__exit__", lambda *_: None)  # closes the pool
-    monkeypatch.setattr("open_clip.get_tokenizer", cache(open_clip.get_tokenizer))  # 0.2 s each
     with local_ray():
         yield
 
