@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from reinforce.cli import main
+from tests.helpers.pages import ROOT
 
 #: Words of a command -> its exit status, standard output and standard error.
 Command = Callable[..., tuple[int, str, str]]
@@ -24,3 +30,13 @@ def printed_by(capfd: pytest.CaptureFixture[str], *words: str, status: int = 0) 
     code, out, err = run_command(capfd, *words)
     assert code == status, err
     return out
+
+
+def json_of_process(code: str, *arguments: object, **environment: str) -> Any:
+    """What Python prints as JSON in its last line when it runs ``code``, which must end without an error."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=1080, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout.splitlines()[-1])

@@ -105,7 +105,6 @@ def test_images(outcome: Outcome, case: ImageCase) -> None:
 def test_texts(outcome: Outcome, case: TextCase) -> None:
     shard, key = outcome.shards["texts"], slug(case.defect)
     row = outcome.row(shard, key)
-    assert row is not None
     assert (row["caption"], row["metadata"]) == (case.caption, case.metadata)
     assert outcome.refused[shard].get(key, []) == list(case.reasons)
     without_text = pq.read_table(outcome.output / f"quarantine/embeddings/red/caption/{shard}.parquet").to_pylist()

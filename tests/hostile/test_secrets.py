@@ -15,7 +15,8 @@ import ray
 import yaml
 
 import reinforce
-from reinforce.config import parse_config
+from reinforce.config import load_config, parse_config
+from reinforce.dataset.status import read_status
 from reinforce.engine.plan.plan import make_plan
 from teachers.redact import REDACTED
 from tests.helpers.data import config_of, members_of, write_tar
@@ -126,8 +127,6 @@ def test_references_to_urls_that_need_secrets_are_refused(address: str, tmp_path
 
 
 def test_errors_of_configs_and_storages_do_not_quote_secrets(tmp_path: Path) -> None:
-    from reinforce.config import load_config
-
     path = tmp_path / "config.yaml"
     path.write_text(f"source: x\noutput: y\ntoken: {TOKEN}\nteachers: {{a: {{class: [{TOKEN}: }}}}\n")
     messages = []
@@ -150,8 +149,6 @@ def test_errors_of_configs_and_storages_do_not_quote_secrets(tmp_path: Path) -> 
 
 
 def test_a_forged_manifest_cannot_name_paths_or_markup(tmp_path: Path) -> None:
-    from reinforce.dataset.status import read_status
-
     for name in ("../../etc", "embeddings/../x", "[red]x", "\x1b[2J"):
         manifest = {"schema_version": 1, "layers": {"samples": {}, name: {}}, "teachers": {}, "captioners": {}}
         (tmp_path / "dataset.json").write_text(json.dumps(manifest))

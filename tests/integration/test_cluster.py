@@ -5,7 +5,6 @@ And `ray job submit` to a head node that is started as in docs/clusters.md: a ru
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -22,6 +21,7 @@ import yaml
 
 from reinforce.dataset.runs.progress import list_runs, read_progress
 from reinforce.storage import Storage
+from tests.helpers.commands import json_of_process
 from tests.helpers.data import config_of, events_of, free_port, tree
 from tests.helpers.reinforced import fresh_dataset
 
@@ -44,7 +44,7 @@ config, output, log, quick = sys.argv[1], Path(sys.argv[2]), sys.argv[3], Path(s
 def wait(condition, seconds=600):
     deadline = time.monotonic() + seconds
     while not condition():
-        assert run.poll() is None, f"the run ended too soon: {run.returncode}"
+        assert run.poll() is None, f"the run ended too soon: {run.returncode}, {open(log).read()}"
         assert time.monotonic() < deadline, "the run makes no progress"
         time.sleep(0.1)
 
@@ -78,19 +78,9 @@ def test_the_pool_follows_the_cluster_and_lost_and_drained_nodes_cost_no_shard(
     config["teachers"] = {"red": {"class": "tests.helpers.models:ColorTeacher"}}
     path, quick = tmp_path / "config.yaml", tmp_path / "quick"
     path.write_text(yaml.safe_dump(config, sort_keys=False))
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(path), str(tmp_path / "out"), str(tmp_path / "log"), str(quick)],
-        cwd=ROOT,
-        env={**os.environ, "TESTS_DELAY": "3", "TESTS_UNTIL": str(quick)},
-        capture_output=True,
-        text=True,
-        timeout=1080,
-        check=False,
-    )
-    log = (tmp_path / "log").read_text() if (tmp_path / "log").exists() else ""
-    assert done.returncode == 0, done.stdout + done.stderr + log
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["status"] == 0, log
+    delays = {"TESTS_DELAY": "3", "TESTS_UNTIL": str(quick)}
+    found = json_of_process(SCRIPT, path, tmp_path / "out", tmp_path / "log", quick, **delays)
+    assert found["status"] == 0, (tmp_path / "log").read_text()
     assert [event["node_lost"] for event in found["worker_died"]] == [True], "none dies on the drained node"
     assert found["shard_quarantined"] == []
     [notice], [end] = found["node_drained"], found["worker_drained"]
@@ -125,16 +115,7 @@ def test_a_node_with_a_full_temporary_folder_costs_no_shard_and_is_avoided(
     config = config_of(shards(*[4] * 20), tmp_path / "out", captioners={}, teachers=teachers)
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump({**config, "workers": {"batch": 16, "recycle": 6}}, sort_keys=False))
-    done = subprocess.run(
-        [sys.executable, "-c", TWO_NODES, str(path)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=1080,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    status, quarantined, samples, notes = json.loads(done.stdout.splitlines()[-1])
+    status, quarantined, samples, notes = json_of_process(TWO_NODES, path)
     assert (status, quarantined, samples) == (0, 0, 80)
     bad, out = (tmp_path / "bad-node").read_text(), tmp_path / "out"
     replaced, started = events_of(out, "worker_replaced"), events_of(out, "worker_started")
@@ -211,7 +192,6 @@ def test_a_submitted_run_finishes_and_the_same_run_again_does_nothing(
     assert "9 samples" in done.stdout
     [run] = list_runs(store := Storage(str(tmp_path / "out")))
     progress = read_progress(store, run)
-    assert progress is not None
     assert f"{progress.log_command()}\n".removesuffix(" --follow\n") in done.stdout, "Ray names the same command"
     assert "\x1b[2K" not in done.stdout, "the log of a job has no control sequences"
     assert re.search(r"^\(\w+ pid=\d+\) printed by a worker$", done.stdout, re.MULTILINE), "nor colours"

@@ -24,6 +24,7 @@ import reinforce
 from reinforce.dataset.runs.progress import RunProgress, list_runs, running
 from reinforce.source.urls import shard_name
 from reinforce.storage import Storage
+from tests.helpers.commands import json_of_process
 from tests.helpers.data import config_of, events_of, members_of, tree, write_tar
 from tests.helpers.local_ray import local_ray
 from tests.helpers.reinforced import fresh_dataset
@@ -135,7 +136,6 @@ def test_a_second_run_is_refused_a_killed_worker_is_replaced_and_a_terminated_ru
             reinforce.run(config)
         wait_for(lambda: (now := running_job(out)) and now.workers)
         now = running_job(out)
-        assert now is not None
         assert (now.pid, now.shards, now.silent_for()) == (process.pid, SHARDS, None)
         assert {worker.pid for worker in now.workers} <= {event["pid"] for event in events_of(out, "worker_started")}
         assert all(Path(worker.log).is_file() for worker in now.workers)
@@ -318,10 +318,7 @@ def test_a_worker_killed_by_the_memory_monitor_costs_no_shard(shards: Callable[.
     config = config_of(shards(*[10] * 3), tmp_path / "out", captioners={}, teachers=teachers)
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False))
-    command = [sys.executable, "-c", LITTLE_MEMORY, str(path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1080, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == [0, 0]
+    assert json_of_process(LITTLE_MEMORY, path) == [0, 0]
     [died] = events_of(tmp_path / "out", "worker_died")
     assert "memory" in died["error"]
     assert tree(tmp_path / "out") == tree(fresh_dataset({**config, "output": str(tmp_path / "whole")}))

@@ -97,7 +97,6 @@ def test_captioners_of_two_libraries_write_layers_of_one_dataset(finished: Finis
         seeds = np.array([[seed_for(0, sample.key, "captions/blip", n) for n in range(3)]], np.uint64)
         assert [sample.captions["blip"]] == captioner.caption(pixels, seeds)
         short = sample.captions["coca"]
-        assert short is not None
         assert len(short) == 2
         assert all(0 < len(text) <= 20 for text in short)
 
@@ -115,7 +114,6 @@ def test_every_query_of_the_dashboard_returns_data_of_a_run_and_totals_are_those
     finished: Finished,
 ) -> None:
     prometheus, summary = finished.prometheus, finished.summary
-    assert prometheus is not None
     panels = json.loads(dashboard_text())["panels"]
     queries = [target["expr"] for panel in panels for target in panel["targets"]]
     for query in queries:

@@ -160,7 +160,6 @@ class Soak:
         self._signal(number)
 
     def _signal(self, number: signal.Signals) -> None:
-        assert self.driver is not None
         self.driver.send_signal(number)
         try:
             self.driver.wait(60)

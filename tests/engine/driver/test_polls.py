@@ -94,9 +94,7 @@ def pulse(stage: str, seconds: float, what: str = "", key: str | None = None) ->
 
 
 def hang_of(pulse: Pulse, limits: StallLimits) -> Hang:
-    hang = find_hang(pulse, {"a", "b"}, limits)
-    assert hang is not None
-    return hang
+    return find_hang(pulse, {"a", "b"}, limits)  # type: ignore[return-value]
 
 
 def hangs(stage: str, seconds: float, limits: StallLimits) -> bool:

@@ -62,9 +62,7 @@ def test_a_batch_gives_each_layer_the_outputs_of_its_model_and_a_lease_of_text_l
         batch, pixels()
     )
     assert outputs.keys() == {"embeddings/red/images", "embeddings/blue/images", "captions/namer"}
-    crops = pixels().crops
-    assert crops is not None
-    crops = crops.reshape(6, 24, 24, 3)
+    crops = pixels().crops.reshape(6, 24, 24, 3)
     for name, size, dim, seed in (("red", 16, 8, 0), ("blue", 24, 12, 1)):
         teacher = ColorTeacher(CPU, size, dim, seed)
         expected = teacher.encode_images(to_pixels(torch.from_numpy(crops), teacher.image)).numpy()
@@ -156,7 +154,6 @@ def test_the_norm_of_an_unreadable_images_embedding_is_not_checked() -> None:
 
     batch = rows(3)
     cells = pixels()
-    assert cells.crops is not None
     cells.crops[1] = 0
     run = inference("embeddings/red/images", red=Brightness(CPU))
     with pytest.raises(LayerFailure, match=r"got 0\.000 in row 3 of 6"):
@@ -190,7 +187,6 @@ class Rude(ColorTeacher):
 
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
         out = self._store(super().encode_texts(texts))
-        assert isinstance(texts, list)
         texts.clear()
         return out
 
@@ -203,7 +199,6 @@ class Rude(ColorTeacher):
 @pytest.mark.parametrize("crops", [6, 4], ids=["whole batch", "batch in parts"])
 def test_a_teacher_may_change_its_pixels_and_reuse_the_memory_of_its_output(crops: int, change: Any) -> None:
     first, second = pixels(), pixels()
-    assert second.crops is not None
     second.crops[:] = 255 - second.crops
 
     def run(red: ColorTeacher, blue: ColorTeacher) -> list[Any]:

@@ -18,7 +18,7 @@ from reinforce.engine.decode.cells import PixelCells
 from reinforce.engine.decode.row import Row
 from reinforce.engine.inference.batch_sizes import texts_per_batch
 from reinforce.engine.inference.models import Counters, Models
-from reinforce.engine.inference.out_of_memory import OutOfMemory, attempt, memory_hint
+from reinforce.engine.inference.out_of_memory import attempt, memory_hint
 from reinforce.engine.messages.results import ShardResult, raising_layer_failure
 from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.engine.worker.full_batch import find_batch, fit_batch
@@ -219,7 +219,6 @@ def test_an_attempt_that_runs_out_of_memory_releases_what_its_functions_held() -
             return encode()
 
     result = attempt(run)
-    assert isinstance(result, OutOfMemory)
     assert result.layer == "embeddings/red/images"
     assert "DefaultCPUAllocator" in result.text
     assert held[0]() is None

@@ -136,7 +136,7 @@ class Counting:
         return [len(text) for text in texts]
 
 
-def test_equal_tokenizers_tokenize_a_batch_once() -> None:
+def test_equal_tokenizers_tokenize_a_batch_once_and_only_recent_batches_are_kept() -> None:
     cache, first, second, other = TokenCache(), Counting(), Counting(), Counting()
     assert cache.get("a", ["one", "three"], first) == [3, 5]
     assert cache.get("a", ["one", "three"], second) == [3, 5]
@@ -146,9 +146,6 @@ def test_equal_tokenizers_tokenize_a_batch_once() -> None:
     for calls in (2, 3):
         cache.get(None, ["one"], other)
         assert other.calls == calls, "a tokenizer without a key shares nothing"
-
-
-def test_only_recent_batches_are_kept() -> None:
     cache, tokenize = TokenCache(), Counting()
     for number in range(engine_models._MAX_BATCHES + 1):
         cache.get("a", [str(number)], tokenize)

@@ -265,7 +265,6 @@ with worker.lease("a") as a, worker.lease("b") as b, a.stage("embeddings/t/image
         re.match("(a+)+$", "a" * 99 + "b")
 """
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
         descriptor = int(process.stdout.readline())
         found = {one.shard: one for one in read_board(process.pid, descriptor)}
         process.kill()

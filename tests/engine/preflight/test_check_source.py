@@ -145,7 +145,6 @@ def test_a_first_sample_without_a_caption_is_noted_if_captions_are_encoded(tmp_p
     assert note.startswith(f"the first sample of {tmp_path}/x.tar, a: no caption: looked for .txt, json:caption; ")
     assert note.endswith("the sample has .png, .text; set input.captions to where captions are, or to []")
     sample, notes = probe({**values, "input": {"captions": ["text"]}})
-    assert sample is not None
     assert (sample.caption, notes) == ("a cat", [])
     assert probe({**values, "teachers": {"eye": {"class": "tests.helpers.models:ImageOnly"}}})[1] == []
 
@@ -154,7 +153,6 @@ def test_several_images_of_the_first_sample_are_noted(tmp_path: Path) -> None:
     members = [("a.v1.png", picture(1)), ("a.v1.txt", b"a cat"), ("a.v2.png", picture(2)), ("a.v2.txt", b"a dog")]
     write_tar(tmp_path / "x.tar", members)
     sample, [note] = probe(config(tmp_path, f"{tmp_path}/x.tar"))
-    assert sample is not None
     assert sample.caption == "a cat"
     assert "2 images (.v1.png, .v2.png), of which one is read; a key ends at the first dot" in note
 
@@ -181,7 +179,6 @@ def test_shards_that_cannot_be_read_are_noted_where_others_can(tmp_path: Path) -
     (tmp_path / "1.json").write_text("{}")
     write_tar(tmp_path / "2.tar", members_of(0, 1))
     sample, notes = probe(config(tmp_path, f"{tmp_path}/?.*"))
-    assert sample is not None
     assert sample.raw.key == "00000000"
     assert notes == [
         f"source: 1 of 3 files are not tars by their names and will be quarantined, such as {tmp_path}/1.json, a JSON "
@@ -220,7 +217,6 @@ def test_several_true_captions_are_noted_with_what_becomes_of_them(tmp_path: Pat
         where = f"{tmp_path}/{name}: the first samples have up to 3 true captions, "
         assert f"{where}{used}; {keeps}" in probe(config(tmp_path, f"{tmp_path}/{name}"))[1]
         sample, notes = probe(config(tmp_path, f"{tmp_path}/{name}", input={"captions_per_sample": 2}))
-        assert sample is not None
         assert sample.line().endswith("caption 'one' and 1 more")
         assert f"{where}of which 2 are kept; {keeps}" in notes
         assert "true captions: up to 2 a sample, each encoded by 2 teachers, which store 2 vectors a sample" in notes
@@ -272,7 +268,6 @@ def test_the_first_sample_of_a_table_is_shown_and_what_is_not_there_is_one_error
     path = write_huggingface(tmp_path / "x.parquet", IMAGES, {"title": CAPTIONS})
     sample, [note, of_key] = probe(config(tmp_path, path))
     name = make_plan(parse_config(config(tmp_path, path))).pending[0].name
-    assert sample is not None
     assert sample.line() == f"first sample: {name}-00000000 (.png, 40 x 30), no caption"
     assert note.endswith("the row has image, title; set input.captions to where captions are, or to []")
     assert f"{name}-00000000: rows without a key get one made of the file's URL" in of_key

@@ -36,7 +36,7 @@ def effort(plan: Plan, rate: float | None = 400.0, gpus: float = 1.0, cpus: int 
     return estimate_effort(plan, STATISTICS, 5 * 10**9, given, 8, (gpus, cpus), **options)
 
 
-def test_hours_and_cost_follow_from_rate_workers_and_price(plan: Plan) -> None:
+def test_hours_and_cost_follow_from_rate_workers_and_price_and_are_unknown_without_a_rate(plan: Plan) -> None:
     found = effort(plan, hours=0.005)
     assert (found.samples, found.read_bytes) == (20_000, 1_600_000_000)
     assert found.worker_hours == pytest.approx(20_000 / 400 / 3600)
@@ -50,6 +50,10 @@ def test_hours_and_cost_follow_from_rate_workers_and_price(plan: Plan) -> None:
                  "400 images a second for the models of a worker (a test)",
                  "ms of CPU an image with 2 augmentations"):  # fmt: skip
         assert part in text, text
+    found = effort(plan, rate=None)
+    assert (found.hours, found.cost, found.cores) == (None, None, None)
+    assert "hours are not known: give --rate" in found.lines()[0]
+    json.dumps(asdict(found))
 
 
 def test_too_few_cores_for_a_gpu_are_warned_of_and_limit_the_rate(plan: Plan) -> None:
@@ -62,19 +66,11 @@ def test_too_few_cores_for_a_gpu_are_warned_of_and_limit_the_rate(plan: Plan) ->
     assert not effort(plan, gpus=0.0, cpus=1).warnings, "models on CPUs were measured with their cores"
 
 
-def test_without_a_rate_hours_and_costs_are_unknown(plan: Plan) -> None:
-    found = effort(plan, rate=None)
-    assert (found.hours, found.cost, found.cores) == (None, None, None)
-    assert "hours are not known: give --rate" in found.lines()[0]
-    json.dumps(asdict(found))
-
-
 def test_the_rate_is_that_of_an_earlier_run_of_the_same_layers(plan: Plan) -> None:
     models = [name for name, layer in plan.layers.items() if layer.model is not None]
     stages = {name: {"inputs": 300, "seconds": 2.0, "per_second": 150.0} for name in models}
     summary = {"run": "r1", "samples": 100, "stages": stages, "device": {"name": "H100"}}
     found = measured_rate(plan, summary)
-    assert found is not None
     assert found.value == pytest.approx(100 / (2.0 * len(models)))
     assert found.origin == "as run r1 measured on H100"
     assert measured_rate(plan, {**summary, "stages": {**stages, models[0]: {}}}) is None, "one layer was not measured"
@@ -85,7 +81,6 @@ def test_a_plan_of_decoding_alone_has_the_rate_of_the_cores(shards: Callable[...
     config = config_of(shards(3), tmp_path / "out", teachers={}, captioners={})
     plan = make_plan(parse_config(config))
     report = make_report(plan, config_uses(plan.config), STATISTICS, [Machine("m", {"CPU": 4.0}, 2**31, 0.5)])
-    assert report.effort is not None
     assert report.effort.rate is not None
     assert report.effort.workers == 1, "workers.max of the config"
     assert not report.effort.warnings
@@ -124,7 +119,6 @@ def test_published_layers_need_no_gpu(plan: Plan) -> None:
     published = {name: replace(layer, published=layer.model is not None) for name, layer in plan.layers.items()}
     machines = [Machine("m", {"CPU": 8.0, "GPU": 1.0}, 2**31, 0.5)]
     report = make_report(replace(plan, layers=published), config_uses(plan.config), STATISTICS, machines)
-    assert report.effort is not None
     assert (report.effort.gpus, report.effort.rate is not None) == (0.0, True)
 
 
@@ -136,28 +130,24 @@ def test_expected_bytes_are_close_to_what_is_written(shards: Callable[..., str],
     assert expected["embeddings/red/images"] is None, "its dimension is known once it is loaded"
     images = sum(len(data) for name, data in members_of(0, 200) if name.endswith(".png"))
     samples = expected["samples"]
-    assert samples is not None
     assert images < samples < 1.3 * images
 
 
-def test_a_layer_with_committed_files_is_extrapolated_from_them(shards: Callable[..., str], tmp_path: Path) -> None:
-    config = config_of(shards(20), tmp_path / "out", captioners={})
+def test_a_layer_with_committed_files_is_extrapolated_from_them_and_recorded_dimensions_are_used(
+    shards: Callable[..., str], tmp_path: Path
+) -> None:
+    config = config_of(shards(200), tmp_path / "out", captioners={})
     reinforce_here(config)
+    namer = {"namer": {"class": "tests.helpers.models:SeedCaptioner", "captions": 2}}
+    later = expected_bytes(make_plan(parse_config({**config, "captioners": namer})))
+    assert later["embeddings/red/namer"] == pytest.approx(200 * 2 * 8 * 2, rel=0.05)
+    assert later["embeddings/blue/namer"] == pytest.approx(200 * 2 * 12 * 2, rel=0.05)
     committed = sum(path.stat().st_size for path in (tmp_path / "out" / "embeddings/red/images").glob("*.parquet"))
     for shard in (1, 2, 3):
-        write_tar(tmp_path / "source" / f"{shard:05d}.tar", members_of(shard, 20))
+        write_tar(tmp_path / "source" / f"{shard:05d}.tar", members_of(shard, 200))
     plan = make_plan(parse_config(config))
     assert expected_bytes(plan)["embeddings/red/images"] == 3 * committed
     assert plan.states["embeddings/red/images"].done == 1
-
-
-def test_dimensions_that_an_earlier_run_recorded_are_used(shards: Callable[..., str], tmp_path: Path) -> None:
-    config = config_of(shards(200), tmp_path / "out", captioners={})
-    reinforce_here(config)
-    config["captioners"] = {"namer": {"class": "tests.helpers.models:SeedCaptioner", "captions": 2}}
-    expected = expected_bytes(make_plan(parse_config(config)))
-    assert expected["embeddings/red/namer"] == pytest.approx(200 * 2 * 8 * 2, rel=0.05)
-    assert expected["embeddings/blue/namer"] == pytest.approx(200 * 2 * 12 * 2, rel=0.05)
 
 
 def test_sizes_are_unknown_where_the_source_cannot_be_read(tmp_path: Path) -> None:

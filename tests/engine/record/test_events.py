@@ -178,7 +178,6 @@ def test_the_totals_of_a_run_are_the_series_that_the_driver_records() -> None:
     values = totals_values(totals, {"worker_died": 2, "shard": 2})
     assert values.keys() <= SERIES.keys()
     ended = values.pop("reinforce_workers_ended_total")
-    assert isinstance(ended, dict)
     assert {reason: count for reason, count in ended.items() if count} == {"died": 2}
     assert values == {
         "reinforce_samples_total": 2,

@@ -129,7 +129,6 @@ def test_embeddings_equal_the_teachers_for_replayed_augmentations_in_the_configu
         for name, texts in captions.items():
             expected = teacher.encode_texts(texts).numpy()
             np.testing.assert_allclose(sample.texts["red"][name], expected, atol=tolerance)
-        assert sample.metadata is not None
         assert sample.metadata["uid"] == sample.key
         seen += 1
     assert seen == 20
