@@ -260,10 +260,18 @@ def kill_at(proxy: Proxy, when: Callable[[Request], bool], code: str, **environm
         process.wait()
 
 
-def test_a_process_killed_in_the_middle_of_an_upload_leaves_no_object(s3: s3fs.S3FileSystem, s3_proxy: Proxy) -> None:
+def test_a_process_killed_or_an_error_in_the_middle_of_an_upload_leaves_no_object(
+    s3: s3fs.S3FileSystem, s3_proxy: Proxy
+) -> None:
     kill_at(s3_proxy, second_part, "from tests.helpers.large_object import write; write('killed')")
-    assert s3.find("bucket/killed", refresh=True) == []
+    with (
+        s3_proxy.inject(refuse(400, "InvalidPart"), second_part),
+        pytest.raises(StorageError, match=r"bucket/failed/large\.bin cannot be written: OSError"),
+    ):
+        write("failed")
+    assert s3.find("bucket/killed", refresh=True) == s3.find("bucket/failed", refresh=True) == []
     assert uploads(s3, "killed") == 1, "its parts cost money until a lifecycle rule removes them: see docs/clusters.md"
+    assert uploads(s3, "failed") == 0
 
 
 def test_a_process_killed_while_it_puts_a_file_leaves_none_on_its_machine(
@@ -274,13 +282,3 @@ def test_a_process_killed_while_it_puts_a_file_leaves_none_on_its_machine(
     assert [*tmp_path.iterdir()] == []
     Store("s3://bucket/put").write_bytes(b"whole", "file")
     assert s3.cat("bucket/put/file") == b"whole"
-
-
-def test_an_error_in_the_middle_of_an_upload_leaves_no_object(s3: s3fs.S3FileSystem, s3_proxy: Proxy) -> None:
-    with (
-        s3_proxy.inject(refuse(400, "InvalidPart"), second_part),
-        pytest.raises(StorageError, match=r"bucket/failed/large\.bin cannot be written: OSError"),
-    ):
-        write("failed")
-    assert s3.find("bucket/failed", refresh=True) == []
-    assert uploads(s3, "failed") == 0

@@ -252,7 +252,7 @@ def loaded(batch: Any, capacity: int = 17) -> tuple[Models, Config, list[Layer]]
     return Models(teachers, {"namer": SeedCaptioner(CPU)}, device), config, layers
 
 
-def test_auto_is_the_largest_batch_that_fits_while_others_are_copied() -> None:
+def test_auto_is_the_largest_batch_that_fits_while_others_are_copied_and_on_the_cpu_a_fixed_number() -> None:
     # four batches of 4 crops and 4 views are copied, and 12 more are needed
     models, config, layers = loaded("auto", 50)
     found = find_batch(models, config, layers, largest=64)
@@ -263,6 +263,8 @@ def test_auto_is_the_largest_batch_that_fits_while_others_are_copied() -> None:
     with models.batches.on_device() as first, models.batches.on_device() as second:
         assert first
         assert second, "the search is no reason to copy one batch at a time"
+    assert fit_batch(models, config, layers).workers.batch == 256
+    assert models.counters == Counters(), "nothing is tried"
 
 
 def test_a_batch_that_does_not_fit_is_reported_before_the_run() -> None:
@@ -270,12 +272,6 @@ def test_a_batch_that_does_not_fit_is_reported_before_the_run() -> None:
     assert find_batch(models, config, layers).workers.batch == 16
     line = "8 images at once do not fit in the memory of the device; from now on 4 images"
     assert any(line in note for note in models.batches.take_notes())
-
-
-def test_on_the_cpu_auto_is_a_fixed_number_and_nothing_is_tried() -> None:
-    models, config, layers = loaded("auto", 0)
-    assert fit_batch(models, config, layers).workers.batch == 256
-    assert models.counters == Counters()
 
 
 def test_a_model_that_fails_in_a_full_batch_only_ends_the_run_before_it_begins() -> None:

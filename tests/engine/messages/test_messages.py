@@ -200,29 +200,23 @@ def test_a_lease_is_where_its_main_thread_is_unless_another_of_its_threads_runs_
         assert board_of(worker)["a"].stage == PREPARING
 
 
-def test_the_slowest_step_of_each_stage_is_kept_also_of_steps_that_raise(clock: list[float]) -> None:
+def test_the_time_and_the_slowest_step_of_each_stage_of_the_main_thread_are_kept_also_of_steps_that_raise(
+    clock: list[float],
+) -> None:
     slowest: dict[str, float] = {}
     watch = LeaseWatch("a", slowest)
-    for seconds in (1.0, 3.0, 2.0):
-        with watch.stage("model"):
-            clock[0] += seconds
-    with contextlib.suppress(ValueError), watch.stage("other"):
-        clock[0] += 5.0
-        raise ValueError("odd")
-    assert slowest == {"model": 3.0, "other": 5.0}
-
-
-def test_the_time_of_a_lease_is_that_of_the_innermost_stage_of_its_main_thread(clock: list[float]) -> None:
-    watch = LeaseWatch("a")
     clock[0] += 1.0
     with watch.stage(WAITING), ThreadPoolExecutor(1) as other:
         clock[0] += 2.0
-        with watch.stage("model"):
-            clock[0] += 4.0
+        for seconds in (1.0, 2.5, 0.5):
+            with contextlib.suppress(ValueError), watch.stage("model"):
+                clock[0] += seconds
+                raise ValueError("odd")
         clock[0] += 8.0
         other.submit(watch.stage("elsewhere").__enter__).result()
     clock[0] += 16.0
     assert watch.take_seconds() == {PREPARING: 17.0, WAITING: 10.0, "model": 4.0}
+    assert slowest == {WAITING: 14.0, "model": 2.5}
 
 
 def test_each_item_that_is_read_is_a_step_and_what_the_consumer_does_is_not(clock: list[float]) -> None:

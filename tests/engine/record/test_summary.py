@@ -199,7 +199,7 @@ def test_the_line_shows_speed_busy_share_and_remaining_time(monkeypatch: pytest.
     assert eta == "0:09:27", "10,000 samples are expected, and 1,500 took 100 s: 8,500 take 567 s"
 
 
-def test_rates_are_those_of_the_sums_also_over_summaries() -> None:
+def test_rates_are_those_of_the_sums_also_over_summaries_and_the_device_is_the_one_with_the_least_free_share() -> None:
     sums: Stages = {}
     for stages in ({"embeddings/t/images": IMAGES}, {"captions/c": {"inputs": 30, "seconds": 3.0}}):
         add_stages(sums, stages)
@@ -211,6 +211,10 @@ def test_rates_are_those_of_the_sums_also_over_summaries() -> None:
     tokens = with_rates({"captions/c": Counter(inputs=30, seconds=3.0, tokens=240)})
     assert rate_lines({"stages": tokens})[1] == "  captions/c: 30 captions, 10 captions/s, 80 tokens/s"
     assert with_rates({"captions/c": Counter(inputs=0, seconds=0.0)})["captions/c"]["inputs"] == 0
+    other = {**CARD, "memory_peak": 2**20}
+    assert fuller(CARD, other) == fuller(other, CARD) == CARD
+    assert fuller({}, other) == other
+    assert fuller({}, {}) == {}
 
 
 def test_lines_name_units_rates_and_memory_and_there_are_none_of_a_version_without_rates() -> None:
@@ -226,10 +230,3 @@ def test_lines_name_units_rates_and_memory_and_there_are_none_of_a_version_witho
     earlier = {"run": "a", "shards": 3, "busy_share": 0.5}
     check_run(earlier, "summary.json")
     assert rate_lines(earlier) == []
-
-
-def test_the_fuller_device_is_the_one_with_the_least_free_share() -> None:
-    other = {**CARD, "memory_peak": 2**20}
-    assert fuller(CARD, other) == fuller(other, CARD) == CARD
-    assert fuller({}, other) == other
-    assert fuller({}, {}) == {}

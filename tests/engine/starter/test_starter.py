@@ -165,20 +165,16 @@ def test_a_folder_with_images_is_one_of_images_and_the_output_is_no_source(folde
         source_shards(Config(source=root, output=f"{root}/out"))
 
 
-def test_the_samples_of_a_dataset_are_a_source(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_samples_of_a_dataset_are_a_source_and_a_machine_with_a_gpu_gets_the_ensemble_and_a_captioner(
+    folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     write(folder / "source", TARS)
     reinforce_here({"source": f"{folder}/source/*.tar", "output": f"{folder}/first"})
+    monkeypatch.setattr("reinforce.engine.starter.starter.nodes_of_run", lambda: [{"GPU": 1}])
     config, out, planned = init(capfd, f"{folder}/first")
     assert (config["source"], config["input"]) == (f"{folder}/first", {"format": "dataset"})
     assert "3 shards (reinforced dataset" in out
     assert "3 shards, 3 with something missing" in planned
-
-
-def test_a_machine_with_a_gpu_gets_the_ensemble_and_a_captioner(
-    folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("reinforce.engine.starter.starter.nodes_of_run", lambda: [{"GPU": 1}])
-    config, _, planned = init(capfd, write(folder / "source", TARS))
     assert config["teachers"].keys() == {"dfn2b", "dfn2b-s39b"}
     assert config["captioners"].keys() == {"coca"}
     assert "captions/coca" in planned
