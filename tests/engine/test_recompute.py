@@ -18,7 +18,7 @@ from tests.helpers.decoding import decode_pool
 from tests.helpers.reinforced import small_dataset
 
 
-def test_rows_computed_again_are_equal_until_a_layer_has_values_of_another_model(
+def test_rows_computed_again_by_a_config_are_equal_until_a_layer_has_values_of_another_model(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = small_dataset(tmp_path, (8, 5, 3))
@@ -52,10 +52,5 @@ def test_rows_computed_again_are_equal_until_a_layer_has_values_of_another_model
     assert [line.partition(":")[0] for line in left_out] == [
         "captioner gone", "embeddings/blue/images", "embeddings/blue/caption", "embeddings/blue/namer"
     ]  # fmt: skip
-
-
-def test_recompute_without_a_config_is_an_error_that_names_the_option(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    status, _, err = run_command(capsys, "validate", str(tmp_path), "--recompute", "4")
+    status, _, err = run_command(capsys, "validate", url, "--recompute", "4")
     assert (status, "--recompute needs --config" in err) == (2, True)

@@ -93,7 +93,7 @@ def test_captioners_of_two_libraries_write_layers_of_one_dataset(finished: Finis
     captioner = load_captioner("blip", captioner_spec(**finished.config["captioners"]["blip"]), "cpu")
     rows = list(reinforce.open(finished.config["output"]))
     for sample in rows:
-        pixels = to_pixels(torch.tensor(fit(_rgb(sample.image), captioner.image)[None]), captioner.image)
+        pixels = to_pixels(torch.tensor(fit(decode(sample.image, Limits()), captioner.image)[None]), captioner.image)
         seeds = np.array([[seed_for(0, sample.key, "captions/blip", n) for n in range(3)]], np.uint64)
         assert [sample.captions["blip"]] == captioner.caption(pixels, seeds)
         short = sample.captions["coca"]
@@ -136,10 +136,6 @@ def test_every_query_of_the_dashboard_returns_data_of_a_run_and_totals_are_those
     assert set(re.findall(r"ray_\w+", " ".join(queries))) == known, "the dashboard shows every series"
     scraped = {series["metric"]["__name__"] for series in prometheus.series('{__name__=~"ray_reinforce_.+"}')}
     assert scraped <= known, "every series is documented"
-
-
-def _rgb(encoded: bytes) -> Image.Image:
-    return decode(encoded, Limits())
 
 
 def test_dropped_captions_are_not_stored_and_are_counted_in_summary_events_and_status(

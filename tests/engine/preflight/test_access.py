@@ -30,7 +30,7 @@ def theirs(**changes: Any) -> dict[str, Any]:
     }
 
 
-def test_classes_hosts_buckets_and_hubs_are_named() -> None:
+def test_classes_hosts_buckets_hubs_and_urls_in_a_local_list_are_named(tmp_path: Path) -> None:
     uses = config_uses(parse_config(theirs()))
     assert uses.classes == ("their_lab:Teacher", "their_lab.words:Captioner")
     assert uses.places == (
@@ -43,9 +43,6 @@ def test_classes_hosts_buckets_and_hubs_are_named() -> None:
         "huggingface.co or the host that open_clip names (ViT-B-32, openai)",
         "s3://bucket",
     )
-
-
-def test_urls_in_a_local_list_are_named(tmp_path: Path) -> None:
     (tmp_path / "urls.txt").write_text("# tars\nhttps://one.example/a.tar\nftp://two.example/b.tar\n")
     uses = config_uses(parse_config(config_of(f"{tmp_path}/urls.txt", tmp_path / "out")))
     assert uses.places == ("ftp://two.example", "https://one.example")

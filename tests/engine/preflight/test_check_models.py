@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -48,12 +47,6 @@ def sides(report: Report) -> list[tuple[str, str, int | None, int]]:
     return [(row.model, row.side, row.dim, row.batch) for row in report.rows]
 
 
-def printed(report: Report) -> str:
-    console = Console(file=io.StringIO(), width=200)
-    console.print(report.table())
-    return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
-
-
 def test_every_model_of_a_config_is_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -81,7 +74,9 @@ def test_every_model_of_a_config_is_measured(
     assert version.startswith(f"class {MODELS}:TextOnly has no `version`,")
     assert capsys.readouterr().out.startswith("1 CPU, batches of 9, device cpu\n")
     assert torch.get_num_threads() == threads
-    lines = printed(report).splitlines()
+    with (console := Console(width=200)).capture() as shown:
+        console.print(report.table())
+    lines = shown.get().splitlines()
     assert lines[0].split() == ["model", "side", "dimension", "norm", "speed", "batch"]
     assert lines[1].split()[:4] == ["vit", "images", "16", "1.0000"]
     assert lines[1].split()[5:] == ["images/s", "9"]

@@ -25,17 +25,15 @@ LAYERS = {
 WORKERS = [(1, 1), (2, 1), (1, 4), (4, 2)]  # nodes, and workers of each
 
 
-def raising(layer: str) -> Callable[[PendingShard, WorkerId], Outcome]:
-    """The model of a layer always raises."""
-    return lambda shard, worker: LayerFailure(layer, "ValueError: odd") if layer in shard.layers else None
-
-
 @pytest.mark.parametrize(("nodes", "per_node"), WORKERS)
 @pytest.mark.parametrize("shards", [1, 4, 30])
 def test_a_model_that_fails_at_every_worker_costs_its_own_layers_and_the_other_layers_are_computed(
     nodes: int, per_node: int, shards: int
 ) -> None:
-    run = SimulatedRun(nodes, per_node, shards, raising(BAD), layers=LAYERS, allowed_seconds=1000.0).run()
+    def outcome(shard: PendingShard, worker: WorkerId) -> Outcome:
+        return LayerFailure(BAD, "ValueError: odd") if BAD in shard.layers else None
+
+    run = SimulatedRun(nodes, per_node, shards, outcome, layers=LAYERS, allowed_seconds=1000.0).run()
     names = {f"{number:05d}" for number in range(shards)}
     assert run.quarantined_layers == {(name, BAD) for name in names}
     assert run.passed_layers == {(name, layer) for name in names for layer in LAYERS if layer != BAD}
