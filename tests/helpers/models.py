@@ -21,6 +21,7 @@ from reinforce.engine.inference.self_test import TEXTS
 from teachers.protocols import ImageSpec
 
 HALF = (0.5, 0.5, 0.5)
+SELF_TEST = 9  # batches of images in the self-test of a loaded model
 
 
 def _unit(values: torch.Tensor) -> torch.Tensor:
@@ -30,7 +31,7 @@ def _unit(values: torch.Tensor) -> torch.Tensor:
 class ColorTeacher:
     """A dual encoder: seeded projections of the pixels and of the letter counts.
 
-    An image batch takes ``delay`` (or $TESTS_DELAY) seconds, until the file $TESTS_UNTIL exists.
+    An image batch of a shard takes ``delay`` (or $TESTS_DELAY) seconds, until the file $TESTS_UNTIL exists.
     """
 
     def __init__(self, device: torch.device, size: int = 16, dim: int = 8, seed: int = 0, delay: float = 0.0) -> None:
@@ -39,11 +40,12 @@ class ColorTeacher:
         self.image = ImageSpec(size, HALF, HALF)
         self.logit_scale = 30.0
         self.delay = delay
+        self._self_test = iter(range(SELF_TEST))
         self._pixels = torch.randn(3 * size * size, dim, generator=generator).to(device)
         self._letters = torch.randn(128, dim, generator=generator).to(device)
 
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
-        if not os.path.exists(os.environ.get("TESTS_UNTIL", "")):
+        if next(self._self_test, None) is None and not os.path.exists(os.environ.get("TESTS_UNTIL", "")):
             time.sleep(self.delay or float(os.environ.get("TESTS_DELAY", "0")))
         return _unit(pixels.flatten(1) @ self._pixels)
 
