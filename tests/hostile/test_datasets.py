@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 
 import reinforce
-from reinforce.cli import main
 from reinforce.dataset.status import read_status
 from reinforce.errors import UserError
+from tests.helpers.commands import run_command
 from tests.helpers.images import raw_png
 from tests.helpers.reinforced import small_dataset
 from tests.hostile.bombs import BOMBS, Bomb
@@ -221,10 +221,9 @@ def test_a_terminal_is_not_controlled_by_a_status(copy: Path, capsys: pytest.Cap
     (copy / "runs" / "r").mkdir(parents=True)
     (copy / "runs" / "r" / "summary.json").write_text(json.dumps(summary))
     shutil.copy(layer_file(copy, "samples"), copy / "samples" / f"{escapes.replace('/', '')}.parquet")
-    with pytest.raises(SystemExit) as ended:
-        main(["status", str(copy)])
-    assert ended.value.code in (0, None)
-    shown = "".join(capsys.readouterr())
+    status, *printed = run_command(capsys, "status", str(copy))
+    assert status == 0
+    shown = "".join(printed)
     assert not set(escapes) & set(shown) - set("]0;title2J")
     assert "last run" in shown
     for wrong in ({"shards": "many"}, {"seconds": [1]}, {"cleaned": 3}, {"run": {}}):

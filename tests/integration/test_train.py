@@ -23,10 +23,9 @@ import yaml
 from safetensors.torch import load_file
 
 import reinforce
-from reinforce.cli import main
 from reinforce.dataset.files.store import MANIFEST
 from reinforce.processes.cores import available_cores, describe_share
-from tests.helpers.commands import Command
+from tests.helpers.commands import Command, printed_by, run_command
 from tests.helpers.reinforced import small_dataset
 from tests.helpers.students import student_folder
 from tests.helpers.trainings import curve, rows
@@ -130,10 +129,8 @@ def test_a_killed_and_interrupted_training_has_the_curve_of_an_uninterrupted_one
     killed = start("-m", "reinforce", "train", config)
     wait_for_step(killed, output, 12)
     killed.send_signal(signal.SIGSTOP)  # while it holds the lock
-    with pytest.raises(SystemExit) as refused:
-        main(["train", config])
-    assert refused.value.code == 2
-    assert "another run is writing to" in capfd.readouterr().err
+    status, _, err = run_command(capfd, "train", config)
+    assert (status, "another run is writing to" in err) == (2, True)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     reached = rows(output)[-1]["step"]
@@ -152,14 +149,10 @@ def test_a_killed_and_interrupted_training_has_the_curve_of_an_uninterrupted_one
     assert stopped_at < STEPS
     assert (output / f"checkpoints/step-{stopped_at:09d}.safetensors").exists()
 
-    with pytest.raises(SystemExit) as ended:
-        main(["train", config, "--json"])
-    assert ended.value.code == 0
-    shown, printed = capfd.readouterr()
+    status, shown, printed = run_command(capfd, "train", config, "--json")
+    assert status == 0
     assert json.loads(shown) == json.loads((output / "results.json").read_text()), "only JSON is on standard output"
-    with pytest.raises(SystemExit):
-        main(["train", config])
-    printed += capfd.readouterr().out
+    printed += printed_by(capfd, "train", config)
     assert f"resuming after step {stopped_at} of {STEPS}" in printed
     assert f"for {STEPS} steps on {STEPS * BATCH} samples" in printed
     assert "retrieval/own/text_to_image/r1" in printed

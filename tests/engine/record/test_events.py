@@ -73,13 +73,12 @@ def test_a_storage_that_refuses_the_records_of_runs_ends_no_run(
     ]
 
 
-def test_the_runs_of_one_second_are_listed_in_their_order(tmp_path: Path) -> None:
-    runs = [record_in(tmp_path).run for _ in range(8)]
-    assert list_runs(Store(str(tmp_path))) == runs[::-1]
-
-
-def test_a_new_part_begins_after_a_mebibyte(tmp_path: Path) -> None:
-    record = record_in(tmp_path)
+def test_the_runs_of_one_second_are_listed_in_their_order_and_a_new_part_begins_after_a_mebibyte(
+    tmp_path: Path,
+) -> None:
+    records = [record_in(tmp_path) for _ in range(8)]
+    assert list_runs(Store(str(tmp_path))) == [record.run for record in records][::-1]
+    record = records[-1]
     for number in range(3):
         record.add("long", text=str(number) * 600_000)
         record.flush()
