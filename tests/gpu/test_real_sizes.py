@@ -194,11 +194,7 @@ def test_a_step_of_a_shipped_config_fits_on_a_card_of_80_gb_and_takes_what_its_c
     needed = gigabytes(config, 1 if parts == "auto" else parts)
     assert re.findall(r"about (\d+) GB in a step", path.read_text()) == [f"{needed:.0f}"]
     assert needed < 0.94 * 80, "a trial keeps 6 % free"
-
-
-def test_the_recipe_of_s0_does_not_fit_in_one_part() -> None:
-    config = load_student_config(STUDENTS[0])
-    assert gigabytes(config, 1) > 120
+    assert parts == "auto" or gigabytes(config, 1) > 120, "in one part"
 
 
 def test_memory_by_arithmetic_is_less_than_a_process_takes_by_what_its_operations_need(tmp_path: Path) -> None:
