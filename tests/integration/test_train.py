@@ -99,9 +99,10 @@ def start() -> Iterator[Start]:
 
 
 def wait_for_step(process: subprocess.Popen[str], output: Path, step: int) -> None:
+    """Wait until a step is logged and a checkpoint is there, which a thread writes while steps go on."""
     deadline = time.monotonic() + 600
     log = output / "log.jsonl"
-    while not log.exists() or f'"step": {step},' not in log.read_text():
+    while not list(output.glob("checkpoints/step-*")) or f'"step": {step},' not in log.read_text():
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.02)
