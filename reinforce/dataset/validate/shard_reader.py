@@ -67,7 +67,7 @@ class ShardReader:
     """Reads shards, several at a time in ``threads``."""
 
     def __init__(self, options: ReadOptions, threads: int) -> None:
-        # For `hash_keys`, before the threads import it: threads of a new process have waited for each other for ever.
+        # `hash_keys` needs it. Threads of a new process that import it at the same time can deadlock.
         from pandas.util import hash_array  # noqa: F401
 
         self._options = options
