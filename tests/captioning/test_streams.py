@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import shutil
 from pathlib import Path
@@ -28,8 +27,8 @@ from reinforce.training.task import Feed, Task
 from teachers.device.accelerator import Accelerator
 from teachers.open_clip.tokenizer import Tokenizer
 from tests.helpers.captioning import captioned, captioner_config, equal, take, write_shards
-from tests.helpers.data import free_port, picture, write_tar
-from tests.helpers.ranks import start_ranks
+from tests.helpers.data import picture, write_tar
+from tests.helpers.ranks import served_store, start_ranks, under_torchrun
 from tests.helpers.reinforced import reinforce_here
 from tests.helpers.tiny_coca import END, coca_model
 from tests.helpers.trainings import before_batches, curve
@@ -187,6 +186,7 @@ def test_bad_configs_and_damaged_sources_are_reported(folder: Path, tmp_path: Pa
 
 
 STEPS, EPOCH = 4, 3  # of the training; an epoch has 12 examples
+TRAININGS = [("two", STEPS), ("resumed", EPOCH - 1), ("resumed", STEPS)]  # output and steps of each on two ranks
 
 
 def training_config(folder: Path, output: str, steps: int = STEPS) -> CaptionerConfig:
@@ -197,9 +197,8 @@ def training_config(folder: Path, output: str, steps: int = STEPS) -> CaptionerC
     return streams_config(folder, output=f"{folder}/{output}", held_out=held_out, captions=["txt"], **changes)
 
 
-def train_on_two_ranks(rank: int, folder: Path, port: int) -> None:
+def train_on_two_ranks(rank: int, folder: Path, ports: list[int]) -> None:
     """Train as torchrun would, once to the end and once with a restart inside an epoch."""
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1"}
     log.draw_curves = lambda *_: None  # half a second for each training
     models: list[torch.nn.Module] = []
     seen: list[list[str]] = []
@@ -214,8 +213,8 @@ def train_on_two_ranks(rank: int, folder: Path, port: int) -> None:
     counted = finetuning._load_data
     loads: list[int] = []
     finetuning._load_data = lambda *arguments: loads.append(rank) or counted(*arguments)
-    for number, (output, steps) in enumerate((("two", STEPS), ("resumed", EPOCH - 1), ("resumed", STEPS))):
-        os.environ.update({name: str(value) for name, value in {**place, "MASTER_PORT": port + number}.items()})
+    for port, (output, steps) in zip(ports, TRAININGS, strict=True):
+        under_torchrun(rank, 2, port)
         finetune(training_config(folder, output, steps))
     torch.save((seen, loads, [model.state_dict() for model in models]), folder / f"{rank}.pt")
 
@@ -227,7 +226,8 @@ def two_ranks(folder: Path) -> list[tuple[list[list[str]], list[int], list[dict[
         members = captioned({f"{number:02d}": picture(number)}, "thing " * (1 + number**2 // 3))
         write_tar(folder / f"small/{number:02d}.tar", members)
     coca_model(folder / "model")
-    start_ranks(train_on_two_ranks, 2, folder, free_port())
+    stores = [served_store() for _ in TRAININGS]
+    start_ranks(train_on_two_ranks, 2, folder, [store.port for store in stores])
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 

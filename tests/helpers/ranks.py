@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,18 @@ def start_ranks(work: Callable[..., None], ranks: int, *arguments: Any) -> None:
     """Run ``work(rank, *arguments)`` in a process for each rank, and wait for all of them."""
     multiprocessing.set_forkserver_preload(_PRELOADED)
     torch.multiprocessing.start_processes(work, arguments, nprocs=ranks, start_method="forkserver")
+
+
+def served_store() -> dist.TCPStore:
+    """A store of a process group that this process serves, as torchrun does, at a port that nobody else can take."""
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def under_torchrun(rank: int, ranks: int, port: int) -> None:
+    """Set the environment of a process that torchrun starts; ``port`` is that of a served store."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    place["TORCHELASTIC_USE_AGENT_STORE"] = True
+    os.environ.update({name: str(value) for name, value in place.items()})
 
 
 def results_of_ranks(compute: Callable[[int], Any], ranks: int, folder: Path) -> list[Any]:

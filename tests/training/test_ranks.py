@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import threading
 import time
@@ -35,8 +34,7 @@ from reinforce.training.record import log
 from reinforce.training.stop import Stopped, StopSignal
 from reinforce.training.task import Batch, Feed, Task
 from teachers.device.accelerator import Accelerator
-from tests.helpers.data import free_port
-from tests.helpers.ranks import start_ranks
+from tests.helpers.ranks import served_store, start_ranks, under_torchrun
 from tests.helpers.trainings import PairFeed, TowersTask, before_batches, builder, curve, job, rows
 
 #: The folder and the outcomes of each rank.
@@ -74,7 +72,7 @@ def failing(accelerator: Accelerator) -> tuple[Task, Feed]:
 
 
 def hang(folder: Path, rank: int, ranks: Ranks) -> None:
-    """Train until rank 1 hangs. Rank 0, which keeps the list of places, ends after rank 2."""
+    """Train until rank 1 hangs."""
 
     def wait(rank: int, step: int, batch: Batch) -> None:
         """Rank 1 hangs while it reads the third batch, until the others have failed."""
@@ -82,18 +80,12 @@ def hang(folder: Path, rank: int, ranks: Ranks) -> None:
             time.sleep(0.05)
 
     feed = before_batches(PairFeed(), wait)
-    try:
-        run_rank(lambda _: (TowersTask(), feed), job(folder / "hanging", batch=BATCH), ranks, StopSignal())
-    except RuntimeError:
-        if rank == 0:
-            wait_for((folder / "2.json").exists)
-        raise
+    run_rank(lambda _: (TowersTask(), feed), job(folder / "hanging", batch=BATCH), ranks, StopSignal())
 
 
 def work(rank: int, folder: str, port: int, port_of_hanging: int) -> None:
     """All the trainings of this file, one after the other, because processes take seconds to start."""
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in place.items()})
+    under_torchrun(rank, RANKS, port)
     torch.set_num_threads(1)
     log.draw_curves = lambda *_: None  # half a second for each training
     outcomes: dict[str, Any] = {}
@@ -130,7 +122,7 @@ def work(rank: int, folder: str, port: int, port_of_hanging: int) -> None:
         train("sharing", build=lambda _: (Sharing(norm=True), PairFeed()), steps=8, ema=0.9)
         train("failing share", build=lambda _: (FailingShare(), PairFeed()))
         train("poisoned", build=builder({"poisoned": range(4, 6)}))
-    os.environ["MASTER_PORT"] = str(port_of_hanging)
+    under_torchrun(rank, RANKS, port_of_hanging)
     reports: list[str] = []
     try:
         with join_ranks(job(folder).training.compute, None, None, reports.append, timedelta(seconds=3)) as ranks:
@@ -143,7 +135,8 @@ def work(rank: int, folder: str, port: int, port_of_hanging: int) -> None:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     folder = tmp_path_factory.mktemp("ranks")
-    start_ranks(work, RANKS, str(folder), free_port(), free_port())
+    stores = [served_store(), served_store()]  # of the trainings, and of the one that hangs
+    start_ranks(work, RANKS, str(folder), *(store.port for store in stores))
     return folder, [json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS)]
 
 
