@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import json
+import random
 import socket
 import tarfile
 from pathlib import Path
@@ -17,12 +19,11 @@ from tests.helpers.images import encode
 
 
 def free_port() -> int:
-    """Return a free port above those that Ray assigns to workers (10002 to 19999)."""
+    """Return a free port that neither Ray's workers (10002 to 19999) nor connections (from 32768 on) take."""
     while True:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port: int = free.getsockname()[1]
-        if port > 20_000:
+        port = random.SystemRandom().randrange(20_000, 30_000)
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
             return port
 
 

@@ -7,7 +7,6 @@ import io
 import json
 import re
 import shutil
-import socket
 import subprocess
 import time
 from collections import Counter
@@ -40,7 +39,7 @@ from teachers.preprocessing.pixels import to_pixels
 from teachers.registry import captioner_spec, load_captioner
 from tests.helpers import tiny_captioners
 from tests.helpers.commands import printed_by
-from tests.helpers.data import config_of, events_of, members_of, write_tar
+from tests.helpers.data import config_of, events_of, free_port, members_of, write_tar
 from tests.helpers.tiny_coca import coca_model
 from tests.helpers.tiny_models import open_clip_model, transformers_siglip
 
@@ -77,9 +76,7 @@ def scraping(folder: Path) -> Iterator[Prometheus]:
     """Scrape the nodes of the session's Ray once a second."""
     assert BINARY is not None
     targets = [f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}" for node in ray.nodes() if node["Alive"]]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     scrape = {"job_name": "ray", "static_configs": [{"targets": targets}]}
     folder.mkdir()
     (folder / "prometheus.yml").write_text(
