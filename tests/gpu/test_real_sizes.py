@@ -39,7 +39,7 @@ PROFILES = {
 }
 IMAGES, CAPTIONS, LENGTH = 128, 5, 75
 TEACHERS, KINDS = ("dfn2b", "dfn2b-s39b"), ("image", "caption", "synthetic")
-BATCH = 256
+SAMPLES = 256  # so many that gradients, which are counted among the activations, are few beside them
 
 
 @pytest.mark.parametrize("name", PROFILES)
@@ -77,8 +77,8 @@ def test_128_images_with_5_captions_are_one_part_on_80_gib_and_a_step_waits_for_
             assert decoder.room(2 * IMAGES, CAPTIONS) == (640, 160)
             with Operations() as operations:  # fake tensors raise where a value is needed
                 sampler._step(decoder, state, 640)
-                decoder.step(state.tokens, state.position)
-            assert decoder.step(state.tokens, state.position).shape == (640, 49408)
+                logits = decoder.step(state.tokens, state.position)
+            assert logits.shape == (640, 49408)
     assert operations.raising <= {"cumsum"}, "the CPU's; see ``teachers.decoding.sampling._sums``"
     # Keys and values in bf16: of texts in 24 layers; of 255 image tokens in 12, of a quarter more images than fill the
     # rows; in fp32, five arrays of logits.
@@ -107,24 +107,31 @@ class _Students:
         )
 
 
-def test_a_step_of_a_student_has_deterministic_operations_on_cuda_and_gradients_in_fp32() -> None:
+@functools.cache
+def step(name: str, checkpointing: bool) -> tuple[Student, PeakMemory]:
+    """A student in bf16 after a step of ``SAMPLES`` with two texts, and what the step did."""
     mode = FakeTensorMode()
-    student = fake_student(mode, "MobileCLIP2-S0")
+    student = fake_student(mode, name, checkpointing)
     size = student.image.height
     with mode:
         batch = {
-            "image": torch.empty(BATCH, size, size, 3, dtype=torch.uint8),
-            "caption": torch.empty(BATCH, 77, dtype=torch.int64),
-            "synthetic": torch.empty(BATCH, 77, dtype=torch.int64),
-            "targets": {name: {kind: torch.empty(BATCH, 768) for kind in KINDS} for name in TEACHERS},
+            "image": torch.empty(SAMPLES, size, size, 3, dtype=torch.uint8),
+            "caption": torch.empty(SAMPLES, 77, dtype=torch.int64),
+            "synthetic": torch.empty(SAMPLES, 77, dtype=torch.int64),
+            "targets": {name: {kind: torch.empty(SAMPLES, 768) for kind in KINDS} for name in TEACHERS},
         }
-    with mode, Operations() as operations, PeakMemory() as peak:
-        backpropagate(_Students(student), student, batch, BATCH, [0], Accelerator("cpu", "bf16"))
+    with mode, PeakMemory() as observed:
+        backpropagate(_Students(student), student, batch, SAMPLES, [0], Accelerator("cpu", "bf16"))
+    return student, observed
+
+
+def test_a_step_of_a_student_has_deterministic_operations_on_cuda_and_gradients_in_fp32() -> None:
+    student, observed = step("MobileCLIP2-S0", False)
     gradients = [parameter.grad for parameter in student.parameters()]
     assert all(gradient is not None and gradient.dtype is torch.float32 for gradient in gradients)
-    assert {"convolution_backward", "native_batch_norm_backward", "embedding_dense_backward"} <= operations.names
-    assert not operations.raising
-    assert peak.bytes / BATCH / 1e9 == pytest.approx(0.123, abs=0.003), "GB for each image, in docs/students.md"
+    assert {"convolution_backward", "native_batch_norm_backward", "embedding_dense_backward"} <= observed.names
+    assert not observed.raising
+    assert observed.bytes / SAMPLES / 1e9 == pytest.approx(0.123, abs=0.003), "GB for each image, in docs/students.md"
 
 
 @pytest.fixture(params=[1, 8])
@@ -143,47 +150,31 @@ def test_the_loss_of_4096_pairs_and_of_65536_over_8_ranks_is_in_fp32_and_takes_w
     scale = ranks  # features, gathered ones and chunks of as many rows are smaller by it, and so is all memory
     monkeypatch.setattr(chunks, "CHUNK", chunks.CHUNK // scale)
     rows = pairs // ranks // scale
-    with FakeTensorMode(), PeakMemory() as peak, Operations() as operations:
+    with FakeTensorMode(), PeakMemory() as observed:
         features = {kind: torch.empty(rows, 512, dtype=torch.bfloat16, requires_grad=True) for kind in KINDS}
         targets = {name: {kind: torch.empty(rows, 768) for kind in KINDS} for name in TEACHERS}
         objective = Objective(share, "softmax", dict.fromkeys(TEACHERS, 60.0))
         losses = contrastive_losses(objective, features, torch.empty((), requires_grad=True), None, targets)
         torch.stack([*losses.values()]).sum().backward()
-    assert peak.bytes * scale / 1e9 == pytest.approx(gigabytes, abs=0.1)
+    assert observed.bytes * scale / 1e9 == pytest.approx(gigabytes, abs=0.1)
     assert len(losses) == (4 if share < 1 else 2)
     assert all(loss.dtype is torch.float32 for loss in losses.values())
-    assert not operations.raising
+    assert not observed.raising
     assert all(value.grad is not None and value.grad.dtype is torch.bfloat16 for value in features.values())
 
 
 STUDENTS = [ROOT / "configs/mobileclip2-s0.yaml", *sorted(ROOT.glob("configs/recipes/*-*-datacompdr*.yaml"))]
 STUDENTS += sorted(ROOT.glob("configs/recipes/mobileclip-*-dfndr*.yaml"))
-SAMPLES = 256  # so many that gradients, which are counted among the activations, are few beside them
 LOSS = 2.5e9  # of 65,536 pairs, most of it vectors of all ranks; see test_real_sizes.py
-
-
-@functools.cache
-def step_bytes(name: str, checkpointing: bool) -> tuple[int, float]:
-    """Weights, gradients and two moments of a student in bf16, and activations of a sample with two texts."""
-    mode = FakeTensorMode()
-    student = fake_student(mode, name, checkpointing)
-    size = student.image.height
-    with mode:
-        batch = {kind: torch.empty(SAMPLES, 77, dtype=torch.int64) for kind in ("caption", "synthetic")}
-        batch |= {"image": torch.empty(SAMPLES, size, size, 3, dtype=torch.uint8)}
-    with mode, PeakMemory() as peak:
-        with Accelerator("cpu", "bf16").autocast():
-            encoded = student(batch)
-        torch.stack([feature.sum() for feature in encoded.features.values()]).sum().backward()
-    return 4 * sum(parameter.nbytes for parameter in student.parameters()), peak.bytes / SAMPLES
 
 
 def gigabytes(config: StudentConfig, parts: int) -> float:
     """GB of a rank in a step; in several parts, the loss is computed before the activations that are kept."""
     compute, rows = config.train.compute, config.train.batch // config.train.compute.ranks
-    state, of_sample = step_bytes(config.student.model, compute.gradient_checkpointing)
+    student, observed = step(config.student.model, compute.gradient_checkpointing)
+    state = 4 * sum(parameter.nbytes for parameter in student.parameters())  # weights, gradients and two moments
     loss = LOSS * config.train.batch / 65536
-    activations = of_sample * rows / parts
+    activations = observed.bytes / SAMPLES * rows / parts
     return (state + (activations + loss if parts == 1 else max(activations, loss))) / 1e9
 
 

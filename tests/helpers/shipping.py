@@ -12,7 +12,7 @@ import timm
 import torch
 from timm.models.fastvit import FastVit, RepConditionalPosEnc
 
-from tests.helpers.tiny_models import MEAN, STD, open_clip_config, open_clip_model, save_open_clip
+from tests.helpers.tiny_models import MEAN, STD, open_clip_config, save_open_clip, seeded
 
 CONTEXT = 16
 #: ``vision_cfg`` of a model with ``tiny_fastvit``.
@@ -40,13 +40,16 @@ def tiny_fastvit(pretrained: bool = False, **options: Any) -> FastVit:
 
 
 def vit(folder: Path) -> str:
-    """Write a small ViT."""
-    return open_clip_model(folder, context_length=CONTEXT)
+    """Write a small ViT with one layer a tower, since each takes a second to export."""
+    config = open_clip_config(context_length=CONTEXT, layers=1)
+    config["vision_cfg"]["layers"] = 1
+    preprocess = {"size": 32, "mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "shortest"}
+    return save_open_clip(folder, config, preprocess, seeded(lambda: open_clip.CLIP(**config), 2))
 
 
 def fastvit(folder: Path, weights: bool = True, size: tuple[int, int] = (96, 64)) -> str:
     """Write a FastViT whose images, portraits by default, are squashed, and a text tower without causal mask."""
-    config = open_clip_config(context_length=CONTEXT, no_causal_mask=True)
+    config = open_clip_config(context_length=CONTEXT, no_causal_mask=True, layers=1)
     config["vision_cfg"] = {**FASTVIT, "image_size": [*size]}
     preprocess = {"mean": MEAN, "std": STD, "interpolation": "bilinear", "resize_mode": "squash", "size": [*size]}
     model = _with_statistics(lambda: open_clip.CustomTextCLIP(**config), size) if weights else None
