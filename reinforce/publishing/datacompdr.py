@@ -25,6 +25,7 @@ from reinforce.errors import UserError
 from reinforce.images.policy import IMAGE_POLICY, PUBLISHED_POLICY
 from reinforce.nodes import for_each_shard
 from reinforce.publishing.datacompdr_shard import LIST_OF, ShardExport, export_shard, stats_name, tar_name
+from reinforce.publishing.public import without_paths
 from reinforce.publishing.shards import check_output, record_export
 from reinforce.storage import Storage, as_seen_by_workers
 from reinforce.terminal import plural
@@ -208,8 +209,8 @@ def build_config(data: Dataset, operations: int, precision: str, images: bool) -
         },
         "reinforced_dataset": {
             "format": PUBLISHED_FORMAT,
-            "teachers": teachers,
-            "captioners": {name: _captioner(manifest, name) for name in data.captioners},
+            "teachers": without_paths(teachers),
+            "captioners": without_paths({name: _captioner(manifest, name) for name in data.captioners}),
             "vectors": precision,
             "images": images,
             "policies": manifest["policies"],

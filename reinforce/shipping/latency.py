@@ -21,6 +21,7 @@ from typing import Any, Literal
 import open_clip
 import torch
 
+from reinforce.errors import UserError
 from reinforce.model_names import model_errors
 from reinforce.processes.cores import available_cores, describe_share
 from reinforce.shipping.machine import describe_machine
@@ -74,7 +75,10 @@ def measure_latency(
     now, runtimes = _CLOCKS[clock], runtimes or {}
     packages = dict.fromkeys(name for runtime in runtimes.values() for name in TARGETS[runtime.target].packages)
     about = describe_machine((*_PACKAGES, *packages))
-    pinned, threads = threads, threads or min(torch.get_num_threads(), available_cores())  # torch ignores quotas
+    cores = available_cores()
+    if threads is not None and threads > cores:
+        raise UserError(f"threads: {threads} threads on {cores} cores would wait for each other. Give at most {cores}.")
+    pinned, threads = threads, threads or min(torch.get_num_threads(), cores)  # torch ignores quotas
     torch.set_num_threads(threads)
     models: dict[str, dict[str, Any]] = {}
     towers: list[TimedTower] = []

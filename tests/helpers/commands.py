@@ -22,7 +22,7 @@ def run_command(capfd: pytest.CaptureFixture[str], *words: str) -> tuple[int, st
     with pytest.raises(SystemExit) as ended:
         main(list(words))
     code = ended.value.code
-    return (code if isinstance(code, int) else 0), *capfd.readouterr()
+    return (code if isinstance(code, int) else int(code is not None)), *capfd.readouterr()
 
 
 def printed_by(capfd: pytest.CaptureFixture[str], *words: str, status: int = 0) -> str:

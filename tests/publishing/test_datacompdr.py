@@ -115,9 +115,17 @@ def signed_sample(key: str) -> list[tuple[str, bytes]]:
     return [(f"{key}.png", picture(60)), (f"{key}.txt", b"x"), (f"{key}.json", json.dumps(stated).encode())]
 
 
-def test_no_secret_of_the_metadata_is_published(tmp_path: Path) -> None:
+def test_no_secret_of_the_metadata_and_no_local_path_is_published(tmp_path: Path) -> None:
     write_dataset(tmp_path, *signed_sample("private"))
+    stored = tmp_path / "out" / "dataset.json"
+    manifest = json.loads(stored.read_text())
+    for models, name in (("teachers", "red"), ("captioners", "namer")):
+        manifest[models][name]["model"] = "local-dir:/home/me/model"
+    stored.write_text(json.dumps(manifest))
     export(tmp_path)
+    config = (tmp_path / "tars" / "config.json").read_text()
+    assert "home" not in config
+    assert config.count('"model": "(local path)"') == 2
     [path] = (tmp_path / "tars").glob("00000-*.tar")
     with tarfile.open(path) as tar:
         url, stated = (tar.extractfile(f"private.{name}").read() for name in ("url.txt", "json"))  # type: ignore[union-attr]

@@ -16,6 +16,7 @@ from reinforce import plots
 from reinforce.errors import UserError
 from reinforce.evaluation.suite.results import ResultFile
 from reinforce.model_names import resolve_models
+from reinforce.processes.cores import available_cores
 from reinforce.shipping import latency as latencies
 from reinforce.shipping.latency import measure_latency
 from reinforce.shipping.machine import cpu_name, machine_name
@@ -114,6 +115,11 @@ def test_accuracies_are_published_or_of_a_suite(tmp_path: Path) -> None:
     }
     with pytest.raises(UserError, match="nothing is published of ViT-L-14"):
         find_accuracies(["ViT-L-14"], None)
+
+
+def test_more_threads_than_cores_are_refused() -> None:
+    with pytest.raises(UserError, match=r"^threads: .* would wait for each other. Give at most \d+\.$"):
+        measure_latency({}, rounds=1, threads=available_cores() + 1)
 
 
 def test_operations_match_a_count_by_hand(tmp_path: Path) -> None:
