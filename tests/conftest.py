@@ -15,6 +15,7 @@ import pytest
 import typer.main
 from hypothesis import HealthCheck, settings
 
+from tests.helpers import forks
 from tests.helpers.commands import Command, run_command
 from tests.helpers.data import members_of, write_tar
 from tests.helpers.s3_proxy import Proxy, s3_behind_proxy, s3_environment
@@ -25,6 +26,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch threads that wait w
 os.environ.setdefault("RAY_worker_niceness", "0")  # with Ray's default of 15, other tests starve the workers
 os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # processes for tasks, of which runs have none
 os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # an actor for each group of ranks
+if sys.platform == "linux":  # one for all processes of the session
+    os.environ.setdefault(forks.ADDRESS, f"reinforce-tests-{os.getpid()}")
 _STARTUP = str(Path(__file__).parent / "helpers" / "startup")  # its sitecustomize.py runs in each process of Python
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (_STARTUP, os.environ.get("PYTHONPATH"))))
 typer.main.get_command = cache(typer.main.get_command)  # of all commands, which takes longer than many of them

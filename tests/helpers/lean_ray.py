@@ -1,14 +1,16 @@
 """Ray for tests: patient on a busy machine, and without the processes that no run needs. ``python -m`` runs a command.
 
-Those processes take two CPU seconds at each start.
+Those processes take three CPU seconds at each start. Workers are forks of one process.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
 import time
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from ray._private import services
 from ray._private.node import Node
 
 from reinforce.cli import main
+from tests.helpers import forks
 
 _START_SECONDS = 600.0  # for Ray, which gives up after 30
 _get_node, _start_process = services.get_node, services.start_ray_process
@@ -48,17 +51,26 @@ def _without_agent(argument: str) -> str:
     return "--dashboard_agent_command=" + subprocess.list2cmdline(["sh", "-c", script])
 
 
-def _start_without_agent(command: list[str], *arguments: Any, **options: Any) -> Any:
-    return _start_process([_without_agent(argument) for argument in command], *arguments, **options)
+def _with_forks(argument: str) -> str:
+    option, address = f"--python_worker_command={sys.executable} ", os.environ.get(forks.ADDRESS)
+    if address and argument.startswith(option):
+        command = subprocess.list2cmdline(forks.worker_command(address))
+        return argument.replace(option, f"--python_worker_command={command} ")
+    return argument
+
+
+def _start(agent: bool, command: list[str], *arguments: Any, **options: Any) -> Any:
+    command = [_with_forks(argument if agent else _without_agent(argument)) for argument in command]
+    return _start_process(command, *arguments, **options)
 
 
 def prepare(patch: pytest.MonkeyPatch, agent: bool = False) -> None:
     """Change how this process starts Ray, until ``patch`` is undone. Only metrics need the ``agent``."""
     patch.setattr(services, "get_node", _wait_for_node)
-    if not agent:
-        patch.setattr(services, "start_ray_process", _start_without_agent)
-    for needless in ("monitor", "log_monitor"):  # they scale clusters, and print the output of workers
-        patch.setattr(Node, f"start_{needless}", lambda _: None)
+    patch.setattr(services, "start_ray_process", partial(_start, agent))
+    # They scale clusters, print the output of workers, and serve the dashboard, even where there is none.
+    for needless in ("monitor", "log_monitor", "api_server"):
+        patch.setattr(Node, f"start_{needless}", lambda *_, **__: None)
 
 
 def run_command() -> None:

@@ -20,6 +20,7 @@ import torch
 import yaml
 
 from teachers.weights import as_safetensors
+from tests.helpers import forks
 from tests.helpers.data import config_of
 from tests.helpers.reinforced import small_dataset
 
@@ -97,7 +98,11 @@ def ran(folder: Path) -> list[str]:
 
 
 def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # for the classes of tests
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        forks.ADDRESS: "",
+    }  # for the classes of tests, in real workers
     return subprocess.run(
         command, cwd=folder, capture_output=True, text=True, timeout=1080, check=False, env=environment
     )
