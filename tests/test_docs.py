@@ -80,6 +80,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch, local_ray():
         patch.chdir(folder)
         patch.syspath_prepend(str(folder))
+        patch.setattr("reinforce.training.record.log.draw_curves", lambda *_: None)  # takes a second
         patch.setattr(nodes, "_in_tasks", lambda function, names, _: nodes._here(function, names))
         write_inputs(folder)
         run_command("run", "my.yaml")

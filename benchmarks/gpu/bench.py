@@ -149,7 +149,8 @@ class Bench:
         """
         seconds = self.size.seconds if seconds is None else seconds
         work()  # compiles, captures and allocates
-        self._repeat(work, min(self.size.warm, seconds))
+        if self.size.warm:
+            self._repeat(work, min(self.size.warm, seconds))
         windows = [self._repeat(work, seconds / _WINDOWS) for _ in range(_WINDOWS if seconds else 1)]
         calls, elapsed = (sum(column) for column in zip(*windows, strict=True))
         with self.tracing(name):

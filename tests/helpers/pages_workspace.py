@@ -54,7 +54,7 @@ def _configs(folder: Path) -> dict[str, dict[str, Any]]:
             "sharp": {"class": "our_scores:Sharpness"},
             "agreement": {"class": "our_scores:Agreement"},
         },
-        "workers": {"max": 1},
+        "workers": {"max": 1, "batch": 8},
     }
     student = {
         "output": "runs/s0",

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import s3fs
 
 from benchmarks.pipeline.figures import Figure
 from benchmarks.pipeline.page import PAGE
-from benchmarks.scale import page
+from benchmarks.scale import child, page
 from benchmarks.scale.__main__ import QUICK, main, measure_resume, measure_start, measure_status, measure_validate
 from benchmarks.scale.cluster import Cluster, SimulatedRay, config_of, simulated
 from reinforce.config import parse_config
@@ -24,6 +27,22 @@ from reinforce.engine.record.progress import Progress
 from reinforce.engine.record.summary import RunSummary
 
 
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measures in this process: the imports of another take a second or two."""
+
+    def run_child(arguments: Sequence[str], variables: Mapping[str, str]) -> Any:
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+            for name, value in variables.items():
+                patch.setenv(name, value)
+            s3fs.S3FileSystem.clear_instance_cache()  # of the store before
+            child.main(*arguments)
+        return json.loads(printed.getvalue())
+
+    monkeypatch.setattr("benchmarks.scale.__main__.run_child", run_child)
+
+
+@pytest.mark.usefixtures("here")
 def test_a_resumed_run_and_a_training_need_few_requests_for_each_shard() -> None:
     resumed = {figure.name: figure.value for figure in measure_resume(QUICK)}
     assert resumed["listing requests"] == 8 * 3 + 8, "a thousand shards of a layer each, and the quarantine"
@@ -35,6 +54,7 @@ def test_a_resumed_run_and_a_training_need_few_requests_for_each_shard() -> None
     assert started["reading requests"] <= 16 * 8 * 3 + 2 * 8 + 2, "16 shards are opened in each layer"
 
 
+@pytest.mark.usefixtures("here")
 def test_the_status_of_a_running_job_takes_three_requests_and_that_of_a_dataset_one_for_a_thousand_files() -> None:
     found = {figure.name: figure.value for figure in measure_status(QUICK)}
     assert found["requests, of a running job"] == 3
