@@ -263,10 +263,10 @@ class _Functions(TorchFunctionMode):
         self._cuda = cuda
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        tensor = args[0] if args and isinstance(args[0], torch.Tensor) else None
-        if tensor is not None and (replaced := _REPLACED.get(func)) is not None:
-            return replaced(self._cuda, *args, **kwargs)
+        if (replaced := _REPLACED.get(func)) is not None and isinstance(args[0], torch.Tensor):
+            return replaced(self._cuda, *args, **(kwargs or {}))
+        if not kwargs:
+            return func(*args)
         if (device := kwargs.get("device")) is not None and torch.device(device).type == "cuda":
             kwargs = {**kwargs, "device": DEVICE}  # with its index, which C++ would ask CUDA for
         if kwargs.get("pin_memory"):

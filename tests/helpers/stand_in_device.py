@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import partial
 from pathlib import Path
-from typing import Any
-from weakref import finalize
+from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 
@@ -19,9 +19,10 @@ from tests.helpers.stand_in_streams import DEVICE, Stream, current
 
 aten = torch.ops.aten
 _ROOT = str(Path(__file__).parents[2])
-_COPIES = (aten._to_copy.default, aten.copy_.default)
+_TO_COPY, _COPY = aten._to_copy.default, aten.copy_.default
 _INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
 _WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "unique_consecutive"}
+_known: dict[int, _Facts] = {}  # by the id of an operation, whose hash takes long
 _CPU_VALUES = {"fill_", "masked_fill_", "masked_fill", "where", "index_put_", "index_put"}  # and pointwise ones
 
 
@@ -34,6 +35,17 @@ class Copy:
     blocking: bool
     place: str
     stream: Stream
+
+
+class _Facts(NamedTuple):
+    """What is known of an operation of ATen."""
+
+    name: str
+    composite: bool
+    view: bool  # returns a view and changes nothing
+    counted: bool
+    mutable: bool
+    pointwise: bool
 
 
 @dataclass
@@ -79,6 +91,7 @@ class StandIn:
     def __init__(self, memory: int) -> None:
         self.memory, self.allocated, self.peak = memory, 0, 0
         self.tape: list[tuple[Any, Any, Any, Any]] | None = None  # of the graph that is captured
+        self._references: dict[int, ref[torch.Tensor]] = {}
         self._one_thread = threading.RLock()
         self.compiled: list[dict[str, Any]] = []
         self._counting: list[Counts] = []
@@ -126,24 +139,27 @@ class StandIn:
 
     def operate(self, func: Any, args: Any, kwargs: dict[str, Any], modes: Callable[[], Any]) -> Any:
         """Run one operation of ATen, on the device if it has a tensor of it or makes one."""
-        tensors = _tensors((args, kwargs))
+        tensors = _tensors(args)
+        if kwargs:
+            tensors += _tensors(kwargs.values())
         on_device = [tensor for tensor in tensors if isinstance(tensor, CudaTensor)]
-        wanted = self._wanted_device(kwargs.get("device"), on_device)
+        wanted = self._wanted_device(kwargs["device"], on_device) if "device" in kwargs else None
         if not on_device and not wanted:
             return _run(func, args, kwargs)
         with self._one_thread:
             return self._operate(func, args, kwargs, modes, tensors, on_device, wanted)
 
     def _operate(self, func: Any, args: Any, kwargs: Any, modes: Any, tensors: Any, on_device: Any, wanted: Any) -> Any:
-        name = func._schema.name.removeprefix("aten::")
-        if func in _COPIES:
-            return self._copy(func, name, args, kwargs, len(on_device) == len(tensors), wanted)
-        if "scaled_dot_product_attention" not in name and _is_composite(func):
+        facts = _facts(func)
+        if func is _TO_COPY or func is _COPY:
+            return self._copy(func, facts.name, args, kwargs, wanted)
+        if facts.composite:
             with modes():
                 return func.decompose(*args, **kwargs)
-        _check_devices(func, name, args, tensors, on_device)
-        if torch.Tag.inplace_view not in func.tags and not _is_view(func):
-            self._count(func, name, args)
+        if len(on_device) < len(tensors):
+            _check_devices(facts, args, tensors, on_device)
+        if facts.counted:
+            self._count(facts.name, args)
         out = self._execute(func, args, {**kwargs, "device": "cpu"} if wanted else kwargs)
         return self._adopt(out) if wanted is not False else out
 
@@ -177,7 +193,7 @@ class StandIn:
             counts.graph_launches += 1
         self.count("graph")
 
-    def _count(self, func: Any, name: str, args: Any) -> None:
+    def _count(self, name: str, args: Any) -> None:
         self.count(name)
         if name in _WAITING:
             self.wait({"_local_scalar_dense": "item"}.get(name, name))
@@ -190,8 +206,8 @@ class StandIn:
                 elif index.dtype in (torch.bool, torch.uint8):
                     self.wait("index by a mask")
 
-    def _copy(self, func: Any, name: str, args: Any, kwargs: Any, same: bool, wanted: bool | None) -> Any:
-        if func is aten.copy_.default:
+    def _copy(self, func: Any, name: str, args: Any, kwargs: Any, wanted: bool | None) -> Any:
+        if func is _COPY:
             target, source = args[:2]
             non_blocking = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
             if isinstance(target, CudaTensor) == isinstance(source, CudaTensor):
@@ -229,21 +245,19 @@ class StandIn:
         if self.tape is None:
             return _run(func, args, kwargs)
         # A capture runs nothing, but the shapes are needed: only what changes tensors is left out.
-        out = args[0] if func._schema.is_mutable else _run(func, args, kwargs)
+        out = args[0] if _facts(func).mutable else _run(func, args, kwargs)
         self.tape.append((func, args, kwargs, out))
         return out
 
     def replay(self, tape: list[tuple[Any, Any, Any, Any]]) -> None:
         """Run a captured graph again, into the tensors of its capture."""
-        for func, args, kwargs, out in tape:
-            if _is_view(func):
-                continue
-            again = _run(func, args, kwargs)
-            if func._schema.is_mutable:
-                continue
-            with torch._C._DisableTorchDispatch():
-                for old, new in zip(_tensors(out), _tensors(again), strict=True):
-                    old.copy_(new)
+        with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
+            for func, args, kwargs, out in tape:
+                if not (facts := _facts(func)).view:
+                    again = func(*args, **kwargs)
+                    if not facts.mutable:
+                        for old, new in zip(_tensors([out]), _tensors([again]), strict=True):
+                            old.copy_(new)
 
     # -- memory
 
@@ -254,11 +268,12 @@ class StandIn:
         if not isinstance(out, torch.Tensor) or isinstance(out, CudaTensor):
             return out
         storage = out.untyped_storage()
-        if storage._cdata not in self._alive:
-            self._allocate(storage._cdata, storage.nbytes())
+        if (number := storage._cdata) not in self._alive:
+            self._allocate(number, storage.nbytes())
         adopted: torch.Tensor = torch.Tensor._make_subclass(CudaTensor, out)
-        self._alive[storage._cdata] += 1
-        finalize(adopted, self._release, storage._cdata).atexit = False
+        self._alive[number] += 1
+        reference = ref(adopted, partial(self._release, number))
+        self._references[id(reference)] = reference
         return adopted
 
     def _allocate(self, storage: int, size: int) -> None:
@@ -272,15 +287,13 @@ class StandIn:
         for counts in self._counting:
             counts.allocations += 1
 
-    def _release(self, storage: int) -> None:
+    def _release(self, storage: int, reference: ref[torch.Tensor]) -> None:
         with self._one_thread:
-            self._forget(storage)
-
-    def _forget(self, storage: int) -> None:
-        self._alive[storage] -= 1
-        if not self._alive[storage]:
-            del self._alive[storage]
-            self.allocated -= self._sizes.pop(storage)
+            del self._references[id(reference)]
+            self._alive[storage] -= 1
+            if not self._alive[storage]:
+                del self._alive[storage]
+                self.allocated -= self._sizes.pop(storage)
 
 
 def _storage(tensor: torch.Tensor) -> int:
@@ -292,43 +305,43 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
         return func(*args, **kwargs)
 
 
-def _tensors(values: Any) -> list[torch.Tensor]:
-    """All tensors in nested tuples, lists and dictionaries; quicker than by ``tree_leaves``."""
-    if isinstance(values, torch.Tensor):
-        return [values]
-    if isinstance(values, dict):
-        values = values.values()
-    elif not isinstance(values, (list, tuple)):
-        return []
-    return [tensor for value in values for tensor in _tensors(value)]
+def _tensors(values: Iterable[Any]) -> list[torch.Tensor]:
+    """All tensors in nested tuples and lists; quicker than by ``tree_leaves``."""
+    found = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += _tensors(value)
+    return found
 
 
-@cache
-def _is_composite(func: Any) -> bool:
-    implicit = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
-    return bool(implicit and func._can_decompose())
+def _facts(func: Any) -> _Facts:
+    if (known := _known.get(id(func))) is None:
+        name = func._schema.name.removeprefix("aten::")
+        implicit = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+        composite = implicit and "scaled_dot_product_attention" not in name and func._can_decompose()
+        aliases = [argument.alias_info for argument in func._schema.arguments if argument.alias_info is not None]
+        view = bool(aliases) and not any(alias.is_write for alias in aliases)
+        counted = torch.Tag.inplace_view not in func.tags and not view
+        known = _Facts(name, composite, view, counted, func._schema.is_mutable, torch.Tag.pointwise in func.tags)
+        _known[id(func)] = known
+    return known
 
 
-@cache
-def _is_view(func: Any) -> bool:
-    """Whether an operation returns a view and changes nothing."""
-    aliases = [argument.alias_info for argument in func._schema.arguments if argument.alias_info is not None]
-    return bool(aliases) and not any(alias.is_write for alias in aliases)
-
-
-def _check_devices(func: Any, name: str, args: Any, tensors: list[torch.Tensor], on_device: list[Any]) -> None:
+def _check_devices(facts: _Facts, args: Any, tensors: list[torch.Tensor], on_device: list[Any]) -> None:
     """Raise RuntimeError where CUDA does for tensors of two devices."""
     others = [tensor for tensor in tensors if not isinstance(tensor, CudaTensor)]
-    if not others or not on_device:
+    if not on_device:
         return
-    if name in _INDEXING and isinstance(args[0], CudaTensor):
+    if facts.name in _INDEXING and isinstance(args[0], CudaTensor):
         others = [tensor for tensor in others if all(tensor is not index for index in args[1])]
-    scalars = torch.Tag.pointwise in func.tags or name in _CPU_VALUES
+    scalars = facts.pointwise or facts.name in _CPU_VALUES
     if mixed := [tensor for tensor in others if tensor.ndim or not scalars]:
         shapes = ", ".join(str(list(tensor.shape)) for tensor in mixed)
         raise RuntimeError(
             f"Expected all tensors to be on the same device, but found at least two devices, {DEVICE} and cpu! "
-            f"{name} got CPU tensors of shape {shapes} at {_place()}"
+            f"{facts.name} got CPU tensors of shape {shapes} at {_place()}"
         )
 
 
