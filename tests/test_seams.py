@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -148,6 +149,7 @@ def test_each_format_has_the_name_it_is_registered_by_and_endings_of_its_own() -
 def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with two files of one more format; the last sample of the second has a key that is there already."""
     monkeypatch.setitem(source_formats.MODULES, "records", "tests.helpers.record_format")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # charts, which take long, are those of other reports
     monkeypatch.chdir(tmp_path)
     for shard in "ab":
         samples = [(f"{shard}{n}", f"thing {shard}{n}", picture(ord(shard) + n)) for n in range(4)]
@@ -199,6 +201,7 @@ def test_one_more_format_needs_a_module_and_a_line(records: Path, capfd: pytest.
 def palette(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A config with models of one more family."""
     monkeypatch.setitem(registry.FAMILIES, "palette", PALETTE)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.chdir(tmp_path)
     write_tar(tmp_path / "source" / "0.tar", members_of(0, 5))
     teachers = {"hue": {"family": "palette", "model": "sea", "colors": 6}}

@@ -53,7 +53,7 @@ def header_of(shape: tuple[int, ...]) -> bytes:
 
 def bomb(name: str = "image_emb.npy") -> bytes:
     out = io.BytesIO()
-    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as file:
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file:
         file.writestr(name, bytes(100 * 2**20))
     return out.getvalue()
 
@@ -111,11 +111,11 @@ BROKEN: dict[str, tuple[str, dict[str, bytes | Callable[[], bytes] | None]]] = {
     "an npz that unpacks to 100 MB": ("embeddings/one/images", {"npz": bomb}),
     "a pth.gz that unpacks to 100 MB": (
         "embeddings/one/images",
-        {"npz": None, "pth.gz": lambda: gzip.compress(bytes(100 * 2**20))},
+        {"npz": None, "pth.gz": lambda: gzip.compress(bytes(100 * 2**20), 1)},
     ),
     "a zip in a pth.gz that unpacks to 100 MB": (
         "embeddings/one/images",
-        {"npz": None, "pth.gz": lambda: gzip.compress(bomb("archive/data/0"))},
+        {"npz": None, "pth.gz": lambda: gzip.compress(bomb("archive/data/0"), 1)},
     ),
     "a pickle of an npz": ("embeddings/one/images", {"npz": harmful_npz()}),
     "a pickle of a pth.gz": ("embeddings/one/images", {"npz": None, "pth.gz": harmful_pth()}),

@@ -140,6 +140,7 @@ def test_a_step_of_a_captioner_on_a_gpu_has_the_losses_of_a_cpu_and_deterministi
     assert not RAISING & counts.by_name.keys(), "strict determinism ends the training"
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_training_on_a_gpu_that_resumes_has_the_weights_of_one_that_does_not(tmp_path: Path) -> None:
     changes: dict[str, Any] = {"steps": 6, "ema": 0.9, "compute": {"accumulate": 2}}
     stop = StopSignal()

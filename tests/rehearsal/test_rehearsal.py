@@ -13,6 +13,7 @@ from tests.helpers.reinforced import reinforce_here
 from tests.rehearsal.__main__ import ROOT, rehearse
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_published_labels_become_a_student_that_is_compared_with_published_models(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -26,7 +27,7 @@ def test_published_labels_become_a_student_that_is_compared_with_published_model
         else:
             printed[command] = printed_by(capfd, *words)
 
-    metrics = rehearse(tmp_path, run, samples=36, steps=24)
+    metrics = rehearse(tmp_path, run, samples=36, steps=16)
     assert "1 shard, 1 with something missing" in printed["plan"]
     assert len([*reinforce.open(f"{tmp_path}/dataset")]) == 36, "joined by URL, since the keys differ"
     assert "embeddings/dfn2b-s39b/coca        1/1" in printed["status"]
