@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import re
+import runpy
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,7 @@ from tests.helpers.reinforced import small_dataset
 from tests.helpers.students import student_folder
 from tests.helpers.trainings import curve, rows
 
-ROOT = Path(__file__).parents[2]
-Start = Callable[..., subprocess.Popen[str]]
+Start = Callable[..., "Started"]
 STEPS, BATCH = 40, 8  # 44 samples: an epoch ends in the middle of a step
 
 
@@ -72,38 +73,53 @@ def written(config: dict[str, Any], output: Path, changes: dict[str, Any] | None
     return str(path)
 
 
-@pytest.fixture
-def start() -> Iterator[Start]:
-    """Starts Python with the given arguments; at the end, processes that still run are killed with their children."""
-    processes = []
+class Started(multiprocessing.context.ForkServerProcess):
+    """``python -m ARGUMENTS``, forked from a process that has imported torch, in a session of its own."""
 
-    def start(*arguments: str) -> subprocess.Popen[str]:
-        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-        process = subprocess.Popen(
-            [sys.executable, *arguments],
-            cwd=ROOT,
-            env={**environment, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        processes.append(process)
-        return process
+    def __init__(self, printed: Path, arguments: tuple[str, ...]) -> None:
+        super().__init__()
+        self._printed, self._arguments = printed, arguments
+
+    def run(self) -> None:
+        os.setsid()
+        for number in (1, 2):
+            os.dup2(os.open(self._printed, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+        forkserver._forkserver.__init__()  # type: ignore[misc]  # loader processes fork from one of their own
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torch.set_num_threads(1)
+        sys.argv[:] = self._arguments
+        runpy.run_module(sys.argv[0], run_name="__main__")
+
+    def ended(self) -> str:
+        """Wait for the end -> what was printed."""
+        self.join(600)
+        return self._printed.read_text()
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts modules with the given arguments; at the end, those that still run are killed with their children."""
+    processes: list[Started] = []
+    multiprocessing.set_forkserver_preload(["reinforce.student.train", "torch._dynamo", "torch.utils.tensorboard"])
+
+    def start(*arguments: str) -> Started:
+        processes.append(Started(tmp_path / f"printed-{len(processes)}", arguments))
+        processes[-1].start()
+        return processes[-1]
 
     yield start
     for process in processes:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.join()
 
 
-def wait_for_step(process: subprocess.Popen[str], output: Path, step: int) -> None:
+def wait_for_step(process: Started, output: Path, step: int) -> None:
     """Wait until a step is logged and a checkpoint is there, which a thread writes while steps go on."""
     deadline = time.monotonic() + 600
     log = output / "log.jsonl"
     while not list(output.glob("checkpoints/step-*")) or f'"step": {step},' not in log.read_text():
-        assert process.poll() is None, process.communicate()[0]
+        assert process.is_alive(), process.ended()
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
@@ -127,22 +143,22 @@ def test_a_killed_and_interrupted_training_has_the_curve_of_an_uninterrupted_one
 ) -> None:
     output = tmp_path / "out"
     config = written(base, output)
-    killed = start("-m", "reinforce", "train", config)
+    killed = start("reinforce", "train", config)
     wait_for_step(killed, output, 12)
-    killed.send_signal(signal.SIGSTOP)  # while it holds the lock
+    os.kill(killed.pid, signal.SIGSTOP)  # while it holds the lock
     status, _, err = run_command(capfd, "train", config)
     assert (status, "another run is writing to" in err) == (2, True)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
+    killed.kill()
+    killed.join()
     reached = rows(output)[-1]["step"]
     saved = max(int(path.stem.removeprefix("step-")) for path in (output / "checkpoints").glob("step-*"))
     assert 12 <= reached < STEPS
 
-    interrupted = start("jobs/train_student.py", "--config", config, "--set", "data.workers=1")
+    interrupted = start("jobs.train_student", "--config", config, "--set", "data.workers=1")
     wait_for_step(interrupted, output, max(22, reached + 2))
     os.killpg(interrupted.pid, signal.SIGINT)  # like a terminal: loader processes get it, too
-    printed, _ = interrupted.communicate(timeout=600)
-    assert interrupted.returncode == 130, printed
+    printed = interrupted.ended()
+    assert interrupted.exitcode == 130, printed
     assert "run the same command again to resume from the last checkpoint" in printed
     assert f"resuming after step {saved} of" in printed
     assert "Traceback" not in printed
@@ -176,18 +192,18 @@ def test_sigterm_under_torchrun_ends_both_ranks_with_a_checkpoint_and_they_resum
 ) -> None:
     output = tmp_path / "out"
     config = written(base, output)
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "reinforce", "train"]
+    command = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "reinforce", "train"]
     stopped = start(*command, config)
     wait_for_step(stopped, output, 10)
-    stopped.send_signal(signal.SIGTERM)
-    printed, _ = stopped.communicate(timeout=600)
-    assert stopped.returncode != 0
+    stopped.terminate()
+    printed = stopped.ended()
+    assert stopped.exitcode not in (0, None)
     stopped_at = rows(output)[-1]["step"]
     assert (output / f"checkpoints/step-{stopped_at:09d}.safetensors").exists(), printed
 
     done = start(*command, config)
-    printed, _ = done.communicate(timeout=600)
-    assert done.returncode == 0, printed
+    printed = done.ended()
+    assert done.exitcode == 0, printed
     assert f"resuming after step {stopped_at}" in printed
     assert printed.count(f"for {STEPS} steps on") == 1, "only rank 0 prints"
     share = describe_share(max(1, available_cores() // 2), 0)
