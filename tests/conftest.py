@@ -28,6 +28,7 @@ os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # processes for 
 os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # an actor for each group of ranks
 if sys.platform == "linux":  # one for all processes of the session
     os.environ.setdefault(forks.ADDRESS, f"reinforce-tests-{os.getpid()}")
+    forks.fork_processes()
 _STARTUP = str(Path(__file__).parent / "helpers" / "startup")  # its sitecustomize.py runs in each process of Python
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (_STARTUP, os.environ.get("PYTHONPATH"))))
 typer.main.get_command = cache(typer.main.get_command)  # of all commands, which takes longer than many of them

@@ -45,15 +45,26 @@ def worker_command(address: str) -> list[str]:
     return [sys.executable, "-I", "-S", __file__, address]
 
 
+def fork_processes() -> None:
+    """Let fork servers and processes that ``multiprocessing`` spawns be forks too."""
+    from multiprocessing import util
+
+    def spawn(path: bytes, args: list[str], passfds: list[int]) -> int:
+        return start(path, [*worker_command(os.environ[ADDRESS]), *args[args.index("-c") :]], passfds)
+
+    start, util.spawnv_passfds = util.spawnv_passfds, spawn
+
+
 def _socket(descriptor: int | None = None) -> socket.socket:
     return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, descriptor)
 
 
 def _ask(address: str, *arguments: str) -> None:
+    files = [number for number in map(int, os.listdir("/proc/self/fd")) if os.path.exists(f"/proc/self/fd/{number}")]
     connection = _socket()
     connection.connect(f"\0{address}")
-    message = json.dumps([os.getcwd(), dict(os.environ), arguments])
-    socket.send_fds(connection, [message.encode()], [0, 1, 2])
+    message = json.dumps([os.getcwd(), dict(os.environ), files, arguments])
+    socket.send_fds(connection, [message.encode()], files)
     connection.recv(1)
 
 
@@ -65,6 +76,7 @@ def _serve(descriptor: int, session: int) -> None:
     for name in _IMPORTED:
         importlib.import_module(name)
     gc.freeze()
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # multiprocessing blocks signals while it starts a process
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     listener = _socket(descriptor)
     listener.settimeout(1.0)
@@ -81,14 +93,20 @@ def _serve(descriptor: int, session: int) -> None:
 
 
 def _work(connection: socket.socket) -> None:
+    import fcntl
     import runpy
     import shlex
     import threading
 
-    message, descriptors, _, _ = socket.recv_fds(connection, 2**20, 3)
-    folder, environment, arguments = json.loads(message)
-    for number, descriptor in enumerate(descriptors):
-        os.dup2(descriptor, number)
+    message, received, _, _ = socket.recv_fds(connection, 2**20, 16)
+    folder, environment, files, arguments = json.loads(message)
+    below = connection.detach(), *received  # the number of one may be that which another has to get
+    above = [fcntl.fcntl(file, fcntl.F_DUPFD, 100) for file in below]
+    for file in below:
+        os.close(file)
+    for number, file in zip(files, above[1:], strict=True):
+        os.dup2(file, number)
+    connection = _socket(above[0])
     os.setsid()  # Ray kills the process group of a worker that has ended
     os.chdir(folder)
     os.environ.clear()
@@ -96,6 +114,9 @@ def _work(connection: socket.socket) -> None:
     threading.Thread(target=lambda: (connection.recv(1), os._exit(1)), daemon=True).start()
 
     def run(path: str, *words: str) -> None:
+        if path == "-c":
+            sys.argv[:] = path, *words[1:]
+            return exec(words[0], {"__name__": "__main__"})
         sys.argv[:] = path, *words
         sys.path[0] = os.path.dirname(path)
         runpy.run_path(path, run_name="__main__")
