@@ -68,7 +68,7 @@ def _share_vocabularies() -> None:
 
 @pytest.fixture(scope="session")
 def s3_proxy() -> Iterator[Proxy]:
-    """The proxy of an S3 server that runs for the session, because moto's server keeps its port when it stops."""
+    """The proxy of an S3 server that runs for the session."""
     with s3_behind_proxy() as proxy:
         yield proxy
 

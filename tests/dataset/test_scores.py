@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -71,8 +72,9 @@ def similarities(sample: reinforce.Sample, teacher: str, texts: str) -> np.ndarr
 
 
 def test_scores_are_those_of_the_stored_vectors_and_samples_and_commands_know_them(
-    config: dict[str, Any], capfd: pytest.CaptureFixture[str]
+    config: dict[str, Any], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # charts of scores are those of tests/inspection
     url = reinforce_here(config)
     samples = list(reinforce.open(url))
     assert len(samples) == COUNT

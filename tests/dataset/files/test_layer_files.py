@@ -31,7 +31,7 @@ from reinforce.dataset.vectors import encode
 from reinforce.errors import StorageError, UserError
 from reinforce.source.urls import expand
 from schemas import Reason
-from tests.helpers.s3_proxy import Handler, Proxy, Request, Response, refuse, s3_environment
+from tests.helpers.s3_proxy import Handler, Proxy, Request, Response, listening_on, refuse, s3_environment
 
 LAYER = Layer("captions/c", KINDS["captions"], "f00d", needs=("samples",), model="c", count=1)
 
@@ -186,7 +186,7 @@ def test_a_listing_whose_continuation_token_does_not_work_starts_again(
         kept = [(name, value) for name, value in answer.headers if name.lower() != "content-length"]
         handler.send(Response(answer.status, [*kept, ("Content-Length", str(len(body)))], body))
 
-    proxy = Proxy(0, int(address.rpartition(":")[2]))
+    proxy = Proxy(0, listening_on(int(address.rpartition(":")[2])))
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
     expired = refuse(400, "InvalidArgument", "The continuation token provided is incorrect")
     fault = without_token if names_no_page else expired
