@@ -157,7 +157,7 @@ def test_two_runs_at_once_put_equal_objects(
     assert [summary.status for summary in done] == [0, 0]
     assert layers(s3, "twice") == undisturbed
     puts = Counter(request.key for request in s3_proxy.requests if writes_layer(request))
-    assert max(puts.values()) == 2, "both wrote the same shards"
+    assert max(puts.values()) >= 2, "both wrote the same shards"
 
 
 @pytest.mark.usefixtures("ray_here")
