@@ -98,7 +98,7 @@ def _one_of_ranks(bench: Bench) -> Iterator[None]:
         stack.enter_context(patch.multiple(gather, world_size=lambda: RANKS, rank=lambda: 0))
         stack.enter_context(gather.without_communication())
         if bench.size.tiny:
-            stack.enter_context(patch.object(chunks, "CHUNK", entries // 32))
+            stack.enter_context(patch.object(chunks, "CHUNK", entries // 2))
         yield
 
 
