@@ -54,11 +54,16 @@ def take(url: str, count: int, **data: Any) -> list[Batch]:
     return list(itertools.islice(feed.batches(0, 1, 6, 0), count))
 
 
+@pytest.fixture(scope="module")
+def on_disk(urls: dict[str, str]) -> list[Batch]:
+    return take(urls["disk"], 6)
+
+
 @pytest.mark.parametrize(("images", "workers"), [("embed", 1), ("reference", 0)])
 def test_batches_from_s3_equal_those_from_disk_and_a_row_group_takes_few_requests(
-    urls: dict[str, str], images: str, workers: int, monkeypatch: pytest.MonkeyPatch
+    urls: dict[str, str], on_disk: list[Batch], images: str, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for here, there in zip(take(urls["disk"], 6), take(urls[images], 6, workers=workers), strict=True):
+    for here, there in zip(on_disk, take(urls[images], 6, workers=workers), strict=True):
         assert here["key"] == there["key"]
         assert torch.equal(here["image"], there["image"])
         assert torch.equal(here["targets"]["blue"]["synthetic"], there["targets"]["blue"]["synthetic"])

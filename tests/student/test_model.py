@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ from reinforce.training.config import Optimizer
 from reinforce.training.optimizer import learning_rate, make_adamw
 from teachers.preprocessing.fit import fit
 from teachers.protocols import ImageSpec
-from tests.helpers.demo import ROOT
+from tests.helpers.ranks import start_ranks
 from tests.helpers.students import (
     IMAGE_TEACHER,
     KINDS,
@@ -225,35 +223,29 @@ def test_mobileclip2_s0_is_exported(tmp_path: Path) -> None:
     assert model.visual.image_size == (256, 256)
 
 
-# This runs in its own process, because the fault can end a process with a signal. It can also give wrong gradients.
-_GRADIENTS = """
-import torch
-from reinforce.student.pointwise import avoid_faulty_convolutions
-
-for channels, out, size in ((3, 64, 256), (3, 24, 96), (4, 8, 32), (5, 64, 256), (12, 32, 64)):
-    torch.manual_seed(0)
-    convolution = torch.nn.Conv2d(channels, out, 1, 2, bias=False)
-    reference = torch.nn.Conv2d(channels, out, 1, 2, bias=False).double()
-    reference.load_state_dict(convolution.state_dict())
-    assert avoid_faulty_convolutions(convolution) == 1
-    for _ in range(3):
-        images = torch.randn(4, channels, size, size).contiguous(memory_format=torch.channels_last)
-        features = convolution(images)
-        assert features.is_contiguous(memory_format=torch.channels_last)
-        seen = torch.randn_like(features)
-        for module, given, gradient in ((convolution, features, seen), (reference, None, seen.double())):
-            module.zero_grad()
-            (module(images.double()) if given is None else given).backward(gradient)
-        torch.testing.assert_close(convolution.weight.grad.double(), reference.weight.grad, rtol=1e-4, atol=1e-3)
-"""
+def check_gradients(rank: int) -> None:
+    for channels, out, size in ((3, 64, 256), (3, 24, 96), (4, 8, 32), (5, 64, 256), (12, 32, 64)):
+        torch.manual_seed(0)
+        convolution = torch.nn.Conv2d(channels, out, 1, 2, bias=False)
+        reference = torch.nn.Conv2d(channels, out, 1, 2, bias=False).double()
+        reference.load_state_dict(convolution.state_dict())
+        assert avoid_faulty_convolutions(convolution) == 1
+        for _ in range(3):
+            images = torch.randn(4, channels, size, size).contiguous(memory_format=torch.channels_last)
+            features = convolution(images)
+            assert features.is_contiguous(memory_format=torch.channels_last)
+            seen = torch.randn_like(features)
+            for module, given, gradient in ((convolution, features, seen), (reference, None, seen.double())):
+                module.zero_grad()
+                (module(images.double()) if given is None else given).backward(gradient)
+            torch.testing.assert_close(convolution.weight.grad.double(), reference.weight.grad, rtol=1e-4, atol=1e-3)
 
 
 def test_gradients_of_affected_convolutions_alone_are_computed_otherwise_and_are_those_of_double_precision() -> None:
     others = [((3, 8, 3, 2), 1), ((3, 8, 1), 1), ((16, 8, 1, 2), 1), ((8, 8, 1, 2), 8)]
     unaffected = torch.nn.Sequential(*(torch.nn.Conv2d(*shape, groups=groups) for shape, groups in others))
     assert avoid_faulty_convolutions(unaffected) == 0
-    process = subprocess.run([sys.executable, "-c", _GRADIENTS], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (process.returncode, process.stderr) == (0, "")
+    start_ranks(check_gradients, 1)  # a process, which the fault can end with a signal; it can give wrong gradients too
 
 
 def test_five_stages_at_another_image_size_are_exported_with_it_and_merge_for_inference(tmp_path: Path) -> None:

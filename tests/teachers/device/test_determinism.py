@@ -80,6 +80,7 @@ def training(folder: Path, **options: bool) -> None:
     launch(lambda _: (TowersTask(), PairFeed()), job(folder, steps=3, compute=options))
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("start", [worker, training, lambda _: check_class("tests.helpers.models:ColorTeacher", {})])
 def test_workers_trainings_and_checks_settle_the_flags_before_they_load_models(tmp_path: Path, start: Any) -> None:
     assert flags() != SETTLED
