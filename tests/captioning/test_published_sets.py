@@ -237,6 +237,7 @@ def convert(name: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     exec(compile(block.text, "docs/captions.md", "exec"), {})
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_captioner_is_trained_by_the_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     root, name = tmp_path, "recipes/coca-dfn2b"
     SETS[name][0](root)
