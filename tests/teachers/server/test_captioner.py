@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 
+from reinforce.processes.imports import installed
 from teachers.protocols import NoCaptions, ServerUnavailable
 from teachers.registry import captioner_spec, describe_captioner, load_captioner
 from teachers.spec import CaptionerSpec
 from tests.helpers.chat_server import Answer, chat_server, completion, describe, image_of
 from tests.helpers.data import free_port
 
-pytest.importorskip("openai")
+pytestmark = pytest.mark.skipif(not installed("openai"), reason="needs the extra server")
 
 SIDE = 32
 GRAY, RED = np.array([127, 127, 127]), np.array([255, 0, 0])
