@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -177,10 +178,12 @@ def listening_on(port: int) -> Callable[[str, Request], Response]:
 @contextmanager
 def s3_behind_proxy() -> Iterator[Proxy]:
     """The proxy of a new S3 server: moto's application, whose own HTTP server would take a third more."""
+    import botocore.session
     from moto import backends
     from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
     from werkzeug.test import create_environ, run_wsgi_app
 
+    botocore.session.create_loader = cache(botocore.session.create_loader)  # else each client parses megabytes
     modules = [*backends.list_of_moto_modules()]  # listed for each request
     backends.list_of_moto_modules = lambda: modules
     app = DomainDispatcherApplication(create_backend_app)

@@ -185,7 +185,8 @@ def test_a_submitted_run_finishes_and_the_same_run_again_does_nothing(
     command += [entry]
     for _ in range(120):
         done = subprocess.run(command, cwd=work, env=head, capture_output=True, text=True, timeout=1080, check=False)
-        if not any(early in done.stderr for early in ("No available agent", "Failed to connect")):  # of a starting head
+        starting = ("No available agent", "Failed to connect", "Remote end closed connection")  # of a starting head
+        if not any(error in done.stderr for error in starting):
             break
         time.sleep(1)
     assert done.returncode == 0, done.stdout + done.stderr
