@@ -14,7 +14,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from timm.utils.model import reparameterize_model
-from torch.overrides import TorchFunctionMode
 
 from teachers import weights
 from teachers.device import towers
@@ -26,17 +25,6 @@ from teachers.open_clip.text import TextEncoder, keep_residual_in_float32
 from teachers.preprocessing.pixels import channels
 from teachers.protocols import ImageSpec
 from teachers.spec import ModelSpec, TeacherSpec
-
-_FILLING = {torch.nn.init.normal_, torch.nn.init.uniform_, torch.nn.init.kaiming_uniform_}
-_FILLING |= {torch.Tensor.normal_, torch.Tensor.uniform_}
-
-
-class _Unfilled(TorchFunctionMode):
-    """Leaves out random numbers for weights that are loaded next; those of a ViT-L/14 take 3 seconds of CPU."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        return (args or (kwargs["tensor"],))[0] if func in _FILLING else func(*args, **kwargs)
 
 
 class OpenClipEncoder:
@@ -103,7 +91,7 @@ def load_model(spec: ModelSpec, image_size: int | None = None) -> Any:
     catalog.check_model(name, pretrained)
     changed = catalog.changed_preprocess(name, pretrained, stated_preprocess(spec))
     path, preprocess = _weights(name, pretrained)
-    with _no_random_weights_warning(), _Unfilled():
+    with _no_random_weights_warning():
         model = build(name, {**(preprocess or {}), **changed}, image_size)
     try:
         file = str(weights.as_safetensors(path))

@@ -20,7 +20,7 @@ from open_clip.tokenizer import get_clean_fn
 from teachers.device.accelerator import Accelerator
 from teachers.open_clip import catalog
 from teachers.open_clip.building import write_open_clip
-from teachers.open_clip.teacher import OpenClipTeacher, image_spec, load_model, random_model
+from teachers.open_clip.teacher import OpenClipTeacher, image_spec
 from teachers.open_clip.text import clean_text
 from teachers.open_clip.tokenizer import Tokenizer
 from teachers.protocols import ImageSpec
@@ -89,15 +89,6 @@ def test_logit_scale_and_preprocessing_are_the_models_own_unless_the_config_stat
     (tmp_path / "a.pt").touch()
     with pytest.raises(ValueError, match=r"does not state its preprocessing, .* add `preprocess: \{mean: \[0\.0, "):
         _teacher("MobileCLIP2-S0", pretrained=str(tmp_path / "a.pt"))
-
-
-def test_fewer_random_weights_are_drawn_where_others_are_loaded(models: dict[str, str]) -> None:
-    torch.manual_seed(0)
-    random_model(models["small"])
-    drawn = torch.rand(1)
-    torch.manual_seed(0)
-    load_model(teacher_spec(model=models["small"]))
-    assert torch.rand(1) != drawn
 
 
 def test_torch_checkpoints_load_like_safetensors_and_weights_that_do_not_fit_are_rejected(
