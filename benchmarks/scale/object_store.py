@@ -48,7 +48,7 @@ class Content:
 def serve(content: Content) -> Iterator[str]:
     """Serve the content from a process; yields its address. ``counts`` returns its requests."""
     ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("fork").Process(target=_serve, args=(content, theirs), daemon=True)
+    process = multiprocessing.get_context("spawn").Process(target=_serve, args=(content, theirs), daemon=True)
     process.start()
     try:
         yield f"http://127.0.0.1:{ours.recv()}"
