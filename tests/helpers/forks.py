@@ -1,7 +1,7 @@
-"""Workers of Ray that fork from one process of the session, because what they import takes three seconds of CPU.
+"""Workers of Ray and fork servers of multiprocessing as forks of one process, because their imports take seconds.
 
 That process does not import Ray, whose library reads a worker's variables when it is loaded. As a script, this stands
-in for a worker: it asks for the fork, and each ends when the other does.
+in for a worker or server: it asks for the fork, and each ends when the other does.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _started: list[object] = []  # kept, because Python warns of processes that noth
 
 
 def worker_command(address: str) -> list[str]:
-    """Return what starts a worker instead of Python, and start the process unless it runs."""
+    """Return what starts a fork instead of Python, and start the process that forks unless it runs."""
     import subprocess
 
     with _socket() as listener:

@@ -183,9 +183,9 @@ def test_a_submitted_run_finishes_and_the_same_run_again_does_nothing(
     entry = f"{program} && {stamps} > before && {program} && {stamps} > after && cmp before after && wc -l < after"
     command = [str(BIN / "ray"), "job", "submit", "--working-dir", ".", "--", "sh", "-c"]
     command += [entry]
+    starting = ("No available agent", "Failed to connect", "Remote end closed connection")  # of a starting head
     for _ in range(120):
         done = subprocess.run(command, cwd=work, env=head, capture_output=True, text=True, timeout=1080, check=False)
-        starting = ("No available agent", "Failed to connect", "Remote end closed connection")  # of a starting head
         if not any(error in done.stderr for error in starting):
             break
         time.sleep(1)
