@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.golden import GOLDEN, fingerprints, small_dataset
+from tests.helpers.golden import GOLDEN, different, fingerprints, small_dataset
 
 
 def test_the_fingerprints_of_the_shipped_configs_are_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -14,4 +14,6 @@ def test_the_fingerprints_of_the_shipped_configs_are_unchanged(monkeypatch: pyte
 
 
 def test_the_files_of_a_small_dataset_are_unchanged() -> None:
-    assert small_dataset() == json.loads((GOLDEN / "dataset.json").read_text())
+    dataset, vectors = small_dataset()
+    assert dataset == json.loads((GOLDEN / "dataset.json").read_text())
+    assert different(vectors, json.loads((GOLDEN / "vectors.json").read_text())) == []

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from reinforce.config import Config, load_config, parse_config
 from reinforce.dataset.files.store import Store
+from reinforce.dataset.vectors import decode
 from reinforce.engine.plan.precision import resolve_precisions
 from reinforce.engine.plan.recipe import build_layers, describe_models
 from tests.helpers.data import config_of, members_of, write_tar
@@ -26,6 +28,8 @@ from tests.helpers.reinforced import reinforce_here
 GOLDEN = Path(__file__).parents[1] / "golden"
 CONFIGS = ["datacompdr12m", "datacompdr1b", "demo", "dfn5b", "dfndr12m-bf16", "dfndr12m", "dfndr2b"]
 MODELS = "tests.helpers.models"
+#: Largest difference of an embedding's value between processors: an int8 code may be another by one, 1/127.
+TOLERANCE = 0.01
 
 
 def fingerprints() -> dict[str, dict[str, str]]:
@@ -99,37 +103,53 @@ def small_config(folder: Path) -> dict[str, Any]:
     return config_of("memory://golden/*.tar", folder / "out", captioners=captioners, teachers=teachers)
 
 
-def small_dataset() -> dict[str, Any]:
-    """For each file of a small dataset its fingerprint and a digest of its rows; and dataset.json's layers.
+def small_dataset() -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """What is equal on every processor of a small dataset, and the vectors of its files of embeddings.
 
-    Vectors count to two decimals, since processors round products of matrices differently.
+    Equal are dataset.json's layers, the fingerprints, and of each file its schema, row groups and a digest of its rows.
+    Processors round products of matrices differently, so embeddings are compared as numbers, within ``TOLERANCE``. The
+    sizes of these files, which depend on the rounding too, are not in the digest of the layer's index: they are
+    compared with the files.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         output = Path(reinforce_here(small_config(folder)))
-        files = {str(path.relative_to(output)): _describe(path) for path in sorted(output.glob("**/*.parquet"))}
+        tables = {str(path.relative_to(output)): pq.ParquetFile(path) for path in sorted(output.glob("**/*.parquet"))}
+        vectors = {name: _vectors(file) for name, file in tables.items() if name.startswith("embeddings/")}
+        files = {name: _describe(file, output) for name, file in tables.items()}
         layers = json.loads((output / "dataset.json").read_text())["layers"]
         config = parse_config(small_config(folder))
         recipes = {name: layer.fingerprint for name, layer in build_layers(config, describe_models(config)).items()}
-    return {"files": files, "layers": layers, "recipes": recipes}
+    return {"files": files, "layers": layers, "recipes": recipes}, vectors
 
 
-def _describe(path: Path) -> dict[str, Any]:
-    file = pq.ParquetFile(path)
-    footer = {key.decode(): value.decode(errors="replace") for key, value in (file.metadata.metadata or {}).items()}
+def _vectors(file: pq.ParquetFile) -> list[float]:
+    return [round(float(value), 4) for value in decode(file.read()).ravel()]
+
+
+def _describe(file: pq.ParquetFile, output: Path) -> dict[str, Any]:
+    metadata = file.metadata.metadata or {}
+    footer = {key.decode(): value.decode(errors="replace") for key, value in metadata.items()}
     table = file.read()
     return {
-        "fingerprint": footer.get("fingerprint"),
+        "fingerprint": footer.get("reinforce.fingerprint"),
         "footer": " ".join(sorted(footer)),
         "groups": [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)],
         "columns": "; ".join(f"{field.name}: {field.type}" for field in table.schema),
-        "rows": hashlib.sha256(json.dumps(_plain(table), sort_keys=True).encode()).hexdigest()[:16],
+        "rows": hashlib.sha256(json.dumps(_exact(table, footer, output), sort_keys=True).encode()).hexdigest()[:16],
     }
 
 
-def _plain(table: pa.Table) -> list[Any]:
-    paths = [name for name in table.column_names if name in ("url", "detail")]
-    return [_rounded(row) for row in table.drop_columns(paths).to_pylist()]
+def _exact(table: pa.Table, footer: dict[str, str], output: Path) -> list[Any]:
+    """The rows of a table as plain values, without what depends on the folder or on the rounding of products."""
+    dependent = ["url", "detail"]
+    layer = footer.get("reinforce.layer", "")
+    if layer.startswith("embeddings/"):
+        dependent += ["embeddings", "scales", "size"]
+        for row in table.to_pylist() if "size" in table.column_names else []:  # the layer's index
+            assert row["size"] == (output / layer / f"{row['shard']}.parquet").stat().st_size
+    kept = [name for name in table.column_names if name not in dependent]
+    return [_rounded(row) for row in table.select(kept).to_pylist()]
 
 
 def _rounded(value: Any) -> Any:
@@ -144,11 +164,24 @@ def _rounded(value: Any) -> Any:
     return round(value, 2) + 0.0 if isinstance(value, float) else value
 
 
+def different(vectors: dict[str, list[float]], golden: dict[str, list[float]]) -> list[str]:
+    """The files whose values are not those of ``golden``."""
+    names = vectors.keys() | golden.keys()
+    return [name for name in sorted(names) if not _close(vectors.get(name, []), golden.get(name, []))]
+
+
+def _close(values: list[float], golden: list[float]) -> bool:
+    return len(values) == len(golden) and np.allclose(values, golden, rtol=0, atol=TOLERANCE)
+
+
 def write() -> None:
     """Write the golden files again."""
     GOLDEN.mkdir(exist_ok=True)
-    for name, content in (("fingerprints", fingerprints()), ("dataset", small_dataset())):
+    dataset, vectors = small_dataset()
+    for name, content in (("fingerprints", fingerprints()), ("dataset", dataset)):
         (GOLDEN / f"{name}.json").write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(values)}" for name, values in sorted(vectors.items()))
+    (GOLDEN / "vectors.json").write_text(f"{{\n{lines}\n}}\n")
 
 
 if __name__ == "__main__":
