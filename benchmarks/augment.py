@@ -36,7 +36,8 @@ from reinforce.config import Augmentations, Limits
 from reinforce.dataset.augment import fixed_point
 from reinforce.dataset.augment.backends import BACKENDS, Replay, load_backend
 from reinforce.dataset.augment.device_records import CELL, fill_cell
-from reinforce.dataset.augment.records import Augmentation, replay, sample_augmentation
+from reinforce.dataset.augment.records import Augmentation, replay
+from reinforce.dataset.augment.sampling import sample_augmentation
 from reinforce.images import fast_jpeg
 from reinforce.images.policy import decode
 from teachers.preprocessing.pixels import to_pixels

@@ -32,7 +32,8 @@ from reinforce.captioning.config import Data
 from reinforce.captioning.images import read_images
 from reinforce.captioning.pairs import Pairs
 from reinforce.config import Augmentations, RandAugment
-from reinforce.dataset.augment.records import replay, sample_augmentation
+from reinforce.dataset.augment.records import replay
+from reinforce.dataset.augment.sampling import sample_augmentation
 from reinforce.errors import UserError
 from reinforce.images.policy import ImageRefused, decode
 from reinforce.processes.prefetch import prefetch

@@ -24,7 +24,7 @@ from reinforce.captioning.feed import Tokenize, predicted_lengths
 from reinforce.captioning.groups import Groups, PairReader, load_groups, load_held_out, make_reader
 from reinforce.captioning.pairs import Pairs
 from reinforce.config import Augmentations, RandAugment
-from reinforce.dataset.augment.records import sample_augmentation
+from reinforce.dataset.augment.sampling import sample_augmentation
 from reinforce.seeds import uniforms
 from reinforce.source.samples import RawSample, Refusal
 from reinforce.source.urls import canonical

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from reinforce.dataset.augment.records import OPS, Augmentation, Crop, Op
+from reinforce.dataset.augment.records import Augmentation, Crop, Op
+from reinforce.dataset.augment.tables import OPS
 
 PARAMETERS, CAPTIONS = "paug.json", "syn.json"
 VECTORS = ("npz", "pth.gz")  # the more precise one first

@@ -12,7 +12,7 @@ import numpy as np
 from markupsafe import Markup
 
 from reinforce import plots
-from reinforce.dataset.augment.records import OPS
+from reinforce.dataset.augment.backends import known_operations
 from reinforce.dataset.layers import TRUE_CAPTION
 from reinforce.inspection.rows import Rows, TextFigures
 from reinforce.inspection.targets import BATCH, SCALES
@@ -201,7 +201,7 @@ def area_chart(rows: Rows) -> Chart | None:
 def operation_chart(rows: Rows) -> Chart | None:
     """How each operation changes the similarity of a crop to the true caption."""
     bits = _joined(rows.operations)
-    used = [(name, (bits & (1 << n)) > 0) for n, name in enumerate(OPS)]
+    used = [(name, (bits & (1 << n)) > 0) for n, name in enumerate(known_operations())]
     used = [(name, has) for name, has in used if has.sum() >= _FEW]
     teachers = [
         (number, teacher, rows.similarities(teacher, TRUE_CAPTION))

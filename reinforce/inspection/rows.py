@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from reinforce.dataset import vectors
-from reinforce.dataset.augment.records import OPS
+from reinforce.dataset.augment.backends import known_operations
 from reinforce.dataset.kinds.registry import kind_of
 from reinforce.dataset.kinds.samples import true_captions
 from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, captions_layer, embeddings_layer
@@ -66,8 +66,8 @@ class Rows:
     """What is known of the rows that were looked at, one entry of each list a row, in the order of ``places``.
 
     ``areas`` and ``operations`` are [R, K] by row group: the crop's share of the image, and a bit for each of
-    ``OPS``. ``similarity`` of a teacher and kind of text is [R, K] for the true caption, by augmentation, and [R, N]
-    for captioners, mean over the augmentations. ``numbers`` are scores by layer and name.
+    ``known_operations``. ``similarity`` of a teacher and kind of text is [R, K] for the true caption, by augmentation,
+    and [R, N] for captioners, mean over the augmentations. ``numbers`` are scores by layer and name.
     """
 
     teachers: list[str]
@@ -212,15 +212,15 @@ def _augmentations(samples: pa.Table) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _operation_bits(operations: pa.ListArray) -> np.ndarray:
-    """For each record, a bit for each of ``OPS`` that it has."""
+    """For each record, a bit for each of ``known_operations`` that it has."""
     bits = np.zeros(len(operations), np.int32)
-    names = pc.index_in(operations.values.field("name"), value_set=pa.array(OPS))
-    known = np.asarray(names.fill_null(len(OPS)))
+    names = pc.index_in(operations.values.field("name"), value_set=pa.array(known := known_operations()))
+    bit = np.asarray(names.fill_null(len(known)))
     lengths = np.asarray(pc.fill_null(pc.list_value_length(operations), 0))
     starts = np.asarray(operations.offsets)[:-1]
     for nth in range(int(lengths.max(initial=0))):
         has = lengths > nth
-        bits[has] |= (1 << known[starts[has] + nth]).astype(np.int32)
+        bits[has] |= (1 << bit[starts[has] + nth]).astype(np.int32)
     return bits
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from reinforce.datacompdr.members import Unreadable, parse_augmentation
 from reinforce.datacompdr.values import PublishedValue
-from reinforce.dataset.augment.records import OPS, Augmentation, Crop
+from reinforce.dataset.augment.records import Augmentation, Crop
+from reinforce.dataset.augment.tables import OPS
 from reinforce.dataset.kinds.registry import encodes_texts
 from reinforce.dataset.layers import TRUE_CAPTION, captions_layer, inputs_of
 from reinforce.source.samples import Refusal

@@ -24,7 +24,7 @@ import pyarrow as pa
 from reinforce.config import Limits
 from reinforce.datacompdr.members import CAPTIONS, PARAMETERS
 from reinforce.dataset import vectors
-from reinforce.dataset.augment.records import OPS
+from reinforce.dataset.augment.tables import OPS
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import NO_IMAGES, SAMPLES, TRUE_CAPTION, captions_layer, embeddings_layer
 from reinforce.dataset.reading.aligned import AlignedLayers, row_errors

@@ -24,7 +24,8 @@ from reinforce.captioning.images import read_images
 from reinforce.captioning.pairs import PAIRS_FILE, ImageLocation, Pairs, load_pairs
 from reinforce.captioning.scan import scan
 from reinforce.config import Augmentations, Limits, RandAugment
-from reinforce.dataset.augment.records import replay, sample_augmentation
+from reinforce.dataset.augment.records import replay
+from reinforce.dataset.augment.sampling import sample_augmentation
 from reinforce.errors import UserError
 from reinforce.images.policy import decode
 from teachers.open_clip.tokenizer import Tokenizer

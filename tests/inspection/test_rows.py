@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import reinforce
-from reinforce.dataset.augment.records import OPS
+from reinforce.dataset.augment.backends import known_operations
 from reinforce.dataset.vectors import normalized
 from reinforce.inspection.gallery import choose, synthetic_gap
 from reinforce.inspection.rows import Rows, read_rows
@@ -42,7 +42,7 @@ def test_rows_have_the_similarities_and_crops_of_their_samples(url: str, rows: R
         for k, augmentation in enumerate(sample.augmentations):
             crop = augmentation.crop
             assert areas[number, k] == pytest.approx(crop.width * crop.height / sample.width / sample.height)
-            assert {OPS[n] for n in range(len(OPS)) if bits[number, k] >> n & 1} == {
+            assert {name for n, name in enumerate(known_operations()) if bits[number, k] >> n & 1} == {
                 op.name for op in augmentation.ops or ()
             }
 

@@ -41,7 +41,7 @@ def fill_cell(image: Image.Image, augmentation: Augmentation, size: int, cell: n
 
     A crop without room there is resized here. Raises ValueError if the record does not fit the image or is damaged.
     """
-    ops = tuple((op.name, _NUMBERS[op.name](op.magnitude, size)) for op in operations_at(augmentation, size))
+    ops = tuple((op.name, _NUMBERS[op.name](op.magnitude, size)) for op in operations_at(augmentation, _NUMBERS, size))
     crop = cut(image, augmentation)
     if 3 * crop.width * crop.height > cell.size or max(crop.size) > _LONGEST * size:
         crop = resize(crop, size)

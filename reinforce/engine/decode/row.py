@@ -16,7 +16,8 @@ from reinforce.config import Config
 from reinforce.datacompdr.members import Unreadable
 from reinforce.datacompdr.values import Members, PublishedReader, PublishedValue
 from reinforce.dataset.augment.backends import load_backend
-from reinforce.dataset.augment.records import Augmentation, Crop, from_records, sample_augmentation, to_records
+from reinforce.dataset.augment.records import Augmentation, Crop, from_records, to_records
+from reinforce.dataset.augment.sampling import sample_augmentation
 from reinforce.engine.decode.cells import PixelCells, PixelLayout
 from reinforce.images.policy import ImageRefused, decode, image_policy, reads_crops
 from reinforce.labels.crops import RowLabels

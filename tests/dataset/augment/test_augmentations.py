@@ -26,15 +26,15 @@ from reinforce.dataset.augment import operations
 from reinforce.dataset.augment.backends import BACKENDS, load_backend
 from reinforce.dataset.augment.records import (
     AUGMENTATION_BACKEND,
-    OPS,
     Augmentation,
     Crop,
     Op,
     from_records,
     replay,
-    sample_augmentation,
     to_records,
 )
+from reinforce.dataset.augment.sampling import sample_augmentation
+from reinforce.dataset.augment.tables import OPS
 from reinforce.dataset.layers import Layer
 from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.errors import UserError
@@ -99,7 +99,7 @@ def test_a_record_is_of_a_crop_in_the_image_and_replays_to_the_same_pixels_from_
 
 def test_the_golden_record_is_sampled_in_any_process_and_depends_on_seed_key_and_index():
     code = (
-        "from reinforce.dataset.augment.records import sample_augmentation\n"
+        "from reinforce.dataset.augment.sampling import sample_augmentation\n"
         "from reinforce.config import Augmentations\n"
         f"import sys; print(sample_augmentation(Augmentations(), *{GOLDEN_ARGUMENTS!a}), "
         "'torch' in sys.modules, 'torchvision' in sys.modules)"

@@ -11,7 +11,9 @@ from PIL import Image
 from reinforce.config import Augmentations
 from reinforce.dataset.augment.device import augment
 from reinforce.dataset.augment.device_records import CELL, CellRecord, fill_cell
-from reinforce.dataset.augment.records import OPS, Augmentation, Crop, Op, _magnitudes, replay, sample_augmentation
+from reinforce.dataset.augment.records import Augmentation, Crop, Op, replay
+from reinforce.dataset.augment.sampling import sample_augmentation
+from reinforce.dataset.augment.tables import OPS, torchvision_magnitudes
 
 SIZE = 48
 HEIGHT_FIRST = int(PIL.__version__.split(".")[0]) >= 13
@@ -34,7 +36,7 @@ def on_device(images: list[Image.Image], records: list[Augmentation], size: int 
 def test_an_operation_has_exactly_the_same_pixels(name: str) -> None:
     records = []
     for level in (3, 9, 30):
-        magnitude = _magnitudes(level, SIZE)[name]
+        magnitude = torchvision_magnitudes(level, SIZE)[name]
         signs = (1, -1) if name in OPS[1:10] else (1,)
         records += [Augmentation(Crop(0, 0, SIZE, SIZE), SIZE, (Op(name, sign * magnitude),)) for sign in signs]
     images = [noisy(SIZE, SIZE, seed) for seed in range(len(records))]

@@ -23,7 +23,9 @@ from reinforce.dataset.augment import fixed_point
 from reinforce.dataset.augment import records as augment
 from reinforce.dataset.augment.backends import Replay, load_backend
 from reinforce.dataset.augment.fixed_point import OPERATIONS, RESIZERS, load_resizer
-from reinforce.dataset.augment.records import OPS, Augmentation, sample_augmentation
+from reinforce.dataset.augment.records import Augmentation
+from reinforce.dataset.augment.sampling import sample_augmentation
+from reinforce.dataset.augment.tables import OPS, RAND_AUGMENT, torchvision_magnitudes
 from reinforce.errors import UserError
 from tests.helpers.images import natural, noise
 
@@ -129,8 +131,8 @@ def test_natural_images_differ_little_from_pillows_resizing(seed: int, width: in
 def test_operations_are_those_of_the_default_backend_with_rounded_magnitudes(name: str) -> None:
     image = natural(64, 64)
     for bin_ in range(31):
-        magnitude = augment._magnitudes(bin_, 64)[name]
-        for signed in {magnitude, -magnitude} if name in augment._SIGNED else {magnitude}:
+        magnitude = torchvision_magnitudes(bin_, 64)[name]
+        for signed in {magnitude, -magnitude} if name in RAND_AUGMENT.signed else {magnitude}:
             ours = np.asarray(OPERATIONS[name](image, signed)).astype(int)
             default = np.asarray(augment.TORCHVISION[name](image, signed)).astype(int)
             if name in ("Brightness", "Color", "Contrast", "Sharpness"):
