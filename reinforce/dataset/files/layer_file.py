@@ -27,6 +27,7 @@ from reinforce.dataset import vectors
 from reinforce.parquet.footers import FooterCheck, RefusedFile, span
 from reinforce.parquet.pages import DICTIONARY, BadPage, Bytes, Page, longest_entry, read_pages
 from reinforce.parquet.window import WindowFile
+from reinforce.terminal import escape
 
 #: Bounds of a file. A run writes at most 1,024 rows and 32 MiB of images in a row group.
 MAX_ROWS = 2**14  # of a row group
@@ -60,19 +61,16 @@ def _shape_of(type_: pa.DataType) -> str:
     return str(type_)
 
 
-def _known_columns() -> dict[str, set[str]]:
-    """The types that each column of a layer file may have."""
-    known: dict[str, set[str]] = {}
-    layers = [schemas.samples_schema(images, True, True) for images in ("embed", "reference", "none")]
-    layers += [schemas.embeddings_schema(1, 1, dtype) for dtype in ("float16", "float32", "int8")]
-    others = (schemas.captions_schema(), schemas.quarantine_schema(), schemas.index_schema())
-    for schema in (*layers, *others):
-        for field in schema:
-            known.setdefault(field.name, set()).add(_shape_of(field.type))
-    return known
+def _known_layouts() -> list[dict[str, str]]:
+    """The columns of each schema with their types as ``_shape_of`` writes them."""
+    known = [schemas.samples_schema(images, True, True) for images in ("embed", "reference", "none")]
+    known += [schemas.embeddings_schema(1, 1, dtype) for dtype in ("float16", "float32", "int8")]
+    known += [schemas.captions_schema(), schemas.scores_schema(()), schemas.view_schema(), schemas.identities_schema()]
+    known += [schemas.quarantine_schema(), schemas.index_schema()]
+    return [{field.name: _shape_of(field.type) for field in schema} for schema in known]
 
 
-_COLUMNS = _known_columns()
+_LAYOUTS = _known_layouts()
 _accepted_schemas: deque[pa.Schema] = deque(maxlen=4)  # the last ones, because files of a layer have the same
 
 
@@ -121,6 +119,24 @@ class LayerFile:
     def _shapes(self) -> dict[str, list[int]]:
         return _tensor_shapes(self.metadata)
 
+    @functools.cached_property
+    def _paths(self) -> list[str]:
+        """The path of each column chunk of a row group, by the schema."""
+        schema = self.metadata.schema
+        return [str(schema.column(place).path) for place in range(len(schema))]
+
+    def _leaves(self, group: pq.RowGroupMetaData, names: Collection[str]) -> list[Any]:
+        """The column chunks of some columns. Raises RefusedFile if they have other names than in the schema."""
+        try:
+            places = [place for place, path in enumerate(self._paths) if path.partition(".")[0] in names]
+            leaves = [group.column(place) for place in places]
+            same = [leaf.path_in_schema for leaf in leaves] == [self._paths[place] for place in places]
+        except (UnicodeDecodeError, IndexError) as error:
+            raise RefusedFile(f"its footer cannot be used: {error}") from error
+        if not same:
+            raise RefusedFile("its footer names the columns of a row group otherwise than those of the file")
+        return leaves
+
     def read(self, columns: Collection[str] | None = None) -> pa.Table:
         """Read all row groups; raises as ``read_row_group``."""
         if not self.num_row_groups:
@@ -137,7 +153,7 @@ class LayerFile:
         if missing := set(columns or ()) - set(names) - {schemas.IMAGE_DIGEST, schemas.TRUE_CAPTIONS}:
             raise RefusedFile(f"it has no column {', '.join(sorted(missing))}")
         group = self._row_group(number)
-        leaves = [leaf for leaf in map(group.column, range(group.num_columns)) if _column(leaf) in names]
+        leaves = self._leaves(group, names)
         self._source.fetch([span(leaf, self._source.size()) for leaf in leaves])
         try:
             with self._decode_errors():
@@ -154,10 +170,9 @@ class LayerFile:
         """
         with naming_refused(self._name):
             group = self._row_group(number)
-            place = next((n for n in range(group.num_columns) if group.column(n).path_in_schema == _KEYS), None)
-            if place is None:
+            if _KEYS not in self._paths:
                 raise RefusedFile(f"it has no column {_KEYS}")
-            leaf, column = group.column(place), self.metadata.schema.column(place)
+            [leaf], column = self._leaves(group, [_KEYS]), self.metadata.schema.column(self._paths.index(_KEYS))
             start, length = span(leaf, self._source.size())
             if length > most_bytes:
                 return None
@@ -225,20 +240,49 @@ class LayerFile:
 
 
 def _column_names(footer: pq.FileMetaData) -> list[str]:
-    """The columns of a file. Raises RefusedFile if one of ``schemas`` has another type."""
+    """The columns of a file. Raises RefusedFile if they are not among those of one of ``schemas``."""
     try:
         found = footer.schema.to_arrow_schema()
-    except pa.ArrowException as error:
+        names = [str(name) for name in found.names]
+    except (pa.ArrowException, UnicodeDecodeError) as error:
         raise RefusedFile(f"its schema cannot be read: {error}") from error
-    if any(found.equals(known) for known in _accepted_schemas):
-        return [*found.names]
-    if len({*found.names}) < len(found.names):
+    newer = _is_newer(footer)
+    if not newer and any(found.equals(known) for known in _accepted_schemas):
+        return names
+    if len({*names}) < len(names):
         raise RefusedFile("two of its columns have one name")
-    for field in found:
-        if _shape_of(field.type) not in _COLUMNS.get(field.name, {_shape_of(field.type)}):
-            raise RefusedFile(f"column {field.name} has type {str(field.type)[:200]}")
-    _accepted_schemas.append(found)
-    return [str(name) for name in found.names]
+    _check_columns(found, newer)
+    if not newer:
+        _accepted_schemas.append(found)
+    return names
+
+
+def _is_newer(footer: pq.FileMetaData) -> bool:
+    """Whether a file has the schema of a newer version, whose columns are unknown."""
+    version = (footer.metadata or {}).get(b"reinforce.schema_version", b"")
+    return bool(re.fullmatch(rb"\d{1,9}", version)) and int(version) > schemas.SCHEMA_VERSION
+
+
+def _check_columns(found: pa.Schema, newer: bool) -> None:
+    """Raise RefusedFile unless columns belong to one of ``schemas``, int8 vectors with their scales.
+
+    Of a ``newer`` version only the types are checked.
+    """
+    shapes = {field.name: _shape_of(field.type) for field in found}
+    if "scores" in shapes and pa.types.is_struct(found.field("scores").type):
+        shapes["scores"] = _shape_of(pa.struct([]))  # each layer has scores of its own
+    for name, shape in shapes.items():
+        known = {layout[name] for layout in _LAYOUTS if name in layout}
+        if not known and not newer:
+            raise RefusedFile(f"it has a column {escape(name[:100])}, which no layer has")
+        if known and shape not in known:
+            raise RefusedFile(f"column {name} has type {str(found.field(name).type)[:200]}")
+    if newer:
+        return
+    if not any(shapes.items() <= layout.items() for layout in _LAYOUTS):
+        raise RefusedFile(f"its columns do not belong together: {', '.join(shapes)}")
+    if shapes.get("embeddings") == "list<int8>" and "scales" not in shapes:
+        raise RefusedFile("it has no column scales")
 
 
 def _tensor_shapes(footer: pq.FileMetaData) -> dict[str, list[int]]:

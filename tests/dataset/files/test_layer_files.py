@@ -24,11 +24,12 @@ from reinforce.config import Augmentations
 from reinforce.dataset.augment.records import to_records
 from reinforce.dataset.augment.sampling import sample_augmentation
 from reinforce.dataset.files import listing
+from reinforce.dataset.files.layer_file import RefusedFile
 from reinforce.dataset.files.listing import Listing
 from reinforce.dataset.files.store import RangeFile, Store, parse_footer
 from reinforce.dataset.kinds.registry import KINDS
 from reinforce.dataset.layers import Layer
-from reinforce.dataset.vectors import encode
+from reinforce.dataset.vectors import decode, encode
 from reinforce.errors import StorageError, UserError
 from reinforce.source.urls import expand
 from schemas import Reason
@@ -111,6 +112,41 @@ def test_a_component_of_a_vector_takes_the_bytes_of_its_type(tmp_path: Path, dty
     assert sum(size for path, size in sizes.items() if path != "key") == pytest.approx(
         layer.kind.row_bytes(layer, 0), rel=0.05
     )
+
+
+def read_vectors(store: Store) -> bytes:
+    with store.open_layer("embeddings/t/images", "s", "f00d") as file:
+        return decode(file.read(["key", "embeddings", "scales"])).tobytes() + decode(file.read()).tobytes()
+
+
+def test_a_flipped_bit_in_a_footer_of_int8_vectors_is_refused_or_changes_no_value(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).normal(size=(6, 2, 8)).astype(np.float32)
+    columns = [[str(i) for i in range(6)], *encode(values, "int8", np.ones(6, bool))]
+    layer = Layer("embeddings/t/images", KINDS["images"], "f00d", ("samples",), "t", count=2, dim=8, dtype="int8")
+    store, written = Store(str(tmp_path)), pa.table(columns, schema=schemas.embeddings_schema(2, 8, "int8"))
+    column_bytes(store, layer, written)
+    path = Path(store.layer_path(layer.name, "s"))
+    content, expected = path.read_bytes(), read_vectors(store)
+    footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    refused = 0
+    for place in range(footer, len(content)):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        try:
+            assert read_vectors(store) == expected, f"byte {place - footer} of the footer"
+        except (UserError, RefusedFile):
+            refused += 1
+    assert 100 < refused < len(content) - footer, "errors name the file; unused bytes change nothing"
+    for name in ("embeddings", "scales"):
+        path.write_bytes(content.replace(name.encode(), b"S" + name[1:].encode()))
+        message = f"it has a column S{name[1:]}, which no layer has"
+        with pytest.raises(RefusedFile, match=message), store.open_layer("embeddings/t/images", "s"):
+            pass
+    for lacking, message in (("scales", "it has no column scales"), ("embeddings", None)):
+        pq.write_table(written.drop_columns([lacking]), path)
+        with pytest.raises(RefusedFile, match=message), store.open_layer("embeddings/t/images", "s") as file:
+            file.read(["key", "embeddings"])
 
 
 def test_quarantine_rows_are_read_back_and_a_file_of_a_newer_schema_is_an_error(tmp_path: Path) -> None:

@@ -179,14 +179,14 @@ def test_a_layer_lacks_shards_of_which_some_are_named_but_not_those_that_another
     )
 
 
-SCHEMA = pa.schema([("key", pa.string()), ("value", pa.int64())])
+SCHEMA = pa.schema([("key", pa.string()), ("captions", pa.list_(pa.string()))])
 GROUPS = [["a", "b"], ["c"]]
 
 
 def write(store: Store, name: str, groups: list[list[str]], fingerprint: str = "f00d") -> None:
     with store.writer(Layer(name, KINDS["captions"], fingerprint), SCHEMA, "s", "s.tar") as writer:
         for keys in groups:
-            writer.write(pa.table([keys, [len(name)] * len(keys)], schema=SCHEMA))
+            writer.write(pa.table([keys, [[name]] * len(keys)], schema=SCHEMA))
         writer.commit()
 
 
