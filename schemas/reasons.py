@@ -30,6 +30,7 @@ class Reason(str, Enum):
     SIDECAR_BYTES = "sidecar_bytes"  # a caption or json member is larger than limits.sidecar_bytes
     SIDECAR_BROKEN = "sidecar_broken"  # a json member is not a JSON object, or a member is a link
     MEMBERS = "members"  # the sample has more members than limits.members
+    STRAY_MEMBERS = "stray_members"  # the sample has several images; all but one, and their captions, are not read
     # A row that one layer cannot compute. It is null in that layer and complete in the others.
     NO_TEXT = "no_text"  # there is no caption to encode, or a captioner gave none
     NOT_FINITE = "not_finite"  # the model returned NaN or infinity

@@ -76,32 +76,33 @@ def folder_shards(folders: Sequence[str], config: Config, format_: SourceFormat)
     store, result = Store(config.output), SourceShards(format_)
     written = _written_lists(store)
     for url in folders:
-        folder = format_.list_folder(url, config.input, canonical(config.output))
-        result.notes.extend(folder.notes)
-        listed: set[str] = set()
+        listed: list[ListedSample] = []
         for number in itertools.count():
             shard = f"{url.rstrip('/')}/block-{number:06d}"
             name = shard_name(former_url(shard, config.moved))
-            if name in written:
-                listed |= _keys(store, name)
-                result.urls.append(shard)
-                continue
-            blocks = _blocks([sample for sample in folder.samples if sample.key not in listed])
-            for content, at in zip(blocks, itertools.count(number), strict=False):
-                shard = f"{url.rstrip('/')}/block-{at:06d}"
-                result.urls.append(shard)
-                result.lists[shard_name(former_url(shard, config.moved))] = content
-            break
+            if name not in written:
+                break
+            listed += _listed(store, name)
+            result.urls.append(shard)
+        folder = format_.list_folder(url, config.input, canonical(config.output), listed)
+        result.notes.extend(folder.notes)
+        for content, at in zip(_blocks(folder.samples), itertools.count(number), strict=False):
+            shard = f"{url.rstrip('/')}/block-{at:06d}"
+            result.urls.append(shard)
+            result.lists[shard_name(former_url(shard, config.moved))] = content
     return result
 
 
-def _keys(store: Store, shard: str) -> set[str]:
-    """The keys of a list. Raises UserError if it is damaged."""
-    lines = store.read_bytes(_LISTS, f"{shard}.jsonl", limit=_LIST_BYTES).splitlines()
-    entries = [parse_json(line) for line in lines]
-    if not all(isinstance(entry, dict) and isinstance(entry.get("key"), str) for entry in entries):
-        raise UserError(f"{store.path(_LISTS, shard)}.jsonl is damaged. Restore it from a backup or another copy.")
-    return {entry["key"] for entry in entries}
+def _listed(store: Store, shard: str) -> Iterator[ListedSample]:
+    """The samples of a list. Raises UserError if it is damaged."""
+    for line in store.read_bytes(_LISTS, f"{shard}.jsonl", limit=_LIST_BYTES).splitlines():
+        try:
+            entry = parse_json(line)
+            files = {str(extension): (str(path), int(size)) for extension, (path, size) in entry["files"].items()}
+            yield ListedSample(str(entry["key"]), files)
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            where = store.path(_LISTS, shard)
+            raise UserError(f"{where}.jsonl is damaged. Restore it from a backup or another copy.") from error
 
 
 def _blocks(samples: Sequence[ListedSample]) -> Iterator[bytes]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from reinforce.config import Input, Limits
-from reinforce.source.file_types import foreign_name
+from reinforce.source.file_types import foreign_name, is_image_name
 from reinforce.source.samples import Item, ReadBudget, unique_keys
 from reinforce.source.urls import Info, filesystem
 from reinforce.source.whole_reads import read_whole
@@ -79,6 +79,12 @@ class ListedSample:
     files: dict[str, tuple[str, int]] = field(default_factory=dict)
     row: dict[str, Any] | None = None
 
+    def image(self, limits: Limits) -> str:
+        """The path of the image that is read, empty if there is none; lists of earlier versions have further ones."""
+        found = [extension for extension in [*self.files][: limits.members] if is_image_name(extension)]
+        read = next((one for one in found if "." not in one), found[0] if found else None)
+        return "" if read is None else self.files[read][0]
+
     def line(self) -> bytes:
         """The sample as a line of JSON, of a list."""
         return json.dumps({"key": self.key, "files": self.files, "row": self.row}, default=str).encode() + b"\n"
@@ -86,7 +92,7 @@ class ListedSample:
 
 @dataclass
 class ListedFolder:
-    """The samples of a folder in the order of their paths, and notes on files that are left out."""
+    """The new samples of a folder in the order of their paths, and notes on files that are left out."""
 
     samples: Sequence[ListedSample]
     notes: list[str]
@@ -189,6 +195,9 @@ class SourceFormat:
 
     # Of folders.
 
-    def list_folder(self, url: str, spec: Input, output: str = "") -> ListedFolder:
-        """List a folder with all folders in it, but hidden ones and ``output``, a canonical URL. Raises UserError."""
+    def list_folder(self, url: str, spec: Input, output: str = "", listed: Sequence[ListedSample] = ()) -> ListedFolder:
+        """List a folder with all folders in it, but hidden ones and ``output``, a canonical URL. Raises UserError.
+
+        ``listed`` are the samples of earlier lists, whose images are left out.
+        """
         raise NotImplementedError

@@ -1,13 +1,14 @@
 """Folders of images: which files make which sample, and the samples of a list of them.
 
-A sample is the files of one key, as in a tar of the folder. A row of ``metadata.csv``, ``metadata.jsonl`` or
-``metadata.parquet`` belongs to the image that its ``file_name`` names, relative to its folder, as Hugging Face's
-imagefolder has it.
+A sample is an image with the files that have its path up to a dot. Its key is its path without the extension, or with
+it where another image has that key. A row of ``metadata.csv``, ``metadata.jsonl`` or ``metadata.parquet`` belongs to
+the image that its ``file_name`` names, relative to its folder, as Hugging Face's imagefolder has it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from glob import escape
@@ -54,38 +55,101 @@ class Folder(SourceFormat):
     def items(self, shard: Shard, spec: Input) -> Iterator[Item]:
         return _read_list(shard.lines(), shard.folder, spec)
 
-    def list_folder(self, url: str, spec: Input, output: str = "") -> ListedFolder:
+    def list_folder(self, url: str, spec: Input, output: str = "", listed: Sequence[ListedSample] = ()) -> ListedFolder:
         root = url.rstrip("/")
         own = f"{output.removeprefix(canonical(root) + '/')}/"
         sizes = {path: size for path, size in _files(root).items() if not path.startswith(own)}
         wanted = {"txt", "json"} | {name.partition(":")[0] for name in spec.captions}
-        samples: dict[str, ListedSample] = {}
-        others, tables = [], []
-        for path in sorted(sizes):
-            name = path.rpartition("/")[2]
-            key, extension = split_name(path)
-            if name.lower() in METADATA:
-                tables.append(path)
-            elif key and (is_image_name(name) or extension in wanted or extension.rpartition(".")[2] in wanted):
-                samples.setdefault(key, ListedSample(key)).files.setdefault(extension, (path, sizes[path]))
-            else:
-                others.append(path)
-        found = [sample for sample in samples.values() if any(map(is_image_name, sample.files))]
-        used = {sample.key for sample in found}
-        others += [path for key, sample in samples.items() if key not in used for path, _ in sample.files.values()]
-        if not found:
-            raise UserError(_no_images(root, others + tables))
-        notes = []
-        if others:
-            captioned = tables or any(sample.files.keys() & {"txt", "json"} for sample in found)
-            table = None if captioned else next((path for path in others if path.lower().endswith(_TABLES)), None)
-            hint = (
-                "; captions are read from metadata.csv or .jsonl beside the images (file_name, text)" if table else ""
-            )
-            shown = canonical(f"{root}/{table or others[0]}")
-            notes.append(f"source: {plural(len(others), 'other file')} not read, such as {shown}{hint}")
-        notes += [note for path in tables if (note := _add_rows(root, path, found, spec))]
-        return ListedFolder(found, notes)
+        images, sidecars, others, tables = _sort_files(sorted(sizes), wanted)
+        if not images:
+            raise UserError(_no_images(root, others + sidecars + tables))
+        before = {sample.image(spec.limits): sample for sample in listed}
+        keys = _keys_of(images, {path: sample.key for path, sample in before.items()})
+        samples = [ListedSample(keys[path], {_split(path)[1]: (path, sizes[path])}) for path in images]
+        others += _add_sidecars(samples, sidecars, sizes)
+        known = {path for sample in listed for path, _ in sample.files.values()}
+        notes = _notes(root, [path for path in others if path not in known], tables, samples)
+        notes += [note for path in tables if (note := _add_rows(root, path, samples, spec))]
+        new = [sample for sample, path in zip(samples, images, strict=True) if path not in before]
+        if late := [path for path in images if path in known and path not in before]:
+            count, shown = plural(len(late), "image"), canonical(f"{root}/{late[0]}")
+            notes.append(f"source: {count} that an earlier version left out become samples, such as {shown}")
+        return ListedFolder(new, notes)
+
+
+def _sort_files(paths: Iterable[str], wanted: Collection[str]) -> tuple[list[str], list[str], list[str], list[str]]:
+    """Divide files into images, those that may belong to one, others, and tables of metadata."""
+    images, sidecars, others, tables = [], [], [], []
+    for path in paths:
+        key, extension = split_name(path)
+        if path.rpartition("/")[2].lower() in METADATA:
+            tables.append(path)
+        elif key and is_image_name(extension):
+            images.append(path)
+        elif key and (extension in wanted or extension.rpartition(".")[2] in wanted):
+            sidecars.append(path)
+        else:
+            others.append(path)
+    return images, sidecars, others, tables
+
+
+def _split(path: str) -> tuple[str, str]:
+    """A path without its extension, and that in lower case."""
+    stem, _, extension = path.rpartition(".")
+    return stem, extension.lower()
+
+
+def _keys_of(images: Iterable[str], listed: Mapping[str, str]) -> dict[str, str]:
+    """The keys of images by their paths; those that are ``listed`` keep theirs, and no other image gets one of them."""
+    stems = Counter(_split(path)[0] for path in images)
+    keys, taken = dict(listed), {*listed.values()}
+    for path in sorted(images, key=len):  # the path that a key can equal is shorter than that of its image
+        if path not in keys:
+            stem, _ = _split(path)
+            keys[path] = path if stems[stem] > 1 or stem in taken else stem
+            taken.add(keys[path])
+    return keys
+
+
+def _add_sidecars(samples: Sequence[ListedSample], sidecars: Iterable[str], sizes: Mapping[str, int]) -> list[str]:
+    """Add each file to the samples whose key, or path without its extension, it begins with, up to its last such dot.
+
+    ``a.b.txt`` is the member ``txt`` of ``a.b.jpg``, or else ``b.txt`` of ``a.jpg``. Returns those of no sample.
+    """
+    owners: dict[str, list[ListedSample]] = {}
+    for sample in samples:
+        [(path, _)] = sample.files.values()
+        for name in {sample.key, _split(path)[0]}:
+            owners.setdefault(name, []).append(sample)
+    found = [(next(filter(owners.__contains__, _starts(path)), ""), path) for path in sidecars]
+    used = set()
+    for start, path in sorted(found, key=lambda one: -len(one[0])):
+        extension = path[len(start) + 1 :].lower()
+        for sample in owners.get(start, ()):
+            if sample.files.setdefault(extension, (path, sizes[path]))[0] == path:
+                used.add(path)
+    for sample in samples:
+        sample.files = dict(sorted(sample.files.items(), key=lambda file: file[1]))
+    return [path for _, path in found if path not in used]
+
+
+def _starts(path: str) -> Iterator[str]:
+    """A path up to each dot of its file name, the longest first."""
+    folder, slash, name = path.rpartition("/")
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield folder + slash + name
+
+
+def _notes(root: str, others: Sequence[str], tables: Sequence[str], samples: Iterable[ListedSample]) -> list[str]:
+    """A note on files that are not read, if there are some."""
+    if not others:
+        return []
+    captioned = tables or any(sample.files.keys() & {"txt", "json"} for sample in samples)
+    table = None if captioned else next((path for path in others if path.lower().endswith(_TABLES)), None)
+    hint = "; captions are read from metadata.csv or .jsonl beside the images (file_name, text)" if table else ""
+    shown = canonical(f"{root}/{table or others[0]}")
+    return [f"source: {plural(len(others), 'other file')} not read, such as {shown}{hint}"]
 
 
 def _read_list(lines: Iterable[bytes], folder: str, spec: Input) -> Iterator[RawSample | Refusal]:

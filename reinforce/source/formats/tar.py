@@ -27,6 +27,7 @@ from reinforce.source.urls import COMPRESSIONS
 from schemas import Reason
 
 _META = re.compile(r"__[^/]*__(/|$)")
+_LINK = " (a link)"
 _PACKED_TABLE = re.compile(r"\.(jsonl|ndjson|csv|tsv|json)\.(bz2|xz|lz4|br|snappy|7z|zip)$")
 
 
@@ -60,7 +61,8 @@ def read_shard(url: str, limits: Limits, images: bool = True) -> Iterator[RawSam
     in lower case, is the extension. Hidden files and ``__MACOSX`` and ``__meta__`` names belong to no sample. The image
     is the first member with an image extension; ``jpg`` takes precedence over a compound extension such as
     ``depth.png``. Of the other members, those of at most ``limits.sidecar_bytes`` are kept. Where the image's extension
-    is compound (``v1.png``), a sidecar with the same beginning (``v1.txt``) replaces a missing ``txt``.
+    is compound (``v1.png``), a sidecar with the same beginning (``v1.txt``) replaces a missing ``txt``. After a sample
+    with further images comes a refusal that names them, and sidecars that begin as they do (``v2.txt``).
     A key that occurs again later is refused, because the members of a sample must be next to each other. If most
     samples are split in this way, the shard as a whole is refused at its end.
     A shard that is missing, unreadable or damaged yields a Refusal without a key; samples before and after the damage
@@ -80,8 +82,11 @@ def _read_tar(
 
 
 def sample_of_files(key: str, files: Iterable[tuple[str, File]], limits: Limits) -> Iterator[RawSample | Refusal]:
-    """Yield the sample of the (extension, file) of one key, as ``read_shard`` makes it of members, and refusals."""
-    group = _Group(key, None, True)
+    """Yield the sample of the (extension, file) of one key, as ``read_shard`` makes it of members, and refusals.
+
+    No refusal names further images, because each is a sample.
+    """
+    group = _Group(key, None, True, names_strays=False)
     for extension, file in files:
         group.add(extension, file, limits)
     yield from group.close(limits)
@@ -106,6 +111,7 @@ class _Group:
     key: str
     earlier: bool | None
     needs_image: bool
+    names_strays: bool = True  # whether a refusal names further images
     extensions: list[str] = field(default_factory=list)
     repeated: str | None = None
     unread: int = 0  # members above limits.members
@@ -123,7 +129,7 @@ class _Group:
         if len(self.extensions) == limits.members:
             self.unread += 1
             return
-        self.extensions.append(f"{extension} (a link)" if member.is_link else extension)
+        self.extensions.append(f"{extension}{_LINK}" if member.is_link else extension)
         if member.is_link:
             self._leave_out(extension, Reason.SIDECAR_BROKEN, "a link, which is not followed")
         elif is_image_name(extension):
@@ -163,6 +169,25 @@ class _Group:
             yield Refusal(key, Reason.DUPLICATE_KEY, detail)
         if self.unread:
             yield Refusal(key, Reason.MEMBERS, f"{self.unread} more than limits.members of {limits.members}, not read")
+        if strays := self._strays():
+            count, read, rest = 1 + sum(map(is_image_name, strays)), self.image_extension, ", .".join(strays)
+            detail = f"{count} images, of which .{as_utf8(read)[:100]} is read, and not .{as_utf8(rest)[:300]}"
+            yield Refusal(key, Reason.STRAY_MEMBERS, f"{detail}; a key ends at the first dot of the file name")
+
+    def _strays(self) -> list[str]:
+        """The extensions of images that are not read, and of sidecars that begin as these do."""
+        names = [name.removesuffix(_LINK) for name in self.extensions]
+        images = [name for name in names if is_image_name(name)]
+        if self.image is None or len(images) == 1 or not self.names_strays:
+            return []
+        own = _start(self.image_extension)
+        starts = tuple({_start(name) for name in images} - {own, ""})
+        return [
+            name
+            for name in names
+            if (name in images and name != self.image_extension)
+            or (name.startswith(starts) and not (own and name.startswith(own)))
+        ]
 
     def _sample(self, key: str, limits: Limits) -> RawSample | Refusal:
         if not self.needs_image:
@@ -182,7 +207,7 @@ class _Group:
 
     def _of_image(self, sidecars: Mapping[str, T]) -> dict[str, T]:
         """The sidecars whose compound extension begins as the image's, by its last part where no other has that."""
-        start = self.image_extension.removesuffix(self.image_extension.rpartition(".")[2])
+        start = _start(self.image_extension)
         named = {name.removeprefix(start): value for name, value in sidecars.items() if name.startswith(start)}
         return {name: value for name, value in named.items() if name not in (*self.sidecars, *self.left_out)}
 
@@ -236,6 +261,11 @@ class _KeyedMembers:
             name = as_utf8(before)[-200:]
             where = f"the member before it is {name!r}" if before else "no member comes before it"
             yield Refusal(None, Reason.SHARD_DAMAGED, f"{damage}; {where}")
+
+
+def _start(extension: str) -> str:
+    """A compound extension without its last part: ``v1.`` of ``v1.png``."""
+    return extension[: extension.rfind(".") + 1]
 
 
 def _samples(stream: Readable, size: int | None, limits: Limits, images: bool) -> Iterator[RawSample | Refusal]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
@@ -20,7 +21,8 @@ from reinforce.engine.plan.shard_lists import write_lists
 from reinforce.engine.preflight.check_source import check_source
 from reinforce.engine.preflight.estimate_bytes import expected_bytes
 from reinforce.errors import UserError
-from reinforce.source.formats.base import Shard
+from reinforce.source.formats.base import ListedSample, Shard
+from reinforce.source.formats.tar import split_name
 from reinforce.source.reading import read_samples
 from tests.helpers.data import config_of, picture, tree
 from tests.helpers.reinforced import reinforce_here
@@ -66,6 +68,9 @@ def test_a_folder_gives_the_samples_of_a_tar_of_it(photos: Path, tmp_path: Path)
     assert (sample and sample.line()) == "first sample: cats/a (.png, 40 x 30), caption 'a cat'"
     assert note == f"source: 3 other files not read, such as {photos}/Thumbs.db"
     assert (expected_bytes(plan(values))["samples"] or 0) > sum(len(picture(number)) for number in range(4))
+    for ending in ("png", "txt"):  # a tar keeps the rule of the first dot
+        (photos / f"cats/b.v1.{ending}").rename(photos / f"cats/b.{ending}")
+    values["output"] = f"{tmp_path}/plain"
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         for path in sorted(photos.rglob("*")):
             if path.is_file() and "/." not in str(path):
@@ -99,9 +104,96 @@ def test_files_that_are_added_form_new_shards_and_finished_ones_stay(
     assert {name: after[name] for name in before if name != "dataset.json"} == {
         name: data for name, data in before.items() if name != "dataset.json"
     }
-    assert [row["key"] for row in rows(photos / "out")] == ["cats/a", "cats/b", "dogs/c", "dogs/d", "aaa", "zzz"]
+    assert [row["key"] for row in rows(photos / "out")] == [
+        *("cats/a", "cats/b.v1", "dogs/c", "dogs/d"),
+        *("aaa", "cats/b", "zzz"),
+    ]
     moved = {**values, "source": str(photos.rename(tmp_path / "moved")), "output": f"{tmp_path}/moved/out"}
     assert not plan({**moved, "moved": {str(tmp_path / "moved"): str(photos)}}).pending
+
+
+NAMED = {
+    "Mr. Smith 1.jpg": "Mr. Smith 1",
+    "Mr. Smith 2.jpg": "Mr. Smith 2",
+    "WhatsApp Image 2024-01-01 at 10.31.01.jpeg": "WhatsApp Image 2024-01-01 at 10.31.01",
+    "WhatsApp Image 2024-01-01 at 10.31.05.jpeg": "WhatsApp Image 2024-01-01 at 10.31.05",
+    "a1.jpg": "a1.jpg",
+    "a1.jpg.webp": "a1.jpg.webp",
+    "a1.png": "a1.png",
+    "b.v1.JPG": "b.v1",
+    "c.JPG": "c.JPG",
+    "c.jpg": "c.jpg",
+    "d.jpg": "d",
+    "d.jpg.v2.png": "d.jpg.v2",
+    "e/d.jpg": "e/d",
+}
+CAPTIONS = {
+    "Mr. Smith 2.txt": "of Smith 2",
+    "a1.txt": "of both a1",
+    "a1.png.txt": "of a1.png",
+    "b.v1.txt": "of b.v1",
+    "b.txt": "of none",
+    "d.TXT": "of d",
+    "d.jpg.txt": "with the extension jpg.txt, of d",
+    "d.txt": "d has one, and this is counted",
+}
+
+
+def test_every_image_of_a_folder_is_a_sample_with_its_caption(tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    for number, name in enumerate(NAMED):
+        put(folder, name, picture(number))
+    for name, text in CAPTIONS.items():
+        put(folder, name, text)
+    values = config(folder, tmp_path / "out", teachers=RED)
+    assert plan(values).source_notes == [f"source: 2 other files not read, such as {folder}/b.txt"]
+    made = rows(reinforce_here(values))
+    assert [row["key"] for row in made] == [*NAMED.values()]
+    assert [row["image"] for row in made] == [*map(picture, range(len(NAMED)))]
+    assert {row["key"]: row["caption"] for row in made if row["caption"]} == {
+        "Mr. Smith 2": "of Smith 2", "a1.jpg": "of both a1", "a1.png": "of a1.png", "b.v1": "of b.v1", "d": "of d",
+    }  # fmt: skip
+    assert not plan(values).pending
+
+
+def earlier_list(folder: Path) -> bytes:
+    """The list of a folder as versions before keys with dots wrote it: the files of one path up to the first dot."""
+    samples: dict[str, ListedSample] = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = str(path.relative_to(folder))
+        key, extension = split_name(name)
+        samples.setdefault(key, ListedSample(key)).files.setdefault(extension, (name, path.stat().st_size))
+    return b"".join(sample.line() for sample in samples.values())
+
+
+def test_a_dataset_of_earlier_keys_keeps_them_and_gets_the_images_that_were_left_out(tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    for number, name in enumerate(("a.v1.png", "a.v2.png", "a1.jpg", "a1.png", "b.jpg", "c.v1.png")):
+        put(folder, name, picture(number))
+    put(folder, "a.txt", "of a")
+    put(folder, "a.v2.txt", "of v2")
+    values = config(folder, tmp_path / "out")
+    [shard] = plan(values).lists
+    Store(values["output"]).write_bytes(earlier_list(folder), "lists", f"{shard}.jsonl")
+    note = f"source: 2 images that an earlier version left out become samples, such as {folder}/a.v2.png"
+    assert plan(values).source_notes == [note], "a.txt is read"
+    reinforce_here(values)
+    first = Path(values["output"], "samples", f"{shard}.parquet")
+    before = {row["key"]: (row["image"], row["caption"]) for row in pq.read_table(first).to_pylist()}
+    assert before == {
+        "a": (picture(0), "of a"), "a1": (picture(2), None), "b": (picture(4), None), "c": (picture(5), None),
+    }  # fmt: skip
+    assert {row["key"]: (row["image"], row["caption"]) for row in rows(values["output"])} == {
+        **before, "a.v2": (picture(1), "of v2"), "a1.png": (picture(3), None),
+    }  # fmt: skip
+    assert not plan(values).pending
+    (folder / "a1.jpg").unlink()
+    put(folder, "c.png", picture(9))
+    reinforce_here(values)
+    reinforce_here({**values, "teachers": RED})
+    assert {row["key"] for row in rows(values["output"])} == {*before, "a.v2", "a1.png", "c.png"}, "c is taken"
+    samples = [*reinforce.open(values["output"])]
+    assert {sample.key for sample in samples if np.isfinite(sample.images["red"]).all()} == {s.key for s in samples}
 
 
 def test_a_folder_of_hugging_face_is_read_with_its_metadata(photos: Path, tmp_path: Path) -> None:
@@ -157,7 +249,7 @@ def test_files_that_disappear_cost_their_samples_and_a_list_is_written_once(phot
     (photos / "cats/a.png").unlink()
     (photos / "cats/b.v1.txt").unlink()
     reinforce_here(values)
-    assert next((row["key"], row["caption"]) for row in rows(tmp_path / "out")) == ("cats/b", None)
+    assert next((row["key"], row["caption"]) for row in rows(tmp_path / "out")) == ("cats/b.v1", None)
     [shard] = Store(values["output"]).shards("quarantine/samples")
     found = Store(values["output"]).quarantined("samples", shard)
     assert ("cats/a", "image_missing", "No such file or directory") in [tuple(row.values()) for row in found]

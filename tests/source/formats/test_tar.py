@@ -29,10 +29,28 @@ def test_members_of_one_key_are_one_sample_with_one_image():
     assert (first.key, first.image, second.key) == ("a", b"A", "b")
     assert first.sidecars == {"txt": b"photo a", "json": b'{"uid": 1}'}
     assert data[first.offset : first.offset + first.length] == b"A"
-    # The first image is used, and a plain extension precedes a compound one.
-    assert outcomes(read(tar_bytes([("a.jpg", b"1"), ("a.png", b"2")]))) == [("a", "1")]
-    assert outcomes(read(tar_bytes([("a.depth.png", b"1"), ("a.jpg", b"2"), ("a.left.jpg", b"3")]))) == [("a", "2")]
-    assert outcomes(read(tar_bytes([("a.0.jpg", b"1"), ("a.1.jpg", b"2")]))) == [("a", "1")]
+
+
+MR = ["Mr. A 1.jpg", "Mr. A 2.JPG", "Mr. A 2.txt", "Mr. A 2.meta.json", "Mr. A.txt", "Mr.txt"]
+STRAYS = [
+    (["a.jpg", "a.png"], "a.jpg", "2 images, of which .jpg is read, and not .png; a key ends at the first dot of the "),
+    (["a.b.png", "a.jpg", "a.c.jpg", "a.c.txt", "a.url.txt"], "a.jpg", "and not .b.png, .c.jpg, .c.txt;"),
+    (["a.0.jpg", "a.1.jpg", "a.0.txt", "a.01.txt"], "a.0.jpg", "2 images, of which .0.jpg is read, and not .1.jpg;"),
+    (MR, "Mr. A 1.jpg", "of which . a 1.jpg is read, and not . a 2.jpg, . a 2.txt, . a 2.meta.json;"),
+    ([f"a.{i}.jpg" for i in range(90)], "a.0.jpg", "64 images, of which .0.jpg is read, and not .1.jpg,"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("names", "image", "detail"), STRAYS)
+def test_the_first_image_is_read_a_plain_extension_first_and_the_others_are_named(names, image, detail):
+    sample, *others = read(tar_bytes([(name, name.encode()) for name in names]))
+    assert sample.image == image.encode()
+    refusal = others[-1]
+    assert (refusal.key, refusal.reason) == (sample.key, Reason.STRAY_MEMBERS)
+    assert detail in refusal.detail
+    assert [other.reason for other in others[:-1]] == [Reason.MEMBERS] * (len(names) > 64)
+    broken = [(name, bytes(6_000) if name == image else b"x") for name in names]
+    assert read(tar_bytes(broken))[-1] == refusal, "also where the image that is read cannot be used"
 
 
 NAMES = [("./a.JPG", "./a", "jpg"), ("v1.0/part.2/a.b.Jpg", "v1.0/part.2/a", "b.jpg"), (".git/a.jpg", ".git/a", "jpg")]
@@ -55,8 +73,9 @@ def test_sidecars_with_the_compound_extension_of_the_image_belong_to_it():
     assert plain.all_sidecars["txt"] == b"plain", "the caption of a sample that had one stays"
     (large,) = read(tar_bytes([("0.v1.png", b"I"), ("0.v1.txt", bytes(301))]))
     assert large.left_out["txt"].detail.startswith(".v1.txt: 301 bytes")
-    (other,) = read(tar_bytes([("0.jpg", b"J"), *members]))
+    other, strays = read(tar_bytes([("0.jpg", b"J"), *members]))
     assert (other.image, other.of_image) == (b"J", {})
+    assert "and not .v1.png, .v1.txt, .v1.json, .v1.x.txt;" in strays.detail
 
 
 HIDDEN = ["README", "a/README", ".hidden.jpg", "a/.hidden.jpg", "a/._b.jpg"]
