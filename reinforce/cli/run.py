@@ -80,6 +80,7 @@ def plan(
     from reinforce.config import load_config
     from reinforce.dataset.files.store import Store
     from reinforce.dataset.manifest.class_code import check_classes
+    from reinforce.engine.plan.check_output import check_output
     from reinforce.engine.plan.duplicates import check_copies
     from reinforce.engine.plan.plan import make_plan
     from reinforce.engine.preflight.access import config_uses
@@ -99,6 +100,7 @@ def plan(
             typer.echo(escape(redact(line)))
         if uses:
             return
+        check_output(checked)
         machines = connection.enter_context(machines_of_plan(address))
         current = make_plan(checked)
         report = make_report(current, used, source_statistics(current), machines(), hours)

@@ -24,6 +24,7 @@ from reinforce.dataset.manifest.manifest import (
 )
 from reinforce.dataset.runs.shard_records import SourceRecord, read_records
 from reinforce.engine.plan.changed_sources import changes_note, finished_note
+from reinforce.engine.plan.check_output import check_output
 from reinforce.engine.plan.duplicates import check_copies
 from reinforce.engine.plan.plan import Plan, make_plan
 from reinforce.engine.plan.recipe import version_notes
@@ -70,6 +71,7 @@ def run(
 
 
 def _run(config: Config, address: str | None, retry_quarantined: bool, accept_changed_classes: bool) -> RunSummary:
+    check_output(config)
     store = Store(config.output)
     store.check_writable()
     with store.lock(), contextlib.ExitStack() as connection:

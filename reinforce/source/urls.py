@@ -248,10 +248,10 @@ def _expand(
         )
     if folder and ("://" in entry or "::" in entry or entry.startswith(("/", "~"))):
         folder = ""
-    has_glob = _has_glob(entry)  # expanding braces adds no glob
+    globs = has_glob(entry)  # expanding braces adds no glob
     literal = folder if "://" in folder else escape(folder)
-    for url in _expand_braces(entry, entry):
-        for match in _expand_glob(literal + url, listed) if has_glob and _has_glob(url) else (folder + url,):
+    for url in expand_braces(entry, entry):
+        for match in _expand_glob(literal + url, listed) if globs and has_glob(url) else (folder + url,):
             if match.partition("?")[0].endswith(".txt"):
                 yield from _expand_list(match, listed, is_table, lists)
             else:
@@ -288,7 +288,7 @@ def _expand_list(
         yield from _expand(line, listed, is_table, head + slash, (*lists, shown))
 
 
-def _has_glob(url: str) -> bool:
+def has_glob(url: str) -> bool:
     if not _GLOB.search(url):
         return False
     if url.lower().startswith(("http://", "https://")):  # `?` begins a query, and `[` may belong to an IPv6 host
@@ -298,7 +298,7 @@ def _has_glob(url: str) -> bool:
 
 def _expand_glob(pattern: str, listed: dict[str, Info]) -> list[str]:
     segments = pattern.split("::")
-    index = next(i for i, segment in enumerate(segments) if _has_glob(segment))
+    index = next(i for i, segment in enumerate(segments) if has_glob(segment))
     try:
         fs, path = filesystem("::".join(segments[index:]))
         found = list_whole(lambda: fs.glob(path, detail=True))
@@ -321,7 +321,7 @@ def _expand_glob(pattern: str, listed: dict[str, Info]) -> list[str]:
     return urls
 
 
-def _expand_braces(pattern: str, entry: str) -> Iterator[str]:
+def expand_braces(pattern: str, entry: str) -> Iterator[str]:
     """Expand the braces of a pattern as a shell does; the last brace varies fastest. ``entry`` is for messages."""
     start = pattern.find("{")
     if start < 0:
@@ -333,11 +333,11 @@ def _expand_braces(pattern: str, entry: str) -> Iterator[str]:
     if options is None and commas:
         edges = [start, *commas, end]
         parts = [pattern[a + 1 : b] for a, b in pairwise(edges)]
-        options = (option for part in parts for option in _expand_braces(part, entry))
+        options = (option for part in parts for option in expand_braces(part, entry))
     if options is None:  # neither a range nor alternatives: the braces are literal
-        options = ("{" + option + "}" for option in _expand_braces(body, entry))
+        options = ("{" + option + "}" for option in expand_braces(body, entry))
     for option in options:
-        for rest in _expand_braces(tail, entry) if "{" in tail else (tail,):
+        for rest in expand_braces(tail, entry) if "{" in tail else (tail,):
             yield head + option + rest
 
 

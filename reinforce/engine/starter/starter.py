@@ -11,6 +11,7 @@ from pathlib import Path
 
 import schemas
 from reinforce.config import Config, Input
+from reinforce.engine.plan.check_output import overlaps
 from reinforce.engine.plan.source_shards import source_shards
 from reinforce.engine.starter.fields import Fields, find_fields
 from reinforce.engine.starter.template import render
@@ -47,8 +48,18 @@ def make_starter(data: str, config_path: Path) -> tuple[str, list[str]]:
                 break
     gpu = bool(default_gpus(nodes_of_run()))
     schema = _schema_for(config_path)
+    output = _apart_from(source, output)
     text = render(source, output, look.found, look.format, look.fields, gpu, schema, str(config_path))
     return text, [f"source: {look.found}", *look.fields.lines(), *notes, *look.notes]
+
+
+def _apart_from(source: str, output: str) -> str:
+    """The folder ``output`` of the current one, or else of the nearest one above it where it is not in ``source``."""
+    for _ in Path.cwd().parents:
+        if not any(overlaps(Config(source=source, output=output))):
+            break
+        output = f"../{output}"
+    return output
 
 
 def _captions_beside(folder: str) -> list[str]:

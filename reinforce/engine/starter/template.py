@@ -22,7 +22,7 @@ _HEAD = """\
 # Braces such as {{00000..01023}}, globs, a .txt file of URLs, or a list; any fsspec URL.
 source: {source}
 
-# A folder or any fsspec URL, such as s3://my-bucket/{output}.
+# A folder or any fsspec URL, such as s3://my-bucket/{name}.
 output: {output}
 
 # Everything random is derived from this number and the sample's key.
@@ -77,6 +77,7 @@ def render(
         path=_comment(path),
         source=_scalar(source),
         output=_scalar(output),
+        name=output.rpartition("/")[2],
         reference=reference,
     )
     return head + _input(format_, fields) + _AUGMENTATIONS + (_GPU if gpu else _CPU)

@@ -165,6 +165,19 @@ def test_a_folder_with_images_is_one_of_images_and_the_output_is_no_source(folde
         source_shards(Config(source=root, output=f"{root}/out"))
 
 
+def test_in_a_folder_of_images_the_output_is_beside_it(
+    folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(folder / "photos", {**IMAGE, "deep/b.png": picture(2)})
+    for at, data in (("photos", "."), ("photos/deep", ".."), ("photos/deep", f"{folder}/photos")):
+        monkeypatch.chdir(folder / at)
+        config, _, _ = init(capfd, data)
+        Path("my.yaml").unlink()
+        assert Path(config["output"]).resolve().parent == folder
+    monkeypatch.chdir(folder)
+    assert init(capfd, "photos")[0]["output"] == "photos-reinforced"
+
+
 def test_the_samples_of_a_dataset_are_a_source_and_a_machine_with_a_gpu_gets_the_ensemble_and_a_captioner(
     folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

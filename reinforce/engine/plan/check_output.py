@@ -1,0 +1,113 @@
+"""A dataset is not written where a run reads its source: its files would be taken for those of the source."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+
+from fsspec.implementations.local import LocalFileSystem
+
+from reinforce.config import Config
+from reinforce.dataset.files.store import Store
+from reinforce.dataset.manifest.manifest import find_manifest
+from reinforce.errors import UserError
+from reinforce.source.formats.recognise import find_format
+from reinforce.source.urls import canonical, expand, expand_braces, filesystem, has_glob
+
+_SPECIAL = re.compile(r"[*?\[{]")
+_WRITTEN = ("parquet", "json", "jsonl")
+_SAME = "is the same as"
+
+
+def check_output(config: Config) -> None:
+    """Raise UserError if ``output`` is, contains, or is in what the config names to be read.
+
+    A dataset that was made inside or around its source, as earlier versions allowed, may be continued.
+    """
+    for relation, read in overlaps(config):
+        if relation == _SAME or find_manifest(Store(config.output)) is None:
+            raise UserError(
+                f"output: {canonical(config.output)} {relation} {read}, so that a run would write among the files that "
+                "it reads. Set `output` to a folder that is neither in nor above them."
+            )
+
+
+def overlaps(config: Config) -> Iterator[tuple[str, str]]:
+    """How ``output`` lies to each entry that it is not apart from, and the entry after its key, in words."""
+    output = _place(config.output)
+    for key, entry in _named(config):
+        relation = next(filter(None, (_relation(output, url) for url in _urls_of(entry, output))), None)
+        if relation is not None:
+            yield relation, f"{key} {canonical(entry)}"
+
+
+def _named(config: Config) -> Iterator[tuple[str, str]]:
+    """Each key of a config that names what is read, and an entry of it."""
+    for key, value in (("source", config.source), ("reinforcements", config.reinforcements)):
+        for entry in [value] if isinstance(value, str) else value or ():
+            yield key, entry.strip()
+    for name, labels in config.labels.items():
+        yield f"labels.{name}.url", labels.url
+
+
+def _urls_of(entry: str, output: str) -> Iterator[str]:
+    """The URLs and patterns that an entry stands for; the entry itself where none of them can be in ``output``."""
+    if entry.partition("?")[0].endswith(".txt"):
+        yield from expand(entry, None, find_format("csv").recognises)
+        return
+    folder = _SPECIAL.split(entry, maxsplit=1)[0].rpartition("/")[0]
+    if "{" in entry and (folder.endswith(":/") or not _apart(_parts(_place(folder or ".")), _parts(output))):
+        yield from expand_braces(entry, entry)
+    else:
+        yield entry
+
+
+def _relation(output: str, url: str) -> str | None:
+    """How the place of a dataset lies to a URL or pattern that is read, in words; None if they are apart."""
+    place = _place(url)
+    mine, read = _parts(output), _parts(place)
+    patterns = next((n for n, part in enumerate(read) if has_glob(url) and has_glob(part)), None)
+    if patterns is not None:
+        if _starts(read[:patterns], mine):
+            return "contains the files of"
+        return "is among the files of" if _matches_inside(read, mine) else None
+    if mine == read:
+        return _SAME
+    if _starts(mine, read):
+        return "is inside"
+    return "contains" if _starts(read, mine) else None
+
+
+def _matches_inside(pattern: Sequence[str], folder: Sequence[str]) -> bool:
+    """Whether a pattern can match files of a dataset in a folder; both are the parts of paths."""
+    for n, name in enumerate(folder):
+        if n < len(pattern) and "**" in pattern[n]:
+            return True
+        if n >= len(pattern) - 1 or not fnmatchcase(name, pattern[n]):
+            return False
+    extension = pattern[-1].rpartition(".")[2]
+    return has_glob(extension) or extension in _WRITTEN
+
+
+def _place(url: str) -> str:
+    """Where a URL or pattern is: protocol and path, without links of local disks."""
+    fs, path = filesystem(canonical(url).rpartition("::")[2])
+    if isinstance(fs, LocalFileSystem):
+        return os.path.realpath(path)
+    protocol = fs.protocol if isinstance(fs.protocol, str) else fs.protocol[0]
+    return f"{protocol}://{path.strip('/')}"
+
+
+def _parts(place: str) -> list[str]:
+    return place.rstrip("/").split("/")
+
+
+def _apart(one: Sequence[str], other: Sequence[str]) -> bool:
+    """Whether neither of two places is in the other."""
+    return any(a != b for a, b in zip(one, other, strict=False))
+
+
+def _starts(parts: Sequence[str], start: Sequence[str]) -> bool:
+    return [*parts[: len(start)]] == [*start]
