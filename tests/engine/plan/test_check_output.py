@@ -9,7 +9,7 @@ from typing import Any
 import fsspec
 import pytest
 
-from reinforce.config import parse_config
+from reinforce.config import load_config, parse_config
 from reinforce.dataset.files.store import Store
 from reinforce.engine.plan.check_output import overlaps
 from reinforce.engine.run import run
@@ -17,6 +17,7 @@ from reinforce.errors import UserError
 from tests.helpers.data import config_of, picture, tree, write_tar
 from tests.helpers.reinforced import reinforce_here
 
+ROOT = Path(__file__).parents[3]
 INSIDE, CONTAINS, SAME = "is inside", "contains", "is the same as"
 FILES, AMONG = "contains the files of", "is among the files of"
 OVERLAPPING = [
@@ -132,3 +133,9 @@ def test_a_run_in_an_object_store_refuses_before_it_writes() -> None:
     with pytest.raises(UserError, match="is inside source"):
         run(config_of("memory://check-output/photos", store.url))
     assert fsspec.filesystem("memory").find("/check-output") == ["/check-output/photos/x.png"]
+
+
+def test_the_configs_that_come_with_the_program_write_apart_from_their_sources() -> None:
+    paths = [path for path in (ROOT / "configs").rglob("*.yaml") if "/run.json" in path.read_text().partition("\n")[0]]
+    assert len(paths) > 6
+    assert not [path for path in paths if any(overlaps(load_config(path)))]
