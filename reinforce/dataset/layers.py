@@ -193,6 +193,11 @@ class LayerKind(ABC):
         """Layers of this kind that a config names. ``infos`` describe the models by section and name, ``known`` are the
         layers of lower levels."""
 
+    def as_recorded(self, layer: Layer, entry: Mapping[str, Any]) -> tuple[Layer, str | None]:
+        """A layer by the earlier version that its ``entry`` in dataset.json records, if such layers are continued, and
+        what is wrong with it; else the layer itself and None."""
+        return layer, None
+
     def inputs(self, name: str, entry: Mapping[str, Any]) -> tuple[str, ...]:
         """Names of the layers that a layer is computed from, by its name and its entry in dataset.json, if it has one:
         by default the samples."""

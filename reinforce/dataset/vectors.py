@@ -9,6 +9,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
+
+from schemas import TRUE_CAPTIONS
 
 Floats = npt.NDArray[np.float32]
 
@@ -75,6 +78,18 @@ def mean_cosines(texts: Floats, images: Floats) -> Floats:
     """Cosine of texts [rows, N, D] with images [rows, K, D], mean over the images -> [rows, N]."""
     cosines: Floats = np.einsum("rnd,rd->rn", normalized(texts), normalized(images).mean(axis=1))
     return cosines
+
+
+def own_slots(samples: pa.Table, count: int) -> npt.NDArray[np.bool_]:
+    """Which of ``count`` vectors of true captions means are over -> [rows, count].
+
+    A row with fewer captions has its vectors again in turn, which would count twice.
+    """
+    if TRUE_CAPTIONS not in samples.column_names:
+        return np.ones((len(samples), count), bool)
+    captions = pc.fill_null(pc.list_value_length(samples[TRUE_CAPTIONS]), 0).to_numpy()
+    own: npt.NDArray[np.bool_] = np.arange(count) < np.maximum(captions, 1)[:, None]
+    return own
 
 
 def from_scales(column: pa.ChunkedArray) -> Floats:

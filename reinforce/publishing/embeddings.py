@@ -72,7 +72,10 @@ class Choice:
 
 @dataclass(frozen=True)
 class PartExport:
-    """What to write of each shard. ``fingerprints`` are those of the layers that are read, ``samples`` first."""
+    """What to write of each shard. ``fingerprints`` are those of the layers that are read, ``samples`` first.
+
+    ``several`` is whether text vectors are means over several true captions.
+    """
 
     url: str
     output: str
@@ -80,6 +83,7 @@ class PartExport:
     fingerprints: Mapping[str, str]
     moved: Mapping[str, str]
     view: ViewRows | None = None
+    several: bool = False
 
 
 @dataclass
@@ -132,9 +136,14 @@ def export_embeddings(
     fingerprints = {name: data.fingerprints[name] for name in layers}
     export = PartExport(
         as_seen_by_workers(url), as_seen_by_workers(output), choice, fingerprints, data.manifest.get("moved", {}),
-        None if data.view is None else data.view.rows,
+        None if data.view is None else data.view.rows, _averages_several(data, choice),
     )  # fmt: skip
     return _write(export, data.shards, use_ray, address)
+
+
+def _averages_several(data: Dataset, choice: Choice) -> bool:
+    count = data.manifest["layers"].get(embeddings_layer(choice.teacher, TRUE_CAPTION), {}).get("count", 1)
+    return choice.texts == TRUE_CAPTION and choice.text == AVERAGE and count > 1
 
 
 def _needed_layers(data: Dataset, choice: Choice) -> list[str]:
@@ -191,6 +200,7 @@ def _record(output: Storage, export: PartExport, shards: Sequence[str]) -> None:
         "shards": len(shards),
         "shard_names": digest,
         **({} if export.view is None else {"view": asdict(export.view)}),
+        **({"each_caption": "once"} if export.several else {}),  # earlier versions counted some several times
     }
     record_export(output, config, CONFIG)
 
@@ -226,20 +236,27 @@ def export_part(export: PartExport, part: str) -> tuple[int, int]:
 def _vectors(tables: Mapping[str, pa.Table], choice: Choice) -> tuple[Floats, Floats, list[str | None]]:
     """Image vectors and text vectors [rows, dim] of a row group, and the captions of the latter; null rows are NaN."""
     at = choice.text if isinstance(choice.text, int) else 0
-    own = true_captions(tables[SAMPLES])  # which come again in turn where they are fewer than the vectors
-    captions: list[str | None] = [texts[at % len(texts)] if texts else None for texts in own]
+    texts_of = true_captions(tables[SAMPLES])  # which come again in turn where they are fewer than the vectors
+    captions: list[str | None] = [texts[at % len(texts)] if texts else None for texts in texts_of]
     image = _select(tables[embeddings_layer(choice.teacher, "images")], choice.image)
     if choice.texts == NO_TEXTS:
         return image, np.empty((len(image), 0), np.float32), captions
     if choice.texts != TRUE_CAPTION:
         listed = tables[captions_layer(choice.texts)]["captions"].to_pylist()
         captions = [None if texts is None or len(texts) <= at else texts[at] for texts in listed]
-    return image, _select(tables[embeddings_layer(choice.teacher, choice.texts)], choice.text), captions
+    own = tables[SAMPLES] if choice.texts == TRUE_CAPTION else None
+    return image, _select(tables[embeddings_layer(choice.teacher, choice.texts)], choice.text, own), captions
 
 
-def _select(table: pa.Table, number: int | str) -> Floats:
-    """Vector ``number`` of each row, or the mean of all, as unit vectors [rows, dim]."""
+def _select(table: pa.Table, number: int | str, samples: pa.Table | None = None) -> Floats:
+    """Vector ``number`` of each row, or the mean of all, as unit vectors [rows, dim].
+
+    With ``samples``, the vectors are of their true captions, each of which counts once.
+    """
     stored = vectors.decode(table)
+    own = None if samples is None else vectors.own_slots(samples, stored.shape[1])
+    if number == AVERAGE and own is not None and not own.all():
+        stored = np.where(own[:, :, None], stored, 0)  # the sum has the direction of the mean
     chosen: Floats = stored.mean(axis=1) if number == AVERAGE else stored[:, int(number)]
     norms = np.linalg.norm(chosen, axis=1, keepdims=True)
     return np.divide(chosen, np.where(norms > 0, norms, 1), dtype=np.float32)

@@ -52,7 +52,8 @@ _ROWS = (
 )
 
 _SIMILARITY = (
-    "cosine between a caption's stored embedding and those of its image's augmentations, mean over the augmentations"
+    "cosine between a caption's stored embedding and those of its image's augmentations, mean over the augmentations; "
+    "of several true captions, each counts once"
 )
 
 
@@ -64,10 +65,14 @@ class SimilarityStatistics:
     total: float = 0.0
     squares: float = 0.0
 
-    def add(self, texts: np.ndarray, images: np.ndarray) -> None:
-        """Add texts [rows, N, D] and images [rows, K, D]. Rows with NaN, which are null in a layer, are skipped."""
+    def add(self, texts: np.ndarray, images: np.ndarray, own: np.ndarray | None = None) -> None:
+        """Add texts [rows, N, D], or only ``own`` ones [rows, N], and images [rows, K, D].
+
+        Rows with NaN, which are null in a layer, are skipped.
+        """
         cosines = vectors.mean_cosines(texts, images)
-        valid = cosines[np.isfinite(cosines).all(axis=1)].astype(np.float64)
+        counted = np.isfinite(cosines).all(axis=1, keepdims=True) & (True if own is None else own)
+        valid = cosines[np.broadcast_to(counted, cosines.shape)].astype(np.float64)
         self.counts += np.histogram(valid.clip(-1, 1), _BINS, (-1, 1))[0]
         self.total += float(valid.sum())
         self.squares += float((valid**2).sum())
@@ -116,7 +121,9 @@ def captions_report(
             if by_text:
                 images = vectors.decode(tables[embeddings_layer(teacher, "images")])
                 for name, similarity in by_text.items():
-                    similarity.add(vectors.decode(tables[embeddings_layer(teacher, name)]), images)
+                    texts_of = vectors.decode(tables[embeddings_layer(teacher, name)])
+                    counted = vectors.own_slots(tables[SAMPLES], texts_of.shape[1]) if name == TRUE_CAPTION else None
+                    similarity.add(texts_of, images, counted)
     return {
         "dataset": data.store.url,
         "rows": rows,

@@ -15,11 +15,15 @@ import pytest
 import reinforce
 from reinforce.captioning.config import Data as CaptionerData
 from reinforce.captioning.scan import scan
-from reinforce.config import Limits, parse_config
+from reinforce.config import Limits, Score, parse_config
+from reinforce.dataset.drop import drop, plan_drop
 from reinforce.dataset.files.store import Store
+from reinforce.dataset.kinds.scores import make_scorer
 from reinforce.dataset.reading.dataset import Dataset
+from reinforce.dataset.scoring.similarity import Similarity
 from reinforce.dataset.validate.shard_checks import RowChecks
 from reinforce.engine.plan.plan import make_plan
+from reinforce.engine.recompute import recompute
 from reinforce.errors import UserError
 from reinforce.evaluation.config import RetrievalSet
 from reinforce.evaluation.sets import Example, open_retrieval_set
@@ -151,6 +155,84 @@ def test_captioners_learn_from_all_of_them_retrieval_is_evaluated_on_them_and_re
     rows = read_rows(data, select(data, 100, 0))
     assert text_figures(rows)["caption"].summary["captions"] == kept
     assert captions_report(str(made))["texts"]["caption"]["captions"] == kept
+
+
+SCORES = {"match": {"similarity": ["red", "blue"], "texts": ["caption", "namer"]}}
+
+
+def means(sample: reinforce.Sample, texts: str, slots: int | None = None) -> list[float]:
+    """Mean cosine by teacher, over each text once, or over ``slots`` vectors in which texts come again in turn."""
+    found = []
+    for teacher in ("red", "blue"):
+        stored = sample.texts[teacher][texts]
+        vectors = stored if slots is None else stored[np.arange(slots) % len(stored)]
+        found.append(float((sample.images[teacher] @ vectors.T).mean()))
+    return found
+
+
+def check_scores(url: str, slots: int | None = None) -> None:
+    """With ``slots``, scores are those of an earlier version."""
+    for sample in reinforce.open(url):
+        score = sample.values["scores/match"]
+        for texts in ("caption", "namer"):
+            expected = means(sample, texts, slots if texts == "caption" else None)
+            if sample.caption is None and texts == "caption":
+                assert [score[f"caption_{name}"] for name in ("mean", "max", "spread")] == [None] * 3
+            else:
+                assert score[f"{texts}_mean"] == pytest.approx(np.mean(expected), abs=1e-6)
+                assert score[f"{texts}_spread"] == pytest.approx(np.std(expected), abs=1e-6)
+    assert {*by_key(Path(url))} == {*CAPTIONS}
+
+
+def test_means_over_captions_count_each_once_in_scores_reports_and_exports(made: Path, tmp_path: Path) -> None:
+    together = {**write_source(tmp_path / "together"), "scores": SCORES}
+    url = reinforce_here(together)
+    check_scores(url)
+    later = write_source(tmp_path / "later")
+    reinforce_here(later)
+    reinforce_here({**later, "scores": SCORES})
+    [one], [other] = (list((Path(config["output"]) / "scores/match").iterdir()) for config in (together, later))
+    assert pq.read_table(one) == pq.read_table(other), "from stored samples"
+    samples = [sample for sample in by_key(made).values() if sample.caption is not None]
+    cosines = [np.mean(sample.images["red"] @ text) for sample in samples for text in sample.texts["red"]["caption"]]
+    report = captions_report(str(made))["similarity"]["red"]["caption"]
+    assert (report["captions"], report["mean"]) == (len(cosines), pytest.approx(np.mean(cosines), abs=1e-3))
+    options: dict[str, Any] = {"teacher": "red", "text": "average", "dtype": "float32", "use_ray": False}
+    export_embeddings(str(made), str(tmp_path / "vectors"), **options)
+    keys = pq.read_table(tmp_path / "vectors" / "metadata")["image_path"].to_pylist()
+    exported = np.load(tmp_path / "vectors" / "text_emb" / "text_emb_0.npy")
+    for sample in samples:
+        mean = sample.texts["red"]["caption"].mean(axis=0)
+        assert np.allclose(exported[keys.index(sample.key)], mean / np.linalg.norm(mean), atol=1e-6)
+
+
+def test_a_layer_of_scores_of_an_earlier_version_goes_on_as_it_is_until_it_is_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = {**write_source(tmp_path), "scores": SCORES}
+    with monkeypatch.context() as earlier:
+        earlier.setattr(Similarity, "version_for", classmethod(lambda cls, spec, captions: 1))
+        url = reinforce_here(config)
+    check_scores(url, slots=5)
+    before = tree(Path(url))
+    [note] = make_plan(parse_config(config)).notes
+    assert "scores/match: an earlier version made this layer, and its means over captions count those" in note
+    assert not make_plan(parse_config(config)).pending
+    assert recompute(parse_config(config), url, 4).layers["scores/match"].fits
+    [file] = (Path(url) / "scores/match").iterdir()
+    file.unlink()
+    assert tree(Path(reinforce_here(config))) == before, "what is missing is computed as the rest was"
+    with pytest.raises(UserError, match="scores/match"):
+        make_plan(parse_config({**config, "scores": {"match": {**SCORES["match"], "texts": ["caption"]}}}))
+    drop(Store(url), plan_drop(Store(url), ["scores/match"]))
+    check_scores(reinforce_here(config))
+    assert not make_plan(parse_config(config)).notes
+
+
+def test_scores_of_one_caption_keep_their_fingerprint() -> None:
+    spec = Score.model_validate({"similarity": ["red"], "texts": ["caption", "namer"]})
+    assert [make_scorer(spec, captions).identity()["version"] for captions in (1, 2)] == [1, 2]
+    assert make_scorer(spec.model_copy(update={"texts": ["namer"]}), 2).identity()["version"] == 1
 
 
 def test_an_export_takes_the_caption_and_the_vector_of_one_number(made: Path, tmp_path: Path) -> None:

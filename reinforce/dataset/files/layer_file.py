@@ -71,6 +71,7 @@ def _known_layouts() -> list[dict[str, str]]:
 
 
 _LAYOUTS = _known_layouts()
+_NOT_IN_ALL = {schemas.IMAGE_DIGEST, schemas.TRUE_CAPTIONS, schemas.LABELLED}  # not in all files of samples
 _accepted_schemas: deque[pa.Schema] = deque(maxlen=4)  # the last ones, because files of a layer have the same
 
 
@@ -271,18 +272,22 @@ def _check_columns(found: pa.Schema, newer: bool) -> None:
     shapes = {field.name: _shape_of(field.type) for field in found}
     if "scores" in shapes and pa.types.is_struct(found.field("scores").type):
         shapes["scores"] = _shape_of(pa.struct([]))  # each layer has scores of its own
-    for name, shape in shapes.items():
-        known = {layout[name] for layout in _LAYOUTS if name in layout}
-        if not known and not newer:
-            raise RefusedFile(f"it has a column {escape(name[:100])}, which no layer has")
-        if known and shape not in known:
+    unknown = {name for name in shapes if not any(name in layout for layout in _LAYOUTS)}
+    known = {name: shape for name, shape in shapes.items() if name not in unknown}
+    for name, shape in known.items():
+        if not any(layout.get(name) == shape for layout in _LAYOUTS):
             raise RefusedFile(f"column {name} has type {str(found.field(name).type)[:200]}")
     if newer:
         return
-    if not any(shapes.items() <= layout.items() for layout in _LAYOUTS):
+    fitting = [layout for layout in _LAYOUTS if known.items() <= layout.items()]
+    if not fitting:
         raise RefusedFile(f"its columns do not belong together: {', '.join(shapes)}")
-    if shapes.get("embeddings") == "list<int8>" and "scales" not in shapes:
-        raise RefusedFile("it has no column scales")
+    missing = [layout.keys() - known.keys() - _NOT_IN_ALL for layout in fitting]
+    of_unknown = [names for names in missing if len(names) == len(unknown)]
+    if unknown and len(of_unknown) != 1:
+        raise RefusedFile(f"it has a column {escape(min(unknown)[:100])}, which no layer has")
+    if unknown or missing == [{"scales"}]:
+        raise RefusedFile(f"it has no column {', '.join(sorted(of_unknown[0] if unknown else missing[0]))}")
 
 
 def _tensor_shapes(footer: pq.FileMetaData) -> dict[str, list[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,9 +35,11 @@ _WIDTH = 4
 SCORERS: dict[str, type[Scorer]] = {scorer.key: scorer for scorer in (Similarity, Head, Facts)}
 
 
-def make_scorer(spec: Score) -> Scorer:
-    """The scorer of an entry of ``scores``. Raises ValueError or OSError that names the fix."""
-    return next(scorer(spec) for key, scorer in SCORERS.items() if getattr(spec, key) is not None)
+def make_scorer(spec: Score, captions: int = 1, version: int | None = None) -> Scorer:
+    """The scorer of an entry of ``scores``, by a ``version`` or that of new layers of a dataset with at most
+    ``captions`` true captions a sample. Raises ValueError or OSError that names the fix."""
+    scorer = next(scorer for key, scorer in SCORERS.items() if getattr(spec, key) is not None)
+    return scorer(spec, version or scorer.version_for(spec, captions))
 
 
 class Scores(LayerKind):
@@ -59,7 +62,7 @@ class Scores(LayerKind):
                 wanted = tuple(one for one in info.identity["inputs"] if "/" in one)
             else:
                 try:
-                    scorer = make_scorer(spec)
+                    scorer = make_scorer(spec, config.input.captions_per_sample or 1)
                     identity, names, wanted = scorer.identity(), scorer.names, scorer.needs
                 except (ValueError, OSError) as error:
                     raise UserError(f"scores.{name}: {error}") from error
@@ -81,6 +84,15 @@ class Scores(LayerKind):
                 code=None if info is None else info.code,
                 pixels=info is not None and info.images,
             )
+
+    def as_recorded(self, layer: Layer, entry: Mapping[str, Any]) -> tuple[Layer, str | None]:
+        score, recorded = layer.recipe["score"], mapping_at(entry, "score")
+        earlier = next((scorer.earlier for key, scorer in SCORERS.items() if key in score), {})
+        version: Any = recorded.get("version")
+        if version not in earlier or version == score["version"] or recorded != {**score, "version": version}:
+            return layer, None
+        recipe = _recipe(layer.recipe["sources"], recorded)
+        return replace(layer, recipe=recipe, fingerprint=compute_fingerprint(recipe)), earlier[version]
 
     def inputs(self, name: str, entry: Mapping[str, Any]) -> tuple[str, ...]:
         return tuple(entry.get("needs") or (SAMPLES,))

@@ -34,6 +34,7 @@ class Scorer(ABC):
         names: of the scores, which are the columns of the layer.
         needs: the layers, besides the samples, that they are computed from.
         columns: the columns of the samples that they are computed from.
+        earlier: versions by which layers that exist are continued, and what is wrong with each.
     """
 
     key: ClassVar[str]
@@ -41,10 +42,17 @@ class Scorer(ABC):
     names: tuple[str, ...]
     needs: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
+    earlier: ClassVar[Mapping[int, str]] = {}
 
     @abstractmethod
-    def __init__(self, spec: Score) -> None:
+    def __init__(self, spec: Score, version: int | None = None) -> None:
         """Raises ValueError or OSError that names the fix."""
+
+    @classmethod
+    def version_for(cls, spec: Score, captions: int) -> int | None:
+        """The version of new layers of a dataset with at most ``captions`` true captions a sample; None for the only
+        one."""
+        return None
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:

@@ -69,7 +69,7 @@ class Facts(Scorer):
     key = "facts"
     used = ("tokenizer",)
 
-    def __init__(self, spec: Score) -> None:
+    def __init__(self, spec: Score, version: int | None = None) -> None:
         self._facts, self._tokenizer = spec.facts or [], spec.tokenizer
         self._computed = {**_COMPUTED, "tokens": (("caption",), self._tokens)}
         self.names = tuple(self._facts)

@@ -23,7 +23,7 @@ class Head(Scorer):
     key = "head"
     used = ("teacher", "names")
 
-    def __init__(self, spec: Score) -> None:
+    def __init__(self, spec: Score, version: int | None = None) -> None:
         assert spec.head is not None
         assert spec.teacher is not None
         self._file, self._teacher, self._outputs = spec.head, spec.teacher, spec.names

@@ -28,7 +28,7 @@ from reinforce.dataset.reading.aligned import layer_errors
 from reinforce.dataset.runs.shard_records import read_records
 from reinforce.engine.messages.task import PendingShard
 from reinforce.engine.plan.precision import resolve_precisions
-from reinforce.engine.plan.recipe import build_layers, describe_models
+from reinforce.engine.plan.recipe import as_recorded, build_layers, describe_models
 from reinforce.engine.plan.shard_lists import SourceShards, list_url
 from reinforce.engine.plan.source_shards import source_shards, with_view
 from reinforce.errors import UserError
@@ -112,7 +112,8 @@ def make_plan(
     """List the source and every layer once, and subtract; ``nodes`` as in ``resolve_precisions``. Raises UserError."""
     store = Store(config.output)
     config, notes = resolve_precisions(with_labels(with_view(config)), store, nodes)
-    layers = build_layers(config, describe_models(config))
+    layers, continued = as_recorded(build_layers(config, describe_models(config)), find_manifest(store))
+    notes += continued
     listed: dict[str, Info] = {}
     source = source_shards(config, listed)
     published = _pair_reinforcements(config, source)

@@ -8,7 +8,7 @@ from typing import Any
 
 from reinforce.config import Config
 from reinforce.dataset.kinds.registry import KINDS
-from reinforce.dataset.layers import Layer
+from reinforce.dataset.layers import Layer, mapping_at
 from reinforce.engine.messages.tracebacks import user_frames
 from reinforce.errors import UserError
 from reinforce.labels.taken import labelled
@@ -61,6 +61,19 @@ def build_layers(config: Config, infos: Mapping[tuple[str, str], ModelInfo]) -> 
         found = labelled(config, (layer for kind in kinds for layer in kind.layers(config, infos, layers)))
         layers |= {layer.name: layer for layer in sorted(found, key=lambda layer: _position(config, layer))}
     return layers
+
+
+def as_recorded(layers: Mapping[str, Layer], manifest: Mapping[str, Any] | None) -> tuple[dict[str, Layer], list[str]]:
+    """The layers, those of earlier versions as dataset.json records them, and a note on each of these."""
+    found, notes = dict(layers), []
+    for name, layer in layers.items():
+        found[name], fault = layer.kind.as_recorded(layer, mapping_at(manifest or {}, "layers", name))
+        if fault:
+            notes.append(
+                f"{name}: an earlier version made this layer, and {fault}; it is kept. To compute it again, delete it "
+                "with `reinforce drop`, and run again"
+            )
+    return found, notes
 
 
 def _position(config: Config, layer: Layer) -> int:

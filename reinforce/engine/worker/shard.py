@@ -248,7 +248,7 @@ class ShardProcess:
 
     def _sample_columns(self) -> list[str]:
         """Columns of stored samples that producers need; without any, samples are only read as rows."""
-        stored = {*schemas.samples_schema(self.config.images).names}
+        stored = {*schemas.samples_schema(self.config.images, true_captions=True).names}
         wanted = {column for producer in self.producers for column in producer.sample_columns} & stored
         return ["key", *sorted(wanted)] if wanted else []
 

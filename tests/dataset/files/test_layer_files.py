@@ -138,11 +138,20 @@ def test_a_flipped_bit_in_a_footer_of_int8_vectors_is_refused_or_changes_no_valu
         except (UserError, RefusedFile):
             refused += 1
     assert 100 < refused < len(content) - footer, "errors name the file; unused bytes change nothing"
-    for name in ("embeddings", "scales"):
+    for name in ("key", "embeddings", "scales"):
         path.write_bytes(content.replace(name.encode(), b"S" + name[1:].encode()))
-        message = f"it has a column S{name[1:]}, which no layer has"
-        with pytest.raises(RefusedFile, match=message), store.open_layer("embeddings/t/images", "s"):
+        with pytest.raises(RefusedFile, match=f"it has no column {name}"), store.open_layer(layer.name, "s"):
             pass
+    path.write_bytes(content.replace(b"key", b"a\x1by").replace(b"scales", b"scaleS"))
+    with pytest.raises(RefusedFile, match="it has no column key, scales"), store.open_layer(layer.name, "s"):
+        pass
+    schema = pa.schema([("key", pa.string()), ("value\x1b", pa.int64())])
+    pq.write_table(pa.table([["a"], [1]], schema=schema), path)
+    with (
+        pytest.raises(RefusedFile, match=r"a column value\\x1b, which no layer has"),
+        store.open_layer(layer.name, "s"),
+    ):
+        pass
     for lacking, message in (("scales", "it has no column scales"), ("embeddings", None)):
         pq.write_table(written.drop_columns([lacking]), path)
         with pytest.raises(RefusedFile, match=message), store.open_layer("embeddings/t/images", "s") as file:

@@ -39,8 +39,12 @@ class Scores(Producer):
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
-        stored = [layer.name for layer in self.layers if layer.model is None]
-        self._scorers = {name: make_scorer(self.session.config.scores[model_of(name)]) for name in stored}
+        specs = self.session.config.scores
+        self._scorers = {
+            layer.name: make_scorer(specs[model_of(layer.name)], version=layer.identity.get("version"))
+            for layer in self.layers
+            if layer.model is None
+        }
         self._seeing = [layer for layer in self.layers if layer.pixels]
 
     @staticmethod
