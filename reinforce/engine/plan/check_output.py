@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 
 from fsspec.implementations.local import LocalFileSystem
@@ -54,14 +54,23 @@ def _named(config: Config) -> Iterator[tuple[str, str]]:
 
 def _urls_of(entry: str, output: str) -> Iterator[str]:
     """The URLs and patterns that an entry stands for; the entry itself where none of them can be in ``output``."""
-    if entry.partition("?")[0].endswith(".txt"):
-        yield from expand(entry, None, find_format("csv").recognises)
-        return
     folder = _SPECIAL.split(entry, maxsplit=1)[0].rpartition("/")[0]
-    if "{" in entry and (folder.endswith(":/") or not _apart(_parts(_place(folder or ".")), _parts(output))):
-        yield from expand_braces(entry, entry)
+    if entry.partition("?")[0].endswith(".txt"):
+        yield from _decisive(expand(entry, None, find_format("csv").recognises), output)
+    elif "{" in entry and (folder.endswith(":/") or not _apart(_parts(_place(folder or ".")), _parts(output))):
+        yield from _decisive(expand_braces(entry, entry), output)
     else:
         yield entry
+
+
+def _decisive(urls: Iterable[str], output: str) -> Iterator[str]:
+    """One URL of each folder, as they are in ``output`` together, and those that may be a folder above it by name."""
+    folders, names = set(), {*_parts(output)}
+    for url in urls:
+        folder, _, name = url.rstrip("/").rpartition("/")
+        if folder not in folders or name in names or "**" in name:
+            folders.add(folder)
+            yield url
 
 
 def _relation(output: str, url: str) -> str | None:

@@ -115,6 +115,7 @@ class _Group:
     extensions: list[str] = field(default_factory=list)
     repeated: str | None = None
     unread: int = 0  # members above limits.members
+    images: int = 0
     image: File | None = None
     image_extension: str = ""
     data: bytes | None = None  # None if above limits.image_bytes
@@ -130,9 +131,11 @@ class _Group:
             self.unread += 1
             return
         self.extensions.append(f"{extension}{_LINK}" if member.is_link else extension)
+        is_image = is_image_name(extension)
+        self.images += is_image
         if member.is_link:
             self._leave_out(extension, Reason.SIDECAR_BROKEN, "a link, which is not followed")
-        elif is_image_name(extension):
+        elif is_image:
             if self.needs_image and (self.image is None or ("." in self.image_extension and "." not in extension)):
                 self.image, self.image_extension = member, extension
                 self.data, self.cut_off = _read(member, limits.image_bytes)
@@ -176,10 +179,10 @@ class _Group:
 
     def _strays(self) -> list[str]:
         """The extensions of images that are not read, and of sidecars that begin as these do."""
+        if self.image is None or self.images < 2 or not self.names_strays:
+            return []
         names = [name.removesuffix(_LINK) for name in self.extensions]
         images = [name for name in names if is_image_name(name)]
-        if self.image is None or len(images) == 1 or not self.names_strays:
-            return []
         own = _start(self.image_extension)
         starts = tuple({_start(name) for name in images} - {own, ""})
         return [

@@ -109,6 +109,14 @@ def test_other_keys_that_name_what_is_read_are_checked(cwd: Path, key: str, more
     assert not found("photos", "other", cwd, **more)
 
 
+def test_a_folder_at_the_end_of_a_long_list_is_found(cwd: Path) -> None:
+    lines = [f"s3://bucket/{number % 100}/{number}.tar" for number in range(5_000)]
+    (cwd / "many.txt").write_text("\n".join([*lines, "s3://bucket/photos"]))
+    assert found("many.txt", "s3://bucket/photos/out", cwd) == [(INSIDE, f"source {cwd}/many.txt")]
+    assert not found("many.txt", "s3://bucket/out", cwd)
+    assert found("many.txt", "s3://bucket/99", cwd) == [(CONTAINS, f"source {cwd}/many.txt")]
+
+
 def test_a_run_refuses_before_it_writes_and_a_dataset_that_is_there_goes_on(cwd: Path) -> None:
     (cwd / "photos/x.png").write_bytes(picture(1))
     values = config_of("photos", "photos/out", captioners={}, teachers={})
