@@ -29,7 +29,7 @@ _BUCKET_BYTES = 2**30  # of records that a process compares
 _CELL_ROWS, _MAX_CELLS = 2**11, 2**15
 _TRAINED_ROWS = 40  # for each cell
 _WRITTEN_ROWS = 2**14  # at a time
-_DIGESTS = np.dtype([("place", "<i8"), ("best", "<f4"), ("digest", "<u8")])
+_DIGESTS = np.dtype([("place", "<i8"), ("best", "<f8"), ("digest", "<u8")])
 _PLACES = np.dtype("<i8")
 
 
@@ -45,7 +45,7 @@ class Buckets:
         if not self.dim:
             return _DIGESTS
         vector = ("vector", "<f2", (self.dim,))
-        return np.dtype([("place", "<i8"), ("best", "<f4"), ("cell", "<i4"), ("home", "?"), vector])
+        return np.dtype([("place", "<i8"), ("best", "<f8"), ("cell", "<i4"), ("home", "?"), vector])
 
     @property
     def cells(self) -> int:

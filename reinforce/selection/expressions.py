@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,6 +14,7 @@ import pyarrow as pa
 from reinforce.dataset.kinds.registry import stored_layer
 from reinforce.dataset.layers import SAMPLES, captions_layer, scores_layer
 from reinforce.errors import UserError
+from reinforce.selection.syntax import columns_of
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -26,6 +27,7 @@ _SAMPLES = {
 }
 _NUMBERS = {"TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT", "FLOAT", "DOUBLE", "DECIMAL"}
 _NUMBERS |= {f"U{name}" for name in ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT")}
+_SINGLE = {"FLOAT", "TINYINT", "SMALLINT", "UTINYINT", "USMALLINT"}  # numbers that float32 has exactly
 #: Folders of layers that an expression may name, as ``FOLDER.NAME``, with the column that has their values.
 _FOLDERS = {"scores": (scores_layer, "scores"), "captions": (captions_layer, "captions")}
 
@@ -37,15 +39,22 @@ def connect() -> DuckDBPyConnection:
     except ImportError as error:
         raise UserError("reinforce select needs duckdb: run pip install -e '.[select]' in the checkout") from error
     config: dict[str, Any] = {"threads": 1, "enable_external_access": "false", "allow_community_extensions": "false"}
-    return duckdb.connect(":memory:", config=config)
+    database = duckdb.connect(":memory:", config=config)
+    with contextlib.suppress(duckdb.Error):  # earlier versions have no other syntax of lambdas than this one
+        database.execute("SET lambda_syntax = 'ENABLE_SINGLE_ARROW'")
+    return database
 
 
 @dataclass(frozen=True)
 class Expression:
-    """An expression that was checked against a dataset: its text, and the columns that it names."""
+    """An expression that was checked against a dataset: its text, and the columns that it names.
+
+    ``single`` is whether its values are numbers that float32 has exactly.
+    """
 
     text: str
     columns: tuple[tuple[str, ...], ...]
+    single: bool = False
 
     @property
     def layers(self) -> set[str]:
@@ -63,15 +72,7 @@ def check(text: str, manifest: Mapping[str, Any], where: str, kind: Kind) -> Exp
     A value of any type (``group``) becomes its text. ``where`` names it in messages. Raises UserError.
     """
     with connect() as database:
-        [[serialized]] = database.execute("SELECT json_serialize_sql(?)", [f"SELECT {text}"]).fetchall()
-        parsed = json.loads(serialized)
-        if parsed["error"]:
-            raise UserError(f"{where}: {text!r} is not an expression of SQL: {parsed['error_message']}")
-        nodes = [statement["node"] for statement in parsed["statements"]]
-        plain = len(nodes) == 1 and nodes[0]["type"] == "SELECT_NODE" and len(nodes[0]["select_list"]) == 1
-        if not plain or nodes[0]["from_table"]["type"] != "EMPTY" or _has_query(nodes[0]["select_list"]):
-            raise UserError(f"{where}: {text!r} must be one expression, without SELECT, FROM and subqueries")
-        columns = tuple(dict.fromkeys(_columns(nodes[0]["select_list"])))
+        columns = columns_of(database, text, where)
         if not columns:
             raise UserError(f"{where}: {text!r} names no column. It may name {_known(manifest)}.")
         found = Expression(text, tuple(_known_column(path, manifest, where) for path in columns))
@@ -82,16 +83,17 @@ def check(text: str, manifest: Mapping[str, Any], where: str, kind: Kind) -> Exp
             raise UserError(f"{where}: {text!r}: {str(error).splitlines()[0]}") from error
     if kind == "group":
         return Expression(f"CAST(({text}) AS VARCHAR)", found.columns)
-    if str(found_type).partition("(")[0] not in (_NUMBERS if kind == "number" else {"BOOLEAN"}):
+    name = str(found_type).partition("(")[0]
+    if name not in (_NUMBERS if kind == "number" else {"BOOLEAN"}):
         wanted = "a number" if kind == "number" else "true or false"
         raise UserError(f"{where}: {text!r} is {found_type}, and must be {wanted}")
-    return found
+    return Expression(text, found.columns, name in _SINGLE)
 
 
 def evaluate(
     database: DuckDBPyConnection, expressions: Sequence[Expression], tables: Mapping[str, pa.Table]
 ) -> list[pa.Array]:
-    """The value of each expression [rows]: booleans, or float32. ``tables`` are those of a row group by layer.
+    """The value of each expression [rows]. ``tables`` are those of a row group by layer.
 
     Raises UserError for a row on which one fails.
     """
@@ -104,30 +106,14 @@ def evaluate(
         raise UserError(
             f"an expression fails on a sample: {str(error).splitlines()[0]} Use try_cast, or try()."
         ) from error
+    if len(found) != len(rows):
+        texts = ", ".join(repr(one.text) for one in expressions)
+        raise UserError(f"{texts}: {len(found):,} values of {len(rows):,} rows. An expression gives one value a row.")
     return [column.combine_chunks() for column in found.columns]
 
 
 def _layer_of(path: Sequence[str]) -> str:
     return _FOLDERS[path[0]][0](path[1])
-
-
-def _columns(node: Any) -> Iterator[tuple[str, ...]]:
-    """The path of each column that a parsed expression names."""
-    if isinstance(node, dict):
-        if node.get("class") == "COLUMN_REF":
-            yield tuple(node["column_names"])
-        for value in node.values():
-            yield from _columns(value)
-    elif isinstance(node, list):
-        for value in node:
-            yield from _columns(value)
-
-
-def _has_query(node: Any) -> bool:
-    """Whether a parsed expression has a subquery or a star in it."""
-    if isinstance(node, dict):
-        return node.get("class") in ("SUBQUERY", "STAR", "WINDOW") or any(map(_has_query, node.values()))
-    return isinstance(node, list) and any(map(_has_query, node))
 
 
 def _known(manifest: Mapping[str, Any]) -> str:
@@ -175,6 +161,7 @@ def _rows(expressions: Sequence[Expression], tables: Mapping[str, pa.Table]) -> 
     return pa.table(columns)
 
 
-def numbers(values: pa.Array) -> npt.NDArray[np.float32]:
-    """Values of an expression as float32 [rows]; NaN where they are null."""
-    return values.cast(pa.float64(), safe=False).fill_null(np.nan).to_numpy(zero_copy_only=False).astype(np.float32)
+def numbers(values: pa.Array) -> npt.NDArray[np.float64]:
+    """Values of an expression as float64 [rows]; NaN where they are null."""
+    found: npt.NDArray[np.float64] = values.cast(pa.float64(), safe=False).fill_null(np.nan).to_numpy(False)
+    return found

@@ -99,7 +99,9 @@ def assign(
     return np.concatenate(rows), np.concatenate(cells), np.concatenate(homes)
 
 
-def worse_duplicates(vectors: Halves, home: Mask, best: Floats, place: npt.NDArray[np.int64], threshold: float) -> Mask:
+def worse_duplicates(
+    vectors: Halves, home: Mask, best: npt.NDArray[np.floating[Any]], place: npt.NDArray[np.int64], threshold: float
+) -> Mask:
     """Which vectors of a cell [rows] have a near duplicate that is better: of a larger ``best``, or an earlier place.
 
     Vectors that only visit the cell are not compared with each other.

@@ -19,7 +19,7 @@ from reinforce.errors import UserError
 from reinforce.selection.config import Rule
 from reinforce.selection.expressions import Expression, check, numbers
 from reinforce.selection.neighbours import Reference, load_faiss, mean_vectors
-from reinforce.selection.thresholds import FLOAT_BITS, HASH_BITS, Ordered, Search, ordered
+from reinforce.selection.thresholds import DOUBLE_BITS, FLOAT_BITS, HASH_BITS, Ordered, Search, ordered
 
 Codes = npt.NDArray[np.uint16]
 Mask = npt.NDArray[np.bool_]
@@ -83,7 +83,9 @@ class BoundRule:
 
     @property
     def bits(self) -> int:
-        return FLOAT_BITS if self.value else HASH_BITS
+        if self.value is None:
+            return HASH_BITS
+        return FLOAT_BITS if self.value.single else DOUBLE_BITS
 
     @property
     def expressions(self) -> list[Expression]:
@@ -132,14 +134,14 @@ class BoundRule:
             texts = group.values[self.within.text]
             valid &= np.asarray(texts.is_valid())
             groups = hash_array(texts.fill_null("").to_numpy(zero_copy_only=False))
-        return groups, ordered(values), valid
+        return groups, ordered(values.astype(np.float32) if self.value.single else values), valid
 
-    def best(self, group: Group) -> npt.NDArray[np.float32]:
+    def best(self, group: Group) -> npt.NDArray[np.float64]:
         """The value by which a sample is preferred to its duplicates [rows]: -inf where it has none."""
         if self.value is None:
-            return np.zeros(len(group.codes), np.float32)
+            return np.zeros(len(group.codes))
         values = numbers(group.values[self.value.text])
-        return np.where(np.isnan(values), np.float32(-np.inf), values)
+        return np.where(np.isnan(values), -np.inf, values)
 
     def vectors(self, group: Group) -> tuple[npt.NDArray[np.float16], Mask]:
         """The vectors that it compares [rows, D], and whether a row has one [rows]."""

@@ -131,7 +131,7 @@ def _report(rules: Sequence[BoundRule], counts: npt.NDArray[np.int64]) -> list[d
         if rule.within is not None and rule.search:
             line["groups"] = len(rule.search.groups)
         elif rule.value and rule.search and out:
-            line["threshold"] = number(int(rule.search.prefix[0]))
+            line["threshold"] = number(int(rule.search.prefix[0]), rule.bits)
         report.append(line)
         left -= out + null
     return report

@@ -1,20 +1,23 @@
 """The n-th largest of very many numbers of each group, exactly, from counts that shards add up.
 
 A number is an unsigned integer whose order is its own. Each pass over the shards counts the numbers by 16 of its bits,
-from the highest ones, among those whose higher bits are already known; so two passes find a float32.
+from the highest ones, among those whose higher bits are already known; so two passes find a float32. Where few numbers
+are left, a pass counts them by all of their bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 _BITS = 16
-#: Bits of the integers of ``ordered`` and of hashes.
-FLOAT_BITS, HASH_BITS = 32, 48
+_FEW = 2**16  # numbers that are counted by all bits that are left
+#: Bits of the integers of ``ordered``, by float32 and float64, and of hashes.
+FLOAT_BITS, DOUBLE_BITS, HASH_BITS = 32, 64, 48
 
 #: Attributes of ``Counts``.
 COLUMNS = ("groups", "bits", "counts")
@@ -27,18 +30,19 @@ def _none() -> Ordered:
     return np.empty(0, np.uint64)
 
 
-def ordered(values: npt.NDArray[np.float32]) -> Ordered:
-    """Float32 numbers as integers of ``FLOAT_BITS`` in the same order; -0.0 and 0.0 are equal."""
-    bits = (values + np.float32(0)).view(np.uint32)
-    negative = bits >> 31 == 1
-    return np.where(negative, ~bits, bits | np.uint32(2**31)).astype(np.uint64)
+def ordered(values: npt.NDArray[np.floating[Any]]) -> Ordered:
+    """Float32 or float64 numbers as integers of as many bits in the same order; -0.0 and 0.0 are equal."""
+    size = 8 * values.dtype.itemsize
+    unsigned, sign = np.dtype(f"u{size // 8}"), 2 ** (size - 1)
+    bits = (values + values.dtype.type(0)).view(unsigned)
+    return np.where(bits >= sign, ~bits, bits | unsigned.type(sign)).astype(np.uint64)
 
 
-def number(value: int) -> float:
-    """The float32 of an integer of ``ordered``."""
-    bits = np.uint32(value)
-    bits = bits & np.uint32(2**31 - 1) if bits >> 31 else ~bits
-    return float(bits.view(np.float32))
+def number(value: int, bits: int = FLOAT_BITS) -> float:
+    """The number of an integer of ``ordered``, which has so many ``bits``."""
+    sign, every = 2 ** (bits - 1), 2**bits - 1
+    found = value & (sign - 1) if value & sign else ~value & every
+    return float(np.array(found, f"u{bits // 8}").view(f"f{bits // 8}"))
 
 
 @dataclass(frozen=True)
@@ -78,13 +82,20 @@ class Counts:
 class Search:
     """What is known of the number ``wanted`` of each group: its bits above the lowest ``left``, as ``prefix`` [groups].
 
-    ``wanted`` counts from the largest number. Before the first pass nothing is known of the groups.
+    ``wanted`` counts from the largest number. Before the first pass nothing is known of the groups. ``few`` is whether
+    few numbers may be the wanted ones.
     """
 
     left: int
     groups: Ordered = field(default_factory=_none)
     prefix: Ordered = field(default_factory=_none)
     wanted: Integers = field(default_factory=lambda: np.empty(0, np.int64))
+    few: bool = False
+
+    @property
+    def step(self) -> int:
+        """By how many bits the next pass counts."""
+        return self.left if self.few else _BITS
 
     def counts(self, groups: Ordered, values: Ordered) -> Counts:
         """How many of the values that may be the number of their group have each value of its next bits."""
@@ -92,7 +103,7 @@ class Search:
             prefix = self.prefix[np.searchsorted(self.groups, groups)]
             possible = values >> np.uint64(self.left) == prefix
             groups, values = groups[possible], values[possible]
-        bits = values >> np.uint64(self.left - _BITS) & np.uint64(2**_BITS - 1)
+        bits = values >> np.uint64(self.left - self.step) & np.uint64(2**self.step - 1)
         return Counts._of(groups, bits, np.ones(len(bits), np.int64))
 
     def narrowed(self, counts: Counts, top: int | float) -> Search:
@@ -111,8 +122,9 @@ class Search:
         possible = np.flatnonzero(above < wanted[place])
         first = possible[np.unique(place[possible], return_index=True)[1]]
         prefix = self.prefix if len(self.groups) else np.zeros(len(groups), np.uint64)
-        prefix = (prefix << np.uint64(_BITS)) + counts.bits[first]
-        return Search(self.left - _BITS, groups, prefix, wanted - above[first])
+        prefix = (prefix << np.uint64(self.step)) + counts.bits[first]
+        few = int(counts.counts[first].sum()) <= _FEW
+        return Search(self.left - self.step, groups, prefix, wanted - above[first], few)
 
     def reached(self, groups: Ordered, values: Ordered) -> npt.NDArray[np.bool_]:
         """Which values are at least the number of their group, once it is known."""

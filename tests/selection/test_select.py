@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +22,8 @@ import reinforce
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.view import list_views
 from reinforce.errors import UserError
-from reinforce.selection.thresholds import FLOAT_BITS, Counts, Search, number, ordered
+from reinforce.selection import thresholds
+from reinforce.selection.thresholds import DOUBLE_BITS, FLOAT_BITS, Counts, Search, number, ordered
 from tests.helpers.commands import Command
 from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.reinforced import reinforce_here
@@ -94,6 +96,30 @@ def test_keep_takes_the_samples_with_the_largest_values_of_all_shards(url: str) 
             assert view.report[1]["threshold"] == pytest.approx(values[best[-1]])
 
 
+def test_keep_compares_numbers_as_float64(url: str) -> None:
+    """As float32 they are all equal, and all would be kept."""
+    number = "100000000 + key::INTEGER % 100"
+    view = view_of(url, {"keep": {"top": 6, "by": number}})
+    numbers = {sample.key: int(sample.key) % 100 for sample in reinforce.open(url)}
+    assert sorted(numbers[key] for key in kept(url)) == sorted(numbers.values())[-6:]
+    assert view.report[0]["threshold"] == 100_000_000 + sorted(numbers.values())[-6]
+
+
+@pytest.mark.parametrize(
+    "function", ["lambda word: try_cast(word AS INT) > width / 4", "word -> word::INT > width / 4"]
+)
+def test_lambdas_are_computed_by_row_and_the_arrow_of_json_stays(url: str, function: str) -> None:
+    words = "regexp_extract_all(caption, '[0-9]+')"
+    json_arrow = "(metadata->'uid') IS NOT NULL"
+    view_of(url, {"where": f"len(list_filter({words}, {function})) > 0 AND {json_arrow}"})
+    rows = [(sample.key, (sample.caption or "").split(" ")) for sample in reinforce.open(url)]
+    wanted = [key for key, found in rows if any(word.isdecimal() and int(word) > 10 for word in found)]
+    assert kept(url) == wanted
+    assert 0 < len(wanted) < len(rows)
+    view_of(url, {"where": f"len([word FOR word IN {words} IF word::INT > width / 4]) > 0"}, name="other")
+    assert kept(url, "other") == wanted
+
+
 def test_rules_apply_in_order_and_rows_say_which_left_them_out(url: str) -> None:
     view_of(url, {"where": "captions.namer[1] IS NOT NULL AND width = 40"}, {"where": "scores.match.caption_max > 0.1"},
             {"sample": 12}, {"keep": {"top": 5, "by": "-scores.sizes.bytes"}})  # fmt: skip
@@ -125,21 +151,24 @@ def test_a_sample_depends_on_seed_and_key_alone(url: str) -> None:
     assert kept(url) == first, "rules before it change nothing if they keep all"
 
 
-@given(
-    st.lists(st.tuples(st.integers(0, 3), st.floats(width=32, allow_nan=False)), min_size=1, max_size=50),
-    st.one_of(st.integers(1, 60), st.floats(0.01, 1.0)),
-)
-def test_thresholds_of_groups_are_exact_for_any_numbers(pairs: list[tuple[int, float]], top: float) -> None:
-    groups, values = np.array([group for group, _ in pairs], np.uint64), np.array([one for _, one in pairs], np.float32)
+@pytest.mark.parametrize("few", [thresholds._FEW, 0])
+@pytest.mark.parametrize("bits", [FLOAT_BITS, DOUBLE_BITS])
+@given(data=st.data(), top=st.one_of(st.integers(1, 60), st.floats(0.01, 1.0)))
+def test_thresholds_of_groups_are_exact_for_any_numbers(few: int, bits: int, data: st.DataObject, top: float) -> None:
+    pair = st.tuples(st.integers(0, 3), st.floats(width=32 if bits == FLOAT_BITS else 64, allow_nan=False))
+    pairs = data.draw(st.lists(pair, min_size=1, max_size=50))
+    groups, values = np.array([group for group, _ in pairs], np.uint64), np.array([one for _, one in pairs])
+    values = values.astype(np.float32 if bits == FLOAT_BITS else np.float64)
     parts = [(groups[part], ordered(values[part])) for part in (slice(0, None, 2), slice(1, None, 2))]
-    search = Search(FLOAT_BITS)
-    while search.left:
-        search = search.narrowed(Counts.sum(search.counts(*part) for part in parts), top)
+    search = Search(bits)
+    with mock.patch.object(thresholds, "_FEW", few):
+        while search.left:
+            search = search.narrowed(Counts.sum(search.counts(*part) for part in parts), top)
     for group, found in zip(search.groups, search.prefix, strict=True):
         ordered_values = sorted(values[groups == group].tolist(), reverse=True)
         count = len(ordered_values)
         wanted = min(count, max(1, round(top * count))) if isinstance(top, float) else min(count, top)
-        assert number(found) == ordered_values[wanted - 1]
+        assert number(int(found), bits) == ordered_values[wanted - 1]
     assert {*search.groups.tolist()} == {*groups.tolist()}
 
 
@@ -179,6 +208,24 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"where": "key IN (SELECT key FROM read_csv('/etc/passwd'))"}, "without SELECT, FROM and subqueries"),
     ({"where": "true FROM read_text('/etc/passwd')"}, "without SELECT, FROM and subqueries"),
     ({"where": "width > 0) OR (true"}, "is not an expression of SQL"),
+    (
+        {"where": "avg(width) > 30"},
+        "has avg, an aggregate of several rows. An expression is computed from the sample's",
+    ),
+    ({"keep": {"top": 3, "by": "max(width)"}}, "has max, an aggregate of several rows"),
+    ({"keep": {"top": 3, "by": "geomean(width)"}}, "has geomean, which has avg, an aggregate of several rows"),
+    ({"keep": {"top": 3, "by": "unnest([width, 1])"}}, "has unnest, which does not make one value of one row"),
+    ({"keep": {"top": 3, "by": "width", "within": "regexp_split_to_table(key, '0')"}}, "which has unnest, which does"),
+    ({"where": "row_number() OVER () > width"}, "has a window over several rows"),
+    ({"where": "width > 1 AND EXISTS (SELECT 1)"}, "without SELECT, FROM and subqueries"),
+    ({"where": "COLUMNS('w.*') > 1"}, "without SELECT, FROM and subqueries"),
+    ({"where": "width > 100 * random()"}, "has random, whose value does not depend on the sample's own row alone"),
+    ({"where": "width > year(now())"}, "has now, whose value does not depend on the sample's own row alone"),
+    ({"where": "age(TIMESTAMP '2000-01-01') > INTERVAL 1 DAY AND width > 1"}, "has age, whose value does not depend"),
+    ({"where": "ago(INTERVAL 1 DAY) > TIMESTAMP '2000-01-01' AND width > 1"}, "depends on current_timestamp"),
+    ({"where": "width > #1"}, "has a positional reference"),
+    ({"keep": {"top": 3, "by": "list_transform([width], lambda x: sum(x))[1]"}}, "has sum, an aggregate of several"),
+    ({"keep": {"top": 3, "by": "list_transform([width], lambda x: y)[1]"}}, "there is no column y. It may name key"),
     ({"keep": {"top": 1.5, "by": "width"}}, "top: a share is at most 1, got 1.5; write a number of samples"),
     ({"keep": {"top": 0, "by": "width"}}, "rules.0.keep.top: Input should be greater than 0, got 0"),
     ({"keep": {"top": 2, "by": "width", "within": "uid"}}, "rules.0.keep.within: there is no column uid"),
