@@ -181,12 +181,18 @@ def view_schema() -> pa.Schema:
 
 
 def view_shards_schema() -> pa.Schema:
-    """Schema of ``views/<name>/shards.parquet``, sorted by shard."""
+    """Schema of ``views/<name>/shards-<fingerprint>.parquet``, sorted by shard.
+
+    Views of version 1 have the first three columns, in ``shards.parquet``.
+    """
     return pa.schema(
         [
             _field("shard", pa.string(), "name of the shard", nullable=False),
             _field("rows", pa.int64(), "samples of the shard", nullable=False),
             _field("kept", pa.list_(pa.int32()), "samples of each row group that the view keeps", nullable=False),
+            _field("content", pa.uint64(), "digest of what the rules read of the shard", nullable=False),
+            _field("state", pa.int64(), "hash of sizes and times of these files; 0: unknown", nullable=False),
+            _field("digest", pa.uint64(), "digest of the file that has the rows of the shard", nullable=False),
         ]
     )
 

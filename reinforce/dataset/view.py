@@ -1,15 +1,19 @@
 """Views of a dataset: which samples rules keep, and why each of the others is left out.
 
 ``views/<name>/view.json`` states the rules and what they were applied to, with the fingerprint of both. Of each shard,
-``views/<name>/rows-<fingerprint>/<shard>.parquet`` has a row for each sample in their order, and ``shards.parquet``
-counts rows. A view that is made again with other rules replaces the earlier one when ``view.json`` is written.
+``views/<name>/rows-<fingerprint>/<shard>.parquet`` has a row for each sample in their order, and
+``views/<name>/shards-<fingerprint>.parquet`` counts rows, with a digest of that file. ``view.json`` states the digest
+of the latter: writing it is the commit of the whole view, which replaces an earlier one of its name.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
+from array import array
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,17 +21,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import schemas
+from reinforce.dataset.files.content import find_content, states_of
 from reinforce.dataset.files.key_hashes import digest_keys
 from reinforce.dataset.files.layer_file import LayerFile, RefusedFile
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import compute_fingerprint
 from reinforce.errors import StorageError, UserError
-from reinforce.source.views import FOLDER, rows_path
+from reinforce.processes.prefetch import prefetch
+from reinforce.source.views import FOLDER, RowDigests, digest_of, rows_path, shards_path
+from reinforce.terminal import first_names, plural
 
-_DESCRIPTION, _SHARDS = "view.json", "shards.parquet"
+_DESCRIPTION, _SHARDS = "view.json", "shards.parquet"  # the latter in version 1
 _FORMAT = "reinforced-view"
-_VERSION = 1
+_VERSION = 2
 _MAX_BYTES = 2**30
+_SHARDS_GROUP = 2**14  # rows of a row group
+_COMPARED_AT_ONCE = 8  # shards
 
 
 @dataclass(frozen=True)
@@ -37,9 +46,9 @@ class ViewRows:
     name: str
     fingerprint: str
 
-    def write(self, store: Store, shard: str, groups: Sequence[tuple[pa.Array, pa.Array]]) -> None:
+    def write(self, store: Store, shard: str, groups: Sequence[tuple[pa.Array, pa.Array]]) -> int:
         """Write why each row of a shard is left out, null where it is kept; ``groups`` are keys and reasons by row
-        group."""
+        group. Returns the digest of the file."""
         buffer = io.BytesIO()
         schema = schemas.view_schema()
         options: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
@@ -47,11 +56,14 @@ class ViewRows:
             for keys, reasons in groups:
                 writer.write_table(pa.table([keys, reasons], schema=schema))
         store.write_bytes(buffer.getvalue(), *self._path(shard))
+        return digest_of(buffer.getvalue())
 
     def read(self, store: Store, shard: str) -> list[pa.Table]:
         """Key and ``left_out`` of each row of a shard, by row group. Raises UserError."""
 
         def parse(content: bytes) -> list[pa.Table]:
+            if not _row_digests(self, store).check(shard, content):
+                raise RefusedFile("it does not have the digest that the view states")
             file = LayerFile(pa.BufferReader(content), len(content), file=(f"{FOLDER}/{self.name}", shard))
             return [file.read_row_group(group, names, use_threads=False) for group in range(file.num_row_groups)]
 
@@ -92,6 +104,18 @@ class ShardRows:
         return self.masks[group]
 
 
+@functools.lru_cache(maxsize=8)
+def _row_digests(view: ViewRows, store: Store) -> RowDigests:
+    """The digests of the rows of a view, which are read once. Raises UserError."""
+    path = shards_path(view.name, view.fingerprint)
+    try:
+        return RowDigests.parse(store.read_bytes(*path, limit=_MAX_BYTES))
+    except FileNotFoundError:
+        return RowDigests.parse(None)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{store.path(*path)} cannot be read ({error}). Make the view again.") from error
+
+
 @functools.lru_cache(maxsize=4096)
 def shard_rows(view: ViewRows, store: Store, shard: str) -> ShardRows:
     """Which rows of a shard a view keeps, of which the file is read once. Raises UserError."""
@@ -102,11 +126,28 @@ def shard_rows(view: ViewRows, store: Store, shard: str) -> ShardRows:
 
 
 @dataclass(frozen=True)
+class ViewFiles:
+    """What a view was made of, and its files, of each shard in ascending order.
+
+    Attributes:
+        columns: the columns that the rules read, of layers of which they read only some.
+        contents: digest of the columns of all layers that the rules read.
+        states: hash of the size and the time of the files of these layers, 0 where it is unknown.
+        digests: digest of the file with the rows of the view.
+    """
+
+    columns: Mapping[str, Sequence[str]]
+    contents: array[int]
+    states: array[int]
+    digests: array[int]
+
+
+@dataclass(frozen=True)
 class View:
     """A view that was made: ``rules`` with their ``seed``, the fingerprints of its ``inputs``, and what it keeps.
 
     ``fingerprint`` is that of ``view_fingerprint``. ``counts`` has the rows of each shard, ``kept`` the number of those
-    that are kept in each of its row groups. ``report`` has the counts of each rule.
+    that are kept in each of its row groups. ``report`` has the counts of each rule. ``files`` is None in version 1.
     """
 
     name: str
@@ -117,6 +158,7 @@ class View:
     counts: Mapping[str, int]
     kept: Mapping[str, Sequence[int]]
     report: Sequence[Mapping[str, Any]]
+    files: ViewFiles | None = None
 
     @property
     def rows(self) -> ViewRows:
@@ -126,41 +168,72 @@ class View:
         """Number of samples that are kept."""
         return sum(map(sum, self.kept.values()))
 
-    def changes(self, manifest: Mapping[str, Any]) -> list[str]:
-        """What differs from when it was made: layers that were dropped, and those that are others now."""
+    def changes(self, store: Store, manifest: Mapping[str, Any]) -> list[str]:
+        """What differs from when it was made: layers that were dropped or are others, or shards with other content.
+
+        The content of a shard is compared where the size or the time of a file differs.
+        """
         now = {name: entry.get("fingerprint") for name, entry in manifest["layers"].items()}
         changed = {name: before for name, before in self.inputs.items() if now.get(name) != before}
         since = f"since view {self.name} was made"
-        return [
+        lines = [
             f"{name} has changed {since} ({before} then, {now[name]} now)"
             if name in now
             else f"{name} was dropped {since}"
             for name, before in changed.items()
         ]
+        return lines or [*self._changed_content(store)]
+
+    def _changed_content(self, store: Store) -> Iterator[str]:
+        if self.files is None:
+            return
+        shards = sorted(self.counts)
+        states = states_of(store, self.inputs, shards)
+        doubtful = [n for n, state in enumerate(states) if not state or state != self.files.states[n]]
+        layers = {name: self.files.columns.get(name) for name in self.inputs}
+        with ThreadPoolExecutor(_COMPARED_AT_ONCE) as pool:
+            now = prefetch(pool, lambda n: find_content(store, layers, shards[n]), doubtful, 2 * _COMPARED_AT_ONCE)
+            changed = [shards[n] for n, content in zip(doubtful, now, strict=True) if content != self.files.contents[n]]
+        if changed:
+            yield (
+                f"{plural(len(changed), 'shard')} {'have' if changed[1:] else 'has'} other content, or no file, in "
+                f"{', '.join(self.inputs)} since view {self.name} was made ({first_names(changed)})"
+            )
 
 
 def view_fingerprint(
-    rules: Sequence[Mapping[str, Any]], seed: int, inputs: Mapping[str, str], shards: Iterable[str]
+    rules: Sequence[Mapping[str, Any]],
+    seed: int,
+    inputs: Mapping[str, str],
+    shards: Iterable[str],
+    files: ViewFiles | None = None,
 ) -> str:
-    """Hash of rules, their seed, the fingerprints of the layers that they read, and the names of shards."""
-    recipe = {"rules": [*rules], "seed": seed, "inputs": dict(inputs), "shards": sorted(shards)}
+    """Hash of rules, their seed, the fingerprints of the layers that they read, and shards with their content.
+
+    Without ``files``, as in version 1, it covers the names of the shards alone.
+    """
+    recipe: dict[str, Any] = {"rules": [*rules], "seed": seed, "inputs": dict(inputs), "shards": sorted(shards)}
+    if files is not None:
+        recipe |= {"columns": dict(files.columns), "contents": [*files.contents]}
     return compute_fingerprint({"view": recipe})
 
 
 def write_view(store: Store, view: View) -> None:
-    """Write the description of a view, after its rows, and remove the rows of an earlier view of its name."""
-    try:
-        before = read_view(store, view.name)
-    except UserError:  # there is none, or it is damaged
-        before = None
+    """Write the description of a view, after its rows, and remove the files of earlier views of its name."""
+    assert view.files is not None
     shards = sorted(view.counts)
     columns = {
         "shard": shards,
         "rows": [view.counts[one] for one in shards],
         "kept": [[*view.kept[one]] for one in shards],
+        "content": view.files.contents,
+        "state": view.files.states,
+        "digest": view.files.digests,
     }
     table = pa.table(columns, schema=schemas.view_shards_schema())
-    store.write_table(table, FOLDER, view.name, _SHARDS, write_page_checksum=False)
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, row_group_size=_SHARDS_GROUP, compression="zstd", write_page_checksum=True)
+    store.write_bytes(buffer.getvalue(), *shards_path(view.name, view.fingerprint))
     description = {
         "format": _FORMAT,
         "version": _VERSION,
@@ -169,10 +242,20 @@ def write_view(store: Store, view: View) -> None:
         "seed": view.seed,
         "inputs": dict(view.inputs),
         "report": [*view.report],
+        "columns": {name: [*names] for name, names in view.files.columns.items()},
+        "shards": f"{digest_of(buffer.getvalue()):016x}",
     }
     store.write_json(description, FOLDER, view.name, _DESCRIPTION)
-    if before is not None and before.fingerprint != view.fingerprint:
-        before.rows.remove(store, before.counts)
+    remove_leftovers(store, view.name, view.fingerprint)
+
+
+def remove_leftovers(store: Store, name: str, fingerprint: str | None) -> None:
+    """Remove the files of a view that are not of the state with this fingerprint, such as those of earlier ones."""
+    for found in store.names(FOLDER, name):
+        kind, _, of = found.removesuffix(".parquet").partition("-")
+        if (kind == "rows" and of != fingerprint) or (kind == "shards" and of != fingerprint):
+            with store.storage_errors("removed", FOLDER, name, found), contextlib.suppress(FileNotFoundError):
+                store.fs.rm(store.path(FOLDER, name, found), recursive=True)
 
 
 def list_views(store: Store) -> list[str]:
@@ -214,7 +297,7 @@ def view_states(store: Store, manifest: Mapping[str, Any], shards: Collection[st
         else:
             newer = sum(shard not in view.counts for shard in shards)
             counts = len(view), sum(view.counts.values())
-            yield ViewState(name, view.fingerprint, *counts, newer, tuple(view.changes(manifest)))
+            yield ViewState(name, view.fingerprint, *counts, newer, tuple(view.changes(store, manifest)))
 
 
 def remove_view(store: Store, name: str) -> None:
@@ -227,7 +310,7 @@ def remove_view(store: Store, name: str) -> None:
 def open_view(store: Store, manifest: Mapping[str, Any], name: str) -> View:
     """Read a view of the dataset as it is now. Raises UserError as ``read_view``, and if its inputs have changed."""
     view = read_view(store, name)
-    if changes := view.changes(manifest):
+    if changes := view.changes(store, manifest):
         raise UserError(f"{store.url}: {'; '.join(changes)}. Make it again with reinforce select.")
     return view
 
@@ -256,19 +339,21 @@ def read_view(store: Store, name: str) -> View:
     if description["version"] > _VERSION:
         raise UserError(f"{path} was written by a newer version of this program. Upgrade to read it.")
     try:
-        table = _read_shards(store, name)
-        shards, rows, kept = (table[column].to_pylist() for column in ("shard", "rows", "kept"))
+        fingerprint, version = description["fingerprint"], description["version"]
+        table = _read_shards(store, name, version, fingerprint, description.get("shards"))
+        columns = {column: table[column].to_pylist() for column in ("shard", "rows", "kept")}
         view = View(
             name,
-            description["fingerprint"],
+            fingerprint,
             description["rules"],
             description["seed"],
-            {str(layer): str(fingerprint) for layer, fingerprint in description["inputs"].items()},
-            dict(zip(shards, rows, strict=True)),
-            dict(zip(shards, kept, strict=True)),
+            {str(layer): str(of_layer) for layer, of_layer in description["inputs"].items()},
+            dict(zip(columns["shard"], columns["rows"], strict=True)),
+            dict(zip(columns["shard"], columns["kept"], strict=True)),
             description["report"],
+            None if version == 1 else _view_files(description["columns"], table),
         )
-        same = view.fingerprint == view_fingerprint(view.rules, view.seed, view.inputs, view.counts)
+        same = fingerprint == view_fingerprint(view.rules, view.seed, view.inputs, view.counts, view.files)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}). Make the view again with reinforce select.") from error
     if not same:
@@ -276,15 +361,26 @@ def read_view(store: Store, name: str) -> View:
     return view
 
 
-def _read_shards(store: Store, name: str) -> pa.Table:
-    """Read how many rows of each shard a view keeps."""
-    path, schema = store.path(FOLDER, name, _SHARDS), schemas.view_shards_schema()
+def _view_files(columns: Mapping[str, Sequence[str]], table: pa.Table) -> ViewFiles:
+    contents, states, digests = (table[name].to_numpy().tobytes() for name in ("content", "state", "digest"))
+    named = {str(layer): [str(name) for name in names] for layer, names in columns.items()}
+    return ViewFiles(named, array("Q", contents), array("q", states), array("Q", digests))
+
+
+def _read_shards(store: Store, name: str, version: int, fingerprint: str, digest: str | None) -> pa.Table:
+    """Read how many rows of each shard a view keeps, from the file that has the ``digest``."""
+    parts = (FOLDER, name, _SHARDS) if version == 1 else shards_path(name, fingerprint)
+    path, schema = store.path(*parts), schemas.view_shards_schema()
     try:
-        table = pq.read_table(pa.BufferReader(store.read_bytes(FOLDER, name, _SHARDS, limit=_MAX_BYTES)))
+        content = store.read_bytes(*parts, limit=_MAX_BYTES)
+        if version > 1 and digest != f"{digest_of(content):016x}":
+            raise UserError(f"{path} does not have the digest that {_DESCRIPTION} states. Make the view again.")
+        table = pq.read_table(pa.BufferReader(content), page_checksum_verification=True)
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing. Make the view again.") from error
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} cannot be read ({error}). Make the view again.") from error
-    if table.schema.names != schema.names or table.schema.types != schema.types:
+    fields = [*schema][: 3 if version == 1 else None]
+    if [(field.name, field.type) for field in table.schema] != [(field.name, field.type) for field in fields]:
         raise UserError(f"{path} has other columns than a view. Make the view again.")
     return table

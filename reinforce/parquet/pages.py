@@ -42,6 +42,7 @@ class Page(NamedTuple):
     """A page: its type, bytes when decompressed and as stored, number of values, and where its stored bytes begin.
 
     ``level_encodings`` are those of definition and repetition levels; of DATA_V2, ``levels`` are the bytes of both.
+    ``checksum`` is None where the page has none.
     """
 
     type: int
@@ -53,6 +54,7 @@ class Page(NamedTuple):
     level_encodings: tuple[object, object] = (RLE, RLE)
     levels: int = 0
     is_compressed: bool = True
+    checksum: int | None = None
 
 
 def read_pages(chunk: Bytes, values: int) -> Iterator[Page]:
@@ -105,7 +107,8 @@ def read_page(chunk: Bytes, position: int, encodings: Collection[int] = ENCODING
     encoding = body.get(4 if kind == DATA_V2 else 2)
     if not isinstance(encoding, int) or encoding not in encodings:
         raise BadPage(f"a page has encoding {encoding}, which is not read")
-    page = Page(kind, uncompressed, stored, _size(body.get(1)), start, encoding)  # type: ignore[arg-type]
+    count, checksum = _size(body.get(1)), fields.get(4)
+    page = Page(kind, uncompressed, stored, count, start, encoding, checksum=checksum)  # type: ignore[arg-type]
     if kind == DATA:
         return page._replace(level_encodings=(body.get(3), body.get(4)))
     if kind == DATA_V2:

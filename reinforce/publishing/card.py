@@ -93,7 +93,8 @@ def build_card(store: Store, licence: str) -> str:
     layers = read_layers(store, manifest)
     index = find_index(store)
     rows = next(layer.rows for layer in layers if layer.name == SAMPLES)
-    views = [view for view in map(functools.partial(read_view, store), list_views(store)) if not view.changes(manifest)]
+    every = map(functools.partial(read_view, store), list_views(store))
+    views = [view for view in every if not view.changes(store, manifest)]
     configs = [*_configs(store, layers, views, index)]
     front = {
         "license": one_line(licence),

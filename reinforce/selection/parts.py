@@ -41,7 +41,10 @@ _AHEAD = 2  # parts in work or done for each core
 
 @dataclass(frozen=True)
 class Parts:
-    """Where the results of a selection's parts are: a folder of the dataset at ``url``."""
+    """Where the results of a selection's parts are: a folder of the dataset at ``url``.
+
+    ``fingerprint`` covers all that they depend on, the states of the files that are read among it.
+    """
 
     url: str
     view: str
@@ -53,7 +56,12 @@ class Parts:
 
     def load(self, stage: str, number: int) -> Arrays:
         """The result of a part."""
-        content = self.store.read_bytes(*self._path(stage, number), limit=_MAX_BYTES)
+        try:
+            content = self.store.read_bytes(*self._path(stage, number), limit=_MAX_BYTES)
+        except FileNotFoundError as error:
+            raise UserError(
+                f"{self.store.path(*self._folder)} was removed while view {self.view} was being made. Run it again."
+            ) from error
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             return dict(arrays)
 
@@ -92,10 +100,22 @@ class Parts:
 
     def remove(self) -> None:
         """Remove the results of this and of earlier selections of the view that were killed."""
-        with self.store.storage_errors("removed", self.view), contextlib.suppress(FileNotFoundError):
-            for name in self.store.names(FOLDER, self.view):
-                if name.startswith("parts-"):
-                    self.store.fs.rm(self.store.path(FOLDER, self.view, name), recursive=True)
+        self._remove(self._names())
+
+    def remove_others(self) -> int:
+        """Remove the results of selections that were killed, and of which rules or files were others; returns how
+        many there were."""
+        others = [name for name in self._names() if name != self._folder[-1]]
+        self._remove(others)
+        return len(others)
+
+    def _names(self) -> list[str]:
+        return [name for name in self.store.names(FOLDER, self.view) if name.startswith("parts-")]
+
+    def _remove(self, names: Iterable[str]) -> None:
+        for name in names:
+            with self.store.storage_errors("removed", self.view), contextlib.suppress(FileNotFoundError):
+                self.store.fs.rm(self.store.path(FOLDER, self.view, name), recursive=True)
 
     @property
     def _folder(self) -> tuple[str, ...]:

@@ -17,8 +17,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from reinforce.dataset.files.content import Columns, content_of
 from reinforce.dataset.layers import SAMPLES
-from reinforce.dataset.reading.aligned import AlignedLayers
+from reinforce.dataset.reading.aligned import AlignedLayers, layer_errors
 from reinforce.dataset.view import ViewRows
 from reinforce.errors import UserError
 from reinforce.selection.expressions import connect, evaluate
@@ -141,6 +142,23 @@ def _database() -> Any:
 
 
 @dataclass(frozen=True)
+class DigestContent:
+    """Finds the digest of what rules read of each shard of a chunk: ``columns`` of layers."""
+
+    parts: Parts
+    columns: Columns
+
+    def __call__(self, number: int, chunk: Chunk) -> Arrays:
+        pool = _readers(1 if self.parts.store.local else _THREADS)
+        found = pool.map(self._digest, chunk.shards)
+        return {"contents": np.fromiter(found, np.uint64, len(chunk.shards))}
+
+    def _digest(self, shard: str) -> int:
+        store = self.parts.store
+        return content_of(store, self.columns, shard, lambda layer: layer_errors(store, layer, shard))
+
+
+@dataclass(frozen=True)
 class CountValues:
     """Counts the values of a rule that may be the one above which it keeps samples."""
 
@@ -179,10 +197,10 @@ class WriteRows:
         of_shard: dict[str, list[tuple[pa.Array, pa.Array]]] = {shard: [] for shard in chunk.shards}
         for shard, keys, codes in found:
             of_shard[shard].append((keys, reasons.take(pa.array(codes))))
-        for shard, groups in of_shard.items():
-            self.view.write(parts.store, shard, groups)
+        digests = [self.view.write(parts.store, shard, groups) for shard, groups in of_shard.items()]
         counts: list[npt.NDArray[np.int64]] = [np.bincount(codes, minlength=len(reasons)) for _, _, codes in found]
         return {
+            "digests": np.array(digests, np.uint64),
             "groups": np.array([len(groups) for groups in of_shard.values()]),
             "kept": np.array([of[0] for of in counts], np.int32),
             "codes": np.sum([np.zeros(len(reasons), np.int64), *counts], axis=0),

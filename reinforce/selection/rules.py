@@ -194,6 +194,11 @@ def layers_of(rules: Iterable[BoundRule]) -> list[str]:
     return [SAMPLES, *sorted(set().union(*(rule.layers for rule in rules)))]
 
 
+def columns_of_layers(rules: Iterable[BoundRule]) -> dict[str, list[str]]:
+    """The columns that rules read, of layers of which they read only some."""
+    return {SAMPLES: sorted({"key"}.union(*(rule.sample_columns for rule in rules)))}
+
+
 def labels(rules: Sequence[BoundRule]) -> list[str | None]:
     """What a view has for each code."""
     return [None, None, *(text for rule in rules for text in (rule.label, f"{rule.label}: null"))]

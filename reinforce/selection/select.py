@@ -2,7 +2,8 @@
 
 Work is done by chunks of shards. What must be known of all samples, such as the value above which a share of them lies,
 is found from counts that chunks add up, and duplicates in buckets of similar samples, so no process has all rows. What
-is finished is kept under ``views/<name>/parts-<fingerprint>`` until the view is written.
+is finished is kept under ``views/<name>/parts-<fingerprint>`` until the view is written. This fingerprint covers the
+states of the files that are read, so that finished parts are used only while the files are the same.
 """
 
 from __future__ import annotations
@@ -16,12 +17,21 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from reinforce.dataset.files.content import states_of
 from reinforce.dataset.files.store import Store
-from reinforce.dataset.layers import SAMPLES
+from reinforce.dataset.layers import SAMPLES, compute_fingerprint
 from reinforce.dataset.manifest.manifest import read_manifest
 from reinforce.dataset.reading.completeness import check_completeness
 from reinforce.dataset.reading.row_counts import row_group_table, rows_of_shards
-from reinforce.dataset.view import View, ViewRows, view_fingerprint, write_view
+from reinforce.dataset.view import (
+    View,
+    ViewFiles,
+    ViewRows,
+    read_views,
+    remove_leftovers,
+    view_fingerprint,
+    write_view,
+)
 from reinforce.errors import UserError
 from reinforce.selection.config import SelectConfig
 from reinforce.selection.duplicates import (
@@ -34,14 +44,15 @@ from reinforce.selection.duplicates import (
 )
 from reinforce.selection.neighbours import Reference
 from reinforce.selection.parts import Arrays, Parts, Work
-from reinforce.selection.passes import Chunk, CountValues, Measure, Pass, WriteRows, chunks_of
+from reinforce.selection.passes import Chunk, CountValues, DigestContent, Measure, Pass, WriteRows, chunks_of
 from reinforce.selection.references import OtherDataset, Reinforce, find_datasets, read_reference
-from reinforce.selection.rules import BoundRule, bind, labels, layers_of
+from reinforce.selection.rules import BoundRule, bind, columns_of_layers, labels, layers_of
 from reinforce.selection.thresholds import Counts, Search, number
 from reinforce.source.views import FOLDER
-from reinforce.terminal import plural
+from reinforce.terminal import first_names, plural
 
 _MAX_GROUPS = 2**16
+_PARTS_VERSION = 1  # of the results of parts
 _T = TypeVar("_T")
 _Log = Callable[[str], None]
 
@@ -68,25 +79,65 @@ def select(
     inputs = {name: str(manifest["layers"][name]["fingerprint"]) for name in layers_of(rules)}
     shards = _complete_shards(store, inputs, log)
     written = [_written(rule, against.get(rule.number, {})) for rule in rules]
-    fingerprint = view_fingerprint(written, config.seed, inputs, shards)
+    columns = columns_of_layers(rules)
+    states = states_of(store, inputs, [*shards])
     groups = row_group_table(store, inputs[SAMPLES], shards)
-    parts = Parts(config.dataset, config.name, fingerprint)
+    parts = _parts(config, written, inputs, columns, dict(zip(shards, states, strict=True)))
+    if parts.remove_others():
+        log("results of a selection of other rules or files, which was stopped, are removed")
     with Work(parts, address, processes) as work:
         selection = _Selection(parts, work, inputs, rules, [*shards], groups, log)
+        files = ViewFiles(columns, selection.contents(columns), states, array("Q"))
+        fingerprint = view_fingerprint(written, config.seed, inputs, shards, files)
         for rule in rules:
             selection.add(rule, manifest, against.get(rule.number, {}))
-        kept, codes = selection.write(ViewRows(config.name, fingerprint))
+        kept, codes, digests = selection.write(ViewRows(config.name, fingerprint))
     report = _report(selection.rules, codes)
     rows = dict(zip(shards, rows_of_shards(groups, len(shards)), strict=True))
-    view = View(config.name, fingerprint, written, config.seed, inputs, rows, kept, report)
+    files = replace(files, digests=digests)
+    view = View(config.name, fingerprint, written, config.seed, inputs, rows, kept, report, files)
+    _check_unchanged(store, view, parts)
     if not len(view):
         parts.remove()
-        view.rows.remove(store, view.counts)
         last = next(line["rule"] for line in reversed(report) if line["rows"])
+        _forget_rows(store, view)
         raise UserError(f"the rules keep no sample: rule {last} leaves out the last; view {config.name} is not written")
     write_view(store, view)
     parts.remove()
     return view
+
+
+def _parts(
+    config: SelectConfig,
+    rules: Sequence[Mapping[str, Any]],
+    inputs: Mapping[str, str],
+    columns: Mapping[str, Sequence[str]],
+    states: Mapping[str, int],
+) -> Parts:
+    """The parts of a selection, which are those of an earlier one only if this has read the same files."""
+    recipe = {"version": _PARTS_VERSION, "rules": rules, "seed": config.seed, "inputs": inputs, "columns": columns}
+    return Parts(config.dataset, config.name, compute_fingerprint({"selection": {**recipe, "states": states}}))
+
+
+def _check_unchanged(store: Store, view: View, parts: Parts) -> None:
+    """Raise UserError if a file that was read is another one than when the selection began."""
+    assert view.files is not None
+    shards = [*view.counts]
+    now = states_of(store, view.inputs, shards)
+    changed = [shard for shard, one, other in zip(shards, view.files.states, now, strict=True) if one != other]
+    if changed:
+        parts.remove()
+        _forget_rows(store, view)
+        raise UserError(
+            f"{store.url}: files of {first_names(changed)} have changed since this selection began; view {view.name} "
+            "is not written. Run it again."
+        )
+
+
+def _forget_rows(store: Store, view: View) -> None:
+    """Remove the rows of a view that is not written, unless a view that was written before has them."""
+    written = [found for name, found in read_views(store) if name == view.name and isinstance(found, View)]
+    remove_leftovers(store, view.name, written[0].fingerprint if written else None)
 
 
 def report_lines(view: View) -> Iterator[str]:
@@ -171,18 +222,28 @@ class _Selection:
         if rule.spec.deduplicate is None:
             self.pending.append(rule)
 
-    def write(self, view: ViewRows) -> tuple[dict[str, array[int]], npt.NDArray[np.int64]]:
-        """Write the rows of all shards -> rows of each row group that are kept, by shard, and rows with each code."""
+    def contents(self, columns: Mapping[str, Sequence[str]]) -> array[int]:
+        """The digest of what the rules read of each shard."""
+        digest = DigestContent(self.parts, {name: columns.get(name) for name in self.inputs})
+        found = array("Q")
+        for result in self.work.map("contents", digest, self.chunks):
+            found.frombytes(result["contents"].tobytes())
+        return found
+
+    def write(self, view: ViewRows) -> tuple[dict[str, array[int]], npt.NDArray[np.int64], array[int]]:
+        """Write the rows of all shards -> rows of each row group that are kept, by shard, rows with each code, and the
+        digest of each file."""
         self.log(f"writing {plural(len(self.shards), 'shard')}")
         kept: dict[str, array[int]] = {}  # they take a tenth of the memory of lists
         names = labels(self.rules)
-        codes = np.zeros(len(names), np.int64)
+        codes, digests = np.zeros(len(names), np.int64), array("Q")
         results = self._pass("rows", WriteRows(view, names), save=False)
         for chunk, result in zip(self.chunks, results, strict=True):
             of_shards = np.split(result["kept"], np.cumsum(result["groups"])[:-1])
             kept |= {shard: array("i", of.tobytes()) for shard, of in zip(chunk.shards, of_shards, strict=True)}
             codes += result["codes"]
-        return kept, codes
+            digests.frombytes(result["digests"].tobytes())
+        return kept, codes, digests
 
     def _find_values(self, rule: BoundRule, top: int | float) -> Search:
         search = Search(rule.bits)

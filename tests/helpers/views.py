@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
-from reinforce.dataset.view import View
+import pyarrow.parquet as pq
+
+from reinforce.dataset.files.store import Store
+from reinforce.dataset.view import View, read_view, view_fingerprint
 from reinforce.selection.config import SelectConfig
 from reinforce.selection.select import select
 from reinforce.settings import parse
@@ -15,3 +19,19 @@ def make_view(url: str | Path, *rules: str | dict[str, Any], name: str = "some",
     """Make a view of a dataset; a rule that is a text is a ``where``. ``options`` are those of ``select``."""
     written = [{"where": rule} if isinstance(rule, str) else rule for rule in rules]
     return select(parse(SelectConfig, {"dataset": str(url), "name": name, "rules": written, "seed": seed}), **options)
+
+
+def as_version_1(url: str | Path, name: str = "some") -> Path:
+    """Turn a view into one that a version without digests and content has written; returns its ``shards.parquet``."""
+    store = Store(str(url))
+    view = read_view(store, name)
+    folder = Path(url, "views", name)
+    old = view_fingerprint(view.rules, view.seed, view.inputs, view.counts)
+    shards = next(folder.glob("shards-*"))
+    pq.write_table(pq.read_table(shards).select(["shard", "rows", "kept"]), folder / "shards.parquet")
+    shards.unlink()
+    (folder / f"rows-{view.fingerprint}").rename(folder / f"rows-{old}")
+    description = json.loads((folder / "view.json").read_text())
+    kept = {key: value for key, value in description.items() if key not in ("columns", "shards")}
+    (folder / "view.json").write_text(json.dumps({**kept, "version": 1, "fingerprint": old}))
+    return folder / "shards.parquet"

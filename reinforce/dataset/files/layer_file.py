@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import functools
+import hashlib
 import math
 import re
 from collections import deque
@@ -182,6 +183,34 @@ class LayerFile:
                 leaf.compression, leaf.total_uncompressed_size, leaf.data_page_offset - start,
             )  # fmt: skip
             return StoredKeys(group.num_rows, form, bytes(self._source.read_at(start, length)))
+
+    def content(self, columns: Collection[str] | None = None) -> bytes:
+        """Digest of all row groups of some columns, without decoding them: of the checksums of their pages.
+
+        Of pages without checksums their bytes are used. Raises RefusedFile.
+        """
+        digest = hashlib.blake2b(digest_size=8)
+        with naming_refused(self._name):
+            for number in range(self.num_row_groups):
+                group = self._row_group(number)
+                leaves = {place: group.column(place) for place in range(group.num_columns)}
+                leaves = {n: leaf for n, leaf in leaves.items() if columns is None or _column(leaf) in columns}
+                self._source.fetch([span(leaf, self._source.size()) for leaf in leaves.values()])
+                for place, leaf in leaves.items():
+                    self._digest_chunk(leaf, self.metadata.schema.column(place), digest)
+            self._source.fetch([])
+        return digest.digest()
+
+    def _digest_chunk(self, leaf: Any, column: Any, digest: Any) -> None:
+        start, length = span(leaf, self._source.size())
+        chunk = self._source.read_at(start, length)
+        form = (leaf.path_in_schema, leaf.physical_type, str(column.logical_type), column.max_definition_level)
+        digest.update(repr((*form, leaf.num_values, self._shapes.get(_column(leaf)))).encode())
+        with self._decode_errors():
+            for page in read_pages(chunk, leaf.num_values):
+                digest.update(repr((page.type, page.values, page.encoding, page.stored, page.checksum)).encode())
+                if page.checksum is None:
+                    digest.update(chunk[page.start : page.start + page.stored])
 
     @contextlib.contextmanager
     def _decode_errors(self) -> Iterator[None]:

@@ -10,6 +10,8 @@ import bisect
 import contextlib
 import contextvars
 import errno
+import hashlib
+import html
 import itertools
 import os
 import posixpath
@@ -24,6 +26,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from reinforce.source.identity import listed_state
+from reinforce.source.urls import Info
 from reinforce.source.whole_reads import list_whole
 from reinforce.storage import Storage
 
@@ -38,10 +42,12 @@ _LISTED_WHOLE = threading.BoundedSemaphore(2)
 _AT_ONCE = 8  # layers of an object store that are listed at once
 _CHUNK = 4096  # names that are Python objects at a time
 _FAST = contextvars.ContextVar("_FAST", default=False)  # in requests whose answers are parsed here
+_STATES = contextvars.ContextVar("_STATES", default=False)  # whether listings have states instead of sizes
 _RANGES, _MIN_RANGE = 4, 10_000  # ranges of a folder, and known shards of one, at least
 _WHOLE: _Range = ("", None)
 _ENTRIES = "reinforce.entries"  # of an answer, where they are
 _KEY, _SIZE = re.compile(rb"<Key>([^<]*)</Key>"), re.compile(rb"<Size>(\d+)</Size>")
+_ETAG = re.compile(rb"<ETag>([^<]*)</ETag>")
 
 
 class _Items(ItemsView[str, int]):
@@ -152,11 +158,22 @@ class Listing(Mapping[str, int]):
         return place if place < len(self) and self.names[place].as_py() == name else None
 
 
-def list_folders(storage: Storage, folders: Iterable[str], known: Listing | None = None) -> dict[str, Listing]:
+def list_states(storage: Storage, folders: Iterable[str]) -> dict[str, Listing]:
+    """Listings whose numbers are not bytes but hashes of the size and the ETag, or modification time, of each file.
+
+    Equal hashes mean the same content. A number is 0 where the storage states no time.
+    """
+    return list_folders(storage, folders, states=True)
+
+
+def list_folders(
+    storage: Storage, folders: Iterable[str], known: Listing | None = None, states: bool = False
+) -> dict[str, Listing]:
     """List the Parquet files of some folders side by side. A folder that does not exist has none.
 
     ``known`` are shards that large folders probably have. A folder of S3 is then listed in several ranges at once,
-    since the pages of one range follow each other; the result is the same whatever they are.
+    since the pages of one range follow each other; the result is the same whatever they are. ``states`` is as in
+    ``list_states``.
     """
     folders = list(folders)
     if not storage.local:
@@ -164,7 +181,7 @@ def list_folders(storage: Storage, folders: Iterable[str], known: Listing | None
     ranges = _ranges(known) if known is not None and _is_s3(storage.fs) else [_WHOLE]
     jobs = [(folder, part) for folder in folders for part in ranges]
     with ThreadPoolExecutor(_AT_ONCE * len(ranges)) as pool:
-        found = list(pool.map(lambda job: _list(storage, *job), jobs))
+        found = list(pool.map(lambda job: _list(storage, job[0], job[1], states), jobs))
     return {
         folder: Listing.joined(found[number * len(ranges) : (number + 1) * len(ranges)])
         for number, folder in enumerate(folders)
@@ -178,7 +195,8 @@ def _ranges(known: Listing) -> list[_Range]:
     return list(zip(["", *bounds], [*bounds, None], strict=True))
 
 
-def _list(storage: Storage, folder: str, part: _Range) -> Listing:
+def _list(storage: Storage, folder: str, part: _Range, states: bool) -> Listing:
+    _STATES.set(states)  # in a thread of this listing
     try:
         with storage.storage_errors("listed", folder):
             if _is_s3(storage.fs):
@@ -188,21 +206,34 @@ def _list(storage: Storage, folder: str, part: _Range) -> Listing:
         return Listing.of([])
 
 
+def _number(info: Info) -> int:
+    """The bytes of a file, or its state."""
+    size = int(info["size"] or 0)
+    if not _STATES.get():
+        return size
+    stamp = listed_state(info).stamp
+    if stamp is None:
+        return 0
+    digest = hashlib.blake2b(f"{size} {stamp}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True) or 1
+
+
 def _entries(storage: Storage, path: str) -> Iterator[tuple[str, int]]:
-    """Shard and bytes of each Parquet file in a folder."""
+    """Shard and number of each Parquet file in a folder."""
     if storage.local:
         with os.scandir(path) as files:
             for file in files:
                 if _FILE_NAME.fullmatch(file.name) and file.is_file():
-                    yield file.name[: -len(_ENDING)], file.stat().st_size
+                    found = file.stat()
+                    yield file.name[: -len(_ENDING)], _number({"size": found.st_size, "mtime": found.st_mtime_ns})
         return
-    for name, size in _whole_listing(storage.fs, path):
+    for name, number in _whole_listing(storage.fs, path):
         if _FILE_NAME.fullmatch(name):
-            yield name[: -len(_ENDING)], size
+            yield name[: -len(_ENDING)], number
 
 
 def _whole_listing(fs: Any, path: str) -> Iterator[tuple[str, int]]:
-    """Name and bytes of each file in a folder, for other drivers, which keep more than a kilobyte for each."""
+    """Name and number of each file in a folder, for other drivers, which keep more than a kilobyte for each."""
     with _LISTED_WHOLE:
         try:
             found = list_whole(lambda: fs.ls(path, detail=True, refresh=True))
@@ -211,7 +242,7 @@ def _whole_listing(fs: Any, path: str) -> Iterator[tuple[str, int]]:
     while found:
         entry = found.pop()
         if entry["type"] == "file":
-            yield posixpath.basename(str(entry["name"]).rstrip("/")), int(entry["size"] or 0)
+            yield posixpath.basename(str(entry["name"]).rstrip("/")), _number(entry)
 
 
 # -- S3: a page at a time, parsed here, because botocore takes 0.1 s of CPU for a page of 1,000 names
@@ -259,7 +290,7 @@ def _page(names: list[str], sizes: list[int]) -> Listing:
 
 
 def _s3_pages(fs: Any, path: str, after: str) -> Iterator[tuple[list[str], list[int]]]:
-    """Names and bytes of the files of a folder, a page at a time."""
+    """Names and numbers of the files of a folder, a page at a time."""
     bucket, key, _ = fs.split_path(path)
     arguments = {"Bucket": bucket, "Prefix": f"{key}/", "Delimiter": "/"}
     if after:
@@ -272,7 +303,8 @@ def _s3_pages(fs: Any, path: str, after: str) -> Iterator[tuple[list[str], list[
                 yield page[_ENTRIES]
             else:
                 found = page.get("Contents", [])
-                yield [posixpath.basename(entry["Key"]) for entry in found], [entry["Size"] for entry in found]
+                numbers = [_number({**entry, "size": entry["Size"]}) for entry in found]
+                yield [posixpath.basename(entry["Key"]) for entry in found], numbers
             if not page.get("IsTruncated"):
                 return
             before, following = arguments.get("ContinuationToken"), page.get("NextContinuationToken")
@@ -296,5 +328,11 @@ def _take_entries(response_dict: dict[str, Any], customized_response_dict: dict[
     if not len(keys) == len(sizes) == body.count(b"<Contents>") > 0 or b"<IsTruncated>" not in rest:
         return
     names = [key.rpartition(b"/")[2].decode(errors="replace") for key in keys]
-    customized_response_dict[_ENTRIES] = names, [*map(int, sizes)]
+    numbers = [*map(int, sizes)]
+    if _STATES.get():
+        if len(tags := _ETAG.findall(body)) != len(keys):
+            return
+        texts = [html.unescape(tag.decode(errors="replace")) for tag in tags]
+        numbers = [_number({"size": size, "ETag": tag}) for size, tag in zip(numbers, texts, strict=True)]
+    customized_response_dict[_ENTRIES] = names, numbers
     response_dict["body"] = rest

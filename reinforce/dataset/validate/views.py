@@ -30,7 +30,7 @@ def check_views(
         if isinstance(view, UserError):
             findings.append(Finding("view", str(view), f"views/{name}"))
             continue
-        if changes := view.changes(manifest):
+        if changes := view.changes(store, manifest):
             notes.append(f"view {name} is refused: {'; '.join(changes)}. Make it again with reinforce select.")
             continue
         if lost := [shard for shard in view.counts if shard not in shards]:

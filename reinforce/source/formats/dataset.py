@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import glob
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+
+import pyarrow as pa
 
 from reinforce.config import Input
 from reinforce.errors import UserError
@@ -17,10 +20,12 @@ from reinforce.source.formats.columns import Columns, make_sample
 from reinforce.source.formats.parquet import ParquetFile, Row
 from reinforce.source.references import ImageRoots, LostImage, images_or_losses
 from reinforce.source.samples import Item, Place, RawSample, Refusal, unique_keys
-from reinforce.source.urls import Info, canonical, expand
-from reinforce.source.views import rows_path, split_view
+from reinforce.source.urls import Info, canonical, expand, filesystem
+from reinforce.source.views import RowDigests, rows_path, shards_path, split_view
+from reinforce.source.whole_reads import read_whole
 from schemas import IMAGE_DIGEST, TRUE_CAPTIONS, Reason, image_column
 
+_VIEW_BYTES = 2**30  # of a file of a view
 _CHUNK_ROWS = 64  # of referenced images that are read with one file
 _TEXTS = {"caption": "txt", "metadata": "json"}  # sidecars that the columns are
 _TYPES = {("key", "string"), ("caption", "string"), ("metadata", "string"), ("image", "binary")}
@@ -100,7 +105,10 @@ def _kept_rows(
 ) -> Iterator[tuple[int, Row] | RefusedFile]:
     """The rows of a samples file that a view keeps. Raises RefusedFile if the view is of other rows."""
     dataset, _, file = url.rpartition("/samples/")
-    path = rows_path(*split_view(view), file.removesuffix(".parquet"))
+    shard = file.removesuffix(".parquet")
+    path = rows_path(*split_view(view), shard)
+    if not _row_digests(dataset, view).check(shard, _read_small("/".join((dataset, *path)))):
+        raise RefusedFile(f"the file of view {view} does not have the digest that the view states")
     with ParquetFile("/".join((dataset, *path))) as rows_of_view:
         columns = Columns("key", "key", {}, ("left_out",), tuple(rows_of_view.types))
         if {*columns.read} - rows_of_view.types.keys():
@@ -118,6 +126,25 @@ def _kept_rows(
                 raise RefusedFile(f"view {view} is of other samples; make it again with reinforce select")
             if state[1]["left_out"] is None:
                 yield item
+
+
+@functools.lru_cache(maxsize=8)
+def _row_digests(dataset: str, view: str) -> RowDigests:
+    """The digests of the rows of a view, which are read once. Raises RefusedFile, and what the storage raises."""
+    try:
+        return RowDigests.parse(_read_small("/".join((dataset, *shards_path(*split_view(view))))))
+    except FileNotFoundError:
+        return RowDigests.parse(None)
+    except pa.ArrowException as error:
+        raise RefusedFile(f"view {view}: the digests of its rows cannot be read: {error}") from error
+
+
+def _read_small(url: str) -> bytes:
+    """Read a file of a view. Raises RefusedFile for one above the bounds, and what the storage raises."""
+    fs, path = filesystem(url)
+    if (fs.info(path).get("size") or 0) > _VIEW_BYTES:
+        raise RefusedFile(f"{path.rpartition('/')[2]} of a view has more than {_VIEW_BYTES:,} bytes")
+    return read_whole(fs, path)
 
 
 def _referenced(rows: Sequence[Row], roots: ImageRoots, spec: Input) -> Iterator[RawSample | Refusal]:

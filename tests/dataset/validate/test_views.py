@@ -13,7 +13,7 @@ from reinforce.dataset.drop import drop, plan_drop
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.validate.validate import validate
 from tests.helpers.reinforced import flip
-from tests.helpers.views import make_view
+from tests.helpers.views import as_version_1, make_view
 
 
 @pytest.fixture
@@ -32,6 +32,11 @@ def write_rows(path: Path, change: Callable[[pa.Table], pa.Table]) -> None:
     pq.write_table(change(pq.read_table(path)), path, row_group_size=rows)
 
 
+def change_version_1(url: Path, change: Callable[[pa.Table], pa.Table]) -> None:
+    as_version_1(url, "best")
+    write_rows(rows_file(url), change)
+
+
 def one_more(table: pa.Table) -> pa.Table:
     """The rows with another one left out or kept."""
     left_out = table["left_out"].to_pylist()
@@ -43,10 +48,12 @@ def one_more(table: pa.Table) -> pa.Table:
     ("damage", "message"),
     [
         (lambda url: rows_file(url).unlink(), "view best has no rows of "),
-        (lambda url: write_rows(rows_file(url), one_more), "view best keeps other rows of "),
-        (lambda url: write_rows(rows_file(url), lambda table: table.slice(1)), "view best is of other samples of "),
+        (lambda url: write_rows(rows_file(url), one_more), "does not have the digest that the view states"),
+        (lambda url: change_version_1(url, one_more), "view best keeps other rows of "),
+        (lambda url: change_version_1(url, lambda table: table.slice(1)), "view best is of other samples of "),
         (lambda url: flip(rows_file(url), "left_out"), "cannot be read"),
-        (lambda url: (url / "views/best/shards.parquet").write_bytes(b"PAR1"), "shards.parquet cannot be read"),
+        (lambda url: next(url.glob("views/best/shards-*")).write_bytes(b"PAR1"), "does not have the digest that view"),
+        (lambda url: as_version_1(url, "best").write_bytes(b"PAR1"), "shards.parquet cannot be read"),
         (
             lambda url: (url / "views/best/view.json").write_text(
                 (url / "views/best/view.json").read_text().replace("%1", "%2")

@@ -1,0 +1,60 @@
+"""What identifies the content of layer files: digests of their columns, and states that listings show.
+
+A state is a hash of the size and the ETag, or modification time, of a file. Equal states mean equal content; a copy of
+a dataset has other states and the same content. Digests are found by opening the files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import TypeAlias
+
+import numpy as np
+import pyarrow as pa
+
+from reinforce.dataset.files.layer_file import RefusedFile
+from reinforce.dataset.files.listing import list_states
+from reinforce.dataset.files.store import Store
+from reinforce.errors import StorageError, UserError
+
+#: The columns of each layer whose content is compared; None for all.
+Columns: TypeAlias = "Mapping[str, Sequence[str] | None]"
+Errors: TypeAlias = "Callable[[str], AbstractContextManager[None]]"
+
+
+def states_of(store: Store, layers: Iterable[str], shards: Sequence[str]) -> array[int]:
+    """The state of the files of some layers together [shards]; 0 where one is missing, or its time is unknown."""
+    names = pa.array(shards, pa.string())
+    listings = list_states(store, sorted(layers))
+    known = np.logical_and.reduce([listing.has(names) for listing in listings.values()])
+    states = np.stack([listing.aligned(names) for listing in listings.values()], axis=1)
+    known &= (states != 0).all(axis=1)
+    hashes = (hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in states)
+    numbers = (int.from_bytes(digest, "little", signed=True) for digest in hashes)
+    return array("q", (number if one else 0 for number, one in zip(numbers, known.tolist(), strict=True)))
+
+
+def content_of(store: Store, columns: Columns, shard: str, errors: Errors | None = None) -> int:
+    """Digest of the content of some layers of a shard. Raises as ``Store.open_layer``, and StorageError.
+
+    ``errors`` returns what turns the errors of a layer into others.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for layer in sorted(columns):
+        named = errors(layer) if errors else store.storage_errors("read", layer, f"{shard}.parquet")
+        with named, store.open_layer(layer, shard, whole=False) as file:
+            digest.update(f"{layer}\0".encode() + file.content(columns[layer]))
+    return int.from_bytes(digest.digest(), "little")
+
+
+def find_content(store: Store, columns: Columns, shard: str) -> int | None:
+    """``content_of`` a shard; None if one of its files is missing or damaged."""
+    try:
+        return content_of(store, columns, shard)
+    except StorageError:
+        raise
+    except (FileNotFoundError, NotADirectoryError, RefusedFile, UserError):
+        return None

@@ -1,0 +1,218 @@
+"""A view is one commit, is covered by digests, and knows the content that it was made of."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+
+import reinforce
+from reinforce.config import Input
+from reinforce.dataset import view as views
+from reinforce.dataset.files.store import Store
+from reinforce.dataset.status import read_status
+from reinforce.dataset.validate.validate import validate
+from reinforce.dataset.view import ViewRows, shard_rows
+from reinforce.errors import UserError
+from reinforce.parquet.footers import RefusedFile
+from reinforce.selection import passes
+from reinforce.source.formats.base import Shard
+from reinforce.source.formats.dataset import FORMAT
+from tests.helpers.reinforced import small_dataset
+from tests.helpers.views import as_version_1, make_view
+
+FLIPS = 60  # of each file; each is found
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return small_dataset(tmp_path_factory.mktemp("dataset"))
+
+
+@pytest.fixture
+def url(made: str, tmp_path: Path) -> str:
+    shutil.copytree(made, tmp_path / "out")
+    return str(tmp_path / "out")
+
+
+def kept(url: str) -> list[str]:
+    shard_rows.cache_clear()
+    return [sample.key for sample in reinforce.open(url, view="some")]
+
+
+def state(url: str) -> views.ViewState:
+    [found] = read_status(url)["views"]
+    return found
+
+
+def kill(patched: pytest.MonkeyPatch, target: object, name: str) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    patched.setattr(target, name, killed)
+
+
+@pytest.mark.parametrize(
+    "target", [(ViewRows, "write"), (passes.WriteRows, "result"), (Store, "write_json"), (views, "remove_leftovers")]
+)
+def test_a_view_is_the_earlier_or_the_new_one_wherever_a_selection_is_killed(
+    url: str, target: tuple[object, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    every = len(reinforce.open(url))
+    make_view(url, {"sample": 7})
+    earlier = kept(url)
+    with monkeypatch.context() as patched:
+        kill(patched, *target)
+        with pytest.raises(KeyboardInterrupt):
+            make_view(url, {"where": "width > 0"})
+    assert len(reinforce.open(url, view="some")) == len(kept(url))
+    assert len(kept(url)) == (every if target[1] == "remove_leftovers" else len(earlier))
+    assert state(url).problems == ()
+    make_view(url, {"where": "width > 0"})
+    assert len(kept(url)) == every
+    assert sorted(path.name.partition("-")[0] for path in Path(url, "views/some").iterdir()) == [
+        "rows",
+        "shards",
+        "view.json",
+    ]
+
+
+def read_as_source(url: str) -> list[str]:
+    fingerprint = views.read_view(Store(url), "some").fingerprint
+    files = sorted(Path(url, "samples").iterdir())
+    items = [
+        item
+        for file in files
+        for item in FORMAT.items(Shard(str(file), file.stem, "dataset"), Input(view=f"some@{fingerprint}"))
+    ]
+    if any(item.key is None for item in items):
+        raise RefusedFile("a shard is refused")
+    return [str(item.key) for item in items]
+
+
+@pytest.mark.parametrize("read", [kept, read_as_source])
+def test_every_flipped_bit_of_rows_and_of_their_digests_is_found(url: str, read: Callable[[str], list[str]]) -> None:
+    make_view(url, {"sample": 20})
+    assert len(read(url)) == 20
+    rng = random.Random(0)
+    files = [next(Path(url, "views/some").glob(name)) for name in ("rows-*/*", "shards-*")]
+    for path in files:
+        content = path.read_bytes()
+        for _ in range(FLIPS):
+            bit = rng.randrange(8 * len(content))
+            path.write_bytes(content[: bit // 8] + bytes([content[bit // 8] ^ 1 << bit % 8]) + content[bit // 8 + 1 :])
+            with pytest.raises((UserError, RefusedFile)):
+                read(url)
+        path.write_bytes(content)
+
+
+def rewrite(path: Path, change: Callable[[pa.Table], pa.Table]) -> None:
+    """Replace a file by one with the same footer keys, row groups and page checksums, and other values."""
+    file = pq.ParquetFile(path)
+    sizes = [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)]
+    table, start = change(file.read()), 0
+    with pq.ParquetWriter(path, file.schema_arrow, compression="none", write_page_checksum=True) as writer:
+        for rows in sizes:
+            writer.write_table(table.slice(start, rows), row_group_size=rows)
+            start += rows
+
+
+def other_vectors(table: pa.Table) -> pa.Table:
+    """The same keys with the vectors of other rows: size and statistics of the file stay as they are."""
+    order = [*range(1, len(table)), 0]
+    index = table.column_names.index("embeddings")
+    return table.set_column(index, table.schema.field(index), table["embeddings"].take(pa.array(order)))
+
+
+DEDUPLICATE = {"deduplicate": {"teacher": "red", "threshold": 0.97}}
+
+
+def vectors_file(url: str) -> Path:
+    return sorted(Path(url, "embeddings/red/images").iterdir())[0]
+
+
+def test_a_shard_that_is_replaced_in_place_makes_the_view_stale_and_a_copy_does_not(url: str, tmp_path: Path) -> None:
+    rewrite(vectors_file(url), lambda table: table)
+    view = make_view(url, DEDUPLICATE)
+    shutil.copytree(url, tmp_path / "copy", copy_function=shutil.copy)  # with other times
+    assert state(str(tmp_path / "copy")).problems == ()
+    assert kept(str(tmp_path / "copy")) == kept(url)
+    before = vectors_file(url).stat()
+    rewrite(vectors_file(url), other_vectors)
+    assert vectors_file(url).stat().st_size == before.st_size
+    [problem] = state(url).problems
+    assert "1 shard has other content, or no file, in samples, embeddings/red/images" in problem
+    assert vectors_file(url).stem in problem
+    with pytest.raises(UserError, match=r"has other content.* Make it again with reinforce select"):
+        reinforce.open(url, view="some")
+    assert "view some is refused: 1 shard has other content" in validate(url).code[-1]
+    again = make_view(url, DEDUPLICATE)
+    assert again.fingerprint != view.fingerprint
+    assert state(url).problems == ()
+
+
+def test_columns_that_no_rule_reads_may_change(url: str) -> None:
+    [samples, *_] = sorted(Path(url, "samples").iterdir())
+    rewrite(samples, lambda table: table)
+    make_view(url, "width > 0", name="wide")
+    make_view(url, "caption != ''", name="described")
+
+    def other_captions(table: pa.Table) -> pa.Table:
+        return table.set_column(1, table.schema.field(1), pc.utf8_upper(table["caption"]))
+
+    rewrite(samples, other_captions)
+    found = {view.name: len(view.problems) for view in read_status(url)["views"]}
+    assert found == {"wide": 0, "described": 1}
+
+
+def test_parts_of_files_that_have_changed_are_thrown_away(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rewrite(vectors_file(url), lambda table: table)
+    with monkeypatch.context() as patched:
+        kill(patched, ViewRows, "write")
+        with pytest.raises(KeyboardInterrupt):
+            make_view(url, DEDUPLICATE)
+    [parts] = Path(url, "views/some").glob("parts-*")
+    rewrite(vectors_file(url), other_vectors)
+    lines: list[str] = []
+    view = make_view(url, DEDUPLICATE, log=lines.append)
+    assert "results of a selection of other rules or files, which was stopped, are removed" in lines
+    assert not parts.exists()
+    shutil.rmtree(Path(url, "views"))
+    assert make_view(url, DEDUPLICATE) == view
+
+
+def test_a_file_that_changes_during_a_selection_is_an_error(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rewrite(vectors_file(url), lambda table: table)
+    make_view(url, {"sample": 7})
+    earlier = kept(url)
+    write = ViewRows.write
+
+    def changed(self: ViewRows, *args: object) -> int:
+        rewrite(vectors_file(url), other_vectors)
+        return write(self, *args)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ViewRows, "write", changed)
+        with pytest.raises(UserError, match="have changed since this selection began"):
+            make_view(url, DEDUPLICATE)
+    assert kept(url) == earlier
+    assert not [*Path(url, "views/some").glob("parts-*")]
+    assert len([*Path(url, "views/some").glob("rows-*")]) == 1
+
+
+def test_views_that_an_earlier_version_has_written_are_read(url: str) -> None:
+    make_view(url, {"sample": 9})
+    before = kept(url)
+    as_version_1(url)
+    assert kept(url) == read_as_source(url) == before
+    assert (state(url).kept, state(url).problems) == (9, ())
+    assert validate(url).valid
+    make_view(url, {"sample": 8})
+    assert len(kept(url)) == 8
+    assert not Path(url, "views/some/shards.parquet").exists()
