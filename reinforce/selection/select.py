@@ -42,6 +42,7 @@ from reinforce.selection.duplicates import (
     train_cells,
     training_places,
 )
+from reinforce.selection.lock import lock_view
 from reinforce.selection.neighbours import Reference
 from reinforce.selection.parts import Arrays, Parts, Work
 from reinforce.selection.passes import Chunk, CountValues, DigestContent, Measure, Pass, WriteRows, chunks_of
@@ -68,10 +69,24 @@ def select(
 
     Works on the Ray cluster at ``address`` (default: RAY_ADDRESS), else in ``processes`` of this machine (default: one
     a core). One that was killed continues. ``reinforce`` runs a config, for references that are no reinforced dataset.
-    Raises UserError.
+    Raises UserError, also if another selection of this name is in progress.
     """
     store = Store(config.dataset)
     manifest = read_manifest(store)
+    with lock_view(store, config.name) as check_lock:
+        return _select(store, manifest, config, log, address, processes, reinforce, check_lock)
+
+
+def _select(
+    store: Store,
+    manifest: Mapping[str, Any],
+    config: SelectConfig,
+    log: _Log,
+    address: str | None,
+    processes: int | None,
+    reinforce: Reinforce | None,
+    check_lock: Callable[[], None],
+) -> View:
     rules = [bind(n, rule, config.seed, manifest) for n, rule in enumerate(config.rules, 1)]
     folder = f"{store.url}/{FOLDER}/{config.name}"
     compared = [rule for rule in rules if rule.spec.decontaminate]
@@ -96,6 +111,7 @@ def select(
     rows = dict(zip(shards, rows_of_shards(groups, len(shards)), strict=True))
     files = replace(files, digests=digests)
     view = View(config.name, fingerprint, written, config.seed, inputs, rows, kept, report, files)
+    check_lock()
     _check_unchanged(store, view, parts)
     if not len(view):
         parts.remove()
