@@ -64,6 +64,12 @@ class Decontaminate(Section):
     ]
     teacher: LayerName = Field(description="whose embeddings of the images are compared")
     threshold: Cosine = Field(0.95, description="smallest cosine of images that are the same, of means over crops")
+    without_vectors: int | None = Field(
+        None,
+        ge=0,
+        description="number of images of `against` without a vector that are accepted, although samples that have them "
+        "are kept; default: none",
+    )
     config: str | None = Field(
         None,
         description="config of the run of this dataset, by which the teacher embeds the images of what `against` names "

@@ -151,8 +151,8 @@ def _digests(group: Group) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.bool_
         return found, np.ones(len(found), np.bool_)
     if schemas.IMAGE_DIGEST not in samples.column_names:
         raise UserError(
-            f"{SAMPLES}/{group.shard}.parquet has no digests of images: an earlier version made it. Deduplicate by a "
-            "teacher with threshold 1.0."
+            f"{SAMPLES}/{group.shard}.parquet has no digests of images: an earlier version made it. Make the dataset "
+            "again, or deduplicate by a `teacher`: copies of an image have other crops, so set a `threshold` below 1."
         )
     column = samples[schemas.IMAGE_DIGEST].combine_chunks()
     return column.fill_null(0).to_numpy(), np.asarray(column.is_valid())

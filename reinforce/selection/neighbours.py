@@ -28,6 +28,10 @@ Mask = npt.NDArray[np.bool_]
 #: duplicates. With 1/2 and no limit all are found; with these 99.9 %, with two thirds of the copies.
 _CELLS, _BORDER = 8, 0.25
 _ROUNDS = 10  # of k-means
+#: Squared norms of unit vectors in float16 are within the first number of 1, and the cosine of equal ones is within the
+#: second one of 1 in float32.
+_HALF, _ROUNDING = 2.0**-9, 2.0**-18
+_NEXT = 8  # of the nearest vectors that are compared where norms matter
 _BLOCK = 256  # rows that are compared at a time
 _BRANCH = 4096  # rows whose cells are found at a time
 #: A reference with more vectors has lists, of which the nearest are searched.
@@ -83,7 +87,7 @@ def assign(
     """The cells of vectors -> row, cell, and whether it is the row's home, of each of their places."""
     index = load_faiss().IndexFlatIP(centroids.shape[1])
     index.add(centroids)
-    near = np.sqrt(2 - 2 * threshold)
+    near = np.sqrt(max(2 - 2 * threshold, 2 * _ROUNDING))
     rows, cells, homes = [np.empty(0, np.int64)], [np.empty(0, np.int64)], [np.empty(0, np.bool_)]
     for start in range(0, len(vectors), _BRANCH):
         cosines, places = index.search(vectors[start : start + _BRANCH].astype(np.float32), min(_CELLS, len(centroids)))
@@ -99,6 +103,21 @@ def assign(
     return np.concatenate(rows), np.concatenate(cells), np.concatenate(homes)
 
 
+def norms_of(vectors: Floats) -> Floats:
+    """The norms of vectors [rows]; about 1, since float16 rounds."""
+    return np.asarray(np.linalg.norm(vectors, axis=1), np.float32)
+
+
+def smallest_product(threshold: float, norms: Floats, others: Floats) -> Floats | float:
+    """The smallest scalar product of vectors within a threshold; of norms [rows, 1] and [others], or [rows, others].
+
+    Vectors in float16 have norms of about 1: near a threshold of 1 the product of equal ones may be below it.
+    """
+    if threshold <= 1 - _HALF:
+        return threshold
+    return np.minimum(np.float32(threshold), (1 - _ROUNDING) * norms * others)
+
+
 def worse_duplicates(
     vectors: Halves, home: Mask, best: npt.NDArray[np.floating[Any]], place: npt.NDArray[np.int64], threshold: float
 ) -> Mask:
@@ -111,10 +130,11 @@ def worse_duplicates(
     rank = np.empty(len(order), np.int64)
     rank[np.lexsort((place[order], -best[order]))] = np.arange(len(order))
     out = np.zeros(len(order), np.bool_)
-    at_home = int(home.sum())
+    norms, at_home = norms_of(values), int(home.sum())
     for start in range(0, at_home, _BLOCK):
         end = min(start + _BLOCK, at_home)
-        near = values[start:end] @ values[start:].T >= threshold
+        smallest = smallest_product(threshold, norms[start:end, None], norms[start:])
+        near = values[start:end] @ values[start:].T >= smallest
         some = np.flatnonzero(near.any(axis=0))
         near, row, column = near[:, some], rank[start:end, None], rank[None, start + some]
         out[start + some] |= (near & (column > row)).any(axis=0)
@@ -136,27 +156,31 @@ class Reference:
         """Which vectors have one within the threshold [rows]."""
         if not len(vectors):
             return np.zeros(0, np.bool_)
-        index = _index(self.parts, self.stage)
+        index, others = _index(self.parts, self.stage)
         found = []
         for start in range(0, len(vectors), _BLOCK):
             block = vectors[start : start + _BLOCK].astype(np.float32)
-            nearest = (
-                (block @ index.T).max(axis=1) if isinstance(index, np.ndarray) else index.search(block, 1)[0][:, 0]
-            )
-            found.append(nearest >= self.threshold)
+            of_block = norms_of(block)[:, None]
+            if isinstance(index, np.ndarray):
+                products, norms = block @ index.T, others
+            else:
+                products, places = index.search(block, _NEXT)
+                norms = others[places]
+            found.append((products >= smallest_product(self.threshold, of_block, norms)).any(axis=1))
         return np.concatenate(found)
 
 
 @functools.lru_cache(maxsize=2)
-def _index(parts: Parts, stage: str) -> Any:
-    """What a process searches, made once: all vectors [N, D], or lists of them."""
+def _index(parts: Parts, stage: str) -> tuple[Any, Floats]:
+    """What a process searches, made once: all vectors [N, D], or lists of them; and their norms [N]."""
     vectors = parts.load(stage, 0)["vectors"].astype(np.float32)
+    norms = norms_of(vectors)
     if len(vectors) <= _SEARCH_ALL:
-        return vectors
+        return vectors, norms
     faiss, dim = load_faiss(), vectors.shape[1]
     quantizer = faiss.IndexFlatIP(dim)
     index = faiss.IndexIVFFlat(quantizer, dim, 4 * int(np.sqrt(len(vectors))), faiss.METRIC_INNER_PRODUCT)
     index.nprobe = _LISTS_SEARCHED
     index.train(vectors)
     index.add(vectors)
-    return index
+    return index, norms

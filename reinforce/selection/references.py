@@ -8,41 +8,50 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from reinforce.config import Config, Input, load_config
+from reinforce.dataset.files.content import content_of
+from reinforce.dataset.files.listing import Listing
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import SAMPLES, embeddings_layer, mapping_at
 from reinforce.dataset.manifest.manifest import find_manifest, read_manifest
-from reinforce.dataset.reading.aligned import AlignedLayers
+from reinforce.dataset.reading.aligned import AlignedLayers, layer_errors
 from reinforce.dataset.reading.completeness import check_completeness
 from reinforce.errors import UserError
+from reinforce.processes.prefetch import prefetch
 from reinforce.selection import neighbours
 from reinforce.selection.config import Decontaminate
 from reinforce.selection.parts import Arrays, Parts
 from reinforce.selection.rules import BoundRule
 from reinforce.source.urls import canonical
+from reinforce.terminal import plural
 from teachers.redact import redact
 
 #: The folder of a view with datasets that were made of its references.
 REFERENCES = "references"
+_READ_AT_ONCE = 8  # shards
 
 
 @dataclass(frozen=True)
 class OtherDataset:
-    """A dataset, with its teacher's layer and the fingerprints of what is read of it."""
+    """A dataset, with its teacher's layer and the fingerprints of what is read of it; ``contents`` are digests of what
+    is read of each shard."""
 
     url: str
     layer: str
     fingerprints: Mapping[str, str]
     shards: Sequence[str]
+    contents: Sequence[int]
 
     def written(self) -> dict[str, str]:
         """What a view states of it."""
-        shards = hashlib.blake2b("\0".join(self.shards).encode(), digest_size=8).hexdigest()
+        named = (f"{shard} {content:016x}" for shard, content in zip(self.shards, self.contents, strict=True))
+        shards = hashlib.blake2b("\0".join(named).encode(), digest_size=8).hexdigest()
         return {"fingerprint": self.fingerprints[self.layer], "shards": shards}
 
 
@@ -91,15 +100,18 @@ def _embedded(url: str, spec: Decontaminate, view: str, reinforce: Reinforce | N
 
 def _find(url: str, teacher: str, manifest: Mapping[str, Any]) -> OtherDataset:
     store = Store(url)
-    model = mapping_at(manifest, "teachers", teacher, "model")
+    model = _without_labels(mapping_at(manifest, "teachers", teacher, "model"))
     recipe = f"with the teacher {teacher}, and the `augmentations` and the image policy of this dataset"
+    if model.get("family") == "published":  # no run computes it
+        recipe = f"with the published vectors of {teacher}, and the image policy of this dataset"
     if not _is_dataset(url):
         raise UserError(
             f"against: {store.url} is not a reinforced dataset. Run `reinforce run` on its images {recipe}, and name "
             "the output; or set `config` to the config of this dataset's run, by which its images are embedded."
         )
     other = read_manifest(store)
-    names = [name for name, entry in other["teachers"].items() if entry.get("model") == model]
+    teachers = {name: mapping_at(other, "teachers", name, "model") for name in other["teachers"]}
+    names = [name for name, identity in teachers.items() if _without_labels(identity) == model]
     layers = [embeddings_layer(name, "images") for name in names]
     found = [layer for layer in layers if layer in other["layers"]]
     differing = [
@@ -116,29 +128,91 @@ def _find(url: str, teacher: str, manifest: Mapping[str, Any]) -> OtherDataset:
     if completeness.missing or not completeness.complete:
         lacking = completeness.describe_missing() or "it has no shards"
         raise UserError(f"against: {store.url}: {lacking}. Finish its run before you select.")
-    return OtherDataset(url, found[0], fingerprints, completeness.complete)
+    shards, columns = completeness.complete, {found[0]: None, SAMPLES: ["key"]}
+    with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
+
+        def content(shard: str) -> int:
+            return content_of(store, columns, shard, lambda layer: layer_errors(store, layer, shard))
+
+        contents = [*prefetch(pool, content, shards, 2 * _READ_AT_ONCE)]
+    return OtherDataset(url, found[0], fingerprints, shards, contents)
+
+
+def _without_labels(model: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model is, whether a run has computed its vectors or has taken them from labels."""
+    return {key: value for key, value in model.items() if key != "labels"}
 
 
 def _policy(manifest: Mapping[str, Any], name: str) -> Any:
-    """What decides about crops: an entry of dataset.json, without the number of crops."""
+    """What decides about crops: an entry of dataset.json, without the number of crops and where they were taken."""
     *parents, last = name.split(".")
     found = mapping_at(manifest, *parents).get(last) if parents else manifest.get(last)
-    return {key: value for key, value in found.items() if key != "count"} if isinstance(found, Mapping) else found
+    if not isinstance(found, Mapping):
+        return found
+    return {key: value for key, value in found.items() if key not in ("count", "labels")}
 
 
 def read_reference(parts: Parts, stage: str, number: int, datasets: Sequence[OtherDataset]) -> Arrays:
-    """Read the vectors of datasets [N, D], and save them in ``stage``."""
+    """Read the vectors of datasets [N, D], and save them in ``stage``.
+
+    Counts images without one [datasets]: rows that are ``null``, samples that are ``refused`` and so have no row, and
+    quarantined ``shards``.
+    """
     found = []
-    for dataset in datasets:
-        layers = AlignedLayers(Store(dataset.url), dataset.fingerprints, {SAMPLES: ["key"]})
+    counts = {name: np.zeros(len(datasets), np.int64) for name in ("null", "refused", "shards")}
+    for place, dataset in enumerate(datasets):
+        store = Store(dataset.url)
+        layers = AlignedLayers(store, dataset.fingerprints, {SAMPLES: ["key"]})
+        quarantine = store.listings(f"quarantine/{layer}" for layer in (SAMPLES, dataset.layer))
+        keys: dict[str, set[str]] = {}  # of shards with quarantined samples
         for shard in dataset.shards:
             with layers.open(shard) as files:
                 for index in range(files.row_groups):
                     vectors, valid = neighbours.mean_vectors(files.read_unchecked(dataset.layer, index))
                     found.append(vectors[valid])
+                    counts["null"][place] += np.count_nonzero(~valid)
+                    if shard in quarantine[f"quarantine/{SAMPLES}"]:
+                        keys.setdefault(shard, set()).update(files.read_unchecked(SAMPLES, index)["key"].to_pylist())
+        refused, shards = _count_refused(store, dataset, quarantine, keys)
+        counts["refused"][place], counts["shards"][place] = refused, shards
     vectors = np.concatenate(found)
     if not len(vectors):
         names = ", ".join(redact(one.url) for one in datasets)
         raise UserError(f"against: {names} has no vectors. Name datasets with images.")
     parts.save(stage, number, {"vectors": vectors})
-    return {"vectors": np.array(len(vectors))}
+    return {"vectors": np.array(len(vectors)), **counts}
+
+
+def _count_refused(
+    store: Store, dataset: OtherDataset, quarantine: Mapping[str, Listing], keys: Mapping[str, set[str]]
+) -> tuple[int, int]:
+    """Samples in the quarantine that have no row, and shards that are quarantined; ``keys`` are those of rows."""
+    refused, shards = 0, set()
+    for layer in (SAMPLES, dataset.layer):
+        for shard, rows in store.quarantined_rows(layer, quarantine[f"quarantine/{layer}"]):
+            if any(row["key"] is None for row in rows):
+                shards.add(shard)
+            if layer == SAMPLES:  # those of the other layer have a row that is null
+                refused += len({row["key"] for row in rows} - {None} - keys.get(shard, set()))
+    return refused, len(shards)
+
+
+def check_found(rule: BoundRule, datasets: Mapping[str, OtherDataset], counts: Arrays) -> tuple[int, int]:
+    """The vectors of a rule's datasets, and their images without one. Raises UserError if these are not accepted."""
+    spec = rule.spec.decontaminate
+    assert spec is not None
+    lines, missing = [], 0
+    for place, (url, dataset) in enumerate(datasets.items()):
+        null, refused, shards = (int(counts[name][place]) for name in ("null", "refused", "shards"))
+        parts = {f"{null:,} null in {dataset.layer}": null, f"{refused:,} refused in {SAMPLES}": refused}
+        parts[plural(shards, "quarantined shard")] = shards
+        if named := [text for text, count in parts.items() if count]:
+            lines.append(f"{url} has {', '.join(named)}")
+        missing += null + refused + shards
+    if missing > (spec.without_vectors or 0):
+        raise UserError(
+            f"rule {rule.label}: samples with the images that have no vector would be kept: {'; '.join(lines)}. "
+            "`reinforce status` shows why. Name datasets in which every image has a vector, or accept this by "
+            f"`without_vectors: {missing}`."
+        )
+    return int(counts["vectors"]), missing

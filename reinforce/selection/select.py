@@ -46,7 +46,7 @@ from reinforce.selection.lock import lock_view
 from reinforce.selection.neighbours import Reference
 from reinforce.selection.parts import Arrays, Parts, Work
 from reinforce.selection.passes import Chunk, CountValues, DigestContent, Measure, Pass, WriteRows, chunks_of
-from reinforce.selection.references import OtherDataset, Reinforce, find_datasets, read_reference
+from reinforce.selection.references import OtherDataset, Reinforce, check_found, find_datasets, read_reference
 from reinforce.selection.rules import BoundRule, bind, columns_of_layers, labels, layers_of
 from reinforce.selection.thresholds import Counts, Search, number
 from reinforce.source.views import FOLDER
@@ -107,7 +107,7 @@ def _select(
         for rule in rules:
             selection.add(rule, manifest, against.get(rule.number, {}))
         kept, codes, digests = selection.write(ViewRows(config.name, fingerprint))
-    report = _report(selection.rules, codes)
+    report = _report(selection.rules, codes, selection.references)
     rows = dict(zip(shards, rows_of_shards(groups, len(shards)), strict=True))
     files = replace(files, digests=digests)
     view = View(config.name, fingerprint, written, config.seed, inputs, rows, kept, report, files)
@@ -162,6 +162,8 @@ def report_lines(view: View) -> Iterator[str]:
         null = f", of which {line['null']:,} have no value" if line["null"] else ""
         above = f"; keeps values of at least {line['threshold']:g}" if line.get("threshold") is not None else ""
         above = f"; in {line['groups']:,} groups" if line.get("groups") is not None else above
+        if without := line.get("without_vectors"):
+            above += f"; compared with {line['references']:,} images, and {without:,} have no vector"
         yield f"{line['rule']}: {line['left_out']:,} of {line['rows']:,} samples are left out{null}{above}"
     yield f"view {view.name}: {len(view):,} of {sum(view.counts.values()):,} samples are kept"
 
@@ -189,8 +191,11 @@ def _complete_shards(store: Store, inputs: Iterable[str], log: _Log) -> dict[str
     return dict(zip(found.complete, sizes.tolist(), strict=True))
 
 
-def _report(rules: Sequence[BoundRule], counts: npt.NDArray[np.int64]) -> list[dict[str, Any]]:
-    """Of each rule: the rows that it saw, how many it leaves out, and for how many it has no value."""
+def _report(
+    rules: Sequence[BoundRule], counts: npt.NDArray[np.int64], references: Mapping[int, tuple[int, int]]
+) -> list[dict[str, Any]]:
+    """Of each rule: the rows that it saw, how many it leaves out, and for how many it has no value; the vectors that
+    it compares with, and the images that have none."""
     left, report = int(counts.sum()), []
     for rule in rules:
         out, null = (int(count) for count in counts[2 * rule.number : 2 * rule.number + 2])
@@ -199,6 +204,8 @@ def _report(rules: Sequence[BoundRule], counts: npt.NDArray[np.int64]) -> list[d
             line["groups"] = len(rule.search.groups)
         elif rule.value and rule.search and out:
             line["threshold"] = number(int(rule.search.prefix[0]), rule.bits)
+        if rule.number in references:
+            line["references"], line["without_vectors"] = references[rule.number]
         report.append(line)
         left -= out + null
     return report
@@ -217,6 +224,7 @@ class _Selection:
     log: _Log
     pending: list[BoundRule] = field(default_factory=list)
     codes: str | None = None
+    references: dict[int, tuple[int, int]] = field(default_factory=dict)  # vectors, and images without, by rule
     chunks: list[Chunk] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -230,7 +238,9 @@ class _Selection:
         elif rule.spec.decontaminate is not None:
             self.log(f"rule {rule.label}: reading {', '.join(against)}")
             stage = f"{rule.number}-reference"
-            self._all(self.work.map(f"{stage}-read", partial(read_reference, self.parts, stage), [[*against.values()]]))
+            read = partial(read_reference, self.parts, stage)
+            [counts] = self.work.map(f"{stage}-read", read, [[*against.values()]])
+            self.references[rule.number] = check_found(rule, against, counts)
             rule = replace(rule, reference=Reference(self.parts, stage, rule.spec.decontaminate.threshold))
         elif rule.spec.deduplicate is not None:
             self._find_duplicates(rule, manifest["layers"][rule.layer]["dim"] if rule.layer else 0)
