@@ -111,11 +111,11 @@ def norms_of(vectors: Floats) -> Floats:
 def smallest_product(threshold: float, norms: Floats, others: Floats) -> Floats | float:
     """The smallest scalar product of vectors within a threshold; of norms [rows, 1] and [others], or [rows, others].
 
-    Vectors in float16 have norms of about 1: near a threshold of 1 the product of equal ones may be below it.
+    Vectors in float16 have norms of about 1, so that near a threshold of 1 products are compared by their norms.
     """
     if threshold <= 1 - _HALF:
         return threshold
-    return np.minimum(np.float32(threshold), (1 - _ROUNDING) * norms * others)
+    return np.asarray(np.float32(min(threshold, 1 - _ROUNDING)) * norms * others)
 
 
 def worse_duplicates(
