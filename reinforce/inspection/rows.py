@@ -124,6 +124,9 @@ def read_rows(data: Dataset, selection: Selection, sides: Sides | None = None) -
         except UserError as error:
             rows.problems.append(str(error))
     rows.targets.finish()
+    if sides:
+        sides.close()
+        rows.problems += sides.problems
     return rows
 
 

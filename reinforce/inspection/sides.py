@@ -1,6 +1,7 @@
 """Samples on both sides of each rule of a view: some that it leaves out, and some that it keeps.
 
 Where a rule keeps the largest values, these are the samples with the values next to its threshold; else random ones.
+The view may be that of somebody else: its expressions are computed with limits of time and memory.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from reinforce.dataset.reading.dataset import Dataset
 from reinforce.dataset.view import View
 from reinforce.errors import UserError
 from reinforce.inspection.selection import Group
-from reinforce.selection.expressions import Expression, check, connect, evaluate, numbers
+from reinforce.selection.expressions import Expression
+from reinforce.selection.limited import LimitedExpressions, LimitError
 
 _SHOWN = 12  # samples of each side
 _NUMBER = re.compile(r"(\d+) ")
@@ -65,7 +67,7 @@ class RuleSides:
     def add(self, group: Group, codes: np.ndarray, null: np.ndarray, order: np.ndarray, value: np.ndarray) -> None:
         """Add the rows of a row group: ``codes`` number the rule that leaves a row out, 0 for none."""
         threshold = self.line.get("threshold")
-        values = value if self.expression is not None and threshold is not None else None
+        values = value if self.expression is not None and isinstance(threshold, int | float) else None
         distances = order if values is None else np.where(np.isnan(values), order, np.abs(values - threshold))
         out, kept, without = self.sides
         here = codes == self.number
@@ -79,8 +81,12 @@ class Sides:
 
     def __init__(self, data: Dataset, view: View, seed: int) -> None:
         self.view, self._seed = view, seed
+        self.problems: list[str] = []
+        self._limited = LimitedExpressions(data.manifest)
+        if len(view.rules) != len(view.report):
+            raise UserError(f"{data.store.url}: view {view.name} does not state what each rule takes. Make it again.")
         self.rules = [
-            RuleSides(number, rule, line, _expression(data, number, rule))
+            RuleSides(number, rule, line, self._expression(data, number, rule))
             for number, (rule, line) in enumerate(zip(view.rules, view.report, strict=True), 1)
         ]
 
@@ -106,30 +112,41 @@ class Sides:
         salt = hashlib.blake2b(f"{self._seed} {group.shard}".encode(), digest_size=8).hexdigest()
         order = hash_array(keys.to_numpy(), hash_key=salt, categorize=False).astype(np.float64)
         for rule in self.rules:
-            rule.add(group, codes, null, order, _values(rule.expression, tables))
+            rule.add(group, codes, null, order, self._values(rule, tables))
         return np.flatnonzero(codes == 0)
+
+    def close(self) -> None:
+        """End the process that computes expressions."""
+        self._limited.__exit__()
+
+    def _expression(self, data: Dataset, number: int, rule: Mapping[str, Any]) -> Expression | None:
+        """The expression by which a rule keeps the largest values; None if it has none, or one that is not computed."""
+        keep = rule.get("keep")
+        if not keep or keep.get("within"):  # each group has its own threshold
+            return None
+        try:
+            found = self._limited.check(str(keep["by"]), f"rules.{number - 1}.keep.by")
+        except LimitError as error:
+            self._report(number, error)
+            return None
+        except UserError:  # without duckdb, samples are shown without values
+            return None
+        return found if found.layers <= {*data.layers} else None
+
+    def _values(self, rule: RuleSides, tables: Mapping[str, pa.Table]) -> np.ndarray:
+        if rule.expression is not None:
+            try:
+                return self._limited.values(rule.expression, tables)
+            except UserError as error:  # also one that fails on a sample
+                self._report(rule.number, error)
+                rule.expression = None
+        return np.zeros(0)
+
+    def _report(self, number: int, error: UserError) -> None:
+        self.problems.append(f"view {self.view.name}, rule {number}: samples are shown without values: {error}")
 
 
 def _code(reason: str | None) -> int:
     """The number of the rule that leaves a row out, 0 where it is kept."""
     found = _NUMBER.match(reason or "")
     return int(found[1]) if found else 0
-
-
-def _expression(data: Dataset, number: int, rule: Mapping[str, Any]) -> Expression | None:
-    """The expression by which a rule keeps the largest values; None if it has none, or one that cannot be computed."""
-    keep = rule.get("keep")
-    if not keep or keep.get("within"):  # each group has its own threshold
-        return None
-    try:
-        found = check(str(keep["by"]), data.manifest, f"rules.{number - 1}.keep.by", "number")
-    except UserError:  # without duckdb, samples are shown without values
-        return None
-    return found if found.layers <= {*data.layers} else None
-
-
-def _values(expression: Expression | None, tables: Mapping[str, pa.Table]) -> np.ndarray:
-    if expression is None:
-        return np.zeros(0, np.float32)
-    with connect() as database:
-        return numbers(evaluate(database, [expression], tables)[0])

@@ -97,8 +97,12 @@ def evaluate(
 
     Raises UserError for a row on which one fails.
     """
-    rows = _rows(expressions, tables)
-    values = ", ".join(f"({one.text}) AS value_{n}" for n, one in enumerate(expressions))
+    return compute(database, [one.text for one in expressions], join_rows(expressions, tables))
+
+
+def compute(database: DuckDBPyConnection, texts: Sequence[str], rows: pa.Table) -> list[pa.Array]:
+    """The value of checked expressions [rows]; ``rows`` are those of ``join_rows``. Raises as ``evaluate``."""
+    values = ", ".join(f"({text}) AS value_{n}" for n, text in enumerate(texts))
     # Rows that duckdb divides among vectors keep their order, since there is one thread.
     try:
         found = database.from_arrow(rows).project(values).to_arrow_table()
@@ -107,8 +111,8 @@ def evaluate(
             f"an expression fails on a sample: {str(error).splitlines()[0]} Use try_cast, or try()."
         ) from error
     if len(found) != len(rows):
-        texts = ", ".join(repr(one.text) for one in expressions)
-        raise UserError(f"{texts}: {len(found):,} values of {len(rows):,} rows. An expression gives one value a row.")
+        named = ", ".join(map(repr, texts))
+        raise UserError(f"{named}: {len(found):,} values of {len(rows):,} rows. An expression gives one value a row.")
     return [column.combine_chunks() for column in found.columns]
 
 
@@ -145,10 +149,10 @@ def _schema(expression: Expression, manifest: Mapping[str, Any]) -> pa.Schema:
     for name in expression.layers:
         schema = stored_layer(name, manifest["layers"][name]).schema(manifest["images"])
         tables[name] = schema.empty_table()
-    return _rows([expression], tables).schema
+    return join_rows([expression], tables).schema
 
 
-def _rows(expressions: Sequence[Expression], tables: Mapping[str, pa.Table]) -> pa.Table:
+def join_rows(expressions: Sequence[Expression], tables: Mapping[str, pa.Table]) -> pa.Table:
     """One table of all that expressions name: columns of samples, and structs of layers by name."""
     columns: dict[str, Any] = {}
     for one in expressions:
