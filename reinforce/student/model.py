@@ -19,7 +19,7 @@ from reinforce.student.config import Student as StudentSpec
 from reinforce.student.distillation import CAPTION, IMAGE, IMAGES, SYNTHETIC, TEXTS, TeacherInfo
 from reinforce.student.loss import Form
 from reinforce.student.pointwise import avoid_faulty_convolutions
-from reinforce.student.quantize import can_quantize, freeze_batch_norms, quantize
+from reinforce.student.quantize import can_quantize, freeze_batch_norms, quantize, round_in_eval
 from reinforce.training.task import Batch, Encoded
 from teachers.open_clip import catalog
 from teachers.open_clip.building import write_open_clip
@@ -114,11 +114,15 @@ class Student(torch.nn.Module):
         return "image" if name.startswith("clip.visual") else "text"
 
     def train(self, mode: bool = True) -> Student:
-        """Set the mode; frozen towers, and batch statistics of one that trains with rounded values, stay as in eval."""
+        """Set the mode; frozen towers, and batch statistics of one that trains with rounded values, stay as in eval.
+
+        Frozen towers of a quantized student round in training, as the others do.
+        """
         super().train(mode)
         for name, child in self.clip.named_children():
             if self.tower_of(f"clip.{name}") in self.frozen:
                 child.eval()
+                round_in_eval(child, mode)
         if self.quantized is not None:
             freeze_batch_norms(self.clip)
         return self

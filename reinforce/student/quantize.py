@@ -11,7 +11,8 @@ What is rounded is what exports round:
 
 Rounding has the gradient of the identity. Batch normalisations use their running statistics from here on, as the merged
 kernels do. Modules keep their parameters and their names: a layer gets a subclass of its class, whose weight is rounded
-where it is read in training mode. Nothing is added to checkpoints, and in eval mode the model is the plain one.
+where it is read in training mode. Nothing is added to checkpoints, and in eval mode the model is the plain one. A
+frozen tower, which trains in eval mode, rounds with the others (``round_in_eval``).
 
 torchao's quantisation-aware training replaces linear layers alone, and torch's own a traced graph, with other names.
 """
@@ -57,7 +58,7 @@ def quantize(model: torch.nn.Module, kind: Quantize, in_eval: bool = False) -> i
 
     Returns the number of layers that round; 0 means that the model has nothing to round and is unchanged.
     """
-    rounding, layers = _Rounding(kind == "int8", in_eval), 0
+    rounding, layers = _rounding_of(kind == "int8", in_eval), 0
     pending: list[Any] = [model]
     while pending:
         module = pending.pop()
@@ -71,6 +72,13 @@ def quantize(model: torch.nn.Module, kind: Quantize, in_eval: bool = False) -> i
                 children = {name: child for name, child in children.items() if name in _AFTER_MERGED}
         pending += children.values()
     return layers
+
+
+def round_in_eval(model: torch.nn.Module, rounds: bool) -> None:
+    """Set whether the layers of a quantized model round in eval mode, too."""
+    for module in model.modules():
+        if isinstance(module, _Rounded):
+            module.rounding = _rounding_of(module.rounding.inputs, rounds)
 
 
 def can_quantize(model: torch.nn.Module) -> bool:
@@ -95,6 +103,10 @@ class _Rounding:
 
     inputs: bool
     in_eval: bool
+
+
+#: One object for equal values: a compiled layer is compiled again for another object.
+_rounding_of = cache(_Rounding)
 
 
 class _Rounded(torch.nn.Module):

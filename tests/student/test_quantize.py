@@ -72,6 +72,26 @@ def test_a_training_computes_with_the_rounded_weights_of_the_reparameterised_exp
     assert missed == []
 
 
+@pytest.mark.parametrize("tower", ["image", "text"])
+@pytest.mark.parametrize("kind", ["vit", "mobileclip"])
+def test_a_frozen_tower_is_rounded_and_keeps_its_statistics(tmp_path: Path, kind: str, tower: str) -> None:
+    learning = trained(tmp_path, kind)
+    frozen = copy.deepcopy(learning)
+    plain = features(frozen.eval())
+    statistics = {name: value.clone() for name, value in frozen.named_buffers()}
+    frozen.pretrained = True
+    frozen.freeze([tower])
+    for student in (learning.train(), frozen.train()):
+        student.quantize("int8-weights")
+    computed = features(frozen)
+    side = slice(0, 4) if tower == "image" else slice(4, None)
+    assert (computed - plain)[side].abs().max() > 3e-5
+    torch.testing.assert_close(computed, features(learning))
+    torch.testing.assert_close(features(frozen.eval()), plain)  # evaluations and exports are not rounded
+    torch.testing.assert_close(features(frozen.train()), computed)
+    assert all(torch.equal(value, statistics[name]) for name, value in frozen.named_buffers())
+
+
 def test_int8_rounds_inputs_too_and_gradient_checkpointing_gives_the_same_gradients(tmp_path: Path) -> None:
     start, gradients = trained(tmp_path).state_dict(), []
     for checkpointing in (False, True):
