@@ -83,7 +83,16 @@ class CaptionFeed:
         self._order_version = ORDER
         self._threads = data.threads or 1
 
-    def set_up(self, ranks: int, batch: int, start: int, loaders: int, streams: int | None, order: int) -> Reading:
+    def set_up(
+        self,
+        ranks: int,
+        batch: int,
+        start: int,
+        loaders: int,
+        streams: int | None,
+        order: int,
+        row_processes: int | None = None,
+    ) -> Reading:
         """See ``reinforce.training.task.Feed``; the order of samples depends on nothing that is chosen here."""
         self._order_version = order
         self._threads = self._data.threads or loaders

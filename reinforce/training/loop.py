@@ -186,8 +186,10 @@ class _Loop:
         cores = -self.ranks.start_max(-self.ranks.cpus)()  # all ranks read in the same way
         loaders, step = loader_processes(cores, accelerated), self.progress.step
         before, batch = self.progress, self.training.batch // ranks
-        reading = self.feed.set_up(ranks, batch, step, loaders, before.streams, before.order)
-        now = replace(before, streams=reading.streams, samples=self.feed.samples, files=reading.files)
+        recorded = before.streams, before.order, before.row_processes
+        reading = self.feed.set_up(ranks, batch, step, loaders, *recorded)
+        now = replace(before, streams=reading.streams, row_processes=reading.row_processes)
+        now = replace(now, samples=self.feed.samples, files=reading.files)
         # With `auto`, that of the checkpoint until the first step is tried.
         self.progress = replace(now, division=before.division if self._finds_parts else self._division())
         threads = arithmetic_threads(self.ranks.cpus, reading.loaders, accelerated)

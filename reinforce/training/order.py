@@ -11,8 +11,11 @@ so any position of any stream is found with a few additions, without reading wha
 stream contributes the same number of samples (up to one), and a rank reads S / ranks of the streams. Where S divides
 the batch, the samples of a step depend on the number of streams, not on the number of ranks or loader processes.
 
-``ORDER`` is the version of the order, which checkpoints record. They differ in what replaces unusable rows: since
-version 2, replacements are distinct within a batch where there are enough usable rows.
+A rank's batch has the samples of its streams one after the other, see ``places``.
+
+``ORDER`` is the version of the order, which checkpoints record. Since version 2, replacements of unusable rows are
+distinct within a batch where there are enough usable rows. Since version 3, the order of rows within a batch does not
+depend on the number of loader processes; before, streams were in the order of the processes that read them.
 
 All shuffles are permutations seeded from (seed, dataset, purpose, epoch, stream), see ``reinforce.seeds``.
 """
@@ -29,7 +32,7 @@ import numpy as np
 from reinforce.seeds import Ints, permutation
 
 #: Version of the order of samples of new trainings.
-ORDER = 2
+ORDER = 3
 #: Samples of a stream among which every dataset of a mixture has exactly its share.
 BLOCK = 10_000
 
@@ -40,6 +43,24 @@ def share(total: int, parts: int, part: int) -> int:
     Over all parts they add up to ``total`` (Hermite's identity), and no two parts differ by more than one.
     """
     return (total + part) // parts
+
+
+def places(batch: int, step: int, streams: int, processes: int, row_processes: int = 1) -> Ints | None:
+    """Places [batch] in a rank's batch of the rows that its loader processes read, one process after the other.
+
+    Process p of n reads streams p, p + n, ... of a rank's ``streams``. The batch has the rows of the streams in the
+    order in which ``row_processes`` processes read them: with 1, by the number of the stream. None if both orders are
+    the same.
+    """
+    numbers = np.arange(streams)
+    read, wanted = (np.argsort(numbers % count, kind="stable") for count in (processes, row_processes))
+    if np.array_equal(read, wanted):
+        return None
+    rows = (batch * (step + 1) + numbers) // streams - (batch * step + numbers) // streams
+    starts = np.empty_like(rows)
+    starts[wanted] = np.cumsum(rows[wanted]) - rows[wanted]
+    rows, starts = rows[read], starts[read]
+    return np.repeat(starts - (np.cumsum(rows) - rows), rows) + np.arange(batch)
 
 
 @dataclass(frozen=True)

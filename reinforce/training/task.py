@@ -96,7 +96,8 @@ class Reading:
 
     ``loaders`` is the number of processes or threads of each rank that read, ``text`` describes them. ``streams`` is a
     number on which the order of samples depends, which checkpoints record. ``note`` is a line for the user. ``files``
-    is a hash of the names and sizes of the files with the samples, which checkpoints record, too.
+    is a hash of the names and sizes of the files with the samples, and ``row_processes`` the number of loader processes
+    by which rows of a batch are ordered in versions of the order before 3; checkpoints record both.
     """
 
     loaders: int
@@ -104,6 +105,7 @@ class Reading:
     streams: int | None = None
     note: str | None = None
     files: str | None = None
+    row_processes: int | None = None
 
 
 class Feed(Protocol):
@@ -122,11 +124,20 @@ class Feed(Protocol):
         """
         ...
 
-    def set_up(self, ranks: int, batch: int, start: int, loaders: int, streams: int | None, order: int) -> Reading:
+    def set_up(
+        self,
+        ranks: int,
+        batch: int,
+        start: int,
+        loaders: int,
+        streams: int | None,
+        order: int,
+        row_processes: int | None = None,
+    ) -> Reading:
         """Choose what the config leaves open, before ``batches`` with the same arguments; the same on every rank.
 
-        ``loaders`` is the number of processes or threads that suits the machine, ``streams`` what the checkpoint
-        recorded, if there is one, and ``order`` the version of the order of samples.
+        ``loaders`` is the number of processes or threads that suits the machine, ``order`` the version of the order of
+        samples; ``streams`` and ``row_processes`` are what the checkpoint recorded, if there is one.
         """
         ...
 

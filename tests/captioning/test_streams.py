@@ -22,6 +22,7 @@ from reinforce.captioning.finetune import build, finetune
 from reinforce.captioning.pairs import load_pairs
 from reinforce.captioning.streams import CaptionStreams, load_streams
 from reinforce.errors import UserError
+from reinforce.training.order import ORDER
 from reinforce.training.record import log
 from reinforce.training.task import Feed, Task
 from teachers.device.accelerator import Accelerator
@@ -60,12 +61,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_batches_do_not_depend_on_the_start_or_on_loader_processes(folder: Path) -> None:
-    config = streams_config(folder, output=f"{folder}/ranks")
+    config = streams_config(folder, output=f"{folder}/ranks", streams=4)
     whole = take(feed_of(config), 12)
     assert all(map(equal, whole[9:], take(feed_of(config), 3, start=9)))
     processes = config.model_copy(update={"data": config.data.model_copy(update={"workers": 2})})
     feed = feed_of(processes)
-    feed.set_up(1, 4, 3, 2, None, 2)
+    feed.set_up(1, 4, 3, 2, None, ORDER)
     assert all(map(equal, whole[3:5], take(feed, 2, start=3)))
     assert not equal(whole[0], take(feed_of(streams_config(folder, output=f"{folder}/other", seed=1)), 1)[0])
 

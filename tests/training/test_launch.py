@@ -52,11 +52,20 @@ class CountingFeed(PairFeed):
     def __init__(self, loaders: int) -> None:
         super().__init__()
         self.loaders, self.threads = loaders, 0
-        self.asked: tuple[int, int | None, int] = (0, None, 0)
+        self.asked: tuple[int | None, ...] = ()
 
-    def set_up(self, ranks: int, batch: int, start: int, loaders: int, streams: int | None, order: int) -> Reading:
-        self.asked = (loaders, streams, order)
-        return Reading(self.loaders, f"{self.loaders} loaders", streams or 6, "read in six streams")
+    def set_up(
+        self,
+        ranks: int,
+        batch: int,
+        start: int,
+        loaders: int,
+        streams: int | None,
+        order: int,
+        row_processes: int | None = None,
+    ) -> Reading:
+        self.asked, own = (loaders, streams, order, row_processes), row_processes or self.loaders
+        return Reading(self.loaders, f"{self.loaders} loaders", streams or 6, "read in six streams", row_processes=own)
 
     def batches(self, rank: int, ranks: int, batch: int, start: int) -> Iterator[Batch]:
         self.threads = torch.get_num_threads()
@@ -78,13 +87,13 @@ def test_a_training_uses_all_cores_unless_the_config_says_otherwise(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     before, feed = torch.get_num_threads(), CountingFeed(3)
     launch(lambda _: (TowersTask(), feed), job(tmp_path, steps=3, compute=compute))
-    assert (feed.threads, feed.asked) == (threads, (1, None, ORDER))
+    assert (feed.threads, feed.asked) == (threads, (1, None, ORDER, None))
     assert capsys.readouterr().out.startswith(
         f"1 rank x {cpus} CPUs, 3 loaders, device cpu\nread in six streams\ntwo towers\n"
     )
     assert torch.get_num_threads() == before
     launch(lambda _: (TowersTask(), feed), job(tmp_path, steps=4, compute=compute))
-    assert feed.asked == (1, 6, ORDER), "the checkpoint's streams and order"
+    assert feed.asked == (1, 6, ORDER, 3), "what the checkpoint records"
 
 
 def test_a_training_of_an_earlier_version_goes_on_in_its_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,9 +102,10 @@ def test_a_training_of_an_earlier_version_goes_on_in_its_order(tmp_path: Path, m
     with monkeypatch.context() as patch:
         patch.setattr("reinforce.training.loop.ORDER", 1)  # the checkpoint names no order
         launch(lambda _: (TowersTask(), feed), job(tmp_path, steps=3))
+    feed.loaders = 2
     for steps in (4, 5):
         launch(lambda _: (TowersTask(), feed), job(tmp_path, steps=steps))
-        assert feed.asked[1:] == (6, 1)
+        assert feed.asked[1:] == (6, 1, 3)
 
 
 def test_a_second_training_with_the_same_output_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reinforce.training.order import BLOCK, Mixture, Order
+from reinforce.training.order import BLOCK, Mixture, Order, places, share
 
 groups = st.lists(st.integers(0, 12), min_size=1, max_size=12).filter(any)
 streams = st.integers(1, 9)
@@ -82,3 +82,22 @@ def test_datasets_are_drawn_by_weight_beginning_at_any_position(weights: list[fl
     exact = np.array(weights) / sum(weights) * BLOCK
     assert mixture.quota.sum() == BLOCK
     assert (np.abs(mixture.quota - exact) <= len(weights)).all()
+
+
+def rows_of_parts(batch: int, step: int, count: int, processes: int) -> list[tuple[int, int]]:
+    """(stream, row) of a step's samples, in the order in which so many processes read them."""
+    read = [stream for process in range(processes) for stream in range(process, count, processes)]
+    ends = [(share(batch * step, count, s), share(batch * (step + 1), count, s)) for s in range(count)]
+    return [(stream, row) for stream in read for row in range(*ends[stream])]
+
+
+@given(st.integers(1, 30), st.integers(0, 1000), st.integers(1, 5), st.integers(1, 5), st.integers(1, 20))
+def test_rows_of_a_batch_have_one_order_however_many_processes_read_them(
+    batch: int, step: int, each: int, processes: int, row_processes: int
+) -> None:
+    """So many processes read ``each`` streams."""
+    count = each * processes
+    read = rows_of_parts(batch, step, count, processes)
+    found = places(batch, step, count, processes, row_processes)
+    ordered = read if found is None else [row for _, row in sorted(zip(found.tolist(), read, strict=True))]
+    assert ordered == rows_of_parts(batch, step, count, row_processes)

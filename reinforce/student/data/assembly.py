@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
+from reinforce.seeds import Ints
 from reinforce.student.data.parts import Part, PartBuffers
 from reinforce.student.data.reader import Targets
 from reinforce.training.task import Batch
+
+T = TypeVar("T")
 
 
 class BufferPool:
@@ -51,38 +55,60 @@ class Assembler:
     pin: bool
     _pool: BufferPool = field(default_factory=BufferPool)
 
-    def assemble(self, parts: Sequence[Part], buffers: Sequence[PartBuffers]) -> Batch:
-        """Concatenate the parts of a batch; ``buffers`` hold their images and vectors and have the parts' lengths."""
+    def assemble(self, parts: Sequence[Part], buffers: Sequence[PartBuffers], places: Ints | None = None) -> Batch:
+        """Concatenate the parts of a batch; ``buffers`` hold their images and vectors and have the parts' lengths.
+
+        ``places`` [B] are those in the batch of the concatenated rows, if they are in another order.
+        """
         batch: dict[str, Any] = {
-            "key": [key for part in parts for key in part.keys],
-            "image": self._concatenate_images([of_part.image for of_part in buffers]),
+            "key": _chain([part.keys for part in parts], places),
+            "image": self._concatenate_images([of_part.image for of_part in buffers], places),
         }
         if parts[0].records:
-            batch["records"] = [record for part in parts for record in part.records]
+            batch["records"] = _chain([part.records for part in parts], places)
         for number, kind in enumerate(self.kinds):
-            batch[kind] = self._concatenate([part.tokens[number] for part in parts])
+            batch[kind] = self._concatenate([part.tokens[number] for part in parts], places)
         targets: dict[str, dict[str, torch.Tensor]] = {}
         start = 0
         for (teacher, what), dim in self.targets:
             vectors = [of_part.vectors[:, start : start + dim] for of_part in buffers]
-            targets.setdefault(teacher, {})[what] = self._concatenate(vectors)
+            targets.setdefault(teacher, {})[what] = self._concatenate(vectors, places)
             start += dim
         batch["targets"] = targets
         if self.online:
-            has_views = bool(buffers[0].view.numel())
-            view = self._concatenate_images([of_part.view for of_part in buffers]) if has_views else batch["image"]
+            views, view = [of_part.view for of_part in buffers], batch["image"]
+            if views[0].numel():
+                view = self._concatenate_images(views, places)
             batch["views"] = dict.fromkeys(self.online, view)
-            texts = [row for part in parts for row in part.texts]
+            texts = _chain([part.texts for part in parts], places)
             batch["texts"] = {kind: [row[number] for row in texts] for number, kind in enumerate(self.kinds)}
         return batch
 
-    def _concatenate_images(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
+    def _concatenate_images(self, images: Sequence[torch.Tensor], places: Ints | None) -> torch.Tensor:
         if self.pin:
-            return self._concatenate(images)
+            return self._concatenate(images, places)
         out = self._pool.array((sum(map(len, images)), *images[0].shape[1:]))
-        np.concatenate([image.numpy() for image in images], out=out)
-        return torch.from_numpy(out)
+        if places is None:
+            np.concatenate([image.numpy() for image in images], out=out)
+            return torch.from_numpy(out)
+        return _scatter(images, places, torch.from_numpy(out))
 
-    def _concatenate(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    def _concatenate(self, tensors: Sequence[torch.Tensor], places: Ints | None) -> torch.Tensor:
         shape = (sum(map(len, tensors)), *tensors[0].shape[1:])
-        return torch.cat(list(tensors), out=torch.empty(shape, dtype=tensors[0].dtype, pin_memory=self.pin))
+        out = torch.empty(shape, dtype=tensors[0].dtype, pin_memory=self.pin)
+        return torch.cat(list(tensors), out=out) if places is None else _scatter(tensors, places, out)
+
+
+def _scatter(tensors: Sequence[torch.Tensor], places: Ints, out: torch.Tensor) -> torch.Tensor:
+    """Copy the rows of tensors to their places in ``out``. NumPy does it at the speed of ``torch.cat``."""
+    start, rows = 0, out.numpy()
+    for tensor in tensors:
+        rows[places[start : start + len(tensor)]] = tensor.numpy()
+        start += len(tensor)
+    return out
+
+
+def _chain(lists: Iterable[Sequence[T]], places: Ints | None) -> list[T]:
+    """The items of lists, each at its place."""
+    items = [*itertools.chain.from_iterable(lists)]
+    return items if places is None else [items[row] for row in np.argsort(places).tolist()]

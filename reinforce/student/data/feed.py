@@ -21,6 +21,7 @@ from reinforce.dataset.augment.device_records import DEVICE_BACKEND
 from reinforce.errors import UserError
 from reinforce.processes.prefetch import prefetch
 from reinforce.processes.signals import exit_with_parent
+from reinforce.seeds import Ints
 from reinforce.settings import flatten
 from reinforce.student.config import Data
 from reinforce.student.data.assembly import Assembler
@@ -29,7 +30,7 @@ from reinforce.student.data.parts import Part, PartBuffers, PartMaker, Tokenize
 from reinforce.student.data.reader import Streamed
 from reinforce.student.data.stream import RankStream, StreamPlan
 from reinforce.training.distributed.ranks import share_from_first
-from reinforce.training.order import ORDER
+from reinforce.training.order import ORDER, places
 from reinforce.training.task import Batch, Reading
 from teachers.redact import redact
 
@@ -79,11 +80,20 @@ class StreamFeed:
         self._named: set[str] = set()
 
     def set_up(
-        self, ranks: int, batch: int, start: int, loaders: int, streams: int | None, order: int = ORDER
+        self,
+        ranks: int,
+        batch: int,
+        start: int,
+        loaders: int,
+        streams: int | None,
+        order: int = ORDER,
+        row_processes: int | None = None,
     ) -> Reading:
         """See ``reinforce.training.task.Feed`` and ``plan_reading``."""
         self._order = order
         reading = plan_reading(self._config, ranks, batch, start, loaders, streams)
+        if order < 3:
+            reading = _keep_order_of_rows(reading, ranks, start, row_processes)
         self._reading = replace(reading, files=self._files)
         return self._reading
 
@@ -119,10 +129,10 @@ class StreamFeed:
 
     def _read_here(self, stream: RankStream) -> Generator[_Assembled]:
         """Read in this process."""
-        stream.buffers = self._maker.allocate(1, 1, stream.batch)
-        for part in stream:
+        start, stream.buffers = stream.step, self._maker.allocate(1, 1, stream.batch)
+        for step, part in enumerate(stream, start):
             assert part.buffers is not None
-            yield self._assemble([part], [part.buffers])
+            yield self._assemble([part], [part.buffers], self._places(stream, step, 1))
 
     def _read_in_workers(self, stream: RankStream, processes: int) -> Generator[_Assembled]:
         """Read in loader processes, which make their parts in shared memory."""
@@ -151,15 +161,19 @@ class StreamFeed:
                     raise part
                 parts.append(part)
             filled = [buffers.select(p, step % depth, slice(len(part.keys))) for p, part in enumerate(parts)]
-            yield self._assemble(parts, filled)
+            yield self._assemble(parts, filled, self._places(stream, step, processes))
 
-    def _assemble(self, parts: Sequence[Part], buffers: Sequence[PartBuffers]) -> _Assembled:
+    def _places(self, stream: RankStream, step: int, processes: int) -> Ints | None:
+        row_processes = (self._reading and self._reading.row_processes) or 1
+        return places(stream.batch, step, stream.plan.streams // stream.ranks, processes, row_processes)
+
+    def _assemble(self, parts: Sequence[Part], buffers: Sequence[PartBuffers], rows: Ints | None) -> _Assembled:
         """Make a batch of the parts of all processes, and name the first rows that were replaced."""
         for line in itertools.chain.from_iterable(part.replaced for part in parts):
             if len(self._named) < _MOST_NAMED and line not in self._named:
                 self._named.add(line)
                 _LOG.warning("%s", line)
-        return self._assembler.assemble(parts, buffers), sum((part.unusable for part in parts), Counter())
+        return self._assembler.assemble(parts, buffers, rows), sum((part.unusable for part in parts), Counter())
 
 
 class StudentFeed(StreamFeed):
@@ -262,6 +276,19 @@ def plan_reading(data: Streams, ranks: int, batch: int, start: int, loaders: int
         if data.streams is None and streams % ranks:
             streams = ranks * workers
     return Reading(workers, _describe(workers), streams, _note(data, ranks, workers, streams, start, recorded))
+
+
+def _keep_order_of_rows(reading: Reading, ranks: int, start: int, recorded: int | None) -> Reading:
+    """The order of rows within a batch before version 3: by process, as many as ``recorded``, or else as read now."""
+    assert reading.streams is not None
+    row_processes, note, local = recorded or max(1, reading.loaders), reading.note, reading.streams // ranks
+    if start and recorded is None and any(local % count == 0 for count in range(2, local)):
+        note = note or (
+            "the checkpoint does not record its number of loader processes, on which the order of rows within a batch "
+            f"depends: from here on it is that of {row_processes}. If it was another one, resume once with this as "
+            "data.workers to continue exactly."
+        )
+    return replace(reading, row_processes=row_processes, note=note)
 
 
 def _largest_divisor(number: int, most: int) -> int:

@@ -39,8 +39,9 @@ class RankStream(IterableDataset[Part]):
     """Parts of one rank's batches of ``batch`` samples, beginning with a step.
 
     Each of n loader processes reads every n-th stream of the rank and makes one part per step, so n consecutive parts,
-    one from each process, are a batch. The only state is the number of the next step; a loader that saves the state of
-    its processes, such as torchdata's StatefulDataLoader, resumes exactly.
+    one from each process, are a batch; ``reinforce.training.order.places`` gives the order of its rows. The only state
+    is the number of the next step; a loader that saves the state of its processes, such as torchdata's
+    StatefulDataLoader, resumes exactly.
 
     With ``buffers`` [processes, depth, n], process p makes its part of step s in buffers (p, s mod depth).
     """

@@ -40,7 +40,8 @@ class Progress:
     epoch; ``model_config`` is that of the job, ``data`` that of the feed, ``files`` the hash of its files, and
     ``division`` the parts of a batch. Older checkpoints do not have these. ``skipped_last`` is the number of steps
     without an update since the last update, ``order`` the version of the order of samples, and ``part`` the samples of
-    a part that ``accumulate: auto`` has found.
+    a part that ``accumulate: auto`` has found. ``row_processes`` is the number of loader processes by which rows of a
+    batch are ordered, in versions of the order before 3.
     """
 
     step: int
@@ -56,6 +57,7 @@ class Progress:
     skipped_last: int = 0
     order: int = 1
     part: int | None = None
+    row_processes: int | None = None
 
     def after_step(self, seconds: float, skipped: bool) -> Progress:
         """The progress after one more step, of ``seconds``, which may have been ``skipped``."""
@@ -132,7 +134,7 @@ def _file_name(step: int) -> str:
 
 
 def _encode_header(progress: Progress) -> str:
-    names = ("streams", "samples", "model_config", "data", "division", "files", "part")
+    names = ("streams", "samples", "model_config", "data", "division", "files", "part", "row_processes")
     optional = {**{name: getattr(progress, name) for name in names}, "skipped_last": progress.skipped_last or None}
     optional["order"] = progress.order if progress.order > 1 else None
     fields = {
