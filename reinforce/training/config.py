@@ -104,7 +104,12 @@ class Checkpoints(Section):
     """When the state is saved; a killed training resumes from the last checkpoint, bit for bit."""
 
     every: int = Field(1000, ge=1, description="steps between checkpoints")
-    keep: int = Field(2, ge=1, description="number of latest checkpoints to keep, in addition to the best one")
+    keep: int = Field(
+        2,
+        ge=1,
+        description="number of latest checkpoints to keep, in addition to the best one; at least two are kept, the "
+        "one before in case that the last one is damaged",
+    )
 
 
 class Training(Section):

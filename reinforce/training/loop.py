@@ -49,7 +49,7 @@ from reinforce.training.record.profile import StepProfiler
 from reinforce.training.record.progress import Throughput, TimeLeft, format_row
 from reinforce.training.record.results import Results, read_results
 from reinforce.training.record.trackers import open_trackers
-from reinforce.training.saving.checkpoint import Checkpoints, Progress
+from reinforce.training.saving.checkpoint import Checkpoints, DamagedCheckpoint, Progress
 from reinforce.training.saving.resume import check_resumable, describe_differences
 from reinforce.training.saving.writer import CheckpointWriter
 from reinforce.training.state import State, check_skipped, make_average
@@ -151,12 +151,12 @@ class _Loop:
 
     def run(self) -> Results:
         check_output_is_shared(self.storage, self.ranks)
-        self._resume()
+        notes = self._resume()
         results = read_results(self.storage)
         finished = results is not None and results.steps == self.progress.step == self.steps
         if results is not None and finished and results.exported == self.evaluations.exported_step():
             return results
-        notes = [*self._set_up_reading(), *self.task.notes, *log_notes()]
+        notes = [*self._set_up_reading(), *notes, *self.task.notes, *log_notes()]
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.storage.space_errors())
             stack.enter_context(self.writer)
@@ -227,21 +227,42 @@ class _Loop:
 
     # -- checkpoints
 
-    def _resume(self) -> None:
-        """Load the last checkpoint, if any. Raises UserError if it does not fit the config or the model."""
-        latest = self.ranks.start_max(max(self.checkpoints.steps(), default=0))()
-        if not latest:
-            return
-        progress, tensors = self.checkpoints.load(latest)
+    def _resume(self) -> list[str]:
+        """Load the last whole checkpoint, if any; returns lines about it.
+
+        Raises UserError if none is whole, or if it does not fit the config or the model.
+        """
+        found, notes = self._load_latest()
+        if found is None:
+            return notes
+        progress, tensors = found
         check_resumable(progress, self.progress, self.steps, self.job.output)
         try:
             self.state.load(tensors)
         except (KeyError, RuntimeError) as error:
             raise UserError(
-                f"the checkpoint of step {latest:,} in {self.job.output} is of another model: {error}. Write to "
+                f"the checkpoint of step {progress.step:,} in {self.job.output} is of another model: {error}. Write to "
                 "another `output`, or resume with the versions of this program and of open_clip that wrote it."
             ) from error
         self.progress = replace(progress, model_config=self.job.model_config, data=self.progress.data)
+        return notes
+
+    def _load_latest(self) -> tuple[tuple[Progress, dict[str, torch.Tensor]] | None, list[str]]:
+        """The last checkpoint that every rank reads whole, and a line if it is not the last one."""
+        damage: list[str] = []
+        for step in reversed(self.ranks.run_on_first(self.checkpoints.steps)):
+            found = None
+            try:
+                found = self.checkpoints.load(step)
+            except DamagedCheckpoint as error:
+                damage.append(str(error))
+            if not self.ranks.start_max(found is None)():
+                return found, [f"{damage[0]}: resuming from the one of step {step:,}"] if damage else []
+            if found is not None:
+                damage.append(f"another rank finds the checkpoint of step {step:,} damaged")
+        if damage:
+            raise UserError(f"{damage[0]}, and no earlier one is left. Restore it, or delete the folder to start over.")
+        return None, []
 
     def _save(self, last: bool = False) -> None:
         def save() -> None:

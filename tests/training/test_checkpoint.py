@@ -17,7 +17,7 @@ from reinforce.dataset.files.store import Store
 from reinforce.errors import UserError
 from reinforce.training.distributed.ranks import Ranks
 from reinforce.training.loop import fit
-from reinforce.training.saving.checkpoint import BestCheckpoint, Checkpoints, Progress
+from reinforce.training.saving.checkpoint import BestCheckpoint, Checkpoints, DamagedCheckpoint, Progress
 from reinforce.training.saving.writer import CheckpointWriter
 from teachers.device.accelerator import Accelerator
 from tests.helpers.trainings import PairFeed, TowersTask, job
@@ -97,14 +97,28 @@ def test_the_header_format_stays_and_a_file_of_an_earlier_version_without_a_chec
     assert (found, tensors["model/w"].tolist()) == (progress, [1, 1])
 
 
-def test_the_latest_and_the_best_are_kept(tmp_path: Path) -> None:
-    made = checkpoints(tmp_path, keep=2)
+@pytest.mark.parametrize("keep", [1, 2])
+def test_the_latest_two_and_the_best_are_kept(tmp_path: Path, keep: int) -> None:
+    made = checkpoints(tmp_path, keep)
     for step, value in enumerate([0.1, 0.7, 0.3, 0.7, 0.2, 0.5], start=1):
         made.save(Progress(step, {}), {"model/w": torch.ones(1)})
         made.update_best(step, "top1", value)
     assert made.steps() == [2, 5, 6]
     assert made.best() == BestCheckpoint(2, "top1", 0.7)
     assert made.update_best(7, "recall", 0.1) == BestCheckpoint(7, "recall", 0.1), "another metric"
+
+
+def test_a_damaged_one_does_not_count_among_the_latest_and_is_deleted_unless_it_is_saved_again(tmp_path: Path) -> None:
+    made = checkpoints(tmp_path, keep=1)
+    for step in (1, 2, 3):
+        made.save(Progress(step, {}), {"model/w": torch.ones(1)})
+    (tmp_path / "checkpoints/step-000000003.safetensors").write_bytes(b"")
+    for saved, kept in ((4, [2, 4]), (3, [3, 4])):
+        with pytest.raises(DamagedCheckpoint):
+            made.load(3)
+        made.save(Progress(saved, {}), {"model/w": torch.ones(1)})
+        assert made.steps() == kept
+        Path(tmp_path, "checkpoints/step-000000003.safetensors").write_bytes(b"")
 
 
 def test_a_file_that_is_no_checkpoint_or_has_a_changed_bit_is_named(tmp_path: Path) -> None:
@@ -117,5 +131,16 @@ def test_a_file_that_is_no_checkpoint_or_has_a_changed_bit_is_named(tmp_path: Pa
     for number, damage in enumerate([b"", b"not safetensors", b"\x02\0\0\0\0\0\0\0{}", *changed]):
         path.write_bytes(damage)
         why = "checksum is wrong" if number > 2 else ""
-        with pytest.raises(UserError, match=rf"step-000000003.safetensors is not a checkpoint.*{why}.*Delete it"):
+        with pytest.raises(DamagedCheckpoint, match=rf"step-000000003.safetensors is not a whole checkpoint.*{why}"):
             made.load(3)
+
+
+def test_one_of_a_newer_version_is_not_a_damaged_one(tmp_path: Path) -> None:
+    made, path = checkpoints(tmp_path), tmp_path / "checkpoints/step-000000003.safetensors"
+    path.parent.mkdir()
+    header = {"version": 1, "step": 3, "course": {}, "seconds": 1.5, "skipped": 2}
+    for newer in ({"version": 2}, {"of_later": 1}):
+        save_file({"model/w": torch.ones(2)}, path, metadata={"reinforce.checkpoint": json.dumps({**header, **newer})})
+        with pytest.raises(UserError, match=r"was written by a newer version of this program\. Upgrade") as raised:
+            made.load(3)
+        assert not isinstance(raised.value, DamagedCheckpoint)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import resource
 import signal
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -112,6 +114,31 @@ def test_rows_after_the_last_checkpoint_are_replaced_and_other_data_are_reported
     shown = " ".join(capsys.readouterr().out.split())
     assert "divided into 1 rank x 4 parts now and was divided into 1 rank x 1 part at the last checkpoint" in shown
     assert "the files with the samples have changed since the last checkpoint, though not their number" in shown
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:-9], lambda content: content[:-9] + b"x" + content[-8:]])
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_with_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[bytes], bytes]
+) -> None:
+    run(job(tmp_path / "whole", checkpoints={"every": 4}))
+    parted = job(tmp_path / "parted", checkpoints={"every": 4, "keep": 1})
+    stopped_after(10, parted)
+    older, newest = sorted((tmp_path / "parted/checkpoints").iterdir())
+    assert [path.name for path in (older, newest)] == ["step-000000008.safetensors", "step-000000010.safetensors"]
+    newest.write_bytes(damage(newest.read_bytes()))
+    capsys.readouterr()
+    feed = PairFeed()
+    run(parted, feed)
+    assert feed.seen == [8, 9, 10, 11]
+    shown = " ".join(capsys.readouterr().out.split())
+    assert len(re.findall(rf"{newest} is not a whole checkpoint .*: resuming from the one of step 8 ", shown)) == 1
+    assert curve(tmp_path / "parted") == curve(tmp_path / "whole")
+    whole, again = state_at_the_end(tmp_path / "whole"), state_at_the_end(tmp_path / "parted")
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
+    for path in (tmp_path / "parted/checkpoints").iterdir():
+        path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UserError, match=r"step-000000012.safetensors is not a whole .*, and no earlier one is left"):
+        run(parted)
 
 
 def test_a_finished_training_returns_its_results_without_training_and_can_be_made_longer(tmp_path: Path) -> None:
@@ -293,6 +320,7 @@ def test_the_best_checkpoint_is_kept_in_addition_to_the_latest(tmp_path: Path) -
     assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == [
         "best.json",
         "step-000000006.safetensors",
+        "step-000000009.safetensors",
         "step-000000012.safetensors",
     ]
     assert results.best is not None

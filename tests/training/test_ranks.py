@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from reinforce.training.distributed.ranks import Ranks, join_ranks, share_from_f
 from reinforce.training.launch import launch
 from reinforce.training.loop import run_rank
 from reinforce.training.record import log
+from reinforce.training.saving.checkpoint import Checkpoints, DamagedCheckpoint
 from reinforce.training.stop import Stopped, StopSignal
 from reinforce.training.task import Batch, Feed, Task
 from teachers.device.accelerator import Accelerator
@@ -83,6 +85,21 @@ def hang(folder: Path, rank: int, ranks: Ranks) -> None:
     run_rank(lambda _: (TowersTask(), feed), job(folder / "hanging", batch=BATCH), ranks, StopSignal())
 
 
+@contextlib.contextmanager
+def damaged(step: int) -> Iterator[None]:
+    """The checkpoint of a step is damaged as this rank reads it."""
+    load = Checkpoints.load
+
+    def load_others(self: Checkpoints, found: int) -> Any:
+        if found == step:
+            raise DamagedCheckpoint("its file is not a whole checkpoint")
+        return load(self, found)
+
+    Checkpoints.load = load_others  # type: ignore[method-assign]
+    yield
+    Checkpoints.load = load  # type: ignore[method-assign]
+
+
 def work(rank: int, folder: str, port: int, port_of_hanging: int) -> None:
     """All the trainings of this file, one after the other, because processes take seconds to start."""
     under_torchrun(rank, RANKS, port)
@@ -122,6 +139,11 @@ def work(rank: int, folder: str, port: int, port_of_hanging: int) -> None:
         train("sharing", build=lambda _: (Sharing(norm=True), PairFeed()), steps=8, ema=0.9)
         train("failing share", build=lambda _: (FailingShare(), PairFeed()))
         train("poisoned", build=builder({"poisoned": range(4, 6)}))
+        train("torn", checkpoints={"every": 4})
+        feed = PairFeed()
+        with damaged(12) if rank == 1 else contextlib.nullcontext():
+            train("torn", build=lambda _: (TowersTask(), feed), checkpoints={"every": 4})
+        outcomes["torn"] = feed.seen
     under_torchrun(rank, RANKS, port_of_hanging)
     reports: list[str] = []
     try:
@@ -166,6 +188,11 @@ def test_all_ranks_stop_after_the_same_step_when_one_gets_a_signal(trained: Trai
     )
     assert all(torch.equal(stopped[name], tensor) for name, tensor in whole.items()), "bit for bit"
     assert curve(trained[0] / "stopped") == curve(trained[0] / "wide")
+
+
+def test_all_ranks_resume_from_the_checkpoint_before_one_that_a_rank_finds_damaged(trained: Trained) -> None:
+    assert [outcomes["torn"] for outcomes in trained[1]] == [[8, 9, 10, 11]] * RANKS
+    assert curve(trained[0] / "torn") == curve(trained[0] / "ranks")
 
 
 def test_ranks_share_what_rank_0_finds_its_errors_the_output_and_which_steps_are_skipped(trained: Trained) -> None:

@@ -14,7 +14,7 @@ from reinforce.training.distributed.ranks import Ranks
 from reinforce.training.job import Job
 from reinforce.training.record.log import Log
 from reinforce.training.record.results import Results
-from reinforce.training.saving.checkpoint import Progress
+from reinforce.training.saving.checkpoint import DamagedCheckpoint, Progress
 from reinforce.training.saving.writer import CheckpointWriter
 from reinforce.training.state import State
 from reinforce.training.stop import StopSignal
@@ -115,7 +115,10 @@ class Evaluations:
         self.writer.wait()
         exported = self.exported_step()
         if exported != self.steps:
-            self.state.load(self.checkpoints.load(exported)[1])
+            try:
+                self.state.load(self.checkpoints.load(exported)[1])
+            except DamagedCheckpoint as error:
+                raise UserError(f"{error}, and evaluate.export is best. Restore it, or set it to last.") from error
         with self.stop.interruptible(), self.storage.temporary_folder() as folder:
             self.task.export(self.state.final_model, folder)
             self.storage.put_folder(folder, self.job.export)

@@ -1,8 +1,8 @@
 """Checkpoints: one safetensors file each, with a JSON header for everything that is not a tensor. No pickle.
 
-A file appears whole or not at all, so every checkpoint that exists is complete, and a checksum finds later damage. The
-state of random generators is not stored: the random numbers of a step are seeded from the training's seed, the step and
-the rank.
+A file appears whole or not at all, so every checkpoint that exists is complete, and a checksum finds later damage: the
+training then goes on from the checkpoint before, which is kept for that. The state of random generators is not stored:
+the random numbers of a step are seeded from the training's seed, the step and the rank.
 """
 
 from __future__ import annotations
@@ -28,6 +28,12 @@ _BEST = "best.json"
 _HEADER, _CHECKSUM = "reinforce.checkpoint", "reinforce.checksum"
 _VERSION = 1
 _NAME = re.compile(r"step-(\d{9})\.safetensors")
+#: The latest checkpoints that are kept at least: the last one, and the one before in case that it is damaged.
+_LEAST_KEPT = 2
+
+
+class DamagedCheckpoint(UserError):
+    """A file that is no checkpoint, or no longer the one that was written."""
 
 
 @dataclass(frozen=True)
@@ -80,11 +86,15 @@ class BestCheckpoint:
 
 
 class Checkpoints:
-    """The checkpoints in one output folder; the latest ``keep`` and the best one are kept."""
+    """The checkpoints in one output folder; the latest ``keep``, at least two, and the best one are kept.
+
+    Damaged ones that were found by ``load`` do not count.
+    """
 
     def __init__(self, storage: Storage, keep: int) -> None:
         self._storage = storage
-        self._keep = keep
+        self._keep = max(keep, _LEAST_KEPT)
+        self._damaged: set[int] = set()
 
     def steps(self) -> list[int]:
         """Steps of the existing checkpoints, ascending. Costs one listing."""
@@ -100,10 +110,11 @@ class Checkpoints:
         metadata = {_HEADER: header, _CHECKSUM: _checksum(header, tensors)}
         with self._storage.new_file(FOLDER, _file_name(progress.step)) as path:
             save_file(dict(tensors), path, metadata=metadata)
-        best = self.best()
-        for step in self.steps()[: -self._keep]:
-            if best is None or step != best.step:
-                self._storage.fs.rm_file(self._storage.path(FOLDER, _file_name(step)))
+        self._damaged.discard(progress.step)
+        best, steps = self.best(), self.steps()
+        kept = [step for step in steps if step not in self._damaged][-self._keep :]
+        for step in {*steps} - {*kept, best.step if best else None}:
+            self._storage.fs.rm_file(self._storage.path(FOLDER, _file_name(step)))
 
     def best(self) -> BestCheckpoint | None:
         """The best of the evaluated steps, or None if no step was evaluated."""
@@ -119,12 +130,21 @@ class Checkpoints:
         return best
 
     def load(self, step: int) -> tuple[Progress, dict[str, torch.Tensor]]:
-        """Return a checkpoint's header and its tensors on the CPU. Raises UserError if the file is not a checkpoint."""
-        path = self._storage.path(FOLDER, _file_name(step))
+        """Return a checkpoint's header and its tensors on the CPU.
+
+        Raises DamagedCheckpoint, and UserError if it is of a newer version.
+        """
+        try:
+            return self._load(self._storage.path(FOLDER, _file_name(step)), _file_name(step))
+        except DamagedCheckpoint:
+            self._damaged.add(step)
+            raise
+
+    def _load(self, path: str, name: str) -> tuple[Progress, dict[str, torch.Tensor]]:
         if self._storage.local:
             return _read(path, path)
         with tempfile.TemporaryDirectory() as folder:
-            local = str(Path(folder, _file_name(step)))
+            local = str(Path(folder, name))
             self._storage.fs.get_file(path, local)
             return _read(local, path)
 
@@ -157,14 +177,12 @@ def _read(local: str, shown: str) -> tuple[Progress, dict[str, torch.Tensor]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if metadata.get(_CHECKSUM) not in (None, _checksum(metadata[_HEADER], tensors)):
             raise ValueError("its checksum is wrong, so it was damaged after it was written")
+        version, config = header.pop("version"), header.pop("course")
     except (SafetensorError, KeyError, ValueError) as error:
-        raise UserError(
-            f"{shown} is not a checkpoint of a training ({type(error).__name__}: {error}). "
-            "Delete it to resume from the previous checkpoint."
-        ) from error
-    if header.pop("version") > _VERSION:
+        raise DamagedCheckpoint(f"{shown} is not a whole checkpoint ({type(error).__name__}: {error})") from error
+    if version > _VERSION or not header.keys() <= Progress.__dataclass_fields__.keys():
         raise UserError(f"{shown} was written by a newer version of this program. Upgrade to resume from it.")
-    return Progress(fixed_config=header.pop("course"), **header), tensors
+    return Progress(fixed_config=config, **header), tensors
 
 
 def _checksum(header: str, tensors: Mapping[str, torch.Tensor]) -> str:
