@@ -50,7 +50,7 @@ from reinforce.training.record.progress import Throughput, TimeLeft, format_row
 from reinforce.training.record.results import Results, read_results
 from reinforce.training.record.trackers import open_trackers
 from reinforce.training.saving.checkpoint import Checkpoints, DamagedCheckpoint, Progress
-from reinforce.training.saving.resume import check_resumable, describe_differences
+from reinforce.training.saving.resume import check_resumable, describe_differences, describe_length
 from reinforce.training.saving.writer import CheckpointWriter
 from reinforce.training.state import State, check_skipped, make_average
 from reinforce.training.step import StepOutput, backpropagate
@@ -134,7 +134,7 @@ class _Loop:
         fixed = {**job.fixed_config}
         if fixed.get("train.compute.precision") == "auto":
             fixed["train.compute.precision"] = self.accelerator.precision
-        self.progress = Progress(0, fixed, model_config=job.model_config, data=feed.data, order=ORDER)
+        self.progress = Progress(0, fixed, model_config=job.model_config, data=feed.data, order=ORDER, steps=self.steps)
         model = self.accelerator.place(task.model).train()
         if self.training.compute.sync_batch_norm:
             synchronize_batch_norms(model, ranks)
@@ -244,7 +244,11 @@ class _Loop:
                 f"the checkpoint of step {progress.step:,} in {self.job.output} is of another model: {error}. Write to "
                 "another `output`, or resume with the versions of this program and of open_clip that wrote it."
             ) from error
-        self.progress = replace(progress, model_config=self.job.model_config, data=self.progress.data)
+        finished = read_results(self.storage)
+        if progress.steps is None and finished is not None and finished.steps == progress.step:
+            progress = replace(progress, steps=finished.steps)  # earlier versions did not record it
+        notes += describe_length(progress, self.steps, self.training.optimizer)
+        self.progress = replace(progress, model_config=self.job.model_config, data=self.progress.data, steps=self.steps)
         return notes
 
     def _load_latest(self) -> tuple[tuple[Progress, dict[str, torch.Tensor]] | None, list[str]]:

@@ -40,14 +40,14 @@ class DamagedCheckpoint(UserError):
 class Progress:
     """The header of a checkpoint: how far the training is, and which training it is.
 
-    ``step`` is the number of finished steps, ``skipped`` how many of them made no update, ``seconds`` the time spent
-    in steps. ``fixed_config`` is the part of the config that determines the training, by dotted keys. ``streams`` is
-    the number of streams that the feed reads, if the order of samples depends on one, and ``samples`` those of an
-    epoch; ``model_config`` is that of the job, ``data`` that of the feed, ``files`` the hash of its files, and
-    ``division`` the parts of a batch. Older checkpoints do not have these. ``skipped_last`` is the number of steps
-    without an update since the last update, ``order`` the version of the order of samples, and ``part`` the samples of
-    a part that ``accumulate: auto`` has found. ``row_processes`` is the number of loader processes by which rows of a
-    batch are ordered, in versions of the order before 3.
+    ``step`` is the number of finished steps, ``steps`` that of the whole training, ``skipped`` how many made no update,
+    ``seconds`` the time spent in steps. ``fixed_config`` is the part of the config that determines the training, by
+    dotted keys. ``streams`` is the number of streams that the feed reads, if the order of samples depends on one, and
+    ``samples`` those of an epoch; ``model_config`` is that of the job, ``data`` that of the feed, ``files`` the hash of
+    its files, and ``division`` the parts of a batch. Older checkpoints do not have these. ``skipped_last`` is the
+    number of steps without an update since the last update, ``order`` the version of the order of samples, and ``part``
+    the samples of a part that ``accumulate: auto`` has found. ``row_processes`` is the number of loader processes by
+    which rows of a batch are ordered, in versions of the order before 3.
     """
 
     step: int
@@ -64,6 +64,7 @@ class Progress:
     order: int = 1
     part: int | None = None
     row_processes: int | None = None
+    steps: int | None = None
 
     def after_step(self, seconds: float, skipped: bool) -> Progress:
         """The progress after one more step, of ``seconds``, which may have been ``skipped``."""
@@ -154,7 +155,7 @@ def _file_name(step: int) -> str:
 
 
 def _encode_header(progress: Progress) -> str:
-    names = ("streams", "samples", "model_config", "data", "division", "files", "part", "row_processes")
+    names = ("streams", "samples", "model_config", "data", "division", "files", "part", "row_processes", "steps")
     optional = {**{name: getattr(progress, name) for name in names}, "skipped_last": progress.skipped_last or None}
     optional["order"] = progress.order if progress.order > 1 else None
     fields = {

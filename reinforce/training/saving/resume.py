@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from reinforce.errors import UserError
-from reinforce.training.config import describe_changes
+from reinforce.training.config import Optimizer, describe_changes
+from reinforce.training.optimizer import learning_rate
 from reinforce.training.saving.checkpoint import Progress
 
 
@@ -33,6 +34,21 @@ def check_resumable(before: Progress, now: Progress, steps: int, output: str) ->
             f"{output} is already at step {before.step:,}, beyond the {steps:,} steps of this config. "
             "Raise train.steps (or epochs), or write to another `output`."
         )
+
+
+def describe_length(before: Progress, steps: int, optimizer: Optimizer) -> list[str]:
+    """A line if the last step of a checkpoint has another learning rate in a training of ``steps`` steps."""
+    if before.steps in (None, steps) or not before.step:
+        return []
+    last, same = (learning_rate(before.step - 1, length, optimizer) for length in (before.steps, steps))
+    if last == same:
+        return []
+    following = learning_rate(before.step, steps, optimizer)
+    return [
+        f"the training has {steps:,} steps now and had {before.steps:,} at the last checkpoint, so its learning rate "
+        f"decays otherwise: it was {last:.3g} in step {before.step:,} and is {following:.3g} in the next one. What "
+        "else depends on the length, such as student.quantize_share, follows the new one, too"
+    ]
 
 
 def describe_differences(before: Progress, now: Progress) -> list[str]:
