@@ -83,8 +83,8 @@ class Compute(Section):
     )
     sync_batch_norm: bool = Field(
         False,
-        description="batch normalisations take their statistics over all ranks, on accelerators; each of the "
-        "`accumulate` parts still has its own",
+        description="batch normalisations take their statistics over all ranks; each of the `accumulate` parts still "
+        "has its own",
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations instead of storing them")
     compile: bool = Field(False, description="torch.compile the model")

@@ -32,12 +32,8 @@ from reinforce.storage import Storage
 from reinforce.terminal import Screen, plural
 from reinforce.training.batches import Prefetcher
 from reinforce.training.distributed import gather
-from reinforce.training.distributed.ranks import (
-    Ranks,
-    check_output_is_shared,
-    synchronize_batch_norms,
-    wrap_ddp,
-)
+from reinforce.training.distributed.batch_norms import synchronize_batch_norms
+from reinforce.training.distributed.ranks import Ranks, check_output_is_shared, wrap_ddp
 from reinforce.training.division import fewest_parts, flops_of_sample
 from reinforce.training.job import Job, total_steps
 from reinforce.training.optimizer import learning_rate, make_adamw

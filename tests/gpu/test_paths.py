@@ -26,7 +26,8 @@ from reinforce.student.train import train
 from reinforce.training import loop
 from reinforce.training.batches import Prefetcher
 from reinforce.training.distributed import gather
-from reinforce.training.distributed.ranks import Ranks, synchronize_batch_norms
+from reinforce.training.distributed.batch_norms import _Shared, synchronize_batch_norms
+from reinforce.training.distributed.ranks import Ranks
 from reinforce.training.division import fewest_parts
 from reinforce.training.loop import fit
 from reinforce.training.state import State
@@ -218,21 +219,21 @@ def test_ranks_divide_alike_and_wait_for_none_in_a_trial(monkeypatch: pytest.Mon
         assert all(parameter.grad is None for parameter in task.model.parameters())
 
 
-def test_shared_batch_statistics_keep_weights_and_activations_and_need_accelerators(tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_shared_batch_statistics_keep_weights_and_activations(tmp_path: Path, device: str) -> None:
     student = built(student_folder(tmp_path, "mobileclip"))
     one, two = Ranks(0, 1, Accelerator("cpu")), Ranks(0, 2, Accelerator("cpu"))
     with torch.no_grad():
         expected = copy.deepcopy(student)(batch_for(student)).features["image"]
     synchronize_batch_norms(student, one)
-    assert not any(isinstance(module, torch.nn.SyncBatchNorm) for module in student.modules())
-    with pytest.raises(UserError, match=r"train.compute.sync_batch_norm needs accelerators.*Set it to false"):
-        synchronize_batch_norms(student, two)
+    layer = torch.nn.SyncBatchNorm if device == "cuda" else _Shared
+    assert not any(isinstance(module, layer) for module in student.modules())
     parameters = [id(parameter) for parameter in student.parameters()]
     with stand_in_cuda():
-        synchronize_batch_norms(student, replace(two, accelerator=Accelerator("cuda")))
+        synchronize_batch_norms(student, replace(two, accelerator=Accelerator(device)))
     norms = [module for module in student.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
     assert norms
-    assert all(isinstance(module, torch.nn.SyncBatchNorm) for module in norms)
+    assert all(isinstance(module, layer) for module in norms)
     assert [id(parameter) for parameter in student.parameters()] == parameters
     with torch.no_grad():  # without a process group, of the samples of this rank
         torch.testing.assert_close(student(batch_for(student)).features["image"], expected)

@@ -139,6 +139,9 @@ def work(rank: int, folder: str, port: int, port_of_hanging: int) -> None:
         train("sharing", build=lambda _: (Sharing(norm=True), PairFeed()), steps=8, ema=0.9)
         train("failing share", build=lambda _: (FailingShare(), PairFeed()))
         train("poisoned", build=builder({"poisoned": range(4, 6)}))
+        for parts in (1, 4):
+            shared = {"accumulate": parts, "sync_batch_norm": True}
+            train(f"shared statistics {parts}", build=builder(norm=True), steps=8, compute=shared)
         train("torn", checkpoints={"every": 4})
         feed = PairFeed()
         with damaged(12) if rank == 1 else contextlib.nullcontext():
@@ -178,6 +181,21 @@ def test_several_ranks_have_the_curve_of_one_also_with_gradient_accumulation(
     assert len(metrics[0]) == 2
     for ours, theirs in zip(*metrics, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3)
+
+
+def test_ranks_that_share_batch_statistics_have_the_curve_and_the_statistics_of_one(
+    trained: Trained, tmp_path: Path
+) -> None:
+    launch(builder(norm=True), job(tmp_path, batch=BATCH, steps=8))
+    np.testing.assert_allclose(curve(trained[0] / "shared statistics 1"), curve(tmp_path), rtol=2e-4)
+    one, shared = (
+        load_file(output / "checkpoints/step-000000008.safetensors")
+        for output in (tmp_path, trained[0] / "shared statistics 1")
+    )
+    assert shared.keys() == one.keys()
+    for name in ("running_var", "num_batches_tracked"):  # Adam moves the mean, on which no loss depends, by rounding
+        torch.testing.assert_close(shared[f"model/left.1.{name}"], one[f"model/left.1.{name}"], rtol=1e-3, atol=1e-4)
+    assert [outcomes["shared statistics 4"] for outcomes in trained[1]] == [8] * RANKS
 
 
 def test_all_ranks_stop_after_the_same_step_when_one_gets_a_signal(trained: Trained) -> None:

@@ -242,22 +242,6 @@ def under_torchrun() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def synchronize_batch_norms(model: torch.nn.Module, ranks: Ranks) -> None:
-    """Let batch normalisations inside ``model`` take their statistics over all ranks, with the same weights.
-
-    Raises UserError for several ranks on CPUs, for which torch does not have it.
-    """
-    if ranks.size == 1:
-        return
-    if ranks.accelerator.device.type == "cpu":
-        raise UserError(
-            "train.compute.sync_batch_norm needs accelerators: torch has it for them only. Set it to false."
-        )
-    from timm.layers import convert_sync_batchnorm  # torch's own drops the activation of timm's layers
-
-    convert_sync_batchnorm(model)
-
-
 def check_output_is_shared(storage: Storage, ranks: Ranks) -> None:
     """Raise UserError if a rank does not see what rank 0 writes to the output."""
     if ranks.size == 1:
