@@ -277,7 +277,7 @@ def _column_names(footer: pq.FileMetaData) -> list[str]:
     except (pa.ArrowException, UnicodeDecodeError) as error:
         raise RefusedFile(f"its schema cannot be read: {error}") from error
     newer = _is_newer(footer)
-    if not newer and any(found.equals(known) for known in _accepted_schemas):
+    if not newer and any(found.equals(known) for known in tuple(_accepted_schemas)):  # other threads append
         return names
     if len({*names}) < len(names):
         raise RefusedFile("two of its columns have one name")
