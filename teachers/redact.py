@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 from urllib.parse import parse_qsl, quote, unquote
 
@@ -13,7 +13,12 @@ REDACTED = "(secret)"
 #: Schemes in which the part before the ``@`` is a container or a repository, not a user.
 CONTAINER_SCHEMES = frozenset({"abfs", "abfss", "wasb", "wasbs", "github"})
 _MIN_SECRET_CHARS = 6  # a shorter one would match ordinary words
-_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^\s'\"<>\\]*)")
+_CUT_CHARS = 20_000  # of a text that is cut before it is redacted
+_DELIMITERS = r"\s'\"<>\\"  # end a URL in a text
+#: What is before a scheme, the scheme, and the rest. A run of word characters is scanned from its beginning alone.
+_URL = re.compile(rf"(?<![A-Za-z0-9+.-])([0-9+.-]*)([A-Za-z][A-Za-z0-9+.-]*)://([^{_DELIMITERS}]*)")
+_FIRST_WORD = re.compile(rf"[^{_DELIMITERS}]*")
+_TO_LAST_WORD = re.compile(rf"(?:.*[{_DELIMITERS}])?", re.DOTALL)
 _SECRET_NAME = re.compile(
     r"(.*_)?(password|passwd|passphrase|pwd|secrets?|credentials?|authorization|connection_string)"
     r"|((.*_)?(hf|hub|auth|api|access|bearer|session|security|refresh|sas|github|gitlab|secret|private)_)?token"
@@ -46,18 +51,19 @@ def redact_values(value: Any) -> Any:
         }
     if isinstance(value, (list, tuple)):
         return [redact_values(inner) for inner in value]
-    return _URL.sub(_without_signature, value) if isinstance(value, str) else value
+    return _replace_urls(value, _without_signature) if isinstance(value, str) else value
 
 
 def redact(text: str) -> str:
-    """Remove user, password, query and fragment from the URLs in a text."""
-    return _URL.sub(lambda url: f"{url[1]}://{_without_user(url[1], re.split('[?#]', url[2])[0])}", text)
+    """Remove user, password, query and fragment from the URLs in a text, in time linear in its length."""
+    return _replace_urls(text, lambda scheme, rest: _without_user(scheme, re.split("[?#]", rest, maxsplit=1)[0]))
 
 
 class Redactor:
     """Removes the secrets of a config and of the environment from messages, events and quarantine details.
 
-    Its time for a text does not depend on the number of secrets: 10,000 presigned URLs have 100,000 spellings of them.
+    Its time for a text is linear in the length of the text, and does not depend on the number of secrets: 10,000
+    presigned URLs have 100,000 spellings of them.
     """
 
     def __init__(self, values: Any) -> None:
@@ -68,30 +74,63 @@ class Redactor:
         for secret in self._secrets:
             lengths.setdefault(secret[:_MIN_SECRET_CHARS], set()).add(len(secret))
         self._lengths = {start: sorted(found, reverse=True) for start, found in lengths.items()}  # by their beginnings
+        self._longest = max(map(len, self._secrets), default=0)
 
     def __call__(self, text: str) -> str:
-        parts, end = [], 0  # what lies before ``end`` is in ``parts``
-        for place in range(len(text) - _MIN_SECRET_CHARS + 1 if self._secrets else 0):
+        return redact(self._without_secrets(text, 0, len(text)))
+
+    def cut(self, text: str, characters: int = _CUT_CHARS) -> str:
+        """Redact a text, of one with more ``characters`` its beginning and its end.
+
+        The time does not depend on the length of the text. A secret that a cut divides is removed, and so are a URL at
+        the end of the beginning, apart from its scheme, and the word at the beginning of the end.
+        """
+        if len(text) <= characters:
+            return self(text)
+        half = characters // 2
+        head, tail = self._without_secrets(text, 0, half), self._without_secrets(text, len(text) - half, len(text))
+        last = _first_match(_TO_LAST_WORD, head)
+        before, scheme_end, _ = head[last:].partition("://")
+        return f"{redact(head[:last] + before)}{scheme_end} ... {redact(tail[_first_match(_FIRST_WORD, tail) :])}"
+
+    def _without_secrets(self, text: str, start: int, stop: int) -> str:
+        """The text from ``start`` to ``stop`` without secrets, also those that only end or only begin in it."""
+        parts, end = [], start  # what lies before ``end`` is in ``parts``
+        first, last = max(0, start - self._longest), min(stop, len(text) - _MIN_SECRET_CHARS + 1)
+        for place in range(first, last) if self._secrets else ():
             lengths = self._lengths.get(text[place : place + _MIN_SECRET_CHARS])
             if lengths is None:
                 continue
-            stop = next((place + n for n in lengths if text[place : place + n] in self._secrets), 0)
-            if stop <= end:
+            secret_end = next((place + n for n in lengths if text[place : place + n] in self._secrets), 0)
+            if secret_end <= end:
                 continue  # no secret, or one within the last one
             if place >= end:
                 parts += [text[end:place], REDACTED]
-            end = stop  # a secret that begins within the last one is removed with it
-        return redact("".join([*parts, text[end:]]))
+            end = secret_end  # a secret that begins within the last one is removed with it
+        return "".join([*parts, text[end:stop]])
 
 
 def _is_secret_option(name: Any, value: Any) -> bool:
     return isinstance(name, str) and is_secret(name) and not isinstance(value, (bool, int, float, type(None)))
 
 
-def _without_signature(url: re.Match[str]) -> str:
-    address, mark, query = url[2].partition("?")
+def _replace_urls(text: str, replace: Callable[[str, str], str]) -> str:
+    """Replace what follows the ``://`` of each URL; ``replace`` takes the scheme and what follows."""
+    if "://" not in text:
+        return text
+    return _URL.sub(lambda url: f"{url[1]}{url[2]}://{replace(url[2], url[3])}", text)
+
+
+def _first_match(pattern: re.Pattern[str], text: str) -> int:
+    """The end of a match at the beginning of a text; the pattern matches every text."""
+    found = pattern.match(text)
+    return found.end() if found else 0
+
+
+def _without_signature(scheme: str, rest: str) -> str:
+    address, mark, query = rest.partition("?")
     signed = any(_SECRET_PARAMETER.search(name) for name, _ in parse_qsl(query, keep_blank_values=True))
-    return f"{url[1]}://{_without_user(url[1], address)}" + ("" if signed else mark + query)
+    return _without_user(scheme, address) + ("" if signed else mark + query)
 
 
 def _without_user(scheme: str, address: str) -> str:
@@ -116,9 +155,9 @@ def _secrets_in(value: Any, hidden: bool = False) -> Iterator[str]:
 
 def _secrets_in_urls(text: str) -> Iterable[str]:
     for url in _URL.finditer(text):
-        address, _, query = url[2].partition("?")
+        address, _, query = url[3].partition("?")
         user, at, _ = address.partition("/")[0].rpartition("@")
-        if at and url[1].lower() not in CONTAINER_SCHEMES:
+        if at and url[2].lower() not in CONTAINER_SCHEMES:
             yield user
             yield from user.split(":", 1)[1:]
         yield from (value for name, value in parse_qsl(query) if _SECRET_PARAMETER.search(name))

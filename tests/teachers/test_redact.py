@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
+import time
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from teachers.redact import REDACTED, Redactor, is_secret, redact, redact_values
@@ -88,6 +90,60 @@ def test_secrets_that_overlap_or_contain_each_other_leave_nothing_of_themselves(
     assert redact_text("x abcdefghijkl y") == f"x {REDACTED} y"
     assert redact_text("abcdefghabcdefghij") == REDACTED * 2
     assert redact_text("abcdefg efghijkl") == f"abcdefg {REDACTED}"
+
+
+#: What a URL in a text is, by a pattern whose time is quadratic.
+PLAIN_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^\s'\"<>\\]*)")
+
+
+@given(st.lists(st.sampled_from([*"aZ1+.-:/@?#&= '\"<>\\\n", "\u00e9", "://", "s3", "sig=x", "abfs"])).map("".join))
+@example("1://a://b")
+@example("-1.a+://u:p@h/x?token=1#2 .b://c@d")
+def test_urls_are_found_wherever_the_plain_pattern_finds_them(text: str) -> None:
+    def shown(url: re.Match[str]) -> str:
+        authority, slash, path = re.split("[?#]", url[2])[0].partition("/")
+        return f"{url[1]}://{authority if url[1] == 'abfs' else authority.rpartition('@')[2]}{slash}{path}"
+
+    assert redact(text) == PLAIN_URL.sub(shown, text)
+    found = {secret for url in PLAIN_URL.finditer(text) if (secret := redact_values(url[0])) != url[0]}
+    assert (redact_values(text) != text) == bool(found)
+
+
+@pytest.mark.parametrize("unit", ["a", "1", "a1.", "://", "ab ", "http://u:p@h/?a=b "])
+@pytest.mark.parametrize("function", [redact, redact_values, Redactor({"token": "abcdefgh"})])
+def test_the_work_grows_linearly_with_a_text(function: Callable[[str], str], unit: str) -> None:
+    def seconds(characters: int) -> float:
+        text = f"https://host/ {unit * (characters // len(unit))}"
+        begins = [(time.process_time(), function(text), time.process_time()) for _ in range(5)]
+        return min(end - begin for begin, _, end in begins)
+
+    assert seconds(16_000) < 20 * seconds(2_000) + 0.01, "8 times if linear, 64 times if quadratic"
+
+
+SECRETS = st.text("ABCDEF", min_size=8, max_size=30)
+
+
+@given(SECRETS, SECRETS, st.lists(st.sampled_from(["x", "xyz", " ", "\n", "1", "{0}", "s3://{1}:{0}@h/p?sig={1}#{0}"])))
+def test_a_text_that_is_cut_has_its_beginning_and_its_end_and_no_part_of_a_secret(
+    user: str, password: str, parts: list[str]
+) -> None:
+    redactor = Redactor({"token": password, "source": f"s3://{user}:{password}@h/p?sig={user}"})
+    text = "".join(parts).format(password, user)
+    for characters in (10, 31, 64):
+        shown = redactor.cut(text, characters)
+        assert not re.search("[ABCDEF]", shown)
+        if len(text) <= characters:
+            assert shown == redactor(text)
+    unknown = Redactor({}).cut(text.replace(password, "x").replace(user, "x"), 40)
+    assert "s3://x" not in unknown, "the user of a URL that is cut"
+
+
+def test_the_work_for_a_text_that_is_cut_does_not_depend_on_its_length() -> None:
+    redactor = Redactor({"token": "abcdefgh"})
+    short, long = ("b" * length + " in file.py" for length in (30_000, 3_000_000))
+    assert _calls(redactor.cut, long) <= _calls(redactor.cut, short)
+    assert redactor.cut(long).startswith("b" * 10_000)
+    assert redactor.cut(long).endswith(" ...  in file.py")
 
 
 def _calls(function: Callable[[str], str], text: str) -> int:

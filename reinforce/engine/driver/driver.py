@@ -94,7 +94,7 @@ class Driver:
                 self._loop(start, stop)
             self._check_committed()
         except BaseException as error:
-            ending = ending_of(error, self.redact)
+            ending = ending_of(error, self.redact.cut)
             raise
         finally:
             seconds, alive = time.monotonic() - start, self.pool.alive(time.monotonic())
@@ -305,7 +305,7 @@ class Driver:
         if not isinstance(error, UserError):
             self.lifecycle.record_failure(slot, shard, error)
         decision = self.policy.lease_raised(shard, error, time.monotonic())
-        text = self.redact(error_text(error))
+        text = self.redact.cut(error_text(error))
         self.events.add("shard_raised", shard=shard.name, attempt=decision.attempt, error=shorten(text, 2000))
         shown = shorten(text, 1000)
         of = "" if isinstance(error, StorageFailure) else f" of {self.config.failures.attempts}"
@@ -335,7 +335,7 @@ class Driver:
 
     def _quarantine(self, decision: Quarantine) -> None:
         name, layer, reason = decision.shard.name, decision.layer, decision.reason
-        detail = shorten(self.redact(decision.detail), 2000)
+        detail = shorten(self.redact.cut(decision.detail), 2000)
         self.store.quarantine(layer, name, [(None, reason, detail)])
         self.events.add("shard_quarantined", shard=name, layer=layer, reason=reason.value, detail=detail)
         cause = f"{reason.value}: {shorten(detail, 300)}"

@@ -70,7 +70,7 @@ class WorkerLifecycle:
 
     def record_failure(self, slot: Slot, shard: PendingShard, error: Exception) -> None:
         """Record that a lease raised, and replace or pause its worker if that is the cause."""
-        text = shorten(self._state.redact(error_text(error)), 500)
+        text = shorten(self._state.redact.cut(error_text(error)), 500)
         now, workers = time.monotonic(), len(self._pool.slots)
         match self._policy.worker_failed(slot.id, shard.name, error, text, now, workers):
             case ReplaceWorker(_, reason):

@@ -148,7 +148,7 @@ def check_class(target: str, options: dict[str, Any], kind: Kind | None = None) 
         else:
             checked = teacher_spec(**spec) if (kind or _kind_of(cls)) == "teacher" else captioner_spec(**spec)
     except ValueError as error:
-        raise UserError(redact(f"{error}{user_frames(error)}")) from error
+        raise UserError(redact.cut(f"{error}{user_frames(error)}")) from error
     set_flags("auto")
     device = Accelerator().device.type
     Screen().log(f"{describe_share(torch.get_num_threads(), 0)}, batches of {_CLASS_BATCH}, device {device}")
@@ -182,9 +182,9 @@ def _check_model(report: Report, redact: Redactor, name: str, spec: _Spec, devic
         if getattr(spec, "precision", None) == "fp8":
             report.notes.append(f"{name}: each worker of a run compares fp8 with bf16 on its first crops")
     except UserError as error:
-        report.errors.append(redact(str(error)))
+        report.errors.append(redact.cut(str(error)))
     except Exception as error:  # a model may raise anything
-        report.errors.append(redact(f"{error}{user_frames(error)}"))
+        report.errors.append(redact.cut(f"{error}{user_frames(error)}"))
 
 
 def _measure_images(models: Models, name: str, spec: TeacherSpec, batch: int) -> Measurement:

@@ -138,7 +138,7 @@ class ShardProcess:
             busy=self.counters.busy,
             bytes=size,
             cleaned={captioner: dict(+counts) for captioner, counts in self.refusals.cleaned.items()},
-            examples=self.refusals.examples(self.redact),
+            examples=self.refusals.examples(self.redact.cut),
             source_note=self.source_note,
             record=None if reason else ShardRecord(self.shard.name, self.keys, self.source_record),
             files={} if reason else {name: FileEntry(one.bytes, tuple(one.groups)) for name, one in writers.items()},
@@ -275,7 +275,7 @@ class ShardProcess:
         Before samples that were missing, stored layers that do not fit them are set aside; returns these.
         """
         with self.watch.stage(WRITING, "quarantine"):
-            self.refusals.write(self.store, self.shard.name, self.redact)
+            self.refusals.write(self.store, self.shard.name, self.redact.cut)
             for layer in {*self.shard.quarantined} & self.layers.keys() - self.refusals.layers:
                 self.store.forget_quarantine(layer, self.shard.name)
         if self.refusals.shard_reason is not None:
