@@ -103,7 +103,7 @@ def _errors_naming(what: str) -> Iterator[None]:
         raise OSError(f"{what}: {error}") from error
     except ValueError as error:
         raise ValueError(f"{what}: {error}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise RuntimeError(f"{what}: {type(error).__name__}: {error}") from error
 
 

@@ -8,6 +8,7 @@ import errno
 import os
 import resource
 import signal
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -85,8 +86,8 @@ class TextOnly:
 class FailingTeacher(ColorTeacher):
     """Fails when a text of the batch contains ``trigger``.
 
-    ``failure`` is raise, nan, hang, kill, segfault or memory. With ``once`` it fails a single time: it creates this
-    file and does not fail while the file exists. With ``until`` it fails until this file exists.
+    ``failure`` is raise, exit, nan, hang, kill, segfault or memory. With ``once`` it fails a single time: it creates
+    this file and does not fail while the file exists. With ``until`` it fails until this file exists.
     """
 
     def __init__(
@@ -104,6 +105,8 @@ class FailingTeacher(ColorTeacher):
                     pass
             if self.failure == "raise":
                 raise RuntimeError(f"cannot encode {self.trigger}")
+            if self.failure == "exit":
+                sys.exit(f"cannot encode {self.trigger}")
             if self.failure == "hang":
                 ctypes.PyDLL(None).sleep(3600)  # in C, holding the interpreter lock
             if self.failure == "kill":

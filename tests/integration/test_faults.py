@@ -183,6 +183,7 @@ def test_single_failures_leave_no_trace_and_lasting_ones_cost_a_shard_or_the_lay
         "dies": {"trigger": "thing 3 of shard 1", "failure": "kill", "once": str(tmp_path / "died")},
         "faults": {"trigger": "thing 7 of shard 2", "failure": "segfault", "until": str(repaired)},
         "ill": {"trigger": "of shard 3", "failure": "raise", "until": str(repaired)},
+        "exits": {"trigger": "of shard 4", "failure": "exit", "until": str(repaired)},
     }
     teachers = {
         name: {"class": "tests.helpers.models:FailingTeacher", "options": options} for name, options in failing.items()
@@ -190,24 +191,27 @@ def test_single_failures_leave_no_trace_and_lasting_ones_cost_a_shard_or_the_lay
     failures = {"attempts": 2, "allowed_share": 1.0}
     config = config_of(source, out, captioners={}, teachers=teachers, failures=failures)
     summary = reinforce.run(config)
-    assert (summary.status, summary.quarantined_shards, summary.shards, summary.samples) == (0, 2, 5, 40)
+    assert (summary.status, summary.quarantined_shards, summary.shards, summary.samples) == (0, 3, 5, 40)
     assert (tmp_path / "raised").exists()
     assert (tmp_path / "died").exists()
     raised = Counter(event["shard"].partition("-")[0] for event in events_of(out, "shard_raised"))
-    assert raised.keys() <= {"00000", "00003"}
+    assert raised.keys() <= {"00000", "00003", "00004"}
     assert raised["00000"] <= 1, "none if its worker dies of another shard at that moment"
     assert len(events_of(out, "worker_died")) >= 1 + 2, "one that died once, one that died alone twice"
-    bad, ill = (shard_name(f"{tmp_path}/source/{number}.tar") for number in ("00002", "00003"))
+    bad, ill, exits = (shard_name(f"{tmp_path}/source/{number}.tar") for number in ("00002", "00003", "00004"))
     assert {(event["shard"], event["layer"], event["reason"]) for event in events_of(out, "shard_quarantined")} == {
         (bad, "samples", "shard_crashed"), (ill, "embeddings/ill/caption", "shard_failed"),
+        (exits, "embeddings/exits/caption", "shard_failed"),
     }  # fmt: skip
     repaired.touch()
     there, whole = tree(out), tree(fresh_dataset({**config, "output": str(tmp_path / "whole")}))
     assert there.keys() - whole.keys() == {
         f"quarantine/samples/{bad}.parquet", f"quarantine/embeddings/ill/caption/{ill}.parquet",
+        f"quarantine/embeddings/exits/caption/{exits}.parquet",
     }  # fmt: skip
     assert {name for name in whole.keys() - there.keys() if bad not in name} == {
-        f"embeddings/ill/caption/{ill}.parquet"
+        f"embeddings/ill/caption/{ill}.parquet",
+        f"embeddings/exits/caption/{exits}.parquet",
     }
     assert all(there[name] == data for name, data in whole.items() if name in there)
     with local_ray():

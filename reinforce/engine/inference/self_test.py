@@ -170,7 +170,7 @@ def check_captioner(models: Models, name: str, count: int, batch: int | None = N
                 f"images get other captions in a batch, {together!r}, than alone, {alone!r}; caption (b, n) must "
                 "depend on image b and seeds[b, n] alone"
             )
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _failed(name, "captions", captioner, error, batch) from error
 
 
@@ -211,7 +211,7 @@ def check_scorer(
             raise ValueError("the same batch gives other scores the second time; remove what is random")
         if (np.abs(first - alone[rows]) > allowed).any():
             raise ValueError("samples get other scores in a batch than alone; keep the order of the rows")
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _failed(f"scores.{name}", "scores", models.scorers[name], error, batch) from error
 
 
@@ -292,7 +292,7 @@ def _check_encoder(
             _check_different(together, kind, tolerance)
             alone = [encode([row]) for row in everything]
         _check_independent(together, np.concatenate([_embeddings(one) for one in alone])[rows], tolerance)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _failed(name, kind, models.teachers[name], error, batch) from error
     norms: Floats = np.linalg.norm(together, axis=1)
     return norms
@@ -349,7 +349,7 @@ def probe_images(models: Models, spec: ImageSpec | None, rows: Sequence[int]) ->
     return to_pixels(models.accelerator.put(np.ascontiguousarray(colors[:, y][:, :, x])), spec)
 
 
-def _failed(name: str, kind: str, model: Any, error: Exception, batch: int | None) -> UserError:
+def _failed(name: str, kind: str, model: Any, error: BaseException, batch: int | None) -> UserError:
     frames = user_frames(error)
     text = str(error) if isinstance(error, ValueError) and not frames else f"{type(error).__name__}: {error}{frames}"
     training = _networks_in_training(model)

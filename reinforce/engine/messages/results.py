@@ -107,14 +107,15 @@ class LayerFailure(RuntimeError):
 def raising_layer_failure(layer: str) -> Iterator[None]:
     """Turn an error of a layer's model into a LayerFailure with the frames of the user's code.
 
-    Only the layers of this model are quarantined for it. Raises UserError if a server did not answer, since no shard is
+    Only the layers of this model are quarantined for it, also where it raised KeyboardInterrupt or SystemExit: models
+    run in threads of a worker, which no signal reaches. Raises UserError if a server did not answer, since no shard is
     the cause.
     """
     try:
         yield
     except ServerUnavailable as error:
         raise UserError(f"{layer}: {error}") from error
-    except Exception as error:
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
         raise LayerFailure(layer, error_with_frames(error)) from error
 
 

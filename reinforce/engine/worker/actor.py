@@ -77,9 +77,9 @@ class Worker:
         """Load and test the models of the layers in ``needed``. Raises LoadFailure if one does not work."""
         try:
             return self._load()
-        except Exception as error:
+        except (Exception, KeyboardInterrupt, SystemExit) as error:  # a model may raise anything
             text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            raise LoadFailure(tuple(self._id()), self.redact(text), isinstance(error, UserError)) from None
+            raise LoadFailure(tuple(self._id()), self.redact.cut(text), isinstance(error, UserError)) from None
 
     def _id(self) -> WorkerId:
         node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""  # asking would start Ray
@@ -142,12 +142,12 @@ class Worker:
         except UserError:
             raise
         except LayerFailure as error:
-            raise LayerFailure(error.layer, self.redact(str(error.args[1]))) from None
+            raise LayerFailure(error.layer, self.redact.cut(str(error.args[1]))) from None
         except Exception as error:
             if is_storage_error(error) and not (self.store.local and is_local(shard.url)):
                 raise self._storage_failure(shard, error, f"{type(error).__name__}: {error}") from None
             worker_at_fault = isinstance(error, (RuntimeError, MemoryError))  # storage drivers raise neither
-            raise ShardFailure(self.redact(f"{type(error).__name__}: {error}"), worker_at_fault) from None
+            raise ShardFailure(self.redact.cut(f"{type(error).__name__}: {error}"), worker_at_fault) from None
 
     def _storage_failure(self, shard: PendingShard, error: Exception, text: str) -> StorageFailure:
         """The failure that the driver receives. The next lease takes the credentials that are in force then."""
@@ -159,7 +159,7 @@ class Worker:
         elif isinstance(error, (FileNotFoundError, PermissionError)):
             reason = Reason.SHARD_FAILED.value
         missing = isinstance(error, FileNotFoundError) or reason == Reason.SHARD_MISSING.value
-        return StorageFailure(self.redact(text), False, reason, missing)
+        return StorageFailure(self.redact.cut(text), False, reason, missing)
 
     def pulse(self) -> Pulse:
         """The counts so far and the longest-running decode; also answers while shards run."""

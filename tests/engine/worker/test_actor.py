@@ -18,7 +18,7 @@ import torch
 from reinforce.config import parse_config
 from reinforce.engine.decode.pool import DecodePool
 from reinforce.engine.inference.models import load_models
-from reinforce.engine.messages.results import LoadFailure, ShardFailure, ShardResult, StorageFailure
+from reinforce.engine.messages.results import LayerFailure, LoadFailure, ShardFailure, ShardResult, StorageFailure
 from reinforce.engine.messages.task import PendingShard
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.plan.recipe import build_layers, describe_models
@@ -37,6 +37,21 @@ class Reversing(ColorTeacher):
 
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
         return super().encode_images(pixels.flip(0) if len(pixels) > 50 else pixels)
+
+
+class Raising(ColorTeacher):
+    """Raises ``error`` for images of samples; with ``start`` it does so in ``__init__``."""
+
+    def __init__(self, device: torch.device, error: str, start: bool = False) -> None:
+        super().__init__(device, size=8, dim=4)
+        self.error = {"exit": SystemExit(1), "interrupt": KeyboardInterrupt(), "long": RuntimeError("x" * 3_000_000)}[
+            error
+        ]
+        if start:
+            raise self.error
+
+    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
+        raise self.error
 
 
 class LocalWorker(Worker):
@@ -105,6 +120,24 @@ def test_a_failing_object_store_charges_no_shard_and_the_next_lease_takes_fresh_
         use_key("NEW")
         assert worker.run().samples == 3
     assert not s3.exists("bucket/out/quarantine")
+
+
+@pytest.mark.parametrize("error", ["exit", "interrupt", "long"])
+def test_whatever_a_model_raises_costs_its_layer_and_is_cut(
+    shards: Callable[..., str], tmp_path: Path, error: str
+) -> None:
+    teachers = {"ill": {"class": f"{__name__}:Raising", "options": {"error": error}}}
+    config = config_of(shards(3), tmp_path / "out", captioners={}, teachers=teachers)
+    with pytest.raises(LayerFailure, match=r"^embeddings/ill/images: ") as raised:
+        LocalWorker(config).run()
+    assert len(str(raised.value)) < 25_000
+    assert "test_actor.py:" in str(raised.value), "the place in the class"
+    teachers["ill"]["options"] |= {"start": True}
+    parsed = parse_config({**config, "teachers": teachers})
+    worker = Worker(parsed, build_layers(parsed, describe_models(parsed)), frozenset({"embeddings/ill/images"}), ".")
+    with pytest.raises(LoadFailure, match=r"ill: (SystemExit|RuntimeError)|KeyboardInterrupt") as failed:
+        worker.load()
+    assert len(str(failed.value)) < 25_000
 
 
 def test_an_error_in_the_data_is_not_the_workers_fault(
