@@ -4,8 +4,9 @@ Each caption is one request with the prompt, the image as a JPEG, and a seed. Re
 accelerator is not used while they are under way.
 
 - A server that is down, overloaded or hangs costs waiting, see ``teachers.server.servers``.
-- An answer without a caption (a refusal, an empty text) and a request that the server rejects cost the caption. The
-  others of the image fill its place; an image without any is quarantined with the reason of the first.
+- An answer without a caption (a refusal, an empty text, one that is too long) and a request that the server rejects
+  cost the caption. The others of the image fill its place; an image without any is quarantined with the reason of the
+  first.
 - A request that fails three times, each time after the server has answered a request with a plain image, is at fault
   itself and costs the caption, too.
 - Before the first answer a rejected request is an error of the config: an unknown model, a wrong key.
@@ -28,6 +29,7 @@ from PIL import Image
 
 from teachers.protocols import ImageSpec, NoCaptions
 from teachers.redact import REDACTED
+from teachers.server.answers import DETAIL_CHARS, LongAnswer, bound_answers, check_answer, read_answer
 from teachers.server.options import ServerOptions
 from teachers.server.servers import Server, Servers
 
@@ -37,12 +39,9 @@ if TYPE_CHECKING:
 _CONCURRENCY, _TIMEOUT, _WAIT = 32, 120.0, 3600.0  # requests, seconds, seconds
 _STRIKES = 3
 _SEED_BITS = 31  # every server takes seeds of this size
-_DETAIL_CHARS = 300
 _REJECTED = (400, 413, 422)  # the request, not the server
 _OVERLOADED = (429, 503)
 _TRANSIENT = (408, 409, 425, 429)
-#: How refusals begin that arrive as an ordinary answer.
-_REFUSAL = re.compile(r"(i['’]m|i am) (sorry|unable)\b|sorry,|i (can['’]t|cannot|can not)\b|as an ai\b", re.IGNORECASE)
 
 
 class ServerCaptioner:
@@ -96,14 +95,19 @@ class ServerCaptioner:
         failures = strikes = 0
         while True:
             with self._servers.lend() as server:
-                answers = False  # whether the server has just answered another request
+                # Whether the server has just answered another request, and whether it was asked this one.
+                answers = asked = False
                 try:
                     if failures > 1:
-                        _check_answer(self._send(server, self._plain, 0))
+                        check_answer(self._send(server, self._plain, 0))
                         self._servers.record_answer(server)
                         answers = True
-                    answer = _check_answer(self._send(server, image, seed))
+                    asked = True
+                    answer = check_answer(self._send(server, image, seed))
                 except (self._openai.APIError, ValueError) as error:
+                    if asked and (long := _long_answer(error)):
+                        self._servers.record_answer(server)
+                        return NoCaptions(str(long))
                     failures += 1
                     status = getattr(error, "status_code", None)
                     reason = self._describe(error, status)
@@ -134,35 +138,27 @@ class ServerCaptioner:
 
     def _client(self, url: str) -> openai.OpenAI:
         key = self._key or "none"  # the client wants one
-        return self._openai.OpenAI(base_url=url, api_key=key, timeout=self._spec.timeout or _TIMEOUT, max_retries=0)
+        timeout = self._spec.timeout or _TIMEOUT
+        hooks = {"response": [bound_answers(self._spec.max_length, timeout)]}
+        http_client = self._openai.DefaultHttpxClient(timeout=timeout, event_hooks=hooks)
+        return self._openai.OpenAI(
+            base_url=url,
+            api_key=key,
+            timeout=timeout,
+            max_retries=0,
+            http_client=http_client,
+            default_headers={"Accept-Encoding": "identity"},
+        )
 
     def _describe(self, error: Exception, status: int | None) -> str:
         text = str(error.__cause__ or error) if status is None else str(error)
         text = text.replace(self._key, REDACTED) if self._key else text
-        return f"{type(error).__name__}: {' '.join(text.split())[:_DETAIL_CHARS]}"
+        return f"{type(error).__name__}: {' '.join(text.split())[:DETAIL_CHARS]}"
 
 
-def read_answer(answer: Any) -> str | NoCaptions:
-    """The caption in an answer, or why there is none."""
-    choice = answer.choices[0]
-    content = choice.message.content
-    text = content.encode("utf-8", "replace").decode().strip() if isinstance(content, str) else ""
-    if refusal := getattr(choice.message, "refusal", None):
-        return NoCaptions(f"the model refuses: {str(refusal)[:_DETAIL_CHARS]}")
-    if choice.finish_reason == "content_filter":
-        return NoCaptions("the server's content filter has withheld the answer")
-    if not text:
-        return NoCaptions(f"the answer is empty (finish_reason {choice.finish_reason})")
-    if _REFUSAL.match(text):
-        return NoCaptions(f"the model refuses: {text[:_DETAIL_CHARS]}")
-    return text
-
-
-def _check_answer(answer: Any) -> Any:
-    """Raise ValueError unless an answer is one of the protocol: something else may listen at the address."""
-    if not getattr(answer, "choices", None) or getattr(answer.choices[0], "message", None) is None:
-        raise ValueError("the answer is not a chat completion")
-    return answer
+def _long_answer(error: Exception) -> LongAnswer | None:
+    """The LongAnswer that an error is, or was made of by the client."""
+    return next((one for one in (error, error.__cause__) if isinstance(one, LongAnswer)), None)
 
 
 def _fill(answers: Sequence[str | NoCaptions]) -> list[str] | NoCaptions:

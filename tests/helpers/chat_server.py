@@ -56,7 +56,8 @@ def _handler(answer: Answer, after: Callable[[], None] = lambda: None) -> type[h
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
-            self.wfile.write(data)
+            with contextlib.suppress(ConnectionError):  # the client reads no more of a long answer
+                self.wfile.write(data)
             after()
 
         def log_message(self, *_: object) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.server
 import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -18,6 +21,7 @@ from teachers.registry import captioner_spec, describe_captioner, load_captioner
 from teachers.spec import CaptionerSpec
 from tests.helpers.chat_server import Answer, chat_server, completion, describe, image_of
 from tests.helpers.data import free_port
+from tests.helpers.web import serving
 
 pytestmark = pytest.mark.skipif(not installed("openai"), reason="needs the extra server")
 
@@ -83,6 +87,53 @@ def test_an_image_without_a_caption_has_the_reason(answer: tuple[int, dict[str, 
     assert first == ["a wall"]
     assert isinstance(second, NoCaptions)
     assert detail in second.detail
+
+
+@contextlib.contextmanager
+def endless_server(status: int, pause: float = 0.0) -> Iterator[tuple[str, list[int]]]:
+    """The URL of a server whose answers do not end before 256 MiB, and the MiB that it has sent of each."""
+    sent: list[int] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            sent.append(0)
+            place = len(sent) - 1
+            with contextlib.suppress(OSError):
+                while sent[place] < 256:
+                    self.wfile.write(b" " * (2**20 if not pause else 1))
+                    sent[place] += 1
+                    time.sleep(pause)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with serving(Handler) as url:
+        yield url, sent
+
+
+@pytest.mark.parametrize("characters", [100_000, 20_000_000])
+def test_an_answer_that_is_too_long_costs_its_caption(characters: int) -> None:
+    with chat_server(by_color((200, completion("x" * characters)))) as url:
+        first, second = caption(url, [GRAY, RED])
+    assert first == ["a wall"]
+    text = "has 100,000 characters, above 65,536" if characters == 100_000 else "has more than 1,171,456 bytes"
+    assert second.detail == f"the answer {text}"
+
+
+def test_no_more_of_an_answer_is_read_than_its_bound_also_of_an_error_or_one_that_trickles() -> None:
+    with endless_server(200) as (url, sent):
+        [row] = caption(url, [GRAY])
+        assert row.detail == "the answer has more than 1,171,456 bytes"
+        assert sent[0] < 128
+    with endless_server(403) as (url, sent), pytest.raises(ValueError, match="rejects a request"):
+        caption(url, [GRAY])
+    assert sent[0] < 128
+    with endless_server(200, pause=0.02) as (url, _), pytest.raises(ServerUnavailable, match="no server has answered"):
+        caption(url, [GRAY], wait=0.1, timeout=0.1)
 
 
 def test_a_request_at_which_a_working_server_fails_costs_its_caption_alone(monkeypatch: pytest.MonkeyPatch) -> None:
