@@ -2,21 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
 
 import schemas
 from reinforce.dataset.drop import layers_with_folders
-from reinforce.dataset.files.index import LayerIndex
+from reinforce.dataset.files.index import LayerIndex, read_index
 from reinforce.dataset.files.listing import Listing
 from reinforce.dataset.files.store import MANIFEST, DamagedFiles, Store
 from reinforce.dataset.kinds.registry import depends, stored_layer
 from reinforce.dataset.layers import LABELS, SAMPLES, mapping_at
-from reinforce.dataset.manifest.manifest import DIGEST_KEY, manifest_digest
+from reinforce.dataset.manifest.manifest import DIGEST_KEY, manifest_digest, read_manifest
 from reinforce.dataset.validate.findings import Finding
 from reinforce.terminal import first_names
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """What a dataset has: dataset.json, the listings of its layers and of ``quarantine/<layer>``, its indexes, and what
+    is wrong with these."""
+
+    manifest: Mapping[str, Any]
+    every: Mapping[str, Listing]
+    indexes: Mapping[str, LayerIndex]
+    findings: Sequence[Finding]
+
+    @property
+    def listings(self) -> dict[str, Listing]:
+        """The listings of the layers."""
+        return {name: self.every[name] for name in self.manifest["layers"]}
+
+    def orphans(self) -> set[tuple[str | None, str | None]]:
+        """The layer and the shard of each file that belongs to nothing."""
+        return {(one.layer, one.shard) for one in self.findings if one.kind == "orphan"}
+
+
+def take_inventory(store: Store) -> Inventory:
+    """Read dataset.json and the indexes, list the layers, and check them. Raises UserError if there is no dataset.
+
+    A run may write meanwhile. So everything is listed again before a file is reported as missing or as one that belongs
+    to nothing; the latter is reported if it is found both times, because layers are listed side by side.
+    """
+    first = _take_inventory(store)
+    if not any(one.kind in ("missing", "orphan") for one in first.findings):
+        return first
+    again, known = _take_inventory(store), first.orphans()
+    findings = [one for one in again.findings if one.kind != "orphan" or (one.layer, one.shard) in known]
+    return replace(again, findings=findings)
+
+
+def _take_inventory(store: Store) -> Inventory:
+    manifest = read_manifest(store)
+    entries = manifest["layers"]
+    # Before the listing: a run adds a file to an index after it has committed it.
+    indexes = {name: read_index(store, name, entry["fingerprint"]) for name, entry in entries.items()}
+    every = store.listings([*entries, *(f"quarantine/{name}" for name in entries)])
+    found = Inventory(manifest, every, indexes, ())
+    findings = [*check_recipes(manifest), *check_missing(store, found.listings, indexes, every, entries)]
+    return replace(found, findings=[*findings, *check_orphans(store, found.listings)])
 
 
 def check_recipes(manifest: Mapping[str, Any]) -> Iterator[Finding]:

@@ -12,16 +12,15 @@ from typing import Any
 import pyarrow as pa
 
 from reinforce.dataset.files.damage import compute_again, drop_shard_command, find_damaged
-from reinforce.dataset.files.index import LayerIndex, read_index
+from reinforce.dataset.files.index import LayerIndex
 from reinforce.dataset.files.listing import Listing
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.manifest.class_code import code_lines
-from reinforce.dataset.manifest.manifest import read_manifest
 from reinforce.dataset.runs.key_sample import ALL, KeySample, RepeatedKeys
 from reinforce.dataset.runs.shard_records import SourceRecord, read_records
 from reinforce.dataset.validate.findings import Finding
-from reinforce.dataset.validate.inventory import check_missing, check_orphans, check_recipes
+from reinforce.dataset.validate.inventory import take_inventory
 from reinforce.dataset.validate.process_pool import ShardPool, default_processes
 from reinforce.dataset.validate.shard_checks import ShardFiles
 from reinforce.dataset.validate.shard_reader import STATES, ReadOptions, Shards
@@ -137,21 +136,17 @@ def validate(
     """
     ImageRoots.named(sources, "--sources {}")  # checked before anything is read
     store = Store(url)
-    manifest = read_manifest(store)
-    options = ReadOptions(url, manifest, quick, sources, count)
-    names = [*manifest["layers"]]
-    every = store.listings([*names, *(f"quarantine/{name}" for name in names)])
-    listings = {name: every[name] for name in names}
+    inventory = take_inventory(store)
+    manifest, listings = inventory.manifest, inventory.listings
+    options, names = ReadOptions(url, manifest, quick, sources, count), [*listings]
     keys = KeySample(_CAPACITY)
     chosen = _choose(listings[SAMPLES], sample, seed)
     found = Validation(store.url, len(listings[SAMPLES]), len(chosen), keys.repeated(), code=code_lines(manifest))
-    found.findings += check_recipes(manifest)
-    indexes = {name: read_index(store, name, entry["fingerprint"]) for name, entry in manifest["layers"].items()}
-    found.findings += check_missing(store, listings, indexes, every, manifest["layers"])
-    found.findings += check_orphans(store, listings)
+    found.findings += inventory.findings
     if len(chosen) < len(listings[SAMPLES]):
-        found.findings += _check_sizes(store, manifest, listings, indexes, chosen)
-    indexes.clear()
+        found.findings += _check_sizes(store, manifest, listings, inventory.indexes, chosen)
+    every = inventory.every
+    del inventory  # the indexes of a large dataset
     if processes is None:
         share = len(chosen) / max(1, len(listings[SAMPLES]))
         size = int(share * sum(listing.total_bytes for listing in listings.values()))

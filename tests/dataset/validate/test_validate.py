@@ -7,13 +7,14 @@ import functools
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from reinforce.dataset.files.listing import Listing
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.manifest.manifest import write_manifest
 from reinforce.dataset.runs.key_sample import ShardKeys
@@ -34,6 +35,34 @@ def test_a_sound_dataset_is_valid_and_not_written_to(made: Path, capsys: pytest.
     report = json.loads(printed_by(capsys, "validate", url, "--json", "--quick"))
     assert (report["valid"], report["shards"], report["rows"], report["findings"]) == (True, 2, 12, [])
     assert tree(made, layers_only=False) == before
+
+
+def test_a_shard_that_a_run_commits_between_two_listings_is_not_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = Path(small_dataset(tmp_path, (5, 4)))
+    whole = tree(out, layers_only=False)
+    second = {name: data for name, data in whole.items() if "/00001-" in name}
+    for name in (*second, *(name for name in whole if name.startswith("index/"))):
+        (out / name).unlink()
+    listings, calls = Store.listings, []
+
+    def list_beside_a_run(store: Store, layers: Iterable[str], known: Listing | None = None) -> dict[str, Listing]:
+        names = [*layers]
+        samples = listings(store, names[:1], known)
+        calls.append(names)
+        if len(calls) == 1:
+            for name in (*second, *(name for name in whole if name.startswith("index/"))):
+                (out / name).write_bytes(whole[name])
+        return samples | listings(store, names[1:], known)
+
+    monkeypatch.setattr(Store, "listings", list_beside_a_run)
+    found = validate(str(out))
+    assert (found.valid, found.errors, found.shards) == (True, [], 2)
+    (out / next(name for name in second if name.startswith("samples/"))).unlink()
+    (out / next(name for name in second if name.startswith("captions/"))).unlink()
+    found = validate(str(out))
+    assert {one.kind for one in found.findings} == {"missing", "orphan"}, "what stays so is reported"
 
 
 def test_keys_that_repeat_across_shards_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
