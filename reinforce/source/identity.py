@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
 
 from reinforce.errors import UserError
 from reinforce.source.urls import Info, canonical, filesystem
-from reinforce.source.whole_reads import open_whole
+from reinforce.source.whole_reads import open_whole, watching_opened
 
 _HEAD_BYTES = 64 * 2**10  # holds the headers of the first members, and most of the first image
 _STAMPS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified")
@@ -55,15 +57,93 @@ class SourceState:
         return "its first 64 KiB differ" if self.head != now.head else f"{self.stamp} then, {now.stamp} now"
 
 
+class ChangedSource(Exception):
+    """A source file has changed while it was read."""
+
+
+class OpenedStates:
+    """The state of a source file each time that it was opened, before its bytes were read.
+
+    Where opening a file shows neither an ETag nor a modification time, its first bytes are read. They cost no request
+    where the file is read from its beginning.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._fs, self._path = filesystem(url)
+        self._fs.invalidate_cache(self._path)  # a listing of before
+        self.states: list[SourceState] = []
+
+    def __call__(self, fs: Any, path: str, file: Any = None, info: Info | None = None) -> None:
+        if path != self._path:
+            return
+        if isinstance(fs, LocalFileSystem):
+            with contextlib.nullcontext(file) if file is not None else open(path, "rb") as opened:
+                number = opened.fileno()
+                state = replace(_local_state(os.fstat(number)), head=_hash(os.pread(number, _HEAD_BYTES, 0)))
+        else:
+            state = listed_state(info or _listed(fs, path, file))
+            if state.stamp is None:
+                state = replace(state, head=_hash(_first_bytes(fs, path, file)))
+        self.states.append(state)
+
+    def check(self, now: SourceState) -> None:
+        """Raise ChangedSource if the file, which is ``now`` in this state, had another when it was opened."""
+        if self.states and isinstance(self._fs, LocalFileSystem):
+            now = replace(now, stamp=_local_state(os.stat(self._path)).stamp)
+        for before in self.states:
+            touched = None not in (before.stamp, now.stamp) and before.stamp != now.stamp
+            if touched or before.same_content(now) is False:
+                raise ChangedSource(
+                    f"{canonical(self._url)} has changed while it was read: {before.describe_change(now)}. It is read "
+                    "again, up to failures.attempts times. A program that still writes to it must end first."
+                )
+
+
+@contextlib.contextmanager
+def recording_opened(url: str) -> Iterator[OpenedStates]:
+    """Record the states of a source file while this thread reads it in the block."""
+    opened = OpenedStates(url)
+    with watching_opened(opened):
+        yield opened
+
+
 def read_state(url: str) -> SourceState:
     """Read the state of a source file with one request for its first bytes. Raises what the storage raises."""
     fs, path = filesystem(url)
     with open_whole(fs, path, block_size=_HEAD_BYTES, cache_type="none") as file:
-        info = getattr(file, "details", None) or fs.info(path)
-        data = b""
-        while len(data) < _HEAD_BYTES and (part := file.read(_HEAD_BYTES - len(data))):
-            data += part
-    return replace(listed_state(info), head=hashlib.blake2b(data, digest_size=8).hexdigest())
+        return replace(listed_state(_listed(fs, path, file)), head=_hash(_read(file)))
+
+
+def _listed(fs: Any, path: str, file: Any) -> Info:
+    info: Info = getattr(file, "details", None) or fs.info(path)
+    return info
+
+
+def _local_state(found: os.stat_result) -> SourceState:
+    """The state of a local file itself, where that of a listing is of the link to it."""
+    return SourceState(found.st_size, None, f"mtime={found.st_mtime}")
+
+
+def _first_bytes(fs: Any, path: str, file: Any) -> bytes:
+    """The first bytes of a file; an open one stays at its beginning."""
+    if getattr(file, "size", None) is None:  # a stream, which cannot go back
+        with fs.open(path, "rb") as other:
+            return _read(other)
+    data = _read(file)
+    file.seek(0)
+    return data
+
+
+def _read(file: Any) -> bytes:
+    data = b""
+    while len(data) < _HEAD_BYTES and (part := file.read(_HEAD_BYTES - len(data))):
+        data += part
+    return data
+
+
+def _hash(head: bytes) -> str:
+    return hashlib.blake2b(head, digest_size=8).hexdigest()
 
 
 def listed_state(info: Info) -> SourceState:

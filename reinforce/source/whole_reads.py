@@ -7,10 +7,12 @@ A listing is a chain of pages, each with the token of the next one, and a token 
 
 from __future__ import annotations
 
+import contextlib
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 _ATTEMPTS = 3
 _INVALID = (errno.EINVAL, errno.EIO, 400)  # what drivers raise for a request that the storage finds invalid
@@ -22,12 +24,42 @@ class ShortRead(OSError):
     """A storage has sent fewer bytes than there are, each time."""
 
 
+class OpenWatcher(Protocol):
+    """Receives a file before its bytes are read: the open file if there is one, and what is listed of it if known."""
+
+    def __call__(self, fs: Any, path: str, file: Any = None, info: Mapping[str, Any] | None = None) -> None: ...
+
+
+_WATCHER: ContextVar[OpenWatcher | None] = ContextVar("_WATCHER", default=None)
+
+
+@contextlib.contextmanager
+def watching_opened(watcher: OpenWatcher) -> Iterator[None]:
+    """Call ``watcher`` for each file that this thread opens in the block with ``open_whole``."""
+    token = _WATCHER.set(watcher)
+    try:
+        yield
+    finally:
+        _WATCHER.reset(token)
+
+
+def report_opened(fs: Any, path: str, file: Any = None, info: Mapping[str, Any] | None = None) -> None:
+    """Call the watcher for a file that is about to be read."""
+    if (watcher := _WATCHER.get()) is not None:
+        watcher(fs, path, file, info)
+
+
 def open_whole(fs: Any, path: str, **options: Any) -> Any:
     """Open a file of an fsspec file system to read it. Reading raises ShortRead if it ends before its size."""
     file = fs.open(path, "rb", **options)
     cache, size = getattr(file, "cache", None), getattr(file, "size", None)
     if size and cache is not None and hasattr(cache, "fetcher"):
         cache.fetcher = partial(_fetch, cache.fetcher, size, path)
+    try:
+        report_opened(fs, path, file)
+    except BaseException:
+        file.close()
+        raise
     return file
 
 

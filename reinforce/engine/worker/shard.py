@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import time
 from collections import Counter
@@ -39,10 +40,11 @@ from reinforce.engine.worker.refusals import Refusals
 from reinforce.engine.worker.stale_files import MisalignedLayer, origin_entries, set_inputs_aside, set_stale_aside
 from reinforce.labels.rows import LabelReader
 from reinforce.source.captions import CAPTIONS_REPLACED, REPLACED
-from reinforce.source.identity import SourceState, former_url, probe_state, read_state
+from reinforce.source.identity import OpenedStates, SourceState, former_url, probe_state, read_state, recording_opened
 from reinforce.source.references import ChangedImages
 from reinforce.source.samples import AbsentShard, Refusal
 from reinforce.source.urls import canonical, is_local
+from reinforce.source.whole_reads import ShortRead
 from schemas import IMAGE_DIGEST
 from teachers.redact import Redactor
 
@@ -84,6 +86,7 @@ class ShardProcess:
         self.origin: dict[str, str] = {}  # footer entries about the source file that the samples were read from
         self.source_record: SourceRecord | None = None
         self.source_note: str | None = None
+        self.opened: OpenedStates | None = None  # the states of the source file, if its samples are read
         self.source_counts: Counter[str] = Counter()
         self.counters = Counters()
         self.session = Session(self.config, self.models, self.counters, self.watch)
@@ -117,7 +120,7 @@ class ShardProcess:
             spec = self._row_spec(stack)
             lease = stack.enter_context(self._lease(spec))
             self.batches = stack.enter_context(Batches(lambda: self.inference.rows_per_batch, self.watch))
-            with contextlib.closing(self._rows(stack, spec, lease)) as rows:
+            with self._recording(), contextlib.closing(self._rows(stack, spec, lease)) as rows:
                 for index, group in itertools.groupby(rows, key=lambda row: row.group):
                     if short := [name for name, file in inputs.items() if index >= file.num_row_groups]:
                         raise MisalignedLayer(short[0])
@@ -214,6 +217,35 @@ class ShardProcess:
     def _first_image_layer(self) -> str:
         return next(name for name, layer in self.layers.items() if layer.sees_images)
 
+    @contextlib.contextmanager
+    def _recording(self) -> Iterator[None]:
+        """Record the states of the source file in the block, if its samples are read.
+
+        Raises ChangedSource instead of an error of reading that shows that the file was replaced.
+        """
+        if SAMPLES not in self.layers or not self.shard.is_file:
+            yield
+            return
+        with recording_opened(self.shard.url) as self.opened:
+            try:
+                yield
+            except OSError as error:
+                expired = isinstance(error, ShortRead) or error.errno == errno.EBUSY  # by s3fs, for another ETag
+                if expired and (now := probe_state(self.shard.url)) is not None:
+                    self.opened.check(now)
+                raise
+
+    def _source_state(self) -> SourceState:
+        """The state of the source file after its samples were read. Raises ChangedSource if it was another before."""
+        if self.opened is None:
+            return SourceState(None, None)
+        if self.refusals.shard_reason is None:
+            state = read_state(self.shard.url)
+        else:  # it is refused, perhaps because something writes to it
+            state = (probe_state(self.shard.url) if self.opened.states else None) or SourceState(None, None)
+        self.opened.check(state)
+        return state
+
     # -- models and tables
 
     def _run_models(self, rows: Iterator[Row], lease: CellLease) -> tuple[list[Row], list[Outputs]]:
@@ -272,8 +304,10 @@ class ShardProcess:
     def _commit(self, writers: Mapping[str, LayerWriter]) -> dict[str, str]:
         """Write the quarantine, then each layer after those it needs, so that a committed layer is complete.
 
-        Before samples that were missing, stored layers that do not fit them are set aside; returns these.
+        Before samples that were missing, stored layers that do not fit them are set aside; returns these. Raises
+        ChangedSource before anything is written.
         """
+        state = self._source_state()
         with self.watch.stage(WRITING, "quarantine"):
             self.refusals.write(self.store, self.shard.name, self.redact.cut)
             for layer in {*self.shard.quarantined} & self.layers.keys() - self.refusals.layers:
@@ -282,7 +316,6 @@ class ShardProcess:
             return {}
         stale = {}
         if SAMPLES in writers:
-            state = read_state(self.shard.url) if self.shard.is_file else SourceState(None, None)
             self.source_record = SourceRecord(canonical(self.shard.url), state)
             self.origin = state.footer()
             for producer in self.producers:

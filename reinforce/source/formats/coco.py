@@ -17,7 +17,7 @@ from reinforce.config import Limits
 from reinforce.source.formats.base import Part
 from reinforce.source.formats.lines import BrokenRow, LinesFormat, Row
 from reinforce.source.urls import filesystem
-from reinforce.source.whole_reads import read_whole
+from reinforce.source.whole_reads import read_whole, report_opened
 
 _MOST_BYTES = 2**30
 _START = re.compile(rb'\s*\{\s*"(info"\s*:\s*\{|(licenses|images|annotations)"\s*:\s*\[\s*\{)')
@@ -55,13 +55,15 @@ class Coco(LinesFormat):
 def _rows_of(url: str) -> Sequence[Row | BrokenRow]:
     """The rows of a document. Raises EOFError if it is none of COCO's, and the errors of the storage."""
     fs, path = filesystem(url)
-    return _parsed(url, fs.ukey(path))
+    info = fs.info(path)
+    report_opened(fs, path, info=info)
+    return _parsed(url, info.get("size") or 0, str(info))
 
 
 @functools.lru_cache(maxsize=1)  # the parts of a file follow one another
-def _parsed(url: str, state: str) -> Sequence[Row | BrokenRow]:
+def _parsed(url: str, size: int, state: str) -> Sequence[Row | BrokenRow]:
     fs, path = filesystem(url)
-    if (fs.info(path).get("size") or 0) > _MOST_BYTES:
+    if size > _MOST_BYTES:
         raise EOFError(
             f"more than {_MOST_BYTES:,} bytes, which are read at once; write jsonl with a line for each image"
         )
