@@ -18,6 +18,12 @@ class TooManyQuarantined(UserError):
     exit_status = 1
 
 
+class SetsMissing(UserError):
+    """Sets of a suite are missing, so that the mean is not that of the suite; the others are evaluated."""
+
+    exit_status = 3
+
+
 class RayEnded(UserError):
     """Ray ended before the run did, for example because its process was killed, or did not start."""
 

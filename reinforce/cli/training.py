@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import typer
 
 from reinforce.cli.common import STDOUT, Address, AsJson, JsonFile, Overrides, config_argument, only_json, print_lines
-from reinforce.errors import UserError
+from reinforce.errors import SetsMissing, UserError
 from reinforce.processes.imports import no_garbage_collection, require
-from reinforce.terminal import print_table
+from reinforce.terminal import first_names, print_table
 from teachers.redact import redact
 
 if TYPE_CHECKING:
@@ -185,6 +185,9 @@ def evaluate(
         typer.Option(min=1, help="Processes for sets of --suite side by side. Default: one for each accelerator."),
     ] = None,
     address: Address = None,
+    allow_missing: Annotated[
+        bool, typer.Option("--allow-missing", help="Of --suite: sets that are not below ROOT are no error.")
+    ] = False,
 ) -> None:
     """Evaluate models by zero-shot classification and image-text retrieval.
 
@@ -194,6 +197,7 @@ def evaluate(
     from reinforce.model_names import resolve_models
 
     failed: list[str] = []
+    missing: list[str] = []
     with only_json(json_ == STDOUT) as print_json:
         common = {"classes": classes, "label": label, "templates": templates, "groups": groups}
         given = {key: value for key, value in common.items() if value is not None}
@@ -211,9 +215,12 @@ def evaluate(
             with resolve_models(models, pretrained) as specs:
                 result = evaluate_suite(specs, suite, data, out, names=names, compare=compare, **device_options)
             show_report(result, json_, print_json)
-            failed = list(result.failed)
-        elif data is not None or sets_ or compare or workers or address:
-            raise UserError("--data, --sets, --compare, --workers and --address belong to --suite, and none is given.")
+            failed, missing = list(result.failed), list(result.absent)
+        elif data is not None or sets_ or compare or workers or address or allow_missing:
+            raise UserError(
+                "--data, --sets, --compare, --workers, --address and --allow-missing belong to --suite, and none is "
+                "given."
+            )
         else:
             sets = command.build_evaluation(
                 config, zero_shot or [], retrieval or [], given, limit, batch, images_from or []
@@ -223,8 +230,14 @@ def evaluate(
             with resolve_models(models, pretrained) as specs:
                 report = command.evaluate_models(specs, sets, device, precision)
             show_report(report, json_, print_json)
+            failed = report.failed
     if failed:
         raise UserError(f"sets failed: {', '.join(failed)}. The same command tries them again.")
+    if missing and not allow_missing:
+        raise SetsMissing(
+            f"{len(missing)} of {len(result.sets)} sets are missing: {first_names(missing)}. Copy them below --data, "
+            "choose others with --sets, or add --allow-missing."
+        )
 
 
 def latency(

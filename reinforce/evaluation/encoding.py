@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -15,6 +16,7 @@ from teachers.open_clip.teacher import OpenClipTeacher
 from teachers.protocols import ImageSpec
 from teachers.spec import ModelSpec, TeacherSpec
 
+NOT_FINITE_FIX = "Check the weights of the model, or evaluate it in fp32."
 _TEXTS_AT_ONCE = 2**14  # bounds the memory of a classifier for any number of classes and templates
 
 
@@ -30,6 +32,28 @@ class Encoder(Protocol):
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
         """B strings -> [B, dim], unit norm."""
         ...
+
+
+@dataclass
+class NotFinite:
+    """Counts of embeddings by model and sort, such as ``image``: all, and those with NaN or infinity.
+
+    Such an embedding has no score, so that the metrics of a set would count it as a miss.
+    """
+
+    counts: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)
+
+    def add(self, model: str, sort: str, vectors: torch.Tensor) -> None:
+        """Count the embeddings [N, dim] of a model."""
+        sorts = self.counts.setdefault(model, {})
+        wrong, total = sorts.get(sort, (0, 0))
+        sorts[sort] = wrong + int((~vectors.isfinite().all(1)).sum()), total + len(vectors)
+
+    def describe(self, model: str) -> str | None:
+        """What is wrong with the embeddings of a model; None if all are finite."""
+        found = self.counts.get(model, {}).items()
+        parts = [f"{wrong:,} of {total:,} {sort} embeddings" for sort, (wrong, total) in found if wrong]
+        return f"{' and '.join(parts)} are not finite" if parts else None
 
 
 def load_encoders(

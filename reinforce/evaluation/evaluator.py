@@ -12,13 +12,11 @@ import torch
 
 from reinforce.errors import UserError
 from reinforce.evaluation.config import RETRIEVAL, ZERO_SHOT, Evaluation
-from reinforce.evaluation.encoding import Encoder, build_classifier, encode_texts
+from reinforce.evaluation.encoding import NOT_FINITE_FIX, Encoder, NotFinite, build_classifier, encode_texts
 from reinforce.evaluation.images import CacheBudget, ImageBatches
 from reinforce.evaluation.ranking import compute_accuracies, compute_recalls, rank_classes
-from reinforce.evaluation.registry import SuiteSet
 from reinforce.evaluation.report import Result, SetSummary
 from reinforce.evaluation.sets import Retrieval, ZeroShot, open_retrieval_set, open_zero_shot_set
-from reinforce.evaluation.suite.files import SetFiles
 from reinforce.evaluation.suite.models import Models
 from reinforce.evaluation.suite.one_set import evaluate_set, find_set
 from reinforce.processes.cores import available_cores
@@ -70,30 +68,42 @@ class Evaluator:
     def evaluate(self, model: Encoder, accelerator: Accelerator, *, keep_going: bool = False) -> Result:
         """Evaluate a dual encoder on all sets. Images that cannot be decoded are left out and listed in the result.
 
-        Raises UserError where the model has no image or text side, where no image of a set can be decoded, and for a
-        set of the suite that cannot be used; with ``keep_going`` such a set is logged and has no metrics.
+        A set on which the model gives embeddings that are not finite has failed, and has no metrics. Raises UserError
+        where the model has no image or text side, where no image of a set can be decoded, and for a set of the suite
+        that cannot be used; with ``keep_going`` this set has failed, too.
         """
         metrics: dict[str, float] = {}
         summaries: dict[str, SetSummary] = {}
+        failed: dict[str, str] = {}
         for image_set in self._sets:
+            finite = NotFinite()
             if isinstance(image_set, ZeroShot):
-                scores, images = self._classify(image_set, model, accelerator)
+                scores, images = self._classify(image_set, model, accelerator, finite)
             else:
-                scores, images = self._retrieve(image_set, model, accelerator)
-            metrics |= {f"{image_set.name}/{name}": score for name, score in scores.items()}
+                scores, images = self._retrieve(image_set, model, accelerator, finite)
             summaries[image_set.name] = SetSummary(images, self._images[image_set.name].refused)
+            if fault := finite.describe(_MODEL):
+                failed[image_set.name] = f"{fault}. {NOT_FINITE_FIX}"
+            else:
+                metrics |= {f"{image_set.name}/{name}": score for name, score in scores.items()}
         models = Models({_MODEL: model}, accelerator, self.config.batch, self._threads)
         for one, files in self._suite:
             name = f"{self.config.suite}/{one.key}"
             try:
-                score, summaries[name] = _evaluate_published(one, files, models)
+                outcome = evaluate_set(one, files, models)
             except (UserError, OSError, ValueError, RuntimeError) as error:
                 if not keep_going:
                     raise
-                _log.warning("%s failed, and has no metric: %s", name, error)
-            else:
-                metrics[f"{name}/{one.main_metric}"] = score
-        return Result(metrics, summaries)
+                failed[name] = str(error)
+                continue
+            summaries[name] = SetSummary(outcome.samples - len(outcome.refused), outcome.refused, one.size)
+            if why := outcome.failed.get(_MODEL):
+                failed[name] = why
+                continue
+            score = outcome.metrics[_MODEL][one.main_metric]
+            assert score is not None  # evaluate_set refuses it
+            metrics[f"{name}/{one.main_metric}"] = score
+        return Result(metrics, summaries, failed)
 
     def describe(self, accelerator: Accelerator) -> str:
         """A line about what an evaluation uses."""
@@ -113,16 +123,22 @@ class Evaluator:
         with _eval_mode(model, accelerator):
             encoder = OpenClipEncoder(model, image, tokenizer, accelerator)
             result = self.evaluate(encoder, accelerator, keep_going=True)
+        for name, why in result.failed.items():
+            _log.warning("%s failed, and has no metric: %s", name, why)
         for name, summary in result.sets.items():
             if summary.refused:
                 _log.warning("%s: %s", name, summary)
         return result
 
-    def _classify(self, image_set: ZeroShot, model: Encoder, accelerator: Accelerator) -> tuple[dict[str, float], int]:
+    def _classify(
+        self, image_set: ZeroShot, model: Encoder, accelerator: Accelerator, finite: NotFinite
+    ) -> tuple[dict[str, float], int]:
         """Metrics of a classification set, and the number of its images that were decoded."""
         weights = accelerator.put(build_classifier(model, image_set.classes, image_set.templates, self.config.batch))
+        finite.add(_MODEL, "class", weights)
         ranks, predicted, labels = [], [], []
         for vectors, targets in self._encode_images(image_set, model, accelerator):
+            finite.add(_MODEL, "image", vectors)
             labels.append(np.array(targets, np.int64))
             ranking = rank_classes(vectors, weights, accelerator.put(labels[-1]))
             ranks.append(ranking.ranks)
@@ -130,7 +146,9 @@ class Evaluator:
         arrays = torch.cat(ranks).cpu().numpy(), np.concatenate(labels), torch.cat(predicted).cpu().numpy()
         return compute_accuracies(*arrays, image_set.groups), len(arrays[0])
 
-    def _retrieve(self, image_set: Retrieval, model: Encoder, accelerator: Accelerator) -> tuple[dict[str, float], int]:
+    def _retrieve(
+        self, image_set: Retrieval, model: Encoder, accelerator: Accelerator, finite: NotFinite
+    ) -> tuple[dict[str, float], int]:
         """Metrics of a retrieval set, and the number of its images that were decoded."""
         vectors, image_indices, text_indices = [], [], []
         index_of: dict[str, int] = {}
@@ -142,6 +160,8 @@ class Evaluator:
                 image_indices += [count] * len(captions)
                 count += 1
         images, texts = torch.cat(vectors), encode_texts(model, list(index_of), self.config.batch).cpu()
+        finite.add(_MODEL, "image", images)
+        finite.add(_MODEL, "text", texts)
         return compute_recalls(images, texts, np.array([image_indices, text_indices], np.int64), accelerator), count
 
     def _encode_images(
@@ -162,13 +182,6 @@ class Evaluator:
                 f"{image_set.name}: every image is refused, the first ({refused.key}) for {refused.reason.value}: "
                 f"{refused.detail}. Check that these are images, or widen `limits`."
             )
-
-
-def _evaluate_published(one: SuiteSet, files: SetFiles, models: Models) -> tuple[float, SetSummary]:
-    outcome = evaluate_set(one, files, models)
-    score = outcome.metrics[_MODEL][one.main_metric]
-    assert score is not None  # evaluate_set refuses it
-    return score, SetSummary(outcome.samples - len(outcome.refused), outcome.refused)
 
 
 @contextlib.contextmanager

@@ -108,8 +108,8 @@ def decode_batches(
 ) -> Generator[tuple[list[np.ndarray], list[Any]], None, None]:
     """Yield batches of ``size`` in order: uint8 [B, height, width, 3] by each spec, and targets.
 
-    The last batch may be smaller. Each image is decoded once, in threads, and resized by each spec. Those that cannot
-    be decoded are added to ``refused``.
+    The last batch may be smaller. Each image is decoded once, in threads, and resized by each spec; without specs it is
+    only loaded. Those that cannot be decoded are added to ``refused``.
     """
 
     def convert(item: Example | Refusal) -> tuple[list[np.ndarray], Any] | Refusal:
@@ -118,6 +118,8 @@ def decode_batches(
         data = item.load()
         if len(data) > limits.image_bytes:  # a dataset may have been made with wider limits
             return Refusal(item.key, Reason.IMAGE_BYTES, f"{len(data)} bytes, above limits.image_bytes")
+        if not specs:  # only read
+            return [], item.target
         try:
             image = decode(data, limits, policy=policy)
             return [fit(image, spec) for spec in specs], item.target

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.table import Table
@@ -19,10 +19,20 @@ def name_refused(refused: Sequence[Refusal]) -> str:
 
 @dataclass(frozen=True)
 class SetSummary:
-    """The number of images that a set's metrics are computed on, and the images that were refused."""
+    """The number of images that a set's metrics are computed on, and the images that were refused.
+
+    ``published`` is the number of images of a published set.
+    """
 
     images: int
     refused: list[Refusal]
+    published: int | None = None
+
+    @property
+    def part(self) -> str | None:
+        """What part of the set the metrics are of, such as ``151 of 301 images``; None if it is the whole set."""
+        total = self.images + len(self.refused) if self.published is None else self.published
+        return None if self.images == total else f"{self.images} of {total} images"
 
     def __str__(self) -> str:
         if not self.refused:
@@ -36,10 +46,14 @@ class SetSummary:
 
 @dataclass(frozen=True)
 class Result:
-    """``metrics`` by the names of ``Evaluation.metrics``, between 0 and 1; ``sets`` by ``zero_shot/NAME`` etc."""
+    """``metrics`` by the names of ``Evaluation.metrics``, between 0 and 1; ``sets`` by ``zero_shot/NAME`` etc.
+
+    ``failed`` says by set why it has no metrics.
+    """
 
     metrics: dict[str, float]
     sets: dict[str, SetSummary]
+    failed: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -60,9 +74,18 @@ class Report:
         return table
 
     def lines(self) -> list[str]:
-        """One line per set with its images; models with equal summaries share it."""
+        """One line per set with its images, which models with equal summaries share, and one for each that failed."""
         of_models = (result.sets.items() for result in self.results.values())
-        return list(dict.fromkeys(f"{name}: {summary}" for sets in of_models for name, summary in sets))
+        lines = dict.fromkeys(f"{name}: {summary}" for sets in of_models for name, summary in sets)
+        failed = (
+            f"{name} failed: {model}: {why}" for model, one in self.results.items() for name, why in one.failed.items()
+        )
+        return [*lines, *failed]
+
+    @property
+    def failed(self) -> list[str]:
+        """The sets that failed for a model."""
+        return list(dict.fromkeys(name for result in self.results.values() for name in result.failed))
 
     def as_json(self) -> dict[str, Any]:
         """Metrics, numbers of images and all refused images, by model."""
@@ -70,6 +93,7 @@ class Report:
             model: {
                 "metrics": result.metrics,
                 "sets": {name: summary.as_json() for name, summary in result.sets.items()},
+                "failed": result.failed,
             }
             for model, result in self.results.items()
         }

@@ -23,7 +23,7 @@ from reinforce.evaluation import images
 from reinforce.evaluation.evaluator import Evaluator
 from reinforce.evaluation.images import CacheBudget, ImageBatches
 from reinforce.evaluation.reading import Example
-from reinforce.evaluation.report import Result
+from reinforce.evaluation.report import Report, Result
 from teachers.device.accelerator import Accelerator
 from teachers.preprocessing.pixels import to_pixels
 from teachers.protocols import ImageSpec
@@ -34,6 +34,7 @@ from tests.helpers.evaluation import (
     ColourOracle,
     ConstantEncoder,
     NanEncoder,
+    RedNanEncoder,
     evaluate_zero_shot,
     load_spec,
     load_teacher,
@@ -131,7 +132,28 @@ def test_a_perfect_model_scores_one_and_a_constant_one_is_at_chance(folder: str)
     # all classes tie, so the first, blue, is predicted for all images
     chance = {"top1": 1 / 6, "top5": 5 / 6, "mean_per_class": 1 / 6, "group": 2 / 6}
     assert evaluate_zero_shot(ConstantEncoder(), folder, groups=groups) == pytest.approx(chance)
-    assert evaluate_zero_shot(NanEncoder(), folder, groups=groups) == dict.fromkeys(perfect, 0)
+
+
+def test_a_set_on_which_embeddings_are_not_finite_has_failed_with_their_number(folder: str, tmp_path: Path) -> None:
+    shard = write_colour_shard(tmp_path / "a.tar")
+    sets = make_evaluator(zero_shot={"set": {"images": folder}}, retrieval={"own": {"pairs": shard}})
+    failures = {}
+    for name, encoder in {"all": NanEncoder(), "red": RedNanEncoder(), "texts": RedNanEncoder(texts=True)}.items():
+        result = sets.evaluate(encoder, CPU)
+        assert result.metrics == {}, name
+        failures[name] = [why.partition(".")[0] for why in result.failed.values()]
+    assert failures == {
+        "all": ["12 of 12 image embeddings are not finite"] * 2,
+        "red": ["2 of 12 image embeddings are not finite"] * 2,
+        "texts": [
+            "1 of 6 class embeddings and 2 of 12 image embeddings are not finite",
+            "2 of 12 image embeddings and 2 of 12 text embeddings are not finite",
+        ],
+    }
+    report = Report({"bad": result, "good": sets.evaluate(ColourOracle(), CPU)})
+    assert report.failed == ["zero_shot/set", "retrieval/own"]
+    assert "zero_shot/set failed: bad: 1 of 6 class embeddings" in "\n".join(report.lines())
+    assert report.as_json()["models"]["good"]["metrics"]["zero_shot/set/top1"] == 1
 
 
 def test_any_true_match_is_a_hit(tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from reinforce.evaluation.encoding import Encoder
 from reinforce.evaluation.suite import one_set, run
 from reinforce.evaluation.suite.files import find_files
 from reinforce.evaluation.suite.models import Models, Outcome
+from reinforce.evaluation.suite.results import file_name
+from reinforce.evaluation.suite.workers import Job
 from tests.helpers import tiny_models
 from tests.helpers.commands import Command
 from tests.helpers.evaluation import (
@@ -24,6 +26,7 @@ from tests.helpers.evaluation import (
     ColourOracle,
     ConstantEncoder,
     NanEncoder,
+    RedNanEncoder,
     colour_samples,
     find_set,
     solid_image,
@@ -42,16 +45,41 @@ def evaluate_set(root: Path, key: str, batch: int = 5, **encoders: Encoder) -> O
     return one_set._kinds()[one.kind](one, files, models)
 
 
+def checked_set(root: Path, key: str, **encoders: Encoder) -> Outcome:
+    """Evaluate encoders as the command does."""
+    one = find_set(key)
+    files = find_files(one, str(root))
+    assert files is not None
+    return one_set.evaluate_set(one, files, Models(encoders, CPU, batch=5, threads=2))
+
+
 def test_classification_of_several_models(tmp_path: Path) -> None:
     write_classification(tmp_path, "cifar10", colour_samples())
-    encoders = {"oracle": ColourOracle(), "constant": ConstantEncoder(), "nan": NanEncoder()}
+    encoders = {"oracle": ColourOracle(), "constant": ConstantEncoder()}
     outcome = evaluate_set(tmp_path, "cifar10", **encoders)
     assert (outcome.samples, outcome.classes, outcome.refused) == (12, 6, [])
     assert outcome.metrics == {
         "oracle": {"acc1": 1, "acc5": 1, "mean_per_class_recall": 1},
         "constant": pytest.approx({"acc1": 1 / 6, "acc5": 5 / 6, "mean_per_class_recall": 1 / 6}),
-        "nan": {"acc1": 0, "acc5": 0, "mean_per_class_recall": 0},
     }
+
+
+def test_embeddings_that_are_not_finite_are_an_error_of_the_set_for_their_model_alone(tmp_path: Path) -> None:
+    write_classification(tmp_path, "cifar10", colour_samples())
+    captions = {"image": [stored(solid_image(name)) for name in ("red", "blue")], "caption": [["red", "red"], ["blue"]]}
+    write_table(tmp_path, "flickr", captions)
+    instance = associations(12, 2)
+    write_table(tmp_path, "winogavil", {name: instance[name] for name in instance})
+    encoders = {"nan": NanEncoder(), "red": RedNanEncoder(), "texts": RedNanEncoder(texts=True), "good": ColourOracle()}
+    counts = {
+        "cifar10": ["12 of 12 image", "2 of 12 image", "1 of 6 class embeddings and 2 of 12 image"],
+        "flickr": ["2 of 2 image", "1 of 2 image", "1 of 2 image embeddings and 2 of 3 text"],
+        "winogavil": ["12 of 12 image", "2 of 12 image", "2 of 12 image embeddings and 1 of 1 text"],
+    }
+    for key, expected in counts.items():
+        outcome = checked_set(tmp_path, key, **encoders)
+        assert outcome.metrics.keys() == {"good"}, key
+        assert [why.partition(" embeddings are not")[0] for why in outcome.failed.values()] == expected
 
 
 def test_sets_with_the_same_classes_share_a_classifier(tmp_path: Path) -> None:
@@ -202,16 +230,16 @@ def test_finished_sets_are_kept_and_compared_with_published_ones(
     decode = images.decode
     monkeypatch.setattr(images, "decode", lambda *a, **b: (decoded.append(1), decode(*a, **b))[1])
     chosen = ("--sets", "mnist,stl10", "--compare", "mobileclip2_s0")
-    status, out, _ = evaluate(*chosen)
-    assert status == 0
+    status, out, err = evaluate(*chosen)
+    assert status == 3
+    assert "1 of 2 sets are missing: stl10. Copy them below --data" in err
     assert len(decoded) == 12, "each image is decoded once for both models"
     assert "* MNIST: 12 samples (published: 10,000), 6 classes (published: 10): not comparable" in out
     assert "STL-10 is missing, and not in the mean: expected at" in out
     assert "https://huggingface.co/datasets/djghosh/wds_stl10_test" in out
     assert "The mean is not that of the 38 sets of datacomp." in out
     assert "mean of 1 of 38 sets" in out
-    lines = (tmp_path / "out" / f"{tmp_path}-plain.jsonl".replace("/", "-").strip("-")).read_text().splitlines()
-    (line,) = map(json.loads, lines)
+    (line,) = map(json.loads, (tmp_path / "out" / file_name(f"{tmp_path}/plain")).read_text().splitlines())
     assert (line["key"], line["dataset"]) == ("mnist", "MNIST")
     assert line["metrics"]["main_metric"] == line["metrics"]["acc1"]
     table = (tmp_path / "out" / "datacomp.md").read_text()
@@ -250,9 +278,10 @@ FAULTS = {
     "no set at all": (["--suite", "datacomp", "--data", "{root}"], "--data has none of the 38 sets: Caltech-101 is"),
     "options of other sets": (["--suite", "datacomp", "--limit", "5"], "--limit: not with --suite"),
     "no suite": (["--data", "x"], "belong to --suite"),
+    "sets that may be missing, of no suite": (["--zero-shot", "a=b", "--allow-missing"], "belong to --suite"),
     "a result that is no result": (
         ["--suite", "datacomp", "--data", "{root}/sets", "--sets", "mnist", "--out", "{root}/bad"],
-        "plain.jsonl has a line that is not of results",
+        ".jsonl has a line that is not of results",
     ),
     "a folder that cannot be written": (
         [
@@ -278,7 +307,7 @@ def test_a_user_error_is_one_message(command: Command, tmp_path: Path) -> None:
     tiny_models.open_clip_model(tmp_path / "plain")
     write_classification(tmp_path / "sets", "mnist", colour_samples(1))
     (tmp_path / "bad").mkdir()
-    (tmp_path / "bad" / f"{tmp_path}-plain.jsonl".replace("/", "-").strip("-")).write_text("[]\n")
+    (tmp_path / "bad" / file_name(f"{tmp_path}/plain")).write_text("[]\n")
     for fault, (options, message) in FAULTS.items():
         words = [word.format(root=tmp_path) for word in options]
         status, out, err = command("evaluate", f"{tmp_path}/plain", "--out", f"{tmp_path}/out", *words)
@@ -332,7 +361,9 @@ def test_one_broken_image_in_a_thousand_is_left_out_and_named(tmp_path: Path) ->
     write_classification(tmp_path, "cifar10", samples)
     one, outcome = find_set("cifar10"), evaluate_set(tmp_path, "cifar10", batch=300)
     assert one_set._check(one, outcome).samples == len(samples)
-    line = run._line(one, outcome, "oracle", "", "")
+    files = find_files(one, str(tmp_path))
+    assert files is not None
+    line = run._line(Job(one, files, ("oracle",)), outcome, "oracle", "")
     assert line["refused"] == ["1 of 1,200 left out: s0000007 (image_format)"]
     assert line["metrics"]["main_metric"] == 1
 

@@ -151,6 +151,24 @@ class NanEncoder(ConstantEncoder):
         return super().encode_images(pixels) * torch.nan
 
 
+class RedNanEncoder(ColourOracle):
+    """Returns NaN for red images and, with ``texts``, for texts about red things."""
+
+    def __init__(self, texts: bool = False) -> None:
+        self.texts = texts
+
+    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self._spoil(super().encode_images(pixels))
+
+    def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        found = super().encode_texts(texts)
+        return self._spoil(found) if self.texts else found
+
+    def _spoil(self, vectors: torch.Tensor) -> torch.Tensor:
+        red = vectors[:, list(COLOURS).index("red"), None] > 0
+        return torch.where(red, torch.nan, vectors)
+
+
 #: Samples of a set: (class index, image, metadata or None).
 Samples = Sequence[tuple[object, bytes, Sequence[int] | None]]
 

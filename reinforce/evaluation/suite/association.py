@@ -27,6 +27,11 @@ class _Instance:
     associated: np.ndarray  # bool, by candidate
     rows: list[int] = field(default_factory=list)  # of the candidates among all images
 
+    @property
+    def content(self) -> list[object]:
+        """What the metric depends on, as JSON."""
+        return [self.text, self.associated.tolist()]
+
 
 def associate(one: SuiteSet, files: SetFiles, models: Models) -> Outcome:
     """Evaluate models on instances of a cue and candidates. Raises UserError for a table that does not fit.

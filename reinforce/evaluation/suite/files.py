@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from fsspec.implementations.local import LocalFileSystem
 
 from reinforce.config import Input
 from reinforce.errors import UserError
@@ -16,9 +19,10 @@ from reinforce.parquet.footers import RefusedFile
 from reinforce.source.formats.base import Shard
 from reinforce.source.formats.columns import Columns
 from reinforce.source.formats.parquet import ParquetFile
+from reinforce.source.identity import listed_state
 from reinforce.source.reading import read_samples
 from reinforce.source.samples import RawSample, Refusal
-from reinforce.source.urls import canonical, filesystem
+from reinforce.source.urls import Info, canonical, filesystem
 from reinforce.source.whole_reads import read_whole
 
 CLASSES = "classnames.txt"
@@ -26,19 +30,23 @@ TEMPLATES = "zeroshot_classification_templates.txt"
 _SHARDS = "test/nshards.txt"
 #: The file of a layout that names its images, below the folder of the set.
 ANNOTATIONS = {"sugarcrepe": "data/{}.json", "sharegpt4v": "share-captioner_coco_lcs_sam_1246k_1107.json"}
+#: The folder of the images that this file names.
+_IMAGES = {"sugarcrepe": "val2017", "sharegpt4v": "sam/images"}
 _ENDINGS = {"tables": ".parquet", "pairs": ".txt"}
 
 
 @dataclass(frozen=True)
 class SetFiles:
-    """The files of a set: its ``folder`` and ``shards`` as URLs, and a ``digest`` of names and sizes.
+    """The files of a set: its ``folder`` and ``shards`` as URLs, and their ``state``.
 
-    ``shards`` are tars or tables, the captions of layout ``pairs``, or the file that names the images.
+    ``shards`` are tars or tables, the captions of layout ``pairs``, or the file that names the images. Equal states
+    have equal content: a hash of names, sizes, and modification times or ETags, and of class names and templates. It is
+    empty where a storage lists neither times nor ETags. Other states may have equal content, too.
     """
 
     folder: str
     shards: list[str]
-    digest: str
+    state: str
 
 
 def find_files(one: SuiteSet, root: str) -> SetFiles | None:
@@ -47,39 +55,67 @@ def find_files(one: SuiteSet, root: str) -> SetFiles | None:
         return None
     folder = one.place(root)
     fs, path = filesystem(folder)
-    used: dict[str, int | None]
     with storage_errors(f"{canonical(folder)} cannot be listed", "Check the address."):
         try:
             if one.layout in ANNOTATIONS:
                 name = ANNOTATIONS[one.layout].format(one.key.rpartition("sugarcrepe_")[2])
                 shards = [f"{folder}/{name}"]
-                used = {name: int(fs.info(f"{path.rstrip('/')}/{name}")["size"] or 0)}
+                annotations = f"{path.rstrip('/')}/{name}"
+                used = {annotations: fs.info(annotations)}
+                used |= fs.find(f"{path.rstrip('/')}/{_IMAGES[one.layout]}", detail=True)
             else:
                 found = {str(name): info for name, info in fs.find(path, detail=True).items()}
                 if not found:
                     return None
                 shards, used = _list_files(one, fs, found, path, folder)
+            return SetFiles(folder, shards, _state(fs, path, used))
         except FileNotFoundError:
             return None
-    digest = hashlib.blake2b(json.dumps(used).encode(), digest_size=8).hexdigest()
-    return SetFiles(folder, shards, digest)
 
 
 def _list_files(
-    one: SuiteSet, fs: Any, found: dict[str, Any], path: str, folder: str
-) -> tuple[list[str], dict[str, int | None]]:
-    """The URLs of tars, tables or captions, and the sizes of the set's files. Raises UserError if some are missing."""
+    one: SuiteSet, fs: Any, found: dict[str, Info], path: str, folder: str
+) -> tuple[list[str], dict[str, Info]]:
+    """The URLs of tars, tables or captions, and what is listed of the set's files.
+
+    Raises UserError if some are missing.
+    """
     shown = canonical(folder)
     if one.layout == "tars":
         names = _list_tars(fs, found, path, shown)
-        return [f"{folder}/{name}" for name in names], {n: _size(found, n) for n in (CLASSES, TEMPLATES, *names)}
+        ends = tuple(f"/{name}" for name in (CLASSES, TEMPLATES, *names))
+        return [f"{folder}/{name}" for name in names], {n: info for n, info in found.items() if n.endswith(ends)}
     ending = _ENDINGS[one.layout]
     files = sorted(name for name in found if name.endswith(ending))
     if not files:
         raise UserError(f"{shown} has no file that ends with {ending}. {one.page} has the set.")
-    return [str(fs.unstrip_protocol(name)) for name in files], {
-        n[len(path) :]: int(found[n]["size"] or 0) for n in files
-    }
+    tables = one.layout == "tables"  # captions are beside the images that they belong to
+    return [str(fs.unstrip_protocol(name)) for name in files], {n: found[n] for n in files} if tables else found
+
+
+def _state(fs: Any, path: str, used: Mapping[str, Info]) -> str:
+    """``SetFiles.state`` of the files that are ``used``, by their paths in the file system."""
+    versions = {}
+    for name, info in used.items():
+        version = _version(fs, name, info)
+        if version is None:
+            return ""
+        small = name.endswith((CLASSES, TEMPLATES))
+        versions[name[len(path) :]] = [*version, read_whole(fs, name).hex() if small else None]
+    text = json.dumps(versions, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _version(fs: Any, path: str, info: Info) -> list[int | str | None] | None:
+    """What changes with a file's content; None where the storage lists nothing of that kind."""
+    if isinstance(fs, LocalFileSystem):
+        try:
+            found = os.stat(path)  # of the file that a link leads to
+        except OSError:
+            return None
+        return [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+    stamps = [listed_state(info).stamp, info.get("blob_id")]  # the second is the Hub's, a hash of the content
+    return [info.get("size"), *stamps] if any(stamps) else None
 
 
 def read_tars(one: SuiteSet, files: SetFiles, fields: Sequence[str]) -> Iterator[RawSample | Refusal]:
@@ -113,7 +149,7 @@ def image_bytes(image: object, key: str, where: str) -> bytes:
     return data
 
 
-def _list_tars(fs: Any, found: dict[str, Any], path: str, shown: str) -> list[str]:
+def _list_tars(fs: Any, found: Mapping[str, Info], path: str, shown: str) -> list[str]:
     """Names of the tars that nshards.txt counts. Raises UserError where one is missing."""
     if _size(found, _SHARDS) is None:
         raise UserError(f"{shown} has no {_SHARDS}, which has the number of shards. Download it.")
@@ -127,5 +163,5 @@ def _list_tars(fs: Any, found: dict[str, Any], path: str, shown: str) -> list[st
     return names
 
 
-def _size(found: dict[str, Any], name: str) -> int | None:
+def _size(found: Mapping[str, Info], name: str) -> int | None:
     return next((int(info["size"] or 0) for path, info in found.items() if path.endswith(f"/{name}")), None)

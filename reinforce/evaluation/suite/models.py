@@ -11,9 +11,10 @@ import torch
 from reinforce.config import Limits
 from reinforce.errors import UserError
 from reinforce.evaluation.classes import Template
-from reinforce.evaluation.encoding import Encoder, build_classifier, encode_texts
+from reinforce.evaluation.encoding import Encoder, NotFinite, build_classifier, encode_texts
 from reinforce.evaluation.images import decode_batches
 from reinforce.evaluation.reading import Example
+from reinforce.evaluation.suite.content import ContentDigest
 from reinforce.images.policy import PUBLISHED_POLICY
 from reinforce.source.samples import Refusal
 from teachers.device.accelerator import Accelerator
@@ -23,17 +24,22 @@ from teachers.protocols import ImageSpec
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a set gives: ``metrics`` by model, the number of ``samples``, those ``refused``, and the ``classes``."""
+    """What a set gives: ``metrics`` by model, the number of ``samples``, those ``refused``, and the ``classes``.
+
+    ``failed`` says by model why it has no metrics; ``content`` is the digest of what was read.
+    """
 
     metrics: dict[str, dict[str, float | None]]
     samples: int
     refused: list[Refusal]
     classes: int | None = None
+    failed: dict[str, str] = field(default_factory=dict)
+    content: str = ""
 
 
 @dataclass(frozen=True)
 class Models:
-    """Dual encoders by name, on one accelerator."""
+    """Dual encoders by name, on one accelerator. ``digest`` and ``not_finite`` are of one set."""
 
     encoders: Mapping[str, Encoder]
     accelerator: Accelerator
@@ -41,10 +47,16 @@ class Models:
     threads: int
     weights: dict[tuple[str, ...], torch.Tensor] = field(default_factory=dict)  # classifiers; ImageNet's sets share one
     progress: Callable[[int], None] = lambda images: None  # receives the number of a set's images that are encoded
+    digest: ContentDigest | None = None  # None: what is read is not hashed
+    not_finite: NotFinite = field(default_factory=NotFinite)
 
     def among(self, names: Sequence[str], progress: Callable[[int], None]) -> Models:
         """The models of these names."""
         return replace(self, encoders={name: self.encoders[name] for name in names}, progress=progress)
+
+    def for_set(self, digest: ContentDigest | None) -> Models:
+        """The same models for one set: ``digest`` receives what is read, and embeddings are counted from 0."""
+        return replace(self, digest=digest, not_finite=NotFinite())
 
     def encode_images(
         self, examples: Iterator[Example | Refusal], refused: list[Refusal]
@@ -53,6 +65,7 @@ class Models:
 
         Images are decoded as by Pillow's ``convert("RGB")``, as the published evaluations do.
         """
+        examples = examples if self.digest is None else self.digest.watch(examples)
         specs = {name: _image_spec(name, encoder) for name, encoder in self.encoders.items()}
         sizes = {(spec.height, spec.width, spec.interpolation, spec.resize): spec for spec in specs.values()}
         places = [*sizes]
@@ -66,6 +79,7 @@ class Models:
             for name, spec in specs.items():
                 at = places.index((spec.height, spec.width, spec.interpolation, spec.resize))
                 vectors[name] = self.encoders[name].encode_images(to_pixels(put[at], spec)).float()
+                self.not_finite.add(name, "image", vectors[name])
             yield vectors, targets
             done += len(targets)
             self.progress(done)
@@ -84,15 +98,21 @@ class Models:
 
     def encode_texts(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
         """Encode N texts -> float32 [N, dim] on the CPU, by model."""
-        return {name: encode_texts(encoder, texts, self.batch).cpu() for name, encoder in self.encoders.items()}
+        vectors = {name: encode_texts(encoder, texts, self.batch).cpu() for name, encoder in self.encoders.items()}
+        for name, of_model in vectors.items():
+            self.not_finite.add(name, "text", of_model)
+        return vectors
 
     def classifiers(self, classes: Sequence[str], templates: Sequence[Template]) -> dict[str, torch.Tensor]:
         """Class weights, float32 [C, dim] on the device, by model; those of the same texts are computed once."""
         texts = (*classes, "", *(template("{}") for template in templates))
+        if self.digest is not None:
+            self.digest.add_texts(texts)
         for name, encoder in self.encoders.items():
             if (name, *texts) not in self.weights:
                 weights = build_classifier(encoder, classes, templates, self.batch)
                 self.weights[(name, *texts)] = self.accelerator.put(weights)
+            self.not_finite.add(name, "class", self.weights[(name, *texts)])
         return {name: self.weights[(name, *texts)] for name in self.encoders}
 
 

@@ -4,26 +4,60 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from reinforce.errors import UserError
 from reinforce.evaluation.registry import Kind, SuiteSet
 from reinforce.evaluation.report import name_refused
 from reinforce.evaluation.suite.files import SetFiles, find_files
+from reinforce.images.policy import PUBLISHED_POLICY
 from reinforce.source.urls import canonical
 from teachers.spec import ModelSpec
 
 if TYPE_CHECKING:
+    from reinforce.evaluation.suite.content import ContentDigest
     from reinforce.evaluation.suite.models import Models, Outcome
     from teachers.device.accelerator import Precision
 
+_READ_AT_ONCE = 64
 #: Share of a set's images that may be broken.
 BROKEN = 0.001
+#: Version of the metrics of each kind. Increase it with a change after which a kept result would be another.
+_VERSIONS: dict[Kind, int] = {"classification": 1, "retrieval": 1, "association": 1, "choice": 1}
 
 
-def evaluate_set(one: SuiteSet, files: SetFiles, models: Models) -> Outcome:
-    """Evaluate models on a set. Raises UserError where it cannot be used, or where a number would not be right."""
-    return _check(one, _kinds()[one.kind](one, files, models))
+def metric_version(one: SuiteSet) -> str:
+    """What decides the number of a set beside its content and the model."""
+    return f"{one.kind} {_VERSIONS[one.kind]}, {one.main_metric}, {PUBLISHED_POLICY}"
+
+
+def evaluate_set(one: SuiteSet, files: SetFiles, models: Models, digest: ContentDigest | None = None) -> Outcome:
+    """Evaluate models on a set; ``digest`` receives what is read.
+
+    A model with embeddings that are not finite is in ``failed`` of the outcome, and has no metrics. Raises UserError
+    where the set cannot be used, or where a number would not be right.
+    """
+    from reinforce.evaluation.encoding import NOT_FINITE_FIX
+
+    models = models.for_set(digest)
+    outcome = _kinds()[one.kind](one, files, models)
+    found = {name: models.not_finite.describe(name) for name in outcome.metrics}
+    failed = {name: f"{fault}. {NOT_FINITE_FIX}" for name, fault in found.items() if fault}
+    metrics = {name: of_model for name, of_model in outcome.metrics.items() if name not in failed}
+    content = "" if digest is None else digest.hexdigest()
+    return _check(one, replace(outcome, metrics=metrics, failed=failed, content=content))
+
+
+def read_content(one: SuiteSet, files: SetFiles, threads: int) -> str:
+    """The digest of a set's content, of which nothing is decoded. Raises UserError where it cannot be used."""
+    from reinforce.evaluation.suite.content import ContentDigest
+    from reinforce.evaluation.suite.models import Models
+    from teachers.device.accelerator import Accelerator
+
+    digest = ContentDigest()
+    _kinds()[one.kind](one, files, Models({}, Accelerator("cpu"), _READ_AT_ONCE, threads).for_set(digest))
+    return digest.hexdigest()
 
 
 def find_set(one: SuiteSet, root: str) -> SetFiles:
@@ -68,6 +102,6 @@ def _check(one: SuiteSet, outcome: Outcome) -> Outcome:
         score = metrics.get(one.main_metric)
         if score is None or not math.isfinite(score):
             raise UserError(f"{one.name}: {name} has no {one.main_metric}, since no sample of the set counts for it.")
-    if not outcome.metrics:
+    if not outcome.metrics and not outcome.failed:
         raise UserError(f"{one.name} has no samples. Download the set again.")
     return outcome

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -21,19 +22,35 @@ from reinforce.storage import write_file
 Line = dict[str, Any]
 
 _OTHER_SIZE = "*"
+_PLAIN_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*(?<!-[0-9a-f]{8})")
+_STEM_CHARACTERS = 100
 
 
 class ResultFile:
     """The lines of one model in the folder of results, by the keys of sets; each new line replaces the file."""
 
     def __init__(self, folder: str, model: str) -> None:
-        self.url = f"{folder.rstrip('/')}/{re.sub(r'[^A-Za-z0-9._-]+', '-', model).strip('-')}.jsonl"
-        self._lines = self._read()
+        folder = folder.rstrip("/")
+        self.url = f"{folder}/{file_name(model)}"
+        self._model = model
+        # earlier versions wrote other names, which several models could share
+        former = f"{folder}/{_stem(model)}.jsonl"
+        self._lines = self._read(self.url) or self._read(former)
 
-    def finished(self, one: SuiteSet, files: str, identity: str) -> Line | None:
-        """The line of a set that was made of these files by this model, else None."""
+    def made_of(self, one: SuiteSet, identity: str, metric: str) -> Line | None:
+        """The line of a set that this model has with this version of the metric, else None.
+
+        Its ``files`` are the state of the files that were read, its ``content`` is the digest of what was in them.
+        """
         line = self._lines.get(one.key)
-        return line if line is not None and (line.get("files"), line.get("model")) == (files, identity) else None
+        if line is None or not line.get("content"):
+            return None
+        return line if (line.get("model"), line.get("metric")) == (identity, metric) else None
+
+    def outdated(self, one: SuiteSet, identity: str, metric: str) -> bool:
+        """Whether a line of this model is not used since an earlier version wrote it."""
+        line = self._lines.get(one.key)
+        return line is not None and line.get("model") == identity and self.made_of(one, identity, metric) is None
 
     def main_metric(self, key: str) -> float | None:
         """The main metric of a set, whatever files it was made of; None if it has no line."""
@@ -50,17 +67,35 @@ class ResultFile:
                 f"{canonical(self.url)} cannot be written: {error}. Name another folder with --out."
             ) from error
 
-    def _read(self) -> dict[str, Line]:
-        fs, path = filesystem(self.url)
+    def _read(self, url: str) -> dict[str, Line]:
+        """The lines of a file that are of this model, or that name none."""
+        fs, path = filesystem(url)
         if not fs.exists(path):
             return {}
         try:
             lines = [json.loads(line) for line in read_whole(fs, path).decode().splitlines() if line.strip()]
-            return {line["key"]: line for line in lines}
-        except (ValueError, KeyError, TypeError) as error:
+            return {
+                line["key"]: line for line in lines if line.get("model", "@").rpartition("@")[0] in ("", self._model)
+            }
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f"{canonical(self.url)} has a line that is not of results ({error}). Remove the file."
+                f"{canonical(url)} has a line that is not of results ({error}). Remove the file."
             ) from error
+
+
+def file_name(model: str) -> str:
+    """The file of a model's results, which no other model has, also where a storage ignores the case of letters.
+
+    Names of paths and others with more than lower-case letters, digits, '.', '_' and '-' end with a hash of the name.
+    """
+    if _PLAIN_NAME.fullmatch(model):
+        return f"{model}.jsonl"
+    stem = _stem(model)[-_STEM_CHARACTERS:].lstrip(".-") or "model"
+    return f"{stem}-{hashlib.blake2b(model.encode(), digest_size=4).hexdigest()}.jsonl"
+
+
+def _stem(model: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-")
 
 
 @dataclass

@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 from reinforce import plots
@@ -14,9 +14,9 @@ from reinforce.errors import UserError
 from reinforce.evaluation.registry import SuiteSet, published_metrics, select_sets
 from reinforce.evaluation.report import name_refused
 from reinforce.evaluation.suite.files import SetFiles, find_files
-from reinforce.evaluation.suite.one_set import evaluate_set, load_models, where_expected
+from reinforce.evaluation.suite.one_set import load_models, metric_version, where_expected
 from reinforce.evaluation.suite.results import Line, ResultFile, SuiteReport
-from reinforce.evaluation.suite.workers import Job, Options, count_workers, ray_workers, schedule
+from reinforce.evaluation.suite.workers import Job, Options, count_workers, ray_workers, run_job, schedule
 from reinforce.model_names import model_errors
 from reinforce.processes.cores import available_cores
 from reinforce.storage import Storage, write_file
@@ -65,21 +65,26 @@ def evaluate_suite(
     report = SuiteReport(suite, len(select_sets(suite)), sets, results, compared=compare, published=published)
     present = _find(report, root)
     Storage(out).check_writable()
-    jobs = []
-    for one, files in present:
-        for name, store in stores.items():
-            if line := store.finished(one, files.digest, identities[name]):
-                results[name][one.key] = line
-        if pending := tuple(name for name in specs if one.key not in results[name]):
-            jobs.append(Job(one, files, pending))
+    jobs = _plan(present, stores, identities, results)
     for job, outcome in (
         _in_turn(jobs, specs, options) if count is None else _side_by_side(jobs, options, address, count)
     ):
+        key = job.one.key
         if isinstance(outcome, str):
-            report.failed[job.one.key] = outcome
+            report.failed[key] = outcome
             continue
-        for name in job.names:
-            results[name][job.one.key] = line = _line(job.one, outcome, name, job.files.digest, identities[name])
+        if outcome.failed:
+            report.failed[key] = " ".join(f"{name}: {reason}" for name, reason in outcome.failed.items())
+        for name in (*job.names, *job.kept):
+            if name in outcome.failed:
+                continue
+            if name in outcome.metrics:
+                line = _line(job, outcome, name, identities[name])
+            else:  # of equal content
+                kept = stores[name].made_of(job.one, identities[name], metric_version(job.one))
+                assert kept is not None
+                line = {**kept, "files": job.files.state}
+            results[name][key] = line
             stores[name].add(line)
     write_file(report.markdown().encode(), f"{out.rstrip('/')}/{suite}.md")
     picture = f"{out.rstrip('/')}/{suite}.png"
@@ -88,22 +93,54 @@ def evaluate_suite(
     return report
 
 
+def _plan(
+    present: Sequence[tuple[SuiteSet, SetFiles]],
+    stores: Mapping[str, ResultFile],
+    identities: Mapping[str, str],
+    results: dict[str, dict[str, Line]],
+) -> list[Job]:
+    """Add the lines that fit to ``results`` -> what is to be read or evaluated.
+
+    Where a model has a line, but the state of the files has changed, their content decides.
+    """
+    jobs = []
+    outdated = dict.fromkeys(stores, 0)
+    for one, files in present:
+        metric, names, kept = metric_version(one), [], {}
+        for name, store in stores.items():
+            line = store.made_of(one, identities[name], metric)
+            outdated[name] += store.outdated(one, identities[name], metric)
+            if line is None:
+                names.append(name)
+            elif files.state and line["files"] == files.state:
+                results[name][one.key] = line
+            else:
+                kept[name] = str(line["content"])
+        if names or kept:
+            jobs.append(Job(one, files, tuple(names), kept))
+    for name, count in outdated.items():
+        if count:
+            Screen().log(
+                f"{name}: {plural(count, 'result')} of an earlier version computed again, since they do not state the "
+                "content of their sets, or are of another version of the metric"
+            )
+    return jobs
+
+
 def _in_turn(
     jobs: Sequence[Job], specs: Mapping[str, ModelSpec], options: Options
 ) -> Iterator[tuple[Job, Outcome | str]]:
     """Evaluate sets one after another in this process -> each with its outcome, or why it cannot be used."""
     if not jobs:
         return
-    models = load_models(specs, options.device, options.precision, options.batch, available_cores())
+    threads = available_cores()
+    models = cache(partial(load_models, specs, options.device, options.precision, options.batch, threads))
     for job in jobs:
+        if job.names:
+            models()
         start = time.monotonic()
-        outcome: Outcome | str
         with Screen() as screen:
-            drawn = partial(_draw, screen, job.one)
-            try:
-                outcome = evaluate_set(job.one, job.files, models.among(job.names, drawn))
-            except UserError as error:
-                outcome = str(error)
+            outcome = run_job(job, models, partial(_draw, screen, job.one), threads)
             screen.log(_describe(job, outcome, f" in {time.monotonic() - start:.0f} s"))
         yield job, outcome
 
@@ -130,8 +167,14 @@ def _describe(job: Job, outcome: Outcome | str, time_taken: str = "") -> str:
     one = job.one
     if isinstance(outcome, str):
         return f"{one.name} failed: {outcome}"
-    scores = ", ".join(f"{name} {100 * (outcome.metrics[name][one.main_metric] or 0):.2f}" for name in job.names)
-    return f"{one.name}: {outcome.samples:,} samples{time_taken}; {one.main_metric}: {scores}"
+    scores = [f"{name} {100 * (metrics[one.main_metric] or 0):.2f}" for name, metrics in outcome.metrics.items()]
+    parts = [f"{one.main_metric}: {', '.join(scores)}"] if scores else []
+    parts += [f"{name} failed: {reason}" for name, reason in outcome.failed.items()]
+    kept = {*job.kept} - {*outcome.metrics, *outcome.failed}
+    parts += ["kept, since the content is the same"] if kept else []
+    parts += ["evaluated again, since the content has changed"] if {*job.kept} - kept else []
+    samples = f"{outcome.samples:,} samples" if outcome.samples else "read"
+    return f"{one.name}: {samples}{time_taken}; {'; '.join(parts)}"
 
 
 def _find(report: SuiteReport, root: str) -> list[tuple[SuiteSet, SetFiles]]:
@@ -163,8 +206,8 @@ def _identity(name: str, spec: ModelSpec, precision: str) -> str:
     return f"{name}@{hashlib.blake2b(content.encode(), digest_size=8).hexdigest()}"
 
 
-def _line(one: SuiteSet, outcome: Outcome, model: str, files: str, identity: str) -> Line:
-    metrics = outcome.metrics[model]
+def _line(job: Job, outcome: Outcome, model: str, identity: str) -> Line:
+    one, metrics = job.one, outcome.metrics[model]
     differs = []
     if outcome.samples != one.size:
         differs.append(f"{outcome.samples:,} samples (published: {one.size:,})")
@@ -176,6 +219,12 @@ def _line(one: SuiteSet, outcome: Outcome, model: str, files: str, identity: str
         if outcome.refused
         else []
     )
-    made_of = {"model": identity, "files": files, "samples": outcome.samples, "notes": notes, "refused": refused}
+    made_of: Line = {
+        "model": identity,
+        "files": job.files.state,
+        "content": outcome.content,
+        "metric": metric_version(one),
+    }
+    made_of |= {"samples": outcome.samples, "notes": notes, "refused": refused}
     main = {"main_metric": metrics[one.main_metric]}
     return {"key": one.key, "dataset": one.name, "metrics": {**metrics, **main}, **made_of}

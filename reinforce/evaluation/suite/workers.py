@@ -8,15 +8,15 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from reinforce.errors import UserError
 from reinforce.evaluation.registry import SuiteSet
 from reinforce.evaluation.suite.files import SetFiles
-from reinforce.evaluation.suite.one_set import evaluate_set, load_models
+from reinforce.evaluation.suite.one_set import evaluate_set, load_models, read_content
 from reinforce.model_names import resolve_models
 from reinforce.processes.cores import available_cores, cores_per_process
 from teachers.redact import redact
@@ -30,11 +30,16 @@ _ATTEMPTS = 2
 
 @dataclass(frozen=True)
 class Job:
-    """A set, its files, and the names of the models that lack a result on it."""
+    """A set, its files, and the names of the models that lack a result on it.
+
+    ``kept`` has the content of kept results by model, whose files had another state: a result is kept if the files
+    still have this content.
+    """
 
     one: SuiteSet
     files: SetFiles
     names: tuple[str, ...]
+    kept: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,28 @@ class Options:
 Evaluate = Callable[[Job], "Outcome | str"]
 #: A worker: starts to evaluate a set.
 Worker = Callable[[Job], "Future[Outcome | str]"]
+
+
+def run_job(job: Job, models: Callable[[], Models], progress: Callable[[int], None], threads: int) -> Outcome | str:
+    """The outcome of the models without a result of this content, or why the set cannot be used.
+
+    ``models`` loads all models, where one is needed.
+    """
+    from reinforce.evaluation.suite.content import ContentDigest
+    from reinforce.evaluation.suite.models import Outcome
+
+    try:
+        content = read_content(job.one, job.files, threads) if job.kept else ""
+    except UserError as error:
+        return str(error)
+    names = (*job.names, *(name for name, known in job.kept.items() if known != content))
+    if not names:
+        return Outcome({}, 0, [], content=content)
+    needed = models().among(names, progress)
+    try:
+        return evaluate_set(job.one, job.files, needed, ContentDigest())
+    except UserError as error:
+        return str(error)
 
 
 class WorkerLost(Exception):
@@ -142,16 +169,16 @@ class _SetWorker:
 
     def evaluate(self, job: Job) -> Outcome | str:
         """The outcome, or why the set cannot be used. Raises UserError for a model that cannot be loaded."""
-        options = self._options
+        threads = min(self._threads, available_cores())
+        return run_job(job, lambda: self._load(threads), lambda _: None, threads)
+
+    def _load(self, threads: int) -> Models:
         if self._models is None:
+            options = self._options
             specs = self._copies.enter_context(resolve_models(options.names, options.pretrained))
             named = {redact(name): spec for name, spec in specs.items()}
-            threads = min(self._threads, available_cores())
             self._models = load_models(named, options.device, options.precision, options.batch, threads)
-        try:
-            return evaluate_set(job.one, job.files, self._models.among(job.names, lambda _: None))
-        except UserError as error:
-            return str(error)
+        return self._models
 
 
 def _translated(future: Future[Any]) -> Future[Any]:

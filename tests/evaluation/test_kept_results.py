@@ -1,0 +1,241 @@
+"""Results of suites that are kept: by the content of the set, the version of the metric, and the model."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reinforce.evaluation import images
+from reinforce.evaluation.suite import files, one_set
+from reinforce.evaluation.suite.files import find_files
+from reinforce.evaluation.suite.results import ResultFile, file_name
+from tests.helpers import tiny_models
+from tests.helpers.commands import Command
+from tests.helpers.evaluation import (
+    COLOURS,
+    colour_samples,
+    find_set,
+    solid_image,
+    stored,
+    write_classification,
+    write_table,
+)
+
+MNIST = "wds_mnist_test"
+FORMER = "result of an earlier version computed again, since they do not state the content of their sets"
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """An entry for each image that is decoded."""
+    found: list[int] = []
+    decode = images.decode
+    monkeypatch.setattr(images, "decode", lambda *a, **b: (found.append(1), decode(*a, **b))[1])
+    return found
+
+
+@pytest.fixture
+def evaluate(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Evaluate models on MNIST below ``sets``, of 12 samples -> what is printed."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    tiny_models.open_clip_model(tmp_path / "a" / "b")
+    tiny_models.open_clip_model(tmp_path / "a-b", seed=1)
+    write_classification(tmp_path / "sets", "mnist", colour_samples())
+
+    def run(*models: str, data: str = "sets") -> str:
+        words = ("--suite", "datacomp", "--data", data, "--sets", "mnist", "--out", "out")
+        status, out, err = command("evaluate", *(models or ("a/b",)), *words)
+        assert status == 0, err
+        return out
+
+    return run
+
+
+def keep_time(path: Path, change: Callable[[bytes], bytes]) -> None:
+    """Change a file; its size and modification time stay."""
+    before, data = path.stat(), path.read_bytes()
+    path.write_bytes(change(data))
+    assert path.stat().st_size == before.st_size
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def swap_classes(text: bytes) -> bytes:
+    return b"\n".join(reversed(text.strip().split(b"\n"))) + b"\n"
+
+
+def swap_labels(tar: bytes) -> bytes:
+    """The first two samples of a shard get each other's class."""
+    blocks = [tar[start : start + 512] for start in range(0, len(tar), 512)]
+    labels = [n + 1 for n, block in enumerate(blocks) if block.split(b"\0", 1)[0].endswith(b".cls")]
+    first, other = labels[0], next(n for n in labels if blocks[n] != blocks[labels[0]])
+    blocks[first], blocks[other] = blocks[other], blocks[first]
+    return b"".join(blocks)
+
+
+CHANGES: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
+    "class names": ("classnames.txt", swap_classes),
+    "templates": ("zeroshot_classification_templates.txt", lambda text: text.replace(b"photo", b"image")),
+    "labels of a shard": ("test/0.tar", swap_labels),
+}
+
+
+def test_a_set_of_other_content_is_evaluated_again_though_sizes_and_times_are_the_same(
+    evaluate: Callable[..., str], tmp_path: Path, decoded: list[int]
+) -> None:
+    evaluate()
+    assert len(decoded) == 12
+    for number, (what, (name, change)) in enumerate(CHANGES.items(), start=2):
+        keep_time(tmp_path / "sets" / MNIST / name, change)
+        assert "evaluated again, since the content has changed" in evaluate(), what
+        assert len(decoded) == 12 * number, what
+        assert "evaluated again" not in evaluate(), what
+        assert len(decoded) == 12 * number, f"{what}: kept"
+
+
+def test_a_copy_of_a_set_is_read_once_and_keeps_its_result(
+    evaluate: Callable[..., str], tmp_path: Path, decoded: list[int]
+) -> None:
+    expected = evaluate().splitlines()[-4:]
+    shutil.copytree(tmp_path / "sets", tmp_path / "copy")
+    out = evaluate(data="copy")
+    assert "kept, since the content is the same" in out
+    assert out.splitlines()[-4:] == expected
+    assert "kept, since" not in evaluate(data="copy"), "nothing is read"
+    assert "a-b 16.67" in evaluate("a/b", "a-b"), "one model is read for, the other evaluated"
+    assert len(decoded) == 24
+
+
+def test_another_version_of_the_metric_and_results_of_earlier_versions_are_computed_again_with_a_line(
+    evaluate: Callable[..., str], tmp_path: Path, decoded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate()
+    monkeypatch.setitem(one_set._VERSIONS, "classification", 10**6)
+    assert f"a/b: 1 {FORMER}" in evaluate()
+    assert FORMER not in evaluate()
+    assert len(decoded) == 24
+    path = tmp_path / "out" / file_name("a/b")
+    line = json.loads(path.read_text())
+    del line["content"], line["metric"]
+    path.unlink()
+    (tmp_path / "out" / "a-b.jsonl").write_text(json.dumps(line) + "\n")  # where earlier versions wrote it
+    assert ResultFile("out", "a/b").main_metric("mnist") == line["metrics"]["main_metric"]
+    assert ResultFile("out", "a-b").main_metric("mnist") is None, "the line is of another model"
+    assert f"a/b: 1 {FORMER}" in evaluate()
+    assert len(decoded) == 36
+
+
+def test_models_never_share_a_file_of_results(evaluate: Callable[..., str], tmp_path: Path, decoded: list[int]) -> None:
+    for models in (["a/b"], ["a-b"], ["a/b"], ["a-b"]):
+        evaluate(*models)
+    assert len(decoded) == 24, "each is kept"
+    names = ["a/b", "a-b", "a,b", "A-b", "a--b", "-a-b", "a-b-", "a.b", "..", ".", "a/" * 200, "b/" * 200, "ä", "ö"]
+    names += [file_name(name).removesuffix(".jsonl") for name in names]
+    found = {file_name(name).lower() for name in names}
+    assert len(found) == len({*names}), "also where a storage ignores the case of letters"
+    assert all(len(name) < 128 and "/" not in name and not name.startswith(".") for name in found)
+    assert file_name("mobileclip2_s0") == "mobileclip2_s0.jsonl", "as before"
+
+
+def test_a_storage_that_lists_no_times_has_its_sets_read_each_time(
+    evaluate: Callable[..., str], decoded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_version", lambda *_: None)
+    evaluate()
+    assert ["kept, since the content is the same" in evaluate() for _ in range(2)] == [True, True]
+    assert len(decoded) == 12
+
+
+# --- the content of each layout
+
+
+def write_flickr(root: Path, caption: str = "red", colour: str = "red") -> None:
+    write_table(root, "flickr", {"image": [stored(solid_image(colour))], "caption": [[caption, "two"]]})
+
+
+def write_winogavil(root: Path, cue: str = "red", associated: str = "c0", colour: str = "red") -> None:
+    pictures = [stored(solid_image(colour)), stored(solid_image("blue"))]
+    columns = {
+        "cue": [cue],
+        "candidate_images": [pictures],
+        "candidates": [["c0", "c1"]],
+        "associations": [[associated]],
+    }
+    write_table(root, "winogavil", columns)
+
+
+def write_urban1k(root: Path, caption: str = "red", colour: str = "red") -> None:
+    for name, data in {"image/x.jpg": solid_image(colour), "caption/x.txt": caption.encode()}.items():
+        (root / "Urban1k" / name).parent.mkdir(parents=True)
+        (root / "Urban1k" / name).write_bytes(data)
+
+
+def write_sugarcrepe(root: Path, caption: str = "red", wrong: str = "blue", colour: str = "red") -> None:
+    folder = root / "sugar-crepe"
+    for name in ("val2017", "data"):
+        (folder / name).mkdir(parents=True)
+    (folder / "val2017" / "x.jpg").write_bytes(solid_image(colour))
+    row = {"filename": "x.jpg", "caption": caption, "negative_caption": wrong}
+    (folder / "data" / "swap_obj.json").write_text(json.dumps({"0": row}))
+
+
+def write_sharegpt4v(root: Path, caption: str = "red", colour: str = "red") -> None:
+    folder = root / "ShareGPT4V"
+    (folder / "sam" / "images").mkdir(parents=True)
+    (folder / "sam" / "images" / "x.jpg").write_bytes(solid_image(colour))
+    rows = [{"image": "sam/images/x.jpg", "conversations": [{"value": "?"}, {"value": caption}]}]
+    (folder / "share-captioner_coco_lcs_sam_1246k_1107.json").write_text(json.dumps(rows))
+
+
+def write_geode(root: Path, region: int = 0, colour: str = "red", template: str = "{c}") -> None:
+    write_classification(root, "geode", [(3, solid_image(colour), (region, 0))], [*COLOURS], [template], shards=1)
+
+
+LAYOUTS: dict[str, tuple[Callable[..., None], list[dict[str, Any]]]] = {
+    "flickr": (write_flickr, [{"caption": "blue"}, {"colour": "blue"}]),
+    "winogavil": (write_winogavil, [{"cue": "Blue"}, {"associated": "c1"}, {"colour": "green"}]),
+    "urban1k": (write_urban1k, [{"caption": "blue"}, {"colour": "blue"}]),
+    "swap_obj": (write_sugarcrepe, [{"caption": "grey"}, {"wrong": "grey"}, {"colour": "blue"}]),
+    "sharegpt4v-1k": (write_sharegpt4v, [{"caption": "grey"}, {"colour": "blue"}]),
+    "geode": (write_geode, [{"region": 1}, {"colour": "blue"}, {"template": "a {c}"}]),
+}
+
+
+def test_all_that_a_metric_depends_on_is_content_and_changes_the_state_of_the_files(tmp_path: Path) -> None:
+    for key, (write, changes) in LAYOUTS.items():
+        one = find_set(key)
+        contents, states = [], []
+        for number, change in enumerate([{}, {}, *changes]):
+            root = tmp_path / key / str(number)
+            write(root, **change)
+            found = find_files(one, str(root))
+            assert found is not None
+            again = find_files(one, str(root))
+            assert again == found, "nothing has changed"
+            contents.append(one_set.read_content(one, found, 2))
+            states.append(found.state)
+        assert contents[0] == contents[1], f"{key}: a copy"
+        assert len({*contents}) == 1 + len(changes), key
+        assert len({*states}) == 2 + len(changes), key
+        assert "" not in states
+
+
+def test_a_file_that_is_replaced_while_a_set_is_read_leaves_no_result_that_is_kept(
+    evaluate: Callable[..., str], tmp_path: Path, decoded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The listing is of the old file, what is read is the new one."""
+    find = files.find_files
+    change = partial(keep_time, tmp_path / "sets" / MNIST / "classnames.txt", swap_classes)
+    monkeypatch.setattr("reinforce.evaluation.suite.run.find_files", lambda *a: (find(*a), change())[0])
+    evaluate()
+    change()
+    monkeypatch.setattr("reinforce.evaluation.suite.run.find_files", find)
+    assert "evaluated again, since the content has changed" in evaluate()
+    assert len(decoded) == 24
