@@ -126,7 +126,7 @@ class Evaluation(Section):
         None,
         description="metric that selects the best checkpoint, e.g. zero_shot/NAME/top1; higher is better, and the "
         "earlier of two equal ones is kept; default: top1 of the first zero-shot set, else text_to_image/r1 of the "
-        "first retrieval set, else SUITE/mean",
+        "first retrieval set, else SUITE/mean, unless this is of a part of the set or suite",
     )
     export: Literal["last", "best"] = Field(
         "last", description="weights that a training exports: of its last step, or of its best evaluated one by `best`"
@@ -186,6 +186,22 @@ class Evaluation(Section):
                 found[f"{self.suite}/mean"] = sum(known) / len(known)
         return {name: found[name] for name in self.metrics if name in found}
 
+    def parts(self, sets: Mapping[str, str]) -> dict[str, str]:
+        """What part of their set or suite metrics are of, by name; those of the whole are left out.
+
+        ``sets`` says it of sets, such as ``151 of 301 images`` of ``zero_shot/NAME``.
+        """
+        found = {
+            metric: part for metric in self.metrics for name, part in sets.items() if metric.startswith(f"{name}/")
+        }
+        if self.suite is not None:
+            sizes = len(self.suite_sets), len(select_sets(self.suite))
+            partly = sum(f"{self.suite}/{one.key}" in sets for one in self.suite_sets)
+            if partly or sizes[0] < sizes[1]:
+                among = f" with {partly} in part" if partly else ""
+                found[f"{self.suite}/mean"] = f"{sizes[0]} of {sizes[1]} sets{among}"
+        return found
+
     @property
     def best_metric(self) -> str | None:
         """The metric that selects the best checkpoint; None without sets."""
@@ -208,6 +224,9 @@ class Evaluation(Section):
             raise ValueError(f"best: no set gives {self.best!r}; the metrics are: {known}")
         if self.export == "best" and not self.metrics:
             raise ValueError("export: best needs a set to evaluate on; add one, or remove `export`")
+        metric = self.best_metric or ""
+        if self.export == "best" and self.best is None and (part := self.parts({}).get(metric)):
+            raise ValueError(f"export: best would choose by {metric} of {part}; set `best` to the metric that chooses")
         return self
 
 

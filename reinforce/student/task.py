@@ -27,7 +27,7 @@ from reinforce.student.distillation import (
 from reinforce.student.loss import Objective, contrastive_losses, scale_losses
 from reinforce.student.model import Student, build_student, export, load_tokenizer, scale_name
 from reinforce.training.distributed import gather
-from reinforce.training.task import Batch, Encoded
+from reinforce.training.task import Batch, Encoded, Metrics
 from teachers.device.accelerator import Accelerator
 from teachers.protocols import Teacher
 
@@ -108,17 +108,24 @@ class StudentTask:
         losses = contrastive_losses(objective, encoded.features, scale, bias, targets, reduced)
         return losses | scale_losses(learnt, targets, reduced)
 
-    def evaluate(self, model: torch.nn.Module) -> dict[str, float]:
-        """Metrics of this rank's share of the sets under ``evaluate``, by the names in ``reinforce.evaluation``."""
+    def evaluate(self, model: torch.nn.Module) -> Metrics:
+        """Metrics of this rank's share of the sets under ``evaluate``, by the names in ``reinforce.evaluation``.
+
+        ``parts`` are by set.
+        """
         assert isinstance(model, Student)
         device = str(next(model.parameters()).device)
         accelerator = Accelerator(device, self._precision)
-        return self._evaluator.evaluate_module(model.clip, model.image, self.tokenizer, accelerator).metrics
+        result = self._evaluator.evaluate_module(model.clip, model.image, self.tokenizer, accelerator)
+        return Metrics(result.metrics, {name: one.part for name, one in result.sets.items() if one.part})
 
-    def combine_evaluations(self, parts: Sequence[dict[str, float]]) -> dict[str, float]:
+    def combine_evaluations(self, parts: Sequence[Metrics]) -> Metrics:
         """The metrics of all ranks in the order of the config; NaN for a set that failed."""
         found = self._evaluation.combine(parts)
-        return {name: found.get(name, math.nan) for name in self._evaluation.metrics}
+        sets = {name: part for of_rank in parts for name, part in of_rank.parts.items()}
+        return Metrics(
+            {name: found.get(name, math.nan) for name in self._evaluation.metrics}, self._evaluation.parts(sets)
+        )
 
     def export(self, model: torch.nn.Module, folder: str) -> None:
         """Write a folder that open_clip loads as model and tokenizer ``local-dir:FOLDER``."""

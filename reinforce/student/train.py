@@ -59,6 +59,7 @@ def make_job(config: StudentConfig) -> Job:
         fixed_config=fixed_config(config, (*_MUTABLE, *_default_preprocess(config))),
         evaluate_every=config.evaluate.every,
         best=config.evaluate.best_metric,
+        best_of_part=config.evaluate.best is not None,
         export_best=config.evaluate.export == "best",
         trackers=config.log,
         model_config=model_settings(config.student.model),

@@ -18,7 +18,8 @@ class Job:
 
     ``fixed_config`` is the part of the config that determines the training, by dotted keys: a checkpoint with another
     one is refused. ``evaluate_every`` is in steps (None: only at the end); ``evaluate_start`` also evaluates before
-    the first step. ``best`` is the metric whose best checkpoint is kept (default: the first metric). ``export`` is the
+    the first step. ``best`` is the metric whose best checkpoint is kept (default: the first metric), with
+    ``best_of_part`` also where it is of a part of a set or a mean of fewer sets of a suite. ``export`` is the
     folder of ``output`` for the weights: the last ones, or with ``export_best`` those of the best evaluated step, which
     may be the one before the first step. ``trackers`` get the rows of the log, too. ``model_config`` is the
     config in the model's folder, by dotted keys; it must not change either.
@@ -31,6 +32,7 @@ class Job:
     evaluate_every: int | None = None
     evaluate_start: bool = False
     best: str | None = None
+    best_of_part: bool = False
     export: str = "student"
     export_best: bool = False
     trackers: Trackers | None = None

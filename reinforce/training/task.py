@@ -32,6 +32,20 @@ class Encoded:
     scalars: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
+class Metrics(dict[str, float]):
+    """Metrics by name, higher is better. ``parts`` says which are of a part of what their names say.
+
+    Such a part is ``151 of 301 images`` or ``2 of 38 sets``. ``combine_evaluations`` may get other keys in ``parts``.
+    """
+
+    def __init__(self, metrics: Mapping[str, float], parts: Mapping[str, str]) -> None:
+        super().__init__(metrics)
+        self.parts = dict(parts)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Metrics, (dict(self), self.parts)
+
+
 class Task(Protocol):
     """What the loop trains; ``reinforce.student.task`` has an implementation.
 
@@ -80,8 +94,9 @@ class Task(Protocol):
     def evaluate(self, model: torch.nn.Module) -> dict[str, float]:
         """Metrics by name, higher is better. Called with the (averaged) weights of rank 0 in eval mode.
 
-        A task with a method ``combine_evaluations(parts)``, which makes one dict of those of all ranks, is called on
-        every rank and returns the metrics of the rank's share; another one is called on rank 0.
+        ``Metrics`` names those of parts. A task with a method ``combine_evaluations(parts)``, which makes one dict of
+        those of all ranks, is called on every rank and returns the metrics of the rank's share; another one is called
+        on rank 0.
         """
         ...
 

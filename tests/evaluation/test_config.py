@@ -77,6 +77,13 @@ def test_a_suite_has_main_metrics_and_their_mean_and_ranks_share_out_its_images(
         {"wilds/fmow", "vtab/pets", "renderedsst2"},
     ]
     both = settings.parse(Evaluation, {**SETS, "suite": "datacomp", "data": "x"})
+    assert config.parts({}) == {"datacomp/mean": "4 of 38 sets"}
+    assert both.parts({}) == {}
+    assert both.parts({"datacomp/mnist": "12 of 10000 images", "retrieval/coco": "151 of 301 images"}) == {
+        "datacomp/mean": "38 of 38 sets with 1 in part",
+        "datacomp/mnist/acc1": "12 of 10000 images",
+        **{name: "151 of 301 images" for name in both.metrics if name.startswith("retrieval/coco/")},
+    }
     assert len(both.metrics) == 13 + 1 + 38
     assert sum(map(len, both.shares(128))) == len(frozenset().union(*both.shares(128))) == 3 + 38
 
@@ -92,6 +99,10 @@ def test_a_suite_has_main_metrics_and_their_mean_and_ranks_share_out_its_images(
         ({**SETS, "best": "zero_shot/in1k/group"}, "no set gives 'zero_shot/in1k/group'"),
         ({"best": "zero_shot/in1k/top1"}, "none, since there are no sets"),
         ({"export": "best"}, "export: best needs a set to evaluate on"),
+        (
+            {"suite": "datacomp", "data": "x", "sets": ["mnist", "stl10"], "export": "best"},
+            "export: best would choose by datacomp/mean of 2 of 38 sets; set `best` to the metric that chooses",
+        ),
         ({"zero_shot": {"a/b": {"images": "x"}}}, "'a/b' cannot name a set"),
         (
             {"zero_shot": {"a": {"images": "x", "class": "y"}}},

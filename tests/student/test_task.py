@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -217,12 +218,23 @@ def test_a_training_evaluates_a_suite_and_names_a_set_that_fails(
     assert "datacomp/stl10 failed, and has no metric: STL-10: s0000000 has the label 99" in caplog.text
     assert results.metrics["datacomp/stl10/acc1"] is None
     assert results.metrics["datacomp/mean"] is None
+    assert results.parts == {
+        "datacomp/mean": "2 of 38 sets with 1 in part",
+        "datacomp/mnist/acc1": "12 of 10000 images",
+    }
+    assert results.best is None
     task = StudentTask(config(evaluate={**suite, "sets": ["mnist"]}))
     metrics = task.combine_evaluations([task.evaluate(task.model)])
     assert metrics == {
         "datacomp/mean": metrics["datacomp/mnist/acc1"],
         "datacomp/mnist/acc1": pytest.approx(0.5, abs=0.5),
     }
+    for parameter in task.model.clip.visual.parameters():
+        parameter.data.fill_(torch.nan)
+    caplog.clear()
+    metrics = task.combine_evaluations([task.evaluate(task.model)])
+    assert all(math.isnan(score) for score in metrics.values()), "a student that has diverged"
+    assert "datacomp/mnist failed, and has no metric: 12 of 12 image embeddings are not finite" in caplog.text
     with pytest.raises(UserError, match=r"SVHN is expected at .*wds_vtab-svhn_test; published at .* leave it out of"):
         StudentTask(config(evaluate={**suite, "sets": ["mnist", "vtab/svhn"]}))
 

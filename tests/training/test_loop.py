@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 import re
 import resource
 import signal
@@ -29,6 +30,7 @@ from reinforce.training.loop import fit
 from reinforce.training.record.results import Results, read_results
 from reinforce.training.saving.checkpoint import BestCheckpoint, Checkpoints, Progress
 from reinforce.training.stop import Stopped, StopSignal
+from reinforce.training.task import Metrics
 from teachers.device.accelerator import Accelerator
 from tests.helpers.stand_in_cuda import stand_in_cuda
 from tests.helpers.trainings import PairFeed, TowersTask, curve, job, rows, stopping
@@ -331,9 +333,16 @@ class Scored(TowersTask):
         return {"other": 0.0, "top1": next(self.scores)}
 
 
-def scored(made: Job, *scores: float) -> Results:
+class Partial(Scored):
+    """The metric is of a part of its set."""
+
+    def evaluate(self, model: torch.nn.Module) -> dict[str, float]:
+        return pickle.loads(pickle.dumps(Metrics(super().evaluate(model), {"top1": "151 of 301 images"})))
+
+
+def scored(made: Job, *scores: float, task: type[Scored] = Scored) -> Results:
     torch.manual_seed(0)
-    return fit(Scored(*scores), PairFeed(), made, Ranks(0, 1, Accelerator("cpu")))
+    return fit(task(*scores), PairFeed(), made, Ranks(0, 1, Accelerator("cpu")))
 
 
 def test_the_best_checkpoint_is_kept_in_addition_to_the_latest(tmp_path: Path) -> None:
@@ -379,6 +388,29 @@ def test_the_best_evaluated_state_is_exported_with_its_step_and_metrics(tmp_path
     assert scored(wanted) == read_results(Storage(str(tmp_path)))
     with pytest.raises(UserError, match=r"has no checkpoint of a step that is known to be the best by other"):
         scored(replace(wanted, best="other"))
+
+
+def test_a_metric_of_a_part_of_a_set_is_named_so_and_chooses_the_best_checkpoint_only_if_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    default = job(tmp_path / "default", evaluate_every=6, best="top1")
+    results = scored(default, 0.9, 0.4, task=Partial)
+    assert results.best is None
+    assert results.parts == {"top1": "151 of 301 images"}
+    assert "top1 of 151 of 301 images: 0.4000" in results.summary()
+    assert read_results(Storage(default.output)) == results
+    assert [row["parts"] for row in rows(tmp_path / "default") if "metrics" in row] == [results.parts] * 2
+    events = EventAccumulator(f"{default.output}/tensorboard").Reload()
+    assert [event.value for event in events.Scalars("metrics/top1 of 151 of 301 images")] == pytest.approx([0.9, 0.4])
+    out = capsys.readouterr().out
+    assert out.count("no best checkpoint is kept, since top1 is of 151 of 301 images; set evaluate.best to choose") == 1
+    assert "step 6: other 0.0000  top1 of 151 of 301 images 0.9000" in out
+    asked = replace(job(tmp_path / "asked", evaluate_every=6, best="top1"), best_of_part=True, export_best=True)
+    results = scored(asked, 0.9, 0.4, task=Partial)
+    assert (results.exported, results.best) == (6, BestCheckpoint(6, "top1", 0.9))
+    assert "best top1 of 151 of 301 images: 0.9000 at step 6, exported" in results.summary()
+    with pytest.raises(UserError, match=r"top1 is of 151 of 301 images. Set evaluate.best"):
+        scored(replace(asked, output=str(tmp_path / "not"), best_of_part=False), 0.9, 0.4, task=Partial)
 
 
 def test_the_state_before_the_first_step_may_be_the_best_one(tmp_path: Path) -> None:

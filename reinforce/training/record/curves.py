@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from reinforce import plots
 
+T = TypeVar("T")
 _COLUMNS = 3
 #: Title, label of the y axis, and the values that a row of the log contributes, by series.
 _PANELS: tuple[tuple[str, str, Callable[[Mapping[str, Any]], Mapping[str, Any]]], ...] = (
@@ -17,6 +18,11 @@ _PANELS: tuple[tuple[str, str, Callable[[Mapping[str, Any]], Mapping[str, Any]]]
     ("Evaluation: retrieval", "metric", lambda row: _metrics(row, "retrieval")),
     ("Evaluation", "metric", lambda row: _metrics(row, "")),
 )
+
+
+def name_parts(metrics: Mapping[str, T], parts: Mapping[str, str]) -> dict[str, T]:
+    """Metrics under names that say what part they are of, such as ``datacomp/mean of 2 of 38 sets``."""
+    return {f"{name} of {parts[name]}" if name in parts else name: value for name, value in metrics.items()}
 
 
 def draw_curves(rows: Sequence[Mapping[str, Any]], url: str) -> None:
@@ -41,7 +47,7 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], url: str) -> None:
 
 
 def _metrics(row: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
-    metrics = row.get("metrics", {})
+    metrics = name_parts(row.get("metrics", {}), row.get("parts", {}))
     return {name.removeprefix("retrieval/"): value for name, value in metrics.items() if _metric_kind(name) == kind}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
@@ -12,13 +13,14 @@ from reinforce.storage import Storage
 from reinforce.terminal import Screen
 from reinforce.training.distributed.ranks import Ranks
 from reinforce.training.job import Job
+from reinforce.training.record.curves import name_parts
 from reinforce.training.record.log import Log
 from reinforce.training.record.results import Results
 from reinforce.training.saving.checkpoint import DamagedCheckpoint, Progress
 from reinforce.training.saving.writer import CheckpointWriter
 from reinforce.training.state import State
 from reinforce.training.stop import StopSignal
-from reinforce.training.task import Task
+from reinforce.training.task import Metrics, Task
 from teachers.device import determinism
 from teachers.redact import redact
 
@@ -45,6 +47,7 @@ class Evaluations:
         self.steps, self.stop, self.screen, self.on_evaluation = steps, stop, screen, on_evaluation
         self.storage, self.writer, self.checkpoints = Storage(job.output), writer, writer.checkpoints
         self.log: Log | None = None
+        self._noted = False
 
     def due(self, step: int) -> bool:
         """Whether the state after ``step`` steps is to be evaluated."""
@@ -57,7 +60,7 @@ class Evaluations:
         """Evaluate if it is due and not done, on all ranks if the task can share it out; rank 0 logs the metrics."""
         if not self.due(step):
             return
-        logged = self.log is not None and self._logged_metrics(step) is not None
+        logged = self.log is not None and self._logged_row(step) is not None
         if self.ranks.start_max(logged)():
             return
         combine = getattr(self.task, "combine_evaluations", None)
@@ -69,32 +72,45 @@ class Evaluations:
         metrics = parts[0] if combine is None else combine(parts)
         self.ranks.run_on_first(lambda: self._record(step, metrics))
 
-    def _measure(self, model: torch.nn.Module) -> dict[str, float]:
+    def _measure(self, model: torch.nn.Module) -> Mapping[str, float]:
         self.state.model.eval()
         with self.stop.interruptible(), determinism.inference():
-            metrics = dict(self.task.evaluate(model))
+            metrics = self.task.evaluate(model)
         self.state.model.train()
         return metrics
 
     def _record(self, step: int, metrics: Mapping[str, float]) -> None:
         assert self.log is not None
         self.writer.wait()  # the best step must have a checkpoint, and so must one at which ``on_evaluation`` ends it
+        parts = metrics.parts if isinstance(metrics, Metrics) else {}
         if metrics:
-            chosen = self.job.best or next(iter(metrics))
-            if chosen not in metrics:
-                raise UserError(f"evaluate.best: there is no metric {chosen}; there are {', '.join(metrics)}.")
-            if (step or self.job.export_best) and math.isfinite(metrics[chosen]):  # else step 0 has no checkpoint
-                self.checkpoints.update_best(step, chosen, metrics[chosen])
-            self.screen.log(f"step {step:,}: " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
-        self.log.add({"step": step, "metrics": metrics})
+            named = name_parts(metrics, parts)
+            self.screen.log(f"step {step:,}: " + "  ".join(f"{name} {value:.4f}" for name, value in named.items()))
+            self._choose(step, metrics, parts)
+        self.log.add({"step": step, "metrics": metrics} | ({"parts": parts} if parts else {}))
         self.log.publish()
         if self.on_evaluation is not None:
             self.on_evaluation(step, metrics)
 
-    def _logged_metrics(self, step: int) -> dict[str, float | None] | None:
-        """Metrics of a step in the log, or None if it was not evaluated."""
+    def _choose(self, step: int, metrics: Mapping[str, float], parts: Mapping[str, str]) -> None:
+        """Keep the step as the best one if it is. Raises UserError for a metric that cannot choose."""
+        chosen = self.job.best or next(iter(metrics))
+        if chosen not in metrics:
+            raise UserError(f"evaluate.best: there is no metric {chosen}; there are {', '.join(metrics)}.")
+        if chosen in parts and not self.job.best_of_part:
+            why = f"{chosen} is of {parts[chosen]}"
+            if self.job.export_best:
+                raise UserError(f"evaluate.export: best chooses by evaluate.best, and {why}. Set evaluate.best.")
+            if not self._noted:
+                self.screen.log(f"no best checkpoint is kept, since {why}; set evaluate.best to choose by it")
+            self._noted = True
+        elif (step or self.job.export_best) and math.isfinite(metrics[chosen]):  # else step 0 has no checkpoint
+            self.checkpoints.update_best(step, chosen, metrics[chosen])
+
+    def _logged_row(self, step: int) -> dict[str, Any] | None:
+        """The row of the log with the metrics of a step, or None if it was not evaluated."""
         assert self.log is not None
-        found = [row["metrics"] for row in self.log.rows if row["step"] == step and "metrics" in row]
+        found = [row for row in self.log.rows if row["step"] == step and "metrics" in row]
         return found[-1] if found else None
 
     def exported_step(self) -> int:
@@ -123,6 +139,7 @@ class Evaluations:
             self.task.export(self.state.final_model, folder)
             self.storage.put_folder(folder, self.job.export)
         losses = [row["loss"] for row in self.log.rows if "loss" in row]
+        row = self._logged_row(exported) or {}
         results = Results(
             output=redact(self.job.output),
             export=self.job.export,
@@ -131,7 +148,8 @@ class Evaluations:
             seconds=progress.seconds,
             parameters=sum(p.numel() for p in self.state.model.parameters()),
             loss=losses[-1] if losses else None,
-            metrics=self._logged_metrics(exported) or {},
+            metrics=row.get("metrics", {}),
+            parts=row.get("parts", {}),
             best=self.checkpoints.best(),
             skipped=progress.skipped,
             exported=exported,

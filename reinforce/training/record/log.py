@@ -12,7 +12,7 @@ from typing import Any
 
 from reinforce.processes.imports import installed
 from reinforce.storage import Storage
-from reinforce.training.record.curves import draw_curves
+from reinforce.training.record.curves import draw_curves, name_parts
 from reinforce.training.record.trackers import Tracker
 
 _DRAWING_SECONDS = 30.0
@@ -38,8 +38,9 @@ def notes() -> list[str]:
 class Log:
     """The logs in one output folder, written by rank 0.
 
-    A row is ``{"step": ..., name: number or {name: number}}``. On a local disk a row is written at once; in an object
-    store the files are uploaded by ``publish``.
+    A row is ``{"step": ..., name: number or {name: number}}``. ``parts`` of a row with ``metrics`` says which are of a
+    part of what their names say; events and trackers get these under longer names. On a local disk a row is written at
+    once; in an object store the files are uploaded by ``publish``.
     """
 
     def __init__(self, storage: Storage, start: int, trackers: Sequence[Tracker] = ()) -> None:
@@ -67,6 +68,9 @@ class Log:
         self.rows.append(clean)
         self._file.write(json.dumps(clean) + "\n")
         self._file.flush()
+        if "parts" in row:
+            numbers = {key: value for key, value in row.items() if key != "parts"}
+            row = {**numbers, "metrics": name_parts(row["metrics"], row["parts"])}
         scalars = {name: value for name, value in _flat(row) if name != "step"}
         if self._events is not None:
             for name, value in scalars.items():

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from reinforce.storage import Storage
 from reinforce.terminal import format_duration, plural
+from reinforce.training.record.curves import name_parts
 from reinforce.training.record.log import CURVES, EVENTS, LOG, written
 from reinforce.training.saving.checkpoint import FOLDER, BestCheckpoint
 
@@ -19,8 +20,8 @@ class Results:
     """The results of a finished training; the field names are the keys of results.json.
 
     ``seconds`` is the time spent in steps, over all starts; ``export`` is a folder in ``output`` with the weights of
-    step ``exported``, of which ``metrics`` are; earlier versions exported the last step. Numbers that are not finite
-    are None.
+    step ``exported``, of which ``metrics`` are; earlier versions exported the last step. ``parts`` says by metric what
+    part of a set or suite it is of. Numbers that are not finite are None.
     """
 
     output: str
@@ -34,6 +35,7 @@ class Results:
     best: BestCheckpoint | None
     skipped: int
     exported: int | None = None
+    parts: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def seconds_per_step(self) -> float:
@@ -52,11 +54,12 @@ class Results:
         ]
         if self.loss is not None:
             lines.append(f"final loss: {self.loss:.4f}")
-        for name, value in self.metrics.items():
+        for name, value in name_parts(self.metrics, self.parts).items():
             lines.append(f"{name}: {'not finite' if value is None else f'{value:.4f}'}")
         if self.best is not None and self.best.step != self.steps:
             where = "exported" if self.best.step == self.exported else "kept as a checkpoint"
-            lines.append(f"best {self.best.metric}: {self.best.value:.4f} at step {self.best.step:,}, {where}")
+            [(name, value)] = name_parts({self.best.metric: self.best.value}, self.parts).items()
+            lines.append(f"best {name}: {value:.4f} at step {self.best.step:,}, {where}")
         if self.skipped:
             lines.append(f"{plural(self.skipped, 'step')} skipped, because the gradient was not finite")
         curves = f"curves: {self.output}/{CURVES}" if written()[CURVES] else f"log: {self.output}/{LOG}"
@@ -75,9 +78,10 @@ class Results:
             ("weights", f"{self.output}/{self.export}"),
         ]
         best = {self.best.metric: f"{self.best.value:.4f} at step {self.best.step:,}"} if self.best else {}
+        best = name_parts(best, self.parts)
         metrics = [
             (name, "not finite" if value is None else f"{value:.4f}", best.get(name, ""))
-            for name, value in self.metrics.items()
+            for name, value in name_parts(self.metrics, self.parts).items()
         ]
         return render(
             "notebook/table.html",
@@ -106,6 +110,7 @@ def read_results(storage: Storage) -> Results | None:
     if found is None:
         return None
     best = found["best"]
-    fields = {name: found[name] for name in Results.__dataclass_fields__ if name != "exported"}
-    exported = found.get("exported", found["steps"])
-    return Results(**{**fields, "exported": exported, "best": BestCheckpoint(**best) if best else None})
+    optional = {"exported": found["steps"], "parts": {}}  # which earlier versions did not write
+    found = {**optional, **found}
+    fields = {name: found[name] for name in Results.__dataclass_fields__}
+    return Results(**{**fields, "best": BestCheckpoint(**best) if best else None})
