@@ -135,7 +135,7 @@ def test_workers_of_ray_have_the_results_of_one_process_also_after_one_is_killed
     assert command(*words, "--out", "alone")[0] == 0
     monkeypatch.setattr("reinforce.evaluation.suite.run.schedule", schedule_and_kill)
     status, out, err = command(*words, "--out", "workers", "--workers", "2")
-    assert status == 0, err
+    assert status == 0, out + err
     assert len(killed) == 1
     assert "3 sets by 2 workers" in out + err
     assert metrics("workers") == metrics("alone")

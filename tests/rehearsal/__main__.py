@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.rehearsal.stand_ins import CLASSIFICATION, write_stand_ins
+from tests.rehearsal.stand_ins import CLASSIFICATION, TABLES, write_stand_ins
 
 ROOT = Path(__file__).parents[2]
 #: Runs a command of ``reinforce`` in the root of the repository. Raises an error if it fails.
@@ -45,7 +45,7 @@ def rehearse(folder: Path, run: Run, samples: int = 96, steps: int = 120) -> dic
         },
     )
     recipe = "configs/recipes/mobileclip-b-dfndr12m.yaml"
-    sets = ",".join([*CLASSIFICATION, "retrieval/flickr_1k_test_image_text_retrieval"])
+    sets = ",".join([*CLASSIFICATION, *TABLES])
     out = folder / "evaluation"
     run(["plan", "configs/dfndr12m.yaml", *labels])
     run(["run", "configs/dfndr12m.yaml", *labels])

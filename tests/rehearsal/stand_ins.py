@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from tests.helpers.data import write_tar
-from tests.helpers.evaluation import COLOURS, encode_png, write_classification, write_table
+from tests.helpers.evaluation import COLOURS, encode_png, find_set, write_classification, write_table
 from tests.helpers.published import npz
 from tests.helpers.students import student_folder
 
 CAPTIONS, AUGMENTATIONS, DIM, SIDE = 5, 3, 768, 48
-CLASSIFICATION = ("cifar10", "vtab/pets", "fairness/geode")
+#: Sets of every kind of metric: all with groups, those of WILDS, and WinoGAViL.
+CLASSIFICATION = (
+    *("cifar10", "vtab/pets", "fairness/geode", "fairness/dollar_street"),
+    *("wilds/iwildcam", "wilds/camelyon17", "wilds/fmow"),
+)
+TABLES = ("retrieval/flickr_1k_test_image_text_retrieval", "misc/winogavil")
 
 
 def write_stand_ins(folder: Path, samples: int) -> None:
@@ -22,16 +28,33 @@ def write_stand_ins(folder: Path, samples: int) -> None:
     write_tar(folder / "images" / "00000000.tar", [member for number in numbers for member in _image(number)])
     write_tar(folder / "labels" / "00000000.tar", [member for number in numbers for member in _labels(number)])
     for key in CLASSIFICATION:
-        metadata = (0, 0) if key == "fairness/geode" else None
-        tests = [(number % len(COLOURS), _noisy(number), metadata) for number in range(samples, samples + 24)]
+        fields = len(find_set(key).fields)
+        tests = [
+            (number % len(COLOURS), _noisy(number), (number % 2,) * fields if fields else None)
+            for number in range(samples, samples + 24)
+        ]
         write_classification(folder / "evalsets", key, tests)
     pairs = range(samples, samples + 12)
     columns = {
         "image": [{"bytes": _noisy(number), "path": None} for number in pairs],
         "caption": [[f"a {_colour(number)} thing {n}" for n in range(5)] for number in pairs],
     }
-    write_table(folder / "evalsets", "retrieval/flickr_1k_test_image_text_retrieval", columns)
+    flickr, winogavil = TABLES
+    write_table(folder / "evalsets", flickr, columns)
+    write_table(folder / "evalsets", winogavil, _associations(range(samples, samples + 4)))
     student_folder(folder / "student")
+
+
+def _associations(instances: range) -> dict[str, list[Any]]:
+    """Instances of WinoGAViL with twelve candidates: all of the cue's colour are associated with it."""
+    columns: dict[str, list[Any]] = {"cue": [], "candidate_images": [], "candidates": [], "associations": []}
+    for number in instances:
+        candidates = range(12 * number, 12 * number + 12)
+        columns["cue"].append(f"{_colour(number)} thing")
+        columns["candidate_images"].append([{"bytes": _noisy(one), "path": None} for one in candidates])
+        columns["candidates"].append([str(one) for one in candidates])
+        columns["associations"].append([str(one) for one in candidates if _colour(one) == _colour(number)])
+    return columns
 
 
 def _colour(number: int) -> str:
