@@ -129,6 +129,7 @@ app.command(
         "reinforce evaluate MobileCLIP2-S0,dfndr2b --zero-shot pets=pets/",
     )
 )(training.evaluate)
+app.command("fetch-sets", **examples("reinforce fetch-sets datacomp evalsets --dry-run"))(training.fetch_sets)
 app.command(**examples("reinforce latency MobileCLIP2-S0 ViT-B-32 --threads 1"))(training.latency)
 app.command("captions-report", **examples("reinforce captions-report demo/dataset --out demo/captions-report"))(
     dataset.captions_report

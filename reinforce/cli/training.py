@@ -240,6 +240,24 @@ def evaluate(
         )
 
 
+def fetch_sets(
+    suite: Annotated[Literal["datacomp", "sugarcrepe", "long-captions"], typer.Argument(metavar="SUITE")],
+    root: Annotated[Path, typer.Argument(metavar="ROOT", help="Folder of the sets, for `evaluate --data`.")],
+    sets_: Annotated[
+        list[str] | None, typer.Option("--sets", metavar="KEY,...", help="Sets by key. Default: all.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the bytes and the revision of each.")] = False,
+) -> None:
+    """Download the sets of a suite from the Hub, or continue: complete files are kept.
+
+    revisions.json in ROOT records the revision of each set. HF_TOKEN is used if it is set.
+    """
+    from reinforce.evaluation.suite.fetch import fetch_sets as fetch
+
+    names = [name for part in sets_ or () for name in part.split(",")]
+    fetch(suite, root, names, dry_run=dry_run, log=lambda line: print_lines([line]))
+
+
 def latency(
     models: Annotated[
         list[str],

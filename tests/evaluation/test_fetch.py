@@ -1,0 +1,176 @@
+"""``reinforce fetch-sets``, with a server that answers as the Hub does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+from reinforce.evaluation.suite import fetch
+from reinforce.evaluation.suite.files import find_files
+from tests.helpers.commands import Command
+from tests.helpers.evaluation import colour_samples, find_set, solid_image, stored, write_classification, write_table
+from tests.helpers.web import serving
+
+OLD, NEW = "a" * 40, "b" * 40
+
+
+class _Hub(BaseHTTPRequestHandler):
+    """Dataset repositories: ``root`` has a folder for each, whose name is the last part of the repository's."""
+
+    root: Path
+    sha = OLD
+    asked: Counter[str]
+    cut: set[str]  # names of files of which half is sent, once
+    refused: dict[str, int]  # statuses by repository
+
+    def do_GET(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        parts = path.removeprefix("/api").split("/")
+        repository = parts[3]
+        if (status := self.refused.get(repository)) is not None:
+            return self._send(b"{}", status)
+        folder = self.root / repository
+        files = {str(file.relative_to(folder)): file for file in sorted(folder.rglob("*")) if file.is_file()}
+        if not path.startswith("/api"):
+            return self._file(path.partition(f"/resolve/{self.sha}/")[2], files)
+        if "/tree/" in path:
+            entries = [{"type": "file", "path": n, "size": f.stat().st_size, "oid": _oid(f)} for n, f in files.items()]
+            return self._send(json.dumps(entries).encode())
+        if parts[4:5] == ["revision"] and parts[5] not in ("main", "refs", self.sha):
+            return self._send(b"{}", 404, {"X-Error-Code": "RevisionNotFound"})
+        siblings = [{"rfilename": n, "size": f.stat().st_size, "blobId": _oid(f)} for n, f in files.items()]
+        about = {"id": f"x/{repository}", "sha": self.sha, "private": False, "siblings": siblings}
+        return self._send(json.dumps(about).encode())
+
+    do_HEAD = do_GET
+
+    def _file(self, name: str, files: dict[str, Path]) -> None:
+        data = files[name].read_bytes()
+        if self.command == "GET":
+            self.asked[name] += 1
+        first = int((self.headers.get("Range") or "bytes=0-").partition("=")[2].partition("-")[0])
+        headers = {"ETag": f'"{_oid(files[name])}"', "X-Repo-Commit": self.sha, "Accept-Ranges": "bytes"}
+        if first:
+            headers["Content-Range"] = f"bytes {first}-{len(data) - 1}/{len(data)}"
+        if self.command == "GET" and name in self.cut:
+            self.cut.discard(name)
+            self._head(200, len(data), headers)
+            self.wfile.write(data[: len(data) // 2])
+            self.close_connection = True
+            return
+        self._send(data[first:], 206 if first else 200, headers)
+
+    def _send(self, data: bytes, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        self._head(status, len(data), headers or {})
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def _head(self, status: int, length: int, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(length), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def log_message(self, *_: Any) -> None:
+        """Log nothing."""
+
+
+def _oid(file: Path) -> str:
+    return hashlib.sha1(file.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[_Hub]]:
+    """Serve MNIST and WinoGAViL."""
+    root = tmp_path / "hub"
+    write_classification(root, "mnist", colour_samples())
+    images = [stored(solid_image("red", number)) for number in range(2)]
+    columns = {"cue": ["red"], "candidate_images": [images], "candidates": [["a", "b"]], "associations": [["a"]]}
+    write_table(root, "winogavil", columns)
+    handler = type("Handler", (_Hub,), {"root": root, "asked": Counter(), "cut": set(), "refused": {}})
+    with serving(handler) as endpoint:
+        template = f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        yield handler
+
+
+SETS = ("--sets", "mnist,misc/winogavil")
+
+
+def test_sets_are_downloaded_at_a_recorded_revision_and_the_same_command_continues(
+    hub: type[_Hub], command: Command, tmp_path: Path
+) -> None:
+    root = tmp_path / "sets"
+    status, out, err = command("fetch-sets", "datacomp", str(root), *SETS, "--dry-run")
+    assert (status, root.exists()) == (0, False), err
+    assert f"MNIST: 40.1 KiB, 40.1 KiB to download; revision {OLD[:12]}" in out
+    hub.refused["winogavil"] = 401
+    status, out, err = command("fetch-sets", "datacomp", str(root), *SETS)
+    assert status == 2
+    assert "WinoGAViL: " in out
+    assert "give them there and set HF_TOKEN" in out
+    assert "sets that are not complete: misc/winogavil. The same command continues." in err
+    before = hub.asked.copy()
+    assert before["test/1.tar"] == 1
+    hub.refused.clear()
+    hub.sha = NEW
+    status, out, err = command("fetch-sets", "datacomp", str(root), "--sets", "mnist")
+    assert status == 2, "the recorded revision is gone"
+    assert "Or remove mnist from revisions.json, if the Hub has revision aaaaaaaaaaaa no longer" in out
+    hub.sha = OLD
+    status, out, err = command("fetch-sets", "datacomp", str(root), *SETS)
+    assert status == 0, err
+    assert "MNIST: 40.1 KiB, 0 B to download" in out
+    assert hub.asked["test/1.tar"] == 1, "complete files are kept"
+    revisions = json.loads((root / "revisions.json").read_text())
+    assert revisions["mnist"]["revision"] == OLD
+    assert revisions["mnist"]["repository"] == "djghosh/wds_mnist_test"
+    for key in ("mnist", "winogavil"):
+        assert find_files(find_set(key), str(root)) is not None
+    names = [file.relative_to(hub.root) for file in hub.root.rglob("*") if file.is_file()]
+    assert all((root / name).read_bytes() == (hub.root / name).read_bytes() for name in names)
+
+
+def test_a_download_that_breaks_off_is_finished_by_the_same_command(
+    hub: type[_Hub], command: Command, tmp_path: Path
+) -> None:
+    root = tmp_path / "sets"
+    hub.cut.add("test/0.tar")
+    for _ in range(2):  # newer clients go on by themselves
+        status, _, err = command("fetch-sets", "datacomp", str(root), "--sets", "mnist")
+    assert status == 0, err
+    tar = Path("wds_mnist_test/test/0.tar")
+    assert (root / tar).read_bytes() == (hub.root / tar).read_bytes()
+    (root / tar).write_bytes(b"cut off")
+    assert command("fetch-sets", "datacomp", str(root), "--sets", "mnist")[0] == 0
+    assert (root / tar).read_bytes() == (hub.root / tar).read_bytes(), "a file of another size is not complete"
+
+
+def test_a_full_disk_sets_without_a_repository_and_a_broken_record_are_reported(
+    hub: type[_Hub], command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "sets"
+    status, out, err = command("fetch-sets", "sugarcrepe", str(root), "--sets", "sugarcrepe_swap_obj")
+    assert status == 2
+    assert "it is not on the Hub in its layout; see https://github.com/RAIVNLab/sugar-crepe" in out
+    monkeypatch.setattr(fetch.shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
+    status, out, err = command("fetch-sets", "datacomp", str(root), "--sets", "mnist")
+    assert status == 2
+    assert "40.1 KiB are to be downloaded, and 100 B are free" in err
+    monkeypatch.undo()
+    (root / "revisions.json").write_text("[")
+    status, out, err = command("fetch-sets", "datacomp", str(root), "--sets", "mnist")
+    assert status == 2
+    assert "revisions.json cannot be read" in err
+    shutil.rmtree(root)
