@@ -241,7 +241,10 @@ def evaluate(
 
 
 def fetch_sets(
-    suite: Annotated[Literal["datacomp", "sugarcrepe", "long-captions"], typer.Argument(metavar="SUITE")],
+    suite: Annotated[
+        Literal["datacomp", "sugarcrepe", "long-captions"],
+        typer.Argument(metavar="SUITE", help="datacomp; of the other suites the Hub has no sets in their layout."),
+    ],
     root: Annotated[Path, typer.Argument(metavar="ROOT", help="Folder of the sets, for `evaluate --data`.")],
     sets_: Annotated[
         list[str] | None, typer.Option("--sets", metavar="KEY,...", help="Sets by key. Default: all.")
