@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -221,6 +222,7 @@ class _Scheduler(FIFOScheduler):
         scheduler = self._schedulers.get(self._curves[name])
         if scheduler is None or step >= self._search.steps:
             return False
+        value = value if math.isfinite(value) else 0.0  # the least value of a metric: the student has diverged
         action = scheduler.on_trial_result(None, SimpleNamespace(trial_id=name), {_STEP: step, _VALUE: value})
         return bool(action == TrialScheduler.STOP)
 

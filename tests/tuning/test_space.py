@@ -241,6 +241,14 @@ def test_trials_that_fall_behind_at_a_rung_are_stopped_also_in_a_search_that_was
         assert states(killed) == states(whole)
 
 
+def test_a_trial_whose_metric_is_not_finite_falls_behind(tmp_path: Path) -> None:
+    configs = trials(tmp_path)
+    scheduler = make_scheduler(configs)
+    first, second, third, *_ = configs
+    decisions = [evaluate(scheduler, configs, trial, 4, value) for trial, value in ((first, 0.2), (second, 0.3))]
+    assert [*decisions, evaluate(scheduler, configs, third, 4, float("nan"))] == ["CONTINUE", "CONTINUE", "STOP"]
+
+
 def test_evaluation_that_was_logged_but_not_reported_is_decided_on_resume(tmp_path: Path) -> None:
     """The next search replays the log before it continues the trial, and stops it."""
     configs = trials(tmp_path)

@@ -112,7 +112,7 @@ def _plan(
             outdated[name] += store.outdated(one, identities[name], metric)
             if line is None:
                 names.append(name)
-            elif files.state and line["files"] == files.state:
+            elif files.state and line.get("files") == files.state:
                 results[name][one.key] = line
             else:
                 kept[name] = str(line["content"])
