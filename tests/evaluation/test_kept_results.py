@@ -153,6 +153,31 @@ def test_a_storage_that_lists_no_times_has_its_sets_read_each_time(
     assert len(decoded) == 12
 
 
+def test_an_object_store_is_compared_by_etags(
+    evaluate: Callable[..., str], tmp_path: Path, decoded: list[int], s3: Any
+) -> None:
+    s3.put(f"{tmp_path}/sets", "bucket/evalsets", recursive=True)
+    data = "s3://bucket/evalsets"
+    assert "acc1: a/b" in evaluate(data=data)
+    for name in ("classnames.txt", "test/0.tar"):  # the same objects again
+        s3.put_file(f"{tmp_path}/sets/{MNIST}/{name}", f"bucket/evalsets/{MNIST}/{name}")
+    out = evaluate(data=data)
+    assert "acc1: a/b" not in out
+    assert "kept, since" not in out, "nothing is read"
+    assert "kept, since the content is the same" in evaluate(), "of the copy on the disk"
+    keep_time(tmp_path / "sets" / MNIST / "test" / "0.tar", swap_labels)
+    s3.put_file(f"{tmp_path}/sets/{MNIST}/test/0.tar", f"bucket/evalsets/{MNIST}/test/0.tar")
+    assert "evaluated again, since the content has changed" in evaluate(data=data)
+    assert len(decoded) == 24
+
+
+def test_the_hub_is_compared_by_its_hashes() -> None:
+    first, other = ({"size": 7, "blob_id": name} for name in ("a", "b"))
+    assert files._version(None, "test/0.tar", first) == files._version(None, "test/0.tar", first)
+    assert files._version(None, "test/0.tar", first) != files._version(None, "test/0.tar", other)
+    assert files._version(None, "test/0.tar", {"size": 7}) is None
+
+
 # --- the content of each layout
 
 

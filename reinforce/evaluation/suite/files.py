@@ -55,6 +55,7 @@ def find_files(one: SuiteSet, root: str) -> SetFiles | None:
         return None
     folder = one.place(root)
     fs, path = filesystem(folder)
+    fs.invalidate_cache()  # files may have changed since this process listed them
     with storage_errors(f"{canonical(folder)} cannot be listed", "Check the address."):
         try:
             if one.layout in ANNOTATIONS:
