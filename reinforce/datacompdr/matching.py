@@ -4,14 +4,17 @@ An identity is a value that a side states of its image. The kinds, strongest fir
 downloaded file, the digest of the encoded image, and the URL. Two samples match if one kind agrees and no kind that
 both state differs. The key alone joins samples of which neither side states anything, and only if the config asks for
 it. A digest also differs where a copy was encoded again, so it contradicts only what is weaker: the URL and the key.
+
+Of several candidates, the one that agrees in other kinds too is taken. Where several agree alike, and no SHA-256 or
+digest shows that they are of one image, none is taken.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from typing import TypeAlias
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeAlias, TypeVar
 from urllib.parse import quote, urlsplit
 
 from reinforce.source.captions import parse_json
@@ -20,15 +23,21 @@ from teachers.published.family import JOINS
 #: Digest of the encoded image, in 16 hex digits. Members do not state it.
 DIGEST = "digest"
 KINDS = ("uid", "sha256", DIGEST, "url")
+#: Kinds of which equal values are equal images.
+PROOFS = ("sha256", DIGEST)
 #: Further names of counts: joined by the key alone; of another image; without a counterpart; with the key of one, but
-#: nothing that confirms it; with labels that cannot be read.
+#: nothing that confirms it; with several that nothing distinguishes; with labels that cannot be read.
 KEY, OTHER_IMAGE, ABSENT, UNCONFIRMED, BROKEN = "key", "other_image", "absent", "unconfirmed", "broken"
+AMBIGUOUS = "ambiguous"
+#: Most candidates of a sample that are compared with it.
+MAX_CANDIDATES = 16
 
 #: Prefix of the names of the counts of `labels`: ``labels.NAME.WHAT``.
 PREFIX = "labels."
 
 #: What a side states of an image: values by kind.
 Identity: TypeAlias = "Mapping[str, str]"
+T = TypeVar("T")
 
 _DEFAULT_PORTS = {("http", "80"), ("https", "443")}
 _NORMAL_URL = re.compile(r"https?://[a-z0-9.-]+/[\w%/:?@!$&'()*+,;=~.-]*", re.ASCII)  # as most are
@@ -86,11 +95,17 @@ class Matcher:
         """The key of the entry of a sample and what matched; or None and why there is none."""
         differing: dict[str, str] = {}  # by key of an entry
         for kind in KINDS:
-            for candidate in self._keys.get((kind, identity[kind]), ()) if kind in identity else ():
+            candidates = self._candidates(kind, identity)
+            fitting = []
+            for candidate in candidates or ():
                 if differs := difference(identity, self._identities[candidate], kind):
                     differing[candidate] = differs
-                elif kind in self._joins:
-                    return self._counted(kind, candidate, kind)
+                else:
+                    fitting.append((candidate, self._identities[candidate]))
+            if kind in self._joins and (fitting or candidates is None):
+                if (found := choose(identity, fitting)) is not None:
+                    return self._counted(kind, found, kind)
+                return self._counted(AMBIGUOUS, None, why_ambiguous(kind))
         own = self._identities.get(key)
         if own is not None and (differs := difference(identity, own)):
             differing[key] = differs
@@ -102,9 +117,42 @@ class Matcher:
             return self._counted(UNCONFIRMED, None, why_unconfirmed(key, identity, own, self._joins[-1]))
         return self._counted(ABSENT, None, f"none with its {_listed([*identity, KEY])}")
 
+    def _candidates(self, kind: str, identity: Identity) -> Sequence[str] | None:
+        """The entries that agree with a sample in a kind; of too many, those that agree in another kind too. None if
+        these are none or too many."""
+        found = self._keys.get((kind, identity[kind]), []) if kind in identity else []
+        if len(found) <= MAX_CANDIDATES or kind in PROOFS:
+            return found[:MAX_CANDIDATES]
+        agreeing = min((self._keys[one] for one in identity.items() if one in self._keys), key=len)
+        both = [key for key in agreeing if self._identities[key].get(kind) == identity[kind]]
+        return both if both and len(agreeing) <= MAX_CANDIDATES else None
+
     def _counted(self, name: str, key: str | None, text: str) -> tuple[str | None, str]:
         self.counts[name] += 1
         return key, text
+
+
+def choose(own: Identity, candidates: Sequence[tuple[T, Identity]]) -> T | None:
+    """The candidate of a sample that agrees with it in the strongest kinds; of several of one image the first.
+
+    None if several agree alike, and neither SHA-256 nor digest shows that they are of one image. No candidate
+    contradicts the sample.
+    """
+    left = [*candidates]
+    for kind, value in ((kind, own[kind]) for kind in KINDS if kind in own):
+        left = [one for one in left if one[1].get(kind) == value] or left
+    proven = len(left) > 1 and any({one.get(kind) for _, one in left} == {left[0][1].get(kind, "")} for kind in PROOFS)
+    return left[0][0] if proven or len(left) == 1 else None
+
+
+def proves(one: Identity, other: Identity) -> bool:
+    """Whether the SHA-256 or the digest of two sides shows that they are of one image."""
+    return any(kind in one and one[kind] == other.get(kind) for kind in PROOFS)
+
+
+def why_ambiguous(kind: str) -> str:
+    """Why none of several candidates that agree in a kind is taken."""
+    return f"several have its {kind}, and nothing else that both sides state distinguishes them"
 
 
 def difference(one: Identity, other: Identity, agreed: str = KEY) -> str | None:
@@ -150,6 +198,7 @@ def describe_counts(counts: Mapping[str, int]) -> str:
         OTHER_IMAGE: "not (another image)",
         ABSENT: "not (no counterpart)",
         UNCONFIRMED: "not (by key alone, which nothing confirms)",
+        AMBIGUOUS: "not (ambiguous: several rows state the same)",
         BROKEN: "not (labels that cannot be read)",
     }
     return ", ".join(f"{counts[name]:,} {word}" for name, word in words.items() if counts.get(name))

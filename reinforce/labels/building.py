@@ -11,8 +11,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,13 +22,21 @@ import pyarrow as pa
 
 import schemas
 from reinforce.datacompdr.matching import KEY
+from reinforce.dataset.files.layer_file import RefusedFile
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.manifest.manifest import read_manifest
 from reinforce.dataset.reading.aligned import layer_errors
 from reinforce.dataset.reading.row_counts import row_group_table
 from reinforce.errors import StorageError, UserError
-from reinforce.labels.identities import INDEXED, columns_of_identities, hash_identities, identities, lone_keys
+from reinforce.labels.identities import (
+    INDEXED,
+    Hashes,
+    columns_of_identities,
+    hash_identities,
+    identities,
+    lone_keys,
+)
 from reinforce.labels.index import (
     DESCRIPTION,
     FOLDER,
@@ -42,6 +52,7 @@ from reinforce.labels.index import (
 from reinforce.nodes import for_each_shard
 from reinforce.source.whole_reads import read_range
 from reinforce.storage import Storage, as_seen_by_workers
+from reinforce.terminal import escape
 
 PART_ROWS = 2**20  # of the shards of a part, and about of a partition
 _GROUP_ROWS = 2**14  # of a row group of a partition
@@ -102,20 +113,28 @@ def build_index(
 ) -> IdentityIndex:
     """Index the identities of a dataset in its folder, or another one; nothing is written if it is there.
 
-    Without ``images``, digests are indexed only where they are stored. Raises UserError.
+    The description of an index of an earlier version gets the repeated identities, which it lacks. Without ``images``,
+    digests are indexed only where they are stored. Raises UserError.
     """
     store = Store(url if output is None else output)
     planned, table = _planned(Store(url), store)
-    if (found := _finished(planned)) is not None:
+    found = _finished(planned)
+    if found is not None and found.repeated is not None:
         return found
     parts = _parts(planned.shards, planned.groups)
     source, target = as_seen_by_workers(url), as_seen_by_workers(url if output is None else output)
     build = Build(source, target, planned.samples, planned.fingerprint, planned.bits, parts, images)
-    index = replace(planned, kinds=_build(store, build, use_ray, address))
-    store.write_table(table, *build.path(f"{SHARDS}.parquet"), row_group_size=4096)
+    counts = _build(store, build, found is not None, use_ray, address)
+    index = replace(planned, kinds=_in_order(counts.entries), repeated=_in_order(counts.repeated))
+    if found is None:
+        store.write_table(table, *build.path(f"{SHARDS}.parquet"), row_group_size=4096)
     store.write_json(description(index), FOLDER, DESCRIPTION)
     _clean(store, build, index.kinds)
     return index
+
+
+def _in_order(counts: Mapping[str, int]) -> dict[str, int]:
+    return {kind: counts[kind] for kind in INDEXED if counts.get(kind)}
 
 
 def _parts(shards: Sequence[str], groups: Sequence[Sequence[int]]) -> tuple[tuple[int, tuple[str, ...]], ...]:
@@ -130,29 +149,56 @@ def _parts(shards: Sequence[str], groups: Sequence[Sequence[int]]) -> tuple[tupl
     return tuple((first, tuple(names)) for first, names in parts)
 
 
-def _build(store: Store, build: Build, use_ray: bool, address: str | None) -> dict[str, int]:
-    """Write what is missing of the parts and partitions -> the entries of each kind that has some."""
-    kept = store.shards("/".join(build.path(INDEXED[-1])))
-    partitions = [number for number in map(partition_name, range(2**build.bits)) if number not in kept]
-    counts = dict.fromkeys(INDEXED, 0)
+class Counts(NamedTuple):
+    """Entries by kind, and those of them whose hash another entry has too."""
+
+    entries: Counter[str]
+    repeated: Counter[str]
+
+    def add(self, kind: str, hashes: Hashes) -> None:
+        """Count the hashes of a partition."""
+        self.entries[kind] += len(hashes)
+        _, counts = np.unique(hashes, return_counts=True)
+        self.repeated[kind] += int(counts[counts > 1].sum())
+
+
+def _build(store: Store, build: Build, finished: bool, use_ray: bool, address: str | None) -> Counts:
+    """Write what is missing of the parts and partitions; count the entries of all partitions."""
+    names = [*map(partition_name, range(2**build.bits))]
+    kept = {*names} if finished else {*store.shards("/".join(build.path(INDEXED[-1])))}
+    partitions = [number for number in names if number not in kept]
+    counts = Counts(Counter(), Counter())
+    use_ray &= len(build.parts) > 1  # to start Ray would take longer
     if partitions:
         written = {*store.names(*build.path(_PARTS))}
         missing = [str(number) for number in range(len(build.parts)) if part_name(number) not in written]
-        use_ray &= len(build.parts) > 1  # to start Ray would take longer
         write = functools.partial(write_dataset_part, build)
         for _ in for_each_shard(write, missing, use_ray=use_ray, address=address, unit="part"):
             pass
-        merge = functools.partial(merge_partition, build)
-        for _, found in for_each_shard(merge, partitions, use_ray=use_ray, address=address, unit="partition"):
-            counts = {kind: counts[kind] + found[kind] for kind in INDEXED}
-    for kind in INDEXED if len(kept) else ():
-        counts[kind] += sum(_rows(store, build, kind, number) for number in kept)
-    return {kind: count for kind, count in counts.items() if count}
+    for function, numbers in ((merge_partition, partitions), (count_partition, sorted(kept))):
+        calls = functools.partial(function, build)
+        for _, found in for_each_shard(calls, numbers, use_ray=use_ray, address=address, unit="partition"):
+            counts.entries.update(found.entries)
+            counts.repeated.update(found.repeated)
+    return counts
 
 
-def _rows(store: Store, build: Build, kind: str, number: str) -> int:
-    with store.open_layer("/".join(build.path(kind)), number, whole=False) as file:
-        return int(file.metadata.num_rows)
+def count_partition(build: Build, number: str) -> Counts:
+    """The counts of a partition that was written before. Raises UserError."""
+    store, counts = Store(build.output), Counts(Counter(), Counter())
+    for kind in INDEXED:
+        layer = "/".join(build.path(kind))
+        try:
+            with store.open_layer(layer, number) as file:
+                counts.add(kind, file.read(["hash"])["hash"].to_numpy())
+        except FileNotFoundError:
+            continue  # a kind without entries
+        except RefusedFile as error:
+            fix = f"Delete {store.path(FOLDER)}, and repeat the command."
+            raise UserError(
+                f"{store.layer_path(layer, number)} is damaged ({escape(str(error)[:200])}). {fix}"
+            ) from error
+    return counts
 
 
 def part_name(number: int) -> str:
@@ -204,11 +250,11 @@ def write_part(
     storage.write_bytes(offsets.tobytes() + every[order].tobytes(), *path)
 
 
-def merge_partition(build: Build, number: str) -> dict[str, int]:
-    """Write the files of a partition -> the number of its entries by kind. Raises UserError."""
+def merge_partition(build: Build, number: str) -> Counts:
+    """Write the files of a partition. Raises UserError."""
     store = Store(build.output)
     parts = [build.path(_PARTS, part_name(part)) for part in range(len(build.parts))]
-    counts = {}
+    counts = Counts(Counter(), Counter())
     for kind, entries in zip(INDEXED, read_parts(store, parts, build.bits, int(number)), strict=True):
         by_hash = entries[np.argsort(entries["hash"], kind="stable")]  # of equal ones, those of earlier shards first
         table = pa.table([by_hash["hash"], by_hash["shard"], by_hash["row"]], schema=schemas.identities_schema())
@@ -220,7 +266,7 @@ def merge_partition(build: Build, number: str) -> dict[str, int]:
             column_encoding={"hash": "DELTA_BINARY_PACKED"},
             write_statistics=["hash"],
         )
-        counts[kind] = len(entries)
+        counts.add(kind, by_hash["hash"])
     return counts
 
 

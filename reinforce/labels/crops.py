@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+import numpy as np
 
 from reinforce.datacompdr.members import Unreadable, parse_augmentation
 from reinforce.datacompdr.values import PublishedValue
@@ -51,19 +54,21 @@ class LabelCrops:
 @dataclass(frozen=True)
 class RowLabels:
     """What one set of labels, ``name``, has of a sample: its image with the augmentation records, None if it has none,
-    the true caption, and the value of each layer, or why it has none. Values are not sent to decode processes."""
+    the value of each layer, or why it has none, and its true ``captions``, of which ``count`` are wanted: 0 without
+    layers of them. Only name and image are sent to decode processes."""
 
     name: str
     image: LabelCrops | None = None
-    caption: str | None = None
     values: Mapping[str, PublishedValue] = field(default_factory=dict)
+    captions: Sequence[str] = ()
+    count: int = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"name": self.name, "image": self.image, "caption": None, "values": {}}
+        return {"name": self.name, "image": self.image, "values": {}, "captions": (), "count": 0}
 
     def values_of(self, key: str, captions: Sequence[str], refusal: Refusal | None) -> dict[str, PublishedValue]:
         """The values for a sample with these true captions, or ``refusal``, for which it has none. Vectors of texts
-        are of the texts of the same labels."""
+        are of the texts of the same labels; of true captions, those of the sample's."""
         if refusal is not None:
             return dict.fromkeys(self.values, refusal)
         found = dict(self.values)
@@ -73,7 +78,10 @@ class RowLabels:
             own = self.values.get(captions_layer(inputs_of(layer)))
             if isinstance(own, Refusal):
                 found[layer] = own
-            elif inputs_of(layer) == TRUE_CAPTION and [self.caption] != [*captions]:
+            elif inputs_of(layer) == TRUE_CAPTION and captions and {*captions} <= {*self.captions[: len(value)]}:
+                texts = itertools.islice(itertools.cycle(captions), self.count)  # as a run encodes them
+                found[layer] = np.stack([value[self.captions.index(text)] for text in texts])
+            elif inputs_of(layer) == TRUE_CAPTION:
                 detail = "labels: its vector is of another caption than the sample's"
                 found[layer] = Refusal(key, Reason.NOT_REINFORCED, detail)
         return found

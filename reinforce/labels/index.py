@@ -73,7 +73,8 @@ def partition_name(number: int) -> str:
 
 @dataclass(frozen=True)
 class IdentityIndex:
-    """The index of a dataset; ``kinds`` maps each kind of identities to the number of its entries."""
+    """The index of a dataset. ``kinds`` counts the entries of each kind of identities, and ``repeated`` those of them
+    whose identity other rows state too; it is None in indexes of earlier versions."""
 
     store: Store
     fingerprint: str
@@ -82,6 +83,7 @@ class IdentityIndex:
     kinds: dict[str, int]
     shards: list[str]
     groups: list[list[int]]
+    repeated: dict[str, int] | None = None
 
     @property
     def folder(self) -> str:
@@ -91,6 +93,10 @@ class IdentityIndex:
     @property
     def partitions(self) -> int:
         return 2**self.bits
+
+    def is_unique(self, kind: str) -> bool:
+        """Whether no two rows state the same identity of a kind, as far as it is known."""
+        return self.repeated is not None and not self.repeated.get(kind)
 
     def row_group(self, shard: int, row: int) -> tuple[int, int]:
         """The row group of a row of a shard, and the row in it. Raises UserError if the shard has no such row."""
@@ -187,7 +193,8 @@ def find_index(store: Store) -> IdentityIndex | None:
         raise UserError(f"{path} does not describe an index of identities. {_FIX}")
     if version > VERSION:
         raise UserError(f"{path} was written by a newer version of this program. Upgrade to read it.")
-    fingerprint, samples, bits, kinds = (found.get(name) for name in ("fingerprint", "samples", "bits", "kinds"))
+    fingerprint, samples, bits = (found.get(name) for name in ("fingerprint", "samples", "bits"))
+    kinds, repeated = found.get("kinds"), found.get("repeated")
     if not (
         isinstance(fingerprint, str)
         and re.fullmatch("[0-9a-f]{16}", fingerprint)
@@ -195,14 +202,17 @@ def find_index(store: Store) -> IdentityIndex | None:
         and type(bits) is int
         and 0 <= bits <= MAX_BITS
         and isinstance(kinds, dict)
-        and all(kind in INDEXED and type(count) is int for kind, count in kinds.items())
+        and isinstance(repeated, dict | None)
+        and all(
+            kind in INDEXED and type(count) is int for part in (kinds, repeated or {}) for kind, count in part.items()
+        )
     ):
         raise UserError(f"{path} is damaged. {_FIX}")
     table = _read_shards(store, fingerprint)
     if index_fingerprint(samples, bits, table) != fingerprint:
         raise UserError(f"{path} is not of the shards beside it: one of them was changed. {_FIX}")
     shards, groups = table["shard"].to_pylist(), table["groups"].to_pylist()
-    return IdentityIndex(store, fingerprint, samples, bits, kinds, shards, groups)
+    return IdentityIndex(store, fingerprint, samples, bits, kinds, shards, groups, repeated)
 
 
 def open_index(store: Store) -> IdentityIndex:
@@ -240,6 +250,7 @@ def description(index: IdentityIndex) -> dict[str, Any]:
         "samples": index.samples,
         "bits": index.bits,
         "kinds": index.kinds,
+        "repeated": index.repeated,
         "shards": len(index.shards),
         "rows": sum(map(sum, index.groups)),
     }

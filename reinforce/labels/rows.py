@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import Counter, OrderedDict
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -19,34 +19,39 @@ import pyarrow as pa
 from reinforce.config import Config
 from reinforce.datacompdr.matching import (
     ABSENT,
+    AMBIGUOUS,
     BROKEN,
     DIGEST,
     KEY,
     OTHER_IMAGE,
     PREFIX,
+    PROOFS,
     Identity,
     difference,
-    only_keys,
+    proves,
+    why_ambiguous,
 )
 from reinforce.datacompdr.members import Unreadable
 from reinforce.datacompdr.values import PublishedValue, checked_norms
 from reinforce.dataset.augment.records import Augmentation
 from reinforce.dataset.files.layer_file import LayerFile, RefusedFile
 from reinforce.dataset.files.store import Store
-from reinforce.dataset.layers import SAMPLES, Layer
-from reinforce.errors import UserError
+from reinforce.dataset.kinds.samples import true_captions
+from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, Layer
+from reinforce.errors import StorageError, UserError
 from reinforce.labels.crops import LabelCrops, RowLabels, parse_records
-from reinforce.labels.identities import columns_of_identities, hash_text, stated
+from reinforce.labels.identities import columns_of_identities, stated
 from reinforce.labels.index import DESCRIPTION, FOLDER, IdentityIndex, open_index
+from reinforce.labels.joining import Candidates, RowOf, Why
 from reinforce.source.captions import clean_text
 from reinforce.source.references import image_digest
 from reinforce.source.samples import Refusal
-from schemas import Reason
+from schemas import TRUE_CAPTIONS, Reason
 from teachers.published.family import JOINS, Labels, crops_of
 
+T = TypeVar("T")
 _CACHED_BYTES = 128 * 2**20  # of decoded row groups
 _OPEN_FILES = 16
-_MAX_CANDIDATES = 16  # rows with the same hash that are compared with a sample
 
 
 @dataclass(frozen=True)
@@ -65,19 +70,24 @@ def _open_index(url: str, fingerprint: str) -> IdentityIndex:
 
 
 class LabelReader:
-    """Reads the labels of samples for ``layers`` of a config. A context manager. ``counts`` are samples by the name of
-    the labels and what joined them, or why nothing did."""
+    """Reads the labels of samples for ``layers`` of a config. ``counts`` are samples by the name of the labels and what
+    joined them, or why nothing did. Without ``values``, it only joins."""
 
-    def __init__(self, config: Config, layers: Iterable[Layer]) -> None:
+    def __init__(self, config: Config, layers: Iterable[Layer], values: bool = True) -> None:
         named: dict[str, list[Layer]] = {}
         for layer in layers:
             if layer.labels is not None:
                 named.setdefault(layer.labels, []).append(layer)
-        self._sets = {name: _LabelSet(name, config, found) for name, found in named.items()}
+        self._sets = {name: _LabelSet(name, config, found, values) for name, found in named.items()}
 
     @property
     def counts(self) -> dict[str, int]:
         return {f"{PREFIX}{name}.{what}": n for name, one in self._sets.items() for what, n in (+one.counts).items()}
+
+    def join(self, samples: Sequence[Wanted]) -> None:
+        """Count what joins samples with labels, without reading values. Raises as ``find``."""
+        for one in self._sets.values():
+            one.join(samples)
 
     def find(self, samples: Sequence[Wanted]) -> list[tuple[RowLabels, ...]]:
         """The labels of samples, in their order, of each set. Raises UserError if an index is damaged, and what the
@@ -110,7 +120,7 @@ class _Place(NamedTuple):
 
 
 class _LabelSet:
-    def __init__(self, name: str, config: Config, layers: Sequence[Layer]) -> None:
+    def __init__(self, name: str, config: Config, layers: Sequence[Layer], values: bool) -> None:
         self.name, self._config, self._labels = name, config, config.labels[name]
         self._crops = name == crops_of(config.labels)
         self._layers = [layer for layer in layers if layer.name != SAMPLES]
@@ -119,7 +129,10 @@ class _LabelSet:
         described = (self._store.read_json(FOLDER, DESCRIPTION) or {}).get("fingerprint")
         self._index = _open_index(self._labels.url, str(described))
         self._joins = JOINS[: JOINS.index(self._labels.join) + 1]
-        self._files = _Files(self._store, self._labels)
+        self._true_captions = next((layer.count for layer in layers if layer.texts == TRUE_CAPTION), 0)
+        columns = ["width", "height", *(["augmentations"] if self._crops else [])]
+        columns += ["caption", TRUE_CAPTIONS] if self._true_captions else []
+        self._files = _Files(self._store, self._labels, columns if values else [])
         self.counts: Counter[str] = Counter()
 
     def close(self) -> None:
@@ -130,66 +143,91 @@ class _LabelSet:
         return DIGEST in self._index.kinds
 
     def find(self, samples: Sequence[Wanted]) -> list[RowLabels]:
-        places, refusals = self._join(samples)
+        places, why = self.join(samples)
         order = sorted(places, key=places.__getitem__)  # each row group is read once
         labels = {number: self._read(samples[number].key, places[number]) for number in order}
-        for number, refusal in refusals.items():
+        for number, refusal in self._refusals(samples, why).items():
             labels[number] = RowLabels(self.name, values={layer.name: refusal for layer in self._layers})
         return [labels[number] for number in range(len(samples))]
 
     # -- joining
 
-    def _join(self, samples: Sequence[Wanted]) -> tuple[dict[int, _Place], dict[int, Refusal]]:
-        """The place of each sample that has labels, and why others have none."""
-        places: dict[int, _Place] = {}
-        why: dict[int, tuple[str, str]] = {}
+    def join(self, samples: Sequence[Wanted]) -> tuple[dict[int, _Place], dict[int, Why]]:
+        """The place of each sample that has labels, and why others have none; counts them."""
         own = [self._identity(sample) for sample in samples]
-        same = self._candidates(DIGEST, own, range(len(own))) if self._labels.taken.embedded else None
+        candidates = Candidates(self._index, own, self._stated, self._labels.taken.embedded)
+        places: dict[int, _Place] = {}
+        why: dict[int, Why] = {}
         for kind in self._joins:
-            open_ = [number for number in range(len(own)) if number not in places]
-            self._compare(kind, samples, own, self._near_or_indexed(kind, own, open_), same, places, why)
-            # A row that was near may be of another image, and a row elsewhere of this one.
-            open_ = [number for number in open_ if number not in places and number in why]
-            self._compare(kind, samples, own, self._candidates(kind, own, open_), same, places, why)
-        self.counts.update(
-            places[number].kind if number in places else why.get(number, (ABSENT,))[0] for number in range(len(own))
-        )
-        refusals = {}
-        for number in {*range(len(own))} - places.keys():
+            settled = {*places, *(number for number, one in why.items() if one.what == AMBIGUOUS)}
+            open_ = [number for number in range(len(own)) if kind in own[number] and number not in settled]
+            rows = self._find(kind, candidates, own, open_)
+            theirs, broken = self._read_candidates(kind, candidates, rows)
+            for number in rows:
+                found = candidates.settle(number, kind, theirs[number])
+                if rows[number] is None:
+                    found = Why(AMBIGUOUS, why_ambiguous(kind))
+                elif number in broken and not (isinstance(found, RowOf) and proves(own[number], theirs[number][found])):
+                    found = Why(BROKEN, broken[number])
+                if isinstance(found, RowOf):
+                    places[number] = _Place(*found, kind)
+                    why.pop(number, None)
+                elif found is not None and (found.what != BROKEN or number not in why):
+                    why[number] = found
+        for number in {*range(len(own))} - {*places, *why}:
             named = [kind for kind in own[number] if kind in self._joins]
-            count, detail = why.get(number, (ABSENT, f"none with its {', '.join(named) or 'key'}"))
-            reason = Reason.REINFORCEMENT_BROKEN if count == BROKEN else Reason.NOT_REINFORCED
-            refusals[number] = Refusal(samples[number].key, reason, f"labels: {detail}")
-        return places, refusals
+            why[number] = Why(ABSENT, f"none with its {', '.join(named) or 'key'}")
+        self.counts.update(places[number].kind if number in places else why[number].what for number in range(len(own)))
+        return places, why
 
-    def _compare(
-        self,
-        kind: str,
-        samples: Sequence[Wanted],
-        own: Sequence[Identity],
-        candidates: Iterable[tuple[int, int, int]],
-        same: Container[tuple[int, int, int]] | None,
-        places: dict[int, _Place],
-        why: dict[int, tuple[str, str]],
-    ) -> None:
-        """Add the first candidate of each sample that is of its image to ``places``, and to ``why`` what differs."""
-        for place in candidates:
-            number = place[0]
-            if number in places:
-                continue
+    def _refusals(self, samples: Sequence[Wanted], why: Mapping[int, Why]) -> dict[int, Refusal]:
+        reasons = {BROKEN: Reason.REINFORCEMENT_BROKEN}
+        return {
+            number: Refusal(samples[number].key, reasons.get(one.what, Reason.NOT_REINFORCED), f"labels: {one.detail}")
+            for number, one in why.items()
+        }
+
+    def _find(
+        self, kind: str, candidates: Candidates, own: Sequence[Identity], numbers: Iterable[int]
+    ) -> dict[int, list[RowOf] | None]:
+        """The candidates of samples: rows in row groups that were read last, if no other can be of the image, and for
+        others those of the index. A copy in the order of the labels needs the index once for each row group."""
+        found: dict[int, list[RowOf] | None] = {}
+        doubtful: list[int] = []
+        missing, probed = [*numbers], 1
+        while missing:
+            values = [own[number][kind] for number in missing]
+            near = {} if kind == KEY else self._files.near(kind, values, self._index)  # only lone keys join
+            for at, row in near.items():
+                theirs = candidates.stated(missing[at], row)
+                sure = self._index.is_unique(kind) or proves(own[missing[at]], theirs)
+                if sure and not difference(own[missing[at]], theirs, kind):
+                    found[missing[at]] = [row]
+                else:
+                    doubtful.append(missing[at])
+            missing = [number for at, number in enumerate(missing) if at not in near]
+            part, missing = missing[:probed], missing[probed:]
+            indexed = candidates.find(kind, part)
+            if missing:
+                self._read_candidates(kind, candidates, indexed)  # so that they are near
+            found |= indexed
+            probed *= 2
+        return found | candidates.find(kind, doubtful)
+
+    def _read_candidates(
+        self, kind: str, candidates: Candidates, rows: Mapping[int, Iterable[RowOf] | None]
+    ) -> tuple[dict[int, dict[RowOf, Identity]], dict[int, str]]:
+        """What the candidates of each sample state, and why one cannot be read. Each row group is read once."""
+        found: dict[int, dict[RowOf, Identity]] = {number: {} for number in rows}
+        broken: dict[int, str] = {}
+        for row, number in sorted((row, number) for number, some in rows.items() for row in some or ()):
+            if kind in PROOFS and isinstance(candidates.settle(number, kind, found[number]), RowOf):
+                continue  # the others are of the same image
             try:
-                theirs = self._stated(place, own[number], same)
-            except (RefusedFile, UserError, FileNotFoundError) as error:
-                why.setdefault(number, (BROKEN, str(error)))
-                continue
-            if theirs.get(kind) != own[number][kind]:
-                continue  # another text with the same hash
-            if kind == KEY and not only_keys(samples[number].key, own[number], theirs):
-                continue
-            if differs := difference(own[number], theirs, kind):
-                why[number] = (OTHER_IMAGE, f"{self._name(place)} is of another image: {differs}")
-            else:
-                places[number] = _Place(place[1], place[2], kind)
+                found[number][row] = candidates.stated(number, row)
+            except (ValueError, UserError, FileNotFoundError) as error:
+                broken[number] = str(error)
+        return found, broken
 
     def _identity(self, sample: Wanted) -> dict[str, str]:
         """What a sample states, with the digest of its image if the labels have digests, and its key if keys join."""
@@ -199,61 +237,12 @@ class _LabelSet:
             found[DIGEST] = f"{digest:016x}"
         return found | ({KEY: sample.key} if KEY in self._joins else {})
 
-    def _near_or_indexed(
-        self, kind: str, own: Sequence[Identity], numbers: Iterable[int]
-    ) -> dict[tuple[int, int, int], None]:
-        """Number of the sample, shard and row of each candidate: those in row groups that were read last, and for the
-        others those of the index. A copy in the order of the labels needs the index once for each row group."""
-        found: dict[tuple[int, int, int], None] = {}
-        missing, probed = [number for number in numbers if kind in own[number]], 1
-        while missing:
-            values = [own[number][kind] for number in missing]
-            near = {} if kind == KEY else self._files.near(kind, values, self._index)  # only lone keys join
-            found |= {(missing[at], *place): None for at, place in near.items()}
-            missing = [number for at, number in enumerate(missing) if at not in near]
-            part, missing = missing[:probed], missing[probed:]
-            indexed = self._candidates(kind, own, part)
-            for _, shard, row in indexed if missing else ():
-                with contextlib.suppress(RefusedFile, UserError, FileNotFoundError):  # reported where they are compared
-                    self._files.identities(self._index.shards[shard], self._index.row_group(shard, row)[0])
-            found |= indexed
-            probed *= 2
-        return dict.fromkeys(sorted(found, key=_file_order))
-
-    def _candidates(
-        self, kind: str, own: Sequence[Identity], numbers: Iterable[int]
-    ) -> dict[tuple[int, int, int], None]:
-        """Number of the sample, shard and row of each entry of the index with the hash of a sample."""
-        stating = [number for number in numbers if kind in own[number]]
-        if kind not in self._index.kinds or not stating:
-            return {}
-        texts = [own[number][kind] for number in stating]
-        hashes = np.array([int(text, 16) if kind == DIGEST else hash_text(text) for text in texts], np.uint64)
-        found = self._index.lookup(kind, hashes)
-        rows = zip(found.places.tolist(), found.shards.tolist(), found.rows.tolist(), strict=True)
-        candidates = sorted(((stating[place], shard, row) for place, shard, row in rows), key=_file_order)
-        found_of = Counter[int]()
-        kept: dict[tuple[int, int, int], None] = {}
-        for candidate in candidates:  # in the order of the files, of which each row group is read once
-            found_of[candidate[0]] += 1
-            if found_of[candidate[0]] <= _MAX_CANDIDATES:
-                kept[candidate] = None
-        return kept
-
-    def _stated(
-        self, place: tuple[int, int, int], own: Identity, same: Container[tuple[int, int, int]] | None
-    ) -> Identity:
-        """What the labels state of a row. Of labels with their images, ``same`` are the rows with the digest of a
-        sample by the index, so that no image is read."""
-        _, shard, row = place
-        group, number = self._index.row_group(shard, row)
-        found = self._files.identities(self._index.shards[shard], group)[number]
-        if same is not None and DIGEST in own:
-            return {**found, DIGEST: own[DIGEST] if place in same else "another"}
-        return found
-
-    def _name(self, place: tuple[int, int, int]) -> str:
-        return f"{self._index.shards[place[1]]}, row {place[2]},"
+    def _stated(self, row: RowOf) -> Identity:
+        group, number = self._index.row_group(*row)
+        found = self._files.identities(self._index.shards[row.shard], group)
+        if number >= len(found):
+            raise RefusedFile(f"row group {group} has {len(found)} rows, and others by the index")
+        return found[number]
 
     # -- values
 
@@ -272,9 +261,10 @@ class _LabelSet:
             try:
                 value = self._value(layer, shard, group, row, samples)
                 values[layer.name] = Refusal(key, Reason.NOT_REINFORCED, f"{where}: null") if value is None else value
-            except (Unreadable, RefusedFile, UserError, FileNotFoundError) as error:
+            except (ValueError, UserError, FileNotFoundError) as error:
                 values[layer.name] = Refusal(key, Reason.REINFORCEMENT_BROKEN, f"{where}: {error}")
-        return RowLabels(self.name, image, samples["caption"][row].as_py(), values)
+        texts = true_captions(samples.slice(row, 1))[0] if self._true_captions else []
+        return RowLabels(self.name, image, values, texts, self._true_captions)
 
     def _image(self, samples: pa.Table, row: int, kind: str) -> LabelCrops:
         """The image of a row, with its records if they are taken. Raises Unreadable."""
@@ -294,45 +284,45 @@ class _LabelSet:
             raise Unreadable(f"{layer.name} does not have the rows of its samples")
         value = values[row]
         if isinstance(value, np.ndarray):
-            if value.shape[0] < layer.count or value.shape[1] != layer.dim:
-                raise Unreadable(f"{layer.name} has vectors {[*value.shape]}, expected {[layer.count, layer.dim]}")
+            least = self._labels.taken.layers[layer.name]["count"] if layer.texts == TRUE_CAPTION else layer.count
+            if value.shape[0] < least or value.shape[1] != layer.dim:
+                raise Unreadable(f"{layer.name} has vectors {[*value.shape]}, expected {[least, layer.dim]}")
             if np.isnan(value).all():
                 return None
-            vectors = value[: layer.count].copy()  # a view would keep the row group
+            vectors = value[:least].copy()  # a view would keep the row group
             checked_norms(vectors, layer.name)
             return vectors
-        if value is None:
+        texts = value.as_py()
+        if texts is None:
             return None
-        if len(value) != layer.count or None in value:
-            raise Unreadable(f"{len(value)} captions in {layer.name}, expected {layer.count}")
-        return [clean_text(text, self._config.input.limits.caption_chars) for text in value]
-
-
-def _file_order(place: tuple[int, int, int]) -> tuple[int, int]:
-    return place[1:]
+        if len(texts) != layer.count or None in texts:
+            raise Unreadable(f"{len(texts)} captions in {layer.name}, expected {layer.count}")
+        return [clean_text(text, self._config.input.limits.caption_chars) for text in texts]
 
 
 class _Files:
-    """Row groups of the files of labels, and the last ones that were read."""
+    """Row groups of the files of labels, with these ``columns`` of the samples. Keeps the last ones that were read, and
+    why others cannot be."""
 
-    def __init__(self, store: Store, labels: Labels) -> None:
-        self._store, self._labels = store, labels
+    def __init__(self, store: Store, labels: Labels, columns: Sequence[str]) -> None:
+        self._store, self._labels, self._columns = store, labels, columns
         self._open: OrderedDict[tuple[str, str], tuple[contextlib.ExitStack, LayerFile]] = OrderedDict()
         self._groups: OrderedDict[tuple[str, str, int], Any] = OrderedDict()
         self._sizes: dict[tuple[str, str, int], int] = {}
+        self._refused: dict[tuple[object, ...], Exception] = {}
 
     def samples(self, shard: str, group: int) -> pa.Table:
         """The samples of a row group, without images."""
         return self._cached(SAMPLES, shard, group, self._read_samples)[0]
 
-    def near(self, kind: str, values: Sequence[str], index: IdentityIndex) -> dict[int, tuple[int, int]]:
-        """Number of the shard and row of those of ``values``, by place, that a row group states which was read last."""
-        found: dict[int, tuple[int, int]] = {}
+    def near(self, kind: str, values: Sequence[str], index: IdentityIndex) -> dict[int, RowOf]:
+        """The rows of those of ``values``, by place, that a row group states which was read last."""
+        found: dict[int, RowOf] = {}
         for layer, shard, group in self._groups:
             if layer == SAMPLES:
                 rows = self._groups[layer, shard, group][2].get(kind, {})
                 number, first = index.place(shard, group)
-                found |= {at: (number, first + rows[value]) for at, value in enumerate(values) if value in rows}
+                found |= {at: RowOf(number, first + rows[value]) for at, value in enumerate(values) if value in rows}
         return found
 
     def identities(self, shard: str, group: int) -> Sequence[Identity]:
@@ -344,16 +334,14 @@ class _Files:
 
         def read(file: LayerFile, group: int) -> tuple[Any, int]:
             table = file.read_row_group(group, use_threads=False)
-            values = layer.kind.decode(table)
-            return (table["key"], values), table.nbytes + getattr(values, "nbytes", table.nbytes)
+            values = layer.kind.decode(table) if layer.kind.vectors else table[layer.kind.values]
+            return (table["key"], values), table.nbytes + values.nbytes
 
         return self._cached(layer.name, shard, group, read)
 
     def _read_samples(self, file: LayerFile, group: int) -> tuple[Any, int]:
         names = file.footer[1]
-        columns = ["key", "caption", "width", "height", *columns_of_identities(names, images=False)]
-        if self._labels.taken.crops:
-            columns.append("augmentations")
+        columns = ["key", *self._columns, *columns_of_identities(names, images=False)]
         table = file.read_row_group(group, columns, use_threads=False)
         found = [{KEY: key, **one} for key, one in zip(table["key"].to_pylist(), stated(table), strict=True)]
         rows: dict[str, dict[str, int]] = {}
@@ -365,13 +353,25 @@ class _Files:
     def _cached(self, layer: str, shard: str, group: int, read: Any) -> Any:
         place = (layer, shard, group)
         if place not in self._groups:
-            value, self._sizes[place] = read(self._file(layer, shard), group)
-            self._groups[place] = value
+            file = self._unless_refused((layer, shard), lambda: self._file(layer, shard))
+            self._groups[place], self._sizes[place] = self._unless_refused(place, lambda: read(file, group))
             while sum(self._sizes.values()) > _CACHED_BYTES and len(self._groups) > 1:
                 oldest, _ = self._groups.popitem(last=False)
                 del self._sizes[oldest]
         self._groups.move_to_end(place)
         return self._groups[place]
+
+    def _unless_refused(self, what: tuple[object, ...], read: Callable[[], T]) -> T:
+        """Read a file or row group; raises what it raised before if that is no error of the storage."""
+        if what in self._refused:
+            raise self._refused[what].with_traceback(None)
+        try:
+            return read()
+        except StorageError:
+            raise
+        except (ValueError, UserError) as error:
+            self._refused[what] = error
+            raise
 
     def _file(self, layer: str, shard: str) -> LayerFile:
         name = (layer, shard)

@@ -63,9 +63,11 @@ def labelled(config: Config, layers: Iterable[Layer]) -> Iterable[Layer]:
 
 
 def _fitting(layer: Layer, entry: Mapping[str, Any], where: str) -> Layer:
-    """A layer with the dimension of labels. Raises UserError unless it has their shape, or fewer crops."""
+    """A layer with the dimension of labels. Raises UserError unless it has their shape, or fewer crops. The vectors of
+    true captions are those of a sample's captions, which may be more or fewer."""
     count, dim = entry["count"], entry.get("dim")
-    if (layer.count > count if layer.kind.crops else layer.count != count) or layer.dim not in (None, dim):
+    counted = layer.count if layer.texts != TRUE_CAPTION else count
+    if (counted > count if layer.kind.crops else counted != count) or layer.dim not in (None, dim):
         raise UserError(f"{where}: {layer.name} is {[count, dim]} there, and {[layer.count, layer.dim]} in this config")
     return replace(layer, dim=dim)
 

@@ -40,7 +40,8 @@ _VERSION = 1
 
 @dataclass
 class ExportedLabels:
-    """Result of an export: shards, those that were there before, rows, identities by kind, and those left out."""
+    """Result of an export: shards, those that were there before, rows, identities by kind, those of them that several
+    samples state, and those left out."""
 
     output: str
     shards: int = 0
@@ -48,6 +49,7 @@ class ExportedLabels:
     rows: int = 0
     bytes: int = 0
     identities: Mapping[str, int] = field(default_factory=dict)
+    repeated: Mapping[str, int] = field(default_factory=dict)
     left_out: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
 
@@ -59,10 +61,13 @@ class ExportedLabels:
             f"labels of {plural(self.rows, 'sample')} in {plural(self.shards, 'shard')}, {size}{kept}: {self.output}",
             f"identities: {found}",
         ]
+        if repeated := ", ".join(f"{kind} of {count:,}" for kind, count in self.repeated.items()):
+            lines.append(f"repeated: {repeated}: {_REPEATED}")
         lines += [f"left out: {kind} of {count:,}: {_WHY[kind]}" for kind, count in self.left_out.items() if count]
         return [*lines, *self.notes]
 
 
+_REPEATED = "other samples state the same; a copy takes labels only where another identity shows whose they are"
 _WHY = {
     "url": "they have a password or signature, or are no public web address",
     "uid": "they are local paths, or longer than a uid",
@@ -134,6 +139,7 @@ def export_labels(
             found = build_index(as_seen_by_workers(output), use_ray=use_ray, address=address)
         write_card(out.url, licence=licence)
     result.identities = {kind: count for kind, count in found.kinds.items() if kind in COLUMNS}
+    result.repeated = {kind: count for kind, count in (found.repeated or {}).items() if kind in COLUMNS}
     result.rows = sum(map(sum, found.groups))
     result.bytes = sum(listing.total_bytes for listing in out.listings(names).values())
     result.notes += _notes(result, data, kinds, manifest)

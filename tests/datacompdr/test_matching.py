@@ -212,3 +212,37 @@ def test_a_copy_in_another_order_has_the_labels_of_its_own_images_and_no_others(
     joined = "url" if layout == "DFNDR" else "uid"
     assert results[0].source_counts == {joined: 8, "other_image": 1}
     assert (ALL[1].key, "not_reinforced") in quarantine(tmp_path)
+
+
+#: What a sample states, several entries, and those of which the first is taken, if any is.
+SEVERAL: list[tuple[dict[str, str], dict[str, dict[str, str]], str | None]] = [
+    ({"uid": "u", "url": "v"}, {"a": {"uid": "u"}, "b": {"uid": "u", "url": "v"}}, "b"),
+    ({"uid": "u", "digest": "2"}, {"a": {"uid": "u", "digest": "1"}, "b": {"uid": "u", "digest": "2"}}, "b"),
+    ({"uid": "u", "digest": "3"}, {"a": {"uid": "u", "digest": "1"}, "b": {"uid": "u", "digest": "2"}}, None),
+    ({"uid": "u", "sha256": "s"}, {"a": {"uid": "u"}, "b": {"uid": "u", "sha256": "s"}}, "b"),
+    ({"uid": "u"}, {"a": {"uid": "u"}, "b": {"uid": "u"}}, None),
+    ({"uid": "u"}, {"a": {"uid": "u", "url": "v"}, "b": {"uid": "u", "url": "w"}}, None),
+    ({"uid": "u"}, {"a": {"uid": "u", "digest": "1"}, "b": {"uid": "u", "digest": "1"}}, "ab"),  # one image twice
+    ({"uid": "u"}, {"a": {"uid": "u", "sha256": "s"}, "b": {"uid": "u", "sha256": "s"}}, "ab"),
+    ({"uid": "u", "sha256": "s"}, {"a": {"uid": "u", "sha256": "t"}, "b": {"uid": "u"}}, "b"),  # not a, which differs
+    ({"url": "v"}, {"a": {"url": "v"}, "b": {"url": "v"}}, None),
+    ({"digest": "1"}, {"a": {"digest": "1", "uid": "u"}, "b": {"digest": "1", "uid": "w"}}, "ab"),
+    ({"uid": "u"}, {str(n): {"uid": "u", "digest": "1"} for n in range(20)}, None),  # too many to compare
+    ({"uid": "u", "url": "v"}, {str(n): {"uid": "u"} for n in range(20)} | {"b": {"uid": "u", "url": "v"}}, "b"),
+]
+
+
+@pytest.mark.parametrize(("sample", "entries", "expected"), SEVERAL)
+def test_of_several_entries_the_one_that_agrees_in_more_is_taken_and_otherwise_none(
+    sample: dict[str, str], entries: dict[str, dict[str, str]], expected: str | None
+) -> None:
+    for order in (entries, dict(reversed(entries.items()))):
+        matcher = Matcher()
+        for key, one in order.items():
+            matcher.add(key, one)
+        found, what = matcher.match("x", sample)
+        if expected is None:
+            assert (found, dict(matcher.counts)) == (None, {"ambiguous": 1})
+            assert "several have its u" in what
+        else:
+            assert found == next(key for key in order if key in expected)

@@ -27,6 +27,7 @@ from reinforce.dataset.layers import (
     mapping_at,
 )
 from reinforce.errors import UserError
+from teachers.published.family import PublishedTeacherSpec
 
 if TYPE_CHECKING:
     from teachers.spec import ModelInfo, TeacherSpec
@@ -189,7 +190,7 @@ class TextEmbeddings(_Embeddings):
             (name, spec.count) for name, spec in config.captioners.items() if spec.published or not teacher.published
         ]
         most = config.input.captions_per_sample or 1
-        if most > 1 and teacher.published:
+        if most > 1 and isinstance(teacher, PublishedTeacherSpec):
             raise UserError("input.captions_per_sample: published vectors are of one true caption. Remove it.")
         return [(TRUE_CAPTION, most), *synthetic]
 

@@ -170,7 +170,7 @@ def _preview_labels(plan: Plan, readable: Sequence[PendingShard]) -> list[str]:
     layers = [layer for layer in plan.layers.values() if layer.labels is not None]
     if not layers:
         return []
-    with contextlib.closing(LabelReader(plan.config, layers)) as labels:
+    with contextlib.closing(LabelReader(plan.config, layers, values=False)) as labels:
         samples: list[Wanted] = []
         with contextlib.suppress(Exception):  # each driver has its own; reading the first sample reports them
             for shard in readable[:1]:
@@ -178,7 +178,7 @@ def _preview_labels(plan: Plan, readable: Sequence[PendingShard]) -> list[str]:
                 for raw in itertools.islice(read_samples(plan.shard(shard), plan.config.input, budget), _READ_ITEMS):
                     if isinstance(raw, RawSample):
                         samples.append(Wanted(raw.key, identity_of(raw.all_sidecars), raw.image))
-        labels.find(samples)
+        labels.join(samples)
         return [
             f"labels.{name}: the first {len(samples)} samples of {canonical(readable[0].url)} join "
             f"{canonical(plan.config.labels[name].url)}: {describe_counts(counts)}"

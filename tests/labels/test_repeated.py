@@ -1,0 +1,189 @@
+"""An identity that several rows of labels state joins a sample only with the row that other identities show."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+import reinforce
+from reinforce.config import parse_config
+from reinforce.datacompdr.matching import DIGEST, KINDS, Identity, Matcher, proves
+from reinforce.dataset.files.store import Store
+from reinforce.engine.messages.results import ShardResult
+from reinforce.engine.plan.plan import make_plan
+from reinforce.engine.record.summary import source_lines
+from reinforce.labels.building import build_index
+from reinforce.labels.index import open_index
+from reinforce.labels.rows import LabelReader, Wanted
+from reinforce.publishing.labels import export_labels
+from reinforce.source.references import image_digest
+from tests.helpers.data import config_of, picture, tree, write_tar
+from tests.helpers.reinforced import reinforce_here
+from tests.labels.test_taking import by_number, same_values, sample, smaller, taking
+
+COUNT, UIDS = 40, 17
+
+
+def write(folder: Path, images: bool = False, uids: int = UIDS, **export: Any) -> str:
+    """Labels of 40 images in two shards, or a dataset with its ``images``, with ``uids`` distinct uids."""
+    for shard in range(2):
+        numbers = range(shard * 20, shard * 20 + 20)
+        members = [one for n in numbers for one in sample(n, f"{n:05d}", uid=f"uid{n % uids}")]
+        write_tar(folder / "images" / f"{shard}.tar", members)
+    dataset = reinforce_here(config_of(f"{folder}/images/*.tar", folder / "dataset"))
+    if images:
+        build_index(dataset, use_ray=False)
+        return dataset
+    return export_labels(dataset, f"{folder}/labels", use_ray=False, **export).output
+
+
+def take(folder: Path, url: str, again: bool = False, uids: int = UIDS) -> tuple[dict[int, reinforce.Sample], Counter]:
+    """What a copy in another order takes of labels, by number, and the counts; with images encoded ``again``."""
+    numbers = [*range(COUNT)]
+    random.Random(1).shuffle(numbers)
+    images = {n: smaller(picture(n)) if again else picture(n) for n in numbers}
+    members = [one for n in numbers for one in sample(n, f"own{n}", images[n], uid=f"uid{n % uids}")]
+    write_tar(folder / "copy" / "0.tar", members)
+    results: list[ShardResult] = []
+    taken = by_number(reinforce_here(taking(folder, url), results=results))
+    return taken, sum((Counter(result.source_counts) for result in results), Counter())
+
+
+@pytest.mark.parametrize("uids", [UIDS, 1])  # two or three rows with one uid, or all 40
+@pytest.mark.parametrize("images", [False, True])
+def test_the_digest_shows_which_of_several_rows_with_one_uid_is_of_the_image(
+    tmp_path: Path, images: bool, uids: int
+) -> None:
+    url = write(tmp_path, images, uids)
+    before = by_number(str(tmp_path / "dataset"))
+    taken, counts = take(tmp_path, url, uids=uids)
+    for number, one in taken.items():
+        same_values(before[number], one)
+    assert counts == {"labels.lab.uid": COUNT}
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+@pytest.mark.parametrize(("images", "uids"), [(False, UIDS), (True, UIDS), (False, 1)])
+def test_where_nothing_shows_it_none_is_taken_and_counted(
+    tmp_path: Path, images: bool, uids: int, earlier: bool
+) -> None:
+    url = write(tmp_path, images, uids)
+    if earlier:
+        forget_repeated(url)
+    taken, counts = take(tmp_path, url, again=True, uids=uids)
+    assert not any(one.captions.get("namer") for one in taken.values())
+    assert counts == {"labels.lab.ambiguous": COUNT}
+    assert source_lines(counts) == ["samples joined with labels lab: 40 not (ambiguous: several rows state the same)"]
+    files = Path(tmp_path, "out/quarantine").rglob("*.parquet")
+    details = {detail for path in files for detail in pq.read_table(path)["detail"].to_pylist()}
+    assert details == {"labels: several have its uid, and nothing else that both sides state distinguishes them"}
+
+
+def forget_repeated(url: str) -> None:
+    """Make an index one of an earlier version."""
+    path = Path(url, "identities/index.json")
+    description = json.loads(path.read_text())
+    del description["repeated"]
+    path.write_text(json.dumps(description))
+
+
+def test_an_export_and_the_index_report_repeated_identities_also_of_labels_of_an_earlier_version(
+    tmp_path: Path,
+) -> None:
+    url = write(tmp_path)
+    assert open_index(Store(url)).repeated == {"uid": COUNT}
+    before = tree(Path(url), layers_only=False)
+    forget_repeated(url)
+    assert open_index(Store(url)).repeated is None
+    again = export_labels(str(tmp_path / "dataset"), url, use_ray=False)
+    assert any(line.startswith("repeated: uid of 40: other samples state the same") for line in again.lines())
+    assert tree(Path(url), layers_only=False) == before
+    assert "repeated" not in "".join(export_labels(unique(tmp_path), f"{tmp_path}/unique", use_ray=False).lines())
+
+
+def unique(folder: Path) -> str:
+    write_tar(folder / "one" / "0.tar", sample(1, "one"))
+    return reinforce_here(config_of(f"{folder}/one/*.tar", folder / "one-dataset", teachers={}))
+
+
+def test_rows_of_one_image_under_one_uid_are_no_contradiction_and_the_first_is_taken(tmp_path: Path) -> None:
+    members = [one for n in (1, 2, 1) for one in sample(n, f"k{n}", uid=f"uid{n}")]
+    write_tar(tmp_path / "images" / "0.tar", members[:6])
+    write_tar(tmp_path / "images" / "1.tar", members[6:])
+    dataset = reinforce_here(config_of(f"{tmp_path}/images/*.tar", tmp_path / "dataset"))
+    url = export_labels(dataset, f"{tmp_path}/labels", use_ray=False).output
+    copy = [one for n in (2, 1) for one in sample(n, f"own{n}", smaller(picture(n)), uid=f"uid{n}")]
+    write_tar(tmp_path / "copy" / "0.tar", copy)
+    taken = by_number(reinforce_here(taking(tmp_path, url)))
+    first = next(one for one in reinforce.open(dataset) if one.key == "k1")
+    assert taken[1].captions["namer"] == first.captions["namer"]
+    assert taken[2].captions["namer"]
+
+
+def test_keys_that_repeat_in_shards_join_nothing(tmp_path: Path) -> None:
+    for shard in range(2):
+        members = [one for n in range(3) for one in sample(10 * shard + n, f"{n + shard:05d}")[:2]]
+        write_tar(tmp_path / "images" / f"{shard}.tar", members)
+    dataset = reinforce_here(config_of(f"{tmp_path}/images/*.tar", tmp_path / "dataset"))
+    url = export_labels(dataset, f"{tmp_path}/labels", identities=["uid"], use_ray=False).output
+    assert open_index(Store(url)).repeated == {"key": 4}
+    write_tar(tmp_path / "copy" / "0.tar", [one for n in range(3) for one in sample(n, f"{n:05d}")[:2]])
+    labels = {"lab": {"url": url, "layers": ["captions/namer"], "join": "key"}}
+    results: list[ShardResult] = []
+    taken = by_number(reinforce_here(taking(tmp_path, url, labels=labels), results=results))
+    assert {number for number, one in taken.items() if one.captions.get("namer")} == {0}
+    assert results[0].source_counts == {"labels.lab.key": 1, "labels.lab.ambiguous": 2}
+
+
+def said_of(rng: random.Random, few: int) -> tuple[int, dict[str, str]]:
+    """The number of an image, and what is stated of it: few values of each kind, or none."""
+    kinds = [kind for kind in ("uid", "sha256", "url") if rng.random() < 0.6]
+    return rng.randrange(few), {kind: f"https://example.org/{kind}{rng.randrange(few)}" for kind in kinds}
+
+
+def identity(image: int, said: dict[str, str]) -> Identity:
+    return {**said, DIGEST: f"{image_digest(picture(image)):016x}"}
+
+
+@pytest.mark.parametrize(("seed", "few"), [(0, 5), (1, 5), (2, 20), (3, 20)])
+@pytest.mark.parametrize("images", [False, True])
+def test_labels_join_as_by_a_comparison_with_all_rows(tmp_path: Path, images: bool, seed: int, few: int) -> None:
+    rng = random.Random(seed)
+    rows = {f"row{n}": said_of(rng, few) for n in range(48)}
+    every = Matcher()
+    members = []
+    for key, (image, said) in rows.items():
+        every.add(key, identity(image, said))
+        members.append(sample(image, key, **{"title": "x", **said}))
+    for shard in range(3):
+        write_tar(tmp_path / "images" / f"{shard}.tar", [one for three in members[shard::3] for one in three])
+    dataset = reinforce_here(config_of(f"{tmp_path}/images/*.tar", tmp_path / "dataset", teachers={}))
+    if images:
+        build_index(dataset, use_ray=False)
+    url = dataset if images else export_labels(dataset, f"{tmp_path}/labels", use_ray=False).output
+    by_captions = {tuple(one.captions["namer"]): one.key for one in reinforce.open(dataset)}
+    own = [said_of(rng, few + 3) for _ in range(200)]
+    labels = {"lab": {"url": url, "layers": ["captions/namer"]}}
+    source = f"{tmp_path}/images/*.tar"  # of which nothing is read
+    plan = make_plan(parse_config({**taking(tmp_path, url, labels=labels), "source": source}))
+    with contextlib.closing(LabelReader(plan.config, plan.layers.values())) as reader:
+        found = reader.find([Wanted(f"own{n}", said, picture(image)) for n, (image, said) in enumerate(own)])
+    joined = 0
+    for (image, said), [one] in zip(own, found, strict=True):
+        expected, _ = every.match("", stated := identity(image, said))
+        value = one.values["captions/namer"]
+        assert isinstance(value, list) <= (expected is not None), stated
+        joined += isinstance(value, list)
+        if isinstance(value, list):
+            of = identity(*rows[row := by_captions[tuple(value)]])
+            assert row == expected or proves(stated, of) or proves(of, identity(*rows[str(expected)]))
+    # The digests of two images in a dataset are not compared with each other.
+    assert joined >= (0.9 if images else 1) * sum(every.counts[kind] for kind in KINDS)
+    assert every.counts["ambiguous"]
