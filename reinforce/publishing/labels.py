@@ -21,7 +21,7 @@ from reinforce.dataset.files.index import IndexWriter
 from reinforce.dataset.files.listing import Listing
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.kinds.registry import stored_layer
-from reinforce.dataset.layers import LABELS, NO_IMAGES, SAMPLES, mapping_at
+from reinforce.dataset.layers import LABELS, NO_IMAGES, SAMPLES, TRUE_CAPTION, mapping_at
 from reinforce.dataset.manifest.manifest import DIGEST_KEY, find_manifest, same_content, write_manifest
 from reinforce.dataset.reading.dataset import Dataset
 from reinforce.errors import UserError
@@ -166,6 +166,12 @@ def _notes(result: ExportedLabels, data: Dataset, kinds: Sequence[str], manifest
         )
     if not result.identities:
         notes.append("no sample states what its image is: others can join these labels by key alone, without proof")
+    several = mapping_at(manifest, "layers", SAMPLES).get("count", 1)
+    if several > 1 and any(layer.get("texts") == TRUE_CAPTION for layer in manifest["layers"].values()):
+        notes.append(
+            f"vectors of up to {several} true captions a sample: whoever uses them sets "
+            f"input.captions_per_sample: {several}, and gets those of captions that are equal"
+        )
     if hidden := manifest[LABELS].get("hidden"):
         notes.append(f"local paths are hidden in the settings of {', '.join(hidden)}")
     return notes

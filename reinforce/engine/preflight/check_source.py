@@ -179,11 +179,20 @@ def _preview_labels(plan: Plan, readable: Sequence[PendingShard]) -> list[str]:
                     if isinstance(raw, RawSample):
                         samples.append(Wanted(raw.key, identity_of(raw.all_sidecars), raw.image))
         labels.join(samples)
-        return [
+        joined = [
             f"labels.{name}: the first {len(samples)} samples of {canonical(readable[0].url)} join "
             f"{canonical(plan.config.labels[name].url)}: {describe_counts(counts)}"
             for name, counts in counts_of_labels(labels.counts)
         ]
+    own = plan.config.input.captions_per_sample or 1
+    there = {one.labels: one for one in layers if one.texts == TRUE_CAPTION}
+    most = {str(name): plan.config.labels[str(name)].taken.layers[one.name]["count"] for name, one in there.items()}
+    return joined + [
+        f"labels.{name}: vectors of up to {count} true captions a sample, of which {own} {'is' if own == 1 else 'are'} "
+        f"read here; input.captions_per_sample: {count} takes all"
+        for name, count in most.items()
+        if count > own
+    ]
 
 
 def _format_notes(shards: Sequence[PendingShard]) -> list[str]:
