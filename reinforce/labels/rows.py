@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -17,20 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from reinforce.config import Config
-from reinforce.datacompdr.matching import (
-    ABSENT,
-    AMBIGUOUS,
-    BROKEN,
-    DIGEST,
-    KEY,
-    OTHER_IMAGE,
-    PREFIX,
-    PROOFS,
-    Identity,
-    difference,
-    proves,
-    why_ambiguous,
-)
+from reinforce.datacompdr.matching import BROKEN, DIGEST, KEY, OTHER_IMAGE, PREFIX, Identity
 from reinforce.datacompdr.members import Unreadable
 from reinforce.datacompdr.values import PublishedValue, checked_norms
 from reinforce.dataset.augment.records import Augmentation
@@ -42,7 +29,7 @@ from reinforce.errors import StorageError, UserError
 from reinforce.labels.crops import LabelCrops, RowLabels, parse_records
 from reinforce.labels.identities import columns_of_identities, stated
 from reinforce.labels.index import DESCRIPTION, FOLDER, IdentityIndex, open_index
-from reinforce.labels.joining import Candidates, RowOf, Why
+from reinforce.labels.joining import IndexedRows, Joined, Joining, RowOf, Why
 from reinforce.source.captions import clean_text
 from reinforce.source.references import image_digest
 from reinforce.source.samples import Refusal
@@ -111,12 +98,21 @@ class LabelReader:
             one.close()
 
 
-class _Place(NamedTuple):
-    """A row of labels: number of its shard, row in it, and the kind of agreement."""
+class _Row(NamedTuple):
+    """What the samples of labels have of a row, the ``number``th of ``rows`` in its row group; ``image`` may be why it
+    has none."""
 
-    shard: int
-    row: int
-    kind: str
+    where: str
+    shard: str
+    group: int
+    number: int
+    key: str
+    rows: int
+    image: LabelCrops | str
+    captions: Sequence[str]
+
+
+_NOTHING = _Row("", "", 0, 0, "", 0, "", ())
 
 
 class _LabelSet:
@@ -144,90 +140,34 @@ class _LabelSet:
 
     def find(self, samples: Sequence[Wanted]) -> list[RowLabels]:
         places, why = self.join(samples)
-        order = sorted(places, key=places.__getitem__)  # each row group is read once
-        labels = {number: self._read(samples[number].key, places[number]) for number in order}
-        for number, refusal in self._refusals(samples, why).items():
-            labels[number] = RowLabels(self.name, values={layer.name: refusal for layer in self._layers})
-        return [labels[number] for number in range(len(samples))]
+        rows = {number: self._read(places[number]) for number in sorted(places, key=places.__getitem__)}
+        values: dict[int, dict[str, PublishedValue]] = {number: {} for number in range(len(samples))}
+        for layer in self._layers:  # each row group is read once, even where it alone fills the cache
+            for number, row in rows.items():
+                values[number][layer.name] = self._value_or_why(layer, row, samples[number].key)
+        for number, one in why.items():
+            refusal = self._refusal(samples[number].key, one)
+            values[number] = {layer.name: refusal for layer in self._layers}
+        found: list[RowLabels] = []
+        for number in range(len(samples)):
+            row = rows.get(number, _NOTHING)
+            image = row.image if isinstance(row.image, LabelCrops) else None
+            found.append(RowLabels(self.name, image, values[number], row.captions, self._true_captions))
+        return found
 
     # -- joining
 
-    def join(self, samples: Sequence[Wanted]) -> tuple[dict[int, _Place], dict[int, Why]]:
-        """The place of each sample that has labels, and why others have none; counts them."""
+    def join(self, samples: Sequence[Wanted]) -> tuple[dict[int, Joined], dict[int, Why]]:
+        """The row of each sample that has labels, and why others have none; counts them."""
         own = [self._identity(sample) for sample in samples]
-        candidates = Candidates(self._index, own, self._stated, self._labels.taken.embedded)
-        places: dict[int, _Place] = {}
-        why: dict[int, Why] = {}
-        for kind in self._joins:
-            settled = {*places, *(number for number, one in why.items() if one.what == AMBIGUOUS)}
-            open_ = [number for number in range(len(own)) if kind in own[number] and number not in settled]
-            rows = self._find(kind, candidates, own, open_)
-            theirs, broken = self._read_candidates(kind, candidates, rows)
-            for number in rows:
-                found = candidates.settle(number, kind, theirs[number])
-                if rows[number] is None:
-                    found = Why(AMBIGUOUS, why_ambiguous(kind))
-                elif number in broken and not (isinstance(found, RowOf) and proves(own[number], theirs[number][found])):
-                    found = Why(BROKEN, broken[number])
-                if isinstance(found, RowOf):
-                    places[number] = _Place(*found, kind)
-                    why.pop(number, None)
-                elif found is not None and (found.what != BROKEN or number not in why):
-                    why[number] = found
-        for number in {*range(len(own))} - {*places, *why}:
-            named = [kind for kind in own[number] if kind in self._joins]
-            why[number] = Why(ABSENT, f"none with its {', '.join(named) or 'key'}")
-        self.counts.update(places[number].kind if number in places else why[number].what for number in range(len(own)))
-        return places, why
+        rows = IndexedRows(self._index, self._stated, self._files.near, self._labels.taken.embedded)
+        found, why = Joining(rows, own, (ValueError, UserError, FileNotFoundError)).join(self._joins)
+        self.counts.update(found[number].kind if number in found else why[number].what for number in range(len(own)))
+        return found, why
 
-    def _refusals(self, samples: Sequence[Wanted], why: Mapping[int, Why]) -> dict[int, Refusal]:
-        reasons = {BROKEN: Reason.REINFORCEMENT_BROKEN}
-        return {
-            number: Refusal(samples[number].key, reasons.get(one.what, Reason.NOT_REINFORCED), f"labels: {one.detail}")
-            for number, one in why.items()
-        }
-
-    def _find(
-        self, kind: str, candidates: Candidates, own: Sequence[Identity], numbers: Iterable[int]
-    ) -> dict[int, list[RowOf] | None]:
-        """The candidates of samples: rows in row groups that were read last, if no other can be of the image, and for
-        others those of the index. A copy in the order of the labels needs the index once for each row group."""
-        found: dict[int, list[RowOf] | None] = {}
-        doubtful: list[int] = []
-        missing, probed = [*numbers], 1
-        while missing:
-            values = [own[number][kind] for number in missing]
-            near = {} if kind == KEY else self._files.near(kind, values, self._index)  # only lone keys join
-            for at, row in near.items():
-                theirs = candidates.stated(missing[at], row)
-                sure = self._index.is_unique(kind) or proves(own[missing[at]], theirs)
-                if sure and not difference(own[missing[at]], theirs, kind):
-                    found[missing[at]] = [row]
-                else:
-                    doubtful.append(missing[at])
-            missing = [number for at, number in enumerate(missing) if at not in near]
-            part, missing = missing[:probed], missing[probed:]
-            indexed = candidates.find(kind, part)
-            if missing:
-                self._read_candidates(kind, candidates, indexed)  # so that they are near
-            found |= indexed
-            probed *= 2
-        return found | candidates.find(kind, doubtful)
-
-    def _read_candidates(
-        self, kind: str, candidates: Candidates, rows: Mapping[int, Iterable[RowOf] | None]
-    ) -> tuple[dict[int, dict[RowOf, Identity]], dict[int, str]]:
-        """What the candidates of each sample state, and why one cannot be read. Each row group is read once."""
-        found: dict[int, dict[RowOf, Identity]] = {number: {} for number in rows}
-        broken: dict[int, str] = {}
-        for row, number in sorted((row, number) for number, some in rows.items() for row in some or ()):
-            if kind in PROOFS and isinstance(candidates.settle(number, kind, found[number]), RowOf):
-                continue  # the others are of the same image
-            try:
-                found[number][row] = candidates.stated(number, row)
-            except (ValueError, UserError, FileNotFoundError) as error:
-                broken[number] = str(error)
-        return found, broken
+    def _refusal(self, key: str, why: Why) -> Refusal:
+        reason = Reason.REINFORCEMENT_BROKEN if why.what == BROKEN else Reason.NOT_REINFORCED
+        return Refusal(key, reason, f"labels: {why.detail}")
 
     def _identity(self, sample: Wanted) -> dict[str, str]:
         """What a sample states, with the digest of its image if the labels have digests, and its key if keys join."""
@@ -246,25 +186,29 @@ class _LabelSet:
 
     # -- values
 
-    def _read(self, key: str, at: _Place) -> RowLabels:
+    def _read(self, at: Joined) -> _Row:
         shard = self._index.shards[at.shard]
         group, row = self._index.row_group(at.shard, at.row)
-        where = f"labels: {shard}, row {at.row}"
         samples = self._files.samples(shard, group)
+        image: LabelCrops | str
+        texts: Sequence[str] = ()
         try:
             image = self._image(samples, row, at.kind)
-        except Unreadable as error:
-            refusal = Refusal(key, Reason.REINFORCEMENT_BROKEN, f"{where}: {error}")
-            return RowLabels(self.name, values={layer.name: refusal for layer in self._layers})
-        values: dict[str, PublishedValue] = {}
-        for layer in self._layers:
-            try:
-                value = self._value(layer, shard, group, row, samples)
-                values[layer.name] = Refusal(key, Reason.NOT_REINFORCED, f"{where}: null") if value is None else value
-            except (ValueError, UserError, FileNotFoundError) as error:
-                values[layer.name] = Refusal(key, Reason.REINFORCEMENT_BROKEN, f"{where}: {error}")
-        texts = true_captions(samples.slice(row, 1))[0] if self._true_captions else []
-        return RowLabels(self.name, image, values, texts, self._true_captions)
+            texts = true_captions(samples.slice(row, 1))[0] if self._true_captions else ()
+        except ValueError as error:  # also of texts that are no UTF-8
+            image = str(error)
+        where = f"labels: {shard}, row {at.row}"
+        return _Row(where, shard, group, row, samples["key"][row].as_py(), samples.num_rows, image, texts)
+
+    def _value_or_why(self, layer: Layer, row: _Row, key: str) -> PublishedValue:
+        """What a layer has of a row of labels for the sample ``key``."""
+        try:
+            if isinstance(row.image, str):
+                raise Unreadable(row.image)
+            value = self._value(layer, row)
+        except (ValueError, UserError, FileNotFoundError) as error:
+            return Refusal(key, Reason.REINFORCEMENT_BROKEN, f"{row.where}: {error}")
+        return Refusal(key, Reason.NOT_REINFORCED, f"{row.where}: null") if value is None else value
 
     def _image(self, samples: pa.Table, row: int, kind: str) -> LabelCrops:
         """The image of a row, with its records if they are taken. Raises Unreadable."""
@@ -277,12 +221,12 @@ class _LabelSet:
             records = parse_records(samples["augmentations"][row].as_py(), policy.count, policy.size, width, height)
         return LabelCrops(records, width, height, kind)
 
-    def _value(self, layer: Layer, shard: str, group: int, row: int, samples: pa.Table) -> PublishedValue | None:
+    def _value(self, layer: Layer, row: _Row) -> PublishedValue | None:
         """The value of a row, None where it is null. Raises Unreadable."""
-        keys, values = self._files.values(layer, shard, group)
-        if len(keys) != samples.num_rows or keys[row] != samples["key"][row]:
+        keys, values = self._files.values(layer, row.shard, row.group)
+        if len(keys) != row.rows or keys[row.number].as_py() != row.key:
             raise Unreadable(f"{layer.name} does not have the rows of its samples")
-        value = values[row]
+        value = values[row.number]
         if isinstance(value, np.ndarray):
             least = self._labels.taken.layers[layer.name]["count"] if layer.texts == TRUE_CAPTION else layer.count
             if value.shape[0] < least or value.shape[1] != layer.dim:
@@ -315,7 +259,7 @@ class _Files:
         """The samples of a row group, without images."""
         return self._cached(SAMPLES, shard, group, self._read_samples)[0]
 
-    def near(self, kind: str, values: Sequence[str], index: IdentityIndex) -> dict[int, RowOf]:
+    def near(self, index: IdentityIndex, kind: str, values: Sequence[str]) -> dict[int, RowOf]:
         """The rows of those of ``values``, by place, that a row group states which was read last."""
         found: dict[int, RowOf] = {}
         for layer, shard, group in self._groups:

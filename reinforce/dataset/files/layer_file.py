@@ -230,6 +230,8 @@ class LayerFile:
         """What the footer says of a row group, after Arrow has accepted it."""
         self._check = self._check or FooterCheck(self.metadata, self._names, self._footer)
         self._check.check(number)
+        if number >= self.num_row_groups:
+            raise RefusedFile(f"it has {self.num_row_groups:,} row groups, and no row group {number}")
         group = self.metadata.row_group(number)
         check_rows(group.num_rows, self._max_rows)
         return group
