@@ -20,19 +20,21 @@ import numpy.typing as npt
 import pyarrow as pa
 from rich.table import Table
 
-from reinforce.datacompdr.matching import ABSENT, KEY, OTHER_IMAGE
+from reinforce.datacompdr.matching import ABSENT, AMBIGUOUS, KEY, OTHER_IMAGE
 from reinforce.dataset.comparison import Comparison
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.kinds.registry import kind_of
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.manifest.manifest import read_manifest
-from reinforce.dataset.reading.aligned import AlignedLayers, AlignedShard, row_errors
+from reinforce.dataset.reading.aligned import AlignedLayers, AlignedShard, layer_errors, row_errors
 from reinforce.dataset.reading.row_counts import row_group_table, rows_of_shards
 from reinforce.errors import UserError
 from reinforce.labels.building import build_index, has_current_index
 from reinforce.labels.identities import COLUMNS
+from reinforce.labels.index import open_index
 from reinforce.labels.pairs import Partners, Place
 from reinforce.nodes import for_each_shard
+from reinforce.source.references import image_digest
 from reinforce.storage import as_seen_by_workers
 from reinforce.terminal import escape
 
@@ -42,7 +44,11 @@ _PARTS = {"captions": ("caption",), "sizes": ("width", "height"), "augmentations
 
 @dataclass
 class DatasetDiff:
-    """Where two datasets differ: layers of one side alone, rows by what matched or why not, values by layer."""
+    """Where two datasets differ: layers of one side alone, rows by what matched or why not, values by layer.
+
+    ``unstated`` are rows without a partner that state no uid, SHA-256 or URL; of the second dataset, all that state
+    none.
+    """
 
     first: str
     second: str
@@ -52,6 +58,7 @@ class DatasetDiff:
     rows: tuple[int, int] = (0, 0)
     matched: Counter[str] = field(default_factory=Counter)
     unmatched: tuple[int, int] = (0, 0)
+    unstated: tuple[int, int] = (0, 0)
     missing: Counter[str] = field(default_factory=Counter)
     layers: dict[str, Comparison] = field(default_factory=dict)
 
@@ -70,9 +77,14 @@ class DatasetDiff:
         yield f"of one image: {', '.join(found) or 'none'}"
         if self.matched[OTHER_IMAGE]:
             yield f"of another image, although something agrees: {self.matched[OTHER_IMAGE]:,}"
-        for name, layers, rows in zip("AB", (self.only_first, self.only_second), self.unmatched, strict=True):
+        if self.matched[AMBIGUOUS]:
+            yield f"of one of several, which nothing distinguishes: {self.matched[AMBIGUOUS]:,}"
+        sides = zip("AB", (self.only_first, self.only_second), self.unmatched, self.unstated, strict=True)
+        for name, layers, rows, unstated in sides:
             if rows:
                 yield f"only in {name}: {rows:,} samples"
+            if unstated and any(self.unmatched):
+                yield f"in {name}, {unstated:,} samples state no uid, SHA-256 or URL: only the digest joins them"
             if layers:
                 yield f"only in {name}: {', '.join(layers)}"
         for layer, shards in self.missing.items():
@@ -86,6 +98,7 @@ class DatasetDiff:
             "equal": self.equal,
             "rows": {"a": self.rows[0], "b": self.rows[1]},
             "matched": dict(self.matched),
+            "without_identity": {"a": self.unstated[0], "b": self.unstated[1]},
             "only_in_a": {"samples": self.unmatched[0], "layers": self.only_first},
             "only_in_b": {"samples": self.unmatched[1], "layers": self.only_second},
             "missing_shards": dict(self.missing),
@@ -128,12 +141,14 @@ def _words(one: Comparison) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class _Pair:
-    """Two datasets as tasks read them: URLs, fingerprints of the common layers, and shards that lack one of these."""
+    """Two datasets as tasks read them: URLs, fingerprints of the common layers, shards that lack one of these, and
+    whether each embeds its images."""
 
     first: str
     second: str
     fingerprints: tuple[Mapping[str, str], Mapping[str, str]]
     lacking: Mapping[str, frozenset[str]]
+    embedded: tuple[bool, bool]
     index: str | None
     least: float
 
@@ -143,6 +158,8 @@ class _ShardDiff:
     counts: Counter[str] = field(default_factory=Counter)
     layers: dict[str, Comparison] = field(default_factory=dict)
     rows: dict[str, set[int]] = field(default_factory=dict)  # of the second dataset, by shard
+    unstated: int = 0
+    undigested: int = 0
 
 
 def diff(
@@ -185,26 +202,40 @@ def diff(
         for side, store in enumerate(stores)
     ]
     found.rows = (int(groups[0][:, 2].sum()), int(groups[1][:, 2].sum()))
-    seen = _Seen([*listings[1][SAMPLES]], groups[1])
     one, other = as_seen_by_workers(first), as_seen_by_workers(second)
-    with contextlib.ExitStack() as stack:
-        index = None
-        if not listings[1][SAMPLES].has(listings[0][SAMPLES].names).all():
-            index = _index_of(stores[1], other, stack)
-        use_ray = use_ray and index in (None, other)  # a temporary one is on this machine
-        pair = _Pair(one, other, (prints[0], prints[1]), lacking, index, min_cosine)
-        shards = [*listings[0][SAMPLES]]
-        compare = functools.partial(_diff_shard, pair)
-        for _, part in for_each_shard(compare, shards, use_ray=use_ray, address=address):
-            found.matched += part.counts
-            for name, values in part.layers.items():
-                found.layers.setdefault(name, Comparison()).add(values)
-            for shard, rows in part.rows.items():
-                seen.add(shard, rows)
+    embedded = (manifests[0]["images"] == "embed", manifests[1]["images"] == "embed")
+    by_key = bool(listings[1][SAMPLES].has(listings[0][SAMPLES].names).all())
+    for digests in (False, True):
+        seen = _Seen([*listings[1][SAMPLES]], groups[1])
+        with contextlib.ExitStack() as stack:
+            index = None if by_key else _index_of(stores[1], other, stack, digests)
+            pair = _Pair(one, other, (prints[0], prints[1]), lacking, embedded, index, min_cosine)
+            here = index not in (None, other)  # a temporary index is on this machine
+            undigested = _compare_shards(pair, [*listings[0][SAMPLES]], found, seen, use_ray and not here, address)
+            found.unstated = (found.unstated[0], 0 if index is None else open_index(Store(index)).kinds.get(KEY, 0))
+        if not undigested:
+            break
     found.layers = {name: found.layers[name] for name in sorted(found.layers, key=_in_order)}
-    unmatched = found.matched[ABSENT] + found.matched[OTHER_IMAGE]
+    unmatched = sum(found.matched[why] for why in (ABSENT, OTHER_IMAGE, AMBIGUOUS))
     found.unmatched = (unmatched, found.rows[1] - seen.count())
     return found
+
+
+def _compare_shards(
+    pair: _Pair, shards: Sequence[str], found: DatasetDiff, seen: _Seen, use_ray: bool, address: str | None
+) -> int:
+    """Compare the shards of the first dataset -> the rows that may have a partner by digests that the index lacks."""
+    found.matched, found.layers, undigested, unstated = Counter(), {}, 0, 0
+    compare = functools.partial(_diff_shard, pair)
+    for _, part in for_each_shard(compare, shards, use_ray=use_ray, address=address):
+        found.matched += part.counts
+        for name, values in part.layers.items():
+            found.layers.setdefault(name, Comparison()).add(values)
+        for shard, rows in part.rows.items():
+            seen.add(shard, rows)
+        undigested, unstated = undigested + part.undigested, unstated + part.unstated
+    found.unstated = (unstated, 0)
+    return undigested
 
 
 def _in_order(name: str) -> tuple[bool, str]:
@@ -222,12 +253,13 @@ def _named(layers: Mapping[str, Any], patterns: Sequence[str] | None) -> list[st
     ]
 
 
-def _index_of(store: Store, url: str, stack: contextlib.ExitStack) -> str:
-    """The ``url`` of a dataset with a current index, or a temporary folder with one."""
-    if has_current_index(store):
+def _index_of(store: Store, url: str, stack: contextlib.ExitStack, digests: bool) -> str:
+    """The ``url`` of a dataset with a current index, or a temporary folder with one, for which images are read if
+    ``digests`` are wanted."""
+    if not digests and has_current_index(store):
         return url
     folder = stack.enter_context(tempfile.TemporaryDirectory())
-    build_index(url, folder, images=False, use_ray=False)
+    build_index(url, folder, images=digests, use_ray=False)
     return folder
 
 
@@ -251,12 +283,13 @@ class _Seen:
 def _diff_shard(pair: _Pair, shard: str) -> _ShardDiff:
     """Compare the rows of a shard of the first dataset with theirs of the second. Raises UserError."""
     found, second = _ShardDiff(), Store(pair.second)
-    partners = Partners(second, pair.fingerprints[1][SAMPLES], pair.index)
+    partners = Partners(second, pair.fingerprints[1][SAMPLES], pair.index, pair.embedded[1])
     with _opened(pair, 0, shard) as own, contextlib.closing(_Reader(pair)) as reader:
         by_key = partners.keys(shard)
         for number in range(own.row_groups):
             tables = own.read(number)
-            places = partners.find(tables[SAMPLES], by_key)
+            digests = functools.partial(_digests, pair, shard, number) if pair.embedded[0] else None
+            places = partners.find(tables[SAMPLES], by_key, digests)
             groups: dict[tuple[str, int], list[tuple[int, Place]]] = {}
             for row, place in enumerate(places):
                 if place is not None:
@@ -271,8 +304,15 @@ def _diff_shard(pair: _Pair, shard: str) -> _ShardDiff:
                         parts = _compare(name, tables[name].take(mine), theirs[name].take(taken), pair.least)
                         for part, one in parts.items():
                             found.layers.setdefault(part, Comparison()).add(one)
-    found.counts = partners.counts
+    found.counts, found.unstated, found.undigested = partners.counts, partners.unstated, partners.undigested
     return found
+
+
+def _digests(pair: _Pair, shard: str, number: int) -> list[int]:
+    """The digests of the images in a row group of the first dataset."""
+    store = Store(pair.first)
+    with layer_errors(store, SAMPLES, shard), store.open_layer(SAMPLES, shard, whole=False) as file:
+        return [image_digest(image.as_py()) for image in file.read_row_group(number, ["image"], False)["image"]]
 
 
 def _opened(pair: _Pair, side: int, shard: str) -> contextlib.AbstractContextManager[AlignedShard]:

@@ -84,7 +84,8 @@ class Joining:
         self, rows: IndexedRows, own: Sequence[Identity], unreadable: tuple[type[Exception], ...] = ()
     ) -> None:
         self._rows, self._index, self._own, self._unreadable = rows, rows.index, own, unreadable
-        self._digests = self._entries(DIGEST, range(len(own))) if rows.embedded else None
+        by_index = rows.embedded and DIGEST in rows.index.kinds
+        self._digests = self._entries(DIGEST, range(len(own))) if by_index else None
 
     def join(self, kinds: Sequence[str]) -> tuple[dict[int, Joined], dict[int, Why]]:
         """The row of each sample that has one, and why others have none."""

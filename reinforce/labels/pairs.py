@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import pyarrow as pa
 
-from reinforce.datacompdr.matching import ABSENT, KEY, OTHER_IMAGE, Identity, difference
+from reinforce.datacompdr.matching import ABSENT, DIGEST, KEY, OTHER_IMAGE, Identity, difference
 from reinforce.dataset.files.layer_file import LayerFile
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.reading.aligned import layer_errors
-from reinforce.labels.identities import COLUMNS, columns_of_identities, hash_identities, identities, stated
+from reinforce.errors import UserError
+from reinforce.labels.identities import COLUMNS, columns_of_identities, stated
 from reinforce.labels.index import IdentityIndex, open_index
+from reinforce.labels.joining import IndexedRows, Joined, Joining, Why
 
+_WITHOUT_IMAGES = ("uid", "sha256")  # kinds that a digest does not contradict
 _CACHED_GROUPS = 64  # row groups of identities
 
 
@@ -32,15 +35,18 @@ class Place:
 
 
 class Partners:
-    """Finds the rows of one dataset that belong to the rows of another, a shard at a time.
+    """Finds the rows of one dataset that belong to the rows of another, a shard at a time, as labels are joined.
 
-    ``counts`` are rows by what matched, or why not. Without an ``index``, only shards of one name are matched.
+    ``counts`` are rows by what matched, or why not. Of those without a partner, ``unstated`` state no uid, SHA-256 or
+    URL, and ``undigested`` may have one by digest, which the index lacks although the dataset is ``embedded`` and so
+    has images. Without an ``index``, only shards of one name are matched.
     """
 
-    def __init__(self, store: Store, fingerprint: str, index: str | None) -> None:
-        self._store, self._fingerprint = store, fingerprint
+    def __init__(self, store: Store, fingerprint: str, index: str | None, embedded: bool) -> None:
+        self._store, self._fingerprint, self._embedded = store, fingerprint, embedded
         self._index = None if index is None else _index(index)
         self.counts: Counter[str] = Counter()
+        self.unstated = self.undigested = 0
         self._group = functools.lru_cache(maxsize=_CACHED_GROUPS)(self._read_group)
 
     def keys(self, shard: str) -> dict[str, Place]:
@@ -56,8 +62,11 @@ class Partners:
                     found[key] = Place(shard, group, row, first + row)
         return found
 
-    def find(self, samples: pa.Table, by_key: Mapping[str, Place]) -> list[Place | None]:
-        """The partner of each row of a row group; ``by_key`` are those of the shard of the same name."""
+    def find(
+        self, samples: pa.Table, by_key: Mapping[str, Place], digests: Callable[[], Sequence[int]] | None = None
+    ) -> list[Place | None]:
+        """The partner of each row of a row group; ``by_key`` are those of the shard of the same name. ``digests``
+        reads the images of the rows, if they have some and do not state their digests."""
         own, keys = stated(samples), samples["key"].to_pylist()
         found: list[Place | None] = [None] * len(keys)
         why = [ABSENT] * len(keys)
@@ -68,26 +77,38 @@ class Partners:
                 found[row], why[row] = (None, OTHER_IMAGE) if differs else (place, KEY)
         missing = [row for row, place in enumerate(found) if place is None]
         if self._index is not None and missing:
-            for row, kind, place in self._candidates(self._index, samples.take(missing)):
-                if found[missing[row]] is None:
-                    differs = difference(own[missing[row]], self._stated(place), kind)
-                    at = missing[row]
-                    found[at], why[at] = (None, OTHER_IMAGE) if differs else (place, kind)
+            joined, others = self._join(self._index, {row: own[row] for row in missing}, digests)
+            for row, one in joined.items():
+                found[row], why[row] = _place(self._index, one.shard, one.row), one.kind
+            for row, other in others.items():
+                why[row] = why[row] if other.what == ABSENT else other.what
         self.counts.update(why)
         return found
 
-    def _candidates(self, index: IdentityIndex, samples: pa.Table) -> Iterator[tuple[int, str, Place]]:
-        """Row, kind and place of rows that may belong to those of a table, strongest kinds first."""
-        values = identities(samples)
-        for kind in COLUMNS:
-            if kind in values and kind in index.kinds:
-                hashes, places = hash_identities(kind, values[kind])
-                entries = index.lookup(kind, hashes)
-                for at, shard, row in zip(places[entries.places], entries.shards, entries.rows, strict=True):
-                    yield int(at), kind, Place(index.shards[shard], *index.row_group(int(shard), int(row)), int(row))
+    def _join(
+        self, index: IdentityIndex, own: Mapping[int, Identity], digests: Callable[[], Sequence[int]] | None
+    ) -> tuple[dict[int, Joined], dict[int, Why]]:
+        """Join rows by identity, those that no uid or SHA-256 joins also by the digests of their images."""
+        rows = IndexedRows(index, lambda row: self._stated(_place(index, *row)), lambda *_: {}, self._embedded)
+        joined, why = _by_row(own, Joining(rows, [*own.values()]).join(_WITHOUT_IMAGES))
+        # Where all rows state a uid or SHA-256 and none has that of a sample, a digest would contradict.
+        known = {kind for kind in _WITHOUT_IMAGES if index.kinds.get(kind) == sum(map(sum, index.groups))}
+        wanting = [row for row, one in why.items() if one.what != ABSENT or not known & own[row].keys()]
+        left = {row: dict(own[row]) for row in why}
+        if digests is not None and wanting and DIGEST in index.kinds:
+            values = digests()
+            left |= {row: {**own[row], DIGEST: f"{values[row]:016x}"} for row in wanting}
+        found, why = _by_row(left, Joining(rows, [*left.values()]).join([*COLUMNS]))
+        self.unstated += sum(not own[row].keys() - {DIGEST} for row in why)
+        if self._embedded and DIGEST not in index.kinds:
+            self.undigested += sum(row in why and (digests is not None or DIGEST in own[row]) for row in wanting)
+        return joined | found, why
 
     def _stated(self, place: Place) -> Identity:
-        return self._group(place.shard, place.group)[place.row]
+        rows = self._group(place.shard, place.group)
+        if place.row >= len(rows):
+            raise UserError(f"{self._store.layer_path(SAMPLES, place.shard)} has not the rows of its index: {place}.")
+        return rows[place.row]
 
     def _read_group(self, shard: str, group: int) -> Sequence[Identity]:
         with layer_errors(self._store, SAMPLES, shard), self._open(shard) as file:
@@ -96,6 +117,18 @@ class Partners:
 
     def _open(self, shard: str) -> AbstractContextManager[LayerFile]:
         return self._store.open_layer(SAMPLES, shard, self._fingerprint, whole=False)
+
+
+def _by_row(
+    rows: Iterable[int], result: tuple[Mapping[int, Joined], Mapping[int, Why]]
+) -> tuple[dict[int, Joined], dict[int, Why]]:
+    """What was joined and why others were not, by row."""
+    at = [*rows]
+    return {at[n]: one for n, one in result[0].items()}, {at[n]: one for n, one in result[1].items()}
+
+
+def _place(index: IdentityIndex, shard: int, row: int) -> Place:
+    return Place(index.shards[shard], *index.row_group(shard, row), row)
 
 
 @functools.lru_cache(maxsize=2)

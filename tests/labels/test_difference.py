@@ -126,6 +126,51 @@ def test_another_image_under_one_key_is_no_match(folder: Path, tmp_path: Path) -
     assert (dict(found.matched), found.unmatched) == ({"key": 12, "other_image": 1}, (1, 1))
 
 
+def unstated(folder: Path, shards: int, images: str = "embed", **stated: Any) -> Path:
+    """A dataset of eight images of which nothing is stated, or the uids that ``stated`` has by number."""
+    for shard in range(shards):
+        members = []
+        for number in range(8)[shard::shards]:
+            members.append((f"{shards}-{number}.png", picture(number)))
+            if number in stated.get("uids", {}):
+                members.append((f"{shards}-{number}.json", json.dumps({"uid": stated["uids"][number]}).encode()))
+        write_tar(folder / f"{shards}-source" / f"{shards}-{shard}.tar", members)
+    source = f"{folder}/{shards}-source/*.tar"
+    return Path(reinforce_here(config_of(source, folder / f"{shards}-out", images=images, teachers={})))
+
+
+@pytest.mark.parametrize("images", ["embed", "reference"])
+@pytest.mark.parametrize("labels", [False, True])
+def test_equal_images_of_which_nothing_is_stated_are_matched_by_digest(
+    tmp_path: Path, images: str, labels: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    first, second = unstated(tmp_path, 1, images), unstated(tmp_path, 2)
+    if labels:
+        second = Path(export_labels(str(second), str(tmp_path / "labels"), use_ray=False).output)
+    for one, other in ((first, second), (second, first)):
+        found = compare(one, other)
+        assert (dict(found.matched), found.unmatched) == ({"digest": 8}, (0, 0))
+        assert not any("state no uid" in line for line in found.lines())
+    write_tar(tmp_path / "1-source" / "1-1.tar", [("new.png", picture(100))])
+    unstated(tmp_path, 1, images)
+    code, out, _ = run_command(capfd, "diff", str(first), str(second), "--no-ray")
+    assert code == 1
+    assert "only in A: 1 samples" in out
+    assert "in A, 1 samples state no uid, SHA-256 or URL: only the digest joins them" in out
+
+
+def test_rows_of_a_repeated_uid_are_matched_where_the_digest_shows_which(tmp_path: Path) -> None:
+    uids = {number: f"uid{number % 3}" for number in range(8)}
+    first, second = unstated(tmp_path, 1, uids=uids), unstated(tmp_path, 2, uids=uids)
+    export_labels(str(second), str(tmp_path / "labels"), use_ray=False)
+    export_labels(str(second), str(tmp_path / "uids"), identities=["uid"], use_ray=False)
+    assert compare(first, tmp_path / "labels").matched == {"uid": 8}
+    assert compare(first, second).matched == {"uid": 8}
+    found = compare(first, tmp_path / "uids")
+    assert (dict(found.matched), found.unmatched) == ({"ambiguous": 8}, (8, 8))
+    assert "of one of several, which nothing distinguishes: 8" in [*found.lines()]
+
+
 def test_bad_input_is_one_line(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     dataset = str(folder / "source-dataset")
     for words, message in [
