@@ -253,7 +253,7 @@ class _Files:
         self._open: OrderedDict[tuple[str, str], tuple[contextlib.ExitStack, LayerFile]] = OrderedDict()
         self._groups: OrderedDict[tuple[str, str, int], Any] = OrderedDict()
         self._sizes: dict[tuple[str, str, int], int] = {}
-        self._refused: dict[tuple[object, ...], Exception] = {}
+        self._refused: dict[tuple[object, ...], str] = {}
 
     def samples(self, shard: str, group: int) -> pa.Table:
         """The samples of a row group, without images."""
@@ -306,15 +306,15 @@ class _Files:
         return self._groups[place]
 
     def _unless_refused(self, what: tuple[object, ...], read: Callable[[], T]) -> T:
-        """Read a file or row group; raises what it raised before if that is no error of the storage."""
+        """Read a file or row group. Raises RefusedFile if it was refused before; errors of the storage are not kept."""
         if what in self._refused:
-            raise self._refused[what].with_traceback(None)
+            raise RefusedFile(self._refused[what])
         try:
             return read()
         except StorageError:
             raise
         except (ValueError, UserError) as error:
-            self._refused[what] = error
+            self._refused[what] = str(error)  # the error would keep what was read
             raise
 
     def _file(self, layer: str, shard: str) -> LayerFile:

@@ -21,6 +21,7 @@ from tests.helpers.data import config_of, members_of, picture, tree, write_tar
 from tests.helpers.reinforced import reinforce_here
 
 ROWS = 24
+REPEATED = {"digest": 4, "url": 2}  # of two images and a URL that the last shard has again
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +69,7 @@ def test_the_index_has_every_identity(dataset: Path, monkeypatch: pytest.MonkeyP
     assert found.pop("key") == {(*hash_identities("key", pa.array(["two"]))[0].tolist(), 2, 1)}
     assert found == expected
     assert index.kinds == {"uid": 23, "sha256": 1, "digest": 24, "url": 23, "key": 1}
+    assert index.repeated == REPEATED
     for kind, entries in expected.items():
         hashes = np.array([*{entry[0] for entry in entries}, 5], np.uint64)[::-1].copy()
         places, shards, of_shards = index.lookup(kind, hashes)
@@ -107,6 +109,7 @@ def test_a_killed_build_continues_and_a_second_one_writes_nothing(
     index = build(dataset)
     assert indexed(index).keys() == {"uid", "sha256", "digest", "url", "key"}
     assert index.kinds["digest"] == ROWS  # also of the partitions that were kept
+    assert index.repeated == open_index(Store(str(dataset))).repeated == REPEATED
     now = {name: (dataset / name).stat().st_mtime_ns for name in tree(dataset) if name.startswith("identities/")}
     assert {name: now[name] for name in kept if name in now}.items() <= kept.items()
     assert not any("/parts/" in name for name in now)
@@ -125,6 +128,8 @@ def test_what_somebody_else_has_changed_is_refused_with_the_remedy(
     changes: list[tuple[dict[str, Any], str]] = [
         ({"fingerprint": "../../etc"}, "is damaged"),
         ({"bits": 60}, "is damaged"),
+        ({"repeated": {"uid": "x"}}, "is damaged"),
+        ({"repeated": [1]}, "is damaged"),
         ({"version": 99}, "Upgrade"),
         ({"format": "x"}, "does not describe an index"),
         ({"samples": "0" * 16}, "is not of the shards beside it"),
