@@ -19,6 +19,7 @@ from reinforce.storage import Storage
 from reinforce.terminal import plural
 from reinforce.training.config import Compute
 from reinforce.training.distributed import gather
+from reinforce.training.distributed.network import use_interface_of
 from reinforce.training.distributed.rank_watch import TIMEOUT, RankWatch
 from reinforce.training.stop import Stopped
 from teachers.device.accelerator import Accelerator
@@ -173,6 +174,8 @@ def _process_group(
     threads = torch.get_num_threads()
     torch.set_num_threads(cpus)
     if owns_group:
+        if gather.local_world_size() < int(os.environ["WORLD_SIZE"]):
+            use_interface_of(None)
         dist.init_process_group("nccl" if accelerator.device.type == "cuda" else "gloo", timeout=timeout)
     try:
         if dist.is_initialized():
