@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.core.generated.gcs_pb2 import PlacementGroupTableData
 from ray.exceptions import RayError
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from reinforce.errors import RayEnded, UserError
@@ -201,6 +203,22 @@ def draining_nodes() -> dict[str, int]:
     Ray has no public function for it; this one is what Ray Train reads.
     """
     return dict(ray._private.state.state.get_draining_nodes())
+
+
+def has_autoscaler() -> bool:
+    """Return whether an autoscaler may add nodes. Ray has no public function for it; Ray Train calls this one."""
+    ask = getattr(ray._private.state.state, "get_max_resources_from_cluster_config", lambda: None)
+    return bool(ask())
+
+
+def kill_with_placement_groups(actor: Any) -> None:
+    """Kill an actor, and remove the placement groups that it has created. Ray would keep them until the job ends, and
+    has no public function that names the creator of one."""
+    ray.kill(actor)
+    for text in ray._private.state.state._connect_and_get_accessor().get_placement_group_table():
+        group = PlacementGroupTableData.FromString(text)
+        if group.creator_actor_id == actor._actor_id.binary():
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
 
 
 def call_on_nodes(

@@ -30,6 +30,12 @@ class RayEnded(UserError):
     exit_status = 1
 
 
+class HostLost(UserError):
+    """A host of a training was lost for good, and the other hosts cannot hold its ranks."""
+
+    exit_status = 1
+
+
 class StorageError(UserError):
     """A storage request failed after all retries. In a worker, it counts against no shard."""
 

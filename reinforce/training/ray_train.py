@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from reinforce.cluster import live_resources, ray_cluster
 from reinforce.errors import UserError
@@ -19,9 +20,11 @@ from reinforce.processes.imports import no_garbage_collection
 from reinforce.storage import Storage
 from reinforce.terminal import Screen, plural
 from reinforce.training.config import Compute
+from reinforce.training.distributed.host_watch import RankHost
 from reinforce.training.distributed.mailbox import Mailbox
 from reinforce.training.distributed.rank_watch import TIMEOUT
 from reinforce.training.distributed.ranks import join_ranks
+from reinforce.training.distributed.supervisor import Supervisor
 from reinforce.training.job import Job
 from reinforce.training.loop import run_rank
 from reinforce.training.record.results import Results, read_results
@@ -34,7 +37,6 @@ _TICK = 0.2
 #: the end by 10 s. The others, of several versions, start an actor for Ray Data and import that in each rank.
 _UNUSED_CALLBACKS = {"PlacementGroupCleanerCallback", "DatasetsCallback", "DatasetsSetupCallback"}
 _ALL_FAILED_SECONDS = 5.0  # wait for the other ranks to report the same user error
-_WAITING_SECONDS = 30.0  # between messages while the cluster is too small
 
 
 @dataclass(frozen=True)
@@ -66,17 +68,21 @@ def launch_on_ray(build: Build, job: Job, address: str | None) -> Results:
 
     Ray Train restarts all ranks up to ``retries`` times; they resume from the last checkpoint in ``job.output``, which
     every node must reach. Ray's own storage is a temporary folder. Raises UserError and Stopped as
-    `reinforce.training.loop.fit` does, and UserError if the ranks do not fit on the cluster.
+    `reinforce.training.loop.fit` does, UserError if the ranks do not fit on the cluster, and HostLost if they do not
+    fit on the hosts that are left.
     """
     # Otherwise Ray Train runs the ranks in its own folder, where relative paths of the config are wrong.
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
+
+    from reinforce.training.distributed.ray_backend import GroupConfig, ReportController
 
     class Trainer(TorchTrainer):
         def _create_default_callbacks(self) -> list[Any]:
             made = super()._create_default_callbacks()
-            return [callback for callback in made if type(callback).__name__ not in _UNUSED_CALLBACKS]
+            used = [callback for callback in made if type(callback).__name__ not in _UNUSED_CALLBACKS]
+            return [*used, ReportController(mailbox)]
 
     compute = job.training.compute
     storage = Storage(job.output)
@@ -86,7 +92,8 @@ def launch_on_ray(build: Build, job: Job, address: str | None) -> Results:
     with storage.lock(), cluster, tempfile.TemporaryDirectory(prefix="reinforce-ray-") as scratch:
         each = reserve(compute, compute.ranks)
         check_capacity(each, can_grow)
-        mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        mailbox = ray.remote(num_cpus=0, scheduling_strategy=here)(Mailbox).remote()
         trainer = Trainer(
             _train_rank,
             train_loop_config={
@@ -96,7 +103,7 @@ def launch_on_ray(build: Build, job: Job, address: str | None) -> Results:
                 "folder": os.getcwd(),
                 "log_level": logging.getLogger("reinforce").getEffectiveLevel(),
             },
-            torch_config=TorchConfig(timeout_s=int(TIMEOUT.total_seconds())),
+            torch_config=GroupConfig(timeout_s=int(TIMEOUT.total_seconds())),
             scaling_config=ScalingConfig(
                 num_workers=compute.ranks,
                 use_gpu=each.gpus > 0,
@@ -110,14 +117,7 @@ def launch_on_ray(build: Build, job: Job, address: str | None) -> Results:
             ),
         )
         ray.get(mailbox.log.remote(f"starting {plural(compute.ranks, 'rank')} on Ray, {each} each"))
-        error = _run(trainer, mailbox, each)
-        user_errors, signum = ray.get(mailbox.outcome.remote())
-        if user_errors:
-            raise UserError(user_errors[min(user_errors)])
-        if signum:
-            raise Stopped(signum)
-        if error is not None:
-            raise error
+        Supervisor(mailbox, each.processes, each.cpus, each.gpus).run(trainer.fit)
     results = read_results(storage)
     assert results is not None
     return results
@@ -132,43 +132,6 @@ def environment_of_ranks(gpus: float) -> dict[str, Any]:
 
     key = "worker_runtime_env"
     return {key: {"env_vars": determinism.environment()}} if gpus and key in RunConfig.__dataclass_fields__ else {}
-
-
-def _run(trainer: Any, mailbox: Any, each: Reserved) -> Exception | None:
-    """Run Ray Train in a thread, because the main thread handles signals; returns the error it raised, if any."""
-    errors: list[Exception] = []
-
-    def work() -> None:
-        try:
-            trainer.fit()
-        except Exception as error:
-            errors.append(error)
-
-    stop, forwarded, waiting = StopSignal(), False, time.monotonic()
-    with stop.handle_signals(), Screen() as screen:
-        thread = threading.Thread(target=work, daemon=True)
-        thread.start()
-        while thread.is_alive():
-            thread.join(_TICK)
-            started = _show(mailbox, screen)
-            if not started and time.monotonic() - waiting > _WAITING_SECONDS:
-                waiting = time.monotonic()
-                screen.log(f"waiting until the cluster can hold {each.processes} ranks with {each} each")
-            if stop.signum and not forwarded:
-                mailbox.request_stop.remote(stop.signum)
-                forwarded = True
-        _show(mailbox, screen)
-    return errors[0] if errors else None
-
-
-def _show(mailbox: Any, screen: Screen) -> int:
-    """Show what rank 0 has sent since the last call; returns how often the ranks were started."""
-    lines, bar, starts = ray.get(mailbox.read_screen.remote())
-    for line in lines:
-        screen.log(line)
-    if bar is not None:
-        screen.draw(*bar)
-    return int(starts)
 
 
 class _RemoteScreen(Screen):
@@ -211,14 +174,15 @@ def _train_rank(settings: dict[str, Any]) -> None:
         os.chdir(folder)
     with no_garbage_collection():  # what the build needs is imported
         build, job = ray.get(settings["work"])
-    if ray.get(mailbox.outcome.remote())[0]:
-        return  # this is a restart after a user error, which a restart cannot fix
     stop = StopSignal()
     context = ray.train.get_context()
     rank, size = context.get_world_rank(), context.get_world_size()
+    starts = ray.get(mailbox.report_start.remote(rank, RankHost.here()))
+    if starts is None:
+        return  # this is a restart after a user error, which a restart cannot fix, or the training has ended
     if rank == 0:
         threading.Thread(target=_forward_stop, args=(mailbox, stop), daemon=True).start()
-        if ray.get(mailbox.report_start.remote()):
+        if starts:
             ray.get(mailbox.log.remote("all ranks were restarted"))
     try:
         device = str(ray.train.torch.get_device())

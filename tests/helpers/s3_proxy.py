@@ -114,15 +114,15 @@ def run_first(action: Callable[[], Any]) -> Fault:
 
 
 class Proxy:
-    """Listens on ``port`` of this machine and answers with what ``upstream`` returns for a path and its request."""
+    """Listens on a port of this machine and answers with what ``upstream`` returns for a path and its request."""
 
-    def __init__(self, port: int, upstream: Callable[[str, Request], Response]) -> None:
+    def __init__(self, port: int, upstream: Callable[[str, Request], Response], address: str = "127.0.0.1") -> None:
         self.upstream = upstream
         self.requests: list[Request] = []
         self.released = threading.Event()
         self._rules: list[_Rule] = []
         self._lock = threading.Lock()
-        self._server = _Server(("127.0.0.1", port), type("Bound", (Handler,), {"proxy": self}))
+        self._server = _Server((address, port), type("Bound", (Handler,), {"proxy": self}))
         self.url = "http://{}:{}".format(*self._server.server_address)
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
@@ -176,7 +176,7 @@ def listening_on(port: int) -> Callable[[str, Request], Response]:
 
 
 @contextmanager
-def s3_behind_proxy() -> Iterator[Proxy]:
+def s3_behind_proxy(address: str = "127.0.0.1", port: int = 0) -> Iterator[Proxy]:
     """The proxy of a new S3 server: moto's application, whose own HTTP server would take a third more."""
     import botocore.session
     from moto import backends
@@ -193,7 +193,7 @@ def s3_behind_proxy() -> Iterator[Proxy]:
         parts, status, headers = run_wsgi_app(app, environ, buffered=True)
         return Response(int(status.split()[0]), [*headers.items()], b"".join(parts))
 
-    proxy = Proxy(0, ask)
+    proxy = Proxy(port, ask, address)
     yield proxy
     proxy.close()
 

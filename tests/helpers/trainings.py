@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import time
 from collections.abc import Callable, Container, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -137,6 +138,11 @@ def before_batches(feed: F, act: Callable[[int, int, Batch], object]) -> F:
 def stopping(feed: F, stop: StopSignal, at: int) -> F:
     """The feed, which requests the training to stop after step ``at``, while the step is computed."""
     return before_batches(feed, lambda rank, step, batch: step == at and stop.request(signal.SIGTERM))
+
+
+def slow(accelerator: Accelerator, seconds: float) -> tuple[TowersTask, PairFeed]:
+    """Reads each batch for some seconds."""
+    return TowersTask(), before_batches(PairFeed(), lambda rank, step, batch: time.sleep(seconds))
 
 
 def fatal(accelerator: Accelerator, folder: str) -> tuple[TowersTask, PairFeed]:

@@ -139,18 +139,27 @@ def test_the_mailbox_passes_lines_bars_stops_and_errors_between_driver_and_ranks
         await mailbox.log("two")
         assert await mailbox.read_screen() == (["one", "two"], ("b", 2, 9), 0), "the last bar"
         assert await mailbox.read_screen() == ([], None, 0), "each line once"
-        assert [await mailbox.report_start() for _ in range(3)] == [0, 1, 2]
+        assert [await mailbox.report_start(0, "here") for _ in range(3)] == [0, 1, 2]
+        assert await mailbox.report_start(1, "there") == 0
         assert (await mailbox.read_screen())[2] == 3, "restarts"
+        assert await mailbox.rank_hosts() == {0: "here", 1: "there"}
         waiting = asyncio.create_task(mailbox.wait_for_stop())
         await asyncio.sleep(0)
         assert not waiting.done()
         await mailbox.request_stop(15)
+        assert not await mailbox.stop_received(), "no rank has it yet"
         assert await waiting == 15
+        assert await mailbox.stop_received()
         assert await mailbox.outcome() == ({}, 0), "the ranks have not stopped yet"
         await mailbox.report_stopped(15)
         await mailbox.report_user_error(1, "second")
         await mailbox.report_user_error(0, "first")
         assert await mailbox.outcome() == ({0: "first", 1: "second"}, 15)
+        assert await mailbox.report_start(0, "here") is None, "a restart cannot fix a user error"
+        closed = Mailbox()
+        await closed.set_controller("controller")
+        assert await closed.close() == "controller"
+        assert await closed.report_start(0, "here") is None, "the training has ended"
 
     asyncio.run(exchange())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 
 class Mailbox:
@@ -11,9 +12,13 @@ class Mailbox:
     def __init__(self) -> None:
         self._lines: list[str] = []
         self._bar: tuple[str, float, float] | None = None
-        self._starts = 0
+        self._starts: dict[int, int] = {}
+        self._hosts: dict[int, Any] = {}
+        self._controller: Any = None
+        self._closed = False
         self._stop_requested = asyncio.Event()
         self._requested_signum = 0
+        self._stop_received = False
         self._stopped_by = 0
         self._user_errors: dict[int, str] = {}
 
@@ -25,6 +30,7 @@ class Mailbox:
     async def wait_for_stop(self) -> int:
         """Wait until the driver receives a signal, and return it."""
         await self._stop_requested.wait()
+        self._stop_received = True
         return self._requested_signum
 
     async def report_stopped(self, signum: int) -> None:
@@ -35,10 +41,30 @@ class Mailbox:
         """A rank failed with an error that only the user can fix."""
         self._user_errors[rank] = message
 
-    async def report_start(self) -> int:
-        """The ranks are starting; returns how often they have started before."""
-        self._starts += 1
-        return self._starts - 1
+    async def stop_received(self) -> bool:
+        """Whether a rank has received the signal."""
+        return self._stop_received
+
+    async def report_start(self, rank: int, host: Any) -> int | None:
+        """A rank starts on a host; returns how often it has started before, None if the training has ended."""
+        if self._closed or self._user_errors:
+            return None
+        self._hosts[rank] = host
+        self._starts[rank] = self._starts.get(rank, -1) + 1
+        return self._starts[rank]
+
+    async def rank_hosts(self) -> dict[int, Any]:
+        """The host of each rank, as it reported it at its last start."""
+        return self._hosts
+
+    async def set_controller(self, controller: Any) -> None:
+        """Keep the actor that restarts the ranks."""
+        self._controller = controller
+
+    async def close(self) -> Any:
+        """Let no rank start any more; returns the actor that restarts the ranks, None before it has started."""
+        self._closed = True
+        return self._controller
 
     async def log(self, line: str) -> None:
         """Add a line for the driver's screen."""
@@ -52,7 +78,7 @@ class Mailbox:
         """Lines and bar that are new since the last call, and how often the ranks were started."""
         lines, bar = self._lines, self._bar
         self._lines, self._bar = [], None
-        return lines, bar, self._starts
+        return lines, bar, max(self._starts.values(), default=-1) + 1
 
     async def outcome(self) -> tuple[dict[int, str], int]:
         """User errors by rank, and the signal that ended the training, or 0."""

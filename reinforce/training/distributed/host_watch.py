@@ -1,0 +1,148 @@
+"""The hosts of the ranks of a training on Ray: which of them are lost, and when the training ends for it.
+
+Ray reports a silent host as dead after about a minute. Ray Train then restarts all ranks, and waits without a limit
+where the hosts that are left cannot hold them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from reinforce.cluster import has_autoscaler
+from reinforce.processes.cores import capacity, describe_share
+
+_INTERVAL = 2.0  # seconds between two questions to Ray
+#: Seconds from the loss of a host until the training ends, if the other hosts cannot hold its ranks by then.
+_RETURN_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class RankHost:
+    """Where a rank runs: Ray's id of the node, and the name and address of the host."""
+
+    node: str
+    name: str
+    address: str
+
+    @classmethod
+    def here(cls) -> RankHost:
+        """The host of this process."""
+        node = ray.get_runtime_context().get_node_id()
+        return cls(node, socket.gethostname(), ray.util.get_node_ip_address())
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What Ray reports: the hosts of ranks whose nodes are dead, by rank, and how many ranks the live nodes can hold.
+
+    ``grows`` is whether an autoscaler may add nodes.
+    """
+
+    lost: Mapping[int, RankHost] = field(default_factory=dict)
+    places: int = 0
+    grows: bool = False
+
+
+class LostHosts:
+    """Decides from what Ray reports when a training ends because of lost hosts; pure."""
+
+    def __init__(self, ranks: int, cpus: float, gpus: float) -> None:
+        self._ranks, self._share = ranks, describe_share(cpus, gpus)
+        self._since: float | None = None
+        self.cluster = Cluster()
+
+    def update(self, cluster: Cluster, now: float) -> str | None:
+        """Take what Ray reports; returns a line for the log when hosts have been lost since the last call."""
+        fresh = {rank: host for rank, host in cluster.lost.items() if self.cluster.lost.get(rank) != host}
+        self.cluster = cluster
+        if not cluster.lost:
+            self._since = None
+        elif self._since is None or fresh:
+            self._since = now
+        return f"{self._names(fresh)} lost; the ranks restart once the other hosts can hold them" if fresh else None
+
+    def error(self, now: float, failed: bool = False) -> str | None:
+        """The error that ends the training; None while it may go on. ``failed`` if Ray Train has given up."""
+        if self._since is None:
+            return None
+        lost, fits = self._names(self.cluster.lost), self.cluster.places >= self._ranks
+        if fits:
+            advice = "after train.retries restarts. Check the hosts"
+        else:
+            advice = (
+                f"and the other hosts can hold {self.cluster.places} of {self._ranks} ranks with {self._share} "
+                "each. Bring back what is lost, or set train.compute.ranks to fit"
+            )
+            failed = failed or (not self.cluster.grows and now - self._since >= _RETURN_SECONDS)
+        again = "run the same command again, which resumes from the last checkpoint"
+        return f"{lost} lost, {advice}; then {again}." if failed else None
+
+    def _names(self, lost: Mapping[int, RankHost]) -> str:
+        """The hosts, with a verb."""
+        ranks: dict[RankHost, list[str]] = {}
+        for rank, host in sorted(lost.items()):
+            ranks.setdefault(host, []).append(f"rank {rank}")
+        names = [f"{host.name} ({host.address}, {', '.join(on_host)})" for host, on_host in ranks.items()]
+        return f"host{'s' * (len(names) != 1)} {' and '.join(names)} {'was' if len(names) == 1 else 'were'}"
+
+
+class HostWatch:
+    """Asks Ray for its nodes every few seconds, in a thread, because the answer may take a minute."""
+
+    def __init__(self, mailbox: Any, ranks: int, cpus: float, gpus: float) -> None:
+        self._mailbox, self._cpus, self._gpus = mailbox, cpus, gpus
+        self._hosts = LostHosts(ranks, cpus, gpus)
+        self._lock, self._closed = threading.Lock(), threading.Event()
+        self._lines: list[str] = []
+        threading.Thread(target=self._watch, daemon=True, name="host watch").start()
+
+    def close(self) -> None:
+        self._closed.set()
+
+    @property
+    def any_lost(self) -> bool:
+        """Whether ranks run, or ran last, on a host that is lost."""
+        return bool(self._hosts.cluster.lost)
+
+    def lines(self) -> list[str]:
+        """Lines for the log that are new since the last call."""
+        with self._lock:
+            lines, self._lines = self._lines, []
+        return lines
+
+    def error(self) -> str | None:
+        """The error that ends the training, None while it may go on."""
+        with self._lock:
+            return self._hosts.error(time.monotonic())
+
+    def cause_of_failure(self) -> str | None:
+        """The error for a training that Ray Train has given up, None if no host is lost."""
+        with contextlib.suppress(RayError):
+            self._look()
+        with self._lock:
+            return self._hosts.error(time.monotonic(), failed=True)
+
+    def _watch(self) -> None:
+        while not self._closed.wait(_INTERVAL):
+            with contextlib.suppress(RayError, RuntimeError, OSError):  # Ray is being shut down
+                self._look()
+
+    def _look(self) -> None:
+        hosts: dict[int, RankHost] = ray.get(self._mailbox.rank_hosts.remote())
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        live = {node["NodeID"] for node in nodes}
+        lost = {rank: host for rank, host in hosts.items() if host.node not in live}
+        places = capacity([node["Resources"] for node in nodes], self._cpus, self._gpus)
+        found = Cluster(lost, places, bool(lost) and has_autoscaler())
+        with self._lock:
+            if line := self._hosts.update(found, time.monotonic()):
+                self._lines.append(line)

@@ -1,0 +1,80 @@
+"""Trainings on a cluster of several nodes, one of which is lost for good."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from tests.helpers.commands import json_of_process
+
+#: A training whose ranks have no place; one that loses a node and is then sent SIGTERM; one that loses a node.
+SCRIPT = """
+import json, os, signal, sys, threading, time
+from functools import partial
+from pathlib import Path
+import pytest, ray
+from ray.cluster_utils import Cluster
+from reinforce.errors import HostLost
+from reinforce.training.distributed import host_watch, supervisor
+from reinforce.training.launch import launch
+from reinforce.training.stop import Stopped
+from tests.helpers.lean_ray import prepare
+from tests.helpers.trainings import job, slow
+
+prepare(pytest.MonkeyPatch())
+folder, ended = Path(sys.argv[1]), {}
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+nodes = [cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)]
+ray.init(address=cluster.address, log_to_driver=False)
+
+def lose_a_node(output):
+    while not list(output.glob("checkpoints/*.safetensors")):
+        time.sleep(0.1)
+    cluster.remove_node(nodes.pop(), allow_graceful=False)
+
+def stop(output):
+    while getattr(signal.getsignal(signal.SIGTERM), "__module__", "") != "reinforce.processes.signals":
+        time.sleep(0.1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+def lose_a_node_and_stop(output):
+    lose_a_node(output)
+    stop(output)
+
+def train(name, during, ranks=2):
+    output, compute = folder / name, {"ranks": ranks, "gpus": 0, "cpus": 1}
+    made = job(output, steps=10_000, batch=24, compute=compute, checkpoints={"every": 5, "keep": 2})
+    meanwhile = threading.Thread(target=during, args=[output])
+    meanwhile.start()
+    try:
+        ended[name] = launch(partial(slow, seconds=0.1), made).steps
+    except (HostLost, Stopped) as error:
+        ended[name] = f"{type(error).__name__}: {error}"
+    meanwhile.join()
+
+host_watch._RETURN_SECONDS, supervisor._RECEIPT_SECONDS = 3.0, 2.0
+train("waiting", stop, ranks=3)
+supervisor._RECEIPT_SECONDS = 30.0
+train("stopped", lose_a_node_and_stop)
+nodes.append(cluster.add_node(num_cpus=1))
+train("lost", lose_a_node)
+groups = ray.util.placement_group_table().values()
+ended["groups"] = [group["state"] for group in groups if group["state"] != "REMOVED"]
+actors = ray._private.state.actors().values()
+ended["actors"] = [actor["ActorClassName"] for actor in actors if actor["State"] == "ALIVE"]
+print(json.dumps(ended))
+ray.shutdown()
+cluster.shutdown()
+"""
+
+
+def test_a_training_that_loses_a_host_for_good_ends_with_its_name_and_a_signal_always_ends_it(tmp_path: Path) -> None:
+    ended = json_of_process(SCRIPT, tmp_path)
+    assert ended["waiting"] == "Stopped: 15", "its ranks have never started"
+    assert ended["stopped"] == "Stopped: 15", "its ranks cannot stop by themselves"
+    lost = (
+        r"HostLost: host \S+ \(\S+, rank [01]\) was lost, and the other hosts can hold 1 of 2 ranks with 1 CPU each\. "
+    )
+    assert re.match(lost, ended["lost"]), ended
+    assert ended["groups"] == [], "they would keep resources of the cluster"
+    assert set(ended["actors"]) <= {"_AutoscalingCoordinatorActor"}, "nothing that would start the ranks later"
