@@ -29,7 +29,9 @@ class Actor:
     """Takes calls and does nothing."""
 
     def __getattr__(self, name: str) -> Any:
-        return SimpleNamespace(remote=lambda *_: object())
+        method = SimpleNamespace(remote=lambda *_: object())
+        method.options = lambda **_: method
+        return method
 
 
 def pool_of(monkeypatch: pytest.MonkeyPatch, slots: list[Slot], **workers: Any) -> Pool:

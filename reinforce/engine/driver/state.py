@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+
 from reinforce.cluster import live_resources
 from reinforce.dataset.files.store import Store
 from reinforce.engine.driver.policy.failures import FailurePolicy
-from reinforce.engine.driver.pool import Pool
+from reinforce.engine.driver.pool import Pool, Slot
 from reinforce.engine.driver.shard_queue import ShardQueue
 from reinforce.engine.plan.plan import Plan
 from reinforce.engine.record.events import Events
@@ -29,6 +32,7 @@ class RunState:
         self.policy = FailurePolicy(self.config.failures, plan.layers, plan.shards, plan.quarantined, workers.recycle)
         self.events = Events(store, self.config, self.redact)
         self.pool = Pool(self.config, plan.layers, self.needed)
+        self.silent: Sequence[Slot] = ()  # workers with leases that have not answered for some seconds
 
     def log(self, text: str) -> None:
         """Print a line for the user, without secrets."""
@@ -46,4 +50,16 @@ class RunState:
             workers=len(self.pool.started),
             quarantined_shards=len(self.policy.quarantined),
             refused_rows=sum(self.totals.refused.values()),
+            silent=self._silent_hosts(),
         )
+
+    def _silent_hosts(self) -> Counter[str]:
+        """The number of shards that wait for a host which does not answer, and may be lost, by its name."""
+        workers = [(slot.id, len(slot.leases)) for slot in self.silent if slot in self.pool.started]
+        ended = [
+            (death.worker.id, len(death.worker.shards)) for death in self.policy.deaths
+        ]  # not known to be lost yet
+        shards = Counter[str]()
+        for worker, count in (*workers, *ended):
+            shards[worker.place] += count
+        return shards

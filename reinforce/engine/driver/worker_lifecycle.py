@@ -23,6 +23,8 @@ from reinforce.engine.messages.tracebacks import shorten
 from reinforce.engine.record.summary import WORKER_LOST
 from reinforce.terminal import plural
 
+_SILENT_SECONDS = 15.0  # without an answer, after which the progress line names the host
+
 
 class WorkerLifecycle:
     """Removes workers from the pool, which starts others in their place, and reports them to the policy."""
@@ -141,6 +143,7 @@ class WorkerLifecycle:
         """Ask workers for their pulse, in turns, and kill those that have not answered for too long."""
         now = time.monotonic()
         unanswered = self._pool.polls.unanswered(now)
+        self._state.silent = [slot for slot, t in unanswered if slot.leases and t > _SILENT_SECONDS]
         silent = {slot: t for slot, t in unanswered if slot.leases and t > silence_limit(slot.pulse, self._limits)}
         for slot, board in self._pool.read_boards(silent).items():
             self._kill_hung(slot, find_silence(silent[slot], slot.pulse, board, self._limits))

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from reinforce.terminal import Screen, format_duration, plural
 
 _WINDOW_SECONDS = 60.0
+_NAMED_HOSTS = 3
 
 
 @dataclass(frozen=True)
 class Snapshot:
     """Totals at one moment. ``busy`` is in accelerator-seconds, ``alive`` in worker-seconds. ``samples`` includes those
-    of unfinished shards, ``samples_done`` does not."""
+    of unfinished shards, ``samples_done`` does not. ``silent`` has the number of shards that wait for a host which does
+    not answer, by its name."""
 
     shards_done: int
     shards: int
@@ -25,6 +28,7 @@ class Snapshot:
     workers: int
     quarantined_shards: int
     refused_rows: int
+    silent: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,8 @@ class Progress(Screen):
             parts.append(f"ETA {format_duration(rates.eta)}")
         if now.quarantined_shards or now.refused_rows:
             parts.append(f"quarantine: {plural(now.quarantined_shards, 'shard')}, {plural(now.refused_rows, 'row')}")
+        if now.silent:
+            parts.append(_describe_silent(now.silent))
         return "  ".join(parts)
 
     def _eta(self, now: Snapshot) -> float | None:
@@ -81,6 +87,14 @@ class Progress(Screen):
         if expected is None:
             return None
         return (time.monotonic() - self._start) / now.samples * (expected - now.samples)
+
+
+def _describe_silent(silent: Mapping[str, int]) -> str:
+    """What waits for which hosts."""
+    hosts, shards = sorted(silent), sum(silent.values())
+    names = ", ".join(hosts[:_NAMED_HOSTS]) + (f" and {len(hosts) - _NAMED_HOSTS} more" * (len(hosts) > _NAMED_HOSTS))
+    verb, ending = "waits" if shards == 1 else "wait", "s" * (len(hosts) > 1)
+    return f"{plural(shards, 'shard')} {verb} for silent host{ending} {names}"
 
 
 def _expected_samples(now: Snapshot) -> float | None:

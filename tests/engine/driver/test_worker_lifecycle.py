@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.exceptions import ActorUnavailableError
 
 from reinforce.config import parse_config
 from reinforce.dataset.files.store import Store
@@ -91,3 +93,28 @@ def test_a_worker_on_a_drained_node_is_ended_once_its_leases_have_ended(workers:
     workers.lifecycle.follow_drains({"x": 0, "y": 0})
     assert workers.pool.slots == []
     assert workers.lines[-1] == "no worker is left, because the nodes are drained; the run waits for other nodes"
+
+
+def test_a_host_whose_workers_do_not_answer_is_silent_until_they_do_or_it_is_known_to_be_lost(
+    workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [time.monotonic()]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    for name in "ab":
+        workers.lease(workers.there, name)
+
+    def silent(seconds: float) -> dict[str, int]:
+        now[0] += seconds
+        workers.lifecycle.poll()
+        return dict(workers.state.snapshot(now[0]).silent)
+
+    assert silent(6) == {}, "both are asked"
+    assert silent(14) == {}, "a worker may be slow"
+    assert silent(2) == {"y": 2}, "x has no shard"
+    workers.pool.polls.answered(workers.there)
+    assert silent(6) == {}, "it is asked again"
+    assert silent(16) == {"y": 2}
+    workers.lifecycle.record_death(workers.there, ActorUnavailableError("cannot be reached", b"0" * 16))
+    assert silent(1) == {"y": 2}, "Ray has not reported the node yet"
+    workers.state.policy.judge_deaths(now[0], lambda: ["x"])
+    assert silent(1) == {}

@@ -199,6 +199,15 @@ def test_the_line_shows_speed_busy_share_and_remaining_time(monkeypatch: pytest.
     assert eta == "0:09:27", "10,000 samples are expected, and 1,500 took 100 s: 8,500 take 567 s"
 
 
+def test_the_line_names_silent_hosts_and_the_shards_that_wait_for_them() -> None:
+    progress = Progress()
+    assert "silent" not in progress.line(START)
+    assert progress.line(replace(START, silent={"b": 1})).endswith("  1 shard waits for silent host b")
+    assert progress.line(replace(START, silent={"b": 2, "a": 1})).endswith("  3 shards wait for silent hosts a, b")
+    many = {str(number): 2 for number in range(5)}
+    assert progress.line(replace(START, silent=many)).endswith("  10 shards wait for silent hosts 0, 1, 2 and 2 more")
+
+
 def test_rates_are_those_of_the_sums_also_over_summaries_and_the_device_is_the_one_with_the_least_free_share() -> None:
     sums: Stages = {}
     for stages in ({"embeddings/t/images": IMAGES}, {"captions/c": {"inputs": 30, "seconds": 3.0}}):
