@@ -141,8 +141,9 @@ rehearsal: $(INSTALLED) ## from published labels to 38 numbers, as docs/reproduc
 fuzz: $(INSTALLED) ## feed random broken shards, images and texts, for SECONDS (default 600)
 	FUZZ_SECONDS=$(SECONDS) $(BIN)/python -m pytest -q -k nothing_hangs tests/fuzz/test_fuzz.py
 
-soak: $(INSTALLED) ## each fault of a storage (half an hour), then kill runs at random for SECONDS; they must end complete
+soak: $(INSTALLED) ## each fault of a storage and of hosts (an hour), then kill runs at random for SECONDS; they must end complete
 	$(BIN)/python -m tests.soak.faults
+	$(BIN)/python -m tests.soak.several_hosts
 	$(BIN)/python -m tests.soak --seconds $(SECONDS)
 
 audit: $(INSTALLED) ## known vulnerabilities of the tested versions; fails if their database cannot be reached

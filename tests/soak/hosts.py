@@ -20,13 +20,18 @@ ROOT = Path(__file__).parents[2]
 RAY_PORT = 6379
 STORE_PORT = 9000
 _TOOLS = ("ip", "tc", "unshare", "nsenter", "mount")
-_START_SECONDS = 120
+_START_SECONDS = 240
+_DISK_BYTES = 256 * 2**20  # of /tmp
 #: ``ray start`` without the agent for dashboards.
 _RAY_START = (
     "import sys, pytest; from tests.helpers.lean_ray import prepare; prepare(pytest.MonkeyPatch()); "
     "from ray.scripts.scripts import main; sys.argv[0] = 'ray'; main()"
 )
 _INIT = 'mount --bind "$1" /etc/hosts && mount --bind "$2" /tmp && hostname "$3" && exec sleep infinity'
+
+
+class Impossible(Exception):
+    """This machine cannot have a fault."""
 
 
 def why_impossible() -> str:
@@ -66,7 +71,8 @@ class Process(subprocess.Popen[bytes]):
     def signal(self, number: int) -> None:
         """Send a signal to the command."""
         for pid in _children(self.pid):
-            os.kill(pid, number)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
 
 
 class Host:
@@ -77,7 +83,8 @@ class Host:
         self.link, self._switch = f"p{number}", f"{prefix}-switch"
         self.folder = folder / name
         self.tmp = self.folder / "tmp"
-        self.tmp.mkdir(parents=True)
+        self.tmp.mkdir(parents=True, exist_ok=True)
+        _run("mount", "-t", "tmpfs", "-o", f"size={_DISK_BYTES}", "tmpfs", str(self.tmp))
         _run("ip", "netns", "add", self.space)
         _run("ip", "-n", self._switch, "link", "add", self.link, "type", "veth", "peer", "eth0", "netns", self.space)
         _run("ip", "-n", self._switch, "link", "set", self.link, "master", "br0", "up")
@@ -116,16 +123,20 @@ class Host:
         _run("ip", "-n", self._switch, "link", "set", self.link, "master", "br0")
 
     def delay(self, milliseconds: int, loss: float) -> None:
-        """Delay what it sends, and lose ``loss`` percent of it."""
+        """Delay what it sends, and lose ``loss`` percent of it. Raises Impossible where the kernel has no netem."""
         rule = ["root", "netem", "delay", f"{milliseconds}ms", "loss", f"{loss}%"]
-        _run("tc", "-n", self.space, "qdisc", "replace", "dev", "eth0", *rule)
+        try:
+            _run("tc", "-n", self.space, "qdisc", "replace", "dev", "eth0", *rule)
+        except subprocess.CalledProcessError as error:
+            raise Impossible("this kernel has no `tc netem`") from error
 
     def reject(self, other: Host) -> None:
         """Answer what this host sends to another one with 'no route'."""
         _run("ip", "-n", self.space, "route", "add", "unreachable", f"{other.address}/32")
 
     def reset(self) -> None:
-        """Undo what the methods above have done."""
+        """Undo what the methods above have done, and free its disk."""
+        (self.tmp / "full").unlink(missing_ok=True)
         self.join()
         subprocess.run(
             ["tc", "-n", self.space, "qdisc", "del", "dev", "eth0", "root"], capture_output=True, check=False
@@ -137,7 +148,8 @@ class Host:
         with contextlib.suppress(ProcessLookupError, AttributeError):
             os.kill(self.init, signal.SIGKILL)
             self._unshare.wait(30)
-        subprocess.run(["ip", "netns", "del", self.space], capture_output=True, check=False)
+        for undo in (["ip", "netns", "del", self.space], ["umount", "--lazy", str(self.tmp)]):
+            subprocess.run(undo, capture_output=True, check=False)
 
 
 class Network:
@@ -146,6 +158,7 @@ class Network:
     def __init__(self, folder: Path) -> None:
         self.folder, self.prefix = folder, f"reinforce-{os.getpid()}"
         self.hosts: dict[str, Host] = {}
+        self._added = 0
         _run("ip", "netns", "add", f"{self.prefix}-switch")
         _run("ip", "-n", f"{self.prefix}-switch", "link", "add", "br0", "type", "bridge")
         _run("ip", "-n", f"{self.prefix}-switch", "link", "set", "br0", "up")
@@ -153,12 +166,18 @@ class Network:
     def add(self, *names: str) -> list[Host]:
         made = []
         for name in names:
-            host = Host(self.prefix, name, len(self.hosts) + 1, self.folder)
+            self._added += 1
+            host = Host(self.prefix, name, self._added, self.folder)
             self.hosts[name] = host
             made.append(host)
         for host in made:
             host.boot([*self.hosts.values()])
         return made
+
+    def remove(self, host: Host) -> None:
+        """Shut a host down."""
+        host.shut_down()
+        del self.hosts[host.name]
 
     def close(self) -> None:
         for host in self.hosts.values():
@@ -198,7 +217,7 @@ class RayHosts:
 
     def start_store(self) -> None:
         self.store.start(
-            [sys.executable, "-m", "tests.soak.object_store", str(STORE_PORT)], self.net.folder / "store.log",
+            [sys.executable, "-m", "tests.soak.object_store", "serve", str(STORE_PORT)], self.net.folder / "store.log",
             self.environment,
         )  # fmt: skip
 
@@ -207,14 +226,32 @@ class RayHosts:
         command += [f"--num-cpus={cores}", f"--node-ip-address={host.address}", "--object-store-memory=80000000"]
         self.raylets[host.name] = host.start(command, self.log, self.environment)
 
+    def add_worker(self, name: str) -> None:
+        """Let one more host join with one core."""
+        [host] = self.net.add(name)
+        self.start_ray(host, 1, f"--address={self.address}")
+
+    def repair(self) -> None:
+        """Undo faults, shut down hosts that joined late, and start Ray again where it has ended."""
+        for host in [*self.net.hosts.values()]:
+            if host not in (self.head, self.driver, self.store, *self.workers):
+                self.net.remove(host)
+                del self.raylets[host.name]
+                continue
+            host.reset()
+        self.wait_for_nodes(2 + len(self.workers))
+
     def wait_for_nodes(self, nodes: int) -> None:
-        """Wait until so many nodes have joined."""
+        """Wait until so many nodes have joined; starts Ray again on workers that Ray has taken for lost."""
         code = (
             f"import ray; ray.init(address='{self.address}', log_to_driver=False); "
             "print('alive', sum(node['Alive'] for node in ray.nodes()))"
         )
         deadline, out = time.monotonic() + _START_SECONDS, self.net.folder / "probe.log"
         while True:
+            for host in self.workers:
+                if self.raylets[host.name].poll() is not None:
+                    self.start_ray(host, 1, f"--address={self.address}")
             out.unlink(missing_ok=True)
             self.driver.start([sys.executable, "-c", code], out, self.environment).wait(_START_SECONDS)
             if f"alive {nodes}" in out.read_text():

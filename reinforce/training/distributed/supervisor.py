@@ -49,7 +49,8 @@ class Supervisor:
                 while thread.is_alive():
                     thread.join(_TICK)
                     self._show(screen)
-                    self._check()
+                    if thread.is_alive():
+                        self._check()
             self._raise_outcome()
         finally:
             self._hosts.close()
