@@ -30,10 +30,6 @@ _RAY_START = (
 _INIT = 'mount --bind "$1" /etc/hosts && mount --bind "$2" /tmp && hostname "$3" && exec sleep infinity'
 
 
-class Impossible(Exception):
-    """This machine cannot have a fault."""
-
-
 def why_impossible() -> str:
     """Why this machine cannot have such hosts, '' if it can."""
     if sys.platform != "linux" or os.geteuid() != 0:
@@ -47,6 +43,21 @@ def why_impossible() -> str:
         return f"`ip netns add` fails: {made.stderr.strip()}"
     _run("ip", "netns", "del", name)
     return ""
+
+
+def has_netem(space: str) -> bool:
+    """Whether the kernel can delay and lose packets by itself."""
+    rule = ["qdisc", "replace", "dev", "lo", "root", "netem", "delay", "1ms"]
+    return not subprocess.run(["tc", "-n", space, *rule], capture_output=True, check=False).returncode
+
+
+def _start_cable(near: str, link: str, far: str) -> subprocess.Popen[bytes]:
+    """Start a link between two namespaces, whose devices are there then."""
+    command = [sys.executable, "-m", "tests.soak.cable", near, link, far, "eth0"]
+    cable = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert cable.stdout is not None
+    assert cable.stdout.readline() == b"ready\n"
+    return cable
 
 
 def _run(*command: str) -> None:
@@ -78,7 +89,7 @@ class Process(subprocess.Popen[bytes]):
 class Host:
     """A network namespace with a link ``eth0`` to the switch."""
 
-    def __init__(self, prefix: str, name: str, number: int, folder: Path) -> None:
+    def __init__(self, prefix: str, name: str, number: int, folder: Path, cable: bool = False) -> None:
         self.name, self.space, self.address = name, f"{prefix}-{name}", f"10.77.0.{number}"
         self.link, self._switch = f"p{number}", f"{prefix}-switch"
         self.folder = folder / name
@@ -86,7 +97,12 @@ class Host:
         self.tmp.mkdir(parents=True, exist_ok=True)
         _run("mount", "-t", "tmpfs", "-o", f"size={_DISK_BYTES}", "tmpfs", str(self.tmp))
         _run("ip", "netns", "add", self.space)
-        _run("ip", "-n", self._switch, "link", "add", self.link, "type", "veth", "peer", "eth0", "netns", self.space)
+        self._cable: subprocess.Popen[bytes] | None = None
+        if cable:
+            self._cable = _start_cable(self._switch, self.link, self.space)
+        else:
+            veth = ["type", "veth", "peer", "eth0", "netns", self.space]
+            _run("ip", "-n", self._switch, "link", "add", self.link, *veth)
         _run("ip", "-n", self._switch, "link", "set", self.link, "master", "br0", "up")
         _run("ip", "-n", self.space, "address", "add", f"{self.address}/24", "dev", "eth0")
         for link in ("lo", "eth0"):
@@ -123,12 +139,17 @@ class Host:
         _run("ip", "-n", self._switch, "link", "set", self.link, "master", "br0")
 
     def delay(self, milliseconds: int, loss: float) -> None:
-        """Delay what it sends, and lose ``loss`` percent of it. Raises Impossible where the kernel has no netem."""
-        rule = ["root", "netem", "delay", f"{milliseconds}ms", "loss", f"{loss}%"]
-        try:
+        """Delay what it sends, and lose ``loss`` percent of it."""
+        if self._cable is not None:
+            assert self._cable.stdin is not None
+            self._cable.stdin.write(f"{milliseconds} {loss}\n".encode())
+            self._cable.stdin.flush()
+        elif milliseconds:
+            rule = ["root", "netem", "delay", f"{milliseconds}ms", "loss", f"{loss}%"]
             _run("tc", "-n", self.space, "qdisc", "replace", "dev", "eth0", *rule)
-        except subprocess.CalledProcessError as error:
-            raise Impossible("this kernel has no `tc netem`") from error
+        else:
+            undo = ["tc", "-n", self.space, "qdisc", "del", "dev", "eth0", "root"]
+            subprocess.run(undo, capture_output=True, check=False)
 
     def reject(self, other: Host) -> None:
         """Answer what this host sends to another one with 'no route'."""
@@ -138,9 +159,7 @@ class Host:
         """Undo what the methods above have done, and free its disk."""
         (self.tmp / "full").unlink(missing_ok=True)
         self.join()
-        subprocess.run(
-            ["tc", "-n", self.space, "qdisc", "del", "dev", "eth0", "root"], capture_output=True, check=False
-        )
+        self.delay(0, 0)
         _run("ip", "-n", self.space, "route", "flush", "type", "unreachable")
 
     def shut_down(self) -> None:
@@ -148,6 +167,9 @@ class Host:
         with contextlib.suppress(ProcessLookupError, AttributeError):
             os.kill(self.init, signal.SIGKILL)
             self._unshare.wait(30)
+        if self._cable is not None:
+            self._cable.kill()
+            self._cable.wait(30)
         for undo in (["ip", "netns", "del", self.space], ["umount", "--lazy", str(self.tmp)]):
             subprocess.run(undo, capture_output=True, check=False)
 
@@ -159,6 +181,7 @@ class Network:
         self.folder, self.prefix = folder, f"reinforce-{os.getpid()}"
         self.hosts: dict[str, Host] = {}
         self._added = 0
+        self.cables: frozenset[str] = frozenset()  # hosts whose link is a process
         _run("ip", "netns", "add", f"{self.prefix}-switch")
         _run("ip", "-n", f"{self.prefix}-switch", "link", "add", "br0", "type", "bridge")
         _run("ip", "-n", f"{self.prefix}-switch", "link", "set", "br0", "up")
@@ -167,7 +190,7 @@ class Network:
         made = []
         for name in names:
             self._added += 1
-            host = Host(self.prefix, name, self._added, self.folder)
+            host = Host(self.prefix, name, self._added, self.folder, name in self.cables)
             self.hosts[name] = host
             made.append(host)
         for host in made:
@@ -201,6 +224,8 @@ class RayHosts:
 
     def __init__(self, net: Network, environment: Mapping[str, str], workers: Sequence[str]) -> None:
         self.net, self.log = net, net.folder / "ray.log"
+        if not has_netem(f"{net.prefix}-switch"):
+            net.cables = frozenset(["driver", workers[-1]])
         self.head, self.driver, self.store, *self.workers = net.add("head", "driver", "store", *workers)
         self.endpoint = f"http://{self.store.address}:{STORE_PORT}"
         self.address = f"{self.head.address}:{RAY_PORT}"
