@@ -45,6 +45,7 @@ class Claims:
         self._owned: set[str] = set()
         self._shared: set[str] = set()  # of other runs of this config
         self._manifest: dict[str, Any] = {}
+        self._published: dict[str, Any] | None = None  # what this run has written as dataset.json
 
     def take(self) -> None:
         """Claim the layers that dataset.json does not list. Raises UserError if dataset.json lists a layer with another
@@ -63,11 +64,17 @@ class Claims:
         """Write dataset.json, with arguments as of ``update_manifest``, and remove the claims. Raises UserError as
         ``take``."""
         self.take()
-        updated = update_manifest(find_manifest(self.store), self.config, self.layers, loaded, computed)
-        write_manifest(self.store, updated)
+        found = find_manifest(self.store) or self._published
+        self._published = update_manifest(found, self.config, self.layers, loaded, computed)
+        write_manifest(self.store, self._published)
         for name in self._shared:  # dataset.json replaces them; a run that was killed does not remove its own
             self._remove(name)
         self.release()
+
+    @property
+    def is_published(self) -> bool:
+        """Whether dataset.json lists the layers. Raises UserError if it is damaged."""
+        return self.layers.keys() <= mapping_at(find_manifest(self.store) or {}, "layers").keys()
 
     def release(self) -> None:
         """Remove the claims that this run has created."""

@@ -25,7 +25,7 @@ from reinforce.cluster import ControlWatch, RayletWatch, cause_of, draining_node
 from reinforce.dataset.files.damage import DamagedFile, set_aside, set_aside_notes
 from reinforce.dataset.files.index import IndexWriter
 from reinforce.dataset.files.listing import Listing
-from reinforce.dataset.files.store import Store
+from reinforce.dataset.files.store import MANIFEST, Store
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.manifest.claims import Claims
 from reinforce.dataset.runs.shard_records import RecordWriter, read_records
@@ -92,7 +92,7 @@ class Driver:
             self._set_damaged_aside()
             with stop_requests() as stop:
                 self._loop(start, stop)
-            self._check_committed()
+            self._check_written()
         except BaseException as error:
             ending = ending_of(error, self.redact.cut)
             raise
@@ -234,22 +234,33 @@ class Driver:
         else:
             self.manifest_written = True
 
-    def _check_committed(self) -> None:
-        """List the layers of an object store once more: it may have answered a put, and not have written the object.
+    def _check_written(self) -> None:
+        """List the layers once more, and read dataset.json: a storage may answer a put and not write the object, and
+        files may be removed while the run goes on.
 
-        The shards of such files are postponed. A listing may lag, so files that it lacks are asked for by name.
+        The shards of such files are postponed, dataset.json is written again. A listing may lag, so files that it lacks
+        are asked for by name.
         """
-        if self.store.local:
-            return
         with contextlib.suppress(StorageError):  # the next run lists them
-            listings = self.store.listings(self.committed, self.plan.committed)
-            for layer, names in self.committed.items():
-                committed = Listing.of((name, 0) for name in names)
-                for name in committed.only(~committed.within(listings[layer].names)):
-                    if self.store.is_missing(layer, name):
-                        self.state.log(f"{layer} of {name} is not there, though the storage has answered its put")
-                        self.totals.finished.discard(name)
-                        self.totals.postponed.add(name)
+            if self.loaded is not None and not self.claims.is_published:
+                self.state.log(f"{self.store.path(MANIFEST)} is not there any more, and is written again")
+                self.claims.publish(self.loaded, self.state.needed)
+            listings = self.store.listings({**self.committed, SAMPLES: ()}, self.plan.committed)
+            set_aside = {*self.totals.postponed}
+            for layer, listing in listings.items():
+                lost = self._lost(layer, listing) - set_aside
+                if lost:
+                    files = "1 file is" if len(lost) == 1 else f"{len(lost):,} files are"
+                    self.state.log(f"{layer}: {files} not there any more, such as {min(lost)}.parquet; computed again")
+                    self.totals.finished -= lost
+                    self.totals.postponed |= lost
+
+    def _lost(self, layer: str, listing: Listing) -> set[str]:
+        """The shards of a layer whose files were there, or were written by this run, and are not in its ``listing``."""
+        written = Listing.of((name, 0) for name in self.committed.get(layer, ()))
+        before = [written, self.plan.committed] if layer == SAMPLES else [written]
+        names = (name for one in before for name in one.only(~one.within(listing.names)))
+        return {name for name in names if self.store.is_missing(layer, name)}
 
     # -- leases that have ended
 

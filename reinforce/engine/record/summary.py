@@ -229,7 +229,7 @@ def summarize(
         ending = Ending(
             1,
             f"not finished: {plural(len(totals.postponed), 'shard')}. Files that they need were damaged or did not "
-            "fit, and are set aside, or the storage has not written them. Run the same command again.",
+            "fit, and are set aside, or they are not in the storage any more. Run the same command again.",
         )
     elif totals.samples == 0 and any(SAMPLES in shard.layers for shard in plan.pending):
         ending = Ending(1, f"no samples: {_why_no_samples(totals)}")
