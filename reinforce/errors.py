@@ -40,3 +40,10 @@ class StorageError(UserError):
     """A storage request failed after all retries. In a worker, it counts against no shard."""
 
     exit_status = 1
+
+
+class DamagedJson(UserError):
+    """A file is not a JSON object; ``args`` are its path and what it is."""
+
+    def __str__(self) -> str:
+        return f"{self.args[0]} is {self.args[1]}. Restore it from a backup or another copy."

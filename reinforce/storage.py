@@ -7,12 +7,10 @@ same file system, in an object store by one put of the finished file.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import logging
 import os
 import posixpath
-import re
 import shutil
 import stat
 import tempfile
@@ -25,23 +23,24 @@ from typing import IO, Any, TypeVar
 
 from fsspec.implementations.local import LocalFileSystem
 
-from reinforce.errors import StorageError, UserError
+from reinforce.errors import DamagedJson, StorageError, UserError
+from reinforce.source.driver_errors import is_conflict, is_full, is_unsupported
 from reinforce.source.urls import filesystem
+from reinforce.source.whole_reads import list_whole, read_start
 from teachers.redact import redact
 from teachers.weights import replacing
 
 _READS = 3  # of a file of which only a part arrives
 _PROBE_PAUSES = (2.0, 8.0, None)  # seconds after the first attempts to write to an object store
 _PROBE_SECONDS = 30.0  # after which there is no further attempt
+_CREATE_PAUSES = (0.5, 1.0, 2.0, None)  # seconds after the first attempts at a conditional put
 T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
 _JSON_BYTES = 16 * 2**20  # of a file that is read as JSON
+_EMPTY = "empty: it has 0 bytes"
 _PUTS_AT_ONCE = 16
 _TEMPORARY_FOLDER = ".tmp"
 _TEMPORARY_PREFIX = "reinforce-"
-#: Packages whose exceptions are errors of a storage, beside OSError.
-_DRIVERS = frozenset({"botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "azure", "adlfs", "requests", "urllib3"})
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota reached, file too large
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the process that `ray job submit` starts
 _UPLOADED_FOLDER = "working_dir_files"  # in Ray's temporary folder, with what --working-dir uploaded
 
@@ -58,13 +57,6 @@ def is_job_folder(path: str) -> bool:
 
 def _is_relative(path: str) -> bool:
     return not os.path.isabs(os.path.expanduser(path.partition("://")[2] or path))
-
-
-def is_storage_error(error: Exception) -> bool:
-    """Whether an error comes from a storage or from the network to it."""
-    if isinstance(error, (OSError, StorageError)):
-        return True
-    return type(error).__module__.partition(".")[0] in _DRIVERS
 
 
 def forget_credentials(url: str) -> None:
@@ -95,11 +87,10 @@ def write_json(data: Mapping[str, Any], url: str) -> None:
         raise UserError(f"{url} cannot be written: {error}. Name another file.") from error
 
 
-def _is_full(error: Exception) -> bool:
-    """Whether a disk is full, by Python or by a library in Rust, such as safetensors, which has it in its message."""
-    in_rust = re.search(r"\(os error (\d+)\)", str(error))
-    number = error.errno if isinstance(error, OSError) else int(in_rust[1]) if in_rust else None
-    return number in _NO_SPACE
+def _parse_json(content: bytes) -> Any:
+    if not content:
+        raise ValueError(_EMPTY)
+    return json.loads(content)
 
 
 def json_bytes(data: Mapping[str, Any]) -> bytes:
@@ -137,21 +128,22 @@ class Storage:
         """Names in a folder in ascending order, or only those of ``folders``; none if it does not exist."""
         found: list[Any] = []
         with contextlib.suppress(FileNotFoundError, NotADirectoryError), self.storage_errors("listed", *parts):
-            found = self.fs.ls(self.path(*parts), detail=folders, refresh=True)
+            found = list_whole(lambda: self.fs.ls(self.path(*parts), detail=folders, refresh=True))
         paths = [one["name"] for one in found if one["type"] == "directory"] if folders else found
         return sorted(posixpath.basename(str(path).rstrip("/")) for path in paths)
 
     def read_json(self, *parts: str) -> dict[str, Any] | None:
-        """Read a JSON object; return None if the file does not exist. Raises UserError for any other file."""
+        """Read a JSON object; return None if the file does not exist. Raises DamagedJson, and UserError for what is no
+        small file."""
         path = self.path(*parts)
         try:
-            data = self.read_parsed(json.loads, *parts, limit=_JSON_BYTES)
+            data = self.read_parsed(_parse_json, *parts, limit=_JSON_BYTES)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path} is not valid JSON ({error}). Restore it from a backup or another copy.") from error
+            raise DamagedJson(path, _EMPTY if str(error) == _EMPTY else f"not valid JSON ({error})") from error
         if not isinstance(data, dict):
-            raise UserError(f"{path} is not a JSON object. Restore it from a backup or from another copy.")
+            raise DamagedJson(path, "not a JSON object")
         return data
 
     def read_bytes(self, *parts: str, limit: int) -> bytes:
@@ -160,7 +152,7 @@ class Storage:
         if self.local and os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would block
             raise UserError(f"{path} is not a file. Remove it, and restore the file.")
         with self.storage_errors("read", *parts):
-            content: bytes = self.fs.cat_file(path, end=limit + 1)
+            content = read_start(self.fs, path, limit + 1)
         if len(content) > limit:
             raise UserError(f"{path} has more than {limit:,} bytes. Restore it from a backup or from another copy.")
         return content
@@ -191,8 +183,9 @@ class Storage:
     def create(self, data: bytes, *parts: str) -> bool:
         """Publish a small file unless there is one -> whether it was published.
 
-        One of several writers succeeds: by a link on a local disk, by a conditional put in an object store. Some stores
-        ignore the condition, or refuse it; so read the file back before relying on it.
+        One of several writers succeeds: by a link on a local disk, by a conditional put in an object store, which is
+        tried again where the store reports a conflict and has no such file. Some stores ignore the condition, or refuse
+        it; so read the file back before relying on it.
         """
         path = self.path(*parts)
         with self.storage_errors("written", *parts):
@@ -206,16 +199,20 @@ class Storage:
                     except FileExistsError:
                         return False
                     return True
-            try:
-                self.fs.pipe_file(path, data, mode="create")
-            except Exception as error:  # each driver has its own exceptions
-                self.fs.invalidate_cache()
-                if self.fs.exists(path):
-                    return False
-                unsupported = isinstance(error, (NotImplementedError, TypeError)) or "NotImplemented" in str(error)
-                if not unsupported and getattr(error, "errno", None) != errno.ENOSYS:  # s3fs raises it for status 501
-                    raise
-                self.fs.pipe_file(path, data)
+            for pause in _CREATE_PAUSES:
+                try:
+                    self.fs.pipe_file(path, data, mode="create")
+                    return True
+                except Exception as error:  # each driver has its own exceptions
+                    self.fs.invalidate_cache()
+                    if self.fs.exists(path):
+                        return False
+                    if is_unsupported(error):
+                        break
+                    if pause is None or not is_conflict(error):
+                        raise
+                time.sleep(pause)
+            self.fs.pipe_file(path, data)
             return True
 
     def remove(self, *parts: str) -> None:
@@ -301,7 +298,7 @@ class Storage:
         except Exception as error:  # each driver has its own exceptions
             if what != "written" and isinstance(error, (FileNotFoundError, NotADirectoryError)):
                 raise
-            full = _is_full(error)
+            full = is_full(error)
             place = self.url if self.local else f"{tempfile.gettempdir()} of the machine that writes it"
             fix = f"make room in {place}" if full else "check the storage, the network and the permissions"
             raise (UserError if full and self.local else StorageError)(
@@ -314,7 +311,7 @@ class Storage:
         try:
             yield
         except Exception as error:  # libraries have their own exceptions
-            if isinstance(error, UserError) or not _is_full(error):
+            if isinstance(error, UserError) or not is_full(error):
                 raise
             with self.storage_errors("written", *parts):
                 raise

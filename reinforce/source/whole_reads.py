@@ -14,6 +14,8 @@ from contextvars import ContextVar
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
+from reinforce.source.driver_errors import lacks_range
+
 _ATTEMPTS = 3
 _INVALID = (errno.EINVAL, errno.EIO, 400)  # what drivers raise for a request that the storage finds invalid
 _NO_NEXT_PAGE = ("PaginationError", "KeyError")  # botocore's for a token that is repeated, s3fs's for one that is lost
@@ -68,6 +70,20 @@ def read_range(fs: Any, path: str, start: int, end: int) -> bytes:
     return _read(lambda: fs.cat_file(path, start=start, end=end), end - start, path)
 
 
+def read_start(fs: Any, path: str, size: int) -> bytes:
+    """Read a file, at most ``size`` bytes. Object stores refuse ranges of a file without bytes."""
+    try:
+        data: bytes = fs.cat_file(path, end=size)
+    except Exception as error:  # each driver has its own exceptions
+        if not lacks_range(error):
+            raise
+        fs.invalidate_cache()
+        if fs.info(path)["size"]:
+            raise
+        return b""
+    return data
+
+
 def read_whole(fs: Any, path: str) -> bytes:
     """Read a file that may end anywhere, such as a list of lines. Raises ShortRead."""
     data: bytes = fs.cat_file(path)
@@ -76,7 +92,10 @@ def read_whole(fs: Any, path: str) -> bytes:
 
 
 def list_whole(read: Callable[[], T]) -> T:
-    """What a listing returns. It starts again where the storage finds a request invalid, or a page leads nowhere."""
+    """What a listing returns. It starts again where the storage finds a request invalid, or a page leads nowhere.
+
+    Raises OSError where pages lead nowhere each time.
+    """
     for _ in range(_ATTEMPTS - 1):
         try:
             return read()
@@ -84,7 +103,13 @@ def list_whole(read: Callable[[], T]) -> T:
             codes = {getattr(error, name, None) for name in ("errno", "code", "status_code")}
             if codes.isdisjoint(_INVALID) and type(error).__name__ not in _NO_NEXT_PAGE:
                 raise
-    return read()
+    try:
+        return read()
+    except Exception as error:
+        if type(error).__name__ not in _NO_NEXT_PAGE:
+            raise
+        what = f"a page of the listing names no next page ({type(error).__name__}: {error})"
+        raise OSError(errno.EIO, what) from error
 
 
 def _fetch(fetch: Callable[[int, int], bytes], size: int, path: str, start: int, end: int) -> bytes:

@@ -19,11 +19,11 @@ from reinforce.config import parse_config
 from reinforce.dataset.files.store import MANIFEST, Store
 from reinforce.dataset.manifest import claims as module
 from reinforce.dataset.manifest.claims import Claims
-from reinforce.dataset.manifest.manifest import update_manifest
+from reinforce.dataset.manifest.manifest import find_manifest, update_manifest
 from reinforce.engine.plan.recipe import build_layers, describe_models
-from reinforce.errors import UserError
+from reinforce.errors import StorageError, UserError
 from tests.helpers.data import config_of
-from tests.helpers.s3_proxy import Proxy, refuse
+from tests.helpers.s3_proxy import Fault, Handler, Proxy, Request, empty, refuse
 
 
 @pytest.fixture
@@ -140,6 +140,66 @@ def test_claims_of_a_run_that_was_killed_expire_and_are_removed_when_another_of_
     monkeypatch.setattr(time, "time", lambda: clock() + 3601)
     other.take()
     assert {json.loads(fsspec.filesystem("memory").cat(name))["token"] for name in names(memory)} == {other.token}
+
+
+def puts_claim(request: Request) -> bool:
+    return request.method == "PUT" and "/claims/" in request.key
+
+
+def store_and_refuse(handler: Handler, request: Request) -> None:
+    """Store an object, and answer with an error that is not tried again."""
+    handler.forward(request)
+    refuse(403, "AccessDenied")(handler, request)
+
+
+@pytest.mark.parametrize("fault", [refuse(403, "AccessDenied"), store_and_refuse], ids=["refused", "stored"])
+def test_claims_are_given_back_when_taking_them_fails(s3: s3fs.S3FileSystem, s3_proxy: Proxy, fault: Fault) -> None:
+    output, last = "s3://bucket/failed", "embeddings@blue@namer.json"
+    with (
+        s3_proxy.inject(fault, lambda r: puts_claim(r) and r.key.endswith(last)) as refused,
+        # The object exists, so that only what reads it back can tell whose it is.
+        s3_proxy.inject(refuse(403, "AccessDenied"), lambda r: r.key.endswith(last) and bool(refused), 1),
+        pytest.raises(StorageError, match=r"claims/embeddings@blue@namer\.json cannot be"),
+        claims_of(output),
+    ):
+        pytest.fail("the claims were not taken")
+    assert names(output) == []
+    with claims_of(output, seed=7):
+        assert names(output)
+
+
+@pytest.mark.parametrize("status", [(409, "ConditionalRequestConflict"), (412, "PreconditionFailed")])
+def test_a_conflict_without_a_claim_is_tried_again(
+    s3: s3fs.S3FileSystem, s3_proxy: Proxy, status: tuple[int, str]
+) -> None:
+    output = f"s3://bucket/conflict-{status[0]}"
+    with s3_proxy.inject(refuse(*status), lambda r: puts_claim(r) and r.key.endswith("/samples.json"), 2) as refused:
+        with claims_of(output) as claims:
+            assert len(names(output)) == len(claims.layers)
+        assert len(refused) == 2
+    assert names(output) == []
+
+
+def test_a_claim_or_dataset_json_that_is_stored_without_bytes_is_named(s3: s3fs.S3FileSystem, s3_proxy: Proxy) -> None:
+    with (
+        s3_proxy.inject(empty, puts_claim),
+        pytest.raises(StorageError, match=r"claims/\S+ cannot be written: it is empty: it has 0 bytes, each time"),
+    ):
+        claims_of("s3://bucket/empty").take()
+    assert names("s3://bucket/empty") == []
+
+    def puts_manifest(request: Request) -> bool:
+        return request.method == "PUT" and request.key.endswith(MANIFEST)
+
+    claims = claims_of("s3://bucket/empty")
+    with s3_proxy.inject(empty, puts_manifest), pytest.raises(StorageError) as raised:
+        claims.publish({}, ())
+    assert "bucket/empty/dataset.json is empty: it has 0 bytes." in str(raised.value)
+    s3.rm_file("bucket/empty/dataset.json")
+    with s3_proxy.inject(empty, puts_manifest, 1) as emptied:  # it is written again
+        claims.publish({}, ())
+    assert emptied
+    assert find_manifest(claims.store) is not None
 
 
 def test_a_store_that_refuses_conditional_puts_is_written_without_them(s3: s3fs.S3FileSystem, s3_proxy: Proxy) -> None:

@@ -44,6 +44,7 @@ class Response:
     body: bytes
 
 
+_OF_BODY = ("content-length", "content-md5", "content-encoding", "transfer-encoding", "x-amz-decoded-content-length")
 Fault = Callable[["Handler", Request], None]
 
 
@@ -95,6 +96,12 @@ def slow(seconds: float, pieces: int = 4) -> Fault:
 def lose(handler: Handler, request: Request) -> None:
     """Answer a put, and write nothing."""
     handler.send(Response(200, [("ETag", '"0"'), ("Content-Length", "0")], b""))
+
+
+def empty(handler: Handler, request: Request) -> None:
+    """Store an object without its bytes."""
+    kept = {k: v for k, v in request.headers.items() if k.lower() not in _OF_BODY and "checksum" not in k.lower()}
+    handler.send(handler.forward(replace(request, headers={**kept, "Content-Length": "0"}, body=b"")))
 
 
 def hold(handler: Handler, request: Request) -> None:

@@ -27,12 +27,13 @@ from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import Layer, mapping_at
 from reinforce.dataset.manifest.differences import check_recipes, difference_lines
 from reinforce.dataset.manifest.manifest import find_manifest, update_manifest, write_manifest
-from reinforce.errors import StorageError, UserError
+from reinforce.errors import DamagedJson, StorageError, UserError
 
 FOLDER = "claims"
 MIN_SECONDS = 3600.0  # after which a claim expires, or twice workers.start_timeout
 _ATTEMPTS = 5
 _THREADS = 8
+_DAMAGED = "damaged"  # key of what a file is that is no claim
 
 
 class Claims:
@@ -49,16 +50,20 @@ class Claims:
 
     def take(self) -> None:
         """Claim the layers that dataset.json does not list. Raises UserError if dataset.json lists a layer with another
-        recipe, or another run has claimed it with another recipe."""
+        recipe, or another run has claimed it with another recipe. What it has claimed is given back if it raises."""
         manifest = find_manifest(self.store)
         unlisted = [name for name in self.layers if name not in (manifest or {}).get("layers", {})]
         self._manifest = update_manifest(manifest, self.config, self.layers, {})
-        with ThreadPoolExecutor(_THREADS) as pool:
-            found = dict(zip(unlisted, pool.map(self._claim, unlisted), strict=True))
-        if others := {name: claim for name, claim in found.items() if claim is not None}:
-            self.release()
-            raise self._error(others)
-        self._check_manifest()
+        before = {*self._owned}
+        try:
+            with ThreadPoolExecutor(_THREADS) as pool:
+                found = dict(zip(unlisted, pool.map(self._claim, unlisted), strict=True))
+            if others := {name: claim for name, claim in found.items() if claim is not None}:
+                raise self._error(others)
+            self._check_manifest()
+        except BaseException:
+            self._give_back({*unlisted} - before)  # also one that was stored although its put has failed
+            raise
 
     def publish(self, loaded: Mapping[str, Mapping[str, Any]], computed: Collection[str]) -> None:
         """Write dataset.json, with arguments as of ``update_manifest``, and remove the claims. Raises UserError as
@@ -78,17 +83,20 @@ class Claims:
 
     def release(self) -> None:
         """Remove the claims that this run has created."""
-        for name in sorted(self._owned):
+        self._give_back({*self._owned})
+
+    def _give_back(self, names: Collection[str]) -> None:
+        for name in sorted(names):
             self._remove(name, self.token)
-        self._owned.clear()
+        self._owned.difference_update(names)
         if self.store.local:
             with contextlib.suppress(OSError):
                 os.rmdir(self.store.path(FOLDER))
 
     def _remove(self, name: str, token: str | None = None) -> None:
-        """Remove the claim on a layer; with ``token``, only if it is of that run."""
+        """Remove the claim on a layer; with ``token``, only if it is of that run, or of none."""
         with contextlib.suppress(StorageError, FileNotFoundError):
-            if token is None or ((found := self._read(name)) and found.get("token") == token):
+            if token is None or ((found := self._read(name)) and (found.get("token") == token or _DAMAGED in found)):
                 self.store.remove(*_parts(name))
 
     def __enter__(self) -> Claims:
@@ -102,7 +110,7 @@ class Claims:
 
     def _claim(self, name: str) -> dict[str, Any] | None:
         """Claim a layer -> the claim of another recipe, or None."""
-        found: dict[str, Any] | None = None
+        why = "other runs remove it, or the storage loses it; run again"
         for _ in range(_ATTEMPTS):
             found = self._read(name)
             if found is None:
@@ -116,8 +124,10 @@ class Claims:
                 return None
             if not self._is_expired(found):
                 return found
+            if _DAMAGED in found:
+                why = f"it is {found[_DAMAGED]}, each time that it is read back; check the storage, and run again"
             self.store.remove(*_parts(name))
-        raise StorageError(f"{self.store.path(*_parts(name))} cannot be written: other runs remove it. Run again.")
+        raise StorageError(f"{self.store.path(*_parts(name))} cannot be written: {why}.")
 
     def _is_expired(self, claim: Mapping[str, Any]) -> bool:
         if self.store.local and claim.get("host") == socket.gethostname():
@@ -140,9 +150,11 @@ class Claims:
     def _read(self, name: str) -> dict[str, Any] | None:
         try:
             return self.store.read_json(*_parts(name))
+        except DamagedJson as error:  # no run has written it, or the storage has not stored it
+            return {_DAMAGED: error.args[1]}
         except StorageError:
             raise
-        except UserError:  # no run has written it
+        except UserError:
             return {}
 
     def _check_manifest(self) -> None:

@@ -14,7 +14,7 @@ from reinforce.dataset.files.store import MANIFEST, Store
 from reinforce.dataset.layers import SAMPLES, Layer
 from reinforce.dataset.manifest.class_code import CODE_KEY, ClassCode, entry_keys, recorded_code
 from reinforce.dataset.manifest.schema import check_manifest
-from reinforce.errors import StorageError, UserError
+from reinforce.errors import DamagedJson, StorageError, UserError
 from reinforce.source.urls import canonical
 
 #: Key of a teacher's entry with the logit scales from before a tuned one was recorded.
@@ -35,7 +35,13 @@ def read_manifest(store: Store) -> dict[str, Any]:
 
 def find_manifest(store: Store) -> dict[str, Any] | None:
     """Read dataset.json, None if there is none. Raises UserError if it is damaged, or a newer version wrote it."""
-    manifest = store.read_json(MANIFEST)
+    try:
+        manifest = store.read_json(MANIFEST)
+    except DamagedJson as error:
+        raise UserError(
+            f"{error} Without a copy, delete it: `reinforce run` with the dataset's config writes it again, without "
+            "layers of other configs and tuned logit scales."
+        ) from error
     if manifest is None:
         return None
     version = manifest.get("schema_version", 0)
@@ -46,12 +52,31 @@ def find_manifest(store: Store) -> dict[str, Any] | None:
 
 
 def write_manifest(store: Store, manifest: Mapping[str, Any]) -> None:
-    """Write dataset.json with its digest. Raises StorageError if an object store has something else afterwards."""
-    store.write_json({**manifest, DIGEST_KEY: manifest_digest(manifest)}, MANIFEST)
-    if not store.local and not same_content(manifest, store.read_json(MANIFEST)):
+    """Write dataset.json with its digest, once more where an object store has stored something that cannot be read.
+
+    Raises StorageError if it has something else afterwards.
+    """
+    written = {**manifest, DIGEST_KEY: manifest_digest(manifest)}
+    store.write_json(written, MANIFEST)
+    if store.local:
+        return
+    try:
+        found = _read_back(store)
+    except StorageError:
+        store.write_json(written, MANIFEST)
+        found = _read_back(store)
+    if not same_content(manifest, found):
         raise StorageError(
             f"{store.path(MANIFEST)} is not what was written: the storage lost it, or another command wrote it."
         )
+
+
+def _read_back(store: Store) -> dict[str, Any] | None:
+    """Read dataset.json. Raises StorageError also where it is damaged."""
+    try:
+        return store.read_json(MANIFEST)
+    except DamagedJson as error:
+        raise StorageError(f"{error} The storage did not store what was written.") from error
 
 
 def manifest_digest(manifest: Mapping[str, Any]) -> str:

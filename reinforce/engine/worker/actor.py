@@ -41,9 +41,10 @@ from reinforce.engine.worker.full_batch import fit_batch
 from reinforce.engine.worker.producers.registry import check_models, measure_costs
 from reinforce.engine.worker.shard import ShardProcess, allocate_pixels
 from reinforce.errors import StorageError, UserError
+from reinforce.source.driver_errors import is_storage_error
 from reinforce.source.samples import AbsentShard
 from reinforce.source.urls import is_local
-from reinforce.storage import forget_credentials, is_storage_error
+from reinforce.storage import forget_credentials
 from schemas import Reason
 from teachers.device import determinism
 from teachers.redact import Redactor

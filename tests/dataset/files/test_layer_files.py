@@ -243,8 +243,14 @@ def test_a_listing_whose_continuation_token_does_not_work_starts_again(
         with proxy.inject(fault, lambda r: r.is_list and "continuation-token" in r.query, 1) as affected:
             assert len(expand("s3://bucket/data/samples/*.parquet")) == len(SHARDS)
         assert affected
-        with proxy.inject(fault, lambda r: r.is_list), pytest.raises(StorageError, match="cannot be listed"):
-            Store("s3://bucket/data").listings(DONE)
+        with proxy.inject(fault, lambda r: r.is_list and "continuation-token" in r.query) as affected:
+            for read in (lambda store: store.listings(DONE), lambda store: store.names("samples")):
+                with pytest.raises(StorageError, match="cannot be listed: OSError"):
+                    read(Store("s3://bucket/data"))
+            Store("s3://bucket/data").fs.invalidate_cache()
+            with pytest.raises(UserError, match=r"samples/\*\.parquet: cannot be listed"):
+                expand("s3://bucket/data/samples/*.parquet")
+        assert affected
 
 
 def test_listings_of_s3_are_made_side_by_side_and_not_kept_by_the_driver_nor_parsed_by_botocore(
