@@ -34,6 +34,8 @@ class Reason(str, Enum):
     # A row that one layer cannot compute. It is null in that layer and complete in the others.
     NO_TEXT = "no_text"  # there is no caption to encode, or a captioner gave none
     NOT_FINITE = "not_finite"  # the model returned NaN or infinity
+    # Labels of a shard. The key is null, and the rows whose labels are in the file are null in their layers.
+    LABELS_UNREAD = "labels_unread"  # a file of labels does not exist or cannot be read
     # A shard as a whole. The key is null.
     SHARD_MISSING = "shard_missing"  # the URL does not exist
     SHARD_UNREADABLE = "shard_unreadable"  # the shard exists but cannot be read: not a tar, or no permission

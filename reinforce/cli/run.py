@@ -20,7 +20,11 @@ def run(
     set_: Overrides = None,
     address: Address = None,
     retry_quarantined: Annotated[
-        bool, typer.Option("--retry-quarantined", help="Retry the shards that are quarantined as a whole.")
+        bool,
+        typer.Option(
+            "--retry-quarantined",
+            help="Retry the shards that are quarantined as a whole, or whose labels could not all be read.",
+        ),
     ] = False,
     accept_changed_classes: Annotated[
         bool,

@@ -13,7 +13,7 @@ from reinforce.dataset.files.index import read_index
 from reinforce.dataset.files.listing import Listing
 from reinforce.dataset.files.store import DamagedFiles, Store
 from reinforce.dataset.kinds.registry import stored_layer
-from reinforce.dataset.layers import SAMPLES
+from reinforce.dataset.layers import LABELS, SAMPLES
 from reinforce.dataset.manifest.class_code import code_lines
 from reinforce.dataset.manifest.manifest import read_manifest
 from reinforce.dataset.reading.completeness import check_completeness
@@ -25,7 +25,8 @@ _QUARANTINE_FILES = 1000  # per layer whose reasons are counted
 
 
 def read_status(url: str) -> dict[str, Any]:
-    """Read shards and bytes by layer, quarantined rows by layer and reason, and the last run's summary.
+    """Read shards and bytes by layer, quarantined rows by layer and reason, also those of ``labels/NAME``, and the last
+    run's summary.
 
     ``examples`` of a layer's quarantine has the shard, the key and the detail of the first row of each reason.
     ``quarantined`` counts samples once: ``samples``, by layer the rows of those that no layer before has, by reason,
@@ -39,7 +40,8 @@ def read_status(url: str) -> dict[str, Any]:
     fingerprints = {name: entry["fingerprint"] for name, entry in manifest["layers"].items()}
     committed = read_index(store, SAMPLES, fingerprints[SAMPLES]).listing()
     listings = store.listings(names, committed)
-    quarantined = store.listings(f"quarantine/{name}" for name in names)
+    of_labels = [f"{LABELS}/{name}" for name in store.names("quarantine", LABELS, folders=True)]
+    quarantined = store.listings(f"quarantine/{name}" for name in (*names, *of_labels))
     damaged = find_damaged(store, listings, fingerprints)
     found = check_completeness(store, {SAMPLES: listings[SAMPLES]}, [committed, *listings.values()])
     layers, quarantine = {}, {}
@@ -47,6 +49,7 @@ def read_status(url: str) -> dict[str, Any]:
     unreadable: DamagedFiles = {}
     for name, listing in without_files(listings, damaged).items():
         layers[name] = {**manifest["layers"][name], "shards": len(listing), "bytes": listing.total_bytes}
+    for name in (*names, *of_labels):
         files = quarantined[f"quarantine/{name}"]
         if files:
             part = files.first(_QUARANTINE_FILES)

@@ -55,7 +55,8 @@ def run(
     """Compute every missing layer of ``config`` and nothing else.
 
     Uses the initialised Ray if there is one, else the cluster at ``address`` (or RAY_ADDRESS), else this machine.
-    ``retry_quarantined`` removes shards that are quarantined as a whole from the quarantine and tries them again.
+    ``retry_quarantined`` removes shards that are quarantined as a whole from the quarantine and tries them again, and
+    those whose labels could not all be read.
     ``accept_changed_classes`` extends layers of custom classes whose files have changed under one ``version``.
     Raises UserError for errors that the user must fix.
     """

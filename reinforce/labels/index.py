@@ -11,9 +11,11 @@ rows, but no files.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -28,6 +30,7 @@ from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import compute_fingerprint
 from reinforce.errors import StorageError, UserError
 from reinforce.labels.identities import INDEXED, Hashes
+from reinforce.labels.unread import MissingLabels, naming_file
 from reinforce.terminal import escape
 
 FOLDER, DESCRIPTION, SHARDS = "identities", "index.json", "shards"
@@ -35,6 +38,7 @@ FORMAT, VERSION = "identity-index", 1
 MAX_BITS = 16
 _HASH_BITS = 64
 _MAX_BYTES = 2**28  # of the list of shards
+_READ_AT_ONCE = 32  # partitions
 _FIX = "Make it again with `reinforce export labels`."
 
 Ints = npt.NDArray[np.int32]
@@ -71,6 +75,10 @@ def partition_name(number: int) -> str:
     return f"{number:05d}"
 
 
+class NoSuchRow(UserError, RefusedFile):
+    """An index names a row that its shard does not have."""
+
+
 @dataclass(frozen=True)
 class IdentityIndex:
     """The index of a dataset. ``kinds`` counts the entries of each kind of identities, and ``repeated`` those of them
@@ -99,13 +107,13 @@ class IdentityIndex:
         return self.repeated is not None and not self.repeated.get(kind)
 
     def row_group(self, shard: int, row: int) -> tuple[int, int]:
-        """The row group of a row of a shard, and the row in it. Raises UserError if the shard has no such row."""
+        """The row group of a row of a shard, and the row in it. Raises NoSuchRow."""
         rest = row
         for number, rows in enumerate(self.groups[shard] if 0 <= shard < len(self.groups) else ()):
             if 0 <= rest < rows:
                 return number, rest
             rest -= rows
-        raise UserError(f"{self._path()} names row {row} of shard {shard}, which has none. {_FIX}")
+        raise NoSuchRow(f"{self._path()} names row {row} of shard {shard}, which has none. {_FIX}")
 
     def place(self, shard: str, group: int) -> tuple[int, int]:
         """The number of a shard, and the first row of one of its row groups."""
@@ -143,18 +151,43 @@ class IdentityIndex:
         """The row groups of a partition, or those that can have some sorted ``hashes``."""
         layer, name = f"{self.folder}/{kind}", partition_name(number)
         try:
-            with self.store.open_layer(layer, name, whole=hashes is None) as file:
+            opened = self.store.open_layer(layer, name, whole=hashes is None)
+            with naming_file(self.store, layer, name), opened as file:
                 for group in range(file.num_row_groups):
                     if hashes is None or _can_have(file, group, hashes):
                         yield self._checked(file.read_row_group(group, _NAMES, use_threads=False))
-        except FileNotFoundError:
-            return  # no hash begins with its bits
         except StorageError:
             raise
+        except FileNotFoundError:
+            self._check_absent(kind, name)
         except (RefusedFile, ValueError, pa.ArrowException) as error:
             raise UserError(
                 f"{self.store.layer_path(layer, name)} is damaged ({escape(str(error)[:200])}). {_FIX}"
             ) from error
+
+    def _check_absent(self, kind: str, name: str) -> None:
+        """Raise MissingLabels if a partition that does not exist is not one without entries."""
+        if kind in self._whole:
+            return
+        layer = f"{self.folder}/{kind}"
+        listed = self.store.shards(layer)
+        with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
+            entries = sum(pool.map(lambda other: self._entries(layer, other), listed))
+        if name in listed or entries != self.kinds[kind]:
+            raise MissingLabels(f"{self.store.layer_path(layer, name)} does not exist any more. Restore it. {_FIX}")
+        self._whole.add(kind)
+
+    @functools.cached_property
+    def _whole(self) -> set[str]:
+        """Kinds whose partitions have all entries."""
+        return set()
+
+    def _entries(self, layer: str, name: str) -> int:
+        with contextlib.suppress(FileNotFoundError):
+            opened = self.store.open_layer(layer, name, whole=False)
+            with naming_file(self.store, layer, name), opened as file:
+                return int(file.metadata.num_rows)
+        return 0
 
     def _checked(self, table: pa.Table) -> Entries:
         entries = Entries(*(table[name].cast(type_).to_numpy() for name, type_ in zip(_NAMES, _TYPES, strict=True)))
@@ -223,6 +256,14 @@ def open_index(store: Store) -> IdentityIndex:
     return index
 
 
+def read_fingerprint(store: Store, planned: bool = True) -> str:
+    """The fingerprint of an index, or 'None'. Raises MissingLabels if there is none although a plan has read it."""
+    found = store.read_json(FOLDER, DESCRIPTION)
+    if found is None and planned:
+        raise MissingLabels(f"{store.path(FOLDER, DESCRIPTION)} does not exist any more. Restore it. {_FIX}")
+    return str((found or {}).get("fingerprint"))
+
+
 def _read_shards(store: Store, fingerprint: str) -> pa.Table:
     parts = (FOLDER, fingerprint, f"{SHARDS}.parquet")
 
@@ -235,7 +276,7 @@ def _read_shards(store: Store, fingerprint: str) -> pa.Table:
         if not all(SHARD_NAME.fullmatch(name) for name in table["shard"].to_pylist()) or table["groups"].null_count:
             raise ValueError("it names no shards")
     except FileNotFoundError as error:
-        raise UserError(f"{store.path(*parts)} is missing. {_FIX}") from error
+        raise MissingLabels(f"{store.path(*parts)} is missing. {_FIX}") from error
     except (RefusedFile, ValueError, pa.ArrowException) as error:
         raise UserError(f"{store.path(*parts)} is damaged ({escape(str(error)[:200])}). {_FIX}") from error
     return table

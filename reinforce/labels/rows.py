@@ -25,11 +25,11 @@ from reinforce.dataset.files.layer_file import LayerFile, RefusedFile
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.kinds.samples import true_captions
 from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, Layer
-from reinforce.errors import StorageError, UserError
 from reinforce.labels.crops import LabelCrops, RowLabels, parse_records
 from reinforce.labels.identities import columns_of_identities, stated
-from reinforce.labels.index import DESCRIPTION, FOLDER, IdentityIndex, open_index
+from reinforce.labels.index import IdentityIndex, open_index, read_fingerprint
 from reinforce.labels.joining import IndexedRows, Joined, Joining, RowOf, Why
+from reinforce.labels.unread import LabelFiles
 from reinforce.source.captions import clean_text
 from reinforce.source.references import image_digest
 from reinforce.source.samples import Refusal
@@ -57,15 +57,19 @@ def _open_index(url: str, fingerprint: str) -> IdentityIndex:
 
 
 class LabelReader:
-    """Reads the labels of samples for ``layers`` of a config. ``counts`` are samples by the name of the labels and what
-    joined them, or why nothing did. Without ``values``, it only joins."""
+    """Reads the labels of samples for ``layers`` of a config. Without ``values``, it only joins. If a plan has read the
+    labels before (``planned``), they are lost if they do not exist.
 
-    def __init__(self, config: Config, layers: Iterable[Layer], values: bool = True) -> None:
+    ``counts`` are samples by the name of the labels and what joined them, or why nothing did, ``unread`` the files of
+    each that could not be read, with the reason.
+    """
+
+    def __init__(self, config: Config, layers: Iterable[Layer], *, values: bool = True, planned: bool = False) -> None:
         named: dict[str, list[Layer]] = {}
         for layer in layers:
             if layer.labels is not None:
                 named.setdefault(layer.labels, []).append(layer)
-        self._sets = {name: _LabelSet(name, config, found, values) for name, found in named.items()}
+        self._sets = {name: _LabelSet(name, config, found, values, planned) for name, found in named.items()}
 
     @property
     def counts(self) -> dict[str, int]:
@@ -85,6 +89,10 @@ class LabelReader:
     def needs_digests(self) -> bool:
         """Whether some labels have digests of images."""
         return any(one.has_digests for one in self._sets.values())
+
+    @property
+    def unread(self) -> dict[str, dict[str, str]]:
+        return {name: one.reader.unread for name, one in self._sets.items()}
 
     def refuse(self, labels: RowLabels) -> None:
         """Count labels that were joined as those of another image."""
@@ -116,19 +124,20 @@ _NOTHING = _Row("", "", 0, 0, "", 0, "", ())
 
 
 class _LabelSet:
-    def __init__(self, name: str, config: Config, layers: Sequence[Layer], values: bool) -> None:
+    def __init__(self, name: str, config: Config, layers: Sequence[Layer], values: bool, planned: bool) -> None:
         self.name, self._config, self._labels = name, config, config.labels[name]
         self._crops = name == crops_of(config.labels)
         self._layers = [layer for layer in layers if layer.name != SAMPLES]
         self._store = Store(self._labels.url)
         # The description is read each time: labels may have been extended since.
-        described = (self._store.read_json(FOLDER, DESCRIPTION) or {}).get("fingerprint")
-        self._index = _open_index(self._labels.url, str(described))
+        self._index = _open_index(self._labels.url, read_fingerprint(self._store, planned))
         self._joins = JOINS[: JOINS.index(self._labels.join) + 1]
         self._true_captions = next((layer.count for layer in layers if layer.texts == TRUE_CAPTION), 0)
         columns = ["width", "height", *(["augmentations"] if self._crops else [])]
         columns += ["caption", TRUE_CAPTIONS] if self._true_captions else []
-        self._files = _Files(self._store, self._labels, columns if values else [])
+        check = functools.partial(read_fingerprint, self._store)
+        self.reader = LabelFiles(self._store, config.failures.attempts, check)
+        self._files = _Files(self._store, self._labels, self.reader, columns if values else [])
         self.counts: Counter[str] = Counter()
 
     def close(self) -> None:
@@ -161,7 +170,7 @@ class _LabelSet:
         """The row of each sample that has labels, and why others have none; counts them."""
         own = [self._identity(sample) for sample in samples]
         rows = IndexedRows(self._index, self._stated, self._files.near, self._labels.taken.embedded)
-        found, why = Joining(rows, own, (ValueError, UserError, FileNotFoundError)).join(self._joins)
+        found, why = Joining(rows, own, (ValueError,)).join(self._joins)
         self.counts.update(found[number].kind if number in found else why[number].what for number in range(len(own)))
         return found, why
 
@@ -189,15 +198,13 @@ class _LabelSet:
     def _read(self, at: Joined) -> _Row:
         shard = self._index.shards[at.shard]
         group, row = self._index.row_group(at.shard, at.row)
-        samples = self._files.samples(shard, group)
-        image: LabelCrops | str
-        texts: Sequence[str] = ()
+        where = f"labels: {shard}, row {at.row}"
         try:
+            samples = self._files.samples(shard, group)
             image = self._image(samples, row, at.kind)
             texts = true_captions(samples.slice(row, 1))[0] if self._true_captions else ()
         except ValueError as error:  # also of texts that are no UTF-8
-            image = str(error)
-        where = f"labels: {shard}, row {at.row}"
+            return _Row(where, shard, group, row, "", 0, str(error), ())
         return _Row(where, shard, group, row, samples["key"][row].as_py(), samples.num_rows, image, texts)
 
     def _value_or_why(self, layer: Layer, row: _Row, key: str) -> PublishedValue:
@@ -206,7 +213,7 @@ class _LabelSet:
             if isinstance(row.image, str):
                 raise Unreadable(row.image)
             value = self._value(layer, row)
-        except (ValueError, UserError, FileNotFoundError) as error:
+        except ValueError as error:
             return Refusal(key, Reason.REINFORCEMENT_BROKEN, f"{row.where}: {error}")
         return Refusal(key, Reason.NOT_REINFORCED, f"{row.where}: null") if value is None else value
 
@@ -248,8 +255,8 @@ class _Files:
     """Row groups of the files of labels, with these ``columns`` of the samples. Keeps the last ones that were read, and
     why others cannot be."""
 
-    def __init__(self, store: Store, labels: Labels, columns: Sequence[str]) -> None:
-        self._store, self._labels, self._columns = store, labels, columns
+    def __init__(self, store: Store, labels: Labels, reader: LabelFiles, columns: Sequence[str]) -> None:
+        self._store, self._labels, self._reader, self._columns = store, labels, reader, columns
         self._open: OrderedDict[tuple[str, str], tuple[contextlib.ExitStack, LayerFile]] = OrderedDict()
         self._groups: OrderedDict[tuple[str, str, int], Any] = OrderedDict()
         self._sizes: dict[tuple[str, str, int], int] = {}
@@ -297,24 +304,24 @@ class _Files:
     def _cached(self, layer: str, shard: str, group: int, read: Any) -> Any:
         place = (layer, shard, group)
         if place not in self._groups:
-            file = self._unless_refused((layer, shard), lambda: self._file(layer, shard))
-            self._groups[place], self._sizes[place] = self._unless_refused(place, lambda: read(file, group))
+            file = self._read(layer, shard, (), lambda: self._file(layer, shard))
+            self._groups[place], self._sizes[place] = self._read(layer, shard, (group,), lambda: read(file, group))
             while sum(self._sizes.values()) > _CACHED_BYTES and len(self._groups) > 1:
                 oldest, _ = self._groups.popitem(last=False)
                 del self._sizes[oldest]
         self._groups.move_to_end(place)
         return self._groups[place]
 
-    def _unless_refused(self, what: tuple[object, ...], read: Callable[[], T]) -> T:
-        """Read a file or row group. Raises RefusedFile if it was refused before; errors of the storage are not kept."""
-        if what in self._refused:
-            raise RefusedFile(self._refused[what])
+    def _read(self, layer: str, shard: str, group: tuple[int, ...], read: Callable[[], T]) -> T:
+        """Read of a file, or of a row group of it. Raises RefusedFile, for this and each later time, and what the
+        storage raises, which is tried again."""
+        place = (layer, shard, *group)
+        if place in self._refused:
+            raise RefusedFile(self._refused[place])
         try:
-            return read()
-        except StorageError:
-            raise
-        except (ValueError, UserError) as error:
-            self._refused[what] = str(error)  # the error would keep what was read
+            return self._reader.read(layer, shard, read)
+        except RefusedFile as error:
+            self._refused[place] = str(error)  # the error would keep what was read
             raise
 
     def _file(self, layer: str, shard: str) -> LayerFile:

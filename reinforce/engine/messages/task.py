@@ -16,7 +16,8 @@ class PendingShard:
 
     ``stored`` are layers that exist although samples are missing, also of other configs, and ``recorded`` is the state
     of the source file when its samples were written before, if a run has recorded it. ``quarantined`` are layers that
-    may have a quarantine file of an earlier attempt.
+    may have a quarantine file of an earlier attempt. ``replaced`` are layers whose files are set aside before new ones
+    are committed, each before those that it was computed from.
     """
 
     name: str
@@ -29,6 +30,7 @@ class PendingShard:
     listing: str = ""  # URL of the list of its files
     part: Part | None = None  # of a table that is divided
     quarantined: tuple[str, ...] = field(default=(), compare=False)
+    replaced: tuple[str, ...] = ()
 
     @property
     def source(self) -> Shard:

@@ -31,6 +31,7 @@ from reinforce.engine.plan.precision import resolve_precisions
 from reinforce.engine.plan.recipe import as_recorded, build_layers, describe_models
 from reinforce.engine.plan.shard_lists import SourceShards, list_url
 from reinforce.engine.plan.source_shards import source_shards, with_view
+from reinforce.engine.plan.unread_labels import find_unread
 from reinforce.errors import UserError
 from reinforce.labels.taken import with_labels
 from reinforce.nodes import nodes_of_run
@@ -72,7 +73,8 @@ class Plan:
     lists, by URL, of the source files of pending shards that have samples already, and ``finished`` the bytes that it
     lists of those of shards that lack nothing. ``damaged`` are files that count as missing. ``codes`` are those of the
     custom classes. ``notes`` are lines about precisions that the config leaves open; those of ``config`` are resolved.
-    ``source_notes`` are lines about the source, and ``lists`` those of new shards of folders, by name.
+    ``source_notes`` are lines about the source, ``lists`` those of new shards of folders, by name, and
+    ``unread_labels`` counts other shards than pending ones whose labels could not all be read.
     """
 
     config: Config
@@ -89,11 +91,12 @@ class Plan:
     notes: Sequence[str] = ()
     source_notes: Sequence[str] = ()
     lists: Mapping[str, bytes] = field(default_factory=dict)
+    unread_labels: int = 0
 
     @property
     def quarantined(self) -> int:
-        """Number of shards that are quarantined in some layer."""
-        return max(state.quarantined for state in self.states.values())
+        """Number of shards that are quarantined in some layer, or in their labels."""
+        return max(self.unread_labels, *(state.quarantined for state in self.states.values()))
 
     def shard(self, shard: PendingShard) -> Shard:
         """A shard as it is read before the run has written the list of its files."""
@@ -121,6 +124,8 @@ def make_plan(
     damaged = find_damaged(store, committed, {name: layer.fingerprint for name, layer in layers.items()})
     committed = without_files(committed, damaged)
     manifest = check_fingerprints(store, layers, committed)
+    unread = find_unread(store, config, layers, source.names, committed, retry_quarantined)
+    committed = unread.without_replaced(committed)
     unreadable: DamagedFiles = {}
     lone = store.lone_quarantine(committed, unreadable)
     quarantine = {layer: {shard for shard, whole in shards.items() if whole} for layer, shards in lone.items()}
@@ -134,11 +139,15 @@ def make_plan(
             source.urls[row],
             todo,
             _reinforcements(published, layers, row, todo),
-            *stored.get(name, ((), None)),
+            *_not_replaced(stored.get(name, ((), None)), unread.replaced.get(name, ())),
             source.format.name,
             list_url(config, name) if source.format.is_listed else "",
             source.part(row),
-            tuple(layer for layer in todo if name in lone[layer]),
+            (
+                *(layer for layer in todo if name in lone[layer]),
+                *unread.quarantined(name, map(layers.__getitem__, todo)),
+            ),
+            unread.replaced.get(name, ()),
         )
         for name, row, todo in missing.shards(source.names)
     ]
@@ -165,6 +174,7 @@ def make_plan(
         notes=notes,
         source_notes=source.notes,
         lists=source.lists,
+        unread_labels=unread.count(shard.name for shard in pending),
     )
 
 
@@ -229,6 +239,12 @@ def _stored_layers(
     sources = read_records(store).sources if stored else {}
     states = {shard: sources[shard].state if shard in sources else None for shard in stored}
     return {shard: (tuple(layers), states[shard]) for shard, layers in stored.items()}
+
+
+def _not_replaced(
+    stored: tuple[tuple[str, ...], SourceState | None], replaced: Collection[str]
+) -> tuple[tuple[str, ...], SourceState | None]:
+    return tuple(layer for layer in stored[0] if layer not in replaced), stored[1]
 
 
 def _reinforcements(published: Sequence[str], layers: Mapping[str, Layer], row: int, todo: Iterable[str]) -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,13 +16,15 @@ from dataclasses import dataclass
 from reinforce.config import Config
 from reinforce.datacompdr.matching import describe_counts, identity_of
 from reinforce.datacompdr.reinforcements import check_reinforcements, preview_join
-from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION
+from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, Layer
 from reinforce.engine.messages.task import PendingShard
 from reinforce.engine.plan.plan import Plan
 from reinforce.engine.record.summary import counts_of_labels
 from reinforce.errors import UserError
 from reinforce.images.policy import ImageRefused, check_header
 from reinforce.labels.rows import LabelReader, Wanted
+from reinforce.labels.unread import MissingLabels
+from reinforce.processes.pauses import pause_seconds
 from reinforce.source.captions import REPLACED
 from reinforce.source.file_types import is_image_name
 from reinforce.source.formats.base import Shard, SourceFormat
@@ -170,14 +173,25 @@ def _preview_labels(plan: Plan, readable: Sequence[PendingShard]) -> list[str]:
     layers = [layer for layer in plan.layers.values() if layer.labels is not None]
     if not layers:
         return []
+    samples: list[Wanted] = []
+    with contextlib.suppress(Exception):  # each driver has its own; reading the first sample reports them
+        for shard in readable[:1]:
+            budget = ReadBudget(plan.config.input.limits.image_bytes + _READ_BYTES)
+            for raw in itertools.islice(read_samples(plan.shard(shard), plan.config.input, budget), _READ_ITEMS):
+                if isinstance(raw, RawSample):
+                    samples.append(Wanted(raw.key, identity_of(raw.all_sidecars), raw.image))
+    for attempt in range(1, plan.config.failures.attempts):
+        with contextlib.suppress(MissingLabels):
+            return _join_first(plan, layers, samples, readable)
+        time.sleep(pause_seconds(attempt))
+    return _join_first(plan, layers, samples, readable)
+
+
+def _join_first(
+    plan: Plan, layers: Sequence[Layer], samples: Sequence[Wanted], readable: Sequence[PendingShard]
+) -> list[str]:
+    """How samples join with the labels of the config: a line for each. Raises what ``LabelReader`` does."""
     with contextlib.closing(LabelReader(plan.config, layers, values=False)) as labels:
-        samples: list[Wanted] = []
-        with contextlib.suppress(Exception):  # each driver has its own; reading the first sample reports them
-            for shard in readable[:1]:
-                budget = ReadBudget(plan.config.input.limits.image_bytes + _READ_BYTES)
-                for raw in itertools.islice(read_samples(plan.shard(shard), plan.config.input, budget), _READ_ITEMS):
-                    if isinstance(raw, RawSample):
-                        samples.append(Wanted(raw.key, identity_of(raw.all_sidecars), raw.image))
         labels.join(samples)
         joined = [
             f"labels.{name}: the first {len(samples)} samples of {canonical(readable[0].url)} join "

@@ -15,7 +15,7 @@ import schemas
 from reinforce.config import Config
 from reinforce.datacompdr.reinforcements import Reinforcements
 from reinforce.datacompdr.values import PublishedReader
-from reinforce.dataset.files.damage import drop_shard_command
+from reinforce.dataset.files.damage import drop_shard_command, set_aside
 from reinforce.dataset.files.index import FileEntry
 from reinforce.dataset.files.layer_file import LayerFile, RefusedFile, naming_refused
 from reinforce.dataset.files.store import LayerWriter, Store, parse_footer
@@ -39,13 +39,14 @@ from reinforce.engine.worker.producers.registry import make_producers
 from reinforce.engine.worker.refusals import Refusals
 from reinforce.engine.worker.stale_files import MisalignedLayer, origin_entries, set_inputs_aside, set_stale_aside
 from reinforce.labels.rows import LabelReader
+from reinforce.labels.unread import quarantine_of
 from reinforce.source.captions import CAPTIONS_REPLACED, REPLACED
 from reinforce.source.identity import OpenedStates, SourceState, former_url, probe_state, read_state, recording_opened
 from reinforce.source.references import ChangedImages
 from reinforce.source.samples import AbsentShard, Refusal
 from reinforce.source.urls import canonical, is_local
 from reinforce.source.whole_reads import ShortRead
-from schemas import IMAGE_DIGEST
+from schemas import IMAGE_DIGEST, Reason
 from teachers.redact import Redactor
 
 
@@ -88,6 +89,7 @@ class ShardProcess:
         self.source_note: str | None = None
         self.opened: OpenedStates | None = None  # the states of the source file, if its samples are read
         self.source_counts: Counter[str] = Counter()
+        self.labels: LabelReader | None = None
         self.counters = Counters()
         self.session = Session(self.config, self.models, self.counters, self.watch)
         self.producers = make_producers(self.layers.values(), self.session, self.refusals, self.source)
@@ -163,7 +165,7 @@ class ShardProcess:
             stack.enter_context(contextlib.closing(published))
         labels = None
         if any(layer.labels for layer in self.layers.values()):
-            labels = LabelReader(self.config, self.layers.values())
+            self.labels = labels = LabelReader(self.config, self.layers.values(), planned=True)
             stack.enter_context(contextlib.closing(labels))
         return RowSpec(self.inference.crops, self.inference.views, published, labels)
 
@@ -301,6 +303,23 @@ class ShardProcess:
             except FileNotFoundError as error:
                 raise RefusedFile("it does not exist") from error
 
+    def _set_replaced_aside(self) -> None:
+        """Set aside the files that new ones replace, samples last: a killed run leaves no layer of other samples."""
+        for layer in self.shard.replaced:
+            with contextlib.suppress(FileNotFoundError):
+                set_aside(self.store, layer, self.shard.name)
+
+    def _refuse_unread(self) -> None:
+        """Record the files of labels that could not be read. Those of layers that are not computed now stay."""
+        for name, files in self.labels.unread.items() if self.labels else ():
+            folder = quarantine_of(name)
+            found = dict.fromkeys(f"labels.{name}: {file} {why}" for file, why in files.items())
+            if any(layer.labels == name and layer.name not in self.layers for layer in self.all_layers.values()):
+                rows = self.store.quarantined(folder, self.shard.name) if folder in self.shard.quarantined else ()
+                found |= dict.fromkeys(str(row["detail"]) for row in rows)
+            for detail in found:
+                self.refusals.add(folder, Refusal(None, Reason.LABELS_UNREAD, detail))
+
     def _commit(self, writers: Mapping[str, LayerWriter]) -> dict[str, str]:
         """Write the quarantine, then each layer after those it needs, so that a committed layer is complete.
 
@@ -308,9 +327,13 @@ class ShardProcess:
         ChangedSource before anything is written.
         """
         state = self._source_state()
+        if self.refusals.shard_reason is None:
+            self._set_replaced_aside()
+            self._refuse_unread()
         with self.watch.stage(WRITING, "quarantine"):
             self.refusals.write(self.store, self.shard.name, self.redact.cut)
-            for layer in {*self.shard.quarantined} & self.layers.keys() - self.refusals.layers:
+            own = self.layers.keys() | {quarantine_of(name) for name in (self.labels.unread if self.labels else ())}
+            for layer in {*self.shard.quarantined} & own - self.refusals.layers:
                 self.store.forget_quarantine(layer, self.shard.name)
         if self.refusals.shard_reason is not None:
             return {}

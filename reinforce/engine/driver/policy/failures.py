@@ -49,10 +49,11 @@ from reinforce.engine.driver.policy.decisions import (
 from reinforce.engine.driver.policy.faults import Faults
 from reinforce.engine.driver.policy.hangs import Hang
 from reinforce.engine.driver.policy.memory import MemoryDeaths
-from reinforce.engine.driver.policy.outages import Outages, pause_seconds
+from reinforce.engine.driver.policy.outages import Outages
 from reinforce.engine.messages.results import LayerFailure, LoadFailure, ShardFailure, StorageFailure, WorkerId
 from reinforce.engine.messages.task import PendingShard
 from reinforce.errors import RayEnded, TooManyQuarantined, UserError
+from reinforce.processes.pauses import pause_seconds
 from schemas import Reason
 
 MAX_WORKER_FAILURES = 3  # leases in a row

@@ -21,10 +21,10 @@ from reinforce.engine.driver.policy.decisions import (
 )
 from reinforce.engine.driver.policy.failures import NODE_VERDICT_SECONDS, Drains, FailurePolicy, error_text
 from reinforce.engine.driver.policy.hangs import Hang
-from reinforce.engine.driver.policy.outages import pause_seconds
 from reinforce.engine.messages.results import LayerFailure, LoadFailure, ShardFailure, WorkerId
 from reinforce.engine.messages.task import PendingShard
 from reinforce.errors import StorageError, TooManyQuarantined, UserError
+from reinforce.processes.pauses import pause_seconds
 from schemas import Reason
 
 LAYERS = {

@@ -1,0 +1,147 @@
+"""Labels in an object store that refuses, loses or cuts their files: waited for, named, and asked for again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import s3fs
+
+import reinforce
+from reinforce.config import parse_config
+from reinforce.dataset.status import read_status
+from reinforce.engine.plan.plan import make_plan
+from reinforce.engine.preflight.check_source import check_source
+from reinforce.engine.record.summary import RunSummary
+from reinforce.errors import StorageError
+from tests.helpers.data import tree
+from tests.helpers.s3_proxy import Proxy, Request, refuse, run_first
+from tests.labels.test_taking import RED, taking, write_copy, write_labels
+
+LABELS = "s3://bucket/labels"
+MISSING = refuse(404, "NoSuchKey")
+
+
+@pytest.fixture(scope="module")
+def folder(s3: s3fs.S3FileSystem, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a copy of labelled images. The labels are in the store."""
+    path = tmp_path_factory.mktemp("labels")
+    s3.put(f"{write_labels(path)}/", f"{LABELS}/", recursive=True)
+    write_copy(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> dict[str, bytes]:
+    """The files of an undisturbed run."""
+    return files_of(folder, "whole", reinforced(folder, "whole"))
+
+
+def reinforced(folder: Path, output: str, **options: Any) -> RunSummary:
+    from tests.helpers.local_ray import local_ray
+
+    failures = {"outage_seconds": 5.0, "allowed_share": 0.0}
+    config = {**taking(folder, LABELS, teachers={"red": RED}), "failures": failures, "output": f"{folder}/{output}"}
+    with local_ray():
+        return reinforce.run(config, **options)
+
+
+def files_of(folder: Path, output: str, summary: RunSummary) -> dict[str, bytes]:
+    assert summary.status == 0, summary.message
+    return tree(folder / output)
+
+
+def reads(part: str) -> Callable[[Request], bool]:
+    """Whether a request reads a file of the labels."""
+    return lambda request: request.key.startswith("bucket/labels/") and part in request.key
+
+
+def has_begun(output: Path) -> bool:
+    """Whether a worker has started, before which a plan reads the labels of some samples."""
+    return (output / "dataset.json").exists()
+
+
+@pytest.mark.parametrize("part", ["dataset.json", "index.json", "shards.parquet", "/uid/", "labels/samples/"])
+def test_a_refusal_of_labels_while_planning_is_an_error_of_the_storage(
+    folder: Path, s3_proxy: Proxy, part: str
+) -> None:
+    with (
+        s3_proxy.inject(refuse(403, "AccessDenied", "not for you"), reads(part)) as affected,
+        pytest.raises(StorageError, match=r"bucket/labels.* cannot be read: PermissionError: .*; check the storage"),
+    ):
+        check_source(make_plan(parse_config(taking(folder, LABELS))))
+    assert affected
+
+
+@pytest.mark.parametrize(
+    ("part", "times"), [("/uid/", 3), ("index.json", 1), ("labels/samples/", 2), ("embeddings/red/images/", 1)]
+)
+def test_a_file_of_labels_that_is_missing_for_a_moment_changes_nothing(
+    folder: Path, s3_proxy: Proxy, whole: dict[str, bytes], part: str, times: int
+) -> None:
+    output = part.strip("/").replace("/", "-")
+    with s3_proxy.inject(MISSING, lambda r: reads(part)(r) and has_begun(folder / output), times) as affected:
+        assert files_of(folder, output, reinforced(folder, output)) == whole
+    assert affected
+
+
+@pytest.mark.parametrize(
+    ("fault", "part"),
+    [
+        ("missing", "labels/samples/"),
+        ("cut", "embeddings/red/images/"),
+        pytest.param("missing", "captions/", marks=pytest.mark.slow),
+        pytest.param("cut", "labels/samples/", marks=pytest.mark.slow),
+        pytest.param("missing", "embeddings/red/caption", marks=pytest.mark.slow),
+    ],
+)
+def test_what_stays_missing_is_named_and_read_when_this_is_asked_for(
+    folder: Path, s3: s3fs.S3FileSystem, s3_proxy: Proxy, whole: dict[str, bytes], fault: str, part: str
+) -> None:
+    """One file of labels disappears, or is cut, when the run has begun to read it."""
+    output = f"{fault}-{part.strip('/').replace('/', '-')}"
+    lost = sorted(s3.find(f"{LABELS}/{part.removeprefix('labels/')}"))[0]
+    content = s3.cat_file(lost)
+
+    def lose() -> None:
+        s3.rm_file(lost) if fault == "missing" else s3.pipe_file(lost, content[: len(content) // 2])
+
+    try:
+        with s3_proxy.inject(run_first(lose), lambda r: r.key == lost and has_begun(folder / output), 1):
+            summary = reinforced(folder, output)
+        name = lost.removeprefix("bucket/labels/")
+        assert (summary.status, summary.refused["labels_unread"] > 0) == (1, True)
+        assert name in summary.examples["labels_unread"]
+        assert "--retry-quarantined" in summary.text("out")
+        again = reinforced(folder, output)
+        assert (again.run, again.status) == (None, 1), "nothing else is missing"
+        assert "--retry-quarantined" in again.message
+        assert (
+            name in read_status(f"{folder}/{output}")["quarantine"]["labels/lab"]["examples"]["labels_unread (shard)"]
+        )
+        still = reinforced(folder, output, retry_quarantined=True)
+        assert (still.status, still.refused) == (1, summary.refused)
+    finally:
+        s3.pipe_file(lost, content)
+    assert files_of(folder, output, reinforced(folder, output, retry_quarantined=True)) == whole
+    assert reinforced(folder, output, retry_quarantined=True).run is None
+
+
+def test_a_lost_partition_of_the_index_costs_shards_and_no_labels(
+    folder: Path, s3: s3fs.S3FileSystem, s3_proxy: Proxy, whole: dict[str, bytes]
+) -> None:
+    """Without it, samples would be joined by what is weaker, or not at all."""
+    [lost] = s3.glob(f"{LABELS}/identities/*/uid/00000.parquet")
+    content = s3.cat_file(lost)
+    try:
+        with s3_proxy.inject(
+            run_first(lambda: s3.rm_file(lost)), lambda r: r.key == lost and has_begun(folder / "index"), 1
+        ):
+            summary = reinforced(folder, "index")
+    finally:
+        s3.pipe_file(lost, content)
+    assert summary.status == 1
+    assert "uid/00000.parquet does not exist any more" in summary.examples["shard_failed"]
+    assert files_of(folder, "index", reinforced(folder, "index", retry_quarantined=True)) == whole
