@@ -124,8 +124,9 @@ class Matcher:
         if len(found) <= MAX_CANDIDATES or kind in PROOFS:
             return found[:MAX_CANDIDATES]
         agreeing = min((self._keys[one] for one in identity.items() if one in self._keys), key=len)
-        both = [key for key in agreeing if self._identities[key].get(kind) == identity[kind]]
-        return both if both and len(agreeing) <= MAX_CANDIDATES else None
+        if len(agreeing) > MAX_CANDIDATES:
+            return None
+        return [key for key in agreeing if self._identities[key].get(kind) == identity[kind]] or None
 
     def _counted(self, name: str, key: str | None, text: str) -> tuple[str | None, str]:
         self.counts[name] += 1

@@ -146,7 +146,7 @@ class Joining:
         for other in KINDS if many else ():
             known = self._entries(other, many) if other != kind else {}
             for number in many:
-                both = np.intersect1d(found[number], known.get(number, _NO_ROWS), assume_unique=True)
+                both = _common(found[number], known.get(number, _NO_ROWS))
                 found[number] = both if len(both) else found[number]
         return {
             number: None if len(rows) > MAX_CANDIDATES and kind not in PROOFS else _rows(rows[:MAX_CANDIDATES])
@@ -158,14 +158,15 @@ class Joining:
         stating = [number for number in numbers if kind in self._own[number]]
         if kind not in self._index.kinds or not stating:
             return {}
-        texts = [self._own[number][kind] for number in stating]
+        texts = [*dict.fromkeys(self._own[number][kind] for number in stating)]  # one that many state is looked up once
         hashes = np.array([int(text, 16) if kind == DIGEST else hash_text(text) for text in texts], np.uint64)
         found = self._index.lookup(kind, hashes)
         codes = (found.shards.astype(np.int64) << _ROW_BITS) | found.rows
         order = np.argsort(found.places, kind="stable")
         places, starts = np.unique(found.places[order], return_index=True)
         parts = np.split(codes[order], starts[1:])
-        return {stating[place]: np.unique(part) for place, part in zip(places.tolist(), parts, strict=False)}
+        rows = {texts[place]: np.unique(part) for place, part in zip(places.tolist(), parts, strict=False)}
+        return {number: rows[text] for number in stating if (text := self._own[number][kind]) in rows}
 
     # -- rows
 
@@ -203,6 +204,12 @@ class Joining:
         if not fitting:
             return Why(OTHER_IMAGE, differing) if differing else None
         return choose(own, fitting) or Why(AMBIGUOUS, why_ambiguous(kind))
+
+
+def _common(one: npt.NDArray[np.int64], other: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """What two sorted arrays have in common."""
+    few, many = sorted((one, other), key=len)
+    return few[np.take(many, np.searchsorted(many, few), mode="clip") == few]
 
 
 def _rows(codes: npt.NDArray[np.int64]) -> list[RowOf]:
