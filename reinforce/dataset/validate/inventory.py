@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 import schemas
 from reinforce.dataset.drop import layers_with_folders
@@ -35,6 +36,10 @@ class Inventory:
         """The listings of the layers."""
         return {name: self.every[name] for name in self.manifest["layers"]}
 
+    def shards(self) -> pa.StringArray:
+        """The shards that have samples, or had some by the index."""
+        return Listing.union([self.every[SAMPLES], self.indexes[SAMPLES].listing()])
+
     def orphans(self) -> set[tuple[str | None, str | None]]:
         """The layer and the shard of each file that belongs to nothing."""
         return {(one.layer, one.shard) for one in self.findings if one.kind == "orphan"}
@@ -44,24 +49,26 @@ def take_inventory(store: Store) -> Inventory:
     """Read dataset.json and the indexes, list the layers, and check them. Raises UserError if there is no dataset.
 
     A run may write meanwhile. So everything is listed again before a file is reported as missing or as one that belongs
-    to nothing; the latter is reported if it is found both times, because layers are listed side by side.
+    to nothing, and only what both listings show is reported: a run commits the layers of a shard one after the other,
+    and they are listed side by side.
     """
     first = _take_inventory(store)
     if not any(one.kind in ("missing", "orphan") for one in first.findings):
         return first
-    again, known = _take_inventory(store), first.orphans()
+    again, known = _take_inventory(store, first.shards()), first.orphans()
     findings = [one for one in again.findings if one.kind != "orphan" or (one.layer, one.shard) in known]
     return replace(again, findings=findings)
 
 
-def _take_inventory(store: Store) -> Inventory:
+def _take_inventory(store: Store, seen: pa.StringArray | None = None) -> Inventory:
+    """The inventory; of the shards that are missing in a layer, only those that were ``seen`` before."""
     manifest = read_manifest(store)
     entries = manifest["layers"]
     # Before the listing: a run adds a file to an index after it has committed it.
     indexes = {name: read_index(store, name, entry["fingerprint"]) for name, entry in entries.items()}
     every = store.listings([*entries, *(f"quarantine/{name}" for name in entries)])
     found = Inventory(manifest, every, indexes, ())
-    findings = [*check_recipes(manifest), *check_missing(store, found.listings, indexes, every, entries)]
+    findings = [*check_recipes(manifest), *check_missing(store, found, seen)]
     return replace(found, findings=[*findings, *check_orphans(store, found.listings)])
 
 
@@ -100,24 +107,21 @@ def _wrong_fingerprints(manifest: Mapping[str, Any]) -> Iterator[Finding]:
             )
 
 
-def check_missing(
-    store: Store,
-    listings: Mapping[str, Listing],
-    indexes: Mapping[str, LayerIndex],
-    quarantine: Mapping[str, Listing],
-    entries: Mapping[str, Mapping[str, Any]],
-) -> Iterator[Finding]:
+def check_missing(store: Store, inventory: Inventory, seen: pa.StringArray | None = None) -> Iterator[Finding]:
     """Files that runs have committed, by the indexes, and that are gone, and those that are not computed yet.
 
     A shard that is quarantined in a layer lacks this layer and those that are computed from it. Of the listed
-    ``quarantine``, the files without a file of the layer are read. ``entries`` are those of the layers in dataset.json.
+    quarantine, the files without a file of the layer are read. With ``seen``, other shards are not looked at.
     """
+    listings, entries = inventory.listings, inventory.manifest["layers"]
     damaged: DamagedFiles = {}
-    refused = store.lone_quarantine(listings, damaged, quarantine)
+    refused = store.lone_quarantine(listings, damaged, inventory.every)
     for layer, shard in sorted(damaged):
         yield quarantine_finding(store, layer, shard, damaged[layer, shard])
-    committed = {name: index.listing() for name, index in indexes.items()}
-    every = Listing.union([listings[SAMPLES], committed[SAMPLES]])
+    committed = {name: index.listing() for name, index in inventory.indexes.items()}
+    every = inventory.shards()
+    if seen is not None:
+        every = every.filter(pc.is_in(every, value_set=seen))
     if all(listing.has(every).all() for listing in listings.values()):
         return
     for layer, listing in listings.items():

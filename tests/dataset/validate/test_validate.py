@@ -37,30 +37,32 @@ def test_a_sound_dataset_is_valid_and_not_written_to(made: Path, capsys: pytest.
     assert tree(made, layers_only=False) == before
 
 
-def test_a_shard_that_a_run_commits_between_two_listings_is_not_reported(
+def test_shards_that_a_run_commits_between_two_listings_are_not_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = Path(small_dataset(tmp_path, (5, 4)))
+    out = Path(small_dataset(tmp_path, (5, 4, 3)))
     whole = tree(out, layers_only=False)
-    second = {name: data for name, data in whole.items() if "/00001-" in name}
-    for name in (*second, *(name for name in whole if name.startswith("index/"))):
+    later = [{name: data for name, data in whole.items() if f"/0000{number}-" in name} for number in (1, 2)]
+    indexes = [name for name in whole if name.startswith("index/")]
+    for name in (*later[0], *later[1], *indexes):
         (out / name).unlink()
     listings, calls = Store.listings, []
 
     def list_beside_a_run(store: Store, layers: Iterable[str], known: Listing | None = None) -> dict[str, Listing]:
+        """The last layers are listed first; then the run commits a shard, and then its index."""
         names = [*layers]
-        samples = listings(store, names[:1], known)
         calls.append(names)
-        if len(calls) == 1:
-            for name in (*second, *(name for name in whole if name.startswith("index/"))):
+        found = listings(store, names[2:], known)
+        if len(calls) <= len(later):
+            for name in (*later[len(calls) - 1], *indexes):
                 (out / name).write_bytes(whole[name])
-        return samples | listings(store, names[1:], known)
+        return found | listings(store, names[:2], known)
 
     monkeypatch.setattr(Store, "listings", list_beside_a_run)
     found = validate(str(out))
-    assert (found.valid, found.errors, found.shards) == (True, [], 2)
-    (out / next(name for name in second if name.startswith("samples/"))).unlink()
-    (out / next(name for name in second if name.startswith("captions/"))).unlink()
+    assert (found.valid, found.errors, found.shards) == (True, [], 3)
+    for layer in ("samples", "captions"):
+        (out / next(name for name in later[0] if name.startswith(layer))).unlink()
     found = validate(str(out))
     assert {one.kind for one in found.findings} == {"missing", "orphan"}, "what stays so is reported"
 
