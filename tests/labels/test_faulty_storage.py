@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,19 @@ import s3fs
 
 import reinforce
 from reinforce.config import parse_config
+from reinforce.dataset.files.store import LayerWriter, Store
 from reinforce.dataset.status import read_status
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.preflight.check_source import check_source
 from reinforce.engine.record.summary import RunSummary
-from reinforce.errors import StorageError
+from reinforce.errors import StorageError, UserError
 from tests.helpers.data import tree
 from tests.helpers.s3_proxy import Proxy, Request, refuse, run_first
 from tests.labels.test_taking import RED, taking, write_copy, write_labels
 
 LABELS = "s3://bucket/labels"
 MISSING = refuse(404, "NoSuchKey")
+NOTHING: Mapping[str, Any] = {}
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +42,12 @@ def whole(folder: Path) -> dict[str, bytes]:
     return files_of(folder, "whole", reinforced(folder, "whole"))
 
 
-def reinforced(folder: Path, output: str, **options: Any) -> RunSummary:
+def reinforced(folder: Path, output: str, changes: Mapping[str, Any] = NOTHING, **options: Any) -> RunSummary:
     from tests.helpers.local_ray import local_ray
 
     failures = {"outage_seconds": 5.0, "allowed_share": 0.0}
-    config = {**taking(folder, LABELS, teachers={"red": RED}), "failures": failures, "output": f"{folder}/{output}"}
+    own = {"failures": failures, "output": f"{folder}/{output}", **changes}
+    config = {**taking(folder, LABELS, teachers={"red": RED}), **own}
     with local_ray():
         return reinforce.run(config, **options)
 
@@ -51,6 +55,19 @@ def reinforced(folder: Path, output: str, **options: Any) -> RunSummary:
 def files_of(folder: Path, output: str, summary: RunSummary) -> dict[str, bytes]:
     assert summary.status == 0, summary.message
     return tree(folder / output)
+
+
+@contextmanager
+def losing(s3: s3fs.S3FileSystem, s3_proxy: Proxy, output: Path, part: str) -> Iterator[str]:
+    """While the block runs, a file of the labels is missing as soon as a run has begun to read it."""
+    lost = sorted(s3.find(f"{LABELS}/{part}"))[0]
+    content = s3.cat_file(lost)
+    try:
+        remove = run_first(lambda: s3.rm_file(lost))
+        with s3_proxy.inject(remove, lambda r: r.key == lost and has_begun(output), 1):
+            yield lost
+    finally:
+        s3.pipe_file(lost, content)
 
 
 def reads(part: str) -> Callable[[Request], bool]:
@@ -133,15 +150,55 @@ def test_a_lost_partition_of_the_index_costs_shards_and_no_labels(
     folder: Path, s3: s3fs.S3FileSystem, s3_proxy: Proxy, whole: dict[str, bytes]
 ) -> None:
     """Without it, samples would be joined by what is weaker, or not at all."""
-    [lost] = s3.glob(f"{LABELS}/identities/*/uid/00000.parquet")
-    content = s3.cat_file(lost)
-    try:
-        with s3_proxy.inject(
-            run_first(lambda: s3.rm_file(lost)), lambda r: r.key == lost and has_begun(folder / "index"), 1
-        ):
-            summary = reinforced(folder, "index")
-    finally:
-        s3.pipe_file(lost, content)
+    index = Store(LABELS).read_json("identities", "index.json")
+    assert index is not None
+    with losing(s3, s3_proxy, folder / "index", f"identities/{index['fingerprint']}/uid"):
+        summary = reinforced(folder, "index")
     assert summary.status == 1
     assert "uid/00000.parquet does not exist any more" in summary.examples["shard_failed"]
     assert files_of(folder, "index", reinforced(folder, "index", retry_quarantined=True)) == whole
+
+
+TEACHER = {"class": "tests.helpers.models:ColorTeacher", "options": {"size": 24, "dim": 4, "seed": 3}}
+OTHER = {"teachers": {"own": TEACHER}}
+CAPTIONS = {"labels": {"lab": {"url": LABELS, "layers": ["captions/namer"]}}, "teachers": {"own": TEACHER}}
+
+
+@pytest.mark.parametrize("second", [OTHER, pytest.param(CAPTIONS, marks=pytest.mark.slow)], ids=["crops", "captions"])
+def test_layers_of_other_configs_that_depend_on_the_labels_are_computed_again(
+    folder: Path, s3: s3fs.S3FileSystem, s3_proxy: Proxy, second: dict[str, Any]
+) -> None:
+    """A second config has computed vectors on the crops and captions before the labels are read again."""
+    first = {key: value for key, value in second.items() if key == "labels"} | {"teachers": {}}
+    name = "crops" if second is OTHER else "captions"
+    for output in (f"{name}-whole", f"{name}-lost"):
+        reading = "samples/" if second is OTHER else "captions/namer/"
+        with losing(s3, s3_proxy, folder / f"{name}-lost", reading) if "lost" in output else nullcontext():
+            reinforced(folder, output, first)
+        reinforced(folder, output, second)
+    assert tree(folder / f"{name}-lost") != tree(folder / f"{name}-whole")
+    assert reinforced(folder, f"{name}-lost", first, retry_quarantined=True).status == 0
+    assert reinforced(folder, f"{name}-lost", second).status == 0
+    assert tree(folder / f"{name}-lost") == tree(folder / f"{name}-whole")
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_while_it_replaces_files_leaves_none_of_other_samples(
+    folder: Path, s3: s3fs.S3FileSystem, s3_proxy: Proxy, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with losing(s3, s3_proxy, folder / "killed", "samples/"):
+        reinforced(folder, "killed")
+    with monkeypatch.context() as patch:
+        patch.setattr(LayerWriter, "commit", lambda *_: raise_killed())
+        with pytest.raises(UserError, match="killed"):
+            reinforced(folder, "killed", retry_quarantined=True)
+    kept = tree(folder / "killed")
+    shards = {name.rpartition("/")[2] for name in whole if name.startswith("samples/")}
+    gone = {shard for shard in shards if f"samples/{shard}" not in kept}
+    assert gone
+    assert not [name for name in kept if name.rpartition("/")[2] in gone and not name.startswith("quarantine/")]
+    assert files_of(folder, "killed", reinforced(folder, "killed", retry_quarantined=True)) == whole
+
+
+def raise_killed() -> None:
+    raise UserError("killed")
