@@ -7,7 +7,6 @@ import json
 import random
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -31,7 +30,7 @@ from tests.labels.test_taking import by_number, same_values, sample, smaller, ta
 COUNT, UIDS = 40, 17
 
 
-def write(folder: Path, images: bool = False, uids: int = UIDS, **export: Any) -> str:
+def write(folder: Path, images: bool = False, uids: int = UIDS) -> str:
     """Labels of 40 images in two shards, or a dataset with its ``images``, with ``uids`` distinct uids."""
     for shard in range(2):
         numbers = range(shard * 20, shard * 20 + 20)
@@ -41,7 +40,7 @@ def write(folder: Path, images: bool = False, uids: int = UIDS, **export: Any) -
     if images:
         build_index(dataset, use_ray=False)
         return dataset
-    return export_labels(dataset, f"{folder}/labels", use_ray=False, **export).output
+    return export_labels(dataset, f"{folder}/labels", use_ray=False).output
 
 
 def take(folder: Path, url: str, again: bool = False, uids: int = UIDS) -> tuple[dict[int, reinforce.Sample], Counter]:
