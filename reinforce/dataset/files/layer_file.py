@@ -240,8 +240,8 @@ class LayerFile:
         total = 0
         for leaf in leaves:
             name, values = _column(leaf), leaf.num_values
-            nested = name not in _TENSORS and "." in leaf.path_in_schema
-            if not rows <= values <= (MAX_VALUES if nested else MAX_BYTES):
+            most = MAX_BYTES if name in _TENSORS else MAX_VALUES
+            if not rows <= values <= (most if "." in leaf.path_in_schema else rows):
                 raise RefusedFile(f"column {name} has {values:,} values in {rows:,} rows")
             total += self._decoded_bytes(leaf, values)
             if name in self._shapes:
@@ -267,7 +267,11 @@ class LayerFile:
                 if name not in self._shapes:
                     raise RefusedFile(f"its schema has no shape of column {name}")
                 index = table.column_names.index(name)
-                table = table.set_column(index, name, vectors.from_lists(table[name], self._shapes[name]))
+                try:
+                    tensors = vectors.from_lists(table[name], self._shapes[name])
+                except ValueError as error:
+                    raise RefusedFile(f"column {name}: {error}") from error
+                table = table.set_column(index, name, tensors)
         return table.replace_schema_metadata(None)
 
 

@@ -34,6 +34,7 @@ from reinforce.errors import StorageError, UserError
 from reinforce.source.urls import expand
 from schemas import Reason
 from tests.helpers.s3_proxy import Handler, Proxy, Request, Response, listening_on, refuse, s3_environment
+from tests.hostile import parquet
 
 LAYER = Layer("captions/c", KINDS["captions"], "f00d", needs=("samples",), model="c", count=1)
 
@@ -156,6 +157,15 @@ def test_a_flipped_bit_in_a_footer_of_int8_vectors_is_refused_or_changes_no_valu
         pq.write_table(written.drop_columns([lacking]), path)
         with pytest.raises(RefusedFile, match=message), store.open_layer("embeddings/t/images", "s") as file:
             file.read(["key", "embeddings"])
+
+
+def test_a_row_group_with_fewer_rows_in_the_footer_than_values_is_refused(tmp_path: Path) -> None:
+    keys = parquet.Column([("key", parquet.REQUIRED)], [parquet.Page(parquet.text(b"a") + parquet.text(b"b"), 2)])
+    (tmp_path / "captions/c").mkdir(parents=True)
+    for rows, outcome in ((2, contextlib.nullcontext()), (1, pytest.raises(RefusedFile, match="2 values in 1 rows"))):
+        (tmp_path / "captions/c/s.parquet").write_bytes(parquet.File([keys], rows).encoded())
+        with outcome, Store(str(tmp_path)).open_layer("captions/c", "s") as file:
+            assert file.read(["key"])["key"].to_pylist() == ["a", "b"]
 
 
 def test_quarantine_rows_are_read_back_and_a_file_of_a_newer_schema_is_an_error(tmp_path: Path) -> None:
