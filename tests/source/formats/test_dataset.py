@@ -21,7 +21,7 @@ from reinforce.errors import UserError
 from tests.helpers.data import config_of, members_of, picture, write_tar
 from tests.helpers.reinforced import reinforce_here
 from tests.helpers.tables import outcomes, read_table
-from tests.helpers.views import make_view
+from tests.helpers.views import as_version_1, make_view
 
 TEACHERS = {"red": config_of("", "")["teachers"]["red"]}
 
@@ -122,10 +122,16 @@ def test_a_view_of_another_source_or_of_other_rows_is_one_error(viewed: Path) ->
     [path] = (viewed / "embed" / "views" / "some").glob("rows-*/*")
     table = pq.read_table(path)
     pq.write_table(table.slice(1), path)
-    store = Store(reinforce_here(values))
-    [row] = store.quarantined("samples", next(iter(store.shards("quarantine/samples"))))
-    assert row["reason"] == "shard_unreadable"
-    assert "is of other samples; make it again" in str(row["detail"])
+
+    def refused(output: str) -> str:
+        store = Store(reinforce_here({**values, "output": f"{viewed}/{output}"}))
+        [row] = store.quarantined("samples", next(iter(store.shards("quarantine/samples"))))
+        assert row["reason"] == "shard_unreadable"
+        return str(row["detail"])
+
+    assert "does not have the digest that the view states" in refused("out")
+    as_version_1(viewed / "embed")
+    assert "is of other samples; make it again" in refused("again")
 
 
 def test_references_are_read_only_from_folders_that_are_named(first: Path, tmp_path: Path) -> None:
