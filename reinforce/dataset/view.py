@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import re
 from array import array
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,12 +19,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 import schemas
 from reinforce.dataset.files.content import find_content, states_of
 from reinforce.dataset.files.key_hashes import digest_keys
 from reinforce.dataset.files.layer_file import LayerFile, RefusedFile
+from reinforce.dataset.files.listing import SHARD_NAME
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import compute_fingerprint
 from reinforce.errors import StorageError, UserError
@@ -340,7 +343,15 @@ def read_view(store: Store, name: str) -> View:
         raise UserError(f"{path} was written by a newer version of this program. Upgrade to read it.")
     try:
         fingerprint, version = description["fingerprint"], description["version"]
-        table = _read_shards(store, name, version, fingerprint, description.get("shards"))
+        if not re.fullmatch(r"[0-9a-f]{16}", fingerprint):
+            raise ValueError("its fingerprint is none")
+        try:
+            table = _read_shards(store, name, version, fingerprint, description.get("shards"))
+        except FileNotFoundError as error:
+            now = store.read_json(FOLDER, name, _DESCRIPTION)
+            if now is not None and now.get("fingerprint") != fingerprint:  # a selection has replaced it meanwhile
+                return read_view(store, name)
+            raise UserError(f"{path} has no file of shards any more. Make the view again.") from error
         columns = {column: table[column].to_pylist() for column in ("shard", "rows", "kept")}
         view = View(
             name,
@@ -368,7 +379,7 @@ def _view_files(columns: Mapping[str, Sequence[str]], table: pa.Table) -> ViewFi
 
 
 def _read_shards(store: Store, name: str, version: int, fingerprint: str, digest: str | None) -> pa.Table:
-    """Read how many rows of each shard a view keeps, from the file that has the ``digest``."""
+    """Read how many rows of each shard a view keeps, from the file with the ``digest``. Raises FileNotFoundError."""
     parts = (FOLDER, name, _SHARDS) if version == 1 else shards_path(name, fingerprint)
     path, schema = store.path(*parts), schemas.view_shards_schema()
     try:
@@ -376,11 +387,13 @@ def _read_shards(store: Store, name: str, version: int, fingerprint: str, digest
         if version > 1 and digest != f"{digest_of(content):016x}":
             raise UserError(f"{path} does not have the digest that {_DESCRIPTION} states. Make the view again.")
         table = pq.read_table(pa.BufferReader(content), page_checksum_verification=True)
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing. Make the view again.") from error
+    except FileNotFoundError:
+        raise
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} cannot be read ({error}). Make the view again.") from error
     fields = [*schema][: 3 if version == 1 else None]
     if [(field.name, field.type) for field in table.schema] != [(field.name, field.type) for field in fields]:
         raise UserError(f"{path} has other columns than a view. Make the view again.")
+    if not pc.all(pc.match_substring_regex(table["shard"], f"^{SHARD_NAME.pattern}$"), min_count=0).as_py():
+        raise UserError(f"{path} names shards that are none. Make the view again.")
     return table

@@ -6,6 +6,7 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -204,6 +205,25 @@ def test_a_file_that_changes_during_a_selection_is_an_error(url: str, monkeypatc
     assert kept(url) == earlier
     assert not [*Path(url, "views/some").glob("parts-*")]
     assert len([*Path(url, "views/some").glob("rows-*")]) == 1
+
+
+def test_a_reader_between_the_description_and_its_shards_reads_the_new_view(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_view(url, {"sample": 7})
+    read_shards, made = views._read_shards, []
+
+    def replaced(*args: Any) -> pa.Table:
+        if not made:
+            made.append(True)
+            make_view(url, {"sample": 5})
+        return read_shards(*args)
+
+    monkeypatch.setattr(views, "_read_shards", replaced)
+    assert len(views.read_view(Store(url), "some")) == 5
+    next(Path(url, "views/some").glob("shards-*")).unlink()
+    with pytest.raises(UserError, match=r"view\.json has no file of shards any more\. Make the view again"):
+        views.read_view(Store(url), "some")
 
 
 def test_views_that_an_earlier_version_has_written_are_read(url: str) -> None:
