@@ -20,7 +20,7 @@ from reinforce.dataset.view import read_view, view_fingerprint, write_view
 from reinforce.errors import UserError
 from reinforce.inspection.report import inspect
 from reinforce.selection import limited
-from reinforce.selection.expressions import check, connect, evaluate, numbers
+from reinforce.selection.expressions import Expression, check, connect, evaluate, numbers
 from reinforce.selection.limited import LimitedExpressions, LimitError
 from tests.helpers.reinforced import small_dataset
 from tests.helpers.views import make_view
@@ -28,6 +28,8 @@ from tests.helpers.views import make_view
 #: Expressions that need any memory or time.
 MEMORY = ["length(repeat(key, 500000000))", "len(range(2000000000 + width))", "length(rpad(key, 2000000000, 'x'))"]
 TIME = ["levenshtein(repeat(key, 30000), repeat(key, 30001)) + width"]
+
+COLUMNS = (("key",), ("width",))
 
 
 @pytest.fixture(scope="module")
@@ -63,19 +65,18 @@ def test_values_are_those_of_a_selection_and_wrong_expressions_are_errors_of_the
 def test_an_expression_above_the_limits_is_an_error_in_bounded_time(
     url: str, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(limited, "SECONDS", 4.0)
+    monkeypatch.setattr(limited, "SECONDS", 2.0)
     with LimitedExpressions(manifest_of(url)) as expressions:
-        found = expressions.check("width", "")
         begin = time.monotonic()
         with pytest.raises(UserError, match=r"needs more than|Out of Memory|[Mm]emory|[Aa]llocat"):
-            expressions.values(replace(found, text=text, columns=(("key",), ("width",))), tables_of(url))
-        assert time.monotonic() - begin < 10
+            expressions.values(Expression(text, COLUMNS), tables_of(url))
+        assert time.monotonic() - begin < 60, "most of it starts the process"
 
 
 def test_further_expressions_do_not_start_it_again_and_again(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limited, "SECONDS", 2.0)
     with LimitedExpressions(manifest_of(url)) as expressions:
-        found = replace(expressions.check("width", ""), text=TIME[0], columns=(("key",), ("width",)))
+        found = Expression(TIME[0], COLUMNS)
         for message in ("needs more than 2 s", "other expressions of the view have reached the limits"):
             with pytest.raises(LimitError, match=message):
                 expressions.values(found, tables_of(url))
@@ -84,7 +85,7 @@ def test_further_expressions_do_not_start_it_again_and_again(url: str, monkeypat
 def test_a_report_on_a_hostile_view_names_the_rule_and_shows_its_samples(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(limited, "SECONDS", 3.0)
+    monkeypatch.setattr(limited, "SECONDS", 1.5)
     store = Store(url)
     make_view(url, {"keep": {"top": 0.5, "by": "width + key::INT"}})
     view = read_view(store, "some")
