@@ -140,6 +140,7 @@ def test_what_stays_missing_is_named_and_read_when_this_is_asked_for(
         )
         still = reinforced(folder, output, retry_quarantined=True)
         assert (still.status, still.refused) == (1, summary.refused)
+        assert not (folder / output / "set-aside").exists(), "nothing has changed"
     finally:
         s3.pipe_file(lost, content)
     assert files_of(folder, output, reinforced(folder, output, retry_quarantined=True)) == whole

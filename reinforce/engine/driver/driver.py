@@ -51,6 +51,7 @@ from reinforce.engine.record.progress import Progress
 from reinforce.engine.record.summary import WORKER_LOST, Ending, RunSummary, ending_of, summarize
 from reinforce.errors import StorageError, UserError
 from reinforce.processes.signals import stop_requests
+from reinforce.terminal import plural
 from schemas import Reason
 
 #: Reasons of retries, in metrics.
@@ -296,8 +297,9 @@ class Driver:
             self.records.add(result.record)
         if result.source_note:
             self.state.log(f"{result.shard}: {result.source_note}")
-        if result.refused.get(Reason.LABELS_UNREAD.value):
-            self.state.log(f"{result.shard}: {result.examples[Reason.LABELS_UNREAD.value]}; its rows are null")
+        if count := result.refused.get(Reason.LABELS_UNREAD.value):
+            more = f" (and {plural(count - 1, 'more file')})" if count > 1 else ""
+            self.state.log(f"{result.shard}: {result.examples[Reason.LABELS_UNREAD.value]}{more}; its rows are null")
             self.policy.quarantined.add(result.shard)
         if result.quarantine_reason:
             detail = result.examples.get(result.quarantine_reason, "")

@@ -16,7 +16,7 @@ class PendingShard:
 
     ``stored`` are layers that exist although samples are missing, also of other configs, and ``recorded`` is the state
     of the source file when its samples were written before, if a run has recorded it. ``quarantined`` are layers that
-    may have a quarantine file of an earlier attempt. ``replaced`` are layers whose files are set aside before new ones
+    may have a quarantine file of an earlier attempt. ``replaced`` are layers whose files are set aside before others
     are committed, each before those that it was computed from.
     """
 

@@ -303,22 +303,26 @@ class ShardProcess:
             except FileNotFoundError as error:
                 raise RefusedFile("it does not exist") from error
 
-    def _set_replaced_aside(self) -> None:
-        """Set aside the files that new ones replace, samples last: a killed run leaves no layer of other samples."""
-        for layer in self.shard.replaced:
-            with contextlib.suppress(FileNotFoundError):
-                set_aside(self.store, layer, self.shard.name)
-
     def _refuse_unread(self) -> None:
-        """Record the files of labels that could not be read. Those of layers that are not computed now stay."""
+        """Record the files of labels that could not be read; those of layers that are not computed now stay.
+
+        Where they are not those of the files that are replaced, sets these aside, samples last: a killed run leaves no
+        layer of other samples.
+        """
+        changed = False
         for name, files in self.labels.unread.items() if self.labels else ():
             folder = quarantine_of(name)
-            found = dict.fromkeys(f"labels.{name}: {file} {why}" for file, why in files.items())
+            known = folder in self.shard.quarantined
+            before = {str(row["detail"]) for row in self.store.quarantined(folder, self.shard.name)} if known else set()
+            found = {self.redact(f"labels.{name}: {file} {why}")[:2000] for file, why in files.items()}
+            changed |= found != before
             if any(layer.labels == name and layer.name not in self.layers for layer in self.all_layers.values()):
-                rows = self.store.quarantined(folder, self.shard.name) if folder in self.shard.quarantined else ()
-                found |= dict.fromkeys(str(row["detail"]) for row in rows)
-            for detail in found:
+                found |= before
+            for detail in sorted(found):
                 self.refusals.add(folder, Refusal(None, Reason.LABELS_UNREAD, detail))
+        for layer in self.shard.replaced if changed else ():
+            with contextlib.suppress(FileNotFoundError):
+                set_aside(self.store, layer, self.shard.name)
 
     def _commit(self, writers: Mapping[str, LayerWriter]) -> dict[str, str]:
         """Write the quarantine, then each layer after those it needs, so that a committed layer is complete.
@@ -328,7 +332,6 @@ class ShardProcess:
         """
         state = self._source_state()
         if self.refusals.shard_reason is None:
-            self._set_replaced_aside()
             self._refuse_unread()
         with self.watch.stage(WRITING, "quarantine"):
             self.refusals.write(self.store, self.shard.name, self.redact.cut)
