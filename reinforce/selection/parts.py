@@ -84,8 +84,10 @@ class Parts:
         def read(number: int) -> None:
             first, last = (int(place) for place in ranges[number])
             if last > first:
-                path = self.store.path(*self._path(stage, number, ".records"))
-                content = read_range(self.store.fs, path, first * dtype.itemsize, last * dtype.itemsize)
+                name = self._path(stage, number, ".records")
+                with self.store.storage_errors("read", *name):
+                    start, end = first * dtype.itemsize, last * dtype.itemsize
+                    content = read_range(self.store.fs, self.store.path(*name), start, end)
                 found[ends[number] - (last - first) : ends[number]] = np.frombuffer(content, dtype)
 
         with ThreadPoolExecutor(1 if self.store.local else _READ_AT_ONCE) as pool:

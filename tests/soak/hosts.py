@@ -21,6 +21,7 @@ RAY_PORT = 6379
 STORE_PORT = 9000
 _TOOLS = ("ip", "tc", "unshare", "nsenter", "mount")
 _START_SECONDS = 240
+_RESTART_SECONDS = 10
 _DISK_BYTES = 256 * 2**20  # of /tmp
 #: ``ray start`` without the agent for dashboards.
 _RAY_START = (
@@ -232,6 +233,7 @@ class RayHosts:
         self.environment = {**environment, "RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0"}
         self.environment |= {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         self.raylets: dict[str, Process] = {}
+        self._restarted = 0.0
 
     def start(self) -> None:
         self.start_store()
@@ -266,17 +268,24 @@ class RayHosts:
             host.reset()
         self.wait_for_nodes(2 + len(self.workers))
 
+    def restart_ended(self) -> None:
+        """Start Ray again on workers where it has ended, at most every ten seconds, as systemd would."""
+        if time.monotonic() - self._restarted < _RESTART_SECONDS:
+            return
+        self._restarted = time.monotonic()
+        for host in self.workers:
+            if self.raylets[host.name].poll() is not None:
+                self.start_ray(host, 1, f"--address={self.address}")
+
     def wait_for_nodes(self, nodes: int) -> None:
-        """Wait until so many nodes have joined; starts Ray again on workers that Ray has taken for lost."""
+        """Wait until so many nodes have joined."""
         code = (
             f"import ray; ray.init(address='{self.address}', log_to_driver=False); "
             "print('alive', sum(node['Alive'] for node in ray.nodes()))"
         )
         deadline, out = time.monotonic() + _START_SECONDS, self.net.folder / "probe.log"
         while True:
-            for host in self.workers:
-                if self.raylets[host.name].poll() is not None:
-                    self.start_ray(host, 1, f"--address={self.address}")
+            self.restart_ended()
             out.unlink(missing_ok=True)
             self.driver.start([sys.executable, "-c", code], out, self.environment).wait(_START_SECONDS)
             if f"alive {nodes}" in out.read_text():
