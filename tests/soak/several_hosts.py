@@ -26,6 +26,7 @@ from tests.helpers.evaluation import write_colour_shard
 from tests.helpers.reinforced import small_dataset
 from tests.helpers.s3_proxy import s3_environment
 from tests.helpers.students import student_folder
+from tests.helpers.tiny_models import open_clip_model
 from tests.soak.hosts import Host, Process, RayHosts, network, why_impossible
 
 SHARDS = 24
@@ -98,7 +99,7 @@ class Bench:
 
     def __init__(self, cluster: RayHosts, folder: Path) -> None:
         self.cluster, self.folder = cluster, folder
-        self.model = student_folder(folder / "student")
+        self.model, self.whole_model = student_folder(folder / "student"), open_clip_model(folder / "model")
         self.whole: dict[str, dict[str, str]] = {}
         source = folder / "source"
         for shard in range(SHARDS):
@@ -123,7 +124,7 @@ class Bench:
             sets = ["--zero-shot", "colours=s3://bucket/colours/0.tar", "--label", "cls", "--classes"]
             classes = self.folder / "classes.txt"
             classes.write_text("\n".join("abcdef"))
-            return ["evaluate", self.model, *sets, str(classes), "--json", f"{self.folder}/{output}.json"]
+            return ["evaluate", self.whole_model, *sets, str(classes), "--json", f"{self.folder}/{output}.json"]
         config = getattr(self, f"_{work.name}")(f"s3://bucket/{output}")
         path = self.folder / f"{output}.yaml"
         path.write_text(yaml.safe_dump(config))
