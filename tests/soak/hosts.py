@@ -269,13 +269,13 @@ class RayHosts:
         self.wait_for_nodes(2 + len(self.workers))
 
     def restart_ended(self) -> None:
-        """Start Ray again on workers where it has ended, at most every ten seconds, as systemd would."""
+        """Start Ray again on hosts where it has ended, at most every ten seconds, as systemd would."""
         if time.monotonic() - self._restarted < _RESTART_SECONDS:
             return
         self._restarted = time.monotonic()
-        for host in self.workers:
+        for host in (self.driver, *self.workers):
             if self.raylets[host.name].poll() is not None:
-                self.start_ray(host, 1, f"--address={self.address}")
+                self.start_ray(host, int(host is not self.driver), f"--address={self.address}")
 
     def wait_for_nodes(self, nodes: int) -> None:
         """Wait until so many nodes have joined."""
