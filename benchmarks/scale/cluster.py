@@ -219,9 +219,11 @@ class SimulatedRay:
 
 @contextlib.contextmanager
 def simulated(cluster: Cluster, layers: Sequence[str]) -> Iterator[SimulatedRay]:
-    """Replace Ray by a simulated cluster."""
+    """Replace Ray by a simulated cluster, whose workers write no files that could be listed at the end."""
+    from reinforce.engine.driver.driver import Driver
+
     ray = SimulatedRay(cluster, layers)
-    with in_place_of_ray(ray):
+    with in_place_of_ray(ray), mock.patch.object(Driver, "_check_written"):
         yield ray
 
 
