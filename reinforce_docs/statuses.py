@@ -32,6 +32,8 @@ VARIABLES = {
     "RANK": "set by torchrun: number of the rank; only rank 0 prints results",
     "LOCAL_RANK": "set by torchrun: number of the rank on its node, which selects its GPU",
     "WORLD_SIZE": "set by torchrun: number of ranks; has precedence over `train.compute.ranks`",
+    "MASTER_ADDR": "set by torchrun: address of rank 0; a loopback address is replaced by that of its host",
+    "NCCL_CONF_FILE": "settings of NCCL; if it names a network interface, this project chooses none",
     "LOCAL_WORLD_SIZE": "set by torchrun: number of ranks on the node, which share its cores",
 }
 #: Variables that are set for Ray and for child processes, and mean nothing to users.
@@ -45,6 +47,7 @@ STATUSES = {
     1: "of `run`: more shards are quarantined than allowed, or Ray or a storage failed; of `validate`: something was "
     "found; of any command: an error that nobody has foreseen, in one line (`--debug` shows its traceback)",
     2: "an error that the user can fix: the config, the source or the environment; one message",
+    3: "of `evaluate --suite`: the sets that are there were evaluated, and others are missing (`--allow-missing`)",
     130: "stopped by Ctrl-C (SIGINT), of `run` also by SIGTERM while it works; the same command resumes",
     143: "stopped by SIGTERM, of trainings after a checkpoint, of `run` before or after its work; the same command "
     "resumes",

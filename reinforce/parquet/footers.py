@@ -7,7 +7,7 @@ registered them, and types of some libraries unpickle their values.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -134,6 +134,22 @@ class FooterCheck:
         except (pa.ArrowException, OSError, ValueError) as error:
             if not nothing.was_read:
                 raise RefusedFile(f"its footer cannot be used: {str(error)[:300]}") from error
+
+
+def check_codecs(footer: pq.FileMetaData, number: int, leaves: Iterable[str]) -> None:
+    """Raise RefusedFile if Arrow does not know how one of these leaf columns of a row group is compressed.
+
+    Reading an unknown compression from the footer in Python would end the process. With a buffer, Arrow looks at it
+    when it opens a column, before it reads.
+    """
+    for leaf in leaves:
+        nothing = _NoFile()
+        file = pq.ParquetFile(pa.PythonFile(nothing, mode="r"), metadata=footer, buffer_size=1, pre_buffer=False)
+        try:
+            next(file.iter_batches(1, row_groups=[number], columns=[leaf], use_threads=False), None)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            if not nothing.was_read:
+                raise RefusedFile(f"column {leaf[:100]} cannot be read: {str(error)[:300]}") from error
 
 
 def check_together(footers: Sequence[tuple[pq.FileMetaData, Sequence[str], bytes]]) -> None:

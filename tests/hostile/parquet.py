@@ -10,7 +10,7 @@ import pyarrow as pa
 I32, I64, BINARY, LIST, STRUCT = 5, 6, 8, 9, 12  # types of Thrift's compact protocol
 BYTE_ARRAY, FLOAT, INT32 = 6, 4, 1  # physical types of Parquet
 PLAIN, RLE, DELTA_LENGTH_BYTE_ARRAY, DELTA_BYTE_ARRAY, RLE_DICTIONARY = 0, 3, 6, 7, 8
-CODECS = {"uncompressed": 0, "zstd": 6}
+CODECS = {"uncompressed": 0, "zstd": 6, "unknown": 99}
 REQUIRED, OPTIONAL, REPEATED = range(3)
 
 

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from reinforce.config import Input, Limits
 from reinforce.parquet.checked_file import CheckedFile
-from reinforce.parquet.footers import FooterCheck, RefusedFile
+from reinforce.parquet.footers import FooterCheck, RefusedFile, check_codecs
 from reinforce.parquet.pages import BadPage
 from reinforce.source.formats.base import Part, Shard, SourceFormat
 from reinforce.source.formats.columns import Columns, NoColumn, RowReader, find_columns, joined_rows
@@ -94,6 +94,7 @@ class ParquetFile:
         group = self.footer.row_group(number)
         leaves = {i: group.column(i) for i in range(group.num_columns)}
         leaves = {i: leaf for i, leaf in leaves.items() if _is_read(leaf.path_in_schema, names)}
+        check_codecs(self.footer, number, (leaf.path_in_schema for leaf in leaves.values()))
         size = self._file.check(group, leaves, self.footer.schema)
         batches = parquet.iter_batches(size, row_groups=[number], columns=[*names], use_threads=False)
         while True:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
+import subprocess
+import sys
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from reinforce.source.formats import parquet
 from reinforce.source.samples import RawSample, Refusal
 from tests.helpers.data import picture
 from tests.helpers.tables import IMG2DATASET, outcomes, read_lazily, read_table, write_columns, write_huggingface
+from tests.hostile.parquet import REQUIRED, Column, File, Page, text
 
 IMAGES = [picture(number) for number in range(4)]
 
@@ -119,6 +122,32 @@ def test_a_damaged_row_group_costs_its_rows_only(tmp_path: Path) -> None:
     path.write_bytes(data[:-100])
     [refusal] = read_table(path)
     assert refusal.detail == "a Parquet file that cannot be used: it is not a Parquet file, or it is cut off"  # type: ignore[union-attr]
+
+
+_READ = """
+import sys
+from reinforce.config import Input
+from reinforce.source.formats.base import Shard
+from reinforce.source.reading import read_samples
+for path in sys.argv[1:]:
+    print([item.detail for item in read_samples(Shard(path, "s", "parquet"), Input())])
+"""
+
+
+@pytest.mark.parametrize("unknown", ["image", "key"])
+def test_an_unknown_compression_in_a_footer_is_damage_and_does_not_end_the_process(
+    unknown: str, tmp_path: Path
+) -> None:
+    values = {"image": IMAGES[0], "key": b"a"}
+    columns = [
+        Column([(name, REQUIRED)], [Page(text(value), 1)], codec="unknown" if name == unknown else "uncompressed")
+        for name, value in values.items()
+    ]
+    path = tmp_path / "x.parquet"
+    path.write_bytes(File(columns, 1).encoded())
+    command = [sys.executable, "-c", _READ, str(path)]
+    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert f"row group 0, from row 0 on: column {unknown} cannot be read: Unsupported compression" in out
 
 
 def test_files_without_rows_have_no_samples_and_texts_in_columns_of_paths_are_paths(tmp_path: Path) -> None:
