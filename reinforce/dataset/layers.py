@@ -155,6 +155,10 @@ class PublishedValues(Protocol):
     def text_vectors(self, layer: Layer) -> npt.NDArray[np.float32]: ...
 
 
+#: The columns of the kinds of layers that there are, by which their files are checked.
+STORED_COLUMNS: set[str] = set()
+
+
 @dataclass(frozen=True)
 class LayerKind(ABC):
     """All that is stored and shown of layers of one kind. ``kinds.registry`` has an object of each kind.
@@ -183,6 +187,9 @@ class LayerKind(ABC):
     crops: ClassVar[bool] = False
     views: ClassVar[bool] = False
     vectors: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        STORED_COLUMNS.update(cls.columns)
 
     # -- what is computed
 

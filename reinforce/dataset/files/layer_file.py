@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 
 import schemas
 from reinforce.dataset import vectors
+from reinforce.dataset.layers import STORED_COLUMNS
 from reinforce.parquet.footers import FooterCheck, RefusedFile, span
 from reinforce.parquet.pages import DICTIONARY, BadPage, Bytes, Page, longest_entry, read_pages
 from reinforce.parquet.window import WindowFile
@@ -302,7 +303,7 @@ def _is_newer(footer: pq.FileMetaData) -> bool:
 def _check_columns(found: pa.Schema, newer: bool) -> None:
     """Raise RefusedFile unless columns belong to one of ``schemas``, int8 vectors with their scales.
 
-    Of a ``newer`` version only the types are checked.
+    Of a ``newer`` version, and of kinds of layers with columns that ``schemas`` lacks, only the types are checked.
     """
     shapes = {field.name: _shape_of(field.type) for field in found}
     if "scores" in shapes and pa.types.is_struct(found.field("scores").type):
@@ -312,7 +313,7 @@ def _check_columns(found: pa.Schema, newer: bool) -> None:
     for name, shape in known.items():
         if not any(layout.get(name) == shape for layout in _LAYOUTS):
             raise RefusedFile(f"column {name} has type {str(found.field(name).type)[:200]}")
-    if newer:
+    if newer or (unknown and unknown <= STORED_COLUMNS):
         return
     fitting = [layout for layout in _LAYOUTS if known.items() <= layout.items()]
     if not fitting:
