@@ -6,22 +6,19 @@ such as Debian's 127.0.1.1, which no other host reaches. NCCL takes the first in
 
 from __future__ import annotations
 
-import ctypes
-import fcntl
 import ipaddress
 import os
 import re
 import socket
-import struct
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import psutil
 
 #: Variables that choose an interface, with the prefix by which NCCL takes a name as a whole.
 _VARIABLES = {"GLOO_SOCKET_IFNAME": "", "NCCL_SOCKET_IFNAME": "="}
 _NCCL_FILES = ("/etc/nccl.conf", "~/.nccl.conf")
 _OUTSIDE = ("198.51.100.1", 9)  # of a range for documentation; no packet is sent there
-_SIOCGIFCONF, _NAME_BYTES = 0x8912, 16
 
 
 def use_interface_of(address: str | None) -> None:
@@ -63,33 +60,14 @@ def own_address(master: str, addresses: Sequence[tuple[str, str]]) -> str | None
 
 
 def interface_addresses() -> list[tuple[str, str]]:
-    """(interface, address) of this host, IPv4 before IPv6; empty on systems other than Linux."""
-    if sys.platform != "linux":
-        return []
-    return [*_ipv4_addresses(), *_ipv6_addresses()]
-
-
-def _ipv4_addresses() -> list[tuple[str, str]]:
-    buffer = ctypes.create_string_buffer(64 * 1024)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        request = struct.pack("iP", len(buffer), ctypes.addressof(buffer))
-        filled = struct.unpack("iP", fcntl.ioctl(probe.fileno(), _SIOCGIFCONF, request))[0]
-    size = _NAME_BYTES + (24 if ctypes.sizeof(ctypes.c_void_p) == 8 else 16)  # of a struct ifreq
-    found = []
-    for start in range(0, filled, size):
-        entry = buffer.raw[start : start + size]
-        address = socket.inet_ntoa(entry[_NAME_BYTES + 4 : _NAME_BYTES + 8])
-        found.append((entry[:_NAME_BYTES].split(b"\0")[0].decode(), address))
-    return found
-
-
-def _ipv6_addresses() -> list[tuple[str, str]]:
-    try:
-        lines = Path("/proc/net/if_inet6").read_text().splitlines()
-    except OSError:
-        return []
-    fields = [line.split() for line in lines]
-    return [(field[-1], str(ipaddress.IPv6Address(bytes.fromhex(field[0])))) for field in fields]
+    """(interface, address) of this host, IPv4 before IPv6."""
+    found = [(name, one) for name, addresses in psutil.net_if_addrs().items() for one in addresses]
+    return [
+        (name, one.address.partition("%")[0])
+        for family in (socket.AF_INET, socket.AF_INET6)
+        for name, one in found
+        if one.family == family
+    ]
 
 
 def _source_address(target: tuple[str, int]) -> str | None:
