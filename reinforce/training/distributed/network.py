@@ -61,12 +61,12 @@ def own_address(master: str, addresses: Sequence[tuple[str, str]]) -> str | None
 
 def interface_addresses() -> list[tuple[str, str]]:
     """(interface, address) of this host, IPv4 before IPv6."""
-    found = [(name, one) for name, addresses in psutil.net_if_addrs().items() for one in addresses]
     return [
-        (name, one.address.partition("%")[0])
-        for family in (socket.AF_INET, socket.AF_INET6)
-        for name, one in found
-        if one.family == family
+        (name, address.partition("%")[0])
+        for version in (socket.AF_INET, socket.AF_INET6)
+        for name, found in psutil.net_if_addrs().items()
+        for family, address, *_ in found
+        if family == version
     ]
 
 
