@@ -47,7 +47,7 @@ class WorkerLifecycle:
             self._pool.remove(slot)
             return None
         except RayError as error:
-            self._events.add("worker_failed_to_start", error=str(error)[:500])
+            self._events.add("worker_failed_to_start", error=shorten(self._state.redact.cut(str(error)), 500))
             running, possible = len(self._pool.started), self._pool.count_placeable()
             self._policy.load_died(str(error), is_node_lost(error), running, possible)
             self._pool.discard(slot)
@@ -84,7 +84,7 @@ class WorkerLifecycle:
         """Record that the process of a worker has died, or that its node cannot be reached."""
         # A process that died is reported as dead at once. An unreachable one may be on a node that is being lost.
         dead, memory = not isinstance(error, ActorUnavailableError), isinstance(error, OutOfMemoryError)
-        worker, reason = self._end(slot), str(error).strip().splitlines()[0][:300]
+        worker, reason = self._end(slot), self._state.redact.cut(str(error)).strip().splitlines()[0][:300]
         if memory:
             worker = replace(worker, neighbours=self._pool.count_on_node(worker.id.node))
         self._policy.worker_died(worker, reason, time.monotonic(), dead, memory)
