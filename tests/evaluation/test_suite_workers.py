@@ -17,6 +17,7 @@ import pytest
 from reinforce.errors import UserError
 from reinforce.evaluation.suite.files import SetFiles
 from reinforce.evaluation.suite.models import Outcome
+from reinforce.evaluation.suite.results import SuiteReport
 from reinforce.evaluation.suite.workers import Job, Worker, WorkerLost, count_workers, schedule
 from tests.helpers import tiny_models
 from tests.helpers.commands import Command
@@ -46,6 +47,13 @@ class Workers:
             return self.threads.submit(self.evaluate, number, job)
 
         return work
+
+
+def test_results_are_reported_in_the_order_of_the_sets_whichever_ends_first() -> None:
+    sets = [find_set(key) for key in KEYS[:3]]
+    lines = {one.key: {"key": one.key, "metrics": {"main_metric": 0.5}, "notes": []} for one in reversed(sets)}
+    report = SuiteReport("datacomp", 38, sets, {"model": lines}).as_json()
+    assert [line["key"] for line in report["models"]["model"]["results"]] == KEYS[:3]
 
 
 def test_the_largest_sets_begin_first_and_workers_run_side_by_side() -> None:

@@ -1,7 +1,8 @@
 """Faults of a network and of hosts, one at a time: ``python -m tests.soak.several_hosts`` (a part of ``make soak``).
 
-A run, a training, a selection and an evaluation, each on a Ray cluster whose head, driver, object store and two workers
-are hosts of their own (`hosts.py`). Each must end with the bytes of an undisturbed one, or with one line of error.
+A run, a training, a selection and a suite of evaluation sets, each on a Ray cluster whose head, driver, object store
+and two workers are separate hosts (`hosts.py`). Each must end with the bytes of an undisturbed one, or with one line of
+error.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 import yaml
 
 from tests.helpers.data import config_of, members_of, write_tar
-from tests.helpers.evaluation import write_colour_shard
+from tests.helpers.evaluation import colour_samples, write_classification
 from tests.helpers.reinforced import small_dataset
 from tests.helpers.s3_proxy import s3_environment
 from tests.helpers.students import student_folder
@@ -30,6 +31,7 @@ from tests.helpers.tiny_models import open_clip_model
 from tests.soak.hosts import Host, Process, RayHosts, network, why_impossible
 
 SHARDS = 24
+SETS = ["mnist", "stl10", "cifar10", "vtab/svhn"]
 _STORE = "10.77.0.3"  # the third host of a cluster
 _LIMIT_SECONDS = 1800  # of a case; at 200 ms, a step of two ranks takes four seconds
 _FILL_BYTES = 2**20
@@ -45,14 +47,13 @@ class Work:
     name: str
     files: str
     started: str = ""
-    remote: bool = True  # whether workers take part; else only the driver's host reads the store
 
 
 WORKS = [
     Work("run", r"^(?!runs/|index/|dataset\.json).*\.parquet$", rf"\b[1-9]\d* of {SHARDS} shards"),
     Work("train", r"^student/.*\.safetensors$", r"step \d+ of"),
     Work("select", r"^views/.*\.parquet$"),
-    Work("evaluate", r"scores\.json$", remote=False),
+    Work("evaluate", r"scores\.json$"),
 ]
 
 
@@ -104,9 +105,10 @@ class Bench:
         source = folder / "source"
         for shard in range(SHARDS):
             write_tar(source / f"{shard:02d}.tar", members_of(shard, 8))
-        write_colour_shard(folder / "colours" / "0.tar")
+        for key in SETS:
+            write_classification(folder / "sets", key, colour_samples())
         self.dataset = small_dataset(folder / "made")
-        for prefix, path in {"source": source, "dataset": self.dataset, "colours": folder / "colours"}.items():
+        for prefix, path in {"source": source, "dataset": self.dataset, "sets": folder / "sets"}.items():
             self.objects("put", str(path), prefix)
 
     def objects(self, *arguments: str) -> str:
@@ -121,10 +123,9 @@ class Bench:
     def command(self, work: Work, output: str) -> list[str]:
         """The words of a command that writes below ``output``."""
         if work.name == "evaluate":
-            sets = ["--zero-shot", "colours=s3://bucket/colours/0.tar", "--label", "cls", "--classes"]
-            classes = self.folder / "classes.txt"
-            classes.write_text("\n".join("abcdef"))
-            return ["evaluate", self.whole_model, *sets, str(classes), "--json", f"{self.folder}/{output}.json"]
+            sets = ["--suite", "datacomp", "--data", "s3://bucket/sets", "--sets", ",".join(SETS), "--workers", "2"]
+            results = ["--out", f"{self.folder}/{output}", "--json", f"{self.folder}/{output}.json"]
+            return ["evaluate", self.whole_model, *sets, *results, "--device", "cpu"]
         config = getattr(self, f"_{work.name}")(f"s3://bucket/{output}")
         path = self.folder / f"{output}.yaml"
         path.write_text(yaml.safe_dump(config))
@@ -173,7 +174,7 @@ class Bench:
     def _finish(self, started: tuple[Process, Path], work: Work, fault: Fault | None) -> tuple[int | None, str]:
         """Wait for the end, with a fault -> the exit status, None if it does not end, and what was printed."""
         (process, log), deadline = started, time.monotonic() + _LIMIT_SECONDS
-        host = self.cluster.workers[-1] if work.remote else self.cluster.driver
+        host = self.cluster.workers[-1]
         undone = None
         try:
             while process.poll() is None and time.monotonic() < deadline:

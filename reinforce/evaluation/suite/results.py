@@ -180,9 +180,10 @@ class SuiteReport:
         return list(lines)
 
     def as_json(self) -> dict[str, Any]:
-        """Lines by model, their mean, and the sets without a result."""
+        """Lines by model in the order of the sets, their mean, and the sets without a result."""
         models = {
-            model: {"mean": self.mean(model), "results": list(lines.values())} for model, lines in self.results.items()
+            model: {"mean": self.mean(model), "results": [lines[one.key] for one in self.sets if one.key in lines]}
+            for model, lines in self.results.items()
         }
         published = {one.key: self.published[one.key] for one in self.sets if one.key in self.published}
         compared = {"name": self.compared, "main_metrics": published} if self.compared else None
