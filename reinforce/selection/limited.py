@@ -1,7 +1,7 @@
 """Expressions of a view that somebody else has made, computed with limits of time and memory.
 
 A view states its rules as SQL, and a short expression can ask for any memory and time, some of it while it is parsed.
-So a process of its own parses and computes it, and is killed above the limits. Messages are a line of JSON and bytes.
+So a separate process parses and computes it, and is killed above the limits. Messages are a line of JSON and bytes.
 """
 
 from __future__ import annotations

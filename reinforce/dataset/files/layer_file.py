@@ -307,7 +307,7 @@ def _check_columns(found: pa.Schema, newer: bool) -> None:
     """
     shapes = {field.name: _shape_of(field.type) for field in found}
     if "scores" in shapes and pa.types.is_struct(found.field("scores").type):
-        shapes["scores"] = _shape_of(pa.struct([]))  # each layer has scores of its own
+        shapes["scores"] = _shape_of(pa.struct([]))  # the scores differ by layer
     unknown = {name for name in shapes if not any(name in layout for layout in _LAYOUTS)}
     known = {name: shape for name, shape in shapes.items() if name not in unknown}
     for name, shape in known.items():
