@@ -98,6 +98,18 @@ def test_the_set_of_a_worker_that_died_is_done_again_and_named_where_it_dies_twi
         list(schedule(JOBS, Workers(refuse).start, 2))
 
 
+def test_the_sets_of_a_lost_node_are_done_by_the_workers_that_are_left() -> None:
+    def evaluate(number: int, job: Job) -> Outcome:
+        if number == 1:
+            raise WorkerLost("The actor died because its node has died.", with_node=True)
+        return outcome_of(job)
+
+    workers = Workers(evaluate)
+    found = {job.one.key: outcome for job, outcome in schedule(JOBS, workers.start, 2)}
+    assert found == {job.one.key: outcome_of(job) for job in JOBS}
+    assert workers.started == 2, "a worker that no node can hold would wait without end"
+
+
 def test_one_accelerator_and_cpus_need_no_ray_unless_workers_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)

@@ -82,7 +82,11 @@ def run_job(job: Job, models: Callable[[], Models], progress: Callable[[int], No
 
 
 class WorkerLost(Exception):
-    """A worker died while it evaluated a set."""
+    """A worker died while it evaluated a set; ``with_node`` if its node was lost, which has no place for another."""
+
+    def __init__(self, text: str, with_node: bool = False) -> None:
+        super().__init__(text)
+        self.with_node = with_node
 
 
 def schedule(jobs: Sequence[Job], start: Callable[[], Worker], workers: int) -> Iterator[tuple[Job, Outcome | str]]:
@@ -104,7 +108,8 @@ def schedule(jobs: Sequence[Job], start: Callable[[], Worker], workers: int) -> 
             try:
                 outcome = future.result()
             except WorkerLost as error:
-                idle.append(start())
+                if not error.with_node or not (idle or running):
+                    idle.append(start())
                 lost[job.one.key] += 1
                 if lost[job.one.key] < _ATTEMPTS:
                     waiting.append(job)
@@ -183,9 +188,9 @@ class _SetWorker:
 
 def _translated(future: Future[Any]) -> Future[Any]:
     """Ray's future, with WorkerLost where the process died, and the error of a task without Ray's wrapper."""
-    from ray.exceptions import RayError, RayTaskError
+    from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
-    from reinforce.cluster import cause_of
+    from reinforce.cluster import cause_of, is_node_lost
 
     result: Future[Any] = Future()
 
@@ -196,7 +201,8 @@ def _translated(future: Future[Any]) -> Future[Any]:
         elif isinstance(error, RayTaskError):
             result.set_exception(cause_of(error))
         elif isinstance(error, RayError):
-            result.set_exception(WorkerLost(str(error).splitlines()[0]))
+            with_node = is_node_lost(error) or isinstance(error, ActorUnavailableError)
+            result.set_exception(WorkerLost(str(error).splitlines()[0], with_node))
         else:
             result.set_exception(error)
 
