@@ -177,7 +177,7 @@ def reinforce(source: str, output: str, backend: str = AUGMENTATION_BACKEND, pro
 
 def decode_in_memory(pipe: Connection, url: str, number: int, processes: int) -> None:
     """Decode and augment as many images as the parent requests, until it closes the pipe. They are in memory."""
-    [dataset] = open_datasets(Data.model_validate({"datasets": url}), 0, [])
+    [dataset] = open_datasets(Data.model_validate({"datasets": url}), 0, {})
     chunks = [Chunk(g, 0, int(dataset.groups[g, 2])) for g in range(number, len(dataset.groups), processes)]
     examples = itertools.cycle([row for chunk in chunks for row in dataset.load(chunk, 0).rows if row is not None])
 

@@ -16,7 +16,7 @@ from benchmarks.processes import cpu_of_all
 from reinforce.dataset.augment.backends import BACKENDS
 from reinforce.dataset.augment.device import augment
 from reinforce.dataset.augment.device_records import DEVICE_BACKEND
-from reinforce.student.distillation import IMAGE
+from reinforce.student.teachers import IMAGE
 from reinforce.student.train import build
 from reinforce.training.batches import Prefetcher
 

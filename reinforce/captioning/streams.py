@@ -44,9 +44,6 @@ class Reading(NamedTuple):
     prefetch: int
 
 
-_NO_VECTORS = np.empty(0, np.float32)
-
-
 @dataclass(frozen=True)
 class StreamedPairs:
     """The pairs of a source in groups; implements ``reinforce.student.data.reader.Streamed``."""
@@ -88,7 +85,7 @@ class StreamedPairs:
             else:
                 draw, text = epoch * len(captions) + which, captions[which]
             crop = partial(sample_augmentation, self._policy, self.reader.seed, item.key, draw)
-            examples.append(Example(self._file(chunk.group), item.key, item.image, crop, (text,), _NO_VECTORS))
+            examples.append(Example(self._file(chunk.group), item.key, item.image, crop, (text,), ()))
         missing = chunk.rows - len(examples)
         reasons = dict(refused) or {"fewer samples than were counted": missing}
         return Examples([*examples, *[None] * missing], reasons if missing else {})
@@ -127,7 +124,7 @@ class CaptionStreams(StreamFeed):
 
     def __init__(self, pairs: StreamedPairs, tokenize: Tokenize, end: int, pin: bool = False) -> None:
         data = pairs.reader.data
-        maker = PartMaker(pairs.size, 0, tokenize, replaces=True)
+        maker = PartMaker(pairs.size, (), tokenize, replaces=True)
         described = pairs.describe()
         super().__init__(
             Reading(data.window or 4096, data.streams, data.workers, data.prefetch or 4),

@@ -12,7 +12,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -155,6 +155,28 @@ class PublishedValues(Protocol):
     def text_vectors(self, layer: Layer) -> npt.NDArray[np.float32]: ...
 
 
+class TargetTensor(NamedTuple):
+    """A tensor that a training example takes from a layer: its name in a batch, NumPy dtype and shape.
+
+    With no name, it is named after what it is of: ``image``, ``caption`` or ``synthetic``.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class PickedValues(NamedTuple):
+    """One value of every row: arrays [rows, *shape] of each target tensor, arbitrary in unusable rows.
+
+    ``stored`` [rows] are not null, and ``usable`` [rows] can be trained on.
+    """
+
+    arrays: tuple[npt.NDArray[Any], ...]
+    stored: npt.NDArray[np.bool_]
+    usable: npt.NDArray[np.bool_]
+
+
 #: The columns of the kinds of layers that there are, by which their files are checked.
 STORED_COLUMNS: set[str] = set()
 
@@ -174,6 +196,8 @@ class LayerKind(ABC):
         required: keys of a layer's entry in dataset.json.
         crops, views: whether its models see the augmented images, or the image as a whole.
         vectors: whether its values are vectors of a model, whose dimension dataset.json states.
+        picks: which of a row's values a training example takes, that of its crop or of its text; None if none.
+        unusable: why a value that is not null cannot be trained on.
     """
 
     name: ClassVar[str]
@@ -187,6 +211,8 @@ class LayerKind(ABC):
     crops: ClassVar[bool] = False
     views: ClassVar[bool] = False
     vectors: ClassVar[bool] = False
+    picks: ClassVar[Literal["crop", "text"] | None] = None
+    unusable: ClassVar[str] = ""
 
     def __init_subclass__(cls) -> None:
         STORED_COLUMNS.update(cls.columns)
@@ -260,6 +286,16 @@ class LayerKind(ABC):
     def published_value(self, layer: Layer, values: PublishedValues) -> Any:
         """The value of a row in a published layer."""
         raise ValueError(f"{layer.name} cannot be published")
+
+    # -- targets of students
+
+    def target_tensors(self, entry: Mapping[str, Any]) -> tuple[TargetTensor, ...]:
+        """What a training example takes from a layer, by its entry in dataset.json."""
+        raise ValueError(f"layers of kind {self.name} are no targets")
+
+    def pick(self, table: pa.Table, index: npt.NDArray[np.intp]) -> PickedValues:
+        """Value ``index[row]`` of every row of a row group, with an array for each of ``target_tensors``."""
+        raise ValueError(f"layers of kind {self.name} are no targets")
 
     # -- for people
 

@@ -85,8 +85,10 @@ class Data(Section):
     limits: ReadLimits | None = Field(
         None, description="bounds on images, whatever a dataset records; default: those of `ReadLimits`"
     )
-    captions: Literal["both", "mixed"] = Field(
-        "both", description="`both`: a true and a synthetic caption per example; `mixed`: one of them, see `synthetic`"
+    captions: Literal["both", "mixed", "none"] = Field(
+        "both",
+        description="`both`: a true and a synthetic caption per example; `mixed`: one of them, see `synthetic`; "
+        "`none`: images alone",
     )
     synthetic: float = Field(0.5, ge=0, le=1, description="with `mixed`: share of examples with a synthetic caption")
     pick: Literal["random", "sequential", "epoch"] = Field(
@@ -240,6 +242,16 @@ class StudentConfig(Section):
             raise ValueError(
                 "data.backend: device-1 makes no images for teachers in the loop; with `loss.targets: online` leave it "
                 "out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _scales_need_texts(self) -> StudentConfig:
+        loss = self.loss
+        if self.data.captions == "none" and (loss.logit_scales or loss.learn_scales or loss.form != "softmax"):
+            raise ValueError(
+                "with data.captions: none there are no similarities of images with texts: remove logit_scales, "
+                "learn_scales and form under `loss`"
             )
         return self
 

@@ -1,4 +1,4 @@
-"""The student: an open_clip model, with heads that project its features to teachers' vectors during training."""
+"""The student: an open_clip model, with what its loss terms learn beside it during training."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from typing import Any
 
 import open_clip
 import torch
-from torch.nn.functional import normalize
 
 from reinforce.errors import UserError
 from reinforce.student.config import Quantize
 from reinforce.student.config import Student as StudentSpec
-from reinforce.student.distillation import CAPTION, IMAGE, IMAGES, SYNTHETIC, TEXTS, TeacherInfo
 from reinforce.student.loss import Form
 from reinforce.student.pointwise import avoid_faulty_convolutions
 from reinforce.student.quantize import can_quantize, freeze_batch_norms, quantize, round_in_eval
+from reinforce.student.teachers import CAPTION, IMAGE, SYNTHETIC
+from reinforce.student.terms.base import module_name, scale_name, unit
+from reinforce.student.terms.registry import Terms
 from reinforce.training.task import Batch, Encoded
 from teachers.open_clip import catalog
 from teachers.open_clip.building import write_open_clip
@@ -37,8 +38,7 @@ class Student(torch.nn.Module):
     """An open_clip model in training.
 
     ``clip`` is the model itself, ``config`` its ``model_cfg``, ``name`` its name in open_clip, ``pretrained`` whether
-    it started from weights. ``heads`` project its features to the vectors of the teachers in ``features``, with loss
-    ``features_weight`` x (1 - cosine). ``scales`` are teachers' logit scales, by name, that are learnt with it.
+    it started from weights. The loss ``terms`` learn ``heads`` and ``scales``, teachers' logit scales, beside it.
     """
 
     def __init__(
@@ -48,9 +48,7 @@ class Student(torch.nn.Module):
         config: Mapping[str, Any],
         image: ImageSpec,
         pretrained: bool,
-        features: Mapping[str, TeacherInfo] | None = None,
-        features_weight: float = 1.0,
-        scales: Mapping[str, float] | None = None,
+        terms: Terms | None = None,
     ) -> None:
         super().__init__()
         self.name = name
@@ -60,18 +58,14 @@ class Student(torch.nn.Module):
         self.pretrained = pretrained
         self.frozen: Sequence[str] = ()
         self.quantized: Quantize | None = None
-        self.features = dict(features or {})
-        self.features_weight = features_weight
-        self.heads = torch.nn.ModuleDict()
-        for teacher, info in self.features.items():
-            for side in sorted(info.sides):
-                self.heads[_head_name(teacher, side)] = torch.nn.Linear(config["embed_dim"], info.dim, bias=False)
+        self.terms = terms or Terms()
+        self.heads = torch.nn.ModuleDict(self.terms.heads(config["embed_dim"]))
         self.scales = torch.nn.ModuleDict(
-            {_module_name(teacher): _LearntScale(start) for teacher, start in (scales or {}).items()}
+            {module_name(teacher): _LearntScale(start) for teacher, start in self.terms.scales().items()}
         )
 
     def forward(self, batch: Batch) -> Encoded:
-        """Unit-norm float32 features [p, D] of ``image`` and of each kind of text, with feature losses and scalars.
+        """Unit-norm float32 features [p, D] of ``image`` and of each kind of text, with losses of rows and scalars.
 
         Raises UserError if the images [p, h, w, 3] do not have the student's size.
         """
@@ -81,14 +75,16 @@ class Student(torch.nn.Module):
         kinds = [kind for kind in (CAPTION, SYNTHETIC) if kind in batch]
         # trains a third faster with convolutions on CPUs
         pixels = to_pixels(batch["image"], self.image).contiguous(memory_format=torch.channels_last)
-        images = _unit(self.clip.encode_image(pixels))
-        texts = _unit(self.clip.encode_text(torch.cat([batch[kind] for kind in kinds])))  # all kinds in one pass
-        features = {IMAGE: images, **dict(zip(kinds, texts.chunk(len(kinds)), strict=True))}
+        features = {IMAGE: unit(self.clip.encode_image(pixels))}
+        if kinds:
+            texts = unit(self.clip.encode_text(torch.cat([batch[kind] for kind in kinds])))  # all kinds in one pass
+            features |= zip(kinds, texts.chunk(len(kinds)), strict=True)
         scalars = {"logit_scale": self.clip.logit_scale.exp().reshape(())}
         if self.clip.logit_bias is not None:
             scalars["logit_bias"] = self.clip.logit_bias.reshape(())
         scalars |= {scale_name(_teacher_name(module)): scale() for module, scale in self.scales.items()}
-        return Encoded(features, self._feature_losses(features, batch), scalars)
+        losses = self.terms.losses_of_rows(features, batch.get("targets", {}), self.heads)
+        return Encoded(features, losses, scalars)
 
     def quantize(self, kind: Quantize) -> None:
         """Train with rounded values from now on; see ``reinforce.student.quantize``."""
@@ -96,13 +92,17 @@ class Student(torch.nn.Module):
         self.quantized = kind
         self.train(self.training)
 
-    def freeze(self, towers: Sequence[str]) -> None:
-        """Let towers keep their weights and batch statistics. Raises UserError if they are random."""
+    def freeze(self, towers: Sequence[str], texts: bool = True) -> None:
+        """Let towers keep their weights and batch statistics. Raises UserError if they are random.
+
+        Without ``texts``, the text tower and the logit scale are not trained either, random or not.
+        """
         if towers and not self.pretrained:
             raise UserError(f"student.freeze: {self.name} starts from random weights; set student.pretrained")
         self.frozen = tuple(towers)
         for name, parameter in self.named_parameters():
-            if self.tower_of(name) in towers:
+            tower = self.tower_of(name)
+            if tower in towers or (not texts and tower != "image" and name.startswith("clip.")):
                 parameter.requires_grad_(False)
         self.train(self.training)
 
@@ -127,19 +127,6 @@ class Student(torch.nn.Module):
             freeze_batch_norms(self.clip)
         return self
 
-    def _feature_losses(self, features: Mapping[str, torch.Tensor], batch: Batch) -> dict[str, torch.Tensor]:
-        """``features/WHAT``: weight x mean of 1 - cos(head(feature), vector), over the teachers that have WHAT."""
-        losses: dict[str, torch.Tensor] = {}
-        for what, rows in features.items():
-            distances = []
-            for teacher, info in self.features.items():
-                if info.has(what):
-                    projected = _unit(self.heads[_head_name(teacher, IMAGES if what == IMAGE else TEXTS)](rows))
-                    distances.append(1 - (projected * batch["targets"][teacher][what]).sum(dim=-1).mean())
-            if distances:
-                losses[f"features/{what}"] = self.features_weight * torch.stack(distances).mean()
-        return losses
-
 
 class _LearntScale(torch.nn.Module):
     """A teacher's logit scale; the loop clamps parameters of this name and does not decay them."""
@@ -152,22 +139,18 @@ class _LearntScale(torch.nn.Module):
         return self.logit_scale.exp()
 
 
-def scale_name(teacher: str) -> str:
-    """Name of a teacher's learnt scale among the scalars of ``Encoded``."""
-    return f"logit_scale/{teacher}"
-
-
 def build_student(
     spec: StudentSpec,
     *,
     seed: int,
     form: Form = "softmax",
-    features: Mapping[str, TeacherInfo] | None = None,
-    features_weight: float = 1.0,
-    scales: Mapping[str, float] | None = None,
+    terms: Terms | None = None,
+    texts: bool = True,
     checkpointing: bool = False,
 ) -> Student:
     """Build the model of a config, float32 on the CPU, with pretrained weights or random ones seeded by ``seed``.
+
+    Without ``texts``, the text tower and the logit scale keep their values.
 
     A ``local-dir:`` model starts from the weights in its folder, if there are any. The logit bias of some models does
     not change a softmax and is frozen with it; with ``sigmoid``, a random model without a bias gets one. Raises
@@ -218,8 +201,8 @@ def build_student(
     if checkpointing:
         clip.set_grad_checkpointing()
     with _seeded(seed):
-        student = Student(name, clip.train(), config, image, pretrained, features, features_weight, scales)
-    student.freeze(spec.freeze or ())
+        student = Student(name, clip.train(), config, image, pretrained, terms)
+    student.freeze(spec.freeze or (), texts)
     return student
 
 
@@ -287,18 +270,6 @@ def _seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
-
-
-def _unit(vectors: torch.Tensor) -> torch.Tensor:
-    return normalize(vectors.float(), dim=-1)
-
-
-def _head_name(teacher: str, side: str) -> str:
-    return f"{_module_name(teacher)}/{side}"
-
-
-def _module_name(teacher: str) -> str:
-    return teacher.replace(".", ",")  # module names cannot have dots, and teacher names have no commas
 
 
 def _teacher_name(module: str) -> str:

@@ -11,7 +11,7 @@ import torch
 
 from reinforce.errors import UserError
 from reinforce.evaluation.encoding import encode_texts
-from reinforce.student.distillation import IMAGE, IMAGES, TEXTS, TeacherInfo
+from reinforce.student.teachers import IMAGE, IMAGES, TEXTS, TeacherInfo
 from reinforce.training.task import Batch
 from teachers.device import determinism
 from teachers.preprocessing.pixels import to_pixels
@@ -31,10 +31,10 @@ def load_teachers(specs: Mapping[str, TeacherSpec], device: str) -> dict[str, Te
         raise UserError(str(error)) from error
 
 
-def teacher_info(teacher: Teacher, spec: TeacherSpec) -> TeacherInfo:
-    """The description of a loaded teacher."""
+def teacher_info(teacher: Teacher, spec: TeacherSpec, texts: bool = True) -> TeacherInfo:
+    """The description of a loaded teacher, with its side of texts only if there are ``texts``."""
     sides = {IMAGES} if teacher.image is not None else set()
-    sides |= {TEXTS} if callable(getattr(teacher, "encode_texts", None)) else set()
+    sides |= {TEXTS} if texts and callable(getattr(teacher, "encode_texts", None)) else set()
     source = "config: loss.teachers" if spec.logit_scale is not None else "model"
     return TeacherInfo(teacher.dim, frozenset(sides), teacher.logit_scale, source)
 

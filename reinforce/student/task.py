@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
@@ -15,17 +14,10 @@ from reinforce.evaluation.evaluator import Evaluator
 from reinforce.processes.cores import available_cores
 from reinforce.student import online
 from reinforce.student.config import QUANTIZE_SHARE, StudentConfig
-from reinforce.student.distillation import (
-    CAPTION,
-    IMAGE,
-    SYNTHETIC,
-    DistillationPlan,
-    TeacherInfo,
-    plan_distillation,
-    stored_teachers,
-)
-from reinforce.student.loss import Objective, contrastive_losses, scale_losses
-from reinforce.student.model import Student, build_student, export, load_tokenizer, scale_name
+from reinforce.student.model import Student, build_student, export, load_tokenizer
+from reinforce.student.teachers import CAPTION, IMAGE, SYNTHETIC, TeacherInfo, stored_teachers
+from reinforce.student.terms.base import Models, Rows
+from reinforce.student.terms.registry import Terms, make_terms
 from reinforce.training.distributed import gather
 from reinforce.training.task import Batch, Encoded, Metrics
 from teachers.device.accelerator import Accelerator
@@ -41,27 +33,27 @@ class StudentTask:
     """
 
     def __init__(self, config: StudentConfig, device: str = "cpu") -> None:
-        loss = config.loss
+        loss, texts = config.loss, config.data.captions != "none"
         teachers: dict[str, Teacher] = {}
         known: dict[str, TeacherInfo] = {}
         if loss.lambda_ > 0 and loss.targets == "online":
             teachers = online.load_teachers(loss.teachers, device)
-            known = {name: online.teacher_info(teacher, loss.teachers[name]) for name, teacher in teachers.items()}
+            known = {
+                name: online.teacher_info(teacher, loss.teachers[name], texts) for name, teacher in teachers.items()
+            }
         elif loss.lambda_ > 0:
             known = stored_teachers(config, {s.url: read_manifest(Store(s.url)) for s in config.data.datasets})
-        self.plan: DistillationPlan = plan_distillation(loss, known)
+        self.terms: Terms = make_terms(loss, Models({"teachers": known}, texts))
         self.model: Student = build_student(
             config.student,
             seed=config.seed,
             form=loss.form,
-            features=self.plan.features,
-            features_weight=loss.lambda_ * loss.features_weight,
-            scales=self.plan.scales if loss.learn_scales else None,
+            terms=self.terms,
+            texts=texts,
             checkpointing=config.train.compute.gradient_checkpointing,
         )
         self.tokenizer = load_tokenizer(self.model)
-        self._online_teachers = {name: teachers[name] for name in self.plan.teachers if name in teachers}
-        self._objective = Objective(loss.lambda_, loss.form, self.plan.scales, loss.logit_biases)
+        self._online_teachers = {name: teachers[name] for name in self.terms.models["teachers"] if name in teachers}
         self._quantize = config.student.quantize
         self._quantize_share = config.student.quantize_share or QUANTIZE_SHARE
         self._precision = config.train.compute.precision
@@ -72,7 +64,7 @@ class StudentTask:
         threads = evaluation.threads or max(1, available_cores() // gather.local_world_size())
         own = evaluation.model_copy(update={"threads": threads})
         self._evaluator = Evaluator(own, evaluation.shares(ranks)[rank])
-        self.notes = [_describe(self.model, config), *self.plan.notes]
+        self.notes = [_describe(self.model, config), *self.terms.notes]
 
     def begin_step(self, step: int, steps: int) -> str | None:
         """Train with rounded values in the last ``student.quantize_share`` of the steps, at least in one."""
@@ -94,19 +86,9 @@ class StudentTask:
         return {name: batch[name] for name in (IMAGE, CAPTION, SYNTHETIC, "targets") if name in batch}
 
     def losses(self, encoded: Encoded, batch: Batch) -> dict[str, torch.Tensor]:
-        """``clip/KIND`` and ``distill/KIND`` over the batches of all ranks; see ``reinforce.student.loss``.
-
-        If scales are learnt, also ``scale/TEACHER``, whose gradient reaches only the scales.
-        """
-        scalars, targets = encoded.scalars, batch.get("targets", {})
-        objective = self._objective
-        learnt = {name: scalars[scale_name(name)] for name in objective.scales if scale_name(name) in scalars}
-        if learnt:
-            objective = replace(objective, scales={name: scale.detach() for name, scale in learnt.items()})
-        scale, bias = scalars["logit_scale"], scalars.get("logit_bias")
+        """The terms that need the batches of all ranks; see ``reinforce.student.terms``."""
         reduced = self._precision != "fp32"
-        losses = contrastive_losses(objective, encoded.features, scale, bias, targets, reduced)
-        return losses | scale_losses(learnt, targets, reduced)
+        return self.terms.losses(Rows(encoded.features, encoded.scalars, batch.get("targets", {}), reduced))
 
     def evaluate(self, model: torch.nn.Module) -> Metrics:
         """Metrics of this rank's share of the sets under ``evaluate``, by the names in ``reinforce.evaluation``.

@@ -84,12 +84,11 @@ def build(config: StudentConfig, accelerator: Accelerator) -> tuple[StudentTask,
         config.seed,
         task.model.image.height,
         Tokenizer(task.model.name),
-        teachers=[] if online else task.plan.teachers,
-        online=task.plan.teachers if online else (),
+        models={"teachers": []} if online else task.terms.models,
+        online=task.terms.models["teachers"] if online else (),
         pin=accelerator.device.type == "cuda",
     )
-    if not config.loss.learn_scales:  # else they are among the weights
-        feed.data |= {f"loss.logit_scales.{name}": scale for name, scale in task.plan.scales.items()}
+    feed.data |= task.terms.recorded()
     if config.train.batch > feed.rows:
         task.notes.append(
             f"train.batch ({config.train.batch:,}) is larger than the data ({feed.rows:,} samples), so that a batch "

@@ -15,7 +15,8 @@ from reinforce.cluster import ray_cluster
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.manifest.manifest import read_manifest, record_scales, write_manifest
 from reinforce.errors import UserError
-from reinforce.student.distillation import IMAGES, TEXTS, plan_distillation, stored_teachers
+from reinforce.student.teachers import IMAGES, TEXTS, stored_teachers
+from reinforce.student.terms.pairs import find_scales
 from reinforce.student.train import build
 from reinforce.terminal import Screen, format_duration
 from reinforce.training.job import total_steps
@@ -149,7 +150,7 @@ def _current_scales(config: TuneConfig, base: BaseStudent) -> tuple[dict[str, fl
             )
     guess = {name: values[0] for name, values in config.scales.items() if teachers[name].logit_scale is None}
     tried = loss.model_copy(update={"logit_scales": {**guess, **loss.logit_scales}, "lambda_": loss.lambda_ or 1.0})
-    scales = dict(plan_distillation(tried, teachers).scales)
+    scales = {name: scale for name, (scale, _) in find_scales(tried, teachers).items()}
     origins = {
         name: f"{scale:g}, {'loss.logit_scales' if name in loss.logit_scales else teachers[name].scale_source}"
         for name, scale in scales.items()

@@ -27,7 +27,7 @@ import torch
 from reinforce.student.config import StudentConfig
 from reinforce.student.data.datasets import open_datasets
 from reinforce.student.data.stream import StreamReader, make_orders
-from reinforce.student.distillation import IMAGE
+from reinforce.student.teachers import IMAGE
 
 MEASURES = ("entropy", "true_pair", "calibration", "agreement")
 _MAX_BATCH = 4096
@@ -88,16 +88,15 @@ def screen(
 
 def _read_batches(config: StudentConfig, teachers: Sequence[str], count: int, size: int) -> Iterator[Cosines]:
     """Yield the cosines of ``count`` batches, in the order in which one stream of the training reads them."""
-    datasets = open_datasets(config.data, config.seed, teachers)
-    targets = datasets[0].targets
-    ends = np.cumsum([dim for _, dim in targets])[:-1]
+    datasets = open_datasets(config.data, config.seed, {"teachers": teachers})
+    names = [(target.model, target.name) for target in datasets[0].targets]
     orders = make_orders(datasets, config.seed, 1, config.data.window)
     pool = ThreadPoolExecutor(_READERS, "screening")
     try:
         reader = StreamReader(datasets, orders, config.seed, 0, 0, pool, size)
         for _ in range(count):
-            vectors = np.split(np.stack([next(reader).vectors for _ in range(size)]), ends, axis=1)
-            by_target = {target: torch.from_numpy(v) for (target, _), v in zip(targets, vectors, strict=True)}
+            columns = zip(*(next(reader).targets for _ in range(size)), strict=True)
+            by_target = {name: torch.from_numpy(np.stack(rows)) for name, rows in zip(names, columns, strict=True)}
             kinds = dict.fromkeys(what for _, what in by_target if what != IMAGE)
             yield {
                 name: {kind: by_target[name, IMAGE] @ by_target[name, kind].T for kind in kinds} for name in teachers

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from reinforce.student.config import Student as StudentSpec
-from reinforce.student.distillation import IMAGES, TEXTS, TeacherInfo
 from reinforce.student.model import Student, build_student
+from reinforce.student.teachers import IMAGES, TEXTS, TeacherInfo
+from reinforce.student.terms.features import Features
+from reinforce.student.terms.registry import Terms
 from tests.helpers.shipping import FASTVIT
 from tests.helpers.tiny_models import open_clip_config, save_open_clip, tokenizer
 
@@ -58,8 +61,18 @@ def batch(size: int, pairs: int = 4, context: int = 16, kinds: tuple[str, ...] =
     return made
 
 
-def built(name: str, seed: int = 0, pretrained: str | None = None, preprocess: Any = None, **options: Any) -> Student:
-    return build_student(StudentSpec(model=name, pretrained=pretrained, preprocess=preprocess), seed=seed, **options)
+def built(
+    name: str,
+    seed: int = 0,
+    pretrained: str | None = None,
+    preprocess: Any = None,
+    features: Mapping[str, TeacherInfo] | None = None,
+    weight: float = 1.0,
+    **options: Any,
+) -> Student:
+    """A student with heads for the vectors of the teachers in ``features``."""
+    spec = StudentSpec(model=name, pretrained=pretrained, preprocess=preprocess)
+    return build_student(spec, seed=seed, terms=Terms([Features(weight, features or {})]), **options)
 
 
 def batch_for(student: Student, pairs: int = 4, **options: Any) -> Any:
@@ -72,7 +85,9 @@ def batch_for(student: Student, pairs: int = 4, **options: Any) -> Any:
             for what in ("image", "caption", "synthetic")
             if teacher.has(what)
         }
-        for name, teacher in student.features.items()
+        for term in student.terms.terms
+        if isinstance(term, Features)
+        for name, teacher in term.teachers.items()
     }
     return made
 

@@ -13,7 +13,8 @@ from reinforce.dataset.files.store import MANIFEST, Store
 from reinforce.dataset.manifest.manifest import read_manifest, record_scales, update_manifest
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.run import run
-from reinforce.student.distillation import plan_distillation, stored_teachers
+from reinforce.student.teachers import stored_teachers
+from reinforce.student.terms.pairs import find_scales
 from tests.helpers.data import config_of
 from tests.helpers.reinforced import small_dataset
 from tests.helpers.tuning import trial_student
@@ -63,9 +64,9 @@ def test_scale_tuned_twice_keeps_the_value_of_the_config_and_trainings_and_added
     assert twice["logit_scale_tuned"]["before"] == 50.0
     dataset.write_json(record_scales(read_manifest(dataset), {"red": 43.0, "blue": 21.0}, ORIGIN), MANIFEST)
     student = trial_student(tmp_path / "student", data={"datasets": dataset.url})
-    plan = plan_distillation(student.loss, stored_teachers(student, {dataset.url: read_manifest(dataset)}))
-    assert plan.scales == {"red": 43.0, "blue": 21.0}
-    assert f"logit scale 43 (dataset: {ORIGIN})" in plan.notes[0]
+    found = find_scales(student.loss, stored_teachers(student, {dataset.url: read_manifest(dataset)}))
+    assert {name: scale for name, (scale, _) in found.items()} == {"red": 43.0, "blue": 21.0}
+    assert found["red"][1] == f"logit scale 43 (dataset: {ORIGIN})"
     config = parse_config(config_of(f"{tmp_path}/source/*.tar", tmp_path / "out"))
     loaded = {"blue": {"dim": 12, "logit_scale": 30.0}}  # the model's own scale does not replace the tuned one
     updated = update_manifest(read_manifest(dataset), config, make_plan(config).layers, loaded)

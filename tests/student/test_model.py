@@ -90,7 +90,7 @@ def test_features_under_autocast_are_float32_with_unit_norm_and_a_mixed_batch_ha
 
 
 def test_feature_losses_are_weighted_means_of_one_minus_cosine(tmp_path: Path) -> None:
-    student = built(student_folder(tmp_path), features={"a": TEACHER, "b": IMAGE_TEACHER}, features_weight=0.5)
+    student = built(student_folder(tmp_path), features={"a": TEACHER, "b": IMAGE_TEACHER}, weight=0.5)
     inputs = batch_for(student, pairs=3)
     encoded, a, b = student(inputs), inputs["targets"]["a"], inputs["targets"]["b"]
 

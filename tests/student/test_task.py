@@ -15,7 +15,6 @@ import reinforce
 from reinforce import settings
 from reinforce.errors import UserError
 from reinforce.student.config import StudentConfig
-from reinforce.student.distillation import IMAGES, TEXTS
 from reinforce.student.task import StudentTask
 from reinforce.student.train import build
 from reinforce.training.batches import slice_batch
@@ -95,14 +94,39 @@ def test_stored_targets_give_a_loss_for_every_text_and_all_teachers(config: Any)
     torch.stack(list(losses.values())).sum().backward()
     trained = [value for value in task.model.parameters() if value.requires_grad]
     assert all(value.grad is not None and value.grad.isfinite().all() for value in trained)
-    assert task.plan.scales == {"red": 50.0, "vit": 30.0}
-    assert {name: known.sides for name, known in task.plan.features.items()} == {"eyes": {IMAGES}, "ears": {TEXTS}}
+    assert task.terms.recorded() == {"loss.logit_scales.red": 50.0, "loss.logit_scales.vit": 30.0}
+    assert set(task.model.heads) == {"eyes/images", "ears/texts"}
     assert [note.split(": ", 1)[0] for note in task.notes] == [
         f"student {task.model.name}", "teacher red", "teacher vit", "teacher eyes", "teacher ears",
     ]  # fmt: skip
     assert "random weights of seed 0" in task.notes[0]
     assert "logit scale 50 (dataset: config)" in task.notes[1]
     assert "logit scale 30 (config: loss.logit_scales.vit, instead of 20 of the dataset: config)" in task.notes[2]
+
+
+def test_images_alone_train_the_image_tower_by_the_vectors_of_images(config: Any, dataset: str) -> None:
+    """Also those of a teacher with both sides; with loader processes, whose memory has no tokens."""
+    alone = {"datasets": dataset, "captions": "none", "teachers": ["red", "eyes", "ears"], "window": 12}
+    made = config(data={**alone, "workers": 2}, train={"steps": 2, "batch": PAIRS, "optimizer": {"warmup": 0}})
+    task, feed = build(made, Accelerator("cpu"))
+    batch = next(iter(feed.batches(0, 1, PAIRS, 0)))
+    assert batch.keys() == {"key", "image", "targets"}
+    assert {name: set(of) for name, of in batch["targets"].items()} == {"red": {"image"}, "eyes": {"image"}}
+    assert losses_of(task, task.prepare(batch)).keys() == {"features/image"}
+    assert task.notes[3].startswith("teacher ears: unused")
+    before = {name: value.clone() for name, value in task.model.clip.state_dict().items()}
+    trained = reinforce.train(made)
+    after = load_file(Path(trained.output) / trained.export / "open_clip_model.safetensors")
+    assert {name.split(".")[0] for name, value in before.items() if not torch.equal(value, after[name])} == {"visual"}
+
+
+def test_images_alone_need_targets_of_images(config: Any, dataset: str) -> None:
+    data = {"datasets": dataset, "captions": "none"}
+    for loss, teachers in (({}, ["ears"]), ({"lambda": 0.0}, ["eyes"]), ({"features": "none"}, ["red"])):
+        with pytest.raises(UserError, match=r"data\.captions is none.*layers embeddings/TEACHER/images"):
+            StudentTask(config(loss, data={**data, "teachers": teachers}))
+    with pytest.raises(UserError, match=r"remove logit_scales, learn_scales and form under `loss`"):
+        config({"logit_scales": {"red": 5.0}}, data=data)
 
 
 def test_a_batch_that_is_larger_than_the_dataset_is_reported(config: Any, dataset: str) -> None:

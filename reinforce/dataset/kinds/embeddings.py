@@ -19,7 +19,9 @@ from reinforce.dataset.layers import (
     TRUE_CAPTION,
     Layer,
     LayerKind,
+    PickedValues,
     PublishedValues,
+    TargetTensor,
     captions_layer,
     compute_fingerprint,
     embeddings_layer,
@@ -44,6 +46,7 @@ class _Embeddings(LayerKind):
     section = "teachers"
     vectors = True
     required = ("count", "dim", "dtype")
+    unusable = "NaN or zero"
 
     def layers(
         self, config: Config, infos: Mapping[tuple[str, str], ModelInfo], known: Mapping[str, Layer]
@@ -142,6 +145,13 @@ class _Embeddings(LayerKind):
             found.cosine = float(cosines.min()) if cosines.size else None
         return found
 
+    def target_tensors(self, entry: Mapping[str, Any]) -> tuple[TargetTensor, ...]:
+        return (TargetTensor("", "float32", (entry["dim"],)),)
+
+    def pick(self, table: pa.Table, index: npt.NDArray[np.intp]) -> PickedValues:
+        picked = vectors.pick(table, index)
+        return PickedValues((picked.vectors,), picked.stored, picked.unit)
+
     def content(self, layer: Layer) -> str:
         return f"[{layer.count}, {layer.dim}] {layer.dtype}"
 
@@ -156,6 +166,7 @@ class ImageEmbeddings(_Embeddings):
     pattern = embeddings_layer("*", "images")
     unit = "images"
     crops = True
+    picks = "crop"
     _inputs_in_words = "augmented images"
 
     def _sides(self, config: Config, teacher: TeacherSpec, info: ModelInfo) -> Iterable[tuple[str, int]]:
@@ -177,6 +188,7 @@ class TextEmbeddings(_Embeddings):
     name = "texts"
     pattern = embeddings_layer("*", "*")
     unit = "texts"
+    picks = "text"
     _inputs_in_words = "texts"
 
     def inputs(self, name: str, entry: Mapping[str, Any]) -> tuple[str, ...]:

@@ -95,11 +95,11 @@ def same_content(one: Mapping[str, Any], other: Mapping[str, Any] | None) -> boo
 
 
 def select_names(url: str, kind: str, names: Sequence[str] | None, manifest: Mapping[str, Any]) -> list[str]:
-    """Select ``teachers`` or ``captioners`` by name or pattern, such as ``syn_*``; None selects all.
+    """Select the models of a section, such as ``teachers``, by name or pattern, such as ``syn_*``; None selects all.
 
     Raises UserError if there is none of a name.
     """
-    known = list(manifest[kind])
+    known = list(manifest.get(kind) or {})
     if names is None:
         return known
     chosen: dict[str, None] = {}

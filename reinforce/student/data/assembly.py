@@ -13,7 +13,7 @@ import torch
 
 from reinforce.seeds import Ints
 from reinforce.student.data.parts import Part, PartBuffers
-from reinforce.student.data.reader import Targets
+from reinforce.student.data.reader import Target
 from reinforce.training.task import Batch
 
 T = TypeVar("T")
@@ -45,18 +45,18 @@ class BufferPool:
 class Assembler:
     """Concatenates parts to batches, see ``reinforce.student.data.batch``. It copies, since part buffers are reused.
 
-    ``kinds`` are the kinds of text, ``targets`` the stored vectors of an example, ``online`` the online teachers. With
-    ``pin``, batches are in pinned memory, from which a CUDA device copies asynchronously.
+    ``kinds`` are the kinds of text, ``targets`` those of an example, ``online`` the online teachers. With ``pin``,
+    batches are in pinned memory, from which a CUDA device copies asynchronously.
     """
 
     kinds: tuple[str, ...]
-    targets: Targets
+    targets: tuple[Target, ...]
     online: tuple[str, ...]
     pin: bool
     _pool: BufferPool = field(default_factory=BufferPool)
 
     def assemble(self, parts: Sequence[Part], buffers: Sequence[PartBuffers], places: Ints | None = None) -> Batch:
-        """Concatenate the parts of a batch; ``buffers`` hold their images and vectors and have the parts' lengths.
+        """Concatenate the parts of a batch; ``buffers`` hold their images and targets and have the parts' lengths.
 
         ``places`` [B] are those in the batch of the concatenated rows, if they are in another order.
         """
@@ -69,11 +69,9 @@ class Assembler:
         for number, kind in enumerate(self.kinds):
             batch[kind] = self._concatenate([part.tokens[number] for part in parts], places)
         targets: dict[str, dict[str, torch.Tensor]] = {}
-        start = 0
-        for (teacher, what), dim in self.targets:
-            vectors = [of_part.vectors[:, start : start + dim] for of_part in buffers]
-            targets.setdefault(teacher, {})[what] = self._concatenate(vectors, places)
-            start += dim
+        for number, target in enumerate(self.targets):
+            values = [of_part.targets[number] for of_part in buffers]
+            targets.setdefault(target.model, {})[target.name] = self._concatenate(values, places)
         batch["targets"] = targets
         if self.online:
             views, view = [of_part.view for of_part in buffers], batch["image"]

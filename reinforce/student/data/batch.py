@@ -8,8 +8,9 @@ It is a plain mapping, so loaders can pin, slice and move it without knowing its
 ``records``        list[CellRecord]             with the backend ``device-1``, whose cells then are in ``image``
 ``caption``        int64 [B, context]           tokens of the true caption (with ``mixed``: of the picked one)
 ``synthetic``      int64 [B, context]           tokens of a synthetic caption; absent with ``mixed`` or no captioner
-``targets``        {teacher: {what: float32 [B, D]}}  unit-norm vectors of the teacher for ``image``, ``caption`` and
-                   ..                           ``synthetic``; one-sided teachers have only their side
+``targets``        {model: {name: [B, ...]}}    what is stored of each model: of a teacher, unit-norm vectors float32
+                   ..                           [B, D] of ``image``, ``caption`` and ``synthetic``, as far as it has
+                   ..                           them; see ``target_tensors`` of a kind of layers
 ``views``          {teacher: uint8 [B, h, w, 3]}  the same augmentation at the recorded size; online teachers only
 ``texts``          {what: list[str]}            captions as text; online teachers only
 =================  ===========================  ==============================================================

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +22,8 @@ from reinforce.dataset.augment.device_records import DEVICE_BACKEND
 from reinforce.dataset.files.damage import describe_damaged, find_damaged
 from reinforce.dataset.files.index import read_index
 from reinforce.dataset.files.store import Store
-from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, embeddings_layer, require_images
+from reinforce.dataset.kinds.registry import kind_of
+from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, inputs_of, model_of, require_images
 from reinforce.dataset.manifest.manifest import read_manifest, select_names
 from reinforce.dataset.reading.aligned import AlignedLayers
 from reinforce.dataset.reading.completeness import check_completeness
@@ -32,30 +34,34 @@ from reinforce.errors import UserError
 from reinforce.source.references import ImageRoots
 from reinforce.student.config import Data, Source
 from reinforce.student.data.examples import ExampleSpec
-from reinforce.student.data.reader import StreamedDataset, Targets
+from reinforce.student.data.reader import StreamedDataset, Target
+from reinforce.student.teachers import captioner_names
 
 _LOG = logging.getLogger(__name__)
+#: Names of models by their section in dataset.json; None: all of them.
+Models: TypeAlias = "Mapping[str, Sequence[str] | None]"
 #: Shards that are opened in all layers before the training; the others are checked when they are read.
 _CHECKED_SHARDS = 16
 
 
-def open_datasets(data: Data, seed: int, teachers: Sequence[str] | None) -> list[StreamedDataset]:
-    """Open the datasets of a training; ``teachers`` are those whose vectors are read (None: all).
+def open_datasets(data: Data, seed: int, models: Models | None = None) -> list[StreamedDataset]:
+    """Open the datasets of a training; ``models`` are those whose targets are read, by default ``data.teachers``.
 
     Raises UserError if something is missing, damaged or does not fit together.
     """
-    datasets = [_open_dataset(source, data, seed, teachers) for source in data.datasets]
+    wanted = {"teachers": data.teachers} if models is None else models
+    datasets = [_open_dataset(source, data, seed, wanted) for source in data.datasets]
     first = datasets[0]
     for other in datasets[1:]:
         if (other.targets, other.spec.kinds) != (first.targets, first.spec.kinds):
             raise UserError(
                 f"{first.url} and {other.url} give different examples: {_describe(first)}; {_describe(other)}. "
-                "Name teachers and captioners that they share under `data`."
+                "Name models that they share under `data`."
             )
     return datasets
 
 
-def _open_dataset(source: Source, data: Data, seed: int, teachers: Sequence[str] | None) -> StreamedDataset:
+def _open_dataset(source: Source, data: Data, seed: int, models: Models) -> StreamedDataset:
     url = source.url
     store = Store(url)
     manifest = read_manifest(store)
@@ -66,11 +72,11 @@ def _open_dataset(source: Source, data: Data, seed: int, teachers: Sequence[str]
     if policies.augmentation != DEVICE_BACKEND:
         load_backend(policies.augmentation)  # loader processes use it; here an error is reported before the first step
     layers = manifest["layers"]
-    chosen_teachers = select_names(url, "teachers", teachers, manifest)
-    captioners = select_names(url, "captioners", None if data.captioners is None else list(data.captioners), manifest)
+    crops, texts = _layers_of(models, url, manifest)
+    captioners = captioner_names(data, url, manifest)
     spec = ExampleSpec(
-        image_teachers=tuple(t for t in chosen_teachers if embeddings_layer(t, "images") in layers),
-        text_teachers=tuple(t for t in chosen_teachers if embeddings_layer(t, TRUE_CAPTION) in layers),
+        crops=crops,
+        texts=texts,
         captioners={name: _weight_of(name, data.captioners or {}) for name in captioners},
         captions=data.captions,
         synthetic=data.synthetic,
@@ -92,12 +98,13 @@ def _open_dataset(source: Source, data: Data, seed: int, teachers: Sequence[str]
     shards = tuple(sizes)
     roots = ImageRoots.named(data.images_from or (), 'data.images_from: ["{}"]', policies.limits.image_bytes)
     _check_some_shards(aligned, shards, roots if manifest["images"] == "reference" else None)
-    targets: Targets = tuple(
-        ((teacher, what), layers[embeddings_layer(teacher, "images" if what == "image" else TRUE_CAPTION)]["dim"])
-        for teacher, what in spec.targets
+    if unfinished := [layer for layer, _ in spec.targets if layers[layer].get("dim", 0) is None]:
+        raise UserError(f"{url}: dataset.json has no dimension of {unfinished[0]}. Finish the run.")
+    targets = tuple(
+        Target(model_of(layer), tensor.name or of, tensor.dtype, tensor.shape)
+        for layer, of in spec.targets
+        for tensor in kind_of(layer).target_tensors(layers[layer])
     )
-    if unknown := [teacher for (teacher, _), dim in targets if dim is None]:
-        raise UserError(f"{url}: dataset.json has no dimension of teacher {unknown[0]}. Finish the run.")
     size = manifest["augmentations"]["size"]
     files = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:16]
     return StreamedDataset(
@@ -113,6 +120,19 @@ def _open_dataset(source: Source, data: Data, seed: int, teachers: Sequence[str]
         roots,
         files,
     )
+
+
+def _layers_of(models: Models, url: str, manifest: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The layers with targets of the crop, and the models with targets of the texts. Raises UserError."""
+    crops, texts = [], []
+    for section, names in models.items():
+        for model in select_names(url, section, names, manifest):
+            of_model = [layer for layer in manifest["layers"] if model_of(layer) == model]
+            own = [layer for layer in of_model if kind_of(layer).section == section]
+            crops += [layer for layer in own if kind_of(layer).picks == "crop"]
+            if any(kind_of(layer).picks == "text" and inputs_of(layer) == TRUE_CAPTION for layer in own):
+                texts.append(model)
+    return tuple(crops), tuple(texts)
 
 
 def _weight_of(name: str, weights: Mapping[str, float]) -> float:
@@ -194,5 +214,5 @@ def _check_some_shards(aligned: AlignedLayers, shards: Sequence[str], roots: Ima
 
 
 def _describe(dataset: StreamedDataset) -> str:
-    targets = ", ".join(f"{what} of {teacher} [{dim}]" for (teacher, what), dim in dataset.targets)
-    return f"{dataset.url} has {' and '.join(dataset.spec.kinds)} with {targets or 'no vectors'}"
+    targets = ", ".join(f"{t.name} of {t.model} {[*t.shape]}" for t in dataset.targets)
+    return f"{dataset.url} has {' and '.join(dataset.spec.kinds) or 'images'} with {targets or 'no targets'}"

@@ -1,4 +1,4 @@
-"""From the rows of a row group to examples: one augmentation, one text of each kind, and the teachers' vectors of them.
+"""From the rows of a row group to examples: one augmentation, one text of each kind, and the targets of them.
 
 Only the picked elements are taken out of the columns.
 """
@@ -14,9 +14,9 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from reinforce.config import Limits
-from reinforce.dataset import vectors
 from reinforce.dataset.augment.records import AUGMENTATION_BACKEND, Augmentation, from_records
-from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, captions_layer, embeddings_layer
+from reinforce.dataset.kinds.registry import kind_of
+from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, PickedValues, captions_layer, embeddings_layer
 from reinforce.errors import UserError
 from reinforce.images.policy import IMAGE_POLICY
 from reinforce.seeds import uniforms
@@ -26,7 +26,6 @@ from schemas import IMAGE_DIGEST, TRUE_CAPTIONS, image_columns
 
 Bools = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.intp]
-Floats = npt.NDArray[np.float32]
 
 #: Samples the augmentation of an image by its width and height in pixels.
 SampleCrop: TypeAlias = Callable[[int, int], Augmentation]
@@ -38,15 +37,16 @@ ReadLayer: TypeAlias = Callable[[str], pa.Table]
 class ExampleSpec:
     """What an example takes from a sample, and how it is picked.
 
-    ``image_teachers`` and ``text_teachers`` are the teachers whose image and text vectors are wanted; ``captioners``
-    maps names to weights. With ``captions: mixed`` an example has one text, a synthetic one with probability
-    ``synthetic``; with ``both`` it has the true caption and, if there are captioners, a synthetic one.
+    ``crops`` are the layers with targets of the augmented image, ``texts`` the teachers with vectors of the texts;
+    ``captioners`` maps names to weights. With ``captions: mixed`` an example has one text, a synthetic one with
+    probability ``synthetic``; with ``both`` it has the true caption and, if there are captioners, a synthetic one; with
+    ``none`` it has no text.
     """
 
-    image_teachers: tuple[str, ...]
-    text_teachers: tuple[str, ...]
+    crops: tuple[str, ...]
+    texts: tuple[str, ...]
     captioners: Mapping[str, float]
-    captions: Literal["both", "mixed"]
+    captions: Literal["both", "mixed", "none"]
     synthetic: float
     pick: Literal["random", "sequential", "epoch"]
     seed: int
@@ -55,6 +55,8 @@ class ExampleSpec:
     @property
     def kinds(self) -> tuple[str, ...]:
         """Kinds of text of an example, as they are named in a batch."""
+        if self.captions == "none":
+            return ()
         return ("caption", "synthetic") if self.captions == "both" and self.captioners else ("caption",)
 
     def sources(self, kind: str) -> dict[str, float]:
@@ -70,9 +72,16 @@ class ExampleSpec:
 
     @property
     def targets(self) -> list[tuple[str, str]]:
-        """(teacher, ``image`` or kind of text) of each vector of an example, in order."""
-        of_images = [(teacher, "image") for teacher in self.image_teachers]
-        return of_images + [(teacher, kind) for kind in self.kinds for teacher in self.text_teachers]
+        """The layer of each target of an example, in order, with ``image`` or the kind of text that it is of.
+
+        For a text, the layer is that of its first source: it has the same tensors as those of the others.
+        """
+        of_texts = [
+            (embeddings_layer(teacher, next(iter(self.sources(kind)))), kind)
+            for kind in self.kinds
+            for teacher in self.texts
+        ]
+        return [*((layer, "image") for layer in self.crops), *of_texts]
 
     def columns(self, images: Literal["embed", "reference"]) -> dict[str, tuple[str, ...]]:
         """Columns to read by layer; ``images`` is how the samples layer of the dataset stores images."""
@@ -81,9 +90,8 @@ class ExampleSpec:
         own = (TRUE_CAPTIONS if self.several else "caption",) if TRUE_CAPTION in sources else ()
         columns: dict[str, tuple[str, ...]] = {SAMPLES: (*samples, *own)}
         columns |= {captions_layer(source): ("key", "captions") for source in sources if source != TRUE_CAPTION}
-        layers = [embeddings_layer(teacher, "images") for teacher in self.image_teachers]
-        layers += [embeddings_layer(teacher, source) for teacher in self.text_teachers for source in sources]
-        return columns | dict.fromkeys(layers, ("key", "embeddings"))
+        layers = [*self.crops, *(embeddings_layer(teacher, source) for teacher in self.texts for source in sources)]
+        return columns | {layer: kind_of(layer).columns for layer in layers}
 
 
 class SampleFile(NamedTuple):
@@ -107,7 +115,7 @@ class Example(NamedTuple):
     image: bytes
     augmentation: Augmentation | SampleCrop
     texts: tuple[str, ...]  # one for each of ``ExampleSpec.kinds``
-    vectors: Floats  # concatenated vectors of ``ExampleSpec.targets``
+    targets: tuple[npt.NDArray[Any], ...]  # the tensors of ``ExampleSpec.targets``
 
 
 class Examples(NamedTuple):
@@ -123,8 +131,8 @@ def make_examples(
     """Make the examples of rows ``first`` to ``stop`` of a row group in one epoch.
 
     ``read`` reads the row group of another layer; one layer is in memory at a time. A row is usable if it has a text
-    of every kind and all vectors, none of them NaN, infinite or zero; if one captioner has none for it, its text comes
-    from another one. Images that are stored by reference are read from their tar, in the tar's order. Raises UserError
+    of every kind and all targets, each of which is usable; if one captioner has none for it, its text comes from
+    another one. Images that are stored by reference are read from their tar, in the tar's order. Raises UserError
     if they cannot be read, and ChangedImages.
     """
     samples = samples.slice(first, stop - first)
@@ -143,32 +151,33 @@ def make_examples(
     records = _ListColumn(samples["augmentations"])
     views = picks.index(0, records.counts)
     augmentations = from_records(records.take(views))
-    blocks: list[Floats] = []
-    for teacher in spec.image_teachers:
-        layer = embeddings_layer(teacher, "images")
-        picked = vectors.pick(rows_of(layer), views)
+    blocks: list[npt.NDArray[Any]] = []
+    for layer in spec.crops:
+        kind = kind_of(layer)
+        picked = kind.pick(rows_of(layer), views)
         require(picked.stored, f"{layer} is null")
-        require(picked.unit, f"{layer} is NaN or zero")
-        blocks.append(picked.vectors)
+        require(picked.usable, f"{layer} is {kind.unusable}")
+        blocks += picked.arrays
     texts: list[list[str]] = []
-    for number, kind in enumerate(spec.kinds):
-        weights = spec.sources(kind)
-        sources = [_pick_texts(samples, rows_of, name, spec.text_teachers, picks) for name in weights]
+    for number, of_text in enumerate(spec.kinds):
+        weights = spec.sources(of_text)
+        sources = [_pick_texts(samples, rows_of, name, spec.texts, picks) for name in weights]
         chosen, found = picks.source(2 + number, [source.complete for source in sources], list(weights.values()))
-        name = "caption" if kind == TRUE_CAPTION else "synthetic caption"
+        name = "caption" if of_text == TRUE_CAPTION else "synthetic caption"
         require(np.any([source.has_text for source in sources], axis=0), f"no {name}")
-        for layer, vector in (item for source in sources for item in source.picked.items()):
-            require(found | ~vector.stored | vector.unit, f"{layer} is NaN or zero")
+        for layer, picked in (item for source in sources for item in source.picked.items()):
+            require(found | ~picked.stored | picked.usable, f"{layer} is {kind_of(layer).unusable}")
         require(found, f"no vectors of the {name}")
         texts.append([sources[source].texts[row] or "" for row, source in enumerate(chosen.tolist())])
         for of_sources in zip(*(source.picked.values() for source in sources), strict=True):
-            blocks.append(np.stack([of_source.vectors for of_source in of_sources])[chosen, np.arange(len(keys))])
-    block = np.concatenate(blocks, axis=1) if blocks else np.empty((len(keys), 0), np.float32)
+            for arrays in zip(*(of_source.arrays for of_source in of_sources), strict=True):
+                blocks.append(np.stack(arrays)[chosen, np.arange(len(keys))])
 
     places = np.flatnonzero(usable).tolist()
     examples: list[Example | None] = [None] * len(keys)
     for i, image in zip(places, _read_images(samples, places, file.roots), strict=True):
-        examples[i] = Example(file, keys[i], image, augmentations[i], tuple(text[i] for text in texts), block[i])
+        targets = tuple(block[i] for block in blocks)
+        examples[i] = Example(file, keys[i], image, augmentations[i], tuple(text[i] for text in texts), targets)
     return Examples(examples, unusable)
 
 
@@ -209,9 +218,9 @@ class _PickedTexts(NamedTuple):
     """The texts picked from one source, for every row."""
 
     texts: list[str | None]
-    picked: dict[str, vectors.Picked]  # by layer, one for each teacher
+    picked: dict[str, PickedValues]  # by layer, one for each teacher
     has_text: Bools
-    complete: Bools  # has a text and all vectors of it
+    complete: Bools  # has a text and all targets of it
 
 
 def _pick_texts(
@@ -227,8 +236,9 @@ def _pick_texts(
         has_text = lists.counts > 0
         index = picks.true_captions(lists.counts) if own else picks.index(1, lists.counts)
         texts = lists.take(index)
-    picked = {layer: vectors.pick(read(layer), index) for layer in (embeddings_layer(t, source) for t in teachers)}
-    complete = np.logical_and.reduce([has_text, *(of_layer.unit for of_layer in picked.values())])
+    layers = [embeddings_layer(teacher, source) for teacher in teachers]
+    picked = {layer: kind_of(layer).pick(read(layer), index) for layer in layers}
+    complete = np.logical_and.reduce([has_text, *(of_layer.usable for of_layer in picked.values())])
     return _PickedTexts(texts, picked, has_text, complete)
 
 

@@ -18,6 +18,8 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 from torch.utils.data import DataLoader, IterableDataset
 
 from reinforce.dataset.augment.device_records import DEVICE_BACKEND
+from reinforce.dataset.kinds.registry import kind_of
+from reinforce.dataset.layers import model_of
 from reinforce.errors import UserError
 from reinforce.processes.prefetch import prefetch
 from reinforce.processes.signals import exit_with_parent
@@ -25,7 +27,7 @@ from reinforce.seeds import Ints
 from reinforce.settings import flatten
 from reinforce.student.config import Data
 from reinforce.student.data.assembly import Assembler
-from reinforce.student.data.datasets import open_datasets
+from reinforce.student.data.datasets import Models, open_datasets
 from reinforce.student.data.parts import Part, PartBuffers, PartMaker, Tokenize
 from reinforce.student.data.reader import Streamed
 from reinforce.student.data.stream import RankStream, StreamPlan
@@ -179,11 +181,11 @@ class StreamFeed:
 class StudentFeed(StreamFeed):
     """Batches from reinforced datasets, in the format of ``reinforce.student.data.batch``.
 
-    ``size`` is the side of the student's images in pixels. ``teachers`` are those whose stored vectors are read,
-    instead of ``data.teachers``; for the teachers in ``online``, batches have ``views`` and ``texts``. ``pin`` puts
-    batches into pinned memory. ``rows`` counts the samples of the datasets, ``samples`` those of an epoch; ``data``
-    has the teachers, the captioners with their weights, and the fingerprints of the layers that are read. Raises
-    UserError if a dataset is incomplete, damaged, or does not fit the others.
+    ``size`` is the side of the student's images in pixels. ``models`` are those whose stored targets are read, by
+    their section in dataset.json, by default ``data.teachers``; for the teachers in ``online``, batches have ``views``
+    and ``texts``. ``pin`` puts batches into pinned memory. ``rows`` counts the samples of the datasets, ``samples``
+    those of an epoch; ``data`` has the models, the captioners with their weights, and the fingerprints of the layers
+    that are read. Raises UserError if a dataset is incomplete, damaged, or does not fit the others.
     """
 
     def __init__(
@@ -192,15 +194,13 @@ class StudentFeed(StreamFeed):
         seed: int,
         size: int,
         tokenize: Tokenize,
-        teachers: Sequence[str] | None = None,
+        models: Models | None = None,
         online: Sequence[str] = (),
         pin: bool = False,
     ) -> None:
         # Listing 190,000 shards in eight layers takes 1,500 requests: one rank makes them for all.
-        wanted = data.teachers if teachers is None else teachers
-        datasets = share_from_first(lambda: open_datasets(data, seed, wanted))
+        datasets = share_from_first(lambda: open_datasets(data, seed, models))
         spec, targets = datasets[0].spec, datasets[0].targets
-        width = sum(dim for _, dim in targets)
         view = max(dataset.size for dataset in datasets) if online else None
         self.rows: int = sum(dataset.rows for dataset in datasets)
         scaled, device = data.translations != "stored", data.backend == DEVICE_BACKEND
@@ -208,15 +208,16 @@ class StudentFeed(StreamFeed):
             data,
             seed,
             datasets,
-            PartMaker(size, width, tokenize, view, scaled, device=device),
+            PartMaker(size, targets, tokenize, view, scaled, device=device),
             Assembler(spec.kinds, targets, tuple(online), pin),
             data.samples or self.rows,
             files=" ".join(dataset.files for dataset in datasets),
         )
-        read = {
-            "teachers": list(dict.fromkeys(teacher for (teacher, _), _ in targets)),
-            "captioners": {name: w for dataset in datasets for name, w in dataset.spec.captioners.items()},
-        }
+        read: dict[str, Any] = {}
+        for layer, _ in spec.targets:
+            read.setdefault(kind_of(layer).section or "", {})[model_of(layer)] = None
+        read = {"teachers": [], **{section: [*names] for section, names in read.items()}}
+        read["captioners"] = {name: w for dataset in datasets for name, w in dataset.spec.captioners.items()}
         self.data = dict(flatten(read, "data."))
         for dataset in datasets:
             self.data |= flatten(dataset.layers.fingerprints, f"{redact(dataset.url)}: ")

@@ -19,7 +19,9 @@ from reinforce.errors import UserError
 from reinforce.images.policy import ImageRefused, decode
 from reinforce.processes.shared_memory import SharedMemory
 from reinforce.student.data.examples import Example
+from reinforce.student.data.reader import Target
 
+_ALIGNMENT = 64  # bytes
 #: Broken images in a row after which a training fails.
 _MOST_BROKEN = 100
 
@@ -27,7 +29,7 @@ _MOST_BROKEN = 100
 Tokenize = Callable[[Sequence[str]], torch.Tensor]
 #: The example in place of one of a part, by its number and the number of the attempt.
 Spare = Callable[[int, int], Example]
-_Shape: TypeAlias = "tuple[int, ...]"
+_Layout: TypeAlias = "tuple[str, tuple[int, ...]]"  # dtype and shape
 _Pixels: TypeAlias = "list[tuple[np.ndarray, int]]"  # images [n, side, side, 3] and side in pixels
 
 
@@ -37,31 +39,34 @@ class PartBuffers:
 
     image: torch.Tensor  # uint8 [..., n, size, size, 3]
     view: torch.Tensor  # uint8 [..., n, view, view, 3]; [..., n, 0, 0, 3] if there is none or it equals the image
-    vectors: torch.Tensor  # float32 [..., n, sum of dimensions]
+    targets: tuple[torch.Tensor, ...]  # [..., n, *shape] of each target
     memory: SharedMemory | None = None  # that holds all of them; a process that is started with them maps it, too
 
     def select(self, *index: int | slice) -> PartBuffers:
         """The buffers at an index into the leading dimensions, sharing memory."""
-        return PartBuffers(self.image[index], self.view[index], self.vectors[index])
+        return PartBuffers(self.image[index], self.view[index], tuple(target[index] for target in self.targets))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        tensors = (self.image, self.view, self.vectors)
         if self.memory is None:
-            return PartBuffers, tensors
-        return _map_buffers, (self.memory, *(tuple(tensor.shape) for tensor in tensors))
+            return PartBuffers, (self.image, self.view, self.targets)
+        arrays = [tensor.numpy() for tensor in (self.image, self.view, *self.targets)]
+        return _map_buffers, (self.memory, [(array.dtype.str, array.shape) for array in arrays])
 
 
-def _map_buffers(memory: SharedMemory, image: _Shape, view: _Shape, vectors: _Shape) -> PartBuffers:
-    """Buffers of these shapes in shared memory."""
-    pixels, start = memory.array(), 4 * math.prod(vectors)  # vectors come first, since their memory is aligned
-    floats, pixels = pixels[:start].view(np.float32), pixels[start:]
-    images, views = np.split(pixels, [math.prod(image)])
-    return PartBuffers(
-        torch.from_numpy(images.reshape(image)),
-        torch.from_numpy(views.reshape(view)),
-        torch.from_numpy(floats.reshape(vectors)),
-        memory,
-    )
+def _map_buffers(memory: SharedMemory, layout: Sequence[_Layout]) -> PartBuffers:
+    """Buffers of these dtypes and shapes in shared memory."""
+    content, start, tensors = memory.array(), 0, []
+    for (dtype, shape), size in zip(layout, _aligned_sizes(layout), strict=True):
+        array = np.frombuffer(content, dtype, count=math.prod(shape), offset=start).reshape(shape)
+        tensors.append(torch.from_numpy(array))
+        start += size
+    image, view, *targets = tensors
+    return PartBuffers(image, view, tuple(targets), memory)
+
+
+def _aligned_sizes(layout: Sequence[_Layout]) -> list[int]:
+    """Bytes of each array, rounded up so that the next one is aligned."""
+    return [-(-np.dtype(dtype).itemsize * math.prod(shape) // _ALIGNMENT) * _ALIGNMENT for dtype, shape in layout]
 
 
 class Part(NamedTuple):
@@ -69,7 +74,7 @@ class Part(NamedTuple):
 
     keys: list[str]
     buffers: PartBuffers | None  # None when it comes from a loader process, which has filled shared memory
-    tokens: torch.Tensor  # int64 [kinds of text, n, context]
+    tokens: list[torch.Tensor]  # int64 [n, context] of each kind of text
     texts: list[tuple[str, ...]]  # for online teachers
     unusable: Counter[str]  # unusable rows since the last part, by reason
     records: Sequence[CellRecord] = ()  # of images that the device augments
@@ -78,7 +83,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class PartMaker:
-    """Makes parts with images of ``size`` x ``size`` pixels and ``width`` vector elements per example.
+    """Makes parts with images of ``size`` x ``size`` pixels and the ``targets`` of each example.
 
     ``view`` is the side in pixels of the images for online teachers, None if there are none. Translations of the
     student's images are scaled with their size, unless not ``scaled``. With ``replaces``, another example stands in
@@ -87,7 +92,7 @@ class PartMaker:
     """
 
     size: int
-    width: int
+    targets: tuple[Target, ...]
     tokenize: Tokenize
     view: int | None = None
     scaled: bool = True
@@ -101,15 +106,17 @@ class PartMaker:
 
     def allocate(self, *rows: int) -> PartBuffers:
         """Buffers with leading dimensions ``rows``, the last of which is n."""
-        image, view = (torch.empty((*rows, side, side, 3), dtype=torch.uint8) for side in self.sides)
-        return PartBuffers(image, view, torch.empty((*rows, self.width)))
+        image, view, *targets = [torch.from_numpy(np.empty(shape, dtype)) for dtype, shape in self._layout(rows)]
+        return PartBuffers(image, view, tuple(targets))
 
     def allocate_shared(self, *rows: int) -> PartBuffers:
-        """The same in memory shared between processes, whose pages are reused instead of allocated anew."""
-        image, view = ((*rows, side, side, 3) for side in self.sides)
-        vectors = (*rows, self.width)
-        size = math.prod(image) + math.prod(view) + 4 * math.prod(vectors)
-        return _map_buffers(SharedMemory(size), image, view, vectors)
+        """A shared-memory version, whose pages are reused instead of allocated anew."""
+        layout = self._layout(rows)
+        return _map_buffers(SharedMemory(sum(_aligned_sizes(layout))), layout)
+
+    def _layout(self, rows: Sequence[int]) -> list[_Layout]:
+        images: list[_Layout] = [("uint8", (*rows, side, side, 3)) for side in self.sides]
+        return images + [(target.dtype, (*rows, *target.shape)) for target in self.targets]
 
     def make(
         self, examples: list[Example], buffers: PartBuffers, unusable: Counter[str], spare: Spare | None = None
@@ -137,9 +144,10 @@ class PartMaker:
                     "If images are stored by reference, restore the tar that was changed. Otherwise the file is "
                     "damaged: drop it (`reinforce drop DATASET samples --shard NAME --yes`) and run again."
                 ) from error
-        np.stack([example.vectors for example in examples], out=buffers.vectors.numpy())
+        for number, target in enumerate(buffers.targets):
+            np.stack([example.targets[number] for example in examples], out=target.numpy())
         texts = [example.texts for example in examples]
-        tokens = torch.stack([self.tokenize(of_kind) for of_kind in zip(*texts, strict=True)])
+        tokens = [self.tokenize(of_kind) for of_kind in zip(*texts, strict=True)]
         keys = [example.key for example in examples]
         return Part(keys, buffers, tokens, texts if self.view else [], unusable, records, replaced)
 

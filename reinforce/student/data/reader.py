@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -30,8 +30,14 @@ _MAX_UNUSABLE_ROWS = 100_000
 #: Bytes of row groups of a dataset that a process keeps, where several streams read the same ones.
 _KEPT_BYTES = 128 * 2**20
 
-#: (teacher, ``image`` or kind of text) and dimension of each vector of an example, in order.
-Targets: TypeAlias = tuple[tuple[tuple[str, str], int], ...]
+
+class Target(NamedTuple):
+    """A target of an example: ``batch["targets"][model][name]`` is its tensor [B, *shape]."""
+
+    model: str
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
 
 
 class KeptGroups:
@@ -100,7 +106,7 @@ class StreamedDataset:
     weight: float
     layers: AlignedLayers
     spec: ExampleSpec
-    targets: Targets
+    targets: tuple[Target, ...]
     policies: ImagePolicies
     size: int
     shards: tuple[str, ...]
@@ -151,9 +157,10 @@ class StreamedDataset:
         except ChangedImages as error:
             drop = drop_shard_command(self.layers.store.url, [SAMPLES], shard)
             raise UserError(error.describe(drop)) from error
-        width = sum(dim for _, dim in self.targets)
-        if any(row is not None and len(row.vectors) != width for row in found.rows):
-            raise UserError(f"{path}: vectors of the shard do not have the dimensions in dataset.json. Restore it.")
+        shapes = [target.shape for target in self.targets]
+        first = next(filter(None, found.rows), None)  # rows of one row group have the same shapes
+        if first is not None and [array.shape for array in first.targets] != shapes:
+            raise UserError(f"{path}: targets of the shard do not have the shapes in dataset.json. Restore it.")
         return found
 
 
@@ -162,7 +169,7 @@ class DatasetReader:
 
     Rows are read ahead in threads, the first window of every stream before others, while fewer are in memory than a
     window has and than the stream reads in an epoch. So at most as many and a row group are, each as its encoded image
-    and its float32 vectors (with 50 KB and 2 x 3 x 768 numbers, 4,096 rows take 280 MB). Streams that read less than a
+    and its targets (with 50 KB and 2 x 3 x 768 numbers, 4,096 rows take 280 MB). Streams that read less than a
     window in an epoch read parts of the same row groups at about the same time: a process keeps these.
 
     In place of unusable rows, the usable ones of a window follow one another again, so copies are as far apart as they

@@ -139,7 +139,7 @@ def test_samples_that_are_lost_are_counted_where_no_other_layer_is_read(
         assert read_status(str(dataset))["lost"] == f"samples lacks 1 of 2 shards ({path.stem})"
     plain = Data.model_validate({"datasets": [str(dataset)], "captioners": {}})
     with pytest.raises(UserError, match="samples lacks 1 of 2 shards" if how == "gone" else "1 file is damaged"):
-        open_datasets(plain, 0, [])
+        open_datasets(plain, 0, {})
     reinforce_here(config(made, dataset))
     assert len(reinforce.open(str(dataset), teachers=[], captioners=[], strict=True)) == 12
     assert read_status(str(dataset))["lost"] == ""

@@ -37,6 +37,7 @@ from reinforce.student.data.examples import (
 )
 from reinforce.student.data.feed import StudentFeed
 from reinforce.student.data.parts import PartMaker
+from reinforce.student.data.reader import Target
 from schemas import Reason
 from tests.helpers.data import picture
 from tests.helpers.evaluation import encode_png
@@ -46,8 +47,8 @@ from tests.helpers.reinforced import small_dataset
 ROWS = 400
 FILE = SampleFile("samples/x.parquet", Limits())
 SPEC = ExampleSpec(
-    image_teachers=("t",),
-    text_teachers=("t",),
+    crops=("embeddings/t/images",),
+    texts=("t",),
     captioners={"a": 3.0, "b": 1.0},
     captions="both",
     synthetic=0.5,
@@ -132,8 +133,9 @@ def test_nan_infinite_and_zero_vectors_are_nulls_under_their_own_name() -> None:
         "embeddings/t/b is NaN or zero": 1,
     }
     assert [example.texts[1][0] for row in (5, 7) if (example := made.rows[row])] == ["b", "a"]
-    found = np.stack([example.vectors for example in made.rows if example])
-    assert np.allclose(np.linalg.norm(found.reshape(len(found), 3, 4), axis=2), 1)
+    found = np.stack([example.targets for example in made.rows if example])
+    assert found.shape[1:] == (3, 4)
+    assert np.allclose(np.linalg.norm(found, axis=2), 1)
 
 
 def spoil(layers: dict[str, pa.Table], what: str, rows: Mapping[int, float]) -> None:
@@ -162,12 +164,13 @@ def test_unusable_rows_are_counted_by_reason() -> None:
     }
 
 
+TARGETS = (Target("t", "image", "float32", (5,)),)
 CROP = Augmentation(Crop(top=2, left=3, height=20, width=24), 16, None)
 
 
 def example(number: int) -> Example:
-    vectors = np.full(5, number, np.float32)
-    return Example(FILE, f"k{number}", picture(number), CROP, (f"true {number}", f"synthetic {number}"), vectors)
+    targets = (np.full(5, number, np.float32),)
+    return Example(FILE, f"k{number}", picture(number), CROP, (f"true {number}", f"synthetic {number}"), targets)
 
 
 def test_an_image_that_is_not_the_augmented_one_or_has_a_damaged_record_is_named() -> None:
@@ -179,7 +182,7 @@ def test_an_image_that_is_not_the_augmented_one_or_has_a_damaged_record_is_named
         (False, example(0)._replace(file=strict)),
         *((True, example(0)._replace(augmentation=Augmentation(CROP.crop, 16, (op,)))) for op in ops),
     ):
-        maker = PartMaker(12, 5, letters, device=device)
+        maker = PartMaker(12, TARGETS, letters, device=device)
         with pytest.raises(UserError, match=r"samples/x\.parquet, key k0: this is not the image that was augmented"):
             maker.make([damaged], maker.allocate(1), Counter())
 
@@ -191,7 +194,7 @@ def test_translations_are_scaled_or_shift_by_the_stored_pixels() -> None:
     white = example(0)._replace(image=encode_png(image), augmentation=record)
 
     def shifts(size: int, **options: Any) -> list[int]:
-        maker = PartMaker(size, 5, letters, **options)
+        maker = PartMaker(size, TARGETS, letters, **options)
         part = maker.make([white], maker.allocate(1), Counter())
         assert part.buffers is not None
         buffers = [part.buffers.image, part.buffers.view] if maker.sides[1] else [part.buffers.image]
@@ -214,7 +217,7 @@ def test_an_image_that_is_augmented_on_the_device_has_the_pixels_of_the_default_
     examples = [example(n)._replace(augmentation=r, image=picture(n, 48, 40)) for n, r in enumerate(records)]
 
     def images(size: int, scaled: bool, device: bool) -> torch.Tensor:
-        maker = PartMaker(size, 5, letters, scaled=scaled, device=device)
+        maker = PartMaker(size, TARGETS, letters, scaled=scaled, device=device)
         part = maker.make(examples, maker.allocate(3), Counter())
         assert part.buffers is not None
         return augment(part.buffers.image, part.records, size) if device else part.buffers.image

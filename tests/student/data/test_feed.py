@@ -307,11 +307,11 @@ def test_unusable_rows_are_replaced_and_logged_by_reason(tmp_path: Path, caplog:
 def test_online_teachers_get_the_views_and_texts_that_stored_ones_got(labelled: str) -> None:
     data = Data.model_validate({"datasets": labelled, "workers": 0})
     [stored] = take(StudentFeed(data, 5, 24, letters), 1, 6)
-    [online] = take(StudentFeed(data, 5, 20, letters, teachers=[], online=["red", "new"]), 1, 6)
+    [online] = take(StudentFeed(data, 5, 20, letters, models={"teachers": []}, online=["red", "new"]), 1, 6)
     assert online["targets"] == {}
     assert online["key"] == stored["key"]
     assert torch.equal(online["views"]["red"], stored["image"])
-    [alike] = take(StudentFeed(data, 5, 24, letters, teachers=[], online=["red"]), 1, 6)
+    [alike] = take(StudentFeed(data, 5, 24, letters, models={"teachers": []}, online=["red"]), 1, 6)
     assert alike["views"]["red"] is alike["image"], "of the size at which the teachers saw it"
     assert online["views"]["new"] is online["views"]["red"]
     assert online["image"].shape == (6, 20, 20, 3)

@@ -229,8 +229,7 @@ def streamed(labelled: str) -> StreamedDataset:
 
 
 def stream_of(dataset: StreamedDataset, rank: int = 0, ranks: int = 1, batch: int = 6, **options: Any) -> RankStream:
-    width = sum(dim for _, dim in dataset.targets)
-    plan = StreamPlan([dataset], PartMaker(20, width, letters), SEED, streams=2, window=10)
+    plan = StreamPlan([dataset], PartMaker(20, dataset.targets, letters), SEED, streams=2, window=10)
     return RankStream(plan, rank, ranks, batch, **options)
 
 

@@ -14,13 +14,14 @@ from reinforce import settings
 from reinforce.errors import UserError
 from reinforce.student import online
 from reinforce.student.config import Data, Loss, StudentConfig
-from reinforce.student.distillation import (
+from reinforce.student.teachers import (
     IMAGES,
     TEXTS,
     TeacherInfo,
-    plan_distillation,
     stored_teachers,
 )
+from reinforce.student.terms.base import Models
+from reinforce.student.terms.registry import Terms, make_terms
 from reinforce.student.train import make_job
 from reinforce.training.config import describe_changes
 from teachers.open_clip.catalog import DEFAULT_PREPROCESS
@@ -35,6 +36,10 @@ EYES = TeacherInfo(5, frozenset([IMAGES]), None, "dataset: model")
 
 def loss(**keys: Any) -> Loss:
     return settings.parse(Loss, keys)
+
+
+def terms(loss: Loss, **teachers: TeacherInfo) -> Terms:
+    return make_terms(loss, Models({"teachers": teachers}))
 
 
 def config(*urls: str, loss: dict[str, Any] | None = None, **data: Any) -> StudentConfig:
@@ -61,15 +66,15 @@ def test_feature_targets_are_all_teachers_or_none_and_a_scale_of_the_config_repl
         ("all", ["vit", "dino"], "vectors of images, 5 dimensions"),
         ("none", [], "unused"),
     ):
-        plan = plan_distillation(loss(features=features), {"vit": TWO, "dino": EYES})
-        assert list(plan.features) == approached
-        assert plan.teachers == ["vit", *approached[1:]]
-        assert plan.notes[0] == note + "; vectors of images and texts, 8 dimensions" * (features == "all")
-        assert plan.notes[1].startswith(f"teacher dino: {use}")
-    plan = plan_distillation(loss(logit_scales={"vit": 55.0}), {"vit": TWO})
-    assert plan.scales == {"vit": 55.0}
-    assert "55 (config: loss.logit_scales.vit, instead of 70 of the dataset: config)" in plan.notes[0]
-    assert plan_distillation(loss(logit_scales={"vit": 5.0}), {"vit": UNSCALED}).scales == {"vit": 5.0}
+        made = terms(loss(features=features), vit=TWO, dino=EYES)
+        assert {name.split("/")[0] for name in made.heads(4)} == set(approached)
+        assert made.models == {"teachers": ["vit", *approached[1:]]}
+        assert made.notes[0] == note + "; vectors of images and texts, 8 dimensions" * (features == "all")
+        assert made.notes[1].startswith(f"teacher dino: {use}")
+    made = terms(loss(logit_scales={"vit": 55.0}), vit=TWO)
+    assert made.recorded() == {"loss.logit_scales.vit": 55.0}
+    assert "55 (config: loss.logit_scales.vit, instead of 70 of the dataset: config)" in made.notes[0]
+    assert terms(loss(logit_scales={"vit": 5.0}), vit=UNSCALED).recorded() == {"loss.logit_scales.vit": 5.0}
 
 
 def test_teachers_without_a_scale_of_unknown_names_or_with_one_side_are_refused_where_nothing_else_is_learnt() -> None:
@@ -82,9 +87,9 @@ def test_teachers_without_a_scale_of_unknown_names_or_with_one_side_are_refused_
     ]
     for keys, teachers, message in refused:
         with pytest.raises(UserError, match=message):
-            plan_distillation(loss(**keys), teachers)
-    assert plan_distillation(loss(**{"lambda": 0.0}), {"vit": UNSCALED, "dino": EYES}).teachers == []
-    assert plan_distillation(loss(**{"lambda": 0.5}), {"dino": EYES}).scales == {}
+            terms(loss(**keys), **teachers)
+    assert terms(loss(**{"lambda": 0.0}), vit=UNSCALED, dino=EYES).models == {"teachers": []}
+    assert terms(loss(**{"lambda": 0.5}), dino=EYES).recorded() == {}
 
 
 def test_teachers_are_described_by_dataset_json_and_need_vectors_of_the_texts_that_are_read() -> None:

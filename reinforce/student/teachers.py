@@ -1,0 +1,98 @@
+"""The teachers that a training's datasets have, and what they give of images and texts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from reinforce.dataset.layers import embeddings_layer
+from reinforce.dataset.manifest.manifest import select_names
+from reinforce.errors import UserError
+from reinforce.student.config import Data, StudentConfig
+
+#: Keys of a batch; SYNTHETIC exists only if captioners are read.
+IMAGE, CAPTION, SYNTHETIC = "image", "caption", "synthetic"
+
+#: Sides of a teacher.
+IMAGES, TEXTS = "images", "texts"
+
+
+@dataclass(frozen=True)
+class TeacherInfo:
+    """A teacher as dataset.json or the loaded model describes it.
+
+    ``sides`` are IMAGES, TEXTS or both. ``scale_source`` describes where the logit scale comes from.
+    """
+
+    dim: int
+    sides: frozenset[str]
+    logit_scale: float | None
+    scale_source: str
+
+    def has(self, what: str) -> bool:
+        """Whether it has vectors of IMAGE, CAPTION or SYNTHETIC."""
+        return (IMAGES if what == IMAGE else TEXTS) in self.sides
+
+
+def stored_teachers(config: StudentConfig, manifests: Mapping[str, Mapping[str, Any]]) -> dict[str, TeacherInfo]:
+    """The teachers of a training's datasets; ``manifests`` are the contents of ``dataset.json`` by URL.
+
+    Raises UserError for an unknown teacher, for one that lacks vectors of some of the texts, and if datasets disagree.
+    """
+    known: dict[str, TeacherInfo] = {}
+    for name in _teacher_names(config.data, manifests):
+        infos = {url: _stored_teacher(name, config.data, url, manifest) for url, manifest in manifests.items()}
+        (url, first), *others = infos.items()
+        for other_url, other in others:
+            if (other.dim, other.sides) != (first.dim, first.sides):
+                raise UserError(
+                    f"teacher {name} differs between the datasets: {url} has {_describe(first)}, {other_url} has "
+                    f"{_describe(other)}. Name other data.teachers, or run the missing layers."
+                )
+            if other.logit_scale != first.logit_scale and name not in config.loss.logit_scales:
+                raise UserError(
+                    f"teacher {name} has logit scale {first.logit_scale} in {url} and {other.logit_scale} in "
+                    f"{other_url}. Set loss.logit_scales.{name}."
+                )
+        known[name] = first
+    return known
+
+
+def _teacher_names(data: Data, manifests: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    (url, names), *others = (
+        (url, select_names(url, "teachers", data.teachers, manifest)) for url, manifest in manifests.items()
+    )
+    for other_url, other_names in others:
+        if set(other_names) != set(names):
+            raise UserError(
+                f"the datasets have different teachers: {url} has {', '.join(names) or 'none'}, {other_url} has "
+                f"{', '.join(other_names) or 'none'}. Name the teachers to use under data.teachers."
+            )
+    return names
+
+
+def captioner_names(data: Data, url: str, manifest: Mapping[str, Any]) -> list[str]:
+    """The captioners whose captions are read. Raises UserError if there is none of a name."""
+    if data.captions == "none":
+        return []
+    return select_names(url, "captioners", None if data.captioners is None else list(data.captioners), manifest)
+
+
+def _stored_teacher(name: str, data: Data, url: str, manifest: Mapping[str, Any]) -> TeacherInfo:
+    entry, layers = manifest["teachers"][name], manifest["layers"]
+    texts = () if data.captions == "none" else ("caption", *captioner_names(data, url, manifest))
+    found = [what for what in texts if embeddings_layer(name, what) in layers]
+    missing = [what for what in texts if what not in found]
+    if found and missing:
+        raise UserError(
+            f"{url}: teacher {name} has vectors of {', '.join(found)}, not of {', '.join(missing)}. "
+            "Run `reinforce run` for the missing layers, or name other data.captioners or data.teachers."
+        )
+    sides = {IMAGES} if embeddings_layer(name, IMAGES) in layers else set()
+    sides |= {TEXTS} if found else set()
+    return TeacherInfo(entry["dim"], frozenset(sides), entry["logit_scale"], f"dataset: {entry['logit_scale_from']}")
+
+
+def _describe(teacher: TeacherInfo) -> str:
+    return f"{teacher.dim} dimensions of {' and '.join(sorted(teacher.sides)) or 'nothing'}"

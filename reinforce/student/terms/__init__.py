@@ -1,0 +1,1 @@
+"""The terms of a student's loss: one file for each."""

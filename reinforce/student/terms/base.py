@@ -1,0 +1,97 @@
+"""What a term of a student's loss states, and what it is computed from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.functional import normalize
+
+#: Features or targets: tensors [B, ...] by what they are of, ``image`` or a kind of text.
+Tensors = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Models:
+    """The models whose targets a training may take, by section of dataset.json and name.
+
+    Teachers are described by a TeacherInfo, other models by their layer's entry in dataset.json. ``texts`` is whether
+    examples have texts.
+    """
+
+    sections: Mapping[str, Mapping[str, Any]]
+    texts: bool = True
+
+    def of(self, section: str) -> Mapping[str, Any]:
+        return self.sections.get(section, {})
+
+
+@dataclass(frozen=True)
+class Rows:
+    """All rows of a rank: features and targets of its batch, and the learnt scalars.
+
+    ``features`` are unit-norm [b, D], ``targets`` are by model. ``reduced`` lets CUDA multiply in TF32.
+    """
+
+    features: Tensors
+    scalars: Mapping[str, torch.Tensor]
+    targets: Mapping[str, Tensors]
+    reduced: bool = False
+
+
+class Term:
+    """One term of a student's loss. It implements ``losses_of_rows`` or, if it needs the rows of all ranks, ``losses``.
+
+    The module of a term has ``make(loss, models)``, which returns the term, or None if the config does not ask for it,
+    and raises UserError if the models do not fit. ``reinforce.student.terms.registry`` lists the modules.
+
+    ``aligns`` is whether it makes the features of images and texts comparable.
+    """
+
+    aligns: bool = False
+
+    def uses(self) -> Mapping[tuple[str, str], str]:
+        """What it takes from each model, by section and name, in a few words. These models are read."""
+        return {}
+
+    def recorded(self) -> Mapping[str, Any]:
+        """Values by dotted key that decide what is learnt and are not in the config; they must not change on resume."""
+        return {}
+
+    def heads(self, width: int) -> Mapping[str, torch.nn.Module]:
+        """Modules learnt with the student, by a name without dots; ``width`` is that of its features."""
+        return {}
+
+    def scales(self) -> Mapping[str, float]:
+        """Logit scales to learn, by teacher, with their starts."""
+        return {}
+
+    def losses_of_rows(
+        self, features: Tensors, targets: Mapping[str, Tensors], heads: torch.nn.ModuleDict
+    ) -> dict[str, torch.Tensor]:
+        """Weighted losses by name, means over the p rows of a part of the batch; computed in the model's forward pass.
+
+        ``features`` are unit-norm float32 [p, D].
+        """
+        return {}
+
+    def losses(self, rows: Rows) -> dict[str, torch.Tensor]:
+        """Weighted losses by name over all rows of all ranks; the mean over the ranks is that of the global batch."""
+        return {}
+
+
+def module_name(model: str) -> str:
+    """A model's name as that of a module, which cannot have dots; names of models have no commas."""
+    return model.replace(".", ",")
+
+
+def unit(vectors: torch.Tensor) -> torch.Tensor:
+    """Vectors [..., D] at unit norm, in float32."""
+    return normalize(vectors.float(), dim=-1)
+
+
+def scale_name(teacher: str) -> str:
+    """Name of a teacher's learnt scale among the scalars of ``Encoded``."""
+    return f"logit_scale/{teacher}"

@@ -1,0 +1,86 @@
+"""The terms of a student's loss, found by name and made for a config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from reinforce.errors import UserError
+from reinforce.student.config import Loss
+from reinforce.student.terms import features, pairs, scales
+from reinforce.student.terms.base import Models, Rows, Tensors, Term
+
+#: The module of each term, in the order of the losses.
+MODULES = (pairs, scales, features)
+
+_UNUSED = "unused: it has only one side and loss.features is none, or only texts, which are not read"
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The terms of one training; ``notes`` describe the use of each model in one line."""
+
+    terms: Sequence[Term] = ()
+    notes: Sequence[str] = field(default=(), compare=False)
+
+    @property
+    def models(self) -> dict[str, list[str]]:
+        """The models that have to be read or run, by section of dataset.json."""
+        found: dict[str, list[str]] = {"teachers": []}
+        for section, name in dict.fromkeys(key for term in self.terms for key in term.uses()):
+            found.setdefault(section, []).append(name)
+        return found
+
+    def recorded(self) -> dict[str, Any]:
+        return _merged([term.recorded() for term in self.terms])
+
+    def heads(self, width: int) -> dict[str, torch.nn.Module]:
+        return _merged([term.heads(width) for term in self.terms])
+
+    def scales(self) -> dict[str, float]:
+        return _merged([term.scales() for term in self.terms])
+
+    def losses_of_rows(
+        self, features: Tensors, targets: Mapping[str, Tensors], heads: torch.nn.ModuleDict
+    ) -> dict[str, torch.Tensor]:
+        return _merged([term.losses_of_rows(features, targets, heads) for term in self.terms])
+
+    def losses(self, rows: Rows) -> dict[str, torch.Tensor]:
+        return _merged([term.losses(rows) for term in self.terms])
+
+
+def make_terms(loss: Loss, models: Models) -> Terms:
+    """The terms of a config. Raises UserError if the models do not fit, or if nothing would be learnt."""
+    made: list[Term | None] = [module.make(loss, models) for module in MODULES]
+    terms = [term for term in made if term is not None]
+    _check_learns(loss, models, terms)
+    notes = ["lambda 0: no teacher is used"] if loss.lambda_ == 0 else []
+    for section, infos in models.sections.items():
+        for name in infos:
+            uses = [use for term in terms for key, use in term.uses().items() if key == (section, name)]
+            notes.append(f"{section[:-1]} {name}: {'; '.join(uses) or _UNUSED}")
+    return Terms(terms, notes)
+
+
+def _check_learns(loss: Loss, models: Models, terms: Sequence[Term]) -> None:
+    """Raise UserError if no term aligns images and texts, or if none uses a model although lambda is above 0."""
+    if not models.texts:
+        if not terms:
+            raise UserError(
+                "data.captions is none, so only images are read, and no loss has targets of them. Name teachers with "
+                "layers embeddings/TEACHER/images under data.teachers; loss.lambda must be above 0, and loss.features "
+                "not none."
+            )
+    elif not any(term.aligns for term in terms) or (loss.lambda_ > 0 and not any(term.uses() for term in terms)):
+        raise UserError(
+            f"loss.lambda is {loss.lambda_:g} and no teacher has vectors of both images and texts, so no loss would "
+            "align them. Name such a teacher under data.teachers, lower loss.lambda (0: plain CLIP), or set "
+            "data.captions to none to train on images alone."
+        )
+
+
+def _merged(values: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {key: value for one in values for key, value in one.items()}

@@ -1,0 +1,34 @@
+"""The loss from which teachers' logit scales are learnt; see ``reinforce.student.loss``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from reinforce.student.config import Loss
+from reinforce.student.loss import scale_losses
+from reinforce.student.terms.base import Models, Rows, Term, scale_name
+from reinforce.student.terms.pairs import find_scales
+
+
+@dataclass(frozen=True)
+class Scales(Term):
+    """``scale/TEACHER``, whose gradient reaches only the scale of the teacher."""
+
+    starts: Mapping[str, float]
+
+    def scales(self) -> Mapping[str, float]:
+        return self.starts
+
+    def losses(self, rows: Rows) -> dict[str, torch.Tensor]:
+        learnt = {name: rows.scalars[scale_name(name)] for name in self.starts}
+        return scale_losses(learnt, rows.targets, rows.reduced)
+
+
+def make(loss: Loss, models: Models) -> Scales | None:
+    """The term of a config that learns scales."""
+    if not (loss.learn_scales and models.texts):
+        return None
+    return Scales({name: scale for name, (scale, _) in find_scales(loss, models.of("teachers")).items()})
