@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
@@ -15,7 +16,7 @@ from reinforce.processes.cores import available_cores
 from reinforce.student import online
 from reinforce.student.config import QUANTIZE_SHARE, StudentConfig
 from reinforce.student.model import Student, build_student, export, load_tokenizer
-from reinforce.student.teachers import CAPTION, IMAGE, SYNTHETIC, TeacherInfo, stored_teachers
+from reinforce.student.teachers import CAPTION, IMAGE, SYNTHETIC, TeacherInfo, stored_models, stored_teachers
 from reinforce.student.terms.base import Models, Rows
 from reinforce.student.terms.registry import Terms, make_terms
 from reinforce.training.distributed import gather
@@ -41,9 +42,11 @@ class StudentTask:
             known = {
                 name: online.teacher_info(teacher, loss.teachers[name], texts) for name, teacher in teachers.items()
             }
-        elif loss.lambda_ > 0:
-            known = stored_teachers(config, {s.url: read_manifest(Store(s.url)) for s in config.data.datasets})
-        self.terms: Terms = make_terms(loss, Models({"teachers": known}, texts))
+        manifests = {source.url: read_manifest(Store(source.url)) for source in config.data.datasets}
+        if loss.lambda_ > 0 and loss.targets == "stored":
+            known = stored_teachers(config, manifests)
+        models = Models(known, texts, partial(stored_models, config.data, manifests))
+        self.terms: Terms = make_terms(loss, models)
         self.model: Student = build_student(
             config.student,
             seed=config.seed,

@@ -1,12 +1,13 @@
-"""The teachers that a training's datasets have, and what they give of images and texts."""
+"""The models whose targets a training's datasets have, and what they give of images and texts."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from reinforce.dataset.layers import embeddings_layer
+from reinforce.dataset.kinds.registry import kind_of
+from reinforce.dataset.layers import embeddings_layer, model_of
 from reinforce.dataset.manifest.manifest import select_names
 from reinforce.errors import UserError
 from reinforce.student.config import Data, StudentConfig
@@ -57,6 +58,34 @@ def stored_teachers(config: StudentConfig, manifests: Mapping[str, Mapping[str, 
                 )
         known[name] = first
     return known
+
+
+def stored_models(data: Data, manifests: Mapping[str, Mapping[str, Any]], section: str) -> dict[str, Any]:
+    """The models of a section besides teachers: by name, the entry of their layer in dataset.json.
+
+    Raises UserError for one that ``data`` names and a dataset lacks, and for one that differs between the datasets.
+    """
+    (url, first), *others = (
+        (url, _entries(section, getattr(data, section), url, manifest)) for url, manifest in manifests.items()
+    )
+    for other_url, other in others:
+        if _same_targets(first) != _same_targets(other):
+            raise UserError(
+                f"the datasets have different {section}: {url} has {', '.join(first) or 'none'}, {other_url} has "
+                f"{', '.join(other) or 'none'}, or they store other values. Name those to use under data.{section}."
+            )
+    return first
+
+
+def _entries(section: str, names: Sequence[str] | None, url: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    layers = {model_of(layer): layer for layer in manifest["layers"] if kind_of(layer).section == section}
+    return {name: manifest["layers"][layers[name]] for name in select_names(url, section, names, manifest)}
+
+
+def _same_targets(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What must be equal in all datasets: all but what the models are and what they see."""
+    differing = ("fingerprint", "model", "code", "count", "sees")
+    return {name: {k: v for k, v in entry.items() if k not in differing} for name, entry in entries.items()}
 
 
 def _teacher_names(data: Data, manifests: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -84,7 +84,7 @@ def build(config: StudentConfig, accelerator: Accelerator) -> tuple[StudentTask,
         config.seed,
         task.model.image.height,
         Tokenizer(task.model.name),
-        models={"teachers": []} if online else task.terms.models,
+        models=task.terms.models | ({"teachers": []} if online else {}),
         online=task.terms.models["teachers"] if online else (),
         pin=accelerator.device.type == "cuda",
     )

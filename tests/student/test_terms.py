@@ -39,7 +39,7 @@ def loss(**keys: Any) -> Loss:
 
 
 def terms(loss: Loss, **teachers: TeacherInfo) -> Terms:
-    return make_terms(loss, Models({"teachers": teachers}))
+    return make_terms(loss, Models(teachers))
 
 
 def config(*urls: str, loss: dict[str, Any] | None = None, **data: Any) -> StudentConfig:

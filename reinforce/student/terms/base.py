@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn.functional import normalize
+
+from reinforce.student.teachers import TeacherInfo
 
 #: Features or targets: tensors [B, ...] by what they are of, ``image`` or a kind of text.
 Tensors = Mapping[str, torch.Tensor]
@@ -15,17 +17,15 @@ Tensors = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Models:
-    """The models whose targets a training may take, by section of dataset.json and name.
+    """The models whose targets a training may take.
 
-    Teachers are described by a TeacherInfo, other models by their layer's entry in dataset.json. ``texts`` is whether
-    examples have texts.
+    ``teachers`` are described by a TeacherInfo; ``stored`` finds the models of another section of the config by name,
+    as their layers' entries in dataset.json. ``texts`` is whether examples have texts.
     """
 
-    sections: Mapping[str, Mapping[str, Any]]
+    teachers: Mapping[str, TeacherInfo]
     texts: bool = True
-
-    def of(self, section: str) -> Mapping[str, Any]:
-        return self.sections.get(section, {})
+    stored: Callable[[str], Mapping[str, Any]] = lambda section: {}
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def make(loss: Loss, models: Models) -> Features | None:
     every = loss.features == "all"
     teachers = {
         name: teacher
-        for name, teacher in models.of("teachers").items()
+        for name, teacher in models.teachers.items()
         if teacher.sides and (every or (loss.features == "one-sided" and teacher.sides != {IMAGES, TEXTS}))
     }
     return Features(loss.lambda_ * loss.features_weight, teachers) if teachers and loss.lambda_ > 0 else None

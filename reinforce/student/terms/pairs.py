@@ -49,7 +49,7 @@ def make(loss: Loss, models: Models) -> Pairs | None:
     """The term of a config, None if it would have no loss. Raises UserError if a teacher has no logit scale."""
     if not models.texts:
         return None
-    found = find_scales(loss, models.of("teachers")) if loss.lambda_ > 0 else {}
+    found = find_scales(loss, models.teachers) if loss.lambda_ > 0 else {}
     if loss.lambda_ == 1 and not found:
         return None
     scales = {name: scale for name, (scale, _) in found.items()}

@@ -58,10 +58,11 @@ def make_terms(loss: Loss, models: Models) -> Terms:
     terms = [term for term in made if term is not None]
     _check_learns(loss, models, terms)
     notes = ["lambda 0: no teacher is used"] if loss.lambda_ == 0 else []
-    for section, infos in models.sections.items():
-        for name in infos:
-            uses = [use for term in terms for key, use in term.uses().items() if key == (section, name)]
-            notes.append(f"{section[:-1]} {name}: {'; '.join(uses) or _UNUSED}")
+    uses: dict[tuple[str, str], list[str]] = {("teachers", name): [] for name in models.teachers}
+    for term in terms:
+        for model, use in term.uses().items():
+            uses.setdefault(model, []).append(use)
+    notes += [f"{section[:-1]} {name}: {'; '.join(found) or _UNUSED}" for (section, name), found in uses.items()]
     return Terms(terms, notes)
 
 

@@ -31,4 +31,4 @@ def make(loss: Loss, models: Models) -> Scales | None:
     """The term of a config that learns scales."""
     if not (loss.learn_scales and models.texts):
         return None
-    return Scales({name: scale for name, (scale, _) in find_scales(loss, models.of("teachers")).items()})
+    return Scales({name: scale for name, (scale, _) in find_scales(loss, models.teachers).items()})
