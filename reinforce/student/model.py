@@ -84,7 +84,7 @@ class Student(torch.nn.Module):
             scalars["logit_bias"] = self.clip.logit_bias.reshape(())
         scalars |= {scale_name(_teacher_name(module)): scale() for module, scale in self.scales.items()}
         losses = self.terms.losses_of_rows(features, batch.get("targets", {}), self.heads)
-        return Encoded(features, losses, scalars)
+        return Encoded({**features, **self.terms.projections(features, self.heads)}, losses, scalars)
 
     def quantize(self, kind: Quantize) -> None:
         """Train with rounded values from now on; see ``reinforce.student.quantize``."""

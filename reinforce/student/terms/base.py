@@ -32,7 +32,8 @@ class Models:
 class Rows:
     """All rows of a rank: features and targets of its batch, and the learnt scalars.
 
-    ``features`` are unit-norm [b, D], ``targets`` are by model. ``reduced`` lets CUDA multiply in TF32.
+    ``features`` are unit-norm [b, D], with the ``projections`` of terms; ``targets`` are by model. ``reduced`` lets
+    CUDA multiply in TF32.
     """
 
     features: Tensors
@@ -66,6 +67,10 @@ class Term:
 
     def scales(self) -> Mapping[str, float]:
         """Logit scales to learn, by teacher, with their starts."""
+        return {}
+
+    def projections(self, features: Tensors, heads: torch.nn.ModuleDict) -> dict[str, torch.Tensor]:
+        """Features [p, ...] besides the student's that ``losses`` needs of all rows, by a name that has a ``/``."""
         return {}
 
     def losses_of_rows(

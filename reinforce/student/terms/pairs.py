@@ -14,7 +14,7 @@ import torch
 from reinforce.errors import UserError
 from reinforce.student.config import Loss
 from reinforce.student.loss import Objective, contrastive_losses
-from reinforce.student.teachers import IMAGES, TEXTS, TeacherInfo
+from reinforce.student.teachers import CAPTION, IMAGE, IMAGES, SYNTHETIC, TEXTS, TeacherInfo
 from reinforce.student.terms.base import Models, Rows, Term, scale_name
 from reinforce.training.config import HIGHEST_LOGIT_SCALE
 
@@ -42,7 +42,8 @@ class Pairs(Term):
             learnt = {name: scalars[scale_name(name)].detach() for name in objective.scales}
             objective = replace(objective, scales=learnt)
         scale, bias = scalars["logit_scale"], scalars.get("logit_bias")
-        return contrastive_losses(objective, rows.features, scale, bias, rows.targets, rows.reduced)
+        features = {name: rows.features[name] for name in (IMAGE, CAPTION, SYNTHETIC) if name in rows.features}
+        return contrastive_losses(objective, features, scale, bias, rows.targets, rows.reduced)
 
 
 def make(loss: Loss, models: Models) -> Pairs | None:

@@ -43,6 +43,9 @@ class Terms:
     def scales(self) -> dict[str, float]:
         return _merged([term.scales() for term in self.terms])
 
+    def projections(self, features: Tensors, heads: torch.nn.ModuleDict) -> dict[str, torch.Tensor]:
+        return _merged([term.projections(features, heads) for term in self.terms])
+
     def losses_of_rows(
         self, features: Tensors, targets: Mapping[str, Tensors], heads: torch.nn.ModuleDict
     ) -> dict[str, torch.Tensor]:
