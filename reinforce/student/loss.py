@@ -88,8 +88,8 @@ def contrastive_losses(
     """
     lambda_, form = objective.lambda_, objective.form
     scales = objective.scales if lambda_ > 0 else {}
-    rows = {name: _full_precision(value) for name, value in features.items()}
-    of_teachers = {t: {what: _full_precision(targets[t][what]) for what in rows} for t in scales}
+    rows = {name: full_precision(value) for name, value in features.items()}
+    of_teachers = {t: {what: full_precision(targets[t][what]) for what in rows} for t in scales}
     columns = _gather_columns(form, rows)
     images = {t: _gather_columns(form, {"image": own["image"]}) for t, own in of_teachers.items()}
 
@@ -161,6 +161,6 @@ def _sides(
     ]
 
 
-def _full_precision(values: torch.Tensor) -> torch.Tensor:
+def full_precision(values: torch.Tensor) -> torch.Tensor:
     """In half precision, logits of scale 100 would be off by several hundredths."""
     return values if values.dtype == torch.float64 else values.float()
