@@ -155,6 +155,12 @@ class Loss(Section):
         "one-sided", description="teachers whose vectors a projection of the student's features approaches (1 - cosine)"
     )
     features_weight: float = Field(1.0, gt=0, description="weight of the `features` loss, relative to distillation")
+    interactive: float | None = Field(
+        None,
+        gt=0,
+        description="weight, relative to distillation, of contrasting the student's images with the teachers' texts "
+        "and the reverse, see student/terms/interactive.py; 1 in its publication; default: not computed",
+    )
     teachers: Annotated[dict[LayerName, AnyTeacher], LAYER_NAMES] = Field(
         default_factory=dict,
         description="for `online`: the models to run, as in `reinforce run`; precision: fp32 unless it is given",

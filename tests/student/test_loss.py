@@ -12,6 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from reinforce.student import chunks
 from reinforce.student.loss import Objective, contrastive_losses, scale_losses
+from reinforce.student.teachers import IMAGES, TEXTS, TeacherInfo
+from reinforce.student.terms.base import Rows
+from reinforce.student.terms.interactive import Interactive
 from tests.helpers.ranks import results_of_ranks
 
 KINDS = {"both": ("caption", "synthetic"), "mixed": ("caption",)}
@@ -244,15 +247,15 @@ def test_tf32_changes_gradients_by_a_fifth_of_what_one_rounding_to_bf16_does_at_
 
 
 RANKS, OF_RANK = 2, 3  # pairs
-CASES = {
+CASES: dict[str, Objective | None] = {
     f"{form}, lambda {share}": Objective(
         share, form, {"one": 30.0, "two": 55.0}, {"two": -12.0} if form == "sigmoid" else {}
     )
     for form, share in itertools.product(("softmax", "sigmoid"), (0.0, 0.4, 1.0))
-}
+} | {"interactive": None}
 
 
-def computed(objective: Objective, rows: slice) -> dict[str, torch.Tensor]:
+def computed(objective: Objective | None, rows: slice) -> dict[str, torch.Tensor]:
     """Loss and gradients by name for some rows of the batch."""
     features = {
         what: unit(RANKS * OF_RANK, 6, i)[rows].clone().requires_grad_() for i, what in enumerate(KINDS_AND_IMAGE)
@@ -265,7 +268,14 @@ def computed(objective: Objective, rows: slice) -> dict[str, torch.Tensor]:
         "scale": torch.tensor(math.log(15.0), dtype=torch.float64, requires_grad=True),
         "bias": torch.tensor(-2.0, dtype=torch.float64, requires_grad=True),
     }
-    losses = contrastive_losses(objective, features, scalars["scale"].exp(), scalars["bias"], targets)
+    if objective is None:
+        both = frozenset([IMAGES, TEXTS])
+        term = Interactive(0.7, {"one": TeacherInfo(4, both, None, ""), "two": TeacherInfo(5, both, None, "")})
+        heads = {"one": unit(6, 4, 1), "two": unit(6, 5, 2)}
+        projected = {f"{name}/{what}": x @ head for name, head in heads.items() for what, x in features.items()}
+        losses = term.losses(Rows({**features, **projected}, {"logit_scale": scalars["scale"].exp()}, targets))
+    else:
+        losses = contrastive_losses(objective, features, scalars["scale"].exp(), scalars["bias"], targets)
     total = torch.stack(list(losses.values())).sum()
     total.backward()
     gradients = {name: value.grad for name, value in {**features, **scalars}.items() if value.grad is not None}

@@ -271,6 +271,33 @@ def test_teachers_that_cannot_be_loaded_and_scales_that_leave_their_bounds_are_r
         StudentTask(config({"learn_scales": True, "logit_scales": {"red": 120.0}}))
 
 
+def test_the_interactive_term_contrasts_each_side_of_the_student_with_the_other_side_of_teachers(config: Any) -> None:
+    made = config({"lambda": 0.5, "interactive": 2.0, "logit_scales": {"vit": 30.0}})
+    task, batch = first_batch(made)
+    encoded = task.model(batch)
+    scale, expected = encoded.scalars["logit_scale"], []
+    for name in ("red", "vit"):
+        for side, own, other in (("images", "image", "caption"), ("texts", "caption", "image")):
+            head = task.model.heads[f"{name}/interactive-{side}"].weight
+            rows = torch.nn.functional.normalize(encoded.features[own] @ head.T, dim=-1)
+            logits = scale * rows @ batch["targets"][name][other].T
+            expected.append(torch.nn.functional.cross_entropy(logits, torch.arange(PAIRS)))
+    losses = task.losses(encoded, batch)
+    torch.testing.assert_close(losses["interactive/caption"], 0.5 * 2.0 * torch.stack(expected).mean())
+    assert "contrasted with the student's images and texts" in task.notes[1]
+    plain, _ = first_batch(config({"lambda": 0.5, "logit_scales": {"vit": 30.0}}))
+    shared = plain.losses(encoded, batch)
+    assert {name: losses[name] for name in shared} == shared, "the other terms do not see its features"
+    gradients = []
+    for parts in (1, 2):
+        task, batch = first_batch(made)
+        backpropagate(task, task.model, batch, PAIRS, [1] * parts, Accelerator("cpu"))
+        gradients.append({name: p.grad for name, p in task.model.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match=r"loss\.interactive needs a teacher with vectors of images and texts"):
+        StudentTask(config({"lambda": 0.0, "interactive": 1.0}))
+
+
 def test_learning_scales_does_not_change_the_students_losses_and_gradients(config: Any) -> None:
     accelerator = Accelerator("cpu")
 
