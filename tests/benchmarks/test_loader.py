@@ -83,13 +83,6 @@ def test_every_format_has_the_same_samples(tmp_path: Path) -> None:
         assert [(one.key, one.image, one.caption(spec.captions, spec.limits)) for one in found] == samples
 
 
-def test_medians_and_ratios_are_those_of_the_rounds() -> None:
-    figures = {"tar": {"read": [1.0, 2.0, 9.0], "run": [4.0, 5.0, 5.0]}, "jsonl": {"read": [3.0], "run": [6.0]}}
-    found = sources.summarize(figures)
-    assert found["tar"] == {"read": 2.0, "run": 5.0, "run / tar": 1.0}
-    assert found["jsonl"]["run / tar"] == 1.2
-
-
 def test_stored_targets_add_operations_to_a_plain_step(tmp_path: Path) -> None:
     result = step.Bench(tmp_path, "cpu").measure(step.Case("tiny", batch=4, rounds=1, online=0))
     assert set(result["ratio"]) == {"plain", "stored"}

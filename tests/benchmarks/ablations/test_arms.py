@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from benchmarks.ablations import __main__ as ablations
-from benchmarks.ablations import encoders, questions
+from benchmarks.ablations import questions
 from benchmarks.ablations.arms import BASE, WRONG, Study
 from benchmarks.ablations.encoders import Encoder
-from benchmarks.ablations.measures import MILLISECONDS, MILLISECONDS_ALONE
-from benchmarks.ablations.questions import SCALES, STAGES, make_questions
+from benchmarks.ablations.questions import STAGES, make_questions
 from reinforce.config import load_config
 from reinforce.demo.compare import MEASURES
 from reinforce.errors import UserError
@@ -80,33 +77,6 @@ def test_overrides_apply_to_all_students_and_errors_are_reported_early(
         Study(tmp_path, ["train.steps=null", "train.epochs=3"])
 
 
-def test_teachers_and_captioners_are_read_from_the_demo_configs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    demo, student = (yaml.safe_load((ROOT / f"configs/{name}.yaml").read_text()) for name in ("demo", "student-demo"))
-    others = list(demo["teachers"])[1:]
-    demo["teachers"] = dict(zip(["dr.one", *others], demo["teachers"].values(), strict=True))
-    demo["captioners"] = dict(zip(["words"], demo["captioners"].values(), strict=False))
-    student["data"] |= {"teachers": ["dr.one", *others], "captioners": ["words"]}
-    (tmp_path / "configs").mkdir()
-    (tmp_path / "configs/demo-models").symlink_to(ROOT / "configs/demo-models")
-    for name, config in (("demo", demo), ("student-demo", student)):
-        (tmp_path / f"configs/{name}.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-    monkeypatch.chdir(tmp_path)
-    study = Study(tmp_path)
-    questions = make_questions(study)
-    assert [arm.label for arm in questions["teachers"].arms] == ["dr.one", *others, "ensemble"]
-    online = study.student_config(questions["ways"].arms[1], 0)
-    assert online.loss.targets == "online"
-    in_fp32 = {name: spec.model_copy(update={"precision": "fp32"}) for name, spec in study.demo.teachers.items()}
-    assert online.loss.teachers == in_fp32
-    assert study.student_config(questions["scales"].arms[0], 0).loss.logit_scales == dict.fromkeys(
-        ["dr.one", *others], float(SCALES[0])
-    )
-    two = study.student_config(questions["captions"].arms[-1], 0)
-    assert list(two.data.captioners or {}) == list(study.dataset_config("two-captioners").captioners)
-
-
 def test_a_question_without_its_captioner_is_an_error_if_it_is_named_and_left_out_of_all_others(
     study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -140,17 +110,3 @@ def test_an_encoder_has_its_stages_widths_and_size(
         assert clip.encode_image(torch.zeros(2, 3, size, size)).shape == (2, 96)
         x = trunk.forward_features(torch.zeros(1, 3, size, size))
     assert x.shape[-1] == size // 2 ** (stages + 1)
-
-
-def test_milliseconds_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(encoders, "_ROUNDS", 2)
-    small, large = Encoder((1, 1, 1, 1), 16, 32), Encoder((1, 1, 1, 1), 16, 64)
-    encoders.prepare([small, large], tmp_path)
-    times = encoders.read_milliseconds(small, tmp_path), encoders.read_milliseconds(large, tmp_path)
-    assert 0 < times[0][MILLISECONDS] < times[1][MILLISECONDS]
-    assert all(one[MILLISECONDS] < one[MILLISECONDS_ALONE] for one in times)
-    stored = small.folder(tmp_path) / "milliseconds.json"
-    stored.write_text(json.dumps({MILLISECONDS: 1.0, MILLISECONDS_ALONE: 2.0}))
-    encoders.prepare([small, large], tmp_path)
-    assert encoders.read_milliseconds(small, tmp_path) == {MILLISECONDS: 1.0, MILLISECONDS_ALONE: 2.0}

@@ -7,7 +7,6 @@ import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -16,15 +15,13 @@ import torch
 
 from benchmarks.ablations import page
 from benchmarks.ablations.arms import BASE, Study
-from benchmarks.ablations.claims import Compare, Pick, Sooner, Within, agreement
+from benchmarks.ablations.claims import Compare
 from benchmarks.ablations.measures import (
-    ALL_MEASURES,
     BYTES,
     MILLISECONDS,
     MILLISECONDS_ALONE,
     REACHED_AT,
     RETAINED,
-    step_of_level,
 )
 from benchmarks.ablations.questions import Question, make_questions
 from benchmarks.ablations.results import Answer, Training, add_derived_measures, find_training, read_answer
@@ -98,38 +95,6 @@ def test_arms_differ_if_their_means_differ_by_more_than_the_noise() -> None:
     assert Compare("unseen_style", "b", "below", "a").check(far).holds
     # two standard errors: twice the root of 2 / 3 x (the mean of 0.01^2 and 0.01^2)
     assert "difference 20.0 points, noise 1.6" in Compare("unseen_style", "a", "above", "b").check(far).text
-
-
-def test_best_of_several_arms_needs_a_larger_difference() -> None:
-    numbers = numbers_of(a=[0.30, 0.32, 0.31], b=[0.28, 0.30, 0.29], c=[0.28, 0.30, 0.29])
-    assert Compare("unseen_style", "a", "above", "b").check(numbers).holds
-    verdict = Compare("unseen_style", "a", "above", Pick(["b", "c"], "the best other")).check(numbers)
-    assert not verdict.holds
-    assert "a above the best other (b): no, level with it" in verdict.text
-
-
-def test_first_arm_must_be_sooner_with_every_seed() -> None:
-    never = {"a": {"own_style" + REACHED_AT: [5.0, math.inf]}, "b": {"own_style" + REACHED_AT: [20.0, 20.0]}}
-    verdict = Sooner("own_style", "a", "b").check(never)
-    assert not verdict.holds
-    assert "with 1 of 2 seeds" in verdict.text
-    assert "never with 1" in verdict.text
-
-
-def test_times_within_a_share_are_within_it_in_both_directions() -> None:
-    numbers = {label: {MILLISECONDS: [value] * 3} for label, value in {"a": 1.0, "b": 1.09, "c": 1.11}.items()}
-    assert Within(MILLISECONDS, "a", "b", 0.1).check(numbers).holds
-    assert Within(MILLISECONDS, "b", "a", 0.1).check(numbers).holds
-    verdict = Within(MILLISECONDS, "a", "c", 0.1).check(numbers)
-    assert verdict.text == "ms/image, 64 together: a within 10% of c: no (1.00 and 1.11, difference 0.11, 1.11 times)"
-    assert not Within(MILLISECONDS, "c", "a", 0.1).check(numbers).holds
-
-
-def test_step_of_a_level_is_interpolated() -> None:
-    curve = [(10, 0.1), (20, 0.3), (30, 0.2)]
-    assert [step_of_level(curve, level) for level in (0, 0.05, 0.1, 0.2, 0.3)] == [0, 5, 10, 15, 20]
-    assert math.isinf(step_of_level(curve, 0.31))
-    assert ALL_MEASURES["own_style" + REACHED_AT].format_cell([5, math.inf, math.inf]) == "never in 2 of 3"
 
 
 def test_question_is_answered_when_all_seeds_are_finished(study: Study, tmp_path: Path) -> None:
@@ -235,23 +200,6 @@ def test_stored_answers_are_kept_while_their_arms_are_unchanged(study: Study, tm
     numbers["questions"]["steps"]["recipe"] = "another"  # type: ignore[index]
     (tmp_path / "numbers.json").write_text(json.dumps(numbers))
     assert list(page.read_stored_answers(study, 3, tmp_path / "numbers.json")) == ["noise"]
-
-
-def test_other_machines_are_listed_with_their_questions(study: Study, tmp_path: Path) -> None:
-    questions = make_questions(study)
-    here, there = rising_answer(questions["lambda"]), replace(rising_answer(questions["scales"]), machine="another")
-    assert "(torch" in write_page(study, [here], tmp_path)[0]
-    assert ";\nthis one).\n" in write_page(study, [here], tmp_path)[0]
-    assert "\nthis one; another, for *Logit scales*).\n" in write_page(study, [here, there], tmp_path)[0]
-
-
-def test_single_seed_gives_no_conclusion(study: Study) -> None:
-    question = make_questions(study)["teachers"]
-    answer = make_answer(question, dict.fromkeys((arm.label for arm in question.arms), 0.1), seeds=1)
-    info = page.describe_study(study, 1, ["teachers"])
-    assert page.check_claims(answer) == []
-    assert agreement([]) in page.render_page([(answer, [])], info)
-    assert info.command.endswith("--questions teachers --seeds 1")
 
 
 def test_committed_page_has_the_stored_numbers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,18 +21,9 @@ from benchmarks.gpu.trace import Trace, limit_of
 from benchmarks.pipeline.figures import Figure
 from benchmarks.pipeline.page import read_figures
 from teachers.registry import load_captioner
-from tests.helpers.demo import ROOT
 from tests.helpers.local_ray import local_ray
 
 DEVICE = "benchmarks.gpu.probe._card_id"
-WITH_RAY = """\
-import sys
-import pytest
-from benchmarks.gpu.__main__ import main
-from tests.helpers import lean_ray
-lean_ray.prepare(pytest.MonkeyPatch())
-main(sys.argv[1:])
-"""
 
 
 @pytest.fixture
@@ -234,17 +223,6 @@ def test_real_weights_are_used_where_a_folder_has_them(tmp_path: Path) -> None:
     assert bench.model("ViT-L-14") == f"local-dir:{tmp_path}/weights/ViT-L-14"
     assert bench.model("ViT-L-14-quickgelu") == f"local-dir:{tmp_path}/models/tiny-ViT-L-14-quickgelu"
     assert "hf_tokenizer_name" not in models._config("ViT-SO400M-14-SigLIP", tiny=False)["text_cfg"]
-
-
-@pytest.mark.slow
-def test_a_run_with_ray_writes_the_files_of_one_without(tmp_path: Path, folder: Path) -> None:
-    words = ["--tiny", "--only", "run", "--cores", "1", "--folder", str(folder), "--results", f"{tmp_path}/gpu.jsonl"]
-    program = [sys.executable, "-c", WITH_RAY, *words]  # which ends the Ray that it starts
-    done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    figures = {figure.name: figure for figure in read_figures(Results.read(tmp_path / "gpu.jsonl").sections["run"])}
-    assert figures["files that differ from those without Ray"].value == 0
-    assert figures["images/s of `reinforce run`, after its first shards"].value > 0
 
 
 @pytest.mark.slow

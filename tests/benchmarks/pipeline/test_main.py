@@ -19,8 +19,7 @@ from PIL import Image
 
 from benchmarks import processes
 from benchmarks.pipeline import page
-from benchmarks.pipeline.__main__ import SECTIONS, main, measure
-from benchmarks.pipeline.figures import QUICK, Bench, Figure, Rule, alternate, medians
+from benchmarks.pipeline.__main__ import main
 from benchmarks.pipeline.host import cpu_figures
 from benchmarks.pipeline.inputs import make_config, photo, write_shards
 from benchmarks.pipeline.memory import pixel_cell_bytes
@@ -54,20 +53,6 @@ def test_a_small_run_measures_the_figures_of_its_parts(
     assert all(f"{name}: " in output for name in parts)
     assert results["quick"] is True
     assert page.render_page(page.PAGE.read_text(encoding="utf-8"), results)
-
-
-@pytest.mark.parametrize(
-    ("sections", "measured"), [(["memory"], ["memory"]), (["accelerator"], ["host", "accelerator"])]
-)
-def test_only_what_a_part_needs_is_measured(
-    sections: list[str], measured: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lines: list[str] = []
-    for function in ("measure_cpu", "measure_busy"):
-        monkeypatch.setattr(f"benchmarks.pipeline.__main__.{function}", lambda *_: [])
-    monkeypatch.setitem(SECTIONS, "memory", lambda _: [])
-    measure(Bench(tmp_path, "stand-in", 1, QUICK, lines.append, photos=[]), sections)
-    assert [line.partition(":")[0] for line in lines] == measured
 
 
 def test_shards_repeat_deterministic_photos_and_differ(tmp_path: Path) -> None:
@@ -147,16 +132,6 @@ def test_shared_memory_of_several_processes_counts_once(request: pytest.FixtureR
     assert peak.total >= peak.parent > MEGABYTE
 
 
-def test_peak_keeps_the_parts_of_the_largest_sum(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = {1: processes.Memory(10, 4), 2: processes.Memory(3, 4), 3: processes.Memory(5, 4)}
-    monkeypatch.setattr(processes, "memory", found.__getitem__)
-    peak = processes.Peak()
-    peak.look(1, [2, 3])
-    found[1] = processes.Memory(9, 4)
-    peak.look(1, [2, 3])
-    assert peak == processes.Peak(total=30, parent=10, child=4.0, shared=12)
-
-
 EMPTY = "# Title\n\n<!-- figures -->\n<!-- end of figures -->\nmore\n<!-- sizing -->\nold\n<!-- end of sizing -->\n"
 
 
@@ -173,32 +148,6 @@ def test_page_is_that_of_the_stored_figures_whose_parts_are_replaced_while_the_r
     assert "quick run" in page.render_page(EMPTY, {**stored, "quick": True})
     with pytest.raises(ValueError, match="sizing"):
         page.render_page(EMPTY.replace("end of sizing", "end"), stored)
-
-
-def test_variants_alternate_and_medians_are_returned() -> None:
-    calls: list[str] = []
-    values = {"a": [5.0, 1.0, 3.0], "b": [10.0] * 3}
-
-    def measure(name: str) -> dict[str, float]:
-        calls.append(name)
-        return {"ms": values[name].pop()}
-
-    found = alternate({"a": lambda: measure("a"), "b": lambda: measure("b")}, rounds=3)
-    assert calls == ["a", "b"] * 3
-    assert found["a ms"] == [3.0, 1.0, 5.0]
-    assert medians(found) == {"a ms": 3.0, "b ms": 10.0}
-
-
-def test_targets_are_met_or_not() -> None:
-    cases: list[tuple[float, float | None, Rule, bool | None]] = [
-        (1.0, 1.1, "at most", True),
-        (1.2, 1.1, "at most", False),
-        (0.98, 0.97, "at least", True),
-        (0.96, 0.97, "at least", False),
-        (2.0, 1.0, "limit", None),
-        (2.0, None, "at most", None),
-    ]
-    assert [Figure("section", "name", *case[:1], "ms", *case[1:3]).met for case in cases] == [met for *_, met in cases]
 
 
 VALUES = {

@@ -15,7 +15,7 @@ import s3fs
 from benchmarks.pipeline.figures import Figure
 from benchmarks.pipeline.page import PAGE
 from benchmarks.scale import child, page
-from benchmarks.scale.__main__ import QUICK, main, measure_resume, measure_start, measure_status, measure_validate
+from benchmarks.scale.__main__ import QUICK, main, measure_resume, measure_start, measure_status
 from benchmarks.scale.cluster import Cluster, SimulatedRay, config_of, simulated
 from reinforce.config import parse_config
 from reinforce.dataset.files.store import Store
@@ -60,14 +60,6 @@ def test_the_status_of_a_running_job_takes_three_requests_and_that_of_a_dataset_
     assert found["requests, of a running job"] == 3
     assert found["listing requests"] <= 8 * 3 + 8 + 1 + 2, "two for the views"
     assert found["reading requests"] <= 2 * 8 + 2
-
-
-@pytest.mark.slow
-def test_a_sample_is_validated_with_one_request_for_a_thousand_files() -> None:
-    found = {figure.name: figure for figure in measure_validate(QUICK)}
-    assert found["listing requests"].value <= 2 * 8 * 3 + 8 + 1, "layers, their quarantine and the folders"
-    assert found["reading requests"].value <= 2 * 8 + 2, "an index and a file of a layer"
-    assert found["CPU per shard"].section == "validate --quick of 20 local shards x 8 layers, one process"
 
 
 def test_figures_that_are_measured_alone_replace_their_section() -> None:
