@@ -12,10 +12,9 @@ from PIL import Image
 from reinforce.config import Limits
 from reinforce.images.policy import ImageRefused, decode
 from tests.helpers.images import JPEGS, encode, noise, scan_of, without_scan_data
-from tests.helpers.reduced import policy
 
 LIMITS = Limits(aspect=100)
-POLICIES = ["rgb-1", policy(40), policy(20), policy(10)]
+POLICIES = ["rgb-1", "rgb-1-reduced-40", "rgb-1-reduced-20", "rgb-1-reduced-10"]
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
@@ -67,7 +66,7 @@ def test_a_jpeg_that_ends_in_zeros_is_refused_unless_they_follow_its_end_mark(op
     st.sampled_from(["L", "RGB", "CMYK"]),
     st.sampled_from([*JPEGS, {"progressive": True}]),
     st.integers(1, 100),
-    st.sampled_from(["rgb-1", policy(8)]),
+    st.sampled_from(["rgb-1", "rgb-1-reduced-8"]),
 )
 @settings(max_examples=100)
 def test_no_complete_jpeg_is_refused(

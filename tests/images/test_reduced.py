@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +20,14 @@ from schemas import Reason
 from tests.helpers.data import config_of, write_tar
 from tests.helpers.images import JPEGS, encode, natural, noise
 from tests.helpers.pixels import PixelRecorder
-from tests.helpers.reduced import decoded_digest, policy
 from tests.helpers.reinforced import reinforce_here
 from tests.hostile.images import IMAGES, ImageCase
 
 LIMITS = Limits(aspect=100)
+
+
+def policy(side: int) -> str:
+    return f"rgb-1-reduced-{side}"
 
 
 def size_of(width: int, height: int, side: int, **options: Any) -> tuple[int, int]:
@@ -90,26 +90,6 @@ def test_hostile_jpegs_are_refused_as_at_full_size(case: ImageCase) -> None:
         return None
 
     assert outcome(policy(8)) == outcome("rgb-1")
-
-
-def test_pixels_do_not_depend_on_the_instructions_of_the_processor(tmp_path: Path) -> None:
-    for number, options in enumerate([*JPEGS, {"progressive": True}]):
-        (tmp_path / f"{number}.jpg").write_bytes(encode(natural(203, 151, number), "JPEG", **options))
-    code = (
-        "import sys; from tests.helpers.reduced import decoded_digest; from pathlib import Path; "
-        "print(decoded_digest(Path(sys.argv[1])))"
-    )
-    digests = {
-        subprocess.run(
-            [sys.executable, "-c", code, str(tmp_path)],
-            check=True,
-            capture_output=True,
-            text=True,
-            env={**os.environ, name: "1"},
-        ).stdout.strip()
-        for name in ("JSIMD_FORCENONE", "JSIMD_FORCESSE2")
-    }
-    assert digests == {decoded_digest(tmp_path)}
 
 
 def test_the_policy_is_recorded_and_published_reinforcements_need_images_of_full_size() -> None:

@@ -35,11 +35,8 @@ from reinforce.dataset.augment.records import (
 )
 from reinforce.dataset.augment.sampling import sample_augmentation
 from reinforce.dataset.augment.tables import OPS
-from reinforce.dataset.layers import Layer
-from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.errors import UserError
 from schemas import AUGMENTATION
-from tests.helpers.data import config_of
 from tests.helpers.images import noise
 
 POLICY = Augmentations()
@@ -278,17 +275,3 @@ def test_every_backend_and_no_other_is_accepted_and_published_augmentations_keep
         load_backend("other-1")
     with pytest.raises(UserError, match=r"augmentations\.backend: remove it"):
         parse_config({**config, "reinforcements": "y.tar", "augmentations": {"count": 2, "backend": "fixed-point-1"}})
-
-
-def test_another_backend_is_another_fingerprint_and_the_default_one_is_as_before() -> None:
-    def layers(**augmentations: str) -> dict[str, Layer]:
-        config = parse_config(config_of("x/{0..1}.tar", "out", augmentations=augmentations))
-        return build_layers(config, describe_models(config))
-
-    assert layers()["samples"].fingerprint == layers(backend=AUGMENTATION_BACKEND)["samples"].fingerprint
-    assert layers()["samples"].fingerprint == "9a59ea0ee9feb030", "that of all datasets before there was a choice"
-    assert "backend" not in layers()["samples"].recipe["augmentations"]
-    assert layers()["samples"].recipe["policies"]["augmentation"] == AUGMENTATION_BACKEND
-    other = layers(backend="fixed-point-1")
-    assert other["samples"].recipe["policies"]["augmentation"] == "fixed-point-1"
-    assert all(other[name].fingerprint != layer.fingerprint for name, layer in layers().items())

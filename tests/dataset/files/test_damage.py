@@ -203,16 +203,6 @@ def write(store: Store, **files: FileEntry) -> None:
     writer.flush()
 
 
-def test_a_run_writes_the_size_and_rows_of_each_committed_file(made: Path) -> None:
-    store = Store(str(made))
-    for layer, entry in read_manifest(store)["layers"].items():
-        index = read_index(store, layer, entry["fingerprint"])
-        assert dict(index.listing().items()) == store.shards(layer)
-        assert index.table["rows"].to_pylist() == [9, 3]
-        groups = index.table["groups"].to_pylist()
-        assert groups == ([[8, 1], [3]] if layer == SAMPLES else [None, None])
-
-
 def test_entries_of_several_runs_are_merged_in_order_and_those_that_were_deleted_are_removed(store: Store) -> None:
     write(store, c=FileEntry(30, (3,)), a=FileEntry(10, (1, 2)))
     write(store, b=FileEntry(20, (2,)), c=FileEntry(31, (4,)))
