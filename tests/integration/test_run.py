@@ -25,20 +25,6 @@ from tests.helpers.data import config_of, events_of, members_of, tree, write_tar
 from tests.helpers.reinforced import fresh_dataset
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("ray_session")
-def test_two_runs_into_two_folders_give_equal_files(
-    shards: Callable[..., str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    source = shards(30, 30, 5)
-    for folder, workers in (("a", {"max": 1}), ("b", {})):
-        reinforce.run(config_of(source, tmp_path / folder, workers={"batch": 16, **workers}))
-    printed = capfd.readouterr().out
-    for workers_used in ("1 worker", "2 workers"):  # the second run has one for each of Ray's cores
-        assert f"{workers_used} x 1 CPU, batches of 16 images, device cpu" in printed
-    assert tree(tmp_path / "a") == tree(tmp_path / "b")
-
-
 @pytest.mark.usefixtures("ray_session")
 def test_an_added_teacher_and_captioner_compute_only_their_layers_and_end_as_a_fresh_run(
     shards: Callable[..., str], tmp_path: Path

@@ -14,13 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 
 from reinforce.config import parse_config
-from reinforce.dataset.augment.backends import load_backend
-from reinforce.dataset.augment.records import AUGMENTATION_BACKEND, Augmentation, Crop, from_records, replay
+from reinforce.dataset.augment.records import from_records, replay
 from reinforce.dataset.files.store import Store
-from reinforce.engine.decode.cells import FreeCells, PixelCells, PixelLayout, runs
+from reinforce.engine.decode.cells import PixelCells, runs
 from reinforce.engine.decode.row import Row
 from reinforce.engine.decode.rows import GROUP_ROWS, RowSpec, max_group_rows, rows_from_samples, rows_from_source
 from reinforce.errors import UserError
@@ -189,40 +187,6 @@ def test_only_the_shard_itself_is_read_by_reference_and_not_where_no_layer_needs
     rows = [found.row for found in from_samples(config, RowSpec(crops=False))]
     assert [row.caption for row in rows] == [f"thing {i} of shard 0" for i in range(3)]
     assert all(row.cell is None and row.unreadable is None for row in rows)
-
-
-SMALL = ImageSpec((6, 4), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bicubic", "squash")
-
-
-def test_a_layout_divides_memory_into_cells_of_which_an_image_is_written_into_one_only() -> None:
-    layout = PixelLayout((2, 8), (SMALL,))
-    assert layout.cell_bytes == 2 * 8 * 8 * 3 + 6 * 4 * 3
-    memory = np.zeros(3 * layout.cell_bytes + 5, np.uint8)
-    cells = layout.cells(memory)
-    assert (cells.crops.shape, cells.views[SMALL].shape) == ((3, 2, 8, 8, 3), (3, 6, 4, 3))
-    cells.crops[:] = 1
-    cells.views[SMALL][:] = 2
-    assert np.bincount(memory).tolist() == [5, 3 * 2 * 8 * 8 * 3, 3 * 6 * 4 * 3]
-    image = Image.effect_noise((20, 16), 90).convert("RGB")
-    records = [Augmentation(Crop(2, 3, 10, 12), 8, None), Augmentation(Crop(0, 1, 9, 9), 8, None)]
-    cells.write(1, image, records, load_backend(AUGMENTATION_BACKEND))
-    for crop, record in zip(cells.crops[1], records, strict=True):
-        np.testing.assert_array_equal(crop, np.asarray(replay(image, record)))
-    np.testing.assert_array_equal(cells.views[SMALL][1], fit(image, SMALL))
-    for array, value in ((cells.crops, 1), (cells.views[SMALL], 2)):
-        assert (array[[0, 2]] == value).all()
-    cells.blacken(1)
-    assert not cells.crops[1].any()
-    assert not cells.views[SMALL][1].any()
-
-
-def test_the_lowest_free_cell_is_taken_first() -> None:
-    free = FreeCells(4)
-    assert [free.take() for _ in range(4)] == [0, 1, 2, 3]
-    free.release([2, 0])
-    assert (len(free), free.take(), free.take()) == (2, 0, 2)
-    with pytest.raises(IndexError):
-        free.take()
 
 
 @given(st.lists(st.integers(0, 9), unique=True, min_size=1))

@@ -57,13 +57,6 @@ def test_three_shards_in_a_row_that_fail_while_others_pass_elsewhere_are_the_wor
     assert "4 shards in a row failed there while shards passed elsewhere" in str(fail(faults, A, "4", now=3.0))
 
 
-def test_shards_that_fail_on_two_nodes_are_themselves_the_cause(faults: Faults) -> None:
-    for shard in "12345":
-        faults.record_success("9", C, 1.0, 3)
-        assert fail(faults, A, shard, now=0.5) is None
-        assert fail(faults, B, shard, now=0.6) is None
-
-
 def test_a_node_whose_workers_are_replaced_twice_in_an_hour_gets_no_workers_for_a_while_and_longer_each_time(
     faults: Faults, notes: list[str]
 ) -> None:
@@ -113,24 +106,6 @@ def test_shards_that_fail_in_a_row_and_everywhere_leave_their_nodes_in_use(fault
     for shard in "123":
         fail(faults, B, shard)
     assert faults.avoided(1.0) == frozenset()
-
-
-def test_a_shard_that_one_node_cannot_read_and_another_can_is_the_fault_of_the_first(faults: Faults) -> None:
-    assert faults.record_read_failure("1", A, "shard_missing")
-    assert faults.record_read_failure("2", A, "shard_missing")
-    assert faults.record_success("1", B, 1.0, 2) == []
-    [decision] = faults.record_success("2", B, 2.0, 2)
-    assert decision.worker == A
-
-
-def test_shards_that_no_node_can_read_replace_no_worker(faults: Faults) -> None:
-    faults.record_success("9", B, 0.5, 2)
-    for shard in "12345":
-        assert faults.record_read_failure(shard, A, "shard_missing")
-        assert not faults.record_read_failure(shard, B, "shard_missing"), "it is the second failure"
-    assert faults.excess_failures(A) == 0
-    assert faults.record_success("8", B, 2.0, 2) == []
-    assert fail(faults, A, "7", now=0.1) is None
 
 
 def test_a_node_where_models_cannot_be_loaded_is_avoided_while_other_nodes_finish_shards(
