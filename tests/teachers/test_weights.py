@@ -131,12 +131,6 @@ def test_tied_weights_are_kept(tmp_path: Path) -> None:
         assert torch.equal(file.get_tensor("d"), tied[1])
 
 
-def test_an_overwritten_checkpoint_is_converted_again(tmp_path: Path) -> None:
-    for size in (2, 3):
-        torch.save({"a": torch.zeros(size)}, tmp_path / "w.pt")
-        assert load_file(weights.as_safetensors(tmp_path / "w.pt"))["a"].shape == (size,)
-
-
 def test_local_files_are_not_copied_and_safetensors_are_not_converted(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
     save_file(_state(), path)

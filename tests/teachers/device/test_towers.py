@@ -211,19 +211,6 @@ def test_two_towers_with_six_batch_sizes_each_are_compiled_for_all_of_them() -> 
     torch._dynamo.reset()
 
 
-def test_padding_is_a_function_of_the_size_alone_and_real_rows_keep_their_values() -> None:
-    seen: list[int] = []
-
-    def encode(batch: torch.Tensor) -> torch.Tensor:
-        seen.append(len(batch))
-        return batch * 2
-
-    for size in (1, 8, 9, 250, 256, 257):
-        batch = torch.randn(size, 3)
-        assert torch.equal(towers.padded(encode)(batch), batch * 2)
-    assert seen == [8, 8, 16, 256, 256, 512]
-
-
 def test_only_blocks_that_are_alike_are_compiled() -> None:
     def block(width: int) -> torch.nn.Module:
         return torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.GELU())

@@ -121,13 +121,6 @@ def test_preprocessing_is_converted_as_open_clip_applies_it() -> None:
         image_spec({**config, "resize_mode": "longest"})
 
 
-def test_weights_of_the_other_activation_are_rejected_before_download() -> None:
-    with pytest.raises(ValueError, match=r"trained with QuickGELU .* use model ViT-L-14-quickgelu"):
-        _teacher("ViT-L-14", pretrained="dfn2b")
-    with pytest.raises(ValueError, match="models with that tag: ViT-L-14"):
-        _teacher("ViT-L-14-quickgelu", pretrained="dfn2b_s39b")
-
-
 @pytest.mark.parametrize(
     "text",
     ["a <end_of_text> b", "A <END_OF_TEXT> B", "a &lt;end_of_text&gt; b", "a ＜end_of_text＞ b", "<start_of_text>"],
