@@ -31,7 +31,6 @@ class Comparison:
 
     @classmethod
     def of_values(cls, first: Sequence[Sequence[Any]], second: Sequence[Sequence[Any]]) -> Comparison:
-        """Compare columns of values."""
         rows = [*zip(zip(*first, strict=True), zip(*second, strict=True), strict=True)]
         nulls = sum(any((a is None) != (b is None) for a, b in zip(one, other, strict=True)) for one, other in rows)
         return cls(len(rows), sum(one == other for one, other in rows), nulls)
@@ -49,7 +48,6 @@ class Comparison:
         return cls(len(first), equal, int((null[0] != null[1]).any(axis=1).sum()), difference)
 
     def add(self, other: Comparison) -> None:
-        """Add further rows."""
         for name in ("rows", "equal", "nulls", "vectors", "cosines"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.cosine = min((one for one in (self.cosine, other.cosine) if one is not None), default=None)

@@ -62,7 +62,6 @@ class DropPlan:
     refused: Sequence[str] = ()
 
     def lines(self) -> list[str]:
-        """The plan for people."""
         lines = [f"{view}: {_describe_files(files)}" for view, files in self.views.items()]
         for layer, (files, quarantine) in self.sizes.items():
             text = f"{layer}: {_describe_files(files)}"
@@ -77,7 +76,6 @@ class DropPlan:
         return lines
 
     def command(self) -> str:
-        """The command that deletes this."""
         views = () if SAMPLES in self.sizes else self.views
         return " ".join([drop_command(self.url, [*self.sizes], self.known), *map(shlex.quote, views)])
 

@@ -35,7 +35,6 @@ TRUE_CAPTION = "caption"
 
 
 def captions_layer(captioner: str) -> str:
-    """Name of a captioner's layer."""
     return f"captions/{captioner}"
 
 
@@ -45,7 +44,6 @@ def embeddings_layer(teacher: str, inputs: str) -> str:
 
 
 def scores_layer(name: str) -> str:
-    """Name of a layer of scores."""
     return f"scores/{name}"
 
 
@@ -65,7 +63,6 @@ def parts_of(name: str) -> list[str]:
 
 
 def folder_of(name: str) -> str:
-    """The folder that holds a layer's folder."""
     return name.rpartition("/")[0]
 
 

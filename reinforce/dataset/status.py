@@ -127,7 +127,6 @@ def quarantine_lines(status: dict[str, Any], with_examples: bool) -> list[str]:
 
 
 def status_table(status: dict[str, Any]) -> Table:
-    """Format the layers of ``read_status`` as a table."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     for heading in ("layer", "shards", "bytes", "content"):
         justify: Literal["left", "right"] = "right" if heading in ("shards", "bytes") else "left"

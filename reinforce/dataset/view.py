@@ -85,7 +85,6 @@ class ViewRows:
 
     @property
     def folder(self) -> str:
-        """The folder of the files in the dataset."""
         return "/".join(self._path("")[:-1])
 
     def _path(self, shard: str) -> tuple[str, ...]:
@@ -168,7 +167,6 @@ class View:
         return ViewRows(self.name, self.fingerprint)
 
     def __len__(self) -> int:
-        """Number of samples that are kept."""
         return sum(map(sum, self.kept.values()))
 
     def changes(self, store: Store, manifest: Mapping[str, Any]) -> list[str]:
@@ -262,7 +260,6 @@ def remove_leftovers(store: Store, name: str, fingerprint: str | None) -> None:
 
 
 def list_views(store: Store) -> list[str]:
-    """Names of the views of a dataset."""
     return [name for name in view_folders(store) if store.fs.exists(store.path(FOLDER, name, _DESCRIPTION))]
 
 

@@ -33,7 +33,6 @@ class Header(NamedTuple):
 
 
 def header(data: bytes) -> Header:
-    """Parse the IHDR chunk."""
     return Header._make(struct.unpack(">IIBBBBB", next(body for kind, body, _ in _chunks(data) if kind == b"IHDR")))
 
 

@@ -26,7 +26,6 @@ def no_garbage_collection() -> Iterator[None]:
 
 
 def installed(package: str) -> bool:
-    """Whether a package can be imported."""
     return importlib.util.find_spec(package) is not None
 
 

@@ -26,7 +26,6 @@ class SharedMemory:
 
     @property
     def size(self) -> int:
-        """Size in bytes."""
         return os.fstat(self.descriptor).st_size
 
     def resize(self, size: int) -> None:
@@ -46,7 +45,6 @@ class SharedMemory:
             start += os.pwrite(self.descriptor, view[start:], start)
 
     def read(self, length: int) -> bytes:
-        """Return the first ``length`` bytes."""
         data = os.pread(self.descriptor, length, 0)
         if len(data) < length:
             raise ValueError(f"shared memory has {len(data)} bytes, expected {length}")

@@ -68,7 +68,6 @@ def filesystem(url: str, redirects: bool = True) -> tuple[Any, str]:
 
 
 def is_local(url: str) -> bool:
-    """Whether a URL is of a local disk."""
     return isinstance(filesystem(url)[0], LocalFileSystem)
 
 
@@ -143,7 +142,6 @@ def shard_name(url: str) -> str:
 
 
 def _name_at(location: str) -> str:
-    """Return the shard name of a canonical URL."""
     stem = location.rpartition("/")[2]
     stem = stem[: len(stem) - len(_ending(stem))]
     stem = _NOT_IN_NAMES.sub("_", stem)[:_MAX_STEM_CHARS].lstrip("._-") or "shard"

@@ -27,7 +27,6 @@ class CocaDecoder:
         self.visible = torch.zeros(0, network.length, dtype=torch.bool)  # tokens that the text tower attends to
 
     def bytes_per_image(self, captions: int, image_tokens: int) -> int:
-        """Bytes of the caches for one image with so many captions and image tokens."""
         return self.network.bytes_per_image(captions, image_tokens)
 
     def begin(self, images: torch.Tensor, captions: int) -> None:
@@ -40,7 +39,6 @@ class CocaDecoder:
         self._assign_slots(torch.arange(len(images)))
 
     def next_logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Start token and new tokens so far, int64 [rows, 1 + new tokens] -> logits [rows, vocabulary]."""
         rows, position = len(tokens), torch.tensor([self._filled])
         self._filled += 1
         hidden = self._is_hidden(tokens)
@@ -61,7 +59,6 @@ class CocaDecoder:
             )
 
     def select_rows(self, rows: torch.Tensor) -> None:
-        """Continue with these rows, int64 indices. A row may be selected several times."""
         _move_rows(self.cache[:, :, :, : self._filled], rows)
         _move_rows(self.visible, rows)
         image_of = self._image_of[rows]

@@ -63,7 +63,6 @@ class FixedCocaDecoder:
         return text + int(image * (_PLACES if captions > 1 else 1)) + logits
 
     def begin(self, images: Tensor, captions: int) -> None:
-        """Start with image tokens [B, n, width] and one row per image, to be selected at most ``captions`` times."""
         self._reserve(self.padded(len(images) * captions), self.padded(len(images)), captions, images.shape[1])
         with self._accelerator.forward():
             self.network.fill_image_cache(images, self.image_cache)
@@ -94,11 +93,9 @@ class FixedCocaDecoder:
         self._reserve(*self._shape(SIZES[-1], captions, at_once), captions, len(image))
 
     def room(self, images: int, captions: int) -> tuple[int, int]:
-        """Number of rows of the batch that is ``opened``, and of places for images."""
         return self._rows, self._images
 
     def enter(self, entry: Entry) -> None:
-        """Begin the captions of images, in rows and places that are free."""
         tokens = torch.stack([self._waiting[image] for image in entry.images])
         device = self._accelerator.device
         with self._accelerator.forward():
@@ -118,7 +115,6 @@ class FixedCocaDecoder:
 
     @staticmethod
     def padded(rows: int) -> int:
-        """Number of rows of a step for so many rows."""
         return next(size for size in SIZES if size >= rows)
 
     def launch(self, step: Step, longest: int) -> None:
@@ -259,7 +255,6 @@ class FixedCocaDecoder:
 
     @property
     def capacity(self) -> int:
-        """Rows for which there is room."""
         return len(self.cache)
 
 

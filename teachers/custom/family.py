@@ -70,7 +70,6 @@ class _Class(ModelSpec):
         return cls
 
     def build(self, device: str) -> Any:
-        """An object of the class on a device."""
         from teachers.device.accelerator import Accelerator
 
         return self.import_class()(Accelerator(device).device, **self.options)

@@ -110,7 +110,6 @@ class _EndedTexts:
 
     @classmethod
     def joined(cls, parts: Sequence[_EndedTexts]) -> _EndedTexts:
-        """The images of all parts, one after another."""
         return cls(torch.cat([part.scores for part in parts]), torch.cat([part.tokens for part in parts]), parts[0].end)
 
     def add(self, scores: Tensor, tokens: Tensor) -> _EndedTexts:

@@ -73,7 +73,6 @@ class Accelerator:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Data type of matrix products."""
         return _DTYPES[self.precision]
 
     def autocast(self) -> torch.autocast:

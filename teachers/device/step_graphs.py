@@ -39,7 +39,6 @@ class Steps:
                 self._graphs[key] = self._capture(step)
 
     def clear(self) -> None:
-        """Forget all steps, because their tensors are replaced."""
         self._graphs.clear()
 
     def _capture(self, step: Step) -> torch.cuda.CUDAGraph:

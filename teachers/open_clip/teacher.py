@@ -39,13 +39,11 @@ class OpenClipEncoder:
         self.tokenizer_key = self._text.tokenizer_key
 
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
-        """[B, 3, H, W] float32 -> [B, dim] float32, unit norm."""
         with self._accelerator.forward():
             features = self._encode_images(self._accelerator.layout(pixels))
             return torch.nn.functional.normalize(features.float(), dim=-1)
 
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
-        """B strings -> [B, dim] float32, unit norm."""
         return self.encode_tokens(self.tokenize(texts))
 
     def tokenize(self, texts: Sequence[str]) -> torch.Tensor:
@@ -141,7 +139,6 @@ def image_spec(config: dict[str, Any]) -> ImageSpec:
 
 
 def model_name(spec: ModelSpec) -> str:
-    """The spec's model in open_clip's spelling."""
     return spec.name if ":" in spec.name else catalog.builtin_name(spec.name)
 
 

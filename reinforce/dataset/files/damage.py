@@ -68,7 +68,6 @@ def find_damaged(
 
 
 def without_files(listings: Mapping[str, Listing], files: Sequence[DamagedFile]) -> dict[str, Listing]:
-    """Listings without some files."""
     names: dict[str, list[str]] = {layer: [] for layer in listings}
     for file in files:
         names[file.layer].append(file.shard)

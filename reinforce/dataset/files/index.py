@@ -145,7 +145,6 @@ class IndexWriter(PeriodicWriter):
         self._entries: dict[str, dict[str, FileEntry]] = {}
 
     def add(self, shard: str, files: Mapping[str, FileEntry]) -> None:
-        """Record the files of a shard by layer."""
         for layer, entry in files.items():
             self._entries.setdefault(layer, {})[shard] = entry
 

@@ -75,7 +75,6 @@ class Listing(Mapping[str, int]):
 
     @classmethod
     def of(cls, entries: Iterable[tuple[str, int]]) -> Listing:
-        """The listing of names with sizes."""
         parts, sizes, found = [], [], iter(entries)
         while chunk := list(itertools.islice(found, _CHUNK)):
             parts.append(pa.array([name for name, _ in chunk], pa.string()))
@@ -114,11 +113,9 @@ class Listing(Mapping[str, int]):
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all files."""
         return int(self.sizes.sum())
 
     def first(self, most: int) -> Listing:
-        """The first shards, at most ``most``."""
         return Listing(self.names[:most], self.sizes[:most])
 
     def has(self, names: pa.StringArray) -> npt.NDArray[np.bool_]:

@@ -33,7 +33,6 @@ class ShardKeys:
 
     @classmethod
     def of(cls, keys: Iterable[str]) -> ShardKeys:
-        """All hashes of some keys."""
         digests = (hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest() for key in keys)
         return cls(np.unique(np.frombuffer(b"".join(digests), ">u8").astype(np.uint64)))
 

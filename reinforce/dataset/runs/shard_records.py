@@ -97,7 +97,6 @@ class RecordWriter(PeriodicWriter):
 
     @property
     def shards(self) -> Collection[str]:
-        """Names of the shards so far."""
         return self._sources.keys()
 
     def _records(self) -> Iterator[ShardRecord]:
@@ -113,8 +112,6 @@ class RecordWriter(PeriodicWriter):
 
 @dataclass(frozen=True)
 class Records:
-    """The records of all runs of a dataset."""
-
     keys: KeySample
     sources: Mapping[str, SourceRecord]
 

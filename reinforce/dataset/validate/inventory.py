@@ -33,7 +33,6 @@ class Inventory:
 
     @property
     def listings(self) -> dict[str, Listing]:
-        """The listings of the layers."""
         return {name: self.every[name] for name in self.manifest["layers"]}
 
     def shards(self) -> pa.StringArray:

@@ -78,7 +78,6 @@ class _Keys:
         self.free_bytes = _STORED_BYTES  # of stored keys that are kept of the next row groups
 
     def add(self, keys: pa.ChunkedArray, stored: StoredKeys | None) -> None:
-        """Add the keys of the next row group."""
         self.digests.append(digest_keys(keys))
         self.stored.append(stored)
         self.free_bytes -= 0 if stored is None else len(stored.chunk)
@@ -90,7 +89,6 @@ class _Keys:
             self._hashes, self._limit, self._count = [kept.hashes], kept.limit, len(kept.hashes)
 
     def sample(self) -> ShardKeys:
-        """The hashes of the shard."""
         hashes = np.unique(np.concatenate(self._hashes)) if self._hashes else _NO_HASHES
         return ShardKeys(_NO_HASHES, self._limit).joined(ShardKeys(hashes, self._limit), SHARD_CAPACITY)
 

@@ -77,13 +77,11 @@ class ShardReader:
         self._pool = ThreadPoolExecutor(threads)
 
     def read(self, shards: Shards) -> list[CheckedShard]:
-        """Read some shards."""
         size = _TOGETHER if self._options.quick else 1
         parts = [shards.files[start : start + size] for start in range(0, len(shards.files), size)]
         return [*itertools.chain.from_iterable(self._pool.map(lambda part: self._read(part, shards), parts))]
 
     def close(self) -> None:
-        """End the threads."""
         self._pool.shutdown(cancel_futures=True)
 
     def _read(self, part: Sequence[ShardFiles], shards: Shards) -> list[CheckedShard]:
@@ -164,6 +162,5 @@ def _count_stored(url: str, rows: int, keys: ShardKeys, quarantine: Sequence[Map
 
 
 def _limits_of(manifest: Mapping[str, Any]) -> Limits:
-    """The limits that the samples of a dataset were read with."""
     known = manifest.get("input", {}).get("limits", {})
     return Limits.model_validate({name: value for name, value in known.items() if name in Limits.model_fields})

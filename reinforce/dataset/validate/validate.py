@@ -49,7 +49,6 @@ class Validation:
 
     @property
     def errors(self) -> list[str]:
-        """The messages of all findings."""
         return [finding.message for finding in self.findings]
 
     @property

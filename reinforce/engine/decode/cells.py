@@ -40,7 +40,6 @@ class PixelCells:
             views[cell] = fit(image, spec)
 
     def blacken(self, cell: int) -> None:
-        """Write black pixels."""
         for array in (self.crops, *self.views.values()):
             if array is not None:
                 array[cell] = 0
@@ -56,7 +55,6 @@ class PixelLayout:
 
     @property
     def cell_bytes(self) -> int:
-        """Size of one cell in bytes."""
         return sum(map(math.prod, self._shapes()))
 
     def cells(self, memory: Bytes) -> PixelCells:

@@ -143,7 +143,6 @@ class DecodePool:
                 self._regions.append((start, region))
 
     def submit(self, chunk: Chunk) -> Future[list[Outcome]]:
-        """Decode the rows of a chunk into their cells."""
         with self._changing:
             if self.closed:
                 raise RuntimeError(STOPPED)

@@ -111,7 +111,6 @@ class Row:
 
     @property
     def captions(self) -> list[str]:
-        """All true captions."""
         return [self.caption, *self.more] if self.caption else []
 
     @property

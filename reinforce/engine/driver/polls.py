@@ -34,12 +34,10 @@ class Polls(Generic[_Worker]):
         self._looked: float | None = None
 
     def add(self, worker: _Worker, now: float) -> None:
-        """Ask a worker from now on."""
         self._known.add(worker)
         self._turns.append((now + POLL_SECONDS, worker))
 
     def remove(self, worker: _Worker) -> None:
-        """Do not ask a worker any more."""
         self._known.discard(worker)
         self._asked.pop(worker, None)
 
@@ -59,7 +57,6 @@ class Polls(Generic[_Worker]):
         return due
 
     def answered(self, worker: _Worker) -> None:
-        """Record an answer."""
         self._asked.pop(worker, None)
 
     def unanswered(self, now: float) -> list[tuple[_Worker, float]]:

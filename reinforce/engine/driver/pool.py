@@ -156,7 +156,6 @@ class Pool:
         return self._class.options(label_selector={_NODE_LABEL: f"!in({','.join(sorted(self._avoided))})"})
 
     def describe(self, size: int) -> str:
-        """A line about the workers for ``size`` shards."""
         return describe_workers(self._config.workers, size, self._limit(), live_resources())
 
     def shrink(self, size: int, failures: Mapping[WorkerId, int]) -> None:
@@ -200,15 +199,12 @@ class Pool:
         return min(len(self.slots), self._cluster_capacity())
 
     def count_nodes(self) -> int:
-        """Number of nodes with started workers."""
         return len({slot.id.node for slot in self.started})
 
     def count_on_node(self, node: str) -> int:
-        """Number of started workers on a node."""
         return sum(slot.id.node == node for slot in self.started)
 
     def record_start(self, slot: Slot, info: WorkerInfo) -> None:
-        """Record that a worker has loaded its models."""
         slot.info, slot.started_at = info, time.monotonic()
         self._started_sum += slot.started_at
         self.started[slot] = self.free[slot] = None
@@ -216,7 +212,6 @@ class Pool:
         self.polls.add(slot, slot.started_at)
 
     def record_pulse(self, slot: Slot, pulse: Pulse) -> None:
-        """Record the pulse of a worker."""
         self.samples += pulse.samples - slot.pulse.samples
         self.busy += pulse.busy - slot.pulse.busy
         slot.pulse, slot.pulse_at = pulse, time.monotonic()
@@ -254,7 +249,6 @@ class Pool:
         return shard
 
     def _limit(self) -> int:
-        """Maximum number of workers."""
         workers = self._config.workers
         return max(workers.min, self._cluster_capacity()) if workers.max is None else workers.max
 

@@ -39,7 +39,6 @@ class RunState:
         self.progress.log(self.redact(text))
 
     def snapshot(self, now: float) -> Snapshot:
-        """The totals at time ``now``."""
         return Snapshot(
             shards_done=len(self.totals.finished),
             shards=len(self.plan.pending),

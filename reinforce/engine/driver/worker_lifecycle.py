@@ -108,7 +108,6 @@ class WorkerLifecycle:
         self._policy.worker_replaced(worker.id, time.monotonic())
 
     def _end(self, slot: Slot) -> EndedWorker:
-        """Remove a worker from the pool."""
         worker = EndedWorker(slot.id, tuple(slot.leases.values()), slot.alone, slot.use)
         self._pool.remove(slot)
         self._policy.forget_worker(worker.id)

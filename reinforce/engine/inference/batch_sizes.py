@@ -54,7 +54,6 @@ def rows_per_batch(config: Config) -> int:
 
 
 def texts_per_batch(config: Config) -> int:
-    """Texts of a batch."""
     images = config.workers.images
     return max(images, _LEAST_TEXTS) if config.workers.gpus else images
 

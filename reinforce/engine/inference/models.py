@@ -89,7 +89,6 @@ class PriorityLock:
 
     @property
     def waiting(self) -> int:
-        """Number of threads that wait."""
         return len(self._waiting)
 
     @contextlib.contextmanager

@@ -37,7 +37,6 @@ class StageMeter:
         self._pending.append((layer, inputs, start, self._accelerator.mark()))
 
     def add_tokens(self, layer: str, tokens: int) -> None:
-        """Count tokens that a captioner has generated."""
         if tokens:
             with _counting:
                 stage: Any = self._stages.setdefault(layer, Counter())

@@ -79,7 +79,6 @@ class ShardResult:
     source_counts: Mapping[str, int] = field(default_factory=dict)  # of samples at reading, as `source_lines` describes
 
     def event(self) -> dict[str, Any]:
-        """The values of the event."""
         names = {one.name: one.name for one in fields(self) if one.name not in ("record", "files")}
         names["quarantine_reason"] = "given_up"
         stages = {layer: _rounded(stage) for layer, stage in self.stages.items()}

@@ -34,7 +34,6 @@ class PendingShard:
 
     @property
     def source(self) -> Shard:
-        """The shard as it is read."""
         return Shard(self.url, self.name, self.format, self.listing, self.part)
 
     @property

@@ -62,12 +62,10 @@ def write_lists(store: Store, lists: Mapping[str, bytes]) -> None:
 
 
 def list_url(config: Config, shard: str) -> str:
-    """The URL of the list of a shard."""
     return f"{config.output.rstrip('/')}/{_LISTS}/{shard}.jsonl"
 
 
 def _written_lists(store: Store) -> set[str]:
-    """The names of the lists that the dataset has."""
     return {name.removesuffix(".jsonl") for name in store.names(_LISTS)}
 
 

@@ -33,7 +33,6 @@ class Machine:
 
 
 def this_machine(resources: Node) -> Machine:
-    """The machine of this process."""
     return Machine("this machine", {"CPU": available_cores(), **resources}, *look(_ray_folder()))
 
 

@@ -54,11 +54,9 @@ class FirstSample:
 
     @property
     def caption(self) -> str | None:
-        """The first true caption."""
         return next(iter(self.captions), None)
 
     def line(self) -> str:
-        """The sample in one line."""
         image = next(filter(is_image_name, self.raw.members), self.raw.members[0])
         size = "" if self.size is None else f", {self.size[0]} x {self.size[1]}"
         caption = "no caption" if self.caption is None else f"caption {_quote(self.caption)}"

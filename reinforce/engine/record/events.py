@@ -88,7 +88,6 @@ class Events:
             self.flush()
 
     def flush(self) -> None:
-        """Write new events now."""
         if self._put(b"".join(self._lines), f"events-{self._part:05d}.jsonl"):
             self._dirty = False
             if sum(map(len, self._lines)) > _PART_BYTES:

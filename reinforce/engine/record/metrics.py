@@ -106,7 +106,6 @@ class Recorder:
         self._lock = threading.Lock()  # a worker records from several threads
 
     def record(self, values: Values) -> None:
-        """Record the current totals."""
         import ray
 
         if not ray.is_initialized():
@@ -160,7 +159,6 @@ _SESSION_FOLDER = "/tmp/ray/session_latest/metrics/grafana/dashboards"  # noqa: 
 
 
 def dashboard_text() -> str:
-    """The dashboard as JSON."""
     return files("reinforce.engine.record").joinpath("grafana_dashboard.json").read_text(encoding="utf-8")
 
 

@@ -82,7 +82,6 @@ class Progress(Screen):
         return "  ".join(parts)
 
     def _eta(self, now: Snapshot) -> float | None:
-        """Remaining seconds at the average rate of this run."""
         expected = _expected_samples(now)
         if expected is None:
             return None

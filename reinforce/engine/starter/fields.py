@@ -57,7 +57,6 @@ class Fields:
         return found | ({"captions_per_sample": self.several} if self.only_several else {})
 
     def lines(self) -> list[str]:
-        """About captions, for people."""
         if self.unread is not None:
             return [self.unread]
         if self.example is not None:

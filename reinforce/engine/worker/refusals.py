@@ -40,7 +40,6 @@ class Refusals:
         self.cleaned.setdefault(captioner, Counter()).update(counts)
 
     def counts(self) -> dict[str, int]:
-        """Number of refusals by reason."""
         return dict(Counter(refusal.reason.value for rows in self._by_layer.values() for refusal in rows))
 
     @property

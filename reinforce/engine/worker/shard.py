@@ -264,7 +264,6 @@ class ShardProcess:
         return group, outputs
 
     def _write(self, group: RowGroup, writers: Mapping[str, LayerWriter]) -> None:
-        """Write the tables of a row group."""
         self.keys = self.keys.joined(ShardKeys.of(group.keys))
         if self.shard.stored:
             self.groups.append(group.keys)

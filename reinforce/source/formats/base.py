@@ -59,7 +59,6 @@ class Shard:
 
     @property
     def folder(self) -> str:
-        """The folder that the shard is in."""
         return self.file.rpartition("/")[0]
 
     def lines(self) -> list[bytes]:

@@ -54,12 +54,10 @@ class ParquetFile:
 
     @property
     def types(self) -> dict[str, pa.DataType]:
-        """The types of the columns by name."""
         return {field.name: field.type for field in self.schema}
 
     @property
     def group_sizes(self) -> list[int]:
-        """The rows of each row group."""
         return [self.footer.row_group(number).num_rows for number in range(self.footer.num_row_groups)]
 
     def rows(

@@ -22,7 +22,6 @@ _NO_FOLDER = re.compile(r"[*?\[{]|::|^https?://|\.txt\Z", re.IGNORECASE)
 
 
 def find_format(name: str) -> SourceFormat:
-    """The format with a name."""
     found: SourceFormat = import_module(MODULES[name]).FORMAT
     return found
 

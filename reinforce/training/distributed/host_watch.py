@@ -35,7 +35,6 @@ class RankHost:
 
     @classmethod
     def here(cls) -> RankHost:
-        """The host of this process."""
         node = ray.get_runtime_context().get_node_id()
         return cls(node, socket.gethostname(), ray.util.get_node_ip_address())
 

@@ -50,7 +50,6 @@ class Evaluations:
         self._noted = False
 
     def due(self, step: int) -> bool:
-        """Whether the state after ``step`` steps is to be evaluated."""
         every = self.job.evaluate_every
         if step == 0:
             return self.job.evaluate_start

@@ -93,7 +93,6 @@ class Results:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """The content of results.json."""
         rates = {"seconds_per_step": self.seconds_per_step, "samples_per_second": self.samples_per_second}
         optional = {"tensorboard": EVENTS, "curves": CURVES}
         files = {"weights": self.export, "checkpoints": FOLDER, "log": LOG}

@@ -67,7 +67,6 @@ class Progress:
     steps: int | None = None
 
     def after_step(self, seconds: float, skipped: bool) -> Progress:
-        """The progress after one more step, of ``seconds``, which may have been ``skipped``."""
         return replace(
             self,
             step=self.step + 1,

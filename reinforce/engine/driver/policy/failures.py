@@ -226,7 +226,6 @@ class FailurePolicy:
         self.deaths.append(Death(worker, error, deadline, memory=memory))
 
     def worker_hung(self, worker: EndedWorker, hang: Hang, now: float) -> None:
-        """Record that a worker hung and was killed."""
         self.deaths.append(Death(worker, hang.reason, now, hung=True, cause=hang.shards))
 
     def judge_deaths(self, now: float, live_nodes: Callable[[], Collection[str]]) -> list[DeathVerdict]:
@@ -279,7 +278,6 @@ class FailurePolicy:
             raise error.error
 
     def load_passed(self) -> None:
-        """Record that a worker has loaded its models."""
         self._failed_starts = 0
         self.faults.record_start()
 

@@ -95,7 +95,6 @@ class Faults:
             self._row.get(place, {}).pop(shard, None)
 
     def record_start(self) -> None:
-        """Record that a worker has loaded its models."""
         self._failed_starts = 0
 
     def record_failed_start(self, worker: WorkerId, error: str, now: float) -> bool:
@@ -141,7 +140,6 @@ class Faults:
         return found
 
     def record_replacement(self, worker: WorkerId, now: float) -> None:
-        """Record that a worker was replaced."""
         self._replaced.append(now)
         for counts in (self._row, self._unread):
             counts.pop(worker, None)

@@ -62,7 +62,6 @@ class StallLimits:
                 self._slowest[stage] = seconds
 
     def seconds(self, stage: str) -> float:
-        """The limit of a stage."""
         if self._explicit is not None:
             return self._explicit
         floor = self._decoding if stage == DECODING else STORAGE_FLOOR if stage in _STORAGE_STAGES else MODEL_FLOOR
@@ -74,7 +73,6 @@ class StallLimits:
 
     @property
     def least(self) -> float:
-        """The smallest limit that any stage can have."""
         return MODEL_FLOOR if self._explicit is None else self._explicit
 
     def origin(self, stage: str) -> str:

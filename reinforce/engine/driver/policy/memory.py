@@ -41,7 +41,6 @@ class MemoryDeaths:
         self.note: str | None = None  # the last one
 
     def record_success(self) -> None:
-        """Record that a shard was finished."""
         self._in_a_row = 0
 
     def record_death(self, worker: WorkerId, use: MemoryUse, recycle: int | None) -> str | None:

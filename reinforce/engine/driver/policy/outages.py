@@ -43,7 +43,6 @@ class Outages:
     _noted: bool = False
 
     def record_pass(self, shard: str, now: float) -> None:
-        """Record that a lease returned."""
         self._failing.pop(shard, None)
         self._since_pass.clear()
         self._passed, self._rounds, self.held_until = now, 0, now
