@@ -12,18 +12,21 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from reinforce.config import Config
 from reinforce.engine.inference.out_of_memory import OutOfMemory
+from reinforce.engine.messages.tracebacks import shorten
 from reinforce.errors import UserError
+from teachers.redact import Redactor
 
 #: Largest batch of ``workers.batch: auto``. Larger ones are hardly faster, and take more shared memory for pixels.
 MAX_AUTO_BATCH = 1024
 #: Least texts of a batch on accelerators: with fewer, launching the kernels of a text tower takes longer than running
 #: them.
 _LEAST_TEXTS = 1024
+_CAUSE_CHARS = 500
 Bound = Literal["rows", "crops", "texts", "samples"]
 _UNITS: dict[Bound, str] = {"rows": "image", "crops": "augmented image", "texts": "text", "samples": "sample"}
 
@@ -116,6 +119,8 @@ class BatchSizes:
         failed = self.fitting("crops", count) if bound == "crops" else size
         rows, images = rows_per_batch(config), config.workers.images
         planned: dict[Bound, int] = {"rows": rows, "crops": count, "texts": texts_per_batch(config), "samples": images}
+        text = Redactor(config.model_dump(mode="json")).cut(shortage.text)
+        shortage = replace(shortage, text=shorten(text, _CAUSE_CHARS))
         with self._changed:
             self.short = True
             if failed > 1:

@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from reinforce.engine.messages.results import LayerFailure
-from reinforce.engine.messages.tracebacks import error_with_frames, shorten
+from reinforce.engine.messages.tracebacks import error_with_frames
 from teachers.device.memory import forget_frames, is_out_of_memory
 
 T = TypeVar("T")
-
-_MAX_CHARACTERS = 500
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ def attempt(work: Callable[[], T]) -> T | OutOfMemory:
         layer = error.layer if isinstance(error, LayerFailure) else None
         text = str(error.args[1]) if isinstance(error, LayerFailure) else error_with_frames(error)
         forget_frames(error)
-    return OutOfMemory(layer, shorten(text, _MAX_CHARACTERS))
+    return OutOfMemory(layer, text)
 
 
 def memory_hint(error: BaseException) -> str:

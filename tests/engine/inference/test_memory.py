@@ -16,9 +16,9 @@ from reinforce.config import Config, parse_config
 from reinforce.dataset.layers import Layer
 from reinforce.engine.decode.cells import PixelCells
 from reinforce.engine.decode.row import Row
-from reinforce.engine.inference.batch_sizes import texts_per_batch
+from reinforce.engine.inference.batch_sizes import BatchSizes, Demand, texts_per_batch
 from reinforce.engine.inference.models import Counters, Models
-from reinforce.engine.inference.out_of_memory import attempt, memory_hint
+from reinforce.engine.inference.out_of_memory import OutOfMemory, attempt, memory_hint
 from reinforce.engine.messages.results import ShardResult, raising_layer_failure
 from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.engine.worker.full_batch import find_batch, fit_batch
@@ -284,6 +284,19 @@ def test_a_model_that_fails_in_a_full_batch_only_ends_the_run_before_it_begins()
     captioner.caption = caption
     with pytest.raises(UserError, match=r"captions/namer fails in a full batch of 64: IndexError: no room for 32"):
         find_batch(models, config, layers)
+
+
+def test_secrets_are_removed_from_the_cause_before_it_is_cut() -> None:
+    config = parse_config(config_of("https://user:0123456789abcdef@host/x.tar", "y"))
+    sizes, demand = BatchSizes(), Demand("rows", "one does", "a smaller one")
+    shortage = OutOfMemory("layer", f"{'x' * 240} 0123456789abcdef {'y' * 500}")
+    sizes.halve(shortage, demand, 8, config, shared=False)
+    with pytest.raises(UserError) as raised:
+        sizes.halve(shortage, demand, 1, config, shared=False)
+    for text in (*sizes.take_notes(), str(raised.value)):
+        assert "xxx (sec" in text
+        assert "0123" not in text
+        assert len(text) < 700
 
 
 @pytest.mark.parametrize(("workers", "texts"), [((16, 1), 1024), ((2048, 1), 2048), ((16, 0), 16)])
