@@ -36,22 +36,6 @@ def test_source_has_every_photo_once_of_a_common_size_and_about_a_bit_per_pixel(
     assert means["bytes"] == np.mean([len(loader.photo(seed)) for seed in range(2)])
 
 
-def test_variants_are_warmed_up_before_each_measurement() -> None:
-    requested: list[int] = []
-    figures = loader.compare({"only": requested.append}, rounds=2)
-    assert requested == [loader.WARMUP * loader.BATCH, loader.STEPS * loader.BATCH] * 2
-    assert len(figures["only"]["images/s"]) == len(figures["only"]["cpu ms"]) == 2
-
-
-def test_random_models_return_unit_vectors_and_captions() -> None:
-    teacher = loader.RandomTeacher(torch.device("cpu"), seed=0)
-    vectors = teacher.encode_texts(["a", "b"])
-    torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(2))
-    captioner = loader.RandomCaptioner(torch.device("cpu"), captions=2)
-    captions = captioner.caption(torch.zeros(1, 3, 8, 8), np.array([[1, 2]]))
-    assert captions == [[loader.sentence(1), loader.sentence(2)]]
-
-
 def test_variants_of_a_backend_have_equal_pixels_and_results_ratios_to_the_default(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -265,18 +265,6 @@ def test_the_manifests_start_the_same_cluster_and_name_the_ray_of_the_image_and_
         assert f"COPY jobs /opt/reinforce/{Path(script).parent}" in (DEPLOY / f"docker/{image}.Dockerfile").read_text()
 
 
-def _without_unknown_fields(schema: Any) -> Any:
-    """The schema of a CRD, with errors for fields that the API server would drop."""
-    if isinstance(schema, list):
-        return [_without_unknown_fields(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    strict = {key: _without_unknown_fields(value) for key, value in schema.items()}
-    if isinstance(schema.get("properties"), dict) and not schema.get("x-kubernetes-preserve-unknown-fields"):
-        strict.setdefault("additionalProperties", False)
-    return strict
-
-
 def test_the_schema_of_kubernetes_is_that_of_the_package(deploy_tools: Path) -> None:
     code = "import tests.helpers.kubernetes_schema as k; print(k.text(), end='')"
     done = subprocess.run([deploy_tools / "python", "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -15,7 +15,6 @@ import torch
 
 from benchmarks.ablations import page
 from benchmarks.ablations.arms import BASE, Study
-from benchmarks.ablations.claims import Compare
 from benchmarks.ablations.measures import (
     BYTES,
     MILLISECONDS,
@@ -30,11 +29,6 @@ from reinforce.dataset.files.store import Store
 from reinforce.demo.compare import MEASURES, SECONDS
 from reinforce.errors import UserError
 from tests.helpers import demo
-
-
-def numbers_of(**arms: Sequence[float]) -> dict[str, dict[str, Sequence[float]]]:
-    """Return the unseen style of each arm, for each seed."""
-    return {label: {"unseen_style": values} for label, values in arms.items()}
 
 
 def make_answer(question: Question, levels: Mapping[str, float], seeds: int = 3) -> Answer:
@@ -82,19 +76,6 @@ def write_page(
     with contextlib.nullcontext() if draw else patch.object(page.figures, "draw"):
         page.write_page(study, answers, info, folder / "page.md", folder / "numbers.json")
     return (folder / "page.md").read_text(), json.loads((folder / "numbers.json").read_text())
-
-
-def test_arms_differ_if_their_means_differ_by_more_than_the_noise() -> None:
-    near = numbers_of(a=[0.30, 0.32, 0.31], b=[0.29, 0.33, 0.30])
-    far = numbers_of(a=[0.3, 0.32, 0.31], b=[0.1, 0.12, 0.11])
-    for relation, of_near, of_far in (
-        ("level with", True, False), ("not above", True, False), ("above", False, True),
-    ):  # fmt: skip
-        claim = Compare("unseen_style", "a", relation, "b")
-        assert (claim.check(near).holds, claim.check(far).holds) == (of_near, of_far)
-    assert Compare("unseen_style", "b", "below", "a").check(far).holds
-    # two standard errors: twice the root of 2 / 3 x (the mean of 0.01^2 and 0.01^2)
-    assert "difference 20.0 points, noise 1.6" in Compare("unseen_style", "a", "above", "b").check(far).text
 
 
 def test_question_is_answered_when_all_seeds_are_finished(study: Study, tmp_path: Path) -> None:
@@ -145,30 +126,6 @@ def test_progress_counts_finished_trainings_and_logged_steps(study: Study) -> No
     line = progress.line([second])
     assert line.startswith(f"4 of 5 trainings  distilled-0 at 80 of {study.steps}  about ")
     assert progress.steps == study.steps + 80
-
-
-def test_page_reports_agreement_and_disagreement(study: Study, tmp_path: Path) -> None:
-    questions = make_questions(study)
-    agrees = make_answer(
-        questions["lambda"], {"lambda 0": 0.1, "lambda 0.7": 0.31, "lambda 0.85": 0.2, "lambda 1": 0.31}
-    )
-    falls = make_answer(questions["lambda"], {"lambda 0": 0.4, "lambda 0.7": 0.2, "lambda 0.85": 0.3, "lambda 1": 0.1})
-    text, _ = write_page(study, [agrees], tmp_path)
-    assert "| [Lambda](#lambda) | agree |" in text
-    assert "**These results agree.**" in text
-    assert "unseen style: lambda 1 above lambda 0: yes (31.1% and 10.1%, difference 21.0 points" in text
-    assert "| lambda 0.7 | 31.1% ± 0.1 |" in text
-    text, numbers = write_page(study, [falls], tmp_path)
-    assert "**These results do not agree.**" in text
-    assert "unseen style: lambda 1 above lambda 0: no, below it" in text
-    assert "retrieval, unseen style: lambda 0.7 not below the best other (lambda 0): no" in text
-    found = numbers["questions"]["lambda"]  # type: ignore[index]
-    assert [claim["holds"] for claim in found["claims"]] == [False] * 3
-    assert found["arms"]["lambda 0.85"]["arm"] == "distilled"
-    assert found["arms"]["lambda 1"]["unseen_style"]["seeds"] == pytest.approx([0.1, 0.101, 0.102])
-    assert numbers["command"] == "python -m benchmarks.ablations --questions lambda"
-    assert "`make ablations` does it:\n\n- Plain, online" in text
-    assert "- Lambda\n" not in text
 
 
 def test_figures_and_derived_measures_are_written(study: Study, tmp_path: Path) -> None:

@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from benchmarks.gpu import __main__ as program
-from benchmarks.gpu import models, page, recipe, right
+from benchmarks.gpu import models, page, right
 from benchmarks.gpu import shards as gpu_shards
 from benchmarks.gpu.__main__ import SECTIONS, Section, main
 from benchmarks.gpu.bench import Bench, Size
@@ -20,7 +19,6 @@ from benchmarks.gpu.results import Results
 from benchmarks.gpu.trace import Trace, limit_of
 from benchmarks.pipeline.figures import Figure
 from benchmarks.pipeline.page import read_figures
-from teachers.registry import load_captioner
 from tests.helpers.local_ray import local_ray
 
 DEVICE = "benchmarks.gpu.probe._card_id"
@@ -233,13 +231,3 @@ def test_ranks_end_when_one_is_killed_and_their_training_resumes(tmp_path: Path,
     assert figures["tiny, 2 ranks"].value > 0
     assert figures["seconds until the others have ended when one was killed"].value < 30
     assert figures["tensors that differ after that training resumes"].met
-
-
-def test_lengths_of_captions_of_random_weights_vary(folder: Path) -> None:
-    bench = Bench(folder, "cpu", 1, Size(tiny=True))
-    name, spec = recipe.captioner(bench)
-    captioner: Any = load_captioner(name, recipe.changed(spec, max_length=30, captions=4), "cpu")
-    seeds = np.arange(16, dtype=np.uint64).reshape(4, 4)
-    lengths = [len(text) for texts in captioner.generate(right.pixels_of(captioner.image, 4), seeds) for text in texts]
-    assert 8 < sum(lengths) / len(lengths) < 25
-    assert len(set(lengths)) > 4
