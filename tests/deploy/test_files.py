@@ -26,7 +26,7 @@ from referencing import Registry, Resource
 from referencing.jsonschema import DRAFT202012
 
 from reinforce.config import load_config
-from tests.helpers.kubernetes_schema import FILE as KUBERNETES
+from tests.deploy.kubernetes_schema import FILE as KUBERNETES
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -266,7 +266,7 @@ def test_the_manifests_start_the_same_cluster_and_name_the_ray_of_the_image_and_
 
 
 def test_the_schema_of_kubernetes_is_that_of_the_package(deploy_tools: Path) -> None:
-    code = "import tests.helpers.kubernetes_schema as k; print(k.text(), end='')"
+    code = "import tests.deploy.kubernetes_schema as k; print(k.text(), end='')"
     done = subprocess.run([deploy_tools / "python", "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == KUBERNETES.read_text()
 

@@ -1,6 +1,6 @@
 """Kubernetes' schema of what deploy/kuberay uses, cut out of the package kubernetes-validate.
 
-``python -m tests.helpers.kubernetes_schema`` writes it again, where the package is installed.
+``python -m tests.deploy.kubernetes_schema`` writes it again, where the package is installed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-FILE = Path(__file__).parents[1] / "deploy" / "kubernetes-1.37.schema.json"
+FILE = Path(__file__).parent / "kubernetes-1.37.schema.json"
 VERSION = "1.37.0"
 _KINDS = ("core.v1.PodTemplateSpec", "core.v1.ResourceRequirements", "core.v1.EnvVar", "core.v1.ConfigMap")
 _REFERENCE = re.compile(r'"\$ref": "[^"]*/([^"/]+)"')
