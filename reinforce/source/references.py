@@ -224,18 +224,15 @@ def read_ranges(url: str, ranges: Iterable[tuple[int, int]]) -> Iterator[bytes]:
 
 
 def referenced_images(
-    references: Sequence[Mapping[str, Any]],
-    roots: ImageRoots,
-    moved: Mapping[str, str] | None = None,
-    digests: Sequence[int | None] | None = None,
+    references: Sequence[Mapping[str, Any]], roots: ImageRoots, digests: Sequence[int | None] | None = None
 ) -> Iterator[bytes]:
     """Yield the images of one row group from their tars; consecutive rows of one URL are read sequentially.
 
-    ``moved`` is that of the config: references name the former places of the tars. ``digests`` are those of the images
-    that are known; others are not checked. Raises UserError before anything is read if a reference is outside
-    ``roots``, and ChangedImages; before that, the remaining images are read, so that the error has their number.
+    Images with a known one of ``digests`` are checked. Raises UserError before anything is read if a reference is
+    outside ``roots``, and ChangedImages; before that, the remaining images are read, so that the error has their
+    number.
     """
-    groups = itertools.groupby(roots.ranges(references, moved), key=lambda found: found[0])
+    groups = itertools.groupby(roots.ranges(references), key=lambda found: found[0])
     images = (image for url, rows in groups for image in read_ranges(url, ((at, size) for _, at, size in rows)))
     found = iter(zip(images, digests or [None] * len(references), strict=True))
     for number, (image, digest) in enumerate(found):

@@ -54,17 +54,9 @@ class CountingFeed(PairFeed):
         self.loaders, self.threads = loaders, 0
         self.asked: tuple[int | None, ...] = ()
 
-    def set_up(
-        self,
-        ranks: int,
-        batch: int,
-        start: int,
-        loaders: int,
-        streams: int | None,
-        order: int,
-        row_processes: int | None = None,
-    ) -> Reading:
-        self.asked, own = (loaders, streams, order, row_processes), row_processes or self.loaders
+    def set_up(self, *asked: Any, **_: Any) -> Reading:
+        self.asked = _, streams, _, row_processes = asked[3:]
+        own = row_processes or self.loaders
         return Reading(self.loaders, f"{self.loaders} loaders", streams or 6, "read in six streams", row_processes=own)
 
     def batches(self, rank: int, ranks: int, batch: int, start: int) -> Iterator[Batch]:

@@ -153,7 +153,7 @@ def check_captioner(models: Models, name: str, count: int, batch: int | None = N
                 start = time.process_time()
                 single = [caption([row])[0] for row in range(_IMAGES)]
                 batch = _affordable(models, batch, start)
-                _check_captions_of_batch(caption, _shuffled(_IMAGES, batch), single)
+                _check_captions_of_batch(caption, _shuffled(batch), single)
             return
         together = caption(everything)
         if not getattr(captioner, "repeatable", True):
@@ -204,7 +204,7 @@ def check_scorer(
         alone = np.concatenate([score([row]) for row in range(_IMAGES)])
         if not np.isfinite(alone).all():
             raise ValueError("scores must be finite, got NaN or infinity; check the weights and the precision")
-        rows = [*range(_IMAGES)] if batch is None else _shuffled(_IMAGES, _affordable(models, batch, start))
+        rows = [*range(_IMAGES)] if batch is None else _shuffled(_affordable(models, batch, start))
         first = score(rows)
         allowed = _SCORE_TOLERANCE * np.abs(alone).max(axis=0) + _SCORE_DIFFERENCE
         if batch is None and (np.abs(score(rows) - first) > allowed / 10).any():
@@ -243,12 +243,12 @@ def _affordable(models: Models, batch: int, start: float) -> int:
     return min(batch, _LARGEST_BATCH, max(_LEAST_BATCH, int(_SECONDS / max(seconds, 1e-6))))
 
 
-def _shuffled(count: int, size: int) -> list[int]:
-    """A batch of ``size`` rows, each one of ``count`` inputs.
+def _shuffled(size: int) -> list[int]:
+    """A batch of ``size`` rows, each one of ``_IMAGES`` inputs.
 
     Whatever the size is from 4, at least 44 % of the rows differ if they are reversed or rotated, or halves exchanged.
     """
-    return np.random.default_rng(171).integers(0, count, size).tolist()
+    return np.random.default_rng(171).integers(0, _IMAGES, size).tolist()
 
 
 def _caption(
@@ -283,7 +283,7 @@ def _check_encoder(
         alone = [] if batch is None else [encode([row]) for row in everything]
         if batch is not None:
             batch = _affordable(models, batch, start)
-            rows = _shuffled(_IMAGES, batch)
+            rows = _shuffled(batch)
         out = encode(rows)
         tolerance = TOLERANCES[_PRECISIONS.get(out.dtype, precision)]
         together = _embeddings(out)
