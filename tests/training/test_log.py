@@ -312,7 +312,7 @@ def test_trackers_are_no_part_of_what_a_checkpoint_fixes_and_need_their_packages
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     check_trackers(Trackers())
     for name in ("wandb", "mlflow", "trackio"):
-        with pytest.raises(UserError, match=rf"log\.{name}: .* Run: pip install -e '\.\[{name}\]'"):
+        with pytest.raises(UserError, match=rf"log\.{name} needs {name}: run pip install -e '\.\[{name}\]'"):
             check_trackers(Trackers.model_validate({name: {}}))
 
 

@@ -7,8 +7,6 @@ A training that resumes continues its run of each tracker, by the name in tracke
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import logging
 import math
 import os
@@ -19,7 +17,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
-from reinforce.errors import UserError
+from reinforce.processes.imports import require
 from reinforce.storage import Storage
 from reinforce.training.config import Mlflow, Trackers, Trackio, Wandb
 from reinforce.training.job import Job
@@ -48,8 +46,7 @@ class Backend(Protocol):
 def check_trackers(config: Trackers | None) -> None:
     """Raise UserError if a tracker's package is not installed."""
     for name, _ in _named(config):
-        if importlib.util.find_spec(name) is None:
-            raise UserError(f"log.{name}: the package {name} is not installed. Run: pip install -e '.[{name}]'")
+        require(name, f"log.{name}", name)
 
 
 def open_trackers(job: Job, storage: Storage) -> list[Tracker]:
