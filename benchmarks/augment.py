@@ -41,7 +41,7 @@ from reinforce.dataset.augment.sampling import sample_augmentation
 from reinforce.images import fast_jpeg
 from reinforce.images.policy import decode
 from teachers.preprocessing.pixels import to_pixels
-from teachers.registry import load_teacher, teacher_spec
+from teachers.registry import load_model, teacher_spec
 
 RESULTS = Path(__file__).parent / "results" / "augment.json"
 TEACHER = Path(__file__).parents[1] / "configs" / "demo-models" / "conv-64"
@@ -140,7 +140,7 @@ def compare(photos: Sequence[bytes], of: Mapping[str, Variant], count: int, roun
 
 def cosines(photos: Sequence[bytes], of: Mapping[str, Variant], count: int) -> dict[str, dict[str, float]]:
     """Mean and 1st percentile of the cosines between a teacher's embeddings of the default crops and a variant's."""
-    teacher = load_teacher("conv-64", teacher_spec(model=f"local-dir:{TEACHER}"), "cpu")
+    teacher = load_model("conv-64", teacher_spec(model=f"local-dir:{TEACHER}"), "cpu")
     preprocessing = teacher.image
     assert preprocessing is not None
 

@@ -142,7 +142,7 @@ def write_labels(folder: Path, rows: int) -> None:
         "images": "embed",
         "layers": {
             name: {"kind": layers[name].kind.name, "fingerprint": layers[name].fingerprint}
-            | layers[name].kind.entry(layers[name], layers[name].dim)
+            | layers[name].kind.entry(layers[name], {"dim": layers[name].dim})
             for name in types
         },
     }

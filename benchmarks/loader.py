@@ -46,7 +46,7 @@ from reinforce.dataset.augment.records import AUGMENTATION_BACKEND, Augmentation
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.manifest.manifest import update_manifest, write_manifest
 from reinforce.engine.decode.pool import DecodePool
-from reinforce.engine.inference.models import load_models
+from reinforce.engine.inference.models import describe_loaded, load_models
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.worker.shard import ShardProcess
 from reinforce.images.policy import decode
@@ -168,7 +168,7 @@ def reinforce(source: str, output: str, backend: str = AUGMENTATION_BACKEND, pro
     )
     plan, store = make_plan(config), Store(output)
     models = load_models(config, plan.layers.values())
-    loaded = {name: {"dim": teacher.dim} for name, teacher in models.teachers.items()}
+    loaded = describe_loaded(models, config)
     with DecodePool(processes) as pool:
         for shard in plan.pending:
             ShardProcess(shard, config, plan.layers, store, models, pool).run()

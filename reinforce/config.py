@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from reinforce import settings, source_formats
-from reinforce.config_schema import LAYER_NAME, LAYER_NAMES, Batch, LayerName, OneOrMore
+from reinforce.config_schema import LAYER_NAME, Batch, Named, OneOrMore
 from reinforce.processes.cores import Node, cores_per_process, default_gpus, describe_share
 from reinforce.settings import Section
 from teachers.custom.family import ClassScorerSpec
 from teachers.published.family import Join, Labels
 from teachers.registry import AnyCaptioner, AnyTeacher
+from teachers.spec import ModelSpec
 
 if TYPE_CHECKING:
     Format = str
@@ -40,18 +41,6 @@ class Limits(Section):
     members: int = Field(64, ge=1, description="members of a sample; further members are not read")
     key_chars: int = Field(1_000, ge=1, description="characters of a key")
     shard_samples: int = Field(1_000_000, ge=1, description="samples of a shard; the rest of the shard is not read")
-
-
-class ReadLimits(Section):
-    """Limits on the images of a dataset that is read, whatever larger ones its dataset.json records."""
-
-    image_bytes: int = Field(256 * 2**20, ge=1, description="bytes of an encoded image that is stored by reference")
-    pixels: int = Field(178_956_970, ge=1, description="width x height of an image")
-
-    def applied_to(self, recorded: Limits) -> Limits:
-        """The limits of a dataset, lowered to these."""
-        lowered = {name: min(getattr(self, name), getattr(recorded, name)) for name in ("image_bytes", "pixels")}
-        return recorded.model_copy(update=lowered)
 
 
 class Input(Section):
@@ -137,6 +126,8 @@ class Augmentations(Section):
         return self
 
 
+#: What describes a model, by section of the config. Of a score, its class.
+MODEL_SPECS: dict[str, type[ModelSpec]] = {one.section: one for one in (AnyTeacher, AnyCaptioner, ClassScorerSpec)}
 #: What ``workers.batch: auto`` means on the CPU.
 AUTO_BATCH = 256
 
@@ -322,7 +313,7 @@ class Config(Section):
         description="weakest agreement that joins samples and `reinforcements`; key: also by key, where neither side "
         "states anything else; default: url",
     )
-    labels: Annotated[dict[LayerName, Labels], LAYER_NAMES] = Field(
+    labels: Named[Labels] = Field(
         default_factory=dict, description="labels that others have published as datasets, by a name of yours"
     )
     seed: int = Field(0, description="seed of everything random in the dataset")
@@ -332,13 +323,9 @@ class Config(Section):
     )
     input: Input = Input()
     augmentations: Augmentations = Augmentations()
-    captioners: Annotated[dict[LayerName, AnyCaptioner], LAYER_NAMES] = Field(
-        default_factory=dict, description="captioners by name"
-    )
-    teachers: Annotated[dict[LayerName, AnyTeacher], LAYER_NAMES] = Field(
-        default_factory=dict, description="teachers by name"
-    )
-    scores: Annotated[dict[LayerName, Score], LAYER_NAMES] = Field(
+    captioners: Named[AnyCaptioner] = Field(default_factory=dict, description="captioners by name")
+    teachers: Named[AnyTeacher] = Field(default_factory=dict, description="teachers by name")
+    scores: Named[Score] = Field(
         default_factory=dict, description="scores by name, from layers that this config names or by a class"
     )
     workers: Workers = Workers()
@@ -351,14 +338,19 @@ class Config(Section):
         return self.images == "embed"
 
     @property
-    def scorers(self) -> dict[str, ClassScorerSpec]:
-        """The scores that a class computes, by name."""
-        return {name: score.scorer for name, score in self.scores.items() if score.own is not None}
+    def models(self) -> dict[str, Mapping[str, ModelSpec]]:
+        """All models by section and name. Of the scores, those that a class computes."""
+        scorers = {name: score.scorer for name, score in self.scores.items() if score.own is not None}
+        return {section: getattr(self, section) for section in MODEL_SPECS} | {"scores": scorers}
+
+    def with_models(self, specs: Mapping[str, Mapping[str, Any]]) -> Config:
+        """A copy with these models and scores alone, by section and name."""
+        return self.model_copy(update={**{section: {} for section in MODEL_SPECS}, **specs})
 
     @property
     def classes(self) -> list[str]:
         """Custom classes, ``package.module:Class``, which are imported and run."""
-        specs = (*self.teachers.values(), *self.captioners.values(), *self.scorers.values())
+        specs = (spec for of in self.models.values() for spec in of.values())
         return list(dict.fromkeys(spec.imports for spec in specs if spec.imports is not None))
 
     @model_validator(mode="after")

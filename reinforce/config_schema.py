@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator
 from pydantic.annotated_handlers import GetJsonSchemaHandler
@@ -52,8 +52,9 @@ def _check_layer_name(name: str) -> str:
 
 
 LayerName = Annotated[str, AfterValidator(_check_layer_name)]
-#: Of a mapping from layer names.
-LAYER_NAMES = keys_match(f"^{LAYER_NAME.pattern}$", "caption", "images")
+_Value = TypeVar("_Value")
+#: A mapping from layer names.
+Named = Annotated[dict[LayerName, _Value], keys_match(f"^{LAYER_NAME.pattern}$", "caption", "images")]
 #: One text, or a list of texts.
 OneOrMore = Annotated[
     list[str],

@@ -156,15 +156,17 @@ def embeddings_schema(count: int, dim: int, dtype: str) -> pa.Schema:
     ``dtype`` is ``float16``, ``float32`` or ``int8``. With int8, vector j is ``embeddings[j] * scales[j]``.
     """
     value = {"float16": pa.float16(), "float32": pa.float32(), "int8": pa.int8()}[dtype]
-    fields = [
-        _KEY,
-        _field("embeddings", pa.fixed_shape_tensor(value, [count, dim]), "unit-norm vectors, one a row of the tensor"),
-    ]
-    if dtype == "int8":
-        fields.append(
-            _field("scales", pa.fixed_shape_tensor(pa.float32(), [count]), "vector j = embeddings[j] * scales[j]")
-        )
-    return pa.schema(fields)
+    scales = ("scales", pa.float32(), [count], "vector j = embeddings[j] * scales[j]")
+    return tensors_schema(
+        ("embeddings", value, [count, dim], "unit-norm vectors, one a row of the tensor"),
+        *[scales][: int(dtype == "int8")],
+    )
+
+
+def tensors_schema(*columns: tuple[str, pa.DataType, Sequence[int], str]) -> pa.Schema:
+    """Schema of files with a key and tensors in each row: the name, type, shape and description of each column."""
+    fields = [_field(name, pa.fixed_shape_tensor(type_, [*shape]), text) for name, type_, shape, text in columns]
+    return pa.schema([_KEY, *fields])
 
 
 def scores_schema(names: Sequence[str]) -> pa.Schema:

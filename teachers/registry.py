@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeAlias
 from pydantic import Field, GetCoreSchemaHandler, create_model
 from pydantic_core import CoreSchema, core_schema
 
-from teachers.custom.family import ClassScorerSpec
-from teachers.protocols import Captioner, Scorer, Teacher
 from teachers.spec import CaptionerSpec, ModelInfo, ModelSpec, TeacherSpec
 
 
@@ -52,44 +50,20 @@ def captioner_spec(**values: Any) -> CaptionerSpec:
     return AnyCaptioner.model_validate(values)
 
 
-def describe_teacher(name: str, spec: TeacherSpec) -> ModelInfo:
-    """Describe a teacher without loading it. Raises ValueError or OSError that names the teacher and the fix."""
-    with _errors_naming(f"teacher {name}"):
+def describe_model(name: str, spec: ModelSpec) -> ModelInfo:
+    """Describe a model without loading it. Raises ValueError or OSError that names the model and the fix."""
+    with _errors_naming(spec.label.format(name)):
         return spec.describe()
 
 
-def describe_captioner(name: str, spec: CaptionerSpec) -> ModelInfo:
-    """Describe a captioner without loading it; raises as ``describe_teacher`` does."""
-    with _errors_naming(f"captioner {name}"):
-        return spec.describe()
-
-
-def describe_scorer(name: str, spec: ClassScorerSpec) -> ModelInfo:
-    """Describe the class of a score without loading it; raises as ``describe_teacher`` does."""
-    with _errors_naming(f"scores.{name}"):
-        return spec.describe()
-
-
-def load_teacher(name: str, spec: TeacherSpec, device: str) -> Teacher:
-    """Load a teacher with its weights on a device (``auto``, ``cpu``, ``cuda:0``, ...).
+def load_model(name: str, spec: ModelSpec, device: str) -> Any:
+    """Load a model with its weights on a device (``auto``, ``cpu``, ``cuda:0``, ...).
 
     Raises ValueError, OSError (FileNotFoundError included) for a wrong config and RuntimeError for errors in the
-    model's own code. Each message starts with the teacher's name.
+    model's own code. Each message starts with the model's name.
     """
-    with _errors_naming(f"teacher {name}"):
-        return spec.load(device)
-
-
-def load_captioner(name: str, spec: CaptionerSpec, device: str) -> Captioner:
-    """Load a captioner with its weights on a device; raises as ``load_teacher`` does."""
-    with _errors_naming(f"captioner {name}"):
+    with _errors_naming(spec.label.format(name)):
         return spec.load(name, device)
-
-
-def load_scorer(name: str, spec: ClassScorerSpec, device: str) -> Scorer:
-    """Load the class of a score on a device; raises as ``load_teacher`` does."""
-    with _errors_naming(f"scores.{name}"):
-        return spec.load(device)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ keys and implements ``describe``, ``load`` and ``hosts``. ``teachers.registry.FA
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -39,6 +39,11 @@ class ModelSpec(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
 
+    #: Section of a config with such models, and how messages name the model ``{}``.
+    section: ClassVar[str]
+    label: ClassVar[str]
+    #: Methods of which a class of the user's has one if it is such a model.
+    methods: ClassVar[tuple[str, ...]]
     #: Whether a run computes the model in ``precision``, and so resolves ``auto``.
     uses_precision: ClassVar[bool] = True
     #: Whether the outputs are read from the config's ``reinforcements`` instead of computed.
@@ -111,6 +116,17 @@ class ModelSpec(BaseModel):
         """
         raise NotImplementedError
 
+    def load(self, name: str, device: str) -> Any:
+        """Load the model, ``name`` in the config, with its weights on a device.
+
+        Raises ValueError, OSError, or what the model raises.
+        """
+        raise NotImplementedError
+
+    def stated_by(self, model: Any) -> dict[str, Any]:
+        """What dataset.json has of the loaded model besides its identity."""
+        return {}
+
     def hosts(self) -> Iterator[str]:
         """Where the weights come from, unless they are local files or at a URL of the config."""
         return iter(())
@@ -118,6 +134,10 @@ class ModelSpec(BaseModel):
 
 class TeacherSpec(ModelSpec):
     """One entry of ``teachers:``."""
+
+    section: ClassVar[str] = "teachers"
+    label: ClassVar[str] = "teacher {}"
+    methods: ClassVar[tuple[str, ...]] = ("encode_images", "encode_texts")
 
     logit_scale: float | None = Field(
         None, gt=0, description="1/temperature used in distillation; default: the model's own"
@@ -136,8 +156,12 @@ class TeacherSpec(ModelSpec):
         """``dim`` and ``image`` (preprocessing) as far as they are known without loading the model."""
         return {}
 
-    def load(self, device: str) -> Teacher:
-        """Load the model with its weights on a device. Raises ValueError, OSError, or what the model raises."""
+    def stated_by(self, model: Teacher) -> dict[str, Any]:
+        image = getattr(model, "image", None)
+        scale = getattr(model, "logit_scale", None)
+        return {"dim": model.dim, "logit_scale": scale, "image": asdict(image) if image else None}
+
+    def load(self, name: str, device: str) -> Teacher:
         raise NotImplementedError
 
 
@@ -159,6 +183,10 @@ class CaptionerSpec(ModelSpec):
     ``strategy`` is the decoding strategy and decides which of the fields below it are used. Sampling strategies
     (nucleus, top_k) are seeded per (key, caption index); the others depend on the image alone.
     """
+
+    section: ClassVar[str] = "captioners"
+    label: ClassVar[str] = "captioner {}"
+    methods: ClassVar[tuple[str, ...]] = ("caption",)
 
     captions: int = Field(
         5,
@@ -236,7 +264,6 @@ class CaptionerSpec(ModelSpec):
         return self
 
     def load(self, name: str, device: str) -> Captioner:
-        """Load the model as ``TeacherSpec.load`` does. ``name`` is the captioner's name in the config."""
         raise NotImplementedError
 
     @property

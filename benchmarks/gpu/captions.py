@@ -13,7 +13,7 @@ from benchmarks.gpu import recipe
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.right import RUNS, captioners, load_switched, pixels_of
 from benchmarks.pipeline.figures import Figure, Rule
-from teachers.registry import load_captioner
+from teachers.registry import load_model
 from teachers.spec import CaptionerSpec
 
 SECTION, SWITCHES, SWEEP = "captions", "captions, switches", "captions, batches"
@@ -26,7 +26,7 @@ _DRAWS = 4  # sets of random numbers, which a run draws while others use the acc
 def measure_captions(bench: Bench) -> list[Figure]:
     """Captions of a run, the encoding of their images alone, and kernels, launches and waits a word."""
     name, spec = recipe.captioner(bench)
-    return _measure(bench, SECTION, name, load_captioner(name, spec, bench.device), details=True)
+    return _measure(bench, SECTION, name, load_model(name, spec, bench.device), details=True)
 
 
 def measure_switches(bench: Bench) -> list[Figure]:
@@ -46,7 +46,7 @@ def measure_switches(bench: Bench) -> list[Figure]:
 def measure_batches(bench: Bench) -> list[Figure]:
     """Captions a second by the number of images that are captioned at once."""
     name, spec = recipe.captioner(bench)
-    captioner: Any = load_captioner(name, spec, bench.device)
+    captioner: Any = load_model(name, spec, bench.device)
     figures = []
     for images in bench.size.captioned:
         what, work = f"{name}, {images} images at once", _work(bench, captioner, images)

@@ -14,8 +14,8 @@ import torch
 from benchmarks.gpu import recipe
 from benchmarks.gpu.bench import Bench
 from benchmarks.pipeline.figures import Figure
+from teachers import registry
 from teachers.open_clip.teacher import load_model
-from teachers.registry import load_captioner, load_teacher
 from teachers.spec import CaptionerSpec, TeacherSpec
 
 RIGHT = "right"
@@ -57,7 +57,7 @@ def load_switched(bench: Bench, switch: str, spec: CaptionerSpec) -> Any:
     """Load a captioner; with the switch ``GRAPHS`` as where nothing can be compiled."""
     uncompiled = patch.object(torch, "compile", side_effect=RuntimeError("graphs alone are measured"))
     with uncompiled if switch == GRAPHS else contextlib.nullcontext():
-        return load_captioner("captioner", spec, bench.device)
+        return registry.load_model("captioner", spec, bench.device)
 
 
 def pixels_of(image: Any, count: int) -> torch.Tensor:
@@ -77,7 +77,7 @@ def texts_of(count: int) -> list[str]:
 
 def _compare_embeddings(bench: Bench, name: str, spec: TeacherSpec) -> list[Figure]:
     def embed(spec: TeacherSpec, device: str) -> dict[str, torch.Tensor]:
-        teacher: Any = load_teacher(name, spec, device)
+        teacher: Any = registry.load_model(name, spec, device)
         pixels = pixels_of(teacher.image, bench.size.compared).to(device)
         texts = teacher.encode_texts(texts_of(bench.size.compared))
         return {"images": teacher.encode_images(pixels).float().cpu(), "texts": texts.float().cpu()}

@@ -64,7 +64,7 @@ class Shards:
         worker.models, worker.pool = self._first.models, self._first.pool
         worker.config = self._first.config.model_copy(update={"output": str(output)})  # with the batch that fits
         plan, store = self._plan, Store(str(output))
-        loaded = describe_loaded(self.models)
+        loaded = describe_loaded(self.models, self._plan.config)
         store.write_json(update_manifest(store.read_json(MANIFEST), plan.config, plan.layers, loaded), MANIFEST)
         return (partial(worker.process, shard) for shard in plan.pending)
 

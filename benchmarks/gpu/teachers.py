@@ -13,7 +13,7 @@ from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.right import TEACHERS, pixels_of
 from benchmarks.pipeline.figures import Figure
 from teachers.device.flops import count_flops
-from teachers.registry import load_teacher
+from teachers.registry import load_model
 from teachers.spec import TeacherSpec
 
 SECTION, SWITCHES, SWEEP = "teachers", "teachers, switches", "teachers, batches"
@@ -48,7 +48,7 @@ def measure_switches(bench: Bench) -> list[Figure]:
 def measure_batches(bench: Bench) -> list[Figure]:
     """Images a second of a teacher by the size of its batch, also of sizes that are padded."""
     name, spec = next(iter(recipe.teachers(bench).items()))
-    teacher: Any = load_teacher(name, spec, bench.device)
+    teacher: Any = load_model(name, spec, bench.device)
     figures = []
     for rows in bench.size.rows:
         pixels = pixels_of(teacher.image, rows).to(bench.device)
@@ -59,7 +59,7 @@ def measure_batches(bench: Bench) -> list[Figure]:
 
 
 def _measure(bench: Bench, section: str, name: str, spec: TeacherSpec, texts: Sequence[int] = ()) -> list[Figure]:
-    teacher: Any = load_teacher(name, spec, bench.device)
+    teacher: Any = load_model(name, spec, bench.device)
     pixels = pixels_of(teacher.image, bench.size.batch).to(bench.device)
     work = partial(teacher.encode_images, pixels)
     peak = bench.peak()
@@ -77,6 +77,6 @@ def _measure(bench: Bench, section: str, name: str, spec: TeacherSpec, texts: Se
 
 def _encode_eagerly(bench: Bench, spec: TeacherSpec, pixels: torch.Tensor) -> torch.Tensor:
     """An image, by operations that can be counted."""
-    teacher: Any = load_teacher("counted", recipe.changed(spec, compile=False), bench.device)
+    teacher: Any = load_model("counted", recipe.changed(spec, compile=False), bench.device)
     embedding: torch.Tensor = teacher.encode_images(pixels)
     return embedding

@@ -72,7 +72,7 @@ def serve_worker(pipe: Connection, setup: WorkerSetup) -> None:
     stand_in = setup.device == STAND_IN
     accelerator = StandInAccelerator() if stand_in else Accelerator(setup.device)
     teacher = FixedTimeTeacher(accelerator.device)
-    models = Models({"fixed": teacher}, {}, accelerator)
+    models = Models({"teachers": {"fixed": teacher}}, accelerator)
     config = make_config("none.tar", "none", setup.augmentations, setup.cores, setup.batch)
     layers = build_layers(config, describe_models(config))
     with contextlib.ExitStack() as stack:

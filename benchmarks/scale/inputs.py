@@ -103,8 +103,8 @@ def _is_object(path: Path) -> bool:
     return path.parts[0] in ("index", "quarantine", MANIFEST)
 
 
-def _loaded(config: Config) -> Mapping[str, Mapping[str, Any]]:
-    return {name: {"dim": DIM} for name in config.teachers}
+def _loaded(config: Config) -> Mapping[tuple[str, str], Mapping[str, Any]]:
+    return {("teachers", name): {"dim": DIM} for name in config.teachers}
 
 
 def _layer_file(store: Store, config: Config, layer: Layer) -> bytes:

@@ -52,7 +52,7 @@ def input_of_data(data: Data) -> Input:
 def list_files(source: str | list[str], data: Data, where: str, view: str | None = None) -> list[Shard]:
     """List the files with the images, or the samples layer of a reinforced dataset. Raises UserError."""
     if detect_kind(source) == "layers":
-        dataset = Dataset(str(source), [], [], view=view)
+        dataset = Dataset(str(source), {}, view=view)
         require_images(dataset.manifest, where)
         return [Shard(_samples_file(dataset, shard), shard, samples_layer.FORMAT.name) for shard in dataset.shards]
     check_no_view(source, view, where)
@@ -83,9 +83,9 @@ def scan(source: str | list[str], data: Data, where: str, view: str | None = Non
     sample has a caption.
     """
     if detect_kind(source) == "layers":
-        kept = whole = Dataset(str(source), [], [])
+        kept = whole = Dataset(str(source), {})
         if view is not None:  # whose images are at places among all rows
-            kept = Dataset(str(source), [], [], view=view)
+            kept = Dataset(str(source), {}, view=view)
         parts = [_scan_dataset_shard(whole, shard, data, kept.view) for shard in kept.shards]
     else:
         with ThreadPoolExecutor(_READERS) as pool:

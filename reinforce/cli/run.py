@@ -141,7 +141,7 @@ def check(
 
     Starts nothing and writes nothing. Exits with status 2 if a model fails.
     """
-    from reinforce.engine.preflight.check_models import check_target
+    from reinforce.engine.check_models import check_target
 
     if labels:
         from reinforce.config import load_config

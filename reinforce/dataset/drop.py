@@ -29,7 +29,7 @@ from reinforce.dataset.kinds.registry import (
     kind_of,
     with_dependants,
 )
-from reinforce.dataset.layers import SAMPLES, model_of, parts_of
+from reinforce.dataset.layers import MODEL_SECTIONS, SAMPLES, model_of, parts_of
 from reinforce.dataset.manifest.manifest import TUNED_KEY, find_manifest, write_manifest
 from reinforce.dataset.view import FOLDER as VIEWS
 from reinforce.dataset.view import read_view, remove_view, view_folders
@@ -265,7 +265,7 @@ def _remove_entry(store: Store, layer: str) -> None:
     if manifest is None:
         return
     orphans = _orphans(manifest, [layer])
-    for kind in ("teachers", "captioners"):
+    for kind in MODEL_SECTIONS:
         manifest[kind] = {name: entry for name, entry in manifest[kind].items() if f"{kind}.{name}" not in orphans}
     manifest["layers"].pop(layer, None)
     if manifest["layers"]:

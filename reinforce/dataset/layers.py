@@ -34,6 +34,10 @@ NO_IMAGES, LABELS = "none", "labels"
 TRUE_CAPTION = "caption"
 
 
+#: Sections of dataset.json with an entry for each model. Other models are described in the entries of their layers.
+MODEL_SECTIONS = ("teachers", "captioners")
+
+
 def captions_layer(captioner: str) -> str:
     return f"captions/{captioner}"
 
@@ -89,7 +93,8 @@ class Layer:
         published: whether it is read from published reinforcements, without loading a model.
         recipe: what the fingerprint covers.
         code: hash of the file that defines the model's class, if it is a custom one; the fingerprint does not cover it.
-        pixels: whether a scorer of it sees the image as a whole.
+        sees: what its model sees of the image: the ``crops`` of its augmentation records, the ``image`` as a whole, or
+            None.
         labels: name of the labels in the config that have values of it; those of other rows are computed, unless it is
             published.
     """
@@ -107,13 +112,13 @@ class Layer:
     published: bool = False
     recipe: Mapping[str, Any] = field(default_factory=dict, compare=False)
     code: str | None = field(default=None, compare=False)
-    pixels: bool = field(default=False, compare=False)
+    sees: Literal["crops", "image"] | None = field(default=None, compare=False)
     labels: str | None = field(default=None, compare=False)
 
     @property
     def sees_images(self) -> bool:
         """Whether computing it takes decoded images, unless it is published."""
-        return self.kind.crops or self.kind.views or self.pixels
+        return self.sees is not None
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -174,10 +179,6 @@ class PickedValues(NamedTuple):
     usable: npt.NDArray[np.bool_]
 
 
-#: The columns of the kinds of layers that there are, by which their files are checked.
-STORED_COLUMNS: set[str] = set()
-
-
 @dataclass(frozen=True)
 class LayerKind(ABC):
     """All that is stored and shown of layers of one kind. ``kinds.registry`` has an object of each kind.
@@ -189,10 +190,13 @@ class LayerKind(ABC):
         columns: without which a file is damaged.
         values: the column that is null in rows with a reason in the quarantine, None if there is none.
         unit: what rates count.
-        section: of the config and dataset.json with the models that make its layers, None if no model does.
+        producer: the class that computes its layers, ``module:Class`` in ``reinforce.engine.worker.producers``.
+        section: of the config with the models that make its layers, None if no model does.
+        model_key: of a layer's entry in dataset.json with the name of its model, None if it has none.
         required: keys of a layer's entry in dataset.json.
-        crops, views: whether its models see the augmented images, or the image as a whole.
-        vectors: whether its values are vectors of a model, whose dimension dataset.json states.
+        tensors: axes of the columns whose rows have a shape. Columns with fewer axes have the first ones of the others.
+        crops: whether its models may see the augmented images.
+        vectors: whether its values are unit-norm vectors of a model.
         picks: which of a row's values a training example takes, that of its crop or of its text; None if none.
         unusable: why a value that is not null cannot be trained on.
     """
@@ -203,16 +207,15 @@ class LayerKind(ABC):
     columns: ClassVar[tuple[str, ...]]
     values: ClassVar[str | None]
     unit: ClassVar[str]
+    producer: ClassVar[str]
     section: ClassVar[str | None] = None
+    model_key: ClassVar[str | None] = None
     required: ClassVar[tuple[str, ...]] = ()
+    tensors: ClassVar[Mapping[str, int]] = {}
     crops: ClassVar[bool] = False
-    views: ClassVar[bool] = False
     vectors: ClassVar[bool] = False
     picks: ClassVar[Literal["crop", "text"] | None] = None
     unusable: ClassVar[str] = ""
-
-    def __init_subclass__(cls) -> None:
-        STORED_COLUMNS.update(cls.columns)
 
     # -- what is computed
 
@@ -237,6 +240,11 @@ class LayerKind(ABC):
     def schema(self, layer: Layer, images: str) -> pa.Schema:
         """The schema of a file; ``images`` is the config's key."""
 
+    def file_schemas(self) -> Iterable[pa.Schema]:
+        """The schemas that its files can have, with tensors of some shape and, of structs that differ by layer, none of
+        their fields."""
+        return [self.schema(Layer("", self, ""), "")]
+
     @abstractmethod
     def row_bytes(self, layer: Layer, sample: float) -> float | None:
         """Expected bytes of a row, of a sample that takes ``sample`` bytes; None if the dimension is not known before
@@ -244,9 +252,32 @@ class LayerKind(ABC):
 
     # -- dataset.json
 
-    def entry(self, layer: Layer, dim: int | None) -> dict[str, Any]:
-        """What a layer's entry has besides its kind and fingerprint; ``dim`` is that of the loaded model."""
+    def entry(self, layer: Layer, stated: Mapping[str, Any]) -> dict[str, Any]:
+        """What a layer's entry has besides its kind and fingerprint. ``stated`` has what the loaded model states, such
+        as its ``dim``, or else the entry so far."""
         return {}
+
+    def check_entry(self, entry: Mapping[str, Any]) -> None:
+        """Raise ValueError if an entry, whose keys have valid values, is not that of a layer of this kind."""
+        if missing := [key for key in self.required if key not in entry]:
+            raise ValueError(f"a layer of {self.name} without {', '.join(missing)}")
+        if "count" in self.required and entry["count"] is None:
+            raise ValueError(f"a layer of {self.name} without count")
+
+    def stored(self, name: str, entry: Mapping[str, Any]) -> Layer:
+        """A layer by its entry."""
+        return Layer(
+            name,
+            self,
+            entry["fingerprint"],
+            self.inputs(name, entry),
+            None if self.model_key is None else entry.get(self.model_key),
+            entry.get("texts"),
+            entry.get("count") or 0,
+            entry.get("dim"),
+            entry.get("dtype", "float16"),
+            tuple(entry.get("names") or ()),
+        )
 
     @abstractmethod
     def recorded_fingerprint(self, layer: Layer, manifest: Mapping[str, Any]) -> str | None:

@@ -13,7 +13,7 @@ from reinforce.dataset.files.index import read_index
 from reinforce.dataset.files.listing import Listing
 from reinforce.dataset.files.store import DamagedFiles, Store
 from reinforce.dataset.kinds.registry import stored_layer
-from reinforce.dataset.layers import LABELS, SAMPLES, mapping_at
+from reinforce.dataset.layers import LABELS, MODEL_SECTIONS, SAMPLES, mapping_at
 from reinforce.dataset.manifest.class_code import code_lines
 from reinforce.dataset.manifest.manifest import read_manifest
 from reinforce.dataset.reading.completeness import check_completeness
@@ -40,7 +40,7 @@ def read_status(url: str) -> dict[str, Any]:
     fingerprints = {name: entry["fingerprint"] for name, entry in manifest["layers"].items()}
     committed = read_index(store, SAMPLES, fingerprints[SAMPLES]).listing()
     listings = store.listings(names, committed)
-    models = [model for section in ("captioners", "teachers") for model in manifest[section].values()]
+    models = [model for section in MODEL_SECTIONS for model in manifest[section].values()]
     taken = any(mapping_at(model, "model", LABELS) for model in models)
     of_labels = [f"{LABELS}/{name}" for name in store.names("quarantine", LABELS, folders=True)] if taken else []
     quarantined = store.listings(f"quarantine/{name}" for name in (*names, *of_labels))

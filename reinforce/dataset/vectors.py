@@ -39,11 +39,11 @@ def encode(
         divisors = np.where(scales > 0, scales, np.float32(1))[..., None]
         # The clip is for scales so small that they are subnormal numbers.
         quantized = np.rint(vectors / divisors).clip(-127, 127).astype(np.int8)
-        return [_tensor_column(quantized, [count, dim], valid), _tensor_column(scales, [count], valid)]
+        return [tensor_column(quantized, [count, dim], valid), tensor_column(scales, [count], valid)]
     with np.errstate(over="ignore"):
         stored = vectors.astype(dtype, copy=False)
     _check_finite(stored)
-    return [_tensor_column(stored, [count, dim], valid)]
+    return [tensor_column(stored, [count, dim], valid)]
 
 
 def decode(data: pa.Table | pa.RecordBatch) -> Floats:
@@ -51,10 +51,10 @@ def decode(data: pa.Table | pa.RecordBatch) -> Floats:
 
     A read-only view, not a copy, if the column is float32 in one chunk without nulls.
     """
-    embeddings, valid = _tensor_rows(data.column("embeddings"))
+    embeddings, valid = tensor_rows(data.column("embeddings"))
     vectors: Floats = embeddings.astype(np.float32, copy=False)
     if "scales" in data.schema.names:
-        vectors *= _tensor_rows(data.column("scales"))[0][..., None]
+        vectors *= tensor_rows(data.column("scales"))[0][..., None]
     if not valid.all():
         vectors = vectors if vectors.flags.writeable else vectors.copy()
         vectors[~valid] = np.nan
@@ -94,7 +94,7 @@ def own_slots(samples: pa.Table, count: int) -> npt.NDArray[np.bool_]:
 
 def from_scales(column: pa.ChunkedArray) -> Floats:
     """Convert the column ``scales`` to [rows, count] float32; arbitrary in null rows."""
-    return _tensor_rows(column)[0]
+    return tensor_rows(column)[0]
 
 
 def from_lists(column: pa.ChunkedArray, shape: Sequence[int]) -> pa.Array:
@@ -115,10 +115,10 @@ def from_lists(column: pa.ChunkedArray, shape: Sequence[int]) -> pa.Array:
     buffer = values.buffers()[1] if count else b""
     stored = np.frombuffer(buffer, dtype, count=count, offset=(values.offset + first) * dtype.itemsize if count else 0)
     if not lists.null_count:
-        return _tensor_column(stored, [*shape], valid)
+        return tensor_column(stored, [*shape], valid)
     rows = np.zeros((len(lists), width), dtype)
     rows[valid] = stored.reshape(-1, width)
-    return _tensor_column(rows, [*shape], valid)
+    return tensor_column(rows, [*shape], valid)
 
 
 class Picked(NamedTuple):
@@ -138,7 +138,7 @@ def pick(data: pa.Table | pa.RecordBatch, index: npt.NDArray[np.intp]) -> Picked
     Only the selected vectors are decoded. They are normalised to unit norm, so int8's scales are not needed. The
     vectors of null rows are arbitrary.
     """
-    stored, valid = _tensor_rows(data.column("embeddings"))
+    stored, valid = tensor_rows(data.column("embeddings"))
     vectors: Floats = stored[np.arange(len(index)), index].astype(np.float32)
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     unit = np.isfinite(norms) & (norms > 0)
@@ -152,7 +152,7 @@ def _check_finite(values: npt.NDArray[np.floating]) -> None:
         raise ValueError(f"row {row} is not finite as {values.dtype}: mark it as not valid to store it as null")
 
 
-def _tensor_column(values: npt.NDArray[Any], shape: list[int], valid: npt.NDArray[np.bool_]) -> pa.Array:
+def tensor_column(values: npt.NDArray[Any], shape: list[int], valid: npt.NDArray[np.bool_]) -> pa.Array:
     """Wrap [rows, *shape] as a fixed_shape_tensor column over the same memory."""
     flat = pa.array(np.ascontiguousarray(values).reshape(-1))
     mask = None if valid.all() else pa.array(~valid)
@@ -160,7 +160,7 @@ def _tensor_column(values: npt.NDArray[Any], shape: list[int], valid: npt.NDArra
     return pa.ExtensionArray.from_storage(pa.fixed_shape_tensor(flat.type, shape), lists)
 
 
-def _tensor_rows(column: pa.ChunkedArray | pa.Array) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
+def tensor_rows(column: pa.ChunkedArray | pa.Array) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
     """Read a fixed_shape_tensor column -> [rows, *shape], arbitrary in null rows, and a mask [rows] of valid ones."""
     chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
     shape, dtype = column.type.shape, np.dtype(column.type.value_type.to_pandas_dtype())

@@ -28,7 +28,8 @@ def check_labels(config: Config, rows: int = 64, pool: DecodePool | None = None)
         raise UserError("--labels: the config has no `labels`. Add them.")
     with tempfile.TemporaryDirectory(prefix="reinforce-labels-") as folder:
         limits = config.input.limits.model_copy(update={"shard_samples": rows})
-        here = {"output": folder, "input": config.input.model_copy(update={"limits": limits}), "scores": {}}
+        here = {"output": folder, "input": config.input.model_copy(update={"limits": limits})}
+        config = config.with_models({"teachers": config.teachers, "captioners": config.captioners})
         plan = make_plan(on_this_machine(config).model_copy(update=here))
         taken = {name: layer for name, layer in plan.layers.items() if layer.labels is not None}
         vectors_of = {name: layer for name, layer in taken.items() if layer.kind.vectors}

@@ -104,18 +104,17 @@ def recompute(config: Config, url: str, rows: int, seed: int = 0, pool: DecodePo
 def _describable(config: Config, found: Recomputed) -> Config:
     """The config without models whose identity cannot be determined, such as those whose weights are not here, and
     without scores that are computed from theirs."""
-    usable: dict[str, dict[str, Any]] = {"captioners": {}, "teachers": {}, "scores": {}}
+    usable: dict[str, dict[str, Any]] = {section: {} for section in config.models}
     infos: dict[tuple[str, str], ModelInfo] = {}
-    for kind, specs in usable.items():
-        for name, spec in getattr(config, kind).items():
-            alone: dict[str, Any] = {"captioners": {}, "teachers": {}, "scores": {}, kind: {name: spec}}
+    for section, specs in usable.items():
+        for name, spec in getattr(config, section).items():
             try:
-                infos |= describe_models(config.model_copy(update=alone))
-                build_layers(config.model_copy(update={**usable, kind: {name: spec}}), infos)
+                infos |= describe_models(config.with_models({section: {name: spec}}))
+                build_layers(config.with_models({**usable, section: {name: spec}}), infos)
                 specs[name] = spec
             except UserError as error:
-                found.left_out.append(f"{kind[:-1]} {name}: not computed again: {error}")
-    return config.model_copy(update=usable)
+                found.left_out.append(f"{section[:-1]} {name}: not computed again: {error}")
+    return config.with_models(usable)
 
 
 def _known(layers: Mapping[str, Layer], manifest: Mapping[str, Any], found: Recomputed) -> dict[str, Layer]:

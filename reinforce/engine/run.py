@@ -11,9 +11,9 @@ from typing import Any
 from reinforce.config import Config
 from reinforce.dataset.files.index import prune_index
 from reinforce.dataset.files.store import MANIFEST, DamagedFiles, Store
-from reinforce.dataset.layers import SAMPLES, mapping_at
+from reinforce.dataset.layers import SAMPLES, Layer, mapping_at
 from reinforce.dataset.manifest.claims import Claims
-from reinforce.dataset.manifest.class_code import check_classes
+from reinforce.dataset.manifest.class_code import check_classes, entry_keys
 from reinforce.dataset.manifest.manifest import (
     find_manifest,
     forget_code,
@@ -120,8 +120,7 @@ def _complete_manifest(plan: Plan, store: Store, manifest: dict[str, Any] | None
     Raises UserError if one cannot be loaded here.
     """
     stored = [layer for name, layer in plan.layers.items() if plan.states[name].done and not layer.published]
-    known = {name for name, entry in mapping_at(manifest or {}, "teachers").items() if entry.get("dim")}
-    lost = [layer for layer in stored if layer.kind.vectors and layer.model not in known]
+    lost = [layer for layer in stored if "dim" in layer.kind.required and not _described(manifest, layer).get("dim")]
     if not lost:
         return manifest
     from reinforce.engine.inference.models import describe_loaded, load_models, on_this_machine
@@ -134,7 +133,7 @@ def _complete_manifest(plan: Plan, store: Store, manifest: dict[str, Any] | None
         path, names,
     )  # fmt: skip
     try:
-        loaded = describe_loaded(load_models(on_this_machine(plan.config), lost))
+        loaded = describe_loaded(load_models(on_this_machine(plan.config), lost), plan.config)
     except UserError as error:
         raise UserError(
             f"{path} was lost or is incomplete: restore a copy. A model cannot be loaded: {error}"
@@ -142,6 +141,11 @@ def _complete_manifest(plan: Plan, store: Store, manifest: dict[str, Any] | None
     manifest = update_manifest(manifest, plan.config, plan.layers, loaded)
     write_manifest(store, manifest)
     return manifest
+
+
+def _described(manifest: Mapping[str, Any] | None, layer: Layer) -> Mapping[str, Any]:
+    """What dataset.json has of the model of a layer."""
+    return mapping_at(manifest or {}, *entry_keys(str(layer.kind.section), str(layer.model)))
 
 
 def _compute(

@@ -189,7 +189,7 @@ def check_no_view(urls: str | Sequence[str], view: str | None, where: str) -> No
 
 def _read_dataset(url: str, spec: Input) -> Iterator[RawSample]:
     key = 'evaluate.images_from: ["{0}"], or --images-from "{0}" on the command line'
-    data = Dataset(url, [], [], view=spec.view, images_from=spec.images_from or (), images_key=key)
+    data = Dataset(url, {}, view=spec.view, images_from=spec.images_from or (), images_key=key)
     for sample in data:
         sidecars = {}
         if sample.caption is not None:

@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFile
+from pydantic import Field
 
 from reinforce.config import Config, Limits
 from reinforce.errors import UserError
 from reinforce.images import fast_jpeg, png
 from reinforce.images.jpeg import ends_in_zeros, lacks_scan_data
+from reinforce.settings import Section
 from schemas import Reason
 from teachers.published.family import crops_of
 
@@ -51,6 +53,18 @@ _TRANSPOSE_BY_ORIENTATION = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+
+class ReadLimits(Section):
+    """Limits on the images of a dataset that is read, whatever larger ones its dataset.json records."""
+
+    image_bytes: int = Field(256 * 2**20, ge=1, description="bytes of an encoded image that is stored by reference")
+    pixels: int = Field(178_956_970, ge=1, description="width x height of an image")
+
+    def applied_to(self, recorded: Limits) -> Limits:
+        """The limits of a dataset, lowered to these."""
+        lowered = {name: min(getattr(self, name), getattr(recorded, name)) for name in ("image_bytes", "pixels")}
+        return recorded.model_copy(update=lowered)
 
 
 def reads_crops(config: Config) -> bool:

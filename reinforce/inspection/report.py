@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from reinforce.dataset.kinds.registry import model_sections
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.reading.dataset import Dataset
 from reinforce.dataset.vectors import NORM_TOLERANCE
@@ -83,7 +84,8 @@ def inspect(
     of each of its rules. Raises UserError.
     """
     folder = _ReportFolder(output)
-    data = Dataset(url, teachers, captioners, images_from=images_from, images_key="--images-from {}")
+    models = {**dict.fromkeys(model_sections()), "teachers": teachers, "captioners": captioners}
+    data = Dataset(url, models, images_from=images_from, images_key="--images-from {}")
     sides = None if view is None else Sides(data, open_view(data.store, data.manifest, view), seed)
     overview = read_overview(data, seed)
     selection = select(data, limit, seed, None if sides is None else sides.view)

@@ -90,7 +90,8 @@ def export_datacompdr(
     ``layout`` ``dfndr`` is that of DFNDR: without images, true captions and all that states an image but its URL.
     Raises UserError, for what the format cannot hold before anything is written.
     """
-    data = Dataset(url, teachers, captioners, view=view, images_from=images_from, images_key="--images-from {}")
+    models = {"teachers": teachers, "captioners": captioners}
+    data = Dataset(url, models, view=view, images_from=images_from, images_key="--images-from {}")
     images = images and layout == "datacompdr"
     if images and data.manifest["images"] == NO_IMAGES:
         raise UserError(f"{data.store.url} has labels without images. Add --no-images.")

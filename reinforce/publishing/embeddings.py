@@ -128,7 +128,8 @@ def export_embeddings(
     ``view``, only the samples that it keeps are exported.
     """
     captioners = [] if texts in (TRUE_CAPTION, NO_TEXTS) else [texts]
-    data = Dataset(url, None if teacher is None else [teacher], captioners, view=view)
+    models = {"teachers": None if teacher is None else [teacher], "captioners": captioners}
+    data = Dataset(url, models, view=view)
     if len(data.teachers) != 1:
         raise UserError(f"{data.store.url} has teachers {', '.join(data.teachers)}: choose one by --teacher.")
     choice = Choice(data.teachers[0], texts, image, text, dtype)

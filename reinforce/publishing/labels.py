@@ -206,9 +206,9 @@ def _chosen(data: Dataset, patterns: Sequence[str] | None) -> set[str]:
 def _with_models(whole: Dataset, names: set[str], url: str, view: str | None, images_from: Sequence[str]) -> Dataset:
     """The dataset with the models of some layers alone, so that only these layers decide which shards are complete."""
     entries = whole.manifest["layers"]
-    teachers = [name for name in whole.teachers if any(entries[layer].get("teacher") == name for layer in names)]
-    captioners = [name for name in whole.captioners if any(entries[layer].get("captioner") == name for layer in names)]
-    return Dataset(url, teachers, captioners, view=view, images_from=images_from, images_key="--images-from {}")
+    owners = {stored_layer(name, entries[name]).owner for name in names}
+    models = {section: [name for name in of if (section, name) in owners] for section, of in whole.models.items()}
+    return Dataset(url, models, view=view, images_from=images_from, images_key="--images-from {}")
 
 
 def labels_manifest(data: Dataset, names: Sequence[str], kinds: Sequence[str], licence: str) -> dict[str, Any]:

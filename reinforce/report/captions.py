@@ -100,7 +100,7 @@ def captions_report(
     Default: all captioners and teachers. Raises UserError if one is missing, or sacrebleu is not installed.
     """
     require("report", "captions-report", "sacrebleu")
-    data = Dataset(url, teachers, captioners, view=view)
+    data = Dataset(url, {"teachers": teachers, "captioners": captioners}, view=view)
     layers = data.manifest["layers"]
     if not data.captioners:
         raise UserError(f"{url} has no synthetic captions. Add a captioner to `captioners` and run `reinforce run`.")

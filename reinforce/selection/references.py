@@ -91,10 +91,15 @@ def _embedded(url: str, spec: Decontaminate, view: str, reinforce: Reinforce | N
     images = Input(captions=[], metadata="none", limits=run.input.limits, reduce_to=run.input.reduce_to)
     changes = {
         **{"source": url, "output": f"{view}/{REFERENCES}/{digest}", "input": images, "images": "embed"},
-        **{"teachers": {spec.teacher: run.teachers[spec.teacher]}, "captioners": {}, "scores": {}, "moved": {}},
-        **{"reinforcements": None, "join": None, "labels": {}},  # published augmentations are of other images
+        **{
+            "reinforcements": None,
+            "join": None,
+            "labels": {},
+            "moved": {},
+        },  # published augmentations are of other images
     }
-    reinforce(run.model_copy(update=changes))
+    alone = run.with_models({"teachers": {spec.teacher: run.teachers[spec.teacher]}})
+    reinforce(alone.model_copy(update=changes))
     return str(changes["output"])
 
 

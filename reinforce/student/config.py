@@ -15,9 +15,9 @@ from pydantic import (
 )
 
 from reinforce import settings
-from reinforce.config import ReadLimits
-from reinforce.config_schema import LAYER_NAMES, InSchema, LayerName, OneOrMore, either
+from reinforce.config_schema import InSchema, Named, OneOrMore, either
 from reinforce.evaluation.config import Evaluation
+from reinforce.images.policy import ReadLimits
 from reinforce.settings import Section
 from reinforce.training.config import Trackers, Training
 from teachers.open_clip.options import PREPROCESS, Preprocess
@@ -161,7 +161,7 @@ class Loss(Section):
         description="weight, relative to distillation, of contrasting the student's images with the teachers' texts "
         "and the reverse, see student/terms/interactive.py; 1 in its publication; default: not computed",
     )
-    teachers: Annotated[dict[LayerName, AnyTeacher], LAYER_NAMES] = Field(
+    teachers: Named[AnyTeacher] = Field(
         default_factory=dict,
         description="for `online`: the models to run, as in `reinforce run`; precision: fp32 unless it is given",
     )

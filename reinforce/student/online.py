@@ -16,7 +16,7 @@ from reinforce.training.task import Batch
 from teachers.device import determinism
 from teachers.preprocessing.pixels import to_pixels
 from teachers.protocols import Teacher
-from teachers.registry import load_teacher
+from teachers.registry import load_model
 from teachers.spec import TeacherSpec
 
 #: Largest number of images or texts in one forward pass.
@@ -26,7 +26,7 @@ _MAX_BATCH = 256
 def load_teachers(specs: Mapping[str, TeacherSpec], device: str) -> dict[str, Teacher]:
     """Load the teachers on a device. Raises UserError if one cannot be loaded."""
     try:
-        return {name: load_teacher(name, spec, device) for name, spec in specs.items()}
+        return {name: load_model(name, spec, device) for name, spec in specs.items()}
     except (ValueError, OSError, ImportError, RuntimeError, TypeError) as error:
         raise UserError(str(error)) from error
 

@@ -1,1 +1,1 @@
-"""Teachers and captioners that are classes of the user's."""
+"""Models that are, or can be, classes of the user's."""

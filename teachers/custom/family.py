@@ -19,12 +19,14 @@ from teachers.redact import redact_values
 from teachers.spec import CHAT_FIELDS, DECODING_FIELDS, CaptionerSpec, ModelInfo, ModelSpec, TeacherSpec
 
 
-class _Class(ModelSpec):
+class ClassSpec(ModelSpec):
+    """A class, and the keyword arguments that it is built with."""
+
     uses_precision: ClassVar[bool] = False
     takes_options: ClassVar[bool] = True
 
     @model_validator(mode="after")
-    def _check_class(self) -> _Class:
+    def _check_class(self) -> ClassSpec:
         module, _, name = self.imports.partition(":")
         if not module or not name:
             raise ValueError(f"`class` must be package.module:Class, got {self.class_!r}")
@@ -90,7 +92,7 @@ class _Class(ModelSpec):
         return identity
 
 
-class ClassTeacherSpec(_Class, TeacherSpec):
+class ClassTeacherSpec(ClassSpec, TeacherSpec):
     def describe(self) -> ModelInfo:
         cls = self.import_class()
         if self.compile is not None:
@@ -100,9 +102,9 @@ class ClassTeacherSpec(_Class, TeacherSpec):
         if not images and not texts:
             raise ValueError(f"class {self.class_} has neither `encode_images` nor `encode_texts`")
         dim = getattr(cls, "dim", None)
-        return ModelInfo(dim if isinstance(dim, int) else None, images, texts, self.identity(cls), _hash_of_code(cls))
+        return ModelInfo(dim if isinstance(dim, int) else None, images, texts, self.identity(cls), hash_of_code(cls))
 
-    def load(self, device: str) -> Teacher:
+    def load(self, name: str, device: str) -> Teacher:
         teacher = self.build(device)
         dim = getattr(teacher, "dim", None)
         if not isinstance(dim, int) or dim < 1:
@@ -117,7 +119,7 @@ class ClassTeacherSpec(_Class, TeacherSpec):
         return cast(Teacher, teacher)
 
 
-class ClassCaptionerSpec(_Class, CaptionerSpec):
+class ClassCaptionerSpec(ClassSpec, CaptionerSpec):
     @property
     def count(self) -> int:
         stated = None if "captions" in self.model_fields_set else self._stated(self.import_class())
@@ -131,7 +133,7 @@ class ClassCaptionerSpec(_Class, CaptionerSpec):
             raise ValueError(f"{', '.join(given)}: not used with `class`; pass them to your class in `options`")
         self._check_captions(self._stated(cls))
         identity = {**self.identity(cls), "captions": self.count, **cleaning_identity(self.clean)}
-        return ModelInfo(dim=None, images=True, texts=False, identity=identity, code=_hash_of_code(cls))
+        return ModelInfo(dim=None, images=True, texts=False, identity=identity, code=hash_of_code(cls))
 
     def load(self, name: str, device: str) -> Captioner:
         captioner = self.build(device)
@@ -161,8 +163,12 @@ class ClassCaptionerSpec(_Class, CaptionerSpec):
 PIXELS, CAPTION, METADATA = "pixels", "caption", "metadata"
 
 
-class ClassScorerSpec(_Class):
+class ClassScorerSpec(ClassSpec):
     """The class of an entry of ``scores``; ``inputs`` and ``names`` replace the class's own."""
+
+    section: ClassVar[str] = "scores"
+    label: ClassVar[str] = "scores.{}"
+    methods: ClassVar[tuple[str, ...]] = ("score",)
 
     inputs: list[str] | None = None
     names: list[str] | None = None
@@ -191,9 +197,9 @@ class ClassScorerSpec(_Class):
                 f"class {self.class_}: score{signature} does not take its inputs {', '.join(inputs)}: {error}"
             ) from error
         identity = {**self.identity(cls), "inputs": inputs, "names": names}
-        return ModelInfo(None, PIXELS in inputs, CAPTION in inputs, identity, _hash_of_code(cls))
+        return ModelInfo(None, PIXELS in inputs, CAPTION in inputs, identity, hash_of_code(cls))
 
-    def load(self, device: str) -> Scorer:
+    def load(self, name: str, device: str) -> Scorer:
         scorer = self.build(device)
         if PIXELS in self._texts(type(scorer), "inputs"):
             self.check_image(scorer, f"sees {PIXELS}")
@@ -210,7 +216,7 @@ class ClassScorerSpec(_Class):
         return [*found]
 
 
-def _hash_of_code(cls: type) -> str | None:
+def hash_of_code(cls: type) -> str | None:
     """Hash of the file that defines a class -> 16 hex digits; None if there is none."""
     try:
         path = inspect.getsourcefile(cls)

@@ -27,7 +27,7 @@ class OpenClipTeacherSpec(OpenClipOptions, TeacherSpec):
         config = catalog.model_config(self.name)
         return ModelInfo(config["embed_dim"] if config else None, images=True, texts=True, identity=identity)
 
-    def load(self, device: str) -> Teacher:
+    def load(self, name: str, device: str) -> Teacher:
         from teachers.device.accelerator import Accelerator
         from teachers.open_clip.teacher import OpenClipTeacher
 

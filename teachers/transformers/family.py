@@ -54,7 +54,7 @@ class TransformersTeacherSpec(_Transformers, TransformersOptions):
         identity = {**self.identity(), **{name: value for name, value in given.items() if value}}
         return ModelInfo(dim=dim, images=images, texts=texts, identity=identity)
 
-    def load(self, device: str) -> Teacher:
+    def load(self, name: str, device: str) -> Teacher:
         from teachers.device.accelerator import Accelerator
         from teachers.transformers.teacher import load
 

@@ -146,7 +146,9 @@ class Noting(ColorTeacher):
 
 def outputs(device: str) -> tuple[dict[str, Any], Noting]:
     there = torch.device(device)
-    models = Models({"red": Noting(there)}, {"namer": SeedCaptioner(there)}, Accelerator(device))
+    models = Models(
+        {"teachers": {"red": Noting(there)}, "captioners": {"namer": SeedCaptioner(there)}}, Accelerator(device)
+    )
     cells = pixels()
     for array in (cells.crops, *cells.views.values()):
         models.accelerator.pin(array)

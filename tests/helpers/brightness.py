@@ -33,7 +33,7 @@ class Brightness(LayerKind):
 
     def layers(self, config: Config, infos: Mapping[Any, Any], known: Mapping[str, Layer]) -> Iterable[Layer]:
         recipe = self._recipe(known[SAMPLES].fingerprint)
-        yield Layer(LAYER, self, compute_fingerprint(recipe), (SAMPLES,), recipe=recipe)
+        yield Layer(LAYER, self, compute_fingerprint(recipe), (SAMPLES,), recipe=recipe, sees="crops")
 
     def schema(self, layer: Layer, images: str) -> pa.Schema:
         return pa.schema([pa.field("key", pa.string(), False), pa.field("value", pa.float32())])

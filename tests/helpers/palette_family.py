@@ -24,7 +24,7 @@ class PaletteTeacherSpec(TeacherSpec):
     def hosts(self) -> Iterator[str]:
         yield f"palettes.example ({self.model})"
 
-    def load(self, device: str) -> Teacher:
+    def load(self, name: str, device: str) -> Teacher:
         return ColorTeacher(torch.device("cpu"), dim=self.colors)  # type: ignore[return-value]
 
 

@@ -33,7 +33,7 @@ def reinforce_here(config: dict[str, Any], group_rows: int = 8, results: list[Sh
     parsed = plan.config
     write_lists(store, plan.lists)
     models = load_models(parsed, plan.layers.values())
-    loaded = describe_loaded(models)
+    loaded = describe_loaded(models, parsed)
     index = IndexWriter(store, plan.layers)
     for file in plan.recomputed:
         set_aside(store, file.layer, file.shard)

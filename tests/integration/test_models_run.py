@@ -36,7 +36,7 @@ from reinforce.images.policy import decode
 from reinforce.seeds import seed_for
 from teachers.preprocessing.fit import fit
 from teachers.preprocessing.pixels import to_pixels
-from teachers.registry import captioner_spec, load_captioner
+from teachers.registry import captioner_spec, load_model
 from tests.helpers import tiny_captioners
 from tests.helpers.commands import printed_by
 from tests.helpers.data import config_of, events_of, free_port, members_of, write_tar
@@ -176,7 +176,7 @@ def test_captioners_of_two_libraries_write_layers_of_one_dataset(finished: Finis
     assert summary.cleaned["coca"]["cut"] > 0
     assert "blip" not in summary.cleaned, "counted only with `clean`"
 
-    captioner = load_captioner("blip", captioner_spec(**finished.config["captioners"]["blip"]), "cpu")
+    captioner = load_model("blip", captioner_spec(**finished.config["captioners"]["blip"]), "cpu")
     rows = list(reinforce.open(finished.config["output"]))
     for sample in rows:
         pixels = to_pixels(torch.tensor(fit(decode(sample.image, Limits()), captioner.image)[None]), captioner.image)

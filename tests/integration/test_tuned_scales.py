@@ -68,6 +68,8 @@ def test_scale_tuned_twice_keeps_the_value_of_the_config_and_trainings_and_added
     assert {name: scale for name, (scale, _) in found.items()} == {"red": 43.0, "blue": 21.0}
     assert found["red"][1] == f"logit scale 43 (dataset: {ORIGIN})"
     config = parse_config(config_of(f"{tmp_path}/source/*.tar", tmp_path / "out"))
-    loaded = {"blue": {"dim": 12, "logit_scale": 30.0}}  # the model's own scale does not replace the tuned one
+    loaded = {
+        ("teachers", "blue"): {"dim": 12, "logit_scale": 30.0}
+    }  # the model's own scale does not replace the tuned one
     updated = update_manifest(read_manifest(dataset), config, make_plan(config).layers, loaded)
     assert updated["teachers"]["blue"]["logit_scale"] == 21.0

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from teachers.registry import load_teacher, teacher_spec
+from teachers.registry import load_model, teacher_spec
 from tests.helpers import tiny_captioners
 from tests.helpers.tiny_captioners import Captioners, captioned, pictures, pixels_of, seeds
 
@@ -92,7 +92,7 @@ def test_bf16_captions_are_repeatable_and_chat_models_store_bf16_weights(
 @pytest.mark.parametrize("family", ["open_clip", "transformers"])
 def test_bf16_embeddings_are_close_to_fp32_and_of_unit_norm(models: dict[str, str], root: Path, family: str) -> None:
     spec = {"family": family, "model": models["small"] if family == "open_clip" else str(root / "clip")}
-    exact, fast = (load_teacher("t", teacher_spec(**spec, precision=name), "cpu") for name in ("fp32", "bf16"))
+    exact, fast = (load_model("t", teacher_spec(**spec, precision=name), "cpu") for name in ("fp32", "bf16"))
     pixels = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     texts = ["a", "a photo of a dog on the beach", "", "so many words " * 60]
     for one, other in (

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from teachers.registry import captioner_spec, describe_captioner, describe_teacher, teacher_spec
+from teachers.registry import captioner_spec, describe_model, teacher_spec
 from teachers.spec import Clean, ModelInfo
 from tests.helpers import tiny_models
 from tests.helpers.tiny_captioners import spec_of
@@ -22,8 +22,8 @@ COCA = {"model": "coca_ViT-L-14", "pretrained": "laion2b_s13b_b90k"}
 HUB = {"family": "transformers", "model": "google/siglip-base-patch16-224"}
 #: Describe a model by the values of its spec.
 DESCRIBE: dict[str, Callable[[dict[str, Any]], ModelInfo]] = {
-    "teacher": lambda values: describe_teacher("mine", teacher_spec(**values)),
-    "captioner": lambda values: describe_captioner("mine", captioner_spec(**values)),
+    "teacher": lambda values: describe_model("mine", teacher_spec(**values)),
+    "captioner": lambda values: describe_model("mine", captioner_spec(**values)),
 }
 
 
@@ -65,23 +65,23 @@ def test_keys_that_a_model_of_transformers_does_not_support_are_rejected_before_
     captioner_folder: Callable[[str], Path], kind: str, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=f"captioner mine: .*{message}"):
-        describe_captioner("mine", spec_of(captioner_folder(kind), kind, **options))
+        describe_model("mine", spec_of(captioner_folder(kind), kind, **options))
 
 
 def test_a_model_of_transformers_that_cannot_caption_is_rejected_before_loading(
     root: Path, tmp_path: Path, captioner_folder: Callable[[str], Path]
 ) -> None:
     with pytest.raises(ValueError, match=r"mine: .* type 'siglip' is not a supported captioner: use blip, git"):
-        describe_captioner("mine", spec_of(root / "siglip", "siglip"))
+        describe_model("mine", spec_of(root / "siglip", "siglip"))
     config = json.loads((captioner_folder("blip") / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["BlipForQuestionAnswering"]}))
     with pytest.raises(ValueError, match="BlipForQuestionAnswering does not write captions"):
-        describe_captioner("mine", spec_of(tmp_path, "blip"))
+        describe_model("mine", spec_of(tmp_path, "blip"))
 
 
 def test_hub_models_are_not_looked_up() -> None:
     for spec in (teacher_spec(model="hf-hub:apple/DFN2B-CLIP-ViT-L-14"), teacher_spec(**HUB)):
-        info = describe_teacher("hub", spec)
+        info = describe_model("hub", spec)
         assert (info.dim, info.images, info.texts) == (None, True, True)
         assert info.identity == {"family": spec.family, "model": spec.model, "precision": "fp32"}
 
@@ -91,14 +91,14 @@ def test_describing_models_does_not_import_torch(
 ) -> None:
     code = f"""
 import sys
-from teachers.registry import captioner_spec, describe_captioner, describe_teacher, teacher_spec
-describe_teacher("a", teacher_spec(model="ViT-L-14-quickgelu", pretrained="dfn2b"))
-describe_teacher("b", teacher_spec(model={tiny_models.open_clip_model(tmp_path / "m")!r}))
-describe_teacher("c", teacher_spec(family="transformers", model={str(root / "clip")!r}))
-describe_teacher("d", teacher_spec(family="transformers", model="openai/clip-vit-base-patch32"))
-describe_captioner("e", captioner_spec(model="coca_ViT-L-14", pretrained="laion2b_s13b_b90k"))
-describe_captioner("f", captioner_spec(family="transformers", model={str(captioner_folder("git"))!r}))
-describe_captioner("g", captioner_spec(family="transformers", model="Salesforce/blip-image-captioning-base"))
+from teachers.registry import captioner_spec, describe_model, teacher_spec
+describe_model("a", teacher_spec(model="ViT-L-14-quickgelu", pretrained="dfn2b"))
+describe_model("b", teacher_spec(model={tiny_models.open_clip_model(tmp_path / "m")!r}))
+describe_model("c", teacher_spec(family="transformers", model={str(root / "clip")!r}))
+describe_model("d", teacher_spec(family="transformers", model="openai/clip-vit-base-patch32"))
+describe_model("e", captioner_spec(model="coca_ViT-L-14", pretrained="laion2b_s13b_b90k"))
+describe_model("f", captioner_spec(family="transformers", model={str(captioner_folder("git"))!r}))
+describe_model("g", captioner_spec(family="transformers", model="Salesforce/blip-image-captioning-base"))
 print(sorted({{"torch", "open_clip", "transformers"}} & set(sys.modules)))
 """
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
@@ -110,9 +110,9 @@ def test_a_captioners_identity_includes_its_files_its_prompt_and_its_sampling(
     chat = {"family": "transformers", "model": str(captioner_folder("qwen2_vl")), "prompt": "Describe it."}
     sampling = [{"captions": 2}, {"top_p": 0.5}, {"temperature": 0.7}, {"min_length": 3}, {"max_length": 20}]
     for spec, changes in ((COCA, sampling), (chat, [*sampling, {"prompt": "What is it?"}, {"image_size": 64}])):
-        info = describe_captioner("c", captioner_spec(**spec))
+        info = describe_model("c", captioner_spec(**spec))
         assert (info.dim, info.images, info.texts) == (None, True, False)
-        identities = [describe_captioner("c", captioner_spec(**{**spec, **change})).identity for change in changes]
+        identities = [describe_model("c", captioner_spec(**{**spec, **change})).identity for change in changes]
         assert info.identity not in identities
     files = {"model.safetensors", "config.json", "tokenizer.json", "generation_config.json", "chat_template.jinja"}
     assert files <= info.identity["files"].keys()
@@ -121,7 +121,7 @@ def test_a_captioners_identity_includes_its_files_its_prompt_and_its_sampling(
 def test_cleaning_is_in_the_identity_only_if_it_is_configured_and_wrong_rules_are_rejected() -> None:
     for spec in (COCA, {"class": "tests.helpers.models:SeedCaptioner", "captions": 2}):
         plain, asked, other = (
-            describe_captioner("c", captioner_spec(**spec, **clean)).identity
+            describe_model("c", captioner_spec(**spec, **clean)).identity
             for clean in ({}, {"clean": {}}, {"clean": {"words": 9}})
         )
         assert {name: value for name, value in asked.items() if name != "clean"} == plain

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 import schemas
 from reinforce.dataset import vectors
-from reinforce.dataset.layers import STORED_COLUMNS
+from reinforce.dataset.kinds.registry import KINDS
 from reinforce.parquet.footers import FooterCheck, RefusedFile, span
 from reinforce.parquet.pages import DICTIONARY, BadPage, Bytes, Page, longest_entry, read_pages
 from reinforce.parquet.window import WindowFile
@@ -38,7 +38,6 @@ MAX_BYTES = 2**30  # of the columns of a row group that are read together
 
 _KEYS = "key"
 _WIDTHS = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBLE": 8}
-_TENSORS = ("embeddings", "scales")
 
 
 @contextlib.contextmanager
@@ -65,14 +64,17 @@ def _shape_of(type_: pa.DataType) -> str:
 
 def _known_layouts() -> list[dict[str, str]]:
     """The columns of each schema with their types as ``_shape_of`` writes them."""
-    known = [schemas.samples_schema(images, True, True) for images in ("embed", "reference", "none")]
-    known += [schemas.embeddings_schema(1, 1, dtype) for dtype in ("float16", "float32", "int8")]
-    known += [schemas.captions_schema(), schemas.scores_schema(()), schemas.view_schema(), schemas.identities_schema()]
-    known += [schemas.quarantine_schema(), schemas.index_schema()]
-    return [{field.name: _shape_of(field.type) for field in schema} for schema in known]
+    known = [schema for kind in KINDS.values() for schema in kind.file_schemas()]
+    known += [schemas.view_schema(), schemas.identities_schema(), schemas.quarantine_schema(), schemas.index_schema()]
+    layouts = [{field.name: _shape_of(field.type) for field in schema} for schema in known]
+    return [one for place, one in enumerate(layouts) if one not in layouts[:place]]  # kinds share some
 
 
-_LAYOUTS = _known_layouts()
+def _tensors() -> dict[str, int]:
+    """The axes of each column whose rows have a shape."""
+    return {name: axes for kind in KINDS.values() for name, axes in kind.tensors.items()}
+
+
 _NOT_IN_ALL = {schemas.IMAGE_DIGEST, schemas.TRUE_CAPTIONS, schemas.LABELLED}  # not in all files of samples
 _accepted_schemas: deque[pa.Schema] = deque(maxlen=4)  # the last ones, because files of a layer have the same
 
@@ -238,10 +240,10 @@ class LayerFile:
         return group
 
     def _check_bytes(self, rows: int, leaves: Sequence[Any]) -> None:
-        total = 0
+        total, tensors = 0, _tensors()
         for leaf in leaves:
             name, values = _column(leaf), leaf.num_values
-            most = MAX_BYTES if name in _TENSORS else MAX_VALUES
+            most = MAX_BYTES if name in tensors else MAX_VALUES
             if not rows <= values <= (most if "." in leaf.path_in_schema else rows):
                 raise RefusedFile(f"column {name} has {values:,} values in {rows:,} rows")
             total += self._decoded_bytes(leaf, values)
@@ -263,7 +265,7 @@ class LayerFile:
 
     def _with_tensors(self, table: pa.Table) -> pa.Table:
         """The table with lists of numbers as tensors of the shape that the footer states, if the rows have it."""
-        for name in _TENSORS:
+        for name in _tensors():
             if name in table.column_names:
                 if name not in self._shapes:
                     raise RefusedFile(f"its schema has no shape of column {name}")
@@ -301,21 +303,23 @@ def _is_newer(footer: pq.FileMetaData) -> bool:
 
 
 def _check_columns(found: pa.Schema, newer: bool) -> None:
-    """Raise RefusedFile unless columns belong to one of ``schemas``, int8 vectors with their scales.
+    """Raise RefusedFile unless columns belong to one of the known schemas, int8 vectors with their scales.
 
-    Of a ``newer`` version, and of kinds of layers with columns that ``schemas`` lacks, only the types are checked.
+    Of a ``newer`` version, only the types of known columns are checked.
     """
+    layouts, of_any_fields = _known_layouts(), _shape_of(pa.struct([]))
     shapes = {field.name: _shape_of(field.type) for field in found}
-    if "scores" in shapes and pa.types.is_struct(found.field("scores").type):
-        shapes["scores"] = _shape_of(pa.struct([]))  # the scores differ by layer
-    unknown = {name for name in shapes if not any(name in layout for layout in _LAYOUTS)}
+    for name in shapes:
+        if pa.types.is_struct(found.field(name).type) and any(one.get(name) == of_any_fields for one in layouts):
+            shapes[name] = of_any_fields
+    unknown = {name for name in shapes if not any(name in layout for layout in layouts)}
     known = {name: shape for name, shape in shapes.items() if name not in unknown}
     for name, shape in known.items():
-        if not any(layout.get(name) == shape for layout in _LAYOUTS):
+        if not any(layout.get(name) == shape for layout in layouts):
             raise RefusedFile(f"column {name} has type {str(found.field(name).type)[:200]}")
-    if newer or (unknown and unknown <= STORED_COLUMNS):
+    if newer:
         return
-    fitting = [layout for layout in _LAYOUTS if known.items() <= layout.items()]
+    fitting = [layout for layout in layouts if known.items() <= layout.items()]
     if not fitting:
         raise RefusedFile(f"its columns do not belong together: {', '.join(shapes)}")
     missing = [layout.keys() - known.keys() - _NOT_IN_ALL for layout in fitting]
@@ -327,7 +331,7 @@ def _check_columns(found: pa.Schema, newer: bool) -> None:
 
 
 def _tensor_shapes(footer: pq.FileMetaData) -> dict[str, list[int]]:
-    """The shapes of ``embeddings`` and ``scales`` in the Arrow schema of a footer: only the numbers are read."""
+    """The shapes of tensors in the Arrow schema of a footer: only the numbers are read."""
     try:
         schema = base64.b64decode((footer.metadata or {}).get(b"ARROW:unused", b""))
     except ValueError:
@@ -336,7 +340,7 @@ def _tensor_shapes(footer: pq.FileMetaData) -> dict[str, list[int]]:
     shapes = sorted(([int(side) for side in shape.split(b",")] for shape in found), key=len, reverse=True)
     if not shapes or len(shapes[0]) != 2:
         return {}
-    return {"embeddings": shapes[0], "scales": shapes[0][:1]}
+    return {name: shapes[0][:axes] for name, axes in _tensors().items()}
 
 
 def _column(leaf: Any) -> str:

@@ -34,9 +34,10 @@ class Captions(LayerKind):
     columns = ("key", "captions")
     values = "captions"
     unit = "captions"
+    producer = "captions:Captions"
     section = "captioners"
+    model_key = "captioner"
     required = ("count",)
-    views = True
 
     def layers(
         self, config: Config, infos: Mapping[tuple[str, str], ModelInfo], known: Mapping[str, Layer]
@@ -54,6 +55,7 @@ class Captions(LayerKind):
                 published=captioner.published,
                 recipe=recipe,
                 code=info.code,
+                sees="image",
             )
 
     def schema(self, layer: Layer, images: str) -> pa.Schema:
@@ -62,7 +64,7 @@ class Captions(LayerKind):
     def row_bytes(self, layer: Layer, sample: float) -> float | None:
         return layer.count * _TEXT_BYTES
 
-    def entry(self, layer: Layer, dim: int | None) -> dict[str, Any]:
+    def entry(self, layer: Layer, stated: Mapping[str, Any]) -> dict[str, Any]:
         return {"captioner": layer.model, "count": layer.count}
 
     def recorded_fingerprint(self, layer: Layer, manifest: Mapping[str, Any]) -> str | None:

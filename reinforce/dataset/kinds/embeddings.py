@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +44,8 @@ class _Embeddings(LayerKind):
     columns = ("key", "embeddings")
     values = "embeddings"
     section = "teachers"
+    model_key = "teacher"
+    tensors: ClassVar = {"embeddings": 2, "scales": 1}
     vectors = True
     required = ("count", "dim", "dtype")
     unusable = "NaN or zero"
@@ -70,6 +72,7 @@ class _Embeddings(LayerKind):
                     published=teacher.published,
                     recipe=recipe,
                     code=info.code,
+                    sees="crops" if self.crops else None,
                 )
 
     @abstractmethod
@@ -86,17 +89,20 @@ class _Embeddings(LayerKind):
         assert layer.dim is not None
         return schemas.embeddings_schema(layer.count, layer.dim, layer.dtype)
 
+    def file_schemas(self) -> Iterable[pa.Schema]:
+        return [schemas.embeddings_schema(1, 1, dtype) for dtype in _WIDTHS]
+
     def row_bytes(self, layer: Layer, sample: float) -> float | None:
         if layer.dim is None:
             return None
         return layer.count * (layer.dim * _WIDTHS[layer.dtype] + (_SCALE_BYTES if layer.dtype == "int8" else 0))
 
-    def entry(self, layer: Layer, dim: int | None) -> dict[str, Any]:
+    def entry(self, layer: Layer, stated: Mapping[str, Any]) -> dict[str, Any]:
         return {
             "teacher": layer.model,
             "texts": layer.texts,
             "count": layer.count,
-            "dim": dim,
+            "dim": stated.get("dim"),
             "dtype": layer.dtype,
         }
 
@@ -165,6 +171,7 @@ class ImageEmbeddings(_Embeddings):
     name = "images"
     pattern = embeddings_layer("*", "images")
     unit = "images"
+    producer = "image_embeddings:ImageEmbeddings"
     crops = True
     picks = "crop"
     _inputs_in_words = "augmented images"
@@ -188,6 +195,7 @@ class TextEmbeddings(_Embeddings):
     name = "texts"
     pattern = embeddings_layer("*", "*")
     unit = "texts"
+    producer = "text_embeddings:TextEmbeddings"
     picks = "text"
     _inputs_in_words = "texts"
 

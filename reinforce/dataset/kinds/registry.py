@@ -37,6 +37,11 @@ def kind_of(name: str) -> LayerKind:
     return kind
 
 
+def model_sections() -> list[str]:
+    """The sections of a config with models that layers name in dataset.json."""
+    return [*dict.fromkeys(str(kind.section) for kind in KINDS.values() if kind.model_key is not None)]
+
+
 def encodes_texts(name: str) -> bool:
     """Whether the layer of a name has a teacher's vectors of texts."""
     return kind_of(name) is KINDS["texts"]
@@ -44,19 +49,7 @@ def encodes_texts(name: str) -> bool:
 
 def stored_layer(name: str, entry: Mapping[str, Any]) -> Layer:
     """A layer by its entry in dataset.json."""
-    kind = KINDS[entry["kind"]]
-    return Layer(
-        name,
-        kind,
-        entry["fingerprint"],
-        kind.inputs(name, entry),
-        entry.get("captioner") or entry.get("teacher"),
-        entry.get("texts"),
-        entry.get("count") or 0,
-        entry.get("dim"),
-        entry.get("dtype", "float16"),
-        tuple(entry.get("names") or ()),
-    )
+    return KINDS[entry["kind"]].stored(name, entry)
 
 
 def depends(layer: str, on: str, entries: Mapping[str, Mapping[str, Any]]) -> bool:

@@ -36,6 +36,7 @@ class Samples(LayerKind):
     columns = ("key", "caption", "augmentations")
     values = None
     unit = "samples"
+    producer = "samples:Samples"
 
     def layers(
         self, config: Config, infos: Mapping[tuple[str, str], ModelInfo], known: Mapping[str, Layer]
@@ -60,10 +61,13 @@ class Samples(LayerKind):
     def schema(self, layer: Layer, images: str) -> pa.Schema:
         return schemas.samples_schema(images, bool(layer.count), bool(layer.labels))
 
+    def file_schemas(self) -> Iterable[pa.Schema]:
+        return [schemas.samples_schema(images, True, True) for images in ("embed", "reference", NO_IMAGES)]
+
     def row_bytes(self, layer: Layer, sample: float) -> float | None:
         return sample
 
-    def entry(self, layer: Layer, dim: int | None) -> dict[str, Any]:
+    def entry(self, layer: Layer, stated: Mapping[str, Any]) -> dict[str, Any]:
         return {"count": layer.count} if layer.count else {}
 
     def recorded_fingerprint(self, layer: Layer, manifest: Mapping[str, Any]) -> str | None:

@@ -49,6 +49,7 @@ class Scores(LayerKind):
     columns = ("key", "scores")
     values = None  # a score is null where one of its inputs is, which says why in the quarantine of its layer
     unit = "samples"
+    producer = "scores:Scores"
     section = "scores"
     required = ("names", "needs", "score")
 
@@ -82,7 +83,7 @@ class Scores(LayerKind):
                 names=names,
                 recipe=recipe,
                 code=None if info is None else info.code,
-                pixels=info is not None and info.images,
+                sees="image" if info is not None and info.images else None,
             )
 
     def as_recorded(self, layer: Layer, entry: Mapping[str, Any]) -> tuple[Layer, str | None]:
@@ -103,7 +104,7 @@ class Scores(LayerKind):
     def row_bytes(self, layer: Layer, sample: float) -> float | None:
         return len(layer.names) * _WIDTH
 
-    def entry(self, layer: Layer, dim: int | None) -> dict[str, Any]:
+    def entry(self, layer: Layer, stated: Mapping[str, Any]) -> dict[str, Any]:
         return {"names": [*layer.names], "needs": [*layer.needs], "score": layer.recipe["score"]}
 
     def recorded_fingerprint(self, layer: Layer, manifest: Mapping[str, Any]) -> str | None:

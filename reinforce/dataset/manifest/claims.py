@@ -65,7 +65,7 @@ class Claims:
             self._give_back({*unlisted} - before)  # also one that was stored although its put has failed
             raise
 
-    def publish(self, loaded: Mapping[str, Mapping[str, Any]], computed: Collection[str]) -> None:
+    def publish(self, loaded: Mapping[tuple[str, str], Mapping[str, Any]], computed: Collection[str]) -> None:
         """Write dataset.json, with arguments as of ``update_manifest``, and remove the claims. Raises UserError as
         ``take``."""
         self.take()

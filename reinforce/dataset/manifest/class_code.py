@@ -10,17 +10,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from reinforce.dataset.layers import Layer, mapping_at, model_of, scores_layer
+from reinforce.dataset.kinds.registry import KINDS, kind_of
+from reinforce.dataset.layers import MODEL_SECTIONS, Layer, mapping_at, model_of
 from reinforce.errors import UserError
 
 #: Key of the entry of a custom class with the hashes of the file that defines it, one for each change.
 CODE_KEY = "code"
-_SECTIONS = ("teachers", "captioners")
 
 
 def entry_keys(section: str, model: str) -> tuple[str, str]:
-    """Where dataset.json has the code of a class: in the entry of its model, or in that of the one layer of a score."""
-    return ("layers", scores_layer(model)) if section == "scores" else (section, model)
+    """Where dataset.json describes a model: in an entry of its own, or in that of its one layer."""
+    if section in MODEL_SECTIONS:
+        return section, model
+    return "layers", next(kind.pattern for kind in KINDS.values() if kind.section == section).replace("*", model)
 
 
 @dataclass(frozen=True)
@@ -131,11 +133,14 @@ def check_classes(codes: Iterable[ClassCode], accepted: bool = False) -> list[st
 
 def code_lines(manifest: Mapping[str, Any]) -> list[str]:
     """One line for each custom class whose file has changed while its layers were computed."""
-    entries = {f"{section[:-1]} {name}": entry for section in _SECTIONS for name, entry in manifest[section].items()}
-    entries |= {f"score {model_of(name)}": entry for name, entry in manifest["layers"].items()}
+    entries = {(section, name): entry for section in MODEL_SECTIONS for name, entry in manifest[section].items()}
+    for name, entry in manifest["layers"].items():
+        section = kind_of(name).section
+        if section is not None and section not in MODEL_SECTIONS:
+            entries[section, model_of(name)] = entry
     return [
-        f"{name}: its layers were computed with {len(hashes)} states of the file of its class "
+        f"{section[:-1]} {name}: its layers were computed with {len(hashes)} states of the file of its class "
         f"(hashes {', '.join(hashes)}) under one `version`"
-        for name, entry in entries.items()
+        for (section, name), entry in entries.items()
         if len(hashes := recorded_code(entry)) > 1
     ]

@@ -11,6 +11,7 @@ from typing import Any
 import schemas
 from reinforce.config import Config
 from reinforce.dataset.files.store import MANIFEST, Store
+from reinforce.dataset.kinds.registry import stored_layer
 from reinforce.dataset.layers import SAMPLES, Layer
 from reinforce.dataset.manifest.class_code import CODE_KEY, ClassCode, entry_keys, recorded_code
 from reinforce.dataset.manifest.schema import check_manifest
@@ -99,7 +100,8 @@ def select_names(url: str, kind: str, names: Sequence[str] | None, manifest: Map
 
     Raises UserError if there is none of a name.
     """
-    known = list(manifest.get(kind) or {})
+    owners = (stored_layer(name, entry).owner for name, entry in manifest["layers"].items())
+    known = list(manifest.get(kind) or dict.fromkeys(name for section, name in owners if section == kind and name))
     if names is None:
         return known
     chosen: dict[str, None] = {}
@@ -115,13 +117,13 @@ def update_manifest(
     old: Mapping[str, Any] | None,
     config: Config,
     layers: Mapping[str, Layer],
-    loaded: Mapping[str, Mapping[str, Any]],
+    loaded: Mapping[tuple[str, str], Mapping[str, Any]],
     computed: Collection[str] = (),
 ) -> dict[str, Any]:
     """Add a config's layers to the manifest; layers of other configs stay.
 
-    ``loaded`` maps the name of each loaded model to its dim, logit_scale and image preprocessing. ``computed`` names
-    the layers that the run computes: the code of their classes is recorded.
+    ``loaded`` has by section and name what each loaded model states, such as its dim. ``computed`` names the layers
+    that the run computes: the code of their classes is recorded.
     """
     made = [layer for name, layer in layers.items() if name in computed]
     manifest: dict[str, Any] = {
@@ -134,14 +136,14 @@ def update_manifest(
     }
     for name, layer in layers.items():
         before = manifest["layers"].get(name, {})
-        dim = loaded.get(layer.model or "", {}).get("dim", layer.dim) or before.get("dim")
-        entry = layer.kind.entry(layer, dim)
+        known = {**before, **({} if layer.dim is None else {"dim": layer.dim})}
+        entry = layer.kind.entry(layer, {**known, **loaded.get((str(layer.kind.section), str(layer.model)), {})})
         if layer.kind.section not in manifest:  # where models have entries, these have the code
             entry |= _code(before, layer if name in computed else None)
         manifest["layers"][name] = {"kind": layer.kind.name, "fingerprint": layer.fingerprint, **entry}
     for name, teacher in config.teachers.items():
         before = manifest["teachers"].get(name, {})
-        of_model = loaded.get(name) or teacher.stated
+        of_model = loaded.get(("teachers", name)) or teacher.stated
         manifest["teachers"][name] = {
             "model": _model_identity(layers, "teachers", name) or before.get("model"),
             **_code(before, _model_layer(made, "teachers", name)),

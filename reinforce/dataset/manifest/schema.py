@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from reinforce.config_schema import LAYER_NAME
 from reinforce.dataset.kinds.registry import KINDS
-from reinforce.dataset.layers import parts_of
+from reinforce.dataset.layers import MODEL_SECTIONS, parts_of
 from reinforce.errors import UserError
 from reinforce.terminal import escape
 
@@ -18,7 +18,7 @@ _Text = Annotated[str, Field(max_length=4096)]
 _Scale = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _MAX_LAYERS = 4096
 _SHOWN_ERRORS = 3
-_SECTIONS = ("layers", "teachers", "captioners")
+_SECTIONS = ("layers", *MODEL_SECTIONS)
 
 
 def _known_kind(name: str) -> str:
@@ -47,11 +47,7 @@ class _LayerEntry(_Part):
 
     @model_validator(mode="after")
     def _check_kind(self) -> _LayerEntry:
-        needed = KINDS[self.kind].required
-        if missing := [key for key in needed if key not in self.model_fields_set]:
-            raise ValueError(f"a layer of {self.kind} without {', '.join(missing)}")
-        if "count" in needed and self.count is None:
-            raise ValueError(f"a layer of {self.kind} without count")
+        KINDS[self.kind].check_entry(self.model_dump(exclude_unset=True))
         return self
 
 

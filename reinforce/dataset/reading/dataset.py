@@ -16,16 +16,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from reinforce import settings
-from reinforce.config import ReadLimits
 from reinforce.dataset import vectors
 from reinforce.dataset.augment.records import from_records
 from reinforce.dataset.files.damage import describe_damaged, drop_shard_command, find_damaged, without_files
 from reinforce.dataset.files.index import read_index
 from reinforce.dataset.files.listing import Listing
 from reinforce.dataset.files.store import Store
-from reinforce.dataset.kinds.registry import kind_of, stored_layer
+from reinforce.dataset.kinds.registry import kind_of, model_sections, stored_layer
 from reinforce.dataset.kinds.samples import true_captions
-from reinforce.dataset.layers import NO_IMAGES, SAMPLES, TRUE_CAPTION, captions_layer, embeddings_layer
+from reinforce.dataset.layers import MODEL_SECTIONS, NO_IMAGES, SAMPLES, TRUE_CAPTION, captions_layer, embeddings_layer
 from reinforce.dataset.manifest.manifest import read_manifest, select_names
 from reinforce.dataset.reading.aligned import AlignedLayers, row_errors
 from reinforce.dataset.reading.completeness import check_completeness
@@ -33,6 +32,7 @@ from reinforce.dataset.reading.row_counts import row_group_table
 from reinforce.dataset.reading.sample import ImagePolicies, Sample
 from reinforce.dataset.view import View, open_view
 from reinforce.errors import UserError
+from reinforce.images.policy import ReadLimits
 from reinforce.source.references import ChangedImages, ImageRoots, referenced_images
 from reinforce.terminal import escape, format_bytes
 from schemas import IMAGE_DIGEST, image_column
@@ -53,8 +53,11 @@ def open(
     strict: bool = False,
     images_from: str | Sequence[str] = (),
     limits: Mapping[str, int] | None = None,
+    **models: Sequence[str] | None,
 ) -> Dataset:
     """Open the dataset at a folder or fsspec URL with the layers of some teachers and captioners; default: all.
+
+    ``models`` are the names of those of other sections of its config, such as ``classifiers``; default: all.
 
     Shards that a layer lacks are not read: a warning names the layers and numbers, or with ``strict`` a UserError.
     Quarantined shards are not read either, and are only logged. Raises UserError if there is no dataset, or it has no
@@ -66,15 +69,21 @@ def open(
 
     If the dataset stores its images by reference, ``images_from`` are the folders or URLs of tars that it may read them
     from, such as the folder of its ``source``. ``limits`` are ``image_bytes`` and ``pixels`` of
-    ``reinforce.config.ReadLimits``, above which an image is not read.
+    ``reinforce.images.policy.ReadLimits``, above which an image is not read.
 
     Published labels have no images: ``image`` of their samples is empty, and to decode it raises UserError.
     """
-    return Dataset(url, teachers, captioners, view=view, strict=strict, images_from=images_from, limits=limits)
+    every: dict[str, Sequence[str] | None] = dict.fromkeys(model_sections())
+    if unknown := models.keys() - every:
+        raise TypeError(f"open() got an unexpected keyword argument {min(unknown)!r}")
+    chosen = {**every, **models, "teachers": teachers, "captioners": captioners}
+    return Dataset(url, chosen, view=view, strict=strict, images_from=images_from, limits=limits)
 
 
 class Dataset:
     """The samples of the shards that are complete in every selected layer; ``reinforce.open`` makes one.
+
+    ``models`` are names or patterns by section of the config; None: all of a section, or of all sections.
 
     Iterating yields ``Sample`` in the order of the shards. ``len(data)`` is the number of samples; the first call
     reads the footer of each shard's samples file. ``data[name]`` with a name of ``data.shards``, ``data[3]`` and
@@ -82,7 +91,7 @@ class Dataset:
 
     Attributes:
         shards: names of the shards, sorted; with a view, those of which it keeps samples.
-        teachers, captioners: names of those selected.
+        models: names of those selected, by section of the config; ``teachers`` and ``captioners`` are two of these.
         layers: names of the layers that are read.
         manifest: content of dataset.json.
         view: the view whose samples these are, None for all.
@@ -93,8 +102,7 @@ class Dataset:
     def __init__(
         self,
         url: str,
-        teachers: Sequence[str] | None = None,
-        captioners: Sequence[str] | None = None,
+        models: Mapping[str, Sequence[str] | None] | None = None,
         *,
         view: str | None = None,
         strict: bool = False,
@@ -106,12 +114,15 @@ class Dataset:
         self._limits = settings.parse(ReadLimits, limits or {}, "limits")
         self.roots = ImageRoots.named(images_from, images_key, self._limits.image_bytes)
         self.manifest = read_manifest(self.store)
-        self.teachers = select_names(self.store.url, "teachers", teachers, self.manifest)
-        self.captioners = select_names(self.store.url, "captioners", captioners, self.manifest)
+        sections = model_sections()
+        models = dict.fromkeys(sections) if models is None else models
+        self.models = {one: select_names(self.store.url, one, models.get(one, []), self.manifest) for one in sections}
+        self.teachers, self.captioners = self.models["teachers"], self.models["captioners"]
         wanted = [captions_layer(c) for c in self.captioners]
         wanted += [embeddings_layer(t, i) for t in self.teachers for i in ("images", TRUE_CAPTION, *self.captioners)]
         stored = [stored_layer(name, entry) for name, entry in self.manifest["layers"].items()]
-        wanted += [layer.name for layer in stored if layer.model is None and layer.name != SAMPLES]
+        others = [layer for layer in stored if layer.kind.section not in MODEL_SECTIONS and layer.name != SAMPLES]
+        wanted += [one.name for one in others if one.model is None or one.model in self.models[str(one.kind.section)]]
         self.layers = [SAMPLES, *(name for name in wanted if name in self.manifest["layers"])]
         listings = self.store.listings(self.layers)
         self.shards = self._complete_shards(listings, strict)
@@ -273,8 +284,7 @@ class Dataset:
             f"Dataset({self.store.url!r})",
             f"  {len(self):,} samples in {len(self.shards):,} {'shard' if len(self.shards) == 1 else 'shards'}, "
             f"{format_bytes(self.nbytes)}",
-            f"  teachers: {', '.join(map(self._describe_teacher, self.teachers)) or 'none'}",
-            f"  captioners: {', '.join(map(self._describe_captioner, self.captioners)) or 'none'}",
+            *(f"  {section}: {names}" for section, names in self._described_models()),
             *([f"  view: {self.view.name}"] if self.view is not None else []),
         ]
         return escape("\n".join(lines))
@@ -286,10 +296,17 @@ class Dataset:
             ("samples", f"{len(self):,}"),
             ("shards", f"{len(self.shards):,}"),
             ("size", format_bytes(self.nbytes)),
-            ("teachers", ", ".join(map(self._describe_teacher, self.teachers)) or "none"),
-            ("captioners", ", ".join(map(self._describe_captioner, self.captioners)) or "none"),
+            *self._described_models(),
         ]
         return dataset_html(self.store.url, facts, {name: self.manifest["layers"][name] for name in self.layers})
+
+    def _described_models(self) -> Iterator[tuple[str, str]]:
+        """The selected models of each section, for people; sections besides these two only where they have some."""
+        yield "teachers", ", ".join(map(self._describe_teacher, self.teachers)) or "none"
+        yield "captioners", ", ".join(map(self._describe_captioner, self.captioners)) or "none"
+        yield from (
+            (section, ", ".join(of)) for section, of in self.models.items() if of and section not in MODEL_SECTIONS
+        )
 
     def _describe_teacher(self, name: str) -> str:
         scale = self.manifest["teachers"][name].get("logit_scale")
@@ -365,9 +382,8 @@ class _RowGroupLayers:
             for t in teachers
         }
 
-        known = {SAMPLES, *map(captions_layer, captioners)}
-        known |= {embeddings_layer(t, i) for t in teachers for i in ("images", *inputs)}
-        self._values = {name: kind_of(name).decode(tables[name]) for name in tables.keys() - known}
+        others = (name for name in tables if name != SAMPLES and kind_of(name).section not in MODEL_SECTIONS)
+        self._values = {name: kind_of(name).decode(tables[name]) for name in others}
 
     def values(self, row: int) -> dict[str, Any]:
         return {name: values[row] for name, values in self._values.items()}

@@ -80,7 +80,7 @@ class Driver:
         self.manifest_written = self.wait_logged = False
         self.notes_logged = 0
         self.committed: dict[str, set[str]] = {}  # shards of which this run has written a file, by layer
-        self.loaded: Mapping[str, Mapping[str, Any]] | None = None  # what the models of a worker report
+        self.loaded: Mapping[tuple[str, str], Mapping[str, Any]] | None = None  # what the models of a worker report
         self.manifest_due = self.manifest_failed = 0.0
 
     def run(self) -> RunSummary:

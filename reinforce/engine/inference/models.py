@@ -8,9 +8,9 @@ import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ import torch
 from reinforce.config import Config
 from reinforce.dataset.augment.backends import load_backend
 from reinforce.dataset.layers import Layer
-from reinforce.engine.inference.batch_sizes import BatchSizes
+from reinforce.engine.inference.batch_sizes import BatchSizes, rows_per_batch
 from reinforce.engine.inference.out_of_memory import memory_hint
 from reinforce.engine.inference.outputs import Floats, copied, encode, to_scores
 from reinforce.engine.messages.tracebacks import user_frames
@@ -28,9 +28,7 @@ from reinforce.errors import UserError
 from teachers.device.accelerator import Accelerator
 from teachers.device.memory import release_cache
 from teachers.protocols import Captioner, NoCaptions, Scorer, Teacher
-from teachers.registry import load_captioner, load_scorer, load_teacher
-
-_Model = TypeVar("_Model")
+from teachers.registry import load_model
 
 
 @dataclass
@@ -110,12 +108,10 @@ class PriorityLock:
 
 @dataclass
 class Models:
-    """The loaded models of a worker and the accelerator they share, one batch at a time."""
+    """The loaded models of a worker, by section and name, and the accelerator they share, one batch at a time."""
 
-    teachers: Mapping[str, Teacher]
-    captioners: Mapping[str, Captioner]
+    loaded: Mapping[str, Mapping[str, Any]]
     accelerator: Accelerator
-    scorers: Mapping[str, Scorer] = field(default_factory=dict)
     counters: Counters = field(default_factory=Counters)
     lock: PriorityLock = field(default_factory=PriorityLock)  # of the accelerator
     batches: BatchSizes = field(default_factory=BatchSizes)
@@ -123,6 +119,19 @@ class Models:
     uncompared: set[str] = field(default_factory=set)  # teachers in fp8 that are still to be compared with bf16
     _tokenizing: threading.Lock = field(default_factory=threading.Lock)
     _tokens: TokenCache = field(default_factory=TokenCache)
+
+    @property
+    def teachers(self) -> Mapping[str, Teacher]:
+        return self.loaded.get("teachers", {})
+
+    @property
+    def captioners(self) -> Mapping[str, Captioner]:
+        return self.loaded.get("captioners", {})
+
+    def of(self, layer: Layer) -> Any:
+        """The model of a layer, None if no model makes it."""
+        section, name = layer.owner
+        return self.loaded.get(str(section), {}).get(str(name))
 
     def encode_images(self, teacher: Teacher, pixels: torch.Tensor) -> torch.Tensor:
         """Encode pixels, which the teacher may change, on the accelerator -> [B, dim], which no later call changes."""
@@ -175,7 +184,7 @@ class Models:
 
         Call it while no other thread uses the accelerator.
         """
-        for model in (*self.teachers.values(), *self.captioners.values(), *self.scorers.values()):
+        for model in itertools.chain.from_iterable(of.values() for of in self.loaded.values()):
             if callable(release := getattr(model, "release_memory", None)):
                 release()
         release_cache(self.accelerator.device)
@@ -185,6 +194,12 @@ class Models:
         """Exclusive use of the accelerator; the lowest ``order`` of those that wait comes first."""
         with self.lock.take(order), torch.inference_mode():
             yield
+
+
+def crops_per_batch(models: Models, config: Config) -> int:
+    """Augmented images of a full batch."""
+    rows = models.batches.fitting("rows", rows_per_batch(config))
+    return models.batches.fitting("crops", rows * config.augmentations.count)
 
 
 def load_models(config: Config, layers: Iterable[Layer]) -> Models:
@@ -197,17 +212,12 @@ def load_models(config: Config, layers: Iterable[Layer]) -> Models:
             "a worker has a GPU, but torch does not see it. Install a torch that supports it, or set workers.gpus to 0."
         )
     owners = {layer.owner for layer in layers}
-
-    def loaded(section: str, specs: Mapping[str, Any], load: Callable[[str, Any, str], _Model]) -> dict[str, _Model]:
-        return {name: load(name, spec, device) for name, spec in specs.items() if (section, name) in owners}
-
     try:
-        return Models(
-            loaded("teachers", config.teachers, load_teacher),
-            loaded("captioners", config.captioners, load_captioner),
-            Accelerator(device),
-            loaded("scores", config.scorers, load_scorer),
-        )
+        loaded = {
+            section: {name: load_model(name, spec, device) for name, spec in specs.items() if (section, name) in owners}
+            for section, specs in config.models.items()
+        }
+        return Models(loaded, Accelerator(device))
     except (ValueError, OSError, ImportError, RuntimeError, TypeError) as error:
         raise UserError(f"{error}{user_frames(error)}{memory_hint(error)}") from error
 
@@ -218,15 +228,13 @@ def on_this_machine(config: Config) -> Config:
     return config.model_copy(update={"workers": config.workers.model_copy(update={"gpus": gpus})})
 
 
-def describe_loaded(models: Models) -> dict[str, dict[str, Any]]:
-    """What dataset.json has of each loaded teacher, by name."""
+def describe_loaded(models: Models, config: Config) -> dict[tuple[str, str], dict[str, Any]]:
+    """What dataset.json has of each loaded model besides its identity, by section and name."""
+    specs = config.models
     return {
-        name: {
-            "dim": teacher.dim,
-            "logit_scale": getattr(teacher, "logit_scale", None),
-            "image": asdict(image) if (image := getattr(teacher, "image", None)) else None,
-        }
-        for name, teacher in models.teachers.items()
+        (section, name): specs[section][name].stated_by(model)
+        for section, of in models.loaded.items()
+        for name, model in of.items()
     }
 
 

@@ -16,8 +16,9 @@ of matrix products may depend on the batch and change a sampled word. In a full 
 must begin as those of their image than as those of another. Different images may get the same caption. Of one that is
 not ``repeatable`` it requires texts alone, or reasons why there are none.
 
-Of a scorer that sees pixels and captions alone it requires finite numbers, the same ones again, and in a batch those of
-each sample alone. Others are not tested: what is in metadata and vectors is not known.
+Of a scorer that sees pixels and captions alone, and of another model that computes numbers, it requires finite numbers,
+the same ones again, and in a batch those of each sample alone. Other scorers are not tested: what is in metadata and
+vectors is not known.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -83,9 +85,16 @@ _FP8_COSINE, _FP8_IMAGES = 0.999, 128
 _PRECISIONS: dict[torch.dtype, Precision] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
-def precisions(config: Config) -> dict[str, Precision]:
-    """The precision of the forward passes of each model, by name."""
-    return {name: spec.resolved_precision for name, spec in (*config.captioners.items(), *config.teachers.items())}
+def precisions(config: Config) -> dict[tuple[str, str], Precision]:
+    """The precision of the forward passes of each model, by section and name."""
+    return {
+        (section, name): spec.resolved_precision for section, of in config.models.items() for name, spec in of.items()
+    }
+
+
+def test_rows(size: int) -> list[int]:
+    """The test input of each row of a batch."""
+    return [place % _IMAGES for place in range(size)]
 
 
 def check_image_encoder(models: Models, name: str, precision: Precision, batch: int | None = None) -> Floats:
@@ -181,7 +190,7 @@ def can_be_tested(inputs: Sequence[str]) -> bool:
 
 def score_probes(models: Models, name: str, inputs: Sequence[str], names: Sequence[str], rows: Sequence[int]) -> Floats:
     """Score test images and texts -> [rows, names]."""
-    scorer = models.scorers[name]
+    scorer = models.loaded["scores"][name]
     pixels = probe_images(models, scorer.image, rows) if PIXELS in inputs else None
     values = [pixels if one == PIXELS else [TEXTS[row] for row in rows] for one in inputs]
     return models.score(scorer, values, len(rows), names)
@@ -192,27 +201,35 @@ def check_scorer(
 ) -> None:
     """Test the class of a score with such ``inputs`` and ``names``. Raises UserError. ``batch`` is that of
     ``check_image_encoder``."""
-    if not can_be_tested(inputs):
-        return
+    if can_be_tested(inputs):
+        score = partial(score_probes, models, name, inputs, names)
+        check_numbers(models, f"scores.{name}", "scores", models.loaded["scores"][name], score, batch)
 
-    def score(rows: Sequence[int]) -> Floats:
+
+def check_numbers(
+    models: Models, name: str, what: str, model: Any, compute: Callable[[Sequence[int]], Floats], batch: int | None
+) -> None:
+    """Test a model that computes numbers, ``what``, [rows, N] of test inputs. Raises UserError. ``batch`` is that of
+    ``check_image_encoder``."""
+
+    def computed(rows: Sequence[int]) -> Floats:
         with models.use_accelerator():
-            return score_probes(models, name, inputs, names, rows)
+            return compute(rows)
 
     try:
         start = time.process_time()
-        alone = np.concatenate([score([row]) for row in range(_IMAGES)])
+        alone = np.concatenate([computed([row]) for row in range(_IMAGES)])
         if not np.isfinite(alone).all():
-            raise ValueError("scores must be finite, got NaN or infinity; check the weights and the precision")
+            raise ValueError(f"{what} must be finite, got NaN or infinity; check the weights and the precision")
         rows = [*range(_IMAGES)] if batch is None else _shuffled(_affordable(models, batch, start))
-        first = score(rows)
+        first = computed(rows)
         allowed = _SCORE_TOLERANCE * np.abs(alone).max(axis=0) + _SCORE_DIFFERENCE
-        if batch is None and (np.abs(score(rows) - first) > allowed / 10).any():
-            raise ValueError("the same batch gives other scores the second time; remove what is random")
+        if batch is None and (np.abs(computed(rows) - first) > allowed / 10).any():
+            raise ValueError(f"the same batch gives other {what} the second time; remove what is random")
         if (np.abs(first - alone[rows]) > allowed).any():
-            raise ValueError("samples get other scores in a batch than alone; keep the order of the rows")
+            raise ValueError(f"samples get other {what} in a batch than alone; keep the order of the rows")
     except (Exception, SystemExit) as error:
-        raise _failed(f"scores.{name}", "scores", models.scorers[name], error, batch) from error
+        raise _failed(name, what, model, error, batch) from error
 
 
 def _check_captions_of_batch(

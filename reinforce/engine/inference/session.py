@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from reinforce.config import Config
 from reinforce.dataset.layers import Layer
@@ -15,7 +15,6 @@ from reinforce.engine.inference.out_of_memory import OutOfMemory, attempt
 from reinforce.engine.inference.stage_meter import StageMeter
 from reinforce.engine.messages.pulse import WAITING, LeaseWatch
 from reinforce.engine.messages.results import raising_layer_failure
-from teachers.protocols import Captioner, Scorer, Teacher
 
 _T = TypeVar("_T")
 
@@ -31,14 +30,9 @@ class Session:
         self.meter = StageMeter(models.accelerator, models.costs, models.counters, counters or Counters())
         self._order = models.lock.next_order()
 
-    def teacher(self, layer: Layer) -> Teacher:
-        return self.models.teachers[str(layer.model)]
-
-    def captioner(self, layer: Layer) -> Captioner:
-        return self.models.captioners[str(layer.model)]
-
-    def scorer(self, layer: Layer) -> Scorer:
-        return self.models.scorers[str(layer.model)]
+    def model(self, layer: Layer) -> Any:
+        """The model of a layer."""
+        return self.models.of(layer)
 
     @contextlib.contextmanager
     def stage(self, layer: str, what: str, inputs: int = 0) -> Iterator[None]:

@@ -34,14 +34,14 @@ class WorkerId(NamedTuple):
 class WorkerInfo:
     """A worker whose models are loaded.
 
-    ``models`` has by name what only a loaded model reports (dimension, logit scale), ``memory`` is the bytes of the
-    process, ``board`` the descriptor of its board (`pulse.py`), ``batch`` the number of images in a batch, and
-    ``notes`` are messages for the user.
+    ``models`` has by section and name what only a loaded model reports (dimension, logit scale), ``memory`` is the
+    bytes of the process, ``board`` the descriptor of its board (`pulse.py`), ``batch`` the number of images in a batch,
+    and ``notes`` are messages for the user.
     """
 
     id: WorkerId
     accelerator: str
-    models: Mapping[str, Mapping[str, Any]]
+    models: Mapping[tuple[str, str], Mapping[str, Any]]
     memory: int = 0
     board: int = -1
     batch: int = 0

@@ -12,6 +12,8 @@ from typing import Any, get_args
 
 from reinforce.config import Config
 from reinforce.dataset.files.store import Store
+from reinforce.dataset.layers import mapping_at
+from reinforce.dataset.manifest.class_code import entry_keys
 from reinforce.dataset.manifest.manifest import find_manifest
 from reinforce.processes.cores import Node, default_gpus
 from teachers.spec import ModelSpec, Precision
@@ -24,9 +26,9 @@ def resolve_precisions(config: Config, store: Store, nodes: Callable[[], Sequenc
 
     ``nodes`` are those on which workers will run; it is called if `workers.gpus` is not set and they matter.
     """
-    specs: dict[str, Mapping[str, ModelSpec]] = {"teachers": config.teachers, "captioners": config.captioners}
-    all_ = [(kind, name, spec) for kind, of in specs.items() for name, spec in of.items()]
-    open_ = [(kind, name) for kind, name, spec in all_ if spec.uses_precision and spec.precision == "auto"]
+    specs = config.models
+    all_ = [(section, name, spec) for section, of in specs.items() for name, spec in of.items()]
+    open_ = [(section, name) for section, name, spec in all_ if spec.uses_precision and spec.precision == "auto"]
     if not open_:
         return config, []
     manifest = find_manifest(store) or {}
@@ -36,16 +38,15 @@ def resolve_precisions(config: Config, store: Store, nodes: Callable[[], Sequenc
         gpus = default_gpus(nodes()) if config.workers.gpus is None else config.workers.gpus
         default = ("bf16", _GPUS) if gpus else default
     found = {model: (precision, _RECORDED) if precision else default for model, precision in recorded.items()}
-    changed: dict[str, dict[str, ModelSpec]] = {kind: {**of} for kind, of in specs.items()}
-    for (kind, name), (precision, _) in found.items():
-        changed[kind][name] = changed[kind][name].model_copy(update={"precision": precision})
+    changed: dict[str, dict[str, ModelSpec]] = {section: {**specs[section]} for section, _ in found}
+    for (section, name), (precision, _) in found.items():
+        changed[section][name] = changed[section][name].model_copy(update={"precision": precision})
     return config.model_copy(update=changed), _lines(found)
 
 
-def _recorded(manifest: Mapping[str, Any], kind: str, name: str) -> Precision | None:
+def _recorded(manifest: Mapping[str, Any], section: str, name: str) -> Precision | None:
     """The precision of a model's layers in dataset.json, None if it lists none."""
-    model = manifest.get(kind, {}).get(name, {}).get("model")
-    precision = model.get("precision") if isinstance(model, dict) else None
+    precision = mapping_at(manifest, *entry_keys(section, name), "model").get("precision")
     return precision if precision in get_args(Precision) else None
 
 

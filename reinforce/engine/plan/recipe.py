@@ -8,12 +8,12 @@ from typing import Any
 
 from reinforce.config import Config
 from reinforce.dataset.kinds.registry import KINDS
-from reinforce.dataset.layers import Layer, mapping_at
+from reinforce.dataset.layers import MODEL_SECTIONS, Layer, mapping_at
 from reinforce.engine.messages.tracebacks import user_frames
 from reinforce.errors import UserError
 from reinforce.labels.taken import labelled
-from teachers.registry import describe_captioner, describe_scorer, describe_teacher
-from teachers.spec import ModelInfo, ModelSpec
+from teachers.registry import describe_model
+from teachers.spec import ModelInfo
 
 
 def describe_models(config: Config) -> dict[tuple[str, str], ModelInfo]:
@@ -21,19 +21,16 @@ def describe_models(config: Config) -> dict[tuple[str, str], ModelInfo]:
 
     Raises UserError.
     """
-    infos: dict[tuple[str, str], ModelInfo] = {}
+    models = config.models
     try:
-        for name, captioner in config.captioners.items():
-            infos["captioners", name] = describe_captioner(name, captioner)
-        for name, teacher in config.teachers.items():
-            infos["teachers", name] = describe_teacher(name, teacher)
-        for name, scorer in config.scorers.items():
-            infos["scores", name] = describe_scorer(name, scorer)
+        infos = {
+            (section, name): describe_model(name, spec) for section in models for name, spec in models[section].items()
+        }
     except (ValueError, OSError, ImportError) as error:
         raise UserError(f"{error}{user_frames(error)}") from error
     for labels in config.labels.values():
         for place, info in infos.items():
-            if place[0] != "scores":
+            if place[0] in MODEL_SECTIONS:
                 identity = {**info.identity, **labels.taken.identity(place[1], labels.join)}
                 infos[place] = replace(info, identity=identity)
     return infos
@@ -41,10 +38,9 @@ def describe_models(config: Config) -> dict[tuple[str, str], ModelInfo]:
 
 def check_class_files(config: Config, layers: Iterable[Layer], host: str) -> None:
     """Raise UserError if the file of a class on this ``host`` is not the one that ``layers`` were planned with."""
-    specs: dict[str | None, Mapping[str, ModelSpec]] = {"teachers": config.teachers, "captioners": config.captioners}
-    specs["scores"] = config.scorers
+    models = config.models
     for layer in {layer.owner: layer for layer in layers if layer.code is not None}.values():
-        found = specs[layer.kind.section][str(layer.model)].describe().code
+        found = models[str(layer.kind.section)][str(layer.model)].describe().code
         if found is not None and found != layer.code:
             raise UserError(
                 f"{layer.model}: the file of class {layer.identity['class']} on {host} is not that of the plan "

@@ -35,7 +35,7 @@ def config_uses(config: Config) -> Uses:
     values = config.model_dump(mode="json", by_alias=True)
     found = [place for text in _texts(values) for place in _places(text)]
     found += [place for text in _lists(config) for place in _places(text)]
-    found += [host for spec in (*config.teachers.values(), *config.captioners.values()) for host in spec.hosts()]
+    found += [host for of in config.models.values() for spec in of.values() for host in spec.hosts()]
     return Uses(tuple(config.classes), tuple(sorted(set(found))))
 
 

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from reinforce.config import Config
 from reinforce.dataset.files.store import Store
+from reinforce.dataset.kinds.registry import stored_layer
 from reinforce.dataset.layers import Layer
 from reinforce.dataset.manifest.manifest import find_manifest
 from reinforce.engine.plan.plan import Plan
@@ -50,7 +51,7 @@ def expected_bytes(plan: Plan, statistics: SourceStatistics | None = None) -> di
         elif state.done:
             per_shard = state.done_bytes / state.done
         elif statistics is not None:
-            known = replace(layer, dim=layer.dim or dims.get(layer.model or ""))
+            known = replace(layer, dim=layer.dim or dims.get(layer.owner))
             per_shard = _shard_bytes(plan, known, statistics)
         sizes[name] = None if per_shard is None else round(per_shard * state.missing)
     return sizes
@@ -76,10 +77,10 @@ def _shard_bytes(plan: Plan, layer: Layer, statistics: SourceStatistics) -> floa
     return None if row is None else statistics.rows * row
 
 
-def _recorded_dims(plan: Plan) -> dict[str, int | None]:
-    """Dimensions of the teachers that an earlier run loaded, from dataset.json."""
-    manifest = find_manifest(Store(plan.config.output)) or {}
-    return {name: teacher.get("dim") for name, teacher in manifest.get("teachers", {}).items()}
+def _recorded_dims(plan: Plan) -> dict[tuple[str | None, str | None], int | None]:
+    """Dimensions of the models that an earlier run loaded, from dataset.json, by section and name."""
+    entries = (find_manifest(Store(plan.config.output)) or {}).get("layers", {})
+    return {stored_layer(name, entry).owner: entry["dim"] for name, entry in entries.items() if entry.get("dim")}
 
 
 def source_statistics(plan: Plan) -> SourceStatistics | None:

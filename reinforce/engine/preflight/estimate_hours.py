@@ -139,7 +139,7 @@ def _cpu_warnings(cores: float | None, cpus: int, gpus: float, rate: Rate | None
 def _cpu_of_sample(plan: Plan) -> tuple[float, str]:
     """CPU milliseconds of a worker for a sample, and the assumption in words."""
     needed = {layer for shard in plan.pending for layer in shard.layers}
-    crops = any(plan.layers[name].kind.crops for name in needed)
+    crops = any(plan.layers[name].sees == "crops" for name in needed)
     count = plan.config.augmentations.count if crops else 0
     decode = _at(DECODE_MS, count) if any(plan.layers[name].sees_images for name in needed) else 0.0
     total = decode + _at(OWN_MS, count)

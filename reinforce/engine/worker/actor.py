@@ -102,7 +102,7 @@ class Worker:
         check_models(self.models, layers, precisions(self.config))
         self.config = fit_batch(self.models, self.config, layers)
         check_models(self.models, layers, precisions(self.config), self.config)
-        self.models.uncompared = {name for name, used in precisions(self.config).items() if used == "fp8"}
+        self.models.uncompared = {name for (_, name), used in precisions(self.config).items() if used == "fp8"}
         self.models.costs = measure_costs(self.models, self.config, layers)
         allocate_pixels(self.pool, self.config, layers, self.models, SHARDS_IN_FLIGHT)
         self.pool.wait_until_ready()
@@ -110,7 +110,7 @@ class Worker:
         return WorkerInfo(
             id=self._id(),
             accelerator=str(self.models.accelerator.device),
-            models=describe_loaded(self.models),
+            models=describe_loaded(self.models, self.config),
             memory=process_memory(),
             board=self.watch.board,
             batch=self.config.workers.images,

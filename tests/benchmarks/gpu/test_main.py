@@ -102,7 +102,7 @@ def test_a_tiny_run_on_a_cpu_measures_every_section(
 def test_embeddings_of_another_input_fail_and_set_the_exit_status(
     tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load = right.load_teacher
+    load = right.registry.load_model
 
     def load_wrong(name: str, spec: Any, device: str) -> Any:
         teacher: Any = load(name, spec, device)
@@ -111,7 +111,7 @@ def test_embeddings_of_another_input_fail_and_set_the_exit_status(
             monkeypatch.setattr(teacher, "encode_images", lambda pixels: encode(pixels).roll(1, 0))
         return teacher
 
-    monkeypatch.setattr(right, "load_teacher", load_wrong)
+    monkeypatch.setattr(right.registry, "load_model", load_wrong)
     monkeypatch.setattr(right, "TEACHERS", {"as in runs": {}})
     with pytest.raises(SystemExit) as ended:
         run(tmp_path, folder, "--only", "right")

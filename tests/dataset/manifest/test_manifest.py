@@ -36,7 +36,8 @@ def config_with(**red: Any) -> Config:
 
 def updated(old: dict[str, Any] | None = None, loaded: dict[str, Any] | None = None, **red: Any) -> dict[str, Any]:
     """The manifest after a run with the teacher ``red``."""
-    return update_manifest(old, config_with(**red), LAYERS, loaded or {})
+    models = {("teachers", name): stated for name, stated in (loaded or {}).items()}
+    return update_manifest(old, config_with(**red), LAYERS, models)
 
 
 def test_the_manifest_of_a_first_run_has_the_recipe_the_models_and_every_layer() -> None:

@@ -43,7 +43,7 @@ class Recording(ColorTeacher):
 
 def models_with(red: ColorTeacher | None = None) -> Models:
     teachers = {"red": red or ColorTeacher(CPU), "blue": ColorTeacher(CPU, size=24, dim=12, seed=1)}
-    return Models(teachers, {"namer": SeedCaptioner(CPU)}, Accelerator("cpu"))
+    return Models({"teachers": teachers, "captioners": {"namer": SeedCaptioner(CPU)}}, Accelerator("cpu"))
 
 
 def inference(*names: str, red: ColorTeacher | None = None, counters: Counters | None = None) -> Inference:
@@ -202,7 +202,7 @@ def test_a_teacher_may_change_its_pixels_and_reuse_the_memory_of_its_output(crop
     second.crops[:] = 255 - second.crops
 
     def run(red: ColorTeacher, blue: ColorTeacher) -> list[Any]:
-        models = Models({"red": red, "blue": blue}, {}, Accelerator("cpu"))
+        models = Models({"teachers": {"red": red, "blue": blue}}, Accelerator("cpu"))
         models.batches._bounds["crops"] = crops
         shard = make_inference(CONFIG, [LAYERS[f"embeddings/{name}/images"] for name in ("red", "blue")], models)
         return [shard.run(rows(3), first), shard.run(rows(3), second)]

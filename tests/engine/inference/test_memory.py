@@ -156,7 +156,7 @@ def test_the_batch_that_the_other_shard_has_copied_is_not_the_cause_of_a_second_
             device.check(3 * len(pixels) // 2)  # 8 rows do not fit, 4 do, and 2 beside a copied batch of 8
             return super().encode_images(pixels)
 
-    models = Models({"red": Teacher(CPU)}, {}, device)
+    models = Models({"teachers": {"red": Teacher(CPU)}}, device)
     crops = np.random.default_rng(0).integers(0, 255, (8, 2, 24, 24, 3), np.uint8)
     outputs: list[Any] = []
 
@@ -249,7 +249,7 @@ def loaded(batch: Any, capacity: int = 17) -> tuple[Models, Config, list[Layer]]
     config = parse_config(config_of("x.tar", "out", workers={"batch": batch}))
     layers = [*build_layers(config, describe_models(config)).values()]
     teachers = {"red": Large(device), "blue": ColorTeacher(CPU, size=24, dim=12)}
-    return Models(teachers, {"namer": SeedCaptioner(CPU)}, device), config, layers
+    return Models({"teachers": teachers, "captioners": {"namer": SeedCaptioner(CPU)}}, device), config, layers
 
 
 def test_auto_is_the_largest_batch_that_fits_while_others_are_copied_and_on_the_cpu_a_fixed_number() -> None:

@@ -58,7 +58,9 @@ class OverridingCaptioner(Splitting):
 
 
 def models() -> Models:
-    return Models({"red": ColorTeacher(CPU)}, {"namer": SeedCaptioner(CPU)}, Accelerator("cpu"))
+    return Models(
+        {"teachers": {"red": ColorTeacher(CPU)}, "captioners": {"namer": SeedCaptioner(CPU)}}, Accelerator("cpu")
+    )
 
 
 def test_only_the_models_of_missing_layers_are_loaded() -> None:
@@ -77,7 +79,7 @@ def test_what_cannot_be_loaded_is_a_user_error_with_the_mend(monkeypatch: pytest
     def load(*_: object) -> ColorTeacher:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(engine_models, "load_teacher", load)
+    monkeypatch.setattr(engine_models, "load_model", load)
     with pytest.raises(UserError, match=r"CUDA out of memory\..* do not fit in the memory of the device together"):
         load_models(CONFIG, LAYERS.values())
     monkeypatch.setattr(fixed_point, "RESIZERS", {})

@@ -11,13 +11,13 @@ import torch
 
 from reinforce.config import Config, parse_config
 from reinforce.engine.inference import self_test
-from reinforce.engine.inference.models import Counters, Models
+from reinforce.engine.inference.models import Counters, Models, load_models
 from reinforce.engine.inference.self_test import TEXTS, check_text_encoder
 from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.engine.worker.producers.registry import check_models
 from reinforce.errors import UserError
 from teachers.device.accelerator import Accelerator, Precision
-from teachers.registry import captioner_spec, load_captioner, load_teacher, teacher_spec
+from teachers.registry import captioner_spec, teacher_spec
 from tests.helpers import tiny_models
 from tests.helpers.batches import CONFIG, CPU, LAYERS
 from tests.helpers.models import ColorTeacher, ImageOnly, SeedCaptioner, TextOnly, WrongShapeTeacher
@@ -28,11 +28,14 @@ IMAGES, TRUE, CAPTIONS = "embeddings/red/images", "embeddings/red/caption", "cap
 
 
 def models(red: Any = None, namer: Any = None) -> Models:
-    return Models({"red": red or ColorTeacher(CPU)}, {"namer": namer or SeedCaptioner(CPU)}, Accelerator("cpu"))
+    return Models(
+        {"teachers": {"red": red or ColorTeacher(CPU)}, "captioners": {"namer": namer or SeedCaptioner(CPU)}},
+        Accelerator("cpu"),
+    )
 
 
 def check(*layers: str, precision: Precision = "fp32", config: Config | None = None, **loaded: Any) -> None:
-    check_models(models(**loaded), [LAYERS[layer] for layer in layers], {"red": precision}, config)
+    check_models(models(**loaded), [LAYERS[layer] for layer in layers], {("teachers", "red"): precision}, config)
 
 
 class Changed(ColorTeacher):
@@ -112,13 +115,8 @@ def test_models_of_both_libraries_pass_in_every_precision(saved: dict[str, str],
         "blip": spec_of(saved["blip"], "blip", captions=2, max_length=10, precision=precision),
     }
     config = parse_config({"source": "x.tar", "output": "out", "teachers": specs, "captioners": captioners})
-    loaded = Models(
-        {name: load_teacher(name, spec, "cpu") for name, spec in specs.items()},
-        {name: load_captioner(name, spec, "cpu") for name, spec in captioners.items()},
-        Accelerator("cpu"),
-    )
-    precisions: dict[str, Precision] = dict.fromkeys([*specs, *captioners], precision)
-    check_models(loaded, build_layers(config, describe_models(config)).values(), precisions)
+    layers = [*build_layers(config, describe_models(config)).values()]
+    check_models(load_models(config, layers), layers, self_test.precisions(config))
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,10 @@ def waiting(values: torch.Tensor, accelerator: QueuingAccelerator) -> Waiting:
 
 def test_a_run_counts_what_the_device_spent_on_models_and_nothing_of_the_host() -> None:
     accelerator, counters = QueuingAccelerator(), Counters()
-    models = Models({"red": Launching(accelerator)}, {"namer": SeedCaptioner(torch.device("cpu"))}, accelerator)
+    models = Models(
+        {"teachers": {"red": Launching(accelerator)}, "captioners": {"namer": SeedCaptioner(torch.device("cpu"))}},
+        accelerator,
+    )
     run = make_inference(CONFIG, [LAYERS["embeddings/red/images"], LAYERS["captions/namer"]], models, counters)
     run.run(rows(3), pixels())
     assert counters.busy == models.counters.busy == SECONDS

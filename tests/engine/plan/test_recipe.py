@@ -85,8 +85,8 @@ def test_each_class_without_a_version_is_named_once() -> None:
     config = parse_config(config_of("x.tar", "out", teachers=teachers))
     notes = version_notes(info.identity for info in describe_models(config).values())
     assert [note.partition(",")[0] for note in notes] == [
-        "class tests.helpers.models:SeedCaptioner has no `version`",
         f"class {custom}:TextsOnly has no `version`",
+        "class tests.helpers.models:SeedCaptioner has no `version`",
     ]
     assert "part of the fingerprint" in notes[0]
 

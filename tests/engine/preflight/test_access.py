@@ -14,10 +14,12 @@ from reinforce.engine.preflight.access import config_uses
 from tests.helpers.commands import printed_by, run_command
 from tests.helpers.data import config_of
 
+LAB = {"class": "their_lab:Teacher", "options": {"weights": ["https://eve:pass@models.example/w.bin"]}}
+
 
 def theirs(**changes: Any) -> dict[str, Any]:
     teachers = {
-        "lab": {"class": "their_lab:Teacher", "options": {"weights": ["https://eve:pass@models.example/w.bin"]}},
+        "lab": LAB,
         "clip": {"model": "ViT-B-32", "pretrained": "openai"},
         "hub": {"model": "hf-hub:org/repo"},
         "siglip": {"family": "transformers", "model": "org/siglip"},
@@ -60,6 +62,9 @@ def test_plan_names_them_and_with_uses_imports_and_reads_nothing(
     assert "it reaches gs://weights" in shown
     assert not (tmp_path / "ran").exists()
     assert "their_lab" not in sys.modules
+    (tmp_path / "theirs.yaml").write_text(
+        yaml.safe_dump(theirs(source="none/*.tar", output="out", teachers={"lab": LAB}))
+    )
     status, shown, _ = run_command(capsys, "plan", "theirs.yaml")
     assert status == 2
     assert "runs the code of their_lab:Teacher" in shown, "also before a plan that imports it"

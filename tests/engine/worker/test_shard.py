@@ -223,7 +223,7 @@ ROWS = [
 def table(layer: str, group: RowGroup, **changes: Any) -> tuple[pa.Table, Refusals]:
     """The table of a layer of a config with a teacher ``red`` of dimension 8 and 2 augmentations."""
     config = parse_config(config_of("x.tar", "out", **changes))
-    models = Models({"red": ColorTeacher(torch.device("cpu"))}, {}, Accelerator("cpu"))
+    models = Models({"teachers": {"red": ColorTeacher(torch.device("cpu"))}}, Accelerator("cpu"))
     layers = build_layers(config, describe_models(config))
     [producer] = make_producers([layers[layer]], Session(config, models), source="s3://bucket/x.tar")
     [(_, found)] = producer.tables(group)
@@ -275,7 +275,7 @@ def test_captions_of_a_row_group_are_decoded_without_the_rows_that_have_labels()
     config, captioner = parse_config(config_of("x.tar", "out")), GroupCaptioner(torch.device("cpu"))
     layer = build_layers(config, describe_models(config))["captions/namer"]
     layer = replace(layer, labels="those of another run")  # type: ignore[arg-type]
-    models = Models({}, {"namer": captioner}, Accelerator("cpu"))
+    models = Models({"captioners": {"namer": captioner}}, Accelerator("cpu"))
     [producer] = make_producers([layer], Session(config, models))
     given = {layer.name: ["one", "two"]}
     batches = [[Row("a"), Row("b", values=given)], [Row("c", values=given)], [Row("d")]]

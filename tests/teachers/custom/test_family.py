@@ -15,10 +15,8 @@ from teachers import protocols
 from teachers.protocols import ImageSpec
 from teachers.registry import (
     captioner_spec,
-    describe_captioner,
-    describe_teacher,
-    load_captioner,
-    load_teacher,
+    describe_model,
+    load_model,
     teacher_spec,
 )
 from teachers.spec import ModelInfo, TeacherSpec
@@ -27,8 +25,8 @@ MODULE = "tests.helpers.custom_models"
 WEIGHTS = {"weights": "here"}
 #: Describe a model by the values of its spec.
 DESCRIBE: dict[str, Callable[[dict[str, Any]], ModelInfo]] = {
-    "teacher": lambda values: describe_teacher("mine", teacher_spec(**values)),
-    "captioner": lambda values: describe_captioner("mine", captioner_spec(**values)),
+    "teacher": lambda values: describe_model("mine", teacher_spec(**values)),
+    "captioner": lambda values: describe_model("mine", captioner_spec(**values)),
 }
 
 
@@ -61,18 +59,18 @@ def test_a_wrong_class_is_rejected_before_loading(role: str, name: str, spec: di
 
 def test_a_class_with_one_encoder_or_both_is_built_with_the_device_and_its_options() -> None:
     spec = custom("Radiology", options={"weights": "here", "scale": 2.0})
-    teacher: Any = load_teacher("ours", spec, "cpu")
+    teacher: Any = load_model("ours", spec, "cpu")
     assert (teacher.device, teacher.weights, teacher.scale) == (torch.device("cpu"), "here", 2.0)
     assert teacher.logit_scale == 50
-    info = describe_teacher("ours", spec)
+    info = describe_model("ours", spec)
     assert (info.dim, info.images, info.texts) == (4, True, True)
     assert info.identity == {"class": f"{MODULE}:Radiology", "options": {"weights": "here", "scale": 2.0}, "version": 3}
     scaled = custom("Radiology", options=WEIGHTS, logit_scale=70.0, dtype="int8")
-    assert load_teacher("ours", scaled, "cpu").logit_scale == 70
-    assert describe_teacher("ours", scaled) == describe_teacher("ours", custom("Radiology", options=WEIGHTS))
-    info = describe_teacher("texts", custom("TextsOnly"))
+    assert load_model("ours", scaled, "cpu").logit_scale == 70
+    assert describe_model("ours", scaled) == describe_model("ours", custom("Radiology", options=WEIGHTS))
+    info = describe_model("texts", custom("TextsOnly"))
     assert (info.dim, info.images, info.texts) == (None, False, True)
-    teacher = load_teacher("texts", custom("TextsOnly"), "cpu")
+    teacher = load_model("texts", custom("TextsOnly"), "cpu")
     assert (teacher.image, teacher.logit_scale, teacher.dim) == (None, None, 4)
 
 
@@ -86,15 +84,15 @@ def test_a_class_with_one_encoder_or_both_is_built_with_the_device_and_its_optio
 )
 def test_missing_attributes_of_a_class_are_named(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=f"teacher mine: .*{message}"):
-        load_teacher("mine", custom(name, options=WEIGHTS if name == "NoDim" else {}), "cpu")
+        load_model("mine", custom(name, options=WEIGHTS if name == "NoDim" else {}), "cpu")
 
 
 def test_errors_of_the_class_and_of_the_device_name_the_teacher() -> None:
     with pytest.raises(RuntimeError, match="teacher mine: KeyError: 'lost'") as caught:
-        load_teacher("mine", custom("Fails"), "cpu")
+        load_model("mine", custom("Fails"), "cpu")
     assert isinstance(caught.value.__cause__, KeyError)
     with pytest.raises(ValueError, match="teacher mine: device 'cuda:64' is not available"):
-        load_teacher("mine", custom("TextsOnly"), "cuda:64")
+        load_model("mine", custom("TextsOnly"), "cuda:64")
 
 
 def test_a_captioner_s_number_of_captions_is_the_config_s_or_its_own_and_they_may_not_differ() -> None:
@@ -102,15 +100,15 @@ def test_a_captioner_s_number_of_captions_is_the_config_s_or_its_own_and_they_ma
     of_options = {**writer, "options": {"captions": 2}}
     for values, number in (({**writer, "captions": 3}, 3), (of_options, 2), (two, 2)):
         spec = captioner_spec(**values)
-        assert describe_captioner("mine", spec).identity["captions"] == spec.count == number
-        assert load_captioner("mine", spec, "cpu").captions == number
+        assert describe_model("mine", spec).identity["captions"] == spec.count == number
+        assert load_model("mine", spec, "cpu").captions == number
     assert captioner_spec(**writer).count == 5
     message = r"captioner mine: .* gives 2 captions an image, not 3: set `captions: 2` or change the class"
     for values in (two, of_options):
         with pytest.raises(ValueError, match=message):
-            describe_captioner("mine", captioner_spec(**values, captions=3))
+            describe_model("mine", captioner_spec(**values, captions=3))
     with pytest.raises(ValueError, match=r"captioner mine: .* gives 4 captions an image, not 5: set `captions: 4`"):
-        load_captioner("mine", captioner_spec(class_=f"{MODULE}:FourCaptions"), "cpu")  # which only its objects have
+        load_model("mine", captioner_spec(class_=f"{MODULE}:FourCaptions"), "cpu")  # which only its objects have
 
 
 def test_the_documented_example_is_a_valid_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,6 +118,6 @@ def test_the_documented_example_is_a_valid_teacher(monkeypatch: pytest.MonkeyPat
     exec(textwrap.dedent("\n".join(lines)), vars(module))
     monkeypatch.setitem(sys.modules, "documented_teacher", module)
     options = {"weights": "s3://bucket/rad.pt"}
-    info = describe_teacher("ours", teacher_spec(class_="documented_teacher:Radiology", options=options))
+    info = describe_model("ours", teacher_spec(class_="documented_teacher:Radiology", options=options))
     assert (info.dim, info.images, info.texts) == (512, True, True)
     assert info.identity == {"class": "documented_teacher:Radiology", "options": options, "version": 1}

@@ -13,7 +13,7 @@ import torch
 from ray.train import RunConfig
 
 from reinforce.config import parse_config
-from reinforce.engine.preflight.check_models import check_class
+from reinforce.engine.check_models import check_class
 from reinforce.engine.worker.actor import Worker, as_actor
 from reinforce.errors import UserError
 from reinforce.training.distributed.ranks import join_ranks

@@ -29,7 +29,7 @@ from teachers.open_clip.teacher import OpenClipTeacher
 from teachers.open_clip.text import keep_residual_in_float32
 from teachers.preprocessing.pixels import to_pixels
 from teachers.protocols import ImageSpec
-from teachers.registry import captioner_spec, describe_teacher, load_teacher, teacher_spec
+from teachers.registry import captioner_spec, describe_model, load_model, teacher_spec
 from teachers.tokens.texts import PROBE_TEXTS
 from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.decoding import decode_pool
@@ -164,7 +164,7 @@ def test_a_node_without_a_compiler_computes_without_and_fails_where_the_config_a
         teacher = OpenClipTeacher(teacher_spec(**values), Accelerator("cuda", "bf16"))
         found = teacher.encode_images(images(3).to("cuda")).cpu()
         with pytest.raises(RuntimeError, match="teacher vit: RuntimeError: Failed to find C compiler"):
-            registry.load_teacher("vit", teacher_spec(**values, compile=True), "cuda")
+            registry.load_model("vit", teacher_spec(**values, compile=True), "cuda")
     torch.testing.assert_close(found, expected[0], rtol=0, atol=2e-2)
     assert "OpenClipTeacher is not compiled: RuntimeError: Failed to find C compiler" in caplog.text
 
@@ -253,7 +253,7 @@ def test_layers_of_other_sides_stay_and_the_plain_ones_come_back_bit_for_bit() -
 def test_a_device_without_fp8_is_refused_before_a_run_with_the_fix(tmp_path: Path) -> None:
     spec = teacher_spec(model=open_clip_model(tmp_path), precision="fp8")
     with pytest.raises(ValueError, match=r"teacher vit: `precision: fp8` needs an NVIDIA GPU: set .* to bf16 or auto"):
-        load_teacher("vit", spec, "cpu")
+        load_model("vit", spec, "cpu")
     with stand_in_cuda(), pytest.MonkeyPatch.context() as patch:
         check_device(torch.device("cuda", 0))
         patch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
@@ -264,14 +264,14 @@ def test_a_device_without_fp8_is_refused_before_a_run_with_the_fix(tmp_path: Pat
 
 def test_fp8_is_part_of_the_identity_of_a_model_and_refused_where_nothing_compares_or_uses_it(tmp_path: Path) -> None:
     specs = [teacher_spec(model=open_clip_model(tmp_path), precision=one) for one in ("bf16", "fp8")]
-    bf16, fp8 = (describe_teacher("a", spec).identity for spec in specs)
+    bf16, fp8 = (describe_model("a", spec).identity for spec in specs)
     assert fp8 == {**bf16, "precision": "fp8"}
     with pytest.raises(ValidationError, match="`precision: fp8` is for image towers of teachers"):
         captioner_spec(model="coca_ViT-L-14", precision="fp8")
     with pytest.raises(ValidationError, match="`precision: fp8` is for `reinforce run`"):
         Loss(targets="online", teachers={"a": teacher_spec(model="ViT-B-32", precision="fp8")})
     with pytest.raises(ValueError, match="`precision` is not used with `class`"):
-        describe_teacher("red", teacher_spec(**{"class": "tests.helpers.models:ColorTeacher", "precision": "fp8"}))
+        describe_model("red", teacher_spec(**{"class": "tests.helpers.models:ColorTeacher", "precision": "fp8"}))
 
 
 @pytest.mark.parametrize(("growth", "near"), [(1, True), (3, False)])

@@ -18,7 +18,7 @@ from teachers.open_clip import catalog, released
 from teachers.open_clip.building import build, from_authors
 from teachers.open_clip.family import model_identity
 from teachers.open_clip.teacher import load_model
-from teachers.registry import describe_teacher, teacher_spec
+from teachers.registry import describe_model, teacher_spec
 from teachers.spec import ModelInfo
 from tests.helpers import tiny_models
 
@@ -77,21 +77,21 @@ def test_incomplete_folders_are_rejected(models: dict[str, str], tmp_path: Path)
 
 def test_the_identity_of_a_folder_is_its_content_not_its_path(tmp_path: Path) -> None:
     model = tiny_models.open_clip_model(tmp_path / "a", embed_dim=24)
-    info = describe_teacher("a", teacher_spec(model=model))
+    info = describe_model("a", teacher_spec(model=model))
     assert (info.dim, info.images, info.texts) == (24, True, True)
     shutil.copytree(tmp_path / "a", tmp_path / "b")
-    assert describe_teacher("b", teacher_spec(model=f"local-dir:{tmp_path / 'b'}")) == info
+    assert describe_model("b", teacher_spec(model=f"local-dir:{tmp_path / 'b'}")) == info
     others = [
         teacher_spec(model=model, precision="bf16"),
         teacher_spec(model=tiny_models.open_clip_model(tmp_path / "b", embed_dim=24, seed=1)),
         teacher_spec(model=tiny_models.open_clip_model(tmp_path / "c", embed_dim=24, preprocess={"std": 0.5})),
     ]
-    assert info.identity not in [describe_teacher("a", other).identity for other in others]
+    assert info.identity not in [describe_model("a", other).identity for other in others]
 
 
 def test_the_identity_of_a_checkpoint_is_its_content_and_of_a_tag_its_name(tmp_path: Path) -> None:
     def described(file: str) -> ModelInfo:
-        return describe_teacher("a", teacher_spec(model="ViT-B-32", pretrained=str(tmp_path / file)))
+        return describe_model("a", teacher_spec(model="ViT-B-32", pretrained=str(tmp_path / file)))
 
     (tmp_path / "a.pt").write_bytes(b"weights")
     first = described("a.pt")
@@ -99,7 +99,7 @@ def test_the_identity_of_a_checkpoint_is_its_content_and_of_a_tag_its_name(tmp_p
     assert described("b.pt") == first
     (tmp_path / "b.pt").write_bytes(b"others")
     assert described("b.pt") != first
-    tagged = describe_teacher("a", teacher_spec(model="ViT-L/14", pretrained="dfn2b-s39b"))
+    tagged = describe_model("a", teacher_spec(model="ViT-L/14", pretrained="dfn2b-s39b"))
     assert tagged.dim == 768
     assert tagged.identity == {
         "family": "open_clip", "model": "ViT-L-14", "pretrained": "dfn2b_s39b", "precision": "fp32",
@@ -118,23 +118,23 @@ def test_a_file_of_a_released_model_needs_the_preprocessing_in_which_its_tags_di
 ) -> None:
     file = str(tmp_path / "a.pt")
     Path(file).write_bytes(b"weights")
-    weights = describe_teacher("a", teacher_spec(model="ViT-B-32", pretrained=file)).identity["weights"]
+    weights = describe_model("a", teacher_spec(model="ViT-B-32", pretrained=file)).identity["weights"]
     refused = 0
     for model in set(catalog.builtin_models()) - released.WEIGHTS.keys():
         tags = {tag: preprocess_of(model, tag) for tag in open_clip.list_pretrained_tags_by_model(model)}
         # The fingerprint of right preprocessing is that of versions without the key.
         before = {"family": "open_clip", "precision": "fp32", "model": model, "weights": weights}
         if all(values == catalog.DEFAULT_PREPROCESS for values in tags.values()):
-            assert describe_teacher("a", teacher_spec(model=model, pretrained=file)).identity == before
+            assert describe_model("a", teacher_spec(model=model, pretrained=file)).identity == before
             continue
         refused += 1
         with pytest.raises(ValueError, match=r"does not state its preprocessing, .* add `preprocess: ") as caught:
-            describe_teacher("a", teacher_spec(model=model, pretrained=file))
+            describe_model("a", teacher_spec(model=model, pretrained=file))
         offers = re.findall(r"`(preprocess: {.*?})` as its tag (\w+)", str(caught.value))
         assert offers
         for line, tag in offers:
             spec = teacher_spec(model=model, pretrained=file, **yaml.safe_load(line))
-            identity = describe_teacher("a", spec).identity
+            identity = describe_model("a", spec).identity
             changed = identity.pop("preprocess", {})
             assert (identity, {**catalog.DEFAULT_PREPROCESS, **changed}) == (before, tags[tag])
     assert refused == 54
@@ -146,7 +146,7 @@ def test_the_folder_of_a_checkpoint_states_its_preprocessing(tmp_path: Path) -> 
 
     def changed(file: str, **keys: Any) -> Any:
         spec = teacher_spec(model="MobileCLIP2-S0", pretrained=str(tmp_path / file), **keys)
-        return describe_teacher("a", spec).identity["preprocess"]
+        return describe_model("a", spec).identity["preprocess"]
 
     found = {"mean": [0.25] * 3, "std": [0.5] * 3, "interpolation": "bilinear"}
     assert changed("open_clip_model.safetensors") == found
@@ -161,7 +161,7 @@ def test_the_folder_of_a_checkpoint_states_its_preprocessing(tmp_path: Path) -> 
 
 def test_stated_preprocessing_replaces_that_of_tags_and_folders(tmp_path: Path) -> None:
     def identity(model: str, tag: str | None, **keys: Any) -> dict[str, Any]:
-        return describe_teacher("a", teacher_spec(model=model, pretrained=tag, preprocess=keys)).identity
+        return describe_model("a", teacher_spec(model=model, pretrained=tag, preprocess=keys)).identity
 
     folder = tiny_models.open_clip_model(tmp_path, preprocess={"mean": [0.5] * 3})
     for model, tag in (("MobileCLIP2-S0", "dfndr2b"), (folder, None)):

@@ -17,7 +17,7 @@ import torch
 
 from reinforce.processes.imports import installed
 from teachers.protocols import NoCaptions, ServerUnavailable
-from teachers.registry import captioner_spec, describe_captioner, load_captioner
+from teachers.registry import captioner_spec, describe_model, load_model
 from teachers.spec import CaptionerSpec
 from tests.helpers.chat_server import Answer, chat_server, completion, describe, image_of
 from tests.helpers.data import free_port
@@ -36,7 +36,7 @@ def spec_of(url: str | list[str], **options: Any) -> CaptionerSpec:
 
 def caption(url: str | list[str], colors: list[np.ndarray], **options: Any) -> list[Any]:
     """The captions of images of one colour each, with seeds 2 ** 33 and up."""
-    captioner = load_captioner("vlm", spec_of(url, **options), "cpu")
+    captioner = load_model("vlm", spec_of(url, **options), "cpu")
     pixels = torch.tensor(np.array(colors), dtype=torch.float32).div(255)[:, :, None, None].expand(-1, -1, SIDE, SIDE)
     seeds = (np.arange(len(colors) * captioner.captions, dtype=np.uint64) << np.uint64(33)).reshape(len(colors), -1)
     return list(captioner.caption(pixels, seeds))
@@ -199,7 +199,7 @@ def test_a_request_that_the_server_rejects_before_any_answer_is_an_error_of_the_
 
 def test_the_fingerprint_covers_what_is_asked_and_not_where() -> None:
     def identity(url: Any = "http://a:1", **options: Any) -> dict[str, Any]:
-        return describe_captioner("vlm", spec_of(url, **options)).identity
+        return describe_model("vlm", spec_of(url, **options)).identity
 
     same = {"api_key_env": "K", "concurrency": 2, "timeout": 9.0, "wait": 5.0}
     assert identity() == identity(["https://b/v1", "http://c"], **same)
@@ -225,12 +225,12 @@ def test_the_fingerprint_covers_what_is_asked_and_not_where() -> None:
 )
 def test_options_that_do_not_fit_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        describe_captioner("vlm", spec_of(options.pop("url", "http://a"), **options))
+        describe_model("vlm", spec_of(options.pop("url", "http://a"), **options))
 
 
 def test_a_missing_package_or_key_is_named_when_the_captioner_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"captioner vlm: the environment variable MY_KEY .* is not set"):
-        load_captioner("vlm", spec_of("http://a", api_key_env="MY_KEY"), "cpu")
+        load_model("vlm", spec_of("http://a", api_key_env="MY_KEY"), "cpu")
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(ValueError, match=r"captioner vlm: .*pip install 'dataset-reinforcement\[server\]'"):
-        load_captioner("vlm", spec_of("http://a"), "cpu")
+        load_model("vlm", spec_of("http://a"), "cpu")

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teachers.registry import captioner_spec, describe_captioner, describe_teacher, teacher_spec
+from teachers.registry import captioner_spec, describe_model, teacher_spec
 from teachers.tokens.files import check_tokenizer_files
 from teachers.tokens.texts import PROBE_TEXTS, special_token_escaper, trimming_is_exact
 from tests.helpers import tiny_models
@@ -38,26 +38,25 @@ def test_a_model_of_texts_saved_without_its_tokenizer_is_refused(tmp_path: Path,
     spec = {"family": "transformers", "model": str(make(tmp_path / "model"))}
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "model" / name).unlink()
-    describe: Any = describe_captioner if make is blip else describe_teacher
     parsed = captioner_spec(**spec) if make is blip else teacher_spec(**spec)
     with pytest.raises(FileNotFoundError, match=f"er mine: folder {tmp_path}/model {FIX}"):
-        describe("mine", parsed)
+        describe_model("mine", parsed)
     tiny_models.tokenizer(tmp_path / "model", start="<s>", end="</s>", pad="<pad>", length=24)
-    assert describe("mine", parsed).texts == (make is not blip)
+    assert describe_model("mine", parsed).texts == (make is not blip)
 
 
 @pytest.mark.parametrize("make", [tiny_models.open_clip_model, coca_model])
 def test_an_open_clip_folder_that_names_a_hugging_face_tokenizer_needs_its_files(tmp_path: Path, make: object) -> None:
     model = make(tmp_path / "vit")  # type: ignore[operator]
-    assert describe_teacher("mine", teacher_spec(model=model)).texts
+    assert describe_model("mine", teacher_spec(model=model)).texts
     path = tmp_path / "vit" / "open_clip_config.json"
     config = json.loads(path.read_text())
     config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "org/tokenizer"
     path.write_text(json.dumps(config))
     with pytest.raises(FileNotFoundError, match=FIX):
-        describe_teacher("mine", teacher_spec(model=model))
+        describe_model("mine", teacher_spec(model=model))
     tiny_models.tokenizer(tmp_path / "vit", start="<s>", end="</s>", pad="<pad>", length=77)
-    assert describe_teacher("mine", teacher_spec(model=model)).texts
+    assert describe_model("mine", teacher_spec(model=model)).texts
 
 
 @pytest.mark.parametrize("name", ["vocab.txt", "spiece.model", "source.spm", "qwen.tiktoken"])

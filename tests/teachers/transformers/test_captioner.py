@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from teachers.device.accelerator import Accelerator
 from teachers.protocols import ImageSpec
-from teachers.registry import load_captioner
+from teachers.registry import load_model
 from teachers.transformers import captioner as transformers_captioner
 from teachers.transformers import catalog
 from teachers.transformers.cached_decoder import merge_end_tokens
@@ -126,11 +126,11 @@ def test_nan_logits_and_missing_weights_are_rejected_at_loading(
     state["output.bias"][7] = torch.nan
     save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match="captioner mine: logits are not finite: check the weights"):
-        load_captioner("mine", spec_of(tmp_path, "git"), "cpu")
+        load_model("mine", spec_of(tmp_path, "git"), "cpu")
     name = next(name for name in state if "visual_projection" in name)
     save_file({key: value for key, value in state.items() if key != name}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=f"captioner mine: the weights of .* do not fit GitForCausalLM: {name}"):
-        load_captioner("mine", spec_of(tmp_path, "git"), "cpu")
+        load_model("mine", spec_of(tmp_path, "git"), "cpu")
 
 
 def test_all_supported_model_types_are_tested() -> None:

@@ -17,7 +17,7 @@ from reinforce.engine.inference.models import load_models
 from reinforce.engine.inference.self_test import precisions
 from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.engine.worker.producers.registry import check_models
-from teachers.registry import load_teacher, teacher_spec
+from teachers.registry import load_model, teacher_spec
 from teachers.transformers.teacher import square_size
 from tests.helpers import named_models
 from tests.helpers.pages import blocks
@@ -32,7 +32,7 @@ def tiny(name: str, entry: dict[str, Any], root: Path) -> dict[str, Any]:
 
 
 def load(model: str, **options: Any) -> Any:
-    return load_teacher("named", teacher_spec(family="transformers", model=model, **options), "cpu")
+    return load_model("named", teacher_spec(family="transformers", model=model, **options), "cpu")
 
 
 def test_each_passes_the_self_test_with_the_sides_and_the_dimension_that_were_described(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_options_that_a_model_does_not_use_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [None, 64])
 def test_square_images_get_the_embeddings_of_transformers(tmp_path: Path, size: int | None) -> None:
     folder = named_models.naflex(tmp_path / "naflex")
-    teacher = load_teacher("naflex", teacher_spec(family="transformers", model=folder, image_size=size), "cpu")
+    teacher = load_model("naflex", teacher_spec(family="transformers", model=folder, image_size=size), "cpu")
     side = size or 32
     assert teacher.image.size == side
     image = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)

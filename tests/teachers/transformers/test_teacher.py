@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from teachers.device.accelerator import Accelerator
-from teachers.registry import describe_teacher, load_teacher, teacher_spec
+from teachers.registry import describe_model, load_model, teacher_spec
 from teachers.transformers import catalog
 from teachers.transformers.teacher import ImageTeacher, TextTeacher, TransformersTeacher, image_spec, load
 from tests.helpers import tiny_models
@@ -186,11 +186,11 @@ def test_unsupported_image_processing_is_rejected(config: dict[str, Any], messag
 @pytest.mark.parametrize("kind", ["clip", "siglip", "dinov2", "bert"])
 def test_a_folder_loads_as_described_wherever_it_is(root: Path, tmp_path: Path, kind: str) -> None:
     spec = teacher_spec(family="transformers", model=str(root / kind))
-    info, teacher = describe_teacher("t", spec), load_teacher("t", spec, "cpu")
+    info, teacher = describe_model("t", spec), load_model("t", spec, "cpu")
     assert info.dim == teacher.dim
     assert (info.images, info.texts) == (hasattr(teacher, "encode_images"), hasattr(teacher, "encode_texts"))
     shutil.copytree(root / kind, tmp_path / "moved")
-    assert describe_teacher("t", teacher_spec(family="transformers", model=str(tmp_path / "moved"))) == info
+    assert describe_model("t", teacher_spec(family="transformers", model=str(tmp_path / "moved"))) == info
 
 
 def test_content_files_are_weights_and_settings(root: Path, tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,14 +14,15 @@ from reinforce.config import Config
 from reinforce.dataset.kinds.registry import kind_of
 from reinforce.dataset.layers import SAMPLES, Layer
 from reinforce.engine.decode.row import Row
-from reinforce.engine.inference.batch_sizes import Demand
+from reinforce.engine.inference.batch_sizes import Demand, rows_per_batch
 from reinforce.engine.inference.inference import Encoder, Outputs
 from reinforce.engine.inference.models import Models
+from reinforce.engine.inference.outputs import Floats
 from reinforce.engine.inference.session import Session
 from reinforce.engine.worker.refusals import Refusals
 from reinforce.engine.worker.stale_files import MisalignedLayer
 from reinforce.source.samples import Refusal
-from teachers.spec import Precision
+from teachers.spec import ModelInfo, Precision
 
 
 class RowGroup:
@@ -58,14 +60,29 @@ class RowGroup:
         self._values[layer] = values
 
 
+@dataclass(frozen=True)
+class Side:
+    """What a model computes for layers of one kind, to be tested before a run and measured by ``reinforce check``.
+
+    ``check`` tests a full batch of a size, or with None a few inputs -> the norms of vectors, if it returns some; it
+    raises UserError. ``prepare`` returns a function that runs a batch of a size on the accelerator, with a number of
+    ``outputs`` for each input.
+    """
+
+    check: Callable[[int | None], Floats | None]
+    prepare: Callable[[int], Callable[[], Any]]
+    outputs: int = 1
+
+
 class Producer(Encoder):
     """Computes the layers of one kind in one shard, and records what they refuse in ``refusals``.
 
     ``source`` is the URL of the source shard that is recorded.
     """
 
-    #: Name of the kind.
+    #: Name of the kind, and inputs whose FLOPs are counted: compiled towers pad small batches. 0 if none are.
     kind: ClassVar[str]
+    counted: ClassVar[int] = 0
 
     def __init__(
         self, layers: Iterable[Layer], session: Session, refusals: Refusals | None = None, source: str = ""
@@ -76,13 +93,19 @@ class Producer(Encoder):
     # -- models
 
     @staticmethod
-    def self_test(models: Models, layer: Layer, precision: Precision, config: Config | None) -> None:
-        """Test the model of a layer before the run, with a full batch of ``config`` if given. Raises UserError."""
+    def has_side(info: ModelInfo) -> bool:
+        """Whether a model makes such layers, and can be tested."""
+        return True
 
     @staticmethod
-    def flops(models: Models, layer: Layer) -> float:
-        """FLOPs of one input of a layer's model; 0 if they are not known."""
-        return 0.0
+    def side(models: Models, name: str, identity: Mapping[str, Any], precision: Precision) -> Side:
+        """The side of the loaded model ``name`` that makes such layers, by its identity and its ``precision``."""
+        raise NotImplementedError
+
+    @staticmethod
+    def full_batch(models: Models, layer: Layer, config: Config) -> int:
+        """Inputs of a full batch of a layer's model."""
+        return models.batches.fitting("rows", rows_per_batch(config))
 
     def demand(self, layer: Layer, rows: int) -> Demand:
         return Demand("rows", f"{layer.name}: one image does", "a smaller model")
@@ -96,8 +119,7 @@ class Producer(Encoder):
 
     def schema(self, layer: Layer) -> pa.Schema:
         """The schema of a layer's file."""
-        teacher = self.session.models.teachers.get(str(layer.model))
-        return layer.schema(self.session.config.images, teacher.dim if teacher else None)
+        return layer.schema(self.session.config.images, getattr(self.session.models.of(layer), "dim", None))
 
     def tables(self, group: RowGroup) -> Iterator[tuple[str, pa.Table]]:
         """The tables of a row group by layer; records what is refused. Raises LayerFailure."""

@@ -12,19 +12,18 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from reinforce.config import Config
 from reinforce.dataset.layers import Layer
 from reinforce.engine.decode.row import Row
 from reinforce.engine.decode.rows import GROUP_ROWS
-from reinforce.engine.inference.batch_sizes import Demand, rows_per_batch
+from reinforce.engine.inference.batch_sizes import Demand
 from reinforce.engine.inference.inference import Batch, Outputs
 from reinforce.engine.inference.models import Models, count_tokens
 from reinforce.engine.inference.out_of_memory import OutOfMemory
 from reinforce.engine.inference.outputs import copied
-from reinforce.engine.inference.self_test import check_captioner
+from reinforce.engine.inference.self_test import check_captioner, probe_images, test_rows
 from reinforce.engine.messages.pulse import SERVER
 from reinforce.engine.messages.results import raising_layer_failure
-from reinforce.engine.worker.producers.base import Producer, RowGroup
+from reinforce.engine.worker.producers.base import Producer, RowGroup, Side
 from reinforce.seeds import seed_for
 from reinforce.source.samples import Refusal
 from schemas import Reason
@@ -42,25 +41,30 @@ class Captions(Producer):
     kind = "captions"
 
     @staticmethod
-    def self_test(models: Models, layer: Layer, precision: Precision, config: Config | None) -> None:
-        batch = None if config is None else models.batches.fitting("rows", rows_per_batch(config))
-        check_captioner(models, str(layer.model), layer.count, batch)
+    def side(models: Models, name: str, identity: Mapping[str, Any], precision: Precision) -> Side:
+        captioner = models.captioners[name]
+        count = identity["captions"]
+
+        def prepare(size: int) -> Callable[[], Any]:
+            pixels = probe_images(models, captioner.image, test_rows(size))
+            seeds = np.arange(size * count, dtype=np.uint64).reshape(size, count)
+            return lambda: captioner.caption(pixels, seeds)
+
+        return Side(partial(check_captioner, models, name, count), prepare, count)
 
     @property
     def views(self) -> Iterable[ImageSpec]:
-        return [self.session.captioner(layer).image for layer in self.computed]
+        return [self.session.model(layer).image for layer in self.computed]
 
     def prepare(self, rows: Sequence[Row]) -> Mapping[str, npt.NDArray[Any]]:
         """Seeds [rows, captions], or what is drawn from them, by layer."""
         models = self.session.models
-        return {
-            layer.name: models.draw(self.session.captioner(layer), self._seeds(layer, rows)) for layer in self.computed
-        }
+        return {layer.name: models.draw(self.session.model(layer), self._seeds(layer, rows)) for layer in self.computed}
 
     def encode(self, batch: Batch, prepared: Mapping[str, npt.NDArray[Any]]) -> Callable[[], Outputs]:
         outputs: dict[str, Callable[[], Sequence[Any]]] = {}
         for layer in self.computed:
-            captioner, seeds = self.session.captioner(layer), prepared[layer.name]
+            captioner, seeds = self.session.model(layer), prepared[layer.name]
             own = self.without_label(layer, batch.rows)
             views = batch.views[captioner.image]
             if len(own) < len(batch.rows):
@@ -83,7 +87,7 @@ class Captions(Producer):
         self, layer: Layer, what: str, views: torch.Tensor, seeds: npt.NDArray[Any]
     ) -> list[tuple[torch.Tensor, npt.NDArray[Any]]]:
         """What ``decode`` needs of each image: its encoding, and its seeds."""
-        captioner: Any = self.session.captioner(layer)
+        captioner: Any = self.session.model(layer)
         with self.session.stage(layer.name, what), self.session.meter.stage(layer.name, 0):
             images = copied(captioner.encode(to_pixels(views, captioner.image)))
             if len(images) != len(seeds):
@@ -92,7 +96,7 @@ class Captions(Producer):
 
     def fill(self) -> None:
         for layer in self.computed:
-            captioner: Any = self.session.captioner(layer)
+            captioner: Any = self.session.model(layer)
             if self.session.models.by_group(captioner) and callable(getattr(captioner, "reserve", None)):
                 reserve = partial(self._reserve, captioner)
                 self._in_turn(layer, GROUP_ROWS, "the captions of many images", reserve)
@@ -117,7 +121,7 @@ class Captions(Producer):
 
     def _decode(self, layer: Layer, group: RowGroup) -> _Texts:
         """The captions of a row group, whose images are decoded together and then released."""
-        captioner: Any = self.session.captioner(layer)
+        captioner: Any = self.session.model(layer)
         batches = group.outputs(layer.name)
         encoded = [one for batch in batches for one in batch if one is not None]
         for batch in batches:
@@ -156,7 +160,7 @@ class Captions(Producer):
         """The captions of ``rows``, empty for those that have labels."""
         own = self.without_label(layer, rows)
         count = len(own)
-        stage = SERVER if getattr(self.session.captioner(layer), "waits", False) else layer.name
+        stage = SERVER if getattr(self.session.model(layer), "waits", False) else layer.name
         with self.session.watch.stage(stage, what), raising_layer_failure(layer.name):
             found = texts()
             given = [one for one in found if one is not None and not isinstance(one, NoCaptions)]
@@ -171,7 +175,7 @@ class Captions(Producer):
         """Captions of each row, or None; records why there are none."""
         self.refuse_unreadable(layer, group)
         texts: Iterable[list[str] | NoCaptions | None]
-        if self.session.models.by_group(self.session.captioner(layer)):
+        if self.session.models.by_group(self.session.model(layer)):
             texts = self._decode(layer, group)
         else:
             texts = itertools.chain.from_iterable(group.outputs(layer.name))

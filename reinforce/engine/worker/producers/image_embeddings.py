@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,40 +12,39 @@ import torch
 
 from reinforce.config import Config
 from reinforce.dataset.layers import Layer
-from reinforce.engine.inference.batch_sizes import Demand, rows_per_batch
+from reinforce.engine.inference.batch_sizes import Demand
 from reinforce.engine.inference.inference import Batch, Outputs
-from reinforce.engine.inference.models import Models
+from reinforce.engine.inference.models import Models, crops_per_batch
 from reinforce.engine.inference.outputs import to_numpy
-from reinforce.engine.inference.self_test import check_fp8, check_image_encoder, probe_images
-from reinforce.engine.worker.producers.base import RowGroup
+from reinforce.engine.inference.self_test import check_fp8, check_image_encoder, probe_images, test_rows
+from reinforce.engine.worker.producers.base import RowGroup, Side
 from reinforce.engine.worker.producers.vectors import Embeddings, Floats, Mask
-from teachers.device.flops import count_flops
 from teachers.preprocessing.pixels import to_pixels
 from teachers.protocols import ImageSpec
-from teachers.spec import Precision
-
-_COUNTED = 32  # images whose operations are counted
+from teachers.spec import ModelInfo, Precision
 
 
 class ImageEmbeddings(Embeddings):
     kind = "images"
+    counted = 32
 
     @staticmethod
-    def self_test(models: Models, layer: Layer, precision: Precision, config: Config | None) -> None:
-        batch = None
-        if config is not None:
-            batch = models.batches.fitting(
-                "crops", models.batches.fitting("rows", rows_per_batch(config)) * config.augmentations.count
-            )
-        check_image_encoder(models, str(layer.model), precision, batch)
+    def has_side(info: ModelInfo) -> bool:
+        return info.images
 
     @staticmethod
-    def flops(models: Models, layer: Layer) -> float:
-        """The mean of a batch; compiled towers pad smaller ones."""
-        teacher = models.teachers[str(layer.model)]
-        with models.use_accelerator():
-            pixels = probe_images(models, teacher.image, [0] * _COUNTED)
-            return count_flops(lambda: teacher.encode_images(pixels)) / _COUNTED
+    def side(models: Models, name: str, identity: Mapping[str, Any], precision: Precision) -> Side:
+        teacher = models.teachers[name]
+
+        def prepare(size: int) -> Callable[[], Any]:
+            pixels = probe_images(models, teacher.image, test_rows(size))
+            return lambda: teacher.encode_images(pixels)
+
+        return Side(partial(check_image_encoder, models, name, precision), prepare)
+
+    @staticmethod
+    def full_batch(models: Models, layer: Layer, config: Config) -> int:
+        return crops_per_batch(models, config)
 
     @property
     def crops(self) -> bool:
@@ -58,10 +58,10 @@ class ImageEmbeddings(Embeddings):
         size = models.batches.fitting("crops", len(batch.crops))
         placeholders = np.repeat([row.unreadable is not None for row in batch.rows], count)
         prepared_pixels: dict[ImageSpec, torch.Tensor] = {}
-        waiting = Counter(self.session.teacher(layer).image for layer in self.computed)
+        waiting = Counter(self.session.model(layer).image for layer in self.computed)
         encoded: dict[str, torch.Tensor] = {}
         for layer in self.computed:
-            teacher = self.session.teacher(layer)
+            teacher = self.session.model(layer)
             assert teacher.image is not None
             if layer.model in models.uncompared and not placeholders.all():
                 check_fp8(models, layer.model, to_pixels(batch.crops[~placeholders], teacher.image))
@@ -87,7 +87,7 @@ class ImageEmbeddings(Embeddings):
                 encoded[layer.name] = models.encode_images(teacher, own)
         outputs: Outputs = {}
         for layer in self.computed:  # copied to the CPU only when all teachers' work is queued
-            dim = self.session.teacher(layer).dim
+            dim = self.session.model(layer).dim
             with self.session.stage(layer.name, batch.what):
                 places = unlabelled[layer.name]
                 outputs[layer.name] = np.zeros((len(batch.rows), count, dim), np.float32)

@@ -7,30 +7,31 @@ Resizing counts for nothing.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable, Mapping
 
 import torch
 
 from reinforce.config import Config
 from reinforce.dataset.kinds.registry import KINDS
-from reinforce.dataset.layers import Layer
+from reinforce.dataset.layers import Layer, LayerKind
 from reinforce.engine.inference.models import Counters, Models
 from reinforce.engine.inference.session import Session
 from reinforce.engine.record.rates import Cost
 from reinforce.engine.worker.producers.base import Producer
-from reinforce.engine.worker.producers.captions import Captions
-from reinforce.engine.worker.producers.image_embeddings import ImageEmbeddings
-from reinforce.engine.worker.producers.samples import Samples
-from reinforce.engine.worker.producers.scores import Scores
-from reinforce.engine.worker.producers.text_embeddings import TextEmbeddings
 from reinforce.engine.worker.refusals import Refusals
-from teachers.device.flops import peak_flops
+from teachers.device.flops import count_flops, peak_flops
 from teachers.spec import Precision
 
+
+def _producer(kind: LayerKind) -> type[Producer]:
+    module, _, name = kind.producer.partition(":")
+    found: type[Producer] = getattr(importlib.import_module(f"{__package__}.{module}"), name)
+    return found
+
+
 #: Producers by the name of their kind.
-PRODUCERS: dict[str, type[Producer]] = {
-    producer.kind: producer for producer in (Samples, Captions, ImageEmbeddings, TextEmbeddings, Scores)
-}
+PRODUCERS: dict[str, type[Producer]] = {name: _producer(kind) for name, kind in KINDS.items()}
 
 
 def make_producers(
@@ -43,20 +44,26 @@ def make_producers(
 
 
 def check_models(
-    models: Models, layers: Iterable[Layer], precisions: Mapping[str, Precision], config: Config | None = None
+    models: Models,
+    layers: Iterable[Layer],
+    precisions: Mapping[tuple[str, str], Precision],
+    config: Config | None = None,
 ) -> None:
     """Test the models that make ``layers``, on a few inputs or, with ``config``, on a full batch of it.
 
-    ``precisions`` are those of the forward passes, by name of the model.
+    ``precisions`` are those of the forward passes, by section and name of the model.
 
     Raises UserError that names the model, the check that failed and what was measured.
     """
     tested = set()
     for layer in layers:
-        if layer.model is None or layer.published or (layer.model, layer.kind) in tested:
+        section, name = layer.owner
+        if section is None or name is None or layer.published or (name, layer.kind) in tested:
             continue
-        tested.add((layer.model, layer.kind))
-        PRODUCERS[layer.kind.name].self_test(models, layer, precisions.get(layer.model, "fp32"), config)
+        tested.add((name, layer.kind))
+        producer = PRODUCERS[layer.kind.name]
+        side = producer.side(models, name, layer.identity, precisions.get((section, name), "fp32"))
+        side.check(None if config is None else producer.full_batch(models, layer, config))
     models.counters = Counters()
 
 
@@ -68,10 +75,13 @@ def measure_costs(models: Models, config: Config, layers: Iterable[Layer], card:
     device, costs = models.accelerator.device, {}
     card = card or (torch.cuda.get_device_name(device) if device.type == "cuda" else "")
     for layer in layers:
-        spec = config.teachers.get(layer.model or "")
+        section, name = layer.owner
+        spec = config.models.get(str(section), {}).get(str(name))
         if layer.published or spec is None or not spec.uses_precision:
             continue
-        peak = peak_flops(card, spec.resolved_precision)
-        if peak is not None and (flops := PRODUCERS[layer.kind.name].flops(models, layer)):
-            costs[layer.name] = Cost(flops, peak)
+        producer, peak = PRODUCERS[layer.kind.name], peak_flops(card, spec.resolved_precision)
+        if peak is not None and producer.counted:
+            run = producer.side(models, str(name), layer.identity, spec.resolved_precision).prepare(producer.counted)
+            with models.use_accelerator():
+                costs[layer.name] = Cost(count_flops(run) / producer.counted, peak)
     return costs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,20 +16,20 @@ from reinforce.config import Config
 from reinforce.dataset.kinds.scores import make_scorer
 from reinforce.dataset.layers import Layer, model_of
 from reinforce.engine.decode.row import Row
-from reinforce.engine.inference.batch_sizes import Demand, rows_per_batch
+from reinforce.engine.inference.batch_sizes import Demand
 from reinforce.engine.inference.inference import Batch, Outputs
 from reinforce.engine.inference.models import Models
 from reinforce.engine.inference.out_of_memory import OutOfMemory
 from reinforce.engine.inference.outputs import Floats
-from reinforce.engine.inference.self_test import LONG_TEXT, check_scorer
+from reinforce.engine.inference.self_test import LONG_TEXT, can_be_tested, check_scorer, score_probes, test_rows
 from reinforce.engine.messages.results import raising_layer_failure
-from reinforce.engine.worker.producers.base import Producer, RowGroup
+from reinforce.engine.worker.producers.base import Producer, RowGroup, Side
 from reinforce.source.samples import Refusal
 from schemas import Reason
 from teachers.custom.family import CAPTION, METADATA, PIXELS
 from teachers.preprocessing.pixels import to_pixels
 from teachers.protocols import ImageSpec
-from teachers.spec import Precision
+from teachers.spec import ModelInfo, Precision
 
 Mask = npt.NDArray[np.bool_]
 
@@ -45,19 +45,26 @@ class Scores(Producer):
             for layer in self.layers
             if layer.model is None
         }
-        self._seeing = [layer for layer in self.layers if layer.pixels]
+        self._seeing = [layer for layer in self.layers if layer.sees]
 
     @staticmethod
-    def self_test(models: Models, layer: Layer, precision: Precision, config: Config | None) -> None:
-        batch = None
-        if config is not None:
-            images = config.workers.images
-            batch = (
-                models.batches.fitting("rows", rows_per_batch(config))
-                if layer.pixels
-                else models.batches.fitting("samples", images)
-            )
-        check_scorer(models, str(layer.model), layer.identity["inputs"], layer.names, batch)
+    def has_side(info: ModelInfo) -> bool:
+        return can_be_tested(info.identity["inputs"])
+
+    @staticmethod
+    def side(models: Models, name: str, identity: Mapping[str, Any], precision: Precision) -> Side:
+        inputs, names = identity["inputs"], identity["names"]
+
+        def prepare(size: int) -> Callable[[], Any]:
+            return lambda: score_probes(models, name, inputs, names, test_rows(size))
+
+        return Side(partial(check_scorer, models, name, inputs, names), prepare)
+
+    @staticmethod
+    def full_batch(models: Models, layer: Layer, config: Config) -> int:
+        if layer.sees:
+            return Producer.full_batch(models, layer, config)
+        return models.batches.fitting("samples", config.workers.images)
 
     @property
     def sample_columns(self) -> set[str]:
@@ -68,13 +75,13 @@ class Scores(Producer):
 
     @property
     def views(self) -> Iterable[ImageSpec]:
-        return [self.session.scorer(layer).image for layer in self._seeing]
+        return [self.session.model(layer).image for layer in self._seeing]
 
     def encode(self, batch: Batch, prepared: Any) -> Callable[[], Outputs]:
         """Scores [rows, names] by layer; NaN where an input is missing."""
         outputs: Outputs = {}
         for layer in self._seeing:
-            image, inputs = self.session.scorer(layer).image, _inputs(layer)
+            image, inputs = self.session.model(layer).image, _inputs(layer)
             given = _usable(layer, batch.rows)
             outputs[layer.name] = np.full((len(given), len(layer.names)), np.nan, np.float32)
             if not given.any():
@@ -124,7 +131,7 @@ class Scores(Producer):
             return self._score(layer, inputs, len(places))
 
     def _score(self, layer: Layer, inputs: Sequence[Any], count: int) -> Floats:
-        return self.session.models.score(self.session.scorer(layer), inputs, count, layer.names)
+        return self.session.models.score(self.session.model(layer), inputs, count, layer.names)
 
     def fill(self) -> None:
         rows = self.session.models.batches.fitting("samples", self.session.config.workers.images)
@@ -134,7 +141,7 @@ class Scores(Producer):
 
     def demand(self, layer: Layer, rows: int) -> Demand:
         one = f"{layer.name}: one sample does"
-        return Demand("rows" if layer.pixels else "samples", one, f"a smaller model in scores.{layer.model}")
+        return Demand("rows" if layer.sees else "samples", one, f"a smaller model in scores.{layer.model}")
 
     # -- tables
 
@@ -152,7 +159,7 @@ class Scores(Producer):
 
     def _of_class(self, layer: Layer, group: RowGroup) -> Floats:
         """Scores [rows, names] of a class; records why rows have none."""
-        if layer.pixels:
+        if layer.sees:
             self.refuse_unreadable(layer, group)
             values = np.concatenate(group.outputs(layer.name))
             given = _usable(layer, group.rows)

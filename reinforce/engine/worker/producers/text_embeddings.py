@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -18,31 +18,36 @@ from reinforce.engine.inference.inference import Outputs
 from reinforce.engine.inference.models import Models
 from reinforce.engine.inference.out_of_memory import OutOfMemory
 from reinforce.engine.inference.outputs import to_numpy
-from reinforce.engine.inference.self_test import LONG_TEXT, TEXTS, check_text_encoder
+from reinforce.engine.inference.self_test import LONG_TEXT, TEXTS, check_text_encoder, test_rows
 from reinforce.engine.messages.tracebacks import shorten
-from reinforce.engine.worker.producers.base import RowGroup
+from reinforce.engine.worker.producers.base import RowGroup, Side
 from reinforce.engine.worker.producers.vectors import Embeddings, Floats, Mask
 from reinforce.source.samples import Refusal
 from schemas import Reason
-from teachers.device.flops import count_flops
-from teachers.spec import Precision
+from teachers.spec import ModelInfo, Precision
 
 _Texts: TypeAlias = "list[str] | None"
 
 
 class TextEmbeddings(Embeddings):
     kind = "texts"
+    counted = len(TEXTS)
 
     @staticmethod
-    def self_test(models: Models, layer: Layer, precision: Precision, config: Config | None) -> None:
-        batch = None if config is None else models.batches.fitting("texts", texts_per_batch(config))
-        check_text_encoder(models, str(layer.model), precision, batch)
+    def has_side(info: ModelInfo) -> bool:
+        return info.texts
 
     @staticmethod
-    def flops(models: Models, layer: Layer) -> float:
-        """The mean of a few texts."""
-        with models.use_accelerator():
-            return count_flops(models.text_encoder(models.teachers[str(layer.model)], TEXTS)) / len(TEXTS)
+    def side(models: Models, name: str, identity: Mapping[str, Any], precision: Precision) -> Side:
+        def prepare(size: int) -> Callable[[], Any]:
+            texts = [f"{TEXTS[row]}, {place}" for place, row in enumerate(test_rows(size))]
+            return lambda: models.text_encoder(models.teachers[name], texts)()  # noqa: PLW0108 - tokenizes each time
+
+        return Side(partial(check_text_encoder, models, name, precision), prepare)
+
+    @staticmethod
+    def full_batch(models: Models, layer: Layer, config: Config) -> int:
+        return models.batches.fitting("texts", texts_per_batch(config))
 
     def encode_group(self, rows: Sequence[Row]) -> Outputs:
         """Embeddings of the rows' own captions, which come again in turn where they are fewer than the vectors, and
@@ -65,7 +70,7 @@ class TextEmbeddings(Embeddings):
         if a single text does not fit in the memory of the device.
         """
         session = self.session
-        teacher = session.teacher(layer)
+        teacher = session.model(layer)
         distinct = sorted({t for row in texts if row for t in row}, key=lambda t: (len(t), t))
         index = {text: i for i, text in enumerate(distinct)}
         encoded = np.zeros((len(distinct), teacher.dim), np.float32)

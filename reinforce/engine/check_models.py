@@ -5,58 +5,38 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from rich.table import Table
 
-from reinforce.config import Config, load_config
+from reinforce.config import MODEL_SPECS, Config, load_config
 from reinforce.dataset.files.store import Store
+from reinforce.dataset.kinds.registry import KINDS
 from reinforce.engine.inference.batch_sizes import MAX_AUTO_BATCH
 from reinforce.engine.inference.models import Models
 from reinforce.engine.inference.out_of_memory import memory_hint
-from reinforce.engine.inference.self_test import (
-    TEXTS,
-    Floats,
-    can_be_tested,
-    check_captioner,
-    check_image_encoder,
-    check_scorer,
-    check_text_encoder,
-    probe_images,
-    score_probes,
-)
+from reinforce.engine.inference.outputs import Floats
 from reinforce.engine.messages.tracebacks import user_frames
 from reinforce.engine.plan.precision import resolve_precisions
 from reinforce.engine.plan.recipe import version_notes
+from reinforce.engine.worker.producers.base import Side
+from reinforce.engine.worker.producers.registry import PRODUCERS
 from reinforce.errors import UserError
 from reinforce.processes.cores import available_cores, describe_share
 from reinforce.terminal import Screen
-from teachers.custom.family import ClassScorerSpec, ClassTeacherSpec
+from teachers.custom.family import ClassTeacherSpec
 from teachers.device.accelerator import Accelerator
 from teachers.device.determinism import set_flags
 from teachers.device.memory import is_out_of_memory
-from teachers.protocols import ImageSpec
 from teachers.redact import Redactor
-from teachers.registry import (
-    captioner_spec,
-    describe_captioner,
-    describe_scorer,
-    describe_teacher,
-    load_captioner,
-    load_scorer,
-    load_teacher,
-    teacher_spec,
-)
-from teachers.spec import CaptionerSpec, TeacherSpec
+from teachers.registry import describe_model, load_model
+from teachers.spec import ModelSpec
 
 Kind = Literal["teacher", "captioner"]
-_Spec: TypeAlias = "TeacherSpec | CaptionerSpec | ClassScorerSpec"
 
 _FIRST_BATCH, _CLASS_BATCH = 8, 64
 _ENOUGH_SECONDS = 0.5  # of one batch; a larger one is not measured
@@ -126,9 +106,7 @@ def check_config(config: Config) -> Report:
     set_flags(device, workers.deterministic)
     Screen().log(f"{workers.describe()}, batches of {largest:,}, device {device}")
     with _threads(workers.cores):
-        specs: list[tuple[str, _Spec]] = [*config.teachers.items(), *config.captioners.items()]
-        specs += config.scorers.items()
-        for name, spec in specs:
+        for name, spec in (one for of in config.models.values() for one in of.items()):
             if spec.published:
                 report.notes.append(f"{name} is read from what others have published: no model is loaded")
             else:
@@ -142,11 +120,7 @@ def check_class(target: str, options: dict[str, Any], kind: Kind | None = None) 
     spec: dict[str, Any] = {"class": target, "options": options}
     try:
         cls = ClassTeacherSpec.model_validate(spec).import_class()
-        checked: _Spec
-        if kind is None and callable(getattr(cls, "score", None)):
-            checked = ClassScorerSpec.model_validate(spec)
-        else:
-            checked = teacher_spec(**spec) if (kind or _kind_of(cls)) == "teacher" else captioner_spec(**spec)
+        checked: ModelSpec = MODEL_SPECS[f"{kind}s" if kind else _section_of(cls)].model_validate(spec)
     except ValueError as error:
         raise UserError(redact.cut(f"{error}{user_frames(error)}")) from error
     set_flags("auto")
@@ -156,30 +130,21 @@ def check_class(target: str, options: dict[str, Any], kind: Kind | None = None) 
     return report
 
 
-def _check_model(report: Report, redact: Redactor, name: str, spec: _Spec, device: str, batch: int) -> None:
+def _check_model(report: Report, redact: Redactor, name: str, spec: ModelSpec, device: str, batch: int) -> None:
     """Add a model's measurements to the report, or what failed."""
     try:
-        models = Models({}, {}, Accelerator(device))
-        if isinstance(spec, CaptionerSpec):
-            info = describe_captioner(name, spec)
-            models.captioners = {name: load_captioner(name, spec, device)}
-            report.rows.append(_measure_captioner(models, name, spec, batch))
-        elif isinstance(spec, ClassScorerSpec):
-            info = describe_scorer(name, spec)
-            models.scorers = {name: load_scorer(name, spec, device)}
-            if can_be_tested(info.identity["inputs"]):
-                report.rows.append(_measure_scorer(models, name, info.identity, batch))
-            else:
-                report.notes.append(f"scores.{name} sees more than pixels and captions: it is loaded, and not tested")
-        else:
-            info = describe_teacher(name, spec)
-            models.teachers = {name: load_teacher(name, spec, device)}
-            if info.images:
-                report.rows.append(_measure_images(models, name, spec, batch))
-            if info.texts:
-                report.rows.append(_measure_texts(models, name, spec, batch))
+        info = describe_model(name, spec)
+        models = Models({spec.section: {name: load_model(name, spec, device)}}, Accelerator(device))
+        kinds = [kind for kind in KINDS.values() if kind.section == spec.section]
+        sides = [(kind.unit, PRODUCERS[kind.name]) for kind in kinds if PRODUCERS[kind.name].has_side(info)]
+        for unit, producer in sides:
+            side = producer.side(models, name, info.identity, spec.resolved_precision)
+            report.rows.append(_measure_side(models, name, unit, batch, side))
+        if not sides:
+            label = spec.label.format(name)
+            report.notes.append(f"{label} sees more than pixels and captions: it is loaded, and not tested")
         report.notes += version_notes([info.identity])
-        if getattr(spec, "precision", None) == "fp8":
+        if spec.precision == "fp8":
             report.notes.append(f"{name}: each worker of a run compares fp8 with bf16 on its first crops")
     except UserError as error:
         report.errors.append(redact.cut(str(error)))
@@ -187,65 +152,13 @@ def _check_model(report: Report, redact: Redactor, name: str, spec: _Spec, devic
         report.errors.append(redact.cut(f"{error}{user_frames(error)}"))
 
 
-def _measure_images(models: Models, name: str, spec: TeacherSpec, batch: int) -> Measurement:
-    teacher = models.teachers[name]
-
-    def prepare(size: int) -> Callable[[], Any]:
-        pixels = _pixels(models, teacher.image, size)
-        return lambda: teacher.encode_images(pixels)
-
-    check = partial(check_image_encoder, models, name, spec.resolved_precision)
-    return _measure_side(models, name, "images", batch, check, prepare)
-
-
-def _measure_texts(models: Models, name: str, spec: TeacherSpec, batch: int) -> Measurement:
-    def prepare(size: int) -> Callable[[], Any]:
-        texts = [f"{TEXTS[i % len(TEXTS)]}, {i}" for i in range(size)]
-
-        def run() -> Any:  # tokenizes each time
-            return models.text_encoder(models.teachers[name], texts)()
-
-        return run
-
-    check = partial(check_text_encoder, models, name, spec.resolved_precision)
-    return _measure_side(models, name, "texts", batch, check, prepare)
-
-
-def _measure_captioner(models: Models, name: str, spec: CaptionerSpec, batch: int) -> Measurement:
-    captioner = models.captioners[name]
-
-    def prepare(size: int) -> Callable[[], Any]:
-        pixels = _pixels(models, captioner.image, size)
-        seeds = np.arange(size * spec.count, dtype=np.uint64).reshape(size, spec.count)
-        return lambda: captioner.caption(pixels, seeds)
-
-    found = _measure_side(models, name, "captions", batch, partial(check_captioner, models, name, spec.count), prepare)
-    return replace(found, rate=found.rate * spec.count)
-
-
-def _measure_scorer(models: Models, name: str, identity: Mapping[str, Any], batch: int) -> Measurement:
-    inputs, names = identity["inputs"], identity["names"]
-
-    def prepare(size: int) -> Callable[[], Any]:
-        return lambda: score_probes(models, name, inputs, names, [i % 3 for i in range(size)])
-
-    return _measure_side(models, name, "samples", batch, partial(check_scorer, models, name, inputs, names), prepare)
-
-
-def _measure_side(
-    models: Models,
-    name: str,
-    side: str,
-    largest: int,
-    check: Callable[..., Floats | None],
-    prepare: Callable[[int], Callable[[], Any]],
-) -> Measurement:
+def _measure_side(models: Models, name: str, unit: str, largest: int, side: Side) -> Measurement:
     """Check one side of a model, measure it, and check it once more in the batch that was found."""
-    norms = check()
-    rate, size = _measure(models, prepare, largest, f"{name} ({side})")
-    check(size)
-    teacher = models.teachers.get(name)
-    return Measurement(name, side, None if teacher is None else teacher.dim, norms, rate, size)
+    norms = side.check(None)
+    rate, size = _measure(models, side.prepare, largest, f"{name} ({unit})")
+    side.check(size)
+    [model] = (model for of in models.loaded.values() for model in of.values())
+    return Measurement(name, unit, getattr(model, "dim", None), norms, rate * side.outputs, size)
 
 
 def _measure(models: Models, prepare: Callable[[int], Callable[[], Any]], largest: int, what: str) -> tuple[float, int]:
@@ -275,18 +188,18 @@ def _measure(models: Models, prepare: Callable[[int], Callable[[], Any]], larges
         size = min(2 * size, largest)
 
 
-def _pixels(models: Models, spec: ImageSpec | None, size: int) -> torch.Tensor:
-    return probe_images(models, spec, [i % 3 for i in range(size)])
-
-
-def _kind_of(cls: type) -> Kind:
-    """Whether a class is a teacher or a captioner. Raises ValueError if its methods do not tell."""
-    captions = callable(getattr(cls, "caption", None))
-    embeds = callable(getattr(cls, "encode_images", None)) or callable(getattr(cls, "encode_texts", None))
-    if captions == embeds:
-        has = "both `caption` and `encode_*`" if captions else "none of `encode_images`, `encode_texts` and `caption`"
+def _section_of(cls: type) -> str:
+    """The section of a config in which a class can be. Raises ValueError if its methods do not determine it."""
+    found = [
+        section
+        for section, spec in MODEL_SPECS.items()
+        if any(callable(getattr(cls, method, None)) for method in spec.methods)
+    ]
+    if len(found) != 1:
+        every = [f"`{one}`" for spec in MODEL_SPECS.values() for one in spec.methods]
+        has = f"none of {', '.join(every)}" if not found else f"methods of {' and '.join(found)}"
         raise ValueError(f"class {cls.__name__} has {has}: add a method, or set --kind teacher or --kind captioner")
-    return "captioner" if captions else "teacher"
+    return found[0]
 
 
 def _parse_options(options: str | None) -> dict[str, Any]:

@@ -13,9 +13,9 @@ import yaml
 from rich.console import Console
 
 from reinforce.config import parse_config
+from reinforce.engine import check_models as check
+from reinforce.engine.check_models import Report, check_class, check_config, check_target
 from reinforce.engine.inference.models import Models
-from reinforce.engine.preflight import check_models as check
-from reinforce.engine.preflight.check_models import Report, check_class, check_config, check_target
 from reinforce.errors import UserError
 from teachers.device.accelerator import Accelerator
 from tests.helpers import tiny_models
@@ -129,7 +129,7 @@ def test_classes_of_scores_are_checked_where_their_inputs_can_be_made_up(tmp_pat
 def test_the_kind_is_needed_where_the_methods_do_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "our_checked", sys.modules[__name__])
     assert sides(check_class("our_checked:ThreeCaptions", {})) == [("ThreeCaptions", "captions", None, 64)]
-    with pytest.raises(UserError, match=r"both `caption` and `encode_\*`: .* --kind teacher or --kind captioner"):
+    with pytest.raises(UserError, match=r"methods of teachers and captioners: .* --kind teacher or --kind captioner"):
         check_class("our_checked:Both", {})
     assert sides(check_class("our_checked:Both", {}, "captioner")) == [("Both", "captions", None, 64)]
 
@@ -179,5 +179,5 @@ def test_a_batch_that_does_not_fit_in_memory_is_not_measured() -> None:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
         return lambda: None
 
-    assert check._measure(Models({}, {}, Accelerator("cpu")), prepare, 256, "x")[1] == 16
+    assert check._measure(Models({}, Accelerator("cpu")), prepare, 256, "x")[1] == 16
     assert sizes == [8, 16, 32]
