@@ -12,6 +12,7 @@ from reinforce import settings, source_formats
 from reinforce.config_schema import LAYER_NAME, Batch, Named, OneOrMore
 from reinforce.processes.cores import Node, cores_per_process, default_gpus, describe_share
 from reinforce.settings import Section
+from teachers.custom.classifier import ClassifierSpec
 from teachers.custom.family import ClassScorerSpec
 from teachers.published.family import Join, Labels
 from teachers.registry import AnyCaptioner, AnyTeacher
@@ -127,7 +128,9 @@ class Augmentations(Section):
 
 
 #: What describes a model, by section of the config. Of a score, its class.
-MODEL_SPECS: dict[str, type[ModelSpec]] = {one.section: one for one in (AnyTeacher, AnyCaptioner, ClassScorerSpec)}
+MODEL_SPECS: dict[str, type[ModelSpec]] = {
+    one.section: one for one in (AnyTeacher, AnyCaptioner, ClassifierSpec, ClassScorerSpec)
+}
 #: What ``workers.batch: auto`` means on the CPU.
 AUTO_BATCH = 256
 
@@ -325,6 +328,7 @@ class Config(Section):
     augmentations: Augmentations = Augmentations()
     captioners: Named[AnyCaptioner] = Field(default_factory=dict, description="captioners by name")
     teachers: Named[AnyTeacher] = Field(default_factory=dict, description="teachers by name")
+    classifiers: Named[ClassifierSpec] = Field(default_factory=dict, description="classifiers by name")
     scores: Named[Score] = Field(
         default_factory=dict, description="scores by name, from layers that this config names or by a class"
     )

@@ -73,6 +73,9 @@ class Data(Section):
     teachers: list[str] | None = Field(
         None, description="teachers whose embeddings are read; default: all of the dataset"
     )
+    classifiers: list[str] | None = Field(
+        None, description="classifiers whose probabilities are read for `loss.probabilities`; default: all"
+    )
     captioners: Weights | None = Field(
         None,
         description="captioners whose captions are read: names or {name: weight}; default: all, equally; []: none. "
@@ -160,6 +163,12 @@ class Loss(Section):
         gt=0,
         description="weight, relative to distillation, of contrasting the student's images with the teachers' texts "
         "and the reverse, see student/terms/interactive.py; 1 in its publication; default: not computed",
+    )
+    probabilities: float | None = Field(
+        None,
+        gt=0,
+        description="weight of learning classifiers' probabilities of images, by a linear head; it is added to the "
+        "other losses, whichever lambda is; default: not learnt",
     )
     teachers: Named[AnyTeacher] = Field(
         default_factory=dict,

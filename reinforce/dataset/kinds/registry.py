@@ -8,13 +8,15 @@ from typing import Any
 
 from reinforce.dataset.kinds.captions import Captions
 from reinforce.dataset.kinds.embeddings import ImageEmbeddings, TextEmbeddings
+from reinforce.dataset.kinds.probabilities import ClassProbabilities
 from reinforce.dataset.kinds.samples import Samples
 from reinforce.dataset.kinds.scores import Scores
 from reinforce.dataset.layers import SAMPLES, Layer, LayerKind, folder_of, matches, parts_of
 
 #: Every kind by its name in dataset.json. Kinds of lower levels come first.
 KINDS: dict[str, LayerKind] = {
-    kind.name: kind for kind in (Samples(), Captions(), ImageEmbeddings(), TextEmbeddings(), Scores())
+    kind.name: kind
+    for kind in (Samples(), Captions(), ClassProbabilities(), ImageEmbeddings(), TextEmbeddings(), Scores())
 }
 
 

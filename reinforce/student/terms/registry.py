@@ -10,11 +10,11 @@ import torch
 
 from reinforce.errors import UserError
 from reinforce.student.config import Loss
-from reinforce.student.terms import features, interactive, pairs, scales
+from reinforce.student.terms import features, interactive, pairs, probabilities, scales
 from reinforce.student.terms.base import Models, Rows, Tensors, Term
 
 #: The module of each term, in the order of the losses.
-MODULES = (pairs, scales, features, interactive)
+MODULES = (pairs, scales, features, interactive, probabilities)
 
 _UNUSED = "unused: it has only one side and loss.features is none, or only texts, which are not read"
 

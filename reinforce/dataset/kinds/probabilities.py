@@ -1,0 +1,237 @@
+"""Probabilities of classes: the k most likely classes of each crop, or of the image as a whole, and the rest's sum."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+import schemas
+from reinforce.config import Config
+from reinforce.dataset import vectors
+from reinforce.dataset.comparison import Comparison
+from reinforce.dataset.layers import (
+    SAMPLES,
+    Layer,
+    LayerKind,
+    PickedValues,
+    TargetTensor,
+    compute_fingerprint,
+    mapping_at,
+)
+
+if TYPE_CHECKING:
+    from teachers.spec import ModelInfo
+
+Floats = npt.NDArray[np.float32]
+
+_BYTES, _REST_BYTES = 4 + 2, 4  # of a class with its probability, and of the rest
+#: How far the sum of a cell may be from 1, since probabilities are stored in float16.
+_SUM_ERROR = 2e-3
+#: Keys of an entry that the fingerprint covers, besides the model.
+_SETTINGS = ("top", "temperature", "sees")
+
+
+def probabilities_layer(name: str) -> str:
+    """Name of a classifier's layer."""
+    return f"probabilities/{name}"
+
+
+class Probabilities(NamedTuple):
+    """The most likely classes, the most likely first, their probabilities, and the sum of those of all other classes.
+
+    Of rows: int32 [rows, K, k], float32 [rows, K, k], float32 [rows, K], and a mask [rows] of the rows that are not
+    null; the others are arbitrary. K cells are those of the augmentation records, or one of the image as a whole.
+    """
+
+    classes: npt.NDArray[np.int32]
+    values: Floats
+    rest: Floats
+    valid: npt.NDArray[np.bool_]
+
+    def take(self, rows: npt.NDArray[Any]) -> Probabilities:
+        """Some rows, by their numbers or a mask."""
+        return Probabilities(self.classes[rows], self.values[rows], self.rest[rows], self.valid[rows])
+
+
+def read(data: pa.Table | pa.RecordBatch) -> Probabilities:
+    """The probabilities of rows in columns of the layer."""
+    (classes, first), (values, second), (rest, third) = (
+        vectors.tensor_rows(data.column(name)) for name in ("classes", "probabilities", "rest")
+    )
+    return Probabilities(classes, values.astype(np.float32), rest, first & second & third)
+
+
+class ClassProbabilities(LayerKind):
+    name = "probabilities"
+    pattern = probabilities_layer("*")
+    level = 1
+    columns = ("key", "classes", "probabilities", "rest")
+    values = "probabilities"
+    unit = "images"
+    producer = "probabilities:ClassProbabilities"
+    section = "classifiers"
+    model_key = "classifier"
+    required = ("classifier", "count", "dim", "model", *_SETTINGS)
+    tensors: ClassVar = {"classes": 2, "probabilities": 2, "rest": 1}
+    crops = True
+    picks = "crop"
+    unusable = "NaN"
+
+    def layers(
+        self, config: Config, infos: Mapping[tuple[str, str], ModelInfo], known: Mapping[str, Layer]
+    ) -> Iterable[Layer]:
+        for name, classifier in config.classifiers.items():
+            info = infos[self.section, name]
+            settings = {"top": classifier.k, "temperature": classifier.temperature, "sees": classifier.sees}
+            recipe = _recipe(known[SAMPLES].fingerprint, info.identity, settings)
+            yield Layer(
+                probabilities_layer(name),
+                self,
+                compute_fingerprint(recipe),
+                needs=(SAMPLES,),
+                model=name,
+                count=config.augmentations.count if classifier.sees == "crops" else 1,
+                dim=info.dim,
+                recipe=recipe,
+                code=info.code,
+                sees=classifier.sees,
+            )
+
+    def schema(self, layer: Layer, images: str) -> pa.Schema:
+        return _schema(layer.count, layer.recipe["top"])
+
+    def file_schemas(self) -> Iterable[pa.Schema]:
+        return [_schema(1, 1)]
+
+    def row_bytes(self, layer: Layer, sample: float) -> float | None:
+        return layer.count * (layer.recipe["top"] * _BYTES + _REST_BYTES)
+
+    def entry(self, layer: Layer, stated: Mapping[str, Any]) -> dict[str, Any]:
+        names = {"names": [*stated["names"]]} if stated.get("names") else {}
+        settings = {key: layer.recipe[key] for key in ("model", *_SETTINGS)}
+        return {"classifier": layer.model, "count": layer.count, "dim": stated.get("dim"), **settings, **names}
+
+    def check_entry(self, entry: Mapping[str, Any]) -> None:
+        super().check_entry(entry)
+        top, temperature = entry["top"], entry["temperature"]
+        if type(top) is not int or not 1 <= top <= (entry["dim"] or math.inf):
+            raise ValueError("top must be a number of classes, at most dim")
+        if not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
+            raise ValueError("temperature must be a positive number")
+
+    def stored(self, name: str, entry: Mapping[str, Any]) -> Layer:
+        return replace(super().stored(name, entry), recipe={key: entry[key] for key in ("model", *_SETTINGS)})
+
+    def recorded_fingerprint(self, layer: Layer, manifest: Mapping[str, Any]) -> str | None:
+        entry, samples = mapping_at(manifest, "layers", layer.name), manifest["layers"][SAMPLES]["fingerprint"]
+        return compute_fingerprint(_recipe(samples, entry["model"], entry))
+
+    def recipes(self, layer: Layer, manifest: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        entry = mapping_at(manifest, "layers", layer.name)
+        before, now = ({key: of[key] for key in ("model", *_SETTINGS) if key in of} for of in (entry, layer.recipe))
+        return before, now if before else {}
+
+    def wrong_rows(self, layer: Layer, table: pa.Table, records: int | None) -> Iterator[tuple[str, Any]]:
+        expected = self.schema(layer, "")
+        if differing := [name for name in self.columns if table[name].type != expected.field(name).type]:
+            types = f"{table[differing[0]].type}, dataset.json states {expected.field(differing[0]).type}"
+            yield f"have {differing[0]} of type {types}", np.ones(table.num_rows, np.bool_)
+            return
+        found = read(table)
+        nulls = np.stack([np.asarray(table[name].is_null()) for name in self.tensors])
+        yield "are null in some columns only", nulls.any(axis=0) & ~nulls.all(axis=0)
+
+        def wrong(right: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+            return found.valid & ~right.reshape(len(right), -1).all(axis=1)
+
+        cells = np.concatenate([found.values, found.rest[..., None]], axis=2)
+        yield "have a probability that is not between 0 and 1", wrong((cells >= 0) & (cells <= 1))
+        yield "have probabilities whose sum is not 1", wrong(np.abs(cells.sum(axis=2) - 1) <= _SUM_ERROR)
+        yield "do not have the most likely class first", wrong(found.values[..., 1:] <= found.values[..., :-1])
+        in_range = (found.classes >= 0) & (found.classes < (layer.dim or np.inf))
+        yield f"have a class that is not one of {layer.dim}", wrong(in_range)
+        yield "have a class twice", wrong(np.diff(np.sort(found.classes, axis=2), axis=2) != 0)
+
+    def decode(self, table: pa.Table) -> list[Probabilities | None]:
+        rows = zip(*read(table), strict=True)
+        return [Probabilities(*row) if row[-1] else None for row in rows]
+
+    def numbers(self, table: pa.Table) -> Mapping[str, Floats]:
+        found = read(table)
+        numbers = {"largest": found.values[..., :1].mean(axis=(1, 2)), "rest": found.rest.mean(axis=1)}
+        return {name: np.where(found.valid, values, np.float32(np.nan)) for name, values in numbers.items()}
+
+    def compare(self, first: pa.Table, second: pa.Table, least: float = 1.0) -> Comparison:
+        one, other = read(first), read(second)
+        result = Comparison(len(first), nulls=int((one.valid != other.valid).sum()))
+        if one.values.shape != other.values.shape:
+            return result
+        both = one.valid & other.valid
+        same = both & np.all(
+            [(a == b).reshape(len(a), -1).all(axis=1) for a, b in zip(one, other, strict=True)], axis=0
+        )
+        result.equal = int((same | ~(one.valid | other.valid)).sum())
+        if both.any():
+            one, other = one.take(both), other.take(both)
+            cosines = _cosines(one, other)
+            cosines[same[both]] = 1.0
+            if least < 1:
+                result.equal += int((~same[both] & (cosines >= least).all(axis=1)).sum())
+            differences = (np.abs(one.values - other.values).max(), np.abs(one.rest - other.rest).max())
+            result.difference = float(max(differences))
+            result.cosine, result.vectors = float(cosines.min()), cosines.size
+            result.cosines = float(cosines.sum(dtype=np.float64))
+        return result
+
+    def target_tensors(self, entry: Mapping[str, Any]) -> tuple[TargetTensor, ...]:
+        top = entry["top"]
+        return (
+            TargetTensor("classes", "int32", (top,)),
+            TargetTensor("probabilities", "float32", (top,)),
+            TargetTensor("rest", "float32", ()),
+        )
+
+    def pick(self, table: pa.Table, index: npt.NDArray[np.intp]) -> PickedValues:
+        found = read(table)
+        cell = np.arange(len(index)), index if found.rest.shape[1] > 1 else 0  # that of the image as a whole
+        classes, values, rest = found.classes[cell], found.values[cell], found.rest[cell]
+        finite = np.isfinite(values).all(axis=1) & np.isfinite(rest)
+        return PickedValues((classes, values, rest), found.valid, found.valid & finite)
+
+    def content(self, layer: Layer) -> str:
+        return f"[{layer.count}, {layer.recipe['top']}] of {layer.dim} classes"
+
+    def card_content(self, layer: Layer) -> str:
+        return self.report_content(layer)
+
+    def report_content(self, layer: Layer) -> str:
+        of = "crops" if layer.recipe["sees"] == "crops" else "images"
+        return f"{of}, {layer.count} × the {layer.recipe['top']} most likely of {layer.dim} classes"
+
+
+def _schema(count: int, top: int) -> pa.Schema:
+    return schemas.tensors_schema(
+        ("classes", pa.int32(), [count, top], "the most likely classes, the most likely first"),
+        ("probabilities", pa.float16(), [count, top], "their probabilities"),
+        ("rest", pa.float32(), [count], "sum of the probabilities of all other classes"),
+    )
+
+
+def _recipe(samples: str, model: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What the fingerprint covers: that of the samples, the identity of the classifier, and how it is applied."""
+    return {"samples": samples, "model": dict(model), **{key: settings[key] for key in _SETTINGS}}
+
+
+def _cosines(one: Probabilities, other: Probabilities) -> Floats:
+    """Cosines [rows, K] of two sides, with the rest as one more class; a class counts as 0 where it is not stored."""
+    shared = one.classes[..., :, None] == other.classes[..., None, :]
+    dot = np.einsum("rki,rkij,rkj->rk", one.values, shared, other.values) + one.rest * other.rest
+    norms = [np.sqrt((side.values**2).sum(axis=2) + side.rest**2) for side in (one, other)]
+    cosines: Floats = (dot / np.maximum(norms[0] * norms[1], np.finfo(np.float32).tiny)).astype(np.float32)
+    return cosines

@@ -1,0 +1,181 @@
+"""Classifiers: models of timm by name, and classes of the user's, that give logits of classes for images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+from pydantic import Field, model_validator
+
+from teachers import weights
+from teachers.custom.family import ClassSpec, hash_of_code
+from teachers.protocols import ImageSpec
+from teachers.spec import ModelInfo, ModelSpec
+
+if TYPE_CHECKING:
+    import torch
+
+    from teachers.device.accelerator import Accelerator
+
+_HUB_PREFIX = "hf-hub:"
+
+
+class Classifier(Protocol):
+    """A model that gives logits of classes for images.
+
+    A class of your own needs no base class. Name it by ``classifiers: {NAME: {class: package.module:Class}}``; it is
+    built as ``Class(device, **options)``, and its ``version`` is that of a teacher (see ``teachers.protocols``).
+    """
+
+    #: Number of classes.
+    classes: int
+    #: Preprocessing of ``pixels``.
+    image: ImageSpec
+    #: Names of the classes, in their order; optional.
+    names: Sequence[str]
+
+    def classify(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Classify float32 [B, 3, H, W] on the device, preprocessed by ``image`` -> floating point [B, classes].
+
+        The result are logits. A row with NaN or infinity is stored as null and quarantined as ``not_finite``; a logit
+        of minus infinity is that of a class of probability 0.
+        """
+        ...
+
+
+class ClassifierSpec(ModelSpec):
+    """One entry of ``classifiers:``, a model of timm or a custom class whose most likely classes are stored."""
+
+    section: ClassVar[str] = "classifiers"
+    label: ClassVar[str] = "classifier {}"
+    methods: ClassVar[tuple[str, ...]] = ("classify",)
+    takes_options: ClassVar[bool] = True
+
+    family: Literal["timm"] = Field("timm", description="library that `model` belongs to")
+    model: str | None = Field(
+        None, description="name of a model of timm with its tag, such as resnet50.a1_in1k, or hf-hub:ORG/REPO"
+    )
+    pretrained: str | None = Field(
+        None, description="checkpoint file by path or fsspec URL; default: the weights that timm names"
+    )
+    class_: str | None = Field(
+        None, alias="class", description="a custom class, package.module:Class; see teachers/custom/classifier.py"
+    )
+    options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="keyword arguments of the custom class, or of timm.create_model, such as num_classes",
+    )
+    k: int = Field(20, ge=1, le=4096, description="most likely classes that are stored, with their probabilities")
+    temperature: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="by which logits are divided before the softmax"
+    )
+    sees: Literal["crops", "image"] = Field(
+        "crops", description="crops: each augmented image; image: the image as a whole, once"
+    )
+
+    @property
+    def uses_precision(self) -> bool:  # type: ignore[override]
+        return self.class_ is None
+
+    @property
+    def imports(self) -> str | None:
+        return self.class_
+
+    @model_validator(mode="after")
+    def _check_model(self) -> ClassifierSpec:
+        if self.class_ is not None:
+            _ = self._class  # raises what is wrong
+        elif self.precision == "fp8":
+            raise ValueError("`precision: fp8` is for image towers of teachers: set bf16 or auto")
+        elif ":" in self.name and not self.name.startswith(_HUB_PREFIX):
+            raise ValueError(f"model: use a name of timm or {_HUB_PREFIX}ORG/REPO, and `pretrained` for a file")
+        return self
+
+    @property
+    def _class(self) -> ClassSpec:
+        """The custom class, with the keys of this entry that it uses."""
+        return ClassSpec(class_=self.class_, options=self.options, pretrained=self.pretrained, precision=self.precision)
+
+    def describe(self) -> ModelInfo:
+        if self.class_ is not None:
+            cls = self._class.import_class()
+            if not callable(getattr(cls, "classify", None)):
+                raise ValueError(f"class {self.class_} has no method `classify(pixels)`")
+            classes = getattr(cls, "classes", None)
+            dim = classes if isinstance(classes, int) else None
+            return ModelInfo(dim, True, False, self._class.identity(cls), hash_of_code(cls))
+        identity: dict[str, Any] = {"family": "timm", "precision": self.resolved_precision, "model": self.model}
+        if self.pretrained is not None:
+            identity["weights"] = weights.identity(self.pretrained)
+        if self.options:
+            identity["options"] = self.options
+        return ModelInfo(dim=None, images=True, texts=False, identity=identity)
+
+    def load(self, name: str, device: str) -> Any:
+        """The classifier with its number of classes as ``dim``."""
+        if self.class_ is not None:
+            classifier = self._class.build(device)
+            self._class.check_image(classifier, "classifies images")
+            classifier.dim = getattr(classifier, "classes", None)
+            if not isinstance(classifier.dim, int) or classifier.dim < 1:
+                raise ValueError(f"class {self.class_} must set `classes`, their number, got {classifier.dim!r}")
+        else:
+            from teachers.device.accelerator import Accelerator
+
+            classifier = _Timm(self, Accelerator(device, self.precision))
+        return classifier
+
+    def stated_by(self, model: Any) -> dict[str, Any]:
+        names = getattr(model, "names", None)
+        if not isinstance(names, list | tuple) or len(names) != model.dim:
+            return {"dim": model.dim}
+        return {"dim": model.dim, "names": [str(name) for name in names]}
+
+    def hosts(self) -> Iterator[str]:
+        if self.class_ is None and self.pretrained is None:
+            yield f"{weights.HUB} or the host that timm names ({self.name.removeprefix(_HUB_PREFIX)})"
+
+
+class _Timm:
+    """A model of timm by its spec. Raises ValueError or FileNotFoundError for a wrong spec."""
+
+    def __init__(self, spec: ClassifierSpec, accelerator: Accelerator) -> None:
+        import timm
+
+        own = spec.pretrained
+        model: Any = timm.create_model(spec.name, pretrained=own is None, **spec.options)
+        if own is not None:
+            _load_weights(model, own, spec.name)
+        self.dim = int(model.num_classes)
+        if self.dim < 1:
+            raise ValueError(f"model {spec.name} has no classes: set `num_classes` in `options`")
+        config = timm.data.resolve_model_data_config(model)
+        channels, height, width = config["input_size"]
+        if channels != 3:
+            raise ValueError(f"model {spec.name} takes images of {channels} channels, not of 3")
+        found = config["interpolation"]
+        self.image = ImageSpec(
+            size=height if height == width else (height, width),
+            mean=tuple(config["mean"]),
+            std=tuple(config["std"]),
+            interpolation=found if found in ("bilinear", "nearest") else "bicubic",
+            resize="squash" if config["crop_mode"] == "squash" else "crop",
+        )
+        self.names = model.pretrained_cfg.get("label_names")
+        self._model, self._accelerator = accelerator.prepare(model), accelerator
+
+    def classify(self, pixels: torch.Tensor) -> torch.Tensor:
+        with self._accelerator.forward():
+            logits: torch.Tensor = self._model(self._accelerator.layout(pixels)).float()
+            return logits
+
+
+def _load_weights(model: Any, location: str, name: str) -> None:
+    from safetensors.torch import load_file
+
+    path = weights.fetch(location)
+    try:
+        model.load_state_dict(load_file(str(weights.as_safetensors(path))))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"the weights in {path} do not fit {name}: {reason}") from error
