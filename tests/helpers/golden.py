@@ -26,7 +26,7 @@ from tests.helpers.published import config_of as published_config
 from tests.helpers.reinforced import reinforce_here
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-CONFIGS = ["datacompdr12m", "datacompdr1b", "demo", "dfn5b", "dfndr12m-bf16", "dfndr12m", "dfndr2b"]
+CONFIGS = ["datacompdr12m", "datacompdr1b", "demo", "dfn5b", "dfndr12m-bf16", "dfndr12m", "dfndr2b", "probabilities"]
 MODELS = "tests.helpers.models"
 #: Largest difference of an embedding's value between processors: an int8 code may be another by one, 1/127.
 TOLERANCE = 0.01
@@ -69,8 +69,15 @@ def _families() -> dict[str, Config]:
         "class": {"class": "tests.helpers.custom_models:Writer", "captions": 3, "clean": {"characters": 50}},
     }  # fmt: skip
     places = {"source": "memory://golden/*.tar", "output": "memory://golden/out"}
+    colors = {"class": "tests.helpers.classifiers:Colors", "options": {"sharpness": 2.0}, "k": 3}
+    classifiers: dict[str, Any] = {
+        "tag": {"model": "resnet10t.c3_in1k", "options": {"num_classes": 7}},
+        "hub": {"model": "hf-hub:org/repo", "precision": "bf16", "sees": "image"},
+        "class": {**colors, "temperature": 2.0},
+    }
     return {
         "families": parse_config({**places, "teachers": teachers, "captioners": captioners}),
+        "classifiers": parse_config({**places, "classifiers": classifiers}),
         "published": parse_config({**published_config(Path("golden")), **places}),
     }
 

@@ -1,0 +1,143 @@
+"""Students that learn probabilities of classes, from images alone and beside the distillation of teachers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import reinforce
+from reinforce import settings
+from reinforce.errors import UserError
+from reinforce.student.config import StudentConfig
+from reinforce.student.terms.probabilities import divergence
+from reinforce.student.train import build
+from reinforce.training.step import backpropagate
+from teachers.device.accelerator import Accelerator
+from tests.helpers.data import config_of, members_of, write_tar
+from tests.helpers.evaluation import encode_png
+from tests.helpers.reinforced import reinforce_here
+from tests.helpers.students import student_folder
+from tests.helpers.trainings import rows
+
+COLORS = {"class": "tests.helpers.classifiers:Colors"}
+CLASSES, IMAGES = 6, 24
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Images without text, with two classifiers, one of which sees each image as a whole."""
+    folder = tmp_path_factory.mktemp("alone")
+    (folder / "images").mkdir()
+    generator = np.random.default_rng(0)
+    for number in range(IMAGES):
+        image = np.full((24, 24, 3), generator.integers(0, 256, 3), np.uint8)
+        (folder / "images" / f"{number:02d}.png").write_bytes(encode_png(image))
+    classifiers = {"near.by": {**COLORS, "k": 3}, "whole": {**COLORS, "k": 6, "sees": "image", "temperature": 2.0}}
+    return reinforce_here(
+        {
+            "source": str(folder / "images"),
+            "output": str(folder / "out"),
+            "augmentations": {"count": 2, "size": 16, "rand_augment": {"ops": 0}},
+            "classifiers": classifiers,
+        }
+    )
+
+
+def config_for(folder: Path, dataset: str | Sequence[str], data: dict[str, Any], **sections: Any) -> StudentConfig:
+    train = {"steps": 2, "batch": 8, "optimizer": {"warmup": 0}, "log_every": 1}
+    return settings.parse(
+        StudentConfig,
+        {
+            "output": str(folder / "out"),
+            "student": {"model": student_folder(folder / "student")},
+            "data": {"datasets": dataset, "workers": 0, "window": 16, **data},
+            "train": {**train, **sections.pop("train", {})},
+            **sections,
+        },
+    )
+
+
+@pytest.mark.parametrize("top", [1, 4, 11])
+def test_the_divergence_is_that_of_the_stored_cells(top: int) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(5, 11, dtype=torch.float64, requires_grad=True)
+    stored, classes = torch.randn(5, 11, dtype=torch.float64).softmax(dim=1).topk(top)
+    rest = (1 - stored.sum(dim=1)).clamp(min=0)
+    predicted = logits.softmax(dim=1)
+    expected = (stored * (stored / predicted.gather(1, classes)).log()).sum(dim=1)
+    if top < 11:
+        expected = expected + rest * (rest / (1 - predicted.gather(1, classes).sum(dim=1))).log()
+    found = divergence(logits, classes.int(), stored, rest)
+    torch.testing.assert_close(found, expected)
+    of_found, of_expected = (torch.autograd.grad(one.sum(), logits, retain_graph=True)[0] for one in (found, expected))
+    torch.testing.assert_close(of_found, of_expected)
+
+
+def test_a_certain_class_and_far_logits_give_finite_losses_and_gradients() -> None:
+    logits = torch.tensor([[200.0, -200.0, 0.0]], requires_grad=True)
+    for stored, rest in ((1.0, 0.0), (0.0, 1.0)):
+        found = divergence(logits, torch.tensor([[1]]), torch.tensor([[stored]]), torch.tensor([rest]))
+        assert found >= 0
+        assert torch.autograd.grad(found.sum(), logits)[0].isfinite().all()
+
+
+def test_a_student_learns_probabilities_alone_from_images_without_text(tmp_path: Path, alone: str) -> None:
+    train = {"steps": 60, "optimizer": {"warmup": 0, "lr": 0.003}}
+    config = config_for(tmp_path, alone, {"captions": "none", "workers": 1}, loss={"probabilities": 1.0}, train=train)
+    task, feed = build(config, Accelerator("cpu"))
+    batch = task.prepare(next(iter(feed.batches(0, 1, 8, 0))))
+    assert {name: tuple(value.shape) for name, value in batch["targets"]["near.by"].items()} == {
+        "classes": (8, 3), "probabilities": (8, 3), "rest": (8,),
+    }  # fmt: skip
+    assert batch["targets"]["near.by"]["classes"].dtype == torch.int32
+    assert "classifier near.by: probabilities of the 3 most likely of 6 classes" in task.notes
+    gradients = []
+    for parts in (1, 2):
+        task.model.zero_grad()
+        output = backpropagate(task, task.model, batch, 8, [0] * parts, Accelerator("cpu"))
+        gradients.append({name: p.grad.clone() for name, p in task.model.named_parameters() if p.grad is not None})
+    assert output.losses.keys() == {"probabilities/near.by", "probabilities/whole"}
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+    assert {name.split(".")[0] for name in gradients[0]} == {"clip", "heads"}
+    assert all("visual" in name for name in gradients[0] if name.startswith("clip"))
+    reinforce.train(config)
+    losses = [row["losses"]["probabilities/near.by"] for row in rows(tmp_path / "out") if "losses" in row]
+    assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:10])
+
+
+def test_probabilities_are_learnt_beside_distillation_and_lambda_does_not_weigh_them(tmp_path: Path) -> None:
+    write_tar(tmp_path / "source" / "0.tar", members_of(0, 12))
+    classifiers = {"near": {**COLORS, "k": 2}}
+    dataset = reinforce_here(config_of(f"{tmp_path}/source/*.tar", tmp_path / "made", classifiers=classifiers))
+    found = []
+    for share in (0.0, 0.5):
+        task, feed = build(
+            config_for(tmp_path, dataset, {}, loss={"lambda": share, "probabilities": 2.0}), Accelerator("cpu")
+        )
+        batch = task.prepare(next(iter(feed.batches(0, 1, 8, 0))))
+        encoded = task.model(batch)
+        found.append({**task.losses(encoded, batch), **encoded.losses})
+    plain, distilled = found
+    assert plain.keys() == {"clip/caption", "clip/synthetic", "probabilities/near"}
+    assert distilled.keys() == plain.keys() | {"distill/caption", "distill/synthetic"}
+    torch.testing.assert_close(plain["probabilities/near"], distilled["probabilities/near"])
+
+
+def test_a_dataset_without_the_classifiers_that_a_training_needs_is_named(tmp_path: Path, alone: str) -> None:
+    write_tar(tmp_path / "source" / "0.tar", members_of(0, 4))
+    other = reinforce_here(config_of(f"{tmp_path}/source/*.tar", tmp_path / "made"))
+    none = {"captions": "none", "teachers": []}
+    cases: list[tuple[Any, dict[str, Any], str]] = [
+        (other, none, "loss.probabilities needs layers probabilities/CLASSIFIER, and the datasets have none"),
+        (alone, {**none, "classifiers": ["far"]}, "has no classifier 'far'; it has: near.by, whole"),
+        ([alone, other], none, "the datasets have different classifiers: .* has near.by, whole, .* has none"),
+        (alone, {}, "no teacher has vectors of both .* set data.captions to none"),
+    ]
+    for dataset, data, message in cases:
+        with pytest.raises(UserError, match=message):
+            build(config_for(tmp_path, dataset, data, loss={"probabilities": 1.0}), Accelerator("cpu"))
