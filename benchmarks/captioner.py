@@ -34,9 +34,8 @@ from benchmarks.loader import compare, sentence, write_source
 from benchmarks.step import model_folder
 from benchmarks.stored import write_results
 from reinforce.captioning.config import CaptionerConfig
-from reinforce.captioning.feed import predicted_lengths
 from reinforce.captioning.model import build_captioner
-from reinforce.captioning.streams import CaptionStreams, load_streams
+from reinforce.captioning.streams import CaptionStreams, load_streams, predicted_lengths
 from reinforce.captioning.task import CaptioningTask
 from reinforce.settings import parse
 from reinforce.training.config import Optimizer
@@ -89,7 +88,7 @@ def config_of(folder: Path, model: str, **data: Any) -> CaptionerConfig:
         {
             "output": str(folder / "out"),
             "captioner": {"model": model, "random": True},
-            "data": {"source": f"{folder}/*.tar", "captions": ["txt"], "order": "streams", **data},
+            "data": {"source": f"{folder}/*.tar", "captions": ["txt"], **data},
             "held_out": {"share": 0.01},
             "train": {"steps": 1, "batch": 2},
         },

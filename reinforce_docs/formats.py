@@ -21,7 +21,7 @@ FILES: dict[str, tuple[str, pa.Schema]] = {
     "Embeddings in int8": ("embeddings/<teacher>/<what>/<shard>.parquet", schemas.embeddings_schema(2, 768, "int8")),
     "Quarantine": ("quarantine/<layer>/<shard>.parquet", schemas.quarantine_schema()),
     "Index": ("index/<layer>.parquet", schemas.index_schema()),
-    "Pairs of a captioner's fine-tuning": ("pairs.parquet", schemas.PAIRS),
+    "Held-out images of a captioner's training": ("held-out.parquet", schemas.HELD_OUT),
 }
 
 

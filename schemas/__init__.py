@@ -222,22 +222,17 @@ def index_schema() -> pa.Schema:
     )
 
 
-#: Schema of ``pairs.parquet``, the image-caption pairs that fine-tuning of a captioner stores with its checkpoints: one
-#: row per image with captions. The file's metadata contains the ``fingerprint`` of the pairs' source.
-PAIRS = pa.schema(
+#: Schema of ``held-out.parquet``, the held-out images of a captioner's training: one row per image, in the order in
+#: which they are evaluated. The file's metadata contains the ``fingerprint`` of their source.
+HELD_OUT = pa.schema(
     [
         _field("key", pa.string(), "the sample's key in its shard, as webdataset forms it", False),
-        _field(
-            "url", pa.string(), "the tar or the samples file that holds the image, without what must not be told", False
-        ),
-        _field("offset", pa.int64(), "first byte of the encoded image in the tar, or in all images of the file", False),
-        _field("length", pa.int64(), "bytes of the encoded image", False),
         _field(
             "captions",
             pa.list_(pa.field("element", pa.string(), nullable=False)),
             "the image's captions after the caption policy, at least one",
             nullable=False,
         ),
-        _field("held_out", pa.bool_(), "whether it is judged by and never learnt from", False),
+        _field("image", pa.binary(), "the encoded image as it is in the source", False),
     ]
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from reinforce import settings
 from reinforce.config import Format, Limits
@@ -53,7 +53,7 @@ class Data(Section):
 
     source: str | list[str] = Field(
         description="what `source` of a run may be, by fsspec URL (braces, globs, a .txt file of URLs, or a list): "
-        "uncompressed tars, Parquet, jsonl or csv files, a folder of images, or a reinforced dataset"
+        "tars, Parquet, jsonl or csv files, a folder of images, or a reinforced dataset"
     )
     format: Format | None = Field(
         None, description="what the files are; default: recognised by their names, else by the first file"
@@ -81,35 +81,24 @@ class Data(Section):
     crop: tuple[float, float] = Field(
         (0.9, 1.0), strict=False, description="RandomResizedCrop: area of the crop / area of the image"
     )
-    threads: int | None = Field(
-        None,
-        ge=1,
-        description="threads per rank that read, decode and tokenize batches ahead; default: two thirds of the rank's "
-        "cores, at most 8, with an accelerator, else 1 for every 32 cores",
-    )
+    threads: int | None = Field(None, ge=1, description="threads that decode held-out images; default: one per core")
     limits: Limits = Limits()
-    order: Literal["table", "streams"] | None = Field(
-        None,
-        description="table (default): all pairs are listed in memory, and images read in random order; streams: shards "
-        "are read from start to end and shuffled in windows, as students read datasets, for large sources",
+    order: Literal["streams"] = Field(
+        "streams", description="the order of students: groups of samples are read whole, and shuffled in windows"
     )
-    window: int | None = Field(
-        None, ge=1, description="of streams: samples of a stream that are shuffled together; default: 4,096"
-    )
+    window: int | None = Field(None, ge=1, description="samples of a stream that are shuffled together; default: 4,096")
     streams: int | None = Field(
-        None, ge=1, description="of streams: their number, a multiple of ranks x workers, the default"
+        None, ge=1, description="number of streams, a multiple of ranks x workers, the default; see a student's"
     )
-    workers: int | None = Field(
-        None, ge=0, description="of streams: loader processes per rank; default: as a student has"
-    )
-    prefetch: int | None = Field(None, ge=1, description="of streams: batches to prefetch; default: 4")
+    workers: int | None = Field(None, ge=0, description="loader processes per rank; default: as a student has")
+    prefetch: int | None = Field(None, ge=1, description="batches to prefetch; default: 4")
 
-    @model_validator(mode="after")
-    def _check_streams(self) -> Data:
-        keys = [key for key in ("window", "streams", "workers", "prefetch") if getattr(self, key) is not None]
-        if keys and self.order != "streams":
-            raise ValueError(f"{keys[0]}: it is of `order: streams`; add that, or remove the key")
-        return self
+    @field_validator("order", mode="before")
+    @classmethod
+    def _check_order(cls, order: object) -> object:
+        if order in ("table", None):
+            raise ValueError("all sources are read in streams now: remove the key, or write `streams`")
+        return order
 
     @model_validator(mode="after")
     def _check_crop(self) -> Data:

@@ -14,16 +14,16 @@ import torch
 from torch.nn.functional import cross_entropy, normalize
 
 from reinforce.captioning.config import CaptionerConfig
-from reinforce.captioning.feed import Tokenize, predicted_lengths
-from reinforce.captioning.images import read_images
+from reinforce.captioning.held_out import HeldOut
 from reinforce.captioning.metrics import bleu, cider
 from reinforce.captioning.model import CaptionerModel
-from reinforce.captioning.pairs import Pairs
+from reinforce.captioning.streams import predicted_lengths
 from reinforce.errors import UserError
 from reinforce.evaluation.images import CacheBudget, ImageBatches
 from reinforce.evaluation.ranking import compute_recalls
 from reinforce.evaluation.reading import Example
 from reinforce.processes.cores import available_cores
+from reinforce.student.data.parts import Tokenize
 from teachers.coca.captioner import CocaCaptioner
 from teachers.device.accelerator import Accelerator
 from teachers.open_clip.building import write_open_clip
@@ -62,21 +62,21 @@ class CaptionerEvaluator:
     - ``cider`` and ``bleu``: of captions generated as in a run, see ``reinforce.captioning.metrics``.
     """
 
-    def __init__(self, pairs: Pairs, config: CaptionerConfig, tokenize: Tokenize, end: int) -> None:
-        self._pairs = pairs
+    def __init__(self, held_out: HeldOut, config: CaptionerConfig, tokenize: Tokenize, end: int) -> None:
+        self._held_out = held_out
         self._config = config.evaluate
         self._precision = config.train.compute.precision
         self._tokenize = tokenize
         self._end = end
         self._threads = config.data.threads or available_cores()
-        self._images = ImageBatches(self._examples, len(pairs), config.data.limits, CacheBudget(_CACHE_BYTES))
+        self._images = ImageBatches(self._examples, len(held_out), config.data.limits, CacheBudget(_CACHE_BYTES))
 
     def evaluate(self, model: CaptionerModel) -> dict[str, float]:
         """Return metrics of a model in eval mode, on its device. Raises UserError if no image can be decoded."""
         accelerator = Accelerator(str(next(model.parameters()).device), self._precision)
         totals = _Totals()
         with accelerator.forward():
-            for images, rows in self._batches(model.image, accelerator, len(self._pairs)):
+            for images, rows in self._batches(model.image, accelerator, len(self._held_out)):
                 self._add_batch(model, images, rows, totals)
         if not totals.count:
             refused = self._images.refused[0]
@@ -89,15 +89,13 @@ class CaptionerEvaluator:
             "token_accuracy": totals.hits / totals.tokens,
             "contrastive_loss": sum(loss for loss, _ in full) / len(full),
         }
-        pairs = np.array([totals.text_owners, np.arange(len(totals.text_owners))], np.int64)
-        recalls = compute_recalls(torch.cat(totals.images), torch.cat(totals.texts), pairs, accelerator)
-        metrics |= {f"retrieval/{name}": value for name, value in recalls.items()}
+        metrics |= {f"retrieval/{name}": value for name, value in _recalls(totals, accelerator).items()}
         if self._config.captioned != 0:
             metrics |= self._score_captions(model, accelerator)
         return metrics
 
     def _add_batch(self, model: CaptionerModel, images: torch.Tensor, rows: Sequence[int], totals: _Totals) -> None:
-        captions = [self._pairs.captions(row) for row in rows]
+        captions = [self._held_out.captions[row] for row in rows]
         vectors, image_tokens = model.coca._encode_image(images, normalize=False)
         owners = [index for index, texts in enumerate(captions) for _ in texts]
         flat = [text for texts in captions for text in texts]
@@ -125,8 +123,8 @@ class CaptionerEvaluator:
     def _score_captions(self, model: CaptionerModel, accelerator: Accelerator) -> dict[str, float]:
         captions = self.generate_captions(model, accelerator)
         for row, text in list(captions.items())[:_LOGGED_CAPTIONS]:
-            _log.info("held out: %s: %s", self._pairs.key(row), text)
-        texts, references = list(captions.values()), [self._pairs.captions(row) for row in captions]
+            _log.info("held out: %s: %s", self._held_out.keys[row], text)
+        texts, references = list(captions.values()), [self._held_out.captions[row] for row in captions]
         return {"cider": cider(texts, references), "bleu": bleu(texts, references)}
 
     def generate_captions(self, model: CaptionerModel, accelerator: Accelerator) -> dict[int, str]:
@@ -135,7 +133,7 @@ class CaptionerEvaluator:
             write_open_clip(model.coca, model.config, open_clip.get_tokenizer(model.name), folder)
             captioner = CocaCaptioner(self._config.generate.captioner(f"local-dir:{folder}"), accelerator)
         captions: dict[int, str] = {}
-        limit = self._config.captioned or len(self._pairs)
+        limit = self._config.captioned or len(self._held_out)
         for images, rows in self._batches(captioner.image, accelerator, limit):
             texts = captioner.caption(images, np.zeros((len(rows), 1), np.uint64))  # no strategy here samples
             captions |= {row: text[0] if text else "" for row, text in zip(rows, texts, strict=True)}
@@ -153,8 +151,15 @@ class CaptionerEvaluator:
                 return
 
     def _examples(self) -> Iterator[Example]:
-        for row in range(len(self._pairs)):
-            yield Example(self._pairs.key(row), partial(_read_image, self._pairs, row), row)
+        images = zip(self._held_out.keys, self._held_out.images(), strict=True)
+        for row, (key, image) in enumerate(images):
+            yield Example(key, partial(bytes, image), row)
+
+
+def _recalls(totals: _Totals, accelerator: Accelerator) -> dict[str, float]:
+    pairs = np.array([totals.text_owners, np.arange(len(totals.text_owners))], np.int64)
+    recalls = compute_recalls(torch.cat(totals.images), torch.cat(totals.texts), pairs, accelerator)
+    return recalls
 
 
 def _contrastive_loss(images: torch.Tensor, texts: torch.Tensor, scale: torch.Tensor) -> float:
@@ -163,8 +168,3 @@ def _contrastive_loss(images: torch.Tensor, texts: torch.Tensor, scale: torch.Te
         logits = scale * images @ texts.T
     labels = torch.arange(len(images), device=images.device)
     return float(cross_entropy(logits, labels) + cross_entropy(logits.T, labels)) / 2
-
-
-def _read_image(pairs: Pairs, row: int) -> bytes:
-    [data] = read_images([pairs.location(row)])
-    return data

@@ -7,14 +7,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
 from reinforce import settings
 from reinforce.captioning.config import CaptionerConfig
 from reinforce.captioning.evaluator import CaptionerEvaluator
-from reinforce.captioning.feed import CaptionFeed
+from reinforce.captioning.held_out import HELD_OUT_FILE, HeldOut
 from reinforce.captioning.model import build_captioner, check_captioner, describe_parameters
-from reinforce.captioning.pairs import PAIRS_FILE, Pairs, load_pairs
 from reinforce.captioning.streams import CaptionStreams, StreamedPairs, load_streams
 from reinforce.captioning.task import CaptioningTask
+from reinforce.errors import UserError
 from reinforce.processes.imports import require
 from reinforce.storage import Storage
 from reinforce.terminal import plural
@@ -26,6 +29,7 @@ from reinforce.training.launch import launch, runs_on_ray
 from reinforce.training.record.log import read_rows
 from reinforce.training.record.results import Results
 from reinforce.training.record.trackers import check_trackers
+from reinforce.training.saving.checkpoint import FOLDER as CHECKPOINTS
 from teachers.device.accelerator import Accelerator
 from teachers.open_clip.tokenizer import Tokenizer
 
@@ -39,9 +43,10 @@ _MUTABLE_KEYS = (
 )
 #: Folder of the output with the final weights.
 EXPORT = "captioner"
+_PAIRS_FILE = "pairs.parquet"  # of earlier versions
 _TEXTS_AT_ONCE = 1024
 #: What is trained on, and the held-out images.
-_Data: TypeAlias = "tuple[StreamedPairs | Pairs, Pairs]"
+_Data: TypeAlias = "tuple[StreamedPairs, HeldOut]"
 
 
 def finetune(config: CaptionerConfig | str | Path | dict[str, Any], *, address: str | None = None) -> Results:
@@ -54,6 +59,7 @@ def finetune(config: CaptionerConfig | str | Path | dict[str, Any], *, address: 
     config = settings.as_config(CaptionerConfig, config)
     Storage(config.output).check_writable()
     check_captioner(config)
+    _check_order(Storage(config.output))
     check_trackers(config.log)
     if config.evaluate.captioned != 0:
         require("train", "evaluate.captioned (BLEU and CIDEr)", "sacrebleu")
@@ -72,20 +78,27 @@ def finetune(config: CaptionerConfig | str | Path | dict[str, Any], *, address: 
     )
     data = None
     if runs_on_ray(job, address):  # faults are reported before Ray starts
-        data = _load_data(config, build_captioner(config).image.height)
+        data = load_streams(config, build_captioner(config).image.height)
     return launch(partial(build, config, data=data), job, address)
 
 
-def _load_data(config: CaptionerConfig, size: int) -> _Data:
-    if config.data.order == "streams":
-        return load_streams(config, size)
-    pairs = load_pairs(config)
-    return pairs.training(), pairs.held_out()
+def _check_order(output: Storage) -> None:
+    """Raise UserError for checkpoints of an earlier version that read images in random order."""
+    path = output.path(_PAIRS_FILE)
+    if not output.names(CHECKPOINTS) or not output.fs.exists(path):
+        return
+    with output.fs.open(path, "rb") as file:  # with the order of streams it had held-out images alone
+        held_out = pq.read_table(file, columns=["held_out"])["held_out"]
+    if not pc.all(held_out).as_py():
+        raise UserError(
+            f"{output.url} has a training of an earlier version that read images in random order (`data.order: "
+            "table`), which cannot be continued. Write to another `output`."
+        )
 
 
 def build(
     config: CaptionerConfig, accelerator: Accelerator, data: _Data | None = None
-) -> tuple[CaptioningTask, CaptionFeed | CaptionStreams]:
+) -> tuple[CaptioningTask, CaptionStreams]:
     """Build the task and the feed of one rank, with the model on the CPU. Raises UserError.
 
     Without ``data``, rank 0 lists and counts what is trained on, for all.
@@ -94,26 +107,18 @@ def build(
     context = None if config.captioner.context is None else model.coca.text.context_length
     tokenize = Tokenizer(model.name, context)
     end = int(tokenize([""])[0, 1])
-    training, held_out = data or share_from_first(partial(_load_data, config, model.image.height))
-    captions = held_out.all_captions()
-    feed: CaptionFeed | CaptionStreams
-    if isinstance(training, StreamedPairs):  # whose captions are not read before the training
-        feed = CaptionStreams(training, tokenize, end, pin=accelerator.device.type == "cuda")
-        trained = f"{feed.samples:,} examples in {len(training.groups):,} groups of streams"
-    else:
-        captions += training.all_captions()
-        feed = CaptionFeed(training, config.data, config.seed, model.image.height, tokenize, end)
-        trained = f"{plural(len(training), 'image')} with {training.caption_counts().sum():,} captions"
-    sample = held_out.shuffled(config.seed).first(config.evaluate.images)
-    evaluator = CaptionerEvaluator(sample, config, tokenize, end)
+    training, held_out = data or share_from_first(partial(load_streams, config, model.image.height))
+    feed = CaptionStreams(training, tokenize, end, pin=accelerator.device.type == "cuda")
+    evaluator = CaptionerEvaluator(held_out, config, tokenize, end)
     notes = []
     if gather.rank() == 0:
-        kept = f"{plural(len(held_out), 'image')} with {held_out.caption_counts().sum():,} captions held out"
-        notes = [describe_parameters(model), f"training on {trained}; {kept} (column `held_out` of {PAIRS_FILE})"]
+        captions = [caption for texts in held_out.captions for caption in texts]
+        trained = f"{plural(feed.samples, 'example')} in {plural(len(training.groups), 'group')} of streams"
+        kept = f"{plural(len(held_out), 'image')} with {len(captions):,} captions held out ({HELD_OUT_FILE})"
+        notes = [describe_parameters(model), f"training on {trained}; {kept}"]
         if truncated := count_truncated(captions, model.name, context):
-            notes.append(
-                f"{truncated:,} of {len(captions):,} captions are longer than the model's context and truncated"
-            )
+            of = f"{truncated:,} of {len(captions):,} held-out captions"
+            notes.append(f"{of} are longer than the model's context and truncated")
     return CaptioningTask(model, config.loss, evaluator, notes), feed
 
 

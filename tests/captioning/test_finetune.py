@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import open_clip
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -17,6 +20,7 @@ from safetensors.torch import load_file
 from reinforce.captioning.config import CaptionerConfig, Evaluation, load_captioner_config
 from reinforce.captioning.finetune import build, finetune, format_comparison
 from reinforce.cli import main
+from reinforce.errors import UserError
 from reinforce.training.record.results import Results
 from teachers.coca.captioner import CocaCaptioner
 from teachers.device.accelerator import Accelerator
@@ -36,7 +40,7 @@ def test_the_published_pre_training_sees_13_billion_samples_of_streams() -> None
     assert config.train.steps is not None
     assert config.train.steps * config.train.batch == pytest.approx(13e9, rel=1e-5)
     assert config.train.batch % config.train.compute.ranks == 0
-    assert (config.loss.contrastive, config.loss.caption, config.data.order) == (1, 2, "streams")
+    assert (config.loss.contrastive, config.loss.caption) == (1, 2)
     assert [load_captioner_config(PRETRAINED, [f"captioner.context={n}"]).captioner.context for n in (128, 256)] == [
         128,
         256,
@@ -140,6 +144,18 @@ def test_the_command_prints_metrics_before_and_after_and_refuses_another_config(
     assert "loss.contrastive: 1.0 before, 0.0 now" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("no_pictures")
+def test_checkpoints_of_an_earlier_version_go_on_if_it_read_in_streams(trained: tuple[Path, Results]) -> None:
+    folder, results = trained
+    earlier = Path(shutil.copytree(folder / "out", folder / "earlier"))
+    config = make_config(folder, output="earlier")
+    pq.write_table(pa.table({"held_out": [True, True]}), earlier / "pairs.parquet")
+    assert finetune(config).metrics == results.metrics
+    pq.write_table(pa.table({"held_out": [True, False]}), earlier / "pairs.parquet")
+    with pytest.raises(UserError, match="has a training of an earlier version that read images in random order"):
+        finetune(config)
+
+
 def test_the_best_evaluated_captioner_is_exported_where_the_config_asks(trained: tuple[Path, Results]) -> None:
     """Of a finished fine-tuning, without further steps."""
     assert Evaluation().best_metric == "cider"
@@ -187,12 +203,13 @@ def test_user_errors_are_reported_before_training(tmp_path: Path, capsys: pytest
 
 
 def test_notes_describe_parameters_data_and_truncated_captions(tmp_path: Path) -> None:
-    members = captioned({str(i): picture(i) for i in range(30)})
-    for i in range(30, 33):
-        members += captioned({str(i): picture(i)}, "word " * (74 if i == 30 else 75))
-    write_tar(tmp_path / "shards" / "0.tar", members)
-    task, _ = build(captioner_config(tmp_path), Accelerator("cpu"))
+    write_shards(tmp_path, 4)
+    members = [captioned({str(i): picture(i)}, "word " * (74 + (i > 0))) for i in range(3)]
+    write_tar(tmp_path / "held" / "0.tar", [*itertools.chain(*members)])
+    data = {"source": f"{tmp_path}/shards/*.tar", "captions": ["txt"], "workers": 0}
+    config = captioner_config(tmp_path, data=data, held_out={"source": f"{tmp_path}/held/0.tar"})
+    task, _ = build(config, Accelerator("cpu"))
     parameters, data, truncated = task.notes
     assert "M parameters are trained (image " in parameters
-    assert "images with" in data
-    assert truncated == "2 of 33 captions are longer than the model's context and truncated"
+    assert data == "training on 4 examples in 1 group of streams; 3 images with 3 captions held out (held-out.parquet)"
+    assert truncated == "2 of 3 held-out captions are longer than the model's context and truncated"

@@ -6,6 +6,7 @@ Each set is a stand-in of a few pictures, in the layout and with the fields of i
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from reinforce.captioning.config import load_captioner_config
-from reinforce.captioning.images import read_images
-from reinforce.captioning.pairs import load_pairs
+from reinforce.captioning.source import PairSource
 from reinforce.errors import UserError
+from reinforce.source.samples import RawSample
 from tests.helpers.commands import printed_by
 from tests.helpers.data import picture, write_tar
 from tests.helpers.demo import ROOT
@@ -143,11 +144,12 @@ def write_recap(root: Path) -> None:
         "recaption": [f"Recaption {number}" for number in range(COUNT)],
         "coco_url": ["http://images.cocodataset.org/val2014/x.jpg"] * COUNT,
     }
-    (root / "recap").mkdir()
-    write_huggingface(root / "recap/new_data.parquet", [picture(number, 9, 9) for number in range(COUNT)], columns)
+    (root / "recap-coco-30k").mkdir()
+    write_huggingface(
+        root / "recap-coco-30k/new_data.parquet", [picture(number, 9, 9) for number in range(COUNT)], columns
+    )
 
 
-RECAP = "hf://datasets/UCSC-VLAA/Recap-COCO-30K"
 COMPLETE = " Tree: Green leaves. Sky"
 
 
@@ -186,9 +188,9 @@ def overrides(name: str, root: Path, **changes: str) -> list[str]:
 
     def local(url: str | list[str]) -> str:
         assert isinstance(url, str)
-        return url.replace("s3://YOUR-BUCKET", str(root)).replace(RECAP, str(root / "recap"))
+        return url.replace("s3://YOUR-BUCKET", str(root))
 
-    values = {"output": f"{root}/out", "data.source": local(config.data.source), "data.threads": "1", **changes}
+    values = {"output": f"{root}/out", "data.source": local(config.data.source), "data.workers": "0", **changes}
     if config.data.images_from:
         values["data.images_from"] = local(*config.data.images_from)
     if config.held_out.source:
@@ -218,14 +220,15 @@ def test_the_published_layout_gives_the_captions_of_each_picture(
     write(root)
     if name.startswith("finetune-"):
         convert(name, root, monkeypatch)
-    changes = [*overrides(name, root), "data.order=table"]
-    config = load_captioner_config(ROOT / f"configs/{name}.yaml", changes)
-    pairs = load_pairs(config)
-    read = pairs.training() if config.held_out.source else pairs
+    config = load_captioner_config(ROOT / f"configs/{name}.yaml", overrides(name, root))
+    source = PairSource("data", config.data.source, None, config.data, seed=0)
+    refused = Counter[str]()
+    pairs = [pair for shard, _ in source.groups() for pair in source.pairs(shard, refused)]
     numbers = {picture(number, 9, 9): number for number in range(2 * COUNT)}
-    found = [numbers[image] for image in read_images([read.location(index) for index in range(len(read))])]
-    assert [read.captions(index) for index in range(len(read))] == [captions_of(number) for number in found]
+    found = [numbers[item.image] for item, _ in pairs if isinstance(item, RawSample)]
+    assert [[*captions] for _, captions in pairs] == [captions_of(number) for number in found]
     assert len({*found}) == len(found) == COUNT
+    assert not refused
 
 
 def convert(name: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

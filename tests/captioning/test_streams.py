@@ -1,4 +1,4 @@
-"""Pairs that are streamed: order, ranks, resumption, what is held out, counted and replaced, and a training."""
+"""Pairs in streams: order, ranks, resumption, examples, what is counted and replaced, and a training."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -16,12 +17,15 @@ import torch
 
 import reinforce
 from reinforce.captioning import finetune as finetuning
-from reinforce.captioning import groups
 from reinforce.captioning.config import CaptionerConfig
 from reinforce.captioning.finetune import build, finetune
-from reinforce.captioning.pairs import load_pairs
-from reinforce.captioning.streams import CaptionStreams, load_streams
+from reinforce.captioning.source import GROUPS_FILE
+from reinforce.captioning.streams import CaptionStreams, load_streams, predicted_lengths
+from reinforce.config import Augmentations, Limits, RandAugment
+from reinforce.dataset.augment.records import replay
+from reinforce.dataset.augment.sampling import sample_augmentation
 from reinforce.errors import UserError
+from reinforce.images.policy import decode
 from reinforce.training.order import ORDER
 from reinforce.training.record import log
 from reinforce.training.task import Feed, Task
@@ -40,7 +44,7 @@ tokenize = Tokenizer("coca_ViT-B-32")
 
 
 def streams_config(folder: Path, **data: Any) -> CaptionerConfig:
-    source = {"source": f"{folder}/shards/*.tar", "order": "streams", "workers": 0, "streams": 2, "window": 8}
+    source = {"source": f"{folder}/shards/*.tar", "workers": 0, "streams": 2, "window": 8}
     changes = {key: data.pop(key) for key in ("held_out", "seed", "output", "train", "evaluate") if key in data}
     return captioner_config(folder, data={**source, **data}, **changes)
 
@@ -78,20 +82,36 @@ def test_every_caption_is_an_example_of_an_epoch_where_all_are_used(folder: Path
     assert len({(batch["key"][0], tuple(batch["caption"][0].tolist())) for batch in batches}) == 66
 
 
-def test_held_out_images_of_a_share_are_those_of_the_table_and_are_copied_for_evaluations(folder: Path) -> None:
-    config = streams_config(folder, output=f"{folder}/held")
-    streamed, held_out = load_streams(config, SIZE)
-    table = load_pairs(captioner_config(folder, output=f"{folder}/table")).held_out()
-    images = {table.key(row): picture(1000 * int(table.key(row)[:3]) + int(table.key(row)[3:])) for row in range(15)}
-    assert {held_out.key(row) for row in range(len(held_out))} == images.keys()
-    place = held_out.location(3)
-    data = Path(place.url).read_bytes()[place.offset : place.offset + place.length]
-    assert data == images[held_out.key(3)]
-    assert int(streamed.found.rows.sum()) + len(held_out) == 48
-    task, _ = build(config, Accelerator("cpu"))
-    assert "training on 33 examples in 3 groups of streams; 15 images with 30 captions held out" in task.notes[1]
-    few = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"images": 4})})
-    assert len(load_streams(few, SIZE)[1]) == 4
+def test_captions_are_drawn_again_in_every_epoch(folder: Path) -> None:
+    feed = feed_of(streams_config(folder, output=f"{folder}/drawn"))
+    assert feed.samples == 33
+    epochs = [take(feed, 33, batch=1, start=33 * epoch) for epoch in range(8)]
+    seen = [{batch["key"][0]: tuple(batch["caption"][0].tolist()) for batch in epoch} for epoch in epochs]
+    assert all(len(epoch) == 33 for epoch in seen), "each image once"
+    assert all(len({epoch[key] for epoch in seen}) == 2 for key in [*seen[0]][:5])
+
+
+def test_an_example_is_a_crop_by_policy_with_a_caption_of_its_image(folder: Path) -> None:
+    [batch] = take(feed_of(streams_config(folder, output=f"{folder}/crop")), 1)
+    assert (batch["image"].dtype, batch["image"].shape) == (torch.uint8, (4, SIZE, SIZE, 3))
+    policy = Augmentations(count=1, size=SIZE, scale=(0.9, 1.0), rand_augment=RandAugment(ops=0))
+    for row, key in enumerate(batch["key"]):
+        shard, number = int(key[:3]), int(key[3:])
+        image = decode(picture(shard * 1000 + number), Limits())
+        crop = replay(image, sample_augmentation(policy, 0, key, 0, *image.size))
+        assert np.array_equal(batch["image"][row].numpy(), np.asarray(crop))
+        texts = [f"thing {number} of shard {shard}, view {n}" for n in range(2)]
+        assert any(torch.equal(batch["caption"][row], tokens) for tokens in tokenize(texts))
+        assert batch["caption"][row, batch["length"][row]] == END
+
+
+def test_predicted_tokens_end_with_the_first_end_token() -> None:
+    tokens = tokenize(["", "fog", "a sign that says &!;", "<end_of_text> is text", "word " * 200])
+    lengths = predicted_lengths(tokens, END)
+    assert lengths[:2] == [1, 2]
+    assert lengths[2] == tokens[2].tolist().index(END)
+    assert lengths[3] > 4  # a special token within a caption is plain text
+    assert lengths[4] == 75  # truncated to the context, with the end token last
 
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl", "folder", "dataset", "view"])
@@ -136,7 +156,7 @@ def test_sizes_beside_tars_save_counting_and_surplus_ones_are_replaced(
     config = streams_config(tmp_path, held_out={"source": f"{folder}/shards/*.tar"})
     feed = feed_of(config)
     assert feed.samples == 20
-    assert not Path(config.output, groups.GROUPS_FILE).exists()
+    assert not Path(config.output, GROUPS_FILE).exists()
     with caplog.at_level(logging.WARNING):
         assert len({*keys_of(take(feed, 11))}) == 16
     assert "unusable rows that were replaced: fewer samples than were counted: 4" in caplog.text
@@ -149,10 +169,11 @@ def test_broken_images_are_replaced_by_others_counted_and_named(
     broken = {f"broken-{n}": b"no image" for n in range(4)}
     write_tar(tmp_path / "shards" / "0.tar", [*captioned({**images, **broken}), ("silent.png", picture(1))])
     config = streams_config(tmp_path, held_out={"source": f"{folder}/shards/*.tar"}, captions=["txt"])
-    feed = feed_of(config)
-    assert feed.samples == 20, "the one without a caption is not counted"
     with caplog.at_level(logging.WARNING):
+        feed = feed_of(config)
         batches = take(feed, 9)
+    assert feed.samples == 20, "the one without a caption is not counted"
+    assert "data: samples that are left out: no_text: 1" in caplog.text
     assert not {*broken} & {*keys_of(batches)}
     assert all(len({*batch["key"]}) == 4 for batch in batches[:4])
     assert f"{tmp_path}/shards/0.tar, key broken-0 is replaced by another example: image_format" in caplog.text
@@ -170,7 +191,7 @@ def test_bad_configs_and_damaged_sources_are_reported(folder: Path, tmp_path: Pa
     path = tmp_path / "damaged" / "00001.tar"
     path.write_bytes(path.read_bytes()[:5000])
     refused: list[tuple[dict[str, Any], str]] = [
-        ({"order": None, "streams": None, "window": None}, "workers: it is of `order: streams`"),
+        ({"order": "table"}, "data.order: all sources are read in streams now: remove the key"),
         ({"source": f"{folder}/shards/none-*.tar"}, "none-"),
         ({"source": f"{folder}/none.parquet"}, r"data: .*none\.parquet cannot be read: FileNotFoundError"),
         ({"captions": ["md"]}, "0 examples are left for training"),
@@ -211,9 +232,9 @@ def train_on_two_ranks(rank: int, folder: Path, ports: list[int]) -> None:
         return task, before_batches(feed, lambda rank, step, batch: seen[-1].extend(batch["key"]))
 
     finetuning.build = noting
-    counted = finetuning._load_data
+    counted = finetuning.load_streams
     loads: list[int] = []
-    finetuning._load_data = lambda *arguments: loads.append(rank) or counted(*arguments)
+    finetuning.load_streams = lambda *arguments: loads.append(rank) or counted(*arguments)
     for port, (output, steps) in zip(ports, TRAININGS, strict=True):
         under_torchrun(rank, 2, port)
         finetune(training_config(folder, output, steps))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 
 import reinforce
 from reinforce.captioning.config import Data as CaptionerData
-from reinforce.captioning.scan import scan
+from reinforce.captioning.source import PairSource
 from reinforce.config import Limits, Score, parse_config
 from reinforce.dataset.drop import drop, plan_drop
 from reinforce.dataset.files.store import Store
@@ -145,8 +146,9 @@ def test_a_student_draws_one_an_epoch_with_its_own_vector_and_resumes(made: Path
 
 def test_captioners_learn_from_all_of_them_retrieval_is_evaluated_on_them_and_reports_count_them(made: Path) -> None:
     several = {key: texts[:5] for key, texts in CAPTIONS.items() if texts}
-    pairs = scan(str(made), CaptionerData(source=str(made)), "data")
-    assert dict(zip(pairs["key"].to_pylist(), pairs["captions"].to_pylist(), strict=True)) == several
+    source = PairSource("data", str(made), None, CaptionerData(source=str(made)), seed=0)
+    pairs = [pair for shard, _ in source.groups() for pair in source.pairs(shard, Counter())]
+    assert {item.key: [*captions] for item, captions in pairs} == several
     for where, expected in (("lines:true_captions", several), ("txt", {key: one[:1] for key, one in several.items()})):
         retrieval = open_retrieval_set("own", RetrievalSet(pairs=str(made), captions=[where]), Limits())
         assert {one.key: [*one.target] for one in retrieval.examples() if isinstance(one, Example)} == expected

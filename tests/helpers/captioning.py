@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from reinforce.captioning.config import CaptionerConfig, Loss
-from reinforce.captioning.feed import predicted_lengths
 from reinforce.captioning.model import CaptionerModel, build_captioner
+from reinforce.captioning.streams import StreamedPairs, predicted_lengths
 from reinforce.captioning.task import CaptioningTask
 from reinforce.settings import parse
+from reinforce.training.order import Chunk
 from reinforce.training.task import Batch, Feed
 from teachers.open_clip.tokenizer import Tokenizer
 from tests.helpers.data import picture, write_tar
@@ -31,7 +32,7 @@ def captioner_config(folder: Path, **changes: Any) -> CaptionerConfig:
     config: dict[str, Any] = {
         "output": str(folder / "out"),
         "captioner": {"model": f"local-dir:{model}"},
-        "data": {"source": f"{folder}/shards/*.tar", "threads": 1},
+        "data": {"source": f"{folder}/shards/*.tar", "workers": 0},
         "held_out": {"share": 0.3},
         "train": {
             "steps": 4,
@@ -102,6 +103,12 @@ def take(feed: Feed, steps: int, rank: int = 0, ranks: int = 1, batch: int = 4, 
         return list(itertools.islice(batches, steps))
     finally:
         batches.close()
+
+
+def take_keys(pairs: StreamedPairs) -> set[str]:
+    """The keys of all examples of an epoch."""
+    chunks = [Chunk(group, 0, rows) for group, rows in enumerate(pairs.counts.tolist())]
+    return {row.key for chunk in chunks for row in pairs.load(chunk, 0).rows if row is not None}
 
 
 def equal(a: dict[str, Any], b: dict[str, Any]) -> bool:

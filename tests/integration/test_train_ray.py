@@ -1,4 +1,4 @@
-"""Trainings on Ray Train and on S3, of a student's stand-in and of a captioner whose pairs are streamed."""
+"""Trainings on Ray Train and on S3, of a student's stand-in and of a captioner."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_after_a_killed_rank_all_ranks_restart_from_the_last_checkpoint(tmp_path
 
 
 @pytest.mark.slow
-def test_two_ranks_train_a_captioner_of_streams_like_one_and_the_driver_shows_what_they_log(
+def test_two_ranks_train_a_captioner_like_one_and_the_driver_shows_what_they_log(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     write_shards(tmp_path / "held", 4)
@@ -53,7 +53,7 @@ def test_two_ranks_train_a_captioner_of_streams_like_one_and_the_driver_shows_wh
         output = tmp_path / str(ranks)
         compute = {"ranks": ranks, "gpus": 0, "cpus": 1}
         changes = {"train": {"steps": 7, "batch": 4, "optimizer": {"warmup": 0}, "log_every": 1, "compute": compute}}
-        data = {"source": f"{tmp_path}/0.tar", "captions": ["txt"], "order": "streams", "streams": 2, "workers": 0}
+        data = {"source": f"{tmp_path}/0.tar", "captions": ["txt"], "streams": 2, "workers": 0}
         held = {"source": f"{tmp_path}/held/shards/*.tar"}
         config = captioner_config(tmp_path, output=str(output), data=data, held_out=held, **changes)
         assert finetune(config).steps == 7

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-from schemas import PAIRS, WHOLE_SHARD, Reason, captions_schema, embeddings_schema, quarantine_schema, samples_schema
+from schemas import HELD_OUT, WHOLE_SHARD, Reason, captions_schema, embeddings_schema, quarantine_schema, samples_schema
 
 
 def test_every_layer_repeats_the_key_and_samples_have_the_image_or_a_reference_to_it() -> None:
     embed, reference = samples_schema("embed"), samples_schema("reference")
     vectors = [embeddings_schema(2, 8, dtype) for dtype in ("float16", "int8")]
-    for schema in (embed, reference, captions_schema(), *vectors, PAIRS, quarantine_schema()):
+    for schema in (embed, reference, captions_schema(), *vectors, HELD_OUT, quarantine_schema()):
         key = schema.field("key")
         assert (key.type, key.nullable) == (pa.string(), schema == quarantine_schema())
     assert set(embed.names) ^ set(reference.names) == {"image", "image_ref", "image_digest"}

@@ -15,7 +15,7 @@ import torch
 
 import reinforce
 from reinforce.captioning.config import CaptionerConfig
-from reinforce.captioning.pairs import load_pairs
+from reinforce.captioning.streams import load_streams
 from reinforce.config import Input, Limits
 from reinforce.errors import UserError
 from reinforce.evaluation.config import RetrievalSet, ZeroShotSet
@@ -27,6 +27,7 @@ from reinforce.source.samples import RawSample
 from reinforce.student.config import Data
 from reinforce.student.data.feed import StudentFeed
 from reinforce.training.task import Batch
+from tests.helpers.captioning import take_keys
 from tests.helpers.data import members_of, write_tar
 from tests.helpers.in_loaders import letters
 from tests.helpers.reinforced import small_dataset
@@ -106,21 +107,16 @@ def test_the_file_of_a_shard_is_read_once_and_a_view_of_other_rows_fails_before_
 
 
 def test_reports_evaluation_sets_and_fine_tunings_read_the_samples_of_a_view(url: str, tmp_path: Path) -> None:
-    """The images of a fine-tuning are at their places among those of all samples."""
-    samples, data = {sample.key: sample for sample in reinforce.open(url, view="some")}, reinforce.open(url)
+    samples = {sample.key: sample for sample in reinforce.open(url, view="some")}
     assert captions_report(url, teachers=[], view="some")["rows"] == KEPT
     read = [item for item in read_samples(url, Input(view="some"), "set") if isinstance(item, RawSample)]
     assert [(item.key, item.image) for item in read] == [(key, sample.image) for key, sample in samples.items()]
-    pairs = load_pairs(parse(CaptionerConfig, captioner_config(url, tmp_path, view="some")))
-    training = pairs.training()
-    assert [training.key(n) for n in range(len(training))] == [*samples]
-    whole = {shard: b"".join(sample.image for sample in data[shard]) for shard in data.shards}
-    for number, sample in enumerate(samples.values()):
-        place = training.location(number)
-        assert whole[Path(place.url).stem][place.offset : place.offset + place.length] == sample.image
-    assert {pairs.held_out().key(n) for n in range(KEPT)} == {one.key for one in reinforce.open(url, view="few")}
-    others = load_pairs(parse(CaptionerConfig, captioner_config(url, tmp_path, view="few"))).training()
-    assert {others.key(n) for n in range(KEPT)} == {one.key for one in reinforce.open(url, view="few")}
+    few = {one.key for one in reinforce.open(url, view="few")}
+    streamed, held_out = load_streams(parse(CaptionerConfig, captioner_config(url, tmp_path, view="some")), 16)
+    assert take_keys(streamed) == {*samples}
+    assert {*held_out.keys} == few
+    streamed, _ = load_streams(parse(CaptionerConfig, captioner_config(url, tmp_path, view="few")), 16)
+    assert take_keys(streamed) == few
 
 
 def captioner_config(source: str, output: Path, **data: Any) -> dict[str, Any]:
@@ -136,7 +132,7 @@ def test_a_view_of_what_is_no_dataset_is_an_error(tmp_path: Path) -> None:
     readers: dict[str, Callable[[], object]] = {
         "retrieval/set": lambda: open_retrieval_set("set", RetrievalSet(pairs=tar, view="some"), Limits()),
         "zero_shot/set": lambda: open_zero_shot_set("set", ZeroShotSet(images=tar, view="some"), Limits()),
-        "data": lambda: load_pairs(captioner),
+        "data": lambda: load_streams(captioner, 16),
     }
     for key, read in readers.items():
         with pytest.raises(UserError, match=rf"{key}: a view is of one reinforced dataset, and .*a.tar is none"):

@@ -122,8 +122,6 @@ class SourceFormat:
     referable: bool = False
     #: Whether ``input.view`` can choose samples of it.
     has_views: bool = False
-    #: Whether reading in random order needs a copy of the images that ``read`` yields without a URL.
-    copied: bool = True
 
     def read(self, shard: Shard, spec: Input, budget: ReadBudget | None = None) -> Iterator[Item]:
         """Yield the samples of a shard in order, each key once, with refusals in between.

@@ -35,7 +35,6 @@ _TYPES |= {("image_ref", "struct<url: string, offset: int64, length: int64>")}
 class SamplesLayer(SourceFormat):
     name = "dataset"
     noun = "reinforced dataset"
-    copied = False
     has_views = True
 
     def recognises_folder(self, fs: Any, path: str) -> bool:

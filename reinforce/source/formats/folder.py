@@ -47,7 +47,6 @@ class Folder(SourceFormat):
     noun = "folder of images"
     is_listed = True
     referable = True
-    copied = False
 
     def recognises_folder(self, fs: Any, path: str) -> bool:
         return not fs.glob(f"{escape(path)}/*.tar*")

@@ -36,7 +36,6 @@ class Tar(SourceFormat):
     endings = tuple(COMPRESSIONS)
     prevails = True  # as over the Parquet files that img2dataset writes beside its tars
     has_offsets = referable = True
-    copied = False
 
     def read(self, shard: Shard, spec: Input, budget: ReadBudget | None = None) -> Iterator[RawSample | Refusal]:
         return _read_tar(shard.file, spec.limits, budget=budget)
