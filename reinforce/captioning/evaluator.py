@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,11 +20,13 @@ from reinforce.captioning.metrics import bleu, cider
 from reinforce.captioning.model import CaptionerModel
 from reinforce.captioning.streams import predicted_lengths
 from reinforce.errors import UserError
+from reinforce.evaluation.encoding import NOT_FINITE_FIX, NotFinite
 from reinforce.evaluation.images import CacheBudget, ImageBatches
 from reinforce.evaluation.ranking import compute_recalls
 from reinforce.evaluation.reading import Example
 from reinforce.processes.cores import available_cores
 from reinforce.student.data.parts import Tokenize
+from reinforce.terminal import first_names
 from teachers.coca.captioner import CocaCaptioner
 from teachers.device.accelerator import Accelerator
 from teachers.open_clip.building import write_open_clip
@@ -33,6 +36,7 @@ from teachers.protocols import ImageSpec
 #: Bytes of decoded held-out images that are kept between evaluations.
 _CACHE_BYTES = 2 * 2**30
 _LOGGED_CAPTIONS = 5
+_MODEL = "model"
 
 _log = logging.getLogger(__name__)
 
@@ -49,6 +53,7 @@ class _Totals:
     texts: list[torch.Tensor] = field(default_factory=list)
     text_owners: list[int] = field(default_factory=list)  # image index of each text
     count: int = 0
+    finite: NotFinite = field(default_factory=NotFinite)
 
 
 class CaptionerEvaluator:
@@ -60,6 +65,8 @@ class CaptionerEvaluator:
       ``log batch``. Images after the last full batch are not included.
     - ``retrieval/text_to_image/r1`` etc.: among all of these images and captions, by CoCa's image and text towers.
     - ``cider`` and ``bleu``: of captions generated as in a run, see ``reinforce.captioning.metrics``.
+
+    Those of embeddings or logits that are not finite are NaN, with a line in the log.
     """
 
     def __init__(self, held_out: HeldOut, config: CaptionerConfig, tokenize: Tokenize, end: int) -> None:
@@ -84,14 +91,18 @@ class CaptionerEvaluator:
                 f"held_out: no image can be decoded, the first: {refused.key}: {refused.detail}. Check the shards."
             )
         full = [batch for batch in totals.contrastive if batch[1] == self._config.batch] or totals.contrastive
+        known = math.isfinite(totals.nll)
         metrics = {
             "caption_loss": totals.nll / totals.tokens,
-            "token_accuracy": totals.hits / totals.tokens,
+            "token_accuracy": totals.hits / totals.tokens if known else math.nan,
             "contrastive_loss": sum(loss for loss, _ in full) / len(full),
         }
         metrics |= {f"retrieval/{name}": value for name, value in _recalls(totals, accelerator).items()}
+        if not known:
+            _log.warning("held out: the losses of captions are not finite. %s", NOT_FINITE_FIX)
         if self._config.captioned != 0:
-            metrics |= self._score_captions(model, accelerator)
+            scores = self._score_captions(model, accelerator) if known else {}
+            metrics |= {name: scores.get(name, math.nan) for name in ("cider", "bleu")}
         return metrics
 
     def _add_batch(self, model: CaptionerModel, images: torch.Tensor, rows: Sequence[int], totals: _Totals) -> None:
@@ -115,28 +126,38 @@ class CaptionerEvaluator:
         firsts = np.cumsum([0, *(len(texts) for texts in captions)])[:-1].tolist()
         loss = _contrastive_loss(image_features, text_features[firsts], model.coca.logit_scale.exp())
         totals.contrastive.append((loss, len(rows)))
+        totals.finite.add(_MODEL, "image", image_features)
+        totals.finite.add(_MODEL, "text", text_features)
         totals.images.append(image_features.cpu())
         totals.texts.append(text_features.cpu())
         totals.text_owners += [totals.count + owner for owner in owners]
         totals.count += len(rows)
 
     def _score_captions(self, model: CaptionerModel, accelerator: Accelerator) -> dict[str, float]:
+        """Metrics of generated captions; none where the model gives an image no caption."""
         captions = self.generate_captions(model, accelerator)
+        if missing := [self._held_out.keys[row] for row, text in captions.items() if text is None]:
+            _log.warning("held out: the logits of %s are not finite. %s", first_names(missing), NOT_FINITE_FIX)
+            return {}
         for row, text in list(captions.items())[:_LOGGED_CAPTIONS]:
             _log.info("held out: %s: %s", self._held_out.keys[row], text)
-        texts, references = list(captions.values()), [self._held_out.captions[row] for row in captions]
+        texts = [text or "" for text in captions.values()]
+        references = [self._held_out.captions[row] for row in captions]
         return {"cider": cider(texts, references), "bleu": bleu(texts, references)}
 
-    def generate_captions(self, model: CaptionerModel, accelerator: Accelerator) -> dict[int, str]:
-        """Return one caption per held-out image by row, generated by a run's captioner from exported weights."""
+    def generate_captions(self, model: CaptionerModel, accelerator: Accelerator) -> dict[int, str | None]:
+        """Return one caption per held-out image by row, generated by a run's captioner from exported weights.
+
+        None for an image whose logits are not finite.
+        """
         with tempfile.TemporaryDirectory(prefix="reinforce-captioner-") as folder:
             write_open_clip(model.coca, model.config, open_clip.get_tokenizer(model.name), folder)
             captioner = CocaCaptioner(self._config.generate.captioner(f"local-dir:{folder}"), accelerator)
-        captions: dict[int, str] = {}
+        captions: dict[int, str | None] = {}
         limit = self._config.captioned or len(self._held_out)
         for images, rows in self._batches(captioner.image, accelerator, limit):
             texts = captioner.caption(images, np.zeros((len(rows), 1), np.uint64))  # no strategy here samples
-            captions |= {row: text[0] if text else "" for row, text in zip(rows, texts, strict=True)}
+            captions |= {row: None if text is None else text[0] for row, text in zip(rows, texts, strict=True)}
         return captions
 
     def _batches(
@@ -159,6 +180,9 @@ class CaptionerEvaluator:
 def _recalls(totals: _Totals, accelerator: Accelerator) -> dict[str, float]:
     pairs = np.array([totals.text_owners, np.arange(len(totals.text_owners))], np.int64)
     recalls = compute_recalls(torch.cat(totals.images), torch.cat(totals.texts), pairs, accelerator)
+    if fault := totals.finite.describe(_MODEL):
+        _log.warning("held out: retrieval has no metrics: %s. %s", fault, NOT_FINITE_FIX)
+        return dict.fromkeys(recalls, math.nan)
     return recalls
 
 

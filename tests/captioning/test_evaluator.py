@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -120,6 +121,38 @@ def test_broken_held_out_images_are_left_out(tmp_path: Path) -> None:
     alone = evaluator.evaluate(model)
     assert mixed["caption_loss"] == pytest.approx(alone["caption_loss"])
     assert mixed["retrieval/image_to_text/r1"] == alone["retrieval/image_to_text/r1"]
+
+
+@pytest.mark.parametrize("tower", ["visual", "text", "text_decoder"])
+def test_metrics_of_what_is_not_finite_are_nan_and_named(
+    folder: Path, tower: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A model that gives NaN must not count as one that misses."""
+    evaluator, pairs, model = make_evaluator(folder)
+    weights = {"visual": model.coca.visual.proj, "text": model.coca.text.text_projection}
+    with torch.no_grad():
+        weights.get(tower, model.coca.text_decoder.text_projection).fill_(torch.nan)
+    metrics = evaluator.evaluate(model)
+    failed = {name for name, value in metrics.items() if math.isnan(value)}
+    of_captions = {"caption_loss", "token_accuracy", "cider", "bleu"}
+    if tower == "text_decoder":
+        assert failed == of_captions
+        assert "held out: the losses of captions are not finite. Check the weights of the model" in caplog.text
+        return
+    assert failed == {*metrics} - of_captions
+    what, count = ("image", len(pairs)) if tower == "visual" else ("text", 2 * len(pairs))
+    assert f"held out: retrieval has no metrics: {count} of {count} {what} embeddings are not finite" in caplog.text
+
+
+def test_captions_have_no_metrics_if_the_model_captions_one_image_not(
+    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluator, pairs, model = make_evaluator(folder)
+    texts: dict[int, str | None] = {0: "a cat", 1: None, 2: "a dog"}
+    monkeypatch.setattr(evaluator, "generate_captions", lambda *_: texts)
+    metrics = evaluator.evaluate(model)
+    assert {name for name, value in metrics.items() if math.isnan(value)} == {"cider", "bleu"}
+    assert f"held out: the logits of {pairs.keys[1]} are not finite" in caplog.text
 
 
 REFERENCES = [
