@@ -47,6 +47,17 @@ class Comparison:
         difference = float(np.abs(first[both] - second[both]).max()) if both.any() else None
         return cls(len(first), equal, int((null[0] != null[1]).any(axis=1).sum()), difference)
 
+    def add_cosines(self, cosines: npt.NDArray[np.float32], same: npt.NDArray[np.bool_], least: float) -> None:
+        """Add the cosines [rows, N] of rows that are not null, of which the ``same`` ones [rows] are equal already.
+
+        Others count as equal from a cosine of ``least`` on, if that is below 1.
+        """
+        cosines[same] = 1.0
+        if least < 1:
+            self.equal += int((~same & (cosines >= least).all(axis=1)).sum())
+        self.vectors, self.cosines = cosines.size, float(cosines.sum(dtype=np.float64))
+        self.cosine = float(cosines.min()) if cosines.size else None
+
     def add(self, other: Comparison) -> None:
         for name in ("rows", "equal", "nulls", "vectors", "cosines"):
             setattr(self, name, getattr(self, name) + getattr(other, name))

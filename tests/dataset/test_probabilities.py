@@ -252,7 +252,8 @@ def test_files_of_another_shape_than_dataset_json_states_are_found() -> None:
     assert wrong.all()
     stated = {"classifier": "x", "count": 1, "top": 1, "dim": 5, "temperature": 1, "sees": "crops", "model": {}}
     layer.kind.check_entry(stated)
-    for key, value in (("top", 6), ("top", True), ("temperature", 0), ("temperature", float("nan"))):
+    forged = (("top", 6), ("top", True), ("temperature", 0), ("temperature", float("nan")))
+    for key, value in (*forged, ("classifier", 1), ("model", "x"), ("sees", [])):
         with pytest.raises(ValueError, match=f"{key} must be"):
             layer.kind.check_entry({**stated, key: value})
 

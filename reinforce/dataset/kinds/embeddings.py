@@ -143,12 +143,7 @@ class _Embeddings(LayerKind):
         if one.shape == other.shape:
             both = ~(np.isnan(one) | np.isnan(other)).any(axis=(1, 2))
             one, other = one[both], other[both]
-            cosines, same = vectors.cosines(one, other), (one == other).all(axis=(1, 2))
-            cosines[same] = 1.0
-            if least < 1:
-                found.equal += int((~same & (cosines >= least).all(axis=1)).sum())
-            found.vectors, found.cosines = cosines.size, float(cosines.sum(dtype=np.float64))
-            found.cosine = float(cosines.min()) if cosines.size else None
+            found.add_cosines(vectors.cosines(one, other), (one == other).all(axis=(1, 2)), least)
         return found
 
     def target_tensors(self, entry: Mapping[str, Any]) -> tuple[TargetTensor, ...]:

@@ -122,6 +122,9 @@ class ClassProbabilities(LayerKind):
         top, temperature = entry["top"], entry["temperature"]
         if type(top) is not int or not 1 <= top <= (entry["dim"] or math.inf):
             raise ValueError("top must be a number of classes, at most dim")
+        for key, right in (("classifier", str), ("model", Mapping), ("sees", str)):
+            if not isinstance(entry[key], right):
+                raise ValueError(f"{key} must be a {right.__name__}")
         if not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
             raise ValueError("temperature must be a positive number")
 
@@ -179,14 +182,9 @@ class ClassProbabilities(LayerKind):
         result.equal = int((same | ~(one.valid | other.valid)).sum())
         if both.any():
             one, other = one.take(both), other.take(both)
-            cosines = _cosines(one, other)
-            cosines[same[both]] = 1.0
-            if least < 1:
-                result.equal += int((~same[both] & (cosines >= least).all(axis=1)).sum())
+            result.add_cosines(_cosines(one, other), same[both], least)
             differences = (np.abs(one.values - other.values).max(), np.abs(one.rest - other.rest).max())
             result.difference = float(max(differences))
-            result.cosine, result.vectors = float(cosines.min()), cosines.size
-            result.cosines = float(cosines.sum(dtype=np.float64))
         return result
 
     def target_tensors(self, entry: Mapping[str, Any]) -> tuple[TargetTensor, ...]:
