@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from reinforce.dataset.kinds.registry import model_sections
-from reinforce.dataset.layers import SAMPLES
+from reinforce.dataset.layers import SAMPLES, mapping_at
+from reinforce.dataset.manifest.class_code import entry_keys
 from reinforce.dataset.reading.dataset import Dataset
 from reinforce.dataset.vectors import NORM_TOLERANCE
 from reinforce.dataset.view import open_view
@@ -177,10 +178,10 @@ def _summary_page(shared: Mapping[str, Any], data: Dataset, overview: Overview, 
         manifest=json.dumps(data.manifest, indent=2, ensure_ascii=False),
         recipe=recipe_lines(data.manifest),
         models=[
-            (kind, name, model_facts(entry), entry)
-            for kind, names in (("teacher", data.teachers), ("captioner", data.captioners))
+            (section[:-1], name, model_facts(entry), entry)
+            for section, names in data.models.items()
             for name in names
-            for entry in [data.manifest[f"{kind}s"][name]]
+            for entry in [mapping_at(data.manifest, *entry_keys(section, name))]
         ],
     )
 

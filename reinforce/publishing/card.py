@@ -21,7 +21,7 @@ import yaml
 import schemas
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.kinds.registry import stored_layer
-from reinforce.dataset.layers import LABELS, NO_IMAGES, SAMPLES, Layer, mapping_at
+from reinforce.dataset.layers import LABELS, MODEL_SECTIONS, NO_IMAGES, SAMPLES, Layer, mapping_at
 from reinforce.dataset.manifest.manifest import read_manifest
 from reinforce.dataset.reading.row_counts import row_group_table, rows_of_shards
 from reinforce.dataset.view import View, list_views, read_view
@@ -262,6 +262,10 @@ def render_page(
     if manifest["captioners"]:
         rows = ((markdown(name), markdown(_model(entry))) for name, entry in manifest["captioners"].items())
         parts += ["## Captioners", _table(("name", "model"), rows)]
+    others = [one.layer for one in layers if one.layer.kind.section not in MODEL_SECTIONS and one.layer.model]
+    if others:
+        rows = ((markdown(one.model), markdown(_model(manifest["layers"][one.name]))) for one in others)
+        parts += ["## Other models", _table(("name", "model"), rows)]
     if views:
         rows = ((f"`{view_config(view)}`", f"{len(view):,}", markdown(json.dumps([*view.rules]))) for view in views)
         text = "Rows have `left_out`, the rule that leaves the sample out: null for the samples that the view keeps."

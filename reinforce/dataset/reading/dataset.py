@@ -16,7 +16,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from reinforce import settings
-from reinforce.dataset import vectors
 from reinforce.dataset.augment.records import from_records
 from reinforce.dataset.files.damage import describe_damaged, drop_shard_command, find_damaged, without_files
 from reinforce.dataset.files.index import read_index
@@ -371,19 +370,13 @@ class _RowGroupLayers:
     def __init__(self, tables: Mapping[str, pa.Table], teachers: Sequence[str], captioners: Sequence[str]) -> None:
         inputs = (TRUE_CAPTION, *captioners)
         self.true_captions = true_captions(tables[SAMPLES])
-        self._captions = {
-            c: tables[captions_layer(c)]["captions"].to_pylist() for c in captioners if captions_layer(c) in tables
-        }
-        self._images = {
-            t: vectors.decode(tables[name]) for t in teachers if (name := embeddings_layer(t, "images")) in tables
-        }
+        values = {name: kind_of(name).decode(table) for name, table in tables.items() if name != SAMPLES}
+        self._captions = {c: values.pop(name) for c in captioners if (name := captions_layer(c)) in values}
+        self._images = {t: values.pop(name) for t in teachers if (name := embeddings_layer(t, "images")) in values}
         self._texts = {
-            t: {i: vectors.decode(tables[name]) for i in inputs if (name := embeddings_layer(t, i)) in tables}
-            for t in teachers
+            t: {i: values.pop(name) for i in inputs if (name := embeddings_layer(t, i)) in values} for t in teachers
         }
-
-        others = (name for name in tables if name != SAMPLES and kind_of(name).section not in MODEL_SECTIONS)
-        self._values = {name: kind_of(name).decode(tables[name]) for name in others}
+        self._values = values
 
     def values(self, row: int) -> dict[str, Any]:
         return {name: values[row] for name, values in self._values.items()}
