@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from teachers.protocols import Captioner, Teacher
+from teachers.protocols import Teacher
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16", "fp8"]
 
@@ -161,9 +161,6 @@ class TeacherSpec(ModelSpec):
         scale = getattr(model, "logit_scale", None)
         return {"dim": model.dim, "logit_scale": scale, "image": asdict(image) if image else None}
 
-    def load(self, name: str, device: str) -> Teacher:
-        raise NotImplementedError
-
 
 class Clean(BaseModel):
     """Cleaning of captions before they are stored. White space becomes single spaces, empty captions are dropped."""
@@ -262,9 +259,6 @@ class CaptionerSpec(ModelSpec):
         if self.strategy == "diverse_beams" and self.beams % self.groups:
             raise ValueError(f"{self.beams} beams cannot be divided among {self.groups} groups of equal size")
         return self
-
-    def load(self, name: str, device: str) -> Captioner:
-        raise NotImplementedError
 
     @property
     def count(self) -> int:

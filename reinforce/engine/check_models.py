@@ -135,12 +135,12 @@ def _check_model(report: Report, redact: Redactor, name: str, spec: ModelSpec, d
     try:
         info = describe_model(name, spec)
         models = Models({spec.section: {name: load_model(name, spec, device)}}, Accelerator(device))
-        kinds = [kind for kind in KINDS.values() if kind.section == spec.section]
-        sides = [(kind.unit, PRODUCERS[kind.name]) for kind in kinds if PRODUCERS[kind.name].has_side(info)]
-        for unit, producer in sides:
-            side = producer.side(models, name, info.identity, spec.resolved_precision)
-            report.rows.append(_measure_side(models, name, unit, batch, side))
-        if not sides:
+        found = len(report.rows)
+        for kind in (kind for kind in KINDS.values() if kind.section == spec.section):
+            side = PRODUCERS[kind.name].side(models, name, info, spec.resolved_precision)
+            if side is not None:
+                report.rows.append(_measure_side(models, name, kind.unit, batch, side))
+        if len(report.rows) == found:
             label = spec.label.format(name)
             report.notes.append(f"{label} sees more than pixels and captions: it is loaded, and not tested")
         report.notes += version_notes([info.identity])

@@ -26,7 +26,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -194,16 +193,6 @@ def score_probes(models: Models, name: str, inputs: Sequence[str], names: Sequen
     pixels = probe_images(models, scorer.image, rows) if PIXELS in inputs else None
     values = [pixels if one == PIXELS else [TEXTS[row] for row in rows] for one in inputs]
     return models.score(scorer, values, len(rows), names)
-
-
-def check_scorer(
-    models: Models, name: str, inputs: Sequence[str], names: Sequence[str], batch: int | None = None
-) -> None:
-    """Test the class of a score with such ``inputs`` and ``names``. Raises UserError. ``batch`` is that of
-    ``check_image_encoder``."""
-    if can_be_tested(inputs):
-        score = partial(score_probes, models, name, inputs, names)
-        check_numbers(models, f"scores.{name}", "scores", models.loaded["scores"][name], score, batch)
 
 
 def check_numbers(

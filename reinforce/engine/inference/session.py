@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from reinforce.config import Config
-from reinforce.dataset.layers import Layer
 from reinforce.engine.inference.batch_sizes import Demand
 from reinforce.engine.inference.models import Counters, Models
 from reinforce.engine.inference.out_of_memory import OutOfMemory, attempt
@@ -29,10 +28,6 @@ class Session:
         self.watch = watch or LeaseWatch()
         self.meter = StageMeter(models.accelerator, models.costs, models.counters, counters or Counters())
         self._order = models.lock.next_order()
-
-    def model(self, layer: Layer) -> Any:
-        """The model of a layer."""
-        return self.models.of(layer)
 
     @contextlib.contextmanager
     def stage(self, layer: str, what: str, inputs: int = 0) -> Iterator[None]:

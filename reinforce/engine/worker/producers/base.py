@@ -93,13 +93,8 @@ class Producer(Encoder):
     # -- models
 
     @staticmethod
-    def has_side(info: ModelInfo) -> bool:
-        """Whether a model makes such layers, and can be tested."""
-        return True
-
-    @staticmethod
-    def side(models: Models, name: str, identity: Mapping[str, Any], precision: Precision) -> Side:
-        """The side of the loaded model ``name`` that makes such layers, by its identity and its ``precision``."""
+    def side(models: Models, name: str, info: ModelInfo, precision: Precision) -> Side | None:
+        """The side of the loaded model ``name`` that makes such layers; None if it makes none, or cannot be tested."""
         raise NotImplementedError
 
     @staticmethod

@@ -30,7 +30,7 @@ from schemas import Reason
 from teachers.decoding.postprocess import clean
 from teachers.preprocessing.pixels import to_pixels
 from teachers.protocols import ImageSpec, NoCaptions
-from teachers.spec import Precision
+from teachers.spec import ModelInfo, Precision
 
 _Seeds = npt.NDArray[np.uint64]
 _Texts: TypeAlias = "Sequence[list[str] | NoCaptions | None]"
@@ -41,9 +41,9 @@ class Captions(Producer):
     kind = "captions"
 
     @staticmethod
-    def side(models: Models, name: str, identity: Mapping[str, Any], precision: Precision) -> Side:
+    def side(models: Models, name: str, info: ModelInfo, precision: Precision) -> Side:
         captioner = models.captioners[name]
-        count = identity["captions"]
+        count = info.identity["captions"]
 
         def prepare(size: int) -> Callable[[], Any]:
             pixels = probe_images(models, captioner.image, test_rows(size))
@@ -54,17 +54,19 @@ class Captions(Producer):
 
     @property
     def views(self) -> Iterable[ImageSpec]:
-        return [self.session.model(layer).image for layer in self.computed]
+        return [self.session.models.of(layer).image for layer in self.computed]
 
     def prepare(self, rows: Sequence[Row]) -> Mapping[str, npt.NDArray[Any]]:
         """Seeds [rows, captions], or what is drawn from them, by layer."""
         models = self.session.models
-        return {layer.name: models.draw(self.session.model(layer), self._seeds(layer, rows)) for layer in self.computed}
+        return {
+            layer.name: models.draw(self.session.models.of(layer), self._seeds(layer, rows)) for layer in self.computed
+        }
 
     def encode(self, batch: Batch, prepared: Mapping[str, npt.NDArray[Any]]) -> Callable[[], Outputs]:
         outputs: dict[str, Callable[[], Sequence[Any]]] = {}
         for layer in self.computed:
-            captioner, seeds = self.session.model(layer), prepared[layer.name]
+            captioner, seeds = self.session.models.of(layer), prepared[layer.name]
             own = self.without_label(layer, batch.rows)
             views = batch.views[captioner.image]
             if len(own) < len(batch.rows):
@@ -87,7 +89,7 @@ class Captions(Producer):
         self, layer: Layer, what: str, views: torch.Tensor, seeds: npt.NDArray[Any]
     ) -> list[tuple[torch.Tensor, npt.NDArray[Any]]]:
         """What ``decode`` needs of each image: its encoding, and its seeds."""
-        captioner: Any = self.session.model(layer)
+        captioner: Any = self.session.models.of(layer)
         with self.session.stage(layer.name, what), self.session.meter.stage(layer.name, 0):
             images = copied(captioner.encode(to_pixels(views, captioner.image)))
             if len(images) != len(seeds):
@@ -96,7 +98,7 @@ class Captions(Producer):
 
     def fill(self) -> None:
         for layer in self.computed:
-            captioner: Any = self.session.model(layer)
+            captioner: Any = self.session.models.of(layer)
             if self.session.models.by_group(captioner) and callable(getattr(captioner, "reserve", None)):
                 reserve = partial(self._reserve, captioner)
                 self._in_turn(layer, GROUP_ROWS, "the captions of many images", reserve)
@@ -121,7 +123,7 @@ class Captions(Producer):
 
     def _decode(self, layer: Layer, group: RowGroup) -> _Texts:
         """The captions of a row group, whose images are decoded together and then released."""
-        captioner: Any = self.session.model(layer)
+        captioner: Any = self.session.models.of(layer)
         batches = group.outputs(layer.name)
         encoded = [one for batch in batches for one in batch if one is not None]
         for batch in batches:
@@ -160,7 +162,7 @@ class Captions(Producer):
         """The captions of ``rows``, empty for those that have labels."""
         own = self.without_label(layer, rows)
         count = len(own)
-        stage = SERVER if getattr(self.session.model(layer), "waits", False) else layer.name
+        stage = SERVER if getattr(self.session.models.of(layer), "waits", False) else layer.name
         with self.session.watch.stage(stage, what), raising_layer_failure(layer.name):
             found = texts()
             given = [one for one in found if one is not None and not isinstance(one, NoCaptions)]
@@ -175,7 +177,7 @@ class Captions(Producer):
         """Captions of each row, or None; records why there are none."""
         self.refuse_unreadable(layer, group)
         texts: Iterable[list[str] | NoCaptions | None]
-        if self.session.models.by_group(self.session.model(layer)):
+        if self.session.models.by_group(self.session.models.of(layer)):
             texts = self._decode(layer, group)
         else:
             texts = itertools.chain.from_iterable(group.outputs(layer.name))

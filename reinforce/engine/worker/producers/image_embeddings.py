@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -29,11 +29,9 @@ class ImageEmbeddings(Embeddings):
     counted = 32
 
     @staticmethod
-    def has_side(info: ModelInfo) -> bool:
-        return info.images
-
-    @staticmethod
-    def side(models: Models, name: str, identity: Mapping[str, Any], precision: Precision) -> Side:
+    def side(models: Models, name: str, info: ModelInfo, precision: Precision) -> Side | None:
+        if not info.images:
+            return None
         teacher = models.teachers[name]
 
         def prepare(size: int) -> Callable[[], Any]:
@@ -58,10 +56,10 @@ class ImageEmbeddings(Embeddings):
         size = models.batches.fitting("crops", len(batch.crops))
         placeholders = np.repeat([row.unreadable is not None for row in batch.rows], count)
         prepared_pixels: dict[ImageSpec, torch.Tensor] = {}
-        waiting = Counter(self.session.model(layer).image for layer in self.computed)
+        waiting = Counter(self.session.models.of(layer).image for layer in self.computed)
         encoded: dict[str, torch.Tensor] = {}
         for layer in self.computed:
-            teacher = self.session.model(layer)
+            teacher = self.session.models.of(layer)
             assert teacher.image is not None
             if layer.model in models.uncompared and not placeholders.all():
                 check_fp8(models, layer.model, to_pixels(batch.crops[~placeholders], teacher.image))
@@ -87,7 +85,7 @@ class ImageEmbeddings(Embeddings):
                 encoded[layer.name] = models.encode_images(teacher, own)
         outputs: Outputs = {}
         for layer in self.computed:  # copied to the CPU only when all teachers' work is queued
-            dim = self.session.model(layer).dim
+            dim = self.session.models.of(layer).dim
             with self.session.stage(layer.name, batch.what):
                 places = unlabelled[layer.name]
                 outputs[layer.name] = np.zeros((len(batch.rows), count, dim), np.float32)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -25,7 +25,7 @@ from reinforce.source.samples import Refusal
 from schemas import Reason
 from teachers.preprocessing.pixels import to_pixels
 from teachers.protocols import ImageSpec
-from teachers.spec import Precision
+from teachers.spec import ModelInfo, Precision
 
 _COLUMNS = ("classes", "probabilities", "rest")
 _CROPS: Final = "crops"
@@ -38,13 +38,13 @@ class ClassProbabilities(Producer):
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
         for layer in self.layers:
-            if layer.recipe["top"] > (classes := self.session.model(layer).dim):
+            if layer.recipe["top"] > (classes := self.session.models.of(layer).dim):
                 raise UserError(f"classifiers.{layer.model}: it has {classes} classes: set `k` to at most {classes}")
 
     # -- models
 
     @staticmethod
-    def side(models: Models, name: str, identity: Mapping[str, Any], precision: Precision) -> Side:
+    def side(models: Models, name: str, info: ModelInfo, precision: Precision) -> Side:
         classifier = models.loaded["classifiers"][name]
 
         def compute(rows: Sequence[int]) -> Floats:
@@ -69,14 +69,14 @@ class ClassProbabilities(Producer):
 
     @property
     def views(self) -> Iterable[ImageSpec]:
-        return [self.session.model(layer).image for layer in self.layers if layer.sees != _CROPS]
+        return [self.session.models.of(layer).image for layer in self.layers if layer.sees != _CROPS]
 
     def encode(self, batch: Batch, prepared: Any) -> Callable[[], Outputs]:
         """The cells of rows, [rows] of ``_cells``, by layer."""
         size = self.session.models.batches.fitting(_CROPS, len(batch.rows) * self.session.config.augmentations.count)
         found: dict[str, list[list[torch.Tensor]]] = {}
         for layer in self.layers:
-            classifier = self.session.model(layer)
+            classifier = self.session.models.of(layer)
             images = batch.crops if layer.sees == _CROPS else batch.views[classifier.image]
             assert images is not None
             with self.session.stage(layer.name, batch.what, len(images)):

@@ -21,7 +21,7 @@ from reinforce.engine.record.rates import Cost
 from reinforce.engine.worker.producers.base import Producer
 from reinforce.engine.worker.refusals import Refusals
 from teachers.device.flops import count_flops, peak_flops
-from teachers.spec import Precision
+from teachers.spec import ModelInfo, Precision
 
 
 def _producer(kind: LayerKind) -> type[Producer]:
@@ -62,9 +62,15 @@ def check_models(
             continue
         tested.add((name, layer.kind))
         producer = PRODUCERS[layer.kind.name]
-        side = producer.side(models, name, layer.identity, precisions.get((section, name), "fp32"))
-        side.check(None if config is None else producer.full_batch(models, layer, config))
+        side = producer.side(models, name, _info(layer), precisions.get((section, name), "fp32"))
+        if side is not None:
+            side.check(None if config is None else producer.full_batch(models, layer, config))
     models.counters = Counters()
+
+
+def _info(layer: Layer) -> ModelInfo:
+    """What is known of the model of a layer, as if it had every side."""
+    return ModelInfo(layer.dim, images=True, texts=True, identity=dict(layer.identity))
 
 
 def measure_costs(models: Models, config: Config, layers: Iterable[Layer], card: str | None = None) -> dict[str, Cost]:
@@ -81,7 +87,9 @@ def measure_costs(models: Models, config: Config, layers: Iterable[Layer], card:
             continue
         producer, peak = PRODUCERS[layer.kind.name], peak_flops(card, spec.resolved_precision)
         if peak is not None and producer.counted:
-            run = producer.side(models, str(name), layer.identity, spec.resolved_precision).prepare(producer.counted)
+            side = producer.side(models, str(name), _info(layer), spec.resolved_precision)
+            assert side is not None
+            run = side.prepare(producer.counted)
             with models.use_accelerator():
                 costs[layer.name] = Cost(count_flops(run) / producer.counted, peak)
     return costs

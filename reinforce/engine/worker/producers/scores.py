@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from reinforce.engine.inference.inference import Batch, Outputs
 from reinforce.engine.inference.models import Models
 from reinforce.engine.inference.out_of_memory import OutOfMemory
 from reinforce.engine.inference.outputs import Floats
-from reinforce.engine.inference.self_test import LONG_TEXT, can_be_tested, check_scorer, score_probes, test_rows
+from reinforce.engine.inference.self_test import LONG_TEXT, can_be_tested, check_numbers, score_probes, test_rows
 from reinforce.engine.messages.results import raising_layer_failure
 from reinforce.engine.worker.producers.base import Producer, RowGroup, Side
 from reinforce.source.samples import Refusal
@@ -48,17 +48,12 @@ class Scores(Producer):
         self._seeing = [layer for layer in self.layers if layer.sees]
 
     @staticmethod
-    def has_side(info: ModelInfo) -> bool:
-        return can_be_tested(info.identity["inputs"])
-
-    @staticmethod
-    def side(models: Models, name: str, identity: Mapping[str, Any], precision: Precision) -> Side:
-        inputs, names = identity["inputs"], identity["names"]
-
-        def prepare(size: int) -> Callable[[], Any]:
-            return lambda: score_probes(models, name, inputs, names, test_rows(size))
-
-        return Side(partial(check_scorer, models, name, inputs, names), prepare)
+    def side(models: Models, name: str, info: ModelInfo, precision: Precision) -> Side | None:
+        if not can_be_tested(info.identity["inputs"]):
+            return None
+        score = partial(score_probes, models, name, info.identity["inputs"], info.identity["names"])
+        check = partial(check_numbers, models, f"scores.{name}", "scores", models.loaded["scores"][name], score)
+        return Side(check, lambda size: partial(score, test_rows(size)))
 
     @staticmethod
     def full_batch(models: Models, layer: Layer, config: Config) -> int:
@@ -75,13 +70,13 @@ class Scores(Producer):
 
     @property
     def views(self) -> Iterable[ImageSpec]:
-        return [self.session.model(layer).image for layer in self._seeing]
+        return [self.session.models.of(layer).image for layer in self._seeing]
 
     def encode(self, batch: Batch, prepared: Any) -> Callable[[], Outputs]:
         """Scores [rows, names] by layer; NaN where an input is missing."""
         outputs: Outputs = {}
         for layer in self._seeing:
-            image, inputs = self.session.model(layer).image, _inputs(layer)
+            image, inputs = self.session.models.of(layer).image, _inputs(layer)
             given = _usable(layer, batch.rows)
             outputs[layer.name] = np.full((len(given), len(layer.names)), np.nan, np.float32)
             if not given.any():
@@ -131,7 +126,7 @@ class Scores(Producer):
             return self._score(layer, inputs, len(places))
 
     def _score(self, layer: Layer, inputs: Sequence[Any], count: int) -> Floats:
-        return self.session.models.score(self.session.model(layer), inputs, count, layer.names)
+        return self.session.models.score(self.session.models.of(layer), inputs, count, layer.names)
 
     def fill(self) -> None:
         rows = self.session.models.batches.fitting("samples", self.session.config.workers.images)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -34,11 +34,10 @@ class TextEmbeddings(Embeddings):
     counted = len(TEXTS)
 
     @staticmethod
-    def has_side(info: ModelInfo) -> bool:
-        return info.texts
+    def side(models: Models, name: str, info: ModelInfo, precision: Precision) -> Side | None:
+        if not info.texts:
+            return None
 
-    @staticmethod
-    def side(models: Models, name: str, identity: Mapping[str, Any], precision: Precision) -> Side:
         def prepare(size: int) -> Callable[[], Any]:
             texts = [f"{TEXTS[row]}, {place}" for place, row in enumerate(test_rows(size))]
             return lambda: models.text_encoder(models.teachers[name], texts)()  # noqa: PLW0108 - tokenizes each time
@@ -70,7 +69,7 @@ class TextEmbeddings(Embeddings):
         if a single text does not fit in the memory of the device.
         """
         session = self.session
-        teacher = session.model(layer)
+        teacher = session.models.of(layer)
         distinct = sorted({t for row in texts if row for t in row}, key=lambda t: (len(t), t))
         index = {text: i for i, text in enumerate(distinct)}
         encoded = np.zeros((len(distinct), teacher.dim), np.float32)
