@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from reinforce.dataset.kinds.probabilities import probabilities_layer
 from reinforce.errors import UserError
 from reinforce.student.config import Loss
 from reinforce.student.teachers import IMAGE
@@ -49,7 +50,7 @@ class Probabilities(Term):
             temperature, stored = float(entry["temperature"]), targets[name]
             logits = heads[_head_name(name)](math.sqrt(images.shape[1]) * images).float() / temperature
             found = divergence(logits, stored["classes"], stored["probabilities"], stored["rest"])
-            losses[f"probabilities/{name}"] = share * temperature**2 * found.mean()
+            losses[probabilities_layer(name)] = share * temperature**2 * found.mean()
         return losses
 
 
