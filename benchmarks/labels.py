@@ -30,7 +30,8 @@ from reinforce.dataset import vectors
 from reinforce.dataset.files.store import Store
 from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.labels.building import build_index
-from reinforce.labels.rows import LabelReader, Wanted
+from reinforce.labels.interface import Wanted
+from reinforce.labels.rows import open_labels
 from reinforce.labels.taken import with_labels
 
 RESULTS = Path(__file__).parent / "results" / "labels.json"
@@ -165,7 +166,7 @@ def join(labels: str, rows: int, order: str, most: int) -> dict[str, float]:
     seconds, cpu, found, labelled = time.perf_counter(), time.process_time(), 0, 0
     CountingFileSystem.requests = CountingFileSystem.bytes = 0
     for start in range(0, min(most, len(kept)), COPY_ROWS):  # its shards
-        reader = LabelReader(config, layers.values())
+        reader = open_labels(config, layers.values())
         part = kept[start : min(start + COPY_ROWS, most)].tolist()
         for first in range(0, len(part), 512):
             wanted = [Wanted(f"own{one}", {"uid": uid(one)}) for one in part[first : first + 512]]

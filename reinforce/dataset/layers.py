@@ -12,7 +12,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 SAMPLES = "samples"
 #: ``images`` in the dataset.json of published labels, which have none, and the key with what these labels are of.
 NO_IMAGES, LABELS = "none", "labels"
+#: Name of the labels that are the config's ``reinforcements``, which have none.
+REINFORCEMENTS = ""
 #: Name of the true caption among the texts that teachers encode; the other names are captioners.
 TRUE_CAPTION = "caption"
 
@@ -90,13 +92,13 @@ class Layer:
         count: vectors or captions per row (K or N).
         dim: dimension of the vectors, None until a model of unknown dimension has been loaded.
         names: of the values of a row, where these have names.
-        published: whether it is read from published reinforcements, without loading a model.
+        published: whether all its values are those of labels, without loading a model.
         recipe: what the fingerprint covers.
         code: hash of the file that defines the model's class, if it is a custom one; the fingerprint does not cover it.
         sees: what its model sees of the image: the ``crops`` of its augmentation records, the ``image`` as a whole, or
             None.
-        labels: name of the labels in the config that have values of it; those of other rows are computed, unless it is
-            published.
+        labels: name of the labels that have values of it, or decide the rows of the samples; values of other rows are
+            computed, unless it is published.
     """
 
     name: str
@@ -136,25 +138,10 @@ class Layer:
         return self.kind.schema(replace(self, dim=dim or self.dim), images)
 
 
-def reads_reinforcements(layers: Iterable[Layer]) -> bool:
-    """Whether computing any of these layers reads the published reinforcements, if the config names any."""
-    return any(layer.published or layer.name == SAMPLES for layer in layers)
-
-
 def compute_fingerprint(recipe: Mapping[str, Any]) -> str:
     """Hash the schema version and a recipe -> 16 hex digits."""
     text = json.dumps({"schema": schemas.SCHEMA_VERSION, **recipe}, sort_keys=True, separators=(",", ":"))
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
-class PublishedValues(Protocol):
-    """Values of a published sample, by layer."""
-
-    def captions(self, layer: Layer) -> list[str]: ...
-
-    def image_vectors(self, layer: Layer) -> npt.NDArray[np.float32]: ...
-
-    def text_vectors(self, layer: Layer) -> npt.NDArray[np.float32]: ...
 
 
 class TargetTensor(NamedTuple):
@@ -310,10 +297,6 @@ class LayerKind(ABC):
         if one and one.keys() == other.keys():
             return Comparison.of_numbers(*(np.stack([of[name] for name in one], axis=1) for of in (one, other)))
         return Comparison.of_values([self.decode(first)], [self.decode(second)])
-
-    def published_value(self, layer: Layer, values: PublishedValues) -> Any:
-        """The value of a row in a published layer."""
-        raise ValueError(f"{layer.name} cannot be published")
 
     # -- targets of students
 

@@ -21,7 +21,6 @@ import numpy.typing as npt
 import pyarrow as pa
 
 import schemas
-from reinforce.datacompdr.matching import KEY
 from reinforce.dataset.files.layer_file import RefusedFile
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import SAMPLES
@@ -31,6 +30,7 @@ from reinforce.dataset.reading.row_counts import row_group_table
 from reinforce.errors import StorageError, UserError
 from reinforce.labels.identities import (
     INDEXED,
+    KEY,
     Hashes,
     columns_of_identities,
     hash_identities,

@@ -4,30 +4,28 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from reinforce.datacompdr.members import Unreadable, parse_augmentation
-from reinforce.datacompdr.values import PublishedValue
-from reinforce.dataset.augment.records import Augmentation, Crop
+from reinforce.dataset.augment.records import Augmentation, Crop, from_records
 from reinforce.dataset.augment.tables import OPS
 from reinforce.dataset.kinds.registry import encodes_texts
 from reinforce.dataset.layers import TRUE_CAPTION, captions_layer, inputs_of
+from reinforce.labels.interface import RowLabels
+from reinforce.labels.members import LabelValue, MemberReader, Unreadable, parse_augmentation
 from reinforce.source.samples import Refusal
 from schemas import Reason
 
 
 @dataclass(frozen=True)
 class LabelCrops:
-    """An image of ``width`` x ``height`` pixels that was labelled, with its augmentation records if these are taken,
-    and the kind of agreement that joined it with an own image."""
+    """An image of ``width`` x ``height`` pixels that was labelled, with its augmentation records if these are taken."""
 
     records: tuple[Augmentation, ...]
     width: int
     height: int
-    joined: str
 
     def fitted(self, width: int, height: int) -> tuple[Augmentation, ...]:
         """The records for an own image of this size, scaled if it differs. Raises Unreadable if its shape differs."""
@@ -40,11 +38,6 @@ class LabelCrops:
             )
         return tuple(replace(one, crop=self._scaled(one.crop, width, height)) for one in self.records)
 
-    def note(self, width: int, height: int) -> str:
-        """What joined the images, and the size that crops are scaled from."""
-        scaled = f", scaled from {self.width} x {self.height}" if (width, height) != (self.width, self.height) else ""
-        return f"{self.joined}{scaled}"
-
     def _scaled(self, crop: Crop, width: int, height: int) -> Crop:
         top, rows = _scaled(crop.top, crop.height, self.height, height)
         left, columns = _scaled(crop.left, crop.width, self.width, width)
@@ -52,25 +45,37 @@ class LabelCrops:
 
 
 @dataclass(frozen=True)
-class RowLabels:
-    """What one set of labels, ``name``, has of a sample: its image with the augmentation records, None if it has none,
-    the value of each layer, or why it has none, and its true ``captions``, of which ``count`` are wanted: 0 without
-    layers of them. Only name and image are sent to decode processes."""
+class StoredLabels(RowLabels):
+    """What a dataset has of a sample: also its image with the augmentation records, None if it has none, and its true
+    ``captions``, of which ``count`` are wanted: 0 without layers of them."""
 
-    name: str
     image: LabelCrops | None = None
-    values: Mapping[str, PublishedValue] = field(default_factory=dict)
     captions: Sequence[str] = ()
     count: int = 0
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"name": self.name, "image": self.image, "values": {}, "captions": (), "count": 0}
+    def crops(self, reader: MemberReader | None, width: int, height: int) -> Sequence[Augmentation]:
+        return () if self.image is None else self.image.fitted(width, height)
 
-    def values_of(self, key: str, captions: Sequence[str], refusal: Refusal | None) -> dict[str, PublishedValue]:
-        """The values for a sample with these true captions, or ``refusal``, for which it has none. Vectors of texts
-        are of the texts of the same labels; of true captions, those of the sample's."""
+    def note(self, width: int, height: int) -> str | None:
+        """What joined the images, and the size that crops are scaled from."""
+        assert self.image is not None
+        own = (self.image.width, self.image.height)
+        return f"{self.joined}, scaled from {own[0]} x {own[1]}" if own != (width, height) else self.joined
+
+    def why_other(self, width: int, height: int, records: Sequence[Mapping[str, Any]]) -> str | None:
+        try:
+            fitted = self.crops(None, width, height)
+        except Unreadable as error:
+            return str(error)
+        same = not fitted or [*fitted] == [*from_records(records)]
+        return None if same else "its crops are not those of the stored sample"
+
+    def values_of(
+        self, key: str, captions: Sequence[str], refusal: Refusal | None, unpacked: Mapping[str, LabelValue]
+    ) -> dict[str, LabelValue]:
+        """Vectors of texts are of the texts of the same labels; of true captions, those of the sample's."""
         if refusal is not None:
-            return dict.fromkeys(self.values, refusal)
+            return super().values_of(key, captions, refusal, unpacked)
         found = dict(self.values)
         for layer, value in self.values.items():
             if isinstance(value, Refusal) or not encodes_texts(layer):

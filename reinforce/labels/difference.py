@@ -20,7 +20,6 @@ import numpy.typing as npt
 import pyarrow as pa
 from rich.table import Table
 
-from reinforce.datacompdr.matching import ABSENT, AMBIGUOUS, KEY, OTHER_IMAGE
 from reinforce.dataset.comparison import Comparison
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.kinds.registry import kind_of
@@ -30,8 +29,9 @@ from reinforce.dataset.reading.aligned import AlignedLayers, AlignedShard, layer
 from reinforce.dataset.reading.row_counts import row_group_table, rows_of_shards
 from reinforce.errors import UserError
 from reinforce.labels.building import build_index, has_current_index
-from reinforce.labels.identities import COLUMNS
+from reinforce.labels.identities import COLUMNS, KEY
 from reinforce.labels.index import open_index
+from reinforce.labels.interface import ABSENT, AMBIGUOUS, OTHER_IMAGE
 from reinforce.labels.pairs import Partners, Place
 from reinforce.nodes import for_each_shard
 from reinforce.source.references import image_digest

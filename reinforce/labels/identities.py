@@ -6,23 +6,67 @@ a sample, and the digest is that of the encoded image.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+from urllib.parse import quote, urlsplit
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from reinforce.datacompdr.matching import DIGEST, KEY, KINDS, Identity, identity_of
+from reinforce.source.captions import parse_json
 from reinforce.source.references import image_digest
 from schemas import IDENTITIES, IMAGE_DIGEST
 
-#: Kinds of identities, strongest first, each with its column in the samples of published labels.
+#: Digest of the encoded image, in 16 hex digits.
+DIGEST = "digest"
+#: Kinds of identities, strongest first.
+KINDS = ("uid", "sha256", DIGEST, "url")
+#: The key of a sample, which is no identity of its image.
+KEY = "key"
+#: What a side states of an image: values by kind.
+Identity: TypeAlias = "Mapping[str, str]"
+#: The column of each kind in the samples of published labels.
 COLUMNS = dict(zip(KINDS, IDENTITIES, strict=True))
 #: Kinds that an index has: also the keys of rows of which nothing else is stated but a digest.
 INDEXED = (*COLUMNS, KEY)
 
 Hashes = npt.NDArray[np.uint64]
+
+_DEFAULT_PORTS = {("http", "80"), ("https", "443")}
+_NORMAL_URL = re.compile(r"https?://[a-z0-9.-]+/[\w%/:?@!$&'()*+,;=~.-]*", re.ASCII)  # as most are
+_KEPT = "%/:?#[]@!$&'()*+,;=~"  # characters of a URL that are not percent-encoded
+
+
+def identity_of(sidecars: Mapping[str, bytes]) -> Identity:
+    """The identity in a sample's members: ``uid``, ``sha256`` and ``url`` of ``json``, and ``url.txt``."""
+    document = parse_json(sidecars["json"]) if "json" in sidecars else None
+    stated = (kind for kind in KINDS if kind != DIGEST)
+    found = {kind: document.get(kind) for kind in stated} if isinstance(document, dict) else {}
+    if "url.txt" in sidecars:
+        found["url"] = sidecars["url.txt"].decode(errors="replace")
+    values = {kind: value.strip() for kind, value in found.items() if isinstance(value, str) and value.strip()}
+    return {kind: _NORMAL[kind](value) if kind in _NORMAL else value for kind, value in values.items()}
+
+
+def normal_url(url: str) -> str:
+    """A URL in one spelling: scheme and host in lower case, without default port and fragment, percent-encoded."""
+    if _NORMAL_URL.fullmatch(url):
+        return url
+    try:
+        parts = urlsplit(url)
+        path = quote(parts.path or "/", _KEPT) + (f"?{quote(parts.query, _KEPT)}" if parts.query else "")
+    except ValueError:  # also of lone surrogates
+        return url
+    user, at, host = parts.netloc.rpartition("@")
+    name, colon, port = host.lower().rpartition(":")
+    host = name if colon and (parts.scheme, port) in _DEFAULT_PORTS else host.lower()
+    return f"{parts.scheme}://{user}{at}{host}{path}"
+
+
+_NORMAL = {"sha256": str.lower, "url": normal_url}
 
 
 def columns_of_identities(names: Sequence[str], images: bool = True) -> list[str]:

@@ -1,43 +1,42 @@
-"""Which rows of an index are of the images of samples, for labels and ``reinforce diff``.
+"""Which rows of labels, or of another dataset, are of the images of samples.
 
-``reinforce.datacompdr.matching`` has the rules. A kind of identities after the other, strongest first:
+An identity is a value that a side states of its image. The kinds, strongest first: ``uid``, the SHA-256 of the
+downloaded file, the digest of the encoded image, and the URL. Two sides match if one kind agrees and no kind that both
+state differs. The key alone joins those of which neither side states anything, and only if the config asks for it. A
+digest also differs where a copy was encoded again, so it contradicts only what is weaker: the URL and the key.
 
-1. The candidates of each sample: a row that was read last, if no other can be of the image, or those of the index.
+A kind of identities after the other, strongest first:
+
+1. The candidates of each sample: a row that was read last, if no other can be of the image, or those with its identity.
 2. What these state, in the order of the files, so that each row group is read once.
-3. The one that agrees most, or why there is none.
+3. The one that agrees in other kinds too. Where several agree alike, and no SHA-256 or digest shows that they are of
+   one image, none is taken.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from reinforce.datacompdr.matching import (
-    ABSENT,
-    AMBIGUOUS,
-    BROKEN,
-    DIGEST,
-    KEY,
-    KINDS,
-    MAX_CANDIDATES,
-    OTHER_IMAGE,
-    PROOFS,
-    Identity,
-    choose,
-    difference,
-    only_keys,
-    proves,
-    why_ambiguous,
-)
-from reinforce.labels.identities import hash_text
+from reinforce.labels.identities import DIGEST, KEY, KINDS, Identity, hash_text
 from reinforce.labels.index import IdentityIndex
+from reinforce.labels.interface import ABSENT, AMBIGUOUS, BROKEN, OTHER_IMAGE
 
+#: Kinds of which equal values are equal images.
+PROOFS = ("sha256", DIGEST)
+#: Most candidates of a sample that are compared with it.
+MAX_CANDIDATES = 16
+
+T = TypeVar("T")
 _ROW_BITS = 32
 _NO_ROWS = np.empty(0, np.int64)
+#: Rows as numbers, which have the number of a row in their lowest bits.
+Codes: TypeAlias = "npt.NDArray[np.int64]"
 
 
 class RowOf(NamedTuple):
@@ -66,26 +65,83 @@ class Why(NamedTuple):
 Rows: TypeAlias = "dict[int, list[RowOf] | None]"
 
 
+class Candidates(ABC):
+    """Rows that samples are joined with. ``one_proof``: of several that are proven to be of one image, the first is
+    taken, because reading costs much."""
+
+    one_proof = False
+
+    @property
+    def indexed_digests(self) -> bool:
+        """Whether their digests are in an index alone."""
+        return False
+
+    @abstractmethod
+    def entries(self, kind: str, texts: Sequence[str]) -> dict[str, Codes]:
+        """The distinct rows that may state each of these identities, as sorted codes; none for those without rows."""
+
+    @abstractmethod
+    def stated(self, row: RowOf) -> Identity:
+        """What a row states, with its key."""
+
+    @abstractmethod
+    def name(self, row: RowOf) -> str:
+        """A row, for people."""
+
+    def near(self, kind: str, values: Sequence[str]) -> Mapping[int, RowOf]:
+        """Rows with some of ``values``, by place, that are known without ``entries``."""
+        return {}
+
+    def is_unique(self, kind: str) -> bool:
+        """Whether no two rows state the same identity of a kind."""
+        return False
+
+
 @dataclass(frozen=True)
-class IndexedRows:
-    """The rows of an ``index``. ``stated`` returns what a row states, ``near`` the rows with some values of a kind, by
-    place, that are known without the index. The digests of an ``embedded`` dataset are in its index alone."""
+class IndexedRows(Candidates):
+    """The rows of an ``index``. ``read`` returns what a row states, ``known`` the rows as ``near``. An ``embedded``
+    dataset states no digests."""
 
     index: IdentityIndex
-    stated: Callable[[RowOf], Identity]
-    near: Callable[[IdentityIndex, str, Sequence[str]], Mapping[int, RowOf]]
+    read: Callable[[RowOf], Identity]
+    known: Callable[[IdentityIndex, str, Sequence[str]], Mapping[int, RowOf]]
     embedded: bool
+    one_proof = True
+
+    @property
+    def indexed_digests(self) -> bool:
+        return self.embedded and DIGEST in self.index.kinds
+
+    def entries(self, kind: str, texts: Sequence[str]) -> dict[str, Codes]:
+        if kind not in self.index.kinds:
+            return {}
+        hashes = np.array([int(text, 16) if kind == DIGEST else hash_text(text) for text in texts], np.uint64)
+        found = self.index.lookup(kind, hashes)
+        codes = (found.shards.astype(np.int64) << _ROW_BITS) | found.rows
+        order = np.argsort(found.places, kind="stable")
+        places, starts = np.unique(found.places[order], return_index=True)
+        parts = np.split(codes[order], starts[1:])
+        return {texts[place]: np.unique(part) for place, part in zip(places.tolist(), parts, strict=False)}
+
+    def stated(self, row: RowOf) -> Identity:
+        return self.read(row)
+
+    def name(self, row: RowOf) -> str:
+        return f"{self.index.shards[row.shard]}, row {row.row},"
+
+    def near(self, kind: str, values: Sequence[str]) -> Mapping[int, RowOf]:
+        return {} if kind == KEY else self.known(self.index, kind, values)  # only lone keys join
+
+    def is_unique(self, kind: str) -> bool:
+        return self.index.is_unique(kind)
 
 
 class Joining:
     """Joins samples that state ``own`` with rows. ``unreadable`` are errors that cost a candidate; others end it."""
 
-    def __init__(
-        self, rows: IndexedRows, own: Sequence[Identity], unreadable: tuple[type[Exception], ...] = ()
-    ) -> None:
-        self._rows, self._index, self._own, self._unreadable = rows, rows.index, own, unreadable
-        by_index = rows.embedded and DIGEST in rows.index.kinds
-        self._digests = self._entries(DIGEST, range(len(own))) if by_index else None
+    def __init__(self, rows: Candidates, own: Sequence[Identity], unreadable: tuple[type[Exception], ...] = ()) -> None:
+        self._rows, self._own, self._unreadable = rows, own, unreadable
+        self._digests = self._entries(DIGEST, range(len(own))) if rows.indexed_digests else None
 
     def join(self, kinds: Sequence[str]) -> tuple[dict[int, Joined], dict[int, Why]]:
         """The row of each sample that has one, and why others have none."""
@@ -121,10 +177,10 @@ class Joining:
         missing, probed = numbers, 1
         while missing:
             values = [self._own[number][kind] for number in missing]
-            near = {} if kind == KEY else self._rows.near(self._index, kind, values)  # only lone keys join
+            near = self._rows.near(kind, values)
             for at, row in near.items():
                 own, theirs = self._own[missing[at]], self._stated(missing[at], row)
-                sure = self._index.is_unique(kind) or proves(own, theirs)
+                sure = self._rows.is_unique(kind) or proves(own, theirs)
                 if sure and not difference(own, theirs, kind):
                     found[missing[at]] = [row]
                 else:
@@ -153,19 +209,11 @@ class Joining:
             for number, rows in found.items()
         }
 
-    def _entries(self, kind: str, numbers: Iterable[int]) -> dict[int, npt.NDArray[np.int64]]:
+    def _entries(self, kind: str, numbers: Iterable[int]) -> dict[int, Codes]:
         """The distinct rows with the hash of each sample that has some, as sorted codes."""
         stating = [number for number in numbers if kind in self._own[number]]
-        if kind not in self._index.kinds or not stating:
-            return {}
         texts = [*dict.fromkeys(self._own[number][kind] for number in stating)]  # one that many state is looked up once
-        hashes = np.array([int(text, 16) if kind == DIGEST else hash_text(text) for text in texts], np.uint64)
-        found = self._index.lookup(kind, hashes)
-        codes = (found.shards.astype(np.int64) << _ROW_BITS) | found.rows
-        order = np.argsort(found.places, kind="stable")
-        places, starts = np.unique(found.places[order], return_index=True)
-        parts = np.split(codes[order], starts[1:])
-        rows = {texts[place]: np.unique(part) for place, part in zip(places.tolist(), parts, strict=False)}
+        rows = self._rows.entries(kind, texts) if texts else {}
         return {number: rows[text] for number in stating if (text := self._own[number][kind]) in rows}
 
     # -- rows
@@ -174,8 +222,9 @@ class Joining:
         """What the candidates of each sample state, and why one cannot be read."""
         found: dict[int, dict[RowOf, Identity]] = {number: {} for number in rows}
         broken: dict[int, str] = {}
+        proven = self._rows.one_proof and kind in PROOFS
         for row, number in sorted((row, number) for number, some in rows.items() for row in some or ()):
-            if kind in PROOFS and found[number] and isinstance(self._settle(number, kind, found[number]), RowOf):
+            if proven and found[number] and isinstance(self._settle(number, kind, found[number]), RowOf):
                 continue  # the others are of the same image
             try:
                 found[number][row] = self._stated(number, row)
@@ -198,7 +247,7 @@ class Joining:
             if theirs.get(kind) != own[kind] or (kind == KEY and not only_keys(own[KEY], own, theirs)):
                 continue  # of a KEY, the row states more; of others, another text has the same hash
             if differs := difference(own, theirs, kind):
-                differing = f"{self._index.shards[row.shard]}, row {row.row}, is of another image: {differs}"
+                differing = f"{self._rows.name(row)} is of another image: {differs}"
             else:
                 fitting.append((row, theirs))
         if not fitting:
@@ -214,3 +263,51 @@ def _common(one: npt.NDArray[np.int64], other: npt.NDArray[np.int64]) -> npt.NDA
 
 def _rows(codes: npt.NDArray[np.int64]) -> list[RowOf]:
     return [RowOf(code >> _ROW_BITS, code & (1 << _ROW_BITS) - 1) for code in codes.tolist()]
+
+
+# -- rules
+
+
+def choose(own: Identity, candidates: Sequence[tuple[T, Identity]]) -> T | None:
+    """The candidate of a sample that agrees with it in the strongest kinds; of several of one image the first.
+
+    None if several agree alike, and neither SHA-256 nor digest shows that they are of one image. No candidate
+    contradicts the sample.
+    """
+    left = [*candidates]
+    for kind, value in ((kind, own[kind]) for kind in KINDS if kind in own):
+        left = [one for one in left if one[1].get(kind) == value] or left
+    proven = len(left) > 1 and any({one.get(kind) for _, one in left} == {left[0][1].get(kind, "")} for kind in PROOFS)
+    return left[0][0] if proven or len(left) == 1 else None
+
+
+def proves(one: Identity, other: Identity) -> bool:
+    """Whether the SHA-256 or the digest of two sides shows that they are of one image."""
+    return any(kind in one and one[kind] == other.get(kind) for kind in PROOFS)
+
+
+def why_ambiguous(kind: str) -> str:
+    """Why none of several candidates that agree in a kind is taken."""
+    return f"several have its {kind}, and nothing else that both sides state distinguishes them"
+
+
+def difference(one: Identity, other: Identity, agreed: str = KEY) -> str | None:
+    """The strongest kind that two sides both state with different values, with both; or None.
+
+    ``agreed`` is the kind that joins them. A digest contradicts only kinds that are weaker.
+    """
+    for kind in KINDS:
+        if kind == DIGEST and agreed in KINDS and KINDS.index(agreed) <= KINDS.index(DIGEST):
+            continue
+        if kind in one and kind in other and one[kind] != other[kind]:
+            return f"{kind} {one[kind][:100]!r} here, {other[kind][:100]!r} there"
+    return None
+
+
+def only_keys(key: str, one: Identity, other: Identity) -> bool:
+    """Whether neither side of a ``key`` states anything else of its image.
+
+    Each image has a digest, which counts where both state it. A uid that repeats the key states nothing else.
+    """
+    stated = {kind for side in (one, other) for kind, value in side.items() if value != key}
+    return not stated - {DIGEST} and not (DIGEST in one and DIGEST in other)

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from reinforce.datacompdr.matching import ABSENT, DIGEST, KEY, OTHER_IMAGE, Identity, difference
 from reinforce.dataset.files.layer_file import LayerFile
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.reading.aligned import layer_errors
 from reinforce.errors import UserError
-from reinforce.labels.identities import COLUMNS, columns_of_identities, stated
+from reinforce.labels.identities import COLUMNS, DIGEST, KEY, Identity, columns_of_identities, stated
 from reinforce.labels.index import IdentityIndex, open_index
-from reinforce.labels.joining import IndexedRows, Joined, Joining, Why
+from reinforce.labels.interface import ABSENT, OTHER_IMAGE
+from reinforce.labels.joining import IndexedRows, Joined, Joining, Why, difference
 
 _WITHOUT_IMAGES = ("uid", "sha256")  # kinds that a digest does not contradict
 _CACHED_GROUPS = 64  # row groups of identities

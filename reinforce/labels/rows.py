@@ -8,31 +8,31 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
 
 from reinforce.config import Config
-from reinforce.datacompdr.matching import BROKEN, DIGEST, KEY, OTHER_IMAGE, PREFIX, Identity
-from reinforce.datacompdr.members import Unreadable
-from reinforce.datacompdr.values import PublishedValue, checked_norms
 from reinforce.dataset.augment.records import Augmentation
 from reinforce.dataset.files.layer_file import LayerFile, RefusedFile
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.kinds.samples import true_captions
-from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, Layer
-from reinforce.labels.crops import LabelCrops, RowLabels, parse_records
-from reinforce.labels.identities import columns_of_identities, stated
+from reinforce.dataset.layers import REINFORCEMENTS, SAMPLES, TRUE_CAPTION, Layer
+from reinforce.labels.crops import LabelCrops, StoredLabels, parse_records
+from reinforce.labels.identities import DIGEST, KEY, Identity, columns_of_identities, stated
 from reinforce.labels.index import IdentityIndex, open_index, read_fingerprint
+from reinforce.labels.interface import BROKEN, LabelReader, LabelSet, RowLabels, Wanted, describe_counts
 from reinforce.labels.joining import IndexedRows, Joined, Joining, RowOf, Why
+from reinforce.labels.members import LabelValue, Unreadable, checked_norms
+from reinforce.labels.tars import TarLabels
 from reinforce.labels.unread import LabelFiles
 from reinforce.source.captions import clean_text
 from reinforce.source.references import image_digest
 from reinforce.source.samples import Refusal
+from reinforce.source.urls import canonical
 from schemas import TRUE_CAPTIONS, Reason
 from teachers.published.family import JOINS, Labels, crops_of
 
@@ -41,69 +41,29 @@ _CACHED_BYTES = 128 * 2**20  # of decoded row groups
 _OPEN_FILES = 16
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """A sample whose labels are wanted: its key, what it states, and its encoded image or the digest of that."""
-
-    key: str
-    identity: Identity
-    image: bytes | int | None = None
-
-
 @functools.lru_cache(maxsize=4)
 def _open_index(url: str, fingerprint: str) -> IdentityIndex:
     """The index of labels, which all shards of a worker share. Raises UserError."""
     return open_index(Store(url))
 
 
-class LabelReader:
-    """Reads the labels of samples for ``layers`` of a config. Without ``values``, it only joins. If a plan has read the
-    labels before (``planned``), they are lost if they do not exist.
-
-    ``counts`` are samples by the name of the labels and what joined them, or why nothing did, ``unread`` the files of
-    each that could not be read, with the reason.
-    """
-
-    def __init__(self, config: Config, layers: Iterable[Layer], *, values: bool = True, planned: bool = False) -> None:
-        named: dict[str, list[Layer]] = {}
-        for layer in layers:
-            if layer.labels is not None:
-                named.setdefault(layer.labels, []).append(layer)
-        self._sets = {name: _LabelSet(name, config, found, values, planned) for name, found in named.items()}
-
-    @property
-    def counts(self) -> dict[str, int]:
-        return {f"{PREFIX}{name}.{what}": n for name, one in self._sets.items() for what, n in (+one.counts).items()}
-
-    def join(self, samples: Sequence[Wanted]) -> None:
-        """Count what joins samples with labels, without reading values. Raises as ``find``."""
-        for one in self._sets.values():
-            one.join(samples)
-
-    def find(self, samples: Sequence[Wanted]) -> list[tuple[RowLabels, ...]]:
-        """The labels of samples, in their order, of each set. Raises UserError if an index is damaged, and what the
-        storage raises."""
-        return [*zip(*(one.find(samples) for one in self._sets.values()), strict=True)]
-
-    @property
-    def needs_digests(self) -> bool:
-        """Whether some labels have digests of images."""
-        return any(one.has_digests for one in self._sets.values())
-
-    @property
-    def unread(self) -> dict[str, dict[str, str]]:
-        return {name: one.reader.unread for name, one in self._sets.items()}
-
-    def refuse(self, labels: RowLabels) -> None:
-        """Count labels that were joined as those of another image."""
-        assert labels.image is not None
-        counts = self._sets[labels.name].counts
-        counts[labels.image.joined] -= 1
-        counts[OTHER_IMAGE] += 1
-
-    def close(self) -> None:
-        for one in self._sets.values():
-            one.close()
+def open_labels(
+    config: Config, layers: Iterable[Layer], tar: str | None = None, *, values: bool = True, planned: bool = False,
+    limit: int | None = None,
+) -> LabelReader:  # fmt: skip
+    """The labels of the samples of a shard for ``layers`` of a config: of ``tar``, or of datasets. Without ``values``,
+    they are only joined, with at most ``limit`` samples of the tar. If a plan has read labels before (``planned``),
+    they are lost if they do not exist."""
+    named: dict[str, list[Layer]] = {}
+    for layer in layers:
+        if layer.labels is not None:
+            named.setdefault(layer.labels, []).append(layer)
+    return LabelReader(
+        TarLabels(str(tar), config, found, limit)
+        if name == REINFORCEMENTS
+        else _StoredSet(name, config, found, values, planned)
+        for name, found in named.items()
+    )
 
 
 class _Row(NamedTuple):
@@ -123,46 +83,60 @@ class _Row(NamedTuple):
 _NOTHING = _Row("", "", 0, 0, "", 0, "", ())
 
 
-class _LabelSet:
+class _StoredSet(LabelSet):
+    """Labels that are a dataset."""
+
     def __init__(self, name: str, config: Config, layers: Sequence[Layer], values: bool, planned: bool) -> None:
-        self.name, self._config, self._labels = name, config, config.labels[name]
+        super().__init__(name)
+        self._config, self._labels = config, config.labels[name]
         self._crops = name == crops_of(config.labels)
         self._layers = [layer for layer in layers if layer.name != SAMPLES]
         self._store = Store(self._labels.url)
         # The description is read each time: labels may have been extended since.
         self._index = _open_index(self._labels.url, read_fingerprint(self._store, planned))
         self._joins = JOINS[: JOINS.index(self._labels.join) + 1]
+        self.has_digests = DIGEST in self._index.kinds
         self._true_captions = next((layer.count for layer in layers if layer.texts == TRUE_CAPTION), 0)
+        self._stored_captions = next((self._count(layer) for layer in layers if layer.texts == TRUE_CAPTION), 0)
         columns = ["width", "height", *(["augmentations"] if self._crops else [])]
         columns += ["caption", TRUE_CAPTIONS] if self._true_captions else []
         check = functools.partial(read_fingerprint, self._store)
-        self.reader = LabelFiles(self._store, config.failures.attempts, check)
-        self._files = _Files(self._store, self._labels, self.reader, columns if values else [])
-        self.counts: Counter[str] = Counter()
+        files = LabelFiles(self._store, config.failures.attempts, check, self.unread)
+        self._files = _Files(self._store, self._labels, files, columns if values else [])
 
     def close(self) -> None:
         self._files.close()
 
-    @property
-    def has_digests(self) -> bool:
-        return DIGEST in self._index.kinds
+    def preview(self, samples: Sequence[Wanted], where: str) -> list[str]:
+        notes = []
+        if samples:
+            self.join(samples)
+            joined = f"the first {len(samples)} samples of {where} join {canonical(self._labels.url)}"
+            notes.append(f"labels.{self.name}: {joined}: {describe_counts(self.counts)}")
+        own, stored = self._config.input.captions_per_sample or 1, self._stored_captions
+        if stored > own:
+            notes.append(
+                f"labels.{self.name}: vectors of up to {stored} true captions a sample, of which {own} "
+                f"{'is' if own == 1 else 'are'} read here; input.captions_per_sample: {stored} takes all"
+            )
+        return notes
 
-    def find(self, samples: Sequence[Wanted]) -> list[RowLabels]:
+    def find(self, samples: Sequence[Wanted]) -> Iterator[RowLabels]:
         places, why = self.join(samples)
         rows = {number: self._read(places[number]) for number in sorted(places, key=places.__getitem__)}
-        values: dict[int, dict[str, PublishedValue]] = {number: {} for number in range(len(samples))}
+        values: dict[int, dict[str, LabelValue]] = {number: {} for number in range(len(samples))}
         for layer in self._layers:  # each row group is read once, even where it alone fills the cache
             for number, row in rows.items():
                 values[number][layer.name] = self._value_or_why(layer, row, samples[number].key)
         for number, one in why.items():
             refusal = self._refusal(samples[number].key, one)
             values[number] = {layer.name: refusal for layer in self._layers}
-        found: list[RowLabels] = []
         for number in range(len(samples)):
-            row = rows.get(number, _NOTHING)
+            row, joined = rows.get(number, _NOTHING), places[number].kind if number in places else None
             image = row.image if isinstance(row.image, LabelCrops) else None
-            found.append(RowLabels(self.name, image, values[number], row.captions, self._true_captions))
-        return found
+            yield StoredLabels(
+                self.name, values[number], joined, image=image, captions=row.captions, count=self._true_captions
+            )
 
     # -- joining
 
@@ -201,13 +175,13 @@ class _LabelSet:
         where = f"labels: {shard}, row {at.row}"
         try:
             samples = self._files.samples(shard, group)
-            image = self._image(samples, row, at.kind)
+            image = self._image(samples, row)
             texts = true_captions(samples.slice(row, 1))[0] if self._true_captions else ()
         except ValueError as error:  # also of texts that are no UTF-8
             return _Row(where, shard, group, row, "", 0, str(error), ())
         return _Row(where, shard, group, row, samples["key"][row].as_py(), samples.num_rows, image, texts)
 
-    def _value_or_why(self, layer: Layer, row: _Row, key: str) -> PublishedValue:
+    def _value_or_why(self, layer: Layer, row: _Row, key: str) -> LabelValue:
         """What a layer has of a row of labels for the sample ``key``."""
         try:
             if isinstance(row.image, str):
@@ -217,7 +191,7 @@ class _LabelSet:
             return Refusal(key, Reason.REINFORCEMENT_BROKEN, f"{row.where}: {error}")
         return Refusal(key, Reason.NOT_REINFORCED, f"{row.where}: null") if value is None else value
 
-    def _image(self, samples: pa.Table, row: int, kind: str) -> LabelCrops:
+    def _image(self, samples: pa.Table, row: int) -> LabelCrops:
         """The image of a row, with its records if they are taken. Raises Unreadable."""
         policy = self._config.augmentations
         width, height = (samples[side][row].as_py() or 0 for side in ("width", "height"))
@@ -226,16 +200,20 @@ class _LabelSet:
         records: tuple[Augmentation, ...] = ()
         if self._crops:
             records = parse_records(samples["augmentations"][row].as_py(), policy.count, policy.size, width, height)
-        return LabelCrops(records, width, height, kind)
+        return LabelCrops(records, width, height)
 
-    def _value(self, layer: Layer, row: _Row) -> PublishedValue | None:
+    def _count(self, layer: Layer) -> int:
+        """Values of a row in the labels."""
+        return int(self._labels.taken.layers[layer.name]["count"])
+
+    def _value(self, layer: Layer, row: _Row) -> LabelValue | None:
         """The value of a row, None where it is null. Raises Unreadable."""
         keys, values = self._files.values(layer, row.shard, row.group)
         if len(keys) != row.rows or keys[row.number].as_py() != row.key:
             raise Unreadable(f"{layer.name} does not have the rows of its samples")
         value = values[row.number]
         if isinstance(value, np.ndarray):
-            least = self._labels.taken.layers[layer.name]["count"] if layer.texts == TRUE_CAPTION else layer.count
+            least = self._count(layer) if layer.texts == TRUE_CAPTION else layer.count
             if value.shape[0] < least or value.shape[1] != layer.dim:
                 raise Unreadable(f"{layer.name} has vectors {[*value.shape]}, expected {[least, layer.dim]}")
             if np.isnan(value).all():

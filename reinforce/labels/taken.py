@@ -9,7 +9,16 @@ from typing import Any
 from reinforce.config import Augmentations, Config
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.kinds.registry import encodes_texts, kind_of
-from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, Layer, captions_layer, inputs_of, mapping_at, model_of
+from reinforce.dataset.layers import (
+    REINFORCEMENTS,
+    SAMPLES,
+    TRUE_CAPTION,
+    Layer,
+    captions_layer,
+    inputs_of,
+    mapping_at,
+    model_of,
+)
 from reinforce.dataset.manifest.manifest import read_manifest
 from reinforce.errors import UserError
 from reinforce.images.policy import IMAGE_POLICIES, image_policy, is_image_policy
@@ -49,11 +58,14 @@ def with_labels(config: Config) -> Config:
 
 
 def labelled(config: Config, layers: Iterable[Layer]) -> Iterable[Layer]:
-    """The layers of a config, with the labels that they are taken of; without those that nothing makes."""
+    """The layers of a config, with the labels that they are taken of; without those that nothing makes. All values of
+    a published layer without other labels are in `reinforcements`, which also decide the rows of the samples."""
     owners = {layer: name for name, labels in config.labels.items() for layer in labels.taken.layers}
     for layer in layers:
         section, model = layer.owner
-        if layer.name in owners:
+        if config.reinforcements is not None:
+            yield replace(layer, labels=REINFORCEMENTS) if layer.published or layer.name == SAMPLES else layer
+        elif layer.name in owners:
             entry = config.labels[owners[layer.name]].taken.layers[layer.name]
             yield replace(_fitting(layer, entry, f"labels.{owners[layer.name]}"), labels=owners[layer.name])
         elif layer.name == SAMPLES and crops_of(config.labels) is not None:

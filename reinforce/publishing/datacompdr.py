@@ -14,7 +14,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from reinforce.datacompdr.members import MAX_OPS
 from reinforce.dataset.augment.fixed_point import FIXED_POINT_BACKEND
 from reinforce.dataset.augment.records import AUGMENTATION_BACKEND
 from reinforce.dataset.kinds.samples import PUBLISHED_FORMAT
@@ -23,6 +22,7 @@ from reinforce.dataset.reading.dataset import Dataset
 from reinforce.dataset.reading.sample import ImagePolicies
 from reinforce.errors import UserError
 from reinforce.images.policy import IMAGE_POLICY, PUBLISHED_POLICY
+from reinforce.labels.members import MAX_OPS
 from reinforce.nodes import for_each_shard
 from reinforce.publishing.datacompdr_shard import LIST_OF, ShardExport, export_shard, stats_name, tar_name
 from reinforce.publishing.public import without_paths

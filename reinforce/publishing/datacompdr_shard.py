@@ -1,7 +1,7 @@
 """One shard of a dataset as a tar in the format of DataCompDR.
 
 A sample has the members ``KEY.png`` (or another image extension), ``txt``, ``url.txt``, ``syn.json``, ``paug.json``,
-``npz`` or ``pth.gz``, and ``json``, in this order. ``reinforce.datacompdr.members`` reads them. Equal layers give
+``npz`` or ``pth.gz``, and ``json``, in this order. ``reinforce.labels.members`` reads them. Equal layers give
 equal bytes.
 """
 
@@ -22,7 +22,6 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from reinforce.config import Limits
-from reinforce.datacompdr.members import CAPTIONS, PARAMETERS
 from reinforce.dataset import vectors
 from reinforce.dataset.augment.tables import OPS
 from reinforce.dataset.files.store import Store
@@ -31,6 +30,7 @@ from reinforce.dataset.reading.aligned import AlignedLayers, row_errors
 from reinforce.dataset.view import ViewRows
 from reinforce.errors import UserError
 from reinforce.images.policy import PUBLISHED_POLICY, ImageRefused, decode, format_extension, is_plain
+from reinforce.labels.members import CAPTIONS, PARAMETERS
 from reinforce.publishing.public import public_url
 from reinforce.source.captions import parse_json
 from reinforce.source.formats.tar import split_name

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
-from reinforce.datacompdr.matching import normal_url
+from reinforce.labels.identities import normal_url
 from teachers.redact import redact_values
 
 HIDDEN_PATH = "(local path)"

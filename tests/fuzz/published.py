@@ -12,10 +12,10 @@ import numpy as np
 from hypothesis import strategies as st
 
 from reinforce.config import parse_config
-from reinforce.datacompdr.members import Unreadable
-from reinforce.datacompdr.reinforcements import Reinforcements
-from reinforce.datacompdr.values import PublishedReader
 from reinforce.engine.plan.recipe import build_layers, describe_models
+from reinforce.labels.interface import Wanted
+from reinforce.labels.members import Unreadable
+from reinforce.labels.tars import TarLabels
 from reinforce.source.samples import Refusal
 from tests.helpers.published import COUNT, HEIGHT, WIDTH, config_of, published_members, published_sample
 from tests.helpers.tars import tar_bytes
@@ -63,16 +63,15 @@ def published(member: tuple[str, bytes]) -> None:
     changed: dict[str, bytes | None] = {"npz": None, name: data} if name == "pth.gz" else {name: data}
     tar = tar_bytes([*published_members(CHANGED, **changed), *published_members(WHOLE)])
     fsspec.filesystem("memory").pipe("/fuzz/dr.tar", tar)
-    with contextlib.closing(Reinforcements("memory://fuzz/dr.tar", CONFIG)) as found:
-        assert [*found] == [CHANGED.key, WHOLE.key]
-        reader = PublishedReader(CONFIG, LAYERS.values())
-        for key in found:
-            members = found.members(key)
+    with contextlib.closing(TarLabels("memory://fuzz/dr.tar", CONFIG, LAYERS.values())) as labels:
+        keys = [CHANGED.key, WHOLE.key]
+        for key, found in zip(keys, labels.find([Wanted(key, {"uid": key}) for key in keys]), strict=True):
+            assert found.key == key
             with contextlib.suppress(Unreadable):
-                for record in reader.augmentations(members, WIDTH, HEIGHT):
+                for record in found.crops(labels.packed, WIDTH, HEIGHT):
                     assert 0 <= record.crop.top < record.crop.top + record.crop.height <= HEIGHT
                     assert 0 <= record.crop.left < record.crop.left + record.crop.width <= WIDTH
-            for layer, value in reader.values(key, members).items():
+            for layer, value in found.unpacked(labels.packed, key).items():
                 kind = LAYERS[layer]
                 if isinstance(value, Refusal):
                     assert key == CHANGED.key

@@ -19,8 +19,8 @@ from reinforce.dataset.files.layer_file import LayerFile
 from reinforce.engine.plan.plan import Plan, make_plan
 from reinforce.engine.preflight.check_source import check_source
 from reinforce.labels import rows
-from reinforce.labels.crops import RowLabels
-from reinforce.labels.rows import LabelReader, Wanted
+from reinforce.labels.interface import RowLabels, Wanted
+from reinforce.labels.rows import open_labels
 from reinforce.publishing.labels import export_labels
 from reinforce.source.samples import Refusal
 from schemas import Reason
@@ -64,7 +64,7 @@ def find(plan: Plan) -> tuple[list[RowLabels], dict[str, int]]:
     wanted = [
         Wanted(f"own{n}", {"uid": f"uid{n}", "url": f"https://example.org/{n}"}, picture(n)) for n in range(COUNT)
     ]
-    with contextlib.closing(LabelReader(plan.config, plan.layers.values())) as reader:
+    with contextlib.closing(open_labels(plan.config, plan.layers.values())) as reader:
         found = [one for part in (wanted[::2], wanted[1::2]) for [one] in reader.find(part)]
         return found, reader.counts
 

@@ -10,15 +10,7 @@ import pyarrow.compute as pc
 
 import schemas
 from reinforce.config import Config
-from reinforce.dataset.layers import (
-    SAMPLES,
-    Layer,
-    LayerKind,
-    PublishedValues,
-    captions_layer,
-    compute_fingerprint,
-    mapping_at,
-)
+from reinforce.dataset.layers import SAMPLES, Layer, LayerKind, captions_layer, compute_fingerprint, mapping_at
 from reinforce.terminal import plural
 
 if TYPE_CHECKING:
@@ -75,9 +67,6 @@ class Captions(LayerKind):
     def wrong_rows(self, layer: Layer, table: pa.Table, records: int | None) -> Iterator[tuple[str, Any]]:
         wrong = pc.not_equal(pc.list_value_length(table["captions"]), layer.count)
         yield f"do not have {layer.count} captions", pc.fill_null(wrong, False).to_numpy()
-
-    def published_value(self, layer: Layer, values: PublishedValues) -> list[str]:
-        return values.captions(layer)
 
     def content(self, layer: Layer) -> str:
         return plural(layer.count, "caption")

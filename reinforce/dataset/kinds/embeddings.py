@@ -20,7 +20,6 @@ from reinforce.dataset.layers import (
     Layer,
     LayerKind,
     PickedValues,
-    PublishedValues,
     TargetTensor,
     captions_layer,
     compute_fingerprint,
@@ -179,9 +178,6 @@ class ImageEmbeddings(_Embeddings):
     def _texts(self, inputs: str) -> str | None:
         return None
 
-    def published_value(self, layer: Layer, values: PublishedValues) -> npt.NDArray[np.float32]:
-        return values.image_vectors(layer)
-
     def report_content(self, layer: Layer) -> str:
         return f"images, {layer.count} \u00d7 {layer.dim} {layer.dtype}"
 
@@ -208,9 +204,6 @@ class TextEmbeddings(_Embeddings):
         if most > 1 and isinstance(teacher, PublishedTeacherSpec):
             raise UserError("input.captions_per_sample: published vectors are of one true caption. Remove it.")
         return [(TRUE_CAPTION, most), *synthetic]
-
-    def published_value(self, layer: Layer, values: PublishedValues) -> npt.NDArray[np.float32]:
-        return values.text_vectors(layer)
 
     def report_content(self, layer: Layer) -> str:
         own = "true caption" if layer.count == 1 else "true captions"

@@ -13,14 +13,13 @@ from PIL.Image import Image
 from PIL.Image import new as new_image
 
 from reinforce.config import Config
-from reinforce.datacompdr.members import Unreadable
-from reinforce.datacompdr.values import Members, PublishedReader, PublishedValue
 from reinforce.dataset.augment.backends import load_backend
 from reinforce.dataset.augment.records import Augmentation, Crop, from_records, to_records
 from reinforce.dataset.augment.sampling import sample_augmentation
 from reinforce.engine.decode.cells import PixelCells, PixelLayout
-from reinforce.images.policy import ImageRefused, decode, image_policy, reads_crops
-from reinforce.labels.crops import RowLabels
+from reinforce.images.policy import ImageRefused, decode, image_policy
+from reinforce.labels.interface import RowLabels
+from reinforce.labels.members import LabelValue, MemberReader, Unreadable
 from reinforce.source.captions import json_error, metadata_of
 from reinforce.source.references import LostImage
 from reinforce.source.samples import RawSample, Refusal
@@ -32,13 +31,13 @@ _PLACEHOLDER_CROP = Crop(0, 0, 8, 8)
 @dataclass(frozen=True)
 class DecodeSpec:
     """How the images of a lease are decoded. The bytes from ``start`` to ``stop`` of the pixel memory are its cells;
-    ``published`` reads published reinforcements."""
+    ``reader`` reads values of labels that are packed."""
 
     config: Config
     layout: PixelLayout
     start: int = 0
     stop: int = 0
-    published: PublishedReader | None = None
+    reader: MemberReader | None = None
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class StoredImage:
 
 @dataclass(frozen=True)
 class Decoded:
-    """What a decode process returns of a row; ``published`` holds the values of published layers, by layer.
+    """What a decode process returns of a row; ``values`` are those of labels that it has read, by layer.
 
     ``records``, ``caption`` with ``more`` of them, ``metadata`` and the size in pixels are set for a sample of the
     source only; ``left_out`` lists its parts that are missing. ``joined`` is what joined its augmentations with labels,
@@ -59,7 +58,7 @@ class Decoded:
     samples layer: why its referenced image can no longer be read; its pixels are black then.
     """
 
-    published: Mapping[str, PublishedValue] = field(default_factory=dict)
+    values: Mapping[str, LabelValue] = field(default_factory=dict)
     caption: str | None = None
     metadata: str | None = None
     width: int = 0
@@ -88,10 +87,9 @@ class Row:
     """One row on its way from its encoded image through the models to the tables.
 
     ``sample`` is what is decoded: a sample of the source, which stays without its sidecars, or the image of a row of
-    the samples layer. ``members`` are those of published reinforcements, or why there are none, and ``records`` the
-    augmentations of a row of the samples layer that has them. The pixels are in the ``cell`` of the lease,
-    None where none are needed, and ``group`` numbers the row group. ``more`` are true captions besides ``caption``.
-    ``labels`` are those of a sample of the source, and ``values`` what they have of layers.
+    the samples layer. The pixels are in the ``cell`` of the lease, None where none are needed, and ``group`` numbers
+    the row group. ``more`` are true captions besides ``caption``. ``labels`` are those of a sample of the source, or
+    packed ones, and ``values`` what labels have of layers.
     """
 
     key: str
@@ -99,12 +97,10 @@ class Row:
     cell: int | None = None
     group: int = 0
     sample: RawSample | StoredImage | None = None
-    members: Members | Refusal | None = None
-    records: Sequence[Mapping[str, Any]] | None = None
     decoded: Decoded = _NOTHING
     more: Sequence[str] = ()
     labels: Sequence[RowLabels] = ()
-    values: Mapping[str, PublishedValue] = field(default_factory=dict)
+    values: Mapping[str, LabelValue] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "values": {}}  # no decode process needs them
@@ -127,24 +123,21 @@ class Row:
         return self.sample.key if isinstance(self.sample, RawSample) else self.key
 
     @property
-    def published(self) -> Mapping[str, PublishedValue]:
-        return {**self.decoded.published, **self.values} if self.values else self.decoded.published
-
-    @property
     def unreadable(self) -> Refusal | None:
         return self.decoded.unreadable
 
     def finish(self, decoded: Decoded) -> None:
         """Take what was decoded. What no table needs is released: memory is bounded by the images of a row group."""
-        self.decoded, self.members, self.records = decoded, None, None
+        self.decoded = decoded
         if isinstance(self.sample, RawSample):
             self.caption, self.more = decoded.caption, decoded.more
             self.sample = replace(self.sample, sidecars={}, of_image={})
-            for one in self.labels:
-                found = one.values_of(self.key, self.captions, decoded.unlabelled.get(one.name))
-                self.values = {**self.values, **found}
         else:
             self.sample = None
+        for one in self.labels:
+            found = one.values_of(self.key, self.captions, decoded.unlabelled.get(one.name), decoded.values)
+            self.values = {**self.values, **found}
+        self.labels = [RowLabels(one.name, joined=one.joined) for one in self.labels]
 
 
 def decode_row(spec: DecodeSpec, cells: PixelCells, row: Row) -> Outcome:
@@ -164,16 +157,10 @@ def _decode_new(spec: DecodeSpec, cells: PixelCells, row: Row, raw: RawSample) -
     try:
         image = decode(raw.image, limits, strict=True, policy=image_policy(config))
         width, height = image.size
-        augmentations: Sequence[Augmentation]
-        joined, published, unlabelled = _fit_labels(row, width, height)
-        if published:
-            augmentations = published
-        elif spec.published is None or not reads_crops(config):
-            augmentations = [
-                sample_augmentation(policy, config.seed, key, k, width, height) for k in range(policy.count)
-            ]
-        else:
-            augmentations = spec.published.augmentations(_members(row), width, height)
+        joined, records, unlabelled = _fit_labels(spec, row, width, height)
+        augmentations = records or [
+            sample_augmentation(policy, config.seed, key, k, width, height) for k in range(policy.count)
+        ]
     except ImageRefused as refused:
         return Refusal(raw.key, refused.reason, refused.detail)
     except Unreadable as error:
@@ -186,7 +173,7 @@ def _decode_new(spec: DecodeSpec, cells: PixelCells, row: Row, raw: RawSample) -
     if not captions and fields and min(len(raw.members), len(raw.columns or raw.members)) > 1:  # than an image
         left_out.append(Refusal(raw.key, Reason.NO_TEXT, raw.why_no_caption(fields)))
     return Decoded(
-        {} if spec.published is None else spec.published.values(key, _members(row)),
+        _unpacked(spec, row),
         next(iter(captions), None),
         metadata,
         width,
@@ -199,30 +186,30 @@ def _decode_new(spec: DecodeSpec, cells: PixelCells, row: Row, raw: RawSample) -
     )
 
 
-def _fit_labels(row: Row, width: int, height: int) -> tuple[str | None, Sequence[Augmentation], Mapping[str, Refusal]]:
+def _fit_labels(
+    spec: DecodeSpec, row: Row, width: int, height: int
+) -> tuple[str | None, Sequence[Augmentation], Mapping[str, Refusal]]:
     """What joined a sample with labels that have augmentation records, these for its image, and why labels are of
-    another image, by their name."""
+    another image, by their name. Raises Unreadable for labels without which it is no row."""
     joined: str | None = None
     records: Sequence[Augmentation] = ()
     unlabelled = {}
     for one in row.labels:
-        if one.image is not None:
-            try:
-                if found := one.image.fitted(width, height):
-                    records, joined = found, one.image.note(width, height)
-            except Unreadable as error:
-                unlabelled[one.name] = Refusal(row.key, Reason.NOT_REINFORCED, f"labels: {error}")
+        try:
+            if found := one.crops(spec.reader, width, height):
+                records, joined = found, one.note(width, height)
+        except Unreadable as error:
+            if one.key is not None:
+                raise
+            unlabelled[one.name] = Refusal(row.key, Reason.NOT_REINFORCED, f"labels: {error}")
     return joined, records, unlabelled
 
 
 def _decode_stored(spec: DecodeSpec, cells: PixelCells, row: Row, stored: StoredImage | None) -> Decoded:
     """Decode a row of the samples layer again. An image that cannot be used any more gives black pixels."""
-    config = spec.config
-    published: Mapping[str, PublishedValue] = {}
-    if spec.published is not None and row.members is not None:
-        published = spec.published.values(row.key, row.members, row.records)
+    config, values = spec.config, _unpacked(spec, row)
     if stored is None:
-        return Decoded(published)
+        return Decoded(values)
     augmentations: Sequence[Augmentation] = from_records(stored.records)
     unreadable = None
     try:
@@ -234,13 +221,12 @@ def _decode_stored(spec: DecodeSpec, cells: PixelCells, row: Row, stored: Stored
         image = new_image("RGB", (config.augmentations.size,) * 2)
         augmentations = [replace(augmentation, crop=_PLACEHOLDER_CROP) for augmentation in augmentations]
     _write(cells, row, image, augmentations, config.augmentations.backend)
-    return Decoded(published, unreadable=unreadable)
+    return Decoded(values, unreadable=unreadable)
 
 
-def _members(row: Row) -> Members:
-    assert row.members is not None
-    assert not isinstance(row.members, Refusal), "a sample without reinforcements is refused when it is read"
-    return row.members
+def _unpacked(spec: DecodeSpec, row: Row) -> dict[str, LabelValue]:
+    """The values of labels that are read here."""
+    return {name: value for one in row.labels for name, value in one.unpacked(spec.reader, row.key).items()}
 
 
 def _write(cells: PixelCells, row: Row, image: Image, augmentations: Sequence[Augmentation], backend: str) -> None:

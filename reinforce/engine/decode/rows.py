@@ -8,17 +8,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
 
 from reinforce.config import Config
-from reinforce.datacompdr.matching import identity_of
-from reinforce.datacompdr.members import Unreadable
-from reinforce.datacompdr.reinforcements import Reinforcements
-from reinforce.datacompdr.values import PublishedValue
-from reinforce.dataset.augment.records import from_records
 from reinforce.dataset.files.layer_file import LayerFile
 from reinforce.dataset.kinds.samples import true_captions
 from reinforce.engine.decode.ahead import decode_ahead
@@ -27,8 +21,9 @@ from reinforce.engine.decode.pool import CellLease
 from reinforce.engine.decode.row import Row, StoredImage
 from reinforce.engine.messages.pulse import READING
 from reinforce.errors import UserError
-from reinforce.labels.crops import RowLabels
-from reinforce.labels.rows import LabelReader, Wanted
+from reinforce.labels.identities import identity_of
+from reinforce.labels.interface import LabelReader, RowLabels, Wanted
+from reinforce.labels.members import LabelValue
 from reinforce.source.formats.base import Shard
 from reinforce.source.formats.recognise import find_format
 from reinforce.source.identity import former_url
@@ -44,25 +39,16 @@ from teachers.protocols import ImageSpec
 GROUP_ROWS = 1024
 GROUP_BYTES = 32 * 2**20
 _LABEL_COLUMNS = ("metadata", "width", "height", "augmentations")  # of stored samples, by which labels are found
-_LABELLED_ROWS = 512  # of which labels are looked up together
 _NOMINAL_VECTOR_BYTES = 1536 * 2
 
 
 @dataclass(frozen=True)
 class RowSpec:
-    """What the layers of a lease need of each row: ``crops``, ``views``, values of ``published`` reinforcements and of
-    ``labels``."""
+    """What the layers of a lease need of each row: ``crops``, ``views`` and values of ``labels``."""
 
     crops: bool
     views: tuple[ImageSpec, ...] = ()
-    published: Reinforcements | None = None
-    labels: LabelReader | None = None
-
-    @property
-    def counts(self) -> Mapping[str, int]:
-        """Samples by what joined them with labels of others, or why nothing did."""
-        readers = (self.published, self.labels)
-        return {name: count for one in readers if one is not None for name, count in one.counts.items()}
+    labels: LabelReader = field(default_factory=LabelReader)
 
     @property
     def needs_image(self) -> bool:
@@ -89,14 +75,14 @@ def rows_from_source(
 
     The cells of yielded rows are to be released by the caller.
     """
-    published = spec.published
-    if published is not None and published.shard_refusal is not None:
-        yield published.shard_refusal
+    labels = spec.labels
+    if labels.shard_refusal is not None:
+        yield labels.shard_refusal
         return
     vectors = max(config.augmentations.count, config.input.captions_per_sample or 1)
     grouping = _Grouping(max_group_rows(vectors, group_rows))
-    seen: set[str] = set()  # published keys: several samples of the source may match one
-    for row in decode_ahead(lease, _source_rows(_read_samples(config, shard), spec), window):
+    seen: set[str] = set()  # keys of labels: several samples of the source may match one
+    for row in decode_ahead(lease, _source_rows(_read_samples(config, shard), labels), window):
         if isinstance(row, Refusal):
             yield row
             continue
@@ -106,16 +92,13 @@ def rows_from_source(
             lease.free.release([row.cell])
             yield Refusal(row.key, Reason.DUPLICATE_KEY, "another sample has the same reinforcements; it is kept")
             continue
-        if published is not None:
+        if labels.decides_rows:
             seen.add(row.key)
-        if spec.labels is not None:
-            for name in row.decoded.unlabelled:
-                spec.labels.refuse(next(one for one in row.labels if one.name == name))
+        for name in row.decoded.unlabelled:
+            labels.refuse(next(one for one in row.labels if one.name == name))
         row.group = grouping.add(len(row.sample.image))
         yield row
-    if published is not None:
-        yield from published.refusals
-        yield from published.unmatched()
+    yield from labels.left_over()
 
 
 def rows_from_samples(
@@ -127,7 +110,7 @@ def rows_from_samples(
     yielded rows are to be released by the caller.
     """
     stored = _stored_rows(config, shard, file, spec)
-    if not spec.needs_image and spec.published is None:
+    if not spec.needs_image and spec.labels.packed is None:
         yield from lease.watch.steps(READING, stored)
         return
     for row in decode_ahead(lease, stored, window):
@@ -183,38 +166,27 @@ class _Grouping:
         return self._group
 
 
-def _source_rows(samples: Iterable[RawSample | Refusal], spec: RowSpec) -> Iterator[Row | Refusal]:
-    published = spec.published
-    if spec.labels is not None:
-        yield from _labelled_rows(samples, spec.labels)
+def _source_rows(samples: Iterable[RawSample | Refusal], labels: LabelReader) -> Iterator[Row | Refusal]:
+    """The samples of a source, with labels some at a time; those that labels refuse as their refusals."""
+    if not labels.sets:
+        yield from (one if isinstance(one, Refusal) else Row(one.key, sample=one) for one in samples)
         return
-    for raw in samples:
-        if isinstance(raw, Refusal):
-            yield raw
-        elif published is None:
-            yield Row(raw.key, sample=raw)
-        elif isinstance(key := published.match(raw.key, raw.all_sidecars), Refusal):
-            yield key
-        else:
-            yield Row(key, sample=raw, members=published.members(key))
-
-
-def _labelled_rows(samples: Iterable[RawSample | Refusal], labels: LabelReader) -> Iterator[Row | Refusal]:
-    """The samples of a source, some at a time, with their labels."""
     waiting: list[RawSample | Refusal] = []
     size = 0
     for item in itertools.chain(samples, [None]):
         if item is not None:
             waiting.append(item)
             size += len(item.image) if isinstance(item, RawSample) else 0
-        if item is None or len(waiting) == _LABELLED_ROWS or size > GROUP_BYTES:
+        if item is None or len(waiting) == labels.at_once or size > GROUP_BYTES:
             raws = [one for one in waiting if isinstance(one, RawSample)]
-            wanted = [Wanted(one.key, identity_of(one.all_sidecars), one.image) for one in raws]
-            found = iter(labels.find(wanted))
-            yield from (
-                one if isinstance(one, Refusal) else Row(one.key, sample=one, labels=next(found)) for one in waiting
-            )
+            found = iter(labels.find([Wanted(one.key, identity_of(one.all_sidecars), one.image) for one in raws]))
+            yield from (one if isinstance(one, Refusal) else _labelled(one, next(found)) for one in waiting)
             waiting, size = [], 0
+
+
+def _labelled(raw: RawSample, labels: Sequence[RowLabels]) -> Row | Refusal:
+    refusal = next((one.refusal for one in labels if one.refusal is not None), None)
+    return refusal or Row(next((one.key for one in labels if one.key is not None), raw.key), sample=raw, labels=labels)
 
 
 def _stored_rows(config: Config, shard: Shard, file: LayerFile, spec: RowSpec) -> Iterator[Row]:
@@ -223,10 +195,7 @@ def _stored_rows(config: Config, shard: Shard, file: LayerFile, spec: RowSpec) -
     roots = _image_roots(config, shard)
     if spec.needs_image:
         columns += ["augmentations", *image_columns(config.images)]
-    published = spec.published
-    if published is not None:
-        columns = [*dict.fromkeys([*columns, "augmentations", "metadata"])]
-    if spec.labels is not None:
+    if spec.labels.sets:
         stated = image_columns(config.images)[-1:] if spec.labels.needs_digests else ()  # a digest, or the image
         columns = [*dict.fromkeys([*columns, *_LABEL_COLUMNS, *stated])]
     for group in range(file.num_row_groups):
@@ -238,23 +207,21 @@ def _stored_rows(config: Config, shard: Shard, file: LayerFile, spec: RowSpec) -
             digests = table[IMAGE_DIGEST].to_pylist() if IMAGE_DIGEST in table.column_names else None
             images = images_of_group(table["image_ref"].to_pylist(), roots, config.moved, digests)
         records = table["augmentations"].to_pylist() if "augmentations" in columns else itertools.repeat([])
-        metadata = table["metadata"].to_pylist() if "metadata" in columns else itertools.repeat(None)
         keys, captions = table["key"].to_pylist(), true_captions(table)
-        values = _labels_of_stored(table, captions, spec.labels) if spec.labels is not None else itertools.repeat({})
-        for key, texts, image, record, text, one in zip(
-            keys, captions, images, records, metadata, values, strict=False
-        ):
+        labels: Iterable[tuple[Mapping[str, LabelValue], Sequence[RowLabels]]] = itertools.repeat(({}, ()))
+        if spec.labels.sets:
+            labels = _labels_of_stored(table, captions, spec.labels)
+        for key, texts, image, record, (values, packed) in zip(keys, captions, images, records, labels, strict=False):
             sample = None if image is None else StoredImage(image, record)
-            row = Row(key, next(iter(texts), None), group=group, sample=sample, more=texts[1:], values=one)
-            if published is not None:
-                row.members, row.records = published.members_of_stored(key, text), record
-            yield row
+            first = next(iter(texts), None)
+            yield Row(key, first, group=group, sample=sample, more=texts[1:], labels=packed, values=values)
 
 
 def _labels_of_stored(
     samples: pa.Table, captions: Sequence[Sequence[str]], labels: LabelReader
-) -> Iterator[Mapping[str, PublishedValue]]:
-    """What labels have of the rows of a row group of samples. Vectors of images must belong to their crops."""
+) -> Iterator[tuple[Mapping[str, LabelValue], Sequence[RowLabels]]]:
+    """What labels have of the rows of a row group of samples, and those that are packed. Vectors of images must belong
+    to their crops."""
     keys, metadata = samples["key"].to_pylist(), samples["metadata"].to_pylist()
     digests = samples[IMAGE_DIGEST].to_pylist() if IMAGE_DIGEST in samples.column_names else itertools.repeat(None)
     if "image" in samples.column_names:
@@ -262,26 +229,13 @@ def _labels_of_stored(
     stated = (identity_of({} if text is None else {"json": text.encode()}) for text in metadata)
     wanted = [Wanted(*one) for one in zip(keys, stated, digests, strict=False)]
     sizes = zip(*(samples[side].to_pylist() for side in ("width", "height")), strict=True)
-    rows = zip(labels.find(wanted), wanted, captions, sizes, samples["augmentations"].to_pylist(), strict=True)
-    for found, one, texts, (width, height), records in rows:
-        values: dict[str, PublishedValue] = {}
-        for part in found:
-            why = _why_other(part, width, height, records)
+    rows = zip(labels.find(wanted), keys, captions, sizes, samples["augmentations"].to_pylist(), strict=True)
+    for found, key, texts, (width, height), records in rows:
+        values: dict[str, LabelValue] = {}
+        for one in found:
+            why = one.why_other(width, height, records)
             if why is not None:
-                labels.refuse(part)
-            refusal = None if why is None else Refusal(one.key, Reason.NOT_REINFORCED, f"labels: {why}")
-            values |= part.values_of(one.key, texts, refusal)
-        yield values
-
-
-def _why_other(labels: RowLabels, width: int, height: int, records: Sequence[Mapping[str, Any]]) -> str | None:
-    """Why labels are not those of a stored sample, or None."""
-    if labels.image is None:
-        return None
-    try:
-        fitted = labels.image.fitted(width, height)
-    except Unreadable as error:
-        return str(error)
-    return (
-        None if not fitted or [*fitted] == [*from_records(records)] else "its crops are not those of the stored sample"
-    )
+                labels.refuse(one)
+            refusal = None if why is None else Refusal(key, Reason.NOT_REINFORCED, f"labels: {why}")
+            values |= one.values_of(key, texts, refusal, {})
+        yield values, [one.of_stored(records) for one in found if one.is_packed]

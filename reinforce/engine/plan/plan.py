@@ -20,7 +20,7 @@ from reinforce.dataset.files.damage import DamagedFile, damaged_quarantine, find
 from reinforce.dataset.files.layer_file import RefusedFile
 from reinforce.dataset.files.listing import Listing
 from reinforce.dataset.files.store import MANIFEST, DamagedFiles, Store, check_footer, parse_footer
-from reinforce.dataset.layers import SAMPLES, Layer, reads_reinforcements
+from reinforce.dataset.layers import SAMPLES, Layer
 from reinforce.dataset.manifest.class_code import ClassCode, class_codes
 from reinforce.dataset.manifest.differences import check_recipes
 from reinforce.dataset.manifest.manifest import find_manifest
@@ -249,7 +249,7 @@ def _not_replaced(
 
 def _reinforcements(published: Sequence[str], layers: Mapping[str, Layer], row: int, todo: Iterable[str]) -> str | None:
     """The URL of a shard's published reinforcements, if a missing layer reads them."""
-    return published[row] if published and reads_reinforcements(layers[name] for name in todo) else None
+    return published[row] if published and any(layers[name].labels is not None for name in todo) else None
 
 
 def _listed_sizes(

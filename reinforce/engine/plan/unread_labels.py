@@ -26,7 +26,7 @@ class UnreadLabels:
 
     def quarantined(self, shard: str, layers: Iterable[Layer]) -> tuple[str, ...]:
         """The folders of the quarantine with a file of a shard that computing ``layers`` may resolve."""
-        names = dict.fromkeys(layer.labels for layer in layers if layer.labels is not None)
+        names = dict.fromkeys(layer.labels for layer in layers if layer.labels)
         return tuple(quarantine_of(name) for name in names if shard in self.shards[name])
 
     def count(self, computed: Iterable[str]) -> int:

@@ -14,15 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from reinforce.config import Config
-from reinforce.datacompdr.matching import describe_counts, identity_of
-from reinforce.datacompdr.reinforcements import check_reinforcements, preview_join
-from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, Layer
+from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION
 from reinforce.engine.messages.task import PendingShard
 from reinforce.engine.plan.plan import Plan
-from reinforce.engine.record.summary import counts_of_labels
 from reinforce.errors import UserError
 from reinforce.images.policy import ImageRefused, check_header
-from reinforce.labels.rows import LabelReader, Wanted
+from reinforce.labels.identities import identity_of
+from reinforce.labels.interface import Wanted
+from reinforce.labels.rows import open_labels
 from reinforce.labels.unread import MissingLabels
 from reinforce.processes.pauses import pause_seconds
 from reinforce.source.captions import REPLACED
@@ -126,13 +125,9 @@ def check_source(plan: Plan) -> tuple[FirstSample | None, list[str]]:
         found = {*_check_readable("source", [shard.source.file for shard in named])}
         firsts = {shard.source.file: shard for shard in reversed(named)}
         readable = [firsts[file] for file in dict.fromkeys(shard.source.file for shard in named) if file in found]
-    published = [shard for shard in plan.pending if shard.reinforcements]
-    _check_readable("reinforcements", [str(shard.reinforcements) for shard in published])
-    if published:
-        layers = [plan.layers[name] for name in published[0].layers]
-        check_reinforcements(str(published[0].reinforcements), plan.config, layers)
-        notes += _preview_join(plan, published[0])
-    notes += _preview_labels(plan, readable)
+    tars = [shard for shard in plan.pending if shard.reinforcements]
+    _check_readable("reinforcements", [str(shard.reinforcements) for shard in tars])
+    notes += _preview_labels(plan, tars or readable)
     notes += _undivided(named) if _is_new(plan) and plan.config.input.rows_per_shard is None else []
     sample, faults, doubts = _first_sample([plan.shard(shard) for shard in readable], plan.config)
     if faults and _is_new(plan) and sample is None and not doubts:
@@ -148,63 +143,36 @@ def check_source(plan: Plan) -> tuple[FirstSample | None, list[str]]:
     return sample, notes + (sample.notes(plan) if sample else [])
 
 
-def _preview_join(plan: Plan, shard: PendingShard) -> list[str]:
-    """A note on how the first samples of a shard join with its reinforcements, if they are still to be joined.
+def _preview_labels(plan: Plan, shards: Sequence[PendingShard]) -> list[str]:
+    """How the first samples of a shard that is still to be read join with its labels.
 
-    Raises UserError if nothing but their keys agrees.
+    Raises UserError if labels have no index, do not have what the config takes, or agree in nothing but keys.
     """
-    if SAMPLES not in shard.layers:
-        return []
-    config = plan.config
-    budget = ReadBudget(config.input.limits.image_bytes + _READ_BYTES)
-    try:
-        note = preview_join(str(shard.reinforcements), config, plan.shard(shard), budget)
-    except UserError:
-        raise
-    except Exception:  # each driver has its own exceptions; reading the first sample reports them
-        return []
-    return [note] if note else []
-
-
-def _preview_labels(plan: Plan, readable: Sequence[PendingShard]) -> list[str]:
-    """How the first samples of a shard join with the labels of the config. Raises UserError if labels have no index."""
-    layers = [layer for layer in plan.layers.values() if layer.labels is not None]
-    if not layers:
+    tar, where = (shards[0].reinforcements, canonical(shards[0].url)) if shards else (None, "")
+    layers = [plan.layers[name] for name in shards[0].layers] if tar else [*plan.layers.values()]
+    if all(layer.labels is None for layer in layers):
         return []
     samples: list[Wanted] = []
+    new = [shard for shard in shards[:1] if SAMPLES in shard.layers]
     with contextlib.suppress(Exception):  # each driver has its own; reading the first sample reports them
-        for shard in readable[:1]:
+        for shard in new:
             budget = ReadBudget(plan.config.input.limits.image_bytes + _READ_BYTES)
             for raw in itertools.islice(read_samples(plan.shard(shard), plan.config.input, budget), _READ_ITEMS):
                 if isinstance(raw, RawSample):
                     samples.append(Wanted(raw.key, identity_of(raw.all_sidecars), raw.image))
+
+    def preview() -> list[str]:
+        labels = open_labels(plan.config, layers, tar, values=False, limit=_READ_ITEMS)
+        with contextlib.closing(labels):
+            for one in labels.sets:
+                one.check()
+            return [note for one in labels.sets for note in one.preview(samples, where)]
+
     for attempt in range(1, plan.config.failures.attempts):
         with contextlib.suppress(MissingLabels):
-            return _join_first(plan, layers, samples, readable)
+            return preview()
         time.sleep(pause_seconds(attempt))
-    return _join_first(plan, layers, samples, readable)
-
-
-def _join_first(
-    plan: Plan, layers: Sequence[Layer], samples: Sequence[Wanted], readable: Sequence[PendingShard]
-) -> list[str]:
-    """How samples join with the labels of the config: a line for each. Raises what ``LabelReader`` does."""
-    with contextlib.closing(LabelReader(plan.config, layers, values=False)) as labels:
-        labels.join(samples)
-        joined = [
-            f"labels.{name}: the first {len(samples)} samples of {canonical(readable[0].url)} join "
-            f"{canonical(plan.config.labels[name].url)}: {describe_counts(counts)}"
-            for name, counts in counts_of_labels(labels.counts)
-        ]
-    own = plan.config.input.captions_per_sample or 1
-    there = {one.labels: one for one in layers if one.texts == TRUE_CAPTION}
-    most = {str(name): plan.config.labels[str(name)].taken.layers[one.name]["count"] for name, one in there.items()}
-    return joined + [
-        f"labels.{name}: vectors of up to {count} true captions a sample, of which {own} {'is' if own == 1 else 'are'} "
-        f"read here; input.captions_per_sample: {count} takes all"
-        for name, count in most.items()
-        if count > own
-    ]
+    return preview()
 
 
 def _format_notes(shards: Sequence[PendingShard]) -> list[str]:

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from reinforce.datacompdr.matching import PREFIX, describe_counts
 from reinforce.dataset.layers import SAMPLES
 from reinforce.engine.messages.results import ShardResult
 from reinforce.engine.messages.tracebacks import shorten
 from reinforce.engine.plan.plan import Plan
 from reinforce.engine.record.rates import Stages, add_stages, fuller, with_rates
 from reinforce.errors import UserError
+from reinforce.labels.interface import PREFIX, describe_counts
 from reinforce.source.captions import CAPTIONS_REPLACED
 from reinforce.terminal import first_lines, format_bytes, format_duration, plural
 from schemas import Reason

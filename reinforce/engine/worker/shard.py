@@ -13,13 +13,11 @@ from functools import partial
 
 import schemas
 from reinforce.config import Config
-from reinforce.datacompdr.reinforcements import Reinforcements
-from reinforce.datacompdr.values import PublishedReader
 from reinforce.dataset.files.damage import drop_shard_command, set_aside
 from reinforce.dataset.files.index import FileEntry
 from reinforce.dataset.files.layer_file import LayerFile, RefusedFile, naming_refused
 from reinforce.dataset.files.store import LayerWriter, Store, parse_footer
-from reinforce.dataset.layers import SAMPLES, Layer, reads_reinforcements
+from reinforce.dataset.layers import SAMPLES, Layer
 from reinforce.dataset.runs.key_sample import ShardKeys
 from reinforce.dataset.runs.shard_records import ShardRecord, SourceRecord
 from reinforce.engine.decode.pool import CellLease, DecodePool
@@ -38,7 +36,8 @@ from reinforce.engine.worker.producers.base import RowGroup
 from reinforce.engine.worker.producers.registry import make_producers
 from reinforce.engine.worker.refusals import Refusals
 from reinforce.engine.worker.stale_files import MisalignedLayer, origin_entries, set_inputs_aside, set_stale_aside
-from reinforce.labels.rows import LabelReader
+from reinforce.labels.interface import LabelReader
+from reinforce.labels.rows import open_labels
 from reinforce.labels.unread import quarantine_of
 from reinforce.source.captions import CAPTIONS_REPLACED, REPLACED
 from reinforce.source.identity import OpenedStates, SourceState, former_url, probe_state, read_state, recording_opened
@@ -89,7 +88,7 @@ class ShardProcess:
         self.source_note: str | None = None
         self.opened: OpenedStates | None = None  # the states of the source file, if its samples are read
         self.source_counts: Counter[str] = Counter()
-        self.labels: LabelReader | None = None
+        self.labels = LabelReader()
         self.counters = Counters()
         self.session = Session(self.config, self.models, self.counters, self.watch)
         self.producers = make_producers(self.layers.values(), self.session, self.refusals, self.source)
@@ -153,26 +152,19 @@ class ShardProcess:
             device=device_report(self.models.accelerator),
             read_bytes=self.watch.read_bytes,
             times=self.watch.take_seconds(),
-            source_counts={**self.source_counts, **spec.counts},
+            source_counts={**self.source_counts, **self.labels.counts},
         )
 
     # -- rows
 
     def _row_spec(self, stack: contextlib.ExitStack) -> RowSpec:
-        published = None
-        if self.shard.reinforcements and reads_reinforcements(self.layers.values()):
-            published = Reinforcements(self.shard.reinforcements, self.config)
-            stack.enter_context(contextlib.closing(published))
-        labels = None
-        if any(layer.labels for layer in self.layers.values()):
-            self.labels = labels = LabelReader(self.config, self.layers.values(), planned=True)
-            stack.enter_context(contextlib.closing(labels))
-        return RowSpec(self.inference.crops, self.inference.views, published, labels)
+        self.labels = open_labels(self.config, self.layers.values(), self.shard.reinforcements, planned=True)
+        stack.enter_context(contextlib.closing(self.labels))
+        return RowSpec(self.inference.crops, self.inference.views, self.labels)
 
     def _lease(self, spec: RowSpec) -> contextlib.AbstractContextManager[CellLease]:
         """Pixel cells for the rows that are pending and those of a batch."""
-        published = PublishedReader(self.config, self.layers.values()) if spec.published else None
-        decoding = DecodeSpec(self.config, spec.layout(self.config), published=published)
+        decoding = DecodeSpec(self.config, spec.layout(self.config), reader=self.labels.packed)
         return self.pool.lease(decoding, cells_per_shard(self.config), self.watch)
 
     def _rows(self, stack: contextlib.ExitStack, spec: RowSpec, lease: CellLease) -> Generator[Row]:
@@ -181,8 +173,8 @@ class ShardProcess:
         if SAMPLES not in self.layers:
             file = self._open_input(stack, SAMPLES)
             self.origin = origin_entries(parse_footer(file.metadata))
-            if spec.published is not None and (refusal := spec.published.shard_refusal):
-                layer = next(name for name, layer in self.layers.items() if layer.published)
+            if (refusal := self.labels.shard_refusal) is not None:
+                layer = next(name for name, layer in self.layers.items() if layer.labels is not None)
                 raise LayerFailure(layer, f"{refusal.reason.value}: {refusal.detail}")
             yield from self._stored_rows(file, spec, lease, window)
             return
@@ -309,7 +301,7 @@ class ShardProcess:
         layer of other samples.
         """
         changed = False
-        for name, files in self.labels.unread.items() if self.labels else ():
+        for name, files in self.labels.unread.items():
             folder = quarantine_of(name)
             known = folder in self.shard.quarantined
             before = {str(row["detail"]) for row in self.store.quarantined(folder, self.shard.name)} if known else set()
@@ -334,7 +326,7 @@ class ShardProcess:
             self._refuse_unread()
         with self.watch.stage(WRITING, "quarantine"):
             self.refusals.write(self.store, self.shard.name, self.redact.cut)
-            own = self.layers.keys() | {quarantine_of(name) for name in (self.labels.unread if self.labels else ())}
+            own = self.layers.keys() | {quarantine_of(name) for name in self.labels.unread}
             for layer in {*self.shard.quarantined} & own - self.refusals.layers:
                 self.store.forget_quarantine(layer, self.shard.name)
         if self.refusals.shard_reason is not None:

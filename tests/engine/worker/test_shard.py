@@ -250,7 +250,7 @@ def test_a_row_whose_decode_process_crashed_has_no_published_vector_and_its_refu
     old = {"family": "published", "model": "OLD", "columns": [0, 8], "logit_scale": 50.0}
     count = 2 if side == "images" else 1
     rows = [
-        Row("a", decoded=Decoded({name: np.ones((count, 8), np.float32)}), caption="A"),
+        Row("a", values={name: np.ones((count, 8), np.float32)}, caption="A"),
         Row("b", decoded=Decoded(unreadable=Refusal("b", Reason.IMAGE_CRASHED, "gone"))),
     ]
     found, refusals = table(name, RowGroup(rows, [], {}), teachers={"old": old}, reinforcements="x.tar", captioners={})

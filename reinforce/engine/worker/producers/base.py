@@ -138,33 +138,22 @@ class Producer(Encoder):
             if row.unreadable and not self.has_label(layer, row):
                 self.refusals.add(layer.name, row.unreadable)
 
-    def published(self, layer: Layer, group: RowGroup) -> list[Any]:
-        """The published value of each row, or None; records why there is none."""
-        values: list[Any] = []
-        for row in group.rows:
-            # A row whose decode process crashed has no values, but the reason.
-            value = self.published_refusal(layer, row) or row.published.get(layer.name, row.unreadable)
-            if isinstance(value, Refusal):
-                self.refusals.add(layer.name, value)
-            values.append(None if isinstance(value, Refusal) else value)
-        return values
+    def labels(self, layer: Layer, rows: Sequence[Row]) -> Iterator[tuple[int, Any]]:
+        """The values that labels of others have, with the place of their row; records why others have none, unless a
+        model computes them."""
+        for place, row in enumerate(rows if layer.labels is not None else ()):
+            if self.has_label(layer, row):
+                yield place, row.values[layer.name]
+            elif layer.published and isinstance(why := row.values.get(layer.name, row.unreadable), Refusal):
+                self.refusals.add(layer.name, why)  # of the image, if its decode process crashed
 
     @staticmethod
     def has_label(layer: Layer, row: Row) -> bool:
         """Whether labels of others have the value of a row."""
         return layer.labels is not None and isinstance(row.values.get(layer.name), list | np.ndarray)
 
-    @staticmethod
-    def label(layer: Layer, row: Row) -> Any:
-        """The value that labels of others have of a row."""
-        return row.values[layer.name]
-
     def without_label(self, layer: Layer, rows: Sequence[Row]) -> list[int]:
         """The places of the rows whose values are computed."""
         if layer.labels is None:
             return [*range(len(rows))]
         return [place for place, row in enumerate(rows) if not self.has_label(layer, row)]
-
-    def published_refusal(self, layer: Layer, row: Row) -> Refusal | None:
-        """Why the published value of a row is not used, None if it is."""
-        return None

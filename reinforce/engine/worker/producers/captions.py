@@ -148,7 +148,11 @@ class Captions(Producer):
         )
 
     def table(self, layer: Layer, group: RowGroup) -> pa.Table:
-        captions = self.published(layer, group) if layer.published else self._captions(layer, group)
+        captions: list[list[str] | None] = [None for _ in group.rows]
+        if not layer.published:
+            captions = self._captions(layer, group)
+        for place, texts in self.labels(layer, group.rows):
+            captions[place] = [*texts]
         group.set_values(layer.name, captions)
         columns = [pa.array(group.keys, pa.string()), pa.array(captions, pa.list_(pa.string()))]
         return pa.table(columns, schema=self.schema(layer))
@@ -184,9 +188,7 @@ class Captions(Producer):
         return [self._caption(layer, row, captions) for row, captions in zip(group.rows, texts, strict=True)]
 
     def _caption(self, layer: Layer, row: Row, captions: list[str] | NoCaptions | None) -> list[str] | None:
-        if self.has_label(layer, row):
-            return list(self.label(layer, row))
-        return None if row.unreadable else self._clean(layer, row.key, captions)
+        return None if row.unreadable or self.has_label(layer, row) else self._clean(layer, row.key, captions)
 
     def _clean(self, layer: Layer, key: str, texts: list[str] | NoCaptions | None) -> list[str] | None:
         """One image's captions after the config's ``clean``; None if none is left."""

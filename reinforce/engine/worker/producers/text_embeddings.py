@@ -118,12 +118,3 @@ class TextEmbeddings(Embeddings):
             if not encoded and not self.has_label(layer, row):
                 self.refusals.add(layer.name, Refusal(row.key, Reason.NO_TEXT, f"no caption to encode: {where}"))
         return values, valid
-
-    def published_refusal(self, layer: Layer, row: Row) -> Refusal | None:
-        if (
-            layer.texts != TRUE_CAPTION
-            or row.caption
-            or isinstance(row.published.get(layer.name, row.unreadable), Refusal)
-        ):
-            return None
-        return Refusal(row.key, Reason.NO_TEXT, "no caption that the published vector could belong to")

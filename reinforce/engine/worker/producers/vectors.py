@@ -32,10 +32,12 @@ class Embeddings(Producer):
         return f"teachers.{layer.model}: a smaller model, or `precision: bf16`"
 
     def table(self, layer: Layer, group: RowGroup) -> pa.Table:
-        values, valid = self._published_vectors(layer, group) if layer.published else self.vectors(layer, group)
-        for i, row in enumerate(group.rows if layer.labels is not None and not layer.published else ()):
-            if self.has_label(layer, row):
-                values[i], valid[i] = self.label(layer, row), True
+        shape = (len(group.rows), layer.count, layer.dim or 0)
+        values, valid = np.zeros(shape, np.float32), np.zeros(shape[0], bool)
+        if not layer.published:
+            values, valid = self.vectors(layer, group)
+        for place, value in self.labels(layer, group.rows):
+            values[place], valid[place] = value, True
         finite = np.isfinite(values).all(axis=(1, 2))
         for key, refused in zip(group.keys, valid & ~finite, strict=True):
             if refused:
@@ -44,11 +46,3 @@ class Embeddings(Producer):
         with raising_layer_failure(layer.name):
             columns = vectors.encode(values, layer.dtype, valid & finite)
         return pa.table([pa.array(group.keys, pa.string()), *columns], schema=self.schema(layer))
-
-    def _published_vectors(self, layer: Layer, group: RowGroup) -> tuple[Floats, Mask]:
-        found = self.published(layer, group)
-        values = np.zeros((len(found), layer.count, layer.dim or 0), np.float32)
-        valid = np.array([value is not None for value in found], bool)
-        for i in np.flatnonzero(valid):
-            values[i] = found[i]
-        return values, valid

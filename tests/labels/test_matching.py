@@ -15,11 +15,13 @@ from PIL import Image
 
 import reinforce
 from reinforce.config import parse_config
-from reinforce.datacompdr.matching import Matcher, identity_of, normal_url
 from reinforce.engine.messages.results import ShardResult
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.preflight.check_source import check_source
 from reinforce.errors import UserError
+from reinforce.labels.identities import identity_of, normal_url
+from reinforce.labels.joining import Joined, Why
+from reinforce.labels.tars import TarRows
 from teachers.published.family import JOINS
 from tests.helpers.images import encode
 from tests.helpers.published import (
@@ -68,12 +70,11 @@ MATCHES: list[tuple[str, dict[str, bytes], dict[str, dict[str, bytes]], str]] = 
 def test_published_samples_are_found_by_identity_and_a_contradiction_is_no_match(
     key: str, sample: dict[str, bytes], published: dict[str, dict[str, bytes]], expected: str
 ) -> None:
-    matcher = Matcher("key")
+    rows = TarRows("key")
     for name, one in published.items():
-        matcher.add(name, identity_of(one))
-    found, _ = matcher.match(key, identity_of(sample))
-    [count] = matcher.counts
-    assert (count if found is None else f"{found} by {count}") == expected
+        rows.add(name, identity_of(one))
+    found = rows.match(key, identity_of(sample))
+    assert expected == (f"{[*published][found.row]} by {found.kind}" if isinstance(found, Joined) else found.what)
 
 
 #: What agrees of a sample "a" and an entry "a", what differs, and what must allow the join, if anything does.
@@ -96,13 +97,14 @@ def test_no_weaker_agreement_joins_than_the_config_allows(
     sample: dict[str, str], entry: dict[str, str], weakest: str | None
 ) -> None:
     for number, join in enumerate(JOINS):
-        matcher = Matcher(join)
-        matcher.add("a", entry)
-        found, what = matcher.match("a", sample)
+        rows = TarRows(join)
+        rows.add("a", entry)
+        found = rows.match("a", sample)
         if weakest is not None and JOINS.index(weakest) <= number:
-            assert (found, what) == ("a", weakest)
+            assert found == Joined(0, 0, weakest)
         else:
-            assert (found is None and "'a' is of" in what) or "only the key" in what
+            assert isinstance(found, Why)
+            assert "'a' is of" in found.detail or "only the key" in found.detail
 
 
 def test_keys_that_nothing_confirms_are_refused_before_a_run_unless_the_config_joins_by_key(tmp_path: Path) -> None:
@@ -237,12 +239,13 @@ def test_of_several_entries_the_one_that_agrees_in_more_is_taken_and_otherwise_n
     sample: dict[str, str], entries: dict[str, dict[str, str]], expected: str | None
 ) -> None:
     for order in (entries, dict(reversed(entries.items()))):
-        matcher = Matcher()
+        rows = TarRows()
         for key, one in order.items():
-            matcher.add(key, one)
-        found, what = matcher.match("x", sample)
+            rows.add(key, one)
+        found = rows.match("x", sample)
         if expected is None:
-            assert (found, dict(matcher.counts)) == (None, {"ambiguous": 1})
-            assert "several have its u" in what
+            assert isinstance(found, Why)
+            assert (found.what, "several have its u" in found.detail) == ("ambiguous", True)
         else:
-            assert found == next(key for key in order if key in expected)
+            assert isinstance(found, Joined)
+            assert [*order][found.row] == next(key for key in order if key in expected)

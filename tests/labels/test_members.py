@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import reinforce
-from reinforce.datacompdr.members import parse_vectors
+from reinforce.labels.members import parse_vectors
 from tests.helpers.published import (
     ALL,
     COUNT,

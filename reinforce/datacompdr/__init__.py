@@ -1,1 +1,0 @@
-"""Published reinforcements (DataCompDR, DFNDR): members, values, and their match with samples."""
