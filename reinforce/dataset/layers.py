@@ -123,6 +123,11 @@ class Layer:
         return self.sees is not None
 
     @property
+    def loads_model(self) -> bool:
+        """Whether computing it loads a model."""
+        return self.model is not None and not self.published
+
+    @property
     def identity(self) -> Mapping[str, Any]:
         """The part of the recipe that describes its model, or how scores are computed; empty for samples."""
         found: Mapping[str, Any] = self.recipe.get("model") or self.recipe.get("score") or {}

@@ -44,11 +44,6 @@ class RowLabels:
     key: str | None = None
     refusal: Refusal | None = None
 
-    @property
-    def is_packed(self) -> bool:
-        """Whether a decode process reads its values."""
-        return False
-
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "values": {}}
 
@@ -64,9 +59,10 @@ class RowLabels:
         """Why it is not of a stored sample with an image of this size and these augmentation records, or None."""
         return None
 
-    def of_stored(self, records: Sequence[Mapping[str, Any]]) -> RowLabels:
-        """The labels of a stored sample with these augmentation records."""
-        return self
+    def packed(self, records: Sequence[Mapping[str, Any]]) -> RowLabels | None:
+        """What decode processes receive to read values of a stored sample with these augmentation records, if they
+        do."""
+        return None
 
     def unpacked(self, reader: MemberReader | None, key: str) -> Mapping[str, LabelValue]:
         """The values that a decode process reads."""
@@ -103,12 +99,10 @@ class LabelSet(ABC):
         self.counts: Counter[str] = Counter()
         self.unread: dict[str, str] = {}
 
-    def check(self) -> None:  # noqa: B027 - a plan checks what dataset.json states
-        """Raise UserError if the config takes what none of the first samples has."""
-
     @abstractmethod
     def preview(self, samples: Sequence[Wanted], where: str) -> list[str]:
-        """Notes on how the first samples of a shard join. Raises UserError if nothing but their keys agrees."""
+        """Notes on how the first samples of a shard join. Raises UserError if the config takes what the first labels
+        have not, or nothing but keys agrees."""
 
     @abstractmethod
     def find(self, samples: Sequence[Wanted]) -> Iterable[RowLabels]:

@@ -16,8 +16,7 @@ A kind of identities after the other, strongest first:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
@@ -66,15 +65,13 @@ Rows: TypeAlias = "dict[int, list[RowOf] | None]"
 
 
 class Candidates(ABC):
-    """Rows that samples are joined with. ``one_proof``: of several that are proven to be of one image, the first is
-    taken, because reading costs much."""
+    """Rows that samples are joined with.
 
-    one_proof = False
+    ``indexed_digests``: their digests are in an index alone. ``one_proof``: of several that are proven to be of one
+    image, the first is taken, because reading costs much.
+    """
 
-    @property
-    def indexed_digests(self) -> bool:
-        """Whether their digests are in an index alone."""
-        return False
+    indexed_digests = one_proof = False
 
     @abstractmethod
     def entries(self, kind: str, texts: Sequence[str]) -> dict[str, Codes]:
@@ -97,20 +94,13 @@ class Candidates(ABC):
         return False
 
 
-@dataclass(frozen=True)
 class IndexedRows(Candidates):
-    """The rows of an ``index``. ``read`` returns what a row states, ``known`` the rows as ``near``. An ``embedded``
-    dataset states no digests."""
+    """The rows of an ``index``. Those of an ``embedded`` dataset state no digests."""
 
-    index: IdentityIndex
-    read: Callable[[RowOf], Identity]
-    known: Callable[[IdentityIndex, str, Sequence[str]], Mapping[int, RowOf]]
-    embedded: bool
     one_proof = True
 
-    @property
-    def indexed_digests(self) -> bool:
-        return self.embedded and DIGEST in self.index.kinds
+    def __init__(self, index: IdentityIndex, embedded: bool) -> None:
+        self.index, self.indexed_digests = index, embedded and DIGEST in index.kinds
 
     def entries(self, kind: str, texts: Sequence[str]) -> dict[str, Codes]:
         if kind not in self.index.kinds:
@@ -123,14 +113,8 @@ class IndexedRows(Candidates):
         parts = np.split(codes[order], starts[1:])
         return {texts[place]: np.unique(part) for place, part in zip(places.tolist(), parts, strict=False)}
 
-    def stated(self, row: RowOf) -> Identity:
-        return self.read(row)
-
     def name(self, row: RowOf) -> str:
         return f"{self.index.shards[row.shard]}, row {row.row},"
-
-    def near(self, kind: str, values: Sequence[str]) -> Mapping[int, RowOf]:
-        return {} if kind == KEY else self.known(self.index, kind, values)  # only lone keys join
 
     def is_unique(self, kind: str) -> bool:
         return self.index.is_unique(kind)
@@ -149,8 +133,9 @@ class Joining:
         why: dict[int, Why] = {}
         for kind in kinds:
             settled = {*joined, *(number for number, one in why.items() if one.what == AMBIGUOUS)}
-            rows = self._find(kind, [n for n, one in enumerate(self._own) if kind in one and n not in settled])
-            stated, broken = self._read(kind, rows)
+            numbers = [number for number, one in enumerate(self._own) if kind in one and number not in settled]
+            rows = self._find(kind, numbers) if numbers else {}
+            stated, broken = self._read(kind, rows) if rows else ({}, {})
             for number, of_sample in rows.items():
                 found = self._settle(number, kind, stated[number])
                 proven = isinstance(found, RowOf) and proves(self._own[number], stated[number][found])
@@ -192,7 +177,7 @@ class Joining:
                 self._read(kind, indexed)  # so that they are near
             found |= indexed
             probed *= 2
-        return found | self._candidates(kind, doubtful)
+        return found | self._candidates(kind, doubtful) if doubtful else found
 
     def _candidates(self, kind: str, numbers: Sequence[int]) -> Rows:
         """The rows with the same identity by the index. Too many are reduced to those that also agree in other kinds,

@@ -7,12 +7,12 @@ bounded.
 
 from __future__ import annotations
 
+import functools
 import gzip
 import io
 import math
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -36,7 +36,7 @@ _MAX_MAGNITUDE = 1e4
 _IMAGES, _TEXTS = "image_emb", "text_emb"  # names of arrays
 _UNTAGGED = "syn_text"  # the list whose vectors may follow that of the true caption in text_emb
 _NORM_RANGE = (0.9, 1.1)
-_LARGEST_IMAGE = (2**31, 2**31)  # any crop fits into it
+LARGEST_IMAGE = (2**31, 2**31)  # any crop fits into it
 
 Floats = npt.NDArray[np.float32]
 #: Value of a row in a layer: captions, embeddings [count, dim], or why it is null there.
@@ -55,9 +55,7 @@ class MemberReader:
     def __init__(self, config: Config, layers: Iterable[Layer]) -> None:
         self.config, self.layers = config, [layer for layer in layers if layer.published]
 
-    def augmentations(
-        self, members: Members, width: int = _LARGEST_IMAGE[0], height: int = _LARGEST_IMAGE[1]
-    ) -> tuple[Augmentation, ...]:
+    def augmentations(self, members: Members, width: int, height: int) -> tuple[Augmentation, ...]:
         """The first ``augmentations.count`` records of a sample, for an image of this size. Raises Unreadable."""
         policy = self.config.augmentations
         records = _json(members, PARAMETERS).get("param_aug")
@@ -73,61 +71,43 @@ class MemberReader:
     ) -> dict[str, LabelValue]:
         """The value of a sample in each layer. ``records`` are the augmentations of a sample that is stored already:
         vectors of images must belong to them."""
-        sample = _Sample(self, members, records)
         values: dict[str, LabelValue] = {}
+        arrays = functools.cache(functools.partial(_arrays, members))
         for layer in self.layers:
             try:
-                values[layer.name] = sample.value(layer)
+                if not layer.kind.vectors:
+                    values[layer.name] = self._captions(layer, members)
+                    continue
+                if layer.texts is None and records is not None:
+                    self._check_crops(members, records)
+                values[layer.name] = self._vectors(layer, arrays())
             except Unreadable as error:
                 values[layer.name] = Refusal(key, Reason.REINFORCEMENT_BROKEN, str(error))
         return values
 
+    def _check_crops(self, members: Members, records: Sequence[Mapping[str, Any]]) -> None:
+        """Raise Unreadable if the crops of the vectors are not ``records``."""
+        if [*self.augmentations(members, *LARGEST_IMAGE)] != from_records(records):
+            raise Unreadable(f"the crops of its vectors, in {PARAMETERS}, are not those of the stored sample")
 
-class _Sample:
-    """The values of a sample's members, by layer. All raise Unreadable."""
-
-    def __init__(self, reader: MemberReader, members: Members, records: Sequence[Mapping[str, Any]] | None) -> None:
-        self._reader, self._config, self._members, self._records = reader, reader.config, members, records
-
-    def value(self, layer: Layer) -> list[str] | Floats:
-        if not layer.kind.vectors:
-            return self._captions(layer)
-        if layer.texts is None:
-            return self._image_vectors(layer)
-        if layer.texts == TRUE_CAPTION:
-            return self._vectors(layer, _TEXTS, 0)
-        own = self._list_of(str(layer.texts))
-        followed = own == _UNTAGGED and f"{own}_emb" not in self._arrays
-        return self._vectors(layer, _TEXTS, 1) if followed else self._vectors(layer, f"{own}_emb", 0)
-
-    def _captions(self, layer: Layer) -> list[str]:
+    def _captions(self, layer: Layer, members: Members) -> list[str]:
+        """The layer's captions. Raises Unreadable."""
         name = self._list_of(str(layer.model))
-        document = _json(self._members, CAPTIONS)
+        document = _json(members, CAPTIONS)
         texts = document.get(name)
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise Unreadable(f"no list {name!r} of texts in {CAPTIONS}, which has: {list_names(document)}")
         if len(texts) < layer.count:
             raise Unreadable(f"{len(texts)} captions in {name!r}, expected {layer.count}: set `captions`")
-        return [clean_text(text, self._config.input.limits.caption_chars) for text in texts[: layer.count]]
+        return [clean_text(text, self.config.input.limits.caption_chars) for text in texts[: layer.count]]
 
-    def _image_vectors(self, layer: Layer) -> Floats:
-        if self._records is not None:
-            published = self._reader.augmentations(self._members)
-            if [*published] != from_records(self._records):
-                raise Unreadable(f"the crops of its vectors, in {PARAMETERS}, are not those of the stored sample")
-        return self._vectors(layer, _IMAGES, 0)
-
-    @cached_property
-    def _arrays(self) -> Mapping[str, Floats]:
-        with np.errstate(all="ignore"):  # overflow is refused by the norm
-            return _arrays(self._members)
-
-    def _vectors(self, layer: Layer, name: str, first: int) -> Floats:
-        """The layer's unit vectors [count, dim]: rows from ``first`` on and columns of one of a sample's arrays."""
-        arrays = self._arrays
+    def _vectors(self, layer: Layer, arrays: Mapping[str, Floats]) -> Floats:
+        """The layer's unit vectors [count, dim]: some rows and columns of one of a sample's arrays. Raises
+        Unreadable."""
+        name, first = self._array_of(layer, arrays)
         if name not in arrays:
             raise Unreadable(f"no vectors {name!r}, only: {list_names(arrays)}")
-        teacher = self._config.teachers[str(layer.model)]
+        teacher = self.config.teachers[str(layer.model)]
         assert isinstance(teacher, PublishedTeacherSpec)
         assert teacher.columns is not None
         columns = teacher.columns
@@ -141,9 +121,17 @@ class _Sample:
         unit: Floats = part / checked_norms(part, f"{name}, columns {columns[0]} to {columns[1]}")
         return unit
 
+    def _array_of(self, layer: Layer, arrays: Mapping[str, Floats]) -> tuple[str, int]:
+        """The name of the array with a layer's vectors, and the first of its rows that has one."""
+        if layer.texts in (None, TRUE_CAPTION):
+            return (_IMAGES if layer.texts is None else _TEXTS), 0
+        own = self._list_of(str(layer.texts))
+        followed = own == _UNTAGGED and f"{own}_emb" not in arrays
+        return (_TEXTS, 1) if followed else (f"{own}_emb", 0)
+
     def _list_of(self, captioner: str) -> str:
         """The list of synthetic captions that a captioner of the config names."""
-        return str(self._config.captioners[captioner].model)
+        return str(self.config.captioners[captioner].model)
 
 
 def checked_norms(values: Floats, where: str) -> Floats:
@@ -166,7 +154,8 @@ def _json(members: Members, name: str) -> dict[str, Any]:
 def _arrays(members: Members) -> dict[str, Floats]:
     for name in VECTORS:
         if (data := members.get(name)) is not None:
-            return parse_vectors(name, data)
+            with np.errstate(all="ignore"):  # overflow is refused by the norm
+                return parse_vectors(name, data)
     raise Unreadable(f"no member {' or '.join(VECTORS)}")
 
 

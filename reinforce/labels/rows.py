@@ -91,18 +91,18 @@ class _StoredSet(LabelSet):
         self._config, self._labels = config, config.labels[name]
         self._crops = name == crops_of(config.labels)
         self._layers = [layer for layer in layers if layer.name != SAMPLES]
-        self._store = Store(self._labels.url)
+        store = Store(self._labels.url)
         # The description is read each time: labels may have been extended since.
-        self._index = _open_index(self._labels.url, read_fingerprint(self._store, planned))
+        self._index = _open_index(self._labels.url, read_fingerprint(store, planned))
         self._joins = JOINS[: JOINS.index(self._labels.join) + 1]
         self.has_digests = DIGEST in self._index.kinds
         self._true_captions = next((layer.count for layer in layers if layer.texts == TRUE_CAPTION), 0)
         self._stored_captions = next((self._count(layer) for layer in layers if layer.texts == TRUE_CAPTION), 0)
         columns = ["width", "height", *(["augmentations"] if self._crops else [])]
         columns += ["caption", TRUE_CAPTIONS] if self._true_captions else []
-        check = functools.partial(read_fingerprint, self._store)
-        files = LabelFiles(self._store, config.failures.attempts, check, self.unread)
-        self._files = _Files(self._store, self._labels, files, columns if values else [])
+        check = functools.partial(read_fingerprint, store)
+        files = LabelFiles(store, config.failures.attempts, check, self.unread)
+        self._files = _Files(self._index, self._labels, files, columns if values else [])
 
     def close(self) -> None:
         self._files.close()
@@ -129,7 +129,8 @@ class _StoredSet(LabelSet):
             for number, row in rows.items():
                 values[number][layer.name] = self._value_or_why(layer, row, samples[number].key)
         for number, one in why.items():
-            refusal = self._refusal(samples[number].key, one)
+            reason = Reason.REINFORCEMENT_BROKEN if one.what == BROKEN else Reason.NOT_REINFORCED
+            refusal = Refusal(samples[number].key, reason, f"labels: {one.detail}")
             values[number] = {layer.name: refusal for layer in self._layers}
         for number in range(len(samples)):
             row, joined = rows.get(number, _NOTHING), places[number].kind if number in places else None
@@ -143,14 +144,9 @@ class _StoredSet(LabelSet):
     def join(self, samples: Sequence[Wanted]) -> tuple[dict[int, Joined], dict[int, Why]]:
         """The row of each sample that has labels, and why others have none; counts them."""
         own = [self._identity(sample) for sample in samples]
-        rows = IndexedRows(self._index, self._stated, self._files.near, self._labels.taken.embedded)
-        found, why = Joining(rows, own, (ValueError,)).join(self._joins)
+        found, why = Joining(self._files, own, (ValueError,)).join(self._joins)
         self.counts.update(found[number].kind if number in found else why[number].what for number in range(len(own)))
         return found, why
-
-    def _refusal(self, key: str, why: Why) -> Refusal:
-        reason = Reason.REINFORCEMENT_BROKEN if why.what == BROKEN else Reason.NOT_REINFORCED
-        return Refusal(key, reason, f"labels: {why.detail}")
 
     def _identity(self, sample: Wanted) -> dict[str, str]:
         """What a sample states, with the digest of its image if the labels have digests, and its key if keys join."""
@@ -159,13 +155,6 @@ class _StoredSet(LabelSet):
             digest = sample.image if isinstance(sample.image, int) else image_digest(sample.image)
             found[DIGEST] = f"{digest:016x}"
         return found | ({KEY: sample.key} if KEY in self._joins else {})
-
-    def _stated(self, row: RowOf) -> Identity:
-        group, number = self._index.row_group(*row)
-        found = self._files.identities(self._index.shards[row.shard], group)
-        if number >= len(found):
-            raise RefusedFile(f"row group {group} has {len(found)} rows, and others by the index")
-        return found[number]
 
     # -- values
 
@@ -229,12 +218,13 @@ class _StoredSet(LabelSet):
         return [clean_text(text, self._config.input.limits.caption_chars) for text in texts]
 
 
-class _Files:
+class _Files(IndexedRows):
     """Row groups of the files of labels, with these ``columns`` of the samples. Keeps the last ones that were read, and
     why others cannot be."""
 
-    def __init__(self, store: Store, labels: Labels, reader: LabelFiles, columns: Sequence[str]) -> None:
-        self._store, self._labels, self._reader, self._columns = store, labels, reader, columns
+    def __init__(self, index: IdentityIndex, labels: Labels, reader: LabelFiles, columns: Sequence[str]) -> None:
+        super().__init__(index, labels.taken.embedded)
+        self._labels, self._reader, self._columns = labels, reader, columns
         self._open: OrderedDict[tuple[str, str], tuple[contextlib.ExitStack, LayerFile]] = OrderedDict()
         self._groups: OrderedDict[tuple[str, str, int], Any] = OrderedDict()
         self._sizes: dict[tuple[str, str, int], int] = {}
@@ -244,19 +234,23 @@ class _Files:
         """The samples of a row group, without images."""
         return self._cached(SAMPLES, shard, group, self._read_samples)[0]
 
-    def near(self, index: IdentityIndex, kind: str, values: Sequence[str]) -> dict[int, RowOf]:
+    def near(self, kind: str, values: Sequence[str]) -> dict[int, RowOf]:
         """The rows of those of ``values``, by place, that a row group states which was read last."""
         found: dict[int, RowOf] = {}
-        for layer, shard, group in self._groups:
+        for layer, shard, group in self._groups if kind != KEY else ():  # only lone keys join
             if layer == SAMPLES:
                 rows = self._groups[layer, shard, group][2].get(kind, {})
-                number, first = index.place(shard, group)
+                number, first = self.index.place(shard, group)
                 found |= {at: RowOf(number, first + rows[value]) for at, value in enumerate(values) if value in rows}
         return found
 
-    def identities(self, shard: str, group: int) -> Sequence[Identity]:
-        """What each row of a row group states, with its key."""
-        return self._cached(SAMPLES, shard, group, self._read_samples)[1]
+    def stated(self, row: RowOf) -> Identity:
+        group, number = self.index.row_group(*row)
+        found = self._cached(SAMPLES, self.index.shards[row.shard], group, self._read_samples)[1]
+        if number >= len(found):
+            raise RefusedFile(f"row group {group} has {len(found)} rows, and others by the index")
+        identity: Identity = found[number]
+        return identity
 
     def values(self, layer: Layer, shard: str, group: int) -> tuple[pa.ChunkedArray, Any]:
         """The keys and values of a row group of a layer."""
@@ -310,7 +304,7 @@ class _Files:
                 fingerprint = str(self._labels.taken.layers[layer]["fingerprint"])
             stack = contextlib.ExitStack()
             with stack:
-                file = stack.enter_context(self._store.open_layer(layer, shard, fingerprint, whole=False))
+                file = stack.enter_context(self._reader.store.open_layer(layer, shard, fingerprint, whole=False))
                 self._open[name] = (stack.pop_all(), file)
             while len(self._open) > _OPEN_FILES:
                 self._open.popitem(last=False)[1][0].close()

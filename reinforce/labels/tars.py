@@ -38,7 +38,16 @@ from reinforce.labels.joining import (
     difference,
     only_keys,
 )
-from reinforce.labels.members import CAPTIONS, PARAMETERS, VECTORS, LabelValue, MemberReader, Members, Unreadable
+from reinforce.labels.members import (
+    CAPTIONS,
+    LARGEST_IMAGE,
+    PARAMETERS,
+    VECTORS,
+    LabelValue,
+    MemberReader,
+    Members,
+    Unreadable,
+)
 from reinforce.source.formats.tar import read_shard
 from reinforce.source.samples import Refusal
 from reinforce.source.urls import canonical
@@ -55,15 +64,11 @@ class PackedLabels(RowLabels):
     members: Members = field(default_factory=dict)
     records: Sequence[Mapping[str, Any]] | None = None
 
-    @property
-    def is_packed(self) -> bool:
-        return True
-
     def crops(self, reader: MemberReader | None, width: int, height: int) -> Sequence[Augmentation]:
         assert reader is not None
         return reader.augmentations(self.members, width, height) if reads_crops(reader.config) else ()
 
-    def of_stored(self, records: Sequence[Mapping[str, Any]]) -> RowLabels:
+    def packed(self, records: Sequence[Mapping[str, Any]]) -> RowLabels | None:
         return replace(self, records=records)
 
     def unpacked(self, reader: MemberReader | None, key: str) -> Mapping[str, LabelValue]:
@@ -197,9 +202,9 @@ class TarLabels(LabelSet):
                 detail = "reinforced, but no sample of the source's shard is of its image"
                 yield Refusal(stated[KEY], Reason.NO_IMAGE, detail)
 
-    def check(self) -> None:
-        first = range(min(_CHECKED_SAMPLES, len(self._members)))
-        errors = [self._errors(self._labels(row, KEY)) for row in first]
+    def _check(self) -> None:
+        """Raise UserError if some layer is unreadable in all of the first samples."""
+        errors = [self._errors(self._labels(row, KEY)) for row in range(min(_CHECKED_SAMPLES, len(self._members)))]
         for layer in errors[0] if errors else ():
             if all(layer in others for others in errors):
                 raise UserError(
@@ -209,16 +214,16 @@ class TarLabels(LabelSet):
 
     def _errors(self, labels: PackedLabels) -> dict[str, str]:
         """What cannot be read of a sample, by layer, independently of its image."""
-        errors = {}
-        if reads_crops(self._reader.config):
-            try:
-                self._reader.augmentations(labels.members)
-            except Unreadable as error:
-                errors[SAMPLES] = str(error)
         values = labels.unpacked(self._reader, "")
-        return errors | {name: value.detail for name, value in values.items() if isinstance(value, Refusal)}
+        errors = {name: value.detail for name, value in values.items() if isinstance(value, Refusal)}
+        try:
+            labels.crops(self._reader, *LARGEST_IMAGE)
+        except Unreadable as error:
+            return {SAMPLES: str(error), **errors}
+        return errors
 
     def preview(self, samples: Sequence[Wanted], where: str) -> list[str]:
+        self._check()
         refused = [one.refusal for one in self.find(samples) if one.refusal is not None]
         if not samples or not self._members:
             return []

@@ -238,4 +238,4 @@ def _labels_of_stored(
                 labels.refuse(one)
             refusal = None if why is None else Refusal(key, Reason.NOT_REINFORCED, f"labels: {why}")
             values |= one.values_of(key, texts, refusal, {})
-        yield values, [one.of_stored(records) for one in found if one.is_packed]
+        yield values, [packed for one in found if (packed := one.packed(records)) is not None]

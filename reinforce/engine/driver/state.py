@@ -24,7 +24,7 @@ class RunState:
     def __init__(self, plan: Plan, store: Store, progress: Progress) -> None:
         self.plan, self.store, self.progress = plan, store, progress
         self.needed = frozenset(name for shard in plan.pending for name in shard.layers)
-        models = any(plan.layers[name].model and not plan.layers[name].published for name in self.needed)
+        models = any(plan.layers[name].loads_model for name in self.needed)
         workers = plan.config.workers.fitted_to(live_resources(), models)
         self.config = plan.config.model_copy(update={"workers": workers})
         self.redact = Redactor(self.config.model_dump(mode="json"))

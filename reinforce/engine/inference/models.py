@@ -205,7 +205,7 @@ def crops_per_batch(models: Models, config: Config) -> int:
 def load_models(config: Config, layers: Iterable[Layer]) -> Models:
     """Load the models that make ``layers``. Raises UserError if one, or the augmentation backend, cannot be loaded."""
     load_backend(config.augmentations.backend)  # decode processes use it; here an error ends the run
-    layers = [layer for layer in layers if not layer.published]
+    layers = [layer for layer in layers if layer.loads_model]
     device = "cuda" if config.workers.gpus else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError(

@@ -162,10 +162,7 @@ def _preview_labels(plan: Plan, shards: Sequence[PendingShard]) -> list[str]:
                     samples.append(Wanted(raw.key, identity_of(raw.all_sidecars), raw.image))
 
     def preview() -> list[str]:
-        labels = open_labels(plan.config, layers, tar, values=False, limit=_READ_ITEMS)
-        with contextlib.closing(labels):
-            for one in labels.sets:
-                one.check()
+        with contextlib.closing(open_labels(plan.config, layers, tar, values=False, limit=_READ_ITEMS)) as labels:
             return [note for one in labels.sets for note in one.preview(samples, where)]
 
     for attempt in range(1, plan.config.failures.attempts):

@@ -163,7 +163,7 @@ def measured_rate(plan: Plan, summary: Mapping[str, Any] | None) -> Rate | None:
         return None
     stages = summary.get("stages") or {}
     needed = {layer for shard in plan.pending for layer in shard.layers}
-    models = [name for name in needed if plan.layers[name].model is not None and not plan.layers[name].published]
+    models = [name for name in needed if plan.layers[name].loads_model]
     if any("seconds" not in stages.get(name, {}) for name in models):
         return None
     seconds = sum(stages[name]["seconds"] for name in models) / summary["samples"]

@@ -83,7 +83,7 @@ def make_report(
     if statistics is None or not plan.pending:
         return report
     needed = {name for shard in plan.pending for name in shard.layers}
-    models = any(plan.layers[name].model and not plan.layers[name].published for name in needed)
+    models = any(plan.layers[name].loads_model for name in needed)
     workers = plan.config.workers.fitted_to([machine.resources for machine in machines], models)
     share = (workers.gpus or 0.0, workers.cores)
     rate = _rate(plan, share[1], models)

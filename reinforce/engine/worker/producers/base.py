@@ -141,10 +141,11 @@ class Producer(Encoder):
     def labels(self, layer: Layer, rows: Sequence[Row]) -> Iterator[tuple[int, Any]]:
         """The values that labels of others have, with the place of their row; records why others have none, unless a
         model computes them."""
+        computed = layer in self.computed
         for place, row in enumerate(rows if layer.labels is not None else ()):
             if self.has_label(layer, row):
                 yield place, row.values[layer.name]
-            elif layer.published and isinstance(why := row.values.get(layer.name, row.unreadable), Refusal):
+            elif not computed and isinstance(why := row.values.get(layer.name, row.unreadable), Refusal):
                 self.refusals.add(layer.name, why)  # of the image, if its decode process crashed
 
     @staticmethod

@@ -149,7 +149,7 @@ class Captions(Producer):
 
     def table(self, layer: Layer, group: RowGroup) -> pa.Table:
         captions: list[list[str] | None] = [None for _ in group.rows]
-        if not layer.published:
+        if layer in self.computed:
             captions = self._captions(layer, group)
         for place, texts in self.labels(layer, group.rows):
             captions[place] = [*texts]

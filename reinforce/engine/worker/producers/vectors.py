@@ -34,7 +34,7 @@ class Embeddings(Producer):
     def table(self, layer: Layer, group: RowGroup) -> pa.Table:
         shape = (len(group.rows), layer.count, layer.dim or 0)
         values, valid = np.zeros(shape, np.float32), np.zeros(shape[0], bool)
-        if not layer.published:
+        if layer in self.computed:
             values, valid = self.vectors(layer, group)
         for place, value in self.labels(layer, group.rows):
             values[place], valid[place] = value, True
