@@ -70,17 +70,13 @@ class StoredLabels(RowLabels):
         same = not fitted or [*fitted] == [*from_records(records)]
         return None if same else "its crops are not those of the stored sample"
 
-    def values_of(
-        self, key: str, captions: Sequence[str], refusal: Refusal | None, unpacked: Mapping[str, LabelValue]
-    ) -> dict[str, LabelValue]:
+    def values_of(self, key: str, captions: Sequence[str], values: Mapping[str, LabelValue]) -> dict[str, LabelValue]:
         """Vectors of texts are of the texts of the same labels; of true captions, those of the sample's."""
-        if refusal is not None:
-            return super().values_of(key, captions, refusal, unpacked)
-        found = dict(self.values)
-        for layer, value in self.values.items():
+        found = {**values}
+        for layer, value in values.items():
             if isinstance(value, Refusal) or not encodes_texts(layer):
                 continue
-            own = self.values.get(captions_layer(inputs_of(layer)))
+            own = values.get(captions_layer(inputs_of(layer)))
             if isinstance(own, Refusal):
                 found[layer] = own
             elif inputs_of(layer) == TRUE_CAPTION and captions and {*captions} <= {*self.captions[: len(value)]}:

@@ -3,7 +3,7 @@
 ``identities/index.json`` names a folder ``identities/<fingerprint>/``, in which ``shards.parquet`` lists the shards,
 which are numbered in this order, with the rows of their row groups. ``<kind>/<number>.parquet`` is a partition: the
 entries (hash, number of the shard, row in it) of all hashes that begin with the bits of its number, sorted by hash. So
-a lookup reads the row groups that can have its hashes, and two indexes are joined a partition at a time.
+a lookup reads the row groups that can have its hashes.
 
 Equal hashes are not proof: compare the identities of the row. An index that somebody else has written can name wrong
 rows, but no files.
@@ -98,10 +98,6 @@ class IdentityIndex:
         """The folder of its files in the dataset."""
         return f"{FOLDER}/{self.fingerprint}"
 
-    @property
-    def partitions(self) -> int:
-        return 2**self.bits
-
     def is_unique(self, kind: str) -> bool:
         """Whether no two rows state the same identity of a kind, as far as it is known."""
         return self.repeated is not None and not self.repeated.get(kind)
@@ -124,11 +120,6 @@ class IdentityIndex:
     def _numbers(self) -> dict[str, int]:
         return {shard: number for number, shard in enumerate(self.shards)}
 
-    def partition(self, kind: str, number: int) -> Entries:
-        """Read all entries of a partition. Raises UserError if it is damaged."""
-        parts = [*self._read(kind, number, None)]
-        return Entries(*(np.concatenate(columns) for columns in zip(*parts, strict=True))) if parts else _NOTHING
-
     def lookup(self, kind: str, hashes: Hashes) -> Found:
         """The candidates of hashes in any order, which may be several of one hash.
 
@@ -147,14 +138,14 @@ class IdentityIndex:
                 found.append((np.repeat(order[first:last], count), entries.shards[at], entries.rows[at]))
         return Found(*(np.concatenate(columns) for columns in zip(*found, strict=True)))
 
-    def _read(self, kind: str, number: int, hashes: Hashes | None) -> Iterator[Entries]:
-        """The row groups of a partition, or those that can have some sorted ``hashes``."""
+    def _read(self, kind: str, number: int, hashes: Hashes) -> Iterator[Entries]:
+        """The row groups of a partition that can have some sorted ``hashes``."""
         layer, name = f"{self.folder}/{kind}", partition_name(number)
         try:
-            opened = self.store.open_layer(layer, name, whole=hashes is None)
+            opened = self.store.open_layer(layer, name, whole=False)
             with naming_file(self.store, layer, name), opened as file:
                 for group in range(file.num_row_groups):
-                    if hashes is None or _can_have(file, group, hashes):
+                    if _can_have(file, group, hashes):
                         yield self._checked(file.read_row_group(group, _NAMES, use_threads=False))
         except StorageError:
             raise

@@ -68,11 +68,9 @@ class RowLabels:
         """The values that a decode process reads."""
         return {}
 
-    def values_of(
-        self, key: str, captions: Sequence[str], refusal: Refusal | None, unpacked: Mapping[str, LabelValue]
-    ) -> dict[str, LabelValue]:
-        """The values for a sample with these true captions, or ``refusal``, for which it has none."""
-        return {**self.values, **unpacked} if refusal is None else dict.fromkeys(self.values, refusal)
+    def values_of(self, key: str, captions: Sequence[str], values: Mapping[str, LabelValue]) -> dict[str, LabelValue]:
+        """The ``values`` that hold for a sample with these true captions."""
+        return {**values}
 
 
 class LabelSet(ABC):

@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -36,7 +36,6 @@ from reinforce.source.urls import canonical
 from schemas import TRUE_CAPTIONS, Reason
 from teachers.published.family import JOINS, Labels, crops_of
 
-T = TypeVar("T")
 _CACHED_BYTES = 128 * 2**20  # of decoded row groups
 _OPEN_FILES = 16
 
@@ -219,8 +218,7 @@ class _StoredSet(LabelSet):
 
 
 class _Files(IndexedRows):
-    """Row groups of the files of labels, with these ``columns`` of the samples. Keeps the last ones that were read, and
-    why others cannot be."""
+    """Row groups of the files of labels, with these ``columns`` of the samples. Keeps the last ones that were read."""
 
     def __init__(self, index: IdentityIndex, labels: Labels, reader: LabelFiles, columns: Sequence[str]) -> None:
         super().__init__(index, labels.taken.embedded)
@@ -228,7 +226,6 @@ class _Files(IndexedRows):
         self._open: OrderedDict[tuple[str, str], tuple[contextlib.ExitStack, LayerFile]] = OrderedDict()
         self._groups: OrderedDict[tuple[str, str, int], Any] = OrderedDict()
         self._sizes: dict[tuple[str, str, int], int] = {}
-        self._refused: dict[tuple[object, ...], str] = {}
 
     def samples(self, shard: str, group: int) -> pa.Table:
         """The samples of a row group, without images."""
@@ -276,25 +273,13 @@ class _Files(IndexedRows):
     def _cached(self, layer: str, shard: str, group: int, read: Any) -> Any:
         place = (layer, shard, group)
         if place not in self._groups:
-            file = self._read(layer, shard, (), lambda: self._file(layer, shard))
-            self._groups[place], self._sizes[place] = self._read(layer, shard, (group,), lambda: read(file, group))
+            file = self._reader.read(layer, shard, lambda: self._file(layer, shard))
+            self._groups[place], self._sizes[place] = self._reader.read(layer, shard, lambda: read(file, group), group)
             while sum(self._sizes.values()) > _CACHED_BYTES and len(self._groups) > 1:
                 oldest, _ = self._groups.popitem(last=False)
                 del self._sizes[oldest]
         self._groups.move_to_end(place)
         return self._groups[place]
-
-    def _read(self, layer: str, shard: str, group: tuple[int, ...], read: Callable[[], T]) -> T:
-        """Read of a file, or of a row group of it. Raises RefusedFile, for this and each later time, and what the
-        storage raises, which is tried again."""
-        place = (layer, shard, *group)
-        if place in self._refused:
-            raise RefusedFile(self._refused[place])
-        try:
-            return self._reader.read(layer, shard, read)
-        except RefusedFile as error:
-            self._refused[place] = str(error)  # the error would keep what was read
-            raise
 
     def _file(self, layer: str, shard: str) -> LayerFile:
         name = (layer, shard)

@@ -75,14 +75,11 @@ class PackedLabels(RowLabels):
         assert reader is not None
         return reader.values(key, self.members, self.records)
 
-    def values_of(
-        self, key: str, captions: Sequence[str], refusal: Refusal | None, unpacked: Mapping[str, LabelValue]
-    ) -> dict[str, LabelValue]:
-        """Vectors of the true caption are of that of the sample, which has one."""
+    def values_of(self, key: str, captions: Sequence[str], values: Mapping[str, LabelValue]) -> dict[str, LabelValue]:
+        """The vector of the true caption is that of the sample's, if it has one."""
         none = Refusal(key, Reason.NO_TEXT, "no caption that the published vector could belong to")
-        found = super().values_of(key, captions, refusal, unpacked)
-        lost = [layer for layer in found if inputs_of(layer) == TRUE_CAPTION and not captions]
-        return found | {layer: none for layer in lost if not isinstance(found[layer], Refusal)}
+        lost = [layer for layer in values if inputs_of(layer) == TRUE_CAPTION and not captions]
+        return {**values} | {layer: none for layer in lost if not isinstance(values[layer], Refusal)}
 
 
 class TarRows(Candidates):

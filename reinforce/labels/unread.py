@@ -63,15 +63,16 @@ class LabelFiles:
     attempts: int
     check: Callable[[], object]
     unread: dict[str, str] = field(default_factory=dict)
-    _absent: set[str] = field(default_factory=set)
+    _refused: dict[tuple[str, int | None], str] = field(default_factory=dict)  # files and their row groups
     _waited: float = 0.0
 
-    def read(self, layer: str, shard: str, read: Callable[[], T]) -> T:
-        """What ``read`` returns of a file. Raises RefusedFile if it does not exist or is damaged or of another recipe,
-        and StorageError."""
+    def read(self, layer: str, shard: str, read: Callable[[], T], group: int | None = None) -> T:
+        """What ``read`` returns of a file, or of a row group of it. Raises RefusedFile, now and each later time, if it
+        does not exist or is damaged or of another recipe, and StorageError, after which it is read again."""
         name = f"{layer}/{shard}.parquet"
-        if name in self._absent:
-            raise RefusedFile(f"{name} {self.unread[name]}")
+        for place in ((name, None), (name, group)):
+            if place in self._refused:
+                raise RefusedFile(self._refused[place])
         try:
             with naming_file(self.store, layer, shard):
                 return self._read(name, read)
@@ -79,11 +80,12 @@ class LabelFiles:
             raise
         except FileNotFoundError as error:
             self.check()
-            self._absent.add(name)
+            self._refused[name, None] = f"{name} does not exist"
             self.unread[name] = "does not exist"
-            raise RefusedFile(f"{name} does not exist") from error
+            raise RefusedFile(self._refused[name, None]) from error
         except (ValueError, UserError) as error:
             self.unread.setdefault(name, f"cannot be read: {error}")
+            self._refused[name, group] = str(error)  # the error would keep what was read
             raise RefusedFile(str(error)) from error
 
     def _read(self, name: str, read: Callable[[], T]) -> T:

@@ -135,7 +135,8 @@ class Row:
         else:
             self.sample = None
         for one in self.labels:
-            found = one.values_of(self.key, self.captions, decoded.unlabelled.get(one.name), decoded.values)
+            values, why = {**one.values, **decoded.values}, decoded.unlabelled.get(one.name)
+            found = one.values_of(self.key, self.captions, values) if why is None else dict.fromkeys(values, why)
             self.values = {**self.values, **found}
         self.labels = [RowLabels(one.name, joined=one.joined) for one in self.labels]
 

@@ -234,8 +234,9 @@ def _labels_of_stored(
         values: dict[str, LabelValue] = {}
         for one in found:
             why = one.why_other(width, height, records)
-            if why is not None:
+            if why is None:
+                values |= one.values_of(key, texts, one.values)
+            else:
                 labels.refuse(one)
-            refusal = None if why is None else Refusal(key, Reason.NOT_REINFORCED, f"labels: {why}")
-            values |= one.values_of(key, texts, refusal, {})
+                values |= dict.fromkeys(one.values, Refusal(key, Reason.NOT_REINFORCED, f"labels: {why}"))
         yield values, [packed for one in found if (packed := one.packed(records)) is not None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from reinforce.engine.messages.tracebacks import shorten
 from reinforce.engine.plan.plan import Plan
 from reinforce.engine.record.rates import Stages, add_stages, fuller, with_rates
 from reinforce.errors import UserError
-from reinforce.labels.interface import PREFIX, describe_counts
+from reinforce.labels.interface import describe_counts
 from reinforce.source.captions import CAPTIONS_REPLACED
 from reinforce.terminal import first_lines, format_bytes, format_duration, plural
 from schemas import Reason
@@ -299,22 +299,15 @@ def cleaned_lines(cleaned: Mapping[str, Mapping[str, int]]) -> list[str]:
 
 def source_lines(counts: Mapping[str, int]) -> list[str]:
     """The samples that were read, by what joined them with reinforcements, and captions that could not be decoded."""
-    joined, lines = describe_counts(counts), []
-    if joined:
-        lines.append(f"samples joined with reinforcements: {joined}")
-    lines += [
-        f"samples joined with labels {name}: {describe_counts(found)}" for name, found in counts_of_labels(counts)
-    ]
+    sets: dict[str, dict[str, int]] = {}
+    for name in sorted(counts):
+        labels, _, what = name.rpartition(".")
+        sets.setdefault(labels, {})[what] = counts[name]
+    named = {labels.replace(".", " ", 1) or "reinforcements": describe_counts(found) for labels, found in sets.items()}
+    lines = [f"samples joined with {labels}: {joined}" for labels, joined in named.items() if joined]
     if count := counts.get(CAPTIONS_REPLACED):
         lines.append(f"captions with characters that could not be decoded (U+FFFD): {count:,}; store them as UTF-8")
     return lines
-
-
-def counts_of_labels(counts: Mapping[str, int]) -> Iterator[tuple[str, Mapping[str, int]]]:
-    """The counts of each set of labels, by its name."""
-    places = {name: name.removeprefix(PREFIX).rpartition(".") for name in sorted(counts) if name.startswith(PREFIX)}
-    for labels in dict.fromkeys(labels for labels, _, _ in places.values()):
-        yield labels, {what: counts[name] for name, (of, _, what) in places.items() if of == labels}
 
 
 def not_in_source_lines(counts: Mapping[str, Any]) -> list[str]:
