@@ -121,11 +121,14 @@ class IndexedRows(Candidates):
 
 
 class Joining:
-    """Joins samples that state ``own`` with rows. ``unreadable`` are errors that cost a candidate; others end it."""
+    """Joins samples that state ``own``, by their numbers, with rows. ``unreadable`` are errors that cost a candidate;
+    others end it."""
 
-    def __init__(self, rows: Candidates, own: Sequence[Identity], unreadable: tuple[type[Exception], ...] = ()) -> None:
+    def __init__(
+        self, rows: Candidates, own: Mapping[int, Identity], unreadable: tuple[type[Exception], ...] = ()
+    ) -> None:
         self._rows, self._own, self._unreadable = rows, own, unreadable
-        self._digests = self._entries(DIGEST, range(len(own))) if rows.indexed_digests else None
+        self._digests = self._entries(DIGEST, own) if rows.indexed_digests else None
 
     def join(self, kinds: Sequence[str]) -> tuple[dict[int, Joined], dict[int, Why]]:
         """The row of each sample that has one, and why others have none."""
@@ -133,7 +136,7 @@ class Joining:
         why: dict[int, Why] = {}
         for kind in kinds:
             settled = {*joined, *(number for number, one in why.items() if one.what == AMBIGUOUS)}
-            numbers = [number for number, one in enumerate(self._own) if kind in one and number not in settled]
+            numbers = [number for number, one in self._own.items() if kind in one and number not in settled]
             rows = self._find(kind, numbers) if numbers else {}
             stated, broken = self._read(kind, rows) if rows else ({}, {})
             for number, of_sample in rows.items():
@@ -148,7 +151,7 @@ class Joining:
                     why.pop(number, None)
                 elif found is not None and (found.what != BROKEN or number not in why):
                     why[number] = found
-        for number in {*range(len(self._own))} - {*joined, *why}:
+        for number in self._own.keys() - {*joined, *why}:
             named = ", ".join(kind for kind in self._own[number] if kind in kinds)
             why[number] = Why(ABSENT, f"none with its {named or KEY}")
         return joined, why

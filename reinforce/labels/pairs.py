@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -90,7 +90,7 @@ class Partners:
     ) -> tuple[dict[int, Joined], dict[int, Why]]:
         """Join rows by identity, those that no uid or SHA-256 joins also by the digests of their images."""
         rows = _Indexed(index, self._embedded, self._stated)
-        joined, why = _by_row(own, Joining(rows, [*own.values()]).join(_WITHOUT_IMAGES))
+        joined, why = Joining(rows, own).join(_WITHOUT_IMAGES)
         # Where all rows state a uid or SHA-256 and none has that of a sample, a digest would contradict.
         known = {kind for kind in _WITHOUT_IMAGES if index.kinds.get(kind) == sum(map(sum, index.groups))}
         wanting = [row for row, one in why.items() if one.what != ABSENT or not known & own[row].keys()]
@@ -98,7 +98,7 @@ class Partners:
         if digests is not None and wanting and DIGEST in index.kinds:
             values = digests()
             left |= {row: {**own[row], DIGEST: f"{values[row]:016x}"} for row in wanting}
-        found, why = _by_row(left, Joining(rows, [*left.values()]).join([*COLUMNS]))
+        found, why = Joining(rows, left).join([*COLUMNS])
         self.unstated += sum(not own[row].keys() - {DIGEST} for row in why)
         if self._embedded and DIGEST not in index.kinds:
             self.undigested += sum(row in why and (digests is not None or DIGEST in own[row]) for row in wanting)
@@ -128,14 +128,6 @@ class _Indexed(IndexedRows):
 
     def stated(self, row: RowOf) -> Identity:
         return self._read(_place(self.index, *row))
-
-
-def _by_row(
-    rows: Iterable[int], result: tuple[Mapping[int, Joined], Mapping[int, Why]]
-) -> tuple[dict[int, Joined], dict[int, Why]]:
-    """What was joined and why others were not, by row."""
-    at = [*rows]
-    return {at[n]: one for n, one in result[0].items()}, {at[n]: one for n, one in result[1].items()}
 
 
 def _place(index: IdentityIndex, shard: int, row: int) -> Place:

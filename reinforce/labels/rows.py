@@ -142,9 +142,9 @@ class _StoredSet(LabelSet):
 
     def join(self, samples: Sequence[Wanted]) -> tuple[dict[int, Joined], dict[int, Why]]:
         """The row of each sample that has labels, and why others have none; counts them."""
-        own = [self._identity(sample) for sample in samples]
+        own = {number: self._identity(sample) for number, sample in enumerate(samples)}
         found, why = Joining(self._files, own, (ValueError,)).join(self._joins)
-        self.counts.update(found[number].kind if number in found else why[number].what for number in range(len(own)))
+        self.counts.update(found[number].kind if number in found else why[number].what for number in own)
         return found, why
 
     def _identity(self, sample: Wanted) -> dict[str, str]:

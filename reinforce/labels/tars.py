@@ -108,7 +108,7 @@ class TarRows(Candidates):
     def match(self, key: str, identity: Identity) -> Joined | Why:
         """The row of a sample, or why it has none."""
         own = {**identity, KEY: key}
-        found, why = Joining(self, [own]).join(self._joins)
+        found, why = Joining(self, {0: own}).join(self._joins)
         return found[0] if found else why[0] if why[0].what != ABSENT else self._why_none(own)
 
     def _why_none(self, own: Identity) -> Why:

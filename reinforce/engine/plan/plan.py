@@ -6,7 +6,7 @@ The same subtraction serves a fresh run, a resumed run and an added teacher.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -119,7 +119,7 @@ def make_plan(
     notes += continued
     listed: dict[str, Info] = {}
     source = source_shards(config, listed)
-    published = _pair_reinforcements(config, source)
+    tars = _pair_reinforcements(config, source)
     committed = store.listings(layers)
     damaged = find_damaged(store, committed, {name: layer.fingerprint for name, layer in layers.items()})
     committed = without_files(committed, damaged)
@@ -138,7 +138,7 @@ def make_plan(
             name,
             source.urls[row],
             todo,
-            _reinforcements(published, layers, row, todo),
+            tars[row] if tars and any(layers[layer].labels is not None for layer in todo) else None,
             *_not_replaced(stored.get(name, ((), None)), unread.replaced.get(name, ())),
             source.format.name,
             list_url(config, name) if source.format.is_listed else "",
@@ -245,11 +245,6 @@ def _not_replaced(
     stored: tuple[tuple[str, ...], SourceState | None], replaced: Collection[str]
 ) -> tuple[tuple[str, ...], SourceState | None]:
     return tuple(layer for layer in stored[0] if layer not in replaced), stored[1]
-
-
-def _reinforcements(published: Sequence[str], layers: Mapping[str, Layer], row: int, todo: Iterable[str]) -> str | None:
-    """The URL of a shard's published reinforcements, if a missing layer reads them."""
-    return published[row] if published and any(layers[name].labels is not None for name in todo) else None
 
 
 def _listed_sizes(
