@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -46,19 +46,18 @@ class LabelCrops:
 
 @dataclass(frozen=True)
 class StoredLabels(RowLabels):
-    """What a dataset has of a sample: also its image with the augmentation records, None if it has none, and its true
-    ``captions``, of which ``count`` are wanted: 0 without layers of them."""
+    """What a dataset has of a sample: also its image with the augmentation records, and its true ``captions``, of which
+    ``count`` are wanted: 0 without layers of them."""
 
-    image: LabelCrops | None = None
+    image: LabelCrops = field(kw_only=True)
     captions: Sequence[str] = ()
     count: int = 0
 
     def crops(self, reader: MemberReader | None, width: int, height: int) -> Sequence[Augmentation]:
-        return () if self.image is None else self.image.fitted(width, height)
+        return self.image.fitted(width, height)
 
     def note(self, width: int, height: int) -> str | None:
         """What joined the images, and the size that crops are scaled from."""
-        assert self.image is not None
         own = (self.image.width, self.image.height)
         return f"{self.joined}, scaled from {own[0]} x {own[1]}" if own != (width, height) else self.joined
 

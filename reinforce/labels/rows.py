@@ -66,8 +66,7 @@ def open_labels(
 
 
 class _Row(NamedTuple):
-    """What the samples of labels have of a row, the ``number``th of ``rows`` in its row group; ``image`` may be why it
-    has none."""
+    """What the samples of labels have of a row, the ``number``th of ``rows`` in its row group."""
 
     where: str
     shard: str
@@ -75,11 +74,8 @@ class _Row(NamedTuple):
     number: int
     key: str
     rows: int
-    image: LabelCrops | str
+    image: LabelCrops
     captions: Sequence[str]
-
-
-_NOTHING = _Row("", "", 0, 0, "", 0, "", ())
 
 
 class _StoredSet(LabelSet):
@@ -122,20 +118,28 @@ class _StoredSet(LabelSet):
 
     def find(self, samples: Sequence[Wanted]) -> Iterator[RowLabels]:
         places, why = self.join(samples)
-        rows = {number: self._read(places[number]) for number in sorted(places, key=places.__getitem__)}
-        values: dict[int, dict[str, LabelValue]] = {number: {} for number in range(len(samples))}
+        rows: dict[int, _Row] = {}
+        refusals: dict[int, Refusal] = {}
+        for number, one in why.items():
+            reason = Reason.REINFORCEMENT_BROKEN if one.what == BROKEN else Reason.NOT_REINFORCED
+            refusals[number] = Refusal(samples[number].key, reason, f"labels: {one.detail}")
+        for number in sorted(places, key=places.__getitem__):
+            found = self._read(places[number], samples[number].key)
+            if isinstance(found, Refusal):
+                refusals[number] = found
+            else:
+                rows[number] = found
+        values: dict[int, dict[str, LabelValue]] = {number: {} for number in rows}
         for layer in self._layers:  # each row group is read once, even where it alone fills the cache
             for number, row in rows.items():
                 values[number][layer.name] = self._value_or_why(layer, row, samples[number].key)
-        for number, one in why.items():
-            reason = Reason.REINFORCEMENT_BROKEN if one.what == BROKEN else Reason.NOT_REINFORCED
-            refusal = Refusal(samples[number].key, reason, f"labels: {one.detail}")
-            values[number] = {layer.name: refusal for layer in self._layers}
         for number in range(len(samples)):
-            row, joined = rows.get(number, _NOTHING), places[number].kind if number in places else None
-            image = row.image if isinstance(row.image, LabelCrops) else None
+            if number in refusals:
+                yield RowLabels(self.name, {layer.name: refusals[number] for layer in self._layers})
+                continue
+            image, texts = rows[number].image, rows[number].captions
             yield StoredLabels(
-                self.name, values[number], joined, image=image, captions=row.captions, count=self._true_captions
+                self.name, values[number], places[number].kind, image=image, captions=texts, count=self._true_captions
             )
 
     # -- joining
@@ -157,7 +161,8 @@ class _StoredSet(LabelSet):
 
     # -- values
 
-    def _read(self, at: Joined) -> _Row:
+    def _read(self, at: Joined, key: str) -> _Row | Refusal:
+        """A row of labels, or why it has nothing for the sample ``key``."""
         shard = self._index.shards[at.shard]
         group, row = self._index.row_group(at.shard, at.row)
         where = f"labels: {shard}, row {at.row}"
@@ -166,14 +171,12 @@ class _StoredSet(LabelSet):
             image = self._image(samples, row)
             texts = true_captions(samples.slice(row, 1))[0] if self._true_captions else ()
         except ValueError as error:  # also of texts that are no UTF-8
-            return _Row(where, shard, group, row, "", 0, str(error), ())
+            return Refusal(key, Reason.REINFORCEMENT_BROKEN, f"{where}: {error}")
         return _Row(where, shard, group, row, samples["key"][row].as_py(), samples.num_rows, image, texts)
 
     def _value_or_why(self, layer: Layer, row: _Row, key: str) -> LabelValue:
         """What a layer has of a row of labels for the sample ``key``."""
         try:
-            if isinstance(row.image, str):
-                raise Unreadable(row.image)
             value = self._value(layer, row)
         except ValueError as error:
             return Refusal(key, Reason.REINFORCEMENT_BROKEN, f"{row.where}: {error}")

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 import reinforce
@@ -19,7 +21,7 @@ from reinforce.engine.messages.results import ShardResult
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.preflight.check_source import check_source
 from reinforce.errors import UserError
-from reinforce.labels.identities import identity_of, normal_url
+from reinforce.labels.identities import KINDS, identity_of, normal_url
 from reinforce.labels.joining import Joined, Why
 from reinforce.labels.tars import TarRows
 from teachers.published.family import JOINS
@@ -48,18 +50,12 @@ def members(url: str | None = None, **fields: str) -> dict[str, bytes]:
 
 MATCHES: list[tuple[str, dict[str, bytes], dict[str, dict[str, bytes]], str]] = [
     ("a", members("cat"), {"a": members("truck")}, "other_image"),
-    ("a", members("cat", uid="u"), {"a": members("truck")}, "other_image"),
-    ("a", members("cat"), {"a": members("truck", uid="u")}, "other_image"),
     ("x", members("cat", uid="b"), {"b": members("truck")}, "absent"),  # a uid is no key
     ("a", members("cat", **ONE), {"a": members("cat", **TWO)}, "other_image"),  # the URL has another file now
-    ("a", members(uid="u", **ONE), {"a": members(uid="u", **TWO)}, "other_image"),
     ("z", members(**ONE), {"a": members(**ONE), "z": members(**TWO)}, "a by sha256"),
     ("z", members("cat", uid="u"), {"z": members("cat", uid="v"), "a": members("cat", uid="u")}, "a by uid"),
-    ("z", members("cat", **TWO), {"a": members("cat", **ONE), "b": members("cat", **TWO)}, "b by sha256"),
     ("z", members("cat", **ONE), {"a": members("cat"), "z": members("truck")}, "a by url"),
-    ("a", members(uid="u"), {"a": members(uid="v")}, "other_image"),
     ("a", members(), {"a": members("cat")}, "unconfirmed"),
-    ("a", members(uid="u"), {"a": members("cat")}, "unconfirmed"),
     ("a", members(uid="u"), {"a": members()}, "unconfirmed"),
     ("a", members(), {"a": members()}, "a by key"),
     ("q", members(), {"a": members("cat")}, "absent"),
@@ -249,3 +245,26 @@ def test_of_several_entries_the_one_that_agrees_in_more_is_taken_and_otherwise_n
         else:
             assert isinstance(found, Joined)
             assert [*order][found.row] == next(key for key in order if key in expected)
+
+
+STATEMENTS = st.fixed_dictionaries({}, optional={kind: st.sampled_from("ab") for kind in ("uid", "sha256", "url")})
+
+
+@given(STATEMENTS, st.lists(STATEMENTS, max_size=5), st.sampled_from(JOINS))
+def test_what_is_joined_agrees_in_the_strongest_allowed_kind_and_contradicts_nothing(
+    sample: dict[str, str], entries: list[dict[str, str]], join: str
+) -> None:
+    rows = TarRows(join)
+    for number, one in enumerate(entries):
+        rows.add(str(number), one)
+    allowed = [kind for kind in KINDS if JOINS.index(kind) <= JOINS.index(join)]
+    agreeing = [[kind for kind in allowed if kind in sample and sample[kind] == one.get(kind)] for one in entries]
+    contradicted = [any(sample[kind] != one[kind] for kind in sample.keys() & one.keys()) for one in entries]
+    fitting = [number for number in range(len(entries)) if agreeing[number] and not contradicted[number]]
+    found = rows.match("x", sample)
+    if isinstance(found, Joined):
+        assert found.row in fitting
+        assert found.kind == min((agreeing[number][0] for number in fitting), key=KINDS.index)
+        assert found.kind in agreeing[found.row]
+    else:
+        assert (len(fitting) > 1) if found.what == "ambiguous" else not fitting

@@ -115,20 +115,6 @@ def unique(folder: Path) -> str:
     return reinforce_here(config_of(f"{folder}/one/*.tar", folder / "one-dataset", teachers={}))
 
 
-def test_rows_of_one_image_under_one_uid_are_no_contradiction_and_the_first_is_taken(tmp_path: Path) -> None:
-    members = [one for n in (1, 2, 1) for one in sample(n, f"k{n}", uid=f"uid{n}")]
-    write_tar(tmp_path / "images" / "0.tar", members[:6])
-    write_tar(tmp_path / "images" / "1.tar", members[6:])
-    dataset = reinforce_here(config_of(f"{tmp_path}/images/*.tar", tmp_path / "dataset"))
-    url = export_labels(dataset, f"{tmp_path}/labels", use_ray=False).output
-    copy = [one for n in (2, 1) for one in sample(n, f"own{n}", smaller(picture(n)), uid=f"uid{n}")]
-    write_tar(tmp_path / "copy" / "0.tar", copy)
-    taken = by_number(reinforce_here(taking(tmp_path, url)))
-    first = next(one for one in reinforce.open(dataset) if one.key == "k1")
-    assert taken[1].captions["namer"] == first.captions["namer"]
-    assert taken[2].captions["namer"]
-
-
 def test_keys_that_repeat_in_shards_join_nothing(tmp_path: Path) -> None:
     for shard in range(2):
         members = [one for n in range(3) for one in sample(10 * shard + n, f"{n + shard:05d}")[:2]]
