@@ -119,7 +119,7 @@ def _complete_manifest(plan: Plan, store: Store, manifest: dict[str, Any] | None
 
     Raises UserError if one cannot be loaded here.
     """
-    stored = [layer for name, layer in plan.layers.items() if plan.states[name].done and not layer.published]
+    stored = [layer for name, layer in plan.layers.items() if plan.states[name].done and layer.loads_model]
     lost = [layer for layer in stored if "dim" in layer.kind.required and not _described(manifest, layer).get("dim")]
     if not lost:
         return manifest

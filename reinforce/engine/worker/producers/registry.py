@@ -83,7 +83,7 @@ def measure_costs(models: Models, config: Config, layers: Iterable[Layer], card:
     for layer in layers:
         section, name = layer.owner
         spec = config.models.get(str(section), {}).get(str(name))
-        if layer.published or spec is None or not spec.uses_precision:
+        if spec is None or not spec.uses_precision:
             continue
         producer, peak = PRODUCERS[layer.kind.name], peak_flops(card, spec.resolved_precision)
         if peak is not None and producer.counted:
