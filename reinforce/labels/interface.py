@@ -59,17 +59,16 @@ class RowLabels:
         """Why it is not of a stored sample with an image of this size and these augmentation records, or None."""
         return None
 
-    def packed(self, records: Sequence[Mapping[str, Any]]) -> RowLabels | None:
-        """What decode processes receive to read values of a stored sample with these augmentation records, if they
-        do."""
+    def to_unpack(self, records: Sequence[Mapping[str, Any]]) -> RowLabels | None:
+        """What a decode process reads for a stored sample with these augmentation records, None if nothing."""
         return None
 
     def unpacked(self, reader: MemberReader | None, key: str) -> Mapping[str, LabelValue]:
-        """The values that a decode process reads."""
+        """The values that a decode process reads with ``reader``."""
         return {}
 
     def values_of(self, key: str, captions: Sequence[str], values: Mapping[str, LabelValue]) -> dict[str, LabelValue]:
-        """The ``values`` that hold for a sample with these true captions."""
+        """The ``values`` as a sample with these true captions takes them."""
         return {**values}
 
 
@@ -82,14 +81,14 @@ class LabelSet(ABC):
         at_once: samples that are looked up together.
         decides_rows: whether samples without labels are refused, and others have the keys of their labels.
         has_digests: whether digests of images join it.
-        packed: what decode processes read packed values with, if it has some.
+        member_reader: reads packed values in decode processes, if it has some.
         shard_refusal: why it cannot be read as a whole.
     """
 
     at_once: ClassVar[int] = 512
     decides_rows: ClassVar[bool] = False
     has_digests = False
-    packed: MemberReader | None = None
+    member_reader: MemberReader | None = None
     shard_refusal: Refusal | None = None
 
     def __init__(self, name: str) -> None:
@@ -99,8 +98,8 @@ class LabelSet(ABC):
 
     @abstractmethod
     def preview(self, samples: Sequence[Wanted], where: str) -> list[str]:
-        """Notes on how the first samples of a shard join. Raises UserError if the config takes what the first labels
-        have not, or nothing but keys agrees."""
+        """Notes on how the first samples of a shard join. Raises UserError if the first labels lack what the config
+        takes, or if nothing but keys agrees."""
 
     @abstractmethod
     def find(self, samples: Sequence[Wanted]) -> Iterable[RowLabels]:
@@ -108,7 +107,7 @@ class LabelSet(ABC):
         raises."""
 
     def left_over(self) -> Iterable[Refusal]:
-        """What it has and no sample of the source's shard has got, if that is refused."""
+        """Why labels that no sample of the source's shard received are refused, and others could not be read."""
         return ()
 
     @abstractmethod
@@ -124,7 +123,7 @@ class LabelReader:
         self.at_once = min((one.at_once for one in self.sets), default=1)
         self.decides_rows = any(one.decides_rows for one in self.sets)
         self.needs_digests = any(one.has_digests for one in self.sets)
-        self.packed = next((one.packed for one in self.sets if one.packed is not None), None)
+        self.member_reader = next((one.member_reader for one in self.sets if one.member_reader is not None), None)
         self.shard_refusal = next((one.shard_refusal for one in self.sets if one.shard_refusal is not None), None)
 
     @property

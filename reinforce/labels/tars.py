@@ -68,7 +68,7 @@ class PackedLabels(RowLabels):
         assert reader is not None
         return reader.augmentations(self.members, width, height) if reads_crops(reader.config) else ()
 
-    def packed(self, records: Sequence[Mapping[str, Any]]) -> RowLabels | None:
+    def to_unpack(self, records: Sequence[Mapping[str, Any]]) -> RowLabels | None:
         return replace(self, records=records)
 
     def unpacked(self, reader: MemberReader | None, key: str) -> Mapping[str, LabelValue]:
@@ -145,7 +145,7 @@ class TarLabels(LabelSet):
 
     def __init__(self, url: str, config: Config, layers: Iterable[Layer], limit: int | None = None) -> None:
         super().__init__(REINFORCEMENTS)
-        self.packed = self._reader = MemberReader(config, layers)
+        self.member_reader = self._reader = MemberReader(config, layers)
         self._url, self._join = url, config.join or "url"
         self._rows = TarRows(self._join)
         self._members: list[dict[str, tuple[int, int]]] = []  # offset and length of each row's, by name

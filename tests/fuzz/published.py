@@ -68,10 +68,10 @@ def published(member: tuple[str, bytes]) -> None:
         for key, found in zip(keys, labels.find([Wanted(key, {"uid": key}) for key in keys]), strict=True):
             assert found.key == key
             with contextlib.suppress(Unreadable):
-                for record in found.crops(labels.packed, WIDTH, HEIGHT):
+                for record in found.crops(labels.member_reader, WIDTH, HEIGHT):
                     assert 0 <= record.crop.top < record.crop.top + record.crop.height <= HEIGHT
                     assert 0 <= record.crop.left < record.crop.left + record.crop.width <= WIDTH
-            for layer, value in found.unpacked(labels.packed, key).items():
+            for layer, value in found.unpacked(labels.member_reader, key).items():
                 kind = LAYERS[layer]
                 if isinstance(value, Refusal):
                     assert key == CHANGED.key

@@ -110,7 +110,7 @@ def rows_from_samples(
     yielded rows are to be released by the caller.
     """
     stored = _stored_rows(config, shard, file, spec)
-    if not spec.needs_image and spec.labels.packed is None:
+    if not spec.needs_image and spec.labels.member_reader is None:
         yield from lease.watch.steps(READING, stored)
         return
     for row in decode_ahead(lease, stored, window):
@@ -239,4 +239,4 @@ def _labels_of_stored(
             else:
                 labels.refuse(one)
                 values |= dict.fromkeys(one.values, Refusal(key, Reason.NOT_REINFORCED, f"labels: {why}"))
-        yield values, [packed for one in found if (packed := one.packed(records)) is not None]
+        yield values, [packed for one in found if (packed := one.to_unpack(records)) is not None]

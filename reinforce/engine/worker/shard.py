@@ -164,7 +164,7 @@ class ShardProcess:
 
     def _lease(self, spec: RowSpec) -> contextlib.AbstractContextManager[CellLease]:
         """Pixel cells for the rows that are pending and those of a batch."""
-        decoding = DecodeSpec(self.config, spec.layout(self.config), reader=self.labels.packed)
+        decoding = DecodeSpec(self.config, spec.layout(self.config), reader=self.labels.member_reader)
         return self.pool.lease(decoding, cells_per_shard(self.config), self.watch)
 
     def _rows(self, stack: contextlib.ExitStack, spec: RowSpec, lease: CellLease) -> Generator[Row]:
