@@ -109,21 +109,22 @@ class TarRows(Candidates):
         """The row of a sample, or why it has none."""
         own = {**identity, KEY: key}
         found, why = Joining(self, {0: own}).join(self._joins)
-        return found[0] if found else why[0] if why[0].what != ABSENT else self._why_none(own)
+        if found:
+            return found[0]
+        return self._why_none(own) if why[0].what == ABSENT else why[0]
 
     def _why_none(self, own: Identity) -> Why:
         """Why a sample has no row: one that agrees in what may not join it, its key at last, differs or states less."""
-        row = None
         for kind, text in own.items():
-            for row in [RowOf(0, number) for number in self._rows.get((kind, text), ())[:MAX_CANDIDATES]]:
-                if differs := difference(own, self.stated(row), kind):
-                    return Why(OTHER_IMAGE, f"{self.name(row)} is of another image: {differs}")
-        if row is None or self.stated(row)[KEY] != own[KEY]:
+            for row in self._rows.get((kind, text), ())[:MAX_CANDIDATES]:
+                if differs := difference(own, self.identities[row], kind):
+                    return Why(OTHER_IMAGE, f"{self.identities[row][KEY]!r} is of another image: {differs}")
+        if (KEY, own[KEY]) not in self._rows:
             return Why(ABSENT, f"none with its {_listed(own)}")
-        if only_keys(own[KEY], own, self.stated(row)):
+        theirs, join = self.identities[self._rows[KEY, own[KEY]][0]], self._joins[-1]
+        if only_keys(own[KEY], own, theirs):
             return Why(UNCONFIRMED, "only the key agrees, which confirms nothing; `join: key` takes it")
-        here, there = (_listed([kind for kind in one if kind != KEY] or ["nothing"]) for one in (own, self.stated(row)))
-        join = self._joins[-1]
+        here, there = (_listed([kind for kind in one if kind != KEY] or ["nothing"]) for one in (own, theirs))
         allowed = "" if join in (KEY, KINDS[-1]) else f", and `join: {join}` takes nothing weaker"
         return Why(UNCONFIRMED, f"only the key agrees: {here} stated here, {there} there{allowed}")
 

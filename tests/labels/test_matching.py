@@ -127,26 +127,6 @@ def test_urls_are_compared_in_one_spelling() -> None:
         assert (normal_url(one) == normal_url(other)) is same
 
 
-def test_exchanged_images_get_no_labels_and_plan_and_summary_count_what_joined(tmp_path: Path) -> None:
-    def url(number: int) -> dict[str, Any]:
-        return {"url.txt": f"{URL}{number}".encode()}
-
-    source = [source_members(ALL[0], **url(0)), source_members(ALL[1], **url(99)), source_members(ALL[2])]
-    write_published(tmp_path, source, [published_members(ALL[number], json=None, **url(number)) for number in range(3)])
-    config = config_of(tmp_path)
-    _, notes = check_source(make_plan(parse_config(config)))
-    expected = "1 by url, 1 not (another image), 1 not (by key alone, which nothing confirms)"
-    assert len([note for note in notes if expected in note]) == 1
-    results: list[ShardResult] = []
-    reinforce_here(config, results=results)
-    [result] = results
-    assert result.source_counts == {"url": 1, "unconfirmed": 1, "other_image": 1}
-    [sample] = reinforce.open(f"{tmp_path}/out")
-    check_sample(ALL[0], sample)
-    refused = [(one.key, reason) for reason in ("not_reinforced", "no_image") for one in ALL[1:3]]
-    assert quarantine(tmp_path) == refused
-
-
 @pytest.mark.parametrize(
     ("other_url", "other_crops", "reason"),
     [(500, 0, "not_reinforced"), (0, 100, "reinforcement_broken"), (0, 0, None)],
@@ -202,6 +182,7 @@ def test_a_copy_in_another_order_has_the_labels_of_its_own_images_and_no_others(
     source.append(source_members(ALL[1], json=json.dumps(stated(99)).encode()))
     random.Random(0).shuffle(source)
     write_published(tmp_path, source, [published(number) for number in range(10)])
+    _, notes = check_source(make_plan(parse_config(config_of(tmp_path))))
     results: list[ShardResult] = []
     samples = list(reinforce.open(reinforce_here(config_of(tmp_path), results=results)))
     assert {sample.key for sample in samples} == {ALL[number].key for number in range(2, 10)}
@@ -209,6 +190,7 @@ def test_a_copy_in_another_order_has_the_labels_of_its_own_images_and_no_others(
         check_sample(next(one for one in ALL if one.key == sample.key), sample)
     joined = "url" if layout == "DFNDR" else "uid"
     assert results[0].source_counts == {joined: 8, "other_image": 1}
+    assert len([note for note in notes if f"10 published ones: 8 by {joined}, 1 not (another image); " in note]) == 1
     assert (ALL[1].key, "not_reinforced") in quarantine(tmp_path)
 
 
