@@ -3,37 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import io
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from benchmarks import augment, captions, loader, sources, step, transfer, view_students
+from benchmarks import augment, captions, sources, step, transfer, view_students
 from benchmarks.augment import Variant, compare, cosines, report, variants
 from benchmarks.loader import photo
 from reinforce.config import Input, Limits
 from reinforce.images.policy import decode
 from reinforce.source.reading import read_samples as read_source
-from tests.helpers.demo import read_samples
-
-
-def test_source_has_every_photo_once_of_a_common_size_and_about_a_bit_per_pixel(tmp_path: Path) -> None:
-    data = loader.photo(3)
-    assert data == loader.photo(3)
-    with Image.open(io.BytesIO(data)) as image:
-        width, height = image.size
-    assert 500 <= max(width, height) <= 800
-    assert 0.6 < 8 * len(data) / (width * height) < 2.4
-    url, means = loader.write_source(tmp_path, 6, processes=1, distinct=2)
-    assert url == f"{tmp_path}/{{00000..00003}}.tar"
-    shards = [read_samples(path) for path in sorted(tmp_path.glob("*.tar"))]
-    assert sorted(key for shard in shards for key in shard) == [f"{i:08d}" for i in range(6)]
-    assert shards[1]["00000005"]["txt"] == loader.sentence(5).encode()
-    assert means["bytes"] == np.mean([len(loader.photo(seed)) for seed in range(2)])
 
 
 def test_variants_of_a_backend_have_equal_pixels_and_results_ratios_to_the_default(
@@ -89,18 +71,6 @@ def test_forward_passes_of_a_module_are_added_and_operations_counted() -> None:
     assert timer.seconds["linear"] == twice
     x, weight = torch.rand(3, 8), torch.rand(5, 8)
     assert captions.operations(lambda: x @ weight.T) == 2 * 3 * 8 * 5
-
-
-def test_stored_results_of_steps_and_captions_are_shown() -> None:
-    stored = json.loads(step.RESULTS.read_text())
-    lines = step.table(stored["students"]).splitlines()
-    assert lines[0].split() == ["student", "batch", "step", "seconds", "x", "plain", "limit"]
-    assert len(lines) == 1 + sum(len(result["ratio"]) + 1 for result in stored["students"].values())
-    assert max(result["ratio"]["stored"] for result in stored["students"].values()) <= stored["bound"]
-    for name, result in json.loads(captions.RESULTS.read_text())["models"].items():
-        lines = captions.report(name, result).splitlines()
-        assert [line.split()[:2] for line in lines[::2]] == [[name, case] for case in captions.TARGETS]
-        assert all(result[f"speedup_{case}_length"] >= target for case, target in captions.TARGETS.items())
 
 
 def test_the_page_of_transfer_has_the_stored_numbers_and_the_mean_range_and_seeds_of_others() -> None:

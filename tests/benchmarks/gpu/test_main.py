@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from benchmarks.gpu import __main__ as program
 from benchmarks.gpu import models, page, right
 from benchmarks.gpu import shards as gpu_shards
 from benchmarks.gpu.__main__ import SECTIONS, Section, main
@@ -159,19 +158,6 @@ def test_sections_are_stored_when_they_end_and_a_second_call_continues(
     with pytest.raises(SystemExit):
         run(tmp_path, folder)
     assert "was measured with another card" in capsys.readouterr().err
-
-
-def test_sections_for_which_the_minutes_do_not_suffice_are_left_out(tmp_path: Path) -> None:
-    bench, measured = Bench(tmp_path, "cpu", 1, Size(), log=lambda _: None), []
-    sections = {
-        name: Section(lambda _: measured.append(1) or [], section.minutes) for name, section in SECTIONS.items()
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(program, "SECTIONS", sections)
-        left_out = program.measure_missing(bench, [*SECTIONS], Results(None), 4.5)
-    assert sum(section.minutes for section in SECTIONS.values() if not section.ranks) <= program.MINUTES
-    assert left_out == [name for name, section in SECTIONS.items() if section.minutes > 4]
-    assert len(measured) == len(SECTIONS) - len(left_out)
 
 
 def test_what_this_machine_cannot_measure_is_one_message(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import signal
@@ -15,18 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from benchmarks import processes
 from benchmarks.pipeline import page
 from benchmarks.pipeline.__main__ import main
 from benchmarks.pipeline.host import cpu_figures
-from benchmarks.pipeline.inputs import make_config, photo, write_shards
 from benchmarks.pipeline.memory import pixel_cell_bytes
 from benchmarks.pipeline.stand_ins import FixedTimeTeacher, StandInAccelerator
-from reinforce.engine.plan.plan import make_plan
 from reinforce.processes.shared_memory import SharedMemory
-from tests.helpers.demo import read_samples
 
 
 @pytest.mark.slow
@@ -53,19 +48,6 @@ def test_a_small_run_measures_the_figures_of_its_parts(
     assert all(f"{name}: " in output for name in parts)
     assert results["quick"] is True
     assert page.render_page(page.PAGE.read_text(encoding="utf-8"), results)
-
-
-def test_shards_repeat_deterministic_photos_and_differ(tmp_path: Path) -> None:
-    photos = [photo(i, side=64) for i in range(3)]
-    assert photos[1] == photo(1, side=64) != photos[2]
-    with Image.open(io.BytesIO(photos[1])) as image:
-        assert (image.format, image.size) == ("JPEG", (64, 64))
-    source = write_shards(tmp_path / "source", 2, 4, photos)
-    samples = [read_samples(tmp_path / "source" / f"0000{i}.tar") for i in range(2)]
-    assert samples[0]["000001"] == {"jpg": photos[1], "txt": b"a photo of thing 1"}
-    assert [sample["jpg"] for sample in samples[1].values()] == [photos[i] for i in (1, 2, 0, 1)]
-    plan = make_plan(make_config(source, f"{tmp_path}/out", augmentations=10, cores=1))
-    assert [shard.url for shard in plan.pending] == [f"{tmp_path}/source/0000{i}.tar" for i in range(2)]
 
 
 def test_stand_ins_take_time_for_each_image_and_neither_cpu_nor_copies() -> None:

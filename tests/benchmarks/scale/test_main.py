@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import s3fs
 
-from benchmarks.pipeline.figures import Figure
 from benchmarks.pipeline.page import PAGE
 from benchmarks.scale import child, page
 from benchmarks.scale.__main__ import QUICK, main, measure_resume, measure_start, measure_status
@@ -60,17 +59,6 @@ def test_the_status_of_a_running_job_takes_three_requests_and_that_of_a_dataset_
     assert found["requests, of a running job"] == 3
     assert found["listing requests"] <= 8 * 3 + 8 + 1 + 2, "two for the views"
     assert found["reading requests"] <= 2 * 8 + 2
-
-
-def test_figures_that_are_measured_alone_replace_their_section() -> None:
-    results = json.loads(page.RESULTS.read_text(encoding="utf-8"))
-    before = page.read_figures(results)
-    section = before[0].section
-    new = page.replaced(results, [Figure(section, "time", 1.0, "s")], 7.5)
-    found = page.read_figures(new)
-    assert [figure.value for figure in found if figure.section == section] == [1.0]
-    assert [one for one in found if one.section != section] == [one for one in before if one.section != section]
-    assert f"| **{section}**, load average 7.5 | | | |" in page.render_page(PAGE.read_text(encoding="utf-8"), new)
 
 
 @pytest.mark.parametrize("part", [pytest.param("local", marks=pytest.mark.slow), "driver", "secrets"])
