@@ -26,37 +26,6 @@ OPTIONS = [
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
 PAGES = ("index.html", "gallery.html", "plots.html")
-#: Contrast of two colours by WCAG 2: of each element's text to the ground that is painted behind it.
-CONTRASTS = """
-(selectors) => {
-  const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
-  const rgba = (colour) => {
-    canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
-    return [...canvas.getImageData(0, 0, 1, 1).data];
-  };
-  const luminance = ([r, g, b]) => {
-    const [x, y, z] = [r, g, b].map((v) => v / 255).map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
-    return 0.2126 * x + 0.7152 * y + 0.0722 * z;
-  };
-  const ground = (element) => {
-    for (let at = element; at; at = at.parentElement) {
-      const colour = rgba(getComputedStyle(at).backgroundColor);
-      if (colour[3] === 255) return colour;
-    }
-    return [255, 255, 255, 255];
-  };
-  const found = {};
-  for (const selector of selectors) {
-    const element = document.querySelector(selector);
-    if (!element) continue;
-    const style = getComputedStyle(element);
-    const own = element instanceof SVGElement ? (style.stroke === "none" ? style.fill : style.stroke) : style.color;
-    const [a, b] = [luminance(rgba(own)), luminance(ground(element))].sort((x, y) => y - x);
-    found[selector] = (a + 0.05) / (b + 0.05);
-  }
-  return found;
-}
-"""
 
 
 @pytest.fixture(scope="module")
@@ -221,22 +190,12 @@ def test_the_keyboard_reaches_everything_and_focus_is_visible(report: Path, watc
     assert page.evaluate("document.activeElement.id") == "main"
 
 
-def test_pages_fit_a_phone_and_can_be_read_in_both_colours(report: Path, browser: Any) -> None:
-    text = [".lead", ".brand", "nav a", "nav a[aria-current]", "h2", ".foot p", "th", "td.number", ".tiles dt", ".tag",
-            ".true .tag", ".card .where", ".replay p", "figcaption", ".views input:checked + span", "#status",
-            ".refusal b", ".chart text", "summary", ".off span"]  # fmt: skip
-    drawn = [f".chart [style*='stroke: var(--c{number})']" for number in (0, 1)]
+def test_pages_fit_a_phone_and_follow_the_colours_of_the_system(report: Path, browser: Any) -> None:
     with browser.new_context(viewport={"width": 360, "height": 800}) as context:
         page = context.new_page()
         for name, colours in itertools.product(PAGES, ("light", "dark")):
             page.emulate_media(color_scheme=colours)
             page.goto(f"file://{report}/{name}")
             assert page.evaluate("document.documentElement.scrollWidth") <= 360, name
-            contrasts = page.evaluate(CONTRASTS, text)
-            assert len(contrasts) > 5
-            assert {selector: ratio for selector, ratio in contrasts.items() if ratio < 4.5} == {}, (name, colours)
-            lines = page.evaluate(CONTRASTS, drawn)
-            assert [ratio for ratio in lines.values() if ratio < 3] == [], (name, colours)
-            assert len(lines) == (2 if name == "plots.html" else 0)
             ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
             assert ground.startswith("rgb(2") == (colours == "light")
