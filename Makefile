@@ -135,7 +135,7 @@ bench-labels: $(INSTALLED) ## what it costs to find and read published labels fo
 bench-scale: $(INSTALLED) ## planning, starting and driving at the size of DFN-5B, simulated (five minutes)
 	$(BIN)/python -m benchmarks.scale
 
-rehearsal: $(INSTALLED) ## from published labels to 38 numbers, as docs/reproduce.md has it, with stand-ins (two minutes)
+rehearsal: $(INSTALLED) ## from published labels to 38 numbers, as in docs/recipes.md, with stand-ins (two minutes)
 	$(BIN)/python -m tests.rehearsal
 
 fuzz: $(INSTALLED) ## feed random broken shards, images and texts, for SECONDS (default 600)

@@ -3,7 +3,7 @@
 Plain students of the demo (lambda 0, true captions alone), with equal steps and several seeds, on all samples of the
 dataset in which 40 % of the captions are exchanged, on the view that keeps the best 60 % by the ensemble's similarity,
 and on the pairs that are right, which no rule can know. Finished trainings are kept, so that an interrupted benchmark
-continues. Writes a table into docs/scores.md.
+continues. Writes a table into docs/choosing.md.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from reinforce.selection.config import SelectConfig
 from reinforce.selection.select import select
 
 RESULTS = Path(__file__).parent / "results" / "view_students.json"
-PAGE = Path(__file__).parents[1] / "docs" / "scores.md"
+PAGE = Path(__file__).parents[1] / "docs" / "choosing.md"
 SCORE = "scores.ensemble.caption_mean"
 #: Arm -> what its students are trained on.
 ARMS = {"whole": "all samples", "view": f"best {1 - SHARE:.0%}", "right": "right pairs alone"}

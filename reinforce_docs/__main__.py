@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from reinforce_docs.offline import make_offline, outside_requests
+from reinforce_docs.redirects import write_redirects
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -20,6 +21,7 @@ def main(arguments: list[str] | None = None) -> None:
         write_pages(given.folder)
         return
     make_offline(given.folder)
+    write_redirects(given.folder)
     if found := outside_requests(given.folder):
         sys.exit("requests to other hosts:\n" + "\n".join(found))
     print(f"{sum(1 for _ in given.folder.rglob('*.html'))} pages in {given.folder}, without requests to other hosts")

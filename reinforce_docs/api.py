@@ -8,15 +8,19 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import reinforce
+from reinforce import errors
 from reinforce.dataset.reading.torch_dataset import TorchSamples
 from teachers import protocols
 
 #: Title -> objects, in the order of the page.
 OBJECTS: dict[str, list[Any]] = {
-    "reinforce": [getattr(reinforce, name) for name in ("run", "train", "open", "load_config", "UserError")],
+    "reinforce": [getattr(reinforce, name) for name in ("run", "train", "open", "load_config")],
     "Reading": [reinforce.Dataset, reinforce.Sample, TorchSamples],
     "Models of your own": [
         value for value in vars(protocols).values() if inspect.isclass(value) and value.__module__ == protocols.__name__
+    ],
+    "Errors": [
+        value for value in vars(errors).values() if inspect.isclass(value) and issubclass(value, errors.UserError)
     ],
 }
 

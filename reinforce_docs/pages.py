@@ -8,16 +8,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from reinforce_docs import api, commands, formats, keys, statuses
+from reinforce_docs import api, commands, formats, keys, variables
 
 ROOT = Path(__file__).parents[1]
 REFERENCE: dict[str, Callable[[], str]] = {
     "commands": commands.commands_page,
     **{f"config-{name}": (lambda name=name: keys.keys_page(name)) for name in keys.CONFIGS},  # type: ignore[misc]
     "columns": formats.formats_page,
-    "reasons": statuses.reasons_page,
-    "exit-statuses": statuses.statuses_page,
-    "environment": statuses.variables_page,
+    "environment": variables.variables_page,
     "python": api.api_page,
 }
 _LINK = re.compile(r"(!?\[[^\]]*\]\()(?!https?://|#)([^)\s#]+)(#[^)\s]*)?\)")

@@ -84,6 +84,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setattr(nodes, "_in_tasks", lambda function, names, _: nodes._here(function, names))
         write_inputs(folder)
         run_command("run", "my.yaml")
+        run_once("select", "select.yaml")
         shutil.copytree("my-data", "demo/dataset")
         run_command("train", "student.yaml")
         yield folder
@@ -125,16 +126,6 @@ def test_no_rule_is_left_over_and_the_tests_that_reasons_name_exist() -> None:
             assert (ROOT / named).exists(), reason
 
 
-@pytest.mark.parametrize(
-    "command",
-    ["reinforce rum my.yaml", "make damo", "python -m reinforced", "reinforce plan my.yaml --sett seed=1",
-     "reinforce plan yours.yaml"],
-)  # fmt: skip
-def test_a_misspelt_command_option_or_file_is_found(command: str, workspace: Path) -> None:
-    with pytest.raises(Exception, match=r"rum|damo|reinforced|--sett|yours\.yaml"):
-        commands.check(command.split())
-
-
 def test_commands_in_the_comments_of_configs_are_parsed(workspace: Path) -> None:
     programs = r"^#\s+((?:reinforce|ray job|torchrun|make|python -m) .+?)(?:  +#.*)?$"
     for config in sorted(ROOT.glob("configs/**/*.yaml")):
@@ -151,7 +142,7 @@ def test_commands_keys_and_tests_in_sentences_exist(page: str) -> None:
         if program in ("reinforce", "make", "python") and words:
             commands.check_names(program, words)
         dotted = re.fullmatch(r"[a-z_]+(\.[a-z_]+)+", code) and Path(code).suffix not in FILES
-        if dotted and code.partition(".")[0] in known and page != "docs/reading.md":
+        if dotted and code.partition(".")[0] in known and page not in ("docs/reading.md", "docs/file-formats.md"):
             assert code in known, f"{page}: `{code}`"
         file, separator, name = code.partition("::")
         if separator and file.startswith("tests/"):
@@ -161,7 +152,7 @@ def test_commands_keys_and_tests_in_sentences_exist(page: str) -> None:
 # --- Python
 
 #: Pages whose Python leaves names that are checked; tests/captioning/test_published_sets.py runs that of captions.md.
-CHECKED_BELOW = ("docs/captions.md", "docs/reading.md", "docs/sql.md", "docs/students.md")
+CHECKED_BELOW = ("docs/captions.md", "docs/choosing.md", "docs/reading.md", "docs/students.md")
 
 
 @pytest.mark.parametrize("page", [page for page in pages() if blocks(page, "python") and page not in CHECKED_BELOW])
@@ -169,16 +160,32 @@ def test_the_python_of_each_page_runs(page: str, workspace: Path, capsys: pytest
     executed(page)
 
 
-def test_what_is_read_with_and_without_this_project_is_equal(workspace: Path) -> None:
-    names = executed("docs/reading.md")
-    first = next(iter(reinforce.open("demo/dataset")))
-    np.testing.assert_array_equal(names["vectors"][0].astype(np.float32), first.images["conv-64"])
-    assert (names["crop"].size, names["large"].size) == ((SIZE, SIZE), (224, 224))
-    assert first.images["tiny"].shape == (2, 64)
+@pytest.fixture(scope="module")
+def reading(built: Path) -> dict[str, Any]:
+    """The names that the Python of docs/reading.md leaves."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(built)
+        return executed("docs/reading.md")
+
+
+def test_what_is_read_with_and_without_this_project_is_equal(reading: dict[str, Any]) -> None:
+    stored = {sample.key: sample for sample in reading["samples"]}
+    for key, vectors in zip(reading["keys"], reading["vectors"], strict=True):
+        np.testing.assert_array_equal(vectors.astype(np.float32), stored[key].images["conv-64"])
+    assert (reading["crop"].size, reading["large"].size) == ((SIZE, SIZE), (224, 224))
+    assert reading["sample"].images["tiny"].shape == (2, 64)
+    for key, caption in reading["captions"].items():
+        assert caption in [stored[key].caption, *stored[key].captions["coca"]]
+
+
+def test_the_samples_of_a_view_are_a_tar_that_a_run_reads(reading: dict[str, Any], workspace: Path) -> None:
+    kept = {sample.key for sample in reinforce.open("my-data", view="best")}
+    run_command("run", "my.yaml", "--set", "source=filtered.tar", "--set", "output=filtered", "--set", "scores={}")
+    assert {sample.key for sample in reinforce.open("filtered")} == kept
 
 
 def test_scores_are_read_as_the_page_shows(workspace: Path) -> None:
-    names = executed("docs/scores.md")
+    names = executed("docs/choosing.md")
     samples = list(reinforce.open("my-data"))
     found = dict(names["best"])
     assert found == {sample.key: pytest.approx(sample.values["scores/match"]["caption_mean"]) for sample in samples}
@@ -201,9 +208,8 @@ def test_a_picture_is_shown_to_a_student_as_the_image_policy_decodes_it(workspac
     assert names["similarity"].shape == (1, 1)
 
 
-def test_layers_joined_in_sql_and_frames_are_those_of_the_samples(workspace: Path) -> None:
-    names = executed("docs/sql.md")
-    samples = list(reinforce.open("my-data"))
+def test_layers_joined_in_sql_and_frames_are_those_of_the_samples(reading: dict[str, Any], workspace: Path) -> None:
+    names, samples = reading, reading["samples"]
     vectors = np.stack([sample.images["conv-64"] for sample in samples])
     for joined in ("by_polars", "by_pandas"):
         np.testing.assert_array_equal(names[joined].astype(np.float32), vectors)
@@ -248,6 +254,22 @@ def test_every_config_shown_is_valid_and_open_clip_has_the_weights_that_it_names
     settings.parse(CONFIGS[block.file], {**complete(block.file), **config}, str(block))
     for model, pretrained in open_clip_models(config):
         check_model(model, pretrained)
+
+
+@pytest.mark.parametrize("block", [b for b in blocks("docs/runs.md", "yaml") if b.under == "Recipes"], ids=str)
+def test_a_config_makes_the_layers_that_its_recipe_promises(block: Block, workspace: Path, tmp_path: Path) -> None:
+    shown, base = yaml.safe_load(block.text), yaml.safe_load(Path("my.yaml").read_text(encoding="utf-8"))
+    for kind in ("teachers", "captioners"):  # small models in place of the named ones
+        model = next(iter(base[kind].values()))
+        shown |= {kind: {name: model | {k: v for k, v in one.items() if k in ("dtype", "captions")}
+                         for name, one in shown.get(kind, {}).items()}} if kind in shown else {}  # fmt: skip
+    recipe = {**base, **shown, "output": str(tmp_path / "data"), "scores": {}}
+    settings.parse(Config, recipe)
+    reinforce.run(recipe)
+    data = reinforce.open(recipe["output"], images_from=[str(workspace / "shards")])
+    assert ([*data.teachers], [*data.captioners]) == ([*recipe["teachers"]], [*recipe["captioners"]])
+    assert len(next(iter(data)).augmentations) == recipe["augmentations"]["count"]
+    assert data.manifest["images"] == shown.get("images", "embed")
 
 
 def test_the_examples_of_readme_are_whole_configs() -> None:
@@ -329,8 +351,9 @@ def test_the_index_names_every_page_and_readme_custom_teacher_and_reading_stay_s
     named = {link.partition("#")[0] for link in links("docs/README.md")}
     assert {Path(page).name for page in pages() if page.startswith("docs/")} - {"README.md"} <= named
     assert len(read_page("README.md").splitlines()) <= 130
-    (teacher,), (*_, bare) = blocks("docs/teachers.md", "python"), blocks("docs/reading.md", "python")
+    (teacher,) = blocks("docs/teachers.md", "python")
     assert len(teacher.text.strip().splitlines()) <= 25
+    (bare,) = (block for block in blocks("docs/reading.md", "python") if block.text.startswith("import glob"))
     assert len(bare.text.strip().splitlines()) <= 6
 
 

@@ -28,7 +28,7 @@ BROKEN = [
     ("What learns, and what judges it", "reinforce/student/task.py", "reinforce.engine.plan.plan"),
 ]
 #: An import that with one the other way breaks the contract "No circles".
-CIRCLE = ("reinforce_docs/tables.py", "reinforce_docs.statuses")
+CIRCLE = ("reinforce_docs/tables.py", "reinforce_docs.variables")
 #: Contracts that name every module of a folder, and a folder of each.
 EXHAUSTIVE = {
     "Inside reinforce imports point one way": "reinforce",

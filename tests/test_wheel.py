@@ -76,4 +76,4 @@ def test_the_citation_is_of_this_version() -> None:
     released = f"## [{reinforce.__version__}] - {citation['date-released']}"
     assert released in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     for paper in citation["references"]:
-        assert paper["url"] in (ROOT / "docs/citing.md").read_text(encoding="utf-8")
+        assert paper["url"] in (ROOT / "docs/README.md").read_text(encoding="utf-8")

@@ -23,6 +23,7 @@ from reinforce.storage import write_file, write_json
 
 RESULTS = Path(__file__).parents[1] / "results" / "ablations.json"
 PAGE = Path(__file__).parents[2] / "docs" / "ablations.md"
+_TRANSFER = "\n<!-- transfer:"
 _PROGRAM, _SEEDS = "python -m benchmarks.ablations", 3
 _TEXT = """\
 # Ablations at the demo's scale
@@ -45,9 +46,10 @@ make demo-teachers        # only for the question of the captioner's pre-trained
 Tables show the mean over the seeds ± the sample standard deviation. Two arms count as different if their means
 differ by more than the noise: {errors:g} standard errors of a difference, or {picked:g} where the best or worst of
 several arms is chosen. The standard error is estimated from the deviations of all arms of a question. *Level* means
-that {seeds} seeds do not show a difference. The sets are those of [transfer](transfer.md): top-1 accuracy
-of zero-shot classification among all concepts, and for retrieval whether the right picture is among the five
-nearest to a caption. Seconds are for one core per training, with as many parallel trainings as cores (torch {torch};
+that {seeds} seeds do not show a difference. The sets are those
+[below](#what-a-student-learns-from-stored-embeddings): top-1 accuracy of zero-shot classification among all concepts,
+and for retrieval whether the right picture is among the five nearest to a caption. Seconds are for one core per
+training, with as many parallel trainings as cores (torch {torch};
 {machines}).
 """
 _SECTION = """
@@ -125,7 +127,7 @@ def write_page(
 ) -> None:
     """Write the page, its figures into the folder of its name, and the numbers.
 
-    Figures of questions without an answer are removed.
+    Figures of questions without an answer are removed. The section of benchmarks/transfer.py stays.
     """
     if not answers:
         return
@@ -138,7 +140,8 @@ def write_page(
     by_question = {answer.question.name: _to_json(study, answer, verdicts) for answer, verdicts in checked}
     stored = {**asdict(info), "questions": by_question}
     write_json(stored, str(results))
-    write_file(render_page(checked, info).encode(), str(page))
+    _, marker, section = page.read_text("utf-8").partition(_TRANSFER) if page.exists() else ("", "", "")
+    write_file((render_page(checked, info) + marker + section).encode(), str(page))
 
 
 def check_claims(answer: Answer) -> list[Verdict]:

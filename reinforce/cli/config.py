@@ -26,7 +26,7 @@ _MODELS: dict[Kind, str] = {
 def init(
     data: Annotated[
         str,
-        typer.Argument(metavar="DATA", help="Folder, file or pattern: tars, Parquet, jsonl, csv, images, a dataset."),
+        typer.Argument(metavar="DATA", help="Folder, file or pattern of any format of a source."),
     ],
     output: Annotated[
         Path | None, typer.Argument(metavar="[OUTPUT.yaml]", help="Config to write. Default: named after DATA.")

@@ -91,7 +91,7 @@ def _show(store: Store, reasons: bool, as_json: bool, verbose: bool) -> None:
 
 
 def _as_json(url: str, progress: RunProgress | None, found: Mapping[str, Any]) -> dict[str, Any]:
-    """The object that docs/monitoring.md describes."""
+    """The object that docs/command-line.md describes."""
     return {
         "url": url,
         "run": None if progress is None else _run_as_json(progress),

@@ -55,7 +55,7 @@ _SETS = """\
 Top-1 accuracy among 1,364 names. Of OpenMoji's unseen style, teachers saw the drawings; of its unseen pictures and of
 the icons of two fonts, no model saw any. Retrieval: the right picture is among the five nearest to a caption. The
 training pictures are no test: a student that learns them by heart is good there. Figures of one seed are noisy; those
-of three seeds are in docs/transfer.md."""
+of three seeds are in docs/ablations.md."""
 _NEXT = """\
 Look at the dataset     open {out}/report/index.html
 See the table as bars   open {out}/summary.png

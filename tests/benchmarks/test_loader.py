@@ -78,7 +78,8 @@ def test_the_page_of_transfer_has_the_stored_numbers_and_the_mean_range_and_seed
     rows = {"plain": [dict.fromkeys(names, 0.25), dict.fromkeys(names, 0.75)]}
     measure = transfer.summarise(rows)["plain"]["own_style"]
     assert measure == {"mean": pytest.approx(0.5), "min": 0.25, "max": 0.75, "seeds": [0.25, 0.75]}
-    assert transfer.PAGE.read_text() == transfer.render_page(json.loads(transfer.RESULTS.read_text()))
+    page = transfer.PAGE.read_text(encoding="utf-8")
+    assert page == transfer.render_page(page, json.loads(transfer.RESULTS.read_text()))
 
 
 def test_the_page_has_the_stored_results_of_students_on_views() -> None:

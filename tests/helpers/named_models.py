@@ -1,4 +1,4 @@
-"""Tiny models of the classes that docs/named-teachers.md names, with random weights, in folders of their libraries."""
+"""Tiny models of the classes that docs/teachers.md names, with random weights, in folders of their libraries."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 #: Pages that programs write.
-GENERATED = {"docs/ablations.md", "docs/hostile.md", "docs/transfer.md"}
+GENERATED = {"docs/ablations.md", "docs/hostile.md"}
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"\]\((?!https?://)([^)\s]*)\)")
@@ -27,6 +27,12 @@ class Block:
 
     def __str__(self) -> str:
         return f"{self.page}:{self.line}"
+
+    @property
+    def under(self) -> str:
+        """The heading that the block is under."""
+        before = "\n".join(read_page(self.page).splitlines()[: self.line - 2])
+        return _HEADING.findall(_FENCE.sub("", before + "\n"))[-1]
 
     @property
     def file(self) -> str | None:

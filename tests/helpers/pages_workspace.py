@@ -31,7 +31,7 @@ def write_inputs(folder: Path) -> None:
     cat.putalpha(cat.copy())
     cat.save(folder / "cat.png", exif=exif)
     (folder / "our_teachers.py").write_text(blocks("docs/teachers.md", "python")[0].text)
-    (folder / "our_scores.py").write_text(blocks("docs/scores.md", "python")[0].text)
+    (folder / "our_scores.py").write_text(next(b for b in blocks("docs/choosing.md", "python") if b.file).text)
     for name in ("configs", "jobs"):
         os.symlink(ROOT / name, folder / name)
     for name, config in _configs(folder).items():

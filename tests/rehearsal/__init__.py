@@ -1,1 +1,1 @@
-"""The steps of docs/reproduce.md with small stand-ins: published labels in, a student, its evaluation, a comparison."""
+"""The steps of docs/recipes.md with small stand-ins: published labels in, a student, its evaluation, a comparison."""

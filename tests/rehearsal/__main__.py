@@ -1,4 +1,4 @@
-"""python -m tests.rehearsal: run the steps of docs/reproduce.md with small stand-ins, in about two minutes."""
+"""python -m tests.rehearsal: run the steps of docs/recipes.md with small stand-ins, in about two minutes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The steps of docs/reproduce.md, in the process of the test."""
+"""The steps of docs/recipes.md, in the process of the test."""
 
 from __future__ import annotations
 

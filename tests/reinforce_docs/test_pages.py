@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,8 @@ import yaml
 
 from reinforce_docs.offline import make_offline, outside_requests
 from reinforce_docs.pages import _LINK, ROOT, adapt, source_pages, write_pages
+from reinforce_docs.redirects import REDIRECTS, write_redirects
+from tests.helpers.pages import anchors
 
 
 def listed(entries: list[object]) -> list[str]:
@@ -71,3 +74,17 @@ def test_the_script_of_the_search_is_in_the_site(tmp_path: Path) -> None:
     assert outside_requests(tmp_path) == []
     assert 'src="../assets/iframe-worker.js"' in (tmp_path / "sub/page.html").read_text()
     assert "MIT" in (tmp_path / "assets/iframe-worker.js").read_text()
+
+
+def test_former_pages_lead_to_sections_of_pages_that_exist(tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    write_redirects(tmp_path)
+    for old, new in REDIRECTS.items():
+        page, _, section = new.partition("#")
+        assert not (ROOT / f"docs/{old}.md").exists()
+        assert section in {"", *anchors(f"docs/{page}.md")}, new
+        name = f"{page}.html".replace("README", "index") + f"#{section}" * bool(section)
+        found = tmp_path / f"docs/{old}.html"
+        [target] = re.findall(r'content="0; url=([^"]+)"', found.read_text())
+        assert (found.parent / target).resolve() == tmp_path / "docs" / name
+    assert outside_requests(tmp_path) == []

@@ -106,7 +106,7 @@ def test_events_show_the_slowest_shards_and_those_that_fail_until_they_are_finis
     assert (digest.counts["shard"], digest.counts["worker_died"]) == (9, 2)
 
 
-PAGE = Path(__file__).parents[3] / "docs" / "monitoring.md"
+PAGE = Path(__file__).parents[3] / "docs" / "clusters.md"
 
 
 @pytest.fixture

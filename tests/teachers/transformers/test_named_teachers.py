@@ -1,4 +1,4 @@
-"""The models of docs/named-teachers.md, as tiny models of the same classes."""
+"""The models by name of docs/teachers.md, as tiny models of the same classes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def load(model: str, **options: Any) -> Any:
 
 
 def test_each_passes_the_self_test_with_the_sides_and_the_dimension_that_were_described(tmp_path: Path) -> None:
-    shown = yaml.safe_load(blocks("docs/named-teachers.md", "yaml")[0].text)["teachers"]
+    shown = yaml.safe_load(blocks("docs/teachers.md", "yaml")[1].text)["teachers"]
     teachers = {name: tiny(name, entry, tmp_path) for name, entry in shown.items()}
     config = parse_config({"source": "x.tar", "output": "out", "teachers": teachers})
     described = describe_models(config)

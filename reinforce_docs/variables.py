@@ -1,15 +1,11 @@
-"""Reference of the reasons of quarantine, the exit statuses and the environment variables, from the code."""
+"""Reference of the environment variables, from the code."""
 
 from __future__ import annotations
 
-import inspect
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
-import schemas.reasons
-from reinforce import errors
-from reinforce_docs.tables import cell, code, table
+from reinforce_docs.tables import code, table
 
 ROOT = Path(__file__).parents[1]
 #: Environment variables that commands read or set -> what they mean for users.
@@ -41,27 +37,6 @@ INTERNAL = {
     *("RAY_CHDIR_TO_TRIAL_DIR", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "TUNE_DISABLE_SIGINT_HANDLER"),
     *("RAY_AIR_NEW_OUTPUT", "TUNE_ORIG_WORKING_DIR", "PATH"),
 }
-#: Exit status -> what it means, besides those of classes in `reinforce/errors.py`.
-STATUSES = {
-    0: "done; of `run`: every shard is finished or, up to `failures.allowed_share` of them, quarantined",
-    1: "of `run`: more shards are quarantined than allowed, or Ray or a storage failed; of `validate`: something was "
-    "found; of any command: an error that nobody has foreseen, in one line (`--debug` shows its traceback)",
-    2: "an error that the user can fix: the config, the source or the environment; one message",
-    3: "of `evaluate --suite`: the sets that are there were evaluated, and others are missing (`--allow-missing`)",
-    130: "stopped by Ctrl-C (SIGINT), of `run` also by SIGTERM while it works; the same command resumes",
-    143: "stopped by SIGTERM, of trainings after a checkpoint, of `run` before or after its work; the same command "
-    "resumes",
-}
-
-
-def reasons() -> Iterator[tuple[str, str, str]]:
-    """(group, reason, meaning) of every reason, from the comments of ``schemas/reasons.py``."""
-    group = ""
-    for line in inspect.getsource(schemas.reasons.Reason).splitlines():
-        if heading := re.fullmatch(r"    # (.+)", line):
-            group = heading[1]
-        elif entry := re.fullmatch(r'    [A-Z_]+ = "(\w+)"(?:  # (.+))?', line):
-            yield group, entry[1], entry[2] or ""
 
 
 def variables_in_code() -> set[str]:
@@ -73,40 +48,6 @@ def variables_in_code() -> set[str]:
     return {
         name for path in files for found in pattern.findall(path.read_text(encoding="utf-8")) for name in found if name
     }
-
-
-def reasons_page() -> str:
-    """The page of the reasons of quarantine."""
-    parts = ["# Reasons of quarantine\n", "What to do about them is in [Bad data](../bad-data.md#reasons).\n"]
-    found = list(reasons())
-    for group in dict.fromkeys(group for group, *_ in found):
-        rows = [(code(reason), cell(meaning)) for of_group, reason, meaning in found if of_group == group]
-        parts += [f"## {group.rstrip('.')}\n", table(("reason", "meaning"), rows)]
-    return "\n".join(parts)
-
-
-def error_classes() -> list[type[errors.UserError]]:
-    """The classes of errors that end a command with one message."""
-    found = [value for value in vars(errors).values() if inspect.isclass(value) and issubclass(value, errors.UserError)]
-    return sorted(found, key=lambda error: (error.exit_status, error.__name__))
-
-
-def statuses_page() -> str:
-    """The page of the exit statuses."""
-    by_class = [
-        (code(error.__name__), str(error.exit_status), cell((inspect.getdoc(error) or "").splitlines()[0]))
-        for error in error_classes()
-    ]
-    return "\n".join(
-        [
-            "# Exit statuses\n",
-            table(("status", "meaning"), [(str(status), cell(meaning)) for status, meaning in STATUSES.items()]),
-            "`summary.json` of a run has the status of the command in `status`.\n",
-            "## Errors\n",
-            "Classes of `reinforce.errors`, which `reinforce.run`, `train` and `open` raise:\n",
-            table(("class", "status", "meaning"), by_class),
-        ]
-    )
 
 
 def variables_page() -> str:
