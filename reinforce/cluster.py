@@ -83,7 +83,7 @@ def _start_ray(address: str | None, log_to_driver: bool) -> None:
 def _start_here(log_to_driver: bool) -> None:
     # ERROR, because at WARNING Ray explains token authentication, which does not apply to one machine.
     quiet = {"include_dashboard": False, "logging_level": logging.ERROR}
-    # Else Ray starts a process for each core, for tasks, of which runs and trainings have none.
+    # Else Ray starts a process for each core, for tasks, of which runs and training runs have none.
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     import torch  # whoever starts Ray here has imported it
 

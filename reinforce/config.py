@@ -89,7 +89,7 @@ class Input(Section):
         None,
         ge=8,
         le=65_535,
-        description="decode large JPEGs at 1/2, 1/4 or 1/8 size if both sides keep so many pixels; default: full size",
+        description="decode JPEGs at the smallest of 1/2, 1/4, 1/8 size with sides at least this; default: full size",
     )
 
 
@@ -98,7 +98,7 @@ class RandAugment(Section):
 
     ops: int = Field(2, ge=0, description="operations per image")
     magnitude: int = Field(9, ge=0, lt=31, description="strength of the operations, out of 31 levels")
-    probability: float = Field(1.0, ge=0, le=1, description="probability that an image gets RandAugment at all")
+    probability: float = Field(1.0, ge=0, le=1, description="probability that an image is augmented by RandAugment")
 
 
 class Augmentations(Section):
@@ -113,9 +113,11 @@ class Augmentations(Section):
     rand_augment: RandAugment = RandAugment()
     backend: Literal["torchvision-pil-1", "fixed-point-1"] = Field(
         "torchvision-pil-1",
-        description="how records are replayed: with torchvision's pixels, or faster with pixels of its own",
+        description="how records are replayed: with torchvision's pixels, or faster with slightly different ones",
     )
-    own: Literal[True] | None = Field(None, description="with `reinforcements` without records (RayGen): drawn here")
+    own: Literal[True] | None = Field(
+        None, description="with `reinforcements` without records (RayGen): sampled locally"
+    )
 
     @model_validator(mode="after")
     def _check_ranges(self) -> Augmentations:
@@ -162,8 +164,8 @@ class Workers(Section):
     )
     deterministic: bool = Field(
         True,
-        description="use the kernels of CUDA that give equal bytes again; false: the fastest ones, and a shard that is "
-        "computed again may differ in rounding",
+        description="use deterministic CUDA kernels; false: the fastest ones, and a shard that is computed again may "
+        "differ in rounding",
     )
     overlap: bool = Field(False, description="has no effect; remove it", json_schema_extra={"deprecated": True})
     start_timeout: float = Field(600.0, gt=0, description="seconds to wait for `min` workers")
@@ -234,7 +236,7 @@ class Failures(Section):
     )
 
 
-#: What can be told of a sample without a model.
+#: Facts of a sample that need no model.
 Fact = Literal["width", "height", "aspect", "bytes", "characters", "words", "tokens", "digest_1", "digest_2"]
 
 
@@ -246,13 +248,13 @@ class Score(Section):
     head: str | None = Field(None, description="safetensors file of a linear layer: `weight` [N, D], `bias` [N]")
     teacher: str | None = Field(None, description="head: the teacher to whose embeddings of images it is applied")
     names: OneOrMore = Field(
-        ["score"], min_length=1, description="head: one for each output; class: in place of its own"
+        ["score"], min_length=1, description="head: one for each output; class: instead of its own"
     )
     facts: list[Fact] | None = Field(None, min_length=1, description="sizes of the image and the caption")
     tokenizer: str = Field("ViT-B-32", description="facts: open_clip model whose tokenizer counts `tokens`")
     own: str | None = Field(None, alias="class", description="package.module:Class; see teachers/protocols.py")
     options: dict[str, Any] = Field(default_factory=dict, description="class: its keyword arguments")
-    inputs: OneOrMore | None = Field(None, min_length=1, description="class: what it sees, instead of its own `inputs`")
+    inputs: OneOrMore | None = Field(None, min_length=1, description="class: its inputs, instead of its own `inputs`")
 
     @model_validator(mode="after")
     def _check_kind(self) -> Score:
@@ -281,7 +283,7 @@ class Score(Section):
 
 
 class Estimate(Section):
-    """What `reinforce plan` takes for granted when it estimates hours and costs. A run does not read it."""
+    """Assumptions of `reinforce plan` for hours and costs. A run does not read them."""
 
     rate: float | None = Field(
         None,
@@ -298,9 +300,9 @@ class Config(Section):
     """A run, which computes the layers of a dataset from source shards."""
 
     source: str | list[str] = Field(
-        description=f"fsspec URLs of {source_formats.SOURCES}: braces, globs, a .txt file of URLs, or a list of these"
+        description=f"fsspec URIs of {source_formats.SOURCES}: braces, globs, a .txt file of URLs, or a list of these"
     )
-    output: str = Field(min_length=1, description="folder or fsspec URL of the dataset")
+    output: str = Field(min_length=1, description="folder or fsspec URI of the dataset")
     moved: dict[str, str] = Field(
         default_factory=dict,
         description="folders of `source` whose files were elsewhere when the dataset was made, each with the folder at "

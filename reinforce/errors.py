@@ -31,7 +31,7 @@ class RayEnded(UserError):
 
 
 class HostLost(UserError):
-    """A host of a training was lost for good, and the other hosts cannot hold its ranks."""
+    """A host of a training run was lost for good, and the other hosts cannot hold its ranks."""
 
     exit_status = 1
 

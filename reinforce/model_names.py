@@ -23,9 +23,9 @@ def resolve_models(
     """Yield the specs of models by name; remote models are copied to a temporary folder until the context ends.
 
     A name is open_clip's (``NAME,TAG``, or ``NAME`` with the tag ``pretrained``), ``local-dir:PATH``,
-    ``hf-hub:ORG/REPO``, or a folder or fsspec URL that a training wrote. With ``weights=False`` only the architecture
-    is needed: open_clip's ``NAME`` is enough, and a model of the hub, whose config would be downloaded, is refused.
-    Raises UserError.
+    ``hf-hub:ORG/REPO``, or a folder or fsspec URI that a training run wrote. With ``weights=False`` only the
+    architecture is needed: open_clip's ``NAME`` is enough, and a model of the hub, whose config would be downloaded, is
+    refused. Raises UserError.
     """
     repeated = {name for name in names if names.count(name) > 1}
     if repeated:

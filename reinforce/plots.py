@@ -76,7 +76,7 @@ def legend(axes: Axes) -> None:
 
 
 def save(fig: Figure, url: str) -> None:
-    """Write the figure as PNG to a path or fsspec URL, atomically; create missing folders."""
+    """Write the figure as PNG to a path or fsspec URI, atomically; create missing folders."""
     buffer = io.BytesIO()
     # Without the software version, so that equal figures are equal bytes.
     fig.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})

@@ -67,7 +67,7 @@ def forget_credentials(url: str) -> None:
 
 
 def write_file(data: bytes, url: str) -> None:
-    """Write a small file at a path or fsspec URL, atomically; create missing folders."""
+    """Write a small file at a path or fsspec URI, atomically; create missing folders."""
     fs, path = filesystem(url)
     if not isinstance(fs, LocalFileSystem):
         fs.pipe_file(path, data)
@@ -99,7 +99,7 @@ def json_bytes(data: Mapping[str, Any]) -> bytes:
 
 
 class Storage:
-    """The files below a folder or fsspec URL.
+    """The files below a folder or fsspec URI.
 
     ``url`` has no credentials and is safe to print. ``fs`` is the fsspec file system, ``root`` the path in it, and
     ``local`` whether it is a local disk.

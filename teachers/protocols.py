@@ -38,7 +38,7 @@ class ImageSpec:
     """Preprocessing of a model's input images: resize to ``size``, then ``(x / 255 - mean) / std`` per RGB channel.
 
     ``size`` is in pixels, the side of a square or (height, width). ``mean`` and ``std`` apply to values in 0 to 1.
-    ``resize`` says how an image of another aspect ratio is fitted: ``crop`` resizes the shorter side and cuts the
+    ``resize`` states how an image of another aspect ratio is fitted: ``crop`` resizes the shorter side and cuts the
     center, ``squash`` resizes both sides. Augmented crops are square and are only resized.
     """
 

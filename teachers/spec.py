@@ -19,7 +19,7 @@ Precision = Literal["fp32", "tf32", "bf16", "fp16", "fp8"]
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What is known of a model without loading it.
+    """Description of a model that is not loaded.
 
     ``dim`` is the length of its embeddings, None where it is known only after loading and for captioners. ``images``
     and ``texts`` say which inputs it takes. ``identity`` is a JSON object that the layer fingerprint covers: models
@@ -63,7 +63,7 @@ class ModelSpec(BaseModel):
         "that the server knows",
     )
     pretrained: str | None = Field(
-        None, description="open_clip: pretrained tag, or a checkpoint file by path or fsspec URL"
+        None, description="open_clip: pretrained tag, or a checkpoint file by path or fsspec URI"
     )
     class_: str | None = Field(
         None, alias="class", description="a custom class, package.module:Class; see teachers/protocols.py"

@@ -28,7 +28,7 @@ _TIMES = ("LastModified", "Last-Modified", "last_modified", "updated", "mtime", 
 
 
 def is_url(location: str | Path) -> bool:
-    """Whether a location is an fsspec URL rather than a local path."""
+    """Whether a location is an fsspec URI rather than a local path."""
     return "://" in str(location) and not str(location).startswith("file://")
 
 

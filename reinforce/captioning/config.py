@@ -24,7 +24,7 @@ class Captioner(Section):
     """The CoCa to train, by open_clip's names."""
 
     model: str = Field(min_length=1, description="coca_ViT-L-14, coca_ViT-B-32, hf-hub:ORG/REPO or local-dir:PATH")
-    pretrained: str | None = Field(None, description="pretrained tag, or a checkpoint by path or fsspec URL")
+    pretrained: str | None = Field(None, description="pretrained tag, or a checkpoint by path or fsspec URI")
     freeze: list[Tower] = Field(
         default_factory=list, description="towers that are not trained: image, text, decoder; default: none"
     )
@@ -52,7 +52,7 @@ class Data(Section):
     """Images with captions, and how examples are made from them."""
 
     source: str | list[str] = Field(
-        description="what `source` of a run may be, by fsspec URL (braces, globs, a .txt file of URLs, or a list): "
+        description="what `source` of a run may be, by fsspec URI (braces, globs, a .txt file of URLs, or a list): "
         "tars, Parquet, jsonl or csv files, a folder of images, or a reinforced dataset"
     )
     format: Format | None = Field(
@@ -199,7 +199,7 @@ class Evaluation(Section):
 class CaptionerConfig(Section):
     """Config of a captioner's fine-tuning on images with captions."""
 
-    output: str = Field(min_length=1, description="folder or fsspec URL of checkpoints, logs and the final weights")
+    output: str = Field(min_length=1, description="folder or fsspec URI of checkpoints, logs and the final weights")
     seed: int = Field(0, ge=0, description="seed of the order of samples, of held-out images and of every step")
     captioner: Captioner
     data: Data

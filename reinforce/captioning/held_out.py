@@ -1,4 +1,5 @@
-"""The held-out images of a training, with their captions: a file in the output, which evaluations read again and again.
+"""The held-out images of a training run, with their captions: a file in the output, which evaluations read again and
+again.
 
 Of a share these are the first ones of the groups in a seeded order, of a source of their own a seeded sample or all.
 """

@@ -197,7 +197,7 @@ class PairSource:
             return [*_divide(shard, sizes_of)]
 
     def _count(self, shards: Sequence[Shard], output: str) -> list[int]:
-        """The examples of each group, read once for each training."""
+        """The examples of each group, read once for each training run."""
         store, fingerprint = Store(output), self.fingerprint(shards, self.data.use)
         if (stored := read_table(store, GROUPS_FILE, fingerprint, ["rows"])) is not None:
             return [int(rows) for rows in stored["rows"].to_pylist()]

@@ -121,7 +121,7 @@ class StreamedPairs:
 
 
 class CaptionStreams(StreamFeed):
-    """The feed of a training whose source is streamed; ``data`` and the order depend on the counts of the groups.
+    """The feed of a training run whose source is streamed; ``data`` and the order depend on the counts of the groups.
 
     ``tokenize`` maps B texts to int64 [B, context], ``end`` is the token after the last word. With ``pin``, batches are
     in pinned memory. An image that cannot be decoded is replaced by one of a later batch.

@@ -29,7 +29,7 @@ JsonFile = Annotated[
     typer.Option("--json", metavar="FILE", help="Also write the results to this file; -: only to standard output."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object; everything else goes to standard error.")]
-DatasetUrl = Annotated[str, typer.Argument(metavar="DATASET", help="Folder or fsspec URL of a reinforced dataset.")]
+DatasetUrl = Annotated[str, typer.Argument(metavar="DATASET", help="Folder or fsspec URI of a reinforced dataset.")]
 ViewName = Annotated[
     str | None, typer.Option(metavar="NAME", help="Only the samples that this view of `reinforce select` keeps.")
 ]

@@ -158,7 +158,7 @@ def _drop_shard(store: Store, patterns: list[str], shard: str, yes: bool) -> Non
 
 
 def diff(
-    first: Annotated[str, typer.Argument(metavar="A", help="Folder or fsspec URL of a dataset or of labels.")],
+    first: Annotated[str, typer.Argument(metavar="A", help="Folder or fsspec URI of a dataset or of labels.")],
     second: Annotated[str, typer.Argument(metavar="B", help="Another one.")],
     layers: Annotated[
         str | None, typer.Option(metavar="A,B", help="Layers, or folders of these, with `*`. Default: all.")
@@ -202,7 +202,7 @@ def captions_report(
     teacher: Annotated[
         list[str] | None, typer.Option(help="Teacher to score captions with, repeatable. Default: all.")
     ] = None,
-    out: Annotated[str, typer.Option(help="Folder or fsspec URL for report.json and the plots.")] = "captions-report",
+    out: Annotated[str, typer.Option(help="Folder or fsspec URI for report.json and the plots.")] = "captions-report",
     limit: Annotated[int, typer.Option(min=1, help="Maximum number of images, spread over the dataset.")] = 10_000,
     view: ViewName = None,
 ) -> None:
@@ -220,7 +220,7 @@ def captions_report(
 
 def inspect(
     dataset: DatasetUrl,
-    output: Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder or fsspec URL to write the report to.")],
+    output: Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder or fsspec URI to write the report to.")],
     teachers: Names = None,
     captioners: Names = None,
     limit: Annotated[int, typer.Option(min=1, help="Maximum number of samples that are looked at.")] = 10_000,

@@ -28,7 +28,7 @@ Model = Annotated[
 ]
 Output = Annotated[
     str | None,
-    typer.Argument(metavar="[OUTPUT]", help="New folder or fsspec URL. Default: the name of MODEL with the command's."),
+    typer.Argument(metavar="[OUTPUT]", help="New folder or fsspec URI. Default: the name of MODEL with the command's."),
 ]
 Pretrained = Annotated[
     str | None, typer.Option(metavar="TAG", help="Tag or checkpoint of a model given by NAME alone.")
@@ -53,7 +53,7 @@ Check = Annotated[
 Licence = Annotated[
     str, typer.Option("--license", metavar="ID", help="Hugging Face's name of the licence, such as cc-by-4.0.")
 ]
-OutputUrl = Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder or fsspec URL to write to.")]
+OutputUrl = Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder or fsspec URI to write to.")]
 
 
 @export.command("onnx", **examples("reinforce export onnx demo/students/distilled --output demo/onnx"))
@@ -314,7 +314,7 @@ def _number(option: str, value: str) -> int | Literal["average"]:
 def card(
     dataset: DatasetUrl,
     output: Annotated[
-        str | None, typer.Argument(metavar="[OUTPUT]", help="Folder or fsspec URL. Default: that of the dataset.")
+        str | None, typer.Argument(metavar="[OUTPUT]", help="Folder or fsspec URI. Default: that of the dataset.")
     ] = None,
     license_: Licence = "unknown",
     force: Annotated[bool, typer.Option("--force", help="Replace a README.md that somebody else has written.")] = False,

@@ -89,7 +89,7 @@ def tune(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Find the teachers' logit scales and lambda by short trainings; finished trials are not repeated.
+    """Find the teachers' logit scales and lambda by short training runs; finished trials are not repeated.
 
     Writes a table, a plot and a config for `reinforce train` to the output folder.
     """
@@ -348,7 +348,7 @@ def show_report(
 
 
 def _run_training(work: Callable[[], T]) -> T:
-    """Run a training with its log on the terminal; if it is stopped, exit with the status of the signal."""
+    """Train, with the log on the terminal; if it is stopped, exit with the status of the signal."""
     from reinforce.training.stop import Stopped
 
     logging.basicConfig(format="%(message)s")

@@ -41,7 +41,7 @@ _DELETED_AT_ONCE = 16  # requests in flight
 
 @dataclass(frozen=True)
 class DropPlan:
-    """What dropping some layers would delete.
+    """Files and entries that dropping some layers would delete.
 
     Attributes:
         url: of the dataset.

@@ -283,7 +283,7 @@ class LayerKind(ABC):
     # -- rows
 
     def wrong_rows(self, layer: Layer, table: pa.Table, records: int | None) -> Iterator[tuple[str, Any]]:
-        """What is wrong with rows of a row group, and a mask of them [rows]; ``records`` is the number of augmentation
+        """Problems of the rows of a row group, and a mask of them [rows]; ``records`` is the number of augmentation
         records in dataset.json."""
         return iter(())
 

@@ -129,7 +129,7 @@ def shard_rows(view: ViewRows, store: Store, shard: str) -> ShardRows:
 
 @dataclass(frozen=True)
 class ViewFiles:
-    """What a view was made of, and its files, of each shard in ascending order.
+    """Inputs and files of a view, for each shard in ascending order.
 
     Attributes:
         columns: the columns that the rules read, of layers of which they read only some.
@@ -170,7 +170,7 @@ class View:
         return sum(map(sum, self.kept.values()))
 
     def changes(self, store: Store, manifest: Mapping[str, Any]) -> list[str]:
-        """What differs from when it was made: layers that were dropped or are others, or shards with other content.
+        """Differences since the view was made: layers that were dropped or replaced, or shards with other content.
 
         The content of a shard is compared where the size or the time of a file differs.
         """
@@ -301,7 +301,7 @@ def view_states(store: Store, manifest: Mapping[str, Any], shards: Collection[st
 
 
 def remove_view(store: Store, name: str) -> None:
-    """Delete a view, first its description, and whatever a selection has left of it."""
+    """Delete a view, first its description, and the remains of a selection."""
     store.remove(FOLDER, name, _DESCRIPTION)
     with store.storage_errors("removed", FOLDER, name):
         store.fs.rm(store.path(FOLDER, name), recursive=True)
@@ -392,5 +392,5 @@ def _read_shards(store: Store, name: str, version: int, fingerprint: str, digest
     if [(field.name, field.type) for field in table.schema] != [(field.name, field.type) for field in fields]:
         raise UserError(f"{path} has other columns than a view. Make the view again.")
     if not pc.all(pc.match_substring_regex(table["shard"], f"^{SHARD_NAME.pattern}$"), min_count=0).as_py():
-        raise UserError(f"{path} names shards that are none. Make the view again.")
+        raise UserError(f"{path} names shards that do not exist. Make the view again.")
     return table

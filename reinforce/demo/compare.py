@@ -36,7 +36,7 @@ PAIRS: Mapping[str, tuple[str, str]] = {
     "40 % of the captions wrong": ("plain-noisy", "distilled-noisy"),
 }
 
-#: Name in results.json -> (title, metric of the training), the tests first.
+#: Name in results.json -> (title, metric of the training run), the tests first.
 MEASURES: Mapping[str, tuple[str, str]] = {
     "unseen_style": ("unseen style", "zero_shot/unseen-style/top1"),
     "unseen_pictures": ("unseen pictures", "zero_shot/unseen-pictures/top1"),
@@ -74,7 +74,7 @@ def student_config(arm: str, folder: str | Path, seed: int = 0, more: Sequence[s
 
 
 def read_measures(results: Results) -> dict[str, float]:
-    """Return the entry of results.json for a student. Raises UserError if the training lacks one of MEASURES."""
+    """Return the entry of results.json for a student. Raises UserError if the training run lacks one of MEASURES."""
     try:
         values = {name: results.metrics[metric] for name, (_, metric) in MEASURES.items()}
     except KeyError as error:
@@ -85,7 +85,7 @@ def read_measures(results: Results) -> dict[str, float]:
 def compare_students(students: str | Path, out: str | Path) -> None:
     """Print the table of the students in ``students``/ARM; write ``out``/results.json and ``out``/summary.png.
 
-    Raises UserError if a training is not finished.
+    Raises UserError if a training run is not finished.
     """
     rows, steps = collect_measures({arm: [Path(students) / arm] for arm in ARMS})
     (Path(out) / "results.json").write_text(
@@ -97,9 +97,9 @@ def compare_students(students: str | Path, out: str | Path) -> None:
 
 
 def collect_measures(folders: Mapping[str, Sequence[Path]]) -> tuple[dict[str, list[dict[str, float]]], int]:
-    """Return the measures of each training by name, and the number of steps.
+    """Return the measures of each training run by name, and the number of steps.
 
-    Raises UserError if a training is not finished, or if their numbers of steps differ.
+    Raises UserError if a training run is not finished, or if their numbers of steps differ.
     """
     trainings = {name: [_read_results(folder) for folder in several] for name, several in folders.items()}
     steps = {results.steps for several in trainings.values() for results in several}

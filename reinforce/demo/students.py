@@ -1,4 +1,5 @@
-"""Run the demo's trainings two at a time: two trainings with one core each are faster than one with two cores."""
+"""Run the demo's training runs two at a time: two training runs with one core each are faster than one with two
+cores."""
 
 from __future__ import annotations
 
@@ -16,14 +17,14 @@ from reinforce.demo.compare import CONFIG
 from reinforce.errors import UserError
 
 MAX_PARALLEL = 2
-_SHOWN = re.compile(r"step [\d,]+ of |resuming ")  # the lines of a training that are shown; metrics are in its log
+_SHOWN = re.compile(r"step [\d,]+ of |resuming ")  # the lines of a training run that are shown; metrics are in its log
 _LAST_LINES = 20
 
 
 def train_side_by_side(trainings: Mapping[str, Sequence[str]], logs: str | Path) -> None:
     """Run ``reinforce train CONFIG`` for each name with its overrides, and show their progress.
 
-    The output of each is in ``logs``/NAME.log. Finished trainings are skipped, interrupted ones are resumed. If one
+    The output of each is in ``logs``/NAME.log. Finished training runs are skipped, interrupted ones are resumed. If one
     fails, the others are terminated, its last lines are shown and UserError is raised.
     """
     width = max(map(len, trainings))

@@ -56,7 +56,7 @@ class Measurement:
 
 @dataclass
 class Report:
-    """What was measured, what the user should know, and what failed."""
+    """Measurements, notes for the user, and failures."""
 
     rows: list[Measurement] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

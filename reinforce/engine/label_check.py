@@ -1,4 +1,4 @@
-"""How near the vectors of labels are to what the config's models compute of one's own images."""
+"""Comparison of the labels' vectors with those that the config's models compute from local images."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ class ZeroShotSet(Table):
 
     images: str | list[str] = Field(
         min_length=1,
-        description="a folder with one folder per class, or what `source` of a run may be, by any fsspec URL: tars, "
+        description="a folder with one folder per class, or what `source` of a run may be, by any fsspec URI: tars, "
         "Parquet, jsonl or csv files, or a reinforced dataset",
     )
     classes: str | list[str] | None = Field(

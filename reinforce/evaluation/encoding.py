@@ -50,7 +50,7 @@ class NotFinite:
         sorts[sort] = wrong + int((~vectors.isfinite().all(1)).sum()), total + len(vectors)
 
     def describe(self, model: str) -> str | None:
-        """What is wrong with the embeddings of a model; None if all are finite."""
+        """The problem of a model's embeddings; None if all are finite."""
         found = self.counts.get(model, {}).items()
         parts = [f"{wrong:,} of {total:,} {sort} embeddings" for sort, (wrong, total) in found if wrong]
         return f"{' and '.join(parts)} are not finite" if parts else None

@@ -115,7 +115,7 @@ class Evaluator:
     def evaluate_module(
         self, model: torch.nn.Module, image: ImageSpec, tokenizer: Any, accelerator: Accelerator
     ) -> Result:
-        """Evaluate an open_clip model that is on the accelerator, without side effects on its training.
+        """Evaluate an open_clip model that is on the accelerator, without side effects on its training run.
 
         ``image`` is its preprocessing (``teachers.open_clip.teacher.image_spec``), ``tokenizer`` open_clip's. Modes of
         modules, gradients and the global random state are left unchanged. A set of the suite that fails is logged.

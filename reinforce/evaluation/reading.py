@@ -1,4 +1,4 @@
-"""Readers of the images of evaluation sets: class folders, reinforced datasets, and whatever a run reads."""
+"""Readers of the images of evaluation sets: class folders, reinforced datasets, and sources of runs."""
 
 from __future__ import annotations
 

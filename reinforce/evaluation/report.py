@@ -30,7 +30,7 @@ class SetSummary:
 
     @property
     def part(self) -> str | None:
-        """What part of the set the metrics are of, such as ``151 of 301 images``; None if it is the whole set."""
+        """The evaluated part of the set, such as ``151 of 301 images``; None for the whole set."""
         total = self.images + len(self.refused) if self.published is None else self.published
         return None if self.images == total else f"{self.images} of {total} images"
 
@@ -48,7 +48,7 @@ class SetSummary:
 class Result:
     """``metrics`` by the names of ``Evaluation.metrics``, between 0 and 1; ``sets`` by ``zero_shot/NAME`` etc.
 
-    ``failed`` says by set why it has no metrics.
+    ``failed`` has the reason why a set has no metrics.
     """
 
     metrics: dict[str, float]

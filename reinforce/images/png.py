@@ -58,7 +58,7 @@ def missing_bytes(image: Image.Image, data: bytes) -> int:
 
 
 def damage(data: bytes) -> str | None:
-    """What shows that the PNG ``data`` is damaged: the checksum of a part of its pixel data, or no end; or None."""
+    """The sign that the PNG ``data`` is damaged, a wrong checksum of pixel data or no end; or None."""
     for kind, body, checksum in _chunks(data):
         if kind == b"IEND":
             return None

@@ -56,7 +56,7 @@ _TRANSPOSE_BY_ORIENTATION = {
 
 
 class ReadLimits(Section):
-    """Limits on the images of a dataset that is read, whatever larger ones its dataset.json records."""
+    """Limits on the images of a dataset that is read; larger ones in its dataset.json do not apply."""
 
     image_bytes: int = Field(256 * 2**20, ge=1, description="bytes of an encoded image that is stored by reference")
     pixels: int = Field(178_956_970, ge=1, description="width x height of an image")

@@ -148,7 +148,7 @@ def _histograms(
 
 
 def _line(number: int) -> dict[str, Any]:
-    """The style of a line by its number, which can be told apart without colours as well."""
+    """The style of a line by its number, distinct also without colours."""
     return {"color": plots.colour(number), "linestyle": _DASHES[number % len(_DASHES)], "linewidth": 1.6}
 
 

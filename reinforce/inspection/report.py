@@ -41,7 +41,7 @@ _WRITTEN = re.compile(r"(images|data)/[a-z0-9-]+\.(webp|js)|[a-z]+\.(html|css|js
 
 @dataclass(frozen=True)
 class Inspected:
-    """What a report has looked at: ``rows`` of ``samples`` (estimated unless ``exact``), in row groups of shards."""
+    """The sample of a report: ``rows`` of ``samples`` (estimated unless ``exact``), in row groups of shards."""
 
     output: str
     rows: int
@@ -78,7 +78,7 @@ def inspect(
     view: str | None = None,
     version: str = "",
 ) -> Inspected:
-    """Write a report on a dataset to a folder or fsspec URL, in place of an earlier report.
+    """Write a report on a dataset to a folder or fsspec URI, in place of an earlier report.
 
     Looks at no more than ``limit`` samples, in seeded row groups. Equal arguments give equal files. ``version`` is that
     of the program, which the pages show. With ``view``, looks at the samples that it keeps, and at some on both sides
@@ -242,7 +242,7 @@ def _search_files(rows: Rows) -> dict[str, str]:
 
 
 class _ReportFolder:
-    """The folder of a report, local or at an fsspec URL: files that fit together, and none that an earlier one left.
+    """The folder of a report, local or at an fsspec URI: files that fit together, and none that an earlier one left.
 
     Raises UserError if it holds something else than a report."""
 

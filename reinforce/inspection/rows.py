@@ -63,7 +63,7 @@ class LayerFigures:
 
 @dataclass
 class Rows:
-    """What is known of the rows that were looked at, one entry of each list a row, in the order of ``places``.
+    """Values of the sampled rows, one entry of each list per row, in the order of ``places``.
 
     ``areas`` and ``operations`` are [R, K] by row group: the crop's share of the image, and a bit for each of
     ``known_operations``. ``similarity`` of a teacher and kind of text is [R, K] for the true caption, by augmentation,
@@ -105,7 +105,7 @@ class Rows:
 def read_rows(data: Dataset, selection: Selection, sides: Sides | None = None) -> Rows:
     """Read the selected row groups, without images. One that cannot be read is a problem of the rows.
 
-    With ``sides``, only the rows that its view keeps, and these and the others are added to it.
+    With ``sides``, only the rows that its view keeps; kept and excluded rows are added to ``sides``.
     """
     rows = _empty(data)
     rows.problems += selection.problems

@@ -1,7 +1,7 @@
 """Samples on both sides of each rule of a view: some that it leaves out, and some that it keeps.
 
-Where a rule keeps the largest values, these are the samples with the values next to its threshold; else random ones.
-The view may be that of somebody else: its expressions are computed with limits of time and memory.
+Where a rule keeps the largest values, these are the samples with the values next to its threshold; else random ones. A
+view may be untrusted: its expressions are computed with limits of time and memory.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Side:
 
 @dataclass
 class RuleSides:
-    """A rule of a view: what it says, the ``line`` of the view's report on it, and its sides."""
+    """A rule of a view: its text, the ``line`` of the view's report on it, and its sides."""
 
     number: int
     rule: Mapping[str, Any]

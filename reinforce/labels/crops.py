@@ -1,4 +1,4 @@
-"""What labels have of one sample: augmentation records, fitted to an own image of another size, and values."""
+"""Labels of one sample: values, and augmentation records fitted to a local image of another size."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class LabelCrops:
         # Both sides of a resized image are rounded by at most a pixel.
         if abs(width * self.height - height * self.width) > self.width + self.height:
             raise Unreadable(
-                f"labelled at {self.width} x {self.height} pixels, {width} x {height} here: a cut or another image"
+                f"labelled at {self.width} x {self.height} pixels, {width} x {height} here: a crop or another image"
             )
         return tuple(replace(one, crop=self._scaled(one.crop, width, height)) for one in self.records)
 
@@ -57,7 +57,7 @@ class StoredLabels(RowLabels):
         return self.image.fitted(width, height)
 
     def note(self, width: int, height: int) -> str | None:
-        """What joined the images, and the size that crops are scaled from."""
+        """The identity that matched the images, and the size that crops are scaled from."""
         own = (self.image.width, self.image.height)
         return f"{self.joined}, scaled from {own[0]} x {own[1]}" if own != (width, height) else self.joined
 

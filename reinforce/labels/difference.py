@@ -44,7 +44,7 @@ _PARTS = {"captions": ("caption",), "sizes": ("width", "height"), "augmentations
 
 @dataclass
 class DatasetDiff:
-    """Where two datasets differ: layers of one side alone, rows by what matched or why not, values by layer.
+    """Differences of two datasets: layers of one side alone, rows by identity that matched or reason, values by layer.
 
     ``unstated`` are rows without a partner that state no uid, SHA-256 or URL; of the second dataset, all that state
     none.
@@ -69,7 +69,7 @@ class DatasetDiff:
         return values and not (self.only_first or self.only_second or any(self.unmatched) or self.missing)
 
     def lines(self) -> Iterator[str]:
-        """What the table does not have, for people."""
+        """Lines about what the table does not show."""
         yield f"A  {self.first}: {self.rows[0]:,} samples"
         yield f"B  {self.second}: {self.rows[1]:,} samples"
         words = {KEY: "by key in shards of one name", **{kind: f"by {kind}" for kind in COLUMNS}}

@@ -5,8 +5,7 @@ which are numbered in this order, with the rows of their row groups. ``<kind>/<n
 entries (hash, number of the shard, row in it) of all hashes that begin with the bits of its number, sorted by hash. So
 a lookup reads the row groups that can have its hashes.
 
-Equal hashes are not proof: compare the identities of the row. An index that somebody else has written can name wrong
-rows, but no files.
+Equal hashes are not proof: compare the identities of the row. An untrusted index can name wrong rows, but no files.
 """
 
 from __future__ import annotations
@@ -99,7 +98,7 @@ class IdentityIndex:
         return f"{FOLDER}/{self.fingerprint}"
 
     def is_unique(self, kind: str) -> bool:
-        """Whether no two rows state the same identity of a kind, as far as it is known."""
+        """Whether no two rows state the same identity of a kind, if known."""
         return self.repeated is not None and not self.repeated.get(kind)
 
     def row_group(self, shard: int, row: int) -> tuple[int, int]:

@@ -210,7 +210,7 @@ class Joining:
     # -- rows
 
     def _read(self, kind: str, rows: Rows) -> tuple[dict[int, dict[RowOf, Identity]], dict[int, str]]:
-        """What the candidates of each sample state, and why one cannot be read."""
+        """Identities of the candidates of each sample, and why one cannot be read."""
         found: dict[int, dict[RowOf, Identity]] = {number: {} for number in rows}
         broken: dict[int, str] = {}
         proven = self._rows.one_proof and kind in PROOFS
@@ -224,7 +224,7 @@ class Joining:
         return found, broken
 
     def _stated(self, number: int, row: RowOf) -> Identity:
-        """What a row states that is compared with a sample."""
+        """Identities of a row, to be compared with a sample's."""
         found = self._rows.stated(row)
         if self._digests is None or DIGEST not in self._own[number]:
             return found
@@ -247,7 +247,7 @@ class Joining:
 
 
 def _common(one: npt.NDArray[np.int64], other: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """What two sorted arrays have in common."""
+    """Values that are in both of two sorted arrays."""
     few, many = sorted((one, other), key=len)
     return few[np.take(many, np.searchsorted(many, few), mode="clip") == few]
 

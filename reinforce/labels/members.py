@@ -135,7 +135,7 @@ class MemberReader:
 
 
 def checked_norms(values: Floats, where: str) -> Floats:
-    """The norms [count, 1] of somebody else's vectors [count, dim]. Raises Unreadable unless all are nearly 1."""
+    """The norms [count, 1] of published vectors [count, dim]. Raises Unreadable unless all are nearly 1."""
     with np.errstate(all="ignore"):
         norms = np.linalg.norm(values, axis=1, keepdims=True)
     if not (np.isfinite(norms).all() and _NORM_RANGE[0] < norms.min() and norms.max() < _NORM_RANGE[1]):

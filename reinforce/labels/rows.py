@@ -1,7 +1,7 @@
 """The labels of the samples of a shard: found by identity in an index, and read a row group at a time.
 
-The labels are somebody else's. Files are read as a dataset's are, with their bounds, and only by the names of shards
-that the index lists in their own folder. What an index states is a hint: each candidate's row is compared.
+Labels are untrusted. Files are read as a dataset's are, with their bounds, and only by the names of shards that the
+index lists in their own folder. What an index states is a hint: each candidate's row is compared.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ class _StoredSet(LabelSet):
         return found, why
 
     def _identity(self, sample: Wanted) -> dict[str, str]:
-        """What a sample states, with the digest of its image if the labels have digests, and its key if keys join."""
+        """Identities of a sample, with the digest of its image if the labels have digests, and its key if keys join."""
         found = dict(sample.identity)
         if self.has_digests and sample.image is not None:
             digest = sample.image if isinstance(sample.image, int) else image_digest(sample.image)
@@ -175,7 +175,7 @@ class _StoredSet(LabelSet):
         return _Row(where, shard, group, row, samples["key"][row].as_py(), samples.num_rows, image, texts)
 
     def _value_or_why(self, layer: Layer, row: _Row, key: str) -> LabelValue:
-        """What a layer has of a row of labels for the sample ``key``."""
+        """The value of a layer in a row of labels, for the sample ``key``."""
         try:
             value = self._value(layer, row)
         except ValueError as error:
@@ -235,7 +235,7 @@ class _Files(IndexedRows):
         return self._cached(SAMPLES, shard, group, self._read_samples)[0]
 
     def near(self, kind: str, values: Sequence[str]) -> dict[int, RowOf]:
-        """The rows of those of ``values``, by place, that a row group states which was read last."""
+        """The rows of ``values`` that are in a row group that was read last, by place in ``values``."""
         found: dict[int, RowOf] = {}
         for layer, shard, group in self._groups if kind != KEY else ():  # only lone keys join
             if layer == SAMPLES:

@@ -85,7 +85,7 @@ def _fitting(layer: Layer, entry: Mapping[str, Any], where: str) -> Layer:
 
 
 def _take(where: str, labels: Labels, manifest: Mapping[str, Any]) -> Taken:
-    """What labels have of the layers that a config names."""
+    """Entries of the labels' layers that a config names."""
     known = {name: entry for name, entry in manifest["layers"].items() if kind_of(name).section in _SECTIONS}
     named: dict[str, Mapping[str, Any]] = {}
     for wanted in labels.layers:

@@ -211,7 +211,7 @@ class TarLabels(LabelSet):
                 )
 
     def _errors(self, labels: PackedLabels) -> dict[str, str]:
-        """What cannot be read of a sample, by layer, independently of its image."""
+        """Values of a sample that cannot be read, by layer, independently of its image."""
         values = labels.unpacked(self._reader, "")
         errors = {name: value.detail for name, value in values.items() if isinstance(value, Refusal)}
         try:
@@ -239,7 +239,7 @@ class TarLabels(LabelSet):
 
 @contextlib.contextmanager
 def _disk_errors() -> Iterator[None]:
-    """Turn an error of the temporary file into a StorageError that says what to do."""
+    """Turn an error of the temporary file into a StorageError with the fix."""
     try:
         yield
     except OSError as error:

@@ -20,7 +20,7 @@ def let_waiting_threads_sleep() -> None:
     """Set OpenMP's wait policy to passive, unless the environment has one. Needed before torch is imported.
 
     By default threads spin while they wait for each other. On a machine with other work, that work then delays every
-    step of the arithmetic: a training with two threads ran at a third of the speed.
+    step of the arithmetic: a training run with two threads ran at a third of the speed.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 

@@ -1,4 +1,4 @@
-"""Handlers of the signals that end a run or a training, and the end of child processes whose parent has ended."""
+"""Handlers of the signals that end a run or a training run, and the end of child processes whose parent has ended."""
 
 from __future__ import annotations
 

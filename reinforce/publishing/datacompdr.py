@@ -82,7 +82,7 @@ def export_datacompdr(
     use_ray: bool = True,
     address: str | None = None,
 ) -> Exported:
-    """Write the complete shards of a dataset to a folder or fsspec URL.
+    """Write the complete shards of a dataset to a folder or fsspec URI.
 
     The vectors of ``teachers`` are concatenated in this order; default: all. Without ``images`` the tars have none.
     ``images_from`` is that of ``reinforce.open``. ``approximate`` also accepts an augmentation backend whose pixels

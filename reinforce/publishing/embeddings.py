@@ -122,7 +122,7 @@ def export_embeddings(
     use_ray: bool = True,
     address: str | None = None,
 ) -> ExportedVectors:
-    """Write the vectors of the complete shards of a dataset to a folder or fsspec URL. Raises UserError.
+    """Write the vectors of the complete shards of a dataset to a folder or fsspec URI. Raises UserError.
 
     Rows that lack a vector are left out and counted. ``teacher`` may be left open if the dataset has one. With
     ``view``, only the samples that it keeps are exported.

@@ -88,7 +88,7 @@ def export_labels(
     use_ray: bool = True,
     address: str | None = None,
 ) -> ExportedLabels:
-    """Write layers of the complete shards of a dataset, without images, to a folder or fsspec URL. Raises UserError.
+    """Write layers of the complete shards of a dataset, without images, to a folder or fsspec URI. Raises UserError.
 
     ``layers`` are names of layers or folders of these, with ``*``; default: all. What a layer is computed from is
     published with it. ``identities`` are kinds of ``COLUMNS``, default: all, without ``urls`` all but URLs.

@@ -1,4 +1,4 @@
-"""What of a dataset may leave this machine: addresses that anybody can use, settings without paths and secrets."""
+"""What of a dataset may be published: public addresses, settings without paths and secrets."""
 
 from __future__ import annotations
 

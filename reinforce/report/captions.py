@@ -204,7 +204,7 @@ def captions_table(report: Mapping[str, Any]) -> Table:
 
 
 def write_report(report: Mapping[str, Any], folder: str) -> list[str]:
-    """Write ``report.json`` and the plots to a folder or fsspec URL, replacing earlier ones -> their paths.
+    """Write ``report.json`` and the plots to a folder or fsspec URI, replacing earlier ones -> their paths.
 
     Without matplotlib there are no plots.
     """

@@ -103,7 +103,7 @@ class Rule(Section):
 class SelectConfig(Section):
     """A view of a dataset: the samples that rules keep."""
 
-    dataset: str = Field(min_length=1, description="folder or fsspec URL of the dataset")
+    dataset: str = Field(min_length=1, description="folder or fsspec URI of the dataset")
     name: LayerName = Field(description="name of the view")
     rules: Annotated[list[Rule], Field(min_length=1, description="rules that are applied in order")]
     seed: int = Field(0, description="which samples `sample` takes")

@@ -1,4 +1,4 @@
-"""Expressions of a view that somebody else has made, computed with limits of time and memory.
+"""Expressions of an untrusted view, computed with limits of time and memory.
 
 A view states its rules as SQL, and a short expression can ask for any memory and time, some of it while it is parsed.
 So a separate process parses and computes it, and is killed above the limits. Messages are a line of JSON and bytes.

@@ -123,7 +123,7 @@ def worse_duplicates(
 ) -> Mask:
     """Which vectors of a cell [rows] have a near duplicate that is better: of a larger ``best``, or an earlier place.
 
-    Vectors that only visit the cell are not compared with each other.
+    Vectors that another cell owns are not compared with each other.
     """
     order = np.lexsort((place, -best, ~home))
     values = vectors[order].astype(np.float32)

@@ -60,7 +60,7 @@ def chunks_of(rows: Mapping[str, int]) -> list[Chunk]:
 
 
 class Measure(Protocol[_T]):
-    """What a pass finds out."""
+    """Results of a pass."""
 
     @property
     def rules(self) -> Sequence[BoundRule]:

@@ -49,7 +49,7 @@ class OtherDataset:
     contents: Sequence[int]
 
     def written(self) -> dict[str, str]:
-        """What a view states of it."""
+        """The entry of a view for it."""
         named = (f"{shard} {content:016x}" for shard, content in zip(self.shards, self.contents, strict=True))
         shards = hashlib.blake2b("\0".join(named).encode(), digest_size=8).hexdigest()
         return {"fingerprint": self.fingerprints[self.layer], "shards": shards}
@@ -144,12 +144,12 @@ def _find(url: str, teacher: str, manifest: Mapping[str, Any]) -> OtherDataset:
 
 
 def _without_labels(model: Mapping[str, Any]) -> dict[str, Any]:
-    """What a model is, whether a run has computed its vectors or has taken them from labels."""
+    """Identity of a model, whether a run has computed its vectors or has taken them from labels."""
     return {key: value for key, value in model.items() if key != "labels"}
 
 
 def _policy(manifest: Mapping[str, Any], name: str) -> Any:
-    """What decides about crops: an entry of dataset.json, without the number of crops and where they were taken."""
+    """The crop policy: an entry of dataset.json, without the number of crops and their origin."""
     *parents, last = name.split(".")
     found = mapping_at(manifest, *parents).get(last) if parents else manifest.get(last)
     if not isinstance(found, Mapping):
@@ -183,7 +183,7 @@ def read_reference(parts: Parts, stage: str, number: int, datasets: Sequence[Oth
     vectors = np.concatenate(found)
     if not len(vectors):
         names = ", ".join(redact(one.url) for one in datasets)
-        raise UserError(f"against: {names} has no vectors. Name datasets with images.")
+        raise UserError(f"against: {names} has no embeddings of images. Name datasets that have some.")
     parts.save(stage, number, {"vectors": vectors})
     return {"vectors": np.array(len(vectors)), **counts}
 

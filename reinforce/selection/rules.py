@@ -78,7 +78,7 @@ class BoundRule:
 
     @property
     def top(self) -> int | float | None:
-        """How many samples it keeps, or which share, if that depends on all of them."""
+        """The number or share of samples it keeps, if that depends on all of them."""
         return self.spec.sample or (self.spec.keep.top if self.spec.keep else None)
 
     @property
@@ -101,7 +101,7 @@ class BoundRule:
         return set(self.images).union(*(one.sample_columns for one in self.expressions))
 
     def apply(self, group: Group) -> None:
-        """Enter the rows of a group that it leaves out into its codes."""
+        """Mark the rows of a group that the rule excludes, in its codes."""
         if self.spec.where is not None:
             assert self.value is not None
             values = group.values[self.value.text]
@@ -200,5 +200,5 @@ def columns_of_layers(rules: Iterable[BoundRule]) -> dict[str, list[str]]:
 
 
 def labels(rules: Sequence[BoundRule]) -> list[str | None]:
-    """What a view has for each code."""
+    """The text of a view for each code."""
     return [None, None, *(text for rule in rules for text in (rule.label, f"{rule.label}: null"))]

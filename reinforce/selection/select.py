@@ -157,7 +157,7 @@ def _forget_rows(store: Store, view: View) -> None:
 
 
 def report_lines(view: View) -> Iterator[str]:
-    """What each rule of a view took, for people."""
+    """Lines about what each rule of a view excluded."""
     for line in view.report:
         null = f", of which {line['null']:,} have no value" if line["null"] else ""
         above = f"; keeps values of at least {line['threshold']:g}" if line.get("threshold") is not None else ""

@@ -81,7 +81,7 @@ def _functions(database: DuckDBPyConnection) -> Mapping[str, _Function]:
 
 
 class _Refused(Exception):
-    """What an expression has that is not computed from one row."""
+    """The part of an expression that is not computed from one row."""
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Search:
-    """What is known of the number ``wanted`` of each group: its bits above the lowest ``left``, as ``prefix`` [groups].
+    """The bits known of the number ``wanted`` of each group: those above the lowest ``left``, as ``prefix`` [groups].
 
     ``wanted`` counts from the largest number. Before the first pass nothing is known of the groups. ``few`` is whether
     few numbers may be the wanted ones.
@@ -98,7 +98,7 @@ class Search:
         return self.left if self.few else _BITS
 
     def counts(self, groups: Ordered, values: Ordered) -> Counts:
-        """How many of the values that may be the number of their group have each value of its next bits."""
+        """Counts of the candidate values of each group by their next bits."""
         if len(self.groups):
             prefix = self.prefix[np.searchsorted(self.groups, groups)]
             possible = values >> np.uint64(self.left) == prefix

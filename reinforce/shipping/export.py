@@ -93,7 +93,7 @@ def export_model(
     min_cosine: float = MIN_COSINE,
     evaluation: Evaluation | None = None,
 ) -> ExportResult:
-    """Write a model for a target of ``TARGETS`` to ``output``, a new folder or fsspec URL.
+    """Write a model for a target of ``TARGETS`` to ``output``, a new folder or fsspec URI.
 
     With the sets of an ``evaluation``, the pictures and texts of these are compared, otherwise generated ones, and the
     metrics of both models are reported. Raises UserError, and then nothing is written.

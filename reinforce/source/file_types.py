@@ -24,7 +24,7 @@ _UNPACK = "unpack it, and pack its files with `tar --sort=name`"
 _HTML = "it may be the error page of a server; check the URL"
 _LFS = "run `git lfs pull` in its repository"
 _LIST = "if it lists URLs, name it .txt"
-#: What a file is, by the extension of its name, and the remedy.
+#: The format of a file by its extension, and the fix.
 _BY_EXTENSION = {
     "parquet": ("a Parquet file", _TABLE),
     **dict.fromkeys(("arrow", "feather"), ("an Arrow file", _ARROW)),
@@ -34,7 +34,7 @@ _BY_EXTENSION = {
     **dict.fromkeys(("zip", "7z", "rar"), ("an archive of another format", _UNPACK)),
     **dict.fromkeys(IMAGE_EXTENSIONS, ("an image", _IMAGES)),
 }
-#: What a file is, by the bytes at an offset, and the remedy.
+#: The format of a file by its bytes at an offset, and the fix.
 _BY_CONTENT = (
     (0, b"PAR1", ("a Parquet file", _TABLE)),
     (0, b"ARROW1", ("an Arrow file", _ARROW)),
@@ -78,19 +78,19 @@ def image_extension(image: bytes) -> str:
 
 
 def folder_detail(url: str) -> str:
-    """Return that the source ``url`` is a folder, and the remedy."""
+    """Return that the source ``url`` is a folder, and the fix."""
     return f"a folder, not a tar: write {url.rstrip('/')}/*.tar for the tars in it; if it has none, {_IMAGES}"
 
 
 def foreign_name(url: str) -> str | None:
-    """Return what a file is and the remedy, if its name has the extension of another format than a tar's."""
+    """Return the format of a file and the fix, if its extension is not that of a tar."""
     name = url.partition("?")[0].rpartition("/")[2]
     _, dot, extension = name.rpartition(".")
     return _describe(_BY_EXTENSION.get(extension.lower())) if dot else None
 
 
 def foreign_content(first: bytes) -> str | None:
-    """Return what a file is and the remedy, by its first bytes, which are not a tar header; None if unknown."""
+    """Return the format of a file and the fix, by its first bytes, which are not a tar header; None if unknown."""
     text = first.removeprefix(b"\xef\xbb\xbf").lstrip()
     for offset, magic, kind in _BY_CONTENT:
         if first.startswith(magic, offset) or (magic in (b"<", b"{", b"[") and text.startswith(magic)):

@@ -21,7 +21,7 @@ _STAMPS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified")
 
 @dataclass(frozen=True)
 class SourceState:
-    """What identifies the content of a source file without reading all of it; None where it is unknown.
+    """Identity of a source file's content without reading all of it; None where it is unknown.
 
     Attributes:
         bytes: size of the file.

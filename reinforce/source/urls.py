@@ -1,4 +1,4 @@
-"""fsspec URLs of source shards: expansion of patterns, the canonical form without secrets, shard names."""
+"""fsspec URIs of source shards: expansion of patterns, the canonical form without secrets, shard names."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _ENDING = re.compile(rf"({'|'.join(map(re.escape, COMPRESSIONS))})\Z")
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 _SPECIAL = re.compile(r"[?#]|::")  # after them, the canonical form is not that of the folder and the name
-_HEAD_BYTES = 2**16  # of a text file, by which a table is told from a list
+_HEAD_BYTES = 2**16  # of a text file, that distinguishes a table from a list
 _MAX_URLS = 10_000_000
 _BOTOCORE_ATTEMPTS = 4
 _CONNECTIONS = 32  # requests in flight; botocore's default is 10

@@ -51,9 +51,9 @@ Weights = Annotated[
 
 
 class Source(Section):
-    """One reinforced dataset of a training."""
+    """One reinforced dataset of a training run."""
 
-    url: str = Field(min_length=1, description="folder or fsspec URL of a reinforced dataset")
+    url: str = Field(min_length=1, description="folder or fsspec URI of a reinforced dataset")
     weight: float = Field(1.0, gt=0, description="relative share of the samples that come from it")
     view: str | None = Field(None, description="view of `reinforce select` whose samples are read; default: all")
 
@@ -86,7 +86,7 @@ class Data(Section):
         description="folders or URLs of the tars from which images that a dataset stores by reference may be read",
     )
     limits: ReadLimits | None = Field(
-        None, description="bounds on images, whatever a dataset records; default: those of `ReadLimits`"
+        None, description="bounds on images, instead of those that a dataset records; default: those of `ReadLimits`"
     )
     captions: Literal["both", "mixed", "none"] = Field(
         "both",
@@ -238,9 +238,9 @@ class Student(Section):
 
 
 class StudentConfig(Section):
-    """A training of a student on reinforced datasets."""
+    """A training run of a student on reinforced datasets."""
 
-    output: str = Field(min_length=1, description="folder or fsspec URL of checkpoints, logs and the final weights")
+    output: str = Field(min_length=1, description="folder or fsspec URI of checkpoints, logs and the final weights")
     seed: int = Field(0, ge=0, description="seed of the first weights, the order of samples and every step")
     student: Student
     data: Data

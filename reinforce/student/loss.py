@@ -60,7 +60,7 @@ Features = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised: lambda, the form, and s_t and b_t by teacher.
+    """The objective: lambda, the form, and s_t and b_t by teacher.
 
     The ensemble is the teachers in ``scales``. ``biases`` are used by ``sigmoid`` only.
     """

@@ -1,4 +1,4 @@
-"""A way around a fault of oneDNN that spoils trainings on CPUs: strided 1 x 1 convolutions of few channels.
+"""A way around a fault of oneDNN that spoils training runs on CPUs: strided 1 x 1 convolutions of few channels.
 
 For an image in channels-last order with fewer than 16 channels, oneDNN writes past the end of a buffer when it computes
 the gradient of such a convolution's weights: wrong gradients, a crash or a hang

@@ -1,4 +1,4 @@
-"""Fake quantisation: in the last part of a training, a student computes with the int8 values that devices compute with.
+"""Fake quantisation: in the last part of a training run, a student computes with the int8 values of devices.
 
 What is rounded is what exports round:
 
@@ -99,7 +99,7 @@ _AFTER_MERGED = ("se", "act")
 
 @dataclass(frozen=True)
 class _Rounding:
-    """What is rounded: whether inputs are, and whether in eval mode, too."""
+    """Whether inputs are rounded, and whether rounding applies in eval mode."""
 
     inputs: bool
     in_eval: bool

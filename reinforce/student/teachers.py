@@ -1,4 +1,4 @@
-"""The models whose targets a training's datasets have, and what they give of images and texts."""
+"""The models whose targets a training run's datasets have, and what they give of images and texts."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class TeacherInfo:
 
 
 def stored_teachers(config: StudentConfig, manifests: Mapping[str, Mapping[str, Any]]) -> dict[str, TeacherInfo]:
-    """The teachers of a training's datasets; ``manifests`` are the contents of ``dataset.json`` by URL.
+    """The teachers of a training run's datasets; ``manifests`` are the contents of ``dataset.json`` by URL.
 
     Raises UserError for an unknown teacher, for one that lacks vectors of some of the texts, and if datasets disagree.
     """

@@ -22,7 +22,7 @@ from teachers.open_clip.catalog import DEFAULT_PREPROCESS
 from teachers.open_clip.options import stated_preprocess
 from teachers.open_clip.tokenizer import Tokenizer
 
-#: Keys that may change when a training resumes: where it writes, how it is evaluated, how fast it reads.
+#: Keys that may change when a training run resumes: where it writes, how it is evaluated, how fast it reads.
 _READING = ("workers", "prefetch", "images_from", "limits")
 _MUTABLE = (
     "output",
@@ -67,7 +67,7 @@ def make_job(config: StudentConfig) -> Job:
 
 
 def _default_preprocess(config: StudentConfig) -> Iterator[str]:
-    """Keys that state open_clip's default preprocessing. A training that began before they existed has it, too."""
+    """Keys that state open_clip's default preprocessing. A training run that began before they existed has it, too."""
     teachers = {f"loss.teachers.{name}": spec for name, spec in config.loss.teachers.items()}
     for place, spec in {"student": config.student, **teachers}.items():
         for key, value in stated_preprocess(spec).items():

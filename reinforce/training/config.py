@@ -1,4 +1,4 @@
-"""Config sections that every training has, whatever model it trains."""
+"""Config sections of every training run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Optimizer(Section):
     hold: int | None = Field(
         None,
         ge=1,
-        description="steps at the peak learning rate before it decays; as many as the training has: a constant rate",
+        description="steps at the peak learning rate before it decays; as many as all steps: a constant rate",
     )
     cooldown: float | None = Field(
         None,
@@ -77,21 +77,21 @@ class Compute(Section):
     )
     accumulate: Parts = Field(
         "auto",
-        description="parts into which a rank's batch is split (gradient accumulation); the loss still contrasts the "
+        description="microbatches of a rank's batch (gradient accumulation); the loss still contrasts the "
         "whole batch; auto: on accelerators as few as fit in memory, found at the start, which a resumed training "
         "keeps; on CPUs one",
     )
     sync_batch_norm: bool = Field(
         False,
-        description="batch normalisations take their statistics over all ranks; each of the `accumulate` parts still "
+        description="batch normalisations take their statistics over all ranks; each of the `accumulate` microbatches "
         "has its own",
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations instead of storing them")
     compile: bool = Field(False, description="torch.compile the model")
     deterministic: bool = Field(
         True,
-        description="use the kernels of CUDA that give equal bytes again; false: the fastest ones, and a resumed "
-        "training may differ from an uninterrupted one in rounding",
+        description="use deterministic CUDA kernels; false: the fastest ones, and a resumed training run may differ "
+        "from an uninterrupted one in rounding",
     )
 
     @property
@@ -113,7 +113,7 @@ class Checkpoints(Section):
 
 
 class Training(Section):
-    """Length, batch size and everything else about a training that does not depend on its model."""
+    """Length, batch size and everything else about a training run that does not depend on its model."""
 
     steps: int | None = Field(None, ge=1, description="optimizer steps; give this or `epochs`")
     epochs: float | None = Field(None, gt=0, description="passes over the data; give this or `steps`")
@@ -199,7 +199,7 @@ class Trackio(Section):
 
 
 class Trackers(Section):
-    """Trackers that get the rows of log.jsonl, too. One that fails is reported, and the training goes on."""
+    """Trackers that get the rows of log.jsonl, too. One that fails is reported, and the training run continues."""
 
     wandb: Wandb | None = Field(None, description="Weights & Biases; pip install -e '.[wandb]'")
     mlflow: Mlflow | None = Field(None, description="MLflow; pip install -e '.[mlflow]'")
@@ -214,7 +214,7 @@ MUTABLE_KEYS = (
 
 
 def fixed_config(config: BaseModel, mutable: Iterable[str]) -> dict[str, Any]:
-    """The part of a config that determines a training and must not change on resume, by dotted keys.
+    """The part of a config that determines a training run and must not change on resume, by dotted keys.
 
     Keys in ``mutable``, and all keys below them, are left out; so are credentials, since it is stored in checkpoints.
     """

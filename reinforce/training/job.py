@@ -1,4 +1,4 @@
-"""The settings of a training that do not depend on its task, and its number of steps."""
+"""The settings of a training run that do not depend on its task, and its number of steps."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from teachers.open_clip.catalog import CONFIG_FILE, folder_config
 class Job:
     """What the loop needs besides the task and its feed.
 
-    ``fixed_config`` is the part of the config that determines the training, by dotted keys: a checkpoint with another
-    one is refused. ``evaluate_every`` is in steps (None: only at the end); ``evaluate_start`` also evaluates before
-    the first step. ``best`` is the metric whose best checkpoint is kept (default: the first metric), with
-    ``best_of_part`` also where it is of a part of a set or a mean of fewer sets of a suite. ``export`` is the
-    folder of ``output`` for the weights: the last ones, or with ``export_best`` those of the best evaluated step, which
-    may be the one before the first step. ``trackers`` get the rows of the log, too. ``model_config`` is the
-    config in the model's folder, by dotted keys; it must not change either.
+    ``fixed_config`` is the part of the config that determines the training run, by dotted keys: a checkpoint with
+    another one is refused. ``evaluate_every`` is in steps (None: only at the end); ``evaluate_start`` also evaluates
+    before the first step. ``best`` is the metric whose best checkpoint is kept (default: the first metric), with
+    ``best_of_part`` also where it is of a part of a set or a mean of fewer sets of a suite. ``export`` is the folder of
+    ``output`` for the weights: the last ones, or with ``export_best`` those of the best evaluated step, which may be
+    the one before the first step. ``trackers`` get the rows of the log, too. ``model_config`` is the config in the
+    model's folder, by dotted keys; it must not change either.
     """
 
     training: Training
@@ -49,9 +49,9 @@ def model_settings(model: str) -> dict[str, Any] | None:
 
 
 def total_steps(training: Training, samples: int, ranks: int) -> int:
-    """Number of steps of a training whose epoch has ``samples`` samples: ``steps``, or epochs * samples / batch.
+    """Number of steps of a training run whose epoch has ``samples`` samples: ``steps``, or epochs * samples / batch.
 
-    Raises UserError if the batch cannot be divided among the ranks or the warm-up is not shorter than the training.
+    Raises UserError if the batch cannot be divided among the ranks or the warm-up is not shorter than the training run.
     """
     parts = ranks * training.compute.stated_parts
     if training.batch % parts:

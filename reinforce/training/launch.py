@@ -15,7 +15,7 @@ from reinforce.training.task import Build
 
 
 def launch(build: Build, job: Job, address: str | None = None) -> Results:
-    """Run a training to its end and return its results; `runs_on_ray` decides where it runs.
+    """Run a training run to its end and return its results; `runs_on_ray` decides where it runs.
 
     Raises UserError and Stopped as `reinforce.training.loop.fit` does.
     """

@@ -10,9 +10,9 @@ Each of the steps 0 .. ``steps`` - 1 takes a global batch of ``train.batch`` sam
    clamp logit scales to [1, 100]; update the moving average of the weights.
 
 Every ``checkpoints.every`` steps, before an evaluation, after a signal and at the end, rank 0 saves a checkpoint, while
-the training goes on (`reinforce.training.saving.writer`). A training that is started again resumes from the last
-checkpoint with the same batches, random numbers and weights, so its curve is the one of an uninterrupted training, bit
-for bit.
+the training run continues (`reinforce.training.saving.writer`). A training run that is started again resumes from the
+last checkpoint with the same batches, random numbers and weights, so its curve is the one of an uninterrupted training,
+bit for bit.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def fit(
     """Train ``task`` on ``feed`` to its end, from the last checkpoint in ``job.output`` if there is one.
 
     Call it on every rank; all return the results. Rank 0 shows progress on ``screen``. When ``on_evaluation`` is
-    called, a checkpoint of the step exists: an exception in it ends the training, which resumes from there when it is
-    started again.
+    called, a checkpoint of the step exists: an exception in it ends the training run, which resumes from there when it
+    is started again.
 
     Raises UserError for a config, checkpoint or output that does not fit, and if the gradient stays not finite;
     Stopped after ``stop`` was requested and a checkpoint was written. SIGINT and SIGTERM request it if this is the
@@ -85,14 +85,14 @@ def fit(
     except RuntimeError as error:
         if operation := determinism.operation_without_kernel(error):
             raise UserError(
-                f"CUDA has no deterministic kernel for {operation}, which this training uses. Set "
+                f"CUDA has no deterministic kernel for {operation}, which this model uses. Set "
                 "train.compute.deterministic to false: a resumed training then differs from an uninterrupted one in "
                 "rounding."
             ) from error
         if is_out_of_memory(error):
             raise UserError(
-                f"out of memory in a training: {str(error).splitlines()[0]} Set train.compute.accumulate to a number, "
-                "more parts than now, or train.compute.gradient_checkpointing to true."
+                f"out of memory in a training run: {str(error).splitlines()[0]} Increase "
+                "train.compute.accumulate, or set train.compute.gradient_checkpointing to true."
             ) from error
         raise
 

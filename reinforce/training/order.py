@@ -1,4 +1,4 @@
-"""The order of samples, as arithmetic on row counts: the only state of a training's reader is the number of its step.
+"""The order of samples, as arithmetic on row counts: the only state of a reader is the number of its step.
 
 A dataset has G row groups of n_g rows, N = sum_g n_g in total. In every epoch the row groups are shuffled and
 concatenated into one sequence of N rows, which is cut into S equal *spans*, one for each of the S *streams*. Stream s

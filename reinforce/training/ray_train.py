@@ -1,4 +1,4 @@
-"""Trainings on Ray Train, which starts the ranks and restarts them after a failure; the loop does everything else."""
+"""Training runs on Ray Train, which starts and restarts the ranks; the loop does everything else."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Reserved:
 
 
 def reserve(compute: Compute, processes: int) -> Reserved:
-    """What each of so many processes gets: the numbers of the config, or else a share of the live nodes."""
+    """Resources of each of so many processes: the numbers of the config, or else a share of the live nodes."""
     nodes = live_resources()
     gpus = default_gpus(nodes) if compute.gpus is None else compute.gpus
     return Reserved(processes, compute.cpus or cores_per_process(nodes, processes, gpus), gpus)
@@ -179,7 +179,7 @@ def _train_rank(settings: dict[str, Any]) -> None:
     rank, size = context.get_world_rank(), context.get_world_size()
     starts = ray.get(mailbox.report_start.remote(rank, RankHost.here()))
     if starts is None:
-        return  # this is a restart after a user error, which a restart cannot fix, or the training has ended
+        return  # this is a restart after a user error, which a restart cannot fix, or the training run has ended
     if rank == 0:
         threading.Thread(target=_forward_stop, args=(mailbox, stop), daemon=True).start()
         if starts:

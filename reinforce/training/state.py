@@ -1,4 +1,4 @@
-"""The state of a training as named tensors: weights, optimizer moments, averaged weights."""
+"""The state of a training run as named tensors: weights, optimizer moments, averaged weights."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from reinforce.training.saving.checkpoint import Progress
 if TYPE_CHECKING:
     from timm.utils import ModelEmaV3
 
-#: Steps without an update that end a training: in a row, in a row at its end, and as a share of its steps so far, which
-#: counts at the end or from ``_MAX_SKIPPED`` steps without an update.
+#: Steps without an update that end a training run: in a row, in a row at its end, and as a share of its steps so far,
+#: which counts at the end or from ``_MAX_SKIPPED`` steps without an update.
 _MAX_SKIPPED, _MAX_SKIPPED_LAST, _MAX_SKIPPED_SHARE = 20, 3, 0.25
 _MODEL, _OPTIMIZER, _AVERAGE = "model/", "optimizer/", "average/"
 
@@ -98,7 +98,8 @@ class State:
 
 
 def check_skipped(progress: Progress, steps: int) -> None:
-    """Raise UserError if so many of the steps so far made no update that the training of ``steps`` steps has failed."""
+    """Raise UserError if so many of the steps so far made no update that the training run of ``steps`` steps has
+    failed."""
     ended, step = progress.step == steps, progress.step
     last = progress.skipped_last >= (_MAX_SKIPPED_LAST if ended else _MAX_SKIPPED)
     share = (ended or progress.skipped >= _MAX_SKIPPED) and progress.skipped > _MAX_SKIPPED_SHARE * step

@@ -1,4 +1,4 @@
-"""Ending a training early, between two steps, without losing work."""
+"""Ending a training run early, between two steps, without losing work."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _REPEAT_SECONDS = 2.0
 
 
 class Stopped(Exception):
-    """A signal ended the training after it wrote a checkpoint; the same command resumes it."""
+    """A signal ended the training run after it wrote a checkpoint; the same command resumes it."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signum)
@@ -25,7 +25,7 @@ class Stopped(Exception):
 
 
 class StopSignal:
-    """A request to end the training; ``signum`` is the requesting signal, or 0."""
+    """A request to end the training run; ``signum`` is the requesting signal, or 0."""
 
     def __init__(self) -> None:
         self.signum = 0

@@ -49,8 +49,8 @@ class Metrics(dict[str, float]):
 class Task(Protocol):
     """What the loop trains; ``reinforce.student.task`` has an implementation.
 
-    Draw random numbers (dropout) only from torch's global generators: the loop seeds them for each step, rank and
-    part, so that a resumed training draws the numbers that an uninterrupted one would have drawn.
+    Draw random numbers (dropout) only from torch's global generators: the loop seeds them for each step, rank and part,
+    so that a resumed training run draws the numbers that an uninterrupted one would have drawn.
     """
 
     @property
@@ -71,8 +71,8 @@ class Task(Protocol):
     def begin_step(self, step: int, steps: int) -> str | None:
         """Change the model for step ``step`` (from 0) of ``steps``, if it is to change; returns a line for the user.
 
-        Called before each step on every rank. The model must depend on the arguments alone, since a training may resume
-        at any step, and keep its parameters, buffers and their names.
+        Called before each step on every rank. The model must depend on the arguments alone, since a training run may
+        resume at any step, and keep its parameters, buffers and their names.
         """
         ...
 
@@ -133,7 +133,7 @@ class Feed(Protocol):
 
     @property
     def data(self) -> Mapping[str, Any]:
-        """Which data are read, as JSON values by dotted keys; a training resumes only if they are equal.
+        """Which data are read, as JSON values by dotted keys; a training run resumes only if they are equal.
 
         A key of the config stands for what the config leaves to the data, such as the teachers of a dataset.
         """
@@ -160,7 +160,7 @@ class Feed(Protocol):
         """Endless batches of ``batch`` samples for one rank, beginning with step ``start``; epochs follow one another.
 
         Must be a pure function of its arguments, of ``Reading.streams`` and of the ``order`` of ``set_up``, so that a
-        resumed training gets the batches that an uninterrupted one would have got.
+        resumed training run gets the batches that an uninterrupted one would have got.
         """
         ...
 

@@ -64,9 +64,9 @@ class Screening(Section):
 
 
 class TuneConfig(Section):
-    """Short trainings of one student that differ in the teachers' logit scales and in lambda."""
+    """Short training runs of one student that differ in the teachers' logit scales and in lambda."""
 
-    output: str = Field(min_length=1, description="folder or fsspec URL for the trials and the results")
+    output: str = Field(min_length=1, description="folder or fsspec URI for the trials and the results")
     student: str | dict[str, Any] = Field(description="training to tune: path of a student's YAML file, or a mapping")
     trial: dict[str, Any] = Field(
         default_factory=dict,

@@ -87,7 +87,7 @@ def screen(
 
 
 def _read_batches(config: StudentConfig, teachers: Sequence[str], count: int, size: int) -> Iterator[Cosines]:
-    """Yield the cosines of ``count`` batches, in the order in which one stream of the training reads them."""
+    """Yield the cosines of ``count`` batches, in the order in which one stream of the training run reads them."""
     datasets = open_datasets(config.data, config.seed, {"teachers": teachers})
     names = [(target.model, target.name) for target in datasets[0].targets]
     orders = make_orders(datasets, config.seed, 1, config.data.window)

@@ -60,7 +60,7 @@ class Search:
     def run(self, trials: Mapping[Trial, StudentConfig], stop_early: bool) -> dict[Trial, Outcome]:
         """Run all trials to the end, or until ASHA stops them if ``stop_early``.
 
-        Raises UserError if a folder holds another training, and Stopped after a signal.
+        Raises UserError if a folder holds another training run, and Stopped after a signal.
         """
         for config in trials.values():
             begin_trial(config, self.steps)
@@ -118,7 +118,8 @@ class Search:
             raise Stopped(stop.signum)
 
     def _reserve(self, compute: Compute, trials: int) -> Reserved:
-        """What each trial gets. By default trials share the cores of the cluster; a trial of one core wastes least."""
+        """Resources of each trial. By default trials share the cores of the cluster; a trial of one core wastes
+        least."""
         at_once = min(trials, self.concurrent or trials)
         each = reserve(compute, at_once)
         check_capacity(each, can_grow=True)

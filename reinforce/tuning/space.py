@@ -75,9 +75,9 @@ def lambda_settings(config: TuneConfig, scales: Mapping[str, float]) -> list[Set
 class BaseStudent:
     """The student's config that is tuned.
 
-    ``raw`` is the mapping as the user wrote it, ``full`` the training that `reinforce train` would run, ``short`` that
-    of a trial without its setting, and ``origin`` the name of the config in messages. Raises UserError for an invalid
-    config.
+    ``raw`` is the mapping as the user wrote it, ``full`` the training run that `reinforce train` would run, ``short``
+    that of a trial without its setting, and ``origin`` the name of the config in messages. Raises UserError for an
+    invalid config.
     """
 
     def __init__(self, config: TuneConfig) -> None:
@@ -90,7 +90,7 @@ class BaseStudent:
         self.short = settings.parse(StudentConfig, self._raw_short, where=where)
 
     def trial_config(self, trial: Trial) -> StudentConfig:
-        """Return the training of a trial."""
+        """Return the training run of a trial."""
         data = {**self._raw_short, "output": f"{self._output}/{TRIALS}/{trial.name}", "seed": trial.seed}
         return settings.parse(StudentConfig, apply_setting(data, trial.setting))
 
@@ -120,7 +120,7 @@ def _read_raw(student: str | Mapping[str, Any]) -> dict[str, Any]:
 def _merge(data: Mapping[str, Any], changes: Mapping[str, Any], place: str = "trial") -> dict[str, Any]:
     """Return ``data`` with the keys of ``changes``, section by section; null removes a section."""
     merged = dict(data)
-    if place == "trial.train" and {"steps", "epochs"} & changes.keys():  # a training has exactly one of them
+    if place == "trial.train" and {"steps", "epochs"} & changes.keys():  # a training run has exactly one of them
         merged = {key: value for key, value in merged.items() if key not in ("steps", "epochs")}
     for key, value in changes.items():
         if place == "trial" and key in ("output", "seed"):

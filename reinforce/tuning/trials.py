@@ -1,7 +1,7 @@
 """Trial folders: each holds the output of an ordinary training, from which the trial's state is read.
 
-``trial.json`` identifies the training, ``log.jsonl`` holds the evaluations so far, ``results.json`` exists once it is
-finished, ``stopped.json`` once it was stopped early. A search keeps no other state.
+``trial.json`` identifies the training run, ``log.jsonl`` holds the evaluations so far, ``results.json`` exists once it
+is finished, ``stopped.json`` once it was stopped early. A search keeps no other state.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Outcome:
 
 
 def begin_trial(config: StudentConfig, steps: int) -> None:
-    """Record the training in its folder. Raises UserError if the folder holds another training."""
+    """Record the training run in its folder. Raises UserError if the folder holds another training run."""
     store = Storage(config.output)
     now: dict[str, Any] = {"train.steps": steps, **make_job(config).fixed_config}
     now = json.loads(json.dumps(now))

@@ -1,7 +1,7 @@
 """Incremental decoding of CoCa with few array shapes, for CUDA graphs and ``torch.compile``.
 
-Caches stay where they are, and a step has one of a few numbers of rows, images and positions. All decisions that
-depend on texts are made on the device; the host only knows how many rows there are.
+Caches stay where they are, and a step has one of a few numbers of rows, images and positions. All decisions that depend
+on texts are made on the device; the host has only the number of rows.
 """
 
 from __future__ import annotations

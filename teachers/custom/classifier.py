@@ -56,7 +56,7 @@ class ClassifierSpec(ModelSpec):
         None, description="name of a model of timm with its tag, such as resnet50.a1_in1k, or hf-hub:ORG/REPO"
     )
     pretrained: str | None = Field(
-        None, description="checkpoint file by path or fsspec URL; default: the weights that timm names"
+        None, description="checkpoint file by path or fsspec URI; default: the weights that timm names"
     )
     class_: str | None = Field(
         None, alias="class", description="a custom class, package.module:Class; see teachers/custom/classifier.py"

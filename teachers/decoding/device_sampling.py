@@ -74,7 +74,7 @@ class DeviceSampler:
         self._state: _State | None = None
         self.advance: Callable[..., None] = self._advance
         self._mask = rules.mask()
-        self._padding = int(rules.impossible.int().argmax())  # impossible, whatever the repetition penalty makes of it
+        self._padding = int(rules.impossible.int().argmax())  # impossible, also after the repetition penalty
 
     def sample(self, decoder: DeviceDecoder, drawn: npt.NDArray[np.float64]) -> list[list[list[int]] | None]:
         """Decode with ``drawn`` [images, captions, length] -> the new tokens of each image's captions.

@@ -76,7 +76,7 @@ def peak_flops(card: str, precision: Precision) -> float | None:
 def _convolution_backward(
     gradient: list[int], inputs: list[int], weight: list[int], *others: Any, out_shape: Any = None
 ) -> int:
-    """As many as the convolution's for each of the gradients of inputs and weights. torch ignores groups in it, and so
+    """As many as the convolution's, for each of the gradients of inputs and weights. torch ignores groups in it, and so
     counts a depthwise convolution as if each channel had all others as inputs."""
     transposed, needed = others[4], others[7]
     return int(conv_flop_count(inputs, weight, gradient, transposed=transposed)) * sum(needed[:2])

@@ -1,6 +1,6 @@
 """Models of open_clip: built without weights, published weights in the layout of their authors, and exported folders.
 
-The configs of released models are added to open_clip's when this is imported, so that open_clip knows them by name.
+The configs of released models are added to open_clip's when this is imported, so that open_clip finds them by name.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def published(name: str) -> tuple[str, str] | None:
 
 
 def name_key(name: str) -> str:
-    """What counts of a published name."""
+    """The significant part of a published name."""
     return re.sub(r"[ ()/_-]", "", name.lower())
 
 

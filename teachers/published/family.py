@@ -84,7 +84,7 @@ class Taken:
         return any(name.endswith("/images") for name in self.layers)
 
     def identity(self, name: str, join: str) -> dict[str, Any]:
-        """What the fingerprints of a model's layers cover of the labels; empty if nothing of it is taken."""
+        """The part of the labels that the fingerprints of a model's layers cover; empty if nothing is taken."""
         layers = {layer: str(entry["fingerprint"]) for layer, entry in self.layers.items() if _model_of(layer) == name}
         return {"labels": {"join": join, "layers": layers}} if layers else {}
 
@@ -94,7 +94,7 @@ class Labels(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    url: str = Field(min_length=1, description="folder or fsspec URL, as written by `reinforce export labels`")
+    url: str = Field(min_length=1, description="folder or fsspec URI, as written by `reinforce export labels`")
     layers: list[str] = Field(
         min_length=1,
         description="layers that are taken: captions/NAME, embeddings/NAME (all of a teacher) or embeddings/NAME/TEXTS",
@@ -114,7 +114,7 @@ class Labels(BaseModel):
 
     @property
     def taken(self) -> Taken:
-        """What is taken, which a plan finds out before anything else."""
+        """What is taken; a plan reads it before anything else."""
         assert self._taken is not None, "the labels have not been read"
         return self._taken
 

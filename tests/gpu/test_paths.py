@@ -189,7 +189,9 @@ def test_a_step_is_divided_as_far_as_memory_asks_and_a_resumed_training_keeps_th
     assert "1 rank x 4 parts now and was divided into 1 rank x 2 parts at the last" in train("smaller", 36)
     with pytest.raises(UserError, match=r"out of memory: .* even one sample at a time. Lower train.batch, use more"):
         train("none", 20)
-    with pytest.raises(UserError, match=r"out of memory in a training: CUDA out of .* Set train.compute.accumulate"):
+    with pytest.raises(
+        UserError, match=r"out of memory in a training run: CUDA out of .* Increase train.compute.accumulate"
+    ):
         train("too-few", 36, accumulate=1)
 
 

@@ -46,7 +46,7 @@ def resize_with_cykooz() -> Resize:
 
 
 def resize_with_torch() -> Resize:
-    """The same resizing by torch."""
+    """The same resizing, computed by torch."""
     import torch
 
     def resize(image: Image.Image, size: int) -> Image.Image:

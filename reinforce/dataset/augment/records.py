@@ -17,7 +17,7 @@ from reinforce.dataset.augment.operations import TORCHVISION, Operation
 #: Name and version of what ``replay`` computes, the default backend; recorded in dataset.json.
 AUGMENTATION_BACKEND = "torchvision-pil-1"
 
-#: Bounds of a record, which may be from somebody else's dataset; configs allow no larger side.
+#: Bounds of a record, which may be untrusted; configs allow no larger side.
 MAX_SIDE = 4096
 _MAX_OPS = 256
 

@@ -1,4 +1,4 @@
-"""Augmentation records are drawn here: a pure function of seeds, which needs only numpy."""
+"""Sampling of augmentation records: a pure function of seeds, which needs only numpy."""
 
 from __future__ import annotations
 

@@ -134,7 +134,7 @@ def drop_shard_command(url: str, layers: Sequence[str], shard: str) -> str:
 
 
 def compute_again(url: str, layer: str, shard: str) -> str:
-    """The sentence that says how to compute a layer's file of a shard again."""
+    """The sentence with the command that computes a layer's file of a shard again."""
     return f"To compute it again: {drop_shard_command(url, [layer], shard)} --yes, and run again."
 
 

@@ -1,10 +1,10 @@
 """Parquet files as they are read: nothing is decoded before its size is known and bounded.
 
-A dataset may come from somebody else, and a Parquet file of some kilobytes can ask its decoder for gigabytes: by its
-footer, by the headers of its pages, or by a dictionary with one long value. The bounds are those of the reader.
-The Arrow schema in the footer is not used, because Arrow would create the types that it names by whatever code has
-registered them, and types of some libraries unpickle their values. The columns have the types of ``schemas``. Checksums
-of pages are verified where a file has them.
+A dataset may be untrusted, and a Parquet file of some kilobytes can ask its decoder for gigabytes: by its footer, by
+the headers of its pages, or by a dictionary with one long value. The bounds are those of the reader. The Arrow schema
+in the footer is not used, because Arrow would create the types that it names by whatever code has registered them, and
+types of some libraries unpickle their values. The columns have the types of ``schemas``. Checksums of pages are
+verified where a file has them.
 """
 
 from __future__ import annotations
@@ -230,7 +230,7 @@ class LayerFile:
             raise RefusedFile(f"a page cannot be decoded: {str(error)[:300]}") from error
 
     def _row_group(self, number: int) -> pq.RowGroupMetaData:
-        """What the footer says of a row group, after Arrow has accepted it."""
+        """Metadata of a row group in the footer, after Arrow has accepted it."""
         self._check = self._check or FooterCheck(self.metadata, self._names, self._footer)
         self._check.check(number)
         if number >= self.num_row_groups:

@@ -169,7 +169,7 @@ def list_folders(
     """List the Parquet files of some folders side by side. A folder that does not exist has none.
 
     ``known`` are shards that large folders probably have. A folder of S3 is then listed in several ranges at once,
-    since the pages of one range follow each other; the result is the same whatever they are. ``states`` is as in
+    since the pages of one range follow each other; the result does not depend on them. ``states`` is as in
     ``list_states``.
     """
     folders = list(folders)

@@ -49,14 +49,14 @@ DamagedFiles: TypeAlias = "dict[tuple[str, str], str]"
 
 
 class Store(Storage):
-    """The files of one dataset at ``url`` (a folder or any fsspec URL)."""
+    """The files of one dataset at ``url`` (a folder or any fsspec URI)."""
 
     def layer_path(self, layer: str, shard: str) -> str:
         """Path of a layer's file in the file system."""
         return self.path(layer, f"{shard}.parquet")
 
     def is_missing(self, layer: str, shard: str) -> bool:
-        """Whether a layer has no file of a shard, by its name and no listing."""
+        """Whether a layer file is missing, checked by name instead of a listing."""
         with self.storage_errors("read", layer, f"{shard}.parquet"):
             self.fs.invalidate_cache()
             return not self.fs.exists(self.layer_path(layer, shard))

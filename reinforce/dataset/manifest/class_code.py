@@ -1,7 +1,7 @@
 """The code of custom classes: dataset.json has the hashes of their files, which no fingerprint covers.
 
 A class whose file has changed while its ``version`` has not may give other outputs, so a run that would compute some
-rows of a model with one state of the file and some with another is refused, unless it is told to accept that.
+rows of a model with one state of the file and some with another is refused, unless that is accepted.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ class ClassCode:
 
     @property
     def changed(self) -> bool:
-        """Whether stored layers were computed with another state of the file, as far as it is known."""
+        """Whether stored layers were computed with another state of the file, if known."""
         return self.stored and bool(self.recorded) and self.recorded[-1] != self.now
 
     @property
     def forgotten(self) -> bool:
-        """Whether the recorded hashes belong to no file any more."""
+        """Whether the recorded hashes match no file any more."""
         return not self.stored and bool(self.recorded)
 
     def line(self) -> str:
@@ -114,13 +114,13 @@ def class_codes(
 
 
 def recorded_code(entry: Mapping[str, Any], layer: Layer | None = None) -> Sequence[str]:
-    """The hashes in an entry, which somebody else may have written; none if it has another model than ``layer``."""
+    """The hashes in an entry, which may be untrusted; none if it has another model than ``layer``."""
     known, found = entry.get("model", entry.get("score")), entry.get(CODE_KEY)
     return [*map(str, found)] if isinstance(found, list) and (layer is None or known == layer.identity) else []
 
 
 def check_classes(codes: Iterable[ClassCode], accepted: bool = False) -> list[str]:
-    """What a run logs that mixes states of a class, if that is ``accepted``. Raises UserError if it is not."""
+    """Log lines of a run that mixes states of a class, if that is ``accepted``. Raises UserError otherwise."""
     lines = [code.describe_change() for code in codes if code.changed and code.computed]
     if not lines or accepted:
         return [f"{line}; the new hash is recorded, as --accept-changed-classes says" for line in lines]

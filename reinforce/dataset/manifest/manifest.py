@@ -83,7 +83,7 @@ def _read_back(store: Store) -> dict[str, Any] | None:
 def manifest_digest(manifest: Mapping[str, Any]) -> str:
     """Hash of all of a manifest but its digest -> 16 hex digits.
 
-    Fingerprints do not cover what changes no stored number, such as logit scales, which a training uses.
+    Fingerprints do not cover what changes no stored number, such as logit scales, which a training run uses.
     """
     content = {key: value for key, value in manifest.items() if key != DIGEST_KEY}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
@@ -91,7 +91,7 @@ def manifest_digest(manifest: Mapping[str, Any]) -> str:
 
 
 def same_content(one: Mapping[str, Any], other: Mapping[str, Any] | None) -> bool:
-    """Whether two manifests are equal apart from their digests, which those of earlier versions do not have."""
+    """Whether two manifests are equal apart from their digests, which earlier versions lack."""
     return other is not None and manifest_digest(one) == manifest_digest(other)
 
 

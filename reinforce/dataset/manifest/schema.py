@@ -1,4 +1,4 @@
-"""What readers rely on in dataset.json, which somebody else may have written. Keys of other versions are ignored."""
+"""Validation of dataset.json, which may be untrusted. Keys of other versions are ignored."""
 
 from __future__ import annotations
 

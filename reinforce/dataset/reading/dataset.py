@@ -54,7 +54,7 @@ def open(
     limits: Mapping[str, int] | None = None,
     **models: Sequence[str] | None,
 ) -> Dataset:
-    """Open the dataset at a folder or fsspec URL with the layers of some teachers and captioners; default: all.
+    """Open the dataset at a folder or fsspec URI with the layers of some teachers and captioners; default: all.
 
     ``models`` are the names of those of other sections of its config, such as ``classifiers``; default: all.
 

@@ -1,1 +1,1 @@
-"""What runs leave in a dataset: records of shards, progress."""
+"""Records of runs in a dataset: shards, progress."""

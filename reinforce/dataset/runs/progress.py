@@ -1,6 +1,6 @@
 """Progress of a run as its driver writes it every few seconds, ``runs/<run>/progress.json``, and as people see it.
 
-It is one small file, so that the status of a running job takes a few requests whatever the size of the dataset.
+It is one small file, so that the status of a running job takes a few requests for a dataset of any size.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class RunProgress(_Record):
         return max(0.0, age) if ended or age > max(_SILENT_SECONDS, 3 * self.interval) else None
 
     def log_command(self) -> str:
-        """What shows the log of the run; '' if only its terminal does."""
+        """The command that shows the log of the run; '' if only its terminal does."""
         return f"ray job logs {self.job} --follow" if self.job else ""
 
 
@@ -159,7 +159,7 @@ def headline(run: RunProgress) -> str:
 
 
 def state_line(run: RunProgress) -> str:
-    """Whether the run goes on, since when, and what shows its log."""
+    """Whether the run continues, since when, and the command that shows its log."""
     silent = run.silent_for()
     if silent is not None:
         return escape(
@@ -190,7 +190,7 @@ def detail_lines(run: RunProgress) -> list[str]:
 
 
 def workers_table(run: RunProgress) -> Table:
-    """What each worker is at, those first that have been in their stage for the longest time; a row a shard."""
+    """The stage of each worker's shards, one row per shard, the longest in its stage first."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     for heading in ("worker", "on", "shard", "for", "stage", "for", "log"):
         table.add_column(heading, justify="right" if heading == "for" else "left", no_wrap=heading != "log")

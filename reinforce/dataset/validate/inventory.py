@@ -23,8 +23,8 @@ from reinforce.terminal import first_names
 
 @dataclass(frozen=True)
 class Inventory:
-    """What a dataset has: dataset.json, the listings of its layers and of ``quarantine/<layer>``, its indexes, and what
-    is wrong with these."""
+    """Inventory of a dataset: dataset.json, the listings of its layers and of ``quarantine/<layer>``, its indexes, and
+    what is wrong with these."""
 
     manifest: Mapping[str, Any]
     every: Mapping[str, Listing]

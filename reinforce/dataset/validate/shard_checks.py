@@ -39,7 +39,7 @@ _STORED_BYTES = 2**24  # of the stored keys of a shard's samples that are kept, 
 
 @dataclass(frozen=True)
 class ShardFiles:
-    """What listings have of a shard: the bytes of its file by layer, and the layers with a quarantine file."""
+    """Listed files of a shard: bytes by layer, and the layers with a quarantine file."""
 
     name: str
     sizes: Mapping[str, int]
@@ -94,7 +94,7 @@ class _Keys:
 
 
 class RowChecks:
-    """What is wrong with the rows of one file of ``layer``, in any number of row groups.
+    """Problems of the rows of one file of ``layer``, in any number of row groups.
 
     ``entry`` is the layer's in dataset.json, ``records`` the number of augmentation records of a sample there.
     """
@@ -191,7 +191,7 @@ class ShardChecks:
         keys: _Keys | None,
         refused: set[str] | Finding,
     ) -> Iterator[Finding]:
-        """What is wrong with a layer's file, whose rows are compared with the ``keys`` of the samples.
+        """Problems of a layer's file, whose rows are compared with the ``keys`` of the samples.
 
         Those of the samples themselves are added to them. They are None if the samples are damaged. ``end`` is the file
         if its end was read before, and ``refused`` is from ``_read_quarantine``.

@@ -195,7 +195,7 @@ def _check_sizes(
 
 
 def _shard_files(chosen: Listing, listings: Mapping[str, Listing], layers: Sequence[str]) -> Iterator[ShardFiles]:
-    """What listings of layers and of their quarantine have of some shards."""
+    """Listed files of some shards: layers and quarantine."""
     sizes = [listings[layer].aligned(chosen.names) for layer in layers]
     refused = [listings[f"quarantine/{layer}"].has(chosen.names) for layer in layers]
     for place, name in enumerate(chosen):

@@ -20,7 +20,7 @@ _THREADS = 16
 def check_views(
     store: Store, manifest: Mapping[str, Any], shards: Listing, chosen: Collection[str]
 ) -> tuple[list[Finding], list[str]]:
-    """What is wrong with the files of views, and lines on views that are refused because their inputs have changed.
+    """Problems of the files of views, and lines about views that are refused because their inputs have changed.
 
     ``shards`` are those of the samples, of which the files of the ``chosen`` ones are read.
     """

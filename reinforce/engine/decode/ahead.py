@@ -18,7 +18,7 @@ _MAX_PENDING_BYTES = 128 * 2**20
 
 
 def chunk_rows(window: int, processes: int) -> int:
-    """Rows of a chunk: as many as spread a window over all processes, with two chunks for each."""
+    """Rows of a chunk: two chunks of a window per process."""
     return max(1, min(CHUNK_ROWS, window // (2 * processes)))
 
 

@@ -107,7 +107,7 @@ class ProcessHandle:
 
 
 def _ending(status: int) -> str:
-    """How a process ended, by its exit status."""
+    """Description of a process's end by its exit status."""
     if status >= 0:
         return f"exit status {status}"
     with contextlib.suppress(ValueError):

@@ -1,7 +1,7 @@
 """A decode process: receives chunks of encoded images, writes their pixels into shared memory, returns the records.
 
 It is started with ``python -c`` and the descriptors of its socket and of its shared memory, so that it imports only
-what decoding needs, whatever program the worker runs in.
+what decoding needs, in any program.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ Message: TypeAlias = "tuple[int, int, bytes | None, Sequence[Row]]"
 
 
 class StatusBoard:
-    """What each process works on, in shared memory: the chunk, the number of its row among those sent, and since when.
+    """Current work of each process, in shared memory: the chunk, the number of its row among those sent, and since
+    when.
 
     The parent reads it when a process has died or takes too long.
     """

@@ -190,8 +190,8 @@ def _decode_new(spec: DecodeSpec, cells: PixelCells, row: Row, raw: RawSample) -
 def _fit_labels(
     spec: DecodeSpec, row: Row, width: int, height: int
 ) -> tuple[str | None, Sequence[Augmentation], Mapping[str, Refusal]]:
-    """What joined a sample with labels that have augmentation records, these for its image, and why labels are of
-    another image, by their name. Raises Unreadable for labels without which it is no row."""
+    """The identity that matched a sample to labels with augmentation records, these records for its image, and by name
+    of labels why they are of another image. Raises Unreadable for labels without which it is no row."""
     joined: str | None = None
     records: Sequence[Augmentation] = ()
     unlabelled = {}

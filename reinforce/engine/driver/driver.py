@@ -238,7 +238,7 @@ class Driver:
 
     def _check_written(self) -> None:
         """List the layers once more, and read dataset.json: a storage may answer a put and not write the object, and
-        files may be removed while the run goes on.
+        files may be removed while the run continues.
 
         The shards of such files are postponed, dataset.json is written again. A listing may lag, so files that it lacks
         are asked for by name.

@@ -33,7 +33,7 @@ _UNITS: dict[Bound, str] = {"rows": "image", "crops": "augmented image", "texts"
 
 @dataclass(frozen=True)
 class Demand:
-    """What a batch needs on the device, for when it does not fit.
+    """Memory that a batch needs on the device, for messages when it does not fit.
 
     Attributes:
         bound: what is halved.
@@ -105,7 +105,7 @@ class BatchSizes:
                 self._changed.notify_all()
 
     def end_of_search(self) -> bool:
-        """Whether there was a shortage, after which several batches, smaller ones, may be on the device again."""
+        """Whether there was a shortage, after which several smaller batches may be on the device again."""
         with self._changed:
             found, self.short = self.short, False
         return found

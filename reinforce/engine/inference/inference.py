@@ -61,7 +61,7 @@ class Encoder(ABC):
         return None
 
     def encode(self, batch: Batch, prepared: Any) -> Callable[[], Outputs]:
-        """Run the models on the accelerator -> a function that returns the outputs, for which it is not needed.
+        """Run the models on the accelerator -> a function that returns the outputs and needs no accelerator.
 
         Raises LayerFailure.
         """
@@ -76,7 +76,7 @@ class Encoder(ABC):
 
     @abstractmethod
     def demand(self, layer: Layer, rows: int) -> Demand:
-        """What can be smaller if ``rows`` rows of a layer do not fit in the memory of the device."""
+        """Settings to lower if ``rows`` rows of a layer do not fit in the memory of the device."""
 
 
 class Inference:

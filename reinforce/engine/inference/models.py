@@ -166,8 +166,8 @@ class Models:
     def captions(
         self, captioner: Captioner, pixels: torch.Tensor, seeds: npt.NDArray[Any]
     ) -> tuple[Callable[[], Sequence[list[str] | NoCaptions | None]], int]:
-        """Caption on the accelerator -> a function that returns the texts, for which it is not needed, and the number
-        of tokens, 0 where it is not known."""
+        """Caption on the accelerator -> a function that returns the texts and needs no accelerator, and the number of
+        tokens, 0 if unknown."""
         if not _splits(captioner, "caption", "generate", "to_texts"):
             texts = copied(captioner.caption(pixels, seeds))
             return lambda: texts, 0

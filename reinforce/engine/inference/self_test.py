@@ -183,7 +183,7 @@ def check_captioner(models: Models, name: str, count: int, batch: int | None = N
 
 
 def can_be_tested(inputs: Sequence[str]) -> bool:
-    """Whether a scorer sees what a test can make up."""
+    """Whether a scorer takes only inputs that a test can generate."""
     return {*inputs} <= {PIXELS, CAPTION}
 
 

@@ -35,7 +35,8 @@ def check_output(config: Config) -> None:
 
 
 def overlaps(config: Config) -> Iterator[tuple[str, str]]:
-    """How ``output`` lies to each entry that it is not apart from, and the entry after its key, in words."""
+    """How ``output`` overlaps each entry of the config that it is not apart from, in words, and the entry after its
+    key."""
     output = _place(config.output)
     for key, entry in _named(config):
         relation = next(filter(None, (_relation(output, url) for url in _urls_of(entry, output))), None)
@@ -74,7 +75,7 @@ def _decisive(urls: Iterable[str], output: str) -> Iterator[str]:
 
 
 def _relation(output: str, url: str) -> str | None:
-    """How the place of a dataset lies to a URL or pattern that is read, in words; None if they are apart."""
+    """How the place of a dataset overlaps a URL or pattern that is read, in words; None if they are apart."""
     place = _place(url)
     mine, read = _parts(output), _parts(place)
     patterns = next((n for n, part in enumerate(read) if has_glob(url) and has_glob(part)), None)

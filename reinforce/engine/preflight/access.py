@@ -1,4 +1,4 @@
-"""What a config would use: the code it would run and the places it would reach. Nothing of it is imported or opened."""
+"""The code that a config would run, and the places that it would reach. Nothing is imported or opened."""
 
 from __future__ import annotations
 

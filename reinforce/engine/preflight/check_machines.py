@@ -78,7 +78,7 @@ def count_workers(machines: Sequence[Machine], workers: Workers) -> int:
 
 
 def machine_warnings(machines: Sequence[Machine], workers: Workers, output: str, written: int | None) -> list[str]:
-    """What the machines lack, one line each."""
+    """Shortages of the machines, one line each."""
     warnings = [warning for machine in machines for warning in _warnings_of(machine)]
     held = count_workers(machines, workers)
     if held < workers.min:

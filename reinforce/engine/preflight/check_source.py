@@ -63,7 +63,7 @@ class FirstSample:
         return f"first sample: {self.raw.key} (.{image}{size}), {caption}"
 
     def notes(self, plan: Plan) -> list[str]:
-        """What may be wrong with the sample, one line each."""
+        """Possible problems of the sample, one line each."""
         notes = []
         fields = plan.config.input.captions
         encoded = any(layer.texts == TRUE_CAPTION for layer in plan.layers.values())
@@ -90,7 +90,7 @@ class FirstSample:
         return notes
 
     def _several_note(self, config: Config) -> str | None:
-        """What becomes of several true captions, if the first samples have some."""
+        """How several true captions are handled, if the first samples have some."""
         several, kept = self.several, config.input.captions_per_sample
         if several is None or several.most <= (kept or 1):
             return None
@@ -173,7 +173,7 @@ def _preview_labels(plan: Plan, shards: Sequence[PendingShard]) -> list[str]:
 
 
 def _format_notes(shards: Sequence[PendingShard]) -> list[str]:
-    """What may be read wrongly in the first file that can be read."""
+    """Possible misreadings of the first readable file."""
     try:
         return [note for shard in shards for note in find_format(shard.format).notes(shard.source.file)]
     except Exception:  # each driver has its own exceptions; reading the first sample reports them

@@ -29,7 +29,7 @@ class Rate:
 
 @dataclass(frozen=True)
 class Effort:
-    """What a plan takes. Numbers that nobody has measured are None.
+    """Hours, bytes and costs of a plan. Unknown numbers are None.
 
     ``samples`` counts source images with something missing, ``rate`` is a worker's, ``cores`` are those that it needs
     for that rate, ``limited`` is what its ``cpus`` allow. ``workers`` run at a time, each with ``gpus`` and ``cpus``.

@@ -37,7 +37,7 @@ class PlanReport:
         return sum(known) if len(known) == len(self.expected) else None
 
     def lines(self) -> list[str]:
-        """What follows the table of layers."""
+        """Lines after the table of layers."""
         plan = self.plan
         known = sum(size or 0 for size in self.expected.values())
         size = f"about {format_bytes(known)}" if known or self.bytes == 0 else "an unknown size"

@@ -1,1 +1,1 @@
-"""What a run records: events, totals and summary, rates, metrics, progress."""
+"""Records of a run: events, totals and summary, rates, metrics, progress."""

@@ -89,7 +89,7 @@ class Progress(Screen):
 
 
 def _describe_silent(silent: Mapping[str, int]) -> str:
-    """What waits for which hosts."""
+    """Shards that wait for silent hosts."""
     hosts, shards = sorted(silent), sum(silent.values())
     names = ", ".join(hosts[:_NAMED_HOSTS]) + (f" and {len(hosts) - _NAMED_HOSTS} more" * (len(hosts) > _NAMED_HOSTS))
     verb, ending = "waits" if shards == 1 else "wait", "s" * (len(hosts) > 1)

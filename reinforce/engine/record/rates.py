@@ -54,7 +54,7 @@ def fuller(one: Mapping[str, Any], other: Mapping[str, Any]) -> Mapping[str, Any
 
 
 def unit_of(layer: str) -> str:
-    """What the rates of a layer count; ``inputs`` for a layer of an unknown kind."""
+    """The unit of a layer's rates; ``inputs`` for a layer of an unknown kind."""
     kind = find_kind(layer)
     return "inputs" if kind is None else kind.unit
 

@@ -19,10 +19,10 @@ _HEAD = """\
 #   reinforce run {path}      # the same command again continues
 # `reinforce schema run` describes every key; unknown keys are reported before anything starts.
 
-# Braces such as {{00000..01023}}, globs, a .txt file of URLs, or a list; any fsspec URL.
+# Braces such as {{00000..01023}}, globs, a .txt file of URLs, or a list; any fsspec URI.
 source: {source}
 
-# A folder or any fsspec URL, such as s3://my-bucket/{name}.
+# A folder or any fsspec URI, such as s3://my-bucket/{name}.
 output: {output}
 
 # Everything random is derived from this number and the sample's key.

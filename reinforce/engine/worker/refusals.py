@@ -1,4 +1,4 @@
-"""What a lease refuses: samples, rows of a layer, or the shard as a whole."""
+"""Refusals of a lease: samples, rows of a layer, or the shard as a whole."""
 
 from __future__ import annotations
 

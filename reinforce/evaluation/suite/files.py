@@ -108,7 +108,7 @@ def _state(fs: Any, path: str, used: Mapping[str, Info]) -> str:
 
 
 def _version(fs: Any, path: str, info: Info) -> list[int | str | None] | None:
-    """What changes with a file's content; None where the storage lists nothing of that kind."""
+    """A value that changes with a file's content; None where the storage lists none."""
     if isinstance(fs, LocalFileSystem):
         try:
             found = os.stat(path)  # of the file that a link leads to

@@ -26,7 +26,7 @@ from teachers.protocols import ImageSpec
 class Outcome:
     """What a set gives: ``metrics`` by model, the number of ``samples``, those ``refused``, and the ``classes``.
 
-    ``failed`` says by model why it has no metrics; ``content`` is the digest of what was read.
+    ``failed`` has the reason why a model has no metrics; ``content`` is the digest of what was read.
     """
 
     metrics: dict[str, dict[str, float | None]]

@@ -28,7 +28,7 @@ _VERSIONS: dict[Kind, int] = {"classification": 1, "retrieval": 1, "association"
 
 
 def metric_version(one: SuiteSet) -> str:
-    """What decides the number of a set beside its content and the model."""
+    """Settings that determine the metrics of a set, besides its content and the model."""
     return f"{one.kind} {_VERSIONS[one.kind]}, {one.main_metric}, {PUBLISHED_POLICY}"
 
 

@@ -53,7 +53,7 @@ class ResultFile:
         return line is not None and line.get("model") == identity and self.made_of(one, identity, metric) is None
 
     def main_metric(self, key: str) -> float | None:
-        """The main metric of a set, whatever files it was made of; None if it has no line."""
+        """The main metric of a set, of any files; None if it has no line."""
         return self._lines[key]["metrics"]["main_metric"] if key in self._lines else None
 
     def add(self, line: Line) -> None:
@@ -164,7 +164,7 @@ class SuiteReport:
         return "\n".join([table, "", *(f"- {line}" for line in self.lines()), ""])
 
     def lines(self) -> list[str]:
-        """What a reader of the numbers must know: sets that are missing, failed, or differ from the published ones."""
+        """Caveats of the numbers: sets that are missing, failed, or differ from the published ones."""
         lines: dict[str, None] = {}
         for one in self.sets:
             if one.key in self.absent:

@@ -148,7 +148,7 @@ class SourceFormat:
         return False
 
     def notes(self, url: str) -> list[str]:
-        """What may be read wrongly in a file, for the user. Raises the errors of the storage."""
+        """Possible misreadings of a file, for the user. Raises the errors of the storage."""
         return []
 
     def foreign(self, url: str) -> str | None:

@@ -1,8 +1,8 @@
 """Read untrusted Parquet in small batches of bounded memory: no row group or column is decoded as a whole.
 
-A file may come from somebody else, and some kilobytes can ask a decoder for gigabytes: by the footer, by the headers of
-pages, by a dictionary with one long value, or by delta-encoded texts that repeat each other. Arrow reads through a file
-that checks each page before it passes it on.
+A file may be untrusted, and some kilobytes can ask a decoder for gigabytes: by the footer, by the headers of pages, by
+a dictionary with one long value, or by delta-encoded texts that repeat each other. Arrow reads through a file that
+checks each page before it passes it on.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def format_of_name(url: str, known: Sequence[SourceFormat] | None = None) -> Sou
 
 
 def unexpected_name(url: str, format_: SourceFormat) -> str | None:
-    """What a file is and the remedy, if its name is that of another format."""
+    """The format that a file's name suggests, and the fix, if it is another format."""
     if not format_.endings or _name(url).endswith((*format_.endings, *format_.other_endings)):
         return None
     found = None if format_.prevails else format_of_name(url)
@@ -89,8 +89,8 @@ def _format_of_content(url: str) -> SourceFormat:
 def expand_folders(source: str | Sequence[str], named: str | None) -> tuple[list[str], list[str]]:
     """Entries of ``source`` where a folder of tars, tables or lines is a pattern for its files, and notes.
 
-    A folder with images is one of images, whatever else is in it. ``named`` is the format that the config names, if
-    any. Raises UserError.
+    A folder with images is one of images, also with other files in it. ``named`` is the format that the config names,
+    if any. Raises UserError.
     """
     entries, notes = [], []
     for entry in [source] if isinstance(source, str) else source:

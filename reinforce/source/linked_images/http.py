@@ -1,8 +1,8 @@
 """Images over HTTP from the addresses that a table names: public ones only, bounded in bytes, time and redirects.
 
-A table may come from somebody else, and its URLs must not reach services of this machine or its network, such as those
-that give out a cloud's credentials. The address that a name resolves to is checked, and the connection goes to that
-address, so that a name cannot resolve to another one in between.
+A table may be untrusted, and its URLs must not reach services of this machine or its network, such as those that give
+out a cloud's credentials. The address that a name resolves to is checked, and the connection goes to that address, so
+that a name cannot resolve to another one in between.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Opening the datasets of a training: their layers and row counts.
+"""Opening the datasets of a training run: their layers and row counts.
 
 Missing layers and shards, damaged files and datasets that do not fit together are reported before the first step.
 """
@@ -40,12 +40,12 @@ from reinforce.student.teachers import captioner_names
 _LOG = logging.getLogger(__name__)
 #: Names of models by their section in dataset.json; None: all of them.
 Models: TypeAlias = "Mapping[str, Sequence[str] | None]"
-#: Shards that are opened in all layers before the training; the others are checked when they are read.
+#: Shards that are opened in all layers before the training run; the others are checked when they are read.
 _CHECKED_SHARDS = 16
 
 
 def open_datasets(data: Data, seed: int, models: Models | None = None) -> list[StreamedDataset]:
-    """Open the datasets of a training; ``models`` are those whose targets are read, by default ``data.teachers``.
+    """Open the datasets of a training run; ``models`` are those whose targets are read, by default ``data.teachers``.
 
     Raises UserError if something is missing, damaged or does not fit together.
     """

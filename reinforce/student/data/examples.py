@@ -35,7 +35,7 @@ ReadLayer: TypeAlias = Callable[[str], pa.Table]
 
 @dataclass(frozen=True)
 class ExampleSpec:
-    """What an example takes from a sample, and how it is picked.
+    """The parts of a sample that an example takes, and how they are picked.
 
     ``crops`` are the layers with targets of the augmented image, ``texts`` the teachers with vectors of the texts;
     ``captioners`` maps names to weights. With ``captions: mixed`` an example has one text, a synthetic one with

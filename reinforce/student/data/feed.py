@@ -262,10 +262,10 @@ def _made_in_thread(items: Generator[T]) -> Generator[T]:
 def plan_reading(data: Streams, ranks: int, batch: int, start: int, loaders: int, recorded: int | None) -> Reading:
     """Choose loader processes and streams for ranks with ``batch`` samples per step each.
 
-    Set values of ``data.workers`` and ``data.streams`` are used unchanged. Otherwise ``loaders`` suits the machine,
-    and a stream is read by one process. The order of samples depends on the streams: a training that resumes at
-    step ``start`` keeps those that its checkpoint ``recorded``. A checkpoint without a record was written when the
-    default was one process.
+    Set values of ``data.workers`` and ``data.streams`` are used unchanged. Otherwise ``loaders`` suits the machine, and
+    a stream is read by one process. The order of samples depends on the streams: a training run that resumes at step
+    ``start`` keeps those that its checkpoint ``recorded``. A checkpoint without a record was written when the default
+    was one process.
     """
     if data.workers is not None:
         workers, parts = data.workers, ranks * max(1, data.workers)

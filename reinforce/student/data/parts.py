@@ -22,7 +22,7 @@ from reinforce.student.data.examples import Example
 from reinforce.student.data.reader import Target
 
 _ALIGNMENT = 64  # bytes
-#: Broken images in a row after which a training fails.
+#: Broken images in a row after which a training run fails.
 _MOST_BROKEN = 100
 
 #: n texts -> int64 [n, context].

@@ -25,7 +25,7 @@ from reinforce.source.references import ChangedImages, ImageRoots
 from reinforce.student.data.examples import Example, Examples, ExampleSpec, ReadLayer, SampleFile, make_examples
 from reinforce.training.order import Chunk, Order, Window
 
-#: Rows that are searched for a usable one before the training fails.
+#: Rows that are searched for a usable one before the training run fails.
 _MAX_UNUSABLE_ROWS = 100_000
 #: Bytes of row groups of a dataset that a process keeps, where several streams read the same ones.
 _KEPT_BYTES = 128 * 2**20
@@ -94,7 +94,7 @@ class Streamed(Protocol):
 
 @dataclass(frozen=True)
 class StreamedDataset:
-    """One dataset of a training.
+    """One dataset of a training run.
 
     ``policies`` decode its images and replay its augmentations, ``size`` is the side in pixels at which augmentations
     were recorded. ``groups`` int64 [row groups, 3] are the number of the shard, the place in its file and the rows.

@@ -17,7 +17,7 @@ Tensors = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Models:
-    """The models whose targets a training may take.
+    """The models whose targets a training run may take.
 
     ``teachers`` are described by a TeacherInfo; ``stored`` finds the models of another section of the config by name,
     as their layers' entries in dataset.json. ``texts`` is whether examples have texts.

@@ -21,7 +21,7 @@ _UNUSED = "unused: it has only one side and loss.features is none, or only texts
 
 @dataclass(frozen=True)
 class Terms:
-    """The terms of one training; ``notes`` describe the use of each model in one line."""
+    """The terms of one training run; ``notes`` describe the use of each model in one line."""
 
     terms: Sequence[Term] = ()
     notes: Sequence[str] = field(default=(), compare=False)

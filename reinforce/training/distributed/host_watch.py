@@ -1,4 +1,4 @@
-"""The hosts of the ranks of a training on Ray: which of them are lost, and when the training ends for it.
+"""The hosts of the ranks of a training run on Ray: which of them are lost, and when the training run ends for it.
 
 Ray reports a silent host as dead after about a minute. Ray Train then restarts all ranks, and waits without a limit
 where the hosts that are left cannot hold them.
@@ -21,7 +21,7 @@ from reinforce.cluster import has_autoscaler
 from reinforce.processes.cores import capacity, describe_share
 
 _INTERVAL = 2.0  # seconds between two questions to Ray
-#: Seconds from the loss of a host until the training ends, if the other hosts cannot hold its ranks by then.
+#: Seconds from the loss of a host until the training run ends, if the other hosts cannot hold its ranks by then.
 _RETURN_SECONDS = 30.0
 
 
@@ -41,7 +41,7 @@ class RankHost:
 
 @dataclass(frozen=True)
 class Cluster:
-    """What Ray reports: the hosts of ranks whose nodes are dead, by rank, and how many ranks the live nodes can hold.
+    """Ray's report: hosts of ranks whose nodes are dead, by rank, and the number of ranks that live nodes can hold.
 
     ``grows`` is whether an autoscaler may add nodes.
     """
@@ -52,7 +52,7 @@ class Cluster:
 
 
 class LostHosts:
-    """Decides from what Ray reports when a training ends because of lost hosts; pure."""
+    """Decides from what Ray reports when a training run ends because of lost hosts; pure."""
 
     def __init__(self, ranks: int, cpus: float, gpus: float) -> None:
         self._ranks, self._share = ranks, describe_share(cpus, gpus)
@@ -70,7 +70,7 @@ class LostHosts:
         return f"{self._names(fresh)} lost; the ranks restart once the other hosts can hold them" if fresh else None
 
     def error(self, now: float, failed: bool = False) -> str | None:
-        """The error that ends the training; None while it may go on. ``failed`` if Ray Train has given up."""
+        """The error that ends the training run; None while it may go on. ``failed`` if Ray Train has given up."""
         if self._since is None:
             return None
         lost, fits = self._names(self.cluster.lost), self.cluster.places >= self._ranks
@@ -119,12 +119,12 @@ class HostWatch:
         return lines
 
     def error(self) -> str | None:
-        """The error that ends the training, None while it may go on."""
+        """The error that ends the training run, None while it may go on."""
         with self._lock:
             return self._hosts.error(time.monotonic())
 
     def cause_of_failure(self) -> str | None:
-        """The error for a training that Ray Train has given up, None if no host is lost."""
+        """The error for a training run that Ray Train has given up, None if no host is lost."""
         with contextlib.suppress(RayError):
             self._look()
         with self._lock:

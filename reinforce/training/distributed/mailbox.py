@@ -1,4 +1,4 @@
-"""Messages between the driver and the ranks of a training on Ray. Its actor imports no torch."""
+"""Messages between the driver and the ranks of a training run on Ray. Its actor imports no torch."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Mailbox:
         return self._stop_received
 
     async def report_start(self, rank: int, host: Any) -> int | None:
-        """A rank starts on a host; returns how often it has started before, None if the training has ended."""
+        """A rank starts on a host; returns how often it has started before, None if the training run has ended."""
         if self._closed or self._user_errors:
             return None
         self._hosts[rank] = host
@@ -81,5 +81,5 @@ class Mailbox:
         return lines, bar, max(self._starts.values(), default=-1) + 1
 
     async def outcome(self) -> tuple[dict[int, str], int]:
-        """User errors by rank, and the signal that ended the training, or 0."""
+        """User errors by rank, and the signal that ended the training run, or 0."""
         return self._user_errors, self._stopped_by

@@ -42,7 +42,7 @@ class AbsentRanks(RuntimeError):
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank is in its training.
+    """Where a rank is in its training run.
 
     ``count`` numbers the places of a rank, ``what`` names the place, ``since`` is when it was reached, ``frame`` the
     line of code, and ``waits`` whether the rank waits for others there. ``written`` is the time of this message,
@@ -104,7 +104,7 @@ class RankWatch:
         return AbsentRanks(f"{self.describe()} The error of rank {self._rank} is: {str(error).splitlines()[0][:300]}")
 
     def describe(self) -> str:
-        """Which ranks this one waits for, and what to look at."""
+        """The ranks that this one waits for, and where to look."""
         try:
             places = self._read()
         except (RuntimeError, OSError):

@@ -265,7 +265,7 @@ def wrap_ddp(model: torch.nn.Module, ranks: Ranks) -> Any:
     """The model in DistributedDataParallel if there is more than one rank, else the model itself.
 
     ``find_unused_parameters`` has two purposes: a task may leave parameters unused, and it keeps DDP from regrouping
-    gradients after its first step, so that a resumed training sums them in the same order as an uninterrupted one.
+    gradients after its first step, so that a resumed training run sums them in the same order as an uninterrupted one.
     """
     if ranks.size == 1:
         return model

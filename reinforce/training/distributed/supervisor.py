@@ -1,4 +1,5 @@
-"""The driver's side of a training on Ray: it shows what the ranks log, forwards signals, and ends what cannot go on."""
+"""The driver's side of a training run on Ray: it shows the ranks' logs, forwards signals, and ends what cannot
+continue."""
 
 from __future__ import annotations
 
@@ -76,7 +77,7 @@ class Supervisor:
             screen.log(f"waiting until the cluster can hold {self._ranks} ranks with {self._share} each")
 
     def _check(self) -> None:
-        """Raise what ends the training before Ray Train does."""
+        """Raise what ends the training run before Ray Train does."""
         now = time.monotonic()
         if error := self._hosts.error():
             raise HostLost(error)

@@ -1,1 +1,1 @@
-"""What a training records: logs, curves, trackers, progress, evaluations, results."""
+"""Records of a training run: logs, curves, trackers, progress, evaluations, results."""

@@ -1,4 +1,4 @@
-"""Evaluations during a training, and what it leaves at its end: exported weights and results."""
+"""Evaluations during a training run, and what it leaves at its end: exported weights and results."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ OnEvaluation = Callable[[int, Mapping[str, float]], None]
 
 
 class Evaluations:
-    """The evaluations of a training of ``steps`` steps, of the state of rank 0. ``log`` is None on other ranks."""
+    """The evaluations of a training run of ``steps`` steps, of the state of rank 0. ``log`` is None on other ranks."""
 
     def __init__(
         self,
@@ -125,7 +125,7 @@ class Evaluations:
         return best.step
 
     def finish(self, progress: Progress) -> None:
-        """Export the weights, then write results.json, which marks the training as finished."""
+        """Export the weights, then write results.json, which marks the training run as finished."""
         assert self.log is not None
         self.writer.wait()
         exported = self.exported_step()

@@ -1,4 +1,4 @@
-"""The logs of a training: rows of JSON, TensorBoard events, and a picture of the curves."""
+"""The logs of a training run: rows of JSON, TensorBoard events, and a picture of the curves."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def written() -> dict[str, bool]:
 
 
 def notes() -> list[str]:
-    """A line if a package is not installed, without which a training has no curves or no events."""
+    """A line if a package is not installed, without which a training run has no curves or no events."""
     missing = {package: file for package, file in _PACKAGES.items() if not installed(package)}
     if not missing:
         return []

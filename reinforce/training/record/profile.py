@@ -1,4 +1,4 @@
-"""A trace of some steps of a training, for Perfetto and chrome://tracing, and a table of what takes longest in them."""
+"""A trace of some steps of a training run, for Perfetto and chrome://tracing, and a table of the longest operations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MAX_BYTES = 256 * 2**20
 
 
 class StepProfiler:
-    """Traces ``count`` steps, beginning ten after ``step``, or earlier where a training of ``steps`` steps has fewer.
+    """Traces ``count`` steps, from ten after ``step``, or earlier where a training run of ``steps`` steps has fewer.
 
     ``begin_step`` and ``end_step`` are called for every step (from 0). A trace has the operations and kernels of a
     step, without shapes and stacks; one of more than 256 MiB is not kept, only its table.

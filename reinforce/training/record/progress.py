@@ -1,4 +1,4 @@
-"""The speed of a training: numbers for its log and a line for its screen."""
+"""The speed of a training run: numbers for its log and a line for its screen."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The results of a training: results.json, and a summary in a few lines."""
+"""The results of a training run: results.json, and a summary in a few lines."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RESULTS = "results.json"
 
 @dataclass(frozen=True)
 class Results:
-    """The results of a finished training; the field names are the keys of results.json.
+    """The results of a finished training run; the field names are the keys of results.json.
 
     ``seconds`` is the time spent in steps, over all starts; ``export`` is a folder in ``output`` with the weights of
     step ``exported``, of which ``metrics`` are; earlier versions exported the last step. ``parts`` says by metric what
@@ -104,7 +104,7 @@ class Results:
 
 
 def read_results(storage: Storage) -> Results | None:
-    """The results in an output folder, or None if no training has finished there."""
+    """The results in an output folder, or None if no training run has finished there."""
     found: dict[str, Any] | None = storage.read_json(RESULTS)
     if found is None:
         return None

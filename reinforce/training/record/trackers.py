@@ -1,8 +1,8 @@
-"""Trackers of trainings besides the log of the output: Weights & Biases, MLflow, trackio.
+"""Trackers of training runs besides the log of the output: Weights & Biases, MLflow, trackio.
 
 Their packages are imported only if the config names them. Each tracker works in a thread of its own, so that a server
-that does not answer costs no step, and a tracker that fails is reported once and dropped: it never ends a training.
-A training that resumes continues its run of each tracker, by the name in trackers.json of the output.
+that does not answer costs no step, and a tracker that fails is reported once and dropped: it never ends a training run.
+A training run that resumes continues its run of each tracker, by the name in trackers.json of the output.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def check_trackers(config: Trackers | None) -> None:
 
 
 def open_trackers(job: Job, storage: Storage) -> list[Tracker]:
-    """Start or continue the run of each tracker of a training. Raises UserError if a package is missing."""
+    """Start or continue the run of each tracker of a training run. Raises UserError if a package is missing."""
     check_trackers(job.trackers)
     named = [*_named(job.trackers)]
     if not named:

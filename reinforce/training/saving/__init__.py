@@ -1,1 +1,1 @@
-"""Checkpoints: their files, whether a training may resume from them, and how the loop writes them."""
+"""Checkpoints: their files, whether a training run may resume from them, and how the loop writes them."""

@@ -2,7 +2,7 @@
 
 A file appears whole or not at all, so every checkpoint that exists is complete, and a checksum finds later damage: the
 training then goes on from the checkpoint before, which is kept for that. The state of random generators is not stored:
-the random numbers of a step are seeded from the training's seed, the step and the rank.
+the random numbers of a step are seeded from the training run's seed, the step and the rank.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class DamagedCheckpoint(UserError):
 
 @dataclass(frozen=True)
 class Progress:
-    """The header of a checkpoint: how far the training is, and which training it is.
+    """The header of a checkpoint: how far the training run is, and which training it is.
 
     ``step`` is the number of finished steps, ``steps`` that of the whole training, ``skipped`` how many made no update,
-    ``seconds`` the time spent in steps. ``fixed_config`` is the part of the config that determines the training, by
+    ``seconds`` the time spent in steps. ``fixed_config`` is the part of the config that determines the training run, by
     dotted keys. ``streams`` is the number of streams that the feed reads, if the order of samples depends on one, and
     ``samples`` those of an epoch; ``model_config`` is that of the job, ``data`` that of the feed, ``files`` the hash of
     its files, and ``division`` the parts of a batch. Older checkpoints do not have these. ``skipped_last`` is the

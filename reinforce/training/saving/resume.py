@@ -1,4 +1,4 @@
-"""Whether a training may resume from a checkpoint, and what has changed since then."""
+"""Whether a training run may resume from a checkpoint, and what has changed since then."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from reinforce.training.saving.checkpoint import Progress
 
 
 def check_resumable(before: Progress, now: Progress, steps: int, output: str) -> None:
-    """Compare the header of a checkpoint with that of a training of ``steps`` steps that is about to resume from it.
+    """Compare a checkpoint's header with that of a training run of ``steps`` steps that is about to resume from it.
 
     ``data`` replaces the keys of the config that are resolved by the data. Older checkpoints have no ``data``. Raises
     UserError with one line per difference, and for a checkpoint beyond the last step.
@@ -37,7 +37,7 @@ def check_resumable(before: Progress, now: Progress, steps: int, output: str) ->
 
 
 def describe_length(before: Progress, steps: int, optimizer: Optimizer) -> list[str]:
-    """A line if the last step of a checkpoint has another learning rate in a training of ``steps`` steps."""
+    """A line if the last step of a checkpoint has another learning rate in a training run of ``steps`` steps."""
     if before.steps in (None, steps) or not before.step:
         return []
     last, same = (learning_rate(before.step - 1, length, optimizer) for length in (before.steps, steps))
@@ -52,7 +52,7 @@ def describe_length(before: Progress, steps: int, optimizer: Optimizer) -> list[
 
 
 def describe_differences(before: Progress, now: Progress) -> list[str]:
-    """Lines about changes with which a training may resume, but not bit for bit."""
+    """Lines about changes with which a training run may resume, but not bit for bit."""
     notes = []
     if before.samples not in (None, now.samples):
         notes.append(

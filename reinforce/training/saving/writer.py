@@ -1,4 +1,4 @@
-"""Checkpoints written while the training goes on.
+"""Checkpoints written while the training run continues.
 
 A step waits for a copy of the state in the host's memory; a thread makes the file of it and publishes that. One
 checkpoint is in work at a time, so host memory holds the state once more, in buffers that are used again.

@@ -131,7 +131,7 @@ class FailurePolicy:
     def lease_raised(
         self, shard: PendingShard, error: Exception, now: float
     ) -> Retry | RunAlone | Quarantine | LeaveShard:
-        """Decide about a lease that raised. Raises a UserError, since nobody but the user can do anything about it."""
+        """Decide about a lease that raised. Raises a UserError, which only the user can fix."""
         if isinstance(error, UserError):
             raise error
         if isinstance(error, StorageFailure):

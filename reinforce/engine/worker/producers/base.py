@@ -150,7 +150,7 @@ class Producer(Encoder):
 
     @staticmethod
     def has_label(layer: Layer, row: Row) -> bool:
-        """Whether labels of others have the value of a row."""
+        """Whether published labels cover a row."""
         return layer.labels is not None and isinstance(row.values.get(layer.name), list | np.ndarray)
 
     def without_label(self, layer: Layer, rows: Sequence[Row]) -> list[int]:

@@ -175,7 +175,7 @@ def _inputs(layer: Layer) -> Sequence[str]:
 
 
 def _usable(layer: Layer, rows: Sequence[Row]) -> Mask:
-    """Which rows a class that sees pixels gets."""
+    """Rows passed to a class that takes pixels."""
     texts = CAPTION in _inputs(layer)
     return np.array([not row.unreadable and bool(row.caption or not texts) for row in rows], bool)
 

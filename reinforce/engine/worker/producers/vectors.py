@@ -28,7 +28,7 @@ class Embeddings(Producer):
 
     @staticmethod
     def smaller_model(layer: Layer) -> str:
-        """What to change in the config if one input does not fit."""
+        """The config keys to change if one input does not fit."""
         return f"teachers.{layer.model}: a smaller model, or `precision: bf16`"
 
     def table(self, layer: Layer, group: RowGroup) -> pa.Table:
