@@ -152,12 +152,14 @@ def compute_fingerprint(recipe: Mapping[str, Any]) -> str:
 class TargetTensor(NamedTuple):
     """A tensor that a training example takes from a layer: its name in a batch, NumPy dtype and shape.
 
-    With no name, it is named after what it is of: ``image``, ``caption`` or ``synthetic``.
+    With no name, it is named after what it is of: ``image``, ``caption`` or ``synthetic``. Values of one that is
+    ``below`` a number are indices, from 0 on.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    below: int | None = None
 
 
 class PickedValues(NamedTuple):

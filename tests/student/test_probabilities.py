@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 import reinforce
 from reinforce import settings
+from reinforce.dataset import vectors
 from reinforce.errors import UserError
 from reinforce.student.config import StudentConfig
 from reinforce.student.terms.probabilities import divergence
@@ -126,6 +129,21 @@ def test_probabilities_are_learnt_beside_distillation_and_lambda_does_not_weigh_
     assert plain.keys() == {"clip/caption", "clip/synthetic", "probabilities/near"}
     assert distilled.keys() == plain.keys() | {"distill/caption", "distill/synthetic"}
     torch.testing.assert_close(plain["probabilities/near"], distilled["probabilities/near"])
+
+
+def test_classes_that_dataset_json_does_not_have_are_one_error_with_the_file(tmp_path: Path, alone: str) -> None:
+    folder = Path(shutil.copytree(alone, tmp_path / "forged"))
+    shutil.rmtree(folder / "index")  # a cache with the size of the file
+    [path] = (folder / "probabilities/near.by").iterdir()
+    table = pq.read_table(path)
+    classes = vectors.tensor_rows(table["classes"])[0] + CLASSES
+    column = vectors.tensor_column(classes, [*classes.shape[1:]], np.ones(len(table), bool))
+    with pq.ParquetWriter(path, table.schema) as writer:
+        writer.write_table(table.set_column(1, table.schema.field("classes"), column), row_group_size=8)
+    config = config_for(tmp_path, str(folder), {"captions": "none"}, loss={"probabilities": 1.0})
+    feed = build(config, Accelerator("cpu"))[1]
+    with pytest.raises(UserError, match="classes of the shard are not below 6"):
+        next(iter(feed.batches(0, 1, 8, 0)))
 
 
 def test_a_dataset_without_the_classifiers_that_a_training_needs_is_named(tmp_path: Path, alone: str) -> None:

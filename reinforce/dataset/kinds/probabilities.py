@@ -190,7 +190,7 @@ class ClassProbabilities(LayerKind):
     def target_tensors(self, entry: Mapping[str, Any]) -> tuple[TargetTensor, ...]:
         top = entry["top"]
         return (
-            TargetTensor("classes", "int32", (top,)),
+            TargetTensor("classes", "int32", (top,), entry["dim"]),
             TargetTensor("probabilities", "float32", (top,)),
             TargetTensor("rest", "float32", ()),
         )

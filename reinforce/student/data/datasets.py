@@ -101,7 +101,7 @@ def _open_dataset(source: Source, data: Data, seed: int, models: Models) -> Stre
     if unfinished := [layer for layer, _ in spec.targets if layers[layer].get("dim", 0) is None]:
         raise UserError(f"{url}: dataset.json has no dimension of {unfinished[0]}. Finish the run.")
     targets = tuple(
-        Target(model_of(layer), tensor.name or of, tensor.dtype, tensor.shape)
+        Target(model_of(layer), tensor.name or of, *tensor[1:])
         for layer, of in spec.targets
         for tensor in kind_of(layer).target_tensors(layers[layer])
     )

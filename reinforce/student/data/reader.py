@@ -38,6 +38,7 @@ class Target(NamedTuple):
     name: str
     dtype: str
     shape: tuple[int, ...]
+    below: int | None = None  # its values are indices below this number
 
 
 class KeptGroups:
@@ -161,6 +162,11 @@ class StreamedDataset:
         first = next(filter(None, found.rows), None)  # rows of one row group have the same shapes
         if first is not None and [array.shape for array in first.targets] != shapes:
             raise UserError(f"{path}: targets of the shard do not have the shapes in dataset.json. Restore it.")
+        for place, target in enumerate(self.targets):
+            if target.below is not None:
+                values = [row.targets[place] for row in found.rows if row is not None]
+                if values and not 0 <= np.min(values) <= np.max(values) < target.below:
+                    raise UserError(f"{path}: {target.name} of the shard are not below {target.below}. Restore it.")
         return found
 
 
