@@ -49,18 +49,18 @@ $(DEMO_INSTALLED): pyproject.toml constraints.txt
 install: $(INSTALLED) ## create .venv with the tested versions of everything
 
 demo: $(DEMO_INSTALLED) ## reinforce 1,364 emoji, train students with and without it, compare (minutes, no network)
-	$(BIN)/python -m reinforce.demo data
+	$(BIN)/python -m examples.demo data
 	$(BIN)/reinforce run configs/demo.yaml
 	$(BIN)/reinforce run configs/demo.yaml --set 'source=demo/noisy-shards/*.tar' --set output=demo/noisy-dataset \
 		--set augmentations.count=5
 	$(BIN)/reinforce inspect demo/dataset demo/report
-	$(BIN)/python -m reinforce.demo students
-	$(BIN)/python -m reinforce.demo compare
+	$(BIN)/python -m examples.demo students
+	$(BIN)/python -m examples.demo compare
 
 demo-teachers: $(INSTALLED) ## train the demo's committed teachers and captioner again (an hour on two cores, npm)
-	$(BIN)/python -m reinforce.demo data
-	$(BIN)/python -m reinforce.demo teacher-data
-	$(BIN)/python -m reinforce.demo initial-models
+	$(BIN)/python -m examples.demo data
+	$(BIN)/python -m examples.demo teacher-data
+	$(BIN)/python -m examples.demo initial-models
 	$(BIN)/reinforce run configs/demo-teachers/samples.yaml
 	$(BIN)/reinforce run configs/demo-teachers/samples.yaml --set 'source=demo/teacher-data/*/*.tar' \
 		--set output=demo/teachers/samples-styles --set augmentations.count=20 \
@@ -70,10 +70,10 @@ demo-teachers: $(INSTALLED) ## train the demo's committed teachers and captioner
 	$(BIN)/reinforce train configs/demo-teachers/styles-64.yaml
 	$(BIN)/reinforce finetune-captioner configs/demo-teachers/coca-pretrain.yaml
 	$(BIN)/reinforce finetune-captioner configs/demo-teachers/coca-finetune.yaml
-	$(BIN)/python -m reinforce.demo keep demo/teachers/conv-64/student configs/demo-models/conv-64
-	$(BIN)/python -m reinforce.demo keep demo/teachers/conv-48/student configs/demo-models/conv-48
-	$(BIN)/python -m reinforce.demo keep demo/teachers/styles-64/student configs/demo-models/styles-64
-	$(BIN)/python -m reinforce.demo keep demo/teachers/coca-finetune/captioner configs/demo-models/coca-64
+	$(BIN)/python -m examples.demo keep demo/teachers/conv-64/student configs/demo-models/conv-64
+	$(BIN)/python -m examples.demo keep demo/teachers/conv-48/student configs/demo-models/conv-48
+	$(BIN)/python -m examples.demo keep demo/teachers/styles-64/student configs/demo-models/styles-64
+	$(BIN)/python -m examples.demo keep demo/teachers/coca-finetune/captioner configs/demo-models/coca-64
 
 # One thread for each process, and four processes for two cores, since tests of runs on Ray mostly wait.
 test: $(INSTALLED) ## run the tests, four files at a time

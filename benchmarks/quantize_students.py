@@ -22,8 +22,8 @@ import torch
 
 from benchmarks.ablations.encoders import Encoder
 from benchmarks.stored import replace_part, update_page, write_results
-from reinforce.demo.compare import student_config
-from reinforce.demo.data import write_tests
+from examples.demo.compare import student_config
+from examples.demo.data import write_tests
 from reinforce.evaluation.evaluator import Evaluator
 from reinforce.shipping.checks import compare_on_sets
 from reinforce.shipping.towers import reparameterize, split_towers

@@ -24,7 +24,7 @@ from rich.table import Table
 import reinforce
 from benchmarks.duplicates import run
 from benchmarks.stored import write_results
-from reinforce.demo.data import write_noisy_shards, write_shards
+from examples.demo.data import write_noisy_shards, write_shards
 
 RESULTS = Path(__file__).parent / "results" / "selection.json"
 BUILD = Path("build/selection")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.stored import replace_part, update_page
-from reinforce.demo.compare import (
+from examples.demo.compare import (
     ARMS,
     MEASURES,
     PAIRS,
@@ -30,7 +30,7 @@ from reinforce.demo.compare import (
     ratio,
     student_config,
 )
-from reinforce.demo.students import train_side_by_side
+from examples.demo.students import train_side_by_side
 from reinforce.shipping.machine import machine_name
 
 RESULTS = Path(__file__).parent / "results" / "transfer.json"

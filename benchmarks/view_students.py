@@ -20,9 +20,9 @@ import reinforce
 from benchmarks.selection import BUILD, auc, captions, make_dataset, worst
 from benchmarks.stored import replace_part, update_page, write_results
 from benchmarks.transfer import summarise
-from reinforce.demo.compare import MEASURES, arm_overrides, collect_measures, format_share
-from reinforce.demo.data import SHARE, write_tests
-from reinforce.demo.students import train_side_by_side
+from examples.demo.compare import MEASURES, arm_overrides, collect_measures, format_share
+from examples.demo.data import SHARE, write_tests
+from examples.demo.students import train_side_by_side
 from reinforce.selection.config import SelectConfig
 from reinforce.selection.select import select
 

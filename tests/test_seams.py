@@ -98,7 +98,7 @@ def kind_questions(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 KIND_CODE = "layer.kind.name in ('images', 'texts'); f'captions/{c}'; layer.split('/'); posixpath.dirname(name); "
 KIND_CODE += "layer.kind.section == 'teachers'"
-PROGRAMS = ("reinforce", "jobs", "benchmarks")
+PROGRAMS = ("reinforce", "jobs", "benchmarks", "examples")
 
 
 @pytest.mark.parametrize(

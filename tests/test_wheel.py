@@ -27,7 +27,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     """The wheel, built in a copy, because setuptools adds what an earlier build left in the folder ``build``."""
     folder = tmp_path_factory.mktemp("wheel")
     ignored = shutil.ignore_patterns("__pycache__", "*.safetensors", "tokenizer.json")
-    for name in (*PACKAGES, "benchmarks", "configs", "jobs", "reinforce_docs"):
+    for name in (*PACKAGES, "benchmarks", "configs", "examples", "jobs", "reinforce_docs"):
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / name)

@@ -14,10 +14,10 @@ import numpy as np
 import safetensors
 
 from benchmarks.ablations.encoders import Encoder
+from examples.demo.compare import CONFIG, student_config
+from examples.demo.models import WEIGHTS
 from reinforce.config import Config, load_config
 from reinforce.dataset.augment.records import AUGMENTATION_BACKEND
-from reinforce.demo.compare import CONFIG, student_config
-from reinforce.demo.models import WEIGHTS
 from reinforce.errors import UserError
 from reinforce.student.config import StudentConfig
 from reinforce.training.job import total_steps

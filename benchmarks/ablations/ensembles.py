@@ -12,8 +12,8 @@ import torch
 
 from benchmarks.ablations.arms import DEMO
 from benchmarks.stored import write_results
+from examples.demo.compare import CONFIG
 from reinforce.config import load_config
-from reinforce.demo.compare import CONFIG
 from reinforce.evaluation.encoding import build_classifier
 from reinforce.evaluation.images import CacheBudget, ImageBatches
 from reinforce.evaluation.sets import open_zero_shot_set

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from reinforce.demo.compare import MEASURES, SECONDS
+from examples.demo.compare import MEASURES, SECONDS
 
 BYTES, RETAINED = "bytes_per_sample", "kept"
 MILLISECONDS, MILLISECONDS_ALONE = "milliseconds", "milliseconds_alone"

@@ -10,8 +10,8 @@ from benchmarks.ablations.arms import WRONG, Arm, Study, model_mapping, override
 from benchmarks.ablations.claims import Claim, Compare, Pick, Sooner, Within
 from benchmarks.ablations.encoders import Encoder
 from benchmarks.ablations.measures import BYTES, MILLISECONDS, MILLISECONDS_ALONE, REACHED_AT, RETAINED
-from reinforce.demo.compare import SECONDS
-from reinforce.demo.data import SHARE
+from examples.demo.compare import SECONDS
+from examples.demo.data import SHARE
 from teachers.open_clip.catalog import FOLDER_PREFIX
 from teachers.spec import DECODING_FIELDS
 

@@ -14,10 +14,10 @@ from benchmarks.ablations.arms import Arm, Study
 from benchmarks.ablations.encoders import read_milliseconds
 from benchmarks.ablations.measures import BYTES, REACHED_AT, RETAINED, Curve, Numbers, step_of_level
 from benchmarks.ablations.questions import Question
+from examples.demo.compare import MEASURES, read_measures
 from reinforce.dataset.files.store import MANIFEST, Store
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.manifest.manifest import read_manifest
-from reinforce.demo.compare import MEASURES, read_measures
 from reinforce.errors import UserError
 from reinforce.shipping.machine import machine_name
 from reinforce.student.config import StudentConfig

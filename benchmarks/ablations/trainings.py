@@ -14,8 +14,8 @@ from ray.exceptions import RayError
 
 from benchmarks.ablations.arms import WRONG, Study
 from benchmarks.ablations.results import Training
+from examples.demo.data import SHARE, write_wrong_captions
 from reinforce.cluster import cause_of
-from reinforce.demo.data import SHARE, write_wrong_captions
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.run import run
 from reinforce.errors import UserError

@@ -6,7 +6,7 @@ import json
 import tarfile
 from pathlib import Path
 
-from reinforce.demo.compare import MEASURES
+from examples.demo.compare import MEASURES
 from reinforce.storage import Storage
 from reinforce.training.record.results import Results
 

@@ -13,8 +13,8 @@ import typer
 
 from benchmarks.gpu.__main__ import make_parser as gpu_options
 from benchmarks.pipeline.__main__ import make_parser as benchmark_options
+from examples.demo.__main__ import app as demo
 from reinforce.cli import app
-from reinforce.demo.__main__ import app as demo
 from tests.helpers.pages import ROOT
 
 #: Buckets of the examples are folders of the workspace.
@@ -67,7 +67,7 @@ CHECKED = {
     r"reinforce train runs/tuning/student\.yaml": "its config is written by a tuning; see tests/tuning/test_command.py",
     r"reinforce (train|finetune-captioner) configs/.*": "trains for minutes; tests/training and tests/captioning",
     r"reinforce evaluate demo/students/.*": "needs the demo's student; tests/evaluation evaluates small ones",
-    r"python -m reinforce\.demo data": "draws 1,364 emoji; tests/demo",
+    r"python -m examples\.demo data": "draws 1,364 emoji; tests/examples/demo",
     r"reinforce evaluate .*( --classes imagenet| --suite [a-z-]+).*": "needs large sets; see tests/evaluation",
     r"reinforce fetch-sets .*": "needs the Hub; tests/evaluation/test_fetch.py has a small one",
     r"reinforce export (onnx|coreml|litert|executorch) .*": "takes half a minute; tests/shipping",
@@ -182,7 +182,7 @@ def _pip(words: list[str]) -> None:
 def _python(words: list[str]) -> None:
     if words[0] == "-m":
         assert importlib.util.find_spec(words[1]) is not None, f"there is no module {words[1]}"
-        if words[1] == "reinforce.demo" and len(words) > 2:
+        if words[1] == "examples.demo" and len(words) > 2:
             _parse(typer.main.get_command(demo), words[2:])
         if words[1] == "benchmarks.pipeline":
             benchmark_options().parse_args(words[2:])

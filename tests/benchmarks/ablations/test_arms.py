@@ -12,8 +12,8 @@ from benchmarks.ablations import questions
 from benchmarks.ablations.arms import BASE, WRONG, Study
 from benchmarks.ablations.encoders import Encoder
 from benchmarks.ablations.questions import STAGES, make_questions
+from examples.demo.compare import MEASURES
 from reinforce.config import load_config
-from reinforce.demo.compare import MEASURES
 from reinforce.errors import UserError
 from reinforce.student.pointwise import avoid_faulty_convolutions
 from reinforce.terminal import Screen

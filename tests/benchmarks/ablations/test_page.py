@@ -25,8 +25,8 @@ from benchmarks.ablations.measures import (
 from benchmarks.ablations.questions import Question, make_questions
 from benchmarks.ablations.results import Answer, Training, add_derived_measures, find_training, read_answer
 from benchmarks.ablations.trainings import _Progress
+from examples.demo.compare import MEASURES, SECONDS
 from reinforce.dataset.files.store import Store
-from reinforce.demo.compare import MEASURES, SECONDS
 from reinforce.errors import UserError
 from tests.helpers import demo
 

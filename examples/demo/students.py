@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from reinforce.demo.compare import CONFIG
+from examples.demo.compare import CONFIG
 from reinforce.errors import UserError
 
 MAX_PARALLEL = 2

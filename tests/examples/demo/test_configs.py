@@ -10,10 +10,10 @@ import pytest
 import yaml
 from open_clip.coca_model import CoCa
 
+from examples.demo.models import MODELS
 from reinforce import settings
 from reinforce.captioning.config import CaptionerConfig, load_captioner_config
 from reinforce.config import Config, load_config
-from reinforce.demo.models import MODELS
 from reinforce.selection.config import SelectConfig
 from reinforce.source.urls import expand
 from reinforce.student.config import StudentConfig, load_student_config

@@ -22,9 +22,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from reinforce.demo import glyphs
-from reinforce.demo.names import Concept, select_concepts
-from reinforce.demo.styles import PIXELS, credits_text, openmoji, twemoji
+from examples.demo import glyphs
+from examples.demo.names import Concept, select_concepts
+from examples.demo.styles import PIXELS, credits_text, openmoji, twemoji
 from reinforce.errors import UserError
 from reinforce.seeds import permutation
 from reinforce.source.urls import expand

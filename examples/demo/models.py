@@ -111,7 +111,7 @@ def read_captions(folder: str | Path) -> Iterator[str]:
     """Yield the captions of all shards in the subfolders of a folder. Raises UserError if there is no shard."""
     paths = sorted(Path(folder).glob("*/*.tar"))
     if not paths:
-        raise UserError(f"{folder} has no shards. Run `python -m reinforce.demo teacher-data` first.")
+        raise UserError(f"{folder} has no shards. Run `python -m examples.demo teacher-data` first.")
     for path in paths:
         with tarfile.open(path) as tar:
             for member in tar:

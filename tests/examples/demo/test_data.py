@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from reinforce.demo import glyphs, teacher_data
-from reinforce.demo.data import (
+from examples.demo import glyphs, teacher_data
+from examples.demo.data import (
     CLASSES,
     GROUPS,
     SAMPLES_PER_SHARD,
@@ -25,9 +25,9 @@ from reinforce.demo.data import (
     write_shards,
     write_wrong_captions,
 )
-from reinforce.demo.names import Concept, make_phrase, name_emoji, select_concepts
-from reinforce.demo.styles import PIXELS, render_cropped
-from reinforce.demo.teacher_data import write_teacher_data
+from examples.demo.names import Concept, make_phrase, name_emoji, select_concepts
+from examples.demo.styles import PIXELS, render_cropped
+from examples.demo.teacher_data import write_teacher_data
 from reinforce.errors import UserError
 from tests.helpers.data import members_of, write_tar
 from tests.helpers.demo import read_samples, read_shards

@@ -166,5 +166,5 @@ def draw_summary(rows: Mapping[str, Sequence[Mapping[str, float]]], url: str) ->
 def _read_results(folder: Path) -> Results:
     results = read_results(Storage(str(folder)))
     if results is None:
-        raise UserError(f"{folder} has no finished training. Run `python -m reinforce.demo students` first.")
+        raise UserError(f"{folder} has no finished training. Run `python -m examples.demo students` first.")
     return results

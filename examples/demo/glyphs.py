@@ -14,8 +14,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from reinforce.demo.names import Concept
-from reinforce.demo.styles import PIXELS, missing_packages
+from examples.demo.names import Concept
+from examples.demo.styles import PIXELS, missing_packages
 
 #: Style -> the start of the font's file name.
 FONTS = {"material": "materialdesignicons6-webfont", "fontawesome": "fontawesome6-solid-webfont"}

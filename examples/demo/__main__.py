@@ -1,4 +1,4 @@
-"""python -m reinforce.demo COMMAND: the steps of `make demo` and `make demo-teachers` other than the main commands."""
+"""python -m examples.demo COMMAND: the steps of `make demo` and `make demo-teachers` other than the main commands."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def data(
     tests: Annotated[Path, typer.Option(help="folder for the students' test sets")] = Path("demo/tests"),
 ) -> None:
     """Write the demo's shards: emoji with captions for training, and others as test sets."""
-    from reinforce.demo.data import write_noisy_shards, write_shards, write_tests
+    from examples.demo.data import write_noisy_shards, write_shards, write_tests
 
     paths = write_shards(out)
     print(f"data: {len(paths)} shards in {out} (Twemoji, CC-BY 4.0, see {out / 'CREDITS.txt'})")
@@ -37,7 +37,7 @@ def teacher_data(
     fetched: Annotated[Path, typer.Option(help="cache folder of the npm packages")] = Path("demo/npm"),
 ) -> None:
     """Write the training data of the demo's teachers: ten styles, eight of which are npm packages."""
-    from reinforce.demo.teacher_data import write_teacher_data
+    from examples.demo.teacher_data import write_teacher_data
 
     paths = write_teacher_data(out, fetched)
     print(f"teacher-data: {len(paths)} shards in {out} (authors and licences: CREDITS.txt in each folder)")
@@ -51,7 +51,7 @@ def initial_models(
     out: Annotated[Path, typer.Option(help="folder for the models")] = Path("demo/initial-models"),
 ) -> None:
     """Write the demo's teachers and captioner before training: configs, a tokenizer, and random weights."""
-    from reinforce.demo.models import write_initial_models
+    from examples.demo.models import write_initial_models
 
     folders = write_initial_models(out, data)
     print(f"initial-models: {', '.join(folder.name for folder in folders)} in {out}, untrained")
@@ -63,7 +63,7 @@ def keep(
     folder: Annotated[Path, typer.Argument(help="target folder, such as configs/demo-models/conv-64")],
 ) -> None:
     """Copy a trained model in float16, to commit it to the repository."""
-    from reinforce.demo.models import keep_model
+    from examples.demo.models import keep_model
 
     print(f"keep: {folder}, {keep_model(trained, folder) / 1e6:.1f} MB of weights")
 
@@ -74,8 +74,8 @@ def students(
     seed: Annotated[int, typer.Option(help="seed of the trainings")] = 0,
 ) -> None:
     """Train a plain and a distilled student, with right captions and with wrong ones, two at a time."""
-    from reinforce.demo.compare import ARMS, arm_overrides
-    from reinforce.demo.students import train_side_by_side
+    from examples.demo.compare import ARMS, arm_overrides
+    from examples.demo.students import train_side_by_side
 
     train_side_by_side({arm: arm_overrides(arm, out / arm, seed) for arm in ARMS}, out)
 
@@ -86,7 +86,7 @@ def compare(
     out: Annotated[Path, typer.Option(help="folder for results.json and summary.png")] = Path("demo"),
 ) -> None:
     """Compare the students in a table and a picture."""
-    from reinforce.demo.compare import compare_students
+    from examples.demo.compare import compare_students
 
     compare_students(students, out)
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from reinforce.demo import data, teacher_data
-from reinforce.demo.data import shared_concepts, write_noisy_shards, write_shards, write_tests
-from reinforce.demo.names import Concept
+from examples.demo import data, teacher_data
+from examples.demo.data import shared_concepts, write_noisy_shards, write_shards, write_tests
+from examples.demo.names import Concept
 from tests.helpers.data import write_tar
 
 

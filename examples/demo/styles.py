@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from reinforce.demo.names import TONES, base_code
+from examples.demo.names import TONES, base_code
 from reinforce.errors import UserError
 
 PIXELS = 72

@@ -14,12 +14,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from reinforce.demo import students
-from reinforce.demo.__main__ import app
-from reinforce.demo.compare import ARMS, MEASURES, PAIRS, compare_students, student_config
-from reinforce.demo.data import UNSEEN_STYLE
-from reinforce.demo.models import MODELS, VOCABULARY, keep_model, read_captions, write_initial_models
-from reinforce.demo.students import train_side_by_side
+from examples.demo import students
+from examples.demo.__main__ import app
+from examples.demo.compare import ARMS, MEASURES, PAIRS, compare_students, student_config
+from examples.demo.data import UNSEEN_STYLE
+from examples.demo.models import MODELS, VOCABULARY, keep_model, read_captions, write_initial_models
+from examples.demo.students import train_side_by_side
 from reinforce.errors import UserError
 from tests.helpers.data import tree
 from tests.helpers.demo import COMMITTED, ROOT, finish_training, read_shards
@@ -78,7 +78,7 @@ def test_comparison_prints_a_table_and_writes_results_and_a_picture(
 
 def test_unfinished_or_unequal_trainings_are_a_user_error(tmp_path: Path) -> None:
     for arm, steps, message in (
-        ("plain", 300, r"plain has no finished training. Run `python -m reinforce\.demo students`"),
+        ("plain", 300, r"plain has no finished training. Run `python -m examples\.demo students`"),
         ("distilled", 200, "distilled has no finished training"),
         ("plain-noisy", 300, "plain-noisy has no finished training"),
         ("distilled-noisy", 300, "distilled-noisy has no finished training"),
@@ -103,7 +103,7 @@ def test_students_differ_only_in_lambda_and_captions(monkeypatch: pytest.MonkeyP
 
 
 def test_commands_of_the_makefile_exist() -> None:
-    commands = set(re.findall(r"reinforce\.demo ([\w-]+)", (ROOT / "Makefile").read_text()))
+    commands = set(re.findall(r"examples\.demo ([\w-]+)", (ROOT / "Makefile").read_text()))
     assert commands == {"data", "teacher-data", "initial-models", "keep", "students", "compare"}
     for command in commands:
         assert "--help" in run(command, "--help")
@@ -114,7 +114,7 @@ def test_data_repairs_damaged_shards_and_does_not_write_complete_ones_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All is drawn again, to the same bytes."""
-    monkeypatch.setattr("reinforce.demo.data.SAMPLES_PER_SHARD", 28)
+    monkeypatch.setattr("examples.demo.data.SAMPLES_PER_SHARD", 28)
     folder = tmp_path / "demo"
     out, noisy, tests = (folder / name for name in ("shards", "noisy-shards", "tests"))
     command = ("data", "--out", str(out), "--noisy", str(noisy), "--tests", str(tests))
@@ -217,5 +217,5 @@ def test_keep_model_writes_float16_weights_and_copies_the_other_files(initial_mo
     assert all(torch.equal(half[name], value.half()) for name, value in whole.items())
     with pytest.raises(UserError, match="finish its training first"):
         keep_model(tmp_path, tmp_path / "kept")
-    with pytest.raises(UserError, match=r"python -m reinforce\.demo teacher-data"):
+    with pytest.raises(UserError, match=r"python -m examples\.demo teacher-data"):
         next(read_captions(tmp_path))

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reinforce.demo.data import make_picture, shared_concepts, write_pictures
-from reinforce.demo.names import TONES, Concept, base_code
-from reinforce.demo.styles import Drawings, credits_text, openmoji, render_cropped, twemoji
+from examples.demo.data import make_picture, shared_concepts, write_pictures
+from examples.demo.names import TONES, Concept, base_code
+from examples.demo.styles import Drawings, credits_text, openmoji, render_cropped, twemoji
 from reinforce.errors import UserError
 from reinforce.seeds import seed_for
 

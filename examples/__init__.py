@@ -1,0 +1,1 @@
+"""Programs that use reinforce, and are not part of the wheel."""
