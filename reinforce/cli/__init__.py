@@ -8,9 +8,10 @@ import traceback
 from contextvars import ContextVar
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 import reinforce
 from reinforce.cli import config, dataset, export, run, status, training
@@ -24,7 +25,20 @@ from teachers.redact import redact
 UNEXPECTED = 1
 _DEBUG: ContextVar[bool] = ContextVar("debug", default=False)
 
+#: What to run instead of a command that was removed.
+REMOVED = {"captions-report": "reinforce inspect DATASET OUTPUT, whose page captions.html and report.json have it"}
+
+
+class _Commands(TyperGroup):
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command of a name. Raises UserError for one that was removed."""
+        if cmd_name in REMOVED and not ctx.resilient_parsing:
+            raise UserError(f"`reinforce {cmd_name}` was removed. Run: {REMOVED[cmd_name]}.")
+        return super().get_command(ctx, cmd_name)
+
+
 app = typer.Typer(
+    cls=_Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Multi-modal dataset reinforcement: store augmentations, teachers' embeddings and synthetic captions next to "
@@ -131,10 +145,6 @@ app.command(
 )(training.evaluate)
 app.command("fetch-sets", **examples("reinforce fetch-sets datacomp evalsets --dry-run"))(training.fetch_sets)
 app.command(**examples("reinforce latency MobileCLIP2-S0 ViT-B-32 --threads 1"))(training.latency)
-app.command("captions-report", **examples("reinforce captions-report demo/dataset --out demo/captions-report"))(
-    dataset.captions_report
-)
-
 app.command(**examples("reinforce dashboard grafana/dashboards"))(status.dashboard)
 
 

@@ -20,7 +20,7 @@ from reinforce.cli.common import (
     split_names,
 )
 from reinforce.errors import UserError
-from reinforce.terminal import escape, plural, print_table
+from reinforce.terminal import escape, print_table
 from teachers.redact import redact
 
 if TYPE_CHECKING:
@@ -194,30 +194,6 @@ def diff(
     raise typer.Exit(0 if found.equal else 1)
 
 
-def captions_report(
-    dataset: DatasetUrl,
-    captioner: Annotated[
-        list[str] | None, typer.Option(help="Captioner to report on, repeatable. Default: all.")
-    ] = None,
-    teacher: Annotated[
-        list[str] | None, typer.Option(help="Teacher to score captions with, repeatable. Default: all.")
-    ] = None,
-    out: Annotated[str, typer.Option(help="Folder or fsspec URI for report.json and the plots.")] = "captions-report",
-    limit: Annotated[int, typer.Option(min=1, help="Maximum number of images, spread over the dataset.")] = 10_000,
-    view: ViewName = None,
-) -> None:
-    """Measure how diverse a dataset's captions are and how similar to their images, compared with the true captions.
-
-    The metrics are defined in report.json, under `definitions`.
-    """
-    from reinforce.report.captions import captions_report as report_on
-    from reinforce.report.captions import captions_table, write_report
-
-    report = report_on(dataset, captioner, teacher, limit, view)
-    print_table(captions_table(report))
-    typer.echo(f"{plural(report['rows'], 'image')}; written: {', '.join(write_report(report, out))}")
-
-
 def inspect(
     dataset: DatasetUrl,
     output: Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder or fsspec URI to write the report to.")],
@@ -228,7 +204,7 @@ def inspect(
     images_from: ImagesFrom = None,
     view: ViewName = None,
 ) -> None:
-    """Write a report on a dataset: an HTML folder with a summary, a gallery of samples, and plots.
+    """Write a report on a dataset: an HTML folder with a summary, a gallery of samples, figures of captions, and plots.
 
     It opens in a browser from disk, from a web server or from an object store, and sends no request elsewhere. An
     earlier report in OUTPUT is replaced. The same command gives equal files.

@@ -13,17 +13,15 @@ from markupsafe import Markup
 
 from reinforce import plots
 from reinforce.dataset.augment.backends import known_operations
-from reinforce.dataset.layers import TRUE_CAPTION
-from reinforce.inspection.rows import Rows, TextFigures
+from reinforce.inspection.rows import Rows
 from reinforce.inspection.targets import BATCH, SCALES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.ticker import Formatter
 
-_BINS = 40
+BINS = 40  # of a histogram
 _AREA_BINS = 8
-_LONGEST = 0.995  # of the captions are in the chart of lengths; the rest would stretch it
 _QUANTILES = (0.05, 0.95, 0.25, 0.75, 0.5, 0.0, 1.0)  # at which samples are shown, the most important last
 _FEW = 30  # an operation with fewer crops is not shown
 TRUE_LABEL = "true captions"
@@ -80,24 +78,6 @@ class Chart:
         return Markup(re.sub("|".join(_VARIABLES), lambda found: f"var(--{_VARIABLES[found[0]]})", svg))  # noqa: S704
 
 
-def similarity_charts(rows: Rows) -> Iterator[Chart]:
-    """For each teacher, the similarities of true and of synthetic captions to their images."""
-    for teacher in rows.teachers:
-        values = {TRUE_LABEL: rows.true_similarity(teacher)}
-        values |= {name: rows.similarities(teacher, name) for name in rows.captioners}
-        finite = {name: found[np.isfinite(found)] for name, found in values.items()}
-        finite = {name: found for name, found in finite.items() if len(found)}
-        if not finite:
-            continue
-        yield _distribution(
-            teacher,
-            "Cosine of each caption's vector with those of its image, mean over the augmentations.",
-            "similarity to the image",
-            "captions",
-            finite,
-        )
-
-
 def quantile_rows(values: np.ndarray) -> list[tuple[str, int]]:
     """The rows at some quantiles of their finite values, each with the quantile as text; none twice."""
     finite = np.flatnonzero(np.isfinite(values))
@@ -113,20 +93,20 @@ def number_charts(rows: Rows) -> Iterator[tuple[Chart, list[tuple[str, int]]]]:
         if not len(found):
             continue
         about = f"Of {len(found):,} samples; {len(every) - len(found):,} have none."
-        chart = _distribution(f"{layer}: {name}", about, name, "samples", {name: found})
+        chart = distribution(f"{layer}: {name}", about, name, "samples", {name: found})
         yield chart, [(f"{share}: {every[row]:.4g}", row) for share, row in quantile_rows(every)]
 
 
-def _distribution(title: str, text: str, x_label: str, unit: str, named: Mapping[str, np.ndarray]) -> Chart:
-    """How finite values of several names are distributed."""
+def distribution(title: str, text: str, x_label: str, unit: str, named: Mapping[str, np.ndarray]) -> Chart:
+    """How finite values of several names are distributed, with mean and standard deviation."""
     every = np.concatenate([*named.values()])
-    edges = np.linspace(every.min(), max(every.max(), every.min() + 1e-3), _BINS + 1)
-    heads = [unit, "number", "mean", "5 %", "median", "95 %"]
-    table = [[name, f"{len(found):,}", f"{found.mean():.3f}", *_quantiles(found)] for name, found in named.items()]
-    return _histograms(title, text, x_label, unit, named, edges, heads, table)
+    edges = np.linspace(every.min(), max(every.max(), every.min() + 1e-3), BINS + 1)
+    heads = [unit, "number", "mean", "deviation", "5 %", "median", "95 %"]
+    table = [[name, f"{len(v):,}", f"{v.mean():.3f}", f"{v.std():.3f}", *_quantiles(v)] for name, v in named.items()]
+    return histograms(title, text, x_label, unit, named, edges, heads, table)
 
 
-def _histograms(
+def histograms(
     title: str,
     text: str,
     x_label: str,
@@ -136,9 +116,11 @@ def _histograms(
     heads: Sequence[str],
     table: Sequence[Sequence[str]],
 ) -> Chart:
+    """Histograms of values of several names; those of true captions are a filled area."""
+
     def draw(axes: Axes) -> None:
         for number, (name, found) in enumerate(named.items()):
-            style = _line(number - (TRUE_LABEL in named)) if name != TRUE_LABEL else {"color": TRUE_COLOUR}
+            style = line_style(number - (TRUE_LABEL in named)) if name != TRUE_LABEL else {"color": TRUE_COLOUR}
             if name == TRUE_LABEL or len(named) == 1:
                 style |= {"fill": True, "alpha": 0.42}
             axes.stairs(np.histogram(found, edges)[0] / len(found), edges, label=name, **style)
@@ -147,7 +129,7 @@ def _histograms(
     return Chart(title, text, x_label, f"share of {unit}", heads, table, draw)
 
 
-def _line(number: int) -> dict[str, Any]:
+def line_style(number: int) -> dict[str, Any]:
     """The style of a line by its number, distinct also without colours."""
     return {"color": plots.colour(number), "linestyle": _DASHES[number % len(_DASHES)], "linewidth": 1.6}
 
@@ -168,7 +150,7 @@ def area_chart(rows: Rows) -> Chart | None:
     lines: dict[int, np.ndarray] = {}
     table = []
     for number, teacher in enumerate(rows.teachers):
-        values = rows.similarities(teacher, TRUE_CAPTION)
+        values = rows.crop_similarities(teacher)
         if values.shape != areas.shape or not np.isfinite(values).any():
             continue
         finite = np.isfinite(values)
@@ -183,7 +165,7 @@ def area_chart(rows: Rows) -> Chart | None:
 
     def draw(axes: Axes) -> None:
         for number, (area, mean, low, high) in ((number, line.T) for number, line in lines.items()):
-            axes.plot(area, mean, label=rows.teachers[number], marker="o", markersize=4, **_line(number))
+            axes.plot(area, mean, label=rows.teachers[number], marker="o", markersize=4, **line_style(number))
             axes.fill_between(area, low, high, color=plots.colour(number), alpha=0.13, linewidth=0)
         axes.xaxis.set_major_formatter(_percent())
 
@@ -204,9 +186,9 @@ def operation_chart(rows: Rows) -> Chart | None:
     used = [(name, (bits & (1 << n)) > 0) for n, name in enumerate(known_operations())]
     used = [(name, has) for name, has in used if has.sum() >= _FEW]
     teachers = [
-        (number, teacher, rows.similarities(teacher, TRUE_CAPTION))
+        (number, teacher, rows.crop_similarities(teacher))
         for number, teacher in enumerate(rows.teachers)
-        if rows.similarities(teacher, TRUE_CAPTION).shape == bits.shape and bits.shape[1] > 1
+        if rows.crop_similarities(teacher).shape == bits.shape and bits.shape[1] > 1
     ]
     if not used or not teachers:
         return None
@@ -258,7 +240,7 @@ def agreement_chart(rows: Rows) -> Chart | None:
     values = values[np.isfinite(values)]
     if len(values) < 2:
         return None
-    return _distribution(
+    return distribution(
         "Agreement of the teachers",
         "1 \u2212 the Jensen-Shannon divergence of their targets / log T at the logit scales in force; 1 is full "
         f"agreement. Targets are of batches of at least {BATCH} pairs, or all there are.",
@@ -266,18 +248,6 @@ def agreement_chart(rows: Rows) -> Chart | None:
         "samples",
         {"all": values},
     )
-
-
-def correlations(rows: Rows) -> tuple[list[str], list[list[float | None]]]:
-    """The teachers, and the rank correlations of their similarities of true captions."""
-    ranked: dict[str, np.ndarray] = {}
-    values = {teacher: rows.true_similarity(teacher) for teacher in rows.targets.scales}
-    valid = np.logical_and.reduce([np.isfinite(v) for v in values.values()]) if values else np.zeros(0, bool)
-    if valid.sum() < 3:
-        return [], []
-    for teacher, found in values.items():
-        ranked[teacher] = np.argsort(np.argsort(found[valid], kind="stable"), kind="stable").astype(float)
-    return [*ranked], np.atleast_2d(np.corrcoef([*ranked.values()])).tolist()
 
 
 def entropy_chart(rows: Rows) -> Chart | None:
@@ -297,7 +267,8 @@ def entropy_chart(rows: Rows) -> Chart | None:
     def draw(axes: Axes) -> None:
         axes.set_xscale("log")
         for number, (teacher, values, scale) in lines.items():
-            axes.plot(SCALES, values, label=teacher if scale is None else f"{teacher} ({scale:g})", **_line(number))
+            name = teacher if scale is None else f"{teacher} ({scale:g})"
+            axes.plot(SCALES, values, label=name, **line_style(number))
             if scale is not None:
                 axes.axvline(min(max(scale, SCALES[0]), SCALES[-1]), color=plots.colour(number), linestyle=(0, (5, 4)))
         axes.set_ylim(bottom=0)
@@ -313,32 +284,6 @@ def entropy_chart(rows: Rows) -> Chart | None:
         ["teacher", "scale in force", "entropy there", f"at {SCALES[0]}", f"at {SCALES[-1]}"],
         table,
         draw,
-    )
-
-
-def length_chart(texts: Mapping[str, TextFigures]) -> Chart | None:
-    """The lengths of captions in words."""
-    found = {
-        TRUE_LABEL if name == TRUE_CAPTION else name: np.repeat(
-            np.array([*map(int, figures.summary["lengths"])], np.int64), [*figures.summary["lengths"].values()]
-        )
-        for name, figures in texts.items()
-        if figures.summary["captions"]
-    }
-    if not found:
-        return None
-    longest = max(int(np.quantile(values, _LONGEST)) for values in found.values()) + 1
-    width = max(1, -(-longest // _BINS))
-    edges = np.arange(0, longest + width + 1, width) - 0.5
-    return _histograms(
-        "Lengths",
-        "Words of a caption, without the longest 0.5 %.",
-        "words",
-        "captions",
-        found,
-        edges,
-        ["captions", "number", "mean", "median", "longest"],
-        [[n, f"{len(v):,}", f"{v.mean():.1f}", f"{np.median(v):.0f}", f"{v.max()}"] for n, v in found.items()],
     )
 
 

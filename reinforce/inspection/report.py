@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from reinforce.dataset.kinds.registry import model_sections
 from reinforce.dataset.layers import SAMPLES, mapping_at
 from reinforce.dataset.manifest.class_code import entry_keys
@@ -17,13 +19,14 @@ from reinforce.dataset.reading.dataset import Dataset
 from reinforce.dataset.vectors import NORM_TOLERANCE
 from reinforce.dataset.view import open_view
 from reinforce.errors import UserError
-from reinforce.inspection import plots
+from reinforce.inspection import captions, plots
 from reinforce.inspection.gallery import VIEWS, Card, Thumbnail, choose, draw_sides, make_cards
 from reinforce.inspection.overview import Overview, Quarantined, model_facts, read_overview, recipe_lines
 from reinforce.inspection.plots import Chart, quantile_rows
-from reinforce.inspection.rows import Rows, read_rows, text_figures
+from reinforce.inspection.rows import Rows, read_rows
 from reinforce.inspection.selection import select
 from reinforce.inspection.sides import Sides
+from reinforce.inspection.texts import DEFINITIONS
 from reinforce.markup import TEMPLATES, render
 from reinforce.plots import drawable
 from reinforce.selection.select import report_lines
@@ -96,6 +99,7 @@ def inspect(
     at_quantiles = {row for values in rows.scores().values() for _, row in quantile_rows(values)}
     cards = make_cards(data, rows, choose(rows, seed, set(items), at_quantiles), items, files.__setitem__)
     thumbnails = draw_sides(data, sides.rules, rows.problems, files.__setitem__) if sides else {}
+    texts, cosines = captions.text_figures(rows), captions.similarities(rows)
     problems = [*overview.problems, *dict.fromkeys(rows.problems)]
     shared = {
         "title": data.store.url.rstrip("/").rpartition("/")[2] or data.store.url,
@@ -112,6 +116,7 @@ def inspect(
     pages = {
         "index.html": _summary_page(shared, data, overview, problems),
         "gallery.html": _gallery_page(shared, overview, rows, cards),
+        "captions.html": _captions_page(shared, rows, texts, cosines),
         "plots.html": _plots_page(shared, rows, {card.row: card for card in cards}),
         **({} if sides is None else {"view.html": _view_page(shared, sides, thumbnails)}),
     }
@@ -128,6 +133,7 @@ def inspect(
         "rows": len(rows),
         "samples": selection.samples,
         "exact": selection.exact,
+        "captions": captions.captions_summary(texts, cosines),
     }
     folder.publish(files, about)
     return Inspected(
@@ -202,29 +208,48 @@ def _gallery_page(shared: Mapping[str, Any], overview: Overview, rows: Rows, car
     )
 
 
+def _captions_page(
+    shared: Mapping[str, Any],
+    rows: Rows,
+    texts: Mapping[str, captions.TextFigures],
+    cosines: Mapping[str, Mapping[str, np.ndarray]],
+) -> str:
+    names, matrix = captions.correlations(rows)
+    return render(
+        "report/captions.html",
+        page="captions.html",
+        **shared,
+        **_charts(
+            similarity=[*captions.similarity_charts(cosines)],
+            texts=[captions.length_chart(texts), *captions.distinct_charts(texts)],
+        ),
+        correlations=[*zip(names, matrix, strict=True)],
+        texts=texts,
+        definitions=DEFINITIONS,
+    )
+
+
 def _plots_page(shared: Mapping[str, Any], rows: Rows, cards: Mapping[int, Card]) -> str:
     scores = [*plots.number_charts(rows)]
-    texts = text_figures(rows)
-    names, matrix = plots.correlations(rows)
-    charts: dict[str, list[Chart | None]] = {
-        "similarity": [*plots.similarity_charts(rows)],
-        "scores": [chart for chart, _ in scores],
-        "crops": [plots.area_chart(rows), plots.operation_chart(rows)],
-        "targets": [plots.entropy_chart(rows), plots.agreement_chart(rows)],
-        "captions": [plots.length_chart(texts)],
-    }
     return render(
         "report/plots.html",
         page="plots.html",
         **shared,
-        charts={name: [*filter(None, found)] for name, found in charts.items()},
-        drawn=drawable("charts of the report are"),
+        **_charts(
+            scores=[chart for chart, _ in scores],
+            crops=[plots.area_chart(rows), plots.operation_chart(rows)],
+            targets=[plots.entropy_chart(rows), plots.agreement_chart(rows)],
+        ),
         quantiles=[[Thumbnail.of(cards[row], text) for text, row in at if row in cards] for _, at in scores],
-        correlations=[*zip(names, matrix, strict=True)],
-        texts=texts,
         layers=[(name, figures) for name, figures in rows.layers.items() if name != SAMPLES],
         tolerance=NORM_TOLERANCE,
     )
+
+
+def _charts(**sections: Sequence[Chart | None]) -> dict[str, Any]:
+    """The charts of a page by section, and whether they are drawn."""
+    charts = {name: [*filter(None, found)] for name, found in sections.items()}
+    return {"charts": charts, "drawn": drawable("charts of the report are")}
 
 
 def _search_files(rows: Rows) -> dict[str, str]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,13 +21,10 @@ from reinforce.errors import UserError
 from reinforce.inspection.selection import Group, Selection
 from reinforce.inspection.sides import Sides
 from reinforce.inspection.targets import Targets
-from reinforce.report.texts import WORD, TextStatistics
 from schemas import TRUE_CAPTIONS
 
 _COLUMNS = ["key", "caption", TRUE_CAPTIONS, "width", "height", "augmentations"]
 NORM_BINS = np.linspace(0.98, 1.02, 41)
-_WORDS = 3  # of an n-gram
-_SHOWN = 12
 
 
 @dataclass
@@ -66,8 +61,9 @@ class Rows:
     """Values of the sampled rows, one entry of each list per row, in the order of ``places``.
 
     ``areas`` and ``operations`` are [R, K] by row group: the crop's share of the image, and a bit for each of
-    ``known_operations``. ``similarity`` of a teacher and kind of text is [R, K] for the true caption, by augmentation,
-    and [R, N] for captioners, mean over the augmentations. ``numbers`` are scores by layer and name.
+    ``known_operations``. ``crops`` of a teacher are similarities of the first true caption to each augmentation [R, K];
+    ``texts`` of a teacher and kind of text are those of each caption, mean over the augmentations [R, N]. ``numbers``
+    are scores by layer and name.
     """
 
     teachers: list[str]
@@ -79,7 +75,8 @@ class Rows:
     synthetic: dict[str, list[list[str] | None]] = field(default_factory=dict)
     areas: list[np.ndarray] = field(default_factory=list)
     operations: list[np.ndarray] = field(default_factory=list)
-    similarity: dict[tuple[str, str], list[np.ndarray]] = field(default_factory=dict)
+    crops: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    texts: dict[tuple[str, str], list[np.ndarray]] = field(default_factory=dict)
     numbers: dict[tuple[str, str], list[np.ndarray]] = field(default_factory=dict)
     layers: dict[str, LayerFigures] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
@@ -88,8 +85,14 @@ class Rows:
         return len(self.keys)
 
     def similarities(self, teacher: str, texts: str) -> np.ndarray:
-        """Similarities of all rows [R, K or N]; [R, 0] if the teacher has no vectors of both."""
-        parts = self.similarity.get((teacher, texts))
+        """Similarity of each caption [R, N], NaN where there is none; [R, 0] if the teacher has no vectors of both."""
+        return self._joined(self.texts.get((teacher, texts)))
+
+    def crop_similarities(self, teacher: str) -> np.ndarray:
+        """Similarity of the first true caption to each augmentation [R, K]; [R, 0] as above."""
+        return self._joined(self.crops.get(teacher))
+
+    def _joined(self, parts: list[np.ndarray] | None) -> np.ndarray:
         return np.concatenate(parts) if parts else np.empty((len(self), 0), np.float32)
 
     def scores(self) -> dict[tuple[str, str], np.ndarray]:
@@ -97,8 +100,8 @@ class Rows:
         return {name: np.concatenate(parts) for name, parts in self.numbers.items()}
 
     def true_similarity(self, teacher: str) -> np.ndarray:
-        """Similarity of the true caption, mean over the augmentations [R]; NaN where there is none."""
-        values = self.similarities(teacher, TRUE_CAPTION)
+        """Similarity of the first true caption, mean over the augmentations [R]; NaN where there is none."""
+        values = self.crop_similarities(teacher)
         return values.mean(axis=1) if values.shape[1] else np.full(len(self), np.nan, np.float32)
 
 
@@ -151,7 +154,7 @@ def _add(rows: Rows, group: Group, places: np.ndarray, tables: Mapping[str, pa.T
     areas, operations = _augmentations(samples)
     names = [embeddings_layer(t, i) for t in rows.teachers for i in ("images", TRUE_CAPTION, *rows.captioners)]
     decoded = {name: vectors.decode(tables[name]) for name in names if name in tables}
-    similarity = _similarities(rows, decoded)
+    crops, similarities = _similarities(rows, samples, decoded)
     captions = {name: tables[captions_layer(name)]["captions"].to_pylist() for name in rows.captioners}
     rows.keys += samples["key"].to_pylist()
     rows.captions += true_captions(samples)
@@ -168,8 +171,10 @@ def _add(rows: Rows, group: Group, places: np.ndarray, tables: Mapping[str, pa.T
             figures.add_nulls(np.asarray(tables[name][column].is_null()))
         for number, values in kind_of(name).numbers(tables[name]).items():
             rows.numbers.setdefault((name, number), []).append(values)
-    for which, values in similarity.items():
-        rows.similarity.setdefault(which, []).append(values)
+    for teacher, values in crops.items():
+        rows.crops.setdefault(teacher, []).append(values)
+    for which, values in similarities.items():
+        rows.texts.setdefault(which, []).append(values)
     rows.targets.add(
         {
             teacher: (
@@ -181,20 +186,23 @@ def _add(rows: Rows, group: Group, places: np.ndarray, tables: Mapping[str, pa.T
     )
 
 
-def _similarities(rows: Rows, decoded: Mapping[str, Floats]) -> dict[tuple[str, str], np.ndarray]:
-    found = {}
+def _similarities(
+    rows: Rows, samples: pa.Table, decoded: Mapping[str, Floats]
+) -> tuple[dict[str, np.ndarray], dict[tuple[str, str], np.ndarray]]:
+    """The similarities of a row group as in ``Rows.crops`` and ``Rows.texts``; each true caption counts once."""
+    crops, found = {}, {}
     for teacher in rows.teachers:
         images = decoded.get(embeddings_layer(teacher, "images"))
         for inputs in (TRUE_CAPTION, *rows.captioners):
             texts = decoded.get(embeddings_layer(teacher, inputs))
             if images is None or texts is None:
                 continue
+            found[teacher, inputs] = vectors.mean_cosines(texts, images)
             if inputs == TRUE_CAPTION:
+                found[teacher, inputs][~vectors.own_slots(samples, texts.shape[1])] = np.nan
                 one = vectors.normalized(texts[:, :1])
-                found[teacher, inputs] = np.einsum("rnd,rkd->rk", one, vectors.normalized(images))
-            else:
-                found[teacher, inputs] = vectors.mean_cosines(texts, images)
-    return found
+                crops[teacher] = np.einsum("rnd,rkd->rk", one, vectors.normalized(images))
+    return crops, found
 
 
 def _augmentations(samples: pa.Table) -> tuple[np.ndarray, np.ndarray]:
@@ -225,32 +233,3 @@ def _operation_bits(operations: pa.ListArray) -> np.ndarray:
         has = lengths > nth
         bits[has] |= (1 << bit[starts[has] + nth]).astype(np.int32)
     return bits
-
-
-@dataclass(frozen=True)
-class TextFigures:
-    """``summary`` is that of ``TextStatistics``; ``frequent`` are n-grams of three words with their number."""
-
-    summary: Mapping[str, Any]
-    frequent: tuple[tuple[str, int], ...]
-
-
-def text_figures(rows: Rows) -> dict[str, TextFigures]:
-    """Lengths, duplicates and frequent n-grams by captioner, and of ``caption``, the true captions, first."""
-    texts: dict[str, list[list[str] | None]] = {
-        TRUE_CAPTION: [texts or None for texts in rows.captions],
-        **rows.synthetic,
-    }
-    return {name: _figures(found) for name, found in texts.items()}
-
-
-def _figures(rows: list[list[str] | None]) -> TextFigures:
-    clean = [None if texts is None else [text for text in texts if text is not None] for texts in rows]
-    statistics = TextStatistics(max((len(texts) for texts in clean if texts), default=1), bleu=False)
-    statistics.add(clean)
-    grams: Counter[tuple[str, ...]] = Counter()
-    for text in (text for texts in clean for text in texts or ()):
-        words = WORD.findall(text.lower())
-        grams.update(zip(*(words[n:] for n in range(_WORDS)), strict=False))
-    frequent = sorted(grams.items(), key=lambda gram: (-gram[1], gram[0]))[:_SHOWN]
-    return TextFigures(statistics.summary(), tuple((" ".join(gram), count) for gram, count in frequent if count > 1))

@@ -28,10 +28,10 @@ from reinforce.engine.recompute import recompute
 from reinforce.errors import UserError
 from reinforce.evaluation.config import RetrievalSet
 from reinforce.evaluation.sets import Example, open_retrieval_set
-from reinforce.inspection.rows import read_rows, text_figures
+from reinforce.inspection.captions import similarities, text_figures
+from reinforce.inspection.rows import Rows, read_rows
 from reinforce.inspection.selection import select
 from reinforce.publishing.embeddings import export_embeddings
-from reinforce.report.captions import captions_report
 from reinforce.student.config import Data
 from reinforce.student.data.feed import StudentFeed
 from tests.helpers.commands import printed_by
@@ -144,6 +144,11 @@ def test_a_student_draws_one_an_epoch_with_its_own_vector_and_resumes(made: Path
     assert {*batch["key"]} == seen.keys(), "a batch may be larger than the usable rows"
 
 
+def inspected(made: Path) -> Rows:
+    data = Dataset(str(made))
+    return read_rows(data, select(data, 100, 0))
+
+
 def test_captioners_learn_from_all_of_them_retrieval_is_evaluated_on_them_and_reports_count_them(made: Path) -> None:
     several = {key: texts[:5] for key, texts in CAPTIONS.items() if texts}
     source = PairSource("data", str(made), None, CaptionerData(source=str(made)), seed=0)
@@ -153,10 +158,7 @@ def test_captioners_learn_from_all_of_them_retrieval_is_evaluated_on_them_and_re
         retrieval = open_retrieval_set("own", RetrievalSet(pairs=str(made), captions=[where]), Limits())
         assert {one.key: [*one.target] for one in retrieval.examples() if isinstance(one, Example)} == expected
     kept = sum(map(len, several.values()))
-    data = Dataset(str(made))
-    rows = read_rows(data, select(data, 100, 0))
-    assert text_figures(rows)["caption"].summary["captions"] == kept
-    assert captions_report(str(made))["texts"]["caption"]["captions"] == kept
+    assert text_figures(inspected(made))["caption"].summary["captions"] == kept
 
 
 SCORES = {"match": {"similarity": ["red", "blue"], "texts": ["caption", "namer"]}}
@@ -197,8 +199,8 @@ def test_means_over_captions_count_each_once_in_scores_reports_and_exports(made:
     assert pq.read_table(one) == pq.read_table(other), "from stored samples"
     samples = [sample for sample in by_key(made).values() if sample.caption is not None]
     cosines = [np.mean(sample.images["red"] @ text) for sample in samples for text in sample.texts["red"]["caption"]]
-    report = captions_report(str(made))["similarity"]["red"]["caption"]
-    assert (report["captions"], report["mean"]) == (len(cosines), pytest.approx(np.mean(cosines), abs=1e-3))
+    found = similarities(inspected(made))["red"]["caption"]
+    assert (len(found), found.mean()) == (len(cosines), pytest.approx(np.mean(cosines), abs=1e-3))
     options: dict[str, Any] = {"teacher": "red", "text": "average", "dtype": "float32", "use_ray": False}
     export_embeddings(str(made), str(tmp_path / "vectors"), **options)
     keys = pq.read_table(tmp_path / "vectors" / "metadata")["image_path"].to_pylist()

@@ -28,7 +28,6 @@ RUN = [
     r"reinforce dashboard grafana/dashboards",
     r"reinforce validate my-data( --quick| --repair)?( --sample 2000)?( --sources shards)?",
     r"reinforce check (my\.yaml|our_teachers:Tiny --options .*|our_scores:Sharpness)",
-    r"reinforce captions-report my-data",
     r"reinforce inspect my-data my-report",
     r"reinforce export datacompdr my-data my-data-dr --teachers conv-64,tiny",
     r"reinforce export labels my-data my-labels --license cc-by-4\.0",

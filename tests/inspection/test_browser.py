@@ -25,7 +25,7 @@ OPTIONS = [
     "--no-sandbox", "--disable-gpu", "--disable-software-rasterizer", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
-PAGES = ("index.html", "gallery.html", "plots.html")
+PAGES = ("index.html", "gallery.html", "captions.html", "plots.html")
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_pages_open_from_disk_and_from_a_server_with_names_for_screen_readers(re
         for root in (f"file://{report}", url):
             for name in PAGES:
                 watched.page.goto(f"{root}/{name}", wait_until="networkidle")
-                assert watched.page.locator("h1").inner_text() in ("Summary", "Gallery", "Plots")
+                assert watched.page.locator("h1").inner_text() in ("Summary", "Gallery", "Captions", "Plots")
                 if root != url:
                     check_names(watched.page)
     assert len(watched.requests) > 20
@@ -166,11 +166,11 @@ def test_the_keyboard_reaches_everything_and_focus_is_visible(report: Path, watc
       return [name, style.outlineStyle, parseFloat(style.outlineWidth)];
     }"""
     stops = []
-    for _ in range(9):
+    for _ in range(10):
         page.keyboard.press("Tab")
         stops.append(page.evaluate(outline))
     names = [name for name, *_ in stops]
-    assert names[:7] == ["Skip to the content", "Summary", "Gallery", "Plots", "theme", "view", "query"]
+    assert names[:8] == ["Skip to the content", "Summary", "Gallery", "Captions", "Plots", "theme", "view", "query"]
     assert [(style, width) for _, style, width in stops if style == "none" or width < 2] == []
     for _ in range(3):
         page.keyboard.press("Shift+Tab")  # to the views

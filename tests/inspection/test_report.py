@@ -21,7 +21,7 @@ from tests.helpers.inspected import REFUSED, WITHOUT_CAPTION, hostile_dataset
 from tests.helpers.reinforced import small_dataset
 from tests.helpers.views import make_view
 
-PAGES = ("index.html", "gallery.html", "plots.html")
+PAGES = ("index.html", "gallery.html", "captions.html", "plots.html")
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_only_the_chosen_teachers_and_captioners_are_read(url: str, tmp_path: Pa
     plots = Addresses((tmp_path / "report" / "plots.html").read_text()).text
     assert "embeddings/blue/images" in plots
     assert "embeddings/red" not in plots
-    assert "evil" not in plots
+    assert "evil" not in Addresses((tmp_path / "report" / "captions.html").read_text()).text
     assert "needs two that have a logit scale" in plots
     with pytest.raises(UserError, match="green"):
         inspect(url, str(tmp_path / "other"), ["green"])
@@ -111,7 +111,8 @@ def test_a_dataset_without_texts_or_teachers_has_a_report(tmp_path: Path) -> Non
         data = small_dataset(tmp_path / name, (3,), teachers=teachers, captioners={})
         found = inspect(data, str(tmp_path / name / "report"))
         assert (found.rows, found.pictures) == (3, 3)
-        assert "No teacher has vectors of both" in (tmp_path / name / "report" / "plots.html").read_text()
+        for page in ("captions.html", "plots.html"):
+            assert "No teacher has vectors of both" in (tmp_path / name / "report" / page).read_text()
 
 
 @pytest.mark.usefixtures("without_charts")

@@ -36,7 +36,7 @@ def test_rows_have_the_similarities_and_crops_of_their_samples(url: str, rows: R
     for number, sample in enumerate(samples):
         true = sample.texts["red"]["caption"][0]
         expected = [true @ image / np.linalg.norm(true) / np.linalg.norm(image) for image in sample.images["red"]]
-        np.testing.assert_allclose(rows.similarities("red", "caption")[number], expected, atol=1e-5)
+        np.testing.assert_allclose(rows.crop_similarities("red")[number], expected, atol=1e-5)
         synthetic = sample.texts["red"]["namer"] @ sample.images["red"].T
         np.testing.assert_allclose(rows.similarities("red", "namer")[number], synthetic.mean(1), atol=2e-3)
         for k, augmentation in enumerate(sample.augmentations):

@@ -1,1 +1,0 @@
-"""Reports on datasets, as tables, JSON and plots."""
