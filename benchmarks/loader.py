@@ -45,7 +45,7 @@ from reinforce.dataset.augment.backends import load_backend
 from reinforce.dataset.augment.records import AUGMENTATION_BACKEND, Augmentation
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.manifest.manifest import update_manifest, write_manifest
-from reinforce.engine.decode.pool import DecodePool
+from reinforce.engine.decode.decode_pool import DecodePool
 from reinforce.engine.inference.models import describe_loaded, load_models
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.worker.shard import ShardProcess

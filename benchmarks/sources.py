@@ -30,7 +30,7 @@ from benchmarks.processes import children, cpu_seconds
 from benchmarks.stored import write_results, write_tar
 from reinforce.config import parse_config
 from reinforce.dataset.files.store import Store
-from reinforce.engine.decode.pool import DecodePool
+from reinforce.engine.decode.decode_pool import DecodePool
 from reinforce.engine.inference.models import load_models
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.worker.shard import ShardProcess

@@ -18,8 +18,12 @@ PACKAGES = ("reinforce", "teachers", "schemas", "jobs", "benchmarks", "examples"
 BROKEN = [
     ("Programs use reinforce, reinforce uses teachers", "teachers/weights.py", "reinforce.errors"),
     ("Inside reinforce imports point one way", "reinforce/source/captions.py", "reinforce.dataset.layers"),
-    ("The engine: messages, plan, decode", "reinforce/engine/plan/plan.py", "reinforce.engine.driver.pool"),
-    ("The driver acts, its policy decides", "reinforce/engine/driver/policy/memory.py", "reinforce.engine.driver.pool"),
+    ("The engine: messages, plan, decode", "reinforce/engine/plan/plan.py", "reinforce.engine.driver.worker_pool"),
+    (
+        "The driver acts, its policy decides",
+        "reinforce/engine/driver/policy/memory.py",
+        "reinforce.engine.driver.worker_pool",
+    ),
     ("Policy is pure", "reinforce/engine/driver/policy/outages.py", "ray"),
     ("Datasets: files, manifest", "reinforce/dataset/files/damage.py", "reinforce.dataset.manifest.claims"),
     ("Sources: bytes, samples, formats", "reinforce/source/streams.py", "reinforce.source.reading"),

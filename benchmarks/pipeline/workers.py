@@ -17,7 +17,7 @@ from benchmarks.pipeline.inputs import make_config
 from benchmarks.pipeline.stand_ins import STAND_IN, FixedTimeTeacher, StandInAccelerator, skip_conversion
 from benchmarks.processes import Children, children, cpu_seconds, serve
 from reinforce.dataset.files.store import Store
-from reinforce.engine.decode.pool import DecodePool
+from reinforce.engine.decode.decode_pool import DecodePool
 from reinforce.engine.inference.models import Models
 from reinforce.engine.messages.task import PendingShard
 from reinforce.engine.plan.plan import make_plan

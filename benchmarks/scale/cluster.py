@@ -231,12 +231,12 @@ def simulated(cluster: Cluster, layers: Sequence[str]) -> Iterator[SimulatedRay]
 def in_place_of_ray(ray: Any) -> Iterator[None]:
     """Replace Ray in the modules of the driver."""
     from reinforce import cluster
-    from reinforce.engine.driver import driver, pool, worker_lifecycle
+    from reinforce.engine.driver import driver, worker_lifecycle, worker_pool
 
     with contextlib.ExitStack() as stack:
-        for module in (driver, pool, worker_lifecycle, cluster):
+        for module in (driver, worker_pool, worker_lifecycle, cluster):
             stack.enter_context(mock.patch.object(module, "ray", ray))
-        stack.enter_context(mock.patch.object(pool, "as_actor", return_value=ray))
+        stack.enter_context(mock.patch.object(worker_pool, "as_actor", return_value=ray))
         for watch in ("RayletWatch", "ControlWatch"):
             stack.enter_context(mock.patch.object(driver, watch))
         stack.enter_context(mock.patch.object(driver, "draining_nodes", return_value={}))

@@ -13,7 +13,7 @@ from reinforce.dataset import vectors
 from reinforce.dataset.comparison import MIN_COSINE
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import SAMPLES, Layer
-from reinforce.engine.decode.pool import DecodePool
+from reinforce.engine.decode.decode_pool import DecodePool
 from reinforce.engine.inference.models import load_models, on_this_machine
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.worker.shard import ShardProcess

@@ -11,7 +11,7 @@ from reinforce.source.captions import captions_of
 from reinforce.source.formats.base import Shard
 from reinforce.source.formats.recognise import find_format
 from reinforce.source.linked_images.places import Places
-from reinforce.source.samples import Item, Place, RawSample, ReadBudget, Refusal, refusing_absent
+from reinforce.source.samples import Item, RawSample, ReadBudget, Refusal, UnreadSample, refusing_absent
 
 _MOST_CAPTIONS = 64  # of a sample, as in the config
 
@@ -62,10 +62,10 @@ def find_several(shard: Shard, spec: Input, samples: Sequence[RawSample], most: 
 def _image(item: Item) -> str | bytes | None:
     if isinstance(item, Refusal):
         return None
-    return item.location if isinstance(item, Place) else item.image
+    return item.location if isinstance(item, UnreadSample) else item.image
 
 
-def _captions(item: RawSample | Place, spec: Input) -> list[str]:
+def _captions(item: RawSample | UnreadSample, spec: Input) -> list[str]:
     sidecars = item.all_sidecars if isinstance(item, RawSample) else item.sidecars
     found = (captions_of(sidecars, [field], spec.limits, _MOST_CAPTIONS) for field in spec.captions)
     return next(filter(None, found), [])
@@ -74,7 +74,7 @@ def _captions(item: RawSample | Place, spec: Input) -> list[str]:
 def _with_images(items: Iterator[Item], table: str, spec: Input) -> Iterator[RawSample | Refusal]:
     """Yield the items; images in files of their own are read."""
     for item in items:
-        if isinstance(item, Place):
+        if isinstance(item, UnreadSample):
             yield from Places(table, spec).samples(itertools.chain([item], items))
             return
         yield item

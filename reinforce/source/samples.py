@@ -76,8 +76,8 @@ class RawSample:
 
 
 @dataclass(frozen=True)
-class Place:
-    """A sample whose image is a file of its own, at a path or URL."""
+class UnreadSample:
+    """A sample whose image is not read yet: a file of its own, at a path or URL."""
 
     key: str
     location: str
@@ -87,7 +87,7 @@ class Place:
 
 
 #: What formats yield.
-Item = RawSample | Place | Refusal
+Item = RawSample | UnreadSample | Refusal
 
 
 @dataclass

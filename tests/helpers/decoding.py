@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from reinforce.config import Config
-from reinforce.engine.decode.pool import CellLease, DecodePool
+from reinforce.engine.decode.decode_pool import CellLease, DecodePool
 from reinforce.engine.decode.row import DecodeSpec, Row
 from reinforce.engine.decode.rows import RowSpec
 

@@ -9,7 +9,7 @@ import pytest
 
 from reinforce.config import parse_config
 from reinforce.dataset.layers import Layer
-from reinforce.engine.driver.pool import Pool, Slot
+from reinforce.engine.driver.worker_pool import Slot, WorkerPool
 from reinforce.engine.messages.results import WorkerId, WorkerInfo
 from reinforce.engine.messages.task import PendingShard
 
@@ -34,12 +34,14 @@ class Actor:
         return method
 
 
-def pool_of(monkeypatch: pytest.MonkeyPatch, slots: list[Slot], **workers: Any) -> Pool:
+def pool_of(monkeypatch: pytest.MonkeyPatch, slots: list[Slot], **workers: Any) -> WorkerPool:
     """A pool with ``slots``, whose new workers are of ``Actor``."""
-    monkeypatch.setattr("reinforce.engine.driver.pool.ray.put", lambda value: value)
-    monkeypatch.setattr("reinforce.engine.driver.pool.ray.kill", lambda actor: None)
-    monkeypatch.setattr("reinforce.engine.driver.pool.as_actor", lambda _: SimpleNamespace(remote=lambda *_: Actor()))
-    pool = Pool(parse_config({"source": "a.tar", "output": "/tmp/out", "workers": workers}), {}, frozenset())
+    monkeypatch.setattr("reinforce.engine.driver.worker_pool.ray.put", lambda value: value)
+    monkeypatch.setattr("reinforce.engine.driver.worker_pool.ray.kill", lambda actor: None)
+    monkeypatch.setattr(
+        "reinforce.engine.driver.worker_pool.as_actor", lambda _: SimpleNamespace(remote=lambda *_: Actor())
+    )
+    pool = WorkerPool(parse_config({"source": "a.tar", "output": "/tmp/out", "workers": workers}), {}, frozenset())
     pool.slots = slots
     for slot in slots:
         if slot.info:

@@ -10,7 +10,7 @@ from pathlib import Path
 from reinforce.config import Input
 from reinforce.source.formats.base import Shard, SourceFormat
 from reinforce.source.formats.columns import make_sample
-from reinforce.source.samples import Item, Place, ReadBudget, Refusal, unique_keys
+from reinforce.source.samples import Item, ReadBudget, Refusal, UnreadSample, unique_keys
 from reinforce.source.streams import open_stream
 from schemas import Reason
 
@@ -39,7 +39,7 @@ def _samples(shard: Shard, spec: Input) -> Iterator[Item]:
         if len(image) < sizes[2]:
             yield Refusal(None, Reason.SHARD_DAMAGED, f"it ends inside the record {key.decode()}")
             return
-        yield make_sample(Place(key.decode(), "", {"txt": caption}, {}, ()), image, spec.limits)
+        yield make_sample(UnreadSample(key.decode(), "", {"txt": caption}, {}, ()), image, spec.limits)
 
 
 def write_records(path: Path, records: list[tuple[str, str, bytes]]) -> Path:

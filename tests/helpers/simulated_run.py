@@ -13,8 +13,8 @@ from reinforce.config import Failures
 from reinforce.dataset.layers import Layer
 from reinforce.engine.driver.policy.decisions import Decision, EndedWorker, PauseWorker, Quarantine, ReplaceWorker
 from reinforce.engine.driver.policy.failures import FailurePolicy
-from reinforce.engine.driver.pool import Slot
 from reinforce.engine.driver.shard_queue import ShardQueue
+from reinforce.engine.driver.worker_pool import Slot
 from reinforce.engine.messages.results import WorkerId
 from reinforce.engine.messages.task import PendingShard
 from tests.helpers.driver import SAMPLES_ONLY, started

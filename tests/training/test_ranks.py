@@ -22,7 +22,7 @@ from reinforce.errors import UserError
 from reinforce.training.distributed import gather, rank_watch
 from reinforce.training.distributed.rank_watch import (
     AbsentRanks,
-    Place,
+    RankPlace,
     RankWatch,
     absent_ranks,
     describe_rank,
@@ -262,13 +262,13 @@ def test_a_rank_that_others_wait_for_in_vain_is_named_with_where_it_is(trained: 
 TIMED_OUT = RuntimeError("[unbound_buffer.cc:78] Timed out waiting 1000ms for recv operation to complete")
 
 
-def place(count: int, waits: bool = False, age: float = 0.0, ended: str = "") -> Place:
+def place(count: int, waits: bool = False, age: float = 0.0, ended: str = "") -> RankPlace:
     now = time.time() - age
-    return Place(count, "the gradients of step 3", now - 60, "model.py:7 in forward", waits, "node", 12, now, ended)
+    return RankPlace(count, "the gradients of step 3", now - 60, "model.py:7 in forward", waits, "node", 12, now, ended)
 
 
 def test_the_absent_are_those_behind_or_lost_or_busy_with_their_own_code() -> None:
-    cases: list[tuple[dict[int, Place], list[int]]] = [
+    cases: list[tuple[dict[int, RankPlace], list[int]]] = [
         ({1: place(7), 2: place(6)}, [2]),
         ({1: place(7)}, [2]),
         ({1: place(7, age=60), 2: place(7)}, [1]),

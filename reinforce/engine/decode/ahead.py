@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import wait
 
-from reinforce.engine.decode.pool import CellLease, Chunk
+from reinforce.engine.decode.decode_pool import CellLease, RowChunk
 from reinforce.engine.decode.row import Decoded, Failed, Row
 from reinforce.engine.messages.pulse import DECODING, READING
 from reinforce.source.samples import RawSample, Refusal
@@ -47,9 +47,9 @@ class _Ahead:
     def __init__(self, lease: CellLease, chunk_limit: int) -> None:
         self.bytes = 0  # encoded, of all pending rows
         self._lease, self._chunk_limit = lease, chunk_limit
-        self._pending: deque[Refusal | tuple[Chunk, int]] = deque()
-        self._open, self._open_bytes = Chunk(lease), 0
-        self._submitted: deque[Chunk] = deque()
+        self._pending: deque[Refusal | tuple[RowChunk, int]] = deque()
+        self._open, self._open_bytes = RowChunk(lease), 0
+        self._submitted: deque[RowChunk] = deque()
 
     def __len__(self) -> int:
         return len(self._pending)
@@ -101,7 +101,7 @@ class _Ahead:
         chunk = self._open
         self._lease.pool.submit(chunk)
         self._lease.watch.read_bytes += self._open_bytes
-        self._open, self._open_bytes = Chunk(self._lease), 0
+        self._open, self._open_bytes = RowChunk(self._lease), 0
         self._submitted.append(chunk)
         while self._submitted and self._submitted[0].future.done():
             self._submitted.popleft()

@@ -17,7 +17,7 @@ from reinforce.dataset.files.layer_file import LayerFile
 from reinforce.dataset.kinds.samples import true_captions
 from reinforce.engine.decode.ahead import decode_ahead
 from reinforce.engine.decode.cells import PixelLayout
-from reinforce.engine.decode.pool import CellLease
+from reinforce.engine.decode.decode_pool import CellLease
 from reinforce.engine.decode.row import Row, StoredImage
 from reinforce.engine.messages.pulse import READING
 from reinforce.errors import UserError

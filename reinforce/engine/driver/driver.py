@@ -2,7 +2,7 @@
 
 Each turn of its loop
 
-1. asks for as many workers as there are shards left, at most `workers.max` (`pool.py`),
+1. asks for as many workers as there are shards left, at most `workers.max` (`worker_pool.py`),
 2. decides about the shards of workers that have died (`policy/failures.py`),
 3. leases shards to workers that can take one (`shard_queue.py`),
 4. handles what is ready: started workers, ended leases, pulses of workers (`worker_lifecycle.py`),
@@ -39,10 +39,10 @@ from reinforce.engine.driver.policy.decisions import (
     RunAlone,
 )
 from reinforce.engine.driver.policy.failures import error_text, ray_ended
-from reinforce.engine.driver.pool import Slot
 from reinforce.engine.driver.reporter import Reporter
 from reinforce.engine.driver.state import RunState
 from reinforce.engine.driver.worker_lifecycle import WorkerLifecycle
+from reinforce.engine.driver.worker_pool import Slot
 from reinforce.engine.messages.results import ShardResult, StorageFailure
 from reinforce.engine.messages.task import PendingShard
 from reinforce.engine.messages.tracebacks import shorten

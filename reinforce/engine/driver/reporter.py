@@ -10,8 +10,8 @@ import time
 from typing import Any
 
 from reinforce.dataset.runs.progress import FILE, FailingShard, LeaseProgress, RunProgress, SlowShard, WorkerProgress
-from reinforce.engine.driver.pool import Slot
 from reinforce.engine.driver.state import RunState
+from reinforce.engine.driver.worker_pool import Slot
 from reinforce.engine.record.metrics import Recorder, totals_values
 from reinforce.engine.record.progress import Rates, Snapshot
 from reinforce.errors import UserError

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TypeAlias
 
 from reinforce.engine.driver.policy.decisions import Decision, Quarantine, Requeue, Retry, RunAlone
-from reinforce.engine.driver.pool import Slot
+from reinforce.engine.driver.worker_pool import Slot
 from reinforce.engine.messages.results import WorkerId
 from reinforce.engine.messages.task import PendingShard
 from reinforce.engine.worker.actor import SHARDS_IN_FLIGHT

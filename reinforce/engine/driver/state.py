@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from reinforce.cluster import live_resources
 from reinforce.dataset.files.store import Store
 from reinforce.engine.driver.policy.failures import FailurePolicy
-from reinforce.engine.driver.pool import Pool, Slot
 from reinforce.engine.driver.shard_queue import ShardQueue
+from reinforce.engine.driver.worker_pool import Slot, WorkerPool
 from reinforce.engine.plan.plan import Plan
 from reinforce.engine.record.events import Events
 from reinforce.engine.record.progress import Progress, Snapshot
@@ -31,7 +31,7 @@ class RunState:
         self.queue, self.totals = ShardQueue(plan.pending), RunTotals()
         self.policy = FailurePolicy(self.config.failures, plan.layers, plan.shards, plan.quarantined, workers.recycle)
         self.events = Events(store, self.config, self.redact)
-        self.pool = Pool(self.config, plan.layers, self.needed)
+        self.pool = WorkerPool(self.config, plan.layers, self.needed)
         self.silent: Sequence[Slot] = ()  # workers with leases that have not answered for some seconds
 
     def log(self, text: str) -> None:

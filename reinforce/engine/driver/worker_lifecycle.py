@@ -15,8 +15,8 @@ from reinforce.cluster import cause_of, is_node_lost
 from reinforce.engine.driver.policy.decisions import EndedWorker, PauseWorker, ReplaceWorker
 from reinforce.engine.driver.policy.failures import error_text
 from reinforce.engine.driver.policy.hangs import Hang, StallLimits, find_hang, find_silence, silence_limit
-from reinforce.engine.driver.pool import Slot
 from reinforce.engine.driver.state import RunState
+from reinforce.engine.driver.worker_pool import Slot
 from reinforce.engine.messages.results import ShardResult, WorkerInfo
 from reinforce.engine.messages.task import PendingShard
 from reinforce.engine.messages.tracebacks import shorten

@@ -17,7 +17,7 @@ from reinforce.source.formats.base import Shard
 from reinforce.source.formats.columns import NoColumn, find_columns
 from reinforce.source.formats.recognise import find_format
 from reinforce.source.reading import find_several, read_samples
-from reinforce.source.samples import Place, RawSample
+from reinforce.source.samples import RawSample, UnreadSample
 from reinforce.source.urls import canonical, filesystem
 
 #: Names of captions besides those that are read by default, in the order of preference, in lower case.
@@ -151,7 +151,7 @@ def _folder_of_images(shard: Shard, spec: Input) -> str | None:
     """The folder beside a table, or beside its folder, that has the first image that the table names."""
     format_, folder = find_format(shard.format), canonical(shard.file).rpartition("/")[0]
     items = itertools.islice(format_.read(shard, spec), _FIRST_SAMPLES)
-    place = next((item.location for item in items if isinstance(item, Place)), "://")
+    place = next((item.location for item in items if isinstance(item, UnreadSample)), "://")
     if not format_.is_table or "://" in place or place.startswith("/") or ".." in place.split("/"):
         return None
     for parent in (folder, folder.rpartition("/")[0]):

@@ -20,7 +20,7 @@ import torch
 from reinforce.config import Config
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import Layer
-from reinforce.engine.decode.pool import DecodePool
+from reinforce.engine.decode.decode_pool import DecodePool
 from reinforce.engine.inference.models import Counters, Models, describe_loaded, load_models
 from reinforce.engine.inference.self_test import precisions
 from reinforce.engine.inference.stage_meter import device_report

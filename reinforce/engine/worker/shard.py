@@ -20,7 +20,7 @@ from reinforce.dataset.files.store import LayerWriter, Store, parse_footer
 from reinforce.dataset.layers import SAMPLES, Layer
 from reinforce.dataset.runs.key_sample import ShardKeys
 from reinforce.dataset.runs.shard_records import ShardRecord, SourceRecord
-from reinforce.engine.decode.pool import CellLease, DecodePool
+from reinforce.engine.decode.decode_pool import CellLease, DecodePool
 from reinforce.engine.decode.row import DecodeSpec, Row
 from reinforce.engine.decode.rows import GROUP_ROWS, RowSpec, rows_from_samples, rows_from_source
 from reinforce.engine.inference.batches import Batches, cells_per_shard, rows_ahead

@@ -13,7 +13,7 @@ from typing import Any
 from reinforce.config import Input, Limits
 from reinforce.source.captions import as_lines, texts_of
 from reinforce.source.file_types import image_extension
-from reinforce.source.samples import Place, RawSample, Refusal
+from reinforce.source.samples import RawSample, Refusal, UnreadSample
 from schemas import Reason
 
 #: Names of columns with images, with their places, and with keys: upper or lower case, in the order of preference.
@@ -119,7 +119,7 @@ class RowReader:
     def __init__(self, shard: str, spec: Input) -> None:
         self._shard, self._limits, self._several = shard, spec.limits, spec.captions_per_sample is not None
 
-    def sample(self, number: int, row: Mapping[str, Any], columns: Columns) -> RawSample | Place | Refusal:
+    def sample(self, number: int, row: Mapping[str, Any], columns: Columns) -> RawSample | UnreadSample | Refusal:
         """The sample of row ``number`` of the shard."""
         value = row.get(columns.key) if columns.key else None
         key = f"{self._shard}-{number:08d}" if value is None or value == "" else str(value)
@@ -130,7 +130,7 @@ class RowReader:
         place = image if isinstance(image, str) and (is_place(image) or (named and not is_data(image))) else None
         sidecars, left_out = self._sidecars(key, row, columns, place)
         if place is not None:
-            return Place(key, place, sidecars, left_out, columns.all)
+            return UnreadSample(key, place, sidecars, left_out, columns.all)
         if isinstance(image, str):
             image = _from_base64(image, self._limits)
         if isinstance(image, Refusal):
@@ -138,7 +138,7 @@ class RowReader:
         if not isinstance(image, bytes):
             what = "null" if image is None else f"of type {type(image).__name__}"
             return Refusal(key, Reason.NO_IMAGE, f"column {columns.image} is {what}")
-        return make_sample(Place(key, "", sidecars, left_out, columns.all), image, self._limits)
+        return make_sample(UnreadSample(key, "", sidecars, left_out, columns.all), image, self._limits)
 
     def _sidecars(
         self, key: str, row: Mapping[str, Any], columns: Columns, place: str | None
@@ -168,7 +168,7 @@ class RowReader:
         return {name: data for name, data in found.items() if name not in left_out}, left_out
 
 
-def make_sample(place: Place, image: bytes, limits: Limits, url: str | None = None) -> RawSample | Refusal:
+def make_sample(place: UnreadSample, image: bytes, limits: Limits, url: str | None = None) -> RawSample | Refusal:
     """The sample with these bytes of its image; ``url`` is that of a file that holds nothing else."""
     if len(image) > limits.image_bytes:
         detail = f"{len(image)} bytes, above limits.image_bytes of {limits.image_bytes}"

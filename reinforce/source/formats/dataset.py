@@ -19,7 +19,7 @@ from reinforce.source.formats.base import Shard, SourceFormat
 from reinforce.source.formats.columns import Columns, make_sample
 from reinforce.source.formats.parquet import ParquetFile, Row
 from reinforce.source.references import ImageRoots, LostImage, images_or_losses
-from reinforce.source.samples import Item, Place, RawSample, Refusal, unique_keys
+from reinforce.source.samples import Item, RawSample, Refusal, UnreadSample, unique_keys
 from reinforce.source.urls import Info, canonical, expand, filesystem
 from reinforce.source.views import RowDigests, rows_path, shards_path, split_view
 from reinforce.source.whole_reads import read_whole
@@ -168,7 +168,7 @@ def _sample(row: Row, image: bytes, spec: Input) -> RawSample | Refusal:
     sidecars = {name: row[column].encode() for column, name in _TEXTS.items() if row[column] is not None}
     if spec.captions_per_sample and (several := as_lines(row.get(TRUE_CAPTIONS))):
         sidecars["txt"] = several.encode()
-    return make_sample(Place(row["key"], "", sidecars, {}, ()), image, spec.limits)
+    return make_sample(UnreadSample(row["key"], "", sidecars, {}, ()), image, spec.limits)
 
 
 def _damage(item: Any) -> Refusal:

@@ -26,7 +26,7 @@ from reinforce.source.formats.lines import BrokenRow, LinesFormat
 from reinforce.source.formats.parquet import Parquet, ParquetFile, is_binary
 from reinforce.source.formats.recognise import format_of_name
 from reinforce.source.formats.tar import sample_of_files, split_name
-from reinforce.source.samples import Item, Place, RawSample, Refusal
+from reinforce.source.samples import Item, RawSample, Refusal, UnreadSample
 from reinforce.source.streams import NO_FILE, read_file
 from reinforce.source.urls import canonical, filesystem
 from reinforce.source.whole_reads import list_whole
@@ -189,7 +189,7 @@ class _ListReader:
             return item
         columns = replace(columns, metadata=tuple(name for name in columns.metadata if name != FILE_NAME))
         place = self._rows.sample(0, {FILE_NAME: "x.png", **row}, columns)
-        assert isinstance(place, Place)
+        assert isinstance(place, UnreadSample)
         members = tuple(dict.fromkeys((*item.members, *place.sidecars)))
         return replace(item, sidecars={**place.sidecars, **item.sidecars}, members=members)
 

@@ -18,7 +18,7 @@ from reinforce.processes.prefetch import prefetch
 from reinforce.source.formats.columns import make_sample
 from reinforce.source.linked_images.http import ImageRefusedByPlace, Unreachable, fetch
 from reinforce.source.references import MAX_URL_CHARS, ImageRoots
-from reinforce.source.samples import Item, Place, RawSample, Refusal
+from reinforce.source.samples import Item, RawSample, Refusal, UnreadSample
 from reinforce.source.streams import NO_FILE, read_file
 from reinforce.source.urls import canonical
 from schemas import Reason
@@ -67,7 +67,7 @@ class Places:
         return url
 
     def _read(self, item: Item) -> RawSample | Refusal:
-        if not isinstance(item, Place):
+        if not isinstance(item, UnreadSample):
             return item
         try:
             url, data = self._found(item.location)

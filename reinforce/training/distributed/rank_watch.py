@@ -41,7 +41,7 @@ class AbsentRanks(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Place:
+class RankPlace:
     """Where a rank is in its training run.
 
     ``count`` numbers the places of a rank, ``what`` names the place, ``since`` is when it was reached, ``frame`` the
@@ -146,16 +146,16 @@ class RankWatch:
         count, what, since, waits = self._at
         frame, collective = _frame_of(sys._current_frames().get(self._thread_id))
         host, pid = socket.gethostname(), os.getpid()
-        place = Place(count, what, since, frame, waits or collective, host, pid, time.time(), ended)
+        place = RankPlace(count, what, since, frame, waits or collective, host, pid, time.time(), ended)
         self._store.set(f"places/{self._rank}", json.dumps(asdict(place)))
 
-    def _read(self) -> dict[int, Place]:
+    def _read(self) -> dict[int, RankPlace]:
         """The places of the other ranks that have written one, and this one's own."""
         self._write()
         found = {}
         for rank in range(self._size):
             if self._store.check([f"places/{rank}"]):
-                found[rank] = Place(**json.loads(self._store.get(f"places/{rank}")))
+                found[rank] = RankPlace(**json.loads(self._store.get(f"places/{rank}")))
         return found
 
 
@@ -172,7 +172,7 @@ def next_report(waited: float, first: float, limit: float) -> float:
     return min(due, limit)
 
 
-def absent_ranks(places: dict[int, Place], own: int, size: int, silence: float) -> list[int]:
+def absent_ranks(places: dict[int, RankPlace], own: int, size: int, silence: float) -> list[int]:
     """The ranks that have not arrived at the place of rank ``own``.
 
     They are the ranks behind it; if there are none, those that have ended or have written nothing for ``silence``
@@ -186,7 +186,7 @@ def absent_ranks(places: dict[int, Place], own: int, size: int, silence: float) 
     return behind or lost or busy
 
 
-def describe_rank(rank: int, place: Place | None, silence: float) -> str:
+def describe_rank(rank: int, place: RankPlace | None, silence: float) -> str:
     """A sentence about an absent rank, and one about what to look at."""
     if place is None:
         return f"Rank {rank} has not started: look at the log of its process."

@@ -19,8 +19,8 @@ from benchmarks.scale.cluster import Cluster, SimulatedRay, config_of, simulated
 from reinforce.config import parse_config
 from reinforce.dataset.files.store import Store
 from reinforce.engine.driver import driver
-from reinforce.engine.driver.pool import Slot
 from reinforce.engine.driver.shard_queue import ShardQueue
+from reinforce.engine.driver.worker_pool import Slot
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.record.progress import Progress
 from reinforce.engine.record.summary import RunSummary

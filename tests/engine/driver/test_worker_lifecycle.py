@@ -11,9 +11,9 @@ from ray.exceptions import ActorUnavailableError
 
 from reinforce.config import parse_config
 from reinforce.dataset.files.store import Store
-from reinforce.engine.driver.pool import Slot
 from reinforce.engine.driver.state import RunState
 from reinforce.engine.driver.worker_lifecycle import WorkerLifecycle
+from reinforce.engine.driver.worker_pool import Slot
 from reinforce.engine.messages.results import ShardFailure, ShardResult
 from reinforce.engine.plan.plan import LayerState, Plan
 from reinforce.engine.record.progress import Progress

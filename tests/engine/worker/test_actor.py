@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from reinforce.config import parse_config
-from reinforce.engine.decode.pool import DecodePool
+from reinforce.engine.decode.decode_pool import DecodePool
 from reinforce.engine.inference.models import load_models
 from reinforce.engine.messages.results import LayerFailure, LoadFailure, ShardFailure, ShardResult, StorageFailure
 from reinforce.engine.messages.task import PendingShard

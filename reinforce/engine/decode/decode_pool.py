@@ -36,7 +36,7 @@ _MAX_LOST_STARTS = 3  # deaths in a row of processes that had not begun an image
 
 
 @dataclass(eq=False)
-class Chunk:
+class RowChunk:
     """Rows of one lease that a decode process receives together; ``future`` has one outcome for each of them.
 
     After a process has died at a row, that row is sent again alone and first, and then all others without an outcome.
@@ -91,7 +91,7 @@ class DecodePool:
         self.finished = 0  # approximate under threads; only its changes matter
         self.idle = 0
         self.closed = False
-        self.chunks: queue.PriorityQueue[tuple[float, int, Chunk | None]] = queue.PriorityQueue()
+        self.chunks: queue.PriorityQueue[tuple[float, int, RowChunk | None]] = queue.PriorityQueue()
         self.status = SharedMemory(processes * StatusBoard.ENTRY_BYTES)
         self.pixels = SharedMemory(1)  # the byte that processes lock
         self._regions: list[tuple[int, Bytes]] = []  # start and memory of each region that no shard uses
@@ -142,7 +142,7 @@ class DecodePool:
             with self._changing:
                 self._regions.append((start, region))
 
-    def submit(self, chunk: Chunk) -> Future[list[Outcome]]:
+    def submit(self, chunk: RowChunk) -> Future[list[Outcome]]:
         with self._changing:
             if self.closed:
                 raise RuntimeError(STOPPED)
@@ -154,7 +154,7 @@ class DecodePool:
         working = [at for server in self._servers if (at := server.working_on()) is not None]
         return max(working, key=lambda at: at[1])[0] if working else None
 
-    def next_chunk(self, wait: bool) -> Chunk | None:
+    def next_chunk(self, wait: bool) -> RowChunk | None:
         """The next chunk. Without ``wait``, None if other processes have nothing to do and can take what there is."""
         while wait or self.chunks.qsize() > self.idle:
             self._count_idle(+wait)
@@ -216,8 +216,8 @@ class _Server(threading.Thread):
         self._handle: ProcessHandle | None = None
         self._lost_starts = 0
         self._known: set[int] = set()  # leases whose spec the process has
-        self._todo: deque[Chunk] = deque()  # begun in a process that died
-        self._sent: deque[Chunk] = deque()
+        self._todo: deque[RowChunk] = deque()  # begun in a process that died
+        self._sent: deque[RowChunk] = deque()
         self._hung: tuple[int, int] | None = None  # chunk and row at which the process was killed
 
     def run(self) -> None:

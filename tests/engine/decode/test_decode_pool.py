@@ -19,7 +19,7 @@ import pytest
 from reinforce.config import parse_config
 from reinforce.engine.decode.ahead import chunk_rows, decode_ahead
 from reinforce.engine.decode.cells import PixelLayout
-from reinforce.engine.decode.pool import CellLease, Chunk, DecodePool
+from reinforce.engine.decode.decode_pool import CellLease, DecodePool, RowChunk
 from reinforce.engine.decode.row import Decoded, DecodeSpec, Row, StoredImage
 from reinforce.source.samples import RawSample, Refusal
 from schemas import Reason
@@ -47,7 +47,7 @@ def row(number: int, image: bytes | None = None, kind: type[RawSample] = RawSamp
 def submit(lease: CellLease, row: Row, cell: int = 0) -> Any:
     """The future of the outcome of one row."""
     row.cell = cell
-    return lease.pool.submit(Chunk(lease, [row]))
+    return lease.pool.submit(RowChunk(lease, [row]))
 
 
 def decode_all(pool: DecodePool, rows: Sequence[Row]) -> Found:
@@ -211,8 +211,8 @@ def test_closing_ends_the_processes_and_whoever_waits() -> None:
 
 PARENT = """
 import sys, time
-from reinforce.engine.decode.pool import DecodePool
-from tests.engine.decode.test_pool import SPEC, pids, row, submit
+from reinforce.engine.decode.decode_pool import DecodePool
+from tests.engine.decode.test_decode_pool import SPEC, pids, row, submit
 from tests.hostile.images import scan_bomb
 pool = DecodePool(2)
 pool.wait_until_ready()

@@ -7,9 +7,9 @@ import time
 import pytest
 
 from reinforce.config import Workers
-from reinforce.engine.driver.pool import Slot, describe_workers
 from reinforce.engine.driver.reporter import job_id, worker_progress
 from reinforce.engine.driver.shard_queue import ShardQueue
+from reinforce.engine.driver.worker_pool import Slot, describe_workers
 from reinforce.engine.messages.pulse import LeasePulse, Pulse
 from reinforce.engine.messages.results import WorkerId, WorkerInfo
 from reinforce.engine.messages.task import PendingShard
@@ -76,10 +76,10 @@ def test_the_pool_shrinks_by_workers_that_have_not_started_and_then_by_those_tha
 def test_no_worker_is_placed_on_an_avoided_node_unless_there_is_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     running, loading = started(), Slot(Actor())
     pool = pool_of(monkeypatch, [running, loading])
-    monkeypatch.setattr("reinforce.engine.driver.pool.live_nodes", lambda: frozenset({"x"}))
+    monkeypatch.setattr("reinforce.engine.driver.worker_pool.live_nodes", lambda: frozenset({"x"}))
     pool.avoid(frozenset({"x"}))
     assert pool.slots == [running, loading], "it is the only node"
-    monkeypatch.setattr("reinforce.engine.driver.pool.live_nodes", lambda: frozenset({"x", "y"}))
+    monkeypatch.setattr("reinforce.engine.driver.worker_pool.live_nodes", lambda: frozenset({"x", "y"}))
     pool.avoid(frozenset({"x", "z"}))
     assert pool.slots == [running], "what has not started may be on the node"
 

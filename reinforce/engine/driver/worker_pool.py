@@ -92,7 +92,7 @@ def describe_workers(workers: Workers, shards: int, limit: int, nodes: Sequence[
     return f"{line}; there are {places} places for workers and {left}: workers.cpus={cores} uses more cores"
 
 
-class Pool:
+class WorkerPool:
     """The worker actors of a run. Those that cannot be placed are pending in Ray until a node joins."""
 
     def __init__(self, config: Config, layers: Mapping[str, Layer], needed: frozenset[str]) -> None:
