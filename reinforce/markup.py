@@ -1,7 +1,7 @@
-"""HTML by jinja2 templates, in which everything that comes from data is text.
+"""HTML and Markdown by jinja2 templates.
 
-Values are escaped, and control characters in them are written as ``\\x00`` or ``\\u202e``. Only what templates and
-``render`` have made is HTML.
+In HTML everything that comes from data is text: values are escaped, and only what templates and ``render`` have made is
+HTML. In both, control characters of values are written as ``\\x00`` or ``\\u202e``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
 from reinforce.terminal import escape, format_bytes, format_duration
@@ -19,15 +19,20 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 def render(template: str, **values: Any) -> Markup:
-    """Fill in a template of the folder ``templates``."""
+    """Fill in an HTML template of the folder ``templates``."""
     return Markup(_environment().get_template(template).render(values))  # noqa: S704 - escaped by the environment
+
+
+def render_markdown(template: str, **values: Any) -> str:
+    """Fill in a Markdown template, whose values are not escaped; ends with a line end."""
+    return _environment().get_template(template).render(values) + "\n"
 
 
 @lru_cache(maxsize=1)
 def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
+        autoescape=select_autoescape(disabled_extensions=("md",), default=True),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

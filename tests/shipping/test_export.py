@@ -30,7 +30,6 @@ from reinforce.errors import UserError
 from reinforce.images.policy import decode
 from reinforce.shipping import packages
 from reinforce.shipping.checks import compare, compare_on_sets
-from reinforce.shipping.readme import ONNX, render
 from reinforce.shipping.targets import onnx as graph
 from reinforce.shipping.towers import Tower, count_parameters, reparameterize
 from teachers.open_clip.teacher import load_model
@@ -312,7 +311,8 @@ def test_largest_difference_is_infinite_where_a_number_is_not_finite() -> None:
     ],
 )
 def test_example_resizes_as_the_model_expects(spec: ImageSpec, line: str) -> None:
-    text = render(ONNX, {"model": "tiny", "dim": 16, "context_length": 77}, spec)
+    config = {"model": "tiny", "dim": 16, "context_length": 77, "normalised_by": "image.onnx"}
+    text = graph.Onnx().readme(config, spec)
     assert line in text
     assert f"uint8 [N, {spec.height}, {spec.width}, 3]" in text
     assert "float32 [N, 16]" in text

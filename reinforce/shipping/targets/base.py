@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from reinforce.shipping.readme import render
+from reinforce.markup import render_markdown
 from reinforce.shipping.towers import Tower
 from teachers.protocols import ImageSpec
 
@@ -37,11 +37,11 @@ class ExportOptions:
 
 class Target(ABC):
     """A runtime. ``title`` is its name in messages, ``weights`` are the precisions in which it stores weights, and
-    ``about_runtime`` is what the README of a model has of it."""
+    ``template`` makes the README of a model."""
 
     title: ClassVar[str]
     weights: ClassVar[tuple[str, ...]]
-    about_runtime: ClassVar[Mapping[str, str]]
+    template: ClassVar[str]
 
     @property
     def executor(self) -> str:
@@ -69,7 +69,20 @@ class Target(ABC):
 
     def readme(self, config: Mapping[str, Any], image: ImageSpec) -> str:
         """Return README.md of an exported folder. ``config`` is the content of its ``preprocess.json``."""
-        return render(self.about_runtime, config, image)
+        return render_markdown(
+            self.template,
+            model=config["model"],
+            height=image.height,
+            width=image.width,
+            dim=config["dim"],
+            context=config["context_length"],
+            resize=image.resize,
+            interpolation=image.interpolation,
+            image_file=(image_file := config["normalised_by"]),
+            text_file=(text_file := image_file.replace("_image.", "_text.")),
+            image_class=image_file.partition(".")[0],
+            text_class=text_file.partition(".")[0],
+        )
 
 
 def size_of(path: Path) -> int:

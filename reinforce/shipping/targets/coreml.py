@@ -11,7 +11,7 @@ import logging
 import platform
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from reinforce.shipping.readme import render_coreml
 from reinforce.shipping.targets.base import ExportOptions, Run, Target, row_by_row
 from reinforce.shipping.targets.mil import Interpreter
 from reinforce.shipping.towers import Tower
-from teachers.protocols import ImageSpec
 
 OUTPUT = "final_emb_1"
 #: The app's models by the side of their square pictures; their packages are called mobileclip_MODEL_image and _text.
@@ -38,6 +36,7 @@ _PALETTE, _PALETTE_STEPS = 2**6, 100
 class CoreMl(Target):
     title = "Core ML"
     weights = ("fp16", "int8", "palettised")
+    template = "export/coreml.md"
 
     def __init__(self) -> None:
         self._programs: dict[str, Any] = {}  # torch.export is slow: what `refuse` looked at is what `convert` takes
@@ -70,9 +69,6 @@ class CoreMl(Target):
     def load(self, path: Path, threads: int | None = None) -> Run:
         with _quiet():
             return row_by_row(_load_core_ml(path) if _has_core_ml() else _load_interpreter(path))
-
-    def readme(self, config: Mapping[str, Any], image: ImageSpec) -> str:
-        return render_coreml(config, image)
 
 
 class _Pixels(torch.nn.Module):

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from reinforce.shipping.readme import EXECUTORCH
 from reinforce.shipping.targets.base import ExportOptions, Run, Target, row_by_row, silenced
 from reinforce.shipping.towers import Tower
 
@@ -16,7 +15,7 @@ from reinforce.shipping.towers import Tower
 class ExecuTorch(Target):
     title = "ExecuTorch"
     weights = ("fp32", "dynamic-int8")
-    about_runtime = EXECUTORCH
+    template = "export/executorch.md"
 
     def __init__(self) -> None:
         self._delegated: dict[Path, tuple[int, int]] = {}

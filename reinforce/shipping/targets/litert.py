@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from reinforce.shipping.readme import LITERT
 from reinforce.shipping.targets.base import ExportOptions, Run, Target, row_by_row, silenced
 from reinforce.shipping.towers import Tower
 
@@ -18,7 +17,7 @@ _RECIPES = {"int8": "weight_only_wi8_afp32", "dynamic-int8": "dynamic_wi8_afp32"
 class LiteRt(Target):
     title = "LiteRT"
     weights = ("fp32", *_RECIPES)
-    about_runtime = LITERT
+    template = "export/litert.md"
 
     def max_difference(self, weights: str) -> float:
         return 1e-4 if weights == "fp32" else super().max_difference(weights)

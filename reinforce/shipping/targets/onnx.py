@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from reinforce.shipping.readme import ONNX
 from reinforce.shipping.targets.base import ExportOptions, Run, Target
 from reinforce.shipping.towers import Tower
 
@@ -21,7 +20,7 @@ EXTERNAL_DATA_BYTES = 19 * 10**8
 class Onnx(Target):
     title = "ONNX"
     weights = ("fp32",)
-    about_runtime = ONNX
+    template = "export/onnx.md"
 
     def max_difference(self, weights: str) -> float:
         return 1e-4
