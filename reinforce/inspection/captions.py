@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from reinforce.dataset.layers import TRUE_CAPTION
-from reinforce.inspection.plots import BINS, TRUE_LABEL, Chart, distribution, histograms, line_style
+from reinforce.inspection.plots import BINS, TRUE_COLOUR, TRUE_LABEL, Chart, distribution, histograms, line_style
 from reinforce.inspection.rows import Rows
 from reinforce.inspection.texts import DEFINITIONS, WORD, TextStatistics
 from reinforce.processes.imports import installed
@@ -131,6 +131,7 @@ def length_chart(texts: Mapping[str, TextFigures]) -> Chart | None:
 
 def distinct_charts(texts: Mapping[str, TextFigures]) -> Iterator[Chart]:
     """For n-grams of one to three words, how many are new in each further caption of an image."""
+    captioners = [name for name in texts if name != TRUE_CAPTION]
     for n in ("1", "2", "3"):
         every = {_label(name): figures.summary["distinct_within_image"][n] for name, figures in texts.items()}
         found = {name: shares for name, shares in every.items() if len(shares) > 1 and shares[0] is not None}
@@ -139,8 +140,9 @@ def distinct_charts(texts: Mapping[str, TextFigures]) -> Iterator[Chart]:
         counts = range(1, max(map(len, found.values())) + 1)
 
         def draw(axes: Axes, found: Mapping[str, list[float]] = found) -> None:
-            for number, (name, shares) in enumerate(found.items()):
-                axes.plot(range(1, len(shares) + 1), shares, label=name, marker="o", markersize=4, **line_style(number))
+            for name, shares in found.items():
+                style = {"color": TRUE_COLOUR} if name == TRUE_LABEL else line_style(captioners.index(name))
+                axes.plot(range(1, len(shares) + 1), shares, label=name, marker="o", markersize=4, **style)
             axes.set_ylim(0, 1.02)
             axes.locator_params(axis="x", integer=True)
 
