@@ -25,7 +25,11 @@ from tests.helpers.data import config_of
 from tests.helpers.reinforced import small_dataset
 
 ROOT = Path(__file__).parents[2]
-SOURCES = [path for folder in ("reinforce", "teachers", "schemas", "jobs") for path in (ROOT / folder).rglob("*.py")]
+SOURCES = [
+    path
+    for folder in ("reinforce", "teachers", "schemas", "jobs", "examples")
+    for path in (ROOT / folder).rglob("*.py")
+]
 #: Functions that execute data, or unpack it to paths from the data.
 NEVER = {"pickle.load", "pickle.loads", "joblib.load", "marshal.loads", "shelve.open", "eval", "exec", "os.system"}
 NEVER |= {"yaml.load", "tar.extract", "tar.extractall", "archive.extractall"}
