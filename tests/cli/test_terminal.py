@@ -68,25 +68,6 @@ def test_bash_completes_commands_and_options(command: Command, monkeypatch: pyte
     assert complete(command, monkeypatch, "reinforce evaluate m --precision b") == ["bf16"]
 
 
-BASH = """
-eval "$(_REINFORCE_COMPLETE=source_bash reinforce)"
-complete -p reinforce
-COMP_WORDS=(reinforce exp) COMP_CWORD=1
-_reinforce_completion reinforce exp reinforce
-echo "${COMPREPLY[@]}"
-"""
-
-
-def test_the_script_for_bash_completes_in_a_bash(tmp_path: Path) -> None:
-    program = tmp_path / "reinforce"
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m reinforce "$@"\n')
-    program.chmod(0o755)
-    path = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    done = subprocess.run(["bash", "-c", BASH], env=path, capture_output=True, text=True, check=False)
-    assert done.stdout.splitlines()[-1:] == ["export"], done.stderr
-    assert "-o default" in done.stdout, "files are completed where the program has no suggestion"
-
-
 CODE = """
 import os, sys
 from reinforce.cli import main

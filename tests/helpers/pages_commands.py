@@ -53,7 +53,7 @@ CHECKED = {
     r"ray start --head": "starts a cluster; tests/integration/test_cluster.py does",
     r"ray job submit .*": "needs a cluster; tests/integration/test_cluster.py submits one",
     r"torchrun .*": "needs several ranks; tests/integration/test_train.py runs them",
-    r"reinforce --(install|show)-completion": "needs a shell that it knows; tests/cli completes in a bash",
+    r"reinforce --(install|show)-completion": "needs a shell that it knows; tests/cli completes as a bash asks",
     r"reinforce (plan|run) configs/.*": "needs the data of the config; tests/integration runs small ones",
     r"reinforce init (photos/|shards) my\.yaml": "its config exists; see tests/engine/starter/test_starter.py",
     r"reinforce run my\.yaml --set source=.*": "a run like the others; tests/cli sets keys",
