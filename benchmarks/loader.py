@@ -53,7 +53,7 @@ from reinforce.images.policy import decode
 from reinforce.student.config import Data
 from reinforce.student.data.datasets import open_datasets
 from reinforce.student.data.feed import StudentFeed
-from reinforce.training.order import Chunk
+from reinforce.training.order import GroupChunk
 from teachers.open_clip.tokenizer import Tokenizer
 from teachers.protocols import ImageSpec
 
@@ -178,7 +178,7 @@ def reinforce(source: str, output: str, backend: str = AUGMENTATION_BACKEND, pro
 def decode_in_memory(pipe: Connection, url: str, number: int, processes: int) -> None:
     """Decode and augment as many images as the parent requests, until it closes the pipe. They are in memory."""
     [dataset] = open_datasets(Data.model_validate({"datasets": url}), 0, {})
-    chunks = [Chunk(g, 0, int(dataset.groups[g, 2])) for g in range(number, len(dataset.groups), processes)]
+    chunks = [GroupChunk(g, 0, int(dataset.groups[g, 2])) for g in range(number, len(dataset.groups), processes)]
     examples = itertools.cycle([row for chunk in chunks for row in dataset.load(chunk, 0).rows if row is not None])
 
     def decode_and_augment(count: int) -> None:

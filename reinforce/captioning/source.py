@@ -45,7 +45,7 @@ from reinforce.source.formats.base import Part, Shard
 from reinforce.source.formats.lines import COMPRESSIONS
 from reinforce.source.formats.recognise import find_format
 from reinforce.source.reading import read_samples
-from reinforce.source.samples import Item, Place, RawSample, Refusal
+from reinforce.source.samples import Item, UnreadSample, RawSample, Refusal
 from reinforce.source.urls import canonical, filesystem
 from reinforce.source.views import with_fingerprint
 from reinforce.source.whole_reads import open_whole
@@ -63,7 +63,7 @@ _MOST_CAPTIONS = 64  # of a sample of a dataset
 _log = logging.getLogger(__name__)
 
 #: A sample with its captions.
-Pair: TypeAlias = "tuple[RawSample | Place, Sequence[str]]"
+Pair: TypeAlias = "tuple[RawSample | UnreadSample, Sequence[str]]"
 #: A group as a shard that is read at once, and the number of its samples, None if it is not known.
 Group: TypeAlias = "tuple[Shard, int | None]"
 
@@ -171,7 +171,7 @@ class PairSource:
     def _is_held_out(self, key: str) -> bool:
         return self.share is not None and seed_for(self.seed, key, "held out") < int(self.share * 2**64)
 
-    def _captions(self, item: RawSample | Place) -> Sequence[str]:
+    def _captions(self, item: RawSample | UnreadSample) -> Sequence[str]:
         sidecars = item.all_sidecars if isinstance(item, RawSample) else item.sidecars
         if self.is_dataset:  # whose samples may keep several captions
             several = read_captions(sidecars, ["lines:txt"], self.data.limits)

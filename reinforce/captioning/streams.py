@@ -40,7 +40,7 @@ from reinforce.student.data.assembly import Assembler
 from reinforce.student.data.examples import Example, Examples, SampleFile
 from reinforce.student.data.feed import StreamFeed
 from reinforce.student.data.parts import PartMaker, Tokenize
-from reinforce.training.order import Chunk
+from reinforce.training.order import GroupChunk
 
 
 class Reading(NamedTuple):
@@ -80,7 +80,7 @@ class StreamedPairs:
         digest = hashlib.sha256(json.dumps([names, self.counts.tolist()]).encode()).hexdigest()[:16]
         return f"{self.counts.sum():,} examples in {len(names):,} groups, SHA-256 {digest}"
 
-    def load(self, chunk: Chunk, epoch: int, keep: bool = False) -> Examples:
+    def load(self, chunk: GroupChunk, epoch: int, keep: bool = False) -> Examples:
         """Read the examples of a chunk of a group in one epoch; see ``Streamed``.
 
         Samples that are refused have no row where they were read to be counted, and are the last ones of a group
@@ -103,7 +103,7 @@ class StreamedPairs:
         reasons = dict(refused) or {"fewer samples than were counted": missing}
         return Examples([*examples, *[None] * missing], reasons if missing else {})
 
-    def _rows(self, chunk: Chunk, refused: Counter[str]) -> Iterator[tuple[RawSample, Sequence[str], int | None]]:
+    def _rows(self, chunk: GroupChunk, refused: Counter[str]) -> Iterator[tuple[RawSample, Sequence[str], int | None]]:
         """Yield the samples of a chunk with their captions, and with ``use: all`` the number of one of these."""
         number, every = 0, self.source.data.use == "all"
         for item, captions in self.source.pairs(self.shards[chunk.group], refused):

@@ -64,7 +64,7 @@ def places(batch: int, step: int, streams: int, processes: int, row_processes: i
 
 
 @dataclass(frozen=True)
-class Chunk:
+class GroupChunk:
     """Rows ``first`` to ``stop`` (exclusive) of row group ``group``: the intersection of the group and a span."""
 
     group: int
@@ -85,7 +85,7 @@ class Window:
     """
 
     epoch: int
-    chunks: tuple[Chunk, ...]
+    chunks: tuple[GroupChunk, ...]
     order: Ints
     skip: int
     start: int
@@ -135,7 +135,7 @@ class Order:
                 yield Window(epoch, chunks, order, max(0, skip - start), start)
             start += length
 
-    def _chunks(self, stream: int, epoch: int) -> Iterator[tuple[int, Chunk]]:
+    def _chunks(self, stream: int, epoch: int) -> Iterator[tuple[int, GroupChunk]]:
         """The chunks of a span, each with the number of rows of the span before it."""
         first, stop = self.span(stream, epoch)
         groups, starts = self._sequence(epoch)
@@ -144,7 +144,7 @@ class Order:
             if start >= stop:
                 break
             begin = max(start, first)
-            yield begin - first, Chunk(int(groups[place]), begin - start, min(end, stop) - start)
+            yield begin - first, GroupChunk(int(groups[place]), begin - start, min(end, stop) - start)
 
     def _shuffled_groups(self, epoch: int) -> tuple[Ints, Ints]:
         """Non-empty row groups [g] in the order of an epoch, and the first row of each in its sequence [g + 1]."""

@@ -15,7 +15,7 @@ from reinforce.captioning.model import CaptionerModel, build_captioner
 from reinforce.captioning.streams import StreamedPairs, predicted_lengths
 from reinforce.captioning.task import CaptioningTask
 from reinforce.settings import parse
-from reinforce.training.order import Chunk
+from reinforce.training.order import GroupChunk
 from reinforce.training.task import Batch, Feed
 from teachers.open_clip.tokenizer import Tokenizer
 from tests.helpers.data import picture, write_tar
@@ -107,7 +107,7 @@ def take(feed: Feed, steps: int, rank: int = 0, ranks: int = 1, batch: int = 4, 
 
 def take_keys(pairs: StreamedPairs) -> set[str]:
     """The keys of all examples of an epoch."""
-    chunks = [Chunk(group, 0, rows) for group, rows in enumerate(pairs.counts.tolist())]
+    chunks = [GroupChunk(group, 0, rows) for group, rows in enumerate(pairs.counts.tolist())]
     return {row.key for chunk in chunks for row in pairs.load(chunk, 0).rows if row is not None}
 
 

@@ -21,7 +21,7 @@ from reinforce.captioning.held_out import HELD_OUT_FILE
 from reinforce.student.config import Data
 from reinforce.student.data.datasets import open_datasets
 from reinforce.student.data.feed import StudentFeed
-from reinforce.training.order import Chunk
+from reinforce.training.order import GroupChunk
 from reinforce.training.task import Batch
 from reinforce.tuning.command import tune
 from reinforce.tuning.config import TuneConfig
@@ -78,7 +78,7 @@ def test_batches_from_s3_equal_those_from_disk_and_a_row_group_takes_few_request
         return await original(self, method, *args, **kwargs)
 
     monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", counted)
-    groups = [Chunk(group, 0, rows) for group, rows in enumerate(dataset.groups[:, 2].tolist())]
+    groups = [GroupChunk(group, 0, rows) for group, rows in enumerate(dataset.groups[:, 2].tolist())]
     examples = [row for chunk in groups for row in dataset.load(chunk, 0).rows]
     assert (len(groups), len(examples)) == (5, 32)
     layers = 8

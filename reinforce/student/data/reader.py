@@ -23,7 +23,7 @@ from reinforce.dataset.reading.sample import ImagePolicies
 from reinforce.errors import UserError
 from reinforce.source.references import ChangedImages, ImageRoots
 from reinforce.student.data.examples import Example, Examples, ExampleSpec, ReadLayer, SampleFile, make_examples
-from reinforce.training.order import Chunk, Order, Window
+from reinforce.training.order import GroupChunk, Order, Window
 
 #: Rows that are searched for a usable one before the training run fails.
 _MAX_UNUSABLE_ROWS = 100_000
@@ -89,7 +89,7 @@ class Streamed(Protocol):
     @property
     def groups(self) -> npt.NDArray[np.int64]: ...
 
-    def load(self, chunk: Chunk, epoch: int, keep: bool = False) -> Examples:
+    def load(self, chunk: GroupChunk, epoch: int, keep: bool = False) -> Examples:
         """Read a chunk's examples of one epoch; with ``keep``, its group may be kept for other chunks of it."""
 
 
@@ -121,7 +121,7 @@ class StreamedDataset:
     def rows(self) -> int:
         return int(self.groups[:, 2].sum())
 
-    def load(self, chunk: Chunk, epoch: int, keep: bool = False) -> Examples:
+    def load(self, chunk: GroupChunk, epoch: int, keep: bool = False) -> Examples:
         """Read a chunk's examples of one epoch; with ``keep``, its row group is kept for other chunks of it.
 
         Raises UserError if files or images are missing or damaged.
@@ -149,7 +149,7 @@ class StreamedDataset:
                 )
             yield group
 
-    def _make_examples(self, shard: str, samples: pa.Table, read: ReadLayer, chunk: Chunk, epoch: int) -> Examples:
+    def _make_examples(self, shard: str, samples: pa.Table, read: ReadLayer, chunk: GroupChunk, epoch: int) -> Examples:
         path, policies = self.layers.store.layer_path(SAMPLES, shard), self.policies
         file = SampleFile(path, policies.limits, policies.image, policies.augmentation, self.roots)
         try:

@@ -31,7 +31,7 @@ from reinforce.student.data.stream import (
     StreamReader,
     make_orders,
 )
-from reinforce.training.order import Chunk, Order
+from reinforce.training.order import GroupChunk, Order
 from tests.helpers.data import config_of, members_of, picture, write_tar
 from tests.helpers.in_loaders import letters, unchanged
 from tests.helpers.reinforced import reinforce_here, small_dataset
@@ -208,7 +208,7 @@ def test_references_to_a_missing_tar_and_files_and_images_that_changed_are_named
     groups = dataset.groups.copy()
     groups[0, 2] += 1
     with pytest.raises(UserError, match=rf"samples/{dataset.shards[0]}\.parquet changed after the training started"):
-        replace(dataset, groups=groups).load(Chunk(0, 0, 4), 0)
+        replace(dataset, groups=groups).load(GroupChunk(0, 0, 4), 0)
     url = Path(small_dataset(tmp_path, (20,), images="reference"))
     tar = tmp_path / "source" / "00000.tar"
     tar.rename(tar.with_suffix(".gone"))
