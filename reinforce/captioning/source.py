@@ -45,7 +45,7 @@ from reinforce.source.formats.base import Part, Shard
 from reinforce.source.formats.lines import COMPRESSIONS
 from reinforce.source.formats.recognise import find_format
 from reinforce.source.reading import read_samples
-from reinforce.source.samples import Item, UnreadSample, RawSample, Refusal
+from reinforce.source.samples import Item, RawSample, Refusal, UnreadSample
 from reinforce.source.urls import canonical, filesystem
 from reinforce.source.views import with_fingerprint
 from reinforce.source.whole_reads import open_whole
