@@ -105,13 +105,12 @@ class TarRows(Candidates):
     def name(self, row: RowOf) -> str:
         return repr(self.stated(row)[KEY])
 
-    def match(self, key: str, identity: Identity) -> Joined | Why:
-        """The row of a sample, or why it has none."""
-        own = {**identity, KEY: key}
-        found, why = Joining(self, {0: own}).join(self._joins)
-        if found:
-            return found[0]
-        return self._why_none(own) if why[0].what == ABSENT else why[0]
+    def match(self, samples: Sequence[Wanted]) -> list[Joined | Why]:
+        """The row of each sample, or why it has none."""
+        own = {number: {**one.identity, KEY: one.key} for number, one in enumerate(samples)}
+        found, why = Joining(self, own).join(self._joins)
+        why |= {number: self._why_none(own[number]) for number, one in why.items() if one.what == ABSENT}
+        return [found[number] if number in found else why[number] for number in own]
 
     def _why_none(self, own: Identity) -> Why:
         """Why a sample has no row: one that agrees in what may not join it, its key at last, differs or states less."""
@@ -141,7 +140,7 @@ class TarLabels(LabelSet):
     bounds the samples.
     """
 
-    at_once = 1  # all rows are known
+    at_once = 32
     decides_rows = True
 
     def __init__(self, url: str, config: Config, layers: Iterable[Layer], limit: int | None = None) -> None:
@@ -176,8 +175,7 @@ class TarLabels(LabelSet):
         self._file.close()
 
     def find(self, samples: Sequence[Wanted]) -> Iterator[RowLabels]:
-        for sample in samples:
-            found = self._rows.match(sample.key, sample.identity)
+        for sample, found in zip(samples, self._rows.match(samples), strict=True):
             if isinstance(found, Joined):
                 self.counts[found.kind] += 1
                 self._matched.add(found.row)

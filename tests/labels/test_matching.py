@@ -22,6 +22,7 @@ from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.preflight.check_source import check_source
 from reinforce.errors import UserError
 from reinforce.labels.identities import KINDS, identity_of, normal_url
+from reinforce.labels.interface import Wanted
 from reinforce.labels.joining import Joined, Why
 from reinforce.labels.tars import TarRows
 from teachers.published.family import JOINS
@@ -69,7 +70,7 @@ def test_published_samples_are_found_by_identity_and_a_contradiction_is_no_match
     rows = TarRows("key")
     for name, one in published.items():
         rows.add(name, identity_of(one))
-    found = rows.match(key, identity_of(sample))
+    found = rows.match([Wanted(key, identity_of(sample))])[0]
     assert expected == (f"{[*published][found.row]} by {found.kind}" if isinstance(found, Joined) else found.what)
 
 
@@ -95,7 +96,7 @@ def test_no_weaker_agreement_joins_than_the_config_allows(
     for number, join in enumerate(JOINS):
         rows = TarRows(join)
         rows.add("a", entry)
-        found = rows.match("a", sample)
+        found = rows.match([Wanted("a", sample)])[0]
         if weakest is not None and JOINS.index(weakest) <= number:
             assert found == Joined(0, 0, weakest)
         else:
@@ -220,7 +221,7 @@ def test_of_several_entries_the_one_that_agrees_in_more_is_taken_and_otherwise_n
         rows = TarRows()
         for key, one in order.items():
             rows.add(key, one)
-        found = rows.match("x", sample)
+        found = rows.match([Wanted("x", sample)])[0]
         if expected is None:
             assert isinstance(found, Why)
             assert (found.what, "several have its u" in found.detail) == ("ambiguous", True)
@@ -243,7 +244,7 @@ def test_what_is_joined_agrees_in_the_strongest_allowed_kind_and_contradicts_not
     agreeing = [[kind for kind in allowed if kind in sample and sample[kind] == one.get(kind)] for one in entries]
     contradicted = [any(sample[kind] != one[kind] for kind in sample.keys() & one.keys()) for one in entries]
     fitting = [number for number in range(len(entries)) if agreeing[number] and not contradicted[number]]
-    found = rows.match("x", sample)
+    found = rows.match([Wanted("x", sample)])[0]
     if isinstance(found, Joined):
         assert found.row in fitting
         assert found.kind == min((agreeing[number][0] for number in fitting), key=KINDS.index)

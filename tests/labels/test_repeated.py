@@ -165,7 +165,7 @@ def test_labels_join_as_by_a_comparison_with_all_rows(tmp_path: Path, images: bo
         found = reader.find([Wanted(f"own{n}", said, picture(image)) for n, (image, said) in enumerate(own)])
     joined = possible = ambiguous = 0
     for (image, said), [one] in zip(own, found, strict=True):
-        expected = every.match("", stated := identity(image, said))
+        expected = every.match([Wanted("", stated := identity(image, said))])[0]
         value = one.values["captions/namer"]
         assert isinstance(value, list) <= isinstance(expected, Joined), stated
         joined += isinstance(value, list)
