@@ -16,7 +16,7 @@ A kind of identities after the other, strongest first:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
@@ -95,15 +95,12 @@ class Candidates(ABC):
 
 
 class IndexedRows(Candidates):
-    """The rows of an ``index``. ``read`` returns what one states: of an ``embedded`` dataset, no digest."""
+    """The rows of an ``index``. Those of an ``embedded`` dataset state no digests."""
 
     one_proof = True
 
-    def __init__(self, index: IdentityIndex, embedded: bool, read: Callable[[RowOf], Identity]) -> None:
-        self.index, self.indexed_digests, self._stated = index, embedded and DIGEST in index.kinds, read
-
-    def stated(self, row: RowOf) -> Identity:
-        return self._stated(row)
+    def __init__(self, index: IdentityIndex, embedded: bool) -> None:
+        self.index, self.indexed_digests = index, embedded and DIGEST in index.kinds
 
     def entries(self, kind: str, texts: Sequence[str]) -> dict[str, Codes]:
         if kind not in self.index.kinds:

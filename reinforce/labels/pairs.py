@@ -18,7 +18,7 @@ from reinforce.errors import UserError
 from reinforce.labels.identities import COLUMNS, DIGEST, KEY, Identity, columns_of_identities, stated
 from reinforce.labels.index import IdentityIndex, open_index
 from reinforce.labels.interface import ABSENT, OTHER_IMAGE
-from reinforce.labels.joining import IndexedRows, Joined, Joining, Why, difference
+from reinforce.labels.joining import IndexedRows, Joined, Joining, RowOf, Why, difference
 
 _WITHOUT_IMAGES = ("uid", "sha256")  # kinds that a digest does not contradict
 _CACHED_GROUPS = 64  # row groups of identities
@@ -89,7 +89,7 @@ class Partners:
         self, index: IdentityIndex, own: Mapping[int, Identity], digests: Callable[[], Sequence[int]] | None
     ) -> tuple[dict[int, Joined], dict[int, Why]]:
         """Join rows by identity, those that no uid or SHA-256 joins also by the digests of their images."""
-        rows = IndexedRows(index, self._embedded, lambda row: self._stated(_place(index, *row)))
+        rows = _Indexed(index, self._embedded, self._stated)
         joined, why = Joining(rows, own).join(_WITHOUT_IMAGES)
         # Where all rows state a uid or SHA-256 and none has that of a sample, a digest would contradict.
         known = {kind for kind in _WITHOUT_IMAGES if index.kinds.get(kind) == sum(map(sum, index.groups))}
@@ -119,6 +119,17 @@ class Partners:
 
     def _open(self, shard: str) -> AbstractContextManager[LayerFile]:
         return self._store.open_layer(SAMPLES, shard, self._fingerprint, whole=False)
+
+
+class _Indexed(IndexedRows):
+    """The rows of an index, of which ``read`` returns what a row at a place states."""
+
+    def __init__(self, index: IdentityIndex, embedded: bool, read: Callable[[Place], Identity]) -> None:
+        super().__init__(index, embedded)
+        self._read = read
+
+    def stated(self, row: RowOf) -> Identity:
+        return self._read(_place(self.index, *row))
 
 
 def _place(index: IdentityIndex, shard: int, row: int) -> Place:

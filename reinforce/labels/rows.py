@@ -224,7 +224,7 @@ class _Files(IndexedRows):
     """Row groups of the files of labels, with these ``columns`` of the samples. Keeps the last ones that were read."""
 
     def __init__(self, index: IdentityIndex, labels: Labels, reader: LabelFiles, columns: Sequence[str]) -> None:
-        super().__init__(index, labels.taken.embedded, self._identity)
+        super().__init__(index, labels.taken.embedded)
         self._labels, self._reader, self._columns = labels, reader, columns
         self._open: OrderedDict[tuple[str, str], tuple[contextlib.ExitStack, LayerFile]] = OrderedDict()
         self._groups: OrderedDict[tuple[str, str, int], Any] = OrderedDict()
@@ -244,7 +244,7 @@ class _Files(IndexedRows):
                 found |= {at: RowOf(number, first + rows[value]) for at, value in enumerate(values) if value in rows}
         return found
 
-    def _identity(self, row: RowOf) -> Identity:
+    def stated(self, row: RowOf) -> Identity:
         group, number = self.index.row_group(*row)
         found = self._cached(SAMPLES, self.index.shards[row.shard], group, self._read_samples)[1]
         if number >= len(found):
