@@ -28,7 +28,7 @@ from teachers.preprocessing.fit import fit
 from teachers.preprocessing.pixels import to_pixels
 from tests.helpers.captioning import captioned, captioner_config, make_captioner, write_shards
 from tests.helpers.data import picture, write_tar
-from tests.helpers.tiny_coca import END
+from tests.helpers.models.tiny_coca import END
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from teachers.device.accelerator import Accelerator
 from teachers.registry import captioner_spec
 from tests.helpers.captioning import captioned, captioner_config, write_shards
 from tests.helpers.data import picture, write_tar
-from tests.helpers.tiny_coca import coca_model
+from tests.helpers.models.tiny_coca import coca_model
 
 CONFIGS = sorted(Path(__file__).parents[2].glob("configs/finetune-*.yaml"))
 PRETRAINED = Path(__file__).parents[2] / "configs/recipes/coca-dfn2b.yaml"

@@ -20,9 +20,9 @@ from reinforce.source.samples import RawSample
 from tests.helpers.commands import printed_by
 from tests.helpers.data import picture, write_tar
 from tests.helpers.demo import ROOT
+from tests.helpers.models.tiny_coca import coca_model
 from tests.helpers.pages import blocks
 from tests.helpers.tables import write_huggingface
-from tests.helpers.tiny_coca import coca_model
 
 COUNT = 24
 

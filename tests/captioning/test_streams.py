@@ -33,9 +33,9 @@ from teachers.device.accelerator import Accelerator
 from teachers.open_clip.tokenizer import Tokenizer
 from tests.helpers.captioning import captioned, captioner_config, equal, take, write_shards
 from tests.helpers.data import picture, write_tar
+from tests.helpers.models.tiny_coca import END, coca_model
 from tests.helpers.ranks import served_store, start_ranks, under_torchrun
 from tests.helpers.reinforced import reinforce_here
-from tests.helpers.tiny_coca import END, coca_model
 from tests.helpers.trainings import before_batches, curve
 from tests.helpers.views import make_view
 

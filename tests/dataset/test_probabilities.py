@@ -38,12 +38,12 @@ from reinforce.engine.recompute import recompute
 from reinforce.engine.worker.producers.registry import check_models, make_producers
 from reinforce.errors import UserError
 from teachers.preprocessing.fit import fit
-from tests.helpers.classifiers import NAMES, Colors
 from tests.helpers.commands import printed_by
 from tests.helpers.data import picture
+from tests.helpers.models.classifiers import NAMES, Colors
 from tests.helpers.reinforced import reinforce_here
 
-CLASSIFIERS = "tests.helpers.classifiers"
+CLASSIFIERS = "tests.helpers.models.classifiers"
 CROPS, WHOLE = "probabilities/crops", "probabilities/whole"
 SAMPLES, RECORDS = 5, 3
 

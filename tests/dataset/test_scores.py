@@ -37,8 +37,8 @@ from reinforce.source.references import image_digest
 from teachers.preprocessing.fit import fit
 from tests.helpers.commands import printed_by
 from tests.helpers.data import config_of, members_of, tree, write_tar
+from tests.helpers.models.scorers import SPEC
 from tests.helpers.reinforced import reinforce_here
-from tests.helpers.scorers import SPEC
 
 SCORES: dict[str, Any] = {
     "match": {"similarity": ["red", "blue"], "texts": ["caption", "namer"]},
@@ -46,7 +46,7 @@ SCORES: dict[str, Any] = {
     "sizes": {"facts": ["width", "height", "aspect", "bytes", "characters", "words"]},
 }
 CAPTIONLESS, COUNT = "00000003", 11
-OURS = "tests.helpers.scorers:"
+OURS = "tests.helpers.models.scorers:"
 CLASSES: dict[str, Any] = {
     "colors": {"class": f"{OURS}Colors"},
     "described": {"class": f"{OURS}Described"},
@@ -286,7 +286,7 @@ def test_options_inputs_names_and_version_of_a_class_are_in_the_fingerprint(conf
     changes = ({"names": ["other"]}, {"inputs": ["captions/namer"]}, {"options": {"wrong": "nan"}})
     others = {fingerprint(**change) for change in changes}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tests.helpers.scorers.Length.version", 2, raising=False)
+        patch.setattr("tests.helpers.models.scorers.Length.version", 2, raising=False)
         others.add(fingerprint())
     assert len(others - {before}) == 4
 

@@ -18,11 +18,10 @@ from reinforce.engine.check_models import Report, check_class, check_config, che
 from reinforce.engine.inference.models import Models
 from reinforce.errors import UserError
 from teachers.device.accelerator import Accelerator
-from tests.helpers import tiny_models
 from tests.helpers.commands import printed_by, run_command
 from tests.helpers.data import config_of
-from tests.helpers.models import SeedCaptioner
-from tests.helpers.tiny_coca import coca_model
+from tests.helpers.models import SeedCaptioner, tiny_models
+from tests.helpers.models.tiny_coca import coca_model
 
 MODELS = "tests.helpers.models"
 
@@ -96,7 +95,7 @@ def test_a_model_that_fails_does_not_hide_the_others() -> None:
     assert wrong.startswith("wrong fails its self-test (images): embeddings must have shape (3, 6), got (3, 7)")
     assert absent == "teacher absent: folder /absent/it does not exist"
     assert leaks.startswith("leaks (texts) fails in a batch of 8: RuntimeError: it does not accept (secret) (")
-    assert "tests/helpers/models.py:" in leaks
+    assert "tests/helpers/models/__init__.py:" in leaks
 
 
 @pytest.mark.parametrize(
@@ -115,7 +114,7 @@ def test_a_class_is_checked_by_its_methods(name: str, options: dict[str, Any], e
 
 
 def test_classes_of_scores_are_checked_where_their_inputs_can_be_made_up(tmp_path: Path) -> None:
-    ours = "tests.helpers.scorers"
+    ours = "tests.helpers.models.scorers"
     assert sides(check_class(f"{ours}:Colors", {})) == [("Colors", "samples", None, 64)]
     [error] = check_class(f"{ours}:Length", {"wrong": "random"}).errors
     assert error.startswith("scores.Length fails its self-test (scores): the same batch gives other scores")

@@ -79,7 +79,7 @@ CLASSES = {
     for kind, base in {
         "teachers": "models import ColorTeacher",
         "captioners": "models import SeedCaptioner",
-        "scores": "scorers import Length",
+        "scores": "models.scorers import Length",
     }.items()
 }
 

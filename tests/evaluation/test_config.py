@@ -26,9 +26,9 @@ from reinforce.evaluation.suite.metrics import (
     macro_recall,
 )
 from reinforce.processes.cores import available_cores
-from tests.helpers import tiny_models
 from tests.helpers.commands import Command
 from tests.helpers.evaluation import solid_image, write_colour_folder, write_colour_shard, write_shard
+from tests.helpers.models import tiny_models
 
 SETS: dict[str, Any] = {
     "zero_shot": {"emoji": {"images": "a.tar", "groups": "json:group"}, "in1k": {"images": "val"}},

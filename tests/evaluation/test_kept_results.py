@@ -16,7 +16,6 @@ from reinforce.evaluation import images
 from reinforce.evaluation.suite import files, one_set
 from reinforce.evaluation.suite.files import find_files
 from reinforce.evaluation.suite.results import ResultFile, file_name
-from tests.helpers import tiny_models
 from tests.helpers.commands import Command
 from tests.helpers.evaluation import (
     COLOURS,
@@ -27,6 +26,7 @@ from tests.helpers.evaluation import (
     write_classification,
     write_table,
 )
+from tests.helpers.models import tiny_models
 
 MNIST = "wds_mnist_test"
 FORMER = "result of an earlier version computed again, since they do not state the content of their sets"

@@ -17,8 +17,8 @@ from reinforce.evaluation.classes import load_templates
 from reinforce.evaluation.encoding import build_classifier, encode_texts
 from reinforce.evaluation.ranking import compute_accuracies, rank_classes, rank_matches
 from teachers.open_clip.teacher import OpenClipEncoder
-from tests.helpers import tiny_models
 from tests.helpers.evaluation import CPU, ColourOracle, load_spec, load_teacher
+from tests.helpers.models import tiny_models
 
 
 def vectors(rng: np.random.Generator, count: int, levels: int) -> np.ndarray:

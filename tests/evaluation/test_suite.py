@@ -19,7 +19,6 @@ from reinforce.evaluation.suite.files import find_files
 from reinforce.evaluation.suite.models import Models, Outcome
 from reinforce.evaluation.suite.results import file_name
 from reinforce.evaluation.suite.workers import Job
-from tests.helpers import tiny_models
 from tests.helpers.commands import Command
 from tests.helpers.evaluation import (
     CPU,
@@ -34,6 +33,7 @@ from tests.helpers.evaluation import (
     write_classification,
     write_table,
 )
+from tests.helpers.models import tiny_models
 
 
 def evaluate_set(root: Path, key: str, batch: int = 5, **encoders: Encoder) -> Outcome:

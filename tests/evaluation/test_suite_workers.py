@@ -19,9 +19,9 @@ from reinforce.evaluation.suite.files import SetFiles
 from reinforce.evaluation.suite.models import Outcome
 from reinforce.evaluation.suite.results import SuiteReport
 from reinforce.evaluation.suite.workers import Job, Worker, WorkerLost, count_workers, schedule
-from tests.helpers import tiny_models
 from tests.helpers.commands import Command
 from tests.helpers.evaluation import colour_samples, find_set, write_classification
+from tests.helpers.models import tiny_models
 from tests.soak.kills import processes_below
 
 KEYS = ["mnist", "imagenet1k", "renderedsst2", "vtab/pcam", "stl10"]

@@ -37,12 +37,12 @@ from teachers.device.accelerator import Accelerator
 from tests.helpers.captioning import TEXTS, make_batch, make_captioner
 from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.decoding import decode_pool
+from tests.helpers.models.tiny_coca import coca_model
+from tests.helpers.models.tiny_models import open_clip_model, transformers_siglip
 from tests.helpers.real_sizes import RAISING
 from tests.helpers.reinforced import reinforce_here, small_dataset
 from tests.helpers.stand_in_cuda import Counts, StandIn, stand_in_cuda
 from tests.helpers.students import batch_for, built, student_folder
-from tests.helpers.tiny_coca import coca_model
-from tests.helpers.tiny_models import open_clip_model, transformers_siglip
 from tests.helpers.trainings import PairFeed, TowersTask, curve, job, stopping
 
 # For each batch of images with its texts, without decoding: one for the output of each model.

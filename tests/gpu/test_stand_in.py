@@ -25,8 +25,8 @@ from tests.helpers.batches import CONFIG, LAYERS, make_inference, pixels, rows
 from tests.helpers.data import config_of, members_of, tree, write_tar
 from tests.helpers.decoding import decode_pool
 from tests.helpers.models import ColorTeacher, SeedCaptioner
+from tests.helpers.models.tiny_models import open_clip_model
 from tests.helpers.stand_in_cuda import StandIn, stand_in_cuda
-from tests.helpers.tiny_models import open_clip_model
 
 
 @pytest.fixture

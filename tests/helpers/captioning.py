@@ -19,7 +19,7 @@ from reinforce.training.order import GroupChunk
 from reinforce.training.task import Batch, Feed
 from teachers.open_clip.tokenizer import Tokenizer
 from tests.helpers.data import picture, write_tar
-from tests.helpers.tiny_coca import END, IMAGE_SIZE, coca_model
+from tests.helpers.models.tiny_coca import END, IMAGE_SIZE, coca_model
 
 TEXTS = ["a red apple on a table", "two dogs", "a small drawing of a cat with a hat, seen from behind", "fog"]
 

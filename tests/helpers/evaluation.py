@@ -24,9 +24,9 @@ from teachers.device.accelerator import Accelerator
 from teachers.open_clip.teacher import OpenClipTeacher, image_spec
 from teachers.protocols import ImageSpec
 from teachers.registry import teacher_spec
-from tests.helpers import tiny_models
 from tests.helpers.data import picture, write_tar
 from tests.helpers.images import encode
+from tests.helpers.models import tiny_models
 
 CPU = Accelerator("cpu")
 COLOURS = {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,12 @@ from reinforce.dataset.vectors import decode
 from reinforce.engine.plan.precision import resolve_precisions
 from reinforce.engine.plan.recipe import build_layers, describe_models
 from tests.helpers.data import config_of, members_of, write_tar
+from tests.helpers.models import classifiers, custom_models
 from tests.helpers.published import config_of as published_config
 from tests.helpers.reinforced import reinforce_here
 
+#: The names under which the fingerprints of these classes were recorded.
+sys.modules.update({"tests.helpers.custom_models": custom_models, "tests.helpers.classifiers": classifiers})
 GOLDEN = Path(__file__).parents[1] / "golden"
 CONFIGS = ["datacompdr12m", "datacompdr1b", "demo", "dfn5b", "dfndr12m-bf16", "dfndr12m", "dfndr2b", "probabilities"]
 MODELS = "tests.helpers.models"

@@ -11,10 +11,10 @@ import yaml
 from PIL import Image
 
 from tests.helpers.data import members_of, write_tar
+from tests.helpers.models.tiny_coca import coca_model
+from tests.helpers.models.tiny_models import open_clip_model
 from tests.helpers.pages import ROOT, blocks
 from tests.helpers.students import student_folder
-from tests.helpers.tiny_coca import coca_model
-from tests.helpers.tiny_models import open_clip_model
 
 #: Pixels of the stored augmentations.
 SIZE = 32

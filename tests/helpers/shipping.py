@@ -12,7 +12,7 @@ import timm
 import torch
 from timm.models.fastvit import FastVit, RepConditionalPosEnc
 
-from tests.helpers.tiny_models import MEAN, STD, open_clip_config, save_open_clip, seeded
+from tests.helpers.models.tiny_models import MEAN, STD, open_clip_config, save_open_clip, seeded
 
 CONTEXT = 16
 #: ``vision_cfg`` of a model with ``tiny_fastvit``.

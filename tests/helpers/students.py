@@ -13,8 +13,8 @@ from reinforce.student.model import Student, build_student
 from reinforce.student.teachers import IMAGES, TEXTS, TeacherInfo
 from reinforce.student.terms.features import Features
 from reinforce.student.terms.registry import Terms
+from tests.helpers.models.tiny_models import open_clip_config, save_open_clip, tokenizer
 from tests.helpers.shipping import FASTVIT
-from tests.helpers.tiny_models import open_clip_config, save_open_clip, tokenizer
 
 KINDS = ("vit", "mobileclip", "hf")
 IMAGE_TEACHER = TeacherInfo(6, frozenset([IMAGES]), None, "")

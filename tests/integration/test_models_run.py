@@ -37,11 +37,11 @@ from reinforce.seeds import seed_for
 from teachers.preprocessing.fit import fit
 from teachers.preprocessing.pixels import to_pixels
 from teachers.registry import captioner_spec, load_model
-from tests.helpers import tiny_captioners
 from tests.helpers.commands import printed_by
 from tests.helpers.data import config_of, events_of, free_port, members_of, write_tar
-from tests.helpers.tiny_coca import coca_model
-from tests.helpers.tiny_models import open_clip_model, transformers_siglip
+from tests.helpers.models import tiny_captioners
+from tests.helpers.models.tiny_coca import coca_model
+from tests.helpers.models.tiny_models import open_clip_model, transformers_siglip
 
 BINARY = shutil.which("prometheus")
 REPORT_SECONDS = 2.0  # between two reports of Ray's processes, as conftest.py sets it

@@ -24,7 +24,7 @@ from teachers.preprocessing.pixels import to_pixels
 from teachers.spec import ModelSpec
 from tests.helpers import shipping as models
 from tests.helpers.commands import run_command
-from tests.helpers.tiny_models import open_clip_model
+from tests.helpers.models.tiny_models import open_clip_model
 
 pytestmark = pytest.mark.skipif(not installed("coremltools"), reason="needs the extra coreml")
 FLOAT32, INT32 = 65568, 131104  # ArrayFeatureType

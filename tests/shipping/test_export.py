@@ -40,8 +40,8 @@ from tests.helpers.commands import run_command
 from tests.helpers.data import picture
 from tests.helpers.evaluation import COLOURS, ColourOracle, make_evaluator, write_colour_folder, write_colour_shard
 from tests.helpers.images import encode
+from tests.helpers.models.tiny_coca import coca_model
 from tests.helpers.students import built
-from tests.helpers.tiny_coca import coca_model
 
 FILES = {"README.md", "export.json", "golden.json", "image.onnx", "preprocess.json", "text.onnx", "tokenizer.json"}
 CLASSES = ["a cat", "a dog"]  # of the README

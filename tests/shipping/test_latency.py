@@ -27,8 +27,8 @@ from reinforce.shipping.targets.onnx import Onnx
 from reinforce.shipping.towers import Tower, reparameterize
 from tests.helpers import shipping as models
 from tests.helpers.commands import Command
+from tests.helpers.models.tiny_coca import coca_model
 from tests.helpers.students import student_folder
-from tests.helpers.tiny_coca import coca_model
 
 
 @pytest.fixture

@@ -24,10 +24,10 @@ import yaml
 
 from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.evaluation import colour_samples, write_classification
+from tests.helpers.models.tiny_models import open_clip_model
 from tests.helpers.reinforced import small_dataset
 from tests.helpers.s3_proxy import s3_environment
 from tests.helpers.students import student_folder
-from tests.helpers.tiny_models import open_clip_model
 from tests.soak.hosts import Host, Process, RayHosts, network, why_impossible
 
 SHARDS = 24

@@ -24,6 +24,7 @@ from reinforce.training.config import Optimizer
 from reinforce.training.optimizer import learning_rate, make_adamw
 from teachers.preprocessing.fit import fit
 from teachers.protocols import ImageSpec
+from tests.helpers.models.tiny_models import open_clip_model
 from tests.helpers.ranks import start_ranks
 from tests.helpers.students import (
     IMAGE_TEACHER,
@@ -35,7 +36,6 @@ from tests.helpers.students import (
     student_folder,
     train_briefly,
 )
-from tests.helpers.tiny_models import open_clip_model
 
 
 @pytest.mark.parametrize("kind", KINDS)

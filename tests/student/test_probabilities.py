@@ -27,7 +27,7 @@ from tests.helpers.reinforced import reinforce_here
 from tests.helpers.students import student_folder
 from tests.helpers.trainings import rows
 
-COLORS = {"class": "tests.helpers.classifiers:Colors"}
+COLORS = {"class": "tests.helpers.models.classifiers:Colors"}
 CLASSES, IMAGES = 6, 24
 
 

@@ -23,9 +23,9 @@ from reinforce.training.task import Batch
 from teachers.device.accelerator import Accelerator
 from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.evaluation import colour_samples, write_classification
+from tests.helpers.models.tiny_models import open_clip_model
 from tests.helpers.reinforced import reinforce_here
 from tests.helpers.students import student_folder
-from tests.helpers.tiny_models import open_clip_model
 from tests.helpers.trainings import rows
 
 PAIRS = 6

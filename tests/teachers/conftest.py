@@ -12,9 +12,9 @@ from teachers.coca.captioner import CocaCaptioner
 from teachers.device.accelerator import Accelerator
 from teachers.registry import captioner_spec
 from teachers.transformers.captioner import load
-from tests.helpers import tiny_captioners, tiny_models
-from tests.helpers.tiny_captioners import Captioners, spec_of
-from tests.helpers.tiny_coca import coca_model
+from tests.helpers.models import tiny_captioners, tiny_models
+from tests.helpers.models.tiny_captioners import Captioners, spec_of
+from tests.helpers.models.tiny_coca import coca_model
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from teachers.registry import load_model, teacher_spec
-from tests.helpers import tiny_captioners
-from tests.helpers.tiny_captioners import Captioners, captioned, pictures, pixels_of, seeds
+from tests.helpers.models import tiny_captioners
+from tests.helpers.models.tiny_captioners import Captioners, captioned, pictures, pixels_of, seeds
 
 KINDS = ["coca", *tiny_captioners.IMAGE_TO_TEXT, *tiny_captioners.CHAT]
 

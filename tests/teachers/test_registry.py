@@ -14,8 +14,8 @@ from pydantic import ValidationError
 
 from teachers.registry import captioner_spec, describe_model, teacher_spec
 from teachers.spec import Clean, ModelInfo
-from tests.helpers import tiny_models
-from tests.helpers.tiny_captioners import spec_of
+from tests.helpers.models import tiny_models
+from tests.helpers.models.tiny_captioners import spec_of
 
 CLIP = {"model": "ViT-B-32-quickgelu", "pretrained": "openai"}
 COCA = {"model": "coca_ViT-L-14", "pretrained": "laion2b_s13b_b90k"}

@@ -13,9 +13,9 @@ from reinforce.config import parse_config
 from reinforce.engine.plan.plan import make_plan
 from reinforce.errors import UserError
 from tests.helpers.data import config_of
+from tests.helpers.models.tiny_models import open_clip_model
 from tests.helpers.reinforced import config_for as config
 from tests.helpers.reinforced import small_dataset
-from tests.helpers.tiny_models import open_clip_model
 
 
 def refusal(config: dict[str, Any]) -> list[str]:

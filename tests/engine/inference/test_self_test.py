@@ -18,11 +18,10 @@ from reinforce.engine.worker.producers.registry import check_models
 from reinforce.errors import UserError
 from teachers.device.accelerator import Accelerator, Precision
 from teachers.registry import captioner_spec, teacher_spec
-from tests.helpers import tiny_models
 from tests.helpers.batches import CONFIG, CPU, LAYERS
-from tests.helpers.models import ColorTeacher, ImageOnly, SeedCaptioner, TextOnly, WrongShapeTeacher
-from tests.helpers.tiny_captioners import blip, spec_of
-from tests.helpers.tiny_coca import coca_model
+from tests.helpers.models import ColorTeacher, ImageOnly, SeedCaptioner, TextOnly, WrongShapeTeacher, tiny_models
+from tests.helpers.models.tiny_captioners import blip, spec_of
+from tests.helpers.models.tiny_coca import coca_model
 
 IMAGES, TRUE, CAPTIONS = "embeddings/red/images", "embeddings/red/caption", "captions/namer"
 

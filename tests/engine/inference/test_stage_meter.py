@@ -17,10 +17,9 @@ from reinforce.engine.record.rates import Cost
 from reinforce.engine.worker.producers.registry import measure_costs
 from teachers.device.accelerator import Accelerator, Precision
 from teachers.device.flops import count_flops, peak_flops
-from tests.helpers import tiny_models
 from tests.helpers.batches import CONFIG, LAYERS, make_inference, pixels, rows, text_encoder
 from tests.helpers.data import config_of
-from tests.helpers.models import ColorTeacher, SeedCaptioner
+from tests.helpers.models import ColorTeacher, SeedCaptioner, tiny_models
 from tests.helpers.stand_in_cuda import stand_in_cuda
 
 SECONDS = 1000.0  # of a batch on the device

@@ -20,9 +20,9 @@ from reinforce.student.train import make_job
 from teachers.device.accelerator import Accelerator
 from tests.helpers.commands import printed_by
 from tests.helpers.data import config_of
+from tests.helpers.models.tiny_coca import coca_model
+from tests.helpers.models.tiny_models import open_clip_model
 from tests.helpers.reinforced import reinforce_here
-from tests.helpers.tiny_coca import coca_model
-from tests.helpers.tiny_models import open_clip_model
 
 ROOT = Path(__file__).parents[3]
 
@@ -79,7 +79,7 @@ def test_the_config_for_datacompdr_has_the_layers_of_its_dataset_card() -> None:
 
 
 def test_each_class_without_a_version_is_named_once() -> None:
-    custom = "tests.helpers.custom_models"
+    custom = "tests.helpers.models.custom_models"
     teachers = {name: {"class": f"{custom}:TextsOnly"} for name in ("one", "two")}
     teachers["versioned"] = {"class": f"{custom}:Radiology", "options": {"weights": "w"}}  # type: ignore[dict-item]
     config = parse_config(config_of("x.tar", "out", teachers=teachers))

@@ -18,8 +18,8 @@ from teachers.decoding.decode import decode
 from teachers.device.accelerator import Accelerator
 from teachers.protocols import Captioner, ImageSpec
 from teachers.registry import captioner_spec
-from tests.helpers.tiny_captioners import seeds
-from tests.helpers.tiny_coca import END, IMAGE_SIZE, coca_config, coca_model
+from tests.helpers.models.tiny_captioners import seeds
+from tests.helpers.models.tiny_coca import END, IMAGE_SIZE, coca_config, coca_model
 
 START = END - 1
 

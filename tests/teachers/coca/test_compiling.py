@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers.models.tiny_coca import batch, build
 from tests.helpers.stand_in_cuda import stand_in_cuda
-from tests.helpers.tiny_coca import batch, build
 
 
 def test_a_compiled_captioner_has_the_same_captions_and_graphs_for_batches_that_grow_and_shrink(monkeypatch):

@@ -16,9 +16,9 @@ from teachers.coca.fixed_decoder import SIZES, FixedCocaDecoder
 from teachers.coca.network import CocaNetwork, check_decodable
 from teachers.device.accelerator import Accelerator
 from teachers.device.memory import cache_bytes
+from tests.helpers.models.tiny_coca import batch, build, coca_config
 from tests.helpers.real_sizes import RAISING
 from tests.helpers.stand_in_cuda import StandIn, stand_in_cuda
-from tests.helpers.tiny_coca import batch, build, coca_config
 
 VOCABULARY, START, END, LENGTH = 60, 58, 59, 8
 #: Kinds of models: keys of ``text_cfg``, and others.

@@ -21,7 +21,7 @@ from teachers.registry import (
 )
 from teachers.spec import ModelInfo, TeacherSpec
 
-MODULE = "tests.helpers.custom_models"
+MODULE = "tests.helpers.models.custom_models"
 WEIGHTS = {"weights": "here"}
 #: Describe a model by the values of its spec.
 DESCRIBE: dict[str, Callable[[dict[str, Any]], ModelInfo]] = {

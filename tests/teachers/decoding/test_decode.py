@@ -17,7 +17,7 @@ from teachers.decoding.sampling import TokenChooser
 from teachers.decoding.schedule import Schedule
 from teachers.registry import captioner_spec
 from teachers.spec import CaptionerSpec
-from tests.helpers.tiny_captioners import seeds
+from tests.helpers.models.tiny_captioners import seeds
 
 # A toy language small enough to enumerate all texts. Logits depend on the image and on all tokens so far.
 WORDS, START, END = (0, 1, 2), 3, 4

@@ -9,7 +9,7 @@ import torch
 
 from teachers.device.accelerator import Accelerator
 from teachers.device.frozen import FrozenAttention, FrozenLinear, freeze
-from tests.helpers.tiny_coca import coca_config
+from tests.helpers.models.tiny_coca import coca_config
 
 
 @pytest.mark.parametrize(

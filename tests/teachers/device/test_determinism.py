@@ -25,8 +25,8 @@ from teachers.device.accelerator import Accelerator
 from teachers.device.step_graphs import decoding_kernels
 from teachers.registry import captioner_spec
 from tests.helpers.data import config_of
+from tests.helpers.models.tiny_coca import IMAGE_SIZE, coca_model
 from tests.helpers.stand_in_cuda import stand_in_cuda
-from tests.helpers.tiny_coca import IMAGE_SIZE, coca_model
 from tests.helpers.trainings import PairFeed, TowersTask, job
 from tests.helpers.trainings import training as training_config
 

@@ -33,9 +33,9 @@ from teachers.registry import captioner_spec, describe_model, load_model, teache
 from teachers.tokens.texts import PROBE_TEXTS
 from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.decoding import decode_pool
-from tests.helpers.named_models import open_clip_named
+from tests.helpers.models.named_models import open_clip_named
+from tests.helpers.models.tiny_models import FULL_LENGTH, TRIMMED, open_clip_model
 from tests.helpers.stand_in_cuda import stand_in_cuda
-from tests.helpers.tiny_models import FULL_LENGTH, TRIMMED, open_clip_model
 
 
 @pytest.fixture(autouse=True)

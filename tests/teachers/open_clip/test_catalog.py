@@ -20,7 +20,7 @@ from teachers.open_clip.family import model_identity
 from teachers.open_clip.teacher import load_model
 from teachers.registry import describe_model, teacher_spec
 from teachers.spec import ModelInfo
-from tests.helpers import tiny_models
+from tests.helpers.models import tiny_models
 
 
 def test_every_tag_is_accepted_or_its_error_names_a_model_that_accepts_it() -> None:

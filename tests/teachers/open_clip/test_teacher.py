@@ -25,8 +25,8 @@ from teachers.open_clip.text import clean_text
 from teachers.open_clip.tokenizer import Tokenizer
 from teachers.protocols import ImageSpec
 from teachers.registry import teacher_spec
-from tests.helpers import tiny_models
-from tests.helpers.tiny_models import FULL_LENGTH, TRIMMED
+from tests.helpers.models import tiny_models
+from tests.helpers.models.tiny_models import FULL_LENGTH, TRIMMED
 
 CPU = Accelerator("cpu")
 OWN, SAFE = open_clip.get_tokenizer("ViT-B-32"), Tokenizer("ViT-B-32")

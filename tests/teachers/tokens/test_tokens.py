@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from teachers.registry import captioner_spec, describe_model, teacher_spec
 from teachers.tokens.files import check_tokenizer_files
 from teachers.tokens.texts import PROBE_TEXTS, special_token_escaper, trimming_is_exact
-from tests.helpers import tiny_models
-from tests.helpers.tiny_captioners import blip
-from tests.helpers.tiny_coca import coca_model
+from tests.helpers.models import tiny_models
+from tests.helpers.models.tiny_captioners import blip
+from tests.helpers.models.tiny_coca import coca_model
 
 
 @settings(max_examples=100)

@@ -19,7 +19,7 @@ from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.engine.worker.producers.registry import check_models
 from teachers.registry import load_model, teacher_spec
 from teachers.transformers.teacher import square_size
-from tests.helpers import named_models
+from tests.helpers.models import named_models
 from tests.helpers.pages import blocks
 
 

@@ -25,7 +25,7 @@ from teachers.device.accelerator import Accelerator
 from teachers.registry import describe_model, load_model, teacher_spec
 from teachers.transformers import catalog
 from teachers.transformers.teacher import ImageTeacher, TextTeacher, TransformersTeacher, image_spec, load
-from tests.helpers import tiny_models
+from tests.helpers.models import tiny_models
 
 CPU = Accelerator("cpu")
 TEXTS = ["a", "a photo of a dog on the beach", "", "so many words " * 60, "Ünïcode – 犬"]

@@ -19,7 +19,7 @@ from teachers.protocols import ImageSpec
 from teachers.registry import captioner_spec
 from teachers.spec import CaptionerSpec
 from teachers.transformers.captioner import TransformersCaptioner
-from tests.helpers.tiny_models import TOWER, VISION
+from tests.helpers.models.tiny_models import TOWER, VISION
 
 SIDE = 32
 _SQUARE = {"height": SIDE, "width": SIDE}

@@ -11,8 +11,8 @@ import torch
 import transformers
 from timm.models import eva, fastvit, register_model, vision_transformer
 
-from tests.helpers import tiny_models
-from tests.helpers.tiny_models import TEXT, TOWER, VISION
+from tests.helpers.models import tiny_models
+from tests.helpers.models.tiny_models import TEXT, TOWER, VISION
 
 SIDE = 32
 _CLIP = transformers.CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
