@@ -1,4 +1,4 @@
-"""Conversion of vectors, [rows, count, dim] float32, to and from Parquet columns of the storage type."""
+"""Vectors, [rows, count, dim] float32, to and from Parquet columns of the storage type, and what they predict."""
 
 from __future__ import annotations
 
@@ -78,6 +78,29 @@ def mean_cosines(texts: Floats, images: Floats) -> Floats:
     """Cosine of texts [rows, N, D] with images [rows, K, D], mean over the images -> [rows, N]."""
     cosines: Floats = np.einsum("rnd,rd->rn", normalized(texts), normalized(images).mean(axis=1))
     return cosines
+
+
+def softmax(logits: Floats) -> Floats:
+    """Softmax of each row of [rows, columns]."""
+    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+    probabilities: Floats = weights / weights.sum(axis=1, keepdims=True)
+    return probabilities
+
+
+def entropies(probabilities: Floats) -> Floats:
+    """Entropy in nats of each row of [rows, columns] -> [rows]."""
+    terms: Floats = probabilities * np.log(probabilities, out=np.zeros_like(probabilities), where=probabilities > 0)
+    return -terms.sum(axis=1)
+
+
+def agreements(predictions: Sequence[Floats]) -> Floats:
+    """How far T predictions, [rows, columns] each, agree in each row -> [rows], from 0 to 1.
+
+    It is 1 - their Jensen-Shannon divergence / log T.
+    """
+    divergence = entropies(np.mean(predictions, axis=0)) - np.mean([entropies(one) for one in predictions], axis=0)
+    agreement: Floats = (1 - divergence / np.log(len(predictions))).clip(0, 1)
+    return agreement
 
 
 def own_slots(samples: pa.Table, count: int) -> npt.NDArray[np.bool_]:

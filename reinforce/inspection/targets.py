@@ -7,12 +7,12 @@ divergence of the teachers' P at their scales / log T; both are means over the t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from reinforce.dataset.vectors import Floats, normalized
+from reinforce.dataset.vectors import Floats, agreements, entropies, normalized, softmax
 
 BATCH = 256
 #: Logit scales at which the entropy is measured.
@@ -74,7 +74,8 @@ class Targets:
                     measured.append(np.array([_mean_entropy(values, scale) for scale in SCALES]))
             scaled = [scale * cosines[t] for t, scale in self.scales.items() if scale is not None]
             if len(scaled) > 1:
-                agreement[valid] = _agreement(scaled)
+                both = [agreements([softmax(one) for one in side]) for side in (scaled, [one.T for one in scaled])]
+                agreement[valid] = np.mean(both, axis=0)
         self.agreement.append(agreement)
 
 
@@ -82,30 +83,7 @@ def _length(rows: Mapping[str, tuple[Floats, Floats]]) -> int:
     return len(next(iter(rows.values()))[0]) if rows else 0
 
 
-def _agreement(logits: Sequence[np.ndarray]) -> np.ndarray:
-    """Agreement of each row [B] by the logits [B, B] of several teachers."""
-    both = []
-    for turned in (False, True):
-        targets = [_softmax(values.T if turned else values) for values in logits]
-        mixed = np.mean(targets, axis=0)
-        divergence = _entropy(mixed) - np.mean([_entropy(target) for target in targets], axis=0)
-        both.append(1 - divergence / np.log(len(logits)))
-    agreement: np.ndarray = np.mean(both, axis=0).clip(0, 1)
-    return agreement
-
-
-def _mean_entropy(cosines: np.ndarray, scale: float) -> float:
-    logits = scale * cosines
-    entropy = (_entropy(_softmax(logits)).mean() + _entropy(_softmax(logits.T)).mean()) / 2
-    return float(entropy / np.log(len(cosines)))
-
-
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
-    targets: np.ndarray = weights / weights.sum(axis=1, keepdims=True)
-    return targets
-
-
-def _entropy(targets: np.ndarray) -> np.ndarray:
-    entropy: np.ndarray = -(targets * np.log(np.maximum(targets, 1e-12))).sum(axis=1)
-    return entropy
+def _mean_entropy(cosines: Floats, scale: float) -> float:
+    """Mean entropy of a teacher's targets in both directions / log B."""
+    found = [entropies(softmax(one)).mean() for one in (scale * cosines, scale * cosines.T)]
+    return float(np.mean(found) / np.log(len(cosines)))

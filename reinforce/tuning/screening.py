@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from reinforce.dataset import vectors
 from reinforce.student.config import StudentConfig
 from reinforce.student.data.datasets import open_datasets
 from reinforce.student.data.stream import StreamReader, make_orders
@@ -130,17 +131,13 @@ def _screen_teacher(
 def _measure(logits: torch.Tensor, others: Sequence[torch.Tensor]) -> dict[str, float | None]:
     """Measures of ``logits`` [B, B]; ``others`` are the scaled logits of the other teachers."""
     entropies, true, losses, agreements = [], [], [], []
-    for direction in (0, 1):
-        logs = (logits.T if direction else logits).log_softmax(dim=1)
-        probabilities = logs.exp()
-        entropies.append(_entropy(probabilities).mean().item() / math.log(len(logs)))
-        true.append(probabilities.diagonal().mean().item())
-        losses.append(-logs.diagonal().mean().item())
+    for ensemble in ((logits, *others), (logits.T, *(other.T for other in others))):
+        targets = [vectors.softmax(of_teacher.numpy()) for of_teacher in ensemble]
+        entropies.append(float(vectors.entropies(targets[0]).mean()) / math.log(len(logits)))
+        true.append(float(targets[0].diagonal().mean()))
+        losses.append(_calibration(ensemble[0]))
         if others:
-            ensemble = [probabilities, *((o.T if direction else o).softmax(dim=1) for o in others)]
-            mixture = torch.stack(ensemble).mean(dim=0)
-            divergence = _entropy(mixture) - torch.stack([_entropy(p) for p in ensemble]).mean(dim=0)
-            agreements.append(1 - divergence.mean().item() / math.log(len(ensemble)))
+            agreements.append(float(vectors.agreements(targets).mean()))
     return {
         "entropy": float(np.mean(entropies)),
         "entropy_of_images": entropies[0],
@@ -151,9 +148,9 @@ def _measure(logits: torch.Tensor, others: Sequence[torch.Tensor]) -> dict[str, 
     }
 
 
-def _entropy(probabilities: torch.Tensor) -> torch.Tensor:
-    """Entropy of each row in nats: [B, B] -> [B]."""
-    return torch.special.entr(probabilities).sum(dim=1)
+def _calibration(logits: torch.Tensor) -> float:
+    """Cross-entropy of the softmax of rows [B, B] with the true pairs."""
+    return (logits.logsumexp(dim=1) - logits.diagonal()).mean().item()
 
 
 def _most_likely_scale(cosines: Sequence[torch.Tensor]) -> float:
@@ -164,7 +161,7 @@ def _most_likely_scale(cosines: Sequence[torch.Tensor]) -> float:
         for values in cosines:
             logits = math.exp(log_scale) * values
             for of_rows in (logits, logits.T):
-                total += (of_rows.logsumexp(dim=1) - of_rows.diagonal()).mean().item()
+                total += _calibration(of_rows)
         return total
 
     low, high, ratio = math.log(_LOWEST), math.log(_HIGHEST), (math.sqrt(5) - 1) / 2
