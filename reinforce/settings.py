@@ -66,7 +66,7 @@ def load(model: type[Model], path: str | Path, overrides: list[str] | None = Non
             f"config {path}: must be a mapping with keys such as {_example(model)}, got {type(data).__name__}"
         )
     for override in overrides or []:
-        _apply_override(data, override)
+        apply_override(data, override)
     return parse(model, data, where=f"config {path}")
 
 
@@ -161,20 +161,24 @@ def _sections(annotation: Any) -> list[type[BaseModel]]:
     return [m for m in classes if issubclass(m, BaseModel)]
 
 
-def _apply_override(data: dict[str, Any], override: str) -> None:
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Set the ``key.sub=value`` of an option --set in nested mappings. Raises UserError."""
     path, equals, value = override.partition("=")  # messages leave the value out: it may be a secret
     if not equals or not path:
         raise UserError(f"--set {path!r}: must be key.sub=value, for example --set workers.cpus=4")
-    *parents, last = path.split(".")
-    node: Any = data
-    for part in parents:
+    node, rest = data, path
+    while "." in rest:
+        # a name of the user's, such as that of a model, may have dots
+        named = (key for key in node if isinstance(key, str) and rest.startswith(f"{key}."))
+        part = max(named, key=len, default=rest.partition(".")[0])
+        rest = rest[len(part) + 1 :]
         if node.get(part) is None:
             node[part] = {}
         node = node[part]
         if not isinstance(node, dict):
             raise UserError(f"--set {path}: `{part}` is not a section")
     try:
-        node[last] = load_yaml(value)
+        node[rest] = load_yaml(value)
     except yaml.YAMLError as error:
         raise UserError(f"--set {path}: the value is not valid YAML: {_describe_yaml(error)}") from None
 

@@ -14,9 +14,10 @@ from benchmarks.ablations.arms import DEMO
 from benchmarks.stored import write_results
 from examples.demo.compare import CONFIG
 from reinforce.config import load_config
+from reinforce.evaluation.classes import load_templates
 from reinforce.evaluation.encoding import build_classifier
 from reinforce.evaluation.images import CacheBudget, ImageBatches
-from reinforce.evaluation.sets import open_zero_shot_set
+from reinforce.evaluation.kinds.labels import read_labels
 from reinforce.student.config import load_student_config
 from teachers.device.accelerator import Accelerator
 from teachers.open_clip.teacher import OpenClipTeacher
@@ -35,11 +36,12 @@ def main() -> None:
     evaluation = load_student_config(CONFIG).evaluate
     shares: dict[str, dict[str, float]] = {}
     for name, wanted in evaluation.zero_shot.items():
-        opened = open_zero_shot_set(name, wanted, evaluation.limits)
+        opened = read_labels(wanted, name, evaluation.limits, ())
+        templates = load_templates(wanted.templates, name)
         cosines, labels = {}, torch.empty(0)
         for teacher, model in teachers.items():
             assert model.image is not None
-            classes = build_classifier(model, opened.classes, opened.templates, _BATCH)
+            classes = build_classifier(model, opened.classes, templates, _BATCH)
             images = ImageBatches(opened.examples, opened.images, evaluation.limits, CacheBudget(0))
             found = [*images.batches(model.image, _BATCH, threads=1)]
             vectors = [model.encode_images(to_pixels(accelerator.put(one.pixels), model.image)) for one in found]

@@ -10,7 +10,8 @@ from pydantic import Field, field_validator, model_validator
 from reinforce import settings
 from reinforce.config import Format, Limits
 from reinforce.config_schema import LayerName, OneOrMore
-from reinforce.evaluation.config import RECALLS, CaptionField
+from reinforce.evaluation.fields import CaptionField
+from reinforce.evaluation.report import RECALLS
 from reinforce.settings import Section
 from reinforce.training.config import Trackers, Training
 from teachers.spec import CaptionerSpec

@@ -28,9 +28,9 @@ from reinforce.dataset.layers import SAMPLES, require_images
 from reinforce.dataset.manifest.manifest import read_manifest
 from reinforce.dataset.view import open_view, read_view
 from reinforce.errors import UserError
-from reinforce.evaluation.config import Table
 from reinforce.evaluation.fields import read_captions
 from reinforce.evaluation.reading import (
+    Table,
     check_no_view,
     detect_kind,
     input_of,

@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 
 import reinforce
 from reinforce.cli import config, dataset, export, run, status, training
-from reinforce.cli.common import examples
+from reinforce.cli.common import examples, removed
 from reinforce.errors import UserError
 from reinforce.processes.cores import let_waiting_threads_sleep
 from reinforce.terminal import escape
@@ -141,7 +141,8 @@ app.command(
         "reinforce evaluate demo/students/distilled --retrieval demo=demo/dataset",
         "reinforce evaluate demo/students/plain --config configs/student-demo.yaml",
         "reinforce evaluate MobileCLIP2-S0,dfndr2b --zero-shot pets=pets/",
-    )
+    ),
+    **removed(training.FORMER_OPTIONS),
 )(training.evaluate)
 app.command("fetch-sets", **examples("reinforce fetch-sets datacomp evalsets --dry-run"))(training.fetch_sets)
 app.command(**examples("reinforce latency MobileCLIP2-S0 ViT-B-32 --threads 1"))(training.latency)

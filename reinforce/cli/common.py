@@ -8,11 +8,14 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.markup import escape as literal
+from typer.core import TyperCommand
 
+from reinforce.errors import UserError
 from reinforce.terminal import escape
 from teachers.redact import redact
 
@@ -39,6 +42,21 @@ ImagesFrom = Annotated[
         metavar="URL", help="Folder of tars that images may be read from, if stored by reference; repeatable."
     ),
 ]
+Pretrained = Annotated[
+    str | None, typer.Option(metavar="TAG", help="Tag or checkpoint of models that are given by NAME alone.")
+]
+SetsConfig = Annotated[Path | None, typer.Option(help="YAML config whose `evaluate` section defines sets.")]
+ZeroShot = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=URL", help="Images with classes: a folder with a folder per class, or shards."),
+]
+Retrieval = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=URL", help="Images with captions: shards, or a reinforced dataset."),
+]
+Limit = Annotated[
+    int | None, typer.Option(min=1, help="Number of images of each set of the command line. Default: all.")
+]
 NoRay = Annotated[bool, typer.Option("--no-ray", help="Work in this process, one shard after the other.")]
 
 #: FILE of --json for standard output.
@@ -63,6 +81,19 @@ def examples(*commands: str) -> dict[str, Any]:
     """
     lines = [literal(_EXAMPLE + command) for command in commands]
     return {"epilog": "\n\n".join([f"Example{'s' * (len(lines) > 1)}:", *lines])}
+
+
+def removed(options: Mapping[str, str]) -> dict[str, Any]:
+    """Options of ``app.command`` for a command that had other ``options``, with what to write instead of each."""
+
+    class Command(TyperCommand):
+        def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+            for name in (word.partition("=")[0] for word in args):
+                if name in options:
+                    raise UserError(f"{name} is not an option any more: write {options[name]} instead.")
+            return super().parse_args(ctx, args)
+
+    return {"cls": Command}
 
 
 def print_lines(lines: Iterable[str]) -> None:

@@ -7,7 +7,21 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from reinforce.cli.common import Address, DatasetUrl, ImagesFrom, NoRay, ViewName, examples, print_lines, split_names
+from reinforce.cli.common import (
+    Address,
+    DatasetUrl,
+    ImagesFrom,
+    Limit,
+    NoRay,
+    Pretrained,
+    Retrieval,
+    SetsConfig,
+    ViewName,
+    ZeroShot,
+    examples,
+    print_lines,
+    split_names,
+)
 from reinforce.errors import UserError
 from reinforce.terminal import escape
 
@@ -30,23 +44,10 @@ Output = Annotated[
     str | None,
     typer.Argument(metavar="[OUTPUT]", help="New folder or fsspec URI. Default: the name of MODEL with the command's."),
 ]
-Pretrained = Annotated[
-    str | None, typer.Option(metavar="TAG", help="Tag or checkpoint of a model given by NAME alone.")
-]
 MinCosine = Annotated[
     float,
     typer.Option(min=-1, max=1, help="Smallest cosine to the trained model's embeddings; worse exports are refused."),
 ]
-Config = Annotated[
-    Path | None, typer.Option(help="YAML config whose `evaluate` section defines sets that both models are tested on.")
-]
-ZeroShot = Annotated[
-    list[str] | None, typer.Option(metavar="NAME=URL", help="Images with classes, to test both models on; repeatable.")
-]
-Retrieval = Annotated[
-    list[str] | None, typer.Option(metavar="NAME=URL", help="Images with captions, to test both models on; repeatable.")
-]
-Limit = Annotated[int | None, typer.Option(min=1, help="Number of images of each set of the command line.")]
 Check = Annotated[
     bool, typer.Option("--check", help="MODEL is a folder that this command wrote: run its golden.json in the runtime.")
 ]
@@ -60,7 +61,7 @@ OutputUrl = Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder or fssp
 def export_onnx(
     model: Model, output: Output = None, pretrained: Pretrained = None,
     folder: Annotated[str | None, typer.Option("--output", metavar="FOLDER", help="The same as OUTPUT.")] = None,
-    min_cosine: MinCosine = 0.99, config: Config = None, zero_shot: ZeroShot = None, retrieval: Retrieval = None,
+    min_cosine: MinCosine = 0.99, config: SetsConfig = None, zero_shot: ZeroShot = None, retrieval: Retrieval = None,
     limit: Limit = None, check: Check = False,
 ) -> None:  # fmt: skip
     """Write image.onnx, text.onnx, tokenizer.json, preprocess.json, golden.json, and a README.md with an example.
@@ -86,7 +87,7 @@ def export_coreml(
     names: Annotated[
         Literal["model", "app"], typer.Option(help="app: packages get the names of the app of MobileCLIP's authors.")
     ] = "model",
-    min_cosine: MinCosine = 0.99, config: Config = None, zero_shot: ZeroShot = None, retrieval: Retrieval = None,
+    min_cosine: MinCosine = 0.99, config: SetsConfig = None, zero_shot: ZeroShot = None, retrieval: Retrieval = None,
     limit: Limit = None, check: Check = False,
 ) -> None:  # fmt: skip
     """Write two Core ML packages for iOS 17, with tokenizer.json, preprocess.json, golden.json and a README.md.
@@ -106,7 +107,7 @@ def export_litert(
         Literal["fp32", "int8", "dynamic-int8"],
         typer.Option(help="How weights are stored; dynamic-int8 also computes in int8, with scales found at run time."),
     ] = "fp32",
-    min_cosine: MinCosine = 0.99, config: Config = None, zero_shot: ZeroShot = None, retrieval: Retrieval = None,
+    min_cosine: MinCosine = 0.99, config: SetsConfig = None, zero_shot: ZeroShot = None, retrieval: Retrieval = None,
     limit: Limit = None, check: Check = False,
 ) -> None:  # fmt: skip
     """Write image.tflite and text.tflite, with tokenizer.json, preprocess.json, golden.json and a README.md.
@@ -126,7 +127,7 @@ def export_executorch(
         Literal["fp32", "dynamic-int8"],
         typer.Option(help="dynamic-int8: matrix products in int8, with scales of their inputs found at run time."),
     ] = "fp32",
-    min_cosine: MinCosine = 0.99, config: Config = None, zero_shot: ZeroShot = None, retrieval: Retrieval = None,
+    min_cosine: MinCosine = 0.99, config: SetsConfig = None, zero_shot: ZeroShot = None, retrieval: Retrieval = None,
     limit: Limit = None, check: Check = False,
 ) -> None:  # fmt: skip
     """Write image.pte and text.pte for XNNPACK, with tokenizer.json, preprocess.json, golden.json and a README.md.
@@ -179,7 +180,7 @@ def _evaluation(
         return None
     from reinforce.evaluation.command import build_evaluation
 
-    return build_evaluation(config, zero_shot or [], retrieval or [], {}, limit, None)
+    return build_evaluation(config, zero_shot or [], retrieval or [], limit)
 
 
 @export.command(

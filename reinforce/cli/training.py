@@ -10,7 +10,22 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
-from reinforce.cli.common import STDOUT, Address, AsJson, JsonFile, Overrides, config_argument, only_json, print_lines
+from reinforce.cli.common import (
+    STDOUT,
+    Address,
+    AsJson,
+    JsonFile,
+    Limit,
+    Overrides,
+    Pretrained,
+    Retrieval,
+    SetsConfig,
+    ZeroShot,
+    config_argument,
+    only_json,
+    print_lines,
+    split_names,
+)
 from reinforce.errors import SetsMissing, UserError
 from reinforce.processes.imports import no_garbage_collection, require
 from reinforce.terminal import first_names, print_table
@@ -120,6 +135,13 @@ def tune(
         raise UserError("trials failed; the same command retries them:\n  " + "\n  ".join(result.errors))
 
 
+#: What to write instead of options that `reinforce evaluate` had.
+FORMER_OPTIONS = {
+    f"--{name}": f"--set zero_shot.NAME.{name}=VALUE, NAME being that of the set,"
+    for name in ("classes", "label", "templates", "groups")
+} | {"--batch": "--set batch=VALUE", "--images-from": "--set images_from=URL"}
+
+
 def evaluate(
     models: Annotated[
         list[str],
@@ -129,36 +151,18 @@ def evaluate(
             "URL that a training wrote.",
         ),
     ],
-    pretrained: Annotated[
-        str | None, typer.Option(metavar="TAG", help="Tag or checkpoint of the models given by NAME alone.")
-    ] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML config whose `evaluate` section defines sets.")] = None,
-    zero_shot: Annotated[
+    pretrained: Pretrained = None,
+    config: SetsConfig = None,
+    zero_shot: ZeroShot = None,
+    retrieval: Retrieval = None,
+    limit: Limit = None,
+    set_: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=URL", help="Images with classes: a folder with a folder per class, or shards."),
-    ] = None,
-    retrieval: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=URL", help="Images with captions: shards, or a reinforced dataset."),
-    ] = None,
-    classes: Annotated[
-        str | None, typer.Option(help="For --zero-shot: `imagenet` or a text file. Default: the names of the folders.")
-    ] = None,
-    label: Annotated[
-        str | None, typer.Option(help="For --zero-shot: where shards hold the class, `cls` or json:FIELD.")
-    ] = None,
-    templates: Annotated[
-        str | None, typer.Option(help="For --zero-shot: `openai`, `simple` (default), `none`, or a text file.")
-    ] = None,
-    groups: Annotated[
-        str | None, typer.Option(help="For --zero-shot: json:FIELD or a JSON file with the group of each class.")
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(help="Number of images of each set of the command line. Default: all.")
-    ] = None,
-    batch: Annotated[int | None, typer.Option(help="Images or texts per forward pass.")] = None,
-    images_from: Annotated[
-        list[str] | None, typer.Option(metavar="URL", help="Folder of tars that a dataset may read by reference.")
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Set a key of `evaluate`, also of a set: --set zero_shot.NAME.classes=imagenet; repeatable.",
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:0.")] = "auto",
     precision: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="Precision of the forward pass.")] = "fp32",
@@ -193,50 +197,44 @@ def evaluate(
 
     Each model gets its own preprocessing. Images that cannot be decoded are skipped and reported.
     """
-    from reinforce.evaluation import command
+    from reinforce.evaluation.command import build_evaluation, evaluate_models
     from reinforce.model_names import resolve_models
 
-    failed: list[str] = []
-    missing: list[str] = []
-    with only_json(json_ == STDOUT) as print_json:
-        common = {"classes": classes, "label": label, "templates": templates, "groups": groups}
-        given = {key: value for key, value in common.items() if value is not None}
-        if suite is not None:
-            own = {**given, "zero-shot": zero_shot, "retrieval": retrieval, "config": config, "limit": limit}
-            if options := [f"--{name}" for name, value in {**own, "images-from": images_from}.items() if value]:
-                raise UserError(f"{', '.join(options)}: not with --suite, whose sets and templates are published.")
-            if data is None:
-                raise UserError(f"--suite {suite}: name the folder or URL of its sets with --data, or --data hf://")
+    own = {"config": config, "zero-shot": zero_shot, "retrieval": retrieval, "limit": limit}
+    if suite is None and (data or sets_ or compare or workers or address or allow_missing):
+        raise UserError(
+            "--data, --sets, --compare, --workers, --address and --allow-missing belong to --suite, and none is given."
+        )
+    if suite is not None and (options := [f"--{name}" for name, value in own.items() if value]):
+        raise UserError(f"{', '.join(options)}: not with --suite, whose sets and templates are published.")
+    if suite is not None and data is None:
+        raise UserError(f"--suite {suite}: name the folder or URL of its sets with --data, or --data hf://")
+    published = (
+        {"suite": suite, "data": data, "sets": split_names(",".join(sets_ or ())) or None}
+        if suite is not None
+        else None
+    )
+    evaluation = build_evaluation(config, zero_shot or (), retrieval or (), limit, set_ or (), published)
+    if not evaluation.metrics:
+        raise UserError("nothing to evaluate on: name sets with --zero-shot, --retrieval, --config or --suite.")
+    report: Report | SuiteReport
+    with only_json(json_ == STDOUT) as print_json, resolve_models(models, pretrained) as specs:
+        if suite is None:
+            report = evaluate_models(specs, evaluation, device, precision)
+        else:
             from reinforce.evaluation.suite.run import evaluate_suite
 
-            names = [name for part in sets_ or () for name in part.split(",")]
-            device_options: dict[str, Any] = {"device": device, "precision": precision, "batch": batch}
-            device_options |= {"workers": workers, "address": address, "pretrained": pretrained}
-            with resolve_models(models, pretrained) as specs:
-                result = evaluate_suite(specs, suite, data, out, names=names, compare=compare, **device_options)
-            show_report(result, json_, print_json)
-            failed, missing = list(result.failed), list(result.absent)
-        elif data is not None or sets_ or compare or workers or address or allow_missing:
-            raise UserError(
-                "--data, --sets, --compare, --workers, --address and --allow-missing belong to --suite, and none is "
-                "given."
-            )
-        else:
-            sets = command.build_evaluation(
-                config, zero_shot or [], retrieval or [], given, limit, batch, images_from or []
-            )
-            if not sets.metrics:
-                raise UserError("nothing to evaluate on: name sets with --zero-shot, --retrieval, --config or --suite.")
-            with resolve_models(models, pretrained) as specs:
-                report = command.evaluate_models(specs, sets, device, precision)
-            show_report(report, json_, print_json)
-            failed = report.failed
-    if failed:
-        raise UserError(f"sets failed: {', '.join(failed)}. The same command tries them again.")
-    if missing and not allow_missing:
+            report = evaluate_suite(
+                specs, evaluation, out, device=device, precision=precision, compare=compare, workers=workers,
+                address=address, pretrained=pretrained,
+            )  # fmt: skip
+        show_report(report, json_, print_json)
+    if report.failed:
+        raise UserError(f"sets failed: {', '.join(report.failed)}. The same command tries them again.")
+    if report.absent and not allow_missing:
         raise SetsMissing(
-            f"{len(missing)} of {len(result.sets)} sets are missing: {first_names(missing)}. Copy them below --data, "
-            "choose others with --sets, or add --allow-missing."
+            f"{len(report.absent)} of {len(evaluation.suite_sets)} sets are missing: {first_names([*report.absent])}. "
+            "Copy them below --data, choose others with --sets, or add --allow-missing."
         )
 
 
@@ -257,8 +255,7 @@ def fetch_sets(
     """
     from reinforce.evaluation.suite.fetch import fetch_sets as fetch
 
-    names = [name for part in sets_ or () for name in part.split(",")]
-    fetch(suite, root, names, dry_run=dry_run, log=lambda line: print_lines([line]))
+    fetch(suite, root, split_names(",".join(sets_ or ())) or (), dry_run=dry_run, log=lambda line: print_lines([line]))
 
 
 def latency(

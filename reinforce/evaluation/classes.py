@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from reinforce.errors import UserError
+from reinforce.evaluation.reading import storage_errors
 from reinforce.source.urls import canonical, filesystem
 
 #: Maps a class name to a text about the class.
@@ -122,10 +123,5 @@ def _read_lines(url: str, where: str) -> list[str]:
 
 def _read_text(url: str, where: str) -> str:
     fs, path = filesystem(url)
-    try:
-        text: str = fs.cat_file(path).decode("utf-8-sig")
-    except Exception as error:  # each storage driver raises its own exceptions
-        raise UserError(
-            f"{where}: cannot read {canonical(url)} ({type(error).__name__}: {error}): give a UTF-8 text file."
-        ) from error
-    return text
+    with storage_errors(f"{where}: {canonical(url)} cannot be read", "Give a UTF-8 text file."):
+        return bytes(fs.cat_file(path)).decode("utf-8-sig")

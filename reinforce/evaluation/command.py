@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from reinforce import settings
 from reinforce.errors import UserError
-from reinforce.evaluation.config import RETRIEVAL, ZERO_SHOT, Evaluation
+from reinforce.evaluation.config import Evaluation
 from reinforce.evaluation.report import Report, Result
 from reinforce.processes.cores import available_cores
 from reinforce.terminal import Screen
@@ -21,34 +21,25 @@ if TYPE_CHECKING:
 
 def build_evaluation(
     config: Path | None,
-    zero_shot: Sequence[str],
-    retrieval: Sequence[str],
-    common: Mapping[str, Any],
-    limit: int | None,
-    batch: int | None,
-    images_from: Sequence[str] = (),
+    zero_shot: Sequence[str] = (),
+    retrieval: Sequence[str] = (),
+    limit: int | None = None,
+    overrides: Sequence[str] = (),
+    suite: Mapping[str, Any] | None = None,
 ) -> Evaluation:
-    """Merge the sets of a config's ``evaluate`` section with those of the command line, which override equal names.
+    """Merge a config's ``evaluate`` section with the sets of the command line, which replace those of equal names.
 
-    ``zero_shot`` and ``retrieval`` are NAME=URL; ``common`` are further keys of every zero-shot set of the command
-    line. Raises UserError.
+    ``zero_shot`` and ``retrieval`` are NAME=URL, of which ``limit`` images are used. ``suite`` has the keys ``suite``,
+    ``data`` and ``sets``. ``overrides`` are KEY=VALUE, applied last. Raises UserError.
     """
     base = Evaluation() if config is None else settings.load(Evaluation, config, section="evaluate")
-    from_options = {
-        ZERO_SHOT: {name: {"images": url, **common, "limit": limit} for name, url in map(_split_name, zero_shot)},
-        RETRIEVAL: {name: {"pairs": url, "limit": limit} for name, url in map(_split_name, retrieval)},
-    }
-    added = settings.parse(Evaluation, from_options, where="command line")
-    if common and not zero_shot:
-        raise UserError(f"--{', --'.join(common)}: these options apply to the sets of --zero-shot, and none is given.")
-    return base.model_copy(
-        update={
-            ZERO_SHOT: {**base.zero_shot, **added.zero_shot},
-            RETRIEVAL: {**base.retrieval, **added.retrieval},
-            "batch": batch or base.batch,
-            "images_from": [*(base.images_from or ()), *images_from],
-        }
-    )
+    data = base.model_dump(exclude_unset=True) | dict(suite or {})
+    for section, place, given in (("zero_shot", "images", zero_shot), ("retrieval", "pairs", retrieval)):
+        added = {name: {place: url, "limit": limit} for name, url in map(_split_name, given)}
+        data[section] = {**data.get(section, {}), **added}
+    for override in overrides:
+        settings.apply_override(data, override)
+    return settings.parse(Evaluation, data, where="command line")
 
 
 def evaluate_models(

@@ -1,4 +1,4 @@
-"""Config of evaluations: zero-shot classification and image-text retrieval sets."""
+"""Config of evaluations: sets of the user by name, and published sets."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from reinforce.config import Format, Limits
-from reinforce.config_schema import LayerName, OneOrMore, keys_match
+from reinforce.config import Limits
+from reinforce.config_schema import OneOrMore, keys_match
 from reinforce.errors import UserError
-from reinforce.evaluation.fields import check_caption_field
+from reinforce.evaluation.kinds.base import OwnSet, SetKind
+from reinforce.evaluation.kinds.labels import ZeroShotSet
+from reinforce.evaluation.kinds.registry import KINDS
+from reinforce.evaluation.kinds.retrieval import RetrievalSet
 from reinforce.evaluation.registry import SuiteSet, select_sets
 from reinforce.settings import Section
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
-#: Ranks k of recall@k.
-RECALLS = (1, 5, 10)
-ZERO_SHOT, RETRIEVAL = "zero_shot", "retrieval"
 #: Assumed images of a set of the user's, until it is opened: those of ImageNet.
 _IMAGES = 50_000
 
@@ -31,78 +31,7 @@ def _check_set_name(name: str) -> str:
 
 
 SetName = Annotated[str, AfterValidator(_check_set_name)]
-CaptionField = Annotated[str, AfterValidator(check_caption_field)]
 _SET_NAMES = keys_match(f"^{_NAME.pattern}$")
-
-
-class Table(Section):
-    """How the files of a set are read, beside their names."""
-
-    format: Format | None = Field(
-        None, description="what the files are; default: recognised by their names, else by the first file"
-    )
-    image: str | None = Field(
-        None, description="column of a table with the images, or with their paths or URLs; default: as in a run"
-    )
-    view: LayerName | None = Field(
-        None, description="of a reinforced dataset: view of `reinforce select` whose samples are read; default: all"
-    )
-
-
-class ZeroShotSet(Table):
-    """A classification set: images with classes."""
-
-    images: str | list[str] = Field(
-        min_length=1,
-        description="a folder with one folder per class, or what `source` of a run may be, by any fsspec URI: tars, "
-        "Parquet, jsonl or csv files, or a reinforced dataset",
-    )
-    classes: str | list[str] | None = Field(
-        None,
-        description="class names in label order: a list, a text file with one per line, or `imagenet` (whose folders "
-        "are named by WordNet ids); default: the folder names, or the names that the labels give, sorted",
-    )
-    label: str = Field(
-        "cls",
-        description="of shards: extension of the member with the image's class, or json:FIELD; an integer is an index "
-        "into the classes, text is a class name; of tables: the column, by default `cls`, else `label`",
-    )
-    templates: str | list[str] = Field(
-        "simple",
-        description="`openai` (80), `simple` (7), `none`, a text file with one per line, or a list; {} (or {c}) is the "
-        "class name",
-    )
-    groups: str | dict[str, str] | None = Field(
-        None,
-        description="the group of each class: a mapping, a JSON file with a mapping, or json:FIELD of the samples; "
-        "adds the metric `group`, the share of images whose predicted class is in the right group",
-    )
-    limit: int | None = Field(
-        None,
-        ge=1,
-        description="images to use: of shards the first ones, of folders an equal share of each class",
-    )
-
-
-class RetrievalSet(Table):
-    """A retrieval set: images with captions. Any true match counts as a hit.
-
-    All captions of an image match it. Equal captions are one text, which matches all of their images.
-    """
-
-    pairs: str | list[str] = Field(
-        min_length=1,
-        description="what `source` of a run may be: tars, Parquet, jsonl or csv files, a folder of images, or a "
-        "reinforced dataset",
-    )
-    captions: list[CaptionField] = Field(
-        default=["txt", "json:caption"],
-        min_length=1,
-        description="where to find an image's captions, first hit wins: a member's extension, lines:EXTENSION for one "
-        "caption per line, json:FIELD (text or a list of texts), or jmespath:EXPRESSION over the JSON; `txt` of a "
-        "reinforced dataset is its caption; of tables: COLUMN, or json:COLUMN for all texts of a list",
-    )
-    limit: int | None = Field(None, ge=1, description="images to use, the first ones")
 
 
 class Evaluation(Section):
@@ -145,15 +74,17 @@ class Evaluation(Section):
     limits: Limits = Field(default=Limits(), description="bounds on images and captions, as in a run's input")
 
     @property
+    def own_sets(self) -> dict[str, tuple[SetKind, OwnSet]]:
+        """The sets of the user, each with its kind, by ``SECTION/NAME``."""
+        kinds = [kind for kind in KINDS.values() if kind.section]
+        return {
+            f"{kind.section}/{name}": (kind, one) for kind in kinds for name, one in getattr(self, kind.section).items()
+        }
+
+    @property
     def metrics(self) -> list[str]:
         """Names of all metrics of the sets, in order; all are between 0 and 1, and higher is better."""
-        names = []
-        for name, zero_shot in self.zero_shot.items():
-            scores = ["top1", "top5", "mean_per_class"] + ["group"] * (zero_shot.groups is not None)
-            names += [f"{ZERO_SHOT}/{name}/{score}" for score in scores]
-        for name in self.retrieval:
-            for direction in ("text_to_image", "image_to_text"):
-                names += [f"{RETRIEVAL}/{name}/{direction}/r{k}" for k in RECALLS]
+        names = [f"{name}/{score}" for name, (_, one) in self.own_sets.items() for score in one.scores]
         if self.suite is not None:
             names += [f"{self.suite}/mean", *(metric_of(self.suite, one) for one in self.suite_sets)]
         return names
@@ -165,8 +96,7 @@ class Evaluation(Section):
 
     def shares(self, ranks: int) -> list[frozenset[str]]:
         """Names of sets by rank, such that each has about equally many images."""
-        sizes = {f"{ZERO_SHOT}/{name}": one.limit or _IMAGES for name, one in self.zero_shot.items()}
-        sizes |= {f"{RETRIEVAL}/{name}": one.limit or _IMAGES for name, one in self.retrieval.items()}
+        sizes = {name: one.limit or _IMAGES for name, (_, one) in self.own_sets.items()}
         sizes |= {f"{self.suite}/{one.key}": one.size for one in self.suite_sets}
         shares: list[set[str]] = [set() for _ in range(ranks)]
         images = [0] * ranks

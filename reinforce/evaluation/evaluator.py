@@ -1,38 +1,44 @@
-"""Evaluation of a model on the sets of a config, during training or on its own."""
+"""Evaluation of models on one set, and of a model on the sets of a config, during training or on its own."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Collection, Iterator
+import math
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from reinforce.errors import UserError
-from reinforce.evaluation.config import RETRIEVAL, ZERO_SHOT, Evaluation
-from reinforce.evaluation.encoding import NOT_FINITE_FIX, Encoder, NotFinite, build_classifier, encode_texts
+from reinforce.evaluation.config import Evaluation
+from reinforce.evaluation.content import ContentDigest
+from reinforce.evaluation.encoding import NOT_FINITE_FIX, Encoder
 from reinforce.evaluation.images import CacheBudget, ImageBatches
-from reinforce.evaluation.ranking import compute_accuracies, compute_recalls, rank_classes
-from reinforce.evaluation.report import Result, SetSummary
-from reinforce.evaluation.sets import Retrieval, ZeroShot, open_retrieval_set, open_zero_shot_set
-from reinforce.evaluation.suite.models import Models
-from reinforce.evaluation.suite.one_set import evaluate_set, find_set
+from reinforce.evaluation.kinds.base import ImageSet
+from reinforce.evaluation.kinds.files import SetFiles, find_set
+from reinforce.evaluation.kinds.registry import KINDS
+from reinforce.evaluation.models import Models
+from reinforce.evaluation.registry import SuiteSet
+from reinforce.evaluation.report import Outcome, Result, name_refused
+from reinforce.images.policy import PUBLISHED_POLICY
 from reinforce.processes.cores import available_cores
 from teachers.device.accelerator import Accelerator
 from teachers.open_clip.teacher import OpenClipEncoder
-from teachers.preprocessing.pixels import to_pixels
 from teachers.protocols import ImageSpec
 
+#: Share of a published set's images that may be broken.
+BROKEN = 0.001
 _MODEL = "model"
+_READ_AT_ONCE = 64
 _log = logging.getLogger(__name__)
 
 
 class Evaluator:
     """Evaluates models on the sets of a config, which are checked once, at construction.
 
-    Those of the config that fit into ``config.memory`` stay decoded between evaluations. ``only`` are the names of the
+    Those of the user that fit into ``config.memory`` stay decoded between evaluations. ``only`` are the names of the
     sets that are used, such as ``zero_shot/imagenet``; default: all. Raises UserError for a faulty set: a missing
     folder or shard, labels that do not match the classes, invalid templates.
     """
@@ -40,29 +46,18 @@ class Evaluator:
     def __init__(self, config: Evaluation, only: Collection[str] | None = None) -> None:
         self.config = config
         self._threads = config.threads or available_cores()
-        reading = config.limits, config.images_from or ()
-
-        def used(kind: str, name: str) -> bool:
-            return only is None or f"{kind}/{name}" in only
-
-        self._sets: list[ZeroShot | Retrieval] = [
-            *(
-                open_zero_shot_set(name, one, *reading)
-                for name, one in config.zero_shot.items()
-                if used(ZERO_SHOT, name)
-            ),
-            *(
-                open_retrieval_set(name, one, *reading)
-                for name, one in config.retrieval.items()
-                if used(RETRIEVAL, name)
-            ),
-        ]
-        suite, root = config.suite or "", config.data or ""
-        self._suite = [(one, find_set(one, root)) for one in config.suite_sets if used(suite, one.key)]
         budget = CacheBudget(config.memory)
-        self._images = {
-            image_set.name: ImageBatches(image_set.examples, image_set.images, config.limits, budget)
-            for image_set in self._sets
+        self._own: list[tuple[ImageSet, ImageBatches]] = []
+        for name, (kind, one) in config.own_sets.items():
+            if only is None or name in only:
+                assert kind.open_own is not None
+                opened = kind.open_own(one, name, config.limits, config.images_from or ())
+                self._own.append((opened, ImageBatches(opened.examples, opened.count, config.limits, budget)))
+        published = {f"{config.suite}/{one.key}": one for one in config.suite_sets}
+        self._published = {
+            name: (one, find_set(one, config.data or ""))
+            for name, one in published.items()
+            if only is None or name in only
         }
 
     def evaluate(self, model: Encoder, accelerator: Accelerator, *, keep_going: bool = False) -> Result:
@@ -72,38 +67,28 @@ class Evaluator:
         where the model has no image or text side, where no image of a set can be decoded, and for a set of the suite
         that cannot be used; with ``keep_going`` this set has failed, too.
         """
-        metrics: dict[str, float] = {}
-        summaries: dict[str, SetSummary] = {}
-        failed: dict[str, str] = {}
-        for image_set in self._sets:
-            finite = NotFinite()
-            if isinstance(image_set, ZeroShot):
-                scores, images = self._classify(image_set, model, accelerator, finite)
-            else:
-                scores, images = self._retrieve(image_set, model, accelerator, finite)
-            summaries[image_set.name] = SetSummary(images, self._images[image_set.name].refused)
-            if fault := finite.describe(_MODEL):
-                failed[image_set.name] = f"{fault}. {NOT_FINITE_FIX}"
-            else:
-                metrics |= {f"{image_set.name}/{name}": score for name, score in scores.items()}
+        result = Result({}, {})
         models = Models({_MODEL: model}, accelerator, self.config.batch, self._threads)
-        for one, files in self._suite:
-            name = f"{self.config.suite}/{one.key}"
+        for image_set, images in self._own:
+            outcome = evaluate_set(image_set, images, models)
+            if not outcome.images:
+                first = outcome.refused[0]
+                raise UserError(
+                    f"{image_set.name}: every image is refused, the first ({first.key}) for {first.reason.value}: "
+                    f"{first.detail}. Check that these are images, or widen `limits`."
+                )
+            result.add(image_set.name, _MODEL, outcome)
+        for name, (one, files) in self._published.items():
             try:
-                outcome = evaluate_set(one, files, models)
+                outcome = evaluate_published(one, files, models)
             except (UserError, OSError, ValueError, RuntimeError) as error:
                 if not keep_going:
                     raise
-                failed[name] = str(error)
+                result.failed[name] = str(error)
                 continue
-            summaries[name] = SetSummary(outcome.samples - len(outcome.refused), outcome.refused, one.size)
-            if why := outcome.failed.get(_MODEL):
-                failed[name] = why
-                continue
-            score = outcome.metrics[_MODEL][one.main_metric]
-            assert score is not None  # evaluate_set refuses it
-            metrics[f"{name}/{one.main_metric}"] = score
-        return Result(metrics, summaries, failed)
+            of_main = {of: {one.main_metric: scores[one.main_metric]} for of, scores in outcome.metrics.items()}
+            result.add(name, _MODEL, replace(outcome, metrics=of_main, published=one.size))
+        return result
 
     def describe(self, accelerator: Accelerator) -> str:
         """A line about what an evaluation uses."""
@@ -125,63 +110,58 @@ class Evaluator:
             result = self.evaluate(encoder, accelerator, keep_going=True)
         for name, why in result.failed.items():
             _log.warning("%s failed, and has no metric: %s", name, why)
-        for name, summary in result.sets.items():
-            if summary.refused:
-                _log.warning("%s: %s", name, summary)
+        for name, outcome in result.sets.items():
+            if outcome.refused:
+                _log.warning("%s: %s", name, outcome)
         return result
 
-    def _classify(
-        self, image_set: ZeroShot, model: Encoder, accelerator: Accelerator, finite: NotFinite
-    ) -> tuple[dict[str, float], int]:
-        """Metrics of a classification set, and the number of its images that were decoded."""
-        weights = accelerator.put(build_classifier(model, image_set.classes, image_set.templates, self.config.batch))
-        finite.add(_MODEL, "class", weights)
-        ranks, predicted, labels = [], [], []
-        for vectors, targets in self._encode_images(image_set, model, accelerator):
-            finite.add(_MODEL, "image", vectors)
-            labels.append(np.array(targets, np.int64))
-            ranking = rank_classes(vectors, weights, accelerator.put(labels[-1]))
-            ranks.append(ranking.ranks)
-            predicted.append(ranking.predicted)
-        arrays = torch.cat(ranks).cpu().numpy(), np.concatenate(labels), torch.cat(predicted).cpu().numpy()
-        return compute_accuracies(*arrays, image_set.groups), len(arrays[0])
 
-    def _retrieve(
-        self, image_set: Retrieval, model: Encoder, accelerator: Accelerator, finite: NotFinite
-    ) -> tuple[dict[str, float], int]:
-        """Metrics of a retrieval set, and the number of its images that were decoded."""
-        vectors, image_indices, text_indices = [], [], []
-        index_of: dict[str, int] = {}
-        count = 0
-        for batch, targets in self._encode_images(image_set, model, accelerator):
-            vectors.append(batch.cpu())
-            for captions in targets:
-                text_indices += [index_of.setdefault(caption, len(index_of)) for caption in captions]
-                image_indices += [count] * len(captions)
-                count += 1
-        images, texts = torch.cat(vectors), encode_texts(model, list(index_of), self.config.batch).cpu()
-        finite.add(_MODEL, "image", images)
-        finite.add(_MODEL, "text", texts)
-        return compute_recalls(images, texts, np.array([image_indices, text_indices], np.int64), accelerator), count
+def evaluate_set(image_set: ImageSet, images: ImageBatches, models: Models) -> Outcome:
+    """Evaluate models on the images of a set.
 
-    def _encode_images(
-        self, image_set: ZeroShot | Retrieval, model: Encoder, accelerator: Accelerator
-    ) -> Iterator[tuple[torch.Tensor, list[Any]]]:
-        """Yield image embeddings, float32 [B, dim] on the device, and targets of each batch of a set."""
-        spec = model.image
-        if spec is None:
-            raise UserError(f"{image_set.name}: the model has no image side; evaluate a model that encodes images.")
-        empty = True
-        for batch in self._images[image_set.name].batches(spec, self.config.batch, self._threads):
-            empty = False
-            pixels = to_pixels(accelerator.put(batch.pixels), spec)
-            yield model.encode_images(pixels).float(), batch.targets
-        if empty:
-            refused = self._images[image_set.name].refused[0]
-            raise UserError(
-                f"{image_set.name}: every image is refused, the first ({refused.key}) for {refused.reason.value}: "
-                f"{refused.detail}. Check that these are images, or widen `limits`."
-            )
+    A model with embeddings that are not finite is in ``failed`` of the outcome, and has no metrics.
+    """
+    models.not_finite.counts.clear()
+    outcome = image_set.score(models, images)
+    found = {name: models.not_finite.describe(name) for name in outcome.metrics}
+    failed = {name: f"{fault}. {NOT_FINITE_FIX}" for name, fault in found.items() if fault}
+    metrics = {name: scores for name, scores in outcome.metrics.items() if name not in failed}
+    return replace(outcome, metrics=metrics, failed=failed, content=images.digest.hexdigest() if images.digest else "")
+
+
+def evaluate_published(
+    one: SuiteSet,
+    files: SetFiles,
+    models: Models,
+    digest: ContentDigest | None = None,
+    progress: Callable[[int], None] = lambda images: None,
+) -> Outcome:
+    """Evaluate models on a published set, whose images are decoded as by Pillow's ``convert("RGB")``.
+
+    ``digest`` receives what is read, ``progress`` the number of images. Raises UserError where the set cannot be used,
+    or where a number would look right but is not.
+    """
+    image_set = KINDS[one.kind].open(one, files)
+    images = ImageBatches(image_set.examples, policy=PUBLISHED_POLICY, digest=digest, progress=progress)
+    outcome = evaluate_set(image_set, images, models)
+    if len(outcome.refused) > BROKEN * outcome.samples:
+        raise UserError(
+            f"{one.name}: {len(outcome.refused):,} of {outcome.samples:,} images cannot be used, more than "
+            f"{BROKEN:.1%}: {name_refused(outcome.refused)}. Download the set again."
+        )
+    for name, metrics in outcome.metrics.items():
+        score = metrics.get(one.main_metric)
+        if score is None or not math.isfinite(score):
+            raise UserError(f"{one.name}: {name} has no {one.main_metric}, since no sample of the set counts for it.")
+    if models.encoders and not outcome.metrics and not outcome.failed:
+        raise UserError(f"{one.name} has no samples. Download the set again.")
+    return outcome
+
+
+def read_content(one: SuiteSet, files: SetFiles, threads: int) -> str:
+    """The digest of a set's content, of which nothing is decoded. Raises UserError where it cannot be used."""
+    none = Models({}, Accelerator("cpu"), _READ_AT_ONCE, threads)
+    return evaluate_published(one, files, none, ContentDigest()).content
 
 
 @contextlib.contextmanager

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator
 
 from reinforce.config import Limits
 from reinforce.source.captions import caption_of, metadata_of, parse_json, texts_of
@@ -27,8 +29,7 @@ def is_in_json(field: str) -> bool:
     return field.startswith((_JSON, _JMESPATH))
 
 
-def check_caption_field(field: str) -> str:
-    """Return a valid field of captions. Raises ValueError."""
+def _check_caption_field(field: str) -> str:
     if field.startswith(_JMESPATH):
         import jmespath
 
@@ -37,6 +38,10 @@ def check_caption_field(field: str) -> str:
         except jmespath.exceptions.JMESPathError as error:
             raise ValueError(f"{field!r} is no expression of JMESPath: {str(error).splitlines()[0]}") from error
     return field
+
+
+#: Where a config finds captions, in the forms of ``read_captions``.
+CaptionField = Annotated[str, AfterValidator(_check_caption_field)]
 
 
 def read_label(sidecars: Mapping[str, bytes], field: str) -> int | str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -12,14 +12,17 @@ from typing import Any
 import numpy as np
 
 from reinforce.config import Limits
-from reinforce.evaluation.reading import Example
-from reinforce.evaluation.sets import Examples
+from reinforce.evaluation.content import ContentDigest, hash_content
+from reinforce.evaluation.reading import Example, Examples
 from reinforce.images.policy import IMAGE_POLICY, ImageRefused, decode
 from reinforce.processes.prefetch import prefetch
 from reinforce.source.samples import Refusal
 from schemas import Reason
 from teachers.preprocessing.fit import fit
 from teachers.protocols import ImageSpec
+
+#: uint8 [B, height, width, 3] for each spec, and the targets of the B examples.
+_Decoded = tuple[list[np.ndarray], list[Any]]
 
 
 @dataclass(frozen=True)
@@ -39,102 +42,103 @@ class CacheBudget:
 
 @dataclass(frozen=True)
 class _Cached:
-    geometry: tuple[object, ...]
-    pixels: np.ndarray
-    targets: list[Any]
+    geometry: object
+    batches: list[_Decoded]
     bytes: int
 
 
 class ImageBatches:
-    """The images of one set. ``refused`` lists those that could not be decoded in the last complete pass."""
+    """The images of one set. ``refused`` lists those that could not be decoded in the last complete pass.
 
-    def __init__(self, examples: Examples, count: int, limits: Limits, budget: CacheBudget) -> None:
+    They are cached if ``count`` of them, the number of examples, fit into the ``budget``. ``digest`` receives what is
+    read, and ``progress`` the number of images after each batch.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        count: int = 0,
+        limits: Limits | None = None,
+        budget: CacheBudget | None = None,
+        policy: str = IMAGE_POLICY,
+        digest: ContentDigest | None = None,
+        progress: Callable[[int], None] = lambda images: None,
+    ) -> None:
         self.refused: list[Refusal] = []
-        self._examples = examples
-        self._count = count
-        self._limits = limits
-        self._budget = budget
+        self.digest = digest
+        self._examples, self._count, self._policy, self._progress = examples, count, policy, progress
+        self._limits, self._budget = limits or Limits(), budget or CacheBudget(0)
         self._cached: _Cached | None = None
 
     def batches(self, spec: ImageSpec, size: int, threads: int) -> Iterator[Batch]:
-        """Yield batches of ``size`` (the last may be smaller) in the set's order, resized by ``spec``.
+        """Yield the batches of ``decode`` for one spec."""
+        for (pixels,), targets in self.decode([spec], size, threads):
+            yield Batch(pixels, targets)
 
-        After one complete pass, batches come from the cache if they fit into the budget and the geometry is the same.
+    def decode(self, specs: Sequence[ImageSpec], size: int, threads: int) -> Iterator[_Decoded]:
+        """Yield batches of ``size`` in the set's order: uint8 [B, height, width, 3] by each spec, and targets.
+
+        The last batch may be smaller. Each image is decoded once, in threads, and resized by each spec; without specs
+        it is only loaded. After one complete pass, batches come from the cache if the images fit into the budget, and
+        size and geometry are the same.
         """
-        geometry = (spec.height, spec.width, spec.interpolation, spec.resize)
+        geometry = size, [(spec.height, spec.width, spec.interpolation, spec.resize) for spec in specs]
         if self._cached is not None and self._cached.geometry == geometry:
-            cached = self._cached
-            for start in range(0, len(cached.targets), size):
-                yield Batch(cached.pixels[start : start + size], cached.targets[start : start + size])
+            yield from self._cached.batches
             return
-        self._clear_cache()
-        yield from self._decode_batches(spec, size, threads, geometry)
-
-    def _decode_batches(
-        self, spec: ImageSpec, size: int, threads: int, geometry: tuple[object, ...]
-    ) -> Iterator[Batch]:
-        needed = self._count * spec.height * spec.width * 3
-        caches = needed <= self._budget.free
-        cache = np.empty((self._count if caches else 0, spec.height, spec.width, 3), np.uint8)
-        targets: list[Any] = []
-        refused: list[Refusal] = []
-
-        batches = decode_batches(self._examples(), [spec], size, threads, self._limits, refused)
-        with closing(batches):
-            for (pixels,), found in batches:
-                if caches:
-                    cache[len(targets) : len(targets) + len(found)] = pixels
-                    targets += found
-                yield Batch(pixels, found)
-        self.refused = refused
-        if caches:
-            self._budget.free -= needed
-            self._cached = _Cached(geometry, cache[: len(targets)], targets, needed)
-
-    def _clear_cache(self) -> None:
         if self._cached is not None:
             self._budget.free += self._cached.bytes
             self._cached = None
+        needed = self._count * sum(spec.height * spec.width * 3 for spec in specs)
+        kept: list[_Decoded] | None = [] if 0 < needed <= self._budget.free else None
+        refused: list[Refusal] = []
+        done = 0
+        with closing(self._decode(specs, size, threads, refused)) as batches:
+            for batch in batches:
+                if kept is not None:
+                    kept.append(batch)
+                yield batch
+                done += len(batch[1])
+                self._progress(done)
+        self.refused = refused
+        if kept is not None:
+            self._budget.free -= needed
+            self._cached = _Cached(geometry, kept, needed)
 
+    def _decode(
+        self, specs: Sequence[ImageSpec], size: int, threads: int, refused: list[Refusal]
+    ) -> Generator[_Decoded, None, None]:
+        def convert(item: Example | Refusal) -> tuple[bytes, tuple[list[np.ndarray], Any] | Refusal]:
+            """The hash of an example, if it is wanted, and its pixels with its target."""
+            if isinstance(item, Refusal):
+                return hash_content(item.reason.value), item
+            data = item.load()
+            return hash_content(item.target, data) if self.digest is not None else b"", self._convert(item, data, specs)
 
-def decode_batches(
-    examples: Iterator[Example | Refusal],
-    specs: Sequence[ImageSpec],
-    size: int,
-    threads: int,
-    limits: Limits,
-    refused: list[Refusal],
-    policy: str = IMAGE_POLICY,
-) -> Generator[tuple[list[np.ndarray], list[Any]], None, None]:
-    """Yield batches of ``size`` in order: uint8 [B, height, width, 3] by each spec, and targets.
+        def decoded(pool: ThreadPoolExecutor) -> Generator[tuple[list[np.ndarray], Any], None, None]:
+            for content, item in prefetch(pool, convert, self._examples(), 2 * size + threads):
+                if self.digest is not None:
+                    self.digest.examples.append(content)
+                if isinstance(item, Refusal):
+                    refused.append(item)
+                else:
+                    yield item
 
-    The last batch may be smaller. Each image is decoded once, in threads, and resized by each spec; without specs it is
-    only loaded. Those that cannot be decoded are added to ``refused``.
-    """
+        # closing() cancels pending decodes when the consumer stops early
+        with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool, closing(decoded(pool)) as items:
+            while taken := list(itertools.islice(items, size)):
+                pixels = [np.stack(images) for images in zip(*(images for images, _ in taken), strict=True)]
+                yield pixels, [target for _, target in taken]
 
-    def convert(item: Example | Refusal) -> tuple[list[np.ndarray], Any] | Refusal:
-        if isinstance(item, Refusal):
-            return item
-        data = item.load()
-        if len(data) > limits.image_bytes:  # a dataset may have been made with wider limits
+    def _convert(
+        self, item: Example, data: bytes, specs: Sequence[ImageSpec]
+    ) -> tuple[list[np.ndarray], Any] | Refusal:
+        if len(data) > self._limits.image_bytes:  # a dataset may have been made with wider limits
             return Refusal(item.key, Reason.IMAGE_BYTES, f"{len(data)} bytes, above limits.image_bytes")
         if not specs:  # only read
             return [], item.target
         try:
-            image = decode(data, limits, policy=policy)
+            image = decode(data, self._limits, policy=self._policy)
             return [fit(image, spec) for spec in specs], item.target
         except ImageRefused as error:
             return Refusal(item.key, error.reason, error.detail)
-
-    def decoded(pool: ThreadPoolExecutor) -> Generator[tuple[list[np.ndarray], Any], None, None]:
-        for item in prefetch(pool, convert, examples, 2 * size + threads):
-            if isinstance(item, Refusal):
-                refused.append(item)
-            else:
-                yield item
-
-    # closing() cancels pending decodes when the consumer stops early
-    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool, closing(decoded(pool)) as items:
-        while taken := list(itertools.islice(items, size)):
-            pixels = [np.stack(images) for images in zip(*(images for images, _ in taken), strict=True)]
-            yield pixels, [target for _, target in taken]

@@ -7,13 +7,12 @@ count against the model: a model that returns NaN has no hits.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from reinforce.evaluation.config import RECALLS
+from reinforce.evaluation.report import RECALLS
 from teachers.device.accelerator import Accelerator
 
 #: Queries and candidates of one block of scores; a block takes 8 + 4 bytes per pair.
@@ -87,25 +86,6 @@ def compute_recalls(
         "image_to_text": rank_matches(images, texts, (pairs[0], pairs[1]), accelerator),
     }
     return {f"{way}/r{k}": float((rank < k).mean()) for way, rank in ranks.items() for k in RECALLS}
-
-
-def compute_accuracies(
-    ranks: np.ndarray, labels: np.ndarray, predicted: np.ndarray, groups: Sequence[str | None] | None
-) -> dict[str, float]:
-    """Return ``top1``, ``top5``, ``mean_per_class`` and, with groups, ``group`` of N images; arrays are int64 [N].
-
-    ``mean_per_class`` is the mean of top1 over the classes that have images. ``group`` is the share of images whose
-    predicted class is in the group of the true class.
-    """
-    hits = ranks == 0
-    counts = np.bincount(labels)
-    per_class = np.bincount(labels, weights=hits)[counts > 0] / counts[counts > 0]
-    scores = {"top1": hits.mean(), "top5": (ranks < 5).mean(), "mean_per_class": per_class.mean()}
-    if groups is not None:
-        numbers: dict[str | None, int] = {name: i for i, name in enumerate(dict.fromkeys(groups)) if name is not None}
-        group_of = np.array([*(numbers.get(name, -1) for name in groups), -1])  # the last: no class is predicted
-        scores["group"] = ((group_of[predicted] == group_of[labels]) & (group_of[predicted] >= 0)).mean()
-    return {name: float(score) for name, score in scores.items()}
 
 
 def _scores(queries: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:

@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fsspec.implementations.local import LocalFileSystem
+from pydantic import Field
 
-from reinforce.config import Input, Limits
+from reinforce.config import Format, Input, Limits
+from reinforce.config_schema import LayerName
 from reinforce.dataset.files.store import MANIFEST
 from reinforce.dataset.reading.dataset import Dataset
 from reinforce.errors import UserError
-from reinforce.evaluation.config import Table
 from reinforce.evaluation.fields import LINES, is_in_json
+from reinforce.settings import Section
 from reinforce.source import reading
 from reinforce.source.file_types import is_image_name
 from reinforce.source.formats.base import Shard
@@ -28,6 +30,20 @@ from reinforce.terminal import plural
 from schemas import TRUE_CAPTIONS, Reason
 
 
+class Table(Section):
+    """How the files of a set are read, beside their names."""
+
+    format: Format | None = Field(
+        None, description="what the files are; default: recognised by their names, else by the first file"
+    )
+    image: str | None = Field(
+        None, description="column of a table with the images, or with their paths or URLs; default: as in a run"
+    )
+    view: LayerName | None = Field(
+        None, description="of a reinforced dataset: view of `reinforce select` whose samples are read; default: all"
+    )
+
+
 @dataclass(frozen=True)
 class Example:
     """One image of a set. ``target`` is its label, or its captions."""
@@ -35,6 +51,10 @@ class Example:
     key: str
     load: Callable[[], bytes]  # the encoded image
     target: Any
+
+
+#: Reads a set: yields its examples in order, each time the same.
+Examples = Callable[[], Iterator[Example | Refusal]]
 
 
 @dataclass(frozen=True)
@@ -76,22 +96,19 @@ def list_class_folders(url: str, where: str) -> dict[str, list[File]]:
     fs, root = filesystem(url)
     names, files = _list_local(root) if isinstance(fs, LocalFileSystem) else _list_remote(fs, root.rstrip("/"))
     folders: dict[str, list[File]] = {name: [] for name in sorted(names) if not name.startswith(".")}
-    loose = 0
-    for file in sorted(files, key=lambda file: file.key):
-        name, slash, _ = file.key.partition("/")
-        if any(part.startswith(".") for part in file.key.split("/")) or not is_image_name(file.key):
-            continue
-        if slash:
-            folders[name].append(file)
-        else:
-            loose += 1
     shown = canonical(url)
+    loose: list[File] = []
+    for file in sorted(files, key=lambda file: file.key):
+        if is_image_name(file.key) and not any(part.startswith(".") for part in file.key.split("/")):
+            name, slash, _ = file.key.partition("/")
+            (folders[name] if slash else loose).append(file)
     if not folders:
         raise UserError(f"{where}: {shown} has no class folder; to read shards in it write {shown}/*.tar.")
     if loose:
-        raise UserError(f"{where}: {plural(loose, 'image')} directly in {shown}: move all into their class folders.")
-    empty = [name for name, files in folders.items() if not files]
-    if empty:
+        raise UserError(
+            f"{where}: {plural(len(loose), 'image')} directly in {shown}: move all into their class folders."
+        )
+    if empty := [name for name, files in folders.items() if not files]:
         raise UserError(
             f"{where}: {len(empty)} of {len(folders)} class folders in {shown} have no image, such as {empty[0]!r}: "
             "remove them, or add their images."
@@ -105,8 +122,7 @@ def _list_local(root: str) -> tuple[list[str], list[File]]:
     files = []
     for folder, subfolders, inside in os.walk(root, followlinks=True):
         names = names or subfolders
-        for name in inside:
-            path = os.path.join(folder, name)
+        for path in (os.path.join(folder, name) for name in inside):
             size = os.path.getsize(path) if os.path.exists(path) else 0  # a broken link fails when it is read
             files.append(File(os.path.relpath(path, root).replace(os.sep, "/"), path, size))
     return names, files
@@ -163,10 +179,8 @@ def input_of(
     table: Table,
 ) -> Input:
     """How samples are read whose labels or captions are at ``fields``, in the forms of ``fields.read_captions``."""
-    captions = [field for field in fields if not is_in_json(field)]
-    captions = [field.removeprefix(LINES) for field in captions]
-    allowed = [*images_from] if images_from else None
-    found = Input(captions=captions, images_from=allowed, limits=limits)
+    captions = [field.removeprefix(LINES) for field in fields if not is_in_json(field)]
+    found = Input(captions=captions, images_from=[*images_from] if images_from else None, limits=limits)
     return found.model_copy(update={"format": table.format, "image": table.image, "view": table.view})
 
 
@@ -188,7 +202,7 @@ def check_no_view(urls: str | Sequence[str], view: str | None, where: str) -> No
 
 
 def _read_dataset(url: str, spec: Input) -> Iterator[RawSample]:
-    key = 'evaluate.images_from: ["{0}"], or --images-from "{0}" on the command line'
+    key = 'evaluate.images_from: ["{0}"], or --set images_from="{0}" on the command line'
     data = Dataset(url, {}, view=spec.view, images_from=spec.images_from or (), images_key=key)
     for sample in data:
         sidecars = {}

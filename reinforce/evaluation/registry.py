@@ -11,12 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import Literal
+from typing import Any, Literal
 
 from reinforce.errors import UserError
 from teachers.open_clip.released import name_key
 
-Kind = Literal["classification", "retrieval", "association", "choice"]
 Layout = Literal["tars", "tables", "sugarcrepe", "sharegpt4v", "pairs"]
 
 HUB = "hf://"
@@ -33,7 +32,7 @@ class SuiteSet:
 
     key: str
     name: str
-    kind: Kind
+    kind: str  # a name in kinds.registry.KINDS
     layout: Layout
     size: int
     classes: int | None
@@ -90,23 +89,13 @@ def published_metrics(model: str) -> dict[str, float]:
 
 @cache
 def _load_sets(suite: str) -> tuple[SuiteSet, ...]:
-    return tuple(
-        SuiteSet(
-            key=row["key"],
-            name=row["name"],
-            kind=row["kind"],  # type: ignore[arg-type]
-            layout=row["layout"],  # type: ignore[arg-type]
-            size=int(row["size"]),
-            classes=int(row["classes"]) if row["classes"] else None,
-            main_metric=row["main_metric"],
-            chance=float(row["chance"]) if row["chance"] else None,
-            published=row["published"],
-            fields=tuple(row["fields"].split()),
-            groups=dict(pair.split("=") for pair in row["groups"].split()),
-        )
-        for row in _read("sets.csv")
-        if row["suite"] == suite
-    )
+    rows: list[dict[str, Any]] = [{**row} for row in _read("sets.csv") if row.pop("suite") == suite]
+    for row in rows:
+        row["size"], row["fields"] = int(row["size"]), tuple(row["fields"].split())
+        row["classes"] = int(row["classes"]) if row["classes"] else None
+        row["chance"] = float(row["chance"]) if row["chance"] else None
+        row["groups"] = dict(pair.split("=") for pair in row["groups"].split())
+    return tuple(SuiteSet(**row) for row in rows)
 
 
 def _read(name: str) -> list[dict[str, str]]:

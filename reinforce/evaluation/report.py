@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,22 @@ from rich.table import Table
 from reinforce.source.samples import Refusal
 from reinforce.terminal import first_names, plural
 
+#: Metrics of a model on a set by name; None where a metric is not defined for the set.
+Metrics = dict[str, float | None]
+#: Ranks k of recall@k.
+RECALLS = (1, 5, 10)
+
+
+def score_table(header: Sequence[str], rows: Iterable[Sequence[str]], models: Sequence[str], texts: int = 1) -> Table:
+    """A table whose first columns are ``texts``. Names of models, which may be long paths, are folded."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for number, name in enumerate(header):
+        whole = not any(model in name for model in models)
+        table.add_column(name, justify="left" if number < texts else "right", no_wrap=whole, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
 
 def name_refused(refused: Sequence[Refusal]) -> str:
     """The first refused images, with the reasons."""
@@ -18,20 +34,30 @@ def name_refused(refused: Sequence[Refusal]) -> str:
 
 
 @dataclass(frozen=True)
-class SetSummary:
-    """The number of images that a set's metrics are computed on, and the images that were refused.
+class Outcome:
+    """What a set gives: ``metrics`` by model, the number of ``samples``, those ``refused``, and the ``classes``.
 
-    ``published`` is the number of images of a published set.
+    ``failed`` has the reason why a model has no metrics; ``content`` is the digest of what was read. ``published`` is
+    the number of images of a published set.
     """
 
-    images: int
+    metrics: dict[str, Metrics]
+    samples: int
     refused: list[Refusal]
+    classes: int | None = None
+    failed: dict[str, str] = field(default_factory=dict)
+    content: str = ""
     published: int | None = None
+
+    @property
+    def images(self) -> int:
+        """The number of images that the metrics are computed on."""
+        return self.samples - len(self.refused)
 
     @property
     def part(self) -> str | None:
         """The evaluated part of the set, such as ``151 of 301 images``; None for the whole set."""
-        total = self.images + len(self.refused) if self.published is None else self.published
+        total = self.samples if self.published is None else self.published
         return None if self.images == total else f"{self.images} of {total} images"
 
     def __str__(self) -> str:
@@ -52,8 +78,16 @@ class Result:
     """
 
     metrics: dict[str, float]
-    sets: dict[str, SetSummary]
+    sets: dict[str, Outcome]
     failed: dict[str, str] = field(default_factory=dict)
+
+    def add(self, name: str, model: str, outcome: Outcome) -> None:
+        """Add what a set gives for a model."""
+        self.sets[name] = outcome
+        if model in outcome.failed:
+            self.failed[name] = outcome.failed[model]
+        scores = outcome.metrics.get(model, {}).items()
+        self.metrics.update({f"{name}/{metric}": score for metric, score in scores if score is not None})
 
 
 @dataclass(frozen=True)
@@ -61,17 +95,15 @@ class Report:
     """Results of several models, keyed by the model names that the user gave."""
 
     results: dict[str, Result]
+    absent: tuple[str, ...] = ()  # a set that is missing ends the evaluation
 
     def table(self) -> Table:
         """Metrics in percent, one column per model."""
-        table = Table(box=None, header_style="bold", pad_edge=False)
-        table.add_column("%", no_wrap=True)
-        for model in self.results:
-            table.add_column(model, justify="right", overflow="fold")
+        rows = []
         for metric in dict.fromkeys(metric for result in self.results.values() for metric in result.metrics):
             row = (result.metrics.get(metric) for result in self.results.values())
-            table.add_row(metric, *("" if score is None else f"{100 * score:.2f}" for score in row))
-        return table
+            rows.append([metric, *("" if score is None else f"{100 * score:.2f}" for score in row)])
+        return score_table(["%", *self.results], rows, [*self.results])
 
     def lines(self) -> list[str]:
         """One line per set with its images, which models with equal summaries share, and one for each that failed."""

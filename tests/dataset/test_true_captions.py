@@ -16,7 +16,7 @@ import pytest
 import reinforce
 from reinforce.captioning.config import Data as CaptionerData
 from reinforce.captioning.source import PairSource
-from reinforce.config import Limits, Score, parse_config
+from reinforce.config import Score, parse_config
 from reinforce.dataset.drop import drop, plan_drop
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.kinds.scores import make_scorer
@@ -27,7 +27,7 @@ from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.recompute import recompute
 from reinforce.errors import UserError
 from reinforce.evaluation.config import RetrievalSet
-from reinforce.evaluation.sets import Example, open_retrieval_set
+from reinforce.evaluation.reading import Example
 from reinforce.inspection.captions import similarities, text_figures
 from reinforce.inspection.rows import Rows, read_rows
 from reinforce.inspection.selection import select
@@ -36,6 +36,7 @@ from reinforce.student.config import Data
 from reinforce.student.data.feed import StudentFeed
 from tests.helpers.commands import printed_by
 from tests.helpers.data import config_of, picture, tree, write_tar
+from tests.helpers.evaluation import open_retrieval
 from tests.helpers.in_loaders import letters, read
 from tests.helpers.reinforced import reinforce_here
 
@@ -155,7 +156,7 @@ def test_captioners_learn_from_all_of_them_retrieval_is_evaluated_on_them_and_re
     pairs = [pair for shard, _ in source.groups() for pair in source.pairs(shard, Counter())]
     assert {item.key: [*captions] for item, captions in pairs} == several
     for where, expected in (("lines:true_captions", several), ("txt", {key: one[:1] for key, one in several.items()})):
-        retrieval = open_retrieval_set("own", RetrievalSet(pairs=str(made), captions=[where]), Limits())
+        retrieval = open_retrieval(RetrievalSet(pairs=str(made), captions=[where]))
         assert {one.key: [*one.target] for one in retrieval.examples() if isinstance(one, Example)} == expected
     kept = sum(map(len, several.values()))
     assert text_figures(inspected(made))["caption"].summary["captions"] == kept

@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import pytest
 import torch
@@ -16,15 +15,9 @@ import yaml
 from reinforce import settings
 from reinforce.errors import UserError
 from reinforce.evaluation.config import Evaluation
+from reinforce.evaluation.kinds.association import association_metrics, cue_text, jaccard
+from reinforce.evaluation.kinds.classification import classification_metrics, macro_f1, macro_recall
 from reinforce.evaluation.registry import published_metrics, select_sets
-from reinforce.evaluation.suite.association import cue_text
-from reinforce.evaluation.suite.metrics import (
-    association_metrics,
-    classification_metrics,
-    jaccard,
-    macro_f1,
-    macro_recall,
-)
 from reinforce.processes.cores import available_cores
 from tests.helpers.commands import Command
 from tests.helpers.evaluation import solid_image, write_colour_folder, write_colour_shard, write_shard
@@ -106,7 +99,7 @@ def test_a_suite_has_main_metrics_and_their_mean_and_ranks_share_out_its_images(
         ({"zero_shot": {"a/b": {"images": "x"}}}, "'a/b' cannot name a set"),
         (
             {"zero_shot": {"a": {"images": "x", "class": "y"}}},
-            "known keys here: format, image, view, images, classes, label",
+            "known keys here: format, image, view, limit, images, classes, label",
         ),
         ({"retrieval": {"a": {"pairs": "x", "captions": []}}}, "retrieval.a.captions"),
     ],
@@ -232,8 +225,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_models_are_compared_and_refused_images_listed(evaluate: Command, root: Path, tmp_path: Path) -> None:
     models = [f"local-dir:{root}/plain", f"{root}/trained", f"{root}/trained/student"]
-    sets = ["--zero-shot", f"colours={root}/folder", "--templates", "none", "--retrieval", f"holes={root}/holes.tar"]
-    status, out, _ = evaluate(*models, *sets, "--json", f"{tmp_path}/out/report.json", "--batch", "4")
+    sets = ["--zero-shot", f"colours={root}/folder", "--retrieval", f"holes={root}/holes.tar"]
+    sets += ["--set", "zero_shot.colours.templates=none"]
+    status, out, _ = evaluate(*models, *sets, "--json", f"{tmp_path}/out/report.json", "--set", "batch=4")
     assert status == 0
     for part in ("zero_shot/colours/top1", "retrieval/holes/image_to_text/r10", "zero_shot/colours: 12 images"):
         assert part in out
@@ -252,56 +246,37 @@ def test_models_are_compared_and_refused_images_listed(evaluate: Command, root: 
 
 
 def test_sets_of_the_config_and_the_command_line_are_merged(evaluate: Command, root: Path, tmp_path: Path) -> None:
-    section: dict[str, Any] = {"zero_shot": {"a": {"images": f"{root}/folder"}, "b": {"images": "nowhere.tar"}}}
+    section: dict[str, Any] = {"zero_shot": {"a": {"images": f"{root}/folder"}, "b.1": {"images": "nowhere.tar"}}}
     config = tmp_path / "student.yaml"
     config.write_text(yaml.safe_dump({"output": "x", "student": {"model": "y"}, "evaluate": section}))
-    b = ("--zero-shot", f"b={root}/colours.tar", "--label", "json:class", "--groups", "json:group", "--limit", "5")
-    status, out, _ = evaluate(f"{root}/plain", "--config", str(config), *b)
-    assert status == 0
-    assert "zero_shot/a: 12 images" in out
-    assert "zero_shot/b: 5 images" in out
-    assert "zero_shot/b/group" in out
+    b = ["--zero-shot", f"b.1={root}/colours.tar", "--limit", "5"]
+    b += ["--set", "zero_shot.b.1.label=json:class", "--set", "zero_shot.b.1.groups=json:group"]
+    status, out, err = evaluate(f"{root}/plain", "--config", str(config), *b)
+    assert status == 0, err
+    for part in ("zero_shot/a: 12 images", "zero_shot/b.1: 5 images", "zero_shot/b.1/group"):
+        assert part in out
 
 
-def test_a_remote_model_gives_the_metrics_of_a_local_one(evaluate: Command, root: Path, tmp_path: Path) -> None:
-    fsspec.filesystem("memory").put(str(root / "trained"), "/run", recursive=True)
-    models = [f"{root}/trained", "memory://run"]
-    status, out, err = evaluate(*models, "--retrieval", f"x={root}/colours.tar", "--json", "-")
-    assert status == 0
-    here, there = json.loads(out)["models"].values()
-    assert here == there
-    assert "decoding thread" in err, "the log is on standard error"
-
-
-FAULTS: dict[str, tuple[list[str], str]] = {
-    "nothing to judge by": (["{root}/plain"], "nothing to evaluate on: name sets with --zero-shot"),
-    "no model of that name": (["ViT-L14", "--zero-shot", "a={root}/folder"], "did you mean ViT-L-14"),
-    "no weights": (["ViT-B-32", "--zero-shot", "a={root}/folder"], "has no weights without `pretrained`"),
-    "no such tag": (["ViT-B-32,opnai", "--zero-shot", "a={root}/folder"], "did you mean openai"),
-    "no such tag by option": (["RN50", "--pretrained", "x", "--zero-shot", "a={root}/folder"], "'x' is neither a tag"),
-    "no model in the folder": (["{root}/folder", "--zero-shot", "a={root}/folder"], "its `student` has open_clip_con"),
-    "missing local-dir": (["local-dir:{root}/no", "--zero-shot", "a={root}/folder"], "no does not exist"),
-    "model named twice": (["{root}/plain", "{root}/plain", "--zero-shot", "a={root}/folder"], "named twice"),
-    "no name of the set": (["{root}/plain", "--zero-shot", "{root}/folder"], "want NAME=URL"),
-    "bad name of the set": (["{root}/plain", "--zero-shot", "a/b={root}/folder"], "'a/b' cannot name a set"),
-    "missing folder": (["{root}/plain", "--zero-shot", "a={root}/none"], "shard_missing"),
-    "unknown templates": (["{root}/plain", "--zero-shot", "a={root}/folder", "--templates", "x"], "use openai, simple"),
-    "options without a set": (
-        ["{root}/plain", "--templates", "x", "--retrieval", "a=b"],
-        "apply to the sets of --zero",
-    ),
-    "limit of nothing": (["{root}/plain", "--zero-shot", "a={root}/folder", "--limit", "0"], "greater than or equal"),
-    "unknown device": (["{root}/plain", "--zero-shot", "a={root}/folder", "--device", "abc"], "use auto, cpu, cuda"),
-    "unwritable JSON": (
-        ["{root}/plain", "--zero-shot", "a={root}/folder", "--json", "{root}/colours.tar/x.json"],
-        "cannot be written",
-    ),
+SET = "{root}/plain --zero-shot a={root}/folder"
+FAULTS = {
+    "nothing to judge by": ("{root}/plain", "nothing to evaluate on: name sets with --zero-shot"),
+    "no model of that name": ("ViT-L14 --zero-shot a={root}/folder", "did you mean ViT-L-14"),
+    "no such tag": ("RN50 --pretrained x --zero-shot a={root}/folder", "'x' is neither a tag"),
+    "no name of the set": ("{root}/plain --zero-shot {root}/folder", "want NAME=URL"),
+    "bad name of the set": ("{root}/plain --zero-shot a/b={root}/folder", "'a/b' cannot name a set"),
+    "missing folder": ("{root}/plain --zero-shot a={root}/none", "shard_missing"),
+    "unknown templates": (f"{SET} --set zero_shot.a.templates=x", "use openai, simple"),
+    "a key without a set": ("{root}/plain --set zero_shot.a.label=x", "zero_shot.a.images: is required"),
+    "a former option": (f"{SET} --classes x", "not an option any more: write --set zero_shot.NAME.classes=VALUE"),
+    "a former option of all sets": ("{root}/plain --batch=4", "write --set batch=VALUE instead"),
+    "unknown device": (f"{SET} --device abc", "use auto, cpu, cuda"),
+    "unwritable JSON": (f"{SET} --json {{root}}/colours.tar/x.json", "cannot be written"),
 }
 
 
 def test_a_user_error_is_one_message(evaluate: Command, root: Path) -> None:
     for fault, (arguments, message) in FAULTS.items():
-        status, out, err = evaluate(*(argument.format(root=root) for argument in arguments))
+        status, out, err = evaluate(*arguments.format(root=root).split())
         assert status == 2, fault
         assert err.startswith("error: "), fault
         assert message in err, fault

@@ -15,8 +15,8 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
+from reinforce.evaluation.kinds.files import find_files
 from reinforce.evaluation.suite import fetch
-from reinforce.evaluation.suite.files import find_files
 from tests.helpers.commands import Command
 from tests.helpers.evaluation import colour_samples, find_set, solid_image, stored, write_classification, write_table
 from tests.helpers.web import serving

@@ -6,25 +6,31 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from reinforce.evaluation import images
-from reinforce.evaluation.suite import files, one_set
-from reinforce.evaluation.suite.files import find_files
+from reinforce.evaluation.evaluator import read_content
+from reinforce.evaluation.kinds import files
+from reinforce.evaluation.kinds.files import find_files
+from reinforce.evaluation.kinds.registry import KINDS
 from reinforce.evaluation.suite.results import ResultFile, file_name
 from tests.helpers.commands import Command
 from tests.helpers.evaluation import (
     COLOURS,
     colour_samples,
+    count_decoded,
     find_set,
     solid_image,
     stored,
     write_classification,
+    write_sharegpt4v,
+    write_sugarcrepe,
     write_table,
+    write_urban1k,
 )
 from tests.helpers.models import tiny_models
 
@@ -34,11 +40,7 @@ FORMER = "result of an earlier version computed again, since they do not state t
 
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """An entry for each image that is decoded."""
-    found: list[int] = []
-    decode = images.decode
-    monkeypatch.setattr(images, "decode", lambda *a, **b: (found.append(1), decode(*a, **b))[1])
-    return found
+    return count_decoded(monkeypatch)
 
 
 @pytest.fixture
@@ -117,7 +119,7 @@ def test_another_version_of_the_metric_and_results_of_earlier_versions_are_compu
     evaluate: Callable[..., str], tmp_path: Path, decoded: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evaluate()
-    monkeypatch.setitem(one_set._VERSIONS, "classification", 10**6)
+    monkeypatch.setitem(KINDS, "classification", replace(KINDS["classification"], version=10**6))
     assert f"a/b: 1 {FORMER}" in evaluate()
     assert FORMER not in evaluate()
     assert len(decoded) == 24
@@ -187,48 +189,29 @@ def write_flickr(root: Path, caption: str = "red", colour: str = "red") -> None:
 
 def write_winogavil(root: Path, cue: str = "red", associated: str = "c0", colour: str = "red") -> None:
     pictures = [stored(solid_image(colour)), stored(solid_image("blue"))]
-    columns = {
-        "cue": [cue],
-        "candidate_images": [pictures],
-        "candidates": [["c0", "c1"]],
-        "associations": [[associated]],
-    }
-    write_table(root, "winogavil", columns)
-
-
-def write_urban1k(root: Path, caption: str = "red", colour: str = "red") -> None:
-    for name, data in {"image/x.jpg": solid_image(colour), "caption/x.txt": caption.encode()}.items():
-        (root / "Urban1k" / name).parent.mkdir(parents=True)
-        (root / "Urban1k" / name).write_bytes(data)
-
-
-def write_sugarcrepe(root: Path, caption: str = "red", wrong: str = "blue", colour: str = "red") -> None:
-    folder = root / "sugar-crepe"
-    for name in ("val2017", "data"):
-        (folder / name).mkdir(parents=True)
-    (folder / "val2017" / "x.jpg").write_bytes(solid_image(colour))
-    row = {"filename": "x.jpg", "caption": caption, "negative_caption": wrong}
-    (folder / "data" / "swap_obj.json").write_text(json.dumps({"0": row}))
-
-
-def write_sharegpt4v(root: Path, caption: str = "red", colour: str = "red") -> None:
-    folder = root / "ShareGPT4V"
-    (folder / "sam" / "images").mkdir(parents=True)
-    (folder / "sam" / "images" / "x.jpg").write_bytes(solid_image(colour))
-    rows = [{"image": "sam/images/x.jpg", "conversations": [{"value": "?"}, {"value": caption}]}]
-    (folder / "share-captioner_coco_lcs_sam_1246k_1107.json").write_text(json.dumps(rows))
+    columns = {"cue": [cue], "candidate_images": [pictures]}
+    write_table(root, "winogavil", columns | {"candidates": [["c0", "c1"]], "associations": [[associated]]})
 
 
 def write_geode(root: Path, region: int = 0, colour: str = "red", template: str = "{c}") -> None:
     write_classification(root, "geode", [(3, solid_image(colour), (region, 0))], [*COLOURS], [template], shards=1)
 
 
-LAYOUTS: dict[str, tuple[Callable[..., None], list[dict[str, Any]]]] = {
+LAYOUTS: dict[str, tuple[Callable[..., Any], list[dict[str, Any]]]] = {
     "flickr": (write_flickr, [{"caption": "blue"}, {"colour": "blue"}]),
     "winogavil": (write_winogavil, [{"cue": "Blue"}, {"associated": "c1"}, {"colour": "green"}]),
-    "urban1k": (write_urban1k, [{"caption": "blue"}, {"colour": "blue"}]),
-    "swap_obj": (write_sugarcrepe, [{"caption": "grey"}, {"wrong": "grey"}, {"colour": "blue"}]),
-    "sharegpt4v-1k": (write_sharegpt4v, [{"caption": "grey"}, {"colour": "blue"}]),
+    "urban1k": (
+        lambda root, colour="red", text="red": write_urban1k(root, {"x": (colour, text)}),
+        [{"text": "blue"}, {"colour": "blue"}],
+    ),
+    "swap_obj": (
+        lambda root, colour="red", text="red", wrong="blue": write_sugarcrepe(root, [(colour, text, wrong)]),
+        [{"text": "grey"}, {"wrong": "grey"}, {"colour": "blue"}],
+    ),
+    "sharegpt4v-1k": (
+        lambda root, colour="red", text="red": write_sharegpt4v(root, [(colour, text)]),
+        [{"text": "grey"}, {"colour": "blue"}],
+    ),
     "geode": (write_geode, [{"region": 1}, {"colour": "blue"}, {"template": "a {c}"}]),
 }
 
@@ -244,7 +227,7 @@ def test_all_that_a_metric_depends_on_is_content_and_changes_the_state_of_the_fi
             assert found is not None
             again = find_files(one, str(root))
             assert again == found, "nothing has changed"
-            contents.append(one_set.read_content(one, found, 2))
+            contents.append(read_content(one, found, 2))
             states.append(found.state)
         assert contents[0] == contents[1], f"{key}: a copy"
         assert len({*contents}) == 1 + len(changes), key

@@ -15,7 +15,8 @@ from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGE
 
 from reinforce.evaluation.classes import load_templates
 from reinforce.evaluation.encoding import build_classifier, encode_texts
-from reinforce.evaluation.ranking import compute_accuracies, rank_classes, rank_matches
+from reinforce.evaluation.kinds.classification import own_metrics
+from reinforce.evaluation.ranking import rank_classes, rank_matches
 from teachers.open_clip.teacher import OpenClipEncoder
 from tests.helpers.evaluation import CPU, ColourOracle, load_spec, load_teacher
 from tests.helpers.models import tiny_models
@@ -76,7 +77,7 @@ def test_nan_scores_are_never_hits() -> None:
     for images, classes in ((nans, names), (names, nans)):
         ranks, predicted = rank_classes(images, classes, labels)
         assert ranks.min() >= 5
-        assert compute_accuracies(ranks.numpy(), labels.numpy(), predicted.numpy(), ["a", "a"]) == {
+        assert own_metrics(["a", "a"], [], labels.numpy(), ranks.numpy(), predicted.numpy()) == {
             "top1": 0, "top5": 0, "mean_per_class": 0, "group": 0,
         }  # fmt: skip
         assert rank_matches(images, classes, (labels.numpy(), labels.numpy()), CPU, 1).min() >= 10
@@ -88,15 +89,14 @@ def test_accuracies_are_means_over_images_and_classes() -> None:
     labels = np.array([0, 0, 0, 2, 2, 5])
     ranks = np.array([0, 0, 3, 0, 7, 1])
     predicted = np.array([0, 0, 1, 2, 4, 3])
-    scores = compute_accuracies(ranks, labels, predicted, ["a", "a", "b", "c", "b", "c"])
+    scores = own_metrics(["a", "a", "b", "c", "b", "c"], [], labels, ranks, predicted)
     assert scores["top1"] == pytest.approx(3 / 6)
     assert scores["top5"] == pytest.approx(5 / 6)
     assert scores["mean_per_class"] == pytest.approx((2 / 3 + 1 / 2 + 0) / 3), "classes without images do not count"
     assert scores["group"] == pytest.approx(6 / 6), "0 for 1, 2 for 4 and 5 for 3 share a group"
-    assert compute_accuracies(ranks, labels, predicted, ["a", "a", "b", None, "d", "c"])["group"] == pytest.approx(
-        4 / 6
-    )
-    assert "group" not in compute_accuracies(ranks, labels, predicted, None)
+    partly = own_metrics(["a", "a", "b", None, "d", "c"], [], labels, ranks, predicted)
+    assert partly["group"] == pytest.approx(4 / 6)
+    assert "group" not in own_metrics(None, [], labels, ranks, predicted)
 
 
 WORDS = ["dog", "red car", "great white shark", "Ünïcode"]

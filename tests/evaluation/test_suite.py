@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,45 +13,53 @@ import pytest
 import torch
 
 from reinforce.errors import UserError
-from reinforce.evaluation import images
+from reinforce.evaluation.content import ContentDigest
 from reinforce.evaluation.encoding import Encoder
-from reinforce.evaluation.suite import one_set, run
-from reinforce.evaluation.suite.files import find_files
-from reinforce.evaluation.suite.models import Models, Outcome
+from reinforce.evaluation.evaluator import evaluate_published, read_content
+from reinforce.evaluation.images import ImageBatches
+from reinforce.evaluation.kinds.base import ImageSet, SetKind
+from reinforce.evaluation.kinds.files import find_files
+from reinforce.evaluation.kinds.files import find_set as find_published
+from reinforce.evaluation.kinds.registry import KINDS
+from reinforce.evaluation.models import Models
+from reinforce.evaluation.reading import Example
+from reinforce.evaluation.report import Metrics, Outcome
+from reinforce.evaluation.suite import run
 from reinforce.evaluation.suite.results import file_name
 from reinforce.evaluation.suite.workers import Job
 from tests.helpers.commands import Command
 from tests.helpers.evaluation import (
+    COLOURS,
     CPU,
     ColourOracle,
     ConstantEncoder,
     NanEncoder,
     RedNanEncoder,
     colour_samples,
+    count_decoded,
     find_set,
     solid_image,
     stored,
     write_classification,
+    write_sharegpt4v,
+    write_sugarcrepe,
     write_table,
+    write_urban1k,
 )
 from tests.helpers.models import tiny_models
 
 
-def evaluate_set(root: Path, key: str, batch: int = 5, **encoders: Encoder) -> Outcome:
-    """Evaluate encoders, by default one that is right about colours, on a set below ``root``."""
-    one = find_set(key)
-    files = find_files(one, str(root))
-    assert files is not None
-    models = Models(encoders or {"oracle": ColourOracle()}, CPU, batch, threads=2)
-    return one_set._kinds()[one.kind](one, files, models)
+def evaluate_set(root: Path, key: str, **encoders: Encoder) -> Outcome:
+    """The scores of encoders, by default one that is right about colours, on a set below ``root``."""
+    one, models = find_set(key), Models(encoders or {"oracle": ColourOracle()}, CPU, batch=5, threads=2)
+    image_set = KINDS[one.kind].open(one, find_published(one, str(root)))
+    return image_set.score(models, ImageBatches(image_set.examples))
 
 
 def checked_set(root: Path, key: str, **encoders: Encoder) -> Outcome:
     """Evaluate encoders as the command does."""
-    one = find_set(key)
-    files = find_files(one, str(root))
-    assert files is not None
-    return one_set.evaluate_set(one, files, Models(encoders, CPU, batch=5, threads=2))
+    one, models = find_set(key), Models(encoders or {"oracle": ColourOracle()}, CPU, batch=5, threads=2)
+    return evaluate_published(one, find_published(one, str(root)), models)
 
 
 def test_classification_of_several_models(tmp_path: Path) -> None:
@@ -96,9 +105,8 @@ def test_sets_with_the_same_classes_share_a_classifier(tmp_path: Path) -> None:
     counts = []
     for key, lines in templates.items():
         write_classification(tmp_path, key, colour_samples(1), templates=lines)
-        files = find_files(find_set(key), str(tmp_path))
-        assert files is not None
-        assert one_set._kinds()["classification"](find_set(key), files, models).metrics["model"]["acc1"] == 1
+        files = find_published(find_set(key), str(tmp_path))
+        assert evaluate_published(find_set(key), files, models).metrics["model"]["acc1"] == 1
         counts.append(encoder.texts)
     assert counts == [12, 12, 24]
 
@@ -162,85 +170,90 @@ def test_association_counts_instances_of_ten_and_twelve_candidates(tmp_path: Pat
     assert metrics["jaccard_score_10-12"] == pytest.approx(1 / 3), "c0 is chosen, and c1 for the last"
 
 
-def write_pictures(folder: Path, **pictures: str) -> Path:
-    folder.mkdir(parents=True)
-    for name, colour in pictures.items():
-        (folder / f"{name}.jpg").write_bytes(solid_image(colour))
-    return folder
-
-
 def test_the_right_caption_must_have_the_higher_score(tmp_path: Path) -> None:
-    folder = write_pictures(tmp_path / "sugar-crepe" / "val2017", a="red", b="blue").parent
-    captions = [("a.jpg", "red", "blue"), ("a.jpg", "blue", "red"), ("b.jpg", "red", "green"), ("b.jpg", "blue", "red")]
-    rows = [dict(zip(("filename", "caption", "negative_caption"), row, strict=True)) for row in captions]
-    (folder / "data").mkdir()
-    (folder / "data" / "swap_obj.json").write_text(json.dumps({"0": rows[0], "1": rows[1], "7": rows[2], "9": rows[3]}))
+    rows = [("red", "red", "blue"), ("red", "blue", "red"), ("blue", "red", "green"), ("blue", "blue", "red")]
+    file = write_sugarcrepe(tmp_path, rows)
     encoders = {"oracle": ColourOracle(), "constant": ConstantEncoder(), "nan": NanEncoder()}
     outcome = evaluate_set(tmp_path, "swap_obj", **encoders)
     assert outcome.samples == 4
     assert outcome.metrics == {"oracle": {"acc": 0.5}, "constant": {"acc": 0}, "nan": {"acc": 0}}, "ties are no hits"
     assert find_files(find_set("add_obj"), str(tmp_path)) is None, "each of the seven is a set of its own"
     for broken in ('{"0": {"filename": "a.jpg"}}', '{"0": {"filename"', "[]"):
-        (folder / "data" / "swap_obj.json").write_text(broken)
+        file.write_text(broken)
         with pytest.raises(UserError, match=r"swap_obj.json has another shape than the published file"):
             evaluate_set(tmp_path, "swap_obj")
-    (folder / "data" / "swap_obj.json").write_text(json.dumps({"0": rows[0] | {"filename": "none.jpg"}}))
+    write_sugarcrepe(tmp_path, [("none", "red", "blue")])
     with pytest.raises(UserError, match=r"none.jpg cannot be read"):
         evaluate_set(tmp_path, "swap_obj")
 
 
 def test_long_captions_are_read_as_they_are_published(tmp_path: Path) -> None:
-    folder = write_pictures(tmp_path / "Urban1k" / "image", x="red", y="blue").parent
-    (folder / "caption").mkdir()
-    (folder / "caption" / "x.txt").write_text("The red one.\nblue is a second line.\n")
-    (folder / "caption" / "y.txt").write_text("The green one.")
+    write_urban1k(tmp_path, {"x": ("red", "The red one.\nblue is a second line.\n"), "y": ("blue", "The green one.")})
     assert evaluate_set(tmp_path, "urban1k").metrics["oracle"]["mean_recall@1"] == 0.5
     assert find_files(find_set("urban1k"), "hf://") is None, "which the Hub has only in an archive"
-    folder = write_pictures(tmp_path / "ShareGPT4V" / "sam" / "images", x="red", y="blue").parents[1]
-    rows = [
-        {"image": f"sam/images/{name}.jpg", "conversations": [{"value": "?"}, {"value": text}]}
-        for name, text in (("x", "A\nred one"), ("y", "A blue one"))
-    ]
-    whole, cut = json.dumps(rows, indent=1), json.dumps([*rows, rows[0]])[:-100]
-    (folder / "share-captioner_coco_lcs_sam_1246k_1107.json").write_text(whole)
+    file = write_sharegpt4v(tmp_path, [("red", "A\nred one"), ("blue", "A blue one")])
     outcome = evaluate_set(tmp_path, "sharegpt4v-1k")
     assert (outcome.samples, outcome.metrics["oracle"]["mean_recall@1"]) == (2, 1)
-    (folder / "share-captioner_coco_lcs_sam_1246k_1107.json").write_text(cut)
+    file.write_text(file.read_text()[:-30])
     with pytest.raises(UserError, match="has another shape than the published file"):
         evaluate_set(tmp_path, "sharegpt4v-1k")
+
+
+def test_one_more_kind_of_sets_needs_a_kind_and_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The share of images that have the colour of their label in a file of names."""
+
+    def score(models: Models, images: ImageBatches) -> Outcome:
+        vectors, targets = models.encode_all(images)
+        metrics: dict[str, Metrics] = {
+            name: {"share": float((found.argmax(1).numpy() == targets).mean())} for name, found in vectors.items()
+        }
+        return Outcome(metrics, len(targets), images.refused)
+
+    def read() -> Iterator[Example]:
+        for number, name in enumerate(COLOURS):
+            yield Example(name, partial(solid_image, name), number)
+
+    monkeypatch.setitem(KINDS, "colours", SetKind("colours", lambda one, files: ImageSet(one.name, read, score)))
+    write_classification(tmp_path, "mnist", colour_samples())
+    files = find_published(find_set("mnist"), str(tmp_path))
+    one = replace(find_set("mnist"), kind="colours", main_metric="share")
+    models = Models({"oracle": ColourOracle(), "constant": ConstantEncoder()}, CPU, batch=5, threads=2)
+    outcome = evaluate_published(one, files, models, ContentDigest())
+    assert outcome.metrics == {"oracle": {"share": 1}, "constant": {"share": pytest.approx(1 / 6)}}
+    assert outcome.content == read_content(one, files, 2)
 
 
 # --- the command
 
 
 @pytest.fixture
-def evaluate(command: Command, tmp_path: Path) -> Command:
+def evaluate(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
+    monkeypatch.chdir(tmp_path)
     tiny_models.open_clip_model(tmp_path / "plain")
     tiny_models.open_clip_model(tmp_path / "other", image_size=24, seed=1)
-    models = [f"{tmp_path}/plain", f"{tmp_path}/other"]
-    return partial(command, "evaluate", *models, "--suite", "datacomp", "--data", f"{tmp_path}/sets", "--out", "out")
+    return partial(command, "evaluate", "plain", "other", "--suite", "datacomp", "--data", "sets", "--out", "out")
 
 
-def test_finished_sets_are_kept_and_compared_with_published_ones(
+def test_sets_are_compared_with_published_ones_and_missing_ones_are_named(
     evaluate: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     write_classification(tmp_path / "sets", "mnist", colour_samples())
-    decoded: list[int] = []
-    decode = images.decode
-    monkeypatch.setattr(images, "decode", lambda *a, **b: (decoded.append(1), decode(*a, **b))[1])
+    decoded = count_decoded(monkeypatch)
     chosen = ("--sets", "mnist,stl10", "--compare", "mobileclip2_s0")
     status, out, err = evaluate(*chosen)
     assert status == 3
     assert "1 of 2 sets are missing: stl10. Copy them below --data" in err
     assert len(decoded) == 12, "each image is decoded once for both models"
     assert evaluate(*chosen, "--allow-missing")[0] == 0
-    assert "* MNIST: 12 samples (published: 10,000), 6 classes (published: 10): not comparable" in out
-    assert "STL-10 is missing, and not in the mean: expected at" in out
-    assert "https://huggingface.co/datasets/djghosh/wds_stl10_test" in out
-    assert "The mean is not that of the 38 sets of datacomp." in out
-    assert "mean of 1 of 38 sets" in out
-    (line,) = map(json.loads, (tmp_path / "out" / file_name(f"{tmp_path}/plain")).read_text().splitlines())
+    for line in (
+        "* MNIST: 12 samples (published: 10,000), 6 classes (published: 10): not comparable",
+        "STL-10 is missing, and not in the mean: expected at",
+        "https://huggingface.co/datasets/djghosh/wds_stl10_test",
+        "The mean is not that of the 38 sets of datacomp.",
+        "mean of 1 of 38 sets",
+    ):
+        assert line in out
+    (line,) = map(json.loads, (tmp_path / "out" / file_name("plain")).read_text().splitlines())
     assert (line["key"], line["dataset"]) == ("mnist", "MNIST")
     assert line["metrics"]["main_metric"] == line["metrics"]["acc1"]
     table = (tmp_path / "out" / "datacomp.md").read_text()
@@ -249,58 +262,33 @@ def test_finished_sets_are_kept_and_compared_with_published_ones(
     assert (tmp_path / "out" / "datacomp.png").stat().st_size > 10_000
     write_classification(tmp_path / "sets", "stl10", colour_samples(1))
     status, out, _ = evaluate(*chosen, "--json", "-")
-    assert status == 0
-    assert len(decoded) == 18, "the finished set is kept"
+    assert (status, len(decoded)) == (0, 18), "the finished set is kept"
     report = json.loads(out)
     assert (report["sets"], report["missing"]) == (["mnist", "stl10"], {})
     assert [len(model["results"]) for model in report["models"].values()] == [2, 2]
-    (tmp_path / "sets" / "wds_mnist_test" / "classnames.txt").write_text("red\n" * 6)
-    evaluate(*chosen)
-    assert len(decoded) == 30, "a set whose files have changed is evaluated again"
 
 
-def test_a_failed_set_leaves_the_others_and_the_status(
-    evaluate: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_a_failed_set_leaves_the_others_and_the_status(evaluate: Command, tmp_path: Path) -> None:
     write_classification(tmp_path / "sets", "mnist", colour_samples(), classes=["red"])
     write_classification(tmp_path / "sets", "cifar10", colour_samples(1))
     status, out, err = evaluate("--sets", "mnist", "--sets", "cifar10")
     assert status == 2
-    assert (
-        "MNIST failed, and is not in the mean: MNIST: s0000002 has the label 1, but classnames.txt has 1 class" in out
-    )
+    assert "MNIST failed, and is not in the mean: MNIST: s0000002 has the label 1 in its .cls" in out
     assert "sets failed: mnist. The same command tries them again." in err
     assert "mean of 1 of 38 sets" in out
 
 
+MNIST = "--suite datacomp --data {root}/sets --sets mnist"
 FAULTS = {
-    "no root": (["--suite", "datacomp"], "name the folder or URL of its sets with --data"),
-    "no set at all": (["--suite", "datacomp", "--data", "{root}"], "--data has none of the 38 sets: Caltech-101 is"),
-    "options of other sets": (["--suite", "datacomp", "--limit", "5"], "--limit: not with --suite"),
-    "no suite": (["--data", "x"], "belong to --suite"),
-    "sets that may be missing, of no suite": (["--zero-shot", "a=b", "--allow-missing"], "belong to --suite"),
-    "a result that is no result": (
-        ["--suite", "datacomp", "--data", "{root}/sets", "--sets", "mnist", "--out", "{root}/bad"],
-        ".jsonl has a line that is not of results",
-    ),
-    "a folder that cannot be written": (
-        [
-            "--suite",
-            "datacomp",
-            "--data",
-            "{root}/sets",
-            "--sets",
-            "mnist",
-            "--out",
-            "{root}/plain/open_clip_config.json",
-        ],
-        "open_clip_config.json cannot be written",
-    ),
-    "nothing published": (
-        ["--suite", "datacomp", "--data", "{root}", "--compare", "s0"],
-        "nothing is published of 's0'",
-    ),
+    "no root": ("--suite datacomp", "name the folder or URL of its sets with --data"),
+    "no set at all": ("--suite datacomp --data {root}", "--data has none of the 38 sets: Caltech-101 is"),
+    "options of other sets": ("--suite datacomp --limit 5", "--limit: not with --suite"),
+    "no suite": ("--data x", "belong to --suite"),
+    "sets that may be missing, of no suite": ("--zero-shot a=b --allow-missing", "belong to --suite"),
+    "an unknown set": ("--suite datacomp --data x --sets mnyst", "datacomp has no set 'mnyst'; it has vtab/"),
+    "a result that is no result": (f"{MNIST} --out {{root}}/bad", ".jsonl has a line that is not of results"),
+    "a folder that cannot be written": (f"{MNIST} --out {{root}}/plain/open_clip_config.json", "cannot be written"),
+    "nothing published": ("--suite datacomp --data {root} --compare s0", "nothing is published of 's0'"),
 }
 
 
@@ -310,7 +298,7 @@ def test_a_user_error_is_one_message(command: Command, tmp_path: Path) -> None:
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / file_name(f"{tmp_path}/plain")).write_text("[]\n")
     for fault, (options, message) in FAULTS.items():
-        words = [word.format(root=tmp_path) for word in options]
+        words = options.format(root=tmp_path).split()
         status, out, err = command("evaluate", f"{tmp_path}/plain", "--out", f"{tmp_path}/out", *words)
         assert status == 2, fault
         assert message in err.replace("\n", " "), fault
@@ -333,12 +321,15 @@ DAMAGE: dict[str, tuple[dict[str, str | None] | tuple[Any, ...], str]] = {
         "template 'a photo' has no {}",
     ),
     "an empty class": ({"classnames.txt": "red\n\nblue\n"}, "line 2 of"),
-    "a label beyond the classes": ((6, RED, (0, 1)), "has the label 6, but classnames.txt has 6"),
+    "a label beyond the classes": (
+        (6, RED, (0, 1)),
+        "has the label 6 in its .cls member; want the index of one of the 6 classes",
+    ),
     "a negative label": ((-1, RED, (0, 1)), "has the label -1"),
-    "a label that is a name": (("red", RED, (0, 1)), "has the label 'red'; want a class index"),
+    "a label that is a name": (("red", RED, (0, 1)), "has the label 'red' in its .cls member; want the index"),
     "no metadata": ((0, RED, None), "whole numbers region, country in its .npy member; it has none"),
-    "metadata of another shape": ((0, RED, (1, 2, 3)), "its shape is (3,)"),
-    "metadata that is no number": ((0, RED, (0.5, 1)), "it has [0.5, 1.0]"),
+    "metadata of another shape": ((0, RED, (1, 2, 3)), "its shape is (3,), its values are [1, 2, 3]"),
+    "metadata that is no number": ((0, RED, (0.5, 1)), "its shape is (2,), its values are [0.5, 1.0]"),
     "a broken image": ((0, b"x", (0, 1)), "1 of 6 images cannot be used, more than 0.1%: s0000002"),
 }
 
@@ -352,7 +343,7 @@ def test_a_faulty_set_has_an_error_instead_of_a_number(tmp_path: Path) -> None:
         for name, text in damage.items() if isinstance(damage, dict) else ():
             (folder / name).unlink() if text is None else (folder / name).write_text(text)
         with pytest.raises(UserError) as error:
-            one_set._check(find_set("geode"), evaluate_set(tmp_path / fault, "geode"))
+            checked_set(tmp_path / fault, "geode")
         assert message in str(error.value), fault
 
 
@@ -360,11 +351,9 @@ def test_one_broken_image_in_a_thousand_is_left_out_and_named(tmp_path: Path) ->
     samples = [*colour_samples(1)] * 200
     samples[7] = (0, b"broken", None)
     write_classification(tmp_path, "cifar10", samples)
-    one, outcome = find_set("cifar10"), evaluate_set(tmp_path, "cifar10", batch=300)
-    assert one_set._check(one, outcome).samples == len(samples)
-    files = find_files(one, str(tmp_path))
-    assert files is not None
-    line = run._line(Job(one, files, ("oracle",)), outcome, "oracle", "")
+    one, outcome = find_set("cifar10"), checked_set(tmp_path, "cifar10")
+    assert outcome.samples == len(samples)
+    line = run._line(Job(one, find_published(one, str(tmp_path)), ("oracle",)), outcome, "oracle")
     assert line["refused"] == ["1 of 1,200 left out: s0000007 (image_format)"]
     assert line["metrics"]["main_metric"] == 1
 
@@ -387,5 +376,5 @@ def test_a_table_of_another_shape_is_an_error(tmp_path: Path) -> None:
         columns = {name: values for name, values in (columns | change).items() if values is not None}
         write_table(tmp_path / str(number), key, columns)
         with pytest.raises(UserError) as error:
-            one_set._check(find_set(key), evaluate_set(tmp_path / str(number), key))
+            checked_set(tmp_path / str(number), key)
         assert message in str(error.value)

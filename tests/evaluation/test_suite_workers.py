@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from reinforce.errors import UserError
-from reinforce.evaluation.suite.files import SetFiles
-from reinforce.evaluation.suite.models import Outcome
+from reinforce.evaluation.kinds.files import SetFiles
+from reinforce.evaluation.report import Outcome
 from reinforce.evaluation.suite.results import SuiteReport
 from reinforce.evaluation.suite.workers import Job, Worker, WorkerLost, count_workers, schedule
 from tests.helpers.commands import Command

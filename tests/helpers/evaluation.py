@@ -12,13 +12,19 @@ import numpy as np
 import open_clip
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 import torch
 from PIL import Image
 
 from reinforce import settings
+from reinforce.config import Limits
+from reinforce.evaluation import images
 from reinforce.evaluation.config import Evaluation
 from reinforce.evaluation.encoding import Encoder
 from reinforce.evaluation.evaluator import Evaluator
+from reinforce.evaluation.kinds import retrieval
+from reinforce.evaluation.kinds.base import ImageSet
+from reinforce.evaluation.kinds.retrieval import RetrievalSet
 from reinforce.evaluation.registry import SuiteSet, select_sets
 from teachers.device.accelerator import Accelerator
 from teachers.open_clip.teacher import OpenClipTeacher, image_spec
@@ -109,9 +115,14 @@ def make_evaluator(**config: Any) -> Evaluator:
     return Evaluator(settings.parse(Evaluation, {"threads": 2, "batch": 5, **config}))
 
 
-def evaluate_zero_shot(model: Encoder, images: str, **config: Any) -> dict[str, float]:
+def open_retrieval(config: RetrievalSet) -> ImageSet:
+    assert retrieval.KIND.open_own is not None
+    return retrieval.KIND.open_own(config, "set", Limits(), ())
+
+
+def evaluate_zero_shot(model: Encoder, url: str, **config: Any) -> dict[str, float]:
     """Scores of one classification set."""
-    result = make_evaluator(zero_shot={"set": {"images": images, **config}}).evaluate(model, CPU)
+    result = make_evaluator(zero_shot={"set": {"images": url, **config}}).evaluate(model, CPU)
     return {name.rpartition("/")[2]: score for name, score in result.metrics.items()}
 
 
@@ -220,6 +231,47 @@ def write_table(root: Path, key: str, columns: dict[str, list[Any]]) -> Path:
     path.parent.mkdir(parents=True)
     pq.write_table(pa.table(columns), path)
     return path
+
+
+def write_urban1k(root: Path, captions: Mapping[str, tuple[str, str]]) -> None:
+    """Write Urban1k with a (colour, caption) by name."""
+    for name, (colour, caption) in captions.items():
+        write_files(root / "Urban1k", {f"image/{name}.jpg": solid_image(colour), f"caption/{name}.txt": caption})
+
+
+def write_sugarcrepe(root: Path, rows: Sequence[tuple[str, str, str]], key: str = "swap_obj") -> Path:
+    """Write a set of SugarCrepe with (colour, right caption, wrong caption); ``none`` has no image -> its file."""
+    named = ("filename", "caption", "negative_caption")
+    content = {str(n): dict(zip(named, (f"{row[0]}.jpg", *row[1:]), strict=True)) for n, row in enumerate(rows)}
+    pictures = {f"val2017/{colour}.jpg": solid_image(colour) for colour, _, _ in rows if colour in COLOURS}
+    write_files(root / "sugar-crepe", {f"data/{key}.json": json.dumps(content), **pictures})
+    return root / "sugar-crepe" / "data" / f"{key}.json"
+
+
+def write_sharegpt4v(root: Path, rows: Sequence[tuple[str, str]]) -> Path:
+    """Write ShareGPT4V with (colour, caption) -> the file of captions."""
+    name, folder = "share-captioner_coco_lcs_sam_1246k_1107.json", root / "ShareGPT4V"
+    content = [
+        {"image": f"sam/images/{colour}.jpg", "conversations": [{"value": "?"}, {"value": text}]}
+        for colour, text in rows
+    ]
+    pictures = {f"sam/images/{colour}.jpg": solid_image(colour) for colour, _ in rows}
+    write_files(folder, {name: json.dumps(content, indent=1), **pictures})
+    return folder / name
+
+
+def write_files(folder: Path, files: Mapping[str, str | bytes]) -> None:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def count_decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that gets an entry for each image that is decoded."""
+    found: list[int] = []
+    decode = images.decode
+    monkeypatch.setattr(images, "decode", lambda *a, **b: (found.append(1), decode(*a, **b))[1])
+    return found
 
 
 def stored(image: bytes) -> dict[str, Any]:

@@ -16,11 +16,9 @@ import torch
 import reinforce
 from reinforce.captioning.config import CaptionerConfig
 from reinforce.captioning.streams import load_streams
-from reinforce.config import Input, Limits
+from reinforce.config import Input
 from reinforce.errors import UserError
-from reinforce.evaluation.config import RetrievalSet, ZeroShotSet
 from reinforce.evaluation.reading import read_samples
-from reinforce.evaluation.sets import open_retrieval_set, open_zero_shot_set
 from reinforce.settings import parse
 from reinforce.source.samples import RawSample
 from reinforce.student.config import Data
@@ -28,6 +26,7 @@ from reinforce.student.data.feed import StudentFeed
 from reinforce.training.task import Batch
 from tests.helpers.captioning import take_keys
 from tests.helpers.data import members_of, write_tar
+from tests.helpers.evaluation import make_evaluator
 from tests.helpers.in_loaders import letters
 from tests.helpers.reinforced import small_dataset
 from tests.helpers.views import as_version_1, make_view
@@ -128,8 +127,8 @@ def test_a_view_of_what_is_no_dataset_is_an_error(tmp_path: Path) -> None:
     tar = str(write_tar(tmp_path / "a.tar", members_of(0, 3)))
     captioner = parse(CaptionerConfig, captioner_config(tar, tmp_path, view="some"))
     readers: dict[str, Callable[[], object]] = {
-        "retrieval/set": lambda: open_retrieval_set("set", RetrievalSet(pairs=tar, view="some"), Limits()),
-        "zero_shot/set": lambda: open_zero_shot_set("set", ZeroShotSet(images=tar, view="some"), Limits()),
+        "retrieval/set": lambda: make_evaluator(retrieval={"set": {"pairs": tar, "view": "some"}}),
+        "zero_shot/set": lambda: make_evaluator(zero_shot={"set": {"images": tar, "view": "some"}}),
         "data": lambda: load_streams(captioner, 16),
     }
     for key, read in readers.items():

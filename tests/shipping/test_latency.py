@@ -27,6 +27,7 @@ from reinforce.shipping.targets.onnx import Onnx
 from reinforce.shipping.towers import Tower, reparameterize
 from tests.helpers import shipping as models
 from tests.helpers.commands import Command
+from tests.helpers.evaluation import find_set
 from tests.helpers.models.tiny_coca import coca_model
 from tests.helpers.students import student_folder
 
@@ -75,7 +76,7 @@ def test_image_sizes_and_batches_are_measured_on_pinned_cores(latency: Command, 
     cores = os.sched_getaffinity(0)
     model, file, drawn = models.fastvit(tmp_path / "fast", weights=False), tmp_path / "l.json", tmp_path / "l.png"
     results = tmp_path / "results"
-    ResultFile(str(results), f"{model} at 64").add({"key": "imagenet1k", "metrics": {"main_metric": 0.5}})
+    ResultFile(str(results), f"{model} at 64").add(find_set("imagenet1k"), {"metrics": {"main_metric": 0.5}})
     words = [model, "--rounds", "2", "--threads", "1", "--batch", "2", "--image-size", "64", "--image-size", "96"]
     status, out, _ = latency(*words, "--json", str(file), "--picture", str(drawn), "--results", str(results))
     assert (status, "in batches of 2" in out) == (0, True)
@@ -106,7 +107,7 @@ def test_a_picture_has_plain_numbers_of_milliseconds(tmp_path: Path, monkeypatch
 
 
 def test_accuracies_are_published_or_of_a_suite(tmp_path: Path) -> None:
-    ResultFile(str(tmp_path), "runs/s0").add({"key": "imagenet1k", "metrics": {"main_metric": 0.25}})
+    ResultFile(str(tmp_path), "runs/s0").add(find_set("imagenet1k"), {"metrics": {"main_metric": 0.25}})
     names = ["runs/s0", "MobileCLIP2-S0", "MobileCLIP2-L-14,dfndr2b", "ViT-L-14"]
     assert find_accuracies(names, str(tmp_path)) == {
         "runs/s0": 0.25,

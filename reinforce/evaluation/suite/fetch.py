@@ -5,9 +5,10 @@ The same command continues: complete files are kept, others go on where they end
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,36 +46,40 @@ def fetch_sets(suite: str, root: Path, names: Sequence[str], *, dry_run: bool, l
     Raises UserError where the disk has no room, and at the end for sets that could not be downloaded.
     """
     recorded = _read_revisions(root)
-    failed: dict[str, str] = {}
+    failed: list[str] = []
     found: list[_Published] = []
+    needed = total = 0
     for one in select_sets(suite, names):
-        try:
+        with _failing(one, failed, log):
             if not one.on_hub:
                 raise UserError(f"it is not on the Hub in its layout; see {one.page} and docs/evaluation.md")
-            found.append(_look_up(one, recorded.get(one.key, {}).get("revision")))
-        except UserError as error:
-            failed[one.key] = str(error)
-            log(f"{one.name}: {error}")
-    needed = 0
-    for published in found:
-        missing = sum(published.missing(root / published.one.folder).values())
-        needed += missing
-        size = format_bytes(sum(published.files.values()))
-        log(f"{published.one.name}: {size}, {format_bytes(missing)} to download; revision {published.revision[:12]}")
-    total = sum(sum(published.files.values()) for published in found)
+            published = _look_up(one, recorded.get(one.key, {}).get("revision"))
+            found.append(published)
+            missing, size = sum(published.missing(root / one.folder).values()), sum(published.files.values())
+            needed, total = needed + missing, total + size
+            recorded[one.key] = {"repository": published.repository, "revision": published.revision, "bytes": size}
+            sizes = f"{format_bytes(size)}, {format_bytes(missing)} to download"
+            log(f"{one.name}: {sizes}; revision {published.revision[:12]}")
     log(f"{len(found)} sets: {format_bytes(total)}, {format_bytes(needed)} to download")
     if not dry_run:
         _check_room(root, needed)
-        _record(root, recorded, found)
+        write_file((json.dumps(recorded, indent=2) + "\n").encode(), str(root / REVISIONS))
         for published in found:
-            try:
+            with _failing(published.one, failed, log):
                 _download(published, root)
                 log(f"{published.one.name}: complete")
-            except UserError as error:
-                failed[published.one.key] = str(error)
-                log(f"{published.one.name}: {error}")
     if failed:
         raise UserError(f"sets that are not complete: {', '.join(failed)}. The same command continues.")
+
+
+@contextlib.contextmanager
+def _failing(one: SuiteSet, failed: list[str], log: Callable[[str], None]) -> Iterator[None]:
+    """Log a UserError inside, and add the set to those that ``failed``."""
+    try:
+        yield
+    except UserError as error:
+        failed.append(one.key)
+        log(f"{one.name}: {error}")
 
 
 def _look_up(one: SuiteSet, revision: str | None) -> _Published:
@@ -124,13 +129,6 @@ def _describe(one: SuiteSet, error: Exception) -> str:
     else:
         advice = "Try again."
     return f"{type(error).__name__}: {text} {advice}"
-
-
-def _record(root: Path, recorded: dict[str, Any], found: Sequence[_Published]) -> None:
-    for published in found:
-        about = {"repository": published.repository, "revision": published.revision}
-        recorded[published.one.key] = {**about, "bytes": sum(published.files.values())}
-    write_file((json.dumps(recorded, indent=2) + "\n").encode(), str(root / REVISIONS))
 
 
 def _check_room(root: Path, needed: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,10 @@ from rich.table import Table
 
 from reinforce import plots
 from reinforce.errors import UserError
+from reinforce.evaluation.kinds.registry import KINDS
 from reinforce.evaluation.registry import SuiteSet
+from reinforce.evaluation.report import score_table
+from reinforce.images.policy import PUBLISHED_POLICY
 from reinforce.source.urls import canonical, filesystem
 from reinforce.source.whole_reads import read_whole
 from reinforce.storage import write_file
@@ -27,38 +30,42 @@ _STEM_CHARACTERS = 100
 
 
 class ResultFile:
-    """The lines of one model in the folder of results, by the keys of sets; each new line replaces the file."""
+    """The lines of one model in the folder of results, by the keys of sets; each new line replaces the file.
 
-    def __init__(self, folder: str, model: str) -> None:
+    ``identity`` is of the model as it is now. ``outdated`` are the keys of lines that are not used, since an earlier
+    version wrote them.
+    """
+
+    def __init__(self, folder: str, model: str, identity: str = "") -> None:
         folder = folder.rstrip("/")
         self.url = f"{folder}/{file_name(model)}"
-        self._model = model
+        self.outdated: set[str] = set()
+        self._model, self._identity = model, identity
         # earlier versions wrote other names, which several models could share
         former = f"{folder}/{_stem(model)}.jsonl"
         self._lines = self._read(self.url) or self._read(former)
 
-    def made_of(self, one: SuiteSet, identity: str, metric: str) -> Line | None:
+    def line(self, one: SuiteSet) -> Line | None:
         """The line of a set that this model has with this version of the metric, else None.
 
         Its ``files`` are the state of the files that were read, its ``content`` is the digest of what was in them.
         """
         line = self._lines.get(one.key)
-        if line is None or not line.get("content"):
+        if line is None or line.get("model") != self._identity:
             return None
-        return line if (line.get("model"), line.get("metric")) == (identity, metric) else None
-
-    def outdated(self, one: SuiteSet, identity: str, metric: str) -> bool:
-        """Whether a line of this model is not used since an earlier version wrote it."""
-        line = self._lines.get(one.key)
-        return line is not None and line.get("model") == identity and self.made_of(one, identity, metric) is None
+        if line.get("content") and line.get("metric") == metric_version(one):
+            return line
+        self.outdated.add(one.key)
+        return None
 
     def main_metric(self, key: str) -> float | None:
         """The main metric of a set, of any files; None if it has no line."""
         return self._lines[key]["metrics"]["main_metric"] if key in self._lines else None
 
-    def add(self, line: Line) -> None:
-        """Write a line in place of an earlier one of its set. Raises UserError."""
-        self._lines[line["key"]] = line
+    def add(self, one: SuiteSet, line: Line) -> Line:
+        """Write the line of a set in place of an earlier one, and return it as it is written. Raises UserError."""
+        made_of = {"model": self._identity, "metric": metric_version(one)}
+        line = self._lines[one.key] = {"key": one.key, "dataset": one.name, **line, **made_of}
         text = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in self._lines.values())
         try:
             write_file(text.encode(), self.url)
@@ -66,6 +73,7 @@ class ResultFile:
             raise UserError(
                 f"{canonical(self.url)} cannot be written: {error}. Name another folder with --out."
             ) from error
+        return line
 
     def _read(self, url: str) -> dict[str, Line]:
         """The lines of a file that are of this model, or that name none."""
@@ -81,6 +89,11 @@ class ResultFile:
             raise UserError(
                 f"{canonical(url)} has a line that is not of results ({error}). Remove the file."
             ) from error
+
+
+def metric_version(one: SuiteSet) -> str:
+    """Settings that determine the metrics of a set, besides its content and the model."""
+    return f"{one.kind} {KINDS[one.kind].version}, {one.main_metric}, {PUBLISHED_POLICY}"
 
 
 def file_name(model: str) -> str:
@@ -106,55 +119,58 @@ class SuiteReport:
     total: int  # sets of the whole suite
     sets: list[SuiteSet]
     results: dict[str, dict[str, Line]]
+    published: Mapping[str, float] = field(default_factory=dict)
+    compared: str | None = None
     absent: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
-    compared: str | None = None
-    published: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def evaluated(self) -> list[SuiteSet]:
         """The sets with a result of every model."""
         return [one for one in self.sets if all(one.key in lines for lines in self.results.values())]
 
+    def scores(self, model: str) -> dict[str, float]:
+        """A model's main metrics by key."""
+        return {key: line["metrics"]["main_metric"] for key, line in self.results[model].items()}
+
     def mean(self, model: str) -> float | None:
         """Mean of a model's main metrics over the evaluated sets."""
-        scores = [self.results[model][one.key]["metrics"]["main_metric"] for one in self.evaluated]
-        return sum(scores) / len(scores) if scores else None
+        return self._mean(self.scores(model))
+
+    def _mean(self, scores: Mapping[str, float]) -> float | None:
+        """Mean over the evaluated sets; None if one of them has no score."""
+        found = [scores[one.key] for one in self.evaluated if one.key in scores]
+        return sum(found) / len(found) if found and len(found) == len(self.evaluated) else None
 
     def rows(self) -> list[list[str]]:
         """The cells of the table, the header first; metrics are in percent."""
         differences = [f"{model} - published" if len(self.results) > 1 else "difference" for model in self.results]
-        header = ["set", "metric", *self.results]
-        rows = [header + ([self.compared, *differences] if self.compared else [])]
+        rows = [["set", "metric", *self.results, *((self.compared, *differences) if self.compared else ())]]
+        scores = [self.scores(model) for model in self.results]
+        noted = {key for lines in self.results.values() for key, line in lines.items() if line["notes"]}
         for one in self.sets:
-            lines = [of_model.get(one.key) for of_model in self.results.values()]
-            scores = [None if line is None else line["metrics"]["main_metric"] for line in lines]
-            other = any(line is not None and line["notes"] for line in lines)
             why = "missing" if one.key in self.absent else "failed" if one.key in self.failed else ""
-            cells = [f"{_percent(score)}{_OTHER_SIZE * other}" if score is not None else why for score in scores]
-            rows.append(
-                [one.name, one.main_metric, *cells, *self._compared(scores, self.published.get(one.key), other)]
-            )
-        means = [self.mean(model) for model in self.results]
-        evaluated = self.evaluated
-        theirs = [self.published[one.key] for one in evaluated if one.key in self.published]
-        of_same = sum(theirs) / len(theirs) if theirs and len(theirs) == len(evaluated) else None
-        count = f"mean of {len(evaluated)}" + (f" of {self.total}" if len(evaluated) < self.total else "") + " sets"
-        cells = [_percent(mean) + _OTHER_SIZE * self._noted for mean in means]
-        rows.append([count, "", *cells, *self._compared(means, of_same, self._noted)])
-        return rows
+            of_set = [of_model.get(one.key) for of_model in scores]
+            cells = self._cells(of_set, self.published.get(one.key), one.key in noted, why)
+            rows.append([one.name, one.main_metric, *cells])
+        count = f"mean of {len(self.evaluated)}" + f" of {self.total}" * (len(self.evaluated) < self.total) + " sets"
+        means = [self._mean(of_model) for of_model in scores]
+        return [*rows, [count, "", *self._cells(means, self._mean(self.published), bool(noted))]]
+
+    def _cells(self, scores: Sequence[float | None], published: float | None, other: bool, why: str = "") -> list[str]:
+        """Cells of scores, of what is published and of differences, which sets of ``other`` sizes do not have."""
+        cells = [why if score is None else f"{100 * score:.2f}{_OTHER_SIZE * other}" for score in scores]
+        if not self.compared:
+            return cells
+        if published is None:
+            return [*cells, "", *("" for _ in scores)]
+        differences = ["" if score is None or other else f"{100 * (score - published):+.2f}" for score in scores]
+        return [*cells, f"{100 * published:.2f}", *differences]
 
     def table(self) -> Table:
         """Main metrics in percent, one column per model, and what is published."""
         header, *rows = self.rows()
-        table = Table(box=None, header_style="bold", pad_edge=False)
-        for number, name in enumerate(header):
-            # Names of models may be long paths: they are folded where a terminal is narrow.
-            whole = not any(model in name for model in self.results)
-            table.add_column(name, justify="left" if number < 2 else "right", no_wrap=whole, overflow="fold")
-        for row in rows:
-            table.add_row(*row)
-        return table
+        return score_table(header, rows, [*self.results], texts=2)
 
     def markdown(self) -> str:
         """The table and the lines below it as Markdown."""
@@ -205,27 +221,11 @@ class SuiteReport:
             axes.scatter(
                 theirs, rows, s=60, facecolors="none", edgecolors="#1f2328", label=f"{self.compared}, published"
             )
-        for number, (model, lines) in enumerate(self.results.items()):
-            scores = [100 * lines[one.key]["metrics"]["main_metric"] for one in sets]
-            axes.scatter(scores, rows, s=24, color=plots.colour(number), label=model)
+        for number, model in enumerate(self.results):
+            scores = self.scores(model)
+            axes.scatter([100 * scores[one.key] for one in sets], rows, s=24, color=plots.colour(number), label=model)
         axes.set_yticks([*rows], [one.name for one in sets])
         axes.set_xlim(0, 100)
         plots.label(axes, f"{self.suite}: main metrics of {len(sets)} sets", "main metric (%)", "")
         plots.legend(axes)
         plots.save(figure, url)
-
-    @property
-    def _noted(self) -> bool:
-        return any(line["notes"] for lines in self.results.values() for line in lines.values())
-
-    def _compared(self, scores: list[float | None], published: float | None, other: bool) -> list[str]:
-        """Cells of what is published and of differences, which a set of another size does not have."""
-        if not self.compared:
-            return []
-        no_difference = published is None or other
-        shown = ["" if s is None or no_difference else f"{100 * (s - (published or 0)):+.2f}" for s in scores]
-        return [_percent(published), *shown]
-
-
-def _percent(score: float | None) -> str:
-    return "" if score is None else f"{100 * score:.2f}"

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 from reinforce import plots
 from reinforce.errors import UserError
+from reinforce.evaluation.config import Evaluation
+from reinforce.evaluation.kinds.files import SetFiles, find_files, where_expected
 from reinforce.evaluation.registry import SuiteSet, published_metrics, select_sets
-from reinforce.evaluation.report import name_refused
-from reinforce.evaluation.suite.files import SetFiles, find_files
-from reinforce.evaluation.suite.one_set import load_models, metric_version, where_expected
+from reinforce.evaluation.report import Outcome, name_refused
 from reinforce.evaluation.suite.results import Line, ResultFile, SuiteReport
 from reinforce.evaluation.suite.workers import Job, Options, count_workers, ray_workers, run_job, schedule
 from reinforce.model_names import model_errors
@@ -25,67 +25,51 @@ from teachers.redact import redact
 from teachers.spec import ModelSpec, TeacherSpec
 
 if TYPE_CHECKING:
-    from reinforce.evaluation.suite.models import Outcome
     from teachers.device.accelerator import Precision
-
-_BATCH = 256
 
 
 def evaluate_suite(
     specs: Mapping[str, ModelSpec],
-    suite: str,
-    root: str,
+    evaluation: Evaluation,
     out: str,
     *,
-    names: Sequence[str] = (),
     device: str = "auto",
     precision: Precision = "fp32",
-    batch: int | None = None,
     compare: str | None = None,
     workers: int | None = None,
     address: str | None = None,
     pretrained: str | None = None,
 ) -> SuiteReport:
-    """Evaluate all models together on the sets of a suite, and write lines, a table and a picture to ``out``.
+    """Evaluate all models together on the suite of a config, and write lines, a table and a picture to ``out``.
 
     ``workers`` evaluate sets side by side on Ray, at ``address`` or RAY_ADDRESS if there is one; they resolve the names
     of ``specs``, with the tag ``pretrained``. Default: one for each accelerator. One alone works in this process.
 
-    A set that is missing below ``root``, or that cannot be evaluated, is in the report with the reason. Raises
-    UserError for other faults: an unknown set or name to compare with, a model that cannot be loaded, no set at all.
+    A set that is missing, or that cannot be evaluated, is in the report with the reason. Raises UserError for other
+    faults: an unknown name to compare with, a model that cannot be loaded, no set at all.
     """
+    suite, root, sets = evaluation.suite or "", evaluation.data or "", evaluation.suite_sets
     count = count_workers(workers, address, device)
-    options = Options(tuple(specs), pretrained, device, precision, batch or _BATCH)
+    options = Options(tuple(specs), pretrained, device, precision, evaluation.batch)
     specs = {redact(name): spec for name, spec in specs.items()}  # they are written to files
-    sets = select_sets(suite, names)
     published = published_metrics(compare) if compare else {}
-    identities = {name: _identity(name, spec, precision) for name, spec in specs.items()}
-    stores = {name: ResultFile(out, name) for name in specs}
-    results: dict[str, dict[str, Line]] = {name: {} for name in specs}
-    report = SuiteReport(suite, len(select_sets(suite)), sets, results, compared=compare, published=published)
+    stores = {name: ResultFile(out, name, _identity(name, spec, precision)) for name, spec in specs.items()}
+    report = SuiteReport(suite, len(select_sets(suite)), sets, {name: {} for name in specs}, published, compare)
     present = _find(report, root)
     Storage(out).check_writable()
-    jobs = _plan(present, stores, identities, results)
-    for job, outcome in (
-        _in_turn(jobs, specs, options) if count is None else _side_by_side(jobs, options, address, count)
-    ):
+    jobs = _plan(present, stores, report.results)
+    done = _in_turn(jobs, specs, options) if count is None else _side_by_side(jobs, options, address, count)
+    for job, outcome in done:
         key = job.one.key
         if isinstance(outcome, str):
             report.failed[key] = outcome
             continue
         if outcome.failed:
             report.failed[key] = " ".join(f"{name}: {reason}" for name, reason in outcome.failed.items())
-        for name in (*job.names, *job.kept):
-            if name in outcome.failed:
-                continue
-            if name in outcome.metrics:
-                line = _line(job, outcome, name, identities[name])
-            else:  # of equal content
-                kept = stores[name].made_of(job.one, identities[name], metric_version(job.one))
-                assert kept is not None
-                line = {**kept, "files": job.files.state}
-            results[name][key] = line
-            stores[name].add(line)
+        for name in {*job.names, *job.kept} - outcome.failed.keys():
+            kept = stores[name].line(job.one)  # of equal content, where nothing is computed
+            line = _line(job, outcome, name) if name in outcome.metrics else dict(kept or {})
+            report.results[name][key] = stores[name].add(job.one, line | {"files": job.files.state})
     write_file(report.markdown().encode(), f"{out.rstrip('/')}/{suite}.md")
     picture = f"{out.rstrip('/')}/{suite}.png"
     if report.evaluated and plots.drawable(f"{picture} is"):
@@ -96,7 +80,6 @@ def evaluate_suite(
 def _plan(
     present: Sequence[tuple[SuiteSet, SetFiles]],
     stores: Mapping[str, ResultFile],
-    identities: Mapping[str, str],
     results: dict[str, dict[str, Line]],
 ) -> list[Job]:
     """Add the lines that fit to ``results`` -> what is to be read or evaluated.
@@ -104,12 +87,10 @@ def _plan(
     Where a model has a line, but the state of the files has changed, their content decides.
     """
     jobs = []
-    outdated = dict.fromkeys(stores, 0)
     for one, files in present:
-        metric, names, kept = metric_version(one), [], {}
+        names, kept = [], {}
         for name, store in stores.items():
-            line = store.made_of(one, identities[name], metric)
-            outdated[name] += store.outdated(one, identities[name], metric)
+            line = store.line(one)
             if line is None:
                 names.append(name)
             elif files.state and line.get("files") == files.state:
@@ -118,11 +99,11 @@ def _plan(
                 kept[name] = str(line["content"])
         if names or kept:
             jobs.append(Job(one, files, tuple(names), kept))
-    for name, count in outdated.items():
-        if count:
+    for name, store in stores.items():
+        if store.outdated:
             Screen().log(
-                f"{name}: {plural(count, 'result')} of an earlier version computed again, since they do not state the "
-                "content of their sets, or are of another version of the metric"
+                f"{name}: {plural(len(store.outdated), 'result')} of an earlier version computed again, since they do "
+                "not state the content of their sets, or are of another version of the metric"
             )
     return jobs
 
@@ -133,6 +114,8 @@ def _in_turn(
     """Evaluate sets one after another in this process -> each with its outcome, or why it cannot be used."""
     if not jobs:
         return
+    from reinforce.evaluation.models import load_models
+
     threads = available_cores()
     models = cache(partial(load_models, specs, options.device, options.precision, options.batch, threads))
     for job in jobs:
@@ -206,25 +189,18 @@ def _identity(name: str, spec: ModelSpec, precision: str) -> str:
     return f"{name}@{hashlib.blake2b(content.encode(), digest_size=8).hexdigest()}"
 
 
-def _line(job: Job, outcome: Outcome, model: str, identity: str) -> Line:
+def _line(job: Job, outcome: Outcome, model: str) -> Line:
     one, metrics = job.one, outcome.metrics[model]
     differs = []
     if outcome.samples != one.size:
         differs.append(f"{outcome.samples:,} samples (published: {one.size:,})")
     if one.classes is not None and outcome.classes != one.classes:
         differs.append(f"{outcome.classes} classes (published: {one.classes})")
-    notes = [f"{', '.join(differs)}: not comparable"] if differs else []
-    refused = (
-        [f"{len(outcome.refused):,} of {outcome.samples:,} left out: {name_refused(outcome.refused)}"]
-        if outcome.refused
-        else []
-    )
-    made_of: Line = {
-        "model": identity,
-        "files": job.files.state,
+    refused = f"{len(outcome.refused):,} of {outcome.samples:,} left out: {name_refused(outcome.refused)}"
+    return {
+        "metrics": {**metrics, "main_metric": metrics[one.main_metric]},
         "content": outcome.content,
-        "metric": metric_version(one),
+        "samples": outcome.samples,
+        "notes": [f"{', '.join(differs)}: not comparable"] if differs else [],
+        "refused": [refused] if outcome.refused else [],
     }
-    made_of |= {"samples": outcome.samples, "notes": notes, "refused": refused}
-    main = {"main_metric": metrics[one.main_metric]}
-    return {"key": one.key, "dataset": one.name, "metrics": {**metrics, **main}, **made_of}

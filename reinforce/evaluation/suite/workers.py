@@ -10,19 +10,19 @@ import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from reinforce.errors import UserError
+from reinforce.evaluation.kinds.files import SetFiles
 from reinforce.evaluation.registry import SuiteSet
-from reinforce.evaluation.suite.files import SetFiles
-from reinforce.evaluation.suite.one_set import evaluate_set, load_models, read_content
+from reinforce.evaluation.report import Outcome
 from reinforce.model_names import resolve_models
 from reinforce.processes.cores import available_cores, cores_per_process
 from teachers.redact import redact
 
 if TYPE_CHECKING:
-    from reinforce.evaluation.suite.models import Models, Outcome
+    from reinforce.evaluation.models import Models
     from teachers.device.accelerator import Precision
 
 _ATTEMPTS = 2
@@ -54,7 +54,7 @@ class Options:
 
 
 #: Evaluates a set; gives its outcome, or the reason why the set cannot be used.
-Evaluate = Callable[[Job], "Outcome | str"]
+Evaluate = Callable[[Job], Outcome | str]
 #: A worker: starts to evaluate a set.
 Worker = Callable[[Job], "Future[Outcome | str]"]
 
@@ -64,8 +64,8 @@ def run_job(job: Job, models: Callable[[], Models], progress: Callable[[int], No
 
     ``models`` loads all models, where one is needed.
     """
-    from reinforce.evaluation.suite.content import ContentDigest
-    from reinforce.evaluation.suite.models import Outcome
+    from reinforce.evaluation.content import ContentDigest
+    from reinforce.evaluation.evaluator import evaluate_published, read_content
 
     try:
         content = read_content(job.one, job.files, threads) if job.kept else ""
@@ -74,9 +74,10 @@ def run_job(job: Job, models: Callable[[], Models], progress: Callable[[int], No
     names = (*job.names, *(name for name, known in job.kept.items() if known != content))
     if not names:
         return Outcome({}, 0, [], content=content)
-    needed = models().among(names, progress)
+    loaded = models()
+    needed = replace(loaded, encoders={name: loaded.encoders[name] for name in names})
     try:
-        return evaluate_set(job.one, job.files, needed, ContentDigest())
+        return evaluate_published(job.one, job.files, needed, ContentDigest(), progress)
     except UserError as error:
         return str(error)
 
@@ -179,6 +180,8 @@ class _SetWorker:
 
     def _load(self, threads: int) -> Models:
         if self._models is None:
+            from reinforce.evaluation.models import load_models
+
             options = self._options
             specs = self._copies.enter_context(resolve_models(options.names, options.pretrained))
             named = {redact(name): spec for name, spec in specs.items()}

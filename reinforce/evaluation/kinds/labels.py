@@ -1,19 +1,22 @@
-"""Evaluation sets; each is read and checked once before a model is evaluated."""
+"""A user's classification set: its config, and its labels, of class folders or of the samples of any source."""
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from pydantic import Field
 
 from reinforce.config import Limits
 from reinforce.errors import UserError
-from reinforce.evaluation.classes import Template, load_class_names, load_groups, load_templates, name_folders
-from reinforce.evaluation.config import RETRIEVAL, ZERO_SHOT, RetrievalSet, ZeroShotSet
-from reinforce.evaluation.fields import is_json_field, read_captions, read_json_field, read_label
+from reinforce.evaluation.classes import load_class_names, load_groups, name_folders
+from reinforce.evaluation.fields import is_json_field, read_json_field, read_label
+from reinforce.evaluation.kinds.base import OwnSet
 from reinforce.evaluation.reading import (
     Example,
+    Examples,
     File,
     check_file_size,
     detect_kind,
@@ -24,41 +27,68 @@ from reinforce.evaluation.reading import (
 )
 from reinforce.source.captions import json_error
 from reinforce.source.samples import RawSample, Refusal
+from reinforce.terminal import plural
 from schemas import Reason
 
 #: Further columns of a label of this name.
 _LABELS = {"cls": ("label",)}
 
-Examples = Callable[[], Iterator[Example | Refusal]]
+
+class ZeroShotSet(OwnSet):
+    """A classification set: images with classes."""
+
+    images: str | list[str] = Field(
+        min_length=1,
+        description="a folder with one folder per class, or what `source` of a run may be, by any fsspec URI: tars, "
+        "Parquet, jsonl or csv files, or a reinforced dataset",
+    )
+    classes: str | list[str] | None = Field(
+        None,
+        description="class names in label order: a list, a text file with one per line, or `imagenet` (whose folders "
+        "are named by WordNet ids); default: the folder names, or the names that the labels give, sorted",
+    )
+    label: str = Field(
+        "cls",
+        description="of shards: extension of the member with the image's class, or json:FIELD; an integer is an index "
+        "into the classes, text is a class name; of tables: the column, by default `cls`, else `label`",
+    )
+    templates: str | list[str] = Field(
+        "simple",
+        description="`openai` (80), `simple` (7), `none`, a text file with one per line, or a list; {} (or {c}) is the "
+        "class name",
+    )
+    groups: str | dict[str, str] | None = Field(
+        None,
+        description="the group of each class: a mapping, a JSON file with a mapping, or json:FIELD of the samples; "
+        "adds the metric `group`, the share of images whose predicted class is in the right group",
+    )
+    limit: int | None = Field(
+        None,
+        ge=1,
+        description="images to use: of shards the first ones, of folders an equal share of each class",
+    )
+
+    @property
+    def scores(self) -> list[str]:
+        return ["top1", "top5", "mean_per_class"] + ["group"] * (self.groups is not None)
 
 
-@dataclass(frozen=True)
-class ZeroShot:
-    """A classification set; targets of its examples are indices into ``classes``."""
+class Labelled(NamedTuple):
+    """A set that is checked. ``groups`` has the group of each class, None for a class without images.
 
-    name: str
+    ``images`` is their number with those that cannot be decoded; targets of ``examples`` are indices into ``classes``.
+    """
+
     classes: list[str]
-    templates: list[Template]
-    groups: Sequence[str | None] | None  # of each class; None for a class without images
-    images: int  # including those that cannot be decoded
-    examples: Examples
-
-
-@dataclass(frozen=True)
-class Retrieval:
-    """A retrieval set; targets of its examples are the captions of the image."""
-
-    name: str
+    groups: Sequence[str | None] | None
     images: int
     examples: Examples
 
 
-def open_zero_shot_set(name: str, config: ZeroShotSet, limits: Limits, images_from: Sequence[str] = ()) -> ZeroShot:
-    """Check a classification set and count its images. Raises UserError."""
-    name = f"{ZERO_SHOT}/{name}"
-    templates = load_templates(config.templates, name)
+def read_labels(config: ZeroShotSet, name: str, limits: Limits, images_from: Sequence[str]) -> Labelled:
+    """Check a set, for which the labels of all samples are read once. Raises UserError where they fit no classes."""
     if config.format is None and config.view is None and detect_kind(config.images) == "classes":
-        return _open_folders(name, config, templates, limits)
+        return _read_folders(config, name, limits)
     given = None if config.classes is None else load_class_names(config.classes, name)
     labels: list[int | str] = []
     group_of: dict[int | str, str] = {}
@@ -81,7 +111,7 @@ def open_zero_shot_set(name: str, config: ZeroShotSet, limits: Limits, images_fr
         raise UserError(f"{name}: no image in {config.images}. Check the URL of the set.")
     if isinstance(last, Refusal) and not labels:
         raise UserError(f"{name}: every image in {config.images} is refused, the last ({last.key}): {last.detail}.")
-    classes = _choose_classes(given, labels, config.label, name)
+    classes = given or _names_of(labels, config.label, name)
     index = _index_labels(classes, labels, name)
     groups: Sequence[str | None] | None = None
     if is_json_field(config.groups):
@@ -98,36 +128,10 @@ def open_zero_shot_set(name: str, config: ZeroShotSet, limits: Limits, images_fr
                 target = index[_require_label(item, config.label, name)]
                 yield Example(item.key, functools.partial(bytes, item.image), target)
 
-    return ZeroShot(name, classes, templates, groups, images, examples)
+    return Labelled(classes, groups, images, examples)
 
 
-def open_retrieval_set(name: str, config: RetrievalSet, limits: Limits, images_from: Sequence[str] = ()) -> Retrieval:
-    """Check a retrieval set and count its images. Raises UserError."""
-    name = f"{RETRIEVAL}/{name}"
-    spec = input_of(limits, images_from, config.captions, config)
-
-    def examples() -> Iterator[Example | Refusal]:
-        for item in itertools.islice(read_samples(config.pairs, spec, name), config.limit):
-            if isinstance(item, Refusal):
-                yield item
-            elif captions := read_captions(item.all_sidecars, config.captions, limits):
-                yield Example(item.key, functools.partial(bytes, item.image), captions)
-            else:
-                yield Refusal(item.key, Reason.NO_TEXT, f"no caption at {', '.join(config.captions)}")
-
-    images = pairs = 0
-    for item in examples():
-        images += 1
-        pairs += isinstance(item, Example)
-    if not pairs:
-        raise UserError(
-            f"{name}: none of {images} images in {config.pairs} has a caption at {', '.join(config.captions)}: set "
-            "`captions` to where they are."
-        )
-    return Retrieval(name, images, examples)
-
-
-def _open_folders(name: str, config: ZeroShotSet, templates: list[Template], limits: Limits) -> ZeroShot:
+def _read_folders(config: ZeroShotSet, name: str, limits: Limits) -> Labelled:
     assert isinstance(config.images, str)
     if is_json_field(config.groups):
         raise UserError(f"{name}: groups {config.groups!r} need shards; for folders use a mapping or a JSON file.")
@@ -141,7 +145,7 @@ def _open_folders(name: str, config: ZeroShotSet, templates: list[Template], lim
         for label, file in files:
             yield check_file_size(file, limits) or Example(file.key, functools.partial(load, file.path), label)
 
-    return ZeroShot(name, classes, templates, groups, len(files), examples)
+    return Labelled(classes, groups, len(files), examples)
 
 
 def _select_files(folders: Sequence[list[File]], limit: int | None) -> list[tuple[int, File]]:
@@ -177,34 +181,25 @@ def _require_label(sample: RawSample, field: str, where: str) -> int | str:
     return label
 
 
-def _choose_classes(given: list[str] | None, labels: Sequence[int | str], field: str, where: str) -> list[str]:
-    if given is not None:
-        return given
-    numbers = [label for label in labels if isinstance(label, int)]
-    if numbers:
+def _names_of(labels: Sequence[int | str], field: str, where: str) -> list[str]:
+    """The classes that labels name, sorted."""
+    number = next((label for label in labels if isinstance(label, int)), None)
+    if number is not None:
         raise UserError(
-            f"{where}: labels at {field} are numbers, such as {numbers[0]}: give `classes`, the names in label order."
+            f"{where}: labels at {field} are numbers, such as {number}: give `classes`, the names in label order."
         )
     return sorted({label for label in labels if isinstance(label, str)})
 
 
 def _index_labels(classes: Sequence[str], labels: Sequence[int | str], where: str) -> Mapping[int | str, int]:
     """Map each label to its class index. Raises UserError for labels that no class has."""
-    numbers = [label for label in labels if isinstance(label, int)]
-    for label in (min(numbers, default=0), max(numbers, default=0)):
-        if not 0 <= label < len(classes):
-            raise UserError(
-                f"{where}: label {label} is out of range: there are {len(classes)} classes, and labels count from 0. "
-                f"Give {max(numbers) + 1} names in `classes`, or fix the labels."
-            )
-    index: dict[int | str, int] = {label: label for label in numbers}
+    index: dict[int | str, int] = {number: number for number in range(len(classes))}
     for position, name in enumerate(classes):
         index.setdefault(name, position)
-    unknown = sorted({label for label in labels if label not in index}, key=str)
-    if unknown:
+    if unknown := sorted({*labels} - index.keys(), key=str):
         raise UserError(
-            f"{where}: {len(unknown)} labels are not among the {len(classes)} classes, such as {unknown[0]!r}: add "
-            "them to `classes`, or fix the labels."
+            f"{where}: {plural(len(unknown), 'label')} without a class among {len(classes)}, such as {unknown[0]!r}: "
+            "add classes to `classes`, which numbers count from 0, or fix the labels."
         )
     return index
 

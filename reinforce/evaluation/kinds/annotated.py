@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from reinforce.errors import UserError
+from reinforce.evaluation.kinds.files import SetFiles
 from reinforce.evaluation.reading import Example, make_loader
 from reinforce.evaluation.registry import SuiteSet
-from reinforce.evaluation.suite.files import SetFiles
 from reinforce.source.urls import canonical, filesystem
 from reinforce.source.whole_reads import read_whole
 

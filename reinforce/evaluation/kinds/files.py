@@ -28,10 +28,11 @@ from reinforce.source.whole_reads import read_whole
 CLASSES = "classnames.txt"
 TEMPLATES = "zeroshot_classification_templates.txt"
 _SHARDS = "test/nshards.txt"
-#: The file of a layout that names its images, below the folder of the set.
-ANNOTATIONS = {"sugarcrepe": "data/{}.json", "sharegpt4v": "share-captioner_coco_lcs_sam_1246k_1107.json"}
-#: The folder of the images that this file names.
-_IMAGES = {"sugarcrepe": "val2017", "sharegpt4v": "sam/images"}
+#: The file of a layout that names its images, and their folder, below the folder of the set.
+_ANNOTATIONS = {
+    "sugarcrepe": ("data/{}.json", "val2017"),
+    "sharegpt4v": ("share-captioner_coco_lcs_sam_1246k_1107.json", "sam/images"),
+}
 _ENDINGS = {"tables": ".parquet", "pairs": ".txt"}
 
 
@@ -55,43 +56,63 @@ def find_files(one: SuiteSet, root: str) -> SetFiles | None:
         return None
     folder = one.place(root)
     fs, path = filesystem(folder)
+    top = path.rstrip("/")
     fs.invalidate_cache()  # files may have changed since this process listed them
     with storage_errors(f"{canonical(folder)} cannot be listed", "Check the address."):
         try:
-            if one.layout in ANNOTATIONS:
-                name = ANNOTATIONS[one.layout].format(one.key.rpartition("sugarcrepe_")[2])
+            if one.layout in _ANNOTATIONS:
+                name, images = _ANNOTATIONS[one.layout]
+                name = name.format(one.key.rpartition("sugarcrepe_")[2])
                 shards = [f"{folder}/{name}"]
-                annotations = f"{path.rstrip('/')}/{name}"
-                used = {annotations: fs.info(annotations)}
-                used |= fs.find(f"{path.rstrip('/')}/{_IMAGES[one.layout]}", detail=True)
+                used = {f"{top}/{name}": fs.info(f"{top}/{name}")} | fs.find(f"{top}/{images}", detail=True)
             else:
-                found = {str(name): info for name, info in fs.find(path, detail=True).items()}
-                if not found:
+                used = fs.find(path, detail=True)
+                if not used:
                     return None
-                shards, used = _list_files(one, fs, found, path, folder)
+                shards, used = _list_files(one, fs, used, top, folder)
             return SetFiles(folder, shards, _state(fs, path, used))
         except FileNotFoundError:
             return None
 
 
+def find_set(one: SuiteSet, root: str) -> SetFiles:
+    """The files of a set below ``root``. Raises UserError if there are none."""
+    files = find_files(one, root)
+    if files is None:
+        raise UserError(f"{one.name} is {where_expected(one, root)}. Copy it there, or leave it out of `sets`.")
+    return files
+
+
+def where_expected(one: SuiteSet, root: str) -> str:
+    """Where the files of a set should be, and where they are published."""
+    return f"expected at {canonical(one.place(root))}; published at {one.page}"
+
+
 def _list_files(
-    one: SuiteSet, fs: Any, found: dict[str, Info], path: str, folder: str
+    one: SuiteSet, fs: Any, found: dict[str, Info], top: str, folder: str
 ) -> tuple[list[str], dict[str, Info]]:
-    """The URLs of tars, tables or captions, and what is listed of the set's files.
+    """The URLs of tars, tables or captions, and what is listed of the set's files. ``top`` is the path of ``folder``.
 
     Raises UserError if some are missing.
     """
     shown = canonical(folder)
-    if one.layout == "tars":
-        names = _list_tars(fs, found, path, shown)
-        ends = tuple(f"/{name}" for name in (CLASSES, TEMPLATES, *names))
-        return [f"{folder}/{name}" for name in names], {n: info for n, info in found.items() if n.endswith(ends)}
-    ending = _ENDINGS[one.layout]
-    files = sorted(name for name in found if name.endswith(ending))
-    if not files:
-        raise UserError(f"{shown} has no file that ends with {ending}. {one.page} has the set.")
-    tables = one.layout == "tables"  # captions are beside the images that they belong to
-    return [str(fs.unstrip_protocol(name)) for name in files], {n: found[n] for n in files} if tables else found
+    if one.layout != "tars":
+        files = sorted(path for path in found if path.endswith(_ENDINGS[one.layout]))
+        if not files:
+            raise UserError(f"{shown} has no file that ends with {_ENDINGS[one.layout]}. {one.page} has the set.")
+        tables = one.layout == "tables"  # captions are beside the images that they belong to
+        urls = [str(fs.unstrip_protocol(path)) for path in files]
+        return urls, {path: found[path] for path in files} if tables else found
+    if f"{top}/{_SHARDS}" not in found:
+        raise UserError(f"{shown} has no {_SHARDS}, which has the number of shards. Download it.")
+    text = read_whole(fs, f"{top}/{_SHARDS}").decode("utf-8", "replace").strip()
+    if not text.isdecimal() or not 0 < int(text) < 100_000:
+        raise UserError(f"{shown}/{_SHARDS} is {text[:40]!r}, not the number of shards. Download it again.")
+    names = [f"test/{number}.tar" for number in range(int(text))]
+    paths = {f"{top}/{name}": name for name in (CLASSES, TEMPLATES, *names)}
+    if missing := [name for path, name in paths.items() if path not in found]:
+        raise UserError(f"{shown} has no {missing[0]}. Download the whole set.")
+    return [f"{folder}/{name}" for name in names], {path: found[path] for path in paths}
 
 
 def _state(fs: Any, path: str, used: Mapping[str, Info]) -> str:
@@ -148,21 +169,3 @@ def image_bytes(image: object, key: str, where: str) -> bytes:
     if not isinstance(data, bytes):
         raise UserError(f"{where}: {key} has no image bytes; the published tables store each image.")
     return data
-
-
-def _list_tars(fs: Any, found: Mapping[str, Info], path: str, shown: str) -> list[str]:
-    """Names of the tars that nshards.txt counts. Raises UserError where one is missing."""
-    if _size(found, _SHARDS) is None:
-        raise UserError(f"{shown} has no {_SHARDS}, which has the number of shards. Download it.")
-    text = read_whole(fs, f"{path.rstrip('/')}/{_SHARDS}").decode("utf-8", "replace").strip()
-    if not text.isdecimal() or not 0 < int(text) < 100_000:
-        raise UserError(f"{shown}/{_SHARDS} is {text[:40]!r}, not the number of shards. Download it again.")
-    names = [f"test/{number}.tar" for number in range(int(text))]
-    for name in (CLASSES, TEMPLATES, *names):
-        if _size(found, name) is None:
-            raise UserError(f"{shown} has no {name}. Download the whole set.")
-    return names
-
-
-def _size(found: Mapping[str, Info], name: str) -> int | None:
-    return next((int(info["size"] or 0) for path, info in found.items() if path.endswith(f"/{name}")), None)

@@ -1,0 +1,61 @@
+"""The interface of a kind of evaluation sets: sets of users by their config, published sets by their files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from reinforce.config import Limits
+from reinforce.evaluation.images import ImageBatches
+from reinforce.evaluation.kinds.files import SetFiles
+from reinforce.evaluation.reading import Examples, Table
+from reinforce.evaluation.registry import SuiteSet
+from reinforce.evaluation.report import Outcome
+
+if TYPE_CHECKING:
+    from reinforce.evaluation.models import Models
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A set that models can be evaluated on, with its name in messages.
+
+    ``score`` gives the metrics of models on the images of ``examples``; none if no example can be used. ``count`` is
+    the number of examples, with those that are refused, or 0 where it is not known before they are read.
+    """
+
+    name: str
+    examples: Examples
+    score: Callable[[Models, ImageBatches], Outcome]
+    count: int = 0
+
+
+class OwnSet(Table):
+    """The config of a set of the user."""
+
+    limit: int | None = Field(None, ge=1, description="images to use, the first ones")
+
+    @property
+    def scores(self) -> list[str]:
+        """Names of the metrics, in order; all are between 0 and 1, and higher is better."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class SetKind:
+    """A kind of sets: its ``name`` in sets.csv, and ``open``, for a published set.
+
+    Increase ``version`` with a change of the metrics after which a kept result would be another. If users have sets of
+    the kind, ``section`` is the one of a config that has them by name, and ``open_own`` checks such a set and counts
+    its images. Its arguments are the config of the set, its name in messages, limits, and the folders from which images
+    that are stored by reference may be read.
+    """
+
+    name: str
+    open: Callable[[SuiteSet, SetFiles], ImageSet]
+    version: int = 1
+    section: str = ""
+    open_own: Callable[[Any, str, Limits, Sequence[str]], ImageSet] | None = None

@@ -1,0 +1,97 @@
+"""Models that are evaluated together: each image is decoded once for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from reinforce.errors import UserError
+from reinforce.evaluation.classes import Template
+from reinforce.evaluation.content import ContentDigest
+from reinforce.evaluation.encoding import Encoder, NotFinite, build_classifier, encode_texts, load_encoders
+from reinforce.evaluation.images import ImageBatches
+from teachers.device.accelerator import Accelerator, Precision
+from teachers.preprocessing.pixels import to_pixels
+from teachers.protocols import ImageSpec
+from teachers.spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class Models:
+    """Dual encoders by name, on one accelerator. ``not_finite`` is of one set."""
+
+    encoders: Mapping[str, Encoder]
+    accelerator: Accelerator
+    batch: int
+    threads: int
+    weights: dict[tuple[str, ...], torch.Tensor] = field(default_factory=dict)  # classifiers; ImageNet's sets share one
+    not_finite: NotFinite = field(default_factory=NotFinite)
+
+    def encode_images(self, images: ImageBatches) -> Iterator[tuple[dict[str, torch.Tensor], list[Any]]]:
+        """Yield float32 [B, dim] of unit norm by model, on the device, and the targets of each batch.
+
+        Raises UserError for a model without an image side.
+        """
+        specs = {name: _image_spec(name, encoder) for name, encoder in self.encoders.items()}
+        sizes = {_geometry(spec): spec for spec in specs.values()}
+        for pixels, targets in images.decode([*sizes.values()], self.batch, self.threads):
+            put = dict(zip(sizes, map(self.accelerator.put, pixels), strict=True))
+            vectors = {}
+            for name, spec in specs.items():
+                vectors[name] = self.encoders[name].encode_images(to_pixels(put[_geometry(spec)], spec)).float()
+                self.not_finite.add(name, "image", vectors[name])
+            yield vectors, targets
+
+    def encode_all(self, images: ImageBatches) -> tuple[dict[str, torch.Tensor], list[Any]]:
+        """The vectors [N, dim] of all images on the CPU, by model, and the N targets; no model if there is no image."""
+        parts: dict[str, list[torch.Tensor]] = {}
+        targets: list[Any] = []
+        for vectors, batch in self.encode_images(images):
+            targets += batch
+            for name, of_model in vectors.items():
+                parts.setdefault(name, []).append(of_model.cpu())
+        return {name: torch.cat(of_model) for name, of_model in parts.items()}, targets
+
+    def encode_texts(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Encode N texts -> float32 [N, dim] on the CPU, by model."""
+        vectors = {name: encode_texts(encoder, texts, self.batch).cpu() for name, encoder in self.encoders.items()}
+        for name, of_model in vectors.items():
+            self.not_finite.add(name, "text", of_model)
+        return vectors
+
+    def classifiers(
+        self, classes: Sequence[str], templates: Sequence[Template], digest: ContentDigest | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Class weights, float32 [C, dim] on the device, by model; those of the same texts are computed once.
+
+        ``digest`` receives the texts.
+        """
+        texts = (*classes, "", *(template("{}") for template in templates))
+        if digest is not None:
+            digest.texts.append(texts)
+        for name, encoder in self.encoders.items():
+            if (name, *texts) not in self.weights:
+                weights = build_classifier(encoder, classes, templates, self.batch)
+                self.weights[(name, *texts)] = self.accelerator.put(weights)
+            self.not_finite.add(name, "class", self.weights[(name, *texts)])
+        return {name: self.weights[(name, *texts)] for name in self.encoders}
+
+
+def load_models(specs: Mapping[str, ModelSpec], device: str, precision: Precision, batch: int, threads: int) -> Models:
+    """Load all models onto one device, with ``threads`` that decode images. Raises UserError."""
+    loaded = [*load_encoders(specs, device, precision, threads)]
+    return Models({name: model for name, model, _ in loaded}, loaded[-1][2], batch, threads)
+
+
+def _geometry(spec: ImageSpec) -> tuple[object, ...]:
+    """Settings that determine the pixels of an image before they are normalised."""
+    return spec.height, spec.width, spec.interpolation, spec.resize
+
+
+def _image_spec(name: str, encoder: Encoder) -> ImageSpec:
+    if encoder.image is None:
+        raise UserError(f"{name} has no image side; evaluate a model that encodes images.")
+    return encoder.image
