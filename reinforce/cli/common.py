@@ -90,7 +90,7 @@ def removed(options: Mapping[str, str]) -> dict[str, Any]:
         def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
             for name in (word.partition("=")[0] for word in args):
                 if name in options:
-                    raise UserError(f"{name} is not an option any more: write {options[name]} instead.")
+                    raise UserError(f"{name} was removed. Write {options[name]}.")
             return super().parse_args(ctx, args)
 
     return {"cls": Command}

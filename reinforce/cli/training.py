@@ -137,7 +137,7 @@ def tune(
 
 #: What to write instead of options that `reinforce evaluate` had.
 FORMER_OPTIONS = {
-    f"--{name}": f"--set zero_shot.NAME.{name}=VALUE, NAME being that of the set,"
+    f"--{name}": f"--set zero_shot.NAME.{name}=VALUE, with the NAME of --zero-shot"
     for name in ("classes", "label", "templates", "groups")
 } | {"--batch": "--set batch=VALUE", "--images-from": "--set images_from=URL"}
 

@@ -267,8 +267,8 @@ FAULTS = {
     "missing folder": ("{root}/plain --zero-shot a={root}/none", "shard_missing"),
     "unknown templates": (f"{SET} --set zero_shot.a.templates=x", "use openai, simple"),
     "a key without a set": ("{root}/plain --set zero_shot.a.label=x", "zero_shot.a.images: is required"),
-    "a former option": (f"{SET} --classes x", "not an option any more: write --set zero_shot.NAME.classes=VALUE"),
-    "a former option of all sets": ("{root}/plain --batch=4", "write --set batch=VALUE instead"),
+    "a former option": (f"{SET} --classes x", "--classes was removed. Write --set zero_shot.NAME.classes=VALUE, with"),
+    "a former option of all sets": ("{root}/plain --batch=4", "--batch was removed. Write --set batch=VALUE."),
     "unknown device": (f"{SET} --device abc", "use auto, cpu, cuda"),
     "unwritable JSON": (f"{SET} --json {{root}}/colours.tar/x.json", "cannot be written"),
 }
