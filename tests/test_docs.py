@@ -20,7 +20,7 @@ from PIL import Image
 from pydantic import BaseModel
 
 import reinforce
-from reinforce import nodes, settings
+from reinforce import settings
 from reinforce.captioning.config import CaptionerConfig
 from reinforce.cli import REMOVED, main
 from reinforce.config import Config, Limits
@@ -81,7 +81,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.chdir(folder)
         patch.syspath_prepend(str(folder))
         patch.setattr("reinforce.training.record.log.draw_curves", lambda *_: None)  # takes a second
-        patch.setattr(nodes, "_in_tasks", lambda function, names, _: nodes._here(function, names))
+        patch.setattr("reinforce.parallel_map.available_cores", lambda: 1)
         write_inputs(folder)
         run_command("run", "my.yaml")
         run_once("select", "select.yaml")

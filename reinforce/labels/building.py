@@ -1,6 +1,6 @@
 """Building the index of identities: two passes over parts, on Ray or in this process, with finished files kept.
 
-1. A part of the shards: the hashes of their identities, sorted by partition, kind and hash, in one file.
+1. A part of the shards: the hashes of their identities, for a shuffle by the first bits of the hash.
 2. A partition: its entries of all parts, merged and sorted, one Parquet file a kind.
 
 Memory is bounded by the entries of a part or a partition, some 2**20 rows. ``index.json`` is written last.
@@ -14,10 +14,9 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 import schemas
@@ -49,16 +48,15 @@ from reinforce.labels.index import (
     partition_name,
     partition_of,
 )
-from reinforce.nodes import for_each_shard
-from reinforce.source.whole_reads import read_range
-from reinforce.storage import Storage, as_seen_by_workers
+from reinforce.parallel_map import MapWorkers, open_workers
+from reinforce.shuffle import Ranges, Shuffle
+from reinforce.storage import as_seen_by_workers
 from reinforce.terminal import escape
 
 PART_ROWS = 2**20  # of the shards of a part, and about of a partition
 _GROUP_ROWS = 2**14  # of a row group of a partition
-_PARTS = "parts"
-_ENTRY = np.dtype([("hash", "<u8"), ("shard", "<i4"), ("row", "<i4")])
-_OFFSET = np.dtype("<i8")
+_PARTS = "shuffled"
+_ENTRY = np.dtype([("hash", "<u8"), ("shard", "<i4"), ("row", "<i4"), ("kind", "u1")])
 
 
 @dataclass(frozen=True)
@@ -78,6 +76,10 @@ class Build:
 
     def path(self, *names: str) -> tuple[str, ...]:
         return (FOLDER, self.fingerprint, *names)
+
+    @property
+    def entries(self) -> Shuffle:
+        return Shuffle(self.output, self.path(_PARTS), _ENTRY, 2**self.bits)
 
 
 def _planned(dataset: Store, store: Store) -> tuple[IdentityIndex, pa.Table]:
@@ -124,7 +126,8 @@ def build_index(
     parts = _parts(planned.shards, planned.groups)
     source, target = as_seen_by_workers(url), as_seen_by_workers(url if output is None else output)
     build = Build(source, target, planned.samples, planned.fingerprint, planned.bits, parts, images)
-    counts = _build(store, build, found is not None, use_ray, address)
+    with open_workers(address, use_ray) as workers:
+        counts = _build(store, build, found is not None, workers)
     index = replace(planned, kinds=_in_order(counts.entries), repeated=_in_order(counts.repeated))
     if found is None:
         store.write_table(table, *build.path(f"{SHARDS}.parquet"), row_group_size=4096)
@@ -161,26 +164,32 @@ class Counts(NamedTuple):
         _, counts = np.unique(hashes, return_counts=True)
         self.repeated[kind] += int(counts[counts > 1].sum())
 
+    def add_all(self, found: Iterable[tuple[Any, Counts]]) -> None:
+        """Add the counts of partitions."""
+        for _, other in found:
+            self.entries.update(other.entries)
+            self.repeated.update(other.repeated)
 
-def _build(store: Store, build: Build, finished: bool, use_ray: bool, address: str | None) -> Counts:
+
+def _build(store: Store, build: Build, finished: bool, workers: MapWorkers) -> Counts:
     """Write what is missing of the parts and partitions; count the entries of all partitions."""
     names = [*map(partition_name, range(2**build.bits))]
     kept = {*names} if finished else {*store.shards("/".join(build.path(INDEXED[-1])))}
-    partitions = [number for number in names if number not in kept]
     counts = Counts(Counter(), Counter())
-    use_ray &= len(build.parts) > 1  # to start Ray would take longer
-    if partitions:
-        written = {*store.names(*build.path(_PARTS))}
-        missing = [str(number) for number in range(len(build.parts)) if part_name(number) not in written]
-        write = functools.partial(write_dataset_part, build)
-        for _ in for_each_shard(write, missing, use_ray=use_ray, address=address, unit="part"):
+    if len(kept) < len(names):
+        missing = sorted({*range(len(build.parts))} - build.entries.written())
+        for _ in workers.map(functools.partial(write_part, build), missing, unit="part", name="part {}".format):
             pass
-    for function, numbers in ((merge_partition, partitions), (count_partition, sorted(kept))):
-        calls = functools.partial(function, build)
-        for _, found in for_each_shard(calls, numbers, use_ray=use_ray, address=address, unit="partition"):
-            counts.entries.update(found.entries)
-            counts.repeated.update(found.repeated)
+        ranges = build.entries.ranges(len(build.parts))
+        partitions = [pair for pair in zip(names, ranges, strict=True) if pair[0] not in kept]
+        found = workers.map(functools.partial(merge_partition, build), partitions, unit="partition", name=_name)
+        counts.add_all(found)
+    counts.add_all(workers.map(functools.partial(count_partition, build), sorted(kept), unit="partition"))
     return counts
+
+
+def _name(partition: tuple[str, Ranges]) -> str:
+    return f"partition {partition[0]}"
 
 
 def count_partition(build: Build, number: str) -> Counts:
@@ -201,16 +210,25 @@ def count_partition(build: Build, number: str) -> Counts:
     return counts
 
 
-def part_name(number: int) -> str:
-    return f"{number:06d}.bin"
-
-
-def write_dataset_part(build: Build, number: str) -> None:
-    """Write a part from the samples of its shards. Raises UserError."""
+def write_part(build: Build, number: int) -> None:
+    """Write the entries of a part from the samples of its shards. Raises UserError."""
     store = Store(build.url)
-    first, names = build.parts[int(number)]
-    rows = ((first + place, *group) for place, name in enumerate(names) for group in _row_groups(store, build, name))
-    write_part(Storage(build.output), build.path(_PARTS, part_name(int(number))), build.bits, rows)
+    first, names = build.parts[number]
+    found = [np.empty(0, _ENTRY)]
+    for shard, name in enumerate(names, first):
+        start = 0
+        for rows, values in _row_groups(store, build, name):
+            for kind in INDEXED:
+                if kind in values:
+                    hashes, places = hash_identities(kind, values[kind])
+                    found.append(np.empty(len(hashes), _ENTRY))
+                    columns = {"hash": hashes, "shard": shard, "row": start + places, "kind": INDEXED.index(kind)}
+                    for column, of_entries in columns.items():
+                        found[-1][column] = of_entries
+            start += rows
+    entries = np.concatenate(found)
+    entries = entries[np.argsort(entries["hash"], kind="stable")]
+    build.entries.write(number, partition_of(entries["hash"], build.bits), [entries])
 
 
 def _row_groups(store: Store, build: Build, shard: str) -> Iterator[tuple[int, dict[str, pa.Array]]]:
@@ -223,41 +241,15 @@ def _row_groups(store: Store, build: Build, shard: str) -> Iterator[tuple[int, d
             yield table.num_rows, {**found, KEY: lone_keys(table, found)}
 
 
-def write_part(
-    storage: Storage, path: Sequence[str], bits: int, groups: Iterable[tuple[int, int, Mapping[str, pa.Array]]]
-) -> None:
-    """Write a part. ``groups`` are consecutive rows: the number of their shard, of rows, and identities by kind.
-
-    The file has the offsets [partitions * kinds + 1] of the entries of each partition and kind, then all entries.
-    """
-    found: list[npt.NDArray[np.void]] = []
-    kinds: list[npt.NDArray[np.int8]] = []
-    at, start = -1, 0
-    for shard, rows, values in groups:
-        at, start = shard, start if shard == at else 0
-        for number, kind in enumerate(INDEXED):
-            if kind in values:
-                hashes, places = hash_identities(kind, values[kind])
-                entries = np.empty(len(hashes), _ENTRY)
-                entries["hash"], entries["shard"], entries["row"] = hashes, shard, start + places
-                found.append(entries)
-                kinds.append(np.full(len(hashes), number, np.int8))
-        start += rows
-    every = np.concatenate([np.empty(0, _ENTRY), *found])
-    cells = partition_of(every["hash"], bits) * len(INDEXED) + np.concatenate([np.empty(0, np.int8), *kinds])
-    order = np.lexsort((every["hash"], cells))
-    offsets = np.searchsorted(cells[order], np.arange(2**bits * len(INDEXED) + 1)).astype(_OFFSET)
-    storage.write_bytes(offsets.tobytes() + every[order].tobytes(), *path)
-
-
-def merge_partition(build: Build, number: str) -> Counts:
-    """Write the files of a partition. Raises UserError."""
-    store = Store(build.output)
-    parts = [build.path(_PARTS, part_name(part)) for part in range(len(build.parts))]
-    counts = Counts(Counter(), Counter())
-    for kind, entries in zip(INDEXED, read_parts(store, parts, build.bits, int(number)), strict=True):
-        by_hash = entries[np.argsort(entries["hash"], kind="stable")]  # of equal ones, those of earlier shards first
-        table = pa.table([by_hash["hash"], by_hash["shard"], by_hash["row"]], schema=schemas.identities_schema())
+def merge_partition(build: Build, partition: tuple[str, Ranges]) -> Counts:
+    """Write the files of a partition, given with its ranges of the parts. Raises UserError."""
+    store, counts = Store(build.output), Counts(Counter(), Counter())
+    number, ranges = partition
+    entries = build.entries.read(ranges)
+    entries = entries[np.argsort(entries["hash"], kind="stable")]  # of equal ones, those of earlier shards first
+    for place, kind in enumerate(INDEXED):
+        of_kind = entries[entries["kind"] == place]
+        table = pa.table([of_kind["hash"], of_kind["shard"], of_kind["row"]], schema=schemas.identities_schema())
         store.write_table(
             table,
             *build.path(kind, f"{number}.parquet"),
@@ -266,33 +258,14 @@ def merge_partition(build: Build, number: str) -> Counts:
             column_encoding={"hash": "DELTA_BINARY_PACKED"},
             write_statistics=["hash"],
         )
-        counts.add(kind, by_hash["hash"])
+        counts.add(kind, of_kind["hash"])
     return counts
-
-
-def read_parts(storage: Storage, parts: Iterable[Sequence[str]], bits: int, number: int) -> list[npt.NDArray[np.void]]:
-    """The entries of a partition in some parts, by kind. Raises StorageError."""
-    found: list[list[npt.NDArray[np.void]]] = [[] for _ in INDEXED]
-    first = number * len(INDEXED)
-    start = (2**bits * len(INDEXED) + 1) * _OFFSET.itemsize
-    for path in parts:
-        with storage.storage_errors("read", *path):
-            place = storage.path(*path)
-            stated = read_range(
-                storage.fs, place, first * _OFFSET.itemsize, (first + len(INDEXED) + 1) * _OFFSET.itemsize
-            )
-            offsets = np.frombuffer(stated, _OFFSET)
-            begin, end = (start + int(offset) * _ENTRY.itemsize for offset in offsets[[0, -1]])
-            entries = np.frombuffer(read_range(storage.fs, place, begin, end) if end > begin else b"", _ENTRY)
-        for kind, (low, high) in enumerate(zip(offsets - offsets[0], offsets[1:] - offsets[0], strict=False)):
-            found[kind].append(entries[low:high])
-    return [np.concatenate([np.empty(0, _ENTRY), *of_kind]) for of_kind in found]
 
 
 def _clean(store: Store, build: Build, kinds: Collection[str]) -> None:
     """Remove the parts, kinds without entries, and indexes of other states of the dataset."""
     others = {*store.names(FOLDER)} - {DESCRIPTION, build.fingerprint}
-    unused = [build.path(name) for name in (_PARTS, *INDEXED) if name not in kinds]
+    unused = [build.path(name) for name in store.names(*build.path()) if name not in (f"{SHARDS}.parquet", *kinds)]
     for path in [*unused, *((FOLDER, name) for name in others)]:
         with contextlib.suppress(FileNotFoundError, StorageError), store.storage_errors("removed", *path):
             store.fs.rm(store.path(*path), recursive=True)

@@ -33,7 +33,7 @@ from reinforce.labels.identities import COLUMNS, KEY
 from reinforce.labels.index import open_index
 from reinforce.labels.interface import ABSENT, AMBIGUOUS, OTHER_IMAGE
 from reinforce.labels.pairs import Partners, Place
-from reinforce.nodes import for_each_shard
+from reinforce.parallel_map import MapWorkers, open_workers
 from reinforce.source.references import image_digest
 from reinforce.storage import as_seen_by_workers
 from reinforce.terminal import escape
@@ -210,8 +210,9 @@ def diff(
         with contextlib.ExitStack() as stack:
             index = None if by_key else _index_of(stores[1], other, stack, digests)
             pair = _Pair(one, other, (prints[0], prints[1]), lacking, embedded, index, min_cosine)
-            here = index not in (None, other)  # a temporary index is on this machine
-            undigested = _compare_shards(pair, [*listings[0][SAMPLES]], found, seen, use_ray and not here, address)
+            temporary = index not in (None, other)  # on this machine
+            workers = stack.enter_context(open_workers(address, use_ray and not temporary))
+            undigested = _compare_shards(pair, [*listings[0][SAMPLES]], found, seen, workers)
             found.unstated = (found.unstated[0], 0 if index is None else open_index(Store(index)).kinds.get(KEY, 0))
         if not undigested:
             break
@@ -221,13 +222,10 @@ def diff(
     return found
 
 
-def _compare_shards(
-    pair: _Pair, shards: Sequence[str], found: DatasetDiff, seen: _Seen, use_ray: bool, address: str | None
-) -> int:
+def _compare_shards(pair: _Pair, shards: Sequence[str], found: DatasetDiff, seen: _Seen, workers: MapWorkers) -> int:
     """Compare the shards of the first dataset -> the rows that may have a partner by digests that the index lacks."""
     found.matched, found.layers, undigested, unstated = Counter(), {}, 0, 0
-    compare = functools.partial(_diff_shard, pair)
-    for _, part in for_each_shard(compare, shards, use_ray=use_ray, address=address):
+    for _, part in workers.map(functools.partial(_diff_shard, pair), shards, unit="shard"):
         found.matched += part.counts
         for name, values in part.layers.items():
             found.layers.setdefault(name, Comparison()).add(values)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import multiprocessing
 import multiprocessing.connection
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
+
+_PR_SET_PDEATHSIG = 1
 
 
 @contextlib.contextmanager
@@ -52,3 +56,20 @@ def exit_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=wait, name="exit-with-parent", daemon=True).start()
+
+
+def kill_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when its parent dies, even inside a function that hangs (Linux only)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit(0)
+
+
+def describe_exit(status: int) -> str:
+    """How a process ended, by its exit status as of ``subprocess``."""
+    if status >= 0:
+        return f"exit status {status}"
+    with contextlib.suppress(ValueError):
+        return f"signal {signal.Signals(-status).name}"
+    return f"signal {-status}"

@@ -23,7 +23,7 @@ from reinforce.dataset.reading.sample import ImagePolicies
 from reinforce.errors import UserError
 from reinforce.images.policy import IMAGE_POLICY, PUBLISHED_POLICY
 from reinforce.labels.members import MAX_OPS
-from reinforce.nodes import for_each_shard
+from reinforce.parallel_map import open_workers
 from reinforce.publishing.datacompdr_shard import LIST_OF, ShardExport, export_shard, stats_name, tar_name
 from reinforce.publishing.public import without_paths
 from reinforce.publishing.shards import check_output, record_export
@@ -140,7 +140,8 @@ def _write(export: ShardExport, shards: Sequence[str], result: Exported, use_ray
         missing = [shard for shard in shards if tar_name(shard) not in written]
         found = {shard: output.read_json(stats_name(shard)) or {} for shard in shards if tar_name(shard) in written}
         result.kept = len(found)
-        found |= for_each_shard(functools.partial(export_shard, export), missing, use_ray=use_ray, address=address)
+        with open_workers(address, use_ray) as workers:
+            found |= workers.map(functools.partial(export_shard, export), missing, unit="shard")
     result.shards = len(found)
     for stats in found.values():
         result.samples += stats.get("samples", 0)

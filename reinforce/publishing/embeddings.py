@@ -27,7 +27,7 @@ from reinforce.dataset.reading.aligned import AlignedLayers, row_errors
 from reinforce.dataset.reading.dataset import Dataset
 from reinforce.dataset.view import ViewRows
 from reinforce.errors import UserError
-from reinforce.nodes import for_each_shard
+from reinforce.parallel_map import open_workers
 from reinforce.publishing.shards import check_output, record_export
 from reinforce.source.captions import parse_json
 from reinforce.storage import Storage, as_seen_by_workers
@@ -174,8 +174,9 @@ def _write(export: PartExport, shards: Sequence[str], use_ray: bool, address: st
         missing = [part for part in parts if metadata_file(part.partition(" ")[0]) not in written]
         result.parts, result.kept = len(parts), len(parts) - len(missing)
         counts = [_counts_before(output, part.partition(" ")[0]) for part in parts if part not in {*missing}]
-        function = functools.partial(export_part, export)
-        counts += [found for _, found in for_each_shard(function, missing, use_ray=use_ray, address=address)]
+        with open_workers(address, use_ray) as workers:
+            found = workers.map(functools.partial(export_part, export), missing, unit="shard")
+            counts += [count for _, count in found]
     result.rows, result.left_out = (sum(numbers) for numbers in zip(*counts, strict=True))
     return result
 

@@ -6,7 +6,6 @@ command continues an export, and adds shards and layers that are new. The index 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -27,7 +26,7 @@ from reinforce.dataset.reading.dataset import Dataset
 from reinforce.errors import UserError
 from reinforce.labels.building import build_index
 from reinforce.labels.identities import COLUMNS, DIGEST
-from reinforce.nodes import for_each_shard
+from reinforce.parallel_map import open_workers
 from reinforce.publishing.card import write_card
 from reinforce.publishing.labels_shard import LabelsExport, export_shard
 from reinforce.publishing.public import has_hidden, without_paths
@@ -123,15 +122,9 @@ def export_labels(
             view=None if data.view is None else data.view.rows,
         )
         index = IndexWriter(out, {layer.name: layer for layer in chosen})
-        with contextlib.ExitStack() as stack:
-            if use_ray and missing:
-                from reinforce.cluster import ray_cluster
-
-                stack.enter_context(ray_cluster(address))  # for the shards and the index
-            stack.callback(index.flush)
-            for shard, written in for_each_shard(
-                functools.partial(export_shard, export), [*missing], use_ray=use_ray, address=address
-            ):
+        with open_workers(address, use_ray) as workers:
+            workers.callback(index.flush)
+            for shard, written in workers.map(functools.partial(export_shard, export), [*missing], unit="shard"):
                 index.add(shard, written.files)
                 index.flush_when_due()
                 result.left_out += written.left_out

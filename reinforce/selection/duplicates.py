@@ -23,6 +23,7 @@ from reinforce.selection import neighbours
 from reinforce.selection.parts import Arrays, Parts
 from reinforce.selection.passes import Chunk
 from reinforce.selection.rules import BoundRule, Group
+from reinforce.shuffle import Ranges, Shuffle
 from reinforce.source.references import image_digest
 
 _BUCKET_BYTES = 2**30  # of records that a process compares
@@ -30,7 +31,7 @@ _CELL_ROWS, _MAX_CELLS = 2**11, 2**15
 _TRAINED_ROWS = 40  # for each cell
 _WRITTEN_ROWS = 2**14  # at a time
 _DIGESTS = np.dtype([("place", "<i8"), ("best", "<f8"), ("digest", "<u8")])
-_PLACES = np.dtype("<i8")
+PLACES = np.dtype("<i8")
 
 
 @dataclass(frozen=True)
@@ -94,11 +95,11 @@ def training_places(
 
 @dataclass(frozen=True)
 class CollectRecords:
-    """Writes a record of each sample that is kept so far, sorted by bucket; ``ends`` are those of each bucket."""
+    """Writes a record of each sample that is kept so far, for its bucket."""
 
     rule: BoundRule
     buckets: Buckets
-    stage: str
+    records: Shuffle
     centroids: str
 
     @property
@@ -134,8 +135,8 @@ class CollectRecords:
                     block["cell"], block["home"] = cells[some], homes[some]
                 yield block
 
-        parts.save_records(self.stage, number, blocks())
-        return {"ends": np.searchsorted(places[order], np.arange(self.buckets.count + 1)).astype(np.int32)}
+        self.records.write(number, places[order], blocks())
+        return {"records": np.array(len(order))}
 
 
 def threshold_of(rule: BoundRule) -> float:
@@ -159,24 +160,17 @@ def _digests(group: Group) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.bool_
 
 
 def compare_records(
-    parts: Parts,
-    rule: BoundRule,
-    buckets: Buckets,
-    stage: str,
-    out: str,
-    firsts: npt.NDArray[np.int64],
-    number: int,
-    ranges: npt.NDArray[np.int32],
+    rule: BoundRule, shuffled: Shuffle, worse: Shuffle, firsts: npt.NDArray[np.int64], number: int, ranges: Ranges
 ) -> Arrays:
-    """Find the worse duplicates of a bucket; ``ends`` are those of each chunk among their places.
+    """Find the places of the worse duplicates of a bucket, for their chunks.
 
-    ``firsts`` are the numbers of the first row of each chunk, and of all rows [chunks + 1].
+    ``firsts`` are the numbers of the first row of each chunk [chunks].
     """
-    records = parts.load_records(stage, ranges, buckets.dtype)
-    worse = _near(records, threshold_of(rule)) if buckets.dim else _equal(records)
-    places = np.unique(records["place"][worse])
-    parts.save_records(out, number, [places])
-    return {"ends": np.searchsorted(places, firsts).astype(np.int32)}
+    records = shuffled.read(ranges)
+    out = _near(records, threshold_of(rule)) if rule.layer else _equal(records)
+    places = np.unique(records["place"][out])
+    worse.write(number, np.searchsorted(firsts, places, side="right") - 1, [places])
+    return {"worse": np.array(len(places))}
 
 
 def _near(records: npt.NDArray[Any], threshold: float) -> npt.NDArray[np.bool_]:
@@ -202,16 +196,16 @@ def _equal(records: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
 def enter_duplicates(
     parts: Parts,
     rule: BoundRule,
-    out: str,
+    worse: Shuffle,
     before: str,
     after: str,
     number: int,
-    part: tuple[Chunk, npt.NDArray[np.int32]],
+    part: tuple[Chunk, Ranges],
 ) -> Arrays:
     """Enter the worse duplicates of all buckets into the codes of a chunk, from the stage ``before`` to ``after``."""
     chunk, ranges = part
     codes = parts.load(before, number)["codes"]
-    places = np.unique(parts.load_records(out, ranges, _PLACES))
+    places = np.unique(worse.read(ranges))
     codes[places - chunk.first] = 2 * rule.number
     parts.save(after, number, {"codes": codes})
     return {"left_out": np.array(len(places))}

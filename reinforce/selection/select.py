@@ -33,8 +33,10 @@ from reinforce.dataset.view import (
     write_view,
 )
 from reinforce.errors import UserError
+from reinforce.parallel_map import MapWorkers, open_workers
 from reinforce.selection.config import SelectConfig
 from reinforce.selection.duplicates import (
+    PLACES,
     Buckets,
     CollectRecords,
     compare_records,
@@ -44,7 +46,7 @@ from reinforce.selection.duplicates import (
 )
 from reinforce.selection.lock import lock_view
 from reinforce.selection.neighbours import Reference
-from reinforce.selection.parts import Arrays, Parts, Work
+from reinforce.selection.parts import Arrays, Parts
 from reinforce.selection.passes import Chunk, CountValues, DigestContent, Measure, Pass, WriteRows, chunks_of
 from reinforce.selection.references import OtherDataset, Reinforce, check_found, find_datasets, read_reference
 from reinforce.selection.rules import BoundRule, bind, columns_of_layers, labels, layers_of
@@ -53,7 +55,7 @@ from reinforce.source.views import FOLDER
 from reinforce.terminal import first_names, plural
 
 _MAX_GROUPS = 2**16
-_PARTS_VERSION = 1  # of the results of parts
+_PARTS_VERSION = 2  # of the results of parts
 _T = TypeVar("_T")
 _Log = Callable[[str], None]
 
@@ -100,8 +102,8 @@ def _select(
     parts = _parts(config, written, inputs, columns, dict(zip(shards, states, strict=True)))
     if parts.remove_others():
         log("results of a selection of other rules or files, which was stopped, are removed")
-    with Work(parts, address, processes) as work:
-        selection = _Selection(parts, work, inputs, rules, [*shards], groups, log)
+    with open_workers(address, processes=processes) as workers:
+        selection = _Selection(parts, workers, inputs, rules, [*shards], groups, log)
         files = ViewFiles(columns, selection.contents(columns), states, array("Q"))
         fingerprint = view_fingerprint(written, config.seed, inputs, shards, files)
         for rule in rules:
@@ -216,7 +218,7 @@ class _Selection:
     """Rules that are applied one after the other. ``pending`` are those that the next pass applies."""
 
     parts: Parts
-    work: Work
+    workers: MapWorkers
     inputs: dict[str, str]
     rules: list[BoundRule]
     shards: list[str]
@@ -239,7 +241,7 @@ class _Selection:
             self.log(f"rule {rule.label}: reading {', '.join(against)}")
             stage = f"{rule.number}-reference"
             read = partial(read_reference, self.parts, stage)
-            [counts] = self.work.map(f"{stage}-read", read, [[*against.values()]])
+            [counts] = self._compute(f"{stage}-read", read, [[*against.values()]])
             self.references[rule.number] = check_found(rule, against, counts)
             rule = replace(rule, reference=Reference(self.parts, stage, rule.spec.decontaminate.threshold))
         elif rule.spec.deduplicate is not None:
@@ -252,7 +254,7 @@ class _Selection:
         """The digest of what the rules read of each shard."""
         digest = DigestContent(self.parts, {name: columns.get(name) for name in self.inputs})
         found = array("Q")
-        for result in self.work.map("contents", digest, self.chunks):
+        for result in self._compute("contents", digest, self.chunks):
             found.frombytes(result["contents"].tobytes())
         return found
 
@@ -294,18 +296,18 @@ class _Selection:
             self.log(f"rule {rule.label}: dividing samples into cells ({buckets.cells:,})")
             places = training_places(self.groups, self.shards, rule.seed, buckets.cells)
             train = partial(train_cells, self.parts, centroids, self.inputs, rule, buckets.cells)
-            self._all(self.work.map(f"{centroids}-trained", train, [places]))
-        collect = CollectRecords(rule, buckets, records, centroids)
-        ends = np.stack([result["ends"] for result in self._pass(records, collect, save=True)])
+            self._all(self._compute(f"{centroids}-trained", train, [places]))
+        in_buckets = self.parts.shuffle(records, buckets.dtype, buckets.count)
+        self._all(self._pass(records, CollectRecords(rule, buckets, in_buckets, centroids), save=True))
         self.log(f"rule {rule.label}: comparing samples in each part ({buckets.count:,})")
-        firsts = np.array([*(chunk.first for chunk in self.chunks), rows])
-        compare = partial(compare_records, self.parts, rule, buckets, records, out, firsts)
-        ranges = [ends[:, n : n + 2] for n in range(buckets.count)]
-        ends = np.stack([result["ends"] for result in self.work.map(out, compare, ranges)])
+        firsts = np.array([chunk.first for chunk in self.chunks])
+        worse = self.parts.shuffle(out, PLACES, len(self.chunks))
+        compare = partial(compare_records, rule, in_buckets, worse, firsts)
+        self._all(self._compute(out, compare, in_buckets.ranges(len(self.chunks))))
         assert self.codes is not None
-        enter = partial(enter_duplicates, self.parts, rule, out, self.codes, f"{out}-codes")
-        chunks = [(chunk, ends[:, n : n + 2]) for n, chunk in enumerate(self.chunks)]
-        self._all(self.work.map(f"{out}-entered", enter, chunks))
+        enter = partial(enter_duplicates, self.parts, rule, worse, self.codes, f"{out}-codes")
+        chunks = [*zip(self.chunks, worse.ranges(buckets.count), strict=True)]
+        self._all(self._compute(f"{out}-entered", enter, chunks))
         self.codes = f"{out}-codes"
 
     def _pass(self, stage: str, measure: Measure[_T], save: bool | None = None) -> Iterator[Arrays]:
@@ -315,8 +317,11 @@ class _Selection:
         """
         after = f"{stage}-codes" if (bool(self.pending) if save is None else save) else None
         task = Pass(self.parts, self.inputs, self.codes, after, tuple(self.pending), measure)
-        yield from self.work.map(stage, task, self.chunks)
+        yield from self._compute(stage, task, self.chunks)
         self.codes, self.pending = after or self.codes, []
+
+    def _compute(self, stage: str, compute: Callable[[int, _T], Arrays], items: Sequence[_T]) -> Iterator[Arrays]:
+        return self.parts.compute(self.workers, stage, compute, items)
 
     @staticmethod
     def _all(results: Iterator[Arrays]) -> None:

@@ -92,6 +92,58 @@ def test_the_pool_follows_the_cluster_and_lost_and_drained_nodes_cost_no_shard(
     assert tree(tmp_path / "out") == tree(fresh_dataset({**config, "output": str(tmp_path / "whole")}))
 
 
+LOST_NODE = """
+import json, sys
+import ray
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from ray.cluster_utils import Cluster
+from reinforce.parallel_map import Actors, open_workers
+from tests.integration.test_cluster import wait_for, wait_in
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+ray.init(address=cluster.address, log_to_driver=False)
+kept, found = cluster.add_node(num_cpus=1), []
+for kind, open_map in {"tasks": open_workers, "actors": lambda: Actors(2, 0)}.items():
+    lost, folder = cluster.add_node(num_cpus=1), Path(sys.argv[1], kind)
+    folder.mkdir()
+    with open_map() as workers, ThreadPoolExecutor(1) as thread:
+        computed = thread.submit(list, workers.map(partial(wait_in, str(folder)), range(6)))
+        wait_for(lambda: len(list(folder.glob("begun-*"))) == 2)
+        cluster.remove_node(lost, allow_graceful=False)
+        pids = [file.name.rpartition("-")[2] for file in folder.glob("begun-*")]
+        wait_for(lambda: not all(Path("/proc", pid).exists() for pid in pids))
+        (folder / "go-on").touch()
+        found.append([sorted(computed.result()), workers.limit(), len(list(folder.glob("begun-*")))])
+ray.shutdown()
+cluster.shutdown()
+print(json.dumps(found))
+"""
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 600
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def wait_in(folder: str, item: int) -> int:
+    """Return an item once a file says so; each attempt at it leaves a file."""
+    Path(folder, f"begun-{item}-{os.getpid()}").touch()
+    wait_for(Path(folder, "go-on").exists)
+    return item
+
+
+@pytest.mark.slow
+def test_an_item_of_a_map_whose_node_is_lost_is_computed_on_another(tmp_path: Path) -> None:
+    tasks, actors = json_of_process(LOST_NODE, tmp_path)
+    every = [[item, item] for item in range(6)]
+    assert (tasks[0], tasks[2]) == (every, 7), "one item is computed twice"
+    assert actors == [every, 1, 7], "the actor of the lost node is not replaced"
+
+
 TWO_NODES = """
 import json, sys
 import ray, yaml

@@ -6,6 +6,7 @@ are in its footer, of which some kilobytes are read. Other files are read as a w
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,14 +26,23 @@ from reinforce.dataset.runs.shard_records import SourceRecord
 from reinforce.dataset.validate.findings import Finding
 from reinforce.dataset.validate.shard_checks import CheckedShard, ShardChecks, ShardFiles
 from reinforce.errors import UserError
+from reinforce.processes.cores import available_cores
 from reinforce.source.formats.recognise import find_format, format_of_name
 from reinforce.source.identity import SourceState, current_url, probe_state
 from reinforce.source.references import ImageRoots
 from reinforce.source.urls import canonical
 from reinforce.source_formats import DEFAULT
+from reinforce.storage import Storage
+from reinforce.terminal import first_names
 from schemas import Reason
 
 _TOGETHER = 4  # shards of a thread, if only keys are read: their footers are checked together
+#: Threads of a process, for the latency of storage; on a local disk, more of them only wait for each other.
+_THREADS, _LOCAL_THREADS = 16, 4
+_BATCH = 64  # shards that are read together; their results are one message of a process
+_ALONE = 8  # times as many where no other process reads while the last ones of a batch are read
+#: Files and bytes that a process reads in about as much time as it takes to start.
+_PROCESS_FILES, _PROCESS_BYTES = 4096, 2**30
 #: What the state of a source file can be, as lines show it, besides ``changed``.
 STATES = {
     "same": "as when their samples were written",
@@ -62,30 +72,56 @@ class Shards:
     recorded: Mapping[str, SourceRecord]
     limit: int
 
+    def describe(self) -> str:
+        return first_names([file.name for file in self.files])
+
+
+def default_processes(quick: bool, files: int, size: int) -> int:
+    """How many processes read so many files of ``size`` bytes; ``quick`` reads little of each."""
+    worth = max(files / _PROCESS_FILES, 0 if quick else size / _PROCESS_BYTES)
+    return max(1, min(available_cores(), int(worth)))
+
 
 class ShardReader:
-    """Reads shards, several at a time in ``threads``."""
+    """Reads shards in each of so many ``processes``, several at a time in threads, which the first read starts.
 
-    def __init__(self, options: ReadOptions, threads: int) -> None:
-        # `hash_keys` needs it. Threads of a new process that import it at the same time can deadlock.
-        from pandas.util import hash_array  # noqa: F401
+    ``batch`` is how many shards should be read together.
+    """
 
+    def __init__(self, options: ReadOptions, processes: int) -> None:
         self._options = options
         self._moved: Mapping[str, str] = options.manifest.get("moved", {})
         self._roots = ImageRoots.named(options.sources, "--sources {}")
-        self._checks = ShardChecks(Store(options.url), options.manifest, options.quick)
-        self._pool = ThreadPoolExecutor(threads)
+        if options.quick:
+            self._threads, self.batch = _LOCAL_THREADS if Storage(options.url).local else _THREADS, _BATCH
+        else:  # a thread holds a row group of the widest layer
+            self._threads = max(2, _THREADS // processes)
+            self.batch = 2 * self._threads
+        self.batch *= _ALONE if processes == 1 else 1
+
+    @functools.cached_property
+    def _checks(self) -> ShardChecks:
+        return ShardChecks(Store(self._options.url), self._options.manifest, self._options.quick)
+
+    @functools.cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        # `hash_keys` needs it. Threads of a new process that import it at the same time can deadlock.
+        from pandas.util import hash_array  # noqa: F401
+
+        return ThreadPoolExecutor(self._threads)
 
     def read(self, shards: Shards) -> list[CheckedShard]:
         size = _TOGETHER if self._options.quick else 1
         parts = [shards.files[start : start + size] for start in range(0, len(shards.files), size)]
-        return [*itertools.chain.from_iterable(self._pool.map(lambda part: self._read(part, shards), parts))]
+        pool, checks = self._pool, self._checks  # made here, before threads use them
+        return [*itertools.chain.from_iterable(pool.map(lambda part: self._read(checks, part, shards), parts))]
 
     def close(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        if "_pool" in vars(self):
+            self._pool.shutdown(cancel_futures=True)
 
-    def _read(self, part: Sequence[ShardFiles], shards: Shards) -> list[CheckedShard]:
-        checked = self._checks.check(part, shards.limit)
+    def _read(self, checks: ShardChecks, part: Sequence[ShardFiles], shards: Shards) -> list[CheckedShard]:
+        checked = checks.check(part, shards.limit)
         for files, one in zip(part, checked, strict=True):
             if self._options.sources:
                 self._look_at_source(files, one, shards.recorded.get(files.name))

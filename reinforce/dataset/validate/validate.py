@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import random
 from collections import Counter
@@ -21,15 +22,16 @@ from reinforce.dataset.runs.key_sample import ALL, KeySample, RepeatedKeys
 from reinforce.dataset.runs.shard_records import SourceRecord, read_records
 from reinforce.dataset.validate.findings import Finding
 from reinforce.dataset.validate.inventory import take_inventory
-from reinforce.dataset.validate.process_pool import ShardPool, default_processes
 from reinforce.dataset.validate.shard_checks import ShardFiles
-from reinforce.dataset.validate.shard_reader import STATES, ReadOptions, Shards
+from reinforce.dataset.validate.shard_reader import STATES, ReadOptions, ShardReader, Shards, default_processes
 from reinforce.dataset.validate.views import check_views
+from reinforce.parallel_map import open_workers
 from reinforce.source.references import ImageRoots
 from reinforce.terminal import first_lines, plural
 
 _CAPACITY = 2**24  # hashes of keys, 128 MiB: datasets of more samples are estimated
 _NAMED = 10
+_FIX = "It probably lacks memory. Use fewer processes: --workers 1."
 
 
 @dataclass
@@ -137,7 +139,7 @@ def validate(
     store = Store(url)
     inventory = take_inventory(store)
     manifest, listings = inventory.manifest, inventory.listings
-    options, names = ReadOptions(url, manifest, quick, sources, count), [*listings]
+    names = [*listings]
     keys = KeySample(_CAPACITY)
     chosen = _choose(listings[SAMPLES], sample, seed)
     found = Validation(store.url, len(listings[SAMPLES]), len(chosen), keys.repeated(), code=code_lines(manifest))
@@ -151,10 +153,12 @@ def validate(
         size = int(share * sum(listing.total_bytes for listing in listings.values()))
         processes = default_processes(quick, len(chosen) * len(names), size)
     recorded = read_records(store).sources if sources else {}
-    with ShardPool(options, processes) as pool:
-        files = _shard_files(chosen, every, names)
+    reader = ShardReader(ReadOptions(url, manifest, quick, sources, count), processes)
+    with contextlib.closing(reader), open_workers(use_ray=False, processes=processes) as workers:
+        batches = _batches(_shard_files(chosen, every, names), reader.batch, recorded, keys, count)
+        read = workers.map(reader.read, batches, ordered=True, name=Shards.describe, fix=_FIX)
         counted = 0
-        for shard in itertools.chain.from_iterable(pool.read(_batches(files, pool.batch, recorded, keys, count))):
+        for shard in itertools.chain.from_iterable(shards for _, shards in read):
             keys.add(shard.name, shard.keys)
             found.rows += shard.rows
             found.findings += shard.findings

@@ -7,7 +7,6 @@ import json
 import os
 import pickle
 import select
-import signal
 import socket
 import subprocess
 import sys
@@ -18,6 +17,7 @@ import numpy as np
 from reinforce.engine.decode.process import COMMAND, READY, Message
 from reinforce.engine.decode.row import Outcome
 from reinforce.processes.shared_memory import SharedMemory
+from reinforce.processes.signals import describe_exit
 
 #: Chunks that a process has at a time: it begins the second without waiting for its parent.
 DEPTH = 2
@@ -103,13 +103,4 @@ class ProcessHandle:
             self.kill()
             status = self._process.wait()
             self.close()
-            raise ProcessDied(_ending(status)) from None
-
-
-def _ending(status: int) -> str:
-    """Description of a process's end by its exit status."""
-    if status >= 0:
-        return f"exit status {status}"
-    with contextlib.suppress(ValueError):
-        return f"signal {signal.Signals(-status).name}"
-    return f"signal {-status}"
+            raise ProcessDied(describe_exit(status)) from None

@@ -6,10 +6,8 @@ what decoding needs, in any program.
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import gc
-import os
 import pickle
 import signal
 import sys
@@ -25,6 +23,7 @@ from reinforce.engine.decode.cells import PixelCells
 from reinforce.engine.decode.row import DecodeSpec, Row, decode_row
 from reinforce.images import policy as image
 from reinforce.processes.shared_memory import SharedMemory
+from reinforce.processes.signals import kill_with_parent
 
 READY = b"ready"
 #: What follows ``python -c``; the module is found where the parent finds it.
@@ -33,7 +32,6 @@ COMMAND = (
     "from reinforce.engine.decode import process; process.main(**arguments)"
 )
 _KEPT_SPECS = 8
-_PR_SET_PDEATHSIG = 1
 #: What a process receives: the numbers of a chunk and of its lease, the pickled DecodeSpec of the lease, which is None
 #: if the process has received it before, and the rows to be decoded.
 Message: TypeAlias = "tuple[int, int, bytes | None, Sequence[Row]]"
@@ -65,7 +63,7 @@ class StatusBoard:
 
 def main(number: int, parent: int, socket: int, status: int, pixels: int, messages: Sequence[int]) -> None:
     """Work until the parent is gone. ``number`` is the process's entry on the board; the rest are descriptors."""
-    _exit_with(parent)
+    kill_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent decides
     warnings.filterwarnings("ignore", module="PIL")  # one line per image with odd metadata; refusals are recorded
     image.large_image_lock = _FileLock(pixels)
@@ -121,11 +119,3 @@ class _FileLock:
 
     def __exit__(self, *_: Any) -> None:
         fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 1)
-
-
-def _exit_with(parent: int) -> None:
-    """Have the kernel kill this process when its parent dies, even inside a decoder that hangs (Linux only)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit(0)

@@ -16,7 +16,7 @@ from reinforce.evaluation.kinds.files import SetFiles, find_files, where_expecte
 from reinforce.evaluation.registry import SuiteSet, published_metrics, select_sets
 from reinforce.evaluation.report import Outcome, name_refused
 from reinforce.evaluation.suite.results import Line, ResultFile, SuiteReport
-from reinforce.evaluation.suite.workers import Job, Options, count_workers, ray_workers, run_job, schedule
+from reinforce.evaluation.suite.workers import Job, Options, count_workers, ray_workers, run_job
 from reinforce.model_names import model_errors
 from reinforce.processes.cores import available_cores
 from reinforce.storage import Storage, write_file
@@ -131,12 +131,14 @@ def _in_turn(
 def _side_by_side(
     jobs: Sequence[Job], options: Options, address: str | None, workers: int
 ) -> Iterator[tuple[Job, Outcome | str]]:
-    """Evaluate sets by workers on Ray."""
+    """Evaluate sets by workers on Ray, the largest first. One whose worker dies each time has that as its outcome."""
     if not jobs:
         return
-    with ray_workers(options, address, workers) as (start, count), Screen() as screen:
-        screen.log(f"{plural(len(jobs), 'set')} by {plural(min(count, len(jobs)), 'worker')}")
-        for done, (job, outcome) in enumerate(schedule(jobs, start, count), start=1):
+    with ray_workers(options, address, workers) as (pool, evaluate), Screen() as screen:
+        screen.log(f"{plural(len(jobs), 'set')} by {plural(min(pool.limit(), len(jobs)), 'worker')}")
+        largest = sorted(jobs, key=lambda job: -job.one.size)
+        found = pool.map(evaluate, largest, name=lambda job: job.one.name, lost=lambda job, reason: reason)
+        for done, (job, outcome) in enumerate(found, start=1):
             screen.log(_describe(job, outcome))
             screen.draw(f"{done} of {len(jobs)} sets", done, len(jobs))
             yield job, outcome

@@ -1,31 +1,25 @@
-"""Sets of a suite side by side: each worker holds all models on one accelerator, of this machine or of a Ray cluster.
-
-The largest sets begin first. A set whose worker dies is done once more, by a new worker.
-"""
+"""Sets of a suite, in this process or side by side by workers on Ray, each with all models on one accelerator."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from reinforce.errors import UserError
 from reinforce.evaluation.kinds.files import SetFiles
 from reinforce.evaluation.registry import SuiteSet
 from reinforce.evaluation.report import Outcome
 from reinforce.model_names import resolve_models
+from reinforce.parallel_map import Actors, MapWorkers
 from reinforce.processes.cores import available_cores, cores_per_process
 from teachers.redact import redact
 
 if TYPE_CHECKING:
     from reinforce.evaluation.models import Models
     from teachers.device.accelerator import Precision
-
-_ATTEMPTS = 2
 
 
 @dataclass(frozen=True)
@@ -53,12 +47,6 @@ class Options:
     batch: int
 
 
-#: Evaluates a set; gives its outcome, or the reason why the set cannot be used.
-Evaluate = Callable[[Job], Outcome | str]
-#: A worker: starts to evaluate a set.
-Worker = Callable[[Job], "Future[Outcome | str]"]
-
-
 def run_job(job: Job, models: Callable[[], Models], progress: Callable[[int], None], threads: int) -> Outcome | str:
     """The outcome of the models without a result of this content, or why the set cannot be used.
 
@@ -82,45 +70,6 @@ def run_job(job: Job, models: Callable[[], Models], progress: Callable[[int], No
         return str(error)
 
 
-class WorkerLost(Exception):
-    """A worker died while it evaluated a set; ``with_node`` if its node was lost, which has no place for another."""
-
-    def __init__(self, text: str, with_node: bool = False) -> None:
-        super().__init__(text)
-        self.with_node = with_node
-
-
-def schedule(jobs: Sequence[Job], start: Callable[[], Worker], workers: int) -> Iterator[tuple[Job, Outcome | str]]:
-    """Yield each job with its outcome, or with the reason why there is none, as soon as it ends.
-
-    At most ``workers`` of those that ``start`` starts are busy at once. Errors of a job other than ``WorkerLost`` are
-    raised.
-    """
-    waiting = deque(sorted(jobs, key=lambda job: -job.one.size))
-    idle = [start() for _ in range(min(workers, len(waiting)))]
-    running: dict[Future[Outcome | str], tuple[Worker, Job]] = {}
-    lost: Counter[str] = Counter()
-    while waiting or running:
-        while idle and waiting:
-            worker, job = idle.pop(), waiting.popleft()
-            running[worker(job)] = worker, job
-        for future in wait(running, return_when=FIRST_COMPLETED).done:
-            worker, job = running.pop(future)
-            try:
-                outcome = future.result()
-            except WorkerLost as error:
-                if not error.with_node or not (idle or running):
-                    idle.append(start())
-                lost[job.one.key] += 1
-                if lost[job.one.key] < _ATTEMPTS:
-                    waiting.append(job)
-                else:
-                    yield job, f"{job.one.name}: its worker died {_ATTEMPTS} times: {error}"
-                continue
-            idle.append(worker)
-            yield job, outcome
-
-
 def count_workers(workers: int | None, address: str | None, device: str) -> int | None:
     """Number of workers on Ray, or None where the sets are evaluated in this process. Connects to nothing.
 
@@ -138,13 +87,11 @@ def count_workers(workers: int | None, address: str | None, device: str) -> int 
 
 
 @contextlib.contextmanager
-def ray_workers(options: Options, address: str | None, workers: int) -> Iterator[tuple[Callable[[], Worker], int]]:
-    """Yield what starts a worker on Ray, and the number of workers: ``workers``, or one for each accelerator.
+def ray_workers(options: Options, address: str | None, workers: int) -> Iterator[tuple[MapWorkers, EvaluateSet]]:
+    """Yield workers on Ray, ``workers`` or one for each accelerator, and what they do with a set.
 
     Raises UserError if there are fewer accelerators than workers.
     """
-    import ray
-
     from reinforce.cluster import live_resources, ray_cluster
 
     with ray_cluster(address, log_to_driver=False):
@@ -153,28 +100,23 @@ def ray_workers(options: Options, address: str | None, workers: int) -> Iterator
         count = workers or max(1, gpus)
         if gpus and count > gpus:
             raise UserError(f"--workers {count}: there are {gpus} accelerators. Lower it, or use --device cpu.")
-        actor = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0, max_restarts=0)(_SetWorker)
         threads = cores_per_process(nodes, count, 1.0 if gpus else 0.0)
-
-        def start() -> Worker:
-            handle: Any = actor.remote(options, os.getcwd(), threads)
-            return lambda job: _translated(handle.evaluate.remote(job).future())
-
-        yield start, count
+        with Actors(count, 1 if gpus else 0) as actors:
+            yield actors, EvaluateSet(options, os.getcwd(), threads)
 
 
-class _SetWorker:
-    """Evaluates sets in a process of Ray, in the working folder of the command if the machine has it."""
+class EvaluateSet:
+    """Evaluates sets in a worker, which loads the models once; in ``folder`` if the machine has it."""
 
     def __init__(self, options: Options, folder: str, threads: int) -> None:
-        self._options, self._threads = options, threads
+        self._options, self._folder, self._threads = options, folder, threads
         self._models: Models | None = None
         self._copies = contextlib.ExitStack()  # of remote models
-        if os.path.isdir(folder):
-            os.chdir(folder)
 
-    def evaluate(self, job: Job) -> Outcome | str:
+    def __call__(self, job: Job) -> Outcome | str:
         """The outcome, or why the set cannot be used. Raises UserError for a model that cannot be loaded."""
+        if os.path.isdir(self._folder):
+            os.chdir(self._folder)
         threads = min(self._threads, available_cores())
         return run_job(job, lambda: self._load(threads), lambda _: None, threads)
 
@@ -187,27 +129,3 @@ class _SetWorker:
             named = {redact(name): spec for name, spec in specs.items()}
             self._models = load_models(named, options.device, options.precision, options.batch, threads)
         return self._models
-
-
-def _translated(future: Future[Any]) -> Future[Any]:
-    """Ray's future, with WorkerLost where the process died, and the error of a task without Ray's wrapper."""
-    from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
-
-    from reinforce.cluster import cause_of, is_node_lost
-
-    result: Future[Any] = Future()
-
-    def pass_on(done: Future[Any]) -> None:
-        error = done.exception()
-        if error is None:
-            result.set_result(done.result())
-        elif isinstance(error, RayTaskError):
-            result.set_exception(cause_of(error))
-        elif isinstance(error, RayError):
-            with_node = is_node_lost(error) or isinstance(error, ActorUnavailableError)
-            result.set_exception(WorkerLost(str(error).splitlines()[0], with_node))
-        else:
-            result.set_exception(error)
-
-    future.add_done_callback(pass_on)
-    return result

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from reinforce.dataset.files.key_hashes import digest_keys, hash_keys
 from reinforce.dataset.files.listing import Listing
 from reinforce.dataset.files.store import Store
-from reinforce.dataset.validate import process_pool as shard_pool
+from reinforce.dataset.validate.shard_reader import ShardReader
 from reinforce.dataset.validate.validate import validate
 from reinforce.errors import UserError
 from tests.helpers.commands import printed_by
@@ -105,8 +105,9 @@ def test_processes_find_what_threads_find(tmp_path: Path, capsys: pytest.Capture
 
 @pytest.mark.slow
 def test_a_process_that_dies_ends_the_command_with_one_line(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_pool, "_start", os._exit)
-    with pytest.raises(UserError, match=r"has ended, probably for lack of memory. Use fewer of them: --workers 1"):
+    monkeypatch.setattr(ShardReader, "__reduce__", lambda self: (os._exit, (9,)))
+    message = r"^{}.*: its process ended with exit status 9, 3 times. It probably lacks memory. Use .*: --workers 1\.$"
+    with pytest.raises(UserError, match=message.format(next(iter(Store(str(made)).shards("samples"))))):
         validate(str(made), processes=2)
 
 
