@@ -33,11 +33,11 @@ class Attempts:
         self,
         function: Callable[[], T],
         passing: Callable[[Exception], bool] = lambda error: True,
-        prepare: Callable[[Exception, float], None] = lambda error, pause: None,
+        wait: Callable[[Exception, float], None] = lambda error, pause: time.sleep(pause),
     ) -> T:
         """What ``function`` returns. Raises its last error, or the first one that is not ``passing``.
 
-        ``prepare`` is called with the error and the seconds of the pause before another attempt.
+        ``wait`` gets the error and the seconds of the pause before another attempt.
         """
         begin = time.monotonic()
         for failures in range(self.count):
@@ -47,9 +47,7 @@ class Attempts:
                 over = failures == self.count - 1 or time.monotonic() - begin > self.within
                 if over or not passing(error):
                     raise
-                pause = self.pauses[failures] if failures < len(self.pauses) else 0.0
-                prepare(error, pause)
-            time.sleep(pause)
+                wait(error, self.pauses[failures] if self.pauses else 0.0)
         raise AssertionError
 
 

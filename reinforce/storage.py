@@ -12,6 +12,7 @@ import logging
 import os
 import posixpath
 import shutil
+import socket
 import stat
 import tempfile
 import time
@@ -23,17 +24,14 @@ from typing import IO, Any, TypeVar
 
 from fsspec.implementations.local import LocalFileSystem
 
+from reinforce.attempts import CONDITIONAL_PUTS, FIRST_WRITE, READS
 from reinforce.errors import DamagedJson, StorageError, UserError
 from reinforce.source.driver_errors import is_conflict, is_full, is_unsupported
 from reinforce.source.urls import filesystem
-from reinforce.source.whole_reads import list_whole, read_start
+from reinforce.source.whole_reads import ShortRead, list_whole, read_start
 from teachers.redact import redact
 from teachers.weights import replacing
 
-_READS = 3  # of a file of which only a part arrives
-_PROBE_PAUSES = (2.0, 8.0, None)  # seconds after the first attempts to write to an object store
-_PROBE_SECONDS = 30.0  # after which there is no further attempt
-_CREATE_PAUSES = (0.5, 1.0, 2.0, None)  # seconds after the first attempts at a conditional put
 T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
 _JSON_BYTES = 16 * 2**20  # of a file that is read as JSON
@@ -159,7 +157,8 @@ class Storage:
 
     def read_parsed(self, parse: Callable[[bytes], T], *parts: str, limit: int) -> T:
         """Read a small file and parse it. Raises what ``parse`` raises, unless only a part of the file has arrived."""
-        for _ in range(_READS):
+
+        def read() -> T:
             content = self.read_bytes(*parts, limit=limit)
             try:
                 return parse(content)
@@ -169,9 +168,12 @@ class Storage:
                     size = self.fs.info(self.path(*parts))["size"]
                 if size <= len(content):
                     raise
-        raise StorageError(
-            f"{self.path(*parts)} cannot be read: the storage sent {len(content):,} of {size:,} bytes. Check it."
-        )
+            raise ShortRead(f"the storage sent {len(content):,} of {size:,} bytes")
+
+        try:
+            return READS.call(read, lambda error: isinstance(error, ShortRead))
+        except ShortRead as error:
+            raise StorageError(f"{self.path(*parts)} cannot be read: {error}. Check it.") from error
 
     def write_bytes(self, data: bytes, *parts: str) -> None:
         """Publish a small file."""
@@ -199,21 +201,19 @@ class Storage:
                     except FileExistsError:
                         return False
                     return True
-            for pause in _CREATE_PAUSES:
-                try:
-                    self.fs.pipe_file(path, data, mode="create")
-                    return True
-                except Exception as error:  # each driver has its own exceptions
-                    self.fs.invalidate_cache()
-                    if self.fs.exists(path):
-                        return False
-                    if is_unsupported(error):
-                        break
-                    if pause is None or not is_conflict(error):
-                        raise
-                time.sleep(pause)
+            return CONDITIONAL_PUTS.call(lambda: self._put_new(data, path), is_conflict)
+
+    def _put_new(self, data: bytes, path: str) -> bool:
+        try:
+            self.fs.pipe_file(path, data, mode="create")
+        except Exception as error:  # each driver has its own exceptions
+            self.fs.invalidate_cache()
+            if self.fs.exists(path):
+                return False
+            if not is_unsupported(error):
+                raise
             self.fs.pipe_file(path, data)
-            return True
+        return True
 
     def remove(self, *parts: str) -> None:
         """Remove a file, if there is one."""
@@ -256,25 +256,30 @@ class Storage:
         """Raise UserError if nothing can be written here, in an object store after some attempts, or if Ray deletes it
         after the job."""
         self._check_outlives_job()
-        begin = time.monotonic()
-        for pause in _PROBE_PAUSES:
+
+        def write() -> None:
             probe = (_TEMPORARY_FOLDER, f"write-test-{uuid.uuid4().hex}")
-            try:
-                self.write_bytes(b"", *probe)
-                self.fs.rm_file(self.path(*probe))
-                return
-            except Exception as error:
-                cause = error.__cause__ or error
-                text = f"output {self.url} cannot be written: {type(cause).__name__}: {cause}"
-                passing = getattr(cause, "errno", None) is not None or "expired" in str(cause)  # by s3fs
-                if self.local or not passing or pause is None or time.monotonic() - begin > _PROBE_SECONDS:
-                    raise UserError(
-                        f"{text}. Check the path, the permissions and (for an object store) the address and the "
-                        "credentials."
-                    ) from error
-            _LOG.warning("%s; it is tried again in %g s", redact(text), pause)
+            self.write_bytes(b"", *probe)
+            self.fs.rm_file(self.path(*probe))
+
+        def describe(error: Exception) -> str:
+            cause = error.__cause__ or error
+            return f"output {self.url} cannot be written: {type(cause).__name__}: {cause}"
+
+        def passes(error: Exception) -> bool:
+            cause = error.__cause__ or error
+            return not self.local and (getattr(cause, "errno", None) is not None or "expired" in str(cause))  # by s3fs
+
+        def wait(error: Exception, pause: float) -> None:
+            _LOG.warning("%s; it is tried again in %g s", redact(describe(error)), pause)
             time.sleep(pause)
             self.refresh()
+
+        try:
+            FIRST_WRITE.call(write, passes, wait)
+        except Exception as error:
+            fix = "Check the path, the permissions and (for an object store) the address and the credentials."
+            raise UserError(f"{describe(error)}. {fix}") from error
 
     def _check_outlives_job(self) -> None:
         """Raise UserError in a job of `ray job submit` if this is a folder of the code that was uploaded with it."""
@@ -374,20 +379,34 @@ class Storage:
         if not self.local:
             yield
             return
-        import fcntl
 
-        folder = Path(self.root, _TEMPORARY_FOLDER)
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "lock", "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise UserError(f"another run is writing to {self.url}. Wait for it, or stop it.") from error
-            for stale in folder.glob(f"{_TEMPORARY_PREFIX}*"):
+        def busy(who: str) -> UserError:
+            return UserError(f"another run is writing to {self.url} ({who}). Wait for it, or stop it.")
+
+        with self.lock_file("lock", busy):
+            for stale in Path(self.root, _TEMPORARY_FOLDER).glob(f"{_TEMPORARY_PREFIX}*"):
                 if stale.is_dir():
                     shutil.rmtree(stale, ignore_errors=True)
                 else:
                     stale.unlink(missing_ok=True)
+            yield
+
+    @contextlib.contextmanager
+    def lock_file(self, name: str, busy: Callable[[str], UserError]) -> Iterator[None]:
+        """Lock a file in the temporary folder of a local storage. Raises what ``busy`` makes of who has locked it."""
+        import fcntl
+
+        with contextlib.ExitStack() as stack:
+            with self.storage_errors("written", _TEMPORARY_FOLDER):
+                file = stack.enter_context(open(os.path.join(self._temporary(), name), "a+"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                file.seek(0)
+                raise busy(file.read(100).strip() or "unknown") from error
+            file.truncate(0)
+            file.write(f"pid {os.getpid()} on {socket.gethostname()}")
+            file.flush()
             yield
 
 

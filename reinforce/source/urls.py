@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from reinforce.attempts import BOTOCORE_REQUESTS, S3FS_REQUESTS
 from reinforce.errors import UserError
 from reinforce.source.whole_reads import list_whole, read_whole
 from reinforce.source_formats import SOURCES
@@ -38,9 +39,7 @@ _PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 _SPECIAL = re.compile(r"[?#]|::")  # after them, the canonical form is not that of the folder and the name
 _HEAD_BYTES = 2**16  # of a text file, that distinguishes a table from a list
 _MAX_URLS = 10_000_000
-_BOTOCORE_ATTEMPTS = 4
 _CONNECTIONS = 32  # requests in flight; botocore's default is 10
-_S3FS_ATTEMPTS = 3  # each of them makes botocore's attempts
 _MAX_STEM_CHARS = 100  # with the hash and .parquet, well below the 255 bytes that file systems allow for a name
 _HASH_DIGITS = 10  # of a shard's name
 _GLOB = re.compile(r"[*?\[]")
@@ -63,7 +62,7 @@ def filesystem(url: str, redirects: bool = True) -> tuple[Any, str]:
             "for gs:// and abfs:// are the extras gcs and azure: `pip install -e '.[gcs]'`."
         ) from error
     if retries and "s3" in fs.protocol:
-        fs.retries = _S3FS_ATTEMPTS
+        fs.retries = S3FS_REQUESTS.count
     return fs, path
 
 
@@ -81,7 +80,7 @@ def _retry_options(url: str) -> dict[str, Any]:
     configured = "config_kwargs" in fsspec.config.conf.get("s3", {})
     if configured or {"AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE"} & {*os.environ}:
         return {}
-    retries = {"mode": "standard", "total_max_attempts": _BOTOCORE_ATTEMPTS}
+    retries = {"mode": "standard", "total_max_attempts": BOTOCORE_REQUESTS.count}
     options = {"config_kwargs": {"retries": retries, "max_pool_connections": _CONNECTIONS}}
     schemes = {segment.partition("://")[0] for segment in url.split("::") if "://" in segment}
     return dict.fromkeys(schemes & {"s3", "s3a"}, options)

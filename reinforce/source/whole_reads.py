@@ -14,9 +14,9 @@ from contextvars import ContextVar
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
+from reinforce.attempts import READS
 from reinforce.source.driver_errors import lacks_range
 
-_ATTEMPTS = 3
 _INVALID = (errno.EINVAL, errno.EIO, 400)  # what drivers raise for a request that the storage finds invalid
 _NO_NEXT_PAGE = ("PaginationError", "KeyError")  # botocore's for a token that is repeated, s3fs's for one that is lost
 T = TypeVar("T")
@@ -96,16 +96,14 @@ def list_whole(read: Callable[[], T]) -> T:
 
     Raises OSError where pages lead nowhere each time.
     """
-    for _ in range(_ATTEMPTS - 1):
-        try:
-            return read()
-        except Exception as error:  # each driver has its own exceptions
-            codes = {getattr(error, name, None) for name in ("errno", "code", "status_code")}
-            if codes.isdisjoint(_INVALID) and type(error).__name__ not in _NO_NEXT_PAGE:
-                raise
+
+    def passes(error: Exception) -> bool:
+        codes = {getattr(error, name, None) for name in ("errno", "code", "status_code")}
+        return not codes.isdisjoint(_INVALID) or type(error).__name__ in _NO_NEXT_PAGE
+
     try:
-        return read()
-    except Exception as error:
+        return READS.call(read, passes)
+    except Exception as error:  # each driver has its own exceptions
         if type(error).__name__ not in _NO_NEXT_PAGE:
             raise
         what = f"a page of the listing names no next page ({type(error).__name__}: {error})"
@@ -117,7 +115,9 @@ def _fetch(fetch: Callable[[int, int], bytes], size: int, path: str, start: int,
 
 
 def _read(read: Callable[[], bytes], size: int, path: str) -> bytes:
-    for _ in range(_ATTEMPTS):
-        if len(data := read()) >= size:
-            return data
-    raise ShortRead(f"{path}: the storage sent {len(data):,} of {size:,} bytes")
+    def read_whole() -> bytes:
+        if len(data := read()) < size:
+            raise ShortRead(f"{path}: the storage sent {len(data):,} of {size:,} bytes")
+        return data
+
+    return READS.call(read_whole, lambda error: isinstance(error, ShortRead))

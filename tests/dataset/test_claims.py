@@ -15,9 +15,9 @@ import pytest
 import s3fs
 
 import reinforce
+from reinforce.claim_file import ClaimFile
 from reinforce.config import parse_config
 from reinforce.dataset.files.store import MANIFEST, Store
-from reinforce.dataset.manifest import claims as module
 from reinforce.dataset.manifest.claims import Claims
 from reinforce.dataset.manifest.manifest import find_manifest, update_manifest
 from reinforce.engine.plan.recipe import build_layers, describe_models
@@ -62,7 +62,7 @@ def test_a_second_run_with_another_seed_is_refused_with_what_differs_and_one_of_
     output = {"memory": "memory://claims/out", "local": str(tmp_path / "out"), "s3": "s3://bucket/claimed"}[storage]
     first, same, other = claims_of(output), claims_of(output), claims_of(output, seed=7)
     first.take()
-    monkeypatch.setattr(module.socket, "gethostname", lambda: "another")
+    monkeypatch.setattr("socket.gethostname", lambda: "another")
     same.take()
     with pytest.raises(UserError) as raised:
         other.take()
@@ -86,7 +86,7 @@ def test_of_many_runs_that_start_at_once_those_of_one_config_start_at_most(
 ) -> None:
     if storage == "s3":
         request.getfixturevalue("s3")
-    monkeypatch.setattr(Claims, "_is_expired", lambda self, claim: False)
+    monkeypatch.setattr(ClaimFile, "is_over", lambda self, claim: False)
     output = {"local": str(tmp_path / "out"), "s3": "s3://bucket/claimed"}[storage]
     runs = [claims_of(output, seed=number % 2, teachers={}, captioners={}) for number in range(6)]
     started: list[int] = []

@@ -18,6 +18,7 @@ import pytest
 import s3fs
 
 import reinforce
+from reinforce.attempts import BOTOCORE_REQUESTS, S3FS_REQUESTS, Attempts
 from reinforce.dataset.files.store import Store
 from reinforce.engine.record.summary import RunSummary
 from reinforce.errors import StorageError
@@ -116,7 +117,7 @@ def test_transient_faults_leave_no_trace(s3: s3fs.S3FileSystem, s3_proxy: Proxy,
         (cut, reads_shard, 2),
         (slow(0.1), reads_shard, 2),
         # Two shards are in flight, and each of their files is put four times in one attempt.
-        (refuse(500, "InternalError"), writes_layer, 2 * urls._BOTOCORE_ATTEMPTS),
+        (refuse(500, "InternalError"), writes_layer, 2 * BOTOCORE_REQUESTS.count),
         (refuse(503, "SlowDown"), lambda r: r.key.startswith("bucket/passing"), 3),
         (refuse(403, "ExpiredToken"), lambda r: r.method == "PUT" and r.key == "bucket/passing/dataset.json", 1),
         (
@@ -174,7 +175,7 @@ def test_shards_that_cannot_be_read_are_quarantined_and_their_neighbours_finish(
         failures = {"attempts": 1, "allowed_share": 1.0, "outage_seconds": 6}
         with pytest.raises(StorageError, match=r"So the storage failed for 1 shard, such as 1-.* None is quarantined"):
             reinforce.run(config("lasting", failures=failures))
-    assert len(never) % urls._BOTOCORE_ATTEMPTS == 0
+    assert len(never) % BOTOCORE_REQUESTS.count == 0
     store = Store("s3://bucket/lasting")
     found = {
         shard.partition("-")[0]: [(row["reason"], row["key"]) for row in store.quarantined("samples", shard)]
@@ -225,7 +226,7 @@ def test_wrong_credentials_are_one_clear_error(s3: s3fs.S3FileSystem, s3_server:
 def test_an_endpoint_that_does_not_answer_is_one_clear_error(
     s3: s3fs.S3FileSystem, s3_proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(urls, "_BOTOCORE_ATTEMPTS", 2)
+    monkeypatch.setattr(urls, "BOTOCORE_REQUESTS", Attempts(2))
     fs, _ = urls.filesystem("s3://bucket/x")
     fs.read_timeout = 0.2
     with (
@@ -233,7 +234,7 @@ def test_an_endpoint_that_does_not_answer_is_one_clear_error(
         pytest.raises(reinforce.UserError, match=r"cannot be written: ReadTimeoutError.*the address and the cred"),
     ):
         reinforce.run(config("x"))
-    assert len(asked) == 2 * urls._S3FS_ATTEMPTS
+    assert len(asked) == 2 * S3FS_REQUESTS.count
 
 
 ROOT = Path(__file__).parents[2]

@@ -12,9 +12,7 @@ share it. There is one claim for each layer, so runs that add different layers c
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import socket
 import time
 import uuid
 from collections.abc import Collection, Mapping
@@ -22,18 +20,17 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
 
+from reinforce.claim_file import ClaimFile
 from reinforce.config import Config
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import Layer, mapping_at
 from reinforce.dataset.manifest.differences import check_recipes, difference_lines
 from reinforce.dataset.manifest.manifest import find_manifest, update_manifest, write_manifest
-from reinforce.errors import DamagedJson, StorageError, UserError
+from reinforce.errors import StorageError, UserError
 
 FOLDER = "claims"
 MIN_SECONDS = 3600.0  # after which a claim expires, or twice workers.start_timeout
-_ATTEMPTS = 5
 _THREADS = 8
-_DAMAGED = "damaged"  # key of what a file is that is no claim
 
 
 class Claims:
@@ -73,7 +70,8 @@ class Claims:
         self._published = update_manifest(found, self.config, self.layers, loaded, computed)
         write_manifest(self.store, self._published)
         for name in self._shared:  # dataset.json replaces them; a run that was killed does not remove its own
-            self._remove(name)
+            with contextlib.suppress(StorageError):
+                self.store.remove(*self._file(name).path)
         self.release()
 
     @property
@@ -87,17 +85,11 @@ class Claims:
 
     def _give_back(self, names: Collection[str]) -> None:
         for name in sorted(names):
-            self._remove(name, self.token)
+            self._file(name).release()
         self._owned.difference_update(names)
         if self.store.local:
             with contextlib.suppress(OSError):
                 os.rmdir(self.store.path(FOLDER))
-
-    def _remove(self, name: str, token: str | None = None) -> None:
-        """Remove the claim on a layer; with ``token``, only if it is of that run, or of none."""
-        with contextlib.suppress(StorageError, FileNotFoundError):
-            if token is None or ((found := self._read(name)) and (found.get("token") == token or _DAMAGED in found)):
-                self.store.remove(*_parts(name))
 
     def __enter__(self) -> Claims:
         self.take()
@@ -110,52 +102,18 @@ class Claims:
 
     def _claim(self, name: str) -> dict[str, Any] | None:
         """Claim a layer -> the claim of another recipe, or None."""
-        why = "other runs remove it, or the storage loses it; run again"
-        for _ in range(_ATTEMPTS):
-            found = self._read(name)
-            if found is None:
-                self.store.create(self._claim_json(name), *_parts(name))
-                continue  # some stores ignore the condition of the put, so the claim is read back
-            if found.get("token") == self.token:
-                self._owned.add(name)
-                return None
-            if found.get("fingerprint") == self.layers[name].fingerprint:
-                self._shared.add(name)
-                return None
-            if not self._is_expired(found):
-                return found
-            if _DAMAGED in found:
-                why = f"it is {found[_DAMAGED]}, each time that it is read back; check the storage, and run again"
-            self.store.remove(*_parts(name))
-        raise StorageError(f"{self.store.path(*_parts(name))} cannot be written: {why}.")
+        fingerprint = self.layers[name].fingerprint
+        found = self._file(name).take(lambda claim: claim.get("fingerprint") == fingerprint)
+        if found.get("token") != self.token and found.get("fingerprint") != fingerprint:
+            return found
+        (self._owned if found.get("token") == self.token else self._shared).add(name)
+        return None
 
-    def _is_expired(self, claim: Mapping[str, Any]) -> bool:
-        if self.store.local and claim.get("host") == socket.gethostname():
-            return True  # this run has the lock of the dataset on this machine
-        at = claim.get("time")
-        return not isinstance(at, (int, float)) or abs(time.time() - at) > self.seconds
-
-    def _claim_json(self, name: str) -> bytes:
-        claim = {
-            "layer": name,
-            "fingerprint": self.layers[name].fingerprint,
-            "token": self.token,
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "time": time.time(),
-            "manifest": self._manifest,
-        }
-        return json.dumps(claim, ensure_ascii=False).encode()
-
-    def _read(self, name: str) -> dict[str, Any] | None:
-        try:
-            return self.store.read_json(*_parts(name))
-        except DamagedJson as error:  # no run has written it, or the storage has not stored it
-            return {_DAMAGED: error.args[1]}
-        except StorageError:
-            raise
-        except UserError:
-            return {}
+    def _file(self, name: str) -> ClaimFile:
+        content = {"layer": name, "fingerprint": self.layers[name].fingerprint, "manifest": self._manifest}
+        path = FOLDER, f"{name.replace('/', '@')}.json"
+        # On a local disk this run has the lock of the dataset, so that no other on this machine has a claim.
+        return ClaimFile(self.store, path, self.token, self.seconds, lambda claim: self.store.local, content)
 
     def _check_manifest(self) -> None:
         manifest = find_manifest(self.store)
@@ -179,8 +137,3 @@ class Claims:
             f"claims end {self.seconds / 60:.0f} minutes after the start of a run that was killed."
         )
         return UserError("\n".join(lines))
-
-
-def _parts(name: str) -> tuple[str, str]:
-    """The file of a layer's claim."""
-    return FOLDER, f"{name.replace('/', '@')}.json"

@@ -18,12 +18,12 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
 
+from reinforce.attempts import DOWNLOADS
 from schemas import Reason
 
 _TIMEOUT = 10.0  # seconds without an answer
 _DEADLINE = 60.0  # seconds for an image, from the first connection to the last byte
 _MAX_HEAD_BYTES = 2**20  # of all that precedes the body, such as interim answers of status 100
-_ATTEMPTS = 2
 _MAX_REDIRECTS = 5
 _CHUNK_BYTES = 2**16
 _REDIRECTS = (301, 302, 303, 307, 308)
@@ -49,13 +49,11 @@ def fetch(url: str, limit: int, private: Callable[[str], bool]) -> bytes:
     Raises ImageRefusedByPlace, also for more than ``limit`` bytes, and Unreachable after two attempts, each of which
     ends after a minute whatever is sent. Names are resolved in the time that the system allows.
     """
-    for attempt in range(_ATTEMPTS):
-        try:
-            return _follow(url, limit, private)
-        except (OSError, http.client.HTTPException, Unreachable) as error:
-            if attempt == _ATTEMPTS - 1:
-                raise Unreachable(f"{type(error).__name__}: {error}") from error
-    raise AssertionError
+    faults = (OSError, http.client.HTTPException, Unreachable)
+    try:
+        return DOWNLOADS.call(lambda: _follow(url, limit, private), lambda error: isinstance(error, faults))
+    except faults as error:
+        raise Unreachable(f"{type(error).__name__}: {error}") from error
 
 
 def _follow(url: str, limit: int, private: Callable[[str], bool]) -> bytes:
