@@ -225,9 +225,11 @@ class _Processes(MapWorkers):
         return self._threads.submit(call)
 
     def _end(self) -> None:
-        for process in (*self._idle, *self._busy.values()):
+        for process in [*self._busy.values()]:
             process.kill()
         self._threads.shutdown()
+        for process in self._idle:
+            process.kill()
 
 
 class _Tasks(MapWorkers):

@@ -259,27 +259,26 @@ class Storage:
 
         def write() -> None:
             probe = (_TEMPORARY_FOLDER, f"write-test-{uuid.uuid4().hex}")
-            self.write_bytes(b"", *probe)
-            self.fs.rm_file(self.path(*probe))
-
-        def describe(error: Exception) -> str:
-            cause = error.__cause__ or error
-            return f"output {self.url} cannot be written: {type(cause).__name__}: {cause}"
+            try:
+                self.write_bytes(b"", *probe)
+                self.fs.rm_file(self.path(*probe))
+            except Exception as error:
+                cause = error.__cause__ or error
+                raise UserError(
+                    f"output {self.url} cannot be written: {type(cause).__name__}: {cause}. Check the path, the "
+                    "permissions and (for an object store) the address and the credentials."
+                ) from cause
 
         def passes(error: Exception) -> bool:
-            cause = error.__cause__ or error
+            cause = error.__cause__
             return not self.local and (getattr(cause, "errno", None) is not None or "expired" in str(cause))  # by s3fs
 
         def wait(error: Exception, pause: float) -> None:
-            _LOG.warning("%s; it is tried again in %g s", redact(describe(error)), pause)
+            _LOG.warning("%s It is tried again in %g s.", redact(str(error)), pause)
             time.sleep(pause)
             self.refresh()
 
-        try:
-            FIRST_WRITE.call(write, passes, wait)
-        except Exception as error:
-            fix = "Check the path, the permissions and (for an object store) the address and the credentials."
-            raise UserError(f"{describe(error)}. {fix}") from error
+        FIRST_WRITE.call(write, passes, wait)
 
     def _check_outlives_job(self) -> None:
         """Raise UserError in a job of `ray job submit` if this is a folder of the code that was uploaded with it."""

@@ -16,6 +16,7 @@ from rich.table import Table
 from reinforce.config import MODEL_SPECS, Config, load_config
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.kinds.registry import KINDS
+from reinforce.dataset.manifest.manifest import find_manifest
 from reinforce.engine.inference.batch_sizes import MAX_AUTO_BATCH
 from reinforce.engine.inference.models import Models
 from reinforce.engine.inference.out_of_memory import memory_hint
@@ -100,7 +101,7 @@ def check_config(config: Config) -> Report:
     report, redact = Report(), Redactor(config.model_dump(mode="json"))
     machine = [{"CPU": available_cores(), "GPU": torch.cuda.device_count()}]
     workers = config.workers.fitted_to(machine)
-    config, report.notes = resolve_precisions(config, Store(config.output), lambda: machine)
+    config, report.notes = resolve_precisions(config, lambda: find_manifest(Store(config.output)), lambda: machine)
     device = "cuda" if workers.gpus else "cpu"
     largest = MAX_AUTO_BATCH if workers.batch == "auto" and workers.gpus else workers.images
     set_flags(device, workers.deterministic)

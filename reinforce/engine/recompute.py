@@ -82,7 +82,7 @@ def recompute(config: Config, url: str, rows: int, seed: int = 0, pool: DecodePo
     store, found = Store(url), Recomputed()
     manifest = read_manifest(store)
     config = on_this_machine(config).model_copy(update={"output": store.url})
-    config = _describable(resolve_precisions(with_labels(with_view(config)), store, nodes_of_run)[0], found)
+    config = _describable(resolve_precisions(with_labels(with_view(config)), lambda: manifest, nodes_of_run)[0], found)
     layers, _ = as_recorded(build_layers(config, describe_models(config)), manifest)
     chosen = _known(layers, manifest, found)
     if SAMPLES not in chosen:

@@ -20,7 +20,7 @@ from reinforce.dataset.files.damage import DamagedFile, damaged_quarantine, find
 from reinforce.dataset.files.layer_file import RefusedFile
 from reinforce.dataset.files.listing import Listing
 from reinforce.dataset.files.store import MANIFEST, DamagedFiles, Store, check_footer, parse_footer
-from reinforce.dataset.layers import SAMPLES, Layer
+from reinforce.dataset.layers import SAMPLES, Layer, mapping_at
 from reinforce.dataset.manifest.class_code import ClassCode, class_codes
 from reinforce.dataset.manifest.differences import check_recipes
 from reinforce.dataset.manifest.manifest import find_manifest
@@ -114,8 +114,9 @@ def make_plan(
 ) -> Plan:
     """List the source and every layer once, and subtract; ``nodes`` as in ``resolve_precisions``. Raises UserError."""
     store = Store(config.output)
-    config, notes = resolve_precisions(with_labels(with_view(config)), store, nodes)
-    layers, continued = as_recorded(build_layers(config, describe_models(config)), find_manifest(store))
+    manifest = find_manifest(store)
+    config, notes = resolve_precisions(with_labels(with_view(config)), lambda: manifest, nodes)
+    layers, continued = as_recorded(build_layers(config, describe_models(config)), manifest)
     notes += continued
     listed: dict[str, Info] = {}
     source = source_shards(config, listed)
@@ -123,8 +124,9 @@ def make_plan(
     committed = store.listings(layers)
     damaged = find_damaged(store, committed, {name: layer.fingerprint for name, layer in layers.items()})
     committed = without_files(committed, damaged)
-    manifest = check_fingerprints(store, layers, committed)
-    unread = find_unread(store, config, layers, source.names, committed, retry_quarantined)
+    check_fingerprints(store, manifest, layers, committed)
+    known = mapping_at(manifest or {}, "layers")
+    unread = find_unread(store, config, layers, known, source.names, committed, retry_quarantined)
     committed = unread.without_replaced(committed)
     unreadable: DamagedFiles = {}
     lone = store.lone_quarantine(committed, unreadable)
@@ -132,7 +134,7 @@ def make_plan(
     damaged += damaged_quarantine(unreadable)
     refused = {} if retry_quarantined else quarantine
     missing = _subtract(source.names, layers, committed, refused)
-    stored = _stored_layers(store, source.names, committed)
+    stored = _stored_layers(store, source.names, committed, known)
     pending = [
         PendingShard(
             name,
@@ -220,17 +222,16 @@ def _subtract(
 
 
 def _stored_layers(
-    store: Store, names: pa.StringArray, committed: Mapping[str, Listing]
+    store: Store, names: pa.StringArray, committed: Mapping[str, Listing], known: Iterable[str]
 ) -> dict[str, tuple[tuple[str, ...], SourceState | None]]:
-    """The shards among ``names`` whose samples are missing although other layers exist, also of other configs.
+    """The shards among ``names`` whose samples are missing although other layers exist, also those ``known`` alone.
 
     Each with these layers, and with the state of its source file when samples were written, if a run has recorded it.
     """
     absent = ~committed[SAMPLES].has(names)
     if not absent.any():
         return {}
-    others = [name for name in (find_manifest(store) or {}).get("layers", {}) if name not in committed]
-    listings = {**committed, **store.listings(others)}
+    listings = {**committed, **store.listings([name for name in known if name not in committed])}
     has = {layer: listing.has(names) & absent for layer, listing in listings.items() if listing}
     stored: dict[str, list[str]] = {}
     for layer, rows in has.items():
@@ -317,13 +318,9 @@ def _check_files(store: Store, layers: Mapping[str, Layer], committed: Mapping[s
 
 
 def check_fingerprints(
-    store: Store, layers: Mapping[str, Layer], committed: Mapping[str, Listing]
-) -> dict[str, Any] | None:
-    """Raise UserError if layers exist already and were made by other recipes. Names all of them and what differs.
-
-    Returns dataset.json.
-    """
-    manifest = find_manifest(store)
+    store: Store, manifest: Mapping[str, Any] | None, layers: Mapping[str, Layer], committed: Mapping[str, Listing]
+) -> None:
+    """Raise UserError if layers exist already and were made by other recipes. Names all of them and what differs."""
     recorded = (manifest or {}).get("layers", {})
     found: dict[str, str | None] = {}
     for name in layers:
@@ -337,4 +334,3 @@ def check_fingerprints(
     _check_files(store, layers, committed)
     if recorded and SAMPLES not in recorded:
         raise UserError(f"{store.path(MANIFEST)} lists layers but no samples. Restore the file or start a new output.")
-    return manifest

@@ -11,19 +11,20 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
 
 from reinforce.config import Config
-from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import mapping_at
 from reinforce.dataset.manifest.class_code import entry_keys
-from reinforce.dataset.manifest.manifest import find_manifest
 from reinforce.processes.cores import Node, default_gpus
 from teachers.spec import ModelSpec, Precision
 
 _RECORDED, _GPUS, _CPUS = "as dataset.json records", "workers use GPUs", "workers use CPUs"
 
 
-def resolve_precisions(config: Config, store: Store, nodes: Callable[[], Sequence[Node]]) -> tuple[Config, list[str]]:
+def resolve_precisions(
+    config: Config, manifest: Callable[[], Mapping[str, Any] | None], nodes: Callable[[], Sequence[Node]]
+) -> tuple[Config, list[str]]:
     """The config with the precision of each model that is loaded, and lines about those that were ``auto``.
 
+    ``manifest`` returns dataset.json of the output; it is called if a model was ``auto``.
     ``nodes`` are those on which workers will run; it is called if `workers.gpus` is not set and they matter.
     """
     specs = config.models
@@ -31,8 +32,8 @@ def resolve_precisions(config: Config, store: Store, nodes: Callable[[], Sequenc
     open_ = [(section, name) for section, name, spec in all_ if spec.uses_precision and spec.precision == "auto"]
     if not open_:
         return config, []
-    manifest = find_manifest(store) or {}
-    recorded = {model: _recorded(manifest, *model) for model in open_}
+    found_manifest = manifest() or {}
+    recorded = {model: _recorded(found_manifest, *model) for model in open_}
     default: tuple[Precision, str] = ("fp32", _CPUS)
     if None in recorded.values():
         gpus = default_gpus(nodes()) if config.workers.gpus is None else config.workers.gpus

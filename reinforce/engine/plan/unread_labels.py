@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import pyarrow as pa
 
@@ -12,7 +13,6 @@ from reinforce.dataset.files.listing import Listing
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.kinds.registry import kind_of, with_dependants
 from reinforce.dataset.layers import SAMPLES, Layer
-from reinforce.dataset.manifest.manifest import find_manifest
 from reinforce.labels.unread import quarantine_of
 
 
@@ -46,16 +46,19 @@ class UnreadLabels:
 
 
 def find_unread(
-    store: Store, config: Config, layers: Mapping[str, Layer], names: pa.StringArray, committed: Mapping[str, Listing],
-    retry: bool,
+    store: Store, config: Config, layers: Mapping[str, Layer], recorded: Mapping[str, Any], names: pa.StringArray,
+    committed: Mapping[str, Listing], retry: bool,
 ) -> UnreadLabels:  # fmt: skip
-    """Find the shards among ``names`` whose labels could not all be read; to ``retry``, also what is replaced."""
+    """Find the shards among ``names`` whose labels could not all be read; to ``retry``, also what is replaced.
+
+    ``recorded`` are the layers of dataset.json.
+    """
     folders = {name: f"quarantine/{quarantine_of(name)}" for name in config.labels}
     found = store.listings(folders.values()) if folders else {}
     shards = {name: found[folder].only(found[folder].within(names)) for name, folder in folders.items()}
     replaced: dict[str, dict[str, None]] = {}
     if retry and any(shards.values()):
-        known = {**{name: {} for name in layers}, **(find_manifest(store) or {}).get("layers", {})}
+        known = {**{name: {} for name in layers}, **recorded}
         others = store.listings([layer for layer in known if layer not in committed])
         listings = {**others, **committed}
         for name, listing in shards.items():
