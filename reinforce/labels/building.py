@@ -227,7 +227,7 @@ def write_part(build: Build, number: int) -> None:
                         found[-1][column] = of_entries
             start += rows
     entries = np.concatenate(found)
-    entries = entries[np.argsort(entries["hash"], kind="stable")]
+    entries = entries.take(np.argsort(entries["hash"], kind="stable"))
     build.entries.write(number, partition_of(entries["hash"], build.bits), [entries])
 
 
@@ -246,9 +246,10 @@ def merge_partition(build: Build, partition: tuple[str, Ranges]) -> Counts:
     store, counts = Store(build.output), Counts(Counter(), Counter())
     number, ranges = partition
     entries = build.entries.read(ranges)
-    entries = entries[np.argsort(entries["hash"], kind="stable")]  # of equal ones, those of earlier shards first
     for place, kind in enumerate(INDEXED):
         of_kind = entries[entries["kind"] == place]
+        # Of equal hashes, those of earlier shards are first. `take` copies a record at once, an index its fields.
+        of_kind = of_kind.take(np.argsort(of_kind["hash"], kind="stable"))
         table = pa.table([of_kind["hash"], of_kind["shard"], of_kind["row"]], schema=schemas.identities_schema())
         store.write_table(
             table,

@@ -6,7 +6,7 @@ The same subtraction serves a fresh run, a resumed run and an added teacher.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -224,7 +224,7 @@ def _subtract(
 def _stored_layers(
     store: Store, names: pa.StringArray, committed: Mapping[str, Listing], known: Iterable[str]
 ) -> dict[str, tuple[tuple[str, ...], SourceState | None]]:
-    """The shards among ``names`` whose samples are missing although other layers exist, also those ``known`` alone.
+    """The shards among ``names`` whose samples are missing although other layers exist, also those only ``known``.
 
     Each with these layers, and with the state of its source file when samples were written, if a run has recorded it.
     """
