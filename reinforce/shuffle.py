@@ -52,8 +52,8 @@ class Shuffle:
 
     def ranges(self, parts: int) -> list[Ranges]:
         """Of each partition: its records in the file of each part, first and end [parts, 2]. Raises StorageError."""
-        heads = self._read([(0, self._head)] * parts)
-        ends = np.stack([np.frombuffer(head, _END) for head in heads])
+        heads = b"".join(self._read([(0, self._head)] * parts))
+        ends = np.frombuffer(heads, _END).reshape(parts, self.partitions + 1)
         return [ends[:, number : number + 2] for number in range(self.partitions)]
 
     def read(self, ranges: Ranges) -> npt.NDArray[Any]:

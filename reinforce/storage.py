@@ -12,7 +12,6 @@ import logging
 import os
 import posixpath
 import shutil
-import socket
 import stat
 import tempfile
 import time
@@ -26,6 +25,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from reinforce.attempts import CONDITIONAL_PUTS, FIRST_WRITE, READS
 from reinforce.errors import DamagedJson, StorageError, UserError
+from reinforce.processes.file_lock import lock_file
 from reinforce.source.driver_errors import is_conflict, is_full, is_unsupported
 from reinforce.source.urls import filesystem
 from reinforce.source.whole_reads import ShortRead, list_whole, read_start
@@ -378,34 +378,13 @@ class Storage:
         if not self.local:
             yield
             return
-
-        def busy(who: str) -> UserError:
-            return UserError(f"another run is writing to {self.url} ({who}). Wait for it, or stop it.")
-
-        with self.lock_file("lock", busy):
-            for stale in Path(self.root, _TEMPORARY_FOLDER).glob(f"{_TEMPORARY_PREFIX}*"):
+        folder = Path(self.root, _TEMPORARY_FOLDER)
+        with lock_file(str(folder / "lock"), f"another run is writing to {self.url}", "Wait for it, or stop it."):
+            for stale in folder.glob(f"{_TEMPORARY_PREFIX}*"):
                 if stale.is_dir():
                     shutil.rmtree(stale, ignore_errors=True)
                 else:
                     stale.unlink(missing_ok=True)
-            yield
-
-    @contextlib.contextmanager
-    def lock_file(self, name: str, busy: Callable[[str], UserError]) -> Iterator[None]:
-        """Lock a file in the temporary folder of a local storage. Raises what ``busy`` makes of who has locked it."""
-        import fcntl
-
-        with contextlib.ExitStack() as stack:
-            with self.storage_errors("written", _TEMPORARY_FOLDER):
-                file = stack.enter_context(open(os.path.join(self._temporary(), name), "a+"))
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                file.seek(0)
-                raise busy(file.read(100).strip() or "unknown") from error
-            file.truncate(0)
-            file.write(f"pid {os.getpid()} on {socket.gethostname()}")
-            file.flush()
             yield
 
 

@@ -148,8 +148,9 @@ def test_a_worker_that_is_lost_at_each_attempt_costs_the_item_alone() -> None:
 
 
 MAIN = """
-import time
+import signal, time
 from reinforce.parallel_map import open_workers
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a program in the background of a shell ignores it
 with open_workers(use_ray=False, processes=2) as workers:
     print([found for _, found in workers.map(str.upper, ["a", "b", "c"], ordered=True)], flush=True)
     list(workers.map(time.sleep, [600, 600]))

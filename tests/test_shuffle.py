@@ -17,7 +17,7 @@ RECORD = np.dtype([("value", "<i8"), ("part", "u1")])
 
 
 @settings(max_examples=30)
-@given(st.lists(st.lists(st.integers(0, 4), max_size=20), min_size=1, max_size=4), st.integers(1, 7))
+@given(st.lists(st.lists(st.integers(0, 4), max_size=20), max_size=4), st.integers(1, 7))
 def test_a_partition_has_its_records_of_all_parts_in_order(
     tmp_path_factory: pytest.TempPathFactory, parts: list[list[int]], block: int
 ) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from reinforce.claim_file import ClaimFile
 from reinforce.dataset.files.store import Store
 from reinforce.errors import UserError
+from reinforce.processes.file_lock import lock_file
 from reinforce.source.views import FOLDER
 
 _FILE = "selection.json"
@@ -30,18 +31,20 @@ def lock_view(store: Store, view: str) -> Iterator[Callable[[], None]]:
 
     Raises UserError if another selection has it.
     """
+    busy = f"another selection is making view {view} of {store.url}"
+    fix = "Wait until it ends, or set another `name`."
     if store.local:
-        with store.lock_file(f"select-{view}.lock", lambda who: _busy(store, view, who)):
+        with lock_file(store.path(".tmp", f"select-{view}.lock"), busy, fix):
             yield lambda: None
         return
     claim = ClaimFile(store, (FOLDER, view, _FILE), uuid.uuid4().hex, _EXPIRES, _has_ended)
     if (found := claim.take()).get("token") != claim.token:
-        raise _busy(store, view, f"pid {found.get('pid')} on {found.get('host')}")
+        raise UserError(f"{busy} (pid {found.get('pid')} on {found.get('host')}). {fix}")
     stopped = threading.Event()
 
     def check() -> None:
         if not _is_held(claim):
-            raise _busy(store, view, "it began while this one did not reach the storage")
+            raise UserError(f"{busy} (it began while this one did not reach the storage). {fix}")
 
     thread = threading.Thread(target=_renew, args=(claim, stopped), daemon=True)
     thread.start()
@@ -51,13 +54,6 @@ def lock_view(store: Store, view: str) -> Iterator[Callable[[], None]]:
         stopped.set()
         thread.join()
         claim.release()
-
-
-def _busy(store: Store, view: str, who: str) -> UserError:
-    return UserError(
-        f"another selection is making view {view} of {store.url}{f' ({who})' if who else ''}. Wait until it ends, or "
-        "set another `name`."
-    )
 
 
 def _renew(claim: ClaimFile, stopped: threading.Event) -> None:

@@ -70,7 +70,9 @@ class Parts:
         finished = self.finished(stage)
         call = functools.partial(_compute, self, stage, compute)
         missing = [pair for pair in enumerate(items) if pair[0] not in finished]
-        found = workers.map(call, missing, unit="part", ordered=True, name=lambda pair: f"part {pair[0]}", fix=_FIX)
+        found = workers.map(
+            call, missing, unit="part", ordered=True, name=lambda one: f"part {one[0]} of {stage}", fix=_FIX
+        )
         for number in range(len(items)):
             yield self.load(stage, number) if number in finished else next(found)[1]
 
@@ -102,8 +104,8 @@ class Parts:
     def _folder(self) -> tuple[str, ...]:
         return FOLDER, self.view, f"parts-{self.fingerprint}"
 
-    def _path(self, stage: str, number: int, ending: str = _ENDING) -> tuple[str, ...]:
-        return *self._folder, stage, f"{number:06d}{ending}"
+    def _path(self, stage: str, number: int) -> tuple[str, ...]:
+        return *self._folder, stage, f"{number:06d}{_ENDING}"
 
 
 @functools.lru_cache(maxsize=4)
