@@ -124,7 +124,7 @@ class ModelSpec(BaseModel):
         raise NotImplementedError
 
     def stated_by(self, model: Any) -> dict[str, Any]:
-        """What dataset.json has of the loaded model besides its identity."""
+        """Entries of dataset.json of the loaded model besides its identity."""
         return {}
 
     def hosts(self) -> Iterator[str]:

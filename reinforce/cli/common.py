@@ -1,4 +1,4 @@
-"""What commands share: options, examples, and JSON on standard output."""
+"""Shared parts of commands: options, examples, and JSON on standard output."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ class ShardRows:
     error: str
 
     def kept(self, group: int, keys: pa.ChunkedArray) -> pa.BooleanArray:
-        """Which rows of a row group are kept [rows]. Raises UserError unless they have the ``keys``."""
+        """Mask of the kept rows of a row group [rows]. Raises UserError unless they have the ``keys``."""
         if group >= len(self.masks) or self.digests[group] != digest_keys(keys):
             raise UserError(self.error)
         return self.masks[group]

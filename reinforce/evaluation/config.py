@@ -117,7 +117,7 @@ class Evaluation(Section):
         return {name: found[name] for name in self.metrics if name in found}
 
     def parts(self, sets: Mapping[str, str]) -> dict[str, str]:
-        """What part of their set or suite metrics are of, by name; those of the whole are left out.
+        """The evaluated part of a set or suite, by metric; metrics of the whole are left out.
 
         ``sets`` says it of sets, such as ``151 of 301 images`` of ``zero_shot/NAME``.
         """

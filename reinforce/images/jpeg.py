@@ -1,7 +1,7 @@
 """Detect JPEGs with missing scan data: libjpeg fills it with grey and only warns, and Pillow hides the warning.
 
 simplejpeg's strict mode refuses these, and also images that datasets contain: those with stray bytes before a marker,
-with damaged codes after which decoding goes on, and progressive ones whose later scans are missing.
+with damaged codes after which decoding continues, and progressive ones whose later scans are missing.
 """
 
 from __future__ import annotations

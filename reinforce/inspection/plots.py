@@ -235,7 +235,7 @@ def operation_chart(rows: Rows) -> Chart | None:
 
 
 def agreement_chart(rows: Rows) -> Chart | None:
-    """How far the teachers' targets agree, over samples."""
+    """Agreement of the teachers' targets, over samples."""
     values = rows.targets.agreements()
     values = values[np.isfinite(values)]
     if len(values) < 2:

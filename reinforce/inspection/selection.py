@@ -1,4 +1,4 @@
-"""Which row groups a report looks at: seeded ones, of seeded shards."""
+"""The row groups of a report: a seeded sample, of seeded shards."""
 
 from __future__ import annotations
 

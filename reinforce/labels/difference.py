@@ -262,7 +262,7 @@ def _index_of(store: Store, url: str, stack: contextlib.ExitStack, digests: bool
 
 
 class _Seen:
-    """Which rows of a dataset were matched, a bit each."""
+    """Matched rows of a dataset, one bit each."""
 
     def __init__(self, shards: Sequence[str], groups: npt.NDArray[np.int64]) -> None:
         self._rows = dict(zip(shards, rows_of_shards(groups, len(shards)), strict=True))

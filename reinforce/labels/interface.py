@@ -1,4 +1,4 @@
-"""What labels give for the rows of a shard, whether they are a dataset or the tars of DataCompDR."""
+"""Interface of labels of the rows of a shard, from a dataset or from tars of DataCompDR."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class RowLabels:
-    """What one set of labels, ``name``, has of a sample: the value of each layer, or why it has none.
+    """Labels ``name`` of a sample: the value of each layer, or why it has none.
 
     ``joined`` is what joined it, None if nothing did. Of a set that decides rows, ``key`` is that of the row, and
     ``refusal`` why the sample is none. Decode processes receive it without values.
@@ -52,7 +52,7 @@ class RowLabels:
         return ()
 
     def note(self, width: int, height: int) -> str | None:
-        """What the samples layer records of the join of an own image of this size, if anything."""
+        """The record of the join in the samples layer, for a local image of this size, or None."""
         return None
 
     def why_other(self, width: int, height: int, records: Sequence[Mapping[str, Any]]) -> str | None:

@@ -1,4 +1,4 @@
-"""Which rows of labels, or of another dataset, are of the images of samples.
+"""Matching of rows of labels, or of another dataset, to samples, by their images.
 
 An identity is a value that a side states of its image. The kinds, strongest first: ``uid``, the SHA-256 of the
 downloaded file, the digest of the encoded image, and the URL. Two sides match if one kind agrees and no kind that both
@@ -79,7 +79,7 @@ class Candidates(ABC):
 
     @abstractmethod
     def stated(self, row: RowOf) -> Identity:
-        """What a row states, with its key."""
+        """Identities of a row, with its key."""
 
     @abstractmethod
     def name(self, row: RowOf) -> str:

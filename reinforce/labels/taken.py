@@ -1,4 +1,4 @@
-"""What a config takes of labels that others have published: its layers, models and augmentations, by dataset.json."""
+"""The layers, models and augmentations that a config takes from published labels, by their dataset.json."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class ShardExport:
-    """What to write of each shard of a dataset.
+    """The files to write for each shard of a dataset.
 
     Attributes:
         url, output: of the dataset and of the folder of tars.

@@ -72,7 +72,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class PartExport:
-    """What to write of each shard. ``fingerprints`` are those of the layers that are read, ``samples`` first.
+    """The files to write for each shard. ``fingerprints`` are those of the layers that are read, ``samples`` first.
 
     ``several`` is whether text vectors are means over several true captions.
     """
@@ -265,7 +265,7 @@ def _select(table: pa.Table, number: int | str, samples: pa.Table | None = None)
 
 
 def _complete(found: Floats) -> npt.NDArray[np.bool_]:
-    """Which rows are not null [rows]."""
+    """Mask of rows that are not null [rows]."""
     return np.asarray(~np.isnan(found).any(axis=1), np.bool_)
 
 

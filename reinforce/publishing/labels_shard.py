@@ -26,7 +26,7 @@ _PUBLIC = {"uid": public_text, "sha256": public_text, "url": public_url}
 
 @dataclass(frozen=True)
 class LabelsExport:
-    """What to write of each shard of a dataset.
+    """The files to write for each shard of a dataset.
 
     Attributes:
         url, output: of the dataset and of the labels.
@@ -51,7 +51,7 @@ class LabelsExport:
 
 @dataclass
 class ShardLabels:
-    """What was written of a shard: its files by layer, rows, and identities that were left out by kind."""
+    """Output for a shard: its files by layer, rows, and identities that were left out by kind."""
 
     files: dict[str, FileEntry] = field(default_factory=dict)
     rows: int = 0

@@ -1,4 +1,4 @@
-"""Which samples have a better duplicate: equal images by their digests, and near ones by vectors in cells.
+"""Detection of samples with a better duplicate: equal images by digest, near ones by vectors in cells.
 
 A sample is left out if a duplicate of it is better, whether that one is kept or not, as in SemDeDup (2303.09540). So
 each pair is judged by itself, and the outcome depends on no order of work. A first stage writes a record of each sample
@@ -174,7 +174,7 @@ def compare_records(
 
 
 def _near(records: npt.NDArray[Any], threshold: float) -> npt.NDArray[np.bool_]:
-    """Which records have a better one near them."""
+    """Mask of records with a better one near them."""
     out = np.zeros(len(records), np.bool_)
     order = np.argsort(records["cell"], kind="stable")
     ends = np.flatnonzero(np.diff(records["cell"][order], append=-1))
@@ -185,7 +185,7 @@ def _near(records: npt.NDArray[Any], threshold: float) -> npt.NDArray[np.bool_]:
 
 
 def _equal(records: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-    """Which records have a better one with their digest."""
+    """Mask of records with a better one of equal digest."""
     order = np.lexsort((records["place"], -records["best"], records["digest"]))
     digests = records["digest"][order]
     out = np.zeros(len(records), np.bool_)

@@ -153,7 +153,7 @@ class Reference:
     threshold: float
 
     def contains(self, vectors: Halves) -> Mask:
-        """Which vectors have one within the threshold [rows]."""
+        """Mask of vectors with another within the threshold [rows]."""
         if not len(vectors):
             return np.zeros(0, np.bool_)
         index, others = _index(self.parts, self.stage)

@@ -67,7 +67,7 @@ class Measure(Protocol[_T]):
         """The rules whose columns it reads."""
 
     def of(self, group: Group) -> _T:
-        """What is found in a row group. It is called in threads."""
+        """The result of a row group. It is called in threads."""
 
     def result(self, number: int, chunk: Chunk, found: Sequence[_T], parts: Parts) -> Arrays:
         """The result of chunk ``number``."""

@@ -47,7 +47,7 @@ def number(value: int, bits: int = FLOAT_BITS) -> float:
 
 @dataclass(frozen=True)
 class Counts:
-    """How often each pair of a group and ``bits`` occurs [pairs], in ascending order of both."""
+    """Counts of each pair of a group and ``bits`` [pairs], in ascending order of both."""
 
     groups: Ordered = field(default_factory=_none)
     bits: Ordered = field(default_factory=_none)

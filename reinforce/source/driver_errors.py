@@ -1,4 +1,4 @@
-"""What the exceptions of fsspec drivers mean. Each driver has its own."""
+"""Classification of the exceptions of fsspec drivers. Each driver has its own."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class SourceState:
         return None if self.head is None or other.head is None else self.head == other.head
 
     def describe_change(self, now: SourceState) -> str:
-        """What differs in the state ``now``, for people."""
+        """Differences of the state ``now``, as text."""
         if self.bytes != now.bytes and None not in (self.bytes, now.bytes):
             return f"{self.bytes:,} bytes then, {now.bytes:,} now"
         return "its first 64 KiB differ" if self.head != now.head else f"{self.stamp} then, {now.stamp} now"
@@ -181,7 +181,7 @@ def former_urls(urls: Sequence[str], moved: Mapping[str, str]) -> list[str]:
 
 
 def current_url(url: str, moved: Mapping[str, str]) -> str:
-    """Where a file is now that was at the canonical ``url`` when the dataset was made."""
+    """The present place of a file that was at the canonical ``url`` when the dataset was made."""
     return _replace_folder(url, {old: new for new, old in _folders(moved).items()})
 
 

@@ -1,4 +1,4 @@
-"""Where a view of a dataset states which rows of a shard it keeps, and how a config names a view."""
+"""Paths of a view's files, and names of views in configs."""
 
 from __future__ import annotations
 

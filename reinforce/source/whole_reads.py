@@ -92,7 +92,7 @@ def read_whole(fs: Any, path: str) -> bytes:
 
 
 def list_whole(read: Callable[[], T]) -> T:
-    """What a listing returns. It starts again where the storage finds a request invalid, or a page leads nowhere.
+    """The entries of a listing. It starts again where the storage finds a request invalid, or a page leads nowhere.
 
     Raises OSError where pages lead nowhere each time.
     """

@@ -83,7 +83,7 @@ def _entries(section: str, names: Sequence[str] | None, url: str, manifest: Mapp
 
 
 def _same_targets(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What must be equal in all datasets: all but what the models are and what they see."""
+    """The keys of entries that must be equal in all datasets: all but the models' identities and inputs."""
     differing = ("fingerprint", "model", "code", "count", "sees")
     return {name: {k: v for k, v in entry.items() if k not in differing} for name, entry in entries.items()}
 

@@ -154,7 +154,7 @@ class Order:
 
 
 class Mixture:
-    """Which dataset each sample of a stream comes from, by weight.
+    """Dataset of each sample of a stream, by weight.
 
     Every block of 10,000 samples has a fixed quota of each dataset (its rounded share, at least one) in a seeded order,
     so the number of samples of each dataset before any position is known without drawing.
@@ -172,7 +172,7 @@ class Mixture:
         self.seed = seed
 
     def before(self, stream: int, position: int) -> list[int]:
-        """How many of the first ``position`` samples of a stream come from each dataset."""
+        """Counts of the first ``position`` samples of a stream by dataset."""
         block, inside = divmod(position, BLOCK)
         part = np.bincount(self._block(stream, block)[:inside], minlength=len(self.quota)) if inside else 0
         return [int(count) for count in self.quota * block + part]

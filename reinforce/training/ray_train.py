@@ -41,7 +41,7 @@ _ALL_FAILED_SECONDS = 5.0  # wait for the other ranks to report the same user er
 
 @dataclass(frozen=True)
 class Reserved:
-    """What Ray reserves for each of some processes on one node."""
+    """Resources that Ray reserves for each of some processes on one node."""
 
     processes: int
     cpus: int

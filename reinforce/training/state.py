@@ -35,7 +35,7 @@ def make_average(model: torch.nn.Module, decay: float) -> ModelEmaV3:
 
 @dataclass(frozen=True)
 class State:
-    """What a checkpoint stores. ``average`` exists only on rank 0, which evaluates and exports it."""
+    """State that a checkpoint stores. ``average`` exists only on rank 0, which evaluates and exports it."""
 
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer

@@ -133,7 +133,7 @@ class Feed(Protocol):
 
     @property
     def data(self) -> Mapping[str, Any]:
-        """Which data are read, as JSON values by dotted keys; a training run resumes only if they are equal.
+        """The data that are read, as JSON values by dotted keys; a training run resumes only if they are equal.
 
         A key of the config stands for what the config leaves to the data, such as the teachers of a dataset.
         """

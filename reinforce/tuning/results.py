@@ -227,7 +227,7 @@ def screening_table(screenings: Mapping[str, TeacherScreening]) -> Table:
 
 @dataclass(frozen=True)
 class ScreeningCheck:
-    """How well the screening of one teacher agrees with training.
+    """Agreement of one teacher's screening with training.
 
     ``correlations`` are Spearman's rank correlations of each measure with the metric over ``count`` scales: at the end
     of training (``step`` is None), or, where trials were stopped early, at the last ``step`` that all of them reached,

@@ -51,7 +51,7 @@ class DecodingRules:
         return logits + mask  # several times as fast as masked_fill
 
     def mask(self) -> torch.Tensor:
-        """What ``apply_at`` adds to logits, [vocabulary]."""
+        """The bias that ``apply_at`` adds to logits, [vocabulary]."""
         mask = torch.zeros(len(self.impossible), device=self.impossible.device)
         return mask.masked_fill_(self.impossible, -torch.inf)
 

@@ -196,7 +196,7 @@ def _preprocess_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _preprocess_beside(checkpoint: str) -> dict[str, Any]:
-    """What an open_clip_config.json states whose weights are this local file."""
+    """The preprocessing in the open_clip_config.json beside a local file of weights."""
     path = Path(checkpoint.removeprefix("file://")).expanduser()
     if is_url(checkpoint) or not (path.parent / CONFIG_FILE).is_file():
         return {}

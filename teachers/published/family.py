@@ -69,8 +69,8 @@ else:
 
 @dataclass(frozen=True)
 class Taken:
-    """What is taken of labels, by their dataset.json: entries of ``layers`` by name, the fingerprint of their samples,
-    and the image policy on which their crops were made."""
+    """The part of labels that is taken, by their dataset.json: entries of ``layers`` by name, the fingerprint of their
+    samples, and the image policy on which their crops were made."""
 
     layers: Mapping[str, Mapping[str, Any]]
     samples: str

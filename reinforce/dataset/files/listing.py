@@ -119,12 +119,12 @@ class Listing(Mapping[str, int]):
         return Listing(self.names[:most], self.sizes[:most])
 
     def has(self, names: pa.StringArray) -> npt.NDArray[np.bool_]:
-        """Which of some names are listed [names]."""
+        """Mask of the names that are listed [names]."""
         found: npt.NDArray[np.bool_] = pc.is_in(names, value_set=self.names).to_numpy(zero_copy_only=False)
         return found
 
     def within(self, names: pa.StringArray) -> npt.NDArray[np.bool_]:
-        """Which of the listed shards are among some names [len(self)]."""
+        """Mask of the listed shards that are among some names [len(self)]."""
         found: npt.NDArray[np.bool_] = pc.is_in(self.names, value_set=names).to_numpy(zero_copy_only=False)
         return found
 

@@ -57,7 +57,7 @@ class ClassCode:
         return not self.stored and bool(self.recorded)
 
     def line(self) -> str:
-        """What ``reinforce plan`` shows."""
+        """The line of ``reinforce plan``."""
         name, version = self.identity["class"], self.identity.get("version", "none")
         state = ", changed since its layers were computed" if self.changed else ""
         return f"{self.section[:-1]} {self.model}: class {name}, version {version}, file {self.now}{state}"

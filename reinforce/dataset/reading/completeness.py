@@ -38,7 +38,7 @@ class Completeness:
         return "; ".join(parts)
 
     def describe_quarantined(self) -> str:
-        """How many shards are quarantined, as a sentence without its full stop."""
+        """The number of quarantined shards, as a sentence without its full stop."""
         if self.quarantined == 1:
             return "1 shard is left out because it is quarantined in a layer"
         return f"{self.quarantined:,} shards are left out because they are quarantined in a layer"

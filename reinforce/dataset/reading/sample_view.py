@@ -1,4 +1,4 @@
-"""What is shown of a sample: its crops, its augmentations, and its captions with the similarities to its image."""
+"""The view of a sample in notebooks and reports: crops, augmentations, and captions with similarities."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _QUALITY = 82
 
 
 class Shown(Protocol):
-    """What is used of a ``Sample``."""
+    """The attributes of a ``Sample`` that are used."""
 
     @property
     def key(self) -> str: ...

@@ -36,7 +36,7 @@ _FIX = "It probably lacks memory. Use fewer processes: --workers 1."
 
 @dataclass
 class Validation:
-    """What was found in the dataset at ``url``, of whose ``shards`` some were ``read``."""
+    """Findings in the dataset at ``url``, of whose ``shards`` some were ``read``."""
 
     url: str
     shards: int

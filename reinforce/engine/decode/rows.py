@@ -220,8 +220,8 @@ def _stored_rows(config: Config, shard: Shard, file: LayerFile, spec: RowSpec) -
 def _labels_of_stored(
     samples: pa.Table, captions: Sequence[Sequence[str]], labels: LabelReader
 ) -> Iterator[tuple[Mapping[str, LabelValue], Sequence[RowLabels]]]:
-    """What labels have of the rows of a row group of samples, and those that are packed. Vectors of images must belong
-    to their crops."""
+    """Labels of the rows of a row group of samples, and those that are packed. Vectors of images must belong to their
+    crops."""
     keys, metadata = samples["key"].to_pylist(), samples["metadata"].to_pylist()
     digests = samples[IMAGE_DIGEST].to_pylist() if IMAGE_DIGEST in samples.column_names else itertools.repeat(None)
     if "image" in samples.column_names:

@@ -1,4 +1,4 @@
-"""Which workers are asked for their pulse, in turns, and which have not answered yet."""
+"""Polling of workers for their pulse, in turns, with those that have not answered yet."""
 
 from __future__ import annotations
 

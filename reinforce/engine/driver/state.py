@@ -1,4 +1,4 @@
-"""What the driver shares with its parts."""
+"""State that the parts of the driver share."""
 
 from __future__ import annotations
 

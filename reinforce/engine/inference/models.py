@@ -229,7 +229,7 @@ def on_this_machine(config: Config) -> Config:
 
 
 def describe_loaded(models: Models, config: Config) -> dict[tuple[str, str], dict[str, Any]]:
-    """What dataset.json has of each loaded model besides its identity, by section and name."""
+    """Entries of dataset.json of each loaded model besides its identity, by section and name."""
     specs = config.models
     return {
         (section, name): specs[section][name].stated_by(model)

@@ -15,7 +15,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class OutOfMemory:
-    """What ``attempt`` returns instead of raising: the layer whose model raised, None for a copy, and the text."""
+    """The failure that ``attempt`` returns instead of raising: the layer whose model raised, None for a copy, and the
+    text."""
 
     layer: str | None
     text: str

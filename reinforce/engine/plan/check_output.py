@@ -102,7 +102,7 @@ def _matches_inside(pattern: Sequence[str], folder: Sequence[str]) -> bool:
 
 
 def _place(url: str) -> str:
-    """Where a URL or pattern is: protocol and path, without links of local disks."""
+    """Protocol and path of a URL or pattern, without links of local disks."""
     fs, path = filesystem(canonical(url).rpartition("::")[2])
     if isinstance(fs, LocalFileSystem):
         return os.path.realpath(path)

@@ -66,7 +66,7 @@ class NotInSource:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run would compute.
+    """The layers and shards that a run would compute.
 
     ``shards`` counts all source shards, ``pending`` lists those that lack a layer, ``committed`` names those that the
     samples layer has, also of other sources, and ``not_in_source`` counts these. ``listed`` is what the file system

@@ -31,7 +31,7 @@ _RECORD_BYTES = 6  # per augmentation record, dictionary-encoded and compressed 
 
 @dataclass(frozen=True)
 class SourceStatistics:
-    """What the beginning of a source shows."""
+    """Statistics of a source, by its first samples."""
 
     rows: float  # per shard
     image_bytes: float  # per row

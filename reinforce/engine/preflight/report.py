@@ -1,4 +1,4 @@
-"""What ``reinforce plan`` reports, for people and as JSON."""
+"""The report of ``reinforce plan``, as text and as JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a runtime must offer so that models are exported for it."""
+"""Interface of a runtime for which models are exported."""
 
 from __future__ import annotations
 

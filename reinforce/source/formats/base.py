@@ -152,7 +152,7 @@ class SourceFormat:
         return []
 
     def foreign(self, url: str) -> str | None:
-        """What a file is, by a name without the endings of any format; None if it may have this format."""
+        """The type of a file whose name has no format's ending; None if it may have this format."""
         kind = foreign_name(url)
         return None if kind is None else f"{kind.partition(',')[0]}, not a {self.noun}"
 

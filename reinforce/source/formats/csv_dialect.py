@@ -1,4 +1,4 @@
-"""How a csv file is written, by its first bytes: encoding, delimiter, and whether it begins with names of columns."""
+"""The dialect of a csv file, by its first bytes: encoding, delimiter, and whether its first line names columns."""
 
 from __future__ import annotations
 

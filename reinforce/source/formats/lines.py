@@ -151,7 +151,7 @@ def _compression(url: str) -> str | None:
 
 
 def too_long(most: int) -> BrokenRow:
-    """What is yielded for a line above the limit."""
+    """The refusal of a line above the limit."""
     return BrokenRow(f"a line of more than {most:,} bytes", True)
 
 

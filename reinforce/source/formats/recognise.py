@@ -102,7 +102,7 @@ def expand_folders(source: str | Sequence[str], named: str | None) -> tuple[list
 
 
 def files_of_folder(data: str, named: str | None = None, images_first: bool = False) -> tuple[str, list[str]]:
-    """What `source` of a config is for a folder, a file or a pattern, and notes. Raises UserError.
+    """The `source` of a config for a folder, a file or a pattern, and notes. Raises UserError.
 
     ``named`` restricts it to the files of one format. With ``images_first``, a folder with images remains what it is.
     """

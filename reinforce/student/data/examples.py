@@ -197,7 +197,7 @@ class _Picks:
         return self._of((self._random if self._turn is None else self._turn)[:, number], counts)
 
     def true_captions(self, counts: Ints) -> Ints:
-        """The same of true captions; the numbers are others, since most datasets keep one."""
+        """As ``index``, for true captions; the random numbers differ, since most datasets keep one caption."""
         if self._spec.pick == "epoch":
             return self._of(np.zeros(len(counts)), counts)
         index = self._epoch if self._turn is None else 0

@@ -1,4 +1,4 @@
-"""What loader processes need and what takes seconds to import: their fork server imports it once."""
+"""Slow imports of loader processes, which their fork server imports once."""
 
 import importlib
 

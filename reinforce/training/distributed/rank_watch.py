@@ -1,4 +1,4 @@
-"""Where each rank is, in the store of the process group, so that an error can name the rank that others wait for.
+"""The position of each rank, in the store of the process group, so that errors name the rank that others wait for.
 
 A collective that times out, of NCCL as of gloo, does not say which rank is missing. Therefore each rank counts the
 places that it passes, which are the same on all ranks, and writes the last one to the store every few seconds, from a

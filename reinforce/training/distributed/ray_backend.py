@@ -1,4 +1,4 @@
-"""What a training adds to Ray Train's controller: the network interface of each rank, and how its actor is found."""
+"""Additions to Ray Train's controller: the network interface of each rank, and the name of its actor."""
 
 from __future__ import annotations
 

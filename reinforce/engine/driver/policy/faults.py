@@ -1,4 +1,4 @@
-"""Which failures are the fault of a worker or of its node, and not of a shard: pure policy.
+"""Policy: which failures are caused by a worker or its node, and not by a shard. Pure.
 
 A shard that fails at one worker and passes at another was not the cause. The first worker was, or its node (a full
 disk, a bad accelerator, a missing mount).

@@ -69,7 +69,7 @@ def check_models(
 
 
 def _info(layer: Layer) -> ModelInfo:
-    """What is known of the model of a layer, as if it had every side."""
+    """Description of a layer's model, as if it had every side."""
     return ModelInfo(layer.dim, images=True, texts=True, identity=dict(layer.identity))
 
 

@@ -190,7 +190,7 @@ def _values(name: str, group: RowGroup) -> Any:
 
 
 def _given(values: Any) -> Mask:
-    """Which rows have a value."""
+    """Mask of the rows that have a value [rows]."""
     if isinstance(values, np.ndarray):
         return np.asarray(np.isfinite(values).reshape(len(values), -1).all(axis=1))
     return np.array([value is not None for value in values], bool)
