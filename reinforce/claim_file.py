@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from reinforce.attempts import CLAIMS
 from reinforce.errors import DamagedJson, StorageError, UserError
+from reinforce.processes.attempts import CLAIMS
 from reinforce.storage import Storage
 
 _DAMAGED = "damaged"  # key of what a file is that is no claim

@@ -23,8 +23,8 @@ from typing import IO, Any, TypeVar
 
 from fsspec.implementations.local import LocalFileSystem
 
-from reinforce.attempts import CONDITIONAL_PUTS, FIRST_WRITE, READS
 from reinforce.errors import DamagedJson, StorageError, UserError
+from reinforce.processes.attempts import CONDITIONAL_PUTS, FIRST_WRITE, READS
 from reinforce.processes.file_lock import lock_file
 from reinforce.source.driver_errors import is_conflict, is_full, is_unsupported
 from reinforce.source.urls import filesystem

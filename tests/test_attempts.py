@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from reinforce.attempts import Attempts
+from reinforce.processes.attempts import Attempts
 
 
 def test_what_passes_is_tried_again_after_its_pauses_and_the_last_error_is_raised() -> None:

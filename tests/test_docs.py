@@ -81,7 +81,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.chdir(folder)
         patch.syspath_prepend(str(folder))
         patch.setattr("reinforce.training.record.log.draw_curves", lambda *_: None)  # takes a second
-        patch.setattr("reinforce.parallel_map.available_cores", lambda: 1)
+        patch.setattr("reinforce.parallel.map_workers.available_cores", lambda: 1)
         write_inputs(folder)
         run_command("run", "my.yaml")
         run_once("select", "select.yaml")

@@ -36,7 +36,7 @@ from reinforce.engine.worker.shard import ShardProcess
 from reinforce.engine.worker.stale_files import MisalignedLayer, origin_entries
 from reinforce.errors import UserError
 from reinforce.labels.taken import with_labels
-from reinforce.machines import nodes_of_run
+from reinforce.parallel.machines import nodes_of_run
 from teachers.device.determinism import set_flags
 from teachers.spec import ModelInfo
 

@@ -33,7 +33,7 @@ from reinforce.engine.preflight.check_source import check_source
 from reinforce.engine.record.progress import Progress
 from reinforce.engine.record.summary import RunSummary, add_summaries, nothing_to_do
 from reinforce.errors import RayEnded, StorageError, TooManyQuarantined, UserError
-from reinforce.machines import cluster_of_run, nodes_of_run
+from reinforce.parallel.machines import cluster_of_run, nodes_of_run
 from reinforce.processes.cores import Node
 from reinforce.settings import as_config
 from reinforce.terminal import plural

@@ -48,8 +48,8 @@ from reinforce.labels.index import (
     partition_name,
     partition_of,
 )
-from reinforce.parallel_map import MapWorkers, open_workers
-from reinforce.shuffle import Ranges, Shuffle
+from reinforce.parallel.map_workers import MapWorkers, open_workers
+from reinforce.parallel.shuffle import Ranges, Shuffle
 from reinforce.storage import as_seen_by_workers
 from reinforce.terminal import escape
 

@@ -33,7 +33,7 @@ from reinforce.labels.identities import COLUMNS, KEY
 from reinforce.labels.index import open_index
 from reinforce.labels.interface import ABSENT, AMBIGUOUS, OTHER_IMAGE
 from reinforce.labels.pairs import Partners, Place
-from reinforce.parallel_map import MapWorkers, open_workers
+from reinforce.parallel.map_workers import MapWorkers, open_workers
 from reinforce.source.references import image_digest
 from reinforce.storage import as_seen_by_workers
 from reinforce.terminal import escape

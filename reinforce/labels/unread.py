@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from reinforce.attempts import pause_seconds
 from reinforce.dataset.files.layer_file import RefusedFile
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import LABELS
 from reinforce.errors import StorageError, UserError
+from reinforce.processes.attempts import pause_seconds
 
 _MOST_SECONDS = 60.0  # of pauses of one reader: a step of a shard must not seem to hang
 _ABSENT: set[tuple[str, str]] = set()  # URL of labels and file: a process waits once for each

@@ -23,7 +23,7 @@ from reinforce.dataset.reading.sample import ImagePolicies
 from reinforce.errors import UserError
 from reinforce.images.policy import IMAGE_POLICY, PUBLISHED_POLICY
 from reinforce.labels.members import MAX_OPS
-from reinforce.parallel_map import open_workers
+from reinforce.parallel.map_workers import open_workers
 from reinforce.publishing.datacompdr_shard import LIST_OF, ShardExport, export_shard, stats_name, tar_name
 from reinforce.publishing.public import without_paths
 from reinforce.publishing.shards import check_output, record_export

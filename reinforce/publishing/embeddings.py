@@ -27,7 +27,7 @@ from reinforce.dataset.reading.aligned import AlignedLayers, row_errors
 from reinforce.dataset.reading.dataset import Dataset
 from reinforce.dataset.view import ViewRows
 from reinforce.errors import UserError
-from reinforce.parallel_map import open_workers
+from reinforce.parallel.map_workers import open_workers
 from reinforce.publishing.shards import check_output, record_export
 from reinforce.source.captions import parse_json
 from reinforce.storage import Storage, as_seen_by_workers

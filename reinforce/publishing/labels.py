@@ -26,7 +26,7 @@ from reinforce.dataset.reading.dataset import Dataset
 from reinforce.errors import UserError
 from reinforce.labels.building import build_index
 from reinforce.labels.identities import COLUMNS, DIGEST
-from reinforce.parallel_map import open_workers
+from reinforce.parallel.map_workers import open_workers
 from reinforce.publishing.card import write_card
 from reinforce.publishing.labels_shard import LabelsExport, export_shard
 from reinforce.publishing.public import has_hidden, without_paths

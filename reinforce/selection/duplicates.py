@@ -19,11 +19,11 @@ import schemas
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.reading.aligned import AlignedLayers
 from reinforce.errors import UserError
+from reinforce.parallel.shuffle import Ranges, Shuffle
 from reinforce.selection import neighbours
 from reinforce.selection.parts import Arrays, Parts
 from reinforce.selection.passes import Chunk
 from reinforce.selection.rules import BoundRule, Group
-from reinforce.shuffle import Ranges, Shuffle
 from reinforce.source.references import image_digest
 
 _BUCKET_BYTES = 2**30  # of records that a process compares

@@ -18,8 +18,8 @@ import numpy.typing as npt
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.view import FOLDER
 from reinforce.errors import UserError
-from reinforce.parallel_map import MapWorkers
-from reinforce.shuffle import Shuffle
+from reinforce.parallel.map_workers import MapWorkers
+from reinforce.parallel.shuffle import Shuffle
 
 Arrays = dict[str, npt.NDArray[Any]]
 _T = TypeVar("_T")

@@ -33,7 +33,7 @@ from reinforce.dataset.view import (
     write_view,
 )
 from reinforce.errors import UserError
-from reinforce.parallel_map import MapWorkers, open_workers
+from reinforce.parallel.map_workers import MapWorkers, open_workers
 from reinforce.selection.config import SelectConfig
 from reinforce.selection.duplicates import (
     PLACES,

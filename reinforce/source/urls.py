@@ -15,8 +15,8 @@ from urllib.parse import urlsplit
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from reinforce.attempts import BOTOCORE_REQUESTS, S3FS_REQUESTS
 from reinforce.errors import UserError
+from reinforce.processes.attempts import BOTOCORE_REQUESTS, S3FS_REQUESTS
 from reinforce.source.whole_reads import list_whole, read_whole
 from reinforce.source_formats import SOURCES
 from teachers.redact import CONTAINER_SCHEMES

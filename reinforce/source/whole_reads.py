@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
-from reinforce.attempts import READS
+from reinforce.processes.attempts import READS
 from reinforce.source.driver_errors import lacks_range
 
 _INVALID = (errno.EINVAL, errno.EIO, 400)  # what drivers raise for a request that the storage finds invalid

@@ -14,7 +14,7 @@ import pytest
 from reinforce.errors import UserError
 from reinforce.evaluation.suite.results import SuiteReport
 from reinforce.evaluation.suite.workers import Job, count_workers
-from reinforce.parallel_map import Actors
+from reinforce.parallel.map_workers import Actors
 from tests.helpers.commands import Command
 from tests.helpers.evaluation import colour_samples, find_set, write_classification
 from tests.helpers.models import tiny_models

@@ -99,7 +99,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from ray.cluster_utils import Cluster
-from reinforce.parallel_map import Actors, open_workers
+from reinforce.parallel.map_workers import Actors, open_workers
 from tests.integration.test_cluster import wait_for, wait_in
 
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})

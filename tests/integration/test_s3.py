@@ -18,10 +18,10 @@ import pytest
 import s3fs
 
 import reinforce
-from reinforce.attempts import BOTOCORE_REQUESTS, S3FS_REQUESTS, Attempts
 from reinforce.dataset.files.store import Store
 from reinforce.engine.record.summary import RunSummary
 from reinforce.errors import StorageError
+from reinforce.processes.attempts import BOTOCORE_REQUESTS, S3FS_REQUESTS, Attempts
 from reinforce.source import urls
 from tests.helpers.data import config_of, members_of, tree
 from tests.helpers.large_object import write

@@ -25,7 +25,7 @@ from reinforce.dataset.validate.inventory import take_inventory
 from reinforce.dataset.validate.shard_checks import ShardFiles
 from reinforce.dataset.validate.shard_reader import STATES, ReadOptions, ShardReader, Shards, default_processes
 from reinforce.dataset.validate.views import check_views
-from reinforce.parallel_map import open_workers
+from reinforce.parallel.map_workers import open_workers
 from reinforce.source.references import ImageRoots
 from reinforce.terminal import first_lines, plural
 

@@ -34,7 +34,7 @@ from reinforce.engine.plan.source_shards import source_shards, with_view
 from reinforce.engine.plan.unread_labels import find_unread
 from reinforce.errors import UserError
 from reinforce.labels.taken import with_labels
-from reinforce.machines import nodes_of_run
+from reinforce.parallel.machines import nodes_of_run
 from reinforce.processes.cores import Node
 from reinforce.source.formats.base import Shard
 from reinforce.source.identity import SourceState

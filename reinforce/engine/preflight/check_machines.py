@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from reinforce.config import Workers
-from reinforce.machines import cluster_of_run, nodes_of_run
+from reinforce.parallel.machines import cluster_of_run, nodes_of_run
 from reinforce.processes.cores import Node, available_cores, capacity
 from reinforce.storage import Storage
 from reinforce.terminal import format_bytes, plural

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from reinforce.attempts import pause_seconds
 from reinforce.config import Config
 from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION
 from reinforce.engine.messages.task import PendingShard
@@ -24,6 +23,7 @@ from reinforce.labels.identities import identity_of
 from reinforce.labels.interface import Wanted
 from reinforce.labels.rows import open_labels
 from reinforce.labels.unread import MissingLabels
+from reinforce.processes.attempts import pause_seconds
 from reinforce.source.captions import REPLACED
 from reinforce.source.file_types import is_image_name
 from reinforce.source.formats.base import Shard, SourceFormat

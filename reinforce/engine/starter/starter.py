@@ -16,7 +16,7 @@ from reinforce.engine.plan.source_shards import source_shards
 from reinforce.engine.starter.fields import Fields, find_fields
 from reinforce.engine.starter.template import render
 from reinforce.errors import UserError
-from reinforce.machines import nodes_of_run
+from reinforce.parallel.machines import nodes_of_run
 from reinforce.processes.cores import default_gpus
 from reinforce.source.formats.base import Shard, SourceFormat
 from reinforce.source.formats.recognise import files_of_folder, format_of_name

@@ -13,7 +13,7 @@ from reinforce.evaluation.kinds.files import SetFiles
 from reinforce.evaluation.registry import SuiteSet
 from reinforce.evaluation.report import Outcome
 from reinforce.model_names import resolve_models
-from reinforce.parallel_map import Actors, MapWorkers
+from reinforce.parallel.map_workers import Actors, MapWorkers
 from reinforce.processes.cores import available_cores, cores_per_process
 from teachers.redact import redact
 

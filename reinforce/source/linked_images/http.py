@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
 
-from reinforce.attempts import DOWNLOADS
+from reinforce.processes.attempts import DOWNLOADS
 from schemas import Reason
 
 _TIMEOUT = 10.0  # seconds without an answer

@@ -13,7 +13,7 @@ import torch
 from reinforce.config import load_config, parse_config
 from reinforce.engine.plan.plan import Plan, make_plan
 from reinforce.engine.plan.recipe import build_layers, describe_models, version_notes
-from reinforce.machines import nodes_of_run
+from reinforce.parallel.machines import nodes_of_run
 from reinforce.source.urls import expand
 from reinforce.student.config import StudentConfig
 from reinforce.student.train import make_job

@@ -31,7 +31,6 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 
-from reinforce.attempts import pause_seconds
 from reinforce.config import Failures
 from reinforce.dataset.layers import SAMPLES, Layer
 from reinforce.engine.driver.policy.decisions import (
@@ -54,6 +53,7 @@ from reinforce.engine.driver.policy.outages import Outages
 from reinforce.engine.messages.results import LayerFailure, LoadFailure, ShardFailure, StorageFailure, WorkerId
 from reinforce.engine.messages.task import PendingShard
 from reinforce.errors import RayEnded, TooManyQuarantined, UserError
+from reinforce.processes.attempts import pause_seconds
 from schemas import Reason
 
 MAX_WORKER_FAILURES = 3  # leases in a row

@@ -13,10 +13,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from reinforce.attempts import pause_seconds
 from reinforce.config import Failures
 from reinforce.engine.messages.results import StorageFailure
 from reinforce.errors import StorageError
+from reinforce.processes.attempts import pause_seconds
 from reinforce.terminal import plural
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from reinforce.attempts import pause_seconds
 from reinforce.config import Failures
 from reinforce.dataset.layers import Layer
 from reinforce.engine.driver.policy.decisions import (
@@ -25,6 +24,7 @@ from reinforce.engine.driver.policy.hangs import Hang
 from reinforce.engine.messages.results import LayerFailure, LoadFailure, ShardFailure, WorkerId
 from reinforce.engine.messages.task import PendingShard
 from reinforce.errors import StorageError, TooManyQuarantined, UserError
+from reinforce.processes.attempts import pause_seconds
 from schemas import Reason
 
 LAYERS = {

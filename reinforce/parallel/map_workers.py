@@ -16,11 +16,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from reinforce.attempts import MAPPED_ITEMS
 from reinforce.errors import StorageError, UserError
-from reinforce.machines import cluster_of_run
+from reinforce.parallel.machines import cluster_of_run
+from reinforce.parallel.worker_process import ProcessEnded, WorkerProcess
+from reinforce.processes.attempts import MAPPED_ITEMS
 from reinforce.processes.cores import available_cores
-from reinforce.processes.worker_process import ProcessEnded, WorkerProcess
 from reinforce.terminal import show_progress
 
 T = TypeVar("T")

@@ -23,7 +23,7 @@ from reinforce.processes.signals import describe_exit, kill_with_parent
 #: What follows ``python -c``; modules are found where the parent finds them.
 _COMMAND = (
     "import json, sys; path, *numbers = json.loads(sys.argv[1]); sys.path[:] = path; "
-    "from reinforce.processes import worker_process; worker_process.serve(*numbers)"
+    "from reinforce.parallel import worker_process; worker_process.serve(*numbers)"
 )
 
 

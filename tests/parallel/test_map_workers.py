@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from reinforce.errors import StorageError, UserError
-from reinforce.parallel_map import MapWorkers, WorkerLost, open_workers
+from reinforce.parallel.map_workers import MapWorkers, WorkerLost, open_workers
 
 
 def length(folder: str, shard: str) -> int:
@@ -149,7 +149,7 @@ def test_a_worker_that_is_lost_at_each_attempt_costs_the_item_alone() -> None:
 
 MAIN = """
 import signal, time
-from reinforce.parallel_map import open_workers
+from reinforce.parallel.map_workers import open_workers
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a program in the background of a shell ignores it
 with open_workers(use_ray=False, processes=2) as workers:
     print([found for _, found in workers.map(str.upper, ["a", "b", "c"], ordered=True)], flush=True)

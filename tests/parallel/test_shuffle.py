@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reinforce.errors import StorageError
-from reinforce.shuffle import Shuffle
+from reinforce.parallel.shuffle import Shuffle
 from tests.helpers.s3_proxy import Proxy, refuse
 
 RECORD = np.dtype([("value", "<i8"), ("part", "u1")])
