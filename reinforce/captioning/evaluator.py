@@ -23,7 +23,7 @@ from reinforce.errors import UserError
 from reinforce.evaluation.encoding import NOT_FINITE_FIX, NotFinite
 from reinforce.evaluation.images import CacheBudget, ImageBatches
 from reinforce.evaluation.ranking import compute_recalls
-from reinforce.evaluation.reading import Example
+from reinforce.evaluation.reading import LabelledImage
 from reinforce.processes.cores import available_cores
 from reinforce.student.data.parts import Tokenize
 from reinforce.terminal import first_names
@@ -171,10 +171,10 @@ class CaptionerEvaluator:
             if not limit:
                 return
 
-    def _examples(self) -> Iterator[Example]:
+    def _examples(self) -> Iterator[LabelledImage]:
         images = zip(self._held_out.keys, self._held_out.images(), strict=True)
         for row, (key, image) in enumerate(images):
-            yield Example(key, partial(bytes, image), row)
+            yield LabelledImage(key, partial(bytes, image), row)
 
 
 def _recalls(totals: _Totals, accelerator: Accelerator) -> dict[str, float]:

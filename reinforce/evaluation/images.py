@@ -13,7 +13,7 @@ import numpy as np
 
 from reinforce.config import Limits
 from reinforce.evaluation.content import ContentDigest, hash_content
-from reinforce.evaluation.reading import Example, Examples
+from reinforce.evaluation.reading import LabelledImage, SetReader
 from reinforce.images.policy import IMAGE_POLICY, ImageRefused, decode
 from reinforce.processes.prefetch import prefetch
 from reinforce.source.samples import Refusal
@@ -56,7 +56,7 @@ class ImageBatches:
 
     def __init__(
         self,
-        examples: Examples,
+        examples: SetReader,
         count: int = 0,
         limits: Limits | None = None,
         budget: CacheBudget | None = None,
@@ -108,7 +108,7 @@ class ImageBatches:
     def _decode(
         self, specs: Sequence[ImageSpec], size: int, threads: int, refused: list[Refusal]
     ) -> Generator[_Decoded, None, None]:
-        def convert(item: Example | Refusal) -> tuple[bytes, tuple[list[np.ndarray], Any] | Refusal]:
+        def convert(item: LabelledImage | Refusal) -> tuple[bytes, tuple[list[np.ndarray], Any] | Refusal]:
             """The hash of an example, if it is wanted, and its pixels with its target."""
             if isinstance(item, Refusal):
                 return hash_content(item.reason.value), item
@@ -131,7 +131,7 @@ class ImageBatches:
                 yield pixels, [target for _, target in taken]
 
     def _convert(
-        self, item: Example, data: bytes, specs: Sequence[ImageSpec]
+        self, item: LabelledImage, data: bytes, specs: Sequence[ImageSpec]
     ) -> tuple[list[np.ndarray], Any] | Refusal:
         if len(data) > self._limits.image_bytes:  # a dataset may have been made with wider limits
             return Refusal(item.key, Reason.IMAGE_BYTES, f"{len(data)} bytes, above limits.image_bytes")

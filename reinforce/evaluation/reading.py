@@ -45,7 +45,7 @@ class Table(Section):
 
 
 @dataclass(frozen=True)
-class Example:
+class LabelledImage:
     """One image of a set. ``target`` is its label, or its captions."""
 
     key: str
@@ -53,8 +53,8 @@ class Example:
     target: Any
 
 
-#: Reads a set: yields its examples in order, each time the same.
-Examples = Callable[[], Iterator[Example | Refusal]]
+#: Reads a set: yields its images in order, each time the same.
+SetReader = Callable[[], Iterator[LabelledImage | Refusal]]
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.recompute import recompute
 from reinforce.errors import UserError
 from reinforce.evaluation.config import RetrievalSet
-from reinforce.evaluation.reading import Example
+from reinforce.evaluation.reading import LabelledImage
 from reinforce.inspection.captions import similarities, text_figures
 from reinforce.inspection.rows import Rows, read_rows
 from reinforce.inspection.selection import select
@@ -157,7 +157,7 @@ def test_captioners_learn_from_all_of_them_retrieval_is_evaluated_on_them_and_re
     assert {item.key: [*captions] for item, captions in pairs} == several
     for where, expected in (("lines:true_captions", several), ("txt", {key: one[:1] for key, one in several.items()})):
         retrieval = open_retrieval(RetrievalSet(pairs=str(made), captions=[where]))
-        assert {one.key: [*one.target] for one in retrieval.examples() if isinstance(one, Example)} == expected
+        assert {one.key: [*one.target] for one in retrieval.examples() if isinstance(one, LabelledImage)} == expected
     kept = sum(map(len, several.values()))
     assert text_figures(inspected(made))["caption"].summary["captions"] == kept
 

@@ -19,7 +19,7 @@ from reinforce.evaluation.command import build_evaluation
 from reinforce.evaluation.config import RetrievalSet, ZeroShotSet
 from reinforce.evaluation.fields import read_captions, read_label
 from reinforce.evaluation.kinds.labels import Labelled, read_labels
-from reinforce.evaluation.reading import Example, Examples, make_loader, read_samples
+from reinforce.evaluation.reading import LabelledImage, SetReader, make_loader, read_samples
 from tests.helpers.evaluation import (
     COLOURS,
     open_retrieval,
@@ -41,8 +41,8 @@ def zero_shot(images: str | list[str], **config: Any) -> Labelled:
     return read_labels(own, "set", LIMITS, ())
 
 
-def list_examples(examples: Examples) -> list[tuple[bytes, Any]]:
-    return [(item.load(), item.target) for item in examples() if isinstance(item, Example)]
+def list_examples(examples: SetReader) -> list[tuple[bytes, Any]]:
+    return [(item.load(), item.target) for item in examples() if isinstance(item, LabelledImage)]
 
 
 def test_shards_and_folders_in_any_file_system_give_the_same_examples(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_subfolders_and_linked_folders_are_searched(tmp_path: Path) -> None:
     os.symlink(tmp_path / "elsewhere", tmp_path / "root" / "c")
     image_set = zero_shot(str(tmp_path / "root"))
     assert image_set.classes == ["a", "b", "c"]
-    assert [(item.key, item.target) for item in image_set.examples() if isinstance(item, Example)] == [
+    assert [(item.key, item.target) for item in image_set.examples() if isinstance(item, LabelledImage)] == [
         ("a/2.png", 0), ("a/x/1.JPEG", 0), ("b/3.webp", 1), ("c/6.png", 2),
     ]  # fmt: skip
 
@@ -153,7 +153,8 @@ def test_broken_json_among_labels_is_refused_like_a_broken_image(tmp_path: Path)
     image_set = zero_shot(write_shard(tmp_path / "a.tar", samples), label="json:class")
     assert (image_set.classes, image_set.images) == (["blue", "red"], 4)
     found = [
-        item.target if isinstance(item, Example) else (item.key, item.reason.value) for item in image_set.examples()
+        item.target if isinstance(item, LabelledImage) else (item.key, item.reason.value)
+        for item in image_set.examples()
     ]
     assert found == [1, ("b", "sidecar_broken"), 0, ("d", "sidecar_broken")]
     with pytest.raises(UserError, match=r"every image in .* is refused, the last \(d\): \.json: not a JSON object"):

@@ -22,7 +22,7 @@ from reinforce.evaluation.kinds.files import find_files
 from reinforce.evaluation.kinds.files import find_set as find_published
 from reinforce.evaluation.kinds.registry import KINDS
 from reinforce.evaluation.models import Models
-from reinforce.evaluation.reading import Example
+from reinforce.evaluation.reading import LabelledImage
 from reinforce.evaluation.report import Metrics, Outcome
 from reinforce.evaluation.suite import run
 from reinforce.evaluation.suite.results import file_name
@@ -209,9 +209,9 @@ def test_one_more_kind_of_sets_needs_a_kind_and_a_line(tmp_path: Path, monkeypat
         }
         return Outcome(metrics, len(targets), images.refused)
 
-    def read() -> Iterator[Example]:
+    def read() -> Iterator[LabelledImage]:
         for number, name in enumerate(COLOURS):
-            yield Example(name, partial(solid_image, name), number)
+            yield LabelledImage(name, partial(solid_image, name), number)
 
     monkeypatch.setitem(KINDS, "colours", SetKind("colours", lambda one, files: ImageSet(one.name, read, score)))
     write_classification(tmp_path, "mnist", colour_samples())

@@ -9,7 +9,7 @@ from typing import Any
 
 from reinforce.errors import UserError
 from reinforce.evaluation.kinds.files import SetFiles
-from reinforce.evaluation.reading import Example, make_loader
+from reinforce.evaluation.reading import LabelledImage, make_loader
 from reinforce.evaluation.registry import SuiteSet
 from reinforce.source.urls import canonical, filesystem
 from reinforce.source.whole_reads import read_whole
@@ -17,7 +17,7 @@ from reinforce.source.whole_reads import read_whole
 _PREFIX_BYTES = 32 * 2**20  # of ShareGPT4V's file of gigabytes, which has the set at its beginning
 
 
-def read_annotated(one: SuiteSet, files: SetFiles) -> Iterator[Example]:
+def read_annotated(one: SuiteSet, files: SetFiles) -> Iterator[LabelledImage]:
     """Yield the images of a set; targets are their captions, of SugarCrepe the right and the wrong one.
 
     Raises UserError for a file that cannot be read.
@@ -28,7 +28,7 @@ def read_annotated(one: SuiteSet, files: SetFiles) -> Iterator[Example]:
         for name, captions in readers[one.layout](one, files):
             if not captions or not all(isinstance(caption, str) and caption for caption in captions):
                 raise UserError(f"{one.name}: {name} has no text for one of its captions.")
-            yield Example(name, functools.partial(load, f"{root.rstrip('/')}/{name}"), captions)
+            yield LabelledImage(name, functools.partial(load, f"{root.rstrip('/')}/{name}"), captions)
     except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
         shown = canonical(files.shards[0])
         raise UserError(f"{one.name}: {shown} has another shape than the published file: {error!r}.") from error

@@ -13,7 +13,7 @@ from reinforce.errors import UserError
 from reinforce.evaluation.images import ImageBatches
 from reinforce.evaluation.kinds.base import ImageSet, SetKind
 from reinforce.evaluation.kinds.files import SetFiles, image_bytes, read_tables
-from reinforce.evaluation.reading import Example
+from reinforce.evaluation.reading import LabelledImage
 from reinforce.evaluation.registry import SuiteSet
 from reinforce.evaluation.report import Metrics, Outcome
 
@@ -88,7 +88,7 @@ def association_metrics(scores: Sequence[float], candidates: Sequence[int]) -> M
     return {"avg_jaccard_score": float(indices.mean()), **named}
 
 
-def _read(one: SuiteSet, files: SetFiles) -> Iterator[Example]:
+def _read(one: SuiteSet, files: SetFiles) -> Iterator[LabelledImage]:
     """Yield the candidates. Raises UserError for a table that does not fit."""
     for key, row in read_tables(one, files, _COLUMNS):
         cue, images, candidates, associations = (row[column] for column in _COLUMNS)
@@ -104,7 +104,7 @@ def _read(one: SuiteSet, files: SetFiles) -> Iterator[Example]:
         instance = _Instance(key, cue_text(cue), associated)
         for number, image in enumerate(images):
             load = functools.partial(bytes, image_bytes(image, key, one.name))
-            yield Example(f"{key}/{number}", load, instance)
+            yield LabelledImage(f"{key}/{number}", load, instance)
 
 
 KIND = SetKind("association", lambda one, files: ImageSet(one.name, functools.partial(_read, one, files), _score))

@@ -11,7 +11,7 @@ from pydantic import Field
 from reinforce.config import Limits
 from reinforce.evaluation.images import ImageBatches
 from reinforce.evaluation.kinds.files import SetFiles
-from reinforce.evaluation.reading import Examples, Table
+from reinforce.evaluation.reading import SetReader, Table
 from reinforce.evaluation.registry import SuiteSet
 from reinforce.evaluation.report import Outcome
 
@@ -28,7 +28,7 @@ class ImageSet:
     """
 
     name: str
-    examples: Examples
+    examples: SetReader
     score: Callable[[Models, ImageBatches], Outcome]
     count: int = 0
 

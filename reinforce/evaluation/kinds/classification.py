@@ -22,7 +22,7 @@ from reinforce.evaluation.images import ImageBatches
 from reinforce.evaluation.kinds.base import ImageSet, SetKind
 from reinforce.evaluation.kinds.files import CLASSES, TEMPLATES, SetFiles, read_tars
 from reinforce.evaluation.kinds.labels import ZeroShotSet, read_labels
-from reinforce.evaluation.reading import Example
+from reinforce.evaluation.reading import LabelledImage
 from reinforce.evaluation.registry import SuiteSet
 from reinforce.evaluation.report import Metrics, Outcome
 from reinforce.source.samples import RawSample, Refusal
@@ -97,13 +97,13 @@ def _open(one: SuiteSet, files: SetFiles) -> ImageSet:
     classes = load_class_names(f"{files.folder}/{CLASSES}", one.name)
     templates = load_templates(f"{files.folder}/{TEMPLATES}", one.name)
 
-    def examples() -> Iterator[Example | Refusal]:
+    def examples() -> Iterator[LabelledImage | Refusal]:
         for item in read_tars(one, files, [_LABEL, _METADATA] if one.fields else [_LABEL]):
             if isinstance(item, Refusal):
                 yield item
             else:
                 target = _read_class(one, item, len(classes)), _read_metadata(one, item)
-                yield Example(item.key, functools.partial(bytes, item.image), target)
+                yield LabelledImage(item.key, functools.partial(bytes, item.image), target)
 
     def metrics(targets: list[Any], labels: np.ndarray, ranks: np.ndarray, predicted: np.ndarray) -> Metrics:
         further = _metrics_of_fields(one, targets, labels, ranks, predicted) if one.fields else {}

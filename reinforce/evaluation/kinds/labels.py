@@ -15,9 +15,9 @@ from reinforce.evaluation.classes import load_class_names, load_groups, name_fol
 from reinforce.evaluation.fields import is_json_field, read_json_field, read_label
 from reinforce.evaluation.kinds.base import OwnSet
 from reinforce.evaluation.reading import (
-    Example,
-    Examples,
     File,
+    LabelledImage,
+    SetReader,
     check_file_size,
     detect_kind,
     input_of,
@@ -82,7 +82,7 @@ class Labelled(NamedTuple):
     classes: list[str]
     groups: Sequence[str | None] | None
     images: int
-    examples: Examples
+    examples: SetReader
 
 
 def read_labels(config: ZeroShotSet, name: str, limits: Limits, images_from: Sequence[str]) -> Labelled:
@@ -120,13 +120,13 @@ def read_labels(config: ZeroShotSet, name: str, limits: Limits, images_from: Seq
     elif config.groups is not None:
         groups = load_groups(config.groups, classes, name)
 
-    def examples() -> Iterator[Example | Refusal]:
+    def examples() -> Iterator[LabelledImage | Refusal]:
         for item in samples():
             if isinstance(item, Refusal):
                 yield item
             else:
                 target = index[_require_label(item, config.label, name)]
-                yield Example(item.key, functools.partial(bytes, item.image), target)
+                yield LabelledImage(item.key, functools.partial(bytes, item.image), target)
 
     return Labelled(classes, groups, images, examples)
 
@@ -141,9 +141,9 @@ def _read_folders(config: ZeroShotSet, name: str, limits: Limits) -> Labelled:
     files = _select_files(list(folders.values()), config.limit)
     load = make_loader(config.images)
 
-    def examples() -> Iterator[Example | Refusal]:
+    def examples() -> Iterator[LabelledImage | Refusal]:
         for label, file in files:
-            yield check_file_size(file, limits) or Example(file.key, functools.partial(load, file.path), label)
+            yield check_file_size(file, limits) or LabelledImage(file.key, functools.partial(load, file.path), label)
 
     return Labelled(classes, groups, len(files), examples)
 

@@ -17,7 +17,7 @@ from reinforce.evaluation.images import ImageBatches
 from reinforce.evaluation.kinds.annotated import read_annotated
 from reinforce.evaluation.kinds.base import ImageSet, OwnSet, SetKind
 from reinforce.evaluation.kinds.files import SetFiles, image_bytes, read_tables
-from reinforce.evaluation.reading import Example, input_of, read_samples
+from reinforce.evaluation.reading import LabelledImage, input_of, read_samples
 from reinforce.evaluation.registry import SuiteSet
 from reinforce.evaluation.report import RECALLS, Metrics, Outcome
 from reinforce.source.samples import Refusal
@@ -87,16 +87,16 @@ def _open_own(config: RetrievalSet, name: str, limits: Limits, images_from: Sequ
     """A set of the user, which is checked. Raises UserError."""
     spec = input_of(limits, images_from, config.captions, config)
 
-    def examples() -> Iterator[Example | Refusal]:
+    def examples() -> Iterator[LabelledImage | Refusal]:
         for item in itertools.islice(read_samples(config.pairs, spec, name), config.limit):
             if isinstance(item, Refusal):
                 yield item
             elif captions := read_captions(item.all_sidecars, config.captions, limits):
-                yield Example(item.key, functools.partial(bytes, item.image), captions)
+                yield LabelledImage(item.key, functools.partial(bytes, item.image), captions)
             else:
                 yield Refusal(item.key, Reason.NO_TEXT, f"no caption at {', '.join(config.captions)}")
 
-    usable = [isinstance(item, Example) for item in examples()]
+    usable = [isinstance(item, LabelledImage) for item in examples()]
     if not any(usable):
         raise UserError(
             f"{name}: none of {len(usable)} images in {config.pairs} has a caption at {', '.join(config.captions)}: "
@@ -114,9 +114,9 @@ def _open(one: SuiteSet, files: SetFiles) -> ImageSet:
 KIND = SetKind("retrieval", _open, section="retrieval", open_own=_open_own)
 
 
-def _read_tables(one: SuiteSet, files: SetFiles) -> Iterator[Example]:
+def _read_tables(one: SuiteSet, files: SetFiles) -> Iterator[LabelledImage]:
     for key, row in read_tables(one, files, ["image", "caption"]):
         captions = row["caption"]
         if not isinstance(captions, list) or not captions or not all(isinstance(text, str) for text in captions):
             raise UserError(f"{one.name}: {key} has no list of captions in its column caption, but {captions!r:.100}.")
-        yield Example(key, functools.partial(bytes, image_bytes(row["image"], key, one.name)), captions)
+        yield LabelledImage(key, functools.partial(bytes, image_bytes(row["image"], key, one.name)), captions)
