@@ -32,7 +32,7 @@ from reinforce.labels.building import build_index, has_current_index
 from reinforce.labels.identities import COLUMNS, KEY
 from reinforce.labels.index import open_index
 from reinforce.labels.interface import ABSENT, AMBIGUOUS, OTHER_IMAGE
-from reinforce.labels.pairs import Partners, Place
+from reinforce.labels.pairs import Partners, RowPlace
 from reinforce.parallel.map_workers import MapWorkers, open_workers
 from reinforce.source.references import image_digest
 from reinforce.storage import as_seen_by_workers
@@ -288,7 +288,7 @@ def _diff_shard(pair: _Pair, shard: str) -> _ShardDiff:
             tables = own.read(number)
             digests = functools.partial(_digests, pair, shard, number) if pair.embedded[0] else None
             places = partners.find(tables[SAMPLES], by_key, digests)
-            groups: dict[tuple[str, int], list[tuple[int, Place]]] = {}
+            groups: dict[tuple[str, int], list[tuple[int, RowPlace]]] = {}
             for row, place in enumerate(places):
                 if place is not None:
                     groups.setdefault((place.shard, place.group), []).append((row, place))

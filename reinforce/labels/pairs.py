@@ -25,7 +25,7 @@ _CACHED_GROUPS = 64  # row groups of identities
 
 
 @dataclass(frozen=True)
-class Place:
+class RowPlace:
     """A row of a dataset: its shard, row group, and place in it; ``number`` counts over all row groups."""
 
     shard: str
@@ -49,26 +49,26 @@ class Partners:
         self.unstated = self.undigested = 0
         self._group = functools.lru_cache(maxsize=_CACHED_GROUPS)(self._read_group)
 
-    def keys(self, shard: str) -> dict[str, Place]:
+    def keys(self, shard: str) -> dict[str, RowPlace]:
         """The rows of a shard by key; none if there is no such shard."""
         if self._store.is_missing(SAMPLES, shard):
             return {}
-        found: dict[str, Place] = {}
+        found: dict[str, RowPlace] = {}
         with layer_errors(self._store, SAMPLES, shard), self._open(shard) as file:
             for group in range(file.num_row_groups):
                 table = file.read_row_group(group, ["key"], use_threads=False)
                 first = len(found)
                 for row, key in enumerate(table["key"].to_pylist()):
-                    found[key] = Place(shard, group, row, first + row)
+                    found[key] = RowPlace(shard, group, row, first + row)
         return found
 
     def find(
-        self, samples: pa.Table, by_key: Mapping[str, Place], digests: Callable[[], Sequence[int]] | None = None
-    ) -> list[Place | None]:
+        self, samples: pa.Table, by_key: Mapping[str, RowPlace], digests: Callable[[], Sequence[int]] | None = None
+    ) -> list[RowPlace | None]:
         """The partner of each row of a row group; ``by_key`` are those of the shard of the same name. ``digests``
         reads the images of the rows, if they have some and do not state their digests."""
         own, keys = stated(samples), samples["key"].to_pylist()
-        found: list[Place | None] = [None] * len(keys)
+        found: list[RowPlace | None] = [None] * len(keys)
         why = [ABSENT] * len(keys)
         for row, key in enumerate(keys):
             place = by_key.get(key)
@@ -104,7 +104,7 @@ class Partners:
             self.undigested += sum(row in why and (digests is not None or DIGEST in own[row]) for row in wanting)
         return joined | found, why
 
-    def _stated(self, place: Place) -> Identity:
+    def _stated(self, place: RowPlace) -> Identity:
         rows = self._group(place.shard, place.group)
         if place.row >= len(rows):
             raise UserError(
@@ -124,7 +124,7 @@ class Partners:
 class _Indexed(IndexedRows):
     """The rows of an index, of which ``read`` returns what a row at a place states."""
 
-    def __init__(self, index: IdentityIndex, embedded: bool, read: Callable[[Place], Identity]) -> None:
+    def __init__(self, index: IdentityIndex, embedded: bool, read: Callable[[RowPlace], Identity]) -> None:
         super().__init__(index, embedded)
         self._read = read
 
@@ -132,8 +132,8 @@ class _Indexed(IndexedRows):
         return self._read(_place(self.index, *row))
 
 
-def _place(index: IdentityIndex, shard: int, row: int) -> Place:
-    return Place(index.shards[shard], *index.row_group(shard, row), row)
+def _place(index: IdentityIndex, shard: int, row: int) -> RowPlace:
+    return RowPlace(index.shards[shard], *index.row_group(shard, row), row)
 
 
 @functools.lru_cache(maxsize=2)

@@ -22,7 +22,7 @@ from reinforce.errors import UserError
 from reinforce.parallel.shuffle import Ranges, Shuffle
 from reinforce.selection import neighbours
 from reinforce.selection.parts import Arrays, Parts
-from reinforce.selection.passes import Chunk
+from reinforce.selection.passes import ShardChunk
 from reinforce.selection.rules import BoundRule, Group
 from reinforce.source.references import image_digest
 
@@ -116,7 +116,7 @@ class CollectRecords:
         records["vector" if self.buckets.dim else "digest"] = values[kept]
         return records
 
-    def result(self, number: int, chunk: Chunk, found: Sequence[npt.NDArray[Any]], parts: Parts) -> Arrays:
+    def result(self, number: int, chunk: ShardChunk, found: Sequence[npt.NDArray[Any]], parts: Parts) -> Arrays:
         records = np.concatenate([np.zeros(0, self.buckets.dtype), *found])
         if self.buckets.dim:
             centroids = parts.load(self.centroids, 0)["centroids"]
@@ -200,7 +200,7 @@ def enter_duplicates(
     before: str,
     after: str,
     number: int,
-    part: tuple[Chunk, Ranges],
+    part: tuple[ShardChunk, Ranges],
 ) -> Arrays:
     """Enter the worse duplicates of all buckets into the codes of a chunk, from the stage ``before`` to ``after``."""
     chunk, ranges = part

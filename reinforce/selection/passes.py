@@ -34,7 +34,7 @@ _local = threading.local()
 
 
 @dataclass(frozen=True)
-class Chunk:
+class ShardChunk:
     """Shards that are read together, each with its rows; ``first`` is the number of the first row in the dataset."""
 
     shards: Mapping[str, int]
@@ -45,18 +45,18 @@ class Chunk:
         return sum(self.shards.values())
 
 
-def chunks_of(rows: Mapping[str, int]) -> list[Chunk]:
+def chunks_of(rows: Mapping[str, int]) -> list[ShardChunk]:
     """Divide shards, given with their rows."""
-    chunks: list[Chunk] = []
+    chunks: list[ShardChunk] = []
     shards: dict[str, int] = {}
     first = 0
     for shard, count in rows.items():
         if shards and (sum(shards.values()) + count > _CHUNK_ROWS or len(shards) == _CHUNK_SHARDS):
-            chunks.append(Chunk(shards, first))
+            chunks.append(ShardChunk(shards, first))
             first += chunks[-1].rows
             shards = {}
         shards[shard] = count
-    return [*chunks, Chunk(shards, first)] if shards else chunks
+    return [*chunks, ShardChunk(shards, first)] if shards else chunks
 
 
 class Measure(Protocol[_T]):
@@ -69,7 +69,7 @@ class Measure(Protocol[_T]):
     def of(self, group: Group) -> _T:
         """The result of a row group. It is called in threads."""
 
-    def result(self, number: int, chunk: Chunk, found: Sequence[_T], parts: Parts) -> Arrays:
+    def result(self, number: int, chunk: ShardChunk, found: Sequence[_T], parts: Parts) -> Arrays:
         """The result of chunk ``number``."""
 
 
@@ -87,7 +87,7 @@ class Pass(Generic[_T]):
     pending: Sequence[BoundRule]
     measure: Measure[_T]
 
-    def __call__(self, number: int, chunk: Chunk) -> Arrays:
+    def __call__(self, number: int, chunk: ShardChunk) -> Arrays:
         codes = np.zeros(chunk.rows, np.uint16)
         if self.before is not None:
             codes = self.parts.load(self.before, number)["codes"]
@@ -148,7 +148,7 @@ class DigestContent:
     parts: Parts
     columns: Columns
 
-    def __call__(self, number: int, chunk: Chunk) -> Arrays:
+    def __call__(self, number: int, chunk: ShardChunk) -> Arrays:
         pool = _readers(1 if self.parts.store.local else _THREADS)
         found = pool.map(self._digest, chunk.shards)
         return {"contents": np.fromiter(found, np.uint64, len(chunk.shards))}
@@ -174,7 +174,7 @@ class CountValues:
         valid &= group.kept
         return groups[valid], values[valid]
 
-    def result(self, number: int, chunk: Chunk, found: Sequence[tuple[Ordered, Ordered]], parts: Parts) -> Arrays:
+    def result(self, number: int, chunk: ShardChunk, found: Sequence[tuple[Ordered, Ordered]], parts: Parts) -> Arrays:
         # Counting sorts, so it is done once for all row groups.
         groups, values = (np.concatenate([np.empty(0, np.uint64), *(one[n] for one in found)]) for n in (0, 1))
         counts = self.search.counts(groups, values)
@@ -192,7 +192,9 @@ class WriteRows:
     def of(self, group: Group) -> tuple[str, pa.Array, Codes]:
         return group.shard, group.keys, group.codes
 
-    def result(self, number: int, chunk: Chunk, found: Sequence[tuple[str, pa.Array, Codes]], parts: Parts) -> Arrays:
+    def result(
+        self, number: int, chunk: ShardChunk, found: Sequence[tuple[str, pa.Array, Codes]], parts: Parts
+    ) -> Arrays:
         reasons = pa.array(self.labels, pa.string())
         of_shard: dict[str, list[tuple[pa.Array, pa.Array]]] = {shard: [] for shard in chunk.shards}
         for shard, keys, codes in found:

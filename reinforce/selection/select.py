@@ -47,7 +47,7 @@ from reinforce.selection.duplicates import (
 from reinforce.selection.lock import lock_view
 from reinforce.selection.neighbours import Reference
 from reinforce.selection.parts import Arrays, Parts
-from reinforce.selection.passes import Chunk, CountValues, DigestContent, Measure, Pass, WriteRows, chunks_of
+from reinforce.selection.passes import CountValues, DigestContent, Measure, Pass, ShardChunk, WriteRows, chunks_of
 from reinforce.selection.references import OtherDataset, Reinforce, check_found, find_datasets, read_reference
 from reinforce.selection.rules import BoundRule, bind, columns_of_layers, labels, layers_of
 from reinforce.selection.thresholds import Counts, Search, number
@@ -227,7 +227,7 @@ class _Selection:
     pending: list[BoundRule] = field(default_factory=list)
     codes: str | None = None
     references: dict[int, tuple[int, int]] = field(default_factory=dict)  # vectors, and images without, by rule
-    chunks: list[Chunk] = field(init=False)
+    chunks: list[ShardChunk] = field(init=False)
 
     def __post_init__(self) -> None:
         self.chunks = chunks_of(dict(zip(self.shards, rows_of_shards(self.groups, len(self.shards)), strict=True)))
