@@ -143,6 +143,11 @@ def test_rows_that_a_file_lacks_are_broken_labels(labels: Path) -> None:
     assert counts == {"labels.lab.uid": 5, "labels.lab.broken": 11}
 
 
+#: Lives as long as the process: tables of this pool that are freed after it end the process.
+DEFAULT = pa.default_memory_pool()
+POOL = pa.proxy_memory_pool(DEFAULT)
+
+
 def test_a_plan_reads_no_captions(labels: Path) -> None:
     for path, column, type_ in (
         (*labels.glob("samples/*.parquet"), "caption", pa.string()),
@@ -151,11 +156,10 @@ def test_a_plan_reads_no_captions(labels: Path) -> None:
         text = "x" * 10_000_000
         rewrite(path, column, pa.array([text if column == "caption" else [text] * 2] * COUNT, type_))
     plan = plan_of(labels)
-    pool, before = pa.proxy_memory_pool(pa.default_memory_pool()), pa.default_memory_pool()
-    pa.set_memory_pool(pool)
+    pa.set_memory_pool(POOL)
     try:
         _, notes = check_source(plan)
     finally:
-        pa.set_memory_pool(before)
+        pa.set_memory_pool(DEFAULT)
     assert any(f"{COUNT} by uid" in note for note in notes)
-    assert 0 < pool.max_memory() < 5_000_000
+    assert 0 < POOL.max_memory() < 5_000_000
