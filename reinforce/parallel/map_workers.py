@@ -323,7 +323,8 @@ def _future_of(ref: Any) -> Future[Any]:
             result.set_exception(cause if isinstance(cause, UserError) else error)
         elif isinstance(error, RayError):
             node_lost = is_node_lost(error) or isinstance(error, ActorUnavailableError)
-            result.set_exception(WorkerLost(str(error).splitlines()[0], for_good=node_lost))
+            text = str(error).partition("\n")[0] or type(error).__name__
+            result.set_exception(WorkerLost(text, for_good=node_lost))
         else:
             result.set_exception(error)
 

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.exceptions import RayError
 
 from reinforce.errors import StorageError, UserError
-from reinforce.parallel.map_workers import MapWorkers, WorkerLost, open_workers
+from reinforce.parallel.map_workers import MapWorkers, WorkerLost, _future_of, open_workers
 
 
 def length(folder: str, shard: str) -> int:
@@ -145,6 +146,17 @@ def test_a_worker_that_is_lost_at_each_attempt_costs_the_item_alone() -> None:
     assert found == {0: 0, 1: 1, 2: "item 2: the node was lost, 3 times", 3: 3, 4: 4}
     assert workers.limit() == 1, "the last worker is replaced"
     assert lost == [2, 2, 2]
+
+
+def test_an_error_of_ray_without_a_text_is_a_lost_worker_too() -> None:
+    class Ref:
+        def future(self) -> Future[Any]:
+            future: Future[Any] = Future()
+            future.set_exception(RayError())
+            return future
+
+    with pytest.raises(WorkerLost, match="RayError"):
+        _future_of(Ref()).result(60)
 
 
 MAIN = """
