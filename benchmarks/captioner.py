@@ -41,9 +41,9 @@ from reinforce.settings import parse
 from reinforce.training.config import Optimizer
 from reinforce.training.optimizer import make_adamw
 from reinforce.training.step import backpropagate
-from teachers.device.accelerator import Accelerator
 from teachers.open_clip.tokenizer import Tokenizer
 from teachers.preprocessing.pixels import to_pixels
+from teachers.runtime.accelerator import Accelerator
 
 RESULTS = Path(__file__).parent / "results" / "captioner.json"
 TOKENIZER = "coca_ViT-B-32"

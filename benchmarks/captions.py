@@ -47,8 +47,8 @@ from teachers.coca.network import CocaNetwork
 from teachers.decoding.decode import sample
 from teachers.decoding.rules import DecodingRules
 from teachers.decoding.sampling import sample_nucleus, uniforms
-from teachers.device.accelerator import Accelerator
-from teachers.device.frozen import FrozenLinear, freeze
+from teachers.fast_paths.frozen import FrozenLinear, freeze
+from teachers.runtime.accelerator import Accelerator
 
 CAPTIONS, TOKENS, TOP_P = 5, 30, 0.9
 WORDS = TOKENS - 2

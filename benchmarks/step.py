@@ -36,8 +36,8 @@ from reinforce.training.batches import Prefetcher
 from reinforce.training.config import Optimizer
 from reinforce.training.optimizer import make_adamw
 from reinforce.training.step import backpropagate
-from teachers.device.accelerator import Accelerator
-from teachers.device.flops import counted_flops
+from teachers.runtime.accelerator import Accelerator
+from teachers.runtime.flops import counted_flops
 
 BOUND = 1.1
 DIM = 768

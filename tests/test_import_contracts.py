@@ -27,7 +27,7 @@ BROKEN = [
     ("Policy is pure", "reinforce/engine/driver/policy/outages.py", "ray"),
     ("Datasets: files, manifest", "reinforce/dataset/files/damage.py", "reinforce.dataset.manifest.claims"),
     ("Sources: bytes, samples, formats", "reinforce/source/streams.py", "reinforce.source.reading"),
-    ("Teachers: families above", "teachers/device/accelerator.py", "teachers.coca.network"),
+    ("Teachers: families above", "teachers/runtime/accelerator.py", "teachers.coca.network"),
     ("Training imports neither the engine", "reinforce/training/task.py", "reinforce.dataset.files.store"),
     ("What learns, and what judges it", "reinforce/student/task.py", "reinforce.engine.plan.plan"),
 ]

@@ -27,7 +27,7 @@ from benchmarks.pipeline.figures import Figure
 from benchmarks.pipeline.page import limit_text, make_table, number, read_figures
 from reinforce.processes.cores import available_cores
 from reinforce.shipping.machine import describe_machine
-from teachers.device import determinism
+from teachers.runtime import determinism
 
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "timm", "pyarrow", "numpy")
 MINUTES = 60.0

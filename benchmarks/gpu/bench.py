@@ -16,8 +16,8 @@ import torch
 from benchmarks.gpu.models import model_folder
 from benchmarks.gpu.trace import Trace, traced
 from benchmarks.pipeline.figures import Figure, Rule
-from teachers.device.accelerator import Accelerator, Precision, TimeMark
-from teachers.device.flops import peak_flops
+from teachers.runtime.accelerator import Accelerator, Precision, TimeMark
+from teachers.runtime.flops import peak_flops
 
 _WINDOWS = 6  # into which the time of a rate is divided, to show whether it changes
 _QUEUED = 2  # calls that the device has not finished when the next one is queued

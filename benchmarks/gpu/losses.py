@@ -14,8 +14,8 @@ from benchmarks.pipeline.figures import Figure
 from reinforce.student import chunks
 from reinforce.student.loss import Objective, contrastive_losses
 from reinforce.training.distributed import gather
-from teachers.device.accelerator import Accelerator
-from teachers.device.flops import counted_flops, peak_flops
+from teachers.runtime.accelerator import Accelerator
+from teachers.runtime.flops import counted_flops, peak_flops
 
 SECTION = "loss"
 RANKS = 8

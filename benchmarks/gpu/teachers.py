@@ -12,8 +12,8 @@ from benchmarks.gpu import recipe
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.right import TEACHERS, pixels_of
 from benchmarks.pipeline.figures import Figure
-from teachers.device.flops import count_flops
 from teachers.registry import load_model
+from teachers.runtime.flops import count_flops
 from teachers.spec import TeacherSpec
 
 SECTION, SWITCHES, SWEEP = "teachers", "teachers, switches", "teachers, batches"

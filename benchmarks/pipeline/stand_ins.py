@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from benchmarks.pipeline.inputs import SIZE
-from teachers.device.accelerator import Accelerator
 from teachers.protocols import ImageSpec
+from teachers.runtime.accelerator import Accelerator
 
 STAND_IN = "stand-in"
 

@@ -9,8 +9,8 @@ import open_clip
 
 from benchmarks.pipeline.figures import Bench, Figure, alternate
 from benchmarks.pipeline.stand_ins import STAND_IN
-from teachers.device.accelerator import Accelerator
 from teachers.open_clip.text import TextEncoder
+from teachers.runtime.accelerator import Accelerator
 
 TEXTS = "texts"
 MODEL = "ViT-B-32"

@@ -24,7 +24,7 @@ from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.engine.worker.actor import SHARDS_IN_FLIGHT, environment
 from reinforce.engine.worker.shard import ShardProcess, allocate_pixels
-from teachers.device.accelerator import Accelerator
+from teachers.runtime.accelerator import Accelerator
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,10 @@ from reinforce.processes.cores import available_cores
 from reinforce.student.data.parts import Tokenize
 from reinforce.terminal import first_names
 from teachers.coca.captioner import CocaCaptioner
-from teachers.device.accelerator import Accelerator
 from teachers.open_clip.building import write_open_clip
 from teachers.preprocessing.pixels import to_pixels
 from teachers.protocols import ImageSpec
+from teachers.runtime.accelerator import Accelerator
 
 #: Bytes of decoded held-out images that are kept between evaluations.
 _CACHE_BYTES = 2 * 2**30

@@ -30,8 +30,8 @@ from reinforce.training.record.log import read_rows
 from reinforce.training.record.results import Results
 from reinforce.training.record.trackers import check_trackers
 from reinforce.training.saving.checkpoint import FOLDER as CHECKPOINTS
-from teachers.device.accelerator import Accelerator
 from teachers.open_clip.tokenizer import Tokenizer
+from teachers.runtime.accelerator import Accelerator
 
 #: Config keys that may change when a fine-tuning resumes: where it writes, how it is evaluated, how fast it reads.
 _MUTABLE_KEYS = (

@@ -16,12 +16,12 @@ from reinforce.captioning.config import TOWERS, CaptionerConfig, Loss, Tower
 from reinforce.errors import UserError
 from reinforce.training.task import Batch, Encoded
 from teachers.coca.captioner import check_max_length, check_model, set_context
-from teachers.device.accelerator import upload
 from teachers.open_clip import catalog
 from teachers.open_clip.catalog import check_coca
 from teachers.open_clip.teacher import image_spec, load_model, model_name, random_model
 from teachers.preprocessing.pixels import to_pixels
 from teachers.protocols import ImageSpec
+from teachers.runtime.accelerator import upload
 from teachers.spec import CaptionerSpec
 
 #: CoCa modules by their names in configs.

@@ -30,11 +30,11 @@ from reinforce.errors import UserError
 from reinforce.processes.cores import available_cores, describe_share
 from reinforce.terminal import Screen
 from teachers.custom.family import ClassTeacherSpec
-from teachers.device.accelerator import Accelerator
-from teachers.device.determinism import set_flags
-from teachers.device.memory import is_out_of_memory
 from teachers.redact import Redactor
 from teachers.registry import describe_model, load_model
+from teachers.runtime.accelerator import Accelerator
+from teachers.runtime.determinism import set_flags
+from teachers.runtime.memory import is_out_of_memory
 from teachers.spec import ModelSpec
 
 Kind = Literal["teacher", "captioner"]

@@ -18,7 +18,7 @@ from reinforce.engine.inference.models import load_models, on_this_machine
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.worker.shard import ShardProcess
 from reinforce.errors import UserError
-from teachers.device.determinism import set_flags
+from teachers.runtime.determinism import set_flags
 
 
 def check_labels(config: Config, rows: int = 64, pool: DecodePool | None = None) -> list[str]:

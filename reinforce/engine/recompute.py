@@ -37,7 +37,7 @@ from reinforce.engine.worker.stale_files import MisalignedLayer, origin_entries
 from reinforce.errors import UserError
 from reinforce.labels.taken import with_labels
 from reinforce.parallel.machines import nodes_of_run
-from teachers.device.determinism import set_flags
+from teachers.runtime.determinism import set_flags
 from teachers.spec import ModelInfo
 
 _SHARDS = 16  # from which rows are taken, at most

@@ -16,7 +16,7 @@ from reinforce.terminal import Screen
 from teachers.spec import ModelSpec
 
 if TYPE_CHECKING:
-    from teachers.device.accelerator import Precision
+    from teachers.runtime.accelerator import Precision
 
 
 def build_evaluation(

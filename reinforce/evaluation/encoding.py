@@ -10,10 +10,10 @@ import torch
 
 from reinforce.evaluation.classes import Template
 from reinforce.model_names import model_errors
-from teachers.device.accelerator import Accelerator, Precision
-from teachers.device.determinism import set_flags
 from teachers.open_clip.teacher import OpenClipTeacher
 from teachers.protocols import ImageSpec
+from teachers.runtime.accelerator import Accelerator, Precision
+from teachers.runtime.determinism import set_flags
 from teachers.spec import ModelSpec, TeacherSpec
 
 NOT_FINITE_FIX = "Check the weights of the model, or evaluate it in fp32."

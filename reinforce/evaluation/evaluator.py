@@ -24,9 +24,9 @@ from reinforce.evaluation.registry import SuiteSet
 from reinforce.evaluation.report import Outcome, Result, name_refused
 from reinforce.images.policy import PUBLISHED_POLICY
 from reinforce.processes.cores import available_cores
-from teachers.device.accelerator import Accelerator
 from teachers.open_clip.teacher import OpenClipEncoder
 from teachers.protocols import ImageSpec
+from teachers.runtime.accelerator import Accelerator
 
 #: Share of a published set's images that may be broken.
 BROKEN = 0.001

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from reinforce.evaluation.report import RECALLS
-from teachers.device.accelerator import Accelerator
+from teachers.runtime.accelerator import Accelerator
 
 #: Queries and candidates of one block of scores; a block takes 8 + 4 bytes per pair.
 BLOCK = 2048

@@ -11,8 +11,8 @@ from torch.nn.functional import cosine_similarity
 
 from reinforce.evaluation.evaluator import Evaluator
 from reinforce.shipping.targets.base import Run
-from teachers.device.accelerator import Accelerator
 from teachers.protocols import ImageSpec
+from teachers.runtime.accelerator import Accelerator
 
 #: Texts that are compared, beside those of the tokenizer, where there is no evaluation.
 HELD_OUT = tuple(

@@ -31,10 +31,10 @@ from reinforce.shipping.steps import step, step_screen
 from reinforce.shipping.targets.base import ExportOptions, size_of
 from reinforce.shipping.towers import Tower, count_parameters, reparameterize, split_towers
 from reinforce.terminal import Screen
-from teachers.device.flops import counted_flops
 from teachers.open_clip.teacher import image_spec, model_name, random_model
 from teachers.open_clip.tokenizer import Tokenizer
 from teachers.preprocessing.pixels import to_pixels
+from teachers.runtime.flops import counted_flops
 from teachers.spec import ModelSpec
 
 _TEXT = "a photo of a small brown dog that runs over wet grass"

@@ -51,7 +51,7 @@ import torch
 from reinforce.student import chunks
 from reinforce.student.chunks import Logits, cross_entropies
 from reinforce.training.distributed import gather
-from teachers.device.determinism import tf32
+from teachers.runtime.determinism import tf32
 
 Form = Literal["softmax", "sigmoid"]
 #: Tensors [b, D] by ``image`` and kind of text.

@@ -13,10 +13,10 @@ from reinforce.errors import UserError
 from reinforce.evaluation.encoding import encode_texts
 from reinforce.student.teachers import IMAGE, IMAGES, TEXTS, TeacherInfo
 from reinforce.training.task import Batch
-from teachers.device import determinism
 from teachers.preprocessing.pixels import to_pixels
 from teachers.protocols import Teacher
 from teachers.registry import load_model
+from teachers.runtime import determinism
 from teachers.spec import TeacherSpec
 
 #: Largest number of images or texts in one forward pass.

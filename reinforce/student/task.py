@@ -21,8 +21,8 @@ from reinforce.student.terms.base import Models, Rows
 from reinforce.student.terms.registry import Terms, make_terms
 from reinforce.training.distributed import gather
 from reinforce.training.task import Batch, Encoded, Metrics
-from teachers.device.accelerator import Accelerator
 from teachers.protocols import Teacher
+from teachers.runtime.accelerator import Accelerator
 
 
 class StudentTask:

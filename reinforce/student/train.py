@@ -17,10 +17,10 @@ from reinforce.training.job import Job, model_settings
 from reinforce.training.launch import launch, runs_on_ray
 from reinforce.training.record.results import Results
 from reinforce.training.record.trackers import check_trackers
-from teachers.device.accelerator import Accelerator
 from teachers.open_clip.catalog import DEFAULT_PREPROCESS
 from teachers.open_clip.options import stated_preprocess
 from teachers.open_clip.tokenizer import Tokenizer
+from teachers.runtime.accelerator import Accelerator
 
 #: Keys that may change when a training run resumes: where it writes, how it is evaluated, how fast it reads.
 _READING = ("workers", "prefetch", "images_from", "limits")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from reinforce.training.task import Batch
-from teachers.device.accelerator import Accelerator
+from teachers.runtime.accelerator import Accelerator
 
 
 class Prefetcher:

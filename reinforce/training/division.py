@@ -19,9 +19,9 @@ from reinforce.training.distributed.ranks import Ranks
 from reinforce.training.state import State
 from reinforce.training.step import backpropagate
 from reinforce.training.task import Batch, Task
-from teachers.device.accelerator import Accelerator
-from teachers.device.flops import count_flops
-from teachers.device.memory import forget_frames, is_out_of_memory, release_cache
+from teachers.runtime.accelerator import Accelerator
+from teachers.runtime.flops import count_flops
+from teachers.runtime.memory import forget_frames, is_out_of_memory, release_cache
 
 #: Share of an accelerator's memory that a trial leaves to the next batch, to communication and to fragmentation.
 _RESERVE = 0.06

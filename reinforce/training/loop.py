@@ -52,8 +52,8 @@ from reinforce.training.state import State, check_skipped, make_average
 from reinforce.training.step import StepOutput, backpropagate
 from reinforce.training.stop import Stopped, StopSignal
 from reinforce.training.task import Batch, Build, Feed, Task
-from teachers.device import determinism
-from teachers.device.memory import is_out_of_memory
+from teachers.runtime import determinism
+from teachers.runtime.memory import is_out_of_memory
 
 #: Above all signals: the last checkpoint could not be written.
 _NOT_SAVED = 1000

@@ -30,7 +30,7 @@ from reinforce.training.loop import run_rank
 from reinforce.training.record.results import Results, read_results
 from reinforce.training.stop import Stopped, StopSignal
 from reinforce.training.task import Build
-from teachers.device import determinism
+from teachers.runtime import determinism
 
 _TICK = 0.2
 #: Callbacks of Ray Train that are not used. The cleaner is for long-lived drivers, and without a dashboard it delays

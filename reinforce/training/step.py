@@ -14,7 +14,7 @@ import torch
 
 from reinforce.training.batches import slice_batch
 from reinforce.training.task import Batch, Encoded, Task
-from teachers.device.accelerator import Accelerator
+from teachers.runtime.accelerator import Accelerator
 
 
 @dataclass(frozen=True)

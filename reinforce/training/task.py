@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from teachers.device.accelerator import Accelerator
+from teachers.runtime.accelerator import Accelerator
 
 #: Nested mappings of tensors [b, ...] and lists of length b, where b is the number of samples of one rank.
 Batch = Mapping[str, Any]

@@ -28,8 +28,8 @@ from reinforce.tuning.search import Search
 from reinforce.tuning.space import JOINT, LAMBDA, BaseStudent, Setting, Trial, lambda_settings, scale_settings
 from reinforce.tuning.student_yaml import render_student_yaml
 from reinforce.tuning.trials import Outcome
-from teachers.device.accelerator import Accelerator
 from teachers.redact import redact
+from teachers.runtime.accelerator import Accelerator
 
 TABLE, PLOT, STUDENT, SCREENING = "table.json", "scales.png", "student.yaml", "screening.json"
 

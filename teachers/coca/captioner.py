@@ -18,12 +18,12 @@ from teachers.decoding.decode import BEAMS, decode, draw
 from teachers.decoding.device_sampling import DeviceSampler
 from teachers.decoding.rules import DecodingRules
 from teachers.decoding.sampling import TokenChooser
-from teachers.device.accelerator import Accelerator
-from teachers.device.determinism import unique_indices
-from teachers.device.frozen import freeze
-from teachers.device.memory import GIB, cache_bytes
+from teachers.fast_paths.frozen import freeze
 from teachers.open_clip import catalog
 from teachers.open_clip.teacher import image_spec, load_model, model_name
+from teachers.runtime.accelerator import Accelerator
+from teachers.runtime.determinism import unique_indices
+from teachers.runtime.memory import GIB, cache_bytes
 from teachers.spec import CaptionerSpec
 
 #: Limits on captions decoded in parallel and on the bytes of their caches on a CPU, independent of the batch size.

@@ -9,9 +9,9 @@ import torch
 from teachers.coca.fixed_decoder import FixedCocaDecoder
 from teachers.decoding.device_sampling import DeviceSampler
 from teachers.decoding.schedule import Schedule
-from teachers.device.determinism import unique_indices
-from teachers.device.recompilation import many_shapes, settle_compiler
-from teachers.device.towers import check_equal, least_cosine
+from teachers.fast_paths.recompilation import many_shapes, settle_compiler
+from teachers.fast_paths.towers import check_equal, least_cosine
+from teachers.runtime.determinism import unique_indices
 
 _LOG = logging.getLogger(__name__)
 #: What is compared: texts of images with so many tokens. Their numbers differ from each other and from those of rows.

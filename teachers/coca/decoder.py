@@ -12,7 +12,7 @@ import torch
 
 from teachers.coca.network import CocaNetwork
 from teachers.decoding.rules import compact
-from teachers.device.accelerator import Accelerator
+from teachers.runtime.accelerator import Accelerator
 
 
 class CocaDecoder:

@@ -21,6 +21,6 @@ class CocaSpec(OpenClipOptions, CaptionerSpec):
 
     def load(self, name: str, device: str) -> Captioner:
         from teachers.coca.captioner import CocaCaptioner
-        from teachers.device.accelerator import Accelerator
+        from teachers.runtime.accelerator import Accelerator
 
         return CocaCaptioner(self, Accelerator(device, self.precision))

@@ -15,9 +15,9 @@ import torch
 
 from teachers.coca.network import CocaNetwork
 from teachers.decoding.schedule import Entry
-from teachers.device.accelerator import Accelerator, upload
-from teachers.device.recompilation import for_any_rows, many_shapes
-from teachers.device.step_graphs import Step, Steps
+from teachers.fast_paths.recompilation import for_any_rows, many_shapes
+from teachers.fast_paths.step_graphs import Step, Steps
+from teachers.runtime.accelerator import Accelerator, upload
 
 Tensor = torch.Tensor
 #: Numbers of rows, and of images, that steps have. The last one is the largest number of rows of a part.

@@ -9,9 +9,9 @@ import open_clip.transformer as towers
 import torch
 
 from teachers.coca.blocks import CrossAttentionBlock, SelfAttentionBlock, check_block
-from teachers.device.accelerator import Accelerator
-from teachers.device.frozen import FrozenLinear
-from teachers.device.recompilation import for_any_rows
+from teachers.fast_paths.frozen import FrozenLinear
+from teachers.fast_paths.recompilation import for_any_rows
+from teachers.runtime.accelerator import Accelerator
 
 Tensor = torch.Tensor
 

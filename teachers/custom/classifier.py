@@ -15,7 +15,7 @@ from teachers.spec import ModelInfo, ModelSpec
 if TYPE_CHECKING:
     import torch
 
-    from teachers.device.accelerator import Accelerator
+    from teachers.runtime.accelerator import Accelerator
 
 _HUB_PREFIX = "hf-hub:"
 
@@ -120,7 +120,7 @@ class ClassifierSpec(ModelSpec):
             if not isinstance(classifier.dim, int) or classifier.dim < 1:
                 raise ValueError(f"class {self.class_} must set `classes`, their number, got {classifier.dim!r}")
         else:
-            from teachers.device.accelerator import Accelerator
+            from teachers.runtime.accelerator import Accelerator
 
             classifier = _Timm(self, Accelerator(device, self.precision))
         return classifier

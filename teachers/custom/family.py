@@ -72,7 +72,7 @@ class ClassSpec(ModelSpec):
         return cls
 
     def build(self, device: str) -> Any:
-        from teachers.device.accelerator import Accelerator
+        from teachers.runtime.accelerator import Accelerator
 
         return self.import_class()(Accelerator(device).device, **self.options)
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from teachers.decoding.rules import Decoder, DecodingRules
-from teachers.device.accelerator import upload
+from teachers.runtime.accelerator import upload
 
 Tensor = torch.Tensor
 

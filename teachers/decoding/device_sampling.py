@@ -17,9 +17,9 @@ import torch
 from teachers.decoding.rules import Decoder, DecodingRules
 from teachers.decoding.sampling import TokenChooser
 from teachers.decoding.schedule import Entry, Schedule
-from teachers.device.accelerator import upload
-from teachers.device.recompilation import for_any_rows
-from teachers.device.step_graphs import Step
+from teachers.fast_paths.recompilation import for_any_rows
+from teachers.fast_paths.step_graphs import Step
+from teachers.runtime.accelerator import upload
 
 Tensor = torch.Tensor
 #: Bits of a row's byte after a step: its text has ended; its token is not yet decided.

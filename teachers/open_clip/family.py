@@ -28,8 +28,8 @@ class OpenClipTeacherSpec(OpenClipOptions, TeacherSpec):
         return ModelInfo(config["embed_dim"] if config else None, images=True, texts=True, identity=identity)
 
     def load(self, name: str, device: str) -> Teacher:
-        from teachers.device.accelerator import Accelerator
         from teachers.open_clip.teacher import OpenClipTeacher
+        from teachers.runtime.accelerator import Accelerator
 
         return OpenClipTeacher(self, Accelerator(device, self.autocast_precision))
 

@@ -16,14 +16,14 @@ from safetensors.torch import load_file
 from timm.utils.model import reparameterize_model
 
 from teachers import weights
-from teachers.device import towers
-from teachers.device.accelerator import Accelerator
+from teachers.fast_paths import towers
 from teachers.open_clip import catalog
 from teachers.open_clip.building import FUSED, build, from_authors, is_authors
 from teachers.open_clip.options import stated_preprocess
 from teachers.open_clip.text import TextEncoder, keep_residual_in_float32
 from teachers.preprocessing.pixels import channels
 from teachers.protocols import ImageSpec
+from teachers.runtime.accelerator import Accelerator
 from teachers.spec import ModelSpec, TeacherSpec
 
 

@@ -10,8 +10,8 @@ import torch
 from open_clip.tokenizer import get_clean_fn
 from open_clip.transformer import text_global_pool
 
-from teachers.device.accelerator import Accelerator
 from teachers.open_clip import building  # noqa: F401  (whoever tokenizes for a model finds it by name)
+from teachers.runtime.accelerator import Accelerator
 from teachers.tokens.texts import special_token_escaper, trimming_is_exact
 
 #: Limit of the token cache in words, since workers and loader processes run for days.

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from teachers.decoding.schedule import Entry
-from teachers.device.accelerator import Accelerator, upload
-from teachers.device.step_graphs import Step, decoding_kernels
+from teachers.fast_paths.step_graphs import Step, decoding_kernels
+from teachers.runtime.accelerator import Accelerator, upload
 
 
 class CachedDecoder:

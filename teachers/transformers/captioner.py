@@ -21,9 +21,9 @@ from teachers.decoding.decode import decode, draw
 from teachers.decoding.device_sampling import DeviceSampler
 from teachers.decoding.rules import DecodingRules
 from teachers.decoding.sampling import TokenChooser
-from teachers.device.accelerator import Accelerator
-from teachers.device.memory import GIB, cache_bytes
 from teachers.protocols import Captioner
+from teachers.runtime.accelerator import Accelerator
+from teachers.runtime.memory import GIB, cache_bytes
 from teachers.spec import CaptionerSpec
 from teachers.transformers import catalog
 from teachers.transformers.cached_decoder import merge_end_tokens

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import transformers
 
-from teachers.device.accelerator import Accelerator
 from teachers.protocols import ImageSpec
+from teachers.runtime.accelerator import Accelerator
 from teachers.spec import CaptionerSpec
 from teachers.transformers.cached_decoder import CachedDecoder
 from teachers.transformers.image_to_text import end_tokens_of

@@ -55,7 +55,7 @@ class TransformersTeacherSpec(_Transformers, TransformersOptions):
         return ModelInfo(dim=dim, images=images, texts=texts, identity=identity)
 
     def load(self, name: str, device: str) -> Teacher:
-        from teachers.device.accelerator import Accelerator
+        from teachers.runtime.accelerator import Accelerator
         from teachers.transformers.teacher import load
 
         return load(self, Accelerator(device, self.autocast_precision))
@@ -73,7 +73,7 @@ class TransformersCaptionerSpec(_Transformers, CaptionerSpec):
         return ModelInfo(dim=None, images=True, texts=False, identity=identity)
 
     def load(self, name: str, device: str) -> Captioner:
-        from teachers.device.accelerator import Accelerator
+        from teachers.runtime.accelerator import Accelerator
         from teachers.transformers.captioner import load
 
         return load(self, Accelerator(device, self.precision))

@@ -6,8 +6,8 @@ from typing import Any, Protocol
 
 import torch
 
-from teachers.device.accelerator import Accelerator
 from teachers.protocols import ImageSpec
+from teachers.runtime.accelerator import Accelerator
 from teachers.transformers.cached_decoder import CachedDecoder
 
 

@@ -11,10 +11,10 @@ from typing import Any, Literal, cast
 import torch
 import transformers
 
-from teachers.device import towers
-from teachers.device.accelerator import Accelerator
+from teachers.fast_paths import towers
 from teachers.preprocessing.pixels import channels
 from teachers.protocols import ImageSpec, Teacher
+from teachers.runtime.accelerator import Accelerator
 from teachers.tokens.texts import PROBE_TEXTS, special_token_escaper, trimming_is_exact
 from teachers.transformers import catalog
 from teachers.transformers.options import TransformersOptions
@@ -300,7 +300,7 @@ def _load_model(spec: TransformersOptions, accelerator: Accelerator) -> tuple[An
 def _make_fast(
     teacher: Any, model: Any, spec: TransformersOptions, accelerator: Accelerator, encode: EncodeImages
 ) -> EncodeImages:
-    """``encode`` on the fast paths of ``teachers.device.towers``."""
+    """``encode`` on the fast paths of ``teachers.fast_paths.towers``."""
     towers.freeze_for_cuda(teacher, model, accelerator)
     tower = getattr(model, "vision_model", model)
     if spec.precision == "fp8":

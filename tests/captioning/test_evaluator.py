@@ -22,10 +22,10 @@ from reinforce.config import Limits
 from reinforce.errors import UserError
 from reinforce.images.policy import decode
 from teachers.coca.captioner import CocaCaptioner
-from teachers.device.accelerator import Accelerator
 from teachers.open_clip.tokenizer import Tokenizer
 from teachers.preprocessing.fit import fit
 from teachers.preprocessing.pixels import to_pixels
+from teachers.runtime.accelerator import Accelerator
 from tests.helpers.captioning import captioned, captioner_config, make_captioner, write_shards
 from tests.helpers.data import picture, write_tar
 from tests.helpers.models.tiny_coca import END

@@ -23,8 +23,8 @@ from reinforce.cli import main
 from reinforce.errors import UserError
 from reinforce.training.record.results import Results
 from teachers.coca.captioner import CocaCaptioner
-from teachers.device.accelerator import Accelerator
 from teachers.registry import captioner_spec
+from teachers.runtime.accelerator import Accelerator
 from tests.helpers.captioning import captioned, captioner_config, write_shards
 from tests.helpers.data import picture, write_tar
 from tests.helpers.models.tiny_coca import coca_model

@@ -19,10 +19,10 @@ from reinforce.errors import UserError
 from reinforce.training.step import backpropagate
 from reinforce.training.task import Batch
 from teachers.coca.captioner import CocaCaptioner, set_context
-from teachers.device.accelerator import Accelerator
 from teachers.open_clip.building import write_open_clip
 from teachers.open_clip.tokenizer import Tokenizer
 from teachers.preprocessing.pixels import to_pixels
+from teachers.runtime.accelerator import Accelerator
 from tests.helpers.captioning import TEXTS, captioner_config, gradients_of, make_batch, make_captioner, task_losses
 from tests.helpers.models.tiny_models import open_clip_model
 

@@ -29,8 +29,8 @@ from reinforce.images.policy import decode
 from reinforce.training.order import ORDER
 from reinforce.training.record import log
 from reinforce.training.task import Feed, Task
-from teachers.device.accelerator import Accelerator
 from teachers.open_clip.tokenizer import Tokenizer
+from teachers.runtime.accelerator import Accelerator
 from tests.helpers.captioning import captioned, captioner_config, equal, take, write_shards
 from tests.helpers.data import picture, write_tar
 from tests.helpers.models.tiny_coca import END, coca_model

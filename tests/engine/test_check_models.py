@@ -17,7 +17,7 @@ from reinforce.engine import check_models as check
 from reinforce.engine.check_models import Report, check_class, check_config, check_target
 from reinforce.engine.inference.models import Models
 from reinforce.errors import UserError
-from teachers.device.accelerator import Accelerator
+from teachers.runtime.accelerator import Accelerator
 from tests.helpers.commands import printed_by, run_command
 from tests.helpers.data import config_of
 from tests.helpers.models import SeedCaptioner, tiny_models

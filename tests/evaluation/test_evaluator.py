@@ -19,8 +19,8 @@ from PIL import Image
 from reinforce.errors import UserError
 from reinforce.evaluation.evaluator import Evaluator
 from reinforce.evaluation.report import Report, Result
-from teachers.device.accelerator import Accelerator
 from teachers.protocols import ImageSpec
+from teachers.runtime.accelerator import Accelerator
 from tests.helpers.data import config_of
 from tests.helpers.evaluation import (
     COLOURS,

@@ -33,7 +33,7 @@ from reinforce.training.loop import fit
 from reinforce.training.state import State
 from reinforce.training.step import StepOutput, backpropagate
 from reinforce.training.stop import Stopped, StopSignal
-from teachers.device.accelerator import Accelerator
+from teachers.runtime.accelerator import Accelerator
 from tests.helpers.captioning import TEXTS, make_batch, make_captioner
 from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.decoding import decode_pool
@@ -86,7 +86,7 @@ def test_a_shard_on_a_gpu_has_the_layers_of_a_cpu_and_waits_for_no_copy_of_its_i
         allocate_pixels(pool, parsed, plan.layers.values(), models, 1)
         with cuda.counted() as counts:
             ShardProcess(plan.pending[0], parsed, plan.layers, Store(parsed.output), models, pool, 8).run()
-    images = [copy for copy in counts.copies_to_device() if copy.place.startswith("teachers/device/accelerator.py")]
+    images = [copy for copy in counts.copies_to_device() if copy.place.startswith("teachers/runtime/accelerator.py")]
     assert images
     assert not any(copy.blocking for copy in images), images
     waits = sum(count for wait, count in counts.waits.items() if not _is_decoding(wait))

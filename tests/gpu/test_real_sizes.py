@@ -24,10 +24,10 @@ from teachers.coca.network import CocaNetwork
 from teachers.decoding.device_sampling import DeviceSampler
 from teachers.decoding.rules import DecodingRules
 from teachers.decoding.sampling import TokenChooser
-from teachers.device.accelerator import Accelerator
-from teachers.device.flops import counted_flops
-from teachers.device.memory import _PART, GIB
 from teachers.registry import captioner_spec
+from teachers.runtime.accelerator import Accelerator
+from teachers.runtime.flops import counted_flops
+from teachers.runtime.memory import _PART, GIB
 from tests.helpers.pages import ROOT
 from tests.helpers.real_sizes import Operations, PeakMemory, build_without_memory, fake_student
 from tests.helpers.students import batch_for, built, student_folder

@@ -19,8 +19,8 @@ from reinforce.engine.worker.full_batch import find_batch
 from reinforce.engine.worker.producers.registry import measure_costs
 from reinforce.engine.worker.shard import ShardProcess
 from reinforce.errors import UserError
-from teachers.device.accelerator import Accelerator
-from teachers.device.step_graphs import Steps
+from teachers.fast_paths.step_graphs import Steps
+from teachers.runtime.accelerator import Accelerator
 from tests.helpers.batches import CONFIG, LAYERS, make_inference, pixels, rows
 from tests.helpers.data import config_of, members_of, tree, write_tar
 from tests.helpers.decoding import decode_pool
@@ -82,7 +82,7 @@ def test_images_are_copied_while_the_device_computes_and_models_wait_for_them() 
     with stand_in_cuda() as cuda:
         with cuda.counted() as counts:
             found, teacher = outputs("cuda")
-        copies = [copy for copy in counts.copies_to_device() if copy.place.startswith("teachers/device/accelerator")]
+        copies = [copy for copy in counts.copies_to_device() if copy.place.startswith("teachers/runtime/accelerator")]
         assert {copy.blocking for copy in copies} == {False}
         (stream,) = {copy.stream for copy in copies}
         assert stream is not torch.cuda.default_stream()

@@ -26,10 +26,10 @@ from reinforce.evaluation.kinds import retrieval
 from reinforce.evaluation.kinds.base import ImageSet
 from reinforce.evaluation.kinds.retrieval import RetrievalSet
 from reinforce.evaluation.registry import SuiteSet, select_sets
-from teachers.device.accelerator import Accelerator
 from teachers.open_clip.teacher import OpenClipTeacher, image_spec
 from teachers.protocols import ImageSpec
 from teachers.registry import teacher_spec
+from teachers.runtime.accelerator import Accelerator
 from tests.helpers.data import picture, write_tar
 from tests.helpers.images import encode
 from tests.helpers.models import tiny_models

@@ -21,7 +21,7 @@ from reinforce.training.distributed.gather import gather
 from reinforce.training.job import Job
 from reinforce.training.stop import StopSignal
 from reinforce.training.task import Batch, Build, Encoded, Feed, Reading
-from teachers.device.accelerator import Accelerator
+from teachers.runtime.accelerator import Accelerator
 
 F = TypeVar("F", bound=Feed)
 WIDTH = 6

@@ -19,7 +19,7 @@ from reinforce.training.distributed.ranks import Ranks
 from reinforce.training.launch import launch
 from reinforce.training.loop import run_rank
 from reinforce.training.stop import Stopped, StopSignal
-from teachers.device.accelerator import Accelerator
+from teachers.runtime.accelerator import Accelerator
 from tests.helpers.captioning import captioned, captioner_config, write_shards
 from tests.helpers.data import picture, write_tar
 from tests.helpers.trainings import PairFeed, TowersTask, builder, curve, fatal, job, stopping

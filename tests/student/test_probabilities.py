@@ -20,7 +20,7 @@ from reinforce.student.config import StudentConfig
 from reinforce.student.terms.probabilities import divergence
 from reinforce.student.train import build
 from reinforce.training.step import backpropagate
-from teachers.device.accelerator import Accelerator
+from teachers.runtime.accelerator import Accelerator
 from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.evaluation import encode_png
 from tests.helpers.reinforced import reinforce_here

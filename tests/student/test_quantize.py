@@ -25,7 +25,7 @@ from reinforce.training.distributed.ranks import Ranks
 from reinforce.training.loop import fit
 from reinforce.training.saving.checkpoint import Checkpoints
 from reinforce.training.stop import Stopped, StopSignal
-from teachers.device.accelerator import Accelerator
+from teachers.runtime.accelerator import Accelerator
 from tests.helpers.ranks import results_of_ranks
 from tests.helpers.students import batch_for, built, student_folder, train_briefly
 from tests.helpers.trainings import stopping

@@ -20,7 +20,7 @@ from reinforce.student.train import build
 from reinforce.training.batches import slice_batch
 from reinforce.training.step import backpropagate
 from reinforce.training.task import Batch
-from teachers.device.accelerator import Accelerator
+from teachers.runtime.accelerator import Accelerator
 from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.evaluation import colour_samples, write_classification
 from tests.helpers.models.tiny_models import open_clip_model

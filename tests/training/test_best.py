@@ -22,7 +22,7 @@ from reinforce.training.loop import fit
 from reinforce.training.record.results import Results, read_results
 from reinforce.training.saving.checkpoint import BestCheckpoint
 from reinforce.training.task import Metrics
-from teachers.device.accelerator import Accelerator
+from teachers.runtime.accelerator import Accelerator
 from tests.helpers.trainings import PairFeed, TowersTask, job, rows
 
 pytestmark = pytest.mark.usefixtures("no_pictures")

@@ -19,7 +19,7 @@ from reinforce.training.distributed.ranks import Ranks
 from reinforce.training.loop import fit
 from reinforce.training.saving.checkpoint import BestCheckpoint, Checkpoints, DamagedCheckpoint, Progress
 from reinforce.training.saving.writer import CheckpointWriter
-from teachers.device.accelerator import Accelerator
+from teachers.runtime.accelerator import Accelerator
 from tests.helpers.trainings import PairFeed, TowersTask, job
 
 

@@ -36,7 +36,7 @@ from reinforce.training.record.results import Results, read_results
 from reinforce.training.record.trackers import RUNS, Scalars, Tracker, check_trackers, open_trackers
 from reinforce.training.saving.checkpoint import BestCheckpoint
 from reinforce.training.stop import StopSignal
-from teachers.device.accelerator import Accelerator
+from teachers.runtime.accelerator import Accelerator
 from tests.helpers.trainings import WIDTH, PairFeed, TowersTask, before_batches, job, rows
 from tests.training.test_loop import run, stopped_after
 

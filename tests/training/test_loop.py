@@ -29,7 +29,7 @@ from reinforce.training.loop import fit
 from reinforce.training.record.results import Results
 from reinforce.training.saving.checkpoint import Checkpoints, Progress
 from reinforce.training.stop import Stopped, StopSignal
-from teachers.device.accelerator import Accelerator
+from teachers.runtime.accelerator import Accelerator
 from tests.helpers.stand_in_cuda import stand_in_cuda
 from tests.helpers.trainings import PairFeed, TowersTask, curve, job, rows, stopping
 

@@ -35,7 +35,7 @@ from reinforce.training.record import log
 from reinforce.training.saving.checkpoint import Checkpoints, DamagedCheckpoint
 from reinforce.training.stop import Stopped, StopSignal
 from reinforce.training.task import Batch, Feed, Task
-from teachers.device.accelerator import Accelerator
+from teachers.runtime.accelerator import Accelerator
 from tests.helpers.ranks import served_store, start_ranks, under_torchrun
 from tests.helpers.trainings import PairFeed, TowersTask, before_batches, builder, curve, job, rows
 

@@ -13,7 +13,7 @@ from reinforce.training.config import Optimizer
 from reinforce.training.optimizer import learning_rate, make_adamw, undecayed_parameters
 from reinforce.training.step import StepOutput, backpropagate
 from reinforce.training.task import Batch
-from teachers.device.accelerator import Accelerator
+from teachers.runtime.accelerator import Accelerator
 from tests.helpers.models.tiny_models import open_clip_config
 from tests.helpers.trainings import PairFeed, TowersTask
 

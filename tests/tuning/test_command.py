@@ -24,7 +24,7 @@ from reinforce.tuning.config import TuneConfig
 from reinforce.tuning.search import Search
 from reinforce.tuning.space import BaseStudent, Trial, scale_settings
 from reinforce.tuning.trials import Outcome
-from teachers.device.accelerator import Accelerator
+from teachers.runtime.accelerator import Accelerator
 from tests.helpers.reinforced import small_dataset
 from tests.helpers.students import student_folder
 

@@ -14,7 +14,7 @@ import torch
 
 from reinforce.dataset.augment.device_records import CellRecord
 from reinforce.dataset.augment.records import is_tall
-from teachers.device.accelerator import upload
+from teachers.runtime.accelerator import upload
 
 #: Crops that are resized at a time: 100 MB in float32 if they have 512 x 512 pixels.
 _AT_ONCE = 32

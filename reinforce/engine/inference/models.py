@@ -25,10 +25,10 @@ from reinforce.engine.inference.outputs import Floats, copied, encode, to_scores
 from reinforce.engine.messages.tracebacks import user_frames
 from reinforce.engine.record.rates import Cost
 from reinforce.errors import UserError
-from teachers.device.accelerator import Accelerator
-from teachers.device.memory import release_cache
 from teachers.protocols import Captioner, NoCaptions, Scorer, Teacher
 from teachers.registry import load_model
+from teachers.runtime.accelerator import Accelerator
+from teachers.runtime.memory import release_cache
 
 
 @dataclass

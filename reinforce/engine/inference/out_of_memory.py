@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from reinforce.engine.messages.results import LayerFailure
 from reinforce.engine.messages.tracebacks import error_with_frames
-from teachers.device.memory import forget_frames, is_out_of_memory
+from teachers.runtime.memory import forget_frames, is_out_of_memory
 
 T = TypeVar("T")
 

@@ -12,7 +12,7 @@ import torch
 
 from reinforce.engine.inference.models import Counters
 from reinforce.engine.record.rates import Cost, Stages
-from teachers.device.accelerator import Accelerator, TimeMark
+from teachers.runtime.accelerator import Accelerator, TimeMark
 
 _counting = threading.Lock()
 

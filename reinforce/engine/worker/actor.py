@@ -46,8 +46,8 @@ from reinforce.source.samples import AbsentShard
 from reinforce.source.urls import is_local
 from reinforce.storage import forget_credentials
 from schemas import Reason
-from teachers.device import determinism
 from teachers.redact import Redactor
+from teachers.runtime import determinism
 
 SHARDS_IN_FLIGHT = 2
 #: Python's default is 5 ms: a thread that has read a flag of the device waits so long for one that runs Python code.

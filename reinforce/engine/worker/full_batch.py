@@ -24,7 +24,7 @@ from reinforce.engine.inference.session import Session
 from reinforce.engine.messages.results import LayerFailure
 from reinforce.engine.worker.producers.registry import make_producers
 from reinforce.errors import UserError
-from teachers.device.memory import forget_peak
+from teachers.runtime.memory import forget_peak
 
 _COPIED = 2 * IN_WORK  # batches on the device, of two shards
 _POLL_SECONDS = 0.001

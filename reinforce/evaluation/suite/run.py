@@ -25,7 +25,7 @@ from teachers.redact import redact
 from teachers.spec import ModelSpec, TeacherSpec
 
 if TYPE_CHECKING:
-    from teachers.device.accelerator import Precision
+    from teachers.runtime.accelerator import Precision
 
 
 def evaluate_suite(

@@ -19,7 +19,7 @@ from teachers.redact import redact
 
 if TYPE_CHECKING:
     from reinforce.evaluation.models import Models
-    from teachers.device.accelerator import Precision
+    from teachers.runtime.accelerator import Precision
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from reinforce.student.loss import full_precision
 from reinforce.student.teachers import CAPTION, IMAGE, IMAGES, SYNTHETIC, TEXTS, TeacherInfo
 from reinforce.student.terms.base import Models, Rows, Tensors, Term, module_name, unit
 from reinforce.training.distributed import gather
-from teachers.device.determinism import tf32
+from teachers.runtime.determinism import tf32
 
 
 @dataclass(frozen=True)

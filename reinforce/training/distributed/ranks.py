@@ -22,8 +22,8 @@ from reinforce.training.distributed import gather
 from reinforce.training.distributed.network import use_interface_of
 from reinforce.training.distributed.rank_watch import TIMEOUT, RankWatch
 from reinforce.training.stop import Stopped
-from teachers.device.accelerator import Accelerator
-from teachers.device.determinism import strict_flags
+from teachers.runtime.accelerator import Accelerator
+from teachers.runtime.determinism import strict_flags
 
 T = TypeVar("T")
 #: Timeout of the control group: rank 0 may evaluate and write for longer than any collective of a step takes.

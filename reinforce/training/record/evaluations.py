@@ -21,8 +21,8 @@ from reinforce.training.saving.writer import CheckpointWriter
 from reinforce.training.state import State
 from reinforce.training.stop import StopSignal
 from reinforce.training.task import Metrics, Task
-from teachers.device import determinism
 from teachers.redact import redact
+from teachers.runtime import determinism
 
 #: Called on rank 0 with the step and the metrics of each new evaluation.
 OnEvaluation = Callable[[int, Mapping[str, float]], None]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from reinforce.storage import Storage
-from teachers.device.accelerator import Accelerator
+from teachers.runtime.accelerator import Accelerator
 
 FOLDER = "profile"
 _AFTER, _ROWS, _NAME = 10, 25, 60

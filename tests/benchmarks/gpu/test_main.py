@@ -28,7 +28,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Runs in this process, with the decode processes of the other tests."""
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr("reinforce.training.record.log.draw_curves", lambda *_: None)  # a second each
-    monkeypatch.setattr("teachers.device.determinism.set_flags", lambda *_, **__: None)  # flags of the other tests
+    monkeypatch.setattr("teachers.runtime.determinism.set_flags", lambda *_, **__: None)  # flags of the other tests
     monkeypatch.setattr(gpu_shards.Shards, "__exit__", lambda *_: None)  # closes the pool
     with local_ray():
         yield

@@ -25,8 +25,8 @@ from reinforce.engine.messages.results import LayerFailure
 from reinforce.seeds import seed_for
 from reinforce.source.samples import Refusal
 from schemas import Reason
-from teachers.device.accelerator import Accelerator
 from teachers.preprocessing.pixels import to_pixels
+from teachers.runtime.accelerator import Accelerator
 from tests.helpers.batches import CONFIG, CPU, LAYERS, make_inference, pixels, rows, text_encoder
 from tests.helpers.models import ColorTeacher, SeedCaptioner, WrongShapeTeacher
 

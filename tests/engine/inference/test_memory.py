@@ -23,8 +23,8 @@ from reinforce.engine.messages.results import ShardResult, raising_layer_failure
 from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.engine.worker.full_batch import find_batch, fit_batch
 from reinforce.errors import UserError
-from teachers.device.accelerator import Accelerator
-from teachers.device.memory import is_out_of_memory
+from teachers.runtime.accelerator import Accelerator
+from teachers.runtime.memory import is_out_of_memory
 from tests.helpers.batches import make_inference
 from tests.helpers.data import config_of, members_of, tree, write_tar
 from tests.helpers.models import ColorTeacher, SeedCaptioner

@@ -16,8 +16,8 @@ from reinforce.dataset.augment.backends import load_backend
 from reinforce.engine.inference import models as engine_models
 from reinforce.engine.inference.models import Models, TokenCache, load_models
 from reinforce.errors import UserError
-from teachers.device.accelerator import Accelerator
 from teachers.open_clip import text as open_clip_text
+from teachers.runtime.accelerator import Accelerator
 from tests.helpers.batches import CONFIG, CPU, LAYERS
 from tests.helpers.data import config_of
 from tests.helpers.models import ColorTeacher, SeedCaptioner

@@ -16,8 +16,8 @@ from reinforce.engine.inference.self_test import TEXTS, check_text_encoder
 from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.engine.worker.producers.registry import check_models
 from reinforce.errors import UserError
-from teachers.device.accelerator import Accelerator, Precision
 from teachers.registry import captioner_spec, teacher_spec
+from teachers.runtime.accelerator import Accelerator, Precision
 from tests.helpers.batches import CONFIG, CPU, LAYERS
 from tests.helpers.models import ColorTeacher, ImageOnly, SeedCaptioner, TextOnly, WrongShapeTeacher, tiny_models
 from tests.helpers.models.tiny_captioners import blip, spec_of

@@ -15,8 +15,8 @@ from reinforce.engine.inference.stage_meter import StageMeter, device_report
 from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.engine.record.rates import Cost
 from reinforce.engine.worker.producers.registry import measure_costs
-from teachers.device.accelerator import Accelerator, Precision
-from teachers.device.flops import count_flops, peak_flops
+from teachers.runtime.accelerator import Accelerator, Precision
+from teachers.runtime.flops import count_flops, peak_flops
 from tests.helpers.batches import CONFIG, LAYERS, make_inference, pixels, rows, text_encoder
 from tests.helpers.data import config_of
 from tests.helpers.models import ColorTeacher, SeedCaptioner, tiny_models

@@ -35,9 +35,9 @@ from reinforce.source.references import image_digest
 from reinforce.source.samples import RawSample, Refusal
 from reinforce.source.urls import shard_name
 from schemas import Reason
-from teachers.device.accelerator import Accelerator
 from teachers.preprocessing.pixels import to_pixels
 from teachers.redact import Redactor
+from teachers.runtime.accelerator import Accelerator
 from tests.helpers.data import config_of, config_of_tar, members_of, tree
 from tests.helpers.models import ColorTeacher, GroupCaptioner
 from tests.helpers.reinforced import fresh_dataset, reinforce_here, shard_process

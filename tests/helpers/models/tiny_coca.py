@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from teachers.coca.captioner import CocaCaptioner
-from teachers.device.accelerator import Accelerator
 from teachers.registry import captioner_spec
+from teachers.runtime.accelerator import Accelerator
 from tests.helpers.pages import ROOT
 
 IMAGE_SIZE = 32

@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerFast
 
 from teachers.coca.captioner import CocaCaptioner
 from teachers.decoding.decode import decode
-from teachers.device.accelerator import Accelerator
 from teachers.protocols import Captioner, ImageSpec
 from teachers.registry import captioner_spec
+from teachers.runtime.accelerator import Accelerator
 from tests.helpers.models.tiny_captioners import seeds
 from tests.helpers.models.tiny_coca import END, IMAGE_SIZE, coca_config, coca_model
 

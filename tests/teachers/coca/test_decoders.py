@@ -14,8 +14,8 @@ from teachers.coca.captioner import CocaCaptioner
 from teachers.coca.decoder import CocaDecoder
 from teachers.coca.fixed_decoder import SIZES, FixedCocaDecoder
 from teachers.coca.network import CocaNetwork, check_decodable
-from teachers.device.accelerator import Accelerator
-from teachers.device.memory import cache_bytes
+from teachers.runtime.accelerator import Accelerator
+from teachers.runtime.memory import cache_bytes
 from tests.helpers.models.tiny_coca import batch, build, coca_config
 from tests.helpers.real_sizes import RAISING
 from tests.helpers.stand_in_cuda import StandIn, stand_in_cuda

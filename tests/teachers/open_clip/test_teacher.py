@@ -17,7 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from open_clip.tokenizer import get_clean_fn
 
-from teachers.device.accelerator import Accelerator
 from teachers.open_clip import catalog
 from teachers.open_clip.building import write_open_clip
 from teachers.open_clip.teacher import OpenClipTeacher, image_spec
@@ -25,6 +24,7 @@ from teachers.open_clip.text import clean_text
 from teachers.open_clip.tokenizer import Tokenizer
 from teachers.protocols import ImageSpec
 from teachers.registry import teacher_spec
+from teachers.runtime.accelerator import Accelerator
 from tests.helpers.models import tiny_models
 from tests.helpers.models.tiny_models import FULL_LENGTH, TRIMMED
 

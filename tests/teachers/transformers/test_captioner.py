@@ -14,9 +14,9 @@ import transformers as hf
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from teachers.device.accelerator import Accelerator
 from teachers.protocols import ImageSpec
 from teachers.registry import load_model
+from teachers.runtime.accelerator import Accelerator
 from teachers.transformers import captioner as transformers_captioner
 from teachers.transformers import catalog
 from teachers.transformers.cached_decoder import merge_end_tokens

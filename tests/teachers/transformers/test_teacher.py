@@ -21,8 +21,8 @@ from transformers import (
     SiglipModel,
 )
 
-from teachers.device.accelerator import Accelerator
 from teachers.registry import describe_model, load_model, teacher_spec
+from teachers.runtime.accelerator import Accelerator
 from teachers.transformers import catalog
 from teachers.transformers.teacher import ImageTeacher, TextTeacher, TransformersTeacher, image_spec, load
 from tests.helpers.models import tiny_models

@@ -20,7 +20,7 @@ from reinforce.engine.inference.session import Session
 from reinforce.engine.record.rates import Cost
 from reinforce.engine.worker.producers.base import Producer
 from reinforce.engine.worker.refusals import Refusals
-from teachers.device.flops import count_flops, peak_flops
+from teachers.runtime.flops import count_flops, peak_flops
 from teachers.spec import ModelInfo, Precision
 
 

@@ -12,8 +12,8 @@ from typing import Literal, TypeAlias, TypeVar
 import numpy as np
 import torch
 
-from teachers.device.determinism import tf32
-from teachers.device.flops import peak_flops
+from teachers.runtime.determinism import tf32
+from teachers.runtime.flops import peak_flops
 from teachers.spec import Precision
 
 Module = TypeVar("Module", bound=torch.nn.Module)
@@ -27,7 +27,8 @@ class Accelerator:
 
     ``name`` is ``auto`` (CUDA if available, else CPU) or a torch device. Precision ``auto`` is bf16 on CUDA devices
     that have it, else fp32. Lower precisions use autocast, which works with any module and keeps norms and softmax in
-    float32, as the models were trained; ``teachers.device.towers`` casts weights once where that gives the same bits.
+    float32, as the models were trained; ``teachers.fast_paths.towers`` casts weights once where that gives
+    the same bits.
 
     Raises ValueError if the device is unknown or not available, or has no bf16.
     """

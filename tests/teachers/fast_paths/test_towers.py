@@ -22,14 +22,14 @@ from reinforce.engine.worker.shard import ShardProcess
 from reinforce.errors import UserError
 from reinforce.student.config import Loss
 from teachers import registry
-from teachers.device import towers
-from teachers.device.accelerator import Accelerator
-from teachers.device.fp8 import Float8Layers, Float8Linear, check_device
+from teachers.fast_paths import towers
+from teachers.fast_paths.fp8 import Float8Layers, Float8Linear, check_device
 from teachers.open_clip.teacher import OpenClipTeacher
 from teachers.open_clip.text import keep_residual_in_float32
 from teachers.preprocessing.pixels import to_pixels
 from teachers.protocols import ImageSpec
 from teachers.registry import captioner_spec, describe_model, load_model, teacher_spec
+from teachers.runtime.accelerator import Accelerator
 from teachers.tokens.texts import PROBE_TEXTS
 from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.decoding import decode_pool

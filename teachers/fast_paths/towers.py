@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from teachers.device.accelerator import Accelerator
-from teachers.device.fp8 import Float8Layers, check_device
-from teachers.device.frozen import FrozenAttention
-from teachers.device.recompilation import many_shapes, settle_compiler
+from teachers.fast_paths.fp8 import Float8Layers, check_device
+from teachers.fast_paths.frozen import FrozenAttention
+from teachers.fast_paths.recompilation import many_shapes, settle_compiler
+from teachers.runtime.accelerator import Accelerator
 from teachers.tokens.texts import PROBE_TEXTS
 
 _LOG = logging.getLogger(__name__)

@@ -20,10 +20,10 @@ from reinforce.training.distributed.ranks import join_ranks
 from reinforce.training.launch import launch
 from reinforce.training.ray_train import environment_of_ranks
 from teachers.coca import captioner as coca
-from teachers.device import determinism
-from teachers.device.accelerator import Accelerator
-from teachers.device.step_graphs import decoding_kernels
+from teachers.fast_paths.step_graphs import decoding_kernels
 from teachers.registry import captioner_spec
+from teachers.runtime import determinism
+from teachers.runtime.accelerator import Accelerator
 from tests.helpers.data import config_of
 from tests.helpers.models.tiny_coca import IMAGE_SIZE, coca_model
 from tests.helpers.stand_in_cuda import stand_in_cuda

@@ -7,8 +7,8 @@ import open_clip
 import pytest
 import torch
 
-from teachers.device.accelerator import Accelerator
-from teachers.device.frozen import FrozenAttention, FrozenLinear, freeze
+from teachers.fast_paths.frozen import FrozenAttention, FrozenLinear, freeze
+from teachers.runtime.accelerator import Accelerator
 from tests.helpers.models.tiny_coca import coca_config
 
 

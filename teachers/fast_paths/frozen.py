@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from teachers.device.accelerator import Accelerator
+from teachers.runtime.accelerator import Accelerator
 
 
 class FrozenLinear(torch.nn.Module):

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
-from teachers.device.frozen import FrozenAttention, FrozenLinear
+from teachers.fast_paths.frozen import FrozenAttention, FrozenLinear
 
 _LARGEST = 448.0  # of e4m3
 _MULTIPLE = 16  # sides of the matrices that PyTorch multiplies in fp8

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from teachers.device.determinism import unique_indices
+from teachers.runtime.determinism import unique_indices
 
 Step = Callable[[], None]
 

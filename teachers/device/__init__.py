@@ -1,1 +1,0 @@
-"""Device, precision, determinism, CUDA graphs, fast towers."""

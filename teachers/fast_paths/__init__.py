@@ -1,0 +1,1 @@
+"""Models made fast: fixed weights, fp8, compiled blocks, CUDA graphs."""

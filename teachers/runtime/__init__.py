@@ -1,0 +1,1 @@
+"""Runtime of models, for all packages: device, precision, determinism, memory, counted operations."""
