@@ -50,7 +50,13 @@ _FIRST_STALL_SECONDS = 3600.0  # the default before it followed from the batches
 
 def _dataset_json(config: Config) -> str:
     """A run's config without what changes no number, and with later keys and defaults as they were at first."""
-    exclude: dict[str, Any] = {"output": True, "workers": True, "scores": True, "failures": {"outage_seconds"}}
+    exclude: dict[str, Any] = {
+        "output": True,
+        "workers": True,
+        "scores": True,
+        "classifiers": True,
+        "failures": {"outage_seconds"},
+    }
     if config.augmentations.backend == AUGMENTATION_BACKEND:
         exclude["augmentations"] = {"backend"}
     exclude |= {key: True for key in ("moved", "labels") if not getattr(config, key)}

@@ -35,7 +35,11 @@ NEVER = {"pickle.load", "pickle.loads", "joblib.load", "marshal.loads", "shelve.
 NEVER |= {"yaml.load", "tar.extract", "tar.extractall", "archive.extractall"}
 KEYWORDS = ("shell", "allow_pickle", "trust_remote_code", "weights_only")
 #: Messages between a worker and its own decode processes, over a socket without a name.
-OWN_MESSAGES = {("decode/handle.py", "pickle.loads"), ("decode/process.py", "pickle.loads")}
+OWN_MESSAGES = {
+    ("decode/handle.py", "pickle.loads"),
+    ("decode/process.py", "pickle.loads"),
+    ("parallel/worker_process.py", "pickle.loads"),
+}
 
 
 def calls(path: Path) -> Iterator[tuple[str, dict[str | None, str]]]:
