@@ -50,8 +50,12 @@ def lose_once(monkeypatch: pytest.MonkeyPatch, action: Callable[[Store], Any]) -
 
 
 def lose_folders(store: Store) -> None:
+    """A folder of a local disk is moved away, since workers may write to it while it is deleted."""
     for folder in ("samples", "embeddings"):
-        store.fs.rm(store.path(folder), recursive=True)
+        lost = store.path(folder)
+        if Path(lost).exists():
+            lost = str(Path(lost).rename(f"{store.root}-{folder}"))
+        store.fs.rm(lost, recursive=True)
     store.fs.rm_file(store.path(MANIFEST))
 
 
