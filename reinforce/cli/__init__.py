@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from contextvars import ContextVar
 from importlib import metadata
 from pathlib import Path
@@ -64,89 +65,69 @@ def _options(
     _DEBUG.set(debug)
 
 
-app.command(
-    **examples(
+#: Each command with its examples, in the order of the help.
+_COMMANDS: dict[Callable[..., None], tuple[str, ...]] = {
+    run.run: (
         "reinforce run configs/demo.yaml",
         "reinforce run configs/demo.yaml --set workers.cpus=2",
         "reinforce run configs/demo.yaml --retry-quarantined",
-    )
-)(run.run)
-app.command(
-    **examples(
+    ),
+    run.plan: (
         "reinforce plan configs/demo.yaml",
         "reinforce plan configs/demo.yaml --rate 400 --price 3 --hours 24",
         "reinforce plan configs/demo.yaml --uses",
-    )
-)(run.plan)
-app.command(
-    **examples(
+    ),
+    run.check: (
         "reinforce check configs/demo.yaml",
         "reinforce check our_lab.teachers:Radiology --options '{\"size\": 336}'",
-    )
-)(run.check)
-app.command(
-    **examples("reinforce init demo/shards", "reinforce init hf://datasets/ORG/NAME", "reinforce init photos/")
-)(config.init)
-app.command(**examples("reinforce schema run"))(config.schema)
-app.command(
-    **examples(
+    ),
+    config.init: ("reinforce init demo/shards", "reinforce init hf://datasets/ORG/NAME", "reinforce init photos/"),
+    config.schema: ("reinforce schema run",),
+    status.status: (
         "reinforce status demo/dataset",
         "reinforce status demo/dataset --watch",
         "reinforce status demo/dataset --reasons",
-    )
-)(status.status)
-app.command(
-    **examples(
+    ),
+    dataset.validate: (
         "reinforce validate demo/dataset",
         "reinforce validate demo/dataset --quick --sample 100",
         "reinforce validate demo/dataset --sources demo/shards --repair",
         "reinforce validate demo/dataset --recompute 32 --config configs/demo.yaml",
-    )
-)(dataset.validate)
-app.command(
-    **examples(
+    ),
+    dataset.drop: (
         "reinforce drop demo/dataset 'embeddings/conv-48/*'",
         "reinforce drop demo/dataset 'embeddings/conv-48/*' --yes",
-    )
-)(dataset.drop)
-app.command(
-    **examples(
+    ),
+    dataset.diff: (
         "reinforce diff demo/dataset demo/labels",
         "reinforce diff demo/dataset demo/labels --layers captions --json",
-    )
-)(dataset.diff)
-app.command(
-    **examples(
+    ),
+    dataset.inspect: (
         "reinforce inspect demo/dataset demo/report",
         "reinforce inspect demo/dataset demo/report --teachers conv-64 --limit 500 --seed 1",
-    )
-)(dataset.inspect)
-app.command(**examples("reinforce select configs/select-demo.yaml"))(dataset.select)
-app.command(**examples("reinforce card demo/dataset --license cc-by-4.0"))(export.card)
-app.add_typer(export.export, name="export")
-app.command(
-    **examples(
+    ),
+    dataset.select: ("reinforce select configs/select-demo.yaml",),
+    export.card: ("reinforce card demo/dataset --license cc-by-4.0",),
+    training.train: (
         "reinforce train configs/student-demo.yaml",
         "reinforce train configs/student-demo.yaml --set output=demo/students/second",
-    )
-)(training.train)
-app.command("finetune-captioner", **examples("reinforce finetune-captioner configs/finetune-demo.yaml"))(
-    training.finetune_captioner
-)
-app.command(**examples("reinforce tune configs/tune-demo.yaml", "reinforce tune configs/tune-demo.yaml --screen-only"))(
-    training.tune
-)
-app.command(
-    **examples(
+    ),
+    training.finetune_captioner: ("reinforce finetune-captioner configs/finetune-demo.yaml",),
+    training.tune: ("reinforce tune configs/tune-demo.yaml", "reinforce tune configs/tune-demo.yaml --screen-only"),
+    training.evaluate: (
         "reinforce evaluate demo/students/distilled --retrieval demo=demo/dataset",
         "reinforce evaluate demo/students/plain --config configs/student-demo.yaml",
         "reinforce evaluate MobileCLIP2-S0,dfndr2b --zero-shot pets=pets/",
     ),
-    **removed(training.FORMER_OPTIONS),
-)(training.evaluate)
-app.command("fetch-sets", **examples("reinforce fetch-sets datacomp evalsets --dry-run"))(training.fetch_sets)
-app.command(**examples("reinforce latency MobileCLIP2-S0 ViT-B-32 --threads 1"))(training.latency)
-app.command(**examples("reinforce dashboard grafana/dashboards"))(status.dashboard)
+    training.fetch_sets: ("reinforce fetch-sets datacomp evalsets --dry-run",),
+    training.latency: ("reinforce latency MobileCLIP2-S0 ViT-B-32 --threads 1",),
+    status.dashboard: ("reinforce dashboard grafana/dashboards",),
+}
+
+for command, commands in _COMMANDS.items():
+    former = removed(training.FORMER_OPTIONS) if command is training.evaluate else {}
+    app.command(**examples(*commands), **former)(command)
+app.add_typer(export.export, name="export")
 
 
 def main(arguments: list[str] | None = None) -> None:
