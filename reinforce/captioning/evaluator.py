@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 from reinforce.captioning.config import CaptionerConfig
 from reinforce.captioning.held_out import HeldOut
-from reinforce.captioning.metrics import bleu, cider
+from reinforce.captioning.metrics import cider
 from reinforce.captioning.model import CaptionerModel
 from reinforce.captioning.streams import predicted_lengths
 from reinforce.errors import UserError
@@ -24,6 +24,7 @@ from reinforce.evaluation.encoding import NOT_FINITE_FIX, NotFinite
 from reinforce.evaluation.images import CacheBudget, ImageBatches
 from reinforce.evaluation.ranking import compute_recalls
 from reinforce.evaluation.reading import LabelledImage
+from reinforce.inspection.texts import bleu
 from reinforce.processes.cores import available_cores
 from reinforce.student.data.parts import Tokenize
 from reinforce.terminal import first_names
@@ -64,7 +65,7 @@ class CaptionerEvaluator:
     - ``contrastive_loss``: CLIP's, over batches of ``evaluate.batch`` images with the first caption of each; chance is
       ``log batch``. Images after the last full batch are not included.
     - ``retrieval/text_to_image/r1`` etc.: among all of these images and captions, by CoCa's image and text towers.
-    - ``cider`` and ``bleu``: of captions generated as in a run, see ``reinforce.captioning.metrics``.
+    - ``cider`` and ``bleu``: of captions generated as in a run, see ``cider`` and ``bleu``.
 
     Those of embeddings or logits that are not finite are NaN, with a line in the log.
     """

@@ -1,4 +1,4 @@
-"""Similarity of generated captions to reference captions: corpus BLEU-4 and CIDEr-D."""
+"""Similarity of generated captions to reference captions: CIDEr-D."""
 
 from __future__ import annotations
 
@@ -13,20 +13,6 @@ _SIGMA = 6.0
 
 #: Counts of the n-grams of a text, for n = 1 .. 4.
 NGrams = list[Counter[tuple[str, ...]]]
-
-
-def bleu(captions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Corpus BLEU-4 of one caption per image against one or more references each, between 0 and 1.
-
-    Computed by sacrebleu (signature ``case:lc|tok:13a|smooth:exp``). Papers report it times 100.
-    """
-    from sacrebleu.metrics import BLEU
-
-    # sacrebleu takes the first references of all images, then the second ones, None where an image has fewer
-    most = max(len(texts) for texts in references)
-    streams = [[texts[i] if i < len(texts) else None for texts in references] for i in range(most)]
-    score = BLEU(lowercase=True).corpus_score(list(captions), streams)  # type: ignore[arg-type]
-    return float(score.score) / 100
 
 
 def cider(captions: Sequence[str], references: Sequence[Sequence[str]]) -> float:

@@ -12,7 +12,7 @@ import numpy as np
 from reinforce.dataset.layers import TRUE_CAPTION
 from reinforce.inspection.plots import BINS, TRUE_COLOUR, TRUE_LABEL, Chart, distribution, histograms, line_style
 from reinforce.inspection.rows import Rows
-from reinforce.inspection.texts import DEFINITIONS, WORD, TextStatistics
+from reinforce.inspection.texts import DEFINITIONS, WORD, text_statistics
 from reinforce.processes.imports import installed
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ _SIMILARITY = (
 
 @dataclass(frozen=True)
 class TextFigures:
-    """``summary`` is that of ``TextStatistics``; ``frequent`` are n-grams of three words with their number."""
+    """``summary`` has ``text_statistics``; ``frequent`` are n-grams of three words with their number."""
 
     summary: Mapping[str, Any]
     frequent: tuple[tuple[str, int], ...]
@@ -46,15 +46,13 @@ def text_figures(rows: Rows) -> dict[str, TextFigures]:
 
 def _figures(rows: list[list[str] | None]) -> TextFigures:
     clean = [None if texts is None else [text for text in texts if text is not None] for texts in rows]
-    count = max((len(texts) for texts in clean if texts), default=1)
-    statistics = TextStatistics(count, bleu=installed("sacrebleu"))
-    statistics.add(clean)
     grams: Counter[tuple[str, ...]] = Counter()
     for text in (text for texts in clean for text in texts or ()):
         words = WORD.findall(text.lower())
         grams.update(zip(*(words[n:] for n in range(_WORDS)), strict=False))
     frequent = sorted(grams.items(), key=lambda gram: (-gram[1], gram[0]))[:_FREQUENT]
-    return TextFigures(statistics.summary(), tuple((" ".join(gram), count) for gram, count in frequent if count > 1))
+    summary = text_statistics(clean, self_bleu=installed("sacrebleu"))
+    return TextFigures(summary, tuple((" ".join(gram), count) for gram, count in frequent if count > 1))
 
 
 def similarities(rows: Rows) -> dict[str, dict[str, np.ndarray]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -23,124 +24,77 @@ DEFINITIONS = {
     "likely cut at max_length",
     "lengths": "number of captions by number of words",
 }
-_MAX_N = 3  # words of the longest n-grams
 WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 _END_MARK = re.compile(r"[.!?。！？…][\"'”’)\]」』]*$")
 _NOT_LAST = {  # words that cannot end a sentence
     "a", "an", "the", "and", "or", "but", "of", "with", "from", "into", "than", "as", "is", "are", "was", "were",
     "its", "his", "her", "their", "my", "your", "our",
 }  # fmt: skip
-_WORD_BITS = 24  # of a word's number in an n-gram
 
 
-class TextStatistics:
-    """Statistics of captions with ``count`` per image, added a row group at a time; self-BLEU only with ``bleu``.
+def text_statistics(rows: Sequence[Sequence[str] | None], self_bleu: bool = True) -> dict[str, Any]:
+    """``rows``, ``captions`` and the statistics of ``DEFINITIONS`` of the captions of images, a list of texts or None.
 
-    Memory grows with the number of distinct n-grams and captions.
+    Those that are undefined are None, and that of BLEU without ``self_bleu``. Memory grows with the number of words.
     """
-
-    def __init__(self, count: int, bleu: bool = True) -> None:
-        self._rows = self._null = self._no_end_mark = self._ends_midway = self._repeated = 0
-        self._lengths: Counter[int] = Counter()
-        self._word_ids: dict[str, int] = {}
-        self._captions: Counter[tuple[str, ...]] = Counter()  # captions with a text, by its words
-        self._images: Counter[tuple[str, ...]] = Counter()  # images with a text, by its words
-        self._distinct: list[set[int]] = [set() for _ in range(_MAX_N)]
-        self._ngrams = [0] * _MAX_N
-        # By n and number of captions: the sum over images of distinct / all n-grams, and the images that have any.
-        self._ratios = [[[0.0, 0] for _ in range(count)] for _ in range(_MAX_N)]
-        self._bleu = _SelfBleu() if bleu else None
-
-    def add(self, rows: Sequence[Sequence[str] | None]) -> None:
-        """Add the captions of some images, each a list of texts or None."""
-        images = [texts for texts in rows if texts is not None]
-        self._rows += len(rows)
-        self._null += len(rows) - len(images)
-        for texts in images:
-            words = [tuple(WORD.findall(text.lower())) for text in texts]
-            self._count_captions(texts, words)
-            self._count_ngrams(words)
-        if self._bleu is not None:
-            for count in sorted({*map(len, images)}):  # true captions may be more of one image than of another
-                self._bleu.add([texts for texts in images if len(texts) == count])
-
-    def _count_captions(self, texts: Sequence[str], words: Sequence[tuple[str, ...]]) -> None:
-        self._lengths.update(map(len, words))
-        self._no_end_mark += sum(_END_MARK.search(text) is None for text in texts)
-        self._ends_midway += sum(caption[-1] in _NOT_LAST for caption in words if caption)
-        self._repeated += len(words) - len(set(words))
-        self._captions.update(words)
-        self._images.update(set(words))
-
-    def _count_ngrams(self, words: Sequence[tuple[str, ...]]) -> None:
-        distinct: list[set[int]] = [set() for _ in range(_MAX_N)]
-        total = [0] * _MAX_N
-        for number, caption in enumerate(words):
-            ids = [self._word_ids.setdefault(word, len(self._word_ids)) for word in caption]
-            ngrams = [0] * len(ids)
-            for n in range(_MAX_N):
-                ngrams = [(ngram << _WORD_BITS) | word for ngram, word in zip(ngrams, ids[n:], strict=False)]
-                distinct[n].update(ngrams)
-                total[n] += len(ngrams)
-                if total[n]:
-                    self._ratios[n][number][0] += len(distinct[n]) / total[n]
-                    self._ratios[n][number][1] += 1
-        for n in range(_MAX_N):
-            self._distinct[n] |= distinct[n]
-            self._ngrams[n] += total[n]
-
-    def summary(self) -> dict[str, Any]:
-        """``rows``, ``captions`` and the statistics of ``DEFINITIONS``, None if they are undefined."""
-        captions = self._lengths.total()
-        across_images = sum(self._captions[words] for words, images in self._images.items() if images > 1)
-        return {
-            "rows": self._rows,
-            "captions": captions,
-            "null": _ratio(self._null, self._rows),
-            "words": _ratio(sum(length * count for length, count in self._lengths.items()), captions),
-            "distinct": {str(n + 1): _ratio(len(self._distinct[n]), self._ngrams[n]) for n in range(_MAX_N)},
-            "distinct_within_image": {
-                str(n + 1): [_ratio(total, images) for total, images in self._ratios[n]] for n in range(_MAX_N)
-            },
-            "self_bleu": self._bleu.score() if self._bleu is not None else None,
-            "duplicates_within_image": _ratio(self._repeated, captions),
-            "duplicates_across_images": _ratio(across_images, captions),
-            "no_end_mark": _ratio(self._no_end_mark, captions),
-            "ends_midway": _ratio(self._ends_midway, captions),
-            "lengths": {str(length): self._lengths[length] for length in sorted(self._lengths)},
-        }
+    images = [texts for texts in rows if texts is not None]
+    words = [[tuple(map(sys.intern, WORD.findall(text.lower()))) for text in texts] for texts in images]
+    captions = Counter(caption for of_image in words for caption in of_image)
+    images_with = Counter(caption for of_image in words for caption in {*of_image})
+    lengths = Counter(map(len, captions.elements()))
+    distinct = {str(n): _distinct(words, n) for n in (1, 2, 3)}
+    total = captions.total()
+    return {
+        "rows": len(rows),
+        "captions": total,
+        "null": _ratio(len(rows) - len(images), len(rows)),
+        "words": _ratio(sum(length * count for length, count in lengths.items()), total),
+        "distinct": {n: of_all for n, (of_all, _) in distinct.items()},
+        "distinct_within_image": {n: within for n, (_, within) in distinct.items()},
+        "self_bleu": _self_bleu(images) if self_bleu else None,
+        "duplicates_within_image": _ratio(total - images_with.total(), total),
+        "duplicates_across_images": _ratio(sum(captions[c] for c, count in images_with.items() if count > 1), total),
+        "no_end_mark": _ratio(sum(_END_MARK.search(text) is None for texts in images for text in texts), total),
+        "ends_midway": _ratio(sum(caption[-1] in _NOT_LAST for caption in captions.elements() if caption), total),
+        "lengths": {str(length): lengths[length] for length in sorted(lengths)},
+    }
 
 
-class _SelfBleu:
-    """BLEU-4 of captions against the others of their image. Counts of a corpus are the sums of its parts' counts."""
+def bleu(captions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """Corpus BLEU-4 of one caption per image against one or more references each, between 0 and 1.
 
-    def __init__(self) -> None:
-        self._correct, self._total = [0] * 4, [0] * 4
-        self._length = self._reference_length = 0
+    Computed by sacrebleu (signature ``case:lc|tok:13a|smooth:exp``). Papers report it times 100.
+    """
+    from sacrebleu.metrics import BLEU
 
-    def add(self, images: Sequence[Sequence[str]]) -> None:
-        """Add the captions of some images, the same number of each."""
-        from sacrebleu.metrics import BLEU
+    # sacrebleu takes the first references of all images, then the second ones, None where an image has fewer
+    most = max(len(texts) for texts in references)
+    streams = [[texts[i] if i < len(texts) else None for texts in references] for i in range(most)]
+    score = BLEU(lowercase=True, force=True).corpus_score(list(captions), streams)  # type: ignore[arg-type]
+    return float(score.score) / 100
 
-        count = len(images[0]) if images else 0
-        if count < 2:
-            return
-        captions = [text for texts in images for text in texts]
-        others = [[texts[(i + k) % count] for texts in images for i in range(count)] for k in range(1, count)]
-        part = BLEU(lowercase=True, force=True).corpus_score(captions, others)
-        self._correct = [a + b for a, b in zip(self._correct, part.counts, strict=True)]
-        self._total = [a + b for a, b in zip(self._total, part.totals, strict=True)]
-        self._length += part.sys_len
-        self._reference_length += part.ref_len
 
-    def score(self) -> float | None:
-        """Score from 0 to 1; None if no image has two captions."""
-        from sacrebleu.metrics import BLEU
+def _self_bleu(images: Sequence[Sequence[str]]) -> float | None:
+    """BLEU-4 of captions against the others of their image; None if no image has two captions."""
+    several = [texts for texts in images if len(texts) > 1]
+    others = [[*texts[:i], *texts[i + 1 :]] for texts in several for i in range(len(texts))]
+    return bleu([text for texts in several for text in texts], others) if several else None
 
-        if not self._length:
-            return None
-        bleu = BLEU.compute_bleu(self._correct, self._total, self._length, self._reference_length, smooth_method="exp")
-        return float(bleu.score) / 100
+
+def _distinct(images: Sequence[Sequence[tuple[str, ...]]], n: int) -> tuple[float | None, list[float | None]]:
+    """Distinct / all n-grams of words: of all captions, and of the first 1, 2, ... of an image, mean over images."""
+    every, count = set[tuple[str, ...]](), 0
+    shares: list[list[float]] = [[] for _ in range(max([1, *map(len, images)]))]
+    for captions in images:
+        own, of_image = set[tuple[str, ...]](), 0
+        for words, found in zip(captions, shares, strict=False):
+            own.update(zip(*(words[start:] for start in range(n)), strict=False))
+            of_image += max(0, len(words) - n + 1)
+            if of_image:
+                found.append(len(own) / of_image)
+        every |= own
+        count += of_image
+    return _ratio(len(every), count), [_ratio(sum(found), len(found)) for found in shares]
 
 
 def _ratio(part: float, whole: float) -> float | None:

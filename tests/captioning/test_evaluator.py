@@ -15,12 +15,13 @@ from torch.nn.functional import cross_entropy
 
 from reinforce.captioning.evaluator import CaptionerEvaluator
 from reinforce.captioning.held_out import HeldOut
-from reinforce.captioning.metrics import bleu, cider
+from reinforce.captioning.metrics import cider
 from reinforce.captioning.model import CaptionerModel
 from reinforce.captioning.streams import load_streams
 from reinforce.config import Limits
 from reinforce.errors import UserError
 from reinforce.images.policy import decode
+from reinforce.inspection.texts import bleu
 from teachers.coca.captioner import CocaCaptioner
 from teachers.open_clip.tokenizer import Tokenizer
 from teachers.preprocessing.fit import fit
