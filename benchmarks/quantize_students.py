@@ -30,7 +30,7 @@ from reinforce.shipping.towers import reparameterize, split_towers
 from reinforce.storage import Storage
 from reinforce.student.config import Quantize, StudentConfig
 from reinforce.student.quantize import quantize
-from reinforce.student.train import build, make_job
+from reinforce.student.train import build, student_job
 from reinforce.training.distributed.ranks import join_ranks
 from reinforce.training.loop import run_rank
 from reinforce.training.saving.checkpoint import Checkpoints
@@ -75,7 +75,7 @@ def config_of(arm: str, seed: int, out: Path, more: Sequence[str]) -> StudentCon
 def train(config: StudentConfig) -> None:
     """Train as `reinforce train` does."""
     with join_ranks(config.train.compute, "cpu") as ranks:
-        run_rank(partial(build, config), make_job(config), ranks, StopSignal())
+        run_rank(partial(build, config), student_job(config), ranks, StopSignal())
 
 
 def branch(first: StudentConfig, config: StudentConfig) -> None:
@@ -84,7 +84,7 @@ def branch(first: StudentConfig, config: StudentConfig) -> None:
     if target.steps():
         return
     progress, tensors = Checkpoints(Storage(first.output), 2).load(first.train.checkpoints.every)
-    target.save(replace(progress, fixed_config=make_job(config).fixed_config), tensors)
+    target.save(replace(progress, fixed_config=student_job(config).fixed_config), tensors)
 
 
 def evaluate(config: StudentConfig, evaluator: Evaluator) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from reinforce import settings
 from reinforce.config import Workers, load_config, parse_config
 from reinforce.errors import UserError
 from reinforce.settings import Section, flatten
-from reinforce.student.config import load_student_config
+from reinforce.student.config import StudentConfig
 
 MINIMAL = {"source": "shards/{0..3}.tar", "output": "out"}
 
@@ -61,7 +61,7 @@ def test_overrides_are_yaml_values_of_nested_keys_and_rates_need_no_point(tmp_pa
     config = load_config(path, ["workers.cpus=4", "teachers.t.model=ViT-B-32", "augmentations.scale=[0.5, 1.0]"])
     assert (config.workers.cpus, config.teachers["t"].model, config.augmentations.scale) == (4, "ViT-B-32", (0.5, 1.0))
     path.write_text("{output: o, student: {model: m}, data: {datasets: d}, train: {steps: 1, optimizer: {lr: 1e-5}}}")
-    optimizer = load_student_config(path, ["train.optimizer.final_lr=1e-6"]).train.optimizer
+    optimizer = settings.load(StudentConfig, path, ["train.optimizer.final_lr=1e-6"]).train.optimizer
     assert (optimizer.lr, optimizer.final_lr) == (1e-5, 1e-6)
 
 

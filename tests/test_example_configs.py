@@ -12,11 +12,11 @@ from open_clip.coca_model import CoCa
 
 from examples.demo.models import MODELS
 from reinforce import settings
-from reinforce.captioning.config import CaptionerConfig, load_captioner_config
+from reinforce.captioning.config import CaptionerConfig
 from reinforce.config import Config, load_config
 from reinforce.selection.config import SelectConfig
 from reinforce.source.urls import expand
-from reinforce.student.config import StudentConfig, load_student_config
+from reinforce.student.config import StudentConfig
 from reinforce.tuning.config import TuneConfig
 from tests.helpers.demo import ROOT
 
@@ -35,7 +35,7 @@ def test_demo_config_uses_the_committed_models_and_explains_every_section() -> N
 
 @pytest.mark.parametrize("name", ["conv-64", "conv-48", "styles-64"])
 def test_teacher_configs_are_plain_clip(name: str) -> None:
-    config = load_student_config(ROOT / f"configs/demo-teachers/{name}.yaml")
+    config = settings.load(StudentConfig, ROOT / f"configs/demo-teachers/{name}.yaml")
     assert (config.loss.lambda_, config.student.model) == (0, f"local-dir:demo/initial-models/{name}")
     samples = load_config(ROOT / "configs/demo-teachers/samples.yaml").output
     assert config.data.datasets[0].url == (f"{samples}-styles" if name == "styles-64" else samples)
@@ -44,7 +44,8 @@ def test_teacher_configs_are_plain_clip(name: str) -> None:
 
 def test_captioner_configs_end_with_noun_phrases() -> None:
     first, second = (
-        load_captioner_config(ROOT / f"configs/demo-teachers/coca-{half}.yaml") for half in ("pretrain", "finetune")
+        settings.load(CaptionerConfig, ROOT / f"configs/demo-teachers/coca-{half}.yaml")
+        for half in ("pretrain", "finetune")
     )
     assert second.captioner.model == f"local-dir:{first.output}/captioner"
     assert (first.data.captions, second.data.captions) == (["txt"], ["json:phrase"])
@@ -111,7 +112,7 @@ RECIPES = {
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_of_trainings_have_the_values_of_the_published_scripts(name: str) -> None:
-    config = load_student_config(ROOT / f"configs/recipes/{name}.yaml")
+    config = settings.load(StudentConfig, ROOT / f"configs/recipes/{name}.yaml")
     optimizer, compute = config.train.optimizer, config.train.compute
     found = (config.student.model, config.loss.lambda_, [*config.loss.logit_scales.values()])
     assert (*found, config.train.steps, config.train.batch, optimizer.eps, optimizer.hold) == RECIPES[name]

@@ -13,12 +13,14 @@ import torch
 from benchmarks.ablations.arms import DEMO
 from benchmarks.stored import write_results
 from examples.demo.compare import CONFIG
+from reinforce import settings
 from reinforce.config import load_config
 from reinforce.evaluation.classes import load_templates
 from reinforce.evaluation.encoding import build_classifier
 from reinforce.evaluation.images import CacheBudget, ImageBatches
 from reinforce.evaluation.kinds.labels import read_labels
-from reinforce.student.config import load_student_config
+from reinforce.student.config import StudentConfig
+from teachers.device.accelerator import Accelerator
 from teachers.open_clip.teacher import OpenClipTeacher
 from teachers.preprocessing.pixels import to_pixels
 from teachers.runtime.accelerator import Accelerator
@@ -33,7 +35,7 @@ def main() -> None:
     accelerator = Accelerator("cpu")
     specs = load_config(DEMO).teachers
     teachers = {name: OpenClipTeacher(spec, accelerator) for name, spec in specs.items()}
-    evaluation = load_student_config(CONFIG).evaluate
+    evaluation = settings.load(StudentConfig, CONFIG).evaluate
     shares: dict[str, dict[str, float]] = {}
     for name, wanted in evaluation.zero_shot.items():
         opened = read_labels(wanted, name, evaluation.limits, ())

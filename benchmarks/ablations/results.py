@@ -21,7 +21,7 @@ from reinforce.dataset.manifest.manifest import read_manifest
 from reinforce.errors import UserError
 from reinforce.shipping.machine import machine_name
 from reinforce.student.config import StudentConfig
-from reinforce.student.train import make_job
+from reinforce.student.train import student_job
 from reinforce.training.config import describe_changes
 from reinforce.training.record.log import LOG
 from reinforce.training.record.results import Results, read_results
@@ -76,7 +76,7 @@ def find_training(study: Study, arm: Arm, seed: int) -> Training | None:
         return None
     course = {
         "train.steps": study.steps,
-        **make_job(config).fixed_config,
+        **student_job(config).fixed_config,
         **{f"fingerprint of {name}": layer["fingerprint"] for name, layer in manifest["layers"].items()},
         **{f"logit scale of {name}": teacher["logit_scale"] for name, teacher in manifest["teachers"].items()},
     }

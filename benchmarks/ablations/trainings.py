@@ -21,7 +21,7 @@ from reinforce.engine.run import run
 from reinforce.errors import UserError
 from reinforce.storage import Storage
 from reinforce.student.config import StudentConfig
-from reinforce.student.train import build, make_job
+from reinforce.student.train import build, student_job
 from reinforce.terminal import Screen, format_duration
 from reinforce.training.distributed.ranks import join_ranks
 from reinforce.training.loop import run_rank
@@ -137,7 +137,7 @@ def _run_training(config: StudentConfig, folder: str) -> None:
     """
     if os.path.isdir(folder):
         os.chdir(folder)
-    job = make_job(config)
+    job = student_job(config)
     device = None if config.train.compute.gpus else "cpu"
     with join_ranks(config.train.compute, device) as ranks, Storage(job.output).lock():
         run_rank(partial(build, config), job, ranks, StopSignal())

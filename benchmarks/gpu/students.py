@@ -24,7 +24,7 @@ from benchmarks.gpu.shards import dataset
 from benchmarks.pipeline.figures import Figure
 from benchmarks.processes import children
 from reinforce.student.config import StudentConfig
-from reinforce.student.train import build, make_job
+from reinforce.student.train import build, student_job
 from reinforce.terminal import Screen
 from reinforce.training.distributed.ranks import join_ranks
 from reinforce.training.loop import run_rank
@@ -162,7 +162,7 @@ def _run(
     stop = StopSignal()
     with join_ranks(config.train.compute) as ranks:
         try:
-            run_rank(partial(build, config), make_job(config), ranks, stop, _Watch(stop, seconds, tracing))
+            run_rank(partial(build, config), student_job(config), ranks, stop, _Watch(stop, seconds, tracing))
         except Stopped:
             return True
     return False

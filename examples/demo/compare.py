@@ -15,10 +15,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from reinforce import plots
+from reinforce import plots, settings
 from reinforce.errors import UserError
 from reinforce.storage import Storage
-from reinforce.student.config import StudentConfig, load_student_config
+from reinforce.student.config import StudentConfig
 from reinforce.training.record.results import Results, read_results
 
 _PLAIN, _NOISY = ("loss.lambda=0", "data.captioners=[]"), ("data.datasets=demo/noisy-dataset",)
@@ -70,7 +70,7 @@ def arm_overrides(arm: str, folder: str | Path, seed: int = 0) -> list[str]:
 
 def student_config(arm: str, folder: str | Path, seed: int = 0, more: Sequence[str] = ()) -> StudentConfig:
     """Return the config of one of ARMS, with ``more`` overrides. Raises UserError."""
-    return load_student_config(CONFIG, [*arm_overrides(arm, folder, seed), *more])
+    return settings.load(StudentConfig, CONFIG, [*arm_overrides(arm, folder, seed), *more])
 
 
 def read_measures(results: Results) -> dict[str, float]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from reinforce import settings
 from reinforce.config import Format, Limits
 from reinforce.config_schema import LayerName, OneOrMore
 from reinforce.evaluation.fields import CaptionField
@@ -221,8 +219,3 @@ class CaptionerConfig(Section):
                 f"`loss` trains {', '.join(reached)}: remove a tower from `freeze`"
             )
         return self
-
-
-def load_captioner_config(path: str | Path, overrides: list[str] | None = None) -> CaptionerConfig:
-    """Read a YAML config and apply ``key.sub=value`` overrides. Raises UserError."""
-    return settings.load(CaptionerConfig, path, overrides)

@@ -165,9 +165,9 @@ class CaptionerEvaluator:
         self, spec: ImageSpec, accelerator: Accelerator, limit: int
     ) -> Iterator[tuple[torch.Tensor, list[int]]]:
         """Yield pixels and rows of the first ``limit`` images that can be decoded."""
-        for batch in self._images.batches(spec, self._config.batch, self._threads):
-            rows = batch.targets[:limit]
-            yield to_pixels(accelerator.put(batch.pixels[: len(rows)]), spec), rows
+        for (pixels,), targets in self._images.decode([spec], self._config.batch, self._threads):
+            rows = targets[:limit]
+            yield to_pixels(accelerator.put(pixels[: len(rows)]), spec), rows
             limit -= len(rows)
             if not limit:
                 return

@@ -21,10 +21,9 @@ from reinforce.errors import UserError
 from reinforce.processes.imports import require
 from reinforce.storage import Storage
 from reinforce.terminal import plural
-from reinforce.training.config import MUTABLE_KEYS, fixed_config
 from reinforce.training.distributed import gather
 from reinforce.training.distributed.ranks import share_from_first
-from reinforce.training.job import Job, model_settings
+from reinforce.training.job import make_job
 from reinforce.training.launch import launch, runs_on_ray
 from reinforce.training.record.log import read_rows
 from reinforce.training.record.results import Results
@@ -33,14 +32,8 @@ from reinforce.training.saving.checkpoint import FOLDER as CHECKPOINTS
 from teachers.open_clip.tokenizer import Tokenizer
 from teachers.runtime.accelerator import Accelerator
 
-#: Config keys that may change when a fine-tuning resumes: where it writes, how it is evaluated, how fast it reads.
-_MUTABLE_KEYS = (
-    "output",
-    "evaluate",
-    "log",
-    *(f"data.{key}" for key in ("threads", "workers", "prefetch", "images_from")),
-    *(f"train.{key}" for key in MUTABLE_KEYS),
-)
+#: Keys that may change when a fine-tuning resumes: how fast it reads.
+_READING = ("data.threads", "data.workers", "data.prefetch", "data.images_from")
 #: Folder of the output with the final weights.
 EXPORT = "captioner"
 _PAIRS_FILE = "pairs.parquet"  # of earlier versions
@@ -63,19 +56,7 @@ def finetune(config: CaptionerConfig | str | Path | dict[str, Any], *, address: 
     check_trackers(config.log)
     if config.evaluate.captioned != 0:
         require("train", "evaluate.captioned (BLEU and CIDEr)", "sacrebleu")
-    job = Job(
-        training=config.train,
-        output=config.output,
-        seed=config.seed,
-        fixed_config=fixed_config(config, _MUTABLE_KEYS),
-        evaluate_every=config.evaluate.every,
-        evaluate_start=True,
-        best=config.evaluate.best_metric,
-        export_best=config.evaluate.export == "best",
-        export=EXPORT,
-        trackers=config.log,
-        model_config=model_settings(config.captioner.model),
-    )
+    job = make_job(config, config.captioner.model, _READING, evaluate_start=True, export=EXPORT)
     data = None
     if runs_on_ray(job, address):  # faults are reported before Ray starts
         data = load_streams(config, build_captioner(config).image.height)

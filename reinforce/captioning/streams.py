@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -38,18 +38,9 @@ from reinforce.source.samples import RawSample
 from reinforce.source.urls import canonical
 from reinforce.student.data.assembly import Assembler
 from reinforce.student.data.examples import Example, Examples, SampleFile
-from reinforce.student.data.feed import StreamFeed
+from reinforce.student.data.feed import StreamFeed, Streams
 from reinforce.student.data.parts import PartMaker, Tokenize
 from reinforce.training.order import GroupChunk
-
-
-class Reading(NamedTuple):
-    """How streams are read; see ``reinforce.student.data.feed.Streams``."""
-
-    window: int
-    streams: int | None
-    workers: int | None
-    prefetch: int
 
 
 @dataclass(frozen=True)
@@ -132,7 +123,7 @@ class CaptionStreams(StreamFeed):
         maker = PartMaker(pairs.size, (), tokenize, replaces=True)
         described = pairs.describe()
         super().__init__(
-            Reading(data.window or 4096, data.streams, data.workers, data.prefetch or 4),
+            Streams(data.window or 4096, data.streams, data.workers, data.prefetch or 4),
             pairs.source.seed,
             [pairs],
             maker,

@@ -26,7 +26,6 @@ from teachers.redact import redact
 if TYPE_CHECKING:
     from reinforce.config import Config
     from reinforce.dataset.files.store import Store
-    from reinforce.engine.recompute import Recomputed
 
 Names = Annotated[str | None, typer.Option(metavar="NAMES", help="Names, separated by commas. Default: all.")]
 
@@ -78,7 +77,12 @@ def validate(
     if count and not sources:
         raise UserError("--count needs --sources: the folders of the source files.")
     found = validate_dataset(dataset, sources or (), quick, count, sample, seed, workers)
-    again = _recompute(dataset, config, recompute, seed) if recompute and config else None
+    again = None
+    if recompute and config:
+        from reinforce.config import load_config
+        from reinforce.engine.recompute import recompute as compute
+
+        again = compute(load_config(config), dataset, recompute, seed)
     found.findings += again.findings() if again else ()
     repaired = repair_dataset(dataset, found.findings, sources or ()) if repair else None
     if as_json:
@@ -89,14 +93,6 @@ def validate(
         for line in [*(again.lines() if again else ()), *found.lines(), *(repaired.lines() if repaired else ())]:
             typer.echo(escape(redact(line)))
     raise typer.Exit(0 if found.valid else 1)
-
-
-def _recompute(dataset: str, config: Path, rows: int, seed: int) -> Recomputed:
-    """Compute rows of a dataset again with the models of a config."""
-    from reinforce.config import load_config
-    from reinforce.engine.recompute import recompute
-
-    return recompute(load_config(config), dataset, rows, seed)
 
 
 def drop(

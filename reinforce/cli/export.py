@@ -26,7 +26,7 @@ from reinforce.errors import UserError
 from reinforce.terminal import escape
 
 if TYPE_CHECKING:
-    from reinforce.evaluation.config import Evaluation
+    pass
 
 export = typer.Typer(
     no_args_is_help=True,
@@ -165,22 +165,17 @@ def _export(
         return
     name = short_name(model)
     options = ExportOptions(name, weights, app_names)
-    evaluation = _evaluation(*sets)
+    config, zero_shot, retrieval, limit = sets
+    evaluation = None
+    if config or zero_shot or retrieval:
+        from reinforce.evaluation.command import build_evaluation
+
+        evaluation = build_evaluation(config, zero_shot or [], retrieval or [], limit)
     with resolve_models([model], pretrained) as specs:
         output = output or f"{name}-{target}"
         result = export_model(target, model, specs[model], output, options, min_cosine, evaluation)
     for line in result.lines():
         typer.echo(line)
-
-
-def _evaluation(
-    config: Path | None, zero_shot: list[str] | None, retrieval: list[str] | None, limit: int | None
-) -> Evaluation | None:
-    if not (config or zero_shot or retrieval):
-        return None
-    from reinforce.evaluation.command import build_evaluation
-
-    return build_evaluation(config, zero_shot or [], retrieval or [], limit)
 
 
 @export.command(

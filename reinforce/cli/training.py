@@ -52,10 +52,11 @@ def train(
 
     One rank trains in this process, more ranks train on Ray Train. Under torchrun, the ranks are torchrun's.
     """
-    from reinforce.student.config import load_student_config
+    from reinforce import settings
+    from reinforce.student.config import StudentConfig
 
     with only_json(as_json) as print_json:
-        checked = load_student_config(config, [*(set_ or ()), "train.profile=3"] if profile else set_)
+        checked = settings.load(StudentConfig, config, [*(set_ or ()), "train.profile=3"] if profile else set_)
         checked.train.check_warmup(checked.train.steps)
         with no_garbage_collection():  # takes seconds, so the config is checked before
             from reinforce.student.train import train as train_student
@@ -75,10 +76,11 @@ def finetune_captioner(
 
     Runs where `train` would run. The result is a model for `captioners:` of `reinforce run`.
     """
-    from reinforce.captioning.config import load_captioner_config
+    from reinforce import settings
+    from reinforce.captioning.config import CaptionerConfig
 
     with only_json(as_json) as print_json:
-        checked = load_captioner_config(config, set_)
+        checked = settings.load(CaptionerConfig, config, set_)
         checked.train.check_warmup(checked.train.steps)
         with no_garbage_collection():
             from reinforce.captioning.finetune import finetune, format_comparison
@@ -110,11 +112,12 @@ def tune(
     """
     with no_garbage_collection():
         from reinforce.tuning import command
-    from reinforce.tuning.config import load_tune_config
+    from reinforce import settings
+    from reinforce.tuning.config import TuneConfig
     from reinforce.tuning.results import results_table, screening_table
 
     with only_json(as_json) as print_json:
-        checked = load_tune_config(config, set_)
+        checked = settings.load(TuneConfig, config, set_)
         if screen_only:
             screenings = _run_training(lambda: command.screen_only(checked))
             if as_json:

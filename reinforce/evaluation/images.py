@@ -25,14 +25,6 @@ from teachers.protocols import ImageSpec
 _Decoded = tuple[list[np.ndarray], list[Any]]
 
 
-@dataclass(frozen=True)
-class Batch:
-    """``pixels`` uint8 [B, height, width, 3]; ``targets`` of the B examples."""
-
-    pixels: np.ndarray
-    targets: list[Any]
-
-
 @dataclass
 class CacheBudget:
     """Bytes that are still free for cached images; shared by all sets."""
@@ -45,6 +37,11 @@ class _Cached:
     geometry: object
     batches: list[_Decoded]
     bytes: int
+
+
+def geometry_of(spec: ImageSpec) -> tuple[object, ...]:
+    """Settings that determine the pixels of an image before they are normalised."""
+    return spec.height, spec.width, spec.interpolation, spec.resize
 
 
 class ImageBatches:
@@ -70,11 +67,6 @@ class ImageBatches:
         self._limits, self._budget = limits or Limits(), budget or CacheBudget(0)
         self._cached: _Cached | None = None
 
-    def batches(self, spec: ImageSpec, size: int, threads: int) -> Iterator[Batch]:
-        """Yield the batches of ``decode`` for one spec."""
-        for (pixels,), targets in self.decode([spec], size, threads):
-            yield Batch(pixels, targets)
-
     def decode(self, specs: Sequence[ImageSpec], size: int, threads: int) -> Iterator[_Decoded]:
         """Yield batches of ``size`` in the set's order: uint8 [B, height, width, 3] by each spec, and targets.
 
@@ -82,7 +74,7 @@ class ImageBatches:
         it is only loaded. After one complete pass, batches come from the cache if the images fit into the budget, and
         size and geometry are the same.
         """
-        geometry = size, [(spec.height, spec.width, spec.interpolation, spec.resize) for spec in specs]
+        geometry = size, [*map(geometry_of, specs)]
         if self._cached is not None and self._cached.geometry == geometry:
             yield from self._cached.batches
             return

@@ -12,7 +12,8 @@ from reinforce.errors import UserError
 from reinforce.evaluation.classes import Template
 from reinforce.evaluation.content import ContentDigest
 from reinforce.evaluation.encoding import Encoder, NotFinite, build_classifier, encode_texts, load_encoders
-from reinforce.evaluation.images import ImageBatches
+from reinforce.evaluation.images import ImageBatches, geometry_of
+from teachers.device.accelerator import Accelerator, Precision
 from teachers.preprocessing.pixels import to_pixels
 from teachers.protocols import ImageSpec
 from teachers.runtime.accelerator import Accelerator, Precision
@@ -36,12 +37,12 @@ class Models:
         Raises UserError for a model without an image side.
         """
         specs = {name: _image_spec(name, encoder) for name, encoder in self.encoders.items()}
-        sizes = {_geometry(spec): spec for spec in specs.values()}
+        sizes = {geometry_of(spec): spec for spec in specs.values()}
         for pixels, targets in images.decode([*sizes.values()], self.batch, self.threads):
             put = dict(zip(sizes, map(self.accelerator.put, pixels), strict=True))
             vectors = {}
             for name, spec in specs.items():
-                vectors[name] = self.encoders[name].encode_images(to_pixels(put[_geometry(spec)], spec)).float()
+                vectors[name] = self.encoders[name].encode_images(to_pixels(put[geometry_of(spec)], spec)).float()
                 self.not_finite.add(name, "image", vectors[name])
             yield vectors, targets
 
@@ -84,11 +85,6 @@ def load_models(specs: Mapping[str, ModelSpec], device: str, precision: Precisio
     """Load all models onto one device, with ``threads`` that decode images. Raises UserError."""
     loaded = [*load_encoders(specs, device, precision, threads)]
     return Models({name: model for name, model, _ in loaded}, loaded[-1][2], batch, threads)
-
-
-def _geometry(spec: ImageSpec) -> tuple[object, ...]:
-    """Settings that determine the pixels of an image before they are normalised."""
-    return spec.height, spec.width, spec.interpolation, spec.resize
 
 
 def _image_spec(name: str, encoder: Encoder) -> ImageSpec:

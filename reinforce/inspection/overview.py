@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections import Counter
@@ -117,17 +118,8 @@ def _quarantine(store: Store, files: Mapping[str, Listing], seed: int, problems:
         except UserError as error:
             problems.append(str(error))
     ordered = tuple((layer, reason, count) for (layer, reason), count in sorted(counts.items()))
-    return Quarantine(sum(map(len, files.values())), read, ordered, tuple(_in_turn([*by_reason.values()])))
-
-
-def _in_turn(lists: list[list[Quarantined]]) -> Iterator[Quarantined]:
-    """The first items of every list, then the second ones, and so on."""
-    shown = 0
-    for nth in range(max(map(len, lists), default=0)):
-        for items in lists:
-            if nth < len(items) and shown < _ITEMS:
-                shown += 1
-                yield items[nth]
+    in_turn = (item for nth in itertools.zip_longest(*by_reason.values()) for item in nth if item is not None)
+    return Quarantine(sum(map(len, files.values())), read, ordered, tuple(itertools.islice(in_turn, _ITEMS)))
 
 
 def _runs(store: Store, problems: list[str]) -> Iterator[tuple[str, RunRecord]]:

@@ -115,7 +115,7 @@ def read_rows(data: Dataset, selection: Selection, sides: Sides | None = None) -
     layers = AlignedLayers(data.store, data.fingerprints, {SAMPLES: [*_COLUMNS, *(sides.columns if sides else ())]})
     for shard, groups in selection.by_shard().items():
         try:
-            reasons = sides.read(data.store, shard) if sides else None
+            reasons = sides.view.rows.read(data.store, shard) if sides else None
             with layers.open(shard, whole=False) as files:
                 for group in groups:
                     tables = files.read(group.number)

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.reading.dataset import Dataset
 from reinforce.dataset.view import View
@@ -94,10 +93,6 @@ class Sides:
     def columns(self) -> list[str]:
         """Columns of the samples that the expressions of rules need."""
         return sorted({name for rule in self.rules if rule.expression for name in rule.expression.sample_columns})
-
-    def read(self, store: Store, shard: str) -> list[pa.Table]:
-        """Key and reason of each row of a shard, by row group. Raises UserError."""
-        return self.view.rows.read(store, shard)
 
     def add(self, group: Group, tables: Mapping[str, pa.Table], reasons: pa.Table) -> np.ndarray:
         """Add a row group; returns the places of the rows that the view keeps. Raises UserError."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -14,7 +13,6 @@ from pydantic import (
     model_validator,
 )
 
-from reinforce import settings
 from reinforce.config_schema import InSchema, Named, OneOrMore, either
 from reinforce.evaluation.config import Evaluation
 from reinforce.images.policy import ReadLimits
@@ -279,8 +277,3 @@ class StudentConfig(Section):
                 "set it to last, or `student.quantize_share` to 1"
             )
         return self
-
-
-def load_student_config(path: str | Path, overrides: list[str] | None = None) -> StudentConfig:
-    """Read a YAML config and apply ``key.sub=value`` overrides. Raises UserError."""
-    return settings.load(StudentConfig, path, overrides)

@@ -12,8 +12,7 @@ from reinforce.storage import Storage
 from reinforce.student.config import StudentConfig
 from reinforce.student.data.feed import StudentFeed
 from reinforce.student.task import StudentTask
-from reinforce.training.config import MUTABLE_KEYS, fixed_config
-from reinforce.training.job import Job, model_settings
+from reinforce.training.job import Job, make_job
 from reinforce.training.launch import launch, runs_on_ray
 from reinforce.training.record.results import Results
 from reinforce.training.record.trackers import check_trackers
@@ -22,15 +21,8 @@ from teachers.open_clip.options import stated_preprocess
 from teachers.open_clip.tokenizer import Tokenizer
 from teachers.runtime.accelerator import Accelerator
 
-#: Keys that may change when a training run resumes: where it writes, how it is evaluated, how fast it reads.
-_READING = ("workers", "prefetch", "images_from", "limits")
-_MUTABLE = (
-    "output",
-    "evaluate",
-    "log",
-    *(f"data.{key}" for key in _READING),
-    *(f"train.{key}" for key in MUTABLE_KEYS),
-)
+#: Keys that may change when a training run resumes: how fast it reads.
+_READING = ("data.workers", "data.prefetch", "data.images_from", "data.limits")
 
 
 def train(config: StudentConfig | str | Path | dict[str, Any], *, address: str | None = None) -> Results:
@@ -43,27 +35,17 @@ def train(config: StudentConfig | str | Path | dict[str, Any], *, address: str |
     """
     config = settings.as_config(StudentConfig, config)
     Storage(config.output).check_writable()
-    job = make_job(config)
+    job = student_job(config)
     check_trackers(config.log)
     if runs_on_ray(job, address) and config.loss.targets == "stored":
         build(config, Accelerator("cpu"))  # reports errors of the config before Ray starts
     return launch(partial(build, config), job, address)
 
 
-def make_job(config: StudentConfig) -> Job:
+def student_job(config: StudentConfig) -> Job:
     """The training loop's job for a student config."""
-    return Job(
-        training=config.train,
-        output=config.output,
-        seed=config.seed,
-        fixed_config=fixed_config(config, (*_MUTABLE, *_default_preprocess(config))),
-        evaluate_every=config.evaluate.every,
-        best=config.evaluate.best_metric,
-        best_of_part=config.evaluate.best is not None,
-        export_best=config.evaluate.export == "best",
-        trackers=config.log,
-        model_config=model_settings(config.student.model),
-    )
+    mutable = (*_READING, *_default_preprocess(config))
+    return make_job(config, config.student.model, mutable, best_of_part=config.evaluate.best is not None)
 
 
 def _default_preprocess(config: StudentConfig) -> Iterator[str]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from reinforce.errors import UserError
 from reinforce.settings import flatten
-from reinforce.training.config import Trackers, Training
+from reinforce.training.config import MUTABLE_KEYS, Trackers, Training, fixed_config
 from teachers.open_clip.catalog import CONFIG_FILE, folder_config
 
 
@@ -39,7 +39,28 @@ class Job:
     model_config: Mapping[str, Any] | None = None
 
 
-def model_settings(model: str) -> dict[str, Any] | None:
+def make_job(config: Any, model: str, mutable: Iterable[str], **options: Any) -> Job:
+    """The job of the config of a student or a captioner, whose ``model`` has this name in open_clip.
+
+    ``mutable`` are keys that may change when it resumes, besides where it writes, how it is evaluated and
+    ``MUTABLE_KEYS``; ``options`` are further fields of the job.
+    """
+    evaluate, keys = config.evaluate, (f"train.{key}" for key in MUTABLE_KEYS)
+    return Job(
+        training=config.train,
+        output=config.output,
+        seed=config.seed,
+        fixed_config=fixed_config(config, ("output", "evaluate", "log", *keys, *mutable)),
+        evaluate_every=evaluate.every,
+        best=evaluate.best_metric,
+        export_best=evaluate.export == "best",
+        trackers=config.log,
+        model_config=_model_settings(model),
+        **options,
+    )
+
+
+def _model_settings(model: str) -> dict[str, Any] | None:
     """``Job.model_config`` of a model by its name in open_clip; None if it is in no folder or the folder is faulty."""
     try:
         config = folder_config(model)

@@ -42,7 +42,7 @@ from reinforce.training.record.evaluations import Evaluations, OnEvaluation
 from reinforce.training.record.log import Log
 from reinforce.training.record.log import notes as log_notes
 from reinforce.training.record.profile import StepProfiler
-from reinforce.training.record.progress import Throughput, TimeLeft, format_row
+from reinforce.training.record.progress import Throughput, format_row
 from reinforce.training.record.results import Results, read_results
 from reinforce.training.record.trackers import open_trackers
 from reinforce.training.saving.checkpoint import Checkpoints, DamagedCheckpoint, Progress
@@ -141,7 +141,6 @@ class _Loop:
         self.evaluations = Evaluations(
             task, job, ranks, self.state, self.writer, self.steps, stop, screen, on_evaluation
         )
-        self.throughput = Throughput()
         self.log: Log | None = None  # only on rank 0
         self.parts = self.training.compute.stated_parts
 
@@ -167,9 +166,8 @@ class _Loop:
                     self.screen.log(f"resuming after step {self.progress.step:,} of {self.steps:,}")
             if self.job.export_best and not self.progress.step and self.evaluations.due(self.progress.step):
                 self._save()  # the state before the first step may be the best one
-            self.evaluations.evaluate(
-                self.progress.step
-            )  # in case the process was killed between a checkpoint and its evaluation
+            # in case the process was killed between a checkpoint and its evaluation
+            self.evaluations.evaluate(self.progress.step)
             self._train()
             self.ranks.run_on_first(lambda: self.evaluations.finish(self.progress))
         results = read_results(self.storage)
@@ -208,7 +206,8 @@ class _Loop:
         """Find what a sample costs, and the parts of a rank's ``size`` samples if the config leaves that open."""
         flops = flops_of_sample(self.task, self.state, batch, size, self.accelerator)
         peak = self.accelerator.peak_flops()
-        self.throughput = Throughput(flops, None if peak is None else peak * self.ranks.size)
+        peak = None if peak is None else peak * self.ranks.size
+        self.throughput = Throughput(self.progress.step, self.steps, flops, peak)
         if not self._finds_parts:
             return
         self.ranks.at("finding how many samples fit in memory")
@@ -290,14 +289,14 @@ class _Loop:
         if self.training.compute.compile:
             self.state.model.compile()
         model = wrap_ddp(self.state.model, self.ranks)
-        time_left, profiler = TimeLeft(self.progress.step, self.steps), None
+        profiler = None
         if self.training.profile is not None and self.ranks.is_first:
             counts = self.training.profile, self.progress.step, self.steps
             profiler = StepProfiler(self.storage, self.accelerator, *counts)
         while self.progress.step < self.steps:
             if profiler is not None:
                 profiler.begin_step(self.progress.step)
-            signum = self._step(model, prefetcher, rank_batch, time_left)
+            signum = self._step(model, prefetcher, rank_batch)
             if profiler is not None:
                 for line in profiler.end_step(self.progress.step - 1):
                     self.screen.log(line)
@@ -317,7 +316,7 @@ class _Loop:
             if not self.stop.signum:  # Ctrl-C also ends the loader processes, and then the feed
                 raise
 
-    def _step(self, model: Any, prefetcher: Prefetcher, rank_batch: int, time_left: TimeLeft) -> int:
+    def _step(self, model: Any, prefetcher: Prefetcher, rank_batch: int) -> int:
         """Train on the fetched batch; returns the signal by which any rank was asked to stop, _NOT_SAVED, or 0."""
         step, begun = self.progress.step, time.perf_counter()
         if (note := self.task.begin_step(step, self.steps)) and self.ranks.is_first:
@@ -342,12 +341,12 @@ class _Loop:
         self.progress = self.progress.after_step(seconds, skipped=not math.isfinite(norm))
         check_skipped(self.progress, self.steps)
         if self.progress.step % self.training.log_every == 0 or self.progress.step == self.steps:
-            self._log_step(output, lr, norm, time_left)
+            self._log_step(output, lr, norm)
         elif self.ranks.is_first:
             self.screen.advance(self.progress.step)
         return stop_of_ranks() or (self.stop.signum if self.ranks.size == 1 else 0)
 
-    def _log_step(self, output: StepOutput, lr: float, norm: float, time_left: TimeLeft) -> None:
+    def _log_step(self, output: StepOutput, lr: float, norm: float) -> None:
         """Write a row of the log; its losses are the means over the ranks of this step's losses."""
         losses = gather.mean(torch.stack([loss.float() for loss in output.losses.values()])).tolist()
         if self.log is None:
@@ -366,4 +365,4 @@ class _Loop:
             "skipped": self.progress.skipped,
         }
         self.log.add(row)
-        self.screen.draw(format_row(row, self.steps, time_left.seconds(step)), step, self.steps)
+        self.screen.draw(format_row(row, self.steps, self.throughput.seconds_left(step)), step, self.steps)

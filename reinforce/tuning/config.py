@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import BeforeValidator, Field, model_validator
 
-from reinforce import settings
 from reinforce.config_schema import InSchema, either
 from reinforce.settings import Section
 
@@ -119,8 +117,3 @@ class TuneConfig(Section):
         if self.sample is not None and self.mode != "joint":
             raise ValueError("`sample` requires `mode: joint`; `independent` tries every value. Remove `sample`")
         return self
-
-
-def load_tune_config(path: str | Path, overrides: list[str] | None = None) -> TuneConfig:
-    """Read a YAML config and apply ``key.sub=value`` overrides. Raises UserError."""
-    return settings.load(TuneConfig, path, overrides)

@@ -25,7 +25,7 @@ from reinforce.errors import UserError
 from reinforce.processes.cores import capacity
 from reinforce.storage import Storage
 from reinforce.student.config import StudentConfig
-from reinforce.student.train import build, make_job
+from reinforce.student.train import build, student_job
 from reinforce.terminal import Screen, plural
 from reinforce.training.config import Compute
 from reinforce.training.distributed.ranks import join_ranks
@@ -237,7 +237,7 @@ def _run_trial(
     home = next(filter(os.path.isdir, [folder, os.environ.get("TUNE_ORIG_WORKING_DIR", "")]), os.getcwd())
     os.chdir(home)
     student = configs[config["name"]]
-    job = make_job(student)
+    job = student_job(student)
 
     def evaluated(step: int, metrics: Mapping[str, float]) -> None:
         tune.report({_STEP: step, _VALUE: metrics[metric]})

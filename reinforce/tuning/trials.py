@@ -14,7 +14,7 @@ from typing import Any, Literal
 from reinforce.errors import UserError
 from reinforce.storage import Storage
 from reinforce.student.config import StudentConfig
-from reinforce.student.train import make_job
+from reinforce.student.train import student_job
 from reinforce.training.config import describe_changes
 from reinforce.training.record.log import read_rows
 from reinforce.training.record.results import read_results
@@ -46,7 +46,7 @@ class Outcome:
 def begin_trial(config: StudentConfig, steps: int) -> None:
     """Record the training run in its folder. Raises UserError if the folder holds another training run."""
     store = Storage(config.output)
-    now: dict[str, Any] = {"train.steps": steps, **make_job(config).fixed_config}
+    now: dict[str, Any] = {"train.steps": steps, **student_job(config).fixed_config}
     now = json.loads(json.dumps(now))
     then = store.read_json(_TRIAL)
     if then is None:

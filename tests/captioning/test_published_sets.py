@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from reinforce.captioning.config import load_captioner_config
+from reinforce import settings
+from reinforce.captioning.config import CaptionerConfig
 from reinforce.captioning.source import PairSource
 from reinforce.errors import UserError
 from reinforce.source.samples import RawSample
@@ -184,7 +185,7 @@ def test_every_config_of_a_captioner_is_read_here() -> None:
 
 def overrides(name: str, root: Path, **changes: str) -> list[str]:
     """What is set in a config: folders for its buckets, and some steps of a tiny captioner on a CPU."""
-    config = load_captioner_config(ROOT / f"configs/{name}.yaml")
+    config = settings.load(CaptionerConfig, ROOT / f"configs/{name}.yaml")
 
     def local(url: str | list[str]) -> str:
         assert isinstance(url, str)
@@ -220,7 +221,7 @@ def test_the_published_layout_gives_the_captions_of_each_picture(
     write(root)
     if name.startswith("finetune-"):
         convert(name, root, monkeypatch)
-    config = load_captioner_config(ROOT / f"configs/{name}.yaml", overrides(name, root))
+    config = settings.load(CaptionerConfig, ROOT / f"configs/{name}.yaml", overrides(name, root))
     source = PairSource("data", config.data.source, None, config.data, seed=0)
     refused = Counter[str]()
     pairs = [pair for shard, _ in source.groups() for pair in source.pairs(shard, refused)]
@@ -250,4 +251,4 @@ def test_a_captioner_is_trained_by_the_command(tmp_path: Path, capfd: pytest.Cap
     assert f"weights: {root}/out/captioner" in printed
     wrong = "data.captions=['jmespath:vertices[?']"
     with pytest.raises(UserError, match=r"data\.captions\.0: 'jmespath:vertices\[\?' is no expression of JMESPath"):
-        load_captioner_config(ROOT / f"configs/{name}.yaml", [wrong])
+        settings.load(CaptionerConfig, ROOT / f"configs/{name}.yaml", [wrong])

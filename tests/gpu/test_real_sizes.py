@@ -13,8 +13,9 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from reinforce import settings
 from reinforce.student import chunks
-from reinforce.student.config import StudentConfig, load_student_config
+from reinforce.student.config import StudentConfig
 from reinforce.student.loss import Objective, contrastive_losses
 from reinforce.student.model import Student
 from reinforce.training.step import backpropagate
@@ -180,7 +181,7 @@ def gigabytes(config: StudentConfig, parts: int) -> float:
 
 @pytest.mark.parametrize("path", STUDENTS, ids=lambda path: path.stem)
 def test_a_step_of_a_shipped_config_fits_on_a_card_of_80_gb_and_takes_what_its_comment_states(path: Path) -> None:
-    config = load_student_config(path)
+    config = settings.load(StudentConfig, path)
     parts = config.train.compute.accumulate
     needed = gigabytes(config, 1 if parts == "auto" else parts)
     assert re.findall(r"about (\d+) GB in a step", path.read_text()) == [f"{needed:.0f}"]

@@ -20,7 +20,7 @@ from reinforce.student.config import Student as StudentSpec
 from reinforce.student.config import StudentConfig
 from reinforce.student.model import Student, build_student
 from reinforce.student.quantize import can_quantize, quantize, round_inputs, round_weights
-from reinforce.student.train import build, make_job
+from reinforce.student.train import build, student_job
 from reinforce.training.distributed.ranks import Ranks
 from reinforce.training.loop import fit
 from reinforce.training.saving.checkpoint import Checkpoints
@@ -168,7 +168,7 @@ def train(config: StudentConfig, stop_at: int | None = None, log: list[str] | No
     task.begin_step = logged  # type: ignore[method-assign]
     if stop_at is not None:
         feed = stopping(feed, stop, stop_at)
-    fit(task, feed, make_job(config), Ranks(0, 1, accelerator), stop)
+    fit(task, feed, student_job(config), Ranks(0, 1, accelerator), stop)
     checkpoints = Checkpoints(Storage(config.output), 1)
     return checkpoints.load(max(checkpoints.steps()))[1]
 

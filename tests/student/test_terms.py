@@ -22,7 +22,7 @@ from reinforce.student.teachers import (
 )
 from reinforce.student.terms.base import Models
 from reinforce.student.terms.registry import Terms, make_terms
-from reinforce.student.train import make_job
+from reinforce.student.train import student_job
 from reinforce.training.config import describe_changes
 from teachers.open_clip.catalog import DEFAULT_PREPROCESS
 from teachers.registry import teacher_spec
@@ -221,14 +221,14 @@ def test_the_job_has_the_config_of_a_model_in_a_folder(tmp_path: Path) -> None:
     (tmp_path / "open_clip_config.json").write_text(json.dumps(settings_of_model))
     name = f"local-dir:{tmp_path}"
     config = settings.parse(StudentConfig, {**CONFIG, "student": {"model": name}})
-    assert make_job(config).model_config == {f"{name}/open_clip_config.json: model_cfg.vision_cfg.image_size": 48}
+    assert student_job(config).model_config == {f"{name}/open_clip_config.json: model_cfg.vision_cfg.image_size": 48}
     (tmp_path / "open_clip_config.json").unlink()
-    assert make_job(config).model_config is None
-    assert make_job(settings.parse(StudentConfig, CONFIG)).model_config is None
+    assert student_job(config).model_config is None
+    assert student_job(settings.parse(StudentConfig, CONFIG)).model_config is None
 
 
 def test_keys_that_change_what_is_learnt_may_not_change_on_resume() -> None:
-    job = make_job(settings.parse(StudentConfig, CONFIG))
+    job = student_job(settings.parse(StudentConfig, CONFIG))
     assert (job.output, job.seed, job.evaluate_every, job.export) == ("out", 7, 2, "student")
     fixed = job.fixed_config
     assert {"seed", "student.model", "data.window", "data.streams", "loss.lambda", "train.batch"} <= fixed.keys()
@@ -240,7 +240,7 @@ def test_keys_that_change_what_is_learnt_may_not_change_on_resume() -> None:
 def test_a_training_that_began_before_preprocessing_was_stated_resumes_with_what_it_had() -> None:
     def changes(**keys: Any) -> list[str]:
         stated = {**CONFIG, "student": {**CONFIG["student"], "preprocess": keys}}
-        before, now = (make_job(settings.parse(StudentConfig, config)) for config in (CONFIG, stated))
+        before, now = (student_job(settings.parse(StudentConfig, config)) for config in (CONFIG, stated))
         return describe_changes(before.fixed_config, now.fixed_config)
 
     assert changes(**DEFAULT_PREPROCESS) == []

@@ -22,7 +22,7 @@ import reinforce.training.record.progress
 from reinforce.errors import UserError
 from reinforce.storage import Storage
 from reinforce.student.config import StudentConfig
-from reinforce.student.train import make_job
+from reinforce.student.train import student_job
 from reinforce.training import loop
 from reinforce.training.config import Trackers
 from reinforce.training.distributed.ranks import Ranks
@@ -31,7 +31,7 @@ from reinforce.training.loop import fit
 from reinforce.training.record import curves
 from reinforce.training.record.curves import draw_curves
 from reinforce.training.record.log import Log
-from reinforce.training.record.progress import Throughput, TimeLeft, format_row
+from reinforce.training.record.progress import Throughput, format_row
 from reinforce.training.record.results import Results, read_results
 from reinforce.training.record.trackers import RUNS, Scalars, Tracker, check_trackers, open_trackers
 from reinforce.training.saving.checkpoint import BestCheckpoint
@@ -102,7 +102,9 @@ def test_a_row_is_one_line_with_samples_waiting_and_the_share_of_a_known_peak_si
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for peak, mfu, shown in ((None, {}, ""), (6.4e12, {"mfu": 0.4}, "  MFU 40%")):
-        throughput = Throughput(flops=4e10, peak=peak)
+        now = iter([100.0, 130.0])
+        monkeypatch.setattr(reinforce.training.record.progress.time, "monotonic", lambda now=now: next(now))
+        throughput = Throughput(start=10, steps=40, flops=4e10, peak=peak)
         throughput.add_step(seconds=1.5, idle=0.5)
         throughput.add_step(seconds=0.5, idle=0.0)
         speed = throughput.measure(batch=64)
@@ -111,9 +113,7 @@ def test_a_row_is_one_line_with_samples_waiting_and_the_share_of_a_known_peak_si
         assert throughput.measure(batch=64)["waiting"] == 1.0
         row = {"step": 1200, "epoch": 0.5, "loss": 3.25, **speed, "skipped": 0}
         line = f"step 1,200 of 5,000  epoch 0.50  loss 3.2500  64 samples/s{shown}  waiting for data 25%  ETA 0:01:00"
-        now = iter([100.0, 130.0])
-        monkeypatch.setattr(reinforce.training.record.progress.time, "monotonic", lambda now=now: next(now))
-        left = TimeLeft(start=10, steps=40).seconds(20)  # 3 s a step, 20 steps left
+        left = throughput.seconds_left(20)  # 3 s a step, 20 steps left
         monkeypatch.undo()
         assert format_row(row, 5000, left) == line
         assert format_row({**row, "skipped": 3}, 5000, left) == f"{line}  3 steps skipped"
@@ -304,8 +304,8 @@ def test_trackers_are_no_part_of_what_a_checkpoint_fixes_and_need_their_packages
     values = {"output": "o", "student": {"model": "m"}, "data": {"datasets": "d"}, "train": {"steps": 2000}}
     plain = StudentConfig.model_validate(values)
     named = StudentConfig.model_validate({**values, "log": {"wandb": {"project": "p", "entity": "me"}}})
-    assert make_job(named).fixed_config == make_job(plain).fixed_config
-    assert make_job(named).trackers == Trackers.model_validate({"wandb": {"project": "p", "entity": "me"}})
+    assert student_job(named).fixed_config == student_job(plain).fixed_config
+    assert student_job(named).trackers == Trackers.model_validate({"wandb": {"project": "p", "entity": "me"}})
     assert '"log":' not in plain.model_dump_json(exclude_none=True), "recipes of ablations leave unset keys out"
     assert open_trackers(job(tmp_path), Storage(str(tmp_path))) == []
     assert not (tmp_path / RUNS).exists()

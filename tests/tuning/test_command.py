@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import yaml
 
+from reinforce import settings
 from reinforce.cli import main
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.manifest.manifest import read_manifest
 from reinforce.settings import parse
-from reinforce.student.config import StudentConfig, load_student_config
+from reinforce.student.config import StudentConfig
 from reinforce.student.train import build
 from reinforce.terminal import Screen
 from reinforce.training.record.log import LOG
@@ -92,7 +93,7 @@ def test_tuning_writes_results_resumes_and_records_scales(
     assert (output / "scales.png").read_bytes().startswith(b"\x89PNG")
     assert set(json.loads((output / "screening.json").read_text())) == {"red"}
     assert not (output / ".ray").exists()
-    written = load_student_config(output / "student.yaml")
+    written = settings.load(StudentConfig, output / "student.yaml")
     assert written.loss.logit_scales == {"blue": 30.0, **table["found"]}
     assert (written.train.epochs, written.train.steps) == (40, None)
     build(written, Accelerator("cpu"))

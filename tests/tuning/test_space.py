@@ -12,9 +12,9 @@ import yaml
 
 from reinforce import settings
 from reinforce.errors import UserError
-from reinforce.student.config import StudentConfig, load_student_config
+from reinforce.student.config import StudentConfig
 from reinforce.terminal import Screen
-from reinforce.tuning.config import EarlyStopping, load_tune_config
+from reinforce.tuning.config import EarlyStopping, TuneConfig
 from reinforce.tuning.search import Search, _Scheduler
 from reinforce.tuning.space import LAMBDA, BaseStudent, Setting, Trial, lambda_settings, scale_settings
 from reinforce.tuning.student_yaml import render_student_yaml
@@ -83,7 +83,7 @@ def test_trial_keys_replace_those_of_the_student_and_leave_it_unchanged(tmp_path
 
 def test_demo_tuning_config_matches_its_student(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).parents[2])
-    tuning = load_tune_config("configs/tune-demo.yaml")
+    tuning = settings.load(TuneConfig, "configs/tune-demo.yaml")
     base = BaseStudent(tuning)
     assert set(tuning.scales) == set(base.full.data.teachers or [])
     assert tuning.metric in base.short.evaluate.metrics
@@ -119,7 +119,7 @@ def test_written_config_differs_in_scales_and_lambda_and_states_their_origins(
         render_student_yaml(raw_student("data", loss), best, origins, "runs/tuning/student", "Written by a test.")
     )
     text = path.read_text()
-    written = load_student_config(path)
+    written = settings.load(StudentConfig, path)
     before = settings.parse(StudentConfig, raw_student("data", loss))
     assert written.loss.logit_scales == {**before.loss.logit_scales, "red": 43.0}
     assert (written.loss.lambda_, written.loss.features) == (0.5, before.loss.features)

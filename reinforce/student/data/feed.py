@@ -13,7 +13,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -42,17 +42,13 @@ T = TypeVar("T")
 _Assembled: TypeAlias = "tuple[Batch, Counter[str]]"  # a batch, and the unusable rows since the last one, by reason
 
 
-class Streams(Protocol):
+class Streams(NamedTuple):
     """How a config reads in streams; see ``data`` of a student's config."""
 
-    @property
-    def window(self) -> int: ...
-    @property
-    def streams(self) -> int | None: ...
-    @property
-    def workers(self) -> int | None: ...
-    @property
-    def prefetch(self) -> int: ...
+    window: int = 4096
+    streams: int | None = None
+    workers: int | None = None
+    prefetch: int = 4
 
 
 class StreamFeed:
@@ -205,7 +201,7 @@ class StudentFeed(StreamFeed):
         self.rows: int = sum(dataset.rows for dataset in datasets)
         scaled, device = data.translations != "stored", data.backend == DEVICE_BACKEND
         super().__init__(
-            data,
+            Streams(data.window, data.streams, data.workers, data.prefetch),
             seed,
             datasets,
             PartMaker(size, targets, tokenize, view, scaled, device=device),

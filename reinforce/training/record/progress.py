@@ -10,12 +10,14 @@ from reinforce.terminal import format_duration, plural
 
 
 class Throughput:
-    """Speed of the steps between two rows of the log, without evaluations and checkpoints.
+    """Speed of the steps between two rows of the log, without evaluations and checkpoints, and the time left.
 
-    ``flops`` are those of the model for a sample, 0 if unknown, and ``peak`` the FLOP/s of all ranks' cards, if known.
+    A training run of ``steps`` steps begins or resumes at step ``start``. ``flops`` are those of the model for a
+    sample, 0 if unknown, and ``peak`` the FLOP/s of all ranks' cards, if known.
     """
 
-    def __init__(self, flops: float = 0.0, peak: float | None = None) -> None:
+    def __init__(self, start: int, steps: int, flops: float = 0.0, peak: float | None = None) -> None:
+        self._begun, self._start, self._end = time.monotonic(), start, steps
         self._flops, self._peak = flops, peak
         self._seconds = self._idle = 0.0
         self._steps = 0
@@ -40,15 +42,9 @@ class Throughput:
         self._seconds, self._idle, self._steps = 0.0, 0.0, 0
         return speed
 
-
-class TimeLeft:
-    """Estimates the seconds left from the average speed since the start (or resume), evaluations included."""
-
-    def __init__(self, start: int, steps: int) -> None:
-        self._begun, self._start, self._steps = time.monotonic(), start, steps
-
-    def seconds(self, step: int) -> float:
-        return (time.monotonic() - self._begun) / (step - self._start) * (self._steps - step)
+    def seconds_left(self, step: int) -> float:
+        """An estimate by the average speed since the start, evaluations included."""
+        return (time.monotonic() - self._begun) / (step - self._start) * (self._end - step)
 
 
 def format_row(row: Mapping[str, Any], steps: int, seconds_left: float) -> str:

@@ -16,7 +16,8 @@ from reinforce.engine.plan.recipe import build_layers, describe_models, version_
 from reinforce.parallel.machines import nodes_of_run
 from reinforce.source.urls import expand
 from reinforce.student.config import StudentConfig
-from reinforce.student.train import make_job
+from reinforce.student.train import student_job
+from teachers.device.accelerator import Accelerator
 from teachers.runtime.accelerator import Accelerator
 from tests.helpers.commands import printed_by
 from tests.helpers.data import config_of
@@ -181,7 +182,7 @@ def test_online_teachers_of_a_student_stay_in_fp32_so_that_its_checkpoints_fit(t
         "loss": {"targets": "online", "teachers": {"vit": teacher}},
         "train": {"steps": 2000},
     }
-    assert make_job(StudentConfig.model_validate(data)).fixed_config["loss.teachers.vit.precision"] == "fp32"
+    assert student_job(StudentConfig.model_validate(data)).fixed_config["loss.teachers.vit.precision"] == "fp32"
     data["loss"] = {"targets": "online", "teachers": {"vit": {**teacher, "precision": "auto"}}}
     with pytest.raises(ValueError, match=r"`precision: auto` is for `reinforce run`"):
         StudentConfig.model_validate(data)

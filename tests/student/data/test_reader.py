@@ -22,7 +22,7 @@ from reinforce.dataset.reading.aligned import AlignedShard, RowGroup
 from reinforce.errors import UserError
 from reinforce.student.config import Data
 from reinforce.student.data.datasets import open_datasets
-from reinforce.student.data.feed import StudentFeed, plan_reading
+from reinforce.student.data.feed import Streams, StudentFeed, plan_reading
 from reinforce.student.data.parts import Part, PartMaker
 from reinforce.student.data.reader import DatasetReader, KeptGroups, StreamedDataset
 from reinforce.student.data.stream import (
@@ -287,7 +287,7 @@ def plan(
     ranks: int = 1, batch: int = 64, start: int = 0, loaders: int = 8, recorded: int | None = None, **data: Any
 ) -> tuple[int, int | None, bool]:
     """Loader processes, streams, and whether there is a note."""
-    reading = plan_reading(Data.model_validate({"datasets": "d", **data}), ranks, batch, start, loaders, recorded)
+    reading = plan_reading(Streams(**data), ranks, batch, start, loaders, recorded)
     return reading.loaders, reading.streams, reading.note is not None
 
 
