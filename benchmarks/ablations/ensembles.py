@@ -45,10 +45,10 @@ def main() -> None:
             assert model.image is not None
             classes = build_classifier(model, opened.classes, templates, _BATCH)
             images = ImageBatches(opened.examples, opened.images, evaluation.limits, CacheBudget(0))
-            found = [*images.batches(model.image, _BATCH, threads=1)]
-            vectors = [model.encode_images(to_pixels(accelerator.put(one.pixels), model.image)) for one in found]
+            found = [*images.decode([model.image], _BATCH, threads=1)]
+            vectors = [model.encode_images(to_pixels(accelerator.put(pixels), model.image)) for (pixels,), _ in found]
             cosines[teacher] = torch.cat(vectors).float() @ classes.T
-            labels = torch.tensor([target for one in found for target in one.targets])
+            labels = torch.tensor([target for _, targets in found for target in targets])
 
         right = {teacher: one.argmax(1) == labels for teacher, one in cosines.items()}
         either = torch.stack([*right.values()]).any(0)

@@ -207,7 +207,6 @@ def inspect(
 
     With --view, it also shows samples on both sides of each rule of the view.
     """
-    from reinforce import __version__
     from reinforce.inspection.report import inspect as inspect_dataset
 
     found = inspect_dataset(
@@ -219,7 +218,6 @@ def inspect(
         seed=seed,
         images_from=images_from or (),
         view=view,
-        version=__version__,
     )
     print_lines(found.lines())
 

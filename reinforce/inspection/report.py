@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from reinforce import __version__
 from reinforce.dataset.kinds.registry import model_sections
 from reinforce.dataset.layers import SAMPLES, mapping_at
 from reinforce.dataset.manifest.class_code import entry_keys
@@ -53,8 +54,6 @@ class Inspected:
     groups: int
     shards: int
     pictures: int
-    files: int
-    bytes: int
     problems: int
     text: tuple[str, ...] = ()  # the rules of a view, and values and keys at the quantiles of scores
 
@@ -79,13 +78,11 @@ def inspect(
     seed: int = 0,
     images_from: Sequence[str] = (),
     view: str | None = None,
-    version: str = "",
 ) -> Inspected:
     """Write a report on a dataset to a folder or fsspec URI, in place of an earlier report.
 
-    Looks at no more than ``limit`` samples, in seeded row groups. Equal arguments give equal files. ``version`` is that
-    of the program, which the pages show. With ``view``, looks at the samples that it keeps, and at some on both sides
-    of each of its rules. Raises UserError.
+    Looks at no more than ``limit`` samples, in seeded row groups. Equal arguments give equal files. With ``view``,
+    looks at the samples that it keeps, and at some on both sides of each of its rules. Raises UserError.
     """
     folder = _ReportFolder(output)
     models = {**dict.fromkeys(model_sections()), "teachers": teachers, "captioners": captioners}
@@ -101,16 +98,15 @@ def inspect(
     thumbnails = draw_sides(data, sides.rules, rows.problems, files.__setitem__) if sides else {}
     texts, cosines = captions.text_figures(rows), captions.similarities(rows)
     problems = [*overview.problems, *dict.fromkeys(rows.problems)]
+    about: dict[str, Any] = {
+        "version": __version__, "teachers": data.teachers, "captioners": data.captioners, "limit": limit, "seed": seed,
+    }  # fmt: skip
     shared = {
+        **about,
         "title": data.store.url.rstrip("/").rpartition("/")[2] or data.store.url,
         "url": data.store.url,
-        "version": version,
         "selection": selection,
         "rows": rows,
-        "limit": limit,
-        "seed": seed,
-        "teachers": data.teachers,
-        "captioners": data.captioners,
         "view": None if sides is None else sides.view,
     }
     pages = {
@@ -122,14 +118,9 @@ def inspect(
     }
     files |= {name: text.encode() for name, text in {**pages, **_search_files(rows)}.items()}
     files |= {name: (TEMPLATES / "report" / name).read_bytes() for name in ("report.css", "report.js")}
-    about = {
+    about |= {
         "dataset": data.store.url,
-        "version": version,
-        "teachers": data.teachers,
-        "captioners": data.captioners,
         **({} if sides is None else {"view": asdict(sides.view.rows)}),
-        "limit": limit,
-        "seed": seed,
         "rows": len(rows),
         "samples": selection.samples,
         "exact": selection.exact,
@@ -138,8 +129,7 @@ def inspect(
     folder.publish(files, about)
     return Inspected(
         folder.storage.url, len(rows), selection.samples, selection.exact, len(selection.groups),
-        len(selection.by_shard()), sum(card.picture is not None for card in cards), len(files) + 1,
-        sum(map(len, files.values())), len(problems),
+        len(selection.by_shard()), sum(card.picture is not None for card in cards), len(problems),
         (*(report_lines(sides.view) if sides else ()), *_quantile_lines(rows)),
     )  # fmt: skip
 
