@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 from pydantic.annotated_handlers import GetJsonSchemaHandler
 from pydantic_core import CoreSchema
 
@@ -60,6 +60,10 @@ OneOrMore = Annotated[
     list[str],
     BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
     InSchema(lambda texts: either({"type": "string"}, texts)),
+]
+ImagesFrom = Annotated[
+    OneOrMore | None,
+    Field(description="folders or URLs of the tars from which images that a dataset stores by reference may be read"),
 ]
 
 

@@ -7,11 +7,11 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from reinforce.config import Format, Limits
-from reinforce.config_schema import LayerName, OneOrMore
-from reinforce.evaluation.fields import CaptionField
+from reinforce.config_schema import ImagesFrom, LayerName
+from reinforce.evaluation.fields import CaptionFields
 from reinforce.evaluation.report import RECALLS
 from reinforce.settings import Section
-from reinforce.training.config import Trackers, Training
+from reinforce.training.config import TrackersOfRun, Training
 from teachers.spec import CaptionerSpec
 
 Tower = Literal["image", "text", "decoder"]
@@ -63,17 +63,8 @@ class Data(Section):
     view: LayerName | None = Field(
         None, description="of a reinforced dataset: view of `reinforce select` whose samples are read; default: all"
     )
-    images_from: OneOrMore | None = Field(
-        None,
-        description="folders or URLs of the tars from which images that a dataset stores by reference may be read",
-    )
-    captions: list[CaptionField] = Field(
-        default=["json:captions", "txt", "json:caption"],
-        min_length=1,
-        description="where to find an image's captions, first hit wins: a member's extension, lines:EXTENSION for one "
-        "caption per line, json:FIELD (text or a list of texts), or jmespath:EXPRESSION over the JSON; `txt` of a "
-        "reinforced dataset is its caption; of tables: COLUMN, or json:COLUMN for all texts of a list",
-    )
+    images_from: ImagesFrom = None
+    captions: CaptionFields = Field(["json:captions", "txt", "json:caption"])
     use: Literal["one", "all"] = Field(
         "one", description="per epoch, `one` randomly drawn caption of each image, or `all` of them"
     )
@@ -206,9 +197,7 @@ class CaptionerConfig(Section):
     loss: Loss = Loss()
     train: Training
     evaluate: Evaluation = Evaluation()
-    log: Trackers | None = Field(
-        None, description="trackers of the training besides log.jsonl and TensorBoard; default: none"
-    )
+    log: TrackersOfRun = None
 
     @model_validator(mode="after")
     def _check_trainable(self) -> CaptionerConfig:

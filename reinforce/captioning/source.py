@@ -128,7 +128,7 @@ class PairSource:
         sizes_of: dict[str, dict[str, int]] = {}
         shards = list_shards(self.urls, spec)
         with ThreadPoolExecutor(_READERS) as pool:
-            divided = pool.map(lambda shard: self._divided(shard, sizes_of), shards)
+            divided = pool.map(lambda shard: [*_divide(shard, self.where, sizes_of)], shards)
             return [group for parts in show_progress(divided, len(shards), "shard") for group in parts]
 
     def counted(self, found: Sequence[Group], output: str) -> list[int]:
@@ -191,11 +191,6 @@ class PairSource:
             part = Part(file, 0, rows, place, place + 1)
             yield Shard(file, shards[number], samples_layer.FORMAT.name, part=part), rows
 
-    def _divided(self, shard: Shard, sizes_of: dict[str, dict[str, int]]) -> list[Group]:
-        fix = "Check the path, or download it again."
-        with storage_errors(f"{self.where}: {canonical(shard.file)} cannot be read", fix):
-            return [*_divide(shard, sizes_of)]
-
     def _count(self, shards: Sequence[Shard], output: str) -> list[int]:
         """The examples of each group, read once for each training run."""
         store, fingerprint = Store(output), self.fingerprint(shards, self.data.use)
@@ -229,22 +224,24 @@ def read_table(store: Store, name: str, fingerprint: str, columns: list[str]) ->
     return table if (table.schema.metadata or {}).get(FINGERPRINT) == fingerprint.encode() else None
 
 
-def _divide(shard: Shard, sizes_of: dict[str, dict[str, int]]) -> Iterator[Group]:
+def _divide(shard: Shard, where: str, sizes_of: dict[str, dict[str, int]]) -> Iterator[Group]:
     format_ = find_format(shard.format)
-    if format_.is_listed:
-        lines = shard.lines()
-        for first in range(0, len(lines), _ROWS):
-            part = lines[first : first + _ROWS]
-            yield replace(shard, listing=b"\n".join(part)), len(part)
-    elif format_.is_table:
-        # Reading a part of a compressed file would unpack those before it.
-        whole = canonical(shard.url).lower().endswith(tuple(f".{end}" for end in COMPRESSIONS))
-        for piece in format_.parts(shard.url, 2**62 if whole else _ROWS):
-            yield replace(shard, part=piece), piece.rows
-    else:
-        if shard.folder not in sizes_of:
-            sizes_of[shard.folder] = _sizes_beside(shard.folder)
-        yield shard, sizes_of[shard.folder].get(posixpath.basename(canonical(shard.url)))
+    fix = "Check the path, or download it again."
+    with storage_errors(f"{where}: {canonical(shard.file)} cannot be read", fix):
+        if format_.is_listed:
+            lines = shard.lines()
+            for first in range(0, len(lines), _ROWS):
+                part = lines[first : first + _ROWS]
+                yield replace(shard, listing=b"\n".join(part)), len(part)
+        elif format_.is_table:
+            # Reading a part of a compressed file would unpack those before it.
+            whole = canonical(shard.url).lower().endswith(tuple(f".{end}" for end in COMPRESSIONS))
+            for piece in format_.parts(shard.url, 2**62 if whole else _ROWS):
+                yield replace(shard, part=piece), piece.rows
+        else:
+            if shard.folder not in sizes_of:
+                sizes_of[shard.folder] = _sizes_beside(shard.folder)
+            yield shard, sizes_of[shard.folder].get(posixpath.basename(canonical(shard.url)))
 
 
 def _sizes_beside(folder: str) -> dict[str, int]:

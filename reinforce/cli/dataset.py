@@ -207,6 +207,7 @@ def inspect(
 
     With --view, it also shows samples on both sides of each rule of the view.
     """
+    from reinforce import __version__
     from reinforce.inspection.report import inspect as inspect_dataset
 
     found = inspect_dataset(
@@ -218,6 +219,7 @@ def inspect(
         seed=seed,
         images_from=images_from or (),
         view=view,
+        version=__version__,
     )
     print_lines(found.lines())
 

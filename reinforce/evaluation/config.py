@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from reinforce.config import Limits
-from reinforce.config_schema import OneOrMore, keys_match
+from reinforce.config_schema import ImagesFrom, OneOrMore, keys_match
 from reinforce.errors import UserError
 from reinforce.evaluation.kinds.base import OwnSet, SetKind
 from reinforce.evaluation.kinds.labels import ZeroShotSet
@@ -67,10 +67,7 @@ class Evaluation(Section):
         ge=0,
         description="bytes of decoded images kept between evaluations; a set that does not fit is decoded each time",
     )
-    images_from: OneOrMore | None = Field(
-        None,
-        description="folders or URLs of the tars from which images that a dataset stores by reference may be read",
-    )
+    images_from: ImagesFrom = None
     limits: Limits = Field(default=Limits(), description="bounds on images and captions, as in a run's input")
 
     @property

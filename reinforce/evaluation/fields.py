@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 
 from reinforce.config import Limits
 from reinforce.source.captions import caption_of, metadata_of, parse_json, texts_of
@@ -41,7 +41,15 @@ def _check_caption_field(field: str) -> str:
 
 
 #: Where a config finds captions, in the forms of ``read_captions``.
-CaptionField = Annotated[str, AfterValidator(_check_caption_field)]
+CaptionFields = Annotated[
+    list[Annotated[str, AfterValidator(_check_caption_field)]],
+    Field(
+        min_length=1,
+        description="where to find an image's captions, first hit wins: a member's extension, lines:EXTENSION for one "
+        "caption per line, json:FIELD (text or a list of texts), or jmespath:EXPRESSION over the JSON; `txt` of a "
+        "reinforced dataset is its caption; of tables: COLUMN, or json:COLUMN for all texts of a list",
+    ),
+]
 
 
 def read_label(sidecars: Mapping[str, bytes], field: str) -> int | str | None:

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from reinforce import __version__
 from reinforce.dataset.kinds.registry import model_sections
 from reinforce.dataset.layers import SAMPLES, mapping_at
 from reinforce.dataset.manifest.class_code import entry_keys
@@ -78,11 +77,13 @@ def inspect(
     seed: int = 0,
     images_from: Sequence[str] = (),
     view: str | None = None,
+    version: str = "",
 ) -> Inspected:
     """Write a report on a dataset to a folder or fsspec URI, in place of an earlier report.
 
     Looks at no more than ``limit`` samples, in seeded row groups. Equal arguments give equal files. With ``view``,
-    looks at the samples that it keeps, and at some on both sides of each of its rules. Raises UserError.
+    looks at the samples that it keeps, and at some on both sides of each of its rules. The pages show the ``version`` of
+    the program. Raises UserError.
     """
     folder = _ReportFolder(output)
     models = {**dict.fromkeys(model_sections()), "teachers": teachers, "captioners": captioners}
@@ -99,7 +100,7 @@ def inspect(
     texts, cosines = captions.text_figures(rows), captions.similarities(rows)
     problems = [*overview.problems, *dict.fromkeys(rows.problems)]
     about: dict[str, Any] = {
-        "version": __version__, "teachers": data.teachers, "captioners": data.captioners, "limit": limit, "seed": seed,
+        "version": version, "teachers": data.teachers, "captioners": data.captioners, "limit": limit, "seed": seed,
     }  # fmt: skip
     shared = {
         **about,

@@ -13,11 +13,11 @@ from pydantic import (
     model_validator,
 )
 
-from reinforce.config_schema import InSchema, Named, OneOrMore, either
+from reinforce.config_schema import ImagesFrom, InSchema, Named, either
 from reinforce.evaluation.config import Evaluation
 from reinforce.images.policy import ReadLimits
 from reinforce.settings import Section
-from reinforce.training.config import Trackers, Training
+from reinforce.training.config import TrackersOfRun, Training
 from teachers.open_clip.options import PREPROCESS, Preprocess
 from teachers.registry import AnyTeacher
 from teachers.spec import TeacherSpec
@@ -79,10 +79,7 @@ class Data(Section):
         description="captioners whose captions are read: names or {name: weight}; default: all, equally; []: none. "
         "syn_* stands for each whose name begins so",
     )
-    images_from: OneOrMore | None = Field(
-        None,
-        description="folders or URLs of the tars from which images that a dataset stores by reference may be read",
-    )
+    images_from: ImagesFrom = None
     limits: ReadLimits | None = Field(
         None, description="bounds on images, instead of those that a dataset records; default: those of `ReadLimits`"
     )
@@ -245,9 +242,7 @@ class StudentConfig(Section):
     loss: Loss = Loss()
     train: Training
     evaluate: Evaluation = Evaluation()
-    log: Trackers | None = Field(
-        None, description="trackers of the training besides log.jsonl and TensorBoard; default: none"
-    )
+    log: TrackersOfRun = None
 
     @model_validator(mode="after")
     def _backend_makes_views(self) -> StudentConfig:

@@ -206,6 +206,11 @@ class Trackers(Section):
     trackio: Trackio | None = Field(None, description="trackio; pip install -e '.[trackio]'")
 
 
+TrackersOfRun = Annotated[
+    Trackers | None,
+    Field(description="trackers of the training besides log.jsonl and TensorBoard; default: none"),
+]
+
 #: Keys of a `Training` that may change when it resumes: its length, where it runs, checkpoints and logs.
 MUTABLE_KEYS = (
     *("steps", "epochs", "checkpoints", "log_every", "profile", "retries"),

@@ -239,7 +239,6 @@ def _run_screening(
         return {}
     screenings = screen(
         base.short,
-        list(current_scales),
         {name: sorted(values) for name, values in config.scales.items()},
         current_scales,
         config.screening.batches,

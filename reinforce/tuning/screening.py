@@ -72,7 +72,6 @@ class TeacherScreening:
 
 def screen(
     config: StudentConfig,
-    teachers: Sequence[str],
     scales: Mapping[str, Sequence[float]],
     current_scales: Mapping[str, float],
     batches: int,
@@ -80,10 +79,10 @@ def screen(
 ) -> dict[str, TeacherScreening]:
     """Measure ``scales`` (by teacher) on the first batches of a student's training.
 
-    ``teachers`` is the whole ensemble, each with embeddings of images and texts, and ``current_scales`` their scales.
-    ``size`` is the batch size. Raises UserError if the data cannot be read.
+    ``current_scales`` are those of the whole ensemble: of each teacher with embeddings of images and texts. ``size`` is
+    the batch size. Raises UserError if the data cannot be read.
     """
-    cosines = list(_read_batches(config, teachers, batches, size or min(config.train.batch, _MAX_BATCH)))
+    cosines = [*_read_batches(config, [*current_scales], batches, size or min(config.train.batch, _MAX_BATCH))]
     return {name: _screen_teacher(name, values, cosines, current_scales) for name, values in scales.items()}
 
 

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
+from reinforce import settings
 from reinforce.student.config import Student as StudentSpec
+from reinforce.student.config import StudentConfig
 from reinforce.student.model import Student, build_student
 from reinforce.student.teachers import IMAGES, TEXTS, TeacherInfo
 from reinforce.student.terms.features import Features
@@ -48,6 +50,18 @@ def student_folder(folder: Path, kind: str = "vit", **changes: Any) -> str:
     for key, value in changes.items():
         config[key] = {**config[key], **value} if isinstance(value, dict) else value
     return save_open_clip(folder, config, {})
+
+
+def student_config(folder: Path, datasets: Any, kind: str = "vit", **sections: Any) -> StudentConfig:
+    """A training of two steps in this process; the keys of ``sections`` replace those of its sections."""
+    config: dict[str, Any] = {
+        "output": str(folder / "out"),
+        "student": {"model": student_folder(folder / "student", kind)},
+        "data": {"datasets": datasets, "workers": 0, "window": 12},
+        "train": {"steps": 2, "batch": 8, "optimizer": {"warmup": 0}, "log_every": 1},
+    }
+    changed = {name: {**config.get(name, {}), **keys} for name, keys in sections.items()}
+    return settings.parse(StudentConfig, {**config, **changed})
 
 
 def batch(size: int, pairs: int = 4, context: int = 16, kinds: tuple[str, ...] = ("caption", "synthetic")) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,8 @@ import pytest
 import torch
 
 import reinforce
-from reinforce import settings
 from reinforce.dataset import vectors
 from reinforce.errors import UserError
-from reinforce.student.config import StudentConfig
 from reinforce.student.terms.probabilities import divergence
 from reinforce.student.train import build
 from reinforce.training.step import backpropagate
@@ -24,7 +21,7 @@ from teachers.runtime.accelerator import Accelerator
 from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.evaluation import encode_png
 from tests.helpers.reinforced import reinforce_here
-from tests.helpers.students import student_folder
+from tests.helpers.students import student_config
 from tests.helpers.trainings import rows
 
 COLORS = {"class": "tests.helpers.models.classifiers:Colors"}
@@ -48,20 +45,6 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> str:
             "augmentations": {"count": 2, "size": 16, "rand_augment": {"ops": 0}},
             "classifiers": classifiers,
         }
-    )
-
-
-def config_for(folder: Path, dataset: str | Sequence[str], data: dict[str, Any], **sections: Any) -> StudentConfig:
-    train = {"steps": 2, "batch": 8, "optimizer": {"warmup": 0}, "log_every": 1}
-    return settings.parse(
-        StudentConfig,
-        {
-            "output": str(folder / "out"),
-            "student": {"model": student_folder(folder / "student")},
-            "data": {"datasets": dataset, "workers": 0, "window": 16, **data},
-            "train": {**train, **sections.pop("train", {})},
-            **sections,
-        },
     )
 
 
@@ -91,7 +74,9 @@ def test_a_certain_class_and_far_logits_give_finite_losses_and_gradients() -> No
 
 def test_a_student_learns_probabilities_alone_from_images_without_text(tmp_path: Path, alone: str) -> None:
     train = {"steps": 60, "optimizer": {"warmup": 0, "lr": 0.003}}
-    config = config_for(tmp_path, alone, {"captions": "none", "workers": 1}, loss={"probabilities": 1.0}, train=train)
+    config = student_config(
+        tmp_path, alone, data={"captions": "none", "workers": 1}, loss={"probabilities": 1.0}, train=train
+    )
     task, feed = build(config, Accelerator("cpu"))
     batch = task.prepare(next(iter(feed.batches(0, 1, 8, 0))))
     assert {name: tuple(value.shape) for name, value in batch["targets"]["near.by"].items()} == {
@@ -120,7 +105,7 @@ def test_probabilities_are_learnt_beside_distillation_and_lambda_does_not_weigh_
     found = []
     for share in (0.0, 0.5):
         task, feed = build(
-            config_for(tmp_path, dataset, {}, loss={"lambda": share, "probabilities": 2.0}), Accelerator("cpu")
+            student_config(tmp_path, dataset, loss={"lambda": share, "probabilities": 2.0}), Accelerator("cpu")
         )
         batch = task.prepare(next(iter(feed.batches(0, 1, 8, 0))))
         encoded = task.model(batch)
@@ -140,7 +125,7 @@ def test_classes_that_dataset_json_does_not_have_are_one_error_with_the_file(tmp
     column = vectors.tensor_column(classes, [*classes.shape[1:]], np.ones(len(table), bool))
     with pq.ParquetWriter(path, table.schema) as writer:
         writer.write_table(table.set_column(1, table.schema.field("classes"), column), row_group_size=8)
-    config = config_for(tmp_path, str(folder), {"captions": "none"}, loss={"probabilities": 1.0})
+    config = student_config(tmp_path, str(folder), data={"captions": "none"}, loss={"probabilities": 1.0})
     feed = build(config, Accelerator("cpu"))[1]
     with pytest.raises(UserError, match="classes of the shard are not below 6"):
         next(iter(feed.batches(0, 1, 8, 0)))
@@ -158,4 +143,4 @@ def test_a_dataset_without_the_classifiers_that_a_training_needs_is_named(tmp_pa
     ]
     for dataset, data, message in cases:
         with pytest.raises(UserError, match=message):
-            build(config_for(tmp_path, dataset, data, loss={"probabilities": 1.0}), Accelerator("cpu"))
+            build(student_config(tmp_path, dataset, data=data, loss={"probabilities": 1.0}), Accelerator("cpu"))

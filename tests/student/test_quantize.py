@@ -27,7 +27,7 @@ from reinforce.training.saving.checkpoint import Checkpoints
 from reinforce.training.stop import Stopped, StopSignal
 from teachers.runtime.accelerator import Accelerator
 from tests.helpers.ranks import results_of_ranks
-from tests.helpers.students import batch_for, built, student_folder, train_briefly
+from tests.helpers.students import batch_for, built, student_config, student_folder, train_briefly
 from tests.helpers.trainings import stopping
 
 STEPS = 5
@@ -141,16 +141,8 @@ def test_a_compiled_part_is_compiled_once_more_when_it_begins_to_round(tmp_path:
 
 
 def config_with(folder: Path, dataset: str, train: dict[str, Any] | None = None, **student: Any) -> StudentConfig:
-    model = student_folder(folder / "model", student.pop("kind", "mobileclip"))
-    return settings.parse(
-        StudentConfig,
-        {
-            "output": str(folder / "out"),
-            "student": {"model": model, **student},
-            "data": {"datasets": dataset, "workers": 0, "window": 12},
-            "train": {"steps": STEPS, "batch": 4, "ema": 0.5, "optimizer": {"warmup": 1, "lr": 0.01}, **(train or {})},
-        },
-    )
+    own = {"steps": STEPS, "batch": 4, "ema": 0.5, "optimizer": {"warmup": 1, "lr": 0.01}, **(train or {})}
+    return student_config(folder, dataset, "mobileclip", student=student, train=own)
 
 
 def train(config: StudentConfig, stop_at: int | None = None, log: list[str] | None = None) -> dict[str, torch.Tensor]:

@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file
 
 import reinforce
-from reinforce import settings
 from reinforce.errors import UserError
 from reinforce.student.config import StudentConfig
 from reinforce.student.task import StudentTask
@@ -25,7 +24,7 @@ from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.evaluation import colour_samples, write_classification
 from tests.helpers.models.tiny_models import open_clip_model
 from tests.helpers.reinforced import reinforce_here
-from tests.helpers.students import student_folder
+from tests.helpers.students import student_config
 from tests.helpers.trainings import rows
 
 PAIRS = 6
@@ -56,20 +55,11 @@ def dataset(tmp_path_factory: pytest.TempPathFactory, teachers: dict[str, dict[s
 
 @pytest.fixture
 def config(tmp_path: Path, dataset: str) -> Any:
-    """Builds a StudentConfig; ``loss`` and ``train`` add to those sections, the rest replaces them."""
-    model = student_folder(tmp_path / "student")
+    """Builds a StudentConfig of one step."""
 
-    def make(loss: dict[str, Any] | None = None, **sections: Any) -> StudentConfig:
-        return settings.parse(
-            StudentConfig,
-            {
-                "output": str(tmp_path / "out"),
-                "student": {"model": model},
-                "data": {"datasets": dataset, "workers": 0, "window": 12},
-                "loss": loss or {},
-                "train": {"steps": 1, "batch": PAIRS},
-                **sections,
-            },
+    def make(loss: dict[str, Any] | None = None, train: dict[str, Any] | None = None, **sections: Any) -> StudentConfig:
+        return student_config(
+            tmp_path, dataset, loss=loss or {}, train={"steps": 1, "batch": PAIRS, **(train or {})}, **sections
         )
 
     return make
@@ -104,10 +94,10 @@ def test_stored_targets_give_a_loss_for_every_text_and_all_teachers(config: Any)
     assert "logit scale 30 (config: loss.logit_scales.vit, instead of 20 of the dataset: config)" in task.notes[2]
 
 
-def test_images_alone_train_the_image_tower_by_the_vectors_of_images(config: Any, dataset: str) -> None:
+def test_images_alone_train_the_image_tower_by_the_vectors_of_images(config: Any) -> None:
     """Also those of a teacher with both sides; with loader processes, whose memory has no tokens."""
-    alone = {"datasets": dataset, "captions": "none", "teachers": ["red", "eyes", "ears"], "window": 12}
-    made = config(data={**alone, "workers": 2}, train={"steps": 2, "batch": PAIRS, "optimizer": {"warmup": 0}})
+    alone = {"captions": "none", "teachers": ["red", "eyes", "ears"], "workers": 2}
+    made = config(data=alone, train={"steps": 2})
     task, feed = build(made, Accelerator("cpu"))
     batch = next(iter(feed.batches(0, 1, PAIRS, 0)))
     assert batch.keys() == {"key", "image", "targets"}
@@ -120,8 +110,8 @@ def test_images_alone_train_the_image_tower_by_the_vectors_of_images(config: Any
     assert {name.split(".")[0] for name, value in before.items() if not torch.equal(value, after[name])} == {"visual"}
 
 
-def test_images_alone_need_targets_of_images(config: Any, dataset: str) -> None:
-    data = {"datasets": dataset, "captions": "none"}
+def test_images_alone_need_targets_of_images(config: Any) -> None:
+    data = {"captions": "none"}
     for loss, teachers in (({}, ["ears"]), ({"lambda": 0.0}, ["eyes"]), ({"features": "none"}, ["red"])):
         with pytest.raises(UserError, match=r"data\.captions is none.*layers embeddings/TEACHER/images"):
             StudentTask(config(loss, data={**data, "teachers": teachers}))
@@ -129,10 +119,10 @@ def test_images_alone_need_targets_of_images(config: Any, dataset: str) -> None:
         config({"logit_scales": {"red": 5.0}}, data=data)
 
 
-def test_a_batch_that_is_larger_than_the_dataset_is_reported(config: Any, dataset: str) -> None:
-    data = {"datasets": dataset, "workers": 0, "samples": 5}  # an epoch may be shorter than the dataset
+def test_a_batch_that_is_larger_than_the_dataset_is_reported(config: Any) -> None:
+    data = {"samples": 5}  # an epoch may be shorter than the dataset
     for batch in (12, 13):
-        task, _ = build(config({"lambda": 0.0}, data=data, train={"steps": 1, "batch": batch}), Accelerator("cpu"))
+        task, _ = build(config({"lambda": 0.0}, data=data, train={"batch": batch}), Accelerator("cpu"))
         reported = "train.batch (13) is larger than the data (12 samples)" in task.notes[-1]
         assert reported == (batch > 12)
 
@@ -186,46 +176,38 @@ def test_a_student_is_compiled_once_for_all_batches(config: Any) -> None:
     assert len(graphs) == 2
 
 
-def test_a_student_with_sigmoid_learns_from_softmax_teachers_and_mixed_captions_give_one_loss(
-    config: Any, dataset: str
-) -> None:
+def test_a_student_with_sigmoid_learns_from_softmax_teachers_and_mixed_captions_give_one_loss(config: Any) -> None:
     task, batch = first_batch(config({"form": "sigmoid", "lambda": 0.5, "features": "none"}))
     losses = losses_of(task, batch)
     assert losses.keys() == {f"{term}/{kind}" for term in ("clip", "distill") for kind in ("caption", "synthetic")}
     torch.stack(list(losses.values())).sum().backward()
     assert task.model.clip.logit_bias.grad.abs() > 0
-    data = {"datasets": dataset, "workers": 0, "window": 12, "captions": "mixed"}
-    task, batch = first_batch(config({"features": "none"}, data=data))
+    task, batch = first_batch(config({"features": "none"}, data={"captions": "mixed"}))
     assert losses_of(task, batch).keys() == {"distill/caption"}
 
 
-def test_crops_that_loaders_left_to_the_device_become_the_images_of_the_batch(config: Any, dataset: str) -> None:
-    data = {"datasets": dataset, "workers": 0, "window": 12}
+def test_crops_that_loaders_left_to_the_device_become_the_images_of_the_batch(config: Any) -> None:
     _, expected = first_batch(config())
-    _, found = first_batch(config(data={**data, "backend": "device-1"}))
+    _, found = first_batch(config(data={"backend": "device-1"}))
     assert found["image"].shape == expected["image"].shape
     assert (found["image"].int() - expected["image"].int()).abs().max() <= 2
     assert torch.equal(found["caption"], expected["caption"])
     assert found.keys() == expected.keys()
     with pytest.raises(UserError, match="backend: device-1 makes no images for teachers in the loop"):
-        config({"targets": "online", "teachers": {"red": {"class": "a:B"}}}, data={**data, "backend": "device-1"})
+        config({"targets": "online", "teachers": {"red": {"class": "a:B"}}}, data={"backend": "device-1"})
     with pytest.raises(UserError, match="backend"):
-        config(data={**data, "backend": "device-2"})
+        config(data={"backend": "device-2"})
 
 
 def test_the_exported_student_has_the_evaluated_metrics(config: Any, dataset: str, tmp_path: Path) -> None:
-    task = StudentTask(config(evaluate={"retrieval": {"own": {"pairs": dataset}}}))
+    own = {"retrieval": {"own": {"pairs": dataset}}}
+    task = StudentTask(config(evaluate=own))
     metrics = task.evaluate(task.model)
     assert {name.rpartition("/")[0] for name in metrics} == {
         "retrieval/own/text_to_image", "retrieval/own/image_to_text",
     }  # fmt: skip
     task.export(task.model, str(tmp_path / "exported"))
-    again = StudentTask(
-        config(
-            student={"model": f"local-dir:{tmp_path / 'exported'}"},
-            evaluate={"retrieval": {"own": {"pairs": dataset}}},
-        )
-    )
+    again = StudentTask(config(student={"model": f"local-dir:{tmp_path / 'exported'}"}, evaluate=own))
     assert "pretrained" in again.notes[0]
     assert again.evaluate(again.model) == metrics
 
@@ -237,8 +219,7 @@ def test_a_training_evaluates_a_suite_and_names_a_set_that_fails(
     write_classification(root, "mnist", colour_samples())
     write_classification(root, "stl10", [(99, image, None) for _, image, _ in colour_samples()])
     suite = {"suite": "datacomp", "data": str(root), "sets": ["mnist", "stl10"]}
-    train = {"steps": 1, "batch": PAIRS, "optimizer": {"warmup": 0}}
-    results = reinforce.train(config(evaluate=suite, train=train))
+    results = reinforce.train(config(evaluate=suite))
     assert "datacomp/stl10 failed, and has no metric: STL-10: s0000000 has the label 99" in caplog.text
     assert results.metrics["datacomp/stl10/acc1"] is None
     assert results.metrics["datacomp/mean"] is None
@@ -320,13 +301,13 @@ def test_learning_scales_does_not_change_the_students_losses_and_gradients(confi
 @pytest.mark.usefixtures("no_pictures")
 def test_learnt_scales_are_noted_logged_saved_and_resumed(config: Any, tmp_path: Path) -> None:
     loss = {"learn_scales": True, "logit_scales": {"red": 40.0}}
-    train = {"batch": PAIRS, "log_every": 1, "optimizer": {"lr": 0.01, "warmup": 0}}
     notes = StudentTask(config(loss)).notes
     assert "logit scale 20 (dataset: config), then learnt by its own" in notes[2]
     assert (
         "logit scale 40 (config: loss.logit_scales.red, instead of 50 of the dataset: config), then learnt" in notes[1]
     )
-    training = config(loss, train={**train, "steps": 3, "checkpoints": {"every": 1, "keep": 3}})
+    train = {"steps": 3, "optimizer": {"lr": 0.01, "warmup": 0}, "checkpoints": {"every": 1, "keep": 3}}
+    training = config(loss, train)
 
     def learnt() -> list[float]:
         return [row["scalars"]["logit_scale/red"] for row in rows(tmp_path / "out") if "scalars" in row]

@@ -114,7 +114,7 @@ def config(labelled: str) -> StudentConfig:
 
 @pytest.fixture(scope="module")
 def screenings(config: StudentConfig) -> dict[str, TeacherScreening]:
-    return screen(config, ["red", "blue"], SCALES, {"red": 50.0, "blue": 30.0}, COUNT, None)
+    return screen(config, SCALES, {"red": 50.0, "blue": 30.0}, COUNT, None)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -146,7 +146,7 @@ def test_measures_match_their_definitions(config: StudentConfig, screenings: dic
 
 def test_most_likely_scale_has_the_lowest_loss_on_a_grid(config: StudentConfig) -> None:
     grid = [float(scale) for scale in np.geomspace(1, 30, 60)]
-    screening = screen(config, ["blue"], {"blue": grid}, {"blue": 30.0}, COUNT, None)["blue"]
+    screening = screen(config, {"blue": grid}, {"blue": 30.0}, COUNT, None)["blue"]
     losses = screening.curve("calibration")
     best = grid[int(np.argmin(losses))]  # type: ignore[arg-type]
     assert screening.calibrated == pytest.approx(best, rel=0.06)
@@ -157,7 +157,6 @@ def test_screening_is_deterministic_and_depends_on_the_seed(
     config: StudentConfig, screenings: dict[str, TeacherScreening]
 ) -> None:
     for seed in (config.seed, config.seed + 1):
-        again = screen(
-            config.model_copy(update={"seed": seed}), ["red", "blue"], SCALES, {"red": 50.0, "blue": 30.0}, COUNT, None
-        )
+        seeded = config.model_copy(update={"seed": seed})
+        again = screen(seeded, SCALES, {"red": 50.0, "blue": 30.0}, COUNT, None)
         assert (again == screenings) == (seed == config.seed)

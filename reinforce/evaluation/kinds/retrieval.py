@@ -12,7 +12,7 @@ from pydantic import Field
 
 from reinforce.config import Limits
 from reinforce.errors import UserError
-from reinforce.evaluation.fields import CaptionField, read_captions
+from reinforce.evaluation.fields import CaptionFields, read_captions
 from reinforce.evaluation.images import ImageBatches
 from reinforce.evaluation.kinds.annotated import read_annotated
 from reinforce.evaluation.kinds.base import ImageSet, OwnSet, SetKind
@@ -41,13 +41,7 @@ class RetrievalSet(OwnSet):
         description="what `source` of a run may be: tars, Parquet, jsonl or csv files, a folder of images, or a "
         "reinforced dataset",
     )
-    captions: list[CaptionField] = Field(
-        default=["txt", "json:caption"],
-        min_length=1,
-        description="where to find an image's captions, first hit wins: a member's extension, lines:EXTENSION for one "
-        "caption per line, json:FIELD (text or a list of texts), or jmespath:EXPRESSION over the JSON; `txt` of a "
-        "reinforced dataset is its caption; of tables: COLUMN, or json:COLUMN for all texts of a list",
-    )
+    captions: CaptionFields = Field(["txt", "json:caption"])
 
     @property
     def scores(self) -> list[str]:

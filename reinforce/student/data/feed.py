@@ -269,10 +269,14 @@ def plan_reading(data: Streams, ranks: int, batch: int, start: int, loaders: int
     else:
         wanted = min(batch, loaders)
         streams = data.streams or recorded or ranks * (1 if start else wanted)
-        workers = _largest_divisor(streams // ranks, wanted) if streams % ranks == 0 else wanted
+        local = streams // ranks  # of a rank, which its workers divide
+        workers = (
+            next(n for n in range(min(local, wanted), 0, -1) if local % n == 0) if streams % ranks == 0 else wanted
+        )
         if data.streams is None and streams % ranks:
             streams = ranks * workers
-    return Reading(workers, _describe(workers), streams, _note(data, ranks, workers, streams, start, recorded))
+    text = f"{workers} loader process{'es' * (workers > 1)}" if workers else "no loader process"
+    return Reading(workers, text, streams, _note(data, ranks, workers, streams, start, recorded))
 
 
 def _keep_order_of_rows(reading: Reading, ranks: int, start: int, recorded: int | None) -> Reading:
@@ -286,15 +290,6 @@ def _keep_order_of_rows(reading: Reading, ranks: int, start: int, recorded: int 
             "data.workers to continue exactly."
         )
     return replace(reading, row_processes=row_processes, note=note)
-
-
-def _largest_divisor(number: int, most: int) -> int:
-    """The largest divisor of a number that is at most ``most``."""
-    return next(n for n in range(min(number, most), 0, -1) if number % n == 0)
-
-
-def _describe(workers: int) -> str:
-    return f"{workers} loader process{'es' * (workers > 1)}" if workers else "no loader process"
 
 
 def _note(data: Streams, ranks: int, workers: int, streams: int, start: int, recorded: int | None) -> str | None:

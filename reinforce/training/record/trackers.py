@@ -15,6 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, Protocol
 
 from reinforce.processes.imports import require
@@ -25,8 +26,6 @@ from teachers.redact import redact
 
 _LOG = logging.getLogger(__name__)
 RUNS = "trackers.json"
-#: Modules of the trackers, which are also the names of the extras with their packages.
-MODULES = ("wandb", "mlflow", "trackio")
 _WAITING_ROWS = 10_000  # more are dropped
 _CLOSING_SECONDS = 60.0
 
@@ -60,21 +59,17 @@ def open_trackers(job: Job, storage: Storage) -> list[Tracker]:
     if runs != {name: found.get(name) for name in runs}:
         storage.write_json({**found, **runs}, RUNS)
     title = storage.url.rstrip("/").rpartition("/")[2]
-    return [Tracker(name, _starter(section, runs[name], title, job.fixed_config)) for name, section in named]
+    return [
+        Tracker(name, partial(_BACKENDS[name], section, runs[name], section.name or title, job.fixed_config))
+        for name, section in named
+    ]
 
 
 def _named(config: Trackers | None) -> Iterator[tuple[str, Wandb | Mlflow | Trackio]]:
-    for name in MODULES if config is not None else ():
+    for name in _BACKENDS if config is not None else ():
         section = getattr(config, name)
         if section is not None:
             yield name, section
-
-
-def _starter(
-    section: Wandb | Mlflow | Trackio, run: str, title: str, config: Mapping[str, Any]
-) -> Callable[[], Backend]:
-    kinds: Mapping[type, Callable[..., Backend]] = {Wandb: _Wandb, Mlflow: _Mlflow, Trackio: _Trackio}
-    return lambda: kinds[type(section)](section, run, section.name or title, config)
 
 
 class Tracker:
@@ -190,3 +185,7 @@ class _Trackio:
 
     def close(self, failed: bool) -> None:
         self._run.finish()
+
+
+#: By the modules of the trackers, which are also the names of the extras with their packages.
+_BACKENDS: Mapping[str, Callable[..., Backend]] = {"wandb": _Wandb, "mlflow": _Mlflow, "trackio": _Trackio}
