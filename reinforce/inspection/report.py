@@ -82,7 +82,7 @@ def inspect(
     """Write a report on a dataset to a folder or fsspec URI, in place of an earlier report.
 
     Looks at no more than ``limit`` samples, in seeded row groups. Equal arguments give equal files. With ``view``,
-    looks at the samples that it keeps, and at some on both sides of each of its rules. The pages show the ``version`` of
+    looks at the samples that it keeps, and at some on both sides of each of its rules. Pages show the ``version`` of
     the program. Raises UserError.
     """
     folder = _ReportFolder(output)
