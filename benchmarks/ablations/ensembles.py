@@ -20,7 +20,6 @@ from reinforce.evaluation.encoding import build_classifier
 from reinforce.evaluation.images import CacheBudget, ImageBatches
 from reinforce.evaluation.kinds.labels import read_labels
 from reinforce.student.config import StudentConfig
-from teachers.device.accelerator import Accelerator
 from teachers.open_clip.teacher import OpenClipTeacher
 from teachers.preprocessing.pixels import to_pixels
 from teachers.runtime.accelerator import Accelerator

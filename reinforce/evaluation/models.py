@@ -13,7 +13,6 @@ from reinforce.evaluation.classes import Template
 from reinforce.evaluation.content import ContentDigest
 from reinforce.evaluation.encoding import Encoder, NotFinite, build_classifier, encode_texts, load_encoders
 from reinforce.evaluation.images import ImageBatches, geometry_of
-from teachers.device.accelerator import Accelerator, Precision
 from teachers.preprocessing.pixels import to_pixels
 from teachers.protocols import ImageSpec
 from teachers.runtime.accelerator import Accelerator, Precision

@@ -17,7 +17,6 @@ from reinforce.parallel.machines import nodes_of_run
 from reinforce.source.urls import expand
 from reinforce.student.config import StudentConfig
 from reinforce.student.train import student_job
-from teachers.device.accelerator import Accelerator
 from teachers.runtime.accelerator import Accelerator
 from tests.helpers.commands import printed_by
 from tests.helpers.data import config_of
