@@ -110,12 +110,17 @@ def inspect(
         "rows": rows,
         "view": None if sides is None else sides.view,
     }
+    found = {
+        "summary": _summary(data, overview, problems),
+        "gallery": _gallery(overview, rows, cards),
+        "captions": _captions(rows, texts, cosines),
+        "plots": _plots(rows, {card.row: card for card in cards}),
+        **({} if sides is None else {"view": _sides(sides, thumbnails)}),
+    }
+    names = {name: _FIRST if name == "summary" else f"{name}.html" for name in found}
     pages = {
-        "index.html": _summary_page(shared, data, overview, problems),
-        "gallery.html": _gallery_page(shared, overview, rows, cards),
-        "captions.html": _captions_page(shared, rows, texts, cosines),
-        "plots.html": _plots_page(shared, rows, {card.row: card for card in cards}),
-        **({} if sides is None else {"view.html": _view_page(shared, sides, thumbnails)}),
+        names[name]: render(f"report/{name}.html", page=names[name], **shared, **values)
+        for name, values in found.items()
     }
     files |= {name: text.encode() for name, text in {**pages, **_search_files(rows)}.items()}
     files |= {name: (TEMPLATES / "report" / name).read_bytes() for name in ("report.css", "report.js")}
@@ -152,7 +157,7 @@ def _by_key(items: Sequence[Quarantined]) -> dict[tuple[str, str], list[Quaranti
     return found
 
 
-def _view_page(shared: Mapping[str, Any], sides: Sides, thumbnails: Mapping[tuple[int, str], list[Thumbnail]]) -> str:
+def _sides(sides: Sides, thumbnails: Mapping[tuple[int, str], list[Thumbnail]]) -> dict[str, Any]:
     rules = [
         (
             rule,
@@ -161,80 +166,59 @@ def _view_page(shared: Mapping[str, Any], sides: Sides, thumbnails: Mapping[tupl
         )
         for rule in sides.rules
     ]
-    return render("report/view.html", page="view.html", **shared, rules=rules)
+    return {"rules": rules}
 
 
-def _summary_page(shared: Mapping[str, Any], data: Dataset, overview: Overview, problems: Sequence[str]) -> str:
-    return render(
-        "report/summary.html",
-        page="index.html",
-        **shared,
-        overview=overview,
-        problems=problems[:_PROBLEMS],
-        more_problems=max(0, len(problems) - _PROBLEMS),
-        manifest=json.dumps(data.manifest, indent=2, ensure_ascii=False),
-        recipe=recipe_lines(data.manifest),
-        models=[
-            (section[:-1], name, model_facts(entry), entry)
-            for section, names in data.models.items()
-            for name in names
-            for entry in [mapping_at(data.manifest, *entry_keys(section, name))]
-        ],
-    )
+def _summary(data: Dataset, overview: Overview, problems: Sequence[str]) -> dict[str, Any]:
+    models = [
+        (section[:-1], name, model_facts(entry), entry)
+        for section, names in data.models.items()
+        for name in names
+        for entry in [mapping_at(data.manifest, *entry_keys(section, name))]
+    ]
+    return {
+        "overview": overview,
+        "problems": problems[:_PROBLEMS],
+        "more_problems": max(0, len(problems) - _PROBLEMS),
+        "manifest": json.dumps(data.manifest, indent=2, ensure_ascii=False),
+        "recipe": recipe_lines(data.manifest),
+        "models": models,
+    }
 
 
-def _gallery_page(shared: Mapping[str, Any], overview: Overview, rows: Rows, cards: Sequence[Card]) -> str:
+def _gallery(overview: Overview, rows: Rows, cards: Sequence[Card]) -> dict[str, Any]:
     shown = {(card.shard, card.view.key) for card in cards}
     others = [item for item in overview.quarantine.items if (item.shard, item.key) not in shown]
     counts = {view.name: sum(view.name in card.ranks for card in cards) for view in VIEWS}
     counts["quarantine"] += len(others)
-    return render(
-        "report/gallery.html",
-        page="gallery.html",
-        **shared,
-        cards=cards,
-        others=others,
-        views=[(view, counts[view.name]) for view in VIEWS],
-        parts=-(-len(rows) // _FOUND_ROWS),
-    )
+    views = [(view, counts[view.name]) for view in VIEWS]
+    return {"cards": cards, "others": others, "views": views, "parts": -(-len(rows) // _FOUND_ROWS)}
 
 
-def _captions_page(
-    shared: Mapping[str, Any],
-    rows: Rows,
-    texts: Mapping[str, captions.TextFigures],
-    cosines: Mapping[str, Mapping[str, np.ndarray]],
-) -> str:
-    names, matrix = captions.correlations(rows)
-    return render(
-        "report/captions.html",
-        page="captions.html",
-        **shared,
-        **_charts(
-            similarity=[*captions.similarity_charts(cosines)],
-            texts=[captions.length_chart(texts), *captions.distinct_charts(texts)],
-        ),
-        correlations=[*zip(names, matrix, strict=True)],
-        texts=texts,
-        definitions=DEFINITIONS,
-    )
+def _captions(
+    rows: Rows, texts: Mapping[str, captions.TextFigures], cosines: Mapping[str, Mapping[str, np.ndarray]]
+) -> dict[str, Any]:
+    lengths = [captions.length_chart(texts), *captions.distinct_charts(texts)]
+    return {
+        **_charts(similarity=[*captions.similarity_charts(cosines)], texts=lengths),
+        "correlations": [*zip(*captions.correlations(rows), strict=True)],
+        "texts": texts,
+        "definitions": DEFINITIONS,
+    }
 
 
-def _plots_page(shared: Mapping[str, Any], rows: Rows, cards: Mapping[int, Card]) -> str:
+def _plots(rows: Rows, cards: Mapping[int, Card]) -> dict[str, Any]:
     scores = [*plots.number_charts(rows)]
-    return render(
-        "report/plots.html",
-        page="plots.html",
-        **shared,
+    return {
         **_charts(
             scores=[chart for chart, _ in scores],
             crops=[plots.area_chart(rows), plots.operation_chart(rows)],
             targets=[plots.entropy_chart(rows), plots.agreement_chart(rows)],
         ),
-        quantiles=[[Thumbnail.of(cards[row], text) for text, row in at if row in cards] for _, at in scores],
-        layers=[(name, figures) for name, figures in rows.layers.items() if name != SAMPLES],
-        tolerance=NORM_TOLERANCE,
-    )
+        "quantiles": [[Thumbnail.of(cards[row], text) for text, row in at if row in cards] for _, at in scores],
+        "layers": [(name, figures) for name, figures in rows.layers.items() if name != SAMPLES],
+        "tolerance": NORM_TOLERANCE,
+    }
 
 
 def _charts(**sections: Sequence[Chart | None]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.nn.functional import cross_entropy
 
 from reinforce.captioning.config import Generation
@@ -73,19 +74,14 @@ def test_gradient_checkpointing_does_not_change_gradients(tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_a_compiled_captioner_has_few_graphs_whatever_the_lengths_of_captions(tmp_path: Path) -> None:
     model = make_captioner(tmp_path)
-    graphs = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    model.compile(backend=backend)
+    graphs = CompileCounter()
+    model.compile(backend=graphs)
     counts = []
     for number in range(6):
         texts = [f"a {'red ' * (number * shift % 7)}apple" for shift in (1, 2, 3, 5)]
         with torch.no_grad():
             model(make_batch(texts, number))
-        counts.append(len(graphs))
+        counts.append(graphs.frame_count)
     assert counts[0] < counts[1] < 2 * counts[0], "the parts that depend on lengths"
     assert counts[1:] == [counts[1]] * 5
 

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -74,16 +75,9 @@ def write_dci(root: Path) -> None:
     folder = root / "densely_captioned_images"
     write_files(folder / "photos", [f"sa_{number}.jpg" for number in range(COUNT)])
     (folder / "complete").mkdir()
+    texts: list[dict[str, str]] = [{}, {"label": "Tree", "caption": "Green leaves."}, {"label": "Sky"}]
     masks: dict[str, dict[str, str | int]] = {
-        "1": {
-            "idx": "1",
-            "outer_mask": "iVBORw0K",
-            "mask_quality": 0,
-            "label": "Tree",
-            "caption": "Green leaves.",
-        },
-        "2": {"idx": "2", "outer_mask": "iVBORw0K", "mask_quality": 1, "label": "Sky"},
-        "0": {"idx": "0", "outer_mask": "iVBORw0K", "mask_quality": 2},
+        str(n): {"idx": str(n), "outer_mask": "iVBORw0K", "mask_quality": (n + 2) % 3, **texts[n]} for n in (1, 2, 0)
     }
     for number in range(COUNT):
         masks["1"]["outer_mask"] = "iVBORw0K" * (140_000 if number == 0 else 1)  # more than a limit's default
@@ -93,35 +87,24 @@ def write_dci(root: Path) -> None:
         (folder / f"complete/{1000 - number}.json").write_text(json.dumps({**entry, **extra, **summaries}))
 
 
-def described(*texts: tuple[str, str]) -> list[dict[str, str]]:
-    return [{"text": text, "label": label} for text, label in texts]
+def vertex(name: str, label: str, *texts: tuple[str, str]) -> dict[str, Any]:
+    descriptions = [{"text": text, "label": kind} for text, kind in texts]
+    return {"vertex_id": name, "label": label, "descs": descriptions}
 
 
 def write_gbc(root: Path, name: str) -> None:
     """Tars as img2dataset writes them with ``--save_additional_columns '["vertices"]'``."""
     members = []
     for number in range(COUNT):
+        key, about = f"{number:05d}", {"url": "http://x/y.jpg", "status": "success", "error_message": None}
         vertices = [
-            {
-                "vertex_id": "",
-                "label": "image",
-                "descs": described((f"Long {number}", "detail"), (f"Short {number}", "short")),
-            },
-            {"vertex_id": "horse", "label": "entity", "descs": described(("A brown horse", "detail"))},
-            {"vertex_id": "trees", "label": "composition", "descs": described(("Both are bare", "short"))},
-            {"vertex_id": "[horse|snow]", "label": "relation", "descs": described((f"In snow {number}", "relation"))},
+            vertex("", "image", (f"Long {number}", "detail"), (f"Short {number}", "short")),
+            vertex("horse", "entity", ("A brown horse", "detail")),
+            vertex("trees", "composition", ("Both are bare", "short")),
+            vertex("[horse|snow]", "relation", (f"In snow {number}", "relation")),
         ]
-        row = {
-            "vertices": vertices,
-            "url": "http://x/y.jpg",
-            "key": f"{number:05d}",
-            "status": "success",
-            "error_message": None,
-        }
-        members += [
-            (f"{number:05d}.jpg", picture(number, 9, 9)),
-            (f"{number:05d}.json", json.dumps(row, indent=4).encode()),
-        ]
+        row = json.dumps({"vertices": vertices, "key": key, **about}, indent=4)
+        members += [(f"{key}.jpg", picture(number, 9, 9)), (f"{key}.json", row.encode())]
     write_tar(root / name / "00000.tar", members)
 
 
@@ -146,9 +129,8 @@ def write_recap(root: Path) -> None:
         "coco_url": ["http://images.cocodataset.org/val2014/x.jpg"] * COUNT,
     }
     (root / "recap-coco-30k").mkdir()
-    write_huggingface(
-        root / "recap-coco-30k/new_data.parquet", [picture(number, 9, 9) for number in range(COUNT)], columns
-    )
+    images = [picture(number, 9, 9) for number in range(COUNT)]
+    write_huggingface(root / "recap-coco-30k/new_data.parquet", images, columns)
 
 
 COMPLETE = " Tree: Green leaves. Sky"

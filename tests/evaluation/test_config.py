@@ -18,9 +18,17 @@ from reinforce.evaluation.config import Evaluation
 from reinforce.evaluation.kinds.association import association_metrics, cue_text, jaccard
 from reinforce.evaluation.kinds.classification import classification_metrics, macro_f1, macro_recall
 from reinforce.evaluation.registry import published_metrics, select_sets
+from reinforce.evaluation.suite.results import file_name
 from reinforce.processes.cores import available_cores
 from tests.helpers.commands import Command
-from tests.helpers.evaluation import solid_image, write_colour_folder, write_colour_shard, write_shard
+from tests.helpers.evaluation import (
+    colour_samples,
+    solid_image,
+    write_classification,
+    write_colour_folder,
+    write_colour_shard,
+    write_shard,
+)
 from tests.helpers.models import tiny_models
 
 SETS: dict[str, Any] = {
@@ -208,7 +216,7 @@ def evaluate(command: Command) -> Command:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two models, one of them in the output of a training, and sets."""
+    """Two models, one of them in the output of a training, sets, and a file that is not of results."""
     root = tmp_path_factory.mktemp("evaluate")
     tiny_models.open_clip_model(root / "plain")
     tiny_models.open_clip_model(root / "trained" / "student", image_size=24, seed=1)
@@ -220,6 +228,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("c", solid_image("grey"), {"txt": "g"}),
     ]
     write_shard(root / "holes.tar", samples)
+    write_classification(root / "sets", "mnist", colour_samples(1))
+    (root / "bad").mkdir()
+    (root / "bad" / file_name(f"{root}/plain")).write_text("[]\n")
     return root
 
 
@@ -258,6 +269,8 @@ def test_sets_of_the_config_and_the_command_line_are_merged(evaluate: Command, r
 
 
 SET = "{root}/plain --zero-shot a={root}/folder"
+SUITE = "{root}/plain --suite datacomp"
+MNIST = f"{SUITE} --data {{root}}/sets --sets mnist"
 FAULTS = {
     "nothing to judge by": ("{root}/plain", "nothing to evaluate on: name sets with --zero-shot"),
     "no model of that name": ("ViT-L14 --zero-shot a={root}/folder", "did you mean ViT-L-14"),
@@ -271,6 +284,15 @@ FAULTS = {
     "a former option of all sets": ("{root}/plain --batch=4", "--batch was removed. Write --set batch=VALUE."),
     "unknown device": (f"{SET} --device abc", "use auto, cpu, cuda"),
     "unwritable JSON": (f"{SET} --json {{root}}/colours.tar/x.json", "cannot be written"),
+    "no root": (SUITE, "name the folder or URL of its sets with --data"),
+    "no set at all": (f"{SUITE} --data {{root}}", "--data has none of the 38 sets: Caltech-101 is"),
+    "options of other sets": (f"{SUITE} --limit 5", "--limit: not with --suite"),
+    "no suite": ("{root}/plain --data x", "belong to --suite"),
+    "sets that may be missing, of no suite": ("{root}/plain --zero-shot a=b --allow-missing", "belong to --suite"),
+    "an unknown set": (f"{SUITE} --data x --sets mnyst", "datacomp has no set 'mnyst'; it has vtab/"),
+    "a result that is no result": (f"{MNIST} --out {{root}}/bad", ".jsonl has a line that is not of results"),
+    "a folder that cannot be written": (f"{MNIST} --out {{root}}/plain/open_clip_config.json", "cannot be written"),
+    "nothing published": (f"{SUITE} --data {{root}} --compare s0", "nothing is published of 's0'"),
 }
 
 
@@ -279,5 +301,5 @@ def test_a_user_error_is_one_message(evaluate: Command, root: Path) -> None:
         status, out, err = evaluate(*arguments.format(root=root).split())
         assert status == 2, fault
         assert err.startswith("error: "), fault
-        assert message in err, fault
+        assert message in err.replace("\n", " "), fault
         assert "Traceback" not in out + err, fault

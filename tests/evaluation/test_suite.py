@@ -278,33 +278,6 @@ def test_a_failed_set_leaves_the_others_and_the_status(evaluate: Command, tmp_pa
     assert "mean of 1 of 38 sets" in out
 
 
-MNIST = "--suite datacomp --data {root}/sets --sets mnist"
-FAULTS = {
-    "no root": ("--suite datacomp", "name the folder or URL of its sets with --data"),
-    "no set at all": ("--suite datacomp --data {root}", "--data has none of the 38 sets: Caltech-101 is"),
-    "options of other sets": ("--suite datacomp --limit 5", "--limit: not with --suite"),
-    "no suite": ("--data x", "belong to --suite"),
-    "sets that may be missing, of no suite": ("--zero-shot a=b --allow-missing", "belong to --suite"),
-    "an unknown set": ("--suite datacomp --data x --sets mnyst", "datacomp has no set 'mnyst'; it has vtab/"),
-    "a result that is no result": (f"{MNIST} --out {{root}}/bad", ".jsonl has a line that is not of results"),
-    "a folder that cannot be written": (f"{MNIST} --out {{root}}/plain/open_clip_config.json", "cannot be written"),
-    "nothing published": ("--suite datacomp --data {root} --compare s0", "nothing is published of 's0'"),
-}
-
-
-def test_a_user_error_is_one_message(command: Command, tmp_path: Path) -> None:
-    tiny_models.open_clip_model(tmp_path / "plain")
-    write_classification(tmp_path / "sets", "mnist", colour_samples(1))
-    (tmp_path / "bad").mkdir()
-    (tmp_path / "bad" / file_name(f"{tmp_path}/plain")).write_text("[]\n")
-    for fault, (options, message) in FAULTS.items():
-        words = options.format(root=tmp_path).split()
-        status, out, err = command("evaluate", f"{tmp_path}/plain", "--out", f"{tmp_path}/out", *words)
-        assert status == 2, fault
-        assert message in err.replace("\n", " "), fault
-        assert "Traceback" not in out + err, fault
-
-
 # --- faulty sets
 
 

@@ -10,6 +10,7 @@ import open_clip
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._dynamo.testing import CompileCounter
 
 import reinforce
 from reinforce.errors import UserError
@@ -160,20 +161,15 @@ def test_lambda_0_is_plain_clip_without_teachers(config: Any, teachers: dict[str
 def test_a_student_is_compiled_once_for_all_batches(config: Any) -> None:
     task, feed = build(config(), Accelerator("cpu"))
     batches = feed.batches(0, 1, PAIRS, 0)
-    graphs = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    task.model.compile(backend=backend)
+    graphs = CompileCounter()
+    task.model.compile(backend=graphs)
     for _ in range(3):
         task.model(task.prepare(next(batches)))
-    assert len(graphs) == 1
+    assert graphs.frame_count == 1
     batch = task.prepare(next(batches))
     for size in (PAIRS - 1, 2, PAIRS - 2, 3, PAIRS, PAIRS - 3):  # one more graph serves all of them
         task.model(slice_batch(batch, 0, size))
-    assert len(graphs) == 2
+    assert graphs.frame_count == 2
 
 
 def test_a_student_with_sigmoid_learns_from_softmax_teachers_and_mixed_captions_give_one_loss(config: Any) -> None:

@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from torch._dynamo.testing import CompileCounter
 
 from reinforce.errors import UserError
 from reinforce.training.distributed import gather, rank_watch
@@ -370,22 +371,17 @@ class Wide(torch.nn.Module):
 def test_a_compiled_model_is_split_into_graphs_where_gradients_are_reduced() -> None:
     """A model that is compiled before it is wrapped: torch splits what it compiles inside of the wrapper. So gradients
     are reduced during the backward pass, and the pass without gradients of `accumulate` is one whole graph."""
-    graphs = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
+    graphs = CompileCounter()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         model, values = Wide(), torch.ones(2, 1500)
-        model.compile(backend=backend)
+        model.compile(backend=graphs)
         wrapped = wrap_ddp(model, Ranks(0, 2, Accelerator("cpu")))
         with torch.no_grad():
             model(values)
-        assert len(graphs) == 1
+        assert graphs.frame_count == 1
         wrapped(values).sum().backward()
     finally:
         dist.destroy_process_group()
-    assert len(graphs) > 2
+    assert graphs.frame_count > 2
     assert all(layer.weight.grad is not None for layer in model.layers)
