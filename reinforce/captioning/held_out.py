@@ -94,19 +94,15 @@ def load_held_out(config: CaptionerConfig, source: PairSource, shards: Sequence[
         _log.info("collecting the held-out images, which is done once")
         with tempfile.TemporaryFile() as images:
             kept = _collect(source, shards, most, images)
-            _check_count(len(kept))
+            if len(kept) < 2:
+                raise UserError(
+                    f"held_out: {len(kept)} images are held out, but evaluation needs at least two. Raise "
+                    "held_out.share, or give held_out.source."
+                )
             _write(store, kept, images, fingerprint)
         table = read_table(store, HELD_OUT_FILE, fingerprint, ["key", "captions"])
         assert table is not None
     return HeldOut(config.output, fingerprint, table["key"].to_pylist(), table["captions"].to_pylist())
-
-
-def _check_count(count: int) -> None:
-    if count < 2:
-        raise UserError(
-            f"held_out: {count} images are held out, but evaluation needs at least two. Raise "
-            "held_out.share, or give held_out.source."
-        )
 
 
 def _collect(source: PairSource, shards: Sequence[Shard], most: int | None, images: IO[bytes]) -> list[_Kept]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from reinforce.dataset.kinds.registry import kind_of
 from reinforce.dataset.layers import embeddings_layer, model_of
 from reinforce.dataset.manifest.manifest import select_names
 from reinforce.errors import UserError
 from reinforce.student.config import Data, StudentConfig
+
+T = TypeVar("T", bound=Collection[str])
 
 #: Keys of a batch; SYNTHETIC exists only if captioners are read.
 IMAGE, CAPTION, SYNTHETIC = "image", "caption", "synthetic"
@@ -42,7 +44,8 @@ def stored_teachers(config: StudentConfig, manifests: Mapping[str, Mapping[str, 
     Raises UserError for an unknown teacher, for one that lacks vectors of some of the texts, and if datasets disagree.
     """
     known: dict[str, TeacherInfo] = {}
-    for name in _teacher_names(config.data, manifests):
+    names = {url: select_names(url, "teachers", config.data.teachers, manifest) for url, manifest in manifests.items()}
+    for name in _agreed("teachers", names, set):
         infos = {url: _stored_teacher(name, config.data, url, manifest) for url, manifest in manifests.items()}
         (url, first), *others = infos.items()
         for other_url, other in others:
@@ -65,14 +68,18 @@ def stored_models(data: Data, manifests: Mapping[str, Mapping[str, Any]], sectio
 
     Raises UserError for one that ``data`` names and a dataset lacks, and for one that differs between the datasets.
     """
-    (url, first), *others = (
-        (url, _entries(section, getattr(data, section), url, manifest)) for url, manifest in manifests.items()
-    )
+    found = {url: _entries(section, getattr(data, section), url, manifest) for url, manifest in manifests.items()}
+    return _agreed(section, found, _same_targets, ", or they store other values")
+
+
+def _agreed(section: str, found: Mapping[str, T], compared: Callable[[T], Any], why: str = "") -> T:
+    """The models of a section that all datasets have; ``found`` are theirs by URL. Raises UserError if they differ."""
+    (url, first), *others = found.items()
     for other_url, other in others:
-        if _same_targets(first) != _same_targets(other):
+        if compared(other) != compared(first):
             raise UserError(
                 f"the datasets have different {section}: {url} has {', '.join(first) or 'none'}, {other_url} has "
-                f"{', '.join(other) or 'none'}, or they store other values. Name those to use under data.{section}."
+                f"{', '.join(other) or 'none'}{why}. Name the {section} to use under data.{section}."
             )
     return first
 
@@ -86,19 +93,6 @@ def _same_targets(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The keys of entries that must be equal in all datasets: all but the models' identities and inputs."""
     differing = ("fingerprint", "model", "code", "count", "sees")
     return {name: {k: v for k, v in entry.items() if k not in differing} for name, entry in entries.items()}
-
-
-def _teacher_names(data: Data, manifests: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    (url, names), *others = (
-        (url, select_names(url, "teachers", data.teachers, manifest)) for url, manifest in manifests.items()
-    )
-    for other_url, other_names in others:
-        if set(other_names) != set(names):
-            raise UserError(
-                f"the datasets have different teachers: {url} has {', '.join(names) or 'none'}, {other_url} has "
-                f"{', '.join(other_names) or 'none'}. Name the teachers to use under data.teachers."
-            )
-    return names
 
 
 def captioner_names(data: Data, url: str, manifest: Mapping[str, Any]) -> list[str]:

@@ -13,13 +13,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import pytest
 import torch
 from torch.nn.functional import cross_entropy, normalize
 
 from reinforce.training.config import MUTABLE_KEYS, Training, fixed_config
 from reinforce.training.distributed.gather import gather
+from reinforce.training.distributed.ranks import Ranks
 from reinforce.training.job import Job
-from reinforce.training.stop import StopSignal
+from reinforce.training.loop import fit
+from reinforce.training.record.results import Results
+from reinforce.training.stop import Stopped, StopSignal
 from reinforce.training.task import Batch, Build, Encoded, Feed, Reading
 from teachers.runtime.accelerator import Accelerator
 
@@ -156,6 +160,28 @@ def training(**changes: Any) -> Training:
 def job(output: Path | str, evaluate_every: int | None = None, best: str | None = None, **changes: Any) -> Job:
     config = training(**changes)
     return Job(config, str(output), 0, fixed_config(config, MUTABLE_KEYS), evaluate_every=evaluate_every, best=best)
+
+
+def run(
+    job: Job,
+    feed: PairFeed | None = None,
+    stop: StopSignal | None = None,
+    task: TowersTask | None = None,
+    **options: Any,
+) -> tuple[Results, TowersTask]:
+    """Train in this process; returns the results and the task, by default one with weights of the job's seed."""
+    torch.manual_seed(job.seed)
+    task = task or TowersTask(**options)
+    ranks = Ranks(0, 1, Accelerator("cpu", job.training.compute.precision))
+    return fit(task, feed or PairFeed(), job, ranks, stop), task
+
+
+def stopped_after(step: int, job: Job, **options: Any) -> None:
+    """Train until a signal after a step stops it."""
+    stop = StopSignal()
+    with pytest.raises(Stopped) as raised:
+        run(job, stopping(PairFeed(), stop, step), stop, **options)
+    assert raised.value.status == 128 + signal.SIGTERM
 
 
 def build(accelerator: Accelerator, options: dict[str, Any], feed: dict[str, Any]) -> tuple[TowersTask, PairFeed]:

@@ -16,14 +16,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from reinforce.errors import UserError
 from reinforce.storage import Storage
-from reinforce.training.distributed.ranks import Ranks
 from reinforce.training.job import Job
-from reinforce.training.loop import fit
 from reinforce.training.record.results import Results, read_results
 from reinforce.training.saving.checkpoint import BestCheckpoint
 from reinforce.training.task import Metrics
-from teachers.runtime.accelerator import Accelerator
-from tests.helpers.trainings import PairFeed, TowersTask, job, rows
+from tests.helpers.trainings import TowersTask, job, rows, run
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -48,7 +45,7 @@ class Partial(Scored):
 
 def scored(made: Job, *scores: float, task: type[Scored] = Scored) -> Results:
     torch.manual_seed(0)
-    return fit(task(*scores), PairFeed(), made, Ranks(0, 1, Accelerator("cpu")))
+    return run(made, task=task(*scores))[0]
 
 
 def test_the_best_checkpoint_is_kept_in_addition_to_the_latest(tmp_path: Path) -> None:

@@ -15,12 +15,9 @@ from safetensors.torch import save_file
 
 from reinforce.dataset.files.store import Store
 from reinforce.errors import UserError
-from reinforce.training.distributed.ranks import Ranks
-from reinforce.training.loop import fit
 from reinforce.training.saving.checkpoint import BestCheckpoint, Checkpoints, DamagedCheckpoint, Progress
 from reinforce.training.saving.writer import CheckpointWriter
-from teachers.runtime.accelerator import Accelerator
-from tests.helpers.trainings import PairFeed, TowersTask, job
+from tests.helpers.trainings import PairFeed, job, run
 
 
 def checkpoints(folder: Path, keep: int = 2) -> Checkpoints:
@@ -78,7 +75,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_training_soon(
     monkeypatch.setattr(Checkpoints, "save", full)
     feed = PairFeed()
     with pytest.raises(UserError, match=r"cannot be written: .*No space left.*checkpoints/x.*; make room"):
-        fit(TowersTask(), feed, job(tmp_path, steps=40, checkpoints={"every": every}), Ranks(0, 1, Accelerator("cpu")))
+        run(job(tmp_path, steps=40, checkpoints={"every": every}), feed)
     assert (feed.seen[-1] < 39) == (every == 2)
     assert not (tmp_path / "results.json").exists()
 

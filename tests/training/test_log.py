@@ -25,9 +25,7 @@ from reinforce.student.config import StudentConfig
 from reinforce.student.train import student_job
 from reinforce.training import loop
 from reinforce.training.config import Trackers
-from reinforce.training.distributed.ranks import Ranks
 from reinforce.training.job import Job
-from reinforce.training.loop import fit
 from reinforce.training.record import curves
 from reinforce.training.record.curves import draw_curves
 from reinforce.training.record.log import Log
@@ -35,10 +33,7 @@ from reinforce.training.record.progress import Throughput, format_row
 from reinforce.training.record.results import Results, read_results
 from reinforce.training.record.trackers import RUNS, Scalars, Tracker, check_trackers, open_trackers
 from reinforce.training.saving.checkpoint import BestCheckpoint
-from reinforce.training.stop import StopSignal
-from teachers.runtime.accelerator import Accelerator
-from tests.helpers.trainings import WIDTH, PairFeed, TowersTask, before_batches, job, rows
-from tests.training.test_loop import run, stopped_after
+from tests.helpers.trainings import WIDTH, PairFeed, before_batches, job, rows, run, stopped_after
 
 
 def row(step: int, loss: float = 1.0) -> dict[str, Any]:
@@ -161,7 +156,7 @@ def test_a_training_without_the_extra_writes_no_curves_and_no_events_and_names_i
 ) -> None:
     for package in ("matplotlib", "tensorboard", "sacrebleu"):
         monkeypatch.setitem(sys.modules, package, None)
-    results = fit(TowersTask(), PairFeed(), job(tmp_path), Ranks(0, 1, Accelerator("cpu")), StopSignal())
+    results, _ = run(job(tmp_path))
     line = "without matplotlib and tensorboard there is no curves.png and tensorboard, only log.jsonl: pip install"
     assert capsys.readouterr().out.count(f"{line} -e '.[train]'") == 1
     written = {path.name for path in tmp_path.iterdir()} - {".tmp"}

@@ -23,38 +23,18 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from reinforce.errors import UserError
 from reinforce.storage import Storage
-from reinforce.training.distributed.ranks import Ranks
 from reinforce.training.job import Job
-from reinforce.training.loop import fit
-from reinforce.training.record.results import Results
 from reinforce.training.saving.checkpoint import Checkpoints, Progress
-from reinforce.training.stop import Stopped, StopSignal
+from reinforce.training.stop import Stopped
 from teachers.runtime.accelerator import Accelerator
 from tests.helpers.stand_in_cuda import stand_in_cuda
-from tests.helpers.trainings import PairFeed, TowersTask, curve, job, rows, stopping
+from tests.helpers.trainings import PairFeed, TowersTask, curve, job, rows, run, stopped_after
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
-def run(
-    job: Job, feed: PairFeed | None = None, stop: StopSignal | None = None, **options: Any
-) -> tuple[Results, TowersTask]:
-    torch.manual_seed(job.seed)
-    task = TowersTask(**options)
-    return fit(
-        task, feed or PairFeed(), job, Ranks(0, 1, Accelerator("cpu", job.training.compute.precision)), stop
-    ), task
-
-
 def state_at_the_end(output: Path) -> dict[str, torch.Tensor]:
     return load_file(sorted((output / "checkpoints").glob("*.safetensors"))[-1])
-
-
-def stopped_after(step: int, job: Job, **options: Any) -> None:
-    stop = StopSignal()
-    with pytest.raises(Stopped) as raised:
-        run(job, stopping(PairFeed(), stop, step), stop, **options)
-    assert raised.value.status == 128 + signal.SIGTERM
 
 
 @pytest.mark.parametrize("options", [{}, {"dropout": 0.3, "norm": True}])
@@ -192,9 +172,8 @@ def test_a_signal_during_an_evaluation_ends_it_at_once_and_it_is_made_on_resume(
             raise AssertionError("the evaluation was not interrupted")
 
     before = signal.getsignal(signal.SIGINT)  # shells let background processes ignore it
-    torch.manual_seed(0)
     with pytest.raises(Stopped) as raised:
-        fit(Slow(), PairFeed(), job(tmp_path), Ranks(0, 1, Accelerator("cpu")))
+        run(job(tmp_path), task=Slow())
     assert raised.value.status == 130
     assert signal.getsignal(signal.SIGINT) is before, "the handlers are restored"
     feed = PairFeed()
@@ -336,12 +315,12 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(tmp_path: Path, 
         with pytest.raises(
             UserError, match=rf"^{tmp_path}.* cannot be written: .*File too large.*; make room in .*\.$"
         ):
-            fit(Large(), PairFeed(), made, Ranks(0, 1, Accelerator("cpu")))
+            run(made, task=Large())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not (tmp_path / "results.json").exists()
     assert [path.name for path in (tmp_path / ".tmp").iterdir()] == []
-    assert fit(TowersTask(), PairFeed(), made, Ranks(0, 1, Accelerator("cpu"))).steps == 12
+    assert run(made)[0].steps == 12
 
 
 @pytest.mark.slow
