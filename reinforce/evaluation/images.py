@@ -32,13 +32,6 @@ class CacheBudget:
     free: int
 
 
-@dataclass(frozen=True)
-class _Cached:
-    geometry: object
-    batches: list[_Decoded]
-    bytes: int
-
-
 def geometry_of(spec: ImageSpec) -> tuple[object, ...]:
     """Settings that determine the pixels of an image before they are normalised."""
     return spec.height, spec.width, spec.interpolation, spec.resize
@@ -65,7 +58,7 @@ class ImageBatches:
         self.digest = digest
         self._examples, self._count, self._policy, self._progress = examples, count, policy, progress
         self._limits, self._budget = limits or Limits(), budget or CacheBudget(0)
-        self._cached: _Cached | None = None
+        self._cached: tuple[object, list[_Decoded], int] | None = None  # geometry, batches, bytes
 
     def decode(self, specs: Sequence[ImageSpec], size: int, threads: int) -> Iterator[_Decoded]:
         """Yield batches of ``size`` in the set's order: uint8 [B, height, width, 3] by each spec, and targets.
@@ -75,11 +68,12 @@ class ImageBatches:
         size and geometry are the same.
         """
         geometry = size, [*map(geometry_of, specs)]
-        if self._cached is not None and self._cached.geometry == geometry:
-            yield from self._cached.batches
-            return
         if self._cached is not None:
-            self._budget.free += self._cached.bytes
+            known, cached, taken = self._cached
+            if known == geometry:
+                yield from cached
+                return
+            self._budget.free += taken
             self._cached = None
         needed = self._count * sum(spec.height * spec.width * 3 for spec in specs)
         kept: list[_Decoded] | None = [] if 0 < needed <= self._budget.free else None
@@ -95,7 +89,7 @@ class ImageBatches:
         self.refused = refused
         if kept is not None:
             self._budget.free -= needed
-            self._cached = _Cached(geometry, kept, needed)
+            self._cached = geometry, kept, needed
 
     def _decode(
         self, specs: Sequence[ImageSpec], size: int, threads: int, refused: list[Refusal]

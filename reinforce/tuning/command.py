@@ -10,7 +10,6 @@ from typing import Any
 
 import ray
 
-from reinforce import plots
 from reinforce.cluster import ray_cluster
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.manifest.manifest import read_manifest, record_scales, write_manifest
@@ -167,7 +166,7 @@ def screen_only(config: TuneConfig) -> dict[str, TeacherScreening]:
     Store(config.output).check_writable()
     with Store(config.output).lock():
         screenings = _run_screening(config, base, current_scales)
-        _draw_plot(config, [], screenings, {}, "")
+        plot.draw([], screenings, {}, "", f"{config.output.rstrip('/')}/{PLOT}")
     return screenings
 
 
@@ -203,7 +202,8 @@ def tune(config: TuneConfig, address: str | None = None) -> TuningResult:
         store.write_json(result.json(), TABLE)
         if best:
             store.write_bytes(_student_yaml(config, checked, result).encode(), STUDENT)
-        _draw_plot(config, result.curves, screenings, result.checks, checked.metric)
+        picture = f"{config.output.rstrip('/')}/{PLOT}"
+        plot.draw(result.curves, screenings, result.checks, checked.metric, picture)
     if not any(row.state == "finished" for row in rows):
         raise UserError("no setting was trained to the end:\n  " + "\n  ".join(result.errors))
     return result
@@ -318,15 +318,3 @@ def _student_yaml(config: TuneConfig, checked: CheckedConfig, result: TuningResu
     header = f"Written by reinforce tune: {checked.base.origin} with the best scales by {result.metric}."
     output = os.path.join(config.output.rstrip("/"), "student")
     return render_student_yaml(checked.base.raw, result.best, origins, output, header)
-
-
-def _draw_plot(
-    config: TuneConfig,
-    curves: list[Curve],
-    screenings: Mapping[str, TeacherScreening],
-    checks: Mapping[str, ScreeningCheck],
-    metric: str,
-) -> None:
-    picture = f"{config.output.rstrip('/')}/{PLOT}"
-    if (curves or screenings) and plots.drawable(f"{picture} is"):
-        plot.draw(curves, screenings, checks, metric, picture)

@@ -29,7 +29,12 @@ def draw(
     metric: str,
     url: str,
 ) -> None:
-    """Write a PNG to a path or URL: one column for each curve, and for each teacher that was only screened."""
+    """Write a PNG to a path or URL: one column for each curve, and for each teacher that was only screened.
+
+    Nothing is written where there is nothing to draw, and, with a note, without matplotlib.
+    """
+    if not (curves or screenings) or not plots.drawable(f"{url} is"):
+        return
     columns: list[tuple[str, Curve | None]] = [(curve.axis, curve) for curve in curves]
     drawn = {axis for axis, _ in columns}
     columns += [(teacher, None) for teacher in screenings if teacher not in drawn]

@@ -67,11 +67,6 @@ def make_config(folder: Path, output: str = "out", **train: Any) -> CaptionerCon
     return captioner_config(folder, output=f"{folder}/{output}", train={**base, "steps": STEPS, **train})
 
 
-def read_losses(folder: Path) -> dict[int, float]:
-    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return {row["step"]: row["loss"] for row in rows if "loss" in row}
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Results]:
     folder = tmp_path_factory.mktemp("finetuned")
@@ -102,25 +97,6 @@ def test_the_fine_tuned_model_loads_in_open_clip_and_captions_as_in_a_run(traine
     [texts] = captioner.caption(torch.rand(1, 3, 32, 32), np.zeros((1, 2), np.uint64))
     assert texts is not None
     assert len(texts) == 2
-
-
-@pytest.mark.usefixtures("no_pictures")
-def test_a_fine_tuning_that_resumes_from_a_checkpoint_has_identical_results(trained: tuple[Path, Results]) -> None:
-    """It was killed after the steps of its log, of which the last are not in its checkpoint."""
-    folder, _ = trained
-    killed = Path(shutil.copytree(folder / "out", folder / "killed"))
-    (killed / "results.json").unlink()
-    shutil.rmtree(killed / "captioner")
-    for path in (killed / "checkpoints").glob(f"*{STEPS:09d}*"):
-        path.unlink()
-    assert list((killed / "checkpoints").glob(f"step-{STEPS - 2:09d}.safetensors"))
-    results = finetune(make_config(folder, output="killed"))
-    assert read_losses(killed) == read_losses(folder / "out")
-    assert results.metrics == trained[1].metrics
-    weights = [
-        (folder / output / "captioner" / "open_clip_model.safetensors").read_bytes() for output in ("killed", "out")
-    ]
-    assert weights[0] == weights[1]
 
 
 def test_the_command_prints_metrics_before_and_after_and_refuses_another_config(

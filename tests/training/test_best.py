@@ -7,7 +7,6 @@ import math
 import pickle
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from reinforce.errors import UserError
 from reinforce.storage import Storage
 from reinforce.training.job import Job
 from reinforce.training.record.results import Results, read_results
-from reinforce.training.saving.checkpoint import BestCheckpoint
+from reinforce.training.saving.checkpoint import BestCheckpoint, Checkpoints
 from reinforce.training.task import Metrics
 from tests.helpers.trainings import TowersTask, job, rows, run
 
@@ -53,14 +52,8 @@ def test_the_best_checkpoint_is_kept_in_addition_to_the_latest(tmp_path: Path) -
 
     made = job(tmp_path, evaluate_every=3, best="top1", checkpoints={"every": 100, "keep": 1})
     results = scored(made, math.nan, 0.9, 0.4, math.nan)
-    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == [
-        "best.json",
-        "step-000000006.safetensors",
-        "step-000000009.safetensors",
-        "step-000000012.safetensors",
-    ]
-    assert results.best is not None
-    assert (results.best.step, results.best.value) == (6, 0.9)
+    assert Checkpoints(Storage(made.output), 1).steps() == [6, 9, 12]
+    assert results.best == BestCheckpoint(6, "top1", 0.9)
     assert "best top1: 0.9000 at step 6" in results.summary()
     assert "top1: not finite" in results.summary()
 
@@ -70,13 +63,7 @@ def exported(output: Path) -> torch.Tensor:
 
 
 def test_the_best_evaluated_state_is_exported_with_its_step_and_metrics(tmp_path: Path) -> None:
-    changes: dict[str, Any] = {
-        "evaluate_every": 4,
-        "best": "top1",
-        "ema": 0.9,
-        "checkpoints": {"every": 100, "keep": 1},
-    }
-    last = job(tmp_path, **changes)
+    last = job(tmp_path, evaluate_every=4, best="top1", ema=0.9, checkpoints={"every": 100, "keep": 1})
     wanted = replace(last, export_best=True)
     results = scored(wanted, 0.2, 0.9, 0.4)
     assert (results.exported, results.steps, results.metrics["top1"]) == (8, 12, 0.9)
