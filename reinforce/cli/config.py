@@ -24,10 +24,7 @@ _MODELS: dict[Kind, str] = {
 
 
 def init(
-    data: Annotated[
-        str,
-        typer.Argument(metavar="DATA", help="Folder, file or pattern of any format of a source."),
-    ],
+    data: Annotated[str, typer.Argument(metavar="DATA", help="Folder, file or pattern of any format of a source.")],
     output: Annotated[
         Path | None, typer.Argument(metavar="[OUTPUT.yaml]", help="Config to write. Default: named after DATA.")
     ] = None,

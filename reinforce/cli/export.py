@@ -178,10 +178,7 @@ def _export(
         typer.echo(line)
 
 
-@export.command(
-    "datacompdr",
-    **examples("reinforce export datacompdr demo/dataset demo/datacompdr --precision bf16"),
-)
+@export.command("datacompdr", **examples("reinforce export datacompdr demo/dataset demo/datacompdr --precision bf16"))
 def export_datacompdr(
     dataset: DatasetUrl,
     output: OutputUrl,

@@ -245,27 +245,18 @@ class StudentConfig(Section):
     log: TrackersOfRun = None
 
     @model_validator(mode="after")
-    def _backend_makes_views(self) -> StudentConfig:
-        if self.data.backend == "device-1" and self.loss.targets == "online":
+    def _sections_fit(self) -> StudentConfig:
+        loss, student = self.loss, self.student
+        if self.data.backend == "device-1" and loss.targets == "online":
             raise ValueError(
                 "data.backend: device-1 makes no images for teachers in the loop; with `loss.targets: online` leave it "
                 "out"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _scales_need_texts(self) -> StudentConfig:
-        loss = self.loss
         if self.data.captions == "none" and (loss.logit_scales or loss.learn_scales or loss.form != "softmax"):
             raise ValueError(
                 "with data.captions: none there are no similarities of images with texts: remove logit_scales, "
                 "learn_scales and form under `loss`"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _export_is_quantized(self) -> StudentConfig:
-        student = self.student
         if student.quantize is not None and student.quantize_share != 1 and self.evaluate.export == "best":
             raise ValueError(
                 "with `student.quantize`, `evaluate.export: best` may choose a step before the weights were rounded; "

@@ -98,9 +98,7 @@ def open_clip_losses(model: CaptionerModel, batch: Batch) -> dict[str, torch.Ten
     return losses
 
 
-def test_losses_and_gradients_equal_those_of_open_clip_but_a_word_like_its_padding_counts(
-    tmp_path: Path,
-) -> None:
+def test_losses_and_gradients_equal_those_of_open_clip_but_a_word_like_its_padding_counts(tmp_path: Path) -> None:
     model = make_captioner(tmp_path)
     batch = make_batch(TEXTS)
     ours = task_losses(model, batch, model.loss)
@@ -186,11 +184,7 @@ def test_a_context_is_exported_and_captions_are_written_up_to_it(tmp_path: Path)
     [[caption]] = captioner.caption(torch.rand(1, 3, 32, 32), np.zeros((1, 1), np.uint64))
     assert caption
     with pytest.raises(UserError, match=r"max_length 129 exceeds the 128 tokens"):
-        make_captioner(
-            tmp_path,
-            captioner={**model, "context": 128},
-            evaluate={"generate": {"max_length": 129}},
-        )
+        make_captioner(tmp_path, captioner={**model, "context": 128}, evaluate={"generate": {"max_length": 129}})
 
 
 def test_random_weights_are_those_of_the_seed_for_a_name_and_a_folder(tmp_path: Path) -> None:

@@ -190,10 +190,7 @@ def test_sets_are_chosen_by_key_and_read_from_where_they_are_published() -> None
         select_sets("datacomp", ["imagenet"])
     places = {one.key: (one.folder, one.place("hf://"), one.place("s3://b/sets/")) for one in select_sets("datacomp")}
     assert places["fairness/geode"][0] == "wds_geode_test"
-    assert places["vtab/pets"][1:] == (
-        "hf://datasets/djghosh/wds_vtab-pets_test",
-        "s3://b/sets/wds_vtab-pets_test",
-    )
+    assert places["vtab/pets"][1:] == ("hf://datasets/djghosh/wds_vtab-pets_test", "s3://b/sets/wds_vtab-pets_test")
     assert places["misc/winogavil"] == (
         "winogavil",
         "hf://datasets/nlphuji/winogavil@refs/convert/parquet",

@@ -34,12 +34,7 @@ def sorted_ranks(scores: np.ndarray, matches: np.ndarray) -> np.ndarray:
 
 
 @settings(max_examples=30)
-@given(
-    seed=st.integers(0, 10_000),
-    levels=st.integers(0, 3),
-    images=st.integers(1, 12),
-    classes=st.integers(1, 9),
-)
+@given(seed=st.integers(0, 10_000), levels=st.integers(0, 3), images=st.integers(1, 12), classes=st.integers(1, 9))
 def test_class_rank_is_the_position_in_a_stable_sort(seed: int, levels: int, images: int, classes: int) -> None:
     rng = np.random.default_rng(seed)
     queries, names = vectors(rng, images, levels), vectors(rng, classes, levels)

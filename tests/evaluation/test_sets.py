@@ -231,10 +231,7 @@ def faults(root: Path) -> dict[str, tuple[Callable[[], Any], str]]:
             lambda: open_retrieval(RetrievalSet(pairs=folder)),
             f"none of 12 images in {folder} has a caption at txt, json:caption",
         ),
-        "no captions": (
-            lambda: open_retrieval(RetrievalSet(pairs=url, captions=["text"])),
-            "none of 12 images in",
-        ),
+        "no captions": (lambda: open_retrieval(RetrievalSet(pairs=url, captions=["text"])), "none of 12 images in"),
     }
 
 

@@ -218,9 +218,7 @@ class RoundedProducts(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.7, 1.0])
-def test_tf32_changes_gradients_by_a_fifth_of_what_one_rounding_to_bf16_does_at_most(
-    share: float,
-) -> None:
+def test_tf32_changes_gradients_by_a_fifth_of_what_one_rounding_to_bf16_does_at_most(share: float) -> None:
     """Autocast rounds the features, after it has rounded everything before them."""
     pairs = 96
     shared = unit(pairs, 64, 0, torch.float32)

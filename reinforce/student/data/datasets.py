@@ -107,19 +107,7 @@ def _open_dataset(source: Source, data: Data, seed: int, models: Models) -> Stre
     )
     size = manifest["augmentations"]["size"]
     files = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:16]
-    return StreamedDataset(
-        url,
-        source.weight,
-        aligned,
-        spec,
-        targets,
-        policies,
-        size,
-        shards,
-        groups,
-        roots,
-        files,
-    )
+    return StreamedDataset(url, source.weight, aligned, spec, targets, policies, size, shards, groups, roots, files)
 
 
 def _layers_of(models: Models, url: str, manifest: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -28,13 +28,7 @@ from reinforce.dataset.files.store import Store
 from reinforce.errors import UserError
 from reinforce.student.config import Data
 from reinforce.student.data.assembly import BufferPool
-from reinforce.student.data.examples import (
-    Example,
-    Examples,
-    ExampleSpec,
-    SampleFile,
-    make_examples,
-)
+from reinforce.student.data.examples import Example, Examples, ExampleSpec, SampleFile, make_examples
 from reinforce.student.data.feed import StudentFeed
 from reinforce.student.data.parts import PartMaker
 from reinforce.student.data.reader import Target

@@ -25,12 +25,7 @@ from reinforce.student.data.datasets import open_datasets
 from reinforce.student.data.feed import Streams, StudentFeed, plan_reading
 from reinforce.student.data.parts import Part, PartMaker
 from reinforce.student.data.reader import DatasetReader, KeptGroups, StreamedDataset
-from reinforce.student.data.stream import (
-    RankStream,
-    StreamPlan,
-    StreamReader,
-    make_orders,
-)
+from reinforce.student.data.stream import RankStream, StreamPlan, StreamReader, make_orders
 from reinforce.training.order import GroupChunk, Order
 from tests.helpers.data import config_of, members_of, picture, write_tar
 from tests.helpers.in_loaders import letters, unchanged
