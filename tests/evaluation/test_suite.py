@@ -77,8 +77,7 @@ def test_embeddings_that_are_not_finite_are_an_error_of_the_set_for_their_model_
     write_classification(tmp_path, "cifar10", colour_samples())
     captions = {"image": [stored(solid_image(name)) for name in ("red", "blue")], "caption": [["red", "red"], ["blue"]]}
     write_table(tmp_path, "flickr", captions)
-    instance = associations(12, 2)
-    write_table(tmp_path, "winogavil", {name: instance[name] for name in instance})
+    write_table(tmp_path, "winogavil", associations(12, 2))
     encoders = {"nan": NanEncoder(), "red": RedNanEncoder(), "texts": RedNanEncoder(texts=True), "good": ColourOracle()}
     counts = {
         "cifar10": ["12 of 12 image", "2 of 12 image", "1 of 6 class embeddings and 2 of 12 image"],
