@@ -17,7 +17,7 @@ from reinforce.training.task import Build
 def launch(build: Build, job: Job, address: str | None = None) -> Results:
     """Run a training run to its end and return its results; `runs_on_ray` decides where it runs.
 
-    Raises UserError and Stopped as `reinforce.training.loop.fit` does.
+    Raises UserError and Stopped as `reinforce.training.loop.run_rank` does.
     """
     if runs_on_ray(job, address):
         from reinforce.training.ray_train import launch_on_ray

@@ -59,16 +59,15 @@ from teachers.runtime.memory import is_out_of_memory
 _NOT_SAVED = 1000
 
 
-def fit(
-    task: Task,
-    feed: Feed,
+def run_rank(
+    build: Build,
     job: Job,
     ranks: Ranks,
-    stop: StopSignal | None = None,
+    stop: StopSignal,
     screen: Screen | None = None,
     on_evaluation: OnEvaluation | None = None,
 ) -> Results:
-    """Train ``task`` on ``feed`` to its end, from the last checkpoint in ``job.output`` if there is one.
+    """Seed torch, build the task and its feed, and train to the end, from the last checkpoint in ``job.output`` if any.
 
     Call it on every rank; all return the results. Rank 0 shows progress on ``screen``. When ``on_evaluation`` is
     called, a checkpoint of the step exists: an exception in it ends the training run, which resumes from there when it
@@ -78,7 +77,8 @@ def fit(
     Stopped after ``stop`` was requested and a checkpoint was written. SIGINT and SIGTERM request it if this is the
     main thread.
     """
-    stop = stop or StopSignal()
+    torch.manual_seed(job.seed)
+    task, feed = build(ranks.accelerator)
     try:
         with stop.handle_signals():
             return _Loop(task, feed, job, ranks, stop, screen or Screen(), on_evaluation).run()
@@ -95,20 +95,6 @@ def fit(
                 "train.compute.accumulate, or set train.compute.gradient_checkpointing to true."
             ) from error
         raise
-
-
-def run_rank(
-    build: Build,
-    job: Job,
-    ranks: Ranks,
-    stop: StopSignal,
-    screen: Screen | None = None,
-    on_evaluation: OnEvaluation | None = None,
-) -> Results:
-    """Seed torch, build the task and the feed of this rank, and train; see ``fit``."""
-    torch.manual_seed(job.seed)
-    task, feed = build(ranks.accelerator)
-    return fit(task, feed, job, ranks, stop, screen, on_evaluation)
 
 
 class _Loop:

@@ -68,8 +68,8 @@ def launch_on_ray(build: Build, job: Job, address: str | None) -> Results:
 
     Ray Train restarts all ranks up to ``retries`` times; they resume from the last checkpoint in ``job.output``, which
     every node must reach. Ray's own storage is a temporary folder. Raises UserError and Stopped as
-    `reinforce.training.loop.fit` does, UserError if the ranks do not fit on the cluster, and HostLost if they do not
-    fit on the hosts that are left.
+    `reinforce.training.loop.run_rank` does, UserError if the ranks do not fit on the cluster, and HostLost if they do
+    not fit on the hosts that are left.
     """
     # Otherwise Ray Train runs the ranks in its own folder, where relative paths of the config are wrong.
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"

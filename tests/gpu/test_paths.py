@@ -29,7 +29,6 @@ from reinforce.training.distributed import gather
 from reinforce.training.distributed.batch_norms import _Shared, synchronize_batch_norms
 from reinforce.training.distributed.ranks import Ranks
 from reinforce.training.division import fewest_parts
-from reinforce.training.loop import fit
 from reinforce.training.state import State
 from reinforce.training.step import StepOutput, backpropagate
 from reinforce.training.stop import Stopped, StopSignal
@@ -43,7 +42,7 @@ from tests.helpers.real_sizes import RAISING
 from tests.helpers.reinforced import reinforce_here, small_dataset
 from tests.helpers.stand_in_cuda import Counts, StandIn, stand_in_cuda
 from tests.helpers.students import batch_for, built, student_folder
-from tests.helpers.trainings import PairFeed, TowersTask, curve, job, stopping
+from tests.helpers.trainings import PairFeed, TowersTask, curve, job, run, stopping
 
 # For each batch of images with its texts, without decoding: one for the output of each model.
 WAITS_A_BATCH = 6
@@ -146,15 +145,14 @@ def test_a_training_on_a_gpu_that_resumes_has_the_weights_of_one_that_does_not(t
     changes: dict[str, Any] = {"steps": 6, "ema": 0.9, "compute": {"accumulate": 2}}
     stop = StopSignal()
     with stand_in_cuda():
-        ranks = Ranks(0, 1, Accelerator("cuda"))
+        accelerator = Accelerator("cuda")
         for name, feed, stopped in (
             ("whole", PairFeed(), StopSignal()),
             ("parts", stopping(PairFeed(), stop, 3), stop),
             ("parts", PairFeed(), StopSignal()),
         ):
-            torch.manual_seed(0)
             with contextlib.suppress(Stopped):
-                fit(TowersTask(dropout=0.2), feed, job(tmp_path / name, **changes), ranks, stopped)
+                run(job(tmp_path / name, **changes), feed, stopped, accelerator=accelerator, dropout=0.2)
     assert feed.seen[0] == 3
     whole, parts = (
         load_file(sorted((tmp_path / name / "checkpoints").glob("*.safetensors"))[-1]) for name in ("whole", "parts")
@@ -172,10 +170,9 @@ def test_a_step_is_divided_as_far_as_memory_asks_and_a_resumed_training_keeps_th
     def train(output: str, memory: int, stop_at: int | None = None, accumulate: int | str = "auto") -> str:
         stop, changes = StopSignal(), {"steps": 4, "compute": {"accumulate": accumulate}}
         feed = PairFeed() if stop_at is None else stopping(PairFeed(), stop, stop_at)
-        torch.manual_seed(0)
         with stand_in_cuda(memory * 200_000), contextlib.suppress(Stopped):
-            ranks = Ranks(0, 1, Accelerator("cuda"))
-            fit(TowersTask(width=WIDE, dropout=0.5), feed, job(tmp_path / output, **changes), ranks, stop)
+            accelerator = Accelerator("cuda")
+            run(job(tmp_path / output, **changes), feed, stop, accelerator=accelerator, width=WIDE, dropout=0.5)
         return " ".join(capsys.readouterr().out.split())
 
     assert "a rank's 16 samples of a step fit in one part" in train("large", 100)

@@ -21,7 +21,7 @@ from reinforce.training.config import MUTABLE_KEYS, Training, fixed_config
 from reinforce.training.distributed.gather import gather
 from reinforce.training.distributed.ranks import Ranks
 from reinforce.training.job import Job
-from reinforce.training.loop import fit
+from reinforce.training.loop import run_rank
 from reinforce.training.record.results import Results
 from reinforce.training.stop import Stopped, StopSignal
 from reinforce.training.task import Batch, Build, Encoded, Feed, Reading
@@ -167,13 +167,14 @@ def run(
     feed: PairFeed | None = None,
     stop: StopSignal | None = None,
     task: TowersTask | None = None,
+    accelerator: Accelerator | None = None,
     **options: Any,
 ) -> tuple[Results, TowersTask]:
     """Train in this process; returns the results and the task, by default one with weights of the job's seed."""
     torch.manual_seed(job.seed)
     task = task or TowersTask(**options)
-    ranks = Ranks(0, 1, Accelerator("cpu", job.training.compute.precision))
-    return fit(task, feed or PairFeed(), job, ranks, stop), task
+    ranks = Ranks(0, 1, accelerator or Accelerator("cpu", job.training.compute.precision))
+    return run_rank(lambda _: (task, feed or PairFeed()), job, ranks, stop or StopSignal()), task
 
 
 def stopped_after(step: int, job: Job, **options: Any) -> None:

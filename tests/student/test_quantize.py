@@ -22,7 +22,7 @@ from reinforce.student.model import Student, build_student
 from reinforce.student.quantize import can_quantize, quantize, round_inputs, round_weights
 from reinforce.student.train import build, student_job
 from reinforce.training.distributed.ranks import Ranks
-from reinforce.training.loop import fit
+from reinforce.training.loop import run_rank
 from reinforce.training.saving.checkpoint import Checkpoints
 from reinforce.training.stop import Stopped, StopSignal
 from teachers.runtime.accelerator import Accelerator
@@ -160,7 +160,7 @@ def train(config: StudentConfig, stop_at: int | None = None, log: list[str] | No
     task.begin_step = logged  # type: ignore[method-assign]
     if stop_at is not None:
         feed = stopping(feed, stop, stop_at)
-    fit(task, feed, student_job(config), Ranks(0, 1, accelerator), stop)
+    run_rank(lambda _: (task, feed), student_job(config), Ranks(0, 1, accelerator), stop)
     checkpoints = Checkpoints(Storage(config.output), 1)
     return checkpoints.load(max(checkpoints.steps()))[1]
 
