@@ -14,7 +14,7 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Protocol
 
@@ -44,32 +44,29 @@ class Backend(Protocol):
 
 def check_trackers(config: Trackers | None) -> None:
     """Raise UserError if a tracker's package is not installed."""
-    for name, _ in _named(config):
+    for name in _named(config):
         require(name, f"log.{name}", name)
 
 
 def open_trackers(job: Job, storage: Storage) -> list[Tracker]:
     """Start or continue the run of each tracker of a training run. Raises UserError if a package is missing."""
     check_trackers(job.trackers)
-    named = [*_named(job.trackers)]
+    named = _named(job.trackers)
     if not named:
         return []
     found = storage.read_json(RUNS) or {}
-    runs = {name: found.get(name) or uuid.uuid4().hex[:12] for name, _ in named}
+    runs = {name: found.get(name) or uuid.uuid4().hex[:12] for name in named}
     if runs != {name: found.get(name) for name in runs}:
         storage.write_json({**found, **runs}, RUNS)
     title = storage.url.rstrip("/").rpartition("/")[2]
     return [
         Tracker(name, partial(_BACKENDS[name], section, runs[name], section.name or title, job.fixed_config))
-        for name, section in named
+        for name, section in named.items()
     ]
 
 
-def _named(config: Trackers | None) -> Iterator[tuple[str, Wandb | Mlflow | Trackio]]:
-    for name in _BACKENDS if config is not None else ():
-        section = getattr(config, name)
-        if section is not None:
-            yield name, section
+def _named(config: Trackers | None) -> dict[str, Wandb | Mlflow | Trackio]:
+    return {name: section for name in _BACKENDS if (section := getattr(config, name, None)) is not None}
 
 
 class Tracker:
