@@ -13,7 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from multiprocessing.pool import ExceptionWithTraceback  # type: ignore[attr-defined]
 from typing import Any
@@ -22,9 +22,28 @@ from reinforce.processes.signals import describe_exit, kill_with_parent
 
 #: What follows ``python -c``; modules are found where the parent finds them.
 _COMMAND = (
-    "import json, sys; path, *numbers = json.loads(sys.argv[1]); sys.path[:] = path; "
-    "from reinforce.parallel import worker_process; worker_process.serve(*numbers)"
+    "import importlib, json, sys; path, module, *arguments = json.loads(sys.argv[1]); sys.path[:] = path; "
+    "importlib.import_module(module).serve(*arguments)"
 )
+
+
+def start_process(
+    module: str, *arguments: float, variables: Mapping[str, str], output: int | None = None
+) -> tuple[subprocess.Popen[bytes], Connection]:
+    """Start a process that runs ``serve`` of a module with the descriptor of a connection and the ``arguments``."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        command = json.dumps([sys.path, module, theirs.fileno(), *arguments])
+        # Isolated mode: the path is the parent's. The processes are the threads of the arithmetic.
+        process = subprocess.Popen(  # noqa: S603 - this project's code
+            [sys.executable, "-I", "-c", _COMMAND, command],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            pass_fds=[theirs.fileno()],
+            env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
+        )
+    return process, Connection(ours.detach())
 
 
 class ProcessEnded(Exception):
@@ -35,17 +54,7 @@ class WorkerProcess:
     """A process that is started, as its parent sees it. One thread at a time may use it, apart from ``kill``."""
 
     def __init__(self) -> None:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            arguments = json.dumps([sys.path, theirs.fileno(), os.getpid()])
-            # Isolated mode: the path is the parent's. The processes are the threads of the arithmetic.
-            self._process = subprocess.Popen(  # noqa: S603 - this project's code
-                [sys.executable, "-I", "-c", _COMMAND, arguments],
-                stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )
-        self._connection = Connection(ours.detach())
+        self._process, self._connection = start_process(__name__, os.getpid(), variables={})
         self._function: Callable[[Any], Any] | None = None
 
     def call(self, function: Callable[[Any], Any], item: Any) -> Any:

@@ -102,10 +102,6 @@ class CollectRecords:
     records: Shuffle
     centroids: str
 
-    @property
-    def rules(self) -> Sequence[BoundRule]:
-        return [self.rule]
-
     def of(self, group: Group) -> npt.NDArray[Any]:
         values, valid = self.rule.vectors(group) if self.buckets.dim else _digests(group)
         group.codes[group.kept & ~valid] = 2 * self.rule.number + 1

@@ -90,18 +90,11 @@ def check(text: str, manifest: Mapping[str, Any], where: str, kind: Kind) -> Exp
     return Expression(text, found.columns, name in _SINGLE)
 
 
-def evaluate(
-    database: DuckDBPyConnection, expressions: Sequence[Expression], tables: Mapping[str, pa.Table]
-) -> list[pa.Array]:
-    """The value of each expression [rows]. ``tables`` are those of a row group by layer.
+def evaluate(database: DuckDBPyConnection, texts: Sequence[str], rows: pa.Table) -> list[pa.Array]:
+    """The value of checked expressions [rows]; ``rows`` are those of ``join_rows``.
 
     Raises UserError for a row on which one fails.
     """
-    return compute(database, [one.text for one in expressions], join_rows(expressions, tables))
-
-
-def compute(database: DuckDBPyConnection, texts: Sequence[str], rows: pa.Table) -> list[pa.Array]:
-    """The value of checked expressions [rows]; ``rows`` are those of ``join_rows``. Raises as ``evaluate``."""
     values = ", ".join(f"({text}) AS value_{n}" for n, text in enumerate(texts))
     # Rows that duckdb divides among vectors keep their order, since there is one thread.
     try:

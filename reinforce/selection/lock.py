@@ -74,12 +74,9 @@ def _is_held(claim: ClaimFile) -> bool:
 def _has_ended(claim: Mapping[str, Any]) -> bool:
     """Whether the process of a claim of this machine has ended."""
     pid = claim.get("pid")
-    if not isinstance(pid, int) or pid == os.getpid():
-        return False
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        return False
+        if isinstance(pid, int) and pid != os.getpid():
+            os.kill(pid, 0)
+    except OSError as error:
+        return isinstance(error, ProcessLookupError)
     return False

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -67,7 +67,8 @@ class Parts:
         self, workers: MapWorkers, stage: str, compute: Callable[[int, _T], Arrays], items: Sequence[_T]
     ) -> Iterator[Arrays]:
         """``compute(number, item)`` of each item in order. Finished ones are read instead."""
-        finished = self.finished(stage)
+        names = self.store.names(*self._folder, stage)
+        finished = {int(name.removesuffix(_ENDING)) for name in names if name.endswith(_ENDING)}
         call = functools.partial(_compute, self, stage, compute)
         missing = [pair for pair in enumerate(items) if pair[0] not in finished]
         found = workers.map(
@@ -76,29 +77,17 @@ class Parts:
         for number in range(len(items)):
             yield self.load(stage, number) if number in finished else next(found)[1]
 
-    def finished(self, stage: str) -> set[int]:
-        """Numbers of the parts whose result is kept."""
-        names = self.store.names(*self._folder, stage)
-        return {int(name.removesuffix(_ENDING)) for name in names if name.endswith(_ENDING)}
+    def remove(self, others: bool = False) -> int:
+        """Remove the results of all selections of the view, or of ``others`` that were stopped -> how many there were.
 
-    def remove(self) -> None:
-        """Remove the results of this and of earlier selections of the view that were killed."""
-        self._remove(self._names())
-
-    def remove_others(self) -> int:
-        """Remove the results of selections that were killed, and of which rules or files were others; returns how
-        many there were."""
-        others = [name for name in self._names() if name != self._folder[-1]]
-        self._remove(others)
-        return len(others)
-
-    def _names(self) -> list[str]:
-        return [name for name in self.store.names(FOLDER, self.view) if name.startswith("parts-")]
-
-    def _remove(self, names: Iterable[str]) -> None:
+        The others had other rules or files.
+        """
+        names = [name for name in self.store.names(FOLDER, self.view) if name.startswith("parts-")]
+        names = [name for name in names if not others or name != self._folder[-1]]
         for name in names:
             with self.store.storage_errors("removed", self.view), contextlib.suppress(FileNotFoundError):
                 self.store.fs.rm(self.store.path(FOLDER, self.view, name), recursive=True)
+        return len(names)
 
     @property
     def _folder(self) -> tuple[str, ...]:

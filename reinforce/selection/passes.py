@@ -22,7 +22,7 @@ from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.reading.aligned import AlignedLayers, layer_errors
 from reinforce.dataset.view import ViewRows
 from reinforce.errors import UserError
-from reinforce.selection.expressions import connect, evaluate
+from reinforce.selection.expressions import connect, evaluate, join_rows
 from reinforce.selection.parts import Arrays, Parts
 from reinforce.selection.rules import BoundRule, Codes, Group, layers_of
 from reinforce.selection.thresholds import COLUMNS, Ordered, Search
@@ -63,8 +63,8 @@ class Measure(Protocol[_T]):
     """Results of a pass."""
 
     @property
-    def rules(self) -> Sequence[BoundRule]:
-        """The rules whose columns it reads."""
+    def rule(self) -> BoundRule | None:
+        """The rule whose columns it reads."""
 
     def of(self, group: Group) -> _T:
         """The result of a row group. It is called in threads."""
@@ -102,16 +102,16 @@ class Pass(Generic[_T]):
     def _measure(self, shard: str, start: int, codes: Codes) -> list[_T]:
         """What is found in each row group of a shard, whose ``codes`` are updated; it begins at row ``start``."""
         found, first = [], 0
-        rules = [*self.pending, *self.measure.rules]
+        rules = [*self.pending, *([self.measure.rule] if self.measure.rule else [])]
         expressions = [one for rule in rules for one in rule.expressions]
+        texts = [one.text for one in expressions]
         names = set().union(*(rule.sample_columns for rule in rules))
         inputs = {name: self.inputs[name] for name in layers_of(rules)}
         layers = AlignedLayers(self.parts.store, inputs, {SAMPLES: ["key", *sorted(names - {"key"})]})
         with layers.open(shard, whole=False) as files:
             for index in range(files.row_groups):
                 tables = files.read(index)
-                values = evaluate(_database(), expressions, tables) if expressions else []
-                texts = [one.text for one in expressions]
+                values = evaluate(_database(), texts, join_rows(expressions, tables)) if texts else []
                 rows = len(tables[SAMPLES])
                 of_group = codes[first : first + rows]
                 if len(of_group) < rows:
@@ -165,10 +165,6 @@ class CountValues:
     rule: BoundRule
     search: Search
 
-    @property
-    def rules(self) -> Sequence[BoundRule]:
-        return [self.rule]
-
     def of(self, group: Group) -> tuple[Ordered, Ordered]:
         groups, values, valid = self.rule.ordered(group)
         valid &= group.kept
@@ -187,7 +183,7 @@ class WriteRows:
 
     view: ViewRows
     labels: Sequence[str | None]
-    rules: Sequence[BoundRule] = ()
+    rule: None = None
 
     def of(self, group: Group) -> tuple[str, pa.Array, Codes]:
         return group.shard, group.keys, group.codes

@@ -90,14 +90,9 @@ def _embedded(url: str, spec: Decontaminate, view: str, reinforce: Reinforce | N
     digest = hashlib.blake2b(f"{canonical(url)}\0{spec.teacher}".encode(), digest_size=8).hexdigest()
     images = Input(captions=[], metadata="none", limits=run.input.limits, reduce_to=run.input.reduce_to)
     changes = {
-        **{"source": url, "output": f"{view}/{REFERENCES}/{digest}", "input": images, "images": "embed"},
-        **{
-            "reinforcements": None,
-            "join": None,
-            "labels": {},
-            "moved": {},
-        },  # published augmentations are of other images
-    }
+        "source": url, "output": f"{view}/{REFERENCES}/{digest}", "input": images, "images": "embed", "moved": {},
+        "reinforcements": None, "join": None, "labels": {},  # published augmentations are of other images
+    }  # fmt: skip
     alone = run.with_models({"teachers": {spec.teacher: run.teachers[spec.teacher]}})
     reinforce(alone.model_copy(update=changes))
     return str(changes["output"])

@@ -33,7 +33,7 @@ from reinforce.dataset.view import (
     write_view,
 )
 from reinforce.errors import UserError
-from reinforce.parallel.map_workers import MapWorkers, open_workers
+from reinforce.parallel.map_workers import open_workers
 from reinforce.selection.config import SelectConfig
 from reinforce.selection.duplicates import (
     PLACES,
@@ -76,10 +76,21 @@ def select(
     store = Store(config.dataset)
     manifest = read_manifest(store)
     with lock_view(store, config.name) as check_lock:
-        return _select(store, manifest, config, log, address, processes, reinforce, check_lock)
+        parts, view = _apply_rules(store, manifest, config, log, address, processes, reinforce)
+        check_lock()
+        problem = _why_not_written(store, view)
+        if problem is None:
+            write_view(store, view)
+        else:  # only an earlier view keeps its rows
+            before = [found for name, found in read_views(store) if name == view.name and isinstance(found, View)]
+            remove_leftovers(store, view.name, before[0].fingerprint if before else None)
+        parts.remove()
+    if problem is not None:
+        raise UserError(problem)
+    return view
 
 
-def _select(
+def _apply_rules(
     store: Store,
     manifest: Mapping[str, Any],
     config: SelectConfig,
@@ -87,8 +98,8 @@ def _select(
     address: str | None,
     processes: int | None,
     reinforce: Reinforce | None,
-    check_lock: Callable[[], None],
-) -> View:
+) -> tuple[Parts, View]:
+    """The view of a config, whose rows are written, and the results that it was made of."""
     rules = [bind(n, rule, config.seed, manifest) for n, rule in enumerate(config.rules, 1)]
     folder = f"{store.url}/{FOLDER}/{config.name}"
     compared = [rule for rule in rules if rule.spec.decontaminate]
@@ -99,11 +110,13 @@ def _select(
     columns = columns_of_layers(rules)
     states = states_of(store, inputs, [*shards])
     groups = row_group_table(store, inputs[SAMPLES], shards)
-    parts = _parts(config, written, inputs, columns, dict(zip(shards, states, strict=True)))
-    if parts.remove_others():
+    recipe = {"version": _PARTS_VERSION, "rules": written, "seed": config.seed, "inputs": inputs, "columns": columns}
+    by_shard = dict(zip(shards, states, strict=True))  # results of an earlier selection are of the same files
+    parts = Parts(config.dataset, config.name, compute_fingerprint({"selection": {**recipe, "states": by_shard}}))
+    if parts.remove(others=True):
         log("results of a selection of other rules or files, which was stopped, are removed")
     with open_workers(address, processes=processes) as workers:
-        selection = _Selection(parts, workers, inputs, rules, [*shards], groups, log)
+        selection = _Selection(parts, partial(parts.compute, workers), inputs, rules, [*shards], groups, log)
         files = ViewFiles(columns, selection.contents(columns), states, array("Q"))
         fingerprint = view_fingerprint(written, config.seed, inputs, shards, files)
         for rule in rules:
@@ -112,50 +125,24 @@ def _select(
     report = _report(selection.rules, codes, selection.references)
     rows = dict(zip(shards, rows_of_shards(groups, len(shards)), strict=True))
     files = replace(files, digests=digests)
-    view = View(config.name, fingerprint, written, config.seed, inputs, rows, kept, report, files)
-    check_lock()
-    _check_unchanged(store, view, parts)
-    if not len(view):
-        parts.remove()
-        last = next(line["rule"] for line in reversed(report) if line["rows"])
-        _forget_rows(store, view)
-        raise UserError(f"the rules keep no sample: rule {last} leaves out the last; view {config.name} is not written")
-    write_view(store, view)
-    parts.remove()
-    return view
+    return parts, View(config.name, fingerprint, written, config.seed, inputs, rows, kept, report, files)
 
 
-def _parts(
-    config: SelectConfig,
-    rules: Sequence[Mapping[str, Any]],
-    inputs: Mapping[str, str],
-    columns: Mapping[str, Sequence[str]],
-    states: Mapping[str, int],
-) -> Parts:
-    """The parts of a selection, which are those of an earlier one only if this has read the same files."""
-    recipe = {"version": _PARTS_VERSION, "rules": rules, "seed": config.seed, "inputs": inputs, "columns": columns}
-    return Parts(config.dataset, config.name, compute_fingerprint({"selection": {**recipe, "states": states}}))
-
-
-def _check_unchanged(store: Store, view: View, parts: Parts) -> None:
-    """Raise UserError if a file that was read is another one than when the selection began."""
+def _why_not_written(store: Store, view: View) -> str | None:
+    """Why a view is not written, if it is not: a file is another one than when the selection began, or it is empty."""
     assert view.files is not None
     shards = [*view.counts]
     now = states_of(store, view.inputs, shards)
     changed = [shard for shard, one, other in zip(shards, view.files.states, now, strict=True) if one != other]
     if changed:
-        parts.remove()
-        _forget_rows(store, view)
-        raise UserError(
+        return (
             f"{store.url}: files of {first_names(changed)} have changed since this selection began; view {view.name} "
             "is not written. Run it again."
         )
-
-
-def _forget_rows(store: Store, view: View) -> None:
-    """Remove the rows of a view that is not written, unless a view that was written before has them."""
-    written = [found for name, found in read_views(store) if name == view.name and isinstance(found, View)]
-    remove_leftovers(store, view.name, written[0].fingerprint if written else None)
+    if not len(view):
+        last = next(line["rule"] for line in reversed(view.report) if line["rows"])
+        return f"the rules keep no sample: rule {last} leaves out the last; view {view.name} is not written"
+    return None
 
 
 def report_lines(view: View) -> Iterator[str]:
@@ -218,7 +205,7 @@ class _Selection:
     """Rules that are applied one after the other. ``pending`` are those that the next pass applies."""
 
     parts: Parts
-    workers: MapWorkers
+    compute: Callable[..., Iterator[Arrays]]
     inputs: dict[str, str]
     rules: list[BoundRule]
     shards: list[str]
@@ -241,7 +228,7 @@ class _Selection:
             self.log(f"rule {rule.label}: reading {', '.join(against)}")
             stage = f"{rule.number}-reference"
             read = partial(read_reference, self.parts, stage)
-            [counts] = self._compute(f"{stage}-read", read, [[*against.values()]])
+            [counts] = self.compute(f"{stage}-read", read, [[*against.values()]])
             self.references[rule.number] = check_found(rule, against, counts)
             rule = replace(rule, reference=Reference(self.parts, stage, rule.spec.decontaminate.threshold))
         elif rule.spec.deduplicate is not None:
@@ -254,7 +241,7 @@ class _Selection:
         """The digest of what the rules read of each shard."""
         digest = DigestContent(self.parts, {name: columns.get(name) for name in self.inputs})
         found = array("Q")
-        for result in self._compute("contents", digest, self.chunks):
+        for result in self.compute("contents", digest, self.chunks):
             found.frombytes(result["contents"].tobytes())
         return found
 
@@ -296,18 +283,18 @@ class _Selection:
             self.log(f"rule {rule.label}: dividing samples into cells ({buckets.cells:,})")
             places = training_places(self.groups, self.shards, rule.seed, buckets.cells)
             train = partial(train_cells, self.parts, centroids, self.inputs, rule, buckets.cells)
-            self._all(self._compute(f"{centroids}-trained", train, [places]))
+            self._all(self.compute(f"{centroids}-trained", train, [places]))
         in_buckets = self.parts.shuffle(records, buckets.dtype, buckets.count)
         self._all(self._pass(records, CollectRecords(rule, buckets, in_buckets, centroids), save=True))
         self.log(f"rule {rule.label}: comparing samples in each part ({buckets.count:,})")
         firsts = np.array([chunk.first for chunk in self.chunks])
         worse = self.parts.shuffle(out, PLACES, len(self.chunks))
         compare = partial(compare_records, rule, in_buckets, worse, firsts)
-        self._all(self._compute(out, compare, in_buckets.ranges(len(self.chunks))))
+        self._all(self.compute(out, compare, in_buckets.ranges(len(self.chunks))))
         assert self.codes is not None
         enter = partial(enter_duplicates, self.parts, rule, worse, self.codes, f"{out}-codes")
         chunks = [*zip(self.chunks, worse.ranges(buckets.count), strict=True)]
-        self._all(self._compute(f"{out}-entered", enter, chunks))
+        self._all(self.compute(f"{out}-entered", enter, chunks))
         self.codes = f"{out}-codes"
 
     def _pass(self, stage: str, measure: Measure[_T], save: bool | None = None) -> Iterator[Arrays]:
@@ -317,11 +304,8 @@ class _Selection:
         """
         after = f"{stage}-codes" if (bool(self.pending) if save is None else save) else None
         task = Pass(self.parts, self.inputs, self.codes, after, tuple(self.pending), measure)
-        yield from self._compute(stage, task, self.chunks)
+        yield from self.compute(stage, task, self.chunks)
         self.codes, self.pending = after or self.codes, []
-
-    def _compute(self, stage: str, compute: Callable[[int, _T], Arrays], items: Sequence[_T]) -> Iterator[Arrays]:
-        return self.parts.compute(self.workers, stage, compute, items)
 
     @staticmethod
     def _all(results: Iterator[Arrays]) -> None:

@@ -20,7 +20,7 @@ from reinforce.dataset.view import read_view, view_fingerprint, write_view
 from reinforce.errors import UserError
 from reinforce.inspection.report import inspect
 from reinforce.selection import limited
-from reinforce.selection.expressions import Expression, check, connect, evaluate, numbers
+from reinforce.selection.expressions import Expression, check, connect, evaluate, join_rows, numbers
 from reinforce.selection.limited import LimitedExpressions, LimitError
 from tests.helpers.reinforced import small_dataset
 from tests.helpers.views import make_view
@@ -51,7 +51,8 @@ def test_values_are_those_of_a_selection_and_wrong_expressions_are_errors_of_the
     with LimitedExpressions(manifest) as expressions, connect() as database:
         for text in ("width / 7.0", "length(caption)", "CASE WHEN key LIKE '%1' THEN 1 END"):
             found = expressions.check(text, "rules.0.keep.by")
-            expected = numbers(evaluate(database, [check(text, manifest, "", "number")], tables)[0])
+            rows = join_rows([check(text, manifest, "", "number")], tables)
+            expected = numbers(evaluate(database, [text], rows)[0])
             np.testing.assert_array_equal(expressions.values(found, tables), expected)
         with pytest.raises(UserError, match=r"rules\.0\.keep\.by: there is no column uid"):
             expressions.check("uid", "rules.0.keep.by")
