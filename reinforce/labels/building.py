@@ -182,14 +182,10 @@ def _build(store: Store, build: Build, finished: bool, workers: MapWorkers) -> C
             pass
         ranges = build.entries.ranges(len(build.parts))
         partitions = [pair for pair in zip(names, ranges, strict=True) if pair[0] not in kept]
-        found = workers.map(functools.partial(merge_partition, build), partitions, unit="partition", name=_name)
-        counts.add_all(found)
+        merge = functools.partial(merge_partition, build)
+        counts.add_all(workers.map(merge, partitions, unit="partition", name=lambda pair: f"partition {pair[0]}"))
     counts.add_all(workers.map(functools.partial(count_partition, build), sorted(kept), unit="partition"))
     return counts
-
-
-def _name(partition: tuple[str, Ranges]) -> str:
-    return f"partition {partition[0]}"
 
 
 def count_partition(build: Build, number: str) -> Counts:

@@ -108,7 +108,9 @@ class IdentityIndex:
             if 0 <= rest < rows:
                 return number, rest
             rest -= rows
-        raise NoSuchRow(f"{self._path()} names row {row} of shard {shard}, which has none. {_FIX}")
+        raise NoSuchRow(
+            f"{self.store.path(FOLDER, DESCRIPTION)} names row {row} of shard {shard}, which has none. {_FIX}"
+        )
 
     def place(self, shard: str, group: int) -> tuple[int, int]:
         """The number of a shard, and the first row of one of its row groups."""
@@ -185,9 +187,6 @@ class IdentityIndex:
         if not inside.all() or (entries.hashes[1:] < entries.hashes[:-1]).any():
             raise ValueError("its entries are not sorted, or name no shard")
         return entries
-
-    def _path(self) -> str:
-        return self.store.path(FOLDER, DESCRIPTION)
 
 
 def _can_have(file: LayerFile, group: int, hashes: Hashes) -> bool:

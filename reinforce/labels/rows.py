@@ -227,8 +227,7 @@ class _Files(IndexedRows):
         super().__init__(index, labels.taken.embedded)
         self._labels, self._reader, self._columns = labels, reader, columns
         self._open: OrderedDict[tuple[str, str], tuple[contextlib.ExitStack, LayerFile]] = OrderedDict()
-        self._groups: OrderedDict[tuple[str, str, int], Any] = OrderedDict()
-        self._sizes: dict[tuple[str, str, int], int] = {}
+        self._groups: OrderedDict[tuple[str, str, int], tuple[Any, int]] = OrderedDict()  # with their bytes
 
     def samples(self, shard: str, group: int) -> pa.Table:
         """The samples of a row group, without images."""
@@ -239,7 +238,7 @@ class _Files(IndexedRows):
         found: dict[int, RowOf] = {}
         for layer, shard, group in self._groups if kind != KEY else ():  # only lone keys join
             if layer == SAMPLES:
-                rows = self._groups[layer, shard, group][2].get(kind, {})
+                rows = self._groups[layer, shard, group][0][2].get(kind, {})
                 number, first = self.index.place(shard, group)
                 found |= {at: RowOf(number, first + rows[value]) for at, value in enumerate(values) if value in rows}
         return found
@@ -277,19 +276,17 @@ class _Files(IndexedRows):
         place = (layer, shard, group)
         if place not in self._groups:
             file = self._reader.read(layer, shard, lambda: self._file(layer, shard))
-            self._groups[place], self._sizes[place] = self._reader.read(layer, shard, lambda: read(file, group), group)
-            while sum(self._sizes.values()) > _CACHED_BYTES and len(self._groups) > 1:
-                oldest, _ = self._groups.popitem(last=False)
-                del self._sizes[oldest]
+            self._groups[place] = self._reader.read(layer, shard, lambda: read(file, group), group)
+            while sum(size for _, size in self._groups.values()) > _CACHED_BYTES and len(self._groups) > 1:
+                self._groups.popitem(last=False)
         self._groups.move_to_end(place)
-        return self._groups[place]
+        return self._groups[place][0]
 
     def _file(self, layer: str, shard: str) -> LayerFile:
         name = (layer, shard)
         if name not in self._open:
-            fingerprint = self._labels.taken.samples if layer == SAMPLES else None
-            if layer != SAMPLES:
-                fingerprint = str(self._labels.taken.layers[layer]["fingerprint"])
+            taken = self._labels.taken
+            fingerprint = taken.samples if layer == SAMPLES else str(taken.layers[layer]["fingerprint"])
             stack = contextlib.ExitStack()
             with stack:
                 file = stack.enter_context(self._reader.store.open_layer(layer, shard, fingerprint, whole=False))

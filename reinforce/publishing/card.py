@@ -26,7 +26,7 @@ from reinforce.dataset.manifest.manifest import read_manifest
 from reinforce.dataset.reading.row_counts import row_group_table, rows_of_shards
 from reinforce.dataset.view import View, list_views, read_view
 from reinforce.errors import UserError
-from reinforce.labels.index import SHARDS, IdentityIndex, find_index
+from reinforce.labels.index import FOLDER, SHARDS, IdentityIndex, find_index
 from reinforce.markup import render_markdown
 from reinforce.storage import Storage
 from reinforce.terminal import escape, plural
@@ -64,8 +64,7 @@ class LayerCard:
 
     @property
     def config(self) -> str:
-        """Name of the configuration, which cannot contain a slash."""
-        return self.name.replace("/", "--")
+        return config_name(self.name)
 
     @property
     def content(self) -> str:
@@ -111,7 +110,28 @@ def build_card(store: Store, licence: str) -> str:
         "dataset_info": [config.info() for config in configs],
     }
     header = yaml.safe_dump(front, sort_keys=False, width=2**16)
-    return f"---\n{header}---\n\n{render_page(store.url, manifest, layers, views, licence, index)}"
+    page = render_markdown(
+        "export/card.md",
+        mark=MARK,
+        name=store.url.rpartition("/")[2],
+        manifest=manifest,
+        policies=manifest.get("policies", {}),
+        samples=next(layer for layer in layers if layer.name == SAMPLES),
+        layers=layers,
+        others=[one.layer for one in layers if one.layer.kind.section not in MODEL_SECTIONS and one.layer.model],
+        vectors=next((layer for layer in layers if "embeddings" in layer.schema.names), None),
+        views=[(config_name(f"views/{view.name}"), view) for view in views],
+        identities=[
+            (config_name(f"{FOLDER}/{kind}"), count, _KINDS[kind])
+            for kind, count in (index.kinds if index else {}).items()
+        ],
+        licence=licence,
+        text=markdown,
+        model=_model,
+        json=json.dumps,
+        plural=plural,
+    )
+    return f"---\n{header}---\n\n{page}"
 
 
 def read_layers(store: Store, manifest: Mapping[str, Any]) -> list[LayerCard]:
@@ -174,16 +194,15 @@ def _configs(
     for layer in layers:
         yield _Config(layer.config, f"{layer.name}/*.parquet", layer.schema, layer.size, layer.rows)
     for view in views:
-        folder, rows = view.rows.folder, sum(view.counts.values())
-        size = store.shards(folder).total_bytes
-        yield _Config(view_config(view), f"{folder}/*.parquet", schemas.view_schema(), size, rows)
+        folder, rows, name = view.rows.folder, sum(view.counts.values()), config_name(f"views/{view.name}")
+        yield _Config(name, f"{folder}/*.parquet", schemas.view_schema(), store.shards(folder).total_bytes, rows)
     if index is not None:
         for kind, rows in index.kinds.items():
-            folder = f"{index.folder}/{kind}"
+            folder, name = f"{index.folder}/{kind}", config_name(f"{FOLDER}/{kind}")
             size = store.shards(folder).total_bytes
-            yield _Config(index_config(kind), f"{folder}/*.parquet", schemas.identities_schema(), size, rows)
+            yield _Config(name, f"{folder}/*.parquet", schemas.identities_schema(), size, rows)
         path, size = f"{index.folder}/{SHARDS}.parquet", store.shards(index.folder)[SHARDS]
-        yield _Config(index_config(SHARDS), path, schemas.index_schema(), size, len(index.shards))
+        yield _Config(config_name(f"{FOLDER}/{SHARDS}"), path, schemas.index_schema(), size, len(index.shards))
 
 
 def _feature(field: pa.Field) -> dict[str, Any]:
@@ -225,43 +244,9 @@ def one_line(value: object) -> str:
     return " ".join(escape(str(value)).split())
 
 
-def view_config(view: View) -> str:
-    """Name of the configuration that has the rows of a view."""
-    return f"views--{view.name}"
-
-
-def index_config(kind: str) -> str:
-    """Name of the configuration that has the entries of a kind of identities, or the shards that they name."""
-    return f"identities--{kind}"
-
-
-def render_page(
-    url: str,
-    manifest: Mapping[str, Any],
-    layers: Sequence[LayerCard],
-    views: Sequence[View],
-    licence: str,
-    index: IdentityIndex | None = None,
-) -> str:
-    """The card below its front matter."""
-    return render_markdown(
-        "export/card.md",
-        mark=MARK,
-        name=url.rpartition("/")[2],
-        manifest=manifest,
-        policies=manifest.get("policies", {}),
-        samples=next(layer for layer in layers if layer.name == SAMPLES),
-        layers=layers,
-        others=[one.layer for one in layers if one.layer.kind.section not in MODEL_SECTIONS and one.layer.model],
-        vectors=next((layer for layer in layers if "embeddings" in layer.schema.names), None),
-        views=[(view_config(view), view) for view in views],
-        identities=[(index_config(kind), rows, _KINDS[kind]) for kind, rows in (index.kinds if index else {}).items()],
-        licence=licence,
-        text=markdown,
-        model=_model,
-        json=json.dumps,
-        plural=plural,
-    )
+def config_name(folder: str) -> str:
+    """Name of the configuration of a folder of the dataset, which cannot contain a slash."""
+    return folder.replace("/", "--")
 
 
 def _model(entry: Mapping[str, Any]) -> str:

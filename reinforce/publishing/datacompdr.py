@@ -26,7 +26,7 @@ from reinforce.labels.members import MAX_OPS
 from reinforce.parallel.map_workers import open_workers
 from reinforce.publishing.datacompdr_shard import LIST_OF, ShardExport, export_shard, stats_name, tar_name
 from reinforce.publishing.public import without_paths
-from reinforce.publishing.shards import check_output, record_export
+from reinforce.publishing.shards import ExportSource, check_output, record_export
 from reinforce.storage import Storage, as_seen_by_workers
 from reinforce.terminal import plural
 
@@ -104,20 +104,16 @@ def export_datacompdr(
     policies = data.manifest["policies"]
     limits = ImagePolicies.from_manifest(data.manifest, data.store.url).limits
     export = ShardExport(
-        url=as_seen_by_workers(url),
+        source=ExportSource.of(data, url, data.layers),
         output=as_seen_by_workers(output),
         teachers=tuple(data.teachers),
         captioners=tuple(data.captioners),
-        fingerprints=data.fingerprints,
         images=data.manifest["images"],
         with_images=images,
         image_policy=policies["image"],
         operations=operations,
         precision=precision,
         limits=limits,
-        roots=data.roots,
-        moved=data.manifest.get("moved", {}),
-        view=None if data.view is None else data.view.rows,
         layout=layout,
     )
     if not data.captioners:
@@ -133,7 +129,7 @@ def export_datacompdr(
 
 def _write(export: ShardExport, shards: Sequence[str], result: Exported, use_ray: bool, address: str | None) -> None:
     output = Storage(export.output)
-    check_output(Storage(export.url), output)
+    check_output(Storage(export.source.url), output)
     with output.lock():
         record_export(output, result.config, CONFIG, "reinforced_dataset")
         written = {*output.names()}

@@ -14,7 +14,7 @@ import re
 import tarfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -26,15 +26,15 @@ from reinforce.dataset import vectors
 from reinforce.dataset.augment.tables import OPS
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import NO_IMAGES, SAMPLES, TRUE_CAPTION, captions_layer, embeddings_layer
-from reinforce.dataset.reading.aligned import AlignedLayers, row_errors
-from reinforce.dataset.view import ViewRows
+from reinforce.dataset.reading.aligned import row_errors
 from reinforce.errors import UserError
 from reinforce.images.policy import PUBLISHED_POLICY, ImageRefused, decode, format_extension, is_plain
 from reinforce.labels.members import CAPTIONS, PARAMETERS
 from reinforce.publishing.public import public_url
+from reinforce.publishing.shards import ExportSource
 from reinforce.source.captions import parse_json
 from reinforce.source.formats.tar import split_name
-from reinforce.source.references import ImageRoots, referenced_images
+from reinforce.source.references import referenced_images
 from reinforce.storage import Storage
 from reinforce.terminal import escape
 from schemas import IMAGE_DIGEST, image_columns
@@ -56,34 +56,28 @@ class ShardExport:
     """The files to write for each shard of a dataset.
 
     Attributes:
-        url, output: of the dataset and of the folder of tars.
+        output: the folder of tars.
         teachers, captioners: names, in the order in which dimensions and lists are written.
-        fingerprints: of the layers that are read, ``samples`` first.
         images: ``embed``, ``reference`` or ``none``, as dataset.json records it.
         with_images: whether images are written.
         image_policy: the recorded one.
         operations: number of operations of each record with RandAugment.
         precision: of the stored vectors.
-        limits, roots, moved: bounds on images; where they may be read by reference; former folders of the source.
-        view: whose rows are exported, None for all.
+        limits: bounds on images.
         layout: which members there are: ``dfndr`` has none that state more of the image than its URL.
     """
 
-    url: str
+    source: ExportSource
     output: str
     teachers: tuple[str, ...]
     captioners: tuple[str, ...]
-    fingerprints: Mapping[str, str]
     images: Literal["embed", "reference", "none"]
     with_images: bool
     image_policy: str
     operations: int
     precision: Literal["fp32", "bf16"]
     limits: Limits
-    roots: ImageRoots = field(default_factory=ImageRoots)
-    moved: Mapping[str, str] = field(default_factory=dict)
-    view: ViewRows | None = None
-    layout: Literal["datacompdr", "dfndr"] = "datacompdr"
+    layout: Literal["datacompdr", "dfndr"]
 
     @property
     def reads_images(self) -> bool:
@@ -116,7 +110,7 @@ def export_shard(export: ShardExport, shard: str) -> dict[str, Any]:
             for key, row in _rows(export, shard):
                 try:
                     name = _member_name(key, keys)
-                    with row_errors(Store(export.url).url):
+                    with row_errors(Store(export.source.url).url):
                         members = list(_members(export, shard, key, row))
                         image, is_converted = _image_members(export, row["image"])
                 except LeftOut as reason:
@@ -141,15 +135,13 @@ def export_shard(export: ShardExport, shard: str) -> dict[str, Any]:
 
 def _rows(export: ShardExport, shard: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Key and values of each row: columns of samples, ``captions`` by captioner, and arrays with NaN where null."""
-    store = Store(export.url)
     columns = ["key", "caption", "metadata", "augmentations"]
     columns += image_columns(export.images) if export.reads_images else ()
     columns += ("uid", "sha256", "url") if export.images == NO_IMAGES else ()
-    layers = AlignedLayers(store, export.fingerprints, {SAMPLES: columns}, export.moved, export.view)
-    with layers.open(shard) as opened:
+    with export.source.open(shard, columns) as opened:
         for number in range(opened.row_groups):
             tables = opened.read(number)
-            with row_errors(store.url):
+            with row_errors(opened.store.url):
                 rows = tables[SAMPLES].to_pylist()
                 arrays = _arrays(export, tables)
                 captions = {c: tables[captions_layer(c)]["captions"].to_pylist() for c in export.captioners}
@@ -177,7 +169,7 @@ def _images(export: ShardExport, rows: Sequence[Mapping[str, Any]]) -> Iterator[
     if export.images == "embed":
         return iter([row["image"] for row in rows])
     digests = [row.get(IMAGE_DIGEST) for row in rows]
-    return referenced_images([row["image_ref"] for row in rows], export.roots, digests=digests)
+    return referenced_images([row["image_ref"] for row in rows], export.source.roots, digests=digests)
 
 
 def _image_members(export: ShardExport, image: bytes | None) -> tuple[list[tuple[str, bytes]], bool]:
@@ -272,7 +264,7 @@ def _record(export: ShardExport, shard: str, key: str, record: Mapping[str, Any]
 
 def _unsupported(export: ShardExport, shard: str, key: str, what: str) -> UserError:
     return UserError(
-        f"{Store(export.url).url}, shard {shard}, key {escape(key[:200])}: the format has no {escape(what)}."
+        f"{Store(export.source.url).url}, shard {shard}, key {escape(key[:200])}: the format has no {escape(what)}."
     )
 
 

@@ -20,15 +20,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from reinforce.dataset import vectors
-from reinforce.dataset.files.store import Store
 from reinforce.dataset.kinds.samples import true_captions
 from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, captions_layer, embeddings_layer
-from reinforce.dataset.reading.aligned import AlignedLayers, row_errors
+from reinforce.dataset.reading.aligned import row_errors
 from reinforce.dataset.reading.dataset import Dataset
-from reinforce.dataset.view import ViewRows
 from reinforce.errors import UserError
 from reinforce.parallel.map_workers import open_workers
-from reinforce.publishing.shards import check_output, record_export
+from reinforce.publishing.shards import ExportSource, check_output, record_export
 from reinforce.source.captions import parse_json
 from reinforce.storage import Storage, as_seen_by_workers
 from reinforce.terminal import plural
@@ -72,18 +70,12 @@ class Choice:
 
 @dataclass(frozen=True)
 class PartExport:
-    """The files to write for each shard. ``fingerprints`` are those of the layers that are read, ``samples`` first.
+    """The files to write for each shard. ``several`` is whether text vectors are means over several true captions."""
 
-    ``several`` is whether text vectors are means over several true captions.
-    """
-
-    url: str
+    source: ExportSource
     output: str
     choice: Choice
-    fingerprints: Mapping[str, str]
-    moved: Mapping[str, str]
-    view: ViewRows | None = None
-    several: bool = False
+    several: bool
 
 
 @dataclass
@@ -132,19 +124,12 @@ def export_embeddings(
     data = Dataset(url, models, view=view)
     if len(data.teachers) != 1:
         raise UserError(f"{data.store.url} has teachers {', '.join(data.teachers)}: choose one by --teacher.")
-    choice = Choice(data.teachers[0], texts, image, text, dtype)
-    layers = _needed_layers(data, choice)
-    fingerprints = {name: data.fingerprints[name] for name in layers}
-    export = PartExport(
-        as_seen_by_workers(url), as_seen_by_workers(output), choice, fingerprints, data.manifest.get("moved", {}),
-        None if data.view is None else data.view.rows, _averages_several(data, choice),
-    )  # fmt: skip
-    return _write(export, data.shards, use_ray, address)
-
-
-def _averages_several(data: Dataset, choice: Choice) -> bool:
-    count = data.manifest["layers"].get(embeddings_layer(choice.teacher, TRUE_CAPTION), {}).get("count", 1)
-    return choice.texts == TRUE_CAPTION and choice.text == AVERAGE and count > 1
+    [teacher] = data.teachers
+    choice = Choice(teacher, texts, image, text, dtype)
+    count = data.manifest["layers"].get(embeddings_layer(teacher, TRUE_CAPTION), {}).get("count", 1)
+    several = texts == TRUE_CAPTION and text == AVERAGE and count > 1
+    source = ExportSource.of(data, url, _needed_layers(data, choice))
+    return _write(PartExport(source, as_seen_by_workers(output), choice, several), data.shards, use_ray, address)
 
 
 def _needed_layers(data: Dataset, choice: Choice) -> list[str]:
@@ -164,7 +149,7 @@ def _needed_layers(data: Dataset, choice: Choice) -> list[str]:
 
 def _write(export: PartExport, shards: Sequence[str], use_ray: bool, address: str | None) -> ExportedVectors:
     output = Storage(export.output)
-    check_output(Storage(export.url), output)
+    check_output(Storage(export.source.url), output)
     result = ExportedVectors(output.url, export.choice)
     with output.lock():
         _record(output, export, shards)
@@ -198,10 +183,10 @@ def _record(output: Storage, export: PartExport, shards: Sequence[str]) -> None:
     digest = hashlib.sha256("\n".join(shards).encode()).hexdigest()[:16]
     config = {
         **asdict(export.choice),
-        "layers": dict(export.fingerprints),
+        "layers": dict(export.source.fingerprints),
         "shards": len(shards),
         "shard_names": digest,
-        **({} if export.view is None else {"view": asdict(export.view)}),
+        **export.source.view_entry(),
         **({"each_caption": "once"} if export.several else {}),  # earlier versions counted some several times
     }
     record_export(output, config, CONFIG)
@@ -210,12 +195,11 @@ def _record(output: Storage, export: PartExport, shards: Sequence[str]) -> None:
 def export_part(export: PartExport, part: str) -> tuple[int, int]:
     """Write the files of a part, ``NUMBER SHARD`` -> rows that were written, and rows that were left out."""
     number, _, shard = part.partition(" ")
-    choice, output, store = export.choice, Storage(export.output), Store(export.url)
+    choice, output = export.choice, Storage(export.output)
     images, texts, rows, left_out = list[Floats](), list[Floats](), list[dict[str, Any]](), 0
-    aligned = AlignedLayers(store, export.fingerprints, {SAMPLES: _COLUMNS}, export.moved, export.view)
-    with aligned.open(shard) as layers:
+    with export.source.open(shard, _COLUMNS) as layers:
         for tables in map(layers.read, range(layers.row_groups)):
-            with row_errors(store.url):
+            with row_errors(layers.store.url):
                 image, text, captions = _vectors(tables, choice)
                 keep = _complete(image)
                 if choice.texts != NO_TEXTS:

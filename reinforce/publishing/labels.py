@@ -30,7 +30,7 @@ from reinforce.parallel.map_workers import open_workers
 from reinforce.publishing.card import write_card
 from reinforce.publishing.labels_shard import LabelsExport, export_shard
 from reinforce.publishing.public import has_hidden, without_paths
-from reinforce.publishing.shards import check_output
+from reinforce.publishing.shards import ExportSource, check_output
 from reinforce.storage import as_seen_by_workers
 from reinforce.terminal import format_bytes, plural
 
@@ -111,15 +111,12 @@ def export_labels(
         result.kept = result.shards - len(missing)
         quarantine = store.listings(f"quarantine/{name}" for name in names)
         export = LabelsExport(
-            url=as_seen_by_workers(url),
+            source=ExportSource.of(data, url, names),
             output=as_seen_by_workers(output),
             layers=chosen,
             identities=kinds,
             missing={shard: some for shard, some in missing.items() if len(some) < len(names)},
             quarantined={name: frozenset(quarantine[f"quarantine/{name}"]) for name in names},
-            roots=data.roots,
-            moved=data.manifest.get("moved", {}),
-            view=None if data.view is None else data.view.rows,
         )
         index = IndexWriter(out, {layer.name: layer for layer in chosen})
         with open_workers(address, use_ray) as workers:

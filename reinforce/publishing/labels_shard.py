@@ -5,19 +5,19 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
 
 from reinforce.dataset.files.index import FileEntry
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import NO_IMAGES, SAMPLES, Layer
-from reinforce.dataset.reading.aligned import AlignedLayers, row_errors
-from reinforce.dataset.view import ViewRows
+from reinforce.dataset.reading.aligned import row_errors
 from reinforce.errors import UserError
 from reinforce.labels.identities import COLUMNS, DIGEST, columns_of_identities, identities
 from reinforce.publishing.public import is_local_path, public_text, public_url
-from reinforce.source.references import ImageRoots, image_digest, referenced_images
+from reinforce.publishing.shards import ExportSource
+from reinforce.source.references import image_digest, referenced_images
 from reinforce.terminal import escape
 from schemas import IMAGE_DIGEST, TRUE_CAPTIONS, Reason
 
@@ -29,24 +29,19 @@ class LabelsExport:
     """The files to write for each shard of a dataset.
 
     Attributes:
-        url, output: of the dataset and of the labels.
+        output: the folder of the labels.
         layers: that are published, ``samples`` first.
         identities: kinds that are published.
         missing: layers to write of shards of which some are there; of others all are written.
         quarantined: shards with a quarantine file, by layer.
-        roots, moved: where images by reference may be read, for digests; former folders of the source.
-        view: whose rows are published, None for all.
     """
 
-    url: str
+    source: ExportSource
     output: str
     layers: tuple[Layer, ...]
     identities: tuple[str, ...]
-    missing: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    quarantined: Mapping[str, frozenset[str]] = field(default_factory=dict)
-    roots: ImageRoots = field(default_factory=ImageRoots)
-    moved: Mapping[str, str] = field(default_factory=dict)
-    view: ViewRows | None = None
+    missing: Mapping[str, tuple[str, ...]]
+    quarantined: Mapping[str, frozenset[str]]
 
 
 @dataclass
@@ -60,12 +55,12 @@ class ShardLabels:
 
 def export_shard(export: LabelsExport, shard: str) -> ShardLabels:
     """Write the missing layers of a shard, the samples last. Raises UserError."""
-    store, output, written = Store(export.url), Store(export.output), ShardLabels()
+    store, output, written = Store(export.source.url), Store(export.output), ShardLabels()
     wanted = export.missing.get(shard, tuple(layer.name for layer in export.layers))
     layers = [layer for layer in export.layers if layer.name in wanted]
     fingerprints = {SAMPLES: export.layers[0].fingerprint} | {layer.name: layer.fingerprint for layer in layers}
-    aligned = AlignedLayers(store, fingerprints, _columns(export, store, shard), export.moved, export.view)
-    with aligned.open(shard) as opened, contextlib.ExitStack() as stack:
+    source = replace(export.source, fingerprints=fingerprints)
+    with source.open(shard, _columns(export, store, shard)) as opened, contextlib.ExitStack() as stack:
         writers = {
             layer.name: stack.enter_context(output.writer(layer, layer.schema(NO_IMAGES), shard, ""))
             for layer in layers
@@ -90,15 +85,15 @@ def export_shard(export: LabelsExport, shard: str) -> ShardLabels:
     return written
 
 
-def _columns(export: LabelsExport, store: Store, shard: str) -> dict[str, list[str]]:
+def _columns(export: LabelsExport, store: Store, shard: str) -> list[str]:
     """The columns of the samples to read: images only where the digests are computed from them."""
     with store.open_layer(SAMPLES, shard, whole=False) as file:
         names = file.metadata.schema.to_arrow_schema().names
     columns = ["key", "caption", TRUE_CAPTIONS, "width", "height", "augmentations"]
     columns += columns_of_identities(names, images=DIGEST in export.identities)
-    if DIGEST in export.identities and IMAGE_DIGEST not in names and export.roots.urls:
+    if DIGEST in export.identities and IMAGE_DIGEST not in names and export.source.roots.urls:
         columns.append("image_ref")
-    return {SAMPLES: [name for name in columns if name in names]}
+    return [name for name in columns if name in names]
 
 
 def _labels(export: LabelsExport, store: Store, shard: str, table: pa.Table, written: ShardLabels) -> pa.Table:
@@ -110,7 +105,7 @@ def _labels(export: LabelsExport, store: Store, shard: str, table: pa.Table, wri
         )
     stated = identities(table)
     if DIGEST in export.identities and DIGEST not in stated and "image_ref" in table.column_names:
-        images = referenced_images(table["image_ref"].to_pylist(), export.roots)
+        images = referenced_images(table["image_ref"].to_pylist(), export.source.roots)
         stated[DIGEST] = pa.array(map(image_digest, images), pa.uint64())
     for kind, column in COLUMNS.items():
         type_ = pa.uint64() if kind == DIGEST else pa.string()

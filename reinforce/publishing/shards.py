@@ -1,12 +1,50 @@
-"""The output folder of an export: its checks, what it has already, and what it is of."""
+"""What all exports have: what they read of a dataset, and their output folder with a record of what it is of."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from reinforce.dataset.files.store import Store
+from reinforce.dataset.layers import SAMPLES
+from reinforce.dataset.reading.aligned import AlignedLayers, AlignedShard
+from reinforce.dataset.reading.dataset import Dataset
+from reinforce.dataset.view import ViewRows
 from reinforce.errors import UserError
-from reinforce.storage import Storage
+from reinforce.source.references import ImageRoots
+from reinforce.storage import Storage, as_seen_by_workers
+
+
+@dataclass(frozen=True)
+class ExportSource:
+    """What an export reads, in any process: layers of the dataset at ``url``, ``samples`` first, or rows of a view.
+
+    ``moved`` are former folders of the source, ``roots`` where images by reference may be read.
+    """
+
+    url: str
+    fingerprints: Mapping[str, str]
+    moved: Mapping[str, str]
+    roots: ImageRoots
+    view: ViewRows | None
+
+    @classmethod
+    def of(cls, data: Dataset, url: str, layers: Sequence[str]) -> ExportSource:
+        """Some layers of the dataset at ``url``, which is open."""
+        fingerprints = {name: data.fingerprints[name] for name in layers}
+        view = None if data.view is None else data.view.rows
+        return cls(as_seen_by_workers(url), fingerprints, data.manifest.get("moved", {}), data.roots, view)
+
+    def open(self, shard: str, columns: Sequence[str]) -> AbstractContextManager[AlignedShard]:
+        """Open the files of a shard, with some columns of its samples. Raises UserError."""
+        layers = AlignedLayers(Store(self.url), self.fingerprints, {SAMPLES: columns}, self.moved, self.view)
+        return layers.open(shard)
+
+    def view_entry(self) -> dict[str, Any]:
+        """What a description of the export states of its view, if it is of one."""
+        return {} if self.view is None else {"view": asdict(self.view)}
 
 
 def check_output(dataset: Storage, output: Storage) -> None:

@@ -20,13 +20,20 @@ from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.manifest.manifest import read_manifest
 from reinforce.dataset.runs.shard_records import read_records
 from reinforce.dataset.validate.findings import Finding
+from reinforce.dataset.validate.shard_reader import compare_source
 from reinforce.errors import UserError
-from reinforce.source.identity import SourceState, current_url, probe_state
+from reinforce.source.identity import SourceState, current_url
 from reinforce.source.references import ImageRoots
 from reinforce.source.urls import shard_name
 from reinforce.terminal import first_lines
 
 _NAMED = 10
+#: Why a source file cannot replace samples, by its state.
+_WHY = {
+    "elsewhere": "was not looked at, name its folder by --sources",
+    "unreadable": "cannot be read",
+    "changed": "has changed ({})",
+}
 
 
 @dataclass
@@ -119,24 +126,16 @@ def _only_copies(store: Store, manifest: Mapping[str, Any], shards: Iterable[str
         source, before = _source_of(store, manifest, shard)
         if source is None and shard in recorded:
             source, before = recorded[shard].url, recorded[shard].state
-        if reason := _irreplaceable(source, before, manifest.get("moved", {}), roots):
-            reasons[shard] = f"{reason}, and the samples may be the only copy"
+        if source is None:
+            reason = "no file of the shard records its source"
+        else:
+            url = current_url(source, manifest.get("moved", {}))
+            state, change, _ = compare_source(url, before, roots)
+            if state == "same":
+                continue
+            reason = f"its source {url} {_WHY[state].format(change)}"
+        reasons[shard] = f"{reason}, and the samples may be the only copy"
     return reasons
-
-
-def _irreplaceable(source: str | None, before: SourceState, moved: Mapping[str, str], roots: ImageRoots) -> str | None:
-    if source is None:
-        return "no file of the shard records its source"
-    url = current_url(source, moved)
-    try:
-        now = probe_state(roots.check(url))
-    except UserError:
-        return f"its source {url} was not looked at, name its folder by --sources"
-    if now is None:
-        return f"its source {url} cannot be read"
-    if before.same_content(now) is False:
-        return f"its source {url} has changed ({before.describe_change(now)})"
-    return None
 
 
 def _source_of(store: Store, manifest: Mapping[str, Any], shard: str) -> tuple[str | None, SourceState]:

@@ -54,17 +54,6 @@ STATES = {
 
 
 @dataclass(frozen=True)
-class ReadOptions:
-    """Options of ``validate``, for the dataset at ``url`` with a ``manifest``."""
-
-    url: str
-    manifest: Mapping[str, Any]
-    quick: bool = False
-    sources: Sequence[str] = ()
-    count: bool = False
-
-
-@dataclass(frozen=True)
 class Shards:
     """Shards to read, with the records of their sources; hashes of keys up to ``limit`` are wanted."""
 
@@ -85,15 +74,17 @@ def default_processes(quick: bool, files: int, size: int) -> int:
 class ShardReader:
     """Reads shards in each of so many ``processes``, several at a time in threads, which the first read starts.
 
-    ``batch`` is how many shards should be read together.
+    Other arguments are those of ``validate``. ``batch`` is how many shards should be read together.
     """
 
-    def __init__(self, options: ReadOptions, processes: int) -> None:
-        self._options = options
-        self._moved: Mapping[str, str] = options.manifest.get("moved", {})
-        self._roots = ImageRoots.named(options.sources, "--sources {}")
-        if options.quick:
-            self._threads, self.batch = _LOCAL_THREADS if Storage(options.url).local else _THREADS, _BATCH
+    def __init__(
+        self, url: str, manifest: Mapping[str, Any], quick: bool, sources: Sequence[str], count: bool, processes: int
+    ) -> None:
+        self._url, self._manifest, self._quick, self._sources, self._count = url, manifest, quick, sources, count
+        self._moved: Mapping[str, str] = manifest.get("moved", {})
+        self._roots = ImageRoots.named(sources, "--sources {}")
+        if quick:
+            self._threads, self.batch = _LOCAL_THREADS if Storage(url).local else _THREADS, _BATCH
         else:  # a thread holds a row group of the widest layer
             self._threads = max(2, _THREADS // processes)
             self.batch = 2 * self._threads
@@ -101,7 +92,7 @@ class ShardReader:
 
     @functools.cached_property
     def _checks(self) -> ShardChecks:
-        return ShardChecks(Store(self._options.url), self._options.manifest, self._options.quick)
+        return ShardChecks(Store(self._url), self._manifest, self._quick)
 
     @functools.cached_property
     def _pool(self) -> ThreadPoolExecutor:
@@ -111,7 +102,7 @@ class ShardReader:
         return ThreadPoolExecutor(self._threads)
 
     def read(self, shards: Shards) -> list[CheckedShard]:
-        size = _TOGETHER if self._options.quick else 1
+        size = _TOGETHER if self._quick else 1
         parts = [shards.files[start : start + size] for start in range(0, len(shards.files), size)]
         pool, checks = self._pool, self._checks  # made here, before threads use them
         return [*itertools.chain.from_iterable(pool.map(lambda part: self._read(checks, part, shards), parts))]
@@ -123,14 +114,21 @@ class ShardReader:
     def _read(self, checks: ShardChecks, part: Sequence[ShardFiles], shards: Shards) -> list[CheckedShard]:
         checked = checks.check(part, shards.limit)
         for files, one in zip(part, checked, strict=True):
-            if self._options.sources:
+            if self._sources:
                 self._look_at_source(files, one, shards.recorded.get(files.name))
         return checked
 
     def _look_at_source(self, files: ShardFiles, checked: CheckedShard, recorded: SourceRecord | None) -> None:
         """Compare a shard with its source file, and if wanted their numbers of samples."""
-        checked.source, checked.changed = _compare_source(checked.footer, recorded, self._roots, self._moved)
-        if self._options.count and checked.source in ("same", "touched") and not checked.findings:
+        source, before = checked.footer.get("source"), SourceState.from_footer(checked.footer)
+        checked.source, checked.changed = "unknown", ""
+        if source is not None and before.head is not None:
+            url = current_url(source, self._moved)
+            checked.source, checked.changed, now = compare_source(url, before, self._roots)
+            known = recorded.state.stamp if recorded is not None and recorded.url == canonical(url) else None
+            if checked.source == "same" and now is not None and known not in (None, now.stamp):
+                checked.source = "touched"
+        if self._count and checked.source in ("same", "touched") and not checked.findings:
             compared = self._compare_count(files, checked)
             checked.findings += compared or ()
             checked.counted = compared is not None
@@ -138,13 +136,13 @@ class ShardReader:
     def _compare_count(self, files: ShardFiles, checked: CheckedShard) -> list[Finding] | None:
         """A finding if a source file has another number of samples than its shard; None if that cannot be counted."""
         store, url = self._checks.store, current_url(checked.footer["source"], self._moved)
-        if self._options.manifest.get("input", {}).get("view"):  # of another dataset, which may have another by now
+        if self._manifest.get("input", {}).get("view"):  # of another dataset, which may have another by now
             return None
         refused = store.quarantined(SAMPLES, files.name) if SAMPLES in files.quarantined else []
         stored = _count_stored(url, checked.rows, checked.keys, refused)
         try:
             format_ = format_of_name(url) or find_format(DEFAULT)
-            there = None if stored is None else format_.count(url, _limits_of(self._options.manifest))
+            there = None if stored is None else format_.count(url, _limits_of(self._manifest))
         except Exception:  # each driver has its own exceptions
             return None
         if stored is None or there is None:
@@ -158,26 +156,17 @@ class ShardReader:
         return [Finding("count", message, SAMPLES, files.name)]
 
 
-def _compare_source(
-    footer: Mapping[str, str], recorded: SourceRecord | None, roots: ImageRoots, moved: Mapping[str, str]
-) -> tuple[str, str]:
-    """How the source file compares with the one that the samples were read from, and what has changed."""
-    before = SourceState.from_footer(footer)
-    if "source" not in footer or before.head is None:
-        return "unknown", ""
-    url = current_url(footer["source"], moved)
+def compare_source(url: str, before: SourceState, roots: ImageRoots) -> tuple[str, str, SourceState | None]:
+    """How the file at ``url`` compares with what samples were read from, what has changed, and its state now."""
     try:
         now = probe_state(roots.check(url))
     except UserError:
-        return "elsewhere", ""
+        return "elsewhere", "", None
     if now is None:
-        return "unreadable", ""
+        return "unreadable", "", None
     if before.same_content(now) is False:
-        return "changed", before.describe_change(now)
-    same_place = recorded is not None and recorded.url == canonical(url)
-    if same_place and recorded is not None and recorded.state.stamp not in (None, now.stamp):
-        return "touched", ""
-    return "same", ""
+        return "changed", before.describe_change(now), now
+    return "same", "", now
 
 
 def _count_stored(url: str, rows: int, keys: ShardKeys, quarantine: Sequence[Mapping[str, str | None]]) -> int | None:

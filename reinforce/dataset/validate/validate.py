@@ -23,7 +23,7 @@ from reinforce.dataset.runs.shard_records import SourceRecord, read_records
 from reinforce.dataset.validate.findings import Finding
 from reinforce.dataset.validate.inventory import take_inventory
 from reinforce.dataset.validate.shard_checks import ShardFiles
-from reinforce.dataset.validate.shard_reader import STATES, ReadOptions, ShardReader, Shards, default_processes
+from reinforce.dataset.validate.shard_reader import STATES, ShardReader, Shards, default_processes
 from reinforce.dataset.validate.views import check_views
 from reinforce.parallel.map_workers import open_workers
 from reinforce.source.references import ImageRoots
@@ -153,7 +153,7 @@ def validate(
         size = int(share * sum(listing.total_bytes for listing in listings.values()))
         processes = default_processes(quick, len(chosen) * len(names), size)
     recorded = read_records(store).sources if sources else {}
-    reader = ShardReader(ReadOptions(url, manifest, quick, sources, count), processes)
+    reader = ShardReader(url, manifest, quick, sources, count, processes)
     with contextlib.closing(reader), open_workers(use_ray=False, processes=processes) as workers:
         batches = _batches(_shard_files(chosen, every, names), reader.batch, recorded, keys, count)
         read = workers.map(reader.read, batches, ordered=True, name=Shards.describe, fix=_FIX)
