@@ -10,6 +10,7 @@ from reinforce.config import Augmentations, Config
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.kinds.registry import encodes_texts, kind_of
 from reinforce.dataset.layers import (
+    MODEL_SECTIONS,
     REINFORCEMENTS,
     SAMPLES,
     TRUE_CAPTION,
@@ -26,8 +27,6 @@ from reinforce.terminal import escape
 from teachers.published.family import LabelCaptionerSpec, Labels, LabelTeacherSpec, Taken, crops_of
 from teachers.spec import ModelInfo
 
-#: Sections of the config and of dataset.json with the model of a layer, by the first part of the layer's name.
-_SECTIONS = ("captioners", "teachers")
 _MAX_COUNT = 1000  # augmentation records of a sample
 
 
@@ -86,7 +85,7 @@ def _fitting(layer: Layer, entry: Mapping[str, Any], where: str) -> Layer:
 
 def _take(where: str, labels: Labels, manifest: Mapping[str, Any]) -> Taken:
     """Entries of the labels' layers that a config names."""
-    known = {name: entry for name, entry in manifest["layers"].items() if kind_of(name).section in _SECTIONS}
+    known = {name: entry for name, entry in manifest["layers"].items() if kind_of(name).section in MODEL_SECTIONS}
     named: dict[str, Mapping[str, Any]] = {}
     for wanted in labels.layers:
         found = {name: entry for name, entry in known.items() if name == wanted or name.startswith(f"{wanted}/")}

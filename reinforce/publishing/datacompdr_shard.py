@@ -53,18 +53,10 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class ShardExport:
-    """The files to write for each shard of a dataset.
+    """The files to write to the folder ``output`` for each shard of a dataset, by its config and dataset.json.
 
-    Attributes:
-        output: the folder of tars.
-        teachers, captioners: names, in the order in which dimensions and lists are written.
-        images: ``embed``, ``reference`` or ``none``, as dataset.json records it.
-        with_images: whether images are written.
-        image_policy: the recorded one.
-        operations: number of operations of each record with RandAugment.
-        precision: of the stored vectors.
-        limits: bounds on images.
-        layout: which members there are: ``dfndr`` has none that state more of the image than its URL.
+    The order of ``teachers`` and ``captioners`` is that of dimensions and lists. ``operations`` is the number of each
+    record with RandAugment. Of an image, layout ``dfndr`` has no member that states more than its URL.
     """
 
     source: ExportSource

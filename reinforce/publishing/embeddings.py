@@ -152,16 +152,16 @@ def _write(export: PartExport, shards: Sequence[str], use_ray: bool, address: st
     check_output(Storage(export.source.url), output)
     result = ExportedVectors(output.url, export.choice)
     with output.lock():
-        _record(output, export, shards)
+        record_export(output, _config_of(export, shards), CONFIG)
         digits = len(str(max(len(shards) - 1, 0)))
-        parts = [f"{number:0{digits}d} {shard}" for number, shard in enumerate(shards)]
+        parts = [(f"{number:0{digits}d}", shard) for number, shard in enumerate(shards)]
         written = {*output.names(METADATA)}
-        missing = [part for part in parts if metadata_file(part.partition(" ")[0]) not in written]
+        missing = [part for part in parts if metadata_file(part[0]) not in written]
         result.parts, result.kept = len(parts), len(parts) - len(missing)
-        counts = [_counts_before(output, part.partition(" ")[0]) for part in parts if part not in {*missing}]
+        counts = [_counts_before(output, number) for number, _ in parts if metadata_file(number) in written]
         with open_workers(address, use_ray) as workers:
-            found = workers.map(functools.partial(export_part, export), missing, unit="shard")
-            counts += [count for _, count in found]
+            export_one = functools.partial(export_part, export)
+            counts += [count for _, count in workers.map(export_one, missing, unit="shard", name=" ".join)]
     result.rows, result.left_out = (sum(numbers) for numbers in zip(*counts, strict=True))
     return result
 
@@ -178,23 +178,21 @@ def _counts_before(output: Storage, number: str) -> tuple[int, int]:
     return footer.num_rows, int((footer.metadata or {}).get(_LEFT_OUT, b"0"))
 
 
-def _record(output: Storage, export: PartExport, shards: Sequence[str]) -> None:
-    """Record what is exported. Raises UserError if the folder has another export."""
-    digest = hashlib.sha256("\n".join(shards).encode()).hexdigest()[:16]
-    config = {
+def _config_of(export: PartExport, shards: Sequence[str]) -> dict[str, Any]:
+    """What is exported."""
+    return {
         **asdict(export.choice),
         "layers": dict(export.source.fingerprints),
         "shards": len(shards),
-        "shard_names": digest,
+        "shard_names": hashlib.sha256("\n".join(shards).encode()).hexdigest()[:16],
         **export.source.view_entry(),
         **({"each_caption": "once"} if export.several else {}),  # earlier versions counted some several times
     }
-    record_export(output, config, CONFIG)
 
 
-def export_part(export: PartExport, part: str) -> tuple[int, int]:
-    """Write the files of a part, ``NUMBER SHARD`` -> rows that were written, and rows that were left out."""
-    number, _, shard = part.partition(" ")
+def export_part(export: PartExport, part: tuple[str, str]) -> tuple[int, int]:
+    """Write the files of a part, its number and shard -> rows that were written, and rows that were left out."""
+    number, shard = part
     choice, output = export.choice, Storage(export.output)
     images, texts, rows, left_out = list[Floats](), list[Floats](), list[dict[str, Any]](), 0
     with export.source.open(shard, _COLUMNS) as layers:

@@ -26,14 +26,10 @@ _PUBLIC = {"uid": public_text, "sha256": public_text, "url": public_url}
 
 @dataclass(frozen=True)
 class LabelsExport:
-    """The files to write for each shard of a dataset.
+    """The files to write to ``output`` for each shard: ``layers``, ``samples`` first, with kinds of ``identities``.
 
-    Attributes:
-        output: the folder of the labels.
-        layers: that are published, ``samples`` first.
-        identities: kinds that are published.
-        missing: layers to write of shards of which some are there; of others all are written.
-        quarantined: shards with a quarantine file, by layer.
+    ``missing`` are the layers to write of shards of which some are there; of others all are written. ``quarantined``
+    are shards with a quarantine file, by layer.
     """
 
     source: ExportSource

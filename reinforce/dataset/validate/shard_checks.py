@@ -113,11 +113,8 @@ class RowChecks:
             self._null.update(table["key"].filter(pc.invert(valid)).to_pylist())
             self._present.update(table["key"].filter(valid).to_pylist())
         for what, wrong in kind.wrong_rows(self._layer, table, self._records):
-            self._add(what, table, wrong)
-
-    def _add(self, what: str, table: pa.Table, wrong: Any) -> None:
-        if wrong.any():
-            self._wrong.setdefault(what, []).extend(table["key"].filter(pa.array(wrong)).to_pylist())
+            if wrong.any():
+                self._wrong.setdefault(what, []).extend(table["key"].filter(pa.array(wrong)).to_pylist())
 
     def problems(self, quarantined: Collection[str] | None) -> list[str]:
         """One phrase for each kind of problem; ``quarantined`` are the keys in the layer's quarantine of the shard, or
