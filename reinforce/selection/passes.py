@@ -25,7 +25,7 @@ from reinforce.errors import UserError
 from reinforce.selection.expressions import connect, evaluate, join_rows
 from reinforce.selection.parts import Arrays, Parts
 from reinforce.selection.rules import BoundRule, Codes, Group, layers_of
-from reinforce.selection.thresholds import COLUMNS, Ordered, Search
+from reinforce.selection.thresholds import Ordered, Search
 
 _CHUNK_ROWS, _CHUNK_SHARDS = 2**18, 64
 _THREADS = 8  # of a process that reads an object store
@@ -173,8 +173,7 @@ class CountValues:
     def result(self, number: int, chunk: ShardChunk, found: Sequence[tuple[Ordered, Ordered]], parts: Parts) -> Arrays:
         # Counting sorts, so it is done once for all row groups.
         groups, values = (np.concatenate([np.empty(0, np.uint64), *(one[n] for one in found)]) for n in (0, 1))
-        counts = self.search.counts(groups, values)
-        return {name: getattr(counts, name) for name in COLUMNS}
+        return self.search.counts(groups, values)._asdict()
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ are left, a pass counts them by all of their bits.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,9 +18,6 @@ _BITS = 16
 _FEW = 2**16  # numbers that are counted by all bits that are left
 #: Bits of the integers of ``ordered``, by float32 and float64, and of hashes.
 FLOAT_BITS, DOUBLE_BITS, HASH_BITS = 32, 64, 48
-
-#: Attributes of ``Counts``.
-COLUMNS = ("groups", "bits", "counts")
 
 Ordered = npt.NDArray[np.uint64]
 Integers = npt.NDArray[np.int64]
@@ -45,31 +42,26 @@ def number(value: int, bits: int = FLOAT_BITS) -> float:
     return float(np.array(found, f"u{bits // 8}").view(f"f{bits // 8}"))
 
 
-@dataclass(frozen=True)
-class Counts:
+class Counts(NamedTuple):
     """Counts of each pair of a group and ``bits`` [pairs], in ascending order of both."""
 
-    groups: Ordered = field(default_factory=_none)
-    bits: Ordered = field(default_factory=_none)
-    counts: Integers = field(default_factory=lambda: np.empty(0, np.int64))
+    groups: Ordered
+    bits: Ordered
+    counts: Integers
 
     @staticmethod
     def sum(parts: Iterable[Counts]) -> Counts:
         """Counts of all parts; they are added up whenever as many have come as there are in the sum."""
-        waiting = [Counts()]
+        waiting = [Counts(_none(), _none(), np.empty(0, np.int64))]
         for part in parts:
             waiting.append(part)
             if sum(len(one.bits) for one in waiting[1:]) > len(waiting[0].bits):
-                waiting = [Counts._joined(waiting)]
-        return Counts._joined(waiting)
+                waiting = [Counts.of(*map(np.concatenate, zip(*waiting, strict=True)))]
+        return Counts.of(*map(np.concatenate, zip(*waiting, strict=True)))
 
     @staticmethod
-    def _joined(parts: Sequence[Counts]) -> Counts:
-        groups, bits, counts = (np.concatenate([getattr(one, name) for one in parts]) for name in COLUMNS)
-        return Counts._of(groups, bits, counts)
-
-    @staticmethod
-    def _of(groups: Ordered, bits: Ordered, counts: Integers) -> Counts:
+    def of(groups: Ordered, bits: Ordered, counts: Integers) -> Counts:
+        """The sums of counts in any order."""
         order = np.lexsort((bits, groups))
         groups, bits = groups[order], bits[order]
         first = np.ones(len(order), np.bool_)
@@ -104,7 +96,7 @@ class Search:
             possible = values >> np.uint64(self.left) == prefix
             groups, values = groups[possible], values[possible]
         bits = values >> np.uint64(self.left - self.step) & np.uint64(2**self.step - 1)
-        return Counts._of(groups, bits, np.ones(len(bits), np.int64))
+        return Counts.of(groups, bits, np.ones(len(bits), np.int64))
 
     def narrowed(self, counts: Counts, top: int | float) -> Search:
         """What is known with the counts of all shards; ``top`` is the wanted number, or share, of each group.
