@@ -21,12 +21,10 @@ from reinforce.engine.preflight.check_source import check_source
 from reinforce.labels import rows
 from reinforce.labels.interface import RowLabels, Wanted
 from reinforce.labels.rows import open_labels
-from reinforce.publishing.labels import export_labels
 from reinforce.source.samples import Refusal
 from schemas import Reason
-from tests.helpers.data import config_of, picture, write_tar
-from tests.helpers.reinforced import reinforce_here
-from tests.labels.test_taking import sample, taking
+from tests.helpers.data import picture, write_tar
+from tests.labels.test_taking import publish, samples_of, taking
 
 COUNT = 16
 
@@ -34,11 +32,9 @@ COUNT = 16
 @pytest.fixture
 def labels(tmp_path: Path) -> Path:
     """Labels of 16 images in two row groups, and a copy of the images."""
-    members = [one for n in range(COUNT) for one in sample(n, f"{n:05d}")]
-    write_tar(tmp_path / "images" / "0.tar", members)
-    dataset = reinforce_here(config_of(f"{tmp_path}/images/*.tar", tmp_path / "dataset"))
+    members = samples_of(range(COUNT))
     write_tar(tmp_path / "copy" / "0.tar", members)
-    return Path(export_labels(dataset, f"{tmp_path}/labels", use_ray=False).output)
+    return Path(publish(tmp_path, members))
 
 
 def plan_of(labels: Path) -> Plan:

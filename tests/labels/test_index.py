@@ -78,13 +78,6 @@ def test_the_index_has_every_identity(dataset: Path, monkeypatch: pytest.MonkeyP
         hashes = np.array([*{entry[0] for entry in entries}, 5], np.uint64)[::-1].copy()
         places, shards, of_shards = index.lookup(kind, hashes)
         assert {(int(hashes[p]), int(s), int(r)) for p, s, r in zip(places, shards, of_shards, strict=True)} == entries
-
-
-def test_an_image_of_two_rows_is_found_twice(dataset: Path) -> None:
-    index = build(dataset)
-    hashes, _ = hash_identities("url", pa.array(["https://example.org/00100003"]))
-    found = index.lookup("url", hashes)
-    assert sorted(zip(found.shards.tolist(), found.rows.tolist(), strict=True)) == [(1, 3), (2, 0)]
     assert index.row_group(1, 9) == (1, 1)  # row groups of 8
     with pytest.raises(UserError, match="names row 11 of shard 1, which has none"):
         index.row_group(1, 11)

@@ -21,7 +21,7 @@ from reinforce.engine.messages.results import ShardResult
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.preflight.check_source import check_source
 from reinforce.errors import UserError
-from reinforce.labels.identities import KINDS, identity_of, normal_url
+from reinforce.labels.identities import KINDS, normal_url
 from reinforce.labels.interface import Wanted
 from reinforce.labels.joining import Joined, Why
 from reinforce.labels.tars import TarRows
@@ -40,68 +40,41 @@ from tests.helpers.published import (
 from tests.helpers.reinforced import reinforce_here
 
 URL = "https://example.org/"
-ONE, TWO = {"sha256": "1" * 64}, {"sha256": "2" * 64}
 
 
-def members(url: str | None = None, **fields: str) -> dict[str, bytes]:
-    """The members that state what an image is: ``url.txt`` and ``json``."""
-    found = {"url.txt": (URL + url).encode()} if url else {}
-    return found | ({"json": json.dumps(fields).encode()} if fields else {})
-
-
-MATCHES: list[tuple[str, dict[str, bytes], dict[str, dict[str, bytes]], str]] = [
-    ("a", members("cat"), {"a": members("truck")}, "other_image"),
-    ("x", members("cat", uid="b"), {"b": members("truck")}, "absent"),  # a uid is no key
-    ("a", members("cat", **ONE), {"a": members("cat", **TWO)}, "other_image"),  # the URL has another file now
-    ("z", members(**ONE), {"a": members(**ONE), "z": members(**TWO)}, "a by sha256"),
-    ("z", members("cat", uid="u"), {"z": members("cat", uid="v"), "a": members("cat", uid="u")}, "a by uid"),
-    ("z", members("cat", **ONE), {"a": members("cat"), "z": members("truck")}, "a by url"),
-    ("a", members(), {"a": members("cat")}, "unconfirmed"),
-    ("a", members(uid="u"), {"a": members()}, "unconfirmed"),
-    ("a", members(), {"a": members()}, "a by key"),
-    ("q", members(), {"a": members("cat")}, "absent"),
-]
-
-
-@pytest.mark.parametrize(("key", "sample", "published", "expected"), MATCHES)
-def test_published_samples_are_found_by_identity_and_a_contradiction_is_no_match(
-    key: str, sample: dict[str, bytes], published: dict[str, dict[str, bytes]], expected: str
-) -> None:
-    rows = TarRows("key")
-    for name, one in published.items():
-        rows.add(name, identity_of(one))
-    found = rows.match([Wanted(key, identity_of(sample))])[0]
-    assert expected == (f"{[*published][found.row]} by {found.kind}" if isinstance(found, Joined) else found.what)
-
-
-#: What agrees of a sample "a" and an entry "a", what differs, and what must allow the join, if anything does.
+#: What a sample "a" and an entry "a" state, and what must allow the join, or why none can.
 AGREEMENTS = [
     ({"uid": "u", "digest": "1"}, {"uid": "u", "digest": "2"}, "uid"),  # encoded again
     ({"sha256": "s", "url": "v", "digest": "1"}, {"sha256": "s", "digest": "2"}, "sha256"),
     ({"digest": "1"}, {"digest": "1"}, "digest"),
-    ({"url": "v", "digest": "1"}, {"url": "v", "digest": "2"}, None),  # the URL may have another image now
-    ({"digest": "1", "uid": "u"}, {"digest": "1", "uid": "v"}, None),
+    ({"url": "v", "digest": "1"}, {"url": "v", "digest": "2"}, "other_image"),  # the URL may have another image now
+    ({"url": "v", "sha256": "s"}, {"url": "v", "sha256": "t"}, "other_image"),
+    ({"digest": "1", "uid": "u"}, {"digest": "1", "uid": "v"}, "other_image"),
     ({"url": "v", "digest": "1"}, {"url": "v"}, "url"),
     ({"digest": "1"}, {}, "key"),  # each image has a digest, which counts where both state it
-    ({"digest": "1"}, {"digest": "2"}, None),
-    ({"url": "v"}, {}, None),
+    ({"digest": "1"}, {"digest": "2"}, "other_image"),
+    ({"url": "v"}, {}, "unconfirmed"),
+    ({}, {"uid": "u"}, "unconfirmed"),
     ({}, {}, "key"),
 ]
 
 
-@pytest.mark.parametrize(("sample", "entry", "weakest"), AGREEMENTS)
-def test_no_weaker_agreement_joins_than_the_config_allows(
-    sample: dict[str, str], entry: dict[str, str], weakest: str | None
+@pytest.mark.parametrize(("sample", "entry", "expected"), AGREEMENTS)
+def test_no_weaker_agreement_joins_than_the_config_allows_and_a_contradiction_is_no_match(
+    sample: dict[str, str], entry: dict[str, str], expected: str
 ) -> None:
     for number, join in enumerate(JOINS):
         rows = TarRows(join)
         rows.add("a", entry)
-        found = rows.match([Wanted("a", sample)])[0]
-        if weakest is not None and JOINS.index(weakest) <= number:
-            assert found == Joined(0, 0, weakest)
+        found, other = rows.match([Wanted("a", sample), Wanted("x", {"uid": "a"})])
+        if expected in JOINS and JOINS.index(expected) <= number:
+            assert found == Joined(0, 0, expected)
         else:
             assert isinstance(found, Why)
+            assert found.what == (expected if expected not in JOINS or join == "key" else found.what)
             assert "'a' is of" in found.detail or "only the key" in found.detail
+        assert isinstance(other, Why)
+        assert other.what == "absent", "a uid is no key"
 
 
 def test_keys_that_nothing_confirms_are_refused_before_a_run_unless_the_config_joins_by_key(tmp_path: Path) -> None:
@@ -167,7 +140,7 @@ LAYOUTS: dict[str, Callable[[int], dict[str, str]]] = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_copy_in_another_order_has_the_labels_of_its_own_images_and_no_others(tmp_path: Path, layout: str) -> None:
-    """Image 0 is missing, image 1 exchanged under the same key, image 2 encoded again."""
+    """Image 0 is missing, image 1 exchanged under the same key, image 2 encoded again; image 3 comes twice."""
     stated = LAYOUTS[layout]
 
     def published(number: int) -> list[tuple[str, bytes]]:
@@ -181,6 +154,7 @@ def test_a_copy_in_another_order_has_the_labels_of_its_own_images_and_no_others(
     ]
     source[0][0] = ("own2.jpg", encode(Image.open(io.BytesIO(source[0][0][1])), "JPEG"))
     source.append(source_members(ALL[1], json=json.dumps(stated(99)).encode()))
+    source.append(source_members(ALL[3], "again", json=json.dumps(stated(3)).encode()))
     random.Random(0).shuffle(source)
     write_published(tmp_path, source, [published(number) for number in range(10)])
     _, notes = check_source(make_plan(parse_config(config_of(tmp_path))))
@@ -190,9 +164,10 @@ def test_a_copy_in_another_order_has_the_labels_of_its_own_images_and_no_others(
     for sample in samples:
         check_sample(next(one for one in ALL if one.key == sample.key), sample)
     joined = "url" if layout == "DFNDR" else "uid"
-    assert results[0].source_counts == {joined: 8, "other_image": 1}
-    assert len([note for note in notes if f"10 published ones: 8 by {joined}, 1 not (another image); " in note]) == 1
-    assert (ALL[1].key, "not_reinforced") in quarantine(tmp_path)
+    assert results[0].source_counts == {joined: 9, "other_image": 1}
+    assert len([note for note in notes if f"10 published ones: 9 by {joined}, 1 not (another image); " in note]) == 1
+    unused = {(ALL[1].key, "not_reinforced"), (ALL[3].key, "duplicate_key")}
+    assert {*quarantine(tmp_path)} == unused | {(ALL[number].key, "no_image") for number in range(2)}
 
 
 #: What a sample states, several entries, and those of which the first is taken, if any is.

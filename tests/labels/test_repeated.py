@@ -17,7 +17,6 @@ from reinforce.dataset.files.store import Store
 from reinforce.engine.messages.results import ShardResult
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.record.summary import source_lines
-from reinforce.labels.building import build_index
 from reinforce.labels.identities import DIGEST, Identity
 from reinforce.labels.index import open_index
 from reinforce.labels.interface import Wanted
@@ -28,22 +27,18 @@ from reinforce.publishing.labels import export_labels
 from reinforce.source.references import image_digest
 from tests.helpers.data import config_of, picture, tree, write_tar
 from tests.helpers.reinforced import reinforce_here
-from tests.labels.test_taking import by_number, same_values, sample, smaller, taking
+from tests.labels.test_taking import by_number, dataset_of, publish, same_values, sample, smaller, taking
 
 COUNT, UIDS = 40, 17
 
 
 def write(folder: Path, images: bool = False, uids: int = UIDS) -> str:
     """Labels of 40 images in two shards, or a dataset with its ``images``, with ``uids`` distinct uids."""
-    for shard in range(2):
-        numbers = range(shard * 20, shard * 20 + 20)
-        members = [one for n in numbers for one in sample(n, f"{n:05d}", uid=f"uid{n % uids}")]
-        write_tar(folder / "images" / f"{shard}.tar", members)
-    dataset = reinforce_here(config_of(f"{folder}/images/*.tar", folder / "dataset"))
-    if images:
-        build_index(dataset, use_ray=False)
-        return dataset
-    return export_labels(dataset, f"{folder}/labels", use_ray=False).output
+    shards = [
+        [one for n in range(start, start + 20) for one in sample(n, f"{n:05d}", uid=f"uid{n % uids}")]
+        for start in (0, 20)
+    ]
+    return publish(folder, *shards, indexed=images)
 
 
 def take(folder: Path, url: str, again: bool = False, uids: int = UIDS) -> tuple[dict[int, reinforce.Sample], Counter]:
@@ -116,11 +111,8 @@ def unique(folder: Path) -> str:
 
 
 def test_keys_that_repeat_in_shards_join_nothing(tmp_path: Path) -> None:
-    for shard in range(2):
-        members = [one for n in range(3) for one in sample(10 * shard + n, f"{n + shard:05d}")[:2]]
-        write_tar(tmp_path / "images" / f"{shard}.tar", members)
-    dataset = reinforce_here(config_of(f"{tmp_path}/images/*.tar", tmp_path / "dataset"))
-    url = export_labels(dataset, f"{tmp_path}/labels", identities=["uid"], use_ray=False).output
+    shards = [[one for n in range(3) for one in sample(10 * s + n, f"{n + s:05d}")[:2]] for s in range(2)]
+    url = publish(tmp_path, *shards, identities=["uid"])
     assert open_index(Store(url)).repeated == {"key": 4}
     write_tar(tmp_path / "copy" / "0.tar", [one for n in range(3) for one in sample(n, f"{n:05d}")[:2]])
     labels = {"lab": {"url": url, "layers": ["captions/namer"], "join": "key"}}
@@ -150,13 +142,9 @@ def test_labels_join_as_by_a_comparison_with_all_rows(tmp_path: Path, images: bo
     for key, (image, said) in rows.items():
         every.add(key, identity(image, said))
         members.append(sample(image, key, **{"title": "x", **said}))
-    for shard in range(3):
-        write_tar(tmp_path / "images" / f"{shard}.tar", [one for three in members[shard::3] for one in three])
-    dataset = reinforce_here(config_of(f"{tmp_path}/images/*.tar", tmp_path / "dataset", teachers={}))
-    if images:
-        build_index(dataset, use_ray=False)
-    url = dataset if images else export_labels(dataset, f"{tmp_path}/labels", use_ray=False).output
-    by_captions = {tuple(one.captions["namer"]): one.key for one in reinforce.open(dataset)}
+    shards = [[one for three in members[shard::3] for one in three] for shard in range(3)]
+    url = publish(tmp_path, *shards, indexed=images, teachers={})
+    by_captions = {tuple(one.captions["namer"]): one.key for one in reinforce.open(dataset_of(url))}
     own = [said_of(rng, few + 3) for _ in range(200)]
     labels = {"lab": {"url": url, "layers": ["captions/namer"]}}
     source = f"{tmp_path}/images/*.tar"  # of which nothing is read

@@ -88,20 +88,6 @@ def test_raygens_tars_give_captions_and_text_vectors_and_crops_are_drawn_here(tm
         parse_config({**own, "reinforcements": None, "captioners": {}, "teachers": {}})
 
 
-def test_samples_are_matched_by_key_or_uid_in_source_order(tmp_path: Path) -> None:
-    source = [source_members(one, key=f"{9 - number:08d}") for number, one in enumerate(ALL[:9])]
-    # Of the twelve, nine have images; one image has no reinforcements, one comes again under another name.
-    source += [source_members(published_sample(77), "z1"), source_members(ALL[2], "z2")]
-    write_published(tmp_path, source, [published_members(one) for one in reversed(ALL)])
-    samples = list(reinforce.open(reinforce_here(config_of(tmp_path))))
-    assert [sample.key for sample in samples] == [one.key for one in ALL[:9]]
-    for one, sample in zip(ALL, samples, strict=False):
-        check_sample(one, sample)
-    assert sorted(quarantine(tmp_path)) == sorted(
-        [("z1", "not_reinforced"), (ALL[2].key, "duplicate_key"), *((one.key, "no_image") for one in ALL[9:])]
-    )
-
-
 def test_images_and_reinforcements_may_be_in_the_same_tars(tmp_path: Path) -> None:
     merged = [source_members(one) + [m for m in published_members(one) if not m[0].endswith("url.txt")] for one in ALL]
     write_published(tmp_path, merged, [])

@@ -138,10 +138,3 @@ def test_hashes_and_digests_are_of_the_keys_and_not_of_how_arrow_holds_them(
     assert digest_keys(parts) == digests[0]
     assert (digests[0] == digests[1]) == (first == second)
     assert len({digests[0], *digests[2:]}) == 3
-
-
-def test_hashes_are_spread_evenly() -> None:
-    hashes = hash_keys(pa.array([f"{number:08d}" for number in range(20_000)]))
-    shares = [(hashes < share * 2**64).mean() for share in (0.01, 0.25, 0.5, 0.75)]
-    assert all(abs(found - share) < 0.01 for found, share in zip(shares, (0.01, 0.25, 0.5, 0.75), strict=True))
-    assert abs((hashes & 1).mean() - 0.5) < 0.02
