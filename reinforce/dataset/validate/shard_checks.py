@@ -143,131 +143,120 @@ class ShardChecks:
 
     def check(self, shards: Sequence[ShardFiles], limit: int = ALL) -> list[CheckedShard]:
         """Read some shards; hashes of their keys up to a ``limit`` are returned."""
-        files: dict[tuple[str, str], LayerFile] = {}
+        ends: dict[str, dict[str, LayerFile]] = {shard.name: {} for shard in shards}
         if self.quick:
             for shard in shards:
                 for layer, size in shard.sizes.items():
                     with contextlib.suppress(Exception):  # then it is opened again, which raises the same
-                        files[layer, shard.name] = self.store.layer_end(layer, shard.name, size)
-            check_together([file.footer for file in files.values()])
-        return [self._check(shard, files, limit) for shard in shards]
+                        ends[shard.name][layer] = self.store.layer_end(layer, shard.name, size)
+            check_together([file.footer for files in ends.values() for file in files.values()])
+        return [_ShardCheck(self, shard, ends[shard.name], limit).run() for shard in shards]
 
-    def _check(self, shard: ShardFiles, files: Mapping[tuple[str, str], LayerFile], limit: int) -> CheckedShard:
-        """Read a shard in all its layers, the samples first. Other layers are not compared with damaged samples."""
-        found = CheckedShard(shard.name)
-        keys: _Keys | None = _Keys(limit)
-        for layer in sorted(self.manifest["layers"], key=lambda name: name != SAMPLES):
-            if layer in shard.sizes:
-                refused = self._read_quarantine(layer, shard)
-                end = files.get((layer, shard.name))
-                found.findings += self._layer(layer, shard, end, found, keys, refused)
+
+class _ShardCheck:
+    """The check of one shard. ``ends`` are those of its files whose end was read before, by layer."""
+
+    def __init__(self, checks: ShardChecks, shard: ShardFiles, ends: Mapping[str, LayerFile], limit: int) -> None:
+        self._store, self._manifest, self._quick = checks.store, checks.manifest, checks.quick
+        self._shard, self._ends = shard, ends
+        self._found = CheckedShard(shard.name)
+        self._keys: _Keys | None = _Keys(limit)  # of the samples; None if these are damaged
+
+    def run(self) -> CheckedShard:
+        """Read all layers, the samples first. Other layers are not compared with damaged samples."""
+        found = self._found
+        for layer in sorted(self._manifest["layers"], key=lambda name: name != SAMPLES):
+            if layer in self._shard.sizes:
+                refused = self._read_quarantine(layer)
+                found.findings += self._check(layer, refused)
                 found.findings += [refused] if isinstance(refused, Finding) else []
-            if layer == SAMPLES and keys is not None:
-                found.keys = keys.sample()
+            if layer == SAMPLES and self._keys is not None:
+                found.keys = self._keys.sample()
                 if any(finding.kind != "rows" for finding in found.findings):
-                    keys = None
+                    self._keys = None
         return found
 
-    def _read_quarantine(self, layer: str, shard: ShardFiles) -> set[str] | Finding:
-        """The keys in a layer's quarantine of a shard, or what is wrong with it."""
-        if layer not in shard.quarantined:
+    def _read_quarantine(self, layer: str) -> set[str] | Finding:
+        """The keys in a layer's quarantine of the shard, or what is wrong with it."""
+        name = self._shard.name
+        if layer not in self._shard.quarantined:
             return set()
         try:
-            return {row["key"] for row in self.store.quarantined(layer, shard.name) if row["key"] is not None}
+            return {row["key"] for row in self._store.quarantined(layer, name) if row["key"] is not None}
         except DamagedQuarantine as error:
-            return quarantine_finding(self.store, layer, shard.name, error.args[1])
+            return quarantine_finding(self._store, layer, name, error.args[1])
         except (UserError, OSError) as error:
-            return Finding("unreadable", str(error), layer, shard.name)
+            return Finding("unreadable", str(error), layer, name)
 
-    def _layer(
-        self,
-        layer: str,
-        shard: ShardFiles,
-        end: LayerFile | None,
-        found: CheckedShard,
-        keys: _Keys | None,
-        refused: set[str] | Finding,
-    ) -> Iterator[Finding]:
-        """Problems of a layer's file, whose rows are compared with the ``keys`` of the samples.
-
-        Those of the samples themselves are added to them. They are None if the samples are damaged. ``end`` is the file
-        if its end was read before, and ``refused`` is from ``_read_quarantine``.
-        """
+    def _check(self, layer: str, refused: set[str] | Finding) -> Iterator[Finding]:
+        """Problems of a layer's file; ``refused`` is from ``_read_quarantine``."""
+        name = self._shard.name
         try:
-            with layer_errors(self.store, layer, shard.name), self._opened(layer, shard, end) as file:
+            with layer_errors(self._store, layer, name), self._opened(layer) as file:
                 footer = parse_footer(file.metadata)
                 if layer == SAMPLES:
-                    found.footer = footer
-                wrong = [*self._footer(layer, shard.name, footer)]
-                yield from wrong
-                if keys is None:
+                    self._found.footer = footer
+                if reason := self._why_misplaced(layer, footer):
+                    yield Finding("misplaced", self._message(layer, reason), layer, name)
+                if self._keys is None:
                     for number in range(file.num_row_groups):
-                        file.read_row_group(number, ("key",) if self.quick else None)
-                elif not wrong:
-                    yield from self._rows(layer, shard, file, found, keys, refused)
+                        file.read_row_group(number, ("key",) if self._quick else None)
+                elif not reason:
+                    yield from self._rows(layer, file, self._keys, refused)
         except MisalignedKeys as error:
-            yield Finding("misplaced", str(error), layer, shard.name)
+            yield Finding("misplaced", str(error), layer, name)
         except (UserError, OSError) as error:
-            yield _unreadable(error, layer, shard.name)
+            yield _unreadable(error, layer, name)
 
-    def _opened(
-        self, layer: str, shard: ShardFiles, end: LayerFile | None
-    ) -> contextlib.AbstractContextManager[LayerFile]:
+    def _opened(self, layer: str) -> contextlib.AbstractContextManager[LayerFile]:
+        end, shard = self._ends.get(layer), self._shard
         if end is None:
-            return self.store.open_layer(layer, shard.name, whole=not self.quick, size=shard.sizes[layer])
-        check_footer(self.store.layer_path(layer, shard.name), end.metadata, None)
+            return self._store.open_layer(layer, shard.name, whole=not self._quick, size=shard.sizes[layer])
+        check_footer(self._store.layer_path(layer, shard.name), end.metadata, None)
         return contextlib.nullcontext(end)
 
-    def _footer(self, layer: str, shard: str, footer: Mapping[str, str]) -> Iterator[Finding]:
+    def _why_misplaced(self, layer: str, footer: Mapping[str, str]) -> str | None:
         """Why a file is not the one of this layer and shard, by its footer."""
-        expected = self.manifest["layers"][layer]["fingerprint"]
+        expected = self._manifest["layers"][layer]["fingerprint"]
         if footer.get("layer", layer) != layer:
-            reason = f"it is a file of layer {footer['layer'][:200]}"
-        elif footer.get("fingerprint") != expected:
-            reason = f"it has fingerprint {footer.get('fingerprint', 'none')[:40]}, its layer has {expected}"
-        elif (source := footer.get("source")) and _shard_name(source) != shard:
-            reason = f"it is of the source shard {source[:500]}"
-        else:
-            return
-        yield Finding("misplaced", self._message(layer, shard, reason), layer, shard)
+            return f"it is a file of layer {footer['layer'][:200]}"
+        if footer.get("fingerprint") != expected:
+            return f"it has fingerprint {footer.get('fingerprint', 'none')[:40]}, its layer has {expected}"
+        if (source := footer.get("source")) and _shard_name(source) != self._shard.name:
+            return f"it is of the source shard {source[:500]}"
+        return None
 
-    def _rows(
-        self,
-        layer: str,
-        shard: ShardFiles,
-        file: LayerFile,
-        found: CheckedShard,
-        keys: _Keys,
-        refused: set[str] | Finding,
-    ) -> Iterator[Finding]:
-        checks = RowChecks(layer, self.manifest["layers"][layer], self.manifest["augmentations"].get("count"))
+    def _rows(self, layer: str, file: LayerFile, keys: _Keys, refused: set[str] | Finding) -> Iterator[Finding]:
+        """Problems of the rows of a file. The ``keys`` are compared with those of the samples, or are added to them."""
+        checks = RowChecks(layer, self._manifest["layers"][layer], self._manifest["augmentations"].get("count"))
         if layer != SAMPLES and file.num_row_groups != len(keys.digests):
-            raise alignment_error(self.store, layer, shard.name)
+            raise alignment_error(self._store, layer, self._shard.name)
         for number in range(file.num_row_groups):
             stored = None
-            if self.quick:
+            if self._quick:
                 stored = file.stored_keys(number, keys.free_bytes if layer == SAMPLES else _STORED_BYTES)
                 if layer != SAMPLES and stored is not None and stored == keys.stored[number]:
                     continue
-            table = file.read_row_group(number, ("key",) if self.quick else None, use_threads=False)
+            table = file.read_row_group(number, ("key",) if self._quick else None, use_threads=False)
             if "key" not in table.column_names:
                 raise RefusedFile("it has no column key")
             if layer == SAMPLES:
                 keys.add(table["key"], stored)
-                found.rows += table.num_rows
+                self._found.rows += table.num_rows
             elif digest_keys(table["key"]) != keys.digests[number]:
-                raise alignment_error(self.store, layer, shard.name)
-            if not self.quick:
+                raise alignment_error(self._store, layer, self._shard.name)
+            if not self._quick:
                 check_columns(layer, table)
                 checks.add(table)
-        if not self.quick:
+        if not self._quick:
             # Keys that the samples refuse have no row. Which ones a damaged quarantine has is not known.
             known = None if isinstance(refused, Finding) else refused if layer != SAMPLES else set()
             for problem in checks.problems(known):
-                yield Finding("rows", self._message(layer, shard.name, problem), layer, shard.name)
+                yield Finding("rows", self._message(layer, problem), layer, self._shard.name)
 
-    def _message(self, layer: str, shard: str, reason: str) -> str:
-        return f"{self.store.layer_path(layer, shard)}: {reason}. {compute_again(self.store.url, layer, shard)}"
+    def _message(self, layer: str, reason: str) -> str:
+        name = self._shard.name
+        return f"{self._store.layer_path(layer, name)}: {reason}. {compute_again(self._store.url, layer, name)}"
 
 
 def _unreadable(error: UserError | OSError, layer: str, shard: str) -> Finding:
