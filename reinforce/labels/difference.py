@@ -282,7 +282,8 @@ def _diff_shard(pair: _Pair, shard: str) -> _ShardDiff:
     """Compare the rows of a shard of the first dataset with theirs of the second. Raises UserError."""
     found, second = _ShardDiff(), Store(pair.second)
     partners = Partners(second, pair.fingerprints[1][SAMPLES], pair.index, pair.embedded[1])
-    with _opened(pair, 0, shard) as own, contextlib.closing(_Reader(pair)) as reader:
+    with _opened(pair, 0, shard) as own, contextlib.ExitStack() as stack:
+        theirs: AlignedShard | None = None  # the last one of the second dataset, which stays open
         by_key = partners.keys(shard)
         for number in range(own.row_groups):
             tables = own.read(number)
@@ -294,12 +295,15 @@ def _diff_shard(pair: _Pair, shard: str) -> _ShardDiff:
                     groups.setdefault((place.shard, place.group), []).append((row, place))
                     found.rows.setdefault(place.shard, set()).add(place.number)
             for (other, group), rows in sorted(groups.items()):
-                theirs = reader.read(other, group)
+                if theirs is None or theirs.shard != other:
+                    stack.close()
+                    theirs = stack.enter_context(_opened(pair, 1, other))
+                others = theirs.read(group)
                 mine = pa.array([row for row, _ in rows])
                 taken = pa.array([place.row for _, place in rows])
-                for name in tables.keys() & theirs.keys():
+                for name in tables.keys() & others.keys():
                     with row_errors(f"{pair.first} or {pair.second}"):
-                        parts = _compare(name, tables[name].take(mine), theirs[name].take(taken), pair.least)
+                        parts = _compare(name, tables[name].take(mine), others[name].take(taken), pair.least)
                         for part, one in parts.items():
                             found.layers.setdefault(part, Comparison()).add(one)
     found.counts, found.unstated, found.undigested = partners.counts, partners.unstated, partners.undigested
@@ -322,24 +326,6 @@ def _opened(pair: _Pair, side: int, shard: str) -> contextlib.AbstractContextMan
         names = file.metadata.schema.to_arrow_schema().names
     columns = [name for name in names if name not in ("image", "image_ref")]
     return AlignedLayers(store, wanted, {SAMPLES: columns}).open(shard, whole=False)
-
-
-class _Reader:
-    """Reads row groups of the second dataset; the last shard stays open."""
-
-    def __init__(self, pair: _Pair) -> None:
-        self._pair, self._stack = pair, contextlib.ExitStack()
-        self._shard = ""
-        self._file: AlignedShard | None = None
-
-    def read(self, shard: str, group: int) -> dict[str, pa.Table]:
-        if self._file is None or shard != self._shard:
-            self._stack.close()
-            self._file, self._shard = self._stack.enter_context(_opened(self._pair, 1, shard)), shard
-        return self._file.read(group)
-
-    def close(self) -> None:
-        self._stack.close()
 
 
 def _compare(layer: str, one: pa.Table, other: pa.Table, least: float) -> dict[str, Comparison]:

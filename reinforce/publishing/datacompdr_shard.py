@@ -165,20 +165,28 @@ def _images(export: ShardExport, rows: Sequence[Mapping[str, Any]]) -> Iterator[
 
 
 def _image_members(export: ShardExport, image: bytes | None) -> tuple[list[tuple[str, bytes]], bool]:
-    """Extension and content of the image if it is written, and whether it was converted. Raises LeftOut."""
+    """Extension and content of the image if it is written, and whether it was converted. Raises LeftOut.
+
+    It is converted to a PNG of its pixels where readers would decode it to others, or do not read its format.
+    """
     if image is None:
         return [], False
+    policy, limits = export.image_policy, export.limits
     try:
-        if export.with_images:
-            extension, content, converted = _image_member(image, export.image_policy, export.limits)
-            return [(extension, content)], converted
-        if _has_published_pixels(image, export.image_policy, export.limits):
-            return [], False
+        if not export.with_images:
+            if _has_published_pixels(image, policy, limits):
+                return [], False
+        elif (own := format_extension(image)) in _READ_EXTENSIONS and _has_published_pixels(image, policy, limits):
+            return [(own, image)], False
+        else:
+            out = io.BytesIO()
+            decode(image, limits, policy=policy).save(out, "PNG")
+            return [("png", out.getvalue())], True
     except ImageRefused as error:
         raise LeftOut(f"its image cannot be decoded: {error.reason.value}") from error
     raise LeftOut(
-        f"image policy {export.image_policy} gives other pixels than {PUBLISHED_POLICY}, by which readers of the "
-        "format decode the original: orientation, transparency or more than 8 bits"
+        f"image policy {policy} gives other pixels than {PUBLISHED_POLICY}, by which readers of the format decode the "
+        "original: orientation, transparency or more than 8 bits"
     )
 
 
@@ -188,19 +196,6 @@ def _has_published_pixels(image: bytes, policy: str, limits: Limits) -> bool:
         return True
     one, other = (decode(image, limits, policy=each) for each in (policy, PUBLISHED_POLICY))
     return one.size == other.size and one.tobytes() == other.tobytes()
-
-
-def _image_member(image: bytes, policy: str, limits: Limits) -> tuple[str, bytes, bool]:
-    """Extension and content of an image, and whether it was converted to a PNG of its pixels. Raises ImageRefused.
-
-    It is converted where readers would decode it to other pixels, or do not read its format.
-    """
-    extension = format_extension(image)
-    if extension in _READ_EXTENSIONS and _has_published_pixels(image, policy, limits):
-        return extension, image, False
-    out = io.BytesIO()
-    decode(image, limits, policy=policy).save(out, "PNG")
-    return "png", out.getvalue(), True
 
 
 def _members(export: ShardExport, shard: str, key: str, row: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:

@@ -14,6 +14,7 @@ import pyarrow as pa
 from reinforce.dataset.kinds.registry import stored_layer
 from reinforce.dataset.layers import SAMPLES, captions_layer, scores_layer
 from reinforce.errors import UserError
+from reinforce.processes.imports import require
 from reinforce.selection.syntax import columns_of
 
 if TYPE_CHECKING:
@@ -34,10 +35,9 @@ _FOLDERS = {"scores": (scores_layer, "scores"), "captions": (captions_layer, "ca
 
 def connect() -> DuckDBPyConnection:
     """A database in memory, of one thread, that reads no files. Raises UserError."""
-    try:
-        import duckdb
-    except ImportError as error:
-        raise UserError("reinforce select needs duckdb: run pip install -e '.[select]' in the checkout") from error
+    require("select", "reinforce select", "duckdb")
+    import duckdb
+
     config: dict[str, Any] = {"threads": 1, "enable_external_access": "false", "allow_community_extensions": "false"}
     database = duckdb.connect(":memory:", config=config)
     with contextlib.suppress(duckdb.Error):  # earlier versions have no other syntax of lambdas than this one

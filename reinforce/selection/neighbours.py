@@ -16,8 +16,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from reinforce.dataset import vectors as stored_vectors
-from reinforce.errors import UserError
 from reinforce.processes.cores import available_cores
+from reinforce.processes.imports import require
 from reinforce.selection.parts import Parts
 
 Floats = npt.NDArray[np.float32]
@@ -40,12 +40,9 @@ _SEARCH_ALL, _LISTS_SEARCHED = 2**15, 32
 
 def load_faiss() -> Any:
     """The module. Raises UserError."""
-    try:
-        import faiss
-    except ImportError as error:
-        raise UserError(
-            "deduplicate and decontaminate by a teacher need faiss: run pip install -e '.[select]' in the checkout"
-        ) from error
+    require("select", "a rule that compares vectors of a teacher", "faiss")
+    import faiss
+
     return faiss
 
 
