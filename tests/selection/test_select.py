@@ -5,13 +5,11 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -285,31 +283,6 @@ def test_shards_that_are_newer_than_a_view_are_counted_and_not_read(url: str, ca
     shutil.copytree(hidden, url, dirs_exist_ok=True)
     assert len(kept(url)) == (SHARDS - 1) * ROWS
     assert "1 shards are newer than view mine and are not read" in caplog.text
-
-
-def damages(url: str) -> Iterator[tuple[Path, bytes]]:
-    [rows] = Path(url, "views/mine").glob("rows-*")
-    some = next(rows.iterdir())
-    table = pq.read_table(some)
-    other = pa.table({"key": table["key"].to_pylist()[::-1], "left_out": table["left_out"]}, schema=table.schema)
-    sink = pa.BufferOutputStream()
-    pq.write_table(other, sink)
-    yield some, sink.getvalue().to_pybytes()
-    yield some, b"PAR1"
-    [shards] = Path(url, "views/mine").glob("shards-*")
-    for name in ("view.json", shards.name):
-        path = Path(url, "views/mine", name)
-        yield path, path.read_bytes().replace(b'"seed": 0', b'"seed": 3')[: None if name == "view.json" else 40]
-
-
-def test_a_damaged_or_changed_view_is_one_error(url: str) -> None:
-    view_of(url, {"sample": 50})
-    for path, content in [*damages(url)]:
-        before = path.read_bytes()
-        path.write_bytes(content)
-        with pytest.raises(UserError, match=r"[Mm]ake (it|the view) again"):
-            kept(url)
-        path.write_bytes(before)
 
 
 def test_show_and_rows_find_the_samples_of_a_view_alone(url: str) -> None:

@@ -9,9 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import reinforce
 from reinforce.dataset.drop import drop, plan_drop
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.validate.validate import validate
+from reinforce.errors import UserError
 from tests.helpers.reinforced import flip
 from tests.helpers.views import as_version_1, make_view
 
@@ -44,6 +46,10 @@ def one_more(table: pa.Table) -> pa.Table:
     return table.set_column(1, table.schema.field(1), pa.array(changed, pa.string()))
 
 
+def reversed_keys(table: pa.Table) -> pa.Table:
+    return table.set_column(0, table.schema.field(0), table["key"].take([*range(len(table))[::-1]]))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -51,6 +57,7 @@ def one_more(table: pa.Table) -> pa.Table:
         (lambda url: write_rows(rows_file(url), one_more), "does not have the digest that the view states"),
         (lambda url: change_version_1(url, one_more), "view best keeps other rows of "),
         (lambda url: change_version_1(url, lambda table: table.slice(1)), "view best is of other samples of "),
+        (lambda url: change_version_1(url, reversed_keys), "view best is of other samples of "),
         (lambda url: flip(rows_file(url), "left_out"), "cannot be read"),
         (lambda url: next(url.glob("views/best/shards-*")).write_bytes(b"PAR1"), "does not have the digest that view"),
         (lambda url: as_version_1(url, "best").write_bytes(b"PAR1"), "shards.parquet cannot be read"),
@@ -62,13 +69,18 @@ def one_more(table: pa.Table) -> pa.Table:
         ),
     ],
 )
-def test_a_damaged_view_is_one_finding(viewed: Path, damage: Callable[[Path], object], message: str) -> None:
+def test_a_damaged_view_is_one_finding_and_is_not_read(
+    viewed: Path, damage: Callable[[Path], object], message: str
+) -> None:
     assert validate(str(viewed)).valid
     damage(viewed)
     found = validate(str(viewed))
     [finding] = found.findings
     assert message in finding.message
     assert (finding.kind, finding.layer, finding.at_fault) == ("view", "views/best", False)
+    if "keeps other rows" not in message:  # of which that version states no digest
+        with pytest.raises(UserError, match=r"[Mm]ake (it|the view) again"):
+            list(reinforce.open(str(viewed), view="best"))
 
 
 def test_a_view_of_a_dropped_layer_is_a_note(viewed: Path) -> None:
