@@ -35,15 +35,12 @@ class LimitError(UserError):
     """An expression takes more time or memory than it may."""
 
 
-class LimitedExpressions:
+class LimitedExpressions(contextlib.AbstractContextManager["LimitedExpressions"]):
     """Expressions over a dataset with this manifest. A context manager, which ends the process."""
 
     def __init__(self, manifest: Mapping[str, Any]) -> None:
         self._manifest, self._left, self._starts = manifest, SECONDS, 0
         self._started: tuple[subprocess.Popen[bytes], Connection] | None = None
-
-    def __enter__(self) -> LimitedExpressions:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._kill()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from reinforce.config import parse_config
@@ -70,6 +71,17 @@ def flip(path: Path, column: str, from_end: int = 0) -> None:
     content, size = bytearray(path.read_bytes()), leaf.total_compressed_size
     content[leaf.data_page_offset + (size - from_end if from_end else size // 2)] ^= 0x10
     path.write_bytes(content)
+
+
+def rewrite(path: Path, change: Callable[[pa.Table], pa.Table]) -> None:
+    """Write a file again with changed rows of the same columns, in its row groups, with its footer and checksums."""
+    file = pq.ParquetFile(path)
+    sizes = [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)]
+    table, start = change(file.read()).cast(file.schema_arrow), 0
+    with pq.ParquetWriter(path, file.schema_arrow, compression="none", write_page_checksum=True) as writer:
+        for rows in sizes:
+            writer.write_table(table.slice(start, rows), row_group_size=rows)
+            start += rows
 
 
 def fresh_dataset(config: dict[str, Any]) -> Path:

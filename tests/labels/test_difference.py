@@ -9,14 +9,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from reinforce.labels.difference import DatasetDiff, diff
 from reinforce.publishing.labels import export_labels
 from tests.helpers.commands import run_command
 from tests.helpers.data import config_of, members_of, picture, tree, write_tar
-from tests.helpers.reinforced import reinforce_here
+from tests.helpers.reinforced import reinforce_here, rewrite
 
 SIZES = (9, 4)
 
@@ -46,12 +45,14 @@ def compare(first: Path, second: Path, **options: Any) -> DatasetDiff:
 
 def change(dataset: Path, layer: str, column: str, value: Any) -> None:
     """Replace a column of the first row of a layer's first shard."""
-    path = min((dataset / layer).glob("*.parquet"))
-    table = pq.read_table(path)
-    values = table[column].combine_chunks()
-    changed = pa.concat_arrays([pa.array([value], values.type), values[1:]]) if not callable(value) else value(values)
-    at = table.schema.get_field_index(column)
-    pq.write_table(table.set_column(at, table.schema.field(at), changed), path, row_group_size=8)
+
+    def changed(table: pa.Table) -> pa.Table:
+        values = table[column].combine_chunks()
+        others = value(values) if callable(value) else pa.concat_arrays([pa.array([value], values.type), values[1:]])
+        at = table.schema.get_field_index(column)
+        return table.set_column(at, table.schema.field(at), others)
+
+    rewrite(min((dataset / layer).glob("*.parquet")), changed)
 
 
 def test_a_dataset_and_its_labels_are_equal(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -26,7 +26,7 @@ from reinforce.parquet.footers import RefusedFile
 from reinforce.selection import passes
 from reinforce.source.formats.base import Shard
 from reinforce.source.formats.dataset import FORMAT
-from tests.helpers.reinforced import small_dataset
+from tests.helpers.reinforced import rewrite, small_dataset
 from tests.helpers.views import as_version_1, make_view
 
 FLIPS = 60  # of each file; each is found
@@ -112,17 +112,6 @@ def test_every_flipped_bit_of_rows_and_of_their_digests_is_found(url: str, read:
             with pytest.raises((UserError, RefusedFile)):
                 read(url)
         path.write_bytes(content)
-
-
-def rewrite(path: Path, change: Callable[[pa.Table], pa.Table]) -> None:
-    """Replace a file by one with the same footer keys, row groups and page checksums, and other values."""
-    file = pq.ParquetFile(path)
-    sizes = [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)]
-    table, start = change(file.read()), 0
-    with pq.ParquetWriter(path, file.schema_arrow, compression="none", write_page_checksum=True) as writer:
-        for rows in sizes:
-            writer.write_table(table.slice(start, rows), row_group_size=rows)
-            start += rows
 
 
 def exchange_vectors(path: Path) -> None:

@@ -24,7 +24,7 @@ from reinforce.dataset.validate.validate import validate
 from reinforce.source.identity import read_state
 from tests.helpers.commands import printed_by
 from tests.helpers.data import config_of, members_of, picture, tree, write_tar
-from tests.helpers.reinforced import flip, reinforce_here, small_dataset
+from tests.helpers.reinforced import flip, reinforce_here, rewrite, small_dataset
 
 
 def test_a_sound_dataset_is_valid_and_not_written_to(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,12 +166,7 @@ def _change(path: str, *values: object) -> Callable[[Path, list[Path]], None]:
 def _rewrite(layer: str, change: Callable[[pa.Table], pa.Table]) -> Callable[[Path, list[Path]], None]:
     """Change the rows of a layer's first file, and keep its footer and checksums valid."""
 
-    def rewrite(dataset: Path, _: list[Path]) -> None:
-        path = sorted((dataset / layer).glob("*.parquet"))[0]
-        table = pq.read_table(path)
-        pq.write_table(change(table).cast(table.schema), path, compression="none", row_group_size=8)
-
-    return rewrite
+    return lambda dataset, _: rewrite(sorted((dataset / layer).glob("*.parquet"))[0], change)
 
 
 def _scaled(table: pa.Table) -> pa.Table:
@@ -190,12 +185,12 @@ def _flip(column: str, from_end: int = 0) -> Callable[[Path, list[Path]], None]:
 
 
 def _without(column: str) -> Callable[[Path, list[Path]], None]:
-    def rewrite(_: Path, files: list[Path]) -> None:
+    def drop(_: Path, files: list[Path]) -> None:
         table = pq.read_table(files[0])
         footer = pq.read_schema(files[0]).metadata
         pq.write_table(table.drop_columns([column]).replace_schema_metadata(footer), files[0], row_group_size=8)
 
-    return rewrite
+    return drop
 
 
 def _other_keys(table: pa.Table) -> pa.Table:

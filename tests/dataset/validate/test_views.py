@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 import reinforce
@@ -14,7 +13,7 @@ from reinforce.dataset.drop import drop, plan_drop
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.validate.validate import validate
 from reinforce.errors import UserError
-from tests.helpers.reinforced import flip
+from tests.helpers.reinforced import flip, rewrite
 from tests.helpers.views import as_version_1, make_view
 
 
@@ -29,14 +28,9 @@ def rows_file(url: Path) -> Path:
     return sorted(url.glob("views/best/rows-*/*"))[0]
 
 
-def write_rows(path: Path, change: Callable[[pa.Table], pa.Table]) -> None:
-    rows = pq.read_metadata(path).row_group(0).num_rows
-    pq.write_table(change(pq.read_table(path)), path, row_group_size=rows)
-
-
 def change_version_1(url: Path, change: Callable[[pa.Table], pa.Table]) -> None:
     as_version_1(url, "best")
-    write_rows(rows_file(url), change)
+    rewrite(rows_file(url), change)
 
 
 def one_more(table: pa.Table) -> pa.Table:
@@ -54,7 +48,7 @@ def reversed_keys(table: pa.Table) -> pa.Table:
     ("damage", "message"),
     [
         (lambda url: rows_file(url).unlink(), "view best has no rows of "),
-        (lambda url: write_rows(rows_file(url), one_more), "does not have the digest that the view states"),
+        (lambda url: rewrite(rows_file(url), one_more), "does not have the digest that the view states"),
         (lambda url: change_version_1(url, one_more), "view best keeps other rows of "),
         (lambda url: change_version_1(url, lambda table: table.slice(1)), "view best is of other samples of "),
         (lambda url: change_version_1(url, reversed_keys), "view best is of other samples of "),
