@@ -22,8 +22,11 @@ def read_samples(shard: Shard, spec: Input, budget: ReadBudget | None = None) ->
     In tables each row is a sample; a key that occurs again is refused. ``budget`` bounds what is read of a tar; of the
     other formats little is read before the first sample.
     """
-    samples = find_format(shard.format).read(shard, spec, budget)
-    yield from refusing_absent(shard.file, _with_images(samples, shard.file, spec))
+    format_ = find_format(shard.format)
+    samples = format_.read(shard, spec, budget)
+    if format_.is_table:
+        samples = _with_images(samples, shard.file, spec)
+    return refusing_absent(shard.file, samples)  # type: ignore[arg-type]  # only tables name files of images
 
 
 @dataclass(frozen=True)

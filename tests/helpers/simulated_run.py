@@ -11,7 +11,14 @@ from typing import TypeAlias
 
 from reinforce.config import Failures
 from reinforce.dataset.layers import Layer
-from reinforce.engine.driver.policy.decisions import Decision, EndedWorker, PauseWorker, Quarantine, ReplaceWorker
+from reinforce.engine.driver.policy.decisions import (
+    Decision,
+    EndedWorker,
+    PauseWorker,
+    Quarantine,
+    ReplaceWorker,
+    Requeue,
+)
 from reinforce.engine.driver.policy.failures import FailurePolicy
 from reinforce.engine.driver.shard_queue import ShardQueue
 from reinforce.engine.driver.worker_pool import Slot
@@ -114,7 +121,7 @@ class SimulatedRun:
         for slot in [slot for slot in self.slots if slot.id == worker]:
             self.replaced.append(worker)
             for ended in slot.leases.values():
-                self.queue.add(ended, first=True)
+                self.queue.put_back(Requeue(ended))
             slot.leases = {}
             self.policy.forget_worker(worker)
             self.policy.worker_replaced(worker, self.now)

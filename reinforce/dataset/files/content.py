@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from reinforce.dataset.files.layer_file import RefusedFile
-from reinforce.dataset.files.listing import list_states
+from reinforce.dataset.files.listing import list_folders
 from reinforce.dataset.files.store import Store
 from reinforce.errors import StorageError, UserError
 
@@ -28,7 +28,7 @@ Errors: TypeAlias = "Callable[[str], AbstractContextManager[None]]"
 def states_of(store: Store, layers: Iterable[str], shards: Sequence[str]) -> array[int]:
     """The state of the files of some layers together [shards]; 0 where one is missing, or its time is unknown."""
     names = pa.array(shards, pa.string())
-    listings = list_states(store, sorted(layers))
+    listings = list_folders(store, sorted(layers), states=True)
     known = np.logical_and.reduce([listing.has(names) for listing in listings.values()])
     states = np.stack([listing.aligned(names) for listing in listings.values()], axis=1)
     known &= (states != 0).all(axis=1)

@@ -155,22 +155,15 @@ class Listing(Mapping[str, int]):
         return place if place < len(self) and self.names[place].as_py() == name else None
 
 
-def list_states(storage: Storage, folders: Iterable[str]) -> dict[str, Listing]:
-    """Listings whose numbers are not bytes but hashes of the size and the ETag, or modification time, of each file.
-
-    Equal hashes mean the same content. A number is 0 where the storage states no time.
-    """
-    return list_folders(storage, folders, states=True)
-
-
 def list_folders(
     storage: Storage, folders: Iterable[str], known: Listing | None = None, states: bool = False
 ) -> dict[str, Listing]:
     """List the Parquet files of some folders side by side. A folder that does not exist has none.
 
     ``known`` are shards that large folders probably have. A folder of S3 is then listed in several ranges at once,
-    since the pages of one range follow each other; the result does not depend on them. ``states`` is as in
-    ``list_states``.
+    since the pages of one range follow each other; the result does not depend on them. With ``states``, the numbers
+    are not bytes but hashes of the size and the ETag, or modification time, of each file: equal ones mean the same
+    content, and 0 that the storage states no time.
     """
     folders = list(folders)
     if not storage.local:

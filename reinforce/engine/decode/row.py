@@ -238,13 +238,11 @@ def _write(cells: PixelCells, row: Row, image: Image, augmentations: Sequence[Au
 def _left_out(config: Config, raw: RawSample, metadata: str | None) -> Iterator[Refusal]:
     """The sidecars that the config reads and that this sample has, but that cannot be used."""
     fields = [field.partition(":") for field in config.input.captions]
-    keeps_metadata = config.input.metadata != "none"
-    for extension in sorted({extension for extension, _, _ in fields} | ({"json"} if keeps_metadata else set())):
+    of_metadata = set() if config.input.metadata == "none" else {"json"}
+    for extension in sorted(of_metadata | {extension for extension, _, _ in fields}):
         if extension in raw.left_out:
             yield raw.left_out[extension]
-    for extension in sorted(
-        {extension for extension, is_json, _ in fields if is_json} | ({"json"} if keeps_metadata else set())
-    ):
+    for extension in sorted(of_metadata | {extension for extension, is_json, _ in fields if is_json}):
         data = raw.all_sidecars.get(extension)
         if data is None or (extension == "json" and metadata is not None):
             continue

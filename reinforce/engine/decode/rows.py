@@ -82,7 +82,9 @@ def rows_from_source(
     vectors = max(config.augmentations.count, config.input.captions_per_sample or 1)
     grouping = _Grouping(max_group_rows(vectors, group_rows))
     seen: set[str] = set()  # keys of labels: several samples of the source may match one
-    for row in decode_ahead(lease, _source_rows(_read_samples(config, shard), labels), window):
+    samples = _read_samples(config, shard)
+    rows = _labelled_rows(samples, labels) if labels.sets else map(_unlabelled, samples)
+    for row in decode_ahead(lease, rows, window):
         if isinstance(row, Refusal):
             yield row
             continue
@@ -122,11 +124,9 @@ def _read_samples(config: Config, shard: Shard) -> Iterator[RawSample | Refusal]
     """The samples of a shard; with images by reference, only those whose images can be read again."""
     items = read_samples(shard, config.input)
     if config.embeds_images or find_format(shard.format).has_offsets:
-        yield from items
-        return
+        return items
     roots = _image_roots(config, shard)
-    for item in items:
-        yield item if isinstance(item, Refusal) else _referenced(item, roots, config)
+    return (item if isinstance(item, Refusal) else _referenced(item, roots, config) for item in items)
 
 
 def _referenced(item: RawSample, roots: ImageRoots, config: Config) -> RawSample | Refusal:
@@ -166,11 +166,12 @@ class _Grouping:
         return self._group
 
 
-def _source_rows(samples: Iterable[RawSample | Refusal], labels: LabelReader) -> Iterator[Row | Refusal]:
+def _unlabelled(sample: RawSample | Refusal) -> Row | Refusal:
+    return sample if isinstance(sample, Refusal) else Row(sample.key, sample=sample)
+
+
+def _labelled_rows(samples: Iterable[RawSample | Refusal], labels: LabelReader) -> Iterator[Row | Refusal]:
     """The samples of a source, with labels some at a time; those that labels refuse as their refusals."""
-    if not labels.sets:
-        yield from (one if isinstance(one, Refusal) else Row(one.key, sample=one) for one in samples)
-        return
     waiting: list[RawSample | Refusal] = []
     size = 0
     for item in itertools.chain(samples, [None]):

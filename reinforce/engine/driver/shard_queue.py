@@ -46,33 +46,21 @@ class ShardQueue:
         """Whether ``hand_out`` needs busy workers as well as those that can take a lease."""
         return bool(self._suspects or self._retries or self._delayed) or self._draining
 
-    def add(self, shard: PendingShard, first: bool = False) -> None:
-        if first:
-            self._ready.appendleft(shard)
-        else:
-            self._ready.append(shard)
+    def put_back(self, decision: Decision, tried: Tried = frozenset()) -> None:
+        """Queue what is left to do of a shard after a decision; the workers of ``tried`` have failed at it.
 
-    def put_back(self, decision: Decision, tried: Tried) -> None:
-        """Queue what is left to do of a shard after a decision; the workers of ``tried`` have failed at it."""
+        A retry goes to another node than theirs, or at least to another worker, if there is one; a suspect to another
+        node if a worker is idle there.
+        """
         match decision:
             case Retry(shard, at):
-                self.add_delayed(shard, at, tried)
+                heapq.heappush(self._delayed, (at, next(self._order), shard, tried))
             case Requeue(shard):
-                self.add(shard, first=True)
+                self._ready.appendleft(shard)
             case RunAlone(shard):
-                self.add_suspect(shard, tried)
+                self._suspects.append((shard, tried))
             case Quarantine(rest=PendingShard() as rest):
-                self.add(rest)
-
-    def add_delayed(self, shard: PendingShard, at: float, tried: Tried = frozenset()) -> None:
-        """Add a shard that is not leased before time ``at``. It goes to another node than those of the workers that
-        have ``tried`` it, or at least to another worker, if there is one."""
-        heapq.heappush(self._delayed, (at, next(self._order), shard, tried))
-
-    def add_suspect(self, shard: PendingShard, tried: Tried = frozenset()) -> None:
-        """Add a shard that is leased only to a worker without other leases, on another node than those of ``tried`` if
-        a worker is idle there."""
-        self._suspects.append((shard, tried))
+                self._ready.append(rest)
 
     def pause(self, worker: WorkerId, until: float) -> None:
         """Lease nothing to a worker before time ``until``."""

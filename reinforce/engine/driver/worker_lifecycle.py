@@ -12,7 +12,7 @@ import ray
 from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayError, RayTaskError
 
 from reinforce.cluster import cause_of, is_node_lost
-from reinforce.engine.driver.policy.decisions import EndedWorker, PauseWorker, ReplaceWorker
+from reinforce.engine.driver.policy.decisions import EndedWorker, PauseWorker, ReplaceWorker, Requeue
 from reinforce.engine.driver.policy.failures import error_text
 from reinforce.engine.driver.policy.hangs import Hang, StallLimits, find_hang, find_silence, silence_limit
 from reinforce.engine.driver.state import RunState
@@ -103,7 +103,7 @@ class WorkerLifecycle:
         self._events.add("worker_replaced", node=node, pid=pid, failures=failures, reason=reason)
         self._state.log(f"a worker is replaced, {worker.id}: {reason}")
         for shard in worker.shards:
-            self._state.queue.add(shard, first=True)
+            self._state.queue.put_back(Requeue(shard))
             self._state.totals.retries[WORKER_LOST] += 1
         self._policy.worker_replaced(worker.id, time.monotonic())
 

@@ -69,15 +69,7 @@ def read_shard(url: str, limits: Limits, images: bool = True) -> Iterator[RawSam
     With ``images=False`` only sidecars are read, and samples need no image.
     Raises the storage's other errors (timeouts, lost connections), for which the shard can be retried.
     """
-    yield from refusing_absent(url, _read_tar(url, limits, images))
-
-
-def _read_tar(
-    url: str, limits: Limits, images: bool = True, budget: ReadBudget | None = None
-) -> Iterator[RawSample | Refusal]:
-    with open_stream(url) as (stream, size):
-        bounded = stream if budget is None else _BoundedStream(stream, budget)
-        yield from _samples(bounded, size, limits, images)
+    return refusing_absent(url, _read_tar(url, limits, images))
 
 
 def sample_of_files(key: str, files: Iterable[tuple[str, File]], limits: Limits) -> Iterator[RawSample | Refusal]:
@@ -270,21 +262,24 @@ def _start(extension: str) -> str:
     return extension[: extension.rfind(".") + 1]
 
 
-def _samples(stream: Readable, size: int | None, limits: Limits, images: bool) -> Iterator[RawSample | Refusal]:
-    tar = _KeyedMembers(stream, size)
+def _read_tar(
+    url: str, limits: Limits, images: bool = True, budget: ReadBudget | None = None
+) -> Iterator[RawSample | Refusal]:
     complete: dict[bytes, bool] = {}  # by hash of the key: whether it made a complete sample
     split = 0
-    for key, run in itertools.groupby(tar, key=lambda item: item[0]):
-        digest = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest()
-        if len(complete) == limits.shard_samples and digest not in complete:
-            yield refused_rest(limits, repr(as_utf8(key)[:100]))
-            break
-        group = _Group(key, complete.get(digest), images)
-        for _, extension, member in run:
-            group.add(extension, member, limits)
-        yield from group.close(limits)
-        split += group.split
-        complete[digest] = bool(group.earlier or group.complete)
+    with open_stream(url) as (stream, size):
+        tar = _KeyedMembers(stream if budget is None else _BoundedStream(stream, budget), size)
+        for key, run in itertools.groupby(tar, key=lambda item: item[0]):
+            digest = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+            if len(complete) == limits.shard_samples and digest not in complete:
+                yield refused_rest(limits, repr(as_utf8(key)[:100]))
+                break
+            group = _Group(key, complete.get(digest), images)
+            for _, extension, member in run:
+                group.add(extension, member, limits)
+            yield from group.close(limits)
+            split += group.split
+            complete[digest] = bool(group.earlier or group.complete)
     yield from tar.refusals()
     if 2 * split > len(complete):
         yield Refusal(

@@ -7,12 +7,14 @@ import time
 import pytest
 
 from reinforce.config import Workers
+from reinforce.engine.driver.policy.decisions import Quarantine, Requeue, Retry, RunAlone
 from reinforce.engine.driver.reporter import job_id, worker_progress
 from reinforce.engine.driver.shard_queue import ShardQueue
 from reinforce.engine.driver.worker_pool import Slot, describe_workers
 from reinforce.engine.messages.pulse import LeasePulse, Pulse
 from reinforce.engine.messages.results import WorkerId, WorkerInfo
 from reinforce.engine.messages.task import PendingShard
+from schemas import Reason
 from tests.helpers.driver import Actor, pool_of, shard, started
 
 SHARD = shard("a")
@@ -161,23 +163,23 @@ def end(slot: Slot, name: str) -> None:
 
 def test_each_worker_gets_two_shards_in_turns_and_one_added_first_is_leased_first() -> None:
     queue = ShardQueue(SHARDS[:5])
-    queue.add(SHARDS[5], first=True)
-    queue.add(SHARDS[6])
+    queue.put_back(Requeue(SHARDS[5]))
+    queue.put_back(Quarantine(SHARDS[7], "samples", Reason.SHARD_FAILED, "", SHARDS[6], 1))
     assert hand_out(queue, started(), started()) == ["fb", "ac"]
     assert len(queue) == 3
 
 
 def test_a_delayed_shard_is_leased_at_its_time() -> None:
     queue, slot = ShardQueue([]), started()
-    queue.add_delayed(SHARDS[0], at=10.0)
-    queue.add_delayed(SHARDS[1], at=5.0)
+    queue.put_back(Retry(SHARDS[0], 10.0, 1))
+    queue.put_back(Retry(SHARDS[1], 5.0, 1))
     found = [(*hand_out(queue, slot, now=now), len(queue)) for now in (4.9, 5.0, 10.0)]
     assert found == [("", 2), ("b", 1), ("ba", 0)]
 
 
 def test_a_suspect_runs_alone_in_an_idle_worker() -> None:
     queue, slots = ShardQueue(SHARDS[:4]), [started(), started()]
-    queue.add_suspect(SHARDS[7])
+    queue.put_back(RunAlone(SHARDS[7]))
     for _ in range(2):
         assert hand_out(queue, *slots) == ["h", "ab"]
         assert [slot.alone for slot in slots] == [True, False]
@@ -186,7 +188,7 @@ def test_a_suspect_runs_alone_in_an_idle_worker() -> None:
 def test_a_busy_worker_is_drained_for_each_suspect_until_it_runs_it_alone_or_another_worker_takes_it() -> None:
     queue, slots = ShardQueue(SHARDS), [started(), started()]
     hand_out(queue, *slots)
-    queue.add_suspect(shard("s"))
+    queue.put_back(RunAlone(shard("s")))
     end(slots[0], "a")
     end(slots[1], "b")
     assert hand_out(queue, *slots) == ["c", "de"], "the first is drained, the second continues"
@@ -195,7 +197,7 @@ def test_a_busy_worker_is_drained_for_each_suspect_until_it_runs_it_alone_or_ano
     assert [slot.alone for slot in slots] == [True, False]
     end(slots[0], "s")
     assert hand_out(queue, *slots) == ["fg", "de"]
-    queue.add_suspect(shard("t"))
+    queue.put_back(RunAlone(shard("t")))
     hand_out(queue, *slots)
     assert slots[0].draining
     slots.append(started())
@@ -206,23 +208,23 @@ def test_a_busy_worker_is_drained_for_each_suspect_until_it_runs_it_alone_or_ano
 def test_a_retry_waits_for_another_node_else_goes_to_another_worker_and_to_the_same_if_there_is_no_other() -> None:
     queue, slots = ShardQueue(SHARDS[:1]), [started("x", 1), started("x", 2), started("y", 3)]
     slots[2].leases = {1: SHARDS[5], 2: SHARDS[6]}
-    queue.add_delayed(SHARDS[7], 0.0, TRIED)
+    queue.put_back(Retry(SHARDS[7], 0.0, 1), TRIED)
     assert hand_out(queue, *slots, now=1.0) == ["a", "", "fg"]
     assert len(queue) == 1
     end(slots[2], "f")
     assert hand_out(queue, *slots, now=1.0) == ["a", "", "gh"]
-    queue.add_delayed(SHARDS[1], 0.0, TRIED)
+    queue.put_back(Retry(SHARDS[1], 0.0, 1), TRIED)
     assert hand_out(queue, *slots[:2], now=1.0) == ["a", "b"], "there is one node"
-    queue.add_delayed(SHARDS[2], 0.0, TRIED)
+    queue.put_back(Retry(SHARDS[2], 0.0, 1), TRIED)
     assert hand_out(queue, slots[0], now=1.0) == ["ac"]
 
 
 def test_a_retry_goes_to_no_worker_at_which_the_last_lease_failed_while_there_are_others() -> None:
     queue, slots = ShardQueue([]), [started("y", 2), started("z", 3)]
-    queue.add_delayed(SHARDS[0], 0.0, TRIED)
+    queue.put_back(Retry(SHARDS[0], 0.0, 1), TRIED)
     queue.hand_out(slots, lease, 1.0, failing={slots[0].id})
     assert [len(slot.leases) for slot in slots] == [0, 1]
-    queue.add_delayed(SHARDS[1], 0.0, TRIED)
+    queue.put_back(Retry(SHARDS[1], 0.0, 1), TRIED)
     queue.hand_out(slots, lease, 1.0, failing={slot.id for slot in slots})
     assert [len(slot.leases) for slot in slots] == [1, 1]
 
@@ -230,7 +232,7 @@ def test_a_retry_goes_to_no_worker_at_which_the_last_lease_failed_while_there_ar
 def test_a_suspect_prefers_another_node_and_does_not_wait_for_it() -> None:
     queue = ShardQueue([])
     for number in range(2):
-        queue.add_suspect(SHARDS[number], TRIED)
+        queue.put_back(RunAlone(SHARDS[number]), TRIED)
     assert hand_out(queue, started("y", 3), started("x", 1), now=1.0) == ["a", "b"]
 
 
@@ -246,8 +248,8 @@ def test_a_worker_gets_no_lease_during_a_pause_or_once_it_must_be_restarted() ->
 
 def test_a_worker_on_a_drained_node_is_no_place_for_retries_or_suspects() -> None:
     leaving, here, queue = started("y", leaving=True), started("x"), ShardQueue([])
-    queue.add_delayed(SHARDS[0], 0.0, frozenset({WorkerId("x", 2)}))
-    queue.add_suspect(SHARDS[1], TRIED)
+    queue.put_back(Retry(SHARDS[0], 0.0, 1), frozenset({WorkerId("x", 2)}))
+    queue.put_back(RunAlone(SHARDS[1]), TRIED)
     assert hand_out(queue, leaving, here, now=1.0) == ["", "b"]
     end(here, "b")
     assert hand_out(queue, leaving, here, now=1.0) == ["", "a"]
