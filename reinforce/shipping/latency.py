@@ -141,25 +141,24 @@ def _prepare(
     clip = reparameterize(random_model(architecture, image_size=size))
     image = image_spec(open_clip.get_model_preprocess_cfg(clip))
     exported = split_towers(clip, image, Tokenizer(architecture)([_TEXT]))
-    one, all_ = ([tower.example(count) for tower in exported] for count in (1, batch))
-    pixels = to_pixels(all_[0], image)
-    encoders = {"image": lambda: clip.encode_image(pixels), "text": lambda: clip.encode_text(all_[1])}
-    counted = {
-        "image": lambda: clip.encode_image(to_pixels(one[0], image)),
-        "text": lambda: clip.encode_text(one[1]),
-    }
+    tokens = exported[1].example(1)
+
+    def encoders(count: int) -> dict[str, Callable[[], object]]:
+        pixels, texts = to_pixels(exported[0].example(count), image), exported[1].example(count)
+        return {"image": lambda: clip.encode_image(pixels), "text": lambda: clip.encode_text(texts)}
+
     counts = count_parameters(clip)
     about: dict[str, Any] = {
         "image size": [image.height, image.width],
-        "context length": one[1].shape[1],
+        "context length": tokens.shape[1],
         "parameters": {**counts, "total": sum(counts.values())},
-        "gflop": {side: counted_flops(run) / 1e9 for side, run in counted.items()},
+        "gflop": {side: counted_flops(run) / 1e9 for side, run in encoders(1).items()},
         "milliseconds": {},
     }
     return (
         about,
         exported,
-        [TimedTower(name, TORCH, side, torch.inference_mode()(run)) for side, run in encoders.items()],
+        [TimedTower(name, TORCH, side, torch.inference_mode()(run)) for side, run in encoders(batch).items()],
     )
 
 

@@ -13,7 +13,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from reinforce.errors import UserError
 from reinforce.source.urls import Info, canonical, filesystem
-from reinforce.source.whole_reads import open_whole, watching_opened
+from reinforce.source.whole_reads import open_whole, read_up_to, watching_opened
 
 _HEAD_BYTES = 64 * 2**10  # holds the headers of the first members, and most of the first image
 _STAMPS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified")
@@ -112,7 +112,7 @@ def read_state(url: str) -> SourceState:
     """Read the state of a source file with one request for its first bytes. Raises what the storage raises."""
     fs, path = filesystem(url)
     with open_whole(fs, path, block_size=_HEAD_BYTES, cache_type="none") as file:
-        return replace(listed_state(_listed(fs, path, file)), head=_hash(_read(file)))
+        return replace(listed_state(_listed(fs, path, file)), head=_hash(read_up_to(file, _HEAD_BYTES)))
 
 
 def _listed(fs: Any, path: str, file: Any) -> Info:
@@ -129,16 +129,9 @@ def _first_bytes(fs: Any, path: str, file: Any) -> bytes:
     """The first bytes of a file; an open one stays at its beginning."""
     if getattr(file, "size", None) is None:  # a stream, which cannot go back
         with fs.open(path, "rb") as other:
-            return _read(other)
-    data = _read(file)
+            return read_up_to(other, _HEAD_BYTES)
+    data = read_up_to(file, _HEAD_BYTES)
     file.seek(0)
-    return data
-
-
-def _read(file: Any) -> bytes:
-    data = b""
-    while len(data) < _HEAD_BYTES and (part := file.read(_HEAD_BYTES - len(data))):
-        data += part
     return data
 
 

@@ -14,6 +14,7 @@ from reinforce.source.linked_images.places import Places
 from reinforce.source.samples import Item, RawSample, ReadBudget, Refusal, UnreadSample, refusing_absent
 
 _MOST_CAPTIONS = 64  # of a sample, as in the config
+_FIRST_ROWS = 8
 
 
 def read_samples(shard: Shard, spec: Input, budget: ReadBudget | None = None) -> Iterator[RawSample | Refusal]:
@@ -45,8 +46,8 @@ class SeveralCaptions:
         return max(map(len, self.texts), default=0)
 
 
-def find_several(shard: Shard, spec: Input, samples: Sequence[RawSample], most: int = 8) -> SeveralCaptions:
-    """Find the captions of ``samples``, the first ones of a shard; of a table those of ``most``, without their images.
+def find_several(shard: Shard, spec: Input, samples: Sequence[RawSample]) -> SeveralCaptions:
+    """Find the captions of ``samples``, the first ones of a shard; of a table those of more, without their images.
 
     Raises the errors of the storage.
     """
@@ -55,7 +56,7 @@ def find_several(shard: Shard, spec: Input, samples: Sequence[RawSample], most: 
     format_ = find_format(shard.format)
     if format_.is_table:
         wide = spec.model_copy(update={"captions_per_sample": _MOST_CAPTIONS})
-        items = [*itertools.islice(format_.read(shard, wide), most)]
+        items = [*itertools.islice(format_.read(shard, wide), _FIRST_ROWS)]
         apart = spec.model_copy(update={"captions_per_sample": None, "key": None})
         images = [_image(item) for item in itertools.islice(format_.read(shard, apart), 2)]
         rows = images[1:] == images[:1] != [None]

@@ -20,7 +20,7 @@ from reinforce.source.identity import current_url
 from reinforce.source.streams import BLOCK_BYTES, check_file
 from reinforce.source.tar import DamagedTar
 from reinforce.source.urls import canonical, compression, filesystem
-from reinforce.source.whole_reads import open_whole
+from reinforce.source.whole_reads import open_whole, read_up_to
 from reinforce.terminal import escape
 from schemas import Reason
 
@@ -213,14 +213,12 @@ def read_ranges(url: str, ranges: Iterable[tuple[int, int]]) -> Iterator[bytes]:
     with open_whole(fs, path, block_size=BLOCK_BYTES, cache_type="readahead") as file:
         for offset, length in ranges:
             file.seek(offset)
-            data = bytearray()
-            while len(data) < length and (part := file.read(length - len(data))):
-                data += part
+            data = read_up_to(file, length)
             if len(data) < length:
                 if offset + length <= (getattr(file, "size", None) or 0):
                     raise OSError(f"{canonical(url)}: the storage sent {len(data)} of {length} bytes at {offset}")
                 raise DamagedTar(offset + len(data), f"the file ends inside the {length} bytes at {offset}")
-            yield bytes(data)
+            yield data
 
 
 def referenced_images(

@@ -65,6 +65,14 @@ def open_whole(fs: Any, path: str, **options: Any) -> Any:
     return file
 
 
+def read_up_to(file: Any, size: int) -> bytes:
+    """Read ``size`` bytes of an open file, whose reads may return fewer, or all up to its end."""
+    data = bytearray()
+    while len(data) < size and (part := file.read(size - len(data))):
+        data += part
+    return bytes(data)
+
+
 def read_range(fs: Any, path: str, start: int, end: int) -> bytes:
     """Read the bytes of a file from ``start`` to ``end``, which it is known to have. Raises ShortRead."""
     return _read(lambda: fs.cat_file(path, start=start, end=end), end - start, path)

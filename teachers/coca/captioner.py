@@ -14,10 +14,8 @@ from teachers.coca.compiling import compile_steps
 from teachers.coca.decoder import CocaDecoder
 from teachers.coca.fixed_decoder import SIZES, FixedCocaDecoder
 from teachers.coca.network import CocaNetwork, check_decodable
-from teachers.decoding.decode import BEAMS, decode, draw
-from teachers.decoding.device_sampling import DeviceSampler
-from teachers.decoding.rules import DecodingRules
-from teachers.decoding.sampling import TokenChooser
+from teachers.decoding.captioner import DecodingCaptioner
+from teachers.decoding.decode import decode
 from teachers.fast_paths.frozen import freeze
 from teachers.open_clip import catalog
 from teachers.open_clip.teacher import image_spec, load_model, model_name
@@ -30,7 +28,7 @@ from teachers.spec import CaptionerSpec
 _MAX_ROWS, _MAX_CACHE_BYTES = SIZES[-1], 2 * GIB
 
 
-class CocaCaptioner:
+class CocaCaptioner(DecodingCaptioner):
     """A CoCa of open_clip as a captioner.
 
     Raises ValueError or FileNotFoundError for a wrong spec or a model that cannot caption.
@@ -42,9 +40,6 @@ class CocaCaptioner:
         check_model(spec, model)
         check_max_length(spec, model)
         self.image = image_spec(open_clip.get_model_preprocess_cfg(model))
-        self.captions = spec.captions
-        self._spec = spec
-        self._accelerator = accelerator
         self._tokens = Vocabulary(open_clip.get_tokenizer(model_name(spec)))
         accelerator.prepare(model)
         # The rest of the model is released: both parts copy its weights to layouts of their own.
@@ -57,15 +52,8 @@ class CocaCaptioner:
             if packed
             else FixedCocaDecoder(network, accelerator, graphs=spec.compile is not False)
         )
-        self._rules = DecodingRules(
-            start=self._tokens.start,
-            end=self._tokens.end,
-            impossible=self._tokens.impossible(network.vocabulary_size).to(accelerator.device),
-            min_tokens=spec.min_length,
-            max_tokens=spec.max_length - 2,  # start and end count
-            repetition_penalty=spec.repetition_penalty,
-        )
-        self._sampler = None if packed or spec.strategy in BEAMS else DeviceSampler(self._rules, TokenChooser(spec))
+        impossible = self._tokens.impossible(network.vocabulary_size)
+        super().__init__(spec, accelerator, self._tokens.start, self._tokens.end, impossible, on_device=not packed)
         if isinstance(self._decoder, FixedCocaDecoder) and spec.compile:
             compile_steps(self._decoder, self._sampler, accelerator.precision, wanted=spec.compile is True)
 
@@ -74,25 +62,7 @@ class CocaCaptioner:
         """Whether images of several batches are decoded together, by ``encode`` and ``decode``."""
         return self._sampler is not None
 
-    @torch.inference_mode()
-    def caption(self, pixels: torch.Tensor, seeds: npt.NDArray[np.uint64]) -> list[list[str] | None]:
-        """Pixels float32 [B, 3, H, W] and seeds [B, captions] -> captions of each image, None if its logits are NaN.
-
-        Caption (b, n) is a function of image b and seeds[b, n], or of image b alone without sampling, up to the
-        rounding of matrix products, which may depend on the batch. Raises ValueError if the logits of all of several
-        images are NaN.
-        """
-        return self.to_texts(self.generate(pixels, seeds))
-
-    def draw(self, seeds: npt.NDArray[np.uint64]) -> npt.NDArray[Any]:
-        """What ``generate`` and ``decode`` take in place of seeds; needs no accelerator."""
-        return draw(seeds, self._rules, self._spec)
-
-    @torch.inference_mode()
-    def generate(self, pixels: torch.Tensor, seeds: npt.NDArray[Any]) -> list[list[list[int]] | None]:
-        """As ``caption``, but the tokens of each caption between start and end. ``seeds`` may be those of ``draw``."""
-        if seeds.shape[:2] != (len(pixels), self.captions):
-            raise ValueError(f"expected seeds of shape {(len(pixels), self.captions)}, got {seeds.shape}")
+    def _generate(self, pixels: torch.Tensor, seeds: npt.NDArray[Any]) -> list[list[list[int]] | None]:
         images = self.encode(pixels)
         if self.by_group:
             return self.decode(images.unbind(), seeds)
@@ -142,9 +112,8 @@ class CocaCaptioner:
         if isinstance(self._decoder, FixedCocaDecoder):
             self._decoder.release()
 
-    def to_texts(self, captions: Sequence[list[list[int]] | None]) -> list[list[str] | None]:
-        """Turn the tokens of ``generate`` into texts; needs no accelerator."""
-        return [None if tokens is None else [self._tokens.text(text) for text in tokens] for tokens in captions]
+    def _text(self, tokens: list[int]) -> str:
+        return self._tokens.text(tokens)
 
 
 class Vocabulary:

@@ -9,18 +9,14 @@ those of ``generate``.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import torch
 import transformers
 
-from teachers.decoding.decode import decode, draw
-from teachers.decoding.device_sampling import DeviceSampler
-from teachers.decoding.rules import DecodingRules
-from teachers.decoding.sampling import TokenChooser
+from teachers.decoding.captioner import DecodingCaptioner
+from teachers.decoding.decode import decode
 from teachers.protocols import Captioner
 from teachers.runtime.accelerator import Accelerator
 from teachers.runtime.memory import GIB, cache_bytes
@@ -38,7 +34,7 @@ _TOLERANCE = {"fp32": 1e-3, "tf32": 1e-2, "bf16": 5e-2, "fp16": 1e-2}
 _PROBE_TOKENS = 4
 
 
-class TransformersCaptioner:
+class TransformersCaptioner(DecodingCaptioner):
     """A model of transformers as a captioner. Raises ValueError for a wrong spec or an unsupported model."""
 
     def __init__(self, spec: CaptionerSpec, accelerator: Accelerator, model: CaptioningModel, tokenizer: Any) -> None:
@@ -46,39 +42,13 @@ class TransformersCaptioner:
             raise ValueError(
                 f"max_length {spec.max_length} exceeds the {model.max_length} tokens that {spec.model} can write"
             )
-        self.image, self.captions = model.image, spec.captions
-        self._spec, self._accelerator, self._model, self._tokenizer = spec, accelerator, model, tokenizer
-        self._rows, vocabulary = self._compare_with_generate()
-        self._rules = DecodingRules(
-            start=model.start,
-            end=model.ends[0],
-            impossible=impossible_tokens(tokenizer, model, vocabulary).to(accelerator.device),
-            min_tokens=spec.min_length,
-            max_tokens=spec.max_length - 2,  # start and end count
-            repetition_penalty=spec.repetition_penalty,
-        )
-        on_cpu = accelerator.device.type == "cpu"
-        self._sampler = None if on_cpu else DeviceSampler(self._rules, TokenChooser(spec))
+        self.image, self._model, self._tokenizer = model.image, model, tokenizer
+        self._rows, vocabulary = self._compare_with_generate(spec, accelerator)
+        impossible = impossible_tokens(tokenizer, model, vocabulary)
+        on_device = accelerator.device.type != "cpu"
+        super().__init__(spec, accelerator, model.start, model.ends[0], impossible, on_device)
 
-    @torch.inference_mode()
-    def caption(self, pixels: torch.Tensor, seeds: npt.NDArray[np.uint64]) -> list[list[str] | None]:
-        """Pixels float32 [B, 3, H, W] and seeds [B, captions] -> captions of each image.
-
-        Caption (b, n) is a function of image b and seeds[b, n], up to the rounding of matrix products, which may
-        depend on the batch. None for an image whose logits are not finite. Raises ValueError if no image has finite
-        logits.
-        """
-        return self.to_texts(self.generate(pixels, seeds))
-
-    def draw(self, seeds: npt.NDArray[np.uint64]) -> npt.NDArray[Any]:
-        """What ``generate`` takes in place of seeds; needs no accelerator."""
-        return draw(seeds, self._rules, self._spec)
-
-    @torch.inference_mode()
-    def generate(self, pixels: torch.Tensor, seeds: npt.NDArray[Any]) -> list[list[list[int]] | None]:
-        """As ``caption``, but the tokens of each caption. ``seeds`` may be those of ``draw``."""
-        if seeds.shape[:2] != (len(pixels), self.captions):
-            raise ValueError(f"expected seeds of shape {(len(pixels), self.captions)}, got {seeds.shape}")
+    def _generate(self, pixels: torch.Tensor, seeds: npt.NDArray[Any]) -> list[list[list[int]] | None]:
         images = max(1, self._rows // self._spec.rows_per_image)
         captions: list[list[list[int]] | None] = []
         for i in range(0, len(pixels), images):
@@ -86,24 +56,20 @@ class TransformersCaptioner:
             captions += decode(decoder, self._rules, self._spec, seeds[i : i + images], self._sampler)
         return captions
 
-    def to_texts(self, captions: Sequence[list[list[int]] | None]) -> list[list[str] | None]:
-        """Turn the tokens of ``generate`` into texts; needs no accelerator."""
-        return [None if tokens is None else [self._text(text) for text in tokens] for tokens in captions]
-
     def _text(self, tokens: list[int]) -> str:
         text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
         return text.strip()
 
     @torch.inference_mode()
-    def _compare_with_generate(self) -> tuple[int, int]:
+    def _compare_with_generate(self, spec: CaptionerSpec, accelerator: Accelerator) -> tuple[int, int]:
         """Caption a blank image here and by ``generate`` -> (rows to decode in parallel, size of the vocabulary).
 
         Raises ValueError if the logits differ. Cache layout and position counting have changed between versions of
         transformers, and a wrong one still writes fluent captions.
         """
-        model, spec, ends = self._model.model, self.image, self._model.ends
-        pixels = torch.zeros(1, 3, spec.height, spec.width, device=self._accelerator.device)
-        with self._accelerator.forward():
+        model, image, ends = self._model.model, self.image, self._model.ends
+        pixels = torch.zeros(1, 3, image.height, image.width, device=accelerator.device)
+        with accelerator.forward():
             reference = model.generate(
                 **self._model.inputs(pixels),
                 max_new_tokens=_PROBE_TOKENS,
@@ -123,7 +89,7 @@ class TransformersCaptioner:
                 difference = ((found - expected).abs().max() / expected.abs().max()).item()
                 if not math.isfinite(difference):
                     raise ValueError("logits are not finite: check the weights, or use `precision: bf16` or `fp32`")
-                if difference > _TOLERANCE[self._accelerator.precision]:
+                if difference > _TOLERANCE[accelerator.precision]:
                     raise ValueError(
                         f"{type(model).__name__} of transformers {transformers.__version__} gives other "
                         f"logits with its cache than in `generate` ({difference:.1%} apart at token {step + 1}): "
@@ -131,8 +97,8 @@ class TransformersCaptioner:
                     )
                 sizes.append(decoder.row_bytes())
         token_bytes = (sizes[-1] - sizes[0]) / (_PROBE_TOKENS - 1)
-        budget = cache_bytes(self._accelerator.device, _MAX_CACHE_BYTES)
-        rows = budget / (sizes[0] + token_bytes * self._spec.max_length)
+        budget = cache_bytes(accelerator.device, _MAX_CACHE_BYTES)
+        rows = budget / (sizes[0] + token_bytes * spec.max_length)
         return max(1, min(_MAX_ROWS, int(rows))), found.shape[-1]
 
 

@@ -43,12 +43,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(reinforce_here(config_of(f"{folder}/source/*.tar", folder / "out")))
 
 
-@pytest.fixture
-def dataset(made: Path, tmp_path: Path) -> Path:
-    """A copy that a test may change."""
-    return Path(shutil.copytree(made, tmp_path / "out"))
-
-
 def drop_layers(url: Path | str, *patterns: str) -> None:
     store = Store(str(url))
     drop(store, plan_drop(store, patterns))

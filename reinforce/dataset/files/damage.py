@@ -68,13 +68,10 @@ def find_damaged(
 
 
 def without_files(listings: Mapping[str, Listing], files: Sequence[DamagedFile]) -> dict[str, Listing]:
-    names: dict[str, list[str]] = {layer: [] for layer in listings}
+    names: dict[str, list[str]] = {}
     for file in files:
-        names[file.layer].append(file.shard)
-    return {
-        layer: listing.only(~listing.within(pa.array(names[layer], pa.string()))) if names[layer] else listing
-        for layer, listing in listings.items()
-    }
+        names.setdefault(file.layer, []).append(file.shard)
+    return {**listings, **{layer: listings[layer].without(shards) for layer, shards in names.items()}}
 
 
 def footer_damage(store: Store, layer: str, shard: str) -> str | None:

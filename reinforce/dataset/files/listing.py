@@ -132,6 +132,10 @@ class Listing(Mapping[str, int]):
         """The shards that a mask [len(self)] chooses."""
         return Listing(self.names.filter(pa.array(chosen)), self.sizes[chosen])
 
+    def without(self, names: Iterable[str]) -> Listing:
+        """The shards that are not among some names."""
+        return self.only(~self.within(names if isinstance(names, pa.StringArray) else pa.array(names, pa.string())))
+
     def sizes_of(self, names: Sequence[str]) -> npt.NDArray[np.int64]:
         """The bytes of the files of some listed shards [names]."""
         return self.aligned(pa.array(names, pa.string()))

@@ -148,8 +148,7 @@ class Store(Storage):
         files = self.listings(f"quarantine/{layer}" for layer in committed) if files is None else files
         found = {}
         for layer, listing in committed.items():
-            alone = files[f"quarantine/{layer}"]
-            alone = alone.only(~alone.within(listing.names))
+            alone = files[f"quarantine/{layer}"].without(listing.names)
             found[layer] = {
                 shard: any(row["key"] is None and row["reason"] in WHOLE_SHARD for row in rows)
                 for shard, rows in self.quarantined_rows(layer, alone, damaged)

@@ -261,7 +261,7 @@ class Driver:
         """The shards of a layer whose files were there, or were written by this run, and are not in its ``listing``."""
         written = Listing.of((name, 0) for name in self.committed.get(layer, ()))
         before = [written, self.plan.committed] if layer == SAMPLES else [written]
-        names = (name for one in before for name in one.only(~one.within(listing.names)))
+        names = (name for one in before for name in one.without(listing.names))
         return {name for name in names if self.store.is_missing(layer, name)}
 
     # -- leases that have ended

@@ -259,10 +259,9 @@ def _listed_sizes(
 
 
 def _not_in_source(names: pa.StringArray, committed: Listing, quarantine: Mapping[str, Collection[str]]) -> NotInSource:
-    finished = committed.only(~committed.within(names))
+    finished = committed.without(names)
     refused = {name: layer for layer, found in reversed([*quarantine.items()]) for name in found}
-    others = Listing.of((name, 0) for name in refused)
-    others = others.only(~others.within(names))
+    others = Listing.of((name, 0) for name in refused).without(names)
     first = next(iter(others), None)
     return NotInSource(
         len(finished), len(others), next(iter(finished), None), None if first is None else f"{refused[first]}/{first}"

@@ -39,10 +39,8 @@ class UnreadLabels:
         for shard, layers in self.replaced.items():
             for layer in layers:
                 names.setdefault(layer, []).append(shard)
-        return {
-            layer: listing.only(~listing.within(pa.array(names[layer], pa.string()))) if layer in names else listing
-            for layer, listing in committed.items()
-        }
+        kept = {layer: committed[layer].without(shards) for layer, shards in names.items() if layer in committed}
+        return {**committed, **kept}
 
 
 def find_unread(
