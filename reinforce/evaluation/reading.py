@@ -168,7 +168,7 @@ def list_shards(urls: str | Sequence[str], spec: Input) -> list[Shard]:
     format_ = source_format(found, spec.format)
     if not format_.is_listed:
         return [Shard(url, name, format_.name) for url, name in zip(found, shard_names(found), strict=True)]
-    lists = {url: b"".join(sample.line() for sample in format_.list_folder(url, spec).samples) for url in found}
+    lists = {url: b"".join(sample.line() for sample in format_.list_folder(url, spec)[0]) for url in found}
     return [Shard(f"{url.rstrip('/')}/all", format=format_.name, listing=lines) for url, lines in lists.items()]
 
 

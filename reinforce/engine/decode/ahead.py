@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import wait
 
 from reinforce.engine.decode.decode_pool import CellLease, RowChunk
-from reinforce.engine.decode.row import Decoded, Failed, Row
+from reinforce.engine.decode.row import Decoded, Row
 from reinforce.engine.messages.pulse import DECODING, READING
 from reinforce.source.samples import RawSample, Refusal
 
@@ -79,8 +79,8 @@ class _Ahead:
         with self._lease.watch.stage(DECODING, f"key {row.key!r}"):
             outcome = chunk.future.result()[number]
         self.bytes -= row.size
-        if isinstance(outcome, Failed):
-            raise RuntimeError(outcome.error)
+        if isinstance(outcome, str):
+            raise RuntimeError(outcome)
         assert row.cell is not None
         if isinstance(outcome, Refusal):
             if isinstance(row.sample, RawSample):

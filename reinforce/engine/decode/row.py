@@ -71,14 +71,8 @@ class Decoded:
     unlabelled: Mapping[str, Refusal] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Failed:
-    """An unexpected exception, as text."""
-
-    error: str
-
-
-Outcome: TypeAlias = "Decoded | Refusal | Failed"
+#: What a decode process returns for a row; a text is that of an unexpected exception.
+Outcome: TypeAlias = "Decoded | Refusal | str"
 _NOTHING = Decoded()
 
 
@@ -148,7 +142,7 @@ def decode_row(spec: DecodeSpec, cells: PixelCells, row: Row) -> Outcome:
             return _decode_new(spec, cells, row, row.sample)
         return _decode_stored(spec, cells, row, row.sample)
     except Exception as error:  # the parent raises it where the row's turn is
-        return Failed(f"{type(error).__name__}: {error}")
+        return f"{type(error).__name__}: {error}"
 
 
 def _decode_new(spec: DecodeSpec, cells: PixelCells, row: Row, raw: RawSample) -> Decoded | Refusal:

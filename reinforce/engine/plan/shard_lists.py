@@ -82,9 +82,9 @@ def folder_shards(folders: Sequence[str], config: Config, format_: SourceFormat)
                 break
             listed += _listed(store, name)
             result.urls.append(shard)
-        folder = format_.list_folder(url, config.input, canonical(config.output), listed)
-        result.notes.extend(folder.notes)
-        for content, at in zip(_blocks(folder.samples), itertools.count(number), strict=False):
+        samples, notes = format_.list_folder(url, config.input, canonical(config.output), listed)
+        result.notes.extend(notes)
+        for content, at in zip(_blocks(samples), itertools.count(number), strict=False):
             shard = f"{url.rstrip('/')}/block-{at:06d}"
             result.urls.append(shard)
             result.lists[shard_name(former_url(shard, config.moved))] = content

@@ -89,14 +89,6 @@ class ListedSample:
         return json.dumps({"key": self.key, "files": self.files, "row": self.row}, default=str).encode() + b"\n"
 
 
-@dataclass
-class ListedFolder:
-    """The new samples of a folder in the order of their paths, and notes on files that are left out."""
-
-    samples: Sequence[ListedSample]
-    notes: list[str]
-
-
 class SourceFormat:
     """One format of sources. The defaults are those of files that hold samples and cannot be divided."""
 
@@ -192,9 +184,12 @@ class SourceFormat:
 
     # Of folders.
 
-    def list_folder(self, url: str, spec: Input, output: str = "", listed: Sequence[ListedSample] = ()) -> ListedFolder:
+    def list_folder(
+        self, url: str, spec: Input, output: str = "", listed: Sequence[ListedSample] = ()
+    ) -> tuple[list[ListedSample], list[str]]:
         """List a folder with all folders in it, but hidden ones and ``output``, a canonical URL. Raises UserError.
 
-        ``listed`` are the samples of earlier lists, whose images are left out.
+        Returns the samples in the order of their paths, without those that are ``listed`` already, and notes on files
+        that are left out.
         """
         raise NotImplementedError

@@ -20,7 +20,7 @@ from reinforce.parquet.footers import RefusedFile
 from reinforce.processes.prefetch import prefetch
 from reinforce.source.captions import parse_json
 from reinforce.source.file_types import METADATA, foreign_name, is_image_name
-from reinforce.source.formats.base import ListedFolder, ListedSample, Shard, SourceFormat
+from reinforce.source.formats.base import ListedSample, Shard, SourceFormat
 from reinforce.source.formats.columns import Columns, NoColumn, RowReader, add_captions, find_columns
 from reinforce.source.formats.lines import BrokenRow, LinesFormat
 from reinforce.source.formats.parquet import Parquet, ParquetFile, is_binary
@@ -54,7 +54,9 @@ class Folder(SourceFormat):
     def items(self, shard: Shard, spec: Input) -> Iterator[Item]:
         return _read_list(shard.lines(), shard.folder, spec)
 
-    def list_folder(self, url: str, spec: Input, output: str = "", listed: Sequence[ListedSample] = ()) -> ListedFolder:
+    def list_folder(
+        self, url: str, spec: Input, output: str = "", listed: Sequence[ListedSample] = ()
+    ) -> tuple[list[ListedSample], list[str]]:
         root = url.rstrip("/")
         own = f"{output.removeprefix(canonical(root) + '/')}/"
         sizes = {path: size for path, size in _files(root).items() if not path.startswith(own)}
@@ -73,7 +75,7 @@ class Folder(SourceFormat):
         if late := [path for path in images if path in known and path not in before]:
             count, shown = plural(len(late), "image"), canonical(f"{root}/{late[0]}")
             notes.append(f"source: {count} that an earlier version left out become samples, such as {shown}")
-        return ListedFolder(new, notes)
+        return new, notes
 
 
 def _sort_files(paths: Iterable[str], wanted: Collection[str]) -> tuple[list[str], list[str], list[str], list[str]]:
