@@ -93,12 +93,17 @@ class Student(torch.nn.Module):
         self.train(self.training)
 
     def freeze(self, towers: Sequence[str], texts: bool = True) -> None:
-        """Let towers keep their weights and batch statistics. Raises UserError if they are random.
+        """Let towers keep their weights and batch statistics. Raises UserError if they are random, or if none is left.
 
         Without ``texts``, the text tower and the logit scale are not trained either, random or not.
         """
         if towers and not self.pretrained:
             raise UserError(f"student.freeze: {self.name} starts from random weights; set student.pretrained")
+        if not texts and "image" in towers:
+            raise UserError(
+                "student.freeze: with data.captions: none only the image tower is trained, so it cannot be frozen. "
+                "Remove `freeze`, or read captions."
+            )
         self.frozen = tuple(towers)
         for name, parameter in self.named_parameters():
             tower = self.tower_of(name)

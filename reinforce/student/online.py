@@ -42,11 +42,14 @@ def teacher_info(teacher: Teacher, spec: TeacherSpec, texts: bool = True) -> Tea
 @torch.no_grad()
 @determinism.inference()
 def add_targets(batch: Batch, teachers: Mapping[str, Teacher]) -> Batch:
-    """The batch with ``targets`` on its device, computed from its ``views`` and ``texts``; see ``batch.py``."""
+    """The batch with ``targets`` on its device, computed from its ``views`` and ``texts``; see ``batch.py``.
+
+    Stored targets of other models stay.
+    """
     device = batch["image"].device
-    targets: dict[str, dict[str, torch.Tensor]] = {}
+    targets: dict[str, dict[str, torch.Tensor]] = dict(batch.get("targets", {}))
     for name, teacher in teachers.items():
-        targets[name] = {}
+        targets[name] = dict(targets.get(name, {}))  # a classifier may have the name of a teacher
         if teacher.image is not None:
             targets[name][IMAGE] = _encode_images(teacher, batch["views"][name]).to(device)
         if callable(getattr(teacher, "encode_texts", None)):

@@ -86,7 +86,15 @@ def _agreed(section: str, found: Mapping[str, T], compared: Callable[[T], Any], 
 
 def _entries(section: str, names: Sequence[str] | None, url: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
     layers = {model_of(layer): layer for layer in manifest["layers"] if kind_of(layer).section == section}
-    return {name: manifest["layers"][layers[name]] for name in select_names(url, section, names, manifest)}
+    found = {name: manifest["layers"][layers[name]] for name in select_names(url, section, names, manifest)}
+    for name, entry in found.items():
+        _check_finished(url, layers[name], entry)
+    return found
+
+
+def _check_finished(url: str, what: str, entry: Mapping[str, Any]) -> None:
+    if entry["dim"] is None:
+        raise UserError(f"{url}: dataset.json has no dimension of {what}. Finish the run.")
 
 
 def _same_targets(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -104,6 +112,7 @@ def captioner_names(data: Data, url: str, manifest: Mapping[str, Any]) -> list[s
 
 def _stored_teacher(name: str, data: Data, url: str, manifest: Mapping[str, Any]) -> TeacherInfo:
     entry, layers = manifest["teachers"][name], manifest["layers"]
+    _check_finished(url, f"teacher {name}", entry)
     texts = () if data.captions == "none" else ("caption", *captioner_names(data, url, manifest))
     found = [what for what in texts if embeddings_layer(name, what) in layers]
     missing = [what for what in texts if what not in found]

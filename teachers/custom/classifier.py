@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from teachers.runtime.accelerator import Accelerator
 
 _HUB_PREFIX = "hf-hub:"
+#: Bounds of temperatures: with others, logits or their loss leave the range of float32.
+LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-3, 1e3
 
 
 class Classifier(Protocol):
@@ -67,7 +69,10 @@ class ClassifierSpec(ModelSpec):
     )
     k: int = Field(20, ge=1, le=4096, description="most likely classes that are stored, with their probabilities")
     temperature: float = Field(
-        1.0, gt=0, allow_inf_nan=False, description="by which logits are divided before the softmax"
+        1.0,
+        ge=LEAST_TEMPERATURE,
+        le=MOST_TEMPERATURE,
+        description="by which logits are divided before the softmax",
     )
     sees: Literal["crops", "image"] = Field(
         "crops", description="crops: each augmented image; image: the image as a whole, once"

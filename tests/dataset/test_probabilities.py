@@ -185,7 +185,7 @@ def test_a_model_of_timm_is_loaded_with_the_weights_of_a_file_and_its_own_prepro
         ({"class": None, "model": "net", "precision": "fp8"}, "set bf16 or auto"),
         ({"class": "Colors"}, "must be package.module:Class"),
         ({"pretrained": "x.pt"}, "`pretrained` belongs to `model`"),
-        ({"temperature": 0.0}, r"classifiers\.crops\.temperature: Input should be greater than 0"),
+        ({"temperature": 0.0}, r"classifiers\.crops\.temperature: Input should be greater than or equal to 0\.001"),
         ({"sees": "views"}, r"classifiers\.crops\.sees"),
     ],
 )
@@ -248,6 +248,18 @@ def test_rows_that_no_classifier_gives_are_found(
     assert wrong[message] == [False, True, False]
 
 
+def test_rows_that_are_no_distribution_are_not_trained_on() -> None:
+    layer, table = layer_of(6, 2, 5)
+    found = {name: np.array(getattr(read(table), name)) for name in ("classes", "values", "rest")}
+    found["values"][0], found["values"][1, 0, 0], found["rest"][2] = 0, np.nan, 1e38
+    found["rest"][0], found["values"][3, 0] = 0, (1.5, -0.5)
+    found["rest"][3] = 0
+    changed = table_of(layer, found["classes"], found["values"].astype(np.float16), found["rest"])
+    picked = layer.kind.pick(changed, np.zeros(6, np.intp))
+    assert [*picked.usable] == [False] * 4 + [True] * 2
+    assert picked.stored.all()
+
+
 def test_files_of_another_shape_than_dataset_json_states_are_found() -> None:
     layer, _ = layer_of(2, 3, 5)
     _, other = layer_of(2, 2, 5)
@@ -256,7 +268,8 @@ def test_files_of_another_shape_than_dataset_json_states_are_found() -> None:
     assert wrong.all()
     stated = {"classifier": "x", "count": 1, "top": 1, "dim": 5, "temperature": 1, "sees": "crops", "model": {}}
     layer.kind.check_entry(stated)
-    forged = (("top", 6), ("top", True), ("temperature", 0), ("temperature", float("nan")))
+    temperatures = [("temperature", wrong) for wrong in (0, True, 1e300, float("nan"))]
+    forged: list[tuple[str, Any]] = [("top", 6), ("top", True), *temperatures]
     for key, value in (*forged, ("classifier", 1), ("model", "x"), ("sees", [])):
         with pytest.raises(ValueError, match=f"{key} must be"):
             layer.kind.check_entry({**stated, key: value})

@@ -286,6 +286,8 @@ def test_a_frozen_tower_keeps_its_weights_and_statistics(tmp_path: Path) -> None
     assert {name.partition(".")[0] for name in changed} == {"text", "logit_scale"}
     with pytest.raises(UserError, match=r"student\.freeze: .* starts from random weights; set student\.pretrained"):
         build_student(StudentSpec(model=random, freeze=["image"]), seed=0)
+    with pytest.raises(UserError, match=r"student\.freeze: with data\.captions: none only the image tower is trained"):
+        build_student(StudentSpec(model=f"local-dir:{tmp_path / 'trained'}", freeze=["image"]), seed=0, texts=False)
 
 
 @pytest.mark.parametrize("kind", ["vit", "mobileclip"])

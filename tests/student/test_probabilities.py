@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,21 @@ def test_probabilities_are_learnt_beside_distillation_and_lambda_does_not_weigh_
     torch.testing.assert_close(plain["probabilities/near"], distilled["probabilities/near"])
 
 
+@pytest.mark.parametrize("changes", [{"learn_scales": True}, {"targets": "online", "interactive": 1.0}])
+def test_a_classifier_may_have_the_name_of_a_teacher(tmp_path: Path, changes: dict[str, Any]) -> None:
+    write_tar(tmp_path / "source" / "0.tar", members_of(0, 12))
+    made = config_of(f"{tmp_path}/source/*.tar", tmp_path / "made", classifiers={"red": {**COLORS, "k": 2}})
+    online = {"teachers": {"red": made["teachers"]["red"]}} if "targets" in changes else {}
+    loss = {**changes, **online, "probabilities": 1.0}
+    task, feed = build(config_for(tmp_path, reinforce_here(made), {}, loss=loss), Accelerator("cpu"))
+    batch = task.prepare(next(iter(feed.batches(0, 1, 8, 0))))
+    assert batch["targets"]["red"].keys() == {"image", "caption", "synthetic", "classes", "probabilities", "rest"}
+    encoded = task.model(batch)
+    losses = {**task.losses(encoded, batch), **encoded.losses}
+    assert losses.keys() >= {"distill/caption", "probabilities/red"}
+    assert all(loss.isfinite() for loss in losses.values())
+
+
 def test_classes_that_dataset_json_does_not_have_are_one_error_with_the_file(tmp_path: Path, alone: str) -> None:
     folder = Path(shutil.copytree(alone, tmp_path / "forged"))
     shutil.rmtree(folder / "index")  # a cache with the size of the file
@@ -127,8 +143,18 @@ def test_classes_that_dataset_json_does_not_have_are_one_error_with_the_file(tmp
         writer.write_table(table.set_column(1, table.schema.field("classes"), column), row_group_size=8)
     config = student_config(tmp_path, str(folder), data={"captions": "none"}, loss={"probabilities": 1.0})
     feed = build(config, Accelerator("cpu"))[1]
-    with pytest.raises(UserError, match="classes of the shard are not below 6"):
+    with pytest.raises(UserError, match=r"has classes of near\.by that are not from 0 to 5"):
         next(iter(feed.batches(0, 1, 8, 0)))
+
+
+def test_an_unfinished_classifier_is_named(tmp_path: Path, alone: str) -> None:
+    folder = Path(shutil.copytree(alone, tmp_path / "unfinished"))
+    manifest = json.loads((folder / "dataset.json").read_text())
+    manifest["layers"]["probabilities/near.by"]["dim"] = None
+    (folder / "dataset.json").write_text(json.dumps(manifest))
+    config = config_for(tmp_path, str(folder), {"captions": "none"}, loss={"probabilities": 1.0})
+    with pytest.raises(UserError, match=r"no dimension of probabilities/near\.by\. Finish the run"):
+        build(config, Accelerator("cpu"))
 
 
 def test_a_dataset_without_the_classifiers_that_a_training_needs_is_named(tmp_path: Path, alone: str) -> None:

@@ -24,6 +24,7 @@ from reinforce.dataset.layers import (
     compute_fingerprint,
     mapping_at,
 )
+from teachers.custom.classifier import LEAST_TEMPERATURE, MOST_TEMPERATURE
 
 if TYPE_CHECKING:
     from teachers.spec import ModelInfo
@@ -81,7 +82,7 @@ class ClassProbabilities(LayerKind):
     tensors: ClassVar = {"classes": 2, "probabilities": 2, "rest": 1}
     crops = True
     picks = "crop"
-    unusable = "NaN"
+    unusable = "no distribution"
 
     def layers(
         self, config: Config, infos: Mapping[tuple[str, str], ModelInfo], known: Mapping[str, Layer]
@@ -125,8 +126,8 @@ class ClassProbabilities(LayerKind):
         for key, right in (("classifier", str), ("model", Mapping), ("sees", str)):
             if not isinstance(entry[key], right):
                 raise ValueError(f"{key} must be a {right.__name__}")
-        if not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
-            raise ValueError("temperature must be a positive number")
+        if type(temperature) not in (int, float) or not LEAST_TEMPERATURE <= temperature <= MOST_TEMPERATURE:
+            raise ValueError(f"temperature must be a number from {LEAST_TEMPERATURE:g} to {MOST_TEMPERATURE:g}")
 
     def stored(self, name: str, entry: Mapping[str, Any]) -> Layer:
         return replace(super().stored(name, entry), recipe={key: entry[key] for key in ("model", *_SETTINGS)})
@@ -199,8 +200,9 @@ class ClassProbabilities(LayerKind):
         found = read(table)
         cell = np.arange(len(index)), index if found.rest.shape[1] > 1 else 0  # that of the image as a whole
         classes, values, rest = found.classes[cell], found.values[cell], found.rest[cell]
-        finite = np.isfinite(values).all(axis=1) & np.isfinite(rest)
-        return PickedValues((classes, values, rest), found.valid, found.valid & finite)
+        cells = np.concatenate([values, rest[:, None]], axis=1)
+        right = (cells >= 0).all(axis=1) & (np.abs(cells.sum(axis=1) - 1) <= _SUM_ERROR)
+        return PickedValues((classes, values, rest), found.valid, found.valid & right)
 
     def content(self, layer: Layer) -> str:
         return f"[{layer.count}, {layer.recipe['top']}] of {layer.dim} classes"

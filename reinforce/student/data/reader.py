@@ -166,7 +166,10 @@ class StreamedDataset:
             if target.below is not None:
                 values = [row.targets[place] for row in found.rows if row is not None]
                 if values and not 0 <= np.min(values) <= np.max(values) < target.below:
-                    raise UserError(f"{path}: {target.name} of the shard are not below {target.below}. Restore it.")
+                    raise UserError(
+                        f"{self.url}: shard {shard} has {target.name} of {target.model} that are not from 0 to "
+                        f"{target.below - 1:,}, as dataset.json states. `reinforce validate {self.url}` finds the file."
+                    )
         return found
 
 

@@ -9,6 +9,7 @@ import torch
 
 from reinforce.student.config import Loss
 from reinforce.student.loss import scale_losses
+from reinforce.student.teachers import CAPTION, IMAGE, SYNTHETIC
 from reinforce.student.terms.base import Models, Rows, Term, scale_name
 from reinforce.student.terms.pairs import find_scales
 
@@ -24,7 +25,11 @@ class Scales(Term):
 
     def losses(self, rows: Rows) -> dict[str, torch.Tensor]:
         learnt = {name: rows.scalars[scale_name(name)] for name in self.starts}
-        return scale_losses(learnt, rows.targets, rows.reduced)
+        vectors = {
+            name: {what: rows.targets[name][what] for what in (IMAGE, CAPTION, SYNTHETIC) if what in rows.targets[name]}
+            for name in self.starts  # a classifier of the same name has targets beside them
+        }
+        return scale_losses(learnt, vectors, rows.reduced)
 
 
 def make(loss: Loss, models: Models) -> Scales | None:
