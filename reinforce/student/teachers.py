@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -45,7 +45,7 @@ def stored_teachers(config: StudentConfig, manifests: Mapping[str, Mapping[str, 
     """
     known: dict[str, TeacherInfo] = {}
     names = {url: select_names(url, "teachers", config.data.teachers, manifest) for url, manifest in manifests.items()}
-    for name in _agreed("teachers", names, set):
+    for name in _agreed("teachers", names):
         infos = {url: _stored_teacher(name, config.data, url, manifest) for url, manifest in manifests.items()}
         (url, first), *others = infos.items()
         for other_url, other in others:
@@ -69,17 +69,27 @@ def stored_models(data: Data, manifests: Mapping[str, Mapping[str, Any]], sectio
     Raises UserError for one that ``data`` names and a dataset lacks, and for one that differs between the datasets.
     """
     found = {url: _entries(section, getattr(data, section), url, manifest) for url, manifest in manifests.items()}
-    return _agreed(section, found, _same_targets, ", or they store other values")
+    first = _agreed(section, found)
+    url = next(iter(found))
+    for other_url, other in found.items():
+        for name, entry in first.items():
+            one, two = _of_targets(entry), _of_targets(other[name])
+            if keys := [key for key in one | two if one.get(key) != two.get(key)]:
+                raise UserError(
+                    f"{section[:-1]} {name} has another {' and another '.join(keys)} in {other_url} than in {url}. "
+                    f"Name those to use under data.{section}."
+                )
+    return first
 
 
-def _agreed(section: str, found: Mapping[str, T], compared: Callable[[T], Any], why: str = "") -> T:
+def _agreed(section: str, found: Mapping[str, T]) -> T:
     """The models of a section that all datasets have; ``found`` are theirs by URL. Raises UserError if they differ."""
     (url, first), *others = found.items()
     for other_url, other in others:
-        if compared(other) != compared(first):
+        if set(other) != set(first):
             raise UserError(
                 f"the datasets have different {section}: {url} has {', '.join(first) or 'none'}, {other_url} has "
-                f"{', '.join(other) or 'none'}{why}. Name the {section} to use under data.{section}."
+                f"{', '.join(other) or 'none'}. Name the {section} to use under data.{section}."
             )
     return first
 
@@ -97,10 +107,9 @@ def _check_finished(url: str, what: str, entry: Mapping[str, Any]) -> None:
         raise UserError(f"{url}: dataset.json has no dimension of {what}. Finish the run.")
 
 
-def _same_targets(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The keys of entries that must be equal in all datasets: all but the models' identities and inputs."""
-    differing = ("fingerprint", "model", "code", "count", "sees")
-    return {name: {k: v for k, v in entry.items() if k not in differing} for name, entry in entries.items()}
+def _of_targets(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of an entry that must be equal in all datasets: all but the models' identities and inputs."""
+    return {k: v for k, v in entry.items() if k not in ("fingerprint", "model", "code", "count", "sees")}
 
 
 def captioner_names(data: Data, url: str, manifest: Mapping[str, Any]) -> list[str]:

@@ -161,9 +161,14 @@ def test_a_dataset_without_the_classifiers_that_a_training_needs_is_named(tmp_pa
     write_tar(tmp_path / "source" / "0.tar", members_of(0, 4))
     other = reinforce_here(config_of(f"{tmp_path}/source/*.tar", tmp_path / "made"))
     none = {"captions": "none", "teachers": []}
+    changed = str(shutil.copytree(alone, tmp_path / "changed"))
+    manifest = json.loads(Path(changed, "dataset.json").read_text())
+    manifest["layers"]["probabilities/near.by"] |= {"top": 2, "temperature": 3.0}
+    Path(changed, "dataset.json").write_text(json.dumps(manifest))
     cases: list[tuple[Any, dict[str, Any], str]] = [
         (other, none, "loss.probabilities needs layers probabilities/CLASSIFIER, and the datasets have none"),
         (alone, {**none, "classifiers": ["far"]}, "has no classifier 'far'; it has: near.by, whole"),
+        ([alone, changed], none, f"classifier near.by has another top and another temperature in {changed} than in"),
         ([alone, other], none, "the datasets have different classifiers: .* has near.by, whole, .* has none"),
         (alone, {}, "no teacher has vectors of both .* set data.captions to none"),
     ]
