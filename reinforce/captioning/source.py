@@ -59,6 +59,7 @@ FINGERPRINT = b"fingerprint"  # in the metadata of files in the output
 _ROWS = 1024  # of a part of a table or a folder, at least
 _READERS = 16
 _MOST_CAPTIONS = 64  # of a sample of a dataset
+_MOST_SAMPLES = 10_000_000  # of a shard by sizes.json
 
 _log = logging.getLogger(__name__)
 
@@ -245,13 +246,18 @@ def _divide(shard: Shard, where: str, sizes_of: dict[str, dict[str, int]]) -> It
 
 
 def _sizes_beside(folder: str) -> dict[str, int]:
-    """The samples of each shard by ``sizes.json`` in their folder, as webdataset's tools write it; none without it."""
+    """The samples of each shard by ``sizes.json`` in their folder, as webdataset's tools write it; none without it.
+
+    Numbers that no shard has are left out, so that these shards are counted.
+    """
     try:
         fs, path = filesystem(f"{folder}/sizes.json")
         found = json.loads(fs.cat_file(path))
     except Exception:  # each storage driver raises its own exceptions; the shards are counted then
         return {}
-    return {name: int(rows) for name, rows in found.items() if isinstance(rows, int)} if isinstance(found, dict) else {}
+    if not isinstance(found, dict):
+        return {}
+    return {name: rows for name, rows in found.items() if type(rows) is int and 0 <= rows <= _MOST_SAMPLES}
 
 
 def _state(shard: Shard) -> tuple[str, str]:

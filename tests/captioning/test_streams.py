@@ -162,6 +162,16 @@ def test_sizes_beside_tars_save_counting_and_surplus_ones_are_replaced(
     assert "unusable rows that were replaced: fewer samples than were counted: 4" in caplog.text
 
 
+@pytest.mark.parametrize("wrong", [-5, True, 10**30, 8.0])
+def test_shards_with_a_number_in_sizes_json_that_none_has_are_counted(
+    folder: Path, tmp_path: Path, wrong: object
+) -> None:
+    write_shards(tmp_path, 8, 8)
+    (tmp_path / "shards" / "sizes.json").write_text(json.dumps({"00000.tar": wrong, "00001.tar": 8}))
+    feed = feed_of(streams_config(tmp_path, held_out={"source": f"{folder}/shards/*.tar"}))
+    assert len({*keys_of(take(feed, 4))}) == feed.samples == 16
+
+
 def test_broken_images_are_replaced_by_others_counted_and_named(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

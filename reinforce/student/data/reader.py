@@ -115,7 +115,10 @@ class StreamedDataset:
     roots: ImageRoots = field(default_factory=ImageRoots)
     files: str = ""
     kept: KeptGroups = field(default_factory=KeptGroups, compare=False, repr=False)
-    hint: str = "Choose other `teachers` or `captioners` under `data`; `reinforce status` shows why rows are null."
+    hint: str = (
+        "Choose other models under `data`, or `captions: none` for images alone; `reinforce status` shows why rows are "
+        "null."
+    )
 
     @property
     def rows(self) -> int:
