@@ -123,7 +123,7 @@ def test_a_classifier_may_have_the_name_of_a_teacher(tmp_path: Path, changes: di
     made = config_of(f"{tmp_path}/source/*.tar", tmp_path / "made", classifiers={"red": {**COLORS, "k": 2}})
     online = {"teachers": {"red": made["teachers"]["red"]}} if "targets" in changes else {}
     loss = {**changes, **online, "probabilities": 1.0}
-    task, feed = build(config_for(tmp_path, reinforce_here(made), {}, loss=loss), Accelerator("cpu"))
+    task, feed = build(student_config(tmp_path, reinforce_here(made), loss=loss), Accelerator("cpu"))
     batch = task.prepare(next(iter(feed.batches(0, 1, 8, 0))))
     assert batch["targets"]["red"].keys() == {"image", "caption", "synthetic", "classes", "probabilities", "rest"}
     encoded = task.model(batch)
@@ -152,7 +152,7 @@ def test_an_unfinished_classifier_is_named(tmp_path: Path, alone: str) -> None:
     manifest = json.loads((folder / "dataset.json").read_text())
     manifest["layers"]["probabilities/near.by"]["dim"] = None
     (folder / "dataset.json").write_text(json.dumps(manifest))
-    config = config_for(tmp_path, str(folder), {"captions": "none"}, loss={"probabilities": 1.0})
+    config = student_config(tmp_path, str(folder), data={"captions": "none"}, loss={"probabilities": 1.0})
     with pytest.raises(UserError, match=r"no dimension of probabilities/near\.by\. Finish the run"):
         build(config, Accelerator("cpu"))
 
