@@ -98,13 +98,13 @@ def _entries(section: str, names: Sequence[str] | None, url: str, manifest: Mapp
     layers = {model_of(layer): layer for layer in manifest["layers"] if kind_of(layer).section == section}
     found = {name: manifest["layers"][layers[name]] for name in select_names(url, section, names, manifest)}
     for name, entry in found.items():
-        _check_finished(url, layers[name], entry)
+        if entry["dim"] is None:
+            raise _unfinished(url, layers[name])
     return found
 
 
-def _check_finished(url: str, what: str, entry: Mapping[str, Any]) -> None:
-    if entry["dim"] is None:
-        raise UserError(f"{url}: dataset.json has no dimension of {what}. Finish the run.")
+def _unfinished(url: str, what: str) -> UserError:
+    return UserError(f"{url}: dataset.json has no dimension of {what}. Finish the run.")
 
 
 def _of_targets(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,7 +121,6 @@ def captioner_names(data: Data, url: str, manifest: Mapping[str, Any]) -> list[s
 
 def _stored_teacher(name: str, data: Data, url: str, manifest: Mapping[str, Any]) -> TeacherInfo:
     entry, layers = manifest["teachers"][name], manifest["layers"]
-    _check_finished(url, f"teacher {name}", entry)
     texts = () if data.captions == "none" else ("caption", *captioner_names(data, url, manifest))
     found = [what for what in texts if embeddings_layer(name, what) in layers]
     missing = [what for what in texts if what not in found]
@@ -132,7 +131,12 @@ def _stored_teacher(name: str, data: Data, url: str, manifest: Mapping[str, Any]
         )
     sides = {IMAGES} if embeddings_layer(name, IMAGES) in layers else set()
     sides |= {TEXTS} if found else set()
-    return TeacherInfo(entry["dim"], frozenset(sides), entry["logit_scale"], f"dataset: {entry['logit_scale_from']}")
+    # Of published teachers, the layers alone state it.
+    dims = [entry["dim"], *(layers.get(embeddings_layer(name, what), {}).get("dim") for what in (IMAGES, *found))]
+    dim = next((dim for dim in dims if dim), None)
+    if dim is None:
+        raise _unfinished(url, f"teacher {name}")
+    return TeacherInfo(dim, frozenset(sides), entry["logit_scale"], f"dataset: {entry['logit_scale_from']}")
 
 
 def _describe(teacher: TeacherInfo) -> str:
