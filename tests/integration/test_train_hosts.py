@@ -58,8 +58,13 @@ supervisor._RECEIPT_SECONDS = 30.0
 train("stopped", lose_a_node_and_stop)
 nodes.append(cluster.add_node(num_cpus=1))
 train("lost", lose_a_node)
-groups = ray.util.placement_group_table().values()
-ended["groups"] = [group["state"] for group in groups if group["state"] != "REMOVED"]
+deadline = time.monotonic() + 30  # Ray removes groups in the background
+while True:
+    groups = ray.util.placement_group_table().values()
+    ended["groups"] = [group["state"] for group in groups if group["state"] != "REMOVED"]
+    if not ended["groups"] or time.monotonic() > deadline:
+        break
+    time.sleep(0.2)
 actors = ray._private.state.actors().values()
 ended["actors"] = [actor["ActorClassName"] for actor in actors if actor["State"] == "ALIVE"]
 print(json.dumps(ended))
