@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -24,9 +24,6 @@ from reinforce.cli.common import (
 )
 from reinforce.errors import UserError
 from reinforce.terminal import escape
-
-if TYPE_CHECKING:
-    pass
 
 export = typer.Typer(
     no_args_is_help=True,
