@@ -133,8 +133,8 @@ def _stored_teacher(name: str, data: Data, url: str, manifest: Mapping[str, Any]
     sides |= {TEXTS} if found else set()
     # Of published teachers, the layers alone state it.
     dims = [entry["dim"], *(layers.get(embeddings_layer(name, what), {}).get("dim") for what in (IMAGES, *found))]
-    dim = next((dim for dim in dims if dim), None)
-    if dim is None:
+    dim = next((dim for dim in dims if dim), 0)
+    if sides and not dim:
         raise _unfinished(url, f"teacher {name}")
     return TeacherInfo(dim, frozenset(sides), entry["logit_scale"], f"dataset: {entry['logit_scale_from']}")
 
