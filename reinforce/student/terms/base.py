@@ -92,6 +92,11 @@ def module_name(model: str) -> str:
     return model.replace(".", ",")
 
 
+def head_name(model: str, what: str) -> str:
+    """Name of the head that learns ``what`` of a model."""
+    return f"{module_name(model)}/{what}"
+
+
 def unit(vectors: torch.Tensor) -> torch.Tensor:
     """Vectors [..., D] at unit norm, in float32."""
     return normalize(vectors.float(), dim=-1)

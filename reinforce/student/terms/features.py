@@ -14,7 +14,7 @@ import torch
 
 from reinforce.student.config import Loss
 from reinforce.student.teachers import IMAGE, IMAGES, TEXTS, TeacherInfo
-from reinforce.student.terms.base import Models, Tensors, Term, module_name, unit
+from reinforce.student.terms.base import Models, Tensors, Term, head_name, unit
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Features(Term):
 
     def heads(self, width: int) -> Mapping[str, torch.nn.Module]:
         return {
-            _head_name(name, side): torch.nn.Linear(width, teacher.dim, bias=False)
+            head_name(name, side): torch.nn.Linear(width, teacher.dim, bias=False)
             for name, teacher in self.teachers.items()
             for side in sorted(teacher.sides)
         }
@@ -45,7 +45,7 @@ class Features(Term):
             distances = []
             for name, teacher in self.teachers.items():
                 if teacher.has(what):
-                    projected = unit(heads[_head_name(name, IMAGES if what == IMAGE else TEXTS)](rows))
+                    projected = unit(heads[head_name(name, IMAGES if what == IMAGE else TEXTS)](rows))
                     distances.append(1 - (projected * targets[name][what]).sum(dim=-1).mean())
             if distances:
                 losses[f"features/{what}"] = self.weight * torch.stack(distances).mean()
@@ -61,7 +61,3 @@ def make(loss: Loss, models: Models) -> Features | None:
         if teacher.sides and (every or (loss.features == "one-sided" and teacher.sides != {IMAGES, TEXTS}))
     }
     return Features(loss.lambda_ * loss.features_weight, teachers) if teachers and loss.lambda_ > 0 else None
-
-
-def _head_name(teacher: str, side: str) -> str:
-    return f"{module_name(teacher)}/{side}"

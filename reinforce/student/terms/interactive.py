@@ -20,7 +20,7 @@ from reinforce.student.chunks import Logits, cross_entropies
 from reinforce.student.config import Loss
 from reinforce.student.loss import full_precision
 from reinforce.student.teachers import CAPTION, IMAGE, IMAGES, SYNTHETIC, TEXTS, TeacherInfo
-from reinforce.student.terms.base import Models, Rows, Tensors, Term, module_name, unit
+from reinforce.student.terms.base import Models, Rows, Tensors, Term, head_name, unit
 from reinforce.training.distributed import gather
 from teachers.runtime.determinism import tf32
 
@@ -37,14 +37,14 @@ class Interactive(Term):
 
     def heads(self, width: int) -> Mapping[str, torch.nn.Module]:
         return {
-            _head_name(name, side): torch.nn.Linear(width, teacher.dim, bias=False)
+            head_name(name, f"interactive-{side}"): torch.nn.Linear(width, teacher.dim, bias=False)
             for name, teacher in self.teachers.items()
             for side in (IMAGES, TEXTS)
         }
 
     def projections(self, features: Tensors, heads: torch.nn.ModuleDict) -> dict[str, torch.Tensor]:
         return {
-            f"{name}/{what}": unit(heads[_head_name(name, IMAGES if what == IMAGE else TEXTS)](rows))
+            f"{name}/{what}": unit(heads[head_name(name, f"interactive-{IMAGES if what == IMAGE else TEXTS}")](rows))
             for name in self.teachers
             for what, rows in features.items()
         }
@@ -81,7 +81,3 @@ def _contrast(rows: Rows, teacher: str, own: str, other: str) -> torch.Tensor:
     logits = Logits(features, columns, rows.scalars["logit_scale"], None, gather.rank() * len(features))
     [loss] = cross_entropies("softmax", logits, [], True)
     return loss
-
-
-def _head_name(teacher: str, side: str) -> str:
-    return f"{module_name(teacher)}/interactive-{side}"

@@ -22,7 +22,7 @@ from reinforce.dataset.kinds.probabilities import probabilities_layer
 from reinforce.errors import UserError
 from reinforce.student.config import Loss
 from reinforce.student.teachers import IMAGE
-from reinforce.student.terms.base import Models, Tensors, Term, module_name
+from reinforce.student.terms.base import Models, Tensors, Term, head_name
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,9 @@ class Probabilities(Term):
         }
 
     def heads(self, width: int) -> Mapping[str, torch.nn.Module]:
-        return {_head_name(name): torch.nn.Linear(width, entry["dim"]) for name, entry in self.entries.items()}
+        return {
+            head_name(name, "classes"): torch.nn.Linear(width, entry["dim"]) for name, entry in self.entries.items()
+        }
 
     def losses_of_rows(
         self, features: Tensors, targets: Mapping[str, Tensors], heads: torch.nn.ModuleDict
@@ -48,7 +50,7 @@ class Probabilities(Term):
         losses = {}
         for name, entry in self.entries.items():
             temperature, stored = float(entry["temperature"]), targets[name]
-            logits = heads[_head_name(name)](math.sqrt(images.shape[1]) * images).float() / temperature
+            logits = heads[head_name(name, "classes")](math.sqrt(images.shape[1]) * images).float() / temperature
             found = divergence(logits, stored["classes"], stored["probabilities"], stored["rest"])
             losses[probabilities_layer(name)] = share * temperature**2 * found.mean()
         return losses
@@ -82,7 +84,3 @@ def divergence(
         stored = torch.cat([stored, rest[:, None]], dim=1)
     stored = stored / stored.sum(dim=1, keepdim=True)  # 1 up to the rounding of what is stored
     return (torch.special.xlogy(stored, stored) - stored * cells.log_softmax(dim=1)).sum(dim=1)
-
-
-def _head_name(classifier: str) -> str:
-    return f"{module_name(classifier)}/classes"
