@@ -10,6 +10,7 @@ import torch
 
 from reinforce.evaluation.classes import Template
 from reinforce.model_names import model_errors
+from teachers.fast_paths.usage import loading
 from teachers.open_clip.teacher import OpenClipTeacher
 from teachers.protocols import ImageSpec
 from teachers.runtime.accelerator import Accelerator, Precision
@@ -63,7 +64,7 @@ def load_encoders(
     torch.set_num_threads(min(torch.get_num_threads(), threads))  # torch ignores quotas of containers
     set_flags(device)
     for name, spec in specs.items():
-        with model_errors(name):
+        with model_errors(name), loading(name):
             accelerator = Accelerator(device, precision)
             teacher = OpenClipTeacher(TeacherSpec(model=spec.model, pretrained=spec.pretrained), accelerator)
         yield name, teacher, accelerator

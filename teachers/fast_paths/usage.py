@@ -1,0 +1,129 @@
+"""Whether a process uses fast paths, which of them each model has, and how often they really ran.
+
+A fast path has the name of the config key that turns it off, such as ``compile``. Each counts its own calls: a call is
+``used`` only where the fast code ran, not where it was asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+#: ``plain`` turns every fast path off, as ``accelerator: plain`` in a config does; ``fast`` is the default.
+VARIABLE = "REINFORCE_ACCELERATOR"
+_LOG = logging.getLogger(__name__)
+_model: ContextVar[str] = ContextVar("model", default="")
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Calls of one path of one model, by its name in the config.
+
+    ``asked``: the user set the path's key to true. ``used`` calls ran the fast code, ``plain`` calls the plain way.
+    ``reason`` is that of the first fallback, None without one.
+    """
+
+    model: str
+    path: str
+    asked: bool = False
+    used: int = 0
+    plain: int = 0
+    reason: str | None = None
+
+    def __add__(self, other: Usage) -> Usage:
+        """The sum of two counts of the same path, such as of two workers."""
+        calls = (self.used + other.used, self.plain + other.plain)
+        return Usage(self.model, self.path, self.asked or other.asked, *calls, self.reason or other.reason)
+
+
+class FastPath:
+    """A fast path of one model. Calls are counted in one thread at a time."""
+
+    def __init__(self, model: str, name: str, asked: bool) -> None:
+        self._usage = Usage(model, name, asked)
+        self._used = self._plain = 0
+        self._reason: str | None = None
+
+    def used(self, calls: int = 1) -> None:
+        """Count calls that ran the fast code."""
+        self._used += calls
+
+    def plain(self, calls: int = 1) -> None:
+        """Count calls that ran the plain way."""
+        self._plain += calls
+
+    def fall_back(self, reason: str) -> None:
+        """Log a warning, and keep the first reason for the summary of the run."""
+        self._reason = self._reason or reason
+        model, path = self._usage.model or "a model", self._usage.path
+        _LOG.warning("%s runs without the fast path `%s`: %s", model, path, reason)
+
+    def usage(self) -> Usage:
+        of = self._usage
+        return Usage(of.model, of.path, of.asked, self._used, self._plain, self._reason)
+
+
+@dataclass
+class _Process:
+    """What this process has been set to, and the paths that were registered since."""
+
+    fast: bool = True
+    paths: list[FastPath] = field(default_factory=list)
+
+
+_process = _Process()
+
+
+def enabled() -> bool:
+    """Whether this process uses fast paths: False where its config or the environment variable says ``plain``.
+
+    Raises ValueError for another value of the variable.
+    """
+    value = os.environ.get(VARIABLE) or "fast"
+    if value not in ("plain", "fast"):
+        raise ValueError(f"{VARIABLE} is {value!r} in the environment: set it to plain or fast, or unset it")
+    return _process.fast and value == "fast"
+
+
+def set_enabled(fast: bool) -> None:
+    """Set what the config says, before models are loaded. Counts of earlier models are forgotten."""
+    _process.fast = fast
+    _process.paths.clear()
+
+
+@contextlib.contextmanager
+def loading(model: str) -> Iterator[None]:
+    """Context in which ``fast_path`` registers paths of this model."""
+    token = _model.set(model)
+    try:
+        yield
+    finally:
+        _model.reset(token)
+
+
+def fast_path(name: str, asked: bool = False) -> FastPath:
+    """Register a path of the model that is being loaded. ``asked``: the user set its key to true.
+
+    Call it only where ``enabled()``, since a path that is turned off needs no count.
+    """
+    path = FastPath(_model.get(), name, asked)
+    _process.paths.append(path)
+    return path
+
+
+def snapshot() -> tuple[Usage, ...]:
+    """The counts so far, one for each model and path, in the order in which they were registered."""
+    return total(path.usage() for path in _process.paths)
+
+
+def total(usages: Iterable[Usage]) -> tuple[Usage, ...]:
+    """The sums by model and path, such as those of several workers."""
+    found: dict[tuple[str, str], Usage] = {}
+    for usage in usages:
+        key = usage.model, usage.path
+        found[key] = found[key] + usage if key in found else usage
+    return tuple(found.values())
