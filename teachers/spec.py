@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from teachers.protocols import Teacher
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16", "fp8"]
+_Lengths = TypeVar("_Lengths", bound=Any)  # a model with min_length and max_length
 
 
 @dataclass(frozen=True)
@@ -174,6 +175,13 @@ class Clean(BaseModel):
     drop_duplicates: bool = Field(True, description="drop repeated captions of an image, ignoring case")
 
 
+def check_lengths(spec: _Lengths) -> _Lengths:
+    """Check ``min_length`` and ``max_length`` in tokens, as a validator. Raises ValueError."""
+    if spec.min_length + 2 > spec.max_length:
+        raise ValueError("max_length must be at least min_length + 2 (start and end count)")
+    return spec
+
+
 class CaptionerSpec(ModelSpec):
     """One entry of ``captioners:``.
 
@@ -234,11 +242,7 @@ class CaptionerSpec(ModelSpec):
             raise ValueError("`precision: fp8` is for image towers of teachers: set bf16 or auto")
         return self
 
-    @model_validator(mode="after")
-    def _check_lengths(self) -> CaptionerSpec:
-        if self.min_length + 2 > self.max_length:
-            raise ValueError("max_length must be at least min_length + 2 (start and end count)")
-        return self
+    _check_lengths = model_validator(mode="after")(check_lengths)
 
     @model_validator(mode="after")
     def _check_strategy(self) -> CaptionerSpec:

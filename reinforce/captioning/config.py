@@ -12,7 +12,7 @@ from reinforce.evaluation.fields import CaptionFields
 from reinforce.evaluation.report import RECALLS
 from reinforce.settings import Section
 from reinforce.training.config import TrackersOfRun, Training
-from teachers.spec import CaptionerSpec
+from teachers.spec import CaptionerSpec, check_lengths
 
 Tower = Literal["image", "text", "decoder"]
 
@@ -143,11 +143,7 @@ class Generation(Section):
         values = self.model_dump(exclude=set() if self.strategy == "beams" else {"beams"})
         return CaptionerSpec(model=model, pretrained=pretrained, captions=1, **values)
 
-    @model_validator(mode="after")
-    def _check_lengths(self) -> Generation:
-        if self.min_length + 2 > self.max_length:
-            raise ValueError("max_length must be at least min_length + 2 (start and end count)")
-        return self
+    _check_lengths = model_validator(mode="after")(check_lengths)
 
 
 class Evaluation(Section):

@@ -245,6 +245,12 @@ def open_index(store: Store) -> IdentityIndex:
     return index
 
 
+@functools.lru_cache(maxsize=4)
+def cached_index(url: str, fingerprint: str) -> IdentityIndex:
+    """``open_index``, once a process for all shards; another ``fingerprint``, of labels or index, reads it again."""
+    return open_index(Store(url))
+
+
 def read_fingerprint(store: Store, planned: bool = True) -> str:
     """The fingerprint of an index, or 'None'. Raises MissingLabels if there is none although a plan has read it."""
     found = store.read_json(FOLDER, DESCRIPTION)

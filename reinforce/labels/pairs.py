@@ -16,7 +16,7 @@ from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.reading.aligned import layer_errors
 from reinforce.errors import UserError
 from reinforce.labels.identities import COLUMNS, DIGEST, KEY, Identity, columns_of_identities, stated
-from reinforce.labels.index import IdentityIndex, open_index
+from reinforce.labels.index import IdentityIndex, cached_index
 from reinforce.labels.interface import ABSENT, OTHER_IMAGE
 from reinforce.labels.joining import IndexedRows, Joined, Joining, RowOf, Why, difference
 
@@ -44,7 +44,7 @@ class Partners:
 
     def __init__(self, store: Store, fingerprint: str, index: str | None, embedded: bool) -> None:
         self._store, self._fingerprint, self._embedded = store, fingerprint, embedded
-        self._index = None if index is None else _index(index)
+        self._index = None if index is None else cached_index(index, fingerprint)
         self.counts: Counter[str] = Counter()
         self.unstated = self.undigested = 0
         self._group = functools.lru_cache(maxsize=_CACHED_GROUPS)(self._read_group)
@@ -134,8 +134,3 @@ class _Indexed(IndexedRows):
 
 def _place(index: IdentityIndex, shard: int, row: int) -> RowPlace:
     return RowPlace(index.shards[shard], *index.row_group(shard, row), row)
-
-
-@functools.lru_cache(maxsize=2)
-def _index(url: str) -> IdentityIndex:
-    return open_index(Store(url))

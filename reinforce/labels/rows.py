@@ -23,7 +23,7 @@ from reinforce.dataset.kinds.samples import true_captions
 from reinforce.dataset.layers import REINFORCEMENTS, SAMPLES, TRUE_CAPTION, Layer
 from reinforce.labels.crops import LabelCrops, StoredLabels, parse_records
 from reinforce.labels.identities import DIGEST, KEY, Identity, columns_of_identities, stated
-from reinforce.labels.index import IdentityIndex, open_index, read_fingerprint
+from reinforce.labels.index import IdentityIndex, cached_index, read_fingerprint
 from reinforce.labels.interface import BROKEN, LabelReader, LabelSet, RowLabels, Wanted, describe_counts
 from reinforce.labels.joining import IndexedRows, Joined, Joining, RowOf, Why
 from reinforce.labels.members import LabelValue, Unreadable, checked_norms
@@ -38,12 +38,6 @@ from teachers.published.family import JOINS, Labels, crops_of
 
 _CACHED_BYTES = 128 * 2**20  # of decoded row groups
 _OPEN_FILES = 16
-
-
-@functools.lru_cache(maxsize=4)
-def _open_index(url: str, fingerprint: str) -> IdentityIndex:
-    """The index of labels, which all shards of a worker share. Raises UserError."""
-    return open_index(Store(url))
 
 
 def open_labels(
@@ -88,7 +82,7 @@ class _StoredSet(LabelSet):
         self._layers = [layer for layer in layers if layer.name != SAMPLES]
         store = Store(self._labels.url)
         # The description is read each time: labels may have been extended since.
-        self._index = _open_index(self._labels.url, read_fingerprint(store, planned))
+        self._index = cached_index(self._labels.url, read_fingerprint(store, planned))
         self._joins = JOINS[: JOINS.index(self._labels.join) + 1]
         self.has_digests = DIGEST in self._index.kinds
         self._true_captions = next((layer.count for layer in layers if layer.texts == TRUE_CAPTION), 0)

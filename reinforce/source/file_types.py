@@ -34,15 +34,21 @@ _BY_EXTENSION = {
     **dict.fromkeys(("zip", "7z", "rar"), ("an archive of another format", _UNPACK)),
     **dict.fromkeys(IMAGE_EXTENSIONS, ("an image", _IMAGES)),
 }
+#: The extension of an image by its bytes at an offset.
+_IMAGE_MAGIC = (
+    (0, b"\xff\xd8\xff", "jpg"),
+    (0, b"\x89PNG", "png"),
+    (8, b"WEBP", "webp"),
+    (0, b"GIF8", "gif"),
+    (4, b"ftypavif", "avif"),
+)
+#: The same, where text files can start with these bytes.
+_SHORT_IMAGE_MAGIC = ((0, b"BM", "bmp"), (0, b"II*", "tif"), (0, b"MM", "tif"), (0, b"P", "pnm"))
 #: The format of a file by its bytes at an offset, and the fix.
 _BY_CONTENT = (
+    *((offset, magic, ("an image", _IMAGES)) for offset, magic, _ in _IMAGE_MAGIC),
     (0, b"PAR1", ("a Parquet file", _TABLE)),
     (0, b"ARROW1", ("an Arrow file", _ARROW)),
-    (0, b"\x89PNG", ("an image", _IMAGES)),
-    (0, b"\xff\xd8\xff", ("an image", _IMAGES)),
-    (0, b"GIF8", ("an image", _IMAGES)),
-    (8, b"WEBP", ("an image", _IMAGES)),
-    (4, b"ftypavif", ("an image", _IMAGES)),
     (0, b"PK\x03\x04", ("a zip archive", _UNPACK)),
     (0, b"7z\xbc\xaf", ("a 7z archive", _UNPACK)),
     (0, b"\x93NUMPY", ("a NumPy file", _PACK)),
@@ -54,19 +60,6 @@ _BY_CONTENT = (
 )
 
 
-_IMAGE_MAGIC = (
-    (0, b"\xff\xd8\xff", "jpg"),
-    (0, b"\x89PNG", "png"),
-    (8, b"WEBP", "webp"),
-    (0, b"GIF8", "gif"),
-    (0, b"BM", "bmp"),
-    (4, b"ftyp", "avif"),
-    (0, b"II*", "tif"),
-    (0, b"MM", "tif"),
-    (0, b"P", "pnm"),
-)
-
-
 def is_image_name(name: str) -> bool:
     """Whether a file name, or an extension of several parts, ends with the extension of an image."""
     return name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
@@ -74,7 +67,8 @@ def is_image_name(name: str) -> bool:
 
 def image_extension(image: bytes) -> str:
     """The extension of an image's format by its first bytes, for messages."""
-    return next((name for offset, magic, name in _IMAGE_MAGIC if image.startswith(magic, offset)), "image")
+    kinds = (*_IMAGE_MAGIC, *_SHORT_IMAGE_MAGIC)
+    return next((name for offset, magic, name in kinds if image.startswith(magic, offset)), "image")
 
 
 def folder_detail(url: str) -> str:
