@@ -17,6 +17,8 @@ from typer.main import get_command
 import reinforce
 from reinforce.cli import app
 from reinforce.cli.common import only_json
+from reinforce.dataset.files.store import MANIFEST, Store
+from reinforce.dataset.manifest.manifest import read_manifest, record_scales
 from reinforce.engine.preflight.check_machines import cluster_machines
 from tests.helpers import command_line, pages_commands
 from tests.helpers.commands import Command
@@ -74,7 +76,7 @@ def test_a_user_error_is_one_message_that_names_the_place(
 
 
 def test_plan_run_and_status_report_the_state_of_the_dataset(
-    command: Command, shards: Callable[..., str], tmp_path: Path, ray_session: None
+    command: Command, shards: Callable[..., str], tmp_path: Path, ray_session: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = config_of(shards(4, 4), tmp_path / "out")
     config["teachers"]["red"]["options"]["delay"] = 0.01  # seconds are recorded with three digits
@@ -116,8 +118,11 @@ def test_plan_run_and_status_report_the_state_of_the_dataset(
     assert status == 0
     for name in ("samples", "captions/namer", "embeddings/red/images", "[2, 8] float16"):
         assert name in out
+    store = Store(str(tmp_path / "out"))
+    store.write_json(record_scales(read_manifest(store), {"red": 43.0}, "tuned"), MANIFEST)
     status, out, _ = command("run", path, "--set", "teachers.red.logit_scale=75.0")
     assert (status, "nothing to do" in out) == (0, True)
+    assert "logit scale 75 of this config replaces 43 (tuned)" in caplog.text
     manifest = json.loads((tmp_path / "out" / "dataset.json").read_text())
     assert manifest["teachers"]["red"]["logit_scale"] == 75.0, "no layer depends on the scale"
     assert manifest["teachers"]["blue"]["logit_scale"] == 30.0

@@ -96,31 +96,6 @@ def test_a_run_reports_damaged_files_replaced_sources_and_repeated_keys_and_the_
     assert validate(whole["output"]).errors == []
 
 
-@pytest.mark.usefixtures("ray_here")
-def test_a_source_file_that_is_replaced_during_a_run_is_read_again_and_one_that_never_rests_is_quarantined(
-    tmp_path: Path,
-) -> None:
-    source, out = tmp_path / "source", tmp_path / "out"
-    for name in ("0", "0.0", "1", "1.0", "1.1", "1.2", "2"):
-        write_tar(source / f"{name}.tar", members_of(int(name[0]), 3 + len(name) + int(name[-1])))
-    teachers = {"red": {"class": "tests.helpers.models:ReplacingTeacher", "options": {"source": str(source)}}}
-    failures = {"attempts": 2, "allowed_share": 1.0}
-    config = config_of(f"{source}/{{0..2}}.tar", out, captioners={}, teachers=teachers, failures=failures)
-    summary = reinforce.run(config)
-    assert (summary.status, summary.quarantined_shards, summary.samples) == (0, 1, 6 + 6)
-    [event] = events_of(out, "shard_quarantined")
-    assert (event["shard"].partition("-")[0], event["layer"], event["reason"]) == ("1", "samples", "shard_failed")
-    assert f"ChangedSource: {source}/1.tar has changed while it was read: " in event["detail"]
-    assert len(events_of(out, "shard_raised")) == 1 + 2
-    (source / "1.2.tar").unlink()
-    whole, there = tree(fresh_dataset({**config, "output": str(tmp_path / "fresh")})), tree(out)
-    assert {name for name in whole.keys() - there.keys() if "/1-" not in name} == set()
-    assert {name: data for name, data in there.items() if name in whole} == {
-        name: data for name, data in whole.items() if name in there
-    }
-    assert validate(str(out), [str(source)]).sources == {"same": 2}
-
-
 def run(folder: Path, config: dict[str, Any]) -> int:
     """Run the command; return its exit status."""
     path = folder / "config.yaml"
@@ -170,19 +145,6 @@ def test_a_fault_of_all_shards_stops_the_run_before_it_quarantines_the_rest(
     assert "stopped: 11 of 200 shards" in err
     assert "shard_missing: No such file or directory. Fix it and run with --retry-quarantined." in err
     assert len(list((tmp_path / "out" / "quarantine" / "samples").iterdir())) < 20
-
-
-@pytest.mark.usefixtures("ray_here")
-def test_a_model_with_a_wrong_output_shape_fails_before_the_first_shard(
-    source: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    teachers = {"odd": {"class": "tests.helpers.models:WrongShapeTeacher"}}
-    assert run(tmp_path, config_of(source, tmp_path / "out", teachers=teachers)) == 2
-    assert summary(tmp_path)["status"] == 2
-    for text in (summary(tmp_path)["message"], capfd.readouterr().err):
-        assert "odd" in text
-        assert "(3, 7)" in text
-    assert not list(tmp_path.glob("out/samples/*"))
 
 
 @pytest.mark.usefixtures("ray_here")

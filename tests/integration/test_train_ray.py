@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load
 
-from reinforce.captioning.finetune import finetune
 from reinforce.errors import UserError
 from reinforce.training.distributed.ranks import Ranks
 from reinforce.training.launch import launch
 from reinforce.training.loop import run_rank
 from reinforce.training.stop import Stopped, StopSignal
 from teachers.runtime.accelerator import Accelerator
-from tests.helpers.captioning import captioned, captioner_config, write_shards
-from tests.helpers.data import picture, write_tar
 from tests.helpers.trainings import PairFeed, TowersTask, builder, curve, fatal, job, stopping
 
 pytestmark = pytest.mark.usefixtures("ray_session", "no_pictures")
@@ -39,32 +35,6 @@ def test_after_a_killed_rank_all_ranks_restart_from_the_last_checkpoint(tmp_path
         launch(builder(), job(tmp_path / "two", batch=32, **changes))
     with pytest.raises(UserError, match=r"can hold 0 of 2 ranks: each needs 64 CPUs on one node"):
         launch(builder(), job(tmp_path / "large", compute={"ranks": 2, "cpus": 64}))
-
-
-@pytest.mark.slow
-def test_two_ranks_train_a_captioner_like_one_and_the_driver_shows_what_they_log(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    write_shards(tmp_path / "held", 4)
-    images = {f"{n:02d}": picture(n) if n > 1 else b"no image" for n in range(24)}
-    write_tar(tmp_path / "0.tar", captioned(images))
-
-    def train(ranks: int) -> list[float]:
-        output = tmp_path / str(ranks)
-        compute = {"ranks": ranks, "gpus": 0, "cpus": 1}
-        changes = {"train": {"steps": 7, "batch": 4, "optimizer": {"warmup": 0}, "log_every": 1, "compute": compute}}
-        data = {"source": f"{tmp_path}/0.tar", "captions": ["txt"], "streams": 2, "workers": 0}
-        held = {"source": f"{tmp_path}/held/shards/*.tar"}
-        config = captioner_config(tmp_path, output=str(output), data=data, held_out=held, **changes)
-        assert finetune(config).steps == 7
-        return curve(output)
-
-    np.testing.assert_allclose(train(2), train(1), rtol=2e-4)
-    printed = capfd.readouterr().out
-    named = re.findall(r"0\.tar, key (\d+) is replaced by another example: image_format", printed)
-    assert {*named} == {"00", "01"}
-    counts = re.findall(r"epoch 1, rank \d: unusable rows that were replaced: image_format: (\d)", printed)
-    assert sum(map(int, counts)) == 2
 
 
 def stopped(accelerator: Accelerator, stop: StopSignal) -> tuple[TowersTask, PairFeed]:

@@ -67,6 +67,10 @@ def test_a_tuned_scale_is_kept_until_the_config_names_another_and_a_run_logs_whi
     replaced = updated(tuned, logit_scale=55)["teachers"]["red"]
     assert (replaced["logit_scale"], replaced["logit_scale_from"]) == (55.0, "config")
     assert "logit_scale_tuned" not in replaced
+    again = record_scales(tuned, {"red": 47.0}, "tuned by b")["teachers"]["red"]
+    assert (again["logit_scale"], again["logit_scale_tuned"]["before"]) == (47.0, 50.0), "not the first tuned one"
+    loaded = {"red": {"dim": 8, "logit_scale": 30.0}}
+    assert updated(tuned, loaded)["teachers"]["red"]["logit_scale"] == 43.0, "the model's own does not replace it"
     for scale, notes in {
         None: [],
         43: ["teacher red: logit scale 43 of this config replaces 43 (tuned by a)"],

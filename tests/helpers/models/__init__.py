@@ -121,21 +121,6 @@ class FailingTeacher(ColorTeacher):
         return out
 
 
-class ReplacingTeacher(ColorTeacher):
-    """Replaces the tar of a shard while it is computed: ``source``/N.tar by the first of N.0.tar, N.1.tar, ... that is
-    left, where N is the number in the shard's captions."""
-
-    def __init__(self, device: torch.device, source: str) -> None:
-        super().__init__(device, size=8, dim=4)
-        self.source = Path(source)
-
-    def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
-        for number in {text.rpartition(" ")[2] for text in texts if " of shard " in text}:
-            for path in sorted(self.source.glob(f"{number}.*.tar"))[:1]:
-                path.replace(self.source / f"{number}.tar")
-        return super().encode_texts(texts)
-
-
 def _allocate(gigabytes: float = 6.0, seconds: float = 60.0) -> None:
     """Allocate memory and hold it until the process is killed. Raises AssertionError if nothing kills it."""
     blocks = [np.ones(2**27, np.uint8) for _ in range(int(gigabytes * 8))]
