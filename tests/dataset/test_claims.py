@@ -43,10 +43,6 @@ def claims_of(output: str, **changes: Any) -> Claims:
     return Claims(Store(output), config, build_layers(config, describe_models(config)))
 
 
-def write_manifest(claims: Claims) -> None:
-    claims.store.write_json(update_manifest(None, claims.config, claims.layers, {}), MANIFEST)
-
-
 def names(output: str) -> list[str]:
     store = Store(output)
     store.fs.invalidate_cache()
@@ -110,7 +106,8 @@ def test_of_many_runs_that_start_at_once_those_of_one_config_start_at_most(
 
 
 def test_a_layer_that_two_configs_define_differently_is_claimed_also_in_a_dataset_that_exists(memory: str) -> None:
-    write_manifest(claims_of(memory, teachers={}, captioners={}))
+    samples = claims_of(memory, teachers={}, captioners={})
+    samples.store.write_json(update_manifest(None, samples.config, samples.layers, {}), MANIFEST)
     teacher = {"class": "tests.helpers.models:ColorTeacher"}
     first = claims_of(memory, captioners={}, teachers={"new": teacher})
     other = claims_of(memory, captioners={}, teachers={"new": {**teacher, "options": {"seed": 5}}})

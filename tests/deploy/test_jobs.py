@@ -9,12 +9,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import yaml
+
+from tests.helpers.waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
 
@@ -68,10 +69,7 @@ def calls(environment: dict[str, str]) -> list[str]:
 
 
 def wait_for_call(environment: dict[str, str], start: str) -> None:
-    deadline = time.monotonic() + 600
-    while not any(call.startswith(start) for call in calls(environment)):
-        assert time.monotonic() < deadline, calls(environment)
-        time.sleep(0.05)
+    wait_for(lambda: any(call.startswith(start) for call in calls(environment)), lambda: calls(environment))
 
 
 @pytest.fixture

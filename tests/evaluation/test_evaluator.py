@@ -155,10 +155,9 @@ def test_a_reinforced_dataset_gives_the_metrics_of_its_shards(
     model = load_teacher(names["shortest"])
     source = shards(7, 6)
     results = []
-    for url in (
-        source,
-        *(reinforce_here(_config_without_models(source, tmp_path / how, how)) for how in ("embed", "reference")),
-    ):
+    options: dict[str, Any] = {"teachers": {}, "captioners": {}}
+    configs = [config_of(source, tmp_path / how, images=how, **options) for how in ("embed", "reference")]
+    for url in (source, *map(reinforce_here, configs)):
         result = make_evaluator(
             retrieval={"set": {"pairs": url}},
             zero_shot={"set": {"images": url, "label": "json:uid"}},
@@ -168,10 +167,6 @@ def test_a_reinforced_dataset_gives_the_metrics_of_its_shards(
         results.append(result)
     assert results[0] == results[1] == results[2]
     assert 0 < results[0].metrics["retrieval/set/image_to_text/r5"] < 1
-
-
-def _config_without_models(source: str, output: Path, images: str) -> dict[str, Any]:
-    return config_of(source, output, images=images, teachers={}, captioners={})
 
 
 # --- images that cannot be decoded

@@ -7,10 +7,8 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
@@ -19,12 +17,12 @@ from reinforce.evaluation.kinds.files import find_files
 from reinforce.evaluation.suite import fetch
 from tests.helpers.commands import Command
 from tests.helpers.evaluation import colour_samples, find_set, solid_image, stored, write_classification, write_table
-from tests.helpers.web import serving
+from tests.helpers.web import QuietHandler, serving
 
 OLD, NEW = "a" * 40, "b" * 40
 
 
-class _Hub(BaseHTTPRequestHandler):
+class _Hub(QuietHandler):
     """Dataset repositories: ``root`` has a folder for each, whose name is the last part of the repository's."""
 
     root: Path
@@ -80,9 +78,6 @@ class _Hub(BaseHTTPRequestHandler):
         for name, value in {"Content-Length": str(length), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
-
-    def log_message(self, *_: Any) -> None:
-        """Log nothing."""
 
 
 def _oid(file: Path) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from reinforce.parallel.map_workers import Actors
 from tests.helpers.commands import Command
 from tests.helpers.evaluation import colour_samples, find_set, write_classification
 from tests.helpers.models import tiny_models
+from tests.helpers.waiting import wait_for
 from tests.soak.kills import processes_below
 
 KEYS = ["mnist", "imagenet1k", "renderedsst2"]
@@ -80,9 +80,7 @@ def test_workers_of_ray_have_the_results_of_one_process_also_after_one_is_killed
 
 def kill_worker() -> int:
     """Kill a process of Ray that evaluates sets -> its id."""
-    deadline = time.monotonic() + 600
-    while not (found := processes_below(os.getpid(), "ray::_MapActor")):
-        assert time.monotonic() < deadline, "no worker has started"
-        time.sleep(0.05)
-    os.kill(found[0], signal.SIGKILL)
-    return found[0]
+    wait_for(lambda: processes_below(os.getpid(), "ray::_MapActor"))
+    [worker, *_] = processes_below(os.getpid(), "ray::_MapActor")
+    os.kill(worker, signal.SIGKILL)
+    return worker

@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 
 from PIL import Image
 
-from tests.helpers.web import serving
+from tests.helpers.web import QuietHandler, serving
 
 #: From the headers and the body of a request to the status and the body of the answer.
 Answer: TypeAlias = "Callable[[Any, dict[str, Any]], tuple[int, dict[str, Any]]]"
@@ -45,7 +45,7 @@ def describe(_: Any, request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
 
 
 def _handler(answer: Answer, after: Callable[[], None] = lambda: None) -> type[http.server.BaseHTTPRequestHandler]:
-    class Handler(http.server.BaseHTTPRequestHandler):
+    class Handler(QuietHandler):
         protocol_version = "HTTP/1.1"
 
         def do_POST(self) -> None:
@@ -59,9 +59,6 @@ def _handler(answer: Answer, after: Callable[[], None] = lambda: None) -> type[h
             with contextlib.suppress(ConnectionError):  # the client reads no more of a long answer
                 self.wfile.write(data)
             after()
-
-        def log_message(self, *_: object) -> None:
-            pass
 
     return Handler
 

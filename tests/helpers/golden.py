@@ -124,16 +124,16 @@ def small_dataset() -> tuple[dict[str, Any], dict[str, list[float]]]:
         folder = Path(name)
         output = Path(reinforce_here(small_config(folder)))
         tables = {str(path.relative_to(output)): pq.ParquetFile(path) for path in sorted(output.glob("**/*.parquet"))}
-        vectors = {name: _vectors(file) for name, file in tables.items() if name.startswith("embeddings/")}
+        vectors = {
+            name: [round(float(value), 4) for value in decode(file.read()).ravel()]
+            for name, file in tables.items()
+            if name.startswith("embeddings/")
+        }
         files = {name: _describe(file, output) for name, file in tables.items()}
         layers = json.loads((output / "dataset.json").read_text())["layers"]
         config = parse_config(small_config(folder))
         recipes = {name: layer.fingerprint for name, layer in build_layers(config, describe_models(config)).items()}
     return {"files": files, "layers": layers, "recipes": recipes}, vectors
-
-
-def _vectors(file: pq.ParquetFile) -> list[float]:
-    return [round(float(value), 4) for value in decode(file.read()).ravel()]
 
 
 def _describe(file: pq.ParquetFile, output: Path) -> dict[str, Any]:

@@ -10,6 +10,13 @@ from collections.abc import Callable, Iterator
 SECRET = b"secret"
 
 
+class QuietHandler(http.server.BaseHTTPRequestHandler):
+    """A handler that logs nothing."""
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
 @contextlib.contextmanager
 def serving(handler: Callable[..., http.server.BaseHTTPRequestHandler]) -> Iterator[str]:
     """The URL of a server that answers by a handler."""
@@ -24,7 +31,7 @@ def redirecting_server() -> Iterator[tuple[str, list[str]]]:
     """Redirect every path to ``/secret``; yield the server's address, and the list of paths that are asked for."""
     asked: list[str] = []
 
-    class Handler(http.server.BaseHTTPRequestHandler):
+    class Handler(QuietHandler):
         def do_GET(self) -> None:
             asked.append(self.path)
             self.send_response(200 if self.path == "/secret" else 302)
@@ -34,9 +41,6 @@ def redirecting_server() -> Iterator[tuple[str, list[str]]]:
             self.wfile.write(SECRET)
 
         do_HEAD = do_GET
-
-        def log_message(self, *_: object) -> None:
-            pass
 
     with serving(Handler) as address:
         yield address, asked

@@ -24,6 +24,7 @@ from reinforce.storage import Storage
 from tests.helpers.commands import json_of_process
 from tests.helpers.data import config_of, events_of, free_port, tree
 from tests.helpers.reinforced import fresh_dataset
+from tests.helpers.waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
 
@@ -100,7 +101,8 @@ from functools import partial
 from pathlib import Path
 from ray.cluster_utils import Cluster
 from reinforce.parallel.map_workers import Actors, open_workers
-from tests.integration.test_cluster import wait_for, wait_in
+from tests.helpers.waiting import wait_for
+from tests.integration.test_cluster import wait_in
 
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
 ray.init(address=cluster.address, log_to_driver=False)
@@ -120,13 +122,6 @@ ray.shutdown()
 cluster.shutdown()
 print(json.dumps(found))
 """
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 600
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def wait_in(folder: str, item: int) -> int:
@@ -202,11 +197,8 @@ def head() -> Iterator[dict[str, str]]:
     process = subprocess.Popen(
         command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    deadline = time.monotonic() + 600
-    while not _answers(dashboard):
-        assert process.poll() is None, "the head did not start"
-        assert time.monotonic() < deadline, "the head does not answer"
-        time.sleep(0.2)
+    wait_for(lambda: process.poll() is not None or _answers(dashboard))
+    assert process.poll() is None, "the head did not start"
     yield environment
     process.send_signal(signal.SIGTERM)
     try:

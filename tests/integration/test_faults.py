@@ -28,6 +28,7 @@ from tests.helpers.commands import json_of_process
 from tests.helpers.data import config_of, events_of, members_of, tree, write_tar
 from tests.helpers.local_ray import local_ray
 from tests.helpers.reinforced import fresh_dataset
+from tests.helpers.waiting import wait_for
 from tests.soak.kills import processes_below
 
 ROOT = Path(__file__).parents[2]
@@ -55,13 +56,6 @@ def slow_run(config: dict[str, Any], folder: Path, delay: float = 0.15) -> Itera
     finally:
         process.kill()
         process.wait()
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 600) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "the run makes no progress"
-        time.sleep(0.05)
 
 
 def finished(out: Path) -> int:

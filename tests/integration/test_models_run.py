@@ -38,6 +38,7 @@ from tests.helpers.data import config_of, events_of, free_port, members_of, writ
 from tests.helpers.models import tiny_captioners
 from tests.helpers.models.tiny_coca import coca_model
 from tests.helpers.models.tiny_models import open_clip_model, transformers_siglip
+from tests.helpers.waiting import wait_for
 
 BINARY = shutil.which("prometheus")
 REPORT_SECONDS = 2.0  # between two reports of Ray's processes, as conftest.py sets it
@@ -88,11 +89,8 @@ def scraping(folder: Path) -> Iterator[Prometheus]:
     with subprocess.Popen(command) as process:
         try:
             prometheus = Prometheus(f"http://127.0.0.1:{port}")
-            deadline = time.monotonic() + 600
-            while not prometheus.is_ready():
-                assert process.poll() is None, "prometheus ended"
-                assert time.monotonic() < deadline, "prometheus does not start"
-                time.sleep(0.1)
+            wait_for(lambda: process.poll() is not None or prometheus.is_ready())
+            assert process.poll() is None, "prometheus ended"
             yield prometheus
         finally:
             process.terminate()

@@ -11,7 +11,6 @@ import runpy
 import shutil
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
 from pathlib import Path
@@ -31,6 +30,7 @@ from tests.helpers.commands import Command, printed_by, run_command
 from tests.helpers.reinforced import small_dataset
 from tests.helpers.students import student_folder
 from tests.helpers.trainings import curve, rows
+from tests.helpers.waiting import wait_for
 
 Start = Callable[..., "Started"]
 STEPS, BATCH = 40, 8  # 44 samples: an epoch ends in the middle of a step
@@ -116,12 +116,12 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 def wait_for_step(process: Started, output: Path, step: int) -> None:
     """Wait until a step is logged and a checkpoint is there, which a thread writes while steps go on."""
-    deadline = time.monotonic() + 600
-    log = output / "log.jsonl"
-    while not list(output.glob("checkpoints/step-*")) or f'"step": {step},' not in log.read_text():
+
+    def reached() -> bool:
         assert process.is_alive(), process.ended()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+        return any(output.glob("checkpoints/step-*")) and f'"step": {step},' in (output / "log.jsonl").read_text()
+
+    wait_for(reached)
 
 
 def assert_same(output: Path, undisturbed: Path) -> None:

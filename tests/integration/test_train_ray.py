@@ -37,18 +37,18 @@ def test_after_a_killed_rank_all_ranks_restart_from_the_last_checkpoint(tmp_path
         launch(builder(), job(tmp_path / "large", compute={"ranks": 2, "cpus": 64}))
 
 
-def stopped(accelerator: Accelerator, stop: StopSignal) -> tuple[TowersTask, PairFeed]:
-    return TowersTask(), stopping(PairFeed(), stop, at=3)
-
-
 def test_a_training_in_s3_is_stopped_and_resumed_as_on_a_disk(s3: Any, tmp_path: Path) -> None:
     changes: dict[str, Any] = {"checkpoints": {"every": 5, "keep": 1}, "ema": 0.9}
     launch(builder(), job(tmp_path / "disk", evaluate_every=5, **changes))
 
     remote = job("s3://bucket/trainings/one", evaluate_every=5, **changes)
     stop = StopSignal()
+
+    def stopped(*_: object) -> tuple[TowersTask, PairFeed]:
+        return TowersTask(), stopping(PairFeed(), stop, at=3)
+
     with pytest.raises(Stopped):
-        run_rank(partial(stopped, stop=stop), remote, Ranks(0, 1, Accelerator("cpu")), stop)
+        run_rank(stopped, remote, Ranks(0, 1, Accelerator("cpu")), stop)
     assert s3.glob("bucket/trainings/one/checkpoints/*") == [
         "bucket/trainings/one/checkpoints/step-000000003.safetensors"
     ]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import s3fs
@@ -190,7 +191,7 @@ def test_a_run_that_is_killed_while_it_replaces_files_leaves_none_of_other_sampl
     with losing(s3, s3_proxy, folder / "killed", "samples/"):
         reinforced(folder, "killed")
     with monkeypatch.context() as patch:
-        patch.setattr(LayerWriter, "commit", lambda *_: raise_killed())
+        patch.setattr(LayerWriter, "commit", mock.Mock(side_effect=UserError("killed")))
         with pytest.raises(UserError, match="killed"):
             reinforced(folder, "killed", retry_quarantined=True)
     kept = tree(folder / "killed")
@@ -199,7 +200,3 @@ def test_a_run_that_is_killed_while_it_replaces_files_leaves_none_of_other_sampl
     assert gone
     assert not [name for name in kept if name.rpartition("/")[2] in gone and not name.startswith("quarantine/")]
     assert files_of(folder, "killed", reinforced(folder, "killed", retry_quarantined=True)) == whole
-
-
-def raise_killed() -> None:
-    raise UserError("killed")

@@ -19,6 +19,7 @@ from ray.exceptions import RayError
 
 from reinforce.errors import StorageError, UserError
 from reinforce.parallel.map_workers import MapWorkers, WorkerLost, _future_of, open_workers
+from tests.helpers.waiting import wait_for
 
 
 def length(folder: str, shard: str) -> int:
@@ -183,8 +184,5 @@ def test_processes_end_with_their_parent_and_do_not_run_its_program_again(tmp_pa
     assert len(children) == 2
     parent.send_signal(number)
     out, _ = parent.communicate(timeout=60)
-    deadline = time.monotonic() + 60
-    while any(Path(f"/proc/{child}").exists() for child in children):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(lambda: not any(Path(f"/proc/{child}").exists() for child in children), seconds=60)
     assert (out, parent.returncode) == (b"", -number)

@@ -23,6 +23,7 @@ from reinforce.errors import UserError
 from reinforce.selection import lock, select
 from tests.helpers.reinforced import small_dataset
 from tests.helpers.views import make_view
+from tests.helpers.waiting import wait_for
 
 OTHER_PROCESS = 2**22 + 1  # above the largest number of a process
 
@@ -109,10 +110,7 @@ def test_a_claim_is_renewed_while_a_selection_runs(
     store = Store("s3://bucket/renewed")
     with lock.lock_view(store, "some") as check:
         first = s3.cat_file("bucket/renewed/views/some/selection.json")
-        deadline = time.monotonic() + 30
-        while s3.cat_file("bucket/renewed/views/some/selection.json") == first and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert s3.cat_file("bucket/renewed/views/some/selection.json") != first
+        wait_for(lambda: s3.cat_file("bucket/renewed/views/some/selection.json") != first, seconds=30)
         check()
     assert not s3.exists("bucket/renewed/views/some/selection.json")
 

@@ -7,13 +7,14 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import yaml
+
+from tests.helpers.waiting import wait_for
 
 if TYPE_CHECKING:
     from tests.soak.faults import Bench
@@ -68,7 +69,11 @@ def run_killed(bench: Bench, kill: Kill, name: str, folder: Path) -> str:
         run = subprocess.Popen([sys.executable, "-c", start], cwd=ROOT, env=environment, stdout=output, stderr=output)
     try:
         if kill.process is not None:
-            _wait(lambda: run.poll() is not None or bench.s3.glob(f"bucket/{name}/out/{kill.after}"), log)
+            wait_for(
+                lambda: run.poll() is not None or bench.s3.glob(f"bucket/{name}/out/{kill.after}"),
+                lambda: f"no progress: {log.read_text(errors='replace')[-500:]}",
+                _LIMIT_SECONDS,
+            )
             pids = [run.pid] if kill.process == "driver" else processes_below(run.pid, kill.process)
             assert pids, f"no process {kill.process}"
             os.kill(pids[0], signal.SIGKILL)
@@ -85,13 +90,6 @@ def run_killed(bench: Bench, kill: Kill, name: str, folder: Path) -> str:
     assert len(errors) == bool(kill.error), lines[-5:]
     assert kill.error in "".join(errors), errors
     return "".join(errors)
-
-
-def _wait(condition: Callable[[], Any], log: Path) -> None:
-    deadline = time.monotonic() + _LIMIT_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, f"no progress: {log.read_text(errors='replace')[-500:]}"
-        time.sleep(0.2)
 
 
 def processes_below(pid: int, command: str) -> list[int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -20,12 +19,12 @@ from reinforce.source.urls import canonical, expand, shard_name
 from tests.helpers.commands import printed_by
 from tests.helpers.data import picture
 from tests.helpers.tables import outcomes, read_table, write_huggingface
-from tests.helpers.web import serving
+from tests.helpers.web import QuietHandler, serving
 
 API = "/api/datasets/lab/photos"
 
 
-class _Hub(BaseHTTPRequestHandler):
+class _Hub(QuietHandler):
     """One dataset repository, whose files are those of ``folder``."""
 
     folder: Path
@@ -58,9 +57,6 @@ class _Hub(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
-
-    def log_message(self, *_: Any) -> None:
-        """Log nothing."""
 
 
 @pytest.fixture

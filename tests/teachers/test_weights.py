@@ -6,7 +6,6 @@ import hashlib
 import subprocess
 import sys
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from teachers import weights
-from tests.helpers.web import serving
+from tests.helpers.web import QuietHandler, serving
 
 
 class _Server:
@@ -31,7 +30,7 @@ class _Server:
 def server() -> Iterator[_Server]:
     store = _Server()
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(QuietHandler):
         def do_HEAD(self) -> None:
             self.send_response(200)
             self.send_header("Content-Length", str(len(store.content)))
@@ -42,9 +41,6 @@ def server() -> Iterator[_Server]:
             self.do_HEAD()
             store.downloads += 1
             self.wfile.write(store.sent)
-
-        def log_message(self, *args: object) -> None:
-            pass
 
     with serving(Handler) as url:
         store.url = f"{url}/weights.bin"

@@ -7,7 +7,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from reinforce.training.task import Batch, Feed, Task
 from teachers.runtime.accelerator import Accelerator
 from tests.helpers.ranks import served_store, start_ranks, under_torchrun
 from tests.helpers.trainings import PairFeed, TowersTask, before_batches, builder, curve, job, rows
+from tests.helpers.waiting import wait_for
 
 #: The folder and the outcomes of each rank.
 Trained = tuple[Path, list[dict[str, Any]]]
@@ -299,13 +300,6 @@ def test_a_message_says_where_a_rank_is_and_what_to_look_at() -> None:
 def watches(count: int, **options: Any) -> list[RankWatch]:
     store = dist.HashStore()
     return [RankWatch(store, rank, count, interval=0.02, **options) for rank in range(count)]
-
-
-def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 600
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_a_wait_is_reported_by_one_rank_each_time_and_ends_the_processes_at_the_limit(

@@ -132,11 +132,6 @@ def test_written_config_differs_in_scales_and_lambda_and_states_their_origins(
     assert yaml.safe_load(text)["data"] == json.loads(json.dumps(raw_student("data")["data"]))
 
 
-def write_log(config: StudentConfig, *lines: str) -> None:
-    Path(config.output).mkdir(exist_ok=True)
-    Path(config.output, "log.jsonl").write_text("\n".join(lines))
-
-
 def evaluation(step: int, value: float) -> str:
     return json.dumps({"step": step, "metrics": {METRIC: value}})
 
@@ -146,7 +141,9 @@ def test_log_is_read_up_to_a_line_that_a_kill_truncated_and_to_the_evaluation_th
 ) -> None:
     config = trial_student(tmp_path / "one")
     assert read_outcome(config, 12, METRIC) == Outcome("open", []), "no log yet"
-    write_log(config, evaluation(4, 0.1), json.dumps({"step": 5, "loss": 1.0}), evaluation(8, 0.2), '{"step": 9, "lo')
+    Path(config.output).mkdir()
+    lines = [evaluation(4, 0.1), json.dumps({"step": 5, "loss": 1.0}), evaluation(8, 0.2), '{"step": 9, "lo']
+    Path(config.output, "log.jsonl").write_text("\n".join(lines))
     assert read_outcome(config, 12, METRIC) == Outcome("open", [(4, 0.1), (8, 0.2)])
     mark_stopped(config, METRIC, 4, 0.1)
     assert read_outcome(config, 12, METRIC) == Outcome("stopped", [(4, 0.1)])

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +30,7 @@ from tests.helpers.decode_faults import (
     OnceCrashingSample,
     SizedRow,
 )
+from tests.helpers.waiting import is_alive, wait_for
 from tests.hostile.images import scan_bomb
 
 CONFIG = parse_config({**config_of("x", "y", captioners={}, teachers={}), "input": {"limits": {"scans": 100_000}}})
@@ -230,18 +230,7 @@ def test_no_process_outlives_its_parent_not_even_inside_a_decoder() -> None:
         children = [int(pid) for pid in parent.stdout.readline().split()]
         assert len(children) == 2
         parent.kill()
-    deadline = time.monotonic() + 600
-    while any(_runs(pid) for pid in children):
-        assert time.monotonic() < deadline, children
-        time.sleep(0.05)
-
-
-def _runs(pid: int) -> bool:
-    """Whether a process exists and is no zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
-    except OSError:
-        return False
+    wait_for(lambda: not any(map(is_alive, children)))
 
 
 def test_a_process_is_small_and_imports_neither_torch_nor_ray(single: DecodePool) -> None:

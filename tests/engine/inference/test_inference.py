@@ -29,6 +29,7 @@ from teachers.preprocessing.pixels import to_pixels
 from teachers.runtime.accelerator import Accelerator
 from tests.helpers.batches import CONFIG, CPU, LAYERS, make_inference, pixels, rows, text_encoder
 from tests.helpers.models import ColorTeacher, SeedCaptioner, WrongShapeTeacher
+from tests.helpers.waiting import wait_for
 
 
 class Recording(ColorTeacher):
@@ -307,10 +308,7 @@ def test_the_oldest_waiting_shard_gets_the_lock_first() -> None:
     with lock.take(9):
         for thread in threads:
             thread.start()
-        deadline = time.monotonic() + 600
-        while lock.waiting < 4:
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
+        wait_for(lambda: lock.waiting == 4)
     for thread in threads:
         thread.join(600)
     assert order == [3, 3, 4, 5]

@@ -159,15 +159,11 @@ def test_a_source_in_the_folder_of_a_ray_job_is_refused(
 RED = {"red": config_of("", "")["teachers"]["red"]}
 
 
-def states_of(folder: Path) -> dict[str, SourceRecord]:
-    plan = make_plan(parse_config(config_of(f"{folder}/*.tar", folder.parent / "nowhere")))
-    return {shard.name: SourceRecord(shard.url, read_state(shard.url)) for shard in plan.pending}
-
-
 def test_replaced_sources_of_shards_that_get_new_layers_are_named(shards: Callable[..., str], tmp_path: Path) -> None:
     source = shards(2, 2, 2, 2, 2)
     reinforce_here(config_of(source, tmp_path / "out", teachers=RED))
-    recorded = states_of(tmp_path / "source")
+    pending = make_plan(parse_config(config_of(f"{tmp_path}/source/*.tar", tmp_path / "nowhere"))).pending
+    recorded = {shard.name: SourceRecord(shard.url, read_state(shard.url)) for shard in pending}
     config = parse_config(config_of(source, tmp_path / "out"))
     assert changes_note(make_plan(config), recorded) is None
     for number in range(2):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import csv
 import gzip
-import http.server
 import itertools
 import json
 import os
@@ -27,7 +26,7 @@ from tests.helpers.models import ColorTeacher
 from tests.helpers.reinforced import fresh_dataset, shard_process
 from tests.helpers.s3_proxy import Fault, Proxy
 from tests.helpers.tables import write_columns
-from tests.helpers.web import serving
+from tests.helpers.web import QuietHandler, serving
 
 #: What is done when the first crops of a shard are encoded; then the shard is read already, or in part.
 ACTIONS: list[Callable[[], Any]] = []
@@ -163,7 +162,7 @@ def web_server(content: list[bytes], sized: bool) -> Iterator[tuple[str, list[st
     """A server of the first ``content`` without ETags and times, and perhaps without sizes; and its requests."""
     asked: list[str] = []
 
-    class Handler(http.server.BaseHTTPRequestHandler):
+    class Handler(QuietHandler):
         def do_GET(self) -> None:
             asked.append(self.command)
             self.send_response(200)
@@ -174,9 +173,6 @@ def web_server(content: list[bytes], sized: bool) -> Iterator[tuple[str, list[st
                 self.wfile.write(content[0])
 
         do_HEAD = do_GET
-
-        def log_message(self, *_: object) -> None:
-            pass
 
     with serving(Handler) as url:
         yield f"{url}/0.tar", asked

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pyarrow.parquet as pq
 import pytest
@@ -14,7 +15,7 @@ import pytest
 from reinforce.config import parse_config
 from reinforce.dataset.files.damage import set_aside
 from reinforce.dataset.files.layer_file import RefusedFile
-from reinforce.dataset.files.store import Store
+from reinforce.dataset.files.store import LayerWriter, Store
 from reinforce.dataset.runs.key_sample import ShardKeys
 from reinforce.dataset.runs.shard_records import RecordWriter, ShardRecord, SourceRecord
 from reinforce.dataset.validate.validate import validate
@@ -159,7 +160,7 @@ def test_layers_that_a_failed_attempt_has_set_aside_are_still_to_be_computed(
     rewrite_source(folder, 9, 0)
     attempt, stem = planned_lease(folder), file_of(folder / "out", "captions/namer").stem
     with monkeypatch.context() as patch:
-        patch.setattr("reinforce.dataset.files.store.LayerWriter.commit", _fail)
+        patch.setattr(LayerWriter, "commit", mock.Mock(side_effect=OSError("the storage is away")))
         with pytest.raises(OSError, match="the storage is away"):
             attempt()
     assert not [*(folder / "out" / "embeddings/red/images").glob(f"{stem}*")]
@@ -231,7 +232,3 @@ def test_stored_captions_of_other_rows_are_set_aside_with_all_layers_that_do_not
     }
     reinforce_here(config(folder))
     assert validate(str(folder / "out")).valid
-
-
-def _fail(*_: object) -> None:
-    raise OSError("the storage is away")

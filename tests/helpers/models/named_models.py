@@ -42,7 +42,8 @@ def open_clip_named(folder: Path, name: str) -> str:
     vision, text = config["vision_cfg"], config["text_cfg"]
     text |= {"width": 48, "heads": 3, "layers": 1}
     if "timm_model_name" in vision:
-        family = next(family for family in ("pe_core", "mobileclip2", "siglip2") if family in _snake(name))
+        lower = name.lower().replace("-", "_")
+        family = next(family for family in ("pe_core", "mobileclip2", "siglip2") if family in lower)
         vision |= {"timm_model_name": f"tiny_{family}", "image_size": SIDE}
     else:
         vision |= {"image_size": SIDE, "layers": 1, "width": 48, "head_width": 16, "patch_size": 8}
@@ -64,10 +65,6 @@ def _default(build: Any, config: dict[str, Any]) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return build(**config).eval()
-
-
-def _snake(name: str) -> str:
-    return name.lower().replace("-", "_")
 
 
 def siglip2(folder: Path) -> str:

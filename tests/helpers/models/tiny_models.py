@@ -96,12 +96,9 @@ def seeded(build: Any, seed: int) -> Any:
         model = build()
         for name, parameter in model.named_parameters():
             if parameter.ndim > 0 and "logit" not in name:
-                torch.nn.init.normal_(parameter, mean=1.0 if _is_norm(name) else 0.0, std=0.1)
+                is_norm = name.endswith("weight") and ("ln" in name or "norm" in name.lower())
+                torch.nn.init.normal_(parameter, mean=1.0 if is_norm else 0.0, std=0.1)
     return model.eval()
-
-
-def _is_norm(name: str) -> bool:
-    return name.endswith("weight") and ("ln" in name or "norm" in name.lower())
 
 
 def tokenizer(folder: Path, *, start: str, end: str, pad: str, length: int) -> None:

@@ -32,6 +32,7 @@ from reinforce.training.task import Batch
 from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.in_loaders import letters, read
 from tests.helpers.reinforced import reinforce_here, small_dataset
+from tests.helpers.waiting import is_alive, wait_for
 
 ROOT = Path(__file__).parents[3]
 
@@ -343,13 +344,6 @@ if __name__ == "__main__":
 """
 
 
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 def test_loader_processes_and_their_fork_server_exit_when_the_training_is_killed(tmp_path: Path) -> None:
     script = tmp_path / "training.py"
     script.write_text(TRAINING)
@@ -363,13 +357,11 @@ def test_loader_processes_and_their_fork_server_exit_when_the_training_is_killed
         assert len(pids) == 3
         assert all(map(is_alive, pids))
         training.send_signal(signal.SIGKILL)
-        deadline = time.monotonic() + 600
-        while any(map(is_alive, pids)) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        left = [pid for pid in pids if is_alive(pid)]
-    for pid in left:
-        os.kill(pid, signal.SIGKILL)
-    assert not left
+        try:
+            wait_for(lambda: not any(map(is_alive, pids)))
+        finally:
+            for pid in filter(is_alive, pids):
+                os.kill(pid, signal.SIGKILL)
 
 
 def test_other_samples_in_as_many_rows_are_other_files(tmp_path: Path) -> None:

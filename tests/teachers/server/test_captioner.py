@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import http.server
 import sys
 import threading
 import time
@@ -21,7 +20,7 @@ from teachers.registry import captioner_spec, describe_model, load_model
 from teachers.spec import CaptionerSpec
 from tests.helpers.chat_server import Answer, chat_server, completion, describe, image_of
 from tests.helpers.data import free_port
-from tests.helpers.web import serving
+from tests.helpers.web import QuietHandler, serving
 
 pytestmark = pytest.mark.skipif(not installed("openai"), reason="needs the extra server")
 
@@ -94,7 +93,7 @@ def endless_server(status: int, pause: float = 0.0) -> Iterator[tuple[str, list[
     """The URL of a server whose answers do not end before 256 MiB, and the MiB that it has sent of each."""
     sent: list[int] = []
 
-    class Handler(http.server.BaseHTTPRequestHandler):
+    class Handler(QuietHandler):
         def do_POST(self) -> None:
             self.rfile.read(int(self.headers["Content-Length"]))
             self.send_response(status)
@@ -107,9 +106,6 @@ def endless_server(status: int, pause: float = 0.0) -> Iterator[tuple[str, list[
                     self.wfile.write(b" " * (2**20 if not pause else 1))
                     sent[place] += 1
                     time.sleep(pause)
-
-        def log_message(self, *_: object) -> None:
-            pass
 
     with serving(Handler) as url:
         yield url, sent

@@ -1,0 +1,23 @@
+"""Waiting for what threads and other processes do."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+
+def wait_for(condition: Callable[[], object], problem: Callable[[], object] = str, seconds: float = 600) -> None:
+    """Wait until a condition is true. Raises AssertionError with the ``problem`` if it is not in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, problem()
+        time.sleep(0.02)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process exists and is no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
+    except OSError:
+        return False
