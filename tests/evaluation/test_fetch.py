@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from urllib.parse import unquote, urlsplit
 
 import pytest
 
@@ -17,83 +14,20 @@ from reinforce.evaluation.kinds.files import find_files
 from reinforce.evaluation.suite import fetch
 from tests.helpers.commands import Command
 from tests.helpers.evaluation import colour_samples, find_set, solid_image, stored, write_classification, write_table
-from tests.helpers.web import QuietHandler, serving
+from tests.helpers.hub import Hub, serving_hub
 
-OLD, NEW = "a" * 40, "b" * 40
-
-
-class _Hub(QuietHandler):
-    """Dataset repositories: ``root`` has a folder for each, whose name is the last part of the repository's."""
-
-    root: Path
-    sha = OLD
-    asked: Counter[str]
-    cut: set[str]  # names of files of which half is sent, once
-    refused: dict[str, int]  # statuses by repository
-
-    def do_GET(self) -> None:
-        path = unquote(urlsplit(self.path).path)
-        parts = path.removeprefix("/api").split("/")
-        repository = parts[3]
-        if (status := self.refused.get(repository)) is not None:
-            return self._send(b"{}", status)
-        folder = self.root / repository
-        files = {str(file.relative_to(folder)): file for file in sorted(folder.rglob("*")) if file.is_file()}
-        if not path.startswith("/api"):
-            return self._file(path.partition(f"/resolve/{self.sha}/")[2], files)
-        if "/tree/" in path:
-            entries = [{"type": "file", "path": n, "size": f.stat().st_size, "oid": _oid(f)} for n, f in files.items()]
-            return self._send(json.dumps(entries).encode())
-        if parts[4:5] == ["revision"] and parts[5] not in ("main", "refs", self.sha):
-            return self._send(b"{}", 404, {"X-Error-Code": "RevisionNotFound"})
-        siblings = [{"rfilename": n, "size": f.stat().st_size, "blobId": _oid(f)} for n, f in files.items()]
-        about = {"id": f"x/{repository}", "sha": self.sha, "private": False, "siblings": siblings}
-        return self._send(json.dumps(about).encode())
-
-    do_HEAD = do_GET
-
-    def _file(self, name: str, files: dict[str, Path]) -> None:
-        data = files[name].read_bytes()
-        if self.command == "GET":
-            self.asked[name] += 1
-        first = int((self.headers.get("Range") or "bytes=0-").partition("=")[2].partition("-")[0])
-        headers = {"ETag": f'"{_oid(files[name])}"', "X-Repo-Commit": self.sha, "Accept-Ranges": "bytes"}
-        if first:
-            headers["Content-Range"] = f"bytes {first}-{len(data) - 1}/{len(data)}"
-        if self.command == "GET" and name in self.cut:
-            self.cut.discard(name)
-            self._head(200, len(data), headers)
-            self.wfile.write(data[: len(data) // 2])
-            self.close_connection = True
-            return
-        self._send(data[first:], 206 if first else 200, headers)
-
-    def _send(self, data: bytes, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        self._head(status, len(data), headers or {})
-        if self.command != "HEAD":
-            self.wfile.write(data)
-
-    def _head(self, status: int, length: int, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(length), **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-
-
-def _oid(file: Path) -> str:
-    return hashlib.sha1(file.read_bytes()).hexdigest()
+OLD, NEW = Hub.sha, "b" * 40
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[_Hub]]:
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
     """Serve MNIST and WinoGAViL."""
     root = tmp_path / "hub"
     write_classification(root, "mnist", colour_samples())
     images = [stored(solid_image("red", number)) for number in range(2)]
     columns = {"cue": ["red"], "candidate_images": [images], "candidates": [["a", "b"]], "associations": [["a"]]}
     write_table(root, "winogavil", columns)
-    handler = type("Handler", (_Hub,), {"root": root, "asked": Counter(), "cut": set(), "refused": {}})
-    with serving(handler) as endpoint:
+    with serving_hub(root) as (handler, endpoint):
         template = f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
         monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
@@ -104,7 +38,7 @@ SETS = ("--sets", "mnist,misc/winogavil")
 
 
 def test_sets_are_downloaded_at_a_recorded_revision_and_the_same_command_continues(
-    hub: type[_Hub], command: Command, tmp_path: Path
+    hub: type[Hub], command: Command, tmp_path: Path
 ) -> None:
     root = tmp_path / "sets"
     status, out, err = command("fetch-sets", "datacomp", str(root), *SETS, "--dry-run")
@@ -138,7 +72,7 @@ def test_sets_are_downloaded_at_a_recorded_revision_and_the_same_command_continu
 
 
 def test_a_download_that_breaks_off_is_finished_by_the_same_command(
-    hub: type[_Hub], command: Command, tmp_path: Path
+    hub: type[Hub], command: Command, tmp_path: Path
 ) -> None:
     root = tmp_path / "sets"
     hub.cut.add("test/0.tar")
@@ -153,7 +87,7 @@ def test_a_download_that_breaks_off_is_finished_by_the_same_command(
 
 
 def test_a_full_disk_sets_without_a_repository_and_a_broken_record_are_reported(
-    hub: type[_Hub], command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hub: type[Hub], command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = tmp_path / "sets"
     status, out, err = command("fetch-sets", "sugarcrepe", str(root), "--sets", "sugarcrepe_swap_obj")

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import fsspec
 import pytest
@@ -18,55 +15,18 @@ from reinforce.source.identity import read_state
 from reinforce.source.urls import canonical, expand, shard_name
 from tests.helpers.commands import printed_by
 from tests.helpers.data import picture
+from tests.helpers.hub import serving_hub
 from tests.helpers.tables import outcomes, read_table, write_huggingface
-from tests.helpers.web import QuietHandler, serving
-
-API = "/api/datasets/lab/photos"
-
-
-class _Hub(QuietHandler):
-    """One dataset repository, whose files are those of ``folder``."""
-
-    folder: Path
-
-    def do_GET(self) -> None:
-        path = unquote(urlsplit(self.path).path)
-        if path.startswith(f"{API}/tree/main"):
-            return self._answer([self._entry(file) for file in sorted(self.folder.rglob("*"))])
-        if path.startswith("/datasets/lab/photos/resolve/main/"):
-            return self._file((self.folder / path.partition("/main/")[2]).read_bytes())
-        return self._answer({"id": "lab/photos", "sha": "0" * 40, "private": False, "siblings": []})
-
-    def do_POST(self) -> None:
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["paths"]
-        self._answer([self._entry(self.folder / path) for path in asked if (self.folder / path).exists()])
-
-    def _entry(self, file: Path) -> dict[str, Any]:
-        kind = "directory" if file.is_dir() else "file"
-        return {"type": kind, "path": str(file.relative_to(self.folder)), "size": file.stat().st_size, "oid": "1" * 40}
-
-    def _file(self, data: bytes) -> None:
-        first, _, last = self.headers["Range"].partition("=")[2].partition("-")
-        self._send(data[int(first) : int(last) + 1], 206)
-
-    def _answer(self, values: Any) -> None:
-        self._send(json.dumps(values).encode(), 200)
-
-    def _send(self, data: bytes, status: int) -> None:
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
 
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The folder of the repository hf://datasets/lab/photos."""
-    handler = type("Handler", (_Hub,), {"folder": tmp_path})
-    with serving(handler) as endpoint:
+    (tmp_path / "photos").mkdir()
+    with serving_hub(tmp_path) as (_, endpoint):
         monkeypatch.setitem(fsspec.config.conf, "hf", {"endpoint": endpoint})
         HfFileSystem.clear_instance_cache()
-        yield tmp_path
+        yield tmp_path / "photos"
     HfFileSystem.clear_instance_cache()
 
 

@@ -1,0 +1,102 @@
+"""A server that answers as the Hub of Hugging Face does for repositories of datasets."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from tests.helpers.web import QuietHandler, serving
+
+
+class Hub(QuietHandler):
+    """``root`` has a folder for each repository, whose name is the last part of the repository's."""
+
+    root: Path
+    sha = "a" * 40
+    asked: Counter[str]
+    cut: set[str]  # names of files of which half is sent, once
+    refused: dict[str, int]  # statuses by repository
+
+    def do_GET(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        parts = path.removeprefix("/api").split("/")
+        repository = parts[3]
+        if (status := self.refused.get(repository)) is not None:
+            return self._send(b"{}", status)
+        paths = {str(one.relative_to(self.root / repository)): one for one in sorted(self._folder.rglob("*"))}
+        if not path.startswith("/api"):
+            return self._file(path.partition("/resolve/")[2].partition("/")[2], paths)
+        if "/tree/" in path:
+            return self._answer([_entry(name, one) for name, one in paths.items()])
+        if parts[4:5] == ["revision"] and parts[5] not in ("main", "refs", self.sha):
+            return self._send(b"{}", 404, {"X-Error-Code": "RevisionNotFound"})
+        siblings = [
+            {"rfilename": name, "size": one.stat().st_size, "blobId": _oid(one)}
+            for name, one in paths.items()
+            if one.is_file()
+        ]
+        return self._answer({"id": f"x/{repository}", "sha": self.sha, "private": False, "siblings": siblings})
+
+    do_HEAD = do_GET
+
+    def do_POST(self) -> None:
+        names = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["paths"]
+        self._answer([_entry(name, self._folder / name) for name in names if (self._folder / name).exists()])
+
+    @property
+    def _folder(self) -> Path:
+        return self.root / urlsplit(self.path).path.removeprefix("/api").split("/")[3]
+
+    def _file(self, name: str, paths: dict[str, Path]) -> None:
+        data = paths[name].read_bytes()
+        if self.command == "GET":
+            self.asked[name] += 1
+        first, _, last = (self.headers.get("Range") or "bytes=0-").partition("=")[2].partition("-")
+        headers = {"ETag": f'"{_oid(paths[name])}"', "X-Repo-Commit": self.sha, "Accept-Ranges": "bytes"}
+        part = data[int(first) : int(last) + 1 if last else None]
+        if len(part) < len(data):
+            headers["Content-Range"] = f"bytes {first}-{int(first) + len(part) - 1}/{len(data)}"
+        if self.command == "GET" and name in self.cut:
+            self.cut.discard(name)
+            self._head(200, len(data), headers)
+            self.wfile.write(data[: len(data) // 2])
+            self.close_connection = True
+            return
+        self._send(part, 206 if len(part) < len(data) else 200, headers)
+
+    def _answer(self, values: Any) -> None:
+        self._send(json.dumps(values).encode())
+
+    def _send(self, data: bytes, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        self._head(status, len(data), headers or {})
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def _head(self, status: int, length: int, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(length), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+
+def _entry(name: str, path: Path) -> dict[str, Any]:
+    kind = "file" if path.is_file() else "directory"
+    return {"type": kind, "path": name, "size": path.stat().st_size, "oid": _oid(path)}
+
+
+def _oid(path: Path) -> str:
+    return hashlib.sha1(path.read_bytes() if path.is_file() else b"").hexdigest()
+
+
+@contextlib.contextmanager
+def serving_hub(root: Path) -> Iterator[tuple[type[Hub], str]]:
+    """A hub of the folders in ``root``, and its address."""
+    handler = type("Handler", (Hub,), {"root": root, "asked": Counter(), "cut": set(), "refused": {}})
+    with serving(handler) as endpoint:
+        yield handler, endpoint
