@@ -82,6 +82,7 @@ def test_code_in_a_checkpoint_is_not_executed(tmp_path: Path, monkeypatch: pytes
         with pytest.raises(ValueError, match="code in checkpoints is not run"):
             as_safetensors(tmp_path / name)
     assert not (tmp_path / "ran").exists()
+    assert not [*(tmp_path / "cache").rglob("*.safetensors")]
     pickle.loads((tmp_path / "b.bin").read_bytes())
     assert (tmp_path / "ran").exists(), "the bomb works"
 

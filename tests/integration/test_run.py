@@ -19,7 +19,6 @@ from reinforce.dataset.files.store import Store
 from reinforce.dataset.manifest.manifest import read_manifest
 from reinforce.dataset.validate.validate import validate
 from reinforce.engine.driver.driver import Driver
-from tests.helpers import published
 from tests.helpers.commands import printed_by
 from tests.helpers.data import config_of, events_of, members_of, tree, write_tar
 from tests.helpers.reinforced import fresh_dataset
@@ -157,27 +156,3 @@ def test_a_run_that_a_defect_of_the_program_stops(source: str, tmp_path: Path, m
     assert (summary(tmp_path)["status"], summary(tmp_path)["message"]) == (
         1, "stopped by an error: ZeroDivisionError: a defect",
     )  # fmt: skip
-
-
-@pytest.mark.usefixtures("ray_here")
-def test_a_run_reads_published_reinforcements_and_adds_a_custom_teacher(tmp_path: Path) -> None:
-    published.write_published(
-        tmp_path,
-        [published.source_members(one) for one in published.ALL],
-        [published.published_members(one) for one in published.ALL],
-    )
-    fresh_dataset(published.config_of(tmp_path))
-    custom = published.config_of(tmp_path)
-    custom["teachers"]["custom"] = {
-        "class": "tests.helpers.models:ColorTeacher",
-        "options": {"size": 16, "dim": 8},
-        "logit_scale": 20.0,
-    }
-    summary = reinforce.run(custom)
-    assert (summary.status, summary.samples, summary.shards) == (0, 12, 1)
-    for one, sample in zip(published.ALL, reinforce.open(f"{tmp_path}/out"), strict=True):
-        published.check_sample(one, sample)
-        assert sample.images["custom"].shape == (published.COUNT, 8)
-        assert sample.texts["custom"]["coca"].shape == (published.CAPTIONS, 8)
-    scales = json.loads((tmp_path / "out" / "dataset.json").read_text())["teachers"]
-    assert {name: entry["logit_scale"] for name, entry in scales.items()} == {"one": 70, "two": 60, "custom": 20}

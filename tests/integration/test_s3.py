@@ -62,15 +62,6 @@ def test_a_dataset_in_s3_equals_one_on_disk_and_is_resumed(
         assert (sample.images["red"] == here[sample.key].images["red"]).all()
 
 
-def test_a_missing_bucket_and_an_unreadable_source_are_reported(
-    s3: s3fs.S3FileSystem, shards: Callable[..., str], tmp_path: Path
-) -> None:
-    with pytest.raises(reinforce.UserError, match="cannot be written"):
-        reinforce.run(config_of(shards(1), "s3://no-such-bucket-here/out"))
-    with pytest.raises(reinforce.UserError, match="source cannot be read"):
-        reinforce.run(config_of("s3://bucket/nothing/{0..9}.tar", tmp_path / "out"))
-
-
 @pytest.fixture(scope="module")
 def undisturbed(s3: s3fs.S3FileSystem, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     put_source(s3, tmp_path_factory.mktemp("source"))

@@ -53,9 +53,12 @@ def test_published_layers_hold_the_published_values_and_a_custom_teacher_is_adde
     assert not (tmp_path / "out" / "quarantine").exists()
     # A custom teacher is added without the reinforcements.
     later = config_of(tmp_path, reinforcements=f"{tmp_path}/nowhere/{{00000..00000}}.tar")
-    later["teachers"]["ours"] = {"class": "tests.helpers.models:ColorTeacher", "options": {"size": 16, "dim": 8}}
+    ours = {"class": "tests.helpers.models:ColorTeacher", "options": {"size": 16, "dim": 8}, "logit_scale": 20.0}
+    later["teachers"]["ours"] = ours
     assert [shard.reinforcements for shard in make_plan(parse_config(later)).pending] == [None]
     assert {sample.images["ours"].shape for sample in reinforce.open(reinforce_here(later))} == {(COUNT, 8)}
+    scales = json.loads((tmp_path / "out" / "dataset.json").read_text())["teachers"]
+    assert {name: entry["logit_scale"] for name, entry in scales.items()} == {"one": 70, "two": 60, "ours": 20}
 
 
 def test_raygens_tars_give_captions_and_text_vectors_and_crops_are_drawn_here(tmp_path: Path) -> None:

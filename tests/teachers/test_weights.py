@@ -133,22 +133,6 @@ def test_local_files_are_not_copied_and_safetensors_are_not_converted(tmp_path: 
     assert weights.fetch(path) == weights.fetch(f"file://{path}") == weights.as_safetensors(path) == path
 
 
-class _Runs:
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return (eval, ("__import__('pathlib').Path('ran').touch()",))
-
-
-def test_code_in_a_checkpoint_is_rejected_and_not_run(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    torch.save({"state_dict": {"a": torch.zeros(1)}, "extra": _Runs()}, "w.pt")
-    with pytest.raises(ValueError, match=r"w\.pt cannot be read as plain tensors.*safetensors.torch.save_file"):
-        weights.as_safetensors(Path("w.pt"))
-    assert not Path("ran").exists()
-    assert list((cache / "safetensors").rglob("*.safetensors")) == []
-
-
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
