@@ -70,11 +70,11 @@ def load(model: type[Model], path: str | Path, overrides: list[str] | None = Non
     return parse(model, data, where=f"config {path}")
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the values of nested mappings with dotted keys."""
+def flatten(values: Mapping[str, Any], prefix: str = "", separator: str = ".") -> Iterator[tuple[str, Any]]:
+    """Yield the values of nested mappings with dotted keys, or with another ``separator``."""
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
-            yield from flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}{separator}", separator)
         else:
             yield f"{prefix}{key}", value
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from reinforce.processes.imports import installed
+from reinforce.settings import flatten
 from reinforce.storage import Storage
 from reinforce.training.record.curves import draw_curves, name_parts
 from reinforce.training.record.trackers import Tracker
@@ -71,7 +72,8 @@ class Log:
         if "parts" in row:
             numbers = {key: value for key, value in row.items() if key != "parts"}
             row = {**numbers, "metrics": name_parts(row["metrics"], row["parts"])}
-        scalars = {name: value for name, value in _flat(row) if name != "step"}
+        flat = flatten(row, separator="/")
+        scalars = {name: value for name, value in flat if name != "step" and not isinstance(value, Mapping)}
         if self._events is not None:
             for name, value in scalars.items():
                 self._events.add_scalar(name, value, row["step"])
@@ -118,11 +120,3 @@ def _finite_or_none(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _finite_or_none(inner) for key, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _flat(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    for key, value in row.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}/")
-        else:
-            yield prefix + key, value
