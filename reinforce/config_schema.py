@@ -79,8 +79,8 @@ def _count_of(what: str) -> BeforeValidator:
 _COUNT_OR_AUTO = InSchema(lambda _: either({"type": "integer", "minimum": 1}, {"const": "auto"}))
 #: Images of a batch.
 Batch = Annotated[int | Literal["auto"], _count_of("images"), _COUNT_OR_AUTO]
-#: Parts of a training run's batch.
-Parts = Annotated[int | Literal["auto"], _count_of("parts"), _COUNT_OR_AUTO]
+#: Microbatches of a training run's batch.
+Microbatches = Annotated[int | Literal["auto"], _count_of("microbatches"), _COUNT_OR_AUTO]
 
 
 def json_schema(model: type[BaseModel]) -> Schema:

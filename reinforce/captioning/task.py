@@ -3,7 +3,7 @@
     L = contrastive * L_CLIP + caption * sum_b nll_b / sum_b tokens_b
 
 As in open_clip's CoCaLoss the second term is a mean over tokens, not over captions. Here the mean is over the tokens of
-the global batch, for any number of ranks and batch parts. Tokens are selected by position, up to the end token, while
+the global batch, for any number of ranks and microbatches. Tokens are selected by position, up to the end token, while
 open_clip masks its padding by value: the value is 0, which is also the token of "!". (CoCa's text tower masks by value
 too. That is part of the model, in training and inference, and is not changed.)
 """

@@ -1,4 +1,4 @@
-"""Batches as nested mappings of tensors and lists: moved to the device, and cut into parts."""
+"""Batches as nested mappings of tensors and lists: moved to the device, and cut into microbatches."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
-from reinforce.config_schema import Parts
+from reinforce.config_schema import Microbatches
 from reinforce.errors import UserError
 from reinforce.settings import Section, flatten
 from teachers.redact import redact_values
@@ -75,7 +75,7 @@ class Compute(Section):
         "fp32",
         description="precision of the forward pass (autocast); auto: bf16 on accelerators that have it, else fp32",
     )
-    accumulate: Parts = Field(
+    accumulate: Microbatches = Field(
         "auto",
         description="microbatches of a rank's batch (gradient accumulation); the loss still contrasts the "
         "whole batch; auto: on accelerators as few as fit in memory, found at the start, which a resumed training "
@@ -95,8 +95,8 @@ class Compute(Section):
     )
 
     @property
-    def stated_parts(self) -> int:
-        """The number of parts that the config states, 1 for ``auto``."""
+    def stated_microbatches(self) -> int:
+        """The number of microbatches that the config states, 1 for ``auto``."""
         return 1 if self.accumulate == "auto" else self.accumulate
 
 
@@ -137,9 +137,9 @@ class Training(Section):
     def _one_length(self) -> Training:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give either `steps` or `epochs`")
-        parts = self.compute.ranks * self.compute.stated_parts
-        if self.batch % parts:
-            raise ValueError(f"batch ({self.batch}) must be a multiple of compute.ranks x compute.accumulate ({parts})")
+        count = self.compute.ranks * self.compute.stated_microbatches
+        if self.batch % count:
+            raise ValueError(f"batch ({self.batch}) must be a multiple of compute.ranks x compute.accumulate ({count})")
         if self.compute.ranks > 1 and self.compute.gpus not in (None, 0, 1):
             raise ValueError(
                 f"compute.gpus: {self.compute.gpus:g} of an accelerator for each of {self.compute.ranks} ranks, but "

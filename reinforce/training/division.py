@@ -1,4 +1,4 @@
-"""The division of a rank's batch into parts that fit in the memory of its accelerator, and what a sample costs.
+"""The division of a rank's batch into microbatches that fit in the memory of its accelerator, and what a sample costs.
 
 Both are found before the first step, by steps that leave no trace: weights, buffers and gradients are as before, and
 random generators are seeded for each step anyway. No rank waits for another in them, since one that is out of memory
@@ -27,30 +27,30 @@ from teachers.runtime.memory import forget_frames, is_out_of_memory, release_cac
 _RESERVE = 0.06
 
 
-def fewest_parts(task: Task, state: State, batch: Batch, size: int, ranks: Ranks, before: int | None) -> int:
-    """The fewest parts of a rank's ``batch`` of ``size`` samples with which a step fits, the same on all ranks.
+def fewest_microbatches(task: Task, state: State, batch: Batch, size: int, ranks: Ranks, before: int | None) -> int:
+    """The fewest microbatches of a rank's ``batch`` of ``size`` samples with which a step fits, the same on all ranks.
 
-    It begins with one part, or with parts of ``before`` samples, and tries the next divisor of ``size`` from twice as
-    many on. Raises UserError if a single sample does not fit.
+    It begins with one microbatch, or with microbatches of ``before`` samples, and tries the next divisor of ``size``
+    from twice as many on. Raises UserError if a single sample does not fit.
     """
-    parts = size // before if before and size % before == 0 else 1
+    microbatches = size // before if before and size % before == 0 else 1
     while True:
-        fits = _fits(task, state, batch, size, parts, ranks.accelerator)
+        fits = _fits(task, state, batch, size, microbatches, ranks.accelerator)
         if not ranks.start_max(not fits)():
-            return parts
-        if parts == size:
+            return microbatches
+        if microbatches == size:
             raise UserError(
                 "out of memory: a step does not fit in the memory of the accelerator, even one sample at a time. "
                 "Lower train.batch, use more ranks, or set train.compute.gradient_checkpointing: true."
             )
-        parts = next(count for count in range(min(2 * parts, size), size + 1) if size % count == 0)
+        microbatches = next(count for count in range(min(2 * microbatches, size), size + 1) if size % count == 0)
 
 
 def flops_of_sample(task: Task, state: State, batch: Batch, size: int, accelerator: Accelerator) -> float:
     """FLOPs of the model for a sample, forward and backward, as far as they can be counted; 0 if not at all.
 
-    The loss over the batch counts for nothing, nor do forward passes that are repeated to save memory: of the parts of
-    a batch, and in blocks whose activations are recomputed.
+    The loss over the batch counts for nothing, nor do forward passes that are repeated to save memory: of microbatches,
+    and in blocks whose activations are recomputed.
     """
     recomputed = any(getattr(module, "grad_checkpointing", False) for module in task.model.modules())
 
@@ -73,8 +73,8 @@ def flops_of_sample(task: Task, state: State, batch: Batch, size: int, accelerat
     return max(once, whole - once * recomputed) / rows
 
 
-def _fits(task: Task, state: State, batch: Batch, size: int, parts: int, accelerator: Accelerator) -> bool:
-    """Whether a step of ``parts`` parts fits, with the optimizer's state and a reserve beside it."""
+def _fits(task: Task, state: State, batch: Batch, size: int, microbatches: int, accelerator: Accelerator) -> bool:
+    """Whether a step of so many ``microbatches`` fits, with the optimizer's state and a reserve beside it."""
     try:
         with _no_trace(state), gather.without_communication():
             total = torch.cuda.get_device_properties(accelerator.device).total_memory
@@ -82,7 +82,7 @@ def _fits(task: Task, state: State, batch: Batch, size: int, parts: int, acceler
             for group in state.optimizer.param_groups:
                 new = [parameter for parameter in group["params"] if parameter not in state.optimizer.state]
                 kept += [torch.empty_like(parameter) for parameter in new for _ in range(2)]
-            backpropagate(task, task.model, batch, size, [0] * parts, accelerator)
+            backpropagate(task, task.model, batch, size, [0] * microbatches, accelerator)
         return True
     except Exception as error:
         if not is_out_of_memory(error):

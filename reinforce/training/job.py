@@ -74,10 +74,10 @@ def total_steps(training: Training, samples: int, ranks: int) -> int:
 
     Raises UserError if the batch cannot be divided among the ranks or the warm-up is not shorter than the training run.
     """
-    parts = ranks * training.compute.stated_parts
-    if training.batch % parts:
+    count = ranks * training.compute.stated_microbatches
+    if training.batch % count:
         raise UserError(
-            f"train.batch ({training.batch}) must be a multiple of ranks x compute.accumulate ({parts}). Change either."
+            f"train.batch ({training.batch}) must be a multiple of ranks x compute.accumulate ({count}). Change either."
         )
     if training.steps is not None:
         steps = training.steps

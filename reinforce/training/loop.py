@@ -4,7 +4,7 @@ Each of the steps 0 .. ``steps`` - 1 takes a global batch of ``train.batch`` sam
 
 1. set the learning rate of the step (`reinforce.training.optimizer.learning_rate`);
 2. compute losses and gradients of the rank's batch (`reinforce.training.step`); random numbers are seeded from
-   (seed, step, rank, part), and DistributedDataParallel averages the gradients over the ranks;
+   (seed, step, rank, microbatch), and DistributedDataParallel averages the gradients over the ranks;
 3. fetch the next batch while the device computes;
 4. clip the gradient to norm ``optimizer.clip`` and update the weights, or skip the update if the norm is not finite;
    clamp logit scales to [1, 100]; update the moving average of the weights.
@@ -34,7 +34,7 @@ from reinforce.training.batches import Prefetcher
 from reinforce.training.distributed import gather
 from reinforce.training.distributed.batch_norms import synchronize_batch_norms
 from reinforce.training.distributed.ranks import Ranks, check_output_is_shared, wrap_ddp
-from reinforce.training.division import fewest_parts, flops_of_sample
+from reinforce.training.division import fewest_microbatches, flops_of_sample
 from reinforce.training.job import Job, total_steps
 from reinforce.training.optimizer import learning_rate, make_adamw
 from reinforce.training.order import ORDER
@@ -128,7 +128,7 @@ class _Loop:
             task, job, ranks, self.state, self.writer, self.steps, stop, screen, on_evaluation
         )
         self.log: Log | None = None  # only on rank 0
-        self.parts = self.training.compute.stated_parts
+        self.microbatches = self.training.compute.stated_microbatches
 
     def run(self) -> Results:
         check_output_is_shared(self.storage, self.ranks)
@@ -171,7 +171,7 @@ class _Loop:
         now = replace(before, streams=reading.streams, row_processes=reading.row_processes)
         now = replace(now, samples=self.feed.samples, files=reading.files)
         # With `auto`, that of the checkpoint until the first step is tried.
-        self.progress = replace(now, division=before.division if self._finds_parts else self._division())
+        self.progress = replace(now, division=before.division if self._finds_microbatches else self._division())
         threads = arithmetic_threads(self.ranks.cpus, reading.loaders, accelerated)
         if self.training.compute.cpus is None and threads < self.ranks.cpus:
             torch.set_num_threads(threads)
@@ -180,28 +180,29 @@ class _Loop:
         return notes + describe_differences(before, self.progress)
 
     @property
-    def _finds_parts(self) -> bool:
+    def _finds_microbatches(self) -> bool:
         return self.training.compute.accumulate == "auto" and self.accelerator.device.type != "cpu"
 
     def _division(self) -> str:
-        division = f"{plural(self.ranks.size, 'rank')} x {plural(self.parts, 'part')}"
+        division = f"{plural(self.ranks.size, 'rank')} x {plural(self.microbatches, 'part')}"
         shared = self.training.compute.sync_batch_norm and self.ranks.size > 1
         return division + " with shared batch statistics" * shared
 
     def _divide(self, batch: Batch, size: int) -> None:
-        """Find what a sample costs, and the parts of a rank's ``size`` samples if the config leaves that open."""
+        """Find what a sample costs, and the microbatches of a rank's ``size`` samples if the config states none."""
         flops = flops_of_sample(self.task, self.state, batch, size, self.accelerator)
         peak = self.accelerator.peak_flops()
         peak = None if peak is None else peak * self.ranks.size
         self.throughput = Throughput(self.progress.step, self.steps, flops, peak)
-        if not self._finds_parts:
+        if not self._finds_microbatches:
             return
         self.ranks.at("finding how many samples fit in memory")
         before = self.progress
-        self.parts = fewest_parts(self.task, self.state, batch, size, self.ranks, before.part)
-        self.progress = replace(before, part=size // self.parts, division=self._division())
+        self.microbatches = fewest_microbatches(self.task, self.state, batch, size, self.ranks, before.part)
+        self.progress = replace(before, part=size // self.microbatches, division=self._division())
         if self.ranks.is_first:
-            of = f"{plural(self.parts, 'part')} of {size // self.parts:,}" if self.parts > 1 else "one part"
+            count = self.microbatches
+            of = f"{count:,} microbatches of {size // count:,}" if count > 1 else "one microbatch"
             self.screen.log(f"accumulate: auto: a rank's {size:,} samples of a step fit in {of}")
             for note in describe_differences(before, self.progress):
                 self.screen.log(note)
@@ -310,8 +311,9 @@ class _Loop:
         lr = learning_rate(step, self.steps, self.training.optimizer)
         for group in self.state.optimizer.param_groups:
             group["lr"] = learning_rate(step, self.steps, self.training.optimizer, group["tower"])
-        first = self.ranks.rank * self.parts
-        seeds = [seed_for(self.job.seed, f"step {step}", "training", first + part) for part in range(self.parts)]
+        first = self.ranks.rank * self.microbatches
+        numbers = range(first, first + self.microbatches)
+        seeds = [seed_for(self.job.seed, f"step {step}", "training", number) for number in numbers]
         self.ranks.at(f"the gradients of step {step + 1:,}")
         output = backpropagate(self.task, model, prefetcher.take(), rank_batch, seeds, self.accelerator)
         computed = self.accelerator.mark()

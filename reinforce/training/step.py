@@ -1,6 +1,6 @@
-"""The gradient of one batch, computed at once or in parts, with the same result if the model treats samples alone.
+"""The gradient of one batch, computed at once or in microbatches: the same if the model treats samples alone.
 
-Batch normalisation and dropout do not: they see one part at a time.
+Batch normalisation and dropout do not: they see one microbatch at a time.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ def backpropagate(
 ) -> StepOutput:
     """Add the gradient of the summed losses of a rank's batch of ``size`` samples to the parameters.
 
-    ``model`` is the task's, possibly wrapped in DistributedDataParallel. The batch is split into as many equal parts
-    as there are ``seeds``; each seed initialises torch's random generators for one part.
+    ``model`` is the task's, possibly wrapped in DistributedDataParallel. The batch is split into as many equal
+    microbatches as there are ``seeds``; each seed initialises torch's random generators for one.
     """
     with torch.no_grad():
         batch = task.prepare(batch)
     if len(seeds) == 1:
         return _backpropagate_whole(task, model, batch, seeds[0], accelerator)
     length = size // len(seeds)
-    parts = [slice_batch(batch, start, start + length) for start in range(0, size, length)]
-    return _backpropagate_parts(task, model, batch, parts, seeds, accelerator)
+    microbatches = [slice_batch(batch, start, start + length) for start in range(0, size, length)]
+    return _backpropagate_microbatches(task, model, batch, microbatches, seeds, accelerator)
 
 
 def _backpropagate_whole(task: Task, model: Any, batch: Batch, seed: int, accelerator: Accelerator) -> StepOutput:
@@ -51,20 +51,21 @@ def _backpropagate_whole(task: Task, model: Any, batch: Batch, seed: int, accele
     return StepOutput(_detached(losses), _detached(encoded.scalars))
 
 
-def _backpropagate_parts(
-    task: Task, model: Any, batch: Batch, parts: Sequence[Batch], seeds: Sequence[int], accelerator: Accelerator
+def _backpropagate_microbatches(
+    task: Task, model: Any, batch: Batch, microbatches: Sequence[Batch], seeds: Sequence[int], accelerator: Accelerator
 ) -> StepOutput:
-    """Contrast the whole batch with the activations of one part in memory (Gao et al., arXiv 2101.06983).
+    """Contrast the whole batch with the activations of one microbatch in memory (Gao et al., arXiv 2101.06983).
 
-    With features f = model(part) of all parts and L = task.losses(f), the gradient with respect to the weights w is
+    With features f_m = model(m) of all microbatches m and L = task.losses(f), the gradient with respect to the weights
+    w is
 
-        dL/dw = sum over parts of dL/df_part * df_part/dw
+        dL/dw = sum over m of dL/df_m * df_m/dw
 
     The first pass computes f without activations, then the losses give dL/df; the second pass runs the model on each
-    part again and backpropagates dL/df_part. Both passes draw the same random numbers. Batch normalisation sees one
-    part at a time, and its running statistics are those of the second pass.
+    microbatch again and backpropagates dL/df_m. Both passes draw the same random numbers. Batch normalisation sees one
+    microbatch at a time, and its running statistics are those of the second pass.
     """
-    first_pass = _encode_without_gradients(task.model, parts, seeds, accelerator)
+    first_pass = _encode_without_gradients(task.model, microbatches, seeds, accelerator)
     features = {
         name: torch.cat([encoded.features[name] for encoded in first_pass]).requires_grad_()
         for name in first_pass[0].features
@@ -74,14 +75,14 @@ def _backpropagate_parts(
     if losses:
         _sum(losses).backward()
 
-    share = 1 / len(parts)
-    for index, (part, seed) in enumerate(zip(parts, seeds, strict=True)):
-        last = index == len(parts) - 1
+    share = 1 / len(microbatches)
+    for index, (microbatch, seed) in enumerate(zip(microbatches, seeds, strict=True)):
+        last = index == len(microbatches) - 1
         torch.manual_seed(seed)
-        # DDP reduces the gradient of all parts once, with the last one.
+        # DDP reduces the gradient of all microbatches once, with the last one.
         with contextlib.nullcontext() if last or model is task.model else model.no_sync():
             with accelerator.autocast():
-                encoded = model(part)
+                encoded = model(microbatch)
             outputs = [(loss, torch.full_like(loss, share)) for loss in encoded.losses.values()]
             for name, value in encoded.scalars.items():
                 if (gradient := scalars[name].grad) is not None:
@@ -98,15 +99,15 @@ def _backpropagate_parts(
 
 
 def _encode_without_gradients(
-    model: torch.nn.Module, parts: Sequence[Batch], seeds: Sequence[int], accelerator: Accelerator
+    model: torch.nn.Module, microbatches: Sequence[Batch], seeds: Sequence[int], accelerator: Accelerator
 ) -> list[Encoded]:
-    """Run the model on all parts; its buffers (running statistics) keep their values."""
+    """Run the model on all microbatches; its buffers (running statistics) keep their values."""
     kept = [buffer.clone() for buffer in model.buffers()]
     encoded = []
     with torch.no_grad(), accelerator.autocast():
-        for part, seed in zip(parts, seeds, strict=True):
+        for microbatch, seed in zip(microbatches, seeds, strict=True):
             torch.manual_seed(seed)
-            encoded.append(model(part))
+            encoded.append(model(microbatch))
         for buffer, before in zip(model.buffers(), kept, strict=True):
             buffer.copy_(before)
     return encoded

@@ -1,6 +1,6 @@
 """The interface between the training loop and what it trains.
 
-The loop handles the optimizer, ranks, batch parts, checkpoints and logs. A task provides a model and its loss, and
+The loop handles the optimizer, ranks, microbatches, checkpoints and logs. A task provides a model and its loss, and
 evaluates and exports the result; a feed provides the batches.
 """
 
@@ -20,11 +20,11 @@ Batch = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Encoded:
-    """The output of a task's model for a batch, or for a part of p samples.
+    """The output of a task's model for a batch, or for a microbatch of p samples.
 
     ``features`` are tensors [p, ...] that ``Task.losses`` contrasts over the whole batch and all ranks. ``losses`` are
-    scalars, already weighted: means over the samples of the part, which add to the total loss. ``scalars`` are learnt
-    numbers that the loss needs (the logit scale); they are logged under their names.
+    scalars, already weighted: means over the samples of the microbatch, which add to the total loss. ``scalars`` are
+    learnt numbers that the loss needs (the logit scale); they are logged under their names.
     """
 
     features: dict[str, torch.Tensor]
@@ -49,8 +49,8 @@ class Metrics(dict[str, float]):
 class Task(Protocol):
     """What the loop trains; ``reinforce.student.task`` has an implementation.
 
-    Draw random numbers (dropout) only from torch's global generators: the loop seeds them for each step, rank and part,
-    so that a resumed training run draws the numbers that an uninterrupted one would have drawn.
+    Draw random numbers (dropout) only from torch's global generators: the loop seeds them for each step, rank and
+    microbatch, so that a resumed training run draws the numbers that an uninterrupted one would have drawn.
     """
 
     @property
@@ -77,7 +77,7 @@ class Task(Protocol):
         ...
 
     def prepare(self, batch: Batch) -> Batch:
-        """Complete a rank's whole batch on its device; called once per step, before the batch is split into parts.
+        """Complete a rank's whole batch on its device; called once per step, before it is split into microbatches.
 
         Online teachers add their embeddings here. Runs without gradients and outside autocast.
         """

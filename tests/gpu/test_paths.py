@@ -28,7 +28,7 @@ from reinforce.training.batches import Prefetcher
 from reinforce.training.distributed import gather
 from reinforce.training.distributed.batch_norms import _Shared, synchronize_batch_norms
 from reinforce.training.distributed.ranks import Ranks
-from reinforce.training.division import fewest_parts
+from reinforce.training.division import fewest_microbatches
 from reinforce.training.state import State
 from reinforce.training.step import StepOutput, backpropagate
 from reinforce.training.stop import Stopped, StopSignal
@@ -176,8 +176,8 @@ def test_a_step_is_divided_as_far_as_memory_asks_and_a_resumed_training_keeps_th
             run(job(tmp_path / output, **changes), feed, stop, accelerator=accelerator, width=WIDE, dropout=0.5)
         return " ".join(capsys.readouterr().out.split())
 
-    assert "a rank's 16 samples of a step fit in one part" in train("large", 100)
-    assert "a rank's 16 samples of a step fit in 2 parts of 8" in train("auto", 45)
+    assert "a rank's 16 samples of a step fit in one microbatch" in train("large", 100)
+    assert "a rank's 16 samples of a step fit in 2 microbatches of 8" in train("auto", 45)
     train("stated", 100, accumulate=2)
     assert curve(tmp_path / "auto") == curve(tmp_path / "stated") != curve(tmp_path / "large")
     train("resumed", 45, stop_at=2)
@@ -213,7 +213,7 @@ def test_ranks_divide_alike_and_wait_for_none_in_a_trial(monkeypatch: pytest.Mon
         batch = next(iter(PairFeed().batches(0, 1, 12, 0)))
         there = Prefetcher([batch], accelerator)
         there.fetch()
-        assert fewest_parts(task, state, there.peek(), 12, Others(1, 3, accelerator), None) == 4
+        assert fewest_microbatches(task, state, there.peek(), 12, Others(1, 3, accelerator), None) == 4
         assert state.tensors().keys() == before.keys()
         assert all(torch.equal(value, before[name]) for name, value in state.tensors().items())
         assert all(parameter.grad is None for parameter in task.model.parameters())

@@ -184,7 +184,7 @@ def test_the_checkpoint_format_depends_on_these_keys() -> None:
         ({"epochs": 2}, "give either `steps` or `epochs`"),
         ({"steps": None}, "give either `steps` or `epochs`"),
         ({"optimizer": {"hold": 3, "cooldown": 0.5}}, "`hold` and `cooldown` both state when .* remove one"),
-        ({"compute": {"accumulate": 0}}, "must be a number of parts, at least 1, or auto, got 0"),
+        ({"compute": {"accumulate": 0}}, "must be a number of microbatches, at least 1, or auto, got 0"),
         ({"compute": {"ranks": 2, "accumulate": 3}}, r"batch \(16\) must be a multiple of .* \(6\)"),
         (
             {"compute": {"ranks": 2, "gpus": 0.5}},

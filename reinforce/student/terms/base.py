@@ -76,7 +76,7 @@ class Term:
     def losses_of_rows(
         self, features: Tensors, targets: Mapping[str, Tensors], heads: torch.nn.ModuleDict
     ) -> dict[str, torch.Tensor]:
-        """Weighted losses by name, means over the p rows of a part of the batch; computed in the model's forward pass.
+        """Weighted losses by name, means over the p rows of a microbatch; computed in the model's forward pass.
 
         ``features`` are unit-norm float32 [p, D].
         """
