@@ -107,7 +107,7 @@ class Bench:
         model = self.accelerator.place(tasks["plain"].model).train()
         optimizer = make_adamw(model, Optimizer(lr=1e-5))
         examples = random_batch(tasks["plain"], case.batch)
-        unused = {"plain": ("targets", "views", "texts"), "stored": ("views", "texts"), "online": ("targets",)}
+        unused = {"plain": ("targets", "crops", "texts"), "stored": ("crops", "texts"), "online": ("targets",)}
         prefetchers = {name: Prefetcher([without(examples, unused[name])], self.accelerator) for name in tasks}
         for prefetcher in prefetchers.values():
             prefetcher.fetch()
@@ -181,8 +181,8 @@ def random_batch(task: StudentTask, count: int) -> dict[str, Any]:
         for teacher in TEACHERS
     }
     tokens = {kind: task.tokenizer(values) for kind, values in texts.items()}
-    views = dict.fromkeys(TEACHERS, images)
-    return {"image": images, **tokens, "targets": targets, "views": views, "texts": texts}
+    crops = dict.fromkeys(TEACHERS, images)
+    return {"image": images, **tokens, "targets": targets, "crops": crops, "texts": texts}
 
 
 def without(batch: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:

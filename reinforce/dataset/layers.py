@@ -97,8 +97,8 @@ class Layer:
         code: hash of the file that defines the model's class, if it is a custom one; the fingerprint does not cover it.
         sees: what its model sees of the image: the ``crops`` of its augmentation records, the ``image`` as a whole, or
             None.
-        labels: name of the labels that have values of it, or decide the rows of the samples; values of other rows are
-            computed, unless it is published.
+        labels: name of the labels that have values of it, or decide the rows of the samples; other rows are computed,
+            except in published layers.
     """
 
     name: str
@@ -119,7 +119,7 @@ class Layer:
 
     @property
     def sees_images(self) -> bool:
-        """Whether computing it takes decoded images, unless it is published."""
+        """Whether computing it takes decoded images; not in published layers."""
         return self.sees is not None
 
     @property

@@ -1,4 +1,4 @@
-"""The samples that the gallery shows: which ones, in which of its views, and their pictures."""
+"""The samples that the gallery shows: which ones, in which of its tabs, and their pictures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from reinforce.dataset.reading.dataset import Dataset
 from reinforce.dataset.reading.sample import Sample
-from reinforce.dataset.reading.sample_view import Pictures, SampleView, draw
+from reinforce.dataset.reading.shown_sample import Pictures, ShownSample, draw
 from reinforce.errors import UserError
 from reinforce.inspection.overview import Quarantined
 from reinforce.inspection.rows import Rows
@@ -20,12 +20,12 @@ from reinforce.inspection.selection import Group
 from reinforce.inspection.sides import RuleSides
 from reinforce.seeds import permutation
 
-_RANDOM, _RANKED, _NULL = 96, 24, 24  # samples in the random view, in each ranked view, and among null rows
+_RANDOM, _RANKED, _NULL = 96, 24, 24  # samples in the random tab, in each ranked tab, and among null rows
 _SIDE, _REPLAY_SIDE = 420, 144  # pixels
 
 
 @dataclass(frozen=True)
-class View:
+class Tab:
     """One way to look at the samples: its name, what it is called, and what it shows."""
 
     name: str
@@ -33,14 +33,14 @@ class View:
     text: str
 
 
-VIEWS = (
-    View("random", "Random", "Samples in random order."),
-    View("key", "By key", "Every sample that has a picture here, in the order of shards and keys."),
-    View("agree", "Teachers agree", "Samples for which the teachers give the most similar targets."),
-    View("disagree", "Teachers disagree", "Samples for which the teachers give the most different targets."),
-    View("synthetic", "Synthetic fits better", "Synthetic captions are more similar to the image than the true one."),
-    View("true", "True fits better", "The true caption is more similar to the image than the synthetic ones."),
-    View("quarantine", "Quarantined", "What was refused, and rows that a layer could not compute, with the reason."),
+TABS = (
+    Tab("random", "Random", "Samples in random order."),
+    Tab("key", "By key", "Every sample that has a picture here, in the order of shards and keys."),
+    Tab("agree", "Teachers agree", "Samples for which the teachers give the most similar targets."),
+    Tab("disagree", "Teachers disagree", "Samples for which the teachers give the most different targets."),
+    Tab("synthetic", "Synthetic fits better", "Synthetic captions are more similar to the image than the true one."),
+    Tab("true", "True fits better", "The true caption is more similar to the image than the synthetic ones."),
+    Tab("quarantine", "Quarantined", "What was refused, and rows that a layer could not compute, with the reason."),
 )
 
 
@@ -48,14 +48,14 @@ VIEWS = (
 class Card:
     """A sample in the gallery.
 
-    ``row`` is its number among the rows that were looked at, ``ranks`` its place in each view that shows it,
+    ``row`` is its number among the rows that were looked at, ``ranks`` its place in each tab that shows it,
     ``agreement`` that of the teachers, ``picture`` the stem of its files or None with a ``problem``, and
     ``quarantined`` why layers are null for it.
     """
 
     row: int
     shard: str
-    view: SampleView
+    shown: ShownSample
     ranks: Mapping[str, int]
     agreement: float | None
     picture: str | None
@@ -66,21 +66,21 @@ class Card:
 def choose(
     rows: Rows, seed: int, quarantined: set[tuple[str, str]], others: Collection[int] = ()
 ) -> dict[str, list[int]]:
-    """The rows of each view, in its order; ``quarantined`` are the shard and key of items, and ``others`` are rows that
+    """The rows of each tab, in its order; ``quarantined`` are the shard and key of items, and ``others`` are rows that
     other pages show."""
-    views = {"random": permutation(len(rows), seed, "inspected samples").tolist()[:_RANDOM]}
+    tabs = {"random": permutation(len(rows), seed, "inspected samples").tolist()[:_RANDOM]}
     agreement = rows.targets.agreements()
     if len(agreement) == len(rows):
-        views["agree"] = _extreme(-agreement)
-        views["disagree"] = _extreme(agreement)
+        tabs["agree"] = _extreme(-agreement)
+        tabs["disagree"] = _extreme(agreement)
     gap = synthetic_gap(rows)
-    views["synthetic"] = [row for row in _extreme(-gap) if gap[row] > 0]
-    views["true"] = [row for row in _extreme(gap) if gap[row] < 0]
+    tabs["synthetic"] = [row for row in _extreme(-gap) if gap[row] > 0]
+    tabs["true"] = [row for row in _extreme(gap) if gap[row] < 0]
     null = [row for row, (group, _) in enumerate(rows.places) if (group.shard, rows.keys[row]) in quarantined]
-    views["quarantine"] = null[:_NULL]
-    shown = sorted({*others, *(row for found in views.values() for row in found)})
-    views["key"] = sorted(shown, key=lambda row: (rows.places[row][0].shard, rows.keys[row], row))
-    return views
+    tabs["quarantine"] = null[:_NULL]
+    shown = sorted({*others, *(row for found in tabs.values() for row in found)})
+    tabs["key"] = sorted(shown, key=lambda row: (rows.places[row][0].shard, rows.keys[row], row))
+    return tabs
 
 
 def synthetic_gap(rows: Rows) -> np.ndarray:
@@ -108,18 +108,18 @@ def _extreme(values: np.ndarray) -> list[int]:
 def make_cards(
     data: Dataset,
     rows: Rows,
-    views: Mapping[str, list[int]],
+    tabs: Mapping[str, list[int]],
     items: Mapping[tuple[str, str], list[Quarantined]],
     write: Callable[[str, bytes], None],
 ) -> list[Card]:
-    """Read the samples of the views, draw them, and ``write`` their pictures by file name -> cards in order of keys."""
+    """Read the samples of the tabs, draw them, and ``write`` their pictures by file name -> cards in order of keys."""
     cards = []
     agreement = rows.targets.agreements()
     ranks: dict[int, dict[str, int]] = {}
-    for name, found in views.items():
+    for name, found in tabs.items():
         for rank, row in enumerate(found):
             ranks.setdefault(row, {})[name] = rank
-    places = {row: rows.places[row] for row in views["key"]}
+    places = {row: rows.places[row] for row in tabs["key"]}
     for row, sample, pictures, problem in _read(data, places, rows.problems):
         stem = f"images/{row:06d}" if pictures else None
         if pictures:
@@ -129,8 +129,8 @@ def make_cards(
         shard = rows.places[row][0].shard
         agreed = float(agreement[row]) if len(agreement) == len(rows) and np.isfinite(agreement[row]) else None
         refused = tuple(items.get((shard, sample.key), ()))
-        cards.append(Card(row, shard, SampleView.of(sample), ranks[row], agreed, stem, problem, refused))
-    order = {row: place for place, row in enumerate(views["key"])}
+        cards.append(Card(row, shard, ShownSample.of(sample), ranks[row], agreed, stem, problem, refused))
+    order = {row: place for place, row in enumerate(tabs["key"])}
     return sorted(cards, key=lambda card: order[card.row])
 
 
@@ -149,8 +149,8 @@ class Thumbnail:
     @classmethod
     def of(cls, card: Card, value: str) -> Thumbnail:
         picture = None if card.picture is None else f"{card.picture}.webp"
-        caption = next((line.text for line in card.view.captions if line.captioner is None), None)
-        return cls(value, picture, card.problem, card.view.key, caption, card.row)
+        caption = next((line.text for line in card.shown.captions if line.captioner is None), None)
+        return cls(value, picture, card.problem, card.shown.key, caption, card.row)
 
 
 def draw_sides(
@@ -164,9 +164,9 @@ def draw_sides(
         name = f"images/rule-{index:05d}.webp" if pictures else None
         if pictures and name:
             write(name, pictures.original)
-        view, value = SampleView.of(sample), chosen[index][2].value
-        caption = next((line.text for line in view.captions if line.captioner is None), None)
-        drawn[index] = Thumbnail("" if value is None else f"{value:.4g}", name, problem, view.key, caption)
+        one, value = ShownSample.of(sample), chosen[index][2].value
+        caption = next((line.text for line in one.captions if line.captioner is None), None)
+        drawn[index] = Thumbnail("" if value is None else f"{value:.4g}", name, problem, one.key, caption)
     sides: dict[tuple[int, str], list[Thumbnail]] = {}
     for index in sorted(drawn):
         sides.setdefault(chosen[index][:2], []).append(drawn[index])

@@ -20,7 +20,7 @@ from reinforce.dataset.vectors import NORM_TOLERANCE
 from reinforce.dataset.view import open_view
 from reinforce.errors import UserError
 from reinforce.inspection import captions, plots
-from reinforce.inspection.gallery import VIEWS, Card, Thumbnail, choose, draw_sides, make_cards
+from reinforce.inspection.gallery import TABS, Card, Thumbnail, choose, draw_sides, make_cards
 from reinforce.inspection.overview import Overview, Quarantined, model_facts, read_overview, recipe_lines
 from reinforce.inspection.plots import Chart, quantile_rows
 from reinforce.inspection.rows import Rows, read_rows
@@ -187,12 +187,12 @@ def _summary(data: Dataset, overview: Overview, problems: Sequence[str]) -> dict
 
 
 def _gallery(overview: Overview, rows: Rows, cards: Sequence[Card]) -> dict[str, Any]:
-    shown = {(card.shard, card.view.key) for card in cards}
+    shown = {(card.shard, card.shown.key) for card in cards}
     others = [item for item in overview.quarantine.items if (item.shard, item.key) not in shown]
-    counts = {view.name: sum(view.name in card.ranks for card in cards) for view in VIEWS}
+    counts = {tab.name: sum(tab.name in card.ranks for card in cards) for tab in TABS}
     counts["quarantine"] += len(others)
-    views = [(view, counts[view.name]) for view in VIEWS]
-    return {"cards": cards, "others": others, "views": views, "parts": -(-len(rows) // _FOUND_ROWS)}
+    tabs = [(tab, counts[tab.name]) for tab in TABS]
+    return {"cards": cards, "others": others, "tabs": tabs, "parts": -(-len(rows) // _FOUND_ROWS)}
 
 
 def _captions(

@@ -42,7 +42,7 @@ def teacher_info(teacher: Teacher, spec: TeacherSpec, texts: bool = True) -> Tea
 @torch.no_grad()
 @determinism.inference()
 def add_targets(batch: Batch, teachers: Mapping[str, Teacher]) -> Batch:
-    """The batch with ``targets`` on its device, computed from its ``views`` and ``texts``; see ``batch.py``.
+    """The batch with ``targets`` on its device, computed from its ``crops`` and ``texts``; see ``batch.py``.
 
     Stored targets of other models stay.
     """
@@ -51,16 +51,16 @@ def add_targets(batch: Batch, teachers: Mapping[str, Teacher]) -> Batch:
     for name, teacher in teachers.items():
         targets[name] = dict(targets.get(name, {}))  # a classifier may have the name of a teacher
         if teacher.image is not None:
-            targets[name][IMAGE] = _encode_images(teacher, batch["views"][name]).to(device)
+            targets[name][IMAGE] = _encode_images(teacher, batch["crops"][name]).to(device)
         if callable(getattr(teacher, "encode_texts", None)):
             for kind, texts in batch["texts"].items():
                 targets[name][kind] = encode_texts(teacher, texts, _MAX_BATCH).to(device)
     return {**batch, "targets": targets}
 
 
-def _encode_images(teacher: Teacher, views: torch.Tensor) -> torch.Tensor:
+def _encode_images(teacher: Teacher, crops: torch.Tensor) -> torch.Tensor:
     """uint8 [B, h, w, 3] -> float32 [B, D]."""
     assert teacher.image is not None
     # Each part is copied: the teacher may reuse its memory in the next call.
-    parts = [teacher.encode_images(to_pixels(part, teacher.image)).clone() for part in views.split(_MAX_BATCH)]
+    parts = [teacher.encode_images(to_pixels(part, teacher.image)).clone() for part in crops.split(_MAX_BATCH)]
     return torch.cat(parts).float()  # a new tensor: parts may be inference tensors, which autograd refuses

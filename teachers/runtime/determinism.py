@@ -1,4 +1,4 @@
-"""Whether CUDA computes equal bytes again: torch's flags and the environment, set in one place before CUDA starts.
+"""Deterministic CUDA: torch's flags and the environment, set in one place before CUDA starts.
 
 A process calls ``set_flags`` before it loads a model. What is then settled on CUDA:
 
@@ -6,7 +6,7 @@ A process calls ``set_flags`` before it loads a model. What is then settled on C
 - Sums of bf16 and fp16 products are accumulated in fp32.
 - Attention uses torch's flash kernel, else its memory-efficient one, else plain products. cuDNN's kernels are not
   deterministic, and they build a plan for each new shape, which takes tens of milliseconds.
-- With ``deterministic``, kernels are those that give equal bytes again: cuBLAS with a fixed workspace, cuDNN's
+- With ``deterministic``, kernels are deterministic: cuBLAS with a fixed workspace, cuDNN's
   deterministic algorithms without a search for the fastest, and torch's deterministic operations.
 
 The legacy names of the TF32 flags are used: torch 2.4 has no others, later versions keep both in step, and reading the

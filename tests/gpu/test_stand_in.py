@@ -71,7 +71,7 @@ def outputs(device: str) -> tuple[dict[str, Any], Noting]:
         {"teachers": {"red": Noting(there)}, "captioners": {"namer": SeedCaptioner(there)}}, Accelerator(device)
     )
     cells = pixels()
-    for array in (cells.crops, *cells.views.values()):
+    for array in (cells.crops, *cells.whole.values()):
         models.accelerator.pin(array)
     run = make_inference(CONFIG, [LAYERS[name] for name in NAMES], models).run
     return run(rows(3), cells), models.teachers["red"]  # type: ignore[return-value]

@@ -23,7 +23,7 @@ from tests.helpers.models import SeedCaptioner
 CPU = torch.device("cpu")
 CONFIG = parse_config(config_of("x.tar", "out", workers={"batch": 3}))
 LAYERS = build_layers(CONFIG, describe_models(CONFIG))
-VIEW = SeedCaptioner(CPU).image
+WHOLE = SeedCaptioner(CPU).image
 
 
 def rows(count: int) -> list[Row]:
@@ -33,8 +33,8 @@ def rows(count: int) -> list[Row]:
 def pixels() -> PixelCells:
     """The pixels of three rows, with two crops each."""
     rng = np.random.default_rng(0)
-    views = {VIEW: rng.integers(0, 255, (3, 8, 8, 3), np.uint8)}
-    return PixelCells(rng.integers(0, 255, (3, 2, 24, 24, 3), np.uint8), views)
+    whole = {WHOLE: rng.integers(0, 255, (3, 8, 8, 3), np.uint8)}
+    return PixelCells(rng.integers(0, 255, (3, 2, 24, 24, 3), np.uint8), whole)
 
 
 def make_inference(

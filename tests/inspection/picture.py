@@ -19,7 +19,7 @@ def main(report: str, picture: str) -> None:
     with sync_playwright() as running:
         browser = running.chromium.launch(executable_path=CHROMIUM, args=OPTIONS)
         page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT}, color_scheme="light")
-        page.goto(f"{Path(report, 'gallery.html').resolve().as_uri()}#view=disagree", wait_until="networkidle")
+        page.goto(f"{Path(report, 'gallery.html').resolve().as_uri()}#tab=disagree", wait_until="networkidle")
         shot = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
         browser.close()
     shot.save(picture, "WEBP", quality=80, method=6)

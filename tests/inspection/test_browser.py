@@ -80,8 +80,8 @@ def shown(page: Any) -> list[str]:
     return titles
 
 
-def choose(page: Any, view: str) -> None:
-    page.locator(f"input[name=view][value={view}]").check(force=True)
+def choose(page: Any, tab: str) -> None:
+    page.locator(f"input[name=tab][value={tab}]").check(force=True)
 
 
 def test_pages_open_from_disk_and_from_a_server_with_names_for_screen_readers(report: Path, watched: Watched) -> None:
@@ -112,7 +112,7 @@ def check_names(page: Any) -> None:
 
 def test_markup_in_captions_and_keys_stays_text(report: Path, watched: Watched) -> None:
     page = watched.page
-    page.goto(f"file://{report}/gallery.html#view=key")
+    page.goto(f"file://{report}/gallery.html#tab=key")
     page.fill("#query", "<script>")
     assert page.locator(".card:not([hidden])").first.locator("bdi", has_text=SCRIPT).count() >= 1
     page.wait_for_function("document.querySelectorAll('#found-list li').length > 0")  # built by the script
@@ -123,7 +123,7 @@ def test_markup_in_captions_and_keys_stays_text(report: Path, watched: Watched) 
     assert page.evaluate("window.attacked") is None
 
 
-def test_search_and_views_choose_samples(report: Path, watched: Watched) -> None:
+def test_search_and_tabs_choose_samples(report: Path, watched: Watched) -> None:
     page = watched.page
     page.goto(f"file://{report}/gallery.html")
     assert len(shown(page)) == 6
@@ -151,7 +151,7 @@ def test_search_and_views_choose_samples(report: Path, watched: Watched) -> None
     assert (
         page.locator(".card:not([hidden])", has_text=REFUSED[0]).locator(".refusal").inner_text().startswith("image_")
     )
-    page.reload()  # the address keeps the view
+    page.reload()  # the address keeps the tab
     assert set(shown(page)) == {*REFUSED, *WITHOUT_CAPTION}
 
 
@@ -160,7 +160,7 @@ def test_the_keyboard_reaches_everything_and_focus_is_visible(report: Path, watc
     page.goto(f"file://{report}/gallery.html")
     outline = """() => {
       const active = document.activeElement;
-      const drawn = active.matches(".views input") ? active.nextElementSibling : active;
+      const drawn = active.matches(".tabs input") ? active.nextElementSibling : active;
       const style = getComputedStyle(drawn);
       const name = active.id || active.name || active.textContent.trim();
       return [name, style.outlineStyle, parseFloat(style.outlineWidth)];
@@ -170,10 +170,10 @@ def test_the_keyboard_reaches_everything_and_focus_is_visible(report: Path, watc
         page.keyboard.press("Tab")
         stops.append(page.evaluate(outline))
     names = [name for name, *_ in stops]
-    assert names[:8] == ["Skip to the content", "Summary", "Gallery", "Captions", "Plots", "theme", "view", "query"]
+    assert names[:8] == ["Skip to the content", "Summary", "Gallery", "Captions", "Plots", "theme", "tab", "query"]
     assert [(style, width) for _, style, width in stops if style == "none" or width < 2] == []
     for _ in range(3):
-        page.keyboard.press("Shift+Tab")  # to the views
+        page.keyboard.press("Shift+Tab")  # to the tabs
     page.keyboard.press("ArrowRight")
     assert page.evaluate("document.activeElement.value") == "key"
     assert len(shown(page)) > 6

@@ -47,15 +47,13 @@ def test_rows_have_the_similarities_and_crops_of_their_samples(url: str, rows: R
             }
 
 
-def test_views_are_ordered_by_what_they_show_of_a_selection_that_is_seeded(
-    url: str, rows: Rows, tmp_path: Path
-) -> None:
-    views = choose(rows, 0, set())
+def test_tabs_are_ordered_by_what_they_show_of_a_selection_that_is_seeded(url: str, rows: Rows, tmp_path: Path) -> None:
+    tabs = choose(rows, 0, set())
     gap = synthetic_gap(rows)
-    assert [*gap[views["synthetic"]]] == sorted(gap[gap > 0], reverse=True)[:24]
-    assert [*gap[views["true"]]] == sorted(gap[gap < 0])[:24]
-    assert sorted(views["random"]) == [*range(44)]
-    assert views["key"] == sorted(range(44), key=lambda row: (rows.places[row][0].shard, rows.keys[row]))
+    assert [*gap[tabs["synthetic"]]] == sorted(gap[gap > 0], reverse=True)[:24]
+    assert [*gap[tabs["true"]]] == sorted(gap[gap < 0])[:24]
+    assert sorted(tabs["random"]) == [*range(44)]
+    assert tabs["key"] == sorted(range(44), key=lambda row: (rows.places[row][0].shard, rows.keys[row]))
     data = reinforce.open(url)
     chosen = [select(data, 20, seed) for seed in (0, 0, 1)]
     assert chosen[0] == chosen[1] != chosen[2]

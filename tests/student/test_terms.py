@@ -127,7 +127,7 @@ def teachers() -> Any:
 def batch(size: int) -> dict[str, Any]:
     images = torch.randint(0, 256, (size, 16, 16, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     texts = ["word " * (1 + 7 * i % 5) + str(i) for i in range(size)]
-    return {"image": images, "views": dict.fromkeys(SPECS, images), "texts": {"caption": texts}}
+    return {"image": images, "crops": dict.fromkeys(SPECS, images), "texts": {"caption": texts}}
 
 
 def test_a_loaded_teacher_is_described_by_its_sides_dimension_and_scale(teachers: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from reinforce.dataset.kinds.registry import stored_layer
-from reinforce.dataset.reading.sample_view import SampleView, Shown, draw
+from reinforce.dataset.reading.shown_sample import Shown, ShownSample, draw
 from reinforce.errors import UserError
 from reinforce.markup import render
 
@@ -20,14 +20,14 @@ _LAYERS = 40  # that are listed
 
 def sample_html(sample: Shown) -> str:
     """A sample: the image with its crops, its augmentations, and its captions with their similarities."""
-    view, original, problem = SampleView.of(sample), "", ""
+    shown, original, problem = ShownSample.of(sample), "", ""
     replays: list[str] = []
     try:
         pictures = draw(sample, _SIDE, _REPLAY_SIDE)
-        original, replays = _address(pictures.original), _parts(pictures.replays, len(view.replays))
+        original, replays = _address(pictures.original), _parts(pictures.replays, len(shown.replays))
     except UserError as error:
         problem = str(error)
-    return render("notebook/sample.html", view=view, original=original, replays=replays, problem=problem)
+    return render("notebook/sample.html", shown=shown, original=original, replays=replays, problem=problem)
 
 
 def dataset_html(url: str, facts: Sequence[tuple[str, str]], layers: Mapping[str, Mapping[str, Any]]) -> str:

@@ -1,4 +1,4 @@
-"""The view of a sample in notebooks and reports: crops, augmentations, and captions with similarities."""
+"""A sample as notebooks and reports show it: crops, augmentations, and captions with similarities."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class CaptionLine:
 
 
 @dataclass(frozen=True)
-class SampleView:
+class ShownSample:
     """One sample as it is shown. ``records`` counts its augmentation records, of which ``replays`` are the first."""
 
     key: str
@@ -84,8 +84,8 @@ class SampleView:
     captions: tuple[CaptionLine, ...]
 
     @classmethod
-    def of(cls, sample: Shown) -> SampleView:
-        """The view of a sample, with the teachers that have vectors of images and texts."""
+    def of(cls, sample: Shown) -> ShownSample:
+        """The sample as it is shown, with the teachers that have vectors of images and texts."""
         teachers = tuple(name for name in sample.images if sample.texts.get(name))
         return cls(
             sample.key,

@@ -26,7 +26,7 @@ class PixelCells:
     [cells, h, w, 3]."""
 
     crops: Bytes | None
-    views: Mapping[ImageSpec, Bytes] = field(default_factory=dict)
+    whole: Mapping[ImageSpec, Bytes] = field(default_factory=dict)
 
     def write(self, cell: int, image: Image, augmentations: Sequence[Augmentation], replay: Replay) -> None:
         """Write the pixels of one RGB image, with the crops by ``replay``.
@@ -36,11 +36,11 @@ class PixelCells:
         if self.crops is not None:
             for k, augmentation in enumerate(augmentations):
                 self.crops[cell, k] = replay(image, augmentation)
-        for spec, views in self.views.items():
-            views[cell] = fit(image, spec)
+        for spec, whole in self.whole.items():
+            whole[cell] = fit(image, spec)
 
     def blacken(self, cell: int) -> None:
-        for array in (self.crops, *self.views.values()):
+        for array in (self.crops, *self.whole.values()):
             if array is not None:
                 array[cell] = 0
 
@@ -48,10 +48,10 @@ class PixelCells:
 @dataclass(frozen=True)
 class PixelLayout:
     """What the models of a lease need of each image: ``crops`` is (number, side in pixels) of the augmented images, or
-    None, and ``views`` are the preprocessings of whole images."""
+    None, and ``whole`` are the preprocessings of whole images."""
 
     crops: tuple[int, int] | None
-    views: tuple[ImageSpec, ...] = ()
+    whole: tuple[ImageSpec, ...] = ()
 
     @property
     def cell_bytes(self) -> int:
@@ -66,11 +66,11 @@ class PixelLayout:
             arrays.append(memory[start:end].reshape(count, *shape))
             start = end
         crops = None if self.crops is None else arrays.pop(0)
-        return PixelCells(crops, dict(zip(self.views, arrays, strict=True)))
+        return PixelCells(crops, dict(zip(self.whole, arrays, strict=True)))
 
     def _shapes(self) -> list[tuple[int, ...]]:
         crops = [] if self.crops is None else [(self.crops[0], self.crops[1], self.crops[1], 3)]
-        return [*crops, *((view.height, view.width, 3) for view in self.views)]
+        return [*crops, *((spec.height, spec.width, 3) for spec in self.whole)]
 
 
 class FreeCells:

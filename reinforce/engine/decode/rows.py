@@ -44,20 +44,20 @@ _NOMINAL_VECTOR_BYTES = 1536 * 2
 
 @dataclass(frozen=True)
 class RowSpec:
-    """What the layers of a lease need of each row: ``crops``, ``views`` and values of ``labels``."""
+    """What the layers of a lease need of each row: ``crops``, ``whole`` images and values of ``labels``."""
 
     crops: bool
-    views: tuple[ImageSpec, ...] = ()
+    whole: tuple[ImageSpec, ...] = ()
     labels: LabelReader = field(default_factory=LabelReader)
 
     @property
     def needs_image(self) -> bool:
-        return self.crops or bool(self.views)
+        return self.crops or bool(self.whole)
 
     def layout(self, config: Config) -> PixelLayout:
         """The pixels of one row."""
         policy = config.augmentations
-        return PixelLayout((policy.count, policy.size) if self.crops else None, self.views)
+        return PixelLayout((policy.count, policy.size) if self.crops else None, self.whole)
 
 
 def max_group_rows(vectors: int, group_rows: int = GROUP_ROWS) -> int:

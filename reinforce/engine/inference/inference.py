@@ -29,14 +29,14 @@ Outputs: TypeAlias = "dict[str, Any]"
 class Batch:
     """Rows whose pixels are on the device.
 
-    ``crops`` are the augmented images [rows * K, S, S, 3], ``views`` the whole images by preprocessing [rows, H, W, 3].
+    ``crops`` are the augmented images [rows * K, S, S, 3], ``whole`` the whole images by preprocessing [rows, H, W, 3].
     ``what`` describes the rows.
     """
 
     rows: Sequence[Row]
     what: str
     crops: torch.Tensor | None
-    views: Mapping[ImageSpec, torch.Tensor]
+    whole: Mapping[ImageSpec, torch.Tensor]
 
 
 class Encoder(ABC):
@@ -52,7 +52,7 @@ class Encoder(ABC):
         return False
 
     @property
-    def views(self) -> Iterable[ImageSpec]:
+    def whole(self) -> Iterable[ImageSpec]:
         """The preprocessing of the whole images that it sees."""
         return ()
 
@@ -85,7 +85,7 @@ class Inference:
     def __init__(self, session: Session, encoders: Iterable[Encoder]) -> None:
         self._session, self._encoders = session, [*encoders]
         # Teachers come before captioners: their large forward passes show first whether the memory suffices.
-        self._seeing = [one for one in reversed(self._encoders) if one.crops or any(True for _ in one.views)]
+        self._seeing = [one for one in reversed(self._encoders) if one.crops or any(True for _ in one.whole)]
 
     @property
     def crops(self) -> bool:
@@ -93,9 +93,9 @@ class Inference:
         return any(encoder.crops for encoder in self._seeing)
 
     @property
-    def views(self) -> tuple[ImageSpec, ...]:
+    def whole(self) -> tuple[ImageSpec, ...]:
         """The preprocessing of the whole images that models see, each once."""
-        return tuple(sorted({view for encoder in self._seeing for view in encoder.views}, key=repr))
+        return tuple(sorted({spec for encoder in self._seeing for spec in encoder.whole}, key=repr))
 
     @property
     def rows_per_batch(self) -> int:
@@ -143,7 +143,7 @@ class Inference:
         copied = self._put(rows, pixels, what) if shared else None
         with self._session.use_accelerator():
             batch = copied or self._put(rows, pixels, what)
-            tensors = [*batch.views.values(), *([] if batch.crops is None else [batch.crops])]
+            tensors = [*batch.whole.values(), *([] if batch.crops is None else [batch.crops])]
             self._session.models.accelerator.wait_for_copies(tensors)
             finishes = []
             for encoder, given in zip(self._seeing, prepared, strict=True):  # a comprehension would keep a failed batch
@@ -159,8 +159,8 @@ class Inference:
             if self.crops:
                 assert pixels.crops is not None
                 crops = accelerator.put_parts(runs(pixels.crops, cells)).flatten(0, 1)
-            views = {spec: accelerator.put_parts(runs(pixels.views[spec], cells)) for spec in self.views}
-            return Batch(rows, what, crops, views)
+            whole = {spec: accelerator.put_parts(runs(pixels.whole[spec], cells)) for spec in self.whole}
+            return Batch(rows, what, crops, whole)
 
 
 def _join(parts: Sequence[Any]) -> Any:

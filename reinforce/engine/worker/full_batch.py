@@ -88,5 +88,5 @@ def _try_batch(models: Models, config: Config, layers: list[Layer]) -> bool:
 
 def _noise(config: Config, inference: Inference, rows: int) -> PixelCells:
     """Random pixels of so many rows."""
-    layout = RowSpec(inference.crops, inference.views).layout(config)
+    layout = RowSpec(inference.crops, inference.whole).layout(config)
     return layout.cells(np.random.default_rng(0).integers(0, 256, rows * layout.cell_bytes, np.uint8))

@@ -53,7 +53,7 @@ def allocate_pixels(pool: DecodePool, config: Config, layers: Iterable[Layer], m
     """Allocate the cells of ``shards`` shards with ``layers`` once, page-locked for copies to the accelerator."""
     session = Session(config, models)
     inference = Inference(session, make_producers(layers, session))
-    layout = RowSpec(inference.crops, inference.views).layout(config)
+    layout = RowSpec(inference.crops, inference.whole).layout(config)
     if layout.cell_bytes:
         for _ in range(shards):
             models.accelerator.pin(pool.allocate(cells_per_shard(config) * layout.cell_bytes))
@@ -160,7 +160,7 @@ class ShardProcess:
     def _row_spec(self, stack: contextlib.ExitStack) -> RowSpec:
         self.labels = open_labels(self.config, self.layers.values(), self.shard.reinforcements, planned=True)
         stack.enter_context(contextlib.closing(self.labels))
-        return RowSpec(self.inference.crops, self.inference.views, self.labels)
+        return RowSpec(self.inference.crops, self.inference.whole, self.labels)
 
     def _lease(self, spec: RowSpec) -> contextlib.AbstractContextManager[CellLease]:
         """Pixel cells for the rows that are pending and those of a batch."""

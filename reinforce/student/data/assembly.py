@@ -74,10 +74,10 @@ class Assembler:
             targets.setdefault(target.model, {})[target.name] = self._concatenate(values, places)
         batch["targets"] = targets
         if self.online:
-            views, view = [of_part.view for of_part in buffers], batch["image"]
-            if views[0].numel():
-                view = self._concatenate_images(views, places)
-            batch["views"] = dict.fromkeys(self.online, view)
+            crops, crop = [of_part.crop for of_part in buffers], batch["image"]
+            if crops[0].numel():
+                crop = self._concatenate_images(crops, places)
+            batch["crops"] = dict.fromkeys(self.online, crop)
             texts = _chain([part.texts for part in parts], places)
             batch["texts"] = {kind: [row[number] for row in texts] for number, kind in enumerate(self.kinds)}
         return batch

@@ -11,7 +11,7 @@ It is a plain mapping, so loaders can pin, slice and move it without knowing its
 ``targets``        {model: {name: [B, ...]}}    what is stored of each model: of a teacher, unit-norm vectors float32
                    ..                           [B, D] of ``image``, ``caption`` and ``synthetic``, as far as it has
                    ..                           them; see ``target_tensors`` of a kind of layers
-``views``          {teacher: uint8 [B, h, w, 3]}  the same augmentation at the recorded size; online teachers only
+``crops``          {teacher: uint8 [B, h, w, 3]}  the same augmentation at the recorded size; online teachers only
 ``texts``          {what: list[str]}            captions as text; online teachers only
 =================  ===========================  ==============================================================
 """

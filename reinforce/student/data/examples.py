@@ -149,12 +149,12 @@ def make_examples(
             usable[~present] = False
 
     records = _ListColumn(samples["augmentations"])
-    views = picks.index(0, records.counts)
-    augmentations = from_records(records.take(views))
+    crops = picks.index(0, records.counts)
+    augmentations = from_records(records.take(crops))
     blocks: list[npt.NDArray[Any]] = []
     for layer in spec.crops:
         kind = kind_of(layer)
-        picked = kind.pick(rows_of(layer), views)
+        picked = kind.pick(rows_of(layer), crops)
         require(picked.stored, f"{layer} is null")
         require(picked.usable, f"{layer} is {kind.unusable}")
         blocks += picked.arrays

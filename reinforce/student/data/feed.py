@@ -178,7 +178,7 @@ class StudentFeed(StreamFeed):
     """Batches from reinforced datasets, in the format of ``reinforce.student.data.batch``.
 
     ``size`` is the side of the student's images in pixels. ``models`` are those whose stored targets are read, by
-    their section in dataset.json, by default ``data.teachers``; for the teachers in ``online``, batches have ``views``
+    their section in dataset.json, by default ``data.teachers``; for the teachers in ``online``, batches have ``crops``
     and ``texts``. ``pin`` puts batches into pinned memory. ``rows`` counts the samples of the datasets, ``samples``
     those of an epoch; ``data`` has the models, the captioners with their weights, and the fingerprints of the layers
     that are read. Raises UserError if a dataset is incomplete, damaged, or does not fit the others.
@@ -197,14 +197,14 @@ class StudentFeed(StreamFeed):
         # Listing 190,000 shards in eight layers takes 1,500 requests: one rank makes them for all.
         datasets = share_from_first(lambda: open_datasets(data, seed, models))
         spec, targets = datasets[0].spec, datasets[0].targets
-        view = max(dataset.size for dataset in datasets) if online else None
+        crop = max(dataset.size for dataset in datasets) if online else None
         self.rows: int = sum(dataset.rows for dataset in datasets)
         scaled, device = data.translations != "stored", data.backend == DEVICE_BACKEND
         super().__init__(
             Streams(data.window, data.streams, data.workers, data.prefetch),
             seed,
             datasets,
-            PartMaker(size, targets, tokenize, view, scaled, device=device),
+            PartMaker(size, targets, tokenize, crop, scaled, device=device),
             Assembler(spec.kinds, targets, tuple(online), pin),
             data.samples or self.rows,
             files=" ".join(dataset.files for dataset in datasets),

@@ -38,18 +38,18 @@ class PartBuffers:
     """Memory for the large tensors of a part of n examples or, with leading dimensions, of many parts."""
 
     image: torch.Tensor  # uint8 [..., n, size, size, 3]
-    view: torch.Tensor  # uint8 [..., n, view, view, 3]; [..., n, 0, 0, 3] if there is none or it equals the image
+    crop: torch.Tensor  # uint8 [..., n, crop, crop, 3]; [..., n, 0, 0, 3] if there is none or it equals the image
     targets: tuple[torch.Tensor, ...]  # [..., n, *shape] of each target
     memory: SharedMemory | None = None  # that holds all of them; a process that is started with them maps it, too
 
     def select(self, *index: int | slice) -> PartBuffers:
         """The buffers at an index into the leading dimensions, sharing memory."""
-        return PartBuffers(self.image[index], self.view[index], tuple(target[index] for target in self.targets))
+        return PartBuffers(self.image[index], self.crop[index], tuple(target[index] for target in self.targets))
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.memory is None:
-            return PartBuffers, (self.image, self.view, self.targets)
-        arrays = [tensor.numpy() for tensor in (self.image, self.view, *self.targets)]
+            return PartBuffers, (self.image, self.crop, self.targets)
+        arrays = [tensor.numpy() for tensor in (self.image, self.crop, *self.targets)]
         return _map_buffers, (self.memory, [(array.dtype.str, array.shape) for array in arrays])
 
 
@@ -60,8 +60,8 @@ def _map_buffers(memory: SharedMemory, layout: Sequence[_Layout]) -> PartBuffers
         array = np.frombuffer(content, dtype, count=math.prod(shape), offset=start).reshape(shape)
         tensors.append(torch.from_numpy(array))
         start += size
-    image, view, *targets = tensors
-    return PartBuffers(image, view, tuple(targets), memory)
+    image, crop, *targets = tensors
+    return PartBuffers(image, crop, tuple(targets), memory)
 
 
 def _aligned_sizes(layout: Sequence[_Layout]) -> list[int]:
@@ -85,7 +85,7 @@ class Part(NamedTuple):
 class PartMaker:
     """Makes parts with images of ``size`` x ``size`` pixels and the ``targets`` of each example.
 
-    ``view`` is the side in pixels of the images for online teachers, None if there are none. Translations of the
+    ``crop`` is the side in pixels of the images for online teachers, None if there are none. Translations of the
     student's images are scaled with their size, unless not ``scaled``. With ``replaces``, another example stands in
     for one whose image cannot be decoded, which is an error otherwise: a run has decoded each image of a dataset.
     With ``device``, images are cells for the augmentation backend ``device-1``.
@@ -94,20 +94,20 @@ class PartMaker:
     size: int
     targets: tuple[Target, ...]
     tokenize: Tokenize
-    view: int | None = None
+    crop: int | None = None
     scaled: bool = True
     replaces: bool = False
     device: bool = False
 
     @property
     def sides(self) -> list[int]:
-        """Sides of image and view in pixels, 0 for a view that is not needed."""
-        return [self.size * (CELL if self.device else 1), 0 if self.view in (None, self.size) else self.view or 0]
+        """Sides of image and crop in pixels, 0 for a crop that is not needed."""
+        return [self.size * (CELL if self.device else 1), 0 if self.crop in (None, self.size) else self.crop or 0]
 
     def allocate(self, *rows: int) -> PartBuffers:
         """Buffers with leading dimensions ``rows``, the last of which is n."""
-        image, view, *targets = [torch.from_numpy(np.empty(shape, dtype)) for dtype, shape in self._layout(rows)]
-        return PartBuffers(image, view, tuple(targets))
+        image, crop, *targets = [torch.from_numpy(np.empty(shape, dtype)) for dtype, shape in self._layout(rows)]
+        return PartBuffers(image, crop, tuple(targets))
 
     def allocate_shared(self, *rows: int) -> PartBuffers:
         """A shared-memory version, whose pages are reused instead of allocated anew."""
@@ -126,7 +126,7 @@ class PartMaker:
         Raises UserError if an image cannot be decoded or does not fit its augmentation record.
         """
         buffers = buffers.select(slice(len(examples)))
-        pixels = [(buffers.image.numpy(), self.size), (buffers.view.numpy(), self.sides[1])]
+        pixels = [(buffers.image.numpy(), self.size), (buffers.crop.numpy(), self.sides[1])]
         records: list[CellRecord] = []
         replaced: list[str] = []
         for i, example in enumerate(examples):
@@ -149,7 +149,7 @@ class PartMaker:
         texts = [example.texts for example in examples]
         tokens = [self.tokenize(of_kind) for of_kind in zip(*texts, strict=True)]
         keys = [example.key for example in examples]
-        return Part(keys, buffers, tokens, texts if self.view else [], unusable, records, replaced)
+        return Part(keys, buffers, tokens, texts if self.crop else [], unusable, records, replaced)
 
     def _draw(self, example: Example, i: int, pixels: _Pixels) -> CellRecord | None:
         """Decode and augment the image of example ``i``, or return what the device is to do with it.

@@ -1,4 +1,4 @@
-// The report works without this script. It adds the switch of colours, and the views and the search of the gallery.
+// The report works without this script. It adds the switch of colours, and the tabs and the search of the gallery.
 "use strict";
 
 const PAGE = 24; // samples that are shown at first, and added by "Show more"
@@ -72,10 +72,10 @@ function gallery() {
   const pictured = new Set(cards.map((card) => card.dataset.row));
   let shown = PAGE;
 
-  const view = () => form.elements.view.value;
-  const inView = () => cards
-    .filter((card) => view() in card.dataset)
-    .sort((a, b) => a.dataset[view()] - b.dataset[view()]);
+  const tab = () => form.elements.tab.value;
+  const inTab = () => cards
+    .filter((card) => tab() in card.dataset)
+    .sort((a, b) => a.dataset[tab()] - b.dataset[tab()]);
 
   function matches(words) {
     const texts = new Map(inspection.rows.map((row) => [String(row.row), row.words]));
@@ -86,7 +86,7 @@ function gallery() {
   }
 
   function listOthers(words) {
-    const listed = words.length && ["random", "key"].includes(view())
+    const listed = words.length && ["random", "key"].includes(tab())
       ? inspection.rows.filter((row) => !pictured.has(String(row.row)) && words.every((word) => row.words.includes(word)))
       : [];
     list.replaceChildren(...listed.slice(0, FOUND).map((row) => {
@@ -101,8 +101,8 @@ function gallery() {
 
   function update() {
     const words = query.value.toLowerCase().split(/\s+/).filter(Boolean);
-    // With words, the random view looks at all samples that have a picture.
-    const every = words.length && view() === "random" ? cards.filter((card) => "row" in card.dataset) : inView();
+    // With words, the random tab looks at all samples that have a picture.
+    const every = words.length && tab() === "random" ? cards.filter((card) => "row" in card.dataset) : inTab();
     const fits = every.filter(matches(words));
     cards.forEach((card) => { card.hidden = true; });
     fits.slice(0, shown).forEach((card) => { card.hidden = false; });
@@ -110,12 +110,12 @@ function gallery() {
     more.hidden = fits.length <= shown;
     const others = listOthers(words);
     nothing.hidden = fits.length + others > 0;
-    const text = form.querySelector("input[name=view]:checked").dataset.text;
+    const text = form.querySelector("input[name=tab]:checked").dataset.text;
     const loading = inspection.waiting ? " Texts are being loaded." : "";
     status.textContent = words.length
       ? `${fits.length} with a picture${others ? `, ${others} without` : ""}.${loading}`
       : `${text} ${fits.length > shown ? `${shown} of ${fits.length} are shown.` : ""}`;
-    const state = new URLSearchParams({ view: view(), ...(query.value ? { q: query.value } : {}) });
+    const state = new URLSearchParams({ tab: tab(), ...(query.value ? { q: query.value } : {}) });
     if (!location.hash.startsWith("#s") || words.length) history.replaceState(null, "", `#${state}`);
   }
 
@@ -129,11 +129,11 @@ function gallery() {
     const address = location.hash.slice(1);
     const card = /^[sq]\d+$/.test(address) ? document.getElementById(address) : null;
     const state = new URLSearchParams(card ? "" : address);
-    const wanted = card ? (card.dataset.key !== undefined ? "key" : "quarantine") : state.get("view");
-    const input = [...form.elements.view].find((one) => one.value === wanted && !one.disabled);
+    const wanted = card ? (card.dataset.key !== undefined ? "key" : "quarantine") : state.get("tab");
+    const input = [...form.elements.tab].find((one) => one.value === wanted && !one.disabled);
     if (input) input.checked = true;
     query.value = state.get("q") ?? "";
-    if (card) shown = Math.max(PAGE, inView().indexOf(card) + 1);
+    if (card) shown = Math.max(PAGE, inTab().indexOf(card) + 1);
     return card;
   }
 

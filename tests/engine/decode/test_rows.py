@@ -32,8 +32,8 @@ from tests.helpers.data import config_of, config_of_tar, members_of, picture, wr
 from tests.helpers.decoding import cell_of, lease
 from tests.helpers.reinforced import reinforce_here
 
-VIEW = ImageSpec(8, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-SPEC = RowSpec(crops=True, views=(VIEW,))
+WHOLE = ImageSpec(8, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+SPEC = RowSpec(crops=True, whole=(WHOLE,))
 
 
 def shard_config(folder: Path, members: list[tuple[str, bytes]], **changes: Any) -> dict[str, Any]:
@@ -42,18 +42,18 @@ def shard_config(folder: Path, members: list[tuple[str, bytes]], **changes: Any)
 
 @dataclass(frozen=True)
 class RowPixels:
-    """A row, and copies of its crops and views."""
+    """A row, and copies of its crops and of the whole image."""
 
     row: Row
     crops: np.ndarray | None
-    views: dict[ImageSpec, np.ndarray]
+    whole: dict[ImageSpec, np.ndarray]
 
 
 def copied(row: Row | Refusal, cells: PixelCells) -> RowPixels | Refusal:
     if isinstance(row, Refusal):
         return row
     crops = None if cells.crops is None else cells.crops[cell_of(row)].copy()
-    return RowPixels(row, crops, {view: array[cell_of(row)].copy() for view, array in cells.views.items()})
+    return RowPixels(row, crops, {spec: array[cell_of(row)].copy() for spec, array in cells.whole.items()})
 
 
 def from_source(
@@ -89,7 +89,7 @@ def test_rows_from_samples_equal_those_from_the_source(tmp_path: Path, images: s
     for a, b in zip(first, later, strict=True):
         assert (a.row.unreadable, b.row.unreadable, b.row.sample) == (None, None, None)
         np.testing.assert_array_equal(a.crops, b.crops)
-        np.testing.assert_array_equal(a.views[VIEW], b.views[VIEW])
+        np.testing.assert_array_equal(a.whole[WHOLE], b.whole[WHOLE])
 
 
 def test_pixels_are_those_of_the_recorded_augmentations_and_of_the_whole_image(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_pixels_are_those_of_the_recorded_augmentations_and_of_the_whole_image(t
     assert found.crops.shape == (2, 24, 24, 3)
     for crop, record in zip(found.crops, from_records(decoded.records), strict=True):
         np.testing.assert_array_equal(crop, np.asarray(replay(image, record)))
-    np.testing.assert_array_equal(found.views[VIEW], fit(image, VIEW))
+    np.testing.assert_array_equal(found.whole[WHOLE], fit(image, WHOLE))
 
 
 def test_a_broken_image_is_refused_even_where_no_layer_needs_pixels(tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_a_referenced_image_without_digest_that_is_broken_is_unreadable_and_blac
     assert [found.row.unreadable is not None for found in rows] == [False, True, False]
     assert rows[1].crops.shape == (2, 24, 24, 3)
     assert not rows[1].crops[:, :8, :8].any()
-    assert not rows[1].views[VIEW].any()
+    assert not rows[1].whole[WHOLE].any()
 
 
 def test_row_groups_shrink_with_the_number_of_augmentations_and_of_true_captions(tmp_path: Path) -> None:

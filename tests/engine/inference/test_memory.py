@@ -253,7 +253,7 @@ def loaded(batch: Any, capacity: int = 17) -> tuple[Models, Config, list[Layer]]
 
 
 def test_auto_is_the_largest_batch_that_fits_while_others_are_copied_and_on_the_cpu_a_fixed_number() -> None:
-    # four batches of 4 crops and 4 views are copied, and 12 more are needed
+    # four batches of 4 crops and 4 whole images are copied, and 12 more are needed
     models, config, layers = loaded("auto", 50)
     found = find_batch(models, config, layers, largest=64)
     assert found.workers.images == 8, "4 rows with 2 augmentations"

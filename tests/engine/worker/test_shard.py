@@ -281,8 +281,8 @@ def test_captions_of_a_row_group_are_decoded_without_the_rows_that_have_labels()
     batches = [[Row("a"), Row("b", values=given)], [Row("c", values=given)], [Row("d")]]
     outputs = []
     for rows in batches:
-        views = {captioner.image: torch.full((len(rows), 8, 8, 3), 100, dtype=torch.uint8)}
-        outputs.append(producer.encode(Batch(rows, "rows", None, views), producer.prepare(rows))())
+        whole = {captioner.image: torch.full((len(rows), 8, 8, 3), 100, dtype=torch.uint8)}
+        outputs.append(producer.encode(Batch(rows, "rows", None, whole), producer.prepare(rows))())
     captioner.decoded.clear()
     found = producer.table(layer, RowGroup([row for rows in batches for row in rows], outputs, {}))
     texts = found["captions"].to_pylist()

@@ -85,10 +85,10 @@ def examples(layers: Mapping[str, pa.Table], spec: ExampleSpec = SPEC, first: in
 
 def test_picks_are_uniform_and_captioners_are_picked_by_weight() -> None:
     made = [example for example in examples(tables()).rows if example]
-    views = Counter(example.augmentation.crop.top for example in made)
+    crops = Counter(example.augmentation.crop.top for example in made)
     sources = Counter(example.texts[1][0] for example in made)
     texts = Counter(example.texts[1][-1] for example in made)
-    assert views[0] / ROWS == pytest.approx(1 / 2, abs=0.1)
+    assert crops[0] / ROWS == pytest.approx(1 / 2, abs=0.1)
     assert sources["a"] / ROWS == pytest.approx(3 / 4, abs=0.1)
     assert all(texts[n] / ROWS == pytest.approx(1 / 3, abs=0.1) for n in "012")
     whole, part = examples(tables()).rows, examples(tables(), first=150).rows
@@ -191,14 +191,14 @@ def test_translations_are_scaled_or_shift_by_the_stored_pixels() -> None:
         maker = PartMaker(size, TARGETS, letters, **options)
         part = maker.make([white], maker.allocate(1), Counter())
         assert part.buffers is not None
-        buffers = [part.buffers.image, part.buffers.view] if maker.sides[1] else [part.buffers.image]
+        buffers = [part.buffers.image, part.buffers.crop] if maker.sides[1] else [part.buffers.image]
         black = [(pixels[0] == 0).all(dim=-1) for pixels in buffers]
         return [int(side.sum()) for mask in black for side in (mask.all(dim=0), mask.all(dim=1))]
 
     assert shifts(16) == shifts(16, scaled=False) == [4, 3]
     assert shifts(32) == [9, 6]
     assert shifts(32, scaled=False) == [4, 3]
-    assert shifts(32, scaled=False, view=48) == [4, 3, 14, 9], "teachers in the loop see what a stored one would"
+    assert shifts(32, scaled=False, crop=48) == [4, 3, 14, 9], "teachers in the loop see what a stored one would"
 
 
 def test_an_image_that_is_augmented_on_the_device_has_the_pixels_of_the_default_backend() -> None:

@@ -85,12 +85,12 @@ def test_images_texts_and_vectors_belong_together_and_are_the_stored_ones(labell
             sample = samples[key]
             image = decode(sample.image, Limits())
             seen = [np.asarray(replay(image, record)) for record in sample.augmentations]
-            views = [k for k, pixels in enumerate(seen) if np.array_equal(pixels, batch["image"][i].numpy())]
-            assert views, "at the recorded size the image is what the teacher saw, pixel for pixel"
+            crops = [k for k, pixels in enumerate(seen) if np.array_equal(pixels, batch["image"][i].numpy())]
+            assert crops, "at the recorded size the image is what the teacher saw, pixel for pixel"
             texts = [n for n, text in enumerate(sample.captions["namer"] or []) if text[:40] == synthetic[i]]
             assert captions[i] == sample.caption
             for teacher, targets in batch["targets"].items():
-                assert any(close(targets["image"][i], sample.images[teacher][k]) for k in views)
+                assert any(close(targets["image"][i], sample.images[teacher][k]) for k in crops)
                 assert any(close(targets["synthetic"][i], sample.texts[teacher]["namer"][n]) for n in texts)
                 assert close(targets["caption"][i], sample.texts[teacher]["caption"][0])
 
@@ -305,16 +305,16 @@ def test_unusable_rows_are_replaced_and_logged_by_reason(tmp_path: Path, caplog:
     assert take(feed_of(f"{tmp_path}/none", teachers=[], captions="mixed", synthetic=1.0), 1, 4)
 
 
-def test_online_teachers_get_the_views_and_texts_that_stored_ones_got(labelled: str) -> None:
+def test_online_teachers_get_the_crops_and_texts_that_stored_ones_got(labelled: str) -> None:
     data = Data.model_validate({"datasets": labelled, "workers": 0})
     [stored] = take(StudentFeed(data, 5, 24, letters), 1, 6)
     [online] = take(StudentFeed(data, 5, 20, letters, models={"teachers": []}, online=["red", "new"]), 1, 6)
     assert online["targets"] == {}
     assert online["key"] == stored["key"]
-    assert torch.equal(online["views"]["red"], stored["image"])
+    assert torch.equal(online["crops"]["red"], stored["image"])
     [alike] = take(StudentFeed(data, 5, 24, letters, models={"teachers": []}, online=["red"]), 1, 6)
-    assert alike["views"]["red"] is alike["image"], "of the size at which the teachers saw it"
-    assert online["views"]["new"] is online["views"]["red"]
+    assert alike["crops"]["red"] is alike["image"], "of the size at which the teachers saw it"
+    assert online["crops"]["new"] is online["crops"]["red"]
     assert online["image"].shape == (6, 20, 20, 3)
     assert online["texts"] == {kind: read_whole(stored[kind], online["texts"][kind]) for kind in online["texts"]}
 

@@ -53,7 +53,7 @@ class Captions(Producer):
         return Side(partial(check_captioner, models, name, count), prepare, count)
 
     @property
-    def views(self) -> Iterable[ImageSpec]:
+    def whole(self) -> Iterable[ImageSpec]:
         return [self.session.models.of(layer).image for layer in self.computed]
 
     def prepare(self, rows: Sequence[Row]) -> Mapping[str, npt.NDArray[Any]]:
@@ -68,30 +68,30 @@ class Captions(Producer):
         for layer in self.computed:
             captioner, seeds = self.session.models.of(layer), prepared[layer.name]
             own = self.without_label(layer, batch.rows)
-            views = batch.views[captioner.image]
+            whole = batch.whole[captioner.image]
             if len(own) < len(batch.rows):
-                views, seeds = views[own], seeds[own]
+                whole, seeds = whole[own], seeds[own]
             if self.session.models.by_group(captioner):
-                encoded = dict(zip(own, self._encode(layer, batch.what, views, seeds), strict=True)) if own else {}
+                encoded = dict(zip(own, self._encode(layer, batch.what, whole, seeds), strict=True)) if own else {}
                 outputs[layer.name] = partial(list, [encoded.get(place) for place in range(len(batch.rows))])
                 continue
             if not own:
                 outputs[layer.name] = partial(self._finish, layer, list, batch.rows, batch.what)
                 continue
             with self.session.stage(layer.name, batch.what, len(own) * layer.count):
-                pixels = to_pixels(views, captioner.image)
+                pixels = to_pixels(whole, captioner.image)
                 texts, tokens = self.session.models.captions(captioner, pixels, seeds)
             self.session.meter.add_tokens(layer.name, tokens)
             outputs[layer.name] = partial(self._finish, layer, texts, batch.rows, batch.what)
         return lambda: {name: finish() for name, finish in outputs.items()}
 
     def _encode(
-        self, layer: Layer, what: str, views: torch.Tensor, seeds: npt.NDArray[Any]
+        self, layer: Layer, what: str, whole: torch.Tensor, seeds: npt.NDArray[Any]
     ) -> list[tuple[torch.Tensor, npt.NDArray[Any]]]:
         """What ``decode`` needs of each image: its encoding, and its seeds."""
         captioner: Any = self.session.models.of(layer)
         with self.session.stage(layer.name, what), self.session.meter.stage(layer.name, 0):
-            images = copied(captioner.encode(to_pixels(views, captioner.image)))
+            images = copied(captioner.encode(to_pixels(whole, captioner.image)))
             if len(images) != len(seeds):
                 raise ValueError(f"{layer.model}: encode() must return {len(seeds)} images, not {len(images)}")
             return [*zip(images, seeds, strict=True)]

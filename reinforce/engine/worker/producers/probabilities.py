@@ -68,7 +68,7 @@ class ClassProbabilities(Producer):
         return any(layer.sees == _CROPS for layer in self.layers)
 
     @property
-    def views(self) -> Iterable[ImageSpec]:
+    def whole(self) -> Iterable[ImageSpec]:
         return [self.session.models.of(layer).image for layer in self.layers if layer.sees != _CROPS]
 
     def encode(self, batch: Batch, prepared: Any) -> Callable[[], Outputs]:
@@ -77,7 +77,7 @@ class ClassProbabilities(Producer):
         found: dict[str, list[list[torch.Tensor]]] = {}
         for layer in self.layers:
             classifier = self.session.models.of(layer)
-            images = batch.crops if layer.sees == _CROPS else batch.views[classifier.image]
+            images = batch.crops if layer.sees == _CROPS else batch.whole[classifier.image]
             assert images is not None
             with self.session.stage(layer.name, batch.what, len(images)):
                 pixels = (to_pixels(part, classifier.image) for part in images.split(size))

@@ -69,7 +69,7 @@ class Scores(Producer):
     # -- classes that see pixels
 
     @property
-    def views(self) -> Iterable[ImageSpec]:
+    def whole(self) -> Iterable[ImageSpec]:
         return [self.session.models.of(layer).image for layer in self._seeing]
 
     def encode(self, batch: Batch, prepared: Any) -> Callable[[], Outputs]:
@@ -82,7 +82,7 @@ class Scores(Producer):
             if not given.any():
                 continue
             with self.session.stage(layer.name, batch.what, int(given.sum())):
-                pixels = batch.views[image]
+                pixels = batch.whole[image]
                 pixels = to_pixels(pixels if given.all() else pixels[torch.from_numpy(given).to(pixels.device)], image)
                 texts = [row.caption for row, usable in zip(batch.rows, given, strict=True) if usable]
                 values = [pixels if one == PIXELS else texts for one in inputs]
