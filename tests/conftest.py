@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import sys
 from collections.abc import Callable, Generator, Iterator
 from functools import cache, partial
@@ -163,6 +164,26 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> str:
     from tests.helpers.reinforced import small_dataset
 
     return small_dataset(tmp_path_factory.mktemp("labelled"))
+
+
+@pytest.fixture
+def copy(labelled: str, tmp_path: Path) -> Path:
+    """A copy of ``labelled`` that a test may damage."""
+    return Path(shutil.copytree(labelled, tmp_path / "labelled"))
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of 9 and 3 samples in row groups of 8, next to their source."""
+    from tests.helpers.reinforced import small_dataset
+
+    return Path(small_dataset(tmp_path_factory.mktemp("made"), (9, 3)))
+
+
+@pytest.fixture
+def dataset(made: Path, tmp_path: Path) -> Path:
+    """A copy of ``made`` that a test may damage."""
+    return Path(shutil.copytree(made, tmp_path / "out"))
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import shutil
 import socket
 import time
 from collections.abc import Callable
@@ -24,16 +23,6 @@ from schemas import Reason
 from tests.helpers.commands import Command
 from tests.helpers.data import tree
 from tests.helpers.reinforced import small_dataset
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Path(small_dataset(tmp_path_factory.mktemp("made"), (3, 2)))
-
-
-@pytest.fixture
-def dataset(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "out"))
 
 
 def report(store: Store, done: int, **changes: Any) -> None:

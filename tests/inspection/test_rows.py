@@ -19,18 +19,13 @@ from tests.helpers.reinforced import small_dataset
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return small_dataset(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def rows(url: str) -> Rows:
-    data = reinforce.open(url)
+def rows(labelled: str) -> Rows:
+    data = reinforce.open(labelled)
     return read_rows(data, select(data, 1000, 0))
 
 
-def test_rows_have_the_similarities_and_crops_of_their_samples(url: str, rows: Rows) -> None:
-    samples = list(reinforce.open(url))
+def test_rows_have_the_similarities_and_crops_of_their_samples(labelled: str, rows: Rows) -> None:
+    samples = list(reinforce.open(labelled))
     assert rows.keys == [sample.key for sample in samples]
     areas, bits = np.concatenate(rows.areas), np.concatenate(rows.operations)
     for number, sample in enumerate(samples):
@@ -47,14 +42,16 @@ def test_rows_have_the_similarities_and_crops_of_their_samples(url: str, rows: R
             }
 
 
-def test_tabs_are_ordered_by_what_they_show_of_a_selection_that_is_seeded(url: str, rows: Rows, tmp_path: Path) -> None:
+def test_tabs_are_ordered_by_what_they_show_of_a_selection_that_is_seeded(
+    labelled: str, rows: Rows, tmp_path: Path
+) -> None:
     tabs = choose(rows, 0, set())
     gap = synthetic_gap(rows)
     assert [*gap[tabs["synthetic"]]] == sorted(gap[gap > 0], reverse=True)[:24]
     assert [*gap[tabs["true"]]] == sorted(gap[gap < 0])[:24]
     assert sorted(tabs["random"]) == [*range(44)]
     assert tabs["key"] == sorted(range(44), key=lambda row: (rows.places[row][0].shard, rows.keys[row]))
-    data = reinforce.open(url)
+    data = reinforce.open(labelled)
     chosen = [select(data, 20, seed) for seed in (0, 0, 1)]
     assert chosen[0] == chosen[1] != chosen[2]
     assert [selection.rows for selection in chosen] == [20, 20, 20]

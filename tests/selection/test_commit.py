@@ -26,21 +26,15 @@ from reinforce.parquet.footers import RefusedFile
 from reinforce.selection import passes
 from reinforce.source.formats.base import Shard
 from reinforce.source.formats.dataset import FORMAT
-from tests.helpers.reinforced import rewrite, small_dataset
+from tests.helpers.reinforced import rewrite
 from tests.helpers.views import as_version_1, make_view
 
 FLIPS = 60  # of each file; each is found
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return small_dataset(tmp_path_factory.mktemp("dataset"))
-
-
 @pytest.fixture
-def url(made: str, tmp_path: Path) -> str:
-    shutil.copytree(made, tmp_path / "out")
-    return str(tmp_path / "out")
+def url(copy: Path) -> str:
+    return str(copy)
 
 
 def kept(url: str) -> list[str]:

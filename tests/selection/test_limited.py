@@ -22,7 +22,6 @@ from reinforce.inspection.report import inspect
 from reinforce.selection import limited
 from reinforce.selection.expressions import Expression, check, connect, evaluate, join_rows, numbers
 from reinforce.selection.limited import LimitedExpressions, LimitError
-from tests.helpers.reinforced import small_dataset
 from tests.helpers.views import make_view
 
 #: Expressions that need any memory or time.
@@ -32,9 +31,9 @@ TIME = ["levenshtein(repeat(key, 30000), repeat(key, 30001)) + width"]
 COLUMNS = (("key",), ("width",))
 
 
-@pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return small_dataset(tmp_path_factory.mktemp("dataset"))
+@pytest.fixture
+def url(copy: Path) -> str:
+    return str(copy)
 
 
 def tables_of(url: str) -> dict[str, pa.Table]:

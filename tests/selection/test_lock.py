@@ -21,25 +21,18 @@ from reinforce.dataset.status import read_status
 from reinforce.dataset.view import ViewRows, read_view
 from reinforce.errors import UserError
 from reinforce.selection import lock, select
-from tests.helpers.reinforced import small_dataset
 from tests.helpers.views import make_view
 from tests.helpers.waiting import wait_for
 
 OTHER_PROCESS = 2**22 + 1  # above the largest number of a process
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return small_dataset(tmp_path_factory.mktemp("dataset"))
-
-
 @pytest.fixture(params=["disk", "s3"])
-def url(made: str, request: pytest.FixtureRequest, tmp_path: Path) -> str:
+def url(copy: Path, request: pytest.FixtureRequest) -> str:
     if request.param == "disk":
-        shutil.copytree(made, tmp_path / "out")
-        return str(tmp_path / "out")
+        return str(copy)
     s3 = request.getfixturevalue("s3")
-    s3.put(f"{made}/", "bucket/out/", recursive=True)
+    s3.put(f"{copy}/", "bucket/out/", recursive=True)
     return "s3://bucket/out"
 
 
@@ -69,8 +62,8 @@ def test_a_second_selection_of_a_name_is_refused_and_the_first_is_not_disturbed(
     assert len(make_view(url, {"sample": 5})) == 5
 
 
-def test_the_claim_of_a_selection_that_was_killed_is_taken(made: str, s3: s3fs.S3FileSystem) -> None:
-    s3.put(f"{made}/", "bucket/claimed/", recursive=True)
+def test_the_claim_of_a_selection_that_was_killed_is_taken(labelled: str, s3: s3fs.S3FileSystem) -> None:
+    s3.put(f"{labelled}/", "bucket/claimed/", recursive=True)
     url, path = "s3://bucket/claimed", "bucket/claimed/views/some/selection.json"
 
     def claim(**changes: Any) -> None:
@@ -87,9 +80,9 @@ def test_the_claim_of_a_selection_that_was_killed_is_taken(made: str, s3: s3fs.S
 
 
 def test_a_selection_whose_claim_was_taken_writes_no_view(
-    made: str, s3: s3fs.S3FileSystem, monkeypatch: pytest.MonkeyPatch
+    labelled: str, s3: s3fs.S3FileSystem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    s3.put(f"{made}/", "bucket/taken/", recursive=True)
+    s3.put(f"{labelled}/", "bucket/taken/", recursive=True)
     states = states_of
 
     def takes_the_claim(*args: Any) -> Any:
@@ -104,7 +97,7 @@ def test_a_selection_whose_claim_was_taken_writes_no_view(
 
 
 def test_a_claim_is_renewed_while_a_selection_runs(
-    made: str, s3: s3fs.S3FileSystem, monkeypatch: pytest.MonkeyPatch
+    labelled: str, s3: s3fs.S3FileSystem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lock, "_RENEWED", 0.1)
     store = Store("s3://bucket/renewed")
@@ -116,11 +109,11 @@ def test_a_claim_is_renewed_while_a_selection_runs(
 
 
 def test_a_view_in_an_object_store_equals_that_on_disk_and_knows_its_content(
-    made: str, s3: s3fs.S3FileSystem, tmp_path: Path
+    labelled: str, s3: s3fs.S3FileSystem, tmp_path: Path
 ) -> None:
-    shutil.copytree(made, tmp_path / "out")
+    shutil.copytree(labelled, tmp_path / "out")
     here = make_view(tmp_path / "out", {"deduplicate": {"teacher": "red", "threshold": 0.97}})
-    s3.put(f"{made}/", "bucket/equal/", recursive=True)
+    s3.put(f"{labelled}/", "bucket/equal/", recursive=True)
     url = "s3://bucket/equal"
     assert make_view(url, *here.rules).fingerprint == here.fingerprint
     assert read_status(url)["views"][0].problems == ()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,19 +23,6 @@ from reinforce.dataset.reading.completeness import check_completeness
 from reinforce.dataset.reading.row_counts import row_group_table
 from reinforce.errors import UserError
 from schemas import Reason
-from tests.helpers.reinforced import small_dataset
-
-
-@pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Shards of 21, 9 and 14 samples."""
-    return small_dataset(tmp_path_factory.mktemp("dataset"))
-
-
-@pytest.fixture
-def copy(url: str, tmp_path: Path) -> Path:
-    """A copy that a test may damage."""
-    return Path(shutil.copytree(url, tmp_path / "copy"))
 
 
 def remove(dataset: Path, layer: str, *numbers: int) -> list[str]:
@@ -52,20 +38,20 @@ def keys(data: reinforce.Dataset) -> list[str]:
 
 
 def test_opening_and_truth_read_no_footer_and_list_nothing_else_if_nothing_is_missing(
-    url: str, monkeypatch: pytest.MonkeyPatch
+    labelled: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Store, "open_layer", None)
     monkeypatch.setattr(row_counts, "read_footer", None)
     listed = []
     listings = Store.listings
     monkeypatch.setattr(Store, "listings", lambda store, layers: (listed.extend(layers), listings(store, layers))[1])
-    data = reinforce.open(url)
+    data = reinforce.open(labelled)
     assert data
     assert listed == data.layers
 
 
-def test_a_dataset_has_a_length_and_is_restricted_by_name_number_and_slice(url: str) -> None:
-    data = reinforce.open(url)
+def test_a_dataset_has_a_length_and_is_restricted_by_name_number_and_slice(labelled: str) -> None:
+    data = reinforce.open(labelled)
     every = keys(data)
     first, second, third = data.shards
     assert [len(data[shard]) for shard in data.shards] == [21, 9, 14]
@@ -83,20 +69,20 @@ def test_a_dataset_has_a_length_and_is_restricted_by_name_number_and_slice(url: 
             data[number]
 
 
-def test_teachers_and_captioners_are_selected_by_name(url: str) -> None:
-    data = reinforce.open(url, teachers=["blue"], captioners=[])
+def test_teachers_and_captioners_are_selected_by_name(labelled: str) -> None:
+    data = reinforce.open(labelled, teachers=["blue"], captioners=[])
     sample = next(iter(data))
     assert (list(sample.images), list(sample.texts), sample.captions) == (["blue"], ["blue"], {})
     assert data.layers == ["samples", "embeddings/blue/images", "embeddings/blue/caption"]
-    assert reinforce.open(url, teachers=["r*"]).teachers == ["red"]
+    assert reinforce.open(labelled, teachers=["r*"]).teachers == ["red"]
     with pytest.raises(UserError, match="has no teacher 'green'; it has: red, blue"):
-        reinforce.open(url, teachers=["green"])
+        reinforce.open(labelled, teachers=["green"])
     with pytest.raises(UserError, match="is not a reinforced dataset"):
-        reinforce.open(str(Path(url).parent))
+        reinforce.open(str(Path(labelled).parent))
 
 
 def test_missing_files_are_a_warning_with_the_numbers_and_strict_refuses_them(
-    url: str, copy: Path, caplog: pytest.LogCaptureFixture
+    labelled: str, copy: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     lost = remove(copy, "embeddings/red/images", 0, 2)
     remove(copy, "embeddings/red/caption", 2)
@@ -110,7 +96,11 @@ def test_missing_files_are_a_warning_with_the_numbers_and_strict_refuses_them(
         )
     ]
     caplog.clear()
-    assert len(reinforce.open(str(copy), teachers=["blue"], strict=True)) == len(reinforce.open(url, strict=True)) == 44
+    assert (
+        len(reinforce.open(str(copy), teachers=["blue"], strict=True))
+        == len(reinforce.open(labelled, strict=True))
+        == 44
+    )
     assert not caplog.records
     with pytest.raises(UserError, match=r"red/caption lacks 1 of 3 shards .*, 1 of 3 shards are read\.$"):
         reinforce.open(str(copy), strict=True)
@@ -135,26 +125,26 @@ def test_quarantined_shards_are_logged_without_a_warning(copy: Path, caplog: pyt
     assert "; 1 shard is left out because it is quarantined" in record.message
 
 
-def test_repr_is_a_summary(url: str) -> None:
-    data = reinforce.open(url)
+def test_repr_is_a_summary(labelled: str) -> None:
+    data = reinforce.open(labelled)
     lines = repr(data).splitlines()
-    size = sum(path.stat().st_size for path in Path(url).rglob("*.parquet") if path.parent.name != "index")
+    size = sum(path.stat().st_size for path in Path(labelled).rglob("*.parquet") if path.parent.name != "index")
     assert lines == [
-        f"Dataset({url!r})",
+        f"Dataset({labelled!r})",
         f"  44 samples in 3 shards, {size / 1024:.1f} KiB",
         "  teachers: red (dim 8, K 2, logit scale 50), blue (dim 12, K 2, logit scale 30)",
         "  captioners: namer (N 2)",
     ]
-    assert "9 samples in 1 shard, " in repr(reinforce.open(url, teachers=[], captioners=[])[1])
-    assert repr(reinforce.open(url, teachers=[], captioners=[])).splitlines()[2:] == [
+    assert "9 samples in 1 shard, " in repr(reinforce.open(labelled, teachers=[], captioners=[])[1])
+    assert repr(reinforce.open(labelled, teachers=[], captioners=[])).splitlines()[2:] == [
         "  teachers: none",
         "  captioners: none",
     ]
 
 
-def test_reading_imports_neither_torch_nor_ray(url: str) -> None:
+def test_reading_imports_neither_torch_nor_ray(labelled: str) -> None:
     code = (
-        f"import reinforce, sys; data = reinforce.open({url!r}); print(repr(data)); next(iter(data)).augmented(0); "
+        f"import reinforce, sys; data = reinforce.open({labelled!r}); repr(data); next(iter(data)).augmented(0); "
         "print({'torch', 'ray'} & set(sys.modules))"
     )
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout

@@ -24,14 +24,9 @@ from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.worker import stale_files as inputs
 from reinforce.source.identity import read_state
 from tests.helpers.data import config_of, members_of, tree, write_tar
-from tests.helpers.reinforced import forget_sources, reinforce_here, shard_process, small_dataset
+from tests.helpers.reinforced import forget_sources, reinforce_here, shard_process
 
 LATER = ("embeddings/blue/images", "embeddings/blue/caption", "embeddings/blue/namer")
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Path(small_dataset(tmp_path_factory.mktemp("dataset"), (9, 3)))
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -238,12 +237,6 @@ def test_memory_is_reused_only_when_nothing_references_it() -> None:
     assert len({tensor.data_ptr() for tensor in held}) == 3
 
 
-@pytest.fixture
-def dataset(labelled: str, tmp_path: Path) -> Path:
-    """A copy that a test may damage."""
-    return Path(shutil.copytree(labelled, tmp_path / "copy"))
-
-
 def open_(dataset: Path | str | list[Any], **data: Any) -> StudentFeed:
     urls = dataset if isinstance(dataset, list) else str(dataset)
     return StudentFeed(Data.model_validate({"datasets": urls, "workers": 0, **data}), 0, 16, letters)
@@ -265,66 +258,66 @@ def rewrite(path: Path, change: Callable[[pa.Table], pa.Table], fingerprint: str
             writer.write_table(table.replace_schema_metadata(metadata))
 
 
-def test_unknown_names_and_layers_are_reported_with_the_known_ones(dataset: Path, tmp_path: Path) -> None:
+def test_unknown_names_and_layers_are_reported_with_the_known_ones(copy: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is not a reinforced dataset"):
         open_(tmp_path)
     with pytest.raises(UserError, match=r"has no teacher 'rde'; it has: red, blue"):
-        open_(dataset, teachers=["rde"])
+        open_(copy, teachers=["rde"])
     with pytest.raises(UserError, match=r"has no captioner 'cocoa'; it has: namer"):
-        open_(dataset, captioners={"cocoa": 1.0})
+        open_(copy, captioners={"cocoa": 1.0})
     with pytest.raises(UserError, match=r"has no captioner 'syn_\*'; it has: namer"):
-        open_(dataset, captioners=["syn_*"])
+        open_(copy, captioners=["syn_*"])
     for pattern in ({"n*": 2.0}, {"n*": 3.0, "namer": 2.0}):
-        assert open_(dataset, captioners=pattern).data["data.captioners.namer"] == 2.0
-    manifest = json.loads((dataset / "dataset.json").read_text())
+        assert open_(copy, captioners=pattern).data["data.captioners.namer"] == 2.0
+    manifest = json.loads((copy / "dataset.json").read_text())
     del manifest["layers"]["embeddings/red/namer"]
-    (dataset / "dataset.json").write_text(json.dumps(manifest))
+    (copy / "dataset.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"no layer embeddings/red/namer\. Run a config with both models"):
-        open_(dataset)
-    assert open_(dataset, captioners=[]).samples == 44
+        open_(copy)
+    assert open_(copy, captioners=[]).samples == 44
 
 
-def test_a_layer_that_lacks_shards_is_named_with_the_command_that_makes_them(dataset: Path) -> None:
-    lost = file_of(dataset, "embeddings/blue/images", 1)
+def test_a_layer_that_lacks_shards_is_named_with_the_command_that_makes_them(copy: Path) -> None:
+    lost = file_of(copy, "embeddings/blue/images", 1)
     lost.unlink()
     with pytest.raises(UserError, match=rf"embeddings/blue/images lacks 1 of 3 shards \({lost.stem}\).*reinforce run"):
-        open_(dataset)
-    assert open_(dataset, teachers=["red"]).samples == 44
-    file_of(dataset, "embeddings/red/images", 2).unlink()
+        open_(copy)
+    assert open_(copy, teachers=["red"]).samples == 44
+    file_of(copy, "embeddings/red/images", 2).unlink()
     with pytest.raises(UserError, match=r"embeddings/red/images lacks 1 of 3 .*; embeddings/blue/images lacks 1 of 3"):
-        open_(dataset)
+        open_(copy)
 
 
-def test_quarantined_shards_are_left_out_with_a_warning(dataset: Path, caplog: pytest.LogCaptureFixture) -> None:
-    lost = file_of(dataset, "captions/namer", 1).stem
+def test_quarantined_shards_are_left_out_with_a_warning(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lost = file_of(copy, "captions/namer", 1).stem
     for layer in ("captions/namer", "embeddings/red/namer", "embeddings/blue/namer"):
-        file_of(dataset, layer, 1).unlink()
-    Store(str(dataset)).quarantine("captions/namer", lost, [(None, Reason.SHARD_FAILED, "the captioner raised")])
+        file_of(copy, layer, 1).unlink()
+    Store(str(copy)).quarantine("captions/namer", lost, [(None, Reason.SHARD_FAILED, "the captioner raised")])
     with caplog.at_level(logging.WARNING, "reinforce"):
-        assert open_(dataset).samples == 35
+        assert open_(copy).samples == 35
     assert [record.message for record in caplog.records] == [
-        f"{dataset}: 1 shard is left out because it is quarantined in a layer"
+        f"{copy}: 1 shard is left out because it is quarantined in a layer"
     ]
 
 
-def test_a_truncated_file_and_one_with_another_fingerprint_or_other_keys_are_named(dataset: Path) -> None:
-    path = file_of(dataset, "embeddings/red/caption")
+def test_a_truncated_file_and_one_with_another_fingerprint_or_other_keys_are_named(copy: Path) -> None:
+    path = file_of(copy, "embeddings/red/caption")
     whole = path.read_bytes()
     rewrite(
         path, lambda table: table.set_column(0, table.schema.field(0), pa.array(reversed(table["key"].to_pylist())))
     )
     with pytest.raises(UserError, match=rf"embeddings/red/caption/{path.name} does not have the keys of samples"):
-        open_(dataset)
+        open_(copy)
     path.write_bytes(whole)
     for layer in ("samples", "captions/namer", "embeddings/red/images"):
-        path = file_of(dataset, layer, 1)
+        path = file_of(copy, layer, 1)
         whole = path.read_bytes()
         rewrite(path, lambda table: table, fingerprint="0123456789abcdef")
         with pytest.raises(UserError, match=rf"{path} has fingerprint 0123456789abcdef"):
-            open_(dataset)
+            open_(copy)
         path.write_bytes(path.read_bytes()[:-100])
-        with pytest.raises(UserError, match=rf"{layer}/{path.name}: it is not a .* reinforce drop {dataset} {layer} "):
-            open_(dataset)
+        with pytest.raises(UserError, match=rf"{layer}/{path.name}: it is not a .* reinforce drop {copy} {layer} "):
+            open_(copy)
         path.write_bytes(whole)
 
 
@@ -342,16 +335,16 @@ def set_policy(dataset: Path, **policies: str) -> None:
 
 
 def test_policies_that_cannot_be_replayed_are_reported_when_the_dataset_is_opened(
-    dataset: Path, monkeypatch: pytest.MonkeyPatch
+    copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    set_policy(dataset, augmentation="fixed-point-1")
+    set_policy(copy, augmentation="fixed-point-1")
     monkeypatch.setattr(fixed_point, "RESIZERS", {})
     load_backend.cache_clear()
     with pytest.raises(UserError, match="fixed-point-1: no installed package"):
-        open_(dataset)
-    set_policy(dataset, image="datacomp-1")
+        open_(copy)
+    set_policy(copy, image="datacomp-1")
     with pytest.raises(UserError, match=r"image policy datacomp-1, this version supports"):
-        open_(dataset)
+        open_(copy)
 
 
 def test_references_outside_named_folders_are_reported_before_the_first_step_with_the_key(tmp_path: Path) -> None:
