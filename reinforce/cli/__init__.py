@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 import reinforce
-from reinforce.cli import config, dataset, export, run, status, training
+from reinforce.cli import adapting, config, dataset, export, run, status, training
 from reinforce.cli.common import examples, removed
 from reinforce.errors import UserError
 from reinforce.processes.cores import let_waiting_threads_sleep
@@ -119,6 +119,8 @@ _COMMANDS: dict[Callable[..., None], tuple[str, ...]] = {
         "reinforce evaluate demo/students/plain --config configs/student-demo.yaml",
         "reinforce evaluate MobileCLIP2-S0,dfndr2b --zero-shot pets=pets/",
     ),
+    adapting.interpolate: ("reinforce interpolate demo/students/plain demo/students/distilled mixed",),
+    adapting.soup: ("reinforce soup demo/students/* soup --config configs/student-demo.yaml",),
     training.fetch_sets: ("reinforce fetch-sets datacomp evalsets --dry-run",),
     training.latency: ("reinforce latency MobileCLIP2-S0 ViT-B-32 --threads 1",),
     status.dashboard: ("reinforce dashboard grafana/dashboards",),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
 
 import typer
 
@@ -32,9 +32,10 @@ from reinforce.terminal import first_names, print_table
 from teachers.redact import redact
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from reinforce.evaluation.report import Report
     from reinforce.evaluation.suite.results import SuiteReport
-    from reinforce.shipping.report import LatencyReport
 
 T = TypeVar("T")
 
@@ -331,9 +332,17 @@ def latency(
         report.draw(accuracies, picture)
 
 
-def show_report(
-    report: Report | LatencyReport | SuiteReport, file: str | None, print_json: Callable[[Any], None]
-) -> None:
+class ShownReport(Protocol):
+    """Results as a table with lines below it, and as JSON."""
+
+    def table(self) -> RenderableType: ...
+
+    def lines(self) -> Sequence[str]: ...
+
+    def as_json(self) -> dict[str, Any]: ...
+
+
+def show_report(report: ShownReport, file: str | None, print_json: Callable[[Any], None]) -> None:
     """Show a report on the terminal, and write it to the file of --json. Raises UserError."""
     from reinforce.storage import write_json
 

@@ -1,0 +1,1 @@
+"""Released students adapted to new data: weights mixed between models, and what each mixture gains and loses."""

@@ -1,0 +1,69 @@
+"""Which mixture of weights to take: the best on the domain that loses little of the general sets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from reinforce.errors import UserError
+
+
+@dataclass(frozen=True)
+class Point:
+    """Metrics, between 0 and 1, of the first model's weights mixed with a share ``alpha`` of the second's."""
+
+    alpha: float
+    metrics: Mapping[str, float]
+
+
+def mean(metrics: Mapping[str, float], names: Sequence[str]) -> float:
+    """The mean of some metrics; NaN if one is missing, or without names."""
+    values = [metrics.get(name, math.nan) for name in names]
+    return sum(values) / len(values) if values else math.nan
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Of points that lose at most ``allow`` of the mean of ``general``, the one with the best mean of ``domain``.
+
+    The loss is that against the point of alpha 0. Of equal points, the one with the better general mean and then the
+    one of the smaller alpha is chosen.
+    """
+
+    domain: Sequence[str]
+    general: Sequence[str] = ()
+    allow: float = 0.005
+
+    def __post_init__(self) -> None:
+        if both := set(self.domain) & set(self.general):
+            raise UserError(f"{min(both)} is a metric of the domain and a general one. Name it once.")
+
+    def choose(self, points: Sequence[Point]) -> Point:
+        """Raises UserError without a point of alpha 0, or if a metric is missing of it."""
+        start = next((point for point in points if point.alpha == 0), None)
+        if start is None:
+            raise UserError("the metrics of alpha 0, with which others are compared, are missing.")
+        for name in (*self.domain, *self.general):
+            if not math.isfinite(start.metrics.get(name, math.nan)):
+                raise UserError(f"{name} has no value for the first model; see the set's line above.")
+        kept = [point for point in points if self._is_allowed(point, start)]
+        return max(kept, key=lambda point: (mean(point.metrics, self.domain), self._general(point), -point.alpha))
+
+    def _is_allowed(self, point: Point, start: Point) -> bool:
+        if not math.isfinite(mean(point.metrics, self.domain)):
+            return False
+        return (
+            not self.general
+            or mean(point.metrics, self.general) >= mean(start.metrics, self.general) - self.allow - 1e-9
+        )
+
+    def _general(self, point: Point) -> float:
+        return mean(point.metrics, self.general) if self.general else 0.0
+
+    def describe(self) -> str:
+        """The rule in one sentence."""
+        domain = ", ".join(self.domain)
+        if not self.general:
+            return f"best {domain}"
+        return f"best {domain} that loses at most {100 * self.allow:g} points of the mean of {', '.join(self.general)}"

@@ -1,0 +1,93 @@
+"""Mixtures of weights, evaluated on the sets of a config; results are kept in a file, and none is computed twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from reinforce.adapting.mixing import Mixer, load_mixer
+from reinforce.errors import UserError
+from reinforce.evaluation.config import Evaluation
+from reinforce.evaluation.evaluator import Evaluator
+from reinforce.processes.cores import available_cores
+from reinforce.storage import Storage
+from teachers.runtime.accelerator import Accelerator, Precision
+from teachers.spec import ModelSpec
+
+KEPT = "mixtures.json"
+_MODEL = "open_clip_config.json"
+
+Log = Callable[[str], None]
+
+
+class Mixtures:
+    """Mixtures of some models, whose results and final weights are written to ``out``.
+
+    Results that ``out`` has, of equal weights, sets and precision, are used. Raises UserError if the architectures
+    differ, for faulty sets, and if ``out`` has results of other models or sets, or another model.
+    """
+
+    def __init__(
+        self,
+        specs: Mapping[str, ModelSpec],
+        out: str,
+        evaluation: Evaluation,
+        device: str = "auto",
+        precision: Precision | Literal["auto"] = "fp32",
+        log: Log = lambda line: None,
+    ) -> None:
+        self._storage = Storage(out)
+        kept = self._storage.read_json(KEPT)
+        if kept is None:
+            check_free(self._storage)
+        self._log = log
+        self._accelerator = Accelerator(device, precision)
+        self.mixer: Mixer = load_mixer(specs)
+        self._of: dict[str, Any] = {
+            "models": self.mixer.digests(),
+            "sets": evaluation.model_dump(mode="json", exclude={"every", "best", "export", "threads", "memory"}),
+            "precision": self._accelerator.precision,
+        }
+        if kept is not None and kept["of"] != self._of:
+            raise UserError(f"{self._storage.url} has results of other models or sets. Name another folder.")
+        self._storage.check_writable()
+        self._results: list[dict[str, Any]] = [] if kept is None else kept["mixtures"]
+        self._evaluator = Evaluator(evaluation.model_copy(update={"threads": evaluation.threads or available_cores()}))
+
+    def metrics(self, weights: Mapping[str, float]) -> dict[str, float]:
+        """The metrics, between 0 and 1, of the mean of some models with weights; sets that failed have none."""
+        weights = {name: weight for name, weight in weights.items() if weight}
+        for result in self._results:
+            if result["weights"] == weights:
+                return dict(result["metrics"])
+        self.mixer.use(weights)
+        student = self.mixer.student
+        model = self._accelerator.place(student.clip)
+        found = self._evaluator.evaluate_module(model, student.image, self.mixer.tokenizer, self._accelerator)
+        metrics = self._evaluator.config.combine([found.metrics])
+        self._results.append({"weights": weights, "metrics": metrics})
+        self._storage.write_json({"of": self._of, "mixtures": self._results}, KEPT)
+        self._log(f"{describe(weights)}: {', '.join(f'{name} {percent(value)}' for name, value in metrics.items())}")
+        return metrics
+
+    def write(self, weights: Mapping[str, float], report: Mapping[str, Any], name: str) -> None:
+        """Write the model of some weights, and a report as ``name``."""
+        self.mixer.use(weights)
+        self.mixer.write(self._storage)
+        self._storage.write_json(report, name)
+
+
+def check_free(storage: Storage) -> None:
+    """Raise UserError if a folder has a model."""
+    if storage.read_json(_MODEL) is not None:
+        raise UserError(f"{storage.url} has a model. Name another folder, or remove it.")
+
+
+def percent(value: float | None) -> str:
+    """A metric in percent, empty if there is none."""
+    return "" if value is None else f"{100 * value:.2f}"
+
+
+def describe(weights: Mapping[str, float]) -> str:
+    """``0.7 a + 0.3 b``."""
+    return " + ".join(f"{weight:.3g} {name}" for name, weight in weights.items())

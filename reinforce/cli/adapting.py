@@ -1,0 +1,158 @@
+"""Commands that mix weights of models: ``reinforce interpolate`` and ``soup``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from reinforce.cli.common import (
+    STDOUT,
+    JsonFile,
+    Limit,
+    Pretrained,
+    Retrieval,
+    SetsConfig,
+    ZeroShot,
+    only_json,
+    print_lines,
+    split_names,
+)
+from reinforce.cli.training import show_report
+from reinforce.errors import UserError
+
+if TYPE_CHECKING:
+    from reinforce.adapting.choosing import Rule
+    from reinforce.adapting.mixtures import Mixtures
+    from reinforce.evaluation.config import Evaluation
+    from teachers.spec import ModelSpec
+
+Out = Annotated[str, typer.Argument(metavar="OUT", help="Folder or fsspec URI of the model; none may be there.")]
+Metric = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--metric",
+        metavar="NAME,...",
+        help="Chosen by the mean of these. Default: the metric that selects checkpoints.",
+    ),
+]
+General = Annotated[
+    list[str] | None, typer.Option("--general", metavar="NAME,...", help="Metrics whose mean may lose --allow points.")
+]
+Allow = Annotated[float, typer.Option(min=0, help="Points (%) that the mean of --general may lose against A.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:0.")]
+Precision = Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="Precision of the forward pass.")]
+
+
+def interpolate(
+    first: Annotated[str, typer.Argument(metavar="A", help="The released model, named as for `evaluate`.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="The fine-tuned model, named as for `evaluate`.")],
+    out: Out,
+    alpha: Annotated[
+        list[float] | None,
+        typer.Option(min=0, max=1, help="Share of B. Default: 0.5; with --sweep, repeatable: 0, 0.1, ... 1."),
+    ] = None,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="Evaluate the model of each share on sets, and write the best by --metric.")
+    ] = False,
+    metric: Metric = None,
+    general: General = None,
+    allow: Allow = 0.5,
+    pretrained: Pretrained = None,
+    config: SetsConfig = None,
+    zero_shot: ZeroShot = None,
+    retrieval: Retrieval = None,
+    limit: Limit = None,
+    device: Device = "auto",
+    precision: Precision = "fp32",
+    json_: JsonFile = None,
+) -> None:
+    """Write a model whose weights lie between those of two: (1 - alpha) x A + alpha x B, tensor by tensor.
+
+    A fine-tuned model that is mixed with the one it began from often keeps most of both (WiSE-FT).
+    Finished shares of a sweep are not evaluated again.
+    """
+    from reinforce.adapting import interpolate as between
+    from reinforce.model_names import resolve_models
+
+    alphas = alpha or []
+    if not sweep:
+        if len(alphas) > 1:
+            raise UserError("several shares are given: add --sweep, which evaluates each.")
+        if config or zero_shot or retrieval or limit or metric or general or json_:
+            raise UserError("sets, --metric, --general and --json belong to --sweep, which is not given.")
+        with resolve_models([first, second], pretrained) as specs:
+            between.interpolate(specs, out, alphas[0] if alphas else 0.5)
+        typer.echo(f"wrote {out}")
+        return
+    evaluation = _sets(config, zero_shot, retrieval, limit)
+    rule = _rule(evaluation, metric, general, allow)
+    with only_json(json_ == STDOUT) as print_json, resolve_models([first, second], pretrained) as specs:
+        mixtures = _mixtures(specs, out, evaluation, device, precision)
+        show_report(between.sweep(mixtures, specs, out, rule, alphas or between.GRID), json_, print_json)
+
+
+def soup(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Models of one architecture.")],
+    out: Out,
+    metric: Metric = None,
+    pretrained: Pretrained = None,
+    config: SetsConfig = None,
+    zero_shot: ZeroShot = None,
+    retrieval: Retrieval = None,
+    limit: Limit = None,
+    device: Device = "auto",
+    precision: Precision = "fp32",
+    json_: JsonFile = None,
+) -> None:
+    """Write the mean of the weights of several models, to which each is added that makes it better.
+
+    Models are added in the order of their own metric (a greedy soup). Finished evaluations are not repeated.
+    """
+    from reinforce.adapting.soup import greedy_soup
+    from reinforce.model_names import resolve_models
+
+    if len(models) < 2:
+        raise UserError("name two or more models, and then the folder of their mean.")
+    evaluation = _sets(config, zero_shot, retrieval, limit)
+    rule = _rule(evaluation, metric, None, 0)
+    with only_json(json_ == STDOUT) as print_json, resolve_models(models, pretrained) as specs:
+        mixtures = _mixtures(specs, out, evaluation, device, precision)
+        show_report(greedy_soup(mixtures, specs, rule), json_, print_json)
+
+
+def _sets(
+    config: Path | None, zero_shot: Sequence[str] | None, retrieval: Sequence[str] | None, limit: int | None
+) -> Evaluation:
+    from reinforce.evaluation.command import build_evaluation
+
+    evaluation = build_evaluation(config, zero_shot or (), retrieval or (), limit)
+    if not evaluation.metrics:
+        raise UserError("nothing to evaluate on: name sets with --zero-shot, --retrieval or --config.")
+    return evaluation
+
+
+def _rule(evaluation: Evaluation, metric: Sequence[str] | None, general: Sequence[str] | None, allow: float) -> Rule:
+    """The rule that chooses, whose metrics the sets have. Raises UserError."""
+    from reinforce.adapting.choosing import Rule
+
+    domain = split_names(",".join(metric or ())) or [str(evaluation.best_metric)]
+    others = split_names(",".join(general or ())) or []
+    for name in (*domain, *others):
+        if name not in evaluation.metrics:
+            raise UserError(f"no set gives {name}; the metrics are: {', '.join(evaluation.metrics)}.")
+    return Rule(tuple(domain), tuple(others), allow / 100)
+
+
+def _mixtures(
+    specs: Mapping[str, ModelSpec],
+    out: str,
+    evaluation: Evaluation,
+    device: str,
+    precision: Literal["fp32", "bf16", "fp16"],
+) -> Mixtures:
+    from reinforce.adapting.mixtures import Mixtures
+
+    return Mixtures(specs, out, evaluation, device, precision, log=lambda line: print_lines([line]))

@@ -1,0 +1,119 @@
+"""The commands that mix weights: what is evaluated, chosen and written, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from reinforce.adapting import mixtures
+from reinforce.adapting.choosing import Point, Rule
+from reinforce.errors import UserError
+from tests.adapting.test_mixing import WEIGHTS, two_students
+from tests.helpers.commands import Command
+from tests.helpers.evaluation import write_colour_folder
+
+RULE = Rule(("domain",), ("general",), allow=0.01)
+
+
+def points(*rows: tuple[float, float, float]) -> list[Point]:
+    return [Point(alpha, {"domain": domain, "general": general}) for alpha, domain, general in rows]
+
+
+def test_the_best_of_the_domain_is_chosen_among_those_that_lose_little() -> None:
+    found = points((0, 0.5, 0.8), (0.5, 0.7, 0.791), (0.8, 0.75, 0.789), (1, 0.9, 0.6))
+    assert RULE.choose(found).alpha == 0.5
+    assert Rule(("domain",)).choose(found).alpha == 1
+    assert Rule(("domain",), ("general",), allow=0).choose(found).alpha == 0
+
+
+def test_equal_points_go_to_the_better_general_mean_and_then_to_the_smaller_share() -> None:
+    assert RULE.choose(points((0, 0.5, 0.8), (0.4, 0.7, 0.80), (0.5, 0.7, 0.81), (0.6, 0.7, 0.81))).alpha == 0.5
+
+
+def test_a_share_without_a_value_is_not_chosen_and_none_at_the_start_is_an_error() -> None:
+    found = points((0, 0.5, 0.8), (1, float("nan"), 0.9))
+    assert RULE.choose(found).alpha == 0
+    assert RULE.choose([*found, Point(0.5, {"domain": 0.9})]).alpha == 0
+    with pytest.raises(UserError, match="general has no value for the first model"):
+        RULE.choose([Point(0, {"domain": 0.5})])
+    with pytest.raises(UserError, match="Name it once"):
+        Rule(("one",), ("one",))
+
+
+def test_a_sweep_evaluates_each_share_once_and_writes_the_chosen_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command
+) -> None:
+    names = [str(tmp_path / name) for name in two_students(tmp_path, "vit")]
+    colours, out = write_colour_folder(tmp_path / "colours"), tmp_path / "mixed"
+    words = ["interpolate", *names, str(out), "--sweep", "--zero-shot", f"colours={colours}", "--json", "-"]
+    shares = [word for share in (0.5, 1.0) for word in ("--alpha", str(share))]
+    status, out_text, error = command(*words, *shares)
+    assert status == 0, error
+    report = json.loads(out_text)
+    assert [point["alpha"] for point in report["points"]] == [0, 0.5, 1]
+    chosen = max(report["points"], key=lambda point: (point["metrics"]["zero_shot/colours/top1"], -point["alpha"]))
+    assert report["alpha"] == chosen["alpha"]
+    weights = load_file(out / WEIGHTS)
+    ends = [load_file(f"{name}/{WEIGHTS}") for name in names]
+    expected = torch.lerp(ends[0]["positional_embedding"], ends[1]["positional_embedding"], report["alpha"])
+    torch.testing.assert_close(weights["positional_embedding"], expected)
+    assert (out / "sweep.png").stat().st_size > 1000
+
+    def fail(*_: object) -> None:
+        raise AssertionError("evaluated again")
+
+    monkeypatch.setattr(mixtures.Evaluator, "evaluate_module", fail)
+    status, out_text, error = command(*words, *shares)
+    assert status == 0, error
+    assert json.loads(out_text) == report
+    status, _, error = command(*words, *shares, "--limit", "3")
+    assert (status, "has results of other models or sets" in error) == (2, True)
+
+
+def test_one_share_is_written_without_sets(tmp_path: Path, command: Command) -> None:
+    names = [str(tmp_path / name) for name in two_students(tmp_path, "vit")]
+    assert command("interpolate", *names, str(tmp_path / "half"))[0] == 0
+    assert (tmp_path / "half" / WEIGHTS).is_file()
+    status, _, error = command("interpolate", *names, str(tmp_path / "half"), "--alpha", "0.5")
+    assert (status, "has a model. Name another folder" in error) == (2, True)
+
+
+def test_a_soup_keeps_the_models_that_make_it_better(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command
+) -> None:
+    names = [str(tmp_path / name) for name in two_students(tmp_path, "vit")]
+    colours, out = write_colour_folder(tmp_path / "colours"), tmp_path / "soup"
+    scores = {1: [0.2, 0.6], 2: [0.7]}
+
+    def metrics(self: object, weights: dict[str, float]) -> dict[str, float]:
+        return {"zero_shot/colours/top1": scores[len(weights)].pop(0)}
+
+    monkeypatch.setattr(mixtures.Mixtures, "metrics", metrics)
+    words = ["soup", *names, str(out), "--zero-shot", f"colours={colours}", "--json", "-"]
+    status, out_text, error = command(*words)
+    assert status == 0, error
+    report = json.loads(out_text)
+    assert report["models"] == [names[1], names[0]]
+    ends = [load_file(f"{name}/{WEIGHTS}")["positional_embedding"] for name in names]
+    torch.testing.assert_close(load_file(out / WEIGHTS)["positional_embedding"], (ends[0] + ends[1]) / 2)
+    scores |= {1: [0.2, 0.6], 2: [0.6]}  # no better, so it is left out
+    alone = json.loads(command(*words[:-5], str(tmp_path / "alone"), *words[-4:])[1])
+    assert alone["models"] == [names[1]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--alpha", "0.5", "--alpha", "0.6"], "add --sweep, which evaluates each"),
+        (["--alpha", "0.5", "--limit", "3"], "belong to --sweep"),
+        (["--sweep"], "nothing to evaluate on"),
+        (["--sweep", "--zero-shot", "a=b", "--metric", "top1"], "no set gives top1; the metrics are: zero_shot/a/top1"),
+    ],
+)
+def test_a_wrong_use_gets_one_line(tmp_path: Path, command: Command, options: list[str], message: str) -> None:
+    status, _, error = command("interpolate", "one", "two", str(tmp_path / "out"), *options)
+    assert (status, message in error) == (2, True), error
