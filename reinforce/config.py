@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from reinforce import settings, source_formats
 from reinforce.config_schema import LAYER_NAME, Batch, Named, OneOrMore
@@ -44,6 +44,15 @@ class Limits(Section):
     shard_samples: int = Field(1_000_000, ge=1, description="samples of a shard; the rest of the shard is not read")
 
 
+def _check_template(text: str) -> str:
+    if "{}" not in text:
+        raise ValueError(f"{text!r} has no {{}}: put it where the name of the class belongs")
+    return text
+
+
+Template = Annotated[str, AfterValidator(_check_template)]
+
+
 class Input(Section):
     """How the members of a shard, or the rows of a table, become samples."""
 
@@ -59,7 +68,12 @@ class Input(Section):
     captions: list[str] = Field(
         default=["txt", "json:caption"],
         description="where the true caption is: a member's extension or json:FIELD, in tables COLUMN or json:COLUMN; "
-        "the first with text is used",
+        "the first with text is used; `class`: of a folder of images, the name of the folder in it",
+    )
+    templates: Annotated[list[Template], Field(min_length=1)] | None = Field(
+        None,
+        description="texts that are made of each caption, which replaces {}, such as 'a photo of a {}.'; for names of "
+        "classes; with `captions_per_sample` that many, else the first",
     )
     captions_per_sample: int | None = Field(
         None, ge=1, le=64, description="most true captions of a sample to keep and embed; default: only the first"

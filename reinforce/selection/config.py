@@ -78,11 +78,16 @@ class Decontaminate(Section):
 
 
 class Rule(Section):
-    """One rule: ``where``, ``keep``, ``sample``, ``deduplicate`` or ``decontaminate``."""
+    """One rule: ``where``, ``keep``, ``sample``, ``all_but``, ``deduplicate`` or ``decontaminate``."""
 
     where: str | None = Field(None, description="an expression of SQL that is true for the samples to keep")
     keep: Keep | None = Field(None, description="the samples with the largest values")
     sample: int | None = Field(None, ge=1, description="so many samples, at random by seed and key")
+    all_but: int | None = Field(
+        None,
+        ge=1,
+        description="the samples that `sample` of this number leaves out, with equal seed and rules before it",
+    )
     deduplicate: Deduplicate | None = Field(None, description="one sample of each group of duplicates")
     decontaminate: Decontaminate | None = Field(None, description="the samples that are not in other datasets")
 

@@ -79,7 +79,7 @@ class BoundRule:
     @property
     def top(self) -> int | float | None:
         """The number or share of samples it keeps, if that depends on all of them."""
-        return self.spec.sample or (self.spec.keep.top if self.spec.keep else None)
+        return self.spec.sample or self.spec.all_but or (self.spec.keep.top if self.spec.keep else None)
 
     @property
     def bits(self) -> int:
@@ -116,6 +116,8 @@ class BoundRule:
             assert self.search is not None
             groups, order, valid = self.ordered(group)
             keeps = self.search.reached(groups, order)
+            if self.spec.all_but is not None:
+                keeps = ~keeps
         alive = group.kept
         group.codes[alive & ~valid] = 2 * self.number + 1
         group.codes[alive & valid & ~keeps] = 2 * self.number

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 from reinforce.config import Input, Limits
-from reinforce.source.captions import caption_of, captions_of, why_no_caption
+from reinforce.source.captions import caption_of, captions_of, clean_text, why_no_caption
 from reinforce.source.file_types import NOT_A_FILE, folder_detail
 from reinforce.source.urls import canonical
 from schemas import Reason
@@ -60,12 +61,17 @@ class RawSample:
         return caption_of(self.sidecars, fields, limits) or caption_of(self.all_sidecars, fields, limits)
 
     def captions(self, spec: Input) -> list[str]:
-        """The true captions that a config keeps: one, or those by ``captions_of``."""
+        """The true captions that a config keeps: one, or those by ``captions_of``, each in the texts of templates."""
         if (most := spec.captions_per_sample) is None:
             caption = self.caption(spec.captions, spec.limits)
-            return [caption] if caption else []
-        found = (captions_of(of, spec.captions, spec.limits, most) for of in (self.sidecars, self.all_sidecars))
-        return next(filter(None, found), [])
+            found = [caption] if caption else []
+        else:
+            several = (captions_of(of, spec.captions, spec.limits, most) for of in (self.sidecars, self.all_sidecars))
+            found = next(filter(None, several), [])
+        if spec.templates is None:
+            return found
+        texts = (text.replace("{}", caption) for caption in found for text in spec.templates)
+        return [clean_text(text, spec.limits.caption_chars) for text in itertools.islice(texts, most or 1)]
 
     def why_no_caption(self, fields: Sequence[str]) -> str:
         """Explain why no caption was found, with what the sample has."""

@@ -135,6 +135,17 @@ def test_rules_apply_in_order_and_rows_say_which_left_them_out(url: str) -> None
     assert {key for key in sampled if reasons[key] is None} == {key for key in sampled if sizes[key] <= largest}
 
 
+def test_all_but_keeps_what_a_sample_leaves_out(url: str) -> None:
+    for rules in ([{"where": "width > 0"}], [{"where": "scores.match.caption_max > 0.1"}]):
+        view_of(url, *rules)
+        every = {*kept(url)}
+        view_of(url, *rules, {"sample": 7}, seed=3)
+        sampled = {*kept(url)}
+        view_of(url, *rules, {"all_but": 7}, seed=3)
+        assert len(sampled) == 7
+        assert {*kept(url)} == every - sampled
+
+
 def test_a_sample_depends_on_seed_and_key_alone(url: str) -> None:
     rule = {"sample": 20}
     view_of(url, rule)

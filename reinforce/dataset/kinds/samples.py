@@ -26,7 +26,7 @@ _RECIPE = ("images", "seed", "policies", "input", "augmentations")
 #: that the fingerprints of those datasets stay valid.
 _LATER_LIMITS = ("scans", "members", "key_chars", "shard_samples")
 #: Keys of `input` that were added later, in the same way.
-_LATER_KEYS = ("image", "key", "rows_per_shard", "view", "captions_per_sample")
+_LATER_KEYS = ("image", "key", "rows_per_shard", "view", "captions_per_sample", "templates")
 
 
 class Samples(LayerKind):

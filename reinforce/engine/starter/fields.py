@@ -15,16 +15,20 @@ from reinforce.source.captions import texts_of
 from reinforce.source.file_types import is_image_name
 from reinforce.source.formats.base import Shard
 from reinforce.source.formats.columns import NoColumn, find_columns
+from reinforce.source.formats.folder import CLASS, class_of
 from reinforce.source.formats.recognise import find_format
 from reinforce.source.reading import find_several, read_samples
 from reinforce.source.samples import RawSample, UnreadSample
 from reinforce.source.urls import canonical, filesystem
+from reinforce.terminal import first_names
 
 #: Names of captions besides those that are read by default, in the order of preference, in lower case.
 _CAPTIONS = (
     *("txt", "text", "caption", "captions", "alt_text", "alt", "description", "title", "prompt"),
     *("sentence", "sentences"),
 )
+#: Captions of an image in the folder of its class.
+CLASS_TEXTS = ("a photo of a {}.", "a photo of the {}.", "a close-up photo of the {}.", "a picture of one {}.")
 _KEYS = ("id", "image_id", "sample_id", "hash", "sha256", "md5")
 _FIRST_SAMPLES = 16
 _SCHEME_CHARS = 16
@@ -34,8 +38,8 @@ _SCHEME_CHARS = 16
 class Fields:
     """What is found: the columns of a table (``image``, ``key``; None: by default), where captions are (None: as by
     default), whether there are any, other names, an example, whether a table has URLs of its images, why no sample can
-    be read, if so, the most captions of a first sample, whether they are read only as several, and the folder of the
-    images that a table names by their files."""
+    be read, if so, the most captions of a first sample, whether they are read only as several, the folder of the images
+    that a table names by their files, and the classes whose folders have the images."""
 
     image: str | None = None
     captions: tuple[str, ...] | None = None
@@ -48,17 +52,22 @@ class Fields:
     several: int = 1
     only_several: bool = False
     images_from: str | None = None
+    classes: tuple[str, ...] = ()
 
     def as_input(self) -> dict[str, Any]:
         """The keys of `input` that differ from the default."""
         found: dict[str, Any] = {} if self.image is None else {"image": self.image}
         found |= {} if self.captions is None else {"captions": [*self.captions]}
         found |= {} if self.images_from is None else {"images_from": self.images_from}
+        if self.classes:
+            found |= {"templates": [*CLASS_TEXTS], "captions_per_sample": len(CLASS_TEXTS)}
         return found | ({"captions_per_sample": self.several} if self.only_several else {})
 
     def lines(self) -> list[str]:
         if self.unread is not None:
             return [self.unread]
+        if self.classes:
+            return [f"classes: {len(self.classes)} folders ({first_names(self.classes)}); captions are made of them"]
         if self.example is not None:
             lines = [f"caption of the first sample: {self.example!r}"]
             if self.several > 1:
@@ -79,6 +88,8 @@ def find_fields(shard: Shard, spec: Input) -> Fields:
     texts = [name for name in document if texts_of(document[name])]
     chosen = _named(texts, _CAPTIONS)
     if chosen is None:
+        if classes := _class_folders(shard):
+            return Fields(captions=(CLASS,), names=sample.members, classes=classes)
         return Fields(captions=(), has_captions=False, names=(*sample.members, *document))
     found = Fields(captions=(f"json:{chosen}",), names=(*sample.members, *document))
     return _with_example(shard, found, sample)
@@ -170,6 +181,14 @@ def _json_of(sample: RawSample) -> dict[str, Any]:
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _class_folders(shard: Shard) -> tuple[str, ...]:
+    """The classes of a folder whose images are all in folders of it, two or more; else none."""
+    if not find_format(shard.format).is_listed:
+        return ()
+    found = {class_of(json.loads(line)["key"]) for line in shard.lines()}
+    return tuple(sorted(name for name in found if name)) if None not in found and len(found) > 1 else ()
 
 
 def _named(names: Sequence[str], known: Sequence[str]) -> str | None:

@@ -89,7 +89,7 @@ def _look_at(source: str, output: str) -> _Look:
     if not shards.urls:
         raise UserError(f"{canonical(source)} has no files. Check the folder.")
     first = shards.names[0].as_py()
-    shard = Shard(shards.urls[0], first, shards.format.name, shards.lists.get(first, b""))
+    shard = Shard(shards.urls[0], first, shards.format.name, b"".join(shards.lists.values()))
     sizes = [info.get("size") or 0 for info in listed.values()]
     found = _describe(len(shards.urls), shards.format, sum(sizes) if len(sizes) == len(shards.urls) else None)
     return _Look(found, shards.format, find_fields(shard, Input()), shards.notes)

@@ -6,7 +6,7 @@ import json
 import re
 import textwrap
 
-from reinforce.engine.starter.fields import Fields
+from reinforce.engine.starter.fields import CLASS_TEXTS, Fields
 from reinforce.settings import load_yaml
 from reinforce.source.formats.base import SourceFormat
 from reinforce.terminal import escape
@@ -105,6 +105,9 @@ def _input(format_: SourceFormat, fields: Fields) -> str:
     )
     if fields.images_from is not None:
         lines.append(f"images_from: {_scalar(fields.images_from)}  # where the images are that the table names")
+    if fields.classes:
+        lines.append(f"templates: {json.dumps([*CLASS_TEXTS])}  # captions of an image, of the name of its folder")
+        lines.append(f"captions_per_sample: {len(CLASS_TEXTS)}")
     if fields.several > 1 or fields.only_several:
         start = "" if fields.only_several else "# "
         lines.append(f"# the first samples have up to {fields.several} true captions; each that is kept is embedded")

@@ -7,6 +7,7 @@ the image that its ``file_name`` names, relative to its folder, as Hugging Face'
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +36,8 @@ from reinforce.terminal import plural
 from schemas import Reason
 
 FILE_NAME = "file_name"
+#: Member of a sample that has the name of its class, where `input.captions` names it.
+CLASS = "class"
 
 _TABLES = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet")  # other files that may have captions
 _LINE_BYTES = 2**24
@@ -181,7 +184,12 @@ class _ListReader:
             items = [*sample_of_files(key, opened, self._spec.limits)]
         except NO_FILE as error:
             return [Refusal(key, Reason.IMAGE_MISSING, error.strerror or type(error).__name__)]
-        return [self._with_row(item, row) if row and isinstance(item, RawSample) else item for item in items]
+        return [self._complete(item, row) if isinstance(item, RawSample) else item for item in items]
+
+    def _complete(self, item: RawSample, row: Mapping[str, Any] | None) -> RawSample:
+        if CLASS in self._spec.captions and (name := class_of(item.key)):
+            item = _with_class(item, name)
+        return self._with_row(item, row) if row else item
 
     def _with_row(self, item: RawSample, row: Mapping[str, Any]) -> RawSample:
         """A sample with its row of metadata; its own files take precedence."""
@@ -194,6 +202,20 @@ class _ListReader:
         assert isinstance(place, UnreadSample)
         members = tuple(dict.fromkeys((*item.members, *place.sidecars)))
         return replace(item, sidecars={**place.sidecars, **item.sidecars}, members=members)
+
+
+def class_of(path: str) -> str | None:
+    """The name of an image's class: the first folder of its path, with spaces for underscores; None without one."""
+    folder, slash, _ = path.partition("/")
+    return folder.replace("_", " ").strip() or None if slash else None
+
+
+def _with_class(item: RawSample, name: str) -> RawSample:
+    """A sample with the name of its class as a member, and in its metadata."""
+    stated = parse_json(item.sidecars.get("json", b"{}"))
+    content = json.dumps({**stated, CLASS: name}, ensure_ascii=False).encode() if isinstance(stated, dict) else None
+    sidecars = {**item.sidecars, CLASS: name.encode(), **({"json": content} if content else {})}
+    return replace(item, sidecars=sidecars, members=(*item.members, CLASS))
 
 
 class _LocalFile:

@@ -12,6 +12,7 @@ import yaml
 
 from reinforce.config import Config
 from reinforce.engine.plan.source_shards import source_shards
+from reinforce.engine.starter.fields import CLASS_TEXTS
 from reinforce.errors import UserError
 from tests.helpers.commands import run_command
 from tests.helpers.data import members_of, picture
@@ -81,6 +82,9 @@ SOURCES: dict[str, tuple[dict[str, bytes], str, str, dict[str, Any], int]] = {
         {"rows.parquet": parquet(image=[picture(1)], caption=[["one", "two"]])}, "/rows.parquet", "/rows.parquet",
         {"format": "parquet", "captions": ["caption"]}, 1,
     ),
+    "one folder of images": (
+        {"cats/a.png": picture(1), "cats/b.png": picture(2)}, "", "", {"format": "folder", "captions": []}, 1
+    ),
     "images without captions": (IMAGE, "", "", {"format": "folder", "captions": []}, 1),
 }  # fmt: skip
 
@@ -136,6 +140,26 @@ def test_the_config_for_each_kind_of_source_passes_plan_unchanged(
         assert by_folder.format is by_pattern.format
         left_out = kind in ("a folder as on the hub", "img2dataset's files")
         assert bool(by_folder.notes) == left_out, "files that are left out are named"
+
+
+def test_folders_of_classes_give_captions_of_their_names(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    root = write(
+        folder / "s", {f"{name}.png": picture(n) for n, name in enumerate(("cats/a", "cats/b", "wild_dogs/a"))}
+    )
+    config, out, planned = init(capfd, root)
+    assert config["input"] == {
+        "format": "folder", "captions": ["class"], "templates": [*CLASS_TEXTS], "captions_per_sample": len(CLASS_TEXTS)
+    }  # fmt: skip
+    assert "classes: 2 folders (cats, wild dogs); captions are made of them" in out
+    assert "caption 'a photo of a cats.' and 3 more" in planned
+    write(folder / "s", {"loose.png": picture(4)})
+    assert init_again(capfd, root)["captions"] == [], "an image without a folder has no class"
+
+
+def init_again(capfd: pytest.CaptureFixture[str], data: str) -> dict[str, Any]:
+    Path("my.yaml").unlink()
+    found: dict[str, Any] = init(capfd, data)[0]["input"]
+    return found
 
 
 #: True captions of a sample.

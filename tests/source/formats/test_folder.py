@@ -83,6 +83,27 @@ def test_a_folder_gives_the_samples_of_a_tar_of_it(photos: Path, tmp_path: Path)
     assert [row["caption"] for row in of_folder] == ["a cat", "another cat", "a dog", None]
 
 
+def test_captions_are_made_of_the_names_of_class_folders(tmp_path: Path) -> None:
+    for number, name in enumerate(("big_cats/a.png", "big_cats/deep/er/b.png", "dogs {}/c.png", "loose.png")):
+        put(tmp_path / "photos", name, picture(number))
+    put(tmp_path / "photos", "big_cats/a.json", '{"class": "another", "n": 1}')
+    texts = ["a photo of a {}.", "{} and {}"]
+    several = {"captions": ["txt", "class"], "templates": texts, "captions_per_sample": 3}
+    found = rows(reinforce_here(config(tmp_path / "photos", tmp_path / "several", input=several)))
+    cats, dogs = ["a photo of a big cats.", "big cats and big cats"], ["a photo of a dogs {}.", "dogs {} and dogs {}"]
+    assert [row["true_captions"] for row in found] == [cats, cats, dogs, []]
+    metadata = [row["metadata"] and json.loads(row["metadata"]) for row in found]
+    assert metadata == [{"class": "big cats", "n": 1}, {"class": "big cats"}, {"class": "dogs {}"}, None]
+    one = rows(
+        reinforce_here(config(tmp_path / "photos", tmp_path / "one", input={**several, "captions_per_sample": None}))
+    )
+    assert [row["caption"] for row in one] == [cats[0], cats[0], dogs[0], None]
+    plain = rows(reinforce_here(config(tmp_path / "photos", tmp_path / "plain")))
+    assert [row["caption"] for row in plain] == [None] * 4
+    with pytest.raises(UserError, match="put it where the name of the class belongs"):
+        plan(config(tmp_path / "photos", tmp_path / "x", input={"templates": ["a photo"]}))
+
+
 def test_files_that_are_added_form_new_shards_and_finished_ones_stay(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
