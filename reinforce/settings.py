@@ -42,20 +42,32 @@ def load_yaml(text: str) -> Any:
         loader.dispose()
 
 
-def load(model: type[Model], path: str | Path, overrides: list[str] | None = None, section: str | None = None) -> Model:
-    """Read a YAML config, or one ``section`` of it, and apply ``key.sub=value`` overrides (values are YAML).
+def read(path: str | Path) -> dict[str, Any]:
+    """The mapping of a YAML file, which is not validated. Raises UserError."""
+    data = _read_yaml(path)
+    if not isinstance(data, dict):
+        raise UserError(f"config {path}: must be a mapping, got {type(data).__name__}")
+    return data
 
-    Raises UserError.
-    """
+
+def _read_yaml(path: str | Path) -> Any:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"config {path}: {error.strerror or error}. Give the path of a YAML file.") from error
     try:
-        data = load_yaml(text)
+        return load_yaml(text)
     except yaml.YAMLError as error:
         # Not chained: the YAML error quotes the file, which may hold secrets.
         raise UserError(f"config {path} is not valid YAML: {_describe_yaml(error)}") from None
+
+
+def load(model: type[Model], path: str | Path, overrides: list[str] | None = None, section: str | None = None) -> Model:
+    """Read a YAML config, or one ``section`` of it, and apply ``key.sub=value`` overrides (values are YAML).
+
+    Raises UserError.
+    """
+    data = _read_yaml(path)
     if section is not None and isinstance(data, dict):
         if section not in data:
             raise UserError(f"config {path} has no section `{section}`. Add it, or give a config that has it.")
@@ -68,6 +80,29 @@ def load(model: type[Model], path: str | Path, overrides: list[str] | None = Non
     for override in overrides or []:
         apply_override(data, override)
     return parse(model, data, where=f"config {path}")
+
+
+#: Keys of a training run of which a config has exactly one.
+LENGTHS = ("steps", "epochs")
+
+
+def merge(base: Mapping[str, Any], changes: Mapping[str, Any], exclusive: tuple[str, ...] = ()) -> dict[str, Any]:
+    """``base`` with the values of ``changes``, section by section; null removes a section.
+
+    Of the ``exclusive`` keys a section has at most one: those of ``base`` go where ``changes`` have another.
+    """
+    merged = dict(base)
+    if any(key in changes for key in exclusive):
+        merged = {key: value for key, value in merged.items() if key not in exclusive}
+    for key, value in changes.items():
+        before = merged.get(key)
+        if isinstance(value, Mapping) and isinstance(before, Mapping):
+            merged[key] = merge(before, value, exclusive)
+        elif value is None and isinstance(before, Mapping):
+            del merged[key]
+        else:
+            merged[key] = value
+    return merged
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "", separator: str = ".") -> Iterator[tuple[str, Any]]:

@@ -9,8 +9,10 @@ from reinforce.adapting.mixing import Mixer, load_mixer
 from reinforce.errors import UserError
 from reinforce.evaluation.config import Evaluation
 from reinforce.evaluation.evaluator import Evaluator
+from reinforce.evaluation.models import Models
 from reinforce.processes.cores import available_cores
 from reinforce.storage import Storage
+from teachers.open_clip.teacher import OpenClipEncoder
 from teachers.runtime.accelerator import Accelerator, Precision
 from teachers.spec import ModelSpec
 
@@ -69,6 +71,15 @@ class Mixtures:
         self._storage.write_json({"of": self._of, "mixtures": self._results}, KEPT)
         self._log(f"{describe(weights)}: {', '.join(f'{name} {percent(value)}' for name, value in metrics.items())}")
         return metrics
+
+    def loaded(self, weights: Mapping[str, float]) -> Models:
+        """The mean of some models with weights, in eval mode, to encode images and texts."""
+        self.mixer.use({name: weight for name, weight in weights.items() if weight})
+        student = self.mixer.student
+        model = self._accelerator.place(student.clip.eval())
+        encoder = OpenClipEncoder(model, student.image, self.mixer.tokenizer, self._accelerator)
+        config = self._evaluator.config
+        return Models({"model": encoder}, self._accelerator, config.batch, config.threads or available_cores())
 
     def write(self, weights: Mapping[str, float], report: Mapping[str, Any], name: str) -> None:
         """Write the model of some weights, and a report as ``name``."""

@@ -1,17 +1,19 @@
-"""Commands that mix weights of models: ``reinforce interpolate`` and ``soup``."""
+"""Commands that adapt released models and mix weights: ``reinforce adapt``, ``interpolate`` and ``soup``."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from reinforce.cli.common import (
     STDOUT,
+    Address,
     JsonFile,
     Limit,
+    Overrides,
     Pretrained,
     Retrieval,
     SetsConfig,
@@ -20,8 +22,10 @@ from reinforce.cli.common import (
     print_lines,
     split_names,
 )
-from reinforce.cli.training import show_report
+from reinforce.cli.training import run_training, show_report
 from reinforce.errors import UserError
+from reinforce.model_names import short_name
+from reinforce.processes.imports import no_garbage_collection
 
 if TYPE_CHECKING:
     from reinforce.adapting.choosing import Rule
@@ -44,6 +48,68 @@ General = Annotated[
 Allow = Annotated[float, typer.Option(min=0, help="Points (%) that the mean of --general may lose against A.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:0.")]
 Precision = Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="Precision of the forward pass.")]
+
+
+def adapt(
+    data: Annotated[str, typer.Argument(metavar="DATA", help="Images with captions, or in folders of classes.")],
+    output: Annotated[str, typer.Argument(metavar="OUT", help="Folder for all that is made; a stopped one goes on.")],
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="NAME,TAG of open_clip, hf-hub:ORG/REPO, or a model's folder.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML config that options and --set change.")] = None,
+    set_: Overrides = None,
+    teachers: Annotated[
+        list[str] | None,
+        typer.Option("--teachers", metavar="NAME,TAG", help="A further teacher; repeatable."),
+    ] = None,
+    general: Annotated[
+        Path | None, typer.Option(help="YAML config whose `evaluate` section has sets on which it must stay good.")
+    ] = None,
+    zero_shot: ZeroShot = None,
+    retrieval: Retrieval = None,
+    limit: Limit = None,
+    allow: Annotated[
+        float | None,
+        typer.Option(min=0, help="Points (%) that the general mean may lose. Default: 0.5."),
+    ] = None,
+    address: Address = None,
+    json_: JsonFile = None,
+) -> None:
+    """Adapt a released model to your images, and choose how much of the training to take so that it keeps the rest.
+
+    Stores embeddings, trains, evaluates mixtures of both weights on held-out images and on general sets (--general,
+    --zero-shot, --retrieval), and writes the best model and a page. The same command goes on where one was stopped.
+    """
+    from reinforce import settings
+    from reinforce.adapting.config import AdaptConfig
+    from reinforce.evaluation.command import build_evaluation
+    from reinforce.model_names import resolve_models
+
+    raw: dict[str, Any] = {} if config is None else settings.read(config)
+    raw |= {"source": data, "output": output} | ({} if allow is None else {"allow": allow})
+    if model is not None:
+        if "://" in model:
+            raise UserError(f"--model {model}: copy the model to this machine, and name its folder.")
+        with resolve_models([model]) as specs:
+            spec = specs[model]
+        raw["released"] = {"model": spec.model, **({"pretrained": spec.pretrained} if spec.pretrained else {})}
+    if "released" not in raw:
+        raise UserError("name the released model with --model, such as --model MobileCLIP2-S0,dfndr2b.")
+    for name in teachers or ():
+        of_model, _, tag = name.partition(",")
+        spec_of = {"model": of_model, **({"pretrained": tag} if tag else {})}
+        raw["teachers"] = {**raw.get("teachers", {}), short_name(name): spec_of}
+    if general or zero_shot or retrieval:
+        sets = build_evaluation(general, zero_shot or (), retrieval or (), limit)
+        raw["general"] = sets.model_dump(mode="json", exclude_unset=True)
+    for override in set_ or ():
+        settings.apply_override(raw, override)
+    checked = settings.parse(AdaptConfig, raw, "the adaptation")
+    with only_json(json_ == STDOUT) as print_json:
+        with no_garbage_collection():  # takes seconds, so the config is checked before
+            from reinforce.adapting.adapt import adapt as adapt_model
+        result = run_training(lambda: adapt_model(checked, lambda line: print_lines([line]), address))
+        show_report(result, json_, print_json)
 
 
 def interpolate(

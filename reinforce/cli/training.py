@@ -62,7 +62,7 @@ def train(
         with no_garbage_collection():  # takes seconds, so the config is checked before
             from reinforce.student.train import train as train_student
 
-        results = _run_training(lambda: train_student(checked, address=address))
+        results = run_training(lambda: train_student(checked, address=address))
         if _is_first_rank():
             print_json(results.as_json()) if as_json else typer.echo(results.summary())
 
@@ -86,7 +86,7 @@ def finetune_captioner(
         with no_garbage_collection():
             from reinforce.captioning.finetune import finetune, format_comparison
 
-        results = _run_training(lambda: finetune(checked, address=address))
+        results = run_training(lambda: finetune(checked, address=address))
         if _is_first_rank() and as_json:
             print_json(results.as_json())
         elif _is_first_rank():
@@ -120,14 +120,14 @@ def tune(
     with only_json(as_json) as print_json:
         checked = settings.load(TuneConfig, config, set_)
         if screen_only:
-            screenings = _run_training(lambda: command.screen_only(checked))
+            screenings = run_training(lambda: command.screen_only(checked))
             if as_json:
                 print_json({name: screening.json() for name, screening in screenings.items()})
                 return
             print_table(screening_table(screenings))
             typer.echo(f"plot: {redact(checked.output)}/{command.PLOT}")
             return
-        result = _run_training(lambda: command.tune(checked, address=address))
+        result = run_training(lambda: command.tune(checked, address=address))
         recorded = command.record_scales_in_datasets(checked, result) if record and not result.errors else []
         if as_json:
             print_json({"output": result.output, **result.json(), "errors": result.errors, "recorded": recorded})
@@ -356,7 +356,7 @@ def show_report(report: ShownReport, file: str | None, print_json: Callable[[Any
         write_json(report.as_json(), file)
 
 
-def _run_training(work: Callable[[], T]) -> T:
+def run_training(work: Callable[[], T]) -> T:
     """Train, with the log on the terminal; if it is stopped, exit with the status of the signal."""
     from reinforce.training.stop import Stopped
 

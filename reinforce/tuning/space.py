@@ -84,7 +84,10 @@ class BaseStudent:
         self._output = config.output.rstrip("/")
         self.origin = "student" if isinstance(config.student, dict) else config.student
         self.raw: dict[str, Any] = _read_raw(config.student)
-        self._raw_short = _merge(self.raw, config.trial)
+        for key in ("output", "seed"):
+            if key in config.trial:
+                raise UserError(f"trial.{key}: set for each trial by the tuning. Remove it.")
+        self._raw_short = settings.merge(self.raw, config.trial, settings.LENGTHS)
         self.full = settings.parse(StudentConfig, self.raw, where=f"config {self.origin}")
         where = f"config {self.origin} with the keys of `trial`"
         self.short = settings.parse(StudentConfig, self._raw_short, where=where)
@@ -115,21 +118,3 @@ def _read_raw(student: str | Mapping[str, Any]) -> dict[str, Any]:
     settings.load(StudentConfig, student)  # raises UserError with the place of a fault
     data: dict[str, Any] = settings.load_yaml(Path(student).read_text(encoding="utf-8"))
     return data
-
-
-def _merge(data: Mapping[str, Any], changes: Mapping[str, Any], place: str = "trial") -> dict[str, Any]:
-    """Return ``data`` with the keys of ``changes``, section by section; null removes a section."""
-    merged = dict(data)
-    if place == "trial.train" and {"steps", "epochs"} & changes.keys():  # a training run has exactly one of them
-        merged = {key: value for key, value in merged.items() if key not in ("steps", "epochs")}
-    for key, value in changes.items():
-        if place == "trial" and key in ("output", "seed"):
-            raise UserError(f"trial.{key}: set for each trial by the tuning. Remove it.")
-        before = merged.get(key)
-        if isinstance(value, Mapping) and isinstance(before, Mapping):
-            merged[key] = _merge(before, value, f"{place}.{key}")
-        elif value is None and isinstance(before, Mapping):
-            del merged[key]
-        else:
-            merged[key] = value
-    return merged

@@ -88,7 +88,7 @@ def find_fields(shard: Shard, spec: Input) -> Fields:
     texts = [name for name in document if texts_of(document[name])]
     chosen = _named(texts, _CAPTIONS)
     if chosen is None:
-        if classes := _class_folders(shard):
+        if classes := class_folders(shard):
             return Fields(captions=(CLASS,), names=sample.members, classes=classes)
         return Fields(captions=(), has_captions=False, names=(*sample.members, *document))
     found = Fields(captions=(f"json:{chosen}",), names=(*sample.members, *document))
@@ -183,7 +183,7 @@ def _json_of(sample: RawSample) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _class_folders(shard: Shard) -> tuple[str, ...]:
+def class_folders(shard: Shard) -> tuple[str, ...]:
     """The classes of a folder whose images are all in folders of it, two or more; else none."""
     if not find_format(shard.format).is_listed:
         return ()

@@ -6,14 +6,14 @@ import glob
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import schemas
 from reinforce.config import Config, Input
 from reinforce.engine.plan.check_output import overlaps
 from reinforce.engine.plan.source_shards import source_shards
-from reinforce.engine.starter.fields import Fields, find_fields
+from reinforce.engine.starter.fields import Fields, class_folders, find_fields
 from reinforce.engine.starter.template import render
 from reinforce.errors import UserError
 from reinforce.parallel.machines import nodes_of_run
@@ -32,6 +32,16 @@ def make_starter(data: str, config_path: Path) -> tuple[str, list[str]]:
     Raises UserError.
     """
     output = f"{_name(data)}-reinforced"
+    look = look_at(data, output)
+    gpu = bool(default_gpus(nodes_of_run()))
+    schema = _schema_for(config_path)
+    output = _apart_from(look.source, output)
+    text = render(look.source, output, look.found, look.format, look.fields, gpu, schema, str(config_path))
+    return text, [f"source: {look.found}", *look.fields.lines(), *look.notes]
+
+
+def look_at(data: str, output: str) -> Look:
+    """What ``data`` is as the source of a run that writes to ``output``. Raises UserError."""
     source, notes = files_of_folder(data)
     look = _look_at(source, output)
     if look.fields.remote and (images := files_of_folder(data, images_first=True))[0] != source:
@@ -44,13 +54,9 @@ def make_starter(data: str, config_path: Path) -> tuple[str, list[str]]:
             except UserError:  # something else under such a name
                 continue
             if captioned.fields.has_captions and captioned.fields.unread is None:
-                source, notes, look = table, [], captioned
+                notes, look = [], captioned
                 break
-    gpu = bool(default_gpus(nodes_of_run()))
-    schema = _schema_for(config_path)
-    output = _apart_from(source, output)
-    text = render(source, output, look.found, look.format, look.fields, gpu, schema, str(config_path))
-    return text, [f"source: {look.found}", *look.fields.lines(), *notes, *look.notes]
+    return replace(look, notes=[*notes, *look.notes])
 
 
 def _apart_from(source: str, output: str) -> str:
@@ -74,16 +80,21 @@ def _captions_beside(folder: str) -> list[str]:
 
 
 @dataclass(frozen=True)
-class _Look:
-    """What a source is: a description, its format, the fields of its first shard, and notes."""
+class Look:
+    """What a source is: its URL, a description, its format, the fields of its first shard, and notes.
 
+    ``classes`` are those of its folders, of a folder of images.
+    """
+
+    source: str
     found: str
     format: SourceFormat
     fields: Fields
     notes: Sequence[str]
+    classes: tuple[str, ...]
 
 
-def _look_at(source: str, output: str) -> _Look:
+def _look_at(source: str, output: str) -> Look:
     listed: dict[str, Info] = {}
     shards = source_shards(Config(source=source, output=output), listed)
     if not shards.urls:
@@ -92,7 +103,7 @@ def _look_at(source: str, output: str) -> _Look:
     shard = Shard(shards.urls[0], first, shards.format.name, b"".join(shards.lists.values()))
     sizes = [info.get("size") or 0 for info in listed.values()]
     found = _describe(len(shards.urls), shards.format, sum(sizes) if len(sizes) == len(shards.urls) else None)
-    return _Look(found, shards.format, find_fields(shard, Input()), shards.notes)
+    return Look(source, found, shards.format, find_fields(shard, Input()), shards.notes, class_folders(shard))
 
 
 def _name(data: str) -> str:

@@ -1,0 +1,202 @@
+"""``reinforce adapt``: store labels, train, choose between the released and the trained weights, and show both.
+
+Each step continues where a stopped command ended, and is also a command of its own by a config in the output.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import yaml
+
+from reinforce.adapting import steps
+from reinforce.adapting.config import RELEASED, AdaptConfig
+from reinforce.adapting.interpolate import GRID, Sweep, sweep
+from reinforce.adapting.mixtures import Mixtures
+from reinforce.adapting.page import write_page
+from reinforce.dataset.files.store import Store
+from reinforce.dataset.manifest.manifest import read_manifest
+from reinforce.dataset.reading.dataset import Dataset
+from reinforce.dataset.view import View, open_view
+from reinforce.engine.plan.plan import make_plan
+from reinforce.engine.preflight.estimate_bytes import source_statistics
+from reinforce.engine.run import run
+from reinforce.errors import UserError
+from reinforce.evaluation.evaluator import Evaluator
+from reinforce.selection.config import SelectConfig
+from reinforce.selection.select import select
+from reinforce.storage import Storage
+from reinforce.student.config import Student as StudentSpec
+from reinforce.student.config import StudentConfig
+from reinforce.student.model import Student, build_student
+from reinforce.student.train import train
+from reinforce.terminal import format_duration, plural
+from reinforce.training.job import total_steps
+from teachers.preprocessing.pixels import to_pixels
+from teachers.runtime.accelerator import Accelerator
+from teachers.spec import ModelSpec
+
+CONFIG = "adapt.json"
+RUN_FILE, TRAINING_FILE, MODEL = "run.yaml", "train.yaml", "model"
+_PROBE = 8  # images of the measurement of the rate
+_MANY_EPOCHS = 100
+
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """The finished adaptation: the sweep between the weights, and where the model and the page are."""
+
+    output: str
+    sweep: Sweep
+    page: str
+
+    def table(self) -> Any:
+        return self.sweep.table()
+
+    def lines(self) -> Sequence[str]:
+        return [*self.sweep.lines(), f"model: {self.output}/{MODEL}", f"page: {self.page}"]
+
+    def as_json(self) -> dict[str, Any]:
+        return {"output": self.output, "model": MODEL, "page": self.page, **self.sweep.as_json()}
+
+
+def adapt(config: AdaptConfig, log: Log = lambda line: None, address: str | None = None) -> Adapted:
+    """Adapt a released model to images, or continue; finished steps are not repeated.
+
+    Raises UserError for what the user can fix, before anything is computed where that is possible, and
+    ``reinforce.training.stop.Stopped`` after a signal.
+    """
+    storage = Storage(config.output)
+    student = _load(config)
+    Evaluator(config.general)  # faulty sets are reported first
+    domain = steps.find_domain(config)
+    run_config = steps.run_config(config, domain, student.image.height)
+    storage.check_writable()
+    _claim(storage, config)
+    storage.write_bytes(_yaml(run_config), RUN_FILE)
+    for line in [f"source: {domain.found}", *domain.notes]:
+        log(line)
+    _Estimate(config, student).log(make_plan(run_config), log)
+    del student
+    summary = run(run_config, address=address)
+    if summary.status:
+        raise UserError(f"the run has failed: {summary.text(run_config.output)}")
+    images = len(Dataset(run_config.output, {}))
+    held_out, trained_on = (_divide(one, log) for one in steps.views(config, images))
+    training = steps.training_config(config, domain, len(trained_on))
+    _check_length(training, len(trained_on), log)
+    storage.write_bytes(_yaml(training), TRAINING_FILE)
+    log(f"training on {plural(len(trained_on), 'image')}, {len(held_out):,} are held out")
+    train(training, address=address)
+    specs = {RELEASED: _spec(config), "trained": ModelSpec(model=f"local-dir:{steps.training_of(config)}/student")}
+    out = f"{config.output.rstrip('/')}/{MODEL}"
+    sets = steps.sets_of(config, domain)
+    mixtures = Mixtures(specs, out, sets, precision=training.train.compute.precision, log=log)
+    found = sweep(mixtures, specs, out, steps.rule_of(config, domain), config.alphas or GRID)
+    page = write_page(config, sets, found, mixtures)
+    return Adapted(config.output.rstrip("/"), found, page)
+
+
+def _load(config: AdaptConfig) -> Student:
+    """The released model, on the CPU. Raises UserError for one that cannot be trained with captions."""
+    spec = StudentSpec(model=config.released.model, pretrained=config.released.pretrained)
+    student = build_student(spec, seed=config.seed)
+    if not student.pretrained:
+        raise UserError(f"{config.released.model} has no weights: name those of a release with --pretrained.")
+    return student.eval()
+
+
+def _spec(config: AdaptConfig) -> ModelSpec:
+    return ModelSpec(model=config.released.model, pretrained=config.released.pretrained)
+
+
+def _claim(storage: Storage, config: AdaptConfig) -> None:
+    """Write the config, or check that a former command had the same. Raises UserError."""
+    stated = config.model_dump(mode="json")
+    before = storage.read_json(CONFIG)
+    if before is None:
+        storage.write_json(stated, CONFIG)
+    elif before != stated:
+        changed = [key for key in stated if before.get(key) != stated[key]]
+        raise UserError(
+            f"{storage.url} has an adaptation with other {', '.join(changed)}. Name another folder, or repeat the "
+            f"command as it was ({storage.url}/{CONFIG})."
+        )
+
+
+def _yaml(config: Any) -> bytes:
+    """A config as a file for its own command, with the keys that were set."""
+    return yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True, by_alias=True), sort_keys=False).encode()
+
+
+def _divide(config: SelectConfig, log: Log) -> View:
+    """The view of a config, which is made unless it exists with these rules and of these samples."""
+    store = Store(config.dataset)
+    rules = [rule.model_dump(exclude_none=True) for rule in config.rules]
+    try:
+        view = open_view(store, read_manifest(store), config.name)
+        if [*view.rules] == rules and view.seed == config.seed:
+            return view
+    except UserError:  # there is none, or one of other samples
+        pass
+    return select(config, log=lambda line: None, processes=1)
+
+
+def _check_length(config: StudentConfig, images: int, log: Log) -> None:
+    """Warn of a training that is too long for its data."""
+    epochs = total_steps(config.train, images, 1) * config.train.batch / max(1, images)
+    if epochs > _MANY_EPOCHS:
+        log(
+            f"warning: {epochs:,.0f} passes over {plural(images, 'image')} are more than the {_MANY_EPOCHS} that help: "
+            "the model learns them by heart. Lower student.train.steps."
+        )
+
+
+class _Estimate:
+    """What an adaptation will compute, and how long that takes by the rate of the released model on this machine."""
+
+    def __init__(self, config: AdaptConfig, student: Student) -> None:
+        self._config, self._student = config, student
+
+    def log(self, plan: Any, log: Log) -> None:
+        """Log the images, teachers and passes, with a time where the number of images is known."""
+        config, teachers = self._config, 1 + len(self._config.teachers)
+        statistics = source_statistics(plan)
+        if statistics is None:
+            return
+        images = round(statistics.rows * len(plan.pending))
+        crops = plan.config.augmentations.count
+        shares = len(config.alphas or GRID)
+        log(
+            f"about {plural(images, 'image')}, of which {plural(teachers, 'teacher')} encode {crops} crops; then a "
+            f"training, and an evaluation of {plural(shares, 'share')} of its weights"
+        )
+        training = steps.training_config(config, _NO_DOMAIN, max(2, round((1 - config.held_out) * images)))
+        seen = (training.train.steps or 0) * training.train.batch
+        general = sum(one.limit or 0 for _, one in config.general.own_sets.values())
+        passes = images * crops + 3 * seen + shares * (config.held_out * images + general)
+        unknown = "" if teachers == 1 else ", without the other teachers"
+        log(f"estimate: {format_duration(passes * self._seconds())} on this machine by the rate of one image{unknown}")
+
+    def _seconds(self) -> float:
+        """Seconds of a forward pass for an image of the released model."""
+        accelerator, image = Accelerator("auto", "auto"), self._student.image
+        model = accelerator.place(self._student.clip)
+        pixels = accelerator.put(torch.zeros(_PROBE, image.height, image.width, 3, dtype=torch.uint8))
+        for _ in range(2):  # the first pass allocates
+            accelerator.synchronize()
+            start = time.perf_counter()
+            with accelerator.forward():
+                model.encode_image(to_pixels(pixels, image))
+            accelerator.synchronize()
+            seconds = time.perf_counter() - start
+        return seconds / _PROBE
+
+
+_NO_DOMAIN = steps.Domain("", "", {}, (), True, ())

@@ -1,0 +1,114 @@
+"""The page of an adaptation: metrics before and after, the curve between the weights, and images gained and lost."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from reinforce import plots
+from reinforce.adapting.choosing import Point, mean
+from reinforce.adapting.config import DOMAIN, AdaptConfig
+from reinforce.adapting.examples import HeldOut
+from reinforce.adapting.interpolate import PICTURE, Sweep
+from reinforce.adapting.mixtures import Mixtures
+from reinforce.evaluation.config import Evaluation
+from reinforce.markup import TEMPLATES, render
+from reinforce.storage import Storage
+
+PAGE = "index.html"
+_EXAMPLES = 12  # of each set, gained and lost
+
+
+def write_page(config: AdaptConfig, evaluation: Evaluation, sweep: Sweep, mixtures: Mixtures) -> str:
+    """Write the page, one file with its pictures in it -> its path."""
+    storage, out = Storage(config.output), config.output.rstrip("/")
+    start, last = sweep.points[0], sweep.points[-1]
+    names = dict.fromkeys(name for point in sweep.points for name in point.metrics)
+    rows = [(name, name in sweep.rule.domain, [point.metrics.get(name) for point in _shown(sweep)]) for name in names]
+    drawn = plots.drawable(f"{out}/{PAGE}: its curve is")
+    page = render(
+        "adapt.html",
+        title=config.released.model,
+        source=config.source,
+        output=out,
+        style=(TEMPLATES / "report" / "report.css").read_text(encoding="utf-8"),
+        domain=(mean(start.metrics, sweep.rule.domain), mean(sweep.chosen.metrics, sweep.rule.domain)),
+        general=(mean(start.metrics, sweep.rule.general), mean(sweep.chosen.metrics, sweep.rule.general)),
+        has_general=bool(sweep.rule.general),
+        alpha=sweep.chosen.alpha,
+        rule=sweep.rule.describe(),
+        rows=rows,
+        points=[(point.alpha, _means(point, sweep), point is sweep.chosen) for point in sweep.points],
+        curve=_address(Storage(f"{out}/model").read_bytes(PICTURE, limit=2**24), "png") if drawn else None,
+        examples=[*_examples(evaluation, sweep, mixtures)],
+        advice=[*advice(sweep, start, last)],
+    )
+    storage.write_bytes(page.encode(), PAGE)
+    return f"{out}/{PAGE}"
+
+
+def advice(sweep: Sweep, start: Point, last: Point) -> Iterator[str]:
+    """What to try next, by what the points show."""
+    rule, chosen = sweep.rule, sweep.chosen
+    gain = mean(chosen.metrics, rule.domain) - mean(start.metrics, rule.domain)
+    if not rule.general:
+        yield "Name general sets (--zero-shot, --retrieval): without them nothing shows what the model forgets."
+    if chosen.alpha == 0 or gain <= 0:
+        yield (
+            "The training did not help on the held-out images. Add images, check their captions by `reinforce inspect`,"
+            " or train at a higher rate: --set student.train.optimizer.lr=3e-5."
+        )
+    elif chosen.alpha == last.alpha and mean(last.metrics, rule.domain) >= max(
+        mean(point.metrics, rule.domain) for point in sweep.points
+    ):
+        yield "The trained weights are the best ones: train for longer, --set student.train.epochs=20."
+    if rule.general and mean(last.metrics, rule.general) < mean(start.metrics, rule.general) - rule.allow:
+        yield (
+            "At alpha 1 more is forgotten than is allowed: raise the share of distillation, "
+            "--set student.loss.lambda=0.8, or name a stronger teacher with --teachers."
+        )
+    yield "Another seed shows how much of the difference is chance: --set seed=1, in another folder."
+
+
+def _shown(sweep: Sweep) -> list[Point]:
+    """The points of the table: released, chosen and trained weights."""
+    return [sweep.points[0], sweep.chosen, sweep.points[-1]]
+
+
+def _means(point: Point, sweep: Sweep) -> tuple[float, float]:
+    return mean(point.metrics, sweep.rule.domain), mean(point.metrics, sweep.rule.general)
+
+
+def _examples(evaluation: Evaluation, sweep: Sweep, mixtures: Mixtures) -> Iterator[Mapping[str, Any]]:
+    """Images of each held-out set that the chosen weights gain and lose."""
+    first, second = sweep.models
+    for name in evaluation.own_sets:
+        if name.partition("/")[2] != DOMAIN:
+            continue
+        held_out = HeldOut(evaluation, name)
+        before, after = (
+            held_out.answers(mixtures.loaded({first: 1 - alpha, second: alpha})) for alpha in (0.0, sweep.chosen.alpha)
+        )
+        counts = [sum(answer.right for answer in of) for of in (before, after)]
+        gained, lost = held_out.examples(before, after, _EXAMPLES)
+        kind = "class" if name.startswith("zero_shot/") else "caption"
+        shown = [("Gained", _cards(gained)), ("Lost", _cards(lost))]
+        yield {"kind": kind, "counts": counts, "images": len(before), "shown": shown}
+
+
+def _cards(examples: Sequence[Any]) -> list[Mapping[str, str]]:
+    return [
+        {
+            "picture": _address(example.picture, "webp"),
+            "key": example.before.key,
+            "truth": example.before.truth,
+            "before": example.before.text,
+            "after": example.after.text,
+        }
+        for example in examples
+    ]
+
+
+def _address(data: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
