@@ -19,7 +19,9 @@ from reinforce.adapting.interpolate import GRID, Sweep, sweep
 from reinforce.adapting.mixtures import Mixtures
 from reinforce.adapting.page import write_page
 from reinforce.dataset.files.store import Store
+from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.manifest.manifest import read_manifest
+from reinforce.dataset.reading.aligned import AlignedLayers
 from reinforce.dataset.reading.dataset import Dataset
 from reinforce.dataset.view import View, open_view
 from reinforce.engine.plan.plan import make_plan
@@ -87,7 +89,9 @@ def adapt(config: AdaptConfig, log: Log = lambda line: None, address: str | None
     summary = run(run_config, address=address)
     if summary.status:
         raise UserError(f"the run has failed: {summary.text(run_config.output)}")
-    images = len(Dataset(run_config.output, {}))
+    data = Dataset(run_config.output, {})
+    _check_captions(data, config.source)
+    images = len(data)
     held_out, trained_on = (_divide(one, log) for one in steps.views(config, images))
     training = steps.training_config(config, domain, len(trained_on))
     _check_length(training, len(trained_on), log)
@@ -108,7 +112,7 @@ def _load(config: AdaptConfig) -> Student:
     spec = StudentSpec(model=config.released.model, pretrained=config.released.pretrained)
     student = build_student(spec, seed=config.seed)
     if not student.pretrained:
-        raise UserError(f"{config.released.model} has no weights: name those of a release with --pretrained.")
+        raise UserError(f"{config.released.model} has no weights. Name their tag, too: NAME,TAG.")
     return student.eval()
 
 
@@ -128,6 +132,19 @@ def _claim(storage: Storage, config: AdaptConfig) -> None:
             f"{storage.url} has an adaptation with other {', '.join(changed)}. Name another folder, or repeat the "
             f"command as it was ({storage.url}/{CONFIG})."
         )
+
+
+def _check_captions(data: Dataset, source: str) -> None:
+    """Raise UserError if all captions are equal, or if there are none."""
+    layers = AlignedLayers(data.store, {SAMPLES: data.fingerprints[SAMPLES]}, {SAMPLES: ("key", "caption")})
+    found: set[str | None] = set()
+    for shard in data.shards:
+        with layers.open(shard) as opened:
+            for number in range(opened.row_groups):
+                found |= {*opened.read(number)[SAMPLES]["caption"].to_pylist()}
+                if len(found - {None}) > 1:
+                    return
+    raise UserError(f"{source}: all captions are equal, so that they tell no image from another. Write one for each.")
 
 
 def _yaml(config: Any) -> bytes:
@@ -174,8 +191,8 @@ class _Estimate:
         crops = plan.config.augmentations.count
         shares = len(config.alphas or GRID)
         log(
-            f"about {plural(images, 'image')}, of which {plural(teachers, 'teacher')} encode {crops} crops; then a "
-            f"training, and an evaluation of {plural(shares, 'share')} of its weights"
+            f"about {plural(images, 'image')}, {crops} crops of each for {plural(teachers, 'teacher')}; then training, "
+            f"and evaluation of {plural(shares, 'share')} of its weights"
         )
         training = steps.training_config(config, _NO_DOMAIN, max(2, round((1 - config.held_out) * images)))
         seen = (training.train.steps or 0) * training.train.batch

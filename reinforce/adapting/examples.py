@@ -16,7 +16,7 @@ from reinforce.evaluation.kinds.labels import ZeroShotSet
 from reinforce.evaluation.models import Models
 from reinforce.evaluation.reading import LabelledImage
 from reinforce.images.policy import decode
-from reinforce.source.samples import Refusal
+from reinforce.source.samples import Refusal, T
 
 _SIDE = 200  # pixels of the longer side of a picture
 
@@ -75,10 +75,10 @@ class HeldOut:
     def examples(
         self, before: Sequence[Answer], after: Sequence[Answer], most: int
     ) -> tuple[list[Example], list[Example]]:
-        """Up to ``most`` images that are gained, and that are lost, from one model to another, the first ones."""
+        """Up to ``most`` images that are gained, and that are lost, from one model to another, spread over the set."""
         pairs = [*zip(before, after, strict=True)]
-        gained = [pair for pair in pairs if pair[1].right and not pair[0].right][:most]
-        lost = [pair for pair in pairs if pair[0].right and not pair[1].right][:most]
+        gained = _spread([pair for pair in pairs if pair[1].right and not pair[0].right], most)
+        lost = _spread([pair for pair in pairs if pair[0].right and not pair[1].right], most)
         pictures = self._pictures({one.number for one, _ in (*gained, *lost)})
         found = ([Example(*pair, pictures[pair[0].number]) for pair in of] for of in (gained, lost))
         return next(found), next(found)
@@ -91,6 +91,12 @@ class HeldOut:
         items = (item for item in self._numbered() if isinstance(item, LabelledImage))
         wanted = (item for item in items if item.target[0] in numbers)
         return {item.target[0]: _picture(decode(item.load(), self._limits)) for item in wanted}
+
+
+def _spread(items: Sequence[T], most: int) -> list[T]:
+    """At most so many items, at equal distances."""
+    step = max(1.0, len(items) / most)
+    return [items[int(number * step)] for number in range(min(most, len(items)))]
 
 
 def _picture(image: Image.Image) -> bytes:

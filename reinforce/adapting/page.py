@@ -14,6 +14,7 @@ from reinforce.adapting.interpolate import PICTURE, Sweep
 from reinforce.adapting.mixtures import Mixtures
 from reinforce.evaluation.config import Evaluation
 from reinforce.markup import TEMPLATES, render
+from reinforce.model_names import short_name
 from reinforce.storage import Storage
 
 PAGE = "index.html"
@@ -29,7 +30,7 @@ def write_page(config: AdaptConfig, evaluation: Evaluation, sweep: Sweep, mixtur
     drawn = plots.drawable(f"{out}/{PAGE}: its curve is")
     page = render(
         "adapt.html",
-        title=config.released.model,
+        title=short_name(config.released.model),
         source=config.source,
         output=out,
         style=(TEMPLATES / "report" / "report.css").read_text(encoding="utf-8"),

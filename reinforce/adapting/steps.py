@@ -55,7 +55,7 @@ class Domain:
 
 def find_domain(config: AdaptConfig) -> Domain:
     """Look at the source. Raises UserError if its images have neither captions nor folders of two or more classes."""
-    look: Look = look_at(config.source, dataset_of(config))
+    look: Look = look_at(config.source, f"{dataset_of(config)}-new")  # a finished dataset has its own lists
     fields = look.fields
     if fields.unread is not None:
         raise UserError(f"{config.source}: {fields.unread}")

@@ -1,0 +1,181 @@
+"""``reinforce adapt``: a whole adaptation of a small model, its parts, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+import reinforce
+from reinforce.adapting import adapt as adapting
+from reinforce.adapting import mixtures
+from reinforce.adapting.choosing import Point, Rule
+from reinforce.adapting.interpolate import Sweep
+from reinforce.adapting.page import advice
+from reinforce.student.model import export
+from tests.helpers.commands import Command
+from tests.helpers.data import tree
+from tests.helpers.evaluation import write_colour_folder
+from tests.helpers.students import built, student_folder
+
+WEIGHTS = "open_clip_model.safetensors"
+FAST = ["--set", "alphas=[0.0, 1.0]", "--set", "student.train.steps=2", "--set", "student.data.workers=0"]
+
+
+@pytest.fixture
+def released(tmp_path: Path) -> str:
+    """A small model with weights, as an option."""
+    export(built(student_folder(tmp_path / "architecture", "vit")), str(tmp_path / "released"))
+    return str(tmp_path / "released")
+
+
+def photos(folder: Path, each: int = 5) -> str:
+    """A folder of a class of images for each colour."""
+    return write_colour_folder(folder / "photos", each)
+
+
+def captioned(folder: Path, count: int = 24, caption: str = "photo {}") -> str:
+    (folder / "captioned").mkdir()
+    for number in range(count):
+        Image.new("RGB", (20, 30), (number, 5 * number, 200)).save(folder / f"captioned/{number:02}.png")
+        (folder / f"captioned/{number:02}.txt").write_text(caption.format(number))
+    return str(folder / "captioned")
+
+
+@pytest.mark.usefixtures("ray_here")
+def test_class_folders_become_a_model_and_a_page_and_nothing_is_computed_twice(
+    tmp_path: Path, released: str, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    general = f"others={write_colour_folder(tmp_path / 'others', 1)}"
+    words = ["adapt", photos(tmp_path), str(out), "--model", released, "--zero-shot", general, *FAST, "--json", "-"]
+    status, text, error = command(*words)
+    assert status == 0, error
+    report = json.loads(text)
+    assert [point["alpha"] for point in report["points"]] == [0, 1]
+    assert report["rule"] == {"domain": ["zero_shot/domain/top1"], "general": ["zero_shot/others/top1"], "allow": 0.005}
+    train, held_out = ([one.key for one in reinforce.open(f"{out}/dataset", view=v)] for v in ("train", "held-out"))
+    assert (len(train), len(held_out), {*train} & {*held_out}) == (24, 6, set())
+    chosen = released if report["alpha"] == 0 else f"{out}/training/student"
+    assert load_file(f"{out}/model/{WEIGHTS}").keys() == load_file(f"{chosen}/{WEIGHTS}").keys()
+    assert "estimate:" in error
+    assert "classes: 6 folders" in error
+    page = (out / "index.html").read_text()
+    assert page.count("data:image/png;base64,") == 1
+    assert "zero_shot/others/top1" in page
+    assert str(tmp_path / "architecture") not in page
+    before = tree(out)
+
+    def fail(*_: object) -> None:
+        raise AssertionError("evaluated again")
+
+    monkeypatch.setattr(mixtures.Evaluator, "evaluate_module", fail)
+    status, text, error = command(*words)
+    assert status == 0, error
+    assert json.loads(text) == report
+    assert {name: data for name, data in tree(out).items() if not name.startswith("training/")} == {
+        name: data for name, data in before.items() if not name.startswith("training/")
+    }
+    status, _, error = command(*words, "--set", "seed=1")
+    assert (status, "has an adaptation with other seed" in error) == (2, True)
+    for step in ("train", "run"):
+        status, _, error = command(step, f"{out}/{step}.yaml")
+        assert status == 0, f"each step is a command of its own: {error}"
+
+
+@pytest.mark.usefixtures("ray_here")
+def test_captions_are_retrieved_and_both_kinds_of_labels_are_used_where_they_are(
+    tmp_path: Path, released: str, command: Command
+) -> None:
+    words = ["adapt", captioned(tmp_path), f"{tmp_path}/out", "--model", released, *FAST, "--json", "-"]
+    status, text, error = command(*words)
+    assert status == 0, error
+    ways = ["retrieval/domain/text_to_image/r1", "retrieval/domain/image_to_text/r1"]
+    assert json.loads(text)["rule"]["domain"] == ways
+    assert "Name general sets" in (tmp_path / "out/index.html").read_text()
+    both = Path(photos(tmp_path))
+    for path in both.rglob("*.png"):
+        path.with_suffix(".txt").write_text(f"{path.parent.name} number {path.stem}")
+    status, text, error = command("adapt", str(both), f"{tmp_path}/both", "--model", released, *FAST, "--json", "-")
+    assert status == 0, error
+    assert json.loads(text)["rule"]["domain"] == ["zero_shot/domain/top1", *ways]
+    sample = next(iter(reinforce.open(f"{tmp_path}/both/dataset")))
+    assert (sample.caption, sample.metadata) == ("blue number 0", {"class": "blue"})
+
+
+@pytest.mark.usefixtures("ray_here")
+def test_a_killed_adaptation_goes_on_with_the_step_that_was_interrupted(
+    tmp_path: Path, released: str, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["adapt", photos(tmp_path), f"{tmp_path}/out", "--model", released, *FAST, "--json", "-"]
+    for function in ("run", "_divide", "train", "sweep", "write_page"):
+        with monkeypatch.context() as patch:
+            patch.setattr(adapting, function, lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+            status, _, error = command(*words)
+            assert status == 130, error
+    status, text, error = command(*words)
+    assert status == 0, error
+    killed = json.loads(text)
+    shutil.move(tmp_path / "out", tmp_path / "killed")
+    whole = json.loads(command(*words)[1])
+    assert killed["points"] == whole["points"]
+    assert tree(tmp_path / "killed/model")[WEIGHTS] == tree(tmp_path / "out/model")[WEIGHTS]
+
+
+def test_bad_input_is_one_line_before_anything_is_written(tmp_path: Path, released: str, command: Command) -> None:
+    (tmp_path / "one").mkdir()
+    shutil.copytree(Path(photos(tmp_path)) / "red", tmp_path / "one/red")
+    (tmp_path / "empty").mkdir()
+    good, architecture = str(tmp_path / "photos"), f"local-dir:{tmp_path}/architecture"
+    cases: list[tuple[list[str], str]] = [
+        ([f"{tmp_path}/one", "--model", released], "not in folders of two or more classes"),
+        ([f"{tmp_path}/empty", "--model", released], "is an empty folder"),
+        ([good], "name the released model with --model"),
+        ([good, "--model", architecture], "weights"),
+        ([good, "--model", "MobilCLIP2-S0,dfndr2b"], "MobileCLIP2-S0"),
+        ([good, "--model", "MobileCLIP2-S0"], "has no weights. Name their tag"),
+        ([good, "--model", released, "--zero-shot", f"others={tmp_path}/none"], "none"),
+        ([good, "--model", released, "--zero-shot", f"domain={good}"], "'domain' is the name of the held-out images"),
+        ([good, "--model", released, "--set", "teachers.released.model=ViT-B-32"], "choose another"),
+        ([good, "--model", released, "--set", "held_out=1.5"], "held_out"),
+        ([good, "--model", released, "--set", "alphas=[2.0]"], "a share is between 0 and 1"),
+    ]
+    for (data, *words), message in cases:
+        status, out, error = command("adapt", data, f"{tmp_path}/out", *words)
+        assert (status, out, message in error) == (2, "", True), (words, error)
+        assert not (tmp_path / "out").exists(), words
+
+
+@pytest.mark.usefixtures("ray_here")
+def test_too_few_images_equal_captions_and_too_many_steps_are_said(
+    tmp_path: Path, released: str, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = captioned(tmp_path, 19)
+    status, _, error = command("adapt", few, f"{tmp_path}/few", "--model", released, *FAST)
+    assert (status, "has 19 usable images, and an adaptation needs 20" in error) == (2, True), error
+    shutil.rmtree(few)
+    equal = captioned(tmp_path, 24, "a photo")
+    status, _, error = command("adapt", equal, f"{tmp_path}/equal", "--model", released, *FAST)
+    assert (status, "all captions are equal" in error) == (2, True), error
+    shutil.rmtree(equal)
+    words = ["adapt", captioned(tmp_path), f"{tmp_path}/long", "--model", released, *FAST]
+    monkeypatch.setattr(adapting, "train", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    _, out, error = command(*words, "--set", "student.train.batch=2", "--set", "student.train.steps=1000000")
+    assert "passes over 19 images are more than the 100 that help" in out + error
+
+
+def test_the_page_advises_by_what_the_points_show() -> None:
+    rule = Rule(("d",), ("g",), allow=0.01)
+
+    def told(*rows: tuple[float, float, float], chosen: int) -> str:
+        points = [Point(alpha, {"d": domain, "g": general}) for alpha, domain, general in rows]
+        return " ".join(advice(Sweep(("a", "b"), points, rule, points[chosen]), points[0], points[-1]))
+
+    assert "did not help" in told((0, 0.5, 0.5), (1, 0.4, 0.5), chosen=0)
+    assert "train for longer" in told((0, 0.5, 0.5), (1, 0.6, 0.5), chosen=1)
+    assert "loss.lambda" in told((0, 0.5, 0.5), (0.5, 0.6, 0.5), (1, 0.7, 0.3), chosen=1)
+    assert "Another seed" in told((0, 0.5, 0.5), (0.5, 0.6, 0.5), (1, 0.5, 0.5), chosen=1)
