@@ -22,6 +22,7 @@ CONFIGS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("configs/**/*
 EXAMPLES = {
     "run": "configs/demo.yaml", "student": "configs/student-demo.yaml", "tune": "configs/tune-demo.yaml",
     "captioner": "configs/finetune-demo.yaml", "select": "configs/select-demo.yaml",
+    "adapt": "configs/adapt-demo.yaml",
 }  # fmt: skip
 SCHEMAS = {kind: schema_of(kind) for kind in KINDS}
 

@@ -12,6 +12,8 @@ from open_clip.coca_model import CoCa
 
 from examples.demo.models import MODELS
 from reinforce import settings
+from reinforce.adapting.config import AdaptConfig
+from reinforce.adapting.steps import Domain, training_config
 from reinforce.captioning.config import CaptionerConfig
 from reinforce.config import Config, load_config
 from reinforce.selection.config import SelectConfig
@@ -72,7 +74,7 @@ def test_dfn5b_config_matches_the_paper() -> None:
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.yaml")), ids=lambda path: path.name)
 def test_every_config_is_valid(path: Path) -> None:
     kinds = {"student": StudentConfig, "mobileclip2": StudentConfig, "finetune": CaptionerConfig, "tune": TuneConfig}
-    kinds["select"] = SelectConfig
+    kinds |= {"select": SelectConfig, "adapt": AdaptConfig}
     settings.load(kinds.get(path.stem.partition("-")[0], Config), path)
 
 
@@ -128,8 +130,16 @@ def test_recipes_of_trainings_have_the_values_of_the_published_scripts(name: str
     assert {name: spec.logit_scale for name, spec in labels.teachers.items()} == config.loss.logit_scales
 
 
+@pytest.mark.parametrize("size", ["s0", "s2"])
+def test_recipes_of_adaptations_have_the_values_of_flyp(size: str) -> None:
+    config = settings.load(AdaptConfig, ROOT / f"configs/recipes/adapt-mobileclip2-{size}.yaml")
+    assert open_clip.get_pretrained_cfg(config.released.model, config.released.pretrained)
+    train = training_config(config, Domain("", "", {}, ("a", "b"), False, ()), 5000).train
+    assert (train.batch, train.steps, train.optimizer.lr, train.optimizer.weight_decay) == (512, 98, 1e-5, 0.1)
+
+
 def test_the_recipe_of_the_labels_has_the_values_of_the_published_generator() -> None:
-    found = {path.stem for path in ROOT.glob("configs/recipes/*.yaml") if not path.stem.startswith("coca-")}
+    found = {path.stem for path in ROOT.glob("configs/recipes/*.yaml") if not path.stem.startswith(("coca-", "adapt-"))}
     assert found == {*RECIPES, "dfndr-labels"}, "every recipe is compared with its script"
     config = load_config(ROOT / "configs/recipes/dfndr-labels.yaml")
     augmentations, [captioner] = config.augmentations, config.captioners.values()

@@ -18,7 +18,7 @@ PACKAGES = ("reinforce", "schemas", "teachers")
 #: Example configs that need no file of the repository.
 CONFIGS = {
     *("datacompdr12m", "datacompdr1b", "dfn5b", "dfndr12m", "dfndr12m-bf16", "dfndr2b", "finetune-coco38k"),
-    *("finetune-docci", "mobileclip2-s0"),
+    *("finetune-docci", "mobileclip2-s0", "adapt-mobileclip2-s0", "adapt-mobileclip2-s2"),
 }
 
 

@@ -110,9 +110,9 @@ def views(config: AdaptConfig, images: int) -> Iterator[SelectConfig]:
 
 def training_config(config: AdaptConfig, domain: Domain, images: int) -> StudentConfig:
     """The training on so many ``images``, those that are not held out."""
-    given = config.student.get("train") or {}
+    given = dict(config.student.get("train") or {})
     batch = int(given.get("batch") or min(_LARGEST_BATCH, 2 ** max(1, int(math.log2(max(2, images / 4))))))
-    epochs = given.get("epochs") or _EPOCHS
+    epochs = given.pop("epochs", None) or _EPOCHS
     steps = int(given.get("steps") or max(1, round(epochs * images / batch)))
     base = {
         "output": training_of(config),
@@ -134,8 +134,8 @@ def training_config(config: AdaptConfig, domain: Domain, images: int) -> Student
         },
         "evaluate": sets_of(config, domain).model_dump(mode="json", exclude_unset=True),
     }
-    changes = settings.merge(config.student, {})
-    return settings.parse(StudentConfig, settings.merge(base, changes, settings.LENGTHS), "the adaptation's training")
+    changed = settings.merge(base, {**config.student, "train": given})
+    return settings.parse(StudentConfig, changed, "the adaptation's training")
 
 
 def sets_of(config: AdaptConfig, domain: Domain) -> Evaluation:

@@ -119,7 +119,10 @@ _COMMANDS: dict[Callable[..., None], tuple[str, ...]] = {
         "reinforce evaluate demo/students/plain --config configs/student-demo.yaml",
         "reinforce evaluate MobileCLIP2-S0,dfndr2b --zero-shot pets=pets/",
     ),
-    adapting.adapt: ("reinforce adapt photos/ adapted --model MobileCLIP2-S0,dfndr2b --set seed=1",),
+    adapting.adapt: (
+        "reinforce adapt photos/ adapted --model MobileCLIP2-S0,dfndr2b",
+        "reinforce adapt demo/tests/unseen-style new --config configs/adapt-demo.yaml",
+    ),
     adapting.interpolate: ("reinforce interpolate demo/students/plain demo/students/distilled mixed",),
     adapting.soup: ("reinforce soup demo/students/* soup --config configs/student-demo.yaml",),
     training.fetch_sets: ("reinforce fetch-sets datacomp evalsets --dry-run",),

@@ -16,10 +16,11 @@ from teachers.redact import redact
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-Kind = Literal["run", "student", "tune", "captioner", "select"]
+Kind = Literal["run", "student", "tune", "captioner", "select", "adapt"]
 _MODELS: dict[Kind, str] = {
     "run": "config:Config", "student": "student.config:StudentConfig", "tune": "tuning.config:TuneConfig",
     "captioner": "captioning.config:CaptionerConfig", "select": "selection.config:SelectConfig",
+    "adapt": "adapting.config:AdaptConfig",
 }  # fmt: skip
 
 
@@ -49,7 +50,8 @@ def init(
 
 def schema(
     kind: Annotated[
-        Kind, typer.Argument(metavar="KIND", help="run, student, tune, captioner or select: what the config is for.")
+        Kind,
+        typer.Argument(metavar="KIND", help="run, student, tune, captioner, select or adapt: what the config is for."),
     ],
 ) -> None:
     """Print the JSON schema of a config, by which editors complete and check YAML.
