@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from reinforce import settings, source_formats
-from reinforce.config_schema import LAYER_NAME, Batch, Named, OneOrMore
+from reinforce import settings
+from reinforce.config_schema import Batch, Named, OneOrMore
+from reinforce.input_config import SOURCES, Input
 from reinforce.processes.cores import Node, cores_per_process, default_gpus, describe_share
 from reinforce.settings import Section
 from teachers.custom.classifier import ClassifierSpec
@@ -17,94 +18,6 @@ from teachers.custom.family import ClassScorerSpec
 from teachers.published.family import Join, Labels
 from teachers.registry import AnyCaptioner, AnyTeacher
 from teachers.spec import ModelSpec
-
-if TYPE_CHECKING:
-    Format = str
-else:
-    Format = Literal[tuple(source_formats.MODULES)]  # the name of a registered format
-
-
-class Limits(Section):
-    """Limits on samples. Samples, or parts of samples, above a limit are quarantined; captions are cut."""
-
-    image_bytes: int = Field(64 * 2**20, ge=1, description="bytes of an encoded image")
-    pixels: int = Field(
-        89_478_485, ge=1, description="width x height of an image, checked against its header before decoding"
-    )
-    aspect: float = Field(50.0, ge=1, description="aspect ratio of an image: longer side / shorter side")
-    scans: int = Field(
-        500, ge=1, description="scans of a progressive JPEG; ten are usual, and each takes time to decode"
-    )
-    caption_chars: int = Field(2_000, ge=1, description="characters of a caption; longer captions are cut")
-    sidecar_bytes: int = Field(
-        2**20, ge=1, description="bytes of a caption or json member; larger members are not read"
-    )
-    members: int = Field(64, ge=1, description="members of a sample; further members are not read")
-    key_chars: int = Field(1_000, ge=1, description="characters of a key")
-    shard_samples: int = Field(1_000_000, ge=1, description="samples of a shard; the rest of the shard is not read")
-
-
-def _check_template(text: str) -> str:
-    if "{}" not in text:
-        raise ValueError(f"{text!r} has no {{}}: put it where the name of the class belongs")
-    return text
-
-
-Template = Annotated[str, AfterValidator(_check_template)]
-
-
-class Input(Section):
-    """How the members of a shard, or the rows of a table, become samples."""
-
-    format: Format | None = Field(
-        None, description="what the files of `source` are; default: recognised by their names, else by the first file"
-    )
-    image: str | None = Field(
-        None, description="column of a table with images, their paths or URLs; default: `image`, `jpg` and the like"
-    )
-    key: str | None = Field(
-        None, description="column of a table with keys; default: `key`, `__key__` or `uid`, else shard and row number"
-    )
-    captions: list[str] = Field(
-        default=["txt", "json:caption"],
-        description="where the true caption is: a member's extension or json:FIELD, in tables COLUMN or json:COLUMN; "
-        "the first with text is used; `class`: of a folder of images, the name of the folder in it",
-    )
-    templates: Annotated[list[Template], Field(min_length=1)] | None = Field(
-        None,
-        description="texts that are made of each caption, which replaces {}, such as 'a photo of a {}.'; for names of "
-        "classes; with `captions_per_sample` that many, else the first",
-    )
-    captions_per_sample: int | None = Field(
-        None, ge=1, le=64, description="most true captions of a sample to keep and embed; default: only the first"
-    )
-    metadata: Literal["all", "none"] | list[str] = Field(
-        "all", description="what to keep of the json sidecar, or of the columns: all, none, or a list of names"
-    )
-    rows_per_shard: int | None = Field(
-        None,
-        ge=1,
-        description="rows of a shard of Parquet, jsonl and csv: files are divided into shards, Parquet at its row "
-        "groups; default: a file is a shard",
-    )
-    images_from: OneOrMore | None = Field(
-        None,
-        description="folders that a source may name images in: one URL or a list; for tables with places outside their "
-        "folder and at private addresses, and for datasets whose images are stored by reference; file names that are "
-        "not in the folder of a table are looked for there",
-    )
-    view: Annotated[str, Field(pattern=rf"^{LAYER_NAME.pattern}(@[0-9a-f]+)?$")] | None = Field(
-        None,
-        description="view of the dataset in `source` (see `reinforce select`) whose samples are read, or "
-        "NAME@FINGERPRINT for that state of it; default: all samples",
-    )
-    limits: Limits = Limits()
-    reduce_to: int | None = Field(
-        None,
-        ge=8,
-        le=65_535,
-        description="decode JPEGs at the smallest of 1/2, 1/4, 1/8 size with sides at least this; default: full size",
-    )
 
 
 class RandAugment(Section):
@@ -314,7 +227,7 @@ class Config(Section):
     """A run, which computes the layers of a dataset from source shards."""
 
     source: str | list[str] = Field(
-        description=f"fsspec URIs of {source_formats.SOURCES}: braces, globs, a .txt file of URLs, or a list of these"
+        description=f"fsspec URIs of {SOURCES}: braces, globs, a .txt file of URLs, or a list of these"
     )
     output: str = Field(min_length=1, description="folder or fsspec URI of the dataset")
     moved: dict[str, str] = Field(

@@ -23,8 +23,9 @@ import reinforce
 from reinforce import settings
 from reinforce.captioning.config import CaptionerConfig
 from reinforce.cli import REMOVED, main
-from reinforce.config import Config, Limits
+from reinforce.config import Config
 from reinforce.images.policy import decode
+from reinforce.input_config import Limits
 from reinforce.selection.config import SelectConfig
 from reinforce.student.config import StudentConfig
 from reinforce.tuning.config import TuneConfig

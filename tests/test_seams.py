@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 import reinforce
-from reinforce import source_formats
+from reinforce import input_config
 from reinforce.config import parse_config
 from reinforce.dataset.drop import plan_drop
 from reinforce.dataset.files.store import Store
@@ -64,7 +64,7 @@ def compared_texts(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 def compared_formats(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    return ((line, text) for line, text in compared_texts(tree) if text in source_formats.MODULES)
+    return ((line, text) for line, text in compared_texts(tree) if text in input_config.MODULES)
 
 
 def read_families(tree: ast.AST) -> Iterator[tuple[int, str]]:
@@ -138,7 +138,7 @@ def test_no_other_code_asks_which_format_family_or_kind_it_has(
 
 def test_each_format_has_the_name_it_is_registered_by_and_endings_of_its_own() -> None:
     formats = all_formats()
-    assert [one.name for one in formats] == [*source_formats.MODULES]
+    assert [one.name for one in formats] == [*input_config.MODULES]
     endings = [ending for one in formats for ending in one.endings]
     assert len({*endings}) == len(endings)
     schema = json.dumps(json.loads((ROOT / "schemas/json/run.json").read_text()))
@@ -148,7 +148,7 @@ def test_each_format_has_the_name_it_is_registered_by_and_endings_of_its_own() -
 @pytest.fixture
 def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with two files of one more format; the last sample of the second has a key that is there already."""
-    monkeypatch.setitem(source_formats.MODULES, "records", "tests.helpers.record_format")
+    monkeypatch.setitem(input_config.MODULES, "records", "tests.helpers.record_format")
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # charts, which take long, are those of other reports
     monkeypatch.chdir(tmp_path)
     for shard in "ab":

@@ -84,8 +84,8 @@ def _means(point: Point, sweep: Sweep) -> tuple[float, float]:
 def _examples(evaluation: Evaluation, sweep: Sweep, mixtures: Mixtures) -> Iterator[Mapping[str, Any]]:
     """Images of each held-out set that the chosen weights gain and lose."""
     first, second = sweep.models
-    for name in evaluation.own_sets:
-        if name.partition("/")[2] != DOMAIN:
+    for name, kind in {f"zero_shot/{DOMAIN}": "class", f"retrieval/{DOMAIN}": "caption"}.items():
+        if name not in evaluation.own_sets:
             continue
         held_out = HeldOut(evaluation, name)
         before, after = (
@@ -93,7 +93,6 @@ def _examples(evaluation: Evaluation, sweep: Sweep, mixtures: Mixtures) -> Itera
         )
         counts = [sum(answer.right for answer in of) for of in (before, after)]
         gained, lost = held_out.examples(before, after, _EXAMPLES)
-        kind = "class" if name.startswith("zero_shot/") else "caption"
         shown = [("Gained", _cards(gained)), ("Lost", _cards(lost))]
         yield {"kind": kind, "counts": counts, "images": len(before), "shown": shown}
 

@@ -6,10 +6,10 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from reinforce.config import Format, Limits
 from reinforce.config_schema import ImagesFrom, LayerName
 from reinforce.evaluation.fields import CaptionFields
 from reinforce.evaluation.report import RECALLS
+from reinforce.input_config import Format, Limits
 from reinforce.settings import Section
 from reinforce.training.config import TrackersOfRun, Training
 from teachers.spec import CaptionerSpec, check_lengths

@@ -22,7 +22,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from reinforce.captioning.config import Data
-from reinforce.config import Input
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import SAMPLES, require_images
 from reinforce.dataset.manifest.manifest import read_manifest
@@ -38,6 +37,7 @@ from reinforce.evaluation.reading import (
     raise_on_damage,
     storage_errors,
 )
+from reinforce.input_config import Input
 from reinforce.seeds import seed_for
 from reinforce.source.captions import CAPTION_POLICY
 from reinforce.source.formats import dataset as samples_layer

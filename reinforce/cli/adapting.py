@@ -24,7 +24,6 @@ from reinforce.cli.common import (
 )
 from reinforce.cli.training import run_training, show_report
 from reinforce.errors import UserError
-from reinforce.model_names import short_name
 from reinforce.processes.imports import no_garbage_collection
 
 if TYPE_CHECKING:
@@ -83,7 +82,7 @@ def adapt(
     from reinforce import settings
     from reinforce.adapting.config import AdaptConfig
     from reinforce.evaluation.command import build_evaluation
-    from reinforce.model_names import resolve_models
+    from reinforce.model_names import resolve_models, short_name
 
     raw: dict[str, Any] = {} if config is None else settings.read(config)
     raw |= {"source": data, "output": output} | ({} if allow is None else {"allow": allow})

@@ -8,7 +8,6 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from reinforce.config import Limits
 from reinforce.config_schema import ImagesFrom, OneOrMore, keys_match
 from reinforce.errors import UserError
 from reinforce.evaluation.kinds.base import OwnSet, SetKind
@@ -16,6 +15,7 @@ from reinforce.evaluation.kinds.labels import ZeroShotSet
 from reinforce.evaluation.kinds.registry import KINDS
 from reinforce.evaluation.kinds.retrieval import RetrievalSet
 from reinforce.evaluation.registry import SuiteSet, select_sets
+from reinforce.input_config import Limits
 from reinforce.settings import Section
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")

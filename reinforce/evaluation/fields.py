@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
-from reinforce.config import Limits
+from reinforce.input_config import Limits
 from reinforce.source.captions import caption_of, metadata_of, parse_json, texts_of
 
 LINES = "lines:"

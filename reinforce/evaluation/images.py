@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from reinforce.config import Limits
 from reinforce.evaluation.content import ContentDigest, hash_content
 from reinforce.evaluation.reading import LabelledImage, SetReader
 from reinforce.images.policy import IMAGE_POLICY, ImageRefused, decode
+from reinforce.input_config import Limits
 from reinforce.processes.prefetch import prefetch
 from reinforce.source.samples import Refusal
 from schemas import Reason

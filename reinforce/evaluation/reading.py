@@ -13,12 +13,12 @@ from typing import Any, Literal
 from fsspec.implementations.local import LocalFileSystem
 from pydantic import Field
 
-from reinforce.config import Format, Input, Limits
 from reinforce.config_schema import LayerName
 from reinforce.dataset.files.store import MANIFEST
 from reinforce.dataset.reading.dataset import Dataset
 from reinforce.errors import UserError
 from reinforce.evaluation.fields import LINES, is_in_json
+from reinforce.input_config import Format, Input, Limits
 from reinforce.settings import Section
 from reinforce.source import reading
 from reinforce.source.file_types import is_image_name

@@ -15,10 +15,11 @@ import numpy as np
 from PIL import Image, ImageFile
 from pydantic import Field
 
-from reinforce.config import Config, Limits
+from reinforce.config import Config
 from reinforce.errors import UserError
 from reinforce.images import fast_jpeg, png
 from reinforce.images.jpeg import ends_in_zeros, lacks_scan_data
+from reinforce.input_config import Limits
 from reinforce.settings import Section
 from schemas import Reason
 from teachers.published.family import crops_of

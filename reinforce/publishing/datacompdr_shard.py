@@ -21,7 +21,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from reinforce.config import Limits
 from reinforce.dataset import vectors
 from reinforce.dataset.augment.tables import OPS
 from reinforce.dataset.files.store import Store
@@ -29,6 +28,7 @@ from reinforce.dataset.layers import NO_IMAGES, SAMPLES, TRUE_CAPTION, captions_
 from reinforce.dataset.reading.aligned import row_errors
 from reinforce.errors import UserError
 from reinforce.images.policy import PUBLISHED_POLICY, ImageRefused, decode, format_extension, is_plain
+from reinforce.input_config import Limits
 from reinforce.labels.members import CAPTIONS, PARAMETERS
 from reinforce.publishing.public import public_url
 from reinforce.publishing.shards import ExportSource

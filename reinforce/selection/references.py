@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from reinforce.config import Config, Input, load_config
+from reinforce.config import Config, load_config
 from reinforce.dataset.files.content import content_of
 from reinforce.dataset.files.listing import Listing
 from reinforce.dataset.files.store import Store
@@ -23,6 +23,7 @@ from reinforce.dataset.manifest.manifest import find_manifest, read_manifest
 from reinforce.dataset.reading.aligned import AlignedLayers, layer_errors
 from reinforce.dataset.reading.completeness import check_completeness
 from reinforce.errors import UserError
+from reinforce.input_config import Input
 from reinforce.processes.prefetch import prefetch
 from reinforce.selection import neighbours
 from reinforce.selection.config import Decontaminate

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from reinforce.config import Limits
+from reinforce.input_config import Limits
 
 #: Name and version of the text cleaning in :func:`caption_of`; recorded in dataset.json.
 CAPTION_POLICY = "text-1"

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from reinforce.config import Input
+from reinforce.input_config import Input
 from reinforce.source.captions import captions_of
 from reinforce.source.formats.base import Shard
 from reinforce.source.formats.recognise import find_format

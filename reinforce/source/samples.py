@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from reinforce.config import Input, Limits
+from reinforce.input_config import Input, Limits
 from reinforce.source.captions import caption_of, captions_of, clean_text, why_no_caption
 from reinforce.source.file_types import NOT_A_FILE, folder_detail
 from reinforce.source.urls import canonical

@@ -16,9 +16,9 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from reinforce.errors import UserError
+from reinforce.input_config import SOURCES
 from reinforce.processes.attempts import BOTOCORE_REQUESTS, S3FS_REQUESTS
 from reinforce.source.whole_reads import list_whole, read_whole
-from reinforce.source_formats import SOURCES
 from teachers.redact import CONTAINER_SCHEMES
 
 #: Compression by the ending of a tar's name.

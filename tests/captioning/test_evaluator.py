@@ -18,9 +18,9 @@ from reinforce.captioning.held_out import HeldOut
 from reinforce.captioning.metrics import cider
 from reinforce.captioning.model import CaptionerModel
 from reinforce.captioning.streams import load_streams
-from reinforce.config import Limits
 from reinforce.errors import UserError
 from reinforce.images.policy import decode
+from reinforce.input_config import Limits
 from reinforce.inspection.texts import bleu
 from teachers.coca.captioner import CocaCaptioner
 from teachers.open_clip.tokenizer import Tokenizer

@@ -21,11 +21,12 @@ from reinforce.captioning.config import CaptionerConfig
 from reinforce.captioning.finetune import build, finetune
 from reinforce.captioning.source import GROUPS_FILE
 from reinforce.captioning.streams import CaptionStreams, load_streams, predicted_lengths
-from reinforce.config import Augmentations, Limits, RandAugment
+from reinforce.config import Augmentations, RandAugment
 from reinforce.dataset.augment.records import replay
 from reinforce.dataset.augment.sampling import sample_augmentation
 from reinforce.errors import UserError
 from reinforce.images.policy import decode
+from reinforce.input_config import Limits
 from reinforce.training.order import ORDER
 from reinforce.training.record import log
 from reinforce.training.task import Feed, Task

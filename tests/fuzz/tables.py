@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from hypothesis import strategies as st
 
-from reinforce.config import Input, Limits
+from reinforce.input_config import Input, Limits
 from reinforce.parquet import checked_file
 from reinforce.source.formats.base import Shard
 from reinforce.source.reading import read_samples

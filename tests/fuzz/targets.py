@@ -24,12 +24,13 @@ import numpy as np
 from hypothesis import strategies as st
 from PIL import Image
 
-from reinforce.config import Config, Limits, parse_config
+from reinforce.config import Config, parse_config
 from reinforce.dataset.augment.records import replay
 from reinforce.dataset.augment.sampling import sample_augmentation
 from reinforce.engine.decode.row import Row
 from reinforce.engine.decode.rows import RowSpec, rows_from_source
 from reinforce.images.policy import FORMATS, ImageRefused, decode
+from reinforce.input_config import Limits
 from reinforce.source.captions import caption_of, json_error, metadata_of
 from reinforce.source.formats.base import Shard
 from reinforce.source.formats.tar import split_name

@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 
 from reinforce import settings
-from reinforce.config import Limits
 from reinforce.evaluation import images
 from reinforce.evaluation.config import Evaluation
 from reinforce.evaluation.encoding import Encoder
@@ -26,6 +25,7 @@ from reinforce.evaluation.kinds import retrieval
 from reinforce.evaluation.kinds.base import ImageSet
 from reinforce.evaluation.kinds.retrieval import RetrievalSet
 from reinforce.evaluation.registry import SuiteSet, select_sets
+from reinforce.input_config import Limits
 from teachers.open_clip.teacher import OpenClipTeacher, image_spec
 from teachers.protocols import ImageSpec
 from teachers.registry import teacher_spec

@@ -7,7 +7,7 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-from reinforce.config import Input
+from reinforce.input_config import Input
 from reinforce.source.formats.base import Shard, SourceFormat
 from reinforce.source.formats.columns import make_sample
 from reinforce.source.samples import Item, ReadBudget, Refusal, UnreadSample, unique_keys

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from reinforce.config import Limits
 from reinforce.images import fast_jpeg
 from reinforce.images.policy import ImageRefused, decode
+from reinforce.input_config import Limits
 from tests.helpers.images import encode, natural, noise, without_scan_data
 from tests.hostile.images import IMAGES, ImageCase
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from reinforce.config import Limits
 from reinforce.images.policy import ImageRefused, decode
+from reinforce.input_config import Limits
 from tests.helpers.images import JPEGS, encode, noise, scan_of, without_scan_data
 
 LIMITS = Limits(aspect=100)

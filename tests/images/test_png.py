@@ -8,9 +8,9 @@ import io
 import pytest
 from PIL import Image
 
-from reinforce.config import Limits
 from reinforce.images import png
 from reinforce.images.policy import ImageRefused, decode
+from reinforce.input_config import Limits
 from tests.helpers.images import encode, noise, png_chunk, raw_png
 
 LIMITS = Limits()

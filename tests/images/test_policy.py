@@ -11,7 +11,6 @@ import PIL
 import pytest
 from PIL import Image, ImageCms, ImageFile
 
-from reinforce.config import Limits
 from reinforce.errors import UserError
 from reinforce.images.policy import (
     FORMATS,
@@ -23,6 +22,7 @@ from reinforce.images.policy import (
     format_extension,
     is_plain,
 )
+from reinforce.input_config import Limits
 from reinforce.source.file_types import IMAGE_EXTENSIONS
 from schemas import Reason
 from tests.helpers.images import encode, noise, png_chunk, raw_png

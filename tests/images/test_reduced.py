@@ -11,11 +11,12 @@ import pytest
 from PIL import Image
 
 import reinforce
-from reinforce.config import Limits, parse_config
+from reinforce.config import parse_config
 from reinforce.dataset.augment.backends import BACKENDS, load_backend
 from reinforce.engine.plan.recipe import build_layers
 from reinforce.errors import UserError
 from reinforce.images.policy import ImageRefused, decode, image_policy, is_image_policy
+from reinforce.input_config import Limits
 from schemas import Reason
 from tests.helpers.data import config_of, write_tar
 from tests.helpers.images import JPEGS, encode, natural, noise

@@ -25,10 +25,10 @@ import ray
 import torch
 
 import reinforce
-from reinforce.config import Limits
 from reinforce.engine.record.metrics import SERIES, dashboard_text
 from reinforce.engine.record.summary import RunSummary
 from reinforce.images.policy import decode
+from reinforce.input_config import Limits
 from reinforce.seeds import seed_for
 from teachers.preprocessing.fit import fit
 from teachers.preprocessing.pixels import to_pixels

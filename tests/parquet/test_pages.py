@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from reinforce.config import Limits
+from reinforce.input_config import Limits
 from reinforce.parquet import checked_file
 from reinforce.source.samples import RawSample
 from tests.helpers.data import picture

@@ -15,13 +15,13 @@ import pyarrow.parquet as pq
 import pytest
 
 import reinforce
-from reinforce.config import Input
 from reinforce.dataset import view as views
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.status import read_status
 from reinforce.dataset.validate.validate import validate
 from reinforce.dataset.view import ViewRows, shard_rows
 from reinforce.errors import UserError
+from reinforce.input_config import Input
 from reinforce.parquet.footers import RefusedFile
 from reinforce.selection import passes
 from reinforce.source.formats.base import Shard

@@ -16,9 +16,9 @@ import torch
 import reinforce
 from reinforce.captioning.config import CaptionerConfig
 from reinforce.captioning.streams import load_streams
-from reinforce.config import Input
 from reinforce.errors import UserError
 from reinforce.evaluation.reading import read_samples
+from reinforce.input_config import Input
 from reinforce.settings import parse
 from reinforce.source.samples import RawSample
 from reinforce.student.config import Data

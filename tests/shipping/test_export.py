@@ -25,9 +25,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from reinforce.cli import main
-from reinforce.config import Limits
 from reinforce.errors import UserError
 from reinforce.images.policy import decode
+from reinforce.input_config import Limits
 from reinforce.shipping import packages
 from reinforce.shipping.checks import compare, compare_on_sets
 from reinforce.shipping.targets import onnx as graph

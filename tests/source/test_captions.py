@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reinforce.config import Input, Limits
+from reinforce.input_config import Input, Limits
 from reinforce.source.captions import caption_of, metadata_of, why_no_caption
 
 LIMITS = Limits()

@@ -9,7 +9,7 @@ import random
 
 import pytest
 
-from reinforce.config import Limits
+from reinforce.input_config import Limits
 from reinforce.source.formats.tar import read_shard
 from schemas import Reason
 from tests.helpers.tars import LIMITS, TAR, outcomes, read, sample_members, tar_bytes, zstd

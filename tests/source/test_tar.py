@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reinforce.config import Limits
+from reinforce.input_config import Limits
 from reinforce.source.samples import RawSample, Refusal
 from reinforce.source.tar import DamagedTar, Member, members
 from schemas import Reason

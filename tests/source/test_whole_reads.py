@@ -11,11 +11,11 @@ import pytest
 import s3fs
 
 import reinforce
-from reinforce.config import Input
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.status import read_status
 from reinforce.dataset.validate.validate import validate
 from reinforce.errors import StorageError
+from reinforce.input_config import Input
 from reinforce.source.formats.base import Shard
 from reinforce.source.reading import read_samples
 from reinforce.source.urls import expand

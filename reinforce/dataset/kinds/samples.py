@@ -10,9 +10,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 import schemas
-from reinforce.config import Config, Limits
+from reinforce.config import Config
 from reinforce.dataset.layers import LABELS, NO_IMAGES, SAMPLES, Layer, LayerKind, compute_fingerprint, mapping_at
 from reinforce.images.policy import image_policy, reads_crops
+from reinforce.input_config import Limits
 from reinforce.source.captions import CAPTION_POLICY
 from teachers.published.family import crops_of
 

@@ -10,11 +10,11 @@ import numpy as np
 from PIL import Image
 from pydantic import ValidationError
 
-from reinforce.config import Limits
 from reinforce.dataset.augment.backends import BACKENDS, load_backend
 from reinforce.dataset.augment.records import Augmentation
 from reinforce.errors import UserError
 from reinforce.images.policy import IMAGE_POLICIES, ImageRefused, ReadLimits, decode, is_image_policy
+from reinforce.input_config import Limits
 from reinforce.terminal import escape
 from schemas import Reason
 

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from reinforce.config import Limits
 from reinforce.dataset.files.damage import compute_again
 from reinforce.dataset.files.key_hashes import hash_keys
 from reinforce.dataset.files.store import Store
@@ -26,12 +25,12 @@ from reinforce.dataset.runs.shard_records import SourceRecord
 from reinforce.dataset.validate.findings import Finding
 from reinforce.dataset.validate.shard_checks import CheckedShard, ShardChecks, ShardFiles
 from reinforce.errors import UserError
+from reinforce.input_config import DEFAULT, Limits
 from reinforce.processes.cores import available_cores
 from reinforce.source.formats.recognise import find_format, format_of_name
 from reinforce.source.identity import SourceState, current_url, probe_state
 from reinforce.source.references import ImageRoots
 from reinforce.source.urls import canonical
-from reinforce.source_formats import DEFAULT
 from reinforce.storage import Storage
 from reinforce.terminal import first_names
 from schemas import Reason

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from reinforce.input_config import DEFAULT
 from reinforce.source.formats.base import Part, Shard
 from reinforce.source.formats.recognise import find_format
 from reinforce.source.identity import SourceState
-from reinforce.source_formats import DEFAULT
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from reinforce.config import Input
 from reinforce.errors import UserError
+from reinforce.input_config import Input
 from reinforce.parquet.footers import RefusedFile
 from reinforce.source.captions import texts_of
 from reinforce.source.file_types import is_image_name

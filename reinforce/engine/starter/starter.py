@@ -10,12 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import schemas
-from reinforce.config import Config, Input
+from reinforce.config import Config
 from reinforce.engine.plan.check_output import overlaps
 from reinforce.engine.plan.source_shards import source_shards
 from reinforce.engine.starter.fields import Fields, class_folders, find_fields
 from reinforce.engine.starter.template import render
 from reinforce.errors import UserError
+from reinforce.input_config import Input
 from reinforce.parallel.machines import nodes_of_run
 from reinforce.processes.cores import default_gpus
 from reinforce.source.formats.base import Shard, SourceFormat

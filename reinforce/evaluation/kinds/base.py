@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from reinforce.config import Limits
 from reinforce.evaluation.images import ImageBatches
 from reinforce.evaluation.kinds.files import SetFiles
 from reinforce.evaluation.reading import SetReader, Table
 from reinforce.evaluation.registry import SuiteSet
 from reinforce.evaluation.report import Outcome
+from reinforce.input_config import Limits
 
 if TYPE_CHECKING:
     from reinforce.evaluation.models import Models

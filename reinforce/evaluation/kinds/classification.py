@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from reinforce.config import Limits
 from reinforce.errors import UserError
 from reinforce.evaluation.classes import Template, load_class_names, load_templates
 from reinforce.evaluation.fields import read_label
@@ -25,6 +24,7 @@ from reinforce.evaluation.kinds.labels import ZeroShotSet, read_labels
 from reinforce.evaluation.reading import LabelledImage
 from reinforce.evaluation.registry import SuiteSet
 from reinforce.evaluation.report import Metrics, Outcome
+from reinforce.input_config import Limits
 from reinforce.source.samples import RawSample, Refusal
 
 if TYPE_CHECKING:

@@ -11,10 +11,10 @@ from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
 
-from reinforce.config import Input
 from reinforce.errors import UserError
 from reinforce.evaluation.reading import raise_on_damage, storage_errors
 from reinforce.evaluation.registry import HUB, SuiteSet
+from reinforce.input_config import Input
 from reinforce.parquet.footers import RefusedFile
 from reinforce.source.formats.base import Shard
 from reinforce.source.formats.columns import Columns

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 from pydantic import Field
 
-from reinforce.config import Limits
 from reinforce.errors import UserError
 from reinforce.evaluation.classes import load_class_names, load_groups, name_folders
 from reinforce.evaluation.fields import is_json_field, read_json_field, read_label
@@ -25,6 +24,7 @@ from reinforce.evaluation.reading import (
     make_loader,
     read_samples,
 )
+from reinforce.input_config import Limits
 from reinforce.source.captions import json_error
 from reinforce.source.samples import RawSample, Refusal
 from reinforce.terminal import plural

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from pydantic import Field
 
-from reinforce.config import Limits
 from reinforce.errors import UserError
 from reinforce.evaluation.fields import CaptionFields, read_captions
 from reinforce.evaluation.images import ImageBatches
@@ -20,6 +19,7 @@ from reinforce.evaluation.kinds.files import SetFiles, image_bytes, read_tables
 from reinforce.evaluation.reading import LabelledImage, input_of, read_samples
 from reinforce.evaluation.registry import SuiteSet
 from reinforce.evaluation.report import RECALLS, Metrics, Outcome
+from reinforce.input_config import Limits
 from reinforce.source.samples import Refusal
 from schemas import Reason
 

@@ -10,12 +10,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from reinforce.config import Input, Limits
+from reinforce.input_config import DEFAULT, Input, Limits
 from reinforce.source.file_types import foreign_name, is_image_name
 from reinforce.source.samples import Item, ReadBudget, unique_keys
 from reinforce.source.urls import Info, filesystem
 from reinforce.source.whole_reads import read_whole
-from reinforce.source_formats import DEFAULT
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from reinforce.config import Limits
+from reinforce.input_config import Limits
 from reinforce.source.formats.base import Part
 from reinforce.source.formats.lines import BrokenRow, LinesFormat, Row
 from reinforce.source.urls import filesystem

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import date, time
 from typing import Any
 
-from reinforce.config import Input, Limits
+from reinforce.input_config import Input, Limits
 from reinforce.source.captions import as_lines, texts_of
 from reinforce.source.file_types import image_extension
 from reinforce.source.samples import RawSample, Refusal, UnreadSample

@@ -10,8 +10,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from reinforce.config import Input
 from reinforce.errors import UserError
+from reinforce.input_config import Input
 from reinforce.parquet.footers import RefusedFile
 from reinforce.source.captions import as_lines
 from reinforce.source.file_types import MANIFEST

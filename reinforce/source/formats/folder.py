@@ -15,8 +15,8 @@ from dataclasses import replace
 from glob import escape
 from typing import Any
 
-from reinforce.config import Input
 from reinforce.errors import UserError
+from reinforce.input_config import SOURCES, Input
 from reinforce.parquet.footers import RefusedFile
 from reinforce.processes.prefetch import prefetch
 from reinforce.source.captions import parse_json
@@ -31,7 +31,6 @@ from reinforce.source.samples import Item, RawSample, Refusal, UnreadSample
 from reinforce.source.streams import NO_FILE, read_file
 from reinforce.source.urls import canonical, filesystem
 from reinforce.source.whole_reads import list_whole
-from reinforce.source_formats import SOURCES
 from reinforce.terminal import plural
 from schemas import Reason
 

@@ -8,7 +8,7 @@ import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from reinforce.config import Input, Limits
+from reinforce.input_config import Input, Limits
 from reinforce.parquet.footers import RefusedFile
 from reinforce.source.formats.base import Part, Shard, SourceFormat
 from reinforce.source.formats.columns import NoColumn, RowReader, find_columns, joined_rows

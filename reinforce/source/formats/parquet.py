@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from reinforce.config import Input, Limits
+from reinforce.input_config import Input, Limits
 from reinforce.parquet.checked_file import CheckedFile
 from reinforce.parquet.footers import FooterCheck, RefusedFile, check_codecs
 from reinforce.parquet.pages import BadPage

@@ -10,11 +10,11 @@ from importlib import import_module
 from typing import Any
 
 from reinforce.errors import UserError
+from reinforce.input_config import DEFAULT, MODULES
 from reinforce.source.file_types import MANIFEST, METADATA, foreign_name, is_image_name
 from reinforce.source.formats.base import SourceFormat
 from reinforce.source.urls import canonical, filesystem
 from reinforce.source.whole_reads import list_whole
-from reinforce.source_formats import DEFAULT, MODULES
 
 _FIRST_BYTES = 512
 _TRAIN = re.compile(r"(^|/)train[-_.0-9][^/]*$")

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from reinforce.config import Input, Limits
+from reinforce.input_config import Input, Limits
 from reinforce.source.file_types import foreign_name, is_image_name
 from reinforce.source.formats.base import Shard, SourceFormat
 from reinforce.source.samples import (

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-from reinforce.config import Input
+from reinforce.input_config import Input
 from reinforce.processes.prefetch import prefetch
 from reinforce.source.formats.columns import make_sample
 from reinforce.source.linked_images.http import ImageRefusedByPlace, Unreachable, fetch

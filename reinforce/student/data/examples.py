@@ -13,12 +13,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from reinforce.config import Limits
 from reinforce.dataset.augment.records import AUGMENTATION_BACKEND, Augmentation, from_records
 from reinforce.dataset.kinds.registry import kind_of
 from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, PickedValues, captions_layer, embeddings_layer
 from reinforce.errors import UserError
 from reinforce.images.policy import IMAGE_POLICY
+from reinforce.input_config import Limits
 from reinforce.seeds import uniforms
 from reinforce.source.references import ImageRoots, referenced_images
 from reinforce.source.tar import DamagedTar

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import reinforce
-from reinforce.config import Input, parse_config
+from reinforce.config import parse_config
 from reinforce.dataset.files.store import Store
 from reinforce.engine.plan import shard_lists
 from reinforce.engine.plan.plan import Plan, make_plan
@@ -21,6 +21,7 @@ from reinforce.engine.plan.shard_lists import write_lists
 from reinforce.engine.preflight.check_source import check_source
 from reinforce.engine.preflight.estimate_bytes import expected_bytes
 from reinforce.errors import UserError
+from reinforce.input_config import Input
 from reinforce.source.formats.base import ListedSample, Shard
 from reinforce.source.formats.tar import split_name
 from reinforce.source.reading import read_samples

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from reinforce.config import Limits
+from reinforce.input_config import Limits
 from reinforce.parquet import checked_file
 from reinforce.source.formats import parquet
 from reinforce.source.samples import RawSample, Refusal
@@ -126,7 +126,7 @@ def test_a_damaged_row_group_costs_its_rows_only(tmp_path: Path) -> None:
 
 _READ = """
 import sys
-from reinforce.config import Input
+from reinforce.input_config import Input
 from reinforce.source.formats.base import Shard
 from reinforce.source.reading import read_samples
 for path in sys.argv[1:]:

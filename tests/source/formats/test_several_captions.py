@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from reinforce.config import Input, parse_config
+from reinforce.config import parse_config
 from reinforce.engine.plan.source_shards import source_shards
 from reinforce.engine.starter.starter import make_starter
+from reinforce.input_config import Input
 from reinforce.settings import load_yaml
 from reinforce.source.captions import captions_of
 from reinforce.source.formats.base import Shard

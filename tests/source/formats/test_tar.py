@@ -9,8 +9,8 @@ import tracemalloc
 
 import pytest
 
-from reinforce.config import Limits
 from reinforce.errors import UserError
+from reinforce.input_config import Limits
 from reinforce.source.formats.tar import read_shard
 from reinforce.source.references import read_ranges
 from reinforce.source.samples import Refusal

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from reinforce.config import Limits
+from reinforce.input_config import Limits
 from reinforce.source.linked_images import http as web
 from reinforce.source.linked_images import places
 from reinforce.source.linked_images.http import ImageRefusedByPlace, Unreachable, fetch, is_public_address

@@ -17,7 +17,6 @@ import pytest
 import torch
 
 import schemas
-from reinforce.config import Limits
 from reinforce.dataset import vectors
 from reinforce.dataset.augment import fixed_point
 from reinforce.dataset.augment.backends import load_backend
@@ -25,6 +24,7 @@ from reinforce.dataset.augment.device import augment
 from reinforce.dataset.augment.records import Augmentation, Crop, Op
 from reinforce.dataset.files.store import Store
 from reinforce.errors import UserError
+from reinforce.input_config import Limits
 from reinforce.student.config import Data
 from reinforce.student.data.assembly import BufferPool
 from reinforce.student.data.examples import Example, Examples, ExampleSpec, SampleFile, make_examples

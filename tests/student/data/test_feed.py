@@ -21,10 +21,10 @@ import torch
 
 import reinforce
 import reinforce.student.data.feed
-from reinforce.config import Limits
 from reinforce.dataset.augment.records import replay
 from reinforce.errors import UserError
 from reinforce.images.policy import decode
+from reinforce.input_config import Limits
 from reinforce.student.config import Data
 from reinforce.student.data.assembly import Assembler
 from reinforce.student.data.feed import StudentFeed
