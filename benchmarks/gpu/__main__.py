@@ -27,6 +27,7 @@ from benchmarks.pipeline.figures import Figure
 from benchmarks.pipeline.page import limit_text, make_table, number, read_figures
 from reinforce.processes.cores import available_cores
 from reinforce.shipping.machine import describe_machine
+from teachers.fast_paths import recompilation
 from teachers.runtime import determinism
 
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "timm", "pyarrow", "numpy")
@@ -192,9 +193,8 @@ def _refuse(parser: argparse.ArgumentParser, text: str) -> NoReturn:
 
 
 def _captured_only() -> AbstractContextManager[object]:
-    """Let ``torch.compile`` capture graphs and not compile them, which takes minutes on a CPU."""
-    compile_with = torch.compile
-    return patch.object(torch, "compile", lambda work, **keys: compile_with(work, **{**keys, "backend": "eager"}))
+    """Let fast paths capture graphs and not compile them, which takes minutes on a CPU."""
+    return patch.object(recompilation, "inductor", lambda graph, _: graph.forward)
 
 
 if __name__ == "__main__":

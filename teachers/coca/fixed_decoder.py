@@ -15,7 +15,7 @@ import torch
 
 from teachers.coca.network import CocaNetwork
 from teachers.decoding.schedule import Entry
-from teachers.fast_paths.recompilation import for_any_rows, many_shapes
+from teachers.fast_paths.recompilation import Compiler, many_shapes
 from teachers.fast_paths.step_graphs import Step, Steps
 from teachers.runtime.accelerator import Accelerator, upload
 
@@ -135,12 +135,11 @@ class FixedCocaDecoder:
         """
         return self._logits(*self._newest_of(tokens, position, self.network.hiding, self.network.length))
 
-    def compile(self, compiled: bool = True) -> None:
-        """Compile steps by parts, each once for all shapes; without ``compiled``, as it was before."""
-        self._compiled = compiled
-        self.network.compile_parts(compiled)
-        self._newest_of = for_any_rows(newest_of) if compiled else newest_of
-        self._masks = for_any_rows(masks) if compiled else masks
+    def compile(self, compiler: Compiler) -> None:
+        """Compile steps by parts, each once for all shapes."""
+        self._compiled = True
+        self.network.compile_parts(compiler)
+        self._newest_of, self._masks = compiler.for_any_rows(newest_of), compiler.for_any_rows(masks)
 
     def next_logits(self, tokens: Tensor) -> Tensor:
         """Start token and new tokens so far, int64 [rows, 1 + new tokens] -> logits [rows, vocabulary].

@@ -10,7 +10,7 @@ import torch
 
 from teachers.coca.blocks import CrossAttentionBlock, SelfAttentionBlock, check_block
 from teachers.fast_paths.frozen import FrozenLinear
-from teachers.fast_paths.recompilation import for_any_rows
+from teachers.fast_paths.recompilation import Compiler
 from teachers.runtime.accelerator import Accelerator
 
 Tensor = torch.Tensor
@@ -110,14 +110,14 @@ class CocaNetwork(torch.nn.Module):
         logits: Tensor = self.vocabulary(self.final_norm(x + added))
         return logits
 
-    def compile_parts(self, compiled: bool = True) -> None:
-        """Compile what follows the embeddings by parts, so that alike blocks share a graph; without ``compiled``, undo.
+    def compile_parts(self, compiler: Compiler) -> None:
+        """Compile what follows the embeddings by parts, so that alike blocks share a graph.
 
         A graph of all blocks would take minutes.
         """
         for block in (*self.text_blocks, *self.decoder_blocks, *self.cross_blocks):
-            block._compiled_call_impl = for_any_rows(block._call_impl) if compiled else None
-        self.head = for_any_rows(self._logits) if compiled else self._logits
+            block._compiled_call_impl = compiler.for_any_rows(block._call_impl)
+        self.head = compiler.for_any_rows(self._logits)
 
     def _zeros(self, *shape: int) -> Tensor:
         # not `empty`: under a mask, values that are not finite would spread, since NaN times 0 is NaN

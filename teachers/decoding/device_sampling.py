@@ -17,7 +17,7 @@ import torch
 from teachers.decoding.rules import Decoder, DecodingRules
 from teachers.decoding.sampling import TokenChooser
 from teachers.decoding.schedule import Entry, Schedule
-from teachers.fast_paths.recompilation import for_any_rows
+from teachers.fast_paths.recompilation import Compiler
 from teachers.fast_paths.step_graphs import Step
 from teachers.runtime.accelerator import upload
 
@@ -120,9 +120,9 @@ class DeviceSampler:
             self._state = _State(rows, self._rules.max_tokens, vocabulary, self._rules.impossible.device)
         return self._state
 
-    def compile(self, compiled: bool = True) -> None:
-        """Compile what follows the logits of a step; without ``compiled``, as it was before."""
-        self.advance = for_any_rows(self._advance) if compiled else self._advance
+    def compile(self, compiler: Compiler) -> None:
+        """Compile what follows the logits of a step."""
+        self.advance = compiler.for_any_rows(self._advance)
 
     def _step(self, decoder: DeviceDecoder, state: _State, rows: int) -> None:
         """Choose the next token of each row. Reads and writes ``state`` alone, so that it can be a CUDA graph."""

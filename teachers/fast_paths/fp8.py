@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 
 from teachers.fast_paths.frozen import FrozenAttention, FrozenLinear
+from teachers.runtime.eager import eager
 
 _LARGEST = 448.0  # of e4m3
 _MULTIPLE = 16  # sides of the matrices that PyTorch multiplies in fp8
@@ -87,7 +88,7 @@ class Float8Layers:
         """Compute with the layers as they were, without compiled code."""
         self._use(fp8=False)
         try:
-            with torch.compiler.set_stance("force_eager"):
+            with eager():
                 yield
         finally:
             self._use(fp8=True)

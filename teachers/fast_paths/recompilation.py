@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+
+from teachers.fast_paths.usage import fast_path
+from teachers.runtime.determinism import must_be_deterministic
+from teachers.runtime.eager import is_eager
+from teachers.runtime.memory import is_out_of_memory
 
 #: Blocks of all towers of a process that have one class share the graphs of its ``forward``: two towers with eight
 #: batch sizes each need sixteen. At torch's limit of eight, further shapes would run eagerly for good, so that the
@@ -19,7 +25,7 @@ _SHAPES = 1024
 def many_shapes() -> Iterator[None]:
     """Let torch compile functions for as many shapes as there are, while calls run inside of it.
 
-    Sizes that are equal in the first call of ``for_any_rows`` are not taken to be equal in all calls.
+    Sizes that are equal in the first call of ``Compiler.for_any_rows`` are not taken to be equal in all calls.
     """
     config = torch._dynamo.config
     limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # before torch 2.6
@@ -29,19 +35,109 @@ def many_shapes() -> Iterator[None]:
         yield
 
 
-def for_any_rows(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``torch.compile`` with one graph for all sizes of the arguments but those that parameters decide.
+class Compiler:
+    """Compiles functions of one model, and counts their calls as those of its fast path ``compile``.
 
-    Calls run inside of ``many_shapes``.
+    torch may run a function as it is and report nothing, so a call counts as used only if compiled code ran in it.
+    Until ``accept``, errors of the compiler are raised. After it they end the compilation of ``what``, since they would
+    cost a run its shards: its functions then run as they are.
     """
-    compiled: Callable[..., Any] = torch.compile(function, fullgraph=True, dynamic=True)
+
+    def __init__(self, what: str, asked: bool) -> None:
+        self._what, self._path = what, fast_path("compile", asked)
+        self._accepted = self._given_up = self._skipped = False
+
+    def compile(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        """``torch.compile`` of a function; ``options`` are those of torch. Calls run inside of ``many_shapes``."""
+        compiled: Callable[..., Any] = torch.compile(function, backend=_compile_graph, **options)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if is_eager():
+                return function(*args, **kwargs)
+            if self._given_up:
+                self._path.plain()
+                return function(*args, **kwargs)
+            before = _ran.graphs
+            try:
+                result = compiled(*args, **kwargs)
+            except Exception as error:
+                if not self._accepted or not _is_of_compiler(error) or is_out_of_memory(error):
+                    raise
+                result = function(*args, **kwargs)  # raises what is no fault of the compiler
+                self.give_up(error)
+            self._count(_ran.graphs > before)
+            return result
+
+        return call
+
+    def _count(self, used: bool) -> None:
+        if used:
+            self._path.used()
+            return
+        self._path.plain()
+        if self._accepted and not self._given_up and not self._skipped:
+            self._skipped = True
+            self._path.fall_back(f"{self._what}: torch runs it without compiled code, at least for some shapes")
+
+    def for_any_rows(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``compile`` with one graph for all sizes of the arguments but those that parameters decide."""
+        return self.compile(function, fullgraph=True, dynamic=True)
+
+    def accept(self) -> None:
+        """End the comparison with the plain functions. Raises ValueError if torch has run no compiled code in it."""
+        if not self._path.usage().used:
+            raise ValueError("torch runs it without compiled code")
+        self._accepted = True
+
+    def give_up(self, reason: Exception | str) -> None:
+        """Run the functions as they are from now on."""
+        self._given_up = True
+        text = reason if isinstance(reason, str) else f"{type(reason).__name__}: {reason}"
+        self._path.fall_back(f"{self._what}: {text}")
+
+
+class _Ran(threading.local):
+    """Calls of compiled graphs in a thread."""
+
+    graphs = 0
+
+
+_ran = _Ran()
+
+
+def _compile_graph(graph: Any, inputs: Any) -> Callable[..., Any]:
+    """Backend of ``torch.compile``: ``inductor``, whose graphs count their calls.
+
+    All functions have it in common, since graphs are shared only by functions with the same backend. It sets what is
+    needed here, because settings of inductor belong to the thread that made them.
+    """
+    with _settings():
+        compiled = inductor(graph, inputs)
+
+    def run(*args: Any) -> Any:
+        _ran.graphs += 1
+        return compiled(*args)
+
+    return run
+
+
+def inductor(graph: Any, inputs: Any) -> Callable[..., Any]:
+    """Kernels for a graph, of torch's own compiler."""
+    compiler: Any = importlib.import_module("torch._inductor.compile_fx")
+    compiled: Callable[..., Any] = compiler.compile_fx(graph, inputs)
     return compiled
 
 
-def settle_compiler() -> None:
-    """Let torch.compile use as many processes as torch has threads, and choose no kernel by its time where operations
-    must be deterministic. What is compiled later in this process stays so."""
-    compiler: Any = importlib.import_module("torch._inductor.config")
-    compiler.compile_threads = min(compiler.compile_threads or 1, torch.get_num_threads())
-    if torch.are_deterministic_algorithms_enabled() and hasattr(compiler, "deterministic"):
-        compiler.deterministic = True
+def _settings() -> AbstractContextManager[None]:
+    """At most as many processes as torch has threads, and no choice of kernels by their time where operations must be
+    deterministic."""
+    config: Any = importlib.import_module("torch._inductor.config")
+    changes: dict[str, Any] = {"compile_threads": min(config.compile_threads or 1, torch.get_num_threads())}
+    if must_be_deterministic() and hasattr(config, "deterministic"):
+        changes["deterministic"] = True
+    patched: AbstractContextManager[None] = config.patch(changes)
+    return patched
+
+
+def _is_of_compiler(error: Exception) -> bool:
+    return any(one.__module__ == "torch._dynamo.exc" for one in type(error).__mro__)

@@ -11,7 +11,7 @@ import torch
 
 from teachers.fast_paths.fp8 import Float8Layers, check_device
 from teachers.fast_paths.frozen import FrozenAttention
-from teachers.fast_paths.recompilation import many_shapes, settle_compiler
+from teachers.fast_paths.recompilation import Compiler, many_shapes
 from teachers.runtime.accelerator import Accelerator
 from teachers.tokens.texts import PROBE_TEXTS
 
@@ -148,36 +148,37 @@ def use_fp8(teacher: Any, tower: torch.nn.Module, accelerator: Accelerator) -> N
 
 
 def compile_images(
-    teacher: Any, tower: torch.nn.Module, encode: Encode, wanted: bool | None, accelerator: Accelerator
+    model: Any, tower: torch.nn.Module, encode: Encode, wanted: bool | None, accelerator: Accelerator
 ) -> Encode:
-    """``encode``, which computes ``tower`` and more of it, with the blocks of the tower compiled.
+    """``encode`` of a model, which computes ``tower`` and more of it, with the blocks of the tower compiled.
 
-    By default (``wanted`` None) they are compiled on CUDA, if that works with the embeddings of before up to rounding:
-    it needs a C compiler, for example. With True, what goes wrong raises.
+    By default (``wanted`` None) they are compiled on CUDA, if that works with the outputs of before up to rounding:
+    it needs a C compiler, for example. With True, what goes wrong raises. A tower may have no such blocks.
     """
     if wanted is False or (wanted is None and accelerator.device.type != "cuda"):
         return encode
-    spec = teacher.image
+    compiler, spec = Compiler("the image tower", asked=wanted is True), model.image
     pixels = torch.randn(2, 3, spec.height, spec.width, generator=torch.Generator().manual_seed(0))
     pixels = accelerator.layout(accelerator.put(pixels))
     fast = padded(encode, _SMALLEST_ON_CUDA if accelerator.device.type == "cuda" else _SMALLEST)
-    least = _COSINE_FP8 if hasattr(teacher, "encode_images_in_bf16") else least_cosine(accelerator.precision)
+    least = _COSINE_FP8 if hasattr(model, "encode_images_in_bf16") else least_cosine(accelerator.precision)
     with accelerator.forward():
         before = encode(pixels)
         try:
-            compile_blocks(tower)
+            if not compile_blocks(tower, compiler):
+                compiler.give_up("it has no blocks that are alike")
+                return encode
             check_equal([before], [fast(pixels)], least)
+            compiler.accept()
         except Exception as error:
             if wanted:
                 raise
-            for block in _alike(tower):
-                block._compiled_call_impl = None
-            _LOG.warning("%s is not compiled: %s: %s", type(teacher).__name__, type(error).__name__, error)
+            compiler.give_up(error)
             return encode
     return fast
 
 
-def compile_blocks(tower: torch.nn.Module, backend: str | Callable[..., Any] = "inductor") -> int:
+def compile_blocks(tower: torch.nn.Module, compiler: Compiler) -> int:
     """Compile the blocks of a tower that follow each other and are alike, such as a transformer's -> their number.
 
     Alike blocks share what is compiled, so it takes seconds and not minutes. It fuses activations, norms and casts,
@@ -187,10 +188,9 @@ def compile_blocks(tower: torch.nn.Module, backend: str | Callable[..., Any] = "
     """
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 5):
         raise ValueError(f"`compile` of a teacher needs torch 2.5, and this is {torch.__version__}")
-    settle_compiler()
     blocks = list(_alike(tower))
     for block in blocks:
-        block.compile(backend=backend, dynamic=False)
+        block._compiled_call_impl = compiler.compile(block._call_impl, dynamic=False)
     return len(blocks)
 
 

@@ -19,13 +19,14 @@ import contextlib
 import logging
 import os
 import re
-import sys
 from collections.abc import Iterator
+from contextvars import ContextVar
 
 import torch
 
 _LOG = logging.getLogger(__name__)
 _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+_required: ContextVar[bool] = ContextVar("required", default=False)
 _NO_KERNEL = re.compile(r"(\S+) does not have a deterministic implementation")
 
 
@@ -117,15 +118,18 @@ def unique_indices() -> Iterator[None]:
 
     The flag would have CUDA sort the indices of each copy: several kernels in each layer of a decoding step.
     """
-    before = _mode()
+    before, token = _mode(), _required.set(must_be_deterministic())
     _set_mode(False, False)
-    compiler = sys.modules.get("torch._inductor.config")
-    if before[0] and hasattr(compiler, "deterministic"):
-        compiler.deterministic = True  # type: ignore[union-attr]  # what is compiled here stays so
     try:
         yield
     finally:
         _set_mode(*before)
+        _required.reset(token)
+
+
+def must_be_deterministic() -> bool:
+    """Whether results must be equal each time, also inside of ``unique_indices``, which lifts torch's flag."""
+    return _required.get() or _mode()[0]
 
 
 def operation_without_kernel(error: BaseException) -> str | None:

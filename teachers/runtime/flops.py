@@ -20,6 +20,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
+from teachers.runtime.eager import eager
 from teachers.spec import Precision
 
 _TERA = 1e12
@@ -106,8 +107,9 @@ def counted_flops(work: Callable[[], Any]) -> int:
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # its operation is unknown to the counter
     try:
+        counter = FlopCounterMode(display=False, custom_mapping=_MAPPING)
         # Attention as products, since the fused kernel of CPUs is unknown, too.
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=_MAPPING) as counter:
+        with sdpa_kernel(SDPBackend.MATH), eager(), counter:
             work()
         return int(counter.get_total_flops())
     finally:

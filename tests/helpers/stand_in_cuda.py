@@ -22,7 +22,7 @@ in a training; views count as none; a replay of a graph counts as one.
 
 ``torch.cuda``'s streams, events, graphs and memory figures are replaced; optimizers and ``clip_grad_norm_`` take the
 paths of a CUDA device. Threads that start inside the context belong to it. Autocast follows the lists of the CPU.
-``torch.compile`` returns its function as it is and records its arguments in ``compiled``.
+``torch.compile`` makes no kernels and records its arguments in ``compiled``; see ``stand_in_compiler``.
 
 Not shown by a pass: that CUDA has the kernel for a data type, its rounding and its speed; memory that changes while
 another stream or an asynchronous copy reads or writes it.
@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -43,7 +43,9 @@ import torch.utils._foreach_utils as foreach
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from teachers.fast_paths import recompilation
 from tests.helpers import stand_in_streams as streams
+from tests.helpers.stand_in_compiler import compiler
 from tests.helpers.stand_in_device import DEVICE, Counts, CudaTensor, StandIn
 
 optimizers: Any = sys.modules[torch.optim.Optimizer.__module__]
@@ -125,8 +127,9 @@ def _replaced_runtime(cuda: StandIn) -> Iterator[None]:
         *((torch.cuda, name, value) for name, value in _replacements(cuda).items()),
         (torch, "autocast", _Autocast),
         (torch.amp, "autocast", _Autocast),
-        (torch, "compile", _compile(cuda)),
-        (torch.nn.Module, "compile", _compile(cuda)),
+        (torch, "compile", compiler(cuda.compiled, _Operations)),
+        (torch.nn.Module, "compile", compiler(cuda.compiled, _Operations)),
+        (recompilation, "inductor", lambda graph, inputs: graph.forward),
         (torch, "Generator", _Generator),
         (foreach, "_foreach_supported_types", types),
         (optimizers, "_foreach_supported_types", types),
@@ -138,16 +141,6 @@ def _replaced_runtime(cuda: StandIn) -> Iterator[None]:
         yield
         kept = [name for owner, name, value in replaced if getattr(owner, name) is not value]
         assert not kept, f"a monkeypatch that is undone later would put the stand-in's {kept} into torch"
-
-
-def _compile(cuda: StandIn) -> Callable[..., Any]:
-    """For functions and, as a method, for modules."""
-
-    def compile_(function: Any, **options: Any) -> Any:
-        cuda.compiled.append({"function": function, **options})
-        return function
-
-    return compile_
 
 
 def _replacements(cuda: StandIn) -> dict[str, Any]:

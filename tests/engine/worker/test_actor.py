@@ -17,19 +17,26 @@ import torch
 
 from reinforce.config import parse_config
 from reinforce.engine.decode.decode_pool import DecodePool
-from reinforce.engine.inference.models import load_models
+from reinforce.engine.inference.models import Models, load_models
 from reinforce.engine.messages.results import LayerFailure, LoadFailure, ShardFailure, ShardResult, StorageFailure
 from reinforce.engine.messages.task import PendingShard
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.plan.recipe import build_layers, describe_models
+from reinforce.engine.worker import actor
 from reinforce.engine.worker import stale_files as inputs
 from reinforce.engine.worker.actor import Worker, as_actor
+from reinforce.engine.worker.producers import registry
+from reinforce.engine.worker.producers.registry import measure_costs
 from reinforce.errors import UserError
 from schemas import Reason
+from teachers.fast_paths.usage import set_enabled, snapshot
+from tests.helpers.compiled_graphs import captured_graphs
 from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.decoding import decode_pool
 from tests.helpers.models import ColorTeacher
+from tests.helpers.models.tiny_models import open_clip_model
 from tests.helpers.s3_proxy import Proxy, refuse
+from tests.helpers.stand_in_cuda import stand_in_cuda
 
 
 class Reversing(ColorTeacher):
@@ -190,6 +197,46 @@ def test_a_worker_does_not_start_with_a_teacher_that_is_wrong_in_full_batches(
     with pytest.raises(LoadFailure, match=r"red fails its self-test \(images, a batch of 64\): .*order of the rows"):
         worker.load()
     worker.pool.close()
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_a_worker_counts_operations_of_towers_that_stay_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: int
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    teachers = {"vit": {"model": open_clip_model(tmp_path / "vit"), "precision": "fp32", "compile": True}}
+    settings = {"batch": 8, "gpus": gpus}
+    config = parse_config(config_of("x.tar", "out", captioners={}, teachers=teachers, workers=settings))
+    layers = build_layers(config, describe_models(config))
+    worker = Worker(config, layers, frozenset(layers), str(tmp_path))
+    calls, default = [], sys.getswitchinterval()
+
+    def encode(models: Models, *sizes: int) -> None:
+        for rows in sizes:
+            before = graphs.calls
+            models.teachers["vit"].encode_images(models.accelerator.put(torch.zeros(rows, 3, 32, 32)))
+            calls.append(graphs.calls - before)
+
+    def measure(models: Models, *others: Any) -> Any:
+        encode(models, 1)
+        costs = measure_costs(models, *others)
+        encode(models, 1, 40, 70)  # in batches of sizes that were compiled before, and of others
+        return costs
+
+    monkeypatch.setattr(registry, "peak_flops", lambda *_: 1e12)
+    monkeypatch.setattr(actor, "measure_costs", measure)
+    set_enabled(True)
+    try:
+        with stand_in_cuda() if gpus else contextlib.nullcontext(), captured_graphs() as graphs:
+            worker.load()
+    finally:
+        worker.pool.close()
+        sys.setswitchinterval(default)
+        torch.use_deterministic_algorithms(False)  # as the process was
+    assert worker.models.costs["embeddings/vit/images"].flops > 1e6
+    assert calls == [2, 2, 2, 2], "of two blocks"
+    [used] = [one for one in snapshot() if one.path == "compile"]
+    assert (used.plain, used.reason) == (0, None)
 
 
 def test_a_worker_reports_the_layer_and_the_batch_in_which_a_shard_hangs_while_it_hangs(

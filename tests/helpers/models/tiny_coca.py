@@ -76,7 +76,7 @@ MODEL = f"local-dir:{ROOT / 'configs' / 'demo-models' / 'coca-64'}"
 
 def build(device: str, **options: Any) -> CocaCaptioner:
     spec = captioner_spec(**{"model": MODEL, "captions": 3, "max_length": 16, **options})
-    return CocaCaptioner(spec, Accelerator(device))
+    return CocaCaptioner(spec, Accelerator(device, options.get("precision", "fp32")))
 
 
 def batch(captioner: CocaCaptioner, count: int) -> tuple[torch.Tensor, np.ndarray]:

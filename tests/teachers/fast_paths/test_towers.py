@@ -12,7 +12,6 @@ import torch
 from open_clip.transformer import ResidualAttentionBlock
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
-from torch._dynamo.testing import CompileCounter
 
 from reinforce.config import parse_config
 from reinforce.dataset.files.store import Store
@@ -22,8 +21,9 @@ from reinforce.engine.worker.shard import ShardProcess
 from reinforce.errors import UserError
 from reinforce.student.config import Loss
 from teachers import registry
-from teachers.fast_paths import towers
+from teachers.fast_paths import recompilation, towers
 from teachers.fast_paths.fp8 import Float8Layers, Float8Linear, check_device
+from teachers.fast_paths.recompilation import Compiler
 from teachers.open_clip.teacher import OpenClipTeacher
 from teachers.open_clip.text import keep_residual_in_float32
 from teachers.preprocessing.pixels import to_pixels
@@ -31,6 +31,7 @@ from teachers.protocols import ImageSpec
 from teachers.registry import captioner_spec, describe_model, load_model, teacher_spec
 from teachers.runtime.accelerator import Accelerator
 from teachers.tokens.texts import PROBE_TEXTS
+from tests.helpers.compiled_graphs import captured_graphs
 from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.decoding import decode_pool
 from tests.helpers.models.named_models import open_clip_named
@@ -151,22 +152,19 @@ def test_blocks_of_image_towers_are_compiled_on_cuda_unless_the_config_says_no(
 def test_a_node_without_a_compiler_computes_without_and_fails_where_the_config_asks_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def compile_(module: torch.nn.Module, **_: Any) -> None:
-        def call(*_: Any, **__: Any) -> None:
-            raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
-
-        module._compiled_call_impl = call
+    def inductor(*_: Any) -> None:
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
 
     values = {"model": open_clip_model(tmp_path), "precision": "bf16"}
     expected = embeddings(OpenClipTeacher(teacher_spec(**values), Accelerator("cpu", "bf16")))
     with stand_in_cuda(), monkeypatch.context() as patched:
-        patched.setattr(torch.nn.Module, "compile", compile_)
+        patched.setattr(recompilation, "inductor", inductor)
         teacher = OpenClipTeacher(teacher_spec(**values), Accelerator("cuda", "bf16"))
         found = teacher.encode_images(images(3).to("cuda")).cpu()
         with pytest.raises(RuntimeError, match="teacher vit: RuntimeError: Failed to find C compiler"):
             registry.load_model("vit", teacher_spec(**values, compile=True), "cuda")
     torch.testing.assert_close(found, expected[0], rtol=0, atol=2e-2)
-    assert "OpenClipTeacher is not compiled: RuntimeError: Failed to find C compiler" in caplog.text
+    assert "without the fast path `compile`: the image tower: RuntimeError: Failed to find C compiler" in caplog.text
 
 
 def test_preparing_pixels_copies_nothing_and_waits_for_nothing() -> None:
@@ -181,34 +179,31 @@ def test_preparing_pixels_copies_nothing_and_waits_for_nothing() -> None:
 
 
 def test_growing_and_shrinking_batches_compile_one_graph_for_each_power_of_two_and_all_blocks(tmp_path: Path) -> None:
-    torch._dynamo.reset()
-    accelerator, counter, sizes = Accelerator("cpu", "bf16"), CompileCounter(), [8, 3, 32, 31, 1, 17, 5, 25, 2]
+    accelerator, sizes = Accelerator("cpu", "bf16"), [8, 3, 32, 31, 1, 17, 5, 25, 2]
     teacher = OpenClipTeacher(teacher_spec(model=open_clip_model(tmp_path), precision="bf16"), accelerator)
     model: Any = teacher._model
     assert towers.fuse_attention(model, accelerator, lambda: [model.encode_image(images(1))])
     encode = towers.padded(model.encode_image)
-    with accelerator.forward():
+    with accelerator.forward(), captured_graphs() as graphs:
         expected = [encode(images(size)) for size in sizes]
-        assert towers.compile_blocks(model.visual, backend=counter) == 2
+        assert towers.compile_blocks(model.visual, Compiler("tower", asked=False)) == 2
         outputs = [encode(images(size)) for size in sizes]
-    assert counter.frame_count == 2, "8 and 32"
+    assert len(graphs.captured) == 2, "8 and 32"
     assert [len(output) for output in outputs] == sizes
     assert all(map(torch.equal, expected, outputs))
-    torch._dynamo.reset()
 
 
 def test_two_towers_with_six_batch_sizes_each_are_compiled_for_all_of_them() -> None:
-    torch._dynamo.reset()
-    counter, sizes = CompileCounter(), [8, 16, 32, 64, 128, 256]
-    for width in (16, 32):
-        tower = torch.nn.Sequential(*[ResidualAttentionBlock(width, 2) for _ in range(2)])
-        assert towers.compile_blocks(tower, backend=counter) == 2
-        encode = towers.padded(tower)
-        with torch.inference_mode():
-            for size in sizes:
-                encode(torch.zeros(size, 3, width))
-    assert counter.frame_count == 2 * len(sizes), "torch's own limit is 8 graphs for all blocks of a class"
-    torch._dynamo.reset()
+    sizes = [8, 16, 32, 64, 128, 256]
+    with captured_graphs() as graphs:
+        for width in (16, 32):
+            tower = torch.nn.Sequential(*[ResidualAttentionBlock(width, 2) for _ in range(2)])
+            assert towers.compile_blocks(tower, Compiler("tower", asked=False)) == 2
+            encode = towers.padded(tower)
+            with torch.inference_mode():
+                for size in sizes:
+                    encode(torch.zeros(size, 3, width))
+    assert len(graphs.captured) == 2 * len(sizes), "torch's own limit is 8 graphs for all blocks of a class"
 
 
 def test_only_blocks_that_are_alike_are_compiled() -> None:
