@@ -17,6 +17,7 @@ from teachers.coca.network import CocaNetwork, check_decodable
 from teachers.decoding.captioner import DecodingCaptioner
 from teachers.decoding.decode import decode
 from teachers.fast_paths.frozen import freeze
+from teachers.fast_paths.towers import compile_images
 from teachers.open_clip import catalog
 from teachers.open_clip.teacher import image_spec, load_model, model_name
 from teachers.runtime.accelerator import Accelerator
@@ -43,9 +44,11 @@ class CocaCaptioner(DecodingCaptioner):
         self._tokens = Vocabulary(open_clip.get_tokenizer(model_name(spec)))
         accelerator.prepare(model)
         # The rest of the model is released: both parts copy its weights to layouts of their own.
+        wanted = None if spec.compile == "auto" else spec.compile
+        packed = accelerator.device.type == "cpu" and not wanted
         self._visual = model.visual
-        freeze(self._visual, accelerator)
-        packed = accelerator.device.type == "cpu" and spec.compile is not True
+        freeze(self._visual, accelerator, packed)
+        self._encode = compile_images(self, self._visual, lambda pixels: self._visual(pixels)[1], wanted, accelerator)
         network = CocaNetwork(model, accelerator, spec.max_length - 2, packed)
         self._decoder = (
             CocaDecoder(network, accelerator)
@@ -77,8 +80,7 @@ class CocaCaptioner(DecodingCaptioner):
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels float32 [B, 3, H, W] -> image tokens [B, n, width]."""
         with self._accelerator.forward():
-            images: torch.Tensor = self._visual(self._accelerator.layout(pixels))[1]
-        return images
+            return self._encode(self._accelerator.layout(pixels))
 
     @torch.inference_mode()
     def decode(

@@ -89,15 +89,15 @@ class FrozenAttention(torch.nn.Module):
         return self.out(x.transpose(1, 2).flatten(2)), None
 
 
-def freeze(module: torch.nn.Module, accelerator: Accelerator) -> None:
+def freeze(module: torch.nn.Module, accelerator: Accelerator, packed: bool = True) -> None:
     """Replace a module's linear layers and attentions by frozen ones, recursively and in place."""
     for name, child in module.named_children():
         if type(child) is torch.nn.Linear:
-            setattr(module, name, FrozenLinear(child.weight, child.bias, accelerator))
+            setattr(module, name, FrozenLinear(child.weight, child.bias, accelerator, packed))
         elif type(child) is torch.nn.MultiheadAttention and child.batch_first:
-            setattr(module, name, FrozenAttention(child, accelerator))
+            setattr(module, name, FrozenAttention(child, accelerator, packed))
         else:
-            freeze(child, accelerator)
+            freeze(child, accelerator, packed)
 
 
 def _packable(weight: torch.Tensor) -> bool:
