@@ -12,6 +12,7 @@ from reinforce import settings
 from reinforce.config_schema import Batch, Named, OneOrMore
 from reinforce.input_config import SOURCES, Input
 from reinforce.processes.cores import Node, cores_per_process, default_gpus, describe_share
+from reinforce.processes.fast_paths import Accelerated
 from reinforce.settings import Section
 from teachers.custom.classifier import ClassifierSpec
 from teachers.custom.family import ClassScorerSpec
@@ -261,6 +262,7 @@ class Config(Section):
     scores: Named[Score] = Field(
         default_factory=dict, description="scores by name, from layers that this config names or by a class"
     )
+    accelerator: Accelerated = "fast"
     workers: Workers = Workers()
     failures: Failures = Failures()
     estimate: Estimate | None = Field(None, description="rates and prices for the estimates of `reinforce plan`")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeAlias
 from pydantic import Field, GetCoreSchemaHandler, create_model
 from pydantic_core import CoreSchema, core_schema
 
-from teachers.fast_paths.usage import loading
+from teachers.fast_paths.usage import in_force, loading
 from teachers.spec import CaptionerSpec, ModelInfo, ModelSpec, TeacherSpec
 
 
@@ -64,7 +64,7 @@ def load_model(name: str, spec: ModelSpec, device: str) -> Any:
     model's own code. Each message starts with the model's name.
     """
     with _errors_naming(spec.label.format(name)), loading(name):
-        return spec.load(name, device)
+        return in_force(spec).load(name, device)
 
 
 @contextmanager

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from teachers.protocols import Teacher
+
+if TYPE_CHECKING:
+    from typing import Self
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16", "fp8"]
 _Lengths = TypeVar("_Lengths", bound=Any)  # a model with min_length and max_length
@@ -51,6 +54,8 @@ class ModelSpec(BaseModel):
     published: ClassVar[bool] = False
     #: Whether the family uses ``options``.
     takes_options: ClassVar[bool] = False
+    #: Keys of fast paths, which False turns off.
+    fast_paths: ClassVar[tuple[str, ...]] = ()
 
     family: str = Field(
         "open_clip",
@@ -124,6 +129,10 @@ class ModelSpec(BaseModel):
         """
         raise NotImplementedError
 
+    def plain(self) -> Self:
+        """A copy with every fast path off. A precision of fp8 keeps what it needs."""
+        return self.model_copy(update=dict.fromkeys(self.fast_paths, False))
+
     def stated_by(self, model: Any) -> dict[str, Any]:
         """Entries of dataset.json of the loaded model besides its identity."""
         return {}
@@ -139,6 +148,7 @@ class TeacherSpec(ModelSpec):
     section: ClassVar[str] = "teachers"
     label: ClassVar[str] = "teacher {}"
     methods: ClassVar[tuple[str, ...]] = ("encode_images", "encode_texts")
+    fast_paths: ClassVar[tuple[str, ...]] = ("held_weights", "fused_attention", "compile")
 
     logit_scale: float | None = Field(
         None, gt=0, description="1/temperature used in distillation; default: the model's own"
@@ -148,9 +158,25 @@ class TeacherSpec(ModelSpec):
     )
     compile: bool | None = Field(
         None,
-        description="compile the blocks of the image tower (torch.compile), a minute at the start of a run; default: "
+        description="compile blocks of the image tower that are alike (torch.compile) when a worker starts; default: "
         "on CUDA, if that works",
     )
+    held_weights: bool | None = Field(
+        None,
+        description="cast the weights of products to `precision` once instead of in each pass; default: on CUDA, where "
+        "embeddings stay equal bit for bit",
+    )
+    fused_attention: bool | None = Field(
+        None,
+        description="compute attention without copies between its products; default: on CUDA, where embeddings stay "
+        "equal up to rounding",
+    )
+
+    @model_validator(mode="after")
+    def _check_fp8(self) -> TeacherSpec:
+        if self.precision == "fp8" and self.fused_attention is False:
+            raise ValueError("`precision: fp8` needs attention without copies: remove `fused_attention: false`")
+        return self
 
     @property
     def stated(self) -> Mapping[str, Any]:
@@ -192,6 +218,7 @@ class CaptionerSpec(ModelSpec):
     section: ClassVar[str] = "captioners"
     label: ClassVar[str] = "captioner {}"
     methods: ClassVar[tuple[str, ...]] = ("caption",)
+    fast_paths: ClassVar[tuple[str, ...]] = ("fused_attention", "compile", "graphs")
 
     captions: int = Field(
         5,
@@ -229,8 +256,17 @@ class CaptionerSpec(ModelSpec):
     max_length: int = Field(30, ge=2, description="maximum tokens, start and end included")
     compile: Literal["auto"] | bool = Field(
         "auto",
-        description="CoCa: auto: one CUDA graph a word, compiled if that works, on CPUs neither; true: compiled, on "
-        "CPUs too; false: neither. Compiling takes about a minute at the start of a run",
+        description="CoCa: compile decoding steps (torch.compile) when a worker starts; auto: on CUDA, if that works; "
+        "true: on CPUs too; false: neither this nor `graphs`",
+    )
+    graphs: bool | None = Field(
+        None,
+        description="CoCa on CUDA: launch each decoding step as one CUDA graph; default: unless `compile` is false",
+    )
+    fused_attention: bool | None = Field(
+        None,
+        description="CoCa on CUDA: compute the image tower with weights held in `precision` and attention without "
+        "copies; default: true",
     )
     clean: Clean | None = Field(
         None, description="cleaning of captions before they are stored; dropped ones are replaced by the others"
@@ -270,6 +306,11 @@ class CaptionerSpec(ModelSpec):
         return self.captions
 
     @property
+    def uses_graphs(self) -> bool:
+        """Whether decoding steps are CUDA graphs, on CUDA."""
+        return self.compile is not False if self.graphs is None else self.graphs
+
+    @property
     def rows_per_image(self) -> int:
         """Captions of an image that are decoded in parallel."""
         return self.beams if "beams" in _STRATEGIES[self.strategy] else self.captions
@@ -299,5 +340,5 @@ CHAT_FIELDS = ("prompt", "image_size")
 #: All decoding fields; custom classes do not use them.
 DECODING_FIELDS = (
     *("strategy", "temperature", "top_p", "top_k", "beams", "groups", "diversity", "length_penalty"),
-    *("repetition_penalty", *_LENGTHS, "compile"),
+    *("repetition_penalty", *_LENGTHS, "compile", "graphs", "fused_attention"),
 )

@@ -16,6 +16,7 @@ import pytest
 import typer.main
 from hypothesis import HealthCheck, settings
 
+from teachers.fast_paths import usage
 from tests.helpers import forks
 from tests.helpers.commands import Command, run_command
 from tests.helpers.data import members_of, write_tar
@@ -65,6 +66,13 @@ def _share_vocabularies() -> None:
         vars(self).update(known[key], cache=dict(known[key]["cache"]))
 
     SimpleTokenizer.__init__ = init
+
+
+@pytest.fixture
+def own_fast_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A switch and counts of fast paths for one test."""
+    monkeypatch.setattr(usage, "_process", usage._Process())
+    monkeypatch.delenv(usage.VARIABLE, raising=False)
 
 
 @pytest.fixture(scope="session")

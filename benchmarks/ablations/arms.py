@@ -39,6 +39,7 @@ _FIXED = (*ONE_CORE, "loss.features=one-sided")
 _NOT_IN_STUDENTS: dict[str, Any] = {
     "output": True,
     "seed": True,
+    "accelerator": True,
     "data": {"workers"},
     "train": {"compute": {"ranks", "gpus", "cpus", "deterministic", "sync_batch_norm"}},
     "evaluate": {"export"},
@@ -53,6 +54,7 @@ def _dataset_json(config: Config) -> str:
     exclude: dict[str, Any] = {
         "output": True,
         "workers": True,
+        "accelerator": True,
         "scores": True,
         "classifiers": True,
         "failures": {"outage_seconds"},

@@ -13,7 +13,7 @@ from benchmarks.ablations.measures import BYTES, MILLISECONDS, MILLISECONDS_ALON
 from examples.demo.compare import SECONDS
 from examples.demo.data import SHARE
 from teachers.open_clip.catalog import FOLDER_PREFIX
-from teachers.spec import DECODING_FIELDS
+from teachers.spec import DECODING_FIELDS, CaptionerSpec
 
 #: Columns of a question's table, and panels of its figure.
 OWN, UNSEEN, PICTURES, RETRIEVAL = "own_style", "unseen_style", "unseen_pictures", "retrieval"
@@ -43,7 +43,7 @@ STAGES: Mapping[Encoder, tuple[float, ...]] = {
 PRETRAINED_CAPTIONER = Path("demo/teachers/coca-pretrain/captioner")
 #: Name and override of an arm.
 WITHOUT_CAPTIONS = ("captions-none", "data.captioners=[]")
-_SAMPLING = frozenset(DECODING_FIELDS) - {"repetition_penalty", "min_length", "max_length", "compile"}
+_SAMPLING = frozenset(DECODING_FIELDS) - {"repetition_penalty", "min_length", "max_length", *CaptionerSpec.fast_paths}
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from reinforce.config_schema import ImagesFrom, LayerName
 from reinforce.evaluation.fields import CaptionFields
 from reinforce.evaluation.report import RECALLS
 from reinforce.input_config import Format, Limits
+from reinforce.processes.fast_paths import Accelerated
 from reinforce.settings import Section
 from reinforce.training.config import TrackersOfRun, Training
 from teachers.spec import CaptionerSpec, check_lengths
@@ -191,6 +192,7 @@ class CaptionerConfig(Section):
     data: Data
     held_out: HeldOut = HeldOut(share=0.02)
     loss: Loss = Loss()
+    accelerator: Accelerated = "fast"
     train: Training
     evaluate: Evaluation = Evaluation()
     log: TrackersOfRun = None

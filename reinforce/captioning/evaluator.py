@@ -29,6 +29,7 @@ from reinforce.processes.cores import available_cores
 from reinforce.student.data.parts import Tokenize
 from reinforce.terminal import first_names
 from teachers.coca.captioner import CocaCaptioner
+from teachers.fast_paths.usage import in_force, loading
 from teachers.open_clip.building import write_open_clip
 from teachers.preprocessing.pixels import to_pixels
 from teachers.protocols import ImageSpec
@@ -38,6 +39,7 @@ from teachers.runtime.accelerator import Accelerator
 _CACHE_BYTES = 2 * 2**30
 _LOGGED_CAPTIONS = 5
 _MODEL = "model"
+_CAPTIONER = "captioner"  # in the counts of fast paths
 
 _log = logging.getLogger(__name__)
 
@@ -153,7 +155,9 @@ class CaptionerEvaluator:
         """
         with tempfile.TemporaryDirectory(prefix="reinforce-captioner-") as folder:
             write_open_clip(model.coca, model.config, open_clip.get_tokenizer(model.name), folder)
-            captioner = CocaCaptioner(self._config.generate.captioner(f"local-dir:{folder}"), accelerator)
+            spec = in_force(self._config.generate.captioner(f"local-dir:{folder}"))
+            with loading(_CAPTIONER):
+                captioner = CocaCaptioner(spec, accelerator)
         captions: dict[int, str | None] = {}
         limit = self._config.captioned or len(self._held_out)
         for images, rows in self._batches(captioner.image, accelerator, limit):

@@ -15,6 +15,7 @@ from rich.live import Live
 from reinforce.cli.common import DatasetUrl, print_json, print_lines
 from reinforce.errors import UserError
 from reinforce.terminal import escape, plural, print_table
+from teachers.fast_paths.report import parse, usage_lines
 
 if TYPE_CHECKING:
     from reinforce.dataset.files.store import Store
@@ -36,7 +37,8 @@ def status(
         bool, typer.Option("--json", help="Print one JSON object; with --watch, one in a line for each report.")
     ] = False,
     verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Also show the speed of each layer in the last run.")
+        bool,
+        typer.Option("--verbose", "-v", help="Also show the speed of each layer in the last run, and its fast paths."),
     ] = False,
 ) -> None:
     """Show the running job, the layers of a dataset, what is quarantined and why, and how the last run ended.
@@ -83,7 +85,7 @@ def _show(store: Store, reasons: bool, as_json: bool, verbose: bool) -> None:
         print_json(_as_json(store.url, progress, found))
         return
     if progress is not None:
-        print_table(_run_group(progress))
+        print_table(_run_group(progress, verbose))
     if begun:
         typer.echo("there are no layers yet: workers load their models")
     else:
@@ -169,13 +171,14 @@ def _shown_in_place(reports: Iterator[RunProgress]) -> Iterator[RunProgress]:
             yield progress
 
 
-def _run_group(progress: RunProgress) -> Group:
+def _run_group(progress: RunProgress, verbose: bool = False) -> Group:
     from rich.text import Text
 
     from reinforce.dataset.runs.progress import detail_lines, headline, state_line, workers_table
 
     lines = [Text(line) for line in (state_line(progress), headline(progress))]
-    return Group(*lines, workers_table(progress), *(Text(line) for line in detail_lines(progress)))
+    details = [*detail_lines(progress), *(map(escape, usage_lines(progress.fast_paths)) if verbose else ())]
+    return Group(*lines, workers_table(progress), *map(Text, details))
 
 
 def _print_dataset(found: Mapping[str, Any], reasons: bool, verbose: bool) -> None:
@@ -199,4 +202,5 @@ def _print_dataset(found: Mapping[str, Any], reasons: bool, verbose: bool) -> No
         typer.echo(escape(text))
         lines = [*source_lines(last.get("source_counts", {})), *cleaned_lines(last.get("cleaned", {}))]
         lines += not_in_source_lines(last.get("not_in_source", {}))
+        lines += usage_lines(parse(last.get("fast_paths", ()))) if verbose else []
         print_lines([*rate_lines(last, verbose), *lines, *map(str, last.get("notes", []))])

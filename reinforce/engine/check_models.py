@@ -28,8 +28,11 @@ from reinforce.engine.worker.producers.base import Side
 from reinforce.engine.worker.producers.registry import PRODUCERS
 from reinforce.errors import UserError
 from reinforce.processes.cores import available_cores, describe_share
+from reinforce.processes.fast_paths import use_accelerator
 from reinforce.terminal import Screen
 from teachers.custom.family import ClassTeacherSpec
+from teachers.fast_paths.report import problem_lines
+from teachers.fast_paths.usage import snapshot
 from teachers.redact import Redactor
 from teachers.registry import describe_model, load_model
 from teachers.runtime.accelerator import Accelerator
@@ -105,6 +108,7 @@ def check_config(config: Config) -> Report:
     device = "cuda" if workers.gpus else "cpu"
     largest = MAX_AUTO_BATCH if workers.batch == "auto" and workers.gpus else workers.images
     set_flags(device, workers.deterministic)
+    use_accelerator(config.accelerator)
     Screen().log(f"{workers.describe()}, batches of {largest:,}, device {device}")
     with _threads(workers.cores):
         for name, spec in (one for of in config.models.values() for one in of.items()):
@@ -112,6 +116,7 @@ def check_config(config: Config) -> Report:
                 report.notes.append(f"{name} is read from what others have published: no model is loaded")
             else:
                 _check_model(report, redact, name, spec, device, largest)
+    report.notes += map(redact, problem_lines(snapshot()))
     return report
 
 
@@ -125,6 +130,7 @@ def check_class(target: str, options: dict[str, Any], kind: Kind | None = None) 
     except ValueError as error:
         raise UserError(redact.cut(f"{error}{user_frames(error)}")) from error
     set_flags("auto")
+    use_accelerator("fast")
     device = Accelerator().device.type
     Screen().log(f"{describe_share(torch.get_num_threads(), 0)}, batches of {_CLASS_BATCH}, device {device}")
     _check_model(report, redact, cls.__name__, checked, device, _CLASS_BATCH)

@@ -35,6 +35,7 @@ from reinforce.engine.record.summary import RunSummary, add_summaries, nothing_t
 from reinforce.errors import RayEnded, StorageError, TooManyQuarantined, UserError
 from reinforce.parallel.machines import cluster_of_run, nodes_of_run
 from reinforce.processes.cores import Node
+from reinforce.processes.fast_paths import with_accelerator
 from reinforce.settings import as_config
 from reinforce.terminal import plural
 from teachers.redact import Redactor
@@ -72,6 +73,7 @@ def run(
 
 
 def _run(config: Config, address: str | None, retry_quarantined: bool, accept_changed_classes: bool) -> RunSummary:
+    config = with_accelerator(config)
     check_output(config)
     store = Store(config.output)
     store.check_writable()

@@ -12,11 +12,20 @@ from reinforce.errors import UserError
 from reinforce.evaluation.config import Evaluation
 from reinforce.evaluation.report import Report, Result
 from reinforce.processes.cores import available_cores
+from reinforce.processes.fast_paths import Accelerated, use_accelerator
 from reinforce.terminal import Screen
+from teachers.fast_paths.report import problem_lines
+from teachers.fast_paths.usage import snapshot
 from teachers.spec import ModelSpec
 
 if TYPE_CHECKING:
     from teachers.runtime.accelerator import Precision
+
+
+class EvaluationCommand(Evaluation):
+    """Sets, and how models run in a command of its own. In a training run they run as the training does."""
+
+    accelerator: Accelerated = "fast"
 
 
 def build_evaluation(
@@ -26,7 +35,7 @@ def build_evaluation(
     limit: int | None = None,
     overrides: Sequence[str] = (),
     suite: Mapping[str, Any] | None = None,
-) -> Evaluation:
+) -> EvaluationCommand:
     """Merge a config's ``evaluate`` section with the sets of the command line, which replace those of equal names.
 
     ``zero_shot`` and ``retrieval`` are NAME=URL, of which ``limit`` images are used. ``suite`` has the keys ``suite``,
@@ -39,16 +48,17 @@ def build_evaluation(
         data[section] = {**data.get(section, {}), **added}
     for override in overrides:
         settings.apply_override(data, override)
-    return settings.parse(Evaluation, data, where="command line")
+    return settings.parse(EvaluationCommand, data, where="command line")
 
 
 def evaluate_models(
     specs: Mapping[str, ModelSpec],
-    evaluation: Evaluation,
+    evaluation: EvaluationCommand,
     device: str,
     precision: Precision,
 ) -> Report:
     """Evaluate each model, one in memory at a time. Raises UserError."""
+    use_accelerator(evaluation.accelerator)
     from reinforce.evaluation.encoding import load_encoders
     from reinforce.evaluation.evaluator import Evaluator
 
@@ -59,6 +69,8 @@ def evaluate_models(
             Screen().log(evaluator.describe(accelerator))
         result = evaluator.evaluate(model, accelerator)
         results[name] = replace(result, metrics=evaluation.combine([result.metrics]))
+    for line in problem_lines(snapshot()):
+        Screen().log(line)
     return Report(results)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from reinforce.evaluation.classes import Template
 from reinforce.model_names import model_errors
-from teachers.fast_paths.usage import loading
+from teachers.fast_paths.usage import in_force, loading
 from teachers.open_clip.teacher import OpenClipTeacher
 from teachers.protocols import ImageSpec
 from teachers.runtime.accelerator import Accelerator, Precision
@@ -66,7 +66,8 @@ def load_encoders(
     for name, spec in specs.items():
         with model_errors(name), loading(name):
             accelerator = Accelerator(device, precision)
-            teacher = OpenClipTeacher(TeacherSpec(model=spec.model, pretrained=spec.pretrained), accelerator)
+            fast = in_force(TeacherSpec(model=spec.model, pretrained=spec.pretrained))
+            teacher = OpenClipTeacher(fast, accelerator)
         yield name, teacher, accelerator
 
 

@@ -16,6 +16,7 @@ from pydantic import (
 from reinforce.config_schema import ImagesFrom, InSchema, Named, either
 from reinforce.evaluation.config import Evaluation
 from reinforce.images.policy import ReadLimits
+from reinforce.processes.fast_paths import Accelerated
 from reinforce.settings import Section
 from reinforce.training.config import TrackersOfRun, Training
 from teachers.open_clip.options import PREPROCESS, Preprocess
@@ -240,6 +241,7 @@ class StudentConfig(Section):
     student: Student
     data: Data
     loss: Loss = Loss()
+    accelerator: Accelerated = "fast"
     train: Training
     evaluate: Evaluation = Evaluation()
     log: TrackersOfRun = None

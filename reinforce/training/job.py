@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from reinforce.errors import UserError
 from reinforce.settings import flatten
@@ -21,8 +21,8 @@ class Job:
     before the first step. ``best`` is the metric whose best checkpoint is kept (default: the first metric), with
     ``best_of_part`` also where it is of a part of a set or a mean of fewer sets of a suite. ``export`` is the folder of
     ``output`` for the weights: the last ones, or with ``export_best`` those of the best evaluated step, which may be
-    the one before the first step. ``trackers`` get the rows of the log, too. ``model_config`` is the config in the
-    model's folder, by dotted keys; it must not change either.
+    the one before the first step. ``trackers`` get the rows of the log, too. ``accelerator`` is that of the config.
+    ``model_config`` is the config in the model's folder, by dotted keys; it must not change either.
     """
 
     training: Training
@@ -36,6 +36,7 @@ class Job:
     export: str = "student"
     export_best: bool = False
     trackers: Trackers | None = None
+    accelerator: Literal["fast", "plain"] = "fast"
     model_config: Mapping[str, Any] | None = None
 
 
@@ -50,11 +51,12 @@ def make_job(config: Any, model: str, mutable: Iterable[str], **options: Any) ->
         training=config.train,
         output=config.output,
         seed=config.seed,
-        fixed_config=fixed_config(config, ("output", "evaluate", "log", *keys, *mutable)),
+        fixed_config=fixed_config(config, ("output", "evaluate", "log", "accelerator", *keys, *mutable)),
         evaluate_every=evaluate.every,
         best=evaluate.best_metric,
         export_best=evaluate.export == "best",
         trackers=config.log,
+        accelerator=config.accelerator,
         model_config=_model_settings(model),
         **options,
     )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+from dataclasses import replace
 
+from reinforce.processes.fast_paths import use_accelerator
 from reinforce.storage import Storage
 from reinforce.training.distributed.ranks import join_ranks, under_torchrun
 from reinforce.training.job import Job
@@ -19,6 +21,7 @@ def launch(build: Build, job: Job, address: str | None = None) -> Results:
 
     Raises UserError and Stopped as `reinforce.training.loop.run_rank` does.
     """
+    job = replace(job, accelerator=use_accelerator(job.accelerator))  # ranks may have another environment
     if runs_on_ray(job, address):
         from reinforce.training.ray_train import launch_on_ray
 

@@ -21,12 +21,14 @@ import contextlib
 import math
 import time
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
 
 from reinforce.errors import UserError
 from reinforce.processes.cores import arithmetic_threads, loader_processes
+from reinforce.processes.fast_paths import use_accelerator
 from reinforce.seeds import seed_for
 from reinforce.storage import Storage
 from reinforce.terminal import Screen, plural
@@ -52,6 +54,7 @@ from reinforce.training.state import State, check_skipped, make_average
 from reinforce.training.step import StepOutput, backpropagate
 from reinforce.training.stop import Stopped, StopSignal
 from reinforce.training.task import Batch, Build, Feed, Task
+from teachers.fast_paths.usage import enabled, snapshot, total
 from teachers.runtime import determinism
 from teachers.runtime.memory import is_out_of_memory
 
@@ -78,6 +81,7 @@ def run_rank(
     main thread.
     """
     torch.manual_seed(job.seed)
+    use_accelerator(job.accelerator)
     task, feed = build(ranks.accelerator)
     try:
         with stop.handle_signals():
@@ -155,7 +159,8 @@ class _Loop:
             # in case the process was killed between a checkpoint and its evaluation
             self.evaluations.evaluate(self.progress.step)
             self._train()
-            self.ranks.run_on_first(lambda: self.evaluations.finish(self.progress))
+            usage = total(chain.from_iterable(self.ranks.run_on_all(snapshot)))
+            self.ranks.run_on_first(lambda: self.evaluations.finish(self.progress, usage))
         results = read_results(self.storage)
         assert results is not None
         return results
@@ -273,7 +278,7 @@ class _Loop:
         if signum := self.ranks.start_max(self.stop.signum)():
             raise Stopped(signum)
         self._divide(prefetcher.peek(), rank_batch)  # before the model is compiled and wrapped
-        if self.training.compute.compile:
+        if self.training.compute.compile and enabled():
             self.state.model.compile()
         model = wrap_ddp(self.state.model, self.ranks)
         profiler = None

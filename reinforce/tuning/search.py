@@ -23,6 +23,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from reinforce.cluster import live_resources
 from reinforce.errors import UserError
 from reinforce.processes.cores import capacity
+from reinforce.processes.fast_paths import with_accelerator
 from reinforce.storage import Storage
 from reinforce.student.config import StudentConfig
 from reinforce.student.train import build, student_job
@@ -87,10 +88,11 @@ class Search:
 
     def _tune(self, configs: Mapping[str, StudentConfig], scheduler: _Scheduler, trials: int) -> None:
         """Run the trials that are open; as many of ``trials`` as fit share the cores, however many are done."""
+        configs = {name: with_accelerator(config) for name, config in configs.items()}
         training = next(iter(configs.values())).train
         each = self._reserve(training.compute, trials)
         run = partial(_run_trial, folder=os.getcwd(), metric=self.metric, each=each)
-        work = tune.with_parameters(run, configs=dict(configs))
+        work = tune.with_parameters(run, configs=configs)
         resources = {name.lower(): number for name, number in each.resources.items()}
         stop = StopSignal()
         with stop.handle_signals(), _scratch_folder(Storage(self.output)) as storage, self.screen:

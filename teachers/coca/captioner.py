@@ -18,6 +18,7 @@ from teachers.decoding.captioner import DecodingCaptioner
 from teachers.decoding.decode import decode
 from teachers.fast_paths.frozen import freeze
 from teachers.fast_paths.towers import compile_images
+from teachers.fast_paths.usage import fast_path
 from teachers.open_clip import catalog
 from teachers.open_clip.teacher import image_spec, load_model, model_name
 from teachers.runtime.accelerator import Accelerator
@@ -47,13 +48,17 @@ class CocaCaptioner(DecodingCaptioner):
         wanted = None if spec.compile == "auto" else spec.compile
         packed = accelerator.device.type == "cpu" and not wanted
         self._visual = model.visual
-        freeze(self._visual, accelerator, packed)
+        on_cpu = accelerator.device.type == "cpu"
+        if on_cpu or spec.fused_attention is not False:
+            freeze(self._visual, accelerator, packed)
+            if not on_cpu:
+                fast_path("fused_attention", asked=bool(spec.fused_attention))
+        if on_cpu and spec.graphs is True:
+            fast_path("graphs", asked=True).fall_back("CUDA graphs need a GPU")
         self._encode = compile_images(self, self._visual, lambda pixels: self._visual(pixels)[1], wanted, accelerator)
         network = CocaNetwork(model, accelerator, spec.max_length - 2, packed)
         self._decoder = (
-            CocaDecoder(network, accelerator)
-            if packed
-            else FixedCocaDecoder(network, accelerator, graphs=spec.compile is not False)
+            CocaDecoder(network, accelerator) if packed else FixedCocaDecoder(network, accelerator, spec.uses_graphs)
         )
         impossible = self._tokens.impossible(network.vocabulary_size)
         super().__init__(spec, accelerator, self._tokens.start, self._tokens.end, impossible, on_device=not packed)

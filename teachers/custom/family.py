@@ -95,8 +95,8 @@ class ClassSpec(ModelSpec):
 class ClassTeacherSpec(ClassSpec, TeacherSpec):
     def describe(self) -> ModelInfo:
         cls = self.import_class()
-        if self.compile is not None:
-            raise ValueError("`compile` is not used with `class`; compile your class itself")
+        if given := [key for key in self.fast_paths if getattr(self, key) is not None]:
+            raise ValueError(f"`{given[0]}` is not used with `class`; make your class fast itself")
         images = callable(getattr(cls, "encode_images", None)) and getattr(cls, "image", "unset") is not None
         texts = callable(getattr(cls, "encode_texts", None))
         if not images and not texts:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,13 +13,15 @@ import torch
 from teachers.fast_paths.fp8 import Float8Layers, check_device
 from teachers.fast_paths.frozen import FrozenAttention
 from teachers.fast_paths.recompilation import Compiler, many_shapes
+from teachers.fast_paths.usage import FastPath, fast_path
 from teachers.runtime.accelerator import Accelerator
+from teachers.spec import TeacherSpec
 from teachers.tokens.texts import PROBE_TEXTS
 
 _LOG = logging.getLogger(__name__)
 #: Modules that do nothing with their weights but what autocast computes in its precision.
 _PRODUCTS = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d, torch.nn.MultiheadAttention)
-#: Least rows in a batch of a compiled tower. On CUDA fewer rows take nearly as long, and each size is compiled.
+#: Least rows in a batch of a compiled tower. On CUDA more, since each size is compiled.
 _SMALLEST, _SMALLEST_ON_CUDA = 8, 32
 _MIN_BLOCKS = 2
 #: Least cosine between the embeddings of a fast path and those of the plain one, in fp32, in other precisions, and in
@@ -29,41 +32,48 @@ Outputs = Callable[[], Sequence[torch.Tensor]]
 Encode = Callable[[torch.Tensor], torch.Tensor]
 
 
-def freeze_for_cuda(teacher: Any, model: torch.nn.Module, accelerator: Accelerator) -> None:
-    """Hold the weights of a teacher's model in its precision and fuse its attention, on CUDA; on CPUs do nothing.
+def freeze(teacher: Any, model: torch.nn.Module, accelerator: Accelerator, spec: TeacherSpec) -> None:
+    """Hold the weights of a teacher's model in its precision and fuse its attention, as the keys of ``spec`` say.
 
-    ``model`` is changed in place. The embeddings of ``teacher`` differ in rounding at most.
+    By default both are done on CUDA, where that works. ``model`` is changed in place. The embeddings of ``teacher``
+    differ in rounding at most. What a key asks for and does not work raises.
     """
-    if accelerator.device.type == "cuda":
-        hold_in_precision(model, accelerator, lambda: probe_outputs(teacher, accelerator))
-        fuse_attention(model, accelerator, lambda: probe_outputs(teacher, accelerator))
+    on_cuda = accelerator.device.type == "cuda"
+    outputs = partial(probe_outputs, teacher, accelerator)
+    if on_cuda if spec.held_weights is None else spec.held_weights:
+        hold_in_precision(model, accelerator, outputs, asked=bool(spec.held_weights))
+    fuses = on_cuda if spec.fused_attention is None else spec.fused_attention
+    if fuses or spec.precision == "fp8":  # whose products are those of fused attention
+        fuse_attention(model, accelerator, outputs, asked=bool(spec.fused_attention))
 
 
-def hold_in_precision(model: torch.nn.Module, accelerator: Accelerator, outputs: Outputs) -> bool:
+def hold_in_precision(model: torch.nn.Module, accelerator: Accelerator, outputs: Outputs, asked: bool = False) -> bool:
     """Cast the weights of products to the precision once, where autocast would do it in each pass -> whether it did.
 
     Norms, embeddings and the residual stream stay in float32. ``outputs`` computes a few, which must stay equal bit for
     bit; otherwise (a library may derive other data types from a weight's) the weights stay in float32.
     """
     if accelerator.dtype == torch.float32:
+        if asked:
+            fast_path("held_weights", asked).fall_back(f"weights need no cast in {accelerator.precision}")
         return False
+    path = fast_path("held_weights", asked)
     before = outputs()
     weights = {parameter: parameter.data for parameter in _weights_of_products(model)}
     for parameter in weights:
         parameter.data = parameter.data.to(accelerator.dtype)
     try:
-        if all(map(torch.equal, before, outputs())):
-            return True
-        reason = "its outputs would change"
+        if not all(map(torch.equal, before, outputs())):
+            raise ValueError("outputs would change")
+        return True
     except Exception as error:  # of any library that expects float32
-        reason = f"{type(error).__name__}: {error}"
-    for parameter, data in weights.items():
-        parameter.data = data
-    _LOG.info("weights of %s stay in float32: %s", type(model).__name__, reason)
-    return False
+        for parameter, data in weights.items():
+            parameter.data = data
+        _fall_back(path, model, error, asked)
+        return False
 
 
-def fuse_attention(model: torch.nn.Module, accelerator: Accelerator, outputs: Outputs) -> bool:
+def fuse_attention(model: torch.nn.Module, accelerator: Accelerator, outputs: Outputs, asked: bool = False) -> bool:
     """Replace torch's attention modules by those that copy nothing between their products -> whether it did.
 
     They are put back if ``outputs`` changes by more than rounding: a library may read the weights of the module.
@@ -75,7 +85,10 @@ def fuse_attention(model: torch.nn.Module, accelerator: Accelerator, outputs: Ou
         if type(child) is torch.nn.MultiheadAttention and child.batch_first
     ]
     if not found:
+        if asked:
+            fast_path("fused_attention", asked).fall_back(f"{type(model).__name__} has no attention module of torch")
         return False
+    path = fast_path("fused_attention", asked)
     before = outputs()
     try:
         for parent, name, child in found:
@@ -85,8 +98,15 @@ def fuse_attention(model: torch.nn.Module, accelerator: Accelerator, outputs: Ou
     except Exception as error:  # of any library that expects another module
         for parent, name, child in found:
             setattr(parent, name, child)
-        _LOG.info("attention of %s is torch's: %s: %s", type(model).__name__, type(error).__name__, error)
+        _fall_back(path, model, error, asked)
         return False
+
+
+def _fall_back(path: FastPath, model: torch.nn.Module, error: Exception, asked: bool) -> None:
+    """Record that a path does not work, or raise if the user asked for it."""
+    if asked:
+        raise ValueError(f"`{path.name}: true` does not work with {type(model).__name__}: {error}") from error
+    path.fall_back(f"{type(model).__name__}: {type(error).__name__}: {error}")
 
 
 def least_cosine(precision: str) -> float:
@@ -181,8 +201,8 @@ def compile_images(
 def compile_blocks(tower: torch.nn.Module, compiler: Compiler) -> int:
     """Compile the blocks of a tower that follow each other and are alike, such as a transformer's -> their number.
 
-    Alike blocks share what is compiled, so it takes seconds and not minutes. It fuses activations, norms and casts,
-    which bound a tower by its memory traffic; products and attention stay torch's. Call the tower by ``padded``.
+    Alike blocks share what is compiled. It fuses activations, norms and casts, to reduce memory traffic; products and
+    attention stay torch's. Call the tower by ``padded``.
 
     Raises ValueError if this torch would compile each block on its own.
     """

@@ -11,7 +11,12 @@ import logging
 import os
 from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+from teachers.spec import ModelSpec
+
+Spec = TypeVar("Spec", bound=ModelSpec)
 
 #: ``plain`` turns every fast path off, as ``accelerator: plain`` in a config does; ``fast`` is the default.
 VARIABLE = "REINFORCE_ACCELERATOR"
@@ -33,6 +38,12 @@ class Usage:
     used: int = 0
     plain: int = 0
     reason: str | None = None
+
+    @property
+    def counts(self) -> dict[str, int | str]:
+        """``used``, ``plain`` and ``reason``, those that there are."""
+        values = {"used": self.used, "plain": self.plain, "reason": self.reason}
+        return {name: value for name, value in values.items() if value}
 
     def __add__(self, other: Usage) -> Usage:
         """The sum of two counts of the same path, such as of two workers."""
@@ -62,6 +73,10 @@ class FastPath:
         model, path = self._usage.model or "a model", self._usage.path
         _LOG.warning("%s runs without the fast path `%s`: %s", model, path, reason)
 
+    @property
+    def name(self) -> str:
+        return self._usage.path
+
     def usage(self) -> Usage:
         of = self._usage
         return Usage(of.model, of.path, of.asked, self._used, self._plain, self._reason)
@@ -87,6 +102,11 @@ def enabled() -> bool:
     if value not in ("plain", "fast"):
         raise ValueError(f"{VARIABLE} is {value!r} in the environment: set it to plain or fast, or unset it")
     return _process.fast and value == "fast"
+
+
+def in_force(spec: Spec) -> Spec:
+    """The spec with which a model is loaded in this process: without fast paths where they are off."""
+    return spec if enabled() else spec.plain()
 
 
 def set_enabled(fast: bool) -> None:
@@ -118,6 +138,17 @@ def fast_path(name: str, asked: bool = False) -> FastPath:
 def snapshot() -> tuple[Usage, ...]:
     """The counts so far, one for each model and path, in the order in which they were registered."""
     return total(path.usage() for path in _process.paths)
+
+
+def growth(before: Iterable[Usage], now: Iterable[Usage]) -> tuple[Usage, ...]:
+    """What was counted between two snapshots; paths without calls or a fallback in between are left out."""
+    known = {(one.model, one.path): one for one in before}
+    grown = []
+    for one in now:
+        old = known.get((one.model, one.path), Usage(one.model, one.path))
+        reason = None if one.reason == old.reason else one.reason
+        grown.append(replace(one, used=one.used - old.used, plain=one.plain - old.plain, reason=reason))
+    return tuple(one for one in grown if one.used or one.plain or one.reason)
 
 
 def total(usages: Iterable[Usage]) -> tuple[Usage, ...]:

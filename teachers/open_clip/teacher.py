@@ -68,9 +68,9 @@ class OpenClipTeacher(OpenClipEncoder):
         super().__init__(model, image, open_clip.get_tokenizer(model_name(spec)), accelerator)
         self.logit_scale: float | None = spec.logit_scale or float(model.logit_scale.exp())
         self.dim = int(open_clip.get_model_config(model_name(spec))["embed_dim"])
-        if accelerator.device.type == "cuda":
+        if accelerator.device.type == "cuda" or spec.held_weights:
             keep_residual_in_float32(model)
-        towers.freeze_for_cuda(self, model, accelerator)
+        towers.freeze(self, model, accelerator, spec)
         if spec.precision == "fp8":
             towers.use_fp8(self, model.visual, accelerator)
         self._encode_images = towers.compile_images(self, model.visual, model.encode_image, spec.compile, accelerator)

@@ -59,7 +59,13 @@ class ServerCaptionerSpec(ServerOptions):
             _check_url(url)
         if self.strategy not in _STRATEGIES:
             raise ValueError(f"strategy {self.strategy} is not used with family openai: use {', '.join(_STRATEGIES)}")
-        given = {"pretrained", "precision", "compile", "min_length", "repetition_penalty"} & self.model_fields_set
+        given = {
+            "pretrained",
+            "precision",
+            *self.fast_paths,
+            "min_length",
+            "repetition_penalty",
+        } & self.model_fields_set
         if given:
             raise ValueError(
                 f"{', '.join(sorted(given))}: not used with family openai; what your server takes beside the protocol "

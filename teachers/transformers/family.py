@@ -63,8 +63,8 @@ class TransformersTeacherSpec(_Transformers, TransformersOptions):
 
 class TransformersCaptionerSpec(_Transformers, CaptionerSpec):
     def describe(self) -> ModelInfo:
-        if self.compile is True:
-            raise ValueError("`compile` works only with CoCa; remove it")
+        if given := [key for key in self.fast_paths if getattr(self, key) is True]:
+            raise ValueError(f"`{given[0]}` works only with CoCa; remove it")
         catalog.check_captioner(self.read_config(), self)
         self.check_tokenizer()
         chat = {field: value for field in CHAT_FIELDS if (value := getattr(self, field)) is not None}

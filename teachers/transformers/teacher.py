@@ -154,7 +154,7 @@ class TextTeacher:
             raise ValueError("`compile` is for image towers, and this model has none; remove it")
         if spec.precision == "fp8":
             raise ValueError("`precision: fp8` is for image towers, and this model has none: set bf16 or auto")
-        towers.freeze_for_cuda(self, self._model, accelerator)
+        towers.freeze(self, self._model, accelerator, spec)
 
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
         """B strings -> [B, dim] float32, unit norm."""
@@ -301,7 +301,7 @@ def _make_fast(
     teacher: Any, model: Any, spec: TransformersOptions, accelerator: Accelerator, encode: EncodeImages
 ) -> EncodeImages:
     """``encode`` on the fast paths of ``teachers.fast_paths.towers``."""
-    towers.freeze_for_cuda(teacher, model, accelerator)
+    towers.freeze(teacher, model, accelerator, spec)
     tower = getattr(model, "vision_model", model)
     if spec.precision == "fp8":
         towers.use_fp8(teacher, tower, accelerator)

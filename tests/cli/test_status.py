@@ -64,6 +64,12 @@ def test_a_running_job_is_shown_with_its_workers_before_the_layers_if_there_are_
     assert lines[2].split() == ["worker", "on", "shard", "for", "stage", "for", "log"]
     assert lines[3].split()[4:8] == ["s1", "0:00:09", "decoding", "0:00:04"]
     assert lines[4].split()[:2] == ["layer", "shards"]
+    paths = [{"model": "vit", "path": "compile", "used": 1200, "plain": 4}]
+    report(Store(str(dataset)), 1, fast_paths=paths)
+    assert "fast paths" not in command("status", str(dataset))[1]
+    details = command("status", str(dataset), "-v")[1].splitlines()
+    assert details[4] == "fast paths of vit: compile 1,200 fast, 4 plain calls"
+    assert json.loads(command("status", str(dataset), "--json")[1])["run"]["fast_paths"][0]["used"] == 1200
     report(Store(str(tmp_path / "new")), 0, workers=[], starting_workers=4)
     status, out, _ = command("status", str(tmp_path / "new"))
     assert (status, out.splitlines()[-1]) == (0, "there are no layers yet: workers load their models")
@@ -195,6 +201,13 @@ def test_quarantined_samples_are_counted_once_and_grouped_before_what_the_last_r
         "  captions/c: 30 captions, 10 captions/s",
     ]
     assert out[-1].startswith("not in `source`: 1 quarantined shard, such as samples/old-ab. ")
+    paths = [{"model": "c", "path": "graphs", "asked": True, "reason": "no\x1b[2Jmemory"}]
+    store.write_json({**last, "fast_paths": paths}, "runs", "2026", "summary.json")
+    assert command("status", str(dataset), "-v")[1].splitlines()[-1].startswith("fast paths of c: graphs (off: no")
+    assert "\x1b" not in command("status", str(dataset), "-v")[1]
+    store.write_json({**last, "fast_paths": [{"model": "c"}]}, "runs", "2026", "summary.json")
+    status, _, err = command("status", str(dataset), "-v")
+    assert (status, "fast_paths.0.path: Field required. Delete it." in err) == (2, True)
 
 
 def test_a_usual_dataset_fits_a_screen(tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,7 +55,8 @@ def test_every_model_of_a_config_is_measured(
         "dino": {"family": "transformers", "model": tiny_models.transformers_dinov2(tmp_path / "dino")},
         "words": {"class": f"{MODELS}:TextOnly"},
     }
-    captioners = {"coca": {"model": coca_model(tmp_path / "coca"), "captions": 2, "max_length": 8}}
+    coca = {"model": coca_model(tmp_path / "coca"), "captions": 2, "max_length": 8, "graphs": True}
+    captioners = {"coca": coca}
     config = config_of("x.tar", "out", teachers=teachers, captioners=captioners, workers={"batch": 9})
     threads = torch.get_num_threads()
     report = check_config(parse_config(config))
@@ -68,9 +69,10 @@ def test_every_model_of_a_config_is_measured(
     ]
     assert all(row.rate > 0 for row in report.rows)
     assert report.errors == []
-    precision, version = report.notes
+    precision, version, graphs = report.notes
     assert precision == "precision: fp32 for coca, dino, vit (auto: workers use CPUs)"
     assert version.startswith(f"class {MODELS}:TextOnly has no `version`,")
+    assert graphs == ("coca: fast path `graphs: true` fell back: CUDA graphs need a GPU; `graphs: false` turns it off")
     assert capsys.readouterr().out.startswith("1 CPU, batches of 9, device cpu\n")
     assert torch.get_num_threads() == threads
     with (console := Console(width=200)).capture() as shown:

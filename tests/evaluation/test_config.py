@@ -20,6 +20,7 @@ from reinforce.evaluation.kinds.classification import classification_metrics, ma
 from reinforce.evaluation.registry import published_metrics, select_sets
 from reinforce.evaluation.suite.results import file_name
 from reinforce.processes.cores import available_cores
+from teachers.fast_paths.usage import enabled, fast_path, loading
 from tests.helpers.commands import Command
 from tests.helpers.evaluation import (
     colour_samples,
@@ -253,14 +254,19 @@ def test_models_are_compared_and_refused_images_listed(evaluate: Command, root: 
     assert f"{100 * one['metrics']['zero_shot/colours/top1']:.2f}" in out
 
 
+@pytest.mark.usefixtures("own_fast_paths")
 def test_sets_of_the_config_and_the_command_line_are_merged(evaluate: Command, root: Path, tmp_path: Path) -> None:
     section: dict[str, Any] = {"zero_shot": {"a": {"images": f"{root}/folder"}, "b.1": {"images": "nowhere.tar"}}}
     config = tmp_path / "student.yaml"
     config.write_text(yaml.safe_dump({"output": "x", "student": {"model": "y"}, "evaluate": section}))
     b = ["--zero-shot", f"b.1={root}/colours.tar", "--limit", "5"]
     b += ["--set", "zero_shot.b.1.label=json:class", "--set", "zero_shot.b.1.groups=json:group"]
-    status, out, err = evaluate(f"{root}/plain", "--config", str(config), *b)
+    with loading("elsewhere"):
+        fast_path("compile").fall_back("of another command")
+    status, out, err = evaluate(f"{root}/plain", "--config", str(config), *b, "--set", "accelerator=plain")
     assert status == 0, err
+    assert not enabled()
+    assert "fast path" not in out
     for part in ("zero_shot/a: 12 images", "zero_shot/b.1: 5 images", "zero_shot/b.1/group"):
         assert part in out
 

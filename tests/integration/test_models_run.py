@@ -30,6 +30,7 @@ from reinforce.engine.record.summary import RunSummary
 from reinforce.images.policy import decode
 from reinforce.input_config import Limits
 from reinforce.seeds import seed_for
+from teachers.fast_paths.usage import Usage
 from teachers.preprocessing.fit import fit
 from teachers.preprocessing.pixels import to_pixels
 from teachers.registry import captioner_spec, load_model
@@ -145,7 +146,7 @@ def finished(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Ite
     stammerer = {"class": "tests.helpers.models:RepetitiveCaptioner", "captions": 3, "clean": clean}
     small = open_clip_model(folder / "small", image_size=32, width=32, embed_dim=16, seed=0)
     teachers = {
-        "red": {"class": "tests.helpers.models:ColorTeacher", "options": {"delay": 1.0}},
+        "red": {"class": "tests.helpers.models:PathTeacher", "options": {"delay": 1.0}},
         "small": {"model": small, "dtype": "float32"},
         "siglip": {"family": "transformers", "model": transformers_siglip(folder / "siglip")},
     }
@@ -214,6 +215,36 @@ def test_every_query_of_the_dashboard_returns_data_of_a_run_and_totals_are_those
     assert set(re.findall(r"ray_\w+", " ".join(queries))) == known, "the dashboard shows every series"
     scraped = {series["metric"]["__name__"] for series in prometheus.series('{__name__=~"ray_reinforce_.+"}')}
     assert scraped <= known, "every series is documented"
+
+
+def test_calls_of_fast_paths_reach_the_summary_the_events_the_status_and_the_metrics(
+    finished: Finished, capfd: pytest.CaptureFixture[str]
+) -> None:
+    summary, out = finished.summary, finished.config["output"]
+    texts = 4 * len(SIZES) - 2  # true captions, and those of each captioner; two shards have none of one
+    assert summary.fast_paths == (
+        Usage("red", "held_weights", reason="outputs would change"),
+        Usage("red", "compile", asked=True, used=len(SIZES), plain=texts),
+    ), "without the calls of the self-test"
+    notes = [
+        "red: fast path `held_weights` fell back: outputs would change; `held_weights: true` makes that an error",
+        f"red: fast path `compile: true` ran in 4 of {4 + texts} calls; TORCH_LOGS=+dynamo in the environment shows "
+        "why, `compile: false` turns it off",
+    ]
+    assert [note for note in summary.notes if "fast path" in note] == notes
+    assert all(note in summary.text(out) for note in notes)
+    [started] = events_of(Path(out), "worker_started")
+    assert [(one["path"], one["asked"], one["used"]) for one in started["fast_paths"]] == [
+        ("held_weights", False, 0), ("compile", True, 0),
+    ]  # fmt: skip
+    calls = [event["fast_paths"].get("red/compile", {}) for event in events_of(Path(out), "shard")]
+    assert [sum(call.get(way, 0) for call in calls) for way in ("used", "plain")] == [4, texts]
+    printed = printed_by(capfd, "status", out, "-v")
+    line = "held_weights (off: outputs would change); compile 4 fast, "
+    assert f"fast paths of red: {line}{texts} plain calls" in printed
+    if finished.prometheus:
+        for name, count in (("fast", 4), ("plain", texts)):
+            assert finished.prometheus.last(f'ray_reinforce_{name}_calls_total{{path="red/compile"}}') == count
 
 
 def test_dropped_captions_are_not_stored_and_are_counted_in_summary_events_and_status(

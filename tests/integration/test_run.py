@@ -118,12 +118,20 @@ def source(tmp_path: Path) -> str:
     return f"{tmp_path}/source/{{0..1}}.tar"
 
 
-@pytest.mark.usefixtures("ray_here")
-def test_a_finished_run_with_too_many_quarantined_shards(
-    source: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+@pytest.mark.usefixtures("ray_here", "own_fast_paths")
+def test_a_finished_run_with_too_many_quarantined_shards_and_without_fast_paths(
+    source: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = config_of(source, tmp_path / "out", failures={"allowed_share": 0.4})
+    teachers = {"red": {"class": "tests.helpers.models:PathTeacher"}}
+    config = config_of(source, tmp_path / "out", failures={"allowed_share": 0.4}, teachers=teachers)
+    monkeypatch.setenv("REINFORCE_ACCELERATOR", "fats")
+    assert run(tmp_path, config) == 2
+    assert "REINFORCE_ACCELERATOR is 'fats' in the environment: set it to plain or fast" in capfd.readouterr().err
+    monkeypatch.setenv("REINFORCE_ACCELERATOR", "plain")  # after Ray has started
     assert run(tmp_path, config) == 1
+    assert (summary(tmp_path)["fast_paths"], summary(tmp_path)["notes"]) == ([], [])
+    [stored] = (tmp_path / "out" / "runs").glob("*/config.yaml")
+    assert yaml.safe_load(stored.read_text())["accelerator"] == "plain"
     assert summary(tmp_path)["status"] == 1
     [(reason, example)] = summary(tmp_path)["examples"].items()
     lines = capfd.readouterr().out.splitlines()

@@ -129,7 +129,7 @@ def test_results_are_read_as_they_were_written_and_their_summary_has_a_line_for_
     written = json.loads((tmp_path / "results.json").read_text())
     assert list(written) == [
         "output", "export", "steps", "samples", "seconds", "parameters", "loss", "metrics", "best", "skipped",
-        "exported", "parts", "seconds_per_step", "samples_per_second", "files",
+        "exported", "parts", "fast_paths", "seconds_per_step", "samples_per_second", "files",
     ]  # fmt: skip
     assert (written["seconds_per_step"], written["samples_per_second"]) == (0.5, 64.0)
     assert written["best"] == {"step": 80, "metric": "top1", "value": 0.75}

@@ -23,9 +23,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from reinforce.errors import UserError
 from reinforce.storage import Storage
+from reinforce.training.distributed.ranks import Ranks
 from reinforce.training.job import Job
+from reinforce.training.loop import run_rank
+from reinforce.training.record.results import Results
 from reinforce.training.saving.checkpoint import Checkpoints, Progress
-from reinforce.training.stop import Stopped
+from reinforce.training.stop import Stopped, StopSignal
+from teachers.fast_paths.usage import Usage, enabled, fast_path
 from teachers.runtime.accelerator import Accelerator
 from tests.helpers.stand_in_cuda import stand_in_cuda
 from tests.helpers.trainings import PairFeed, TowersTask, curve, job, rows, run, stopped_after
@@ -317,6 +321,39 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(tmp_path: Path, 
     assert not (tmp_path / "results.json").exists()
     assert [path.name for path in (tmp_path / ".tmp").iterdir()] == []
     assert run(made)[0].steps == 12
+
+
+@pytest.mark.usefixtures("own_fast_paths")
+def test_results_have_the_calls_of_fast_paths_and_plain_trainings_have_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(made: Job) -> Results:
+        def build(_: Accelerator) -> tuple[TowersTask, PairFeed]:
+            if enabled():
+                fast_path("held_weights").used(3)
+                fast_path("fused_attention", asked=True).fall_back("no attention")
+            return TowersTask(), PairFeed()
+
+        return run_rank(build, made, Ranks(0, 1, Accelerator("cpu")), StopSignal())
+
+    fast_path("compile").used()  # of an earlier training in this process
+    first = train(job(tmp_path / "fast", steps=3))
+    paths = Usage("", "held_weights", used=3), Usage("", "fused_attention", asked=True, reason="no attention")
+    assert first.fast_paths == paths
+    assert train(job(tmp_path / "fast", steps=3)) == first, "as results.json has them"
+    stored = json.loads((tmp_path / "fast" / "results.json").read_text())
+    assert stored["fast_paths"][0] == {**vars(Usage("", "held_weights", used=3))}
+    line = "a model: fast path `fused_attention: true` fell back: no attention; `fused_attention: false` turns it off"
+    assert line in first.summary().splitlines()
+    del stored["fast_paths"]  # as of an earlier version
+    (tmp_path / "fast" / "results.json").write_text(json.dumps(stored))
+    assert train(job(tmp_path / "fast", steps=3)) == replace(first, fast_paths=())
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: pytest.fail("compiled"))
+    compiled = job(tmp_path / "plain", steps=3, compute={"compile": True})
+    assert train(replace(compiled, accelerator="plain")).fast_paths == ()
+    monkeypatch.setenv("REINFORCE_ACCELERATOR", "plain")
+    assert train(replace(compiled, output=str(tmp_path / "variable"))).fast_paths == ()
 
 
 @pytest.mark.slow

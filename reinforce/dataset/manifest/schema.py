@@ -100,6 +100,15 @@ class _Device(_Part):
     memory_total: int = Field(0, ge=0)
 
 
+class _FastPath(_Part):
+    model: _Text
+    path: _Text
+    asked: bool = False
+    used: int = Field(0, ge=0)
+    plain: int = Field(0, ge=0)
+    reason: _Text | None = None
+
+
 class RunRecord(_Part):
     """What ``reinforce status`` and ``inspect`` show of a run's summary.json."""
 
@@ -114,6 +123,7 @@ class RunRecord(_Part):
     busy_share: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     stages: dict[_Text, _Stage] = Field(default_factory=dict)
     device: _Device = _Device()
+    fast_paths: list[_FastPath] = Field(default_factory=list)
 
     @property
     def rate(self) -> float:

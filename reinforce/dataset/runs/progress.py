@@ -20,6 +20,7 @@ from reinforce.dataset.manifest.schema import check_run
 from reinforce.errors import UserError
 from reinforce.storage import Storage
 from reinforce.terminal import escape, format_duration, plural
+from teachers.fast_paths.usage import Usage
 
 FILE = "progress.json"
 SUMMARY = "summary.json"
@@ -94,6 +95,7 @@ class RunProgress(_Record):
     slowest: Sequence[SlowShard] = ()
     failing: Sequence[FailingShard] = ()
     failing_shards: int = 0
+    fast_paths: Sequence[Usage] = ()
     job: str = ""
 
     def silent_for(self) -> float | None:

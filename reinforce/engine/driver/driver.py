@@ -53,6 +53,7 @@ from reinforce.errors import StorageError, UserError
 from reinforce.processes.signals import stop_requests
 from reinforce.terminal import plural
 from schemas import Reason
+from teachers.fast_paths.report import problem_lines
 
 #: Reasons of retries, in metrics.
 _RETRY_REASONS: dict[type, str] = {Retry: "error", Requeue: WORKER_LOST, RunAlone: "suspect"}
@@ -102,7 +103,7 @@ class Driver:
             seconds, alive = time.monotonic() - start, self.pool.alive(time.monotonic())
             quarantined = self.policy.quarantined_shards
             summary = summarize(self.events.run, self.plan, self.totals, quarantined, seconds, alive, ending)
-            summary = replace(summary, notes=self.policy.notes)
+            summary = replace(summary, notes=self._notes())
             self.reporter.report(last=True)
             self.pool.close()
             self.raylet.close()
@@ -128,8 +129,12 @@ class Driver:
         self.records.flush()
         shards = {*self.plan.committed, *self.records.shards}
         found = read_records(self.store).keys.repeated(shards)
-        notes = [*self.policy.notes, *set_aside_notes(self.totals.set_aside), *found.lines(len(shards), self.store.url)]
+        notes = [*self._notes(), *set_aside_notes(self.totals.set_aside), *found.lines(len(shards), self.store.url)]
         return {"repeated_keys": found.keys, "notes": notes}
+
+    def _notes(self) -> list[str]:
+        """The policy's notes, and fast paths that did not run as expected."""
+        return [*self.policy.notes, *problem_lines(self.totals.fast_paths)]
 
     # -- the loop
 

@@ -86,6 +86,7 @@ class Reporter:
             slowest=[SlowShard(shard=name, seconds=s, stage=stage) for s, name, stage in sorted(digest.slowest)[::-1]],
             failing=[FailingShard(shard=name, failures=count, error=error) for name, (count, error) in failing],
             failing_shards=len(digest.failing),
+            fast_paths=state.totals.fast_paths,
             job=job_id(),
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import ray
@@ -22,6 +22,7 @@ from reinforce.engine.messages.task import PendingShard
 from reinforce.engine.messages.tracebacks import shorten
 from reinforce.engine.record.summary import WORKER_LOST
 from reinforce.terminal import plural
+from teachers.fast_paths.report import problem_lines
 
 _SILENT_SECONDS = 15.0  # without an answer, after which the progress line names the host
 
@@ -33,6 +34,7 @@ class WorkerLifecycle:
         self._state = state
         self._pool, self._policy, self._events = state.pool, state.policy, state.events
         self._limits = StallLimits(state.config.failures)
+        self._logged: set[str] = set()  # fallbacks of models
         self.polled: dict[Any, Slot] = {}  # requests for pulses that are under way
 
     # -- starts
@@ -55,7 +57,12 @@ class WorkerLifecycle:
         self._policy.load_passed()
         self._pool.record_start(slot, info)
         self._policy.add_notes(info.notes)
+        self._state.totals.add_usage(info.fast_paths)
+        for line in {*problem_lines(info.fast_paths)} - self._logged:  # also in the summary, with the counts
+            self._logged.add(line)
+            self._state.log(line)
         started = {"accelerator": info.accelerator, "batch": info.batch, "device": info.device}
+        started["fast_paths"] = [asdict(one) for one in info.fast_paths]
         self._events.add("worker_started", node=info.id.node, pid=info.id.pid, **started)
         return info
 

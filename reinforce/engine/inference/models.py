@@ -25,6 +25,7 @@ from reinforce.engine.inference.outputs import Floats, copied, encode, to_scores
 from reinforce.engine.messages.tracebacks import user_frames
 from reinforce.engine.record.rates import Cost
 from reinforce.errors import UserError
+from reinforce.processes.fast_paths import use_accelerator
 from teachers.protocols import Captioner, NoCaptions, Scorer, Teacher
 from teachers.registry import load_model
 from teachers.runtime.accelerator import Accelerator
@@ -203,7 +204,11 @@ def crops_per_batch(models: Models, config: Config) -> int:
 
 
 def load_models(config: Config, layers: Iterable[Layer]) -> Models:
-    """Load the models that make ``layers``. Raises UserError if one, or the augmentation backend, cannot be loaded."""
+    """Load the models that make ``layers``, as ``accelerator`` of the config says.
+
+    Raises UserError if one, or the augmentation backend, cannot be loaded.
+    """
+    use_accelerator(config.accelerator)
     load_backend(config.augmentations.backend)  # decode processes use it; here an error ends the run
     layers = [layer for layer in layers if layer.loads_model]
     device = "cuda" if config.workers.gpus else "cpu"

@@ -12,6 +12,7 @@ from reinforce.dataset.runs.shard_records import ShardRecord
 from reinforce.engine.messages.tracebacks import error_with_frames
 from reinforce.errors import UserError
 from schemas import Reason
+from teachers.fast_paths.usage import Usage
 from teachers.protocols import ServerUnavailable
 
 
@@ -48,6 +49,7 @@ class WorkerInfo:
     notes: tuple[str, ...] = ()
     device: Mapping[str, Any] = field(default_factory=dict)  # name and memory of a CUDA device
     log: str = ""  # path of its output on its node, if that is a file
+    fast_paths: tuple[Usage, ...] = ()  # without the calls of tests before the first shard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,13 +79,15 @@ class ShardResult:
     read_bytes: int = 0  # encoded images and texts, of the source or of stored samples
     times: Mapping[str, float] = field(default_factory=dict)  # seconds by stage of the lease; their sum is `seconds`
     source_counts: Mapping[str, int] = field(default_factory=dict)  # of samples at reading, as `source_lines` describes
+    fast_paths: tuple[Usage, ...] = ()  # calls in the worker since its last lease ended
 
     def event(self) -> dict[str, Any]:
         names = {one.name: one.name for one in fields(self) if one.name not in ("record", "files")}
         names["quarantine_reason"] = "given_up"
         stages = {layer: _rounded(stage) for layer, stage in self.stages.items()}
         values = {key: getattr(self, name) for name, key in names.items()}
-        return {**values, "stages": stages, "times": _rounded(self.times)}
+        paths = {f"{one.model}/{one.path}": one.counts for one in self.fast_paths}
+        return {**values, "stages": stages, "times": _rounded(self.times), "fast_paths": paths}
 
 
 def _rounded(stage: Mapping[str, float]) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 The driver and the workers record their counts every few seconds and at the end of a shard. Ray exports a series from
 the node where it is recorded, with the prefix ``ray_`` and the labels of its process. The number of label values is
-bounded: reasons, stages, layers, and indexes of workers.
+bounded: reasons, stages, layers, fast paths of models, and indexes of workers.
 """
 
 from __future__ import annotations
@@ -69,6 +69,8 @@ SERIES = {
         Series("reinforce_stage_seconds_total", "Time of shards by stage of their reading thread.", "stage"),
         Series("reinforce_model_seconds_total", "Time of models on the accelerator.", "layer"),
         Series("reinforce_model_inputs_total", "Images, captions or texts of which models made a layer.", "layer"),
+        Series("reinforce_fast_calls_total", "Calls of models that ran a fast path, such as compiled code.", "path"),
+        Series("reinforce_plain_calls_total", "Calls that ran the plain way instead.", "path"),
         Series("reinforce_accelerator_busy_seconds_total", "Time in which the accelerators of all workers worked."),
         Series("reinforce_worker_seconds_total", "Time of all workers since their models were loaded."),
         Series("reinforce_retries_total", "Shards that were leased again.", "reason"),
@@ -148,6 +150,8 @@ def totals_values(totals: RunTotals, events: Mapping[str, int]) -> Values:
         "reinforce_stage_seconds_total": totals.times,
         "reinforce_model_seconds_total": {layer: stage["seconds"] for layer, stage in stages.items()},
         "reinforce_model_inputs_total": {layer: stage["inputs"] for layer, stage in stages.items()},
+        "reinforce_fast_calls_total": {f"{one.model}/{one.path}": one.used for one in totals.fast_paths},
+        "reinforce_plain_calls_total": {f"{one.model}/{one.path}": one.plain for one in totals.fast_paths},
         "reinforce_retries_total": totals.retries,
         "reinforce_workers_ended_total": {reason: events.get(event, 0) for reason, event in _ENDED.items()},
     }

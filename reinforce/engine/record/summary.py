@@ -18,6 +18,7 @@ from reinforce.source.captions import CAPTIONS_REPLACED
 from reinforce.terminal import first_lines, format_bytes, format_duration, plural
 from schemas import Reason
 from teachers.decoding.postprocess import COUNTS
+from teachers.fast_paths.usage import Usage, total
 from teachers.redact import redact
 
 WORKER_LOST = "worker lost"  # why a shard is leased again, if its worker is gone
@@ -49,8 +50,8 @@ class RunSummary:
     shard, a key and a detail for each reason of quarantine, ``not_in_source`` the fields of ``NotInSource``, and
     ``repeated_keys`` counts keys that occur in more than one shard, as ``notes`` describe. ``postponed`` counts shards
     that wait for files that were set aside, ``stages`` has the sums and rates of ``rates.with_rates``, ``device`` the
-    device with the least free memory, and ``source_counts`` samples that were read, as ``source_lines`` describes. The
-    fields are the keys of summary.json.
+    device with the least free memory, ``source_counts`` samples that were read, as ``source_lines`` describes, and
+    ``fast_paths`` the calls of models. The fields are the keys of summary.json.
     """
 
     run: str | None = None
@@ -73,6 +74,7 @@ class RunSummary:
     stages: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     device: Mapping[str, Any] = field(default_factory=dict)
     source_counts: Mapping[str, int] = field(default_factory=dict)
+    fast_paths: tuple[Usage, ...] = ()
 
     def text(self, output: str) -> str:
         """The summary for people, a few lines."""
@@ -171,6 +173,7 @@ class RunTotals:
     times: Any = field(default_factory=Counter)  # seconds of shards by stage
     retries: Counter[str] = field(default_factory=Counter)  # shards that were leased again, by reason
     source_counts: Counter[str] = field(default_factory=Counter)
+    fast_paths: tuple[Usage, ...] = ()
 
     def add(self, result: ShardResult) -> None:
         (self.postponed if result.set_aside else self.finished).add(result.shard)
@@ -191,9 +194,14 @@ class RunTotals:
         self.refused_samples += of.refused_samples
         self.source_counts.update(of.source_counts)
         add_stages(self.stages, of.stages)
+        self.add_usage(of.fast_paths)
         self.device = fuller(self.device, of.device)
         for captioner, counts in of.cleaned.items():
             self.cleaned.setdefault(captioner, Counter()).update(counts)
+
+    def add_usage(self, usages: Sequence[Usage]) -> None:
+        """Add calls of fast paths, such as those of a worker's shard."""
+        self.fast_paths = total([*self.fast_paths, *usages])
 
     def sums(self) -> dict[str, Any]:
         """The same, as fields of a summary."""
@@ -205,6 +213,7 @@ class RunTotals:
             "source_counts": dict(self.source_counts),
             "stages": with_rates(self.stages),
             "device": self.device,
+            "fast_paths": self.fast_paths,
             "cleaned": {captioner: dict(counts) for captioner, counts in self.cleaned.items()},
         }
 

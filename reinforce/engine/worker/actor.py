@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -46,6 +47,7 @@ from reinforce.source.samples import AbsentShard
 from reinforce.source.urls import is_local
 from reinforce.storage import forget_credentials
 from schemas import Reason
+from teachers.fast_paths.usage import Usage, growth, snapshot
 from teachers.redact import Redactor
 from teachers.runtime import determinism
 
@@ -73,6 +75,8 @@ class Worker:
         self.pool: DecodePool | None = None
         self.watch = WorkerWatch()
         self.metrics = Recorder(str(index))
+        self.counting = threading.Lock()
+        self.counted: tuple[Usage, ...] = ()  # of fast paths, that the driver has
 
     def load(self) -> WorkerInfo:
         """Load and test the models of the layers in ``needed``. Raises LoadFailure if one does not work."""
@@ -107,6 +111,7 @@ class Worker:
         allocate_pixels(self.pool, self.config, layers, self.models, SHARDS_IN_FLIGHT)
         self.pool.wait_until_ready()
         self._record_metrics()
+        paths = tuple(replace(one, used=0, plain=0) for one in self._take_usage())
         return WorkerInfo(
             id=self._id(),
             accelerator=str(self.models.accelerator.device),
@@ -117,7 +122,18 @@ class Worker:
             notes=self.models.batches.take_notes(),
             device=device_report(self.models.accelerator),
             log=output_path(),
+            fast_paths=paths,
         )
+
+    def _take_usage(self) -> tuple[Usage, ...]:
+        """What fast paths have counted since the last call; at the first call all paths."""
+        with self.counting:
+            now = tuple(
+                one if one.reason is None else replace(one, reason=self.redact.cut(one.reason)) for one in snapshot()
+            )
+            grown = growth(self.counted, now) if self.counted else now
+            self.counted = now
+        return grown
 
     def _check_output(self) -> None:
         """Raise UserError if ``output`` is relative to a folder of the driver that this node does not have."""
@@ -137,7 +153,7 @@ class Worker:
                 lease = (shard, self.config, self.layers, self.store, self.models, self.pool)
                 result = ShardProcess(*lease, watch=watch).run()
             self._record_metrics()
-            return replace(result, memory=process_memory())
+            return replace(result, memory=process_memory(), fast_paths=self._take_usage())
         except (StorageError, AbsentShard) as error:
             raise self._storage_failure(shard, error, str(error)) from None
         except UserError:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from reinforce import plots
 from reinforce.errors import UserError
-from reinforce.evaluation.config import Evaluation
+from reinforce.evaluation.command import EvaluationCommand
 from reinforce.evaluation.kinds.files import SetFiles, find_files, where_expected
 from reinforce.evaluation.registry import SuiteSet, published_metrics, select_sets
 from reinforce.evaluation.report import Outcome, name_refused
@@ -19,6 +19,7 @@ from reinforce.evaluation.suite.results import Line, ResultFile, SuiteReport
 from reinforce.evaluation.suite.workers import Job, Options, count_workers, ray_workers, run_job
 from reinforce.model_names import model_errors
 from reinforce.processes.cores import available_cores
+from reinforce.processes.fast_paths import use_accelerator
 from reinforce.storage import Storage, write_file
 from reinforce.terminal import Screen, plural
 from teachers.redact import redact
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 def evaluate_suite(
     specs: Mapping[str, ModelSpec],
-    evaluation: Evaluation,
+    evaluation: EvaluationCommand,
     out: str,
     *,
     device: str = "auto",
@@ -50,7 +51,8 @@ def evaluate_suite(
     """
     suite, root, sets = evaluation.suite or "", evaluation.data or "", evaluation.suite_sets
     count = count_workers(workers, address, device)
-    options = Options(tuple(specs), pretrained, device, precision, evaluation.batch)
+    switch = use_accelerator(evaluation.accelerator)
+    options = Options(tuple(specs), pretrained, device, precision, evaluation.batch, switch)
     specs = {redact(name): spec for name, spec in specs.items()}  # they are written to files
     published = published_metrics(compare) if compare else {}
     stores = {name: ResultFile(out, name, _identity(name, spec, precision)) for name, spec in specs.items()}

@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from reinforce.errors import UserError
 from reinforce.evaluation.kinds.files import SetFiles
@@ -15,6 +15,7 @@ from reinforce.evaluation.report import Outcome
 from reinforce.model_names import resolve_models
 from reinforce.parallel.map_workers import Actors, MapWorkers
 from reinforce.processes.cores import available_cores, cores_per_process
+from reinforce.processes.fast_paths import use_accelerator
 from teachers.redact import redact
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class Options:
     device: str
     precision: Precision
     batch: int
+    accelerator: Literal["fast", "plain"]
 
 
 def run_job(job: Job, models: Callable[[], Models], progress: Callable[[int], None], threads: int) -> Outcome | str:
@@ -125,6 +127,7 @@ class EvaluateSet:
             from reinforce.evaluation.models import load_models
 
             options = self._options
+            use_accelerator(options.accelerator)
             specs = self._copies.enter_context(resolve_models(options.names, options.pretrained))
             named = {redact(name): spec for name, spec in specs.items()}
             self._models = load_models(named, options.device, options.precision, options.batch, threads)

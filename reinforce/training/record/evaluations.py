@@ -21,6 +21,7 @@ from reinforce.training.saving.writer import CheckpointWriter
 from reinforce.training.state import State
 from reinforce.training.stop import StopSignal
 from reinforce.training.task import Metrics, Task
+from teachers.fast_paths.usage import Usage
 from teachers.redact import redact
 from teachers.runtime import determinism
 
@@ -124,8 +125,11 @@ class Evaluations:
             )
         return best.step
 
-    def finish(self, progress: Progress) -> None:
-        """Export the weights, then write results.json, which marks the training run as finished."""
+    def finish(self, progress: Progress, fast_paths: tuple[Usage, ...]) -> None:
+        """Export the weights, then write results.json, which marks the training run as finished.
+
+        ``fast_paths`` has the calls of all ranks.
+        """
         assert self.log is not None
         self.writer.wait()
         exported = self.exported_step()
@@ -152,6 +156,7 @@ class Evaluations:
             best=self.checkpoints.best(),
             skipped=progress.skipped,
             exported=exported,
+            fast_paths=fast_paths,
         )
         self.log.publish(last=True)
         results.write(self.storage)

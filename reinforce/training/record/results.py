@@ -11,6 +11,8 @@ from reinforce.terminal import format_duration, plural
 from reinforce.training.record.curves import name_parts
 from reinforce.training.record.log import CURVES, EVENTS, LOG, written
 from reinforce.training.saving.checkpoint import FOLDER, BestCheckpoint
+from teachers.fast_paths.report import parse, problem_lines
+from teachers.fast_paths.usage import Usage
 
 RESULTS = "results.json"
 
@@ -21,7 +23,8 @@ class Results:
 
     ``seconds`` is the time spent in steps, over all starts; ``export`` is a folder in ``output`` with the weights of
     step ``exported``, of which ``metrics`` are; earlier versions exported the last step. ``parts`` says by metric what
-    part of a set or suite it is of. Numbers that are not finite are None.
+    part of a set or suite it is of, ``fast_paths`` has the calls of models since the last start, of all ranks. Numbers
+    that are not finite are None.
     """
 
     output: str
@@ -36,6 +39,7 @@ class Results:
     skipped: int
     exported: int | None = None
     parts: Mapping[str, str] = field(default_factory=dict)
+    fast_paths: tuple[Usage, ...] = ()
 
     @property
     def seconds_per_step(self) -> float:
@@ -62,6 +66,7 @@ class Results:
             lines.append(f"best {name}: {value:.4f} at step {self.best.step:,}, {where}")
         if self.skipped:
             lines.append(f"{plural(self.skipped, 'step')} skipped, because the gradient was not finite")
+        lines += problem_lines(self.fast_paths)
         curves = f"curves: {self.output}/{CURVES}" if written()[CURVES] else f"log: {self.output}/{LOG}"
         lines.append(f"weights: {self.output}/{self.export}   {curves}")
         return "\n".join(lines)
@@ -109,7 +114,8 @@ def read_results(storage: Storage) -> Results | None:
     if found is None:
         return None
     best = found["best"]
-    optional = {"exported": found["steps"], "parts": {}}  # which earlier versions did not write
+    optional = {"exported": found["steps"], "parts": {}, "fast_paths": ()}  # which earlier versions did not write
     found = {**optional, **found}
+    found["fast_paths"] = parse(found["fast_paths"])
     fields = {name: found[name] for name in Results.__dataclass_fields__}
     return Results(**{**fields, "best": BestCheckpoint(**best) if best else None})

@@ -25,6 +25,7 @@ from reinforce.engine.record.events import EventDigest, Events
 from reinforce.engine.record.metrics import NAME, SERIES, Recorder, dashboard_text, totals_values, write_dashboard
 from reinforce.engine.record.summary import RunTotals
 from reinforce.errors import UserError
+from teachers.fast_paths.usage import Usage
 from tests.helpers.s3_proxy import Proxy, refuse
 
 
@@ -132,7 +133,7 @@ def test_the_page_has_a_row_for_each_series_whose_name_follows_the_rules_of_prom
     assert found == expected
     for series in SERIES.values():
         assert re.fullmatch(r"reinforce_[a-z]+(_[a-z]+)*", series.name)
-        assert series.label in (None, "reason", "stage", "layer", "result", "worker")
+        assert series.label in (None, "reason", "stage", "layer", "result", "path", "worker")
         assert not re.search(r"_(ms|kb|mb|percent)(_|$)", series.name)
 
 
@@ -172,6 +173,7 @@ def test_the_totals_of_a_run_are_the_series_that_the_driver_records() -> None:
     ]
     for result in results:
         totals.add(ShardResult(**result, seconds=2.0, times={"reading": 2.0}))
+    totals.add_usage([Usage("t", "compile", used=7), Usage("t", "compile", plain=1)])
     totals.add_quarantined("c", "samples", "shard_crashed", "it died")
     totals.retries["error"] += 1
     values = totals_values(totals, {"worker_died": 2, "shard": 2})
@@ -189,6 +191,8 @@ def test_the_totals_of_a_run_are_the_series_that_the_driver_records() -> None:
         "reinforce_stage_seconds_total": {"reading": 4.0},
         "reinforce_model_seconds_total": {"captions/c": 2.0, "embeddings/t/images": 1},
         "reinforce_model_inputs_total": {"captions/c": 6, "embeddings/t/images": 4},
+        "reinforce_fast_calls_total": {"t/compile": 7},
+        "reinforce_plain_calls_total": {"t/compile": 1},
         "reinforce_retries_total": {"error": 1},
     }
 

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from reinforce.engine.inference.self_test import TEXTS
+from teachers.fast_paths.usage import enabled, fast_path
 from teachers.protocols import ImageSpec
 
 HALF = (0.5, 0.5, 0.5)
@@ -58,6 +59,26 @@ class ColorTeacher:
             letters = torch.tensor([ord(letter) % 128 for letter in text], dtype=torch.int64)
             counts[row] = letters.bincount(minlength=128)
         return _unit((counts + 0.01).to(self._letters.device) @ self._letters)
+
+
+class PathTeacher(ColorTeacher):
+    """Counts its images as calls of a fast path, its texts as plain ones, and has another path that falls back."""
+
+    def __init__(self, device: torch.device, **options: Any) -> None:
+        super().__init__(device, **options)
+        if enabled():
+            fast_path("held_weights").fall_back("outputs would change")
+            self._path = fast_path("compile", asked=True)
+
+    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
+        if enabled():
+            self._path.used()
+        return super().encode_images(pixels)
+
+    def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        if enabled():
+            self._path.plain()
+        return super().encode_texts(texts)
 
 
 class ImageOnly:

@@ -14,6 +14,9 @@ from teachers.coca.captioner import CocaCaptioner
 from teachers.coca.decoder import CocaDecoder
 from teachers.coca.fixed_decoder import SIZES, FixedCocaDecoder
 from teachers.coca.network import CocaNetwork, check_decodable
+from teachers.fast_paths import usage
+from teachers.fast_paths.frozen import freeze
+from teachers.registry import captioner_spec
 from teachers.runtime.accelerator import Accelerator
 from teachers.runtime.memory import cache_bytes
 from tests.helpers.models.tiny_coca import batch, build, coca_config
@@ -234,6 +237,34 @@ def per_word(cuda: StandIn, **options: Any) -> dict[str, float]:
     few, many = ((c.operations, c.graph_launches, c.synchronizations, c.allocations, len(c.copies)) for c in counted)
     names = ("operations", "graphs", "waits", "allocations", "copies")
     return {name: (b - a) / 3 for name, a, b in zip(names, few, many, strict=True)}
+
+
+@pytest.mark.usefixtures("own_fast_paths")
+def test_each_fast_path_of_a_captioner_has_a_key_and_one_switch_turns_all_off(monkeypatch):
+    """Without ``compile`` there are no graphs either, unless ``graphs`` is true."""
+    frozen: list[Any] = []
+    monkeypatch.setattr("teachers.coca.captioner.freeze", lambda *options: frozen.append(options) or freeze(*options))
+    paths = {
+        (): {"fused_attention", "compile", "graphs"},
+        ("compile",): {"fused_attention"},
+        ("graphs",): {"fused_attention", "compile"},
+        ("fused_attention",): {"compile", "graphs"},
+    }
+    for off, expected in paths.items():
+        for plain in (False, True):
+            spec = captioner_spec(model="coca_ViT-B-32", pretrained="x", **dict.fromkeys(off, False))
+            usage.set_enabled(not plain)
+            spec = usage.in_force(spec)
+            frozen.clear()
+            with stand_in_cuda() as cuda:
+                captioner = build("cuda", **{key: getattr(spec, key) for key in spec.fast_paths})
+                found = {
+                    "fused_attention": bool(frozen),
+                    "compile": bool(cuda.compiled),
+                    "graphs": captioner._decoder.steps._stream is not None,
+                }
+            assert {path for path, used in found.items() if used} == (set() if plain else expected), off
+    assert captioner_spec(model="a", pretrained="x", compile=False, graphs=True).uses_graphs
 
 
 def test_a_word_is_one_graph_and_one_wait_and_allocates_nothing():

@@ -23,7 +23,9 @@ from reinforce.student.config import Loss
 from teachers import registry
 from teachers.fast_paths import recompilation, towers
 from teachers.fast_paths.fp8 import Float8Layers, Float8Linear, check_device
+from teachers.fast_paths.frozen import FrozenAttention
 from teachers.fast_paths.recompilation import Compiler
+from teachers.fast_paths.usage import loading, set_enabled, snapshot
 from teachers.open_clip.teacher import OpenClipTeacher
 from teachers.open_clip.text import keep_residual_in_float32
 from teachers.preprocessing.pixels import to_pixels
@@ -35,8 +37,10 @@ from tests.helpers.compiled_graphs import captured_graphs
 from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.decoding import decode_pool
 from tests.helpers.models.named_models import open_clip_named
-from tests.helpers.models.tiny_models import FULL_LENGTH, TRIMMED, open_clip_model
+from tests.helpers.models.tiny_models import FULL_LENGTH, TRIMMED, open_clip_model, transformers_dinov2
 from tests.helpers.stand_in_cuda import stand_in_cuda
+
+pytestmark = pytest.mark.usefixtures("own_fast_paths")
 
 
 @pytest.fixture(autouse=True)
@@ -70,12 +74,18 @@ def test_weights_that_are_held_in_the_precision_give_the_bits_of_autocast_or_sta
     before, stays = embeddings(teacher), kind == "bidirectional"
     if not stays:  # else open_clip takes the data type of the residual stream from a matrix
         keep_residual_in_float32(teacher._model)
-    holds = towers.hold_in_precision(teacher._model, accelerator, lambda: towers.probe_outputs(teacher, accelerator))
-    assert holds != stays
+    outputs = partial(towers.probe_outputs, teacher, accelerator)
+    assert towers.hold_in_precision(teacher._model, accelerator, outputs) != stays
     assert all(map(torch.equal, before, embeddings(teacher)))
+    [usage] = snapshot()
     if stays:
         assert not stored_in(teacher._model, accelerator.dtype)
+        assert (usage.path, usage.reason) == ("held_weights", "CLIP: ValueError: outputs would change")
+        with pytest.raises(ValueError, match="`held_weights: true` does not work with CLIP: outputs would"):
+            towers.hold_in_precision(teacher._model, accelerator, outputs, asked=True)
+        assert not stored_in(teacher._model, accelerator.dtype)
         return
+    assert usage.reason is None
     held = stored_in(teacher._model, accelerator.dtype)
     assert {name for name in held if "visual" in name} >= {"visual.conv1.weight"}
     assert any(name.endswith("attn.in_proj_weight") for name in held)
@@ -119,7 +129,7 @@ def test_attention_without_copies_gives_the_embeddings_of_torchs_up_to_rounding(
         assert fused <= 1.5 * plain, "the precision rounds more than the path"
 
 
-def test_attention_that_cannot_be_replaced_stays_torchs(tmp_path: Path) -> None:
+def test_attention_that_cannot_be_replaced_stays_torchs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     accelerator = Accelerator("cpu")
     teacher = OpenClipTeacher(teacher_spec(model=open_clip_model(tmp_path)), accelerator)
     attention = teacher._model.visual.transformer.resblocks[0].attn
@@ -129,9 +139,72 @@ def test_attention_that_cannot_be_replaced_stays_torchs(tmp_path: Path) -> None:
     attention.bias_v = torch.nn.Parameter(torch.ones(1, 1, 32))
     changed = embeddings(teacher)
     assert not torch.equal(before[0], changed[0])
-    assert not towers.fuse_attention(teacher._model, accelerator, lambda: towers.probe_outputs(teacher, accelerator))
+    outputs = partial(towers.probe_outputs, teacher, accelerator)
+    with loading("vit"):
+        assert not towers.fuse_attention(teacher._model, accelerator, outputs)
+    assert "vit runs without the fast path `fused_attention`: CLIP: ValueError: results change" in caplog.text
+    with pytest.raises(ValueError, match="`fused_attention: true` does not work with CLIP: results change"):
+        towers.fuse_attention(teacher._model, accelerator, outputs, asked=True)
     assert teacher._model.visual.transformer.resblocks[0].attn is attention
     assert all(map(torch.equal, changed, embeddings(teacher)))
+
+
+#: Config keys, and the fast paths of a teacher on CUDA with them.
+PATHS: dict[str, tuple[dict[str, Any], set[str]]] = {
+    "default": ({}, {"held_weights", "fused_attention", "compile"}),
+    "without held weights": ({"held_weights": False}, {"fused_attention", "compile"}),
+    "without fused attention": ({"fused_attention": False}, {"held_weights", "compile"}),
+    "not compiled": ({"compile": False}, {"held_weights", "fused_attention"}),
+}
+
+
+@pytest.mark.parametrize("switch", ["config", "environment", None])
+@pytest.mark.parametrize(("keys", "expected"), PATHS.values(), ids=PATHS)
+def test_each_fast_path_of_a_teacher_has_a_key_and_one_switch_turns_all_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, switch: str | None, keys: dict[str, bool], expected: set[str]
+) -> None:
+    spec = teacher_spec(model=open_clip_model(tmp_path), precision="bf16", **keys)
+    if switch == "environment":
+        monkeypatch.setenv("REINFORCE_ACCELERATOR", "plain")
+    set_enabled(switch != "config")
+    with stand_in_cuda() as cuda:
+        teacher: Any = load_model("vit", spec, "cuda")
+        modules = {type(one) for one in teacher._model.modules()}
+        found = {
+            "held_weights": bool(stored_in(teacher._model, torch.bfloat16)),
+            "fused_attention": torch.nn.MultiheadAttention not in modules,
+            "compile": bool(cuda.compiled),
+        }
+    assert {path for path, used in found.items() if used} == (set() if switch else expected)
+    assert (FrozenAttention in modules) == found["fused_attention"]
+    if switch:
+        assert snapshot() == ()
+
+
+def test_paths_that_are_asked_for_run_on_a_cpu_and_say_where_there_is_nothing_to_do(tmp_path: Path) -> None:
+    keys = {"held_weights": True, "fused_attention": True}
+    model = open_clip_model(tmp_path / "vit")
+    teacher: Any = load_model("vit", teacher_spec(model=model, precision="bf16", **keys), "cpu")
+    plain = load_model("plain", teacher_spec(model=model, precision="bf16"), "cpu")
+    assert stored_in(teacher._model, torch.bfloat16)
+    assert FrozenAttention in {type(one) for one in teacher._model.modules()}
+    for one, other in zip(embeddings(plain), embeddings(teacher), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=2e-2)
+    dino = transformers_dinov2(tmp_path / "dino")
+    load_model("dino", teacher_spec(family="transformers", model=dino, precision="fp32", **keys), "cpu")
+    reasons = {(one.model, one.path): one.reason for one in snapshot() if one.reason}
+    assert reasons == {
+        ("dino", "held_weights"): "weights need no cast in fp32",
+        ("dino", "fused_attention"): "Dinov2Model has no attention module of torch",
+    }
+
+
+def test_fp8_keeps_the_attention_that_it_needs() -> None:
+    spec = teacher_spec(model="ViT-B-32", pretrained="openai", precision="fp8", compile=True)
+    plain = spec.plain()
+    assert (plain.compile, plain.held_weights, plain.precision) == (False, False, "fp8")
+    with pytest.raises(ValidationError, match="`precision: fp8` needs attention without copies: remove"):
+        teacher_spec(model="ViT-B-32", pretrained="openai", precision="fp8", fused_attention=False)
 
 
 @pytest.mark.parametrize(("compile_", "blocks"), [(None, 2), (True, 2), (False, 0)])

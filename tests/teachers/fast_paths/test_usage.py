@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import pickle
-from collections.abc import Iterator
+from dataclasses import asdict
 
 import pytest
 
 from teachers.fast_paths import usage
-from teachers.fast_paths.usage import Usage, fast_path, loading, set_enabled, snapshot, total
+from teachers.fast_paths.report import parse, problem_lines, usage_lines
+from teachers.fast_paths.usage import Usage, fast_path, growth, loading, set_enabled, snapshot, total
 from teachers.registry import load_model
 from teachers.spec import TeacherSpec
 
-
-@pytest.fixture(autouse=True)
-def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.delenv(usage.VARIABLE, raising=False)
-    set_enabled(True)
-    yield
-    set_enabled(True)
+pytestmark = pytest.mark.usefixtures("own_fast_paths")
 
 
 def test_fast_paths_are_off_where_the_process_or_the_environment_says_plain(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,3 +82,46 @@ def test_paths_of_a_model_of_the_registry_have_its_name_in_the_config() -> None:
     load_model("my.teacher", Spec(model="any", compile=True), "cpu")
     fast_path("graphs")
     assert snapshot() == (Usage("my.teacher", "compile", asked=True, used=1), Usage("", "graphs"))
+
+
+def test_what_was_counted_between_two_snapshots_leaves_out_paths_without_news() -> None:
+    with loading("a.b"):
+        compiled, held, graphs = (fast_path(name, asked=name == "graphs") for name in ("compile", "held", "graphs"))
+    held.fall_back("first")
+    compiled.used(2)
+    before = snapshot()
+    assert growth(before, before) == ()
+    compiled.used(3)
+    compiled.plain()
+    held.fall_back("second")
+    graphs.fall_back("no memory")
+    assert growth(before, snapshot()) == (
+        Usage("a.b", "compile", used=3, plain=1), Usage("a.b", "graphs", asked=True, reason="no memory"),
+    )  # fmt: skip
+    assert total([*before, *growth(before, snapshot())]) == snapshot()
+
+
+def test_lines_show_calls_by_model_and_problems_name_the_fix() -> None:
+    usages = (
+        Usage("vit", "held_weights"),
+        Usage("vit", "compile", used=9_000, plain=3),
+        Usage("coca", "graphs", used=1, plain=2),
+        Usage("coca", "compile", asked=True, plain=12),
+        Usage("coca", "fused_attention", used=7, reason="no memory"),
+        Usage("", "other", asked=True),
+    )
+    assert usage_lines(usages) == [
+        "fast paths of vit: held_weights; compile 9,000 fast, 3 plain calls",
+        "fast paths of coca: graphs 1 fast, 2 plain calls; compile 0 fast, 12 plain calls; "
+        "fused_attention 7 fast, 0 plain calls (off: no memory)",
+        "fast paths of a model: other",
+    ]
+    assert problem_lines(usages) == [
+        "coca: fast path `graphs` ran in 1 of 3 calls; `graphs: false` turns it off",
+        "coca: fast path `compile: true` never ran in 12 calls; TORCH_LOGS=+dynamo in the environment shows why, "
+        "`compile: false` turns it off",
+        "coca: fast path `fused_attention` fell back (7 of 7 calls ran it): no memory; `fused_attention: true` makes "
+        "that an error",
+    ]
+    records = [{**asdict(one), "of a later version": 1} for one in usages]
+    assert parse(json.loads(json.dumps(records))) == usages
