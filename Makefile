@@ -111,7 +111,7 @@ bench-captioner: $(INSTALLED) ## a captioner's training step and loader compared
 bench-captions: $(INSTALLED) ## CoCa's caption decoding compared with open_clip's (twenty minutes)
 	$(BIN)/python -m benchmarks.captions
 
-bench-gpu: $(INSTALLED) ## models, captions, shards and trainings on an NVIDIA GPU, with their limits (an hour)
+bench-gpu: $(INSTALLED) ## models, captions, shards and trainings on an NVIDIA GPU, with their limits (an hour by estimate)
 	$(BIN)/python -m benchmarks.gpu
 
 bench-latency: $(INSTALLED) ## MobileCLIP2 compared with ViT-L/14 on one core (minutes)

@@ -1,4 +1,4 @@
-"""``make bench-gpu``: what an accelerator does with this project's models, in an hour or less.
+"""``make bench-gpu``: what an accelerator does with this project's models.
 
 ``__main__.py`` lists the sections by their value: the limits of the card (``card.py``), whether its results are right
 (``right.py``), whole shards and runs (``shards.py``), captions (``captions.py``), trainings (``students.py``) and

@@ -25,7 +25,7 @@ def compile_steps(decoder: FixedCocaDecoder, sampler: DeviceSampler | None, prec
     If that fails (it needs a C compiler, for example) or changes more than rounding, they stay as they are, with one
     line in the log. With ``wanted``, what goes wrong raises.
     """
-    _LOG.warning("compiling the decoding steps of a captioner, once for all sizes, which takes about a minute")
+    _LOG.warning("compiling the decoding steps of a captioner, once for all sizes")
     compiler = Compiler("the decoding steps", asked=wanted)
     before, tokens = probe(decoder, sampler)
     try:

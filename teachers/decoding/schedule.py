@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 Indices = npt.NDArray[np.int64]
-#: Images enter when at least 1 / _SHARE of the places are free, since entering takes about the time of a step.
+#: Images enter when at least 1 / _SHARE of the places are free, since entering is estimated at the time of a step.
 _SHARE = 16
 
 

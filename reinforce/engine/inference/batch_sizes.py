@@ -21,10 +21,10 @@ from reinforce.engine.messages.tracebacks import shorten
 from reinforce.errors import UserError
 from teachers.redact import Redactor
 
-#: Largest batch of ``workers.batch: auto``. Larger ones are hardly faster, and take more shared memory for pixels.
+#: Largest batch of ``workers.batch: auto``. Larger ones take more shared memory for pixels.
 MAX_AUTO_BATCH = 1024
-#: Least texts of a batch on accelerators: with fewer, launching the kernels of a text tower takes longer than running
-#: them.
+#: Least texts of a batch on accelerators: with fewer, launching the kernels of a text tower is estimated to take longer
+#: than running them.
 _LEAST_TEXTS = 1024
 _CAUSE_CHARS = 500
 Bound = Literal["rows", "crops", "texts", "samples"]
