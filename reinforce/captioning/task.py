@@ -10,7 +10,8 @@ too. That is part of the model, in training and inference, and is not changed.)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import open_clip
 import torch
@@ -37,6 +38,9 @@ class CaptioningTask:
         self.notes: Sequence[str] = notes
         self._loss = loss
         self._evaluator = evaluator
+
+    def settle(self, recorded: Mapping[str, Any] | None) -> Mapping[str, Any]:
+        return {}
 
     def begin_step(self, step: int, steps: int) -> None:
         """Do nothing: all steps are alike."""

@@ -197,6 +197,7 @@ class Loss(Section):
         return self
 
 
+BatchNorm = Literal["train", "keep", "merge"]
 Quantize = Literal["int8-weights", "int8"]
 #: Share of the steps that train with fake quantisation, unless `student.quantize_share` says otherwise.
 QUANTIZE_SHARE = 0.2
@@ -210,6 +211,12 @@ class Student(Section):
     preprocess: Preprocess | None = Field(None, description=PREPROCESS)
     freeze: list[Literal["image", "text"]] | None = Field(
         None, max_length=1, description="the tower that keeps its pretrained weights; default: none"
+    )
+    batch_norm: BatchNorm | None = Field(
+        None,
+        description="`train`: batch normalisations use the statistics of the batch, and the stored ones move; `keep`: "
+        "they use the stored ones, which stay, while weights train; `merge`: as `keep`, and a FastViT's branches are "
+        "computed as one convolution; default: keep if the student starts from weights, else train",
     )
     image_size: int | None = Field(
         None, ge=16, description="side of its square images in pixels; default: as in the model's config"

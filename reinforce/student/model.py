@@ -13,11 +13,11 @@ import open_clip
 import torch
 
 from reinforce.errors import UserError
-from reinforce.student.config import Quantize
+from reinforce.student.config import BatchNorm, Quantize
 from reinforce.student.config import Student as StudentSpec
 from reinforce.student.loss import Form
 from reinforce.student.pointwise import avoid_faulty_convolutions
-from reinforce.student.quantize import can_quantize, freeze_batch_norms, quantize, round_in_eval
+from reinforce.student.quantize import can_quantize, freeze_batch_norms, merge, quantize, round_in_eval
 from reinforce.student.teachers import CAPTION, IMAGE, SYNTHETIC
 from reinforce.student.terms.base import module_name, scale_name, unit
 from reinforce.student.terms.registry import Terms
@@ -58,6 +58,7 @@ class Student(torch.nn.Module):
         self.pretrained = pretrained
         self.frozen: Sequence[str] = ()
         self.quantized: Quantize | None = None
+        self.batch_norm: BatchNorm = "train"
         self.terms = terms or Terms()
         self.heads = torch.nn.ModuleDict(self.terms.heads(config["embed_dim"]))
         self.scales = torch.nn.ModuleDict(
@@ -92,6 +93,18 @@ class Student(torch.nn.Module):
         self.quantized = kind
         self.train(self.training)
 
+    def set_batch_norm(self, how: BatchNorm) -> None:
+        """Set what batch normalisations do in training.
+
+        Raises UserError if statistics of random weights would stay, and for `merge` if no block has branches.
+        """
+        if how != "train" and not self.pretrained:
+            raise UserError(f"student.batch_norm: {self.name} starts from random weights; set student.pretrained")
+        if how == "merge" and not merge(self.clip):
+            raise UserError(f"student.batch_norm: {self.name} has no branches that `merge` could merge; set it to keep")
+        self.batch_norm = how
+        self.train(self.training)
+
     def freeze(self, towers: Sequence[str], texts: bool = True) -> None:
         """Let towers keep their weights and batch statistics. Raises UserError if they are random, or if none is left.
 
@@ -119,7 +132,7 @@ class Student(torch.nn.Module):
         return "image" if name.startswith("clip.visual") else "text"
 
     def train(self, mode: bool = True) -> Student:
-        """Set the mode; frozen towers, and batch statistics of one that trains with rounded values, stay as in eval.
+        """Set the mode; frozen towers stay as in eval, and so do batch statistics, if kept or if values are rounded.
 
         Frozen towers of a quantized student round in training, as the others do.
         """
@@ -128,7 +141,7 @@ class Student(torch.nn.Module):
             if self.tower_of(f"clip.{name}") in self.frozen:
                 child.eval()
                 round_in_eval(child, mode)
-        if self.quantized is not None:
+        if self.quantized is not None or self.batch_norm != "train":
             freeze_batch_norms(self.clip)
         return self
 
@@ -208,6 +221,7 @@ def build_student(
     with _seeded(seed):
         student = Student(name, clip.train(), config, image, pretrained, terms)
     student.freeze(spec.freeze or (), texts)
+    student.set_batch_norm(spec.batch_norm or ("keep" if pretrained else "train"))
     return student
 
 

@@ -26,7 +26,6 @@ from typing import Any
 
 import open_clip
 import torch
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from reinforce.student.config import Quantize
 from reinforce.student.merged import MERGES, Kernel
@@ -58,14 +57,28 @@ def quantize(model: torch.nn.Module, kind: Quantize, in_eval: bool = False) -> i
 
     Returns the number of layers that round; 0 means that the model has nothing to round and is unchanged.
     """
-    rounding, layers = _rounding_of(kind == "int8", in_eval), 0
+    return _change(model, _rounding_of(True, kind == "int8", in_eval))
+
+
+def merge(model: torch.nn.Module) -> int:
+    """Let merged blocks compute as one convolution in training mode, without rounding.
+
+    Returns the number of blocks; 0 means that the model has none and is unchanged.
+    """
+    return _change(model, _rounding_of(False, False, False))
+
+
+def _change(model: torch.nn.Module, rounding: _Rounding) -> int:
+    """Give layers their rounding, merged blocks alone if weights are not rounded; returns their number."""
+    layers = 0
     pending: list[Any] = [model]
     while pending:
         module = pending.pop()
         children = dict(module.named_children())
-        if (mixin := _mixin(module)) is not None:
-            own: Any = type(module)
-            module.__class__ = _combined(mixin, own)
+        if (mixin := _mixin(module)) is not None and (rounding.weights or issubclass(mixin, _Merged)):
+            if not isinstance(module, mixin):
+                own: Any = type(module)
+                module.__class__ = _combined(mixin, own)
             module.rounding = rounding
             layers += 1
             if issubclass(mixin, _Merged):
@@ -78,7 +91,7 @@ def round_in_eval(model: torch.nn.Module, rounds: bool) -> None:
     """Set whether the layers of a quantized model round in eval mode, too."""
     for module in model.modules():
         if isinstance(module, _Rounded):
-            module.rounding = _rounding_of(module.rounding.inputs, rounds)
+            module.rounding = _rounding_of(module.rounding.weights, module.rounding.inputs, rounds)
 
 
 def can_quantize(model: torch.nn.Module) -> bool:
@@ -86,11 +99,15 @@ def can_quantize(model: torch.nn.Module) -> bool:
     return any(_mixin(module) is not None for module in model.modules())
 
 
+def batch_norms(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Modules that normalise by the statistics of a batch in training, also those of timm with an activation."""
+    return [module for module in model.modules() if getattr(module, "running_var", None) is not None]
+
+
 def freeze_batch_norms(model: torch.nn.Module) -> None:
     """Let batch normalisations use their running statistics; ``train()`` undoes it."""
-    for module in model.modules():
-        if isinstance(module, _BatchNorm):
-            module.eval()
+    for module in batch_norms(model):
+        module.training = False  # not eval(), which would also turn off a dropout inside
 
 
 #: Children of a merged block that follow its convolution.
@@ -99,8 +116,9 @@ _AFTER_MERGED = ("se", "act")
 
 @dataclass(frozen=True)
 class _Rounding:
-    """Whether inputs are rounded, and whether rounding applies in eval mode."""
+    """Whether weights and inputs are rounded, and whether this applies in eval mode."""
 
+    weights: bool
     inputs: bool
     in_eval: bool
 
@@ -162,7 +180,7 @@ class _Merged(_Rounded):
         kernel, bias = block.merge()
         inputs = round_inputs(images, (1, 2, 3)) if self.rounding.inputs else images
         groups, stride = getattr(block, "groups", len(kernel)), getattr(block, "stride", 1)
-        weights = round_weights(kernel, 0)
+        weights = round_weights(kernel, 0) if self.rounding.weights else kernel
         outputs = torch.nn.functional.conv2d(inputs, weights, bias, stride, kernel.shape[-1] // 2, groups=groups)
         for name in _AFTER_MERGED:
             if hasattr(block, name):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -16,13 +17,18 @@ from reinforce.processes.cores import available_cores
 from reinforce.student import online
 from reinforce.student.config import QUANTIZE_SHARE, StudentConfig
 from reinforce.student.model import Student, build_student, export, load_tokenizer
+from reinforce.student.quantize import batch_norms
 from reinforce.student.teachers import CAPTION, IMAGE, SYNTHETIC, TeacherInfo, stored_models, stored_teachers
 from reinforce.student.terms.base import Models, Rows
 from reinforce.student.terms.registry import Terms, make_terms
+from reinforce.terminal import plural
 from reinforce.training.distributed import gather
 from reinforce.training.task import Batch, Encoded, Metrics
 from teachers.protocols import Teacher
 from teachers.runtime.accelerator import Accelerator
+
+#: The key of the config that ``StudentTask.settle`` chooses.
+BATCH_NORM = "student.batch_norm"
 
 
 class StudentTask:
@@ -57,6 +63,7 @@ class StudentTask:
         )
         self.tokenizer = load_tokenizer(self.model)
         self._online_teachers = {name: teachers[name] for name in self.terms.models["teachers"] if name in teachers}
+        self._batch_norm, self._sync = config.student.batch_norm, config.train.compute.sync_batch_norm
         self._quantize = config.student.quantize
         self._quantize_share = config.student.quantize_share or QUANTIZE_SHARE
         self._precision = config.train.compute.precision
@@ -68,6 +75,15 @@ class StudentTask:
         own = evaluation.model_copy(update={"threads": threads})
         self._evaluator = Evaluator(own, evaluation.shares(ranks)[rank])
         self.notes = [_describe(self.model, config), *self.terms.notes]
+
+    def settle(self, recorded: Mapping[str, Any] | None) -> Mapping[str, Any]:
+        """Keep the batch statistics of a pretrained student, unless the checkpoint is of a training that did not."""
+        how = self.model.batch_norm if self._batch_norm or recorded is None else recorded[BATCH_NORM]
+        self.model.set_batch_norm(how)
+        norms = len(batch_norms(self.model.clip))
+        if self._batch_norm is None and self.model.pretrained and norms:
+            self.notes.append(f"student.batch_norm: {how}: {_describe_norms(how, norms, self._sync)}")
+        return {BATCH_NORM: how}
 
     def begin_step(self, step: int, steps: int) -> str | None:
         """Train with rounded values in the last ``student.quantize_share`` of the steps, at least in one."""
@@ -122,3 +138,12 @@ def _describe(student: Student, config: StudentConfig) -> str:
     millions = sum(parameter.numel() for parameter in student.clip.parameters()) / 1e6
     start = "pretrained" if student.pretrained else f"random weights of seed {config.seed}"
     return f"student {student.name}: {millions:.1f} M parameters, {student.image.size} pixels, {start}"
+
+
+def _describe_norms(how: str, norms: int, sync: bool) -> str:
+    if how == "train":
+        return f"the statistics of {plural(norms, 'batch normalisation')} move, as since this training began"
+    return (
+        f"{plural(norms, 'batch normalisation')} of the pretrained student use the stored statistics, which stay; set "
+        f"it to train to let them move{'. train.compute.sync_batch_norm has no effect' * sync}"
+    )

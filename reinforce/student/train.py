@@ -11,7 +11,7 @@ from reinforce import settings
 from reinforce.storage import Storage
 from reinforce.student.config import StudentConfig
 from reinforce.student.data.feed import StudentFeed
-from reinforce.student.task import StudentTask
+from reinforce.student.task import BATCH_NORM, StudentTask
 from reinforce.training.job import Job, make_job
 from reinforce.training.launch import launch, runs_on_ray
 from reinforce.training.record.results import Results
@@ -45,7 +45,8 @@ def train(config: StudentConfig | str | Path | dict[str, Any], *, address: str |
 def student_job(config: StudentConfig) -> Job:
     """The training loop's job for a student config."""
     mutable = (*_READING, *_default_preprocess(config))
-    return make_job(config, config.student.model, mutable, best_of_part=config.evaluate.best is not None)
+    of_part = config.evaluate.best is not None
+    return make_job(config, config.student.model, mutable, best_of_part=of_part, earlier={BATCH_NORM: "train"})
 
 
 def _default_preprocess(config: StudentConfig) -> Iterator[str]:

@@ -19,7 +19,7 @@ HIGHEST_LOGIT_SCALE = 100.0
 class Optimizer(Section):
     """AdamW with linear warm-up and decay to ``final_lr``; the defaults are those of MobileCLIP2's paper."""
 
-    lr: float = Field(1e-3, gt=0, description="peak learning rate")
+    lr: float = Field(1e-3, ge=0, description="peak learning rate")
     final_lr: float = Field(1e-6, ge=0, description="learning rate of the last step")
     towers: dict[str, Annotated[float, Field(gt=0)]] | None = Field(
         None, description="peak learning rate by tower, `image` or `text`, in place of `lr`; students only"

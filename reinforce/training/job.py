@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from reinforce.errors import UserError
@@ -22,7 +22,8 @@ class Job:
     ``best_of_part`` also where it is of a part of a set or a mean of fewer sets of a suite. ``export`` is the folder of
     ``output`` for the weights: the last ones, or with ``export_best`` those of the best evaluated step, which may be
     the one before the first step. ``trackers`` get the rows of the log, too. ``accelerator`` is that of the config.
-    ``model_config`` is the config in the model's folder, by dotted keys; it must not change either.
+    ``model_config`` is the config in the model's folder, by dotted keys; it must not change either. ``earlier`` are
+    values of keys that checkpoints of earlier versions lack.
     """
 
     training: Training
@@ -38,6 +39,7 @@ class Job:
     trackers: Trackers | None = None
     accelerator: Literal["fast", "plain"] = "fast"
     model_config: Mapping[str, Any] | None = None
+    earlier: Mapping[str, Any] = field(default_factory=dict)
 
 
 def make_job(config: Any, model: str, mutable: Iterable[str], **options: Any) -> Job:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -221,8 +222,11 @@ class _Loop:
         """
         found, notes = self._load_latest()
         if found is None:
+            self._settle(None)
             return notes
         progress, tensors = found
+        progress = replace(progress, fixed_config={**self.job.earlier, **progress.fixed_config})
+        self._settle(progress.fixed_config)
         check_resumable(progress, self.progress, self.steps, self.job.output)
         try:
             self.state.load(tensors)
@@ -237,6 +241,10 @@ class _Loop:
         notes += describe_length(progress, self.steps, self.training.optimizer)
         self.progress = replace(progress, model_config=self.job.model_config, data=self.progress.data, steps=self.steps)
         return notes
+
+    def _settle(self, recorded: Mapping[str, Any] | None) -> None:
+        fixed = {**self.progress.fixed_config, **self.task.settle(recorded)}
+        self.progress = replace(self.progress, fixed_config=fixed)
 
     def _load_latest(self) -> tuple[tuple[Progress, dict[str, torch.Tensor]] | None, list[str]]:
         """The last checkpoint that every rank reads whole, and a line if it is not the last one."""

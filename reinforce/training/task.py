@@ -68,6 +68,14 @@ class Task(Protocol):
         """Lines for the user about what is trained from what; rank 0 prints them at the start."""
         ...
 
+    def settle(self, recorded: Mapping[str, Any] | None) -> Mapping[str, Any]:
+        """Choose what the config leaves open; returns values by key of the config, which checkpoints record.
+
+        Called once, before the first step. ``recorded`` is the config of the checkpoint from which the training run
+        resumes; None if it begins. The keys are those of ``Job.earlier``.
+        """
+        ...
+
     def begin_step(self, step: int, steps: int) -> str | None:
         """Change the model for step ``step`` (from 0) of ``steps``, if it is to change; returns a line for the user.
 

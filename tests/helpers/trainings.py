@@ -58,6 +58,9 @@ class TowersTask:
         self.model = Towers(**options)
         self.evaluated: list[int] = []
 
+    def settle(self, recorded: Mapping[str, Any] | None) -> Mapping[str, Any]:
+        return {}
+
     def begin_step(self, step: int, steps: int) -> None:
         pass
 
