@@ -35,9 +35,11 @@ _SET_NAMES = keys_match(f"^{_NAME.pattern}$")
 
 
 class Evaluation(Section):
-    """Sets by name, and how often they are evaluated during training (always at its end)."""
+    """Sets by name, and how often they are evaluated during training (always at its end, and at a fine-tuning's start)."""
 
-    every: int | None = Field(None, ge=1, description="steps between evaluations; default: only at the end")
+    every: int | None = Field(
+        None, ge=1, description="steps between evaluations; default: only at the end, and at the start of a fine-tuning"
+    )
     zero_shot: Annotated[dict[SetName, ZeroShotSet], _SET_NAMES] = Field(
         default_factory=dict, description="classification sets by name"
     )

@@ -176,7 +176,7 @@ def build_student(
     """
     try:
         model = OpenClipOptions(model=spec.model, pretrained=spec.pretrained, preprocess=spec.preprocess)
-        name, pretrained = model_name(model), _has_weights(model)
+        name, pretrained = model_name(model), has_weights(model)
         config = _model_config(name)
         if spec.image_size is not None:
             config["vision_cfg"] = {**config["vision_cfg"], "image_size": spec.image_size}
@@ -225,6 +225,19 @@ def build_student(
     return student
 
 
+def has_weights(model: ModelSpec) -> bool:
+    """Whether the model starts from weights. Raises FileNotFoundError if its folder does not exist."""
+    name = model_name(model)
+    if name.startswith(catalog.FOLDER_PREFIX) and model.pretrained is None:
+        catalog.local_folder(name)
+        try:
+            catalog.folder_weights(name)
+        except FileNotFoundError:
+            return False
+        return True
+    return name.startswith(catalog.HUB_PREFIX) or model.pretrained is not None
+
+
 def load_tokenizer(student: Student) -> Any:
     """open_clip's tokenizer of the model. Raises UserError if it cannot be loaded or does not fit the context."""
     try:
@@ -253,19 +266,6 @@ def export(student: Student, folder: str) -> None:
     if MIXER in student.config["text_cfg"]:
         _LOG.warning("plain open_clip cannot load %s: it has no such text tower; commands of reinforce can", folder)
     write_open_clip(student.clip, student.config, load_tokenizer(student), folder)
-
-
-def _has_weights(model: ModelSpec) -> bool:
-    """Whether the model starts from weights. Raises FileNotFoundError if its folder does not exist."""
-    name = model_name(model)
-    if name.startswith(catalog.FOLDER_PREFIX) and model.pretrained is None:
-        catalog.local_folder(name)
-        try:
-            catalog.folder_weights(name)
-        except FileNotFoundError:
-            return False
-        return True
-    return name.startswith(catalog.HUB_PREFIX) or model.pretrained is not None
 
 
 def _model_config(name: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from reinforce import settings
 from reinforce.storage import Storage
 from reinforce.student.config import StudentConfig
 from reinforce.student.data.feed import StudentFeed
+from reinforce.student.model import has_weights
 from reinforce.student.task import BATCH_NORM, StudentTask
 from reinforce.training.job import Job, make_job
 from reinforce.training.launch import launch, runs_on_ray
@@ -20,6 +21,7 @@ from teachers.open_clip.catalog import DEFAULT_PREPROCESS
 from teachers.open_clip.options import stated_preprocess
 from teachers.open_clip.tokenizer import Tokenizer
 from teachers.runtime.accelerator import Accelerator
+from teachers.spec import ModelSpec
 
 #: Keys that may change when a training run resumes: how fast it reads.
 _READING = ("data.workers", "data.prefetch", "data.images_from", "data.limits")
@@ -45,8 +47,28 @@ def train(config: StudentConfig | str | Path | dict[str, Any], *, address: str |
 def student_job(config: StudentConfig) -> Job:
     """The training loop's job for a student config."""
     mutable = (*_READING, *_default_preprocess(config))
-    of_part = config.evaluate.best is not None
-    return make_job(config, config.student.model, mutable, best_of_part=of_part, earlier={BATCH_NORM: "train"})
+    return make_job(
+        config,
+        config.student.model,
+        mutable,
+        evaluate_start=_evaluates_start(config),
+        best_of_part=config.evaluate.best is not None,
+        earlier={BATCH_NORM: "train"},
+    )
+
+
+def _evaluates_start(config: StudentConfig) -> bool:
+    """Whether there are sets to evaluate a pretrained student on before its first step.
+
+    Not if the best step is exported and must have been trained with rounded values.
+    """
+    spec, sets = config.student, config.evaluate
+    if not (sets.own_sets or sets.suite) or (spec.quantize is not None and sets.export == "best"):
+        return False
+    try:
+        return has_weights(ModelSpec(model=spec.model, pretrained=spec.pretrained))
+    except (ValueError, OSError):
+        return False  # reported where the model is built
 
 
 def _default_preprocess(config: StudentConfig) -> Iterator[str]:

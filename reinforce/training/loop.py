@@ -134,6 +134,7 @@ class _Loop:
         )
         self.log: Log | None = None  # only on rank 0
         self.microbatches = self.training.compute.stated_microbatches
+        self.resumed = False
 
     def run(self) -> Results:
         check_output_is_shared(self.storage, self.ranks)
@@ -148,7 +149,9 @@ class _Loop:
             stack.enter_context(self.writer)
             if self.ranks.is_first:
                 trackers = open_trackers(self.job, self.storage)
-                self.log = stack.enter_context(Log(self.storage, self.progress.step, trackers))
+                # without a checkpoint the config may be another one, so an evaluation before the first step is repeated
+                kept = self.progress.step if self.resumed else -1
+                self.log = stack.enter_context(Log(self.storage, kept, trackers))
                 self.evaluations.log = self.log
                 stack.enter_context(self.screen)
                 for note in notes:
@@ -224,8 +227,10 @@ class _Loop:
         if found is None:
             self._settle(None)
             return notes
+        self.resumed = True
         progress, tensors = found
-        progress = replace(progress, fixed_config={**self.job.earlier, **progress.fixed_config})
+        stated = {key: value for key, value in progress.fixed_config.items() if value is not None}
+        progress = replace(progress, fixed_config={**progress.fixed_config, **self.job.earlier, **stated})
         self._settle(progress.fixed_config)
         check_resumable(progress, self.progress, self.steps, self.job.output)
         try:

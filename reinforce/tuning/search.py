@@ -12,7 +12,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -239,7 +239,7 @@ def _run_trial(
     home = next(filter(os.path.isdir, [folder, os.environ.get("TUNE_ORIG_WORKING_DIR", "")]), os.getcwd())
     os.chdir(home)
     student = configs[config["name"]]
-    job = student_job(student)
+    job = replace(student_job(student), evaluate_start=False)  # the same for all trials
 
     def evaluated(step: int, metrics: Mapping[str, float]) -> None:
         tune.report({_STEP: step, _VALUE: metrics[metric]})

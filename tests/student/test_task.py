@@ -16,7 +16,7 @@ import reinforce
 from reinforce.errors import UserError
 from reinforce.student.config import StudentConfig
 from reinforce.student.task import StudentTask
-from reinforce.student.train import build
+from reinforce.student.train import build, student_job
 from reinforce.training.batches import slice_batch
 from reinforce.training.step import backpropagate
 from reinforce.training.task import Batch
@@ -319,3 +319,21 @@ def test_learnt_scales_are_noted_logged_saved_and_resumed(config: Any, tmp_path:
     reinforce.train(training)
     assert learnt() == undisturbed
     assert torch.equal(load_file(last)["model/scales.red.logit_scale"], saved)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_fine_tuning_is_evaluated_before_its_first_step_on_the_same_sets(
+    config: Any, dataset: str, tmp_path: Path
+) -> None:
+    model, own = open_clip_model(tmp_path / "model"), {"retrieval": {"own": {"pairs": dataset}}}
+    at_start = {"student": {"model": model}, "evaluate": own, "data": {"workers": 0}}
+    made = config(train={"steps": 2, "optimizer": {"lr": 0.0, "final_lr": 0.0, "warmup": 0}}, **at_start)
+    trained = reinforce.train(made)
+    first, *_, last = [row for row in rows(Path(made.output)) if "metrics" in row]
+    assert (first["step"], last["step"]) == (0, 2)
+    assert first == rows(Path(made.output))[0]
+    assert first["metrics"] == last["metrics"] == trained.metrics
+    assert trained.best is not None
+    assert trained.best.step == 2, "the student before the first step has no checkpoint"
+    for sections in ({"evaluate": {}}, {"student": {}}):  # nothing to evaluate, and random weights
+        assert not student_job(config(**{**at_start, **sections})).evaluate_start

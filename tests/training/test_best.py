@@ -109,3 +109,15 @@ def test_the_state_before_the_first_step_may_be_the_best_one(tmp_path: Path) -> 
     assert scored(replace(made, export_best=True, output=str(tmp_path / "best")), 0.9, 0.4).exported == 0
     torch.manual_seed(0)
     assert torch.equal(exported(tmp_path / "best"), TowersTask().model.right.weight)
+
+
+def test_an_evaluation_before_the_first_step_is_repeated_where_no_checkpoint_was_written(tmp_path: Path) -> None:
+    """The config, and so the model that was evaluated, may have changed since then."""
+    made, killed = replace(job(tmp_path, steps=3), evaluate_start=True), Scored(0.1)
+    killed.losses = lambda *_: pytest.fail("killed")  # type: ignore[assignment, method-assign]
+    with pytest.raises(pytest.fail.Exception):
+        run(made, task=killed)
+    assert [row["metrics"]["top1"] for row in rows(tmp_path)] == [0.1]
+    scored(made, 0.2, 0.3)
+    found = [(row["step"], row["metrics"]["top1"]) for row in rows(tmp_path) if "metrics" in row]
+    assert found == [(0, 0.2), (3, 0.3)]
