@@ -35,7 +35,7 @@ _SET_NAMES = keys_match(f"^{_NAME.pattern}$")
 
 
 class Evaluation(Section):
-    """Sets by name, and how often they are evaluated during training (always at its end, and at a fine-tuning's start)."""
+    """Sets by name, and how often they are evaluated during training (always at its end)."""
 
     every: int | None = Field(
         None, ge=1, description="steps between evaluations; default: only at the end, and at the start of a fine-tuning"

@@ -15,6 +15,7 @@ import torch
 from reinforce.errors import UserError
 from reinforce.student.config import BatchNorm, Quantize
 from reinforce.student.config import Student as StudentSpec
+from reinforce.student.depths import block_depths, image_depths
 from reinforce.student.loss import Form
 from reinforce.student.pointwise import avoid_faulty_convolutions
 from reinforce.student.quantize import can_quantize, freeze_batch_norms, merge, quantize, round_in_eval
@@ -130,6 +131,13 @@ class Student(torch.nn.Module):
         if not name.startswith("clip.") or name.startswith("clip.logit_"):
             return None
         return "image" if name.startswith("clip.visual") else "text"
+
+    def depths(self) -> dict[str, int]:
+        """The number of blocks between each weight of a tower and the tower's head, by the weight's name."""
+        image, texts = "clip.visual.", "clip.text." if hasattr(self.clip, "text") else "clip."
+        names = [name.removeprefix(texts) for name, _ in self.named_parameters() if self.tower_of(name) == "text"]
+        found = {image + name: depth for name, depth in image_depths(self.clip.visual).items()}
+        return found | {texts + name: depth for name, depth in block_depths(names).items()}
 
     def train(self, mode: bool = True) -> Student:
         """Set the mode; frozen towers stay as in eval, and so do batch statistics, if kept or if values are rounded.

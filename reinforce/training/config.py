@@ -24,6 +24,11 @@ class Optimizer(Section):
     towers: dict[str, Annotated[float, Field(gt=0)]] | None = Field(
         None, description="peak learning rate by tower, `image` or `text`, in place of `lr`; students only"
     )
+    layer_decay: dict[str, Annotated[float, Field(gt=0, le=1)]] | None = Field(
+        None,
+        description="by tower, `image` or `text`: factor of the learning rate from each block to the one before; the "
+        "tower's head has the tower's rate; students only",
+    )
     warmup: int = Field(1000, ge=0, description="steps until the peak learning rate")
     hold: int | None = Field(
         None,

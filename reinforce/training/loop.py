@@ -328,7 +328,8 @@ class _Loop:
             self.screen.log(note)
         lr = learning_rate(step, self.steps, self.training.optimizer)
         for group in self.state.optimizer.param_groups:
-            group["lr"] = learning_rate(step, self.steps, self.training.optimizer, group["tower"])
+            rate = learning_rate(step, self.steps, self.training.optimizer, group["tower"])
+            group["lr"] = rate * group["scale"]
         first = self.ranks.rank * self.microbatches
         numbers = range(first, first + self.microbatches)
         seeds = [seed_for(self.job.seed, f"step {step}", "training", number) for number in numbers]

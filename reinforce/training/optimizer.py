@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 
@@ -49,17 +50,21 @@ def undecayed_parameters(model: torch.nn.Module) -> set[str]:
 def make_adamw(model: torch.nn.Module, config: Optimizer) -> torch.optim.AdamW:
     """AdamW over all parameters that require gradients; fused into one kernel on CUDA.
 
-    Groups have the ``tower`` for ``learning_rate``. Raises UserError for towers that the model does not have.
+    Groups have the ``tower`` for ``learning_rate``, and the ``scale`` of its result. Raises UserError for towers that
+    the model does not have.
     """
     learnt = {name: p for name, p in model.named_parameters() if p.requires_grad}
     undecayed = undecayed_parameters(model)
-    towers = _towers(model, config, learnt)
+    towers, scales = _towers(model, "towers", config.towers, learnt), _scales(model, config, learnt)
     groups = []
     for tower in (None, *(config.towers or ())):
         own = {name: p for name, p in learnt.items() if towers.get(name) == tower}
-        for free, decay in ((False, config.weight_decay), (True, 0.0)):
-            parameters = [p for name, p in own.items() if (name in undecayed) == free]
-            groups.append({"params": parameters, "weight_decay": decay, "tower": tower})
+        for scale in sorted({1.0, *(scales.get(name, 1.0) for name in own)}, reverse=True):
+            for free, decay in ((False, config.weight_decay), (True, 0.0)):
+                parameters = [
+                    p for name, p in own.items() if (name in undecayed) == free and scales.get(name, 1.0) == scale
+                ]
+                groups.append({"params": parameters, "weight_decay": decay, "tower": tower, "scale": scale})
     return torch.optim.AdamW(
         groups,
         lr=config.lr,
@@ -69,17 +74,30 @@ def make_adamw(model: torch.nn.Module, config: Optimizer) -> torch.optim.AdamW:
     )
 
 
-def _towers(model: torch.nn.Module, config: Optimizer, learnt: Iterable[str]) -> dict[str, str]:
-    """The tower of each parameter that has a learning rate of its own."""
-    if not config.towers:
+def _scales(model: Any, config: Optimizer, learnt: Iterable[str]) -> dict[str, float]:
+    """Factors of learning rates by parameter: with decay d, d^n for one with n blocks between it and the head."""
+    decays = config.layer_decay
+    towers = _towers(model, "layer_decay", decays, learnt)
+    if not decays:
+        return {}
+    depths = model.depths()
+    for tower in decays:
+        if not any(depths[name] for name in towers if towers[name] == tower):
+            raise UserError(f"train.optimizer.layer_decay: the blocks of this {tower} tower are not known; remove it.")
+    return {name: decays[tower] ** depths[name] for name, tower in towers.items()}
+
+
+def _towers(model: Any, key: str, stated: Mapping[str, float] | None, learnt: Iterable[str]) -> dict[str, str]:
+    """The tower of each parameter whose tower is ``stated`` under a key."""
+    if not stated:
         return {}
     tower_of = getattr(model, "tower_of", None)
     if tower_of is None:
-        raise UserError("train.optimizer.towers is for students: remove it, and set train.optimizer.lr.")
-    towers = {name: tower for name in learnt if (tower := tower_of(name)) in config.towers}
-    if missing := sorted({*config.towers} - {*towers.values()}):
+        raise UserError(f"train.optimizer.{key} is for students: remove it, and set train.optimizer.lr.")
+    towers = {name: tower for name in learnt if (tower := tower_of(name)) in stated}
+    if missing := sorted({*stated} - {*towers.values()}):
         raise UserError(
-            f"train.optimizer.towers: no weights of {', '.join(missing)} are learnt; name image or text, if it is not "
+            f"train.optimizer.{key}: no weights of {', '.join(missing)} are learnt; name image or text, if it is not "
             "under student.freeze."
         )
     return towers

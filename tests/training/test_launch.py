@@ -168,7 +168,7 @@ def test_the_checkpoint_format_depends_on_these_keys() -> None:
     """Checkpoints store the fixed config. A key that is renamed, or added with a value, makes old ones refused."""
     optimizer = ("betas", "clip", "eps", "final_lr", "lr", "warmup", "weight_decay")
     keys = {"batch", "compute.precision", "ema", *(f"optimizer.{name}" for name in optimizer)}
-    added = {"optimizer.hold", "optimizer.towers", "optimizer.cooldown", "optimizer.decay"}
+    added = {f"optimizer.{name}" for name in ("hold", "towers", "layer_decay", "cooldown", "decay")}
     now = fixed_config(training(), MUTABLE_KEYS)
     assert now.keys() == keys | added
     defaults = Training(steps=1).optimizer
