@@ -128,6 +128,35 @@ class Data(Section):
     prefetch: int = Field(4, ge=1, description="batches to prefetch; each loader process makes a part of every batch")
 
 
+class Anchor(Section):
+    """What keeps a fine-tuned student near its start; each part is added to the loss by its weight, for any lambda."""
+
+    teacher: str | None = Field(
+        None,
+        min_length=1,
+        description="the stored (or online) teacher that is the student before its fine-tuning, for `similarities` and "
+        "`features`; it is read in addition to `data.teachers`, and no part of the ensemble",
+    )
+    similarities: float | None = Field(
+        None, gt=0, description="weight of distilling the similarities of images and texts of `teacher` alone"
+    )
+    features: float | None = Field(
+        None, gt=0, description="weight of 1 - cosine of the student's vectors and those of `teacher`, not projected"
+    )
+    weights: float | None = Field(
+        None, gt=0, description="weight of half the squared distance of all weights from their start (L2-SP)"
+    )
+
+    @model_validator(mode="after")
+    def _teacher_of_parts(self) -> Anchor:
+        stored = self.similarities or self.features
+        if stored and self.teacher is None:
+            raise ValueError("`similarities` and `features` need `teacher`: the name of the student's stored vectors")
+        if not stored and (self.teacher is not None or self.weights is None):
+            raise ValueError("set a weight: `similarities` or `features` of `teacher`, or `weights`")
+        return self
+
+
 class Loss(Section):
     """(1 - lambda) x CLIP loss + lambda x (distillation + features), summed over true and synthetic captions."""
 
@@ -166,10 +195,16 @@ class Loss(Section):
         description="weight of learning classifiers' probabilities of images, by a linear head; it is added to the "
         "other losses, whichever lambda is; default: not learnt",
     )
+    anchor: Anchor | None = Field(None, description="terms against forgetting in a fine-tuning; default: none")
     teachers: Named[AnyTeacher] = Field(
         default_factory=dict,
         description="for `online`: the models to run, as in `reinforce run`; precision: fp32 unless it is given",
     )
+
+    @property
+    def anchors(self) -> list[str]:
+        """The teacher of `anchor`, if it has one."""
+        return [] if self.anchor is None or self.anchor.teacher is None else [self.anchor.teacher]
 
     @field_validator("teachers")
     @classmethod

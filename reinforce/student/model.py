@@ -60,6 +60,7 @@ class Student(torch.nn.Module):
         self.frozen: Sequence[str] = ()
         self.quantized: Quantize | None = None
         self.batch_norm: BatchNorm = "train"
+        self.start = _Start()
         self.terms = terms or Terms()
         self.heads = torch.nn.ModuleDict(self.terms.heads(config["embed_dim"]))
         self.scales = torch.nn.ModuleDict(
@@ -86,6 +87,8 @@ class Student(torch.nn.Module):
             scalars["logit_bias"] = self.clip.logit_bias.reshape(())
         scalars |= {scale_name(_teacher_name(module)): scale() for module, scale in self.scales.items()}
         losses = self.terms.losses_of_rows(features, batch.get("targets", {}), self.heads)
+        if self.start:
+            losses |= self.terms.losses_of_weights(dict(self.named_parameters()), self.start)
         return Encoded({**features, **self.terms.projections(features, self.heads)}, losses, scalars)
 
     def quantize(self, kind: Quantize) -> None:
@@ -132,6 +135,20 @@ class Student(torch.nn.Module):
             return None
         return "image" if name.startswith("clip.visual") else "text"
 
+    def keep_start(self) -> None:
+        """Keep the weights of the model that are trained, if a term needs them. Raises UserError if they are random."""
+        if not self.terms.needs_start:
+            return
+        if not self.pretrained:
+            raise UserError(f"loss.anchor.weights: {self.name} starts from random weights; set student.pretrained")
+        trained = {name: p for name, p in self.named_parameters() if name.startswith("clip.") and p.requires_grad}
+        self.start = _Start({name: parameter.detach().clone() for name, parameter in trained.items()})
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Student:
+        super()._apply(fn, recurse)
+        self.start = _Start({name: fn(value) for name, value in self.start.items()})  # to the device of the weights
+        return self
+
     def depths(self) -> dict[str, int]:
         """The number of blocks between each weight of a tower and the tower's head, by the weight's name."""
         image, texts = "clip.visual.", "clip.text." if hasattr(self.clip, "text") else "clip."
@@ -151,6 +168,13 @@ class Student(torch.nn.Module):
                 round_in_eval(child, mode)
         if self.quantized is not None or self.batch_norm != "train":
             freeze_batch_norms(self.clip)
+        return self
+
+
+class _Start(dict[str, torch.Tensor]):
+    """First weights by name. They are no buffers, which checkpoints store and ranks exchange; copies share them."""
+
+    def __deepcopy__(self, _: Any) -> _Start:
         return self
 
 
@@ -229,6 +253,7 @@ def build_student(
     with _seeded(seed):
         student = Student(name, clip.train(), config, image, pretrained, terms)
     student.freeze(spec.freeze or (), texts)
+    student.keep_start()
     student.set_batch_norm(spec.batch_norm or ("keep" if pretrained else "train"))
     return student
 

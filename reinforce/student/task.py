@@ -43,14 +43,17 @@ class StudentTask:
         loss, texts = config.loss, config.data.captions != "none"
         teachers: dict[str, Teacher] = {}
         known: dict[str, TeacherInfo] = {}
-        if loss.lambda_ > 0 and loss.targets == "online":
-            teachers = online.load_teachers(loss.teachers, device)
+        reads = loss.lambda_ > 0 or loss.anchors
+        if reads and loss.targets == "online":
+            specs = {name: spec for name, spec in loss.teachers.items() if loss.lambda_ > 0 or name in loss.anchors}
+            teachers = online.load_teachers(specs, device)
             known = {
                 name: online.teacher_info(teacher, loss.teachers[name], texts) for name, teacher in teachers.items()
             }
         manifests = {source.url: read_manifest(Store(source.url)) for source in config.data.datasets}
-        if loss.lambda_ > 0 and loss.targets == "stored":
-            known = stored_teachers(config, manifests)
+        if reads and loss.targets == "stored":
+            anchors_alone = config.model_copy(update={"data": config.data.model_copy(update={"teachers": []})})
+            known = stored_teachers(config if loss.lambda_ > 0 else anchors_alone, manifests)
         models = Models(known, texts, partial(stored_models, config.data, manifests))
         self.terms: Terms = make_terms(loss, models)
         self.model: Student = build_student(

@@ -44,7 +44,9 @@ def stored_teachers(config: StudentConfig, manifests: Mapping[str, Mapping[str, 
     Raises UserError for an unknown teacher, for one that lacks vectors of some of the texts, and if datasets disagree.
     """
     known: dict[str, TeacherInfo] = {}
-    names = {url: select_names(url, "teachers", config.data.teachers, manifest) for url, manifest in manifests.items()}
+    named = config.data.teachers
+    wanted = None if named is None else [*dict.fromkeys([*named, *config.loss.anchors])]
+    names = {url: select_names(url, "teachers", wanted, manifest) for url, manifest in manifests.items()}
     for name in _agreed("teachers", names):
         infos = {url: _stored_teacher(name, config.data, url, manifest) for url, manifest in manifests.items()}
         (url, first), *others = infos.items()

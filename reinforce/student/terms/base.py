@@ -20,12 +20,14 @@ class Models:
     """The models whose targets a training run may take.
 
     ``teachers`` are described by a TeacherInfo; ``stored`` finds the models of another section of the config by name,
-    as their layers' entries in dataset.json. ``texts`` is whether examples have texts.
+    as their layers' entries in dataset.json. ``texts`` is whether examples have texts. ``anchor`` is the teacher of
+    ``loss.anchor``, which terms do not find among ``teachers``.
     """
 
     teachers: Mapping[str, TeacherInfo]
     texts: bool = True
     stored: Callable[[str], Mapping[str, Any]] = lambda section: {}
+    anchor: TeacherInfo | None = None
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,12 @@ class Term:
     The module of a term has ``make(loss, models)``, which returns the term, or None if the config does not ask for it,
     and raises UserError if the models do not fit. ``reinforce.student.terms.registry`` lists the modules.
 
-    ``aligns`` is whether it makes the features of images and texts comparable.
+    ``aligns`` is whether it makes the features of images and texts comparable, ``needs_start`` whether it implements
+    ``losses_of_weights``.
     """
 
     aligns: bool = False
+    needs_start: bool = False
 
     def uses(self) -> Mapping[tuple[str, str], str]:
         """What it takes from each model, by section and name, in a few words. These models are read."""
@@ -80,6 +84,10 @@ class Term:
 
         ``features`` are unit-norm float32 [p, D].
         """
+        return {}
+
+    def losses_of_weights(self, weights: Tensors, start: Tensors) -> Mapping[str, torch.Tensor]:
+        """Weighted losses by name of the trained weights of a pretrained student; ``start`` are its first ones."""
         return {}
 
     def losses(self, rows: Rows) -> dict[str, torch.Tensor]:

@@ -61,17 +61,17 @@ def make(loss: Loss, models: Models) -> Pairs | None:
 def find_scales(loss: Loss, teachers: Mapping[str, TeacherInfo]) -> dict[str, tuple[float, str]]:
     """The logit scale of each teacher with images and texts, and its source. Raises UserError if it has none."""
     for name in (*loss.logit_scales, *loss.logit_biases):
-        if name not in teachers:
+        if name not in (*teachers, *loss.anchors):
             raise UserError(f"loss: there is no teacher {name!r}; there are: {', '.join(teachers) or 'none'}.")
     found = {}
     for name, teacher in teachers.items():
         if teacher.sides == {IMAGES, TEXTS}:
-            scale, source = _logit_scale(name, teacher, loss)
+            scale, source = logit_scale(name, teacher, loss)
             found[name] = scale, f"logit scale {scale:g} ({source}){_learnt_note(name, scale, loss)}"
     return found
 
 
-def _logit_scale(name: str, teacher: TeacherInfo, loss: Loss) -> tuple[float, str]:
+def logit_scale(name: str, teacher: TeacherInfo, loss: Loss) -> tuple[float, str]:
     """The scale to use and a description of its source. Raises UserError if there is none."""
     if name in loss.logit_scales:
         return loss.logit_scales[name], f"config: loss.logit_scales.{name}{_replaced_note(name, teacher, loss)}"

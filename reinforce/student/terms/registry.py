@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from reinforce.errors import UserError
 from reinforce.student.config import Loss
-from reinforce.student.terms import features, interactive, pairs, probabilities, scales
+from reinforce.student.terms import (
+    anchor_features,
+    anchor_similarities,
+    anchor_weights,
+    features,
+    interactive,
+    pairs,
+    probabilities,
+    scales,
+)
 from reinforce.student.terms.base import Models, Rows, Tensors, Term
 
 #: The module of each term, in the order of the losses.
-MODULES = (pairs, scales, features, interactive, probabilities)
+MODULES = (
+    *(pairs, scales, features, interactive, probabilities),
+    *(anchor_similarities, anchor_features, anchor_weights),
+)
 
 _UNUSED = "unused: it has only one side and loss.features is none, or only texts, which are not read"
 
@@ -34,6 +46,10 @@ class Terms:
             found.setdefault(section, []).append(name)
         return found
 
+    @property
+    def needs_start(self) -> bool:
+        return any(term.needs_start for term in self.terms)
+
     def recorded(self) -> dict[str, Any]:
         return _merged([term.recorded() for term in self.terms])
 
@@ -51,16 +67,20 @@ class Terms:
     ) -> dict[str, torch.Tensor]:
         return _merged([term.losses_of_rows(features, targets, heads) for term in self.terms])
 
+    def losses_of_weights(self, weights: Tensors, start: Tensors) -> dict[str, torch.Tensor]:
+        return _merged([term.losses_of_weights(weights, start) for term in self.terms])
+
     def losses(self, rows: Rows) -> dict[str, torch.Tensor]:
         return _merged([term.losses(rows) for term in self.terms])
 
 
 def make_terms(loss: Loss, models: Models) -> Terms:
     """The terms of a config. Raises UserError if the models do not fit, or if nothing would be learnt."""
-    made: list[Term | None] = [module.make(loss, models) for module in MODULES]
+    others = _set_anchor_apart(loss, models)
+    made: list[Term | None] = [module.make(loss, others) for module in MODULES]
     terms = [term for term in made if term is not None]
     _check_learns(loss, models, terms)
-    notes = ["lambda 0: no teacher is used"] if loss.lambda_ == 0 else []
+    notes = ["lambda 0: no teacher is used"] if loss.lambda_ == 0 and not loss.anchors else []
     uses: dict[tuple[str, str], list[str]] = {("teachers", name): [] for name in models.teachers}
     for term in terms:
         for model, use in term.uses().items():
@@ -69,10 +89,20 @@ def make_terms(loss: Loss, models: Models) -> Terms:
     return Terms(terms, notes)
 
 
+def _set_anchor_apart(loss: Loss, models: Models) -> Models:
+    """The models with the teacher of ``loss.anchor`` apart from the others. Raises UserError if there is none."""
+    teachers = {**models.teachers}
+    for name in loss.anchors:
+        if name not in teachers:
+            raise UserError(f"loss.anchor.teacher: there is no {name!r}; there are: {', '.join(teachers) or 'none'}.")
+        models = replace(models, anchor=teachers.pop(name), teachers=teachers)
+    return models
+
+
 def _check_learns(loss: Loss, models: Models, terms: Sequence[Term]) -> None:
     """Raise UserError if no term aligns images and texts, or if none uses a model although lambda is above 0."""
     if not models.texts:
-        if not terms:
+        if not any(term.uses() for term in terms):
             raise UserError(
                 "data.captions is none, so only images are read, and no loss has targets of them. Name teachers with "
                 "layers embeddings/TEACHER/images under data.teachers; loss.lambda must be above 0, and loss.features "

@@ -1,0 +1,59 @@
+"""The anchor of similarities: the student's agree with those that the released student stored.
+
+    L = weight * L_distill of the anchor's teacher alone, as in ``reinforce.student.loss``
+
+whichever lambda is, for each kind of text. The teacher is not one of the ensemble.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from reinforce.errors import UserError
+from reinforce.student.config import Loss
+from reinforce.student.loss import Objective, contrastive_losses
+from reinforce.student.teachers import CAPTION, IMAGE, IMAGES, SYNTHETIC, TEXTS
+from reinforce.student.terms.base import Models, Rows, Term
+from reinforce.student.terms.pairs import logit_scale
+
+
+@dataclass(frozen=True)
+class AnchorSimilarities(Term):
+    """``anchor_similarities/KIND``; ``note`` describes the logit scale of the teacher."""
+
+    weight: float
+    teacher: str
+    objective: Objective
+    note: str
+    aligns = True
+
+    def uses(self) -> Mapping[tuple[str, str], str]:
+        return {("teachers", self.teacher): f"anchor of similarities, logit scale {self.note}"}
+
+    def recorded(self) -> Mapping[str, Any]:
+        return {f"loss.logit_scales.{name}": scale for name, scale in self.objective.scales.items()}
+
+    def losses(self, rows: Rows) -> dict[str, torch.Tensor]:
+        features = {name: rows.features[name] for name in (IMAGE, CAPTION, SYNTHETIC) if name in rows.features}
+        scale, bias = rows.scalars["logit_scale"], rows.scalars.get("logit_bias")
+        found = contrastive_losses(self.objective, features, scale, bias, rows.targets, rows.reduced)
+        return {name.replace("distill", "anchor_similarities"): self.weight * value for name, value in found.items()}
+
+
+def make(loss: Loss, models: Models) -> AnchorSimilarities | None:
+    """The term of a config. Raises UserError if the teacher has not both sides, or no logit scale."""
+    if loss.anchor is None or loss.anchor.similarities is None or models.anchor is None:
+        return None
+    [name] = loss.anchors
+    if not models.texts or models.anchor.sides != {IMAGES, TEXTS}:
+        raise UserError(
+            f"loss.anchor.similarities needs vectors of images and texts of teacher {name}, and data.captions that are "
+            "read. Remove it, or run the missing layers."
+        )
+    scale, source = logit_scale(name, models.anchor, loss)
+    objective = Objective(1.0, loss.form, {name: scale}, loss.logit_biases)
+    return AnchorSimilarities(loss.anchor.similarities, name, objective, f"{scale:g} ({source})")
