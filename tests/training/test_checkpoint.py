@@ -17,6 +17,7 @@ from reinforce.dataset.files.store import Store
 from reinforce.errors import UserError
 from reinforce.training.saving.checkpoint import BestCheckpoint, Checkpoints, DamagedCheckpoint, Progress
 from reinforce.training.saving.writer import CheckpointWriter
+from tests.helpers.stand_in_cuda import stand_in_cuda
 from tests.helpers.trainings import PairFeed, job, run
 
 
@@ -56,6 +57,30 @@ def test_a_checkpoint_written_in_a_thread_has_the_bytes_of_the_state_when_it_was
     assert found == Progress(2, config, 1.5, 2)
     assert loaded.keys() == tensors.keys()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+
+
+def test_copies_go_to_memory_that_is_not_pinned_where_no_more_can_be_pinned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with stand_in_cuda() as cuda:
+        tensors = {name: torch.randn(3, device="cuda") for name in "abc"}
+        pin, pinned = cuda.pin, []
+
+        def pin_one(address: int, size: int, owner: Any = None) -> None:
+            pinned.append(size)
+            if len(pinned) > 1:
+                raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later")
+            pin(address, size, owner)
+
+        monkeypatch.setattr(cuda, "pin", pin_one)
+        with CheckpointWriter(checkpoints(tmp_path)) as writer:
+            for step in (1, 2):
+                writer.save(Progress(step, {}), tensors)
+        _, loaded = checkpoints(tmp_path).load(2)
+        assert all(torch.equal(loaded[name], tensor.cpu()) for name, tensor in tensors.items())
+    assert pinned == [12, 12], "it is tried once"
+    [line] = caplog.messages
+    assert line.endswith("not pinned, which is slower: CUDA error: out of memory")
 
 
 def _content(path: Path) -> tuple[dict[str, Any], bytes]:

@@ -6,6 +6,7 @@ checkpoint is in work at a time, so host memory holds the state once more, in bu
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -14,6 +15,8 @@ import torch
 from reinforce.training.saving.checkpoint import Checkpoints, Progress
 from reinforce.training.stop import Stopped
 
+_LOG = logging.getLogger(__name__)
+
 
 class CheckpointWriter:
     """Saves checkpoints in a thread. Leaving the block waits for the last one, and raises its error."""
@@ -21,6 +24,7 @@ class CheckpointWriter:
     def __init__(self, checkpoints: Checkpoints) -> None:
         self.checkpoints = checkpoints
         self._copies: dict[str, torch.Tensor] = {}
+        self._pins = True
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
 
@@ -48,11 +52,22 @@ class CheckpointWriter:
         for name, tensor in tensors.items():
             copy = self._copies.get(name)
             if copy is None or (copy.shape, copy.dtype) != (tensor.shape, tensor.dtype):
-                copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+                copy = self._buffer(tensor)
             copies[name] = copy.copy_(tensor.detach(), non_blocking=True)
         if any(tensor.is_cuda for tensor in tensors.values()):
             torch.cuda.synchronize()
         self._copies = copies
+
+    def _buffer(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Host memory for a copy of a tensor: for one on CUDA pinned, unless the machine has refused that before."""
+        if tensor.is_cuda and self._pins:
+            try:
+                return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            except RuntimeError as error:
+                self._pins = False
+                first = str(error).partition("\n")[0]
+                _LOG.warning("checkpoints are copied to memory that is not pinned, which is slower: %s", first)
+        return torch.empty(tensor.shape, dtype=tensor.dtype)
 
     def __enter__(self) -> CheckpointWriter:
         return self
