@@ -20,6 +20,7 @@ from reinforce.training.state import State
 from reinforce.training.step import backpropagate
 from reinforce.training.task import Batch, Task
 from teachers.runtime.accelerator import Accelerator
+from teachers.runtime.determinism import is_without_engine
 from teachers.runtime.flops import count_flops
 from teachers.runtime.memory import forget_frames, is_out_of_memory, release_cache
 
@@ -76,7 +77,7 @@ def flops_of_sample(task: Task, state: State, batch: Batch, size: int, accelerat
 def _fits(task: Task, state: State, batch: Batch, size: int, microbatches: int, accelerator: Accelerator) -> bool:
     """Whether a step of so many ``microbatches`` fits, with the optimizer's state and a reserve beside it."""
     try:
-        with _no_trace(state), gather.without_communication():
+        with _no_trace(state):
             total = torch.cuda.get_device_properties(accelerator.device).total_memory
             kept = [torch.empty(int(_RESERVE * total), dtype=torch.uint8, device=accelerator.device)]
             for group in state.optimizer.param_groups:
@@ -85,7 +86,8 @@ def _fits(task: Task, state: State, batch: Batch, size: int, microbatches: int, 
             backpropagate(task, task.model, batch, size, [0] * microbatches, accelerator)
         return True
     except Exception as error:
-        if not is_out_of_memory(error):
+        # cuDNN reports lack of memory for a convolution's workspace as lack of an algorithm.
+        if not is_out_of_memory(error) and (microbatches == size or not is_without_engine(error)):
             raise
         forget_frames(error)
     finally:
@@ -96,10 +98,11 @@ def _fits(task: Task, state: State, batch: Batch, size: int, microbatches: int, 
 
 @contextmanager
 def _no_trace(state: State) -> Iterator[None]:
-    """Restore the model's buffers, and drop its gradients."""
+    """Wait for no other rank; restore the model's buffers, and drop its gradients."""
     buffers = [(buffer, buffer.clone()) for buffer in state.model.buffers()]
     try:
-        yield
+        with gather.without_communication():
+            yield
     finally:
         state.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():

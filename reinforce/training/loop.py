@@ -52,12 +52,10 @@ from reinforce.training.saving.checkpoint import Checkpoints, DamagedCheckpoint,
 from reinforce.training.saving.resume import check_resumable, describe_differences, describe_length
 from reinforce.training.saving.writer import CheckpointWriter
 from reinforce.training.state import State, check_skipped, make_average
-from reinforce.training.step import StepOutput, backpropagate
+from reinforce.training.step import StepOutput, backpropagate, describe_failure
 from reinforce.training.stop import Stopped, StopSignal
 from reinforce.training.task import Batch, Build, Feed, Task
 from teachers.fast_paths.usage import enabled, snapshot, total
-from teachers.runtime import determinism
-from teachers.runtime.memory import is_out_of_memory
 
 #: Above all signals: the last checkpoint could not be written.
 _NOT_SAVED = 1000
@@ -88,17 +86,8 @@ def run_rank(
         with stop.handle_signals():
             return _Loop(task, feed, job, ranks, stop, screen or Screen(), on_evaluation).run()
     except RuntimeError as error:
-        if operation := determinism.operation_without_kernel(error):
-            raise UserError(
-                f"CUDA has no deterministic kernel for {operation}, which this model uses. Set "
-                "train.compute.deterministic to false: a resumed training then differs from an uninterrupted one in "
-                "rounding."
-            ) from error
-        if is_out_of_memory(error):
-            raise UserError(
-                f"out of memory in a training run: {str(error).splitlines()[0]} Increase "
-                "train.compute.accumulate, or set train.compute.gradient_checkpointing to true."
-            ) from error
+        if cause := describe_failure(error, job.training.compute, ranks.accelerator):
+            raise UserError(cause) from error
         raise
 
 

@@ -13,8 +13,11 @@ from typing import Any
 import torch
 
 from reinforce.training.batches import slice_batch
+from reinforce.training.config import Compute
 from reinforce.training.task import Batch, Encoded, Task
+from teachers.runtime import determinism
 from teachers.runtime.accelerator import Accelerator
+from teachers.runtime.memory import is_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,29 @@ def backpropagate(
     length = size // len(seeds)
     microbatches = [slice_batch(batch, start, start + length) for start in range(0, size, length)]
     return _backpropagate_microbatches(task, model, batch, microbatches, seeds, accelerator)
+
+
+def describe_failure(error: BaseException, compute: Compute, accelerator: Accelerator) -> str | None:
+    """What to set where a step fails for lack of a kernel or of memory; None for other errors."""
+    loosen = (
+        "Set train.compute.deterministic to false: a resumed training then differs from an uninterrupted one in "
+        "rounding"
+    )
+    if operation := determinism.operation_without_kernel(error):
+        return f"CUDA has no deterministic kernel for {operation}, which this model uses. {loosen}."
+    if determinism.is_without_engine(error):
+        found = "deterministic algorithm" if compute.deterministic else "algorithm"
+        remedy = loosen if compute.deterministic else "Set another train.compute.precision"
+        return (
+            f"cuDNN has no {found} for a convolution of this model in channels-last order and {accelerator.precision}, "
+            f"or no memory for one. {remedy}; or increase train.compute.accumulate."
+        )
+    if is_out_of_memory(error):
+        return (
+            f"out of memory in a training run: {str(error).splitlines()[0]} Increase train.compute.accumulate, or set "
+            "train.compute.gradient_checkpointing to true."
+        )
+    return None
 
 
 def _backpropagate_whole(task: Task, model: Any, batch: Batch, seed: int, accelerator: Accelerator) -> StepOutput:

@@ -28,6 +28,9 @@ _LOG = logging.getLogger(__name__)
 _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 _required: ContextVar[bool] = ContextVar("required", default=False)
 _NO_KERNEL = re.compile(r"(\S+) does not have a deterministic implementation")
+#: cuDNN has no algorithm that is left by data type, memory layout, workspace and determinism. torch 2.4 to 2.13 add GET
+#: or FIND was; its lack of memory for a workspace is hidden in the same message.
+_NO_ENGINE = re.compile(r"unable to find (an engine to execute|a valid cuDNN algorithm)", re.IGNORECASE)
 
 
 def environment() -> dict[str, str]:
@@ -136,3 +139,8 @@ def operation_without_kernel(error: BaseException) -> str | None:
     """The operation, if ``error`` says that CUDA has no deterministic kernel for it."""
     found = _NO_KERNEL.search(str(error))
     return found[1] if found else None
+
+
+def is_without_engine(error: BaseException) -> bool:
+    """Whether ``error`` says that cuDNN has no algorithm for a convolution, or no memory for one."""
+    return isinstance(error, RuntimeError) and _NO_ENGINE.search(str(error)) is not None

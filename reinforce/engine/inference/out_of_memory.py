@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from reinforce.engine.messages.results import LayerFailure
 from reinforce.engine.messages.tracebacks import error_with_frames
+from teachers.runtime.determinism import is_without_engine
 from teachers.runtime.memory import forget_frames, is_out_of_memory
 
 T = TypeVar("T")
@@ -36,7 +37,13 @@ def attempt(work: Callable[[], T]) -> T | OutOfMemory:
 
 
 def memory_hint(error: BaseException) -> str:
-    """What to do about an error of a few inputs or of loading, if it is one of memory, else an empty text."""
+    """What to do about an error of a few inputs or of loading, if it is one of memory or of a convolution without an
+    algorithm, which may lack memory, else an empty text."""
+    if is_without_engine(error):
+        return (
+            ". cuDNN has no algorithm for a convolution of this model, or no memory for one. Set workers.deterministic "
+            "to false: a shard that is computed again may then differ in rounding. Or set another `precision`."
+        )
     if not is_out_of_memory(error):
         return ""
     return (

@@ -194,6 +194,12 @@ def test_errors_of_memory_are_recognised_also_as_the_cause_of_another(error: Exc
     assert memory_hint(other).startswith(". The models of the config do not fit")
 
 
+@pytest.mark.parametrize("of", ["GET was unable", "FIND was unable", "Unable"])
+def test_a_convolution_without_an_algorithm_has_a_hint_with_what_to_set(of: str) -> None:
+    error = RuntimeError(f"teacher vit: RuntimeError: {of} to find an engine to execute this computation")
+    assert "Set workers.deterministic to false" in memory_hint(error)
+
+
 def test_other_errors_are_not_of_memory() -> None:
     for error in (RuntimeError("device-side assert triggered"), ValueError("CUDA out of memory"), MemoryError()):
         assert not is_out_of_memory(error)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from teachers.runtime.accelerator import Accelerator
 from tests.helpers.data import config_of
 from tests.helpers.models.tiny_coca import IMAGE_SIZE, coca_model
 from tests.helpers.stand_in_cuda import stand_in_cuda
-from tests.helpers.trainings import PairFeed, TowersTask, job
+from tests.helpers.trainings import PairFeed, TowersTask, job, rows, run
 from tests.helpers.trainings import training as training_config
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
@@ -145,15 +146,48 @@ def test_captions_are_decoded_without_sorting_the_indices_of_each_copy(
     assert torch.are_deterministic_algorithms_enabled(), "as it was"
 
 
+class Failing(TowersTask):
+    """Its loss calls an operation that raises."""
+
+    def __init__(self, operation: Callable[[], object]) -> None:
+        super().__init__()
+        self.operation = operation
+
+    def losses(self, encoded: Any, batch: Any) -> dict[str, torch.Tensor]:
+        self.operation()
+        return super().losses(encoded, batch)
+
+
 def test_a_training_with_an_operation_without_a_deterministic_kernel_names_it_and_the_switch(tmp_path: Path) -> None:
-    class Putting(TowersTask):
-        def losses(self, encoded: Any, batch: Any) -> dict[str, torch.Tensor]:
-            torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))  # has no deterministic kernel on CPUs, too
-            return super().losses(encoded, batch)
+    def put() -> None:
+        torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))  # has no deterministic kernel on CPUs, too
 
     torch.use_deterministic_algorithms(True)
     with pytest.raises(UserError, match=r"kernel for put_, which .* Set train\.compute\.deterministic to false"):
-        launch(lambda _: (Putting(), PairFeed()), job(tmp_path, steps=3))
+        launch(lambda _: (Failing(put), PairFeed()), job(tmp_path, steps=3))
+
+
+@pytest.mark.parametrize(("deterministic", "key"), [(True, "deterministic to false: a"), (False, "precision;")])
+def test_a_training_with_a_convolution_without_an_algorithm_names_what_to_set(
+    tmp_path: Path, deterministic: bool, key: str
+) -> None:
+    """cuDNN says the same where memory for its workspace is lacking: the first parts that fit are found."""
+    no_engine = "GET was unable to find an engine to execute this computation"
+    calls: list[int] = []
+
+    def run_out(until: float) -> None:
+        calls.append(1)
+        if len(calls) < until:
+            raise RuntimeError(no_engine)
+
+    made = job(tmp_path / "lacking", steps=3, compute={"deterministic": deterministic})
+    with stand_in_cuda(), pytest.raises(UserError, match=rf"^cuDNN has no .*algorithm .*fp32.* train\.compute\.{key}"):
+        run(made, task=Failing(lambda: run_out(math.inf)), accelerator=Accelerator("cuda"))
+    assert len(calls) == 5, "16 samples in 1, 2, 4, 8 and 16 parts"
+    calls.clear()
+    with stand_in_cuda():
+        run(job(tmp_path / "parts", steps=3), task=Failing(lambda: run_out(3)), accelerator=Accelerator("cuda"))
+    assert rows(tmp_path / "parts")[-1]["step"] == 3
 
 
 def test_tf32_is_used_by_models_of_that_precision_only(monkeypatch: pytest.MonkeyPatch) -> None:
