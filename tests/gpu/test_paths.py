@@ -237,6 +237,10 @@ def test_shared_batch_statistics_keep_weights_and_activations(tmp_path: Path, de
     assert [id(parameter) for parameter in student.parameters()] == parameters
     with torch.no_grad():  # without a process group, of the samples of this rank
         torch.testing.assert_close(student(batch_for(student)).features["image"], expected)
+    if device == "cuda":
+        with gather.without_communication():
+            one = norms[0](torch.ones(1, norms[0].num_features, 1, 1))
+        assert one.isfinite().all(), "one value a channel, as in a trial of parts of one sample"
 
 
 def _three_steps(

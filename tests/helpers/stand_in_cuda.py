@@ -181,6 +181,7 @@ def _replacements(cuda: StandIn) -> dict[str, Any]:
         "stream": streams.use,
         "current_stream": streams.current,
         "default_stream": streams.default,
+        "is_current_stream_capturing": lambda: cuda.tape is not None,
         "CUDAGraph": CUDAGraph,
         "graph": _graph,
         "manual_seed": nothing,

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounter
 
 from reinforce.errors import UserError
+from reinforce.training.batches import Prefetcher
 from reinforce.training.distributed import gather, rank_watch
+from reinforce.training.distributed.batch_norms import synchronize_batch_norms
 from reinforce.training.distributed.rank_watch import (
     AbsentRanks,
     RankPlace,
@@ -30,14 +33,19 @@ from reinforce.training.distributed.rank_watch import (
     next_report,
 )
 from reinforce.training.distributed.ranks import Ranks, join_ranks, share_from_first, wrap_ddp
+from reinforce.training.division import fewest_microbatches, flops_of_sample
 from reinforce.training.launch import launch
 from reinforce.training.loop import run_rank
 from reinforce.training.record import log
 from reinforce.training.saving.checkpoint import Checkpoints, DamagedCheckpoint
+from reinforce.training.state import State
+from reinforce.training.step import backpropagate
 from reinforce.training.stop import Stopped, StopSignal
 from reinforce.training.task import Batch, Feed, Task
 from teachers.runtime.accelerator import Accelerator
+from tests.helpers import sync_batch_norm  # noqa: F401  SyncBatchNorm's operations on CPUs
 from tests.helpers.ranks import served_store, start_ranks, under_torchrun
+from tests.helpers.stand_in_cuda import stand_in_cuda
 from tests.helpers.trainings import PairFeed, TowersTask, before_batches, builder, curve, job, rows
 from tests.helpers.waiting import wait_for
 
@@ -102,6 +110,21 @@ def damaged(step: int) -> Iterator[None]:
     Checkpoints.load = load  # type: ignore[method-assign]
 
 
+def divide(rank: int, ranks: Ranks) -> dict[str, Any]:
+    """Share batch statistics on a stand-in for CUDA, where rank 1 has less memory; the parts, and statistics."""
+    with stand_in_cuda((60, 36, 60)[rank] * 1_000_000):
+        accelerator, task, size = Accelerator("cuda"), TowersTask(norm=True, **WIDE), 64
+        there = replace(ranks, accelerator=accelerator)
+        synchronize_batch_norms(accelerator.place(task.model).train(), there)
+        state = State(task.model, torch.optim.AdamW(task.model.parameters()))
+        batches = Prefetcher(PairFeed().batches(rank, RANKS, size, 0), accelerator)
+        batches.fetch()
+        flops_of_sample(task, state, batches.peek(), size, accelerator)
+        parts = fewest_microbatches(task, state, batches.peek(), size, there, None)
+        backpropagate(task, task.model, batches.take(), size, [0] * parts, accelerator)
+        return {"parts": parts, "means": task.model.left[1].running_mean[:8].tolist()}
+
+
 def work(rank: int, folder: str, port: int, port_of_hanging: int) -> None:
     """All the trainings of this file, one after the other, because processes take seconds to start."""
     under_torchrun(rank, RANKS, port)
@@ -149,6 +172,7 @@ def work(rank: int, folder: str, port: int, port_of_hanging: int) -> None:
         with damaged(12) if rank == 1 else contextlib.nullcontext():
             train("torn", build=lambda _: (TowersTask(), feed), checkpoints={"every": 4})
         outcomes["torn"] = feed.seen
+        outcomes["divided"] = divide(rank, ranks)
     under_torchrun(rank, RANKS, port_of_hanging)
     reports: list[str] = []
     try:
@@ -198,6 +222,12 @@ def test_ranks_that_share_batch_statistics_have_the_curve_and_the_statistics_of_
     for name in ("running_var", "num_batches_tracked"):  # Adam moves the mean, on which no loss depends, by rounding
         torch.testing.assert_close(shared[f"model/left.1.{name}"], one[f"model/left.1.{name}"], rtol=1e-3, atol=1e-4)
     assert [outcomes["shared statistics 4"] for outcomes in trained[1]] == [8] * RANKS
+
+
+def test_ranks_that_share_batch_statistics_wait_for_none_in_a_trial_that_is_out_of_memory(trained: Trained) -> None:
+    of_ranks = [outcomes["divided"] for outcomes in trained[1]]
+    assert [found["parts"] for found in of_ranks] == [2] * RANKS, "one part does not fit on rank 1"
+    assert all(found["means"] == of_ranks[0]["means"] for found in of_ranks), "steps share them"
 
 
 def test_all_ranks_stop_after_the_same_step_when_one_gets_a_signal(trained: Trained) -> None:

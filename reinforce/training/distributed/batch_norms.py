@@ -25,6 +25,21 @@ def synchronize_batch_norms(model: torch.nn.Module, ranks: Ranks) -> None:
     from timm.layers import convert_sync_batchnorm  # torch's own drops the activation of timm's layers
 
     convert_sync_batchnorm(model)
+    for module in model.modules():
+        if isinstance(module, torch.nn.SyncBatchNorm):
+            converted: Any = type(module)
+            module.__class__ = _synchronized(converted)
+
+
+class _Synchronized(torch.nn.SyncBatchNorm):
+    """torch's layer, which waits for no rank inside ``gather.without_communication``."""
+
+    def forward(self, values: torch.Tensor) -> Any:
+        if gather.communicates():
+            return super().forward(values)
+        alone = values.numel() == values.shape[1]  # one value a channel, which has no variance without other ranks
+        rows = torch.cat([values, values]) if alone else values
+        return _BatchNorm.forward(self, rows)[: len(values)]
 
 
 class _Shared(_BatchNorm):
@@ -68,6 +83,12 @@ class _Shared(_BatchNorm):
 def _total(sums: torch.Tensor) -> torch.Tensor:
     """The sum [C] over all ranks."""
     return gather.gather({"sums": sums[None]})["sums"].sum(0)
+
+
+@cache
+def _synchronized(own: Any) -> Any:
+    """A class whose own ``forward``, such as that of timm's layers, calls that of ``_Synchronized``."""
+    return _Synchronized if own is torch.nn.SyncBatchNorm else type(own.__name__, (own, _Synchronized), {})
 
 
 @cache

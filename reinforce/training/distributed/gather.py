@@ -16,12 +16,20 @@ _state = SimpleNamespace(alone=False)  # of the process, since backward passes o
 
 @contextmanager
 def without_communication() -> Iterator[None]:
-    """Let ``gather`` and ``mean`` take copies of this rank's rows for those of others, without waiting for them."""
+    """Let ``gather`` and ``mean`` take copies of this rank's rows for those of others, without waiting for them.
+
+    Batch normalisations with the statistics of all ranks take those of this rank.
+    """
     _state.alone = True
     try:
         yield
     finally:
         _state.alone = False
+
+
+def communicates() -> bool:
+    """Whether ranks may wait for each other: not inside ``without_communication``."""
+    return not _state.alone
 
 
 def world_size() -> int:
