@@ -86,6 +86,12 @@ class Compute(Section):
         "whole batch; auto: on accelerators as few as fit in memory, found at the start, which a resumed training "
         "keeps; on CPUs one",
     )
+    keep_activations: bool | Literal["auto"] = Field(
+        "auto",
+        description="keep the activations of microbatches, so that they pass the model once and not twice; true: of "
+        "all, with several ranks but one; auto: on accelerators of as many as fit in memory, on CPUs of none. Results "
+        "are the same",
+    )
     sync_batch_norm: bool = Field(
         False,
         description="batch normalisations take their statistics over all ranks; each of the `accumulate` microbatches "

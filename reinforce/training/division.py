@@ -1,6 +1,6 @@
 """The division of a rank's batch into microbatches that fit in the memory of its accelerator, and what a sample costs.
 
-Both are found before the first step, by steps that leave no trace: weights, buffers and gradients are as before, and
+They are found before the first step, by steps that leave no trace: weights, buffers and gradients are as before, and
 random generators are seeded for each step anyway. No rank waits for another in them, since one that is out of memory
 would not come: a rank takes copies of its own rows for those of others.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 
@@ -35,16 +36,35 @@ def fewest_microbatches(task: Task, state: State, batch: Batch, size: int, ranks
     from twice as many on. Raises UserError if a single sample does not fit.
     """
     microbatches = size // before if before and size % before == 0 else 1
-    while True:
-        fits = _fits(task, state, batch, size, microbatches, ranks.accelerator)
-        if not ranks.start_max(not fits)():
-            return microbatches
+    while not _fits(task, state, batch, size, microbatches, 0, ranks):
         if microbatches == size:
             raise UserError(
                 "out of memory: a step does not fit in the memory of the accelerator, even one sample at a time. "
                 "Lower train.batch, use more ranks, or set train.compute.gradient_checkpointing: true."
             )
         microbatches = next(count for count in range(min(2 * microbatches, size), size + 1) if size % count == 0)
+    return microbatches
+
+
+def most_kept(
+    task: Task, state: State, batch: Batch, size: int, microbatches: int, ranks: Ranks, keep: bool | Literal["auto"]
+) -> int:
+    """The number of microbatches whose activations a step keeps between its passes, the same on all ranks.
+
+    All or none as ``keep`` states, or with ``auto`` as many as fit on accelerators, and none on CPUs. Results are the
+    same for any number. With several ranks the last microbatch is not kept.
+    """
+    most = microbatches - (ranks.size > 1) if microbatches > 1 else 0
+    if keep != "auto":
+        return most * keep
+    kept = 0
+    while kept < most and ranks.accelerator.device.type != "cpu":
+        tried = (kept + most + 1) // 2
+        if _fits(task, state, batch, size, microbatches, tried, ranks):
+            kept = tried
+        else:
+            most = tried - 1
+    return kept
 
 
 def flops_of_sample(task: Task, state: State, batch: Batch, size: int, accelerator: Accelerator) -> float:
@@ -74,24 +94,32 @@ def flops_of_sample(task: Task, state: State, batch: Batch, size: int, accelerat
     return max(once, whole - once * recomputed) / rows
 
 
-def _fits(task: Task, state: State, batch: Batch, size: int, microbatches: int, accelerator: Accelerator) -> bool:
-    """Whether a step of so many ``microbatches`` fits, with the optimizer's state and a reserve beside it."""
+def _fits(task: Task, state: State, batch: Batch, size: int, microbatches: int, kept: int, ranks: Ranks) -> bool:
+    """Whether a step of so many ``microbatches``, of which some are ``kept``, fits on each rank."""
+    fits = _fits_here(task, state, batch, size, microbatches, kept, ranks.accelerator)
+    return not ranks.start_max(not fits)()
+
+
+def _fits_here(
+    task: Task, state: State, batch: Batch, size: int, microbatches: int, kept: int, accelerator: Accelerator
+) -> bool:
+    """Whether a step fits on this rank, with the optimizer's state and a reserve beside it."""
     try:
         with _no_trace(state):
             total = torch.cuda.get_device_properties(accelerator.device).total_memory
-            kept = [torch.empty(int(_RESERVE * total), dtype=torch.uint8, device=accelerator.device)]
+            beside = [torch.empty(int(_RESERVE * total), dtype=torch.uint8, device=accelerator.device)]
             for group in state.optimizer.param_groups:
                 new = [parameter for parameter in group["params"] if parameter not in state.optimizer.state]
-                kept += [torch.empty_like(parameter) for parameter in new for _ in range(2)]
-            backpropagate(task, task.model, batch, size, [0] * microbatches, accelerator)
+                beside += [torch.empty_like(parameter) for parameter in new for _ in range(2)]
+            backpropagate(task, task.model, batch, size, [0] * microbatches, accelerator, kept)
         return True
     except Exception as error:
         # cuDNN reports lack of memory for a convolution's workspace as lack of an algorithm.
-        if not is_out_of_memory(error) and (microbatches == size or not is_without_engine(error)):
+        if not is_out_of_memory(error) and not (is_without_engine(error) and (kept or microbatches < size)):
             raise
         forget_frames(error)
     finally:
-        kept = []
+        beside = []
         release_cache(accelerator.device)
     return False
 

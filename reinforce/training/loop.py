@@ -37,7 +37,7 @@ from reinforce.training.batches import Prefetcher
 from reinforce.training.distributed import gather
 from reinforce.training.distributed.batch_norms import synchronize_batch_norms
 from reinforce.training.distributed.ranks import Ranks, check_output_is_shared, wrap_ddp
-from reinforce.training.division import fewest_microbatches, flops_of_sample
+from reinforce.training.division import fewest_microbatches, flops_of_sample, most_kept
 from reinforce.training.job import Job, total_steps
 from reinforce.training.optimizer import learning_rate, make_adamw
 from reinforce.training.order import ORDER
@@ -122,7 +122,7 @@ class _Loop:
             task, job, ranks, self.state, self.writer, self.steps, stop, screen, on_evaluation
         )
         self.log: Log | None = None  # only on rank 0
-        self.microbatches = self.training.compute.stated_microbatches
+        self.microbatches, self.kept = self.training.compute.stated_microbatches, 0
         self.resumed = False
 
     def run(self) -> Results:
@@ -187,14 +187,25 @@ class _Loop:
         return division + " with shared batch statistics" * shared
 
     def _divide(self, batch: Batch, size: int) -> None:
-        """Find what a sample costs, and the microbatches of a rank's ``size`` samples if the config states none."""
+        """Find what a sample costs, and what of the division of a rank's ``size`` samples the config leaves open."""
         flops = flops_of_sample(self.task, self.state, batch, size, self.accelerator)
         peak = self.accelerator.peak_flops()
         peak = None if peak is None else peak * self.ranks.size
         self.throughput = Throughput(self.progress.step, self.steps, flops, peak)
-        if not self._finds_microbatches:
-            return
         self.ranks.at("finding how many samples fit in memory")
+        if self._finds_microbatches:
+            self._find_microbatches(batch, size)
+        self._find_kept(batch, size)
+
+    def _find_kept(self, batch: Batch, size: int) -> None:
+        keep = self.training.compute.keep_activations
+        self.kept = most_kept(self.task, self.state, batch, size, self.microbatches, self.ranks, keep)
+        if self.kept and self.ranks.is_first:
+            self.screen.log(
+                f"{self.kept} of {self.microbatches} microbatches pass the model once: their activations are kept"
+            )
+
+    def _find_microbatches(self, batch: Batch, size: int) -> None:
         before = self.progress
         self.microbatches = fewest_microbatches(self.task, self.state, batch, size, self.ranks, before.part)
         self.progress = replace(before, part=size // self.microbatches, division=self._division())
@@ -313,8 +324,10 @@ class _Loop:
     def _step(self, model: Any, prefetcher: Prefetcher, rank_batch: int) -> int:
         """Train on the fetched batch; returns the signal by which any rank was asked to stop, _NOT_SAVED, or 0."""
         step, begun = self.progress.step, time.perf_counter()
-        if (note := self.task.begin_step(step, self.steps)) and self.ranks.is_first:
-            self.screen.log(note)
+        if note := self.task.begin_step(step, self.steps):
+            if self.ranks.is_first:
+                self.screen.log(note)
+            self._find_kept(prefetcher.peek(), rank_batch)  # the activations may have changed
         lr = learning_rate(step, self.steps, self.training.optimizer)
         for group in self.state.optimizer.param_groups:
             rate = learning_rate(step, self.steps, self.training.optimizer, group["tower"])
@@ -323,7 +336,7 @@ class _Loop:
         numbers = range(first, first + self.microbatches)
         seeds = [seed_for(self.job.seed, f"step {step}", "training", number) for number in numbers]
         self.ranks.at(f"the gradients of step {step + 1:,}")
-        output = backpropagate(self.task, model, prefetcher.take(), rank_batch, seeds, self.accelerator)
+        output = backpropagate(self.task, model, prefetcher.take(), rank_batch, seeds, self.accelerator, self.kept)
         computed = self.accelerator.mark()
         if step + 1 < self.steps:
             self.ranks.at(f"reading the batch of step {step + 2:,}")

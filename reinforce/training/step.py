@@ -29,12 +29,14 @@ class StepOutput:
 
 
 def backpropagate(
-    task: Task, model: Any, batch: Batch, size: int, seeds: Sequence[int], accelerator: Accelerator
+    task: Task, model: Any, batch: Batch, size: int, seeds: Sequence[int], accelerator: Accelerator, kept: int = 0
 ) -> StepOutput:
     """Add the gradient of the summed losses of a rank's batch of ``size`` samples to the parameters.
 
     ``model`` is the task's, possibly wrapped in DistributedDataParallel. The batch is split into as many equal
-    microbatches as there are ``seeds``; each seed initialises torch's random generators for one.
+    microbatches as there are ``seeds``; each seed initialises torch's random generators for one. Of several, the first
+    ``kept`` pass the model once, since their activations stay in memory, and the others twice, with the same result.
+    In DistributedDataParallel the last one is not kept: its forward pass begins the reduction of gradients.
     """
     with torch.no_grad():
         batch = task.prepare(batch)
@@ -42,7 +44,7 @@ def backpropagate(
         return _backpropagate_whole(task, model, batch, seeds[0], accelerator)
     length = size // len(seeds)
     microbatches = [slice_batch(batch, start, start + length) for start in range(0, size, length)]
-    return _backpropagate_microbatches(task, model, batch, microbatches, seeds, accelerator)
+    return _backpropagate_microbatches(task, model, batch, microbatches, seeds, accelerator, kept)
 
 
 def describe_failure(error: BaseException, compute: Compute, accelerator: Accelerator) -> str | None:
@@ -61,54 +63,64 @@ def describe_failure(error: BaseException, compute: Compute, accelerator: Accele
             f"or no memory for one. {remedy}; or increase train.compute.accumulate."
         )
     if is_out_of_memory(error):
+        keep = "train.compute.keep_activations to auto, or " * (compute.keep_activations is True)
         return (
             f"out of memory in a training run: {str(error).splitlines()[0]} Increase train.compute.accumulate, or set "
-            "train.compute.gradient_checkpointing to true."
+            f"{keep}train.compute.gradient_checkpointing to true."
         )
     return None
 
 
 def _backpropagate_whole(task: Task, model: Any, batch: Batch, seed: int, accelerator: Accelerator) -> StepOutput:
-    torch.manual_seed(seed)
-    with accelerator.autocast():
-        encoded = model(batch)
+    encoded = _encode(model, batch, seed, accelerator)
     losses = {**task.losses(encoded, batch), **encoded.losses}
     _sum(losses).backward()
     return StepOutput(_detached(losses), _detached(encoded.scalars))
 
 
 def _backpropagate_microbatches(
-    task: Task, model: Any, batch: Batch, microbatches: Sequence[Batch], seeds: Sequence[int], accelerator: Accelerator
+    task: Task,
+    model: Any,
+    batch: Batch,
+    microbatches: Sequence[Batch],
+    seeds: Sequence[int],
+    accelerator: Accelerator,
+    kept: int,
 ) -> StepOutput:
-    """Contrast the whole batch with the activations of one microbatch in memory (Gao et al., arXiv 2101.06983).
+    """Contrast the whole batch with the activations of few microbatches in memory (Gao et al., arXiv 2101.06983).
 
     With features f_m = model(m) of all microbatches m and L = task.losses(f), the gradient with respect to the weights
     w is
 
         dL/dw = sum over m of dL/df_m * df_m/dw
 
-    The first pass computes f without activations, then the losses give dL/df; the second pass runs the model on each
-    microbatch again and backpropagates dL/df_m. Both passes draw the same random numbers. Batch normalisation sees one
-    microbatch at a time, and its running statistics are those of the second pass.
+    The first pass computes f, with activations of ``kept`` microbatches alone, then the losses give dL/df; the second
+    pass runs the model on each other microbatch again and backpropagates dL/df_m. Both passes draw the same random
+    numbers. Batch normalisation sees one microbatch at a time, and each changes its running statistics once, in order.
     """
-    first_pass = _encode_without_gradients(task.model, microbatches, seeds, accelerator)
+
+    def reducing(index: int) -> Any:
+        """Context in which DDP reduces the gradient of all microbatches once, with the last one."""
+        return contextlib.nullcontext() if index == len(microbatches) - 1 or model is task.model else model.no_sync()
+
+    encodings = []
+    for index in range(kept):
+        with reducing(index):
+            encodings.append(_encode(model, microbatches[index], seeds[index], accelerator))
+    encodings += _encode_without_gradients(task.model, microbatches[kept:], seeds[kept:], accelerator)
     features = {
-        name: torch.cat([encoded.features[name] for encoded in first_pass]).requires_grad_()
-        for name in first_pass[0].features
+        name: torch.cat([encoded.features[name].detach() for encoded in encodings]).requires_grad_()
+        for name in encodings[0].features
     }
-    scalars = {name: value.detach().clone().requires_grad_() for name, value in first_pass[0].scalars.items()}
+    scalars = {name: value.detach().clone().requires_grad_() for name, value in encodings[0].scalars.items()}
     losses = task.losses(Encoded(features, scalars=scalars), batch)
     if losses:
         _sum(losses).backward()
 
     share = 1 / len(microbatches)
     for index, (microbatch, seed) in enumerate(zip(microbatches, seeds, strict=True)):
-        last = index == len(microbatches) - 1
-        torch.manual_seed(seed)
-        # DDP reduces the gradient of all microbatches once, with the last one.
-        with contextlib.nullcontext() if last or model is task.model else model.no_sync():
-            with accelerator.autocast():
-                encoded = model(microbatch)
+        with reducing(index):
+            encoded = encodings[index] if index < kept else _encode(model, microbatch, seed, accelerator)
             outputs = [(loss, torch.full_like(loss, share)) for loss in encoded.losses.values()]
             for name, value in encoded.scalars.items():
                 if (gradient := scalars[name].grad) is not None:
@@ -118,25 +130,29 @@ def _backpropagate_microbatches(
                     outputs.append((value, gradient[index * len(value) : (index + 1) * len(value)]))
             outputs = [(value, gradient) for value, gradient in outputs if value.requires_grad]
             torch.autograd.backward([value for value, _ in outputs], [gradient for _, gradient in outputs])
-    local = {
-        name: torch.stack([encoded.losses[name] for encoded in first_pass]).mean() for name in first_pass[0].losses
-    }
+    local = {name: torch.stack([encoded.losses[name] for encoded in encodings]).mean() for name in encodings[0].losses}
     return StepOutput(_detached({**losses, **local}), _detached(scalars))
+
+
+def _encode(model: Any, microbatch: Batch, seed: int, accelerator: Accelerator) -> Encoded:
+    torch.manual_seed(seed)
+    with accelerator.autocast():
+        encoded: Encoded = model(microbatch)
+    return encoded
 
 
 def _encode_without_gradients(
     model: torch.nn.Module, microbatches: Sequence[Batch], seeds: Sequence[int], accelerator: Accelerator
 ) -> list[Encoded]:
     """Run the model on all microbatches; its buffers (running statistics) keep their values."""
-    kept = [buffer.clone() for buffer in model.buffers()]
-    encoded = []
-    with torch.no_grad(), accelerator.autocast():
-        for microbatch, seed in zip(microbatches, seeds, strict=True):
-            torch.manual_seed(seed)
-            encoded.append(model(microbatch))
-        for buffer, before in zip(model.buffers(), kept, strict=True):
-            buffer.copy_(before)
-    return encoded
+    before = [buffer.clone() for buffer in model.buffers()]
+    with torch.no_grad():
+        encodings = [
+            _encode(model, microbatch, seed, accelerator) for microbatch, seed in zip(microbatches, seeds, strict=True)
+        ]
+        for buffer, value in zip(model.buffers(), before, strict=True):
+            buffer.data.copy_(value)  # kept microbatches refer to it, and autograd would take it for changed
+    return encodings
 
 
 def _detached(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -168,8 +168,8 @@ def test_a_step_is_divided_as_far_as_memory_asks_and_a_resumed_training_keeps_th
 ) -> None:
     """In fifths of a MB, 16 samples at once take 47, 8 take 40, 4 take 34; 6 % of the memory are kept free."""
 
-    def train(output: str, memory: int, stop_at: int | None = None, accumulate: int | str = "auto") -> str:
-        stop, changes = StopSignal(), {"steps": 4, "compute": {"accumulate": accumulate}}
+    def train(output: str, memory: int, stop_at: int | None = None, **compute: Any) -> str:
+        stop, changes = StopSignal(), {"steps": 4, "compute": compute}
         feed = PairFeed() if stop_at is None else stopping(PairFeed(), stop, stop_at)
         with stand_in_cuda(memory * 200_000), contextlib.suppress(Stopped):
             accelerator = Accelerator("cuda")
@@ -177,8 +177,14 @@ def test_a_step_is_divided_as_far_as_memory_asks_and_a_resumed_training_keeps_th
         return " ".join(capsys.readouterr().out.split())
 
     assert "a rank's 16 samples of a step fit in one microbatch" in train("large", 100)
-    assert "a rank's 16 samples of a step fit in 2 microbatches of 8" in train("auto", 45)
-    train("stated", 100, accumulate=2)
+    shown = train("auto", 45)
+    assert "a rank's 16 samples of a step fit in 2 microbatches of 8" in shown
+    assert "1 of 2 microbatches pass the model once: their activations are kept" in shown
+    assert "pass the model once" not in train("stated", 100, accumulate=2, keep_activations=False)
+    for memory, kept in ((34, 0), (36, 2), (42, 3), (46, 4)):
+        shown = train(f"kept in {memory}", memory, accumulate=4)
+        assert (f"{kept} of 4 microbatches pass" in shown) if kept else ("pass the model once" not in shown)
+        np.testing.assert_allclose(curve(tmp_path / f"kept in {memory}"), curve(tmp_path / "kept in 34"), rtol=1e-6)
     assert curve(tmp_path / "auto") == curve(tmp_path / "stated") != curve(tmp_path / "large")
     train("resumed", 45, stop_at=2)
     assert "last checkpoint" not in train("resumed", 100)
@@ -191,6 +197,26 @@ def test_a_step_is_divided_as_far_as_memory_asks_and_a_resumed_training_keeps_th
         UserError, match=r"out of memory in a training run: CUDA out of .* Increase train.compute.accumulate"
     ):
         train("too-few", 36, accumulate=1)
+    with pytest.raises(UserError, match=r"Increase .*accumulate, or set train.compute.keep_activations to auto, or"):
+        train("forced", 40, accumulate=4, keep_activations=True)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_fewer_activations_are_kept_once_the_model_has_changed_and_takes_more_memory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with stand_in_cuda(46 * 200_000) as cuda:
+
+        class Changing(TowersTask):
+            def begin_step(self, step: int, steps: int) -> str | None:
+                cuda.memory = cuda.memory if step < 2 else 38 * 200_000
+                return "rounds from now on" if step == 2 else None
+
+        task = Changing(width=WIDE, dropout=0.5)
+        run(job(tmp_path, steps=4, compute={"accumulate": 4}), task=task, accelerator=Accelerator("cuda"))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "4 of 4 microbatches pass the model once" in shown.partition("rounds from now on")[0]
+    assert "2 of 4 microbatches pass the model once" in shown.partition("rounds from now on")[2]
 
 
 def test_ranks_divide_alike_and_wait_for_none_in_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,6 +153,7 @@ def work(rank: int, folder: str, port: int, port_of_hanging: int) -> None:
             outcomes["gone"] = str(error)
         train("ranks")
         train("parts", compute={"accumulate": 4})
+        train("kept parts", compute={"accumulate": 4, "keep_activations": True})
         stop = StopSignal()
         stop.signum = signal.SIGTERM if rank == 1 else 0
         train("wide", build=builder(**WIDE), steps=6)
@@ -164,9 +165,10 @@ def work(rank: int, folder: str, port: int, port_of_hanging: int) -> None:
         train("sharing", build=lambda _: (Sharing(norm=True), PairFeed()), steps=8, ema=0.9)
         train("failing share", build=lambda _: (FailingShare(), PairFeed()))
         train("poisoned", build=builder({"poisoned": range(4, 6)}))
-        for parts in (1, 4):
-            shared = {"accumulate": parts, "sync_batch_norm": True}
-            train(f"shared statistics {parts}", build=builder(norm=True), steps=8, compute=shared)
+        for parts, kept in ((1, False), (4, False), (4, True)):
+            shared = {"accumulate": parts, "keep_activations": kept, "sync_batch_norm": True}
+            name = f"shared statistics {parts}{' kept' * kept}"
+            train(name, build=builder(norm=True), steps=8, compute=shared)
         train("torn", checkpoints={"every": 4})
         feed = PairFeed()
         with damaged(12) if rank == 1 else contextlib.nullcontext():
@@ -198,7 +200,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-@pytest.mark.parametrize("name", ["ranks", "parts"])
+@pytest.mark.parametrize("name", ["ranks", "parts", "kept parts"])
 def test_several_ranks_have_the_curve_of_one_also_with_gradient_accumulation(
     trained: Trained, one: Path, name: str
 ) -> None:
@@ -221,7 +223,9 @@ def test_ranks_that_share_batch_statistics_have_the_curve_and_the_statistics_of_
     assert shared.keys() == one.keys()
     for name in ("running_var", "num_batches_tracked"):  # Adam moves the mean, on which no loss depends, by rounding
         torch.testing.assert_close(shared[f"model/left.1.{name}"], one[f"model/left.1.{name}"], rtol=1e-3, atol=1e-4)
-    assert [outcomes["shared statistics 4"] for outcomes in trained[1]] == [8] * RANKS
+    parts, kept = (curve(trained[0] / f"shared statistics 4{name}") for name in ("", " kept"))
+    assert len(parts) == 8
+    np.testing.assert_allclose(kept, parts, rtol=1e-6)
 
 
 def test_ranks_that_share_batch_statistics_wait_for_none_in_a_trial_that_is_out_of_memory(trained: Trained) -> None:

@@ -45,6 +45,24 @@ def test_parts_give_the_losses_and_gradients_of_the_whole_batch_and_bfloat16_is_
             torch.testing.assert_close(found[name], gradient, atol=0.05, rtol=0.1)
 
 
+@pytest.mark.parametrize("options", [{}, {"norm": True, "dropout": 0.5}])
+def test_kept_parts_pass_the_model_once_with_the_gradients_and_statistics_of_two_passes(
+    options: dict[str, Any],
+) -> None:
+    found = []
+    for kept in range(5):
+        torch.manual_seed(0)
+        task = TowersTask(**options)
+        passes: list[bool] = []
+        task.model.register_forward_hook(lambda *_, passes=passes: passes.append(torch.is_grad_enabled()))
+        outcome = backpropagate(task, task.model, batch(), SIZE, range(4), Accelerator("cpu"), kept)
+        assert (passes.count(True), passes.count(False)) == (4, 4 - kept)
+        gradients = {name: p.grad for name, p in task.model.named_parameters() if p.grad is not None}
+        found.append((outcome.losses, outcome.scalars, gradients, dict(task.model.named_buffers())))
+    for others in found[1:]:
+        torch.testing.assert_close(others, found[0], rtol=1e-6, atol=1e-9)
+
+
 def test_both_passes_draw_the_same_dropout() -> None:
     """The gradient equals autograd's for the whole loss with each part's dropout."""
     _, found = gradients(4, dropout=0.5)
