@@ -33,7 +33,7 @@ from reinforce.training.stop import Stopped, StopSignal
 SECTION, RESUMED, RANKS = "students", "resumed training", "ranks"
 WAITING = 0.02
 #: Keys of ``train.compute`` that are compared. On a CPU nothing is compiled, which takes a minute.
-SWITCHES: dict[str, dict[str, Any]] = {"eager": {}, "compiled": {"compile": True}}
+SWITCHES: dict[str, dict[str, Any]] = {"eager": {"compile": False}, "compiled": {"compile": True}}
 _FOREVER = 1_000_000  # steps
 _COUNTED = 2  # rows of the log, after which they count
 #: Until all ranks have ended when one was killed: torchrun kills those that SIGTERM does not end after 30 s.
@@ -69,7 +69,7 @@ def measure_students(bench: Bench) -> list[Figure]:
     figures: list[Figure] = []
     for name in bench.size.students:
         for switch, compute in SWITCHES.items():
-            if not (compute and bench.size.tiny):
+            if not (compute["compile"] and bench.size.tiny):
                 what = f"{name}, {switch}"
                 figures += bench.attempt(f"{SECTION}: {what}", partial(_measure, bench, name, what, compute))
     return figures

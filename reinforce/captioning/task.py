@@ -31,6 +31,8 @@ _CLIP = Objective(lambda_=0.0)
 class CaptioningTask:
     """CoCa's two losses, and an evaluator of held-out images; implements ``reinforce.training.task.Task``."""
 
+    compiles_once = False  # batches have the lengths of their captions
+
     def __init__(
         self, model: CaptionerModel, loss: Loss, evaluator: CaptionerEvaluator, notes: Sequence[str] = ()
     ) -> None:

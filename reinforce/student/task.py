@@ -39,6 +39,8 @@ class StudentTask:
     logit scales. Raises UserError if the config, the datasets and the models do not fit together.
     """
 
+    compiles_once = True
+
     def __init__(self, config: StudentConfig, device: str = "cpu") -> None:
         loss, texts = config.loss, config.data.captions != "none"
         teachers: dict[str, Teacher] = {}

@@ -98,7 +98,12 @@ class Compute(Section):
         "has its own",
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations instead of storing them")
-    compile: bool = Field(False, description="torch.compile the model")
+    compile: bool | Literal["auto"] = Field(
+        "auto",
+        description="torch.compile the model; auto: a student on an accelerator, in a training of at least 1,000 "
+        "steps, if its passes draw no random numbers and a step equals one without it up to rounding; a resumed "
+        "training keeps what it began with",
+    )
     deterministic: bool = Field(
         True,
         description="use deterministic CUDA kernels; false: the fastest ones, and a resumed training run may differ "

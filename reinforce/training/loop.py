@@ -37,7 +37,6 @@ from reinforce.training.batches import Prefetcher
 from reinforce.training.distributed import gather
 from reinforce.training.distributed.batch_norms import synchronize_batch_norms
 from reinforce.training.distributed.ranks import Ranks, check_output_is_shared, wrap_ddp
-from reinforce.training.division import fewest_microbatches, flops_of_sample, most_kept
 from reinforce.training.job import Job, total_steps
 from reinforce.training.optimizer import learning_rate, make_adamw
 from reinforce.training.order import ORDER
@@ -55,10 +54,15 @@ from reinforce.training.state import State, check_skipped, make_average
 from reinforce.training.step import StepOutput, backpropagate, describe_failure
 from reinforce.training.stop import Stopped, StopSignal
 from reinforce.training.task import Batch, Build, Feed, Task
-from teachers.fast_paths.usage import enabled, snapshot, total
+from reinforce.training.trials.compiled import compile_model
+from reinforce.training.trials.division import fewest_microbatches, flops_of_sample, most_kept
+from teachers.fast_paths.recompilation import Compiler
+from teachers.fast_paths.usage import snapshot, total
 
 #: Above all signals: the last checkpoint could not be written.
 _NOT_SAVED = 1000
+#: Steps of a training run that `compile: auto` compiles: shorter ones would wait for the compiler and gain little.
+_LEAST_COMPILED = 1000
 
 
 def run_rank(
@@ -124,6 +128,7 @@ class _Loop:
         self.log: Log | None = None  # only on rank 0
         self.microbatches, self.kept = self.training.compute.stated_microbatches, 0
         self.resumed = False
+        self.compiled: Compiler | None = None
 
     def run(self) -> Results:
         check_output_is_shared(self.storage, self.ranks)
@@ -216,6 +221,21 @@ class _Loop:
             for note in describe_differences(before, self.progress):
                 self.screen.log(note)
 
+    def _compile(self, model: Any, batch: Batch, size: int) -> None:
+        """Compile the model where the config asks for it or leaves it open, and say what a resumed training changes."""
+
+        def step(model: Any) -> StepOutput:
+            return backpropagate(self.task, model, batch, size, [0] * self.microbatches, self.accelerator, self.kept)
+
+        before = self.progress
+        self.ranks.at("compiling the model")
+        suits = bool(before.compiled) if before.step else self.steps >= _LEAST_COMPILED  # it resumes as it began
+        self.compiled = compile_model(self.task, self.state, model, step, self.ranks, self.training.compute, suits)
+        self.progress = replace(before, compiled=None if self.compiled is None else True)
+        if self.ranks.is_first:
+            for note in describe_differences(before, self.progress):
+                self.screen.log(note)
+
     # -- checkpoints
 
     def _resume(self) -> list[str]:
@@ -290,10 +310,9 @@ class _Loop:
         self._fetch(prefetcher)
         if signum := self.ranks.start_max(self.stop.signum)():
             raise Stopped(signum)
-        self._divide(prefetcher.peek(), rank_batch)  # before the model is compiled and wrapped
-        if self.training.compute.compile and enabled():
-            self.state.model.compile()
+        self._divide(prefetcher.peek(), rank_batch)  # before the model is wrapped and compiled
         model = wrap_ddp(self.state.model, self.ranks)
+        self._compile(model, prefetcher.peek(), rank_batch)
         profiler = None
         if self.training.profile is not None and self.ranks.is_first:
             counts = self.training.profile, self.progress.step, self.steps
@@ -328,6 +347,8 @@ class _Loop:
             if self.ranks.is_first:
                 self.screen.log(note)
             self._find_kept(prefetcher.peek(), rank_batch)  # the activations may have changed
+            if self.compiled is not None and self.training.compute.compile == "auto":
+                self.compiled.give_up("it has changed since it was compared with plain code")
         lr = learning_rate(step, self.steps, self.training.optimizer)
         for group in self.state.optimizer.param_groups:
             rate = learning_rate(step, self.steps, self.training.optimizer, group["tower"])

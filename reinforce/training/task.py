@@ -68,6 +68,11 @@ class Task(Protocol):
         """Lines for the user about what is trained from what; rank 0 prints them at the start."""
         ...
 
+    @property
+    def compiles_once(self) -> bool:
+        """Whether all prepared batches have the same shapes and nothing but tensors, so that one graph is for all."""
+        ...
+
     def settle(self, recorded: Mapping[str, Any] | None) -> Mapping[str, Any]:
         """Choose what the config leaves open; returns values by key of the config, which checkpoints record.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -111,7 +111,8 @@ def _compile_graph(graph: Any, inputs: Any) -> Callable[..., Any]:
     All functions have it in common, since graphs are shared only by functions with the same backend. It sets what is
     needed here, because settings of inductor belong to the thread that made them.
     """
-    with _settings():
+    config: Any = importlib.import_module("torch._inductor.config")
+    with config.patch(_settings()):
         compiled = inductor(graph, inputs)
 
     def run(*args: Any) -> Any:
@@ -122,21 +123,20 @@ def _compile_graph(graph: Any, inputs: Any) -> Callable[..., Any]:
 
 
 def inductor(graph: Any, inputs: Any) -> Callable[..., Any]:
-    """Kernels for a graph, of torch's own compiler."""
+    """Kernels for a graph, of torch's own compiler, which makes those of its backward pass in a thread of autograd."""
     compiler: Any = importlib.import_module("torch._inductor.compile_fx")
-    compiled: Callable[..., Any] = compiler.compile_fx(graph, inputs)
+    compiled: Callable[..., Any] = compiler.compile_fx(graph, inputs, config_patches=_settings())
     return compiled
 
 
-def _settings() -> AbstractContextManager[None]:
+def _settings() -> dict[str, Any]:
     """At most as many processes as torch has threads, and no choice of kernels by their time where operations must be
     deterministic."""
     config: Any = importlib.import_module("torch._inductor.config")
     changes: dict[str, Any] = {"compile_threads": min(config.compile_threads or 1, torch.get_num_threads())}
     if must_be_deterministic() and hasattr(config, "deterministic"):
         changes["deterministic"] = True
-    patched: AbstractContextManager[None] = config.patch(changes)
-    return patched
+    return changes
 
 
 def _is_of_compiler(error: Exception) -> bool:

@@ -28,10 +28,11 @@ from reinforce.training.batches import Prefetcher
 from reinforce.training.distributed import gather
 from reinforce.training.distributed.batch_norms import _Shared, synchronize_batch_norms
 from reinforce.training.distributed.ranks import Ranks
-from reinforce.training.division import fewest_microbatches
 from reinforce.training.state import State
 from reinforce.training.step import StepOutput, backpropagate
 from reinforce.training.stop import Stopped, StopSignal
+from reinforce.training.trials.division import fewest_microbatches
+from teachers.fast_paths.usage import set_enabled, snapshot
 from teachers.runtime.accelerator import Accelerator
 from tests.helpers.captioning import TEXTS, make_batch, make_captioner
 from tests.helpers.data import config_of, members_of, write_tar
@@ -113,7 +114,10 @@ def test_a_training_step_on_a_gpu_has_the_loss_of_a_cpu_and_waits_once(
     }
     losses, _ = _three_steps(monkeypatch, {**config, "output": str(tmp_path / "on-cpu")})
     with stand_in_cuda() as cuda:
+        set_enabled(True)
+        monkeypatch.setattr(loop, "_LEAST_COMPILED", 9)
         found, steps = _three_steps(monkeypatch, {**config, "output": str(tmp_path / "on-cuda")}, cuda)
+    assert ("the trained model", "compile") in {(one.model, one.path) for one in snapshot()}, "by default"
     assert found == pytest.approx(losses, rel=1e-5)
     for counts, in_use in steps[1:]:  # the first makes the optimizer's state
         assert counts.synchronizations <= WAITS_A_STEP, counts
@@ -286,7 +290,7 @@ def _three_steps(
         return output
 
     def counted(*arguments: Any) -> int:
-        if len(losses) == 3:
+        if len(steps) == 3:
             raise KeyboardInterrupt
         with cuda.counted() if cuda else contextlib.nullcontext(Counts()) as counts:
             signum = run(*arguments)
@@ -297,4 +301,4 @@ def _three_steps(
         patch.setattr(loop, "backpropagate", watched)
         patch.setattr(loop._Loop, "_step", counted)
         train(config)
-    return [float(loss) for loss in losses], steps
+    return [float(loss) for loss in losses[-3:]], steps  # after those of a plain and of a compiled step

@@ -109,7 +109,7 @@ class _Students:
 
 
 @functools.cache
-def step(name: str, checkpointing: bool) -> tuple[Student, PeakMemory]:
+def step(name: str, checkpointing: bool, microbatches: int = 1, kept: int = 0) -> tuple[Student, PeakMemory]:
     """A student in bf16 after a step of ``SAMPLES`` with two texts, and what the step did."""
     mode = FakeTensorMode()
     student = fake_student(mode, name, checkpointing)
@@ -122,7 +122,8 @@ def step(name: str, checkpointing: bool) -> tuple[Student, PeakMemory]:
             "targets": {name: {kind: torch.empty(SAMPLES, 768) for kind in KINDS} for name in TEACHERS},
         }
     with mode, PeakMemory() as observed:
-        backpropagate(_Students(student), student, batch, SAMPLES, [0], Accelerator("cpu", "bf16"))
+        seeds = [0] * microbatches
+        backpropagate(_Students(student), student, batch, SAMPLES, seeds, Accelerator("cpu", "bf16"), kept)
     return student, observed
 
 
@@ -133,6 +134,13 @@ def test_a_step_of_a_student_has_deterministic_operations_on_cuda_and_gradients_
     assert {"convolution_backward", "native_batch_norm_backward", "embedding_dense_backward"} <= observed.names
     assert not observed.raising
     assert observed.bytes / SAMPLES / 1e9 == pytest.approx(0.123, abs=0.003), "GB for each image, in docs/students.md"
+
+
+def test_of_two_microbatches_the_first_is_kept_in_little_more_memory_than_one_takes() -> None:
+    """What is more are the activations of a layer of the second one, while its features are computed."""
+    whole, twice, once = (step("MobileCLIP2-S0", False, *how)[1].bytes / SAMPLES for how in ((), (2, 0), (2, 1)))
+    assert twice / whole == pytest.approx(0.51, abs=0.02)
+    assert (once - twice) / 1e6 == pytest.approx(2.9, abs=0.3), "MB for each image of the batch, in docs/students.md"
 
 
 @pytest.fixture(params=[1, 8])

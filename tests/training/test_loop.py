@@ -349,7 +349,7 @@ def test_results_have_the_calls_of_fast_paths_and_plain_trainings_have_none(
     (tmp_path / "fast" / "results.json").write_text(json.dumps(stored))
     assert train(job(tmp_path / "fast", steps=3)) == replace(first, fast_paths=())
 
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: pytest.fail("compiled"))
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("compiled"))
     compiled = job(tmp_path / "plain", steps=3, compute={"compile": True})
     assert train(replace(compiled, accelerator="plain")).fast_paths == ()
     monkeypatch.setenv("REINFORCE_ACCELERATOR", "plain")

@@ -33,20 +33,22 @@ from reinforce.training.distributed.rank_watch import (
     next_report,
 )
 from reinforce.training.distributed.ranks import Ranks, join_ranks, share_from_first, wrap_ddp
-from reinforce.training.division import fewest_microbatches, flops_of_sample
 from reinforce.training.launch import launch
 from reinforce.training.loop import run_rank
 from reinforce.training.record import log
 from reinforce.training.saving.checkpoint import Checkpoints, DamagedCheckpoint
 from reinforce.training.state import State
-from reinforce.training.step import backpropagate
+from reinforce.training.step import StepOutput, backpropagate
 from reinforce.training.stop import Stopped, StopSignal
 from reinforce.training.task import Batch, Feed, Task
+from reinforce.training.trials.compiled import compile_if_equal
+from reinforce.training.trials.division import fewest_microbatches, flops_of_sample
+from teachers.fast_paths import recompilation
 from teachers.runtime.accelerator import Accelerator
 from tests.helpers import sync_batch_norm  # noqa: F401  SyncBatchNorm's operations on CPUs
 from tests.helpers.ranks import served_store, start_ranks, under_torchrun
 from tests.helpers.stand_in_cuda import stand_in_cuda
-from tests.helpers.trainings import PairFeed, TowersTask, before_batches, builder, curve, job, rows
+from tests.helpers.trainings import PairFeed, StaticTask, TowersTask, before_batches, builder, curve, job, rows
 from tests.helpers.waiting import wait_for
 
 #: The folder and the outcomes of each rank.
@@ -125,6 +127,30 @@ def divide(rank: int, ranks: Ranks) -> dict[str, Any]:
         return {"parts": parts, "means": task.model.left[1].running_mean[:8].tolist()}
 
 
+def compile_(rank: int, ranks: Ranks) -> dict[str, Any]:
+    """Compile a model where the compiler fails on rank 1, then on none; whether it is compiled, and a gradient."""
+    found, accelerator = [], Accelerator("cpu")
+    batch, size = next(iter(PairFeed().batches(rank, RANKS, 8, 0))), 8
+
+    def step(model: Any) -> StepOutput:
+        return backpropagate(task, model, batch, size, [0, 0], accelerator)
+
+    def compile_graph(graph: Any, inputs: Any) -> Any:
+        if fails and rank == 1:
+            raise RuntimeError("no C compiler")
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    recompilation.inductor = compile_graph
+    for fails in (True, False):  # noqa: B007
+        torch.manual_seed(0)
+        task = StaticTask(norm=True)
+        model = wrap_ddp(task.model.train(), ranks)
+        state = State(task.model, torch.optim.SGD(task.model.parameters()))
+        found.append(compile_if_equal(task, state, model, step, ranks, recompilation.Compiler("Towers", False)))
+        step(model)
+    return {"compiled": found, "gradient": task.model.right.weight.grad.tolist()}
+
+
 def work(rank: int, folder: str, port: int, port_of_hanging: int) -> None:
     """All the trainings of this file, one after the other, because processes take seconds to start."""
     under_torchrun(rank, RANKS, port)
@@ -175,6 +201,7 @@ def work(rank: int, folder: str, port: int, port_of_hanging: int) -> None:
             train("torn", build=lambda _: (TowersTask(), feed), checkpoints={"every": 4})
         outcomes["torn"] = feed.seen
         outcomes["divided"] = divide(rank, ranks)
+        outcomes["compiled"] = compile_(rank, ranks)
     under_torchrun(rank, RANKS, port_of_hanging)
     reports: list[str] = []
     try:
@@ -232,6 +259,12 @@ def test_ranks_that_share_batch_statistics_wait_for_none_in_a_trial_that_is_out_
     of_ranks = [outcomes["divided"] for outcomes in trained[1]]
     assert [found["parts"] for found in of_ranks] == [2] * RANKS, "one part does not fit on rank 1"
     assert all(found["means"] == of_ranks[0]["means"] for found in of_ranks), "steps share them"
+
+
+def test_a_model_is_compiled_on_all_ranks_or_on_none_which_wait_for_none_meanwhile(trained: Trained) -> None:
+    of_ranks = [outcomes["compiled"] for outcomes in trained[1]]
+    assert [found["compiled"] for found in of_ranks] == [[False, True]] * RANKS
+    assert all(found["gradient"] == of_ranks[0]["gradient"] for found in of_ranks), "it is reduced"
 
 
 def test_all_ranks_stop_after_the_same_step_when_one_gets_a_signal(trained: Trained) -> None:

@@ -47,7 +47,8 @@ class Progress:
     its files, and ``division`` the parts of a batch. Older checkpoints do not have these. ``skipped_last`` is the
     number of steps without an update since the last update, ``order`` the version of the order of samples, and ``part``
     the samples of a part that ``accumulate: auto`` has found. ``row_processes`` is the number of loader processes by
-    which rows of a batch are ordered, in versions of the order before 3.
+    which rows of a batch are ordered, in versions of the order before 3. ``compiled`` is true where steps ran compiled
+    code.
     """
 
     step: int
@@ -65,6 +66,7 @@ class Progress:
     part: int | None = None
     row_processes: int | None = None
     steps: int | None = None
+    compiled: bool | None = None
 
     def after_step(self, seconds: float, skipped: bool) -> Progress:
         return replace(
@@ -155,7 +157,8 @@ def _file_name(step: int) -> str:
 
 def _encode_header(progress: Progress) -> str:
     names = ("streams", "samples", "model_config", "data", "division", "files", "part", "row_processes", "steps")
-    optional = {**{name: getattr(progress, name) for name in names}, "skipped_last": progress.skipped_last or None}
+    optional = {name: getattr(progress, name) for name in (*names, "compiled")}
+    optional["skipped_last"] = progress.skipped_last or None
     optional["order"] = progress.order if progress.order > 1 else None
     fields = {
         "version": _VERSION,

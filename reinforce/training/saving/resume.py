@@ -69,4 +69,9 @@ def describe_differences(before: Progress, now: Progress) -> list[str]:
             f"a batch is divided into {now.division} now and was divided into {before.division} at the last "
             "checkpoint: batch normalisation and dropout, where the model has them, differ from here on"
         )
+    if before.compiled and not now.compiled:
+        notes.append(
+            "steps ran compiled code up to the last checkpoint and run plain code now: results differ in rounding from "
+            "here on"
+        )
     return notes

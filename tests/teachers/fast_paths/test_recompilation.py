@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._inductor import compile_fx
 from torch._inductor import config as settings
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -192,3 +195,28 @@ def test_settings_of_the_compiler_are_those_of_the_process_in_each_thread(graphs
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(False)
     assert found == [(1, deterministic)] * 3
+
+
+def test_settings_are_also_those_of_backward_passes_which_threads_of_autograd_compile(
+    graphs: Graphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[tuple[bool, bool]] = []
+
+    def run_as_it_is(graph: Any, _: Any, **options: Any) -> Callable[..., Any]:
+        found.append((threading.current_thread() is threading.main_thread(), settings.deterministic))
+        boxed: Callable[..., Any] = make_boxed_func(graph.forward)
+        return boxed
+
+    monkeypatch.setattr(compile_fx, "compile_fx", partial(compile_fx.compile_fx, inner_compile=run_as_it_is))
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with patch.object(recompilation, "inductor", TORCHS_OWN):
+            side = square(3).requires_grad_()
+            loss = Compiler("multiply", False).compile(multiply, dynamic=False)(side, square(3)).sum()
+            thread = threading.Thread(target=loss.backward)  # as on CUDA; on CPUs it is the caller's
+            thread.start()
+            thread.join()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert found == [(True, True), (False, True)]
+    assert side.grad is not None

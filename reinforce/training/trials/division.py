@@ -84,7 +84,7 @@ def flops_of_sample(task: Task, state: State, batch: Batch, size: int, accelerat
         with torch.no_grad():
             encode()
 
-    with _no_trace(state):
+    with no_trace(state):
         for rows in range(1, min(2, size) + 1):  # batch normalisation of one row may raise
             with torch.no_grad():
                 few = task.prepare(slice_batch(batch, 0, rows))
@@ -105,7 +105,7 @@ def _fits_here(
 ) -> bool:
     """Whether a step fits on this rank, with the optimizer's state and a reserve beside it."""
     try:
-        with _no_trace(state):
+        with no_trace(state):
             total = torch.cuda.get_device_properties(accelerator.device).total_memory
             beside = [torch.empty(int(_RESERVE * total), dtype=torch.uint8, device=accelerator.device)]
             for group in state.optimizer.param_groups:
@@ -125,7 +125,7 @@ def _fits_here(
 
 
 @contextmanager
-def _no_trace(state: State) -> Iterator[None]:
+def no_trace(state: State) -> Iterator[None]:
     """Wait for no other rank; restore the model's buffers, and drop its gradients."""
     buffers = [(buffer, buffer.clone()) for buffer in state.model.buffers()]
     try:
