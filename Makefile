@@ -18,7 +18,7 @@ CORE_TESTS := --ignore=tests/source/test_hub.py tests/images tests/parquet \
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: deploy-check help install demo demo-teachers test bench bench-step bench-loader bench-augment bench-captioner bench-captions bench-gpu bench-labels bench-latency bench-quantize bench-scale bench-select bench-sources bench-transfer ablations lint clean fuzz soak audit \
+.PHONY: deploy-check help install demo demo-teachers test bench bench-adapt bench-step bench-loader bench-augment bench-captioner bench-captions bench-gpu bench-labels bench-latency bench-quantize bench-scale bench-select bench-sources bench-transfer ablations lint clean fuzz soak audit \
 	docs test-lowest test-slow wheel-check
 
 help: ## list the targets
@@ -113,6 +113,9 @@ bench-captions: $(INSTALLED) ## CoCa's caption decoding compared with open_clip'
 
 bench-gpu: $(INSTALLED) ## models, captions, shards and trainings on an NVIDIA GPU, with their limits (an hour by estimate)
 	$(BIN)/python -m benchmarks.gpu
+
+bench-adapt: $(INSTALLED) ## what keeps an adapted student from forgetting, after `make demo` (half an hour)
+	$(BIN)/python -m benchmarks.adapt
 
 bench-latency: $(INSTALLED) ## MobileCLIP2 compared with ViT-L/14 on one core (minutes)
 	$(BIN)/reinforce latency MobileCLIP2-S0 MobileCLIP2-S2 MobileCLIP2-B MobileCLIP2-S3 MobileCLIP2-S4 ViT-L-14 \

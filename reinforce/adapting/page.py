@@ -66,8 +66,8 @@ def advice(sweep: Sweep, start: Point, last: Point) -> Iterator[str]:
         yield "The trained weights are the best ones: train for longer, --set student.train.epochs=20."
     if rule.general and mean(last.metrics, rule.general) < mean(start.metrics, rule.general) - rule.allow:
         yield (
-            "At alpha 1 more is forgotten than is allowed: raise the share of distillation, "
-            "--set student.loss.lambda=0.8, or name a stronger teacher with --teachers."
+            "At alpha 1 more is forgotten than is allowed: raise the weights of the anchors, "
+            "--set student.loss.anchor.similarities=3, or lower the rate, --set student.train.optimizer.lr=3e-6."
         )
     yield "Another seed shows how much of the difference is chance: --set seed=1, in another folder."
 

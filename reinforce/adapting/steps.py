@@ -21,6 +21,7 @@ from reinforce.student.config import StudentConfig
 
 _EPOCHS, _LARGEST_BATCH = 10, 256
 _CROPS, _SCALE = 4, [0.5, 1.0]
+_ANCHORS = {"similarities": 1.0, "features": 1.0}
 _RETRIEVAL = ("text_to_image/r1", "image_to_text/r1")
 
 
@@ -120,10 +121,10 @@ def training_config(config: AdaptConfig, domain: Domain, images: int) -> Student
         "student": config.released.model_dump(exclude_none=True),
         "data": {
             "datasets": [{"url": dataset_of(config), "view": TRAIN}],
-            "teachers": [RELEASED, *config.teachers],
             "captioners": [],
+            **({"teachers": [*config.teachers]} if config.teachers else {}),
         },
-        "loss": {"lambda": 0.5},
+        "loss": {"lambda": 0.5 if config.teachers else 0.0, "anchor": {"teacher": RELEASED, **_ANCHORS}},
         "train": {
             "steps": steps,
             "batch": batch,

@@ -177,5 +177,5 @@ def test_the_page_advises_by_what_the_points_show() -> None:
 
     assert "did not help" in told((0, 0.5, 0.5), (1, 0.4, 0.5), chosen=0)
     assert "train for longer" in told((0, 0.5, 0.5), (1, 0.6, 0.5), chosen=1)
-    assert "loss.lambda" in told((0, 0.5, 0.5), (0.5, 0.6, 0.5), (1, 0.7, 0.3), chosen=1)
+    assert "loss.anchor.similarities" in told((0, 0.5, 0.5), (0.5, 0.6, 0.5), (1, 0.7, 0.3), chosen=1)
     assert "Another seed" in told((0, 0.5, 0.5), (0.5, 0.6, 0.5), (1, 0.5, 0.5), chosen=1)
