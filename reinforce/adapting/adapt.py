@@ -196,7 +196,7 @@ class _Estimate:
         )
         training = steps.training_config(config, _NO_DOMAIN, max(2, round((1 - config.held_out) * images)))
         seen = (training.train.steps or 0) * training.train.batch
-        general = sum(one.limit or 0 for _, one in config.general.own_sets.values())
+        general = sum(one.size or 0 for _, one in config.general.own_sets.values())
         passes = images * crops + 3 * seen + shares * (config.held_out * images + general)
         unknown = "" if teachers == 1 else ", without the other teachers"
         log(f"estimate: {format_duration(passes * self._seconds())} on this machine by the rate of one image{unknown}")

@@ -151,8 +151,8 @@ def evaluate(
         list[str],
         typer.Argument(
             metavar="MODEL...",
-            help="NAME,TAG of open_clip (or NAME with --pretrained), local-dir:PATH, hf-hub:ORG/REPO, or a folder or "
-            "URL that a training wrote.",
+            help="NAME,TAG of open_clip (or NAME with --pretrained), local-dir:PATH, hf-hub:ORG/REPO, a folder or "
+            "URL that a training wrote, or any teacher: FAMILY:MODEL, class:package.module:Class, or RUN.yaml:TEACHER.",
         ),
     ],
     pretrained: Pretrained = None,
@@ -165,7 +165,8 @@ def evaluate(
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="Set a key of `evaluate`, also of a set: --set zero_shot.NAME.classes=imagenet; repeatable.",
+            help="Set a key of `evaluate`, also of a set: --set zero_shot.NAME.classes=imagenet, "
+            "--set knn.NAME.train.images=URL; repeatable.",
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:0.")] = "auto",
@@ -197,7 +198,7 @@ def evaluate(
         bool, typer.Option("--allow-missing", help="Of --suite: sets that are not below ROOT are no error.")
     ] = False,
 ) -> None:
-    """Evaluate models by zero-shot classification and image-text retrieval.
+    """Evaluate models by zero-shot classification, retrieval, nearest neighbours and linear probes.
 
     Each model gets its own preprocessing. Images that cannot be decoded are skipped and reported.
     """
@@ -220,9 +221,9 @@ def evaluate(
     )
     evaluation = build_evaluation(config, zero_shot or (), retrieval or (), limit, set_ or (), published)
     if not evaluation.metrics:
-        raise UserError("nothing to evaluate on: name sets with --zero-shot, --retrieval, --config or --suite.")
+        raise UserError("nothing to evaluate on: name sets with --zero-shot, --retrieval, --config, --set or --suite.")
     report: Report | SuiteReport
-    with only_json(json_ == STDOUT) as print_json, resolve_models(models, pretrained) as specs:
+    with only_json(json_ == STDOUT) as print_json, resolve_models(models, pretrained, teachers=suite is None) as specs:
         if suite is None:
             report = evaluate_models(specs, evaluation, device, precision)
         else:

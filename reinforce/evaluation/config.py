@@ -11,7 +11,9 @@ from pydantic import AfterValidator, Field, model_validator
 from reinforce.config_schema import ImagesFrom, OneOrMore, keys_match
 from reinforce.errors import UserError
 from reinforce.evaluation.kinds.base import OwnSet, SetKind
+from reinforce.evaluation.kinds.knn import KnnSet
 from reinforce.evaluation.kinds.labels import ZeroShotSet
+from reinforce.evaluation.kinds.linear import LinearSet
 from reinforce.evaluation.kinds.registry import KINDS
 from reinforce.evaluation.kinds.retrieval import RetrievalSet
 from reinforce.evaluation.registry import SuiteSet, select_sets
@@ -45,6 +47,12 @@ class Evaluation(Section):
     )
     retrieval: Annotated[dict[SetName, RetrievalSet], _SET_NAMES] = Field(
         default_factory=dict, description="retrieval sets by name"
+    )
+    knn: Annotated[dict[SetName, KnnSet], _SET_NAMES] = Field(
+        default_factory=dict, description="sets of k nearest neighbours by name, which need no texts"
+    )
+    linear: Annotated[dict[SetName, LinearSet], _SET_NAMES] = Field(
+        default_factory=dict, description="sets of a linear probe by name, which need no texts"
     )
     suite: Literal["datacomp", "sugarcrepe", "long-captions"] | None = Field(
         None, description="a suite of published sets, evaluated as by `reinforce evaluate --suite`"
@@ -95,7 +103,7 @@ class Evaluation(Section):
 
     def shares(self, ranks: int) -> list[frozenset[str]]:
         """Names of sets by rank, such that each has about equally many images."""
-        sizes = {name: one.limit or _IMAGES for name, (_, one) in self.own_sets.items()}
+        sizes = {name: one.size or _IMAGES for name, (_, one) in self.own_sets.items()}
         sizes |= {f"{self.suite}/{one.key}": one.size for one in self.suite_sets}
         shares: list[set[str]] = [set() for _ in range(ranks)]
         images = [0] * ranks

@@ -11,8 +11,8 @@ import torch
 from reinforce.evaluation.classes import Template
 from reinforce.model_names import model_errors
 from teachers.fast_paths.usage import in_force, loading
-from teachers.open_clip.teacher import OpenClipTeacher
 from teachers.protocols import ImageSpec
+from teachers.registry import teacher_spec
 from teachers.runtime.accelerator import Accelerator, Precision
 from teachers.runtime.determinism import set_flags
 from teachers.spec import ModelSpec, TeacherSpec
@@ -22,7 +22,7 @@ _TEXTS_AT_ONCE = 2**14  # bounds the memory of a classifier for any number of cl
 
 
 class Encoder(Protocol):
-    """A dual encoder to evaluate: a ``teachers.protocols.Teacher`` with both sides, or a module in memory."""
+    """A model to evaluate: a ``teachers.protocols.Teacher``, or a module in memory. It may lack a side."""
 
     image: ImageSpec | None
 
@@ -63,11 +63,14 @@ def load_encoders(
     """Load models onto a device, each when it is asked for, and use at most ``threads`` of CPUs. Raises UserError."""
     torch.set_num_threads(min(torch.get_num_threads(), threads))  # torch ignores quotas of containers
     set_flags(device)
-    for name, spec in specs.items():
+    for name, given in specs.items():
         with model_errors(name), loading(name):
             accelerator = Accelerator(device, precision)
-            fast = in_force(TeacherSpec(model=spec.model, pretrained=spec.pretrained))
-            teacher = OpenClipTeacher(fast, accelerator)
+            is_teacher = isinstance(given, TeacherSpec)
+            spec = given if is_teacher else teacher_spec(model=given.model, pretrained=given.pretrained)
+            if spec.uses_precision:
+                spec = spec.model_copy(update={"precision": precision})
+            teacher: Encoder = in_force(spec).load(name, device)
         yield name, teacher, accelerator
 
 

@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -24,7 +24,7 @@ from reinforce.evaluation.registry import SuiteSet
 from reinforce.evaluation.report import Outcome, Result, name_refused
 from reinforce.images.policy import PUBLISHED_POLICY
 from reinforce.processes.cores import available_cores
-from teachers.open_clip.teacher import OpenClipEncoder
+from teachers.open_clip.teacher import ImageEncoder, OpenClipEncoder
 from teachers.protocols import ImageSpec
 from teachers.runtime.accelerator import Accelerator
 
@@ -61,11 +61,11 @@ class Evaluator:
         }
 
     def evaluate(self, model: Encoder, accelerator: Accelerator, *, keep_going: bool = False) -> Result:
-        """Evaluate a dual encoder on all sets. Images that cannot be decoded are left out and listed in the result.
+        """Evaluate a model on all sets. Images that cannot be decoded are left out and listed in the result.
 
         A set on which the model gives embeddings that are not finite has failed, and has no metrics. Raises UserError
-        where the model has no image or text side, where no image of a set can be decoded, and for a set of the suite
-        that cannot be used; with ``keep_going`` this set has failed, too.
+        where the model lacks a side that a set needs, where no image of a set can be decoded, and for a set of the
+        suite that cannot be used; with ``keep_going`` this set has failed, too.
         """
         result = Result({}, {})
         models = Models({_MODEL: model}, accelerator, self.config.batch, self._threads)
@@ -102,16 +102,20 @@ class Evaluator:
     ) -> Result:
         """Evaluate an open_clip model that is on the accelerator, without side effects on its training run.
 
-        ``image`` is its preprocessing (``teachers.open_clip.teacher.image_spec``), ``tokenizer`` open_clip's. Modes of
-        modules, gradients and the global random state are left unchanged. A set of the suite that fails is logged.
+        ``image`` is its preprocessing (``teachers.open_clip.teacher.image_spec``), ``tokenizer`` open_clip's; None for
+        a module that encodes images alone, by ``encode_image``. Modes of modules, gradients and the global random state
+        are left unchanged. A set that fails is logged.
         """
         with _eval_mode(model, accelerator):
-            encoder = OpenClipEncoder(model, image, tokenizer, accelerator)
+            if tokenizer is None:
+                encoder = cast(Encoder, ImageEncoder(model, image, accelerator))
+            else:
+                encoder = OpenClipEncoder(model, image, tokenizer, accelerator)
             result = self.evaluate(encoder, accelerator, keep_going=True)
         for name, why in result.failed.items():
             _log.warning("%s failed, and has no metric: %s", name, why)
         for name, outcome in result.sets.items():
-            if outcome.refused:
+            if outcome.refused or outcome.note:
                 _log.warning("%s: %s", name, outcome)
         return result
 
@@ -124,7 +128,7 @@ def evaluate_set(image_set: ImageSet, images: ImageBatches, models: Models) -> O
     models.not_finite.counts.clear()
     outcome = image_set.score(models, images)
     found = {name: models.not_finite.describe(name) for name in outcome.metrics}
-    failed = {name: f"{fault}. {NOT_FINITE_FIX}" for name, fault in found.items() if fault}
+    failed = outcome.failed | {name: f"{fault}. {NOT_FINITE_FIX}" for name, fault in found.items() if fault}
     metrics = {name: scores for name, scores in outcome.metrics.items() if name not in failed}
     return replace(outcome, metrics=metrics, failed=failed, content=images.digest.hexdigest() if images.digest else "")
 
@@ -141,7 +145,9 @@ def evaluate_published(
     ``digest`` receives what is read, ``progress`` the number of images. Raises UserError where the set cannot be used,
     or where a number would look right but is not.
     """
-    image_set = KINDS[one.kind].open(one, files)
+    open_published = KINDS[one.kind].open
+    assert open_published is not None
+    image_set = open_published(one, files)
     images = ImageBatches(image_set.examples, policy=PUBLISHED_POLICY, digest=digest, progress=progress)
     outcome = evaluate_set(image_set, images, models)
     if len(outcome.refused) > BROKEN * outcome.samples:

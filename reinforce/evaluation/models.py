@@ -21,7 +21,7 @@ from teachers.spec import ModelSpec
 
 @dataclass(frozen=True)
 class Models:
-    """Dual encoders by name, on one accelerator. ``not_finite`` is of one set."""
+    """Models by name, on one accelerator. ``not_finite`` is of one set."""
 
     encoders: Mapping[str, Encoder]
     accelerator: Accelerator
@@ -56,7 +56,8 @@ class Models:
         return {name: torch.cat(of_model) for name, of_model in parts.items()}, targets
 
     def encode_texts(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Encode N texts -> float32 [N, dim] on the CPU, by model."""
+        """Encode N texts -> float32 [N, dim] on the CPU, by model. Raises UserError for a model without a text side."""
+        self._check_texts()
         vectors = {name: encode_texts(encoder, texts, self.batch).cpu() for name, encoder in self.encoders.items()}
         for name, of_model in vectors.items():
             self.not_finite.add(name, "text", of_model)
@@ -67,8 +68,9 @@ class Models:
     ) -> dict[str, torch.Tensor]:
         """Class weights, float32 [C, dim] on the device, by model; those of the same texts are computed once.
 
-        ``digest`` receives the texts.
+        ``digest`` receives the texts. Raises UserError for a model without a text side.
         """
+        self._check_texts()
         texts = (*classes, "", *(template("{}") for template in templates))
         if digest is not None:
             digest.texts.append(texts)
@@ -78,6 +80,11 @@ class Models:
                 self.weights[(name, *texts)] = self.accelerator.put(weights)
             self.not_finite.add(name, "class", self.weights[(name, *texts)])
         return {name: self.weights[(name, *texts)] for name in self.encoders}
+
+    def _check_texts(self) -> None:
+        for name, encoder in self.encoders.items():
+            if not callable(getattr(encoder, "encode_texts", None)):
+                raise UserError(f"{name} has no text side: evaluate it on sets of `knn` and `linear`.")
 
 
 def load_models(specs: Mapping[str, ModelSpec], device: str, precision: Precision, batch: int, threads: int) -> Models:

@@ -30,7 +30,7 @@ class ClassRanking(NamedTuple):
 
 def rank_classes(images: torch.Tensor, classes: torch.Tensor, labels: torch.Tensor) -> ClassRanking:
     """Rank classes for images: unit-norm [B, D] and [C, D], labels int64 [B], on one device -> int64 [B] each."""
-    scores = _scores(images, classes)
+    scores = scores_of(images, classes)
     true = scores.gather(1, labels[:, None])
     indices = torch.arange(len(classes), device=scores.device)
     predicted = scores.argmax(1)
@@ -61,7 +61,7 @@ def rank_matches(
         before = torch.zeros(len(part), dtype=torch.int64, device=part.device)
         for left in range(0, len(candidates), block):
             others = accelerator.put(candidates[left : left + block])
-            scores = _scores(part, others)
+            scores = scores_of(part, others)
             inside = (pair_columns >= left) & (pair_columns < left + len(others))
             # a true match never ranks before the best true match
             masked = pair_rows[inside].to(scores.device), (pair_columns[inside] - left).to(scores.device)
@@ -88,7 +88,8 @@ def compute_recalls(
     return {f"{way}/r{k}": float((rank < k).mean()) for way, rank in ranks.items() for k in RECALLS}
 
 
-def _scores(queries: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+def scores_of(queries: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+    """Scores of queries [Q, D] and candidates [C, D] on one device -> float32 [Q, C]."""
     with torch.autocast(queries.device.type, enabled=False):
         return (queries.double() @ candidates.double().T).float()
 

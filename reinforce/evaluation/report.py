@@ -38,7 +38,7 @@ class Outcome:
     """What a set gives: ``metrics`` by model, the number of ``samples``, those ``refused``, and the ``classes``.
 
     ``failed`` has the reason why a model has no metrics; ``content`` is the digest of what was read. ``published`` is
-    the number of images of a published set.
+    the number of images of a published set, ``note`` what the user should know about the images.
     """
 
     metrics: dict[str, Metrics]
@@ -48,6 +48,7 @@ class Outcome:
     failed: dict[str, str] = field(default_factory=dict)
     content: str = ""
     published: int | None = None
+    note: str = ""
 
     @property
     def images(self) -> int:
@@ -61,13 +62,12 @@ class Outcome:
         return None if self.images == total else f"{self.images} of {total} images"
 
     def __str__(self) -> str:
-        if not self.refused:
-            return f"{plural(self.images, 'image')}"
-        return f"{plural(self.images, 'image')}; {len(self.refused):,} refused: {name_refused(self.refused)}"
+        refused = f"{len(self.refused):,} refused: {name_refused(self.refused)}" if self.refused else ""
+        return "; ".join(part for part in (plural(self.images, "image"), refused, self.note) if part)
 
     def as_json(self) -> dict[str, Any]:
         refused = [{"key": r.key, "reason": r.reason.value, "detail": r.detail} for r in self.refused]
-        return {"images": self.images, "refused": refused}
+        return {"images": self.images, "refused": refused} | ({"note": self.note} if self.note else {})
 
 
 @dataclass(frozen=True)

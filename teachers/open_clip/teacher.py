@@ -27,21 +27,28 @@ from teachers.runtime.accelerator import Accelerator
 from teachers.spec import ModelSpec, TeacherSpec
 
 
-class OpenClipEncoder:
-    """Image and text encoder of an open_clip model that is on its device in eval mode. The model is not changed."""
+class ImageEncoder:
+    """Image encoder of a module with ``encode_image`` that is on its device in eval mode. The module is not changed."""
 
-    def __init__(self, model: Any, image: ImageSpec, tokenizer: Any, accelerator: Accelerator) -> None:
+    def __init__(self, model: Any, image: ImageSpec, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
         self._model = model
         self._encode_images: Callable[[torch.Tensor], torch.Tensor] = model.encode_image
         self.image: ImageSpec | None = image
-        self._text = TextEncoder(model, copy.copy(tokenizer), accelerator)  # a copy, since TextEncoder modifies it
-        self.tokenizer_key = self._text.tokenizer_key
 
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
         with self._accelerator.forward():
             features = self._encode_images(self._accelerator.layout(pixels))
             return torch.nn.functional.normalize(features.float(), dim=-1)
+
+
+class OpenClipEncoder(ImageEncoder):
+    """Image and text encoder of an open_clip model that is on its device in eval mode. The model is not changed."""
+
+    def __init__(self, model: Any, image: ImageSpec, tokenizer: Any, accelerator: Accelerator) -> None:
+        super().__init__(model, image, accelerator)
+        self._text = TextEncoder(model, copy.copy(tokenizer), accelerator)  # a copy, since TextEncoder modifies it
+        self.tokenizer_key = self._text.tokenizer_key
 
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
         return self.encode_tokens(self.tokenize(texts))

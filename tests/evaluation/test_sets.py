@@ -38,7 +38,7 @@ NAMES = list(COLOURS)
 def zero_shot(images: str | list[str], **config: Any) -> Labelled:
     own = ZeroShotSet(images=images, **config)
     load_templates(own.templates, "set")
-    return read_labels(own, "set", LIMITS, ())
+    return read_labels(own, "set", LIMITS, (), own.groups)
 
 
 def list_examples(examples: SetReader) -> list[tuple[bytes, Any]]:

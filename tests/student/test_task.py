@@ -22,7 +22,7 @@ from reinforce.training.step import backpropagate
 from reinforce.training.task import Batch
 from teachers.runtime.accelerator import Accelerator
 from tests.helpers.data import config_of, members_of, write_tar
-from tests.helpers.evaluation import colour_samples, write_classification
+from tests.helpers.evaluation import colour_samples, write_classification, write_colour_folder
 from tests.helpers.models.tiny_models import open_clip_model
 from tests.helpers.reinforced import reinforce_here
 from tests.helpers.students import student_config
@@ -95,10 +95,12 @@ def test_stored_targets_give_a_loss_for_every_text_and_all_teachers(config: Any)
     assert "logit scale 30 (config: loss.logit_scales.vit, instead of 20 of the dataset: config)" in task.notes[2]
 
 
-def test_images_alone_train_the_image_tower_by_the_vectors_of_images(config: Any) -> None:
-    """Also those of a teacher with both sides; with loader processes, whose memory has no tokens."""
+def test_images_alone_train_the_image_tower_by_the_vectors_of_images(config: Any, tmp_path: Path) -> None:
+    """Also those of a teacher with both sides; with loader processes, whose memory has no tokens; and evaluation."""
     alone = {"captions": "none", "teachers": ["red", "eyes", "ears"], "workers": 2}
-    made = config(data=alone, train={"steps": 2})
+    faces = {part: {"images": write_colour_folder(tmp_path / part, each)} for part, each in (("train", 5), ("test", 1))}
+    sets = {"knn": {"colours": {**faces, "k": [1]}}, "linear": {"colours": faces}}
+    made = config(data=alone, train={"steps": 2}, evaluate=sets)
     task, feed = build(made, Accelerator("cpu"))
     batch = next(iter(feed.batches(0, 1, PAIRS, 0)))
     assert batch.keys() == {"key", "image", "targets"}
@@ -107,6 +109,8 @@ def test_images_alone_train_the_image_tower_by_the_vectors_of_images(config: Any
     assert task.notes[3].startswith("teacher ears: unused")
     before = {name: value.clone() for name, value in task.model.clip.state_dict().items()}
     trained = reinforce.train(made)
+    assert {*trained.metrics} == {*made.evaluate.metrics}
+    assert all(0 <= score <= 1 for score in trained.metrics.values())
     after = load_file(Path(trained.output) / trained.export / "open_clip_model.safetensors")
     assert {name.split(".")[0] for name, value in before.items() if not torch.equal(value, after[name])} == {"visual"}
 

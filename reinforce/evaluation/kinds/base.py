@@ -14,6 +14,7 @@ from reinforce.evaluation.reading import SetReader, Table
 from reinforce.evaluation.registry import SuiteSet
 from reinforce.evaluation.report import Outcome
 from reinforce.input_config import Limits
+from reinforce.settings import Section
 
 if TYPE_CHECKING:
     from reinforce.evaluation.models import Models
@@ -33,20 +34,33 @@ class ImageSet:
     count: int = 0
 
 
-class OwnSet(Table):
+class OwnSet(Section):
     """The config of a set of the user."""
-
-    limit: int | None = Field(None, ge=1, description="images to use, the first ones")
 
     @property
     def scores(self) -> list[str]:
         """Names of the metrics, in order; all are between 0 and 1, and higher is better."""
         raise NotImplementedError
 
+    @property
+    def size(self) -> int | None:
+        """Images at most, or None where this is not known before the set is opened."""
+        raise NotImplementedError
+
+
+class SetSource(Table):
+    """Where the images of a set, or of a part of one, are."""
+
+    limit: int | None = Field(None, ge=1, description="images to use, the first ones")
+
+    @property
+    def size(self) -> int | None:
+        return self.limit
+
 
 @dataclass(frozen=True)
 class SetKind:
-    """A kind of sets: its ``name`` in sets.csv, and ``open``, for a published set.
+    """A kind of sets: its ``name`` in sets.csv, and ``open``, for a published set; None if no suite has such sets.
 
     Increase ``version`` with a change of the metrics after which a kept result would be another. If users have sets of
     the kind, ``section`` is the one of a config that has them by name, and ``open_own`` checks such a set and counts
@@ -55,7 +69,7 @@ class SetKind:
     """
 
     name: str
-    open: Callable[[SuiteSet, SetFiles], ImageSet]
+    open: Callable[[SuiteSet, SetFiles], ImageSet] | None
     version: int = 1
     section: str = ""
     open_own: Callable[[Any, str, Limits, Sequence[str]], ImageSet] | None = None

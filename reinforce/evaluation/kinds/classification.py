@@ -87,7 +87,7 @@ def own_metrics(
 def _open_own(config: ZeroShotSet, name: str, limits: Limits, images_from: Sequence[str] = ()) -> ImageSet:
     """A set of the user, which is checked. Raises UserError."""
     templates = load_templates(config.templates, name)
-    labelled = read_labels(config, name, limits, images_from)
+    labelled = read_labels(config, name, limits, images_from, config.groups)
     score = functools.partial(_score, labelled.classes, templates, functools.partial(own_metrics, labelled.groups))
     return ImageSet(name, labelled.examples, score, labelled.images)
 

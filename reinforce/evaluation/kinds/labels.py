@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from pydantic import Field
@@ -12,7 +13,7 @@ from pydantic import Field
 from reinforce.errors import UserError
 from reinforce.evaluation.classes import load_class_names, load_groups, name_folders
 from reinforce.evaluation.fields import is_json_field, read_json_field, read_label
-from reinforce.evaluation.kinds.base import OwnSet
+from reinforce.evaluation.kinds.base import OwnSet, SetSource
 from reinforce.evaluation.reading import (
     File,
     LabelledImage,
@@ -34,8 +35,8 @@ from schemas import Reason
 _LABELS = {"cls": ("label",)}
 
 
-class ZeroShotSet(OwnSet):
-    """A classification set: images with classes."""
+class LabelledSource(SetSource):
+    """Images with classes."""
 
     images: str | list[str] = Field(
         min_length=1,
@@ -52,6 +53,16 @@ class ZeroShotSet(OwnSet):
         description="of shards: extension of the member with the image's class, or json:FIELD; an integer is an index "
         "into the classes, text is a class name; of tables: the column, by default `cls`, else `label`",
     )
+    limit: int | None = Field(
+        None,
+        ge=1,
+        description="images to use: of shards the first ones, of folders an equal share of each class",
+    )
+
+
+class ZeroShotSet(LabelledSource, OwnSet):
+    """A classification set: images with classes."""
+
     templates: str | list[str] = Field(
         "simple",
         description="`openai` (80), `simple` (7), `none`, a text file with one per line, or a list; {} (or {c}) is the "
@@ -62,11 +73,6 @@ class ZeroShotSet(OwnSet):
         description="the group of each class: a mapping, a JSON file with a mapping, or json:FIELD of the samples; "
         "adds the metric `group`, the share of images whose predicted class is in the right group",
     )
-    limit: int | None = Field(
-        None,
-        ge=1,
-        description="images to use: of shards the first ones, of folders an equal share of each class",
-    )
 
     @property
     def scores(self) -> list[str]:
@@ -76,25 +82,38 @@ class ZeroShotSet(OwnSet):
 class Labelled(NamedTuple):
     """A set that is checked. ``groups`` has the group of each class, None for a class without images.
 
-    ``images`` is their number with those that cannot be decoded; targets of ``examples`` are indices into ``classes``.
+    ``images`` is their number with those that cannot be decoded, ``counts`` that of each class; targets of ``examples``
+    are indices into ``classes``.
     """
 
     classes: list[str]
     groups: Sequence[str | None] | None
     images: int
+    counts: Sequence[int]
     examples: SetReader
 
 
-def read_labels(config: ZeroShotSet, name: str, limits: Limits, images_from: Sequence[str]) -> Labelled:
-    """Check a set, for which the labels of all samples are read once. Raises UserError where they fit no classes."""
+def read_labels(
+    config: LabelledSource,
+    name: str,
+    limits: Limits,
+    images_from: Sequence[str],
+    groups: str | Mapping[str, str] | None = None,
+    *,
+    numbers: bool = False,
+) -> Labelled:
+    """Check a set, for which the labels of all samples are read once. Raises UserError where they fit no classes.
+
+    With ``numbers``, labels that are numbers need no ``classes``: each is a class, named by its digits.
+    """
     if config.format is None and config.view is None and detect_kind(config.images) == "classes":
-        return _read_folders(config, name, limits)
+        return _read_folders(config, name, limits, groups)
     given = None if config.classes is None else load_class_names(config.classes, name)
     labels: list[int | str] = []
     group_of: dict[int | str, str] = {}
     images = 0
     spec = input_of(limits, images_from, [config.label], config)
-    fields = [field for field in (config.label, config.groups) if is_json_field(field)]
+    fields = [field for field in (config.label, groups) if is_json_field(field)]
 
     def samples() -> Iterator[RawSample | Refusal]:
         for item in itertools.islice(read_samples(config.images, spec, name), config.limit):
@@ -104,21 +123,26 @@ def read_labels(config: ZeroShotSet, name: str, limits: Limits, images_from: Seq
         images += 1
         if isinstance(item, RawSample):
             labels.append(_require_label(item, config.label, name))
-            if is_json_field(config.groups):
-                _record_group(group_of, labels[-1], item, str(config.groups), name)
+            if is_json_field(groups):
+                _record_group(group_of, labels[-1], item, str(groups), name)
         last = item
     if not images:
         raise UserError(f"{name}: no image in {config.images}. Check the URL of the set.")
     if isinstance(last, Refusal) and not labels:
         raise UserError(f"{name}: every image in {config.images} is refused, the last ({last.key}): {last.detail}.")
-    classes = given or _names_of(labels, config.label, name)
-    index = _index_labels(classes, labels, name)
-    groups: Sequence[str | None] | None = None
-    if is_json_field(config.groups):
+    if numbers and not given:
+        classes = sorted({*map(str, labels)})
+        number_of = {text: number for number, text in enumerate(classes)}
+        index: Mapping[int | str, int] = {label: number_of[str(label)] for label in {*labels}}
+    else:
+        classes = given or _names_of(labels, config.label, name)
+        index = _index_labels(classes, labels, name)
+    of_classes: Sequence[str | None] | None = None
+    if is_json_field(groups):
         by_class = {index[label]: group for label, group in group_of.items()}
-        groups = [by_class.get(i) for i in range(len(classes))]
-    elif config.groups is not None:
-        groups = load_groups(config.groups, classes, name)
+        of_classes = [by_class.get(i) for i in range(len(classes))]
+    elif groups is not None:
+        of_classes = load_groups(groups, classes, name)
 
     def examples() -> Iterator[LabelledImage | Refusal]:
         for item in samples():
@@ -128,16 +152,23 @@ def read_labels(config: ZeroShotSet, name: str, limits: Limits, images_from: Seq
                 target = index[_require_label(item, config.label, name)]
                 yield LabelledImage(item.key, functools.partial(bytes, item.image), target)
 
-    return Labelled(classes, groups, images, examples)
+    return Labelled(classes, of_classes, images, _count(classes, (index[label] for label in labels)), examples)
 
 
-def _read_folders(config: ZeroShotSet, name: str, limits: Limits) -> Labelled:
+def _count(classes: Sequence[str], labels: Iterable[int]) -> list[int]:
+    counts = Counter(labels)
+    return [counts[number] for number in range(len(classes))]
+
+
+def _read_folders(
+    config: LabelledSource, name: str, limits: Limits, groups: str | Mapping[str, str] | None
+) -> Labelled:
     assert isinstance(config.images, str)
-    if is_json_field(config.groups):
-        raise UserError(f"{name}: groups {config.groups!r} need shards; for folders use a mapping or a JSON file.")
+    if is_json_field(groups):
+        raise UserError(f"{name}: groups {groups!r} need shards; for folders use a mapping or a JSON file.")
     folders = list_class_folders(config.images, name)
     classes = name_folders(config.classes, list(folders), name)
-    groups = None if config.groups is None else load_groups(config.groups, classes, name)
+    of_classes = None if groups is None else load_groups(groups, classes, name)
     files = _select_files(list(folders.values()), config.limit)
     load = make_loader(config.images)
 
@@ -145,7 +176,7 @@ def _read_folders(config: ZeroShotSet, name: str, limits: Limits) -> Labelled:
         for label, file in files:
             yield check_file_size(file, limits) or LabelledImage(file.key, functools.partial(load, file.path), label)
 
-    return Labelled(classes, groups, len(files), examples)
+    return Labelled(classes, of_classes, len(files), _count(classes, (label for label, _ in files)), examples)
 
 
 def _select_files(folders: Sequence[list[File]], limit: int | None) -> list[tuple[int, File]]:

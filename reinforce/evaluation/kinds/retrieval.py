@@ -14,7 +14,7 @@ from reinforce.errors import UserError
 from reinforce.evaluation.fields import CaptionFields, read_captions
 from reinforce.evaluation.images import ImageBatches
 from reinforce.evaluation.kinds.annotated import read_annotated
-from reinforce.evaluation.kinds.base import ImageSet, OwnSet, SetKind
+from reinforce.evaluation.kinds.base import ImageSet, OwnSet, SetKind, SetSource
 from reinforce.evaluation.kinds.files import SetFiles, image_bytes, read_tables
 from reinforce.evaluation.reading import LabelledImage, input_of, read_samples
 from reinforce.evaluation.registry import SuiteSet
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _WAYS = {"text_to_image": "image_retrieval", "image_to_text": "text_retrieval"}
 
 
-class RetrievalSet(OwnSet):
+class RetrievalSet(SetSource, OwnSet):
     """A retrieval set: images with captions. Any true match counts as a hit.
 
     All captions of an image match it. Equal captions are one text, which matches all of their images.

@@ -1,0 +1,169 @@
+"""Sets of two parts, with which image features are measured without texts: a classifier learns from one of them."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+from pydantic import Field
+
+from reinforce.errors import UserError
+from reinforce.evaluation.images import ImageBatches
+from reinforce.evaluation.kinds.base import ImageSet, OwnSet, SetKind
+from reinforce.evaluation.kinds.labels import Labelled, LabelledSource, read_labels
+from reinforce.evaluation.reading import LabelledImage
+from reinforce.evaluation.report import Metrics, Outcome
+from reinforce.input_config import Limits
+from reinforce.source.samples import Refusal
+from reinforce.terminal import plural
+
+if TYPE_CHECKING:
+    import torch
+
+    from reinforce.evaluation.models import Models
+    from teachers.runtime.accelerator import Accelerator
+
+TRAIN, TEST = "train", "test"
+
+
+class TwoPartSet(OwnSet):
+    """A set of two parts, whose classes are joined by name."""
+
+    train: LabelledSource = Field(description="images that the classifier learns from")
+    test: LabelledSource = Field(description="images that it classifies; each class must be in `train`")
+
+    @property
+    def size(self) -> int | None:
+        sizes = self.train.size, self.test.size
+        return None if None in sizes else sum(filter(None, sizes))
+
+    def fault(self, counts: np.ndarray) -> str | None:
+        """Why a training part with so many images of each class, int64 [C], is too small; None if it is not."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Features:
+    """Finite features of unit norm on the CPU, float32 [N, D] and [Q, D], with classes, int64 [N] and [Q].
+
+    Classes of the training part are 0 to the highest without gaps, and those of the test part are among them.
+    """
+
+    train: torch.Tensor
+    train_labels: np.ndarray
+    test: torch.Tensor
+    test_labels: np.ndarray
+
+
+#: Learns from the training part, and returns the metrics on the test part.
+Classify = Callable[[TwoPartSet, Features, "Accelerator"], Metrics]
+
+
+def two_part_kind(name: str, classify: Classify) -> SetKind:
+    """The kind of the sets in the section ``name``, whose configs derive from TwoPartSet."""
+    return SetKind(name, None, section=name, open_own=functools.partial(_open, classify))
+
+
+class _Parts:
+    """The two parts, read as one set: targets are pairs of the part, 0 or 1, and the index into ``classes``."""
+
+    def __init__(self, config: TwoPartSet, name: str, limits: Limits, images_from: Sequence[str]) -> None:
+        self._config = config
+        sources = {TRAIN: config.train, TEST: config.test}
+        self._parts = {
+            part: read_labels(source, f"{name}.{part}", limits, images_from, numbers=True)
+            for part, source in sources.items()
+        }
+        keys = {part: _keys(found) for part, found in self._parts.items()}
+        index = {key: number for number, key in enumerate(dict.fromkeys([*keys[TRAIN], *keys[TEST]]))}
+        self.classes = [name for name, _ in index]
+        self._index = {part: [index[key] for key in of_part] for part, of_part in keys.items()}
+        self._hashes = [np.zeros(part.images, np.uint64) for part in self._parts.values()]
+        counts = [np.zeros(len(index), np.int64) for _ in self._parts]
+        for found, count, place in zip(self._parts.values(), counts, self._index.values(), strict=True):
+            count[place] = found.counts
+        if fault := self.fault(*counts):
+            raise UserError(f"{name}: {fault}")
+
+    @property
+    def images(self) -> int:
+        return sum(part.images for part in self._parts.values())
+
+    def fault(self, train: np.ndarray, test: np.ndarray) -> str | None:
+        """Why parts with so many images of each class, int64 [C], cannot be used; None if they can."""
+        present = np.flatnonzero(train)
+        if len(present) < 2:
+            only = f"one class, {self.classes[present[0]]!r}" if len(present) else "no usable image"
+            return f"the training part has {only}: give images of two classes or more."
+        if len(missing := np.flatnonzero((train == 0) & (test > 0))):
+            return (
+                f"{len(missing):,} of {int((test > 0).sum()):,} classes of the test part have no usable image in the "
+                f"training part, such as {self.classes[missing[0]]!r}: add some, or remove those of the test part."
+            )
+        return "the test part has no usable image: check it." if not test.any() else self._config.fault(train)
+
+    def examples(self) -> Iterator[LabelledImage | Refusal]:
+        for number, (part, found) in enumerate(self._parts.items()):
+            for row, item in enumerate(found.examples()):
+                if isinstance(item, Refusal):
+                    yield replace(item, key=f"{part}/{item.key}")
+                else:
+                    load = functools.partial(_load, item.load, self._hashes[number], row)
+                    target = number, self._index[part][item.target]
+                    yield LabelledImage(f"{part}/{item.key}", load, target)
+
+    def note(self) -> str:
+        """The images that both parts have, by the hashes of the files that were loaded."""
+        train, test = (hashes[hashes > 0] for hashes in self._hashes)
+        both = int(np.isin(test, train).sum())
+        return f"{plural(both, 'test image')} of {len(test):,} also in the training part" if both else ""
+
+
+def _keys(part: Labelled) -> list[tuple[str, int]]:
+    """The classes by name, and by number among those of equal names: ImageNet's names have two missiles."""
+    seen: Counter[str] = Counter()
+    keys = []
+    for name in part.classes:
+        keys.append((name, seen[name]))
+        seen[name] += 1
+    return keys
+
+
+def _load(load: Callable[[], bytes], hashes: np.ndarray, row: int) -> bytes:
+    data = load()
+    if row < len(hashes):  # else the source has grown since it was opened
+        hashes[row] = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") or 1
+    return data
+
+
+def _open(
+    classify: Classify, config: TwoPartSet, name: str, limits: Limits, images_from: Sequence[str] = ()
+) -> ImageSet:
+    """A set of the user, which is checked. Raises UserError."""
+    parts = _Parts(config, name, limits, images_from)
+
+    def score(models: Models, images: ImageBatches) -> Outcome:
+        vectors, targets = models.encode_all(images)
+        if not targets:
+            return Outcome({}, len(images.refused), images.refused)
+        of_parts, labels = np.array(targets, np.int64).T
+        first = int((of_parts == 0).sum())
+        counts = [np.bincount(of_part, minlength=len(parts.classes)) for of_part in (labels[:first], labels[first:])]
+        total = len(labels) + len(images.refused)
+        outcome = Outcome({}, total, images.refused, int((counts[0] > 0).sum()), note=parts.note())
+        if fault := parts.fault(*counts):
+            return replace(outcome, failed=dict.fromkeys(vectors, fault))
+        dense = np.cumsum(counts[0] > 0) - 1  # classes of `classes: imagenet` may have no image
+        metrics: dict[str, Metrics] = {}
+        for model, of_model in vectors.items():
+            features = Features(of_model[:first], dense[labels[:first]], of_model[first:], dense[labels[first:]])
+            finite = bool(of_model.isfinite().all())  # else `evaluate_set` reports how many are not
+            metrics[model] = classify(config, features, models.accelerator) if finite else {}
+        return replace(outcome, metrics=metrics)
+
+    return ImageSet(name, parts.examples, score, parts.images)

@@ -1,0 +1,1 @@
+"""Classifiers of image features: weighted nearest neighbours, and a linear probe."""
