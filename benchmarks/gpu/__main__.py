@@ -5,102 +5,47 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
-import math
+import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
-from unittest.mock import patch
 
 import torch
 from rich.console import Console
 
-from benchmarks.gpu import captions, card, loader, losses, page, right, shards, students, teachers
+from benchmarks.gpu import page, recipe
 from benchmarks.gpu.bench import TINY, Bench, Size
-from benchmarks.gpu.probe import probing
+from benchmarks.gpu.machine import check_machine
+from benchmarks.gpu.process import run_section
 from benchmarks.gpu.results import Results
-from benchmarks.pipeline.figures import Figure
-from benchmarks.pipeline.page import limit_text, make_table, number, read_figures
+from benchmarks.gpu.sections import SECTIONS
+from benchmarks.pipeline.page import make_table, read_figures
+from benchmarks.processes import in_own_process
 from reinforce.processes.cores import available_cores
 from reinforce.shipping.machine import describe_machine
-from teachers.fast_paths import recompilation
-from teachers.runtime import determinism
 
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "timm", "pyarrow", "numpy")
 MINUTES = 60.0
 PROCESSES = 12
-FOLDER = Path("build") / "bench-gpu"
-
-
-@dataclass(frozen=True)
-class Section:
-    """A part of the benchmark, and the minutes that it takes on an H100, as estimated.
-
-    Figures of one that ``checks`` must meet their limits. One for ``ranks`` needs several cards.
-    """
-
-    measure: Callable[[Bench], list[Figure]]
-    minutes: float
-    checks: bool = False
-    ranks: bool = False
-
-
-#: By their value: what comes first is measured first.
-SECTIONS: dict[str, Section] = {
-    "card": Section(card.measure_card, 2),
-    "right": Section(right.measure_right, 4, checks=True),
-    "shards": Section(shards.measure_shards, 4),
-    "captions": Section(captions.measure_captions, 3),
-    "students": Section(students.measure_students, 8),
-    "ranks": Section(students.measure_ranks, 5, checks=True, ranks=True),
-    "bytes": Section(shards.check_shards, 5, checks=True),
-    "run": Section(shards.measure_run, 3, checks=True),
-    "loader": Section(loader.measure_loader, 2, checks=True),
-    "loss": Section(losses.measure_loss, 1, checks=True),
-    "resumed": Section(students.compare_resumed, 2, checks=True),
-    "teachers": Section(teachers.measure_teachers, 8),
-    "augmentations": Section(shards.measure_many_augmentations, 3),
-    "teacher-switches": Section(teachers.measure_switches, 5),
-    "caption-switches": Section(captions.measure_switches, 5),
-    "teacher-batches": Section(teachers.measure_batches, 3),
-    "caption-batches": Section(captions.measure_batches, 2),
-}
-
-
-def measure(bench: Bench, name: str) -> dict[str, Any]:
-    """The entry of a section: its figures, what failed in it, readings of the card, and traces."""
-    section, start = SECTIONS[name], time.perf_counter()
-    bench.failures.clear()
-    bench.traces.clear()
-    with probing(bench.device) as readings:
-        figures = bench.attempt(name, lambda: section.measure(bench))
-    for figure in figures:
-        if section.checks and (figure.met is False or math.isnan(figure.value)):
-            bench.fail(f"{name}: {figure.name}", f"{number(figure.value, figure.unit)}, not {limit_text(figure)}")
-    return {
-        "section": name,
-        "seconds": round(time.perf_counter() - start, 1),
-        "figures": [asdict(figure) for figure in figures],
-        "failures": dict(bench.failures),
-        "card": readings,
-        "traces": dict(bench.traces),
-    }
+FOLDER, FIRST_HOUR = Path("build") / "bench-gpu", Path("build") / "first-hour"
+_KEPT = ("gpu.jsonl", "performance.md", "machine.txt", "logs", "traces")  # in the archive of a first hour
 
 
 def measure_missing(bench: Bench, names: Sequence[str], results: Results, minutes: float) -> list[str]:
-    """Measure the sections that are not stored or have failed, as far as ``minutes`` suffice -> those left out."""
+    """Measure the sections that are not stored, then those that have failed, as far as ``minutes`` suffice, each in a
+    process of its own -> those left out."""
     end, left_out = time.monotonic() + 60 * minutes, []
-    for name in names:
-        if name in results.sections and not results.sections[name]["failures"]:
+    stored = {name: not results.sections[name]["failures"] for name in names if name in results.sections}
+    for name in sorted(names, key=stored.__contains__):
+        if stored.get(name):
             bench.log(f"{name}: stored")
         elif not bench.size.tiny and time.monotonic() + 60 * SECTIONS[name].minutes > end:
             left_out.append(name)
         else:
-            results.add(entry := measure(bench, name))
+            results.add(entry := run_section(bench, name, SECTIONS[name]))
             bench.log(f"{name}: {entry['seconds']:.0f} s")
     return left_out
 
@@ -125,13 +70,18 @@ def describe(bench: Bench) -> dict[str, Any]:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--device", help="cuda, cuda:1, or cpu with --tiny; default: cuda, with --tiny the CPU")
+    parser.add_argument(
+        "--first-hour",
+        action="store_true",
+        help=f"check the machine, measure it, and write all to {FIRST_HOUR}",
+    )
     parser.add_argument("--tiny", action="store_true", help="tiny models, whose figures mean nothing: tests the code")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="the most valuable sections come first")
     parser.add_argument("--only", nargs="+", choices=[*SECTIONS], help="print these sections only; nothing is written")
     parser.add_argument("--ranks", type=int, default=1, help="train on so many cards, too")
     parser.add_argument("--weights", type=Path, help="a folder of open_clip's local-dir folders, by names of models")
     parser.add_argument("--cores", type=int, help=f"decode processes; default: all cores, at most {PROCESSES}")
-    parser.add_argument("--folder", type=Path, help=f"for models, shards and traces; default: {FOLDER}")
+    parser.add_argument("--folder", type=Path, help=f"for models, shards, logs and traces; default: {FOLDER}")
     parser.add_argument("--results", type=Path, help=f"where figures are kept; default: {page.RESULTS.name}")
     parser.add_argument("--page", action="store_true", help="only write docs/performance.md, from stored figures")
     return parser
@@ -143,37 +93,34 @@ def main(words: Sequence[str] | None = None) -> None:
     refuse = partial(_refuse, parser)
     console = Console(highlight=False)
     if options.page:
-        if not page.RESULTS.exists():
-            refuse(f"{page.RESULTS} does not exist: run `make bench-gpu` on a machine with a GPU first")
-        page.write_page()
+        results = options.results or page.RESULTS
+        if not results.exists():
+            refuse(f"{results} does not exist: run `make bench-gpu` on a machine with a GPU first")
+        page.write_page(results, page.PAGE)
         console.print(f"written to {page.PAGE}")
         return
     device = options.device or ("cpu" if options.tiny else "cuda")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        refuse("torch sees no CUDA device; `--tiny` tests the code on a CPU")
-    if device == "cpu" and not options.tiny:
-        refuse("a CPU takes hours for these models: add --tiny")
-    if device != "cpu" and options.ranks > torch.cuda.device_count():
-        refuse(f"--ranks {options.ranks}, but torch sees {torch.cuda.device_count()} CUDA devices")
-    if options.weights is not None and not options.weights.is_dir():
-        refuse(f"--weights {options.weights} is not a folder")
     with contextlib.ExitStack() as stack:
-        folder = options.folder or (
-            Path(stack.enter_context(tempfile.TemporaryDirectory())) if options.tiny else FOLDER
-        )
+        temporary = options.tiny and not (options.first_hour or options.folder)
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) if temporary else options.folder
+        folder = (folder or (FIRST_HOUR if options.first_hour else FOLDER)).resolve()
+        if options.first_hour:
+            _check_machine(folder, options.tiny, refuse)
+        _check_options(options, device, refuse)
         cores = options.cores or min(PROCESSES, available_cores())
-        size = TINY if options.tiny else Size()
-        bench = Bench(folder.resolve(), device, cores, size, options.weights, options.ranks, console.print)
-        results = Results.read(options.results or (None if options.tiny or options.only else page.RESULTS))
+        weights = options.weights and options.weights.resolve()
+        bench = Bench(folder, device, cores, TINY if options.tiny else Size(), weights, options.ranks)
+        path = folder / "gpu.jsonl" if options.first_hour else None if options.tiny or options.only else page.RESULTS
+        results = Results.read(options.results or path)
         try:
-            results.begin(describe(bench))
+            results.begin(in_own_process(describe, bench) if bench.on_cuda else describe(bench))
         except ValueError as error:
             refuse(str(error))
-        if not bench.on_cuda:
-            stack.enter_context(_captured_only())
-        determinism.set_flags(device)
         names = [name for name, section in SECTIONS.items() if name in (options.only or SECTIONS)]
         names = [name for name in names if bench.ranks > 1 or not SECTIONS[name].ranks]
+        if options.first_hour:
+            console.print("sections, with their minutes as estimated: " + ", ".join(_minutes(names)))
+            stack.callback(_keep, folder, results, console)
         left_out = measure_missing(bench, names, results, options.minutes)
     entries = [results.sections[name] for name in names if name in results.sections]
     console.print(make_table([figure for entry in entries for figure in read_figures(entry)]))
@@ -187,14 +134,54 @@ def main(words: Sequence[str] | None = None) -> None:
         raise SystemExit(1)
 
 
+def _check_machine(folder: Path, tiny: bool, refuse: Any) -> None:
+    """Print what the machine has and lacks, and end if that is needed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    checks = check_machine(folder, card=not tiny)
+    text = "\n".join(map(str, checks))
+    (folder / "machine.txt").write_text(text + "\n", encoding="utf-8")
+    print(text)
+    if missing := [check.name for check in checks if check.fix and check.needed]:
+        refuse(f"this machine lacks what is needed: {', '.join(missing)}; see above what to do")
+
+
+def _check_options(options: argparse.Namespace, device: str, refuse: Any) -> None:
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        refuse("torch sees no CUDA device; `--tiny` tests the code on a CPU")
+    if device == "cpu" and not options.tiny:
+        refuse("a CPU takes hours for these models: add --tiny")
+    if device != "cpu" and options.ranks > torch.cuda.device_count():
+        refuse(f"--ranks {options.ranks}, but torch sees {torch.cuda.device_count()} CUDA devices")
+    if options.weights is not None and not options.weights.is_dir():
+        refuse(f"--weights {options.weights} is not a folder")
+    names = recipe.model_names()
+    if options.weights is not None and not any((options.weights / name).is_dir() for name in names):
+        refuse(f"--weights {options.weights} has no folder of a model that is measured: {', '.join(names)}")
+
+
+def _minutes(names: Sequence[str]) -> Iterator[str]:
+    """Each section with the minute in which it ends."""
+    total = 0.0
+    for name in names:
+        total += SECTIONS[name].minutes
+        yield f"{name} {SECTIONS[name].minutes:g} ({total:g})"
+
+
+def _keep(folder: Path, results: Results, console: Console) -> None:
+    """Write the page with what was measured, and one archive of all that is worth keeping."""
+    if results.path is not None:
+        page.write_page(results.path, folder / "performance.md")
+    archive = folder / "first-hour.tar.gz"
+    with tarfile.open(archive, "w:gz") as file:
+        for name in _KEPT:
+            if (folder / name).exists():
+                file.add(folder / name, f"first-hour/{name}")
+    console.print(f"{folder / 'performance.md'} is docs/performance.md with these figures; all are in {archive}")
+
+
 def _refuse(parser: argparse.ArgumentParser, text: str) -> NoReturn:
     """End with one line, and the exit status of a wrong option."""
     parser.exit(2, f"{parser.prog}: {text}\n")
-
-
-def _captured_only() -> AbstractContextManager[object]:
-    """Let fast paths capture graphs and not compile them, which takes minutes on a CPU."""
-    return patch.object(recompilation, "inductor", lambda graph, _: graph.forward)
 
 
 if __name__ == "__main__":

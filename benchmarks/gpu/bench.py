@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.gpu.models import model_folder
 from benchmarks.gpu.trace import Trace, traced
 from benchmarks.pipeline.figures import Figure, Rule
+from teachers.fast_paths import usage
 from teachers.runtime.accelerator import Accelerator, Precision, TimeMark
 from teachers.runtime.flops import peak_flops
 
@@ -45,6 +46,7 @@ class Size:
     shards: int = 16
     many: int = 10  # augmentations
     images: int = 1024  # of a shard
+    checked: int = 4  # shards that are compared
     students: tuple[str, ...] = ("MobileCLIP2-S0", "MobileCLIP2-S4")
     samples: int = 1024  # of a step of a training
     pairs: int = 65536  # of a step of one with many ranks
@@ -70,6 +72,7 @@ TINY = Size(
     shards=2,
     many=3,
     images=6,
+    checked=2,
     students=("tiny",),
     samples=4,
     pairs=64,
@@ -84,8 +87,9 @@ class Bench:
 
     ``folder`` keeps models, shards and datasets for the next call, ``weights`` has real ones by open_clip's names of
     the models. ``cores`` is the number of decode and loader processes, ``ranks`` that of cards which train together.
-    ``failures`` receives the parts that raised, with their errors, and ``traces`` what the profiler saw, by the name of
-    the figure.
+    ``figures`` receives those of each part that has ended, and ``failures`` the parts that raised, with their errors;
+    ``on_part`` is called then. By the name of the figure, ``traces`` receives what the profiler saw, and ``usage`` the
+    calls of fast paths.
     """
 
     folder: Path
@@ -95,8 +99,11 @@ class Bench:
     weights: Path | None = None
     ranks: int = 1
     log: Callable[[str], None] = print
+    on_part: Callable[[], object] = list  # does nothing
+    figures: list[Figure] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
     traces: dict[str, dict[str, Any]] = field(default_factory=dict)
+    usage: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     @property
     def on_cuda(self) -> bool:
@@ -104,19 +111,33 @@ class Bench:
 
     def attempt(self, what: str, work: Callable[[], list[Figure]]) -> list[Figure]:
         """The figures of a part; none if it raises, so that the other parts are measured."""
+        figures: list[Figure] = []
         try:
-            return work()
+            figures = work()
+            self.figures.extend(figure for figure in figures if figure not in self.figures)
         except Exception as error:
             self.fail(what, f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
-            return []
-        finally:
-            gc.collect(1)  # models that are no longer used, and what an error has held
-            if self.on_cuda:
+        self.on_part()
+        gc.collect(1)  # models that are no longer used, and what an error has held
+        if self.on_cuda:
+            with contextlib.suppress(RuntimeError):  # of an error that the device keeps
                 torch.cuda.empty_cache()
+        return figures
 
     def fail(self, what: str, text: str) -> None:
         self.failures[what] = text
         self.log(f"{what} FAILED: {text}")
+
+    @contextmanager
+    def counting(self, name: str) -> Iterator[None]:
+        """Count the calls of fast paths in the block. Plain calls of one that a spec asks for are a failure."""
+        before = {(each.model, each.path): each for each in usage.snapshot()}
+        yield
+        after = [_calls_since(before.get((each.model, each.path)), each) for each in usage.snapshot()]
+        self.usage[name] = [asdict(calls) for calls in after if calls.used or calls.plain]
+        for calls in after:
+            if calls.asked and calls.plain:
+                self.fail(f"{name}: {calls.path}", f"{usage_text([asdict(calls)])} of {calls.model}: {calls.reason}")
 
     def accelerator(self, precision: Precision = "bf16") -> Accelerator:
         return Accelerator(self.device, precision)
@@ -130,6 +151,8 @@ class Bench:
 
     def model(self, name: str) -> str:
         """The folder of a model, as a config names it."""
+        from benchmarks.gpu.models import model_folder  # imports open_clip, which takes seconds
+
         return model_folder(name, self.folder / "models", self.weights, self.size.tiny)
 
     def figure(
@@ -151,12 +174,13 @@ class Bench:
         work()  # compiles, captures and allocates
         if self.size.warm:
             self._repeat(work, min(self.size.warm, seconds))
-        windows = [self._repeat(work, seconds / _WINDOWS) for _ in range(_WINDOWS if seconds else 1)]
+        with self.counting(name):
+            windows = [self._repeat(work, seconds / _WINDOWS) for _ in range(_WINDOWS if seconds else 1)]
         calls, elapsed = (sum(column) for column in zip(*windows, strict=True))
         with self.tracing(name):
             work()
             self.accelerator().synchronize()
-        self.log(f"  {name}: {items * calls / elapsed:,.1f} {unit}")
+        self.log(f"  {name}: {items * calls / elapsed:,.1f} {unit}; {usage_text(self.usage[name])}")
         return Figure(section, name, items * calls / elapsed, unit, limit, rule, [items * n / s for n, s in windows])
 
     def duration(
@@ -187,3 +211,15 @@ class Bench:
                 accelerator.wait_until(marks.popleft())
         accelerator.synchronize()
         return calls, time.perf_counter() - start
+
+
+def usage_text(calls: Iterable[Mapping[str, Any]]) -> str:
+    """The calls of each fast path that ran the fast code, of all its calls; ``plain`` without fast paths."""
+    return ", ".join(f"{of['path']} {of['used']:,} of {of['used'] + of['plain']:,}" for of in calls) or "plain"
+
+
+def _calls_since(before: usage.Usage | None, after: usage.Usage) -> usage.Usage:
+    """The calls between two counts; all where the process has forgotten the first one."""
+    if before is None or before.used > after.used or before.plain > after.plain:
+        return after
+    return replace(after, used=after.used - before.used, plain=after.plain - before.plain)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import zlib
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,10 @@ def model_folder(name: str, root: Path, weights: Path | None = None, tiny: bool 
     if weights is not None and (weights / name).is_dir():
         return f"local-dir:{weights / name}"
     folder = root / ("tiny-" * tiny + name)
-    if not (folder / "open_clip_model.safetensors").exists():
-        _write(folder, _config(name, tiny), zlib.crc32(name.encode()))
+    if not folder.exists():
+        unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
+        _write(unfinished, _config(name, tiny), zlib.crc32(name.encode()))
+        unfinished.rename(folder)
     return f"local-dir:{folder}"
 
 

@@ -6,8 +6,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.captions import ENCODING
+from benchmarks.gpu.bench import usage_text
 from benchmarks.gpu.results import Results
+from benchmarks.gpu.sections.captions import ENCODING
+from benchmarks.gpu.sections.right import RIGHT
 from benchmarks.gpu.trace import limit_of
 from benchmarks.pipeline.page import PAGE, limit_text, met_text, number, read_figures
 from benchmarks.stored import replace_part
@@ -24,12 +26,13 @@ ESTIMATES = {
 }
 
 
+_UNCHECKED = ("card", "loss", "loader")  # sections whose figures do not depend on what models compute
 _SHOWN = ("clock MHz", "power W", "power limit W", "temperature C", "memory MiB")
 
 
-def write_page() -> None:
-    """Write the stored figures to the page."""
-    PAGE.write_text(render_page(PAGE.read_text(encoding="utf-8"), Results.read(RESULTS)), encoding="utf-8")
+def write_page(results: Path, page: Path) -> None:
+    """Write docs/performance.md, with the stored figures, as ``page``."""
+    page.write_text(render_page(PAGE.read_text(encoding="utf-8"), Results.read(results)), encoding="utf-8")
 
 
 def render_page(text: str, results: Results) -> str:
@@ -38,21 +41,36 @@ def render_page(text: str, results: Results) -> str:
 
 
 def _part(results: Results) -> Iterator[str]:
-    machine = results.machine
+    machine, wrong = results.machine, _wrong(results)
+    if wrong:
+        yield f"**{wrong}: the figures below are those of code whose results are not known to be right.**\n"
     real = ", ".join(machine["real weights"]) or "none, all are random"
     yield f"Measured on {machine['date']}: {machine['card']} (CUDA {machine['cuda']}), {machine['cpu']},"
     yield f"{machine['cores']} cores, {machine['decode processes']} decode processes, torch"
     yield f"{machine['versions']['torch']}. Real weights: {real}.\n"
     yield from _estimates(results)
     for name, entry in results.sections.items():
-        yield f"| {name} | measured | limit | met | what limited it |\n| --- | ---: | ---: | --- | --- |"
+        yield f"| {name} | measured | limit | met | calls in fast paths | what limited it |"
+        yield "| --- | ---: | ---: | --- | --- | --- |"
         for figure in read_figures(entry):
             limited = limit_of(entry["traces"].get(figure.name, {}), entry["card"].get("at power limit", 0.0))
-            cells = (figure.name, number(figure.value, figure.unit), limit_text(figure), met_text(figure), limited)
+            value = number(figure.value, figure.unit)
+            if wrong and figure.unit.endswith("/s") and name not in _UNCHECKED:
+                value += f" (**{wrong}**)"
+            calls = usage_text(entry["usage"][figure.name]) if figure.name in entry["usage"] else ""
+            cells = (figure.name, value, limit_text(figure), met_text(figure), calls, limited)
             yield f"| {' | '.join(cells)} |"
         for what, error in entry["failures"].items():
-            yield f"| **FAILED**: {what} | {error} | | no | |"
+            yield f"| **FAILED**: {what} | {error} | | no | | |"
         yield f"\nIn {entry['seconds']:.0f} s: {_readings(entry['card'])}.\n"
+
+
+def _wrong(results: Results) -> str:
+    """What is known against the results of the models; empty where `right` was measured without a failure."""
+    if RIGHT not in results.sections:
+        return "`right` was not measured"
+    failures = results.sections[RIGHT]["failures"]
+    return f"`right` FAILED in {len(failures)}" if failures else ""
 
 
 def _estimates(results: Results) -> Iterator[str]:

@@ -18,8 +18,11 @@ from reinforce.student.config import StudentConfig
 from teachers.spec import CaptionerSpec, TeacherSpec
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-_RUN, _TRAINING = CONFIGS / "dfn5b.yaml", CONFIGS / "mobileclip2-s0.yaml"
+_RUN, _TRAINING, _DEMO = (CONFIGS / name for name in ("dfn5b.yaml", "mobileclip2-s0.yaml", "demo.yaml"))
+#: A model with a larger tower than those of the recipe.
+FURTHER = "ViT-SO400M-14-SigLIP"
 _PHOTOS = 8
+_TRAINED = "conv-48"  # of the demo's teachers the one whose embeddings change least when they are rounded
 
 
 def source(bench: Bench) -> str:
@@ -46,6 +49,22 @@ def run_config(bench: Bench, output: Path, augmentations: int = 2) -> Config:
         for spec in config["captioners"].values():
             spec.update(captions=2, max_length=8)
     return parse_config(config)
+
+
+def demo() -> Config:
+    """The config of configs/demo.yaml with one teacher, in the precision of runs on accelerators."""
+    config: dict[str, Any] = yaml.safe_load(_DEMO.read_text(encoding="utf-8"))
+    config["teachers"] = {_TRAINED: config["teachers"][_TRAINED]}
+    for spec in (*config["teachers"].values(), *config["captioners"].values()):
+        folder = CONFIGS.parent / spec["model"].removeprefix("local-dir:")
+        spec |= {"model": f"local-dir:{folder}", "precision": "bf16"}
+    return parse_config(config)
+
+
+def model_names() -> list[str]:
+    """Names of the models that are measured, of which ``--weights`` may have folders."""
+    config: dict[str, Any] = yaml.safe_load(_RUN.read_text(encoding="utf-8"))
+    return [spec["model"] for spec in (*config["teachers"].values(), *config["captioners"].values())] + [FURTHER]
 
 
 def teachers(bench: Bench) -> dict[str, TeacherSpec]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import os
 import shutil
@@ -33,7 +32,6 @@ from reinforce.errors import UserError
 
 SECTION, MANY, CHECKS, RUN = "shards", "shards, many augmentations", "checks of shards", "reinforce run"
 PER_SECOND = 400  # source images, with 2 augmentations
-DATASET = "dataset"  # folder of the first run; trainings read it
 _CHANGED = "images"  # of the embeddings that a resumed run computes again
 
 
@@ -68,18 +66,20 @@ class Shards:
         store.write_json(update_manifest(store.read_json(MANIFEST), plan.config, plan.layers, loaded), MANIFEST)
         return (partial(worker.process, shard) for shard in plan.pending)
 
-    def run(self, output: Path) -> list[ShardResult]:
-        """Compute what is missing."""
+    def run(self, output: Path, count: int | None = None) -> list[ShardResult]:
+        """Compute what is missing of the first ``count`` shards; None for all."""
         with ThreadPoolExecutor(SHARDS_IN_FLIGHT) as leases:
-            return list(leases.map(lambda work: work(), self.for_output(output)))
+            return list(leases.map(lambda work: work(), itertools.islice(self.for_output(output), count)))
 
 
 def dataset(bench: Bench) -> Path:
-    """A finished dataset with 2 augmentations, which is computed once."""
-    output = bench.folder / DATASET
-    if make_plan(recipe.run_config(bench, output)).pending:
+    """A finished dataset with 2 augmentations, which the first section that reads it computes; it is no result."""
+    output, unfinished = bench.folder / "dataset", bench.folder / "dataset-unfinished"
+    if not output.exists():
+        shutil.rmtree(unfinished, ignore_errors=True)
         with Shards(bench) as shards:
-            shards.run(output)
+            shards.run(unfinished)
+        unfinished.rename(output)
     return output
 
 
@@ -93,15 +93,12 @@ def measure_many_augmentations(bench: Bench) -> list[Figure]:
 
 def _measure(bench: Bench, section: str, augmentations: int) -> list[Figure]:
     """Source images a second after the first shard, the busy share, and what each image took of the device."""
-    size, passes = bench.size, bench.folder / f"passes-{augmentations}"
+    size, passes = bench.size, _new(bench.folder / f"passes-{augmentations}")
     what = f"{augmentations} augmentations, {bench.cores} decode processes"
     name = f"decoding to Parquet, {what}"
 
-    def output(number: int) -> Path:
-        return bench.folder / DATASET if augmentations == 2 and not number else passes / str(number)
-
     with Shards(bench, augmentations) as shards, ThreadPoolExecutor(SHARDS_IN_FLIGHT) as leases:
-        endless = itertools.chain.from_iterable(shards.for_output(output(number)) for number in itertools.count())
+        endless = itertools.chain.from_iterable(shards.for_output(passes / str(number)) for number in itertools.count())
         running = {leases.submit(next(endless)) for _ in range(SHARDS_IN_FLIGHT)}
         counts: list[tuple[int, float, float]] = []  # images, time and busy seconds, whenever shards end
         finished: list[ShardResult] = []
@@ -140,15 +137,16 @@ def _stages(section: str, finished: list[ShardResult], seconds: float) -> list[F
 
 def check_shards(bench: Bench) -> list[Figure]:
     """Files that differ between two runs and after some were lost, and shards that finish where memory is short."""
-    first, again = dataset(bench), bench.folder / "again"
-    shutil.rmtree(again, ignore_errors=True)
+    first, again = (_new(bench.folder / name) for name in ("first", "again"))
     with Shards(bench) as shards:
-        shards.run(again)
+        shards.run(first, bench.size.checked)
+    with Shards(bench) as shards:
+        shards.run(again, bench.size.checked)
         different = _differing(first, again)
         lost = sorted(again.glob(f"embeddings/*/{_CHANGED}/*.parquet"))[::2]
         for path in lost:
             path.unlink()
-        shards.run(again)
+        shards.run(again, bench.size.checked)
         resumed = _differing(first, again)
         finished = _run_short_of_memory(bench, shards)
     return [
@@ -160,29 +158,32 @@ def check_shards(bench: Bench) -> list[Figure]:
     ]
 
 
+def _new(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    return folder
+
+
 def _differing(one: Path, other: Path) -> int:
-    digests = [
-        {
-            str(path.relative_to(root)): hashlib.blake2b(path.read_bytes()).digest()
-            for path in sorted(root.rglob("*.parquet"))
-            if path.relative_to(root).parts[0] != "index"
-        }
-        for root in (one, other)
-    ]
-    return sum(digests[0].get(name) != digests[1].get(name) for name in {*digests[0], *digests[1]})
+    """Files of one dataset that are not equal in the other."""
+    paths = [path for path in one.rglob("*.parquet") if path.relative_to(one).parts[0] != "index"]
+    if not paths:
+        raise RuntimeError(f"no files were written to {one}")
+    others = (other / path.relative_to(one) for path in paths)
+    return sum(
+        not there.exists() or path.read_bytes() != there.read_bytes() for path, there in zip(paths, others, strict=True)
+    )
 
 
 def _run_short_of_memory(bench: Bench, shards: Shards) -> float:
     """The share of the shards that finish where full batches do not fit; 0 if all of them fit."""
-    output, notes = bench.folder / "short", ""
-    shutil.rmtree(output, ignore_errors=True)
+    output, notes = _new(bench.folder / "short"), ""
     try:
         with _too_little_memory(bench, shards):
-            notes = " ".join(note for result in shards.run(output) for note in result.notes)
+            notes = " ".join(note for result in shards.run(output, bench.size.checked) for note in result.notes)
     except UserError as error:  # of a batch of one
         bench.log(str(error))
     bench.log("out of memory: " + (notes or "nothing was halved"))
-    return len([*output.glob("samples/*.parquet")]) / bench.size.shards if notes else 0.0
+    return len([*output.glob("samples/*.parquet")]) / bench.size.checked if notes else 0.0
 
 
 @contextlib.contextmanager
@@ -216,8 +217,9 @@ def _too_little_memory(bench: Bench, shards: Shards) -> Iterator[None]:
 
 def measure_run(bench: Bench) -> list[Figure]:
     """``reinforce run`` with its driver and its actor: images a second after the first shards, and its busy share."""
-    output = bench.folder / "ray"
-    shutil.rmtree(output, ignore_errors=True)
+    alone, output = (_new(bench.folder / name) for name in ("without-ray", "ray"))
+    with Shards(bench) as shards:
+        shards.run(alone, bench.size.checked)
     summary = reinforce.run(recipe.run_config(bench, output))
     ended = sorted(path.stat().st_mtime for path in output.glob("samples/*.parquet"))
     first = min(SHARDS_IN_FLIGHT, len(ended) - 1)  # those that were in flight together at the start
@@ -226,5 +228,5 @@ def measure_run(bench: Bench) -> list[Figure]:
         Figure(RUN, "images/s of `reinforce run`, after its first shards", rate, "images/s"),
         Figure(RUN, "images/s with the start of Ray and of the worker", summary.samples / summary.seconds, "images/s"),
         Figure(RUN, "busy share of the device", summary.busy_share, "", 1.0, "limit"),
-        Figure(RUN, "files that differ from those without Ray", _differing(dataset(bench), output), "", 0.0, "at most"),
+        Figure(RUN, "files that differ from those without Ray", _differing(alone, output), "", 0.0, "at most"),
     ]

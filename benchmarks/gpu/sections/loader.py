@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.gpu import recipe
 from benchmarks.gpu.bench import Bench
-from benchmarks.gpu.shards import dataset
+from benchmarks.gpu.sections.shards import dataset
 from benchmarks.pipeline.figures import Figure
 from benchmarks.processes import cpu_of_all
 from reinforce.dataset.augment.backends import BACKENDS

@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks.gpu import recipe
 from benchmarks.gpu.bench import Bench
-from benchmarks.gpu.right import RUNS, captioners, load_switched, pixels_of
+from benchmarks.gpu.sections.right import EXACT, RUNS, captioners, load_switched, pixels_of
 from benchmarks.pipeline.figures import Figure, Rule
 from teachers.registry import load_model
 from teachers.spec import CaptionerSpec
@@ -38,7 +38,7 @@ def measure_switches(bench: Bench) -> list[Figure]:
         def measure(switch: str = switch, variant: CaptionerSpec = variant) -> list[Figure]:
             return _measure(bench, SWITCHES, f"{name}, {switch}", load_switched(bench, switch, variant))
 
-        if switch != RUNS:
+        if switch not in (RUNS, EXACT):
             figures += bench.attempt(f"{SWITCHES}: {switch}", measure)
     return figures
 

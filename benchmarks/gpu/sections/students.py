@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from benchmarks.gpu import recipe
 from benchmarks.gpu.bench import Bench
-from benchmarks.gpu.shards import dataset
+from benchmarks.gpu.sections.shards import dataset
 from benchmarks.pipeline.figures import Figure
 from benchmarks.processes import children
 from reinforce.student.config import StudentConfig

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.gpu import recipe
 from benchmarks.gpu.bench import Bench
-from benchmarks.gpu.right import TEACHERS, pixels_of
+from benchmarks.gpu.sections.right import TEACHERS, pixels_of
 from benchmarks.pipeline.figures import Figure
 from teachers.registry import load_model
 from teachers.runtime.flops import count_flops
@@ -18,7 +18,6 @@ from teachers.spec import TeacherSpec
 
 SECTION, SWITCHES, SWEEP = "teachers", "teachers, switches", "teachers, batches"
 MFU = 0.45
-_FURTHER = "ViT-SO400M-14-SigLIP"  # a tower with more work than those of the recipe
 _WORDS = (14, 75)
 _FP8 = (8, 9)  # compute capability of cards with such products
 
@@ -35,14 +34,14 @@ def measure_switches(bench: Bench) -> list[Figure]:
     """A teacher with each switch, and a larger one."""
     name, spec = next(iter(recipe.teachers(bench).items()))
     figures: list[Figure] = []
-    switches = {name: keys for name, keys in TEACHERS.items() if keys and not bench.size.tiny}
+    switches = {name: keys for name, keys in TEACHERS.items() if "compile" in keys and not bench.size.tiny}
     if bench.on_cuda and torch.cuda.get_device_capability(bench.device) >= _FP8:
         switches["fp8"] = {"precision": "fp8"}
     for switch, variant in recipe.available(spec, switches):
         what = f"{name}, {switch}"
         figures += bench.attempt(f"{SWITCHES}: {what}", partial(_measure, bench, SWITCHES, what, variant))
-    further = recipe.changed(spec, model=bench.model(_FURTHER))
-    return figures + bench.attempt(SWITCHES, partial(_measure, bench, SWITCHES, _FURTHER, further))
+    further = recipe.changed(spec, model=bench.model(recipe.FURTHER))
+    return figures + bench.attempt(SWITCHES, partial(_measure, bench, SWITCHES, recipe.FURTHER, further))
 
 
 def measure_batches(bench: Bench) -> list[Figure]:
