@@ -19,7 +19,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: deploy-check help install demo demo-teachers test bench bench-adapt bench-step bench-loader bench-augment bench-captioner bench-captions bench-gpu bench-labels bench-latency bench-quantize bench-scale bench-select bench-sources bench-transfer ablations lint clean fuzz soak audit \
-	docs test-lowest test-slow wheel-check
+	docs first-hour test-lowest test-slow wheel-check
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -116,6 +116,12 @@ bench-gpu: $(INSTALLED) ## models, captions, shards and trainings on an NVIDIA G
 
 bench-adapt: $(INSTALLED) ## what keeps an adapted student from forgetting, after `make demo` (half an hour)
 	$(BIN)/python -m benchmarks.adapt
+
+# What lacks is named before gigabytes are installed.
+first-hour: ## check a rented machine with an NVIDIA GPU, measure it in an hour: a page and an archive (WEIGHTS=folder)
+	$(PYTHON) -m benchmarks.gpu.machine
+	$(MAKE) $(DEMO_INSTALLED)
+	$(BIN)/python -m benchmarks.gpu --first-hour $(if $(WEIGHTS),--weights $(WEIGHTS))
 
 bench-latency: $(INSTALLED) ## MobileCLIP2 compared with ViT-L/14 on one core (minutes)
 	$(BIN)/reinforce latency MobileCLIP2-S0 MobileCLIP2-S2 MobileCLIP2-B MobileCLIP2-S3 MobileCLIP2-S4 ViT-L-14 \

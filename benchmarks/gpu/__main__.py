@@ -18,7 +18,7 @@ from rich.console import Console
 
 from benchmarks.gpu import page, recipe
 from benchmarks.gpu.bench import TINY, Bench, Size
-from benchmarks.gpu.machine import check_machine
+from benchmarks.gpu.machine import PARTS, check_machine
 from benchmarks.gpu.process import run_section
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.sections import SECTIONS
@@ -137,7 +137,7 @@ def main(words: Sequence[str] | None = None) -> None:
 def _check_machine(folder: Path, tiny: bool, refuse: Any) -> None:
     """Print what the machine has and lacks, and end if that is needed."""
     folder.mkdir(parents=True, exist_ok=True)
-    checks = check_machine(folder, card=not tiny)
+    checks = check_machine(folder, PARTS[1:] if tiny else PARTS)
     text = "\n".join(map(str, checks))
     (folder / "machine.txt").write_text(text + "\n", encoding="utf-8")
     print(text)

@@ -14,10 +14,11 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+PARTS = ("card", "python", "compiler", "disk", "memory")
 _GB = 1e9
 DISK = 20.0  # GB for models, shards, datasets and compiled code
 SHARED = 2.0  # GB; Docker's default is 0.064, with which Ray keeps its objects on the disk
@@ -43,15 +44,16 @@ class Check:
         return f"{state:8}{self.name}: {self.found}" + f"; {self.fix}" * bool(self.fix)
 
 
-def check_machine(folder: Path, card: bool = True) -> list[Check]:
-    """All checks, for a benchmark in ``folder``; without those of a card and its driver if ``card`` is False."""
-    return [
-        *(_check_card() if card else ()),
-        *_check_python(),
-        *_check_compiler(),
-        _check_disk(folder),
-        *_check_memory(),
-    ]
+def check_machine(folder: Path, parts: Sequence[str] = PARTS) -> list[Check]:
+    """The checks of these parts, for a benchmark in ``folder``."""
+    found = {
+        "card": _check_card,
+        "python": _check_python,
+        "compiler": _check_compiler,
+        "disk": lambda: iter([_check_disk(folder)]),
+        "memory": _check_memory,
+    }
+    return [check for part in parts for check in found[part]()]
 
 
 def _check_card() -> Iterator[Check]:
@@ -146,9 +148,9 @@ def _number(text: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.machine", description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path(), help="of the benchmark; default: the current one")
-    parser.add_argument("--no-card", action="store_true", help="check what the benchmark needs with --tiny")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="check these alone")
     options = parser.parse_args()
-    checks = check_machine(options.folder.resolve(), not options.no_card)
+    checks = check_machine(options.folder.resolve(), options.only)
     print("\n".join(map(str, checks)))
     if any(check.fix and check.needed for check in checks):
         raise SystemExit(2)

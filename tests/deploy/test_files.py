@@ -32,6 +32,7 @@ ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 BIN = Path(sys.executable).parent
 IMAGES = ("cpu", "cuda")
+BENCHMARK = "benchmark"  # the image of cuda.Dockerfile with a benchmark
 
 
 @pytest.fixture(scope="session")
@@ -81,7 +82,7 @@ def test_shell_code_passes_shellcheck(name: str, code: str) -> None:
     assert done.returncode == 0, f"{name}: {done.stdout}"
 
 
-@pytest.mark.parametrize("image", IMAGES)
+@pytest.mark.parametrize("image", [*IMAGES, BENCHMARK])
 def test_dockerfiles_pass_hadolint(image: str) -> None:
     command = [tool("hadolint"), "--format=json", DEPLOY / f"docker/{image}.Dockerfile"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -97,10 +98,45 @@ def test_images_are_pinned_run_without_root_and_copy_what_the_context_has(image:
     torch, vision = re.findall(r"ARG (?:TORCH|TORCHVISION)=(\S+)", build)
     tested = (ROOT / "constraints.txt").read_text()
     assert f"tested: {'.'.join(torch.split('.')[:2])} and {'.'.join(vision.split('.')[:2])}" in tested
-    allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
-    copied = [line.split()[1:-1] for line in text.splitlines() if line.startswith("COPY") and "--from" not in line]
-    assert {name for names in copied for name in names} == allowed
-    assert all((ROOT / name).exists() for name in allowed)
+    assert {*copied(image), *copied(BENCHMARK)} == allowed()
+    assert all((ROOT / name).exists() for name in allowed())
+
+
+def copied(image: str) -> dict[str, str]:
+    """What an image copies of the context, with its place in the image."""
+    lines = (DEPLOY / f"docker/{image}.Dockerfile").read_text().splitlines()
+    words = [line.split()[1:] for line in lines if line.startswith("COPY") and "--from" not in line]
+    return {name: target for *names, target in words for name in names}
+
+
+def allowed() -> set[str]:
+    return {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+
+
+def test_the_benchmark_starts_from_what_its_image_has(tmp_path: Path) -> None:
+    for name, target in {**copied("cuda"), **copied(BENCHMARK)}.items():
+        installed = not target.startswith("/")  # of the stage that builds: packages
+        place = tmp_path / ("packages" if installed else "") / (name if installed else target.lstrip("/"))
+        if not target.endswith("/"):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.symlink_to(ROOT / name)
+    text = (DEPLOY / f"docker/{BENCHMARK}.Dockerfile").read_text()
+    [folder] = re.findall(r"^WORKDIR (.*)$", text, re.MULTILINE)
+    [compiler] = re.findall(r"^RUN python (.*)$", text, re.MULTILINE)
+    [entry] = re.findall(r"^ENTRYPOINT (.*)$", text, re.MULTILINE)
+    python, *words = json.loads(entry)
+    assert python == "python"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "packages")}
+    for command in (compiler.split(), [*words, "--help"]):
+        done = subprocess.run(
+            [sys.executable, *command],
+            cwd=tmp_path / folder.lstrip("/"),
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
@@ -134,7 +170,7 @@ REASON = "set DEPLOY_BUILD to the command that builds an image, such as DEPLOY_B
 
 @pytest.mark.skipif("DEPLOY_BUILD" not in os.environ, reason=REASON)
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("image", IMAGES)
+@pytest.mark.parametrize("image", [*IMAGES, BENCHMARK])
 def test_images_build(image: str) -> None:
     command = [*shlex.split(os.environ["DEPLOY_BUILD"]), "-f", f"deploy/docker/{image}.Dockerfile"]
     done = subprocess.run([*command, "-t", f"reinforce:{image}", "."], cwd=ROOT, check=False)

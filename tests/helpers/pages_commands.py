@@ -46,7 +46,7 @@ RUN = [
 CHECKED = {
     r"make [a-z-]+( .*)?": "takes minutes; the parts of each target have tests of their own",
     r"python -m benchmarks\.pipeline .*": "takes minutes; tests/benchmarks/pipeline/test_main.py runs a small one",
-    r"python -m benchmarks\.gpu .*": "needs a GPU; tests/benchmarks/gpu/test_main.py runs a small one on a CPU",
+    r"python -m benchmarks\.gpu\b.*": "needs a GPU; tests/benchmarks/gpu/test_main.py runs a small one on a CPU",
     r"\.ci/run": "runs these tests",
     r"pip install .*": "needs a package index",
     r"export [A-Z_]+=.*": "sets a variable of the reader's shell",

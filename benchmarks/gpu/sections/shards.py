@@ -97,7 +97,7 @@ def _measure(bench: Bench, section: str, augmentations: int) -> list[Figure]:
     what = f"{augmentations} augmentations, {bench.cores} decode processes"
     name = f"decoding to Parquet, {what}"
 
-    with Shards(bench, augmentations) as shards, ThreadPoolExecutor(SHARDS_IN_FLIGHT) as leases:
+    with Shards(bench, augmentations) as shards, ThreadPoolExecutor(SHARDS_IN_FLIGHT) as leases, bench.counting(name):
         endless = itertools.chain.from_iterable(shards.for_output(passes / str(number)) for number in itertools.count())
         running = {leases.submit(next(endless)) for _ in range(SHARDS_IN_FLIGHT)}
         counts: list[tuple[int, float, float]] = []  # images, time and busy seconds, whenever shards end

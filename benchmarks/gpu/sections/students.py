@@ -80,7 +80,8 @@ def _measure(bench: Bench, name: str, what: str, compute: dict[str, Any]) -> lis
     shutil.rmtree(output, ignore_errors=True)
     config = _config(bench, name, output, steps=_FOREVER, compute=compute)
     name = f"{what}, with its loader"
-    _run(config, bench.size.seconds, bench.tracing(name))
+    with bench.counting(name):
+        _run(config, bench.size.seconds, bench.tracing(name))
     rows = _rows(output)[_COUNTED:]
     rate = len(rows) / sum(1 / row["samples_per_second"] for row in rows)
     waiting = sum(row["waiting"] for row in rows) / len(rows)

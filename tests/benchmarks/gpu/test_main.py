@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -177,6 +178,7 @@ def test_what_this_machine_cannot_measure_is_one_message(capsys: pytest.CaptureF
         ("", "no CUDA device"),
         ("--device cpu", "add --tiny"),
         ("--tiny --weights nowhere", "nowhere is not a folder"),
+        ("--tiny --weights tests", "tests has no folder of a model that is measured: ViT-L-14-quickgelu, "),
     ):
         with pytest.raises(SystemExit) as ended:
             main(words.split())
@@ -229,3 +231,38 @@ def test_ranks_end_when_one_is_killed_and_their_training_resumes(tmp_path: Path,
     assert figures["tiny, 2 ranks"].value > 0
     assert figures["seconds until the others have ended when one was killed"].value < 30
     assert figures["tensors that differ after that training resumes"].met
+
+
+def test_the_first_hour_leaves_a_page_and_one_archive_also_when_a_section_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_: Bench) -> list[Figure]:
+        raise RuntimeError("no room")
+
+    def write(bench: Bench) -> list[Figure]:
+        with bench.tracing("rate"):
+            pass
+        return [Figure("card", "rate", 2.0, "GB/s")]
+
+    monkeypatch.setattr("benchmarks.gpu.__main__.SECTIONS", {"card": Section(write, 1), "right": Section(fail, 1)})
+    monkeypatch.setattr("benchmarks.gpu.__main__.run_section", measure_here)
+    monkeypatch.setattr("teachers.runtime.determinism.set_flags", lambda *_, **__: None)
+    words = ["--first-hour", "--tiny", "--folder", str(tmp_path)]
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 1
+    output = capsys.readouterr().out
+    assert "Python headers" in output
+    assert "card 1 (1), right 1 (2)" in output
+    with tarfile.open(tmp_path / "first-hour.tar.gz") as archive:
+        names = set(archive.getnames())
+        text = archive.extractfile("first-hour/performance.md").read().decode()  # type: ignore[union-attr]
+    assert {f"first-hour/{name}" for name in ("gpu.jsonl", "machine.txt", "traces/rate.json.gz")} <= names
+    assert "| rate | 2.000 GB/s |" in text
+    assert "**`right` FAILED in 1" in text
+    assert text.startswith(page.PAGE.read_text(encoding="utf-8")[:100])
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+    assert "lacks what is needed: C compiler" in capsys.readouterr().err
