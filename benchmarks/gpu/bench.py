@@ -137,7 +137,8 @@ class Bench:
         self.usage[name] = [asdict(calls) for calls in after if calls.used or calls.plain]
         for calls in after:
             if calls.asked and calls.plain:
-                self.fail(f"{name}: {calls.path}", f"{usage_text([asdict(calls)])} of {calls.model}: {calls.reason}")
+                reason = f" ({calls.reason})" if calls.reason else ""
+                self.fail(f"{name}: {calls.path}", f"{calls.model} ran {calls.plain:,} calls without it{reason}")
 
     def accelerator(self, precision: Precision = "bf16") -> Accelerator:
         return Accelerator(self.device, precision)

@@ -57,7 +57,8 @@ def _part(results: Results) -> Iterator[str]:
             value = number(figure.value, figure.unit)
             if wrong and figure.unit.endswith("/s") and name not in _UNCHECKED:
                 value += f" (**{wrong}**)"
-            calls = usage_text(entry["usage"][figure.name]) if figure.name in entry["usage"] else ""
+            paths = entry.get("usage", {}).get(figure.name)
+            calls = "" if paths is None else usage_text(paths)
             cells = (figure.name, value, limit_text(figure), met_text(figure), calls, limited)
             yield f"| {' | '.join(cells)} |"
         for what, error in entry["failures"].items():

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu.__main__ import measure_missing
-from benchmarks.gpu.bench import TINY, Bench
+from benchmarks.gpu.bench import TINY, Bench, usage_text
 from benchmarks.gpu.page import render_page
 from benchmarks.gpu.process import Section
 from benchmarks.gpu.results import Results
 from benchmarks.pipeline.page import number
+from teachers.fast_paths import usage
 from tests.helpers import gpu_sections
 
 PAGE = "<!-- gpu: -->\n<!-- end of gpu -->\n"
@@ -79,3 +80,22 @@ def test_a_section_that_hangs_is_killed_with_its_children_and_says_where_it_was(
     assert names(results, "hangs") == ["before the hang"]
     assert not Path(f"/proc/{(bench.folder / 'child').read_text()}").exists()
     assert names(results, "passes") == ["id"]
+
+
+def test_calls_of_fast_paths_are_kept_with_a_rate_and_plain_ones_of_a_path_that_is_asked_for_fail(bench: Bench) -> None:
+    usage.set_enabled(True)
+    with usage.loading("dfn2b"):
+        asked, default = usage.fast_path("compile", asked=True), usage.fast_path("held_weights")
+    for name, call in {"compiled": asked.used, "eager": asked.plain, "default": default.plain, "none": list}.items():
+        bench.figure(
+            "teachers", name, call, 1, "calls/s"
+        )  # after one call that compiles, and before one that is traced
+    texts = {name: usage_text(calls) for name, calls in bench.usage.items()}
+    assert texts == {
+        "compiled": "compile 1 of 1",
+        "eager": "compile 0 of 1",
+        "default": "held_weights 0 of 1",
+        "none": "plain",
+    }
+    assert bench.failures == {"eager: compile": "dfn2b ran 1 calls without it"}
+    usage.set_enabled(True)
