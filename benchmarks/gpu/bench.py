@@ -6,9 +6,9 @@ import contextlib
 import gc
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.gpu.trace import Trace, traced
 from benchmarks.pipeline.figures import Figure, Rule
-from teachers.fast_paths import usage
+from teachers.fast_paths.usage import Usage, growth, snapshot
 from teachers.runtime.accelerator import Accelerator, Precision, TimeMark
 from teachers.runtime.flops import peak_flops
 
@@ -130,15 +130,18 @@ class Bench:
 
     @contextmanager
     def counting(self, name: str) -> Iterator[None]:
-        """Count the calls of fast paths in the block. Plain calls of one that a spec asks for are a failure."""
-        before = {(each.model, each.path): each for each in usage.snapshot()}
+        """Keep the calls of fast paths in the block, in which counts do not begin anew."""
+        before = snapshot()
         yield
-        after = [_calls_since(before.get((each.model, each.path)), each) for each in usage.snapshot()]
-        self.usage[name] = [asdict(calls) for calls in after if calls.used or calls.plain]
-        for calls in after:
-            if calls.asked and calls.plain:
-                reason = f" ({calls.reason})" if calls.reason else ""
-                self.fail(f"{name}: {calls.path}", f"{calls.model} ran {calls.plain:,} calls without it{reason}")
+        self.keep_usage(name, growth(before, snapshot()))
+
+    def keep_usage(self, name: str, calls: Sequence[Usage]) -> None:
+        """Keep calls of fast paths for a figure. A path that a spec asks for and that ran plain is a failure."""
+        self.usage[name] = [asdict(of) for of in calls]
+        for of in calls:
+            if of.asked and of.plain:
+                reason = f" ({of.reason})" if of.reason else ""
+                self.fail(f"{name}: {of.path}", f"{of.model} ran {of.plain:,} calls without it{reason}")
 
     def accelerator(self, precision: Precision = "bf16") -> Accelerator:
         return Accelerator(self.device, precision)
@@ -217,10 +220,3 @@ class Bench:
 def usage_text(calls: Iterable[Mapping[str, Any]]) -> str:
     """The calls of each fast path that ran the fast code, of all its calls; ``plain`` without fast paths."""
     return ", ".join(f"{of['path']} {of['used']:,} of {of['used'] + of['plain']:,}" for of in calls) or "plain"
-
-
-def _calls_since(before: usage.Usage | None, after: usage.Usage) -> usage.Usage:
-    """The calls between two counts; all where the process has forgotten the first one."""
-    if before is None or before.used > after.used or before.plain > after.plain:
-        return after
-    return replace(after, used=after.used - before.used, plain=after.plain - before.plain)

@@ -35,10 +35,10 @@ def source(bench: Bench) -> str:
     return f"{folder}/*.tar"
 
 
-def run_config(bench: Bench, output: Path, augmentations: int = 2) -> Config:
+def run_config(bench: Bench, output: Path, augmentations: int = 2, accelerator: str = "fast") -> Config:
     """The config of configs/dfn5b.yaml."""
     config: dict[str, Any] = yaml.safe_load(_RUN.read_text(encoding="utf-8"))
-    config |= {"source": source(bench), "output": str(output)}
+    config |= {"source": source(bench), "output": str(output), "accelerator": accelerator}
     config["augmentations"]["count"] = augmentations
     workers = {"max": 1, "gpus": int(bench.on_cuda), "cpus": bench.cores, "batch": bench.size.batch}
     config["workers"] = workers

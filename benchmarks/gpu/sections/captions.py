@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks.gpu import recipe
 from benchmarks.gpu.bench import Bench
-from benchmarks.gpu.sections.right import EXACT, RUNS, captioners, load_switched, pixels_of
+from benchmarks.gpu.sections.right import EXACT, RUNS, captioners, pixels_of
 from benchmarks.pipeline.figures import Figure, Rule
 from teachers.registry import load_model
 from teachers.spec import CaptionerSpec
@@ -26,7 +26,7 @@ _DRAWS = 4  # sets of random numbers, which a run draws while others use the acc
 def measure_captions(bench: Bench) -> list[Figure]:
     """Captions of a run, the encoding of their images alone, and kernels, launches and waits a word."""
     name, spec = recipe.captioner(bench)
-    return _measure(bench, SECTION, name, load_model(name, spec, bench.device), details=True)
+    return _measure(bench, SECTION, name, spec, details=True)
 
 
 def measure_switches(bench: Bench) -> list[Figure]:
@@ -34,12 +34,9 @@ def measure_switches(bench: Bench) -> list[Figure]:
     name, spec = recipe.captioner(bench)
     figures: list[Figure] = []
     for switch, variant in captioners(bench, spec):
-
-        def measure(switch: str = switch, variant: CaptionerSpec = variant) -> list[Figure]:
-            return _measure(bench, SWITCHES, f"{name}, {switch}", load_switched(bench, switch, variant))
-
         if switch not in (RUNS, EXACT):
-            figures += bench.attempt(f"{SWITCHES}: {switch}", measure)
+            what = f"{name}, {switch}"
+            figures += bench.attempt(f"{SWITCHES}: {what}", partial(_measure, bench, SWITCHES, what, variant))
     return figures
 
 
@@ -76,7 +73,8 @@ def _work(bench: Bench, captioner: Any, images: int, batches: int = 1) -> Callab
     return work
 
 
-def _measure(bench: Bench, section: str, name: str, captioner: Any, details: bool = False) -> list[Figure]:
+def _measure(bench: Bench, section: str, name: str, spec: CaptionerSpec, details: bool = False) -> list[Figure]:
+    captioner: Any = load_model(name, spec, bench.device)
     images, batches = bench.size.batch // 2, bench.size.group  # of a run with two augmentations
     work, count = _work(bench, captioner, images, batches), images * batches * captioner.captions
     goal: tuple[float | None, Rule] = (PER_SECOND, "at least") if bench.on_cuda and details else (None, "")

@@ -9,11 +9,9 @@ runs compute, it may be twice that of open_clip in bf16; in fp32, where the same
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import open_clip
@@ -29,19 +27,20 @@ from teachers.preprocessing.pixels import to_pixels
 from teachers.spec import CaptionerSpec, TeacherSpec
 
 RIGHT = "right"
-RUNS, GRAPHS, EAGER, EXACT = "as in runs", "graphs", "eager", "in fp32"
+RUNS, GRAPHS, PLAIN, EXACT = "as in runs", "graphs", "plain", "in fp32"
 #: Keys of a teacher and of a captioner that choose how the same weights are computed.
 TEACHERS: dict[str, dict[str, Any]] = {
     RUNS: {},
     "compiled": {"compile": True},
     "not compiled": {"compile": False},
+    PLAIN: dict.fromkeys(TeacherSpec.fast_paths, False),
     EXACT: {"precision": "fp32"},
 }
 CAPTIONERS: dict[str, dict[str, Any]] = {
     RUNS: {},
     "compiled": {"compile": True},
-    GRAPHS: {},  # where nothing can be compiled
-    EAGER: {"compile": False},
+    GRAPHS: {"compile": False, "graphs": True},
+    PLAIN: dict.fromkeys(CaptionerSpec.fast_paths, False),
     EXACT: {"precision": "fp32"},
 }
 EXACT_ERROR = 0.001
@@ -63,15 +62,8 @@ def measure_right(bench: Bench) -> list[Figure]:
 
 def captioners(bench: Bench, spec: CaptionerSpec) -> Iterator[tuple[str, CaptionerSpec]]:
     """A captioner with each of its switches. A CPU has no graphs, and takes minutes to compile."""
-    switches = {name: keys for name, keys in CAPTIONERS.items() if bench.on_cuda or name in (RUNS, EAGER, EXACT)}
+    switches = {name: keys for name, keys in CAPTIONERS.items() if bench.on_cuda or name in (RUNS, PLAIN, EXACT)}
     return recipe.available(spec, switches)
-
-
-def load_switched(bench: Bench, switch: str, spec: CaptionerSpec) -> Any:
-    """Load a captioner; with the switch ``GRAPHS`` as where nothing can be compiled."""
-    uncompiled = patch.object(torch, "compile", side_effect=RuntimeError("graphs alone are measured"))
-    with uncompiled if switch == GRAPHS else contextlib.nullcontext():
-        return registry.load_model("captioner", spec, bench.device)
 
 
 def pixels_of(image: Any, count: int) -> torch.Tensor:
@@ -109,7 +101,7 @@ def _compare_embeddings(bench: Bench, name: str, spec: TeacherSpec) -> list[Figu
     for side, embeddings in plain[0].items():
         others = float((embeddings @ embeddings.T).fill_diagonal_(0).sum()) / (count * (count - 1))
         figures.append(Figure(RIGHT, f"{name}, {side}: mean cosine of different inputs", others, "cosine"))
-    switches = {name: keys for name, keys in TEACHERS.items() if bench.on_cuda or keys != {"compile": False}}
+    switches = {name: keys for name, keys in TEACHERS.items() if bench.on_cuda or name != "not compiled"}
     for switch, variant in recipe.available(spec, switches):  # runs on a CPU do not compile
         teacher: Any = registry.load_model(name, variant, bench.device)
         images = teacher.encode_images(drawings_of(teacher.image, count).to(bench.device))
@@ -155,7 +147,7 @@ def _compare_logits(bench: Bench, name: str, spec: CaptionerSpec) -> list[Figure
     compare = _Comparison(*(_reference_logits(spec, tokens, reduced) for reduced in (False, True)))
     figures = []
     for switch, variant in captioners(bench, spec):
-        captioner = load_switched(bench, switch, variant)
+        captioner = registry.load_model(name, variant, bench.device)
         pixels = drawings_of(captioner.image, len(tokens)).to(bench.device)
         found = _logits(captioner, pixels, tokens.to(bench.device))
         figures.append(compare.figure(f"{name}, {switch}, logits", found, switch == EXACT))
@@ -192,13 +184,13 @@ def _compare_captions(bench: Bench, name: str, spec: CaptionerSpec) -> list[Figu
     for switch, variant in captioners(bench, spec):
         if variant.compile is True or switch == EXACT:
             continue
-        captioner = load_switched(bench, switch, variant)
+        captioner = registry.load_model(name, variant, bench.device)
         pixels = drawings_of(captioner.image, bench.size.compared).to(bench.device)
         found[switch], again = (captioner.caption(pixels.clone(), seeds) for _ in range(2))
         what = f"{name}, {switch}: images whose captions differ in two calls"
         figures.append(Figure(RIGHT, what, _different(found[switch], again), "", 0.0, "at most"))
-    different = _different(found.get(GRAPHS, found[RUNS]), found[EAGER])
-    what = f"{name}: images whose captions differ with graphs and eager"
+    different = _different(found.get(GRAPHS, found[RUNS]), found[PLAIN])
+    what = f"{name}: images whose captions differ with graphs and plain"
     return [*figures, Figure(RIGHT, what, different, "", 0.0, "at most")]
 
 

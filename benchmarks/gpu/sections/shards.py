@@ -29,6 +29,7 @@ from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.record.rates import Stages, add_stages
 from reinforce.engine.worker.actor import SHARDS_IN_FLIGHT, Worker
 from reinforce.errors import UserError
+from reinforce.processes.fast_paths import use_accelerator
 
 SECTION, MANY, CHECKS, RUN = "shards", "shards, many augmentations", "checks of shards", "reinforce run"
 PER_SECOND = 400  # source images, with 2 augmentations
@@ -38,8 +39,8 @@ _CHANGED = "images"  # of the embeddings that a resumed run computes again
 class Shards:
     """The worker of a run, in this process: its models, decode processes and two shards in flight."""
 
-    def __init__(self, bench: Bench, augmentations: int = 2) -> None:
-        self._bench, self._augmentations = bench, augmentations
+    def __init__(self, bench: Bench, augmentations: int = 2, accelerator: str = "fast") -> None:
+        self._bench, self._keys = bench, (augmentations, accelerator)
         self._first = self._make(bench.folder / "none")
         self._first.load()
         assert self._first.models is not None
@@ -53,7 +54,7 @@ class Shards:
         self._first.pool.close()
 
     def _make(self, output: Path) -> Worker:
-        self._plan = make_plan(recipe.run_config(self._bench, output, self._augmentations))
+        self._plan = make_plan(recipe.run_config(self._bench, output, *self._keys))
         return Worker(self._plan.config, self._plan.layers, frozenset(self._plan.layers), os.getcwd())
 
     def for_output(self, output: Path) -> Iterator[partial[ShardResult]]:
@@ -73,12 +74,13 @@ class Shards:
 
 
 def dataset(bench: Bench) -> Path:
-    """A finished dataset with 2 augmentations, which the first section that reads it computes; it is no result."""
+    """A finished dataset, which the first section that reads it computes without fast paths; it is no result."""
     output, unfinished = bench.folder / "dataset", bench.folder / "dataset-unfinished"
     if not output.exists():
         shutil.rmtree(unfinished, ignore_errors=True)
-        with Shards(bench) as shards:
+        with Shards(bench, accelerator="plain") as shards:
             shards.run(unfinished)
+        use_accelerator("fast")
         unfinished.rename(output)
     return output
 
@@ -217,15 +219,17 @@ def _too_little_memory(bench: Bench, shards: Shards) -> Iterator[None]:
 
 def measure_run(bench: Bench) -> list[Figure]:
     """``reinforce run`` with its driver and its actor: images a second after the first shards, and its busy share."""
+    what = "images/s of `reinforce run`, after its first shards"
     alone, output = (_new(bench.folder / name) for name in ("without-ray", "ray"))
     with Shards(bench) as shards:
         shards.run(alone, bench.size.checked)
     summary = reinforce.run(recipe.run_config(bench, output))
     ended = sorted(path.stat().st_mtime for path in output.glob("samples/*.parquet"))
+    bench.keep_usage(what, summary.fast_paths)
     first = min(SHARDS_IN_FLIGHT, len(ended) - 1)  # those that were in flight together at the start
     rate = (len(ended) - first) * bench.size.images / max(1e-9, ended[-1] - ended[first - 1])
     return [
-        Figure(RUN, "images/s of `reinforce run`, after its first shards", rate, "images/s"),
+        Figure(RUN, what, rate, "images/s"),
         Figure(RUN, "images/s with the start of Ray and of the worker", summary.samples / summary.seconds, "images/s"),
         Figure(RUN, "busy share of the device", summary.busy_share, "", 1.0, "limit"),
         Figure(RUN, "files that differ from those without Ray", _differing(alone, output), "", 0.0, "at most"),

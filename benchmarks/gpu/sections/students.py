@@ -29,6 +29,7 @@ from reinforce.terminal import Screen
 from reinforce.training.distributed.ranks import join_ranks
 from reinforce.training.loop import run_rank
 from reinforce.training.stop import Stopped, StopSignal
+from teachers.fast_paths import usage
 
 SECTION, RESUMED, RANKS = "students", "resumed training", "ranks"
 WAITING = 0.02
@@ -80,8 +81,8 @@ def _measure(bench: Bench, name: str, what: str, compute: dict[str, Any]) -> lis
     shutil.rmtree(output, ignore_errors=True)
     config = _config(bench, name, output, steps=_FOREVER, compute=compute)
     name = f"{what}, with its loader"
-    with bench.counting(name):
-        _run(config, bench.size.seconds, bench.tracing(name))
+    _run(config, bench.size.seconds, bench.tracing(name))
+    bench.keep_usage(name, usage.snapshot())  # counts begin anew with each training
     rows = _rows(output)[_COUNTED:]
     rate = len(rows) / sum(1 / row["samples_per_second"] for row in rows)
     waiting = sum(row["waiting"] for row in rows) / len(rows)

@@ -93,7 +93,7 @@ def test_a_tiny_run_on_a_cpu_measures_every_section(
     assert len(differing) == 11
     assert [name for name in differing if figures[name].value] == []
     errors = [figure for name, figure in figures.items() if "error, as a share" in name]
-    assert len(errors) == 24
+    assert len(errors) == 30
     assert all(figure.met for figure in errors)
     assert figures["shards that finish in halved batches when memory is short"].met
     products = 2 * (64 // 8) * 64 * 4 * (2 * 768 + (1 + 2 * 2) * 512)  # of two sides and two kinds of text
