@@ -16,9 +16,11 @@ import torch
 
 from benchmarks.gpu.trace import Trace, traced
 from benchmarks.pipeline.figures import Figure, Rule
-from teachers.fast_paths.usage import Usage, growth, snapshot
+from teachers.fast_paths.usage import Usage, growth, set_enabled, snapshot
+from teachers.registry import load_model
 from teachers.runtime.accelerator import Accelerator, Precision, TimeMark
 from teachers.runtime.flops import peak_flops
+from teachers.spec import ModelSpec
 
 _WINDOWS = 6  # into which the time of a rate is divided, to show whether it changes
 _QUEUED = 2  # calls that the device has not finished when the next one is queued
@@ -128,18 +130,24 @@ class Bench:
         self.failures[what] = text
         self.log(f"{what} FAILED: {text}")
 
+    def load(self, name: str, spec: ModelSpec) -> Any:
+        """Load a model; the fast paths of earlier ones are not counted any more."""
+        set_enabled(True)
+        return load_model(name, spec, self.device)
+
     @contextmanager
     def counting(self, name: str) -> Iterator[None]:
-        """Keep the calls of fast paths in the block, in which counts do not begin anew."""
+        """Keep the calls of fast paths in the block, and the paths that were taken when models were loaded."""
         before = snapshot()
         yield
-        self.keep_usage(name, growth(before, snapshot()))
+        loaded = [path for path in snapshot() if not (path.used or path.plain)]
+        self.keep_usage(name, loaded + [path for path in growth(before, snapshot()) if path.used or path.plain])
 
     def keep_usage(self, name: str, calls: Sequence[Usage]) -> None:
         """Keep calls of fast paths for a figure. A path that a spec asks for and that ran plain is a failure."""
         self.usage[name] = [asdict(of) for of in calls]
         for of in calls:
-            if of.asked and of.plain:
+            if of.asked and (of.plain or of.reason):
                 reason = f" ({of.reason})" if of.reason else ""
                 self.fail(f"{name}: {of.path}", f"{of.model} ran {of.plain:,} calls without it{reason}")
 
@@ -218,5 +226,11 @@ class Bench:
 
 
 def usage_text(calls: Iterable[Mapping[str, Any]]) -> str:
-    """The calls of each fast path that ran the fast code, of all its calls; ``plain`` without fast paths."""
-    return ", ".join(f"{of['path']} {of['used']:,} of {of['used'] + of['plain']:,}" for of in calls) or "plain"
+    """The fast paths of each model, with the calls that ran the fast code of all calls; ``plain`` without any."""
+    models: dict[str, list[str]] = {}
+    for of in calls:
+        count = of["used"] + of["plain"]
+        state = f" {of['used']:,} of {count:,}" if count else " fell back" if of["reason"] else ""
+        models.setdefault(of["model"], []).append(f"{of['path']}{state}")
+    texts = [f"{model}: " * (len(models) > 1) + ", ".join(paths) for model, paths in models.items()]
+    return "; ".join(texts) or "plain"

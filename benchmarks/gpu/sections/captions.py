@@ -13,7 +13,6 @@ from benchmarks.gpu import recipe
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.sections.right import EXACT, RUNS, captioners, pixels_of
 from benchmarks.pipeline.figures import Figure, Rule
-from teachers.registry import load_model
 from teachers.spec import CaptionerSpec
 
 SECTION, SWITCHES, SWEEP = "captions", "captions, switches", "captions, batches"
@@ -43,7 +42,7 @@ def measure_switches(bench: Bench) -> list[Figure]:
 def measure_batches(bench: Bench) -> list[Figure]:
     """Captions a second by the number of images that are captioned at once."""
     name, spec = recipe.captioner(bench)
-    captioner: Any = load_model(name, spec, bench.device)
+    captioner: Any = bench.load(name, spec)
     figures = []
     for images in bench.size.captioned:
         what, work = f"{name}, {images} images at once", _work(bench, captioner, images)
@@ -74,7 +73,7 @@ def _work(bench: Bench, captioner: Any, images: int, batches: int = 1) -> Callab
 
 
 def _measure(bench: Bench, section: str, name: str, spec: CaptionerSpec, details: bool = False) -> list[Figure]:
-    captioner: Any = load_model(name, spec, bench.device)
+    captioner: Any = bench.load(name, spec)
     images, batches = bench.size.batch // 2, bench.size.group  # of a run with two augmentations
     work, count = _work(bench, captioner, images, batches), images * batches * captioner.captions
     goal: tuple[float | None, Rule] = (PER_SECOND, "at least") if bench.on_cuda and details else (None, "")

@@ -12,7 +12,6 @@ from benchmarks.gpu import recipe
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.sections.right import TEACHERS, pixels_of
 from benchmarks.pipeline.figures import Figure
-from teachers.registry import load_model
 from teachers.runtime.flops import count_flops
 from teachers.spec import TeacherSpec
 
@@ -47,7 +46,7 @@ def measure_switches(bench: Bench) -> list[Figure]:
 def measure_batches(bench: Bench) -> list[Figure]:
     """Images a second of a teacher by the size of its batch, also of sizes that are padded."""
     name, spec = next(iter(recipe.teachers(bench).items()))
-    teacher: Any = load_model(name, spec, bench.device)
+    teacher = bench.load(name, spec)
     figures = []
     for rows in bench.size.rows:
         pixels = pixels_of(teacher.image, rows).to(bench.device)
@@ -58,11 +57,11 @@ def measure_batches(bench: Bench) -> list[Figure]:
 
 
 def _measure(bench: Bench, section: str, name: str, spec: TeacherSpec, texts: Sequence[int] = ()) -> list[Figure]:
-    teacher: Any = load_model(name, spec, bench.device)
+    peak = bench.peak()
+    flops = _flops_of_image(bench, spec) if peak else 0
+    teacher = bench.load(name, spec)
     pixels = pixels_of(teacher.image, bench.size.batch).to(bench.device)
     work = partial(teacher.encode_images, pixels)
-    peak = bench.peak()
-    flops = count_flops(partial(_encode_eagerly, bench, spec, pixels[:1])) if peak else 0
     limit: Mapping[str, Any] = {"limit": peak / flops, "rule": "limit"} if peak and flops else {}
     figures = [bench.figure(section, f"{name}, images", work, len(pixels), "images/s", **limit)]
     if limit:
@@ -74,8 +73,7 @@ def _measure(bench: Bench, section: str, name: str, spec: TeacherSpec, texts: Se
     return figures
 
 
-def _encode_eagerly(bench: Bench, spec: TeacherSpec, pixels: torch.Tensor) -> torch.Tensor:
-    """An image, by operations that can be counted."""
-    teacher: Any = load_model("counted", recipe.changed(spec, compile=False), bench.device)
-    embedding: torch.Tensor = teacher.encode_images(pixels)
-    return embedding
+def _flops_of_image(bench: Bench, spec: TeacherSpec) -> int:
+    """Operations of one image, without those that compare fast paths when a model is loaded."""
+    teacher = bench.load("counted", recipe.changed(spec, compile=False))
+    return count_flops(partial(teacher.encode_images, pixels_of(teacher.image, 1).to(bench.device)))

@@ -85,17 +85,18 @@ def test_a_section_that_hangs_is_killed_with_its_children_and_says_where_it_was(
 def test_calls_of_fast_paths_are_kept_with_a_rate_and_plain_ones_of_a_path_that_is_asked_for_fail(bench: Bench) -> None:
     usage.set_enabled(True)
     with usage.loading("dfn2b"):
-        asked, default = usage.fast_path("compile", asked=True), usage.fast_path("held_weights")
-    for name, call in {"compiled": asked.used, "eager": asked.plain, "default": default.plain, "none": list}.items():
-        bench.figure(
-            "teachers", name, call, 1, "calls/s"
-        )  # after one call that compiles, and before one that is traced
-    texts = {name: usage_text(calls) for name, calls in bench.usage.items()}
-    assert texts == {
-        "compiled": "compile 1 of 1",
-        "eager": "compile 0 of 1",
-        "default": "held_weights 0 of 1",
-        "none": "plain",
+        asked, _ = usage.fast_path("compile", asked=True), usage.fast_path("held_weights")
+        usage.fast_path("fused_attention").fall_back("outputs would change")
+    for name, call in {"compiled": asked.used, "eager": asked.plain, "neither": list}.items():
+        bench.figure("teachers", name, call, 1, "calls/s")  # and two more calls, which do not count
+    loaded = "held_weights, fused_attention fell back"
+    assert {name: usage_text(calls) for name, calls in bench.usage.items()} == {
+        "compiled": f"{loaded}, compile 1 of 1",
+        "eager": f"{loaded}, compile 0 of 1",
+        "neither": loaded,
     }
     assert bench.failures == {"eager: compile": "dfn2b ran 1 calls without it"}
+    calls = [*bench.usage["compiled"], {**bench.usage["compiled"][0], "model": "other"}]
+    assert usage_text(calls) == f"dfn2b: {loaded}, compile 1 of 1; other: held_weights"
+    assert usage_text([]) == "plain"
     usage.set_enabled(True)
