@@ -29,6 +29,7 @@ from reinforce.parallel.worker_process import start_process
 from reinforce.processes.cores import available_cores
 from reinforce.processes.signals import describe_exit, kill_with_parent
 from teachers.fast_paths import recompilation
+from teachers.fast_paths.usage import set_enabled
 from teachers.runtime import determinism
 
 _LOOK_SECONDS = 0.1
@@ -97,6 +98,7 @@ def measure(bench: Bench, name: str, section: Section) -> Entry:
     """The entry of a section that is measured in this process, without readings of the card."""
     with contextlib.nullcontext() if bench.on_cuda else _captured_only():
         determinism.set_flags(bench.device)
+        set_enabled(True)  # counts of fast paths begin anew
         figures = bench.attempt(name, lambda: section.measure(bench))
     for figure in figures:
         if section.checks and (figure.met is False or math.isnan(figure.value)):
