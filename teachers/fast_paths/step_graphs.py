@@ -11,7 +11,9 @@ from contextlib import contextmanager
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from teachers.fast_paths.usage import enabled, fast_path
 from teachers.runtime.determinism import unique_indices
+from teachers.runtime.memory import is_out_of_memory
 
 Step = Callable[[], None]
 
@@ -21,36 +23,50 @@ class Steps:
 
     The first step with a key runs eagerly, which also lets libraries choose and load their kernels, and is then
     captured. A capture runs nothing. All graphs share one memory pool, since a step keeps no result in it.
+
+    After a capture that fails, nothing more is captured: steps run eagerly, but those that are graphs already. Lack of
+    memory raises, since a smaller batch may be captured.
     """
 
     def __init__(self, device: torch.device, graphs: bool = True) -> None:
         self._device = device
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
-        self._stream = torch.cuda.Stream(device) if graphs and device.type == "cuda" else None
+        self._path = fast_path("graphs") if graphs and device.type == "cuda" and enabled() else None
+        self._stream = torch.cuda.Stream(device) if self._path else None
 
     def run(self, key: Hashable, step: Step) -> None:
         """Run a step. Steps with equal ``key`` are the same operations on the same tensors."""
-        if key in self._graphs:
-            self._graphs[key].replay()
-            return
-        with decoding_kernels(self._device):
-            step()
-            if self._stream is not None:
-                self._graphs[key] = self._capture(step)
+        if (graph := self._graphs.get(key)) is not None:
+            graph.replay()
+        else:
+            with decoding_kernels(self._device):
+                step()
+                if self._stream is not None:
+                    self._capture(key, step)
+        if self._path is not None:
+            (self._path.plain if graph is None else self._path.used)()
 
     def clear(self) -> None:
         self._graphs.clear()
 
-    def _capture(self, step: Step) -> torch.cuda.CUDAGraph:
+    def _capture(self, key: Hashable, step: Step) -> None:
         pool = next((graph.pool() for graph in self._graphs.values()), None)
         graph = torch.cuda.CUDAGraph()
-        # Other threads may allocate and copy meanwhile. If a capture fails (out of memory), torch.cuda.graph may leave
-        # its own stream as the current one, so the outer context sets it back.
+        # Other threads may allocate and copy meanwhile. If a capture fails, torch.cuda.graph may leave its own stream
+        # as the current one, so the outer context sets it back.
         stream = torch.cuda.stream(torch.cuda.current_stream(self._device))
         graphed = torch.cuda.graph(graph, pool, self._stream, capture_error_mode="thread_local")
-        with torch.cuda.device(self._device), stream, graphed:
-            step()
-        return graph
+        try:
+            with torch.cuda.device(self._device), stream, graphed:
+                step()
+        except Exception as error:  # whatever a driver or a library refuses
+            if is_out_of_memory(error):
+                raise
+            assert self._path is not None
+            self._stream = None
+            self._path.fall_back(f"{type(error).__name__}: {error}")
+        else:
+            self._graphs[key] = graph
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Copies, captures and little memory on a stand-in for CUDA."""
+"""Copies and little memory on a stand-in for CUDA."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from reinforce.engine.worker.full_batch import find_batch
 from reinforce.engine.worker.producers.registry import measure_costs
 from reinforce.engine.worker.shard import ShardProcess
 from reinforce.errors import UserError
-from teachers.fast_paths.step_graphs import Steps
 from teachers.runtime.accelerator import Accelerator
 from tests.helpers.batches import CONFIG, LAYERS, make_inference, pixels, rows
 from tests.helpers.data import config_of, members_of, tree, write_tar
@@ -110,30 +109,6 @@ def test_memory_that_cannot_be_pinned_leaves_no_error_for_the_next_kernel(monkey
         monkeypatch.setattr(cuda, "operate", kernel)
         assert not accelerator.pin(memory)
         assert accelerator.put_parts([memory]).tolist() == [0] * 8
-
-
-def test_a_capture_that_fails_leaves_the_thread_on_its_stream() -> None:
-    entered = list[Any]()  # and not left when nothing refers to it
-
-    class Failing:
-        """As torch.cuda.graph, whose end raises before it sets the stream back."""
-
-        def __init__(self, graph: Any, pool: Any, stream: Any, **_: Any) -> None:
-            self.stream = stream
-
-        def __enter__(self) -> None:
-            entered.append(torch.cuda.stream(self.stream))
-            entered[0].__enter__()
-
-        def __exit__(self, *_: Any) -> None:
-            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
-
-    with stand_in_cuda(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "graph", Failing)
-        before = torch.cuda.current_stream()
-        with pytest.raises(RuntimeError, match="during capture"):
-            Steps(torch.device("cuda", 0)).run("step", lambda: None)
-        assert torch.cuda.current_stream() is before
 
 
 @pytest.fixture(scope="module")
