@@ -23,7 +23,7 @@ from teachers.runtime.accelerator import Accelerator
 from tests.helpers.batches import CONFIG, LAYERS, make_inference, pixels, rows
 from tests.helpers.data import config_of, members_of, tree, write_tar
 from tests.helpers.decoding import decode_pool
-from tests.helpers.models import ColorTeacher, SeedCaptioner
+from tests.helpers.models import ColorTeacher, GroupCaptioner, SeedCaptioner
 from tests.helpers.models.tiny_models import open_clip_model
 from tests.helpers.stand_in_cuda import StandIn, stand_in_cuda
 
@@ -88,6 +88,27 @@ def test_images_are_copied_while_the_device_computes_and_models_wait_for_them() 
         assert (teacher.awaited, teacher.recorded) == ([stream], 2), "crops and whole images"
     np.testing.assert_allclose(found[NAMES[0]], expected[NAMES[0]], atol=1e-6)
     assert found[NAMES[1]] == expected[NAMES[1]]
+
+
+def test_cells_can_be_written_again_where_only_captions_of_row_groups_see_images(cuda: StandIn) -> None:
+    def captions(device: str) -> Any:
+        models = Models({"captioners": {"namer": GroupCaptioner(torch.device(device))}}, Accelerator(device))
+        cells = pixels()
+        for array in cells.whole.values():
+            models.accelerator.pin(array)
+        outputs = make_inference(CONFIG, [LAYERS["captions/namer"]], models).run(rows(3), cells)
+        for array in cells.whole.values():
+            array[:] = 0  # as decode processes do for the next images
+        encoded, drawn = zip(*outputs["captions/namer"], strict=True)
+        return np.array(models.captioners["namer"].decode([*encoded], np.stack(drawn), 3))  # type: ignore[attr-defined]
+
+    expected = captions("cpu")
+    with cuda.delayed(), cuda.counted() as counts:
+        np.testing.assert_allclose(captions("cuda"), expected, rtol=1e-5)
+    streams = {copy.stream for copy in counts.copies_to_device()}
+    assert torch.cuda.default_stream() not in streams
+    [wait] = [place for place in counts.waits if "Event.synchronize" in place]
+    assert counts.waits[wait] == 1, "for the copies alone, while models compute"
 
 
 def test_memory_that_cannot_be_pinned_leaves_no_error_for_the_next_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

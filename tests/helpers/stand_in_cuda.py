@@ -24,8 +24,11 @@ in a training; views count as none; a replay of a graph counts as one.
 paths of a CUDA device. Threads that start inside the context belong to it. Autocast follows the lists of the CPU.
 ``torch.compile`` makes no kernels and records its arguments in ``compiled``; see ``stand_in_compiler``.
 
+Inside ``delayed``, what is queued runs only where the host waits for it, so that memory that changes before an
+asynchronous copy has read it is seen.
+
 Not shown by a pass: that CUDA has the kernel for a data type, its rounding and its speed; memory that changes while
-another stream or an asynchronous copy reads or writes it.
+another stream reads or writes it.
 """
 
 from __future__ import annotations

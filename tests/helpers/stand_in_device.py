@@ -15,7 +15,7 @@ from weakref import ref
 
 import torch
 
-from tests.helpers.stand_in_streams import DEVICE, Stream, current
+from tests.helpers.stand_in_streams import DEVICE, Event, Stream, current, default
 
 aten = torch.ops.aten
 _ROOT = str(Path(__file__).parents[2])
@@ -91,6 +91,7 @@ class StandIn:
     def __init__(self, memory: int) -> None:
         self.memory, self.allocated, self.peak = memory, 0, 0
         self.tape: list[tuple[Any, Any, Any, Any]] | None = None  # of the graph that is captured
+        self._queue: list[tuple[Stream, tuple[Any, Any, Any, Any]]] | None = None  # of operations that are delayed
         self._references: dict[int, ref[torch.Tensor]] = {}
         self._one_thread = threading.RLock()
         self.compiled: list[dict[str, Any]] = []
@@ -120,12 +121,35 @@ class StandIn:
         finally:
             self._fail = None
 
-    def wait(self, reason: str) -> None:
-        """Record that the host waits for the device."""
+    @contextmanager
+    def delayed(self) -> Iterator[None]:
+        """Run what is queued only where the host waits for it: for an event of its stream, or for the device."""
+        self._queue = []
+        try:
+            yield
+            self._run_queued()
+        finally:
+            self._queue = None
+
+    def wait(self, reason: str, event: Event | None = None) -> None:
+        """Record that the host waits for the device, or for what was queued before an event."""
         if self.tape is not None:
             raise RuntimeError(f"operation not permitted when stream is capturing: {reason} at {_place()}")
         for counts in self._counting:
             counts.waits[f"{reason} at {_place()}"] += 1
+        self._run_queued(event.stream if event else None)
+
+    def _run_queued(self, only: Stream | None = None) -> None:
+        """Run delayed operations, of one stream or, since the computing stream waits for others, of all."""
+        with self._one_thread:
+            if self._queue is None:
+                return
+            queued, self._queue = self._queue, []
+            for stream, operation in queued:
+                if only in (None, default(), stream):
+                    self._run_tape([operation])
+                else:
+                    self._queue.append((stream, operation))
 
     def pin(self, address: int, size: int, owner: Any = None) -> None:
         self._pinned[address] = (size, owner)
@@ -210,20 +234,22 @@ class StandIn:
         if func is _COPY:
             target, source = args[:2]
             non_blocking = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
+            blocking = False
             if isinstance(target, CudaTensor) == isinstance(source, CudaTensor):
                 self.count(name)
             else:
-                self._record_copy(source, isinstance(target, CudaTensor), non_blocking, target)
-            return self._execute(func, args, kwargs)
+                blocking = self._record_copy(source, isinstance(target, CudaTensor), non_blocking, target)
+            return _run(func, args, kwargs) if blocking else self._execute(func, args, kwargs)
         source, on_device = args[0], isinstance(args[0], CudaTensor)
         wanted = on_device if wanted is None else wanted
         plain = {**kwargs, "device": "cpu"} if "device" in kwargs else kwargs
+        blocking = False
         if on_device == wanted:
             self.count(name)
         else:
-            self._record_copy(source, wanted, kwargs.get("non_blocking", False))
+            blocking = self._record_copy(source, wanted, kwargs.get("non_blocking", False))
             plain = {**plain, "non_blocking": False}
-        out = self._execute(func, args, plain)
+        out = _run(func, args, plain) if blocking else self._execute(func, args, plain)
         if wanted:
             return self._adopt(out)
         if kwargs.get("non_blocking"):
@@ -232,7 +258,8 @@ class StandIn:
 
     def _record_copy(
         self, source: torch.Tensor, to_device: bool, non_blocking: bool, target: torch.Tensor | None = None
-    ) -> None:
+    ) -> bool:
+        """Count a copy between the host and the device -> whether the host waits for it."""
         host = source if to_device else target
         pinned = non_blocking if host is None else self.is_pinned(host)
         blocking = not (non_blocking and pinned)
@@ -240,17 +267,27 @@ class StandIn:
             self.wait("blocking copy to the device" if to_device else "blocking copy to the host")
         for counts in self._counting:
             counts.copies.append(Copy(to_device, source.nbytes, blocking, _place(), current()))
+        return blocking
 
     def _execute(self, func: Any, args: Any, kwargs: Any) -> Any:
-        if self.tape is None:
+        if self.tape is None and self._queue is None:
             return _run(func, args, kwargs)
         # A capture runs nothing, but the shapes are needed: only what changes tensors is left out.
         out = args[0] if _facts(func).mutable else _run(func, args, kwargs)
-        self.tape.append((func, args, kwargs, out))
+        if self.tape is not None:
+            self.tape.append((func, args, kwargs, out))
+        elif self._queue is not None:
+            self._queue.append((current(), (func, args, kwargs, out)))
         return out
 
     def replay(self, tape: list[tuple[Any, Any, Any, Any]]) -> None:
         """Run a captured graph again, into the tensors of its capture."""
+        if self._queue is None:
+            self._run_tape(tape)
+        else:
+            self._queue += [(current(), operation) for operation in tape]
+
+    def _run_tape(self, tape: list[tuple[Any, Any, Any, Any]]) -> None:
         with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
             for func, args, kwargs, out in tape:
                 if not (facts := _facts(func)).view:

@@ -1,4 +1,4 @@
-"""Streams and events of ``stand_in_cuda``. Work runs at once, in the order of the program."""
+"""Streams and events of ``stand_in_cuda``. Work runs at once, in the order of the program, unless it is ``delayed``."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ class Stream:
 class Event:
     """A point in a stream. Its time is that of the host."""
 
-    on_wait: Callable[[str], None]
+    on_wait: Callable[[str, Event], None]
 
     def __init__(self, enable_timing: bool = False) -> None:
         self.timing, self.time = enable_timing, 0.0
 
     def record(self, stream: Stream | None = None) -> None:
-        self.time = time.perf_counter()
+        self.time, self.stream = time.perf_counter(), stream or current()
 
     def query(self) -> bool:
         return True
 
     def synchronize(self) -> None:
-        self.on_wait("Event.synchronize")
+        self.on_wait("Event.synchronize", self)
 
     def elapsed_time(self, end: Event) -> float:
         if not (self.timing and end.timing):

@@ -20,6 +20,7 @@ from reinforce.engine.inference.out_of_memory import OutOfMemory
 from reinforce.engine.inference.session import Session
 from reinforce.engine.messages.pulse import PREPARING
 from teachers.protocols import ImageSpec
+from teachers.runtime.accelerator import TimeMark
 
 #: Outputs of a batch by layer: an array whose first axis is that of the rows, or a list.
 Outputs: TypeAlias = "dict[str, Any]"
@@ -142,16 +143,22 @@ class Inference:
         # The copies come first, on a stream of their own, while the other shard uses the accelerator.
         copied = self._put(rows, pixels, what) if shared else None
         with self._session.use_accelerator():
-            batch = copied or self._put(rows, pixels, what)
+            batch, end = copied or self._put(rows, pixels, what)
             tensors = [*batch.whole.values(), *([] if batch.crops is None else [batch.crops])]
             self._session.models.accelerator.wait_for_copies(tensors)
             finishes = []
             for encoder, given in zip(self._seeing, prepared, strict=True):  # a comprehension would keep a failed batch
                 finishes.append(encoder.encode(batch, given))
-            return finishes
+            return [*finishes, partial(self._wait_until_read, end, what)]
 
-    def _put(self, rows: Sequence[Row], pixels: PixelCells, what: str) -> Batch:
-        """Copy the pixels of rows to the device; they are there after ``wait_for_copies``."""
+    def _wait_until_read(self, end: TimeMark, what: str) -> Outputs:
+        """Wait for the copies of pixels, whose cells are written again afterwards; outputs may be waited for later."""
+        with self._session.watch.stage(PREPARING, what):
+            self._session.models.accelerator.wait_until(end)
+        return {}
+
+    def _put(self, rows: Sequence[Row], pixels: PixelCells, what: str) -> tuple[Batch, TimeMark]:
+        """Copy the pixels of rows to the device, where they are after ``wait_for_copies`` -> also when all are read."""
         accelerator = self._session.models.accelerator
         cells = [row.cell for row in rows if row.cell is not None]
         crops = None
@@ -160,7 +167,7 @@ class Inference:
                 assert pixels.crops is not None
                 crops = accelerator.put_parts(runs(pixels.crops, cells)).flatten(0, 1)
             whole = {spec: accelerator.put_parts(runs(pixels.whole[spec], cells)) for spec in self.whole}
-            return Batch(rows, what, crops, whole)
+            return Batch(rows, what, crops, whole), accelerator.mark()
 
 
 def _join(parts: Sequence[Any]) -> Any:
