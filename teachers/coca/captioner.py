@@ -58,7 +58,9 @@ class CocaCaptioner(DecodingCaptioner):
         self._encode = compile_images(self, self._visual, lambda pixels: self._visual(pixels)[1], wanted, accelerator)
         network = CocaNetwork(model, accelerator, spec.max_length - 2, packed)
         self._decoder = (
-            CocaDecoder(network, accelerator) if packed else FixedCocaDecoder(network, accelerator, spec.uses_graphs)
+            CocaDecoder(network, accelerator)
+            if packed
+            else FixedCocaDecoder(network, accelerator, spec.uses_graphs, graphs_asked=spec.graphs is True)
         )
         impossible = self._tokens.impossible(network.vocabulary_size)
         super().__init__(spec, accelerator, self._tokens.start, self._tokens.end, impossible, on_device=not packed)

@@ -11,21 +11,23 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from teachers.coca.network import CocaNetwork
-from teachers.decoding.schedule import Entry
+from teachers.decoding.schedule import Entry, entry_size
 from teachers.fast_paths.recompilation import Compiler, many_shapes
 from teachers.fast_paths.step_graphs import Step, Steps
-from teachers.runtime.accelerator import Accelerator, upload
+from teachers.runtime.accelerator import Accelerator, put_into, upload
 
 Tensor = torch.Tensor
 #: Numbers of rows, and of images, that steps have. The last one is the largest number of rows of a part.
 SIZES = (16, 32, 64, 96, 128, 192, 256, 384, 512, 640, 768, 896, 1024)
 #: Smallest number of positions that tokens attend to; larger ones are its doubles.
 _MIN_VISIBLE = 16
-#: Some text of many is nearly always longer than 16 tokens.
-_MIN_VISIBLE_OF_MANY = 32
+#: Least images that enter by one graph; fewer take hardly less time.
+_MIN_ENTERING = 8
 #: Places for images, as a multiple of those that fill the rows: when some captions of an image have ended, more images
 #: share the rows.
 _PLACES = 1.25
@@ -42,15 +44,20 @@ class FixedCocaDecoder:
     belong to no image. On CUDA, steps are graphs if ``graphs`` is set, also of what ``compile`` compiles.
     """
 
-    def __init__(self, network: CocaNetwork, accelerator: Accelerator, graphs: bool = True) -> None:
+    def __init__(
+        self, network: CocaNetwork, accelerator: Accelerator, graphs: bool = True, graphs_asked: bool = False
+    ) -> None:
         self.network, self._accelerator = network, accelerator
-        self.steps = Steps(accelerator.device, graphs)
+        self.steps = Steps(accelerator.device, graphs, graphs_asked)
         self._newest_of: Callable[..., tuple[Tensor, Tensor | None, Tensor]] = newest_of
         self._masks: Callable[..., tuple[Tensor, Tensor]] = masks
         self._compiled = False
         self.cache, self.image_cache = network.text_cache(0), network.image_cache(0, 0)
         self._last_logits, self._captions = torch.zeros(0), 0
         self._waiting: Sequence[Tensor] = ()
+        self._entering, self._entry = torch.zeros(0), torch.zeros(0)  # what graphs read: images, and where they go
+        #: A step waits for nothing, but a CPU is busy until it ends.
+        self.ahead = int(accelerator.device.type == "cuda")
         self._aligned = -(-network.length // _ALIGNED) * _ALIGNED
         self._positions = torch.arange(self._aligned, device=accelerator.device)
         self._seen, self._unseen = torch.tensor([0, -torch.inf], dtype=network.dtype).to(accelerator.device).unbind()
@@ -96,15 +103,40 @@ class FixedCocaDecoder:
         return self._rows, self._images
 
     def enter(self, entry: Entry) -> None:
-        tokens = torch.stack([self._waiting[image] for image in entry.images])
-        device = self._accelerator.device
+        count, captions = len(entry.images), self._captions
+        captured = self.steps.captures("enter")
+        size = max(_MIN_ENTERING, entry_size(self._images)) if captured else count
+        for first in range(0, count, size):
+            part = np.minimum(np.arange(first, first + size), count - 1)  # the last image is repeated
+            images = [self._waiting[image] for image in entry.images[part]]
+            rows = entry.rows.reshape(count, captions)[part].reshape(-1)
+            where = np.concatenate([entry.places[part], rows, entry.place_of])
+            if captured:
+                self._enter_by_graph(images, where)
+            else:
+                self._enter(torch.stack(images), upload(where, self._accelerator.device))
+
+    def _enter_by_graph(self, images: list[Tensor], where: npt.NDArray[np.int64]) -> None:
+        size = len(images)
+        if not len(self._entering):  # enough for any batch in these caches
+            most = max(_MIN_ENTERING, entry_size(len(self.image_cache)))
+            entry = self._slots.new_zeros(most * (1 + self._captions) + self.capacity)
+            self._entering, self._entry = images[0].new_zeros(most, *images[0].shape), entry
+        torch.stack(images, out=self._entering[:size])
+        put_into(self._entry, where)
+        step = partial(self._enter, self._entering[:size], self._entry[: len(where)])
+        self.steps.run("enter", (self._rows, self._images), step)
+
+    def _enter(self, images: Tensor, where: Tensor) -> None:
+        """Begin with image tokens [B, n, width]: ``where`` has their places, the rows of their captions, and the place
+        of the image of each row."""
+        places, rows, place_of = where.split([len(images), len(images) * self._captions, self._rows])
         with self._accelerator.forward():
-            self.network.fill_image_cache(tokens, self.image_cache, upload(entry.places, device))
-        rows = upload(entry.rows, device)
+            self.network.fill_image_cache(images, self.image_cache, places)
         # What a masked position holds is multiplied by 0 and must be finite.
         self.cache.index_fill_(0, rows, 0)
         self._visible.index_fill_(0, rows, False)
-        self._image_of[: self._rows] = upload(entry.place_of, device)
+        self._image_of[: self._rows] = place_of
         self._assign_slots()
 
     def _shape(self, images: int, captions: int, at_once: int) -> tuple[int, int]:
@@ -119,12 +151,15 @@ class FixedCocaDecoder:
 
     def launch(self, step: Step, longest: int) -> None:
         """Run a step that calls ``step`` once. Texts that have not ended have at most ``longest`` new tokens."""
-        self._filled = max(longest, min(self.network.length, _MIN_VISIBLE_OF_MANY) - 1)
+        self._filled = longest
         self._launch(step)
 
+    def run(self, kind: str, size: int, step: Step) -> None:
+        self.steps.run(kind, size, step)
+
     def _launch(self, step: Step) -> None:
-        key = (step_name(step), self._rows, self._images, self._attended())
-        self.steps.run(key, partial(_compiling, step) if self._compiled else step)
+        shape = (step_name(step), self._rows, self._images, self._attended())
+        self.steps.run("step", shape, partial(_compiling, step) if self._compiled else step)
         self._filled += 1
 
     def step(self, tokens: Tensor, position: Tensor) -> Tensor:
@@ -250,7 +285,8 @@ class FixedCocaDecoder:
         """Return the memory of caches, logits and graphs. The next batch allocates what it needs."""
         self.steps.clear()  # graphs hold the addresses
         self.cache, self.image_cache = self.network.text_cache(0), self.network.image_cache(0, 0)
-        self._last_logits, self._captions = torch.zeros(0), 0
+        self._entering = self._entry = self._last_logits = torch.zeros(0)
+        self._captions = 0
 
     @property
     def capacity(self) -> int:

@@ -1,14 +1,16 @@
-"""Sampling of captions on an accelerator, without waiting for it more than once a step.
+"""Sampling of captions on an accelerator, which always has the next step to do.
 
-Tokens, numbers and the ends of texts stay on the device. After each step the host reads one byte for each row. It
-decides from them which images enter in place of texts that have ended, and at last how many rows the next step has.
+Tokens, numbers and the ends of texts stay on the device. Of each step the host reads one byte for each row, if the
+decoder allows it after the next step was launched. It decides from them which images enter in place of texts that have
+ended, and at last how many rows the next step has.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,15 +21,25 @@ from teachers.decoding.sampling import TokenChooser
 from teachers.decoding.schedule import Entry, Schedule
 from teachers.fast_paths.recompilation import Compiler
 from teachers.fast_paths.step_graphs import Step
-from teachers.runtime.accelerator import upload
+from teachers.runtime.accelerator import download, put_into
 
 Tensor = torch.Tensor
 #: Bits of a row's byte after a step: its text has ended; its token is not yet decided.
 _DONE, _OPEN = 1, 2
+#: Least rows, of texts that begin and of tokens that are chosen later. Larger numbers are its doubles.
+_FEW = 16
+#: Many tokens are those of 1 / _MANY of the rows. To wait for a step takes about as long as so many of its rows.
+_MANY = 8
 
 
 class DeviceDecoder(Decoder, Protocol):
-    """A decoder whose steps wait for nothing."""
+    """A decoder whose steps wait for nothing.
+
+    ``ahead`` is the number of steps, 0 or 1, that may be launched before the ends of texts in the one before are known.
+    With 1, a row whose position stays repeats its step.
+    """
+
+    ahead: int
 
     def room(self, images: int, captions: int) -> tuple[int, int]:
         """Number of rows that steps have for so many images, and of images that these rows may belong to."""
@@ -54,6 +66,10 @@ class DeviceDecoder(Decoder, Protocol):
 
         No text that has not ended has more than ``longest`` new tokens.
         """
+        ...
+
+    def run(self, kind: str, size: int, step: Step) -> None:
+        """Run other work between steps, the same on the same tensors for equal ``kind`` and ``size``."""
         ...
 
     def select_rows(self, rows: Tensor, used: Tensor | None = None) -> None:
@@ -84,24 +100,27 @@ class DeviceSampler:
         """
         images, captions, length = drawn.shape
         rows, places = decoder.room(images, captions)
-        schedule = Schedule(images, captions, rows, places)
+        schedule, drawn = Schedule(images, captions, rows, places), drawn.reshape(-1, length)
         state = self.reserve(max(rows, decoder.capacity))
-        state.start(drawn.reshape(-1, length), self._rules.start, self._padding)
+        state.start(len(drawn), self._rules.start, self._padding)
+        flags, ended = _Flags(decoder.ahead), np.zeros(rows, bool)
         while length:
             if (entry := schedule.enter()) is not None:
-                state.enter(entry, rows, self._padding)
-                decoder.enter(entry)
+                self._enter(decoder, state, rows, entry, drawn[entry.captions])
             decoder.launch(partial(self._step, decoder, state, rows), schedule.longest)
-            flags = state.read_flags(rows)
-            if undecided := int((flags & _OPEN).astype(bool).sum()):
-                self._decide(state, rows, undecided)
-            ended = (flags & _DONE).astype(bool)
-            schedule.advance(ended)
+            schedule.launch()
+            flags.add(state.flags[:rows])
+            while flags.due:
+                ended, undecided = flags.next(rows)
+                if len(undecided):
+                    count = state.put(undecided)
+                    decoder.run("decide", count, partial(self._decide, state, count))
+                ended = schedule.advance(ended)
             if schedule.waiting:
                 continue
             if ended.all():
                 break
-            smaller = decoder.padded(rows - int(ended.sum()))
+            smaller = decoder.padded(int((~ended).sum()))
             if 4 * smaller <= 3 * rows:  # moving the caches costs about a step
                 kept, used = state.compact(rows, smaller)
                 decoder.select_rows(kept, used)
@@ -123,6 +142,15 @@ class DeviceSampler:
     def compile(self, compiler: Compiler) -> None:
         """Compile what follows the logits of a step."""
         self.advance = compiler.for_any_rows(self._advance)
+
+    def _enter(
+        self, decoder: DeviceDecoder, state: _State, rows: int, entry: Entry, drawn: npt.NDArray[np.float64]
+    ) -> None:
+        """Begin the texts of an entry, with the numbers of each."""
+        state.store(rows)
+        decoder.enter(entry)
+        count = state.put(entry.rows, entry.captions, drawn)
+        decoder.run("begin", count, partial(state.begin, count, self._padding))
 
     def _step(self, decoder: DeviceDecoder, state: _State, rows: int) -> None:
         """Choose the next token of each row. Reads and writes ``state`` alone, so that it can be a CUDA graph."""
@@ -149,25 +177,68 @@ class DeviceSampler:
         broken.logical_or_(lost)
         lost = lost | done
         chosen = chosen.masked_fill(lost, end)
-        position.add_(1)
-        tokens.scatter_(1, position[:, None], chosen[:, None])
-        undecided = torch.zeros_like(done) if undecided is None else undecided & ~lost
-        done.logical_or_(((chosen == end) | (position == length)) & ~undecided)
+        if undecided is not None:  # such a row gets no token, and has the same logits again in the next step
+            undecided = undecided & ~lost
+            chosen = chosen.masked_fill(undecided, self._padding)
+        tokens.scatter_(1, (position + 1)[:, None], chosen[:, None])
+        position.add_(1 if undecided is None else ~undecided)
+        done.logical_or_((chosen == end) | (position == length))
         position.masked_fill_(done, length)
-        flags.copy_(done.to(torch.uint8) * _DONE + undecided.to(torch.uint8) * _OPEN)
+        flags.copy_(done if undecided is None else done * _DONE + undecided * _OPEN)
 
-    def _decide(self, state: _State, rows: int, undecided: int) -> None:
-        """Choose the tokens that the last step left open, in so many rows."""
-        flags = state.flags[:rows] & _OPEN
-        where = flags.sort(descending=True, stable=True).indices[:undecided]
-        position = state.position.index_select(0, where)
-        drawn = state.drawn.index_select(0, where).gather(1, position[:, None] - 1).squeeze(1)
+    def _decide(self, state: _State, count: int) -> None:
+        """Choose the next tokens of so many rows that were ``put``, where the last step has left them open."""
+        where = state.given[:count]
+        position, tokens = state.position.index_select(0, where), state.tokens.index_select(0, where)
+        drawn = state.drawn.index_select(0, where).gather(1, position[:, None]).squeeze(1)
         chosen = self._choose.remaining(state.probabilities.index_select(0, where), drawn)
-        tokens = state.tokens.index_select(0, where).scatter(1, position[:, None], chosen[:, None])
-        state.tokens.index_copy_(0, where, tokens)
-        done = (chosen == self._rules.end) | (position == state.length)
+        open_ = state.flags.index_select(0, where) >= _OPEN  # rounding may have closed a nucleus in the repeated step
+        position = position + open_
+        column = position.where(open_, state.length + 1)[:, None]  # of no text
+        state.tokens.index_copy_(0, where, tokens.scatter(1, column, chosen[:, None]))
+        done = open_ & ((chosen == self._rules.end) | (position == state.length))
+        done = done | state.done.index_select(0, where)
         state.done.index_copy_(0, where, done)
         state.position.index_copy_(0, where, position.masked_fill(done, state.length))
+
+
+class _Flags:
+    """The bytes of the rows after each step, on their way to the host.
+
+    They are read when ``ahead`` more steps have been launched; at once where many tokens are not yet decided, since
+    their rows repeat each step that is launched until they are.
+    """
+
+    def __init__(self, ahead: int) -> None:
+        self._ahead = ahead
+        self._copies: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+        self._decided = np.zeros(0, np.int64)
+        self._many = False
+
+    def add(self, flags: Tensor) -> None:
+        """Copy the flags [rows] of the step that was launched."""
+        self._copies.append(download(flags))
+
+    @property
+    def due(self) -> bool:
+        """Whether the flags of a step are to be read before the next one."""
+        return len(self._copies) > (0 if self._many else self._ahead)
+
+    def next(self, rows: int) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
+        """The rows whose texts have ended, bool [rows of the step], and those whose tokens are to be decided now.
+
+        Waits for that step. ``rows`` is the present number; where it is another one, rows have moved since.
+        """
+        copy, complete = self._copies.popleft()
+        if complete is not None:
+            complete.synchronize()
+        flags = copy.numpy()
+        undecided = (flags & _OPEN) > 0
+        self._many = _MANY * int(undecided.sum()) > len(flags)
+        undecided[self._decided] = False  # after this step was launched
+        where = np.flatnonzero(undecided) if len(flags) == rows else self._decided[:0]  # which are so in the next step
+        self._decided = where if self._copies else where[:0]
+        return (flags & _DONE) > 0, where
 
 
 class _State:
@@ -187,15 +258,15 @@ class _State:
         self.position = torch.zeros_like(self.caption)
         self.flags = torch.zeros(capacity, dtype=torch.uint8, device=device)
         self.probabilities = torch.zeros(capacity, vocabulary, device=device)
+        self.given = torch.zeros(_doubled(capacity) * (2 + length), dtype=torch.int64, device=device)  # see `put`
 
     def of_step(self) -> tuple[Tensor, ...]:
         """The tensors that ``advance`` of a sampler reads and writes."""
         return self.tokens, self.drawn, self.done, self.broken, self.position, self.flags, self.probabilities
 
-    def start(self, drawn: npt.NDArray[np.float64], start: int, padding: int) -> None:
-        """Begin without texts, with ``drawn`` [captions, length]. Tokens are ``start`` and then ``padding``."""
-        count, device = len(drawn), self.drawn.device
-        self._drawn = upload(drawn, device)
+    def start(self, count: int, start: int, padding: int) -> None:
+        """Begin without texts; ``count`` are to come. Tokens are ``start`` and then ``padding``."""
+        device = self.done.device
         self._texts = torch.zeros(count + 1, self.length + 1, dtype=torch.int64, device=device)  # the last is of none
         self._lost = torch.zeros(count + 1, dtype=torch.bool, device=device)
         self.tokens.fill_(padding)
@@ -205,24 +276,29 @@ class _State:
         self.broken.zero_()
         self.position.fill_(self.length)
 
-    def enter(self, entry: Entry, rows: int, padding: int) -> None:
-        """Begin the texts of an entry in place of those that have ended in its rows."""
-        self._store(rows)
-        there, captions = upload(entry.rows, self.done.device), upload(entry.captions, self.done.device)
+    def put(self, *of_rows: npt.NDArray[Any]) -> int:
+        """Copy arrays of 64-bit values to ``given``, one after the other, each [n] or [n, any length].
+
+        Returns the number of rows there. On CUDA it is one of a few, for graphs: the last row is repeated.
+        """
+        n = len(of_rows[0])
+        count = _doubled(n) if self.given.device.type == "cuda" else n
+        repeated = np.minimum(np.arange(count), n - 1)
+        put_into(self.given, np.concatenate([values[repeated].view(np.int64).reshape(-1) for values in of_rows]))
+        return count
+
+    def begin(self, count: int, padding: int) -> None:
+        """Begin so many texts, whose rows, captions and numbers were ``put``, in place of those that have ended."""
+        there, captions, drawn = self.given[: count * (2 + self.length)].split([count, count, count * self.length])
         self.tokens[:, 1:].index_fill_(0, there, padding)
-        self.drawn[:, :-1].index_copy_(0, there, self._drawn.index_select(0, captions))
+        self.drawn[:, :-1].index_copy_(0, there, drawn.view(torch.float64).unflatten(0, (count, -1)))
         self.caption.index_copy_(0, there, captions)
         for values in (self.done, self.broken, self.position):
             values.index_fill_(0, there, 0)
 
-    def read_flags(self, rows: int) -> npt.NDArray[np.uint8]:
-        """The byte of each row. Waits for the device."""
-        flags: npt.NDArray[np.uint8] = self.flags[:rows].cpu().numpy()
-        return flags
-
     def compact(self, rows: int, smaller: int) -> tuple[Tensor, Tensor]:
         """Keep ``smaller`` rows, those that have not ended among them -> their indices, and whether they have not."""
-        self._store(rows)
+        self.store(rows)
         order = self.done[:rows].to(torch.uint8).sort(stable=True).indices[:smaller]
         for values in (self.tokens, self.drawn, self.caption, self.done, self.broken, self.position):
             values[:smaller] = values.index_select(0, order)
@@ -230,7 +306,7 @@ class _State:
 
     def texts(self, rows: int, images: int, captions: int, end: int) -> list[list[list[int]] | None]:
         """The texts of each image's captions, None where one was broken."""
-        self._store(rows)
+        self.store(rows)
         stored = torch.cat([self._texts[:-1, 1:], self._lost[:-1, None]], dim=1).cpu().numpy()
         texts, lost = stored[:, :-1], np.any(stored[:, -1].reshape(images, captions), axis=1, keepdims=True)
         ends = texts == end
@@ -238,6 +314,12 @@ class _State:
         rows_of = [text[:length] for text, length in zip(texts.tolist(), lengths.tolist(), strict=True)]
         return [None if lost[i, 0] else rows_of[i * captions : (i + 1) * captions] for i in range(images)]
 
-    def _store(self, rows: int) -> None:
+    def store(self, rows: int) -> None:
+        """Store the texts of rows, which others may replace."""
         self._texts.index_copy_(0, self.caption[:rows], self.tokens[:rows, :-1])
         self._lost.index_copy_(0, self.caption[:rows], self.broken[:rows])
+
+
+def _doubled(count: int) -> int:
+    """The least double of ``_FEW`` that is not below a number."""
+    return max(_FEW, 1 << (count - 1).bit_length())

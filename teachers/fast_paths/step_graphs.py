@@ -21,35 +21,40 @@ Step = Callable[[], None]
 class Steps:
     """Launches steps: operation by operation, or each as one CUDA graph if ``graphs`` is set on CUDA.
 
-    The first step with a key runs eagerly, which also lets libraries choose and load their kernels, and is then
-    captured. A capture runs nothing. All graphs share one memory pool, since a step keeps no result in it.
+    The first step of a kind with a shape runs eagerly, which also lets libraries choose and load their kernels, and is
+    then captured. A capture runs nothing. All graphs share one memory pool, since a step keeps no result in it.
 
-    After a capture that fails, nothing more is captured: steps run eagerly, but those that are graphs already. Lack of
-    memory raises, since a smaller batch may be captured.
+    After a capture that fails, no more of that kind are captured: they run eagerly, but those that are graphs already.
+    Lack of memory raises, since a smaller batch may be captured. ``asked``: the config sets ``graphs`` to true.
     """
 
-    def __init__(self, device: torch.device, graphs: bool = True) -> None:
+    def __init__(self, device: torch.device, graphs: bool = True, asked: bool = False) -> None:
         self._device = device
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
-        self._path = fast_path("graphs") if graphs and device.type == "cuda" and enabled() else None
+        self._path = fast_path("graphs", asked) if graphs and device.type == "cuda" and enabled() else None
         self._stream = torch.cuda.Stream(device) if self._path else None
+        self._failed = set[str]()
 
-    def run(self, key: Hashable, step: Step) -> None:
-        """Run a step. Steps with equal ``key`` are the same operations on the same tensors."""
-        if (graph := self._graphs.get(key)) is not None:
+    def captures(self, kind: str) -> bool:
+        """Whether steps of a kind become graphs."""
+        return self._path is not None and kind not in self._failed
+
+    def run(self, kind: str, shape: Hashable, step: Step) -> None:
+        """Run a step. Those of equal kind and shape are the same operations on the same tensors."""
+        if (graph := self._graphs.get((kind, shape))) is not None:
             graph.replay()
         else:
             with decoding_kernels(self._device):
                 step()
-                if self._stream is not None:
-                    self._capture(key, step)
+                if self.captures(kind):
+                    self._capture(kind, shape, step)
         if self._path is not None:
             (self._path.plain if graph is None else self._path.used)()
 
     def clear(self) -> None:
         self._graphs.clear()
 
-    def _capture(self, key: Hashable, step: Step) -> None:
+    def _capture(self, kind: str, shape: Hashable, step: Step) -> None:
         pool = next((graph.pool() for graph in self._graphs.values()), None)
         graph = torch.cuda.CUDAGraph()
         # Other threads may allocate and copy meanwhile. If a capture fails, torch.cuda.graph may leave its own stream
@@ -62,11 +67,11 @@ class Steps:
         except Exception as error:  # whatever a driver or a library refuses
             if is_out_of_memory(error):
                 raise
-            assert self._path is not None
-            self._stream = None
-            self._path.fall_back(f"{type(error).__name__}: {error}")
+            if not self._failed and self._path is not None:
+                self._path.fall_back(f"{type(error).__name__}: {error}")
+            self._failed.add(kind)
         else:
-            self._graphs[key] = graph
+            self._graphs[kind, shape] = graph
 
 
 @contextmanager
@@ -75,7 +80,7 @@ def decoding_kernels(device: torch.device) -> Iterator[None]:
 
     Attention never uses cuDNN, which builds a plan for each new shape in tens of milliseconds, and whose results may
     differ between runs. Writes by index need no sorting, which torch's deterministic mode adds: rows are distinct
-    wherever their values are used.
+    wherever their values are used, or have equal values.
     """
     if device.type != "cuda":
         yield

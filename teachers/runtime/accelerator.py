@@ -197,3 +197,20 @@ def upload(array: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tens
     if device.type == "cuda" and array.device.type == "cpu":
         array = array.pin_memory()  # the allocator does not reuse it before the copy is done
     return array.to(device, non_blocking=True)
+
+
+def put_into(target: torch.Tensor, array: np.ndarray) -> None:
+    """Copy to the beginning of a tensor that stays where it is, on CUDA asynchronously through pinned memory."""
+    source = torch.from_numpy(array)
+    if target.device.type == "cuda":
+        source = source.pin_memory()
+    target[: len(source)].copy_(source, non_blocking=True)
+
+
+def download(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+    """Copy to the host behind what is queued -> the copy, and the event with which it is complete; None: it is."""
+    if tensor.device.type != "cuda":
+        return tensor.to("cpu", copy=True), None
+    host, copied = tensor.to("cpu", non_blocking=True), torch.cuda.Event()  # CUDA allocates pinned memory for it
+    copied.record(torch.cuda.current_stream(tensor.device))
+    return host, copied

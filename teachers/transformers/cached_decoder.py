@@ -20,6 +20,8 @@ class CachedDecoder:
     shape in front of [rows, 1] that the model expects.
     """
 
+    ahead = 0  # all rows get a token in each step
+
     def __init__(
         self,
         model: Any,
@@ -75,6 +77,11 @@ class CachedDecoder:
         with decoding_kernels(self._accelerator.device):
             step()
         self._count += 1
+
+    def run(self, kind: str, size: int, step: Step) -> None:
+        """Run other work between steps."""
+        with decoding_kernels(self._accelerator.device):
+            step()
 
     def step(self, tokens: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         """As ``device_sampling.DeviceDecoder.step``."""

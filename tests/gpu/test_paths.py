@@ -89,7 +89,7 @@ def test_a_shard_on_a_gpu_has_the_layers_of_a_cpu_and_waits_for_no_copy_of_its_i
     images = [copy for copy in counts.copies_to_device() if copy.place.startswith("teachers/runtime/accelerator.py")]
     assert images
     assert not any(copy.blocking for copy in images), images
-    decoding = ("teachers/coca/", "teachers/decoding/")
+    decoding = ("teachers/coca/", "teachers/decoding/", "teachers/fast_paths/step_graphs.py")  # which captures once
     waits = sum(count for wait, count in counts.waits.items() if not any(part in wait for part in decoding))
     assert waits <= WAITS_A_BATCH * 3, counts
     for path in sorted((tmp_path / "cuda").rglob("*.parquet")):

@@ -17,8 +17,9 @@ Raised, as CUDA does:
 - RuntimeError by a synchronization or a blocking copy while a CUDA graph is captured.
 
 Counted in a ``Counts``: kernels, copies (direction, bytes, blocking, stream), synchronizations with the place in the
-code, allocations and the operations by name. A fused attention counts as one operation, though autograd decomposes it
-in a training; views count as none; a replay of a graph counts as one.
+code, those after which the device has nothing to do until the host launches more, allocations and the operations by
+name. A fused attention counts as one operation, though autograd decomposes it in a training; views count as none; a
+replay of a graph counts as one.
 
 ``torch.cuda``'s streams, events, graphs and memory figures are replaced; optimizers and ``clip_grad_norm_`` take the
 paths of a CUDA device. Threads that start inside the context belong to it. Autocast follows the lists of the CPU.
@@ -123,7 +124,7 @@ def _grouped(*arguments: Any) -> Any:
 def _replaced_runtime(cuda: StandIn) -> Iterator[None]:
     """Replace parts of ``torch.cuda``, of ``torch.autocast``, of ``torch.compile`` and of optimizers."""
     _device[:] = [cuda]
-    streams.Event.on_wait = staticmethod(cuda.wait)
+    streams.Event.on_wait, streams.Event.launched = staticmethod(cuda.wait), staticmethod(lambda: cuda.launches)
     streams.begin()
     types = [*foreach._foreach_supported_types, CudaTensor]
     replaced = [

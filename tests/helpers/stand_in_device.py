@@ -7,15 +7,15 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import ref
 
 import torch
+from torch.utils._pytree import tree_map_only
 
-from tests.helpers.stand_in_streams import DEVICE, Event, Stream, current, default
+from tests.helpers.stand_in_streams import DEVICE, Copy, Counts, Event, Stream, current, default
 
 aten = torch.ops.aten
 _ROOT = str(Path(__file__).parents[2])
@@ -24,17 +24,6 @@ _INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_in
 _WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "unique_consecutive"}
 _known: dict[int, _Facts] = {}  # by the id of an operation, whose hash takes long
 _CPU_VALUES = {"fill_", "masked_fill_", "masked_fill", "where", "index_put_", "index_put"}  # and pointwise ones
-
-
-@dataclass(frozen=True)
-class Copy:
-    """A copy between the host and the device."""
-
-    to_device: bool
-    bytes: int
-    blocking: bool
-    place: str
-    stream: Stream
 
 
 class _Facts(NamedTuple):
@@ -46,26 +35,6 @@ class _Facts(NamedTuple):
     counted: bool
     mutable: bool
     pointwise: bool
-
-
-@dataclass
-class Counts:
-    """What a piece of code asked the device to do."""
-
-    operations: int = 0
-    allocations: int = 0
-    graph_launches: int = 0
-    by_name: Counter[str] = field(default_factory=Counter)
-    copies: list[Copy] = field(default_factory=list)
-    waits: Counter[str] = field(default_factory=Counter)  # by reason and place
-
-    @property
-    def synchronizations(self) -> int:
-        """How often the host waited for the device; blocking copies are among them."""
-        return self.waits.total()
-
-    def copies_to_device(self) -> list[Copy]:
-        return [copy for copy in self.copies if copy.to_device]
 
 
 class CudaTensor(torch.Tensor):
@@ -90,6 +59,7 @@ class StandIn:
 
     def __init__(self, memory: int) -> None:
         self.memory, self.allocated, self.peak = memory, 0, 0
+        self.launches = 0  # of kernels and graphs
         self.tape: list[tuple[Any, Any, Any, Any]] | None = None  # of the graph that is captured
         self._queue: list[tuple[Stream, tuple[Any, Any, Any, Any]]] | None = None  # of operations that are delayed
         self._references: dict[int, ref[torch.Tensor]] = {}
@@ -137,6 +107,8 @@ class StandIn:
             raise RuntimeError(f"operation not permitted when stream is capturing: {reason} at {_place()}")
         for counts in self._counting:
             counts.waits[f"{reason} at {_place()}"] += 1
+            if event is None or event.launches == self.launches:
+                counts.idle[f"{reason} at {_place()}"] += 1
         self._run_queued(event.stream if event else None)
 
     def _run_queued(self, only: Stream | None = None) -> None:
@@ -207,6 +179,7 @@ class StandIn:
 
     def count(self, name: str) -> None:
         """Count one kernel."""
+        self.launches += 1
         for counts in self._counting:
             counts.operations += 1
             counts.by_name[name] += 1
@@ -273,7 +246,7 @@ class StandIn:
         if self.tape is None and self._queue is None:
             return _run(func, args, kwargs)
         # A capture runs nothing, but the shapes are needed: only what changes tensors is left out.
-        out = args[0] if _facts(func).mutable else _run(func, args, kwargs)
+        out = kwargs.get("out", args[0]) if _facts(func).mutable else _shaped(func, args, kwargs)
         if self.tape is not None:
             self.tape.append((func, args, kwargs, out))
         elif self._queue is not None:
@@ -340,6 +313,17 @@ def _storage(tensor: torch.Tensor) -> int:
 def _run(func: Any, args: Any, kwargs: Any) -> Any:
     with torch._C._DisableTorchDispatch():
         return func(*args, **kwargs)
+
+
+def _shaped(func: Any, args: Any, kwargs: Any) -> Any:
+    """What an operation returns, whose values may be anything: its inputs may hold indices that are to be computed."""
+    try:
+        return _run(func, args, kwargs)
+    except IndexError:
+        with torch._C._DisableTorchDispatch():
+            args = tree_map_only(torch.Tensor, lambda one: torch.empty_like(one, device="meta"), args)
+            found = func(*args, **kwargs)
+            return tree_map_only(torch.Tensor, lambda one: torch.zeros_like(one, device="cpu"), found)
 
 
 def _tensors(values: Iterable[Any]) -> list[torch.Tensor]:

@@ -191,7 +191,7 @@ def test_logits_match_the_full_forward_pass_while_rows_are_repeated_dropped_and_
 
 
 @pytest.mark.parametrize("options", STRATEGIES.values(), ids=STRATEGIES)
-def test_captions_on_cuda_are_those_of_the_cpu_and_each_word_waits_once(options, monkeypatch, request):
+def test_captions_on_cuda_are_those_of_the_cpu_and_a_word_waits_at_most_once(options, monkeypatch, request):
     attend, enabled = torch.nn.functional.scaled_dot_product_attention, []
 
     def record(*arguments: Any, **others: Any) -> torch.Tensor:
@@ -213,6 +213,8 @@ def test_captions_on_cuda_are_those_of_the_cpu_and_each_word_waits_once(options,
             assert captioner.caption(pixels, seeds) == wanted
         # the texts are read once, and those of beams with their scores
         assert counts.synchronizations <= counts.graph_launches + 2, counts
+        if captioner.by_group and "0.99" not in str(options):  # its nuclei are wide, and wait for their token
+            assert counts.idle.total() == 1, "while texts are decoded, the device has the next step to do"
         assert not any(copy.blocking for copy in counts.copies_to_device()), counts
         assert not RAISING & counts.by_name.keys()
         assert captioner.by_group == ("beams" not in str(options.get("strategy")))
@@ -278,8 +280,8 @@ def test_a_word_is_one_graph_and_one_wait_and_allocates_nothing():
     assert eager["operations"] <= 137
     assert (beams["graphs"], beams["waits"], beams["copies"]) == (1, 1, 1)
     assert beams["operations"] <= 80
-    assert (wide["graphs"], wide["waits"], wide["copies"]) == (1, 1, 1)
-    assert wide["operations"] <= 53
+    assert (wide["graphs"], wide["waits"], wide["copies"]) == (2, 1, 2), "one for the tokens that were left open"
+    assert wide["operations"] == 2
 
 
 def test_graphs_are_captured_once_for_each_shape_and_replaced_only_when_the_batch_grows():

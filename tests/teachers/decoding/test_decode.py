@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,7 +15,7 @@ from teachers.decoding.beams import BeamOptions, beam_search
 from teachers.decoding.decode import decode, sample
 from teachers.decoding.rules import DecodingRules, compact
 from teachers.decoding.sampling import TokenChooser
-from teachers.decoding.schedule import Schedule
+from teachers.decoding.schedule import Schedule, entry_size
 from teachers.registry import captioner_spec
 from teachers.spec import CaptionerSpec
 from tests.helpers.models.tiny_captioners import seeds
@@ -243,10 +244,13 @@ NATURAL = 6 + np.random.default_rng(0).poisson(7, (650, 5)).clip(max=21)
 SKEWED = 6 + np.random.default_rng(1).geometric(1 / 8, (650, 5)).clip(max=21)
 
 
-def steps_of(lengths: np.ndarray, rows: int, places: int) -> list[int]:
-    """The number of texts in each step of a decoder whose texts have these lengths, [images, captions]."""
+def steps_of(lengths: np.ndarray, rows: int, places: int, ahead: int) -> list[int]:
+    """The number of texts in each step of a decoder whose texts have these lengths, [images, captions].
+
+    ``ahead`` steps are launched before the ends of texts in the one before are known.
+    """
     images, captions = lengths.shape
-    schedule = Schedule(images, captions, rows, places)
+    schedule, unknown = Schedule(images, captions, rows, places), deque[np.ndarray]()
     place_of, left, tokens = np.full(rows, places), np.zeros(rows, int), np.zeros(rows, int)
     active, entered = [], []
     while True:
@@ -257,32 +261,40 @@ def steps_of(lengths: np.ndarray, rows: int, places: int) -> list[int]:
             left[entry.rows], tokens[entry.rows] = lengths.reshape(-1)[entry.captions], 0
             entered += entry.captions.tolist()
             np.testing.assert_array_equal(place_of[entry.rows], entry.places.repeat(captions))
+            assert not active or not schedule.waiting or len(entry.images) % entry_size(places) == 0
         active.append(int((left > 0).sum()))
-        if not schedule.waiting and not active[-1]:
-            break
         assert schedule.longest >= tokens[left > 0].max(initial=0), "attention would not see all of the longest text"
         left, tokens = (left - 1).clip(min=0), tokens + 1
-        schedule.advance(left == 0)
+        schedule.launch()
+        unknown.append(left == 0)
+        if len(unknown) > ahead and schedule.advance(unknown.popleft()).all() and not schedule.waiting:
+            break
     assert entered == [*range(images * captions)], "images enter in their order, each once"
     assert sum(active) == lengths.sum()
-    return active[:-1]
+    assert sum(active[-1 - ahead :]) > 0, "steps without texts at the end"
+    return active
 
 
+@pytest.mark.parametrize("ahead", [0, 1])
 @pytest.mark.parametrize("captions", [1, 2, 5])
 @pytest.mark.parametrize("images", [1, 3, 40])
-def test_each_image_enters_once_in_order_in_rows_and_a_place_that_are_free(images: int, captions: int) -> None:
+def test_each_image_enters_once_in_order_in_rows_and_a_place_that_are_free(
+    images: int, captions: int, ahead: int
+) -> None:
     lengths = np.random.default_rng(images).integers(1, 9, (images, captions))
     lengths[0] = 1  # ends at the first step
-    steps_of(lengths, 16, 16 // captions)
+    steps_of(lengths, 16, 16 // captions, ahead)
+    steps_of(lengths, 80, 32, ahead)
     assert Schedule(0, captions, 16, 16 // captions).enter() is None, "no images take no steps"
 
 
 @pytest.mark.parametrize("lengths", [NATURAL, SKEWED], ids=["natural", "skewed"])
 def test_rows_stay_full_until_the_last_images_so_that_the_tail_costs_under_a_fifth(lengths: np.ndarray) -> None:
-    active = np.array(steps_of(lengths, 640, 160))
+    active = np.array(steps_of(lengths, 640, 160, ahead=0))
     alone = sum(int(part.max()) for part in np.split(lengths, range(128, 650, 128)))  # steps of batches of 128 images
     assert len(active) < 0.65 * alone
     tail = active < 640 / 2
     cost = 400 + np.maximum(active, 16)  # a step of few rows costs less than half of one of 640
     assert cost[tail].sum() < 0.2 * cost.sum()
     assert active[~tail].mean() > 0.85 * 640 if lengths is NATURAL else 0.75 * 640
+    assert len(steps_of(lengths, 640, 160, ahead=1)) <= 1.08 * len(active)

@@ -44,7 +44,7 @@ def failing_captures(cuda: StandIn, first: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "graph", capture)
         yield
-    assert len(captures) == first + 1, "captures were tried after one had failed"
+    assert len(captures) - first <= 4, "a kind of steps was captured again after that had failed"
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def cuda() -> Iterator[StandIn]:
 
 @pytest.mark.parametrize(
     ("loading", "first", "replayed"),
-    [(True, 0, False), (True, 2, False), (False, 0, False), (False, 1, True)],
+    [(True, 0, False), (True, 4, False), (False, 2, True), (False, 4, True)],
     ids=["at loading", "of compiled steps at loading", "of the first word", "of a later shape"],
 )
 def test_a_capture_that_fails_leaves_plain_steps_with_equal_captions_and_one_warning(
@@ -92,13 +92,13 @@ def test_steps_are_counted_as_replayed_from_the_second_with_a_key_and_not_where_
             values.add_(1)
 
         for key in (1, 1, 2, 1):
-            steps.run(key, partial(step, key))
+            steps.run("step", key, partial(step, key))
         assert values.item() == 4
         return done
 
     device = torch.device("cuda", 0)
-    assert run(Steps(device)) == [1, 1, 2, 2], "each key runs once, and is captured"
-    assert snapshot() == (Usage("", "graphs", used=2, plain=2),)
+    assert run(Steps(device, asked=True)) == [1, 1, 2, 2], "each key runs once, and is captured"
+    assert snapshot() == (Usage("", "graphs", asked=True, used=2, plain=2),)
     monkeypatch.setenv(VARIABLE, "plain")
     assert run(Steps(device)) == run(Steps(device, graphs=False)) == [1, 1, 2, 1]
     assert len(snapshot()) == 1
@@ -123,7 +123,7 @@ def test_a_capture_that_fails_leaves_the_thread_on_its_stream(cuda: StandIn) -> 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "graph", Failing)
         before = torch.cuda.current_stream()
-        Steps(torch.device("cuda", 0)).run("step", lambda: None)
+        Steps(torch.device("cuda", 0)).run("step", 1, lambda: None)
         assert torch.cuda.current_stream() is before
     assert "failed due to a previous error" in str(snapshot()[0].reason)
 
@@ -137,8 +137,8 @@ def test_a_capture_without_memory_raises_so_that_a_smaller_batch_is_captured(cud
     allocations = itertools.count()
     full = cuda.failing_allocations(lambda _: next(allocations) == 1)  # the first is that of the step itself
     with full, pytest.raises(torch.OutOfMemoryError):
-        steps.run("step", step)
-    steps.run("step", step)
-    steps.run("step", step)
+        steps.run("step", 1, step)
+    steps.run("step", 1, step)
+    steps.run("step", 1, step)
     assert values[0].item() == 3
     assert snapshot()[0].used == 1
