@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,6 +30,9 @@ _CAPTIONS = (
 )
 #: Captions of an image in the folder of its class.
 CLASS_TEXTS = ("a photo of a {}.", "a photo of the {}.", "a close-up photo of the {}.", "a picture of one {}.")
+#: Names of folders that divide images into parts, in lower case.
+_PARTS = frozenset({"train", "training", "val", "valid", "validation", "dev", "test", "testing"})
+_WORDNET_ID = re.compile(r"n\d{8}")
 _KEYS = ("id", "image_id", "sample_id", "hash", "sha256", "md5")
 _FIRST_SAMPLES = 16
 _SCHEME_CHARS = 16
@@ -67,7 +71,11 @@ class Fields:
         if self.unread is not None:
             return [self.unread]
         if self.classes:
-            return [f"classes: {len(self.classes)} folders ({first_names(self.classes)}); captions are made of them"]
+            ids = ". They are WordNet ids, which no model knows: rename them to names of classes"
+            return [
+                f"classes: {len(self.classes)} folders ({first_names(self.classes)}); captions are made of them"
+                + (ids if all(map(_WORDNET_ID.fullmatch, self.classes)) else "")
+            ]
         if self.example is not None:
             lines = [f"caption of the first sample: {self.example!r}"]
             if self.several > 1:
@@ -184,11 +192,13 @@ def _json_of(sample: RawSample) -> dict[str, Any]:
 
 
 def class_folders(shard: Shard) -> tuple[str, ...]:
-    """The classes of a folder whose images are all in folders of it, two or more; else none."""
+    """The classes of a folder whose images are all in folders of it, two or more; none if these are its parts."""
     if not find_format(shard.format).is_listed:
         return ()
     found = {class_of(json.loads(line)["key"]) for line in shard.lines()}
-    return tuple(sorted(name for name in found if name)) if None not in found and len(found) > 1 else ()
+    if None in found or len(found) < 2 or {str(name).lower() for name in found} <= _PARTS:
+        return ()
+    return tuple(sorted(map(str, found)))
 
 
 def _named(names: Sequence[str], known: Sequence[str]) -> str | None:

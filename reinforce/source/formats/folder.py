@@ -27,7 +27,7 @@ from reinforce.source.formats.lines import BrokenRow, LinesFormat
 from reinforce.source.formats.parquet import Parquet, ParquetFile, is_binary
 from reinforce.source.formats.recognise import format_of_name
 from reinforce.source.formats.tar import sample_of_files, split_name
-from reinforce.source.samples import Item, RawSample, Refusal, UnreadSample
+from reinforce.source.samples import Item, RawSample, Refusal, UnreadSample, as_utf8
 from reinforce.source.streams import NO_FILE, read_file
 from reinforce.source.urls import canonical, filesystem
 from reinforce.source.whole_reads import list_whole
@@ -35,7 +35,7 @@ from reinforce.terminal import plural
 from schemas import Reason
 
 FILE_NAME = "file_name"
-#: Member of a sample that has the name of its class, where `input.captions` names it.
+#: Member of a sample that has the name of its class, where `input.captions` names it and the sample has no such member.
 CLASS = "class"
 
 _TABLES = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet")  # other files that may have captions
@@ -186,9 +186,10 @@ class _ListReader:
         return [self._complete(item, row) if isinstance(item, RawSample) else item for item in items]
 
     def _complete(self, item: RawSample, row: Mapping[str, Any] | None) -> RawSample:
-        if CLASS in self._spec.captions and (name := class_of(item.key)):
-            item = _with_class(item, name)
-        return self._with_row(item, row) if row else item
+        item = self._with_row(item, row) if row else item
+        if CLASS in self._spec.captions and CLASS not in item.sidecars and (name := class_of(item.key)):
+            return _with_class(item, name)
+        return item
 
     def _with_row(self, item: RawSample, row: Mapping[str, Any]) -> RawSample:
         """A sample with its row of metadata; its own files take precedence."""
@@ -206,7 +207,7 @@ class _ListReader:
 def class_of(path: str) -> str | None:
     """The name of an image's class: the first folder of its path, with spaces for underscores; None without one."""
     folder, slash, _ = path.partition("/")
-    return folder.replace("_", " ").strip() or None if slash else None
+    return as_utf8(folder).replace("_", " ").strip() or None if slash else None
 
 
 def _with_class(item: RawSample, name: str) -> RawSample:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import yaml
 from reinforce.config import Config
 from reinforce.engine.plan.source_shards import source_shards
 from reinforce.engine.starter.fields import CLASS_TEXTS
+from reinforce.engine.starter.starter import look_at
 from reinforce.errors import UserError
 from tests.helpers.commands import run_command
 from tests.helpers.data import members_of, picture
@@ -154,6 +156,17 @@ def test_folders_of_classes_give_captions_of_their_names(folder: Path, capfd: py
     assert "caption 'a photo of a cats.' and 3 more" in planned
     write(folder / "s", {"loose.png": picture(4)})
     assert init_again(capfd, root)["captions"] == [], "an image without a folder has no class"
+    parts = write(folder / "parts", {f"{name}.png": picture(0) for name in ("train/cats/a", "Val/cats/b")})
+    assert init_again(capfd, parts)["captions"] == [], "folders of parts are no classes"
+
+
+def test_class_folders_may_have_names_that_are_not_utf_8_or_mean_nothing(folder: Path) -> None:
+    for name in (b"a\xff", b"b"):
+        os.makedirs(os.fsencode(folder) + b"/odd/" + name)
+        (folder / "odd" / os.fsdecode(name) / "1.png").write_bytes(picture(1))
+    assert look_at(str(folder / "odd"), "out").classes == ("a%FF", "b")
+    ids = write(folder / "ids", {f"{name}/1.png": picture(1) for name in ("n01440764", "n01443537")})
+    assert "WordNet ids, which no model knows" in look_at(ids, "out").fields.lines()[0]
 
 
 def init_again(capfd: pytest.CaptureFixture[str], data: str) -> dict[str, Any]:

@@ -105,6 +105,18 @@ def test_captions_are_made_of_the_names_of_class_folders(tmp_path: Path) -> None
         plan(config(tmp_path / "photos", tmp_path / "x", input={"templates": ["a photo"]}))
 
 
+def test_a_class_is_added_to_the_rows_and_files_that_state_more(tmp_path: Path) -> None:
+    for number, name in enumerate(("cats/a.png", "cats/b.png", "dogs/c.png")):
+        put(tmp_path / "photos", name, picture(number))
+    put(tmp_path / "photos", "metadata.csv", "file_name,by\ncats/a.png,Ann\ncats/b.png,Bo\ndogs/c.png,Cy\n")
+    put(tmp_path / "photos", "cats/b.class", "tiger")
+    put(tmp_path / "photos", "dogs/c.json", "not JSON")
+    found = rows(reinforce_here(config(tmp_path / "photos", tmp_path / "out", input={"captions": ["class"]})))
+    assert [row["caption"] for row in found] == ["cats", "tiger", "dogs"], "a member of this name takes precedence"
+    metadata = [row["metadata"] and json.loads(row["metadata"]) for row in found]
+    assert metadata[:2] == [{"by": "Ann", "class": "cats"}, {"by": "Bo"}]
+
+
 def test_files_that_are_added_form_new_shards_and_finished_ones_stay(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
