@@ -6,29 +6,32 @@ Each step continues where a stopped command ended, and is also a command of its 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import yaml
 
+from reinforce import settings
 from reinforce.adapting import steps
-from reinforce.adapting.config import RELEASED, AdaptConfig
+from reinforce.adapting.config import DOMAIN, FEWEST_IMAGES, RELEASED, AdaptConfig
 from reinforce.adapting.interpolate import GRID, Sweep, sweep
 from reinforce.adapting.mixtures import Mixtures
 from reinforce.adapting.page import write_page
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import SAMPLES
-from reinforce.dataset.manifest.manifest import read_manifest
+from reinforce.dataset.manifest.manifest import find_manifest, read_manifest
 from reinforce.dataset.reading.aligned import AlignedLayers
 from reinforce.dataset.reading.dataset import Dataset
 from reinforce.dataset.view import View, open_view
+from reinforce.engine.plan.check_output import check_output
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.preflight.estimate_bytes import source_statistics
 from reinforce.engine.run import run
 from reinforce.errors import UserError
 from reinforce.evaluation.evaluator import Evaluator
+from reinforce.model_names import resolve_models
 from reinforce.selection.config import SelectConfig
 from reinforce.selection.select import select
 from reinforce.storage import Storage
@@ -39,6 +42,7 @@ from reinforce.student.train import train
 from reinforce.terminal import format_duration, plural
 from reinforce.training.job import total_steps
 from teachers.preprocessing.pixels import to_pixels
+from teachers.redact import redact_values
 from teachers.runtime.accelerator import Accelerator
 from teachers.spec import ModelSpec
 
@@ -79,32 +83,40 @@ def adapt(config: AdaptConfig, log: Log = lambda line: None, address: str | None
     Evaluator(config.general)  # faulty sets are reported first
     domain = steps.find_domain(config)
     run_config = steps.run_config(config, domain, student.image.height)
+    check_output(run_config)
+    steps.training_config(config, domain, FEWEST_IMAGES)  # faulty keys are reported before anything is written
+    stated = _check_repeated(storage, config)
+    plan = make_plan(run_config)
     storage.check_writable()
-    _claim(storage, config)
+    storage.write_json(stated, CONFIG)
     storage.write_bytes(_yaml(run_config), RUN_FILE)
     for line in [f"source: {domain.found}", *domain.notes]:
         log(line)
-    _Estimate(config, student).log(make_plan(run_config), log)
+    _Estimate(config, student).log(plan, log)
     del student
     summary = run(run_config, address=address)
     if summary.status:
         raise UserError(f"the run has failed: {summary.text(run_config.output)}")
     data = Dataset(run_config.output, {})
     _check_captions(data, config.source)
-    images = len(data)
-    held_out, trained_on = (_divide(one, log) for one in steps.views(config, images))
+    begun = TRAINING_FILE in storage.names()
+    domain = _domain_of_training(storage, domain) if begun else domain
+    held_out, trained_on = (_divide(one, data.shards, begun) for one in steps.views(config, len(data)))
+    if newer := len(data) - len(held_out) - len(trained_on):
+        log(f"warning: {plural(newer, 'image')} came after the training began and are not used. Name another folder.")
     training = steps.training_config(config, domain, len(trained_on))
     _check_length(training, len(trained_on), log)
     storage.write_bytes(_yaml(training), TRAINING_FILE)
     log(f"training on {plural(len(trained_on), 'image')}, {len(held_out):,} are held out")
     train(training, address=address)
-    specs = {RELEASED: _spec(config), "trained": ModelSpec(model=f"local-dir:{steps.training_of(config)}/student")}
-    out = f"{config.output.rstrip('/')}/{MODEL}"
-    sets = steps.sets_of(config, domain)
-    mixtures = Mixtures(specs, out, sets, precision=training.train.compute.precision, log=log)
-    found = sweep(mixtures, specs, out, steps.rule_of(config, domain), config.alphas or GRID)
+    out, sets = f"{config.output}/{MODEL}", steps.sets_of(config, domain)
+    trained = f"{steps.training_of(config)}/student"
+    with resolve_models([trained]) as found_models:
+        specs = {RELEASED: _spec(config), "trained": found_models[trained]}
+        mixtures = Mixtures(specs, out, sets, precision=training.train.compute.precision, log=log)
+        found = sweep(mixtures, specs, out, steps.rule_of(config, domain), config.alphas or GRID)
     page = write_page(config, sets, found, mixtures)
-    return Adapted(config.output.rstrip("/"), found, page)
+    return Adapted(config.output, found, page)
 
 
 def _load(config: AdaptConfig) -> Student:
@@ -120,18 +132,17 @@ def _spec(config: AdaptConfig) -> ModelSpec:
     return ModelSpec(model=config.released.model, pretrained=config.released.pretrained)
 
 
-def _claim(storage: Storage, config: AdaptConfig) -> None:
-    """Write the config, or check that a former command had the same. Raises UserError."""
-    stated = config.model_dump(mode="json")
+def _check_repeated(storage: Storage, config: AdaptConfig) -> dict[str, Any]:
+    """The config without secrets. Raises UserError if a former command that has stored samples had another."""
+    stated: dict[str, Any] = redact_values(config.model_dump(mode="json"))
     before = storage.read_json(CONFIG)
-    if before is None:
-        storage.write_json(stated, CONFIG)
-    elif before != stated:
-        changed = [key for key in stated if before.get(key) != stated[key]]
+    if before not in (None, stated) and find_manifest(Store(steps.dataset_of(config))) is not None:
+        changed = [key for key in stated if before is not None and before.get(key) != stated[key]]
         raise UserError(
             f"{storage.url} has an adaptation with other {', '.join(changed)}. Name another folder, or repeat the "
             f"command as it was ({storage.url}/{CONFIG})."
         )
+    return stated
 
 
 def _check_captions(data: Dataset, source: str) -> None:
@@ -144,25 +155,40 @@ def _check_captions(data: Dataset, source: str) -> None:
                 found |= {*opened.read(number)[SAMPLES]["caption"].to_pylist()}
                 if len(found - {None}) > 1:
                     return
-    raise UserError(f"{source}: all captions are equal, so that they tell no image from another. Write one for each.")
+    raise UserError(
+        f"{source}: all captions are equal, so that they tell no image from another. Write one for each, and name "
+        f"another folder than that of {data.store.url}, which has the captions as they were read."
+    )
 
 
 def _yaml(config: Any) -> bytes:
-    """A config as a file for its own command, with the keys that were set."""
-    return yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True, by_alias=True), sort_keys=False).encode()
+    """A config as a file for its own command, with the keys that were set, without secrets."""
+    keys = redact_values(config.model_dump(mode="json", exclude_unset=True, by_alias=True))
+    return yaml.safe_dump(keys, sort_keys=False).encode()
 
 
-def _divide(config: SelectConfig, log: Log) -> View:
-    """The view of a config, which is made unless it exists with these rules and of these samples."""
+def _divide(config: SelectConfig, shards: Collection[str], begun: bool) -> View:
+    """The view of a config, which is made unless it exists with these rules and of the samples of these shards.
+
+    One by which a training has ``begun`` stays as it is.
+    """
     store = Store(config.dataset)
     rules = [rule.model_dump(exclude_none=True) for rule in config.rules]
     try:
         view = open_view(store, read_manifest(store), config.name)
-        if [*view.rules] == rules and view.seed == config.seed:
+        if begun or ([*view.rules] == rules and view.seed == config.seed and {*view.counts} == {*shards}):
             return view
     except UserError:  # there is none, or one of other samples
         pass
     return select(config, log=lambda line: None, processes=1)
+
+
+def _domain_of_training(storage: Storage, domain: steps.Domain) -> steps.Domain:
+    """The domain with the classes of the training that has begun, since when folders may have come or gone."""
+    text = storage.read_bytes(TRAINING_FILE, limit=2**26).decode()
+    training = settings.parse(StudentConfig, settings.load_yaml(text), f"{storage.url}/{TRAINING_FILE}")
+    of_classes = training.evaluate.zero_shot.get(DOMAIN)
+    return domain if of_classes is None else replace(domain, classes=[*(of_classes.classes or ())])
 
 
 def _check_length(config: StudentConfig, images: int, log: Log) -> None:

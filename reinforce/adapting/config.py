@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from reinforce.evaluation.config import Evaluation
-from reinforce.settings import Section
+from reinforce.settings import Section, flatten
 
 #: Names in the datasets and configs that a step reads of another.
 RELEASED, DOMAIN, TRAIN, HELD_OUT = "released", "domain", "train", "held-out"
 FEWEST_IMAGES = 20
+#: Keys of the steps' configs that `adapt` sets by its own keys, which are named after them.
+_OWN = {
+    "run": {"source": "source", "output": "output", "teachers": "teachers"},
+    "student": {
+        "output": "output", "student.model": "released", "student.pretrained": "released",
+        "student.image_size": "released", "data.datasets": "source",
+    },
+}  # fmt: skip
 
 
 class Released(Section):
@@ -46,12 +54,22 @@ class AdaptConfig(Section):
         default_factory=dict, description="keys of the training's config that replace those of `adapt`, such as train"
     )
 
+    @field_validator("source", "output")
+    @classmethod
+    def _without_slash(cls, url: str) -> str:
+        return url.rstrip("/") or url
+
     @model_validator(mode="after")
     def _check_names(self) -> AdaptConfig:
+        for section, changed in (("run", self.run), ("student", self.student)):
+            for key, _ in flatten(changed):
+                for own, named in _OWN[section].items():
+                    if f"{key}.".startswith(f"{own}."):
+                        raise ValueError(f"{section}.{key} follows from `{named}` of the adaptation; remove it")
         if RELEASED in self.teachers:
             raise ValueError(f"teachers: {RELEASED!r} is the name of the model that is adapted; choose another")
-        for section in (self.general.zero_shot, self.general.retrieval):
-            if DOMAIN in section:
+        for sets in (self.general.zero_shot, self.general.retrieval):
+            if DOMAIN in sets:
                 raise ValueError(f"general: {DOMAIN!r} is the name of the held-out images; choose another")
         if any(not 0 <= alpha <= 1 for alpha in self.alphas or ()):
             raise ValueError("alphas: a share is between 0 and 1")

@@ -50,7 +50,7 @@ class Mixtures:
             "sets": evaluation.model_dump(mode="json", exclude={"every", "best", "export", "threads", "memory"}),
             "precision": self._accelerator.precision,
         }
-        if kept is not None and kept["of"] != self._of:
+        if kept is not None and (kept.get("of") != self._of or not _are_results(kept.get("mixtures"))):
             raise UserError(f"{self._storage.url} has results of other models or sets. Name another folder.")
         self._storage.check_writable()
         self._results: list[dict[str, Any]] = [] if kept is None else kept["mixtures"]
@@ -86,6 +86,13 @@ class Mixtures:
         self.mixer.use(weights)
         self.mixer.write(self._storage)
         self._storage.write_json(report, name)
+
+
+def _are_results(kept: Any) -> bool:
+    """Whether a value of ``mixtures.json`` is a list of mixtures with their metrics."""
+    return isinstance(kept, list) and all(
+        isinstance(one, dict) and isinstance(one.get(key), dict) for one in kept for key in ("weights", "metrics")
+    )
 
 
 def check_free(storage: Storage) -> None:

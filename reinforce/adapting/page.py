@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from reinforce.evaluation.config import Evaluation
 from reinforce.markup import TEMPLATES, render
 from reinforce.model_names import short_name
 from reinforce.storage import Storage
+from teachers.redact import redact_values
 
 PAGE = "index.html"
 _EXAMPLES = 12  # of each set, gained and lost
@@ -23,7 +25,7 @@ _EXAMPLES = 12  # of each set, gained and lost
 
 def write_page(config: AdaptConfig, evaluation: Evaluation, sweep: Sweep, mixtures: Mixtures) -> str:
     """Write the page, one file with its pictures in it -> its path."""
-    storage, out = Storage(config.output), config.output.rstrip("/")
+    storage, out = Storage(config.output), config.output
     start, last = sweep.points[0], sweep.points[-1]
     names = dict.fromkeys(name for point in sweep.points for name in point.metrics)
     rows = [(name, name in sweep.rule.domain, [point.metrics.get(name) for point in _shown(sweep)]) for name in names]
@@ -31,8 +33,8 @@ def write_page(config: AdaptConfig, evaluation: Evaluation, sweep: Sweep, mixtur
     page = render(
         "adapt.html",
         title=short_name(config.released.model),
-        source=config.source,
-        output=out,
+        source=redact_values(config.source),
+        output=shlex.quote(out),
         style=(TEMPLATES / "report" / "report.css").read_text(encoding="utf-8"),
         domain=(mean(start.metrics, sweep.rule.domain), mean(sweep.chosen.metrics, sweep.rule.domain)),
         general=(mean(start.metrics, sweep.rule.general), mean(sweep.chosen.metrics, sweep.rule.general)),

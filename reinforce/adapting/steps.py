@@ -18,6 +18,7 @@ from reinforce.evaluation.config import Evaluation
 from reinforce.selection.config import SelectConfig
 from reinforce.source.formats.folder import CLASS
 from reinforce.student.config import StudentConfig
+from reinforce.training.config import Training
 
 _EPOCHS, _LARGEST_BATCH = 10, 256
 _CROPS, _SCALE = 4, [0.5, 1.0]
@@ -65,7 +66,7 @@ def find_domain(config: AdaptConfig) -> Domain:
         raise UserError(
             f"{config.source}: no caption was found, and its images are not in folders of two or more classes. Write "
             "captions beside the images (a.txt for a.jpg, or metadata.csv), or put the images of each class into a "
-            "folder."
+            "folder. If the folders of classes are in one of its folders, such as train, name that one."
         )
     keys = fields.as_input()
     if captioned and look.classes:  # a caption where there is one, and the class as metadata
@@ -74,11 +75,11 @@ def find_domain(config: AdaptConfig) -> Domain:
 
 
 def dataset_of(config: AdaptConfig) -> str:
-    return f"{config.output.rstrip('/')}/dataset"
+    return f"{config.output}/dataset"
 
 
 def training_of(config: AdaptConfig) -> str:
-    return f"{config.output.rstrip('/')}/training"
+    return f"{config.output}/training"
 
 
 def run_config(config: AdaptConfig, domain: Domain, size: int) -> Config:
@@ -111,10 +112,13 @@ def views(config: AdaptConfig, images: int) -> Iterator[SelectConfig]:
 
 def training_config(config: AdaptConfig, domain: Domain, images: int) -> StudentConfig:
     """The training on so many ``images``, those that are not held out."""
-    given = dict(config.student.get("train") or {})
-    batch = int(given.get("batch") or min(_LARGEST_BATCH, 2 ** max(1, int(math.log2(max(2, images / 4))))))
-    epochs = given.pop("epochs", None) or _EPOCHS
-    steps = int(given.get("steps") or max(1, round(epochs * images / batch)))
+    given = config.student.get("train") or {}
+    if isinstance(given, Mapping):
+        stated_length = any(given.get(key) is not None for key in settings.LENGTHS)
+        batch = min(_LARGEST_BATCH, 2 ** max(1, int(math.log2(max(2, images / 4)))))
+        given = {"batch": batch, **({} if stated_length else {"epochs": _EPOCHS}), **given}
+    train = settings.parse(Training, given, "the adaptation's student.train")
+    steps = train.steps or max(1, round((train.epochs or 0) * images / train.batch))
     base = {
         "output": training_of(config),
         "seed": config.seed,
@@ -127,7 +131,6 @@ def training_config(config: AdaptConfig, domain: Domain, images: int) -> Student
         "loss": {"lambda": 0.5 if config.teachers else 0.0, "anchor": {"teacher": RELEASED, **_ANCHORS}},
         "train": {
             "steps": steps,
-            "batch": batch,
             "optimizer": {"lr": 1e-5, "final_lr": 0.0, "warmup": steps // 10, "weight_decay": 0.1},
             "compute": {"precision": "auto"},
             "checkpoints": {"every": max(1, steps // 4)},
@@ -135,8 +138,9 @@ def training_config(config: AdaptConfig, domain: Domain, images: int) -> Student
         },
         "evaluate": sets_of(config, domain).model_dump(mode="json", exclude_unset=True),
     }
-    changed = settings.merge(base, {**config.student, "train": given})
-    return settings.parse(StudentConfig, changed, "the adaptation's training")
+    others = {key: value for key, value in given.items() if key not in settings.LENGTHS}
+    changed = settings.merge(base, {**config.student, "train": others})
+    return settings.parse(StudentConfig, changed, "the adaptation's student")
 
 
 def sets_of(config: AdaptConfig, domain: Domain) -> Evaluation:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -94,10 +95,16 @@ def adapt(
         raw["released"] = {"model": spec.model, **({"pretrained": spec.pretrained} if spec.pretrained else {})}
     if "released" not in raw:
         raise UserError("name the released model with --model, such as --model MobileCLIP2-S0,dfndr2b.")
-    for name in teachers or ():
-        of_model, _, tag = name.partition(",")
+    for name, others in itertools.groupby(sorted({*(teachers or ())}, key=short_name), short_name):
+        [model_name, *more] = others
+        if more:
+            raise UserError(
+                f"--teachers {model_name} and {more[0]} would both be named {name}. Name one in another way, by "
+                "--set teachers.NAME.model=MODEL."
+            )
+        of_model, _, tag = model_name.partition(",")
         spec_of = {"model": of_model, **({"pretrained": tag} if tag else {})}
-        raw["teachers"] = {**raw.get("teachers", {}), short_name(name): spec_of}
+        raw["teachers"] = {**raw.get("teachers", {}), name: spec_of}
     if general or zero_shot or retrieval:
         sets = build_evaluation(general, zero_shot or (), retrieval or (), limit)
         raw["general"] = sets.model_dump(mode="json", exclude_unset=True)

@@ -14,8 +14,10 @@ import reinforce
 from reinforce.adapting import adapt as adapting
 from reinforce.adapting import mixtures
 from reinforce.adapting.choosing import Point, Rule
+from reinforce.adapting.config import AdaptConfig
 from reinforce.adapting.interpolate import Sweep
 from reinforce.adapting.page import advice
+from reinforce.storage import Storage
 from reinforce.student.model import export
 from tests.helpers.commands import Command
 from tests.helpers.data import tree
@@ -74,6 +76,7 @@ def test_class_folders_become_a_model_and_a_page_and_nothing_is_computed_twice(
         raise AssertionError("evaluated again")
 
     monkeypatch.setattr(mixtures.Evaluator, "evaluate_module", fail)
+    words[2] = f"{out}/"
     status, text, error = command(*words)
     assert status == 0, error
     assert json.loads(text) == report
@@ -85,6 +88,11 @@ def test_class_folders_become_a_model_and_a_page_and_nothing_is_computed_twice(
     for step in ("train", "run"):
         status, _, error = command(step, f"{out}/{step}.yaml")
         assert status == 0, f"each step is a command of its own: {error}"
+    shutil.copytree(tmp_path / "photos/red", tmp_path / "photos/more")
+    shutil.rmtree(tmp_path / "photos/red")
+    status, text, error = command(*words)
+    assert (status, json.loads(text)) == (0, report), "folders may come and go after the training"
+    assert "5 images came after the training began and are not used" in error
 
 
 @pytest.mark.usefixtures("ray_here")
@@ -143,11 +151,46 @@ def test_bad_input_is_one_line_before_anything_is_written(tmp_path: Path, releas
         ([good, "--model", released, "--set", "teachers.released.model=ViT-B-32"], "choose another"),
         ([good, "--model", released, "--set", "held_out=1.5"], "held_out"),
         ([good, "--model", released, "--set", "alphas=[2.0]"], "a share is between 0 and 1"),
+        ([good, "--model", released, "--set", "student.train=5"], "should be a valid dictionary"),
+        ([good, "--model", released, "--set", "student.train.nonsense=1"], "nonsense: unknown key"),
+        ([good, "--model", released, "--set", "student.train.batch=auto"], "batch: Input should be a valid integer"),
+        ([good, "--model", released, "--set", "student.train.steps=abc"], "steps: Input should be a valid integer"),
+        ([good, "--model", released, "--set", "student.train.epochs=-1"], "epochs: Input should be greater than 0"),
+        ([good, "--model", released, "--set", "run.output=x"], "run.output follows from `output`"),
+        (
+            [good, "--model", released, "--set", "run.teachers.a.model=x"],
+            "run.teachers.a.model follows from `teachers`",
+        ),
+        ([good, "--model", released, "--set", "student.data.datasets=[x]"], "data.datasets follows from `source`"),
+        ([good, "--model", released, "--set", "student.student.image_size=64"], "image_size follows from `released`"),
+        ([good, "--model", released, "--teachers", "ViT-B-32"], "ViT-B-32 has no weights without `pretrained`"),
+        ([good, "--model", released, "--teachers", "a/m", "--teachers", "b/m"], "a/m and b/m would both be named m"),
+        ([str(tmp_path), "--model", released], "is inside source"),
     ]
     for (data, *words), message in cases:
         status, out, error = command("adapt", data, f"{tmp_path}/out", *words)
         assert (status, out, message in error) == (2, "", True), (words, error)
         assert not (tmp_path / "out").exists(), words
+
+
+@pytest.mark.usefixtures("ray_here")
+def test_an_object_store_takes_all_that_an_adaptation_writes(tmp_path: Path, released: str, command: Command) -> None:
+    out = f"memory://{tmp_path.name}/out"
+    status, text, error = command("adapt", photos(tmp_path), out, "--model", released, *FAST, "--json", "-")
+    assert status == 0, error
+    assert json.loads(text)["page"] == f"{out}/index.html"
+    assert {"dataset", "training", "model"} <= {*Storage(out).names()}
+    assert f"reinforce evaluate {out}/model" in Storage(out).read_bytes("index.html", limit=2**24).decode()
+
+
+def test_no_file_has_the_secrets_of_a_config(tmp_path: Path) -> None:
+    secret = {"source": "s3://me:PASSWORD@bucket/x.tar?sig=SIGNED", "output": str(tmp_path)}
+    teachers = {"t": {"class": "a.b:C", "options": {"api_key": "APIKEY", "width": 3}}}
+    config = AdaptConfig.model_validate({**secret, "released": {"model": "ViT-B-32"}, "teachers": teachers})
+    stated = json.dumps(adapting._check_repeated(Storage(str(tmp_path)), config))
+    text = stated + adapting._yaml(config).decode()
+    assert not [word for word in ("PASSWORD", "SIGNED", "APIKEY") if word in text]
+    assert text.count("bucket/x.tar") == 2
 
 
 @pytest.mark.usefixtures("ray_here")
@@ -157,6 +200,13 @@ def test_too_few_images_equal_captions_and_too_many_steps_are_said(
     few = captioned(tmp_path, 19)
     status, _, error = command("adapt", few, f"{tmp_path}/few", "--model", released, *FAST)
     assert (status, "has 19 usable images, and an adaptation needs 20" in error) == (2, True), error
+    for number in range(20, 22):
+        shutil.copy(f"{few}/00.png", f"{few}/{number}.png")
+        Path(f"{few}/{number}.txt").write_text(f"photo {number}")
+    with monkeypatch.context() as patch:
+        patch.setattr(adapting, "train", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        _, out, error = command("adapt", few, f"{tmp_path}/few", "--model", released, *FAST)
+    assert "training on 17 images, 4 are held out" in out + error, "images may be added"
     shutil.rmtree(few)
     equal = captioned(tmp_path, 24, "a photo")
     status, _, error = command("adapt", equal, f"{tmp_path}/equal", "--model", released, *FAST)

@@ -72,6 +72,11 @@ def test_a_sweep_evaluates_each_share_once_and_writes_the_chosen_model(
     assert json.loads(out_text) == report
     status, _, error = command(*words, *shares, "--limit", "3")
     assert (status, "has results of other models or sets" in error) == (2, True)
+    kept = json.loads((out / "mixtures.json").read_text())
+    for damaged in ({}, {"of": kept["of"]}, {**kept, "mixtures": [{"weights": {}}]}):
+        (out / "mixtures.json").write_text(json.dumps(damaged))
+        status, _, error = command(*words, *shares)
+        assert (status, "has results of other models or sets" in error) == (2, True), damaged
 
 
 def test_one_share_is_written_without_sets(tmp_path: Path, command: Command) -> None:
