@@ -63,10 +63,10 @@ def colour(index: int) -> str:
 
 
 def label(axes: Axes, title: str, x: str, y: str) -> None:
-    """Set the title and the labels of both axes (with their units)."""
-    axes.set_title(title, loc="left", color=INK, fontsize=11, fontweight="bold", pad=10)
-    axes.set_xlabel(x, color=GREY, fontsize=9)
-    axes.set_ylabel(y, color=GREY, fontsize=9)
+    """Set the title and the labels of both axes (with their units); a dollar sign is one, as names of sets may have."""
+    axes.set_title(title, loc="left", color=INK, fontsize=11, fontweight="bold", pad=10, parse_math=False)
+    axes.set_xlabel(x, color=GREY, fontsize=9, parse_math=False)
+    axes.set_ylabel(y, color=GREY, fontsize=9, parse_math=False)
 
 
 def legend(axes: Axes) -> None:

@@ -43,6 +43,13 @@ def test_equal_figures_are_equal_files(tmp_path: Path) -> None:
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
+def test_a_dollar_sign_in_the_name_of_a_set_is_drawn_as_it_is(tmp_path: Path) -> None:
+    fig, [axes] = plots.figure()
+    plots.label(axes, "$\\a$", "$\\b$", "$\\c$")
+    plots.save(fig, str(tmp_path / "a.png"))
+    assert (tmp_path / "a.png").is_file()
+
+
 def test_drawing_does_not_import_pyplot() -> None:
     code = (
         "import sys; from reinforce import plots; assert 'matplotlib' not in sys.modules; plots.figure(); "

@@ -18,6 +18,7 @@ from reinforce.evaluation.reading import LabelledImage
 from reinforce.images.policy import decode
 from reinforce.source.samples import Refusal, T
 
+_SIMILARITIES = 2**24  # computed at once, 8 bytes each
 _SIDE = 200  # pixels of the longer side of a picture
 
 
@@ -106,6 +107,8 @@ def _picture(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _best(images: torch.Tensor, candidates: torch.Tensor, block: int = 2048) -> list[int]:
-    """The most similar of the candidates [C, D] for each image [N, D]."""
-    return [int(one) for part in images.split(block) for one in (part.double() @ candidates.double().T).argmax(1)]
+def _best(images: torch.Tensor, candidates: torch.Tensor) -> list[int]:
+    """The most similar of the candidates [C, D] for each image [N, D], by blocks of ``_SIMILARITIES``."""
+    columns = candidates.double().T
+    blocks = images.split(max(1, _SIMILARITIES // len(candidates)))
+    return [int(one) for block in blocks for one in (block.double() @ columns).argmax(1)]

@@ -13,6 +13,7 @@ from reinforce.evaluation.models import Models
 from reinforce.processes.cores import available_cores
 from reinforce.storage import Storage
 from teachers.open_clip.teacher import OpenClipEncoder
+from teachers.redact import redact_values
 from teachers.runtime.accelerator import Accelerator, Precision
 from teachers.spec import ModelSpec
 
@@ -47,7 +48,9 @@ class Mixtures:
         self.mixer: Mixer = load_mixer(specs)
         self._of: dict[str, Any] = {
             "models": self.mixer.digests(),
-            "sets": evaluation.model_dump(mode="json", exclude={"every", "best", "export", "threads", "memory"}),
+            "sets": redact_values(
+                evaluation.model_dump(mode="json", exclude={"every", "best", "export", "threads", "memory"})
+            ),
             "precision": self._accelerator.precision,
         }
         if kept is not None and (kept.get("of") != self._of or not _are_results(kept.get("mixtures"))):

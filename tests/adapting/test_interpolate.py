@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from reinforce.adapting import mixtures
 from reinforce.adapting.choosing import Point, Rule
 from reinforce.errors import UserError
+from reinforce.evaluation.config import Evaluation
 from tests.adapting.test_mixing import WEIGHTS, two_students
 from tests.helpers.commands import Command
 from tests.helpers.evaluation import write_colour_folder
@@ -77,6 +78,15 @@ def test_a_sweep_evaluates_each_share_once_and_writes_the_chosen_model(
         (out / "mixtures.json").write_text(json.dumps(damaged))
         status, _, error = command(*words, *shares)
         assert (status, "has results of other models or sets" in error) == (2, True), damaged
+
+
+def test_kept_results_have_no_secrets_of_the_sets(tmp_path: Path) -> None:
+    specs = two_students(tmp_path, "vit")
+    colours = write_colour_folder(tmp_path / "colours")
+    images = {"images": colours, "classes": ["http://me:PASSWORD@host/a", *(f"{n}" for n in range(5))]}
+    sets = Evaluation.model_validate({"zero_shot": {"colours": images}})
+    mixtures.Mixtures(specs, str(tmp_path / "out"), sets).metrics({"tuned": 1.0})
+    assert "PASSWORD" not in (tmp_path / "out/mixtures.json").read_text()
 
 
 def test_one_share_is_written_without_sets(tmp_path: Path, command: Command) -> None:
