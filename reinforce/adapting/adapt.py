@@ -29,7 +29,7 @@ from reinforce.engine.plan.check_output import check_output
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.preflight.estimate_bytes import source_statistics
 from reinforce.engine.run import run
-from reinforce.errors import UserError
+from reinforce.errors import TooManyQuarantined, UserError
 from reinforce.evaluation.evaluator import Evaluator
 from reinforce.model_names import resolve_models
 from reinforce.selection.config import SelectConfig
@@ -96,7 +96,7 @@ def adapt(config: AdaptConfig, log: Log = lambda line: None, address: str | None
     del student
     summary = run(run_config, address=address)
     if summary.status:
-        raise UserError(f"the run has failed: {summary.text(run_config.output)}")
+        raise TooManyQuarantined(f"the run has failed: {summary.text(run_config.output)}")
     data = Dataset(run_config.output, {})
     _check_captions(data, config.source)
     begun = TRAINING_FILE in storage.names()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -95,14 +94,15 @@ def adapt(
         raw["released"] = {"model": spec.model, **({"pretrained": spec.pretrained} if spec.pretrained else {})}
     if "released" not in raw:
         raise UserError("name the released model with --model, such as --model MobileCLIP2-S0,dfndr2b.")
-    for name, others in itertools.groupby(sorted({*(teachers or ())}, key=short_name), short_name):
-        [model_name, *more] = others
-        if more:
+    named: dict[str, str] = {}
+    for teacher in teachers or ():
+        name = short_name(teacher)
+        if (other := named.setdefault(name, teacher)) != teacher:
             raise UserError(
-                f"--teachers {model_name} and {more[0]} would both be named {name}. Name one in another way, by "
+                f"--teachers {other} and {teacher} would both be named {name}. Name one in another way, by "
                 "--set teachers.NAME.model=MODEL."
             )
-        of_model, _, tag = model_name.partition(",")
+        of_model, _, tag = teacher.partition(",")
         spec_of = {"model": of_model, **({"pretrained": tag} if tag else {})}
         raw["teachers"] = {**raw.get("teachers", {}), name: spec_of}
     if general or zero_shot or retrieval:
