@@ -21,7 +21,7 @@ def copied(value: _T) -> _T:
     """A copy of tensors and arrays, also inside of lists, tuples and mappings; other objects are kept."""
     found: Any = value
     if isinstance(found, torch.Tensor):
-        found = found.clone()
+        found = _clone(found)
     elif isinstance(found, np.ndarray):
         found = found.copy()
     elif isinstance(found, MutableMapping):
@@ -39,12 +39,19 @@ def encode(teacher: Teacher, method: str, inputs: Any, count: int) -> torch.Tens
     out: object = getattr(teacher, method)(inputs)
     wanted = (count, teacher.dim)
     if isinstance(out, torch.Tensor) and tuple(out.shape) == wanted:
-        return out.clone()
+        return _clone(out)
     found = tuple(out.shape) if isinstance(out, torch.Tensor) else f"a {type(out).__name__}"
     raise ValueError(
         f"embeddings must have shape {wanted}, got {found} from {type(teacher).__name__}.{method}(); correct it or "
         "`dim`"
     )
+
+
+def _clone(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy; on CPUs by this thread alone, because torch's own threads would wait actively after a large one."""
+    if tensor.device.type == "cpu" and tensor.dtype == torch.float32:
+        return torch.from_numpy(tensor.detach().numpy().copy())
+    return tensor.clone()
 
 
 def to_numpy(out: torch.Tensor, ignored: npt.NDArray[np.bool_] | None = None) -> Floats:

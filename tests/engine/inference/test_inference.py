@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +22,7 @@ from reinforce.engine.decode.row import Decoded, Row
 from reinforce.engine.inference.batches import Batches
 from reinforce.engine.inference.inference import Inference
 from reinforce.engine.inference.models import Counters, Models, PriorityLock
-from reinforce.engine.inference.outputs import to_numpy
+from reinforce.engine.inference.outputs import encode, to_numpy
 from reinforce.engine.messages.pulse import LeaseWatch
 from reinforce.engine.messages.results import LayerFailure
 from reinforce.seeds import seed_for
@@ -213,6 +216,26 @@ def test_a_teacher_may_change_its_pixels_and_reuse_the_memory_of_its_output(crop
     for mine, theirs in zip(found, right, strict=True):
         for name in theirs:
             np.testing.assert_array_equal(mine[name], theirs[name], err_msg=name)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+def test_copying_what_a_model_returns_starts_no_threads() -> None:
+    def started() -> set[str]:
+        before = set(os.listdir("/proc/self/task"))
+        copies.append(encode(model, "encode_images", torch.zeros(1), len(embeddings)))
+        return set(os.listdir("/proc/self/task")) - before
+
+    copies: list[torch.Tensor] = []
+    embeddings = torch.ones(1, 512).expand(4096, -1)
+    model = SimpleNamespace(dim=512, encode_images=lambda pixels: embeddings)
+    computing = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with ThreadPoolExecutor(1) as fresh:  # torch starts threads for each thread that computes
+            assert fresh.submit(started).result() == set()
+    finally:
+        torch.set_num_threads(computing)
+    assert torch.equal(copies[0], embeddings)
 
 
 def test_a_teacher_may_change_its_list_of_texts_and_reuse_the_memory_of_its_output() -> None:

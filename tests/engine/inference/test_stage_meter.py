@@ -65,6 +65,7 @@ class Waiting(torch.Tensor):
     """An output that the host waits for when it reads it, not when it queues a copy of it."""
 
     accelerator: QueuingAccelerator
+    device = property(lambda self: torch.device("cuda"))  # type: ignore[assignment]
 
     def clone(self, **_: Any) -> Waiting:
         return self

@@ -88,10 +88,13 @@ class ImageEmbeddings(Embeddings):
             dim = self.session.models.of(layer).dim
             with self.session.stage(layer.name, batch.what):
                 places = unlabelled[layer.name]
-                outputs[layer.name] = np.zeros((len(batch.rows), count, dim), np.float32)
+                values = np.zeros((0, dim), np.float32)
                 if places:
                     values = to_numpy(encoded[layer.name], placeholders.reshape(-1, count)[places].ravel())
-                    outputs[layer.name][places] = values.reshape(-1, count, dim)
+                outputs[layer.name] = values = values.reshape(-1, count, dim)
+                if len(places) < len(batch.rows):
+                    outputs[layer.name] = np.zeros((len(batch.rows), count, dim), np.float32)
+                    outputs[layer.name][places] = values
         return lambda: outputs
 
     def demand(self, layer: Layer, rows: int) -> Demand:
