@@ -33,7 +33,7 @@ from teachers.fast_paths.usage import in_force, loading
 from teachers.open_clip.building import write_open_clip
 from teachers.preprocessing.pixels import to_pixels
 from teachers.protocols import ImageSpec
-from teachers.runtime.accelerator import Accelerator
+from teachers.runtime.accelerator import Accelerator, widest_float
 
 #: Bytes of decoded held-out images that are kept between evaluations.
 _CACHE_BYTES = 2 * 2**30
@@ -122,7 +122,7 @@ class CaptionerEvaluator:
             latents, text_tokens = model.coca._encode_text(tokens, normalize=False)
             predictions = model.predict(image_tokens[owners[part]], text_tokens, tokens, lengths)
             features.append(normalize(latents.float(), dim=-1))
-            totals.nll += float(predictions.nll().double().sum())
+            totals.nll += float(predictions.nll().sum(dtype=widest_float(images.device)))
             totals.hits += int(predictions.hits().sum())
             totals.tokens += sum(lengths)
         image_features, text_features = normalize(vectors.float(), dim=-1), torch.cat(features)

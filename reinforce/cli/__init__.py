@@ -139,6 +139,7 @@ app.add_typer(export.export, name="export")
 def main(arguments: list[str] | None = None) -> None:
     """Run a command. An error prints one message without a traceback, and exits with the status of the error."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # hides warnings of intended settings
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what MPS lacks runs on the CPU, and torch warns once
     let_waiting_threads_sleep()
     _DEBUG.set(False)
     try:

@@ -169,7 +169,7 @@ def evaluate(
             "--set knn.NAME.train.images=URL; repeatable.",
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:0.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:0 or mps.")] = "auto",
     precision: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="Precision of the forward pass.")] = "fp32",
     json_: JsonFile = None,
     suite: Annotated[

@@ -131,7 +131,7 @@ def check_class(target: str, options: dict[str, Any], kind: Kind | None = None) 
         raise UserError(redact.cut(f"{error}{user_frames(error)}")) from error
     set_flags("auto")
     use_accelerator("fast")
-    device = Accelerator().device.type
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # as in a run, which does not use MPS
     Screen().log(f"{describe_share(torch.get_num_threads(), 0)}, batches of {_CLASS_BATCH}, device {device}")
     _check_model(report, redact, cls.__name__, checked, device, _CLASS_BATCH)
     return report

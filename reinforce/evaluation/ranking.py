@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from reinforce.evaluation.report import RECALLS
-from teachers.runtime.accelerator import Accelerator
+from teachers.runtime.accelerator import Accelerator, device_of_float64, upload
 
 #: Queries and candidates of one block of scores; a block takes 8 + 4 bytes per pair.
 BLOCK = 2048
@@ -29,7 +29,9 @@ class ClassRanking(NamedTuple):
 
 
 def rank_classes(images: torch.Tensor, classes: torch.Tensor, labels: torch.Tensor) -> ClassRanking:
-    """Rank classes for images: unit-norm [B, D] and [C, D], labels int64 [B], on one device -> int64 [B] each."""
+    """Rank classes for images: unit-norm [B, D] and [C, D], labels int64 [B] -> int64 [B] each."""
+    device = device_of_float64(images.device, "ranks of classes")
+    images, classes, labels = (values.to(device) for values in (images, classes, labels))
     scores = scores_of(images, classes)
     true = scores.gather(1, labels[:, None])
     indices = torch.arange(len(classes), device=scores.device)
@@ -51,16 +53,17 @@ def rank_matches(
     of all true pairs, sorted by query, at least one for each query. Further memory is bounded by ``block``.
     """
     rows, columns = (torch.from_numpy(np.ascontiguousarray(side)) for side in matches)
+    device = device_of_float64(accelerator.device, "ranks of matches")
     bounds = np.searchsorted(matches[0], np.arange(0, len(queries) + block, block))
     ranks = []
     for number, start in enumerate(range(0, len(queries), block)):
-        part = accelerator.put(queries[start : start + block]).double()
+        part = upload(queries[start : start + block], device).double()
         pairs = slice(int(bounds[number]), int(bounds[number + 1]))
         pair_rows, pair_columns = rows[pairs] - start, columns[pairs]
-        best, best_index = _best_matches(part, candidates, pair_rows, pair_columns, accelerator, block)
+        best, best_index = _best_matches(part, candidates, pair_rows, pair_columns, block)
         before = torch.zeros(len(part), dtype=torch.int64, device=part.device)
         for left in range(0, len(candidates), block):
-            others = accelerator.put(candidates[left : left + block])
+            others = upload(candidates[left : left + block], device)
             scores = scores_of(part, others)
             inside = (pair_columns >= left) & (pair_columns < left + len(others))
             # a true match never ranks before the best true match
@@ -111,14 +114,13 @@ def _best_matches(
     candidates: torch.Tensor,
     rows: torch.Tensor,
     columns: torch.Tensor,
-    accelerator: Accelerator,
     block: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Highest score among the true matches of each query, and the lowest index of a candidate with that score."""
     scores = []
     for start in range(0, len(rows), block):
         part_rows = rows[start : start + block].to(queries.device)
-        part = accelerator.put(candidates[columns[start : start + block]])
+        part = upload(candidates[columns[start : start + block]], queries.device)
         scores.append((queries[part_rows] * part.double()).sum(1).float())
     pair_scores = torch.cat(scores).nan_to_num(nan=-torch.inf)
     rows, columns = rows.to(queries.device), columns.to(queries.device)

@@ -184,7 +184,7 @@ class _Loop:
 
     @property
     def _finds_microbatches(self) -> bool:
-        return self.training.compute.accumulate == "auto" and self.accelerator.device.type != "cpu"
+        return self.training.compute.accumulate == "auto" and self.accelerator.device.type == "cuda"
 
     def _division(self) -> str:
         division = f"{plural(self.ranks.size, 'rank')} x {plural(self.microbatches, 'part')}"

@@ -21,7 +21,7 @@ from teachers.decoding.sampling import TokenChooser
 from teachers.decoding.schedule import Entry, Schedule
 from teachers.fast_paths.recompilation import Compiler
 from teachers.fast_paths.step_graphs import Step
-from teachers.runtime.accelerator import download, put_into
+from teachers.runtime.accelerator import download, put_into, widest_float
 
 Tensor = torch.Tensor
 #: Bits of a row's byte after a step: its text has ended; its token is not yet decided.
@@ -251,7 +251,7 @@ class _State:
     def __init__(self, capacity: int, length: int, vocabulary: int, device: torch.device) -> None:
         self.capacity, self.length = capacity, length
         self.tokens = torch.zeros(capacity, length + 2, dtype=torch.int64, device=device)
-        self.drawn = torch.ones(capacity, length + 1, dtype=torch.float64, device=device)
+        self.drawn = torch.ones(capacity, length + 1, dtype=widest_float(device), device=device)
         self.caption = torch.zeros(capacity, dtype=torch.int64, device=device)
         self.done = torch.ones(capacity, dtype=torch.bool, device=device)
         self.broken = torch.zeros_like(self.done)
@@ -284,14 +284,21 @@ class _State:
         n = len(of_rows[0])
         count = _doubled(n) if self.given.device.type == "cuda" else n
         repeated = np.minimum(np.arange(count), n - 1)
-        put_into(self.given, np.concatenate([values[repeated].view(np.int64).reshape(-1) for values in of_rows]))
+        put_into(self.given, np.concatenate([self._bits(values[repeated]).reshape(-1) for values in of_rows]))
         return count
+
+    def _bits(self, values: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+        """The bits of 64-bit values; of floats those of float32, where the device has nothing wider."""
+        if values.dtype.kind == "f" and self.drawn.dtype == torch.float32:
+            return values.astype(np.float32).view(np.int32).astype(np.int64)
+        return values.view(np.int64)
 
     def begin(self, count: int, padding: int) -> None:
         """Begin so many texts, whose rows, captions and numbers were ``put``, in place of those that have ended."""
         there, captions, drawn = self.given[: count * (2 + self.length)].split([count, count, count * self.length])
         self.tokens[:, 1:].index_fill_(0, there, padding)
-        self.drawn[:, :-1].index_copy_(0, there, drawn.view(torch.float64).unflatten(0, (count, -1)))
+        bits = drawn if self.drawn.dtype == torch.float64 else drawn.to(torch.int32)
+        self.drawn[:, :-1].index_copy_(0, there, bits.view(self.drawn.dtype).unflatten(0, (count, -1)))
         self.caption.index_copy_(0, there, captions)
         for values in (self.done, self.broken, self.position):
             values.index_fill_(0, there, 0)

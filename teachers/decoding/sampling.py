@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from teachers.runtime.accelerator import widest_float
 from teachers.spec import CaptionerSpec
 
 #: Number of most probable tokens that are searched for the nucleus or its edge before the whole vocabulary.
@@ -147,16 +148,16 @@ def _wide_nucleus_edge(probabilities: torch.Tensor, start: torch.Tensor, top_p: 
     # Non-negative floats have the order of their bits. Probabilities >= `low` sum to top_p or more, those >= `high`
     # to less.
     low, high = probabilities.amin(-1, keepdim=True).view(torch.int32), start.view(torch.int32) + 1
-    few = min(_TOP_TOKENS, probabilities.shape[-1])
+    few, wide = min(_TOP_TOKENS, probabilities.shape[-1]), widest_float(probabilities.device)
     while True:
         least, most = low.view(torch.float32), high.view(torch.float32)
         between = (probabilities >= least) & (probabilities < most)
         if (((high - low) <= 1) | (between.sum(-1, keepdim=True) <= few)).all():
-            above = probabilities.where(probabilities >= most, 0).sum(-1, keepdim=True, dtype=torch.float64)
+            above = probabilities.where(probabilities >= most, 0).sum(-1, keepdim=True, dtype=wide)
             return _nucleus_edge(probabilities.where(between, 0).topk(few, dim=-1).values, top_p, above)
         middle = low + (high - low) // 2
         reached = probabilities.where(probabilities >= middle.view(torch.float32), 0)
-        enough = reached.sum(-1, keepdim=True, dtype=torch.float64) >= top_p
+        enough = reached.sum(-1, keepdim=True, dtype=wide) >= top_p
         low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
 
 
@@ -168,12 +169,12 @@ def _sample_tokens(weights: torch.Tensor, tokens: torch.Tensor, u: torch.Tensor)
 
 def _invert_cdf(weights: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """Invert the cumulative sum of weights [rows, n] at u [rows] in (0, 1] -> indices [rows] of positive weights."""
-    # float64, so that the order of additions on a device does not change the result
+    # in float64, so that the order of additions on a device does not change the result
     if weights.shape[-1] <= _BLOCK**2 // 16:
         cumulative = _sums(weights)
         return _first_reaching(cumulative, u[:, None] * cumulative[:, -1:])
     blocks = torch.nn.functional.pad(weights, (0, -weights.shape[-1] % _BLOCK)).unflatten(-1, (-1, _BLOCK))
-    cumulative = _sums(blocks.sum(-1, dtype=torch.float64))
+    cumulative = _sums(blocks.sum(-1, dtype=widest_float(blocks.device)))
     target = u[:, None] * cumulative[:, -1:]
     block = _first_reaching(cumulative, target)[:, None]
     before = torch.nn.functional.pad(cumulative, (1, 0)).gather(-1, block)
@@ -186,14 +187,15 @@ def _invert_cdf(weights: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
 
 
 def _sums(values: torch.Tensor) -> torch.Tensor:
-    """Cumulative sums of values [..., n], in float64.
+    """Cumulative sums of values [..., n], in float64, or in float32 on MPS.
 
     torch has no deterministic cumulative sum of floats on CUDA. There, sums are products with a triangular matrix.
     """
-    if values.device.type == "cpu":
-        return values.cumsum(-1, dtype=torch.float64)
+    wide = widest_float(values.device)
+    if values.device.type != "cuda":
+        return values.cumsum(-1, dtype=wide)
     size = min(values.shape[-1], _BLOCK)
-    triangle = torch.ones(size, size, dtype=torch.float64, device=values.device).triu()
+    triangle = torch.ones(size, size, dtype=wide, device=values.device).triu()
     if values.shape[-1] <= _BLOCK:
         return values.double() @ triangle
     blocks = torch.nn.functional.pad(values, (0, -values.shape[-1] % _BLOCK)).unflatten(-1, (-1, _BLOCK))

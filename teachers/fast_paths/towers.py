@@ -14,7 +14,7 @@ from teachers.fast_paths.fp8 import Float8Layers, check_device
 from teachers.fast_paths.frozen import FrozenAttention
 from teachers.fast_paths.recompilation import Compiler, many_shapes
 from teachers.fast_paths.usage import FastPath, fast_path
-from teachers.runtime.accelerator import Accelerator
+from teachers.runtime.accelerator import Accelerator, widest_float
 from teachers.spec import TeacherSpec
 from teachers.tokens.texts import PROBE_TEXTS
 
@@ -116,8 +116,9 @@ def least_cosine(precision: str) -> float:
 
 def check_equal(before: Sequence[torch.Tensor], after: Sequence[torch.Tensor], least: float) -> None:
     """Raise ValueError if the cosine between rows is below ``least``."""
-    for one, other in zip(before, after, strict=True):
-        cosine = float(torch.nn.functional.cosine_similarity(one.double(), other.double(), dim=-1).min())
+    for pair in zip(before, after, strict=True):
+        one, other = (values.to(widest_float(values.device)) for values in pair)
+        cosine = float(torch.nn.functional.cosine_similarity(one, other, dim=-1).min())
         if not cosine >= least:  # nor if it is NaN
             raise ValueError(f"results change (cosine {cosine:.5f}, at least {least} is required)")
 

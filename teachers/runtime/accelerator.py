@@ -1,12 +1,14 @@
-"""Device and precision of forward passes, with one interface for CPU and CUDA."""
+"""Device and precision of forward passes, with one interface for CPU, CUDA (ROCm too) and MPS."""
 
 from __future__ import annotations
 
+import logging
 import resource
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from functools import cache
 from typing import Literal, TypeAlias, TypeVar
 
 import numpy as np
@@ -16,6 +18,7 @@ from teachers.runtime.determinism import tf32
 from teachers.runtime.flops import peak_flops
 from teachers.spec import Precision
 
+_LOG = logging.getLogger(__name__)
 Module = TypeVar("Module", bound=torch.nn.Module)
 TimeMark: TypeAlias = "float | torch.cuda.Event"
 
@@ -25,25 +28,27 @@ _DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16,
 class Accelerator:
     """A device and the precision of forward passes on it.
 
-    ``name`` is ``auto`` (CUDA if available, else CPU) or a torch device. Precision ``auto`` is bf16 on CUDA devices
+    ``name`` is ``auto`` (``best_device``) or a torch device. Precision ``auto`` is bf16 on CUDA devices
     that have it, else fp32. Lower precisions use autocast, which works with any module and keeps norms and softmax in
     float32, as the models were trained; ``teachers.fast_paths.towers`` casts weights once where that gives
     the same bits.
 
-    Raises ValueError if the device is unknown or not available, or has no bf16.
+    Raises ValueError if the device is unknown or not available, or does not have the precision.
     """
 
     def __init__(self, name: str = "auto", precision: Precision | Literal["auto"] = "fp32") -> None:
         if precision not in ("auto", *_DTYPES):
             raise ValueError(f"precision {precision!r} is unknown: use {', '.join(_DTYPES)}")
         if name == "auto":
-            name = "cuda" if torch.cuda.is_available() else "cpu"
+            name = best_device()
         try:
             device = torch.device(name)
         except RuntimeError as error:
-            raise ValueError(f"device {name!r} is unknown: use auto, cpu, cuda or cuda:0") from error
+            raise ValueError(f"device {name!r} is unknown: use auto, cpu, cuda, cuda:0 or mps") from error
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
             raise ValueError(f"device {name!r} is not available: torch sees {torch.cuda.device_count()} CUDA devices")
+        if device.type == "mps" and not torch.backends.mps.is_available():
+            raise ValueError(f"device {name!r} is not available: torch sees no GPU of Apple")
         self.device = device
         has_bf16 = device.type == "cuda" and _has_bf16(device)
         if precision == "auto":
@@ -53,6 +58,8 @@ class Accelerator:
                 f"{torch.cuda.get_device_name(device)} has no bf16: set `precision` of this model to fp16 or fp32, or "
                 "use accelerators that have it"
             )
+        if device.type == "mps" and precision in ("bf16", "fp16") and not torch.amp.is_autocast_available("mps"):
+            raise ValueError(f"precision {precision!r} needs torch 2.6 or newer on mps: set fp32, or update torch")
         self.precision: Precision = precision
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -166,7 +173,7 @@ class Accelerator:
         return start.elapsed_time(end) / 1000
 
     def peak_memory(self) -> int:
-        """Peak memory in bytes: of tensors on CUDA, of the process on CPU."""
+        """Peak memory in bytes: of tensors on CUDA, else of the process."""
         if self.device.type == "cuda":
             return int(torch.cuda.max_memory_allocated(self.device))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -182,6 +189,33 @@ class Accelerator:
         """Wait until the device has finished all queued work. No-op on CPU."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
+
+
+def best_device() -> str:
+    """What ``auto`` stands for: ``cuda`` if torch sees a card, else ``mps`` if it sees a GPU of Apple, else ``cpu``."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """float64, or float32 on MPS, which has nothing wider."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def device_of_float64(device: torch.device, what: str) -> torch.device:
+    """Where ``what`` is computed in float64: on the device, or on the CPU, with one line in the log, for MPS."""
+    if device.type != "mps":
+        return device
+    _log_once(f"{what}: on the CPU, because mps has no float64")
+    return torch.device("cpu")
+
+
+@cache
+def _log_once(text: str) -> None:
+    _LOG.warning(text)
 
 
 def _has_bf16(device: torch.device) -> bool:
@@ -190,13 +224,17 @@ def _has_bf16(device: torch.device) -> bool:
 
 
 def upload(array: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy to a device, on CUDA asynchronously through pinned memory. On CPU a writable array is shared, not copied."""
+    """Copy to a device, on CUDA asynchronously through pinned memory. On CPU a writable array is shared, not copied.
+
+    float64 becomes ``widest_float`` of the device.
+    """
     if isinstance(array, np.ndarray):
         # torch has no read-only tensors, so read-only arrays of shared memory or Arrow are copied
         array = torch.from_numpy(array if array.flags.writeable else array.copy())
     if device.type == "cuda" and array.device.type == "cpu":
         array = array.pin_memory()  # the allocator does not reuse it before the copy is done
-    return array.to(device, non_blocking=True)
+    dtype = widest_float(device) if array.dtype == torch.float64 else array.dtype
+    return array.to(device, dtype, non_blocking=device.type == "cuda")
 
 
 def put_into(target: torch.Tensor, array: np.ndarray) -> None:
@@ -204,7 +242,7 @@ def put_into(target: torch.Tensor, array: np.ndarray) -> None:
     source = torch.from_numpy(array)
     if target.device.type == "cuda":
         source = source.pin_memory()
-    target[: len(source)].copy_(source, non_blocking=True)
+    target[: len(source)].copy_(source, non_blocking=target.device.type == "cuda")
 
 
 def download(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:

@@ -12,7 +12,7 @@ import torch
 #: Messages of RuntimeErrors that mean the same as torch's OutOfMemoryError.
 _MESSAGES = re.compile(
     r"(CUDA|HIP)( driver)? error: out of memory|(CUDA|HIP) out of memory|CUFFT_ALLOC_FAILED|"
-    r"(CUBLAS|CUDNN|CUSOLVER|CUSPARSE)_STATUS_ALLOC_FAILED|DefaultCPUAllocator: "
+    r"MPS backend out of memory|(CUBLAS|CUDNN|CUSOLVER|CUSPARSE)_STATUS_ALLOC_FAILED|DefaultCPUAllocator: "
 )
 GIB = 2**30
 #: Share of a card's memory that the caches of one captioner may take, 1 / _PART.
@@ -38,6 +38,8 @@ def release_cache(device: torch.device) -> None:
     gc.collect(1)  # cycles of the last batch; those of the whole process would take half a second
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
 
 
 def forget_peak(device: torch.device) -> None:

@@ -48,6 +48,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from teachers.fast_paths import recompilation
+from tests.helpers import stand_in_device
 from tests.helpers import stand_in_streams as streams
 from tests.helpers.stand_in_compiler import compiler
 from tests.helpers.stand_in_device import DEVICE, Counts, CudaTensor, StandIn
@@ -98,7 +99,7 @@ class _Autocast(torch.autocast):
     """Autocast of the CPU for the tensors of the stand-in."""
 
     def __init__(self, device_type: str, dtype: Any = None, enabled: bool = True, cache_enabled: Any = None) -> None:
-        if device_type == "cuda":
+        if device_type == DEVICE.type:
             device_type, dtype = "cpu", dtype or torch.float16
         if not enabled:
             dtype = torch.bfloat16
@@ -128,7 +129,7 @@ def _replaced_runtime(cuda: StandIn) -> Iterator[None]:
     streams.begin()
     types = [*foreach._foreach_supported_types, CudaTensor]
     replaced = [
-        *((torch.cuda, name, value) for name, value in _replacements(cuda).items()),
+        *_runtime(cuda),
         (torch, "autocast", _Autocast),
         (torch.amp, "autocast", _Autocast),
         (torch, "compile", compiler(cuda.compiled, _Operations)),
@@ -145,6 +146,18 @@ def _replaced_runtime(cuda: StandIn) -> Iterator[None]:
         yield
         kept = [name for owner, name, value in replaced if getattr(owner, name) is not value]
         assert not kept, f"a monkeypatch that is undone later would put the stand-in's {kept} into torch"
+
+
+def _runtime(cuda: StandIn) -> list[tuple[Any, str, Any]]:
+    """What is replaced of ``torch.cuda``, or of ``torch.mps``."""
+    if DEVICE.type == "cuda":
+        return [(torch.cuda, name, value) for name, value in _replacements(cuda).items()]
+    return [
+        (torch.backends.mps, "is_available", lambda: True),
+        (torch.amp, "is_autocast_available", lambda device: True),
+        (torch.mps, "synchronize", lambda: cuda.wait("torch.mps.synchronize")),
+        (torch.mps, "empty_cache", lambda: None),
+    ]
 
 
 def _replacements(cuda: StandIn) -> dict[str, Any]:
@@ -198,7 +211,7 @@ def _replacements(cuda: StandIn) -> dict[str, Any]:
 
 
 _to_copy: Any = torch.ops.aten._to_copy.default
-__all__ = ["Counts", "CudaTensor", "StandIn", "stand_in_cuda"]
+__all__ = ["Counts", "CudaTensor", "StandIn", "stand_in_cuda", "stand_in_mps"]
 
 
 @contextmanager
@@ -213,6 +226,21 @@ def stand_in_cuda(memory: int = 80 * 2**30) -> Iterator[StandIn]:
         torch.__future__.set_overwrite_module_params_on_conversion(True)  # `param.data = ` would keep a CPU parameter
         with _modes(cuda):
             yield cuda
+
+
+@contextmanager
+def stand_in_mps() -> Iterator[StandIn]:
+    """Make a GPU of Apple available to torch in this process.
+
+    As MPS does, it raises TypeError where a tensor of float64 would be on the device, and ``torch.cuda`` has no card.
+    AssertionError by copies with ``non_blocking``: MPS may not have done them when the host uses their memory.
+    Not shown by a pass: that MPS has the operations.
+    """
+    device = torch.device("mps", 0)
+    with ExitStack() as stack:
+        for module in (streams, stand_in_device, sys.modules[__name__]):
+            stack.enter_context(patch.object(module, "DEVICE", device))
+        yield stack.enter_context(stand_in_cuda())
 
 
 @contextmanager
@@ -265,7 +293,7 @@ class _Functions(TorchFunctionMode):
             return replaced(self._cuda, *args, **(kwargs or {}))
         if not kwargs:
             return func(*args)
-        if (device := kwargs.get("device")) is not None and torch.device(device).type == "cuda":
+        if (device := kwargs.get("device")) is not None and torch.device(device).type == DEVICE.type:
             kwargs = {**kwargs, "device": DEVICE}  # with its index, which C++ would ask CUDA for
         if kwargs.get("pin_memory"):
             made = func(*args, **{**kwargs, "pin_memory": False})
@@ -280,10 +308,11 @@ def _to(cuda: StandIn, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch
     device, dtype, non_blocking, memory_format = torch._C._nn._parse_to(
         *args[:3], **{name: value for name, value in kwargs.items() if name != "copy"}
     )
-    there = device.type == "cuda" if device is not None else tensor.is_cuda
-    if not there and not tensor.is_cuda:
+    here = isinstance(tensor, CudaTensor)
+    there = device.type == DEVICE.type if device is not None else here
+    if not there and not here:
         return torch.Tensor.to(tensor, *args, **kwargs)
-    same = there == tensor.is_cuda and dtype in (None, tensor.dtype)
+    same = there == here and dtype in (None, tensor.dtype)
     if same and memory_format not in (None, torch.preserve_format):
         same = tensor.is_contiguous(memory_format=memory_format)
     if same and not kwargs.get("copy") and not any(args[3:4]):
@@ -320,5 +349,5 @@ _REPLACED: dict[Any, Any] = {
     torch.Tensor.is_pinned: lambda cuda, tensor, *_: cuda.is_pinned(tensor),
     torch.Tensor.numpy: _numpy,
     torch.Tensor.__array__: _numpy,
-    torch.Tensor.get_device: lambda cuda, tensor: tensor.device.index if tensor.is_cuda else -1,
+    torch.Tensor.get_device: lambda cuda, tensor: tensor.device.index if isinstance(tensor, CudaTensor) else -1,
 }

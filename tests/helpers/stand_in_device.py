@@ -38,10 +38,11 @@ class _Facts(NamedTuple):
 
 
 class CudaTensor(torch.Tensor):
-    """A CPU tensor that reports a CUDA device."""
+    """A CPU tensor that reports a CUDA device, or that of ``stand_in_mps``."""
 
     device = property(lambda self: DEVICE)  # type: ignore[assignment]
-    is_cuda = property(lambda self: True)  # type: ignore[assignment]
+    is_cuda = property(lambda self: DEVICE.type == "cuda")  # type: ignore[assignment]
+    is_mps = property(lambda self: DEVICE.type == "mps")  # type: ignore[assignment]
     is_cpu = property(lambda self: False)  # type: ignore[assignment]
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -166,7 +167,7 @@ class StandIn:
         """
         if device is None or (on_device and torch.device(device).type == "cpu" and not self._leaving):
             return None
-        return torch.device(device).type == "cuda"
+        return torch.device(device).type == DEVICE.type
 
     @contextmanager
     def leaving(self) -> Iterator[None]:
@@ -236,6 +237,8 @@ class StandIn:
         host = source if to_device else target
         pinned = non_blocking if host is None else self.is_pinned(host)
         blocking = not (non_blocking and pinned)
+        if DEVICE.type == "mps" and non_blocking:
+            raise AssertionError(f"a copy that MPS may not have done when it is used, at {_place()}")
         if blocking:
             self.wait("blocking copy to the device" if to_device else "blocking copy to the host")
         for counts in self._counting:
@@ -277,6 +280,8 @@ class StandIn:
             return type(out)(map(self._adopt, out))
         if not isinstance(out, torch.Tensor) or isinstance(out, CudaTensor):
             return out
+        if DEVICE.type == "mps" and out.dtype in (torch.float64, torch.complex128):
+            raise TypeError(f"Cannot convert a MPS Tensor to float64 dtype, which MPS does not have, at {_place()}")
         storage = out.untyped_storage()
         if (number := storage._cdata) not in self._alive:
             self._allocate(number, storage.nbytes())

@@ -14,7 +14,7 @@ import torch
 
 from reinforce.dataset.augment.device_records import CellRecord
 from reinforce.dataset.augment.records import is_tall
-from teachers.runtime.accelerator import upload
+from teachers.runtime.accelerator import device_of_float64, upload
 
 #: Crops that are resized at a time: 100 MB in float32 if they have 512 x 512 pixels.
 _AT_ONCE = 32
@@ -24,6 +24,8 @@ _LEVELS = 256
 @torch.no_grad()
 def augment(cells: torch.Tensor, records: Sequence[CellRecord], size: int) -> torch.Tensor:
     """Cells uint8 [B, ...] on any device, filled by ``fill_cell``, to images uint8 [B, size, size, 3] there."""
+    if (device := device_of_float64(cells.device, "augmentations of the backend device-1")) != cells.device:
+        return augment(cells.to(device), records, size).to(cells.device)
     pixels, images = cells.reshape(len(cells), -1, 3), cells.new_empty(len(cells), size, size, 3)
     tall = [is_tall(record.width, record.height, size) for record in records]
     for width_first in (True, False):

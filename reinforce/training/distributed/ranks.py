@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import secrets
 from collections.abc import Callable, Iterator
@@ -22,9 +23,10 @@ from reinforce.training.distributed import gather
 from reinforce.training.distributed.network import use_interface_of
 from reinforce.training.distributed.rank_watch import TIMEOUT, RankWatch
 from reinforce.training.stop import Stopped
-from teachers.runtime.accelerator import Accelerator
+from teachers.runtime.accelerator import Accelerator, best_device
 from teachers.runtime.determinism import strict_flags
 
+_LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 #: Timeout of the control group: rank 0 may evaluate and write for longer than any collective of a step takes.
 _CONTROL_TIMEOUT = timedelta(hours=12)
@@ -154,7 +156,7 @@ def join_ranks(
     machine = {"CPU": available_cores(), "GPU": torch.cuda.device_count()}
     gpus = default_gpus([machine]) if compute.gpus is None else compute.gpus
     cpus = compute.cpus or cpus or cores_per_process([machine], gather.local_world_size() if owns_group else 1, gpus)
-    device = device or (f"cuda:{local_rank}" if gpus else "cpu")
+    device = device or _own_device(compute, gpus, local_rank, alone=not (owns_group or dist.is_initialized()))
     with strict_flags(device, compute.deterministic):
         try:
             accelerator = Accelerator(device, compute.precision)
@@ -162,6 +164,15 @@ def join_ranks(
             raise UserError(f"train.compute.gpus: {error}. Set train.compute.gpus to 0 to train on the CPU.") from error
         with _process_group(accelerator, owns_group, cpus, report, timeout) as ranks:
             yield ranks
+
+
+def _own_device(compute: Compute, gpus: float, local_rank: int, alone: bool) -> str:
+    """The device of a rank that Ray gave none: a card, else a GPU of Apple if the rank is ``alone``, or the CPU."""
+    if compute.gpus != 0 and best_device() == "mps":
+        if alone:
+            return "mps"
+        _LOG.warning("several ranks train on the CPU: torch cannot exchange gradients on mps")
+    return f"cuda:{local_rank}" if gpus else "cpu"
 
 
 @contextlib.contextmanager

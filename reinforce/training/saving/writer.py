@@ -53,7 +53,7 @@ class CheckpointWriter:
             copy = self._copies.get(name)
             if copy is None or (copy.shape, copy.dtype) != (tensor.shape, tensor.dtype):
                 copy = self._buffer(tensor)
-            copies[name] = copy.copy_(tensor.detach(), non_blocking=True)
+            copies[name] = copy.copy_(tensor.detach(), non_blocking=tensor.is_cuda)
         if any(tensor.is_cuda for tensor in tensors.values()):
             torch.cuda.synchronize()
         self._copies = copies
