@@ -78,7 +78,7 @@ def test_a_training_on_mps_has_the_losses_and_the_metrics_of_a_cpu(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """With augmentation on the device, an average of weights, two sets and a checkpoint."""
-    dataset = small_dataset(tmp_path, (16,))
+    dataset, compute = small_dataset(tmp_path, (16,)), {"accumulate": 2}
     config: dict[str, Any] = {
         "student": {"model": student_folder(tmp_path / "student")},
         "data": {"datasets": dataset, "workers": 0, "window": 12, "backend": "device-1"},
@@ -87,7 +87,7 @@ def test_a_training_on_mps_has_the_losses_and_the_metrics_of_a_cpu(
             "retrieval": {"own": {"pairs": dataset}},
             "zero_shot": {"colours": {"images": write_colour_folder(tmp_path / "colours")}},
         },
-        "train": {"steps": 4, "batch": 8, "optimizer": {"warmup": 0}, "log_every": 1, "ema": 0.9},
+        "train": {"steps": 4, "batch": 8, "optimizer": {"warmup": 0}, "log_every": 1, "ema": 0.9, "compute": compute},
     }
     train({**config, "output": str(tmp_path / "on-cpu")})
     assert not fallen_back(caplog)

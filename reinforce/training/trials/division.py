@@ -58,7 +58,7 @@ def most_kept(
     if keep != "auto":
         return most * keep
     kept = 0
-    while kept < most and ranks.accelerator.device.type != "cpu":
+    while kept < most and ranks.accelerator.device.type == "cuda":
         tried = (kept + most + 1) // 2
         if _fits(task, state, batch, size, microbatches, tried, ranks):
             kept = tried
