@@ -63,6 +63,11 @@ class Accelerator:
         self.precision: Precision = precision
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
+    def of_float64(self, what: str) -> Accelerator:
+        """The accelerator for ``what`` in float64: itself, or that of ``device_of_float64``."""
+        device = device_of_float64(self.device, what)
+        return self if device == self.device else Accelerator(device.type)
+
     def place(self, module: Module) -> Module:
         """Move a module to the device; on CUDA its convolutions become channels-last."""
         module.to(self.device)

@@ -11,6 +11,8 @@ import torch
 
 from reinforce.dataset.augment.device import augment
 from reinforce.dataset.augment.device_records import CellRecord
+from reinforce.evaluation.kinds import knn, linear
+from reinforce.evaluation.kinds.parts import Features
 from reinforce.student.train import train
 from reinforce.training.config import Compute
 from reinforce.training.distributed.ranks import join_ranks
@@ -131,3 +133,15 @@ def test_images_are_augmented_on_the_cpu_for_mps(caplog: pytest.LogCaptureFixtur
         assert found.device.type == "mps"
         assert torch.equal(found.cpu(), expected)
     assert fallen_back(caplog) == [FALLBACKS[0]]
+
+
+def test_probes_of_features_are_computed_on_the_cpu_for_mps(caplog: pytest.LogCaptureFixture) -> None:
+    features = torch.nn.functional.normalize(torch.randn(30, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
+    labels = np.arange(30) % 3
+    data = Features(features, labels, features, labels)
+    sets = ((linear, linear.LinearSet), (knn, knn.KnnSet))
+    configs = [(kind, of.model_construct(l2=[0.01], k=[3], temperature=0.1)) for kind, of in sets]
+    expected = [kind._classify(config, data, Accelerator("cpu")) for kind, config in configs]
+    with stand_in_mps():
+        assert [kind._classify(config, data, Accelerator("mps")) for kind, config in configs] == expected
+    assert fallen_back(caplog) == ["linear probes", "nearest neighbours"]

@@ -51,6 +51,7 @@ def _classify(config: TwoPartSet, features: Features, accelerator: Accelerator) 
     from reinforce.evaluation.probing.neighbours import classify
 
     assert isinstance(config, KnnSet)
+    accelerator = accelerator.of_float64("nearest neighbours")
     labels, true = (torch.from_numpy(part) for part in (features.train_labels, features.test_labels))
     found = classify(features.train, labels, features.test, config.k, config.temperature, accelerator)
     return {f"k{count}/top1": float((predicted == true).double().mean()) for count, predicted in found.items()}

@@ -46,6 +46,7 @@ def _classify(config: TwoPartSet, features: Features, accelerator: Accelerator) 
     from reinforce.evaluation.ranking import rank_classes
 
     assert isinstance(config, LinearSet)
+    accelerator = accelerator.of_float64("linear probes")
     probe = fit_probe(features.train, features.train_labels, config.l2, accelerator)
     ranked = []
     for start in range(0, len(features.test), BLOCK):
