@@ -13,7 +13,7 @@ import pytest
 
 from tests.helpers.pages import ROOT
 
-PATHS = ("blocks of ViT-L-14-quickgelu", "blocks of ViT-L-14", "steps of coca_ViT-L-14", "a step of MobileCLIP2-S0")
+PATHS = ("blocks of ViT-L-14-quickgelu", "blocks of ViT-L-14", "steps of coca_ViT-L-14")
 USED = ("registers", "spilled", "shared")
 #: Bytes of shared memory that a block can have, by architecture.
 SHARED = {80: 166_912, 90: 232_448}

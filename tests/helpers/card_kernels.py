@@ -24,7 +24,6 @@ import open_clip
 import torch
 import torch._dynamo.device_interface as interface
 import triton
-from torch._functorch import config as functorch_config
 from torch._inductor import compile_fx, graph
 from torch._inductor import config as inductor_config
 from torch._inductor.fx_passes import joint_graph, post_grad
@@ -33,7 +32,6 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.driver import driver
 
-from reinforce.student.model import Student
 from teachers.coca.compiling import probe
 from teachers.coca.fixed_decoder import FixedCocaDecoder
 from teachers.coca.network import CocaNetwork
@@ -131,29 +129,11 @@ def _decoding(model: Any, name: str) -> None:
     probe(decoder, sampler)
 
 
-def _student(model: Any, name: str) -> None:
-    """A step of a student in bf16, forward and backward, with one block of each stage."""
-    accelerator = Accelerator(DEVICE, "bf16")
-    for blocks in [*(stage.blocks for stage in model.visual.trunk.stages), model.text.transformer.resblocks]:
-        del blocks[1:]
-    image = image_spec(open_clip.get_model_preprocess_cfg(model))
-    student = Student(name, model, open_clip.get_model_config(name), image, pretrained=False)
-    accelerator.place(student).train()
-    batch: dict[str, Any] = {
-        "image": torch.zeros(_IMAGES, image.height, image.width, 3, dtype=torch.uint8, device=DEVICE),
-        **{kind: torch.zeros(_IMAGES, 77, dtype=torch.int64, device=DEVICE) for kind in ("caption", "synthetic")},
-    }
-    student.compile(backend=recompilation.inductor)
-    with accelerator.autocast():
-        torch.stack([value.sum() for value in student(batch).features.values()]).sum().backward()
-
-
 #: The model of each path, and what runs it.
 PATHS: dict[str, tuple[str, Callable[[Any, str], None]]] = {
     "blocks of ViT-L-14-quickgelu": ("ViT-L-14-quickgelu", _teacher),
     "blocks of ViT-L-14": ("ViT-L-14", _teacher),
     "steps of coca_ViT-L-14": ("coca_ViT-L-14", _decoding),
-    "a step of MobileCLIP2-S0": ("MobileCLIP2-S0", _student),
 }
 
 
@@ -223,7 +203,6 @@ def _card(arch: int, sources: dict[str, str]) -> Iterator[None]:
         for owner, name, value in replaced:
             stack.enter_context(patch.object(owner, name, value))
         stack.enter_context(inductor_config.patch(joint_graph_constant_folding=False, force_disable_caches=True))
-        stack.enter_context(functorch_config.patch(force_non_lazy_backward_lowering=True))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         yield
 
