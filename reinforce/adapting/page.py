@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from reinforce import plots
-from reinforce.adapting.choosing import Point, mean
+from reinforce.adapting.choosing import Point, chance, mean
 from reinforce.adapting.config import DOMAIN, AdaptConfig
 from reinforce.adapting.examples import HeldOut
 from reinforce.adapting.interpolate import PICTURE, Sweep
@@ -21,6 +21,7 @@ from teachers.redact import redact_values
 
 PAGE = "index.html"
 _EXAMPLES = 12  # of each set, gained and lost
+_BY_CHANCE = 0.05  # a gain with a larger probability by chance is not shown by the held-out images
 
 
 def write_page(config: AdaptConfig, evaluation: Evaluation, sweep: Sweep, mixtures: Mixtures) -> str:
@@ -30,6 +31,7 @@ def write_page(config: AdaptConfig, evaluation: Evaluation, sweep: Sweep, mixtur
     names = dict.fromkeys(name for point in sweep.points for name in point.metrics)
     rows = [(name, name in sweep.rule.domain, [point.metrics.get(name) for point in _shown(sweep)]) for name in names]
     drawn = plots.drawable(f"{out}/{PAGE}: its curve is")
+    examples = [*_examples(evaluation, sweep, mixtures)]
     page = render(
         "adapt.html",
         title=short_name(config.released.model),
@@ -44,19 +46,24 @@ def write_page(config: AdaptConfig, evaluation: Evaluation, sweep: Sweep, mixtur
         rows=rows,
         points=[(point.alpha, _means(point, sweep), point is sweep.chosen) for point in sweep.points],
         curve=_address(Storage(f"{out}/model").read_bytes(PICTURE, limit=2**24), "png") if drawn else None,
-        examples=[*_examples(evaluation, sweep, mixtures)],
-        advice=[*advice(sweep, start, last)],
+        examples=examples,
+        advice=[*advice(sweep, start, last, min((one["chance"] for one in examples), default=1.0))],
     )
     storage.write_bytes(page.encode(), PAGE)
     return f"{out}/{PAGE}"
 
 
-def advice(sweep: Sweep, start: Point, last: Point) -> Iterator[str]:
-    """What to try next, by what the points show."""
+def advice(sweep: Sweep, start: Point, last: Point, by_chance: float = 0.0) -> Iterator[str]:
+    """What to try next, by what the points show, and by the probability of the held-out images' gain by chance."""
     rule, chosen = sweep.rule, sweep.chosen
     gain = mean(chosen.metrics, rule.domain) - mean(start.metrics, rule.domain)
     if not rule.general:
         yield "Name general sets (--zero-shot, --retrieval): without them nothing shows what the model forgets."
+    if gain > 0 and by_chance > _BY_CHANCE:
+        yield (
+            f"The held-out images are too few to tell this gain from chance (p = {by_chance:.2f} by a sign test): add "
+            "images, or hold out more of them: --set held_out=0.4."
+        )
     if chosen.alpha == 0 or gain <= 0:
         yield (
             "The training did not help on the held-out images. Add images, check their captions by `reinforce inspect`,"
@@ -94,9 +101,11 @@ def _examples(evaluation: Evaluation, sweep: Sweep, mixtures: Mixtures) -> Itera
             held_out.answers(mixtures.loaded({first: 1 - alpha, second: alpha})) for alpha in (0.0, sweep.chosen.alpha)
         )
         counts = [sum(answer.right for answer in of) for of in (before, after)]
+        changes = [new.right - old.right for old, new in zip(before, after, strict=True)]
+        by_chance = chance(changes.count(1), changes.count(-1))
         gained, lost = held_out.examples(before, after, _EXAMPLES)
         shown = [("Gained", _cards(gained)), ("Lost", _cards(lost))]
-        yield {"kind": kind, "counts": counts, "images": len(before), "shown": shown}
+        yield {"kind": kind, "counts": counts, "images": len(before), "shown": shown, "chance": by_chance}
 
 
 def _cards(examples: Sequence[Any]) -> list[Mapping[str, str]]:

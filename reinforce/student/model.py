@@ -295,9 +295,9 @@ def export(student: Student, folder: str) -> None:
     """
     text_tower = student.config["text_cfg"].get("hf_model_name")
     if text_tower is not None and Path(text_tower).is_dir():
-        _LOG.warning("%s needs the folder %s, which holds the architecture of its text tower", folder, text_tower)
+        _LOG.warning("the exported model needs the folder %s: it holds the architecture of its text tower", text_tower)
     if MIXER in student.config["text_cfg"]:
-        _LOG.warning("plain open_clip cannot load %s: it has no such text tower; commands of reinforce can", folder)
+        _LOG.warning("plain open_clip cannot load the exported model: it has no such text tower; reinforce can")
     write_open_clip(student.clip, student.config, load_tokenizer(student), folder)
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import reinforce
 from reinforce.adapting import adapt as adapting
 from reinforce.adapting import mixtures
-from reinforce.adapting.choosing import Point, Rule
+from reinforce.adapting.choosing import Point, Rule, chance
 from reinforce.adapting.config import AdaptConfig
 from reinforce.adapting.interpolate import Sweep
 from reinforce.adapting.page import advice
@@ -221,11 +221,23 @@ def test_too_few_images_equal_captions_and_too_many_steps_are_said(
 def test_the_page_advises_by_what_the_points_show() -> None:
     rule = Rule(("d",), ("g",), allow=0.01)
 
-    def told(*rows: tuple[float, float, float], chosen: int) -> str:
+    def told(*rows: tuple[float, float, float], chosen: int, by_chance: float = 0.0) -> str:
         points = [Point(alpha, {"d": domain, "g": general}) for alpha, domain, general in rows]
-        return " ".join(advice(Sweep(("a", "b"), points, rule, points[chosen]), points[0], points[-1]))
+        return " ".join(advice(Sweep(("a", "b"), points, rule, points[chosen]), points[0], points[-1], by_chance))
 
     assert "did not help" in told((0, 0.5, 0.5), (1, 0.4, 0.5), chosen=0)
     assert "train for longer" in told((0, 0.5, 0.5), (1, 0.6, 0.5), chosen=1)
     assert "loss.anchor.similarities" in told((0, 0.5, 0.5), (0.5, 0.6, 0.5), (1, 0.7, 0.3), chosen=1)
     assert "Another seed" in told((0, 0.5, 0.5), (0.5, 0.6, 0.5), (1, 0.5, 0.5), chosen=1)
+    assert "too few to tell this gain from chance (p = 0.50" in told(
+        (0, 0.5, 0.5), (1, 0.6, 0.5), chosen=1, by_chance=0.5
+    )
+    assert "too few" not in told((0, 0.5, 0.5), (1, 0.6, 0.5), chosen=1, by_chance=0.01)
+    assert "too few" not in told((0, 0.5, 0.5), (1, 0.4, 0.5), chosen=0, by_chance=1.0), "there is no gain"
+
+
+@pytest.mark.parametrize(
+    ("gained", "lost", "expected"), [(0, 0, 1), (1, 0, 1), (5, 0, 1 / 16), (0, 6, 1 / 32), (2, 1, 1)]
+)
+def test_few_images_that_change_are_likely_by_chance(gained: int, lost: int, expected: float) -> None:
+    assert chance(gained, lost) == pytest.approx(expected, rel=1e-2)
