@@ -80,7 +80,7 @@ def adapt(config: AdaptConfig, log: Log = lambda line: None, address: str | None
     """
     storage = Storage(config.output)
     student = _load(config)
-    Evaluator(config.general)  # faulty sets are reported first
+    general = Evaluator(config.general).images  # faulty sets are reported first
     domain = steps.find_domain(config)
     run_config = steps.run_config(config, domain, student.image.height)
     check_output(run_config)
@@ -92,7 +92,7 @@ def adapt(config: AdaptConfig, log: Log = lambda line: None, address: str | None
     storage.write_bytes(_yaml(run_config), RUN_FILE)
     for line in [f"source: {domain.found}", *domain.notes]:
         log(line)
-    _Estimate(config, student).log(plan, log)
+    _Estimate(config, student, general).log(plan, log)
     del student
     summary = run(run_config, address=address)
     if summary.status:
@@ -204,8 +204,8 @@ def _check_length(config: StudentConfig, images: int, log: Log) -> None:
 class _Estimate:
     """What an adaptation will compute, and how long that takes by the rate of the released model on this machine."""
 
-    def __init__(self, config: AdaptConfig, student: Student) -> None:
-        self._config, self._student = config, student
+    def __init__(self, config: AdaptConfig, student: Student, general: int) -> None:
+        self._config, self._student, self._general = config, student, general
 
     def log(self, plan: Any, log: Log) -> None:
         """Log the images, teachers and passes, with a time where the number of images is known."""
@@ -218,12 +218,12 @@ class _Estimate:
         shares = len(config.alphas or GRID)
         log(
             f"about {plural(images, 'image')}, {crops} crops of each for {plural(teachers, 'teacher')}; then training, "
-            f"and evaluation of {plural(shares, 'share')} of its weights"
+            f"and evaluation of {plural(shares, 'share')} of its weights, with {plural(self._general, 'general image')}"
         )
         training = steps.training_config(config, _NO_DOMAIN, max(2, round((1 - config.held_out) * images)))
         seen = (training.train.steps or 0) * training.train.batch
-        general = sum(one.size or 0 for _, one in config.general.own_sets.values())
-        passes = images * crops + 3 * seen + shares * (config.held_out * images + general)
+        evaluated = config.held_out * images + self._general
+        passes = images * crops + 3 * seen + (shares + 2) * evaluated  # before and after the training, too
         unknown = "" if teachers == 1 else ", without the other teachers"
         log(f"estimate: {format_duration(passes * self._seconds())} on this machine by the rate of one image{unknown}")
 

@@ -60,6 +60,11 @@ class Evaluator:
             if only is None or name in only
         }
 
+    @property
+    def images(self) -> int:
+        """The images of all sets, without those of sets whose number is not known before they are read."""
+        return sum(one.count for one, _ in self._own) + sum(one.size for one, _ in self._published.values())
+
     def evaluate(self, model: Encoder, accelerator: Accelerator, *, keep_going: bool = False) -> Result:
         """Evaluate a model on all sets. Images that cannot be decoded are left out and listed in the result.
 

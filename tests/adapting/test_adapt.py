@@ -64,6 +64,7 @@ def test_class_folders_become_a_model_and_a_page_and_nothing_is_computed_twice(
     assert (len(train), len(held_out), {*train} & {*held_out}) == (24, 6, set())
     chosen = released if report["alpha"] == 0 else f"{out}/training/student"
     assert load_file(f"{out}/model/{WEIGHTS}").keys() == load_file(f"{chosen}/{WEIGHTS}").keys()
+    assert "evaluation of 2 shares of its weights, with 6 general images" in error, "colours, one image each"
     assert "estimate:" in error
     assert "classes: 6 folders" in error
     page = (out / "index.html").read_text()
