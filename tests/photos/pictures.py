@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import struct
 import zlib
@@ -9,6 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import Image
+
+_SIDE = 448
 _FOLDER, _COMPRESSED = 2, 1  # flags of an entry
 _ENTRY = re.compile(
     r'"title":\s*qsTr\("(?P<title>.*?)"\),\s*"text":\s*qsTr\("(?P<text>.*?)"\),\s*(?:"audio":[^\n]*\n\s*)?'
@@ -78,7 +82,7 @@ def write_captioned(photos: Sequence[Photo], folder: Path) -> None:
     """Write the photos with a text file beside each."""
     folder.mkdir(parents=True)
     for number, photo in enumerate(photos):
-        (folder / f"{number:03}.webp").write_bytes(photo.data)
+        (folder / f"{number:03}.webp").write_bytes(_small(photo.data))
         (folder / f"{number:03}.txt").write_text(photo.caption, encoding="utf-8")
 
 
@@ -88,5 +92,13 @@ def write_classes(photos: Sequence[Photo], folder: Path) -> list[str]:
         title = photo.title.lower()
         place = folder / _SYNONYMS.get(title, title)
         place.mkdir(parents=True, exist_ok=True)
-        (place / f"{number:03}.webp").write_bytes(photo.data)
+        (place / f"{number:03}.webp").write_bytes(_small(photo.data))
     return sorted(place.name for place in folder.iterdir())
+
+
+def _small(data: bytes) -> bytes:
+    """The photo with at most 448 pixels a side, which decodes in a tenth of the time."""
+    image, buffer = Image.open(io.BytesIO(data)).convert("RGB"), io.BytesIO()
+    image.thumbnail((_SIDE, _SIDE), Image.Resampling.BICUBIC)
+    image.save(buffer, "WEBP", quality=95)
+    return buffer.getvalue()

