@@ -31,7 +31,7 @@ FOLDS, CLEAR = 5, 0.05  # the largest probability of a result by chance that cou
 _OPTIONS = (
     *("alphas=[0.0, 0.5, 1.0]", "run.augmentations.count=2", "student.student.freeze=[text]"),
     *("student.train.epochs=5", "student.train.optimizer.lr=1e-4"),
-    "general.zero_shot.animals.templates=[a photo of a {}]",
+    'general.zero_shot.animals.templates=["a photo of a {}"]',
 )
 _GENERAL = "zero_shot/animals/top5"
 _STATISTICS = (
