@@ -41,12 +41,21 @@ _NOT_IN_STUDENTS: dict[str, Any] = {
     "seed": True,
     "accelerator": True,
     "data": {"workers"},
-    "train": {"compute": {"ranks", "gpus", "cpus", "deterministic", "sync_batch_norm"}},
-    "evaluate": {"export"},
+    "train": {"compute": {"ranks", "gpus", "cpus", "deterministic", "sync_batch_norm", "keep_activations"}},
+    "evaluate": {"export", "knn", "linear"},
 }
 
 
 _FIRST_STALL_SECONDS = 3600.0  # the default before it followed from the batches
+
+
+def _student_json(config: StudentConfig) -> str:
+    """A student's config without what changes no number, and with a later default as it was at first."""
+    compute = config.train.compute
+    if compute.compile == "auto":
+        compute = compute.model_copy(update={"compile": False})
+    config = config.model_copy(update={"train": config.train.model_copy(update={"compute": compute})})
+    return config.model_dump_json(exclude=_NOT_IN_STUDENTS, exclude_none=True)
 
 
 def _dataset_json(config: Config) -> str:
@@ -172,9 +181,7 @@ class Study:
         Unset keys are excluded, so that a config key added in a later version does not change the result; and so are
         the keys of what computes, which changes no number.
         """
-        students = [
-            self.student_config(arm, 0).model_dump_json(exclude=_NOT_IN_STUDENTS, exclude_none=True) for arm in arms
-        ]
+        students = [_student_json(self.student_config(arm, 0)) for arm in arms]
         datasets = [_dataset_json(self.dataset_config(arm.dataset)) for arm in arms]
         return hashlib.sha256("\0".join([*students, *datasets, *self._weights]).encode()).hexdigest()[:16]
 

@@ -108,7 +108,7 @@ def test_shared_memory_of_several_processes_counts_once(request: pytest.FixtureR
         sizes = [processes.memory(pid) for pid in (os.getpid(), child.pid)]
         with processes.watch_memory(os.getpid(), seconds=0.01) as peak:
             child.communicate(b"\n")  # ends it
-    assert 45 * MEGABYTE < sum(size.shared for size in sizes) < 60 * MEGABYTE
+    assert 45 * MEGABYTE < sum(size.shared for size in sizes) < 90 * MEGABYTE, "twice would be 100"
     assert min(size.own for size in sizes) > MEGABYTE
     assert processes.memory(child.pid) == processes.Memory()
     assert peak.total >= peak.parent > MEGABYTE
