@@ -13,6 +13,7 @@ import annotated_types
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from reinforce.adapting.config import AdaptConfig
 from reinforce.captioning.config import CaptionerConfig
 from reinforce.config import Config
 from reinforce.selection.config import SelectConfig
@@ -28,6 +29,7 @@ CONFIGS: dict[str, tuple[type[BaseModel], str]] = {
     "tune": (TuneConfig, "`reinforce tune`"),
     "captioner": (CaptionerConfig, "`reinforce finetune-captioner`"),
     "select": (SelectConfig, "`reinforce select`"),
+    "adapt": (AdaptConfig, "`reinforce adapt`"),
 }
 _NAMES = {str: "string", int: "integer", float: "number", bool: "true or false", type(None): "null", Any: "any"}
 _SIGNS = (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))

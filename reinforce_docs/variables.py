@@ -19,6 +19,8 @@ VARIABLES = {
     "OMP_NUM_THREADS": "threads of the arithmetic; commands that divide the cores set it for the processes they start",
     "MIMALLOC_ALLOW_THP": "set to 0 for workers, unless it is set: huge pages cost CPU",
     "CUBLAS_WORKSPACE_CONFIG": "set to :4096:8 on CUDA, unless it is set: products are summed in one order",
+    "REINFORCE_ACCELERATOR": "plain: no fast path of accelerators is used, as with `accelerator: plain` in a config",
+    "PYTORCH_ENABLE_MPS_FALLBACK": "set to 1, unless it is set: operations that Apple's GPUs lack run on the CPU",
     "TORCH_CPP_LOG_LEVEL": "set to ERROR, unless it is set: hides warnings of intended settings",
     "AWS_RETRY_MODE": "mode of retries of S3, as in botocore; if it is set, this project sets no retries",
     "AWS_MAX_ATTEMPTS": "attempts of a request to S3, as in botocore; if it is set, this project sets no retries",
