@@ -61,7 +61,7 @@ class Schedule:
         """Take in the ends of the next step: the rows whose texts have ended, bool [rows] -> those of present texts."""
         ended = ended & (self._first[: len(ended)] <= self._known)
         self._known += 1
-        if self.waiting:  # else nobody enters any more, and rows may move
+        if self.waiting:  # else no image enters later, and rows may move
             self._place_of[ended], self._tokens[ended] = self._places, 0
             self.longest = int(self._tokens.max())
         return ended

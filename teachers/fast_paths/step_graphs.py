@@ -64,7 +64,7 @@ class Steps:
         try:
             with torch.cuda.device(self._device), stream, graphed:
                 step()
-        except Exception as error:  # whatever a driver or a library refuses
+        except Exception as error:  # any error of a driver or a library
             if is_out_of_memory(error):
                 raise
             if not self._failed and self._path is not None:
