@@ -76,7 +76,7 @@ def advice(sweep: Sweep, start: Point, last: Point, by_chance: float = 0.0) -> I
     if rule.general and mean(last.metrics, rule.general) < mean(start.metrics, rule.general) - rule.allow:
         yield (
             "At alpha 1 more is forgotten than is allowed: raise the weights of the anchors, "
-            "--set student.loss.anchor.similarities=3, or lower the rate, --set student.train.optimizer.lr=3e-6."
+            "--set student.loss.anchor.similarities=3, or lower the rate, student.train.optimizer.lr."
         )
     yield "Another seed shows how much of the difference is chance: --set seed=1, in another folder."
 

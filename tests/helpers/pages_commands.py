@@ -57,7 +57,7 @@ CHECKED = {
     r"reinforce (plan|run) configs/.*": "needs the data of the config; tests/integration runs small ones",
     r"reinforce init (photos/|shards) my\.yaml": "its config exists; see tests/engine/starter/test_starter.py",
     r"reinforce run my\.yaml --set source=.*": "a run like the others; tests/cli sets keys",
-    r"reinforce adapt photos/ .*": "needs a released model; tests/adapting/test_adapt.py adapts small ones",
+    r"reinforce adapt (photos/|demo/tests/.*) .*": "needs a released model; see tests/adapting/test_adapt.py",
     r"reinforce diff my-data my-labels": "needs the labels; tests/labels/test_difference.py compares others",
     r"reinforce tune .*": "trains for minutes on Ray Tune; tests/tuning/test_space.py runs a small one",
     r"reinforce validate my-data --recompute .*": "loads all models; tests/engine/test_recompute.py does",
