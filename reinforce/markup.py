@@ -6,6 +6,7 @@ HTML. In both, control characters of values are written as ``\\x00`` or ``\\u202
 
 from __future__ import annotations
 
+import base64
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,11 @@ from markupsafe import Markup
 from reinforce.terminal import escape, format_bytes, format_duration
 
 TEMPLATES = Path(__file__).parent / "templates"
+
+
+def picture_address(data: bytes, kind: str = "webp") -> str:
+    """The address of a picture that holds its data, for a page that is one file."""
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def render(template: str, **values: Any) -> Markup:

@@ -1,4 +1,4 @@
-"""A section of the benchmark in a process of its own, with which a crash, a hang or an error of the device ends."""
+"""A section of the benchmark in a separate process, with which a crash, a hang or an error of the device ends."""
 
 from __future__ import annotations
 

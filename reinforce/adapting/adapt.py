@@ -1,6 +1,6 @@
 """``reinforce adapt``: store labels, train, choose between the released and the trained weights, and show both.
 
-Each step continues where a stopped command ended, and is also a command of its own by a config in the output.
+Each step continues where a stopped command ended, and can be run separately by a config in the output.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from reinforce.errors import UserError
+from reinforce.settings import flatten
 from reinforce.storage import Storage
 from reinforce.student.config import Student as StudentSpec
 from reinforce.student.model import Student, build_student, export, load_tokenizer
@@ -107,15 +108,13 @@ def _differences(one: Student, other: Student) -> Iterator[str]:
             yield f"{key} is {configs.get(key, 'absent')} in one and {other_configs.get(key, 'absent')} in the other"
 
 
-def _relevant(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _relevant(config: Mapping[str, Any]) -> dict[str, Any]:
     """Entries of a ``model_cfg`` by dotted keys, without those that do not change what weights mean."""
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            found |= _relevant(value, f"{prefix}{key}.")
-        elif key not in _IRRELEVANT and value not in (None, False):
-            found[prefix + key] = value
-    return found
+    return {
+        key: value
+        for key, value in flatten(config)
+        if key.rpartition(".")[2] not in _IRRELEVANT and value not in (None, False, {})
+    }
 
 
 def _digest(state: State) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -14,7 +13,7 @@ from reinforce.adapting.examples import HeldOut
 from reinforce.adapting.interpolate import PICTURE, Sweep
 from reinforce.adapting.mixtures import Mixtures
 from reinforce.evaluation.config import Evaluation
-from reinforce.markup import TEMPLATES, render
+from reinforce.markup import TEMPLATES, picture_address, render
 from reinforce.model_names import short_name
 from reinforce.storage import Storage
 from teachers.redact import redact_values
@@ -45,7 +44,7 @@ def write_page(config: AdaptConfig, evaluation: Evaluation, sweep: Sweep, mixtur
         rule=sweep.rule.describe(),
         rows=rows,
         points=[(point.alpha, _means(point, sweep), point is sweep.chosen) for point in sweep.points],
-        curve=_address(Storage(f"{out}/model").read_bytes(PICTURE, limit=2**24), "png") if drawn else None,
+        curve=picture_address(Storage(f"{out}/model").read_bytes(PICTURE, limit=2**24), "png") if drawn else None,
         examples=examples,
         advice=[*advice(sweep, start, last, min((one["chance"] for one in examples), default=1.0))],
     )
@@ -111,7 +110,7 @@ def _examples(evaluation: Evaluation, sweep: Sweep, mixtures: Mixtures) -> Itera
 def _cards(examples: Sequence[Any]) -> list[Mapping[str, str]]:
     return [
         {
-            "picture": _address(example.picture, "webp"),
+            "picture": picture_address(example.picture),
             "key": example.before.key,
             "truth": example.before.truth,
             "before": example.before.text,
@@ -119,7 +118,3 @@ def _cards(examples: Sequence[Any]) -> list[Mapping[str, str]]:
         }
         for example in examples
     ]
-
-
-def _address(data: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

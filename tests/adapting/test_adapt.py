@@ -222,19 +222,19 @@ def test_too_few_images_equal_captions_and_too_many_steps_are_said(
 def test_the_page_advises_by_what_the_points_show() -> None:
     rule = Rule(("d",), ("g",), allow=0.01)
 
-    def told(*rows: tuple[float, float, float], chosen: int, by_chance: float = 0.0) -> str:
+    def advised(*rows: tuple[float, float, float], chosen: int, by_chance: float = 0.0) -> str:
         points = [Point(alpha, {"d": domain, "g": general}) for alpha, domain, general in rows]
         return " ".join(advice(Sweep(("a", "b"), points, rule, points[chosen]), points[0], points[-1], by_chance))
 
-    assert "did not help" in told((0, 0.5, 0.5), (1, 0.4, 0.5), chosen=0)
-    assert "train for longer" in told((0, 0.5, 0.5), (1, 0.6, 0.5), chosen=1)
-    assert "loss.anchor.similarities" in told((0, 0.5, 0.5), (0.5, 0.6, 0.5), (1, 0.7, 0.3), chosen=1)
-    assert "Another seed" in told((0, 0.5, 0.5), (0.5, 0.6, 0.5), (1, 0.5, 0.5), chosen=1)
-    assert "too few to tell this gain from chance (p = 0.50" in told(
+    assert "did not help" in advised((0, 0.5, 0.5), (1, 0.4, 0.5), chosen=0)
+    assert "train for longer" in advised((0, 0.5, 0.5), (1, 0.6, 0.5), chosen=1)
+    assert "loss.anchor.similarities" in advised((0, 0.5, 0.5), (0.5, 0.6, 0.5), (1, 0.7, 0.3), chosen=1)
+    assert "Another seed" in advised((0, 0.5, 0.5), (0.5, 0.6, 0.5), (1, 0.5, 0.5), chosen=1)
+    assert "too few to tell this gain from chance (p = 0.50" in advised(
         (0, 0.5, 0.5), (1, 0.6, 0.5), chosen=1, by_chance=0.5
     )
-    assert "too few" not in told((0, 0.5, 0.5), (1, 0.6, 0.5), chosen=1, by_chance=0.01)
-    assert "too few" not in told((0, 0.5, 0.5), (1, 0.4, 0.5), chosen=0, by_chance=1.0), "there is no gain"
+    assert "too few" not in advised((0, 0.5, 0.5), (1, 0.6, 0.5), chosen=1, by_chance=0.01)
+    assert "too few" not in advised((0, 0.5, 0.5), (1, 0.4, 0.5), chosen=0, by_chance=1.0), "there is no gain"
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +11,7 @@ from PIL import Image
 from reinforce.dataset.kinds.registry import stored_layer
 from reinforce.dataset.reading.shown_sample import Shown, ShownSample, draw
 from reinforce.errors import UserError
-from reinforce.markup import render
+from reinforce.markup import picture_address, render
 
 _SIDE, _REPLAY_SIDE = 320, 120  # pixels
 _LAYERS = 40  # that are listed
@@ -24,7 +23,7 @@ def sample_html(sample: Shown) -> str:
     replays: list[str] = []
     try:
         pictures = draw(sample, _SIDE, _REPLAY_SIDE)
-        original, replays = _address(pictures.original), _parts(pictures.replays, len(shown.replays))
+        original, replays = picture_address(pictures.original), _parts(pictures.replays, len(shown.replays))
     except UserError as error:
         problem = str(error)
     return render("notebook/sample.html", shown=shown, original=original, replays=replays, problem=problem)
@@ -55,9 +54,5 @@ def _parts(strip: bytes, count: int) -> list[str]:
     for part in parts:
         out = io.BytesIO()
         part.save(out, "WEBP", quality=85, method=2)
-        found.append(_address(out.getvalue()))
+        found.append(picture_address(out.getvalue()))
     return found
-
-
-def _address(webp: bytes) -> str:
-    return f"data:image/webp;base64,{base64.b64encode(webp).decode()}"
