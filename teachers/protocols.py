@@ -67,6 +67,9 @@ class Teacher(Protocol):
     A run then calls these two instead of ``encode_texts``, so that one shard is tokenized while another uses the
     accelerator. Teachers with an equal, hashable ``tokenizer_key`` share the tokens of a batch.
 
+    One with patches may add ``encode_patches(pixels) -> patches``, floating point [B, rows, columns, dim] of any norm,
+    with the grid's first row at the top of the image; the shape of the grid must depend on that of the image alone.
+
     Inputs are the model's own and may be changed; outputs are copied before the next call and may reuse their memory.
     """
 

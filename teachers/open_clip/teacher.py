@@ -21,6 +21,7 @@ from teachers.open_clip import catalog
 from teachers.open_clip.building import FUSED, build, from_authors, is_authors
 from teachers.open_clip.options import stated_preprocess
 from teachers.open_clip.text import TextEncoder, keep_residual_in_float32
+from teachers.patches.encoder import PatchEncoder, encoder_of_model
 from teachers.preprocessing.pixels import channels
 from teachers.protocols import ImageSpec
 from teachers.runtime.accelerator import Accelerator
@@ -40,6 +41,11 @@ class ImageEncoder:
         with self._accelerator.forward():
             features = self._encode_images(self._accelerator.layout(pixels))
             return torch.nn.functional.normalize(features.float(), dim=-1)
+
+    def patches(self, stage: int = -1, size: tuple[int, int] | None = None) -> PatchEncoder:
+        """The encoder of the tower's patches; see ``teachers.patches.encoder``."""
+        assert self.image is not None
+        return encoder_of_model(self._model, self.image, self._accelerator, stage, size)
 
 
 class OpenClipEncoder(ImageEncoder):

@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from teachers.fast_paths import towers
+from teachers.patches.encoder import PatchEncoder, encoder_of_model
 from teachers.preprocessing.pixels import channels
 from teachers.protocols import ImageSpec, Teacher
 from teachers.runtime.accelerator import Accelerator
@@ -76,9 +77,16 @@ class TransformersTeacher:
         with self._accelerator.forward():
             return _unit(self._encode_images(self._accelerator.layout(pixels)))
 
+    def patches(self, stage: int = -1, size: tuple[int, int] | None = None) -> PatchEncoder:
+        """The encoder of the tower's patches; see ``teachers.patches.encoder``."""
+        assert self.image is not None
+        return encoder_of_model(self._model, self.image, self._accelerator, stage, size, self._inputs)
+
+    def _inputs(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        return _patch_inputs(pixels, self._patch) if self._patch else {"pixel_values": pixels}
+
     def _image_features(self, pixels: torch.Tensor) -> torch.Tensor:
-        inputs = _patch_inputs(pixels, self._patch) if self._patch else {"pixel_values": pixels}
-        return _features(self._model.get_image_features(**inputs))
+        return _features(self._model.get_image_features(**self._inputs(pixels)))
 
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
         """B strings -> [B, dim] float32, unit norm."""
@@ -120,6 +128,11 @@ class ImageTeacher:
         """[B, 3, H, W] float32 -> [B, dim] float32, unit norm."""
         with self._accelerator.forward():
             return _unit(self._encode_images(self._accelerator.layout(pixels)))
+
+    def patches(self, stage: int = -1, size: tuple[int, int] | None = None) -> PatchEncoder:
+        """The encoder of the model's patches; see ``teachers.patches.encoder``."""
+        assert self.image is not None
+        return encoder_of_model(self._model, self.image, self._accelerator, stage, size)
 
     def _pooled(self, pixels: torch.Tensor) -> torch.Tensor:
         output = self._model(pixel_values=pixels)

@@ -1,0 +1,1 @@
+"""Grids of patch vectors of image towers."""
