@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from reinforce.errors import UserError
 from teachers.redact import is_secret, redact_values
@@ -22,6 +22,26 @@ class Section(BaseModel):
     """Base class of every part of a config. Unknown keys and values that need type conversion are errors."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
+
+
+def without_defaults(*keys: str) -> Any:
+    """A serializer of a section that leaves out some keys at their defaults.
+
+    Checkpoints of earlier versions have no such key, and are compared with the config as a whole.
+    """
+
+    def serialize(self: Section, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = serialize(self)
+        fields = type(self).model_fields
+        names = {fields[key].alias or key: key for key in keys}
+        return {
+            name: value
+            for name, value in values.items()
+            if (key := names.get(name, name)) not in keys
+            or getattr(self, key) != fields[key].get_default(call_default_factory=True)
+        }
+
+    return model_serializer(mode="wrap")(serialize)
 
 
 class _Loader(yaml.SafeLoader):

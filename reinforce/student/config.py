@@ -17,7 +17,7 @@ from reinforce.config_schema import ImagesFrom, InSchema, Named, either
 from reinforce.evaluation.config import Evaluation
 from reinforce.images.policy import ReadLimits
 from reinforce.processes.fast_paths import Accelerated
-from reinforce.settings import Section
+from reinforce.settings import Section, without_defaults
 from reinforce.training.config import TrackersOfRun, Training
 from teachers.open_clip.options import PREPROCESS, Preprocess
 from teachers.registry import AnyTeacher
@@ -56,11 +56,7 @@ class Source(Section):
     weight: float = Field(1.0, gt=0, description="relative share of the samples that come from it")
     view: str | None = Field(None, description="view of `reinforce select` whose samples are read; default: all")
 
-    @model_serializer(mode="wrap")
-    def _without_default(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Checkpoints of earlier versions have no ``view``, and are compared with this as a whole."""
-        values: dict[str, Any] = serialize(self)
-        return {key: value for key, value in values.items() if key != "view" or value is not None}
+    _as_before = without_defaults("view")
 
 
 class Data(Section):
@@ -157,6 +153,49 @@ class Anchor(Section):
         return self
 
 
+def _as_feature_loss(value: Any) -> Any:
+    """Accept the teachers alone."""
+    return {"teachers": value} if isinstance(value, str) else value
+
+
+class FeatureLoss(Section):
+    """How the student's features approach the vectors of teachers; see student/terms/features.py."""
+
+    teachers: Literal["none", "one-sided", "all"] = Field(
+        "one-sided", description="teachers whose vectors a projection of the student's features approaches"
+    )
+    weights: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict, description="weights by teacher of their mean; default: 1"
+    )
+    distance: Literal["cosine", "l2", "similarities"] = Field(
+        "cosine",
+        description="`cosine`: 1 - cosine; `l2`: squared distance; `similarities`: cross-entropy of the similarities "
+        "with the teacher's vectors of the batch and of `queue`",
+    )
+    standardise: bool = Field(
+        False,
+        description="subtract the mean of each dimension from the stored vectors and divide by its standard deviation, "
+        "both over the first 4,096 of them",
+    )
+    temperature: float = Field(0.07, gt=0, description="for `similarities`: by which cosines are divided")
+    queue: int = Field(
+        0, ge=0, description="for `similarities`: vectors of earlier batches that are compared with, beside the batch's"
+    )
+
+    @model_validator(mode="after")
+    def _of_similarities(self) -> FeatureLoss:
+        others = FeatureLoss.model_fields
+        given = [key for key in ("temperature", "queue") if getattr(self, key) != others[key].default]
+        if given and self.distance != "similarities":
+            raise ValueError(f"`{given[0]}` needs `distance: similarities`; remove it")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, serialize: SerializerFunctionWrapHandler) -> Any:
+        """The teachers alone where nothing else is set, as checkpoints of earlier versions have it."""
+        return self.teachers if self == FeatureLoss(teachers=self.teachers) else serialize(self)
+
+
 class Loss(Section):
     """(1 - lambda) x CLIP loss + lambda x (distillation + features), summed over true and synthetic captions."""
 
@@ -179,9 +218,11 @@ class Loss(Section):
         default_factory=dict,
         description="biases by teacher, for `sigmoid`; default: computed from each batch, see student/loss.py",
     )
-    features: Literal["none", "one-sided", "all"] = Field(
-        "one-sided", description="teachers whose vectors a projection of the student's features approaches (1 - cosine)"
-    )
+    features: Annotated[
+        FeatureLoss,
+        BeforeValidator(_as_feature_loss),
+        InSchema(lambda section: either({"enum": ["none", "one-sided", "all"]}, section)),
+    ] = Field(FeatureLoss(), description="teachers whose vectors a projection of the student's features approaches")
     features_weight: float = Field(1.0, gt=0, description="weight of the `features` loss, relative to distillation")
     interactive: float | None = Field(
         None,

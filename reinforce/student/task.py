@@ -18,7 +18,15 @@ from reinforce.student import online
 from reinforce.student.config import QUANTIZE_SHARE, StudentConfig
 from reinforce.student.model import Student, build_student, export, load_tokenizer
 from reinforce.student.quantize import batch_norms
-from reinforce.student.teachers import CAPTION, IMAGE, SYNTHETIC, TeacherInfo, stored_models, stored_teachers
+from reinforce.student.teachers import (
+    CAPTION,
+    IMAGE,
+    SYNTHETIC,
+    TeacherInfo,
+    first_vectors,
+    stored_models,
+    stored_teachers,
+)
 from reinforce.student.terms.base import Models, Rows
 from reinforce.student.terms.registry import Terms, make_terms
 from reinforce.terminal import plural
@@ -56,7 +64,8 @@ class StudentTask:
         if reads and loss.targets == "stored":
             anchors_alone = config.model_copy(update={"data": config.data.model_copy(update={"teachers": []})})
             known = stored_teachers(config if loss.lambda_ > 0 else anchors_alone, manifests)
-        models = Models(known, texts, partial(stored_models, config.data, manifests))
+        vectors = partial(first_vectors, config.data, manifests) if loss.targets == "stored" else None
+        models = Models(known, texts, partial(stored_models, config.data, manifests), vectors=vectors)
         self.terms: Terms = make_terms(loss, models)
         self.model: Student = build_student(
             config.student,
@@ -112,7 +121,8 @@ class StudentTask:
     def losses(self, encoded: Encoded, batch: Batch) -> dict[str, torch.Tensor]:
         """The terms that need the batches of all ranks; see ``reinforce.student.terms``."""
         reduced = self._precision != "fp32"
-        return self.terms.losses(Rows(encoded.features, encoded.scalars, batch.get("targets", {}), reduced))
+        targets = batch.get("targets", {})
+        return self.terms.losses(Rows(encoded.features, encoded.scalars, targets, reduced, self.model.heads))
 
     def evaluate(self, model: torch.nn.Module) -> Metrics:
         """Metrics of this rank's share of the sets under ``evaluate``, by the names in ``reinforce.evaluation``.

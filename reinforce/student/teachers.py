@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
+
+from reinforce.dataset.files.store import Store
 from reinforce.dataset.kinds.registry import kind_of
-from reinforce.dataset.layers import embeddings_layer, model_of
+from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, embeddings_layer, model_of
 from reinforce.dataset.manifest.manifest import select_names
+from reinforce.dataset.reading.aligned import AlignedLayers
 from reinforce.errors import UserError
 from reinforce.student.config import Data, StudentConfig
 
@@ -82,6 +87,41 @@ def stored_models(data: Data, manifests: Mapping[str, Mapping[str, Any]], sectio
                     f"Name those to use under data.{section}."
                 )
     return first
+
+
+def first_vectors(
+    data: Data, manifests: Mapping[str, Mapping[str, Any]], teacher: str, side: str, count: int = 4096
+) -> npt.NDArray[np.float32]:
+    """The first vectors [n, D] of a side of a teacher, about ``count``, as many of each dataset; null ones left out.
+
+    Of texts, those of the true captions, or else of the first captioner. Raises UserError if there is none.
+    """
+    found = []
+    for url, manifest in manifests.items():
+        texts = (TRUE_CAPTION, *captioner_names(data, url, manifest))
+        names = (embeddings_layer(teacher, what) for what in ((IMAGES,) if side == IMAGES else texts))
+        layer = next(name for name in names if name in manifest["layers"])
+        read = 0
+        for vectors in _vectors_of(Store(url), layer, manifest):
+            found.append(vectors)
+            read += len(vectors)
+            if read >= count / len(manifests):
+                break
+    if not sum(map(len, found)):
+        raise UserError(f"teacher {teacher} has no usable vector of {side} in {' and '.join(manifests)}.")
+    return np.concatenate(found)[:count]
+
+
+def _vectors_of(store: Store, layer: str, manifest: Mapping[str, Any]) -> Iterator[npt.NDArray[np.float32]]:
+    """The vectors [n, D] of each row group of a layer, all of a row, that are finite."""
+    kind, fingerprints = kind_of(layer), {name: manifest["layers"][name]["fingerprint"] for name in (SAMPLES, layer)}
+    aligned = AlignedLayers(store, fingerprints, {SAMPLES: ("key",), layer: kind.columns})
+    for shard in store.shards(layer):
+        with aligned.open(shard, whole=False) as opened:
+            for number in range(opened.row_groups):
+                values = kind.decode(opened.read(number)[layer])
+                rows = values.reshape(-1, values.shape[-1])
+                yield rows[np.isfinite(rows).all(axis=1)]
 
 
 def _agreed(section: str, found: Mapping[str, T]) -> T:

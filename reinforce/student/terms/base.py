@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch.nn.functional import normalize
 
@@ -13,6 +15,8 @@ from reinforce.student.teachers import TeacherInfo
 
 #: Features or targets: tensors [B, ...] by what they are of, ``image`` or a kind of text.
 Tensors = Mapping[str, torch.Tensor]
+#: Reads the first stored vectors [n, D] of a side of a teacher.
+ReadVectors: TypeAlias = Callable[[str, str], npt.NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -21,27 +25,30 @@ class Models:
 
     ``teachers`` are described by a TeacherInfo; ``stored`` finds the models of another section of the config by name,
     as their layers' entries in dataset.json. ``texts`` is whether examples have texts. ``anchor`` is the teacher of
-    ``loss.anchor``, which terms do not find among ``teachers``.
+    ``loss.anchor``, which terms do not find among ``teachers``. ``vectors`` reads stored ones; it is None with
+    ``targets: online``.
     """
 
     teachers: Mapping[str, TeacherInfo]
     texts: bool = True
     stored: Callable[[str], Mapping[str, Any]] = lambda section: {}
     anchor: TeacherInfo | None = None
+    vectors: ReadVectors | None = None
 
 
 @dataclass(frozen=True)
 class Rows:
     """All rows of a rank: features and targets of its batch, and the learnt scalars.
 
-    ``features`` are unit-norm [b, D], with the ``projections`` of terms; ``targets`` are by model. ``reduced`` lets
-    CUDA multiply in TF32.
+    ``features`` are unit-norm [b, D], with the ``projections`` of terms; ``targets`` are by model; ``heads`` are those
+    of the terms. ``reduced`` lets CUDA multiply in TF32.
     """
 
     features: Tensors
     scalars: Mapping[str, torch.Tensor]
     targets: Mapping[str, Tensors]
     reduced: bool = False
+    heads: torch.nn.ModuleDict = field(default_factory=torch.nn.ModuleDict)
 
 
 class Term:
