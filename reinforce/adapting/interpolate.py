@@ -11,14 +11,14 @@ from rich.table import Table
 from reinforce import plots
 from reinforce.adapting.choosing import Point, Rule, mean
 from reinforce.adapting.mixing import load_mixer
-from reinforce.adapting.mixtures import Mixtures, check_free, percent
+from reinforce.adapting.mixtures import SWEEP, Mixtures, check_free, percent
 from reinforce.evaluation.report import score_table
 from reinforce.storage import Storage
 from teachers.spec import ModelSpec
 
 #: Shares of the second model's weights that a sweep evaluates, as published.
 GRID = tuple(round(0.1 * tenth, 1) for tenth in range(11))
-SWEEP, PICTURE = "sweep.json", "sweep.png"
+PICTURE = "sweep.png"
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,9 @@ def sweep(
 ) -> Sweep:
     """Evaluate the shares, 0 included, and write the model of the chosen one, sweep.json and sweep.png to ``out``.
 
-    Raises UserError where a metric of ``rule`` has no value for alpha 0.
+    Raises UserError where a metric of ``rule`` has no value for alpha 0, or if the folder has the model of a soup.
     """
+    mixtures.check_report(SWEEP)
     points = [Point(alpha, mixtures.metrics(_shares(specs, alpha))) for alpha in sorted({0.0, *alphas})]
     first, second = specs
     result = Sweep((first, second), points, rule, rule.choose(points))

@@ -18,6 +18,7 @@ from teachers.runtime.accelerator import Accelerator, Precision
 from teachers.spec import ModelSpec
 
 KEPT = "mixtures.json"
+SWEEP, SOUP = "sweep.json", "soup.json"
 _MODEL = "open_clip_config.json"
 
 Log = Callable[[str], None]
@@ -83,6 +84,12 @@ class Mixtures:
         encoder = OpenClipEncoder(model, student.image, self.mixer.tokenizer, self._accelerator)
         config = self._evaluator.config
         return Models({"model": encoder}, self._accelerator, config.batch, config.threads or available_cores())
+
+    def check_report(self, name: str) -> None:
+        """Raise UserError if the folder has the model of a report other than ``name``."""
+        for other in {SWEEP, SOUP} - {name}:
+            if self._storage.read_json(other) is not None:
+                raise UserError(f"{self._storage.url} has a model, of {other}. Name another folder.")
 
     def write(self, weights: Mapping[str, float], report: Mapping[str, Any], name: str) -> None:
         """Write the model of some weights, and a report as ``name``."""

@@ -10,12 +10,10 @@ from typing import Any
 from rich.table import Table
 
 from reinforce.adapting.choosing import Rule, mean
-from reinforce.adapting.mixtures import Mixtures, percent
+from reinforce.adapting.mixtures import SOUP, Mixtures, percent
 from reinforce.errors import UserError
 from reinforce.evaluation.report import score_table
 from teachers.spec import ModelSpec
-
-SOUP = "soup.json"
 
 
 @dataclass(frozen=True)
@@ -56,8 +54,9 @@ class Soup:
 def greedy_soup(mixtures: Mixtures, specs: Mapping[str, ModelSpec], rule: Rule) -> Soup:
     """Add models to a mean in the order of their metric, as long as each makes it better, and write the mean.
 
-    Raises UserError if no model has the metrics of ``rule``.
+    Raises UserError if no model has the metrics of ``rule``, or if the folder has the model of a sweep.
     """
+    mixtures.check_report(SOUP)
     alone = {name: mixtures.metrics({name: 1.0}) for name in specs}
     scores = {name: mean(metrics, rule.domain) for name, metrics in alone.items()}
     ranked = sorted((name for name in specs if math.isfinite(scores[name])), key=lambda name: -scores[name])

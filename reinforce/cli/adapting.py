@@ -108,6 +108,8 @@ def adapt(
     if general or zero_shot or retrieval:
         sets = build_evaluation(general, zero_shot or (), retrieval or (), limit)
         raw["general"] = sets.model_dump(mode="json", exclude_unset=True)
+    elif limit:
+        raise UserError("--limit is for sets, and none is given: name some with --general, --zero-shot or --retrieval.")
     for override in set_ or ():
         settings.apply_override(raw, override)
     checked = settings.parse(AdaptConfig, raw, "the adaptation")

@@ -148,6 +148,7 @@ def test_bad_input_is_one_line_before_anything_is_written(tmp_path: Path, releas
         ([good, "--model", "MobilCLIP2-S0,dfndr2b"], "MobileCLIP2-S0"),
         ([good, "--model", "MobileCLIP2-S0"], "has no weights. Name their tag"),
         ([good, "--model", released, "--zero-shot", f"others={tmp_path}/none"], "none"),
+        ([good, "--model", released, "--limit", "5"], "--limit is for sets, and none is given"),
         ([good, "--model", released, "--zero-shot", f"domain={good}"], "'domain' is the name of the held-out images"),
         ([good, "--model", released, "--set", "teachers.released.model=ViT-B-32"], "choose another"),
         ([good, "--model", released, "--set", "held_out=1.5"], "held_out"),

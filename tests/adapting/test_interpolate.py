@@ -73,6 +73,8 @@ def test_a_sweep_evaluates_each_share_once_and_writes_the_chosen_model(
     assert json.loads(out_text) == report
     status, _, error = command(*words, *shares, "--limit", "3")
     assert (status, "has results of other models or sets" in error) == (2, True)
+    status, _, error = command("soup", *words[1:4], "--zero-shot", f"colours={colours}")
+    assert (status, "has a model, of sweep.json" in error) == (2, True)
     kept = json.loads((out / "mixtures.json").read_text())
     for damaged in ({}, {"of": kept["of"]}, {**kept, "mixtures": [{"weights": {}}]}):
         (out / "mixtures.json").write_text(json.dumps(damaged))
