@@ -56,7 +56,7 @@ def finetune(config: CaptionerConfig | str | Path | dict[str, Any], *, address: 
     check_trackers(config.log)
     if config.evaluate.captioned != 0:
         require("train", "evaluate.captioned (BLEU and CIDEr)", "sacrebleu")
-    job = make_job(config, config.captioner.model, _READING, evaluate_start=True, export=EXPORT)
+    job = make_job(config, [config.captioner.model], _READING, evaluate_start=True, export=EXPORT)
     data = None
     if runs_on_ray(job, address):  # faults are reported before Ray starts
         data = load_streams(config, build_captioner(config).image.height)

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, Field, model_validator
 from reinforce.config_schema import ImagesFrom, OneOrMore, keys_match
 from reinforce.errors import UserError
 from reinforce.evaluation.kinds.base import OwnSet, SetKind
+from reinforce.evaluation.kinds.index import IndexSet
 from reinforce.evaluation.kinds.knn import KnnSet
 from reinforce.evaluation.kinds.labels import ZeroShotSet
 from reinforce.evaluation.kinds.linear import LinearSet
@@ -53,6 +54,9 @@ class Evaluation(Section):
     )
     linear: Annotated[dict[SetName, LinearSet], _SET_NAMES] = Field(
         default_factory=dict, description="sets of a linear probe by name, which need no texts"
+    )
+    index: Annotated[dict[SetName, IndexSet], _SET_NAMES] = Field(
+        default_factory=dict, description="sets by name on which models query the vectors of a teacher with their own"
     )
     suite: Literal["datacomp", "sugarcrepe", "long-captions"] | None = Field(
         None, description="a suite of published sets, evaluated as by `reinforce evaluate --suite`"

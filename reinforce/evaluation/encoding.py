@@ -64,14 +64,19 @@ def load_encoders(
     torch.set_num_threads(min(torch.get_num_threads(), threads))  # torch ignores quotas of containers
     set_flags(device)
     for name, given in specs.items():
-        with model_errors(name), loading(name):
+        with model_errors(name):
             accelerator = Accelerator(device, precision)
-            is_teacher = isinstance(given, TeacherSpec)
-            spec = given if is_teacher else teacher_spec(model=given.model, pretrained=given.pretrained)
-            if spec.uses_precision:
-                spec = spec.model_copy(update={"precision": precision})
-            teacher: Encoder = in_force(spec).load(name, device)
-        yield name, teacher, accelerator
+        yield name, load_encoder(name, given, device, precision), accelerator
+
+
+def load_encoder(name: str, given: ModelSpec, device: str, precision: Precision) -> Encoder:
+    """Load a model onto a device. Raises UserError."""
+    with model_errors(name), loading(name):
+        is_teacher = isinstance(given, TeacherSpec)
+        spec = given if is_teacher else teacher_spec(model=given.model, pretrained=given.pretrained)
+        if spec.uses_precision:
+            spec = spec.model_copy(update={"precision": precision})
+        return in_force(spec).load(name, device)
 
 
 def encode_texts(model: Encoder, texts: Sequence[str], batch: int) -> torch.Tensor:

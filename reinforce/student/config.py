@@ -162,7 +162,12 @@ class FeatureLoss(Section):
     """How the student's features approach the vectors of teachers; see student/terms/features.py."""
 
     teachers: Literal["none", "one-sided", "all"] = Field(
-        "one-sided", description="teachers whose vectors a projection of the student's features approaches"
+        "one-sided", description="teachers whose vectors the student's features, or a projection of them, approach"
+    )
+    head: Literal["linear", "none"] = Field(
+        "linear",
+        description="`linear`: a projection for each teacher, which is not exported; `none`: the features themselves "
+        "approach the vectors, so that the student is exported into the teacher's space; see `student.text`",
     )
     weights: dict[str, Annotated[float, Field(gt=0)]] = Field(
         default_factory=dict, description="weights by teacher of their mean; default: 1"
@@ -183,11 +188,15 @@ class FeatureLoss(Section):
     )
 
     @model_validator(mode="after")
-    def _of_similarities(self) -> FeatureLoss:
+    def _keys_fit(self) -> FeatureLoss:
         others = FeatureLoss.model_fields
         given = [key for key in ("temperature", "queue") if getattr(self, key) != others[key].default]
         if given and self.distance != "similarities":
             raise ValueError(f"`{given[0]}` needs `distance: similarities`; remove it")
+        if self.standardise and self.head == "none":
+            raise ValueError(
+                "standardised vectors are no longer of the teacher's space: remove `standardise` or `head`"
+            )
         return self
 
     @model_serializer(mode="wrap")
@@ -222,7 +231,7 @@ class Loss(Section):
         FeatureLoss,
         BeforeValidator(_as_feature_loss),
         InSchema(lambda section: either({"enum": ["none", "one-sided", "all"]}, section)),
-    ] = Field(FeatureLoss(), description="teachers whose vectors a projection of the student's features approaches")
+    ] = Field(FeatureLoss(), description="teachers whose vectors the student's features approach")
     features_weight: float = Field(1.0, gt=0, description="weight of the `features` loss, relative to distillation")
     interactive: float | None = Field(
         None,
@@ -279,12 +288,30 @@ Quantize = Literal["int8-weights", "int8"]
 QUANTIZE_SHARE = 0.2
 
 
+class TextTower(Section):
+    """The model of open_clip whose text tower and tokenizer a student takes."""
+
+    model: str = Field(min_length=1, description="an open_clip name, hf-hub:ORG/REPO or local-dir:PATH")
+    pretrained: str | None = Field(None, description="pretrained tag or checkpoint of the tower; default: random")
+
+
 class Student(Section):
     """The model to train, by its name in open_clip."""
 
     model: str = Field(min_length=1, description="an open_clip name such as MobileCLIP2-S0, or local-dir:PATH")
     pretrained: str | None = Field(None, description="pretrained tag or checkpoint to start from; default: random")
     preprocess: Preprocess | None = Field(None, description=PREPROCESS)
+    text: TextTower | None = Field(
+        None,
+        description="model whose text tower and tokenizer take the place of the student's own, such as the teacher "
+        "whose space it learns; the dimensions are those of the tower that is not trained, else those of `model`",
+    )
+    dim: int | None = Field(
+        None,
+        ge=1,
+        description="dimensions of its vectors; a tower whose weights have others gets a new last layer, which is "
+        "trained and exported; default: as in the config of `model`, or see `text`",
+    )
     freeze: list[Literal["image", "text"]] | None = Field(
         None, max_length=1, description="the tower that keeps its pretrained weights; default: none"
     )

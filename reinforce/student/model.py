@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from reinforce.student.quantize import can_quantize, freeze_batch_norms, merge, 
 from reinforce.student.teachers import CAPTION, IMAGE, SYNTHETIC
 from reinforce.student.terms.base import module_name, scale_name, unit
 from reinforce.student.terms.registry import Terms
+from reinforce.student.towers import Plan, Source, join_towers, plan_towers, tower_of
 from reinforce.training.task import Batch, Encoded
 from teachers.open_clip import catalog
 from teachers.open_clip.building import write_open_clip
@@ -38,8 +39,9 @@ _LOG = logging.getLogger(__name__)
 class Student(torch.nn.Module):
     """An open_clip model in training.
 
-    ``clip`` is the model itself, ``config`` its ``model_cfg``, ``name`` its name in open_clip, ``pretrained`` whether
-    it started from weights. The loss ``terms`` learn ``heads`` and ``scales``, teachers' logit scales, beside it.
+    ``clip`` is the model itself, ``config`` its ``model_cfg``, ``name`` its name in open_clip and ``text_name`` that of
+    the model whose tokenizer it has. ``towers`` are those that started from weights, ``image`` and ``text``. The loss
+    ``terms`` learn ``heads`` and ``scales``, teachers' logit scales, beside it.
     """
 
     def __init__(
@@ -48,15 +50,17 @@ class Student(torch.nn.Module):
         clip: Any,
         config: Mapping[str, Any],
         image: ImageSpec,
-        pretrained: bool,
+        towers: Collection[str],
         terms: Terms | None = None,
+        text_name: str | None = None,
     ) -> None:
         super().__init__()
         self.name = name
+        self.text_name = text_name or name
         self.clip = clip
         self.config = config
         self.image = image
-        self.pretrained = pretrained
+        self.towers = frozenset(towers)
         self.frozen: Sequence[str] = ()
         self.quantized: Quantize | None = None
         self.batch_norm: BatchNorm = "train"
@@ -66,6 +70,11 @@ class Student(torch.nn.Module):
         self.scales = torch.nn.ModuleDict(
             {module_name(teacher): _LearntScale(start) for teacher, start in self.terms.scales().items()}
         )
+
+    @property
+    def pretrained(self) -> bool:
+        """Whether its image tower started from weights."""
+        return IMAGE in self.towers
 
     def forward(self, batch: Batch) -> Encoded:
         """Unit-norm float32 features [p, D] of ``image`` and of each kind of text, with losses of rows and scalars.
@@ -114,8 +123,11 @@ class Student(torch.nn.Module):
 
         Without ``texts``, the text tower and the logit scale are not trained either, random or not.
         """
-        if towers and not self.pretrained:
-            raise UserError(f"student.freeze: {self.name} starts from random weights; set student.pretrained")
+        for kept in towers:
+            if kept not in self.towers:
+                own = kept == IMAGE or self.text_name == self.name
+                name, key = (self.name, "pretrained") if own else (self.text_name, "text.pretrained")
+                raise UserError(f"student.freeze: {name} starts from random weights; set student.{key}")
         if not texts and "image" in towers:
             raise UserError(
                 "student.freeze: with data.captions: none only the image tower is trained, so it cannot be frozen. "
@@ -131,15 +143,13 @@ class Student(torch.nn.Module):
     @staticmethod
     def tower_of(name: str) -> str | None:
         """The tower that a parameter or module of this name belongs to, ``image`` or ``text``; None if to neither."""
-        if not name.startswith("clip.") or name.startswith("clip.logit_"):
-            return None
-        return "image" if name.startswith("clip.visual") else "text"
+        return tower_of(name.removeprefix("clip.")) if name.startswith("clip.") else None
 
     def keep_start(self) -> None:
         """Keep the weights of the model that are trained, if a term needs them. Raises UserError if they are random."""
         if not self.terms.needs_start:
             return
-        if not self.pretrained:
+        if self.towers != {"image", "text"}:
             raise UserError(f"loss.anchor.weights: {self.name} starts from random weights; set student.pretrained")
         trained = {name: p for name, p in self.named_parameters() if name.startswith("clip.") and p.requires_grad}
         self.start = _Start({name: parameter.detach().clone() for name, parameter in trained.items()})
@@ -204,19 +214,25 @@ def build_student(
 
     A ``local-dir:`` model starts from the weights in its folder, if there are any. The logit bias of some models does
     not change a softmax and is frozen with it; with ``sigmoid``, a random model without a bias gets one. Raises
-    UserError if the model is unknown, cannot be loaded, or cannot be trained with this loss.
+    UserError if the model is unknown, cannot be loaded, or cannot be trained with this loss; what the configs show is
+    reported before anything is loaded.
     """
+    plan: Plan | None = None
     try:
         model = OpenClipOptions(model=spec.model, pretrained=spec.pretrained, preprocess=spec.preprocess)
         name, pretrained = model_name(model), has_weights(model)
         config = _model_config(name)
         if spec.image_size is not None:
             config["vision_cfg"] = {**config["vision_cfg"], "image_size": spec.image_size}
-        if pretrained:
-            clip = load_model(model, spec.image_size)
-        else:
-            with _seeded(seed):
-                clip = random_model(name, stated_preprocess(model), spec.image_size)
+        if spec.text is not None or spec.dim is not None:
+            plan = _plan(spec, Source(name, config, pretrained), texts)
+            config = dict(plan.config)
+        if terms is not None:
+            with torch.device("meta"):
+                terms.heads(config["embed_dim"])  # reports teachers of other dimensions
+        clip = _load(model, spec.image_size, seed)
+        if plan is not None:
+            clip = _join(plan, clip, spec, seed)
         if any(FUSED in key for key in clip.state_dict()):
             raise ValueError(
                 f"the weights of {name} are reparameterised for inference and lack the branches that are trained: "
@@ -234,13 +250,7 @@ def build_student(
                 "model with a square `image_size`"
             )
         if form == "sigmoid" and clip.logit_bias is None:
-            if pretrained:
-                raise ValueError(
-                    f"the weights of {name} were trained with a softmax and have no logit bias, which "
-                    "`loss.form: sigmoid` needs: start from random weights or from those of a SigLIP model, or use "
-                    "`form: softmax`"
-                )
-            config |= _init_as_siglip(clip)
+            config |= _init_as_siglip(clip, name, pretrained)
         if spec.quantize is not None and not can_quantize(clip):
             raise ValueError(f"{name} has no layer whose weights `quantize` could round: remove the key")
     except (ValueError, OSError, ImportError, RuntimeError) as error:
@@ -250,12 +260,49 @@ def build_student(
     avoid_faulty_convolutions(clip)
     if checkpointing:
         clip.set_grad_checkpointing()
+    sources = {"image": pretrained, "text": pretrained} if plan is None else plan.weights
+    towers = [tower for tower, has in sources.items() if has]
     with _seeded(seed):
-        student = Student(name, clip.train(), config, image, pretrained, terms)
+        student = Student(name, clip.train(), config, image, towers, terms, plan.text.name if plan else None)
     student.freeze(spec.freeze or (), texts)
     student.keep_start()
     student.set_batch_norm(spec.batch_norm or ("keep" if pretrained else "train"))
     return student
+
+
+def _plan(spec: StudentSpec, image: Source, texts: bool) -> Plan:
+    """The towers of a student of two models. Raises ValueError if they do not fit together."""
+    text = image
+    if spec.text is not None:
+        try:
+            model = ModelSpec(model=spec.text.model, pretrained=spec.text.pretrained)
+            text = Source(model_name(model), _model_config(model_name(model)), has_weights(model))
+        except (ValueError, OSError) as error:
+            raise ValueError(
+                f"text: {error}. A text tower is that of a model of open_clip; for a teacher without one remove `text`"
+            ) from error
+    if text.pretrained and (not texts or "text" in (spec.freeze or ())):
+        return plan_towers(image, text, "text", spec.dim)
+    return plan_towers(image, text, "image", spec.dim)
+
+
+def _join(plan: Plan, image: Any, spec: StudentSpec, seed: int) -> Any:
+    """The student of two models, of which that of the images is loaded."""
+    text = image
+    if spec.text is not None and plan.text.pretrained:
+        text = load_model(ModelSpec(model=spec.text.model, pretrained=spec.text.pretrained))
+    with _seeded(seed):
+        clip, new = join_towers(plan, image, text)
+    if new:
+        _LOG.info("student: new last layers for %d dimensions: %s", plan.config["embed_dim"], ", ".join(new))
+    return clip
+
+
+def _load(model: OpenClipOptions, image_size: int | None, seed: int) -> Any:
+    if has_weights(model):
+        return load_model(model, image_size)
+    with _seeded(seed):
+        return random_model(model_name(model), stated_preprocess(model), image_size)
 
 
 def has_weights(model: ModelSpec) -> bool:
@@ -274,15 +321,15 @@ def has_weights(model: ModelSpec) -> bool:
 def load_tokenizer(student: Student) -> Any:
     """open_clip's tokenizer of the model. Raises UserError if it cannot be loaded or does not fit the context."""
     try:
-        tokenizer = open_clip.get_tokenizer(student.name)
+        tokenizer = open_clip.get_tokenizer(student.text_name)
         length = tokenizer(["a photo"]).shape[1]
     except (ValueError, OSError, ImportError) as error:
-        raise UserError(f"student: the tokenizer of {student.name} cannot be loaded: {error}") from error
+        raise UserError(f"student: the tokenizer of {student.text_name} cannot be loaded: {error}") from error
     context = student.clip.context_length
     fits = length <= context if "hf_model_name" in student.config["text_cfg"] else length == context
     if not fits:
         raise UserError(
-            f"student: the tokenizer of {student.name} gives {length} tokens and its text tower takes {context}. "
+            f"student: the tokenizer of {student.text_name} gives {length} tokens and its text tower takes {context}. "
             f"Set text_cfg.context_length to {context}."
         )
     return tokenizer
@@ -308,8 +355,16 @@ def _model_config(name: str) -> dict[str, Any]:
     return dict(config)
 
 
-def _init_as_siglip(clip: Any) -> dict[str, float]:
-    """Set logit scale 10 and bias -10 (arXiv 2303.15343); returns the entries of ``model_cfg`` that describe them."""
+def _init_as_siglip(clip: Any, name: str, pretrained: bool) -> dict[str, float]:
+    """Set logit scale 10 and bias -10 (arXiv 2303.15343); returns the entries of ``model_cfg`` that describe them.
+
+    Raises ValueError for a pretrained model.
+    """
+    if pretrained:
+        raise ValueError(
+            f"the weights of {name} were trained with a softmax and have no logit bias, which `loss.form: sigmoid` "
+            "needs: start from random weights or from those of a SigLIP model, or use `form: softmax`"
+        )
     start = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}
     torch.nn.init.constant_(clip.logit_scale, start["init_logit_scale"])
     clip.logit_bias = torch.nn.Parameter(torch.full_like(clip.logit_scale, start["init_logit_bias"]))

@@ -23,6 +23,7 @@ from reinforce.student.teachers import (
     IMAGE,
     SYNTHETIC,
     TeacherInfo,
+    compare_text_tower,
     first_vectors,
     stored_models,
     stored_teachers,
@@ -67,6 +68,7 @@ class StudentTask:
         vectors = partial(first_vectors, config.data, manifests) if loss.targets == "stored" else None
         models = Models(known, texts, partial(stored_models, config.data, manifests), vectors=vectors)
         self.terms: Terms = make_terms(loss, models)
+        notes = compare_text_tower(config, manifests) if loss.lambda_ > 0 else []
         self.model: Student = build_student(
             config.student,
             seed=config.seed,
@@ -88,7 +90,7 @@ class StudentTask:
         threads = evaluation.threads or max(1, available_cores() // gather.local_world_size())
         own = evaluation.model_copy(update={"threads": threads})
         self._evaluator = Evaluator(own, evaluation.shares(ranks)[rank])
-        self.notes = [_describe(self.model, config), *self.terms.notes]
+        self.notes = [_describe(self.model, config), *self.terms.notes, *notes]
 
     def settle(self, recorded: Mapping[str, Any] | None) -> Mapping[str, Any]:
         """Keep the batch statistics of a pretrained student, unless the checkpoint is of a training that did not."""
@@ -152,6 +154,9 @@ class StudentTask:
 def _describe(student: Student, config: StudentConfig) -> str:
     millions = sum(parameter.numel() for parameter in student.clip.parameters()) / 1e6
     start = "pretrained" if student.pretrained else f"random weights of seed {config.seed}"
+    if student.text_name != student.name:
+        texts = "pretrained" if "text" in student.towers else "random"
+        start += f", {texts} text tower of {student.text_name}, {student.config['embed_dim']} dimensions"
     return f"student {student.name}: {millions:.1f} M parameters, {student.image.size} pixels, {start}"
 
 

@@ -16,6 +16,8 @@ from reinforce.dataset.manifest.manifest import select_names
 from reinforce.dataset.reading.aligned import AlignedLayers
 from reinforce.errors import UserError
 from reinforce.student.config import Data, StudentConfig
+from teachers.open_clip.family import model_identity
+from teachers.spec import ModelSpec
 
 T = TypeVar("T", bound=Collection[str])
 
@@ -68,6 +70,37 @@ def stored_teachers(config: StudentConfig, manifests: Mapping[str, Mapping[str, 
                 )
         known[name] = first
     return known
+
+
+def compare_text_tower(config: StudentConfig, manifests: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A line for each teacher whose space the student learns with a text tower that is not known to be the teacher's.
+
+    Raises UserError for a teacher that has no text tower: others have vectors of the texts, and it has none.
+    """
+    spec = config.student.text
+    if spec is None or config.loss.features.head != "none" or config.loss.targets != "stored":
+        return []
+    own = _known_identity(model_identity(ModelSpec(model=spec.model, pretrained=spec.pretrained)))
+    notes = []
+    for url, manifest in manifests.items():
+        texts = {model_of(layer) for layer in manifest["layers"] if kind_of(layer).picks == "text"}
+        for name in select_names(url, "teachers", config.data.teachers, manifest):
+            identity = manifest["teachers"][name].get("model") or {}
+            if _known_identity(identity) == own:
+                continue
+            if texts and name not in texts:
+                raise UserError(
+                    f"student.text: teacher {name} of {url} has vectors of images alone, so {spec.model} is no text "
+                    "tower of its space. Remove `text`, or name the teacher that it is of under data.teachers."
+                )
+            notes.append(
+                f"student.text: {url} does not show that {spec.model} is teacher {name}, whose space is learnt"
+            )
+    return notes
+
+
+def _known_identity(identity: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in identity.items() if key not in ("precision", "preprocess")}
 
 
 def stored_models(data: Data, manifests: Mapping[str, Mapping[str, Any]], section: str) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def student_job(config: StudentConfig) -> Job:
     mutable = (*_READING, *_default_preprocess(config))
     return make_job(
         config,
-        config.student.model,
+        [config.student.model, *([config.student.text.model] if config.student.text else [])],
         mutable,
         evaluate_start=_evaluates_start(config),
         best_of_part=config.evaluate.best is not None,
@@ -88,7 +88,7 @@ def build(config: StudentConfig, accelerator: Accelerator) -> tuple[StudentTask,
         config.data,
         config.seed,
         task.model.image.height,
-        Tokenizer(task.model.name),
+        Tokenizer(task.model.text_name),
         models=task.terms.models | ({"teachers": []} if online else {}),
         online=task.terms.models["teachers"] if online else (),
         pin=accelerator.device.type == "cuda",

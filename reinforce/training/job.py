@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -42,8 +43,8 @@ class Job:
     earlier: Mapping[str, Any] = field(default_factory=dict)
 
 
-def make_job(config: Any, model: str, mutable: Iterable[str], **options: Any) -> Job:
-    """The job of the config of a student or a captioner, whose ``model`` has this name in open_clip.
+def make_job(config: Any, models: Sequence[str], mutable: Iterable[str], **options: Any) -> Job:
+    """The job of the config of a student or a captioner, whose ``models`` have these names in open_clip.
 
     ``mutable`` are keys that may change when it resumes, besides where it writes, how it is evaluated and
     ``MUTABLE_KEYS``; ``options`` are further fields of the job.
@@ -59,18 +60,18 @@ def make_job(config: Any, model: str, mutable: Iterable[str], **options: Any) ->
         export_best=evaluate.export == "best",
         trackers=config.log,
         accelerator=config.accelerator,
-        model_config=_model_settings(model),
+        model_config=_model_settings(models),
         **options,
     )
 
 
-def _model_settings(model: str) -> dict[str, Any] | None:
-    """``Job.model_config`` of a model by its name in open_clip; None if it is in no folder or the folder is faulty."""
-    try:
-        config = folder_config(model)
-    except (ValueError, OSError):
-        return None  # reported where the model is built
-    return None if config is None else dict(flatten(config, f"{model}/{CONFIG_FILE}: "))
+def _model_settings(models: Sequence[str]) -> dict[str, Any] | None:
+    """``Job.model_config`` of models by their names in open_clip; None if none is in a folder that has a config."""
+    found: dict[str, Any] = {}
+    for model in models:
+        with contextlib.suppress(ValueError, OSError):  # reported where the model is built
+            found |= flatten(folder_config(model) or {}, f"{model}/{CONFIG_FILE}: ")
+    return found or None
 
 
 def total_steps(training: Training, samples: int, ranks: int) -> int:

@@ -101,7 +101,7 @@ def fake_student(mode: FakeTensorMode, name: str, checkpointing: bool = False) -
     clip, config = build_without_memory(mode, name), open_clip.get_model_config(name)
     if checkpointing:
         clip.set_grad_checkpointing()
-    return Student(name, clip, config, image_spec(open_clip.get_model_preprocess_cfg(clip)), False).train()
+    return Student(name, clip, config, image_spec(open_clip.get_model_preprocess_cfg(clip)), ()).train()
 
 
 class PeakMemory(Operations):

@@ -99,7 +99,7 @@ def test_decay_adds_groups_to_those_of_towers(tmp_path: Path) -> None:
 
 def test_decay_of_blocks_that_are_not_learnt_or_not_known_is_refused(tmp_path: Path) -> None:
     student = built(student_folder(tmp_path))
-    student.pretrained = True
+    student.towers = frozenset(["image", "text"])
     with pytest.raises(UserError, match=r"train\.optimizer\.layer_decay is for students"):
         make_adamw(torch.nn.Linear(2, 2), Optimizer(layer_decay=DECAYS))
     with pytest.raises(UserError, match=r"layer_decay: no weights of images are learnt; name image or text"):

@@ -79,7 +79,7 @@ def test_a_frozen_tower_is_rounded_and_keeps_its_statistics(tmp_path: Path, kind
     frozen = copy.deepcopy(learning)
     plain = features(frozen.eval())
     statistics = {name: value.clone() for name, value in frozen.named_buffers()}
-    frozen.pretrained = True
+    frozen.towers = frozenset(["image", "text"])
     frozen.freeze([tower])
     for student in (learning.train(), frozen.train()):
         student.quantize("int8-weights")

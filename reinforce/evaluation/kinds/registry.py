@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from reinforce.evaluation.kinds import association, choice, classification, knn, linear, retrieval
+from reinforce.evaluation.kinds import association, choice, classification, index, knn, linear, retrieval
 
-_KINDS = (classification.KIND, retrieval.KIND, knn.KIND, linear.KIND, association.KIND, choice.KIND)
+_KINDS = (classification.KIND, retrieval.KIND, knn.KIND, linear.KIND, index.KIND, association.KIND, choice.KIND)
 KINDS = {kind.name: kind for kind in _KINDS}

@@ -12,7 +12,8 @@ deviation s of each dimension over the first vectors of the datasets. With h = h
     l2:            |h - z|^2 / n, where n is the mean of |z|^2: 1, or D with ``standardise``
     similarities:  cross-entropy of softmax(cos(h, Q) / t) with softmax(cos(z, Q) / t)
 
-Q are the z of the batch, of all ranks, and of the last ``queue`` rows before it; t is ``temperature``.
+Q are the z of the batch, of all ranks, and of the last ``queue`` rows before it; t is ``temperature``. With ``head:
+none``, h is the feature itself, which puts the student into the space of the teacher.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Features(Term):
 
     def uses(self) -> Mapping[tuple[str, str], str]:
         how = "" if self.loss.distance == "cosine" else f" by {self.loss.distance}"
-        how += ", standardised" * self.loss.standardise
+        how += ", standardised" * self.loss.standardise + ", without a head" * (self.loss.head == "none")
         return {
             ("teachers", name): f"vectors of {' and '.join(sorted(teacher.sides))}, {teacher.dim} dimensions{how}"
             f"{f', weight {self.loss.weights[name]:g}' if name in self.loss.weights else ''}"
@@ -63,8 +64,17 @@ class Features(Term):
         }
 
     def heads(self, width: int) -> Mapping[str, torch.nn.Module]:
+        """Those that project, standardise and keep vectors. Raises UserError if one is needed and ``head`` is none."""
         made: dict[str, torch.nn.Module] = {}
         for name, teacher in self.teachers.items():
+            if self.loss.head == "none":
+                if teacher.dim != width:
+                    raise UserError(
+                        f"loss.features.head: none: teacher {name} has {teacher.dim} dimensions and the student "
+                        f"{width}. Set student.dim to {teacher.dim}, which is exported with the student, name another "
+                        "teacher under data.teachers, or remove `head`."
+                    )
+                continue
             for side in sorted(teacher.sides):
                 made[head_name(name, side)] = torch.nn.Linear(width, teacher.dim, bias=False)
         for (name, side), moments in self.moments.items():
@@ -84,7 +94,7 @@ class Features(Term):
         for what, rows in features.items():
             distances = {
                 name: self._distance(
-                    heads[head_name(name, _side(what))](rows), self._target(name, what, targets[name][what], heads)
+                    self._project(name, what, rows, heads), self._target(name, what, targets[name][what], heads)
                 )
                 for name, teacher in self.teachers.items()
                 if teacher.has(what)
@@ -97,7 +107,7 @@ class Features(Term):
         if self.loss.distance != "similarities":
             return {}
         return {
-            f"{name}/features/{what}": unit(heads[head_name(name, _side(what))](rows))
+            f"{name}/features/{what}": unit(self._project(name, what, rows, heads))
             for name, teacher in self.teachers.items()
             for what, rows in features.items()
             if teacher.has(what)
@@ -117,6 +127,10 @@ class Features(Term):
                 if distances:
                     losses[f"features/{what}"] = self.weight * self._mean(distances)
         return losses
+
+    def _project(self, name: str, what: str, rows: torch.Tensor, heads: torch.nn.ModuleDict) -> torch.Tensor:
+        found: torch.Tensor = rows if self.loss.head == "none" else heads[head_name(name, _side(what))](rows)
+        return found
 
     def _target(self, name: str, what: str, vectors: torch.Tensor, heads: torch.nn.ModuleDict) -> torch.Tensor:
         key = head_name(name, f"standardise-{_side(what)}")

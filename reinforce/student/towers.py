@@ -1,0 +1,144 @@
+"""A student of two models of open_clip: the image tower of one and the text tower of the other, in one space."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import open_clip
+import torch
+
+from teachers.open_clip import catalog
+from teachers.open_clip.teacher import image_spec, random_model
+
+Tower = Literal["image", "text"]
+_LOGITS = "logit_"
+
+
+@dataclass(frozen=True)
+class Source:
+    """The model of open_clip that gives a tower: its name, its ``model_cfg``, and whether it has weights."""
+
+    name: str
+    config: Mapping[str, Any]
+    pretrained: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which model gives each tower; ``config`` is the ``model_cfg`` of both.
+
+    ``space`` is the tower whose model gives the logit scale and, unless they are stated, the dimensions. ``changed``
+    are the towers whose models have other dimensions.
+    """
+
+    image: Source
+    text: Source
+    space: Tower
+    config: Mapping[str, Any] = field(repr=False)
+    changed: Sequence[Tower]
+
+    @property
+    def weights(self) -> dict[Tower, bool]:
+        """Whether the model of each tower has weights."""
+        return {"image": self.image.pretrained, "text": self.text.pretrained}
+
+
+def plan_towers(image: Source, text: Source, space: Tower, dim: int | None) -> Plan:
+    """Plan a student by the configs alone. Raises ValueError if two towers with weights do not fit together."""
+    base = image if space == "image" else text
+    both = {"vision_cfg": image.config["vision_cfg"], "text_cfg": text.config["text_cfg"]}
+    config = {**base.config, **both, "embed_dim": dim or base.config["embed_dim"]}
+    for key, source in {"custom_text": text, "quick_gelu": _of_quick_gelu(image, text, base)}.items():
+        config.pop(key, None)
+        if source.config.get(key):
+            config[key] = True
+    sources: dict[Tower, Source] = {"image": image, "text": text}
+    width = config["embed_dim"]
+    changed = [tower for tower, source in sources.items() if source.config["embed_dim"] != width]
+    for tower in changed:
+        if sources[tower].pretrained and dim is None:
+            raise ValueError(
+                f"the {tower} tower of {sources[tower].name} has {sources[tower].config['embed_dim']} dimensions and "
+                f"the other tower {width}. Set student.dim to {width}: the tower then gets a new last layer, which is "
+                "trained and exported"
+            )
+    return Plan(image, text, space, config, changed)
+
+
+def join_towers(plan: Plan, image: Any, text: Any) -> tuple[Any, list[str]]:
+    """Build the student of a plan, with random weights where a model has none, and return the names of new layers.
+
+    ``image`` and ``text`` are the models of the plan; that of a text tower without weights is not used. Raises
+    ValueError if a tower cannot have the dimensions of the plan.
+    """
+    with tempfile.TemporaryDirectory(prefix="reinforce-student-") as folder:
+        configs = {"model_cfg": dict(plan.config), "preprocess_cfg": open_clip.get_model_preprocess_cfg(image)}
+        Path(folder, catalog.CONFIG_FILE).write_text(json.dumps(configs), encoding="utf-8")
+        clip = random_model(f"{catalog.FOLDER_PREFIX}{folder}")
+    state = clip.state_dict()
+    given: dict[str, torch.Tensor] = {}
+    models: dict[Tower, Any] = {"image": image, "text": text}
+    for tower, model in models.items():
+        if plan.weights[tower]:
+            given |= {name: value for name, value in _weights_of(model, tower, plan.space) if name in state}
+    new = [name for name, value in given.items() if state[name].shape != value.shape]
+    missing = [
+        name for tower, has in plan.weights.items() if has for name, _ in _weights_of(clip, tower) if name not in given
+    ]
+    if missing:
+        raise ValueError(f"the weights lack {missing[0]}: their towers have another architecture than their configs")
+    clip.load_state_dict({**state, **{name: value for name, value in given.items() if name not in new}})
+    if plan.changed:
+        _check_dimensions(clip, plan)
+    return clip, new
+
+
+def tower_of(name: str) -> Tower | None:
+    """The tower that a weight of an open_clip model belongs to; None for the logit scale and bias."""
+    if name.startswith(_LOGITS):
+        return None
+    return "image" if name.startswith("visual") else "text"
+
+
+def _weights_of(model: Any, tower: Tower, space: Tower | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights of a tower, with the logit scale and bias if it is that of the ``space``."""
+    for name, value in model.state_dict().items():
+        if tower_of(name) == tower or (tower_of(name) is None and tower == space):
+            yield name, value
+
+
+def _of_quick_gelu(image: Source, text: Source, base: Source) -> Source:
+    """The model whose activation both towers have. Raises ValueError if two towers with weights need different ones."""
+    vision, layers = image.config["vision_cfg"], image.config["vision_cfg"].get("layers")
+    uses = [image] * (not vision.get("timm_model_name") and not isinstance(layers, (list, tuple)))
+    uses += [text] * (not text.config["text_cfg"].get("hf_model_name"))
+    trained = [source for source in uses if source.pretrained]
+    if len({bool(source.config.get("quick_gelu")) for source in trained}) > 1:
+        raise ValueError(
+            f"{image.name} and {text.name} have different activations (QuickGELU and GELU), which a model of open_clip "
+            "has for both towers: choose another image tower"
+        )
+    return (trained or uses or [base])[0]
+
+
+@torch.no_grad()
+def _check_dimensions(clip: Any, plan: Plan) -> None:
+    """Raise ValueError if a tower has no last layer that gives the dimensions of the plan."""
+    clip.eval()
+    image = image_spec(open_clip.get_model_preprocess_cfg(clip))
+    inputs: dict[Tower, Callable[[], torch.Tensor]] = {
+        "image": lambda: clip.encode_image(torch.zeros(1, 3, image.height, image.width)),
+        "text": lambda: clip.encode_text(torch.zeros(1, clip.context_length, dtype=torch.int64)),
+    }
+    for tower in plan.changed:
+        found = inputs[tower]().shape[-1]
+        if found != plan.config["embed_dim"]:
+            raise ValueError(
+                f"the {tower} tower of {getattr(plan, tower).name} has no last layer, so it keeps its {found} "
+                f"dimensions and cannot have {plan.config['embed_dim']}: choose another one"
+            )
