@@ -5,23 +5,23 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from reinforce.errors import UserError
 from reinforce.input_config import Input
 from reinforce.parquet.footers import RefusedFile
-from reinforce.source.captions import texts_of
+from reinforce.source.captions import parse_json, texts_of
 from reinforce.source.file_types import is_image_name
 from reinforce.source.formats.base import Shard
 from reinforce.source.formats.columns import NoColumn, find_columns
 from reinforce.source.formats.folder import CLASS, class_of
 from reinforce.source.formats.recognise import find_format
 from reinforce.source.reading import find_several, read_samples
-from reinforce.source.samples import RawSample, UnreadSample
+from reinforce.source.samples import RawSample, Refusal, UnreadSample
 from reinforce.source.urls import canonical, filesystem
-from reinforce.terminal import first_names
+from reinforce.terminal import first_names, plural
 
 #: Names of captions besides those that are read by default, in the order of preference, in lower case.
 _CAPTIONS = (
@@ -35,6 +35,10 @@ _PARTS = frozenset({"train", "training", "val", "valid", "validation", "dev", "t
 _WORDNET_ID = re.compile(r"n\d{8}")
 _KEYS = ("id", "image_id", "sample_id", "hash", "sha256", "md5")
 _FIRST_SAMPLES = 16
+#: Samples at the beginning of a shard whose texts are read, and bytes of their images.
+_TEXTS, _TEXTS_BYTES = 64, 64 * 2**20
+#: The name of a text that is a caption by default.
+_DEFAULT = ""
 _SCHEME_CHARS = 16
 
 
@@ -43,7 +47,8 @@ class Fields:
     """What is found: the columns of a table (``image``, ``key``; None: by default), where captions are (None: as by
     default), whether there are any, other names, an example, whether a table has URLs of its images, why no sample can
     be read, if so, the most captions of a first sample, whether they are read only as several, the folder of the images
-    that a table names by their files, and the classes whose folders have the images."""
+    that a table names by their files, and the classes whose folders have the images. Of the first ``samples``,
+    ``without`` have no caption."""
 
     image: str | None = None
     captions: tuple[str, ...] | None = None
@@ -57,6 +62,8 @@ class Fields:
     only_several: bool = False
     images_from: str | None = None
     classes: tuple[str, ...] = ()
+    samples: int = 0
+    without: int = 0
 
     def as_input(self) -> dict[str, Any]:
         """The keys of `input` that differ from the default."""
@@ -77,7 +84,12 @@ class Fields:
                 + (ids if all(map(_WORDNET_ID.fullmatch, self.classes)) else "")
             ]
         if self.example is not None:
-            lines = [f"caption of the first sample: {self.example!r}"]
+            lines = [f"caption of the first sample that has one: {self.example!r}"]
+            if self.without:
+                lines.append(
+                    f"no caption: {self.without} of the first {plural(self.samples, 'sample')}; input.captions is a "
+                    "list of places, of which the first with text is used"
+                )
             if self.several > 1:
                 done = "keeps them" if self.only_several else "would keep them; it is not set"
                 lines.append(f"up to {self.several} true captions a sample; input.captions_per_sample {done}")
@@ -89,18 +101,55 @@ def find_fields(shard: Shard, spec: Input) -> Fields:
     """Look at the beginning of a shard. Raises UserError if it has no image that can be read."""
     if find_format(shard.format).is_table:
         return _with_example(shard, _table_fields(shard, spec))
-    sample = _first_sample(shard, spec)
-    if sample.captions(spec.model_copy(update={"captions_per_sample": 1})):
-        return _with_example(shard, Fields(names=sample.members), sample)
-    document = _json_of(sample)
-    texts = [name for name in document if texts_of(document[name])]
-    chosen = _named(texts, _CAPTIONS)
-    if chosen is None:
-        if classes := class_folders(shard):
-            return Fields(captions=(CLASS,), names=sample.members, classes=classes)
-        return Fields(captions=(), has_captions=False, names=(*sample.members, *document))
-    found = Fields(captions=(f"json:{chosen}",), names=(*sample.members, *document))
-    return _with_example(shard, found, sample)
+    samples = _first_samples(shard, spec)
+    documents = [_json_of(sample) for sample in samples]
+    texts = [_texts_of(document) for document in documents]
+    one = spec.model_copy(update={"captions_per_sample": 1})
+    for sample, own in zip(samples, texts, strict=True):
+        own.update((_DEFAULT, caption) for caption in sample.captions(one))
+    names = (*samples[0].members, *dict.fromkeys(name for document in documents for name in document))
+    found = _with_captions(Fields(names=names), texts, _known_captions(texts), "json:{}".format)
+    if not found.has_captions and (classes := class_folders(shard)):
+        return Fields(captions=(CLASS,), names=samples[0].members, classes=classes)
+    captioned = (sample for sample, own in zip(samples, texts, strict=True) if found.example in own.values())
+    return _with_example(shard, found, next(captioned)) if found.has_captions else found
+
+
+def _known_captions(texts: Sequence[Mapping[str, str]]) -> list[str]:
+    """The first of the known names of captions with a text, and those with one where the names before have none.
+
+    ``texts`` are those of the first samples by name.
+    """
+    chosen: list[str] = []
+    names = {name.lower(): name for own in texts for name in own}
+    for name in (names[known] for known in (_DEFAULT, *_CAPTIONS) if known in names):
+        if any(name in own and own.keys().isdisjoint(chosen) for own in texts):
+            chosen.append(name)
+    return chosen
+
+
+def _with_captions(
+    fields: Fields, texts: Sequence[Mapping[str, str]], chosen: Sequence[str], field: Callable[[str], str]
+) -> Fields:
+    """The fields with captions at the ``chosen`` names, of which ``field`` makes entries of `input.captions`."""
+    captions = [text for own in texts for text in [own[name] for name in chosen if name in own][:1]]
+    if not captions:
+        return replace(fields, captions=(), has_captions=False)
+    others = tuple(field(name) for name in chosen if name != _DEFAULT)
+    default = tuple(Input().captions) if _DEFAULT in chosen else ()
+    return replace(
+        fields,
+        captions=(*default, *others) if others else None,
+        example=captions[0],
+        samples=len(texts),
+        without=len(texts) - len(captions),
+    )
+
+
+def _texts_of(document: Mapping[str, Any]) -> dict[str, str]:
+    """The first text of each field that has one that is not blank."""
+    found = {name: [text for text in texts_of(value) if text.strip()] for name, value in document.items()}
+    return {name: texts[0] for name, texts in found.items() if texts}
 
 
 def _table_fields(shard: Shard, spec: Input) -> Fields:
@@ -114,16 +163,26 @@ def _table_fields(shard: Shard, spec: Input) -> Fields:
         if image is None:
             raise UserError(f"{canonical(shard.url)}: {error}") from None
         columns = find_columns(names, spec.model_copy(update={"image": image}))
-    texts = [name for name in names if name not in (columns.image, columns.key) and _is_text(rows[name])]
-    defaults = {"txt", "text", "caption"} & {name for name in texts if isinstance(rows[name], str)}
     other = None if columns.key else _named(names, _KEYS)
     remote = "://" in str(rows[columns.image] or "")[:_SCHEME_CHARS]
-    if defaults:
-        return Fields(image, None, True, other, names, remote=remote)
-    chosen = _named(texts, _CAPTIONS) or next(
-        (t for t in texts if " " in str(rows[t]) and not _is_place(rows[t])), None
-    )
-    return Fields(image, () if chosen is None else (chosen,), chosen is not None, other, names, remote=remote)
+    fields = Fields(image, other_key=other, names=names, remote=remote)
+    documents = _first_rows(shard, columns.image, names) or [dict(rows)]
+    texts = [
+        _texts_of({name: row[name] for name in row if name not in (columns.image, columns.key)}) for row in documents
+    ]
+    for own, row in zip(texts, documents, strict=True):
+        default = ("caption", "txt" if "txt" in names else "text")
+        own.update((_DEFAULT, own.pop(name)) for name in default if name in own and isinstance(row[name], str))
+    others = [name for own in texts for name, text in own.items() if " " in text and not _is_place(text)]
+    return _with_captions(fields, texts, _known_captions(texts) or others[:1], str)
+
+
+def _first_rows(shard: Shard, image: str, names: Sequence[str]) -> list[dict[str, Any]]:
+    """The first rows of a table that can be read, without binary columns."""
+    spec = Input(image=image, captions=[f"json:{name}" for name in names])
+    items = itertools.islice(find_format(shard.format).read_texts(shard, spec), _TEXTS)
+    found = (parse_json(item.sidecars.get("json", b"")) for item in items if not isinstance(item, Refusal))
+    return [row for row in found if isinstance(row, dict)]
 
 
 def _columns(shard: Shard) -> tuple[list[str], Mapping[str, Any]]:
@@ -137,15 +196,20 @@ def _columns(shard: Shard) -> tuple[list[str], Mapping[str, Any]]:
     return found
 
 
-def _first_sample(shard: Shard, spec: Input) -> RawSample:
-    faults = []
+def _first_samples(shard: Shard, spec: Input, most: int = _TEXTS) -> list[RawSample]:
+    """The first samples of a shard, one or more. Raises UserError if none of the first items is one."""
+    faults, samples, size = [], list[RawSample](), 0
     for number, item in enumerate(read_samples(shard, spec)):
         if isinstance(item, RawSample):
-            return item
-        faults.append(f"{item.key}: {item.detail}" if item.key else item.detail)
-        if number == _FIRST_SAMPLES:
+            samples.append(item)
+            size += len(item.image)
+        else:
+            faults.append(f"{item.key}: {item.detail}" if item.key else item.detail)
+        if len(samples) == most or size > _TEXTS_BYTES or number == _FIRST_SAMPLES + len(samples):
             break
-    raise UserError(f"{canonical(shard.url)}: no sample can be read. {'; '.join(faults[:1]) or 'It is empty.'}")
+    if not samples:
+        raise UserError(f"{canonical(shard.url)}: no sample can be read. {'; '.join(faults[:1]) or 'It is empty.'}")
+    return samples
 
 
 def _with_example(shard: Shard, fields: Fields, sample: RawSample | None = None) -> Fields:
@@ -153,7 +217,7 @@ def _with_example(shard: Shard, fields: Fields, sample: RawSample | None = None)
     can be read."""
     spec = Input(**fields.as_input())
     try:
-        sample = sample or _first_sample(shard, spec)
+        sample = sample or _first_samples(shard, spec, 1)[0]
     except UserError as error:
         folder = None if fields.images_from else _folder_of_images(shard, spec)
         if folder is None:
@@ -161,9 +225,11 @@ def _with_example(shard: Shard, fields: Fields, sample: RawSample | None = None)
         return _with_example(shard, replace(fields, images_from=folder))
     several, caption = find_several(shard, spec, [sample]), sample.caption(spec.captions, spec.limits)
     fields = replace(fields, several=max(1, several.most))
-    if several.most and (several.rows or caption is None):
-        fields, caption = replace(fields, only_several=True), next(iter(several.texts[0]), None)
-    return replace(fields, example=None if caption is None else _shorten(caption))
+    first = next(filter(None, several.texts[:1]), [])
+    if several.most and (several.rows or (first and caption is None)):
+        fields, caption = replace(fields, only_several=True), next(iter(first), None)
+    example = caption or fields.example
+    return replace(fields, example=None if example is None else _shorten(example))
 
 
 def _folder_of_images(shard: Shard, spec: Input) -> str | None:
@@ -204,11 +270,6 @@ def class_folders(shard: Shard) -> tuple[str, ...]:
 def _named(names: Sequence[str], known: Sequence[str]) -> str | None:
     lower = {name.lower(): name for name in reversed(names)}
     return next((lower[name] for name in known if name in lower), None)
-
-
-def _is_text(value: Any) -> bool:
-    first = value[0] if isinstance(value, list) and value else value
-    return isinstance(first, str)
 
 
 def _is_place(value: Any) -> bool:

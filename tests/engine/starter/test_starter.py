@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,36 @@ def test_the_config_for_each_kind_of_source_passes_plan_unchanged(
         assert by_folder.format is by_pattern.format
         left_out = kind in ("a folder as on the hub", "img2dataset's files")
         assert bool(by_folder.notes) == left_out, "files that are left out are named"
+
+
+#: Rows of two columns with captions, of which the first is empty in the first row, and both in the last.
+_HALF_EMPTY = (("a title", ""), ("another", "a long text"), ("", ""))
+
+
+@pytest.mark.parametrize("kind", ["folder", "csv", "tar", "parquet"])
+def test_a_caption_is_read_from_the_first_column_with_text_and_samples_without_one_are_counted(
+    kind: str, folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"file_name": f"{n}.png", "title": t, "description": d} for n, (t, d) in enumerate(_HALF_EMPTY)]
+    images = {row["file_name"]: picture(n) for n, row in enumerate(rows)}
+    csv = "\n".join(",".join(row.values()) for row in [dict(zip(rows[0], rows[0], strict=True)), *rows]).encode()
+    members = [*images.items()]
+    members += [(row["file_name"].replace("png", "json"), json.dumps(row).encode()) for row in rows]
+    columns = {name: [row[name] for row in rows] for name in ("title", "description")}
+    files = {
+        "folder": {**images, "metadata.csv": csv},
+        "csv": {**images, "rows.csv": csv},
+        "tar": {"a.tar": tar_bytes(sorted(members))},
+        "parquet": {"rows.parquet": parquet(image=[*images.values()], **columns)},
+    }
+    root = write(folder / "s", files[kind])
+    config, out, planned = init(capfd, root + {"csv": "/rows.csv"}.get(kind, ""))
+    prefix = "" if kind in ("csv", "parquet") else "json:"
+    assert config["input"]["captions"] == [f"{prefix}description", f"{prefix}title"]
+    assert "captions_per_sample" not in config["input"]
+    assert "caption of the first sample that has one: 'a title'" in out
+    assert "no caption: 1 of the first 3 samples; input.captions is a list of places" in out
+    assert "caption 'a title'" in planned
 
 
 def test_folders_of_classes_give_captions_of_their_names(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
