@@ -107,11 +107,11 @@ def plan(
         check_output(checked)
         machines = connection.enter_context(machines_of_plan(address))
         current = make_plan(checked)
+        sample, notes = check_source(current)
         report = make_report(current, used, source_statistics(current), machines(), hours)
         if not as_json:
             print_table(plan_table(current, report.expected))
             print_lines(report.lines())
-        sample, notes = check_source(current)
         notes += report.effort.warnings if report.effort is not None else ()
         if sample is not None and not as_json:
             typer.echo(escape(sample.line()))

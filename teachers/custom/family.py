@@ -65,6 +65,12 @@ class ClassSpec(ModelSpec):
         except TypeError as error:
             raise ValueError(f"options of {self.class_}: {error}; use numbers, strings, lists and mappings") from error
         signature = inspect.signature(cls)
+        first = next(iter(signature.parameters.values()), None)
+        if first is None or first.kind is first.KEYWORD_ONLY or first.name in self.options:
+            raise ValueError(
+                f"class {self.class_}: its signature is {class_name}{signature}, and it is built with a torch.device "
+                "first: add `device` as the first parameter of its `__init__`, before those of `options`"
+            )
         try:
             signature.bind("device", **self.options)
         except TypeError as error:

@@ -68,9 +68,8 @@ def model_config(model: str) -> dict[str, Any] | None:
     else:
         path = _config_files().get(builtin_name(model), Path())
         if not path.is_file():
-            raise ValueError(
-                f"model {model!r} is unknown to open_clip{_suggestion(builtin_name(model), builtin_models())}"
-            )
+            known = _suggestion(builtin_name(model), builtin_models())
+            raise ValueError(f"model {model!r} is unknown to open_clip{_as_place(model) or known}")
         config = _read_json(path)
     missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in config]
     if missing:
@@ -304,6 +303,18 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ValueError(f"{path} is not a JSON object")
     return data
+
+
+def _as_place(model: str) -> str:
+    """How to write a model that is named by its path, or as a repository of the Hub."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return f", and there is a folder of that name: write {FOLDER_PREFIX}{model}"
+    if path.is_file():
+        return ", and there is a file of that name: write the architecture in `model`, and the file in `pretrained`"
+    if "/" not in model or _suggestion(builtin_name(model), builtin_models()):
+        return ""
+    return f": write {FOLDER_PREFIX}PATH for the folder of a model, {HUB_PREFIX}ORG/NAME for a model of the Hub"
 
 
 def _suggestion(name: str, candidates: list[str]) -> str:

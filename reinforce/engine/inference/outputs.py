@@ -40,11 +40,13 @@ def encode(teacher: Teacher, method: str, inputs: Any, count: int) -> torch.Tens
     wanted = (count, teacher.dim)
     if isinstance(out, torch.Tensor) and tuple(out.shape) == wanted:
         return _clone(out)
-    found = tuple(out.shape) if isinstance(out, torch.Tensor) else f"a {type(out).__name__}"
-    raise ValueError(
-        f"embeddings must have shape {wanted}, got {found} from {type(teacher).__name__}.{method}(); correct it or "
-        "`dim`"
-    )
+    where = f"{type(teacher).__name__}.{method}()"
+    if not isinstance(out, torch.Tensor):
+        fix = "; return torch.from_numpy of it" if isinstance(out, np.ndarray) else ""
+        raise ValueError(
+            f"embeddings must be a torch.Tensor of shape {wanted}, got type {type(out).__name__} from {where}{fix}"
+        )
+    raise ValueError(f"embeddings must have shape {wanted}, got {tuple(out.shape)} from {where}; correct it or `dim`")
 
 
 def _clone(tensor: torch.Tensor) -> torch.Tensor:

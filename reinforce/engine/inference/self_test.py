@@ -360,7 +360,7 @@ def _failed(name: str, kind: str, model: Any, error: BaseException, batch: int |
     text = str(error) if isinstance(error, ValueError) and not frames else f"{type(error).__name__}: {error}{frames}"
     training = _networks_in_training(model)
     hint = (
-        f" Call `.eval()` on `{'`, `'.join(training)}`, which is in training mode." if training else memory_hint(error)
+        f". Call `.eval()` on `{'`, `'.join(training)}`, which is in training mode." if training else memory_hint(error)
     )
     where = kind if batch is None else f"{kind}, a batch of {batch:,}"
     return UserError(f"{name} fails its self-test ({where}): {text}{hint}")

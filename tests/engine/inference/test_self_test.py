@@ -122,6 +122,11 @@ def test_models_of_both_libraries_pass_in_every_precision(saved: dict[str, str],
             r"\(texts\): embeddings must have shape \(3, 6\), got \(3, 7\) from WrongShapeTeacher\.encode_texts",
         ),
         (IMAGES, WrongShapeTeacher(CPU), r"\(images\): embeddings must have shape \(3, 6\)"),
+        (
+            IMAGES,
+            Changed(lambda out, _: out.numpy()),
+            r"must be a torch\.Tensor of shape \(3, 8\), got type ndarray from .*return torch\.from_numpy of it",
+        ),
         (TRUE, ImageOnly(CPU), r"\(texts\): AttributeError: .*encode_texts"),
         (TRUE, Changed(lambda out, _: 2 * out), r"norm 1, got 2\.000.*normalize"),
         (IMAGES, Changed(lambda out, _: 1.02 * out), r"norm 1, got 1\.020"),
@@ -157,7 +162,9 @@ def test_a_network_in_training_mode_is_named(layer: str) -> None:
         (torch.nn.BatchNorm1d(64), "Expected more than 1"),
     ):
         teacher = Network(part)
-        with pytest.raises(UserError, match=rf"{failed}.* Call `\.eval\(\)` on `head`, which is in training mode"):
+        with pytest.raises(
+            UserError, match=rf"{failed}[^.]*.*[^.]\. Call `\.eval\(\)` on `head`, which is in training mode"
+        ):
             check(layer, red=teacher)
         teacher.head.eval()
         check(layer, red=teacher)

@@ -62,7 +62,7 @@ def test_plan_and_run_fail_with_the_same_message(tmp_path: Path, capsys: pytest.
     for name, changes, message in cases:
         values = config(tmp_path, f"{tmp_path}/{name}.tar", **changes)
         status, out, err = plan_command(tmp_path, values, capsys)
-        assert (status, "1 shard, 1 with something missing" in out) == (2, True)
+        assert (status, "with something missing" in out) == (2, False), "no table of a source that cannot be read"
         assert message in err
         with pytest.raises(UserError) as raised:
             run(values)
@@ -79,7 +79,7 @@ def test_files_that_are_not_tars_by_their_names_are_reported(tmp_path: Path) -> 
         probe(config(tmp_path, "s3://nobody/x.arrow"))
 
 
-def test_a_source_without_access_fails_a_plan_after_its_table(
+def test_a_source_without_access_fails_a_plan_before_its_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
@@ -89,7 +89,7 @@ def test_a_source_without_access_fails_a_plan_after_its_table(
     s3fs.S3FileSystem.clear_instance_cache()
     changes = ["--set", "source=s3://nobody/x.tar", "--set", f"output={tmp_path}/out"]
     status, out, err = run_command(capsys, "plan", str(ROOT / "configs/dfn5b.yaml"), *changes)
-    assert (status, "1 shard, 1 with something missing" in out) == (2, True)
+    assert (status, "with something missing" in out) == (2, False)
     assert "error: source cannot be read: s3://nobody/x.tar: NoCredentialsError" in err
     s3fs.S3FileSystem.clear_instance_cache()
 

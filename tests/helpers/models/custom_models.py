@@ -37,6 +37,15 @@ class TextsOnly:
         return torch.ones(len(texts), 4) / 2
 
 
+class Unplaced:
+    """Built without a device."""
+
+
+class Weighed:
+    def __init__(self, weights: str) -> None:
+        self.weights = weights
+
+
 class NoDim(Radiology):
     dim = None  # type: ignore[assignment]
 

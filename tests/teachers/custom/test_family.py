@@ -42,6 +42,8 @@ def custom(name: str, **spec: Any) -> TeacherSpec:
         ("teacher", "SPEC", {}, "an? ImageSpec of that name, not a class"),
         ("teacher", "Neither", {}, "neither `encode_images` nor `encode_texts`"),
         ("teacher", "Radiology", {}, "missing a required argument: 'weights'.*signature is Radiology"),
+        ("teacher", "Unplaced", {}, r"Unplaced\(\), and it is built with a torch\.device first: add `device` as"),
+        ("teacher", "Weighed", {"options": WEIGHTS}, "add `device` as the first parameter of its `__init__`"),
         ("teacher", "TextsOnly", {"options": {"size": 3}}, "unexpected keyword argument 'size'"),
         ("teacher", "Radiology", {"options": {"weights": {1, 2}}}, "not JSON serializable; use numbers, strings"),
         ("teacher", "TextsOnly", {"precision": "bf16"}, "`precision` is not used with `class`"),

@@ -40,6 +40,10 @@ def test_every_tag_is_accepted_or_its_error_names_a_model_that_accepts_it() -> N
     [
         ("ViT-L14", "openai", "model 'ViT-L14' is unknown to open_clip; did you mean ViT-L-14"),
         ("MobileCLIP-S9", None, "'MobileCLIP-S9' is unknown to open_clip; did you mean MobileCLIP-S"),
+        ("/tmp", None, "unknown to open_clip, and there is a folder of that name: write local-dir:/tmp$"),
+        (__file__, None, "unknown to open_clip, and there is a file of that name: .* the file in `pretrained`"),
+        ("./no/model", None, "write local-dir:PATH for the folder of a model, hf-hub:ORG/NAME for a model of the Hub"),
+        ("ViT-B/31", None, "'ViT-B/31' is unknown to open_clip; did you mean ViT-B-32"),
         ("MobileCLIP-S3", "dfndr2b", "'dfndr2b' is neither a tag of MobileCLIP-S3 nor a checkpoint file"),
         ("ViT-L-14", "dnf2b", "'dnf2b' is neither a tag of ViT-L-14 nor a checkpoint file; did you mean dfn2b"),
         ("ViT-L-14", None, r"no weights without `pretrained`: set a checkpoint file or a tag \(openai"),
