@@ -10,7 +10,7 @@ import contextlib
 import functools
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -29,7 +29,7 @@ from reinforce.dataset.reading.aligned import AlignedLayers, AlignedShard, layer
 from reinforce.dataset.reading.row_counts import row_group_table, rows_of_shards
 from reinforce.errors import UserError
 from reinforce.labels.building import build_index, has_current_index
-from reinforce.labels.identities import COLUMNS, KEY
+from reinforce.labels.identities import COLUMNS, DIGEST, KEY
 from reinforce.labels.index import open_index
 from reinforce.labels.interface import ABSENT, AMBIGUOUS, OTHER_IMAGE
 from reinforce.labels.pairs import Partners, RowPlace
@@ -47,7 +47,7 @@ class DatasetDiff:
     """Differences of two datasets: layers of one side alone, rows by identity that matched or reason, values by layer.
 
     ``unstated`` are rows without a partner that state no uid, SHA-256 or URL; of the second dataset, all that state
-    none.
+    none. ``kinds`` of identities are those that each side states, or that its images have.
     """
 
     first: str
@@ -59,6 +59,7 @@ class DatasetDiff:
     matched: Counter[str] = field(default_factory=Counter)
     unmatched: tuple[int, int] = (0, 0)
     unstated: tuple[int, int] = (0, 0)
+    kinds: tuple[Collection[str], Collection[str]] = ((), ())
     missing: Counter[str] = field(default_factory=Counter)
     layers: dict[str, Comparison] = field(default_factory=dict)
 
@@ -67,6 +68,11 @@ class DatasetDiff:
         """Whether both have the same layers and rows with equal values."""
         values = all(one.equal == one.rows for one in self.layers.values())
         return values and not (self.only_first or self.only_second or any(self.unmatched) or self.missing)
+
+    @property
+    def compared(self) -> bool:
+        """Whether some image is in both, so that values were compared."""
+        return self.unmatched != self.rows
 
     def lines(self) -> Iterator[str]:
         """Lines about what the table does not show."""
@@ -89,7 +95,13 @@ class DatasetDiff:
                 yield f"only in {name}: {', '.join(layers)}"
         for layer, shards in self.missing.items():
             yield f"{layer}: {shards:,} shards are in one of both alone"
-        yield "equal" if self.equal else "different"
+        if not self.compared and not {*self.kinds[0]} & {*self.kinds[1]}:
+            stated = [", ".join(kind for kind in COLUMNS if kind in side) or "nothing" for side in self.kinds]
+            yield (
+                f"no kind of identity is common to both: A states {stated[0]}, B states {stated[1]}. Digests join "
+                "copies of equal bytes: compare datasets that embed images, or labels that state digests"
+            )
+        yield "equal" if self.equal else "different" if self.compared else "not compared: no image was found in both"
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -99,6 +111,9 @@ class DatasetDiff:
             "rows": {"a": self.rows[0], "b": self.rows[1]},
             "matched": dict(self.matched),
             "without_identity": {"a": self.unstated[0], "b": self.unstated[1]},
+            "identities": {
+                side: [*filter(of.__contains__, COLUMNS)] for side, of in zip("ab", self.kinds, strict=True)
+            },
             "only_in_a": {"samples": self.unmatched[0], "layers": self.only_first},
             "only_in_b": {"samples": self.unmatched[1], "layers": self.only_second},
             "missing_shards": dict(self.missing),
@@ -158,6 +173,7 @@ class _ShardDiff:
     counts: Counter[str] = field(default_factory=Counter)
     layers: dict[str, Comparison] = field(default_factory=dict)
     rows: dict[str, set[int]] = field(default_factory=dict)  # of the second dataset, by shard
+    kinds: set[str] = field(default_factory=set)
     unstated: int = 0
     undigested: int = 0
 
@@ -213,7 +229,9 @@ def diff(
             temporary = index not in (None, other)  # on this machine
             workers = stack.enter_context(open_workers(address, use_ray and not temporary))
             undigested = _compare_shards(pair, [*listings[0][SAMPLES]], found, seen, workers)
-            found.unstated = (found.unstated[0], 0 if index is None else open_index(Store(index)).kinds.get(KEY, 0))
+            indexed = {} if index is None else open_index(Store(index)).kinds
+            found.unstated = (found.unstated[0], indexed.get(KEY, 0))
+            found.kinds = (found.kinds[0], {*indexed} | ({DIGEST} if embedded[1] and indexed else set()))
         if not undigested:
             break
     found.layers = {name: found.layers[name] for name in sorted(found.layers, key=_in_order)}
@@ -225,6 +243,7 @@ def diff(
 def _compare_shards(pair: _Pair, shards: Sequence[str], found: DatasetDiff, seen: _Seen, workers: MapWorkers) -> int:
     """Compare the shards of the first dataset -> the rows that may have a partner by digests that the index lacks."""
     found.matched, found.layers, undigested, unstated = Counter(), {}, 0, 0
+    kinds = set[str]()
     for _, part in workers.map(functools.partial(_diff_shard, pair), shards, unit="shard"):
         found.matched += part.counts
         for name, values in part.layers.items():
@@ -232,7 +251,8 @@ def _compare_shards(pair: _Pair, shards: Sequence[str], found: DatasetDiff, seen
         for shard, rows in part.rows.items():
             seen.add(shard, rows)
         undigested, unstated = undigested + part.undigested, unstated + part.unstated
-    found.unstated = (unstated, 0)
+        kinds |= part.kinds
+    found.unstated, found.kinds = (unstated, 0), (kinds, ())
     return undigested
 
 
@@ -307,6 +327,7 @@ def _diff_shard(pair: _Pair, shard: str) -> _ShardDiff:
                         for part, one in parts.items():
                             found.layers.setdefault(part, Comparison()).add(one)
     found.counts, found.unstated, found.undigested = partners.counts, partners.unstated, partners.undigested
+    found.kinds = partners.kinds
     return found
 
 

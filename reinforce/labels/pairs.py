@@ -39,7 +39,8 @@ class Partners:
 
     ``counts`` are rows by what matched, or why not. Of those without a partner, ``unstated`` state no uid, SHA-256 or
     URL, and ``undigested`` may have one by digest, which the index lacks although the dataset is ``embedded`` and so
-    has images. Without an ``index``, only shards of one name are matched.
+    has images. ``kinds`` are those of identities that rows looked for in the index state. Without an ``index``, only
+    shards of one name are matched.
     """
 
     def __init__(self, store: Store, fingerprint: str, index: str | None, embedded: bool) -> None:
@@ -47,6 +48,7 @@ class Partners:
         self._index = None if index is None else cached_index(index, fingerprint)
         self.counts: Counter[str] = Counter()
         self.unstated = self.undigested = 0
+        self.kinds: set[str] = set()
         self._group = functools.lru_cache(maxsize=_CACHED_GROUPS)(self._read_group)
 
     def keys(self, shard: str) -> dict[str, RowPlace]:
@@ -89,6 +91,7 @@ class Partners:
         self, index: IdentityIndex, own: Mapping[int, Identity], digests: Callable[[], Sequence[int]] | None
     ) -> tuple[dict[int, Joined], dict[int, Why]]:
         """Join rows by identity, those that no uid or SHA-256 joins also by the digests of their images."""
+        self.kinds.update(*own.values(), [] if digests is None else [DIGEST])
         rows = _Indexed(index, self._embedded, self._stated)
         joined, why = Joining(rows, own).join(_WITHOUT_IMAGES)
         # Where all rows state a uid or SHA-256 and none has that of a sample, a digest would contradict.

@@ -132,7 +132,12 @@ def _known_column(path: tuple[str, ...], manifest: Mapping[str, Any], where: str
     entry = manifest["layers"].get(_layer_of(path)) if path[0] in _FOLDERS and len(path) > 1 else None
     names = stored_layer(_layer_of(path), entry).names if entry else ()
     if entry is None or (names and len(path) > 2 and path[2] not in names):
-        raise UserError(f"{where}: there is no column {'.'.join(path)}. It may name {_known(manifest)}.")
+        message = f"{where}: there is no column {'.'.join(path)}. It may name {_known(manifest)}."
+        if entry is None and path[0] in _FOLDERS:
+            message += f" An entry of `{path[0]}:` in the config of `reinforce run` adds one."
+        elif not any(name.startswith(scores_layer("")) for name in manifest["layers"]):
+            message += " It has no scores: entries of `scores:` in the config of `reinforce run` add them."
+        raise UserError(message)
     return path[:2]
 
 

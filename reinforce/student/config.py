@@ -299,7 +299,11 @@ class Student(Section):
     """The model to train, by its name in open_clip."""
 
     model: str = Field(min_length=1, description="an open_clip name such as MobileCLIP2-S0, or local-dir:PATH")
-    pretrained: str | None = Field(None, description="pretrained tag or checkpoint to start from; default: random")
+    pretrained: str | None = Field(
+        None,
+        description="weights to start from: a tag of open_clip, or a checkpoint file by path or fsspec URI; default: "
+        "random weights, or those that a local-dir: or hf-hub: model includes",
+    )
     preprocess: Preprocess | None = Field(None, description=PREPROCESS)
     text: TextTower | None = Field(
         None,
@@ -335,6 +339,13 @@ class Student(Section):
         le=1,
         description=f"share of the steps, the last ones, that `quantize` is for; default: {QUANTIZE_SHARE}",
     )
+
+    @field_validator("freeze", mode="before")
+    @classmethod
+    def _one_tower(cls, towers: Any) -> Any:
+        if isinstance(towers, list) and len(towers) > 1:
+            raise ValueError("with both towers frozen no encoder is trained: name one, image or text")
+        return towers
 
     @model_validator(mode="after")
     def _share_of_something(self) -> Student:

@@ -160,6 +160,20 @@ def test_equal_images_of_which_nothing_is_stated_are_matched_by_digest(
     assert "in A, 1 samples state no uid, SHA-256 or URL: only the digest joins them" in out
 
 
+def test_sides_whose_identities_have_nothing_in_common_are_named_and_not_called_different(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    first, second = unstated(tmp_path, 1), unstated(tmp_path, 2, uids={number: f"uid{number}" for number in range(8)})
+    export_labels(str(second), str(tmp_path / "uids"), identities=["uid"], use_ray=False)
+    code, out, _ = run_command(capfd, "diff", str(first), str(tmp_path / "uids"), "--no-ray")
+    assert (code, out.splitlines()[-1]) == (1, "not compared: no image was found in both")
+    assert "no kind of identity is common to both: A states digest, B states uid. Digests join copies of equal" in out
+    found = compare(tmp_path / "uids", first)
+    assert found.as_json()["identities"] == {"a": ["uid"], "b": ["digest"]}
+    assert [*found.lines()][-1].startswith("not compared")
+    assert compare(first, second).compared, "both have images, whose digests join them"
+
+
 def test_rows_of_a_repeated_uid_are_matched_where_the_digest_shows_which(tmp_path: Path) -> None:
     uids = {number: f"uid{number % 3}" for number in range(8)}
     first, second = unstated(tmp_path, 1, uids=uids), unstated(tmp_path, 2, uids=uids)

@@ -18,9 +18,11 @@ from hypothesis import strategies as st
 
 import reinforce
 from reinforce.dataset.files.store import Store
+from reinforce.dataset.manifest.manifest import read_manifest
 from reinforce.dataset.view import list_views
 from reinforce.errors import UserError
 from reinforce.selection import thresholds
+from reinforce.selection.expressions import check
 from reinforce.selection.thresholds import DOUBLE_BITS, FLOAT_BITS, Counts, Search, number, ordered
 from tests.helpers.commands import Command
 from tests.helpers.data import config_of, members_of, write_tar
@@ -205,10 +207,21 @@ def test_a_view_that_is_made_again_replaces_the_first_unless_its_rules_leave_not
     assert len([*Path(url, "views/mine").glob("*/*")]) == SHARDS, "of the earlier view alone"
 
 
+def test_without_scores_a_column_that_is_missing_names_the_key_that_adds_them(url: str) -> None:
+    manifest = read_manifest(Store(url))
+    layers = {name: entry for name, entry in manifest["layers"].items() if not name.startswith("scores/")}
+    manifest = {**manifest, "layers": layers}
+    with pytest.raises(
+        UserError, match=r"no column agreement\. .* It has no scores: entries of `scores:` in the config"
+    ):
+        check("agreement > 0.3", manifest, "rules.0.where", "boolean")
+
+
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"where": "scores.match.caption_mean >"}, "rules.0.where: 'scores.match.caption_mean >' is not an expression"),
     ({"where": "1 < 2"}, "names no column. It may name key, caption, metadata, width, height, captions.namer, scores"),
     ({"where": "scores.match.beauty > 1"}, "there is no column scores.match.beauty. It may name key"),
+    ({"where": "scores.new > 1"}, "An entry of `scores:` in the config of `reinforce run` adds one."),
     ({"where": "scores.mach.caption_mean > 1"}, "there is no column scores.mach.caption_mean"),
     ({"where": "width + 1"}, "is INTEGER, and must be true or false"),
     ({"keep": {"top": 3, "by": "caption"}}, "rules.0.keep.by: 'caption' is VARCHAR, and must be a number"),

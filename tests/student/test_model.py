@@ -12,6 +12,7 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
+from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from benchmarks.ablations.encoders import Encoder
@@ -288,6 +289,8 @@ def test_a_frozen_tower_keeps_its_weights_and_statistics(tmp_path: Path) -> None
         build_student(StudentSpec(model=random, freeze=["image"]), seed=0)
     with pytest.raises(UserError, match=r"student\.freeze: with data\.captions: none only the image tower is trained"):
         build_student(StudentSpec(model=f"local-dir:{tmp_path / 'trained'}", freeze=["image"]), seed=0, texts=False)
+    with pytest.raises(ValidationError, match="with both towers frozen no encoder is trained: name one, image or text"):
+        StudentSpec(model=random, freeze=["image", "text"])
 
 
 @pytest.mark.parametrize("kind", ["vit", "mobileclip"])
