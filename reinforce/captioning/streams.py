@@ -17,7 +17,7 @@ import contextlib
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -55,11 +55,13 @@ class StreamedPairs:
     counts: npt.NDArray[np.int64]
     size: int
     weight: float = 1.0
-    hint: str = "Name the member or field with captions in data.captions."
 
     @property
     def url(self) -> str:
         return "data.source"
+
+    def hint(self, unusable: Collection[str]) -> str:
+        return "Name the member or field with captions in data.captions."
 
     @property
     def groups(self) -> npt.NDArray[np.int64]:

@@ -18,7 +18,7 @@ from reinforce.dataset.files.store import Store
 from reinforce.dataset.kinds.registry import KINDS
 from reinforce.dataset.manifest.manifest import find_manifest
 from reinforce.engine.inference.batch_sizes import MAX_AUTO_BATCH
-from reinforce.engine.inference.models import Models
+from reinforce.engine.inference.models import Models, size_note
 from reinforce.engine.inference.out_of_memory import memory_hint
 from reinforce.engine.inference.outputs import Floats
 from reinforce.engine.messages.tracebacks import user_frames
@@ -33,6 +33,7 @@ from reinforce.terminal import Screen
 from teachers.custom.family import ClassTeacherSpec
 from teachers.fast_paths.report import problem_lines
 from teachers.fast_paths.usage import snapshot
+from teachers.protocols import ImageSpec
 from teachers.redact import Redactor
 from teachers.registry import describe_model, load_model
 from teachers.runtime.accelerator import Accelerator
@@ -115,7 +116,9 @@ def check_config(config: Config) -> Report:
             if spec.published:
                 report.notes.append(f"{name} is read from what others have published: no model is loaded")
             else:
-                _check_model(report, redact, name, spec, device, largest)
+                image = _check_model(report, redact, name, spec, device, largest)
+                if spec.section == "teachers" and (note := size_note(name, image, config.augmentations.size)):
+                    report.notes.append(note)
     report.notes += map(redact, problem_lines(snapshot()))
     return report
 
@@ -137,11 +140,15 @@ def check_class(target: str, options: dict[str, Any], kind: Kind | None = None) 
     return report
 
 
-def _check_model(report: Report, redact: Redactor, name: str, spec: ModelSpec, device: str, batch: int) -> None:
-    """Add a model's measurements to the report, or what failed."""
+def _check_model(
+    report: Report, redact: Redactor, name: str, spec: ModelSpec, device: str, batch: int
+) -> ImageSpec | None:
+    """Add a model's measurements to the report, or what failed -> the preprocessing of its images, if it has some."""
+    image: ImageSpec | None = None
     try:
         info = describe_model(name, spec)
-        models = Models({spec.section: {name: load_model(name, spec, device)}}, Accelerator(device))
+        model: Any = load_model(name, spec, device)
+        models, image = Models({spec.section: {name: model}}, Accelerator(device)), getattr(model, "image", None)
         found = len(report.rows)
         for kind in (kind for kind in KINDS.values() if kind.section == spec.section):
             side = PRODUCERS[kind.name].side(models, name, info, spec.resolved_precision)
@@ -157,6 +164,7 @@ def _check_model(report: Report, redact: Redactor, name: str, spec: ModelSpec, d
         report.errors.append(redact.cut(str(error)))
     except Exception as error:  # a model may raise anything
         report.errors.append(redact.cut(f"{error}{user_frames(error)}"))
+    return image
 
 
 def _measure_side(models: Models, name: str, unit: str, largest: int, side: Side) -> Measurement:

@@ -26,7 +26,7 @@ from reinforce.engine.messages.tracebacks import user_frames
 from reinforce.engine.record.rates import Cost
 from reinforce.errors import UserError
 from reinforce.processes.fast_paths import use_accelerator
-from teachers.protocols import Captioner, NoCaptions, Scorer, Teacher
+from teachers.protocols import Captioner, ImageSpec, NoCaptions, Scorer, Teacher
 from teachers.registry import load_model
 from teachers.runtime.accelerator import Accelerator
 from teachers.runtime.memory import release_cache
@@ -222,9 +222,23 @@ def load_models(config: Config, layers: Iterable[Layer]) -> Models:
             section: {name: load_model(name, spec, device) for name, spec in specs.items() if (section, name) in owners}
             for section, specs in config.models.items()
         }
-        return Models(loaded, Accelerator(device))
+        models = Models(loaded, Accelerator(device))
     except (ValueError, OSError, ImportError, RuntimeError, TypeError) as error:
         raise UserError(f"{error}{user_frames(error)}{memory_hint(error)}") from error
+    for name, teacher in models.teachers.items():
+        if note := size_note(name, teacher.image, config.augmentations.size):
+            models.batches.note(note)
+    return models
+
+
+def size_note(name: str, image: ImageSpec | None, crops: int) -> str | None:
+    """A line about a teacher of images larger than the crops, of ``crops`` x ``crops`` pixels, that it gets."""
+    if image is None or max(image.height, image.width) <= crops:
+        return None
+    return (
+        f"teachers.{name}: crops of {crops} x {crops} pixels are enlarged to its {image.height} x {image.width}; "
+        "augmentations.size, which is chosen once for a dataset, can be as large"
+    )
 
 
 def on_this_machine(config: Config) -> Config:

@@ -34,8 +34,10 @@ seed: 0
 _AUGMENTATIONS = """
 # Random crops with RandAugment, stored as parameters and replayed bit-exactly for the student. More of them help until
 # about 5, and cost as much more; `backend: fixed-point-1` takes less CPU. They are chosen once for a dataset.
-augmentations: {count: 2, size: 224}
+augmentations: {{count: 2, size: {size}}}
 """
+#: Sides of the crops in pixels: those of the images of the teachers below, with a GPU and without.
+_SIZES = {True: 224, False: 256}
 _GPU = """
 # Each captioner is a layer, captions/<name>. Nothing is needed here for distillation from true captions alone.
 captioners:
@@ -80,7 +82,7 @@ def render(
         name=output.rpartition("/")[2],
         reference=reference,
     )
-    return head + _input(format_, fields) + _AUGMENTATIONS + (_GPU if gpu else _CPU)
+    return head + _input(format_, fields) + _AUGMENTATIONS.format(size=_SIZES[gpu]) + (_GPU if gpu else _CPU)
 
 
 def _input(format_: SourceFormat, fields: Fields) -> str:

@@ -118,6 +118,10 @@ class Example(NamedTuple):
     targets: tuple[npt.NDArray[Any], ...]  # the tensors of ``ExampleSpec.targets``
 
 
+#: Why a row without a true caption is unusable.
+NO_CAPTION = "no caption"
+
+
 class Examples(NamedTuple):
     """Examples of consecutive rows, None for an unusable row, and counts of unusable rows by reason."""
 
@@ -164,7 +168,8 @@ def make_examples(
         sources = [_pick_texts(samples, rows_of, name, spec.texts, picks) for name in weights]
         chosen, found = picks.source(2 + number, [source.complete for source in sources], list(weights.values()))
         name = "caption" if of_text == TRUE_CAPTION else "synthetic caption"
-        require(np.any([source.has_text for source in sources], axis=0), f"no {name}")
+        lacking = NO_CAPTION if of_text == TRUE_CAPTION else f"no {name}"
+        require(np.any([source.has_text for source in sources], axis=0), lacking)
         for layer, picked in (item for source in sources for item in source.picked.items()):
             require(found | ~picked.stored | picked.usable, f"{layer} is {kind_of(layer).unusable}")
         require(found, f"no vectors of the {name}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import Lock
@@ -22,7 +22,15 @@ from reinforce.dataset.reading.dataset import AlignedLayers
 from reinforce.dataset.reading.sample import ImagePolicies
 from reinforce.errors import UserError
 from reinforce.source.references import ChangedImages, ImageRoots
-from reinforce.student.data.examples import Example, Examples, ExampleSpec, ReadLayer, SampleFile, make_examples
+from reinforce.student.data.examples import (
+    NO_CAPTION,
+    Example,
+    Examples,
+    ExampleSpec,
+    ReadLayer,
+    SampleFile,
+    make_examples,
+)
 from reinforce.training.order import GroupChunk, Order, Window
 
 #: Rows that are searched for a usable one before the training run fails.
@@ -75,17 +83,15 @@ class KeptGroups:
 
 
 class Streamed(Protocol):
-    """What streams read: rows in groups. ``groups`` int64 [groups, n] have the rows of each as their last column.
-
-    ``hint`` is for messages: what to do where no row can be used.
-    """
+    """What streams read: rows in groups. ``groups`` int64 [groups, n] have the rows of each as their last column."""
 
     @property
     def url(self) -> str: ...
     @property
     def weight(self) -> float: ...
-    @property
-    def hint(self) -> str: ...
+    def hint(self, unusable: Collection[str]) -> str:
+        """For messages: what to do where no row can be used, for these reasons."""
+
     @property
     def groups(self) -> npt.NDArray[np.int64]: ...
 
@@ -115,10 +121,17 @@ class StreamedDataset:
     roots: ImageRoots = field(default_factory=ImageRoots)
     files: str = ""
     kept: KeptGroups = field(default_factory=KeptGroups, compare=False, repr=False)
-    hint: str = (
-        "Choose other models under `data`, or `captions: none` for images alone; `reinforce status` shows why rows are "
-        "null."
-    )
+
+    def hint(self, unusable: Collection[str]) -> str:
+        if {*unusable} == {NO_CAPTION}:
+            return (
+                "Set data.captions to none to train the image tower by targets of images alone, with loss.lambda above "
+                "0; or run a captioner on the dataset."
+            )
+        return (
+            "Choose other models under `data`, or `captions: none` for images alone; `reinforce status` shows why rows "
+            "are null."
+        )
 
     @property
     def rows(self) -> int:
@@ -265,5 +278,6 @@ class DatasetReader:
         if found:  # fewer than a batch has
             return list(found.values())
         raise UserError(
-            f"{self._dataset.url}: none of {searched:,} rows can be used ({', '.join(unusable)}). {self._dataset.hint}"
+            f"{self._dataset.url}: none of {searched:,} rows can be used ({', '.join(unusable)}). "
+            f"{self._dataset.hint(unusable)}"
         )
