@@ -27,6 +27,7 @@ from reinforce.cli.common import (
     split_names,
 )
 from reinforce.errors import SetsMissing, UserError
+from reinforce.evaluation.registry import TEXTLESS, Suite
 from reinforce.processes.imports import no_garbage_collection, require
 from reinforce.terminal import first_names, print_table
 from teachers.redact import redact
@@ -173,7 +174,7 @@ def evaluate(
     precision: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="Precision of the forward pass.")] = "fp32",
     json_: JsonFile = None,
     suite: Annotated[
-        Literal["datacomp", "sugarcrepe", "long-captions"] | None,
+        Suite | None,
         typer.Option(help="Instead of sets of your own, the published sets of a suite."),
     ] = None,
     data: Annotated[
@@ -198,7 +199,7 @@ def evaluate(
         bool, typer.Option("--allow-missing", help="Of --suite: sets that are not below ROOT are no error.")
     ] = False,
 ) -> None:
-    """Evaluate models by zero-shot classification, retrieval, nearest neighbours and linear probes.
+    """Evaluate models by zero-shot classification, retrieval, nearest neighbours, linear probes and segmentation.
 
     Each model gets its own preprocessing. Images that cannot be decoded are skipped and reported.
     """
@@ -223,7 +224,10 @@ def evaluate(
     if not evaluation.metrics:
         raise UserError("nothing to evaluate on: name sets with --zero-shot, --retrieval, --config, --set or --suite.")
     report: Report | SuiteReport
-    with only_json(json_ == STDOUT) as print_json, resolve_models(models, pretrained, teachers=suite is None) as specs:
+    with (
+        only_json(json_ == STDOUT) as print_json,
+        resolve_models(models, pretrained, teachers=suite in (None, *TEXTLESS)) as specs,
+    ):
         if suite is None:
             report = evaluate_models(specs, evaluation, device, precision)
         else:
@@ -245,7 +249,7 @@ def evaluate(
 
 def fetch_sets(
     suite: Annotated[
-        Literal["datacomp", "sugarcrepe", "long-captions"],
+        Suite,
         typer.Argument(metavar="SUITE", help="datacomp; of the other suites the Hub has no sets in their layout."),
     ],
     root: Annotated[Path, typer.Argument(metavar="ROOT", help="Folder of the sets, for `evaluate --data`.")],

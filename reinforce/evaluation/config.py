@@ -17,7 +17,8 @@ from reinforce.evaluation.kinds.labels import ZeroShotSet
 from reinforce.evaluation.kinds.linear import LinearSet
 from reinforce.evaluation.kinds.registry import KINDS
 from reinforce.evaluation.kinds.retrieval import RetrievalSet
-from reinforce.evaluation.registry import SuiteSet, select_sets
+from reinforce.evaluation.kinds.segmentation import SegmentationSet
+from reinforce.evaluation.registry import Suite, SuiteSet, select_sets
 from reinforce.input_config import Limits
 from reinforce.settings import Section
 
@@ -58,7 +59,10 @@ class Evaluation(Section):
     index: Annotated[dict[SetName, IndexSet], _SET_NAMES] = Field(
         default_factory=dict, description="sets by name on which models query the vectors of a teacher with their own"
     )
-    suite: Literal["datacomp", "sugarcrepe", "long-captions"] | None = Field(
+    segmentation: Annotated[dict[SetName, SegmentationSet], _SET_NAMES] = Field(
+        default_factory=dict, description="segmentation sets by name, which need no texts"
+    )
+    suite: Suite | None = Field(
         None, description="a suite of published sets, evaluated as by `reinforce evaluate --suite`"
     )
     data: str | None = Field(

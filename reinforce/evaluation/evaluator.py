@@ -52,7 +52,8 @@ class Evaluator:
             if only is None or name in only:
                 assert kind.open_own is not None
                 opened = kind.open_own(one, name, config.limits, config.images_from or ())
-                self._own.append((opened, ImageBatches(opened.examples, opened.count, config.limits, budget)))
+                images = ImageBatches(opened.examples, opened.count, config.limits, budget, opened.policy)
+                self._own.append((opened, images))
         published = {f"{config.suite}/{one.key}": one for one in config.suite_sets}
         self._published = {
             name: (one, find_set(one, config.data or ""))
@@ -73,7 +74,7 @@ class Evaluator:
         suite that cannot be used; with ``keep_going`` this set has failed, too.
         """
         result = Result({}, {})
-        models = Models({_MODEL: model}, accelerator, self.config.batch, self._threads)
+        models = Models({_MODEL: model}, accelerator, self.config.batch, self._threads, short=True)
         for image_set, images in self._own:
             outcome = evaluate_set(image_set, images, models)
             if not outcome.images:

@@ -7,9 +7,10 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from PIL import Image
 
 from reinforce.evaluation.content import ContentDigest, hash_content
 from reinforce.evaluation.reading import LabelledImage, SetReader
@@ -21,6 +22,7 @@ from schemas import Reason
 from teachers.preprocessing.fit import fit
 from teachers.protocols import ImageSpec
 
+T = TypeVar("T")
 #: uint8 [B, height, width, 3] for each spec, and the targets of the B examples.
 _Decoded = tuple[list[np.ndarray], list[Any]]
 
@@ -91,40 +93,81 @@ class ImageBatches:
             self._budget.free -= needed
             self._cached = geometry, kept, needed
 
+    def whole(
+        self, make: Callable[[Image.Image, Any], T], size: int, threads: int, only: Callable[[Any], bool]
+    ) -> Iterator[T]:
+        """Yield what ``make`` makes of each image, RGB at its own size, and its target, in the set's order.
+
+        ``make`` runs ahead in threads, for ``size`` images. Images whose target is not ``only`` are loaded for the
+        digest alone, and not decoded. Nothing is cached.
+        """
+        refused: list[Refusal] = []
+
+        def convert(item: LabelledImage, data: bytes) -> T | None:
+            return make(self.open(data), item.target) if only(item.target) else None
+
+        with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
+            skip = None if self.digest is not None else only
+            with closing(self._converted(pool, convert, size + threads, refused, skip)) as items:
+                found = (item for item in items if item is not None)
+                for done, item in enumerate(found, start=1):
+                    yield item
+                    self._progress(done)
+        self.refused = refused
+
+    def open(self, data: bytes) -> Image.Image:
+        """Decode an image to RGB at its own size, as all of this set. Raises ImageRefused. Thread-safe."""
+        if len(data) > self._limits.image_bytes:  # a dataset may have been made with wider limits
+            raise ImageRefused(Reason.IMAGE_BYTES, f"{len(data)} bytes, above limits.image_bytes")
+        return decode(data, self._limits, policy=self._policy)
+
     def _decode(
         self, specs: Sequence[ImageSpec], size: int, threads: int, refused: list[Refusal]
     ) -> Generator[_Decoded, None, None]:
-        def convert(item: LabelledImage | Refusal) -> tuple[bytes, tuple[list[np.ndarray], Any] | Refusal]:
-            """The hash of an example, if it is wanted, and its pixels with its target."""
-            if isinstance(item, Refusal):
-                return hash_content(item.reason.value), item
-            data = item.load()
-            return hash_content(item.target, data) if self.digest is not None else b"", self._convert(item, data, specs)
-
-        def decoded(pool: ThreadPoolExecutor) -> Generator[tuple[list[np.ndarray], Any], None, None]:
-            for content, item in prefetch(pool, convert, self._examples(), 2 * size + threads):
-                if self.digest is not None:
-                    self.digest.examples.append(content)
-                if isinstance(item, Refusal):
-                    refused.append(item)
-                else:
-                    yield item
+        def convert(item: LabelledImage, data: bytes) -> tuple[list[np.ndarray], Any]:
+            if not specs:  # only read
+                if len(data) > self._limits.image_bytes:
+                    raise ImageRefused(Reason.IMAGE_BYTES, f"{len(data)} bytes, above limits.image_bytes")
+                return [], item.target
+            image = self.open(data)
+            return [fit(image, spec) for spec in specs], item.target
 
         # closing() cancels pending decodes when the consumer stops early
-        with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool, closing(decoded(pool)) as items:
+        with (
+            ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool,
+            closing(self._converted(pool, convert, 2 * size + threads, refused)) as items,
+        ):
             while taken := list(itertools.islice(items, size)):
                 pixels = [np.stack(images) for images in zip(*(images for images, _ in taken), strict=True)]
                 yield pixels, [target for _, target in taken]
 
-    def _convert(
-        self, item: LabelledImage, data: bytes, specs: Sequence[ImageSpec]
-    ) -> tuple[list[np.ndarray], Any] | Refusal:
-        if len(data) > self._limits.image_bytes:  # a dataset may have been made with wider limits
-            return Refusal(item.key, Reason.IMAGE_BYTES, f"{len(data)} bytes, above limits.image_bytes")
-        if not specs:  # only read
-            return [], item.target
-        try:
-            image = decode(data, self._limits, policy=self._policy)
-            return [fit(image, spec) for spec in specs], item.target
-        except ImageRefused as error:
-            return Refusal(item.key, error.reason, error.detail)
+    def _converted(
+        self,
+        pool: ThreadPoolExecutor,
+        convert: Callable[[LabelledImage, bytes], T],
+        window: int,
+        refused: list[Refusal],
+        only: Callable[[Any], bool] | None = None,
+    ) -> Generator[T, None, None]:
+        """What ``convert`` gives for each example; their hashes go to ``digest``, those it refuses to ``refused``."""
+
+        def run(item: LabelledImage | Refusal) -> tuple[bytes, T | Refusal]:
+            if isinstance(item, Refusal):
+                return hash_content(item.reason.value), item
+            data = item.load()
+            content = hash_content(item.target, data) if self.digest is not None else b""
+            try:
+                return content, convert(item, data)
+            except ImageRefused as error:
+                return content, Refusal(item.key, error.reason, error.detail)
+
+        examples = self._examples()
+        if only is not None:
+            examples = (item for item in examples if isinstance(item, Refusal) or only(item.target))
+        for content, item in prefetch(pool, run, examples, window):
+            if self.digest is not None:
+                self.digest.examples.append(content)
+            if isinstance(item, Refusal):
+                refused.append(item)
+            else:
+                yield item

@@ -21,7 +21,10 @@ from teachers.spec import ModelSpec
 
 @dataclass(frozen=True)
 class Models:
-    """Models by name, on one accelerator. ``not_finite`` is of one set."""
+    """Models by name, on one accelerator. ``not_finite`` is of one set.
+
+    ``short`` says that published sets whose metrics need a training take its short schedule.
+    """
 
     encoders: Mapping[str, Encoder]
     accelerator: Accelerator
@@ -29,6 +32,7 @@ class Models:
     threads: int
     weights: dict[tuple[str, ...], torch.Tensor] = field(default_factory=dict)  # classifiers; ImageNet's sets share one
     not_finite: NotFinite = field(default_factory=NotFinite)
+    short: bool = False
 
     def encode_images(self, images: ImageBatches) -> Iterator[tuple[dict[str, torch.Tensor], list[Any]]]:
         """Yield float32 [B, dim] of unit norm by model, on the device, and the targets of each batch.
@@ -84,7 +88,7 @@ class Models:
     def _check_texts(self) -> None:
         for name, encoder in self.encoders.items():
             if not callable(getattr(encoder, "encode_texts", None)):
-                raise UserError(f"{name} has no text side: evaluate it on sets of `knn` and `linear`.")
+                raise UserError(f"{name} has no text side: evaluate it on sets of `knn`, `linear` and `segmentation`.")
 
 
 def load_models(specs: Mapping[str, ModelSpec], device: str, precision: Precision, batch: int, threads: int) -> Models:

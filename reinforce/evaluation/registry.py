@@ -16,7 +16,12 @@ from typing import Any, Literal
 from reinforce.errors import UserError
 from teachers.open_clip.released import name_key
 
-Layout = Literal["tars", "tables", "sugarcrepe", "sharegpt4v", "pairs"]
+Layout = Literal["tars", "tables", "sugarcrepe", "sharegpt4v", "pairs", "masks"]
+
+#: The suites in sets.csv.
+Suite = Literal["datacomp", "sugarcrepe", "long-captions", "dense"]
+#: Those that measure image towers without texts, and so any teacher.
+TEXTLESS = ("dense",)
 
 HUB = "hf://"
 
@@ -24,7 +29,7 @@ HUB = "hf://"
 @dataclass(frozen=True)
 class SuiteSet:
     """A set of a suite. ``size`` and ``classes`` are published numbers, ``published`` a dataset of the Hub
-    or a page.
+    or a page, behind whose ``#`` is the folder of the set if its name is another.
 
     ``fields`` are the columns of a sample's ``npy`` metadata. ``groups`` maps the metric of the worst group to the
     field that has the groups.
@@ -45,13 +50,14 @@ class SuiteSet:
     @property
     def folder(self) -> str:
         """The folder of the set below ROOT."""
-        return self.published.partition("@")[0].rpartition("/")[2]
+        page, _, folder = self.published.partition("@")[0].partition("#")
+        return folder or page.rpartition("/")[2]
 
     @property
     def page(self) -> str:
         """The page where the set is published."""
         hub = f"https://huggingface.co/datasets/{self.published.partition('@')[0]}"
-        return hub if self.on_hub else self.published
+        return hub if self.on_hub else self.published.partition("#")[0]
 
     @property
     def on_hub(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Executor, Future
 from typing import TypeVar
 
@@ -11,7 +11,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def prefetch(pool: Executor, function: Callable[[T], R], items: Iterable[T], window: int) -> Iterator[R]:
+def prefetch(pool: Executor, function: Callable[[T], R], items: Iterable[T], window: int) -> Generator[R, None, None]:
     """Yield ``function(item)`` in order, computed ahead of the consumer; at most ``window`` are pending."""
     futures: deque[Future[R]] = deque()
     try:

@@ -284,8 +284,8 @@ def test_faults_of_names_are_one_message(command: Command, root: Path, teachers:
         (f"{config}:stored", "outputs are stored, not computed"),
         ("transformers:", "transformers:"),
         (f"{config}:bert", "it has no image side; evaluate a model that encodes images"),
-        (teachers["class"], "has no text side: evaluate it on sets of `knn` and `linear`"),
-        (teachers["config"], "has no text side: evaluate it on sets of `knn` and `linear`"),
+        (teachers["class"], "has no text side: evaluate it on sets of `knn`, `linear` and `segmentation`"),
+        (teachers["config"], "has no text side: evaluate it on sets of `knn`, `linear` and `segmentation`"),
     ):
         status, out, err = command("evaluate", name, *zero_shot)
         assert status == 2, name

@@ -70,6 +70,7 @@ CHECKED = {
     r"python -m examples\.demo data": "draws 1,364 emoji; tests/examples/demo",
     r"reinforce evaluate .*( --zero-shot imagenet=| --suite [a-z-]+).*": "needs large sets; see tests/evaluation",
     r"reinforce evaluate .* --set index\..*": "needs a teacher and images; see tests/evaluation/test_index.py",
+    r"reinforce evaluate .* --set segmentation\..*": "needs masks; see tests/evaluation/test_segmentation.py",
     r"reinforce evaluate .* --set knn\..*": "needs class folders; see tests/evaluation/test_two_parts.py",
     r"reinforce fetch-sets .*": "needs the Hub; tests/evaluation/test_fetch.py has a small one",
     r"reinforce export (onnx|coreml|litert|executorch) .*": "takes half a minute; tests/shipping",

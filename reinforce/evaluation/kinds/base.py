@@ -13,6 +13,7 @@ from reinforce.evaluation.kinds.files import SetFiles
 from reinforce.evaluation.reading import SetReader, Table
 from reinforce.evaluation.registry import SuiteSet
 from reinforce.evaluation.report import Outcome
+from reinforce.images.policy import IMAGE_POLICY
 from reinforce.input_config import Limits
 from reinforce.settings import Section
 
@@ -25,13 +26,15 @@ class ImageSet:
     """A set that models can be evaluated on, with its name in messages.
 
     ``score`` gives the metrics of models on the images of ``examples``; none if no example can be used. ``count`` is
-    the number of examples, with those that are refused, or 0 where it is not known before they are read.
+    the number of examples, with those that are refused, or 0 where it is not known before they are read. ``policy`` is
+    the image policy of a set of the user.
     """
 
     name: str
     examples: SetReader
     score: Callable[[Models, ImageBatches], Outcome]
     count: int = 0
+    policy: str = IMAGE_POLICY
 
 
 class OwnSet(Section):

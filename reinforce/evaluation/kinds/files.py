@@ -40,7 +40,8 @@ _ENDINGS = {"tables": ".parquet", "pairs": ".txt"}
 class SetFiles:
     """The files of a set: its ``folder`` and ``shards`` as URLs, and their ``state``.
 
-    ``shards`` are tars or tables, the captions of layout ``pairs``, or the file that names the images. Equal states
+    ``shards`` are tars or tables, the captions of layout ``pairs``, or the file that names the images; those of masks
+    are listed when the set is opened. Equal states
     have equal content: a hash of names, sizes, and modification times or ETags, and of class names and templates. It is
     empty where a storage lists neither times nor ETags. Other states may have equal content, too.
     """
@@ -60,6 +61,7 @@ def find_files(one: SuiteSet, root: str) -> SetFiles | None:
     fs.invalidate_cache()  # files may have changed since this process listed them
     with storage_errors(f"{canonical(folder)} cannot be listed", "Check the address."):
         try:
+            shards: list[str] = []
             if one.layout in _ANNOTATIONS:
                 name, images = _ANNOTATIONS[one.layout]
                 name = name.format(one.key.rpartition("sugarcrepe_")[2])
@@ -69,7 +71,8 @@ def find_files(one: SuiteSet, root: str) -> SetFiles | None:
                 used = fs.find(path, detail=True)
                 if not used:
                     return None
-                shards, used = _list_files(one, fs, used, top, folder)
+                if one.layout != "masks":
+                    shards, used = _list_files(one, fs, used, top, folder)
             return SetFiles(folder, shards, _state(fs, path, used))
         except FileNotFoundError:
             return None

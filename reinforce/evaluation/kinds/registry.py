@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from reinforce.evaluation.kinds import association, choice, classification, index, knn, linear, retrieval
+from reinforce.evaluation.kinds import association, choice, classification, index, knn, linear, retrieval, segmentation
 
-_KINDS = (classification.KIND, retrieval.KIND, knn.KIND, linear.KIND, index.KIND, association.KIND, choice.KIND)
+_KINDS = (
+    classification.KIND, retrieval.KIND, knn.KIND, linear.KIND, index.KIND, association.KIND, choice.KIND,
+    segmentation.KIND,
+)  # fmt: skip
 KINDS = {kind.name: kind for kind in _KINDS}

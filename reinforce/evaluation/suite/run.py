@@ -13,7 +13,7 @@ from reinforce import plots
 from reinforce.errors import UserError
 from reinforce.evaluation.command import EvaluationCommand
 from reinforce.evaluation.kinds.files import SetFiles, find_files, where_expected
-from reinforce.evaluation.registry import SuiteSet, published_metrics, select_sets
+from reinforce.evaluation.registry import TEXTLESS, SuiteSet, published_metrics, select_sets
 from reinforce.evaluation.report import Outcome, name_refused
 from reinforce.evaluation.suite.results import Line, ResultFile, SuiteReport
 from reinforce.evaluation.suite.workers import Job, Options, count_workers, ray_workers, run_job
@@ -52,7 +52,7 @@ def evaluate_suite(
     suite, root, sets = evaluation.suite or "", evaluation.data or "", evaluation.suite_sets
     count = count_workers(workers, address, device)
     switch = use_accelerator(evaluation.accelerator)
-    options = Options(tuple(specs), pretrained, device, precision, evaluation.batch, switch)
+    options = Options(tuple(specs), pretrained, device, precision, evaluation.batch, suite in TEXTLESS, switch)
     specs = {redact(name): spec for name, spec in specs.items()}  # they are written to files
     published = published_metrics(compare) if compare else {}
     stores = {name: ResultFile(out, name, _identity(name, spec, precision)) for name, spec in specs.items()}
@@ -188,7 +188,11 @@ def _identity(name: str, spec: ModelSpec, precision: str) -> str:
     from teachers.open_clip.family import model_identity
 
     with model_errors(name):
-        identity = model_identity(TeacherSpec(model=spec.model, pretrained=spec.pretrained))
+        identity = (
+            spec.describe().identity
+            if isinstance(spec, TeacherSpec)
+            else model_identity(TeacherSpec(model=spec.model, pretrained=spec.pretrained))
+        )
     content = json.dumps([identity, precision], sort_keys=True)
     return f"{name}@{hashlib.blake2b(content.encode(), digest_size=8).hexdigest()}"
 

@@ -46,6 +46,7 @@ class Options:
     device: str
     precision: Precision
     batch: int
+    teachers: bool
     accelerator: Literal["fast", "plain"]
 
 
@@ -128,7 +129,9 @@ class EvaluateSet:
 
             options = self._options
             use_accelerator(options.accelerator)
-            specs = self._copies.enter_context(resolve_models(options.names, options.pretrained))
+            specs = self._copies.enter_context(
+                resolve_models(options.names, options.pretrained, teachers=options.teachers)
+            )
             named = {redact(name): spec for name, spec in specs.items()}
             self._models = load_models(named, options.device, options.precision, options.batch, threads)
         return self._models

@@ -1,0 +1,1 @@
+"""Dense evaluations: semantic segmentation by a linear head on frozen patch features."""

@@ -1,0 +1,301 @@
+"""Semantic segmentation: a linear head learns the class of each pixel from frozen patch features, without texts."""
+
+from __future__ import annotations
+
+import functools
+import io
+import itertools
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from PIL import Image
+from pydantic import Field
+
+from reinforce.errors import UserError
+from reinforce.evaluation.dense.crops import covering, random_crop, squashed
+from reinforce.evaluation.dense.masks import LAYOUTS, LayoutName, Pair, list_pairs, read_mask, recognise
+from reinforce.evaluation.images import ImageBatches
+from reinforce.evaluation.kinds.base import ImageSet, OwnSet, SetKind
+from reinforce.evaluation.kinds.files import SetFiles
+from reinforce.evaluation.reading import LabelledImage
+from reinforce.evaluation.registry import SuiteSet
+from reinforce.evaluation.report import Metrics, Outcome
+from reinforce.images.policy import PUBLISHED_POLICY, ImageRefused
+from reinforce.input_config import Limits
+from reinforce.processes.prefetch import prefetch
+from reinforce.seeds import permutation, uniforms
+from reinforce.source.samples import Refusal
+
+if TYPE_CHECKING:
+    import torch
+
+    from reinforce.evaluation.dense.head import Schedule, Segmenter
+    from reinforce.evaluation.encoding import Encoder
+    from reinforce.evaluation.models import Models
+    from teachers.patches.encoder import PatchEncoder
+
+_CHECKED = 16  # masks of each part that are read when a set is opened
+_RATIOS = 0.5, 2.0
+#: Steps and warm-up by schedule: DINOv3's on ADE20K, which DINOv2 has on VOC, and a short one.
+_STEPS = {"published": (40_000, 1500), "short": (1000, 40)}
+_PUBLISHED_CROP = 512
+_WEIGHT_DECAY: Mapping[LayoutName, float] = {"voc2012": 1e-4, "ade20k": 1e-3}
+_DECAY: Mapping[LayoutName, Literal["cosine", "linear"]] = {"voc2012": "linear", "ade20k": "cosine"}
+
+
+class SegmentationSet(OwnSet):
+    """A set of images with masks, in the layout of Pascal VOC 2012 or ADE20K. Needs no texts.
+
+    A head of dropout, batch normalisation and a 1 x 1 convolution learns from the training part by AdamW, on random
+    crops, and the metrics are those of the test part.
+    """
+
+    images: str = Field(description="folder of the set, VOCdevkit/VOC2012 or ADEChallengeData2016, by any fsspec URI")
+    layout: LayoutName | None = Field(None, description="how the folder is laid out; default: recognised")
+    classes: int | None = Field(
+        None, ge=2, le=254, description="number of classes; default: 21 of voc2012 and 150 of ade20k"
+    )
+    train: str | None = Field(
+        None, description="part that the head learns from, such as trainaug; default: train, or training of ade20k"
+    )
+    test: str | None = Field(None, description="part that it is measured on; default: val, or validation of ade20k")
+    limit: int | None = Field(None, ge=1, description="images of each part to use, the first ones")
+    stage: int = Field(-1, description="stage or block of the tower whose output is used, from the end if negative")
+    schedule: Literal["short", "published"] = Field(
+        "short",
+        description="defaults of the keys below. published: 40,000 steps, windows of 512 pixels every 341; short: "
+        "1,000 steps on images of the model's own size, seen as a whole",
+    )
+    steps: int | None = Field(None, ge=1, description="steps of the head's training")
+    warmup: int | None = Field(None, ge=0, description="first steps, in which the learning rate rises")
+    batch: int = Field(16, ge=2, description="crops in a step")
+    learning_rate: float = Field(1e-3, gt=0, description="highest learning rate; it decays to zero")
+    weight_decay: float | None = Field(None, ge=0, description="default: 1e-4 of voc2012 and 1e-3 of ade20k")
+    dropout: float = Field(0.1, ge=0, lt=1, description="share of the features that a step does not see")
+    crop: int | None = Field(None, ge=8, description="side of crops and windows in pixels")
+    inference: Literal["whole", "slide"] | None = Field(
+        None,
+        description="whole: the image is squashed to `crop`; slide: it is resized to cover `crop`, and the logits of "
+        "windows that overlap are averaged",
+    )
+    stride: int | None = Field(None, ge=1, description="slide: pixels between windows; default: two thirds of `crop`")
+    seed: int = Field(0, ge=0, description="seed of crops, their order, and the head")
+
+    @property
+    def scores(self) -> list[str]:
+        return ["miou", "accuracy"]
+
+    @property
+    def size(self) -> int | None:
+        return None if self.limit is None else 2 * self.limit
+
+    def schedule_of(self, layout: LayoutName) -> Schedule:
+        from reinforce.evaluation.dense.head import Schedule
+
+        steps, warmup = _STEPS[self.schedule]
+        steps = self.steps or steps
+        return Schedule(
+            steps=steps,
+            batch=self.batch,
+            warmup=min(steps // 2, warmup) if self.warmup is None else self.warmup,
+            learning_rate=self.learning_rate,
+            weight_decay=_WEIGHT_DECAY[layout] if self.weight_decay is None else self.weight_decay,
+            decay=_DECAY[layout],
+            dropout=self.dropout,
+        )
+
+    def windows(self, encoder: Encoder) -> tuple[tuple[int, int], int | None]:
+        """The (height, width) of crops and windows for a model, and the stride of windows; None: whole images."""
+        assert encoder.image is not None
+        published = self.schedule == "published"
+        side = self.crop or (_PUBLISHED_CROP if published else None)
+        size = (encoder.image.height, encoder.image.width) if side is None else (side, side)
+        slides = published if self.inference is None else self.inference == "slide"
+        return size, (self.stride or max(1, min(size) * 2 // 3)) if slides else None
+
+
+@dataclass(frozen=True)
+class _Masks:
+    """A set that is listed. ``table`` has the class of each value of a mask."""
+
+    config: SegmentationSet
+    name: str
+    layout: LayoutName
+    table: np.ndarray
+    train: list[Pair]
+    test: list[Pair]
+
+    @property
+    def classes(self) -> int:
+        return self.config.classes or LAYOUTS[self.layout].classes
+
+    @property
+    def images(self) -> int:
+        return len(self.train) + len(self.test)
+
+    def examples(self) -> Iterator[LabelledImage | Refusal]:
+        for pair in (*self.train, *self.test):
+            yield LabelledImage(f"{'train' if pair.training else 'test'}/{pair.key}", pair.load_image, pair)
+
+    def mask(self, pair: Pair, size: Sequence[int]) -> np.ndarray:
+        return read_mask(pair, self.table, size, self.name)
+
+    def check(self) -> None:
+        """Read the first masks, so that a wrong layout or number of classes is found early. Raises UserError."""
+        for pair in (*self.train[:_CHECKED], *self.test[:_CHECKED]):
+            try:
+                size = Image.open(io.BytesIO(pair.load_image())).size
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+                continue  # refused when it is decoded
+            self.mask(pair, size)
+
+
+def _list(config: SegmentationSet, name: str) -> _Masks:
+    """List a set and check its first masks. Raises UserError."""
+    layout = config.layout or recognise(config.images, name)
+    of_layout = LAYOUTS[layout]
+    parts = [
+        list_pairs(config.images, of_layout, part, training, name, config.limit)
+        for part, training in ((config.train or of_layout.train, True), (config.test or of_layout.test, False))
+    ]
+    found = _Masks(config, name, layout, of_layout.table(config.classes or of_layout.classes), *parts)
+    found.check()
+    return found
+
+
+def _open_own(config: SegmentationSet, name: str, limits: Limits, images_from: Sequence[str] = ()) -> ImageSet:
+    """A set of the user, which is listed. Raises UserError."""
+    found = _list(config, name)
+    score = functools.partial(_score, found)
+    return ImageSet(name, found.examples, score, found.images, PUBLISHED_POLICY)  # masks follow no EXIF orientation
+
+
+def _open(one: SuiteSet, files: SetFiles) -> ImageSet:
+    """A published set. Raises UserError."""
+    found = _list(SegmentationSet(images=files.folder, schedule="published"), one.name)
+
+    def score(models: Models, images: ImageBatches) -> Outcome:
+        schedule: Literal["short", "published"] = "short" if models.short else "published"
+        config = found.config.model_copy(update={"schedule": schedule})
+        return _score(replace(found, config=config), models, images)
+
+    return ImageSet(one.name, found.examples, score, found.images)
+
+
+KIND = SetKind("segmentation", _open, section="segmentation", open_own=_open_own)
+
+
+def _score(masks: _Masks, models: Models, images: ImageBatches) -> Outcome:
+    """The metrics of heads that are trained for each model. What cannot be used has failed, with the reason."""
+    segmenters: dict[str, Segmenter] = {}
+    failed: dict[str, str] = {}
+    refused: dict[str, Refusal] = {}
+    metrics: dict[str, Metrics] = {}
+    try:
+        for name, encoder in models.encoders.items():
+            try:
+                segmenters[name] = _train(masks, encoder, models, images, refused)
+            except ValueError as error:  # of a model without patches, or without those of this size
+                failed[name] = str(error)
+        metrics = _measure(masks, segmenters, models, images)
+    except UserError as error:  # of masks: the set is of no use to any model
+        if not models.encoders:
+            raise
+        failed = dict.fromkeys(models.encoders, str(error))
+    return Outcome({} if failed else metrics, masks.images, [*refused.values(), *images.refused], masks.classes, failed)
+
+
+def _train(
+    masks: _Masks, encoder: Encoder, models: Models, images: ImageBatches, refused: dict[str, Refusal]
+) -> Segmenter:
+    from reinforce.evaluation.dense.head import Segmenter, train_head
+    from teachers.patches.encoder import patches_of
+
+    config, accelerator = masks.config, models.accelerator
+    if encoder.image is None:
+        raise ValueError("it has no image side; evaluate a model that encodes images")
+    size, stride = config.windows(encoder)
+    patches = patches_of(encoder, accelerator.device, config.stage, size)
+    schedule = config.schedule_of(masks.layout)
+
+    def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        with closing(_crops(masks, images, patches, models.threads, refused)) as crops:
+            for _ in range(schedule.steps):
+                pixels, labels = zip(*itertools.islice(crops, schedule.batch), strict=True)
+                yield accelerator.put(np.stack(pixels)), accelerator.put(np.stack(labels))
+
+    head = train_head(patches, batches(), masks.classes, schedule, accelerator.device, config.seed)
+    return Segmenter(patches, head, stride, models.batch)
+
+
+def _crops(
+    masks: _Masks, images: ImageBatches, patches: PatchEncoder, threads: int, refused: dict[str, Refusal]
+) -> Generator[tuple[np.ndarray, np.ndarray], None, None]:
+    """Random crops of the training part without an end, and their class indices; images that are ``refused`` give none.
+
+    Raises UserError if all are.
+    """
+    spec, config = patches.image, masks.config
+    fill = np.clip(np.round(255 * np.array(spec.mean)), 0, 255).astype(np.uint8)
+
+    def positions() -> Iterator[tuple[int, Pair]]:
+        for epoch in itertools.count():
+            order = permutation(len(masks.train), config.seed, "segmentation order", epoch)
+            yield from ((epoch * len(order) + place, masks.train[index]) for place, index in enumerate(order))
+
+    def crop(found: tuple[int, Pair]) -> tuple[np.ndarray, np.ndarray] | Refusal:
+        position, pair = found
+        try:
+            image = images.open(pair.load_image())
+        except ImageRefused as error:
+            return Refusal(f"train/{pair.key}", error.reason, error.detail)
+        [numbers] = uniforms(config.seed, [str(position)], "segmentation crop", 0, 4)
+        size = spec.height, spec.width
+        return random_crop(image, masks.mask(pair, image.size), size, _RATIOS, numbers, fill)
+
+    with (
+        ThreadPoolExecutor(threads, thread_name_prefix="crop") as pool,
+        closing(prefetch(pool, crop, positions(), 2 * config.batch + threads)) as items,
+    ):
+        for item in items:
+            if not isinstance(item, Refusal):
+                yield item
+                continue
+            refused[str(item.key)] = item
+            if len(refused) == len(masks.train):
+                raise UserError(
+                    f"{masks.name}: every image of the training part is refused, the last ({item.key}) for "
+                    f"{item.reason.value}: {item.detail}. Check that these are images."
+                )
+
+
+def _measure(
+    masks: _Masks, segmenters: Mapping[str, Segmenter], models: Models, images: ImageBatches
+) -> dict[str, Metrics]:
+    """The metrics of all models on the test part."""
+    import torch
+
+    from reinforce.evaluation.dense.head import confusion, mean_iou, most_likely
+
+    views = {(one.size, one.stride is None) for one in segmenters.values()}
+
+    def load(image: Image.Image, pair: Pair) -> tuple[dict[Any, np.ndarray], np.ndarray]:
+        pixels = {view: (squashed if view[1] else covering)(image, view[0]) for view in views}
+        return pixels, masks.mask(pair, image.size)
+
+    put, device = models.accelerator.put, models.accelerator.device
+    shape = masks.classes, masks.classes
+    counts = {name: torch.zeros(shape, dtype=torch.int64, device=device) for name in segmenters}
+    tested = images.whole(load, 2 * models.threads, models.threads, lambda pair: bool(segmenters) and not pair.training)
+    for pixels, labels in tested:
+        for name, one in segmenters.items():
+            logits, features = one.logits(put(pixels[one.size, one.stride is None]))
+            models.not_finite.add(name, "patch", features)
+            counts[name] += confusion(most_likely(logits, labels.shape), put(labels), masks.classes)
+    if segmenters and not all(int(found.sum()) for found in counts.values()):
+        raise UserError(f"{masks.name}: no pixel of the test part has a class: every image or pixel is left out.")
+    return {name: dict(zip(masks.config.scores, mean_iou(found), strict=True)) for name, found in counts.items()}

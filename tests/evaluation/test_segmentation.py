@@ -1,0 +1,215 @@
+"""Segmentation sets of users, in trainings, and as a suite."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from reinforce import settings
+from reinforce.errors import UserError
+from reinforce.evaluation.command import EvaluationCommand
+from reinforce.evaluation.config import Evaluation
+from reinforce.evaluation.evaluator import Evaluator
+from reinforce.evaluation.kinds import segmentation
+from reinforce.evaluation.suite.run import evaluate_suite
+from teachers.open_clip.teacher import ImageEncoder
+from teachers.spec import ModelSpec
+from tests.helpers.evaluation import CPU, ConstantEncoder, NanEncoder, load_spec, load_teacher, make_evaluator
+from tests.helpers.models import tiny_models
+from tests.helpers.segmentation import PatchColours, scene, write_ade, write_voc
+
+FAST = {"steps": 60, "batch": 4, "learning_rate": 0.02, "classes": 4}
+
+
+def evaluate(model: Any, url: str, **config: Any) -> dict[str, float]:
+    result = make_evaluator(segmentation={"set": {"images": url, **FAST, **config}}).evaluate(model, CPU)
+    assert not result.failed, result.failed
+    return {name.rpartition("/")[2]: score for name, score in result.metrics.items()}
+
+
+@pytest.mark.parametrize("inference", ["whole", "slide"])
+def test_colours_are_found_in_both_layouts(tmp_path: Path, inference: str) -> None:
+    ade = write_ade(tmp_path / "ade", {"training": 12, "validation": 6})
+    voc = write_voc(tmp_path / "voc", {"train": 12, "val": 6})
+    for url in (ade, voc):
+        scores = evaluate(PatchColours(), url, inference=inference)
+        assert scores["miou"] > 0.7
+        assert scores["accuracy"] > 0.9
+
+
+def test_features_of_nothing_are_no_better_than_the_largest_class(tmp_path: Path) -> None:
+    class Blind(PatchColours):
+        def encode_patches(self, pixels: torch.Tensor) -> torch.Tensor:
+            return super().encode_patches(pixels) * 0
+
+    url = write_ade(tmp_path, {"training": 6, "validation": 6})
+    scores = evaluate(Blind(), url)
+    labels = np.concatenate([scene(1000 + index)[1][2:].flatten() for index in range(6)])
+    share = float((labels == 0).mean())
+    assert scores["accuracy"] == pytest.approx(share)
+    assert scores["miou"] == pytest.approx(share / len(np.unique(labels)))
+
+
+def test_a_training_evaluates_a_student_and_leaves_it_as_it_was(tmp_path: Path) -> None:
+    url = write_voc(tmp_path / "voc", {"train": 4, "val": 3})
+    teacher = load_teacher(tiny_models.open_clip_model(tmp_path / "model"))
+    clip = teacher._model.train()
+    before = {name: value.clone() for name, value in clip.state_dict().items()}
+    state = torch.get_rng_state()
+    evaluator = make_evaluator(segmentation={"voc": {"images": url, **FAST, "steps": 3}})
+    results = [evaluator.evaluate_module(clip, load_spec(clip), None, CPU) for _ in range(2)]
+    for result in results:
+        assert [*result.metrics] == ["segmentation/voc/miou", "segmentation/voc/accuracy"]
+    assert results[0].metrics == pytest.approx(results[1].metrics, abs=0.02)
+    assert clip.training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in clip.state_dict().items())
+
+
+def test_an_image_that_cannot_be_decoded_is_left_out_of_either_part(tmp_path: Path) -> None:
+    url = write_ade(tmp_path, {"training": 6, "validation": 4})
+    for part in ("training", "validation"):
+        (tmp_path / "images" / part / "ADE_00000001.jpg").write_bytes(b"no image")
+    result = make_evaluator(segmentation={"set": {"images": url, **FAST}}).evaluate(PatchColours(), CPU)
+    [outcome] = result.sets.values()
+    assert sorted(str(refusal.key) for refusal in outcome.refused) == ["test/ADE_00000001", "train/ADE_00000001"]
+    assert outcome.part == "8 of 10 images"
+    assert result.metrics["segmentation/set/miou"] > 0.5
+
+
+def test_a_part_of_broken_images_is_one_line(tmp_path: Path) -> None:
+    url = write_ade(tmp_path, {"training": 2, "validation": 2})
+    for file in (tmp_path / "images" / "training").iterdir():
+        file.write_bytes(b"")
+    result = make_evaluator(segmentation={"set": {"images": url, **FAST}}).evaluate(PatchColours(), CPU)
+    assert (
+        "every image of the training part is refused, the last (train/ADE_0000000" in result.failed["segmentation/set"]
+    )
+    assert not result.metrics
+
+
+def open_set(url: str, **config: Any) -> Any:
+    return make_evaluator(segmentation={"set": {"images": url, **FAST, **config}})
+
+
+def test_masks_that_fit_no_class_or_image_are_named_before_a_model_is_evaluated(tmp_path: Path) -> None:
+    url = write_ade(tmp_path, {"training": 3, "validation": 2})
+    mask = tmp_path / "annotations" / "validation" / "ADE_00000001.png"
+    with pytest.raises(
+        UserError, match=r"segmentation/set: the mask of ADE_0000000\d has the value \d, which none of 2 classes"
+    ):
+        open_set(url, classes=2)
+    labels = np.asarray(Image.open(mask))
+    Image.fromarray(labels[:-1]).save(mask)
+    with pytest.raises(UserError, match="the mask of ADE_00000001 has 56 x 39 pixels, and its image 56 x 40"):
+        open_set(url)
+    Image.fromarray(np.stack([labels] * 3, -1)).save(mask)
+    with pytest.raises(UserError, match="the mask of ADE_00000001 cannot be used: its pixels are RGB, not indices"):
+        open_set(url)
+    mask.write_bytes(b"none")
+    with pytest.raises(UserError, match="the mask of ADE_00000001 cannot be used: cannot identify image file"):
+        open_set(url)
+    mask.unlink()
+    with pytest.raises(
+        UserError, match=r"1 of 2 files of the part 'validation' are missing in .*annotations/validation"
+    ):
+        open_set(url)
+    with pytest.raises(UserError, match="cannot be read: FileNotFoundError"):
+        open_set(url, test="testing")
+    with pytest.raises(UserError, match="has no folder ImageSets/Segmentation of voc2012 or annotations of ade20k"):
+        open_set(str(tmp_path / "images"))
+
+
+def test_a_wrong_mask_that_is_found_late_fails_the_set_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = write_voc(tmp_path, {"train": 4, "val": 3})
+    mask = tmp_path / "SegmentationClass" / "2007_100002.png"
+    Image.fromarray(np.full((40, 56), 77, np.uint8)).save(mask)
+    monkeypatch.setattr(segmentation, "_CHECKED", 1)
+    result = open_set(url).evaluate(PatchColours(), CPU)
+    assert "the mask of 2007_100002 has the value 77, which none of 4 classes" in result.failed["segmentation/set"]
+    assert not result.metrics
+
+
+def test_a_model_without_patches_fails_with_the_reason(tmp_path: Path) -> None:
+    url = write_ade(tmp_path, {"training": 3, "validation": 2})
+    why = open_set(url).evaluate(ConstantEncoder(), CPU).failed["segmentation/set"]
+    assert "ConstantEncoder has no patches: add a method `encode_patches(pixels)" in why
+    vit = load_teacher(tiny_models.open_clip_model(tmp_path / "vit"))
+    why = open_set(url, stage=9).evaluate(vit, CPU).failed["segmentation/set"]
+    assert "CLIP, stage 9 gives no patches for images of 32 x 32 pixels" in why
+
+    class Large(PatchColours):
+        def encode_patches(self, pixels: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.avg_pool2d(pixels, 64).permute(0, 2, 3, 1)
+
+    why = open_set(url).evaluate(Large(), CPU).failed["segmentation/set"]
+    assert "Large gives no patches for images of 32 x 32 pixels" in why
+
+
+def test_features_that_are_not_finite_fail_the_set(tmp_path: Path) -> None:
+    class Broken(PatchColours):
+        def encode_patches(self, pixels: torch.Tensor) -> torch.Tensor:
+            return super().encode_patches(pixels) * torch.nan
+
+    url = write_ade(tmp_path, {"training": 3, "validation": 2})
+    result = open_set(url).evaluate(Broken(), CPU)
+    assert "128 of 128 patch embeddings are not finite" in result.failed["segmentation/set"]
+    assert not result.metrics
+
+
+def test_trainaug_has_masks_of_its_own(tmp_path: Path) -> None:
+    url = write_voc(tmp_path, {"train": 2, "val": 2})
+    write_voc(tmp_path, {"trainaug": 5}, masks="SegmentationClassAug")
+    evaluator = open_set(url, train="trainaug")
+    assert evaluator.images == 7
+
+
+def suite_command(**config: Any) -> EvaluationCommand:
+    return settings.parse(EvaluationCommand, config)
+
+
+def test_the_suite_keeps_results_of_sets_in_their_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "sets"
+    write_voc(root / "VOCdevkit" / "VOC2012", {"train": 3, "val": 2})
+    monkeypatch.setattr(segmentation, "_STEPS", {"published": (2, 1), "short": (1, 0)})
+    monkeypatch.setattr(segmentation, "_PUBLISHED_CROP", 48)
+    name = tiny_models.open_clip_model(tmp_path / "model")
+    config = suite_command(suite="dense", data=str(root), sets=["voc2012"])
+    reports = [
+        evaluate_suite({"model": ModelSpec(model=name)}, config, str(tmp_path / "out"), device="cpu") for _ in range(2)
+    ]
+    for report in reports:
+        assert not report.failed
+        [line] = report.results["model"].values()
+        assert 0 <= line["metrics"]["main_metric"] == line["metrics"]["miou"] <= 1
+        assert line["notes"] == ["5 samples (published: 2,913): not comparable"]
+    assert reports[0].results == reports[1].results
+    (root / "VOCdevkit" / "VOC2012" / "SegmentationClass" / "2007_000000.png").write_bytes(b"other")
+    report = evaluate_suite({"model": ModelSpec(model=name)}, config, str(tmp_path / "out"), device="cpu")
+    assert "the mask of 2007_000000 cannot be used" in report.failed["voc2012"]
+    missing = suite_command(suite="dense", data=str(root))
+    assert (
+        "VOCdevkit"
+        not in evaluate_suite({"other": ModelSpec(model=name)}, missing, str(tmp_path / "out2"), device="cpu").absent[
+            "ade20k"
+        ]
+    )
+
+
+def test_a_training_takes_the_short_schedule_of_the_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_voc(tmp_path / "VOCdevkit" / "VOC2012", {"train": 3, "val": 2})
+    monkeypatch.setattr(segmentation, "_STEPS", {"published": (0, 0), "short": (2, 0)})
+    evaluator = Evaluator(settings.parse(Evaluation, {"suite": "dense", "data": str(tmp_path), "sets": ["voc2012"]}))
+    clip = load_teacher(tiny_models.open_clip_model(tmp_path / "model"))._model
+    result = evaluator.evaluate(ImageEncoder(clip, load_spec(clip), CPU), CPU)
+    assert [*result.metrics] == ["dense/voc2012/miou"]
+
+
+def test_nan_encoder_is_no_dense_model(tmp_path: Path) -> None:
+    url = write_ade(tmp_path, {"training": 2, "validation": 2})
+    assert "NanEncoder has no patches" in open_set(url).evaluate(NanEncoder(), CPU).failed["segmentation/set"]
