@@ -70,7 +70,9 @@ def test_every_model_of_a_config_is_measured(
     assert all(row.rate > 0 for row in report.rows)
     assert report.errors == []
     precision, vit, dino, version, graphs = report.notes
-    assert vit.startswith("teachers.vit: crops of 24 x 24 pixels are enlarged to its 32 x 32; augmentations.size, which")
+    assert vit.startswith(
+        "teachers.vit: crops of 24 x 24 pixels are enlarged to its 32 x 32; augmentations.size, which"
+    )
     assert dino.startswith("teachers.dino: crops of 24 x 24 pixels are enlarged")
     assert precision == "precision: fp32 for coca, dino, vit (auto: workers use CPUs)"
     assert version.startswith(f"class {MODELS}:TextOnly has no `version`,")
