@@ -160,7 +160,7 @@ def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_one_more_format_needs_a_module_and_a_line(records: Path, capfd: pytest.CaptureFixture[str]) -> None:
     made = printed_by(capfd, "init", str(records), "my.yaml")
     assert "source: 2 shards (records, " in made
-    assert "caption of the first sample: 'thing a0'" in made
+    assert "caption of the first sample that has one: 'thing a0'" in made
     begun = yaml.safe_load(Path("my.yaml").read_text())
     assert (begun["source"], begun["input"]) == (f"{records}/*.records", {"format": "records"})
     assert "# Sources of format records need `embed`." in Path("my.yaml").read_text()
