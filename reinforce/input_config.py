@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from reinforce.config_schema import LAYER_NAME, OneOrMore
+from reinforce.errors import UserError
 from reinforce.settings import Section
 
 MODULES = {
@@ -24,6 +25,8 @@ MODULES = {
 }
 #: What a source is read as if nothing of it is recognised, which reports what its files are instead.
 DEFAULT = "tar"
+#: ``captions`` of a source of images alone.
+IMAGES_ALONE = "none"
 #: What a source can be, for messages.
 SOURCES = "tars, Parquet, jsonl or csv files, COCO's captions, a folder of these or of images, or a reinforced dataset"
 
@@ -74,10 +77,10 @@ class Input(Section):
     key: str | None = Field(
         None, description="column of a table with keys; default: `key`, `__key__` or `uid`, else shard and row number"
     )
-    captions: list[str] = Field(
+    captions: list[str] | Literal["none"] = Field(
         default=["txt", "json:caption"],
         description="where the true caption is: a member's extension or json:FIELD, in tables COLUMN or json:COLUMN; "
-        "the first with text is used; `class`: of a folder of images, the name of the folder in it",
+        "the first with text is used; `class`: of a folder of images, the name of the folder in it; none: images alone",
     )
     templates: Annotated[list[Template], Field(min_length=1)] | None = Field(
         None,
@@ -114,3 +117,25 @@ class Input(Section):
         le=65_535,
         description="decode JPEGs at the smallest of 1/2, 1/4, 1/8 size with sides at least this; default: full size",
     )
+
+    @property
+    def caption_fields(self) -> list[str]:
+        """Where captions are looked for; nowhere for images alone."""
+        return [] if self.captions == IMAGES_ALONE else [*self.captions]
+
+    def require_captions(self, what: str) -> None:
+        """Raise UserError if this is a source of images alone, whose captions ``what`` needs."""
+        if self.captions == IMAGES_ALONE:
+            raise UserError(
+                f"{what}: it needs captions of the source, and input.captions is none. Remove it, or set "
+                "input.captions to where captions are."
+            )
+
+    @model_validator(mode="after")
+    def _check_images_alone(self) -> Input:
+        for key in ("templates", "captions_per_sample"):
+            if self.captions == IMAGES_ALONE and getattr(self, key) is not None:
+                raise ValueError(
+                    f"`{key}` is for captions, and with `captions: none` there are none; remove one of them"
+                )
+        return self

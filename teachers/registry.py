@@ -33,6 +33,7 @@ FAMILIES: dict[str, Family] = {
     "transformers": Family(
         "teachers.transformers.family:TransformersTeacherSpec", "teachers.transformers.family:TransformersCaptionerSpec"
     ),
+    "timm": Family("teachers.timm.family:TimmTeacherSpec"),
     "published": Family(
         "teachers.published.family:PublishedTeacherSpec", "teachers.published.family:PublishedCaptionerSpec"
     ),

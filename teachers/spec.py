@@ -64,19 +64,22 @@ class ModelSpec(BaseModel):
     )
     model: str | None = Field(
         None,
-        description="open_clip: a model name, hf-hub:ORG/REPO or local-dir:PATH; transformers: hub name or folder; "
-        "published: a teacher's name, or for a captioner the list in syn.json, such as syn_text; openai: the name "
-        "that the server knows",
+        description="open_clip and timm: a model name, hf-hub:ORG/REPO or local-dir:PATH; transformers: hub name or "
+        "folder; published: a teacher's name, or for a captioner the list in syn.json, such as syn_text; openai: the "
+        "name that the server knows",
     )
     pretrained: str | None = Field(
-        None, description="open_clip: pretrained tag, or a checkpoint file by path or fsspec URI"
+        None,
+        description="open_clip: pretrained tag, or a checkpoint file by path or fsspec URI; timm: such a file, instead "
+        "of the weights that timm names",
     )
     class_: str | None = Field(
         None, alias="class", description="a custom class, package.module:Class; see teachers/protocols.py"
     )
     options: dict[str, Any] = Field(
         default_factory=dict,
-        description="keyword arguments of the custom class; openai: further fields of each request",
+        description="keyword arguments of the custom class; timm: those of timm.create_model, such as img_size; "
+        "openai: further fields of each request",
     )
     precision: Literal["auto"] | Precision = Field(
         "auto",

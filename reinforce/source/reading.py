@@ -71,7 +71,7 @@ def _image(item: Item) -> str | bytes | None:
 
 def _captions(item: RawSample | UnreadSample, spec: Input) -> list[str]:
     sidecars = item.all_sidecars if isinstance(item, RawSample) else item.sidecars
-    found = (captions_of(sidecars, [field], spec.limits, _MOST_CAPTIONS) for field in spec.captions)
+    found = (captions_of(sidecars, [field], spec.limits, _MOST_CAPTIONS) for field in spec.caption_fields)
     return next(filter(None, found), [])
 
 

@@ -62,16 +62,17 @@ class RawSample:
 
     def captions(self, spec: Input) -> list[str]:
         """The true captions that a config keeps: one, or those by ``captions_of``, each in the texts of templates."""
+        fields, limits = spec.caption_fields, spec.limits
         if (most := spec.captions_per_sample) is None:
-            caption = self.caption(spec.captions, spec.limits)
+            caption = self.caption(fields, limits)
             found = [caption] if caption else []
         else:
-            several = (captions_of(of, spec.captions, spec.limits, most) for of in (self.sidecars, self.all_sidecars))
+            several = (captions_of(of, fields, limits, most) for of in (self.sidecars, self.all_sidecars))
             found = next(filter(None, several), [])
         if spec.templates is None:
             return found
         texts = (text.replace("{}", caption) for caption in found for text in spec.templates)
-        return [clean_text(text, spec.limits.caption_chars) for text in itertools.islice(texts, most or 1)]
+        return [clean_text(text, limits.caption_chars) for text in itertools.islice(texts, most or 1)]
 
     def why_no_caption(self, fields: Sequence[str]) -> str:
         """Explain why no caption was found, with what the sample has."""

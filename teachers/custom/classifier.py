@@ -7,17 +7,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from pydantic import Field, model_validator
 
-from teachers import weights
 from teachers.custom.family import ClassSpec, hash_of_code
 from teachers.protocols import ImageSpec
 from teachers.spec import ModelInfo, ModelSpec
+from teachers.timm import catalog
 
 if TYPE_CHECKING:
     import torch
 
     from teachers.runtime.accelerator import Accelerator
 
-_HUB_PREFIX = "hf-hub:"
 #: Bounds of temperatures: with others, logits or their loss leave the range of float32.
 LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-3, 1e3
 
@@ -55,7 +54,9 @@ class ClassifierSpec(ModelSpec):
 
     family: Literal["timm"] = Field("timm", description="library that `model` belongs to")
     model: str | None = Field(
-        None, description="name of a model of timm with its tag, such as resnet50.a1_in1k, or hf-hub:ORG/REPO"
+        None,
+        description="name of a model of timm with its tag, such as resnet50.a1_in1k, hf-hub:ORG/REPO, or "
+        "local-dir:PATH",
     )
     pretrained: str | None = Field(
         None, description="checkpoint file by path or fsspec URI; default: the weights that timm names"
@@ -92,8 +93,8 @@ class ClassifierSpec(ModelSpec):
             _ = self._class  # raises what is wrong
         elif self.precision == "fp8":
             raise ValueError("`precision: fp8` is for image towers of teachers: set bf16 or auto")
-        elif ":" in self.name and not self.name.startswith(_HUB_PREFIX):
-            raise ValueError(f"model: use a name of timm or {_HUB_PREFIX}ORG/REPO, and `pretrained` for a file")
+        else:
+            catalog.check_source(self.name)
         return self
 
     @property
@@ -109,12 +110,7 @@ class ClassifierSpec(ModelSpec):
             classes = getattr(cls, "classes", None)
             dim = classes if isinstance(classes, int) else None
             return ModelInfo(dim, True, False, self._class.identity(cls), hash_of_code(cls))
-        identity: dict[str, Any] = {"family": "timm", "precision": self.resolved_precision, "model": self.model}
-        if self.pretrained is not None:
-            identity["weights"] = weights.identity(self.pretrained)
-        if self.options:
-            identity["options"] = self.options
-        return ModelInfo(dim=None, images=True, texts=False, identity=identity)
+        return ModelInfo(dim=None, images=True, texts=False, identity=catalog.model_identity(self))
 
     def load(self, name: str, device: str) -> Any:
         """The classifier with its number of classes as ``dim``."""
@@ -137,35 +133,20 @@ class ClassifierSpec(ModelSpec):
         return {"dim": model.dim, "names": [str(name) for name in names]}
 
     def hosts(self) -> Iterator[str]:
-        if self.class_ is None and self.pretrained is None:
-            yield f"{weights.HUB} or the host that timm names ({self.name.removeprefix(_HUB_PREFIX)})"
+        return catalog.hosts(self) if self.class_ is None else iter(())
 
 
 class _Timm:
     """A model of timm by its spec. Raises ValueError or FileNotFoundError for a wrong spec."""
 
     def __init__(self, spec: ClassifierSpec, accelerator: Accelerator) -> None:
-        import timm
+        from teachers.timm.teacher import image_spec, load_model
 
-        own = spec.pretrained
-        model: Any = timm.create_model(spec.name, pretrained=own is None, **spec.options)
-        if own is not None:
-            _load_weights(model, own, spec.name)
+        model = load_model(spec)
         self.dim = int(model.num_classes)
         if self.dim < 1:
             raise ValueError(f"model {spec.name} has no classes: set `num_classes` in `options`")
-        config = timm.data.resolve_model_data_config(model)
-        channels, height, width = config["input_size"]
-        if channels != 3:
-            raise ValueError(f"model {spec.name} takes images of {channels} channels, not of 3")
-        found = config["interpolation"]
-        self.image = ImageSpec(
-            size=height if height == width else (height, width),
-            mean=tuple(config["mean"]),
-            std=tuple(config["std"]),
-            interpolation=found if found in ("bilinear", "nearest") else "bicubic",
-            resize="squash" if config["crop_mode"] == "squash" else "crop",
-        )
+        self.image = image_spec(model, spec)
         self.names = model.pretrained_cfg.get("label_names")
         self._model, self._accelerator = accelerator.prepare(model), accelerator
 
@@ -173,14 +154,3 @@ class _Timm:
         with self._accelerator.forward():
             logits: torch.Tensor = self._model(self._accelerator.layout(pixels)).float()
             return logits
-
-
-def _load_weights(model: Any, location: str, name: str) -> None:
-    from safetensors.torch import load_file
-
-    path = weights.fetch(location)
-    try:
-        model.load_state_dict(load_file(str(weights.as_safetensors(path))))
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"the weights in {path} do not fit {name}: {reason}") from error

@@ -50,8 +50,10 @@ class TransformersTeacherSpec(_Transformers, TransformersOptions):
         if texts:
             self.check_tokenizer()
         # Absent where they are not set, so that older fingerprints stay valid. ``lowercase: false`` is the default.
-        given = {"image_size": self.image_size, "pooling": self.pooling, "lowercase": self.lowercase}
-        identity = {**self.identity(), **{name: value for name, value in given.items() if value}}
+        keys = ("image_size", "pooling", "lowercase", "trust_remote_code")
+        given = {key: value for key in keys if (value := getattr(self, key))}
+        code = sorted(Path(self.name).expanduser().glob("*.py")) if self.trust_remote_code else ()
+        identity = {**self.identity(tuple(path.name for path in code)), **given}
         return ModelInfo(dim=dim, images=images, texts=texts, identity=identity)
 
     def load(self, name: str, device: str) -> Teacher:

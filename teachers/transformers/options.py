@@ -22,6 +22,11 @@ class TransformersOptions(TeacherSpec):
         "the mean of the text's tokens; cls: the first token; summary: C-RADIO's summary; default: mean for texts, the "
         "pooler if it has weights or else cls for images",
     )
+    trust_remote_code: bool = Field(
+        False,
+        description="family transformers: run the code in the model's folder or repository, which can do anything; for "
+        "models that transformers itself does not have",
+    )
     lowercase: bool | None = Field(
         None,
         description="family transformers: texts in lower case, as SigLIP 2 needs; default: as the tokenizer does",

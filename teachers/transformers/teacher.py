@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from math import isqrt
 from typing import Any, Literal, cast
 
 import torch
 import transformers
 
+from teachers import weights
 from teachers.fast_paths import towers
 from teachers.patches.encoder import PatchEncoder, encoder_of_model
 from teachers.preprocessing.pixels import channels
@@ -33,11 +34,27 @@ def load(spec: TransformersOptions, accelerator: Accelerator) -> Teacher:
     """
     if catalog.is_local_folder(spec.name):
         catalog.read_config(spec.name)  # has better error messages for folders than transformers
-    config = transformers.AutoConfig.from_pretrained(spec.name, trust_remote_code=False)
-    images, texts = catalog.modalities(config.to_dict())
-    if images and texts:
-        return TransformersTeacher(spec, accelerator)
-    return cast(Teacher, ImageTeacher(spec, accelerator) if images else TextTeacher(spec, accelerator))
+    with _own_code(spec):
+        config = transformers.AutoConfig.from_pretrained(spec.name, trust_remote_code=spec.trust_remote_code)
+        images, texts = catalog.modalities(config.to_dict())
+        if images and texts:
+            return TransformersTeacher(spec, accelerator)
+        return cast(Teacher, ImageTeacher(spec, accelerator) if images else TextTeacher(spec, accelerator))
+
+
+@contextmanager
+def _own_code(spec: TransformersOptions) -> Iterator[None]:
+    """Name the key that allows the code of a model, which the processes of a node copy and import one by one."""
+    with weights.locked(f"transformers {spec.name}") if spec.trust_remote_code else nullcontext():
+        try:
+            yield
+        except ValueError as error:
+            if spec.trust_remote_code or "trust_remote_code" not in str(error):
+                raise
+            raise ValueError(
+                f"{spec.name} needs code in its own folder or repository, which can do anything. Read it, and set "
+                "`trust_remote_code: true` to run it"
+            ) from error
 
 
 class TransformersTeacher:
@@ -185,7 +202,9 @@ class _Tokenizer:
     """The model's tokenizer, with special tokens in texts escaped."""
 
     def __init__(self, spec: TransformersOptions, positions: int, masked: bool) -> None:
-        self._tokenizer = transformers.AutoTokenizer.from_pretrained(spec.model, trust_remote_code=False)
+        self._tokenizer = transformers.AutoTokenizer.from_pretrained(
+            spec.model, trust_remote_code=spec.trust_remote_code
+        )
         if self._tokenizer.pad_token is None:
             raise ValueError(f"the tokenizer of {spec.model} has no padding token")
         self._escape = special_token_escaper(self._tokenizer.all_special_tokens)
@@ -291,7 +310,7 @@ def _patch_inputs(pixels: torch.Tensor, patch: int) -> dict[str, torch.Tensor]:
 
 
 def _load_processor(spec: TransformersOptions) -> dict[str, Any]:
-    processor = transformers.AutoImageProcessor.from_pretrained(spec.model, trust_remote_code=False)
+    processor = transformers.AutoImageProcessor.from_pretrained(spec.model, trust_remote_code=spec.trust_remote_code)
     config: dict[str, Any] = processor.to_dict()
     return config
 
@@ -299,7 +318,7 @@ def _load_processor(spec: TransformersOptions) -> dict[str, Any]:
 def _load_model(spec: TransformersOptions, accelerator: Accelerator) -> tuple[Any, bool]:
     """Load the model -> (model, whether its pooler has weights). Hub downloads use huggingface_hub's file locks."""
     model, report = transformers.AutoModel.from_pretrained(
-        spec.model, trust_remote_code=False, output_loading_info=True
+        spec.model, trust_remote_code=spec.trust_remote_code, output_loading_info=True
     )
     missing = sorted(report["missing_keys"])
     # Checkpoints with other heads often lack the pooler, which is then not used. Other missing weights are an error.

@@ -181,7 +181,11 @@ def test_a_model_of_timm_is_loaded_with_the_weights_of_a_file_and_its_own_prepro
         ({"class": f"{CLASSIFIERS}:Misshapen"}, r"crops fails its self-test \(probabilities\): logits must be .* 12\)"),
         ({"k": 7}, "classifiers.crops: it has 6 classes: set `k` to at most 6"),
         ({"class": "tests.helpers.models:ColorTeacher"}, r"has no method `classify\(pixels\)`"),
-        ({"class": None, "model": "local-dir:net"}, r"classifiers\.crops: model: use a name of timm or hf-hub:"),
+        ({"class": None, "model": "s3:net"}, r"classifiers\.crops: model: use a name of timm, hf-hub:"),
+        (
+            {"class": None, "model": "resnt10t"},
+            r"crops: timm .* has no model resnt10t; near names: resnet10t",
+        ),
         ({"class": None, "model": "net", "precision": "fp8"}, "set bf16 or auto"),
         ({"class": "Colors"}, "must be package.module:Class"),
         ({"pretrained": "x.pt"}, "`pretrained` belongs to `model`"),
@@ -296,7 +300,8 @@ def test_stored_cells_keep_the_probabilities_and_compare_as_themselves(logits: n
     same = ClassProbabilities().compare(table, table)
     assert (same.rows, same.equal, same.nulls, same.difference, same.cosine) == (4, 4, 0, 0.0, 1.0)
     reversed_ = ClassProbabilities().compare(table, table.take([3, 2, 1, 0]))
-    assert reversed_.equal == sum(bool((every[row] == every[3 - row]).all()) for row in range(4)) or top < 6
+    cells = np.concatenate([order, sorted_.astype(np.float16)], axis=1)  # as they are stored
+    assert reversed_.equal == sum(bool((cells[row] == cells[3 - row]).all()) for row in range(4)) or top < 6
     assert reversed_.cosine is not None
     assert -1e-3 <= reversed_.cosine <= 1 + 1e-3
 

@@ -28,10 +28,11 @@ from reinforce.dataset.layers import (
     mapping_at,
 )
 from reinforce.errors import UserError
+from reinforce.input_config import IMAGES_ALONE
 from teachers.published.family import PublishedTeacherSpec
 
 if TYPE_CHECKING:
-    from teachers.spec import ModelInfo, TeacherSpec
+    from teachers.spec import ModelInfo
 
 _FLOAT_ERROR = 2e-3  # of the norm of a vector that is stored in float16
 _WIDTHS = {"float16": 2, "float32": 4, "int8": 1}
@@ -54,7 +55,7 @@ class _Embeddings(LayerKind):
     ) -> Iterable[Layer]:
         for name, teacher in config.teachers.items():
             info = infos["teachers", name]
-            for inputs, count in self._sides(config, teacher, info):
+            for inputs, count in self._sides(config, name, info):
                 layer = embeddings_layer(name, inputs)
                 needs = self.inputs(layer, {})
                 recipe = _recipe(known[needs[-1]].fingerprint, info.identity, teacher.dtype)
@@ -75,8 +76,8 @@ class _Embeddings(LayerKind):
                 )
 
     @abstractmethod
-    def _sides(self, config: Config, teacher: TeacherSpec, info: ModelInfo) -> Iterable[tuple[str, int]]:
-        """What a teacher encodes in layers of this kind, and the number of vectors of a row."""
+    def _sides(self, config: Config, name: str, info: ModelInfo) -> Iterable[tuple[str, int]]:
+        """What a teacher, by its name, encodes in layers of this kind, and the number of vectors of a row."""
 
     def _texts(self, inputs: str) -> str | None:
         return inputs
@@ -170,8 +171,8 @@ class ImageEmbeddings(_Embeddings):
     picks = "crop"
     _inputs_in_words = "augmented images"
 
-    def _sides(self, config: Config, teacher: TeacherSpec, info: ModelInfo) -> Iterable[tuple[str, int]]:
-        if teacher.published and config.augmentations.own:
+    def _sides(self, config: Config, name: str, info: ModelInfo) -> Iterable[tuple[str, int]]:
+        if config.teachers[name].published and config.augmentations.own:
             return []  # the crops of published vectors are unknown
         return [("images", config.augmentations.count)] if info.images else []
 
@@ -194,15 +195,22 @@ class TextEmbeddings(_Embeddings):
         texts = inputs_of(name)
         return (SAMPLES,) if texts == TRUE_CAPTION else (SAMPLES, captions_layer(texts))
 
-    def _sides(self, config: Config, teacher: TeacherSpec, info: ModelInfo) -> Iterable[tuple[str, int]]:
+    def _sides(self, config: Config, name: str, info: ModelInfo) -> Iterable[tuple[str, int]]:
         if not info.texts:
             return []
+        teacher = config.teachers[name]
         synthetic = [
-            (name, spec.count) for name, spec in config.captioners.items() if spec.published or not teacher.published
+            (captioner, spec.count)
+            for captioner, spec in config.captioners.items()
+            if spec.published or not teacher.published
         ]
         most = config.input.captions_per_sample or 1
         if most > 1 and isinstance(teacher, PublishedTeacherSpec):
             raise UserError("input.captions_per_sample: published vectors are of one true caption. Remove it.")
+        if not info.images and not synthetic:
+            config.input.require_captions(f"teachers.{name}")
+        if config.input.captions == IMAGES_ALONE:
+            return synthetic
         return [(TRUE_CAPTION, most), *synthetic]
 
     def report_content(self, layer: Layer) -> str:

@@ -114,6 +114,7 @@ def true_captions(samples: pa.Table) -> list[list[str]]:
 def _input_recipe(config: Config) -> dict[str, Any]:
     # The first two say which files are read, and reduce_to is recorded in the name of the image policy.
     recipe = config.input.model_dump(mode="json", exclude={"format", "images_from", "reduce_to"})
+    recipe["captions"] = config.input.caption_fields
     for name in _LATER_KEYS:
         if recipe[name] is None:
             del recipe[name]

@@ -15,9 +15,11 @@ import schemas
 from reinforce.config import Config, Score
 from reinforce.dataset.layers import (
     SAMPLES,
+    TRUE_CAPTION,
     Layer,
     LayerKind,
     compute_fingerprint,
+    inputs_of,
     mapping_at,
     scores_layer,
 )
@@ -59,14 +61,17 @@ class Scores(LayerKind):
         for name, spec in config.scores.items():
             info = infos.get((self.section, name))
             if info is not None:
-                identity, names = info.identity, tuple(info.identity["names"])
-                wanted = tuple(one for one in info.identity["inputs"] if "/" in one)
+                identity, names, inputs = info.identity, tuple(info.identity["names"]), info.identity["inputs"]
+                wanted = tuple(one for one in inputs if "/" in one)
             else:
                 try:
                     scorer = make_scorer(spec, config.input.captions_per_sample or 1)
                     identity, names, wanted = scorer.identity(), scorer.names, scorer.needs
+                    inputs = (*wanted, *scorer.columns)
                 except (ValueError, OSError) as error:
                     raise UserError(f"scores.{name}: {error}") from error
+            if TRUE_CAPTION in map(inputs_of, inputs):
+                config.input.require_captions(f"scores.{name}")
             if missing := [need for need in wanted if need not in known]:
                 raise UserError(
                     f"scores.{name}: {', '.join(missing)} is no layer of this config. Name its teacher in `teachers`, "

@@ -161,7 +161,7 @@ def _decode_new(spec: DecodeSpec, cells: PixelCells, row: Row, raw: RawSample) -
     except Unreadable as error:
         return Refusal(key, Reason.REINFORCEMENT_BROKEN, str(error))
     _write(cells, row, image, augmentations, policy.backend)
-    fields = config.input.captions
+    fields = config.input.caption_fields
     metadata = metadata_of(raw.all_sidecars, config.input.metadata)
     captions = raw.captions(config.input)
     left_out = [*_left_out(config, raw, metadata)]
@@ -231,7 +231,7 @@ def _write(cells: PixelCells, row: Row, image: Image, augmentations: Sequence[Au
 
 def _left_out(config: Config, raw: RawSample, metadata: str | None) -> Iterator[Refusal]:
     """The sidecars that the config reads and that this sample has, but that cannot be used."""
-    fields = [field.partition(":") for field in config.input.captions]
+    fields = [field.partition(":") for field in config.input.caption_fields]
     of_metadata = set() if config.input.metadata == "none" else {"json"}
     for extension in sorted(of_metadata | {extension for extension, _, _ in fields}):
         if extension in raw.left_out:

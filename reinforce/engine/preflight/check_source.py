@@ -65,7 +65,7 @@ class FirstSample:
     def notes(self, plan: Plan) -> list[str]:
         """Possible problems of the sample, one line each."""
         notes = []
-        fields = plan.config.input.captions
+        fields = plan.config.input.caption_fields
         encoded = any(layer.texts == TRUE_CAPTION for layer in plan.layers.values())
         if self.caption is None and fields and encoded:
             why = self.raw.why_no_caption(fields)

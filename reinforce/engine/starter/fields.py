@@ -94,7 +94,7 @@ class Fields:
                 done = "keeps them" if self.only_several else "would keep them; it is not set"
                 lines.append(f"up to {self.several} true captions a sample; input.captions_per_sample {done}")
             return lines
-        return ["no caption was found; set input.captions to where captions are, or name a captioner"]
+        return ["no caption was found, so images alone are read; set input.captions to where captions are, if any are"]
 
 
 def find_fields(shard: Shard, spec: Input) -> Fields:
@@ -136,7 +136,7 @@ def _with_captions(
     if not captions:
         return replace(fields, captions=(), has_captions=False)
     others = tuple(field(name) for name in chosen if name != _DEFAULT)
-    default = tuple(Input().captions) if _DEFAULT in chosen else ()
+    default = tuple(Input().caption_fields) if _DEFAULT in chosen else ()
     return replace(
         fields,
         captions=(*default, *others) if others else None,
@@ -223,7 +223,7 @@ def _with_example(shard: Shard, fields: Fields, sample: RawSample | None = None)
         if folder is None:
             return replace(fields, unread=str(error))
         return _with_example(shard, replace(fields, images_from=folder))
-    several, caption = find_several(shard, spec, [sample]), sample.caption(spec.captions, spec.limits)
+    several, caption = find_several(shard, spec, [sample]), sample.caption(spec.caption_fields, spec.limits)
     fields = replace(fields, several=max(1, several.most))
     first = next(filter(None, several.texts[:1]), [])
     if several.most and (several.rows or (first and caption is None)):

@@ -7,6 +7,7 @@ import re
 import textwrap
 
 from reinforce.engine.starter.fields import CLASS_TEXTS, Fields
+from reinforce.input_config import IMAGES_ALONE
 from reinforce.settings import load_yaml
 from reinforce.source.formats.base import SourceFormat
 from reinforce.terminal import escape
@@ -36,8 +37,8 @@ _AUGMENTATIONS = """
 # about 5, and cost as much more; `backend: fixed-point-1` takes less CPU. They are chosen once for a dataset.
 augmentations: {{count: 2, size: {size}}}
 """
-#: Sides of the crops in pixels: those of the images of the teachers below, with a GPU and without.
-_SIZES = {True: 224, False: 256}
+#: Sides of the crops in pixels, those of the images of the teachers below: of a dual encoder for CPUs, and of others.
+_SIZES = {False: 256, True: 224}
 _GPU = """
 # Each captioner is a layer, captions/<name>. Nothing is needed here for distillation from true captions alone.
 captioners:
@@ -50,6 +51,26 @@ teachers:
 
 # A GPU was found here: one worker for each GPU of the machine or cluster.
 workers: {batch: auto}
+"""
+_GPU_ALONE = """
+# Teachers of images alone. Another one can be added later: only its layers are computed then.
+teachers:
+  dinov2: {family: transformers, model: facebook/dinov2-large}
+  siglip2: {family: timm, model: vit_so400m_patch14_siglip_224.v2_webli}
+
+# A GPU was found here: one worker for each GPU of the machine or cluster.
+workers: {batch: auto}
+"""
+_CPU_ALONE = """
+# No GPU was found here, so this teacher of images alone is small. On GPUs, others are better:
+#   dinov2: {family: transformers, model: facebook/dinov2-large}
+#   siglip2: {family: timm, model: vit_so400m_patch14_siglip_224.v2_webli}
+# Another teacher can be added later: only its layers are computed then.
+teachers:
+  dinov2-small: {family: transformers, model: facebook/dinov2-small}
+
+# One worker for each core.
+workers: {batch: 64}
 """
 _CPU = """
 # No GPU was found here, so these models are small. A captioner is slow on CPUs; take out the `#` to have one.
@@ -82,7 +103,9 @@ def render(
         name=output.rpartition("/")[2],
         reference=reference,
     )
-    return head + _input(format_, fields) + _AUGMENTATIONS.format(size=_SIZES[gpu]) + (_GPU if gpu else _CPU)
+    size = _SIZES[gpu or not fields.has_captions]
+    models = (_CPU, _GPU) if fields.has_captions else (_CPU_ALONE, _GPU_ALONE)
+    return head + _input(format_, fields) + _AUGMENTATIONS.format(size=size) + models[gpu]
 
 
 def _input(format_: SourceFormat, fields: Fields) -> str:
@@ -101,7 +124,8 @@ def _input(format_: SourceFormat, fields: Fields) -> str:
         )
     captions = None if fields.captions is None else json.dumps([*fields.captions], ensure_ascii=False)
     if not fields.has_captions:
-        lines.append("# no caption was found: name a member, column or json:FIELD here")
+        lines.append("# no caption was found: images alone. Else name a member, column or json:FIELD in a list here")
+        captions = IMAGES_ALONE
     lines.append(
         f"captions: {captions}" if captions else '# captions: [txt, "json:caption"]  # the first with text is used'
     )

@@ -57,7 +57,7 @@ def find_columns(names: Sequence[str], spec: Input, plain: Sequence[str] | None 
     if image is None:
         raise NoColumn(f"no column has images: it has {_listed(names)}; name one in input.image")
     key = _named(names, spec.key, "input.key", KEYS)
-    fields = [field.partition(":") for field in spec.captions]
+    fields = [field.partition(":") for field in spec.caption_fields]
     texts = {}
     for field in (name for name, is_json, _ in fields if not is_json):
         column = next((c for c in (field, "text" if field == "txt" else "") if c in names and c != image), None)

@@ -62,7 +62,7 @@ class Folder(SourceFormat):
         root = url.rstrip("/")
         own = f"{output.removeprefix(canonical(root) + '/')}/"
         sizes = {path: size for path, size in _files(root).items() if not path.startswith(own)}
-        wanted = {"txt", "json"} | {name.partition(":")[0] for name in spec.captions}
+        wanted = {"txt", "json"} | {name.partition(":")[0] for name in spec.caption_fields}
         images, sidecars, others, tables = _sort_files(sorted(sizes), wanted)
         if not images:
             raise UserError(_no_images(root, others + sidecars + tables))
@@ -187,7 +187,7 @@ class _ListReader:
 
     def _complete(self, item: RawSample, row: Mapping[str, Any] | None) -> RawSample:
         item = self._with_row(item, row) if row else item
-        if CLASS in self._spec.captions and CLASS not in item.sidecars and (name := class_of(item.key)):
+        if CLASS in self._spec.caption_fields and CLASS not in item.sidecars and (name := class_of(item.key)):
             return _with_class(item, name)
         return item
 

@@ -86,9 +86,20 @@ SOURCES: dict[str, tuple[dict[str, bytes], str, str, dict[str, Any], int]] = {
         {"format": "parquet", "captions": ["caption"]}, 1,
     ),
     "one folder of images": (
-        {"cats/a.png": picture(1), "cats/b.png": picture(2)}, "", "", {"format": "folder", "captions": []}, 1
+        {"cats/a.png": picture(1), "cats/b.png": picture(2)}, "", "", {"format": "folder", "captions": "none"}, 1
     ),
-    "images without captions": (IMAGE, "", "", {"format": "folder", "captions": []}, 1),
+    "images alone": (IMAGE, "", "", {"format": "folder", "captions": "none"}, 1),
+    "tars of images alone": (
+        {"0.tar": tar_bytes([("a.png", picture(1)), ("b.png", picture(2))])},
+        "", "/*.tar", {"format": "tar", "captions": "none"}, 1,
+    ),
+    "a table of images alone": (
+        {"rows.parquet": parquet(image=[picture(1)], label=[3])}, "/rows.parquet", "/rows.parquet",
+        {"format": "parquet", "captions": "none"}, 1,
+    ),
+    "the second image has a caption": (
+        {**IMAGE, "b.png": picture(6), "b.txt": b"a caption"}, "", "", {"format": "folder"}, 1
+    ),
 }  # fmt: skip
 
 
@@ -125,10 +136,13 @@ def test_the_config_for_each_kind_of_source_passes_plan_unchanged(
     assert config["input"] == fields
     assert f"source: {shards} shard" in out
     assert f"{shards} shard{'s' * (shards > 1)}, {shards} with something missing" in planned
-    assert config["teachers"].keys() == {"mobileclip2-s0"}, "there is no GPU here"
+    alone = fields.get("captions") == "none"
+    assert config["teachers"].keys() == {"dinov2-small" if alone else "mobileclip2-s0"}, "there is no GPU here"
     assert "captioners" not in config
-    assert ("caption of the first sample" in out) == (fields.get("captions") != [])
-    assert ", caption '" in planned or fields.get("captions") == []
+    assert ("caption of the first sample" in out) != alone
+    assert (", no caption" in planned) == (alone or "second" in kind)
+    assert ("embeddings/dinov2-small/images" in planned) == alone
+    assert ("/caption" in planned) != alone
     text = Path("my.yaml").read_text()
     assert text.startswith("# yaml-language-server: $schema=")
     assert Path(text.partition("\n")[0].partition("=")[2]).exists()
@@ -186,9 +200,9 @@ def test_folders_of_classes_give_captions_of_their_names(folder: Path, capfd: py
     assert "classes: 2 folders (cats, wild dogs); captions are made of them" in out
     assert "caption 'a photo of a cats.' and 3 more" in planned
     write(folder / "s", {"loose.png": picture(4)})
-    assert init_again(capfd, root)["captions"] == [], "an image without a folder has no class"
+    assert init_again(capfd, root)["captions"] == "none", "an image without a folder has no class"
     parts = write(folder / "parts", {f"{name}.png": picture(0) for name in ("train/cats/a", "Val/cats/b")})
-    assert init_again(capfd, parts)["captions"] == [], "folders of parts are no classes"
+    assert init_again(capfd, parts)["captions"] == "none", "folders of parts are no classes"
 
 
 def test_class_folders_may_have_names_that_are_not_utf_8_or_mean_nothing(folder: Path) -> None:
@@ -259,6 +273,11 @@ def test_the_samples_of_a_dataset_are_a_source_and_a_machine_with_a_gpu_gets_the
     assert config["teachers"].keys() == {"dfn2b", "dfn2b-s39b"}
     assert config["captioners"].keys() == {"coca"}
     assert "captions/coca" in planned
+    Path("my.yaml").unlink()
+    config, _, planned = init(capfd, write(folder / "photos", IMAGE))
+    assert config["teachers"].keys() == {"dinov2", "siglip2"}
+    assert "captioners" not in config
+    assert "embeddings/siglip2/images" in planned
 
 
 def test_what_a_new_user_must_know_is_printed(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -271,7 +290,7 @@ def test_what_a_new_user_must_know_is_printed(folder: Path, capfd: pytest.Captur
     for name in ("captions.txt", "annotations/captions_val2017.json"):
         root = write(folder / name.partition(".")[0], {"images/a.png": picture(1), "Thumbs.db": b"", name: b"{}"})
         _, out, _ = run_command(capfd, "init", root)
-        assert "set input.captions to where captions are, or name a captioner" in out
+        assert "images alone are read; set input.captions to where captions are, if any are" in out
         assert f"source: 2 other files not read, such as {root}/{name}; captions are read from metadata.csv" in out
 
 

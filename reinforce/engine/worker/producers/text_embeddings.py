@@ -109,7 +109,7 @@ class TextEmbeddings(Embeddings):
     def vectors(self, layer: Layer, group: RowGroup) -> tuple[Floats, Mask]:
         if layer.texts == TRUE_CAPTION:
             values, valid = group.outputs(layer.name)[0]
-            where = f"none at input.captions ({', '.join(self.session.config.input.captions) or 'empty'})"
+            where = f"none at input.captions ({', '.join(self.session.config.input.caption_fields) or 'empty'})"
         else:
             captions = layer.needs[-1]
             values, valid = self.encode_texts(layer, self._own(layer, group.rows, group.values(captions)))
