@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -42,6 +42,8 @@ TABS = (
     Tab("true", "True fits better", "The true caption is more similar to the image than the synthetic ones."),
     Tab("quarantine", "Quarantined", "What was refused, and rows that a layer could not compute, with the reason."),
 )
+#: Tabs of samples without captions.
+TABS_ALONE = tuple(tab for tab in TABS if tab.name in ("random", "key", "quarantine"))
 
 
 @dataclass(frozen=True)
@@ -158,19 +160,33 @@ def draw_sides(
 ) -> dict[tuple[int, str], list[Thumbnail]]:
     """Read and draw the samples of the sides of rules, and ``write`` their pictures -> thumbnails by rule and side."""
     chosen = [(rule.number, side.name, one) for rule in rules for side in rule.sides for one in side.samples]
-    drawn: dict[int, Thumbnail] = {}
     places = {index: (one.group, one.place) for index, (_, _, one) in enumerate(chosen)}
+    sides: dict[tuple[int, str], list[Thumbnail]] = {}
+    for index, drawn in sorted(draw_rows(data, places, "rule", problems, write).items()):
+        value = chosen[index][2].value
+        shown = replace(drawn, value="" if value is None else f"{value:.4g}")
+        sides.setdefault(chosen[index][:2], []).append(shown)
+    return sides
+
+
+def draw_rows(
+    data: Dataset,
+    places: Mapping[int, tuple[Group, int]],
+    stem: str,
+    problems: list[str],
+    write: Callable[[str, bytes], None],
+) -> dict[int, Thumbnail]:
+    """Read and draw samples at places, and ``write`` their pictures, whose names begin with ``stem`` -> thumbnails
+    without numbers, by the number of the place."""
+    found = {}
     for index, sample, pictures, problem in _read(data, places, problems):
-        name = f"images/rule-{index:05d}.webp" if pictures else None
+        name = f"images/{stem}-{index:05d}.webp" if pictures else None
         if pictures and name:
             write(name, pictures.original)
-        one, value = ShownSample.of(sample), chosen[index][2].value
+        one = ShownSample.of(sample)
         caption = next((line.text for line in one.captions if line.captioner is None), None)
-        drawn[index] = Thumbnail("" if value is None else f"{value:.4g}", name, problem, one.key, caption)
-    sides: dict[tuple[int, str], list[Thumbnail]] = {}
-    for index in sorted(drawn):
-        sides.setdefault(chosen[index][:2], []).append(drawn[index])
-    return sides
+        found[index] = Thumbnail("", name, problem, one.key, caption)
+    return found
 
 
 def _read(

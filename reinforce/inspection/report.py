@@ -19,8 +19,8 @@ from reinforce.dataset.reading.dataset import Dataset
 from reinforce.dataset.vectors import NORM_TOLERANCE
 from reinforce.dataset.view import open_view
 from reinforce.errors import UserError
-from reinforce.inspection import captions, plots
-from reinforce.inspection.gallery import TABS, Card, Thumbnail, choose, draw_sides, make_cards
+from reinforce.inspection import captions, neighbours, plots
+from reinforce.inspection.gallery import TABS, TABS_ALONE, Card, Thumbnail, choose, draw_sides, make_cards
 from reinforce.inspection.overview import Overview, Quarantined, model_facts, read_overview, recipe_lines
 from reinforce.inspection.plots import Chart, quantile_rows
 from reinforce.inspection.rows import Rows, read_rows
@@ -95,7 +95,10 @@ def inspect(
     items = _by_key(overview.quarantine.items)
     files: dict[str, bytes] = {}
     at_quantiles = {row for values in rows.scores().values() for _, row in quantile_rows(values)}
-    cards = make_cards(data, rows, choose(rows, seed, set(items), at_quantiles), items, files.__setitem__)
+    tabs = choose(rows, seed, set(items), at_quantiles)
+    cards = make_cards(data, rows, tabs, items, files.__setitem__)
+    near = neighbours.find_neighbours(rows, tabs["random"]) if rows.image_teachers else []
+    nearest = neighbours.draw_neighbours(data, rows, near, cards, files.__setitem__)
     thumbnails = draw_sides(data, sides.rules, rows.problems, files.__setitem__) if sides else {}
     texts, cosines = captions.text_figures(rows), captions.similarities(rows)
     problems = [*overview.problems, *dict.fromkeys(rows.problems)]
@@ -109,15 +112,18 @@ def inspect(
         "selection": selection,
         "rows": rows,
         "view": None if sides is None else sides.view,
+        "has_texts": rows.has_texts,
     }
     found = {
         "summary": _summary(data, overview, problems),
         "gallery": _gallery(overview, rows, cards),
-        "captions": _captions(rows, texts, cosines),
+        **({"captions": _captions(rows, texts, cosines)} if rows.has_texts else {}),
+        **({"neighbours": _neighbours(rows, nearest, seed)} if rows.image_teachers else {}),
         "plots": _plots(rows, {card.row: card for card in cards}),
         **({} if sides is None else {"view": _sides(sides, thumbnails)}),
     }
     names = {name: _FIRST if name == "summary" else f"{name}.html" for name in found}
+    shared["pages"] = [(address, name.capitalize()) for name, address in names.items()]
     pages = {
         names[name]: render(f"report/{name}.html", page=names[name], **shared, **values)
         for name, values in found.items()
@@ -189,9 +195,10 @@ def _summary(data: Dataset, overview: Overview, problems: Sequence[str]) -> dict
 def _gallery(overview: Overview, rows: Rows, cards: Sequence[Card]) -> dict[str, Any]:
     shown = {(card.shard, card.shown.key) for card in cards}
     others = [item for item in overview.quarantine.items if (item.shard, item.key) not in shown]
-    counts = {tab.name: sum(tab.name in card.ranks for card in cards) for tab in TABS}
+    shown_tabs = TABS if rows.has_texts else TABS_ALONE
+    counts = {tab.name: sum(tab.name in card.ranks for card in cards) for tab in shown_tabs}
     counts["quarantine"] += len(others)
-    tabs = [(tab, counts[tab.name]) for tab in TABS]
+    tabs = [(tab, counts[tab.name]) for tab in shown_tabs]
     return {"cards": cards, "others": others, "tabs": tabs, "parts": -(-len(rows) // _FOUND_ROWS)}
 
 
@@ -205,6 +212,10 @@ def _captions(
         "texts": texts,
         "definitions": DEFINITIONS,
     }
+
+
+def _neighbours(rows: Rows, nearest: Sequence[neighbours.Shown], seed: int) -> dict[str, Any]:
+    return {"nearest": nearest, **_charts(similarity=[*neighbours.similarity_charts(rows, seed)])}
 
 
 def _plots(rows: Rows, cards: Mapping[int, Card]) -> dict[str, Any]:

@@ -63,7 +63,8 @@ class Rows:
     ``areas`` and ``operations`` are [R, K] by row group: the crop's share of the image, and a bit for each of
     ``known_operations``. ``crops`` of a teacher are similarities of the first true caption to each augmentation [R, K];
     ``texts`` of a teacher and kind of text are those of each caption, mean over the augmentations [R, N]. ``numbers``
-    are scores by layer and name.
+    are scores by layer and name. ``image_teachers`` are those without vectors of texts, with their number of
+    augmentations, and ``images`` of them are the means of the augmentations' vectors, float16 [R, D].
     """
 
     teachers: list[str]
@@ -78,11 +79,22 @@ class Rows:
     crops: dict[str, list[np.ndarray]] = field(default_factory=dict)
     texts: dict[tuple[str, str], list[np.ndarray]] = field(default_factory=dict)
     numbers: dict[tuple[str, str], list[np.ndarray]] = field(default_factory=dict)
+    image_teachers: dict[str, int] = field(default_factory=dict)
+    images: dict[str, list[np.ndarray]] = field(default_factory=dict)
     layers: dict[str, LayerFigures] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    @property
+    def has_texts(self) -> bool:
+        """Whether some row has a caption, or may have one of a captioner."""
+        return bool(self.captioners) or any(self.captions)
+
+    def image_vectors(self, teacher: str) -> np.ndarray:
+        """The mean vectors of a teacher's augmentations [R, D], NaN where there is none."""
+        return self._joined(self.images.get(teacher)).astype(np.float32)
 
     def similarities(self, teacher: str, texts: str) -> np.ndarray:
         """Similarity of each caption [R, N], NaN where there is none; [R, 0] if the teacher has no vectors of both."""
@@ -141,7 +153,19 @@ def _empty(data: Dataset) -> Rows:
     }
     layers = {name: LayerFigures() for name in data.layers if name != SAMPLES}
     synthetic: dict[str, list[list[str] | None]] = {name: [] for name in data.captioners}
-    return Rows([*data.teachers], [*data.captioners], Targets(scales), synthetic=synthetic, layers=layers)
+    images = {
+        teacher: data.manifest["layers"][embeddings_layer(teacher, "images")]["count"]
+        for teacher in data.teachers
+        if _has(data, teacher, "images") and not any(_has(data, teacher, one) for one in (TRUE_CAPTION, *synthetic))
+    }
+    return Rows(
+        [*data.teachers],
+        [*data.captioners],
+        Targets(scales),
+        synthetic=synthetic,
+        layers=layers,
+        image_teachers=images,
+    )
 
 
 def _has(data: Dataset, teacher: str, inputs: str) -> bool:
@@ -171,6 +195,9 @@ def _add(rows: Rows, group: Group, places: np.ndarray, tables: Mapping[str, pa.T
             figures.add_nulls(np.asarray(tables[name][column].is_null()))
         for number, values in kind_of(name).numbers(tables[name]).items():
             rows.numbers.setdefault((name, number), []).append(values)
+    for teacher in rows.image_teachers:
+        unit = vectors.normalized(decoded[embeddings_layer(teacher, "images")])
+        rows.images.setdefault(teacher, []).append(unit.mean(axis=1).astype(np.float16))
     for teacher, values in crops.items():
         rows.crops.setdefault(teacher, []).append(values)
     for which, values in similarities.items():

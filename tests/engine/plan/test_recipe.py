@@ -13,6 +13,7 @@ import torch
 from reinforce.config import load_config, parse_config
 from reinforce.engine.plan.plan import Plan, make_plan
 from reinforce.engine.plan.recipe import build_layers, describe_models, version_notes
+from reinforce.errors import UserError
 from reinforce.parallel.machines import nodes_of_run
 from reinforce.source.urls import expand
 from reinforce.student.config import StudentConfig
@@ -48,6 +49,38 @@ def test_teachers_with_one_side_have_that_sides_layers_only() -> None:
     teachers = {"eye": {"class": "tests.helpers.models:ImageOnly"}, "ear": {"class": "tests.helpers.models:TextOnly"}}
     layers = {name for name in layers_for(teachers=teachers) if name.startswith("embeddings/")}
     assert layers == {"embeddings/eye/images", "embeddings/ear/caption", "embeddings/ear/namer"}
+
+
+def test_images_alone_have_the_rows_of_no_captions_and_no_layer_of_captions_of_the_source() -> None:
+    none, without = (layers_for(input={"captions": captions}) for captions in ("none", []))
+    assert none == {name: found for name, found in without.items() if not name.endswith("/caption")}
+    assert without.keys() - none.keys() == {"embeddings/red/caption", "embeddings/blue/caption"}
+    assert "embeddings/red/namer" in none, "a captioner's captions are encoded"
+
+
+_ALONE = r": it needs captions of the source, and input.captions is none. Remove it, or set input.captions to where"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"teachers": {"ear": {"class": "tests.helpers.models:TextOnly"}}, "captioners": {}},
+            rf"teachers\.ear{_ALONE}",
+        ),
+        ({"scores": {"fit": {"similarity": "red"}}}, rf"scores\.fit{_ALONE}"),
+        ({"scores": {"long": {"facts": ["width", "words"]}}}, rf"scores\.long{_ALONE}"),
+        ({"scores": {"own": {"class": "tests.helpers.models.scorers:Described"}}}, rf"scores\.own{_ALONE}"),
+        (
+            {"input": {"captions": "none", "templates": ["a {}."]}},
+            "`templates` is for captions, and with `captions: none`",
+        ),
+        ({"input": {"captions": "none", "captions_per_sample": 2}}, "`captions_per_sample` is for captions"),
+    ],
+)
+def test_captions_that_are_asked_of_images_alone_are_one_error(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        layers_for(**{"input": {"captions": "none"}, **changes})
 
 
 def test_a_change_reaches_the_layers_that_depend_on_it_and_no_others() -> None:

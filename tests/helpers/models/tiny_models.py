@@ -155,6 +155,25 @@ def transformers_dinov2(folder: Path, *, seed: int = 0, image_size: int = 28) ->
     return str(folder)
 
 
+def transformers_siglip_images(folder: Path, *, seed: int = 0) -> str:
+    """Save the image tower of a SigLIP without its text tower."""
+    from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
+
+    seeded(lambda: SiglipVisionModel(SiglipVisionConfig(**VISION)), seed).save_pretrained(folder)
+    SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return str(folder)
+
+
+def timm_vit(folder: Path, *, seed: int = 0) -> str:
+    """Save a model of timm as its ``save_for_hf`` does, and return its name, ``local-dir:FOLDER``."""
+    import timm
+    from timm.models import save_for_hf
+
+    model = seeded(lambda: timm.create_model("test_vit", img_size=32), seed)
+    save_for_hf(model, str(folder), model_args={"img_size": 32}, safe_serialization=True)
+    return f"local-dir:{folder}"
+
+
 def transformers_bert(folder: Path, *, seed: int = 0) -> str:
     """Save a text encoder."""
     from transformers import BertConfig, BertModel

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertModel,
+    BitImageProcessor,
     CLIPModel,
     Dinov2Model,
     LlamaConfig,
@@ -221,3 +223,53 @@ def test_absent_and_incomplete_folders_are_rejected(tmp_path: Path, monkeypatch:
         catalog.read_config(str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"has no weights: expected model\.safetensors"):
         catalog.content_files(tmp_path)
+
+
+_OWN_CODE = """
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+class Config(PretrainedConfig):
+    model_type = "own"
+    def __init__(self, hidden_size=6, image_size=8, **keys):
+        super().__init__(**keys)
+        self.hidden_size, self.image_size = hidden_size, image_size
+
+class Model(PreTrainedModel):
+    config_class = Config
+    def __init__(self, config):
+        super().__init__(config)
+        self.net = torch.nn.Linear(3 * config.image_size**2, config.hidden_size)
+        self.post_init()
+    def forward(self, pixel_values):
+        found = self.net(pixel_values.flatten(1))
+        return BaseModelOutputWithPooling(last_hidden_state=found[:, None], pooler_output=found)
+"""
+
+
+def test_the_code_of_a_model_runs_only_where_the_config_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = tmp_path / "own"
+    BitImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}).save_pretrained(folder)
+    classes = {"AutoConfig": "own_code.Config", "AutoModel": "own_code.Model"}
+    config = {"model_type": "own", "auto_map": classes, "hidden_size": 6, "image_size": 8}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own_code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n{_OWN_CODE}")
+    net = torch.nn.Linear(3 * 8 * 8, 6)
+    save_file({f"net.{name}": value for name, value in net.state_dict().items()}, folder / "model.safetensors")
+    spec = {"family": "transformers", "model": str(folder)}
+    with pytest.raises(ValueError, match=r"teacher own: .*/own needs code in .* `trust_remote_code: true` to run it"):
+        load_model("own", teacher_spec(**spec), "cpu")
+    trusting = teacher_spec(**spec, trust_remote_code=True)
+    before = describe_model("own", trusting)
+    assert (before.dim, before.images, before.texts) == (6, True, False)
+    assert not (tmp_path / "ran").exists(), "planning runs nothing of it"
+    teacher = load_model("own", trusting, "cpu")
+    assert (tmp_path / "ran").exists()
+    _assert_close(teacher.encode_images(_pixels(8)), torch.nn.functional.normalize(net(_pixels(8).flatten(1))))
+    (folder / "own_code.py").write_text(f"{_OWN_CODE}\n# changed")
+    assert describe_model("own", trusting).identity != before.identity
+    assert "trust_remote_code" not in describe_model("own", teacher_spec(**spec)).identity
