@@ -9,6 +9,7 @@ import torch
 
 from teachers import weights
 from teachers.fast_paths import towers
+from teachers.patches.encoder import PatchEncoder, encoder_of_model
 from teachers.protocols import ImageSpec
 from teachers.runtime.accelerator import Accelerator
 from teachers.spec import ModelSpec, TeacherSpec
@@ -46,6 +47,11 @@ class TimmTeacher:
         with self._accelerator.forward():
             features: torch.Tensor = self._encode_images(self._accelerator.layout(pixels))
             return torch.nn.functional.normalize(features.float(), dim=-1)
+
+    def patches(self, stage: int = -1, size: tuple[int, int] | None = None) -> PatchEncoder:
+        """The encoder of the model's patches; see ``teachers.patches.encoder``."""
+        assert self.image is not None
+        return encoder_of_model(self._model, self.image, self._accelerator, stage, size)
 
 
 def load_model(spec: ModelSpec) -> Any:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from timm.models import save_for_hf
 
+from teachers.patches.encoder import patches_of
 from teachers.registry import describe_model, load_model, teacher_spec
 from teachers.timm import catalog
 from tests.helpers.commands import json_of_process
@@ -74,6 +75,11 @@ def test_a_name_with_a_file_gives_the_features_of_its_weights_at_another_image_s
     options = {"num_classes": 7, "img_size": SIDE}
     teacher = load(model=NAME, pretrained=file, options=options)
     torch.testing.assert_close(teacher.encode_images(PIXELS), features(model))
+    patches = patches_of(teacher, torch.device("cpu")).encode_patches(PIXELS)
+    assert patches.shape == (3, 2, 2, 64)
+    with torch.no_grad():
+        expected = model.forward_intermediates(PIXELS, indices=1, norm=True, intermediates_only=True)
+    torch.testing.assert_close(patches, expected[0].permute(0, 2, 3, 1))
     larger = load(model=NAME, pretrained=file, options={**options, "img_size": [48, 64]})
     assert larger.image.size == (48, 64)
     assert larger.encode_images(torch.rand(2, 3, 48, 64)).shape == (2, 64)
