@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
-from reinforce.terminal import escape, format_bytes, format_duration
+from reinforce.terminal import escape, format_bytes, format_duration, plural
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -46,6 +46,7 @@ def _environment() -> Environment:
     )
     environment.filters.update(
         count=lambda value: f"{value:,}",
+        plural=plural,
         size=format_bytes,
         duration=format_duration,
         share=lambda value: "-" if value is None else f"{value:.1%}".replace("%", " %"),

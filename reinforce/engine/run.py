@@ -30,6 +30,7 @@ from reinforce.engine.plan.plan import Plan, make_plan
 from reinforce.engine.plan.recipe import version_notes
 from reinforce.engine.plan.shard_lists import write_lists
 from reinforce.engine.preflight.check_source import check_source
+from reinforce.engine.preflight.estimate_bytes import expected_samples
 from reinforce.engine.record.progress import Progress
 from reinforce.engine.record.summary import RunSummary, add_summaries, nothing_to_do
 from reinforce.errors import RayEnded, StorageError, TooManyQuarantined, UserError
@@ -172,7 +173,7 @@ def _compute(
         _LOG.warning(redact(changed))
     if retry_quarantined:
         _forget_quarantine(plan, store)
-    progress = Progress()
+    progress = Progress(expected_samples(plan))
     progress.log(f"{plural(len(plan.pending), 'shard')} to compute; waiting for Ray")
     from reinforce.cluster import ray_cluster  # imports Ray, which planning does not need
 

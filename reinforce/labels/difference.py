@@ -36,7 +36,7 @@ from reinforce.labels.pairs import Partners, RowPlace
 from reinforce.parallel.map_workers import MapWorkers, open_workers
 from reinforce.source.references import image_digest
 from reinforce.storage import as_seen_by_workers
-from reinforce.terminal import escape
+from reinforce.terminal import escape, plural
 
 #: What is compared of the samples, by columns.
 _PARTS = {"captions": ("caption",), "sizes": ("width", "height"), "augmentations": ("augmentations",)}
@@ -76,8 +76,8 @@ class DatasetDiff:
 
     def lines(self) -> Iterator[str]:
         """Lines about what the table does not show."""
-        yield f"A  {self.first}: {self.rows[0]:,} samples"
-        yield f"B  {self.second}: {self.rows[1]:,} samples"
+        yield f"A  {self.first}: {plural(self.rows[0], 'sample')}"
+        yield f"B  {self.second}: {plural(self.rows[1], 'sample')}"
         words = {KEY: "by key in shards of one name", **{kind: f"by {kind}" for kind in COLUMNS}}
         found = [f"{self.matched[name]:,} {word}" for name, word in words.items() if self.matched[name]]
         yield f"of one image: {', '.join(found) or 'none'}"
@@ -88,13 +88,14 @@ class DatasetDiff:
         sides = zip("AB", (self.only_first, self.only_second), self.unmatched, self.unstated, strict=True)
         for name, layers, rows, unstated in sides:
             if rows:
-                yield f"only in {name}: {rows:,} samples"
+                yield f"only in {name}: {plural(rows, 'sample')}"
             if unstated and any(self.unmatched):
-                yield f"in {name}, {unstated:,} samples state no uid, SHA-256 or URL: only the digest joins them"
+                samples = plural(unstated, "sample")
+                yield f"in {name}, without uid, SHA-256 and URL: {samples}; only the digest joins these"
             if layers:
                 yield f"only in {name}: {', '.join(layers)}"
         for layer, shards in self.missing.items():
-            yield f"{layer}: {shards:,} shards are in one of both alone"
+            yield f"{layer}: in one of both alone: {plural(shards, 'shard')}"
         if not self.compared and not {*self.kinds[0]} & {*self.kinds[1]}:
             stated = [", ".join(kind for kind in COLUMNS if kind in side) or "nothing" for side in self.kinds]
             yield (

@@ -43,9 +43,9 @@ class LatencyReport:
             about = self.models[model]
             table.add_row(
                 model if len(about["milliseconds"]) == 1 else f"{model} ({runtime})",
-                " + ".join(f"{about['parameters'][side] / 1e6:.1f}" for side in SIDES),
+                " + ".join(_format_number(about["parameters"][side] / 1e6) for side in SIDES),
                 *(_format_bytes(about.get("bytes", {}).get(runtime)) for _ in files),
-                " + ".join(f"{about['gflop'][side]:.1f}" for side in SIDES),
+                " + ".join(_format_number(about["gflop"][side]) for side in SIDES),
                 *(_format_range(times[side], batch) for side in SIDES),
                 f"{slowest / _sum_of_medians(times):.1f}x",
             )
@@ -134,6 +134,11 @@ def _sum_of_medians(times: dict[str, dict[str, float]]) -> float:
 def _format_range(times: dict[str, float], batch: int) -> str:
     half = (times["upper quartile"] - times["lower quartile"]) / 2
     return f"{times['median'] / batch:.1f} ±{half / batch:.1f}"
+
+
+def _format_number(value: float) -> str:
+    """A number with one digit after the point, or with two that are not 0."""
+    return f"{value:.1f}" if value >= 1 or not value else f"{value:.2g}"
 
 
 def _format_bytes(sizes: dict[str, int] | None) -> str:

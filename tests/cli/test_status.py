@@ -60,7 +60,7 @@ def test_a_running_job_is_shown_with_its_workers_before_the_layers_if_there_are_
     report(Store(str(dataset)), 1, samples_per_second=5.0, eta_seconds=61.0)
     lines = command("status", str(dataset))[1].splitlines()
     assert lines[0].startswith("run r is running since 0:01:00; log: in the terminal of pid")
-    assert lines[1] == "1 of 2 shards  10 samples  5 samples/s  1 worker  ETA 0:01:01"
+    assert lines[1] == "1 of 2 shards  ETA 0:01:01  10 samples  5 samples/s  1 worker"
     assert lines[2].split() == ["worker", "on", "shard", "for", "stage", "for", "log"]
     assert lines[3].split()[4:8] == ["s1", "0:00:09", "decoding", "0:00:04"]
     assert lines[4].split()[:2] == ["layer", "shards"]
@@ -197,7 +197,7 @@ def test_quarantined_samples_are_counted_once_and_grouped_before_what_the_last_r
     out = command("status", str(dataset), "-v")[1].splitlines()
     assert out[-4:-1] == [
         "last run 2026: 2 shards in 1 s, done",
-        "accelerator busy 50%",
+        "models busy 50%",
         "  captions/c: 30 captions, 10 captions/s",
     ]
     assert out[-1].startswith("not in `source`: 1 quarantined shard, such as samples/old-ab. ")
@@ -227,7 +227,7 @@ def test_a_usual_dataset_fits_a_screen(tmp_path: Path, command: Command, monkeyp
     monkeypatch.setenv("COLUMNS", "80")
     out = command("status", store.url)[1].replace(str(tmp_path), "s3://my-bucket").splitlines()
     assert sum(-(-len(line) // 80) for line in out) <= 23, "and the prompt"
-    assert out[-1] == "accelerator busy 0%; -v shows the speed of each layer"
+    assert out[-1] == "models busy 0%; -v shows the speed of each layer"
     assert len(command("status", store.url, "-v")[1].splitlines()) == len(out) + len(stages)
 
 

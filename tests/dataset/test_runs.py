@@ -92,7 +92,7 @@ def test_lines_show_speed_failures_and_workers_with_their_shards_the_longest_in_
         workers=[*(worker(number, number) for number in range(40)), {"worker": 40, "host": "n", "pid": 9}],
     )  # fmt: skip
     assert headline(run) == (
-        "3 of 8 shards  1,234 samples  55 samples/s  accelerator busy 80%  41 workers, 1 starting  ETA 0:01:05  "
+        "3 of 8 shards  ETA 0:01:05  1,234 samples  55 samples/s  models busy 80%  41 workers, 1 starting  "
         "3 failing shards  quarantine: 0 shards; 2 image_broken"
     )
     assert state_line(run).endswith("is running since 0:02:11; log: ray job logs raysubmit_1 --follow")

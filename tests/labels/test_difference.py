@@ -151,13 +151,13 @@ def test_equal_images_of_which_nothing_is_stated_are_matched_by_digest(
     for one, other in ((first, second), (second, first)):
         found = compare(one, other)
         assert (dict(found.matched), found.unmatched) == ({"digest": 8}, (0, 0))
-        assert not any("state no uid" in line for line in found.lines())
+        assert not any("without uid" in line for line in found.lines())
     write_tar(tmp_path / "1-source" / "1-1.tar", [("new.png", picture(100))])
     unstated(tmp_path, 1, images)
     code, out, _ = run_command(capfd, "diff", str(first), str(second), "--no-ray")
     assert code == 1
-    assert "only in A: 1 samples" in out
-    assert "in A, 1 samples state no uid, SHA-256 or URL: only the digest joins them" in out
+    assert "only in A: 1 sample\n" in out
+    assert "in A, without uid, SHA-256 and URL: 1 sample; only the digest joins these" in out
 
 
 def test_sides_whose_identities_have_nothing_in_common_are_named_and_not_called_different(

@@ -306,7 +306,7 @@ def test_shards_that_are_newer_than_a_view_are_counted_and_not_read(url: str, ca
     view_of(url, {"where": "width > 0"})
     shutil.copytree(hidden, url, dirs_exist_ok=True)
     assert len(kept(url)) == (SHARDS - 1) * ROWS
-    assert "1 shards are newer than view mine and are not read" in caplog.text
+    assert "not read, because newer than view mine: 1 shard" in caplog.text
 
 
 def test_show_and_rows_find_the_samples_of_a_view_alone(url: str) -> None:

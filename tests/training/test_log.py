@@ -107,7 +107,7 @@ def test_a_row_is_one_line_with_samples_waiting_and_the_share_of_a_known_peak_si
         throughput.add_step(seconds=0.5, idle=0.5)
         assert throughput.measure(batch=64)["waiting"] == 1.0
         row = {"step": 1200, "epoch": 0.5, "loss": 3.25, **speed, "skipped": 0}
-        line = f"step 1,200 of 5,000  epoch 0.50  loss 3.2500  64 samples/s{shown}  waiting for data 25%  ETA 0:01:00"
+        line = f"step 1,200 of 5,000  ETA 0:01:00  epoch 0.50  loss 3.2500  64 samples/s{shown}  waiting for data 25%"
         left = throughput.seconds_left(20)  # 3 s a step, 20 steps left
         monkeypatch.undo()
         assert format_row(row, 5000, left) == line

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from reinforce.dataset.files.listing import Listing
 from reinforce.dataset.files.store import Store
-from reinforce.terminal import first_names
+from reinforce.terminal import first_names, plural
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Completeness:
         """For each layer, how many and which shards it lacks."""
         parts = []
         for layer, shards in self.missing.items():
-            parts.append(f"{layer} lacks {len(shards):,} of {self.total:,} shards ({first_names(shards)})")
+            parts.append(f"{layer} lacks {len(shards):,} of {plural(self.total, 'shard')} ({first_names(shards)})")
         return "; ".join(parts)
 
     def describe_quarantined(self) -> str:

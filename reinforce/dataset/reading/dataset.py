@@ -33,7 +33,7 @@ from reinforce.dataset.view import View, open_view
 from reinforce.errors import UserError
 from reinforce.images.policy import ReadLimits
 from reinforce.source.references import ChangedImages, ImageRoots, referenced_images
-from reinforce.terminal import escape, format_bytes
+from reinforce.terminal import escape, format_bytes, plural
 from schemas import IMAGE_DIGEST, image_column
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ class Dataset:
         committed = read_index(self.store, SAMPLES, self.fingerprints[SAMPLES]).listing()
         known = [listings[SAMPLES], committed]
         found = check_completeness(self.store, without_files(listings, damaged), known)
-        read, missing = f"{len(found.complete):,} of {found.total:,} shards are read", found.describe_missing()
+        read, missing = f"{len(found.complete):,} of {plural(found.total, 'shard')} are read", found.describe_missing()
         if missing and damaged:
             missing = f"{missing}; {describe_damaged(self.store.url, damaged)}"
         notes = [missing] if missing else []
@@ -158,7 +158,7 @@ class Dataset:
     def _open_view(self, name: str) -> View:
         view = open_view(self.store, self.manifest, name)
         if newer := sum(shard not in view.kept for shard in self.shards):
-            _LOG.warning("%s: %s shards are newer than view %s and are not read", self.store.url, f"{newer:,}", name)
+            _LOG.warning("%s: not read, because newer than view %s: %s", self.store.url, name, plural(newer, "shard"))
         self.shards = [shard for shard in self.shards if any(view.kept.get(shard, ()))]
         return view
 
@@ -193,7 +193,7 @@ class Dataset:
         elif isinstance(index, slice):
             shards = self.shards[index]
         elif not -len(self.shards) <= index < len(self.shards):
-            raise IndexError(f"shard {index} is out of range: {self.store.url} has {len(self.shards):,} shards")
+            raise IndexError(f"shard {index} is out of range: {self.store.url} has {plural(len(self.shards), 'shard')}")
         else:
             shards = [self.shards[index]]
         restricted = copy.copy(self)
@@ -239,7 +239,7 @@ class Dataset:
         for shard in self.shards:
             for group, place in self._find(shard, key):
                 return self.rows(shard, group, [place])[0]
-        raise KeyError(f"{self.store.url} has no sample {key!r} in {len(self.shards):,} shards")
+        raise KeyError(f"{self.store.url} has no sample {key!r} in {plural(len(self.shards), 'shard')}")
 
     def _find(self, shard: str, key: str) -> Iterator[tuple[int, int]]:
         """Row group and place of a key in a shard, if it has it."""
@@ -281,8 +281,7 @@ class Dataset:
     def __repr__(self) -> str:
         lines = [
             f"Dataset({self.store.url!r})",
-            f"  {len(self):,} samples in {len(self.shards):,} {'shard' if len(self.shards) == 1 else 'shards'}, "
-            f"{format_bytes(self.nbytes)}",
+            f"  {plural(len(self), 'sample')} in {plural(len(self.shards), 'shard')}, {format_bytes(self.nbytes)}",
             *(f"  {section}: {names}" for section, names in self._described_models()),
             *([f"  view: {self.view.name}"] if self.view is not None else []),
         ]

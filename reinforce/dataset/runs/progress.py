@@ -143,15 +143,16 @@ def running(store: Storage, runs: Sequence[str]) -> RunProgress | None:
 
 def headline(run: RunProgress) -> str:
     """One line: how far the run is, how fast, and how long it will take."""
-    parts = [f"{run.shards_done:,} of {plural(run.shards, 'shard')}", plural(run.samples, "sample")]
+    parts = [f"{run.shards_done:,} of {plural(run.shards, 'shard')}"]
+    if run.eta_seconds is not None:
+        parts.append(f"ETA {format_duration(run.eta_seconds)}")
+    parts.append(plural(run.samples, "sample"))
     if run.samples_per_second is not None:
         parts.append(f"{run.samples_per_second:,.0f} samples/s")
     if run.busy_share is not None:
-        parts.append(f"accelerator busy {run.busy_share:.0%}")
+        parts.append(f"models busy {run.busy_share:.0%}")
     starting = f", {run.starting_workers} starting" if run.starting_workers else ""
     parts.append(f"{plural(len(run.workers), 'worker')}{starting}")
-    if run.eta_seconds is not None:
-        parts.append(f"ETA {format_duration(run.eta_seconds)}")
     if run.failing_shards:
         parts.append(f"{plural(run.failing_shards, 'failing shard')}")
     if run.quarantined_shards or run.quarantined:

@@ -50,6 +50,7 @@ class RunState:
             quarantined_shards=len(self.policy.quarantined),
             refused_rows=sum(self.totals.refused.values()),
             silent=self._silent_hosts(),
+            starting=len(self.pool.loading),
         )
 
     def _silent_hosts(self) -> Counter[str]:

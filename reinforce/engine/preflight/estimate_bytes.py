@@ -96,6 +96,18 @@ def source_statistics(plan: Plan) -> SourceStatistics | None:
     return None
 
 
+def expected_samples(plan: Plan) -> float | None:
+    """Samples of the shards that lack something, by little reading; None if their number is not known without more."""
+    parts = [shard.part for shard in plan.pending]
+    if all(part is not None for part in parts):
+        return sum(part.rows for part in parts if part is not None)
+    format_ = find_format(plan.pending[0].format)
+    if format_.is_table and not format_.has_offsets:
+        return None
+    statistics = source_statistics(plan)
+    return None if statistics is None else statistics.rows * len(plan.pending)
+
+
 def _statistics(shard: Shard, config: Config) -> SourceStatistics | None:
     samples: list[RawSample] = []
     seen, whole = 0, True

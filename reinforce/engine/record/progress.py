@@ -25,10 +25,11 @@ class Snapshot:
     samples_done: int
     busy: float
     alive: float
-    workers: int
+    workers: int  # that have started
     quarantined_shards: int
     refused_rows: int
     silent: Mapping[str, int] = field(default_factory=dict)
+    starting: int = 0  # workers that start or load their models
 
 
 @dataclass(frozen=True)
@@ -41,19 +42,24 @@ class Rates:
 
 
 class Progress(Screen):
-    """Prints snapshots. ``show`` can be called at any rate."""
+    """Prints snapshots. ``show`` can be called at any rate. ``expected`` samples are those of all shards by an estimate
+    before the run, by which the remaining time is computed until a shard is finished."""
 
-    def __init__(self) -> None:
+    def __init__(self, expected: float | None = None) -> None:
         super().__init__()
         self._history: deque[tuple[float, Snapshot]] = deque()
-        self._start = time.monotonic()
+        self._start = self._begun = time.monotonic()
+        self._expected = expected
 
     def show(self, now: Snapshot) -> None:
         time_now = time.monotonic()
+        if not now.workers and not now.samples:
+            self._begun = time_now  # the rate is that of workers that have loaded their models
         self._history.append((time_now, now))
         while time_now - self._history[0][0] > _WINDOW_SECONDS and len(self._history) > 2:
             self._history.popleft()
-        self.draw(self.line(now), now.samples if now.samples_done else 0, _expected_samples(now) or 1)
+        expected = self._expected_samples(now)
+        self.draw(self.line(now), now.samples if expected else 0, expected or 1)
 
     def rates(self, now: Snapshot) -> Rates:
         """Rates over the last minute, and the remaining time at the average rate of this run."""
@@ -67,14 +73,18 @@ class Progress(Screen):
 
     def line(self, now: Snapshot) -> str:
         rates = self.rates(now)
-        parts = [f"{now.shards_done:,} of {plural(now.shards, 'shard')}", plural(now.samples, "sample")]
+        parts = [f"{now.shards_done:,} of {plural(now.shards, 'shard')}"]
+        if rates.eta is not None:
+            parts.append(f"ETA {format_duration(rates.eta)}")
+        if not now.workers and now.starting:
+            parts.append(f"{plural(now.starting, 'worker')} loading models for {time.monotonic() - self._start:.0f} s")
+        parts.append(plural(now.samples, "sample"))
         if rates.samples_per_second is not None:
             parts.append(f"{rates.samples_per_second:,.0f} samples/s")
         if rates.busy_share is not None:
-            parts.append(f"accelerator busy {rates.busy_share:.0%}")
-        parts.append(f"{plural(now.workers, 'worker')}")
-        if rates.eta is not None:
-            parts.append(f"ETA {format_duration(rates.eta)}")
+            parts.append(f"models busy {rates.busy_share:.0%}")
+        if now.workers or not now.starting:
+            parts.append(plural(now.workers, "worker") + (f", {now.starting:,} starting" if now.starting else ""))
         if now.quarantined_shards or now.refused_rows:
             parts.append(f"quarantine: {plural(now.quarantined_shards, 'shard')}, {plural(now.refused_rows, 'row')}")
         if now.silent:
@@ -82,10 +92,16 @@ class Progress(Screen):
         return "  ".join(parts)
 
     def _eta(self, now: Snapshot) -> float | None:
-        expected = _expected_samples(now)
-        if expected is None:
+        expected = self._expected_samples(now)
+        if expected is None or not now.samples:
             return None
-        return (time.monotonic() - self._start) / now.samples * (expected - now.samples)
+        return (time.monotonic() - self._begun) / now.samples * (expected - now.samples)
+
+    def _expected_samples(self, now: Snapshot) -> float | None:
+        """Samples of all shards, from the mean of the finished ones, or else by the estimate; None without either."""
+        if now.samples_done and now.shards_done:  # a postponed shard has samples and is not finished
+            return max(now.samples, now.samples_done / now.shards_done * now.shards)
+        return None if self._expected is None else max(now.samples, self._expected)
 
 
 def _describe_silent(silent: Mapping[str, int]) -> str:
@@ -94,10 +110,3 @@ def _describe_silent(silent: Mapping[str, int]) -> str:
     names = ", ".join(hosts[:_NAMED_HOSTS]) + (f" and {len(hosts) - _NAMED_HOSTS} more" * (len(hosts) > _NAMED_HOSTS))
     verb, ending = "waits" if shards == 1 else "wait", "s" * (len(hosts) > 1)
     return f"{plural(shards, 'shard')} {verb} for silent host{ending} {names}"
-
-
-def _expected_samples(now: Snapshot) -> float | None:
-    """Estimated samples of all shards, from the mean of the finished ones; None if none is finished."""
-    if now.samples_done == 0 or now.shards_done == 0:  # a postponed shard has samples and is not finished
-        return None
-    return max(now.samples, now.samples_done / now.shards_done * now.shards)

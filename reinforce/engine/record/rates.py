@@ -69,7 +69,7 @@ def rate_lines(summary: Mapping[str, Any], by_layer: bool = True) -> list[str]:
             peak, total = (format_bytes(device.get(key, 0)) for key in ("memory_peak", "memory_total"))
             memory = f", {device.get('name')}: tensors took at most {peak} of {total}"
         more = "" if by_layer else "; -v shows the speed of each layer"
-        lines.append(f"accelerator busy {summary.get('busy_share', 0):.0%}{memory}{more}")
+        lines.append(f"models busy {summary.get('busy_share', 0):.0%}{memory}{more}")
     for layer, stage in stages.items() if by_layer else ():
         unit = unit_of(layer)
         mfu = f", MFU {stage['mfu']:.0%}" if "mfu" in stage else ""

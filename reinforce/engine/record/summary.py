@@ -84,7 +84,7 @@ class RunSummary:
         rate = self.samples / self.seconds if self.seconds else 0.0
         lines = [
             f"{plural(self.shards, 'shard')}, {plural(self.samples, 'sample')} in {self.seconds:.1f} s "
-            f"({rate:,.0f} samples/s, accelerator busy {self.busy_share:.0%}), "
+            f"({rate:,.0f} samples/s, models busy {self.busy_share:.0%}), "
             f"{format_bytes(self.bytes)} written to {output}"
         ]
         lines += [*source_lines(self.source_counts), *cleaned_lines(self.cleaned)]
@@ -112,7 +112,7 @@ class RunSummary:
             ("shards", f"{self.shards:,}"),
             ("samples", f"{self.samples:,}"),
             ("time", f"{format_duration(self.seconds)}, {rate:,.0f} samples/s"),
-            ("accelerator busy", f"{self.busy_share:.0%}"),
+            ("models busy", f"{self.busy_share:.0%}"),
             ("written", format_bytes(self.bytes)),
             ("quarantined", ", ".join(f"{count:,} {reason}" for reason, count in sorted(self.refused.items())) or "0"),
             ("quarantined shards", f"{self.quarantined_shards:,}"),

@@ -36,6 +36,7 @@ from reinforce.student.config import Data, Source
 from reinforce.student.data.examples import ExampleSpec
 from reinforce.student.data.reader import StreamedDataset, Target
 from reinforce.student.teachers import captioner_names
+from reinforce.terminal import plural
 
 _LOG = logging.getLogger(__name__)
 #: Names of models by their section in dataset.json; None: all of them.
@@ -197,8 +198,9 @@ def _check_some_shards(aligned: AlignedLayers, shards: Sequence[str], roots: Ima
     with ThreadPoolExecutor(_CHECKED_SHARDS) as pool:
         list(pool.map(check, some))
     _LOG.info(
-        "%s: opened %d of %d shards in %d layers", aligned.store.url, len(some), len(shards), len(keys.fingerprints)
-    )
+        "%s: opened %d of %s in %s",
+        aligned.store.url, len(some), plural(len(shards), "shard"), plural(len(keys.fingerprints), "layer"),
+    )  # fmt: skip
 
 
 def _describe(dataset: StreamedDataset) -> str:

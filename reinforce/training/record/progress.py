@@ -51,12 +51,12 @@ def format_row(row: Mapping[str, Any], steps: int, seconds_left: float) -> str:
     """A row of the log as one line of text."""
     parts = [
         f"step {row['step']:,} of {steps:,}",
+        f"ETA {format_duration(seconds_left)}",
         f"epoch {row['epoch']:.2f}",
         f"loss {row['loss']:.4f}",
         f"{row['samples_per_second']:,.0f} samples/s",
         *([f"MFU {row['mfu']:.0%}"] if "mfu" in row else []),
         f"waiting for data {row['waiting']:.0%}",
-        f"ETA {format_duration(seconds_left)}",
     ]
     if row["skipped"]:
         parts.append(f"{plural(row['skipped'], 'step')} skipped")

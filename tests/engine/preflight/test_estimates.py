@@ -16,7 +16,7 @@ from reinforce.config import parse_config
 from reinforce.engine.plan.plan import Plan, make_plan
 from reinforce.engine.preflight.access import config_uses
 from reinforce.engine.preflight.check_machines import Machine, machine_warnings
-from reinforce.engine.preflight.estimate_bytes import SourceStatistics, expected_bytes, plan_table
+from reinforce.engine.preflight.estimate_bytes import SourceStatistics, expected_bytes, expected_samples, plan_table
 from reinforce.engine.preflight.estimate_hours import DECODE_MS, OWN_MS, Effort, Rate, estimate_effort, measured_rate
 from reinforce.engine.preflight.report import make_report
 from tests.helpers.data import config_of, members_of, write_tar
@@ -131,6 +131,22 @@ def test_expected_bytes_are_close_to_what_is_written(shards: Callable[..., str],
     images = sum(len(data) for name, data in members_of(0, 200) if name.endswith(".png"))
     samples = expected["samples"]
     assert images < samples < 1.3 * images
+
+
+def test_the_samples_of_a_run_are_expected_before_it_without_reading_the_source_whole(
+    shards: Callable[..., str], tmp_path: Path
+) -> None:
+    assert expected_samples(make_plan(parse_config(config_of(shards(200), tmp_path / "out")))) == 200
+    for number in range(12):
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        (tmp_path / "photos" / f"{number}.png").write_bytes(members_of(0, 1)[0][1])
+    photos = config_of(f"{tmp_path}/photos", tmp_path / "out", input={"captions": []})
+    assert expected_samples(make_plan(parse_config(photos))) == 12
+    (tmp_path / "list.csv").write_text("file_name,text\n" + "photos/1.png,a text\n" * 5)
+    table = config_of(f"{tmp_path}/list.csv", tmp_path / "out")
+    assert expected_samples(make_plan(parse_config(table))) is None, "counting its rows would read it whole"
+    assert expected_samples(make_plan(parse_config({**table, "input": {"rows_per_shard": 2}}))) == 5
+    assert expected_samples(make_plan(parse_config(config_of(f"{tmp_path}/{{0..3}}.tar", tmp_path / "out")))) is None
 
 
 def test_a_layer_with_committed_files_is_extrapolated_from_them_and_recorded_dimensions_are_used(

@@ -126,7 +126,7 @@ def test_the_text_lists_quarantined_rows_and_shards_and_hides_credentials() -> N
         refused_samples=1, status=1, message="stopped", cleaned=cleaned,
     )  # fmt: skip
     lines = summary.text("s3://user:secret@bucket/out").splitlines()
-    assert lines[0].startswith("2 shards, 10 samples in 5.0 s (2 samples/s, accelerator busy 50%), ")
+    assert lines[0].startswith("2 shards, 10 samples in 5.0 s (2 samples/s, models busy 50%), ")
     assert lines[1:3] == ["captions by c: 20 captions, 1 null rows", "quarantined rows of 1 sample: 3 no_text"]
     assert "--retry-quarantined" in lines[3]
     assert lines[4] == "stopped"
@@ -193,10 +193,29 @@ def test_the_line_shows_speed_busy_share_and_remaining_time(monkeypatch: pytest.
     assert "10 of 100 shards" in line
     assert "1,500 samples" in line
     assert "150 samples/s" in line
-    assert "accelerator busy 80%" in line
+    assert "models busy 80%" in line
     assert "quarantine: 0 shards, 3 rows" in line
     [eta] = re.findall(r"ETA (\S+)", line)
     assert eta == "0:09:27", "10,000 samples are expected, and 1,500 took 100 s: 8,500 take 567 s"
+
+
+def test_before_workers_have_started_the_line_shows_their_seconds_and_then_the_time_of_a_single_shard(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    progress = Progress(expected=400.0)
+    now[0] = 130.0
+    progress.show(starting := replace(START, shards=1, workers=0, starting=2))
+    assert progress.line(starting) == "0 of 1 shard  2 workers loading models for 30 s  0 samples"
+    now[0] = 150.0
+    working = replace(START, shards=1, workers=1, starting=1, samples=100)
+    line = progress.line(working)
+    assert line[:59] == line[:59].rstrip(), "80 columns have 59 beside the bar"
+    assert line.startswith("0 of 1 shard  ETA 0:01:00  100 samples"), "100 of 400 took 20 s since workers work"
+    assert line.endswith("1 worker, 1 starting")
+    assert "ETA 0:00:00" in progress.line(replace(working, samples=500)), "more than expected"
+    assert "ETA" not in progress.line(replace(working, samples=0))
 
 
 def test_the_line_names_silent_hosts_and_the_shards_that_wait_for_them() -> None:
@@ -231,11 +250,11 @@ def test_lines_name_units_rates_and_memory_and_there_are_none_of_a_version_witho
     summary = {"busy_share": 0.634, "stages": stages, "device": CARD}
     check_run(summary, "summary.json")
     assert rate_lines(summary) == [
-        "accelerator busy 63%, NVIDIA H100 80GB HBM3: tensors took at most 1.0 GiB of 80.0 GiB",
+        "models busy 63%, NVIDIA H100 80GB HBM3: tensors took at most 1.0 GiB of 80.0 GiB",
         "  embeddings/t/images: 100 images, 50 images/s, MFU 50%",
         "  captions/c: 30 captions, 10 captions/s",
     ]
-    assert rate_lines({**summary, "device": {}})[0] == "accelerator busy 63%"
+    assert rate_lines({**summary, "device": {}})[0] == "models busy 63%"
     earlier = {"run": "a", "shards": 3, "busy_share": 0.5}
     check_run(earlier, "summary.json")
     assert rate_lines(earlier) == []
