@@ -55,7 +55,7 @@ Retrieval = Annotated[
     typer.Option(metavar="NAME=URL", help="Images with captions: shards, or a reinforced dataset."),
 ]
 Limit = Annotated[
-    int | None, typer.Option(min=1, help="Number of images of each set of the command line. Default: all.")
+    int | None, typer.Option(min=1, help="Images of each set to use; of two parts, of `test`. Default: all.")
 ]
 NoRay = Annotated[bool, typer.Option("--no-ray", help="Work in this process, one shard after the other.")]
 

@@ -38,10 +38,15 @@ def build_evaluation(
 ) -> EvaluationCommand:
     """Merge a config's ``evaluate`` section with the sets of the command line, which replace those of equal names.
 
-    ``zero_shot`` and ``retrieval`` are NAME=URL, of which ``limit`` images are used. ``suite`` has the keys ``suite``,
-    ``data`` and ``sets``. ``overrides`` are KEY=VALUE, applied last. Raises UserError.
+    ``zero_shot`` and ``retrieval`` are NAME=URL. Of each set at most ``limit`` images are used. ``suite`` has the keys
+    ``suite``, ``data`` and ``sets``. ``overrides`` are KEY=VALUE, applied last. Raises UserError.
     """
     base = Evaluation() if config is None else settings.load(Evaluation, config, section="evaluate")
+    if limit is not None:
+        kept: dict[str, dict[str, Any]] = {}
+        for name, (kind, one) in base.own_sets.items():
+            kept.setdefault(kind.section, {})[name.partition("/")[2]] = _with_limit(one, limit)
+        base = base.model_copy(update=kept)
     data = base.model_dump(exclude_unset=True) | dict(suite or {})
     for section, place, given in (("zero_shot", "images", zero_shot), ("retrieval", "pairs", retrieval)):
         added = {name: {place: url, "limit": limit} for name, url in map(_split_name, given)}
@@ -72,6 +77,14 @@ def evaluate_models(
     for line in problem_lines(snapshot()):
         Screen().log(line)
     return Report(results)
+
+
+def _with_limit(one: Any, limit: int) -> Any:
+    """A set with at most ``limit`` images; of one with two parts, the part that a classifier learns from is whole."""
+    fields = type(one).model_fields
+    if "limit" in fields:
+        return one.model_copy(update={"limit": min(limit, one.limit or limit)})
+    return one.model_copy(update={"test": _with_limit(one.test, limit)}) if "test" in fields else one
 
 
 def _split_name(text: str) -> tuple[str, str]:

@@ -103,7 +103,7 @@ class Report:
         for metric in dict.fromkeys(metric for result in self.results.values() for metric in result.metrics):
             row = (result.metrics.get(metric) for result in self.results.values())
             rows.append([metric, *("" if score is None else f"{100 * score:.2f}" for score in row)])
-        return score_table(["%", *self.results], rows, [*self.results])
+        return score_table(["metric, %", *self.results], rows, [*self.results])
 
     def lines(self) -> list[str]:
         """One line per set with its images, which models with equal summaries share, and one for each that failed."""

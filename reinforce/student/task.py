@@ -153,11 +153,13 @@ class StudentTask:
 
 def _describe(student: Student, config: StudentConfig) -> str:
     millions = sum(parameter.numel() for parameter in student.clip.parameters()) / 1e6
+    heads = sum(parameter.numel() for parameter in student.parameters()) / 1e6 - millions
+    more = f" and {heads:.1f} M of its heads" if heads >= 0.05 else ""
     start = "pretrained" if student.pretrained else f"random weights of seed {config.seed}"
     if student.text_name != student.name:
         texts = "pretrained" if "text" in student.towers else "random"
         start += f", {texts} text tower of {student.text_name}, {student.config['embed_dim']} dimensions"
-    return f"student {student.name}: {millions:.1f} M parameters, {student.image.size} pixels, {start}"
+    return f"student {student.name}: {millions:.1f} M parameters{more}, {student.image.size} pixels, {start}"
 
 
 def _describe_norms(how: str, norms: int, sync: bool) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,8 +55,8 @@ def test_the_best_checkpoint_is_kept_in_addition_to_the_latest(tmp_path: Path) -
     results = scored(made, math.nan, 0.9, 0.4, math.nan)
     assert Checkpoints(Storage(made.output), 1).steps() == [6, 9, 12]
     assert results.best == BestCheckpoint(6, "top1", 0.9)
-    assert "best top1: 0.9000 at step 6" in results.summary()
-    assert "top1: not finite" in results.summary()
+    assert "best top1: 90.00 at step 6" in results.summary()
+    assert re.search("top1 +not finite", results.summary())
 
 
 def exported(output: Path) -> torch.Tensor:
@@ -67,7 +68,7 @@ def test_the_best_evaluated_state_is_exported_with_its_step_and_metrics(tmp_path
     wanted = replace(last, export_best=True)
     results = scored(wanted, 0.2, 0.9, 0.4)
     assert (results.exported, results.steps, results.metrics["top1"]) == (8, 12, 0.9)
-    assert "best top1: 0.9000 at step 8, exported" in results.summary()
+    assert "best top1: 90.00 at step 8, exported" in results.summary()
     best = load_file(tmp_path / "checkpoints/step-000000008.safetensors")["average/right.weight"]
     assert torch.equal(exported(tmp_path), best)
     results = scored(last)
@@ -87,18 +88,18 @@ def test_a_metric_of_a_part_of_a_set_is_named_so_and_chooses_the_best_checkpoint
     results = scored(default, 0.9, 0.4, task=Partial)
     assert results.best is None
     assert results.parts == {"top1": "151 of 301 images"}
-    assert "top1 of 151 of 301 images: 0.4000" in results.summary()
+    assert "top1 of 151 of 301 images    40.00" in results.summary()
     assert read_results(Storage(default.output)) == results
     assert [row["parts"] for row in rows(tmp_path / "default") if "metrics" in row] == [results.parts] * 2
     events = EventAccumulator(f"{default.output}/tensorboard").Reload()
     assert [event.value for event in events.Scalars("metrics/top1 of 151 of 301 images")] == pytest.approx([0.9, 0.4])
     out = capsys.readouterr().out
     assert out.count("no best checkpoint is kept, since top1 is of 151 of 301 images; set evaluate.best to choose") == 1
-    assert "step 6: other 0.0000  top1 of 151 of 301 images 0.9000" in out
+    assert "step 6, %: other 0.00  top1 of 151 of 301 images 90.00" in out
     asked = replace(job(tmp_path / "asked", evaluate_every=6, best="top1"), best_of_part=True, export_best=True)
     results = scored(asked, 0.9, 0.4, task=Partial)
     assert (results.exported, results.best) == (6, BestCheckpoint(6, "top1", 0.9))
-    assert "best top1 of 151 of 301 images: 0.9000 at step 6, exported" in results.summary()
+    assert "best top1 of 151 of 301 images: 90.00 at step 6, exported" in results.summary()
     with pytest.raises(UserError, match=r"top1 is of 151 of 301 images. Set evaluate.best"):
         scored(replace(asked, output=str(tmp_path / "not"), best_of_part=False), 0.9, 0.4, task=Partial)
 

@@ -142,9 +142,10 @@ def test_results_are_read_as_they_were_written_and_their_summary_has_a_line_for_
     assert replace(RESULTS, skipped=2).summary().splitlines() == [
         "trained 12.3 million parameters for 100 steps on 3,200 samples in 0:00:50 (0.5 s per step, 64 samples/s)",
         "final loss: 1.2500",
-        "top1: 0.5000",
-        "recall: not finite",
-        "best top1: 0.7500 at step 80, kept as a checkpoint",
+        "metric, %    step 100",
+        "top1            50.00",
+        "recall     not finite",
+        "best top1: 75.00 at step 80, kept as a checkpoint",
         "2 steps skipped, because the gradient was not finite",
         "weights: out/student   curves: out/curves.png",
     ]

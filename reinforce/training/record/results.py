@@ -15,6 +15,26 @@ from teachers.fast_paths.report import parse, problem_lines
 from teachers.fast_paths.usage import Usage
 
 RESULTS = "results.json"
+_METRICS = "metric, %"
+#: Ends of the names of metrics that are no shares.
+_NUMBERS = ("loss", "cider", "bleu")
+
+
+def metric_text(name: str, value: float | None) -> str:
+    """A metric for people: a share in percent, another one, whose row is marked by its digits, as it is."""
+    if value is None:
+        return "not finite"
+    return f"{value:.4f}" if name.endswith(_NUMBERS) else f"{100 * value:.2f}"
+
+
+def metric_lines(metrics: Mapping[str, float | None], parts: Mapping[str, str], head: str) -> list[str]:
+    """Metrics as an aligned table; ``parts`` says which are of a part of what their names say."""
+    shown = {
+        name: metric_text(metric, value) for metric, value in metrics.items() for name in name_parts({metric: 0}, parts)
+    }
+    rows = [(_METRICS, head), *shown.items()] if shown else []
+    left, right = (max((len(row[side]) for row in rows), default=0) for side in (0, 1))
+    return [f"{name:<{left}}  {value:>{right}}" for name, value in rows]
 
 
 @dataclass(frozen=True)
@@ -58,12 +78,14 @@ class Results:
         ]
         if self.loss is not None:
             lines.append(f"final loss: {self.loss:.4f}")
-        for name, value in name_parts(self.metrics, self.parts).items():
-            lines.append(f"{name}: {'not finite' if value is None else f'{value:.4f}'}")
+        lines += metric_lines(
+            self.metrics, self.parts, f"step {self.steps if self.exported is None else self.exported:,}"
+        )
         if self.best is not None and self.best.step != self.steps:
             where = "exported" if self.best.step == self.exported else "kept as a checkpoint"
-            [(name, value)] = name_parts({self.best.metric: self.best.value}, self.parts).items()
-            lines.append(f"best {name}: {value:.4f} at step {self.best.step:,}, {where}")
+            [name] = name_parts({self.best.metric: 0}, self.parts)
+            best = metric_text(self.best.metric, self.best.value)
+            lines.append(f"best {name}: {best} at step {self.best.step:,}, {where}")
         if self.skipped:
             lines.append(f"{plural(self.skipped, 'step')} skipped, because the gradient was not finite")
         lines += problem_lines(self.fast_paths)
@@ -82,17 +104,17 @@ class Results:
             *([("final loss", f"{self.loss:.4f}")] if self.loss is not None else []),
             ("weights", f"{self.output}/{self.export}"),
         ]
-        best = {self.best.metric: f"{self.best.value:.4f} at step {self.best.step:,}"} if self.best else {}
-        best = name_parts(best, self.parts)
+        best = self.best
+        found = {best.metric: f"{metric_text(best.metric, best.value)} at step {best.step:,}"} if best else {}
         metrics = [
-            (name, "not finite" if value is None else f"{value:.4f}", best.get(name, ""))
-            for name, value in name_parts(self.metrics, self.parts).items()
+            (*name_parts({name: 0}, self.parts), metric_text(name, value), found.get(name, ""))
+            for name, value in self.metrics.items()
         ]
         return render(
             "notebook/table.html",
             title=self.output,
             facts=facts,
-            heads=("metric", "last", "best"),
+            heads=(_METRICS, "last", "best"),
             lines=metrics,
             more=0,
         )
