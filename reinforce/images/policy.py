@@ -20,6 +20,7 @@ from reinforce.errors import UserError
 from reinforce.images import fast_jpeg, png
 from reinforce.images.jpeg import ends_in_zeros, lacks_scan_data
 from reinforce.input_config import Limits
+from reinforce.processes.imports import HEIC_HINT, reads_heic
 from reinforce.settings import Section
 from schemas import Reason
 from teachers.published.family import crops_of
@@ -35,6 +36,10 @@ IMAGE_POLICIES = f"{IMAGE_POLICY}, {IMAGE_POLICY}-reduced-N and {PUBLISHED_POLIC
 
 #: Accepted formats, by Pillow's names, in the order in which they are tried.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
+#: The format of HEIC, by pillow-heif, and how the brands of its files begin: images and sequences in HEVC.
+_HEIF, _HEIC_BRANDS = "HEIF", (b"hei", b"hev")
+_BRAND_BYTES = 64
+_ZEROS = bytes(1024)  # HEVC has no three zero bytes in a row; the decoder fills in what is missing
 
 _PLAIN_FORMATS, _PLAIN_MODES = ("JPEG", "PNG", "BMP", "PPM"), ("RGB", "L", "P", "1", "CMYK")
 _WHITE = (255, 255, 255)
@@ -108,10 +113,13 @@ def decode(data: bytes, limits: Limits, strict: bool = False, policy: str = IMAG
       (float only), 255, 65535 and the image's maximum that no pixel exceeds; negative and NaN pixels become black.
     - CMYK, YCbCr, LAB, HSV and 1-bit images are converted as Pillow does.
     - ICC profiles are ignored: most are sRGB, and a broken profile should not cost an image.
+    - A HEIC is decoded by pillow-heif, if it is installed: its primary image, turned and mirrored as the file states,
+      with 8 bits a channel. Its EXIF orientation is ignored, as HEIF requires.
 
     ``strict`` is for images that are not yet in a dataset. It also refuses JPEGs with too little scan data, which
-    libjpeg fills in silently, JPEGs with more than ``limits.scans`` scans, which can take hours to decode, and PNGs
-    whose pixel data does not have its checksums. Stored images are read without it, so that they stay readable.
+    libjpeg fills in silently, HEICs that end in zeros, JPEGs with more than ``limits.scans`` scans, which can take
+    hours to decode, and PNGs whose pixel data does not have its checksums. Stored images are read without it, so that
+    they stay readable.
     With ``policy`` ``pillow-rgb-1`` the conversion is ``Image.convert("RGB")`` alone: EXIF orientation and transparency
     are ignored. With ``rgb-1-reduced-N`` a JPEG is decoded at 1/8, 1/4 or 1/2 of its size, the first of these at which
     both sides keep at least N pixels (the full side // N decides, and sides are rounded up), or at its size. The
@@ -175,7 +183,13 @@ def is_plain(data: bytes) -> bool:
 def format_extension(data: bytes) -> str:
     """The usual extension of an image's format, by its content. Raises ImageRefused."""
     name = _open(data).format or ""
-    return {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}.get(name, name.lower())
+    return {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif", _HEIF: "heic"}.get(name, name.lower())
+
+
+def check_decoder(data: bytes) -> None:
+    """Raise ImageRefused for a HEIC if its decoder is not installed."""
+    if _is_heic(data) and not reads_heic():
+        raise ImageRefused(Reason.IMAGE_FORMAT, HEIC_HINT)
 
 
 def _load(data: bytes) -> Image.Image:
@@ -197,13 +211,30 @@ def _formats() -> list[str]:
     return [name for name in FORMATS if name in Image.OPEN]  # AVIF depends on how Pillow was built
 
 
+def _is_heic(data: bytes) -> bool:
+    """Whether the brands at the beginning of a file are those of HEVC images; of AVIF, some are the same, too."""
+    size = min(int.from_bytes(data[:4], "big"), _BRAND_BYTES, len(data))
+    brands = (data[at : at + 4] for at in (8, *range(16, size - 3, 4)))
+    return data[4:8] == b"ftyp" and any(brand.startswith(_HEIC_BRANDS) for brand in brands)
+
+
+@functools.cache
+def _register_heif() -> str:
+    """Let Pillow open HEIC: in one thread, as the decode processes share cores, and nothing but the primary image."""
+    import pillow_heif
+
+    pillow_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False, decode_threads=1)
+    return _HEIF
+
+
 def _open(data: bytes) -> Image.Image:
     """Parse the header like ``Image.open``, but without its process-wide pixel limit: ``limits.pixels`` applies.
 
     Pillow's WebP and TIFF plugins still refuse more than twice ``Image.MAX_IMAGE_PIXELS``.
     """
     errors = []
-    for name in _formats():
+    check_decoder(data)
+    for name in [*([_register_heif()] if _is_heic(data) else []), *_formats()]:
         factory, accept = Image.OPEN[name]
         accepted = accept(data[:16]) if accept else True
         if isinstance(accepted, str):  # Pillow recognizes the format, but was built without its decoder
@@ -239,6 +270,8 @@ def _check_complete(image: Image.Image, data: bytes, strict: bool) -> None:
             raise ImageRefused(Reason.IMAGE_BROKEN, f"the PNG lacks {missing} bytes of pixel data")
         if strict and (fault := png.damage(data)):
             raise ImageRefused(Reason.IMAGE_BROKEN, fault)
+    elif strict and image.format == _HEIF and data.endswith(_ZEROS):
+        raise ImageRefused(Reason.IMAGE_BROKEN, f"the HEIC ends in {len(_ZEROS):,} zeros or more")
     elif strict and _is_jpeg(image):
         if ends_in_zeros(data):
             raise ImageRefused(Reason.IMAGE_BROKEN, "the JPEG ends in zeros, without an end mark")

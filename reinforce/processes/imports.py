@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import importlib.util
 from collections.abc import Iterator
@@ -33,4 +34,19 @@ def require(extra: str, what: str, *packages: str) -> None:
     """Raise UserError, which names the extra, if ``what`` needs a package that is not installed."""
     missing = [package for package in packages if not installed(package)]
     if missing:
-        raise UserError(f"{what} needs {', '.join(missing)}: run pip install -e '.[{extra}]' in the checkout")
+        raise UserError(install_hint(extra, what, *missing))
+
+
+def install_hint(extra: str, what: str, *packages: str) -> str:
+    """Which packages ``what`` needs, and the extra that has them."""
+    return f"{what} needs {', '.join(packages)}: run pip install -e '.[{extra}]' in the checkout"
+
+
+#: What to do about images of telephones where their decoder is missing.
+HEIC_HINT = install_hint("heic", "HEIC", "pillow-heif")
+
+
+@functools.cache
+def reads_heic() -> bool:
+    """Whether the package of the extra `heic` is installed."""
+    return installed("pillow_heif")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from reinforce.processes.imports import HEIC_HINT, reads_heic
+
 #: The file by which a reinforced dataset is recognised.
 MANIFEST = "dataset.json"
 #: Tables in a folder of images whose rows belong to its images.
@@ -12,6 +16,8 @@ IMAGE_EXTENSIONS = frozenset(
     {"jpg", "jpeg", "jpe", "jfif", "png", "apng", "webp", "gif", "bmp", "tif", "tiff", "avif"}
     | {"pnm", "pbm", "pgm", "ppm"}
 )
+#: Extensions of images that are read with the extra `heic`.
+HEIC_EXTENSIONS = frozenset({"heic", "heif", "hif"})
 #: What is neither a file nor a folder.
 NOT_A_FILE = "a pipe or device, not a file"
 
@@ -32,7 +38,7 @@ _BY_EXTENSION = {
     **dict.fromkeys(("json", "jsonl", "ndjson", "jsonlines"), ("a JSON file", _JSON)),
     **dict.fromkeys(("tfrecord", "tfrecords", "h5", "hdf5", "mdb", "npy", "npz"), ("another format", _PACK)),
     **dict.fromkeys(("zip", "7z", "rar"), ("an archive of another format", _UNPACK)),
-    **dict.fromkeys(IMAGE_EXTENSIONS, ("an image", _IMAGES)),
+    **dict.fromkeys(IMAGE_EXTENSIONS | HEIC_EXTENSIONS, ("an image", _IMAGES)),
 }
 #: The extension of an image by its bytes at an offset.
 _IMAGE_MAGIC = (
@@ -41,6 +47,8 @@ _IMAGE_MAGIC = (
     (8, b"WEBP", "webp"),
     (0, b"GIF8", "gif"),
     (4, b"ftypavif", "avif"),
+    (4, b"ftyphei", "heic"),
+    (4, b"ftypmif1", "heic"),
 )
 #: The same, where text files can start with these bytes.
 _SHORT_IMAGE_MAGIC = ((0, b"BM", "bmp"), (0, b"II*", "tif"), (0, b"MM", "tif"), (0, b"P", "pnm"))
@@ -61,8 +69,15 @@ _BY_CONTENT = (
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file name, or an extension of several parts, ends with the extension of an image."""
-    return name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
+    """Whether a file name, or an extension of several parts, ends with the extension of an image that is read."""
+    extension = name.rpartition(".")[2].lower()
+    return extension in IMAGE_EXTENSIONS or (extension in HEIC_EXTENSIONS and reads_heic())
+
+
+def unread_heic(names: Iterable[str]) -> str | None:
+    """What to do about images of which the names state that their decoder is not installed; None if there is none."""
+    lacking = not reads_heic() and any(name.rpartition(".")[2].lower() in HEIC_EXTENSIONS for name in names)
+    return HEIC_HINT if lacking else None
 
 
 def image_extension(image: bytes) -> str:

@@ -18,7 +18,7 @@ from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION
 from reinforce.engine.messages.task import PendingShard
 from reinforce.engine.plan.plan import Plan
 from reinforce.errors import UserError
-from reinforce.images.policy import ImageRefused, check_header
+from reinforce.images.policy import ImageRefused, check_decoder, check_header
 from reinforce.labels.identities import identity_of
 from reinforce.labels.interface import Wanted
 from reinforce.labels.rows import open_labels
@@ -276,6 +276,7 @@ def _sample_of(shard: Shard, config: Config, budget: ReadBudget) -> FirstSample 
             refusals.append(item)
             continue
         try:
+            check_decoder(item.image)
             size = None if _has_c_header(item.image) else check_header(item.image, limits)
         except ImageRefused as refused:
             refusals.append(Refusal(item.key, refused.reason, refused.detail))

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from reinforce.errors import UserError
+from reinforce.images.policy import ImageRefused, check_decoder
 from reinforce.input_config import Input
 from reinforce.parquet.footers import RefusedFile
 from reinforce.source.captions import parse_json, texts_of
@@ -201,8 +202,12 @@ def _first_samples(shard: Shard, spec: Input, most: int = _TEXTS) -> list[RawSam
     faults, samples, size = [], list[RawSample](), 0
     for number, item in enumerate(read_samples(shard, spec)):
         if isinstance(item, RawSample):
-            samples.append(item)
-            size += len(item.image)
+            try:
+                check_decoder(item.image)
+                samples.append(item)
+                size += len(item.image)
+            except ImageRefused as refused:
+                faults.append(f"{item.key}: {refused.detail}")
         else:
             faults.append(f"{item.key}: {item.detail}" if item.key else item.detail)
         if len(samples) == most or size > _TEXTS_BYTES or number == _FIRST_SAMPLES + len(samples):

@@ -20,7 +20,7 @@ from reinforce.input_config import SOURCES, Input
 from reinforce.parquet.footers import RefusedFile
 from reinforce.processes.prefetch import prefetch
 from reinforce.source.captions import parse_json
-from reinforce.source.file_types import METADATA, foreign_name, is_image_name
+from reinforce.source.file_types import METADATA, foreign_name, is_image_name, unread_heic
 from reinforce.source.formats.base import ListedSample, Shard, SourceFormat
 from reinforce.source.formats.columns import Columns, NoColumn, RowReader, add_captions, find_columns
 from reinforce.source.formats.lines import BrokenRow, LinesFormat
@@ -152,7 +152,8 @@ def _notes(root: str, others: Sequence[str], tables: Sequence[str], samples: Ite
     table = None if captioned else next((path for path in others if path.lower().endswith(_TABLES)), None)
     hint = "; captions are read from metadata.csv or .jsonl beside the images (file_name, text)" if table else ""
     shown = canonical(f"{root}/{table or others[0]}")
-    return [f"source: {plural(len(others), 'other file')} not read, such as {shown}{hint}"]
+    heic = f"; {unread}" if (unread := unread_heic(others)) else ""
+    return [f"source: {plural(len(others), 'other file')} not read, such as {shown}{hint}{heic}"]
 
 
 def _read_list(lines: Iterable[bytes], folder: str, spec: Input) -> Iterator[RawSample | Refusal]:
@@ -263,7 +264,7 @@ def _no_images(root: str, others: list[str]) -> str:
     shown = canonical(root)
     if not others:
         return f"source: {shown} is an empty folder. Name one with images, or files by a pattern such as {shown}/*.tar."
-    remedy = foreign_name(others[0]) or f"name what is read: {SOURCES}"
+    remedy = unread_heic(others) or foreign_name(others[0]) or f"name what is read: {SOURCES}"
     count = plural(len(others), "other file")
     return f"source: {shown} is a folder without images; it has {count}, such as {others[0]}: {remedy}."
 

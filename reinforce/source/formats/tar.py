@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from reinforce.input_config import Input, Limits
-from reinforce.source.file_types import foreign_name, is_image_name
+from reinforce.source.file_types import foreign_name, is_image_name, unread_heic
 from reinforce.source.formats.base import Shard, SourceFormat
 from reinforce.source.samples import (
     RawSample,
@@ -187,7 +187,8 @@ class _Group:
         if not self.needs_image:
             return RawSample(key, b"", 0, 0, self.sidecars, self.left_out, members=self._members)
         if self.image is None:
-            return Refusal(key, Reason.NO_IMAGE, f"no image among: {self._listed()}")
+            hint = unread_heic(self.extensions)
+            return Refusal(key, Reason.NO_IMAGE, f"no image among: {self._listed()}" + (f"; {hint}" if hint else ""))
         if self.cut_off:
             return Refusal(key, Reason.IMAGE_BROKEN, "cut off where the shard is damaged")
         if self.data is None:
