@@ -213,9 +213,11 @@ def _formats() -> list[str]:
 
 def _is_heic(data: bytes) -> bool:
     """Whether the brands at the beginning of a file are those of HEVC images; of AVIF, some are the same, too."""
+    if data[4:8] != b"ftyp":
+        return False
     size = min(int.from_bytes(data[:4], "big"), _BRAND_BYTES, len(data))
     brands = (data[at : at + 4] for at in (8, *range(16, size - 3, 4)))
-    return data[4:8] == b"ftyp" and any(brand.startswith(_HEIC_BRANDS) for brand in brands)
+    return any(brand.startswith(_HEIC_BRANDS) for brand in brands)
 
 
 @functools.cache
