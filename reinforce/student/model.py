@@ -20,7 +20,7 @@ from reinforce.student.loss import Form
 from reinforce.student.pointwise import avoid_faulty_convolutions
 from reinforce.student.quantize import can_quantize, freeze_batch_norms, merge, quantize, round_in_eval
 from reinforce.student.teachers import CAPTION, IMAGE, SYNTHETIC
-from reinforce.student.terms.base import module_name, scale_name, unit
+from reinforce.student.terms.base import MAP, module_name, scale_name, unit
 from reinforce.student.terms.registry import Terms
 from reinforce.student.towers import Plan, Source, join_towers, plan_towers, tower_of
 from reinforce.training.task import Batch, Encoded
@@ -29,8 +29,11 @@ from teachers.open_clip.building import write_open_clip
 from teachers.open_clip.options import OpenClipOptions, stated_preprocess
 from teachers.open_clip.released import MIXER
 from teachers.open_clip.teacher import FUSED, image_spec, load_model, model_name, random_model
+from teachers.patches.encoder import encoder_of_model
+from teachers.patches.maps import features_and_map
 from teachers.preprocessing.pixels import to_pixels
 from teachers.protocols import ImageSpec
+from teachers.runtime.accelerator import Accelerator
 from teachers.spec import ModelSpec
 
 _LOG = logging.getLogger(__name__)
@@ -67,6 +70,8 @@ class Student(torch.nn.Module):
         self.start = _Start()
         self.terms = terms or Terms()
         self.heads = torch.nn.ModuleDict(self.terms.heads(config["embed_dim"]))
+        if (stage := self.terms.stage()) is not None:
+            self.heads.update(self.terms.map_heads(_map_width(clip, image, stage)))
         self.scales = torch.nn.ModuleDict(
             {module_name(teacher): _LearntScale(start) for teacher, start in self.terms.scales().items()}
         )
@@ -87,7 +92,12 @@ class Student(torch.nn.Module):
         kinds = [kind for kind in (CAPTION, SYNTHETIC) if kind in batch]
         # trains a third faster with convolutions on CPUs
         pixels = to_pixels(batch["image"], self.image).contiguous(memory_format=torch.channels_last)
-        features = {IMAGE: unit(self.clip.encode_image(pixels))}
+        stage, maps = self.terms.stage(), {}
+        if stage is None:
+            images = self.clip.encode_image(pixels)
+        else:
+            images, maps[MAP] = features_and_map(self.clip.visual, pixels, stage)
+        features = {IMAGE: unit(images)}
         if kinds:
             texts = unit(self.clip.encode_text(torch.cat([batch[kind] for kind in kinds])))  # all kinds in one pass
             features |= zip(kinds, texts.chunk(len(kinds)), strict=True)
@@ -95,7 +105,7 @@ class Student(torch.nn.Module):
         if self.clip.logit_bias is not None:
             scalars["logit_bias"] = self.clip.logit_bias.reshape(())
         scalars |= {scale_name(_teacher_name(module)): scale() for module, scale in self.scales.items()}
-        losses = self.terms.losses_of_rows(features, batch.get("targets", {}), self.heads)
+        losses = self.terms.losses_of_rows({**features, **maps}, batch.get("targets", {}), self.heads)
         if self.start:
             losses |= self.terms.losses_of_weights(dict(self.named_parameters()), self.start)
         return Encoded({**features, **self.terms.projections(features, self.heads)}, losses, scalars)
@@ -197,6 +207,18 @@ class _LearntScale(torch.nn.Module):
 
     def forward(self) -> torch.Tensor:
         return self.logit_scale.exp()
+
+
+def _map_width(clip: Any, image: ImageSpec, stage: int) -> int:
+    """Channels of the map after a stage of the image tower. Raises UserError if there is none."""
+    training = clip.visual.training
+    clip.visual.eval()  # batch statistics stay
+    try:
+        return encoder_of_model(clip, image, Accelerator("cpu"), stage).dim
+    except ValueError as error:
+        raise UserError(f"loss.dense.stage: {error}") from error
+    finally:
+        clip.visual.train(training)
 
 
 def build_student(

@@ -5,20 +5,23 @@ They get the augmentations and texts that the stored teachers got, so the target
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from reinforce.errors import UserError
 from reinforce.evaluation.encoding import encode_texts
-from reinforce.student.teachers import IMAGE, IMAGES, TEXTS, TeacherInfo
+from reinforce.student.teachers import IMAGE, IMAGES, PATCHES, TEXTS, TeacherInfo
 from reinforce.training.task import Batch
+from teachers.patches.encoder import PatchEncoder, patches_of
 from teachers.preprocessing.pixels import to_pixels
-from teachers.protocols import Teacher
+from teachers.protocols import ImageSpec, Teacher
 from teachers.registry import load_model
 from teachers.runtime import determinism
 from teachers.spec import TeacherSpec
 
+_LOG = logging.getLogger(__name__)
 #: Largest number of images or texts in one forward pass.
 _MAX_BATCH = 256
 
@@ -31,36 +34,61 @@ def load_teachers(specs: Mapping[str, TeacherSpec], device: str) -> dict[str, Te
         raise UserError(str(error)) from error
 
 
-def teacher_info(teacher: Teacher, spec: TeacherSpec, texts: bool = True) -> TeacherInfo:
+def patch_encoders(
+    teachers: Mapping[str, Teacher], names: Sequence[str] | None, device: str
+) -> dict[str, PatchEncoder]:
+    """The patch encoders of the teachers in ``names``; None: of all that have one. Raises UserError for the others."""
+    found = {}
+    for name, teacher in teachers.items():
+        if names is None or name in names:
+            try:
+                found[name] = patches_of(teacher, torch.device(device))
+            except ValueError as error:
+                if names is not None:
+                    raise UserError(f"loss.dense: teacher {name}: {error}") from error
+                _LOG.warning("teacher %s: no patches are learnt: %s", name, error)
+    return found
+
+
+def teacher_info(
+    teacher: Teacher, spec: TeacherSpec, texts: bool = True, patches: PatchEncoder | None = None
+) -> TeacherInfo:
     """The description of a loaded teacher, with its side of texts only if there are ``texts``."""
     sides = {IMAGES} if teacher.image is not None else set()
     sides |= {TEXTS} if texts and callable(getattr(teacher, "encode_texts", None)) else set()
     source = "config: loss.teachers" if spec.logit_scale is not None else "model"
-    return TeacherInfo(teacher.dim, frozenset(sides), teacher.logit_scale, source)
+    grid = None if patches is None else (patches.rows, patches.columns, patches.dim)
+    return TeacherInfo(teacher.dim, frozenset(sides), teacher.logit_scale, source, grid)
 
 
 @torch.no_grad()
 @determinism.inference()
-def add_targets(batch: Batch, teachers: Mapping[str, Teacher]) -> Batch:
+def add_targets(
+    batch: Batch, teachers: Mapping[str, Teacher], patches: Mapping[str, PatchEncoder] | None = None
+) -> Batch:
     """The batch with ``targets`` on its device, computed from its ``crops`` and ``texts``; see ``batch.py``.
 
-    Stored targets of other models stay.
+    They are vectors of ``teachers``, and grids of the teachers whose encoders are in ``patches``. Stored targets of
+    other models stay.
     """
     device = batch["image"].device
     targets: dict[str, dict[str, torch.Tensor]] = dict(batch.get("targets", {}))
-    for name, teacher in teachers.items():
+    patches = patches or {}
+    for name in (*teachers, *patches):
         targets[name] = dict(targets.get(name, {}))  # a classifier may have the name of a teacher
+    for name, encoder in patches.items():
+        targets[name][PATCHES] = _encode(encoder.encode_patches, encoder.image, batch["crops"][name]).to(device)
+    for name, teacher in teachers.items():
         if teacher.image is not None:
-            targets[name][IMAGE] = _encode_images(teacher, batch["crops"][name]).to(device)
+            targets[name][IMAGE] = _encode(teacher.encode_images, teacher.image, batch["crops"][name]).to(device)
         if callable(getattr(teacher, "encode_texts", None)):
             for kind, texts in batch["texts"].items():
                 targets[name][kind] = encode_texts(teacher, texts, _MAX_BATCH).to(device)
     return {**batch, "targets": targets}
 
 
-def _encode_images(teacher: Teacher, crops: torch.Tensor) -> torch.Tensor:
-    """uint8 [B, h, w, 3] -> float32 [B, D]."""
-    assert teacher.image is not None
+def _encode(encode: Callable[[torch.Tensor], torch.Tensor], spec: ImageSpec, crops: torch.Tensor) -> torch.Tensor:
+    """uint8 [B, h, w, 3] -> float32 [B, ...]."""
     # Each part is copied: the teacher may reuse its memory in the next call.
-    parts = [teacher.encode_images(to_pixels(part, teacher.image)).clone() for part in crops.split(_MAX_BATCH)]
+    parts = [encode(to_pixels(part, spec)).clone() for part in crops.split(_MAX_BATCH)]
     return torch.cat(parts).float()  # a new tensor: parts may be inference tensors, which autograd refuses

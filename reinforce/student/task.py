@@ -21,6 +21,7 @@ from reinforce.student.quantize import batch_norms
 from reinforce.student.teachers import (
     CAPTION,
     IMAGE,
+    PATCHES,
     SYNTHETIC,
     TeacherInfo,
     compare_text_tower,
@@ -33,6 +34,7 @@ from reinforce.student.terms.registry import Terms, make_terms
 from reinforce.terminal import plural
 from reinforce.training.distributed import gather
 from reinforce.training.task import Batch, Encoded, Metrics
+from teachers.patches.encoder import PatchEncoder
 from teachers.protocols import Teacher
 from teachers.runtime.accelerator import Accelerator
 
@@ -54,17 +56,24 @@ class StudentTask:
         loss, texts = config.loss, config.data.captions != "none"
         teachers: dict[str, Teacher] = {}
         known: dict[str, TeacherInfo] = {}
-        reads = loss.lambda_ > 0 or loss.anchors
+        encoders: dict[str, PatchEncoder] = {}
+        reads = loss.lambda_ > 0 or loss.anchors or loss.dense is not None
         if reads and loss.targets == "online":
-            specs = {name: spec for name, spec in loss.teachers.items() if loss.lambda_ > 0 or name in loss.anchors}
+            every = loss.lambda_ > 0 or (loss.dense is not None and loss.dense.teachers is None)
+            named = [*loss.anchors, *((loss.dense and loss.dense.teachers) or ())]
+            specs = {name: spec for name, spec in loss.teachers.items() if every or name in named}
             teachers = online.load_teachers(specs, device)
+            if loss.dense is not None:
+                encoders = online.patch_encoders(teachers, loss.dense.teachers, device)
             known = {
-                name: online.teacher_info(teacher, loss.teachers[name], texts) for name, teacher in teachers.items()
+                name: online.teacher_info(teacher, loss.teachers[name], texts, encoders.get(name))
+                for name, teacher in teachers.items()
             }
         manifests = {source.url: read_manifest(Store(source.url)) for source in config.data.datasets}
         if reads and loss.targets == "stored":
             anchors_alone = config.model_copy(update={"data": config.data.model_copy(update={"teachers": []})})
-            known = stored_teachers(config if loss.lambda_ > 0 else anchors_alone, manifests)
+            all_named = loss.lambda_ > 0 or loss.dense is not None
+            known = stored_teachers(config if all_named else anchors_alone, manifests)
         vectors = partial(first_vectors, config.data, manifests) if loss.targets == "stored" else None
         models = Models(known, texts, partial(stored_models, config.data, manifests), vectors=vectors)
         self.terms: Terms = make_terms(loss, models)
@@ -78,7 +87,9 @@ class StudentTask:
             checkpointing=config.train.compute.gradient_checkpointing,
         )
         self.tokenizer = load_tokenizer(self.model)
-        self._online_teachers = {name: teachers[name] for name in self.terms.models["teachers"] if name in teachers}
+        used = self.terms.models
+        self._online_teachers = {name: teachers[name] for name in used["teachers"] if name in teachers}
+        self._online_patches = {name: encoders[name] for name in used.get(PATCHES, ()) if name in encoders}
         self._batch_norm, self._sync = config.student.batch_norm, config.train.compute.sync_batch_norm
         self._quantize = config.student.quantize
         self._quantize_share = config.student.quantize_share or QUANTIZE_SHARE
@@ -114,8 +125,8 @@ class StudentTask:
 
         Sample keys are dropped: torch.compile would treat them as constants and recompile for each batch.
         """
-        if self._online_teachers:
-            batch = online.add_targets(batch, self._online_teachers)
+        if self._online_teachers or self._online_patches:
+            batch = online.add_targets(batch, self._online_teachers, self._online_patches)
         if "records" in batch:
             batch = {**batch, IMAGE: augment(batch[IMAGE], batch["records"], self.model.image.height)}
         return {name: batch[name] for name in (IMAGE, CAPTION, SYNTHETIC, "targets") if name in batch}

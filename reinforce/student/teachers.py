@@ -24,6 +24,8 @@ T = TypeVar("T", bound=Collection[str])
 #: Keys of a batch; SYNTHETIC exists only if captioners are read.
 IMAGE, CAPTION, SYNTHETIC = "image", "caption", "synthetic"
 
+#: Name of the target of an image's grid, and of the models that have it; of shape ``TeacherInfo.patches``.
+PATCHES = "patches"
 #: Sides of a teacher.
 IMAGES, TEXTS = "images", "texts"
 
@@ -32,13 +34,15 @@ IMAGES, TEXTS = "images", "texts"
 class TeacherInfo:
     """A teacher as dataset.json or the loaded model describes it.
 
-    ``sides`` are IMAGES, TEXTS or both. ``scale_source`` describes where the logit scale comes from.
+    ``sides`` are IMAGES, TEXTS or both. ``scale_source`` describes where the logit scale comes from. ``patches`` are
+    the rows, columns and dimension of its grids of patch vectors, None without them.
     """
 
     dim: int
     sides: frozenset[str]
     logit_scale: float | None
     scale_source: str
+    patches: tuple[int, int, int] | None = None
 
     def has(self, what: str) -> bool:
         """Whether it has vectors of IMAGE, CAPTION or SYNTHETIC."""

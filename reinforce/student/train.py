@@ -13,6 +13,7 @@ from reinforce.student.config import StudentConfig
 from reinforce.student.data.feed import StudentFeed
 from reinforce.student.model import has_weights
 from reinforce.student.task import BATCH_NORM, StudentTask
+from reinforce.student.teachers import PATCHES
 from reinforce.training.job import Job, make_job
 from reinforce.training.launch import launch, runs_on_ray
 from reinforce.training.record.results import Results
@@ -57,6 +58,10 @@ def student_job(config: StudentConfig) -> Job:
     )
 
 
+#: Sections of models that run in the loop with ``loss.targets: online``, by ``Terms.models``.
+_ONLINE = ("teachers", PATCHES)
+
+
 def _evaluates_start(config: StudentConfig) -> bool:
     """Whether there are sets to evaluate a pretrained student on before its first step.
 
@@ -83,14 +88,14 @@ def _default_preprocess(config: StudentConfig) -> Iterator[str]:
 def build(config: StudentConfig, accelerator: Accelerator) -> tuple[StudentTask, StudentFeed]:
     """Make the task and the feed of one rank. Raises UserError if config, datasets and models do not fit together."""
     task = StudentTask(config, str(accelerator.device))
-    online = config.loss.targets == "online"
+    online, read = config.loss.targets == "online", task.terms.models
     feed = StudentFeed(
         config.data,
         config.seed,
         task.model.image.height,
         Tokenizer(task.model.text_name),
-        models=task.terms.models | ({"teachers": []} if online else {}),
-        online=task.terms.models["teachers"] if online else (),
+        models=read | (dict.fromkeys(_ONLINE, ()) if online else {}),
+        online=[*dict.fromkeys(name for section in _ONLINE for name in read.get(section, ()))] if online else (),
         pin=accelerator.device.type == "cuda",
     )
     feed.data |= task.terms.recorded()

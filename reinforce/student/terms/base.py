@@ -15,6 +15,8 @@ from reinforce.student.teachers import TeacherInfo
 
 #: Features or targets: tensors [B, ...] by what they are of, ``image`` or a kind of text.
 Tensors = Mapping[str, torch.Tensor]
+#: Name of the map of an image tower among the features of ``losses_of_rows``.
+MAP = "map"
 #: Reads the first stored vectors [n, D] of a side of a teacher.
 ReadVectors: TypeAlias = Callable[[str, str], npt.NDArray[np.float32]]
 
@@ -76,6 +78,14 @@ class Term:
         """Modules learnt with the student, by a name without dots; ``width`` is that of its features."""
         return {}
 
+    def stage(self) -> int | None:
+        """The stage of the image tower whose map [p, C, h, w] it needs as the feature MAP of ``losses_of_rows``."""
+        return None
+
+    def map_heads(self, width: int) -> Mapping[str, torch.nn.Module]:
+        """As ``heads``, for those of the map of ``stage``, which has ``width`` channels."""
+        return {}
+
     def scales(self) -> Mapping[str, float]:
         """Logit scales to learn, by teacher, with their starts."""
         return {}
@@ -89,7 +99,7 @@ class Term:
     ) -> dict[str, torch.Tensor]:
         """Weighted losses by name, means over the p rows of a microbatch; computed in the model's forward pass.
 
-        ``features`` are unit-norm float32 [p, D].
+        ``features`` are unit-norm float32 [p, D], and MAP if the term has a ``stage``.
         """
         return {}
 

@@ -65,7 +65,8 @@ def make(loss: Loss, models: Models) -> Interactive | None:
     """The term of a config. Raises UserError if no teacher has both sides."""
     if loss.interactive is None:
         return None
-    teachers = {name: teacher for name, teacher in models.teachers.items() if teacher.sides == {IMAGES, TEXTS}}
+    known = models.teachers.items() if loss.lambda_ > 0 else ()
+    teachers = {name: teacher for name, teacher in known if teacher.sides == {IMAGES, TEXTS}}
     if not teachers:
         raise UserError(
             "loss.interactive needs a teacher with vectors of images and texts, data.captions that are read, and a "

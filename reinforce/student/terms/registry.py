@@ -10,10 +10,12 @@ import torch
 
 from reinforce.errors import UserError
 from reinforce.student.config import Loss
+from reinforce.student.teachers import PATCHES
 from reinforce.student.terms import (
     anchor_features,
     anchor_similarities,
     anchor_weights,
+    dense,
     features,
     interactive,
     pairs,
@@ -24,7 +26,7 @@ from reinforce.student.terms.base import Models, Rows, Tensors, Term
 
 #: The module of each term, in the order of the losses.
 MODULES = (
-    *(pairs, scales, features, interactive, probabilities),
+    *(pairs, scales, features, interactive, probabilities, dense),
     *(anchor_similarities, anchor_features, anchor_weights),
 )
 
@@ -56,6 +58,12 @@ class Terms:
     def heads(self, width: int) -> dict[str, torch.nn.Module]:
         return _merged([term.heads(width) for term in self.terms])
 
+    def stage(self) -> int | None:
+        return next((stage for term in self.terms if (stage := term.stage()) is not None), None)
+
+    def map_heads(self, width: int) -> dict[str, torch.nn.Module]:
+        return _merged([term.map_heads(width) for term in self.terms])
+
     def scales(self) -> dict[str, float]:
         return _merged([term.scales() for term in self.terms])
 
@@ -80,11 +88,12 @@ def make_terms(loss: Loss, models: Models) -> Terms:
     made: list[Term | None] = [module.make(loss, others) for module in MODULES]
     terms = [term for term in made if term is not None]
     _check_learns(loss, models, terms)
-    notes = ["lambda 0: no teacher is used"] if loss.lambda_ == 0 and not loss.anchors else []
+    notes = ["lambda 0: no teacher is used"] if loss.lambda_ == 0 and not loss.anchors and loss.dense is None else []
     uses: dict[tuple[str, str], list[str]] = {("teachers", name): [] for name in models.teachers}
     for term in terms:
         for model, use in term.uses().items():
-            uses.setdefault(model, []).append(use)
+            own = ("teachers", model[1]) if model[0] == PATCHES else model
+            uses.setdefault(own, []).append(use)
     notes += [f"{section[:-1]} {name}: {'; '.join(found) or _UNUSED}" for (section, name), found in uses.items()]
     return Terms(terms, notes)
 

@@ -17,6 +17,7 @@ from teachers.protocols import ImageSpec
 from teachers.registry import load_model, teacher_spec
 from teachers.runtime.accelerator import Accelerator
 from tests.helpers.models import ColorTeacher, TextOnly, named_models, tiny_models
+from tests.helpers.models.patches import Cells
 from tests.helpers.models.tiny_coca import coca_model
 
 CPU = torch.device("cpu")
@@ -189,19 +190,12 @@ def test_compiled_blocks_give_the_grids_of_any_batch(tmp_path: Path) -> None:
         )
 
 
-class Halves(ColorTeacher):
-    """Gives the mean color of the quarters of an image."""
-
-    def encode_patches(self, pixels: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.adaptive_avg_pool2d(pixels, 2).permute(0, 2, 3, 1)
-
-
 class OneVector(ColorTeacher):
     def encode_patches(self, pixels: torch.Tensor) -> torch.Tensor:
         return pixels.mean((2, 3))
 
 
-class Changing(Halves):
+class Changing(Cells):
     def encode_patches(self, pixels: torch.Tensor) -> torch.Tensor:
         return super().encode_patches(pixels)[:, : 1 + (len(pixels) == 1)]
 
@@ -209,7 +203,7 @@ class Changing(Halves):
 def test_a_class_of_the_user_gives_its_own_patches() -> None:
     pixels = images(3, 16, 16)
     quarters = [pixels[:, :, top : top + 8, left : left + 8].mean((2, 3)) for top in (0, 8) for left in (0, 8)]
-    check(patches_of(Halves(CPU), CPU), pixels, of_tokens(torch.stack(quarters, 1), 2, 2))
+    check(patches_of(Cells(CPU), CPU), pixels, of_tokens(torch.stack(quarters, 1), 2, 2))
 
 
 @pytest.mark.parametrize(
@@ -222,7 +216,7 @@ def test_a_class_of_the_user_gives_its_own_patches() -> None:
             -1,
             r"OneVector gives no patches .*: \[1, rows, columns, dim\] is needed, got \[1, 3\]",
         ),
-        (Halves(CPU), 2, "Halves gives its own patches, of no stages: remove stage 2"),
+        (Cells(CPU), 2, "Cells gives its own patches, of no stages: remove stage 2"),
     ],
 )
 def test_a_teacher_without_patches_is_refused(teacher: Any, stage: int, message: str) -> None:

@@ -1,0 +1,94 @@
+"""The dense term: linear heads on the student's spatial map learn the grids of patch vectors of teachers.
+
+    L = weight * mean over teachers, rows and patches of (cosine * (1 - cos(f, v)) + smooth_l1 * mean_d s(f_d - v_d)),
+    f = bilinear(head(map)) at the teacher's grid,   s(x) = x^2 / 2 if |x| < 1, else |x| - 1/2
+
+with 0.9 and 0.1 by default, the weights of Theia (arXiv 2407.20179), which takes one cosine of the whole grid. The head
+comes first: it commutes with the interpolation, and the student's grid is mostly smaller.
+
+The rows are computed in chunks, whose intermediate results are computed again in the backward pass. A batch of 256 maps
+of 14 x 14 x 768 with grids of 14 x 14 x 1024 takes 0.4 GB beside both, the gradient of the map among it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from reinforce.errors import UserError
+from reinforce.student.config import DenseLoss, Loss
+from reinforce.student.teachers import PATCHES
+from reinforce.student.terms.base import MAP, Models, Tensors, Term, head_name
+
+#: Numbers of a chunk's grids (32 MiB in float32).
+CHUNK = 1 << 23
+
+
+@dataclass(frozen=True)
+class Dense(Term):
+    """``dense/TEACHER`` for each teacher; ``grids`` have (rows, columns, D)."""
+
+    loss: DenseLoss
+    grids: Mapping[str, tuple[int, int, int]]
+
+    def uses(self) -> Mapping[tuple[str, str], str]:
+        return {
+            (PATCHES, name): f"{rows} x {columns} patches of {dim} dimensions"
+            for name, (rows, columns, dim) in self.grids.items()
+        }
+
+    def stage(self) -> int:
+        return self.loss.stage
+
+    def map_heads(self, width: int) -> Mapping[str, torch.nn.Module]:
+        return {head_name(name, PATCHES): torch.nn.Linear(width, dim) for name, (_, _, dim) in self.grids.items()}
+
+    def losses_of_rows(
+        self, features: Tensors, targets: Mapping[str, Tensors], heads: torch.nn.ModuleDict
+    ) -> dict[str, torch.Tensor]:
+        found, share = features[MAP], self.loss.weight / len(self.grids)
+        return {
+            f"dense/{name}": share * self._mean(found, targets[name][PATCHES], heads[head_name(name, PATCHES)])
+            for name in self.grids
+        }
+
+    def _mean(self, found: torch.Tensor, target: torch.Tensor, head: torch.nn.Module) -> torch.Tensor:
+        """The mean over rows of a map [p, C, h, w] and grids [p, rows, columns, D]."""
+        rows = max(1, CHUNK // target[0].numel())
+        total = found.new_zeros((), dtype=torch.float32)
+        for part, of_target in zip(found.split(rows), target.split(rows), strict=True):
+            total = total + checkpoint(self._sum, part, of_target, head, use_reentrant=False, preserve_rng_state=False)
+        return total / len(target)
+
+    def _sum(self, found: torch.Tensor, target: torch.Tensor, head: torch.nn.Module) -> torch.Tensor:
+        """The sum over rows of the mean over patches."""
+        projected = head(found.permute(0, 2, 3, 1)).float().permute(0, 3, 1, 2)
+        grid = target.shape[1:3]
+        if projected.shape[2:] != grid:
+            smaller = projected.shape[2] > grid[0] or projected.shape[3] > grid[1]
+            projected = torch.nn.functional.interpolate(projected, grid, mode="bilinear", antialias=smaller)
+        projected, target = projected.permute(0, 2, 3, 1), target.float()
+        away = 1 - torch.nn.functional.cosine_similarity(projected, target, dim=-1)
+        apart = torch.nn.functional.smooth_l1_loss(projected, target, reduction="none").mean(dim=-1)
+        return (self.loss.cosine * away + self.loss.smooth_l1 * apart).mean(dim=(1, 2)).sum()
+
+
+def make(loss: Loss, models: Models) -> Dense | None:
+    """The term of a config. Raises UserError if a teacher that it names, or every teacher, has no patches."""
+    if loss.dense is None:
+        return None
+    grids = {name: teacher.patches for name, teacher in models.teachers.items() if teacher.patches is not None}
+    wanted = [*grids] if loss.dense.teachers is None else loss.dense.teachers
+    if missing := [name for name in wanted if name not in grids]:
+        raise UserError(
+            f"loss.dense: teacher {missing[0]} has no patches; those with patches are: {', '.join(grids) or 'none'}."
+        )
+    if not wanted:
+        raise UserError(
+            "loss.dense needs layers patches/TEACHER, and the datasets have none. Set `patches` of a teacher in the "
+            "config of `reinforce run`, and run it; or use `loss.targets: online`."
+        )
+    return Dense(loss.dense, {name: grids[name] for name in wanted})

@@ -1,0 +1,222 @@
+"""The dense term: against plain loops, its memory, and trainings with online teachers of patches."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import reinforce
+from reinforce import settings
+from reinforce.errors import UserError
+from reinforce.student.config import DenseLoss, Loss, StudentConfig
+from reinforce.student.config import Student as StudentSpec
+from reinforce.student.model import build_student
+from reinforce.student.task import StudentTask
+from reinforce.student.teachers import IMAGES, TEXTS, TeacherInfo
+from reinforce.student.terms import dense
+from reinforce.student.terms.base import MAP, Models
+from reinforce.student.terms.registry import Terms, make_terms
+from reinforce.student.train import build
+from teachers.patches.maps import features_and_map
+from teachers.preprocessing.pixels import to_pixels
+from teachers.runtime.accelerator import Accelerator
+from tests.helpers.data import config_of, members_of, write_tar
+from tests.helpers.reinforced import reinforce_here
+from tests.helpers.students import batch, student_config, student_folder
+from tests.helpers.trainings import curve
+
+TEACHER = {"class": "tests.helpers.models.patches:Cells", "options": {"rows": 4, "columns": 4, "channels": 5}}
+BLIND = {"class": "tests.helpers.models:ColorTeacher"}
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def loss_of(term: dense.Dense, found: torch.Tensor, target: torch.Tensor, head: torch.nn.Module) -> torch.Tensor:
+    [value] = term.losses_of_rows(
+        {MAP: found}, {"dino": {"patches": target}}, torch.nn.ModuleDict({"dino/patches": head})
+    ).values()
+    return value
+
+
+def by_loops(found: np.ndarray, target: np.ndarray, cosine: float, smooth_l1: float) -> float:
+    """The definition, patch by patch, of projected maps at the teacher's grid."""
+    total = 0.0
+    for one, other in zip(found.reshape(-1, found.shape[-1]), target.reshape(-1, target.shape[-1]), strict=True):
+        away = 1 - float(one @ other) / math.sqrt(float(one @ one) * float(other @ other))
+        apart = [abs(float(difference)) for difference in one - other]
+        total += cosine * away + smooth_l1 * sum(x * x / 2 if x < 1 else x - 0.5 for x in apart) / len(apart)
+    return total / (found.size / found.shape[-1])
+
+
+@pytest.mark.parametrize("grid", [(3, 4), (5, 7), (2, 2)])
+def test_the_loss_is_that_of_its_definition(grid: tuple[int, int]) -> None:
+    term = dense.Dense(DenseLoss(weight=2.0), {"dino": (*grid, 6)})
+    found, target, head = random(5, 8, 3, 4), 3 * random(5, *grid, 6, seed=1), torch.nn.Linear(8, 6)
+    projected = torch.einsum("nchw,dc->ndhw", found, head.weight) + head.bias[:, None, None]
+    smaller = grid[0] < 3 or grid[1] < 4
+    at_grid = torch.nn.functional.interpolate(projected, grid, mode="bilinear", antialias=smaller)
+    expected = by_loops(at_grid.permute(0, 2, 3, 1).detach().numpy(), target.numpy(), 0.9, 0.1)
+    assert loss_of(term, found, target, head).item() == pytest.approx(2 * expected, rel=1e-4)
+    assert loss_of(term, found, target.half(), head).item() == pytest.approx(2 * expected, rel=1e-2)
+
+
+def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    term = dense.Dense(DenseLoss(weight=1.0), {"dino": (6, 6, 5)})
+    target, head = random(7, 6, 6, 5, seed=1), torch.nn.Linear(8, 5)
+    results = []
+    for chunk in (dense.CHUNK, 2 * 6 * 6 * 5, 1):
+        monkeypatch.setattr(dense, "CHUNK", chunk)
+        found = random(7, 8, 3, 3).requires_grad_()
+        value = loss_of(term, found, target, head)
+        results.append((value.detach(), *torch.autograd.grad(value, [found, *head.parameters()])))
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0])
+
+
+def peak_bytes(run: Any) -> int:
+    """The most bytes of tensors that are alive during a call, beside those before it."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    peak = alive = 0
+    for event in profile.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            alive += event.nbytes()
+            peak = max(peak, alive)
+    return peak
+
+
+def test_a_batch_of_256_needs_less_than_a_gigabyte() -> None:
+    """Also with the map and the target, of which the gradient of the map and chunks remain beside them."""
+    term = dense.Dense(DenseLoss(weight=1.0), {"dino": (14, 14, 768)})
+    target, head = torch.zeros(256, 14, 14, 768, dtype=torch.float16), torch.nn.Linear(384, 768)
+    target[:] = random(768)
+    found = random(256, 384, 14, 14).requires_grad_()
+    given = found.nbytes + target.nbytes
+    assert found.nbytes < peak_bytes(lambda: loss_of(term, found, target, head).backward()) < 10**9 - given
+
+
+@pytest.mark.parametrize(("kind", "stage"), [("vit", -1), ("vit", 0), ("mobileclip", -1), ("mobileclip", 1)])
+def test_a_student_learns_from_the_map_of_any_stage(tmp_path: Path, kind: str, stage: int) -> None:
+    info = TeacherInfo(5, frozenset([IMAGES]), None, "", (3, 5, 6))
+    loss = settings.parse(Loss, {"lambda": 0.0, "dense": {"weight": 1.0, "stage": stage}})
+    terms = make_terms(loss, Models({"dino": info}))
+    name = student_folder(tmp_path, kind)
+    student = build_student(StudentSpec(model=name), seed=0, terms=terms)
+    plain = build_student(StudentSpec(model=name), seed=0)
+    made = batch(student.image.height)
+    target = random(4, 3, 5, 6, seed=2)
+    made["targets"] = {"dino": {"patches": target}}
+    student.eval()
+    encoded = student(made)
+    assert encoded.features.keys() == {"image", "caption", "synthetic"}
+    with torch.no_grad():
+        torch.testing.assert_close(encoded.features["image"], plain.eval()(made).features["image"])
+        pixels = to_pixels(made["image"], student.image)
+        _, found = features_and_map(student.clip.visual, pixels, stage)
+        projected = student.heads["dino/patches"](found.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        smaller = found.shape[2] > 3 or found.shape[3] > 5
+        at_grid = torch.nn.functional.interpolate(projected, (3, 5), mode="bilinear", antialias=smaller)
+    expected = by_loops(at_grid.permute(0, 2, 3, 1).numpy(), target.numpy(), 0.9, 0.1)
+    assert encoded.losses["dense/dino"].item() == pytest.approx(expected, rel=1e-3)
+    encoded.losses["dense/dino"].backward()
+    first = next(student.clip.visual.parameters())
+    assert first.grad is not None
+    assert first.grad.abs().sum() > 0
+
+
+def test_other_heads_start_as_without_the_term(tmp_path: Path) -> None:
+    info = TeacherInfo(5, frozenset([IMAGES]), None, "", (3, 5, 6))
+    name = student_folder(tmp_path, "mobileclip")
+    made = []
+    for extra in ({}, {"dense": 1.0}):
+        terms = make_terms(settings.parse(Loss, {"lambda": 0.5, "features": "all", **extra}), Models({"dino": info}))
+        student = build_student(StudentSpec(model=name), seed=0, terms=terms)
+        made.append({key: value for key, value in student.state_dict().items() if "patches" not in key})
+    for key, value in made[0].items():
+        assert torch.equal(value, made[1][key]), key
+
+
+def test_a_student_without_such_a_stage_is_refused(tmp_path: Path) -> None:
+    info = TeacherInfo(5, frozenset([IMAGES]), None, "", (3, 5, 6))
+    terms = Terms([dense.Dense(DenseLoss(weight=1.0, stage=9), {"dino": info.patches or (0, 0, 0)})])
+    with pytest.raises(UserError, match=r"loss\.dense\.stage: CLIP, stage 9 gives no patches for images of 32 x 32"):
+        build_student(StudentSpec(model=student_folder(tmp_path)), seed=0, terms=terms)
+
+
+def test_teachers_without_patches_are_refused() -> None:
+    plain = TeacherInfo(8, frozenset([IMAGES, TEXTS]), 70.0, "")
+    for loss, message in (
+        ({"dense": 1.0}, r"loss\.dense needs layers patches/TEACHER, and the datasets have none"),
+        ({"dense": {"weight": 1.0, "teachers": ["vit"]}}, r"teacher vit has no patches; those with patches are: none"),
+    ):
+        with pytest.raises(UserError, match=message):
+            make_terms(settings.parse(Loss, loss), Models({"vit": plain}))
+    with pytest.raises(UserError, match="`cosine` and `smooth_l1` are both 0"):
+        settings.parse(Loss, {"dense": {"weight": 1.0, "cosine": 0, "smooth_l1": 0}})
+
+
+def test_a_checkpoint_of_before_has_the_same_config() -> None:
+    assert "dense" not in Loss().model_dump()
+    assert Loss(dense=DenseLoss(weight=2.0)).model_dump()["dense"]["weight"] == 2.0
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("dataset")
+    write_tar(folder / "source" / "0.tar", members_of(0, 12))
+    return reinforce_here(config_of(f"{folder}/source/*.tar", folder / "reinforced", teachers={"red": BLIND}))
+
+
+def online(tmp_path: Path, dataset: str, loss: dict[str, Any], teachers: Any, **sections: Any) -> StudentConfig:
+    loss = {"targets": "online", "teachers": teachers, **loss}
+    return student_config(tmp_path, dataset, "mobileclip", loss=loss, **sections)
+
+
+def test_patches_alone_train_the_image_tower_without_vectors(tmp_path: Path, dataset: str) -> None:
+    config = online(
+        tmp_path, dataset, {"lambda": 0.0, "dense": 1.0}, {"cells": TEACHER}, data={"captions": "none"},
+        train={"steps": 12, "batch": 8, "optimizer": {"lr": 0.01, "warmup": 0}},
+    )  # fmt: skip
+    task, feed = build(config, Accelerator("cpu"))
+    made = next(iter(feed.batches(0, 1, 8, 0)))
+    crops = made["crops"]["cells"]
+    prepared = task.prepare(made)
+    assert {name: {*of} for name, of in prepared["targets"].items()} == {"cells": {"patches"}}
+    side = crops.shape[1] // 4
+    corner = (crops[:, :side, -side:].float() / 255 * 2 - 1).mean((1, 2))
+    torch.testing.assert_close(prepared["targets"]["cells"]["patches"][:, 0, 3, :3], corner, rtol=0, atol=0.02)
+    assert "teacher cells: 4 x 4 patches of 5 dimensions" in task.notes
+    trained = reinforce.train(config)
+    losses = curve(Path(trained.output))
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_patches_are_learnt_beside_the_other_losses(tmp_path: Path, dataset: str) -> None:
+    teachers = {"cells": {**TEACHER, "logit_scale": 40.0}, "blind": {**BLIND, "logit_scale": 40.0}}
+    task, feed = build(online(tmp_path, dataset, {"lambda": 0.5, "dense": 0.5}, teachers), Accelerator("cpu"))
+    prepared = task.prepare(next(iter(feed.batches(0, 1, 8, 0))))
+    assert {name: {*of} for name, of in prepared["targets"].items()} == {
+        "cells": {"image", "caption", "synthetic", "patches"},
+        "blind": {"image", "caption", "synthetic"},
+    }
+    encoded = task.model(prepared)
+    assert {*task.losses(encoded, prepared), *encoded.losses} == {
+        f"{term}/{kind}" for term in ("clip", "distill") for kind in ("caption", "synthetic")
+    } | {"dense/cells"}
+    assert (
+        "teacher cells: similarities, logit scale 40 (config: loss.teachers); 4 x 4 patches of 5 dimensions"
+        in task.notes
+    )
+
+
+def test_an_online_teacher_without_patches_is_refused_by_name(tmp_path: Path, dataset: str) -> None:
+    loss = {"lambda": 0.0, "dense": {"weight": 1.0, "teachers": ["blind"]}}
+    with pytest.raises(UserError, match=r"loss\.dense: teacher blind: ColorTeacher has no patches: add a method"):
+        StudentTask(online(tmp_path, dataset, loss, {"blind": BLIND}))
