@@ -173,6 +173,12 @@ def evaluate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:0 or mps.")] = "auto",
     precision: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="Precision of the forward pass.")] = "fp32",
     json_: JsonFile = None,
+    page: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="HTML page with segmentations of sets with masks, of all models side by side."
+        ),
+    ] = None,
     suite: Annotated[
         Suite | None,
         typer.Option(help="Instead of sets of your own, the published sets of a suite."),
@@ -206,7 +212,7 @@ def evaluate(
     from reinforce.evaluation.command import build_evaluation, evaluate_models
     from reinforce.model_names import resolve_models
 
-    own = {"config": config, "zero-shot": zero_shot, "retrieval": retrieval, "limit": limit}
+    own = {"config": config, "zero-shot": zero_shot, "retrieval": retrieval, "limit": limit, "page": page}
     if suite is None and (data or sets_ or compare or workers or address or allow_missing):
         raise UserError(
             "--data, --sets, --compare, --workers, --address and --allow-missing belong to --suite, and none is given."
@@ -229,7 +235,7 @@ def evaluate(
         resolve_models(models, pretrained, teachers=suite in (None, *TEXTLESS)) as specs,
     ):
         if suite is None:
-            report = evaluate_models(specs, evaluation, device, precision)
+            report = evaluate_models(specs, evaluation, device, precision, page)
         else:
             from reinforce.evaluation.suite.run import evaluate_suite
 

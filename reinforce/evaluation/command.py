@@ -61,13 +61,19 @@ def evaluate_models(
     evaluation: EvaluationCommand,
     device: str,
     precision: Precision,
+    page: str | None = None,
 ) -> Report:
-    """Evaluate each model, one in memory at a time. Raises UserError."""
+    """Evaluate each model, one in memory at a time, and write ``page`` with segmentations. Raises UserError."""
+    if page is not None and not evaluation.segmentation:
+        raise UserError(
+            "--page shows segmentations, and no set has masks. Add one: --set segmentation.NAME.images=URL."
+        )
     use_accelerator(evaluation.accelerator)
+    from reinforce.evaluation.dense.page import SHOWN, write_page
     from reinforce.evaluation.encoding import load_encoders
     from reinforce.evaluation.evaluator import Evaluator
 
-    evaluator = Evaluator(evaluation)
+    evaluator = Evaluator(evaluation, shown=SHOWN if page else 0)
     results: dict[str, Result] = {}
     for name, model, accelerator in load_encoders(specs, device, precision, available_cores()):
         if not results:
@@ -76,7 +82,10 @@ def evaluate_models(
         results[name] = replace(result, metrics=evaluation.combine([result.metrics]))
     for line in problem_lines(snapshot()):
         Screen().log(line)
-    return Report(results)
+    report = Report(results)
+    if page is not None:
+        write_page(report, page)
+    return report
 
 
 def _with_limit(one: Any, limit: int) -> Any:

@@ -39,12 +39,13 @@ class Evaluator:
     """Evaluates models on the sets of a config, which are checked once, at construction.
 
     Those of the user that fit into ``config.memory`` stay decoded between evaluations. ``only`` are the names of the
-    sets that are used, such as ``zero_shot/imagenet``; default: all. Raises UserError for a faulty set: a missing
-    folder or shard, labels that do not match the classes, invalid templates.
+    sets that are used, such as ``zero_shot/imagenet``; default: all. ``shown`` is that of ``Models``. Raises UserError
+    for a faulty set: a missing folder or shard, labels that do not match the classes, invalid templates.
     """
 
-    def __init__(self, config: Evaluation, only: Collection[str] | None = None) -> None:
+    def __init__(self, config: Evaluation, only: Collection[str] | None = None, shown: int = 0) -> None:
         self.config = config
+        self._shown = shown
         self._threads = config.threads or available_cores()
         budget = CacheBudget(config.memory)
         self._own: list[tuple[ImageSet, ImageBatches]] = []
@@ -74,7 +75,7 @@ class Evaluator:
         suite that cannot be used; with ``keep_going`` this set has failed, too.
         """
         result = Result({}, {})
-        models = Models({_MODEL: model}, accelerator, self.config.batch, self._threads, short=True)
+        models = Models({_MODEL: model}, accelerator, self.config.batch, self._threads, short=True, shown=self._shown)
         for image_set, images in self._own:
             outcome = evaluate_set(image_set, images, models)
             if not outcome.images:

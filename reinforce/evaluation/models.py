@@ -23,7 +23,8 @@ from teachers.spec import ModelSpec
 class Models:
     """Models by name, on one accelerator. ``not_finite`` is of one set.
 
-    ``short`` says that published sets whose metrics need a training take its short schedule.
+    ``short`` says that published sets whose metrics need a training take its short schedule. ``shown`` is the number of
+    images whose segmentations are drawn.
     """
 
     encoders: Mapping[str, Encoder]
@@ -33,6 +34,7 @@ class Models:
     weights: dict[tuple[str, ...], torch.Tensor] = field(default_factory=dict)  # classifiers; ImageNet's sets share one
     not_finite: NotFinite = field(default_factory=NotFinite)
     short: bool = False
+    shown: int = 0
 
     def encode_images(self, images: ImageBatches) -> Iterator[tuple[dict[str, torch.Tensor], list[Any]]]:
         """Yield float32 [B, dim] of unit norm by model, on the device, and the targets of each batch.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,11 +34,23 @@ def name_refused(refused: Sequence[Refusal]) -> str:
 
 
 @dataclass(frozen=True)
+class Segmented:
+    """A test image, its true classes and those that a model finds, as WebP, and the share of right pixels."""
+
+    key: str
+    image: bytes
+    true: bytes
+    found: bytes
+    right: float
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What a set gives: ``metrics`` by model, the number of ``samples``, those ``refused``, and the ``classes``.
 
     ``failed`` has the reason why a model has no metrics; ``content`` is the digest of what was read. ``published`` is
-    the number of images of a published set, ``note`` what the user should know about the images.
+    the number of images of a published set, ``note`` what the user should know about the images. ``segmented`` are
+    pictures of segmentations by model, as many as ``Models.shown``.
     """
 
     metrics: dict[str, Metrics]
@@ -49,6 +61,7 @@ class Outcome:
     content: str = ""
     published: int | None = None
     note: str = ""
+    segmented: Mapping[str, Sequence[Segmented]] = field(default_factory=dict)
 
     @property
     def images(self) -> int:

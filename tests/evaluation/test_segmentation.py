@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,15 @@ from PIL import Image
 
 from reinforce import settings
 from reinforce.errors import UserError
-from reinforce.evaluation.command import EvaluationCommand
+from reinforce.evaluation.command import EvaluationCommand, evaluate_models
 from reinforce.evaluation.config import Evaluation
-from reinforce.evaluation.evaluator import Evaluator
+from reinforce.evaluation.evaluator import Evaluator, evaluate_set
+from reinforce.evaluation.images import ImageBatches
 from reinforce.evaluation.kinds import segmentation
+from reinforce.evaluation.kinds.segmentation import SegmentationSet
+from reinforce.evaluation.models import Models
 from reinforce.evaluation.suite.run import evaluate_suite
+from reinforce.input_config import Limits
 from teachers.open_clip.teacher import ImageEncoder
 from teachers.spec import ModelSpec
 from tests.helpers.evaluation import CPU, ConstantEncoder, NanEncoder, load_spec, load_teacher, make_evaluator
@@ -208,6 +213,44 @@ def test_a_training_takes_the_short_schedule_of_the_suite(tmp_path: Path, monkey
     clip = load_teacher(tiny_models.open_clip_model(tmp_path / "model"))._model
     result = evaluator.evaluate(ImageEncoder(clip, load_spec(clip), CPU), CPU)
     assert [*result.metrics] == ["dense/voc2012/miou"]
+
+
+def test_a_page_shows_the_segmentations_of_all_models(tmp_path: Path) -> None:
+    write_voc(tmp_path / "voc", {"train": 3, "val": 2})
+    names = {f"<{seed}>": tiny_models.open_clip_model(tmp_path / str(seed), seed=seed) for seed in (0, 1)}
+    specs = {name: ModelSpec(model=model) for name, model in names.items()}
+    masks = {"images": str(tmp_path / "voc"), **FAST, "steps": 2}
+    report = evaluate_models(
+        specs, suite_command(segmentation={"voc": masks}), "cpu", "fp32", str(tmp_path / "page.html")
+    )
+    for result in report.results.values():
+        [outcome] = result.sets.values()
+        [shown] = outcome.segmented.values()
+        assert [one.key for one in shown] == ["2007_100000", "2007_100001"]
+        pixels, labels = scene(1000)
+        true = np.asarray(Image.open(io.BytesIO(shown[0].true)), np.int16)
+        assert true.shape == pixels.shape
+        ground, ignored = labels == 0, np.zeros_like(labels, bool)
+        ground[:, :4], ignored[:, :1] = False, True  # the border of the mask is ignored
+        assert np.abs(true[ignored] - pixels[ignored]).mean() < 12
+        assert true[ground].mean() < 0.6 * pixels[ground].mean()
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("data:image/webp;base64,") == 2 * (2 + 2)
+    assert "&lt;1&gt;" in page
+    assert "<1>" not in page
+    with pytest.raises(UserError, match="--page shows segmentations, and no set has masks"):
+        evaluate_models(specs, suite_command(), "cpu", "fp32", str(tmp_path / "page.html"))
+
+
+def test_one_model_without_patches_costs_the_others_nothing(tmp_path: Path) -> None:
+    write_voc(tmp_path, {"train": 3, "val": 2})
+    masks = SegmentationSet(images=str(tmp_path), **{**FAST, "steps": 2})
+    assert segmentation.KIND.open_own is not None
+    opened = segmentation.KIND.open_own(masks, "set", Limits(), ())
+    models = Models({"good": PatchColours(), "bad": ConstantEncoder()}, CPU, 4, 2)
+    outcome = evaluate_set(opened, ImageBatches(opened.examples, policy=opened.policy), models)
+    assert {*outcome.metrics} == {"good"}
+    assert {*outcome.failed} == {"bad"}
 
 
 def test_nan_encoder_is_no_dense_model(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -18,12 +18,13 @@ from pydantic import Field
 from reinforce.errors import UserError
 from reinforce.evaluation.dense.crops import covering, random_crop, squashed
 from reinforce.evaluation.dense.masks import LAYOUTS, LayoutName, Pair, list_pairs, read_mask, recognise
+from reinforce.evaluation.dense.page import draw
 from reinforce.evaluation.images import ImageBatches
 from reinforce.evaluation.kinds.base import ImageSet, OwnSet, SetKind
 from reinforce.evaluation.kinds.files import SetFiles
 from reinforce.evaluation.reading import LabelledImage
 from reinforce.evaluation.registry import SuiteSet
-from reinforce.evaluation.report import Metrics, Outcome
+from reinforce.evaluation.report import Metrics, Outcome, Segmented
 from reinforce.images.policy import PUBLISHED_POLICY, ImageRefused
 from reinforce.input_config import Limits
 from reinforce.processes.prefetch import prefetch
@@ -189,24 +190,38 @@ def _open(one: SuiteSet, files: SetFiles) -> ImageSet:
 KIND = SetKind("segmentation", _open, section="segmentation", open_own=_open_own)
 
 
+class _Measured(NamedTuple):
+    """Metrics and pictures by model."""
+
+    metrics: dict[str, Metrics]
+    segmented: Mapping[str, Sequence[Segmented]]
+
+
 def _score(masks: _Masks, models: Models, images: ImageBatches) -> Outcome:
     """The metrics of heads that are trained for each model. What cannot be used has failed, with the reason."""
     segmenters: dict[str, Segmenter] = {}
     failed: dict[str, str] = {}
     refused: dict[str, Refusal] = {}
-    metrics: dict[str, Metrics] = {}
+    measured = _Measured({}, {})
     try:
         for name, encoder in models.encoders.items():
             try:
                 segmenters[name] = _train(masks, encoder, models, images, refused)
             except ValueError as error:  # of a model without patches, or without those of this size
                 failed[name] = str(error)
-        metrics = _measure(masks, segmenters, models, images)
+        measured = _measure(masks, segmenters, models, images)
     except UserError as error:  # of masks: the set is of no use to any model
         if not models.encoders:
             raise
         failed = dict.fromkeys(models.encoders, str(error))
-    return Outcome({} if failed else metrics, masks.images, [*refused.values(), *images.refused], masks.classes, failed)
+    return Outcome(
+        measured.metrics,
+        masks.images,
+        [*refused.values(), *images.refused],
+        masks.classes,
+        failed,
+        segmented=measured.segmented,
+    )
 
 
 def _train(
@@ -273,29 +288,36 @@ def _crops(
                 )
 
 
-def _measure(
-    masks: _Masks, segmenters: Mapping[str, Segmenter], models: Models, images: ImageBatches
-) -> dict[str, Metrics]:
-    """The metrics of all models on the test part."""
+def _measure(masks: _Masks, segmenters: Mapping[str, Segmenter], models: Models, images: ImageBatches) -> _Measured:
+    """Measure all models on the test part."""
     import torch
 
     from reinforce.evaluation.dense.head import confusion, mean_iou, most_likely
 
     views = {(one.size, one.stride is None) for one in segmenters.values()}
 
-    def load(image: Image.Image, pair: Pair) -> tuple[dict[Any, np.ndarray], np.ndarray]:
+    def load(image: Image.Image, pair: Pair) -> tuple[dict[Any, np.ndarray], np.ndarray, str, Image.Image]:
         pixels = {view: (squashed if view[1] else covering)(image, view[0]) for view in views}
-        return pixels, masks.mask(pair, image.size)
+        return pixels, masks.mask(pair, image.size), pair.key, image
 
     put, device = models.accelerator.put, models.accelerator.device
     shape = masks.classes, masks.classes
     counts = {name: torch.zeros(shape, dtype=torch.int64, device=device) for name in segmenters}
     tested = images.whole(load, 2 * models.threads, models.threads, lambda pair: bool(segmenters) and not pair.training)
-    for pixels, labels in tested:
+    segmented: dict[str, list[Segmented]] = {name: [] for name in segmenters}
+    for pixels, labels, key, image in tested:
         for name, one in segmenters.items():
             logits, features = one.logits(put(pixels[one.size, one.stride is None]))
             models.not_finite.add(name, "patch", features)
-            counts[name] += confusion(most_likely(logits, labels.shape), put(labels), masks.classes)
+            found = most_likely(logits, labels.shape)
+            of_image = confusion(found, put(labels), masks.classes)
+            counts[name] += of_image
+            if len(segmented[name]) < models.shown:
+                right = float(of_image.diagonal().sum() / of_image.sum().clamp(min=1))
+                segmented[name].append(draw(key, image, labels, found.cpu().numpy(), right))
     if segmenters and not all(int(found.sum()) for found in counts.values()):
         raise UserError(f"{masks.name}: no pixel of the test part has a class: every image or pixel is left out.")
-    return {name: dict(zip(masks.config.scores, mean_iou(found), strict=True)) for name, found in counts.items()}
+    measured = _Measured({}, segmented)
+    for name, found in counts.items():
+        measured.metrics[name] = dict(zip(masks.config.scores, mean_iou(found), strict=True))
+    return measured
