@@ -22,18 +22,16 @@ from reinforce.student.quantize import can_quantize, freeze_batch_norms, merge, 
 from reinforce.student.teachers import CAPTION, IMAGE, SYNTHETIC
 from reinforce.student.terms.base import MAP, module_name, scale_name, unit
 from reinforce.student.terms.registry import Terms
-from reinforce.student.towers import Plan, Source, join_towers, plan_towers, tower_of
+from reinforce.student.towers import Plan, Source, join_towers, map_width, plan_towers, tower_of
 from reinforce.training.task import Batch, Encoded
 from teachers.open_clip import catalog
 from teachers.open_clip.building import write_open_clip
 from teachers.open_clip.options import OpenClipOptions, stated_preprocess
 from teachers.open_clip.released import MIXER
 from teachers.open_clip.teacher import FUSED, image_spec, load_model, model_name, random_model
-from teachers.patches.encoder import encoder_of_model
 from teachers.patches.maps import features_and_map
 from teachers.preprocessing.pixels import to_pixels
 from teachers.protocols import ImageSpec
-from teachers.runtime.accelerator import Accelerator
 from teachers.spec import ModelSpec
 
 _LOG = logging.getLogger(__name__)
@@ -71,7 +69,7 @@ class Student(torch.nn.Module):
         self.terms = terms or Terms()
         self.heads = torch.nn.ModuleDict(self.terms.heads(config["embed_dim"]))
         if (stage := self.terms.stage()) is not None:
-            self.heads.update(self.terms.map_heads(_map_width(clip, image, stage)))
+            self.heads.update(self.terms.map_heads(map_width(clip, image, stage)))
         self.scales = torch.nn.ModuleDict(
             {module_name(teacher): _LearntScale(start) for teacher, start in self.terms.scales().items()}
         )
@@ -207,18 +205,6 @@ class _LearntScale(torch.nn.Module):
 
     def forward(self) -> torch.Tensor:
         return self.logit_scale.exp()
-
-
-def _map_width(clip: Any, image: ImageSpec, stage: int) -> int:
-    """Channels of the map after a stage of the image tower. Raises UserError if there is none."""
-    training = clip.visual.training
-    clip.visual.eval()  # batch statistics stay
-    try:
-        return encoder_of_model(clip, image, Accelerator("cpu"), stage).dim
-    except ValueError as error:
-        raise UserError(f"loss.dense.stage: {error}") from error
-    finally:
-        clip.visual.train(training)
 
 
 def build_student(

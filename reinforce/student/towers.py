@@ -12,8 +12,12 @@ from typing import Any, Literal
 import open_clip
 import torch
 
+from reinforce.errors import UserError
 from teachers.open_clip import catalog
 from teachers.open_clip.teacher import image_spec, random_model
+from teachers.patches.encoder import encoder_of_model
+from teachers.protocols import ImageSpec
+from teachers.runtime.accelerator import Accelerator
 
 Tower = Literal["image", "text"]
 _LOGITS = "logit_"
@@ -142,3 +146,15 @@ def _check_dimensions(clip: Any, plan: Plan) -> None:
                 f"the {tower} tower of {getattr(plan, tower).name} has no last layer, so it keeps its {found} "
                 f"dimensions and cannot have {plan.config['embed_dim']}: choose another one"
             )
+
+
+def map_width(clip: Any, image: ImageSpec, stage: int) -> int:
+    """Channels of the map after a stage of the image tower. Raises UserError if there is none."""
+    training = clip.visual.training
+    clip.visual.eval()  # batch statistics stay
+    try:
+        return encoder_of_model(clip, image, Accelerator("cpu"), stage).dim
+    except ValueError as error:
+        raise UserError(f"loss.dense.stage: {error}") from error
+    finally:
+        clip.visual.train(training)
