@@ -21,6 +21,7 @@ from reinforce.dataset.layers import (
     compute_fingerprint,
     inputs_of,
     mapping_at,
+    model_of,
     scores_layer,
 )
 from reinforce.dataset.scoring.base import Scorer
@@ -72,7 +73,12 @@ class Scores(LayerKind):
                     raise UserError(f"scores.{name}: {error}") from error
             if TRUE_CAPTION in map(inputs_of, inputs):
                 config.input.require_captions(f"scores.{name}")
-            if missing := [need for need in wanted if need not in known]:
+            missing = [need for need in wanted if need not in known]
+            for need in missing:
+                if model_of(need) in config.teachers and (side := inputs_of(need)) in ("images", TRUE_CAPTION):
+                    what = "images" if side == "images" else "texts"
+                    raise UserError(f"scores.{name}: teacher {model_of(need)} encodes no {what}. Name one that does.")
+            if missing:
                 raise UserError(
                     f"scores.{name}: {', '.join(missing)} is no layer of this config. Name its teacher in `teachers`, "
                     "and the captioner of its texts in `captioners`."

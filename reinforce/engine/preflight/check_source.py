@@ -36,6 +36,7 @@ from reinforce.terminal import plural
 
 _READ_ITEMS = 64  # samples and refusals at the beginning of a shard, among which one sample must be readable
 _READ_BYTES = 64 * 2**20  # in addition to the largest image
+_EQUAL_IMAGES = 4  # the first samples, of which one image should differ
 _CAPTION_CHARS = 60
 _PILLOW_C_HEADERS = (b"WEBP", b"ftyp")  # at byte 8 and 4: formats whose headers are parsed in C
 
@@ -50,6 +51,7 @@ class FirstSample:
     captions: Sequence[str]
     several: SeveralCaptions | None = None
     key_of_row: bool = False  # the key was made of the shard's name, and so of the URL
+    equal: int = 0  # the number of the first samples, if they have one image
 
     @property
     def caption(self) -> str | None:
@@ -69,7 +71,7 @@ class FirstSample:
         encoded = any(layer.texts == TRUE_CAPTION for layer in plan.layers.values())
         if self.caption is None and fields and encoded:
             why = self.raw.why_no_caption(fields)
-            notes.append(f"{self._place()}: {why}; set input.captions to where captions are, or to []")
+            notes.append(f"{self._place()}: {why}; set input.captions to where captions are, or to none")
         if REPLACED in (self.caption or ""):
             notes.append(f"{self._place()}: its caption has bytes that are not UTF-8, which become U+FFFD")
         if encoded and self.several and (note := self._several_note(plan.config)):
@@ -80,6 +82,8 @@ class FirstSample:
                 "and captions if the files are read from another place; name a column in input.key, or state `moved` "
                 "after a move"
             )
+        if self.equal and not (self.several and self.several.rows):
+            notes.append(f"{canonical(self.url)}: the first {self.equal} samples have the same image; check the source")
         images = [*filter(is_image_name, self.raw.members)]
         if len(images) > 1:
             listed = ", ".join(f".{extension}" for extension in images[:5])
@@ -285,8 +289,19 @@ def _sample_of(shard: Shard, config: Config, budget: ReadBudget) -> FirstSample 
         with contextlib.suppress(Exception):  # each driver has its own; reading the sample did not raise
             several = find_several(shard, config.input, [item])
         own = find_format(shard.format).is_table and item.key.startswith(f"{shard.name}-")
-        return FirstSample(shard.url, item, size, item.captions(config.input), several, own)
+        equal = _equal_images(shard, config)
+        return FirstSample(shard.url, item, size, item.captions(config.input), several, own, equal)
     return _describe(refusals, find_format(shard.format))
+
+
+def _equal_images(shard: Shard, config: Config) -> int:
+    """The number of the first samples if they all have one image, else 0."""
+    with contextlib.suppress(Exception):  # each driver has its own; reading the first sample did not raise
+        budget = ReadBudget(_EQUAL_IMAGES * config.input.limits.image_bytes)
+        samples = itertools.islice(read_samples(shard, config.input, budget), _EQUAL_IMAGES)
+        images = [item.image for item in samples if isinstance(item, RawSample)]
+        return len(images) if len(images) > 1 and len({*images}) == 1 else 0
+    return 0
 
 
 def _describe(refusals: Sequence[Refusal], format_: SourceFormat) -> str:

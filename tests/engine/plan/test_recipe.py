@@ -49,6 +49,9 @@ def test_teachers_with_one_side_have_that_sides_layers_only() -> None:
     teachers = {"eye": {"class": "tests.helpers.models:ImageOnly"}, "ear": {"class": "tests.helpers.models:TextOnly"}}
     layers = {name for name in layers_for(teachers=teachers) if name.startswith("embeddings/")}
     assert layers == {"embeddings/eye/images", "embeddings/ear/caption", "embeddings/ear/namer"}
+    for name, missing in (("eye", "texts"), ("ear", "images")):
+        with pytest.raises(UserError, match=rf"scores\.fit: teacher {name} encodes no {missing}\. Name one that does"):
+            layers_for(teachers=teachers, scores={"fit": {"similarity": name}})
 
 
 def test_images_alone_have_the_rows_of_no_captions_and_no_layer_of_captions_of_the_source() -> None:

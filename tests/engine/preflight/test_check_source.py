@@ -104,6 +104,17 @@ def test_a_source_of_which_no_probed_file_can_be_read_is_a_user_error(tmp_path: 
     assert notes == []
 
 
+def test_images_that_are_all_equal_are_reported(tmp_path: Path) -> None:
+    def notes(*images: bytes) -> list[str]:
+        members = [(f"{number}.png", image) for number, image in enumerate(images)]
+        path = write_tar(tmp_path / "x.tar", members)
+        return probe(config(tmp_path, str(path), input={"captions": "none"}))[1]
+
+    [note] = notes(*[picture(1)] * 6)
+    assert note == f"{tmp_path}/x.tar: the first 4 samples have the same image; check the source"
+    assert notes(picture(1), picture(1), picture(2)) == notes(picture(1)) == []
+
+
 def test_unreadable_reinforcements_are_reported_under_their_config_key(tmp_path: Path) -> None:
     write_published(tmp_path, [source_members(ALL[0])], [published_members(ALL[0])])
     values = published_config(tmp_path, reinforcements=f"{tmp_path}/nowhere/00000.tar")
@@ -143,7 +154,7 @@ def test_a_first_sample_without_a_caption_is_noted_if_captions_are_encoded(tmp_p
     values = config(tmp_path, f"{tmp_path}/x.tar")
     [note] = probe(values)[1]
     assert note.startswith(f"the first sample of {tmp_path}/x.tar, a: no caption: looked for .txt, json:caption; ")
-    assert note.endswith("the sample has .png, .text; set input.captions to where captions are, or to []")
+    assert note.endswith("the sample has .png, .text; set input.captions to where captions are, or to none")
     sample, notes = probe({**values, "input": {"captions": ["text"]}})
     assert (sample.caption, notes) == ("a cat", [])
     assert probe({**values, "teachers": {"eye": {"class": "tests.helpers.models:ImageOnly"}}})[1] == []
@@ -269,7 +280,7 @@ def test_the_first_sample_of_a_table_is_shown_and_what_is_not_there_is_one_error
     sample, [note, of_key] = probe(config(tmp_path, path))
     name = make_plan(parse_config(config(tmp_path, path))).pending[0].name
     assert sample.line() == f"first sample: {name}-00000000 (.png, 40 x 30), no caption"
-    assert note.endswith("the row has image, title; set input.captions to where captions are, or to []")
+    assert note.endswith("the row has image, title; set input.captions to where captions are, or to none")
     assert f"{name}-00000000: rows without a key get one made of the file's URL" in of_key
     sample, notes = probe(config(tmp_path, path, input={"captions": ["title"], "key": "title"}))
     assert (sample and sample.caption, notes) == ("thing 0", [])

@@ -17,6 +17,7 @@ from reinforce.engine.inference.models import load_models
 from reinforce.engine.inference.self_test import precisions
 from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.engine.worker.producers.registry import check_models
+from reinforce.errors import UserError
 from teachers.registry import load_model, teacher_spec
 from teachers.transformers.teacher import square_size
 from tests.helpers.models import named_models
@@ -49,6 +50,23 @@ def test_each_passes_the_self_test_with_the_sides_and_the_dimension_that_were_de
     sides = {name: (info.images, info.texts) for (_, name), info in described.items()}
     assert {name for name, found in sides.items() if found == (True, False)} == {"dinov3", "c-radio"}
     assert {name for name, found in sides.items() if found == (False, True)} == {"minilm", "e5", "bge"}
+
+
+def test_a_model_of_the_hub_without_texts_is_known_once_its_config_is_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teachers = {"dino": {"family": "transformers", "model": named_models.dinov3(tmp_path / "dino")}}
+    config = parse_config({"source": "x.tar", "output": "out", "teachers": teachers})
+    alone = parse_config({"source": "x.tar", "output": "out", "teachers": teachers, "input": {"captions": "none"}})
+    with monkeypatch.context() as before:
+        before.setattr("teachers.transformers.catalog.read_config", lambda _: None)
+        before.setattr("teachers.transformers.family.TransformersTeacherSpec.check_tokenizer", lambda _: None)
+        layers, of_images = (build_layers(one, describe_models(one)).values() for one in (config, alone))
+    models = load_models(config, layers)
+    with pytest.raises(UserError, match=r"teachers\.dino: it encodes no texts, which was not known before its files"):
+        check_models(models, layers, precisions(config))
+    assert "embeddings/dino/caption" not in {layer.name for layer in of_images}
+    check_models(models, of_images, precisions(alone))
 
 
 def test_siglip_2_needs_texts_in_lower_case(tmp_path: Path) -> None:
