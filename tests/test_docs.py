@@ -52,6 +52,7 @@ from tests.helpers.pages_workspace import SIZE, write_inputs
 WRITTEN_BY_HAND = sorted(set(pages()) - GENERATED)
 CONFIGS: dict[str, type[BaseModel]] = {
     "my.yaml": Config,
+    "photos.yaml": Config,
     "student.yaml": StudentConfig,
     "tune.yaml": TuneConfig,
     "finetune.yaml": CaptionerConfig,

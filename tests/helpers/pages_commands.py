@@ -40,6 +40,9 @@ RUN = [
     r"reinforce schema run",
     r"reinforce init shards",
     r"reinforce select select\.yaml",
+    r"reinforce (check|plan|run) photos\.yaml",
+    r"reinforce validate photos-reinforced",
+    r"reinforce inspect photos-reinforced photos-report",
 ]
 
 #: Commands that are only parsed, with the files that they name, and why they are not run here.
@@ -55,7 +58,7 @@ CHECKED = {
     r"torchrun .*": "needs several ranks; tests/integration/test_train.py runs them",
     r"reinforce --(install|show)-completion": "needs a shell that it knows; tests/cli completes as a bash asks",
     r"reinforce (plan|run) configs/.*": "needs the data of the config; tests/integration runs small ones",
-    r"reinforce init (photos/|shards) my\.yaml": "its config exists; see tests/engine/starter/test_starter.py",
+    r"reinforce init (photos/|shards) (my|photos)\.yaml": "its config exists; see tests/engine/starter/test_starter.py",
     r"reinforce run my\.yaml --set source=.*": "a run like the others; tests/cli sets keys",
     r"reinforce adapt (photos/|demo/tests/.*) .*": "needs a released model; see tests/adapting/test_adapt.py",
     r"reinforce diff my-data my-labels": "needs the labels; tests/labels/test_difference.py compares others",

@@ -10,9 +10,9 @@ from typing import Any
 import yaml
 from PIL import Image
 
-from tests.helpers.data import members_of, write_tar
+from tests.helpers.data import members_of, picture, write_tar
 from tests.helpers.models.tiny_coca import coca_model
-from tests.helpers.models.tiny_models import open_clip_model
+from tests.helpers.models.tiny_models import open_clip_model, timm_vit
 from tests.helpers.pages import ROOT, blocks
 from tests.helpers.students import student_folder
 
@@ -32,6 +32,9 @@ def write_inputs(folder: Path) -> None:
     cat.save(folder / "cat.png", exif=exif)
     (folder / "our_teachers.py").write_text(blocks("docs/teachers.md", "python")[0].text)
     (folder / "our_scores.py").write_text(next(b for b in blocks("docs/choosing.md", "python") if b.file).text)
+    for number in range(4):
+        (folder / "photos").mkdir(exist_ok=True)
+        (folder / "photos" / f"{number}.png").write_bytes(picture(number))
     for name in ("configs", "jobs"):
         os.symlink(ROOT / name, folder / name)
     for name, config in _configs(folder).items():
@@ -76,8 +79,16 @@ def _configs(folder: Path) -> dict[str, dict[str, Any]]:
         "data": {"source": "shards/*.tar"},
         "train": {"steps": 1, "batch": 2},
     }
+    photos = {
+        "source": f"{folder}/photos",
+        "output": f"{folder}/photos-reinforced",
+        "input": {"captions": "none"},
+        "augmentations": {"count": 2, "size": SIZE},
+        "teachers": {"vit": {"family": "timm", "model": timm_vit(folder / "timm")}},
+        "workers": {"max": 1, "batch": 8},
+    }
     selection = {"dataset": "my-data", "name": "best", "rules": [{"sample": 4}]}
     return {
         "my.yaml": run, "student.yaml": student, "tune.yaml": tuning, "finetune.yaml": captioner,
-        "select.yaml": selection,
+        "select.yaml": selection, "photos.yaml": photos,
     }  # fmt: skip

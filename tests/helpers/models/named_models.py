@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
+import timm
 import torch
 import transformers
-from timm.models import eva, fastvit, register_model, vision_transformer
+from timm.models import eva, fastvit, register_model, save_for_hf, vision_transformer
 
 from tests.helpers.models import tiny_models
 from tests.helpers.models.tiny_models import TEXT, TOWER, VISION
@@ -125,11 +126,21 @@ def _gemma_tokenizer(tokenizer: Any, folder: Path) -> None:
     tokenizer(vocab=vocabulary, merges=[], model_max_length=24).save_pretrained(folder)
 
 
+def timm_named(folder: Path, name: str) -> str:
+    """Save a model of timm's architecture ``name``, which may have a tag, small; returns ``local-dir:FOLDER``."""
+    small = {"img_size": 2 * SIDE, "embed_dim": 48, "depth": 1, "num_heads": 3}
+    small["img_size"] -= small["img_size"] % (14 if "patch14" in name else 16)
+    model = tiny_models.seeded(lambda: timm.create_model(name.partition(".")[0], **small), 0)
+    save_for_hf(model, str(folder), model_args=small)
+    return f"local-dir:{folder}"
+
+
 #: Tiny models of transformers by the names on the page.
 TRANSFORMERS: dict[str, Callable[[Path], str]] = {
     "google/siglip2-base-patch16-256": siglip2,
     "google/siglip2-base-patch16-naflex": naflex,
     "facebook/metaclip-2-worldwide-huge-quickgelu": metaclip2,
+    "facebook/dinov2-base": tiny_models.transformers_dinov2,
     "facebook/dinov3-vitb16-pretrain-lvd1689m": dinov3,
     "nvidia/C-RADIOv4-H": radio,
     "sentence-transformers/all-MiniLM-L6-v2": tiny_models.transformers_bert,

@@ -18,7 +18,7 @@ from reinforce.engine.inference.self_test import precisions
 from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.engine.worker.producers.registry import check_models
 from reinforce.errors import UserError
-from teachers.registry import load_model, teacher_spec
+from teachers.registry import describe_model, load_model, teacher_spec
 from teachers.transformers.teacher import square_size
 from tests.helpers.models import named_models
 from tests.helpers.pages import blocks
@@ -26,6 +26,9 @@ from tests.helpers.pages import blocks
 
 def tiny(name: str, entry: dict[str, Any], root: Path) -> dict[str, Any]:
     """An entry of the page with the tiny model in place of the large one."""
+    if entry.get("family") == "timm":
+        describe_model(name, teacher_spec(**entry))  # raises for a name that timm does not have
+        return {"family": "timm", "model": named_models.timm_named(root / name, entry["model"])}
     if entry.get("family") != "transformers":
         return {"model": named_models.open_clip_named(root / name, entry["model"])}
     size = {"image_size": named_models.SIDE} if "image_size" in entry else {}
@@ -45,10 +48,11 @@ def test_each_passes_the_self_test_with_the_sides_and_the_dimension_that_were_de
     models = load_models(config, layers)
     check_models(models, layers, precisions(config))
     for layer in layers:
-        if layer.model is not None:
+        if layer.model is not None and teachers[layer.model].get("family") != "timm":  # known once it is loaded
             assert layer.dim == models.teachers[layer.model].dim, layer.name
     sides = {name: (info.images, info.texts) for (_, name), info in described.items()}
-    assert {name for name, found in sides.items() if found == (True, False)} == {"dinov3", "c-radio"}
+    alone = {"dinov2", "dinov3", "c-radio", "dinov2-timm", "dinov3-timm", "siglip2-images"}
+    assert {name for name, found in sides.items() if found == (True, False)} == alone
     assert {name for name, found in sides.items() if found == (False, True)} == {"minilm", "e5", "bge"}
 
 
