@@ -66,5 +66,5 @@ def similarity_charts(rows: Rows, seed: int) -> Iterator[Chart]:
             named["two crops of one image"] = (count * np.square(vectors).sum(axis=1) - 1) / (count - 1)
         finite = {name: values[np.isfinite(values)] for name, values in named.items()}
         if found := {name: values for name, values in finite.items() if len(values)}:
-            text = "Cosines of vectors, mean over the crops. A teacher tells images apart if the two are far apart."
+            text = "Mean cosines of crops. Where they do not differ, the teacher cannot tell these images apart."
             yield distribution(teacher, text, "cosine", "pairs", found)
