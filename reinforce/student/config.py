@@ -18,6 +18,7 @@ from reinforce.evaluation.config import Evaluation
 from reinforce.images.policy import ReadLimits
 from reinforce.processes.fast_paths import Accelerated
 from reinforce.settings import Section, without_defaults
+from reinforce.student.loss_sections import DenseOrWeight
 from reinforce.training.config import TrackersOfRun, Training
 from teachers.open_clip.options import PREPROCESS, Preprocess
 from teachers.registry import AnyTeacher
@@ -205,31 +206,6 @@ class FeatureLoss(Section):
         return self.teachers if self == FeatureLoss(teachers=self.teachers) else serialize(self)
 
 
-def _as_dense_loss(value: Any) -> Any:
-    """Accept the weight alone."""
-    return {"weight": value} if isinstance(value, int | float) and not isinstance(value, bool) else value
-
-
-class DenseLoss(Section):
-    """How the student's spatial map approaches the patch vectors of teachers; see student/terms/dense.py."""
-
-    weight: float = Field(gt=0, description="weight of the loss, which is added to the others, whichever lambda is")
-    teachers: list[str] | None = Field(
-        None, min_length=1, description="teachers whose patches are learnt; default: all that have some"
-    )
-    stage: int = Field(
-        -1, description="stage or block of the image tower whose output is the map, from the end if negative"
-    )
-    cosine: float = Field(0.9, ge=0, description="weight of 1 - cosine of each patch")
-    smooth_l1: float = Field(0.1, ge=0, description="weight of the smooth L1 distance of each number")
-
-    @model_validator(mode="after")
-    def _some_distance(self) -> DenseLoss:
-        if not self.cosine + self.smooth_l1:
-            raise ValueError("`cosine` and `smooth_l1` are both 0, so nothing would be learnt; set one")
-        return self
-
-
 class Loss(Section):
     """(1 - lambda) x CLIP loss + lambda x (distillation + features), summed over true and synthetic captions."""
 
@@ -270,11 +246,9 @@ class Loss(Section):
         description="weight of learning classifiers' probabilities of images, by a linear head; it is added to the "
         "other losses, whichever lambda is; default: not learnt",
     )
-    dense: Annotated[
-        DenseLoss | None,
-        BeforeValidator(_as_dense_loss),
-        InSchema(lambda section: either({"exclusiveMinimum": 0, "type": "number"}, section)),
-    ] = Field(None, description="learning the patch vectors of teachers; its weight, or a mapping; default: not learnt")
+    dense: DenseOrWeight = Field(
+        None, description="learning the patch vectors of teachers; its weight, or a mapping; default: not learnt"
+    )
     anchor: Anchor | None = Field(None, description="terms against forgetting in a fine-tuning; default: none")
     teachers: Named[AnyTeacher] = Field(
         default_factory=dict,

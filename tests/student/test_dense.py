@@ -13,8 +13,9 @@ import torch
 import reinforce
 from reinforce import settings
 from reinforce.errors import UserError
-from reinforce.student.config import DenseLoss, Loss, StudentConfig
+from reinforce.student.config import Loss, StudentConfig
 from reinforce.student.config import Student as StudentSpec
+from reinforce.student.loss_sections import DenseLoss
 from reinforce.student.model import build_student
 from reinforce.student.task import StudentTask
 from reinforce.student.teachers import IMAGES, TEXTS, TeacherInfo
