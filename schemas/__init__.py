@@ -153,12 +153,14 @@ def captions_schema() -> pa.Schema:
 def embeddings_schema(count: int, dim: int, dtype: str) -> pa.Schema:
     """Schema of ``embeddings/<teacher>/<what>/<shard>.parquet``: per row, [count, dim] unit-norm vectors.
 
-    ``dtype`` is ``float16``, ``float32`` or ``int8``. With int8, vector j is ``embeddings[j] * scales[j]``.
+    ``dtype`` is ``float16``, ``float32`` or ``int8``. With int8, vector j is ``embeddings[j] * scales[j]``. With
+    ``uint8``, a vector is a code of ``dim`` bytes, which a codebook decodes.
     """
-    value = {"float16": pa.float16(), "float32": pa.float32(), "int8": pa.int8()}[dtype]
+    value = {"float16": pa.float16(), "float32": pa.float32(), "int8": pa.int8(), "uint8": pa.uint8()}[dtype]
+    text = "codes of unit-norm vectors" if dtype == "uint8" else "unit-norm vectors"
     scales = ("scales", pa.float32(), [count], "vector j = embeddings[j] * scales[j]")
     return tensors_schema(
-        ("embeddings", value, [count, dim], "unit-norm vectors, one a row of the tensor"),
+        ("embeddings", value, [count, dim], f"{text}, one a row of the tensor"),
         *[scales][: int(dtype == "int8")],
     )
 

@@ -157,7 +157,12 @@ class TeacherSpec(ModelSpec):
         None, gt=0, description="1/temperature used in distillation; default: the model's own"
     )
     dtype: Literal["float16", "float32", "int8"] = Field(
-        "float16", description="data type in which embeddings are stored"
+        "float16", description="data type in which embeddings are stored; the same as `codec`"
+    )
+    codec: str | None = Field(
+        None,
+        description="how embeddings are stored: float16, float32, int8, or smaller as in docs/codecs.md: first256, "
+        "first256-int8; default: `dtype`",
     )
     compile: bool | None = Field(
         None,
@@ -180,6 +185,17 @@ class TeacherSpec(ModelSpec):
         if self.precision == "fp8" and self.fused_attention is False:
             raise ValueError("`precision: fp8` needs attention without copies: remove `fused_attention: false`")
         return self
+
+    @model_validator(mode="after")
+    def _check_codec(self) -> TeacherSpec:
+        if {"dtype", "codec"} <= self.model_fields_set and self.codec is not None:
+            raise ValueError("`codec` and `dtype` are the same: remove `dtype`")
+        return self
+
+    @property
+    def storage(self) -> str:
+        """Name of the codec in which embeddings are stored."""
+        return self.codec or self.dtype
 
     @property
     def stated(self) -> Mapping[str, Any]:

@@ -90,7 +90,8 @@ class Layer:
         model: captioner, teacher or class of a score that makes it.
         texts: what a teacher encodes in a layer of texts: ``caption`` or a captioner's name.
         count: vectors or captions per row (K or N).
-        dim: dimension of the vectors, None until a model of unknown dimension has been loaded.
+        dim: dimension of the vectors as they are decoded, None until a model of unknown dimension has been loaded.
+        dtype: name of the codec in which vectors are stored.
         names: of the values of a row, where these have names.
         published: whether all its values are those of labels, without loading a model.
         recipe: what the fingerprint covers.
@@ -109,7 +110,7 @@ class Layer:
     texts: str | None = None
     count: int = 0
     dim: int | None = None
-    dtype: Literal["float16", "float32", "int8"] = "float16"
+    dtype: str = "float16"
     names: tuple[str, ...] = ()
     published: bool = False
     recipe: Mapping[str, Any] = field(default_factory=dict, compare=False)

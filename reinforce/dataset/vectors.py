@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,9 +19,7 @@ Floats = npt.NDArray[np.float32]
 NORM_TOLERANCE = 0.01
 
 
-def encode(
-    vectors: Floats, dtype: Literal["float16", "float32", "int8"], valid: npt.NDArray[np.bool_]
-) -> list[pa.Array]:
+def encode(vectors: Floats, dtype: str, valid: npt.NDArray[np.bool_]) -> list[pa.Array]:
     """Convert vectors to the columns ``embeddings`` and, for int8, ``scales`` of ``schemas.embeddings_schema``.
 
     ``vectors`` is [rows, count, dim] float32; rows where ``valid`` [rows] is False become null.

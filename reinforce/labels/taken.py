@@ -150,8 +150,8 @@ def _with_models(where: str, config: Config, manifest: Mapping[str, Any], taken:
             config = config.model_copy(update={section: {**models, name: spec}})
         elif not isinstance(spec, LabelTeacherSpec | LabelCaptionerSpec):
             _check_same(f"{section}.{name}", where, spec.describe().identity, identity)
-            if section == "teachers" and spec.dtype != entry["dtype"]:
-                raise UserError(f"{section}.{name}.dtype: set {entry['dtype']}, as {where} has it")
+            if section == "teachers" and spec.storage != entry["dtype"]:
+                raise UserError(f"{section}.{name}.codec: set {entry['dtype']}, as {where} has it")
     return config
 
 
@@ -169,7 +169,7 @@ def _spec_of(
         family="published",
         model=name,
         logit_scale=known.get("logit_scale"),
-        dtype=entry["dtype"],
+        codec=entry["dtype"],
         info=info,
         image=known.get("image"),
     )

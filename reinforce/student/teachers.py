@@ -210,8 +210,8 @@ def _stored_teacher(name: str, data: Data, url: str, manifest: Mapping[str, Any]
         )
     sides = {IMAGES} if embeddings_layer(name, IMAGES) in layers else set()
     sides |= {TEXTS} if found else set()
-    # Of published teachers, the layers alone state it.
-    dims = [entry["dim"], *(layers.get(embeddings_layer(name, what), {}).get("dim") for what in (IMAGES, *found))]
+    # Of published teachers, the layers alone state it; others may be stored with fewer numbers than the model has.
+    dims = [*(layers.get(embeddings_layer(name, what), {}).get("dim") for what in (IMAGES, *found)), entry["dim"]]
     dim = next((dim for dim in dims if dim), 0)
     if sides and not dim:
         raise _unfinished(url, f"teacher {name}")

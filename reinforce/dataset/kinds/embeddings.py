@@ -13,6 +13,8 @@ import pyarrow as pa
 import schemas
 from reinforce.config import Config
 from reinforce.dataset import vectors
+from reinforce.dataset.codecs.base import Codec
+from reinforce.dataset.codecs.registry import find_codec
 from reinforce.dataset.comparison import Comparison
 from reinforce.dataset.layers import (
     SAMPLES,
@@ -35,8 +37,7 @@ if TYPE_CHECKING:
     from teachers.spec import ModelInfo
 
 _FLOAT_ERROR = 2e-3  # of the norm of a vector that is stored in float16
-_WIDTHS = {"float16": 2, "float32": 4, "int8": 1}
-_SCALE_BYTES = 4  # of a vector in int8
+_NUMBERS = ("float16", "float32", "int8")  # in which vectors are stored
 
 
 class _Embeddings(LayerKind):
@@ -54,11 +55,11 @@ class _Embeddings(LayerKind):
         self, config: Config, infos: Mapping[tuple[str, str], ModelInfo], known: Mapping[str, Layer]
     ) -> Iterable[Layer]:
         for name, teacher in config.teachers.items():
-            info = infos["teachers", name]
+            info, codec = infos["teachers", name], _codec_of(name, teacher.storage)
             for inputs, count in self._sides(config, name, info):
                 layer = embeddings_layer(name, inputs)
                 needs = self.inputs(layer, {})
-                recipe = _recipe(known[needs[-1]].fingerprint, info.identity, teacher.dtype)
+                recipe = _recipe(known[needs[-1]].fingerprint, info.identity, codec.name)
                 yield Layer(
                     layer,
                     self,
@@ -67,8 +68,8 @@ class _Embeddings(LayerKind):
                     model=name,
                     texts=self._texts(inputs),
                     count=count,
-                    dim=info.dim,
-                    dtype=teacher.dtype,
+                    dim=None if info.dim is None else _dim_of(name, codec, info.dim),
+                    dtype=codec.name,
                     published=teacher.published,
                     recipe=recipe,
                     code=info.code,
@@ -87,22 +88,25 @@ class _Embeddings(LayerKind):
 
     def schema(self, layer: Layer, images: str) -> pa.Schema:
         assert layer.dim is not None
-        return schemas.embeddings_schema(layer.count, layer.dim, layer.dtype)
+        codec = find_codec(layer.dtype)
+        return schemas.embeddings_schema(
+            layer.count, codec.width(_dim_of(layer.model, codec, layer.dim)), codec.numbers
+        )
 
     def file_schemas(self) -> Iterable[pa.Schema]:
-        return [schemas.embeddings_schema(1, 1, dtype) for dtype in _WIDTHS]
+        return [schemas.embeddings_schema(1, 1, dtype) for dtype in _NUMBERS]
 
     def row_bytes(self, layer: Layer, sample: float) -> float | None:
         if layer.dim is None:
             return None
-        return layer.count * (layer.dim * _WIDTHS[layer.dtype] + (_SCALE_BYTES if layer.dtype == "int8" else 0))
+        return layer.count * find_codec(layer.dtype).bytes(layer.dim)
 
     def entry(self, layer: Layer, stated: Mapping[str, Any]) -> dict[str, Any]:
         return {
             "teacher": layer.model,
             "texts": layer.texts,
             "count": layer.count,
-            "dim": stated.get("dim"),
+            "dim": stated.get("dim") and _dim_of(layer.model, find_codec(layer.dtype), stated["dim"]),
             "dtype": layer.dtype,
         }
 
@@ -122,10 +126,12 @@ class _Embeddings(LayerKind):
 
     def wrong_rows(self, layer: Layer, table: pa.Table, records: int | None) -> Iterator[tuple[str, Any]]:
         column = table["embeddings"]
-        shape, stored = [*column.type.shape], {"halffloat": "float16", "float": "float32"}
-        found = stored.get(str(column.type.value_type), str(column.type.value_type))
-        if shape != [layer.count, layer.dim or shape[1]] or found != layer.dtype:
-            stated = f"{layer.dtype} {[layer.count, layer.dim]}"
+        shape, names = [*column.type.shape], {"halffloat": "float16", "float": "float32"}
+        found = names.get(str(column.type.value_type), str(column.type.value_type))
+        codec = find_codec(layer.dtype)
+        width = None if layer.dim is None else codec.width(layer.dim)
+        if shape != [layer.count, width or shape[1]] or found != codec.numbers:
+            stated = f"{codec.numbers} {[layer.count, width]}"
             every = np.ones(table.num_rows, np.bool_)
             yield f"have {found} vectors of shape {shape}, dataset.json states {stated}", every
             return
@@ -217,6 +223,22 @@ class TextEmbeddings(_Embeddings):
         own = "true caption" if layer.count == 1 else "true captions"
         what = own if layer.texts == TRUE_CAPTION else f"captions of {layer.texts}"
         return f"{what}, {layer.count} \u00d7 {layer.dim} {layer.dtype}"
+
+
+def _codec_of(teacher: str, name: str) -> Codec:
+    """The codec of a teacher's vectors. Raises UserError if there is none of the name."""
+    try:
+        return find_codec(name)
+    except ValueError as error:
+        raise UserError(f"teachers.{teacher}.codec: {error}") from None
+
+
+def _dim_of(teacher: str | None, codec: Codec, dim: int) -> int:
+    """Length of the decoded vectors of a teacher. Raises UserError if its codec cannot store them."""
+    try:
+        return codec.dim(dim)
+    except ValueError as error:
+        raise UserError(f"teachers.{teacher}.codec: {error}") from None
 
 
 def _recipe(source: str, model: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:

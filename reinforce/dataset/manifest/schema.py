@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic_core import PydanticCustomError
 
 from reinforce.config_schema import LAYER_NAME
+from reinforce.dataset.codecs.registry import find_codec
 from reinforce.dataset.kinds.registry import KINDS
 from reinforce.dataset.layers import MODEL_SECTIONS, parts_of
 from reinforce.errors import UserError
@@ -28,6 +29,14 @@ def _known_kind(name: str) -> str:
     return name
 
 
+def _known_codec(name: str) -> str:
+    try:
+        find_codec(name)
+    except ValueError as error:
+        raise PydanticCustomError("literal_error", f"{str(error)[:200]}") from None
+    return name
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, frozen=True)
 
@@ -37,7 +46,7 @@ class _LayerEntry(_Part):
     fingerprint: _Text
     count: Annotated[int, Field(ge=0, le=2**16)] | None = None
     dim: Annotated[int, Field(ge=1, le=2**20)] | None = None
-    dtype: Literal["float16", "float32", "int8"] | None = None
+    dtype: Annotated[str, AfterValidator(_known_codec)] | None = None
     texts: _Text | None = None
     teacher: _Text | None = None
     captioner: _Text | None = None

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from reinforce.dataset import vectors
+from reinforce.dataset.codecs.registry import find_codec
 from reinforce.dataset.layers import Layer
 from reinforce.engine.messages.results import raising_layer_failure
 from reinforce.engine.worker.producers.base import Producer, RowGroup
@@ -32,10 +33,12 @@ class Embeddings(Producer):
         return f"teachers.{layer.model}: a smaller model, or `precision: bf16`"
 
     def table(self, layer: Layer, group: RowGroup) -> pa.Table:
+        codec = find_codec(layer.dtype)
         shape = (len(group.rows), layer.count, layer.dim or 0)
         values, valid = np.zeros(shape, np.float32), np.zeros(shape[0], bool)
         if layer in self.computed:
             values, valid = self.vectors(layer, group)
+            values = codec.prepare(values)
         for place, value in self.labels(layer, group.rows):
             values[place], valid[place] = value, True
         finite = np.isfinite(values).all(axis=(1, 2))
@@ -44,5 +47,5 @@ class Embeddings(Producer):
                 detail = f"{layer.model} returned NaN or infinity"
                 self.refusals.add(layer.name, Refusal(key, Reason.NOT_FINITE, detail))
         with raising_layer_failure(layer.name):
-            columns = vectors.encode(values, layer.dtype, valid & finite)
+            columns = vectors.encode(values, codec.numbers, valid & finite)
         return pa.table([pa.array(group.keys, pa.string()), *columns], schema=self.schema(layer))

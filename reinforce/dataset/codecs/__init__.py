@@ -1,0 +1,1 @@
+"""Codecs: how vectors are stored and decoded. One file for each sort, and a registry."""

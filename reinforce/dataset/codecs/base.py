@@ -1,0 +1,91 @@
+"""What a codec must offer: the numbers in which it stores vectors, and their bytes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+Codes = npt.NDArray[np.uint8]
+#: The arrays of a codebook by name.
+Arrays = Mapping[str, npt.NDArray[Any]]
+
+#: Bytes of a stored number, by its type. Vectors in int8 also have a scale in float32.
+_WIDTHS = {"float16": 2, "float32": 4, "int8": 1, "uint8": 1}
+_SCALE_BYTES = 4
+
+
+class Codec(ABC):
+    """How vectors are stored, by its ``name`` in configs and in dataset.json.
+
+    ``numbers`` is the type of the stored numbers, as of ``schemas.embeddings_schema``. A codec that is ``fitted``
+    stores a vector as bytes, which a codebook decodes.
+    """
+
+    pattern: ClassVar[str]
+    example: ClassVar[str]
+    fitted: ClassVar[bool] = False
+    numbers: str
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def dim(self, dim: int) -> int:
+        """Length of the decoded vectors of a model of ``dim``. Raises ValueError if such vectors cannot be stored."""
+        return dim
+
+    def width(self, dim: int) -> int:
+        """Stored numbers of a decoded vector of length ``dim``."""
+        return dim
+
+    def bytes(self, dim: int) -> int:
+        """Bytes of a vector of a model of ``dim``."""
+        return self.width(self.dim(dim)) * _WIDTHS[self.numbers] + (_SCALE_BYTES if self.numbers == "int8" else 0)
+
+    def prepare(self, values: Floats) -> Floats:
+        """The vectors [..., D] as they are stored, before they are converted to ``numbers`` or encoded."""
+        return values
+
+
+class FittedCodec(Codec):
+    """A codec whose codebook is fitted to a sample of vectors.
+
+    Vectors are rounded to float16 before they are fitted or encoded. So a layer that is stored in float16 can be
+    encoded later, with the same bytes.
+    """
+
+    fitted = True
+    numbers = "uint8"
+
+    @abstractmethod
+    def least(self, dim: int) -> int:
+        """Vectors of length ``dim`` without which no codebook is fitted."""
+
+    @abstractmethod
+    def fit(self, sample: Floats, seed: int) -> Arrays:
+        """The codebook of a sample [n, D]; the same for the same arguments on one machine."""
+
+    @abstractmethod
+    def shapes(self, dim: int) -> Mapping[str, tuple[int, ...]]:
+        """The float32 arrays of a codebook of vectors of length ``dim``, by name, with their shapes."""
+
+    @abstractmethod
+    def encode(self, values: Floats, arrays: Arrays) -> Codes:
+        """The codes [n, width] of vectors [n, D]."""
+
+    @abstractmethod
+    def decode(self, codes: Codes, arrays: Arrays) -> Floats:
+        """The vectors [n, D] of codes [n, width]."""
+
+    def prepare(self, values: Floats) -> Floats:
+        return rounded(values)
+
+
+def rounded(values: Floats) -> Floats:
+    """Vectors as float16 stores them."""
+    with np.errstate(over="ignore"):
+        return values.astype(np.float16).astype(np.float32)

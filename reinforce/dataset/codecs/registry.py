@@ -1,0 +1,20 @@
+"""The codecs by their names in configs."""
+
+from __future__ import annotations
+
+import functools
+import re
+
+from reinforce.dataset.codecs.base import Codec
+from reinforce.dataset.codecs.plain import First, Plain
+
+CODECS: tuple[type[Codec], ...] = (Plain, First)
+
+
+@functools.lru_cache
+def find_codec(name: str) -> Codec:
+    """The codec of a name. Raises ValueError if there is none."""
+    for codec in CODECS:
+        if re.fullmatch(codec.pattern, name):
+            return codec(name)
+    raise ValueError(f"there is no codec {name!r}; there are: {'; '.join(codec.example for codec in CODECS)}")

@@ -1,0 +1,98 @@
+"""Codecs that need no codebook: whole vectors, or their first numbers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+import reinforce
+from reinforce.config import parse_config
+from reinforce.dataset.validate.validate import validate
+from reinforce.engine.plan.plan import make_plan
+from reinforce.errors import UserError
+from tests.helpers.data import config_of, members_of, write_tar
+from tests.helpers.reinforced import reinforce_here
+
+MODEL = {"class": "tests.helpers.models:ColorTeacher", "options": {"size": 16, "dim": 8}}
+CODECS = ("float32", "float16", "first4", "first4-int8")
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One teacher in each codec."""
+    folder = tmp_path_factory.mktemp("stored")
+    for number, size in enumerate((9, 5)):
+        write_tar(folder / "source" / f"{number:05d}.tar", members_of(number, size))
+    return Path(reinforce_here(config(folder)))
+
+
+def config(folder: Path, **codecs: str) -> dict[str, Any]:
+    names = codecs or {name: name for name in CODECS}
+    teachers = {name: {**MODEL, "codec": codec} for name, codec in names.items()}
+    return config_of(f"{folder}/source/*.tar", folder / "out", captioners={}, teachers=teachers)
+
+
+def test_first_numbers_are_those_of_the_whole_vectors_at_unit_norm(stored: Path) -> None:
+    rows = 0
+    for sample in reinforce.open(str(stored)):
+        for of in (sample.images, {name: texts["caption"] for name, texts in sample.texts.items()}):
+            first = of["float16"][:, :4] / np.linalg.norm(of["float16"][:, :4], axis=1, keepdims=True)
+            assert np.abs(of["first4"] - first).max() <= 2**-11
+            assert np.abs(of["first4-int8"] - first).max() <= 1 / 254 + 1e-6
+        rows += 1
+    assert rows == 14
+    assert validate(str(stored)).valid
+
+
+def test_stored_numbers_and_planned_bytes_are_those_of_the_codec(stored: Path) -> None:
+    layers = make_plan(parse_config(config(stored.parent))).layers
+    for name, (type_, width, size) in {
+        "float32": ("float", 8, 32), "float16": ("halffloat", 8, 16), "first4": ("halffloat", 4, 8),
+        "first4-int8": ("int8", 4, 8),
+    }.items():  # fmt: skip
+        path = next((stored / "embeddings" / name / "images").iterdir())
+        column = pq.read_schema(path).field("embeddings")
+        assert (str(column.type.value_type), column.type.shape) == (type_, [2, width])
+        layer = replace(layers[f"embeddings/{name}/images"], dim=8)  # of a class, it is known once it is loaded
+        assert layer.kind.row_bytes(layer, 0) == 2 * size
+
+
+def test_codec_and_dtype_are_one_setting_of_the_fingerprint(stored: Path) -> None:
+    def fingerprint(**keys: str) -> str:
+        changes = {"teachers": {"red": {**MODEL, **keys}}, "captioners": {}}
+        parsed = parse_config(config_of(f"{stored.parent}/source/*.tar", stored.parent / "other", **changes))
+        return make_plan(parsed).layers["embeddings/red/images"].fingerprint
+
+    assert fingerprint(codec="int8") == fingerprint(dtype="int8")
+    assert fingerprint() == fingerprint(codec="float16") != fingerprint(codec="first4")
+    with pytest.raises(UserError, match="`codec` and `dtype` are the same"):
+        fingerprint(codec="int8", dtype="int8")
+
+
+@pytest.mark.parametrize(
+    ("codec", "message"),
+    [
+        ("float8", r"teachers\.red\.codec: there is no codec 'float8'; there are: float16, float32, int8; first256"),
+        ("first0", "there is no codec"),
+        ("first9", r"teachers\.red\.codec: first9: the vectors have 8 numbers; choose at most first8"),
+    ],
+)
+def test_a_codec_that_cannot_store_the_vectors_is_refused_before_anything_is_written(
+    stored: Path, tmp_path: Path, codec: str, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        reinforce_here(
+            config_of(
+                f"{stored.parent}/source/*.tar", tmp_path, captioners={}, teachers={"red": {**MODEL, "codec": codec}}
+            )
+        )
+
+
+def test_a_changed_codec_is_named(stored: Path) -> None:
+    with pytest.raises(UserError, match='dtype: "first4" in the dataset, "first5" in this config'):
+        make_plan(parse_config(config(stored.parent, first4="first5")))
