@@ -6,6 +6,7 @@ keys and implements ``describe``, ``load`` and ``hosts``. ``teachers.registry.FA
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
@@ -28,7 +29,8 @@ class ModelInfo:
     ``dim`` is the length of its embeddings, None where it is known only after loading and for captioners. ``images``
     and ``texts`` say which inputs it takes. ``identity`` is a JSON object that the layer fingerprint covers: models
     with equal identities give equal outputs on the same software. ``code`` is the hash of the file that defines a
-    custom class, None for other models; no fingerprint covers it.
+    custom class, None for other models; no fingerprint covers it. ``codebooks`` are digests of the codebooks of its
+    layers, by what it encodes there.
     """
 
     dim: int | None
@@ -36,6 +38,7 @@ class ModelInfo:
     texts: bool
     identity: dict[str, Any]
     code: str | None = None
+    codebooks: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 class ModelSpec(BaseModel):
@@ -162,7 +165,12 @@ class TeacherSpec(ModelSpec):
     codec: str | None = Field(
         None,
         description="how embeddings are stored: float16, float32, int8, or smaller as in docs/codecs.md: first256, "
-        "first256-int8; default: `dtype`",
+        "pca128, pq96, rq32 and others; default: `dtype`",
+    )
+    codec_sample: int = Field(
+        32_768,
+        ge=1,
+        description="codecs with a codebook: vectors of the first shards to which it is fitted, once for each layer",
     )
     compile: bool | None = Field(
         None,

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
+from reinforce.dataset.codecs import codebooks
 from reinforce.dataset.files.damage import set_aside
 from reinforce.dataset.files.index import FOLDER, index_file
 from reinforce.dataset.files.store import MANIFEST, Store
@@ -159,6 +160,9 @@ def drop(store: Store, plan: DropPlan) -> None:
             _delete_files(store, "quarantine", layer)
             store.remove(FOLDER, index_file(layer))
             _delete_empty_folders(store, FOLDER)
+            codebook = codebooks.path_of(layer)
+            store.remove(*codebook)
+            _delete_empty_folders(store, posixpath.dirname(posixpath.join(*codebook)))
             _remove_entry(store, layer)
 
 

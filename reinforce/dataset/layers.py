@@ -21,6 +21,7 @@ import pyarrow as pa
 import schemas
 from reinforce.config import Config
 from reinforce.config_schema import LAYER_NAME
+from reinforce.dataset.codecs.codebooks import Place
 from reinforce.dataset.comparison import Comparison
 from reinforce.errors import UserError
 
@@ -92,6 +93,8 @@ class Layer:
         count: vectors or captions per row (K or N).
         dim: dimension of the vectors as they are decoded, None until a model of unknown dimension has been loaded.
         dtype: name of the codec in which vectors are stored.
+        codebook: of a fitted codec, the ``digest`` of its codebook, None until it is fitted, and the vectors of the
+            ``sample`` that it is fitted to.
         names: of the values of a row, where these have names.
         published: whether all its values are those of labels, without loading a model.
         recipe: what the fingerprint covers.
@@ -111,6 +114,7 @@ class Layer:
     count: int = 0
     dim: int | None = None
     dtype: str = "float16"
+    codebook: Mapping[str, Any] | None = field(default=None, compare=False)
     names: tuple[str, ...] = ()
     published: bool = False
     recipe: Mapping[str, Any] = field(default_factory=dict, compare=False)
@@ -138,6 +142,20 @@ class Layer:
     def owner(self) -> tuple[str | None, str | None]:
         """The section of the config with the model that makes it, and the model's name."""
         return self.kind.section, self.model
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether it needs no codebook, or has one."""
+        return self.codebook is None or self.codebook["digest"] is not None
+
+    @property
+    def sample(self) -> int:
+        """Vectors to which its codebook is fitted; 0 if it needs none."""
+        return 0 if self.codebook is None else int(self.codebook["sample"])
+
+    def codebook_at(self, url: str) -> Place | None:
+        """Where its codebook is in the dataset at ``url``; None if it needs none."""
+        return None if self.codebook is None else Place(url, self.name, str(self.codebook["digest"]))
 
     def schema(self, images: str, dim: int | None = None) -> pa.Schema:
         """The pyarrow schema of its files; ``images`` is the config's key, ``dim`` that of the loaded model."""
@@ -271,6 +289,7 @@ class LayerKind(ABC):
             entry.get("count") or 0,
             entry.get("dim"),
             entry.get("dtype", "float16"),
+            entry.get("codebook"),
             tuple(entry.get("names") or ()),
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +11,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from reinforce.dataset.codecs.base import Codec
+from reinforce.dataset.codecs.codebooks import Place, codebook_of, load
 from schemas import TRUE_CAPTIONS
 
 Floats = npt.NDArray[np.float32]
@@ -19,18 +21,18 @@ Floats = npt.NDArray[np.float32]
 NORM_TOLERANCE = 0.01
 
 
-def encode(vectors: Floats, dtype: str, valid: npt.NDArray[np.bool_]) -> list[pa.Array]:
+def encode(vectors: npt.NDArray[Any], dtype: str, valid: npt.NDArray[np.bool_]) -> list[pa.Array]:
     """Convert vectors to the columns ``embeddings`` and, for int8, ``scales`` of ``schemas.embeddings_schema``.
 
     ``vectors`` is [rows, count, dim] float32; rows where ``valid`` [rows] is False become null.
     float16 changes a component by at most max(2^-11 of its value, 2^-25). int8 is ``round(v / scale)``, half to even,
     with ``scale = max|v| / 127`` per vector: a component changes by at most half a scale, and for a unit vector
     ``1 - cosine <= dim * (max|v| / 254)^2``.
-    Raises ValueError if a valid row is not finite in the storage type.
+    uint8 are codes, which are stored as they are. Raises ValueError if a valid row is not finite in the storage type.
     """
     _, count, dim = vectors.shape
     if not valid.all():
-        vectors = np.where(valid[:, None, None], vectors, np.float32(0))
+        vectors = np.where(valid[:, None, None], vectors, vectors.dtype.type(0))
     if dtype == "int8":
         scales = np.abs(vectors).max(axis=2, initial=0) / np.float32(127)
         _check_finite(scales)
@@ -40,8 +42,18 @@ def encode(vectors: Floats, dtype: str, valid: npt.NDArray[np.bool_]) -> list[pa
         return [tensor_column(quantized, [count, dim], valid), tensor_column(scales, [count], valid)]
     with np.errstate(over="ignore"):
         stored = vectors.astype(dtype, copy=False)
-    _check_finite(stored)
+    if stored.dtype.kind == "f":
+        _check_finite(stored)
     return [tensor_column(stored, [count, dim], valid)]
+
+
+def encode_as(vectors: Floats, codec: Codec, place: Place | None, valid: npt.NDArray[np.bool_]) -> list[pa.Array]:
+    """``encode`` prepared vectors by a codec, with the codebook at a place if it is a fitted one."""
+    if place is None:
+        return encode(vectors, codec.numbers, valid)
+    known = np.where(valid[:, None, None], vectors, np.float32(0))
+    _check_finite(known)
+    return encode(load(place).encode(known), codec.numbers, valid)
 
 
 def decode(data: pa.Table | pa.RecordBatch) -> Floats:
@@ -50,7 +62,7 @@ def decode(data: pa.Table | pa.RecordBatch) -> Floats:
     A read-only view, not a copy, if the column is float32 in one chunk without nulls.
     """
     embeddings, valid = tensor_rows(data.column("embeddings"))
-    vectors: Floats = embeddings.astype(np.float32, copy=False)
+    vectors = _decoded(data, embeddings)
     if "scales" in data.schema.names:
         vectors *= tensor_rows(data.column("scales"))[0][..., None]
     if not valid.all():
@@ -160,10 +172,22 @@ def pick(data: pa.Table | pa.RecordBatch, index: npt.NDArray[np.intp]) -> Picked
     vectors of null rows are arbitrary.
     """
     stored, valid = tensor_rows(data.column("embeddings"))
-    vectors: Floats = stored[np.arange(len(index)), index].astype(np.float32)
+    vectors = _decoded(data, stored[np.arange(len(index)), index])
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     unit = np.isfinite(norms) & (norms > 0)
     return Picked(np.divide(vectors, norms, out=vectors, where=unit), valid, valid & unit[:, 0])
+
+
+def _decoded(data: pa.Table | pa.RecordBatch, stored: npt.NDArray[Any]) -> Floats:
+    """Stored vectors [..., width] of columns as float32, those of codes at unit norm. Raises UserError if the codebook
+    was lost or has changed."""
+    if stored.dtype != np.uint8:
+        vectors: Floats = stored.astype(np.float32, copy=False)
+        return vectors
+    codebook = codebook_of(data.schema.metadata)
+    if codebook is None:
+        raise ValueError("a column of codes without the place of its codebook")
+    return normalized(codebook.decode(stored))
 
 
 def _check_finite(values: npt.NDArray[np.floating]) -> None:
@@ -179,6 +203,15 @@ def tensor_column(values: npt.NDArray[Any], shape: list[int], valid: npt.NDArray
     mask = None if valid.all() else pa.array(~valid)
     lists = pa.FixedSizeListArray.from_arrays(flat, math.prod(shape), mask=mask)
     return pa.ExtensionArray.from_storage(pa.fixed_shape_tensor(flat.type, shape), lists)
+
+
+def with_rows(column: pa.Array, rows: Mapping[int, npt.NDArray[Any]]) -> pa.Array:
+    """A fixed_shape_tensor column with other values in some rows, by their places."""
+    stored, valid = tensor_rows(column)
+    values, valid = stored.copy(), valid.copy()
+    for place, value in rows.items():
+        values[place], valid[place] = value, True
+    return tensor_column(values, [*column.type.shape], valid)
 
 
 def tensor_rows(column: pa.ChunkedArray | pa.Array) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:

@@ -23,6 +23,7 @@ from reinforce.dataset.manifest.manifest import (
     write_manifest,
 )
 from reinforce.dataset.runs.shard_records import SourceRecord, read_records
+from reinforce.engine.codebooks import check_codebooks, fit_codebooks
 from reinforce.engine.plan.changed_sources import changes_note, finished_note
 from reinforce.engine.plan.check_output import check_output
 from reinforce.engine.plan.duplicates import check_copies
@@ -65,7 +66,7 @@ def run(
     config = as_config(Config, config)
     redact = Redactor(config.model_dump(mode="json"))  # errors of storages and models may quote the config
     try:
-        return _run(config, address, retry_quarantined, accept_changed_classes)
+        return _run(config, address, retry_quarantined, accept_changed_classes, None)
     except StorageError as error:
         raise StorageError(redact(f"{error} Finished shards are kept. Run the same command again to resume.")) from None
     except UserError as error:
@@ -73,7 +74,10 @@ def run(
         raise kind(redact(str(error))) from None
 
 
-def _run(config: Config, address: str | None, retry_quarantined: bool, accept_changed_classes: bool) -> RunSummary:
+def _run(
+    config: Config, address: str | None, retry_quarantined: bool, accept_changed_classes: bool, first: int | None
+) -> RunSummary:
+    """``reinforce.run`` of all shards, or of the ``first`` ones."""
     config = with_accelerator(config)
     check_output(config)
     store = Store(config.output)
@@ -85,7 +89,16 @@ def _run(config: Config, address: str | None, retry_quarantined: bool, accept_ch
             return nodes_of_run()
 
         plan = make_plan(config, retry_quarantined, nodes)
+        if plan.unfitted:
+
+            def compute(finer: Config, shards: int) -> None:
+                _run(finer, address, retry_quarantined, accept_changed_classes, shards)
+
+            fit_codebooks(plan, compute)
+            plan = make_plan(config, retry_quarantined, nodes)
+        plan = plan if first is None else plan.first(first)
         config = plan.config
+        check_codebooks(plan)
         manifest = find_manifest(store)
         pending = [shard.name for shard in plan.pending]
         gone: list[str] = []

@@ -21,6 +21,7 @@ from reinforce.dataset.files.layer_file import LayerFile, RefusedFile
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.kinds.samples import true_captions
 from reinforce.dataset.layers import REINFORCEMENTS, SAMPLES, TRUE_CAPTION, Layer
+from reinforce.dataset.vectors import tensor_rows
 from reinforce.labels.crops import LabelCrops, StoredLabels, parse_records
 from reinforce.labels.identities import DIGEST, KEY, Identity, columns_of_identities, stated
 from reinforce.labels.index import IdentityIndex, cached_index, read_fingerprint
@@ -199,13 +200,17 @@ class _StoredSet(LabelSet):
         value = values[row.number]
         if isinstance(value, np.ndarray):
             least = self._count(layer) if layer.texts == TRUE_CAPTION else layer.count
-            if value.shape[0] < least or value.shape[1] != layer.dim:
+            width = layer.dim if layer.codebook is None else value.shape[1]
+            if value.shape[0] < least or value.shape[1] != width:
                 raise Unreadable(f"{layer.name} has vectors {[*value.shape]}, expected {[least, layer.dim]}")
             if np.isnan(value).all():
                 return None
             vectors = value[:least].copy()  # a view would keep the row group
-            checked_norms(vectors, layer.name)
+            if layer.codebook is None:
+                checked_norms(vectors, layer.name)
             return vectors
+        if value is None:
+            return None
         texts = value.as_py()
         if texts is None:
             return None
@@ -250,6 +255,12 @@ class _Files(IndexedRows):
 
         def read(file: LayerFile, group: int) -> tuple[Any, int]:
             table = file.read_row_group(group, use_threads=False)
+            if layer.codebook is not None:
+                codes, valid = tensor_rows(table[layer.kind.values])
+                return (
+                    table["key"],
+                    [row if one else None for row, one in zip(codes, valid, strict=True)],
+                ), table.nbytes
             values = layer.kind.decode(table) if layer.kind.vectors else table[layer.kind.values]
             return (table["key"], values), table.nbytes + values.nbytes
 

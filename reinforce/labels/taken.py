@@ -170,6 +170,7 @@ def _spec_of(
         model=name,
         logit_scale=known.get("logit_scale"),
         codec=entry["dtype"],
+        **({"codec_sample": entry["codebook"]["sample"]} if "codebook" in entry else {}),
         info=info,
         image=known.get("image"),
     )

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from reinforce.dataset.codecs import codebooks
 from reinforce.dataset.files.index import IndexWriter
 from reinforce.dataset.files.listing import Listing
 from reinforce.dataset.files.store import Store
@@ -105,6 +106,9 @@ def export_labels(
     manifest = labels_manifest(data, names, kinds, licence)
     chosen = tuple(stored_layer(name, manifest["layers"][name]) for name in names)
     with out.lock():
+        for layer in chosen:
+            if (place := layer.codebook_at(url)) is not None:
+                codebooks.copy(store, out, layer.name, place.digest)
         _record(out, manifest)
         listings = out.listings(names)
         missing = _missing(data.shards, listings)

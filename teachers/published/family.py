@@ -26,7 +26,7 @@ class Published(ModelSpec):
 
 
 class PublishedTeacherSpec(Published, TeacherSpec):
-    used = ("columns", "logit_scale", "dtype", "codec")
+    used = ("columns", "logit_scale", "dtype", "codec", "codec_sample")
 
     columns: tuple[int, int] | None = Field(
         None,
@@ -127,7 +127,7 @@ def crops_of(labels: Mapping[str, Labels]) -> str | None:
 class LabelTeacherSpec(Published, TeacherSpec):
     """A teacher that is only in labels."""
 
-    used = ("logit_scale", "codec", "info", "image")
+    used = ("logit_scale", "codec", "codec_sample", "info", "image")
 
     info: ModelInfo
     image: dict[str, Any] | None = None

@@ -14,10 +14,11 @@ from reinforce.dataset.files.damage import set_aside
 from reinforce.dataset.files.index import IndexWriter
 from reinforce.dataset.files.store import MANIFEST, Store
 from reinforce.dataset.manifest.manifest import update_manifest, write_manifest
+from reinforce.engine.codebooks import check_codebooks, fit_codebooks
 from reinforce.engine.decode.rows import GROUP_ROWS
 from reinforce.engine.inference.models import describe_loaded, load_models
 from reinforce.engine.messages.results import ShardResult
-from reinforce.engine.plan.plan import make_plan
+from reinforce.engine.plan.plan import Plan, make_plan
 from reinforce.engine.plan.shard_lists import write_lists
 from reinforce.engine.worker.shard import ShardProcess
 from tests.helpers.data import config_of, members_of, write_tar
@@ -30,8 +31,18 @@ def reinforce_here(config: dict[str, Any], group_rows: int = 8, results: list[Sh
     ``results`` collects those of the shards.
     """
     parsed = parse_config(config)
-    plan, store = make_plan(parsed), Store(parsed.output)
-    parsed = plan.config
+    plan = make_plan(parsed)
+    if plan.unfitted:
+        fit_codebooks(plan, lambda finer, shards: _compute(make_plan(finer).first(shards), group_rows))
+        plan = make_plan(parsed)
+    check_codebooks(plan)
+    postponed = _compute(plan, group_rows, results)
+    return reinforce_here(config, group_rows, results) if postponed else parsed.output
+
+
+def _compute(plan: Plan, group_rows: int, results: list[ShardResult] | None = None) -> bool:
+    """Compute the pending shards of a plan -> whether files were set aside."""
+    parsed, store = plan.config, Store(plan.config.output)
     write_lists(store, plan.lists)
     models = load_models(parsed, plan.layers.values())
     loaded = describe_loaded(models, parsed)
@@ -47,7 +58,7 @@ def reinforce_here(config: dict[str, Any], group_rows: int = 8, results: list[Sh
         postponed |= bool(result.set_aside)
     index.flush()
     write_manifest(store, update_manifest(store.read_json(MANIFEST), parsed, plan.layers, loaded, plan.layers))
-    return reinforce_here(config, group_rows, results) if postponed else parsed.output
+    return postponed
 
 
 def shard_process(config: dict[str, Any], group_rows: int = 8) -> ShardProcess:

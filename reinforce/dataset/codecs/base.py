@@ -73,6 +73,14 @@ class FittedCodec(Codec):
     def shapes(self, dim: int) -> Mapping[str, tuple[int, ...]]:
         """The float32 arrays of a codebook of vectors of length ``dim``, by name, with their shapes."""
 
+    def fits(self, arrays: Arrays) -> bool:
+        """Whether arrays are those of a codebook."""
+        found = {name: array.shape for name, array in arrays.items()}
+        sides = {side for shape in found.values() for side in (shape[-1:] or (0,))}
+        lengths = (dim for side in sides for dim in (side, side * self.width(side)))
+        same = any(found == dict(self.shapes(dim)) for dim in lengths if dim)
+        return same and all(one.dtype == np.float32 and np.isfinite(one).all() for one in arrays.values())
+
     @abstractmethod
     def encode(self, values: Floats, arrays: Arrays) -> Codes:
         """The codes [n, width] of vectors [n, D]."""
@@ -88,4 +96,5 @@ class FittedCodec(Codec):
 def rounded(values: Floats) -> Floats:
     """Vectors as float16 stores them."""
     with np.errstate(over="ignore"):
-        return values.astype(np.float16).astype(np.float32)
+        halves: Floats = values.astype(np.float16).astype(np.float32)
+    return halves

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import re
-from typing import Literal, cast
 
 import numpy as np
 
 from reinforce.dataset.codecs.base import Codec, Floats, rounded
 
-Numbers = Literal["float16", "float32", "int8"]
-
 
 class Plain(Codec):
-    """All numbers of a vector in one type; in int8 with a scale for each vector."""
+    """All numbers of a vector in one type; in int8 with a scale for each vector. ``float16-int8`` rounds to float16
+    before, so that vectors in float16 can be encoded later."""
 
-    pattern = r"float16|float32|int8"
-    example = "float16, float32, int8"
+    pattern = r"float16|float32|int8|float16-int8"
+    example = "float16, float32, int8, float16-int8"
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
-        self.numbers = cast(Numbers, name)
+        self.numbers = name.rpartition("-")[2]
+
+    def prepare(self, values: Floats) -> Floats:
+        return rounded(values) if "-" in self.name else values
 
 
 class First(Codec):
@@ -46,4 +47,4 @@ class First(Codec):
     def prepare(self, values: Floats) -> Floats:
         first = rounded(values[..., : self._first])
         norms = np.linalg.norm(first, axis=-1, keepdims=True)
-        return first / np.where(norms > 0, norms, np.float32(1))
+        return np.divide(first, norms, out=first, where=norms > 0)

@@ -7,8 +7,10 @@ import re
 
 from reinforce.dataset.codecs.base import Codec
 from reinforce.dataset.codecs.plain import First, Plain
+from reinforce.dataset.codecs.principal import PrincipalComponents
+from reinforce.dataset.codecs.quantisers import ProductQuantiser, ResidualQuantiser
 
-CODECS: tuple[type[Codec], ...] = (Plain, First)
+CODECS: tuple[type[Codec], ...] = (Plain, First, PrincipalComponents, ProductQuantiser, ResidualQuantiser)
 
 
 @functools.lru_cache

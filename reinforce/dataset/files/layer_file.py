@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 
 import schemas
 from reinforce.dataset import vectors
+from reinforce.dataset.codecs.codebooks import Place
 from reinforce.dataset.kinds.registry import KINDS
 from reinforce.parquet.footers import FooterCheck, RefusedFile, span
 from reinforce.parquet.pages import DICTIONARY, BadPage, Bytes, Page, longest_entry, read_pages
@@ -99,10 +100,19 @@ class LayerFile:
     """An open Parquet file whose row groups are checked before they are decoded.
 
     ``source`` is an open binary file of ``size`` bytes, which the caller closes, and ``file`` the layer and shard that
-    errors name. Raises RefusedFile, and what the storage raises.
+    errors name. ``dataset`` is the URL of its dataset, where codebooks are. Raises RefusedFile, and what the storage
+    raises.
     """
 
-    def __init__(self, source: Any, size: int, max_rows: int = MAX_ROWS, file: tuple[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        source: Any,
+        size: int,
+        max_rows: int = MAX_ROWS,
+        file: tuple[str, str] | None = None,
+        dataset: str | None = None,
+    ) -> None:
+        self._dataset = dataset
         self._source, self._max_rows, self._name = WindowFile(source, size), max_rows, file
         self.metadata, self._footer = self._source.footer()
         self._readable = source if isinstance(source, pa.NativeFile) else None
@@ -275,7 +285,19 @@ class LayerFile:
                 except ValueError as error:
                     raise RefusedFile(f"column {name}: {error}") from error
                 table = table.set_column(index, name, tensors)
-        return table.replace_schema_metadata(None)
+        return table.replace_schema_metadata(self._codebook(table))
+
+    def _codebook(self, table: pa.Table) -> dict[bytes, bytes] | None:
+        """The metadata of a table with codes: the place of their codebook, by the footer."""
+        codes = any(
+            isinstance(one, pa.FixedShapeTensorType) and one.value_type == pa.uint8() for one in table.schema.types
+        )
+        if not codes or self._dataset is None or self._name is None:
+            return None
+        digest = (self.metadata.metadata or {}).get(b"reinforce.codebook", b"")
+        if not re.fullmatch(rb"[0-9a-f]{32}", digest):
+            raise RefusedFile("its footer does not name the codebook of its codes")
+        return Place(self._dataset, self._name[0], digest.decode()).metadata()
 
 
 def _column_names(footer: pq.FileMetaData) -> list[str]:

@@ -37,6 +37,9 @@ _READ_AHEAD_BYTES = 2**20  # of a quarantine file that is read while others are
 _INCOMPRESSIBLE = ("image", "embeddings")  # columns that are stored without compression
 
 
+_BYTES = (pa.int8(), pa.uint8())
+
+
 class DamagedQuarantine(UserError):
     """A quarantine file is damaged; ``args`` are the message and the reason."""
 
@@ -172,7 +175,7 @@ class Store(Storage):
         Raises RefusedFile, also if the file has another size by now, and what the storage raises.
         """
         source = RangeFile(None if self.local else self.fs, self.layer_path(layer, shard), size)
-        return LayerFile(source, size, file=(layer, shard))
+        return LayerFile(source, size, file=(layer, shard), dataset=self._url)
 
     @contextlib.contextmanager
     def open_layer(
@@ -195,7 +198,8 @@ class Store(Storage):
                 if file is None:
                     opened = _memory_map(path) if self.local else open_whole(self.fs, path, **options)
                     source = stack.enter_context(opened)
-                    file = LayerFile(source, source.size() if self.local else source.size, file=(layer, shard))
+                    size = source.size() if self.local else source.size
+                    file = LayerFile(source, size, file=(layer, shard), dataset=self._url)
                 check_footer(path, file.metadata, fingerprint)
             yield file
 
@@ -251,6 +255,7 @@ class LayerWriter(contextlib.ExitStack):
                     "reinforce.layer": layer.name,
                     "reinforce.fingerprint": layer.fingerprint,
                     "reinforce.source": source,
+                    **({} if layer.codebook is None else {"reinforce.codebook": layer.codebook["digest"]}),
                 }
             ),
             **_encodings(schema),
@@ -304,13 +309,13 @@ def _encodings(schema: pa.Schema) -> dict[str, Any]:
     """Arguments of ParquetWriter for the compression and encoding of every column.
 
     ParquetWriter identifies a nested column by the full path of its values, ``augmentations.list.element.crop.top``,
-    and ignores shorter names. Parquet stores int8 as 32-bit integers; a dictionary brings each back to one byte.
+    and ignores shorter names. Parquet stores integers of 8 bits in 32; a dictionary brings each back to one byte.
     """
     empty = pa.BufferOutputStream()
     pq.write_table(schema.empty_table(), empty)
     columns = pq.ParquetFile(empty.getvalue()).schema
     paths = {columns.column(i).path: columns.column(i).path.split(".")[0] for i in range(len(columns))}
-    tensors = [f.name for f in schema if isinstance(f.type, pa.FixedShapeTensorType) and f.type.value_type == pa.int8()]
+    tensors = [f.name for f in schema if isinstance(f.type, pa.FixedShapeTensorType) and f.type.value_type in _BYTES]
     dictionary = ("augmentations", "image_ref", *tensors)
     return {
         "compression": {path: "none" if name in _INCOMPRESSIBLE else "zstd" for path, name in paths.items()},

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from teachers.spec import ModelInfo
 
 _FLOAT_ERROR = 2e-3  # of the norm of a vector that is stored in float16
-_NUMBERS = ("float16", "float32", "int8")  # in which vectors are stored
+_NUMBERS = ("float16", "float32", "int8", "uint8")  # in which vectors are stored
 
 
 class _Embeddings(LayerKind):
@@ -59,7 +59,9 @@ class _Embeddings(LayerKind):
             for inputs, count in self._sides(config, name, info):
                 layer = embeddings_layer(name, inputs)
                 needs = self.inputs(layer, {})
-                recipe = _recipe(known[needs[-1]].fingerprint, info.identity, codec.name)
+                codebook = {"digest": info.codebooks.get(inputs), "sample": teacher.codec_sample}
+                kept = codebook if codec.fitted else None
+                recipe = _recipe(known[needs[-1]].fingerprint, info.identity, codec.name, kept)
                 yield Layer(
                     layer,
                     self,
@@ -70,6 +72,7 @@ class _Embeddings(LayerKind):
                     count=count,
                     dim=None if info.dim is None else _dim_of(name, codec, info.dim),
                     dtype=codec.name,
+                    codebook=kept,
                     published=teacher.published,
                     recipe=recipe,
                     code=info.code,
@@ -108,20 +111,28 @@ class _Embeddings(LayerKind):
             "count": layer.count,
             "dim": stated.get("dim") and _dim_of(layer.model, find_codec(layer.dtype), stated["dim"]),
             "dtype": layer.dtype,
+            **({} if layer.codebook is None else {"codebook": dict(layer.codebook)}),
         }
+
+    def check_entry(self, entry: Mapping[str, Any]) -> None:
+        super().check_entry(entry)
+        if find_codec(entry["dtype"]).fitted != (entry.get("codebook") is not None):
+            raise ValueError(f"a layer in {entry['dtype']} has a codebook exactly if its codec is fitted")
 
     def recorded_fingerprint(self, layer: Layer, manifest: Mapping[str, Any]) -> str | None:
         model = mapping_at(manifest, self.section, layer.model, "model")
         source = manifest["layers"].get(self.inputs(layer.name, {})[-1])
         if not model or source is None:
             return None
-        return self._fingerprint(_recipe(source["fingerprint"], model, layer.dtype))
+        return self._fingerprint(_recipe(source["fingerprint"], model, layer.dtype, layer.codebook))
 
     def recipes(self, layer: Layer, manifest: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         before, now = super().recipes(layer, manifest)
         entry = mapping_at(manifest, "layers", layer.name)
         if "dtype" in entry:
             before["dtype"], now["dtype"] = entry["dtype"], layer.dtype
+        if "codebook" in entry and layer.codebook is not None:
+            before["codebook"], now["codebook"] = entry["codebook"], layer.codebook
         return before, now
 
     def wrong_rows(self, layer: Layer, table: pa.Table, records: int | None) -> Iterator[tuple[str, Any]]:
@@ -134,6 +145,8 @@ class _Embeddings(LayerKind):
             stated = f"{codec.numbers} {[layer.count, width]}"
             every = np.ones(table.num_rows, np.bool_)
             yield f"have {found} vectors of shape {shape}, dataset.json states {stated}", every
+            return
+        if codec.fitted:  # every code has a vector, which is decoded at unit norm
             return
         values = vectors.decode(table)
         norms = np.sqrt(np.einsum("rcd,rcd->rc", values, values))
@@ -241,10 +254,13 @@ def _dim_of(teacher: str | None, codec: Codec, dim: int) -> int:
         raise UserError(f"teachers.{teacher}.codec: {error}") from None
 
 
-def _recipe(source: str, model: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
+def _recipe(
+    source: str, model: Mapping[str, Any], dtype: str | None, codebook: Mapping[str, Any] | None
+) -> dict[str, Any]:
     """What the fingerprint covers besides the kind: that of the layer it is computed from, the identity of the
-    teacher, and the storage type."""
-    return {"source": source, "model": model, "dtype": dtype}
+    teacher, and the codec, with its codebook if it has one."""
+    fitted = {} if codebook is None else {"codebook": dict(codebook)}
+    return {"source": source, "model": model, "dtype": dtype, **fitted}
 
 
 def _norm_tolerance(table: pa.Table, shape: list[int]) -> Any:

@@ -41,12 +41,18 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, frozen=True)
 
 
+class _Codebook(_Part):
+    digest: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+    sample: int = Field(ge=1)
+
+
 class _LayerEntry(_Part):
     kind: Annotated[str, AfterValidator(_known_kind)]
     fingerprint: _Text
     count: Annotated[int, Field(ge=0, le=2**16)] | None = None
     dim: Annotated[int, Field(ge=1, le=2**20)] | None = None
     dtype: Annotated[str, AfterValidator(_known_codec)] | None = None
+    codebook: _Codebook | None = None
     texts: _Text | None = None
     teacher: _Text | None = None
     captioner: _Text | None = None

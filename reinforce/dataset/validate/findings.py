@@ -9,10 +9,11 @@ from typing import Literal
 #: of another layer, shard or recipe. ``rows``: values that a run does not write. ``missing``: a file that should exist.
 #: ``orphan``: a file that belongs to nothing. ``manifest``: dataset.json contradicts itself or the files.
 #: ``count``: the source has another number of samples. ``quarantine``: the quarantine file of the layer is damaged.
-#: ``view``: a view is damaged, or of other rows than the samples.
+#: ``view``: a view is damaged, or of other rows than the samples. ``codebook``: that of a layer is lost or has changed.
 Kind = Literal[
-    "unreadable", "damaged", "misplaced", "rows", "missing", "orphan", "manifest", "count", "quarantine", "view"
-]
+    "unreadable", "damaged", "misplaced", "rows", "missing", "orphan", "manifest", "count", "quarantine", "view",
+    "codebook",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)

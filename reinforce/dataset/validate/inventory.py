@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 import schemas
+from reinforce.dataset.codecs import codebooks
 from reinforce.dataset.drop import layers_with_folders
 from reinforce.dataset.files.index import LayerIndex, read_index
 from reinforce.dataset.files.listing import Listing
@@ -18,6 +19,7 @@ from reinforce.dataset.kinds.registry import depends, stored_layer
 from reinforce.dataset.layers import LABELS, SAMPLES, mapping_at
 from reinforce.dataset.manifest.manifest import DIGEST_KEY, manifest_digest, read_manifest
 from reinforce.dataset.validate.findings import Finding
+from reinforce.errors import StorageError, UserError
 from reinforce.terminal import first_names
 
 
@@ -67,7 +69,7 @@ def _take_inventory(store: Store, seen: pa.StringArray | None = None) -> Invento
     indexes = {name: read_index(store, name, entry["fingerprint"]) for name, entry in entries.items()}
     every = store.listings([*entries, *(f"quarantine/{name}" for name in entries)])
     found = Inventory(manifest, every, indexes, ())
-    findings = [*check_recipes(manifest), *check_missing(store, found, seen)]
+    findings = [*check_recipes(manifest), *check_codebooks(store, manifest), *check_missing(store, found, seen)]
     return replace(found, findings=[*findings, *check_orphans(store, found.listings)])
 
 
@@ -104,6 +106,19 @@ def _wrong_fingerprints(manifest: Mapping[str, Any]) -> Iterator[Finding]:
                 f"{entry['fingerprint'][:40]}: one of them was changed. Restore {MANIFEST}.",
                 name,
             )
+
+
+def check_codebooks(store: Store, manifest: Mapping[str, Any]) -> Iterator[Finding]:
+    """Codebooks that are missing or have changed."""
+    for name, entry in manifest["layers"].items():
+        place = stored_layer(name, entry).codebook_at(store.url)
+        try:
+            if place is not None:
+                codebooks.read(store, name, place.digest)
+        except StorageError:
+            raise
+        except UserError as error:
+            yield Finding("codebook", str(error), name)
 
 
 def check_missing(store: Store, inventory: Inventory, seen: pa.StringArray | None = None) -> Iterator[Finding]:

@@ -28,7 +28,7 @@ from reinforce.dataset.reading.aligned import layer_errors
 from reinforce.dataset.runs.shard_records import read_records
 from reinforce.engine.messages.task import PendingShard
 from reinforce.engine.plan.precision import resolve_precisions
-from reinforce.engine.plan.recipe import as_recorded, build_layers, describe_models
+from reinforce.engine.plan.recipe import as_recorded, build_layers, describe_models, with_codebooks
 from reinforce.engine.plan.shard_lists import SourceShards, list_url
 from reinforce.engine.plan.source_shards import source_shards, with_view
 from reinforce.engine.plan.unread_labels import find_unread
@@ -98,6 +98,17 @@ class Plan:
         """Number of shards that are quarantined in some layer, or in their labels."""
         return max(self.unread_labels, *(state.quarantined for state in self.states.values()))
 
+    @property
+    def unfitted(self) -> list[Layer]:
+        """Layers whose codebook is not fitted yet, if some shard lacks them."""
+        wanted = {name for shard in self.pending for name in shard.layers}
+        return [layer for name, layer in self.layers.items() if name in wanted and not layer.is_fitted]
+
+    def first(self, shards: int) -> Plan:
+        """The plan of the first shards by name, those that lack nothing included."""
+        names = sorted({*self.committed, *(shard.name for shard in self.pending)})[:shards]
+        return replace(self, pending=[shard for shard in self.pending if shard.name in names])
+
     def shard(self, shard: PendingShard) -> Shard:
         """A shard as it is read before the run has written the list of its files."""
         return replace(shard.source, listing=self.lists.get(shard.name, shard.listing))
@@ -116,7 +127,8 @@ def make_plan(
     store = Store(config.output)
     manifest = find_manifest(store)
     config, notes = resolve_precisions(with_labels(with_view(config)), lambda: manifest, nodes)
-    layers, continued = as_recorded(build_layers(config, describe_models(config)), manifest)
+    infos = with_codebooks(config, describe_models(config), store, manifest)
+    layers, continued = as_recorded(build_layers(config, infos), manifest)
     notes += continued
     listed: dict[str, Info] = {}
     source = source_shards(config, listed)

@@ -7,8 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 from reinforce.config import Config
+from reinforce.dataset.codecs import codebooks
+from reinforce.dataset.files.store import Store
 from reinforce.dataset.kinds.registry import KINDS
-from reinforce.dataset.layers import MODEL_SECTIONS, Layer, mapping_at
+from reinforce.dataset.layers import MODEL_SECTIONS, Layer, inputs_of, mapping_at
 from reinforce.engine.messages.tracebacks import user_frames
 from reinforce.errors import UserError
 from reinforce.labels.taken import labelled
@@ -34,6 +36,27 @@ def describe_models(config: Config) -> dict[tuple[str, str], ModelInfo]:
                 identity = {**info.identity, **labels.taken.identity(place[1], labels.join)}
                 infos[place] = replace(info, identity=identity)
     return infos
+
+
+def with_codebooks(
+    config: Config, infos: Mapping[tuple[str, str], ModelInfo], store: Store, manifest: Mapping[str, Any] | None
+) -> dict[tuple[str, str], ModelInfo]:
+    """Descriptions with the codebooks that the dataset has, by dataset.json or of a run that has not written it yet,
+    and with those of labels."""
+    found = dict(infos)
+    for name, layer in build_layers(config, infos).items():
+        if layer.codebook is None:
+            continue
+        labels = config.labels.get(layer.labels or "")
+        known = [mapping_at(manifest or {}, "layers", name, "codebook")]
+        known += [] if labels is None else [mapping_at(labels.taken.layers, name, "codebook")]
+        digest = next((one["digest"] for one in known if one), None)
+        digest = digest or codebooks.stored(store, name, layer.fingerprint)
+        if digest is not None:
+            owner = str(layer.kind.section), str(layer.model)
+            digests = {**found[owner].codebooks, inputs_of(name): digest}
+            found[owner] = replace(found[owner], codebooks=digests)
+    return found
 
 
 def check_class_files(config: Config, layers: Iterable[Layer], host: str) -> None:

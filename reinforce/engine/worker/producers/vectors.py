@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -39,13 +40,22 @@ class Embeddings(Producer):
         if layer in self.computed:
             values, valid = self.vectors(layer, group)
             values = codec.prepare(values)
+        codes: dict[int, Any] = {}  # of labels, which are stored as they are
         for place, value in self.labels(layer, group.rows):
-            values[place], valid[place] = value, True
+            valid[place] = True
+            if codec.fitted:
+                codes[place] = value
+            else:
+                values[place] = value
         finite = np.isfinite(values).all(axis=(1, 2))
         for key, refused in zip(group.keys, valid & ~finite, strict=True):
             if refused:
                 detail = f"{layer.model} returned NaN or infinity"
                 self.refusals.add(layer.name, Refusal(key, Reason.NOT_FINITE, detail))
+        codebook = layer.codebook_at(self.session.config.output)
         with raising_layer_failure(layer.name):
-            columns = vectors.encode(values, codec.numbers, valid & finite)
-        return pa.table([pa.array(group.keys, pa.string()), *columns], schema=self.schema(layer))
+            columns = vectors.encode_as(values, codec, codebook, valid & finite)
+        if codes:
+            columns = [vectors.with_rows(columns[0], codes)]
+        table = pa.table([pa.array(group.keys, pa.string()), *columns], schema=self.schema(layer))
+        return table.replace_schema_metadata(None if codebook is None else codebook.metadata())

@@ -1,0 +1,165 @@
+"""Codebooks of layers: ``codebooks/<layer>.safetensors`` beside the layers of a dataset.
+
+A codebook is fitted once, and stored. Its digest is part of the fingerprint of its layer, and is in dataset.json and in
+the footer of each file of the layer. So a codebook that has changed is refused, and nothing is decoded with it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from reinforce.dataset.codecs.base import Arrays, Codes, FittedCodec, Floats
+from reinforce.dataset.codecs.registry import find_codec
+from reinforce.errors import UserError
+from reinforce.storage import Storage
+from reinforce.terminal import escape
+
+FOLDER = "codebooks"
+#: Key of a table's metadata with the codebook of its column of codes.
+KEY = b"codebook"
+_ENTRY = "codebook"  # of the metadata of a file
+_MOST_BYTES = 2**30
+_KEPT = 64  # codebooks that a process keeps
+
+
+@dataclass(frozen=True, eq=False)
+class Codebook:
+    """A codec with the arrays to which it was fitted."""
+
+    codec: FittedCodec
+    arrays: Arrays
+
+    def encode(self, values: Floats) -> Codes:
+        """The codes [..., width] of vectors [..., D]."""
+        rows = values.reshape(-1, values.shape[-1])
+        return self.codec.encode(rows, self.arrays).reshape(*values.shape[:-1], -1)
+
+    def decode(self, codes: Codes) -> Floats:
+        """The vectors [..., D] of codes [..., width]."""
+        rows = self.codec.decode(codes.reshape(-1, codes.shape[-1]), self.arrays)
+        return rows.reshape(*codes.shape[:-1], -1)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the codebook of a layer is: in the dataset at ``url``, with a digest."""
+
+    url: str
+    layer: str
+    digest: str
+
+    def metadata(self) -> dict[bytes, bytes]:
+        """The metadata of a table with codes."""
+        return {KEY: json.dumps([self.url, self.layer, self.digest]).encode()}
+
+
+def path_of(layer: str) -> tuple[str, str]:
+    """The codebook of a layer, in its dataset."""
+    return FOLDER, f"{layer}.safetensors"
+
+
+def digest_of(content: bytes) -> str:
+    """Digest of a codebook's file -> 32 hex digits."""
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def save(store: Storage, layer: str, codec: str, recipe: str, arrays: Arrays, facts: Mapping[str, Any]) -> str:
+    """Store a codebook, unless another run has stored one of the same ``recipe`` -> the digest of what is stored.
+
+    ``facts`` are what the file states of the sample. A codebook of another recipe that is not in use is replaced.
+    """
+    from safetensors.numpy import save as to_bytes
+
+    stated = json.dumps({"codec": codec, "recipe": recipe, **facts})  # one entry: the order of several is random
+    contiguous = {name: np.ascontiguousarray(array, np.float32) for name, array in arrays.items()}
+    content = to_bytes(contiguous, {_ENTRY: stated})
+    if not store.create(content, *path_of(layer)):
+        if (found := stored(store, layer, recipe)) is not None:
+            return found
+        store.write_bytes(content, *path_of(layer))
+    return digest_of(store.read_bytes(*path_of(layer), limit=_MOST_BYTES))
+
+
+def stored(store: Storage, layer: str, recipe: str) -> str | None:
+    """The digest of a stored codebook of a recipe, None if there is none."""
+    try:
+        content = store.read_bytes(*path_of(layer), limit=_MOST_BYTES)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return digest_of(content) if _stated(content).get("recipe") == recipe else None
+
+
+def copy(source: Storage, target: Storage, layer: str, digest: str) -> None:
+    """Copy a codebook to another dataset. Raises UserError if it does not have the digest."""
+    content = read(source, layer, digest)
+    if not target.create(content, *path_of(layer)) and stored_digest(target, layer) != digest:
+        target.write_bytes(content, *path_of(layer))
+
+
+def stored_digest(store: Storage, layer: str) -> str | None:
+    """The digest of a layer's codebook, None if there is none."""
+    try:
+        return digest_of(store.read_bytes(*path_of(layer), limit=_MOST_BYTES))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def codebook_of(metadata: Mapping[bytes, bytes] | None) -> Codebook | None:
+    """The codebook of a table, by the metadata of its schema; None if it has none. Raises UserError."""
+    place = (metadata or {}).get(KEY)
+    return None if place is None else load(Place(*json.loads(place)))
+
+
+@functools.lru_cache(_KEPT)
+def load(place: Place) -> Codebook:
+    """Read a codebook. Raises UserError if it was lost, does not have the digest, or is not a codebook."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load as from_bytes
+
+    store = Storage(place.url)
+    content = read(store, place.layer, place.digest)
+    try:
+        codec, arrays = find_codec(str(_stated(content).get("codec"))), from_bytes(content)
+        if not isinstance(codec, FittedCodec) or not codec.fits(arrays):
+            raise ValueError("other arrays than those of its codec")
+    except (ValueError, LookupError, TypeError, SafetensorError) as error:
+        raise UserError(
+            f"{store.path(*path_of(place.layer))} is not a codebook of this version ({escape(str(error)[:200])}). "
+            "Upgrade, or restore the file."
+        ) from None
+    return Codebook(codec, arrays)
+
+
+def read(store: Storage, layer: str, digest: str) -> bytes:
+    """The file of a codebook. Raises UserError if it was lost or does not have the digest."""
+    path = store.path(*path_of(layer))
+    fix = f"Restore it from a copy of the dataset, or drop {layer} and compute it again."
+    try:
+        content = store.read_bytes(*path_of(layer), limit=_MOST_BYTES)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"{path}, the codebook of {layer}, is missing, and its codes cannot be decoded. {fix}"
+        ) from None
+    if (found := digest_of(content)) != digest:
+        raise UserError(
+            f"{path}, the codebook of {layer}, has the digest {found}, and the layer was made with {escape(digest)}: "
+            f"it was changed, and nothing is decoded with it. {fix}"
+        )
+    return content
+
+
+def _stated(content: bytes) -> Mapping[str, Any]:
+    """What the header of a file states; empty if it has no header."""
+    length = int.from_bytes(content[:8], "little")
+    try:
+        found = json.loads(json.loads(content[8 : 8 + length])["__metadata__"][_ENTRY])
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,112 @@
+"""Product quantisation and residual codes: a byte chooses one of 256 stored vectors. faiss fits and encodes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from reinforce.dataset.codecs.base import Arrays, Codes, FittedCodec, Floats
+from reinforce.dataset.codecs.faiss_threads import faiss_of_codec
+
+_BITS, _CHOICES = 8, 256  # of a byte
+_LEAST_FOR_EACH = 4  # vectors of a sample for each choice
+_BEAM = 4  # candidates that the encoder of residual codes keeps; to fit them, one, which is faster and no worse
+_BLOCK = 1024  # vectors that are decoded at a time, so that they stay in the cache
+
+
+class _Quantiser(FittedCodec):
+    """Bytes that choose among ``codebook`` [bytes, 256, n] float32."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self._bytes = int(name[2:])
+
+    def width(self, dim: int) -> int:
+        return self._bytes
+
+    def least(self, dim: int) -> int:
+        return _LEAST_FOR_EACH * _CHOICES
+
+    def _set_clustering(self, parameters: Any, seed: int, count: int) -> None:
+        parameters.seed = seed % 2**31
+        parameters.min_points_per_centroid = 1  # `least` is the bound
+        parameters.max_points_per_centroid = -(-count // _CHOICES)
+
+
+class ProductQuantiser(_Quantiser):
+    """A vector is cut into equal parts, and each part is replaced by the nearest of 256 that k-means has found."""
+
+    pattern = r"pq[1-9]\d{0,3}"
+    example = "pq96"
+
+    def dim(self, dim: int) -> int:
+        if dim % self._bytes:
+            fits = max(n for n in range(1, min(self._bytes, dim) + 1) if dim % n == 0)
+            raise ValueError(
+                f"{self.name}: vectors of {dim} numbers have no {self._bytes} equal parts; choose pq{fits}"
+            )
+        return dim
+
+    def shapes(self, dim: int) -> Mapping[str, tuple[int, ...]]:
+        return {"codebook": (self._bytes, _CHOICES, dim // self._bytes)}
+
+    def fit(self, sample: Floats, seed: int) -> Arrays:
+        with faiss_of_codec(self.name) as faiss:
+            quantiser = faiss.ProductQuantizer(sample.shape[1], self._bytes, _BITS)
+            self._set_clustering(quantiser.cp, seed, len(sample))
+            quantiser.train(np.ascontiguousarray(sample))
+            found = faiss.vector_to_array(quantiser.centroids)
+        return {"codebook": found.reshape(self.shapes(sample.shape[1])["codebook"])}
+
+    def encode(self, values: Floats, arrays: Arrays) -> Codes:
+        with faiss_of_codec(self.name) as faiss:
+            quantiser = faiss.ProductQuantizer(values.shape[1], self._bytes, _BITS)
+            faiss.copy_array_to_vector(arrays["codebook"].ravel(), quantiser.centroids)
+            codes: Codes = quantiser.compute_codes(np.ascontiguousarray(values))
+        return codes
+
+    def decode(self, codes: Codes, arrays: Arrays) -> Floats:
+        codebook = arrays["codebook"]
+        parts: Floats = codebook[np.arange(self._bytes), codes]
+        return parts.reshape(len(codes), -1)
+
+
+class ResidualQuantiser(_Quantiser):
+    """The sum of stored vectors, of which each is nearest to what those before it leave."""
+
+    pattern = r"rq[1-9]\d{0,2}"
+    example = "rq32"
+
+    def shapes(self, dim: int) -> Mapping[str, tuple[int, ...]]:
+        return {"codebook": (self._bytes, _CHOICES, dim)}
+
+    def fit(self, sample: Floats, seed: int) -> Arrays:
+        with faiss_of_codec(self.name) as faiss:
+            quantiser = self._quantiser(faiss, sample.shape[1], 1)
+            self._set_clustering(quantiser.cp, seed, len(sample))
+            quantiser.train(np.ascontiguousarray(sample))
+            found = faiss.vector_to_array(quantiser.codebooks)
+        return {"codebook": found.reshape(self.shapes(sample.shape[1])["codebook"])}
+
+    def encode(self, values: Floats, arrays: Arrays) -> Codes:
+        with faiss_of_codec(self.name) as faiss:
+            quantiser = self._quantiser(faiss, values.shape[1], _BEAM)
+            faiss.copy_array_to_vector(arrays["codebook"].ravel(), quantiser.codebooks)
+            quantiser.is_trained = True
+            codes: Codes = quantiser.compute_codes(np.ascontiguousarray(values))
+        return codes
+
+    def decode(self, codes: Codes, arrays: Arrays) -> Floats:
+        codebook = arrays["codebook"]
+        total = np.zeros((len(codes), codebook.shape[2]), np.float32)
+        for start in range(0, len(codes), _BLOCK):
+            for place in range(self._bytes):
+                total[start : start + _BLOCK] += codebook[place, codes[start : start + _BLOCK, place]]
+        return total
+
+    def _quantiser(self, faiss: Any, dim: int, beam: int) -> Any:
+        quantiser = faiss.ResidualQuantizer(dim, self._bytes, _BITS)
+        quantiser.max_beam_size = beam
+        return quantiser

@@ -1,0 +1,228 @@
+"""Codecs with codebooks: what is stored, read, checked and refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pytest
+
+import reinforce
+from reinforce.config import parse_config
+from reinforce.dataset.codecs.codebooks import load, path_of
+from reinforce.dataset.codecs.registry import find_codec
+from reinforce.dataset.drop import drop, plan_drop
+from reinforce.dataset.files.store import Store
+from reinforce.dataset.kinds.registry import kind_of, stored_layer
+from reinforce.dataset.validate.validate import validate
+from reinforce.engine.plan.plan import make_plan
+from reinforce.errors import UserError
+from reinforce.inspection.report import inspect
+from reinforce.labels.difference import diff
+from reinforce.publishing.card import write_card
+from reinforce.publishing.labels import export_labels
+from reinforce.selection.neighbours import mean_vectors
+from tests.helpers.data import config_of, members_of, tree, write_tar
+from tests.helpers.reinforced import reinforce_here
+
+MODEL = {"class": "tests.helpers.models:ColorTeacher", "options": {"size": 16, "dim": 8}}
+FITTED = ("pca6", "pq4", "rq3")
+LAYER = "embeddings/pq4/images"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_samples() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("reinforce.dataset.codecs.quantisers._LEAST_FOR_EACH", 1)
+        yield
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One teacher in each codec."""
+    folder = tmp_path_factory.mktemp("stored")
+    for number in range(3):
+        write_tar(folder / "source" / f"{number:05d}.tar", members_of(number, 100, width=9, height=8))
+    return Path(reinforce_here(config(folder), 64))
+
+
+def config(folder: Path, output: Path | None = None, **codecs: str) -> dict[str, Any]:
+    names = codecs or {name: name for name in ("float16", *FITTED)}
+    teachers = {name: {**MODEL, "codec": codec, "codec_sample": 280} for name, codec in names.items()}
+    augmentations = {"count": 2, "size": 16}
+    changes = {"captioners": {}, "teachers": teachers, "augmentations": augmentations}
+    return config_of(f"{folder}/source/*.tar", output or folder / "out", **changes)
+
+
+def test_codes_decode_to_unit_vectors_near_those_of_float16(stored: Path) -> None:
+    cosines: dict[str, list[float]] = {name: [] for name in FITTED}
+    for sample in reinforce.open(str(stored)):
+        for name in FITTED:
+            for one, other in (
+                (sample.images[name], sample.images["float16"]),
+                (sample.texts[name]["caption"], sample.texts["float16"]["caption"]),
+            ):
+                assert np.abs(np.linalg.norm(one, axis=1) - 1).max() < 1e-5
+                cosines[name] += (one * other.astype(np.float32)).sum(1).tolist()
+    assert {name: len(found) for name, found in cosines.items()} == dict.fromkeys(FITTED, 900)
+    assert min(np.mean(found) for found in cosines.values()) > 0.98
+
+
+def test_codes_are_encoded_from_float16_by_a_codebook_of_the_same_numbers_when_it_is_fitted_again(
+    stored: Path, tmp_path: Path
+) -> None:
+    again = Path(reinforce_here(config(stored.parent, tmp_path / "again"), 64))
+    assert tree(again) == tree(stored)
+    store = Store(str(stored))
+    for name in FITTED:
+        layer = stored_layer(
+            f"embeddings/{name}/images",
+            json.loads((stored / "dataset.json").read_text())["layers"][f"embeddings/{name}/images"],
+        )
+        codebook = load(layer.codebook_at(str(stored)))
+        for shard in store.shards(layer.name):
+            with (
+                store.open_layer(layer.name, shard) as file,
+                store.open_layer("embeddings/float16/images", shard) as finer,
+            ):
+                values = layer.kind.decode(finer.read())
+                codes = file.read()["embeddings"].combine_chunks().to_numpy_ndarray()
+            assert np.array_equal(codebook.encode(values), codes)
+
+
+def test_a_run_that_adds_shards_uses_the_stored_codebook(stored: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "copied"
+    shutil.copytree(stored.parent, copied)
+    before = tree(copied / "out" / "codebooks")
+    write_tar(copied / "source" / "00003.tar", members_of(3, 5, width=9, height=8))
+    values = config(copied, copied / "out")
+    values["source"] = [*[f"{stored.parent}/source/{n:05d}.tar" for n in range(3)], f"{copied}/source/00003.tar"]
+    reinforce_here(values, 64)
+    assert tree(copied / "out" / "codebooks") == before
+    assert len(Store(str(copied / "out")).shards(LAYER)) == 4
+    assert validate(str(copied / "out")).valid
+
+
+def test_a_codebook_that_is_lost_or_altered_by_one_bit_is_refused_by_name(stored: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "copied"
+    shutil.copytree(stored, copied)
+    path = copied / "codebooks" / f"{LAYER}.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    for damage, message in ((lambda: path.write_bytes(content), "it was changed"), (path.unlink, "is missing")):
+        load.cache_clear()
+        damage()
+        with pytest.raises(UserError, match=rf"pq4/images\.safetensors, the codebook of {LAYER}, .*{message}"):
+            next(iter(reinforce.open(str(copied))))
+        found = validate(str(copied))
+        assert [(one.kind, one.layer) for one in found.findings] == [("codebook", LAYER)]
+        write_tar(tmp_path / "more" / "9.tar", members_of(9, 3))
+        more = {**config(stored.parent, copied), "source": [f"{stored.parent}/source/*.tar", f"{tmp_path}/more/9.tar"]}
+        with pytest.raises(UserError, match=message):
+            reinforce_here(more, 64)
+    assert sum(1 for _ in reinforce.open(str(copied), teachers=["float16", "rq3"])) == 300
+
+
+def test_dropping_a_layer_deletes_its_codebook_and_a_new_run_fits_the_same(stored: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "copied"
+    shutil.copytree(stored, copied)
+    before, store = tree(copied), Store(str(copied))
+    drop(store, plan_drop(store, ["embeddings/pq4/*"]))
+    assert not [name for name in tree(copied) if "pq4" in name]
+    reinforce_here(config(stored.parent, copied), 64)
+    again, manifests = tree(copied), []
+    for files in (before, again):
+        manifests.append(json.loads(files.pop("dataset.json")))
+    assert (again, manifests[1]) == (before, manifests[0])
+
+
+def test_diff_compares_what_codes_decode_to(stored: Path, tmp_path: Path) -> None:
+    other = reinforce_here(config(stored.parent, tmp_path / "other", **dict.fromkeys(FITTED, "float16")), 64)
+    found = diff(str(stored), other, use_ray=False).layers
+    for name in FITTED:
+        one = found[f"embeddings/{name}/images"]
+        assert (one.rows, one.vectors) == (300, 600)
+        assert 0.98 < one.cosines / one.vectors < 1
+
+
+def test_a_training_example_a_selection_and_a_report_read_codes(stored: Path, tmp_path: Path) -> None:
+    store = Store(str(stored))
+    with store.open_layer(LAYER, next(iter(store.shards(LAYER)))) as file:
+        table, part = file.read(), file.read_row_group(0, ["key", "embeddings"])
+    values, index = kind_of(LAYER).decode(table), np.arange(len(table)) % 2
+    picked = kind_of(LAYER).pick(table, index)
+    assert np.allclose(picked.arrays[0], values[np.arange(len(table)), index], atol=1e-6)
+    assert picked.usable.all()
+    assert np.array_equal(kind_of(LAYER).decode(part.slice(3, 5).filter(pa.array([True] * 5))), values[3:8])
+    assert np.abs(np.linalg.norm(mean_vectors(table)[0].astype(np.float32), axis=1) - 1).max() < 1e-2
+    inspect(str(stored), str(tmp_path / "report"), limit=8)
+    assert "2 \u00d7 8 pq4" in (tmp_path / "report" / "index.html").read_text()
+
+
+def test_hugging_face_shows_codes_as_bytes_and_the_card_names_the_codec(stored: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "copied"
+    shutil.copytree(stored, copied)
+    write_card(str(copied))
+    assert "[2, 8] pq4" in (copied / "README.md").read_text()
+    rows = datasets.load_dataset(
+        str(copied), "embeddings--pq4--images", split="train", cache_dir=str(tmp_path / "cache")
+    )
+    assert (len(rows), len(rows[0]["embeddings"])) == (300, 8)
+
+
+def test_published_codes_are_taken_as_they_are(stored: Path, tmp_path: Path) -> None:
+    labels = export_labels(str(stored), str(tmp_path / "labels"), layers=["embeddings/pq4"], use_ray=False).output
+    assert validate(labels).valid
+    assert tree(Path(labels) / "codebooks") == {
+        name: content for name, content in tree(stored / "codebooks").items() if "pq4" in name
+    }
+    values = config(stored.parent, tmp_path / "taken")
+    taking = {"lab": {"url": labels, "layers": ["embeddings/pq4"]}}
+    taken = reinforce_here({**values, "teachers": {}, "labels": taking}, 64)
+    assert validate(taken).valid
+    for layer in (LAYER, "embeddings/pq4/caption"):
+        for shard in Store(taken).shards(layer):
+            with Store(taken).open_layer(layer, shard) as own, Store(labels).open_layer(layer, shard) as theirs:
+                assert own.read().equals(theirs.read())
+    assert sum(1 for _ in reinforce.open(taken)) == 300
+
+
+@pytest.mark.parametrize(
+    ("codec", "message"),
+    [
+        ("pq3", r"teachers\.red\.codec: pq3: vectors of 8 numbers have no 3 equal parts; choose pq2"),
+        ("pca9", r"pca9: the vectors have 8 numbers; choose at most pca8"),
+    ],
+)
+def test_a_codec_that_does_not_fit_the_vectors_is_refused(
+    stored: Path, tmp_path: Path, codec: str, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        reinforce_here(config(stored.parent, tmp_path / "out", red=codec), 64)
+
+
+def test_too_few_vectors_to_fit_a_codebook_are_refused(stored: Path, tmp_path: Path) -> None:
+    values = config(stored.parent, tmp_path / "out", red="pq4")
+    values["teachers"]["red"]["codec_sample"] = 255
+    with pytest.raises(
+        UserError, match=r"teachers\.red\.codec: pq4 is fitted to 256 vectors at least, and .*red/images has 255\."
+    ):
+        reinforce_here(values, 64)
+
+
+def test_another_sample_is_another_recipe(stored: Path) -> None:
+    values = config(stored.parent)
+    values["teachers"]["pq4"]["codec_sample"] = 281
+    with pytest.raises(UserError, match=r"codebook\.sample: 280 in the dataset, 281 in this config"):
+        make_plan(parse_config(values))
+
+
+def test_names_of_codecs_have_bytes() -> None:
+    for name, size in {"pq96": 96, "rq32": 32, "pca128": 128, "float16": 1536, "int8": 772, "first256": 512}.items():
+        assert find_codec(name).bytes(768) == size
+    assert path_of(LAYER) == ("codebooks", f"{LAYER}.safetensors")
