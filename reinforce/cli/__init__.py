@@ -102,6 +102,7 @@ _COMMANDS: dict[Callable[..., None], tuple[str, ...]] = {
         "reinforce diff demo/dataset demo/labels",
         "reinforce diff demo/dataset demo/labels --layers captions --json",
     ),
+    dataset.convert: ("reinforce convert demo/dataset conv-48 conv-48-first32 --codec first32",),
     dataset.inspect: (
         "reinforce inspect demo/dataset demo/report",
         "reinforce inspect demo/dataset demo/report --teachers conv-64 --limit 500 --seed 1",

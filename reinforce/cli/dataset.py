@@ -190,6 +190,28 @@ def diff(
     raise typer.Exit(0 if found.equal else 1)
 
 
+def convert(
+    dataset: DatasetUrl,
+    teacher: Annotated[str, typer.Argument(metavar="TEACHER", help="Whose vectors, stored in float16 or float32.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the teacher that gets the converted vectors.")],
+    codec: Annotated[str, typer.Option(help="float16-int8, first256, pca128, pq96, rq32 and others.")],
+    sample: Annotated[int, typer.Option(min=1, help="Vectors to which codebooks are fitted.")] = 32_768,
+    address: Address = None,
+    no_ray: NoRay = False,
+) -> None:
+    """Store the vectors of a teacher again in another codec, from those that are stored: no model is loaded.
+
+    They are those of a teacher of another name in the same dataset, as a run with that codec would write them. Delete
+    the others with `reinforce drop` when you do not need them.
+
+    The same command continues one that was stopped. Do not use it while a run writes to the dataset.
+    """
+    from reinforce.dataset.convert import convert as convert_vectors
+
+    found = convert_vectors(dataset, teacher, name, codec, sample, use_ray=not no_ray, address=address)
+    print_lines(found.lines())
+
+
 def inspect(
     dataset: DatasetUrl,
     output: Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder or fsspec URI to write the report to.")],

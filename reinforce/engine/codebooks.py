@@ -40,10 +40,12 @@ def fit_codebooks(plan: Plan, compute: Callable[[Config, int], None]) -> None:
     while shards < plan.shards and any(map(lacks, layers)):
         shards *= 2
         compute(config, shards)
-    for layer in layers:
-        fitting.fit(layer, sample(layer), store, seed)
-    with store.storage_errors("removed", FOLDER):
-        store.fs.rm(store.path(FOLDER), recursive=True)
+    try:
+        for layer in layers:
+            fitting.fit(layer, sample(layer), store, seed)
+    finally:
+        with store.storage_errors("removed", FOLDER):
+            store.fs.rm(store.path(FOLDER), recursive=True)
 
 
 def check_codebooks(plan: Plan) -> None:

@@ -29,10 +29,17 @@ class Codec(ABC):
     pattern: ClassVar[str]
     example: ClassVar[str]
     fitted: ClassVar[bool] = False
+    #: Whether vectors are rounded to float16 before, so that a layer in float16 can be encoded later.
+    rounds: bool = False
     numbers: str
 
     def __init__(self, name: str) -> None:
         self.name = name
+
+    @staticmethod
+    @abstractmethod
+    def choices(dim: int) -> list[str]:
+        """Names of codecs of this sort that suit vectors of length ``dim``, for the estimates of a plan."""
 
     def dim(self, dim: int) -> int:
         """Length of the decoded vectors of a model of ``dim``. Raises ValueError if such vectors cannot be stored."""
@@ -52,13 +59,10 @@ class Codec(ABC):
 
 
 class FittedCodec(Codec):
-    """A codec whose codebook is fitted to a sample of vectors.
-
-    Vectors are rounded to float16 before they are fitted or encoded. So a layer that is stored in float16 can be
-    encoded later, with the same bytes.
-    """
+    """A codec whose codebook is fitted to a sample of vectors."""
 
     fitted = True
+    rounds = True
     numbers = "uint8"
 
     @abstractmethod

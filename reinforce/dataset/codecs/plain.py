@@ -18,10 +18,14 @@ class Plain(Codec):
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
-        self.numbers = name.rpartition("-")[2]
+        self.numbers, self.rounds = name.rpartition("-")[2], "-" in name
+
+    @staticmethod
+    def choices(dim: int) -> list[str]:
+        return ["float32", "float16", "int8"]
 
     def prepare(self, values: Floats) -> Floats:
-        return rounded(values) if "-" in self.name else values
+        return rounded(values) if self.rounds else values
 
 
 class First(Codec):
@@ -32,12 +36,17 @@ class First(Codec):
 
     pattern = r"first([1-9]\d{0,4})(?:-(int8))?"
     example = "first256, first256-int8"
+    rounds = True
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
         found = re.fullmatch(self.pattern, name)
         assert found is not None
         self._first, self.numbers = int(found[1]), found[2] or "float16"
+
+    @staticmethod
+    def choices(dim: int) -> list[str]:
+        return [f"first{max(1, dim // 2)}"]
 
     def dim(self, dim: int) -> int:
         if dim < self._first:

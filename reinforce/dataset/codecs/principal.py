@@ -23,6 +23,10 @@ class PrincipalComponents(FittedCodec):
         super().__init__(name)
         self._components = int(name[3:])
 
+    @staticmethod
+    def choices(dim: int) -> list[str]:
+        return [f"pca{max(1, dim // 4)}"]
+
     def dim(self, dim: int) -> int:
         if dim < self._components:
             raise ValueError(f"{self.name}: the vectors have {dim} numbers; choose at most pca{dim}")

@@ -41,9 +41,13 @@ class ProductQuantiser(_Quantiser):
     pattern = r"pq[1-9]\d{0,3}"
     example = "pq96"
 
+    @staticmethod
+    def choices(dim: int) -> list[str]:
+        return [f"pq{_divisor(dim, max(1, dim // 8))}"]
+
     def dim(self, dim: int) -> int:
         if dim % self._bytes:
-            fits = max(n for n in range(1, min(self._bytes, dim) + 1) if dim % n == 0)
+            fits = _divisor(dim, self._bytes)
             raise ValueError(
                 f"{self.name}: vectors of {dim} numbers have no {self._bytes} equal parts; choose pq{fits}"
             )
@@ -73,11 +77,20 @@ class ProductQuantiser(_Quantiser):
         return parts.reshape(len(codes), -1)
 
 
+def _divisor(dim: int, most: int) -> int:
+    """The largest number of equal parts, at most so many."""
+    return max(parts for parts in range(1, min(most, dim) + 1) if dim % parts == 0)
+
+
 class ResidualQuantiser(_Quantiser):
     """The sum of stored vectors, of which each is nearest to what those before it leave."""
 
     pattern = r"rq[1-9]\d{0,2}"
     example = "rq32"
+
+    @staticmethod
+    def choices(dim: int) -> list[str]:
+        return [f"rq{min(32, max(1, dim // 24))}"]
 
     def shapes(self, dim: int) -> Mapping[str, tuple[int, ...]]:
         return {"codebook": (self._bytes, _CHOICES, dim)}

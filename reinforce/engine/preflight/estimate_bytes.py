@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from rich.table import Table
 
 from reinforce.config import Config
+from reinforce.dataset.codecs.registry import CODECS, find_codec
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.kinds.registry import stored_layer
 from reinforce.dataset.layers import Layer
@@ -55,6 +56,21 @@ def expected_bytes(plan: Plan, statistics: SourceStatistics | None = None) -> di
             per_shard = _shard_bytes(plan, known, statistics)
         sizes[name] = None if per_shard is None else round(per_shard * state.missing)
     return sizes
+
+
+def bytes_by_codec(plan: Plan, statistics: SourceStatistics | None) -> dict[str, dict[str, int]]:
+    """Bytes of the missing vectors of each teacher by codec, that of the config first; none without ``statistics`` or
+    where the dimension is not known before the model is loaded."""
+    dims, found = _recorded_dims(plan), dict[str, dict[str, int]]()
+    for name, layer in plan.layers.items() if statistics is not None else ():
+        dim, missing = layer.dim or dims.get(layer.owner), plan.states[name].missing
+        if not layer.kind.vectors or not dim or not missing:
+            continue
+        sizes = found.setdefault(str(layer.model), {})
+        for codec in dict.fromkeys([layer.dtype, *(one for sort in CODECS for one in sort.choices(dim))]):
+            size = layer.count * find_codec(codec).bytes(dim)
+            sizes[codec] = sizes.get(codec, 0) + round(statistics.rows * missing * size)
+    return found
 
 
 def plan_table(plan: Plan, expected: Mapping[str, int | None]) -> Table:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from reinforce.dataset.files.damage import describe_damaged
@@ -13,7 +13,7 @@ from reinforce.engine.plan.plan import Plan
 from reinforce.engine.preflight.access import Uses
 from reinforce.engine.preflight.check_machines import Machine, count_workers, machine_warnings
 from reinforce.engine.preflight.check_source import FirstSample
-from reinforce.engine.preflight.estimate_bytes import SourceStatistics, expected_bytes
+from reinforce.engine.preflight.estimate_bytes import SourceStatistics, bytes_by_codec, expected_bytes
 from reinforce.engine.preflight.estimate_hours import Effort, Rate, decoding_rate, estimate_effort, measured_rate
 from reinforce.engine.record.summary import not_in_source_lines
 from reinforce.source.urls import canonical
@@ -29,6 +29,7 @@ class PlanReport:
     uses: Uses
     effort: Effort | None = None
     hours: float | None = None  # wished
+    codecs: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # bytes by teacher and codec
 
     @property
     def bytes(self) -> int | None:
@@ -49,6 +50,11 @@ class PlanReport:
             *filter(None, [*plan.notes, damage]),
             *not_in_source_lines(asdict(plan.not_in_source)),
         ]
+        for teacher, sizes in self.codecs.items():
+            first, *others = (f"{codec} {format_bytes(size)}" for codec, size in sizes.items())
+            lines.append(f"vectors of {teacher} in {first}; by other codecs: {', '.join(others)}")
+        for layer in plan.unfitted:
+            lines.append(f"{layer.name}: its codebook is fitted first, to {layer.sample:,} vectors of the first shards")
         return lines + (self.effort.lines(self.hours) if self.effort is not None else [])
 
     def as_json(self, sample: FirstSample | None, warnings: Sequence[str]) -> dict[str, Any]:
@@ -63,6 +69,7 @@ class PlanReport:
             "layers": {
                 name: {**asdict(state), "expected_bytes": self.expected[name]} for name, state in plan.states.items()
             },
+            "codecs": {teacher: dict(sizes) for teacher, sizes in self.codecs.items()},
             "damaged": [f"{file.layer}/{file.shard}" for file in plan.damaged],
             "not_in_source": asdict(plan.not_in_source),
             "first_sample": None if sample is None else _sample(sample),
@@ -79,7 +86,8 @@ def make_report(
     plan: Plan, uses: Uses, statistics: SourceStatistics | None, machines: Sequence[Machine], hours: float | None = None
 ) -> PlanReport:
     """The report of a plan on these machines; ``statistics`` are those of its source."""
-    report = PlanReport(plan, expected_bytes(plan, statistics), uses)
+    codecs = bytes_by_codec(plan, statistics)
+    report = PlanReport(plan, expected_bytes(plan, statistics), uses, codecs=codecs)
     if statistics is None or not plan.pending:
         return report
     needed = {name for shard in plan.pending for name in shard.layers}

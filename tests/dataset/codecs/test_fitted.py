@@ -16,6 +16,7 @@ import reinforce
 from reinforce.config import parse_config
 from reinforce.dataset.codecs.codebooks import load, path_of
 from reinforce.dataset.codecs.registry import find_codec
+from reinforce.dataset.convert import convert
 from reinforce.dataset.drop import drop, plan_drop
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.kinds.registry import kind_of, stored_layer
@@ -190,6 +191,60 @@ def test_published_codes_are_taken_as_they_are(stored: Path, tmp_path: Path) -> 
             with Store(taken).open_layer(layer, shard) as own, Store(labels).open_layer(layer, shard) as theirs:
                 assert own.read().equals(theirs.read())
     assert sum(1 for _ in reinforce.open(taken)) == 300
+
+
+def test_converted_vectors_are_those_of_a_run_byte_for_byte(stored: Path, tmp_path: Path) -> None:
+    codecs = {"float16": "float16", "first4": "first4", "pq4": "pq4", "small": "float16-int8", "pca6": "pca6"}
+    whole = Path(reinforce_here(config(stored.parent, tmp_path / "whole", **codecs), 64))
+    values = config(stored.parent, tmp_path / "converted", float16="float16")
+    url = reinforce_here(values, 64)
+    for name, codec in [*codecs.items()][1:]:
+        found = convert(url, "float16", name, codec, 280, use_ray=False)
+        assert found.shards == 6
+        assert 0.8 < min(found.cosines.values()) <= 1
+        assert not convert(url, "float16", name, codec, 280, use_ray=False).shards
+    before, after = tree(whole), tree(Path(url))
+    manifests = [json.loads(files.pop("dataset.json")) for files in (before, after)]
+    assert after == before
+    assert [one["layers"] for one in manifests] == [manifests[0]["layers"]] * 2
+    assert validate(url).valid
+    assert not make_plan(parse_config(config(stored.parent, Path(url), **codecs))).pending
+
+
+def test_a_conversion_that_was_stopped_continues_and_keeps_nulls_and_their_reasons(tmp_path: Path) -> None:
+    members = [member for member in members_of(0, 40, width=9, height=8) if member[0] != "00000003.txt"]
+    write_tar(tmp_path / "source" / "0.tar", members)
+    write_tar(tmp_path / "source" / "1.tar", members_of(1, 9))
+    url = reinforce_here(config(tmp_path, red="float16"))
+    convert(url, "red", "short", "first4", 280, use_ray=False)
+    shard = next(iter(Store(url).shards("embeddings/short/caption")))
+    files, done = tree(Path(url)), Path(url, "embeddings", "short", "caption", f"{shard}.parquet")
+    done.unlink()
+    assert convert(url, "red", "short", "first4", 280, use_ray=False).shards == 1
+    assert tree(Path(url)) == files
+    [row] = Store(url).quarantined("embeddings/short/caption", shard)
+    assert (row["key"], row["reason"]) == ("00000003", "no_text")
+    assert validate(url).valid
+
+
+@pytest.mark.parametrize(
+    ("teacher", "name", "codec", "message"),
+    [
+        ("float16", "new", "int8", "stored in float16, from which int8 cannot be made as a run makes it"),
+        ("pq4", "new", "pq4", "stored in pq4"),
+        ("float16", "rq3", "pq4", "has a layer embeddings/rq3/images already, of another recipe"),
+        ("nothing", "new", "pq4", "has no teacher nothing; it has: float16, pca6"),
+        ("float16", "float16", "pq4", "another name"),
+        ("float16", "a/b", "pq4", "another name"),
+        ("float16", "new", "zip", "--codec: there is no codec 'zip'"),
+        ("float16", "new", "first9", "--codec: first9: the vectors have 8 numbers"),
+    ],
+)
+def test_what_cannot_be_converted_is_refused(stored: Path, teacher: str, name: str, codec: str, message: str) -> None:
+    before = tree(stored)
+    with pytest.raises(UserError, match=message):
+        convert(str(stored), teacher, name, codec, 280, use_ray=False)
+    assert {one: content for one, content in tree(stored).items() if one in before} == before
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,13 @@ from reinforce.config import parse_config
 from reinforce.engine.plan.plan import Plan, make_plan
 from reinforce.engine.preflight.access import config_uses
 from reinforce.engine.preflight.check_machines import Machine, machine_warnings
-from reinforce.engine.preflight.estimate_bytes import SourceStatistics, expected_bytes, expected_samples, plan_table
+from reinforce.engine.preflight.estimate_bytes import (
+    SourceStatistics,
+    bytes_by_codec,
+    expected_bytes,
+    expected_samples,
+    plan_table,
+)
 from reinforce.engine.preflight.estimate_hours import DECODE_MS, OWN_MS, Effort, Rate, estimate_effort, measured_rate
 from reinforce.engine.preflight.report import make_report
 from tests.helpers.data import config_of, members_of, write_tar
@@ -158,6 +164,12 @@ def test_a_layer_with_committed_files_is_extrapolated_from_them_and_recorded_dim
     later = expected_bytes(make_plan(parse_config({**config, "captioners": namer})))
     assert later["embeddings/red/namer"] == pytest.approx(200 * 2 * 8 * 2, rel=0.05)
     assert later["embeddings/blue/namer"] == pytest.approx(200 * 2 * 12 * 2, rel=0.05)
+    sizes = bytes_by_codec(make_plan(parse_config({**config, "captioners": namer})), STATISTICS)["red"]
+    rows = STATISTICS.rows * 2
+    assert sizes == {
+        "float16": rows * 16, "float32": rows * 32, "int8": rows * 12, "first4": rows * 8, "pca2": rows * 2,
+        "pq1": rows, "rq1": rows,
+    }  # fmt: skip
     committed = sum(path.stat().st_size for path in (tmp_path / "out" / "embeddings/red/images").glob("*.parquet"))
     for shard in (1, 2, 3):
         write_tar(tmp_path / "source" / f"{shard:05d}.tar", members_of(shard, 200))

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from reinforce.dataset import vectors
+from reinforce.dataset.codecs.codebooks import load
 from reinforce.dataset.codecs.registry import find_codec
 from reinforce.dataset.layers import Layer
 from reinforce.engine.messages.results import raising_layer_failure
@@ -53,6 +54,8 @@ class Embeddings(Producer):
                 detail = f"{layer.model} returned NaN or infinity"
                 self.refusals.add(layer.name, Refusal(key, Reason.NOT_FINITE, detail))
         codebook = layer.codebook_at(self.session.config.output)
+        if codebook is not None:
+            load(codebook)  # one that is lost ends the run: no model is the cause
         with raising_layer_failure(layer.name):
             columns = vectors.encode_as(values, codec, codebook, valid & finite)
         if codes:

@@ -1,0 +1,202 @@
+"""``reinforce convert``: the vectors of a teacher in another codec, from those that are stored, without its model.
+
+They become the layers of a teacher of another name, with the fingerprints and the files that a run would give them. So
+nothing is replaced, and the same command continues after an interruption. A run whose config has that teacher, with the
+same model and codec, computes further shards.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from reinforce.config_schema import LAYER_NAME
+from reinforce.dataset import fitting, vectors
+from reinforce.dataset.codecs import codebooks
+from reinforce.dataset.codecs.base import Codec
+from reinforce.dataset.codecs.registry import find_codec
+from reinforce.dataset.files.index import FileEntry, IndexWriter
+from reinforce.dataset.files.store import Store, parse_footer
+from reinforce.dataset.kinds.registry import stored_layer
+from reinforce.dataset.layers import Layer, embeddings_layer, inputs_of, mapping_at
+from reinforce.dataset.manifest.manifest import read_manifest, same_content, write_manifest
+from reinforce.dataset.reading.aligned import layer_errors
+from reinforce.errors import UserError
+from reinforce.parallel.map_workers import open_workers
+from reinforce.source.identity import SourceState
+from reinforce.storage import as_seen_by_workers
+from reinforce.terminal import format_bytes, plural
+from schemas import Reason
+
+#: Entries of a footer that the new file has of its own.
+_OWN = ("schema_version", "layer", "fingerprint", "rows", "codebook")
+
+
+@dataclass
+class Converted:
+    """Result: for each new layer the bytes of its files and of those that it is made from, and the mean cosine of the
+    vectors that were encoded now."""
+
+    bytes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    cosines: dict[str, float] = field(default_factory=dict)
+    shards: int = 0
+
+    def lines(self) -> list[str]:
+        lines = [f"{plural(self.shards, 'shard')} converted"]
+        for name, (after, before) in self.bytes.items():
+            near = f", mean cosine {self.cosines[name]:.4f}" if name in self.cosines else ""
+            lines.append(f"{name}: {format_bytes(after)} of {format_bytes(before)}{near}")
+        return lines
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A stored layer, and the layer that is made from it."""
+
+    finer: Layer
+    layer: Layer
+
+
+def convert(
+    url: str, teacher: str, name: str, codec: str, sample: int, *, use_ray: bool = True, address: str | None = None
+) -> Converted:
+    """Store all vectors of a teacher again in a codec, as those of the teacher ``name``. Raises UserError.
+
+    ``sample`` are the vectors to which codebooks are fitted.
+    """
+    store, result = Store(as_seen_by_workers(url)), Converted()
+    store.check_writable()
+    with store.lock():
+        manifest = read_manifest(store)
+        pairs, after = _pairs(store, manifest, teacher, name, _codec(codec), sample)
+        if not same_content(after, manifest):
+            write_manifest(store, after)
+        index = IndexWriter(store, {pair.layer.name: pair.layer for pair in pairs})
+        with open_workers(address, use_ray) as workers:
+            workers.callback(index.flush)
+            for pair in pairs:
+                _copy_quarantine(store, pair)
+                cosines = 0.0
+                shards = store.shards(pair.finer.name).without(store.shards(pair.layer.name).names)
+                work = functools.partial(_convert_shard, as_seen_by_workers(url), pair)
+                for shard, (entry, cosine) in workers.map(work, [*shards], unit="shard"):
+                    index.add(shard, {pair.layer.name: entry})
+                    index.flush_when_due()
+                    result.shards, cosines = result.shards + 1, cosines + cosine / len(shards)
+                if len(shards):
+                    result.cosines[pair.layer.name] = cosines
+                files = (store.shards(one.name).total_bytes for one in (pair.layer, pair.finer))
+                result.bytes[pair.layer.name] = (next(files), next(files))
+    return result
+
+
+def _codec(name: str) -> Codec:
+    try:
+        return find_codec(name)
+    except ValueError as error:
+        raise UserError(f"--codec: {error}") from None
+
+
+def _pairs(
+    store: Store, manifest: Mapping[str, Any], teacher: str, name: str, codec: Codec, sample: int
+) -> tuple[list[_Pair], dict[str, Any]]:
+    """Each layer of a teacher with the new one, whose codebook is fitted, and dataset.json with these."""
+    if teacher not in manifest["teachers"]:
+        raise UserError(f"{store.url} has no teacher {teacher}; it has: {', '.join(manifest['teachers']) or 'none'}.")
+    if not LAYER_NAME.fullmatch(name) or name == teacher:
+        raise UserError(f"{name}: give the converted vectors another name than that of their teacher, of letters and "
+                        "digits.")  # fmt: skip
+    own = mapping_at(manifest, "teachers", teacher)
+    known = mapping_at(manifest, "teachers", name)
+    if known and known.get("model") != own.get("model"):
+        raise UserError(f"{store.url} has a teacher {name} already, which is another model. Choose another name.")
+    after = {**manifest, "teachers": {**manifest["teachers"], name: known or own}, "layers": dict(manifest["layers"])}
+    stored = [stored_layer(layer, entry) for layer, entry in manifest["layers"].items()]
+    pairs = [
+        _Pair(one, _converted(store, after, one, name, codec, sample))
+        for one in stored
+        if one.kind.vectors and one.model == teacher
+    ]
+    if not pairs:
+        raise UserError(f"{store.url} has no vectors of {teacher}.")
+    for pair in pairs:
+        layer, before = pair.layer, mapping_at(manifest, "layers", pair.layer.name)
+        if before and before["fingerprint"] != layer.fingerprint:
+            raise UserError(f"{store.url} has a layer {layer.name} already, of another recipe. Choose another name.")
+        entry = layer.kind.entry(layer, {"dim": layer.dim})
+        after["layers"][layer.name] = {"kind": layer.kind.name, "fingerprint": layer.fingerprint, **entry}
+    return pairs, after
+
+
+def _converted(store: Store, after: Mapping[str, Any], finer: Layer, name: str, codec: Codec, sample: int) -> Layer:
+    """The layer that is made from a finer one, with its codebook."""
+    if (finer.dtype != "float32" and not (finer.dtype == "float16" and codec.rounds)) or codec.name == finer.dtype:
+        raise UserError(
+            f"{finer.name} is stored in {finer.dtype}, from which {codec.name} cannot be made as a run makes it. From "
+            "float16: float16-int8, first256, pca128, pq96, rq32 and others; from float32: all."
+        )
+    if finer.dim is None:
+        raise UserError(f"{store.url}: dataset.json has no dimension of {finer.name}. Finish the run.")
+    try:
+        dim = codec.dim(finer.dim)
+    except ValueError as error:
+        raise UserError(f"--codec: {error}") from None
+    layer = replace(
+        finer, name=embeddings_layer(name, inputs_of(finer.name)), model=name, dtype=codec.name, dim=dim,
+        codebook={"digest": None, "sample": sample} if codec.fitted else None,
+    )  # fmt: skip
+    layer = _with_fingerprint(layer, after)
+    if layer.codebook is None:
+        return layer
+    known = mapping_at(after, "layers", layer.name, "codebook")
+    digest = known.get("digest") or codebooks.stored(store, layer.name, layer.fingerprint)
+    if digest is None:
+        shards, seed = sorted(store.shards(finer.name)), int(after.get("seed", 0))
+        found = fitting.sample(replace(layer, name=finer.name), store, finer.fingerprint, shards, seed)
+        digest = fitting.fit(layer, found, store, seed)
+    return _with_fingerprint(replace(layer, codebook={**layer.codebook, "digest": digest}), after)
+
+
+def _with_fingerprint(layer: Layer, manifest: Mapping[str, Any]) -> Layer:
+    fingerprint = layer.kind.recorded_fingerprint(layer, manifest)
+    if fingerprint is None:
+        raise UserError(f"dataset.json does not state the model of {layer.model}, so its vectors have no fingerprint.")
+    return replace(layer, fingerprint=fingerprint)
+
+
+def _copy_quarantine(store: Store, pair: _Pair) -> None:
+    """Give the new layer the reasons of the other one. They come first, so that a committed file is complete."""
+    there = store.shards(f"quarantine/{pair.layer.name}")
+    for shard in store.shards(f"quarantine/{pair.finer.name}").without(there.names):
+        rows = store.quarantined(pair.finer.name, shard)
+        store.quarantine(
+            pair.layer.name, shard, [(row["key"], Reason(row["reason"]), str(row["detail"])) for row in rows]
+        )
+
+
+def _convert_shard(url: str, pair: _Pair, shard: str) -> tuple[FileEntry, float]:
+    """Write the file of a shard -> its entry in the index, and the mean cosine of its vectors."""
+    store, finer, layer = Store(url), pair.finer, pair.layer
+    codec, place, schema = find_codec(layer.dtype), layer.codebook_at(url), layer.schema("")
+    cosines = [np.zeros(0, np.float32)]
+    with layer_errors(store, finer.name, shard), store.open_layer(finer.name, shard, finer.fingerprint) as file:
+        footer = parse_footer(file.metadata)
+        with store.writer(layer, schema, shard, footer.pop("source", "")) as writer:
+            for number in range(file.num_row_groups):
+                table = file.read_row_group(number)
+                values = vectors.decode(table)
+                valid = ~np.isnan(values).any(axis=(1, 2))
+                columns = vectors.encode_as(codec.prepare(values), codec, place, valid)
+                made = pa.table([table["key"], *columns], schema=schema)
+                writer.write(made)
+                decoded = vectors.decode(made.replace_schema_metadata(place and place.metadata()))
+                cosines.append(vectors.cosines(values[valid][..., : decoded.shape[2]], decoded[valid]).ravel())
+            others = {key: value for key, value in footer.items() if key not in _OWN}
+            writer.commit({**SourceState.from_footer(footer).footer(), **others})  # in the order of a run
+            every = np.concatenate(cosines)
+            return FileEntry(writer.bytes, tuple(writer.groups)), float(every.mean()) if len(every) else 1.0
