@@ -18,7 +18,7 @@ CORE_TESTS := --ignore=tests/source/test_hub.py tests/images tests/parquet \
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: adapt-photos deploy-check help install demo demo-teachers test bench bench-adapt bench-step bench-loader bench-augment bench-captioner bench-captions bench-gpu bench-labels bench-latency bench-quantize bench-scale bench-select bench-sources bench-transfer ablations lint clean fuzz soak audit \
+.PHONY: adapt-photos deploy-check help install demo demo-teachers test bench bench-adapt bench-step bench-loader bench-augment bench-captioner bench-captions bench-codecs bench-gpu bench-labels bench-latency bench-quantize bench-scale bench-select bench-sources bench-transfer ablations lint clean fuzz soak audit \
 	docs first-hour test-lowest test-slow wheel-check
 
 help: ## list the targets
@@ -141,6 +141,9 @@ bench-select: $(INSTALLED) ## how well scores find wrong captions, what choosing
 	$(BIN)/python -m benchmarks.selection
 	$(BIN)/python -m benchmarks.duplicates
 	$(BIN)/python -m benchmarks.view_students
+
+bench-codecs: $(INSTALLED) ## bytes and CPU of stored vectors by codec (minutes)
+	$(BIN)/python -m benchmarks.codecs
 
 bench-labels: $(INSTALLED) ## what it costs to find and read published labels for a copy in other shards (a minute)
 	$(BIN)/python -m benchmarks.labels

@@ -7,11 +7,12 @@ keys and implements ``describe``, ``load`` and ``hosts``. ``teachers.registry.FA
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 
 from teachers.protocols import Teacher
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from typing import Self
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16", "fp8"]
+Side = Annotated[int, Field(ge=1, le=1024)]
+_PICKED = 16  # patches of an image
 _Lengths = TypeVar("_Lengths", bound=Any)  # a model with min_length and max_length
 
 
@@ -30,7 +33,7 @@ class ModelInfo:
     and ``texts`` say which inputs it takes. ``identity`` is a JSON object that the layer fingerprint covers: models
     with equal identities give equal outputs on the same software. ``code`` is the hash of the file that defines a
     custom class, None for other models; no fingerprint covers it. ``codebooks`` are digests of the codebooks of its
-    layers, by what it encodes there.
+    layers, by the names of these.
     """
 
     dim: int | None
@@ -148,6 +151,47 @@ class ModelSpec(BaseModel):
         return iter(())
 
 
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+class Patches(BaseModel):
+    """Patch features of a teacher that are stored for each augmented image."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    grid: Annotated[Side | tuple[Side, Side], BeforeValidator(_as_tuple)] = Field(
+        description="patches on a side, or [rows, columns], as the model has them"
+    )
+    codec: str = Field("float16", description="how patch vectors are stored: float16, pca128, pq96, rq32 and others")
+    sample: int = Field(
+        32_768, ge=1, description="patch vectors of the first shards to which statistics and codebooks are fitted"
+    )
+    _picked: int | None = PrivateAttr(None)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.grid if isinstance(self.grid, tuple) else (self.grid, self.grid)
+
+    @property
+    def picked(self) -> int | None:
+        """Random patches of each image that a run stores as the model gives them, to fit codebooks to; None: all are
+        stored by the codec."""
+        return self._picked
+
+    @property
+    def fewer(self) -> int:
+        """``picked`` patches of a run that stores some."""
+        return min(_PICKED, math.prod(self.shape))
+
+    def picking(self) -> Patches:
+        """A copy with ``picked`` patches."""
+        copy = self.model_copy()
+        copy._picked = self.fewer
+        return copy
+
+
 class TeacherSpec(ModelSpec):
     """One entry of ``teachers:``."""
 
@@ -172,6 +216,7 @@ class TeacherSpec(ModelSpec):
         ge=1,
         description="codecs with a codebook: vectors of the first shards to which it is fitted, once for each layer",
     )
+    patches: Patches | None = Field(None, description="patch features that are stored, too; default: none")
     compile: bool | None = Field(
         None,
         description="compile blocks of the image tower that are alike (torch.compile) when a worker starts; default: "

@@ -190,7 +190,7 @@ def _convert_shard(url: str, pair: _Pair, shard: str) -> tuple[FileEntry, float]
             for number in range(file.num_row_groups):
                 table = file.read_row_group(number)
                 values = vectors.decode(table)
-                valid = ~np.isnan(values).any(axis=(1, 2))
+                valid = np.asarray(~np.isnan(values).any(axis=(1, 2)))
                 columns = vectors.encode_as(codec.prepare(values), codec, place, valid)
                 made = pa.table([table["key"], *columns], schema=schema)
                 writer.write(made)

@@ -6,12 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
-from reinforce.dataset import vectors
 from reinforce.dataset.codecs import codebooks
 from reinforce.dataset.codecs.base import FittedCodec, Floats
-from reinforce.dataset.codecs.registry import find_codec
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import Layer
 from reinforce.dataset.reading.aligned import layer_errors
@@ -30,7 +27,7 @@ def sample(layer: Layer, finer: Store, fingerprint: str | None, shards: Sequence
     parts = [np.zeros((0, 0), np.float16)]
     for number, shard in enumerate(shards):
         if read < wanted:
-            parts.append(_sample(finer, layer.name, fingerprint, shard, number, most, seed)[: wanted - read])
+            parts.append(_sample(finer, layer, fingerprint, shard, number, most, seed)[: wanted - read])
             read += len(parts[-1])
     return np.concatenate([part for part in parts if len(part)] or parts).astype(np.float32)
 
@@ -40,39 +37,38 @@ def fit(layer: Layer, values: Floats, target: Store, seed: int) -> str:
 
     Raises UserError if there are too few vectors, or the codec cannot store them.
     """
-    codec = find_codec(layer.dtype)
+    codec = layer.kind.codec(layer)
     assert isinstance(codec, FittedCodec)
-    key = f"teachers.{layer.model}.codec: {codec.name}"
+    key = f"teachers.{layer.model}.{layer.kind.codec_key}"
     least = codec.least(values.shape[1])
     if len(values) < least:
         raise UserError(
-            f"{key} is fitted to {least:,} vectors at least, and the sample of {layer.name} has {len(values):,}. "
-            "Increase codec_sample or the source, or choose a codec without a codebook, such as int8."
+            f"{key}: {layer.dtype} is fitted to {least:,} vectors at least, and the sample of {layer.name} has "
+            f"{len(values):,}. Increase the sample or the source, or choose a codec without a codebook, such as int8."
         )
     try:
         codec.dim(values.shape[1])
     except ValueError as error:
-        raise UserError(f"teachers.{layer.model}.codec: {error}") from None
+        raise UserError(f"{key}: {error}") from None
     arrays = codec.fit(codec.prepare(values), seed_for(seed, layer.name, _PURPOSE))
     return codebooks.save(
-        target, layer.name, codec.name, layer.fingerprint, arrays, {"vectors": len(values), "seed": seed}
+        target,
+        layer.name,
+        codec.name,
+        layer.fingerprint,
+        arrays,
+        {"vectors": len(values), "seed": seed, **layer.kind.codebook_facts(layer)},
     )
 
 
 def _sample(
-    store: Store, layer: str, fingerprint: str | None, shard: str, number: int, most: int, seed: int
+    store: Store, layer: Layer, fingerprint: str | None, shard: str, number: int, most: int, seed: int
 ) -> npt.NDArray[np.float16]:
     """At most so many random vectors of a shard [n, D], in their order."""
-    with layer_errors(store, layer, shard), store.open_layer(layer, shard, fingerprint) as file:
-        halves = [_halves(file.read_row_group(group)) for group in range(file.num_row_groups)]
+    with layer_errors(store, layer.name, shard), store.open_layer(layer.name, shard, fingerprint) as file:
+        halves = [layer.kind.vectors_to_fit(layer, file.read_row_group(n)) for n in range(file.num_row_groups)]
     every = np.concatenate([np.zeros((0, halves[0].shape[1] if halves else 1), np.float16), *halves])
     if len(every) > most:
         bits = philox_bits(seed_for(seed, str(number), _PURPOSE), len(every))
         every = every[np.sort(np.argsort(bits, kind="stable")[:most])]
     return every
-
-
-def _halves(table: pa.Table) -> npt.NDArray[np.float16]:
-    """The vectors of all rows that are not null [n, D], as float16 stores them."""
-    found = vectors.decode(table)
-    return found[~np.isnan(found).any(axis=(1, 2))].reshape(-1, found.shape[2]).astype(np.float16)

@@ -21,6 +21,7 @@ import pyarrow as pa
 import schemas
 from reinforce.config import Config
 from reinforce.config_schema import LAYER_NAME
+from reinforce.dataset.codecs.base import Codec
 from reinforce.dataset.codecs.codebooks import Place
 from reinforce.dataset.comparison import Comparison
 from reinforce.errors import UserError
@@ -211,6 +212,7 @@ class LayerKind(ABC):
         crops: whether its models may see the augmented images.
         vectors: whether its values are unit-norm vectors of a model.
         picks: which of a row's values a training example takes, that of its crop or of its text; None if none.
+        taken: whether others take its values as labels.
         unusable: why a value that is not null cannot be trained on.
     """
 
@@ -228,6 +230,7 @@ class LayerKind(ABC):
     crops: ClassVar[bool] = False
     vectors: ClassVar[bool] = False
     picks: ClassVar[Literal["crop", "text"] | None] = None
+    taken: ClassVar[bool] = False
     unusable: ClassVar[str] = ""
 
     # -- what is computed
@@ -262,6 +265,23 @@ class LayerKind(ABC):
     def row_bytes(self, layer: Layer, sample: float) -> float | None:
         """Expected bytes of a row, of a sample that takes ``sample`` bytes; None if the dimension is not known before
         the model is loaded."""
+
+    # -- codecs
+
+    #: Key of a teacher that names the codec, in messages.
+    codec_key: ClassVar[str] = "codec"
+
+    def codec(self, layer: Layer) -> Codec:
+        """The codec of the vectors of a layer."""
+        raise ValueError(f"layers of kind {self.name} have no codec")
+
+    def vectors_to_fit(self, layer: Layer, table: pa.Table) -> npt.NDArray[np.float16]:
+        """The vectors [n, D] of a row group of a finer layer, to which a codebook is fitted."""
+        raise ValueError(f"layers of kind {self.name} have no codec")
+
+    def codebook_facts(self, layer: Layer) -> Mapping[str, Any]:
+        """What the codebook of a layer states besides its sample."""
+        return {}
 
     # -- dataset.json
 

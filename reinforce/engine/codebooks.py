@@ -65,6 +65,8 @@ def _finer(config: Config, layers: Sequence[Layer], output: str) -> Config:
     """The config of the run that computes vectors to fit codebooks to: only with the teachers that need them."""
     names = {layer.model for layer in layers}
     teachers = {
-        name: spec.model_copy(update={"codec": "float16"}) for name, spec in config.teachers.items() if name in names
+        name: spec.model_copy(update={"codec": "float16", "patches": spec.patches and spec.patches.picking()})
+        for name, spec in config.teachers.items()
+        if name in names
     }
     return config.model_copy(update={"output": output, "teachers": teachers, "classifiers": {}, "scores": {}})

@@ -18,6 +18,7 @@ from typing import Any
 import pyarrow as pa
 
 from reinforce.config import Config
+from reinforce.dataset.codecs import codebooks
 from reinforce.dataset.comparison import Comparison
 from reinforce.dataset.files.layer_file import RefusedFile
 from reinforce.dataset.files.store import Store
@@ -162,6 +163,9 @@ def _compare_model(
     with tempfile.TemporaryDirectory(prefix="reinforce-recompute-") as folder:
         store = Store(folder)
         here = config.model_copy(update={"output": folder})
+        for layer in of_model.values():
+            if (place := layer.codebook_at(config.output)) is not None:
+                codebooks.copy(Store(place.url), store, layer.name, place.digest)
         inputs = {name for layer in of_model.values() for name in layer.needs} - of_model.keys()
         for rows in picked:
             for name in inputs & rows.tables.keys():

@@ -10,7 +10,6 @@ from reinforce.config import Augmentations, Config
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.kinds.registry import encodes_texts, kind_of
 from reinforce.dataset.layers import (
-    MODEL_SECTIONS,
     REINFORCEMENTS,
     SAMPLES,
     TRUE_CAPTION,
@@ -85,7 +84,7 @@ def _fitting(layer: Layer, entry: Mapping[str, Any], where: str) -> Layer:
 
 def _take(where: str, labels: Labels, manifest: Mapping[str, Any]) -> Taken:
     """Entries of the labels' layers that a config names."""
-    known = {name: entry for name, entry in manifest["layers"].items() if kind_of(name).section in MODEL_SECTIONS}
+    known = {name: entry for name, entry in manifest["layers"].items() if kind_of(name).taken}
     named: dict[str, Mapping[str, Any]] = {}
     for wanted in labels.layers:
         found = {name: entry for name, entry in known.items() if name == wanted or name.startswith(f"{wanted}/")}

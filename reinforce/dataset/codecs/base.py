@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
-Codes = npt.NDArray[np.uint8]
+Codes = npt.NDArray[Any]
 #: The arrays of a codebook by name.
 Arrays = Mapping[str, npt.NDArray[Any]]
 

@@ -10,13 +10,13 @@ import functools
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from reinforce.dataset.codecs.base import Arrays, Codes, FittedCodec, Floats
-from reinforce.dataset.codecs.registry import find_codec
+from reinforce.dataset.codecs.registry import find_fitted
 from reinforce.errors import UserError
 from reinforce.storage import Storage
 from reinforce.terminal import escape
@@ -35,6 +35,7 @@ class Codebook:
 
     codec: FittedCodec
     arrays: Arrays
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     def encode(self, values: Floats) -> Codes:
         """The codes [..., width] of vectors [..., D]."""
@@ -126,15 +127,16 @@ def load(place: Place) -> Codebook:
     store = Storage(place.url)
     content = read(store, place.layer, place.digest)
     try:
-        codec, arrays = find_codec(str(_stated(content).get("codec"))), from_bytes(content)
-        if not isinstance(codec, FittedCodec) or not codec.fits(arrays):
+        facts, arrays = _stated(content), from_bytes(content)
+        codec = find_fitted(str(facts.get("codec")))
+        if not codec.fits(arrays):
             raise ValueError("other arrays than those of its codec")
     except (ValueError, LookupError, TypeError, SafetensorError) as error:
         raise UserError(
             f"{store.path(*path_of(place.layer))} is not a codebook of this version ({escape(str(error)[:200])}). "
             "Upgrade, or restore the file."
         ) from None
-    return Codebook(codec, arrays)
+    return Codebook(codec, arrays, facts)
 
 
 def read(store: Storage, layer: str, digest: str) -> bytes:

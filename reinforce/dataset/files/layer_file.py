@@ -38,6 +38,7 @@ MAX_VALUES = 2**20  # of a column of texts or structs in a row group
 MAX_BYTES = 2**30  # of the columns of a row group that are read together
 
 _KEYS = "key"
+_KEPT_AS_STORED = ("patches",)  # columns of tensors that no reader converts to float32 as a whole
 _WIDTHS = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBLE": 8}
 
 
@@ -257,7 +258,7 @@ class LayerFile:
             if not rows <= values <= (most if "." in leaf.path_in_schema else rows):
                 raise RefusedFile(f"column {name} has {values:,} values in {rows:,} rows")
             total += self._decoded_bytes(leaf, values)
-            if name in self._shapes:
+            if name in self._shapes and name not in _KEPT_AS_STORED:
                 total += rows * math.prod(self._shapes[name]) * _WIDTHS["FLOAT"]
             if total > MAX_BYTES:
                 raise RefusedFile(f"a row group needs more than {MAX_BYTES:,} bytes, in column {name}")
@@ -271,7 +272,8 @@ class LayerFile:
         if leaf.physical_type == "BYTE_ARRAY":
             dictionaries = [page for page in pages if page.type == DICTIONARY]
             return total + sum(_expanded(page, values, chunk, leaf.compression) for page in dictionaries)
-        return total + values * _WIDTHS.get(leaf.physical_type, 8)
+        unknown = 2 if _column(leaf) in _KEPT_AS_STORED else 8
+        return total + values * _WIDTHS.get(leaf.physical_type, unknown)
 
     def _with_tensors(self, table: pa.Table) -> pa.Table:
         """The table with lists of numbers as tensors of the shape that the footer states, if the rows have it."""
@@ -288,16 +290,17 @@ class LayerFile:
         return table.replace_schema_metadata(self._codebook(table))
 
     def _codebook(self, table: pa.Table) -> dict[bytes, bytes] | None:
-        """The metadata of a table with codes: the place of their codebook, by the footer."""
-        codes = any(
-            isinstance(one, pa.FixedShapeTensorType) and one.value_type == pa.uint8() for one in table.schema.types
-        )
-        if not codes or self._dataset is None or self._name is None:
-            return None
+        """The metadata of a table that a codebook decodes: its place, by the footer."""
         digest = (self.metadata.metadata or {}).get(b"reinforce.codebook", b"")
+        if not digest and not any(_is_code(type_) for type_ in table.schema.types):
+            return None
         if not re.fullmatch(rb"[0-9a-f]{32}", digest):
             raise RefusedFile("its footer does not name the codebook of its codes")
-        return Place(self._dataset, self._name[0], digest.decode()).metadata()
+        return None if self._name is None else Place(self._dataset or "", self._name[0], digest.decode()).metadata()
+
+
+def _is_code(type_: pa.DataType) -> bool:
+    return isinstance(type_, pa.FixedShapeTensorType) and type_.value_type == pa.uint8()
 
 
 def _column_names(footer: pq.FileMetaData) -> list[str]:

@@ -34,7 +34,7 @@ _QUARANTINE_BYTES = 256 * 2**20
 _QUARANTINE_ROWS = 2**20  # a quarantine file has one row group
 _READ_AT_ONCE = 32  # quarantine files
 _READ_AHEAD_BYTES = 2**20  # of a quarantine file that is read while others are
-_INCOMPRESSIBLE = ("image", "embeddings")  # columns that are stored without compression
+_INCOMPRESSIBLE = ("image", "embeddings", "patches")  # columns that are stored without compression
 
 
 _BYTES = (pa.int8(), pa.uint8())

@@ -26,6 +26,7 @@ class Captions(LayerKind):
     columns = ("key", "captions")
     values = "captions"
     unit = "captions"
+    taken = True
     producer = "captions:Captions"
     section = "captioners"
     model_key = "captioner"

@@ -48,6 +48,7 @@ class _Embeddings(LayerKind):
     model_key = "teacher"
     tensors: ClassVar = {"embeddings": 2, "scales": 1}
     vectors = True
+    taken = True
     required = ("count", "dim", "dtype")
     unusable = "NaN or zero"
 
@@ -59,7 +60,7 @@ class _Embeddings(LayerKind):
             for inputs, count in self._sides(config, name, info):
                 layer = embeddings_layer(name, inputs)
                 needs = self.inputs(layer, {})
-                codebook = {"digest": info.codebooks.get(inputs), "sample": teacher.codec_sample}
+                codebook = {"digest": info.codebooks.get(layer), "sample": teacher.codec_sample}
                 kept = codebook if codec.fitted else None
                 recipe = _recipe(known[needs[-1]].fingerprint, info.identity, codec.name, kept)
                 yield Layer(
@@ -152,6 +153,13 @@ class _Embeddings(LayerKind):
         norms = np.sqrt(np.einsum("rcd,rcd->rc", values, values))
         wrong = ~(np.abs(norms - 1) <= _norm_tolerance(table, shape)).all(axis=1)
         yield "have a vector whose norm is not 1", wrong & np.asarray(column.is_valid())
+
+    def codec(self, layer: Layer) -> Codec:
+        return find_codec(layer.dtype)
+
+    def vectors_to_fit(self, layer: Layer, table: pa.Table) -> npt.NDArray[np.float16]:
+        found = vectors.decode(table)
+        return found[~np.isnan(found).any(axis=(1, 2))].reshape(-1, found.shape[2]).astype(np.float16)
 
     def decode(self, table: pa.Table) -> npt.NDArray[np.float32]:
         return vectors.decode(table)

@@ -8,6 +8,7 @@ from typing import Any
 
 from reinforce.dataset.kinds.captions import Captions
 from reinforce.dataset.kinds.embeddings import ImageEmbeddings, TextEmbeddings
+from reinforce.dataset.kinds.patches import PatchFeatures
 from reinforce.dataset.kinds.probabilities import ClassProbabilities
 from reinforce.dataset.kinds.samples import Samples
 from reinforce.dataset.kinds.scores import Scores
@@ -16,7 +17,15 @@ from reinforce.dataset.layers import SAMPLES, Layer, LayerKind, folder_of, match
 #: Every kind by its name in dataset.json. Kinds of lower levels come first.
 KINDS: dict[str, LayerKind] = {
     kind.name: kind
-    for kind in (Samples(), Captions(), ClassProbabilities(), ImageEmbeddings(), TextEmbeddings(), Scores())
+    for kind in (
+        Samples(),
+        Captions(),
+        ClassProbabilities(),
+        ImageEmbeddings(),
+        TextEmbeddings(),
+        PatchFeatures(),
+        Scores(),
+    )
 }
 
 

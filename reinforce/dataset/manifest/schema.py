@@ -53,6 +53,8 @@ class _LayerEntry(_Part):
     dim: Annotated[int, Field(ge=1, le=2**20)] | None = None
     dtype: Annotated[str, AfterValidator(_known_codec)] | None = None
     codebook: _Codebook | None = None
+    grid: list[int] | None = None
+    picked: Annotated[int, Field(ge=1)] | None = None
     texts: _Text | None = None
     teacher: _Text | None = None
     captioner: _Text | None = None

@@ -120,7 +120,7 @@ class Dataset:
         wanted = [captions_layer(c) for c in self.captioners]
         wanted += [embeddings_layer(t, i) for t in self.teachers for i in ("images", TRUE_CAPTION, *self.captioners)]
         stored = [stored_layer(name, entry) for name, entry in self.manifest["layers"].items()]
-        others = [layer for layer in stored if layer.kind.section not in MODEL_SECTIONS and layer.name != SAMPLES]
+        others = [layer for layer in stored if not layer.kind.taken and layer.name != SAMPLES]
         wanted += [one.name for one in others if one.model is None or one.model in self.models[str(one.kind.section)]]
         self.layers = [SAMPLES, *(name for name in wanted if name in self.manifest["layers"])]
         listings = self.store.listings(self.layers)

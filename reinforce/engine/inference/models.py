@@ -26,6 +26,7 @@ from reinforce.engine.messages.tracebacks import user_frames
 from reinforce.engine.record.rates import Cost
 from reinforce.errors import UserError
 from reinforce.processes.fast_paths import use_accelerator
+from teachers.patches.encoder import PatchEncoder, patches_of
 from teachers.protocols import Captioner, ImageSpec, NoCaptions, Scorer, Teacher
 from teachers.registry import load_model
 from teachers.runtime.accelerator import Accelerator
@@ -118,6 +119,7 @@ class Models:
     batches: BatchSizes = field(default_factory=BatchSizes)
     costs: Mapping[str, Cost] = field(default_factory=dict)  # of layers, where they are known
     uncompared: set[str] = field(default_factory=set)  # teachers in fp8 that are still to be compared with bf16
+    _patch_encoders: dict[str, PatchEncoder] = field(default_factory=dict)
     _tokenizing: threading.Lock = field(default_factory=threading.Lock)
     _tokens: TokenCache = field(default_factory=TokenCache)
 
@@ -128,6 +130,16 @@ class Models:
     @property
     def captioners(self) -> Mapping[str, Captioner]:
         return self.loaded.get("captioners", {})
+
+    def patch_encoder(self, name: str) -> PatchEncoder:
+        """The encoder of a teacher's patches. Raises UserError if it has none."""
+        if name not in self._patch_encoders:
+            try:
+                with torch.inference_mode():
+                    self._patch_encoders[name] = patches_of(self.teachers[name], self.accelerator.device)
+            except ValueError as error:
+                raise UserError(f"teachers.{name}.patches: {error}{user_frames(error)}") from error
+        return self._patch_encoders[name]
 
     def of(self, layer: Layer) -> Any:
         """The model of a layer, None if no model makes it."""
@@ -250,11 +262,15 @@ def on_this_machine(config: Config) -> Config:
 def describe_loaded(models: Models, config: Config) -> dict[tuple[str, str], dict[str, Any]]:
     """Entries of dataset.json of each loaded model besides its identity, by section and name."""
     specs = config.models
-    return {
+    stated = {
         (section, name): specs[section][name].stated_by(model)
         for section, of in models.loaded.items()
         for name, model in of.items()
     }
+    for name in models.teachers:
+        if config.teachers[name].patches is not None:
+            stated["teachers", name]["patches_dim"] = models.patch_encoder(name).dim
+    return stated
 
 
 def count_tokens(captions: object) -> int:

@@ -78,7 +78,9 @@ TOLERANCES: dict[Precision, Tolerance] = {
     "fp8": Tolerance(batch=0.99, repeat=0.999, equal=1e-4),
 }
 #: What to check if two inputs get the same embedding.
-_CAUSES = {"images": "image encoder and `image`", "texts": "tokenizer and the text encoder"}
+_CAUSES = {
+    "images": "image encoder and `image`", "texts": "tokenizer and the text encoder", "patches": "patches and `image`",
+}  # fmt: skip
 #: Least cosine between the embeddings of an image in fp8 and in bf16, and the images of which it is computed.
 _FP8_COSINE, _FP8_IMAGES = 0.999, 128
 _PRECISIONS: dict[torch.dtype, Precision] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -110,6 +112,18 @@ def check_image_encoder(models: Models, name: str, precision: Precision, batch: 
             return models.encode_images(teacher, pixels)
 
     return _check_encoder(models, name, "images", encode, precision, batch)
+
+
+def check_patch_encoder(models: Models, name: str, precision: Precision, batch: int | None = None) -> None:
+    """Test the patches of a teacher, the grid of each image as one vector; as ``check_image_encoder``."""
+    encoder = models.patch_encoder(name)
+
+    def encode(rows: Sequence[int]) -> torch.Tensor:
+        pixels = probe_images(models, encoder.image, range(_IMAGES))[rows]
+        with models.use_accelerator():
+            return torch.nn.functional.normalize(encoder.encode_patches(pixels).flatten(1), dim=1)
+
+    _check_encoder(models, name, "patches", encode, precision, batch)
 
 
 def check_fp8(models: Models, name: str, pixels: torch.Tensor) -> None:

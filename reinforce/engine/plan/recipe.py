@@ -10,7 +10,7 @@ from reinforce.config import Config
 from reinforce.dataset.codecs import codebooks
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.kinds.registry import KINDS
-from reinforce.dataset.layers import MODEL_SECTIONS, Layer, inputs_of, mapping_at
+from reinforce.dataset.layers import MODEL_SECTIONS, Layer, mapping_at
 from reinforce.engine.messages.tracebacks import user_frames
 from reinforce.errors import UserError
 from reinforce.labels.taken import labelled
@@ -54,8 +54,7 @@ def with_codebooks(
         digest = digest or codebooks.stored(store, name, layer.fingerprint)
         if digest is not None:
             owner = str(layer.kind.section), str(layer.model)
-            digests = {**found[owner].codebooks, inputs_of(name): digest}
-            found[owner] = replace(found[owner], codebooks=digests)
+            found[owner] = replace(found[owner], codebooks={**found[owner].codebooks, name: digest})
     return found
 
 

@@ -62,7 +62,9 @@ def bytes_by_codec(plan: Plan, statistics: SourceStatistics | None) -> dict[str,
     """Bytes of the missing vectors of each teacher by codec, that of the config first; none without ``statistics`` or
     where the dimension is not known before the model is loaded."""
     dims, found = _recorded_dims(plan), dict[str, dict[str, int]]()
-    for name, layer in plan.layers.items() if statistics is not None else ():
+    if statistics is None:
+        return found
+    for name, layer in plan.layers.items():
         dim, missing = layer.dim or dims.get(layer.owner), plan.states[name].missing
         if not layer.kind.vectors or not dim or not missing:
             continue
@@ -96,7 +98,8 @@ def _shard_bytes(plan: Plan, layer: Layer, statistics: SourceStatistics) -> floa
 def _recorded_dims(plan: Plan) -> dict[tuple[str | None, str | None], int | None]:
     """Dimensions of the models that an earlier run loaded, from dataset.json, by section and name."""
     entries = (find_manifest(Store(plan.config.output)) or {}).get("layers", {})
-    return {stored_layer(name, entry).owner: entry["dim"] for name, entry in entries.items() if entry.get("dim")}
+    stored = (stored_layer(name, entry) for name, entry in entries.items())
+    return {layer.owner: layer.dim for layer in stored if layer.dim and layer.kind.vectors}
 
 
 def source_statistics(plan: Plan) -> SourceStatistics | None:

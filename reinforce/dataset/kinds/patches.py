@@ -1,0 +1,262 @@
+"""Patch features of a teacher: for each augmented image the grid of its patch vectors, standardised by channel.
+
+A row has [K, N * width] stored numbers: for each of K crops its N = rows * columns patches, row by row from the top
+left, each in ``width`` numbers of the codec. The codebook has the statistics, and those of the codec.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+import schemas
+from reinforce.config import Config
+from reinforce.dataset import vectors
+from reinforce.dataset.codecs.base import Codec
+from reinforce.dataset.codecs.codebooks import Codebook, codebook_of
+from reinforce.dataset.codecs.registry import find_codec
+from reinforce.dataset.codecs.standardised import Standardised
+from reinforce.dataset.comparison import Comparison
+from reinforce.dataset.layers import (
+    SAMPLES,
+    Layer,
+    LayerKind,
+    PickedValues,
+    TargetTensor,
+    compute_fingerprint,
+    mapping_at,
+)
+from reinforce.errors import UserError
+from teachers.spec import Patches
+
+if TYPE_CHECKING:
+    from teachers.spec import ModelInfo
+
+Floats = npt.NDArray[np.float32]
+_NUMBERS = {"float16": pa.float16(), "uint8": pa.uint8()}
+_COMPARED_ROWS = 16  # that are decoded at a time
+_BYTES = {"float16": 2, "uint8": 1}
+
+
+def patches_layer(name: str) -> str:
+    """Name of a teacher's layer of patches."""
+    return f"patches/{name}"
+
+
+@dataclass(frozen=True)
+class PatchGrids:
+    """The stored grids of a row, [K, N * width], which are decoded one at a time."""
+
+    stored: npt.NDArray[Any]
+    codebook: Codebook
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    def __getitem__(self, crop: int) -> Floats:
+        """The standardised patch vectors of a crop, float32 [rows, columns, D]."""
+        return _decoded(self.stored[crop], self.codebook)
+
+
+class PatchFeatures(LayerKind):
+    name = "patches"
+    pattern = patches_layer("*")
+    level = 2
+    columns = ("key", "patches")
+    values = "patches"
+    unit = "images"
+    producer = "patches:PatchFeatures"
+    section = "teachers"
+    model_key = "teacher"
+    required = ("teacher", "count", "dim", "dtype", "grid", "codebook")
+    tensors: ClassVar = {"patches": 2}
+    crops = True
+    unusable = "NaN"
+    codec_key = "patches.codec"
+
+    def layers(
+        self, config: Config, infos: Mapping[tuple[str, str], ModelInfo], known: Mapping[str, Layer]
+    ) -> Iterable[Layer]:
+        for name, teacher in config.teachers.items():
+            patches, info = teacher.patches, infos["teachers", name]
+            if patches is None:
+                continue
+            if not info.images:
+                raise UserError(f"teachers.{name}.patches: this teacher encodes no images; remove it")
+            layer = patches_layer(name)
+            _codec(name, patches.codec)  # raises what is wrong
+            codebook = {"digest": info.codebooks.get(layer), "sample": patches.sample}
+            settings: dict[str, Any] = {"grid": [*patches.shape], "codec": patches.codec, "codebook": codebook}
+            if patches.picked is not None:
+                settings |= {"codec": "float16", "picked": patches.picked}
+                del settings["codebook"]
+            recipe = {"samples": known[SAMPLES].fingerprint, "model": info.identity, "patches": settings}
+            yield Layer(
+                layer,
+                self,
+                compute_fingerprint(recipe),
+                needs=(SAMPLES,),
+                model=name,
+                count=config.augmentations.count,
+                dtype=patches.codec,
+                codebook=settings.get("codebook"),
+                recipe=recipe,
+                code=info.code,
+                sees="crops",
+            )
+
+    def codec(self, layer: Layer) -> Codec:
+        return _codec(layer.model, layer.dtype)
+
+    def vectors_to_fit(self, layer: Layer, table: pa.Table) -> npt.NDArray[np.float16]:
+        """The patches that a run has picked."""
+        stored, valid = vectors.tensor_rows(table["patches"])
+        picked = Patches(grid=tuple(layer.recipe["patches"]["grid"])).fewer
+        return np.asarray(stored[valid].reshape(-1, stored.shape[2] // picked), np.float16)
+
+    def codebook_facts(self, layer: Layer) -> Mapping[str, Any]:
+        return {"grid": layer.recipe["patches"]["grid"]}
+
+    def schema(self, layer: Layer, images: str) -> pa.Schema:
+        assert layer.dim is not None
+        settings = layer.recipe["patches"]
+        if layer.codebook is None:
+            return _schema("float16", layer.count, settings["picked"] * layer.dim)
+        codec = self.codec(layer)
+        return _schema(codec.numbers, layer.count, math.prod(settings["grid"]) * codec.width(layer.dim))
+
+    def file_schemas(self) -> Iterable[pa.Schema]:
+        return [_schema(numbers, 1, 1) for numbers in _NUMBERS]
+
+    def row_bytes(self, layer: Layer, sample: float) -> float | None:
+        if layer.dim is None and not find_codec(layer.dtype).fitted:
+            return None
+        codec = self.codec(layer)
+        vector = codec.width(layer.dim or 0) * _BYTES[codec.numbers]
+        return layer.count * math.prod(layer.recipe["patches"]["grid"]) * vector
+
+    def entry(self, layer: Layer, stated: Mapping[str, Any]) -> dict[str, Any]:
+        settings = layer.recipe["patches"]
+        entry = {"teacher": layer.model, "count": layer.count, "dim": stated.get("patches_dim", stated.get("dim"))}
+        own = {"grid": settings["grid"], "codebook": settings.get("codebook")}
+        return {
+            **entry,
+            "dtype": layer.dtype,
+            **own,
+            **({"picked": settings["picked"]} if "picked" in settings else {}),
+        }
+
+    def check_entry(self, entry: Mapping[str, Any]) -> None:
+        super().check_entry(entry)
+        grid = entry["grid"]
+        if not (
+            isinstance(grid, list) and len(grid) == 2 and all(type(side) is int and 0 < side <= 1024 for side in grid)
+        ):
+            raise ValueError("grid must be [rows, columns]")
+        if (entry["codebook"] is None) != ("picked" in entry):
+            raise ValueError("a layer of patches without codebook")
+
+    def stored(self, name: str, entry: Mapping[str, Any]) -> Layer:
+        settings = {"grid": entry["grid"], "codec": entry["dtype"], "codebook": entry["codebook"]}
+        return replace(super().stored(name, entry), recipe={"patches": settings})
+
+    def recorded_fingerprint(self, layer: Layer, manifest: Mapping[str, Any]) -> str | None:
+        model = mapping_at(manifest, self.section, layer.model, "model")
+        if not model or layer.codebook is None:
+            return None
+        samples, settings = manifest["layers"][SAMPLES]["fingerprint"], layer.recipe["patches"]
+        return compute_fingerprint({"samples": samples, "model": dict(model), "patches": settings})
+
+    def recipes(self, layer: Layer, manifest: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        before, now = super().recipes(layer, manifest)
+        entry = mapping_at(manifest, "layers", layer.name)
+        if "grid" in entry:
+            before["patches"] = {"grid": entry["grid"], "codec": entry["dtype"], "codebook": entry["codebook"]}
+            now["patches"] = layer.recipe["patches"]
+        return before, now
+
+    def wrong_rows(self, layer: Layer, table: pa.Table, records: int | None) -> Iterator[tuple[str, Any]]:
+        if layer.codebook is None:
+            return
+        type_, codec = table["patches"].type, self.codec(layer)
+        width = type_.shape[1] // math.prod(layer.recipe["patches"]["grid"])
+        shape = [layer.count, math.prod(layer.recipe["patches"]["grid"]) * codec.width(layer.dim or width)]
+        if [*type_.shape] != shape or type_.value_type != _NUMBERS[codec.numbers]:
+            every = np.ones(table.num_rows, np.bool_)
+            yield f"have patches of shape {[*type_.shape]} in {type_.value_type}, dataset.json states {shape}", every
+
+    def decode(self, table: pa.Table) -> list[PatchGrids | None]:
+        stored, valid = vectors.tensor_rows(table["patches"])
+        codebook = _codebook(table)
+        return [PatchGrids(row, codebook) if one else None for row, one in zip(stored, valid, strict=True)]
+
+    def compare(self, first: pa.Table, second: pa.Table, least: float = 1.0) -> Comparison:
+        (one, valid), (other, also) = (vectors.tensor_rows(table["patches"]) for table in (first, second))
+        found = Comparison(len(first), nulls=int((valid != also).sum()))
+        if one.shape[:2] != other.shape[:2]:
+            return found
+        codebooks, both = (_codebook(first), _codebook(second)), np.flatnonzero(valid & also)
+        found.equal = int((~(valid | also)).sum())
+        for start in range(0, len(both), _COMPARED_ROWS):
+            rows = both[start : start + _COMPARED_ROWS]
+            left, right = (_decoded(of[rows], book) for of, book in zip((one, other), codebooks, strict=True))
+            if left.shape != right.shape:
+                return found
+            flat = [side.reshape(len(rows), -1, side.shape[-1]) for side in (left, right)]
+            found.add_cosines(vectors.cosines(*flat), (left == right).reshape(len(rows), -1).all(axis=1), least)
+            found.difference = max(found.difference or 0.0, float(np.abs(left - right).max()))
+            found.equal += int((left == right).reshape(len(rows), -1).all(axis=1).sum()) if least == 1 else 0
+        return found
+
+    def target_tensors(self, entry: Mapping[str, Any]) -> tuple[TargetTensor, ...]:
+        return (TargetTensor("patches", "float16", (*entry["grid"], entry["dim"])),)
+
+    def pick(self, table: pa.Table, index: npt.NDArray[np.intp]) -> PickedValues:
+        """The standardised grid of one crop of each row, float16 [rows, h, w, D]."""
+        stored, valid = vectors.tensor_rows(table["patches"])
+        grids = _decoded(stored[np.arange(len(index)), index], _codebook(table)).astype(np.float16)
+        return PickedValues((grids,), valid, valid & np.isfinite(grids).all(axis=(1, 2, 3)))
+
+    def content(self, layer: Layer) -> str:
+        rows, columns = layer.recipe["patches"]["grid"]
+        return f"[{layer.count}, {rows}, {columns}, {layer.dim}] {layer.dtype}"
+
+    def card_content(self, layer: Layer) -> str:
+        return f"{self.content(layer)}, patches of augmented images, flat"
+
+    def report_content(self, layer: Layer) -> str:
+        rows, columns = layer.recipe["patches"]["grid"]
+        return f"patches of images, {layer.count} × {rows} × {columns} × {layer.dim} {layer.dtype}"
+
+
+def _codec(teacher: str | None, name: str) -> Codec:
+    try:
+        return Standardised(find_codec(name))
+    except ValueError as error:
+        raise UserError(f"teachers.{teacher}.patches.codec: {error}") from None
+
+
+def _schema(numbers: str, count: int, width: int) -> pa.Schema:
+    text = "patches of each augmented image, row by row: standardised values, or codes"
+    return schemas.tensors_schema(("patches", _NUMBERS[numbers], [count, width], text))
+
+
+def _codebook(table: pa.Table) -> Codebook:
+    found = codebook_of(table.schema.metadata)
+    if found is None or "grid" not in found.facts:
+        raise ValueError("a column of patches without the place of its codebook")
+    return found
+
+
+def _decoded(stored: npt.NDArray[Any], codebook: Codebook) -> Floats:
+    """Standardised values [..., h, w, D] of stored grids [..., N * width]."""
+    rows, columns = codebook.facts["grid"]
+    codes = stored.reshape(*stored.shape[:-1], rows * columns, -1)
+    values = codebook.decode(codes)
+    return values.reshape(*stored.shape[:-1], rows, columns, values.shape[-1])

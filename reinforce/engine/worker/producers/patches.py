@@ -1,0 +1,142 @@
+"""Patch features of the augmented images: encoded and stored by a codec as soon as a batch is on the CPU."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from reinforce.config import Config
+from reinforce.dataset import vectors
+from reinforce.dataset.codecs.codebooks import load
+from reinforce.dataset.files.layer_file import MAX_BYTES
+from reinforce.dataset.layers import Layer
+from reinforce.engine.inference.batch_sizes import Demand
+from reinforce.engine.inference.inference import Batch, Outputs
+from reinforce.engine.inference.models import Models, crops_per_batch
+from reinforce.engine.inference.self_test import check_patch_encoder, probe_images, test_rows
+from reinforce.engine.worker.producers.base import Producer, RowGroup, Side
+from reinforce.errors import UserError
+from reinforce.seeds import philox_bits, seed_for
+from reinforce.source.samples import Refusal
+from schemas import Reason
+from teachers.preprocessing.pixels import to_pixels
+from teachers.spec import ModelInfo, Precision
+
+_READ = {2: 2, 1: 5}  # times the stored bytes that a reader holds of a row group, by the bytes of a number
+
+
+class PatchFeatures(Producer):
+    kind = "patches"
+    counted = 32
+
+    @staticmethod
+    def side(models: Models, name: str, info: ModelInfo, precision: Precision) -> Side:
+        encoder = models.patch_encoder(name)
+
+        def prepare(size: int) -> Callable[[], Any]:
+            pixels = probe_images(models, encoder.image, test_rows(size))
+            return lambda: encoder.encode_patches(pixels)
+
+        return Side(partial(check_patch_encoder, models, name, precision), prepare)
+
+    @staticmethod
+    def full_batch(models: Models, layer: Layer, config: Config) -> int:
+        return crops_per_batch(models, config)
+
+    @property
+    def crops(self) -> bool:
+        return bool(self.layers)
+
+    def schema(self, layer: Layer) -> pa.Schema:
+        encoder, grid = self.session.models.patch_encoder(str(layer.model)), layer.recipe["patches"]["grid"]
+        if [encoder.rows, encoder.columns] != grid:
+            raise UserError(
+                f"teachers.{layer.model}.patches.grid: {grid} in this config, and the model has {encoder.rows} x "
+                f"{encoder.columns} patches of its images; set grid: [{encoder.rows}, {encoder.columns}]"
+            )
+        try:
+            layer.kind.codec(layer).dim(encoder.dim)
+        except ValueError as error:
+            raise UserError(f"teachers.{layer.model}.patches.codec: {error}") from None
+        return layer.schema(self.session.config.images, encoder.dim)
+
+    def encode(self, batch: Batch, prepared: Any) -> Callable[[], Outputs]:
+        """The stored patches of rows, [rows] of ``_cells``, by layer."""
+        assert batch.crops is not None
+        models, count = self.session.models, self.session.config.augmentations.count
+        size = models.batches.fitting("crops", len(batch.crops))
+        found: dict[str, npt.NDArray[np.float32]] = {}
+        for layer in self.layers:
+            encoder = models.patch_encoder(str(layer.model))
+            with self.session.stage(layer.name, batch.what, len(batch.crops)):
+                parts = [
+                    encoder.encode_patches(to_pixels(part, encoder.image)).flatten(1, 2).cpu().numpy()
+                    for part in batch.crops.split(size)
+                ]
+                patches = np.concatenate(parts)
+            found[layer.name] = patches.reshape(-1, count, *patches.shape[1:])
+        keys = [row.key for row in batch.rows]
+        return lambda: {layer.name: self._stored(layer, found.pop(layer.name), keys) for layer in self.layers}
+
+    def _stored(self, layer: Layer, patches: npt.NDArray[np.float32], keys: Sequence[str]) -> npt.NDArray[Any]:
+        """The cells of patches [rows, K, N, D]."""
+        field = self.schema(layer).field("patches").type
+        cells = np.zeros(len(keys), _cells(field))
+        place = layer.codebook_at(self.session.config.output)
+        if place is None:
+            patches = np.stack(
+                [_pick(self.session.config.seed, layer, *row) for row in zip(keys, patches, strict=True)]
+            )
+            with np.errstate(over="ignore"):
+                values = patches.astype(np.float16)
+            cells["finite"] = np.isfinite(values).all(axis=(1, 2, 3))
+        else:
+            cells["finite"] = np.isfinite(patches).all(axis=(1, 2, 3))
+            patches[~cells["finite"]] = 0
+            values = load(place).encode(patches)
+            if values.dtype == np.float16:
+                cells["finite"] &= np.isfinite(values).all(axis=(1, 2, 3))
+        cells["patches"] = values.reshape(len(keys), *field.shape)
+        return cells
+
+    def demand(self, layer: Layer, rows: int) -> Demand:
+        fix = f"teachers.{layer.model}: a smaller model, or `precision: bf16`"
+        return Demand("crops" if rows == 1 else "rows", f"{layer.name}: one augmented image does", fix)
+
+    def table(self, layer: Layer, group: RowGroup) -> pa.Table:
+        self.refuse_unreadable(layer, group)
+        schema, codebook = self.schema(layer), layer.codebook_at(self.session.config.output)
+        cells = np.concatenate(group.outputs(layer.name))
+        most = MAX_BYTES // _READ[cells["patches"].itemsize]
+        if cells["patches"].nbytes > most:
+            raise UserError(
+                f"teachers.{layer.model}.patches.codec: {layer.dtype} takes {cells['patches'].nbytes:,} bytes in "
+                f"{len(cells):,} rows, and at most {most:,} are read together. Choose pca128 or pq96"
+            )
+        readable = np.array([row.unreadable is None for row in group.rows], bool)
+        for row in np.flatnonzero(readable & ~cells["finite"]):
+            detail = f"{layer.model} returned patches with NaN or infinity"
+            self.refusals.add(layer.name, Refusal(group.keys[row], Reason.NOT_FINITE, detail))
+        valid = readable & cells["finite"]
+        values = np.where(valid[:, None, None], cells["patches"], cells["patches"].dtype.type(0))
+        column = vectors.tensor_column(values, schema.field("patches").type.shape, valid)
+        table = pa.table([pa.array(group.keys, pa.string()), column], schema=schema)
+        return table.replace_schema_metadata(None if codebook is None else codebook.metadata())
+
+
+def _cells(type_: pa.FixedShapeTensorType) -> npt.DTypeLike:
+    """The cells of a row: the numbers that are stored, and whether all are finite."""
+    return [("patches", type_.value_type.to_pandas_dtype(), tuple(type_.shape)), ("finite", np.bool_)]
+
+
+def _pick(seed: int, layer: Layer, key: str, patches: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Random patches of a row [K, N, D] -> [K, picked, D]."""
+    count = math.prod(layer.recipe["patches"]["grid"])
+    bits = philox_bits(seed_for(seed, key, layer.name), count)
+    return patches[:, np.sort(np.argsort(bits, kind="stable")[: layer.recipe["patches"]["picked"]])]
