@@ -17,26 +17,33 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from reinforce.api import losses
+    from reinforce.api.commands import check, evaluate, init, inspect, plan, run, select, train
+    from reinforce.api.examples import Examples
+    from reinforce.api.student import Student
     from reinforce.config import Config, load_config
     from reinforce.dataset.reading.dataset import Dataset, open
     from reinforce.dataset.reading.sample import Sample
-    from reinforce.engine.run import run
     from reinforce.errors import UserError
-    from reinforce.student.train import train
 
 __version__ = "0.2.0"  # read by pyproject.toml; a job's checkout is not installed
 
-__all__ = ["Config", "Dataset", "Sample", "UserError", "load_config", "open", "run", "train"]
+__all__ = [
+    "Config", "Dataset", "Examples", "Sample", "Student", "UserError", "check", "evaluate", "init", "inspect",
+    "load_config", "losses", "open", "plan", "run", "select", "train",
+]  # fmt: skip
 
 _HOMES = {
+    **dict.fromkeys(("check", "evaluate", "init", "inspect", "plan", "run", "select", "train"), "api.commands"),
     "Config": "config",
     "Dataset": "dataset.reading.dataset",
+    "Examples": "api.examples",
     "Sample": "dataset.reading.sample",
+    "Student": "api.student",
     "UserError": "errors",
     "load_config": "config",
+    "losses": "api",
     "open": "dataset.reading.dataset",
-    "run": "engine.run",
-    "train": "student.train",
 }
 
 
@@ -44,6 +51,8 @@ def __getattr__(name: str) -> Any:
     """Import on first use: reading a dataset imports neither Ray nor torch, planning does not import torch."""
     if name not in _HOMES:
         raise AttributeError(f"module 'reinforce' has no attribute {name!r}")
+    if name == "losses":
+        return importlib.import_module("reinforce.api.losses")
     return getattr(importlib.import_module(f"reinforce.{_HOMES[name]}"), name)
 
 

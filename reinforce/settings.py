@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import os
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, ParamSpec, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, ValidationError, model_serializer
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    TypeAdapter,
+    ValidationError,
+    model_serializer,
+)
 
 from reinforce.errors import UserError
 from teachers.redact import is_secret, redact_values
 
 Model = TypeVar("Model", bound=BaseModel)
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Section(BaseModel):
@@ -62,15 +75,27 @@ def load_yaml(text: str) -> Any:
         loader.dispose()
 
 
-def read(path: str | Path) -> dict[str, Any]:
-    """The mapping of a YAML file, which is not validated. Raises UserError."""
-    data = _read_yaml(path)
+def read(path: str | os.PathLike[str], model: type[BaseModel] | None = None) -> dict[str, Any]:
+    """The mapping of a YAML file of a ``model``, which is not validated. Raises UserError."""
+    return _mapping(_read_yaml(path), path, model)
+
+
+def section_of(path: str | os.PathLike[str], section: str, model: type[BaseModel] | None = None) -> dict[str, Any]:
+    """A section of a YAML file, which is not validated. Raises UserError."""
+    data = read(path, model)
+    if section not in data:
+        raise UserError(f"config {path} has no section `{section}`. Add it, or give a config that has it.")
+    return _mapping(data[section], f"{path}, {section}", model)
+
+
+def _mapping(data: Any, where: object, model: type[BaseModel] | None = None) -> dict[str, Any]:
     if not isinstance(data, dict):
-        raise UserError(f"config {path}: must be a mapping, got {type(data).__name__}")
+        keys = "" if model is None else f" with keys such as {_example(model)}"
+        raise UserError(f"config {where}: must be a mapping{keys}, got {type(data).__name__}")
     return data
 
 
-def _read_yaml(path: str | Path) -> Any:
+def _read_yaml(path: str | os.PathLike[str]) -> Any:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -87,16 +112,9 @@ def load(model: type[Model], path: str | Path, overrides: list[str] | None = Non
 
     Raises UserError.
     """
-    data = _read_yaml(path)
-    if section is not None and isinstance(data, dict):
-        if section not in data:
-            raise UserError(f"config {path} has no section `{section}`. Add it, or give a config that has it.")
-        data = data[section]
+    data = read(path, model) if section is None else section_of(path, section, model)
+    if section is not None:
         path = f"{path}, {section}"
-    if not isinstance(data, dict):
-        raise UserError(
-            f"config {path}: must be a mapping with keys such as {_example(model)}, got {type(data).__name__}"
-        )
     for override in overrides or []:
         apply_override(data, override)
     return parse(model, data, where=f"config {path}")
@@ -134,11 +152,89 @@ def flatten(values: Mapping[str, Any], prefix: str = "", separator: str = ".") -
             yield f"{prefix}{key}", value
 
 
-def as_config(model: type[Model], config: Model | str | Path | Mapping[str, Any]) -> Model:
-    """A validated config from a config, a YAML file or a mapping. Raises UserError."""
-    if isinstance(config, Mapping):
-        return parse(model, config)
-    return load(model, config) if isinstance(config, (str, Path)) else config
+def as_config(
+    model: type[Model], config: Model | str | os.PathLike[str] | Mapping[str, Any] | None, **keys: Any
+) -> Model:
+    """A validated config from a config, a YAML file or a mapping, or from ``keys``, which change it section by section.
+
+    Values may be of Python's own types: paths, tuples and NumPy's numbers are converted. Raises UserError.
+    """
+    if isinstance(config, model) and not keys:
+        return config
+    where = "config"
+    if isinstance(config, model):
+        data = config.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    elif isinstance(config, Mapping):
+        data = _as_yaml(config)
+    elif isinstance(config, (str, os.PathLike)):
+        data, where = read(config, model), f"config {config}"
+    elif config is None and keys:
+        data = {}
+    else:
+        raise UserError(
+            f"config: want the path of a YAML file, a mapping, or keywords such as {_example(model)}, got "
+            f"{'none' if config is None else type(config).__name__}"
+        )
+    return parse(model, merge(data, _as_yaml(keys), LENGTHS), where)
+
+
+def _as_yaml(value: Any) -> Any:
+    """A value of Python as a YAML file would have it."""
+    if isinstance(value, Mapping):
+        return {key: _as_yaml(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_as_yaml(inner) for inner in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value.item() if getattr(value, "shape", None) == () and hasattr(value, "item") else value
+
+
+def as_names(value: Any) -> Any:
+    return [value] if isinstance(value, str) else _as_yaml(value)
+
+
+#: Types of arguments for ``checked_arguments``: a path or URI, and one name or several.
+Address = Annotated[str, BeforeValidator(_as_yaml)]
+Names = Annotated[list[str], BeforeValidator(as_names)]
+
+
+def checked_arguments(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorate a public function: arguments of unknown names or wrong types raise UserError.
+
+    Types are the annotations of the parameters, without conversion; ``config`` and ``**keys`` are checked by others.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    checked = [
+        one.name for one in parameters if one.name not in ("cls", "self", "config") and one.kind != one.VAR_KEYWORD
+    ]
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            bound = inspect.signature(function).bind(*args, **kwargs)
+        except TypeError as error:
+            raise UserError(f"{function.__name__}: {error}. It takes: {', '.join(checked)}.") from None
+        for name in checked:
+            if name in bound.arguments:
+                bound.arguments[name] = _checked_argument(function, name, bound.arguments[name])
+        return function(*bound.args, **bound.kwargs)
+
+    return call
+
+
+def _checked_argument(function: Callable[..., Any], name: str, value: Any) -> Any:
+    try:
+        return _adapter(function, name).validate_python(value)
+    except ValidationError as error:
+        messages = dict.fromkeys(one["msg"].removeprefix("Value error, ") for one in error.errors())
+        raise UserError(f"{function.__name__}: {name}: {'; '.join(messages)}, got {value!r:.100}") from None
+
+
+@functools.cache
+def _adapter(function: Callable[..., Any], name: str) -> TypeAdapter[Any]:
+    own = types.SimpleNamespace(__annotations__={name: function.__annotations__[name]})
+    hints = typing.get_type_hints(own, getattr(function, "__globals__", None), include_extras=True)
+    return TypeAdapter(hints[name], config=ConfigDict(strict=True, arbitrary_types_allowed=True))
 
 
 def parse(model: type[Model], data: Mapping[str, Any], where: str = "config") -> Model:

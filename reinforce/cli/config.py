@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from reinforce.errors import UserError
 from reinforce.terminal import escape
 from teachers.redact import redact
 
@@ -35,17 +34,12 @@ def init(
 
     The format, the columns and the captions are recognised, and models are proposed for the GPU, or for CPUs.
     """
-    from reinforce.engine.starter.starter import default_path, make_starter
+    from reinforce.api.commands import init as write_config
 
-    path = output or default_path(data)
-    if path.exists() and not force:
-        raise UserError(f"{path} exists. Name another file, or replace it with --force.")
-    text, lines = make_starter(data, path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    for line in lines:
+    written = write_config(data, None if output is None else str(output), force=force)
+    for line in written.lines:
         typer.echo(escape(redact(line)))
-    typer.echo(escape(f"written: {path}; next: reinforce plan {path}"))
+    typer.echo(escape(f"written: {written.path}; next: reinforce plan {written.path}"))
 
 
 def schema(

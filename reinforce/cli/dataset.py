@@ -24,7 +24,6 @@ from reinforce.terminal import escape, print_table
 from teachers.redact import redact
 
 if TYPE_CHECKING:
-    from reinforce.config import Config
     from reinforce.dataset.files.store import Store
 
 Names = Annotated[str | None, typer.Option(metavar="NAMES", help="Names, separated by commas. Default: all.")]
@@ -263,17 +262,9 @@ def select(
 
     Works on a Ray cluster, or in a process for each core. The same command continues one that was stopped.
     """
+    from reinforce.api.commands import select_config
     from reinforce.selection.config import load_config
-    from reinforce.selection.select import report_lines, select
 
-    log = lambda line: typer.echo(escape(redact(line)), err=True)  # noqa: E731
-
-    def reinforce(references: Config) -> None:
-        from reinforce.engine.run import run
-
-        log(f"embedding the images of {references.source} that are not embedded yet")
-        run(references, address=address)
-
-    view = select(load_config(config, overrides), log, address, reinforce=reinforce)
-    for line in report_lines(view):
+    selected = select_config(load_config(config, overrides), lambda line: typer.echo(escape(line), err=True), address)
+    for line in selected.text:
         typer.echo(escape(redact(line)))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -13,6 +12,9 @@ from reinforce.cli.common import Address, AsJson, Overrides, config_argument, on
 from reinforce.errors import UserError
 from reinforce.terminal import escape, print_table
 from teachers.redact import redact
+
+if TYPE_CHECKING:
+    from reinforce.api.results import Planned
 
 
 def run(
@@ -81,21 +83,13 @@ def plan(
 
     Reads one sample of the source, and fails where a run would fail before it starts. Custom classes are imported.
     """
+    from reinforce.api.commands import plan_config
     from reinforce.config import load_config
-    from reinforce.dataset.files.store import Store
-    from reinforce.dataset.manifest.class_code import check_classes
-    from reinforce.engine.plan.check_output import check_output
-    from reinforce.engine.plan.duplicates import check_copies
-    from reinforce.engine.plan.plan import make_plan
     from reinforce.engine.preflight.access import config_uses
-    from reinforce.engine.preflight.check_machines import machines_of_plan
-    from reinforce.engine.preflight.check_source import check_source
-    from reinforce.engine.preflight.estimate_bytes import plan_table, source_statistics
-    from reinforce.engine.preflight.report import make_report
 
     given = {"rate": rate, "price": price}
     options = [f"estimate.{key}={value}" for key, value in given.items() if value is not None]
-    with only_json(as_json) as print_json, contextlib.ExitStack() as connection:
+    with only_json(as_json) as print_json:
         checked = load_config(config, [*(set_ or []), *options])
         used = config_uses(checked)
         if as_json and uses:
@@ -104,23 +98,18 @@ def plan(
             typer.echo(escape(redact(line)))
         if uses:
             return
-        check_output(checked)
-        machines = connection.enter_context(machines_of_plan(address))
-        current = make_plan(checked)
-        sample, notes = check_source(current)
-        report = make_report(current, used, source_statistics(current), machines(), hours)
-        if not as_json:
-            print_table(plan_table(current, report.expected))
-            print_lines(report.lines())
-        notes += report.effort.warnings if report.effort is not None else ()
-        if sample is not None and not as_json:
-            typer.echo(escape(sample.line()))
-        for note in notes:
-            typer.echo(escape(redact(note)), err=True)
-        check_copies(current, Store(current.config.output))
-        check_classes(current.codes)
+        planned = plan_config(checked, used, address, hours, lambda found: _show_plan(found, as_json))
         if as_json:
-            print_json(report.as_json(sample, notes))
+            print_json(planned.as_json())
+
+
+def _show_plan(planned: Planned, as_json: bool) -> None:
+    """Print a plan, or with ``as_json`` its warnings alone."""
+    if not as_json:
+        print_table(planned.table())
+        print_lines(planned.lines())
+    for note in planned.warnings:
+        typer.echo(escape(redact(note)), err=True)
 
 
 def check(

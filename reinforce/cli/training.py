@@ -27,16 +27,13 @@ from reinforce.cli.common import (
     split_names,
 )
 from reinforce.errors import SetsMissing, UserError
-from reinforce.evaluation.registry import TEXTLESS, Suite
+from reinforce.evaluation.registry import Suite
 from reinforce.processes.imports import no_garbage_collection, require
 from reinforce.terminal import first_names, print_table
 from teachers.redact import redact
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-
-    from reinforce.evaluation.report import Report
-    from reinforce.evaluation.suite.results import SuiteReport
 
 T = TypeVar("T")
 
@@ -209,8 +206,8 @@ def evaluate(
 
     Each model gets its own preprocessing. Images that cannot be decoded are skipped and reported.
     """
-    from reinforce.evaluation.command import build_evaluation, evaluate_models
-    from reinforce.model_names import resolve_models
+    from reinforce.api.commands import evaluate_sets
+    from reinforce.evaluation.command import build_evaluation
 
     own = {"config": config, "zero-shot": zero_shot, "retrieval": retrieval, "limit": limit, "page": page}
     if suite is None and (data or sets_ or compare or workers or address or allow_missing):
@@ -229,20 +226,8 @@ def evaluate(
     evaluation = build_evaluation(config, zero_shot or (), retrieval or (), limit, set_ or (), published)
     if not evaluation.metrics:
         raise UserError("nothing to evaluate on: name sets with --zero-shot, --retrieval, --config, --set or --suite.")
-    report: Report | SuiteReport
-    with (
-        only_json(json_ == STDOUT) as print_json,
-        resolve_models(models, pretrained, teachers=suite in (None, *TEXTLESS)) as specs,
-    ):
-        if suite is None:
-            report = evaluate_models(specs, evaluation, device, precision, page)
-        else:
-            from reinforce.evaluation.suite.run import evaluate_suite
-
-            report = evaluate_suite(
-                specs, evaluation, out, device=device, precision=precision, compare=compare, workers=workers,
-                address=address, pretrained=pretrained,
-            )  # fmt: skip
+    with only_json(json_ == STDOUT) as print_json:
+        report = evaluate_sets(models, evaluation, pretrained, device, precision, out, compare, workers, address, page)
         show_report(report, json_, print_json)
     if report.failed:
         raise UserError(f"sets failed: {', '.join(report.failed)}. The same command tries them again.")

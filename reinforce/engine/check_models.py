@@ -81,6 +81,17 @@ class Report:
             table.add_row(row.model, row.side, str(row.dim or "-"), norm, f"{rate} {row.side}/s", str(row.batch))
         return table
 
+    def _repr_html_(self) -> str:
+        from reinforce.markup import render
+
+        lines = [
+            (row.model, row.side, str(row.dim or ""), f"{row.rate:,.3g} {row.side}/s", str(row.batch))
+            for row in self.rows
+        ]
+        facts = [("note", note) for note in self.notes]
+        heads = ("model", "side", "dimension", "speed", "batch")
+        return render("notebook/table.html", title="models", facts=facts, heads=heads, lines=lines, more=0)
+
 
 def check_target(
     target: str, options: str | None = None, kind: Kind | None = None, set_: list[str] | None = None

@@ -110,13 +110,24 @@ class Report:
     results: dict[str, Result]
     absent: tuple[str, ...] = ()  # a set that is missing ends the evaluation
 
-    def table(self) -> Table:
-        """Metrics in percent, one column per model."""
+    def _rows(self) -> list[list[str]]:
+        """The name of each metric, and its values in percent by model."""
         rows = []
         for metric in dict.fromkeys(metric for result in self.results.values() for metric in result.metrics):
             row = (result.metrics.get(metric) for result in self.results.values())
             rows.append([metric, *("" if score is None else f"{100 * score:.2f}" for score in row)])
-        return score_table(["metric, %", *self.results], rows, [*self.results])
+        return rows
+
+    def table(self) -> Table:
+        """Metrics in percent, one column per model."""
+        return score_table(["metric, %", *self.results], self._rows(), [*self.results])
+
+    def _repr_html_(self) -> str:
+        from reinforce.markup import render
+
+        facts = [("", line) for line in self.lines()]
+        heads = ("metric, %", *self.results)
+        return render("notebook/table.html", title="evaluation", facts=facts, heads=heads, lines=self._rows(), more=0)
 
     def lines(self) -> list[str]:
         """One line per set with its images, which models with equal summaries share, and one for each that failed."""

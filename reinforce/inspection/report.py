@@ -66,6 +66,10 @@ class Inspected:
         problems = [f"{plural(self.problems, 'problem')}, which the report lists"] if self.problems else []
         return [looked, *self.text, *problems, f"open {self.output}/index.html"]
 
+    def _repr_html_(self) -> str:
+        *lines, _ = self.lines()
+        return render("notebook/report.html", lines=lines, address=f"{self.output}/index.html")
+
 
 def inspect(
     url: str,

@@ -71,7 +71,7 @@ class Student(torch.nn.Module):
         if (stage := self.terms.stage()) is not None:
             self.heads.update(self.terms.map_heads(map_width(clip, image, stage)))
         self.scales = torch.nn.ModuleDict(
-            {module_name(teacher): _LearntScale(start) for teacher, start in self.terms.scales().items()}
+            {module_name(teacher): LearntScale(start) for teacher, start in self.terms.scales().items()}
         )
 
     @property
@@ -196,7 +196,7 @@ class _Start(dict[str, torch.Tensor]):
         return self
 
 
-class _LearntScale(torch.nn.Module):
+class LearntScale(torch.nn.Module):
     """A teacher's logit scale; the loop clamps parameters of this name and does not decay them."""
 
     def __init__(self, start: float) -> None:

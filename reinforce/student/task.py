@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -70,12 +71,9 @@ class StudentTask:
                 for name, teacher in teachers.items()
             }
         manifests = {source.url: read_manifest(Store(source.url)) for source in config.data.datasets}
-        if reads and loss.targets == "stored":
-            anchors_alone = config.model_copy(update={"data": config.data.model_copy(update={"teachers": []})})
-            all_named = loss.lambda_ > 0 or loss.dense is not None
-            known = stored_teachers(config if all_named else anchors_alone, manifests)
-        vectors = partial(first_vectors, config.data, manifests) if loss.targets == "stored" else None
-        models = Models(known, texts, partial(stored_models, config.data, manifests), vectors=vectors)
+        models = read_stored(config, manifests)
+        if loss.targets == "online":
+            models = replace(models, teachers=known)
         self.terms: Terms = make_terms(loss, models)
         notes = compare_text_tower(config, manifests) if loss.lambda_ > 0 else []
         self.model: Student = build_student(
@@ -160,6 +158,21 @@ class StudentTask:
         """Write a folder that open_clip loads as model and tokenizer ``local-dir:FOLDER``."""
         assert isinstance(model, Student)
         export(model, folder)
+
+
+def read_stored(config: StudentConfig, manifests: Mapping[str, Mapping[str, Any]]) -> Models:
+    """The models whose targets a training run may take from datasets; ``manifests`` are their dataset.json by URL.
+
+    Of the config, ``data`` and ``loss`` are read. Raises UserError if the datasets lack some or disagree.
+    """
+    data, loss = config.data, config.loss
+    known: dict[str, TeacherInfo] = {}
+    if loss.targets == "stored" and (loss.lambda_ > 0 or loss.anchors or loss.dense is not None):
+        anchors_alone = config.model_copy(update={"data": data.model_copy(update={"teachers": []})})
+        all_named = loss.lambda_ > 0 or loss.dense is not None
+        known = stored_teachers(config if all_named else anchors_alone, manifests)
+    vectors = partial(first_vectors, data, manifests) if loss.targets == "stored" else None
+    return Models(known, data.captions != "none", partial(stored_models, data, manifests), vectors=vectors)
 
 
 def _describe(student: Student, config: StudentConfig) -> str:

@@ -29,7 +29,12 @@ class Optimizer(Section):
         description="by tower, `image` or `text`: factor of the learning rate from each block to the one before; the "
         "tower's head has the tower's rate; students only",
     )
-    warmup: int = Field(1000, ge=0, description="steps until the peak learning rate")
+    warmup: int = Field(
+        1000,
+        ge=0,
+        description="steps until the peak learning rate; default: 1,000, in a training run of at most as many steps a "
+        "tenth of them",
+    )
     hold: int | None = Field(
         None,
         ge=1,
@@ -61,6 +66,10 @@ class Optimizer(Section):
         if self.hold is not None and self.cooldown is not None:
             raise ValueError("`hold` and `cooldown` both state when the learning rate decays; remove one of them")
         return self
+
+    def warmup_of(self, steps: int) -> int:
+        """The warm-up of a training run of so many steps."""
+        return self.warmup if "warmup" in self.model_fields_set or self.warmup < steps else steps // 10
 
 
 class Compute(Section):
@@ -165,16 +174,18 @@ class Training(Section):
 
     def check_warmup(self, steps: int | None) -> None:
         """Raise UserError if the warm-up is not shorter than ``steps``, where these are known."""
-        if steps is not None and self.optimizer.warmup >= steps:
+        if steps is None:
+            return
+        warmup, share = self.optimizer.warmup_of(steps), self.optimizer.cooldown
+        if warmup >= steps:
             raise UserError(
-                f"train.optimizer.warmup ({self.optimizer.warmup:,}) must be below the training's {steps:,} steps. "
-                f"Lower it, for example with --set train.optimizer.warmup={steps // 10}, or train for longer."
+                f"train.optimizer.warmup ({warmup:,}) must be below the training's {steps:,} steps. Lower it, for "
+                f"example with --set train.optimizer.warmup={steps // 10}, or remove it, or train for longer."
             )
-        share = self.optimizer.cooldown
-        if steps is not None and share is not None and self.optimizer.warmup > cooldown_start(steps, share) + 1:
+        if share is not None and warmup > cooldown_start(steps, share) + 1:
             raise UserError(
-                f"train.optimizer.cooldown ({share:g}) begins within the warm-up of {self.optimizer.warmup:,} steps: "
-                "lower either, or train for longer."
+                f"train.optimizer.cooldown ({share:g}) begins within the warm-up of {warmup:,} steps: lower either, or "
+                "train for longer."
             )
 
 

@@ -15,7 +15,7 @@ from reinforce.training.config import Optimizer, cooldown_start
 def learning_rate(step: int, steps: int, config: Optimizer, tower: str | None = None) -> float:
     """Learning rate of step ``step`` (from 0) of ``steps``: a linear warm-up, ``lr``, then a decay to ``final_lr``.
 
-    With w = ``warmup``, n = ``steps``, and h = w + ``hold``, or with ``cooldown`` the step before the last
+    With w = ``warmup_of(steps)``, n = ``steps``, and h = w + ``hold``, or with ``cooldown`` the step before the last
     ``cooldown`` * n:
 
         lr * (step + 1) / w                                      for step < w
@@ -26,9 +26,10 @@ def learning_rate(step: int, steps: int, config: Optimizer, tower: str | None = 
     held. ``lr`` is that of the ``tower``, if it has one of its own.
     """
     peak = config.lr if tower is None or config.towers is None else config.towers.get(tower, config.lr)
-    if step < config.warmup:
-        return peak * (step + 1) / config.warmup
-    start = config.warmup + (config.hold or 0) if config.cooldown is None else cooldown_start(steps, config.cooldown)
+    warmup = config.warmup_of(steps)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    start = warmup + (config.hold or 0) if config.cooldown is None else cooldown_start(steps, config.cooldown)
     done = min(1.0, max(0, step - start) / max(1, steps - 1 - start))
     left = 1 - done if config.decay == "linear" else 0.5 * (1 + math.cos(math.pi * done))
     return config.final_lr + (peak - config.final_lr) * left

@@ -105,7 +105,7 @@ def test_the_most_likely_classes_of_images_without_text_are_stored_and_read(
     assert "classifiers: crops, whole" in repr(reinforce.open(url))
     with pytest.raises(UserError, match="has no classifier 'other'; it has: crops, whole"):
         reinforce.open(url, classifiers=["other"])
-    with pytest.raises(TypeError, match="unexpected keyword argument 'classifier'"):
+    with pytest.raises(UserError, match="unexpected keyword argument 'classifier'"):
         reinforce.open(url, classifier=["crops"])
 
     entry = json.loads(Path(url, "dataset.json").read_text())["layers"][CROPS]

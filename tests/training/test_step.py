@@ -120,6 +120,9 @@ def test_the_learning_rate_warms_up_linearly_may_be_held_and_decays_as_a_cosine(
     assert rates[4] == 1.0
     assert rates[6] == pytest.approx(0.55)  # half way, between 1 and 0.1
     assert rates[8] == pytest.approx(0.1)
+    assert [Optimizer().warmup_of(steps) for steps in (5, 40, 1000, 1001)] == [0, 4, 100, 1000]
+    assert learning_rate(3, 40, Optimizer(lr=1.0)) == 1.0
+    assert Optimizer(warmup=1000).warmup_of(40) == 1000, "what is stated is kept, or refused"
     held = Optimizer(lr=1.0, final_lr=0.0, warmup=2, hold=4)
     rates = [learning_rate(step, 11, held) for step in range(11)]
     assert rates[:7] == [0.5, *[1.0] * 6]

@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 import logging
+import numbers
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -21,17 +22,19 @@ from reinforce.dataset.files.damage import describe_damaged, drop_shard_command,
 from reinforce.dataset.files.index import read_index
 from reinforce.dataset.files.listing import Listing
 from reinforce.dataset.files.store import Store
-from reinforce.dataset.kinds.registry import kind_of, model_sections, stored_layer
-from reinforce.dataset.kinds.samples import true_captions
+from reinforce.dataset.kinds.registry import model_sections, stored_layer
 from reinforce.dataset.layers import MODEL_SECTIONS, NO_IMAGES, SAMPLES, TRUE_CAPTION, captions_layer, embeddings_layer
 from reinforce.dataset.manifest.manifest import read_manifest, select_names
 from reinforce.dataset.reading.aligned import AlignedLayers, row_errors
 from reinforce.dataset.reading.completeness import check_completeness
-from reinforce.dataset.reading.row_counts import row_group_table
+from reinforce.dataset.reading.row_counts import kept_rows, row_group_table
+from reinforce.dataset.reading.row_layers import RowGroupLayers
 from reinforce.dataset.reading.sample import ImagePolicies, Sample
+from reinforce.dataset.reading.samples import Samples
 from reinforce.dataset.view import View, open_view
 from reinforce.errors import UserError
 from reinforce.images.policy import ReadLimits
+from reinforce.seeds import Ints
 from reinforce.source.references import ChangedImages, ImageRoots, referenced_images
 from reinforce.terminal import escape, format_bytes, plural
 from schemas import IMAGE_DIGEST, image_column
@@ -43,14 +46,15 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 
 
+@settings.checked_arguments
 def open(
-    url: str,
-    teachers: Sequence[str] | None = None,
-    captioners: Sequence[str] | None = None,
+    url: settings.Address,
+    teachers: settings.Names | None = None,
+    captioners: settings.Names | None = None,
     *,
     view: str | None = None,
     strict: bool = False,
-    images_from: str | Sequence[str] = (),
+    images_from: settings.Names = (),  # type: ignore[assignment]
     limits: Mapping[str, int] | None = None,
     **models: Sequence[str] | None,
 ) -> Dataset:
@@ -74,7 +78,8 @@ def open(
     """
     every: dict[str, Sequence[str] | None] = dict.fromkeys(model_sections())
     if unknown := models.keys() - every:
-        raise TypeError(f"open() got an unexpected keyword argument {min(unknown)!r}")
+        known = ", ".join(("view", "strict", "images_from", "limits", *every))
+        raise UserError(f"open: got an unexpected keyword argument {min(unknown)!r}. It takes: url, {known}.")
     chosen = {**every, **models, "teachers": teachers, "captioners": captioners}
     return Dataset(url, chosen, view=view, strict=strict, images_from=images_from, limits=limits)
 
@@ -85,8 +90,8 @@ class Dataset:
     ``models`` are names or patterns by section of the config; None: all of a section, or of all sections.
 
     Iterating yields ``Sample`` in the order of the shards. ``len(data)`` is the number of samples; the first call
-    reads the footer of each shard's samples file. ``data[name]`` with a name of ``data.shards``, ``data[3]`` and
-    ``data[2:5]`` are the dataset restricted to these shards.
+    reads the footer of each shard's samples file. ``data.samples[3]`` is a sample by its number. ``data[name]`` with a
+    name of ``data.shards``, ``data[3]`` and ``data[2:5]`` are the dataset restricted to these shards.
 
     Attributes:
         shards: names of the shards, sorted; with a view, those of which it keeps samples.
@@ -96,6 +101,7 @@ class Dataset:
         view: the view whose samples these are, None for all.
         store: the dataset's files.
         roots: where images that are stored by reference may be read.
+        limits: bounds on the images that are read.
     """
 
     def __init__(
@@ -110,8 +116,8 @@ class Dataset:
         images_key: str = 'images_from=["{}"]',
     ) -> None:
         self.store = Store(url)
-        self._limits = settings.parse(ReadLimits, limits or {}, "limits")
-        self.roots = ImageRoots.named(images_from, images_key, self._limits.image_bytes)
+        self.limits = settings.parse(ReadLimits, limits or {}, "limits")
+        self.roots = ImageRoots.named(images_from, images_key, self.limits.image_bytes)
         self.manifest = read_manifest(self.store)
         sections = model_sections()
         models = dict.fromkeys(sections) if models is None else models
@@ -174,9 +180,22 @@ class Dataset:
     def _rows(self) -> int:
         if self.view is not None:
             return sum(sum(self.view.kept[shard]) for shard in self.shards)
-        fingerprint = self.manifest["layers"][SAMPLES]["fingerprint"]
+        return int(self._groups[:, 2].sum())
+
+    @cached_property
+    def _groups(self) -> Ints:
+        """The row groups [n, 3] of the shards, as ``row_group_table`` gives them, with the rows that the view keeps."""
         sizes = {shard: self._samples_bytes[shard] for shard in self.shards}
-        return int(row_group_table(self.store, fingerprint, sizes)[:, 2].sum())
+        groups = row_group_table(self.store, self.fingerprints[SAMPLES], sizes)
+        return groups if self.view is None else kept_rows(groups, self.shards, self.view)
+
+    @cached_property
+    def samples(self) -> Samples:
+        """The samples as a sequence: ``data.samples[3]``, ``data.samples[:5]``, ``len(data.samples)``.
+
+        A torch ``DataLoader`` takes it as a map-style dataset. The first access reads the numbers of rows.
+        """
+        return Samples(self, self._groups)
 
     def __bool__(self) -> bool:
         return bool(self.shards)  # without the row counts
@@ -192,12 +211,18 @@ class Dataset:
             shards = [index]
         elif isinstance(index, slice):
             shards = self.shards[index]
+        elif not isinstance(index, numbers.Integral):
+            raise UserError(f"data[...] takes a shard by name or number, or a slice of shards, got {index!r:.100}")
         elif not -len(self.shards) <= index < len(self.shards):
-            raise IndexError(f"shard {index} is out of range: {self.store.url} has {plural(len(self.shards), 'shard')}")
+            raise IndexError(
+                f"shard {index} is out of range: {self.store.url} has {plural(len(self.shards), 'shard')}. A sample by "
+                "its number is data.samples[...]."
+            )
         else:
             shards = [self.shards[index]]
         restricted = copy.copy(self)
-        restricted.__dict__.pop("_rows", None)
+        for counted in ("_rows", "_groups", "samples"):
+            restricted.__dict__.pop(counted, None)
         restricted.shards = shards
         return restricted
 
@@ -223,10 +248,20 @@ class Dataset:
 
         With a view, places are among the rows that it keeps.
         """
+        return self.samples_of(shard, self.row_group(shard, group), places, images=images)
+
+    def row_group(self, shard: str, group: int) -> dict[str, pa.Table]:
+        """Tables of a row group by layer, as ``row_groups`` gives them."""
         with self._aligned({}).open(shard, whole=False) as files:
-            tables = {name: table.take(pa.array(places)) for name, table in files.read(group).items()}
+            return files.read(group)
+
+    def samples_of(
+        self, shard: str, tables: Mapping[str, pa.Table], places: Sequence[int], *, images: bool = True
+    ) -> list[Sample]:
+        """The samples at some places of the tables of a row group. Raises UserError as iterating does."""
+        taken = {name: table.take(pa.array(places, pa.int64())) for name, table in tables.items()}
         try:
-            return list(self._samples(tables, images))
+            return list(self._samples(taken, images))
         except ChangedImages as error:
             raise UserError(error.describe(drop_shard_command(self.store.url, [SAMPLES], shard))) from error
 
@@ -324,7 +359,7 @@ class Dataset:
 
     @cached_property
     def _policies(self) -> ImagePolicies:
-        return ImagePolicies.from_manifest(self.manifest, self.store.url, self._limits)
+        return ImagePolicies.from_manifest(self.manifest, self.store.url, self.limits)
 
     def _samples(self, tables: Mapping[str, pa.Table], with_images: bool = True) -> Iterator[Sample]:
         """The samples of one row group. Raises UserError if a row is not what a run writes."""
@@ -334,7 +369,7 @@ class Dataset:
             raise UserError(f"{self.store.url}: column {column}, which dataset.json states, is missing. Restore it.")
         with row_errors(self.store.url):
             rows = tables[SAMPLES].to_pylist()
-            layers = _RowGroupLayers(tables, self.teachers, self.captioners)
+            layers = RowGroupLayers(tables, self.teachers, self.captioners)
         images: Iterator[bytes]
         if not with_images:
             images = itertools.repeat(b"", len(rows))
@@ -361,32 +396,3 @@ class Dataset:
                     policies=self._policies,
                 )
             yield sample
-
-
-class _RowGroupLayers:
-    """The captions and vectors of a row group, by row."""
-
-    def __init__(self, tables: Mapping[str, pa.Table], teachers: Sequence[str], captioners: Sequence[str]) -> None:
-        inputs = (TRUE_CAPTION, *captioners)
-        self.true_captions = true_captions(tables[SAMPLES])
-        values = {name: kind_of(name).decode(table) for name, table in tables.items() if name != SAMPLES}
-        self._captions = {c: values.pop(name) for c in captioners if (name := captions_layer(c)) in values}
-        self._images = {t: values.pop(name) for t in teachers if (name := embeddings_layer(t, "images")) in values}
-        self._texts = {
-            t: {i: values.pop(name) for i in inputs if (name := embeddings_layer(t, i)) in values} for t in teachers
-        }
-        self._values = values
-
-    def values(self, row: int) -> dict[str, Any]:
-        return {name: values[row] for name, values in self._values.items()}
-
-    def captions(self, row: int) -> dict[str, list[str] | None]:
-        return {name: texts[row] for name, texts in self._captions.items()}
-
-    def images(self, row: int) -> dict[str, np.ndarray]:
-        return {teacher: values[row] for teacher, values in self._images.items()}
-
-    def texts(self, row: int) -> dict[str, dict[str, np.ndarray]]:
-        # A row with fewer true captions than vectors has the same ones again.
-        ends = {TRUE_CAPTION: max(1, len(self.true_captions[row]))}
-        return {t: {n: values[row][: ends.get(n)] for n, values in of.items()} for t, of in self._texts.items()}

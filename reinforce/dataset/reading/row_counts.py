@@ -12,6 +12,8 @@ from reinforce.dataset.files.layer_file import check_rows
 from reinforce.dataset.files.store import Store, check_footer
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.reading.aligned import layer_errors
+from reinforce.dataset.view import View
+from reinforce.errors import UserError
 from reinforce.parquet.footers import TAIL_BYTES, read_footer
 from reinforce.source.whole_reads import read_range
 
@@ -35,6 +37,19 @@ def row_group_table(store: Store, fingerprint: str, shards: Mapping[str, int]) -
     table[:, 1] = np.arange(len(table)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     table[:, 2] = np.concatenate([np.empty(0, np.int64), *(np.asarray(counts[shard], np.int64) for shard in shards)])
     return table
+
+
+def kept_rows(groups: npt.NDArray[np.int64], shards: Sequence[str], view: View) -> npt.NDArray[np.int64]:
+    """The row groups [n, 3] with the numbers of their rows that a view keeps, without those of which it keeps none.
+
+    Raises UserError if the view has another number of row groups.
+    """
+    kept = [view.kept[shard] for shard in shards]
+    if [len(one) for one in kept] != np.bincount(groups[:, 0], minlength=len(shards)).tolist():
+        raise UserError(f"view {view.name} is of other samples. Make it again with reinforce select.")
+    groups = groups.copy()
+    groups[:, 2] = [count for one in kept for count in one]
+    return groups[groups[:, 2] > 0]
 
 
 def rows_of_shards(groups: npt.NDArray[np.int64], shards: int) -> list[int]:

@@ -27,7 +27,7 @@ from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, inputs_of, model_of,
 from reinforce.dataset.manifest.manifest import read_manifest, select_names
 from reinforce.dataset.reading.aligned import AlignedLayers
 from reinforce.dataset.reading.completeness import check_completeness
-from reinforce.dataset.reading.row_counts import row_group_table
+from reinforce.dataset.reading.row_counts import kept_rows, row_group_table
 from reinforce.dataset.reading.sample import ImagePolicies
 from reinforce.dataset.view import View, open_view
 from reinforce.errors import UserError
@@ -140,26 +140,13 @@ def samples_groups(
         sizes = {shard: size for shard, size in sizes.items() if shard in view.kept}
     groups = row_group_table(store, fingerprints[SAMPLES], sizes)
     if view is not None:
-        groups = _kept_rows(groups, [*sizes], view)
+        groups = kept_rows(groups, [*sizes], view)
     if not groups[:, 2].sum():
         raise UserError(
             f"{store.url} has no sample in {len(sizes)} shards. `reinforce status {store.url}` shows what was "
             "quarantined."
         )
     return sizes, groups
-
-
-def _kept_rows(groups: npt.NDArray[np.int64], shards: Sequence[str], view: View) -> npt.NDArray[np.int64]:
-    """The row groups [n, 3] with the numbers of their rows that a view keeps, without those of which it keeps none.
-
-    Raises UserError if the view has another number of row groups.
-    """
-    kept = [view.kept[shard] for shard in shards]
-    if [len(one) for one in kept] != np.bincount(groups[:, 0], minlength=len(shards)).tolist():
-        raise UserError(f"view {view.name} is of other samples. Make it again with reinforce select.")
-    groups = groups.copy()
-    groups[:, 2] = [count for one in kept for count in one]
-    return groups[groups[:, 2] > 0]
 
 
 def _complete_shards(store: Store, fingerprints: Mapping[str, str]) -> dict[str, int]:

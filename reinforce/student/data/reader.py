@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from threading import Lock
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +18,7 @@ from reinforce.dataset.files.damage import drop_shard_command
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.reading.aligned import RowGroup, row_errors
 from reinforce.dataset.reading.dataset import AlignedLayers
+from reinforce.dataset.reading.kept_groups import KeptGroups
 from reinforce.dataset.reading.sample import ImagePolicies
 from reinforce.errors import UserError
 from reinforce.source.references import ChangedImages, ImageRoots
@@ -35,8 +35,6 @@ from reinforce.training.order import GroupChunk, Order, Window
 
 #: Rows that are searched for a usable one before the training run fails.
 _MAX_UNUSABLE_ROWS = 100_000
-#: Bytes of row groups of a dataset that a process keeps, where several streams read the same ones.
-_KEPT_BYTES = 128 * 2**20
 
 
 class Target(NamedTuple):
@@ -47,39 +45,6 @@ class Target(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
     below: int | None = None  # its values are indices below this number
-
-
-class KeptGroups:
-    """Row groups as tables by layer: those that were used last, up to ``_KEPT_BYTES``. A copy by pickle is empty."""
-
-    def __init__(self) -> None:
-        self._lock = Lock()
-        self._groups: dict[tuple[str, int], Future[dict[str, pa.Table]]] = {}  # by shard and place, the last used last
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return KeptGroups, ()
-
-    def get(self, key: tuple[str, int], read: Callable[[], dict[str, pa.Table]]) -> dict[str, pa.Table]:
-        """Return a row group; one thread reads it while others wait. Raises what ``read`` raises."""
-        with self._lock:
-            known = self._groups.pop(key, None)
-            group = self._groups[key] = known or Future()
-        if known is None:
-            try:
-                group.set_result(read())
-            except BaseException as error:
-                group.set_exception(error)
-            self._drop_oldest()
-        return group.result()
-
-    def _drop_oldest(self) -> None:
-        left = _KEPT_BYTES
-        with self._lock:
-            for key, group in reversed([*self._groups.items()]):
-                if group.done() and group.exception() is None:
-                    left -= sum(table.nbytes for table in group.result().values())
-                    if left < 0:
-                        del self._groups[key]
 
 
 class Streamed(Protocol):

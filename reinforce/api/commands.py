@@ -1,0 +1,302 @@
+"""The commands of the program as functions: they take a config, a dict or keywords, and return what was found.
+
+Each raises ``UserError`` for what the user can fix. A ``config`` is the path of a YAML file, a mapping of its content
+or a validated config; keywords are keys of it, which change it section by section: ``run("my.yaml", workers={"cpus":
+2})``. Progress is shown on the terminal, in a notebook or in the log. Models and Ray are imported when they are needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from reinforce import settings
+from reinforce.api.results import Planned, Selected, Starter
+from reinforce.config import Config
+from reinforce.errors import UserError
+from reinforce.settings import Address, Names, checked_arguments
+from reinforce.terminal import Screen
+from teachers.redact import redact
+
+if TYPE_CHECKING:
+    from reinforce.engine.check_models import Report as Checked
+    from reinforce.engine.record.summary import RunSummary
+    from reinforce.evaluation.command import EvaluationCommand
+    from reinforce.evaluation.report import Report
+    from reinforce.evaluation.suite.results import SuiteReport
+    from reinforce.inspection.report import Inspected
+    from reinforce.student.config import StudentConfig
+    from reinforce.training.record.results import Results
+
+#: The path of a YAML file, or its content.
+Content = str | PathLike[str] | Mapping[str, Any]
+
+
+@checked_arguments
+def init(data: Address, output: Address | None = None, *, force: bool = False) -> Starter:
+    """Look at data of any format, and write a commented config for it: to ``output``, by default named after the data.
+
+    Raises UserError if the data cannot be read, or the config exists and not ``force``.
+    """
+    from reinforce.engine.starter.starter import default_path, make_starter
+
+    path = Path(output) if output is not None else default_path(data)
+    if path.exists() and not force:
+        raise UserError(f"{path} exists. Name another file, or replace it with --force (in Python force=True).")
+    text, lines = make_starter(data, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return Starter(path, text, lines)
+
+
+@checked_arguments
+def plan(
+    config: Config | Content | None = None,
+    *,
+    address: str | None = None,
+    hours: float | None = None,
+    **keys: Any,
+) -> Planned:
+    """What a run would compute: layers, bytes, and time where a rate is known. Starts and writes nothing.
+
+    ``hours`` asks how many workers finish in this time; the key ``estimate={"rate": ..., "price": ...}`` has what it
+    assumes. Reads one sample of the source, and raises UserError where a run would before it starts.
+    """
+    from reinforce.engine.preflight.access import config_uses
+
+    checked = settings.as_config(Config, config, **keys)
+    return plan_config(checked, config_uses(checked), address, hours)
+
+
+def plan_config(
+    config: Config,
+    used: Any,
+    address: str | None,
+    hours: float | None,
+    show: Callable[[Planned], None] = lambda planned: None,
+) -> Planned:
+    """``plan`` of a config, whose ``used`` classes and places are known; ``show`` gets it before the last checks."""
+    from reinforce.dataset.files.store import Store
+    from reinforce.dataset.manifest.class_code import check_classes
+    from reinforce.engine.plan.check_output import check_output
+    from reinforce.engine.plan.duplicates import check_copies
+    from reinforce.engine.plan.plan import make_plan
+    from reinforce.engine.preflight.check_machines import machines_of_plan
+    from reinforce.engine.preflight.check_source import check_source
+    from reinforce.engine.preflight.estimate_bytes import source_statistics
+    from reinforce.engine.preflight.report import make_report
+
+    with contextlib.ExitStack() as connection:
+        check_output(config)
+        machines = connection.enter_context(machines_of_plan(address))
+        current = make_plan(config)
+        sample, notes = check_source(current)
+        report = make_report(current, used, source_statistics(current), machines(), hours)
+        notes += report.effort.warnings if report.effort is not None else ()
+        planned = Planned(report, sample, notes)
+        show(planned)
+        check_copies(current, Store(current.config.output))
+        check_classes(current.codes)
+        return planned
+
+
+@checked_arguments
+def check(
+    config: Config | Content | None = None,
+    *,
+    options: dict[str, Any] | None = None,
+    kind: Literal["teacher", "captioner"] | None = None,
+    **keys: Any,
+) -> Checked:
+    """Load the models of a run, or a class ``"module:Class"`` with its ``options``, test them and measure their speed.
+
+    Returns a report with ``rows`` and ``notes``. Raises UserError if a model fails, with what fails of each.
+    """
+    from reinforce.engine.check_models import check_class, check_config
+
+    if (
+        isinstance(config, str)
+        and ":" in config
+        and not config.endswith((".yaml", ".yml"))
+        and not Path(config).exists()
+    ):
+        if keys:
+            raise UserError(f"check: {', '.join(keys)} belong to a config; a class has `options` and `kind`.")
+        report = check_class(config, options or {}, kind)
+    elif options is not None or kind is not None:
+        raise UserError("check: options and kind belong to a class; a config has both for each model.")
+    else:
+        report = check_config(settings.as_config(Config, config, **keys))
+    if report.errors:
+        raise UserError("\n".join(report.errors))
+    return report
+
+
+@checked_arguments
+def run(
+    config: Config | Content | None = None,
+    *,
+    address: str | None = None,
+    retry_quarantined: bool = False,
+    accept_changed_classes: bool = False,
+    **keys: Any,
+) -> RunSummary:
+    """Compute every missing layer of a config and nothing else.
+
+    Uses the initialised Ray if there is one, else the cluster at ``address`` (or RAY_ADDRESS), else this machine.
+    ``retry_quarantined`` tries the shards again that are quarantined as a whole, and those whose labels could not all
+    be read. ``accept_changed_classes`` extends layers of custom classes whose files have changed under one ``version``.
+    Raises UserError for errors that the user must fix.
+    """
+    from reinforce.engine.run import run as compute
+
+    return compute(
+        settings.as_config(Config, config, **keys),
+        address=address,
+        retry_quarantined=retry_quarantined,
+        accept_changed_classes=accept_changed_classes,
+    )
+
+
+@checked_arguments
+def train(config: StudentConfig | Content | None = None, *, address: str | None = None, **keys: Any) -> Results:
+    """Train a student to its end, from the last checkpoint in ``output`` if there is one.
+
+    Runs in this process, under torchrun as one of its ranks, or, with ``train.compute.ranks`` above 1 or an ``address``
+    (or RAY_ADDRESS), on Ray Train. Raises UserError for errors that the user can fix, and
+    ``reinforce.training.stop.Stopped`` after a signal, when a checkpoint has been written.
+    """
+    from reinforce.student.config import StudentConfig
+
+    checked = settings.as_config(StudentConfig, config, **keys)
+    checked.train.check_warmup(checked.train.steps)
+    from reinforce.student.train import train as train_student  # takes seconds, so the config is checked before
+
+    return train_student(checked, address=address)
+
+
+@checked_arguments
+def evaluate(
+    models: Names,
+    config: Content | None = None,
+    *,
+    out: Address = "evaluation",
+    compare: str | None = None,
+    workers: int | None = None,
+    address: str | None = None,
+    pretrained: str | None = None,
+    device: str = "auto",
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    **keys: Any,
+) -> Report | SuiteReport:
+    """Evaluate models, named as for `reinforce evaluate`, on sets.
+
+    ``config`` is a YAML file with a section ``evaluate``, or that section; ``keys`` are keys of it, such as
+    ``zero_shot={"pets": "pets/"}``, where an address alone stands for ``images`` (in ``retrieval`` for ``pairs``). With
+    ``suite`` and ``data``, the sets of a published suite; ``out``, ``compare``, ``workers`` and ``address`` are of it.
+    ``results[model].metrics`` of the report are between 0 and 1. Sets that failed are in ``failed`` of the report.
+    """
+    from reinforce.evaluation.command import EvaluationCommand
+
+    if isinstance(config, (str, PathLike)):
+        config = settings.section_of(config, "evaluate")
+    for section, place in (("zero_shot", "images"), ("retrieval", "pairs")):
+        if isinstance(sets := keys.get(section), Mapping):
+            keys[section] = {
+                name: {place: one} if isinstance(one, (str, PathLike)) else one for name, one in sets.items()
+            }
+    evaluation = settings.as_config(EvaluationCommand, config or {}, **keys)
+    if evaluation.suite is None and (compare or workers or address):
+        raise UserError("evaluate: compare, workers and address belong to `suite`, and none is given.")
+    return evaluate_sets(models, evaluation, pretrained, device, precision, out, compare, workers, address)
+
+
+def evaluate_sets(
+    models: Sequence[str],
+    evaluation: EvaluationCommand,
+    pretrained: str | None = None,
+    device: str = "auto",
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    out: str = "evaluation",
+    compare: str | None = None,
+    workers: int | None = None,
+    address: str | None = None,
+    page: str | None = None,
+) -> Report | SuiteReport:
+    """Evaluate models by name on the sets of a config, or on its suite. Raises UserError."""
+    from reinforce.evaluation.command import evaluate_models
+    from reinforce.evaluation.registry import TEXTLESS
+    from reinforce.model_names import resolve_models
+
+    if not evaluation.metrics:
+        raise UserError("nothing to evaluate on: name sets, such as `zero_shot` and `retrieval`, or a suite.")
+    with resolve_models(models, pretrained, teachers=evaluation.suite in (None, *TEXTLESS)) as specs:
+        if evaluation.suite is None:
+            return evaluate_models(specs, evaluation, device, precision, page)
+        from reinforce.evaluation.suite.run import evaluate_suite
+
+        return evaluate_suite(
+            specs, evaluation, out, device=device, precision=precision, compare=compare, workers=workers,
+            address=address, pretrained=pretrained,
+        )  # fmt: skip
+
+
+@checked_arguments
+def select(
+    config: Any = None,
+    *,
+    address: str | None = None,
+    **keys: Any,
+) -> Selected:
+    """Choose samples of a dataset by rules from what is stored of them, and write a view, which copies nothing.
+
+    ``keys`` are ``dataset``, ``name``, ``rules`` and ``seed``. ``reinforce.open(dataset, view=name)`` reads it. Raises
+    UserError, also if the rules keep no sample.
+    """
+    from reinforce.selection.config import SelectConfig
+
+    return select_config(settings.as_config(SelectConfig, config, **keys), Screen().log, address)
+
+
+def select_config(config: Any, log: Callable[[str], None], address: str | None) -> Selected:
+    """``select`` of a validated config; ``log`` gets lines on the progress."""
+    from reinforce.selection.select import select as write_view
+
+    def compute(references: Config) -> None:
+        from reinforce.engine.run import run as compute_layers
+
+        log(f"embedding the images of {references.source} that are not embedded yet")
+        compute_layers(references, address=address)
+
+    view = write_view(config, lambda line: log(redact(line)), address, reinforce=compute)
+    return Selected.of(config.dataset, view)
+
+
+@checked_arguments
+def inspect(
+    dataset: Address,
+    output: Address,
+    teachers: Names | None = None,
+    captioners: Names | None = None,
+    *,
+    limit: int = 10_000,
+    seed: int = 0,
+    images_from: Names | None = None,
+    view: str | None = None,
+) -> Inspected:
+    """Write a report on a dataset to a folder or URI, in place of an earlier one: open its ``index.html``.
+
+    Looks at no more than ``limit`` samples, which ``seed`` decides. Raises UserError.
+    """
+    from reinforce import __version__
+    from reinforce.inspection.report import inspect as write_report
+
+    if limit < 1:
+        raise UserError(f"inspect: limit must be at least 1, got {limit}")
+    return write_report(
+        dataset, output, teachers, captioners, limit=limit, seed=seed, images_from=images_from or (), view=view,
+        version=__version__,
+    )  # fmt: skip

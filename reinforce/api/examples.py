@@ -1,0 +1,289 @@
+"""Training examples of reinforced datasets for a loop of your own: a map-style torch dataset, and a stream."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+
+from reinforce import settings
+from reinforce.api.inputs import image_transform, replay_size, text_transform
+from reinforce.dataset.augment.device_records import DEVICE_BACKEND
+from reinforce.dataset.reading.dataset import Dataset as ReinforcedDataset
+from reinforce.dataset.reading.kept_groups import KeptGroups
+from reinforce.dataset.reading.samples import RowPlaces
+from reinforce.errors import UserError
+from reinforce.student.config import Data
+from reinforce.student.data.datasets import open_datasets
+from reinforce.student.data.examples import Example
+from reinforce.student.data.parts import PartMaker
+from reinforce.student.data.reader import StreamedDataset
+from reinforce.student.data.stream import StreamReader, make_orders
+from reinforce.training.distributed import gather
+from reinforce.training.order import GroupChunk, share
+
+_LOG = logging.getLogger(__name__)
+#: Rows that are searched for a usable one in place of another.
+_MOST_UNUSABLE = 10_000
+_READERS = 2  # threads of a stream that read row groups
+_AT_ONCE = 8  # examples of a stream that are made together
+
+
+class Examples(Dataset[dict[str, Any]]):
+    """Training examples of reinforced datasets, as `reinforce train` makes them, for a torch ``DataLoader``.
+
+    ``datasets`` is a folder or URI, what ``reinforce.open`` returns, or a list of URLs or ``{url, view}``. ``keys`` are
+    keys of ``data`` of a student's config, such as ``teachers``, ``captioners``, ``captions`` and ``pick``.
+
+    ``image`` makes a tensor of a Pillow image: a transform of open_clip or torchvision, or an image processor of
+    transformers; default: uint8 [3, size, size]. ``tokenizer`` is one of open_clip or transformers; default: texts
+    stay texts. Either may be a processor of transformers that has both. ``context`` is the length to which a tokenizer
+    of transformers pads; default: its own. ``size`` is the side in pixels at which augmentations are replayed;
+    default: that of ``image``, or the recorded one.
+
+    ``examples[i]`` is a dict, of which a ``DataLoader`` makes batches:
+
+    - ``key``: str, and ``image``: one of the stored augmentations;
+    - ``caption``, and with captioners ``synthetic``: tokens, of transformers ``{input_ids, attention_mask}``;
+    - ``targets``: ``{teacher: {image, caption, synthetic}}``, unit-norm float32 [D]; of classifiers their tensors.
+
+    With ``columns``, items are flat: a list of names, or a dict of your names for them, such as
+    ``{"pixel_values": "image", "labels": "dfn2b/image"}``.
+
+    Each access picks an augmentation and captions by torch's random numbers; after ``set_epoch`` by ``seed`` and the
+    epoch. A row that cannot be used, since a layer is null there, is replaced by the next one that can. To read large
+    datasets in a random order, use ``stream``: here a row group is read for a sample that is in none of the last ones.
+
+    Raises UserError for a dataset that does not exist, lacks layers or is unfinished.
+    """
+
+    def __init__(
+        self,
+        datasets: Any,
+        *,
+        image: Any = None,
+        tokenizer: Any = None,
+        context: int | None = None,
+        size: int | None = None,
+        columns: Sequence[str] | Mapping[str, str] | None = None,
+        seed: int = 0,
+        **keys: Any,
+    ) -> None:
+        sources, defaults = _sources(datasets)
+        self.data = settings.as_config(Data, None, datasets=sources, **{**defaults, **keys})
+        if self.data.backend == DEVICE_BACKEND:
+            raise UserError(f"backend {DEVICE_BACKEND} is for `reinforce train`; choose another, or none.")
+        self.seed, self.epoch = seed, None if self.data.pick == "random" else 0
+        self.datasets = _restricted(open_datasets(self.data, seed), datasets)
+        self._image, self._tokens = image_transform(image), text_transform(tokenizer, context)
+        recorded = max(dataset.size for dataset in self.datasets)
+        self.size = _checked_size(replay_size(image) or recorded if size is None else size)
+        first = self.datasets[0]
+        self.kinds, self.targets = first.spec.kinds, first.targets
+        self._maker = PartMaker(self.size, self.targets, _no_tokens, scaled=self.data.translations != "stored")
+        self._columns = _checked_columns(columns, self.names)
+        self._connect()
+
+    @property
+    def names(self) -> list[str]:
+        """The names that ``columns`` may have."""
+        return ["key", "image", *self.kinds, *(f"{target.model}/{target.name}" for target in self.targets)]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        [item] = self.__getitems__([index])
+        return item
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """The examples of a batch, as a ``DataLoader`` asks for them."""
+        if self._process != os.getpid():
+            self._connect()
+        epoch = int(torch.randint(2**31, ())) if self.epoch is None else self.epoch
+        return self.make([self._usable(int(index), epoch) for index in indices])
+
+    def set_epoch(self, epoch: int) -> None:
+        """Pick augmentations and captions by ``seed`` and this epoch, instead of torch's random numbers.
+
+        A ``DataLoader`` with ``persistent_workers`` does not pass it on.
+        """
+        self.epoch = epoch
+
+    def stream(self, *, window: int = 4096, rank: int | None = None, ranks: int | None = None) -> ExampleStream:
+        """The same examples as a shuffled ``IterableDataset``, see ``ExampleStream``."""
+        return ExampleStream(self, window, rank, ranks)
+
+    def make(self, examples: list[Example]) -> list[dict[str, Any]]:
+        """Items of examples: decode and augment their images, and tokenize their texts.
+
+        Raises UserError if an image cannot be decoded.
+        """
+        part = self._maker.make(examples, self._maker.allocate(len(examples)), Counter())
+        assert part.buffers is not None
+        texts = {kind: self._tokens([one.texts[n] for one in examples]) for n, kind in enumerate(self.kinds)}
+        items = []
+        for row, key in enumerate(part.keys):
+            item: dict[str, Any] = {"key": key, "image": self._image(part.buffers.image[row].numpy())}
+            item |= {kind: of_kind[row] for kind, of_kind in texts.items()}
+            found: dict[str, dict[str, torch.Tensor]] = {}
+            for target, values in zip(self.targets, part.buffers.targets, strict=True):
+                found.setdefault(target.model, {})[target.name] = values[row]
+            items.append(self._flat(item, found) if self._columns else {**item, "targets": found})
+        return items
+
+    def _flat(self, item: Mapping[str, Any], targets: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, Any]:
+        values = {**item, **{f"{model}/{name}": v for model, of in targets.items() for name, v in of.items()}}
+        assert self._columns is not None
+        return {name: values[of] for name, of in self._columns.items()}
+
+    def _usable(self, index: int, epoch: int) -> Example:
+        """The example of a row, or else of the next one that can be used. Raises UserError if there is none."""
+        group, place = self._rows.find(index)
+        searched, unusable = 0, Counter[str]()
+        for number in itertools.chain(range(group, len(self._rows.groups)), range(group + 1)):
+            which, in_dataset, rows = self._rows.groups[number].tolist()
+            for row in range(place if not searched else 0, rows):
+                found = self.datasets[which].load(GroupChunk(in_dataset, row, row + 1), epoch, keep=True)
+                if (example := found.rows[0]) is not None:
+                    return example
+                unusable.update(found.unusable)
+                searched += 1
+                if searched >= min(_MOST_UNUSABLE, len(self)):
+                    raise UserError(
+                        f"{self.datasets[which].url}: none of {searched:,} rows can be used ({', '.join(unusable)}). "
+                        f"{self.datasets[which].hint(unusable)}"
+                    )
+        raise AssertionError
+
+    def _connect(self) -> None:
+        """Open files in this process, since clients of object stores are not fork-safe."""
+        self._process = os.getpid()
+        self.datasets = [
+            replace(one, layers=replace(one.layers, store=copy.deepcopy(one.layers.store)), kept=KeptGroups())
+            for one in self.datasets
+        ]
+        places = [
+            np.stack([np.full(len(one.groups), n), np.arange(len(one.groups)), one.groups[:, 2]], axis=1)
+            for n, one in enumerate(self.datasets)
+        ]
+        self._rows = RowPlaces(np.concatenate(places))
+
+
+class ExampleStream(IterableDataset[dict[str, Any]]):
+    """Examples in a shuffled order, divided among ranks and the workers of a ``DataLoader``; ``Examples.stream``.
+
+    An epoch has each row once: row groups are shuffled, and rows among about ``window`` of them. Of several datasets,
+    each comes by its weight. With several ``ranks`` all workers of all ranks give equally many examples, so that up to
+    one less than their number are left out. Rows that cannot be used are replaced by others of their window.
+
+    The order is that of ``seed`` and the epoch: iterating begins the next one. In the workers of a ``DataLoader``,
+    which are copies, one is drawn by torch's random numbers; call ``set_epoch`` before each epoch with several ranks,
+    as for torch's ``DistributedSampler``. ``rank`` and ``ranks`` are those of torch.distributed unless they are given:
+    ``rank=0, ranks=1`` is for a program that itself distributes batches, such as accelerate.
+    """
+
+    def __init__(
+        self, examples: Examples, window: int = 4096, rank: int | None = None, ranks: int | None = None
+    ) -> None:
+        self.examples, self.window, self.epoch = examples, window, 0
+        self._stated: int | None = None  # by set_epoch
+        if (rank is None) != (ranks is None) or (rank is not None and ranks is not None and not 0 <= rank < ranks):
+            raise UserError(f"rank ({rank}) and ranks ({ranks}) belong together, with rank below ranks.")
+        # torch.distributed is not initialised in a worker that is spawned: it gets what its parent has
+        self.rank = gather.rank() if rank is None else rank
+        self.ranks = gather.world_size() if ranks is None else ranks
+
+    def __len__(self) -> int:
+        """Examples of this rank in an epoch, read by one worker."""
+        return self._lengths(self.ranks, self.epoch)[self.rank]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Read the order of this epoch at the next iteration."""
+        self.epoch = self._stated = epoch
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        epoch = self.epoch
+        if info is not None and self._stated is None and self.ranks == 1:
+            epoch = (info.seed - info.id) % 2**20  # the same in all workers, another in each epoch
+        self.epoch = epoch + 1 if self._stated is None else epoch
+        streams, stream = self.ranks * workers, self.rank * workers + worker
+        length = self._lengths(streams, epoch)[stream]
+        first = share(self._total * epoch, streams, stream)
+        examples, seed = self.examples, self.examples.seed
+        if examples._process != os.getpid():
+            examples._connect()
+        orders = make_orders(examples.datasets, seed, streams, self.window)
+        pool = ThreadPoolExecutor(_READERS, "reader")
+        try:
+            reader = StreamReader(examples.datasets, orders, seed, stream, first, pool)
+            for start in range(0, length, _AT_ONCE):
+                yield from examples.make([next(reader) for _ in range(min(_AT_ONCE, length - start))])
+            if unusable := reader.take_unusable():
+                reasons = ", ".join(f"{reason}: {count:,}" for reason, count in unusable.most_common())
+                _LOG.warning("epoch %d: unusable rows that were replaced: %s", epoch, reasons)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    @property
+    def _total(self) -> int:
+        return self.examples.data.samples or len(self.examples)
+
+    def _lengths(self, streams: int, epoch: int) -> list[int]:
+        """Examples of each stream in an epoch; of equal numbers if there are several ranks."""
+        ends = [[share(self._total * (epoch + n), streams, one) for one in range(streams)] for n in (0, 1)]
+        lengths = [last - first for first, last in zip(*ends, strict=True)]
+        return [min(lengths)] * streams if self.ranks > 1 else lengths
+
+
+def _sources(datasets: Any) -> tuple[Any, dict[str, Any]]:
+    """The value of ``data.datasets``, and keys that an opened dataset decides."""
+    if not isinstance(datasets, ReinforcedDataset):
+        return datasets, {}
+    source = {"url": datasets.store.url, **({} if datasets.view is None else {"view": datasets.view.name})}
+    keys = {section: names for section, names in datasets.models.items() if section in Data.model_fields}
+    return [source], {**keys, "images_from": [*datasets.roots.urls], "limits": datasets.limits}
+
+
+def _restricted(found: list[StreamedDataset], datasets: Any) -> list[StreamedDataset]:
+    """The datasets that were opened; of one that the user has opened, only the shards that this one has."""
+    if not isinstance(datasets, ReinforcedDataset):
+        return found
+    [dataset] = found
+    kept = np.isin(np.array(dataset.shards)[dataset.groups[:, 0]], datasets.shards)
+    if not kept.any():
+        raise UserError(f"{dataset.url}: none of these shards has samples. Choose others.")
+    return [replace(dataset, groups=dataset.groups[kept])]
+
+
+def _checked_size(size: Any) -> int:
+    if not isinstance(size, int) or size < 1:
+        raise UserError(f"size: want the side of an image in pixels, got {size!r:.100}")
+    return size
+
+
+def _checked_columns(columns: Sequence[str] | Mapping[str, str] | None, names: Sequence[str]) -> dict[str, str] | None:
+    """Your name of each column with ours. Raises UserError."""
+    if columns is None:
+        return None
+    chosen = {**columns} if isinstance(columns, Mapping) else {name: name for name in settings.as_names(columns)}
+    if unknown := [name for name in chosen.values() if name not in names]:
+        raise UserError(f"columns: there is no {unknown[0]!r}; there are: {', '.join(names)}.")
+    return chosen
+
+
+def _no_tokens(texts: Sequence[str]) -> torch.Tensor:
+    """Tokens are made of texts by the tokenizer of the user."""
+    return torch.empty(len(texts), 0)

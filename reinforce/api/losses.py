@@ -1,0 +1,218 @@
+"""The terms of a student's loss: each as a function of vectors, and all of them as a module, ``StudentLoss``.
+
+Vectors are tensors [B, D] of a batch of B pairs, those of images and texts in the same order. They need not have unit
+norm: functions normalise them. With torch.distributed, rows are compared with those of all ranks, and the mean over the
+ranks is the loss of the global batch. Equations are in ``docs/loss.md``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from reinforce import settings
+from reinforce.dataset.files.store import Store
+from reinforce.dataset.manifest.manifest import read_manifest
+from reinforce.errors import UserError
+from reinforce.student.config import Loss, StudentConfig
+from reinforce.student.loss import Objective, contrastive_losses
+from reinforce.student.model import LearntScale
+from reinforce.student.task import read_stored
+from reinforce.student.teachers import CAPTION, IMAGE, SYNTHETIC
+from reinforce.student.terms.base import Rows, Tensors, module_name, scale_name, unit
+from reinforce.student.terms.probabilities import divergence
+from reinforce.student.terms.registry import Terms, make_terms
+
+if TYPE_CHECKING:
+    from reinforce.api.examples import Examples
+
+#: Vectors of a teacher's images and texts, and its logit scale.
+TeacherVectors = tuple[torch.Tensor, torch.Tensor, "float | torch.Tensor"]
+
+
+def contrastive(
+    image: torch.Tensor,
+    text: torch.Tensor,
+    logit_scale: torch.Tensor | float,
+    logit_bias: torch.Tensor | float | None = None,
+    form: Literal["softmax", "sigmoid"] = "softmax",
+) -> torch.Tensor:
+    """The loss of CLIP, or with ``form="sigmoid"`` of SigLIP, whose ``logit_bias`` is required."""
+    return _pairs(Objective(0.0, _checked_form(form, logit_bias)), image, text, logit_scale, logit_bias, {})
+
+
+def distillation(
+    image: torch.Tensor,
+    text: torch.Tensor,
+    logit_scale: torch.Tensor | float,
+    teachers: Sequence[TeacherVectors],
+    logit_bias: torch.Tensor | float | None = None,
+    form: Literal["softmax", "sigmoid"] = "softmax",
+) -> torch.Tensor:
+    """Cross-entropy of the student's similarities with the mean of the teachers' probabilities (MobileCLIP).
+
+    Each of ``teachers`` is its vectors of the images [B, D], of the texts [B, D], and its logit scale.
+    """
+    if not teachers:
+        raise UserError("distillation: teachers is empty. Give the vectors of a teacher, or use `contrastive`.")
+    names = [str(number) for number in range(len(teachers))]
+    targets = {name: {IMAGE: unit(of[0]), CAPTION: unit(of[1])} for name, of in zip(names, teachers, strict=True)}
+    scales = {name: of[2] for name, of in zip(names, teachers, strict=True)}
+    objective = Objective(1.0, _checked_form(form, logit_bias), scales)
+    return _pairs(objective, image, text, logit_scale, logit_bias, targets)
+
+
+def features(projected: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+    """Mean of 1 - cosine of the student's features, projected to the teacher's dimension, and its ``vectors``."""
+    return (1 - (unit(projected) * unit(vectors)).sum(dim=-1)).mean()
+
+
+def interactive(
+    image: torch.Tensor,
+    text: torch.Tensor,
+    teacher_image: torch.Tensor,
+    teacher_text: torch.Tensor,
+    logit_scale: torch.Tensor | float,
+) -> torch.Tensor:
+    """The student's images contrasted with a teacher's texts, and its texts with the teacher's images (CLIP-KD).
+
+    ``image`` and ``text`` are projected to the teacher's dimension.
+    """
+    sides = (image, teacher_text), (teacher_image, text)
+    return torch.stack([contrastive(one, other, logit_scale) for one, other in sides]).mean()
+
+
+def probabilities(
+    logits: torch.Tensor,
+    classes: torch.Tensor,
+    values: torch.Tensor,
+    rest: torch.Tensor,
+    temperature: float = 1.0,
+) -> torch.Tensor:
+    """Divergence of a linear head's ``logits`` [B, C] from a classifier's stored probabilities, times temperature^2.
+
+    ``classes`` and ``values`` [B, k] are the stored ones, ``rest`` [B] the sum of those of other classes.
+    """
+    return temperature**2 * divergence(logits.float() / temperature, classes, values, rest).mean()
+
+
+def distance_from_start(weights: Mapping[str, torch.Tensor], start: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Half the squared distance of weights by name from those of the ``start`` of a fine-tuning (L2-SP).
+
+    ``start`` has detached copies: ``{name: p.detach().clone() for name, p in model.named_parameters()}``.
+    """
+    if missing := start.keys() - weights.keys():
+        raise UserError(f"distance_from_start: weights has no {min(missing)!r}, which start has. Name the same model.")
+    return torch.stack([(weights[name] - value).square().sum() for name, value in start.items()]).sum() / 2
+
+
+class StudentLoss(torch.nn.Module):
+    """The loss of `reinforce train` for a loop of your own: every term that the keys of ``loss`` ask for.
+
+    ``examples`` state the teachers and their logit scales, ``keys`` are keys of ``loss`` of a student's config
+    (``lambda`` as ``lambda_=0.7``). ``width`` is the dimension of the student's features, for terms that project them
+    with heads, which are parameters of this module: give them to the optimizer, too. ``notes`` describe the use of
+    each teacher. Raises UserError if the stored vectors do not suffice.
+    """
+
+    def __init__(self, examples: Examples, width: int | None = None, **keys: Any) -> None:
+        super().__init__()
+        loss = settings.as_config(Loss, {}, **keys)
+        if loss.targets == "online":
+            raise UserError("targets: online loads teachers in `reinforce train` only; here, targets are stored.")
+        urls = [source.url for source in examples.data.datasets]
+        unread: dict[str, Any] = {"output": "-", "student": {"model": "-"}, "train": {"steps": 1}}
+        config = settings.parse(StudentConfig, {**unread, "data": examples.data, "loss": loss})
+        self.terms = make_terms(loss, read_stored(config, {url: read_manifest(Store(url)) for url in urls}))
+        if self.terms.needs_start:
+            raise UserError("anchor.weights: add `losses.distance_from_start` to this loss instead.")
+        if self.terms.stage() is not None:
+            raise UserError("dense: this term reads maps inside the student's tower, in `reinforce train` only.")
+        self.notes = [*self.terms.notes]
+        self.heads = torch.nn.ModuleDict(_heads(self.terms, width))
+        starts = self.terms.scales().items()
+        self.scales = torch.nn.ModuleDict({module_name(teacher): LearntScale(start) for teacher, start in starts})
+
+    def forward(
+        self,
+        features: Tensors,
+        targets: Mapping[str, Tensors],
+        logit_scale: torch.Tensor | float,
+        logit_bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The total loss, a scalar, of ``features`` [B, D] by ``image``, ``caption`` and ``synthetic``.
+
+        ``targets`` are those of a batch of examples, ``logit_scale`` is that of the student, not its logarithm.
+        """
+        return torch.stack([*self.losses(features, targets, logit_scale, logit_bias).values()]).sum()
+
+    def losses(
+        self,
+        features: Tensors,
+        targets: Mapping[str, Tensors],
+        logit_scale: torch.Tensor | float,
+        logit_bias: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """The weighted terms by name, such as ``distill/caption``, which add to the total."""
+        if unknown := features.keys() - {IMAGE, CAPTION, SYNTHETIC}:
+            raise UserError(f"features: {min(unknown)!r} is none of image, caption and synthetic.")
+        features = {what: unit(rows) for what, rows in features.items()}
+        first = next(iter(features.values()), torch.zeros(()))
+        scalars = {"logit_scale": torch.as_tensor(logit_scale, device=first.device).reshape(())}
+        if logit_bias is not None:
+            scalars["logit_bias"] = logit_bias.reshape(())
+        scalars |= {scale_name(teacher): self.scales[module_name(teacher)]() for teacher in self.terms.scales()}
+        own = {name: dict(of) for name, of in targets.items()}
+        try:
+            losses = self.terms.losses_of_rows(features, own, self.heads)
+            rows = {**features, **self.terms.projections(features, self.heads)}
+            return {**losses, **self.terms.losses(Rows(rows, scalars, own, heads=self.heads))}
+        except KeyError as error:
+            raise UserError(
+                f"the batch has no {error} that the loss needs: pass the `targets` of a batch of the same examples"
+            ) from None
+
+
+def _heads(terms: Terms, width: int | None) -> dict[str, torch.nn.Module]:
+    """The heads of terms. Raises UserError if they need the width and it is not given."""
+    try:
+        made = terms.heads(width or 1)
+    except UserError:
+        if width is not None:
+            raise
+        made = {"": torch.nn.Identity()}
+    if made and width is None:
+        raise UserError(
+            "this loss compares the student's features with vectors of teachers: set `width` to their dimension, or "
+            'features="none" to leave one-sided teachers out'
+        )
+    return made
+
+
+def _pairs(
+    objective: Objective,
+    image: torch.Tensor,
+    text: torch.Tensor,
+    logit_scale: torch.Tensor | float,
+    logit_bias: torch.Tensor | float | None,
+    targets: Mapping[str, Tensors],
+) -> torch.Tensor:
+    rows = {IMAGE: unit(image), CAPTION: unit(text)}
+    if rows[IMAGE].ndim != 2 or rows[IMAGE].shape != rows[CAPTION].shape:
+        shapes = " and ".join(str([*tensor.shape]) for tensor in (image, text))
+        raise UserError(f"image and text must both be [B, D], of the same pairs, got {shapes}.")
+    scale = torch.as_tensor(logit_scale, device=image.device).reshape(())
+    bias = None if logit_bias is None else torch.as_tensor(logit_bias, device=image.device).reshape(())
+    [loss] = contrastive_losses(objective, rows, scale, bias, targets).values()
+    return loss
+
+
+def _checked_form(form: Any, logit_bias: Any) -> Literal["softmax", "sigmoid"]:
+    if form not in ("softmax", "sigmoid"):
+        raise UserError(f"form: want softmax or sigmoid, got {form!r:.100}")
+    if form == "sigmoid" and logit_bias is None:
+        raise UserError("form: sigmoid needs `logit_bias`, that of the student.")
+    found: Literal["softmax", "sigmoid"] = form
+    return found
