@@ -80,7 +80,8 @@ test: $(INSTALLED) ## run the tests, four files at a time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(INSTALLED) ## run the few tests that `make test` leaves out, because they take long (ten minutes)
-	$(BIN)/python -m pip install --quiet -e '.[azure,gcs]' gcp-storage-emulator -c constraints.txt
+	$(BIN)/python -m pip install --quiet -e '.[azure,gcs]' gcp-storage-emulator \
+		accelerate ipykernel lightning nbclient sentence-transformers -c constraints.txt
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --ignore tests/gpu/test_kernels.py
 	@# triton has an assembler for cards. A torch for CUDA brings it; apart from the others, it changes no other test.
 	$(BIN)/python -c 'import triton' 2> /dev/null || test -d .venv/triton/triton \

@@ -5,17 +5,34 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import reinforce
 from reinforce import errors
+from reinforce.api.examples import ExampleStream
+from reinforce.dataset.reading.samples import Samples
 from reinforce.dataset.reading.torch_dataset import TorchSamples
 from teachers import protocols
 
+
+def _is_own(value: Any, module: ModuleType) -> bool:
+    """Whether a public function is defined in a module."""
+    return inspect.isfunction(value) and value.__module__ == module.__name__ and not value.__name__.startswith("_")
+
+
 #: Title -> objects, in the order of the page.
 OBJECTS: dict[str, list[Any]] = {
-    "reinforce": [getattr(reinforce, name) for name in ("run", "train", "open", "load_config")],
-    "Reading": [reinforce.Dataset, reinforce.Sample, TorchSamples],
+    "reinforce": [
+        getattr(reinforce, name)
+        for name in ("init", "plan", "check", "run", "train", "evaluate", "select", "inspect", "open", "load_config")
+    ],
+    "Reading": [reinforce.Dataset, reinforce.Sample, Samples, TorchSamples],
+    "Training": [reinforce.Examples, ExampleStream, reinforce.Student],
+    "Losses": [
+        reinforce.losses.StudentLoss,
+        *(value for value in vars(reinforce.losses).values() if _is_own(value, reinforce.losses)),
+    ],
     "Models of your own": [
         value for value in vars(protocols).values() if inspect.isclass(value) and value.__module__ == protocols.__name__
     ],

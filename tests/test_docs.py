@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from teachers.open_clip.catalog import check_model
 from teachers.preprocessing.fit import fit
 from tests.helpers import pages_commands as commands
 from tests.helpers.local_ray import local_ray
+from tests.helpers.models.tiny_models import transformers_bert, transformers_clip
 from tests.helpers.pages import (
     GENERATED,
     ROOT,
@@ -101,9 +103,11 @@ def workspace(built: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def executed(page: str) -> dict[str, Any]:
-    """The names that the Python blocks of a page leave, run one after the other."""
+    """The names that the Python blocks of a page leave, run one after the other, as far as packages are installed."""
     scope: dict[str, Any] = {"__name__": "page"}
     for block in blocks(page, "python"):
+        if any(text in block.text and find_spec(package) is None for text, package in OPTIONAL.items()):
+            continue
         exec(compile("\n" * (block.line - 1) + block.text, str(ROOT / page), "exec"), scope)
     return scope
 
@@ -154,8 +158,12 @@ def test_commands_keys_and_tests_in_sentences_exist(page: str) -> None:
 
 # --- Python
 
+#: Public names that docs/python.md has without `reinforce.` before them.
+NAMED_OTHERWISE = {"Dataset", "Sample", "check", "evaluate", "inspect", "load_config", "plan", "run"}
+#: Packages that no extra has, by what a block of Python that needs one contains.
+OPTIONAL = {"import lightning": "lightning", "TrainingArguments": "accelerate", "import Sent": "sentence_transformers"}
 #: Pages whose Python leaves names that are checked; tests/captioning/test_published_sets.py runs that of captions.md.
-CHECKED_BELOW = ("docs/captions.md", "docs/choosing.md", "docs/reading.md", "docs/students.md")
+CHECKED_BELOW = ("docs/captions.md", "docs/choosing.md", "docs/python.md", "docs/reading.md", "docs/students.md")
 
 
 @pytest.mark.parametrize("page", [page for page in pages() if blocks(page, "python") and page not in CHECKED_BELOW])
@@ -209,6 +217,29 @@ def test_a_picture_is_shown_to_a_student_as_the_image_policy_decodes_it(workspac
     np.testing.assert_array_equal(np.asarray(names["image"]), np.asarray(expected))
     assert expected.size == (40, 60), "turned"
     assert names["similarity"].shape == (1, 1)
+
+
+def test_a_loop_of_fifteen_lines_makes_ten_steps_and_the_other_python_of_its_page_runs(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = executed("docs/python.md")
+    loop = next(block for block in blocks("docs/python.md", "python") if block.under.startswith("Ten steps"))
+    assert len([line for line in loop.text.splitlines() if line.strip()]) <= 15
+    assert {float(state["step"]) for state in names["optimizer"].state.values()} == {10.0}
+    assert names["images"].shape[0] == 1
+    assert {*re.findall(r"`reinforce\.(\w+)`", prose("docs/python.md"))} >= {*reinforce.__all__} - NAMED_OTHERWISE
+    assert "has no teacher 'missing'" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_lightning_transformers_and_sentence_transformers_train_from_stored_targets(workspace: Path) -> None:
+    for package in OPTIONAL.values():
+        pytest.importorskip(package)
+    transformers_clip(workspace / "my-clip")
+    transformers_bert(workspace / "my-bert")
+    names = executed("docs/python.md")
+    assert [names[trained].global_step for trained in ("trainer", "trained", "trained_texts")] == [10, 10, 10]
+    assert all(np.isfinite(names[trained].training_loss) for trained in ("trained", "trained_texts"))
 
 
 def test_layers_joined_in_sql_and_frames_are_those_of_the_samples(reading: dict[str, Any], workspace: Path) -> None:

@@ -82,7 +82,7 @@ def test_train_evaluate_select_and_inspect_return_figures(
     pairs = {"made": dataset}
     report = reinforce.evaluate(results.output, retrieval=pairs)
     [metrics] = [one.metrics for one in report.results.values()]
-    assert 0 <= metrics["retrieval/made/image_recall@1"] <= 1
+    assert 0 <= metrics["retrieval/made/mean_recall@1"] <= 1
     assert "recall@1" in report._repr_html_()
     model = open_clip_model(tmp_path / "other")
     assert (
