@@ -1,4 +1,4 @@
-"""Imports of large libraries without garbage collection, and packages of extras that may be missing."""
+"""Imports: of large libraries, of the main module by other processes, and of packages that may be missing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import contextlib
 import functools
 import gc
 import importlib.util
+import sys
 from collections.abc import Iterator
+from typing import Any
 
 from reinforce.errors import UserError
 
@@ -24,6 +26,24 @@ def no_garbage_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+@contextlib.contextmanager
+def without_main_module() -> Iterator[None]:
+    """Inside, processes that multiprocessing starts do not import the program's main module.
+
+    Otherwise a script without ``if __name__ == "__main__"`` would run again in each of them. Nothing that is sent to
+    them may be defined in the main module.
+    """
+    main = sys.modules["__main__"]
+    names: dict[str, Any] = main.__dict__
+    saved: dict[str, Any] = {name: names[name] for name in ("__spec__", "__file__") if name in names}
+    names.pop("__file__", None)
+    main.__spec__ = None
+    try:
+        yield
+    finally:
+        names.update(saved)
 
 
 def installed(package: str) -> bool:

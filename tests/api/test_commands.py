@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -157,3 +159,12 @@ def test_an_unfinished_dataset_is_one_error_for_each_function(dataset: Path, tmp
 def test_a_notebook_shows_progress_of_select_in_its_output(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
     reinforce.select(dataset=dataset, name="some", rules=[{"sample": 5}])
     assert "writing 2 shards" in capsys.readouterr().out
+
+
+def test_a_script_without_a_guard_of_its_main_module_trains_with_loader_processes(made: Path, tmp_path: Path) -> None:
+    keys = {"data": {"workers": 1}, "loss": {"logit_scales": {"blue": 20.0}}}
+    config = student_config(tmp_path, str(made), **keys).model_dump(mode="json", by_alias=True, exclude_unset=True)
+    script = tmp_path / "script.py"
+    script.write_text(f"import reinforce\nprint('begins')\nprint('steps:', reinforce.train({config!r}).steps)\n")
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert (done.stdout.count("begins"), done.stdout.count("steps: 2")) == (1, 1)

@@ -21,6 +21,7 @@ from reinforce.dataset.augment.device_records import DEVICE_BACKEND
 from reinforce.dataset.kinds.registry import kind_of
 from reinforce.dataset.layers import model_of
 from reinforce.errors import UserError
+from reinforce.processes.imports import without_main_module
 from reinforce.processes.prefetch import prefetch
 from reinforce.processes.signals import exit_with_parent
 from reinforce.seeds import Ints
@@ -150,7 +151,8 @@ class StreamFeed:
             multiprocessing_context=context,
             worker_init_fn=partial(_init_worker, dict(os.environ)),
         )
-        received = iter(loader)
+        with without_main_module():
+            received = iter(loader)  # starts the processes
         for step in itertools.count(start):
             parts = []
             for _ in range(processes):
