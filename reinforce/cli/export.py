@@ -48,6 +48,9 @@ MinCosine = Annotated[
 Check = Annotated[
     bool, typer.Option("--check", help="MODEL is a folder that this command wrote: run its golden.json in the runtime.")
 ]
+TowerName = Annotated[
+    Literal["both", "image"], typer.Option("--tower", help="image: the image tower alone, without tokenizer.")
+]
 Licence = Annotated[
     str, typer.Option("--license", metavar="ID", help="Hugging Face's name of the licence, such as cc-by-4.0.")
 ]
@@ -59,7 +62,7 @@ def export_onnx(
     model: Model, output: Output = None, pretrained: Pretrained = None,
     folder: Annotated[str | None, typer.Option("--output", metavar="FOLDER", help="The same as OUTPUT.")] = None,
     min_cosine: MinCosine = 0.99, config: SetsConfig = None, zero_shot: ZeroShot = None, retrieval: Retrieval = None,
-    limit: Limit = None, check: Check = False,
+    limit: Limit = None, tower: TowerName = "both", check: Check = False,
 ) -> None:  # fmt: skip
     """Write image.onnx, text.onnx, tokenizer.json, preprocess.json, golden.json, and a README.md with an example.
 
@@ -72,7 +75,7 @@ def export_onnx(
     if output and folder:
         raise UserError("OUTPUT and --output are the same: give one of them.")
     sets = config, zero_shot, retrieval, limit
-    _export("onnx", model, output or folder, pretrained, "fp32", min_cosine, sets, check)
+    _export("onnx", model, output or folder, pretrained, "fp32", min_cosine, sets, check, tower)
 
 
 @export.command("coreml", **examples("reinforce export coreml demo/students/distilled demo/coreml"))
@@ -85,7 +88,7 @@ def export_coreml(
         Literal["model", "app"], typer.Option(help="app: packages get the names of the app of MobileCLIP's authors.")
     ] = "model",
     min_cosine: MinCosine = 0.99, config: SetsConfig = None, zero_shot: ZeroShot = None, retrieval: Retrieval = None,
-    limit: Limit = None, check: Check = False,
+    limit: Limit = None, tower: TowerName = "both", check: Check = False,
 ) -> None:  # fmt: skip
     """Write two Core ML packages for iOS 17, with tokenizer.json, preprocess.json, golden.json and a README.md.
 
@@ -94,7 +97,7 @@ def export_coreml(
     Requires: pip install -e '.\\[coreml]', in the checkout
     """
     sets = config, zero_shot, retrieval, limit
-    _export("coreml", model, output, pretrained, weights, min_cosine, sets, check, names == "app")
+    _export("coreml", model, output, pretrained, weights, min_cosine, sets, check, tower, names == "app")
 
 
 @export.command("litert", **examples("reinforce export litert demo/students/distilled demo/litert"))
@@ -105,7 +108,7 @@ def export_litert(
         typer.Option(help="How weights are stored; dynamic-int8 also computes in int8, with scales found at run time."),
     ] = "fp32",
     min_cosine: MinCosine = 0.99, config: SetsConfig = None, zero_shot: ZeroShot = None, retrieval: Retrieval = None,
-    limit: Limit = None, check: Check = False,
+    limit: Limit = None, tower: TowerName = "both", check: Check = False,
 ) -> None:  # fmt: skip
     """Write image.tflite and text.tflite, with tokenizer.json, preprocess.json, golden.json and a README.md.
 
@@ -114,7 +117,7 @@ def export_litert(
     Requires: pip install -e '.\\[litert]', in an environment of its own: its packages need older ones of others
     """
     sets = config, zero_shot, retrieval, limit
-    _export("litert", model, output, pretrained, weights, min_cosine, sets, check)
+    _export("litert", model, output, pretrained, weights, min_cosine, sets, check, tower)
 
 
 @export.command("executorch", **examples("reinforce export executorch demo/students/distilled demo/executorch"))
@@ -125,7 +128,7 @@ def export_executorch(
         typer.Option(help="dynamic-int8: matrix products in int8, with scales of their inputs found at run time."),
     ] = "fp32",
     min_cosine: MinCosine = 0.99, config: SetsConfig = None, zero_shot: ZeroShot = None, retrieval: Retrieval = None,
-    limit: Limit = None, check: Check = False,
+    limit: Limit = None, tower: TowerName = "both", check: Check = False,
 ) -> None:  # fmt: skip
     """Write image.pte and text.pte for XNNPACK, with tokenizer.json, preprocess.json, golden.json and a README.md.
 
@@ -134,7 +137,23 @@ def export_executorch(
     Requires: pip install -e '.\\[executorch]', in the checkout
     """
     sets = config, zero_shot, retrieval, limit
-    _export("executorch", model, output, pretrained, weights, min_cosine, sets, check)
+    _export("executorch", model, output, pretrained, weights, min_cosine, sets, check, tower)
+
+
+@export.command("transformers", **examples("reinforce export transformers demo/students/distilled demo/transformers"))
+def export_transformers(
+    model: Model, output: Output = None, pretrained: Pretrained = None,
+    min_cosine: MinCosine = 0.99, config: SetsConfig = None, zero_shot: ZeroShot = None, retrieval: Retrieval = None,
+    limit: Limit = None, tower: TowerName = "both", check: Check = False,
+) -> None:  # fmt: skip
+    """Write a folder that transformers loads: model.safetensors, config.json, an image processor and a tokenizer.
+
+    A ViT with a text tower of CLIP becomes a CLIPModel, other towers a VisionTextDualEncoderModel where it can.
+
+    What transformers cannot compute is refused with the reason.
+    """
+    sets = config, zero_shot, retrieval, limit
+    _export("transformers", model, output, pretrained, "fp32", min_cosine, sets, check, tower)
 
 
 def _export(
@@ -146,6 +165,7 @@ def _export(
     min_cosine: float,
     sets: tuple[Path | None, list[str] | None, list[str] | None, int | None],
     check: bool,
+    tower: str,
     app_names: bool = False,
 ) -> None:
     """Export a model, or check an exported folder."""
@@ -161,7 +181,7 @@ def _export(
             typer.echo(line)
         return
     name = short_name(model)
-    options = ExportOptions(name, weights, app_names)
+    options = ExportOptions(name, weights, app_names, tower)
     config, zero_shot, retrieval, limit = sets
     evaluation = None
     if config or zero_shot or retrieval:

@@ -11,7 +11,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from reinforce.shipping.checks import HELD_OUT, Agreement, compare, compare_on_s
 from reinforce.shipping.golden import GOLDEN, check_golden, write_golden
 from reinforce.shipping.packages import TARGETS, load_target
 from reinforce.shipping.steps import step, step_screen
-from reinforce.shipping.targets.base import ExportOptions, Run, Target, size_of
+from reinforce.shipping.targets.base import BOTH, ExportOptions, Run, Target, size_of
 from reinforce.shipping.towers import Tower, reparameterize, split_towers
 from reinforce.storage import Storage
 from reinforce.terminal import format_bytes
@@ -53,29 +53,40 @@ class ExportResult:
 
     def lines(self) -> list[str]:
         trained, exported = (self.report["metrics"].get(name, {}) for name in ("trained", "exported"))
+        towers = self.report["towers"]
+        named = {side: tower["file"] for side, tower in towers.items()}
+        if len({*named.values()}) < len(named):
+            named = {side: f"{file}, {side} tower" for side, file in named.items()}
         return [
             *(
-                f"{tower['file']}: {format_bytes(tower['bytes'])}; cosine to the trained model at least "
+                f"{named[side]}: {format_bytes(tower['bytes'])}; cosine to the trained model at least "
                 f"{tower['cosine']['min']:.5f}, mean {tower['cosine']['mean']:.5f}; largest difference "
                 f"{tower['largest_difference']:.1e}"
-                for tower in self.report["towers"].values()
+                for side, tower in towers.items()
             ),
             *(
                 f"{tower['file']}: {delegate['name']} computes {delegate['operations']} of {delegate['of']} operations "
                 f"({delegate['share']:.0%})"
-                for tower in self.report["towers"].values()
+                for tower in towers.values()
                 if (delegate := tower.get("delegate"))
             ),
             *(f"{name}: {100 * exported[name]:.2f} %, trained model {100 * trained[name]:.2f} %" for name in exported),
             f"compared: {self.report['compared']}, in {self.report['executed_by']}",
-            f"tokenizer.json: same tokens as open_clip for {len(tokens.PROBES)} test texts",
+            *(
+                [f"tokenizer.json: same tokens as open_clip for {len(tokens.PROBES)} test texts"]
+                if "text" in towers
+                else []
+            ),
             f"written: {self.output}; its README.md has an example",
         ]
 
 
 @dataclass(frozen=True)
 class _Model:
-    """A model to export. ``references`` are its towers by name, before reparameterization."""
+    """A model to export. ``references`` are its towers by name, before reparameterization.
+
+    ``towers`` are those that are exported; ``tokenizer`` is None without the text tower.
+    """
 
     towers: list[Tower]
     references: dict[str, Run]
@@ -103,7 +114,8 @@ def export_model(
     _check_new(store)
     evaluator = Evaluator(evaluation) if evaluation is not None and evaluation.metrics else None
     with model_errors(name), _publish_folder(store) as folder, step_screen() as screen:
-        model = _load(name, spec)
+        model = _load(name, spec, options.tower, runtime.fuses)
+        options = replace(options, config=open_clip.get_model_config(model_name(spec)) or {})
         runtime.refuse(model.towers, options)
         paths = {}
         for tower in model.towers:
@@ -111,15 +123,17 @@ def export_model(
                 paths[tower.name] = _convert(runtime, tower, folder, options)
         runs = {side: runtime.load(path) for side, path in paths.items()}
         with step(screen, "comparison with the trained model"):
-            models = {"trained": model.references, "exported": runs}
+            found: dict[str, Agreement] = {}
+            metrics: dict[str, dict[str, float]] = {}
             if evaluator is not None:
+                models = {"trained": model.references, "exported": {**model.references, **runs}}
                 found, metrics = compare_on_sets(evaluator, models, model.image, Tokenizer(model_name(spec)))
-            else:
-                examples = {tower.name: tower.example(_GENERATED) for tower in model.towers}
-                found = {side: compare(runs[side], model.references[side], rows) for side, rows in examples.items()}
-                metrics = {}
-        for side, agreement in found.items():
-            _check_agreement(side, agreement, target, options, min_cosine)
+            for tower in model.towers:
+                if tower.name not in found:
+                    run, reference = runs[tower.name], model.references[tower.name]
+                    found[tower.name] = compare(run, reference, tower.example(_GENERATED))
+        for side in runs:
+            _check_agreement(side, found[side], target, options, min_cosine)
         about = {side: {**found[side].as_json(), **runtime.about(path)} for side, path in paths.items()}
         _write_common(folder, runtime, model, paths["image"])
         report = {
@@ -154,17 +168,22 @@ def check_export(target: str, folder: str, min_cosine: float = MIN_COSINE) -> li
     return lines
 
 
-def _load(name: str, spec: ModelSpec) -> _Model:
+def _load(name: str, spec: ModelSpec, tower: str, fuses: bool) -> _Model:
     clip = load_model(spec).eval().requires_grad_(False)
     image = image_spec(open_clip.get_model_preprocess_cfg(clip))
-    tokenizer = tokens.convert_tokenizer(model_name(spec))
-    texts = torch.tensor([text.ids for text in tokenizer.encode_batch([*tokens.PROBES, *HELD_OUT])])
+    tokenizer = texts = None
+    if tower == BOTH:
+        tokenizer = tokens.convert_tokenizer(model_name(spec))
+        texts = torch.tensor([text.ids for text in tokenizer.encode_batch([*tokens.PROBES, *HELD_OUT])])
     references: dict[str, Run] = {
         "image": lambda images: normalize(clip.encode_image(to_pixels(images, image)), dim=-1),
         "text": lambda rows: normalize(clip.encode_text(rows), dim=-1),
     }
-    config = _preprocess_config(name, clip, image, texts.shape[1])
-    return _Model(split_towers(reparameterize(clip), image, texts), references, image, tokenizer, config)
+    fused = reparameterize(clip)  # refuses captioners
+    towers = split_towers(fused if fuses else clip, image, texts)
+    config = _preprocess_config(name, clip, image, None if texts is None else texts.shape[1])
+    config["dim"] = references["image"](towers[0].example(1)).shape[1]
+    return _Model(towers, references, image, tokenizer, config)
 
 
 def _convert(runtime: Target, tower: Tower, folder: Path, options: ExportOptions) -> Path:
@@ -199,13 +218,15 @@ def _write_common(folder: Path, runtime: Target, model: _Model, image_file: Path
     config = {**model.config, "normalised_by": image_file.name}
     (folder / "preprocess.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(runtime.readme(config, model.image), encoding="utf-8")
-    model.tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
-    write_golden(
-        folder / GOLDEN, model.references, model.image, lambda text: model.tokenizer.encode(text).ids, tokens.PROBES
-    )
+    rows = {}
+    if model.tokenizer is not None:
+        model.tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
+        rows = {text: model.tokenizer.encode(text).ids for text in tokens.PROBES}
+    write_golden(folder / GOLDEN, model.references, model.image, rows)
+    runtime.complete(folder, model.tokenizer)
 
 
-def _preprocess_config(name: str, clip: Any, spec: ImageSpec, context_length: int) -> dict[str, Any]:
+def _preprocess_config(name: str, clip: Any, spec: ImageSpec, context_length: int | None) -> dict[str, Any]:
     """Return the content of ``preprocess.json``, with open_clip's keys where they exist."""
     bias = getattr(clip, "logit_bias", None)
     return {
@@ -218,7 +239,7 @@ def _preprocess_config(name: str, clip: Any, spec: ImageSpec, context_length: in
         "std": list(spec.std),
         "normalised_by": "",
         "context_length": context_length,
-        "dim": int(clip.encode_text(torch.zeros(1, context_length, dtype=torch.long)).shape[1]),
+        "dim": 0,
         "logit_scale": float(clip.logit_scale.exp()),
         "logit_bias": None if bias is None else float(bias),
     }

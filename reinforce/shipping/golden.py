@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -29,19 +30,19 @@ def write_golden(
     path: Path,
     references: Mapping[str, Run],
     image: ImageSpec,
-    encode: Callable[[str], list[int]],
-    texts: Sequence[str],
+    texts: Mapping[str, list[int]],
 ) -> None:
     """Write pictures and texts with what an app must make of them: pixels, tokens and the embeddings in fp32.
 
-    ``references`` are the towers of the trained model by side. A picture is a PNG in base64, as it is and resized.
+    ``references`` are the towers of the trained model by side, ``texts`` tokens by text. A picture is a PNG in base64,
+    as it is and resized.
     """
     pictures = [Image.fromarray(_scene(*size, seed)) for seed, size in enumerate(_SIZES)]
     resized = np.stack([fit(picture, image) for picture in pictures])
-    tokens = [encode(text) for text in texts[:_TEXTS]]
+    chosen = dict(itertools.islice(texts.items(), _TEXTS))
     with torch.inference_mode():
         of_pictures = _rounded(references["image"](torch.from_numpy(resized)))
-        of_texts = _rounded(references["text"](torch.tensor(tokens)))
+        of_texts = _rounded(references["text"](torch.tensor([*chosen.values()]))) if chosen else []
     content = {
         "pictures": [
             {"png": _png(picture), "resized_png": _png(Image.fromarray(pixels)), "embedding": embedding}
@@ -49,7 +50,7 @@ def write_golden(
         ],
         "texts": [
             {"text": text, "tokens": ids, "embedding": embedding}
-            for text, ids, embedding in zip(texts, tokens, of_texts, strict=False)
+            for (text, ids), embedding in zip(chosen.items(), of_texts, strict=True)
         ],
     }
     path.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -71,7 +72,8 @@ def check_golden(folder: str, target: str, load: Callable[[Path], Run]) -> dict[
         "text": (torch.tensor([one["tokens"] for one in golden["texts"]]), golden["texts"]),
     }
     found = {}
-    for side, (rows, cases) in inputs.items():
+    for side in about["towers"]:
+        rows, cases = inputs[side]
         run = load(Path(store.root, about["towers"][side]["file"]))
         expected = torch.tensor([case["embedding"] for case in cases])
         with torch.inference_mode():

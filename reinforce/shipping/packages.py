@@ -30,6 +30,7 @@ TARGETS = {
     "executorch": TargetEntry("ExecuTorch", "executorch", ("executorch", "torchao")),
     "openvino": TargetEntry("OpenVINO", "openvino", ("onnx", "onnxscript", "openvino")),
     "coreml": TargetEntry("Core ML", "coreml", ("coremltools",)),
+    "transformers": TargetEntry("transformers", "export", ("transformers", "timm")),
 }
 
 

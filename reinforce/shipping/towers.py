@@ -36,7 +36,7 @@ class ImageTower(torch.nn.Module):
 
     def __init__(self, clip: Any, spec: ImageSpec) -> None:
         super().__init__()
-        self.clip = clip
+        self.clip, self.spec = clip, spec
         self.register_buffer("mean", torch.tensor(spec.mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(spec.std).view(3, 1, 1))
 
@@ -72,10 +72,11 @@ def reparameterize(clip: Any) -> Any:
     return fused
 
 
-def split_towers(clip: Any, spec: ImageSpec, tokens: torch.Tensor) -> list[Tower]:
-    """Return both towers of a model, with example inputs: smooth random images, and ``tokens`` [M, context length].
+def split_towers(clip: Any, spec: ImageSpec, tokens: torch.Tensor | None) -> list[Tower]:
+    """Return the towers of a model, with example inputs: smooth random images, and ``tokens`` [M, context length].
 
-    The images are not pure noise, for which most models give the same embedding whatever its pixels.
+    Without tokens it is the image tower alone. The images are not pure noise, for which most models give the same
+    embedding whatever its pixels.
     """
 
     def images(count: int) -> torch.Tensor:
@@ -85,13 +86,12 @@ def split_towers(clip: Any, spec: ImageSpec, tokens: torch.Tensor) -> list[Tower
         noise = torch.rand(smooth.shape, generator=generator) - 0.5
         return ((smooth + 0.1 * noise).clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).contiguous()
 
-    def texts(count: int) -> torch.Tensor:
-        return tokens[torch.arange(count) % len(tokens)]
-
-    return [
-        Tower("image", "images", ImageTower(clip, spec).eval(), images),
-        Tower("text", "tokens", TextTower(clip).eval(), texts),
-    ]
+    towers = [Tower("image", "images", ImageTower(clip, spec).eval(), images)]
+    if tokens is not None:
+        towers.append(
+            Tower("text", "tokens", TextTower(clip).eval(), lambda count: tokens[torch.arange(count) % len(tokens)])
+        )
+    return towers
 
 
 def count_parameters(clip: Any) -> dict[str, int]:

@@ -11,6 +11,7 @@ import open_clip
 import timm
 import torch
 from timm.models.fastvit import FastVit, RepConditionalPosEnc
+from timm.models.vision_transformer import VisionTransformer
 
 from tests.helpers.models.tiny_models import MEAN, STD, open_clip_config, save_open_clip, seeded
 
@@ -39,6 +40,26 @@ def tiny_fastvit(pretrained: bool = False, **options: Any) -> FastVit:
     return model
 
 
+@timm.models.register_model
+def tiny_timm_vit(pretrained: bool = False, **options: Any) -> VisionTransformer:
+    """A ViT of timm, as in the image tower of MobileCLIP2-B."""
+    given = {name: options[name] for name in ("num_classes", "global_pool", "img_size") if name in options}
+    model = VisionTransformer(**{"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2, **given})
+    model.default_cfg = {}
+    return model
+
+
+def timm_vit(folder: Path, proj: str | None = None, **text: Any) -> str:
+    """Write a ViT of timm, whose classifier with a bias is the projection unless ``proj`` names another."""
+    config = open_clip_config(context_length=CONTEXT, layers=1, **text)
+    config["vision_cfg"] = {
+        "timm_model_name": "tiny_timm_vit", "timm_pool": "token", "timm_proj": proj, "image_size": 32,
+    }  # fmt: skip
+    preprocess = {"size": 32, "mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "shortest"}
+    model = seeded(lambda: open_clip.CustomTextCLIP(**config), 3)
+    return save_open_clip(folder, {**config, "custom_text": True}, preprocess, model)
+
+
 def vit(folder: Path) -> str:
     """Write a small ViT with one layer a tower, since each takes a second to export."""
     config = open_clip_config(context_length=CONTEXT, layers=1)
@@ -47,9 +68,9 @@ def vit(folder: Path) -> str:
     return save_open_clip(folder, config, preprocess, seeded(lambda: open_clip.CLIP(**config), 2))
 
 
-def fastvit(folder: Path, weights: bool = True, size: tuple[int, int] = (96, 64)) -> str:
+def fastvit(folder: Path, weights: bool = True, size: tuple[int, int] = (96, 64), causal: bool = False) -> str:
     """Write a FastViT whose images, portraits by default, are squashed, and a text tower without causal mask."""
-    config = open_clip_config(context_length=CONTEXT, no_causal_mask=True, layers=1)
+    config = open_clip_config(context_length=CONTEXT, no_causal_mask=not causal, layers=1)
     config["vision_cfg"] = {**FASTVIT, "image_size": [*size]}
     preprocess = {"mean": MEAN, "std": STD, "interpolation": "bilinear", "resize_mode": "squash", "size": [*size]}
     model = _with_statistics(lambda: open_clip.CustomTextCLIP(**config), size) if weights else None

@@ -209,12 +209,31 @@ def test_unknown_operations_are_named(
         code, out, err = run_command(capfd, "export", "coreml", with_class_token, str(tmp_path / "out"))
     assert (code, out) == (2, ""), "before anything is converted"
     assert "its text tower has operations that coremltools lacks: aten.new_ones.default" in err
+    assert "--tower image exports the image tower alone" in err
     monkeypatch.delitem(mil._OPERATIONS, "gelu")
     with pytest.raises(ValueError, match="an operation that cannot be checked here: gelu"):
         coreml.TARGET.load(again.folder / "my_student_text.mlpackage")
     code, _, err = run_command(capfd, "export", "coreml", again.model, str(tmp_path / "out"))
     assert (code, "cannot be checked here: gelu" in err) == (2, True)
     assert list(tmp_path.iterdir()) == [tmp_path / "model"]
+
+
+def test_image_tower_is_exported_alone_where_the_text_tower_cannot_be(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with_class_token = open_clip_model(tmp_path / "model", custom_text=True, embed_cls=True, layers=1)
+    out = tmp_path / "out"
+    words = ("export", "coreml", with_class_token, str(out), "--tower", "image")
+    code, _, err = run_command(capfd, *words, "--names", "app")
+    assert (code, "the authors' app needs both towers" in err) == (2, True)
+    code, printed, err = run_command(capfd, *words)
+    assert code == 0, err
+    assert "tokenizer.json" not in printed
+    files = {"export.json", "golden.json", "preprocess.json", "README.md", "model_image.mlpackage"}
+    assert {path.name for path in out.iterdir()} == files
+    assert "texts" not in (out / "README.md").read_text().partition("```swift")[2]
+    code, printed, _ = run_command(capfd, "export", "coreml", str(out), "--check")
+    assert (code, printed.count("cosine at least 1.0000")) == (0, 1)
 
 
 def test_palette_is_a_minimum_of_the_squared_error() -> None:

@@ -214,6 +214,25 @@ def test_accuracy_of_both_models_is_reported_and_an_existing_folder_is_not_overw
     assert {path: path.stat().st_mtime_ns for path in exported.folder.iterdir()} == before
 
 
+def test_image_tower_alone_is_judged_with_the_text_tower_of_the_model(
+    exported: Exported, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "onnx"
+    assert export(exported.model, str(folder), "--tower", "image", *exported.sets) == 0
+    assert "tokenizer.json" not in capfd.readouterr().out
+    assert {path.name for path in folder.iterdir()} == FILES - {"text.onnx", "tokenizer.json"}
+    report, both = (json.loads((one / "export.json").read_text()) for one in (folder, exported.folder))
+    assert report["metrics"] == both["metrics"]
+    (tower,) = report["towers"].values()
+    assert (tower["file"], tower["cosine"]["inputs"]) == ("image.onnx", both["towers"]["image"]["cosine"]["inputs"])
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
+    (tmp_path / "cat.jpg").write_bytes(picture(3))
+    program = [sys.executable, "-I", "-c", code.replace("cat.jpg", "../cat.jpg")]
+    done = subprocess.run(program, cwd=folder, check=True, capture_output=True, text=True)
+    assert done.stdout == "(1, 16)\n"
+    assert export(str(folder), "--check") == 0
+
+
 def test_each_model_is_judged_by_its_own_embeddings(tmp_path: Path) -> None:
     def run_of(encoder: ColourOracle) -> dict[str, Any]:
         texts = lambda rows: encoder.encode_texts([[*COLOURS][int(row[0])] for row in rows])  # noqa: E731

@@ -8,7 +8,7 @@ import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,6 +18,8 @@ from reinforce.markup import render_markdown
 from reinforce.shipping.towers import Tower
 from teachers.protocols import ImageSpec
 
+#: ``ExportOptions.tower``: both towers, or the image tower alone.
+BOTH, IMAGE = "both", "image"
 #: The inputs of a tower, as ``Tower.example`` returns them, N rows -> embeddings, float32 [N, dim], unit norm.
 Run = Callable[[torch.Tensor], torch.Tensor]
 
@@ -26,22 +28,26 @@ Run = Callable[[torch.Tensor], torch.Tensor]
 class ExportOptions:
     """``model``: its short name; ``weights``: one of ``Target.weights``; ``app_names``: names of the authors' app.
 
-    ``whole``: the tower that the target has already converted with fp32 weights, if any.
+    ``tower``: BOTH or IMAGE; ``whole``: the tower that the target has already converted with fp32 weights, if any;
+    ``config``: open_clip's ``model_cfg``.
     """
 
     model: str
     weights: str
     app_names: bool = False
+    tower: str = BOTH
     whole: Path | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Target(ABC):
-    """A runtime. ``title`` is its name in messages, ``weights`` are the precisions in which it stores weights, and
-    ``template`` makes the README of a model."""
+    """A runtime. ``title`` is its name in messages, ``weights`` are the precisions in which it stores weights,
+    ``template`` makes the README of a model, and ``fuses`` is whether training branches are fused before."""
 
     title: ClassVar[str]
     weights: ClassVar[tuple[str, ...]]
     template: ClassVar[str]
+    fuses: ClassVar[bool] = True
 
     @property
     def executor(self) -> str:
@@ -67,6 +73,9 @@ class Target(ABC):
         """Return what else ``export.json`` has about a converted tower."""
         return {}
 
+    def complete(self, folder: Path, tokenizer: Any) -> None:  # noqa: B027  (optional)
+        """Write what else the folder needs. ``tokenizer`` is that of tokenizer.json, None without a text tower."""
+
     def readme(self, config: Mapping[str, Any], image: ImageSpec) -> str:
         """Return README.md of an exported folder. ``config`` is the content of its ``preprocess.json``."""
         return render_markdown(
@@ -76,6 +85,7 @@ class Target(ABC):
             width=image.width,
             dim=config["dim"],
             context=config["context_length"],
+            texts=config["context_length"] is not None,
             resize=image.resize,
             interpolation=image.interpolation,
             image_file=(image_file := config["normalised_by"]),

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from reinforce.shipping.targets.base import ExportOptions, Run, Target, row_by_row
+from reinforce.shipping.targets.base import BOTH, ExportOptions, Run, Target, row_by_row
 from reinforce.shipping.targets.mil import Interpreter
 from reinforce.shipping.towers import Tower
 
@@ -47,12 +47,17 @@ class CoreMl(Target):
         return "Core ML" if _has_core_ml() else "an interpreter of the package's operations (Core ML needs macOS)"
 
     def refuse(self, towers: Sequence[Tower], options: ExportOptions) -> None:
+        if options.app_names and options.tower != BOTH:
+            raise ValueError("the authors' app needs both towers: leave out --tower image, or --names app")
         self._name = f"mobileclip_{_app_model(towers)}" if options.app_names else options.model
         self._programs = {tower.name: _export(tower) for tower in towers}
         for name, program in self._programs.items():
             missing = _unsupported(program)
             if missing:
-                raise ValueError(f"its {name} tower has operations that coremltools lacks: {', '.join(missing)}")
+                raise ValueError(
+                    f"its {name} tower has operations that coremltools lacks: {', '.join(missing)}"
+                    + "; --tower image exports the image tower alone" * (name == "text")
+                )
 
     def convert(self, tower: Tower, folder: Path, options: ExportOptions) -> Path:
         program = self._programs.pop(tower.name, None) or _export(tower)
