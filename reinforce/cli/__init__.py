@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 import reinforce
-from reinforce.cli import adapting, config, dataset, export, run, status, training
+from reinforce.cli import adapting, config, dataset, export, publish, run, status, training
 from reinforce.cli.common import examples, removed
 from reinforce.errors import UserError
 from reinforce.processes.cores import let_waiting_threads_sleep
@@ -135,6 +135,7 @@ for command, commands in _COMMANDS.items():
     former = removed(training.FORMER_OPTIONS) if command is training.evaluate else {}
     app.command(**examples(*commands), **former)(command)
 app.add_typer(export.export, name="export")
+app.add_typer(publish.publish, name="publish")
 
 
 def main(arguments: list[str] | None = None) -> None:

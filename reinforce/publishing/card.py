@@ -37,6 +37,8 @@ UNKNOWN = "unknown"
 _MAX_BYTES = 2**22  # of a README.md that is replaced
 #: By which a README.md is recognised as one that may be replaced.
 MARK = "<!-- written by `reinforce card` -->"
+#: The same in the card of a model.
+MODEL_MARK = "<!-- written by `reinforce publish model` -->"
 _SPECIAL = re.compile(r"([\\`*_{}\[\]()#+\-.!|~:@$=])")
 _MAX_CHARS = 200
 _KINDS = {
@@ -127,7 +129,7 @@ def build_card(store: Store, licence: str) -> str:
         ],
         licence=licence,
         text=markdown,
-        model=_model,
+        model=model_identity,
         json=json.dumps,
         plural=plural,
     )
@@ -249,7 +251,7 @@ def config_name(folder: str) -> str:
     return folder.replace("/", "--")
 
 
-def _model(entry: Mapping[str, Any]) -> str:
+def model_identity(entry: Mapping[str, Any]) -> str:
     """The model of a teacher or captioner, as its identity names it."""
     identity = entry.get("model")
     if not isinstance(identity, Mapping):

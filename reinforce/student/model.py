@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +36,7 @@ from teachers.protocols import ImageSpec
 from teachers.spec import ModelSpec
 
 _LOG = logging.getLogger(__name__)
+_TEXT_CONFIG = "config.json"  # of a text tower of transformers
 
 
 class Student(torch.nn.Module):
@@ -346,14 +348,21 @@ def load_tokenizer(student: Student) -> Any:
 def export(student: Student, folder: str) -> None:
     """Write a folder that plain open_clip loads as ``local-dir:FOLDER``: the model, its config and its tokenizer.
 
-    The student's heads and learnt scales are left out.
+    The student's heads and learnt scales are left out. The folder also gets the config of a text tower that is in
+    another one, so that it can be moved.
     """
-    text_tower = student.config["text_cfg"].get("hf_model_name")
-    if text_tower is not None and Path(text_tower).is_dir():
-        _LOG.warning("the exported model needs the folder %s: it holds the architecture of its text tower", text_tower)
+    config, tower = student.config, catalog.text_folder(student.config)
+    if tower is not None:
+        config = {**config, "text_cfg": {**config["text_cfg"], "hf_model_name": catalog.OWN_FOLDER}}
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(tower / _TEXT_CONFIG, Path(folder, _TEXT_CONFIG))
+        _LOG.warning(
+            "plain open_clip loads the exported model inside its folder, as local-dir:. (its text tower is there); "
+            "reinforce loads it from anywhere"
+        )
     if MIXER in student.config["text_cfg"]:
         _LOG.warning("plain open_clip cannot load the exported model: it has no such text tower; reinforce can")
-    write_open_clip(student.clip, student.config, load_tokenizer(student), folder)
+    write_open_clip(student.clip, config, load_tokenizer(student), folder)
 
 
 def _model_config(name: str) -> dict[str, Any]:

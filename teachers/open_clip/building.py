@@ -17,6 +17,7 @@ from open_clip.constants import HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME
 from open_clip.convert import convert_mobile_clip_state_dict
 from safetensors.torch import save_file
 
+from teachers.open_clip import catalog
 from teachers.open_clip.mixers import MixerBlock
 from teachers.open_clip.released import CONFIGS, MIXER
 
@@ -36,10 +37,14 @@ def build(name: str, preprocess: Mapping[str, Any] | None = None, image_size: in
     ``image_size`` replaces the side of its images in pixels.
     """
     options: dict[str, Any] = {}
-    text = (open_clip.get_model_config(name) or {}).get("text_cfg", {})
+    config = open_clip.get_model_config(name) or {}
+    text = config.get("text_cfg", {})
     kernel = text.pop(MIXER, None)
     if kernel is not None:
         options["text_cfg"] = text
+    if text.get("hf_model_name") == catalog.OWN_FOLDER:
+        own = str(catalog.local_folder(name))
+        options["text_cfg"] = {**text, "hf_model_name": own, "hf_model_pretrained": False}
     model = open_clip.create_model(
         name,
         load_weights=False,

@@ -19,6 +19,8 @@ from teachers.weights import CHECKPOINTS, is_url
 HUB_PREFIX = "hf-hub:"
 FOLDER_PREFIX = "local-dir:"
 CONFIG_FILE = "open_clip_config.json"
+#: ``hf_model_name`` of a text tower whose config.json is in the folder of the model itself.
+OWN_FOLDER = "."
 
 #: Preprocessing that open_clip assumes where weights state none, by key of ``preprocess_cfg``.
 DEFAULT_PREPROCESS: dict[str, Any] = {
@@ -56,7 +58,7 @@ def weights_name(model: str, pretrained: str | None) -> str | None:
 def model_config(model: str) -> dict[str, Any] | None:
     """Read open_clip's ``model_cfg``; None for a hub model, which is not looked up.
 
-    Raises ValueError or FileNotFoundError.
+    ``OWN_FOLDER`` is replaced by the path of the folder. Raises ValueError or FileNotFoundError.
     """
     if model.startswith(HUB_PREFIX):
         return None
@@ -65,6 +67,8 @@ def model_config(model: str) -> dict[str, Any] | None:
         config = _read_json(path).get("model_cfg")
         if not isinstance(config, dict):
             raise ValueError(f"{path} has no `model_cfg`: use a folder written by open_clip's push_to_hf_hub")
+        if (config.get("text_cfg") or {}).get("hf_model_name") == OWN_FOLDER:
+            config = {**config, "text_cfg": {**config["text_cfg"], "hf_model_name": str(path.parent.absolute())}}
     else:
         path = _config_files().get(builtin_name(model), Path())
         if not path.is_file():
@@ -85,6 +89,12 @@ def folder_config(model: str) -> dict[str, Any] | None:
     if not model.startswith(FOLDER_PREFIX):
         return None
     return _read_json(local_folder(model) / CONFIG_FILE)
+
+
+def text_folder(config: Mapping[str, Any]) -> Path | None:
+    """The local folder of a ``model_cfg`` with the config of its text tower of transformers; None if there is none."""
+    name = config["text_cfg"].get("hf_model_name")
+    return Path(name) if name and Path(name).is_dir() else None
 
 
 def check_model(model: str, pretrained: str | None) -> None:

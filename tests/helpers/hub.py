@@ -1,7 +1,8 @@
-"""A server that answers as the Hub of Hugging Face does for repositories of datasets."""
+"""A server that answers as the Hub of Hugging Face does for repositories of datasets and models."""
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import json
@@ -22,10 +23,12 @@ class Hub(QuietHandler):
     asked: Counter[str]
     cut: set[str]  # names of files of which half is sent, once
     refused: dict[str, int]  # statuses by repository
+    commits: list[str]  # messages
 
     def do_GET(self) -> None:
-        path = unquote(urlsplit(self.path).path)
-        parts = path.removeprefix("/api").split("/")
+        path, parts = unquote(urlsplit(self.path).path), self._parts
+        if len(parts) < 4:  # of no repository
+            return self._answer({})
         repository = parts[3]
         if (status := self.refused.get(repository)) is not None:
             return self._send(b"{}", status)
@@ -46,14 +49,54 @@ class Hub(QuietHandler):
     do_HEAD = do_GET
 
     def do_POST(self) -> None:
-        names = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["paths"]
-        self._answer([_entry(name, self._folder / name) for name in names if (self._folder / name).exists()])
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        parts = self._parts
+        if parts[1] == "repos":
+            return self._create(json.loads(body))
+        if parts[1] == "validate-yaml":
+            return self._answer({"errors": [], "warnings": []})
+        if (status := self.refused.get(parts[3])) is not None:
+            return self._send(b"{}", status)
+        if parts[4] == "preupload":
+            files = json.loads(body)["files"]
+            modes = [{"path": one["path"], "uploadMode": "regular", "shouldIgnore": False} for one in files]
+            return self._answer({"files": modes})
+        if parts[4] == "commit":
+            return self._commit([json.loads(line) for line in body.splitlines()])
+        names = json.loads(body)["paths"]
+        return self._answer([_entry(name, self._folder / name) for name in names if (self._folder / name).exists()])
+
+    def _create(self, wanted: dict[str, Any]) -> None:
+        if (status := self.refused.get(wanted["name"])) is not None:
+            return self._send(b"{}", status)
+        (self.root / wanted["name"]).mkdir(exist_ok=True)
+        return self._answer({"url": f"http://{self.headers['Host']}/{wanted['organization']}/{wanted['name']}"})
+
+    def _commit(self, lines: list[dict[str, Any]]) -> None:
+        for line in lines:
+            if line["key"] == "header":
+                self.commits.append(line["value"]["summary"])
+            else:
+                assert (line["key"], line["value"]["encoding"]) == ("file", "base64")
+                (self._folder / line["value"]["path"]).write_bytes(base64.b64decode(line["value"]["content"]))
+        url = f"http://{self.headers['Host']}/x/{self._parts[3]}/commit/{self.sha}"
+        self._answer({"commitUrl": url, "commitOid": self.sha, "pullRequestUrl": None})
+
+    @property
+    def _parts(self) -> list[str]:
+        """The parts of the path: of an API or not, the second is the kind of repository, the fourth its name."""
+        path = unquote(urlsplit(self.path).path)
+        parts = path.removeprefix("/api").split("/")
+        return parts if path.startswith(("/api", "/datasets")) else ["", "models", *parts[1:]]
 
     @property
     def _folder(self) -> Path:
-        return self.root / urlsplit(self.path).path.removeprefix("/api").split("/")[3]
+        return self.root / self._parts[3]
 
     def _file(self, name: str, paths: dict[str, Path]) -> None:
+        if name not in paths:
+            missing = "EntryNotFound" if self._folder.is_dir() else "RepoNotFound"
+            return self._send(b"", 404, {"X-Error-Code": missing})
         data = paths[name].read_bytes()
         if self.command == "GET":
             self.asked[name] += 1
@@ -67,8 +110,8 @@ class Hub(QuietHandler):
             self._head(200, len(data), headers)
             self.wfile.write(data[: len(data) // 2])
             self.close_connection = True
-            return
-        self._send(part, 206 if len(part) < len(data) else 200, headers)
+            return None
+        return self._send(part, 206 if len(part) < len(data) else 200, headers)
 
     def _answer(self, values: Any) -> None:
         self._send(json.dumps(values).encode())
@@ -97,6 +140,6 @@ def _oid(path: Path) -> str:
 @contextlib.contextmanager
 def serving_hub(root: Path) -> Iterator[tuple[type[Hub], str]]:
     """A hub of the folders in ``root``, and its address."""
-    handler = type("Handler", (Hub,), {"root": root, "asked": Counter(), "cut": set(), "refused": {}})
+    handler = type("Handler", (Hub,), {"root": root, "asked": Counter(), "cut": set(), "refused": {}, "commits": []})
     with serving(handler) as endpoint:
         yield handler, endpoint

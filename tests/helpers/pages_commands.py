@@ -76,7 +76,8 @@ CHECKED = {
     r"reinforce evaluate .* --set segmentation\..*": "needs masks; see tests/evaluation/test_segmentation.py",
     r"reinforce evaluate .* --set knn\..*": "needs class folders; see tests/evaluation/test_two_parts.py",
     r"reinforce fetch-sets .*": "needs the Hub; tests/evaluation/test_fetch.py has a small one",
-    r"reinforce export (onnx|coreml|litert|executorch) .*": "takes half a minute; tests/shipping",
+    r"reinforce export (onnx|coreml|litert|executorch|transformers) .*": "takes half a minute; tests/shipping",
+    r"reinforce publish model runs/s0 hf://.*": "needs the Hub; tests/publishing/test_model.py has a small one",
     r"python -m venv .*": "creates an environment",
     r"reinforce latency .*": "measures large models for minutes; tests/shipping/test_latency.py",
 }

@@ -27,6 +27,7 @@ FOLDER = "checkpoints"
 _BEST = "best.json"
 _HEADER, _CHECKSUM = "reinforce.checkpoint", "reinforce.checksum"
 _VERSION = 1
+_HEADER_BYTES = 100 * 2**20  # the limit of safetensors
 _NAME = re.compile(r"step-(\d{9})\.safetensors")
 #: The latest checkpoints that are kept at least: the last one, and the one before in case that it is damaged.
 _LEAST_KEPT = 2
@@ -149,6 +150,24 @@ class Checkpoints:
             local = str(Path(folder, name))
             self._storage.fs.get_file(path, local)
             return _read(local, path)
+
+
+def read_config(storage: Storage) -> dict[str, Any] | None:
+    """``Progress.fixed_config`` of the latest checkpoint in an output folder, or None if there is none.
+
+    Only its header is read. Raises DamagedCheckpoint.
+    """
+    steps = Checkpoints(storage, _LEAST_KEPT).steps()
+    if not steps:
+        return None
+    path = storage.path(FOLDER, _file_name(steps[-1]))
+    try:
+        with storage.fs.open(path, "rb") as file:
+            header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), _HEADER_BYTES)))
+        found: dict[str, Any] = json.loads(header["__metadata__"][_HEADER])["course"]
+    except (KeyError, ValueError, TypeError) as error:
+        raise DamagedCheckpoint(f"{path} is not a whole checkpoint ({type(error).__name__}: {error})") from error
+    return found
 
 
 def _file_name(step: int) -> str:

@@ -1,0 +1,148 @@
+"""``reinforce publish model``: a trained student as a repository that open_clip loads, with a model card.
+
+Paths of this machine are left out or replaced, and the result is searched for them before it is published.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from open_clip.constants import HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME
+from safetensors.torch import load_file, save_file
+
+from reinforce.errors import UserError
+from reinforce.model_names import model_errors, resolve_models
+from reinforce.publishing.card import MODEL_MARK, NAME, UNKNOWN
+from reinforce.publishing.hub import PREFIX, ModelRepository
+from reinforce.publishing.model_card import build_model_card
+from reinforce.publishing.public import is_local_path
+from reinforce.storage import Storage
+from reinforce.terminal import format_bytes, plural
+from teachers import weights
+from teachers.open_clip import catalog
+from teachers.open_clip.released import MIXER
+from teachers.open_clip.teacher import load_model
+from teachers.spec import ModelSpec
+
+#: Files of tokenizers and of the config of a text tower; others stay behind.
+_COPIED = (
+    "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PublishedModel:
+    """Where a model was published, its files with their bytes, and ``notes`` on what its card lacks."""
+
+    url: str
+    files: Mapping[str, int]
+    notes: tuple[str, ...]
+
+    def lines(self) -> list[str]:
+        return [
+            *self.notes,
+            f"written: {self.url}: {plural(len(self.files), 'file')}, {format_bytes(sum(self.files.values()))}",
+            f"open_clip loads it as {address(self.url)}",
+        ]
+
+
+def publish_model(
+    run: str,
+    output: str,
+    licence: str = UNKNOWN,
+    licences: Mapping[str, str] | None = None,
+    private: bool = False,
+    force: bool = False,
+) -> PublishedModel:
+    """Publish the model that a training wrote to ``output``, ``hf://ORG/NAME`` or a new folder or fsspec URI.
+
+    ``run`` is the output of the training or the folder of a model. ``licences`` are those of teachers and captioners by
+    name; ``force`` replaces a README.md of somebody else. Raises UserError, and then nothing is written.
+    """
+    repository = ModelRepository(output) if output.startswith(PREFIX) else None
+    store = None if repository else Storage(output)
+    if store is not None and store.fs.exists(store.root) and (not store.fs.isdir(store.root) or store.names()):
+        raise UserError(f"{store.url} already exists: remove it, or give another output.")
+    url = repository.url if repository else store.url if store else output
+    if repository is not None and not force and MODEL_MARK not in (repository.read(NAME) or MODEL_MARK):
+        raise UserError(f"{url}/{NAME} was not written by this command. --force replaces it.")
+    with resolve_models([run]) as specs, tempfile.TemporaryDirectory(prefix="reinforce-publish-") as folder:
+        with model_errors(run):
+            if not str(specs[run].model).startswith(catalog.FOLDER_PREFIX):
+                raise ValueError("it is published already: give the output of a training, or the folder of a model")
+            config = _copy(str(specs[run].model), Path(folder), repository.id if repository else catalog.OWN_FOLDER)
+        card, notes = build_model_card(run, url, config, licence, licences or {})
+        Path(folder, NAME).write_text(card, encoding="utf-8")
+        _check_private(Path(folder), run)
+        files = {path.name: path.stat().st_size for path in sorted(Path(folder).iterdir())}
+        if repository is not None:
+            repository.write(folder, f"Publish {url.rpartition('/')[2]}", private)
+        elif store is not None:
+            store.put_folder(folder)
+    return PublishedModel(url, files, notes)
+
+
+def address(url: str) -> str:
+    """open_clip's name of a published model."""
+    return f"hf-hub:{url.removeprefix(PREFIX)}" if url.startswith(PREFIX) else f"{catalog.FOLDER_PREFIX}{url}"
+
+
+def _copy(model: str, folder: Path, name: str) -> dict[str, Any]:
+    """Copy a model of open_clip without local paths -> its ``model_cfg``. ``name`` is where its text tower will be.
+
+    Raises ValueError if open_clip could not load it.
+    """
+    own = catalog.local_folder(model)
+    found = catalog.folder_config(model)
+    assert found is not None
+    config = catalog.model_config(model)
+    assert config is not None
+    text = dict(config["text_cfg"])
+    if MIXER in text:
+        raise ValueError(f"open_clip has no text tower with {MIXER}, and could not load it")
+    state = load_file(str(weights.as_safetensors(catalog.folder_weights(model))))
+    load_model(ModelSpec(model=model))  # refuses weights that do not fit
+    save_file(state, folder / HF_SAFE_WEIGHTS_NAME)
+    copied = {one: own / one for one in _COPIED if (own / one).is_file()}
+    if (tower := catalog.text_folder(config)) is not None:
+        copied["config.json"] = tower / "config.json"
+        text["hf_model_name"] = name
+    if text.get("hf_tokenizer_name") and any(one.startswith(("tokenizer", "vocab", "spiece")) for one in copied):
+        text["hf_tokenizer_name"] = name
+    for one, path in copied.items():
+        (folder / one).write_bytes(_without_origin(path) if one.endswith("config.json") else path.read_bytes())
+    config = {**config, "text_cfg": text}
+    for section in ("text_cfg", "vision_cfg"):
+        for key, value in config[section].items():
+            if isinstance(value, str) and value != name and is_local_path(value):
+                raise ValueError(f"{section}.{key} of its {HF_CONFIG_NAME} is a path of this machine: {value}")
+    saved = {**found, "model_cfg": config}
+    (folder / HF_CONFIG_NAME).write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
+    return config
+
+
+def _without_origin(path: Path) -> bytes:
+    """A JSON file of transformers without the paths from which its content was loaded."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    kept = {
+        key: value
+        for key, value in content.items()
+        if key.endswith("_token") or not (isinstance(value, str) and is_local_path(value))
+    }
+    return (json.dumps(kept, indent=2) + "\n").encode()
+
+
+def _check_private(folder: Path, run: str) -> None:
+    """Raise UserError if a file names the home, the working folder or the training's folder of this machine."""
+    known = {str(Path.home()), os.getcwd(), os.path.abspath(run)} if "://" not in run else {str(Path.home())}
+    private = [one.encode() for one in known if len(Path(one).parts) > 2]
+    for path in folder.iterdir():
+        if path.name != HF_SAFE_WEIGHTS_NAME and any(one in path.read_bytes() for one in private):
+            raise UserError(f"{run}: {path.name} would name a folder of this machine. Remove the path from it.")

@@ -1,0 +1,178 @@
+"""``reinforce publish model``: what open_clip loads from the Hub, the card, and what is never published."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants as hub_settings
+import open_clip
+import pytest
+import torch
+import yaml
+
+import reinforce
+from reinforce.errors import UserError
+from reinforce.publishing.model import publish_model
+from reinforce.student.model import export
+from teachers.open_clip.teacher import load_model
+from teachers.spec import ModelSpec
+from tests.helpers.commands import run_command
+from tests.helpers.data import config_of, members_of, write_tar
+from tests.helpers.evaluation import write_colour_folder
+from tests.helpers.hub import Hub, serving_hub
+from tests.helpers.reinforced import reinforce_here
+from tests.helpers.students import built, student_config, student_folder
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
+    """A hub without repositories, for which there is a token."""
+    (tmp_path / "hub").mkdir()
+    with serving_hub(tmp_path / "hub") as (handler, endpoint):
+        monkeypatch.setattr(hub_settings, "ENDPOINT", endpoint)
+        monkeypatch.setattr(
+            hub_settings, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(hub_settings, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("HF_TOKEN", "hf_secret_of_the_tests")
+        yield handler
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The output of a training from a dataset with two teachers, a captioner and licences, with an evaluation."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_tar(folder / "source" / "0.tar", members_of(0, 12))
+    teachers = {
+        "red": {"class": "tests.helpers.models:ColorTeacher", "options": {"size": 16}, "logit_scale": 50.0},
+        "unused": {"class": "tests.helpers.models:ImageOnly"},
+    }
+    dataset = reinforce_here(config_of(f"{folder}/source/*.tar", folder / "photos-dr", teachers=teachers))
+    sets = {"colours": {"images": write_colour_folder(folder / "colours"), "templates": "none"}}
+    config = student_config(folder, [{"url": dataset}], data={"teachers": ["red"]}, evaluate={"zero_shot": sets})
+    return reinforce.train(config).output
+
+
+def loaded(name: str) -> dict[str, torch.Tensor]:
+    model, _, _ = open_clip.create_model_and_transforms(name)
+    return dict(model.state_dict())
+
+
+def published_texts(folder: Path) -> Iterator[tuple[str, str]]:
+    for path in folder.iterdir():
+        yield path.name, path.read_bytes().decode("utf-8", "replace")
+
+
+def test_open_clip_loads_a_published_student_and_its_card_states_its_origin(
+    hub: type[Hub], trained: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ("publish", "model", trained, "hf://x/small-clip")
+    code, out, err = run_command(capfd, *words, "--license", "mit", "--license-of", "red=apple-amlr")
+    assert code == 0, err
+    assert "open_clip loads it as hf-hub:x/small-clip" in out
+    folder = hub.root / "small-clip"
+    assert {path.name for path in folder.iterdir()} == {
+        "README.md", "open_clip_config.json", "open_clip_model.safetensors",
+    }  # fmt: skip
+    assert hub.commits == ["Publish small-clip"], "all files in one commit"
+    expected = loaded(f"local-dir:{trained}/student")
+    found = loaded("hf-hub:x/small-clip")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(value, expected[key]) for key, value in found.items())
+
+    card = (folder / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert (front["license"], front["library_name"]) == ("mit", "open_clip")
+    assert front["pipeline_tag"] == "zero-shot-image-classification"
+    manifest = json.loads(Path(trained).parent.joinpath("photos-dr/dataset.json").read_text())
+    for layer in ("samples", "embeddings/red/images", "embeddings/red/caption"):
+        assert manifest["layers"][layer]["fingerprint"] in card, layer
+    (teacher,) = [line for line in card.splitlines() if line.startswith("| red")]
+    assert "ColorTeacher" in teacher
+    assert "apple\\-amlr" in teacher
+    assert "unused" not in card
+    assert "photos\\-dr" in card
+    results = json.loads(Path(trained, "results.json").read_text())
+    for name, value in results["metrics"].items():
+        assert f"| {name} | {value:.4f} |" in card.replace("\\", ""), name
+    assert "`train.batch` | 8" in card
+    (code_block,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    scope: dict[str, Any] = {}
+    exec(code_block, scope)
+    assert scope["tokenizer"](["a cat"]).shape == (1, 16)
+    for name, text in published_texts(folder):
+        for private in (str(tmp_path.parent), str(Path(trained).parent), str(Path.home()), "hf_secret"):
+            assert private not in text, (name, private)
+
+    assert run_command(capfd, *words)[0] == 0, "again replaces its own card"
+    (folder / "README.md").write_text("by hand")
+    code, _, err = run_command(capfd, *words)
+    assert (code, "README.md was not written by this command. --force replaces it." in err) == (2, True)
+    assert run_command(capfd, *words, "--force")[0] == 0
+    code, _, err = run_command(capfd, *words, "--license-of", "blue=mit")
+    assert (code, "--license-of blue: the model was not trained from it, but from photos-dr, red" in err) == (2, True)
+
+
+def test_a_text_tower_in_a_local_folder_goes_along(hub: type[Hub], tmp_path: Path, monkeypatch: Any) -> None:
+    student = built(student_folder(tmp_path / "architecture", "hf"))
+    export(student, str(tmp_path / "student"))
+    (tmp_path / "architecture").rename(tmp_path / "gone")
+    (tmp_path / "student").rename(tmp_path / "moved")
+    name = f"local-dir:{tmp_path}/moved"
+    expected = student.clip.state_dict()
+    for state in (load_model(ModelSpec(model=name)).state_dict(),):
+        assert all(torch.equal(value, expected[key]) for key, value in state.items())
+    publish_model(str(tmp_path / "moved"), "hf://x/with-text")
+    for one, text in published_texts(hub.root / "with-text"):
+        assert str(tmp_path.parent) not in text, one
+    assert all(torch.equal(value, expected[key]) for key, value in loaded("hf-hub:x/with-text").items())
+    texts = ["a photo of a cat", "A dog."]
+    ours = open_clip.get_tokenizer(name)(texts)
+    assert torch.equal(open_clip.get_tokenizer("hf-hub:x/with-text")(texts), ours)
+    publish_model(name, str(tmp_path / "published"))
+    monkeypatch.chdir(tmp_path / "published")
+    assert all(torch.equal(value, expected[key]) for key, value in loaded("local-dir:.").items())
+
+
+def test_nothing_is_written_without_a_token_or_network(
+    hub: type[Hub], trained: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(output: str) -> str:
+        code, _, err = run_command(capfd, "publish", "model", trained, output)
+        assert (code, err.count("\n")) == (2, 1), err
+        return err
+
+    hub.refused["closed"] = 403
+    assert "hf://x/closed cannot be" in (err := refused("hf://x/closed"))
+    assert "check that the token of HF_TOKEN or `hf auth login` may write to it" in err
+    assert "hf_secret" not in err
+    assert "hf://datasets/x/y is not a repository of models: write hf://ORG/NAME" in refused("hf://datasets/x/y")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").touch()
+    assert "already exists: remove it, or give another output" in refused(f"{tmp_path}/full")
+    monkeypatch.setattr(hub_settings, "ENDPOINT", "http://127.0.0.1:9")
+    assert "check the network and the address" in refused("hf://x/small-clip")
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(hub_settings, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    assert "cannot be written without a token: run `hf auth login`, or set HF_TOKEN" in refused("hf://x/small-clip")
+    assert list(hub.root.iterdir()) == []
+    assert hub.commits == []
+
+
+def test_paths_and_what_open_clip_cannot_load_are_refused(tmp_path: Path) -> None:
+    export(built(student_folder(tmp_path / "architecture")), str(tmp_path / "student"))
+    settings = tmp_path / "student/open_clip_config.json"
+    content = json.loads(settings.read_text())
+    for change, message in (
+        ({"hf_tokenizer_name": "/home/me/tokenizer"}, "text_cfg.hf_tokenizer_name .* is a path of this machine"),
+        ({"mixer_kernel": 3}, "open_clip has no text tower with"),
+    ):
+        text = {**content["model_cfg"]["text_cfg"], **change}
+        settings.write_text(json.dumps({**content, "model_cfg": {**content["model_cfg"], "text_cfg": text}}))
+        with pytest.raises(UserError, match=message):
+            publish_model(str(tmp_path / "student"), str(tmp_path / "out"))
+        assert not (tmp_path / "out").exists()
