@@ -112,7 +112,7 @@ def _copy(model: str, folder: Path, name: str) -> dict[str, Any]:
     save_file(state, folder / HF_SAFE_WEIGHTS_NAME)
     copied = {one: own / one for one in _COPIED if (own / one).is_file()}
     if (tower := catalog.text_folder(config)) is not None:
-        copied["config.json"] = tower / "config.json"
+        copied[catalog.TEXT_CONFIG] = tower / catalog.TEXT_CONFIG
         text["hf_model_name"] = name
     if text.get("hf_tokenizer_name") and any(one.startswith(("tokenizer", "vocab", "spiece")) for one in copied):
         text["hf_tokenizer_name"] = name

@@ -36,7 +36,6 @@ from teachers.protocols import ImageSpec
 from teachers.spec import ModelSpec
 
 _LOG = logging.getLogger(__name__)
-_TEXT_CONFIG = "config.json"  # of a text tower of transformers
 
 
 class Student(torch.nn.Module):
@@ -355,7 +354,7 @@ def export(student: Student, folder: str) -> None:
     if tower is not None:
         config = {**config, "text_cfg": {**config["text_cfg"], "hf_model_name": catalog.OWN_FOLDER}}
         Path(folder).mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(tower / _TEXT_CONFIG, Path(folder, _TEXT_CONFIG))
+        shutil.copyfile(tower / catalog.TEXT_CONFIG, Path(folder, catalog.TEXT_CONFIG))
         _LOG.warning(
             "plain open_clip loads the exported model inside its folder, as local-dir:. (its text tower is there); "
             "reinforce loads it from anywhere"

@@ -19,8 +19,9 @@ from teachers.weights import CHECKPOINTS, is_url
 HUB_PREFIX = "hf-hub:"
 FOLDER_PREFIX = "local-dir:"
 CONFIG_FILE = "open_clip_config.json"
-#: ``hf_model_name`` of a text tower whose config.json is in the folder of the model itself.
+#: ``hf_model_name`` of a text tower whose config, TEXT_CONFIG, is in the folder of the model itself.
 OWN_FOLDER = "."
+TEXT_CONFIG = "config.json"
 
 #: Preprocessing that open_clip assumes where weights state none, by key of ``preprocess_cfg``.
 DEFAULT_PREPROCESS: dict[str, Any] = {

@@ -47,7 +47,10 @@ def model_identity(spec: ModelSpec) -> dict[str, Any]:
         if config is not None and config["text_cfg"].get("hf_tokenizer_name"):
             check_tokenizer_files(folder)
         checkpoint = catalog.folder_weights(model)
-        others = [path for path in folder.glob("*.json") if path.name in _TOKENIZER_FILES or "open_clip" in path.name]
+        known = [*_TOKENIZER_FILES]
+        if config is not None and catalog.text_folder(config) == folder.absolute():
+            known.append(catalog.TEXT_CONFIG)
+        others = [path for path in folder.glob("*.json") if path.name in known or "open_clip" in path.name]
         identity["files"] = {path.name: weights.identity(path) for path in (checkpoint, *sorted(others))}
     elif model.startswith(catalog.HUB_PREFIX):
         identity["model"] = model

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import torch
 
 from reinforce import settings
@@ -104,6 +106,16 @@ def batch_for(student: Student, pairs: int = 4, **options: Any) -> Any:
         for name, teacher in term.teachers.items()
     }
     return made
+
+
+def plain_open_clip(name: str) -> Any:
+    """What open_clip itself loads of ``local-dir:FOLDER``, inside the folder, where it also finds a text tower."""
+    before = os.getcwd()
+    os.chdir(name.removeprefix("local-dir:"))
+    try:
+        return open_clip.create_model("local-dir:.").eval()
+    finally:
+        os.chdir(before)
 
 
 def train_briefly(student: Student, steps: int = 2) -> None:

@@ -23,7 +23,7 @@ from reinforce.student.terms.registry import Terms
 from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.models.tiny_models import open_clip_model
 from tests.helpers.reinforced import reinforce_here
-from tests.helpers.students import KINDS, batch_for, student_config, student_folder, train_briefly
+from tests.helpers.students import KINDS, batch_for, plain_open_clip, student_config, student_folder, train_briefly
 
 TEXT = {"caption": ["a photo of a cat", "A dog."]}
 
@@ -62,7 +62,7 @@ def test_a_small_image_tower_learns_the_space_of_a_teacher_whose_text_tower_it_i
     teacher = trained(tmp_path / "teacher", kind, embed_dim=24)
     small = student_folder(tmp_path / "small", of_images, embed_dim=7)
     student = built(into_space(24), texts=False, model=small, text={"model": teacher})
-    original = open_clip.create_model(teacher).eval()
+    original = plain_open_clip(teacher)
     assert student.image.size == built(model=small).image.size
     before = weights(student.clip, "text")
     assert all(torch.equal(value, before[name]) for name, value in weights(original, "text").items())
@@ -82,7 +82,7 @@ def test_a_small_image_tower_learns_the_space_of_a_teacher_whose_text_tower_it_i
 
     export(student, str(tmp_path / "exported"))
     name = f"local-dir:{tmp_path / 'exported'}"
-    loaded, tokenize = open_clip.create_model(name).eval(), open_clip.get_tokenizer(name)
+    loaded, tokenize = plain_open_clip(name), open_clip.get_tokenizer(name)
     tokens = tokenize(TEXT["caption"])
     assert torch.equal(tokens, open_clip.get_tokenizer(teacher)(TEXT["caption"]))
     with torch.no_grad():
@@ -121,7 +121,7 @@ def test_weights_of_other_dimensions_need_a_new_last_layer_and_keep_all_other_la
             built(into_space(24), model=small)
     with caplog.at_level("INFO", "reinforce"):
         student = built(into_space(24), dim=24, **spec)
-    before, after = weights(open_clip.create_model(small), "image"), weights(student.clip, "image")
+    before, after = weights(plain_open_clip(small), "image"), weights(student.clip, "image")
     new = [name for name, value in after.items() if value.shape != before[name].shape]
     assert new
     assert f"new last layers for 24 dimensions: {', '.join(new)}" in caplog.text
