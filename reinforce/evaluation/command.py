@@ -44,8 +44,8 @@ def build_evaluation(
     base = Evaluation() if config is None else settings.load(Evaluation, config, section="evaluate")
     if limit is not None:
         kept: dict[str, dict[str, Any]] = {}
-        for name, (kind, one) in base.own_sets.items():
-            kept.setdefault(kind.section, {})[name.partition("/")[2]] = _with_limit(one, limit)
+        for metric, (kind, one) in base.own_sets.items():
+            kept.setdefault(kind.section, {})[metric.partition("/")[2]] = _with_limit(one, limit)
         base = base.model_copy(update=kept)
     data = base.model_dump(exclude_unset=True) | dict(suite or {})
     for section, place, given in (("zero_shot", "images", zero_shot), ("retrieval", "pairs", retrieval)):
