@@ -38,6 +38,7 @@ TABS = (
     Tab("key", "By key", "Every sample that has a picture here, in the order of shards and keys."),
     Tab("agree", "Teachers agree", "Samples for which the teachers give the most similar targets."),
     Tab("disagree", "Teachers disagree", "Samples for which the teachers give the most different targets."),
+    Tab("worst", "Fit worst", "True captions that fit their image worst, by their mean rank over all teachers."),
     Tab("synthetic", "Synthetic fits better", "Synthetic captions are more similar to the image than the true one."),
     Tab("true", "True fits better", "The true caption is more similar to the image than the synthetic ones."),
     Tab("quarantine", "Quarantined", "What was refused, and rows that a layer could not compute, with the reason."),
@@ -75,6 +76,7 @@ def choose(
     if len(agreement) == len(rows):
         tabs["agree"] = _extreme(-agreement)
         tabs["disagree"] = _extreme(agreement)
+    tabs["worst"] = _extreme(mean_rank(rows))
     gap = synthetic_gap(rows)
     tabs["synthetic"] = [row for row in _extreme(-gap) if gap[row] > 0]
     tabs["true"] = [row for row in _extreme(gap) if gap[row] < 0]
@@ -83,6 +85,32 @@ def choose(
     shown = sorted({*others, *(row for found in tabs.values() for row in found)})
     tabs["key"] = sorted(shown, key=lambda row: (rows.places[row][0].shard, rows.keys[row], row))
     return tabs
+
+
+def mean_rank(rows: Rows) -> np.ndarray:
+    """The rank of each row's true caption by its similarity to the image, from 0 for the lowest to 1, mean over the
+    teachers [R]; NaN where a teacher has no vectors of both."""
+    ranks = []
+    for teacher in rows.teachers:
+        values = rows.true_similarity(teacher)
+        finite = np.isfinite(values)
+        if finite.any():
+            rank = np.full(len(rows), np.nan)
+            rank[finite] = np.searchsorted(np.sort(values[finite]), values[finite]) / max(1, finite.sum() - 1)
+            ranks.append(rank)
+    return np.mean(ranks, axis=0) if ranks else np.full(len(rows), np.nan)
+
+
+def measures(rows: Rows) -> dict[str, np.ndarray]:
+    """Numbers of all rows [R] by which cards can be sorted and filtered, by what they are; NaN where there is none."""
+    found: dict[str, np.ndarray] = {}
+    if len(agreement := rows.targets.agreements()) == len(rows):
+        found["agreement of the teachers"] = agreement
+    for teacher in rows.teachers:
+        found[f"fit of the true caption by {teacher}"] = rows.true_similarity(teacher)
+    lengths = [len(texts[0].split()) if texts else np.nan for texts in rows.captions]
+    found["words of the true caption"] = np.array(lengths, np.float64)
+    return {name: values for name, values in found.items() if np.isfinite(values).any()}
 
 
 def synthetic_gap(rows: Rows) -> np.ndarray:

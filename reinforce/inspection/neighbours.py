@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from reinforce.dataset.reading.dataset import Dataset
 from reinforce.dataset.vectors import normalized
+from reinforce.inspection.contents import Similar
 from reinforce.inspection.gallery import Card, Thumbnail, draw_rows
 from reinforce.inspection.plots import Chart, distribution
 from reinforce.inspection.rows import Rows
@@ -41,10 +42,8 @@ def draw_neighbours(
     data: Dataset, rows: Rows, found: Sequence[Found], cards: Sequence[Card], write: Callable[[str, bytes], None]
 ) -> list[Shown]:
     """Thumbnails of neighbours; those of samples that are not in the gallery are drawn, and ``write`` gets them."""
-    drawn = {card.row: Thumbnail.of(card, "") for card in cards}
     wanted = {row for one, nearest in found for row in (one, *(row for of in nearest.values() for row, _ in of))}
-    places = {row: rows.places[row] for row in sorted(wanted - drawn.keys())}
-    drawn |= draw_rows(data, places, "near", rows.problems, write)
+    drawn = draw_wanted(data, rows, wanted, cards, "near", write)
     shown: list[Shown] = []
     for row, nearest in found:
         lines = [
@@ -54,6 +53,29 @@ def draw_neighbours(
         if row in drawn:
             shown.append((drawn[row], lines))
     return shown
+
+
+def draw_pairs(
+    data: Dataset, rows: Rows, similar: Similar | None, cards: Sequence[Card], write: Callable[[str, bytes], None]
+) -> list[tuple[float, Sequence[Thumbnail]]]:
+    """The pairs of similar images as their cosines and thumbnails."""
+    pairs = similar.pairs if similar else ()
+    drawn = draw_wanted(data, rows, {row for pair in pairs for row in pair[:2]}, cards, "pair", write)
+    return [(cosine, [drawn[one], drawn[other]]) for one, other, cosine in pairs if one in drawn and other in drawn]
+
+
+def draw_wanted(
+    data: Dataset,
+    rows: Rows,
+    wanted: Collection[int],
+    cards: Sequence[Card],
+    stem: str,
+    write: Callable[[str, bytes], None],
+) -> dict[int, Thumbnail]:
+    """Thumbnails of rows: those of cards, and of the ``wanted`` rows that are not in the gallery, which are drawn."""
+    drawn = {card.row: Thumbnail.of(card, "") for card in cards}
+    places = {row: rows.places[row] for row in sorted({*wanted} - drawn.keys())}
+    return drawn | draw_rows(data, places, stem, rows.problems, write)
 
 
 def similarity_charts(rows: Rows, seed: int) -> Iterator[Chart]:

@@ -19,8 +19,8 @@ from reinforce.dataset.reading.dataset import Dataset
 from reinforce.dataset.vectors import NORM_TOLERANCE
 from reinforce.dataset.view import open_view
 from reinforce.errors import UserError
-from reinforce.inspection import captions, neighbours, plots
-from reinforce.inspection.gallery import TABS, TABS_ALONE, Card, Thumbnail, choose, draw_sides, make_cards
+from reinforce.inspection import captions, contents, neighbours, plots
+from reinforce.inspection.gallery import TABS, TABS_ALONE, Card, Thumbnail, choose, draw_sides, make_cards, measures
 from reinforce.inspection.overview import Overview, Quarantined, model_facts, read_overview, recipe_lines
 from reinforce.inspection.plots import Chart, quantile_rows
 from reinforce.inspection.rows import Rows, read_rows
@@ -103,6 +103,8 @@ def inspect(
     cards = make_cards(data, rows, tabs, items, files.__setitem__)
     near = neighbours.find_neighbours(rows, tabs["random"]) if rows.image_teachers else []
     nearest = neighbours.draw_neighbours(data, rows, near, cards, files.__setitem__)
+    similar = contents.find_similar(rows)
+    pairs = neighbours.draw_pairs(data, rows, similar, cards, files.__setitem__)
     thumbnails = draw_sides(data, sides.rules, rows.problems, files.__setitem__) if sides else {}
     texts, cosines = captions.text_figures(rows), captions.similarities(rows)
     problems = [*overview.problems, *dict.fromkeys(rows.problems)]
@@ -121,6 +123,7 @@ def inspect(
     found = {
         "summary": _summary(data, overview, problems),
         "gallery": _gallery(overview, rows, cards),
+        "contents": {"similar": similar, "pairs": pairs, "classes": contents.count_classes(rows)},
         **({"captions": _captions(rows, texts, cosines)} if rows.has_texts else {}),
         **({"neighbours": _neighbours(rows, nearest, seed)} if rows.image_teachers else {}),
         "plots": _plots(rows, {card.row: card for card in cards}),
@@ -203,7 +206,15 @@ def _gallery(overview: Overview, rows: Rows, cards: Sequence[Card]) -> dict[str,
     counts = {tab.name: sum(tab.name in card.ranks for card in cards) for tab in shown_tabs}
     counts["quarantine"] += len(others)
     tabs = [(tab, counts[tab.name]) for tab in shown_tabs]
-    return {"cards": cards, "others": others, "tabs": tabs, "parts": -(-len(rows) // _FOUND_ROWS)}
+    found = measures(rows)
+    numbers = [[f"{values[card.row]:.4g}" for values in found.values()] for card in cards]
+    return {
+        "cards": [*zip(cards, numbers, strict=True)],
+        "others": others,
+        "tabs": tabs,
+        "measures": [*found],
+        "parts": -(-len(rows) // _FOUND_ROWS),
+    }
 
 
 def _captions(

@@ -21,9 +21,12 @@ from reinforce.errors import UserError
 from reinforce.inspection.selection import Group, Selection
 from reinforce.inspection.sides import Sides
 from reinforce.inspection.targets import Targets
+from reinforce.source.captions import parse_json
 from schemas import TRUE_CAPTIONS
 
-_COLUMNS = ["key", "caption", TRUE_CAPTIONS, "width", "height", "augmentations"]
+_COLUMNS = ["key", "caption", TRUE_CAPTIONS, "width", "height", "augmentations", "metadata"]
+#: Fields of metadata that may have the class of a sample, in the order of preference.
+_CLASSES = ("class", "label", "category")
 NORM_BINS = np.linspace(0.98, 1.02, 41)
 
 
@@ -64,7 +67,8 @@ class Rows:
     ``known_operations``. ``crops`` of a teacher are similarities of the first true caption to each augmentation [R, K];
     ``texts`` of a teacher and kind of text are those of each caption, mean over the augmentations [R, N]. ``numbers``
     are scores by layer and name. ``image_teachers`` are those without vectors of texts, with their number of
-    augmentations, and ``images`` of them are the means of the augmentations' vectors, float16 [R, D].
+    augmentations, and ``images`` of them and of ``compared``, the first teacher of images, are the means of the
+    augmentations' vectors, float16 [R, D]. ``classes`` are those that the metadata states.
     """
 
     teachers: list[str]
@@ -81,6 +85,8 @@ class Rows:
     numbers: dict[tuple[str, str], list[np.ndarray]] = field(default_factory=dict)
     image_teachers: dict[str, int] = field(default_factory=dict)
     images: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    compared: str | None = None
+    classes: list[str | None] = field(default_factory=list)
     layers: dict[str, LayerFigures] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
@@ -165,6 +171,7 @@ def _empty(data: Dataset) -> Rows:
         synthetic=synthetic,
         layers=layers,
         image_teachers=images,
+        compared=next((teacher for teacher in data.teachers if _has(data, teacher, "images")), None),
     )
 
 
@@ -195,7 +202,8 @@ def _add(rows: Rows, group: Group, places: np.ndarray, tables: Mapping[str, pa.T
             figures.add_nulls(np.asarray(tables[name][column].is_null()))
         for number, values in kind_of(name).numbers(tables[name]).items():
             rows.numbers.setdefault((name, number), []).append(values)
-    for teacher in rows.image_teachers:
+    rows.classes += map(_class_of, samples["metadata"].to_pylist())
+    for teacher in dict.fromkeys([*rows.image_teachers, *([rows.compared] if rows.compared else [])]):
         unit = vectors.normalized(decoded[embeddings_layer(teacher, "images")])
         rows.images.setdefault(teacher, []).append(unit.mean(axis=1).astype(np.float16))
     for teacher, values in crops.items():
@@ -211,6 +219,14 @@ def _add(rows: Rows, group: Group, places: np.ndarray, tables: Mapping[str, pa.T
             for teacher in rows.targets.scales
         }
     )
+
+
+def _class_of(metadata: str | None) -> str | None:
+    """The class that metadata states, a name or a number."""
+    document = None if metadata is None else parse_json(metadata.encode())
+    stated = (document.get(name) for name in _CLASSES) if isinstance(document, dict) else ()
+    found = next((value for value in stated if isinstance(value, str | int) and value != ""), None)
+    return None if found is None else str(found)
 
 
 def _similarities(

@@ -25,7 +25,7 @@ OPTIONS = [
     "--no-sandbox", "--disable-gpu", "--disable-software-rasterizer", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
-PAGES = ("index.html", "gallery.html", "captions.html", "plots.html")
+PAGES = ("index.html", "gallery.html", "contents.html", "captions.html", "plots.html")
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,13 @@ def test_pages_open_from_disk_and_from_a_server_with_names_for_screen_readers(re
         for root in (f"file://{report}", url):
             for name in PAGES:
                 watched.page.goto(f"{root}/{name}", wait_until="networkidle")
-                assert watched.page.locator("h1").inner_text() in ("Summary", "Gallery", "Captions", "Plots")
+                assert watched.page.locator("h1").inner_text() in (
+                    "Summary",
+                    "Gallery",
+                    "Contents",
+                    "Captions",
+                    "Plots",
+                )
                 if root != url:
                     check_names(watched.page)
     assert len(watched.requests) > 20
@@ -155,6 +161,39 @@ def test_search_and_tabs_choose_samples(report: Path, watched: Watched) -> None:
     assert set(shown(page)) == {*REFUSED, *WITHOUT_CAPTION}
 
 
+def test_words_are_searched_in_all_tabs_and_samples_are_sorted_and_filtered_by_a_number(
+    report: Path, watched: Watched
+) -> None:
+    page = watched.page
+    page.goto(f"file://{report}/gallery.html#tab=quarantine")
+    page.fill("#query", "thing shard 1")
+    page.wait_for_function("!document.querySelector('#status').textContent.includes('loaded')")
+    titles = [*shown(page), *page.locator("#found-list b").all_inner_texts()]
+    assert sorted(titles) == [f"001{number:05d}" for number in range(30)], "of every tab, and without a picture"
+    page.fill("#query", "")
+    choose(page, "key")
+    everything = len(shown(page))
+    numbers = "[...document.querySelectorAll('.card:not([hidden])')].map((c) => c.dataset.numbers.split(' ')[{}])"
+    for measure, title in enumerate(page.locator("#by option").all_inner_texts()[1:]):
+        page.select_option("#by", str(measure))
+        found = [float(text) for text in page.evaluate(numbers.format(measure))]
+        assert found == sorted(found), title
+        assert 0 < len(found) <= everything
+        page.check("#down")
+        assert [float(text) for text in page.evaluate(numbers.format(measure))] == sorted(found, reverse=True)
+        middle = sorted(found)[len(found) // 2]
+        page.fill("#least", str(middle))
+        assert min(float(text) for text in page.evaluate(numbers.format(measure))) == middle
+        page.reload()  # the address keeps them
+        assert page.input_value("#least") == str(middle)
+        assert min(float(text) for text in page.evaluate(numbers.format(measure))) == middle
+        page.fill("#least", "")
+        page.uncheck("#down")
+    assert title == "words of the true caption"
+    page.fill("#least", "1e9")
+    assert page.locator("#nothing").is_visible()
+
+
 def test_the_keyboard_reaches_everything_and_focus_is_visible(report: Path, watched: Watched) -> None:
     page = watched.page
     page.goto(f"file://{report}/gallery.html")
@@ -170,9 +209,10 @@ def test_the_keyboard_reaches_everything_and_focus_is_visible(report: Path, watc
         page.keyboard.press("Tab")
         stops.append(page.evaluate(outline))
     names = [name for name, *_ in stops]
-    assert names[:8] == ["Skip to the content", "Summary", "Gallery", "Captions", "Plots", "theme", "tab", "query"]
+    pages = ["Summary", "Gallery", "Contents", "Captions", "Plots"]
+    assert names == ["Skip to the content", *pages, "theme", "tab", "query", "by"]
     assert [(style, width) for _, style, width in stops if style == "none" or width < 2] == []
-    for _ in range(3):
+    for _ in range(2):
         page.keyboard.press("Shift+Tab")  # to the tabs
     page.keyboard.press("ArrowRight")
     assert page.evaluate("document.activeElement.value") == "key"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ import torch
 import reinforce
 from reinforce.dataset.augment.backends import known_operations
 from reinforce.dataset.vectors import normalized
-from reinforce.inspection.gallery import choose, synthetic_gap
+from reinforce.inspection.contents import count_classes, find_similar
+from reinforce.inspection.gallery import choose, mean_rank, measures, synthetic_gap
 from reinforce.inspection.rows import Rows, read_rows
 from reinforce.inspection.selection import select
 from reinforce.inspection.targets import BATCH, SCALES, Targets
@@ -49,6 +51,15 @@ def test_tabs_are_ordered_by_what_they_show_of_a_selection_that_is_seeded(
     gap = synthetic_gap(rows)
     assert [*gap[tabs["synthetic"]]] == sorted(gap[gap > 0], reverse=True)[:24]
     assert [*gap[tabs["true"]]] == sorted(gap[gap < 0])[:24]
+    fits = [rows.true_similarity(teacher).tolist() for teacher in ("red", "blue")]
+    ranks = [[sorted(of_teacher).index(value) / 43 for value in of_teacher] for of_teacher in fits]
+    np.testing.assert_allclose(mean_rank(rows), np.mean(ranks, axis=0))
+    assert tabs["worst"] == np.argsort(np.mean(ranks, axis=0), kind="stable")[:24].tolist()
+    assert [*measures(rows)] == [
+        "agreement of the teachers", *(f"fit of the true caption by {name}" for name in ("red", "blue")),
+        "words of the true caption",
+    ]  # fmt: skip
+    assert {*measures(rows)["words of the true caption"]} == {5.0}
     assert sorted(tabs["random"]) == [*range(44)]
     assert tabs["key"] == sorted(range(44), key=lambda row: (rows.places[row][0].shard, rows.keys[row]))
     data = reinforce.open(labelled)
@@ -62,6 +73,37 @@ def test_tabs_are_ordered_by_what_they_show_of_a_selection_that_is_seeded(
     (tmp_path / "out/index/samples.parquet").unlink()
     found = select(reinforce.open(url), 2, 0)
     assert (found.samples, found.exact, found.rows) == (30, False, 2)
+
+
+def test_similar_images_are_the_pairs_of_the_definition_and_rows_without_a_vector_have_none(rows: Rows) -> None:
+    for count in (44, 1100):  # more rows than are compared at once
+        made = unit(count, 8, seed=3)
+        made[5] = np.nan
+        found = find_similar(replace(rows, images={"red": [made]}, compared="red"))
+        assert found is not None
+        cosines = made @ made.T
+        every = [(cosines[a, b], a, b) for a in range(count) for b in range(a) if 5 not in (a, b)]
+        best = sorted(every, reverse=True)[:24]
+        assert {frozenset(pair[:2]) for pair in found.pairs} == {frozenset(pair[1:]) for pair in best}
+        np.testing.assert_allclose([pair[2] for pair in found.pairs], [pair[0] for pair in best], atol=1e-6)
+        np.fill_diagonal(cosines, -1)
+        near = np.nanmax(np.delete(np.delete(cosines, 5, 0), 5, 1), axis=1)
+        assert [*found.counts] == [(least, int((near >= least).sum())) for least in (0.9, 0.95, 0.98)]
+    assert find_similar(replace(rows, images={"red": [np.full((44, 8), np.nan)]}, compared="red")) is None
+    assert find_similar(replace(rows, compared=None)) is None
+
+
+def test_classes_are_counted_unless_most_samples_have_one_of_their_own(rows: Rows) -> None:
+    found = count_classes(replace(rows, classes=["b"] * 30 + ["a"] * 10 + [None] * 4))
+    assert found is not None
+    assert (found.largest, found.hidden, found.without, found.most, found.least) == (
+        [("b", 30), ("a", 10)], 0, 4, 30, 10,
+    )  # fmt: skip
+    many = count_classes(replace(rows, classes=[f"{n:03d}" for n in range(50) for _ in range(3)]))
+    assert many is not None
+    assert (len(many.largest), many.hidden, len(many.smallest), many.count) == (20, 10, 20, 50)
+    for none in ([None] * 44, ["a"] * 44, [str(n) for n in range(44)]):
+        assert count_classes(replace(rows, classes=none)) is None
 
 
 def unit(*shape: int, seed: int) -> np.ndarray:

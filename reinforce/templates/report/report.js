@@ -66,6 +66,8 @@ function element(name, text, attributes = {}) {
 function gallery() {
   const box = document.getElementById("cards");
   if (!box) return;
+  const order = ["by", "down", "least", "most"].map((id) => document.getElementById(id)).filter(Boolean);
+  const [by, down, least, most] = order;
   const [form, query, status, more, nothing, found, list] =
     [".controls", "#query", "#status", "#more", "#nothing", "#found", "#found-list"].map((s) => document.querySelector(s));
   const cards = [...box.querySelectorAll(".card")];
@@ -73,9 +75,21 @@ function gallery() {
   let shown = PAGE;
 
   const tab = () => form.elements.tab.value;
+  const value = (input) => (input === down ? (down.checked ? "1" : "") : input.value);
   const inTab = () => cards
     .filter((card) => tab() in card.dataset)
     .sort((a, b) => a.dataset[tab()] - b.dataset[tab()]);
+
+  // The chosen number of a card, NaN where it has none.
+  const number = (card) => Number.parseFloat((card.dataset.numbers ?? "").split(" ")[by?.value || 0] ?? "");
+
+  // Cards within the range of the chosen number, in its order.
+  function arranged(found) {
+    if (!by?.value) return found;
+    const [low, high] = [least, most].map((input) => Number.parseFloat(input.value));
+    const within = found.filter((card) => !(Number.isNaN(number(card)) || number(card) < low || number(card) > high));
+    return within.sort((a, b) => (down.checked ? number(b) - number(a) : number(a) - number(b)));
+  }
 
   function matches(words) {
     const texts = new Map(inspection.rows.map((row) => [String(row.row), row.words]));
@@ -86,7 +100,7 @@ function gallery() {
   }
 
   function listOthers(words) {
-    const listed = words.length && ["random", "key"].includes(tab())
+    const listed = words.length && !by?.value
       ? inspection.rows.filter((row) => !pictured.has(String(row.row)) && words.every((word) => row.words.includes(word)))
       : [];
     list.replaceChildren(...listed.slice(0, FOUND).map((row) => {
@@ -101,21 +115,21 @@ function gallery() {
 
   function update() {
     const words = query.value.toLowerCase().split(/\s+/).filter(Boolean);
-    // With words, the random tab looks at all samples that have a picture.
-    const every = words.length && tab() === "random" ? cards.filter((card) => "row" in card.dataset) : inTab();
-    const fits = every.filter(matches(words));
+    const fits = arranged((words.length ? cards : inTab()).filter(matches(words))); // words are searched in all tabs
     cards.forEach((card) => { card.hidden = true; });
     fits.slice(0, shown).forEach((card) => { card.hidden = false; });
     box.prepend(...fits); // the order of the page is the order of the keyboard
     more.hidden = fits.length <= shown;
     const others = listOthers(words);
     nothing.hidden = fits.length + others > 0;
+    for (const input of [down, least, most]) if (input) input.disabled = !by.value;
     const text = form.querySelector("input[name=tab]:checked").dataset.text;
     const loading = inspection.waiting ? " Texts are being loaded." : "";
     status.textContent = words.length
       ? `${fits.length} with a picture${others ? `, ${others} without` : ""}.${loading}`
-      : `${text} ${fits.length > shown ? `${shown} of ${fits.length} are shown.` : ""}`;
+      : `${by?.value ? `${fits.length} with this number. ` : ""}${text} ${fits.length > shown ? `${shown} of ${fits.length} are shown.` : ""}`;
     const state = new URLSearchParams({ tab: tab(), ...(query.value ? { q: query.value } : {}) });
+    if (by?.value) for (const input of order) if (value(input)) state.set(input.id, value(input));
     if (!location.hash.startsWith("#s") || words.length) history.replaceState(null, "", `#${state}`);
   }
 
@@ -133,13 +147,13 @@ function gallery() {
     const input = [...form.elements.tab].find((one) => one.value === wanted && !one.disabled);
     if (input) input.checked = true;
     query.value = state.get("q") ?? "";
+    for (const input of order) input[input === down ? "checked" : "value"] = state.get(input.id) ?? "";
     if (card) shown = Math.max(PAGE, inTab().indexOf(card) + 1);
     return card;
   }
 
   form.addEventListener("submit", (event) => event.preventDefault());
-  form.addEventListener("change", changed);
-  query.addEventListener("input", changed);
+  form.addEventListener("input", changed);
   more.addEventListener("click", () => {
     const next = shown;
     shown += PAGE;
