@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from reinforce_docs.offline import make_offline, outside_requests
+from reinforce_docs.offline import find_any_word, make_offline, outside_requests
 from reinforce_docs.redirects import write_redirects
 
 
@@ -21,6 +21,7 @@ def main(arguments: list[str] | None = None) -> None:
         write_pages(given.folder)
         return
     make_offline(given.folder)
+    find_any_word(given.folder)
     write_redirects(given.folder)
     if found := outside_requests(given.folder):
         sys.exit("requests to other hosts:\n" + "\n".join(found))

@@ -1,4 +1,6 @@
-"""The built site without requests to other hosts: what a browser would fetch is found, and the one script is replaced.
+"""The built site: its search, and no requests to other hosts.
+
+What a browser would fetch is found, and the one script is replaced.
 
 The search of the theme uses a web worker, which browsers do not start for pages from a disk. The theme loads a small
 script for that from a CDN; the site has a copy of it, ``iframe-worker.js``.
@@ -6,6 +8,7 @@ script for that from a CDN; the site has a copy of it, ``iframe-worker.js``.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -13,6 +16,15 @@ from pathlib import Path
 
 SCRIPT = Path(__file__).with_name("iframe-worker.js")
 _CDN = re.compile(r"https://unpkg\.com/iframe-worker/shim")
+#: The parser of the search of the theme, which wants all words of a query, and makes an operand of each.
+_PARSER = re.compile(r'"and",(\w+)=>\(\{field:"\*"')
+#: Words that say nothing of what is looked for.
+STOP_WORDS = (
+    *("a", "about", "an", "and", "any", "are", "as", "at", "be", "by", "can", "do", "does", "for", "from", "get"),
+    *("have", "how", "i", "if", "in", "into", "is", "it", "its", "me", "my", "of", "on", "or", "our", "so", "that"),
+    *("the", "their", "them", "then", "there", "these", "this", "to", "use", "using", "was", "we", "what", "when"),
+    *("where", "which", "who", "why", "will", "with", "you", "your"),
+)
 #: What a browser fetches when it shows a page: scripts, pictures, frames and style sheets. Links are not.
 _FETCHED = re.compile(
     r"""<(?:script|img|iframe|source|video|audio)\b[^>]*\bsrc=["']?(https?:)?//[^"'\s>]+"""
@@ -27,6 +39,19 @@ def make_offline(site: Path) -> None:
     for page in site.rglob("*.html"):
         local = os.path.relpath(site / "assets" / SCRIPT.name, page.parent)
         page.write_text(_CDN.sub(local, page.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def find_any_word(site: Path) -> None:
+    """Let the search of a built site find pages with any word of a query, without stop words; those with more words
+    come first. Raises ValueError if the theme has another search than the one that is known.
+    """
+    [worker] = site.glob("assets/javascripts/workers/search.*.js")
+    words = json.dumps(STOP_WORDS)
+    operand = r'"or",\1=>self.stopWords.has(\1.value.toLowerCase())?void 0:({field:"*"'
+    text, count = _PARSER.subn(operand, worker.read_text(encoding="utf-8"))
+    if count != 1:
+        raise ValueError(f"{worker}: the parser of queries was found {count} times. Adapt reinforce_docs.offline.")
+    worker.write_text(f"self.stopWords=new Set({words});{text}", encoding="utf-8")
 
 
 def outside_requests(site: Path) -> list[str]:

@@ -19,6 +19,7 @@ REFERENCE: dict[str, Callable[[], str]] = {
     "python": api.api_page,
 }
 _LINK = re.compile(r"(!?\[[^\]]*\]\()(?!https?://|#)([^)\s#]+)(#[^)\s]*)?\)")
+_INSTALL = re.compile(r"^`(pip install [^`]+)`, then go from \[([^\]]+)\]\(([^)]+)\)\.$", re.MULTILINE)
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 _LANGUAGES = {".py": "python", ".yaml": "yaml", ".json": "json", ".toml": "toml", ".cff": "yaml"}
 #: The picture that stands in the site for the diagrams, which the repository's host draws.
@@ -38,6 +39,8 @@ def write_pages(folder: Path) -> None:
     shown: set[Path] = set()
     for page in source_pages():
         text = adapt((ROOT / page).read_text(encoding="utf-8"), page, shown)
+        if page == Path("README.md"):
+            text = first_screen(text)
         _write(folder / page, text)
     for path in sorted(shown):
         _write(folder / shown_as(path), show(path))
@@ -48,6 +51,17 @@ def write_pages(folder: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(picture, target)
     shutil.copy(STYLES, folder / STYLES.name)
+
+
+def first_screen(text: str) -> str:
+    """The first page with its line of installation as code that can be copied, and the first pages as buttons."""
+
+    def show_first(found: re.Match[str]) -> str:
+        title, page = found[2], found[3]
+        first = f"[{title[0].upper()}{title[1:]}]({page}){{ .md-button .md-button--primary }}"
+        return f"\n```console\n{found[1]}\n```\n\n{first} [Tutorial](docs/tutorial.md){{ .md-button }}"
+
+    return _INSTALL.sub(show_first, text, count=1)
 
 
 def adapt(text: str, page: Path, shown: set[Path]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -10,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from reinforce_docs.offline import make_offline, outside_requests
-from reinforce_docs.pages import _LINK, ROOT, adapt, source_pages, write_pages
+from reinforce_docs.offline import find_any_word, make_offline, outside_requests
+from reinforce_docs.pages import _LINK, ROOT, adapt, first_screen, source_pages, write_pages
 from reinforce_docs.redirects import REDIRECTS, write_redirects
 from tests.helpers.pages import anchors
 
@@ -74,6 +75,27 @@ def test_the_script_of_the_search_is_in_the_site(tmp_path: Path) -> None:
     assert outside_requests(tmp_path) == []
     assert 'src="../assets/iframe-worker.js"' in (tmp_path / "sub/page.html").read_text()
     assert "MIT" in (tmp_path / "assets/iframe-worker.js").read_text()
+
+
+def test_the_first_screen_has_the_line_of_installation_and_leads_from_photos_to_a_model() -> None:
+    text = first_screen((ROOT / "README.md").read_text())
+    assert "\n```console\npip install dataset-reinforcement\n```\n" in text[:800]
+    assert "[Your photos to a small model](docs/photos.md){ .md-button .md-button--primary }" in text[:1000]
+
+
+WORKER = 'parser:n=>Yt(n,"and",s=>({field:"*",value:te(s.value),range:{}})),compiler:Jt'
+
+
+def test_the_search_wants_any_word_that_is_no_stop_word_and_another_theme_is_reported(tmp_path: Path) -> None:
+    worker = tmp_path / "assets/javascripts/workers/search.c47bb847.min.js"
+    worker.parent.mkdir(parents=True)
+    worker.write_text(WORKER)
+    find_any_word(tmp_path)
+    words, parser = worker.read_text().split(";parser", 1)
+    assert {"the", "how", "to"} <= {*json.loads(words.removeprefix("self.stopWords=new Set(").removesuffix(")"))}
+    assert parser.startswith(':n=>Yt(n,"or",s=>self.stopWords.has(s.value.toLowerCase())?void 0:({field:"*",')
+    with pytest.raises(ValueError, match="was found 0 times"):
+        find_any_word(tmp_path)
 
 
 def test_former_pages_lead_to_sections_of_pages_that_exist(tmp_path: Path) -> None:

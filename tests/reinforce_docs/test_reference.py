@@ -72,6 +72,13 @@ def test_every_column_of_every_file_has_a_description_and_every_command_a_sectio
     page = commands.commands_page()
     names = re.findall(r"^##+ `reinforce (.+)`$", page, flags=re.MULTILINE)
     assert {*get_command(app).commands, "export onnx"} <= {*names}  # type: ignore[attr-defined]
+    listed_names = [name for name, _ in commands.summaries(get_command(app))]
+    assert len(listed_names) == len({*listed_names}), "a summary is found by its name"
+    assert [line for line in page.splitlines() if line.startswith("* `") and line.endswith("...")] == []
+    assert "* `inspect`: Write a report on a dataset: an HTML folder with a summary, a gallery of samples, " in page
+    assert "```console\n$ reinforce plan configs/demo.yaml\n$ reinforce plan configs/demo.yaml --rate 400" in page
+    outside = re.sub(r"^```console\n.*?^```$", "", page, flags=re.MULTILINE | re.DOTALL)
+    assert not re.search(r"^\$ ", outside, flags=re.MULTILINE), "each command is in a block of code"
     assert "* `--set KEY=VALUE`: Override a key of the config" in page
     assert "* `--rounds <int range>`: Measurements per tower; the towers take turns.  [default: 20; " in page
 
