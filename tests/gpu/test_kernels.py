@@ -13,13 +13,17 @@ import pytest
 
 from tests.helpers.pages import ROOT
 
-PATHS = ("blocks of ViT-L-14-quickgelu", "blocks of ViT-L-14", "steps of coca_ViT-L-14")
+PATHS = (
+    "blocks of ViT-L-14-quickgelu", "blocks of ViT-L-14", "steps of coca_ViT-L-14", "student ViT-B-16",
+    "student MobileCLIP2-S0",
+)  # fmt: skip
 USED = ("registers", "spilled", "shared")
 #: Bytes of shared memory that a block can have, by architecture.
 SHARED = {80: 166_912, 90: 232_448}
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton's assembler is not installed")
 @pytest.mark.parametrize("arch", SHARED)
 @pytest.mark.parametrize("path", PATHS)

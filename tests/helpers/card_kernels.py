@@ -24,6 +24,7 @@ import open_clip
 import torch
 import torch._dynamo.device_interface as interface
 import triton
+from torch._functorch import config as functorch_config
 from torch._inductor import compile_fx, graph
 from torch._inductor import config as inductor_config
 from torch._inductor.fx_passes import joint_graph, post_grad
@@ -32,6 +33,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.driver import driver
 
+from reinforce.student.model import Student
+from reinforce.student.teachers import CAPTION, IMAGE, SYNTHETIC
 from teachers.coca.compiling import probe
 from teachers.coca.fixed_decoder import FixedCocaDecoder
 from teachers.coca.network import CocaNetwork
@@ -129,11 +132,32 @@ def _decoding(model: Any, name: str) -> None:
     probe(decoder, sampler)
 
 
+def _student(model: Any, name: str) -> None:
+    """A step of a student in bf16, forward and backward, as ``compute.compile`` compiles it.
+
+    At most two blocks of a stage are kept: further ones have the same shapes, so the same kernels.
+    """
+    for path, blocks in list(model.named_modules()):
+        if path.endswith("blocks"):
+            del blocks[2:]
+    accelerator = Accelerator(DEVICE, "bf16")
+    image = image_spec(open_clip.get_model_preprocess_cfg(model))
+    student = _on_card(Student(name, model, open_clip.get_model_config(name), image, False)).train()
+    texts = torch.zeros(_IMAGES, model.context_length, dtype=torch.int64, device=DEVICE)
+    images = torch.zeros(_IMAGES, image.height, image.width, 3, dtype=torch.uint8, device=DEVICE)
+    batch = {IMAGE: images, CAPTION: texts, SYNTHETIC: texts.clone()}
+    step = Compiler(name, asked=True).compile(student._call_impl, dynamic=False)
+    with functorch_config.patch(force_non_lazy_backward_lowering=True), accelerator.autocast():
+        step(batch)
+
+
 #: The model of each path, and what runs it.
 PATHS: dict[str, tuple[str, Callable[[Any, str], None]]] = {
     "blocks of ViT-L-14-quickgelu": ("ViT-L-14-quickgelu", _teacher),
     "blocks of ViT-L-14": ("ViT-L-14", _teacher),
     "steps of coca_ViT-L-14": ("coca_ViT-L-14", _decoding),
+    "student ViT-B-16": ("ViT-B-16", _student),
+    "student MobileCLIP2-S0": ("MobileCLIP2-S0", _student),
 }
 
 
