@@ -284,7 +284,7 @@ class Config(Section):
 
     @property
     def classes(self) -> list[str]:
-        """Custom classes, ``package.module:Class``, which are imported and run."""
+        """Custom classes, ``package.module:Class``, which are imported and run, and models whose own code is."""
         specs = (spec for of in self.models.values() for spec in of.values())
         return list(dict.fromkeys(spec.imports for spec in specs if spec.imports is not None))
 

@@ -120,7 +120,7 @@ class ModelSpec(BaseModel):
 
     @property
     def imports(self) -> str | None:
-        """The user's class that is imported and run, ``package.module:Class``."""
+        """The user's class that is imported and run, ``package.module:Class``, or the model whose own code is."""
         return None
 
     def describe(self) -> ModelInfo:

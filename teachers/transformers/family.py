@@ -43,6 +43,10 @@ class _Transformers(ModelSpec):
 
 
 class TransformersTeacherSpec(_Transformers, TransformersOptions):
+    @property
+    def imports(self) -> str | None:
+        return self.model if self.trust_remote_code else None
+
     def describe(self) -> ModelInfo:
         config = self.read_config()
         images, texts = catalog.modalities(config)

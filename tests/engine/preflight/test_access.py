@@ -33,6 +33,8 @@ def theirs(**changes: Any) -> dict[str, Any]:
 
 
 def test_classes_hosts_buckets_hubs_and_urls_in_a_local_list_are_named(tmp_path: Path) -> None:
+    own_code = {"family": "transformers", "model": "org/own", "trust_remote_code": True}
+    assert config_uses(parse_config(theirs(teachers={"own": own_code}))).classes[0] == "org/own"
     uses = config_uses(parse_config(theirs()))
     assert uses.classes == ("their_lab:Teacher", "their_lab.words:Captioner")
     assert uses.places == (
