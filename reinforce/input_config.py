@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from reinforce.config_schema import LAYER_NAME, OneOrMore
 from reinforce.errors import UserError
@@ -65,6 +65,12 @@ def _check_template(text: str) -> str:
 Template = Annotated[str, AfterValidator(_check_template)]
 
 
+def _check_captions(value: object) -> object:
+    if value != IMAGES_ALONE and not isinstance(value, (list, tuple)):
+        raise ValueError(f"must be a list such as [txt, 'json:caption'], or none for images alone, got {value!r}")
+    return value
+
+
 class Input(Section):
     """How the members of a shard, or the rows of a table, become samples."""
 
@@ -77,7 +83,7 @@ class Input(Section):
     key: str | None = Field(
         None, description="column of a table with keys; default: `key`, `__key__` or `uid`, else shard and row number"
     )
-    captions: list[str] | Literal["none"] = Field(
+    captions: Annotated[list[str] | Literal["none"], BeforeValidator(_check_captions)] = Field(
         default=["txt", "json:caption"],
         description="where the true caption is: a member's extension or json:FIELD, in tables COLUMN or json:COLUMN; "
         "the first with text is used; `class`: of a folder of images, the name of the folder in it; none: images alone",

@@ -79,6 +79,10 @@ _ALONE = r": it needs captions of the source, and input.captions is none. Remove
             "`templates` is for captions, and with `captions: none`",
         ),
         ({"input": {"captions": "none", "captions_per_sample": 2}}, "`captions_per_sample` is for captions"),
+        (
+            {"input": {"captions": "txt"}},
+            r"has 1 error:\n  input.captions: must be a list such .*, or none",
+        ),
     ],
 )
 def test_captions_that_are_asked_of_images_alone_are_one_error(changes: dict[str, Any], message: str) -> None:
