@@ -25,8 +25,12 @@ Shown = tuple[Thumbnail, Sequence[tuple[str, Sequence[Thumbnail]]]]
 
 def find_neighbours(rows: Rows, order: Sequence[int]) -> list[Found]:
     """The nearest images of the first rows of ``order``, by the mean vectors of their crops."""
-    vectors = {teacher: normalized(rows.image_vectors(teacher)) for teacher in rows.image_teachers}
-    return [(row, {teacher: _nearest(of, row) for teacher, of in vectors.items()}) for row in order[:_SHOWN]]
+    found: list[tuple[int, dict[str, Sequence[tuple[int, float]]]]] = [(row, {}) for row in order[:_SHOWN]]
+    for teacher in rows.image_teachers:
+        vectors = normalized(rows.image_vectors(teacher))
+        for row, nearest in found:
+            nearest[teacher] = _nearest(vectors, row)
+    return [*found]
 
 
 def _nearest(vectors: np.ndarray, row: int) -> list[tuple[int, float]]:
