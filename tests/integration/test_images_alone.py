@@ -108,4 +108,4 @@ def test_a_folder_of_photos_walks_through_every_command(folder: Path, command: C
     train["data"] |= {"captions": "both"}
     Path("student.yaml").write_text(yaml.safe_dump({**train, "output": "other"}))
     status, _, err = command("train", "student.yaml")
-    assert (status, "set data.captions to none to train on images alone" in err) == (2, True)
+    assert (status, "For images alone set data.captions to none" in err) == (2, True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ def test_command_measures_several_models(latency: Command, tmp_path: Path, threa
     assert out.startswith("5 rounds on 1 CPU, device cpu\n")
     for text in ("parameters, M", "GFLOP", "image, ms", "1.0x", "1 of ", "medians of 5 rounds by the wall clock"):
         assert text in out
+    assert not re.search(r"\b0\.0 \+|\+ 0\.0\b", out), "a small model has digits, too"
     measured = json.loads((tmp_path / "out" / "latency.json").read_text())
     assert (measured["threads"], measured["rounds"], measured["batch"]) == (1, 5, 1)
     assert measured["cpu"] == cpu_name() != ""

@@ -120,8 +120,8 @@ def _check_learns(loss: Loss, models: Models, terms: Sequence[Term]) -> None:
     elif not any(term.aligns for term in terms) or (loss.lambda_ > 0 and not any(term.uses() for term in terms)):
         raise UserError(
             f"loss.lambda is {loss.lambda_:g} and no teacher has vectors of both images and texts, so no loss would "
-            "align them. Name such a teacher under data.teachers, lower loss.lambda (0: plain CLIP), or set "
-            "data.captions to none to train on images alone."
+            "align them. For images alone set data.captions to none. Else name such a teacher under data.teachers, or "
+            "lower loss.lambda (0: plain CLIP, which needs captions)."
         )
 
 
