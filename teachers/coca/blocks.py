@@ -22,7 +22,8 @@ Linear = Callable[[Tensor, Tensor | None], torch.nn.Module]
 def check_block(block: Any) -> None:
     """Raise ValueError for a block that cannot be decoded token by token."""
     attention = getattr(block, "attn", None)
-    if not isinstance(attention, (torch.nn.MultiheadAttention, towers.Attention)):
+    known = torch.nn.MultiheadAttention, getattr(towers, "Attention", torch.nn.MultiheadAttention)
+    if not isinstance(attention, known) or getattr(attention, "in_proj_weight", None) is None:
         raise ValueError(f"blocks of type {type(block).__name__} are unknown")
     if getattr(attention, "logit_scale", None) is not None:
         raise ValueError("`scaled_cosine_attn` is not supported, as in open_clip's own forward pass, which fails")

@@ -14,7 +14,6 @@ from typing import Any
 import open_clip
 import torch
 from open_clip.constants import HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME
-from open_clip.convert import convert_mobile_clip_state_dict
 from safetensors.torch import save_file
 
 from teachers.open_clip import catalog
@@ -67,6 +66,8 @@ def is_authors(keys: set[str]) -> bool:
 
 def from_authors(state: dict[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
     """Rename the weights of apple/ml-mobileclip's own models, fused or not, to those of an open_clip model."""
+    from open_clip.convert import convert_mobile_clip_state_dict
+
     if any(key.startswith(f"{_IMAGE}patch_emb.") for key in state):
         return dict(convert_mobile_clip_state_dict(model, state, fastvit=False))
     fused = _RECOGNISED not in state

@@ -1,18 +1,27 @@
-"""Text encoder of an open_clip model: trims batches to their longest text, and reads special tokens as plain text."""
+"""Text encoder of an open_clip model: trims batches to their longest text, and reads special tokens as plain text.
+
+Both use parts of open_clip that its releases may change, so both are compared with open_clip's own way when a model is
+loaded, and left out with a warning where they differ or raise.
+"""
 
 from __future__ import annotations
 
+import copy
+import html
+import logging
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import open_clip
 import torch
-from open_clip.tokenizer import get_clean_fn
-from open_clip.transformer import text_global_pool
 
 from teachers.open_clip import building  # noqa: F401  (whoever tokenizes for a model finds it by name)
 from teachers.runtime.accelerator import Accelerator
-from teachers.tokens.texts import special_token_escaper, trimming_is_exact
+from teachers.tokens.texts import PROBE_TEXTS, special_token_escaper, trimming_is_exact
+
+_LOG = logging.getLogger(__name__)
+#: Special tokens of a tokenizer that does not state them.
+_SPECIAL = ("<start_of_text>", "<end_of_text>", "<|startoftext|>", "<|endoftext|>", "<s>", "</s>", "<pad>", "<mask>")
 
 #: Limit of the token cache in words, since workers and loader processes run for days.
 _MAX_CACHED_WORDS = 200_000
@@ -31,9 +40,13 @@ class TextEncoder:
         self._accelerator = accelerator
         self.tokenizer_key = _tokenizer_key(tokenizer)
         self._tokenizer = disable_special_tokens(tokenizer)
-        self._trims = _can_trim(model) and trimming_is_exact(
-            lambda texts, trim: self._encode(self.tokenize(texts), trim)
-        )
+        try:
+            self._trims = _can_trim(model) and trimming_is_exact(
+                lambda texts, trim: self._encode(self.tokenize(texts), trim)
+            )
+        except Exception as error:  # of an open_clip with other text towers
+            _left_out("trimming of texts", error)
+            self._trims = False
 
     def encode(self, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens [B, context length] -> [B, dim], not normalized. Call it inside ``Accelerator.forward``."""
@@ -53,12 +66,22 @@ class TextEncoder:
         return features
 
 
+def _left_out(what: str, error: Exception) -> None:
+    _LOG.warning(
+        "%s is left out: this code does not know the insides of open_clip %s (%s: %s)",
+        what, open_clip.__version__, type(error).__name__, error,
+    )  # fmt: skip
+
+
 def _tokenizer_key(tokenizer: Any) -> Hashable | None:
     """A value that is equal for tokenizers with equal tokens; None for all but open_clip's own."""
-    if type(tokenizer) is not open_clip.SimpleTokenizer or tokenizer.reduction_fn is not None:
+    if type(tokenizer) is not open_clip.SimpleTokenizer or getattr(tokenizer, "reduction_fn", None) is not None:
         return None
-    vocabulary = hash(frozenset(tokenizer.encoder.items()))
-    return vocabulary, tuple(tokenizer.all_special_ids), tokenizer.context_length, tokenizer.clean_fn
+    try:
+        vocabulary = hash(frozenset(tokenizer.encoder.items()))
+        return vocabulary, tuple(tokenizer.all_special_ids), tokenizer.context_length, tokenizer.clean_fn
+    except AttributeError:
+        return None
 
 
 def disable_special_tokens(tokenizer: Any) -> Any:
@@ -66,21 +89,75 @@ def disable_special_tokens(tokenizer: Any) -> Any:
 
     open_clip's own tokenizer also gets faster. Special tokens are escaped after open_clip's cleaning, which turns
     ``&lt;end_of_text&gt;`` into ``<end_of_text>``. A tokenizer without ``clean_fn`` is left as it is: open_clip's only
-    one strips all punctuation.
+    one strips all punctuation. Where that does not give the tokens of the original, texts are escaped before it.
     """
+    original = copy.copy(tokenizer)
+    special: Sequence[str] = _SPECIAL
+    try:
+        if getattr(tokenizer, "clean_fn", None) is None and isinstance(tokenizer, _with_clean_fn()):
+            raise AttributeError("a tokenizer has no clean_fn")
+        special = _special_tokens(tokenizer)
+        changed = _escape_after_cleaning(tokenizer, special)
+        _check_tokens(changed, original, special)
+        return changed
+    except Exception as error:  # of an open_clip with other tokenizers
+        _left_out("fast tokenization", error)
+        return _EscapedBefore(original, special)
+
+
+def _with_clean_fn() -> tuple[type, ...]:
+    """Classes of open_clip whose tokenizers clean texts by ``clean_fn``."""
+    return open_clip.SimpleTokenizer, open_clip.tokenizer.HFTokenizer
+
+
+def _special_tokens(tokenizer: Any) -> list[str]:
+    if getattr(tokenizer, "clean_fn", None) is None:
+        return []
+    if isinstance(tokenizer, open_clip.SimpleTokenizer):
+        return [tokenizer.decoder[index] for index in tokenizer.all_special_ids]
+    return list(tokenizer.tokenizer.all_special_tokens)
+
+
+def _escape_after_cleaning(tokenizer: Any, special: Sequence[str]) -> Any:
+    from open_clip.tokenizer import get_clean_fn
+
     clean = getattr(tokenizer, "clean_fn", None)
     if clean is None:
         return tokenizer
     if isinstance(tokenizer, open_clip.SimpleTokenizer):
-        special = [tokenizer.decoder[index] for index in tokenizer.all_special_ids]
         tokenizer.encode = _cached_encode(tokenizer)
-    else:
-        special = list(tokenizer.tokenizer.all_special_tokens)
     if clean is get_clean_fn("lower"):
         clean = clean_text
     escape = special_token_escaper(special)
     tokenizer.clean_fn = lambda text: escape(clean(text))
     return tokenizer
+
+
+def _check_tokens(changed: Any, original: Any, special: Sequence[str]) -> None:
+    """Raise ValueError if a changed tokenizer has other tokens than the original, or reads special tokens."""
+    plain = list(PROBE_TEXTS)
+    if not torch.equal(changed(plain), original(plain)):
+        raise ValueError("it would have other tokens")
+    for token in special:
+        if len(token) > 1 and not torch.equal(changed([token]), changed([f"{token[0]} {token[1:]}"])):
+            raise ValueError(f"it would read {token} in a text as the token")
+
+
+class _EscapedBefore:
+    """A tokenizer that gets texts in which special tokens are escaped, after HTML entities are resolved."""
+
+    def __init__(self, tokenizer: Any, special: Sequence[str]) -> None:
+        self._tokenizer, self._escape = tokenizer, special_token_escaper(special)
+
+    def __call__(self, texts: str | Sequence[str], context_length: int | None = None) -> Any:
+        texts = [texts] if isinstance(texts, str) else texts
+        plain = [self._escape(html.unescape(html.unescape(text))) for text in texts]
+        return self._tokenizer(plain) if context_length is None else self._tokenizer(plain, context_length)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # before it has a tokenizer, such as in a copy
+            raise AttributeError(name)
+        return getattr(self._tokenizer, name)
 
 
 def _cached_encode(tokenizer: open_clip.SimpleTokenizer) -> Callable[[str], list[int]]:
@@ -106,6 +183,8 @@ def clean_text(text: str) -> str:
     """Clean a text as open_clip does, skipping ftfy and HTML unescaping where they would change nothing."""
     if text.isascii() and text.isprintable() and "&" not in text:
         return " ".join(text.split()).lower()
+    from open_clip.tokenizer import get_clean_fn
+
     cleaned: str = get_clean_fn("lower")(text)
     return cleaned
 
@@ -156,6 +235,8 @@ def _pooled_positions(tower: Any, tokens: torch.Tensor) -> torch.Tensor:
 
 def _encode_trimmed(tower: Any, tokens: torch.Tensor) -> torch.Tensor:
     """open_clip's text forward pass, with positional embeddings and mask cut to the length of the tokens [B, L]."""
+    from open_clip.transformer import text_global_pool
+
     length = tokens.shape[1]
     dtype = tower.transformer.get_cast_dtype()
     x = tower.token_embedding(tokens).to(dtype) + tower.positional_embedding[:length].to(dtype)
