@@ -1,6 +1,7 @@
 """Use the installed wheel outside the repository: `make wheel-check` runs this with the Python of a new environment.
 
-The environment has no extra: it reads, runs and trains.
+The environment has no extra: it reads, runs and trains. The section of README.md on a folder of photos runs as it is,
+with random weights of the model that it would download.
 
     .venv/wheel/bin/python -I tests/wheel_check.py .
 
@@ -87,6 +88,30 @@ def write_inputs(folder: Path, repository: Path) -> None:
     (folder / "our_teachers.py").write_text(python_blocks(repository / "docs/teachers.md")[0])
 
 
+def write_photos(folder: Path) -> None:
+    """Write a folder of photos, and the model for it into the cache of the Hub, which stays offline."""
+    from PIL import Image
+    from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
+
+    (folder / "photos").mkdir()
+    for number in range(8):
+        Image.new("RGB", (320, 240), (30 * number, 255 - 30 * number, 60)).save(folder / f"photos/{number}.jpg")
+    model, commit = folder / "hub/hub/models--facebook--dinov2-small", "0" * 40
+    snapshot = model / "snapshots" / commit
+    Dinov2Model(Dinov2Config(hidden_size=384, num_attention_heads=6)).save_pretrained(snapshot)
+    BitImageProcessor(size={"shortest_edge": 256}, crop_size=224, image_std=[0.2] * 3).save_pretrained(snapshot)
+    (model / "refs").mkdir()
+    (model / "refs/main").write_text(commit)
+
+
+def commands(page: Path, heading: str) -> list[str]:
+    """The commands of the first console block below a heading, without comments."""
+    section = page.read_text(encoding="utf-8").partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    assert section.count("\n") <= 15, f"{heading} has more than 15 lines"
+    (block,) = re.findall(r"^```console\n(.*?)^```$", section, flags=re.DOTALL | re.MULTILINE)
+    return [line.partition("  #")[0].strip() for line in block.splitlines()]
+
+
 def run(*words: str) -> str:
     """Run a command of the environment, show it with its output, and return the output."""
     print("$", *words, flush=True)
@@ -101,10 +126,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         os.chdir(name)
         write_inputs(Path(name), repository)
+        os.environ |= {"HF_HOME": f"{name}/hub", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+        write_photos(Path(name))
         import reinforce
 
         home = Path(reinforce.__file__).resolve()
         assert repository / "reinforce" not in home.parents, f"{home} is not the installed package"
+        install, reinforce_photos = commands(repository / "README.md", "A folder of photos")
+        assert install == "pip install dataset-reinforcement"
+        run(*reinforce_photos.split())
+        (photo, *others) = reinforce.open("photos-reinforced", teachers=["dinov2-small"])
+        assert (len(others), photo.images["dinov2-small"].shape) == (7, (2, 384))
         assert "finetune-captioner" in run("reinforce", "--help")
         run("reinforce", "plan", "my.yaml")
         run("reinforce", "run", "my.yaml")

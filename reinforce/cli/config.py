@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from reinforce.cli.run import run as run_config
 from reinforce.terminal import escape
 from teachers.redact import redact
 
@@ -29,17 +30,25 @@ def init(
         Path | None, typer.Argument(metavar="[OUTPUT.yaml]", help="Config to write. Default: named after DATA.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a config that exists.")] = False,
+    run: Annotated[
+        bool, typer.Option("--run", help="Also run the config; one that exists is kept, and its run continues.")
+    ] = False,
 ) -> None:
     """Write a commented config for the data, which `plan` and `run` accept as it is.
 
     The format, the columns and the captions are recognised, and models are proposed for the GPU, or for CPUs.
     """
     from reinforce.api.commands import init as write_config
+    from reinforce.engine.starter.starter import default_path
 
-    written = write_config(data, None if output is None else str(output), force=force)
-    for line in written.lines:
-        typer.echo(escape(redact(line)))
-    typer.echo(escape(f"written: {written.path}; next: reinforce plan {written.path}"))
+    path = output or default_path(data)
+    if force or not (run and path.exists()):
+        written = write_config(data, str(path), force=force)
+        for line in written.lines:
+            typer.echo(escape(redact(line)))
+        typer.echo(escape(f"written: {written.path}" + f"; next: reinforce plan {written.path}" * (not run)))
+    if run:
+        run_config(path)
 
 
 def schema(

@@ -59,6 +59,7 @@ CHECKED = {
     r"reinforce --(install|show)-completion": "needs a shell that it knows; tests/cli completes as a bash asks",
     r"reinforce (plan|run) configs/.*": "needs the data of the config; tests/integration runs small ones",
     r"reinforce init (photos/|shards) (my|photos)\.yaml": "its config exists; see tests/engine/starter/test_starter.py",
+    r"reinforce init photos/ --run": "needs photos and a model; `make wheel-check` runs it, tests/wheel_check.py",
     r"reinforce run my\.yaml --set source=.*": "a run like the others; tests/cli sets keys",
     r"reinforce adapt (photos/|demo/tests/.*) .*": "needs a released model; see tests/adapting/test_adapt.py",
     r"reinforce diff my-data my-labels": "needs the labels; tests/labels/test_difference.py compares others",
