@@ -86,6 +86,16 @@ class Data(Section):
         description="`both`: a true and a synthetic caption per example; `mixed`: one of them, see `synthetic`; "
         "`none`: images alone",
     )
+    images: Literal["none"] | None = Field(
+        None,
+        description="`none`: texts alone, for a text tower that learns vectors: no image is read, and the image tower "
+        "is not trained; default: an augmentation of each image",
+    )
+    parallel: Weights | None = Field(
+        None,
+        description="texts that learn the vectors of the true caption, in place of synthetic ones or mixed with them: "
+        "`json:FIELD` of the stored metadata, or captioners that translate the caption; names or {name: weight}",
+    )
     synthetic: float = Field(0.5, ge=0, le=1, description="with `mixed`: share of examples with a synthetic caption")
     pick: Literal["random", "sequential", "epoch"] = Field(
         "random",
@@ -123,6 +133,13 @@ class Data(Section):
         "cores with an accelerator, else 1 for every 32 cores",
     )
     prefetch: int = Field(4, ge=1, description="batches to prefetch; each loader process makes a part of every batch")
+
+    @model_validator(mode="after")
+    def _texts_are_read(self) -> Data:
+        if self.captions == "none" and (self.images == "none" or self.parallel):
+            key = "images: none" if self.images == "none" else "parallel"
+            raise ValueError(f"captions: none reads no text, which `{key}` needs: remove one of them")
+        return self
 
 
 class Anchor(Section):
@@ -298,7 +315,11 @@ class TextTower(Section):
     """The model of open_clip whose text tower and tokenizer a student takes."""
 
     model: str = Field(min_length=1, description="an open_clip name, hf-hub:ORG/REPO or local-dir:PATH")
-    pretrained: str | None = Field(None, description="pretrained tag or checkpoint of the tower; default: random")
+    pretrained: str | None = Field(
+        None,
+        description="pretrained tag or checkpoint of the tower; `transformers`: the language model that its config "
+        "names, with a new projection; default: random",
+    )
 
 
 class Student(Section):
@@ -381,10 +402,16 @@ class StudentConfig(Section):
                 "data.backend: device-1 makes no images for teachers in the loop; with `loss.targets: online` leave it "
                 "out"
             )
-        if self.data.captions == "none" and (loss.logit_scales or loss.learn_scales or loss.form != "softmax"):
+        alone = next((key for key in ("captions", "images") if getattr(self.data, key) == "none"), None)
+        if alone and (loss.logit_scales or loss.learn_scales or loss.form != "softmax"):
             raise ValueError(
-                "with data.captions: none there are no similarities of images with texts: remove logit_scales, "
+                f"with data.{alone}: none there are no similarities of images with texts: remove logit_scales, "
                 "learn_scales and form under `loss`"
+            )
+        if alone == "images" and (loss.targets == "online" or loss.probabilities is not None):
+            raise ValueError(
+                "data.images: none reads stored vectors of texts alone: remove loss.probabilities, and loss.targets: "
+                "online"
             )
         if student.quantize is not None and student.quantize_share != 1 and self.evaluate.export == "best":
             raise ValueError(

@@ -23,7 +23,7 @@ from reinforce.student.quantize import can_quantize, freeze_batch_norms, merge, 
 from reinforce.student.teachers import CAPTION, IMAGE, SYNTHETIC
 from reinforce.student.terms.base import MAP, module_name, scale_name, unit
 from reinforce.student.terms.registry import Terms
-from reinforce.student.towers import Plan, Source, join_towers, map_width, plan_towers, tower_of
+from reinforce.student.towers import Plan, Source, Tower, join_towers, map_width, plan_towers, tower_of
 from reinforce.training.task import Batch, Encoded
 from teachers.open_clip import catalog
 from teachers.open_clip.building import write_open_clip
@@ -81,22 +81,25 @@ class Student(torch.nn.Module):
         return IMAGE in self.towers
 
     def forward(self, batch: Batch) -> Encoded:
-        """Unit-norm float32 features [p, D] of ``image`` and of each kind of text, with losses of rows and scalars.
+        """Unit-norm float32 features [p, D] of ``image``, if there are images, and of each kind of text, with losses.
 
         Raises UserError if the images [p, h, w, 3] do not have the student's size.
         """
-        size = tuple(batch["image"].shape[1:3])
-        if size != (self.image.height, self.image.width):
-            raise UserError(f"the batch has images of {size[0]} x {size[1]}; the student takes {self.image.size}.")
+        features: dict[str, torch.Tensor] = {}
+        maps: dict[str, torch.Tensor] = {}
+        if IMAGE in batch:
+            size = tuple(batch[IMAGE].shape[1:3])
+            if size != (self.image.height, self.image.width):
+                raise UserError(f"the batch has images of {size[0]} x {size[1]}; the student takes {self.image.size}.")
+            # trains a third faster with convolutions on CPUs
+            pixels = to_pixels(batch[IMAGE], self.image).contiguous(memory_format=torch.channels_last)
+            stage = self.terms.stage()
+            if stage is None:
+                images = self.clip.encode_image(pixels)
+            else:
+                images, maps[MAP] = features_and_map(self.clip.visual, pixels, stage)
+            features[IMAGE] = unit(images)
         kinds = [kind for kind in (CAPTION, SYNTHETIC) if kind in batch]
-        # trains a third faster with convolutions on CPUs
-        pixels = to_pixels(batch["image"], self.image).contiguous(memory_format=torch.channels_last)
-        stage, maps = self.terms.stage(), {}
-        if stage is None:
-            images = self.clip.encode_image(pixels)
-        else:
-            images, maps[MAP] = features_and_map(self.clip.visual, pixels, stage)
-        features = {IMAGE: unit(images)}
         if kinds:
             texts = unit(self.clip.encode_text(torch.cat([batch[kind] for kind in kinds])))  # all kinds in one pass
             features |= zip(kinds, texts.chunk(len(kinds)), strict=True)
@@ -127,25 +130,25 @@ class Student(torch.nn.Module):
         self.batch_norm = how
         self.train(self.training)
 
-    def freeze(self, towers: Sequence[str], texts: bool = True) -> None:
+    def freeze(self, towers: Sequence[str], only: Tower | None = None) -> None:
         """Let towers keep their weights and batch statistics. Raises UserError if they are random, or if none is left.
 
-        Without ``texts``, the text tower and the logit scale are not trained either, random or not.
+        With ``only`` one tower to train, the other and the logit scale are not trained either, random or not.
         """
         for kept in towers:
             if kept not in self.towers:
                 own = kept == IMAGE or self.text_name == self.name
                 name, key = (self.name, "pretrained") if own else (self.text_name, "text.pretrained")
                 raise UserError(f"student.freeze: {name} starts from random weights; set student.{key}")
-        if not texts and "image" in towers:
+        if only in towers:
             raise UserError(
-                "student.freeze: with data.captions: none only the image tower is trained, so it cannot be frozen. "
-                "Remove `freeze`, or read captions."
+                f"student.freeze: with data.{'captions' if only == IMAGE else 'images'}: none only the {only} tower is "
+                "trained, so it cannot be frozen. Remove `freeze`, or read both."
             )
         self.frozen = tuple(towers)
         for name, parameter in self.named_parameters():
             tower = self.tower_of(name)
-            if tower in towers or (not texts and tower != "image" and name.startswith("clip.")):
+            if tower in towers or (only and tower != only and name.startswith("clip.")):
                 parameter.requires_grad_(False)
         self.train(self.training)
 
@@ -214,12 +217,12 @@ def build_student(
     seed: int,
     form: Form = "softmax",
     terms: Terms | None = None,
-    texts: bool = True,
+    only: Tower | None = None,
     checkpointing: bool = False,
 ) -> Student:
     """Build the model of a config, float32 on the CPU, with pretrained weights or random ones seeded by ``seed``.
 
-    Without ``texts``, the text tower and the logit scale keep their values.
+    With ``only`` one tower to train, the other and the logit scale keep their values.
 
     A ``local-dir:`` model starts from the weights in its folder, if there are any. The logit bias of some models does
     not change a softmax and is frozen with it; with ``sigmoid``, a random model without a bias gets one. Raises
@@ -234,7 +237,7 @@ def build_student(
         if spec.image_size is not None:
             config["vision_cfg"] = {**config["vision_cfg"], "image_size": spec.image_size}
         if spec.text is not None or spec.dim is not None:
-            plan = _plan(spec, Source(name, config, pretrained), texts)
+            plan = _plan(spec, Source(name, config, pretrained), only)
             config = dict(plan.config)
         if terms is not None:
             with torch.device("meta"):
@@ -273,24 +276,28 @@ def build_student(
     towers = [tower for tower, has in sources.items() if has]
     with _seeded(seed):
         student = Student(name, clip.train(), config, image, towers, terms, plan.text.name if plan else None)
-    student.freeze(spec.freeze or (), texts)
+    student.freeze(spec.freeze or (), only)
     student.keep_start()
     student.set_batch_norm(spec.batch_norm or ("keep" if pretrained else "train"))
     return student
 
 
-def _plan(spec: StudentSpec, image: Source, texts: bool) -> Plan:
+def _plan(spec: StudentSpec, image: Source, only: Tower | None) -> Plan:
     """The towers of a student of two models. Raises ValueError if they do not fit together."""
     text = image
     if spec.text is not None:
         try:
             model = ModelSpec(model=spec.text.model, pretrained=spec.text.pretrained)
-            text = Source(model_name(model), _model_config(model_name(model)), has_weights(model))
+            language_model, config = spec.text.pretrained == "transformers", _model_config(model_name(model))
+            if language_model and not config["text_cfg"].get("hf_model_name"):
+                raise ValueError(f"{model.name} has no language model of transformers: set another `pretrained`")
+            weights = not language_model and has_weights(model)
+            text = Source(model_name(model), config, weights, language_model)
         except (ValueError, OSError) as error:
             raise ValueError(
                 f"text: {error}. A text tower is that of a model of open_clip; for a teacher without one remove `text`"
             ) from error
-    if text.pretrained and (not texts or "text" in (spec.freeze or ())):
+    if text.pretrained and (only == IMAGE or "text" in (spec.freeze or ())):
         return plan_towers(image, text, "text", spec.dim)
     return plan_towers(image, text, "image", spec.dim)
 

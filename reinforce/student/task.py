@@ -25,7 +25,7 @@ from reinforce.student.teachers import (
     PATCHES,
     SYNTHETIC,
     TeacherInfo,
-    compare_text_tower,
+    compare_towers,
     first_vectors,
     stored_models,
     stored_teachers,
@@ -54,7 +54,7 @@ class StudentTask:
     compiles_once = True
 
     def __init__(self, config: StudentConfig, device: str = "cpu") -> None:
-        loss, texts = config.loss, config.data.captions != "none"
+        loss, texts, images = config.loss, config.data.captions != "none", config.data.images != "none"
         teachers: dict[str, Teacher] = {}
         known: dict[str, TeacherInfo] = {}
         encoders: dict[str, PatchEncoder] = {}
@@ -75,13 +75,13 @@ class StudentTask:
         if loss.targets == "online":
             models = replace(models, teachers=known)
         self.terms: Terms = make_terms(loss, models)
-        notes = compare_text_tower(config, manifests) if loss.lambda_ > 0 else []
+        notes = compare_towers(config, manifests)
         self.model: Student = build_student(
             config.student,
             seed=config.seed,
             form=loss.form,
             terms=self.terms,
-            texts=texts,
+            only=None if texts and images else "text" if texts else "image",
             checkpointing=config.train.compute.gradient_checkpointing,
         )
         self.tokenizer = load_tokenizer(self.model)
@@ -172,7 +172,8 @@ def read_stored(config: StudentConfig, manifests: Mapping[str, Mapping[str, Any]
         all_named = loss.lambda_ > 0 or loss.dense is not None
         known = stored_teachers(config if all_named else anchors_alone, manifests)
     vectors = partial(first_vectors, data, manifests) if loss.targets == "stored" else None
-    return Models(known, data.captions != "none", partial(stored_models, data, manifests), vectors=vectors)
+    texts, images = data.captions != "none", data.images != "none"
+    return Models(known, texts, images, partial(stored_models, data, manifests), vectors=vectors)
 
 
 def _describe(student: Student, config: StudentConfig) -> str:

@@ -76,30 +76,31 @@ def stored_teachers(config: StudentConfig, manifests: Mapping[str, Mapping[str, 
     return known
 
 
-def compare_text_tower(config: StudentConfig, manifests: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A line for each teacher whose space the student learns with a text tower that is not known to be the teacher's.
+def compare_towers(config: StudentConfig, manifests: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A line for each teacher whose space is learnt beside a tower that is not known to be the teacher's.
 
     Raises UserError for a teacher that has no text tower: others have vectors of the texts, and it has none.
     """
-    spec = config.student.text
-    if spec is None or config.loss.features.head != "none" or config.loss.targets != "stored":
+    student, loss = config.student, config.loss
+    key, spec = ("student.model", student) if config.data.images == "none" else ("student.text", student.text)
+    if spec is None or loss.features.head != "none" or loss.targets != "stored" or loss.lambda_ == 0:
         return []
-    own = _known_identity(model_identity(ModelSpec(model=spec.model, pretrained=spec.pretrained)))
+    try:
+        own = _known_identity(model_identity(ModelSpec(model=spec.model, pretrained=spec.pretrained)))
+    except (ValueError, OSError):
+        return []  # without weights, or reported where the model is built
     notes = []
     for url, manifest in manifests.items():
         texts = {model_of(layer) for layer in manifest["layers"] if kind_of(layer).picks == "text"}
         for name in select_names(url, "teachers", config.data.teachers, manifest):
-            identity = manifest["teachers"][name].get("model") or {}
-            if _known_identity(identity) == own:
+            if _known_identity(manifest["teachers"][name].get("model") or {}) == own:
                 continue
             if texts and name not in texts:
                 raise UserError(
-                    f"student.text: teacher {name} of {url} has vectors of images alone, so {spec.model} is no text "
-                    "tower of its space. Remove `text`, or name the teacher that it is of under data.teachers."
+                    f"{key}: teacher {name} of {url} has vectors of images alone, so {spec.model} has no text tower of "
+                    "its space. Remove `text`, or name the teacher that it is of under data.teachers."
                 )
-            notes.append(
-                f"student.text: {url} does not show that {spec.model} is teacher {name}, whose space is learnt"
-            )
+            notes.append(f"{key}: {url} does not show that {spec.model} is teacher {name}, whose space is learnt")
     return notes
 
 
@@ -192,10 +193,11 @@ def _of_targets(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def captioner_names(data: Data, url: str, manifest: Mapping[str, Any]) -> list[str]:
-    """The captioners whose captions are read. Raises UserError if there is none of a name."""
+    """The captioners whose captions are read with their own vectors. Raises UserError if there is none of a name."""
     if data.captions == "none":
         return []
-    return select_names(url, "captioners", None if data.captioners is None else list(data.captioners), manifest)
+    found = select_names(url, "captioners", None if data.captioners is None else list(data.captioners), manifest)
+    return [name for name in found if name not in (data.parallel or ())]
 
 
 def _stored_teacher(name: str, data: Data, url: str, manifest: Mapping[str, Any]) -> TeacherInfo:
@@ -208,7 +210,7 @@ def _stored_teacher(name: str, data: Data, url: str, manifest: Mapping[str, Any]
             f"{url}: teacher {name} has vectors of {', '.join(found)}, not of {', '.join(missing)}. "
             "Run `reinforce run` for the missing layers, or name other data.captioners or data.teachers."
         )
-    sides = {IMAGES} if embeddings_layer(name, IMAGES) in layers else set()
+    sides = {IMAGES} if embeddings_layer(name, IMAGES) in layers and data.images != "none" else set()
     sides |= {TEXTS} if found else set()
     # Of published teachers, the layers alone state it; others may be stored with fewer numbers than the model has.
     dims = [*(layers.get(embeddings_layer(name, what), {}).get("dim") for what in (IMAGES, *found)), entry["dim"]]

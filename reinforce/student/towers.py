@@ -25,11 +25,15 @@ _LOGITS = "logit_"
 
 @dataclass(frozen=True)
 class Source:
-    """The model of open_clip that gives a tower: its name, its ``model_cfg``, and whether it has weights."""
+    """The model of open_clip that gives a tower: its name, its ``model_cfg``, and whether it has weights.
+
+    With ``language_model``, the text tower has those of its language model alone.
+    """
 
     name: str
     config: Mapping[str, Any]
     pretrained: bool
+    language_model: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ def join_towers(plan: Plan, image: Any, text: Any) -> tuple[Any, list[str]]:
     with tempfile.TemporaryDirectory(prefix="reinforce-student-") as folder:
         configs = {"model_cfg": dict(plan.config), "preprocess_cfg": open_clip.get_model_preprocess_cfg(image)}
         Path(folder, catalog.CONFIG_FILE).write_text(json.dumps(configs), encoding="utf-8")
-        clip = random_model(f"{catalog.FOLDER_PREFIX}{folder}")
+        clip = random_model(f"{catalog.FOLDER_PREFIX}{folder}", language_model=plan.text.language_model)
     state = clip.state_dict()
     given: dict[str, torch.Tensor] = {}
     models: dict[Tower, Any] = {"image": image, "text": text}

@@ -30,10 +30,16 @@ for _file in sorted(CONFIGS.glob("*.json")):
         open_clip.add_model_config(_file)
 
 
-def build(name: str, preprocess: Mapping[str, Any] | None = None, image_size: int | None = None) -> Any:
+def build(
+    name: str,
+    preprocess: Mapping[str, Any] | None = None,
+    image_size: int | None = None,
+    language_model: bool = False,
+) -> Any:
     """Build an architecture by open_clip's name or ``local-dir:PATH`` with random weights, without downloads.
 
-    ``image_size`` replaces the side of its images in pixels.
+    ``image_size`` replaces the side of its images in pixels. With ``language_model``, a text tower of transformers gets
+    the weights of its language model, which may be downloaded.
     """
     options: dict[str, Any] = {}
     config = open_clip.get_model_config(name) or {}
@@ -47,7 +53,7 @@ def build(name: str, preprocess: Mapping[str, Any] | None = None, image_size: in
     model = open_clip.create_model(
         name,
         load_weights=False,
-        pretrained_text=False,
+        pretrained_text=language_model,
         force_image_size=image_size,
         force_preprocess_cfg=dict(preprocess or {}),
         **options,

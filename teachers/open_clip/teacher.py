@@ -123,10 +123,15 @@ def load_model(spec: ModelSpec, image_size: int | None = None) -> Any:
     return model.float()
 
 
-def random_model(name: str, preprocess: Mapping[str, Any] | None = None, image_size: int | None = None) -> Any:
-    """Build an architecture by open_clip's name or ``local-dir:PATH`` with random weights, without downloads."""
+def random_model(
+    name: str,
+    preprocess: Mapping[str, Any] | None = None,
+    image_size: int | None = None,
+    language_model: bool = False,
+) -> Any:
+    """Build an architecture by open_clip's name or ``local-dir:PATH`` with random weights; see ``building.build``."""
     with _no_random_weights_warning():
-        model = build(name, preprocess, image_size)
+        model = build(name, preprocess, image_size, language_model)
     return model.float().eval()
 
 

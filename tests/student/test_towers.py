@@ -28,8 +28,8 @@ from tests.helpers.students import KINDS, batch_for, plain_open_clip, student_co
 TEXT = {"caption": ["a photo of a cat", "A dog."]}
 
 
-def built(terms: Terms | None = None, texts: bool = True, **spec: Any) -> Student:
-    return build_student(StudentSpec.model_validate(spec), seed=0, terms=terms, texts=texts)
+def built(terms: Terms | None = None, only: Any = None, **spec: Any) -> Student:
+    return build_student(StudentSpec.model_validate(spec), seed=0, terms=terms, only=only)
 
 
 def trained(folder: Path, kind: str, **changes: Any) -> str:
@@ -61,7 +61,7 @@ def test_a_small_image_tower_learns_the_space_of_a_teacher_whose_text_tower_it_i
 ) -> None:
     teacher = trained(tmp_path / "teacher", kind, embed_dim=24)
     small = student_folder(tmp_path / "small", of_images, embed_dim=7)
-    student = built(into_space(24), texts=False, model=small, text={"model": teacher})
+    student = built(into_space(24), only="image", model=small, text={"model": teacher})
     original = plain_open_clip(teacher)
     assert student.image.size == built(model=small).image.size
     before = weights(student.clip, "text")
@@ -131,6 +131,19 @@ def test_weights_of_other_dimensions_need_a_new_last_layer_and_keep_all_other_la
     assert {value.shape for value in features.values()} == {(4, 20)}, "of one model alone"
 
 
+def test_a_text_tower_starts_from_its_language_model(tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModel
+
+    name = student_folder(tmp_path / "hf", "hf")
+    language_model = AutoModel.from_config(AutoConfig.from_pretrained(tmp_path / "hf/text"))
+    language_model.save_pretrained(tmp_path / "hf/text")
+    teacher = trained(tmp_path / "teacher", "vit", embed_dim=24)
+    student = built(model=teacher, text={"model": name, "pretrained": "transformers"})
+    found = student.clip.text.transformer.state_dict()
+    assert all(torch.equal(value, found[key]) for key, value in language_model.state_dict().items() if key in found)
+    assert student(batch_for(student)).features["caption"].shape == (4, 24)
+
+
 def test_without_a_head_the_loss_is_one_minus_the_cosine_of_the_features_themselves(tmp_path: Path) -> None:
     student = built(into_space(16), model=student_folder(tmp_path))
     inputs = batch_for(student)
@@ -146,6 +159,7 @@ def test_towers_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     bare = student_folder(tmp_path / "bare", "mobileclip", vision_cfg={"timm_proj": "none"}, embed_dim=128)
     refused: list[tuple[dict[str, Any], str]] = [
         ({"model": small, "text": {"model": "facebook/dinov2-base"}}, "text: model .* is unknown to open_clip.*remove"),
+        ({"model": small, "text": {"model": plain, "pretrained": "transformers"}}, "has no language model"),
         ({"model": small, "text": {"model": "coca_ViT-B-32"}}, "text: coca_ViT-B-32 is a captioner"),
         ({"model": small, "text": {"model": "ViT-B-32"}, "freeze": ["text"]}, r"ViT-B-32 starts .*student\.text\.pre"),
         ({"model": small, "text": {"model": plain}, "freeze": ["image"]}, r"random weights; set student\.pretrained"),
@@ -194,7 +208,7 @@ def test_a_training_on_images_alone_ends_in_the_teachers_space_and_resumes(
     assert not any(note.startswith("student.text") for note in notes)
     other = open_clip_model(tmp_path / "other", embed_dim=24, context_length=16, seed=1)
     assert any("does not show that" in note for note in StudentTask(config(other)).notes)
-    with pytest.raises(UserError, match=r"teacher eyes of .* has vectors of images alone, so .* is no text tower"):
+    with pytest.raises(UserError, match=r"teacher eyes of .* has vectors of images alone, so .* has no text tower"):
         StudentTask(config(teachers=["eyes"]))
     more = config().model_copy(update={"train": config().train.model_copy(update={"steps": 3})})
     assert reinforce.train(more).steps == 3

@@ -60,10 +60,9 @@ class Assembler:
 
         ``places`` [B] are those in the batch of the concatenated rows, if they are in another order.
         """
-        batch: dict[str, Any] = {
-            "key": _chain([part.keys for part in parts], places),
-            "image": self._concatenate_images([of_part.image for of_part in buffers], places),
-        }
+        batch: dict[str, Any] = {"key": _chain([part.keys for part in parts], places)}
+        if buffers[0].image.numel():
+            batch["image"] = self._concatenate_images([of_part.image for of_part in buffers], places)
         if parts[0].records:
             batch["records"] = _chain([part.records for part in parts], places)
         for number, kind in enumerate(self.kinds):

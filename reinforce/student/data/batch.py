@@ -4,7 +4,8 @@ It is a plain mapping, so loaders can pin, slice and move it without knowing its
 
 =================  ===========================  ==============================================================
 ``key``            list[str]                    sample keys
-``image``          uint8 [B, size, size, 3]     one augmentation, replayed at the student's image size, RGB
+``image``          uint8 [B, size, size, 3]     one augmentation, replayed at the student's image size, RGB;
+                   ..                           absent with ``images: none``
 ``records``        list[CellRecord]             with the backend ``device-1``, whose cells then are in ``image``
 ``caption``        int64 [B, context]           tokens of the true caption (with ``mixed``: of the picked one)
 ``synthetic``      int64 [B, context]           tokens of a synthetic caption; absent with ``mixed`` or no captioner

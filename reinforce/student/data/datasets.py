@@ -31,6 +31,8 @@ from reinforce.dataset.reading.row_counts import kept_rows, row_group_table
 from reinforce.dataset.reading.sample import ImagePolicies
 from reinforce.dataset.view import View, open_view
 from reinforce.errors import UserError
+from reinforce.evaluation.fields import is_in_json, read_captions
+from reinforce.input_config import Limits
 from reinforce.source.references import ImageRoots
 from reinforce.student.config import Data, Source
 from reinforce.student.data.examples import ExampleSpec
@@ -74,16 +76,22 @@ def _open_dataset(source: Source, data: Data, seed: int, models: Models) -> Stre
         load_backend(policies.augmentation)  # loader processes use it; here an error is reported before the first step
     layers = manifest["layers"]
     crops, texts = _layers_of(models, url, manifest)
-    captioners = captioner_names(data, url, manifest)
+    captioners = [*captioner_names(data, url, manifest), *_parallel_texts(data, url, manifest)]
+    if data.images == "none":
+        crops = ()
     spec = ExampleSpec(
         crops=crops,
         texts=texts,
-        captioners={name: _weight_of(name, data.captioners or {}) for name in captioners},
+        captioners={
+            name: _weight_of(name, {**(data.captioners or {}), **(data.parallel or {})}) for name in captioners
+        },
         captions=data.captions,
         synthetic=data.synthetic,
         pick=data.pick,
         seed=seed,
         several=bool(layers[SAMPLES].get("count")),
+        parallel=frozenset(data.parallel or ()),
+        images=data.images != "none",
     )
     columns = spec.columns(manifest["images"])
     for layer in columns:
@@ -98,7 +106,8 @@ def _open_dataset(source: Source, data: Data, seed: int, models: Models) -> Stre
     sizes, groups = samples_groups(store, fingerprints, view)
     shards = tuple(sizes)
     roots = ImageRoots.named(data.images_from or (), 'data.images_from: ["{}"]', policies.limits.image_bytes)
-    _check_some_shards(aligned, shards, roots if manifest["images"] == "reference" else None)
+    _check_some_shards(aligned, shards, roots if manifest["images"] == "reference" and spec.images else None)
+    _check_fields(aligned, shards[0], data)
     if unfinished := [layer for layer, _ in spec.targets if layers[layer].get("dim", 0) is None]:
         raise UserError(f"{url}: dataset.json has no dimension of {unfinished[0]}. Finish the run.")
     targets = tuple(
@@ -109,6 +118,28 @@ def _open_dataset(source: Source, data: Data, seed: int, models: Models) -> Stre
     size = manifest["augmentations"]["size"]
     files = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:16]
     return StreamedDataset(url, source.weight, aligned, spec, targets, policies, size, shards, groups, roots, files)
+
+
+def _parallel_texts(data: Data, url: str, manifest: Mapping[str, Any]) -> list[str]:
+    """The parallel texts that are read. Raises UserError for a captioner that there is not."""
+    names = [name for name in data.parallel or () if not is_in_json(name)]
+    select_names(url, "captioners", names, manifest)
+    return [*(data.parallel or ())]
+
+
+def _check_fields(aligned: AlignedLayers, shard: str, data: Data) -> None:
+    """Raise UserError if no row of the first row group has texts at a field of ``data.parallel``."""
+    for field in filter(is_in_json, data.parallel or ()):
+        with replace(
+            aligned, columns={SAMPLES: ("key", "metadata")}, fingerprints={SAMPLES: aligned.fingerprints[SAMPLES]}
+        ).open(shard, whole=False) as layers:
+            rows = layers.row_group(0).samples["metadata"].to_pylist() if layers.row_groups else []
+        if rows and not any(read_captions({"json": (row or "{}").encode()}, [field], Limits()) for row in rows):
+            known = dict.fromkeys(key for row in rows for key in json.loads(row or "{}"))
+            raise UserError(
+                f"data.parallel: the first {len(rows):,} samples of {aligned.store.url} have no text at {field}; their "
+                f"metadata has {', '.join(known) or 'nothing'}. It is kept by input.metadata of the run."
+            )
 
 
 def _layers_of(models: Models, url: str, manifest: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:

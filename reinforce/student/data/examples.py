@@ -5,7 +5,8 @@ Only the picked elements are taken out of the columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -17,6 +18,7 @@ from reinforce.dataset.augment.records import AUGMENTATION_BACKEND, Augmentation
 from reinforce.dataset.kinds.registry import kind_of
 from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, PickedValues, captions_layer, embeddings_layer
 from reinforce.errors import UserError
+from reinforce.evaluation.fields import is_in_json, read_captions
 from reinforce.images.policy import IMAGE_POLICY
 from reinforce.input_config import Limits
 from reinforce.seeds import uniforms
@@ -29,6 +31,7 @@ Ints = npt.NDArray[np.intp]
 
 #: Samples the augmentation of an image by its width and height in pixels.
 SampleCrop: TypeAlias = Callable[[int, int], Augmentation]
+_TEXTS = pa.list_(pa.string())
 #: Reads one layer of a row group.
 ReadLayer: TypeAlias = Callable[[str], pa.Table]
 
@@ -40,7 +43,8 @@ class ExampleSpec:
     ``crops`` are the layers with targets of the augmented image, ``texts`` the teachers with vectors of the texts;
     ``captioners`` maps names to weights. With ``captions: mixed`` an example has one text, a synthetic one with
     probability ``synthetic``; with ``both`` it has the true caption and, if there are captioners, a synthetic one; with
-    ``none`` it has no text.
+    ``none`` it has no text. ``captioners`` include the ``parallel`` texts, whose targets are those of the true caption:
+    ``json:FIELD`` of the metadata, or a captioner.
     """
 
     crops: tuple[str, ...]
@@ -51,6 +55,8 @@ class ExampleSpec:
     pick: Literal["random", "sequential", "epoch"]
     seed: int
     several: bool = False  # whether the samples keep several true captions
+    parallel: frozenset[str] = frozenset()
+    images: bool = True  # whether images are read
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -77,20 +83,27 @@ class ExampleSpec:
         For a text, the layer is that of its first source: it has the same tensors as those of the others.
         """
         of_texts = [
-            (embeddings_layer(teacher, next(iter(self.sources(kind)))), kind)
+            (embeddings_layer(teacher, self.target_of(next(iter(self.sources(kind))))), kind)
             for kind in self.kinds
             for teacher in self.texts
         ]
         return [*((layer, "image") for layer in self.crops), *of_texts]
 
+    def target_of(self, source: str) -> str:
+        """The source of texts whose vectors are the targets of the texts of ``source``."""
+        return TRUE_CAPTION if source in self.parallel else source
+
     def columns(self, images: Literal["embed", "reference"]) -> dict[str, tuple[str, ...]]:
         """Columns to read by layer; ``images`` is how the samples layer of the dataset stores images."""
         sources = list(dict.fromkeys(source for kind in self.kinds for source in self.sources(kind)))
-        samples = ["key", "augmentations", *image_columns(images)]
+        samples = ["key", *(("augmentations", *image_columns(images)) if self.images else ())]
         own = (TRUE_CAPTIONS if self.several else "caption",) if TRUE_CAPTION in sources else ()
-        columns: dict[str, tuple[str, ...]] = {SAMPLES: (*samples, *own)}
-        columns |= {captions_layer(source): ("key", "captions") for source in sources if source != TRUE_CAPTION}
-        layers = [*self.crops, *(embeddings_layer(teacher, source) for teacher in self.texts for source in sources)]
+        fields = [source for source in sources if is_in_json(source)]
+        columns: dict[str, tuple[str, ...]] = {SAMPLES: (*samples, *own, *(("metadata",) if fields else ()))}
+        others = [source for source in sources if source != TRUE_CAPTION and source not in fields]
+        columns |= {captions_layer(source): ("key", "captions") for source in others}
+        targets = dict.fromkeys(self.target_of(source) for source in sources)
+        layers = [*self.crops, *(embeddings_layer(teacher, source) for teacher in self.texts for source in targets)]
         return columns | {layer: kind_of(layer).columns for layer in layers}
 
 
@@ -112,8 +125,8 @@ class Example(NamedTuple):
 
     file: SampleFile
     key: str
-    image: bytes
-    augmentation: Augmentation | SampleCrop
+    image: bytes  # empty, as the augmentation is None, if images are not read
+    augmentation: Augmentation | SampleCrop | None
     texts: tuple[str, ...]  # one for each of ``ExampleSpec.kinds``
     targets: tuple[npt.NDArray[Any], ...]  # the tensors of ``ExampleSpec.targets``
 
@@ -152,9 +165,11 @@ def make_examples(
             unusable[reason] = lost
             usable[~present] = False
 
-    records = _ListColumn(samples["augmentations"])
-    crops = picks.index(0, records.counts)
-    augmentations = from_records(records.take(crops))
+    augmentations: Sequence[Augmentation | None] = [None] * len(keys)
+    if spec.images:
+        records = _ListColumn(samples["augmentations"])
+        crops = picks.index(0, records.counts)
+        augmentations = from_records(records.take(crops))
     blocks: list[npt.NDArray[Any]] = []
     for layer in spec.crops:
         kind = kind_of(layer)
@@ -165,7 +180,7 @@ def make_examples(
     texts: list[list[str]] = []
     for number, of_text in enumerate(spec.kinds):
         weights = spec.sources(of_text)
-        sources = [_pick_texts(samples, rows_of, name, spec.texts, picks) for name in weights]
+        sources = [_pick_texts(samples, rows_of, name, spec, picks, file.limits) for name in weights]
         chosen, found = picks.source(2 + number, [source.complete for source in sources], list(weights.values()))
         name = "caption" if of_text == TRUE_CAPTION else "synthetic caption"
         lacking = NO_CAPTION if of_text == TRUE_CAPTION else f"no {name}"
@@ -180,7 +195,10 @@ def make_examples(
 
     places = np.flatnonzero(usable).tolist()
     examples: list[Example | None] = [None] * len(keys)
-    for i, image in zip(places, _read_images(samples, places, file.roots), strict=True):
+    images: Iterable[bytes] = itertools.repeat(b"", len(places))
+    if spec.images:
+        images = _read_images(samples, places, file.roots)
+    for i, image in zip(places, images, strict=True):
         targets = tuple(block[i] for block in blocks)
         examples[i] = Example(file, keys[i], image, augmentations[i], tuple(text[i] for text in texts), targets)
     return Examples(examples, unusable)
@@ -229,9 +247,14 @@ class _PickedTexts(NamedTuple):
 
 
 def _pick_texts(
-    samples: pa.Table, read: ReadLayer, source: str, teachers: Sequence[str], picks: _Picks
+    samples: pa.Table, read: ReadLayer, source: str, spec: ExampleSpec, picks: _Picks, limits: Limits
 ) -> _PickedTexts:
-    if source == TRUE_CAPTION and TRUE_CAPTIONS not in samples.column_names:
+    if is_in_json(source):
+        rows = [{"json": (metadata or "{}").encode()} for metadata in samples["metadata"].to_pylist()]
+        lists = _ListColumn(pa.chunked_array([[read_captions(row, [source], limits) for row in rows]], _TEXTS))
+        has_text, index = lists.counts > 0, picks.index(1, lists.counts)
+        texts = lists.take(index)
+    elif source == TRUE_CAPTION and TRUE_CAPTIONS not in samples.column_names:
         texts = samples["caption"].to_pylist()
         has_text = np.asarray(samples["caption"].is_valid())
         index = np.zeros(len(texts), np.intp)
@@ -241,7 +264,9 @@ def _pick_texts(
         has_text = lists.counts > 0
         index = picks.true_captions(lists.counts) if own else picks.index(1, lists.counts)
         texts = lists.take(index)
-    layers = [embeddings_layer(teacher, source) for teacher in teachers]
+    if source in spec.parallel:  # several texts of the first true caption
+        index = np.zeros(len(texts), np.intp)
+    layers = [embeddings_layer(teacher, spec.target_of(source)) for teacher in spec.texts]
     picked = {layer: kind_of(layer).pick(read(layer), index) for layer in layers}
     complete = np.logical_and.reduce([has_text, *(of_layer.usable for of_layer in picked.values())])
     return _PickedTexts(texts, picked, has_text, complete)

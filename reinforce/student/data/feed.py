@@ -201,6 +201,7 @@ class StudentFeed(StreamFeed):
         spec, targets = datasets[0].spec, datasets[0].targets
         crop = max(dataset.size for dataset in datasets) if online else None
         self.rows: int = sum(dataset.rows for dataset in datasets)
+        size = size if spec.images else 0
         scaled, device = data.translations != "stored", data.backend == DEVICE_BACKEND
         super().__init__(
             Streams(data.window, data.streams, data.workers, data.prefetch),

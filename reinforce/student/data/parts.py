@@ -101,7 +101,7 @@ class PartMaker:
 
     @property
     def sides(self) -> list[int]:
-        """Sides of image and crop in pixels, 0 for a crop that is not needed."""
+        """Sides of image and crop in pixels, 0 for what is not needed."""
         return [self.size * (CELL if self.device else 1), 0 if self.crop in (None, self.size) else self.crop or 0]
 
     def allocate(self, *rows: int) -> PartBuffers:
@@ -156,8 +156,10 @@ class PartMaker:
 
         Raises ImageRefused and what the replay raises.
         """
-        image = decode(example.image, example.file.limits, policy=example.file.policy)
         record = example.augmentation
+        if record is None:  # texts alone
+            return None
+        image = decode(example.image, example.file.limits, policy=example.file.policy)
         if callable(record):
             record = record(*image.size)
         if self.device:

@@ -26,13 +26,14 @@ class Models:
     """The models whose targets a training run may take.
 
     ``teachers`` are described by a TeacherInfo; ``stored`` finds the models of another section of the config by name,
-    as their layers' entries in dataset.json. ``texts`` is whether examples have texts. ``anchor`` is the teacher of
-    ``loss.anchor``, which terms do not find among ``teachers``. ``vectors`` reads stored ones; it is None with
-    ``targets: online``.
+    as their layers' entries in dataset.json. ``texts`` and ``images`` are whether examples have them. ``anchor`` is the
+    teacher of ``loss.anchor``, which terms do not find among ``teachers``. ``vectors`` reads stored ones; it is None
+    with ``targets: online``.
     """
 
     teachers: Mapping[str, TeacherInfo]
     texts: bool = True
+    images: bool = True
     stored: Callable[[str], Mapping[str, Any]] = lambda section: {}
     anchor: TeacherInfo | None = None
     vectors: ReadVectors | None = None

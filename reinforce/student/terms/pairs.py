@@ -48,7 +48,7 @@ class Pairs(Term):
 
 def make(loss: Loss, models: Models) -> Pairs | None:
     """The term of a config, None if it would have no loss. Raises UserError if a teacher has no logit scale."""
-    if not models.texts:
+    if not (models.texts and models.images):
         return None
     found = find_scales(loss, models.teachers) if loss.lambda_ > 0 else {}
     if loss.lambda_ == 1 and not found:

@@ -110,12 +110,13 @@ def _set_anchor_apart(loss: Loss, models: Models) -> Models:
 
 def _check_learns(loss: Loss, models: Models, terms: Sequence[Term]) -> None:
     """Raise UserError if no term aligns images and texts, or if none uses a model although lambda is above 0."""
-    if not models.texts:
+    if not (models.texts and models.images):
         if not any(term.uses() for term in terms):
+            key, read, layer = ("images", "texts", "caption") if models.texts else ("captions", "images", "images")
             raise UserError(
-                "data.captions is none, so only images are read, and no loss has targets of them. Name teachers with "
-                "layers embeddings/TEACHER/images under data.teachers; loss.lambda must be above 0, and loss.features "
-                "not none."
+                f"data.{key} is none, so only {read} are read, and no loss has targets of them. Name teachers with "
+                f"layers embeddings/TEACHER/{layer} under data.teachers; loss.lambda must be above 0, and "
+                "loss.features not none."
             )
     elif not any(term.aligns for term in terms) or (loss.lambda_ > 0 and not any(term.uses() for term in terms)):
         raise UserError(

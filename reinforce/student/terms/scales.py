@@ -34,6 +34,6 @@ class Scales(Term):
 
 def make(loss: Loss, models: Models) -> Scales | None:
     """The term of a config that learns scales."""
-    if not (loss.learn_scales and models.texts):
+    if not (loss.learn_scales and models.texts and models.images):
         return None
     return Scales({name: scale for name, (scale, _) in find_scales(loss, models.teachers).items()})
