@@ -33,6 +33,7 @@ class Models:
     threads: int
     weights: dict[tuple[str, ...], torch.Tensor] = field(default_factory=dict)  # classifiers; ImageNet's sets share one
     not_finite: NotFinite = field(default_factory=NotFinite)
+    kept: dict[str, tuple[dict[str, torch.Tensor], int]] = field(default_factory=dict)  # images that sets share
     short: bool = False
     shown: int = 0
 
@@ -51,8 +52,26 @@ class Models:
                 self.not_finite.add(name, "image", vectors[name])
             yield vectors, targets
 
-    def encode_all(self, images: ImageBatches) -> tuple[dict[str, torch.Tensor], list[Any]]:
-        """The vectors [N, dim] of all images on the CPU, by model, and the N targets; no model if there is no image."""
+    def encode_all(self, images: ImageBatches, shared: str = "") -> tuple[dict[str, torch.Tensor], list[Any]]:
+        """The vectors [N, dim] of all images on the CPU, by model, and the N targets; no model if there is no image.
+
+        Sets with the same name ``shared`` have the same images in the same order: the first set encodes them, and the
+        next ones only read their files.
+        """
+        known, read = self.kept.get(shared, ({}, 0))
+        if read and self.encoders.keys() <= known.keys():
+            targets = [target for _, batch in images.decode([], self.batch, self.threads) for target in batch]
+            if len(targets) == read:
+                for name in self.encoders:
+                    self.not_finite.add(name, "image", known[name])
+                return {name: known[name] for name in self.encoders}, targets
+        vectors, targets = self._encode_all(images)
+        self.kept.clear()
+        if shared and not images.refused:
+            self.kept[shared] = vectors, len(targets)
+        return vectors, targets
+
+    def _encode_all(self, images: ImageBatches) -> tuple[dict[str, torch.Tensor], list[Any]]:
         parts: dict[str, list[torch.Tensor]] = {}
         targets: list[Any] = []
         for vectors, batch in self.encode_images(images):

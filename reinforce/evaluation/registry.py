@@ -16,10 +16,10 @@ from typing import Any, Literal
 from reinforce.errors import UserError
 from teachers.open_clip.released import name_key
 
-Layout = Literal["tars", "tables", "sugarcrepe", "sharegpt4v", "pairs", "masks"]
+Layout = Literal["tars", "tables", "sugarcrepe", "sharegpt4v", "pairs", "xm3600", "masks"]
 
 #: The suites in sets.csv.
-Suite = Literal["datacomp", "sugarcrepe", "long-captions", "dense"]
+Suite = Literal["datacomp", "sugarcrepe", "long-captions", "xm3600", "dense"]
 #: Those that measure image towers without texts, and so any teacher.
 TEXTLESS = ("dense",)
 

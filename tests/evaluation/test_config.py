@@ -96,7 +96,7 @@ def test_a_suite_has_main_metrics_and_their_mean_and_ranks_share_out_its_images(
         ({"suite": "datacomp"}, "suite, data: set both"),
         ({"sets": ["imagenet1k"]}, "suite, data: set both, and `sets` only with them"),
         ({"suite": "datacomp", "data": "x", "sets": ["imagenet9k"]}, "sets: datacomp has no set 'imagenet9k'; it has "),
-        ({"suite": "imagenet", "data": "x"}, "'datacomp', 'sugarcrepe', 'long-captions' or 'dense'"),
+        ({"suite": "imagenet", "data": "x"}, "'datacomp', 'sugarcrepe', 'long-captions', 'xm3600' or 'dense'"),
         ({**SETS, "best": "zero_shot/emojis/top1"}, "no set gives 'zero_shot/emojis/top1'; the metrics are: zero_shot"),
         ({**SETS, "best": "zero_shot/in1k/group"}, "no set gives 'zero_shot/in1k/group'"),
         ({"best": "zero_shot/in1k/top1"}, "none, since there are no sets"),

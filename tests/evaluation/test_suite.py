@@ -23,6 +23,7 @@ from reinforce.evaluation.kinds.files import find_set as find_published
 from reinforce.evaluation.kinds.registry import KINDS
 from reinforce.evaluation.models import Models
 from reinforce.evaluation.reading import LabelledImage
+from reinforce.evaluation.registry import select_sets
 from reinforce.evaluation.report import Metrics, Outcome
 from reinforce.evaluation.suite import run
 from reinforce.evaluation.suite.results import file_name
@@ -45,6 +46,7 @@ from tests.helpers.evaluation import (
     write_sugarcrepe,
     write_table,
     write_urban1k,
+    write_xm3600,
 )
 from tests.helpers.models import tiny_models
 
@@ -196,6 +198,40 @@ def test_long_captions_are_read_as_they_are_published(tmp_path: Path) -> None:
     file.write_text(file.read_text()[:-30])
     with pytest.raises(UserError, match="has another shape than the published file"):
         evaluate_set(tmp_path, "sharegpt4v-1k")
+
+
+def test_the_languages_of_xm3600_are_sets_that_share_their_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    languages = [one.key.removeprefix("xm3600/") for one in select_sets("xm3600")]
+    assert len(languages) == 36
+    captions = {colour: {one: [f"{colour} in {one}", "a second caption"] for one in languages} for colour in COLOURS}
+    captions["red"]["de"] = ["blue by mistake"]
+    file = write_xm3600(tmp_path, captions)
+    models = Models({"oracle": ColourOracle(), "constant": ConstantEncoder()}, CPU, batch=5, threads=2)
+    decoded = count_decoded(monkeypatch)
+
+    def evaluate(key: str) -> Outcome:
+        one = find_set(f"xm3600/{key}")
+        return evaluate_published(one, find_published(one, str(tmp_path)), models, ContentDigest())
+
+    german, english, again = (evaluate(key) for key in ("de", "en", "de"))
+    assert len(decoded) == len(COLOURS), "once for all languages"
+    assert english.metrics["oracle"]["mean_recall@1"] == 1
+    assert english.metrics["constant"]["mean_recall@1"] == pytest.approx(1 / 6)
+    assert german.metrics["oracle"] == {**german.metrics["oracle"], "image_retrieval_recall@1": pytest.approx(5 / 6)}
+    assert (german.metrics, german.content) == (again.metrics, again.content)
+    assert german.content != english.content
+    one = find_set("xm3600/de")
+    assert read_content(one, find_published(one, str(tmp_path)), 2) == german.content
+    (file.parent / "images/red.jpg").write_bytes(solid_image("yellow"))
+    assert evaluate("en").metrics["oracle"]["mean_recall@1"] < 1, "another image"
+    assert len(decoded) == 2 * len(COLOURS)
+    del captions["red"]["sw"]
+    write_xm3600(tmp_path, captions)
+    with pytest.raises(UserError, match=r"captions\.jsonl has another shape than the published file"):
+        evaluate("sw")
+    assert find_files(one, "hf://") is None
 
 
 def test_one_more_kind_of_sets_needs_a_kind_and_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -186,7 +186,7 @@ Samples = Sequence[tuple[object, bytes, Sequence[int] | None]]
 
 def find_set(key: str) -> SuiteSet:
     """The set of a key, of the last part of one, or of a name, in any suite."""
-    sets = [one for suite in ("datacomp", "sugarcrepe", "long-captions") for one in select_sets(suite)]
+    sets = [one for suite in ("datacomp", "sugarcrepe", "long-captions", "xm3600") for one in select_sets(suite)]
     return next(one for one in sets if one.key.endswith(key) or one.name.lower() == key)
 
 
@@ -258,6 +258,18 @@ def write_sharegpt4v(root: Path, rows: Sequence[tuple[str, str]]) -> Path:
     pictures = {f"sam/images/{colour}.jpg": solid_image(colour) for colour, _ in rows}
     write_files(folder, {name: json.dumps(content, indent=1), **pictures})
     return folder / name
+
+
+def write_xm3600(root: Path, rows: Mapping[str, Mapping[str, Sequence[str]]]) -> Path:
+    """Write XM3600 with the captions by language of each colour -> the file of captions."""
+    lines = [
+        {"image/key": colour, **{language: {"caption": [*texts]} for language, texts in captions.items()}}
+        for colour, captions in rows.items()
+    ]
+    content = "".join(f"{json.dumps(line)}\n" for line in lines)
+    pictures = {f"images/{colour}.jpg": solid_image(colour) for colour in rows}
+    write_files(root / "crossmodal-3600", {"captions.jsonl": content, **pictures})
+    return root / "crossmodal-3600" / "captions.jsonl"
 
 
 def write_files(folder: Path, files: Mapping[str, str | bytes]) -> None:

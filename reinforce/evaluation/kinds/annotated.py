@@ -1,4 +1,4 @@
-"""Images in files of their own with captions beside them: SugarCrepe, ShareGPT4V and Urban1k, as they are published."""
+"""Images in files of their own with captions beside them: SugarCrepe, ShareGPT4V, Urban1k, XM3600, as published."""
 
 from __future__ import annotations
 
@@ -23,7 +23,12 @@ def read_annotated(one: SuiteSet, files: SetFiles) -> Iterator[LabelledImage]:
     Raises UserError for a file that cannot be read.
     """
     load, (_, root) = make_loader(files.folder), filesystem(files.folder)
-    readers = {"sugarcrepe": _read_sugarcrepe, "sharegpt4v": _read_sharegpt4v, "pairs": _read_pairs}
+    readers = {
+        "sugarcrepe": _read_sugarcrepe,
+        "sharegpt4v": _read_sharegpt4v,
+        "pairs": _read_pairs,
+        "xm3600": _read_xm3600,
+    }
     try:
         for name, captions in readers[one.layout](one, files):
             if not captions or not all(isinstance(caption, str) and caption for caption in captions):
@@ -52,6 +57,14 @@ def _read_sharegpt4v(one: SuiteSet, files: SetFiles) -> Iterator[tuple[str, list
             return
         row, position = decoder.raw_decode(text, position)
         yield row["image"], [row["conversations"][1]["value"].replace("\n", " ")]
+
+
+def _read_xm3600(one: SuiteSet, files: SetFiles) -> Iterator[tuple[str, list[Any]]]:
+    """The first caption of each image in the language that the key of the set ends with."""
+    language = one.key.rpartition("/")[2]
+    for line in _read(files.shards[0]).splitlines():
+        row = json.loads(line)
+        yield f"images/{row['image/key']}.jpg", row[language]["caption"][:1]
 
 
 def _read_pairs(one: SuiteSet, files: SetFiles) -> Iterator[tuple[str, list[Any]]]:

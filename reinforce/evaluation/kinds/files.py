@@ -31,6 +31,7 @@ _SHARDS = "test/nshards.txt"
 #: The file of a layout that names its images, and their folder, below the folder of the set.
 _ANNOTATIONS = {
     "sugarcrepe": ("data/{}.json", "val2017"),
+    "xm3600": ("captions.jsonl", "images"),
     "sharegpt4v": ("share-captioner_coco_lcs_sam_1246k_1107.json", "sam/images"),
 }
 _ENDINGS = {"tables": ".parquet", "pairs": ".txt"}

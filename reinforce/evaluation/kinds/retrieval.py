@@ -48,15 +48,16 @@ class RetrievalSet(SetSource, OwnSet):
         return [f"{way}/r{k}" for way in _WAYS for k in RECALLS]
 
 
-def _score(distinct: bool, models: Models, images: ImageBatches) -> Outcome:
+def _score(distinct: bool, models: Models, images: ImageBatches, shared: str = "") -> Outcome:
     """The recalls of models on images with captions.
 
     If ``distinct``, equal captions are one text, which matches all of their images. Else each caption is a text that
-    matches its own image alone, as in the published evaluations, and the metrics have DataComp's names.
+    matches its own image alone, as in the published evaluations, and the metrics have DataComp's names. ``shared`` is
+    that of ``Models.encode_all``.
     """
     from reinforce.evaluation.ranking import compute_recalls
 
-    vectors, captions = models.encode_all(images)
+    vectors, captions = models.encode_all(images, shared)
     metrics: dict[str, Metrics] = {}
     if captions:
         texts = [text for of_image in captions for text in of_image]
@@ -102,7 +103,9 @@ def _open_own(config: RetrievalSet, name: str, limits: Limits, images_from: Sequ
 def _open(one: SuiteSet, files: SetFiles) -> ImageSet:
     """A published set. Reading raises UserError for a table that does not fit."""
     read = _read_tables if one.layout == "tables" else read_annotated
-    return ImageSet(one.name, functools.partial(read, one, files), functools.partial(_score, False))
+    # of a state that is not known, files may change between two sets
+    shared = f"{files.folder} {files.state}" if one.layout == "xm3600" and files.state else ""
+    return ImageSet(one.name, functools.partial(read, one, files), functools.partial(_score, False, shared=shared))
 
 
 KIND = SetKind("retrieval", _open, section="retrieval", open_own=_open_own)
