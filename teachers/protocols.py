@@ -120,6 +120,9 @@ class Captioner(Protocol):
     more. It may add ``reserve(image, at_once)``, which allocates for a test before the run what decoding many such
     images needs.
 
+    One that reads the true caption sets ``reads_captions = True``; ``generate`` then gets a third argument, the
+    captions of the images, of which some may be None, and needs none for a self-test.
+
     One that keeps memory of the device between batches may add ``release_memory()``. It is called when the device runs
     out of memory, before a smaller batch.
 

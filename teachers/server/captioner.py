@@ -1,7 +1,7 @@
 """Captions by servers that speak the chat completions protocol: vLLM, SGLang, TGI, ``transformers serve``, hosted ones.
 
-Each caption is one request with the prompt, the image as a JPEG, and a seed. Requests of a worker run in parallel. The
-accelerator is not used while they are under way.
+Each caption is one request with the prompt, the image as a JPEG or the true caption, and a seed. Requests of a worker
+run in parallel. The accelerator is not used while they are under way.
 
 - A server that is down, overloaded or hangs costs waiting, see ``teachers.server.servers``.
 - An answer without a caption (a refusal, an empty text, one that is too long) and a request that the server rejects
@@ -20,8 +20,8 @@ import itertools
 import os
 import re
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from PIL import Image
 from teachers.protocols import ImageSpec, NoCaptions
 from teachers.redact import REDACTED
 from teachers.server.answers import DETAIL_CHARS, LongAnswer, bound_answers, check_answer, read_answer
-from teachers.server.options import ServerOptions
+from teachers.server.options import CAPTION, ServerOptions
 from teachers.server.servers import Server, Servers
 
 if TYPE_CHECKING:
@@ -38,10 +38,18 @@ if TYPE_CHECKING:
 
 _CONCURRENCY, _TIMEOUT, _WAIT = 32, 120.0, 3600.0  # requests, seconds, seconds
 _STRIKES = 3
+_PLAIN = "a photo"  # caption of the requests that test a server
 _SEED_BITS = 31  # every server takes seeds of this size
 _REJECTED = (400, 413, 422)  # the request, not the server
 _OVERLOADED = (429, 503)
 _TRANSIENT = (408, 409, 425, 429)
+
+
+class Request(NamedTuple):
+    """What is asked about: an image as a data URL, and its true caption."""
+
+    image: str
+    caption: str
 
 
 class ServerCaptioner:
@@ -58,6 +66,7 @@ class ServerCaptioner:
     def __init__(self, name: str, spec: ServerOptions) -> None:
         self._openai = _import_client()
         self.captions = spec.captions
+        self.reads_captions = spec.sees is not None
         self.image = ImageSpec(spec.side, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), resize="squash")
         self._spec, self._key, self._quality = spec, _api_key(spec), spec.quality
         self._servers = Servers(name, [Server(url, self._client(url)) for url in spec.addresses], spec.wait or _WAIT)
@@ -66,31 +75,36 @@ class ServerCaptioner:
         # What the protocol does not have goes into the body as it is.
         self._body = {**spec.options, **({"top_k": fields.pop("top_k")} if "top_k" in fields else {})}
         self._fields = {**fields, "model": spec.model}
-        self._plain = _data_url(np.full((spec.side, spec.side, 3), 127, np.uint8), self._quality)
+        self._plain = Request(_data_url(np.full((spec.side, spec.side, 3), 127, np.uint8), self._quality), _PLAIN)
 
     def caption(self, pixels: torch.Tensor, seeds: np.ndarray) -> list[list[str] | NoCaptions]:
         """RGB [B, 3, H, W] in 0 to 1, uint64 seeds [B, captions] -> captions of each image, or why it has none."""
         return self.to_texts(self.generate(pixels, seeds))
 
-    def generate(self, pixels: torch.Tensor, seeds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Prepare the requests: images uint8 [B, H, W, 3] and seeds. ``to_texts`` sends them."""
+    def generate(
+        self, pixels: torch.Tensor, seeds: np.ndarray, captions: Sequence[str | None] | None = None
+    ) -> tuple[np.ndarray, np.ndarray, Sequence[str | None]]:
+        """Prepare the requests: images uint8 [B, H, W, 3], seeds and true captions. ``to_texts`` sends them."""
         images = pixels.mul(255).round_().to(torch.uint8).permute(0, 2, 3, 1)
-        return images.contiguous().cpu().numpy(), seeds
+        return images.contiguous().cpu().numpy(), seeds, captions or [_PLAIN] * len(pixels)
 
-    def to_texts(self, prepared: tuple[np.ndarray, np.ndarray]) -> list[list[str] | NoCaptions]:
+    def to_texts(self, prepared: tuple[np.ndarray, np.ndarray, Sequence[str | None]]) -> list[list[str] | NoCaptions]:
         """Send the requests and wait for the answers. Raises ServerUnavailable."""
-        futures = []
+        futures: list[list[Future[str | NoCaptions]] | NoCaptions] = []
         try:
-            for image, seeds in zip(*prepared, strict=True):
-                url = _data_url(image, self._quality)
-                futures.append([self._threads.submit(self._ask, url, int(seed)) for seed in seeds])
-            return [_fill([one.result() for one in row]) for row in futures]
+            for image, seeds, caption in zip(*prepared, strict=True):
+                if caption is None:
+                    futures.append(NoCaptions("the sample has no true caption"))
+                    continue
+                request = Request(_data_url(image, self._quality), caption)
+                futures.append([self._threads.submit(self._ask, request, int(seed)) for seed in seeds])
+            return [row if isinstance(row, NoCaptions) else _fill([one.result() for one in row]) for row in futures]
         except BaseException:
-            for future in itertools.chain.from_iterable(futures):
+            for future in itertools.chain.from_iterable(row for row in futures if isinstance(row, list)):
                 future.cancel()
             raise
 
-    def _ask(self, image: str, seed: int) -> str | NoCaptions:
+    def _ask(self, request: Request, seed: int) -> str | NoCaptions:
         """One caption, however long the servers are down."""
         failures = strikes = 0
         while True:
@@ -103,7 +117,7 @@ class ServerCaptioner:
                         self._servers.record_answer(server)
                         answers = True
                     asked = True
-                    answer = check_answer(self._send(server, image, seed))
+                    answer = check_answer(self._send(server, request, seed))
                 except (self._openai.APIError, ValueError) as error:
                     if asked and (long := _long_answer(error)):
                         self._servers.record_answer(server)
@@ -124,11 +138,10 @@ class ServerCaptioner:
                     self._servers.record_answer(server)
                     return read_answer(answer)
 
-    def _send(self, server: Server, image: str, seed: int) -> Any:
-        content = [
-            {"type": "image_url", "image_url": {"url": image}},
-            {"type": "text", "text": self._spec.prompt},
-        ]
+    def _send(self, server: Server, request: Request, seed: int) -> Any:
+        prompt, image = self._spec.prompt or "", {"type": "image_url", "image_url": {"url": request.image}}
+        text = prompt.replace(CAPTION, request.caption) if self.reads_captions else prompt
+        content = [*([] if self._spec.sees == "caption" else [image]), {"type": "text", "text": text}]
         return server.client.chat.completions.create(
             messages=[{"role": "user", "content": content}],
             seed=seed >> (64 - _SEED_BITS),

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from teachers.decoding.postprocess import cleaning_identity
 from teachers.protocols import Captioner
 from teachers.redact import redact_values
-from teachers.server.options import ServerOptions
+from teachers.server.options import CAPTION, ServerOptions
 from teachers.spec import ModelInfo
 
 #: Name and version of how an image becomes a request and an answer becomes a caption; part of the fingerprint.
@@ -42,6 +42,7 @@ class ServerCaptionerSpec(ServerOptions):
             "image": {"format": "jpeg", "size": self.side, "quality": self.quality},
             "repeatable": False,
             **cleaning_identity(self.clean),
+            **({"sees": self.sees} if self.sees else {}),  # absent without it, so that older fingerprints stay valid
         }
         return ModelInfo(dim=None, images=True, texts=False, identity=identity)
 
@@ -55,6 +56,8 @@ class ServerCaptionerSpec(ServerOptions):
             raise ValueError("family openai needs `url`, the address of a server, such as http://HOST:8000/v1")
         if self.prompt is None:
             raise ValueError("family openai needs `prompt`, the instruction that is sent with each image")
+        if self.sees is not None and CAPTION not in self.prompt:
+            raise ValueError(f"`sees: {self.sees}` needs {CAPTION} in the prompt, where the true caption is to be")
         for url in self.addresses:
             _check_url(url)
         if self.strategy not in _STRATEGIES:

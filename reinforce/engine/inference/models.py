@@ -177,15 +177,16 @@ class Models:
         return parts and bool(getattr(captioner, "by_group", False))
 
     def captions(
-        self, captioner: Captioner, pixels: torch.Tensor, seeds: npt.NDArray[Any]
+        self, captioner: Captioner, pixels: torch.Tensor, seeds: npt.NDArray[Any], true: Sequence[str | None] = ()
     ) -> tuple[Callable[[], Sequence[list[str] | NoCaptions | None]], int]:
         """Caption on the accelerator -> a function that returns the texts and needs no accelerator, and the number of
-        tokens, 0 if unknown."""
+        tokens, 0 if unknown. ``true`` captions are for captioners that read them."""
         if not _splits(captioner, "caption", "generate", "to_texts"):
             texts = copied(captioner.caption(pixels, seeds))
             return lambda: texts, 0
         splitting: Any = captioner
-        tokens = copied(splitting.generate(pixels, seeds))
+        given = (list(true),) if true and getattr(captioner, "reads_captions", False) else ()
+        tokens = copied(splitting.generate(pixels, seeds, *given))
         return lambda: copied(splitting.to_texts(tokens)), count_tokens(tokens)
 
     def score(self, scorer: Scorer, inputs: Sequence[Any], count: int, names: Sequence[str]) -> Floats:

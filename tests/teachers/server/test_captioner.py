@@ -69,6 +69,30 @@ def test_each_caption_is_one_request_with_the_image_as_a_jpeg_and_its_own_seed(m
     assert request["messages"][0]["content"][1] == {"type": "text", "text": "Describe."}
 
 
+def test_a_request_that_sees_the_caption_has_it_in_the_prompt_and_the_image_only_with_both() -> None:
+    prompt = "Translate {caption} to German: {caption}"
+    for sees, parts in (("caption", ["text"]), ("both", ["image_url", "text"])):
+        seen: list[Any] = []
+
+        def answer(_: Any, request: dict[str, Any], seen: list[Any] = seen) -> tuple[int, dict[str, Any]]:
+            seen.append(request["messages"][0]["content"])
+            return 200, completion(seen[-1][-1]["text"])
+
+        with chat_server(answer) as url:
+            captioner: Any = load_model("de", spec_of(url, prompt=prompt, sees=sees, concurrency=1), "cpu")
+            seeds = np.zeros((3, 1), np.uint64)
+            found = captioner.to_texts(captioner.generate(torch.zeros(3, 3, SIDE, SIDE), seeds, ["a {x}", None, "b"]))
+            assert [*map(len, captioner.caption(torch.zeros(2, 3, SIDE, SIDE), seeds[:2]))] == [1, 1], "a self-test"
+        assert (found[0], found[2]) == (["Translate a {x} to German: a {x}"], ["Translate b to German: b"])
+        assert isinstance(found[1], NoCaptions)
+        assert found[1].detail == "the sample has no true caption"
+        assert {tuple(part["type"] for part in content) for content in seen} == {tuple(parts)}
+    with pytest.raises(ValueError, match=r"`sees: caption` needs \{caption\} in the prompt"):
+        describe_model("de", spec_of("http://a:1/v1", sees="caption"))
+    with chat_server(lambda _, request: (200, completion(request["messages"][0]["content"][1]["text"]))) as url:
+        assert caption(url, [GRAY], prompt="{caption}") == [["{caption}"]], "an ordinary prompt"
+
+
 @pytest.mark.parametrize(
     ("answer", "detail"),
     [

@@ -80,7 +80,8 @@ class Captions(Producer):
                 continue
             with self.session.stage(layer.name, batch.what, len(own) * layer.count):
                 pixels = to_pixels(whole, captioner.image)
-                texts, tokens = self.session.models.captions(captioner, pixels, seeds)
+                true = [batch.rows[place].caption for place in own]
+                texts, tokens = self.session.models.captions(captioner, pixels, seeds, true)
             self.session.meter.add_tokens(layer.name, tokens)
             outputs[layer.name] = partial(self._finish, layer, texts, batch.rows, batch.what)
         return lambda: {name: finish() for name, finish in outputs.items()}
