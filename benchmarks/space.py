@@ -114,7 +114,7 @@ def train_texts(seed: int, out: Path, more: Sequence[str]) -> dict[str, dict[str
         *(*_SPACE, f"output={out / f'german-{seed}'}", f"seed={seed}", f"data.datasets={out / 'dataset'}"),
         *("data.images=none", "data.captioners=[]", 'data.parallel=["json:de"]', "evaluate={}"),
         f"student={{model: {TEACHER_MODEL}, text: {{model: local-dir:configs/student-demo}}}}",
-        "train.steps=1000",
+        *("train.steps=1000", "train.compute.cpus=1", "data.workers=0"),
     )
     results = reinforce.train(settings.load(StudentConfig, CONFIG, [*overrides, *more]))
     return measure_names(f"{results.output}/student", out)
