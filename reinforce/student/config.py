@@ -408,11 +408,14 @@ class StudentConfig(Section):
                 f"with data.{alone}: none there are no similarities of images with texts: remove logit_scales, "
                 "learn_scales and form under `loss`"
             )
-        if alone == "images" and (loss.targets == "online" or loss.probabilities is not None):
-            raise ValueError(
-                "data.images: none reads stored vectors of texts alone: remove loss.probabilities, and loss.targets: "
-                "online"
-            )
+        of_images = {
+            "loss.probabilities": loss.probabilities is not None,
+            "loss.dense": loss.dense is not None,
+            "loss.targets: online": loss.targets == "online",
+        }
+        if alone == "images" and any(of_images.values()):
+            given = ", ".join(key for key, is_given in of_images.items() if is_given)
+            raise ValueError(f"data.images: none reads stored vectors of texts alone: remove {given}")
         if student.quantize is not None and student.quantize_share != 1 and self.evaluate.export == "best":
             raise ValueError(
                 "with `student.quantize`, `evaluate.export: best` may choose a step before the weights were rounded; "

@@ -23,7 +23,17 @@ from reinforce.student.quantize import can_quantize, freeze_batch_norms, merge, 
 from reinforce.student.teachers import CAPTION, IMAGE, SYNTHETIC
 from reinforce.student.terms.base import MAP, module_name, scale_name, unit
 from reinforce.student.terms.registry import Terms
-from reinforce.student.towers import Plan, Source, Tower, join_towers, map_width, plan_towers, tower_of
+from reinforce.student.towers import (
+    Plan,
+    Source,
+    Tower,
+    has_weights,
+    join_towers,
+    map_width,
+    model_config,
+    plan_student,
+    tower_of,
+)
 from reinforce.training.task import Batch, Encoded
 from teachers.open_clip import catalog
 from teachers.open_clip.building import write_open_clip
@@ -233,11 +243,11 @@ def build_student(
     try:
         model = OpenClipOptions(model=spec.model, pretrained=spec.pretrained, preprocess=spec.preprocess)
         name, pretrained = model_name(model), has_weights(model)
-        config = _model_config(name)
+        config = model_config(name)
         if spec.image_size is not None:
             config["vision_cfg"] = {**config["vision_cfg"], "image_size": spec.image_size}
         if spec.text is not None or spec.dim is not None:
-            plan = _plan(spec, Source(name, config, pretrained), only)
+            plan = plan_student(spec, Source(name, config, pretrained), only)
             config = dict(plan.config)
         if terms is not None:
             with torch.device("meta"):
@@ -282,26 +292,6 @@ def build_student(
     return student
 
 
-def _plan(spec: StudentSpec, image: Source, only: Tower | None) -> Plan:
-    """The towers of a student of two models. Raises ValueError if they do not fit together."""
-    text = image
-    if spec.text is not None:
-        try:
-            model = ModelSpec(model=spec.text.model, pretrained=spec.text.pretrained)
-            language_model, config = spec.text.pretrained == "transformers", _model_config(model_name(model))
-            if language_model and not config["text_cfg"].get("hf_model_name"):
-                raise ValueError(f"{model.name} has no language model of transformers: set another `pretrained`")
-            weights = not language_model and has_weights(model)
-            text = Source(model_name(model), config, weights, language_model)
-        except (ValueError, OSError) as error:
-            raise ValueError(
-                f"text: {error}. A text tower is that of a model of open_clip; for a teacher without one remove `text`"
-            ) from error
-    if text.pretrained and (only == IMAGE or "text" in (spec.freeze or ())):
-        return plan_towers(image, text, "text", spec.dim)
-    return plan_towers(image, text, "image", spec.dim)
-
-
 def _join(plan: Plan, image: Any, spec: StudentSpec, seed: int) -> Any:
     """The student of two models, of which that of the images is loaded."""
     text = image
@@ -319,19 +309,6 @@ def _load(model: OpenClipOptions, image_size: int | None, seed: int) -> Any:
         return load_model(model, image_size)
     with _seeded(seed):
         return random_model(model_name(model), stated_preprocess(model), image_size)
-
-
-def has_weights(model: ModelSpec) -> bool:
-    """Whether the model starts from weights. Raises FileNotFoundError if its folder does not exist."""
-    name = model_name(model)
-    if name.startswith(catalog.FOLDER_PREFIX) and model.pretrained is None:
-        catalog.local_folder(name)
-        try:
-            catalog.folder_weights(name)
-        except FileNotFoundError:
-            return False
-        return True
-    return name.startswith(catalog.HUB_PREFIX) or model.pretrained is not None
 
 
 def load_tokenizer(student: Student) -> Any:
@@ -369,13 +346,6 @@ def export(student: Student, folder: str) -> None:
     if MIXER in student.config["text_cfg"]:
         _LOG.warning("plain open_clip cannot load the exported model: it has no such text tower; reinforce can")
     write_open_clip(student.clip, config, load_tokenizer(student), folder)
-
-
-def _model_config(name: str) -> dict[str, Any]:
-    config = catalog.model_config(name) or open_clip.get_model_config(name)
-    if "multimodal_cfg" in config:
-        raise ValueError(f"{name} is a captioner, and this loss does not train its decoder: choose a CLIP model")
-    return dict(config)
 
 
 def _init_as_siglip(clip: Any, name: str, pretrained: bool) -> dict[str, float]:

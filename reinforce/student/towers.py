@@ -13,11 +13,13 @@ import open_clip
 import torch
 
 from reinforce.errors import UserError
+from reinforce.student.config import Student as StudentSpec
 from teachers.open_clip import catalog
-from teachers.open_clip.teacher import image_spec, random_model
+from teachers.open_clip.teacher import image_spec, model_name, random_model
 from teachers.patches.encoder import encoder_of_model
 from teachers.protocols import ImageSpec
 from teachers.runtime.accelerator import Accelerator
+from teachers.spec import ModelSpec
 
 Tower = Literal["image", "text"]
 _LOGITS = "logit_"
@@ -54,6 +56,29 @@ class Plan:
     def weights(self) -> dict[Tower, bool]:
         """Whether the model of each tower has weights."""
         return {"image": self.image.pretrained, "text": self.text.pretrained}
+
+
+def plan_student(spec: StudentSpec, image: Source, only: Tower | None) -> Plan:
+    """Plan the student of a config, whose own model is that of ``image``; ``only`` one tower may be trained.
+
+    Raises ValueError if its towers do not fit together.
+    """
+    text = image
+    if spec.text is not None:
+        try:
+            model = ModelSpec(model=spec.text.model, pretrained=spec.text.pretrained)
+            language_model, config = spec.text.pretrained == "transformers", model_config(model_name(model))
+            if language_model and not config["text_cfg"].get("hf_model_name"):
+                raise ValueError(f"{model.name} has no language model of transformers: set another `pretrained`")
+            weights = not language_model and has_weights(model)
+            text = Source(model_name(model), config, weights, language_model)
+        except (ValueError, OSError) as error:
+            raise ValueError(
+                f"text: {error}. A text tower is that of a model of open_clip; for a teacher without one remove `text`"
+            ) from error
+    if text.pretrained and (only == "image" or "text" in (spec.freeze or ())):
+        return plan_towers(image, text, "text", spec.dim)
+    return plan_towers(image, text, "image", spec.dim)
 
 
 def plan_towers(image: Source, text: Source, space: Tower, dim: int | None) -> Plan:
@@ -104,6 +129,27 @@ def join_towers(plan: Plan, image: Any, text: Any) -> tuple[Any, list[str]]:
     if plan.changed:
         _check_dimensions(clip, plan)
     return clip, new
+
+
+def has_weights(model: ModelSpec) -> bool:
+    """Whether the model starts from weights. Raises FileNotFoundError if its folder does not exist."""
+    name = model_name(model)
+    if name.startswith(catalog.FOLDER_PREFIX) and model.pretrained is None:
+        catalog.local_folder(name)
+        try:
+            catalog.folder_weights(name)
+        except FileNotFoundError:
+            return False
+        return True
+    return name.startswith(catalog.HUB_PREFIX) or model.pretrained is not None
+
+
+def model_config(name: str) -> dict[str, Any]:
+    """The ``model_cfg`` of a model that can be a student. Raises ValueError for a captioner or an unknown name."""
+    config = catalog.model_config(name) or open_clip.get_model_config(name)
+    if "multimodal_cfg" in config:
+        raise ValueError(f"{name} is a captioner, and this loss does not train its decoder: choose a CLIP model")
+    return dict(config)
 
 
 def tower_of(name: str) -> Tower | None:

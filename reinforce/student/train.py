@@ -11,9 +11,9 @@ from reinforce import settings
 from reinforce.storage import Storage
 from reinforce.student.config import StudentConfig
 from reinforce.student.data.feed import StudentFeed
-from reinforce.student.model import has_weights
 from reinforce.student.task import BATCH_NORM, StudentTask
 from reinforce.student.teachers import PATCHES
+from reinforce.student.towers import has_weights
 from reinforce.training.job import Job, make_job
 from reinforce.training.launch import launch, runs_on_ray
 from reinforce.training.record.results import Results

@@ -293,7 +293,7 @@ def test_a_frozen_tower_keeps_its_weights_and_statistics(tmp_path: Path) -> None
     with pytest.raises(UserError, match=r"student\.freeze: .* starts from random weights; set student\.pretrained"):
         build_student(StudentSpec(model=random, freeze=["image"]), seed=0)
     with pytest.raises(UserError, match=r"student\.freeze: with data\.captions: none only the image tower is trained"):
-        build_student(StudentSpec(model=f"local-dir:{tmp_path / 'trained'}", freeze=["image"]), seed=0, texts=False)
+        build_student(StudentSpec(model=f"local-dir:{tmp_path / 'trained'}", freeze=["image"]), seed=0, only="image")
     with pytest.raises(ValidationError, match="with both towers frozen no encoder is trained: name one, image or text"):
         StudentSpec(model=random, freeze=["image", "text"])
 

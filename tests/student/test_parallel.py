@@ -120,7 +120,7 @@ def test_a_text_tower_learns_a_teachers_space_from_texts_alone(dataset: str, tmp
         ),
         ({"data": {"images": "none", "captions": "none"}}, "which `images: none` needs"),
         ({"data": {"images": "none"}, "loss": {"learn_scales": True}}, r"data\.images: none there are no similarities"),
-        ({"data": {"images": "none"}, "loss": {"probabilities": 1.0}}, r"remove loss\.probabilities"),
+        ({"data": {"images": "none"}, "loss": {"probabilities": 1.0}}, r"texts alone: remove loss\.probabilities"),
         ({"data": {"images": "none"}, "loss": {"lambda": 0.0}}, "data.images is none, so only texts are read, and no"),
         (
             {"data": {"images": "none"}, "loss": {"interactive": 1.0}},
