@@ -148,13 +148,13 @@ def check_fp8(models: Models, name: str, pixels: torch.Tensor) -> None:
 def check_text_encoder(models: Models, name: str, precision: Precision, batch: int | None = None) -> Floats:
     """Test the text encoder of a teacher -> the norms of its embeddings; as ``check_image_encoder``."""
     teacher = models.teachers[name]
-    if not any(callable(getattr(teacher, method, None)) for method in ("encode_texts", "encode_tokens")):
-        raise UserError(
-            f"teachers.{name}: it encodes no texts, which was not known before its files were downloaded. Run the same "
-            "command again. If workers have another cache than this machine, download its config.json here first."
-        )
 
     def encode(rows: Sequence[int]) -> torch.Tensor:
+        if not any(callable(getattr(teacher, method, None)) for method in ("encode_texts", "encode_tokens")):
+            raise ValueError(
+                "it encodes no texts, as is known of a model of the hub once its config.json is here; run the command "
+                "again, or, if workers have another cache than this machine, download the file here first"
+            )
         run = models.text_encoder(teacher, [TEXTS[row] for row in rows])
         with models.use_accelerator():
             return run()
