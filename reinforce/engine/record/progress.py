@@ -50,6 +50,7 @@ class Progress(Screen):
         self._history: deque[tuple[float, Snapshot]] = deque()
         self._start = self._begun = time.monotonic()
         self._expected = expected
+        self._counted = self._begun, 0  # when the number of samples has changed last, and to what
 
     def show(self, now: Snapshot) -> None:
         time_now = time.monotonic()
@@ -95,7 +96,11 @@ class Progress(Screen):
         expected = self._expected_samples(now)
         if expected is None or not now.samples:
             return None
-        return (time.monotonic() - self._begun) / now.samples * (expected - now.samples)
+        if now.samples != self._counted[1]:
+            self._counted = time.monotonic(), now.samples
+        at, samples = self._counted
+        left = (at - self._begun) / samples * (expected - samples)
+        return max(0.0, left - (time.monotonic() - at))  # workers count in steps
 
     def _expected_samples(self, now: Snapshot) -> float | None:
         """Samples of all shards, from the mean of the finished ones, or else by the estimate; None without either."""

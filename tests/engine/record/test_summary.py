@@ -214,6 +214,10 @@ def test_before_workers_have_started_the_line_shows_their_seconds_and_then_the_t
     assert line[:59] == line[:59].rstrip(), "80 columns have 59 beside the bar"
     assert line.startswith("0 of 1 shard  ETA 0:01:00  100 samples"), "100 of 400 took 20 s since workers work"
     assert line.endswith("1 worker, 1 starting")
+    now[0] = 160.0
+    assert "ETA 0:00:50" in progress.line(working), "it falls until the next samples are counted"
+    now[0] = 300.0
+    assert "ETA 0:00:00" in progress.line(working)
     assert "ETA 0:00:00" in progress.line(replace(working, samples=500)), "more than expected"
     assert "ETA" not in progress.line(replace(working, samples=0))
 
