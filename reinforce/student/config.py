@@ -18,7 +18,7 @@ from reinforce.evaluation.config import Evaluation
 from reinforce.images.policy import ReadLimits
 from reinforce.processes.fast_paths import Accelerated
 from reinforce.settings import Section, without_defaults
-from reinforce.student.loss_sections import DenseOrWeight
+from reinforce.student.loss_sections import Anchor, DenseOrWeight
 from reinforce.training.config import TrackersOfRun, Training
 from teachers.open_clip.options import PREPROCESS, Preprocess
 from teachers.registry import AnyTeacher
@@ -139,35 +139,6 @@ class Data(Section):
         if self.captions == "none" and (self.images == "none" or self.parallel):
             key = "images: none" if self.images == "none" else "parallel"
             raise ValueError(f"captions: none reads no text, which `{key}` needs: remove one of them")
-        return self
-
-
-class Anchor(Section):
-    """What keeps a fine-tuned student near its start; each part is added to the loss by its weight, for any lambda."""
-
-    teacher: str | None = Field(
-        None,
-        min_length=1,
-        description="the stored (or online) teacher that is the student before its fine-tuning, for `similarities` and "
-        "`features`; it is read in addition to `data.teachers`, and no part of the ensemble",
-    )
-    similarities: float | None = Field(
-        None, gt=0, description="weight of distilling the similarities of images and texts of `teacher` alone"
-    )
-    features: float | None = Field(
-        None, gt=0, description="weight of 1 - cosine of the student's vectors and those of `teacher`, not projected"
-    )
-    weights: float | None = Field(
-        None, gt=0, description="weight of half the squared distance of all weights from their start (L2-SP)"
-    )
-
-    @model_validator(mode="after")
-    def _teacher_of_parts(self) -> Anchor:
-        stored = self.similarities or self.features
-        if stored and self.teacher is None:
-            raise ValueError("`similarities` and `features` need `teacher`: the name of the student's stored vectors")
-        if not stored and (self.teacher is not None or self.weights is None):
-            raise ValueError("set a weight: `similarities` or `features` of `teacher`, or `weights`")
         return self
 
 
