@@ -63,6 +63,7 @@ CHECKED = {
     r"reinforce run my\.yaml --set source=.*": "a run like the others; tests/cli sets keys",
     r"reinforce adapt (photos/|demo/tests/.*) .*": "needs a released model; see tests/adapting/test_adapt.py",
     r"reinforce diff my-data my-labels": "needs the labels; tests/labels/test_difference.py compares others",
+    r"reinforce convert my-data .*": "needs that teacher; tests/dataset/codecs/test_fitted.py converts others",
     r"reinforce tune .*": "trains for minutes on Ray Tune; tests/tuning/test_space.py runs a small one",
     r"reinforce validate my-data --recompute .*": "loads all models; tests/engine/test_recompute.py does",
     r"reinforce inspect demo/dataset demo/report": "that dataset is a copy of my-data, of which a report is made here",
