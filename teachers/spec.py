@@ -7,21 +7,19 @@ keys and implements ``describe``, ``load`` and ``hosts``. ``teachers.registry.FA
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from teachers.patch_config import Patches
 from teachers.protocols import Teacher
 
 if TYPE_CHECKING:
     from typing import Self
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16", "fp8"]
-Side = Annotated[int, Field(ge=1, le=1024)]
-_PICKED = 16  # patches of an image
 _Lengths = TypeVar("_Lengths", bound=Any)  # a model with min_length and max_length
 
 
@@ -30,10 +28,10 @@ class ModelInfo:
     """Description of a model that is not loaded.
 
     ``dim`` is the length of its embeddings, None where it is known only after loading and for captioners. ``images``
-    and ``texts`` say which inputs it takes. ``identity`` is a JSON object that the layer fingerprint covers: models
-    with equal identities give equal outputs on the same software. ``code`` is the hash of the file that defines a
-    custom class, None for other models; no fingerprint covers it. ``codebooks`` are digests of the codebooks of its
-    layers, by the names of these.
+    and ``texts`` say which inputs it takes, ``patches`` whether its patches are stored. ``identity`` is a JSON object
+    that the layer fingerprint covers: models with equal identities give equal outputs on the same software. ``code`` is
+    the hash of the file that defines a custom class, None for other models; no fingerprint covers it. ``codebooks`` are
+    digests of the codebooks of its layers, by the names of these.
     """
 
     dim: int | None
@@ -41,6 +39,7 @@ class ModelInfo:
     texts: bool
     identity: dict[str, Any]
     code: str | None = None
+    patches: bool = False
     codebooks: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -123,6 +122,11 @@ class ModelSpec(BaseModel):
         """The user's class that is imported and run, ``package.module:Class``, or the model whose own code is."""
         return None
 
+    @property
+    def stores_patches(self) -> bool:
+        """Whether its patches are stored, too."""
+        return False
+
     def describe(self) -> ModelInfo:
         """Describe the model. Raises ValueError or FileNotFoundError that names the fix.
 
@@ -149,47 +153,6 @@ class ModelSpec(BaseModel):
     def hosts(self) -> Iterator[str]:
         """Where the weights come from, unless they are local files or at a URL of the config."""
         return iter(())
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-class Patches(BaseModel):
-    """Patch features of a teacher that are stored for each augmented image."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-    grid: Annotated[Side | tuple[Side, Side], BeforeValidator(_as_tuple)] = Field(
-        description="patches on a side, or [rows, columns], as the model has them"
-    )
-    codec: str = Field("float16", description="how patch vectors are stored: float16, pca128, pq96, rq32 and others")
-    sample: int = Field(
-        32_768, ge=1, description="patch vectors of the first shards to which statistics and codebooks are fitted"
-    )
-    _picked: int | None = PrivateAttr(None)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and columns."""
-        return self.grid if isinstance(self.grid, tuple) else (self.grid, self.grid)
-
-    @property
-    def picked(self) -> int | None:
-        """Random patches of each image that a run stores as the model gives them, to fit codebooks to; None: all are
-        stored by the codec."""
-        return self._picked
-
-    @property
-    def fewer(self) -> int:
-        """``picked`` patches of a run that stores some."""
-        return min(_PICKED, math.prod(self.shape))
-
-    def picking(self) -> Patches:
-        """A copy with ``picked`` patches."""
-        copy = self.model_copy()
-        copy._picked = self.fewer
-        return copy
 
 
 class TeacherSpec(ModelSpec):
@@ -244,6 +207,10 @@ class TeacherSpec(ModelSpec):
         if {"dtype", "codec"} <= self.model_fields_set and self.codec is not None:
             raise ValueError("`codec` and `dtype` are the same: remove `dtype`")
         return self
+
+    @property
+    def stores_patches(self) -> bool:
+        return self.patches is not None
 
     @property
     def storage(self) -> str:

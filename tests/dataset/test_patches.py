@@ -13,18 +13,22 @@ import torch
 
 import reinforce
 from reinforce.config import parse_config
-from reinforce.dataset.codecs.codebooks import load
+from reinforce.dataset.codecs.codebooks import Place, load
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.kinds.registry import kind_of
 from reinforce.dataset.validate.validate import validate
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.recompute import recompute
 from reinforce.errors import UserError
+from teachers.patches.encoder import patches_of
 from teachers.preprocessing.pixels import to_pixels
+from teachers.registry import load_model
+from tests.engine.inference.test_memory import limited
 from tests.helpers.data import config_of, members_of, tree, write_tar
 from tests.helpers.decoding import decode_pool
+from tests.helpers.models import tiny_models
 from tests.helpers.patch_models import PatchTeacher
-from tests.helpers.reinforced import reinforce_here
+from tests.helpers.reinforced import reinforce_here, shard_process
 
 MODEL = {"class": "tests.helpers.patch_models:PatchTeacher", "options": {"size": 16}}
 CODECS = ("float16", "pca40", "pq24", "rq8")
@@ -166,3 +170,37 @@ def _black() -> bytes:
     from tests.helpers.images import encode
 
     return encode(Image.new("RGB", (40, 30)), "PNG")
+
+
+def test_patches_that_do_not_fit_in_memory_are_computed_in_smaller_batches(stored: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "copied"
+    shutil.copytree(stored, copied)
+    before = tree(copied)
+    shutil.rmtree(copied / "patches" / "pq24")
+    shard = shard_process(config(stored.parent, copied))
+    encoder = shard.models.patch_encoder("pq24")
+    encoder.encode_patches = limited(encoder.encode_patches, 4)  # type: ignore[method-assign]
+    result = shard.run()
+    notes = [note.partition("now on ")[2] for note in result.notes if note.startswith("patches/pq24")]
+    assert [note.partition(" at once")[0] for note in notes] == ["4 images", "2 images"]
+    assert "patches/pq24: 8 images at once do not fit" in "".join(result.notes)
+    after = tree(copied)
+    assert all(before[name] == content for name, content in after.items())
+    assert [name for name in before if name not in after] == [sorted(n for n in before if "hes/pq24/" in n)[-2]]
+
+
+def test_patches_of_a_transformer_of_open_clip_are_those_before_its_pooling(tmp_path: Path) -> None:
+    write_tar(tmp_path / "source" / "0.tar", members_of(0, 5))
+    model = {"model": tiny_models.open_clip_model(tmp_path / "model"), "precision": "fp32"}
+    url = reinforce_here(config(tmp_path, grid=4, model=model, vit="float16"))
+    entry = json.loads(Path(url, "dataset.json").read_text())["layers"]["patches/vit"]
+    assert (entry["grid"], entry["dim"], entry["count"]) == ([4, 4], 32, 2)
+    spec = parse_config(config(tmp_path, grid=4, model=model, vit="float16")).teachers["vit"]
+    encoder = patches_of(load_model("vit", spec, "cpu"), torch.device("cpu"))
+    own = load(Place(url, "patches/vit", entry["codebook"]["digest"])).arrays
+    for sample in reinforce.open(url):
+        image = torch.from_numpy(np.asarray(sample.augmented(1)).copy())[None]
+        with torch.inference_mode():
+            patches = encoder.encode_patches(to_pixels(image, encoder.image))[0].numpy()
+        expected = (patches - own["mean_of_channel"]) / own["deviation_of_channel"]
+        assert np.abs(sample.values["patches/vit"][1] - expected).max() < 2e-2

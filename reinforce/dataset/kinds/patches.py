@@ -33,7 +33,7 @@ from reinforce.dataset.layers import (
     mapping_at,
 )
 from reinforce.errors import UserError
-from teachers.spec import Patches
+from teachers.patch_config import Patches
 
 if TYPE_CHECKING:
     from teachers.spec import ModelInfo

@@ -36,7 +36,9 @@ class PatchFeatures(Producer):
     counted = 32
 
     @staticmethod
-    def side(models: Models, name: str, info: ModelInfo, precision: Precision) -> Side:
+    def side(models: Models, name: str, info: ModelInfo, precision: Precision) -> Side | None:
+        if not info.patches:
+            return None
         encoder = models.patch_encoder(name)
 
         def prepare(size: int) -> Callable[[], Any]:
