@@ -17,6 +17,7 @@ from reinforce import settings
 from reinforce.api.results import Planned, Selected, Starter
 from reinforce.config import Config
 from reinforce.errors import UserError
+from reinforce.processes.cores import let_waiting_threads_sleep
 from reinforce.settings import Address, Names, checked_arguments
 from reinforce.terminal import Screen
 from teachers.redact import redact
@@ -173,6 +174,7 @@ def train(config: StudentConfig | Content | None = None, *, address: str | None 
 
     checked = settings.as_config(StudentConfig, config, **keys)
     checked.train.check_warmup(checked.train.steps)
+    let_waiting_threads_sleep()
     from reinforce.student.train import train as train_student  # takes seconds, so the config is checked before
 
     return train_student(checked, address=address)

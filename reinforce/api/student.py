@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from teachers.preprocessing.fit import fit
 from teachers.preprocessing.pixels import to_pixels
 from teachers.protocols import ImageSpec
 from teachers.runtime.accelerator import Accelerator
+
+if TYPE_CHECKING:
+    from reinforce.publishing.model import PublishedModel
 
 #: Images of ``encode_images``: Pillow, uint8 [H, W, 3], encoded bytes, or the path of a file.
 ImageLike = Image.Image | np.ndarray | bytes | str | os.PathLike[str]
@@ -100,12 +103,14 @@ class Student:
         output: settings.Address,
         *,
         weights: str | None = None,
+        tower: Literal["both", "image"] = "both",
         min_cosine: float = 0.99,
         evaluation: settings.Address | None = None,
     ) -> Any:
         """Write the model for another runtime, as `reinforce export` does: ``target`` is one of its commands.
 
-        ``weights`` is how they are stored, default: the target's first way; ``evaluation`` is a YAML config whose
+        ``tower="image"`` leaves the text tower out. ``weights`` is how they are stored, default: the target's first
+        way; ``evaluation`` is a YAML config whose
         ``evaluate`` section has sets on which both models are compared. Returns the report. Raises UserError.
         """
         from reinforce.shipping.packages import TARGETS, require_packages
@@ -116,10 +121,31 @@ class Student:
         from reinforce.shipping.export import export_model, load_target
         from reinforce.shipping.targets.base import ExportOptions
 
-        options = ExportOptions(short_name(self.name), weights or load_target(target).weights[0])
+        options = ExportOptions(short_name(self.name), weights or load_target(target).weights[0], tower=tower)
         sets = None if evaluation is None else build_evaluation(Path(evaluation))
         with resolve_models([self.name], self._pretrained) as specs:
             return export_model(target, self.name, specs[self.name], output, options, min_cosine, sets)
+
+    @settings.checked_arguments
+    def push(
+        self,
+        repository: str,
+        *,
+        license: str = "unknown",
+        licenses: Mapping[str, str] | None = None,
+        private: bool = False,
+        force: bool = False,
+    ) -> PublishedModel:
+        """Publish the student on the Hub as ORG/NAME, with a model card, as `reinforce publish model` does.
+
+        ``licenses`` are those of teachers and captioners by name; ``force`` replaces a card of somebody else. HF_TOKEN
+        or `hf auth login` gives access. ``hf-hub:ORG/NAME`` loads it here and in open_clip. Raises UserError, and then
+        nothing is written.
+        """
+        from reinforce.publishing.model import publish_model
+
+        url = repository if "://" in repository else f"hf://{repository}"
+        return publish_model(self.name, url, license, licenses, private, force)
 
     def __repr__(self) -> str:
         return f"Student({self.name!r}, dim={self.dim}, image={self.image.size}, device={self._accelerator.device})"

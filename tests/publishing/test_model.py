@@ -176,3 +176,20 @@ def test_paths_and_what_open_clip_cannot_load_are_refused(tmp_path: Path) -> Non
         with pytest.raises(UserError, match=message):
             publish_model(str(tmp_path / "student"), str(tmp_path / "out"))
         assert not (tmp_path / "out").exists()
+
+
+def test_a_student_is_pushed_and_loaded_again_from_python(
+    trained: str, hub: type[Hub], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = reinforce.Student.load(trained)
+    published = student.push("lab/pushed", license="mit")
+    assert published.url == "hf://lab/pushed"
+    again = reinforce.Student.load("hf-hub:lab/pushed")
+    torch.testing.assert_close(again.encode_texts(["a cat"]), student.encode_texts(["a cat"]))
+    with pytest.raises(UserError, match="published already"):
+        again.push("lab/copy")
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(UserError, match=r"(?i)token"):
+        student.push("lab/other")
+    with pytest.raises(UserError, match="repository: Input should be a valid string, got 3"):
+        student.push(3)  # type: ignore[arg-type]
