@@ -18,7 +18,7 @@ CORE_TESTS := --ignore=tests/source/test_hub.py tests/images tests/parquet \
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: adapt-photos deploy-check help install demo demo-teachers test bench bench-adapt bench-step bench-loader bench-augment bench-captioner bench-captions bench-codecs bench-gpu bench-labels bench-latency bench-quantize bench-scale bench-select bench-sources bench-transfer ablations lint clean fuzz soak audit \
+.PHONY: adapt-photos deploy-check help install demo demo-teachers test bench bench-adapt bench-step bench-loader bench-augment bench-captioner bench-captions bench-codecs bench-gpu bench-labels bench-latency bench-quantize bench-scale bench-select bench-sources bench-space bench-transfer ablations lint clean fuzz soak audit \
 	docs first-hour test-lowest test-slow wheel-check
 
 help: ## list the targets
@@ -134,6 +134,9 @@ bench-latency: $(INSTALLED) ## MobileCLIP2 compared with ViT-L/14 on one core (m
 
 bench-quantize: $(INSTALLED) ## what int8 costs students, and what training with it recovers, after `make demo` (half an hour)
 	$(BIN)/python -m benchmarks.quantize_students
+
+bench-space: $(INSTALLED) ## students in a teacher's space, by images and by German names, after `make demo` and `pip install emoji` (half an hour)
+	$(BIN)/python -m benchmarks.space
 
 bench-sources: $(INSTALLED) ## CPU of a run by the format of its source, compared with tars (five minutes)
 	$(BIN)/python -m benchmarks.sources

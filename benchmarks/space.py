@@ -189,7 +189,8 @@ def render_page(text: str, results: Mapping[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.space", description=__doc__)
     parser.add_argument("--out", type=Path, default=BUILD, help="folder for datasets and trainings")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the students")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the students of images")
+    parser.add_argument("--text-seeds", type=int, nargs="+", default=[0], help="seeds of the text towers")
     parser.add_argument("--set", action="append", default=[], help="KEY=VALUE override of all trainings")
     arguments = parser.parse_args()
     out, seeds, more = arguments.out, arguments.seeds, arguments.set
@@ -198,10 +199,11 @@ def main() -> None:
     make_dataset(out)
     texts = {
         "the teacher's": [measure_names(TEACHER_MODEL, out)],
-        GERMAN: [train_texts(seed, out, more) for seed in seeds],
+        GERMAN: [train_texts(seed, out, more) for seed in arguments.text_seeds],
     }
     packages = ["torch", "open_clip_torch", "emoji"]
-    write_results(RESULTS, packages, {"seeds": seeds, "images": images, "texts": texts})
+    about = {"seeds": seeds, "seeds_of_texts": arguments.text_seeds}
+    write_results(RESULTS, packages, {**about, "images": images, "texts": texts})
     update_page(PAGE, RESULTS, render_page)
 
 

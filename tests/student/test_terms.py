@@ -187,6 +187,7 @@ def test_datasets_are_urls_or_sections_and_captioners_names_or_weights() -> None
         ({"logit_biases": {"a": -10.0}}, "`logit_biases` needs `form: sigmoid`"),
         ({"learn_scales": True, "form": "sigmoid"}, "learn_scales` needs `form: softmax`"),
         ({"learn_scales": True, "lambda": 0.0}, "a lambda above 0"),
+        ({"features": {"standardise": True, "head": "none"}}, "no longer of the teacher's space: remove `standardise`"),
         ({"lambda": 1.5}, "less than or equal to 1"),
         ({"lamda": 0.5}, "unknown key"),
     ],
