@@ -212,6 +212,7 @@ class LayerKind(ABC):
         crops: whether its models may see the augmented images.
         vectors: whether its values are unit-norm vectors of a model.
         picks: which of a row's values a training example takes, that of its crop or of its text; None if none.
+        asked: the section under which loss terms ask for its values, by the models' names; default: ``section``.
         taken: whether others take its values as labels.
         unusable: why a value that is not null cannot be trained on.
     """
@@ -230,6 +231,7 @@ class LayerKind(ABC):
     crops: ClassVar[bool] = False
     vectors: ClassVar[bool] = False
     picks: ClassVar[Literal["crop", "text"] | None] = None
+    asked: ClassVar[str | None] = None
     taken: ClassVar[bool] = False
     unusable: ClassVar[str] = ""
 
@@ -346,6 +348,11 @@ class LayerKind(ABC):
         return Comparison.of_values([self.decode(first)], [self.decode(second)])
 
     # -- targets of students
+
+    @property
+    def target_section(self) -> str | None:
+        """``asked``, or else ``section``."""
+        return self.asked or self.section
 
     def target_tensors(self, entry: Mapping[str, Any]) -> tuple[TargetTensor, ...]:
         """What a training example takes from a layer, by its entry in dataset.json."""

@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from reinforce.dataset.files.store import Store
+from reinforce.dataset.kinds.patches import patches_layer
 from reinforce.dataset.kinds.registry import kind_of
-from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, embeddings_layer, model_of
+from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, embeddings_layer, mapping_at, model_of
 from reinforce.dataset.manifest.manifest import select_names
 from reinforce.dataset.reading.aligned import AlignedLayers
 from reinforce.errors import UserError
@@ -62,7 +63,7 @@ def stored_teachers(config: StudentConfig, manifests: Mapping[str, Mapping[str, 
         infos = {url: _stored_teacher(name, config.data, url, manifest) for url, manifest in manifests.items()}
         (url, first), *others = infos.items()
         for other_url, other in others:
-            if (other.dim, other.sides) != (first.dim, first.sides):
+            if (other.dim, other.sides, other.patches) != (first.dim, first.sides, first.patches):
                 raise UserError(
                     f"teacher {name} differs between the datasets: {url} has {_describe(first)}, {other_url} has "
                     f"{_describe(other)}. Name other data.teachers, or run the missing layers."
@@ -72,6 +73,8 @@ def stored_teachers(config: StudentConfig, manifests: Mapping[str, Mapping[str, 
                     f"teacher {name} has logit scale {first.logit_scale} in {url} and {other.logit_scale} in "
                     f"{other_url}. Set loss.logit_scales.{name}."
                 )
+        if config.loss.dense is not None and first.patches is not None:
+            _check_statistics(name, manifests)
         known[name] = first
     return known
 
@@ -217,8 +220,22 @@ def _stored_teacher(name: str, data: Data, url: str, manifest: Mapping[str, Any]
     dim = next((dim for dim in dims if dim), 0)
     if sides and not dim:
         raise _unfinished(url, f"teacher {name}")
-    return TeacherInfo(dim, frozenset(sides), entry["logit_scale"], f"dataset: {entry['logit_scale_from']}")
+    source, patches = f"dataset: {entry['logit_scale_from']}", layers.get(patches_layer(name), {})
+    grid = (*patches["grid"], patches["dim"]) if patches.get("dim") and data.images != "none" else None
+    return TeacherInfo(dim, frozenset(sides), entry["logit_scale"], source, grid)
+
+
+def _check_statistics(name: str, manifests: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise UserError if datasets have patches of a teacher that are standardised by other statistics."""
+    (url, first), *others = ((url, mapping_at(one, "layers", patches_layer(name))) for url, one in manifests.items())
+    for other_url, other in others:
+        if other.get("codebook") != first.get("codebook"):
+            raise UserError(
+                f"teacher {name} has patches by other statistics in {other_url} than in {url}. Copy the codebooks of "
+                "one dataset before the other is made, or name one of them under data.datasets."
+            )
 
 
 def _describe(teacher: TeacherInfo) -> str:
-    return f"{teacher.dim} dimensions of {' and '.join(sorted(teacher.sides)) or 'nothing'}"
+    patches = f", patches {[*teacher.patches]}" if teacher.patches else ""
+    return f"{teacher.dim} dimensions of {' and '.join(sorted(teacher.sides)) or 'nothing'}{patches}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 
 import reinforce
 from reinforce import settings
+from reinforce.dataset.codecs.codebooks import Place, load
 from reinforce.errors import UserError
 from reinforce.student.config import Loss, StudentConfig
 from reinforce.student.config import Student as StudentSpec
@@ -221,3 +223,36 @@ def test_an_online_teacher_without_patches_is_refused_by_name(tmp_path: Path, da
     loss = {"lambda": 0.0, "dense": {"weight": 1.0, "teachers": ["blind"]}}
     with pytest.raises(UserError, match=r"loss\.dense: teacher blind: ColorTeacher has no patches: add a method"):
         StudentTask(online(tmp_path, dataset, loss, {"blind": BLIND}))
+
+
+def test_stored_patches_are_read_with_their_crops_and_only_where_they_are_learnt(tmp_path: Path) -> None:
+    write_tar(tmp_path / "source" / "0.tar", members_of(0, 24))
+    teachers = {"cells": {**TEACHER, "patches": {"grid": 4, "codec": "float16"}}}
+    augmentations = {"count": 2, "size": 32}
+    made = config_of(
+        f"{tmp_path}/source/*.tar", tmp_path / "out", teachers=teachers, captioners={}, augmentations=augmentations
+    )
+    url = reinforce_here(made)
+    codebook = json.loads(Path(url, "dataset.json").read_text())["layers"]["patches/cells"]["codebook"]
+    statistics = load(Place(url, "patches/cells", codebook["digest"])).arrays
+
+    def built(**loss: Any) -> Any:
+        return build(
+            student_config(tmp_path, url, "mobileclip", loss=loss, data={"captions": "none"}), Accelerator("cpu")
+        )
+
+    task, feed = built(**{"lambda": 0.0}, dense={"weight": 1.0})
+    prepared = task.prepare(next(iter(feed.batches(0, 1, 8, 0))))
+    found = prepared["targets"]["cells"]["patches"]
+    assert (found.shape, found.dtype) == ((8, 4, 4, 5), torch.float16)
+    mean, deviation = (torch.from_numpy(statistics[f"{one}_of_channel"][:3]) for one in ("mean", "deviation"))
+    images = prepared["image"].float()
+    side = images.shape[1] // 4
+    values = found[:, 0, 3, :3].float() * deviation + mean
+    corner = images[:, :side, -side:].mean((1, 2))
+    order = torch.corrcoef(torch.stack([values.flatten(), corner.flatten()]))[0, 1]
+    assert order > 0.95, "the corner of the grid is that of the crop that the student sees"
+    losses = task.losses(task.model(prepared), prepared)
+    assert "dense/cells" in {*losses, *task.model(prepared).losses}
+    task, feed = built(**{"lambda": 0.5})
+    assert {*next(iter(feed.batches(0, 1, 8, 0)))["targets"]["cells"]} == {"image"}

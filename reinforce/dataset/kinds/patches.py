@@ -77,6 +77,8 @@ class PatchFeatures(LayerKind):
     required = ("teacher", "count", "dim", "dtype", "grid", "codebook")
     tensors: ClassVar = {"patches": 2}
     crops = True
+    picks = "crop"
+    asked = "patches"
     unusable = "NaN"
     codec_key = "patches.codec"
 
