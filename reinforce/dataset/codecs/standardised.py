@@ -9,6 +9,8 @@ import numpy.typing as npt
 
 from reinforce.dataset.codecs.base import Arrays, Codec, Codes, FittedCodec, Floats
 
+#: Names of the arrays of a codebook with the statistics of each channel.
+MEAN, DEVIATION = "mean_of_channel", "deviation_of_channel"
 _LEAST = 2  # vectors of a deviation
 
 
@@ -44,14 +46,14 @@ class Standardised(FittedCodec):
         return self._inner.least(dim) if isinstance(self._inner, FittedCodec) else _LEAST
 
     def shapes(self, dim: int) -> Mapping[str, tuple[int, ...]]:
-        own = {"mean_of_channel": (dim,), "deviation_of_channel": (dim,)}
+        own = {MEAN: (dim,), DEVIATION: (dim,)}
         return {**own, **(self._inner.shapes(dim) if isinstance(self._inner, FittedCodec) else {})}
 
     def fit(self, sample: Floats, seed: int) -> Arrays:
         wide = sample.astype(np.float64)
         deviation = wide.std(axis=0)
         deviation[deviation == 0] = 1
-        own = {"mean_of_channel": wide.mean(axis=0), "deviation_of_channel": deviation}
+        own = {MEAN: wide.mean(axis=0), DEVIATION: deviation}
         arrays: dict[str, npt.NDArray[np.float32]] = {name: one.astype(np.float32) for name, one in own.items()}
         if isinstance(self._inner, FittedCodec):
             arrays |= self._inner.fit(self._standardise(sample, arrays), seed)
@@ -72,5 +74,5 @@ class Standardised(FittedCodec):
 
     @staticmethod
     def _standardise(values: Floats, arrays: Arrays) -> Floats:
-        centred: Floats = values - arrays["mean_of_channel"]
-        return np.divide(centred, arrays["deviation_of_channel"], out=centred)
+        centred: Floats = values - arrays[MEAN]
+        return np.divide(centred, arrays[DEVIATION], out=centred)

@@ -21,7 +21,7 @@ from reinforce.dataset import vectors
 from reinforce.dataset.codecs.base import Codec
 from reinforce.dataset.codecs.codebooks import Codebook, codebook_of
 from reinforce.dataset.codecs.registry import find_codec
-from reinforce.dataset.codecs.standardised import Standardised
+from reinforce.dataset.codecs.standardised import MEAN, Standardised
 from reinforce.dataset.comparison import Comparison
 from reinforce.dataset.layers import (
     SAMPLES,
@@ -62,6 +62,21 @@ class PatchGrids:
     def __getitem__(self, crop: int) -> Floats:
         """The standardised patch vectors of a crop, float32 [rows, columns, D]."""
         return _decoded(self.stored[crop], self.codebook)
+
+
+@dataclass(frozen=True)
+class PickedGrid:
+    """The stored grid of a crop, [N * width], as an array float16 [h, w, D] that is decoded when it is used."""
+
+    stored: npt.NDArray[Any]
+    codebook: Codebook
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.codebook.facts["grid"], len(self.codebook.arrays[MEAN]))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
+        return _decoded(self.stored, self.codebook).astype(dtype or np.float16)
 
 
 class PatchFeatures(LayerKind):
@@ -220,10 +235,12 @@ class PatchFeatures(LayerKind):
         return (TargetTensor("patches", "float16", (*entry["grid"], entry["dim"])),)
 
     def pick(self, table: pa.Table, index: npt.NDArray[np.intp]) -> PickedValues:
-        """The standardised grid of one crop of each row, float16 [rows, h, w, D]."""
+        """The standardised grid of one crop of each row, float16 [h, w, D], which NumPy decodes when it is used: an
+        example that waits for its batch holds the stored numbers."""
         stored, valid = vectors.tensor_rows(table["patches"])
-        grids = _decoded(stored[np.arange(len(index)), index], _codebook(table)).astype(np.float16)
-        return PickedValues((grids,), valid, valid & np.isfinite(grids).all(axis=(1, 2, 3)))
+        picked, codebook = stored[np.arange(len(index)), index], _codebook(table)
+        grids: Any = [PickedGrid(one, codebook) for one in picked]
+        return PickedValues((grids,), valid, valid & np.isfinite(picked).all(axis=1))
 
     def content(self, layer: Layer) -> str:
         rows, columns = layer.recipe["patches"]["grid"]
