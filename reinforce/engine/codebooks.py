@@ -58,7 +58,7 @@ def check_codebooks(plan: Plan) -> None:
         labels = plan.config.labels.get(layer.labels or "")
         if labels is not None and codebooks.stored_digest(Store(place.url), name) is None:
             codebooks.copy(Store(labels.url), Store(place.url), name, place.digest)
-        codebooks.load(place)
+        codebooks.load(place).codec.require_encoder()
 
 
 def _finer(config: Config, layers: Sequence[Layer], output: str) -> Config:

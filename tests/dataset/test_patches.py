@@ -30,6 +30,8 @@ from tests.helpers.models import tiny_models
 from tests.helpers.patch_models import PatchTeacher
 from tests.helpers.reinforced import reinforce_here, shard_process
 
+pytest.importorskip("faiss")
+
 MODEL = {"class": "tests.helpers.patch_models:PatchTeacher", "options": {"size": 16}}
 CODECS = ("float16", "pca40", "pq24", "rq8")
 

@@ -69,6 +69,9 @@ class FittedCodec(Codec):
     def least(self, dim: int) -> int:
         """Vectors of length ``dim`` without which no codebook is fitted."""
 
+    def require_encoder(self) -> None:
+        """Raise UserError if a package that encodes is not installed."""
+
     @abstractmethod
     def fit(self, sample: Floats, seed: int) -> Arrays:
         """The codebook of a sample [n, D]; the same for the same arguments on one machine."""

@@ -29,6 +29,10 @@ class _Quantiser(FittedCodec):
     def least(self, dim: int) -> int:
         return _LEAST_FOR_EACH * _CHOICES
 
+    def require_encoder(self) -> None:
+        with faiss_of_codec(self.name):
+            pass
+
     def _set_clustering(self, parameters: Any, seed: int, count: int) -> None:
         parameters.seed = seed % 2**31
         parameters.min_points_per_centroid = 1  # `least` is the bound

@@ -45,6 +45,10 @@ class Standardised(FittedCodec):
     def least(self, dim: int) -> int:
         return self._inner.least(dim) if isinstance(self._inner, FittedCodec) else _LEAST
 
+    def require_encoder(self) -> None:
+        if isinstance(self._inner, FittedCodec):
+            self._inner.require_encoder()
+
     def shapes(self, dim: int) -> Mapping[str, tuple[int, ...]]:
         own = {MEAN: (dim,), DEVIATION: (dim,)}
         return {**own, **(self._inner.shapes(dim) if isinstance(self._inner, FittedCodec) else {})}

@@ -31,6 +31,8 @@ from reinforce.selection.neighbours import mean_vectors
 from tests.helpers.data import config_of, members_of, tree, write_tar
 from tests.helpers.reinforced import reinforce_here
 
+pytest.importorskip("faiss")
+
 MODEL = {"class": "tests.helpers.models:ColorTeacher", "options": {"size": 16, "dim": 8}}
 FITTED = ("pca6", "pq4", "rq3")
 LAYER = "embeddings/pq4/images"
@@ -268,6 +270,18 @@ def test_too_few_vectors_to_fit_a_codebook_are_refused(stored: Path, tmp_path: P
         UserError, match=r"teachers\.red\.codec: pq4 is fitted to 256 vectors at least, and .*red/images has 255\."
     ):
         reinforce_here(values, 64)
+
+
+def test_a_codec_without_its_encoder_ends_a_run_and_not_the_reading(
+    stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied = tmp_path / "copied"
+    shutil.copytree(stored, copied)
+    shutil.rmtree(copied / "embeddings" / "pq4" / "images")
+    monkeypatch.setattr("reinforce.processes.imports.installed", lambda package: package != "faiss")
+    with pytest.raises(UserError, match=r"codec pq4 needs faiss: run pip install -e '\.\[select\]'"):
+        reinforce_here(config(stored.parent, copied), 64)
+    assert sum(1 for _ in reinforce.open(str(stored))) == 300
 
 
 def test_another_sample_is_another_recipe(stored: Path) -> None:

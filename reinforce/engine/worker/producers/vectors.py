@@ -55,7 +55,7 @@ class Embeddings(Producer):
                 self.refusals.add(layer.name, Refusal(key, Reason.NOT_FINITE, detail))
         codebook = layer.codebook_at(self.session.config.output)
         if codebook is not None:
-            load(codebook)  # one that is lost ends the run: no model is the cause
+            load(codebook).codec.require_encoder()  # what is lost or missing ends the run: no model is the cause
         with raising_layer_failure(layer.name):
             columns = vectors.encode_as(values, codec, codebook, valid & finite)
         if codes:
