@@ -14,12 +14,16 @@ import torch
 import reinforce
 from reinforce.config import parse_config
 from reinforce.dataset.codecs.codebooks import Place, load
+from reinforce.dataset.drop import drop, plan_drop
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.kinds.registry import kind_of
 from reinforce.dataset.validate.validate import validate
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.recompute import recompute
 from reinforce.errors import UserError
+from reinforce.inspection.report import inspect
+from reinforce.labels.difference import diff
+from reinforce.publishing.labels import export_labels
 from teachers.patches.encoder import patches_of
 from teachers.preprocessing.pixels import to_pixels
 from teachers.registry import load_model
@@ -212,3 +216,19 @@ def test_patches_of_a_transformer_of_open_clip_are_those_before_its_pooling(tmp_
             patches = encoder.encode_patches(to_pixels(image, encoder.image))[0].numpy()
         expected = (patches - own["mean_of_channel"]) / own["deviation_of_channel"]
         assert np.abs(sample.values["patches/vit"][1] - expected).max() < 2e-2
+
+
+def test_patches_are_published_with_their_codebooks_and_compared(stored: Path, tmp_path: Path) -> None:
+    labels = export_labels(str(stored), str(tmp_path / "labels"), use_ray=False).output
+    assert validate(labels).valid
+    assert tree(Path(labels) / "codebooks") == tree(stored / "codebooks")
+    assert "[2, 4, 4, 48] pq24, patches of augmented images" in Path(labels, "README.md").read_text()
+    found = diff(str(stored), labels, use_ray=False).layers
+    assert [found[f"patches/{name}"].equal for name in CODECS] == [25] * len(CODECS)
+    inspect(str(stored), str(tmp_path / "report"), limit=4)
+    assert (
+        "4 × 4 × 48 rq8"
+        in (tmp_path / "report" / "contents.html").read_text() + (tmp_path / "report" / "index.html").read_text()
+    )
+    drop(Store(labels), plan_drop(Store(labels), ["patches/*"]))
+    assert not [name for name in tree(Path(labels)) if "patches" in name]
