@@ -13,7 +13,8 @@ import torch
 from teachers.coca.compiling import compile_steps
 from teachers.coca.decoder import CocaDecoder
 from teachers.coca.fixed_decoder import SIZES, FixedCocaDecoder
-from teachers.coca.network import CocaNetwork, check_decodable
+from teachers.coca.network import check_decodable
+from teachers.coca.plain_decoder import PlainCocaDecoder, known_release, make_network
 from teachers.decoding.captioner import DecodingCaptioner
 from teachers.decoding.decode import decode
 from teachers.fast_paths.frozen import freeze
@@ -49,20 +50,23 @@ class CocaCaptioner(DecodingCaptioner):
         packed = accelerator.device.type == "cpu" and not wanted
         self._visual = model.visual
         on_cpu = accelerator.device.type == "cpu"
-        if on_cpu or spec.fused_attention is not False:
+        network = make_network(model, accelerator, spec.max_length - 2, packed)
+        if network is not None and (on_cpu or spec.fused_attention is not False):
             freeze(self._visual, accelerator, packed)
             if not on_cpu:
                 fast_path("fused_attention", asked=bool(spec.fused_attention))
         if on_cpu and spec.graphs is True:
             fast_path("graphs", asked=True).fall_back("CUDA graphs need a GPU")
         self._encode = compile_images(self, self._visual, lambda pixels: self._visual(pixels)[1], wanted, accelerator)
-        network = CocaNetwork(model, accelerator, spec.max_length - 2, packed)
-        self._decoder = (
-            CocaDecoder(network, accelerator)
-            if packed
-            else FixedCocaDecoder(network, accelerator, spec.uses_graphs, graphs_asked=spec.graphs is True)
-        )
-        impossible = self._tokens.impossible(network.vocabulary_size)
+        self._decoder: CocaDecoder | FixedCocaDecoder | PlainCocaDecoder
+        if network is None:
+            self._decoder, packed = PlainCocaDecoder(model, accelerator), True
+        elif packed:
+            self._decoder = CocaDecoder(network, accelerator)
+        else:
+            self._decoder = FixedCocaDecoder(network, accelerator, spec.uses_graphs, graphs_asked=spec.graphs is True)
+        vocabulary = model.text_decoder.text_projection.shape[1]
+        impossible = self._tokens.impossible(vocabulary)
         super().__init__(spec, accelerator, self._tokens.start, self._tokens.end, impossible, on_device=not packed)
         if isinstance(self._decoder, FixedCocaDecoder) and spec.compile:
             compile_steps(self._decoder, self._sampler, accelerator.precision, wanted=spec.compile is True)
@@ -156,7 +160,8 @@ def check_model(spec: CaptionerSpec, model: Any) -> None:
     if not isinstance(model, open_clip.CoCa):
         raise ValueError(f"captioner model {spec.model!r} is a {type(model).__name__}, not a CoCa, and cannot caption")
     try:
-        check_decodable(model)
+        if known_release():
+            check_decodable(model)
     except ValueError as error:
         raise ValueError(f"captioner model {spec.model!r} cannot caption: {error}") from error
 

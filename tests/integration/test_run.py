@@ -137,7 +137,9 @@ def test_a_finished_run_with_too_many_quarantined_shards_and_without_fast_paths(
     lines = capfd.readouterr().out.splitlines()
     assert f"  {reason}, for example {example}" in lines[-3:]
     assert reason == "shard_missing"
-    assert run(tmp_path, config) == 1, "also when there is nothing left to do"
+    with pytest.raises(SystemExit) as ended:
+        main(["init", source, f"{tmp_path}/config.yaml", "--run"])
+    assert ended.value.code == 1, "it continues the run of a config that exists, also when nothing is left to do"
 
 
 @pytest.mark.usefixtures("ray_here")

@@ -14,7 +14,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from teachers.coca.captioner import CocaCaptioner
+from teachers.coca.decoder import CocaDecoder
+from teachers.coca.network import CocaNetwork
+from teachers.coca.plain_decoder import PlainCocaDecoder
 from teachers.decoding.decode import decode
+from teachers.open_clip.teacher import load_model
 from teachers.protocols import Captioner, ImageSpec
 from teachers.registry import captioner_spec
 from teachers.runtime.accelerator import Accelerator
@@ -78,6 +82,46 @@ def test_a_tiny_top_p_matches_greedy_decoding_by_open_clips_forward_pass(model):
                 break
             path.append(best)
         assert tokens == path[1:]
+
+
+class OtherAttention(torch.nn.Module):
+    """An attention of another release: its weights are elsewhere."""
+
+    def __init__(self, attention):
+        super().__init__()
+        self.inner = attention
+
+    def forward(self, *inputs, **options):
+        return self.inner(*inputs, **options)
+
+
+@pytest.mark.parametrize("strategy", [{"top_p": 0.9}, {"strategy": "top_k", "top_k": 20}])
+def test_another_release_of_open_clip_costs_speed_and_not_captions(model, strategy, monkeypatch, caplog):
+    options = {"captions": 2, "max_length": 9, **strategy}
+    usual = decoded(build_captioner(model, **options), images(3), seeds(3, 2))
+    monkeypatch.setattr(open_clip, "__version__", "4.0.0")
+    alike = build_captioner(model, **options)
+    assert isinstance(alike._decoder, CocaDecoder), "compared, and used"
+    assert decoded(alike, images(3), seeds(3, 2)) == usual
+
+    def load(spec):
+        coca = load_model(spec)
+        for block in (*coca.text.transformer.resblocks, *coca.text_decoder.resblocks, *coca.text_decoder.cross_attn):
+            block.attn = OtherAttention(block.attn)
+        return coca
+
+    monkeypatch.setattr("teachers.coca.captioner.load_model", load)
+    plain = build_captioner(model, **options)
+    assert isinstance(plain._decoder, PlainCocaDecoder)
+    assert "captions are decoded without a cache, many times as slowly" in caplog.text
+    assert decoded(plain, images(3), seeds(3, 2)) == usual
+    assert len(plain.caption(images(3), seeds(3, 2))) == 3
+
+    monkeypatch.undo()
+    monkeypatch.setattr(open_clip, "__version__", "4.0.0")
+    monkeypatch.setattr(CocaNetwork, "_logits", lambda self, x, added: -self.vocabulary(self.final_norm(x + added)))
+    assert isinstance(build_captioner(model, **options)._decoder, PlainCocaDecoder)
+    assert "logits differ by" in caplog.text
 
 
 @pytest.mark.parametrize(("shortest", "longest"), [(0, 2), (0, 6), (4, 6), (10, 12)])
