@@ -104,7 +104,7 @@ class Transformers(Target):
         expected = [tokenizer.encode(text).ids for text in PROBES]
         tokenizer.no_truncation()  # transformers pads and cuts itself, and warns of a tokenizer that does
         tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
-        written = AutoTokenizer.from_pretrained(folder)
+        written = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         for text, ids in zip(PROBES, expected, strict=True):
             if written(text, truncation=True).input_ids != ids:
                 raise ValueError(f"its tokenizer gives other tokens in transformers for {text[:60]!r}")
