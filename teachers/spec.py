@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from teachers.patch_config import Patches
 from teachers.protocols import Teacher
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from typing import Self
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16", "fp8"]
+_LATER_KEYS = ("codec", "codec_sample", "patches")  # of teachers
 _Lengths = TypeVar("_Lengths", bound=Any)  # a model with min_length and max_length
 
 
@@ -201,6 +202,14 @@ class TeacherSpec(ModelSpec):
         if self.precision == "fp8" and self.fused_attention is False:
             raise ValueError("`precision: fp8` needs attention without copies: remove `fused_attention: false`")
         return self
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out later keys at their defaults: checkpoints of earlier versions have no such key."""
+        values: dict[str, Any] = serialize(self)
+        fields = type(self).model_fields
+        unset = {key for key in _LATER_KEYS if getattr(self, key) == fields[key].default}
+        return {key: value for key, value in values.items() if key not in unset}
 
     @model_validator(mode="after")
     def _check_codec(self) -> TeacherSpec:
