@@ -28,7 +28,7 @@ from teachers import weights
 from teachers.open_clip import catalog
 from teachers.open_clip.released import MIXER
 from teachers.open_clip.teacher import load_model
-from teachers.spec import ModelSpec
+from teachers.spec import ModelSpec, TeacherSpec
 
 #: Files of tokenizers and of the config of a text tower; others stay behind.
 _COPIED = (
@@ -75,6 +75,8 @@ def publish_model(
         raise UserError(f"{url}/{NAME} was not written by this command. --force replaces it.")
     with resolve_models([run]) as specs, tempfile.TemporaryDirectory(prefix="reinforce-publish-") as folder:
         with model_errors(run):
+            if isinstance(specs[run], TeacherSpec):
+                raise ValueError("it has no text tower, and open_clip loads none: export it with --tower image")
             if not str(specs[run].model).startswith(catalog.FOLDER_PREFIX):
                 raise ValueError("it is published already: give the output of a training, or the folder of a model")
             config = _copy(str(specs[run].model), Path(folder), repository.id if repository else catalog.OWN_FOLDER)
@@ -107,8 +109,8 @@ def _copy(model: str, folder: Path, name: str) -> dict[str, Any]:
     text = dict(config["text_cfg"])
     if MIXER in text:
         raise ValueError(f"open_clip has no text tower with {MIXER}, and could not load it")
-    state = load_file(str(weights.as_safetensors(catalog.folder_weights(model))))
     load_model(ModelSpec(model=model))  # refuses weights that do not fit
+    state = load_file(str(weights.as_safetensors(catalog.folder_weights(model))))
     save_file(state, folder / HF_SAFE_WEIGHTS_NAME)
     copied = {one: own / one for one in _COPIED if (own / one).is_file()}
     if (tower := catalog.text_folder(config)) is not None:

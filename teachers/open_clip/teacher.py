@@ -11,7 +11,7 @@ from typing import Any
 
 import open_clip
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from timm.utils.model import reparameterize_model
 
@@ -117,6 +117,8 @@ def load_model(spec: ModelSpec, image_size: int | None = None) -> Any:
             model.load_state_dict(from_authors(load_file(file), model))
         else:
             open_clip.load_checkpoint(model, file, strict=True)
+    except SafetensorError as error:
+        raise ValueError(f"the weights in {path} cannot be read, copy them again: {error}") from error
     except (RuntimeError, KeyError, AttributeError, AssertionError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"the weights in {path} do not fit {name}: {reason}") from error

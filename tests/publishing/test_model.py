@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,32 @@ def test_open_clip_loads_a_published_student_and_its_card_states_its_origin(
     assert run_command(capfd, *words, "--force")[0] == 0
     code, _, err = run_command(capfd, *words, "--license-of", "blue=mit")
     assert (code, "--license-of blue: the model was not trained from it, but from photos-dr, red" in err) == (2, True)
+
+
+def test_what_the_card_cannot_state_is_named(trained: str, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    data = Path(trained).parent / "photos-dr"
+    data.rename(tmp_path / "elsewhere")
+    published = publish_model(str(run), str(tmp_path / "one"))
+    (tmp_path / "elsewhere").rename(data)
+    assert [note.partition(":")[0] for note in published.notes] == [
+        "the card has no teachers and captioners of photos-dr"
+    ]
+    card = (tmp_path / "one/README.md").read_text()
+    assert "photos\\-dr" in card
+    assert "## Teachers" not in card
+    last = sorted((run / "checkpoints").glob("*.safetensors"))[-1]
+    last.write_bytes(last.read_bytes()[:100])
+    with pytest.raises(UserError, match="is not a whole checkpoint"):
+        publish_model(str(run), str(tmp_path / "two"))
+    shutil.rmtree(run / "checkpoints")
+    published = publish_model(str(run), str(tmp_path / "two"))
+    assert published.notes == (f"{run} has no checkpoint, so the card does not state what the model was trained from",)
+    assert "## Evaluation" in (tmp_path / "two/README.md").read_text()
+    (run / "student/open_clip_model.safetensors").write_bytes(b"torn")
+    with pytest.raises(UserError, match=r"run: the weights in .* cannot be read, copy them again"):
+        publish_model(str(run), str(tmp_path / "three"))
+    assert not (tmp_path / "three").exists()
 
 
 def test_a_text_tower_in_a_local_folder_goes_along(hub: type[Hub], tmp_path: Path, monkeypatch: Any) -> None:
