@@ -88,14 +88,16 @@ def _intermediates(tower: Any, pixels: torch.Tensor, stage: int) -> torch.Tensor
 
 
 def _open_clip(visual: Any, pixels: torch.Tensor, stage: int, intermediates_only: bool) -> dict[str, Any]:
+    # open_clip's ResNet cuts its stages after the last index where it should not: all are asked for
+    resnet = hasattr(visual, "attnpool")
     found: dict[str, Any] = visual.forward_intermediates(
         pixels,
-        indices=[stage],
+        indices=None if resnet else [stage],
         stop_early=intermediates_only,
         normalize_intermediates=getattr(visual, "attn_pool", None) is None,
         intermediates_only=intermediates_only,
     )
-    return found
+    return {**found, "image_intermediates": [found["image_intermediates"][stage]]} if resnet else found
 
 
 class _TransformersMap:

@@ -21,6 +21,7 @@ from tests.helpers.models.patches import Cells
 from tests.helpers.models.tiny_coca import coca_model
 
 CPU = torch.device("cpu")
+TEXT = {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1}
 HALF = (0.5, 0.5, 0.5)
 
 
@@ -179,6 +180,24 @@ def test_features_come_with_a_map_in_one_pass(tmp_path: Path) -> None:
             features, grid = features_and_map(visual, pixels)
             torch.testing.assert_close(features, visual(pixels), rtol=0, atol=1e-5)
         check(patches_of(load(name), CPU), pixels, grid)
+
+
+@pytest.mark.parametrize("stage", [0, 2, -1])
+def test_a_resnet_of_open_clip_gives_any_stage_beside_its_own_features(stage: int) -> None:
+    model = tiny_models.seeded(
+        lambda: open_clip.CLIP(16, {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None}, TEXT), 0
+    ).eval()
+    visual, pixels = model.visual, images(2, 64, 64)
+    with torch.no_grad():
+        expected = visual.stem(pixels)
+        for layer in (visual.layer1, visual.layer2, visual.layer3, visual.layer4)[: stage % 5]:
+            expected = layer(expected)
+        features, grid = features_and_map(visual, pixels, stage)
+        torch.testing.assert_close(features, visual(pixels))
+    torch.testing.assert_close(grid, expected)
+    check(encoder_of_model(model, ImageSpec(64, HALF, HALF), Accelerator("cpu"), stage), pixels, expected)
+    with pytest.raises(ValueError, match="CLIP, stage 5 gives no patches"):
+        encoder_of_model(model, ImageSpec(64, HALF, HALF), Accelerator("cpu"), 5)
 
 
 def test_compiled_blocks_give_the_grids_of_any_batch(tmp_path: Path) -> None:
