@@ -376,6 +376,10 @@ class LayerKind(ABC):
         """What a row holds, in ``reinforce inspect``."""
         return self.content(layer)
 
+    def pictures(self, value: Any, count: int) -> npt.NDArray[np.uint8]:
+        """A picture [h, w, 3] of each of the first ``count`` crops of a row's value; none by default."""
+        return np.empty((0, 1, 1, 3), np.uint8)
+
 
 def require_images(manifest: Mapping[str, Any], where: str) -> None:
     """Raise UserError if a dataset has no images, because it is published labels."""

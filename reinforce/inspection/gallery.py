@@ -6,13 +6,15 @@ import contextlib
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+from PIL import Image
 
+from reinforce.dataset.kinds.registry import kind_of
 from reinforce.dataset.reading.dataset import Dataset
 from reinforce.dataset.reading.sample import Sample
-from reinforce.dataset.reading.shown_sample import Pictures, ShownSample, draw
+from reinforce.dataset.reading.shown_sample import SHOWN_REPLAYS, Pictures, ShownSample, draw, webp
 from reinforce.errors import UserError
 from reinforce.inspection.overview import Quarantined
 from reinforce.inspection.rows import Rows
@@ -53,7 +55,8 @@ class Card:
 
     ``row`` is its number among the rows that were looked at, ``ranks`` its place in each tab that shows it,
     ``agreement`` that of the teachers, ``picture`` the stem of its files or None with a ``problem``, and
-    ``quarantined`` why layers are null for it.
+    ``quarantined`` why layers are null for it. ``grids`` are files by layer: pictures of what it has of each crop, side
+    by side.
     """
 
     row: int
@@ -64,6 +67,7 @@ class Card:
     picture: str | None
     problem: str
     quarantined: tuple[Quarantined, ...]
+    grids: Mapping[str, str] = field(default_factory=dict)
 
 
 def choose(
@@ -159,9 +163,20 @@ def make_cards(
         shard = rows.places[row][0].shard
         agreed = float(agreement[row]) if len(agreement) == len(rows) and np.isfinite(agreement[row]) else None
         refused = tuple(items.get((shard, sample.key), ()))
-        cards.append(Card(row, shard, ShownSample.of(sample), ranks[row], agreed, stem, problem, refused))
+        grids = {}
+        for number, (layer, value) in enumerate(sample.values.items()):
+            if stem and len(colours := kind_of(layer).pictures(value, SHOWN_REPLAYS)):
+                grids[layer] = f"{stem}-grids-{number}.webp"
+                write(grids[layer], webp(_side_by_side(colours)))
+        cards.append(Card(row, shard, ShownSample.of(sample), ranks[row], agreed, stem, problem, refused, grids))
     order = {row: place for place, row in enumerate(tabs["key"])}
     return sorted(cards, key=lambda card: order[card.row])
+
+
+def _side_by_side(pictures: np.ndarray) -> Image.Image:
+    """Pictures [n, h, w, 3] in a row, each enlarged to the height of crops."""
+    times = max(1, _REPLAY_SIDE // pictures.shape[1])
+    return Image.fromarray(np.concatenate(pictures.repeat(times, axis=1).repeat(times, axis=2), axis=1))
 
 
 @dataclass(frozen=True)

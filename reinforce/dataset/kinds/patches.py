@@ -253,6 +253,23 @@ class PatchFeatures(LayerKind):
         rows, columns = layer.recipe["patches"]["grid"]
         return f"patches of images, {layer.count} × {rows} × {columns} × {layer.dim} {layer.dtype}"
 
+    def pictures(self, value: Any, count: int) -> npt.NDArray[np.uint8]:
+        """Grids as colours: the first three principal components of the patches of these crops, each from its 1st to
+        its 99th percentile. Signs are those with which most of a component's weight is positive."""
+        if value is None:
+            return super().pictures(value, count)
+        grids = np.stack([value[crop] for crop in range(min(count, len(value)))])
+        rows = np.nan_to_num(grids.reshape(-1, grids.shape[-1]))
+        rows = rows - rows.mean(axis=0)
+        _, directions = np.linalg.eigh(rows.T @ rows)
+        directions = directions[:, :-4:-1]  # of the largest eigenvalues
+        found = rows @ (directions * np.where(directions.sum(axis=0) < 0, -1, 1))
+        low, high = np.percentile(found, [1, 99], axis=0)
+        levels = 255 * np.clip((found - low) / np.maximum(high - low, 1e-6), 0, 1)
+        colours = np.zeros((len(rows), 3), np.uint8)
+        colours[:, : levels.shape[1]] = levels.round()
+        return colours.reshape(*grids.shape[:-1], 3)
+
 
 def _codec(teacher: str | None, name: str) -> Codec:
     try:

@@ -116,16 +116,17 @@ def draw(sample: Shown, side: int, replay_side: int) -> Pictures:
     small = image.copy()
     small.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=2.0)
     if not replays:
-        return Pictures(_webp(small), b"")
+        return Pictures(webp(small), b"")
     square = min(replay_side, max(replay.width for replay in replays))
     strip = Image.new("RGB", (square * len(replays), square))
     for k, replay in enumerate(replays):
         same = replay.size == (square, square)
         strip.paste(replay if same else replay.resize((square, square), Image.Resampling.LANCZOS), (k * square, 0))
-    return Pictures(_webp(small), _webp(strip))
+    return Pictures(webp(small), webp(strip))
 
 
-def _webp(image: Image.Image) -> bytes:
+def webp(image: Image.Image) -> bytes:
+    """Encode a picture as WebP, a small one without loss."""
     import io
 
     out = io.BytesIO()
