@@ -40,12 +40,18 @@ class Codebook:
     def encode(self, values: Floats) -> Codes:
         """The codes [..., width] of vectors [..., D]."""
         rows = values.reshape(-1, values.shape[-1])
+        if not len(rows):
+            return np.zeros((*values.shape[:-1], self.codec.width(values.shape[-1])), self.codec.numbers)
         return self.codec.encode(rows, self.arrays).reshape(*values.shape[:-1], -1)
 
     def decode(self, codes: Codes) -> Floats:
-        """The vectors [..., D] of codes [..., width]."""
-        rows = self.codec.decode(codes.reshape(-1, codes.shape[-1]), self.arrays)
-        return rows.reshape(*codes.shape[:-1], -1)
+        """The vectors [..., D] of codes [..., width]. Raises ValueError if they would need more than 1 GiB, since a
+        dataset may be untrusted."""
+        rows = codes.reshape(-1, codes.shape[-1])
+        dim = self.codec.decode(np.zeros((1, rows.shape[1]), rows.dtype), self.arrays).shape[1]
+        if len(rows) * dim * 4 > _MOST_BYTES:
+            raise ValueError(f"{len(rows):,} codes of vectors of {dim:,} numbers in a row group")
+        return self.codec.decode(rows, self.arrays).reshape(*codes.shape[:-1], dim)
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ class ProductQuantiser(_Quantiser):
     def decode(self, codes: Codes, arrays: Arrays) -> Floats:
         codebook = arrays["codebook"]
         parts: Floats = codebook[np.arange(self._bytes), codes]
-        return parts.reshape(len(codes), -1)
+        return parts.reshape(len(codes), self._bytes * codebook.shape[2])
 
 
 def _divisor(dim: int, most: int) -> int:

@@ -293,6 +293,6 @@ def _codebook(table: pa.Table) -> Codebook:
 def _decoded(stored: npt.NDArray[Any], codebook: Codebook) -> Floats:
     """Standardised values [..., h, w, D] of stored grids [..., N * width]."""
     rows, columns = codebook.facts["grid"]
-    codes = stored.reshape(*stored.shape[:-1], rows * columns, -1)
+    codes = stored.reshape(*stored.shape[:-1], rows * columns, stored.shape[-1] // (rows * columns))
     values = codebook.decode(codes)
     return values.reshape(*stored.shape[:-1], rows, columns, values.shape[-1])

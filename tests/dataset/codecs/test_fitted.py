@@ -14,7 +14,7 @@ import pytest
 
 import reinforce
 from reinforce.config import parse_config
-from reinforce.dataset.codecs.codebooks import load, path_of
+from reinforce.dataset.codecs.codebooks import codebook_of, load, path_of
 from reinforce.dataset.codecs.registry import find_codec
 from reinforce.dataset.convert import convert
 from reinforce.dataset.drop import drop, plan_drop
@@ -282,6 +282,23 @@ def test_a_codec_without_its_encoder_ends_a_run_and_not_the_reading(
     with pytest.raises(UserError, match=r"codec pq4 needs faiss: run pip install -e '\.\[select\]'"):
         reinforce_here(config(stored.parent, copied), 64)
     assert sum(1 for _ in reinforce.open(str(stored))) == 300
+
+
+def test_no_rows_are_encoded_and_decoded_and_more_than_a_gibibyte_is_refused(
+    stored: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(str(stored))
+    for name in FITTED:
+        layer = f"embeddings/{name}/images"
+        with store.open_layer(layer, next(iter(store.shards(layer)))) as file:
+            table = file.read()
+        assert kind_of(layer).decode(table.slice(0, 0)).shape == (0, 2, 8)
+        book = codebook_of(table.schema.metadata)
+        assert book.encode(np.zeros((0, 2, 8), np.float32)).shape == (0, *table["embeddings"].type.shape)
+        with monkeypatch.context() as patch:
+            patch.setattr("reinforce.dataset.codecs.codebooks._MOST_BYTES", 100 * 2 * 8 * 4 - 1)
+            with pytest.raises(ValueError, match="200 codes of vectors of 8 numbers in a row group"):
+                kind_of(layer).decode(table)
 
 
 def test_another_sample_is_another_recipe(stored: Path) -> None:
