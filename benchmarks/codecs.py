@@ -19,7 +19,9 @@ from rich.table import Table
 from benchmarks.stored import write_results
 from reinforce.dataset.codecs.base import FittedCodec, Floats
 from reinforce.dataset.codecs.codebooks import Codebook
-from reinforce.dataset.codecs.registry import find_codec
+from reinforce.dataset.codecs.registry import find_codec, find_fitted
+from reinforce.dataset.codecs.standardised import Standardised
+from reinforce.dataset.kinds.patches import PickedGrid
 from reinforce.dataset.vectors import normalized
 
 RESULTS = Path(__file__).parent / "results" / "codecs.json"
@@ -66,6 +68,17 @@ def measure(name: str, sample: Floats, values: Floats) -> dict[str, float]:
     return found
 
 
+def grid_milliseconds(name: str, dim: int) -> float:
+    """CPU time of a grid of 14 x 14 patches as a loader puts it into a batch, float16; with any codebook."""
+    rng, codec = np.random.default_rng(0), find_fitted(f"{Standardised.prefix}-{name}")
+    arrays = {key: rng.normal(size=shape).astype(np.float32) for key, shape in codec.shapes(dim).items()}
+    codebook = Codebook(codec, arrays, {"grid": [14, 14]})
+    stored = rng.integers(0, 256, (64, GRID * codec.width(dim))).astype(codec.numbers)
+    grids: list[Any] = [PickedGrid(one, codebook) for one in stored]
+    batch = np.empty((len(grids), *grids[0].shape), np.float16)
+    return microseconds(lambda: np.stack(grids, out=batch), len(grids)) / 1000
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dim", type=int, default=DIM)
@@ -74,9 +87,12 @@ def main() -> None:
     chosen = parser.parse_args()
     every = made_vectors(chosen.sample + ENCODED, chosen.dim)
     results = {name: measure(name, every[: chosen.sample], every[chosen.sample :]) for name in chosen.codecs}
-    table = Table("codec", "bytes", "fit, s", "encode, us", "decode, us", "of one, us", "cosine", box=None)
     for name, found in results.items():
-        keys = ("bytes", "fit", "encode", "decode", "decode of one", "cosine")
+        if find_codec(name).fitted or name == "float16":
+            found["grid"] = grid_milliseconds(name, chosen.dim)
+    table = Table("codec", "bytes", "fit, s", "encode, us", "decode, us", "of one, us", "grid, ms", "cosine", box=None)
+    for name, found in results.items():
+        keys = ("bytes", "fit", "encode", "decode", "decode of one", "grid", "cosine")
         table.add_row(name, *(f"{found[key]:.4g}" if key in found else "-" for key in keys))
     Console().print(table)
     write_results(RESULTS, ["numpy", "faiss-cpu"], {"dim": chosen.dim, "sample": chosen.sample, "codecs": results})
