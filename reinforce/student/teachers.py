@@ -63,7 +63,8 @@ def stored_teachers(config: StudentConfig, manifests: Mapping[str, Mapping[str, 
         infos = {url: _stored_teacher(name, config.data, url, manifest) for url, manifest in manifests.items()}
         (url, first), *others = infos.items()
         for other_url, other in others:
-            if (other.dim, other.sides, other.patches) != (first.dim, first.sides, first.patches):
+            patches_differ = config.loss.dense is not None and other.patches != first.patches
+            if patches_differ or (other.dim, other.sides) != (first.dim, first.sides):
                 raise UserError(
                     f"teacher {name} differs between the datasets: {url} has {_describe(first)}, {other_url} has "
                     f"{_describe(other)}. Name other data.teachers, or run the missing layers."

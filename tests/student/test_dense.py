@@ -256,3 +256,54 @@ def test_stored_patches_are_read_with_their_crops_and_only_where_they_are_learnt
     assert "dense/cells" in {*losses, *task.model(prepared).losses}
     task, feed = built(**{"lambda": 0.5})
     assert {*next(iter(feed.batches(0, 1, 8, 0)))["targets"]["cells"]} == {"image"}
+
+
+@pytest.fixture(scope="module")
+def grids(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A dataset with the patches of a teacher, of another of which some are NaN, and of one without."""
+    return write_grids(tmp_path_factory.mktemp("grids"), 0)
+
+
+def write_grids(folder: Path, number: int, **changes: Any) -> str:
+    write_tar(folder / "source" / f"{number}.tar", members_of(number, 16))
+    patches = {"grid": 4, "codec": "float16", "sample": 400}
+    teacher = {"class": "tests.helpers.patch_models:PatchTeacher", "options": {"size": 16}, "patches": patches}
+    broken = {**teacher, "options": {"size": 16, "broken": True}}
+    teachers = {"dino": {**teacher, **changes}, "red": BLIND, "broken": broken}
+    return reinforce_here(config_of(f"{folder}/source/*.tar", folder / "out", captioners={}, teachers=teachers))
+
+
+def stored(tmp_path: Path, datasets: Any, loss: dict[str, Any], data: Any = None, **train: Any) -> StudentConfig:
+    data = {"datasets": datasets, "captions": "none", **(data or {})}
+    train = {"steps": 2, "batch": 8, "optimizer": {"lr": 0.01, "warmup": 0}, **train}
+    return student_config(tmp_path, datasets, "mobileclip", loss=loss, data=data, train=train)
+
+
+def test_rows_with_patches_that_are_not_finite_are_replaced(tmp_path: Path, grids: str) -> None:
+    loss = {"lambda": 0.0, "dense": {"weight": 1.0, "teachers": ["broken"]}}
+    _, feed = build(stored(tmp_path, grids, loss, {"workers": 1}), Accelerator("cpu"))
+    batches = feed.batches(0, 1, 8, 0)
+    made = [next(batches) for _ in range(4)]
+    batches.close()
+    assert all(one["targets"]["broken"]["patches"].isfinite().all() for one in made)
+    assert len({key for one in made for key in one["key"]}) < 16
+
+
+def test_stored_patches_alone_train_a_student(tmp_path: Path, grids: str) -> None:
+    loss = {"lambda": 0.0, "dense": {"weight": 1.0, "teachers": ["dino"], "stage": 1}}
+    losses = curve(Path(reinforce.train(stored(tmp_path, grids, loss, steps=12)).output))
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_a_named_teacher_needs_stored_patches(tmp_path: Path, grids: str) -> None:
+    loss = {"lambda": 0.0, "dense": {"weight": 1.0, "teachers": ["red"]}}
+    with pytest.raises(UserError, match=r"loss\.dense: teacher red has no patches; those with patches are: dino"):
+        StudentTask(stored(tmp_path, grids, loss))
+
+
+def test_datasets_of_which_one_has_patches_train_together_without_the_term(tmp_path: Path, grids: str) -> None:
+    other = write_grids(tmp_path, 5, patches=None)
+    data = {"teachers": ["dino", "red"]}
+    StudentTask(stored(tmp_path, [grids, other], {"features": "all"}, data))
+    with pytest.raises(UserError, match="teacher dino differs between the datasets"):
+        StudentTask(stored(tmp_path, [grids, other], {"lambda": 0.0, "dense": 1.0}, data))
