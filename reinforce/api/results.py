@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ class Starter:
     """A config that ``init`` has written to ``path``; ``lines`` describe the data."""
 
     path: Path
-    text: str
+    text: str = field(repr=False)
     lines: Sequence[str]
 
     @property

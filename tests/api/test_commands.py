@@ -40,8 +40,9 @@ def test_init_plan_run_and_open_from_a_folder_by_keywords(photos: Path, ray_here
     assert "written: photos.yaml" in str(started)
     with pytest.raises(UserError, match=r"photos\.yaml exists"):
         reinforce.init(photos)
-    keys: dict[str, Any] = config_of(str(photos), photos.parent / "made")
-    keys = {**keys, "source": photos, "output": photos.parent / "made", "captioners": {}, "input": {"captions": ()}}
+    made = photos.parent / "photos-reinforced"
+    keys: dict[str, Any] = config_of(str(photos), made, captioners={}, input={"captions": ()})
+    keys |= {"source": photos, "output": made}
     planned = reinforce.plan(**keys)
     assert (planned.shards, planned.pending, planned.sample is not None) == (1, 1, True)
     assert planned.bytes is not None or planned.report.expected["embeddings/red/images"] is None
@@ -51,6 +52,7 @@ def test_init_plan_run_and_open_from_a_folder_by_keywords(photos: Path, ray_here
     assert len(reinforce.open(keys["output"], teachers="red").samples) == 3
     again = reinforce.plan(keys)
     assert (again.pending, again.bytes) == (0, 0)
+    assert reinforce.init(photos, force=True).lines == started.lines, "also where the dataset exists"
 
 
 def test_keywords_change_a_config_section_by_section(made: Path, tmp_path: Path) -> None:

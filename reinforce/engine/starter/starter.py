@@ -23,6 +23,7 @@ from reinforce.source.formats.base import Shard, SourceFormat
 from reinforce.source.formats.recognise import files_of_folder, format_of_name
 from reinforce.source.urls import Info, canonical, filesystem
 
+_UNMADE = "none"  # folder of an output in which there is no dataset
 #: Names of files with captions of images elsewhere, in a folder of images.
 _CAPTIONS = ("captions.txt", "captions.csv", "captions*.json", "*/captions.txt", "*/captions*.json")
 
@@ -97,7 +98,8 @@ class Look:
 
 def _look_at(source: str, output: str) -> Look:
     listed: dict[str, Info] = {}
-    shards = source_shards(Config(source=source, output=output), listed)
+    unmade = f"{output}/{_UNMADE}"  # of a dataset that exists, only files that it does not know would be listed
+    shards = source_shards(Config(source=source, output=unmade), listed)
     if not shards.urls:
         raise UserError(f"{canonical(source)} has no files. Check the folder.")
     first = shards.names[0].as_py()
