@@ -11,8 +11,9 @@ from pathlib import Path
 from reinforce import settings
 from reinforce.errors import UserError
 from reinforce.source.urls import filesystem
+from teachers.backbones import config as networks
 from teachers.open_clip import catalog
-from teachers.registry import FAMILIES, AnyTeacher
+from teachers.registry import FAMILIES, AnyTeacher, teacher_spec
 from teachers.spec import ModelSpec, TeacherSpec
 
 _CONFIG = "open_clip_config.json"
@@ -20,7 +21,12 @@ _CONFIG = "open_clip_config.json"
 
 @contextlib.contextmanager
 def resolve_models(
-    names: Sequence[str], pretrained: str | None = None, *, weights: bool = True, teachers: bool = False
+    names: Sequence[str],
+    pretrained: str | None = None,
+    *,
+    weights: bool = True,
+    teachers: bool = False,
+    images_alone: bool = False,
 ) -> Iterator[dict[str, ModelSpec]]:
     """Yield the specs of models by name; remote models are copied to a temporary folder until the context ends.
 
@@ -28,16 +34,22 @@ def resolve_models(
     ``hf-hub:ORG/REPO``, or a folder or fsspec URI that a training run wrote. With ``weights=False`` only the
     architecture is needed: open_clip's ``NAME`` is enough, and a model of the hub, whose config would be downloaded, is
     refused. With ``teachers``, a name may also be that of any teacher (``teacher_of``), whose spec is a TeacherSpec.
-    Raises UserError.
+    So is that of a network without a text tower, which is refused without ``teachers`` or ``images_alone``. Raises
+    UserError.
     """
     repeated = {name for name in names if names.count(name) > 1}
     if repeated:
         raise UserError(f"{min(repeated)} is named twice. Name each model once.")
     with contextlib.ExitStack() as stack:
-        specs = {name: (teachers and teacher_of(name)) or _spec(name, pretrained, stack) for name in names}
+        specs: dict[str, ModelSpec] = {}
+        for name in names:
+            network = (teachers or images_alone) and _exported_class(name, stack)
+            specs[name] = network or (teachers and teacher_of(name)) or _spec(name, pretrained, stack)
         for name, spec in specs.items():
             with model_errors(name):
                 if isinstance(spec, TeacherSpec):
+                    if not teachers and not images_alone:
+                        raise ValueError("it is a network of images without a text tower, which is needed here")
                     if not spec.describe().images:
                         raise ValueError("it has no image side; evaluate a model that encodes images")
                 elif weights:
@@ -92,21 +104,38 @@ def _spec(name: str, pretrained: str | None, stack: contextlib.ExitStack) -> Mod
     if name.startswith((catalog.HUB_PREFIX, catalog.FOLDER_PREFIX)):
         return ModelSpec(model=name)
     if "://" in name or (Path(name).is_dir() and name not in catalog.builtin_models()):
-        return ModelSpec(model=f"{catalog.FOLDER_PREFIX}{_model_folder(name, stack)}")
+        folder = _model_folder(name, stack)
+        if (Path(folder) / _CONFIG).is_file():
+            return ModelSpec(model=f"{catalog.FOLDER_PREFIX}{folder}")
+        if builds := networks.read_config(folder).get(networks.CLASS):
+            raise UserError(
+                f"{name} has a network of class {builds}, whose code runs when it is loaded. If you trust it, give "
+                f"class:{builds},{name}."
+            )
+        return teacher_spec(family="timm", model=f"{catalog.FOLDER_PREFIX}{folder}")
     model, comma, tag = name.partition(",")
     return ModelSpec(model=model, pretrained=tag if comma else pretrained)
 
 
+def _exported_class(name: str, stack: contextlib.ExitStack) -> TeacherSpec | None:
+    """The network that is named ``class:package.module:Name,FOLDER``, as a training wrote it; else None."""
+    builds, comma, folder = name.removeprefix("class:").partition(",")
+    if not name.startswith("class:") or not comma:
+        return None
+    options = {"folder": _model_folder(folder, stack), "name": builds}
+    return teacher_spec(**{"class": "teachers.backbones.folder:ExportedClass", "options": options})
+
+
 def _model_folder(url: str, stack: contextlib.ExitStack) -> str:
-    """Return a local folder with an open_clip model: the folder itself, or its ``student``; a remote one is copied."""
+    """Return a local folder with a model: the folder itself, or its ``student``; a remote one is copied."""
     fs, path = filesystem(url)
     for folder in (path.rstrip("/"), posixpath.join(path, "student")):
-        if fs.isfile(posixpath.join(folder, _CONFIG)):
+        if any(fs.isfile(posixpath.join(folder, config)) for config in (_CONFIG, networks.CONFIG)):
             break
     else:
         raise UserError(
-            f"{url} is not the folder of an open_clip model: neither it nor its `student` has {_CONFIG}. Finish the "
-            "training, or give another folder."
+            f"{url} is not the folder of a model: neither it nor its `student` has {_CONFIG}, or the "
+            f"{networks.CONFIG} of a network of images. Finish the training, or give another folder."
         )
     if "://" not in url:
         return folder

@@ -121,6 +121,7 @@ BETWEEN_KEYS = {
     *(
         "teachers.conv-48.model",
         "teachers.styles-64.model",
+        "student.model",
         "train.steps",
         "scales",
         "data.crop.0",

@@ -52,7 +52,7 @@ def test_a_model_that_is_named_twice_is_a_user_error() -> None:
 
 
 def test_a_folder_without_a_model_is_a_user_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"neither it nor its `student` has open_clip_config\.json"):
+    with pytest.raises(UserError, match=r"neither it nor its `student` has open_clip_config\.json, or"):
         resolve_models([str(tmp_path)]).__enter__()
 
 

@@ -7,22 +7,19 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     BeforeValidator,
     Field,
-    SerializerFunctionWrapHandler,
     field_validator,
-    model_serializer,
     model_validator,
 )
 
-from reinforce.config_schema import ImagesFrom, InSchema, Named, either
+from reinforce.config_schema import ImagesFrom, InSchema, either
 from reinforce.evaluation.config import Evaluation
 from reinforce.images.policy import ReadLimits
 from reinforce.processes.fast_paths import Accelerated
 from reinforce.settings import Section, without_defaults
-from reinforce.student.loss_sections import Anchor, DenseOrWeight
+from reinforce.student.loss_config import Loss
 from reinforce.training.config import TrackersOfRun, Training
+from teachers.backbones.spec import BackboneSpec
 from teachers.open_clip.options import PREPROCESS, Preprocess
-from teachers.registry import AnyTeacher
-from teachers.spec import TeacherSpec
 
 
 def _as_weights(value: Any) -> Any:
@@ -142,140 +139,6 @@ class Data(Section):
         return self
 
 
-def _as_feature_loss(value: Any) -> Any:
-    """Accept the teachers alone."""
-    return {"teachers": value} if isinstance(value, str) else value
-
-
-class FeatureLoss(Section):
-    """How the student's features approach the vectors of teachers; see student/terms/features.py."""
-
-    teachers: Literal["none", "one-sided", "all"] = Field(
-        "one-sided", description="teachers whose vectors the student's features, or a projection of them, approach"
-    )
-    head: Literal["linear", "none"] = Field(
-        "linear",
-        description="`linear`: a projection for each teacher, which is not exported; `none`: the features themselves "
-        "approach the vectors, so that the student is exported into the teacher's space; see `student.text`",
-    )
-    weights: dict[str, Annotated[float, Field(gt=0)]] = Field(
-        default_factory=dict, description="weights by teacher of their mean; default: 1"
-    )
-    distance: Literal["cosine", "l2", "similarities"] = Field(
-        "cosine",
-        description="`cosine`: 1 - cosine; `l2`: squared distance; `similarities`: cross-entropy of the similarities "
-        "with the teacher's vectors of the batch and of `queue`",
-    )
-    standardise: bool = Field(
-        False,
-        description="subtract the mean of each dimension from the stored vectors and divide by its standard deviation, "
-        "both over the first 4,096 of them",
-    )
-    temperature: float = Field(0.07, gt=0, description="for `similarities`: by which cosines are divided")
-    queue: int = Field(
-        0, ge=0, description="for `similarities`: vectors of earlier batches that are compared with, beside the batch's"
-    )
-
-    @model_validator(mode="after")
-    def _keys_fit(self) -> FeatureLoss:
-        others = FeatureLoss.model_fields
-        given = [key for key in ("temperature", "queue") if getattr(self, key) != others[key].default]
-        if given and self.distance != "similarities":
-            raise ValueError(f"`{given[0]}` needs `distance: similarities`; remove it")
-        if self.standardise and self.head == "none":
-            raise ValueError(
-                "standardised vectors are no longer of the teacher's space: remove `standardise` or `head`"
-            )
-        return self
-
-    @model_serializer(mode="wrap")
-    def _as_before(self, serialize: SerializerFunctionWrapHandler) -> Any:
-        """The teachers alone where nothing else is set, as checkpoints of earlier versions have it."""
-        return self.teachers if self == FeatureLoss(teachers=self.teachers) else serialize(self)
-
-
-class Loss(Section):
-    """(1 - lambda) x CLIP loss + lambda x (distillation + features), summed over true and synthetic captions."""
-
-    lambda_: float = Field(
-        1.0, ge=0, le=1, alias="lambda", description="1 is best for zero-shot, 0.7 for retrieval; 0 reads no teacher"
-    )
-    targets: Literal["stored", "online"] = Field(
-        "stored", description="`online` runs the teachers during training instead of reading their stored embeddings"
-    )
-    form: Literal["softmax", "sigmoid"] = Field("softmax", description="form of the CLIP and distillation losses")
-    logit_scales: dict[str, Annotated[float, Field(gt=0)]] = Field(
-        default_factory=dict, description="logit scales by teacher; default: those of the dataset or the model"
-    )
-    learn_scales: bool = Field(
-        False,
-        description="learn each teacher's logit scale, starting from its given value, from the true pairs of each "
-        "batch; see student/loss.py",
-    )
-    logit_biases: dict[str, float] = Field(
-        default_factory=dict,
-        description="biases by teacher, for `sigmoid`; default: computed from each batch, see student/loss.py",
-    )
-    features: Annotated[
-        FeatureLoss,
-        BeforeValidator(_as_feature_loss),
-        InSchema(lambda section: either({"enum": ["none", "one-sided", "all"]}, section)),
-    ] = Field(FeatureLoss(), description="teachers whose vectors the student's features approach")
-    features_weight: float = Field(1.0, gt=0, description="weight of the `features` loss, relative to distillation")
-    interactive: float | None = Field(
-        None,
-        gt=0,
-        description="weight, relative to distillation, of contrasting the student's images with the teachers' texts "
-        "and the reverse, see student/terms/interactive.py; 1 in its publication; default: not computed",
-    )
-    probabilities: float | None = Field(
-        None,
-        gt=0,
-        description="weight of learning classifiers' probabilities of images, by a linear head; it is added to the "
-        "other losses, whichever lambda is; default: not learnt",
-    )
-    dense: DenseOrWeight = Field(
-        None, description="learning the patch vectors of teachers; its weight, or a mapping; default: not learnt"
-    )
-    anchor: Anchor | None = Field(None, description="terms against forgetting in a fine-tuning; default: none")
-    teachers: Named[AnyTeacher] = Field(
-        default_factory=dict,
-        description="for `online`: the models to run, as in `reinforce run`; precision: fp32 unless it is given",
-    )
-
-    _as_before = without_defaults("dense")
-
-    @property
-    def anchors(self) -> list[str]:
-        """The teacher of `anchor`, if it has one."""
-        return [] if self.anchor is None or self.anchor.teacher is None else [self.anchor.teacher]
-
-    @field_validator("teachers")
-    @classmethod
-    def _resolve_precisions(cls, teachers: dict[str, TeacherSpec]) -> dict[str, TeacherSpec]:
-        for name, spec in teachers.items():
-            if spec.precision == "auto" and "precision" in spec.model_fields_set:
-                raise ValueError(f"{name}: `precision: auto` is for `reinforce run`; set fp32, tf32, bf16 or fp16")
-            if spec.precision == "fp8":
-                raise ValueError(
-                    f"{name}: `precision: fp8` is for `reinforce run`, which compares it with bf16; set bf16"
-                )
-        # Checkpoints record it: before there was `auto`, fp32 was the default.
-        return {name: spec.model_copy(update={"precision": spec.resolved_precision}) for name, spec in teachers.items()}
-
-    @model_validator(mode="after")
-    def _online(self) -> Loss:
-        if self.targets == "online" and not self.teachers:
-            raise ValueError("targets `online` needs `teachers`: the models to run")
-        if self.targets == "stored" and self.teachers:
-            raise ValueError("`teachers` needs `targets: online`; name stored teachers under `data.teachers`")
-        if self.logit_biases and self.form != "sigmoid":
-            raise ValueError("`logit_biases` needs `form: sigmoid`; remove it")
-        if self.learn_scales and (self.form != "softmax" or self.lambda_ == 0):
-            raise ValueError("`learn_scales` needs `form: softmax` and a lambda above 0: otherwise no scale is learnt")
-        return self
-
-
 BatchNorm = Literal["train", "keep", "merge"]
 Quantize = Literal["int8-weights", "int8"]
 #: Share of the steps that train with fake quantisation, unless `student.quantize_share` says otherwise.
@@ -294,9 +157,30 @@ class TextTower(Section):
 
 
 class Student(Section):
-    """The model to train, by its name in open_clip."""
+    """The model to train: one of open_clip by its name, or a network of images alone."""
 
-    model: str = Field(min_length=1, description="an open_clip name such as MobileCLIP2-S0, or local-dir:PATH")
+    family: Literal["open_clip", "timm"] = Field(
+        "open_clip", description="library that `model` belongs to; a model of timm learns from images alone"
+    )
+    model: str | None = Field(
+        None,
+        min_length=1,
+        description="an open_clip name such as MobileCLIP2-S0, or local-dir:PATH; with timm, a name such as "
+        "mobilenetv3_small_100, hf-hub:ORG/REPO or local-dir:PATH",
+    )
+    class_: str | None = Field(
+        None,
+        alias="class",
+        pattern=r"^[\w.]+:\w+$",
+        description="instead of `model`: a class or function package.module:Name that builds a torch module from "
+        "images [B, 3, H, W] to features [B, D], such as torchvision.models:resnet18",
+    )
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="keyword arguments of `class`, or of timm.create_model"
+    )
+    without: str | None = Field(
+        None, description="with `class`: module of it that is replaced by the identity, such as the classifier fc"
+    )
     pretrained: str | None = Field(
         None,
         description="weights to start from: a tag of open_clip, or a checkpoint file by path or fsspec URI; default: "
@@ -345,6 +229,40 @@ class Student(Section):
             raise ValueError("with both towers frozen no encoder is trained: name one, image or text")
         return towers
 
+    _as_before = without_defaults("family", "class_", "options", "without")
+
+    @property
+    def name(self) -> str:
+        """``model``, or the class."""
+        return self.model or f"class:{self.class_}"
+
+    @property
+    def backbone(self) -> BackboneSpec:
+        """The network of a student of images alone."""
+        return BackboneSpec(
+            self.model, self.class_, self.options, self.without, self.pretrained, self.image_size, self.preprocess
+        )
+
+    @property
+    def images_alone(self) -> bool:
+        """Whether it is a network of images without a text tower."""
+        return self.family == "timm" or self.class_ is not None
+
+    @model_validator(mode="after")
+    def _one_model(self) -> Student:
+        if (self.model is None) == (self.class_ is None):
+            raise ValueError("set either `model` (with `family` if needed) or `class`")
+        if self.class_ is not None and self.family != "open_clip":
+            raise ValueError("`family` belongs to `model`; remove it")
+        if self.options and not self.images_alone:
+            raise ValueError("`options` belongs to `class` and to `family: timm`; remove it")
+        if self.without is not None and self.class_ is None:
+            raise ValueError("`without` belongs to `class`; remove it")
+        given = [key for key in ("freeze", "text", "dim") if getattr(self, key)]
+        if given and self.images_alone:
+            raise ValueError(f"`{given[0]}` is for models of open_clip, which have two towers; remove it")
+        return self
+
     @model_validator(mode="after")
     def _share_of_something(self) -> Student:
         if self.quantize_share is not None and self.quantize is None:
@@ -365,9 +283,24 @@ class StudentConfig(Section):
     evaluate: Evaluation = Evaluation()
     log: TrackersOfRun = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _read_no_captions(cls, values: Any) -> Any:
+        """For a student of images alone, ``data.captions`` is none unless it is set."""
+        if not isinstance(values, dict) or not isinstance(values.get("data"), dict):
+            return values
+        student = values.get("student")
+        if isinstance(student, Student):
+            alone = student.images_alone
+        else:
+            alone = isinstance(student, dict) and (student.get("family") == "timm" or bool(student.get("class")))
+        return {**values, "data": {"captions": "none", **values["data"]}} if alone else values
+
     @model_validator(mode="after")
     def _sections_fit(self) -> StudentConfig:
         loss, student = self.loss, self.student
+        if student.images_alone:
+            self._check_images_alone()
         if self.data.backend == "device-1" and loss.targets == "online":
             raise ValueError(
                 "data.backend: device-1 makes no images for teachers in the loop; with `loss.targets: online` leave it "
@@ -393,3 +326,17 @@ class StudentConfig(Section):
                 "set it to last, or `student.quantize_share` to 1"
             )
         return self
+
+    def _check_images_alone(self) -> None:
+        """Raise ValueError for what a student without a text tower cannot do."""
+        if self.data.captions != "none":
+            raise ValueError(f"data.captions: {self.student.name} has no text tower; set it to none, or remove it")
+        sets = [key for key in ("zero_shot", "retrieval", "suite") if getattr(self.evaluate, key)]
+        if sets:
+            raise ValueError(
+                f"evaluate.{sets[0]}: {self.student.name} has no text tower; evaluate it by `knn` and `linear`"
+            )
+        if self.loss.interactive is not None:
+            raise ValueError(f"loss.interactive: {self.student.name} has no text tower; remove it")
+        if self.loss.anchor is not None and self.loss.anchor.similarities is not None:
+            raise ValueError(f"loss.anchor.similarities: {self.student.name} has no text tower; use `features`")

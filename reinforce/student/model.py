@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,9 @@ from reinforce.errors import UserError
 from reinforce.student.config import BatchNorm, Quantize
 from reinforce.student.config import Student as StudentSpec
 from reinforce.student.depths import block_depths, image_depths
+from reinforce.student.layers.pointwise import avoid_faulty_convolutions
+from reinforce.student.layers.quantize import can_quantize, freeze_batch_norms, merge, quantize, round_in_eval
 from reinforce.student.loss import Form
-from reinforce.student.pointwise import avoid_faulty_convolutions
-from reinforce.student.quantize import can_quantize, freeze_batch_norms, merge, quantize, round_in_eval
 from reinforce.student.teachers import CAPTION, IMAGE, SYNTHETIC
 from reinforce.student.terms.base import MAP, module_name, scale_name, unit
 from reinforce.student.terms.registry import Terms
@@ -35,6 +34,7 @@ from reinforce.student.towers import (
     tower_of,
 )
 from reinforce.training.task import Batch, Encoded
+from teachers.backbones.building import Backbone
 from teachers.open_clip import catalog
 from teachers.open_clip.building import write_open_clip
 from teachers.open_clip.options import OpenClipOptions, stated_preprocess
@@ -43,17 +43,19 @@ from teachers.open_clip.teacher import FUSED, image_spec, load_model, model_name
 from teachers.patches.maps import features_and_map
 from teachers.preprocessing.pixels import to_pixels
 from teachers.protocols import ImageSpec
+from teachers.runtime.determinism import seeded
 from teachers.spec import ModelSpec
 
 _LOG = logging.getLogger(__name__)
 
 
 class Student(torch.nn.Module):
-    """An open_clip model in training.
+    """An open_clip model, or a network of images alone, in training.
 
     ``clip`` is the model itself, ``config`` its ``model_cfg``, ``name`` its name in open_clip and ``text_name`` that of
-    the model whose tokenizer it has. ``towers`` are those that started from weights, ``image`` and ``text``. The loss
-    ``terms`` learn ``heads`` and ``scales``, teachers' logit scales, beside it.
+    the model whose tokenizer it has. ``towers`` are those that started from weights, ``image`` and ``text``.
+    ``backbone`` describes a network of images alone, whose ``config`` has its dimensions. The loss ``terms`` learn
+    ``heads`` and ``scales``, teachers' logit scales, beside it.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Student(torch.nn.Module):
         towers: Collection[str],
         terms: Terms | None = None,
         text_name: str | None = None,
+        backbone: Backbone | None = None,
     ) -> None:
         super().__init__()
         self.name = name
@@ -78,6 +81,7 @@ class Student(torch.nn.Module):
         self.batch_norm: BatchNorm = "train"
         self.start = _Start()
         self.terms = terms or Terms()
+        self.backbone = backbone
         self.heads = torch.nn.ModuleDict(self.terms.heads(config["embed_dim"]))
         if (stage := self.terms.stage()) is not None:
             self.heads.update(self.terms.map_heads(map_width(clip, image, stage)))
@@ -113,8 +117,8 @@ class Student(torch.nn.Module):
         if kinds:
             texts = unit(self.clip.encode_text(torch.cat([batch[kind] for kind in kinds])))  # all kinds in one pass
             features |= zip(kinds, texts.chunk(len(kinds)), strict=True)
-        scalars = {"logit_scale": self.clip.logit_scale.exp().reshape(())}
-        if self.clip.logit_bias is not None:
+        scalars = {} if self.backbone else {"logit_scale": self.clip.logit_scale.exp().reshape(())}
+        if not self.backbone and self.clip.logit_bias is not None:
             scalars["logit_bias"] = self.clip.logit_bias.reshape(())
         scalars |= {scale_name(_teacher_name(module)): scale() for module, scale in self.scales.items()}
         losses = self.terms.losses_of_rows({**features, **maps}, batch.get("targets", {}), self.heads)
@@ -123,7 +127,7 @@ class Student(torch.nn.Module):
         return Encoded({**features, **self.terms.projections(features, self.heads)}, losses, scalars)
 
     def quantize(self, kind: Quantize) -> None:
-        """Train with rounded values from now on; see ``reinforce.student.quantize``."""
+        """Train with rounded values from now on; see ``reinforce.student.layers.quantize``."""
         quantize(self.clip, kind)
         self.quantized = kind
         self.train(self.training)
@@ -171,7 +175,7 @@ class Student(torch.nn.Module):
         """Keep the weights of the model that are trained, if a term needs them. Raises UserError if they are random."""
         if not self.terms.needs_start:
             return
-        if self.towers != {"image", "text"}:
+        if self.towers != ({"image"} if self.backbone else {"image", "text"}):
             raise UserError(f"loss.anchor.weights: {self.name} starts from random weights; set student.pretrained")
         trained = {name: p for name, p in self.named_parameters() if name.startswith("clip.") and p.requires_grad}
         self.start = _Start({name: parameter.detach().clone() for name, parameter in trained.items()})
@@ -284,7 +288,7 @@ def build_student(
         clip.set_grad_checkpointing()
     sources = {"image": pretrained, "text": pretrained} if plan is None else plan.weights
     towers = [tower for tower, has in sources.items() if has]
-    with _seeded(seed):
+    with seeded(seed):
         student = Student(name, clip.train(), config, image, towers, terms, plan.text.name if plan else None)
     student.freeze(spec.freeze or (), only)
     student.keep_start()
@@ -297,7 +301,7 @@ def _join(plan: Plan, image: Any, spec: StudentSpec, seed: int) -> Any:
     text = image
     if spec.text is not None and plan.text.pretrained:
         text = load_model(ModelSpec(model=spec.text.model, pretrained=spec.text.pretrained))
-    with _seeded(seed):
+    with seeded(seed):
         clip, new = join_towers(plan, image, text)
     if new:
         _LOG.info("student: new last layers for %d dimensions: %s", plan.config["embed_dim"], ", ".join(new))
@@ -307,12 +311,14 @@ def _join(plan: Plan, image: Any, spec: StudentSpec, seed: int) -> Any:
 def _load(model: OpenClipOptions, image_size: int | None, seed: int) -> Any:
     if has_weights(model):
         return load_model(model, image_size)
-    with _seeded(seed):
+    with seeded(seed):
         return random_model(model_name(model), stated_preprocess(model), image_size)
 
 
 def load_tokenizer(student: Student) -> Any:
-    """open_clip's tokenizer of the model. Raises UserError if it cannot be loaded or does not fit the context."""
+    """open_clip's tokenizer of a model with texts, else None. Raises UserError if it cannot be used."""
+    if student.backbone is not None:
+        return None
     try:
         tokenizer = open_clip.get_tokenizer(student.text_name)
         length = tokenizer(["a photo"]).shape[1]
@@ -331,9 +337,12 @@ def load_tokenizer(student: Student) -> Any:
 def export(student: Student, folder: str) -> None:
     """Write a folder that plain open_clip loads as ``local-dir:FOLDER``: the model, its config and its tokenizer.
 
-    The student's heads and learnt scales are left out. The folder also gets the config of a text tower that is in
-    another one, so that it can be moved.
+    A network of images alone is written for timm, or for its class. The student's heads and learnt scales are left
+    out. The folder also gets the config of a text tower that is in another one, so that it can be moved.
     """
+    if student.backbone is not None:
+        student.backbone.export(student.clip, folder)
+        return
     config, tower = student.config, catalog.text_folder(student.config)
     if tower is not None:
         config = {**config, "text_cfg": {**config["text_cfg"], "hf_model_name": catalog.OWN_FOLDER}}
@@ -362,14 +371,6 @@ def _init_as_siglip(clip: Any, name: str, pretrained: bool) -> dict[str, float]:
     torch.nn.init.constant_(clip.logit_scale, start["init_logit_scale"])
     clip.logit_bias = torch.nn.Parameter(torch.full_like(clip.logit_scale, start["init_logit_bias"]))
     return start
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seed torch inside the block and restore its random state afterwards."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
 
 
 def _teacher_name(module: str) -> str:

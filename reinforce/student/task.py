@@ -17,8 +17,9 @@ from reinforce.evaluation.evaluator import Evaluator
 from reinforce.processes.cores import available_cores
 from reinforce.student import online
 from reinforce.student.config import QUANTIZE_SHARE, StudentConfig
+from reinforce.student.images_alone import build_image_student
+from reinforce.student.layers.quantize import batch_norms
 from reinforce.student.model import Student, build_student, export, load_tokenizer
-from reinforce.student.quantize import batch_norms
 from reinforce.student.teachers import (
     CAPTION,
     IMAGE,
@@ -76,13 +77,16 @@ class StudentTask:
             models = replace(models, teachers=known)
         self.terms: Terms = make_terms(loss, models)
         notes = compare_towers(config, manifests)
-        self.model: Student = build_student(
-            config.student,
-            seed=config.seed,
-            form=loss.form,
-            terms=self.terms,
-            only=None if texts and images else "text" if texts else "image",
-            checkpointing=config.train.compute.gradient_checkpointing,
+        only = None if texts and images else "text" if texts else "image"
+        options: dict[str, Any] = {
+            "seed": config.seed,
+            "terms": self.terms,
+            "checkpointing": config.train.compute.gradient_checkpointing,
+        }
+        self.model: Student = (
+            build_image_student(config.student, **options)
+            if config.student.images_alone
+            else build_student(config.student, form=loss.form, only=only, **options)
         )
         self.tokenizer = load_tokenizer(self.model)
         used = self.terms.models

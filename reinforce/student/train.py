@@ -50,7 +50,7 @@ def student_job(config: StudentConfig) -> Job:
     mutable = (*_READING, *_default_preprocess(config))
     return make_job(
         config,
-        [config.student.model, *([config.student.text.model] if config.student.text else [])],
+        [config.student.model or "", *([config.student.text.model] if config.student.text else [])],
         mutable,
         evaluate_start=_evaluates_start(config),
         best_of_part=config.evaluate.best is not None,
@@ -71,6 +71,8 @@ def _evaluates_start(config: StudentConfig) -> bool:
     if not (sets.own_sets or sets.suite) or (spec.quantize is not None and sets.export == "best"):
         return False
     try:
+        if spec.images_alone:
+            return spec.backbone.from_weights
         return has_weights(ModelSpec(model=spec.model, pretrained=spec.pretrained))
     except (ValueError, OSError):
         return False  # reported where the model is built

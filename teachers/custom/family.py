@@ -40,24 +40,12 @@ class ClassSpec(ModelSpec):
         return self.class_
 
     def import_class(self) -> type:
-        """Import the class and check the options against its ``__init__``. Raises ValueError.
-
-        The working folder is searched, too, after the installed packages: a file in it replaces none of them.
-        """
+        """Import the class and check the options against its ``__init__``. Raises ValueError."""
         module_name, _, class_name = self.imports.partition(":")
-        if os.getcwd() not in sys.path:
-            sys.path.append(os.getcwd())
-        try:
-            module = importlib.import_module(module_name)
-        except Exception as error:  # importing the module may raise anything
-            raise ValueError(
-                f"class {self.class_} cannot be imported: {type(error).__name__}: {error}. "
-                "Install its package, or put its folder on PYTHONPATH."
-            ) from error
-        cls = getattr(module, class_name, None)
+        cls = import_named(self.imports)
         if not isinstance(cls, type):
-            found = "no such name" if cls is None else f"a {type(cls).__name__} of that name, not a class"
-            raise ValueError(f"class {self.class_}: {module.__file__} has {found}")
+            file = sys.modules[module_name].__file__
+            raise ValueError(f"class {self.class_}: {file} has a {type(cls).__name__} of that name, not a class")
         if self.precision not in ("auto", "fp32"):
             raise ValueError("`precision` is not used with `class`; pass it to your class in `options`")
         try:
@@ -220,6 +208,27 @@ class ClassScorerSpec(ClassSpec):
         if len({*found}) < len(found):
             raise ValueError(f"class {self.class_}: `{key}` has a text twice: {', '.join(found)}")
         return [*found]
+
+
+def import_named(path: str) -> Any:
+    """What ``package.module:Name`` names. Raises ValueError.
+
+    The working folder is searched, too, after the installed packages: a file in it replaces none of them.
+    """
+    module_name, _, name = path.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # importing the module may raise anything
+        raise ValueError(
+            f"class {path} cannot be imported: {type(error).__name__}: {error}. "
+            "Install its package, or put its folder on PYTHONPATH."
+        ) from error
+    found = getattr(module, name, None)
+    if found is None:
+        raise ValueError(f"class {path}: {module.__file__} has no such name")
+    return found
 
 
 def hash_of_code(cls: type) -> str | None:

@@ -144,3 +144,11 @@ def operation_without_kernel(error: BaseException) -> str | None:
 def is_without_engine(error: BaseException) -> bool:
     """Whether ``error`` says that cuDNN has no algorithm for a convolution, or no memory for one."""
     return isinstance(error, RuntimeError) and _NO_ENGINE.search(str(error)) is not None
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed torch inside the block and restore its random state afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield

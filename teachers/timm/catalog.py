@@ -53,6 +53,12 @@ def model_identity(spec: ModelSpec) -> dict[str, Any]:
     return identity
 
 
+def check_model(name: str) -> None:
+    """Raise ValueError with near names for a name that timm does not know."""
+    if not name.startswith((_HUB_PREFIX, _FOLDER_PREFIX)):
+        _check_name(name)
+
+
 def hosts(spec: ModelSpec) -> Iterator[str]:
     """Where the weights come from, unless they are a file."""
     if spec.pretrained is None and not spec.name.startswith(_FOLDER_PREFIX):

@@ -75,6 +75,12 @@ def load_model(spec: ModelSpec) -> Any:
         raise ValueError(f"the weights in {path} do not fit {spec.name}: {reason}") from error
 
 
+def random_model(spec: ModelSpec) -> Any:
+    """Build the model of a spec with random weights, in float32 on the CPU, without downloads. Raises ValueError."""
+    catalog.check_model(spec.name)
+    return timm.create_model(catalog.timm_name(spec.name), pretrained=False, **spec.options).float()
+
+
 def image_spec(model: Any, spec: ModelSpec) -> ImageSpec:
     """The preprocessing of a model of timm, which resizes the whole shorter side. Raises ValueError."""
     size = spec.options.get("img_size")

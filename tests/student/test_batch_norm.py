@@ -17,8 +17,8 @@ from reinforce.errors import UserError
 from reinforce.storage import Storage
 from reinforce.student.config import BatchNorm
 from reinforce.student.config import Student as StudentSpec
+from reinforce.student.layers.quantize import batch_norms
 from reinforce.student.model import Student, build_student
-from reinforce.student.quantize import batch_norms
 from reinforce.training.config import Optimizer
 from reinforce.training.optimizer import make_adamw
 from reinforce.training.saving.checkpoint import Checkpoints

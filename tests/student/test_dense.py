@@ -15,8 +15,9 @@ import reinforce
 from reinforce import settings
 from reinforce.dataset.codecs.codebooks import Place, load
 from reinforce.errors import UserError
-from reinforce.student.config import Loss, StudentConfig
 from reinforce.student.config import Student as StudentSpec
+from reinforce.student.config import StudentConfig
+from reinforce.student.loss_config import Loss
 from reinforce.student.loss_sections import DenseLoss
 from reinforce.student.model import build_student
 from reinforce.student.task import StudentTask

@@ -19,8 +19,8 @@ from benchmarks.ablations.encoders import Encoder
 from reinforce.errors import UserError
 from reinforce.shipping.towers import reparameterize
 from reinforce.student.config import Student as StudentSpec
+from reinforce.student.layers.pointwise import avoid_faulty_convolutions
 from reinforce.student.model import build_student, export, load_tokenizer
-from reinforce.student.pointwise import avoid_faulty_convolutions
 from reinforce.training.config import Optimizer
 from reinforce.training.optimizer import learning_rate, make_adamw
 from teachers.preprocessing.fit import fit

@@ -27,8 +27,8 @@ import torch
 
 from reinforce.errors import UserError
 from reinforce.student.chunks import Logits, cross_entropies
-from reinforce.student.config import FeatureLoss, Loss
 from reinforce.student.loss import full_precision
+from reinforce.student.loss_config import FeatureLoss, Loss
 from reinforce.student.teachers import IMAGE, IMAGES, TEXTS, TeacherInfo
 from reinforce.student.terms.base import Models, ReadVectors, Rows, Tensors, Term, head_name, unit
 from reinforce.training.distributed import gather

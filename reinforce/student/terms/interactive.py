@@ -17,8 +17,8 @@ import torch
 
 from reinforce.errors import UserError
 from reinforce.student.chunks import Logits, cross_entropies
-from reinforce.student.config import Loss
 from reinforce.student.loss import full_precision
+from reinforce.student.loss_config import Loss
 from reinforce.student.teachers import CAPTION, IMAGE, IMAGES, SYNTHETIC, TEXTS, TeacherInfo
 from reinforce.student.terms.base import Models, Rows, Tensors, Term, head_name, unit
 from reinforce.training.distributed import gather

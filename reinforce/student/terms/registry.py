@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from reinforce.errors import UserError
-from reinforce.student.config import Loss
+from reinforce.student.loss_config import Loss
 from reinforce.student.teachers import PATCHES
 from reinforce.student.terms import (
     anchor_features,

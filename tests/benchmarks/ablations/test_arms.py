@@ -15,7 +15,7 @@ from benchmarks.ablations.questions import STAGES, make_questions
 from examples.demo.compare import MEASURES
 from reinforce.config import load_config
 from reinforce.errors import UserError
-from reinforce.student.pointwise import avoid_faulty_convolutions
+from reinforce.student.layers.pointwise import avoid_faulty_convolutions
 from reinforce.terminal import Screen
 from teachers.open_clip.teacher import random_model
 from tests.helpers.demo import ROOT

@@ -19,7 +19,7 @@ from reinforce.engine.inference.models import load_models
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.worker.shard import ShardProcess
 from reinforce.errors import UserError
-from reinforce.student.config import Loss
+from reinforce.student.loss_config import Loss
 from teachers import registry
 from teachers.fast_paths import recompilation, towers
 from teachers.fast_paths.fp8 import Float8Layers, Float8Linear, check_device

@@ -18,8 +18,8 @@ from reinforce.shipping.towers import reparameterize
 from reinforce.storage import Storage
 from reinforce.student.config import Student as StudentSpec
 from reinforce.student.config import StudentConfig
+from reinforce.student.layers.quantize import can_quantize, quantize, round_inputs, round_weights
 from reinforce.student.model import Student, build_student
-from reinforce.student.quantize import can_quantize, quantize, round_inputs, round_weights
 from reinforce.student.train import build, student_job
 from reinforce.training.distributed.ranks import Ranks
 from reinforce.training.loop import run_rank

@@ -3,8 +3,8 @@
 What is rounded is what exports round:
 
 - weights, to 255 values symmetric to zero, each output channel with a scale of its own: of convolutions, linear layers,
-  attention and projections; of token embeddings, each row. Blocks that exports merge (`reinforce.student.merged`) are
-  merged first and compute as one convolution. A batch normalisation that follows a single convolution scales output
+  attention and projections; of token embeddings, each row. Blocks that exports merge (`merged.py`) are merged first and
+  compute as one convolution. A batch normalisation that follows a single convolution scales output
   channels, which commutes with rounding them, so it stays where it is.
 - with ``int8`` also the inputs of convolutions (each image with a range of its own) and of linear layers (each token),
   to 256 values, as runtimes with dynamic quantisation do. The input of an attention's output projection is not rounded.
@@ -28,7 +28,7 @@ import open_clip
 import torch
 
 from reinforce.student.config import Quantize
-from reinforce.student.merged import MERGES, Kernel
+from reinforce.student.layers.merged import MERGES, Kernel
 
 
 def round_weights(weight: torch.Tensor, channel: int) -> torch.Tensor:

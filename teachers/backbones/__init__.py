@@ -1,0 +1,1 @@
+"""Networks of images: models of timm, and those that classes and functions of users build."""
