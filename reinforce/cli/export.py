@@ -188,7 +188,7 @@ def _export(
         from reinforce.evaluation.command import build_evaluation
 
         evaluation = build_evaluation(config, zero_shot or [], retrieval or [], limit)
-    with resolve_models([model], pretrained) as specs:
+    with resolve_models([model], pretrained, images_alone=True) as specs:
         output = output or f"{name}-{target}"
         result = export_model(target, model, specs[model], output, options, min_cosine, evaluation)
     for line in result.lines():

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cosine_similarity
 
+from reinforce.errors import UserError
 from reinforce.evaluation.evaluator import Evaluator
 from reinforce.shipping.targets.base import Run
 from teachers.protocols import ImageSpec
@@ -67,7 +68,9 @@ def _batches(inputs: torch.Tensor) -> Iterator[torch.Tensor]:
 class _RecordingEncoder:
     """An exported model as an evaluation calls it, which keeps all embeddings so that they can be compared."""
 
-    def __init__(self, runs: Mapping[str, Run], image: ImageSpec, tokenize: Callable[[Sequence[str]], Any]) -> None:
+    def __init__(
+        self, runs: Mapping[str, Run], image: ImageSpec, tokenize: Callable[[Sequence[str]], Any] | None
+    ) -> None:
         #: Pixels between 0 and 255, which the exported graphs normalize.
         self.image: ImageSpec | None = replace(image, mean=(0.0,) * 3, std=(1 / 255,) * 3)
         self._runs, self._tokenize = runs, tokenize
@@ -77,6 +80,8 @@ class _RecordingEncoder:
         return self._run("image", pixels.round().byte().permute(0, 2, 3, 1).contiguous())
 
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        if self._tokenize is None:
+            raise UserError("it has no text tower: compare it on sets of `knn` and `linear`, with --config.")
         return self._run("text", self._tokenize(texts))
 
     def _run(self, side: str, inputs: torch.Tensor) -> torch.Tensor:
@@ -95,7 +100,7 @@ def compare_on_sets(
     evaluator: Evaluator,
     models: Mapping[str, Mapping[str, Run]],
     image: ImageSpec,
-    tokenize: Callable[[Sequence[str]], Any],
+    tokenize: Callable[[Sequence[str]], Any] | None,
 ) -> tuple[dict[str, Agreement], dict[str, dict[str, float]]]:
     """Evaluate two models, by name and side, the trained one first; compare all their embeddings.
 

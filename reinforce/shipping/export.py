@@ -29,15 +29,16 @@ from reinforce.shipping.checks import HELD_OUT, Agreement, compare, compare_on_s
 from reinforce.shipping.golden import GOLDEN, check_golden, write_golden
 from reinforce.shipping.packages import TARGETS, load_target
 from reinforce.shipping.steps import step, step_screen
-from reinforce.shipping.targets.base import BOTH, ExportOptions, Run, Target, size_of
+from reinforce.shipping.targets.base import BOTH, IMAGE, ExportOptions, Run, Target, size_of
 from reinforce.shipping.towers import Tower, reparameterize, split_towers
 from reinforce.storage import Storage
 from reinforce.terminal import format_bytes
+from teachers.backbones.folder import load_network
 from teachers.open_clip.teacher import image_spec, load_model, model_name
 from teachers.open_clip.tokenizer import Tokenizer
 from teachers.preprocessing.pixels import to_pixels
 from teachers.protocols import ImageSpec
-from teachers.spec import ModelSpec
+from teachers.spec import ModelSpec, TeacherSpec
 
 #: Default of the smallest cosine to the trained model that is published.
 MIN_COSINE = 0.99
@@ -114,8 +115,12 @@ def export_model(
     _check_new(store)
     evaluator = Evaluator(evaluation) if evaluation is not None and evaluation.metrics else None
     with model_errors(name), _publish_folder(store) as folder, step_screen() as screen:
-        model = _load(name, spec, options.tower, runtime.fuses)
-        options = replace(options, config=open_clip.get_model_config(model_name(spec)) or {})
+        if isinstance(spec, TeacherSpec):  # a network of images alone
+            options = replace(options, tower=IMAGE)
+            model, tokenize = _load_network(name, spec, runtime.fuses), None
+        else:
+            options = replace(options, config=open_clip.get_model_config(model_name(spec)) or {})
+            model, tokenize = _load(name, spec, options.tower, runtime.fuses), Tokenizer(model_name(spec))
         runtime.refuse(model.towers, options)
         paths = {}
         for tower in model.towers:
@@ -127,7 +132,7 @@ def export_model(
             metrics: dict[str, dict[str, float]] = {}
             if evaluator is not None:
                 models = {"trained": model.references, "exported": {**model.references, **runs}}
-                found, metrics = compare_on_sets(evaluator, models, model.image, Tokenizer(model_name(spec)))
+                found, metrics = compare_on_sets(evaluator, models, model.image, tokenize)
             for tower in model.towers:
                 if tower.name not in found:
                     run, reference = runs[tower.name], model.references[tower.name]
@@ -186,6 +191,18 @@ def _load(name: str, spec: ModelSpec, tower: str, fuses: bool) -> _Model:
     return _Model(towers, references, image, tokenizer, config)
 
 
+def _load_network(name: str, spec: TeacherSpec, fuses: bool) -> _Model:
+    network, image = load_network(spec)
+    network.eval().requires_grad_(False)
+    references: dict[str, Run] = {
+        "image": lambda images: normalize(network.encode_image(to_pixels(images, image)), dim=-1)
+    }
+    towers = split_towers(reparameterize(network) if fuses else network, image, None)
+    config = _preprocess_config(name, network, image, None)
+    config["dim"] = references["image"](towers[0].example(1)).shape[1]
+    return _Model(towers, references, image, None, config)
+
+
 def _convert(runtime: Target, tower: Tower, folder: Path, options: ExportOptions) -> Path:
     try:
         return runtime.convert(tower, folder, options)
@@ -228,7 +245,7 @@ def _write_common(folder: Path, runtime: Target, model: _Model, image_file: Path
 
 def _preprocess_config(name: str, clip: Any, spec: ImageSpec, context_length: int | None) -> dict[str, Any]:
     """Return the content of ``preprocess.json``, with open_clip's keys where they exist."""
-    bias = getattr(clip, "logit_bias", None)
+    scale, bias = (getattr(clip, key, None) for key in ("logit_scale", "logit_bias"))
     return {
         "model": short_name(name),
         "size": [spec.height, spec.width],
@@ -240,7 +257,7 @@ def _preprocess_config(name: str, clip: Any, spec: ImageSpec, context_length: in
         "normalised_by": "",
         "context_length": context_length,
         "dim": 0,
-        "logit_scale": float(clip.logit_scale.exp()),
+        "logit_scale": None if scale is None else float(scale.exp()),
         "logit_bias": None if bias is None else float(bias),
     }
 

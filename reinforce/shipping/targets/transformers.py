@@ -46,6 +46,8 @@ class Transformers(Target):
     def refuse(self, towers: Sequence[Tower], options: ExportOptions) -> None:
         image, texts = towers[0], next((tower for tower in towers if tower.name == "text"), None)
         spec = _spec(image)
+        if not options.config:
+            raise ValueError("it is no model of open_clip; of a model of timm, AutoModel loads the folder itself")
         if spec.resize == "crop" and spec.height != spec.width:
             raise ValueError(
                 f"it crops images to {spec.height} x {spec.width}, and transformers' CLIPImageProcessor to squares"
