@@ -33,6 +33,7 @@ from reinforce.student.teachers import (
 )
 from reinforce.student.terms.base import Models, Rows
 from reinforce.student.terms.registry import Terms, make_terms
+from reinforce.student.towers import Tower
 from reinforce.terminal import plural
 from reinforce.training.distributed import gather
 from reinforce.training.task import Batch, Encoded, Metrics
@@ -77,7 +78,7 @@ class StudentTask:
             models = replace(models, teachers=known)
         self.terms: Terms = make_terms(loss, models)
         notes = compare_towers(config, manifests)
-        only = None if texts and images else "text" if texts else "image"
+        only: Tower | None = None if texts and images else "text" if texts else "image"
         options: dict[str, Any] = {
             "seed": config.seed,
             "terms": self.terms,
