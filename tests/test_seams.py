@@ -105,7 +105,13 @@ PROGRAMS = ("reinforce", "jobs", "benchmarks", "examples")
     ("search", "folders", "own", "code", "found"),
     [
         (compared_formats, PROGRAMS, ("source/formats",), 'a.f in ("tar", "csv") or {"folder": 1}.get(b)', 3),
-        (read_families, (*PROGRAMS, "reinforce_docs", "schemas"), (), "spec.family == 'openai' or s.class_ is None", 2),
+        (
+            read_families,
+            (*PROGRAMS, "reinforce_docs", "schemas"),
+            ("student/config.py",),  # has keys of these names
+            "spec.family == 'openai' or s.class_ is None",
+            2,
+        ),
         (
             kind_questions,
             ("reinforce",),
