@@ -18,7 +18,7 @@ CORE_TESTS := --ignore=tests/source/test_hub.py tests/images tests/parquet \
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: adapt-photos deploy-check help install demo demo-teachers test bench bench-adapt bench-step bench-loader bench-augment bench-captioner bench-captions bench-codecs bench-gpu bench-labels bench-latency bench-quantize bench-scale bench-select bench-sources bench-space bench-transfer ablations lint clean fuzz soak audit \
+.PHONY: adapt-photos deploy-check help install demo demo-teachers test bench bench-adapt bench-step bench-loader bench-augment bench-captioner bench-captions bench-codecs bench-gpu bench-images bench-labels bench-latency bench-quantize bench-scale bench-select bench-sources bench-space bench-transfer ablations lint clean fuzz soak audit \
 	docs first-hour test-lowest test-slow wheel-check
 
 help: ## list the targets
@@ -118,6 +118,12 @@ bench-captions: $(INSTALLED) ## CoCa's caption decoding compared with open_clip'
 
 bench-gpu: $(INSTALLED) ## models, captions, shards and trainings on an NVIDIA GPU, with their limits (an hour by estimate)
 	$(BIN)/python -m benchmarks.gpu
+
+bench-images: $(INSTALLED) ## images alone compared with lightly-train, after `make demo` (half an hour)
+	@# lightly-train needs packages of its own.
+	test -x build/images/lightly/bin/python || ($(PYTHON) -m venv build/images/lightly \
+		&& build/images/lightly/bin/pip install -q --no-compile lightly-train)
+	$(BIN)/python -m benchmarks.images --lightly build/images/lightly/bin/python
 
 bench-adapt: $(INSTALLED) ## what keeps an adapted student from forgetting, after `make demo` (half an hour)
 	$(BIN)/python -m benchmarks.adapt
