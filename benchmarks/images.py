@@ -271,7 +271,9 @@ def render_page(text: str, results: Mapping[str, Any]) -> str:
         cpu = [one["cpu"] for one in of["seeds"]]
         cells += [_cell([1000 * value for value in cpu], 0), f"{base / statistics.fmean(cpu):.2f} times"]
         lines.append(f"| {arm} | {of['rate']:g} | {' | '.join(cells)} |")
-    for name, metrics in (("the teacher", results["teacher"]), ("random weights", results["random"])):
+    for name, metrics in {"the teacher": results["teacher"], "random weights": results.get("random")}.items():
+        if metrics is None:
+            continue
         cells = [f"{100 * metrics[metric]:.1f}" for metric in METRICS]
         lines.append(f"| {name} | | {' | '.join(cells)} | | |")
     return replace_part(text, "images", "\n".join(lines))
