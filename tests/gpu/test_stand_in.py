@@ -163,7 +163,7 @@ def test_a_shard_is_finished_with_less_memory_and_reports_it(
         results.append(ShardProcess(plan.pending[0], parsed, plan.layers, store, models, decode_pool(), 8).run())
         cuda.memory = cuda.allocated + (cuda.peak - cuda.allocated) // 2
     whole, halved = results
-    assert whole.notes == ()
+    assert not [note for note in whole.notes if "at once" in note]
     assert any("from now on 4 images at once" in note for note in halved.notes), halved.notes
     assert (halved.samples, halved.refused) == (8, {})
     assert tree(tmp_path / "halved").keys() == tree(tmp_path / "whole").keys()

@@ -219,4 +219,4 @@ def test_a_dataset_that_cannot_be_compared_is_one_error(url: str, evaluation: Pa
         assert fix in message(str(tmp_path / "other"))
     path.write_text(json.dumps(content))
     next((tmp_path / "other/embeddings/red/images").iterdir()).unlink()
-    assert "lacks 1 of 1 shards" in message(str(tmp_path / "other"))
+    assert "lacks 1 of 1 shard (" in message(str(tmp_path / "other"))
