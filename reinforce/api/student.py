@@ -110,8 +110,8 @@ class Student:
         """Write the model for another runtime, as `reinforce export` does: ``target`` is one of its commands.
 
         ``tower="image"`` leaves the text tower out. ``weights`` is how they are stored, default: the target's first
-        way; ``evaluation`` is a YAML config whose
-        ``evaluate`` section has sets on which both models are compared. Returns the report. Raises UserError.
+        way; ``evaluation`` is a YAML config whose ``evaluate`` section has sets on which both models are compared.
+        Returns the report. Raises UserError.
         """
         from reinforce.shipping.packages import TARGETS, require_packages
 
@@ -154,8 +154,7 @@ class Student:
         """One image of the user's. Raises UserError."""
         where = f"image {number}"
         if isinstance(image, Image.Image):
-            out = image.convert("RGB")
-            return out
+            return image.convert("RGB")
         if isinstance(image, np.ndarray):
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
                 raise UserError(f"{where}: want uint8 [H, W, 3], got {image.dtype} {[*image.shape]}.")
