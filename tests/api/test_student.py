@@ -73,7 +73,7 @@ def test_a_student_is_exported_once_and_by_the_names_of_the_command(student: rei
     ("act", "message"),
     [
         (lambda one, tmp: LOAD(5), "load: name: Input should be a valid string, got 5"),
-        (lambda one, tmp: LOAD(tmp), "is not the folder of an open_clip model.*Finish the training"),
+        (lambda one, tmp: LOAD(tmp), "is not the folder of a model.*Finish the training"),
         (lambda one, tmp: LOAD("ViT-B-33"), "unknown to open_clip"),
         (lambda one, tmp: LOAD("x", precison="bf16"), "'precison'. It takes: name"),
         (lambda one, tmp: LOAD("x", device="cpu", precision="fp8"), "precision: Input should be 'fp32'"),

@@ -17,8 +17,7 @@ from reinforce.dataset.codecs.codebooks import Place, load
 from reinforce.errors import UserError
 from reinforce.student.config import Student as StudentSpec
 from reinforce.student.config import StudentConfig
-from reinforce.student.loss_config import Loss
-from reinforce.student.loss_sections import DenseLoss
+from reinforce.student.loss_config import DenseLoss, Loss
 from reinforce.student.model import build_student
 from reinforce.student.task import StudentTask
 from reinforce.student.teachers import IMAGES, TEXTS, TeacherInfo

@@ -19,8 +19,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from reinforce.errors import UserError
-from reinforce.student.loss_config import Loss
-from reinforce.student.loss_sections import DenseLoss
+from reinforce.student.loss_config import DenseLoss, Loss
 from reinforce.student.teachers import PATCHES
 from reinforce.student.terms.base import MAP, Models, Tensors, Term, head_name
 
