@@ -148,7 +148,11 @@ def _cleaning(name: str) -> Iterator[normalizers.Normalizer]:
 def _entities() -> Iterator[tuple[str, str]]:
     """Yield (pattern, character); numeric entities and the oldest names need no semicolon, as in HTML."""
     known = {name.lower() for name in name2codepoint}
-    yield from ((entity, text) for entity, text in HTML_ENTITIES.items() if entity[1:-1].lower() in known)
+    yield from (
+        (entity, text)
+        for entity, text in HTML_ENTITIES.items()
+        if entity[1:-1].lower() in known or text in string.punctuation
+    )
     for code in _NUMERIC_ENTITIES:
         yield f"&#0?{code}(?:;|(?![0-9]))", chr(code)
         yield f"(?i)&#x0?{code:x}(?:;|(?![0-9a-f]))", chr(code)
