@@ -59,10 +59,14 @@ class Watched:
     def __init__(self, page: Any) -> None:
         self.page, self.requests, self.errors = page, [], []
         page.on("request", lambda request: self.requests.append(request.url))
-        page.on("requestfailed", lambda request: self.errors.append(f"{request.url} failed"))
+        page.on("requestfailed", self._note_failure)
         page.on("pageerror", lambda error: self.errors.append(str(error)))
         page.on("console", lambda message: self.errors.append(message.text) if message.type == "error" else None)
         page.on("dialog", lambda dialog: self.errors.append(dialog.message))
+
+    def _note_failure(self, request: Any) -> None:
+        if request.failure != "net::ERR_ABORTED":  # by a reload, before an image had come
+            self.errors.append(f"{request.url} failed: {request.failure}")
 
 
 @pytest.fixture
