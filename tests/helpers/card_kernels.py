@@ -142,7 +142,7 @@ def _student(model: Any, name: str) -> None:
             del blocks[2:]
     accelerator = Accelerator(DEVICE, "bf16")
     image = image_spec(open_clip.get_model_preprocess_cfg(model))
-    student = _on_card(Student(name, model, open_clip.get_model_config(name), image, False)).train()
+    student = _on_card(Student(name, model, open_clip.get_model_config(name), image, ())).train()
     texts = torch.zeros(_IMAGES, model.context_length, dtype=torch.int64, device=DEVICE)
     images = torch.zeros(_IMAGES, image.height, image.width, 3, dtype=torch.uint8, device=DEVICE)
     batch = {IMAGE: images, CAPTION: texts, SYNTHETIC: texts.clone()}
