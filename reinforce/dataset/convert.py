@@ -33,7 +33,7 @@ from reinforce.storage import as_seen_by_workers
 from reinforce.terminal import format_bytes, plural
 from schemas import Reason
 
-#: Entries of a footer that the new file has of its own.
+#: Entries of a footer that are not copied to the new file.
 _OWN = ("schema_version", "layer", "fingerprint", "rows", "codebook")
 
 

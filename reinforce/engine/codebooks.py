@@ -1,4 +1,4 @@
-"""Codebooks of a run: fitted before anything else, to vectors of the first shards that a run of its own computes.
+"""Codebooks of a run: fitted before anything else, to vectors of the first shards that a separate run computes.
 
 That run stores these vectors in float16, in ``fitting/`` of the dataset, and continues after an interruption as every
 run does. Its files are deleted once the codebooks are stored.

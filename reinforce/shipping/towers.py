@@ -75,8 +75,8 @@ def reparameterize(clip: Any) -> Any:
 def split_towers(clip: Any, spec: ImageSpec, tokens: torch.Tensor | None) -> list[Tower]:
     """Return the towers of a model, with example inputs: smooth random images, and ``tokens`` [M, context length].
 
-    Without tokens it is the image tower alone. The images are not pure noise, for which most models give the same
-    embedding whatever its pixels.
+    Without tokens it is the image tower alone. The images are not pure noise, since most models give all
+    noise the same embedding.
     """
 
     def images(count: int) -> torch.Tensor:

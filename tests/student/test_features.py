@@ -24,8 +24,7 @@ from reinforce.training.config import describe_changes, fixed_config
 from reinforce.training.step import backpropagate
 from reinforce.training.task import Batch
 from teachers.runtime.accelerator import Accelerator
-from tests.helpers.data import config_of, members_of, write_tar
-from tests.helpers.reinforced import reinforce_here
+from tests.helpers.reinforced import two_teachers
 from tests.helpers.students import student_config
 from tests.helpers.trainings import curve
 
@@ -34,13 +33,7 @@ PAIRS = 6
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("dataset")
-    write_tar(folder / "source" / "0.tar", members_of(0, 12))
-    teachers = {
-        "red": {"class": "tests.helpers.models:ColorTeacher", "options": {"size": 16}, "dtype": "float32"},
-        "eyes": {"class": "tests.helpers.models:ImageOnly", "dtype": "float32"},
-    }
-    return reinforce_here(config_of(f"{folder}/source/*.tar", folder / "reinforced", teachers=teachers))
+    return two_teachers(tmp_path_factory.mktemp("dataset"))
 
 
 def config(folder: Path, dataset: str, features: Any, teachers: Any = None, loss: Any = None, **train: Any) -> Any:

@@ -23,10 +23,9 @@ from reinforce.student.task import StudentTask
 from reinforce.student.terms.features import Features
 from reinforce.student.terms.registry import Terms
 from teachers.protocols import ImageSpec
-from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.evaluation import write_colour_folder
 from tests.helpers.models import HALF
-from tests.helpers.reinforced import reinforce_here
+from tests.helpers.reinforced import two_teachers
 from tests.helpers.students import IMAGE_TEACHER
 from tests.helpers.trainings import curve
 
@@ -76,13 +75,7 @@ def features(network: Any) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("dataset")
-    write_tar(folder / "source" / "0.tar", members_of(0, 12))
-    teachers = {
-        "red": {"class": "tests.helpers.models:ColorTeacher", "options": {"size": 16}, "dtype": "float32"},
-        "eyes": {"class": "tests.helpers.models:ImageOnly", "dtype": "float32"},
-    }
-    return reinforce_here(config_of(f"{folder}/source/*.tar", folder / "reinforced", teachers=teachers))
+    return two_teachers(tmp_path_factory.mktemp("dataset"))
 
 
 def config(folder: Path, dataset: str, student: dict[str, Any], **sections: Any) -> StudentConfig:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -17,7 +18,9 @@ _BLOCK = 1024  # vectors that are decoded at a time, so that they stay in the ca
 
 
 class _Quantiser(FittedCodec):
-    """Bytes that choose among ``codebook`` [bytes, 256, n] float32."""
+    """Bytes that choose among ``codebook`` [bytes, 256, n] float32, which is ``stored_as`` in faiss's quantiser."""
+
+    stored_as: ClassVar[str]
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -33,10 +36,26 @@ class _Quantiser(FittedCodec):
         with faiss_of_codec(self.name):
             pass
 
-    def _set_clustering(self, parameters: Any, seed: int, count: int) -> None:
-        parameters.seed = seed % 2**31
-        parameters.min_points_per_centroid = 1  # `least` is the bound
-        parameters.max_points_per_centroid = -(-count // _CHOICES)
+    def fit(self, sample: Floats, seed: int) -> Arrays:
+        with faiss_of_codec(self.name) as faiss:
+            quantiser = self._quantiser(faiss, sample.shape[1], 1)
+            quantiser.cp.seed = seed % 2**31
+            quantiser.cp.min_points_per_centroid = 1  # `least` is the bound
+            quantiser.cp.max_points_per_centroid = -(-len(sample) // _CHOICES)
+            quantiser.train(np.ascontiguousarray(sample))
+            found = faiss.vector_to_array(getattr(quantiser, self.stored_as))
+        return {"codebook": found.reshape(self.shapes(sample.shape[1])["codebook"])}
+
+    def encode(self, values: Floats, arrays: Arrays) -> Codes:
+        with faiss_of_codec(self.name) as faiss:
+            quantiser = self._quantiser(faiss, values.shape[1], _BEAM)
+            faiss.copy_array_to_vector(arrays["codebook"].ravel(), getattr(quantiser, self.stored_as))
+            codes: Codes = quantiser.compute_codes(np.ascontiguousarray(values))
+        return codes
+
+    @abstractmethod
+    def _quantiser(self, faiss: Any, dim: int, beam: int) -> Any:
+        """faiss's quantiser of vectors of length ``dim``, which takes a codebook or is trained."""
 
 
 class ProductQuantiser(_Quantiser):
@@ -44,6 +63,7 @@ class ProductQuantiser(_Quantiser):
 
     pattern = r"pq[1-9]\d{0,3}"
     example = "pq96"
+    stored_as = "centroids"
 
     @staticmethod
     def choices(dim: int) -> list[str]:
@@ -60,25 +80,13 @@ class ProductQuantiser(_Quantiser):
     def shapes(self, dim: int) -> Mapping[str, tuple[int, ...]]:
         return {"codebook": (self._bytes, _CHOICES, dim // self._bytes)}
 
-    def fit(self, sample: Floats, seed: int) -> Arrays:
-        with faiss_of_codec(self.name) as faiss:
-            quantiser = faiss.ProductQuantizer(sample.shape[1], self._bytes, _BITS)
-            self._set_clustering(quantiser.cp, seed, len(sample))
-            quantiser.train(np.ascontiguousarray(sample))
-            found = faiss.vector_to_array(quantiser.centroids)
-        return {"codebook": found.reshape(self.shapes(sample.shape[1])["codebook"])}
-
-    def encode(self, values: Floats, arrays: Arrays) -> Codes:
-        with faiss_of_codec(self.name) as faiss:
-            quantiser = faiss.ProductQuantizer(values.shape[1], self._bytes, _BITS)
-            faiss.copy_array_to_vector(arrays["codebook"].ravel(), quantiser.centroids)
-            codes: Codes = quantiser.compute_codes(np.ascontiguousarray(values))
-        return codes
-
     def decode(self, codes: Codes, arrays: Arrays) -> Floats:
         codebook = arrays["codebook"]
         parts: Floats = codebook[np.arange(self._bytes), codes]
         return parts.reshape(len(codes), self._bytes * codebook.shape[2])
+
+    def _quantiser(self, faiss: Any, dim: int, beam: int) -> Any:
+        return faiss.ProductQuantizer(dim, self._bytes, _BITS)
 
 
 def _divisor(dim: int, most: int) -> int:
@@ -91,6 +99,7 @@ class ResidualQuantiser(_Quantiser):
 
     pattern = r"rq[1-9]\d{0,2}"
     example = "rq32"
+    stored_as = "codebooks"
 
     @staticmethod
     def choices(dim: int) -> list[str]:
@@ -98,22 +107,6 @@ class ResidualQuantiser(_Quantiser):
 
     def shapes(self, dim: int) -> Mapping[str, tuple[int, ...]]:
         return {"codebook": (self._bytes, _CHOICES, dim)}
-
-    def fit(self, sample: Floats, seed: int) -> Arrays:
-        with faiss_of_codec(self.name) as faiss:
-            quantiser = self._quantiser(faiss, sample.shape[1], 1)
-            self._set_clustering(quantiser.cp, seed, len(sample))
-            quantiser.train(np.ascontiguousarray(sample))
-            found = faiss.vector_to_array(quantiser.codebooks)
-        return {"codebook": found.reshape(self.shapes(sample.shape[1])["codebook"])}
-
-    def encode(self, values: Floats, arrays: Arrays) -> Codes:
-        with faiss_of_codec(self.name) as faiss:
-            quantiser = self._quantiser(faiss, values.shape[1], _BEAM)
-            faiss.copy_array_to_vector(arrays["codebook"].ravel(), quantiser.codebooks)
-            quantiser.is_trained = True
-            codes: Codes = quantiser.compute_codes(np.ascontiguousarray(values))
-        return codes
 
     def decode(self, codes: Codes, arrays: Arrays) -> Floats:
         codebook = arrays["codebook"]
@@ -126,4 +119,5 @@ class ResidualQuantiser(_Quantiser):
     def _quantiser(self, faiss: Any, dim: int, beam: int) -> Any:
         quantiser = faiss.ResidualQuantizer(dim, self._bytes, _BITS)
         quantiser.max_beam_size = beam
+        quantiser.is_trained = True  # for a codebook that is copied into it
         return quantiser

@@ -57,7 +57,7 @@ def covering(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
 
 
 def squashed(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
-    """The image resized to ``size`` (height, width), whatever its aspect ratio -> uint8 [H, W, 3]."""
+    """The image resized to ``size`` (height, width), without regard to its aspect ratio -> uint8 [H, W, 3]."""
     return np.asarray(image.resize((size[1], size[0]), Image.Resampling.BILINEAR), np.uint8)
 
 

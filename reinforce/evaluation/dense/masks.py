@@ -47,7 +47,7 @@ class Layout:
     test: str
 
     def masks_of(self, part: str) -> str:
-        """The folder of a part's masks. ``trainaug`` of VOC has masks of its own."""
+        """The folder of a part's masks. ``trainaug`` of VOC has its own masks."""
         return self.masks.format(part) + ("Aug" if self.names and part.endswith("aug") else "")
 
     def table(self, classes: int) -> np.ndarray:

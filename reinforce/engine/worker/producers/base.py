@@ -18,10 +18,12 @@ from reinforce.engine.inference.batch_sizes import Demand, rows_per_batch
 from reinforce.engine.inference.inference import Encoder, Outputs
 from reinforce.engine.inference.models import Models
 from reinforce.engine.inference.outputs import Floats
+from reinforce.engine.inference.self_test import probe_images, test_rows
 from reinforce.engine.inference.session import Session
 from reinforce.engine.worker.refusals import Refusals
 from reinforce.engine.worker.stale_files import MisalignedLayer
 from reinforce.source.samples import Refusal
+from teachers.protocols import ImageSpec
 from teachers.spec import ModelInfo, Precision
 
 
@@ -72,6 +74,18 @@ class Side:
     check: Callable[[int | None], Floats | None]
     prepare: Callable[[int], Callable[[], Any]]
     outputs: int = 1
+
+
+def image_batches(
+    models: Models, image: ImageSpec | None, run: Callable[[Any], Any]
+) -> Callable[[int], Callable[[], Any]]:
+    """A function that makes a batch of a size, and returns one that lets a model ``run`` its pixels."""
+
+    def prepare(size: int) -> Callable[[], Any]:
+        pixels = probe_images(models, image, test_rows(size))
+        return lambda: run(pixels)
+
+    return prepare
 
 
 class Producer(Encoder):

@@ -16,8 +16,8 @@ from reinforce.engine.inference.batch_sizes import Demand
 from reinforce.engine.inference.inference import Batch, Outputs
 from reinforce.engine.inference.models import Models, crops_per_batch
 from reinforce.engine.inference.outputs import to_numpy
-from reinforce.engine.inference.self_test import check_fp8, check_image_encoder, probe_images, test_rows
-from reinforce.engine.worker.producers.base import RowGroup, Side
+from reinforce.engine.inference.self_test import check_fp8, check_image_encoder
+from reinforce.engine.worker.producers.base import RowGroup, Side, image_batches
 from reinforce.engine.worker.producers.vectors import Embeddings, Floats, Mask
 from teachers.preprocessing.pixels import to_pixels
 from teachers.protocols import ImageSpec
@@ -33,12 +33,10 @@ class ImageEmbeddings(Embeddings):
         if not info.images:
             return None
         teacher = models.teachers[name]
-
-        def prepare(size: int) -> Callable[[], Any]:
-            pixels = probe_images(models, teacher.image, test_rows(size))
-            return lambda: teacher.encode_images(pixels)
-
-        return Side(partial(check_image_encoder, models, name, precision), prepare)
+        return Side(
+            partial(check_image_encoder, models, name, precision),
+            image_batches(models, teacher.image, teacher.encode_images),
+        )
 
     @staticmethod
     def full_batch(models: Models, layer: Layer, config: Config) -> int:

@@ -19,8 +19,8 @@ from reinforce.dataset.layers import Layer
 from reinforce.engine.inference.batch_sizes import Demand
 from reinforce.engine.inference.inference import Batch, Outputs
 from reinforce.engine.inference.models import Models, crops_per_batch
-from reinforce.engine.inference.self_test import check_patch_encoder, probe_images, test_rows
-from reinforce.engine.worker.producers.base import Producer, RowGroup, Side
+from reinforce.engine.inference.self_test import check_patch_encoder
+from reinforce.engine.worker.producers.base import Producer, RowGroup, Side, image_batches
 from reinforce.errors import UserError
 from reinforce.seeds import philox_bits, seed_for
 from reinforce.source.samples import Refusal
@@ -40,12 +40,10 @@ class PatchFeatures(Producer):
         if not info.patches:
             return None
         encoder = models.patch_encoder(name)
-
-        def prepare(size: int) -> Callable[[], Any]:
-            pixels = probe_images(models, encoder.image, test_rows(size))
-            return lambda: encoder.encode_patches(pixels)
-
-        return Side(partial(check_patch_encoder, models, name, precision), prepare)
+        return Side(
+            partial(check_patch_encoder, models, name, precision),
+            image_batches(models, encoder.image, encoder.encode_patches),
+        )
 
     @staticmethod
     def full_batch(models: Models, layer: Layer, config: Config) -> int:

@@ -18,8 +18,8 @@ from reinforce.engine.inference.batch_sizes import Demand
 from reinforce.engine.inference.inference import Batch, Outputs
 from reinforce.engine.inference.models import Models, crops_per_batch
 from reinforce.engine.inference.outputs import Floats
-from reinforce.engine.inference.self_test import check_numbers, probe_images, test_rows
-from reinforce.engine.worker.producers.base import Producer, RowGroup, Side
+from reinforce.engine.inference.self_test import check_numbers, probe_images
+from reinforce.engine.worker.producers.base import Producer, RowGroup, Side, image_batches
 from reinforce.errors import UserError
 from reinforce.source.samples import Refusal
 from schemas import Reason
@@ -51,11 +51,8 @@ class ClassProbabilities(Producer):
             found = _probabilities(classifier, probe_images(models, classifier.image, rows), 1.0)
             return np.asarray(found.cpu())
 
-        def prepare(size: int) -> Callable[[], Any]:
-            pixels = probe_images(models, classifier.image, test_rows(size))
-            return lambda: classifier.classify(pixels)
-
-        return Side(partial(check_numbers, models, name, "probabilities", classifier, compute), prepare)
+        check = partial(check_numbers, models, name, "probabilities", classifier, compute)
+        return Side(check, image_batches(models, classifier.image, classifier.classify))
 
     @staticmethod
     def full_batch(models: Models, layer: Layer, config: Config) -> int:
