@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +16,33 @@ import torch.distributed as dist
 
 #: An optimizer's first step imports the second; modules of tests import the last.
 _PRELOADED = ["reinforce.training.launch", "torch._dynamo", "torch.utils.tensorboard", "pytest"]
+#: Seconds after which ranks that wait for each other end. The longest test takes 25 on an idle machine.
+_LONGEST = 400
+_GRACE = 10  # seconds for writing where the threads are
 
 
-def start_ranks(work: Callable[..., None], ranks: int, *arguments: Any) -> None:
-    """Run ``work(rank, *arguments)`` in a process for each rank, and wait for all of them."""
+def start_ranks(work: Callable[..., None], ranks: int, *arguments: Any, longest: float = _LONGEST) -> None:
+    """Run ``work(rank, *arguments)`` in a process for each rank, and wait for all of them.
+
+    After ``longest`` seconds each process writes where its threads are to standard error. Soon after, they are killed,
+    and this raises TimeoutError.
+    """
     multiprocessing.set_forkserver_preload(_PRELOADED)
-    torch.multiprocessing.start_processes(work, arguments, nprocs=ranks, start_method="forkserver")
+    started = torch.multiprocessing.start_processes(
+        _run, (work, longest, arguments), nprocs=ranks, join=False, start_method="forkserver"
+    )
+    deadline = time.monotonic() + longest + _GRACE
+    while not started.join(max(0.0, deadline - time.monotonic())):
+        if time.monotonic() >= deadline:
+            for process in started.processes:
+                process.kill()
+            raise TimeoutError(f"ranks wait for each other: they have run for {longest:g} s; see standard error")
+
+
+def _run(rank: int, work: Callable[..., None], longest: float, arguments: tuple[Any, ...]) -> None:
+    faulthandler.dump_traceback_later(longest, file=sys.__stderr__)
+    work(rank, *arguments)
+    faulthandler.cancel_dump_traceback_later()
 
 
 def served_store() -> dist.TCPStore:
