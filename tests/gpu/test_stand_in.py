@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -188,3 +189,14 @@ def test_auto_is_what_fits_and_without_memory_for_one_image_the_run_ends(
     cuda.memory = models_only + 1000
     with pytest.raises(UserError, match=r"does not fit in the memory of the device|do not fit"):
         find_batch(models, parsed, layers, largest=8)
+
+
+def test_a_thread_that_drops_a_tensor_waits_for_none_that_computes(cuda: StandIn) -> None:
+    """Threads of gloo drop tensors of a collective while they hold what the computing thread waits for."""
+    tensors, before = [torch.ones(1000, device="cuda")], cuda.allocated
+    with cuda._one_thread:
+        thread = threading.Thread(target=tensors.clear)
+        thread.start()
+        thread.join(20)
+        assert not thread.is_alive()
+    assert cuda.allocated == before - 4000

@@ -5,7 +5,6 @@ from __future__ import annotations
 import faulthandler
 import multiprocessing
 import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -40,7 +39,7 @@ def start_ranks(work: Callable[..., None], ranks: int, *arguments: Any, longest:
 
 
 def _run(rank: int, work: Callable[..., None], longest: float, arguments: tuple[Any, ...]) -> None:
-    faulthandler.dump_traceback_later(longest, file=sys.__stderr__)
+    faulthandler.dump_traceback_later(longest, file=2)
     work(rank, *arguments)
     faulthandler.cancel_dump_traceback_later()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -59,11 +59,12 @@ class StandIn:
     """The state of the device: what is counted, what is pinned, how much memory is in use."""
 
     def __init__(self, memory: int) -> None:
-        self.memory, self.allocated, self.peak = memory, 0, 0
+        self.memory, self._allocated, self.peak = memory, 0, 0
         self.launches = 0  # of kernels and graphs
         self.tape: list[tuple[Any, Any, Any, Any]] | None = None  # of the graph that is captured
         self._queue: list[tuple[Stream, tuple[Any, Any, Any, Any]]] | None = None  # of operations that are delayed
         self._references: dict[int, ref[torch.Tensor]] = {}
+        self._released: deque[tuple[int, ref[torch.Tensor]]] = deque()  # tensors whose memory is to be given back
         self._one_thread = threading.RLock()
         self.compiled: list[dict[str, Any]] = []
         self._counting: list[Counts] = []
@@ -274,6 +275,11 @@ class StandIn:
 
     # -- memory
 
+    @property
+    def allocated(self) -> int:
+        self._give_back()
+        return self._allocated
+
     def _adopt(self, out: Any) -> Any:
         """Put what an operation returned on the device."""
         if isinstance(out, (list, tuple)):
@@ -283,6 +289,7 @@ class StandIn:
         if DEVICE.type == "mps" and out.dtype in (torch.float64, torch.complex128):
             raise TypeError(f"Cannot convert a MPS Tensor to float64 dtype, which MPS does not have, at {_place()}")
         storage = out.untyped_storage()
+        self._give_back()  # or a new storage may have the number of one that was released
         if (number := storage._cdata) not in self._alive:
             self._allocate(number, storage.nbytes())
         adopted: torch.Tensor = torch.Tensor._make_subclass(CudaTensor, out)
@@ -297,18 +304,32 @@ class StandIn:
                 f"CUDA out of memory. Tried to allocate {size} bytes; {self.allocated} of {self.memory} are in use"
             )
         self._sizes[storage] = size
-        self.allocated += size
-        self.peak = max(self.peak, self.allocated)
+        self._allocated += size
+        self.peak = max(self.peak, self._allocated)
         for counts in self._counting:
             counts.allocations += 1
 
     def _release(self, storage: int, reference: ref[torch.Tensor]) -> None:
+        """Note that a tensor is gone, in any thread, also one that holds a lock which the thread of operations awaits.
+
+        A thread of gloo drops a collective's tensors while it holds the lock of the queue, where the next one is put.
+        """
+        self._released.append((storage, reference))
+        if self._one_thread.acquire(blocking=False):
+            try:
+                self._give_back()
+            finally:
+                self._one_thread.release()
+
+    def _give_back(self) -> None:
         with self._one_thread:
-            del self._references[id(reference)]
-            self._alive[storage] -= 1
-            if not self._alive[storage]:
-                del self._alive[storage]
-                self.allocated -= self._sizes.pop(storage)
+            while self._released:
+                storage, reference = self._released.popleft()
+                del self._references[id(reference)]
+                self._alive[storage] -= 1
+                if not self._alive[storage]:
+                    del self._alive[storage]
+                    self._allocated -= self._sizes.pop(storage)
 
 
 def _storage(tensor: torch.Tensor) -> int:

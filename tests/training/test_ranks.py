@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import signal
 import time
@@ -195,10 +196,12 @@ def work(rank: int, folder: str, port: int, port_of_hanging: int) -> None:
     under_torchrun(rank, RANKS, port_of_hanging)
     reports: list[str] = []
     try:
-        with join_ranks(job(folder).training.compute, None, None, reports.append, timedelta(seconds=3)) as ranks:
-            hang(Path(folder), rank, ranks)
+        with join_ranks(job(folder).training.compute, None, None, reports.append, timedelta(seconds=3)) as hanging:
+            hang(Path(folder), rank, hanging)
     except RuntimeError as error:
         outcomes["hanging"] = f"{type(error).__name__}: {error}"
+    del hanging
+    gc.collect()  # the process can end: none of its threads waits for rank 1, which waits for the next line
     Path(folder, f"{rank}.json").write_text(json.dumps(outcomes))
 
 

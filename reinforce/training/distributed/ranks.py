@@ -39,8 +39,8 @@ _SUCCESS, _ERROR, _USER_ERROR = 0, -1, -2
 class Ranks:
     """This process as one of the ranks, with its number of cores.
 
-    ``control`` is a process group on the CPU, separate from the gradients', and ``watch`` names ranks that others wait
-    for.
+    ``control`` is a process group on the CPU, separate from the gradients', ``watch`` names ranks that others wait for,
+    and ``timeout`` bounds such a wait in a step.
     """
 
     rank: int
@@ -49,6 +49,7 @@ class Ranks:
     control: dist.ProcessGroup | None = None
     cpus: int = 1
     watch: RankWatch | None = None
+    timeout: timedelta = TIMEOUT
 
     @property
     def is_first(self) -> bool:
@@ -121,14 +122,20 @@ class Ranks:
         return f"{ranks}, {reading}{' each' * (self.size > 1)}, device {self.accelerator.device.type}"
 
     def start_max(self, value: int) -> Callable[[], int]:
-        """Start an asynchronous reduction to the maximum over all ranks; the returned function waits for its result."""
+        """Start an asynchronous reduction to the maximum over all ranks; the returned function waits for its result.
+
+        It fails after ``timeout``. Otherwise it would keep a process whose training run has failed from ending, because
+        gloo ends its threads only when they have done their work.
+        """
         if self.size == 1:
             return lambda: value
-        shared = torch.tensor([value])
-        work = dist.all_reduce(shared, dist.ReduceOp.MAX, group=self.control, async_op=True)
+        assert self.control is not None
+        shared, options = torch.tensor([value]), dist.AllreduceOptions()
+        options.reduceOp = dist.ReduceOp.MAX  # type: ignore[assignment]
+        options.timeout = self.timeout
+        work = self.control.allreduce([shared], options)
 
         def result() -> int:
-            assert work is not None
             work.wait()
             return int(shared.item())
 
@@ -193,7 +200,7 @@ def _process_group(
             control = dist.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT)
             rank, size = dist.get_rank(), dist.get_world_size()
             with watching(rank, size, timeout, report) as watch:
-                yield Ranks(rank, size, accelerator, control, cpus, watch)
+                yield Ranks(rank, size, accelerator, control, cpus, watch, timeout)
         else:
             yield Ranks(0, 1, accelerator, cpus=cpus)
     finally:
