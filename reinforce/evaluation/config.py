@@ -110,15 +110,16 @@ class Evaluation(Section):
         return [] if self.suite is None else select_sets(self.suite, self.sets or ())
 
     def shares(self, ranks: int) -> list[frozenset[str]]:
-        """Names of sets by rank, such that each has about equally many images."""
-        sizes = {name: one.size or _IMAGES for name, (_, one) in self.own_sets.items()}
-        sizes |= {f"{self.suite}/{one.key}": one.size for one in self.suite_sets}
+        """Names of sets by rank, such that each has about equally many images; one rank has all sets of a source."""
+        sets = {name: (one.source or name, one.size or _IMAGES) for name, (_, one) in self.own_sets.items()}
+        sets |= {name: (name, one.size) for one in self.suite_sets for name in [f"{self.suite}/{one.key}"]}
+        sizes = dict(sets.values())
         shares: list[set[str]] = [set() for _ in range(ranks)]
         images = [0] * ranks
-        for name in sorted(sizes, key=lambda name: -sizes[name]):
+        for source in sorted(sizes, key=lambda source: -sizes[source]):
             least = images.index(min(images))
-            shares[least].add(name)
-            images[least] += sizes[name]
+            shares[least] |= {name for name, (of_set, _) in sets.items() if of_set == source}
+            images[least] += sizes[source]
         return [frozenset(share) for share in shares]
 
     def combine(self, parts: Sequence[Mapping[str, float]]) -> dict[str, float]:

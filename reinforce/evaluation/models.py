@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,6 +17,14 @@ from teachers.preprocessing.pixels import to_pixels
 from teachers.protocols import ImageSpec
 from teachers.runtime.accelerator import Accelerator, Precision
 from teachers.spec import ModelSpec
+
+
+class _Encoded(NamedTuple):
+    """The vectors [N, dim] of images by model, and their targets."""
+
+    vectors: dict[str, torch.Tensor]
+    targets: list[Any]
+    images: ImageBatches
 
 
 @dataclass(frozen=True)
@@ -33,7 +41,7 @@ class Models:
     threads: int
     weights: dict[tuple[str, ...], torch.Tensor] = field(default_factory=dict)  # classifiers; ImageNet's sets share one
     not_finite: NotFinite = field(default_factory=NotFinite)
-    kept: dict[str, tuple[dict[str, torch.Tensor], int]] = field(default_factory=dict)  # images that sets share
+    kept: dict[str, _Encoded] = field(default_factory=dict)  # images that sets share
     short: bool = False
     shown: int = 0
 
@@ -56,19 +64,22 @@ class Models:
         """The vectors [N, dim] of all images on the CPU, by model, and the N targets; no model if there is no image.
 
         Sets with the same name ``shared`` have the same images in the same order: the first set encodes them, and the
-        next ones only read their files.
+        next ones only read their files for the targets, unless they have the same ``images``.
         """
-        known, read = self.kept.get(shared, ({}, 0))
-        if read and self.encoders.keys() <= known.keys():
-            targets = [target for _, batch in images.decode([], self.batch, self.threads) for target in batch]
-            if len(targets) == read:
+        known = self.kept.get(shared)
+        same = known is not None and known.images is images
+        if known and (same or not known.images.refused) and self.encoders.keys() <= known.vectors.keys():
+            targets = known.targets
+            if not same:
+                targets = [target for _, batch in images.decode([], self.batch, self.threads) for target in batch]
+            if len(targets) == len(known.targets):
                 for name in self.encoders:
-                    self.not_finite.add(name, "image", known[name])
-                return {name: known[name] for name in self.encoders}, targets
-        vectors, targets = self._encode_all(images)
+                    self.not_finite.add(name, "image", known.vectors[name])
+                return {name: known.vectors[name] for name in self.encoders}, targets
         self.kept.clear()
-        if shared and not images.refused:
-            self.kept[shared] = vectors, len(targets)
+        vectors, targets = self._encode_all(images)
+        if shared and targets:
+            self.kept[shared] = _Encoded(vectors, targets, images)
         return vectors, targets
 
     def _encode_all(self, images: ImageBatches) -> tuple[dict[str, torch.Tensor], list[Any]]:

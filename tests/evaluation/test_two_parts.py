@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import yaml
 
 from reinforce.errors import UserError
 from reinforce.evaluation.config import Evaluation
+from reinforce.evaluation.models import Models
 from reinforce.evaluation.report import Result
 from reinforce.settings import parse
 from teachers.protocols import ImageSpec
@@ -211,13 +213,45 @@ def test_wrong_keys_are_reported_with_their_place() -> None:
         assert message in str(error.value)
 
 
-def test_images_are_decoded_once_for_all_passes_that_fit(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    decoded = count_decoded(monkeypatch)
-    evaluator = make_evaluator(**both({"images": f"{root}/train"}, {"images": f"{root}/test"}))
-    first = evaluator.evaluate(HueEncoder(), CPU).metrics
-    assert len(decoded) == 2 * 42
-    assert evaluator.evaluate(HueEncoder(), CPU).metrics == first
-    assert len(decoded) == 2 * 42
+def test_images_of_sets_with_equal_parts_are_decoded_and_encoded_once(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where some are broken, and although sets of other parts are between them in the config."""
+    holes = Path(shutil.copytree(root / "train", tmp_path / "train"))
+    (holes / "red" / "0.png").write_bytes(b"no image")
+    of_all = both({"images": str(holes)}, {"images": f"{root}/test"})
+    of_some = both({"images": str(holes)}, {"images": f"{root}/test", "limit": 6})
+    sets: dict[str, dict[str, Any]] = {
+        section: {"all": of_all[section]["set"], "some": of_some[section]["set"]} for section in ("knn", "linear")
+    }
+    alone = {
+        f"{section}/{name}": make_evaluator(**{section: {name: one}}).evaluate(HueEncoder(), CPU)
+        for section, named in sets.items()
+        for name, one in named.items()
+    }
+    decoded, encode_all = count_decoded(monkeypatch), Models.encode_all
+    encoded: list[int] = []
+    kept: list[int] = []
+
+    class Counted(HueEncoder):
+        def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
+            encoded.append(len(pixels))
+            return super().encode_images(pixels)
+
+    def record_kept(models: Models, *args: Any) -> Any:
+        kept.append(len(models.kept))
+        return encode_all(models, *args)
+
+    monkeypatch.setattr(Models, "encode_all", record_kept)
+    evaluator, counted = make_evaluator(**sets), Counted()
+    assert evaluator.images == 42 + 36
+    for passes in (1, 2):
+        result = evaluator.evaluate(counted, CPU)
+        assert (sum(encoded), len(decoded)) == (passes * (41 + 35), 42 + 36), "decoded images stay between evaluations"
+        assert result.metrics == {name: score for one in alone.values() for name, score in one.metrics.items()}
+        assert [*result.sets.items()] == [item for one in alone.values() for item in one.sets.items()]
+    assert kept == [0, 1] * 4, "vectors are kept until the last set of their images"
+    assert evaluator.config.shares(2) == [{"knn/all", "linear/all"}, {"knn/some", "linear/some"}]
 
 
 @pytest.fixture

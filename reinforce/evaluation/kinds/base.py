@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,6 @@ from reinforce.evaluation.reading import SetReader, Table
 from reinforce.evaluation.registry import SuiteSet
 from reinforce.evaluation.report import Outcome
 from reinforce.images.policy import IMAGE_POLICY
-from reinforce.input_config import Limits
 from reinforce.settings import Section
 
 if TYPE_CHECKING:
@@ -35,10 +34,16 @@ class ImageSet:
     score: Callable[[Models, ImageBatches], Outcome]
     count: int = 0
     policy: str = IMAGE_POLICY
+    parts: Any = None  # of a set with a `source`: what another set of this source is opened with
 
 
 class OwnSet(Section):
     """The config of a set of the user."""
+
+    @property
+    def source(self) -> str | None:
+        """Sets of one source have the same images and targets, and are encoded once; None: of no other set."""
+        return None
 
     @property
     def scores(self) -> list[str]:
@@ -67,12 +72,12 @@ class SetKind:
 
     Increase ``version`` with a change of the metrics after which a kept result would be another. If users have sets of
     the kind, ``section`` is the one of a config that has them by name, and ``open_own`` checks such a set and counts
-    its images. Its arguments are the config of the set, its name in messages, limits, and the folders from which images
-    that are stored by reference may be read.
+    its images. Its arguments are the config of the set, its name in messages, limits, the folders from which images
+    that are stored by reference may be read, and a set of the same source, if one is open.
     """
 
     name: str
     open: Callable[[SuiteSet, SetFiles], ImageSet] | None
     version: int = 1
     section: str = ""
-    open_own: Callable[[Any, str, Limits, Sequence[str]], ImageSet] | None = None
+    open_own: Callable[..., ImageSet] | None = None

@@ -38,6 +38,10 @@ class TwoPartSet(OwnSet):
     test: LabelledSource = Field(description="images that it classifies; each class must be in `train`")
 
     @property
+    def source(self) -> str:
+        return f"{self.train.model_dump_json()} {self.test.model_dump_json()}"
+
+    @property
     def size(self) -> int | None:
         sizes = self.train.size, self.test.size
         return None if None in sizes else sum(filter(None, sizes))
@@ -73,7 +77,6 @@ class _Parts:
     """The two parts, read as one set: targets are pairs of the part, 0 or 1, and the index into ``classes``."""
 
     def __init__(self, config: TwoPartSet, name: str, limits: Limits, images_from: Sequence[str]) -> None:
-        self._config = config
         sources = {TRAIN: config.train, TEST: config.test}
         self._parts = {
             part: read_labels(source, f"{name}.{part}", limits, images_from, numbers=True)
@@ -84,17 +87,15 @@ class _Parts:
         self.classes = [name for name, _ in index]
         self._index = {part: [index[key] for key in of_part] for part, of_part in keys.items()}
         self._hashes = [np.zeros(part.images, np.uint64) for part in self._parts.values()]
-        counts = [np.zeros(len(index), np.int64) for _ in self._parts]
-        for found, count, place in zip(self._parts.values(), counts, self._index.values(), strict=True):
+        self.counts = [np.zeros(len(index), np.int64) for _ in self._parts]
+        for found, count, place in zip(self._parts.values(), self.counts, self._index.values(), strict=True):
             count[place] = found.counts
-        if fault := self.fault(*counts):
-            raise UserError(f"{name}: {fault}")
 
     @property
     def images(self) -> int:
         return sum(part.images for part in self._parts.values())
 
-    def fault(self, train: np.ndarray, test: np.ndarray) -> str | None:
+    def fault(self, config: TwoPartSet, train: np.ndarray, test: np.ndarray) -> str | None:
         """Why parts with so many images of each class, int64 [C], cannot be used; None if they can."""
         present = np.flatnonzero(train)
         if len(present) < 2:
@@ -105,7 +106,7 @@ class _Parts:
                 f"{len(missing):,} of {int((test > 0).sum()):,} classes of the test part have no usable image in the "
                 f"training part, such as {self.classes[missing[0]]!r}: add some, or remove those of the test part."
             )
-        return "the test part has no usable image: check it." if not test.any() else self._config.fault(train)
+        return "the test part has no usable image: check it." if not test.any() else config.fault(train)
 
     def examples(self) -> Iterator[LabelledImage | Refusal]:
         for number, (part, found) in enumerate(self._parts.items()):
@@ -142,13 +143,20 @@ def _load(load: Callable[[], bytes], hashes: np.ndarray, row: int) -> bytes:
 
 
 def _open(
-    classify: Classify, config: TwoPartSet, name: str, limits: Limits, images_from: Sequence[str] = ()
+    classify: Classify,
+    config: TwoPartSet,
+    name: str,
+    limits: Limits,
+    images_from: Sequence[str] = (),
+    known: ImageSet | None = None,
 ) -> ImageSet:
-    """A set of the user, which is checked. Raises UserError."""
-    parts = _Parts(config, name, limits, images_from)
+    """A set of the user, which is checked; ``known`` has the same parts. Raises UserError."""
+    parts = _Parts(config, name, limits, images_from) if known is None else known.parts
+    if fault := parts.fault(config, *parts.counts):
+        raise UserError(f"{name}: {fault}")
 
     def score(models: Models, images: ImageBatches) -> Outcome:
-        vectors, targets = models.encode_all(images)
+        vectors, targets = models.encode_all(images, config.source)
         if not targets:
             return Outcome({}, len(images.refused), images.refused)
         of_parts, labels = np.array(targets, np.int64).T
@@ -156,7 +164,7 @@ def _open(
         counts = [np.bincount(of_part, minlength=len(parts.classes)) for of_part in (labels[:first], labels[first:])]
         total = len(labels) + len(images.refused)
         outcome = Outcome({}, total, images.refused, int((counts[0] > 0).sum()), note=parts.note())
-        if fault := parts.fault(*counts):
+        if fault := parts.fault(config, *counts):
             return replace(outcome, failed=dict.fromkeys(vectors, fault))
         dense = np.cumsum(counts[0] > 0) - 1  # classes of `classes: imagenet` may have no image
         metrics: dict[str, Metrics] = {}
@@ -166,4 +174,4 @@ def _open(
             metrics[model] = classify(config, features, models.accelerator) if finite else {}
         return replace(outcome, metrics=metrics)
 
-    return ImageSet(name, parts.examples, score, parts.images)
+    return ImageSet(name, parts.examples, score, parts.images, parts=parts)
