@@ -113,8 +113,8 @@ def adapt(config: AdaptConfig, log: Log = lambda line: None, address: str | None
     trained = f"{steps.training_of(config)}/student"
     with resolve_models([trained]) as found_models:
         specs = {RELEASED: _spec(config), "trained": found_models[trained]}
-        mixtures = Mixtures(specs, out, sets, precision=training.train.compute.precision, log=log)
-        found = sweep(mixtures, specs, out, steps.rule_of(config, domain), config.alphas or GRID)
+        mixtures = Mixtures(specs, out, sets, precision=training.train.compute.precision)
+        found = sweep(mixtures, specs, out, steps.rule_of(config, domain), config.alphas or GRID, log)
     page = write_page(config, sets, found, mixtures)
     return Adapted(config.output, found, page)
 

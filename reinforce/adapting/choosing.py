@@ -72,6 +72,11 @@ class Rule:
     def _general(self, point: Point) -> float:
         return mean(point.metrics, self.general) if self.general else 0.0
 
+    def means(self, metrics: Mapping[str, float]) -> str:
+        """The means of metrics in a short line: ``domain 71.20 %, general 65.00 %``."""
+        names = {"domain": self.domain} | ({"general": self.general} if self.general else {})
+        return ", ".join(f"{name} {100 * mean(metrics, of):.2f} %" for name, of in names.items())
+
     def describe(self) -> str:
         """The rule in one sentence."""
         domain = ", ".join(self.domain)

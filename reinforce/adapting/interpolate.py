@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from teachers.spec import ModelSpec
 #: Shares of the second model's weights that a sweep evaluates, as published.
 GRID = tuple(round(0.1 * tenth, 1) for tenth in range(11))
 PICTURE = "sweep.png"
+_NAME_COLUMNS = 50
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,20 @@ class Sweep:
     rule: Rule
     chosen: Point
 
+    @property
+    def shown(self) -> list[Point]:
+        """The points of tables: the first model, the chosen share and the largest one."""
+        return [self.points[0], self.chosen, self.points[-1]]
+
     def table(self) -> Table:
-        """Metrics in percent, one column a share; a star marks the chosen one."""
+        """Metrics in percent, one column a share, in 80 columns; a star marks the chosen one."""
+        shown = [point for point in self.points if point in self.shown]
         names = dict.fromkeys(name for point in self.points for name in point.metrics)
-        heads = [f"{point.alpha:g}{'*' if point is self.chosen else ''}" for point in self.points]
-        rows = [[name, *(percent(point.metrics.get(name)) for point in self.points)] for name in names]
-        return score_table(["%, by alpha", *heads], rows, [])
+        heads = [f"{point.alpha:g}{'*' if point is self.chosen else ''}" for point in shown]
+        rows = [[name, *(percent(point.metrics.get(name)) for point in shown)] for name in names]
+        table = score_table(["%, by alpha", *heads], rows, [])
+        table.columns[0].no_wrap, table.columns[0].max_width = False, _NAME_COLUMNS
+        return table
 
     def lines(self) -> list[str]:
         return [f"* chosen: alpha {self.chosen.alpha:g}, the {self.rule.describe()}"]
@@ -79,14 +88,22 @@ def interpolate(specs: Mapping[str, ModelSpec], out: str, alpha: float) -> None:
 
 
 def sweep(
-    mixtures: Mixtures, specs: Mapping[str, ModelSpec], out: str, rule: Rule, alphas: Sequence[float] = GRID
+    mixtures: Mixtures,
+    specs: Mapping[str, ModelSpec],
+    out: str,
+    rule: Rule,
+    alphas: Sequence[float] = GRID,
+    log: Callable[[str], None] = lambda line: None,
 ) -> Sweep:
     """Evaluate the shares, 0 included, and write the model of the chosen one, sweep.json and sweep.png to ``out``.
 
     Raises UserError where a metric of ``rule`` has no value for alpha 0, or if the folder has the model of a soup.
     """
     mixtures.check_report(SWEEP)
-    points = [Point(alpha, mixtures.metrics(_shares(specs, alpha))) for alpha in sorted({0.0, *alphas})]
+    points = []
+    for alpha in sorted({0.0, *alphas}):
+        points.append(Point(alpha, mixtures.metrics(_shares(specs, alpha))))
+        log(f"alpha {alpha:g}: {rule.means(points[-1].metrics)}")
     first, second = specs
     result = Sweep((first, second), points, rule, rule.choose(points))
     mixtures.write(_shares(specs, result.chosen.alpha), result.as_json(), SWEEP)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from reinforce.adapting.mixing import Mixer, load_mixer
@@ -21,8 +21,6 @@ KEPT = "mixtures.json"
 SWEEP, SOUP = "sweep.json", "soup.json"
 _MODEL = "open_clip_config.json"
 
-Log = Callable[[str], None]
-
 
 class Mixtures:
     """Mixtures of some models, whose results and final weights are written to ``out``.
@@ -38,13 +36,11 @@ class Mixtures:
         evaluation: Evaluation,
         device: str = "auto",
         precision: Precision | Literal["auto"] = "fp32",
-        log: Log = lambda line: None,
     ) -> None:
         self._storage = Storage(out)
         kept = self._storage.read_json(KEPT)
         if kept is None:
             check_free(self._storage)
-        self._log = log
         self._accelerator = Accelerator(device, precision)
         self.mixer: Mixer = load_mixer(specs)
         self._of: dict[str, Any] = {
@@ -73,7 +69,6 @@ class Mixtures:
         metrics = self._evaluator.config.combine([found.metrics])
         self._results.append({"weights": weights, "metrics": metrics})
         self._storage.write_json({"of": self._of, "mixtures": self._results}, KEPT)
-        self._log(f"{describe(weights)}: {', '.join(f'{name} {percent(value)}' for name, value in metrics.items())}")
         return metrics
 
     def loaded(self, weights: Mapping[str, float]) -> Models:
@@ -114,8 +109,3 @@ def check_free(storage: Storage) -> None:
 def percent(value: float | None) -> str:
     """A metric in percent, empty if there is none."""
     return "" if value is None else f"{100 * value:.2f}"
-
-
-def describe(weights: Mapping[str, float]) -> str:
-    """``0.7 a + 0.3 b``."""
-    return " + ".join(f"{weight:.3g} {name}" for name, weight in weights.items())

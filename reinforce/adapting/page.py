@@ -28,7 +28,7 @@ def write_page(config: AdaptConfig, evaluation: Evaluation, sweep: Sweep, mixtur
     storage, out = Storage(config.output), config.output
     start, last = sweep.points[0], sweep.points[-1]
     names = dict.fromkeys(name for point in sweep.points for name in point.metrics)
-    rows = [(name, name in sweep.rule.domain, [point.metrics.get(name) for point in _shown(sweep)]) for name in names]
+    rows = [(name, name in sweep.rule.domain, [point.metrics.get(name) for point in sweep.shown]) for name in names]
     drawn = plots.drawable(f"{out}/{PAGE}: its curve is")
     examples = [*_examples(evaluation, sweep, mixtures)]
     page = render(
@@ -78,11 +78,6 @@ def advice(sweep: Sweep, start: Point, last: Point, by_chance: float = 0.0) -> I
             "--set student.loss.anchor.similarities=3, or lower the rate, student.train.optimizer.lr."
         )
     yield "Another seed shows how much of the difference is chance: --set seed=1, in another folder."
-
-
-def _shown(sweep: Sweep) -> list[Point]:
-    """The points of the table: released, chosen and trained weights."""
-    return [sweep.points[0], sweep.chosen, sweep.points[-1]]
 
 
 def _means(point: Point, sweep: Sweep) -> tuple[float, float]:

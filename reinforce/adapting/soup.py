@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -51,13 +51,18 @@ class Soup:
         return asdict(self)
 
 
-def greedy_soup(mixtures: Mixtures, specs: Mapping[str, ModelSpec], rule: Rule) -> Soup:
+def greedy_soup(
+    mixtures: Mixtures, specs: Mapping[str, ModelSpec], rule: Rule, log: Callable[[str], None] = lambda line: None
+) -> Soup:
     """Add models to a mean in the order of their metric, as long as each makes it better, and write the mean.
 
     Raises UserError if no model has the metrics of ``rule``, or if the folder has the model of a sweep.
     """
     mixtures.check_report(SOUP)
-    alone = {name: mixtures.metrics({name: 1.0}) for name in specs}
+    alone = {}
+    for name in specs:
+        alone[name] = mixtures.metrics({name: 1.0})
+        log(f"{name}: {rule.means(alone[name])}")
     scores = {name: mean(metrics, rule.domain) for name, metrics in alone.items()}
     ranked = sorted((name for name in specs if math.isfinite(scores[name])), key=lambda name: -scores[name])
     if not ranked:
@@ -67,6 +72,7 @@ def greedy_soup(mixtures: Mixtures, specs: Mapping[str, ModelSpec], rule: Rule) 
     for name in ranked[1:]:
         tried = [*chosen, name]
         metrics = mixtures.metrics({one: 1 / len(tried) for one in tried})
+        log(f"mean of {len(tried)} models, with {name}: {rule.means(metrics)}")
         better = mean(metrics, rule.domain) > mean(best, rule.domain)
         trials.append(Trial(tuple(tried), metrics, name, better))
         if better:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -28,9 +28,7 @@ from reinforce.processes.imports import no_garbage_collection
 
 if TYPE_CHECKING:
     from reinforce.adapting.choosing import Rule
-    from reinforce.adapting.mixtures import Mixtures
     from reinforce.evaluation.config import Evaluation
-    from teachers.spec import ModelSpec
 
 Out = Annotated[str, typer.Argument(metavar="OUT", help="Folder or fsspec URI of the model; none may be there.")]
 Metric = Annotated[
@@ -116,7 +114,7 @@ def adapt(
     with only_json(json_ == STDOUT) as print_json:
         with no_garbage_collection():  # takes seconds, so the config is checked before
             from reinforce.adapting.adapt import adapt as adapt_model
-        result = run_training(lambda: adapt_model(checked, lambda line: print_lines([line]), address))
+        result = run_training(lambda: adapt_model(checked, _log, address))
         show_report(result, json_, print_json)
 
 
@@ -149,6 +147,7 @@ def interpolate(
     Finished shares of a sweep are not evaluated again.
     """
     from reinforce.adapting import interpolate as between
+    from reinforce.adapting.mixtures import Mixtures
     from reinforce.model_names import resolve_models
 
     alphas = alpha or []
@@ -164,8 +163,8 @@ def interpolate(
     evaluation = _sets(config, zero_shot, retrieval, limit)
     rule = _rule(evaluation, metric, general, allow)
     with only_json(json_ == STDOUT) as print_json, resolve_models([first, second], pretrained) as specs:
-        mixtures = _mixtures(specs, out, evaluation, device, precision)
-        show_report(between.sweep(mixtures, specs, out, rule, alphas or between.GRID), json_, print_json)
+        mixtures = Mixtures(specs, out, evaluation, device, precision)
+        show_report(between.sweep(mixtures, specs, out, rule, alphas or between.GRID, _log), json_, print_json)
 
 
 def soup(
@@ -185,6 +184,7 @@ def soup(
 
     Models are added in the order of their own metric (a greedy soup). Finished evaluations are not repeated.
     """
+    from reinforce.adapting.mixtures import Mixtures
     from reinforce.adapting.soup import greedy_soup
     from reinforce.model_names import resolve_models
 
@@ -193,8 +193,8 @@ def soup(
     evaluation = _sets(config, zero_shot, retrieval, limit)
     rule = _rule(evaluation, metric, None, 0)
     with only_json(json_ == STDOUT) as print_json, resolve_models(models, pretrained) as specs:
-        mixtures = _mixtures(specs, out, evaluation, device, precision)
-        show_report(greedy_soup(mixtures, specs, rule), json_, print_json)
+        mixtures = Mixtures(specs, out, evaluation, device, precision)
+        show_report(greedy_soup(mixtures, specs, rule, _log), json_, print_json)
 
 
 def _sets(
@@ -220,13 +220,5 @@ def _rule(evaluation: Evaluation, metric: Sequence[str] | None, general: Sequenc
     return Rule(tuple(domain), tuple(others), allow / 100)
 
 
-def _mixtures(
-    specs: Mapping[str, ModelSpec],
-    out: str,
-    evaluation: Evaluation,
-    device: str,
-    precision: Literal["fp32", "bf16", "fp16"],
-) -> Mixtures:
-    from reinforce.adapting.mixtures import Mixtures
-
-    return Mixtures(specs, out, evaluation, device, precision, log=lambda line: print_lines([line]))
+def _log(line: str) -> None:
+    print_lines([line])

@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 
 from reinforce.adapting import mixtures
 from reinforce.adapting.choosing import Point, Rule
+from reinforce.adapting.interpolate import Sweep
 from reinforce.errors import UserError
 from reinforce.evaluation.config import Evaluation
+from reinforce.terminal import print_table
 from tests.adapting.test_mixing import WEIGHTS, two_students
 from tests.helpers.commands import Command
 from tests.helpers.evaluation import write_colour_folder
@@ -45,6 +47,28 @@ def test_a_share_without_a_value_is_not_chosen_and_none_at_the_start_is_an_error
         Rule(("one",), ("one",))
 
 
+@pytest.mark.parametrize("columns", ["80", None])
+def test_the_table_of_a_sweep_fits_80_columns_also_in_a_pipe(
+    columns: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns:
+        monkeypatch.setenv("COLUMNS", columns)
+    name = f"retrieval/{'long-name-' * 6}/text_to_image/r1"
+    found = [Point(alpha / 20, {"domain": 0.5, "general": 0.25, name: 1 - alpha / 100}) for alpha in range(21)]
+    print_table(Sweep(("a", "b"), found, RULE, found[7]).table())
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert [line.split() for line in lines[:3]] == [
+        ["%,", "by", "alpha", "0", "0.35*", "1"],
+        ["domain", *["50.00"] * 3],
+        ["general", *["25.00"] * 3],
+    ]
+    assert "".join(line[:50].strip() for line in lines[3:]) == name
+    assert " ".join(lines[3:]).split()[1:4] == ["100.00", "93.00", "80.00"]
+    assert RULE.means(found[7].metrics) == "domain 50.00 %, general 25.00 %"
+
+
 def test_a_sweep_evaluates_each_share_once_and_writes_the_chosen_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command
 ) -> None:
@@ -55,6 +79,10 @@ def test_a_sweep_evaluates_each_share_once_and_writes_the_chosen_model(
     status, out_text, error = command(*words, *shares)
     assert status == 0, error
     report = json.loads(out_text)
+    assert [line for line in error.splitlines() if "alpha" in line] == [
+        f"alpha {point['alpha']:g}: domain {100 * point['metrics']['zero_shot/colours/top1']:.2f} %"
+        for point in report["points"]
+    ]
     assert [point["alpha"] for point in report["points"]] == [0, 0.5, 1]
     chosen = max(report["points"], key=lambda point: (point["metrics"]["zero_shot/colours/top1"], -point["alpha"]))
     assert report["alpha"] == chosen["alpha"]
