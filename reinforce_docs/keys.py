@@ -51,8 +51,12 @@ class Group:
     """The keys of one section of a config; ``path`` is empty for the top level."""
 
     path: str
-    description: str
+    section: type[BaseModel]
     keys: tuple[Key, ...]
+
+    @property
+    def description(self) -> str:
+        return inspect.getdoc(self.section) or ""
 
 
 def groups(model: type[BaseModel], path: str = "") -> Iterator[Group]:
@@ -60,7 +64,7 @@ def groups(model: type[BaseModel], path: str = "") -> Iterator[Group]:
     prefix = f"{path}." if path else ""
     fields = [(prefix + (field.alias or name), field) for name, field in model.model_fields.items()]
     own = tuple(_key(name, field) for name, field in fields if not _is_model(field.annotation))
-    yield Group(path, inspect.getdoc(model) or "", own)
+    yield Group(path, model, own)
     for name, field in fields:
         for suffix, section in _sections(field.annotation):
             yield from groups(section, name + suffix)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import re
 import shutil
 import sys
@@ -22,18 +21,18 @@ from pydantic import BaseModel
 
 import reinforce
 from reinforce import settings
-from reinforce.captioning.config import CaptionerConfig
-from reinforce.cli import REMOVED, main
+from reinforce.cli import REMOVED
+from reinforce.cli.config import model_of
 from reinforce.config import Config
 from reinforce.images.policy import decode
 from reinforce.input_config import Limits
-from reinforce.selection.config import SelectConfig
 from reinforce.student.config import StudentConfig
-from reinforce.tuning.config import TuneConfig
+from reinforce_docs.keys import groups
 from schemas import Reason
 from teachers.open_clip.catalog import check_model
 from teachers.preprocessing.fit import fit
 from tests.helpers import pages_commands as commands
+from tests.helpers.commands import exit_status
 from tests.helpers.local_ray import local_ray
 from tests.helpers.models.tiny_models import transformers_bert, transformers_clip
 from tests.helpers.pages import (
@@ -45,6 +44,7 @@ from tests.helpers.pages import (
     blocks,
     inline_code,
     links,
+    measured,
     pages,
     prose,
     read_page,
@@ -52,23 +52,16 @@ from tests.helpers.pages import (
 from tests.helpers.pages_workspace import SIZE, write_inputs
 
 WRITTEN_BY_HAND = sorted(set(pages()) - GENERATED)
-CONFIGS: dict[str, type[BaseModel]] = {
-    "my.yaml": Config,
-    "photos.yaml": Config,
-    "student.yaml": StudentConfig,
-    "tune.yaml": TuneConfig,
-    "finetune.yaml": CaptionerConfig,
-    "select.yaml": SelectConfig,
-}
+#: The kind of the config in NAME.yaml, by this name.
+KINDS = {name: name for name in ("student", "tune", "select")} | {"finetune": "captioner", "my": "run", "photos": "run"}
+CONFIGS = {f"{name}.yaml": model_of(kind) for name, kind in KINDS.items()}
 #: Endings of names that are files and no keys.
 FILES = (".json", ".jsonl", ".md", ".onnx", ".parquet", ".png", ".py", ".txt", ".yaml")
 SHOWN = [(block, words) for block in all_blocks("console") for words in block.commands()]
 
 
 def run_command(*words: str) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(list(words))
-    assert ended.value.code in (0, None), words
+    assert exit_status(*words) == 0, words
 
 
 run_once = cache(run_command)  # the workspace is the same for each page
@@ -102,13 +95,24 @@ def workspace(built: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return built
 
 
+def run_shown(words: list[str]) -> None:
+    """Run a command of a page, if it is one of those that tests run, and has not run yet."""
+    if commands.rule_of(words) in commands.RUN:
+        run_once(*commands.local(words)[1:])
+
+
 def executed(page: str) -> dict[str, Any]:
-    """The names that the Python blocks of a page leave, run one after the other, as far as packages are installed."""
+    """The names that the Python blocks of a page leave, after the commands above them.
+
+    All run one after the other, as far as packages are installed.
+    """
     scope: dict[str, Any] = {"__name__": "page"}
-    for block in blocks(page, "python"):
-        if any(text in block.text and find_spec(package) is None for text, package in OPTIONAL.items()):
-            continue
-        exec(compile("\n" * (block.line - 1) + block.text, str(ROOT / page), "exec"), scope)
+    for block in blocks(page, "console", "python"):
+        if block.language == "console":
+            for words in block.commands():
+                run_shown(words)
+        elif not any(text in block.text and find_spec(package) is None for text, package in OPTIONAL.items()):
+            exec(compile("\n" * (block.line - 1) + block.text, str(ROOT / page), "exec"), scope)
     return scope
 
 
@@ -117,11 +121,9 @@ def executed(page: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("block", "words"), SHOWN, ids=[f"{b}-{' '.join(w[:3])}" for b, w in SHOWN])
 def test_every_command_shown_runs_or_is_parsed(block: Block, words: list[str], workspace: Path) -> None:
-    rule = commands.rule_of(words)
-    assert rule is not None, f"{block}: add `{' '.join(words)}` to RUN or, with a reason, to CHECKED"
+    assert commands.rule_of(words) is not None, f"{block}: add `{' '.join(words)}` to RUN or, with a reason, to CHECKED"
     commands.check(words)
-    if rule in commands.RUN:
-        run_once(*commands.local(words)[1:])
+    run_shown(words)
 
 
 def test_no_rule_is_left_over_and_the_tests_that_reasons_name_exist() -> None:
@@ -312,18 +314,12 @@ def test_the_examples_of_readme_are_whole_configs() -> None:
     assert settings.parse(StudentConfig, student).evaluate.best_metric == "zero_shot/imagenet/top1"
 
 
-def dotted_keys(schema: dict[str, Any], sections: dict[str, Any]) -> Iterator[str]:
-    """Every key of a config by its JSON schema, such as ``workers.cpus``."""
-    for name, value in schema.get("properties", {}).items():
-        yield name
-        for section in re.findall(r"#/\$defs/(\w+)", json.dumps(value)):
-            yield from (f"{name}.{key}" for key in dotted_keys(sections[section], sections))
-
-
 @cache
 def known_keys() -> set[str]:
-    schemas = [config.model_json_schema() for config in CONFIGS.values()]
-    return {key for schema in schemas for key in dotted_keys(schema, schema["$defs"])}
+    """Every key of a config, such as ``workers.cpus``; names and places in lists are left out."""
+    found = (group for config in CONFIGS.values() for group in groups(config))
+    names = (name for group in found for name in (group.path, *(key.name for key in group.keys)))
+    return {re.sub(r"\.NAME|\[\]", "", name) for name in names}
 
 
 def test_the_tables_of_limits_and_reasons_are_those_of_the_code() -> None:
@@ -333,11 +329,6 @@ def test_the_tables_of_limits_and_reasons_are_those_of_the_code() -> None:
     rows = [line.partition(" | ")[0] for line in prose("docs/bad-data.md").splitlines() if line.startswith("| `")]
     reasons = [reason for cell in rows for reason in re.findall(r"`(\w+)`", cell)]
     assert sorted(reasons) == sorted(reason.value for reason in Reason)
-
-
-def measured(name: str) -> dict[str, Any]:
-    results: dict[str, Any] = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text(encoding="utf-8"))
-    return results
 
 
 def test_results_and_speeds_in_pages_are_those_that_were_measured() -> None:
@@ -391,21 +382,12 @@ def test_the_index_names_every_page_and_readme_custom_teacher_and_reading_stay_s
     assert len(bare.text.strip().splitlines()) <= 6
 
 
-def sections(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
-    """The sections of a config, at any depth."""
-    yield model
-    for field in model.model_fields.values():
-        names = re.findall(r"[\w.]+\.[A-Z]\w+", str(field.annotation))
-        for module, name in (name.rsplit(".", 1) for name in names):
-            found = getattr(sys.modules.get(module), name, None)
-            if isinstance(found, type) and issubclass(found, BaseModel):
-                yield from sections(found)
-
-
 @pytest.mark.parametrize(
     ("page", "model"), [("docs/data.md", Config), ("docs/students.md", StudentConfig)], ids=["data", "students"]
 )
 def test_a_page_names_every_module_that_describes_keys_of_its_config(page: str, model: type[BaseModel]) -> None:
-    modules = {section.__module__.replace(".", "/") + ".py" for section in sections(model)}
+    sections = [group.section for group in groups(model)]  # one of all families is named as its base
+    bases = ([one for one in section.__mro__ if one.__name__ == section.__name__][-1] for section in sections)
+    modules = {base.__module__.replace(".", "/") + ".py" for base in bases}
     assert len(modules) > 1
     assert modules - {target.removeprefix("../") for target in links(page)} == set()

@@ -18,11 +18,15 @@ from tests.helpers.pages import ROOT
 Command = Callable[..., tuple[int, str, str]]
 
 
-def run_command(capfd: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+def exit_status(*words: str) -> int:
     with pytest.raises(SystemExit) as ended:
         main(list(words))
     code = ended.value.code
-    return (code if isinstance(code, int) else int(code is not None)), *capfd.readouterr()
+    return code if isinstance(code, int) else int(code is not None)
+
+
+def run_command(capfd: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    return exit_status(*words), *capfd.readouterr()
 
 
 def printed_by(capfd: pytest.CaptureFixture[str], *words: str, status: int = 0) -> str:

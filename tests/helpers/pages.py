@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 #: Pages that programs write.
@@ -75,6 +77,12 @@ def prose(page: str) -> str:
 def inline_code(page: str) -> list[str]:
     """The code spans in the sentences and tables of a page."""
     return [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose(page))]
+
+
+def measured(name: str) -> dict[str, Any]:
+    """The results of a benchmark, by which pages are written."""
+    results: dict[str, Any] = json.loads(read_page(f"benchmarks/results/{name}.json"))
+    return results
 
 
 def links(page: str) -> list[str]:

@@ -26,7 +26,7 @@ from reinforce.engine.preflight.estimate_bytes import (
 from reinforce.engine.preflight.estimate_hours import DECODE_MS, OWN_MS, Effort, Rate, estimate_effort, measured_rate
 from reinforce.engine.preflight.report import make_report
 from tests.helpers.data import config_of, members_of, write_tar
-from tests.helpers.pages import ROOT
+from tests.helpers.pages import measured
 from tests.helpers.reinforced import reinforce_here
 
 STATISTICS = SourceStatistics(10_000, 80_000, 100)
@@ -96,11 +96,10 @@ def test_a_plan_of_decoding_alone_has_the_rate_of_the_cores(shards: Callable[...
 
 
 def test_the_milliseconds_are_those_of_the_performance_page() -> None:
-    figures = json.loads((ROOT / "benchmarks/results/pipeline.json").read_text(encoding="utf-8"))["figures"]
-    measured = {figure["name"]: figure["value"] for figure in figures}
+    values = {figure["name"]: figure["value"] for figure in measured("pipeline")["figures"]}
     for table, what in ((DECODE_MS, "its decode processes"), (OWN_MS, "its own process")):
         for count, value in table.items():
-            assert value == pytest.approx(measured[f"CPU per sample of {what}, {count} augmentations"], rel=0.1)
+            assert value == pytest.approx(values[f"CPU per sample of {what}, {count} augmentations"], rel=0.1)
 
 
 def test_machines_that_lack_something_are_warned_of(tmp_path: Path) -> None:
