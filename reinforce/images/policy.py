@@ -188,7 +188,7 @@ def format_extension(data: bytes) -> str:
 
 def check_decoder(data: bytes) -> None:
     """Raise ImageRefused for a HEIC if its decoder is not installed."""
-    if _is_heic(data) and not reads_heic():
+    if is_heic(data) and not reads_heic():
         raise ImageRefused(Reason.IMAGE_FORMAT, HEIC_HINT)
 
 
@@ -211,7 +211,7 @@ def _formats() -> list[str]:
     return [name for name in FORMATS if name in Image.OPEN]  # AVIF depends on how Pillow was built
 
 
-def _is_heic(data: bytes) -> bool:
+def is_heic(data: bytes) -> bool:
     """Whether the brands at the beginning of a file are those of HEVC images; of AVIF, some are the same, too."""
     if data[4:8] != b"ftyp":
         return False
@@ -236,7 +236,7 @@ def _open(data: bytes) -> Image.Image:
     """
     errors = []
     check_decoder(data)
-    for name in [*([_register_heif()] if _is_heic(data) else []), *_formats()]:
+    for name in [*([_register_heif()] if is_heic(data) else []), *_formats()]:
         factory, accept = Image.OPEN[name]
         accepted = accept(data[:16]) if accept else True
         if isinstance(accepted, str):  # Pillow recognizes the format, but was built without its decoder

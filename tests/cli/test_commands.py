@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import socket
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,8 @@ from reinforce.cli import app
 from reinforce.cli.common import only_json
 from reinforce.dataset.files.store import MANIFEST, Store
 from reinforce.dataset.manifest.manifest import read_manifest, record_scales
-from reinforce.engine.preflight.check_machines import cluster_machines
+from reinforce.engine.preflight.check_machines import cluster_machines, heic_note
+from reinforce.processes.imports import reads_heic
 from tests.helpers import command_line, pages_commands
 from tests.helpers.commands import Command
 from tests.helpers.data import config_of, members_of, write_tar
@@ -76,7 +78,12 @@ def test_a_user_error_is_one_message_that_names_the_place(
 
 
 def test_plan_run_and_status_report_the_state_of_the_dataset(
-    command: Command, shards: Callable[..., str], tmp_path: Path, ray_session: None, caplog: pytest.LogCaptureFixture
+    command: Command,
+    shards: Callable[..., str],
+    tmp_path: Path,
+    ray_session: None,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = config_of(shards(4, 4), tmp_path / "out")
     config["teachers"]["red"]["options"]["delay"] = 0.01  # seconds are recorded with three digits
@@ -96,12 +103,17 @@ def test_plan_run_and_status_report_the_state_of_the_dataset(
     assert planned["estimate"]["hours"] is None, "no model was measured"
     assert json.loads(command("plan", path, "--rate", "10", "--price", "3600", "--json")[1])["estimate"]["cost"] == 0.8
     [node] = cluster_machines()
-    assert node.shm_bytes is not None, "the node was asked"
+    assert (node.shm_bytes is not None, node.reads_heic) == (True, reads_heic()), "the node was asked"
     assert planned["estimate"]["workers"] == 1, "workers.max of the config"
 
-    status, out, err = command("run", path, "--json")
+    with monkeypatch.context() as patch:  # as if this process lacked a decoder that workers have, or had another
+        patch.setattr("reinforce.engine.driver.worker_lifecycle.reads_heic", lambda: not reads_heic())
+        status, out, err = command("run", path, "--json")
     assert status == 0
     ended = json.loads(out)
+    assert [note for note in ended["notes"] if "pillow-heif" in note] == [
+        heic_note(f"workers, the first on {socket.gethostname()}")
+    ]
     assert (ended["samples"], ended["shards"], ended["status"], ended["message"]) == (8, 2, 0, "done")
     [summary] = (tmp_path / "out" / "runs").glob("*/summary.json")
     assert ended == {"output": str(tmp_path / "out"), **json.loads(summary.read_text())}

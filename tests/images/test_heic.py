@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 import sys
 from collections.abc import Iterator
@@ -74,17 +75,23 @@ def test_without_the_extra_it_is_refused_and_every_command_names_the_extra(
             reinforce_plan(source, tmp_path)
         status, out, err = run_command(capsys, "init", str(source), str(tmp_path / "my.yaml"), "--force")
         assert (status, EXTRA.replace("\\", "") in out + err) == (0 if source == table else 2, True)
+    images = {"a.png": picture(1), "b.HEIC": HEAD}
+    write_tar(shard, sorted([*images.items(), ("a.txt", b"a text"), ("b.txt", b"a text")]))
+    write_columns(table, {"image": [*images.values()], "text": ["a text", "a text"]})
+    for source in (shard, table):
+        notes = "\n".join(reinforce_plan(source, tmp_path))
+        assert len(re.findall(f": images of the first samples are HEIC, and quarantined. {EXTRA}", notes)) == 1
     (photos / "b.png").write_bytes(picture(1))
     _, out, _ = run_command(capsys, "init", str(photos), str(tmp_path / "my.yaml"), "--force")
     assert f"source: 1 other file not read, such as {photos}/a.HEIC; HEIC needs pillow-heif" in out
 
 
-def reinforce_plan(source: Path, folder: Path) -> None:
+def reinforce_plan(source: Path, folder: Path) -> list[str]:
     from reinforce.config import parse_config
     from reinforce.engine.plan.plan import make_plan
     from reinforce.engine.preflight.check_source import check_source
 
-    check_source(make_plan(parse_config(config_of(str(source), folder / "out"))))
+    return check_source(make_plan(parse_config(config_of(str(source), folder / "out"))))[1]
 
 
 @with_decoder

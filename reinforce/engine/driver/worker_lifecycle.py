@@ -20,7 +20,9 @@ from reinforce.engine.driver.worker_pool import Slot
 from reinforce.engine.messages.results import ShardResult, WorkerInfo
 from reinforce.engine.messages.task import PendingShard
 from reinforce.engine.messages.tracebacks import shorten
+from reinforce.engine.preflight.check_machines import heic_note
 from reinforce.engine.record.summary import WORKER_LOST
+from reinforce.processes.imports import HEIC_HINT, reads_heic
 from reinforce.terminal import plural
 from teachers.fast_paths.report import problem_lines
 
@@ -57,6 +59,8 @@ class WorkerLifecycle:
         self._policy.load_passed()
         self._pool.record_start(slot, info)
         self._policy.add_notes(info.notes)
+        if info.reads_heic not in (None, reads_heic()) and not any(HEIC_HINT in note for note in self._policy.notes):
+            self._policy.add_notes([heic_note(f"workers, the first on {info.id.place}")])
         self._state.totals.add_usage(info.fast_paths)
         for line in {*problem_lines(info.fast_paths)} - self._logged:  # also in the summary, with the counts
             self._logged.add(line)

@@ -50,6 +50,7 @@ class WorkerInfo:
     device: Mapping[str, Any] = field(default_factory=dict)  # name and memory of a CUDA device
     log: str = ""  # path of its output on its node, if that is a file
     fast_paths: tuple[Usage, ...] = ()  # without the calls of tests before the first shard
+    reads_heic: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

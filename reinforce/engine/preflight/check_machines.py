@@ -13,8 +13,9 @@ from typing import Any
 from reinforce.config import Workers
 from reinforce.parallel.machines import cluster_of_run, nodes_of_run
 from reinforce.processes.cores import Node, available_cores, capacity
+from reinforce.processes.imports import HEIC_HINT, reads_heic
 from reinforce.storage import Storage
-from reinforce.terminal import format_bytes, plural
+from reinforce.terminal import first_names, format_bytes, plural
 
 _SHM = "/dev/shm"  # noqa: S108
 _SHM_BYTES = 2**30  # Ray moves its object store to the disk below some hundred megabytes; Docker's default is 64 MiB
@@ -24,12 +25,13 @@ _ASKING_SECONDS = 20.0
 
 @dataclass(frozen=True)
 class Machine:
-    """One node: what Ray may use of it, and its free memory and disk; None where it did not answer."""
+    """One node: what Ray may use of it, its free memory and disk, and its decoders; None where it did not answer."""
 
     name: str
     resources: Node
     shm_bytes: int | None = None
     disk_used: float | None = None
+    reads_heic: bool | None = None
 
 
 def this_machine(resources: Node) -> Machine:
@@ -56,15 +58,15 @@ def cluster_machines() -> list[Machine]:
     nodes = [node for node in ray.nodes() if node["Alive"]]
     found = call_on_nodes(look, [(node["NodeID"], (_ray_folder(),)) for node in nodes], _ASKING_SECONDS)
     return [
-        Machine(f"node {node['NodeManagerHostname']}", node["Resources"], *(answer or (None, None)))
+        Machine(f"node {node['NodeManagerHostname']}", node["Resources"], *(answer or ()))
         for node, answer in zip(nodes, found, strict=True)
     ]
 
 
-def look(folder: str) -> tuple[int | None, float | None]:
-    """Bytes of shared memory, and the used share of the disk with ``folder``, of the machine that calls this."""
+def look(folder: str) -> tuple[int | None, float | None, bool]:
+    """Bytes of shared memory, the used share of the disk with ``folder``, and whether HEIC is read, where it runs."""
     memory, disk = (shutil.disk_usage(path) if os.path.isdir(path) else None for path in (_SHM, folder))
-    return memory and memory.total, disk and 1 - disk.free / disk.total
+    return memory and memory.total, disk and 1 - disk.free / disk.total, reads_heic()
 
 
 def _ray_folder() -> str:
@@ -84,7 +86,16 @@ def machine_warnings(machines: Sequence[Machine], workers: Workers, output: str,
     if held < workers.min:
         room = f"room for {plural(held, 'worker')} of {workers.describe()} at a time"
         warnings.append(f"{room}, and workers.min is {workers.min:,}")
+    if others := [machine.name for machine in machines if machine.reads_heic not in (None, reads_heic())]:
+        warnings.append(heic_note(first_names(others)))
     return warnings + _output_warnings(output, written)
+
+
+def heic_note(where: str) -> str:
+    """A line about nodes that have the decoder of HEIC which this machine lacks, or lack the one that it has."""
+    if reads_heic():
+        return f"{where}: no pillow-heif, which this machine has, so HEIC images are quarantined there. {HEIC_HINT}"
+    return f"{where}: pillow-heif, which this machine lacks, so HEIC files in folders are not listed. {HEIC_HINT}"
 
 
 def _warnings_of(machine: Machine) -> list[str]:

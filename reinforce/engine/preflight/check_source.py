@@ -18,12 +18,13 @@ from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION
 from reinforce.engine.messages.task import PendingShard
 from reinforce.engine.plan.plan import Plan
 from reinforce.errors import UserError
-from reinforce.images.policy import ImageRefused, check_decoder, check_header
+from reinforce.images.policy import ImageRefused, check_decoder, check_header, is_heic
 from reinforce.labels.identities import identity_of
 from reinforce.labels.interface import Wanted
 from reinforce.labels.rows import open_labels
 from reinforce.labels.unread import MissingLabels
 from reinforce.processes.attempts import pause_seconds
+from reinforce.processes.imports import HEIC_HINT, reads_heic
 from reinforce.source.captions import REPLACED
 from reinforce.source.file_types import is_image_name
 from reinforce.source.formats.base import Shard, SourceFormat
@@ -36,7 +37,7 @@ from reinforce.terminal import plural
 
 _READ_ITEMS = 64  # samples and refusals at the beginning of a shard, among which one sample must be readable
 _READ_BYTES = 64 * 2**20  # in addition to the largest image
-_EQUAL_IMAGES = 4  # the first samples, of which one image should differ
+_FIRST_ITEMS = 4  # of which one image should differ
 _CAPTION_CHARS = 60
 _PILLOW_C_HEADERS = (b"WEBP", b"ftyp")  # at byte 8 and 4: formats whose headers are parsed in C
 
@@ -52,6 +53,7 @@ class FirstSample:
     several: SeveralCaptions | None = None
     key_of_row: bool = False  # the key was made of the shard's name, and so of the URL
     equal: int = 0  # the number of the first samples, if they have one image
+    unread_heic: bool = False  # one of the first samples is a HEIC, whose decoder is not installed
 
     @property
     def caption(self) -> str | None:
@@ -84,6 +86,8 @@ class FirstSample:
             )
         if self.equal and not (self.several and self.several.rows):
             notes.append(f"{canonical(self.url)}: the first {self.equal} samples have the same image; check the source")
+        if self.unread_heic:
+            notes.append(f"{canonical(self.url)}: images of the first samples are HEIC, and quarantined. {HEIC_HINT}")
         images = [*filter(is_image_name, self.raw.members)]
         if len(images) > 1:
             listed = ", ".join(f".{extension}" for extension in images[:5])
@@ -289,19 +293,26 @@ def _sample_of(shard: Shard, config: Config, budget: ReadBudget) -> FirstSample 
         with contextlib.suppress(Exception):  # each driver has its own; reading the sample did not raise
             several = find_several(shard, config.input, [item])
         own = find_format(shard.format).is_table and item.key.startswith(f"{shard.name}-")
-        equal = _equal_images(shard, config)
-        return FirstSample(shard.url, item, size, item.captions(config.input), several, own, equal)
+        first = _first_items(shard, config)
+        images = [other.image for other in first if isinstance(other, RawSample)]
+        equal = len(images) if len(images) > 1 and len({*images}) == 1 else 0
+        heic = any(map(_is_unread_heic, [*refusals, *first]))
+        return FirstSample(shard.url, item, size, item.captions(config.input), several, own, equal, heic)
     return _describe(refusals, find_format(shard.format))
 
 
-def _equal_images(shard: Shard, config: Config) -> int:
-    """The number of the first samples if they all have one image, else 0."""
+def _first_items(shard: Shard, config: Config) -> list[RawSample | Refusal]:
+    """The first samples and refusals, none where reading them raises."""
     with contextlib.suppress(Exception):  # each driver has its own; reading the first sample did not raise
-        budget = ReadBudget(_EQUAL_IMAGES * config.input.limits.image_bytes)
-        samples = itertools.islice(read_samples(shard, config.input, budget), _EQUAL_IMAGES)
-        images = [item.image for item in samples if isinstance(item, RawSample)]
-        return len(images) if len(images) > 1 and len({*images}) == 1 else 0
-    return 0
+        budget = ReadBudget(_FIRST_ITEMS * config.input.limits.image_bytes)
+        return [*itertools.islice(read_samples(shard, config.input, budget), _FIRST_ITEMS)]
+    return []
+
+
+def _is_unread_heic(item: RawSample | Refusal) -> bool:
+    if isinstance(item, Refusal):
+        return HEIC_HINT in item.detail
+    return is_heic(item.image) and not reads_heic()
 
 
 def _describe(refusals: Sequence[Refusal], format_: SourceFormat) -> str:

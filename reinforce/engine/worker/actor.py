@@ -42,6 +42,7 @@ from reinforce.engine.worker.full_batch import fit_batch
 from reinforce.engine.worker.producers.registry import check_models, measure_costs
 from reinforce.engine.worker.shard import ShardProcess, allocate_pixels
 from reinforce.errors import StorageError, UserError
+from reinforce.processes.imports import reads_heic
 from reinforce.source.driver_errors import is_storage_error
 from reinforce.source.samples import AbsentShard
 from reinforce.source.urls import is_local
@@ -123,6 +124,7 @@ class Worker:
             device=device_report(self.models.accelerator),
             log=output_path(),
             fast_paths=paths,
+            reads_heic=reads_heic(),
         )
 
     def _take_usage(self) -> tuple[Usage, ...]:

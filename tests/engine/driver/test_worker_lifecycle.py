@@ -14,11 +14,13 @@ from reinforce.dataset.files.store import Store
 from reinforce.engine.driver.state import RunState
 from reinforce.engine.driver.worker_lifecycle import WorkerLifecycle
 from reinforce.engine.driver.worker_pool import Slot
-from reinforce.engine.messages.results import ShardFailure, ShardResult
+from reinforce.engine.messages.results import ShardFailure, ShardResult, WorkerId, WorkerInfo
 from reinforce.engine.plan.plan import LayerState, Plan
+from reinforce.engine.preflight.check_machines import heic_note
 from reinforce.engine.record.progress import Progress
+from reinforce.processes.imports import reads_heic
 from schemas import Reason
-from tests.helpers.driver import pool_of, shard, started
+from tests.helpers.driver import Actor, pool_of, shard, started
 
 MISSING = Reason.SHARD_MISSING.value
 
@@ -63,6 +65,17 @@ def test_shards_that_are_missing_on_one_node_replace_its_worker_unless_they_are_
         workers.lifecycle.record_success(workers.there, result)
     assert workers.events("worker_replaced") == replaced
     assert workers.pool.slots == ([workers.there] if replaced else [workers.here, workers.there])
+
+
+def test_workers_that_lack_a_decoder_of_the_driver_are_named_once_before_they_get_a_shard(
+    workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for pid, (node, reads) in enumerate((("x", reads_heic()), ("y", not reads_heic()), ("z", not reads_heic()))):
+        info = WorkerInfo(WorkerId(node, pid, f"host-{node}"), "cpu", {}, reads_heic=reads)
+        monkeypatch.setattr("reinforce.engine.driver.worker_lifecycle.ray.get", lambda _, info=info: info)
+        workers.pool.loading["start"] = Slot(Actor())
+        assert workers.lifecycle.finish_start("start") == info
+    assert workers.state.policy.notes == [heic_note("workers, the first on host-y")]
 
 
 def test_the_shards_of_a_worker_that_is_replaced_are_leased_again_first(workers: Workers) -> None:

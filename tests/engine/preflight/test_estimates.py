@@ -15,7 +15,7 @@ from rich.console import Console
 from reinforce.config import parse_config
 from reinforce.engine.plan.plan import Plan, make_plan
 from reinforce.engine.preflight.access import config_uses
-from reinforce.engine.preflight.check_machines import Machine, machine_warnings
+from reinforce.engine.preflight.check_machines import Machine, heic_note, machine_warnings
 from reinforce.engine.preflight.estimate_bytes import (
     SourceStatistics,
     bytes_by_codec,
@@ -25,6 +25,7 @@ from reinforce.engine.preflight.estimate_bytes import (
 )
 from reinforce.engine.preflight.estimate_hours import DECODE_MS, OWN_MS, Effort, Rate, estimate_effort, measured_rate
 from reinforce.engine.preflight.report import make_report
+from reinforce.processes.imports import reads_heic
 from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.pages import measured
 from tests.helpers.reinforced import reinforce_here
@@ -117,6 +118,8 @@ def test_machines_that_lack_something_are_warned_of(tmp_path: Path) -> None:
         found, strict=True,
     ):  # fmt: skip
         assert part in text
+    others = [replace(good, reads_heic=reads) for reads in (reads_heic(), not reads_heic())]
+    assert machine_warnings(others, workers, "memory://out", 0) == [heic_note("node a")]
     assert machine_warnings([good], workers, "memory://out", 10**18) == [], "of an object store nothing is known"
 
 
