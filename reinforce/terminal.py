@@ -7,7 +7,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console, RenderableType
@@ -117,14 +118,20 @@ class _NotebookLine:
             self._handle.update(data, raw=True)
 
 
-def show_progress(items: Iterable[T], total: int, unit: str) -> Iterator[T]:
+#: Opens a screen, or gives one that is open.
+OpenScreen = Callable[[], AbstractContextManager[Screen]]
+
+
+def show_progress(
+    items: Iterable[T], total: int, unit: str, label: str = "", open_screen: OpenScreen = Screen
+) -> Iterator[T]:
     """Yield items, and show how many of ``total`` there have been on a screen; ``unit`` is the noun for one."""
     start = time.monotonic()
-    with Screen() as screen:
+    with open_screen() as screen:
         for done, item in enumerate(items, start=1):
             rate = done / max(time.monotonic() - start, 1e-9)
             left = format_duration((total - done) / rate)
-            screen.draw(f"{done:,} of {plural(total, unit)}  {rate:.1f} {unit}s/s  ETA {left}", done, total)
+            screen.draw(f"{label}{done:,} of {plural(total, unit)}  {rate:.1f} {unit}s/s  ETA {left}", done, total)
             yield item
 
 

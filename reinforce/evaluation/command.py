@@ -73,7 +73,7 @@ def evaluate_models(
     from reinforce.evaluation.encoding import load_encoders
     from reinforce.evaluation.evaluator import Evaluator
 
-    evaluator = Evaluator(evaluation, shown=SHOWN if page else 0)
+    evaluator = Evaluator(evaluation, shown=SHOWN if page else 0, open_screen=Screen)
     results: dict[str, Result] = {}
     for name, model, accelerator in load_encoders(specs, device, precision, available_cores()):
         if not results:

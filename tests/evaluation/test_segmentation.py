@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from reinforce import settings
+from reinforce import settings, terminal
 from reinforce.errors import UserError
 from reinforce.evaluation.command import EvaluationCommand, evaluate_models
 from reinforce.evaluation.config import Evaluation
@@ -178,16 +178,24 @@ def suite_command(**config: Any) -> EvaluationCommand:
     return settings.parse(EvaluationCommand, config)
 
 
-def test_the_suite_keeps_results_of_sets_in_their_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_suite_keeps_results_of_sets_in_their_folders_and_shows_the_steps_of_heads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = tmp_path / "sets"
     write_voc(root / "VOCdevkit" / "VOC2012", {"train": 3, "val": 2})
     monkeypatch.setattr(segmentation, "_STEPS", {"published": (2, 1), "short": (1, 0)})
     monkeypatch.setattr(segmentation, "_PUBLISHED_CROP", 48)
     name = tiny_models.open_clip_model(tmp_path / "model")
     config = suite_command(suite="dense", data=str(root), sets=["voc2012"])
-    reports = [
-        evaluate_suite({"model": ModelSpec(model=name)}, config, str(tmp_path / "out"), device="cpu") for _ in range(2)
+    reports = []
+    for seconds in (0.0, 10.0):
+        monkeypatch.setattr(terminal, "_LOG_SECONDS", seconds)
+        reports.append(evaluate_suite({"model": ModelSpec(model=name)}, config, str(tmp_path / "out"), device="cpu"))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "step" in line]
+    assert [line.partition("  ")[0] for line in lines] == [
+        f"Pascal VOC 2012, head for model: {step} of 2 steps" for step in (1, 2)
     ]
+    assert lines[1].endswith("steps/s  ETA 0:00:00")
     for report in reports:
         assert not report.failed
         [line] = report.results["model"].values()
@@ -215,7 +223,7 @@ def test_a_training_takes_the_short_schedule_of_the_suite(tmp_path: Path, monkey
     assert [*result.metrics] == ["dense/voc2012/miou"]
 
 
-def test_a_page_shows_the_segmentations_of_all_models(tmp_path: Path) -> None:
+def test_a_page_shows_the_segmentations_of_all_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_voc(tmp_path / "voc", {"train": 3, "val": 2})
     names = {f"<{seed}>": tiny_models.open_clip_model(tmp_path / str(seed), seed=seed) for seed in (0, 1)}
     specs = {name: ModelSpec(model=model) for name, model in names.items()}
@@ -223,6 +231,7 @@ def test_a_page_shows_the_segmentations_of_all_models(tmp_path: Path) -> None:
     report = evaluate_models(
         specs, suite_command(segmentation={"voc": masks}), "cpu", "fp32", str(tmp_path / "page.html")
     )
+    assert "step" not in capsys.readouterr().out, "a short training leaves no line in a log"
     for result in report.results.values():
         [outcome] = result.sets.values()
         [shown] = outcome.segmented.values()

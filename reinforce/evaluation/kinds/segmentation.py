@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import itertools
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -30,6 +30,7 @@ from reinforce.input_config import Limits
 from reinforce.processes.prefetch import prefetch
 from reinforce.seeds import permutation, uniforms
 from reinforce.source.samples import Refusal
+from reinforce.terminal import show_progress
 
 if TYPE_CHECKING:
     import torch
@@ -204,9 +205,9 @@ def _score(masks: _Masks, models: Models, images: ImageBatches) -> Outcome:
     refused: dict[str, Refusal] = {}
     measured = _Measured({}, {})
     try:
-        for name, encoder in models.encoders.items():
+        for name in models.encoders:
             try:
-                segmenters[name] = _train(masks, encoder, models, images, refused)
+                segmenters[name] = _train(masks, name, models, images, refused)
             except ValueError as error:  # of a model without patches, or without those of this size
                 failed[name] = str(error)
         measured = _measure(masks, segmenters, models, images)
@@ -224,26 +225,29 @@ def _score(masks: _Masks, models: Models, images: ImageBatches) -> Outcome:
     )
 
 
-def _train(
-    masks: _Masks, encoder: Encoder, models: Models, images: ImageBatches, refused: dict[str, Refusal]
-) -> Segmenter:
+def _train(masks: _Masks, name: str, models: Models, images: ImageBatches, refused: dict[str, Refusal]) -> Segmenter:
     from reinforce.evaluation.dense.head import Segmenter, train_head
     from teachers.patches.encoder import patches_of
 
-    config, accelerator = masks.config, models.accelerator
+    config, accelerator, encoder = masks.config, models.accelerator, models.encoders[name]
     if encoder.image is None:
         raise ValueError("it has no image side; evaluate a model that encodes images")
     size, stride = config.windows(encoder)
     patches = patches_of(encoder, accelerator.device, config.stage, size)
     schedule = config.schedule_of(masks.layout)
 
-    def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def batches() -> Generator[tuple[torch.Tensor, torch.Tensor], None, None]:
+        steps: Iterable[int] = range(schedule.steps)
+        if models.open_screen is not None:
+            label = f"{masks.name}, head for {name}: "
+            steps = show_progress(steps, schedule.steps, "step", label, models.open_screen)
         with closing(_crops(masks, images, patches, models.threads, refused)) as crops:
-            for _ in range(schedule.steps):
+            for _ in steps:
                 pixels, labels = zip(*itertools.islice(crops, schedule.batch), strict=True)
                 yield accelerator.put(np.stack(pixels)), accelerator.put(np.stack(labels))
 
-    head = train_head(patches, batches(), masks.classes, schedule, accelerator.device, config.seed)
+    with closing(batches()) as shown:  # an error ends the threads and the screen
+        head = train_head(patches, shown, masks.classes, schedule, accelerator.device, config.seed)
     return Segmenter(patches, head, stride, models.batch)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import cache, partial
 from typing import TYPE_CHECKING
 
@@ -26,6 +28,7 @@ from teachers.redact import redact
 from teachers.spec import ModelSpec, TeacherSpec
 
 if TYPE_CHECKING:
+    from reinforce.evaluation.models import Models
     from teachers.runtime.accelerator import Precision
 
 
@@ -125,7 +128,8 @@ def _in_turn(
             models()
         start = time.monotonic()
         with Screen() as screen:
-            outcome = run_job(job, models, partial(_draw, screen, job.one), threads)
+            shown = partial(_on_screen, models, screen)
+            outcome = run_job(job, shown, partial(_draw, screen, job.one), threads)
             screen.log(_describe(job, outcome, f" in {time.monotonic() - start:.0f} s"))
         yield job, outcome
 
@@ -144,6 +148,10 @@ def _side_by_side(
             screen.log(_describe(job, outcome))
             screen.draw(f"{done} of {len(jobs)} sets", done, len(jobs))
             yield job, outcome
+
+
+def _on_screen(models: Callable[[], Models], screen: Screen) -> Models:
+    return replace(models(), open_screen=lambda: nullcontext(screen))
 
 
 def _draw(screen: Screen, one: SuiteSet, images: int) -> None:
