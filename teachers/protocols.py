@@ -121,7 +121,8 @@ class Captioner(Protocol):
     images needs.
 
     One that reads the true caption sets ``reads_captions = True``; ``generate`` then gets a third argument, the
-    captions of the images, of which some may be None, and needs none for a self-test.
+    captions of the images, of which some may be None. One that sees no images, too, sets ``image = None``; ``pixels``
+    are then None.
 
     One that keeps memory of the device between batches may add ``release_memory()``. It is called when the device runs
     out of memory, before a smaller batch.

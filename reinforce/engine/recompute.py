@@ -1,9 +1,9 @@
 """Rows of a dataset computed again, and how far the stored values differ: ``reinforce validate --recompute``.
 
 Random rows of some shards are copied with their captions to a temporary dataset, and the code of workers computes the
-other layers of it. Captions are computed from the images alone, embeddings of captions from the stored captions. Each
-model is loaded by itself. Equal software on an equal device gives equal bytes; otherwise vectors differ by rounding,
-and captions, which are sampled, may be others.
+other layers of it. Captions are computed from the images or true captions, embeddings of captions from the stored
+captions. Each model is loaded by itself. Equal software on an equal device gives equal bytes; otherwise vectors differ
+by rounding, and captions, which are sampled, may be others.
 """
 
 from __future__ import annotations

@@ -27,10 +27,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from teachers.caption_readers import CAPTION
 from teachers.protocols import ImageSpec, NoCaptions
 from teachers.redact import REDACTED
 from teachers.server.answers import DETAIL_CHARS, LongAnswer, bound_answers, check_answer, read_answer
-from teachers.server.options import CAPTION, ServerOptions
+from teachers.server.options import ServerOptions
 from teachers.server.servers import Server, Servers
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from teachers.decoding.postprocess import cleaning_identity
 from teachers.protocols import Captioner
 from teachers.redact import redact_values
-from teachers.server.options import CAPTION, ServerOptions
+from teachers.server.options import ServerOptions
 from teachers.spec import ModelInfo
 
 #: Name and version of how an image becomes a request and an answer becomes a caption; part of the fingerprint.
@@ -44,7 +44,7 @@ class ServerCaptionerSpec(ServerOptions):
             **cleaning_identity(self.clean),
             **({"sees": self.sees} if self.sees else {}),  # absent without it, so that older fingerprints stay valid
         }
-        return ModelInfo(dim=None, images=True, texts=False, identity=identity)
+        return ModelInfo(dim=None, images=True, texts=self.sees is not None, identity=identity)
 
     def load(self, name: str, device: str) -> Captioner:
         from teachers.server.captioner import ServerCaptioner
@@ -56,8 +56,6 @@ class ServerCaptionerSpec(ServerOptions):
             raise ValueError("family openai needs `url`, the address of a server, such as http://HOST:8000/v1")
         if self.prompt is None:
             raise ValueError("family openai needs `prompt`, the instruction that is sent with each image")
-        if self.sees is not None and CAPTION not in self.prompt:
-            raise ValueError(f"`sees: {self.sees}` needs {CAPTION} in the prompt, where the true caption is to be")
         for url in self.addresses:
             _check_url(url)
         if self.strategy not in _STRATEGIES:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 from pydantic import Field
 
-from teachers.spec import CaptionerSpec
+from teachers.caption_readers import CaptionReaderSpec
 
-#: Stands for the true caption in a prompt.
-CAPTION = "{caption}"
 _SIDE = 448  # pixels
 _QUALITY = 90
 
 
-class ServerOptions(CaptionerSpec):
+class ServerOptions(CaptionReaderSpec):
     uses_precision: ClassVar[bool] = False
     takes_options: ClassVar[bool] = True
 
@@ -23,11 +21,6 @@ class ServerOptions(CaptionerSpec):
         None, description="openai: address of the server, such as http://HOST:8000/v1, or a list of equal servers"
     )
     api_key_env: str | None = Field(None, description="openai: environment variable that holds the API key")
-    sees: Literal["caption", "both"] | None = Field(
-        None,
-        description="openai: what a request has. caption: the true caption, in place of {caption} in the prompt, such "
-        "as for its translation; both: the image, too; default: the image",
-    )
     image_quality: int | None = Field(
         None, ge=1, le=100, description="openai: quality of the JPEG that is sent; default: 90"
     )

@@ -25,6 +25,7 @@ from teachers.transformers import catalog
 from teachers.transformers.cached_decoder import merge_end_tokens
 from teachers.transformers.chat import Chat
 from teachers.transformers.image_to_text import CaptioningModel, EncoderDecoder, Git
+from teachers.transformers.options import TransformersCaptionerOptions
 from teachers.transformers.teacher import image_spec
 
 #: Limits on captions decoded in parallel and on the bytes of their caches on a CPU, independent of the batch size.
@@ -102,21 +103,12 @@ class TransformersCaptioner(DecodingCaptioner):
         return max(1, min(_MAX_ROWS, int(rows))), found.shape[-1]
 
 
-def load(spec: CaptionerSpec, accelerator: Accelerator) -> Captioner:
+def load(spec: TransformersCaptionerOptions, accelerator: Accelerator) -> Captioner:
     """Load the captioner of a spec.
 
     Raises ValueError for a model that cannot caption or lacks weights; OSError for a model that does not exist.
     """
-    if catalog.is_local_folder(spec.name):
-        catalog.read_config(spec.name)  # has better error messages for folders than transformers
-    config = transformers.AutoConfig.from_pretrained(spec.name, trust_remote_code=False).to_dict()
-    catalog.check_captioner(config, spec)
-    model, report = transformers.AutoModelForImageTextToText.from_pretrained(
-        spec.model, trust_remote_code=False, output_loading_info=True
-    )
-    misfits = [*sorted(report["missing_keys"]), *map(str, report["mismatched_keys"])]
-    if misfits:
-        raise ValueError(f"the weights of {spec.model} do not fit {type(model).__name__}: {', '.join(misfits[:5])}")
+    config, model = load_network(spec, transformers.AutoModelForImageTextToText)
     if config["model_type"] in catalog.CHAT_MODELS:
         chat = Chat(spec, accelerator, model)
         return TransformersCaptioner(spec, accelerator, chat, chat.tokenizer)
@@ -125,6 +117,19 @@ def load(spec: CaptionerSpec, accelerator: Accelerator) -> Captioner:
     model, image = accelerator.prepare(model.float()), image_spec(processor.to_dict())
     kind: type[EncoderDecoder | Git] = Git if config["model_type"] == "git" else EncoderDecoder
     return TransformersCaptioner(spec, accelerator, kind(model, accelerator, image), tokenizer)
+
+
+def load_network(spec: TransformersCaptionerOptions, auto: Any) -> tuple[dict[str, Any], Any]:
+    """The config and the network of a spec, by an ``AutoModel``; raises as ``load``."""
+    if catalog.is_local_folder(spec.name):
+        catalog.read_config(spec.name)  # has better error messages for folders than transformers
+    config = transformers.AutoConfig.from_pretrained(spec.name, trust_remote_code=False).to_dict()
+    catalog.check_captioner(config, spec)
+    model, report = auto.from_pretrained(spec.model, trust_remote_code=False, output_loading_info=True)
+    misfits = [*sorted(report["missing_keys"]), *map(str, report["mismatched_keys"])]
+    if misfits:
+        raise ValueError(f"the weights of {spec.model} do not fit {type(model).__name__}: {', '.join(misfits[:5])}")
+    return config, model
 
 
 def impossible_tokens(tokenizer: Any, model: CaptioningModel, size: int) -> torch.Tensor:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from teachers.spec import CaptionerSpec
+from teachers.transformers.options import TransformersCaptionerOptions
 
 _WEIGHTS = (
     "model.safetensors",
@@ -32,6 +32,8 @@ _SETTINGS = (
 )
 #: Further files that determine captions: end tokens and the chat template.
 CAPTIONER_FILES = ("generation_config.json", "chat_template.jinja", "chat_template.json")
+#: Further files that determine translations: vocabularies of Marian.
+TRANSLATOR_FILES = (*CAPTIONER_FILES, "source.spm", "target.spm", "target_vocab.json")
 #: Model types whose texts are padded to the full length and not masked, as in training.
 SIGLIP = ("siglip", "siglip2")
 #: Model types that caption an image without a prompt, with the class that does.
@@ -39,6 +41,12 @@ IMAGE_TO_TEXT = {
     "blip": "BlipForConditionalGeneration",
     "git": "GitForCausalLM",
     "vision-encoder-decoder": "VisionEncoderDecoderModel",
+}
+#: Model types that translate a text, with the class that does. NLLB is of type m2m_100, MADLAD-400 of type t5.
+TRANSLATORS = {
+    "m2m_100": "M2M100ForConditionalGeneration",
+    "marian": "MarianMTModel",
+    "t5": "T5ForConditionalGeneration",
 }
 #: Model types that caption an image by a prompt.
 CHAT_MODELS = (
@@ -138,19 +146,27 @@ def content_files(folder: Path, extra: tuple[str, ...] = ()) -> list[Path]:
     return files + [folder / setting for setting in (*_SETTINGS, *extra) if (folder / setting).is_file()]
 
 
-def check_captioner(config: dict[str, Any] | None, spec: CaptionerSpec) -> None:
-    """Raise ValueError if a model cannot caption as the spec asks. Without a config, nothing is checked."""
+def check_captioner(config: dict[str, Any] | None, spec: TransformersCaptionerOptions) -> None:
+    """Raise ValueError if a model cannot caption, or translate, as the spec asks. Checks nothing without a config."""
     if config is None:
         return
     kind = config["model_type"]
-    if kind not in IMAGE_TO_TEXT and kind not in CHAT_MODELS:
+    if spec.sees is not None and kind not in TRANSLATORS:
+        raise ValueError(
+            f"`sees: {spec.sees}` needs a sequence-to-sequence model of type {', '.join(TRANSLATORS)}; this one is of "
+            f"type {kind!r}"
+        )
+    if spec.sees is None and kind in TRANSLATORS:
+        raise ValueError(f"a model of type {kind!r} sees no images: add `sees: caption`, to translate true captions")
+    if kind not in IMAGE_TO_TEXT and kind not in CHAT_MODELS and kind not in TRANSLATORS:
         raise ValueError(
             f"a model of type {kind!r} is not a supported captioner: use {', '.join((*IMAGE_TO_TEXT, *CHAT_MODELS))}, "
             "an open_clip CoCa, or a custom `class`"
         )
     architectures = config.get("architectures") or []
-    if kind in IMAGE_TO_TEXT and architectures and IMAGE_TO_TEXT[kind] not in architectures:
-        raise ValueError(f"{architectures[0]} does not write captions: use the weights of a {IMAGE_TO_TEXT[kind]}")
+    writer = {**IMAGE_TO_TEXT, **TRANSLATORS}.get(kind)
+    if writer is not None and architectures and writer not in architectures:
+        raise ValueError(f"{architectures[0]} does not write captions: use the weights of a {writer}")
     if kind in CHAT_MODELS and not spec.prompt:
         raise ValueError(
             f'a model of type {kind!r} needs a prompt, such as prompt: "Describe the image in one sentence."'

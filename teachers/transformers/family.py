@@ -9,10 +9,10 @@ from typing import Any
 from teachers import weights
 from teachers.decoding.postprocess import cleaning_identity
 from teachers.protocols import Captioner, Teacher
-from teachers.spec import CHAT_FIELDS, CaptionerSpec, ModelInfo, ModelSpec
+from teachers.spec import CHAT_FIELDS, ModelInfo, ModelSpec
 from teachers.tokens.files import check_tokenizer_files
 from teachers.transformers import catalog
-from teachers.transformers.options import TransformersOptions
+from teachers.transformers.options import LANGUAGES, TransformersCaptionerOptions, TransformersOptions
 
 
 class _Transformers(ModelSpec):
@@ -67,19 +67,23 @@ class TransformersTeacherSpec(_Transformers, TransformersOptions):
         return load(self, Accelerator(device, self.autocast_precision))
 
 
-class TransformersCaptionerSpec(_Transformers, CaptionerSpec):
+class TransformersCaptionerSpec(_Transformers, TransformersCaptionerOptions):
     def describe(self) -> ModelInfo:
-        if given := [key for key in self.fast_paths if getattr(self, key) is True]:
-            raise ValueError(f"`{given[0]}` works only with CoCa; remove it")
+        if fast := [key for key in self.fast_paths if getattr(self, key) is True]:
+            raise ValueError(f"`{fast[0]}` works only with CoCa; remove it")
         catalog.check_captioner(self.read_config(), self)
         self.check_tokenizer()
-        chat = {field: value for field in CHAT_FIELDS if (value := getattr(self, field)) is not None}
-        model = self.identity(catalog.CAPTIONER_FILES)
-        identity = {**model, **self.decoding(), **chat, **cleaning_identity(self.clean)}
-        return ModelInfo(dim=None, images=True, texts=False, identity=identity)
+        # Absent where they are not set, so that older fingerprints stay valid.
+        keys = (*CHAT_FIELDS, "sees", *LANGUAGES)
+        given = {key: value for key in keys if (value := getattr(self, key)) is not None}
+        translates = self.sees is not None
+        model = self.identity(catalog.TRANSLATOR_FILES if translates else catalog.CAPTIONER_FILES)
+        identity = {**model, **self.decoding(), **given, **cleaning_identity(self.clean)}
+        return ModelInfo(dim=None, images=not translates, texts=translates, identity=identity)
 
     def load(self, name: str, device: str) -> Captioner:
         from teachers.runtime.accelerator import Accelerator
-        from teachers.transformers.captioner import load
+        from teachers.transformers import captioner, translator
 
+        load = captioner.load if self.sees is None else translator.load
         return load(self, Accelerator(device, self.precision))

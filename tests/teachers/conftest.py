@@ -41,7 +41,8 @@ def captioner_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str]
 
     def save(kind: str) -> Path:
         if not (root / kind).exists():
-            {"coca": coca_model, **tiny_captioners.IMAGE_TO_TEXT, **tiny_captioners.CHAT}[kind](root / kind)
+            made = {**tiny_captioners.IMAGE_TO_TEXT, **tiny_captioners.CHAT, **tiny_captioners.TRANSLATORS}
+            {"coca": coca_model, **made}[kind](root / kind)
         return root / kind
 
     return save

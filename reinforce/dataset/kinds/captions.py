@@ -37,6 +37,8 @@ class Captions(LayerKind):
     ) -> Iterable[Layer]:
         for name, captioner in config.captioners.items():
             info = infos["captioners", name]
+            if info.texts:
+                config.input.require_captions(f"captioners.{name}")
             recipe = _recipe(known[SAMPLES].fingerprint, info.identity)
             yield Layer(
                 captions_layer(name),
@@ -48,7 +50,7 @@ class Captions(LayerKind):
                 published=captioner.published,
                 recipe=recipe,
                 code=info.code,
-                sees="image",
+                sees="image" if info.images else None,
             )
 
     def schema(self, layer: Layer, images: str) -> pa.Schema:

@@ -177,10 +177,11 @@ class Models:
         return parts and bool(getattr(captioner, "by_group", False))
 
     def captions(
-        self, captioner: Captioner, pixels: torch.Tensor, seeds: npt.NDArray[Any], true: Sequence[str | None] = ()
+        self, captioner: Captioner, pixels: Any, seeds: npt.NDArray[Any], true: Sequence[str | None] = ()
     ) -> tuple[Callable[[], Sequence[list[str] | NoCaptions | None]], int]:
         """Caption on the accelerator -> a function that returns the texts and needs no accelerator, and the number of
-        tokens, 0 if unknown. ``true`` captions are for captioners that read them."""
+        tokens, 0 if unknown. ``pixels`` are None for captioners that see no images, and ``true`` captions are for those
+        that read them."""
         if not _splits(captioner, "caption", "generate", "to_texts"):
             texts = copied(captioner.caption(pixels, seeds))
             return lambda: texts, 0

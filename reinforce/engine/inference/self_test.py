@@ -280,7 +280,8 @@ def _caption(
     models: Models, captioner: Captioner, rows: Sequence[int], seeds: npt.NDArray[np.uint64]
 ) -> list[list[str]]:
     with models.use_accelerator():
-        captions, _ = models.captions(captioner, probe_images(models, captioner.image, rows), seeds)
+        pixels = captioner.image and probe_images(models, captioner.image, rows)  # translators see none
+        captions, _ = models.captions(captioner, pixels, seeds, [TEXTS[row] for row in rows])
     texts = captions()
     count = seeds.shape[1]
     lengths = [count if isinstance(row, NoCaptions) else row is not None and len(row) for row in texts]

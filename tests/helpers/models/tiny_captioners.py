@@ -1,4 +1,4 @@
-"""Tiny captioners of transformers with seeded weights, saved with their processors and tokenizers."""
+"""Tiny captioners and translators of transformers with seeded weights, saved with their processors and tokenizers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import transformers as hf
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from teachers.preprocessing.fit import fit
 from teachers.preprocessing.pixels import to_pixels
@@ -53,14 +53,19 @@ def _tokenizer(*special: str, **names: str) -> Any:
     )
 
 
-def _save(folder: Path, model: Callable[[], Any], *processors: Any) -> str:
-    """Save a model whose weights give distributions as peaked as a trained model's."""
+def _save(folder: Path, model: Callable[[], Any], *processors: Any, std: float = 0.3, end: float | None = None) -> str:
+    """Save a model whose weights give distributions as peaked as a trained model's.
+
+    ``end`` multiplies the weights of the end token, so that some texts end early.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(0)
         captioner = model()
         for parameter in captioner.parameters():
             if parameter.ndim > 1:
-                torch.nn.init.normal_(parameter, std=0.3)
+                torch.nn.init.normal_(parameter, std=std)
+        if end is not None:
+            captioner.get_output_embeddings().weight.data[2] *= end
     captioner.save_pretrained(folder)
     for processor in processors:
         processor.save_pretrained(folder)
@@ -270,6 +275,53 @@ CHAT: dict[str, Callable[[Path], str]] = {
     ),
     "smolvlm": partial(_idefics, "SmolVLM"),
 }
+
+
+def nllb(folder: Path) -> str:
+    """An M2M100 with NLLB's tokenizer and three languages."""
+    letters = ["<s>", "<pad>", "</s>", "<unk>", *"\u2581abcdefghijklmnopqrstuvwxyz0123456789"]
+    vocabulary = {letter: number for number, letter in enumerate(letters)}
+    tokenizer = hf.NllbTokenizer(vocab=vocabulary, merges=[], additional_special_tokens=[*LANGUAGES])
+    config = hf.M2M100Config(
+        vocab_size=len(tokenizer), pad_token_id=1, bos_token_id=0, eos_token_id=2, decoder_start_token_id=2, **_SEQ2SEQ
+    )
+    return _save(folder, lambda: hf.M2M100ForConditionalGeneration(config), tokenizer, std=0.8, end=3)
+
+
+def _with_end(*special: str) -> Any:
+    """The tokenizer of captioners, which adds the end of a text."""
+    tokenizer = _tokenizer(*special)
+    end = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
+    tokenizer.backend_tokenizer.post_processor = end
+    return tokenizer
+
+
+def marian(folder: Path, *languages: str) -> str:
+    """A Marian of one target language, or of several ``languages``. Its own tokenizer needs sentencepiece."""
+    tokenizer = _with_end(*(f">>{language}<<" for language in languages))
+    config = hf.MarianConfig(
+        vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=2, forced_eos_token_id=2, decoder_start_token_id=0,
+        share_encoder_decoder_embeddings=False, **_SEQ2SEQ,
+    )  # fmt: skip
+    return _save(folder, lambda: hf.MarianMTModel(config), tokenizer, std=0.8)
+
+
+def t5(folder: Path) -> str:
+    tokenizer = _with_end()
+    config = hf.T5Config(
+        vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, n_positions=POSITIONS,
+        pad_token_id=0, eos_token_id=2, decoder_start_token_id=0,
+    )  # fmt: skip
+    return _save(folder, lambda: hf.T5ForConditionalGeneration(config), tokenizer, std=0.5, end=2)
+
+
+LANGUAGES = ("eng_Latn", "deu_Latn", "fra_Latn")
+POSITIONS = 40
+_SEQ2SEQ = {
+    "d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "max_position_embeddings": POSITIONS,
+}  # fmt: skip
+TRANSLATORS = {"m2m_100": nllb, "marian": marian, "t5": t5}
 PROMPT = "Describe it."
 #: Loads the tiny captioner of a kind with options of its spec.
 Captioners = Callable[..., TransformersCaptioner]

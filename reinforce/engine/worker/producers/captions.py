@@ -15,12 +15,12 @@ import torch
 from reinforce.dataset.layers import Layer
 from reinforce.engine.decode.row import Row
 from reinforce.engine.decode.rows import GROUP_ROWS
-from reinforce.engine.inference.batch_sizes import Demand
+from reinforce.engine.inference.batch_sizes import Demand, rows_per_batch
 from reinforce.engine.inference.inference import Batch, Outputs
 from reinforce.engine.inference.models import Models, count_tokens
 from reinforce.engine.inference.out_of_memory import OutOfMemory
 from reinforce.engine.inference.outputs import copied
-from reinforce.engine.inference.self_test import check_captioner, probe_images, test_rows
+from reinforce.engine.inference.self_test import LONG_TEXT, TEXTS, check_captioner, probe_images, test_rows
 from reinforce.engine.messages.pulse import SERVER
 from reinforce.engine.messages.results import raising_layer_failure
 from reinforce.engine.worker.producers.base import Producer, RowGroup, Side
@@ -40,32 +40,36 @@ _T = TypeVar("_T")
 class Captions(Producer):
     kind = "captions"
 
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self._seeing = [layer for layer in self.computed if layer.sees_images]
+        self._reading = [layer for layer in self.computed if not layer.sees_images]  # true captions alone
+
     @staticmethod
     def side(models: Models, name: str, info: ModelInfo, precision: Precision) -> Side:
         captioner = models.captioners[name]
         count = info.identity["captions"]
 
         def prepare(size: int) -> Callable[[], Any]:
-            pixels = probe_images(models, captioner.image, test_rows(size))
+            rows = test_rows(size)
+            pixels, true = captioner.image and probe_images(models, captioner.image, rows), [TEXTS[n] for n in rows]
             seeds = np.arange(size * count, dtype=np.uint64).reshape(size, count)
-            return lambda: captioner.caption(pixels, seeds)
+            return lambda: models.captions(captioner, pixels, seeds, true)[0]()  # noqa: PLW0108 - captions each time
 
         return Side(partial(check_captioner, models, name, count), prepare, count)
 
     @property
     def whole(self) -> Iterable[ImageSpec]:
-        return [self.session.models.of(layer).image for layer in self.computed]
+        return [self.session.models.of(layer).image for layer in self._seeing]
 
     def prepare(self, rows: Sequence[Row]) -> Mapping[str, npt.NDArray[Any]]:
         """Seeds [rows, captions], or what is drawn from them, by layer."""
         models = self.session.models
-        return {
-            layer.name: models.draw(self.session.models.of(layer), self._seeds(layer, rows)) for layer in self.computed
-        }
+        return {layer.name: models.draw(models.of(layer), self._seeds(layer, rows)) for layer in self._seeing}
 
     def encode(self, batch: Batch, prepared: Mapping[str, npt.NDArray[Any]]) -> Callable[[], Outputs]:
         outputs: dict[str, Callable[[], Sequence[Any]]] = {}
-        for layer in self.computed:
+        for layer in self._seeing:
             captioner, seeds = self.session.models.of(layer), prepared[layer.name]
             own = self.without_label(layer, batch.rows)
             whole = batch.whole[captioner.image]
@@ -97,8 +101,40 @@ class Captions(Producer):
                 raise ValueError(f"{layer.model}: encode() must return {len(seeds)} images, not {len(images)}")
             return [*zip(images, seeds, strict=True)]
 
+    def encode_group(self, rows: Sequence[Row]) -> Outputs:
+        """Captions that are made of the true captions alone, by layer."""
+        outputs: Outputs = {}
+        for layer in self._reading:
+            own = self.without_label(layer, rows)
+            texts, seeds = [rows[place].caption for place in own], self._seeds(layer, rows)[own]
+            found = self._read(layer, texts, seeds)
+            outputs[layer.name] = self._finish(layer, partial(list, found), rows, f"{len(own)} captions")
+        return outputs
+
+    def _read(self, layer: Layer, texts: Sequence[str | None], seeds: npt.NDArray[Any]) -> list[Any]:
+        """What a captioner writes for true captions, which share batches with captions of similar length."""
+        models, found = self.session.models, list[Any]([None] * len(texts))
+        order = sorted(range(len(texts)), key=lambda place: len(texts[place] or ""))
+
+        def write(at_once: int) -> tuple[list[int], Callable[[], _Texts], int]:
+            part = order[:at_once]
+            with self.session.meter.stage(layer.name, len(part) * layer.count):
+                return part, *models.captions(models.of(layer), None, seeds[part], [texts[place] for place in part])
+
+        while order:
+            rows = min(len(order), rows_per_batch(self.session.config))
+            part, make, tokens = self._in_turn(layer, rows, f"{rows} captions", write)
+            self.session.meter.add_tokens(layer.name, tokens)
+            for place, captions in zip(part, make(), strict=True):
+                found[place] = captions
+            order = order[len(part) :]
+        return found
+
     def fill(self) -> None:
-        for layer in self.computed:
+        for layer in self._reading:
+            rows = rows_per_batch(self.session.config)
+            self._read(layer, [LONG_TEXT] * rows, np.zeros((rows, layer.count), np.uint64))
+        for layer in self._seeing:
             captioner: Any = self.session.models.of(layer)
             if self.session.models.by_group(captioner) and callable(getattr(captioner, "reserve", None)):
                 reserve = partial(self._reserve, captioner)
@@ -180,7 +216,8 @@ class Captions(Producer):
 
     def _captions(self, layer: Layer, group: RowGroup) -> list[list[str] | None]:
         """Captions of each row, or None; records why there are none."""
-        self.refuse_unreadable(layer, group)
+        if layer.sees_images:
+            self.refuse_unreadable(layer, group)
         texts: Iterable[list[str] | NoCaptions | None]
         if self.session.models.by_group(self.session.models.of(layer)):
             texts = self._decode(layer, group)
@@ -189,7 +226,8 @@ class Captions(Producer):
         return [self._caption(layer, row, captions) for row, captions in zip(group.rows, texts, strict=True)]
 
     def _caption(self, layer: Layer, row: Row, captions: list[str] | NoCaptions | None) -> list[str] | None:
-        return None if row.unreadable or self.has_label(layer, row) else self._clean(layer, row.key, captions)
+        unreadable = layer.sees_images and row.unreadable
+        return None if unreadable or self.has_label(layer, row) else self._clean(layer, row.key, captions)
 
     def _clean(self, layer: Layer, key: str, texts: list[str] | NoCaptions | None) -> list[str] | None:
         """One image's captions after the config's ``clean``; None if none is left."""
