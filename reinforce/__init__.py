@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from reinforce.api import losses
-    from reinforce.api.commands import check, evaluate, init, inspect, plan, run, select, train
+    from reinforce.api.commands import adapt, check, evaluate, init, inspect, plan, run, select, train
     from reinforce.api.examples import Examples
     from reinforce.api.student import Student
     from reinforce.config import Config, load_config
@@ -29,12 +29,14 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"  # read by pyproject.toml; a job's checkout is not installed
 
 __all__ = [
-    "Config", "Dataset", "Examples", "Sample", "Student", "UserError", "check", "evaluate", "init", "inspect",
+    "Config", "Dataset", "Examples", "Sample", "Student", "UserError", "adapt", "check", "evaluate", "init", "inspect",
     "load_config", "losses", "open", "plan", "run", "select", "train",
 ]  # fmt: skip
 
 _HOMES = {
-    **dict.fromkeys(("check", "evaluate", "init", "inspect", "plan", "run", "select", "train"), "api.commands"),
+    **dict.fromkeys(
+        ("adapt", "check", "evaluate", "init", "inspect", "plan", "run", "select", "train"), "api.commands"
+    ),
     "Config": "config",
     "Dataset": "dataset.reading.dataset",
     "Examples": "api.examples",

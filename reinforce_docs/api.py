@@ -25,7 +25,10 @@ def _is_own(value: Any, module: ModuleType) -> bool:
 OBJECTS: dict[str, list[Any]] = {
     "reinforce": [
         getattr(reinforce, name)
-        for name in ("init", "plan", "check", "run", "train", "evaluate", "select", "inspect", "open", "load_config")
+        for name in (
+            *("init", "plan", "check", "run", "train", "evaluate", "adapt"),
+            *("select", "inspect", "open", "load_config"),
+        )
     ],
     "Reading": [reinforce.Dataset, reinforce.Sample, Samples, TorchSamples],
     "Training": [reinforce.Examples, ExampleStream, reinforce.Student],

@@ -6,7 +6,7 @@ Each step continues where a stopped command ended, and can be run separately by 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from reinforce import settings
 from reinforce.adapting import steps
 from reinforce.adapting.config import DOMAIN, FEWEST_IMAGES, RELEASED, AdaptConfig
 from reinforce.adapting.interpolate import GRID, Sweep, sweep
-from reinforce.adapting.mixtures import Mixtures
+from reinforce.adapting.mixtures import Mixtures, percent
 from reinforce.adapting.page import write_page
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import SAMPLES
@@ -31,6 +31,7 @@ from reinforce.engine.preflight.estimate_bytes import source_statistics
 from reinforce.engine.run import run
 from reinforce.errors import TooManyQuarantined, UserError
 from reinforce.evaluation.evaluator import Evaluator
+from reinforce.markup import render
 from reinforce.model_names import resolve_models
 from reinforce.selection.config import SelectConfig
 from reinforce.selection.select import select
@@ -42,7 +43,7 @@ from reinforce.student.train import train
 from reinforce.terminal import format_duration, plural
 from reinforce.training.job import total_steps
 from teachers.preprocessing.pixels import to_pixels
-from teachers.redact import redact_values
+from teachers.redact import redact, redact_values
 from teachers.runtime.accelerator import Accelerator
 from teachers.spec import ModelSpec
 
@@ -62,11 +63,37 @@ class Adapted:
     sweep: Sweep
     page: str
 
+    @property
+    def model(self) -> str:
+        """Folder of the adapted model."""
+        return f"{self.output}/{MODEL}"
+
+    @property
+    def alpha(self) -> float:
+        """Share of the trained weights in it; 0: those of the released model."""
+        return self.sweep.chosen.alpha
+
+    @property
+    def before(self) -> Mapping[str, float]:
+        """Metrics of the released model, between 0 and 1."""
+        return self.sweep.points[0].metrics
+
+    @property
+    def after(self) -> Mapping[str, float]:
+        """Metrics of the adapted model, between 0 and 1."""
+        return self.sweep.chosen.metrics
+
     def table(self) -> Any:
         return self.sweep.table()
 
     def lines(self) -> Sequence[str]:
-        return [*self.sweep.lines(), f"model: {self.output}/{MODEL}", f"page: {self.page}"]
+        return [*self.sweep.lines(), f"model: {self.model}", f"page: {self.page}"]
+
+    def _repr_html_(self) -> str:
+        facts = [("", redact(line)) for line in self.lines()]
+        rows = [(name, percent(value), percent(self.after.get(name))) for name, value in self.before.items()]
+        heads = ("metric, %", "before", "after")
+        return render("notebook/table.html", title=redact(self.output), facts=facts, heads=heads, lines=rows, more=0)
 
     def as_json(self) -> dict[str, Any]:
         return {"output": self.output, "model": MODEL, "page": self.page, **self.sweep.as_json()}

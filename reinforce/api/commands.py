@@ -23,6 +23,8 @@ from reinforce.terminal import Screen
 from teachers.redact import redact
 
 if TYPE_CHECKING:
+    from reinforce.adapting.adapt import Adapted
+    from reinforce.adapting.config import AdaptConfig
     from reinforce.engine.check_models import Report as Checked
     from reinforce.engine.record.summary import RunSummary
     from reinforce.evaluation.command import EvaluationCommand
@@ -181,6 +183,40 @@ def train(config: StudentConfig | Content | None = None, *, address: str | None 
 
 
 @checked_arguments
+def adapt(config: AdaptConfig | Content | None = None, *, address: str | None = None, **keys: Any) -> Adapted:
+    """Adapt a released student to images, and choose how much of the training to take; continue a stopped adaptation.
+
+    ``keys`` are those of an adaptation's config: ``source``, ``output``, ``released``, which may be a name such as
+    ``"MobileCLIP2-S0,dfndr2b"``, ``general={"zero_shot": {"pets": "pets/"}}``, and others. ``before`` and ``after`` of
+    the result are metrics between 0 and 1, ``alpha`` is the share of the trained weights that was chosen. Raises
+    UserError, and ``reinforce.training.stop.Stopped`` after a signal.
+    """
+    from reinforce.adapting.config import AdaptConfig
+
+    if isinstance(released := keys.get("released"), (str, PathLike)):
+        keys["released"] = released_model(str(released))
+    if isinstance(general := keys.get("general"), Mapping):
+        keys["general"] = _with_places(general)
+    checked = settings.as_config(AdaptConfig, config, **keys)
+    let_waiting_threads_sleep()
+    from reinforce.adapting.adapt import adapt as adapt_model  # takes seconds, so the config is checked before
+
+    screen = Screen()
+    return adapt_model(checked, lambda line: screen.log(redact(line)), address)
+
+
+def released_model(name: str) -> dict[str, str]:
+    """The key ``released`` of an adaptation, for the name of a model. Raises UserError."""
+    from reinforce.model_names import resolve_models
+
+    if "://" in name:
+        raise UserError(f"{name}: copy the model to this machine, and name its folder.")
+    with resolve_models([name]) as specs:
+        spec = specs[name]
+    return {"model": str(spec.model), **({"pretrained": spec.pretrained} if spec.pretrained else {})}
+
+
+@checked_arguments
 def evaluate(
     models: Names,
     config: Content | None = None,
@@ -205,15 +241,21 @@ def evaluate(
 
     if isinstance(config, (str, PathLike)):
         config = settings.section_of(config, "evaluate")
-    for section, place in (("zero_shot", "images"), ("retrieval", "pairs")):
-        if isinstance(sets := keys.get(section), Mapping):
-            keys[section] = {
-                name: {place: one} if isinstance(one, (str, PathLike)) else one for name, one in sets.items()
-            }
-    evaluation = settings.as_config(EvaluationCommand, config or {}, **keys)
+    evaluation = settings.as_config(EvaluationCommand, config or {}, **_with_places(keys))
     if evaluation.suite is None and (compare or workers or address):
         raise UserError("evaluate: compare, workers and address belong to `suite`, and none is given.")
     return evaluate_sets(models, evaluation, pretrained, device, precision, out, compare, workers, address)
+
+
+def _with_places(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys of an evaluation, whose sets may be addresses alone."""
+    found = {**keys}
+    for section, place in (("zero_shot", "images"), ("retrieval", "pairs")):
+        if isinstance(sets := keys.get(section), Mapping):
+            found[section] = {
+                name: {place: one} if isinstance(one, (str, PathLike)) else one for name, one in sets.items()
+            }
+    return found
 
 
 def evaluate_sets(

@@ -79,17 +79,14 @@ def adapt(
     """
     from reinforce import settings
     from reinforce.adapting.config import AdaptConfig
+    from reinforce.api.commands import released_model
     from reinforce.evaluation.command import build_evaluation
-    from reinforce.model_names import resolve_models, short_name
+    from reinforce.model_names import short_name
 
     raw: dict[str, Any] = {} if config is None else settings.read(config)
     raw |= {"source": data, "output": output} | ({} if allow is None else {"allow": allow})
     if model is not None:
-        if "://" in model:
-            raise UserError(f"--model {model}: copy the model to this machine, and name its folder.")
-        with resolve_models([model]) as specs:
-            spec = specs[model]
-        raw["released"] = {"model": spec.model, **({"pretrained": spec.pretrained} if spec.pretrained else {})}
+        raw["released"] = released_model(model)
     if "released" not in raw:
         raise UserError("name the released model with --model, such as --model MobileCLIP2-S0,dfndr2b.")
     named: dict[str, str] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -109,9 +110,15 @@ def test_captions_are_retrieved_and_both_kinds_of_labels_are_used_where_they_are
     both = Path(photos(tmp_path))
     for path in both.rglob("*.png"):
         path.with_suffix(".txt").write_text(f"{path.parent.name} number {path.stem}")
-    status, text, error = command("adapt", str(both), f"{tmp_path}/both", "--model", released, *FAST, "--json", "-")
-    assert status == 0, error
-    assert json.loads(text)["rule"]["domain"] == ["zero_shot/domain/top1", *ways]
+    keys: dict[str, Any] = {"source": both, "output": tmp_path / "both", "alphas": [0.0, 1.0]}
+    keys |= {"student": {"train": {"steps": 2}, "data": {"workers": 0}}, "general": {"retrieval": {"all": both}}}
+    adapted = reinforce.adapt(**keys, released=Path(released))
+    assert adapted.sweep.rule.domain == ("zero_shot/domain/top1", *ways)
+    metrics = {"zero_shot/domain/top1", *ways, "retrieval/all/text_to_image/r1"}
+    assert metrics <= adapted.before.keys() == adapted.after.keys()
+    assert adapted.alpha in (0, 1)
+    assert all(name in adapted._repr_html_() for name in metrics)
+    assert reinforce.Student.load(adapted.model).dim > 0
     sample = next(iter(reinforce.open(f"{tmp_path}/both/dataset")))
     assert (sample.caption, sample.metadata) == ("blue number 0", {"class": "blue"})
 
