@@ -203,7 +203,8 @@ def test_patches_alone_train_the_image_tower_without_vectors(tmp_path: Path, dat
 
 def test_patches_are_learnt_beside_the_other_losses(tmp_path: Path, dataset: str) -> None:
     teachers = {"cells": {**TEACHER, "logit_scale": 40.0}, "blind": {**BLIND, "logit_scale": 40.0}}
-    task, feed = build(online(tmp_path, dataset, {"lambda": 0.5, "dense": 0.5}, teachers), Accelerator("cpu"))
+    loss = {"lambda": 0.5, "dense": 0.5, "features": "all"}
+    task, feed = build(online(tmp_path, dataset, loss, teachers), Accelerator("cpu"))
     prepared = task.prepare(next(iter(feed.batches(0, 1, 8, 0))))
     assert {name: {*of} for name, of in prepared["targets"].items()} == {
         "cells": {"image", "caption", "synthetic", "patches"},
@@ -211,12 +212,10 @@ def test_patches_are_learnt_beside_the_other_losses(tmp_path: Path, dataset: str
     }
     encoded = task.model(prepared)
     assert {*task.losses(encoded, prepared), *encoded.losses} == {
-        f"{term}/{kind}" for term in ("clip", "distill") for kind in ("caption", "synthetic")
-    } | {"dense/cells"}
-    assert (
-        "teacher cells: similarities, logit scale 40 (config: loss.teachers); 4 x 4 patches of 5 dimensions"
-        in task.notes
-    )
+        f"{term}/{kind}" for term in ("clip", "distill", "features") for kind in ("caption", "synthetic")
+    } | {"dense/cells", "features/image"}
+    [note] = [note for note in task.notes if note.startswith("teacher cells: similarities, logit scale 40 (config")]
+    assert note.endswith("; 4 x 4 patches of 5 dimensions")
 
 
 def test_an_online_teacher_without_patches_is_refused_by_name(tmp_path: Path, dataset: str) -> None:

@@ -22,7 +22,7 @@ from reinforce.student.terms import (
     probabilities,
     scales,
 )
-from reinforce.student.terms.base import Models, Rows, Tensors, Term
+from reinforce.student.terms.base import MAP, Models, Rows, Tensors, Term
 
 #: The module of each term, in the order of the losses.
 MODULES = (
@@ -73,7 +73,10 @@ class Terms:
     def losses_of_rows(
         self, features: Tensors, targets: Mapping[str, Tensors], heads: torch.nn.ModuleDict
     ) -> dict[str, torch.Tensor]:
-        return _merged([term.losses_of_rows(features, targets, heads) for term in self.terms])
+        plain = {name: rows for name, rows in features.items() if name != MAP}
+        return _merged(
+            [term.losses_of_rows(plain if term.stage() is None else features, targets, heads) for term in self.terms]
+        )
 
     def losses_of_weights(self, weights: Tensors, start: Tensors) -> dict[str, torch.Tensor]:
         return _merged([term.losses_of_weights(weights, start) for term in self.terms])
