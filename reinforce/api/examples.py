@@ -29,6 +29,7 @@ from reinforce.student.data.examples import Example
 from reinforce.student.data.parts import PartMaker
 from reinforce.student.data.reader import StreamedDataset
 from reinforce.student.data.stream import StreamReader, make_orders
+from reinforce.student.teachers import PATCHES
 from reinforce.training.distributed import gather
 from reinforce.training.order import GroupChunk, share
 
@@ -55,7 +56,8 @@ class Examples(Dataset[dict[str, Any]]):
 
     - ``key``: str, and ``image``: one of the stored augmentations;
     - ``caption``, and with captioners ``synthetic``: tokens, of transformers ``{input_ids, attention_mask}``;
-    - ``targets``: ``{teacher: {image, caption, synthetic}}``, unit-norm float32 [D]; of classifiers their tensors.
+    - ``targets``: ``{teacher: {image, caption, synthetic}}``, unit-norm float32 [D]; of ``classifiers``, if they are
+      named, their tensors; of teachers named by ``patches`` also their grids, ``patches`` [rows, columns, D].
 
     With ``columns``, items are flat: a list of names, or a dict of your names for them, such as
     ``{"pixel_values": "image", "labels": "dfn2b/image"}``.
@@ -76,6 +78,7 @@ class Examples(Dataset[dict[str, Any]]):
         context: int | None = None,
         size: int | None = None,
         columns: Sequence[str] | Mapping[str, str] | None = None,
+        patches: str | Sequence[str] = (),
         seed: int = 0,
         **keys: Any,
     ) -> None:
@@ -84,12 +87,17 @@ class Examples(Dataset[dict[str, Any]]):
         if self.data.backend == DEVICE_BACKEND:
             raise UserError(f"backend {DEVICE_BACKEND} is for `reinforce train`; choose another, or none.")
         self.seed, self.epoch = seed, None if self.data.pick == "random" else 0
-        self.datasets = _restricted(open_datasets(self.data, seed), datasets)
+        self.datasets = _restricted(open_datasets(self.data, seed, _models(self.data, patches)), datasets)
         self._image, self._tokens = image_transform(image), text_transform(tokenizer, context)
         recorded = max(dataset.size for dataset in self.datasets)
         self.size = _checked_size(replay_size(image) or recorded if size is None else size)
         first = self.datasets[0]
         self.kinds, self.targets = first.spec.kinds, first.targets
+        with_grids = {target.model for target in self.targets if target.name == PATCHES}
+        if missing := [name for name in settings.as_names(patches) if name not in with_grids]:
+            raise UserError(
+                f"patches: teacher {missing[0]} has none; those that have: {', '.join(with_grids) or 'none'}."
+            )
         self._maker = PartMaker(self.size, self.targets, _no_tokens, scaled=self.data.translations != "stored")
         self._columns = _checked_columns(columns, self.names)
         self._connect()
@@ -255,6 +263,15 @@ def _sources(datasets: Any) -> tuple[Any, dict[str, Any]]:
     source = {"url": datasets.store.url, **({} if datasets.view is None else {"view": datasets.view.name})}
     keys = {section: names for section, names in datasets.models.items() if section in Data.model_fields}
     return [source], {**keys, "images_from": [*datasets.roots.urls], "limits": datasets.limits}
+
+
+def _models(data: Data, patches: Any) -> dict[str, Sequence[str] | None]:
+    """The models whose targets are read, by section. Classifiers and patches are not, unless they are named."""
+    grids = settings.as_names(patches)
+    if not isinstance(grids, list):
+        raise UserError(f"patches: want names of teachers, got {patches!r:.100}")
+    named = {} if data.classifiers is None else {"classifiers": data.classifiers}
+    return {"teachers": data.teachers, **named, PATCHES: grids}
 
 
 def _restricted(found: list[StreamedDataset], datasets: Any) -> list[StreamedDataset]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+import open_clip
 import torch
 
 from reinforce import settings
@@ -22,9 +23,13 @@ from reinforce.student.loss_config import Loss
 from reinforce.student.model import LearntScale
 from reinforce.student.task import read_stored
 from reinforce.student.teachers import CAPTION, IMAGE, SYNTHETIC
-from reinforce.student.terms.base import Rows, Tensors, module_name, scale_name, unit
+from reinforce.student.terms.base import MAP, Rows, Tensors, module_name, scale_name, unit
+from reinforce.student.terms.dense import distances
 from reinforce.student.terms.probabilities import divergence
 from reinforce.student.terms.registry import Terms, make_terms
+from reinforce.student.towers import map_width
+from teachers.open_clip.teacher import image_spec
+from teachers.patches.maps import features_and_map
 
 if TYPE_CHECKING:
     from reinforce.api.examples import Examples
@@ -99,6 +104,17 @@ def probabilities(
     return temperature**2 * divergence(logits.float() / temperature, classes, values, rest).mean()
 
 
+def dense(projected: torch.Tensor, patches: torch.Tensor, cosine: float = 0.9, smooth_l1: float = 0.1) -> torch.Tensor:
+    """Mean of both weighted distances of a student's grids from a teacher's ``patches`` [B, rows, columns, D].
+
+    The student's are ``projected`` to the teacher's dimension; they are resized to its rows and columns.
+    """
+    if projected.ndim != 4 or patches.ndim != 4 or projected.shape[::3] != patches.shape[::3]:
+        shapes = " and ".join(str([*tensor.shape]) for tensor in (projected, patches))
+        raise UserError(f"dense: want two grids [B, rows, columns, D] of equal B and D, got {shapes}.")
+    return distances(projected.float(), patches.float(), cosine, smooth_l1).mean()
+
+
 def distance_from_start(weights: Mapping[str, torch.Tensor], start: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Half the squared distance of weights by name from those of the ``start`` of a fine-tuning (L2-SP).
 
@@ -114,11 +130,12 @@ class StudentLoss(torch.nn.Module):
 
     ``examples`` state the teachers and their logit scales, ``keys`` are keys of ``loss`` of a student's config
     (``lambda`` as ``lambda_=0.7``). ``width`` is the dimension of the student's features, for terms that project them
-    with heads, which are parameters of this module: give them to the optimizer, too. ``notes`` describe the use of
-    each teacher. Raises UserError if the stored vectors do not suffice.
+    with heads, which are parameters of this module: give them to the optimizer, too. ``model`` is the model of
+    open_clip that is trained, for ``anchor.weights``, whose start are its weights now, and for ``dense``. ``notes``
+    describe the use of each teacher. Raises UserError if the stored vectors do not suffice.
     """
 
-    def __init__(self, examples: Examples, width: int | None = None, **keys: Any) -> None:
+    def __init__(self, examples: Examples, width: int | None = None, model: Any = None, **keys: Any) -> None:
         super().__init__()
         loss = settings.as_config(Loss, {}, **keys)
         if loss.targets == "online":
@@ -127,14 +144,24 @@ class StudentLoss(torch.nn.Module):
         unread: dict[str, Any] = {"output": "-", "student": {"model": "-"}, "train": {"steps": 1}}
         config = settings.parse(StudentConfig, {**unread, "data": examples.data, "loss": loss})
         self.terms = make_terms(loss, read_stored(config, {url: read_manifest(Store(url)) for url in urls}))
-        if self.terms.needs_start:
-            raise UserError("anchor.weights: add `losses.distance_from_start` to this loss instead.")
-        if self.terms.stage() is not None:
-            raise UserError("dense: this term reads maps inside the student's tower, in `reinforce train` only.")
         self.notes = [*self.terms.notes]
         self.heads = torch.nn.ModuleDict(_heads(self.terms, width))
+        self._models = (model,)  # in a tuple, so that its parameters are not those of this module
+        if (stage := self.terms.stage()) is not None:
+            self.heads.update(self.terms.map_heads(_map_width(self._model("dense"), stage)))
+        self._start: dict[str, torch.Tensor] = {}
+        if self.terms.needs_start:
+            named = self._model("anchor.weights").named_parameters()
+            self._start = {name: weight.detach().clone() for name, weight in named if weight.requires_grad}
         starts = self.terms.scales().items()
         self.scales = torch.nn.ModuleDict({module_name(teacher): LearntScale(start) for teacher, start in starts})
+
+    def encode_image(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Features ``image`` [B, D] by the ``model``, and for ``dense`` the ``map`` of its tower, in one pass."""
+        model, stage = self._model("encode_image"), self.terms.stage()
+        if stage is None:
+            return {IMAGE: model.encode_image(pixels)}
+        return dict(zip((IMAGE, MAP), features_and_map(model.visual, pixels, stage), strict=True))
 
     def forward(
         self,
@@ -145,7 +172,8 @@ class StudentLoss(torch.nn.Module):
     ) -> torch.Tensor:
         """The total loss, a scalar, of ``features`` [B, D] by ``image``, ``caption`` and ``synthetic``.
 
-        ``targets`` are those of a batch of examples, ``logit_scale`` is that of the student, not its logarithm.
+        For ``dense`` they have the ``map`` of the images, too, as ``encode_image`` returns it. ``targets`` are those of
+        a batch of examples, ``logit_scale`` is that of the student, not its logarithm.
         """
         return torch.stack([*self.losses(features, targets, logit_scale, logit_bias).values()]).sum()
 
@@ -157,9 +185,13 @@ class StudentLoss(torch.nn.Module):
         logit_bias: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """The weighted terms by name, such as ``distill/caption``, which add to the total."""
-        if unknown := features.keys() - {IMAGE, CAPTION, SYNTHETIC}:
+        maps = () if self.terms.stage() is None else (MAP,)
+        if unknown := features.keys() - {IMAGE, CAPTION, SYNTHETIC, *maps}:
             raise UserError(f"features: {min(unknown)!r} is none of image, caption and synthetic.")
-        features = {what: unit(rows) for what, rows in features.items()}
+        if maps and MAP not in features:
+            raise UserError("features: `dense` needs the `map` of the images: add what `encode_image` returns.")
+        of_rows = {what: rows if what in maps else unit(rows) for what, rows in features.items()}
+        features = {what: rows for what, rows in of_rows.items() if what not in maps}
         first = next(iter(features.values()), torch.zeros(()))
         scalars = {"logit_scale": torch.as_tensor(logit_scale, device=first.device).reshape(())}
         if logit_bias is not None:
@@ -167,13 +199,38 @@ class StudentLoss(torch.nn.Module):
         scalars |= {scale_name(teacher): self.scales[module_name(teacher)]() for teacher in self.terms.scales()}
         own = {name: dict(of) for name, of in targets.items()}
         try:
-            losses = self.terms.losses_of_rows(features, own, self.heads)
+            losses = self.terms.losses_of_rows(of_rows, own, self.heads) | self._losses_of_weights()
             rows = {**features, **self.terms.projections(features, self.heads)}
             return {**losses, **self.terms.losses(Rows(rows, scalars, own, heads=self.heads))}
         except KeyError as error:
             raise UserError(
                 f"the batch has no {error} that the loss needs: pass the `targets` of a batch of the same examples"
             ) from None
+
+    def _losses_of_weights(self) -> dict[str, torch.Tensor]:
+        if not self._start:
+            return {}
+        weights = dict(self._model("anchor.weights").named_parameters())
+        self._start = {name: value.to(weights[name]) for name, value in self._start.items()}
+        return self.terms.losses_of_weights(weights, self._start)
+
+    def _model(self, what: str) -> Any:
+        """The model that is trained. Raises UserError if it was not given, or is none of open_clip."""
+        [model] = self._models
+        if not isinstance(getattr(model, "visual", None), torch.nn.Module):
+            raise UserError(
+                f"{what} reads the model that is trained: set `model` to it, a model of open_clip, got "
+                f"{'none' if model is None else type(model).__name__}."
+            )
+        return model
+
+
+def _map_width(model: Any, stage: int) -> int:
+    """Channels of the map after a stage of a model's image tower. Raises UserError if there is none."""
+    try:
+        return map_width(model, image_spec(open_clip.get_model_preprocess_cfg(model)), stage)
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"dense: {type(model).__name__} has no map that is known here: {error}") from error
 
 
 def _heads(terms: Terms, width: int | None) -> dict[str, torch.nn.Module]:

@@ -203,7 +203,7 @@ def map_width(clip: Any, image: ImageSpec, stage: int) -> int:
     training = clip.visual.training
     clip.visual.eval()  # batch statistics stay
     try:
-        return encoder_of_model(clip, image, Accelerator("cpu"), stage).dim
+        return encoder_of_model(clip, image, Accelerator(str(next(clip.parameters()).device)), stage).dim
     except ValueError as error:
         raise UserError(f"loss.dense.stage: {error}") from error
     finally:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import open_clip
 import pytest
+import timm
 import torch
 from torch.nn.functional import cross_entropy, normalize
 
@@ -15,8 +18,13 @@ import reinforce
 from reinforce import losses
 from reinforce.errors import UserError
 from reinforce.student.task import StudentTask
+from reinforce.student.terms.registry import MODULES
 from reinforce.student.train import build
+from teachers.preprocessing.pixels import to_pixels
 from teachers.runtime.accelerator import Accelerator
+from tests.helpers.data import config_of, members_of, write_tar
+from tests.helpers.models.tiny_models import open_clip_model
+from tests.helpers.reinforced import reinforce_here
 from tests.helpers.students import student_config
 
 SCALED = partial(losses.StudentLoss, logit_scales={"blue": 9.0})
@@ -49,34 +57,97 @@ def test_functions_are_the_equations_of_the_papers() -> None:
     found = losses.probabilities(rows(8), classes, values, torch.zeros(6), temperature=2.0)
     expected = 4 * torch.nn.functional.kl_div((rows(8) / 2).log_softmax(1), stored, reduction="batchmean")
     torch.testing.assert_close(found, expected)
+    grid, other_grid = rows(5, 24, 7).view(4, 2, 3, 7), rows(6, 24, 7).view(4, 2, 3, 7)
+    cosines = torch.nn.functional.cosine_similarity(grid, other_grid, dim=-1)
+    apart = torch.nn.functional.smooth_l1_loss(grid, other_grid)
+    torch.testing.assert_close(losses.dense(grid, other_grid), 0.9 * (1 - cosines.mean()) + 0.1 * apart)
+    constant = grid[:, :1, :1]
+    assert losses.dense(constant.expand(-1, 5, 4, -1), constant).item() == pytest.approx(0, abs=1e-5)
     start = {"a": torch.zeros(2), "b": torch.ones(1)}
     assert losses.distance_from_start({"a": torch.ones(2), "b": torch.tensor([3.0]), "c": one}, start) == 3.0
 
 
-def test_the_module_gives_the_losses_and_gradients_of_a_training_run(made: Path, tmp_path: Path) -> None:
-    keys: dict[str, Any] = {"lambda": 0.6, "features": "all", "interactive": 0.5, "logit_scales": {"blue": 30.0}}
-    config = student_config(tmp_path, str(made), loss=keys)
+@pytest.fixture(scope="module")
+def released(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return open_clip_model(tmp_path_factory.mktemp("released"), context_length=16)
+
+
+@pytest.fixture(scope="module")
+def of_all_terms(tmp_path_factory: pytest.TempPathFactory, released: str) -> str:
+    """A dataset with all that the terms of a loss read."""
+    folder = tmp_path_factory.mktemp("all")
+    write_tar(folder / "source" / "0.tar", members_of(0, 12))
+    patches = {"grid": 4, "codec": "float16", "sample": 400}
+    teachers = {
+        "released": {"model": released, "logit_scale": 20.0, "dtype": "float32"},
+        "red": {"class": "tests.helpers.models:ColorTeacher", "options": {"size": 16}, "logit_scale": 50.0},
+        "dino": {
+            "class": "tests.helpers.patch_models:PatchTeacher", "options": {"size": 16}, "patches": patches,
+            "logit_scale": 30.0,
+        },
+    }  # fmt: skip
+    classifiers = {"colors": {"class": "tests.helpers.models.classifiers:Colors", "k": 3}}
+    config = config_of(f"{folder}/source/*.tar", folder / "out", teachers=teachers, classifiers=classifiers)
+    return reinforce_here(config)
+
+
+def test_the_module_gives_the_losses_and_gradients_of_a_training_run(
+    of_all_terms: str, released: str, tmp_path: Path
+) -> None:
+    keys: dict[str, Any] = {
+        "features": "all", "interactive": 0.5, "logit_scales": {"red": 40.0}, "learn_scales": True,
+        "probabilities": 0.3, "dense": {"weight": 0.7, "stage": 0},
+        "anchor": {"teacher": "released", "similarities": 0.2, "features": 0.3, "weights": 0.4},
+    }  # fmt: skip
+    config = student_config(tmp_path, of_all_terms, loss={"lambda": 0.6, **keys}, student={"model": released})
     task, feed = build(config, Accelerator("cpu"))
     assert isinstance(task, StudentTask)
     batch = task.prepare(next(iter(feed.batches(0, 1, 8, 0))))
+    model = open_clip.create_model(released)
+    own = losses.StudentLoss(reinforce.Examples(of_all_terms), width=16, model=model, lambda_=0.6, **keys)
+    assert [type(term).__module__ for term in own.terms.terms] == [module.__name__ for module in MODULES]
+    own.heads.load_state_dict(task.model.heads.state_dict())
+    for clip in (task.model.clip, model):
+        with torch.no_grad():
+            for name, parameter in clip.named_parameters():
+                parameter.add_(0.01 * len(name) / 30)
     encoded = task.model(batch)
     trained = {**encoded.losses, **task.losses(encoded, batch)}
 
-    own = losses.StudentLoss(
-        reinforce.Examples(made), width=16, lambda_=0.6, **{k: v for k, v in keys.items() if k != "lambda"}
-    )
-    own.heads.load_state_dict(task.model.heads.state_dict())
-    clip = task.model.clip
-    plain = {name: rows for name, rows in encoded.features.items() if "/" not in name}
-    found = own.losses({n: 2 * v for n, v in plain.items()}, batch["targets"], clip.logit_scale.exp())
+    features = own.encode_image(to_pixels(batch["image"], task.model.image))
+    features |= {kind: 2 * model.encode_text(batch[kind]) for kind in ("caption", "synthetic")}
+    found = own.losses(features, batch["targets"], model.logit_scale.exp())
     assert found.keys() == trained.keys()
     for name, value in found.items():
+        assert value > 0
         torch.testing.assert_close(value, trained[name], msg=name)
-    total = own(plain, batch["targets"], clip.logit_scale.exp())
+    total = own(features, batch["targets"], model.logit_scale.exp())
     torch.testing.assert_close(total, torch.stack([*trained.values()]).sum())
     total.backward()
     assert all(p.grad is not None for p in own.parameters())
-    assert "teacher red: similarities, logit scale 50" in own.notes[0]
+    assert not {*own.parameters()} & {*model.parameters()}
+    assert any(note.startswith("teacher red: similarities, logit scale 40") for note in own.notes)
+
+
+def test_examples_have_the_targets_of_every_term_and_weights_move_with_the_model(
+    of_all_terms: str, released: str
+) -> None:
+    model = open_clip.create_model(released)
+    keys: dict[str, Any] = {"dense": 1.0, "lambda_": 0.0, "probabilities": 1.0, "anchor": {"weights": 1.0}}
+    pairs = reinforce.Examples(of_all_terms, teachers=["dino"], patches="dino", classifiers=["colors"])
+    own = losses.StudentLoss(pairs, width=16, model=model, **keys)
+    model.double()
+    batch = torch.utils.data.default_collate([pairs[0], pairs[1]])
+    assert {"dino/patches", "colors/probabilities"} <= {*pairs.names}
+    features = own.encode_image(torch.rand(2, 3, 32, 32, dtype=torch.float64))
+    features["caption"] = model.encode_text(torch.ones(2, 16, dtype=torch.int64))
+    found = own.losses({**features, "map": features["map"].float()}, batch["targets"], 10.0)
+    assert {name for name, value in found.items() if value > 0} == {
+        "clip/caption", "dense/dino", "probabilities/colors"
+    }  # fmt: skip
+    assert found["anchor_weights"] == 0
+    with pytest.raises(UserError, match="`dense` needs the `map` of the images"):
+        own({"image": features["image"]}, batch["targets"], 10.0)
 
 
 def test_learnt_scales_are_parameters_of_the_module(made: Path) -> None:
@@ -93,12 +164,20 @@ def test_learnt_scales_are_parameters_of_the_module(made: Path) -> None:
         (lambda data: losses.StudentLoss(data, lambda_=2), "lambda_: Input should be less than or equal to 1"),
         (lambda data: losses.StudentLoss(data, lamda=1), "lamda: unknown key; known keys here: lambda"),
         (lambda data: losses.StudentLoss(data, interactive=1.0), "set `width` to their dimension"),
-        (lambda data: losses.StudentLoss(data, anchor={"weights": 1.0}), "distance_from_start"),
+        (lambda data: losses.StudentLoss(data, anchor={"weights": 1.0}, logit_scales={"blue": 9.0}),
+         "anchor.weights reads the model that is trained: set `model` to it, .* got none"),
+        (lambda data: losses.StudentLoss(data, model=torch.nn.Linear(2, 2), anchor={"weights": 1.0},
+                                         logit_scales={"blue": 9.0}), "a model of open_clip, got Linear"),
+        (lambda data: losses._map_width(SimpleNamespace(visual=torch.nn.Linear(2, 2)), -1), "has no map"),
+        (lambda data: losses._map_width(timm.create_model("resnet18"), -1), "has no map"),
+        (lambda data: SCALED(data).encode_image(rows(0)), "encode_image reads the model that is trained"),
+        (lambda data: SCALED(data)({"image": rows(0), "map": rows(0)}, {}, 1.0), "'map' is none of"),
         (lambda data: SCALED(data)({"images": rows(0)}, {}, 1.0), "'images' is none of"),
         (lambda data: SCALED(data)({"image": rows(0), "caption": rows(1)}, {}, 1.0), "the batch has no 'red'"),
         (lambda data: losses.contrastive(rows(0), rows(1, pairs=5), 1.0), r"got \[6, 5\] and \[5, 5\]"),
         (lambda data: losses.contrastive(rows(0), rows(1), 1.0, form="sigmoid"), "needs `logit_bias`"),
         (lambda data: losses.contrastive(rows(0), rows(1), 1.0, form="hinge"), "want softmax or sigmoid, got 'hinge'"),
+        (lambda data: losses.dense(rows(0), rows(1)), r"dense: want two grids .* got \[6, 5\] and \[6, 5\]"),
         (lambda data: losses.distillation(rows(0), rows(1), 1.0, []), "teachers is empty"),
         (lambda data: losses.distance_from_start({}, {"w": rows(0)}), "weights has no 'w'"),
     ],

@@ -65,15 +65,22 @@ class Dense(Term):
 
     def _sum(self, found: torch.Tensor, target: torch.Tensor, head: torch.nn.Module) -> torch.Tensor:
         """The sum over rows of the mean over patches."""
-        projected = head(found.permute(0, 2, 3, 1)).float().permute(0, 3, 1, 2)
-        grid = target.shape[1:3]
-        if projected.shape[2:] != grid:
-            smaller = projected.shape[2] > grid[0] or projected.shape[3] > grid[1]
-            projected = torch.nn.functional.interpolate(projected, grid, mode="bilinear", antialias=smaller)
-        projected, target = projected.permute(0, 2, 3, 1), target.float()
-        away = 1 - torch.nn.functional.cosine_similarity(projected, target, dim=-1)
-        apart = torch.nn.functional.smooth_l1_loss(projected, target, reduction="none").mean(dim=-1)
-        return (self.loss.cosine * away + self.loss.smooth_l1 * apart).mean(dim=(1, 2)).sum()
+        projected = head(found.permute(0, 2, 3, 1)).float()
+        return distances(projected, target.float(), self.loss.cosine, self.loss.smooth_l1).sum()
+
+
+def distances(projected: torch.Tensor, target: torch.Tensor, cosine: float, smooth_l1: float) -> torch.Tensor:
+    """The loss [p] of grids [p, rows, columns, D], of which the ``projected`` are resized to those of the target."""
+    grid, own = target.shape[1:3], projected.shape[1:3]
+    if own != grid:
+        smaller = own[0] > grid[0] or own[1] > grid[1]
+        resized = torch.nn.functional.interpolate(
+            projected.permute(0, 3, 1, 2), grid, mode="bilinear", antialias=smaller
+        )
+        projected = resized.permute(0, 2, 3, 1)
+    away = 1 - torch.nn.functional.cosine_similarity(projected, target, dim=-1)
+    apart = torch.nn.functional.smooth_l1_loss(projected, target, reduction="none").mean(dim=-1)
+    return (cosine * away + smooth_l1 * apart).mean(dim=(1, 2))
 
 
 def make(loss: Loss, models: Models) -> Dense | None:
