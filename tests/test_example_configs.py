@@ -119,7 +119,7 @@ def test_recipes_of_trainings_have_the_values_of_the_published_scripts(name: str
     found = (config.student.model, config.loss.lambda_, [*config.loss.logit_scales.values()])
     assert (*found, config.train.steps, config.train.batch, optimizer.eps, optimizer.hold) == RECIPES[name]
     assert (optimizer.lr, optimizer.final_lr, optimizer.warmup, optimizer.betas) == (1e-3, 0, 1000, (0.9, 0.95))
-    assert (optimizer.weight_decay, optimizer.clip, config.seed) == (0.2, 1.0, 0)
+    assert (optimizer.weight_decay, optimizer.grad_clip_norm, config.seed) == (0.2, 1.0, 0)
     assert (config.data.captions, config.data.pick, compute.gradient_checkpointing) == ("both", "random", True)
     assert config.train.batch // compute.ranks == (256 if config.train.batch == 8192 else 512)
     [source] = config.data.datasets

@@ -50,12 +50,12 @@ _FIRST_STALL_SECONDS = 3600.0  # the default before it followed from the batches
 
 
 def _student_json(config: StudentConfig) -> str:
-    """A student's config without what changes no number, and with a later default as it was at first."""
+    """A student's config without what changes no number, and with later defaults and names as they were at first."""
     compute = config.train.compute
     if compute.compile == "auto":
         compute = compute.model_copy(update={"compile": False})
     config = config.model_copy(update={"train": config.train.model_copy(update={"compute": compute})})
-    return config.model_dump_json(exclude=_NOT_IN_STUDENTS, exclude_none=True)
+    return config.model_dump_json(exclude=_NOT_IN_STUDENTS, exclude_none=True).replace('"grad_clip_norm"', '"clip"')
 
 
 def _dataset_json(config: Config) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
-from reinforce.config_schema import Microbatches
+from reinforce.config_schema import Microbatches, former_keys
 from reinforce.errors import UserError
 from reinforce.settings import Section, flatten
 from teachers.redact import redact_values
@@ -18,6 +18,8 @@ HIGHEST_LOGIT_SCALE = 100.0
 
 class Optimizer(Section):
     """AdamW with linear warm-up and decay to ``final_lr``; the defaults are those of MobileCLIP2's paper."""
+
+    model_config = ConfigDict(json_schema_extra=former_keys(clip="grad_clip_norm"))
 
     lr: float = Field(1e-3, ge=0, description="peak learning rate")
     final_lr: float = Field(1e-6, ge=0, description="learning rate of the last step")
@@ -59,7 +61,12 @@ class Optimizer(Section):
         description="of matrices, kernels and token embeddings; not of gains, biases and logit scales, nor of what "
         "modules list in `no_weight_decay()`, such as positional embeddings",
     )
-    clip: float | None = Field(1.0, gt=0, description="largest gradient norm; null: no clipping")
+    grad_clip_norm: float | None = Field(
+        1.0,
+        gt=0,
+        validation_alias=AliasChoices("grad_clip_norm", "clip"),
+        description="largest gradient norm; null: no clipping",
+    )
 
     @model_validator(mode="after")
     def _one_start_of_decay(self) -> Optimizer:
@@ -245,6 +252,10 @@ MUTABLE_KEYS = (
 )
 
 
+#: A key, and its name in checkpoints, which is that of earlier versions.
+_RECORDED = ("optimizer.grad_clip_norm", "optimizer.clip")
+
+
 def fixed_config(config: BaseModel, mutable: Iterable[str]) -> dict[str, Any]:
     """The part of a config that determines a training run and must not change on resume, by dotted keys.
 
@@ -252,7 +263,7 @@ def fixed_config(config: BaseModel, mutable: Iterable[str]) -> dict[str, Any]:
     """
     prefixes = tuple(f"{key}." for key in mutable)
     values = flatten(redact_values(config.model_dump(mode="json", by_alias=True)))
-    return {key: value for key, value in values if not f"{key}.".startswith(prefixes)}
+    return {key.replace(*_RECORDED): value for key, value in values if not f"{key}.".startswith(prefixes)}
 
 
 def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

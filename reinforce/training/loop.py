@@ -6,8 +6,8 @@ Each of the steps 0 .. ``steps`` - 1 takes a global batch of ``train.batch`` sam
 2. compute losses and gradients of the rank's batch (`reinforce.training.step`); random numbers are seeded from
    (seed, step, rank, microbatch), and DistributedDataParallel averages the gradients over the ranks;
 3. fetch the next batch while the device computes;
-4. clip the gradient to norm ``optimizer.clip`` and update the weights, or skip the update if the norm is not finite;
-   clamp logit scales to [1, 100]; update the moving average of the weights.
+4. clip the gradient to ``optimizer.grad_clip_norm`` and update the weights, or skip the update if the norm is not
+   finite; clamp logit scales to [1, 100]; update the moving average of the weights.
 
 Every ``checkpoints.every`` steps, before an evaluation, after a signal and at the end, rank 0 saves a checkpoint, while
 the training run continues (`reinforce.training.saving.writer`). A training run that is started again resumes from the
@@ -365,7 +365,7 @@ class _Loop:
         fetched = self.accelerator.mark()
         self.ranks.at(f"the update of step {step + 1:,}", waits=True)
         stop_of_ranks = self.ranks.start_max(_NOT_SAVED if self.writer.failed else self.stop.signum)
-        norm = self.state.update(self.training.optimizer.clip, step + 1)
+        norm = self.state.update(self.training.optimizer.grad_clip_norm, step + 1)
         seconds = time.perf_counter() - begun
         self.throughput.add_step(seconds, self.accelerator.seconds_between(computed, fetched))
         self.progress = self.progress.after_step(seconds, skipped=not math.isfinite(norm))
