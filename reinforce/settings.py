@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import functools
 import inspect
+import itertools
 import os
 import re
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec, TypeVar
 
@@ -262,7 +264,7 @@ def _location(loc: tuple[int | str, ...]) -> str:
 
 def _explain(model: type[BaseModel], error: dict[str, Any]) -> str:
     if error["type"] == "extra_forbidden":
-        return f"unknown key; {_known_keys(model, error['loc'])}"
+        return f"unknown key; {_name_elsewhere(model, error['loc']) or _known_keys(model, error['loc'])}"
     if error["type"] == "missing":
         return "is required"
     message = error["msg"].removeprefix("Value error, ")
@@ -270,6 +272,44 @@ def _explain(model: type[BaseModel], error: dict[str, Any]) -> str:
         return message
     hidden = any(is_secret(str(part)) for part in error["loc"])
     return message if hidden else f"{message}, got {redact_values(error['input'])!r}"
+
+
+@functools.cache
+def names_elsewhere() -> tuple[dict[str, str], ...]:
+    """Names of other libraries for keys here, as in docs/names.md; ``key`` is empty where there is none."""
+    text = Path(__file__).with_name("names_elsewhere.csv").read_text(encoding="utf-8")
+    return tuple(csv.DictReader(text.splitlines()))
+
+
+def _name_elsewhere(model: type[BaseModel], loc: tuple[int | str, ...]) -> str | None:
+    """Our key for the unknown one at ``loc``, where another library has it: of several, the nearest one."""
+    name = str(loc[-1]).lstrip("-").replace("-", "_").lower()
+    found = []
+    for row in (one for one in names_elsewhere() if one["name"] == name):
+        parts = row["key"].split(".")
+        suffixes = [parts[start:] for start in range(max(1, len(parts) - 1))]  # the key in a section that is alone
+        key = next((one for one in suffixes if has_key(model, one)), [])
+        if key or not row["key"]:
+            shared = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(loc, key, strict=False))
+            found.append((len([*shared]), row, f" is `{'.'.join(key)}` here" if key else ""))
+    if not found:
+        return None
+    _, row, place = max(found, key=lambda one: one[0])
+    return f"{name} of {row['library']}{place}{': ' * bool(row['note'])}{row['note']}"
+
+
+def has_key(model: type[BaseModel], key: Sequence[str]) -> bool:
+    """Whether a config has the key of these parts, of which NAME is any name in a mapping."""
+    annotation: Any = model
+    for part in key:
+        fields = [field for section in _sections(annotation) for field in section.model_fields.items()]
+        inner = [field.annotation for name, field in fields if part == (field.alias or name)]
+        if part == "NAME":
+            inner = [typing.get_args(m)[-1] for m in union_members(annotation) if typing.get_origin(m) is dict]
+        if not inner:
+            return False
+        annotation = inner[0]
+    return True
 
 
 def _known_keys(model: type[BaseModel], loc: tuple[int | str, ...]) -> str:

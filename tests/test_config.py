@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,10 +10,14 @@ import pytest
 from pydantic import BeforeValidator, Field
 
 from reinforce import settings
+from reinforce.cli.config import schema_of
 from reinforce.config import Workers, load_config, parse_config
 from reinforce.errors import UserError
 from reinforce.settings import Section, flatten
 from reinforce.student.config import StudentConfig
+from reinforce.training.config import Training, fixed_config
+from reinforce_docs import keys
+from tests.helpers.pages import ROOT
 
 MINIMAL = {"source": "shards/{0..3}.tar", "output": "out"}
 
@@ -152,3 +157,74 @@ def test_errors_name_keys_and_indices_at_any_depth_and_the_known_keys() -> None:
 
 def test_flatten_yields_dotted_keys_and_keeps_empty_mappings() -> None:
     assert dict(flatten({"a": {"b": {"c": 1}, "d": [2]}, "e": {}})) == {"a.b.c": 1, "a.d": [2], "e": {}}
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        (
+            "train.optimizer.max_grad_norm=1",
+            "max_grad_norm: unknown key; max_grad_norm of Hugging Face is `train.optimizer.grad_clip_norm` here",
+        ),
+        ("warmup_steps=5", "warmup_steps: unknown key; .* is `train.optimizer.warmup` here: in steps"),
+        ("train.learning_rate=5", "train.learning_rate: unknown key; .* is `train.optimizer.lr` here"),
+        ("train.grad-clip-norm=5", "train.grad-clip-norm: unknown key; grad_clip_norm of open_clip is"),
+        ("data.accum_freq=5", "is `train.compute.accumulate` here: it divides `train.batch` and does not multiply it"),
+        ("student.lock_image=true", r"is `student.freeze` here: a list: \[image\]"),
+        ("train.precision=amp_bf16", r"`train.compute.precision` here: fp32, bf16 \(for amp_bf16\) or auto"),
+        ("batch_size=8", "is `train.batch` here: samples of a step of all ranks"),
+        ("evaluate.batch_size=8", "is `evaluate.batch` here"),
+        ("evaluate.segmentation.a.lr=8", "is `evaluate.segmentation.NAME.learning_rate` here"),
+        ("resume=latest", "resume: unknown key; resume of open_clip: the same command again"),
+        ("train.optimizer={clip: 1.0, grad_clip_norm: 2.0}", "where both are given, remove one"),
+        ("train.beams=3", "train.beams: unknown key; known keys here: steps"),
+        ("num_beams=3", "num_beams: unknown key; known keys here: output"),
+    ],
+)
+def test_a_name_of_another_library_is_answered_with_the_key_here(override: str, line: str) -> None:
+    config = {"output": "o", "student": {"model": "m"}, "data": {"datasets": "d"}, "train": {"steps": 3}}
+    settings.apply_override(config, override)
+    for given in ((config, {}), (None, config)):
+        with pytest.raises(UserError, match=line):
+            settings.as_config(StudentConfig, given[0], **given[1])
+
+
+def test_names_of_other_libraries_are_found_in_sections_alone_and_in_runs() -> None:
+    with pytest.raises(UserError, match=r"lr: unknown key; lr of open_clip is `optimizer\.lr` here"):
+        settings.parse(Training, {"steps": 3, "lr": 1e-3})
+    with pytest.raises(UserError) as caught:
+        parse_config(
+            {**MINIMAL, "batch_size": 3, "captioners": {"c": {"model": "m", "num_beams": 3}}, "train_data": "a"}
+        )
+    for line in ("`workers.batch` here", "`captioners.NAME.beams` here", "train_data of open_clip is `source` here"):
+        assert line in str(caught.value)
+
+
+def test_the_page_of_names_has_every_name_beside_its_key_and_every_key_exists() -> None:
+    rows = [line for line in (ROOT / "docs/names.md").read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    cells = [line.replace("-", "_").strip("| ").split(" | ") for line in rows]
+    models = [model for model, _ in keys.CONFIGS.values()]
+    for row in settings.names_elsewhere():
+        assert None not in row.values(), row
+        key = row["key"].split(".")
+        assert not row["key"] or any(settings.has_key(model, key) for model in models), row
+        if row["library"] != "earlier versions":
+            of_name = [cell for cell in cells if re.search(rf"(?<!\w)(?:__)?{row['name']}(?!\w)", cell[0])]
+            assert any(not row["key"] or re.search(rf"(?<!\w){key[-1]}(?!\w)", cell[-1]) for cell in of_name), row
+    known = {row["name"] for row in settings.names_elsewhere()}
+    flags = re.findall(r"`--([a-z0-9-]+)", "\n".join(rows))
+    assert {flag.replace("-", "_") for flag in flags} <= known
+
+
+def test_a_former_name_of_a_key_is_read_and_checkpoints_keep_it() -> None:
+    optimizer = {"optimizer": {"clip": 2.0}}
+    config = settings.as_config(StudentConfig, {
+        "output": "o", "student": {"model": "m"}, "data": {"datasets": "d"}, "train": {"steps": 3, **optimizer},
+    })  # fmt: skip
+    assert config.train.optimizer.grad_clip_norm == 2.0
+    assert fixed_config(config, ())["train.optimizer.clip"] == 2.0
+    assert "grad_clip_norm" not in str(fixed_config(config, ()))
+    changed = settings.as_config(StudentConfig, config, train={"optimizer": {"grad_clip_norm": 3.0}})
+    assert changed.train.optimizer.grad_clip_norm == 3.0
+    properties = schema_of("student")["$defs"]["Optimizer"]["properties"]
+    assert (properties["clip"]["deprecated"], "deprecated" in properties["grad_clip_norm"]) == (True, False)

@@ -125,6 +125,7 @@ def test_train_evaluate_select_and_inspect_return_figures(
         (lambda tmp: reinforce.evaluate(tmp / "gone", zero_shot={"a": "x"}), "gone"),
         (lambda tmp: reinforce.evaluate(4, zero_shot={"a": "x"}), "evaluate: models: .*got 4"),
         (lambda tmp: reinforce.evaluate("a", compare="b"), "belong to `suite`"),
+        (lambda tmp: reinforce.train(output=tmp, learning_rate=1e-4), "learning_rate of .* `train.optimizer.lr` here"),
         (lambda tmp: reinforce.adapt(source=tmp, output=tmp / "x"), "released: is required"),
         (lambda tmp: reinforce.adapt(source=7, output=tmp, released={"model": "a"}), "source: .*got 7"),
         (lambda tmp: reinforce.adapt(source=tmp, output=tmp, released=tmp / "none"), "none"),
