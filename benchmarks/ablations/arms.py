@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,7 @@ from reinforce.errors import UserError
 from reinforce.student.config import StudentConfig
 from reinforce.training.job import total_steps
 from teachers import weights
-from teachers.open_clip.catalog import FOLDER_PREFIX
+from teachers.open_clip.catalog import FOLDER_PREFIX, folder_config
 from teachers.spec import ModelSpec
 
 DEMO = "configs/demo.yaml"
@@ -30,6 +30,16 @@ BASE = "base"
 WRONG = "wrong-captions"
 #: Arms that are evaluated at POINTS steps during training; the others are evaluated at the end only.
 ARMS_WITH_CURVES, POINTS = ("plain", "distilled"), 12
+#: Label -> bits for each number of a stored vector, and the codec, by the bytes of a vector.
+CODECS: Mapping[str, tuple[float, str]] = {
+    "float32": (32, "float32"),
+    "float16": (16, "float16"),
+    "int8": (8, "int8"),
+    "pca": (4, "pca{bytes}"),
+    "pq, 2 bits": (2, "pq{bytes}"),
+    "pq, 1 bit": (1, "pq{bytes}"),
+    "rq, half a bit": (0.5, "rq{bytes}"),
+}
 #: A training uses one core including its data loading, so that as many can run in parallel as there are cores.
 ONE_CORE = ("train.compute.ranks=1", "train.compute.cpus=1", "data.workers=0")
 #: Overrides of all students: features are distilled only where they are the question.
@@ -170,6 +180,19 @@ class Study:
         arm = Arm(label, name, base, overrides, dataset, x, encoder)
         key = self.student_config(arm, 0).model_dump_json(exclude={"output", "seed", "evaluate"})
         return replace(self._arms.setdefault(key, arm), label=label, x=x)
+
+    def add_codec_arm(self, label: str) -> Arm:
+        """Add the demo's student with the vectors of all teachers stored in one of CODECS."""
+        (bits, codec), teachers = CODECS[label], {}
+        key = "dtype" if bits >= 8 else "codec"  # as in results that are stored
+        for name, teacher in self.demo.teachers.items():
+            config = folder_config(teacher.model or "")
+            assert config is not None, name
+            dim = config["model_cfg"]["embed_dim"]
+            others = {other: value for other, value in model_mapping(teacher).items() if other != "dtype"}
+            teachers[name] = {**others, key: codec.format(bytes=round(bits * dim / 8))}
+        name = label if bits >= 8 else f"codec-{bits:g}"
+        return self.add_arm(label, name, dataset=self.add_dataset(name, override("teachers", teachers)), x=bits)
 
     def dataset_config(self, name: str) -> Config:
         """Return the config of the run that makes a dataset."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.ablations.arms import WRONG, Arm, Study, model_mapping, override
+from benchmarks.ablations.arms import CODECS, WRONG, Arm, Study, model_mapping, override
 from benchmarks.ablations.claims import Claim, Compare, Pick, Sooner, Within
 from benchmarks.ablations.encoders import Encoder
 from benchmarks.ablations.measures import BYTES, MILLISECONDS, MILLISECONDS_ALONE, REACHED_AT, RETAINED
@@ -308,23 +308,19 @@ def _finetuning(study: Study) -> Question:
 
 
 def _storage(study: Study) -> Question:
-    def stored(dtype: str) -> Arm:
-        teachers = {name: {**model_mapping(teacher), "dtype": dtype} for name, teacher in study.demo.teachers.items()}
-        return study.add_arm(dtype, dtype, dataset=study.add_dataset(dtype, override("teachers", teachers)))
-
     return Question(
         "storage",
-        "Precision of stored embeddings",
-        "The papers' DataCompDR-12M is also published with embeddings in bfloat16, so 16 bits should be enough.",
-        [stored(dtype) for dtype in ("float32", "float16", "int8")],
-        tuple(
-            Compare(measure, dtype, "not below", "float32")
-            for dtype in ("float16", "int8")
-            for measure in (OWN, UNSEEN)
-        ),
-        "Bytes are the size of all embedding files, including keys.",
+        "Precision and codec of stored embeddings",
+        "The papers' DataCompDR-12M is also published with embeddings in bfloat16, so 16 bits should be enough. They "
+        "do not compare smaller codes.",
+        [study.add_codec_arm(label) for label in CODECS],
+        tuple(Compare(measure, label, "not below", "float32") for label in [*CODECS][1:] for measure in (OWN, UNSEEN)),
+        "The axis shows bits for each number of a vector: 8 are int8; 4 are half as many principal components in int8, "
+        "2 and 1 product codes, half a bit residual codes. Bytes are the size of all embedding files, including keys.",
         columns=(*ACCURACY, BYTES),
-        panels=(OWN, UNSEEN, PICTURES, BYTES),
+        panels=(OWN, UNSEEN, PICTURES, RETRIEVAL),
+        axis="bits per number",
+        log=True,
     )
 
 
