@@ -316,7 +316,8 @@ def _storage(study: Study) -> Question:
         [study.add_codec_arm(label) for label in CODECS],
         tuple(Compare(measure, label, "not below", "float32") for label in [*CODECS][1:] for measure in (OWN, UNSEEN)),
         "The axis shows bits for each number of a vector: 8 are int8; 4 are half as many principal components in int8, "
-        "2 and 1 product codes, half a bit residual codes. Bytes are the size of all embedding files, including keys.",
+        "2 and 1 product codes, half a bit residual codes. Bytes are the size of all embedding files, including keys, "
+        "without the codebooks, of which a dataset has one for each teacher.",
         columns=(*ACCURACY, BYTES),
         panels=(OWN, UNSEEN, PICTURES, RETRIEVAL),
         axis="bits per number",
