@@ -7,11 +7,11 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
 import yaml
 
 from tests.helpers.waiting import wait_for
@@ -95,17 +95,9 @@ def run_killed(bench: Bench, kill: Kill, name: str, folder: Path) -> str:
 def processes_below(pid: int, command: str) -> list[int]:
     """Descendants of a process by the start of their command, or its file's name."""
     found = []
-    for child in _descendants(pid):
-        with contextlib.suppress(OSError):  # it has ended
-            text = Path(f"/proc/{child}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    for child in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has ended
+            text = " ".join(child.cmdline())
             if text.startswith(command) or text.partition(" ")[0].rpartition("/")[2] == command:
-                found.append(child)
+                found.append(child.pid)
     return found
-
-
-def _descendants(pid: int) -> Iterator[int]:
-    with contextlib.suppress(OSError):  # it has ended
-        for path in Path(f"/proc/{pid}/task").glob("*/children"):
-            for child in map(int, path.read_text().split()):
-                yield child
-                yield from _descendants(child)

@@ -79,7 +79,7 @@ def take_steps(student: Student, steps: int = 2, lr: float = 0.0, pairs: int = 4
         features = encoded.features
         logits = encoded.scalars["logit_scale"] * features["image"] @ features["caption"].T
         torch.nn.functional.cross_entropy(logits, torch.arange(pairs)).backward()
-        state.update(config.clip, step + 1)
+        state.update(config.grad_clip_norm, step + 1)
     return torch.cat([features["image"], features["caption"]]).detach()
 
 
