@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from reinforce.errors import UserError
 from reinforce.evaluation.suite.results import SuiteReport
 from reinforce.evaluation.suite.workers import Job, count_workers
 from reinforce.parallel.map_workers import Actors
+from tests.helpers import forks
 from tests.helpers.commands import Command
 from tests.helpers.evaluation import colour_samples, find_set, write_classification
 from tests.helpers.models import tiny_models
 from tests.helpers.waiting import wait_for
-from tests.soak.kills import processes_below
 
 KEYS = ["mnist", "imagenet1k", "renderedsst2"]
 
@@ -80,7 +82,18 @@ def test_workers_of_ray_have_the_results_of_one_process_also_after_one_is_killed
 
 def kill_worker() -> int:
     """Kill a process of Ray that evaluates sets -> its id."""
-    wait_for(lambda: processes_below(os.getpid(), "ray::_MapActor"))
-    [worker, *_] = processes_below(os.getpid(), "ray::_MapActor")
+    wait_for(workers)
+    [worker, *_] = workers()
     os.kill(worker, signal.SIGKILL)
     return worker
+
+
+def workers() -> list[int]:
+    """Processes of this session that evaluate sets. They may be forks of a process that is not below this one."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):  # it has ended
+            named = " ".join(process.cmdline()).startswith("ray::_MapActor")
+            if named and process.environ().get(forks.ADDRESS) == os.environ[forks.ADDRESS]:
+                found.append(process.pid)
+    return found
