@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,11 +110,18 @@ def batch_for(student: Student, pairs: int = 4, **options: Any) -> Any:
 
 
 def plain_open_clip(name: str) -> Any:
-    """What open_clip itself loads of ``local-dir:FOLDER``, inside the folder, where it also finds a text tower."""
-    before = os.getcwd()
-    os.chdir(name.removeprefix("local-dir:"))
-    try:
+    """The model that open_clip itself loads of ``local-dir:FOLDER``."""
+    with inside(name.removeprefix("local-dir:")):
         return open_clip.create_model("local-dir:.").eval()
+
+
+@contextlib.contextmanager
+def inside(folder: str) -> Iterator[None]:
+    """Let a folder be the current one, because open_clip finds a text tower beside the weights only from there."""
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
     finally:
         os.chdir(before)
 

@@ -23,6 +23,7 @@ from PIL import Image
 
 from reinforce.adapting.choosing import chance
 from reinforce.cli import main as reinforce
+from tests.helpers.students import inside
 from tests.photos.pictures import Photo, read_photos, write_captioned, write_classes
 from tests.photos.released import build_released
 
@@ -67,8 +68,9 @@ def command(*words: str) -> None:
 
 def find_ranks(model: str, photos: Sequence[Photo], among: Sequence[Photo]) -> list[int]:
     """The rank of the description of each photo among those of others, by plain open_clip."""
-    clip, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{model}")
-    tokens = open_clip.get_tokenizer(f"local-dir:{model}")([one.caption for one in among])
+    with inside(model):
+        clip, _, preprocess = open_clip.create_model_and_transforms("local-dir:.")
+        tokens = open_clip.get_tokenizer("local-dir:.")([one.caption for one in among])
     pictures = [preprocess(Image.open(io.BytesIO(one.data)).convert("RGB")) for one in photos]
     with torch.no_grad():
         texts = clip.eval().encode_text(tokens, normalize=True)
