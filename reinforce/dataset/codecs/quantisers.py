@@ -14,7 +14,6 @@ from reinforce.dataset.codecs.faiss_threads import faiss_of_codec
 _BITS, _CHOICES = 8, 256  # of a byte
 _LEAST_FOR_EACH = 4  # vectors of a sample for each choice
 _BEAM = 4  # candidates that the encoder of residual codes keeps; to fit them, one, which is faster and no worse
-_BLOCK = 1024  # vectors that are decoded at a time, so that they stay in the cache
 
 
 class _Quantiser(FittedCodec):
@@ -109,11 +108,12 @@ class ResidualQuantiser(_Quantiser):
         return {"codebook": (self._bytes, _CHOICES, dim)}
 
     def decode(self, codes: Codes, arrays: Arrays) -> Floats:
+        import torch  # takes seconds; sums without copies of what it gathers
+
         codebook = arrays["codebook"]
-        total = np.zeros((len(codes), codebook.shape[2]), np.float32)
-        for start in range(0, len(codes), _BLOCK):
-            for place in range(self._bytes):
-                total[start : start + _BLOCK] += codebook[place, codes[start : start + _BLOCK, place]]
+        rows = codes + _CHOICES * np.arange(self._bytes)
+        flat = torch.from_numpy(codebook.reshape(-1, codebook.shape[2]))
+        total: Floats = torch.nn.functional.embedding_bag(torch.from_numpy(rows), flat, mode="sum").numpy()
         return total
 
     def _quantiser(self, faiss: Any, dim: int, beam: int) -> Any:
