@@ -310,10 +310,7 @@ class StandIn:
             counts.allocations += 1
 
     def _release(self, storage: int, reference: ref[torch.Tensor]) -> None:
-        """Note that a tensor is gone, in any thread, also one that holds a lock which the thread of operations awaits.
-
-        A thread of gloo drops a collective's tensors while it holds the lock of the queue, where the next one is put.
-        """
+        """Note that a tensor is gone. Never waits: threads of gloo drop tensors while they hold their queue's lock."""
         self._released.append((storage, reference))
         if self._one_thread.acquire(blocking=False):
             try:

@@ -94,8 +94,12 @@ def run_killed(bench: Bench, kill: Kill, name: str, folder: Path) -> str:
 
 def processes_below(pid: int, command: str) -> list[int]:
     """Descendants of a process by the start of their command, or its file's name."""
-    found = []
-    for child in psutil.Process(pid).children(recursive=True):
+    found: list[int] = []
+    try:
+        children = psutil.Process(pid).children(recursive=True)
+    except psutil.Error:  # it has ended
+        return found
+    for child in children:
         with contextlib.suppress(psutil.Error):  # it has ended
             text = " ".join(child.cmdline())
             if text.startswith(command) or text.partition(" ")[0].rpartition("/")[2] == command:
