@@ -23,8 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 import schemas
-from reinforce.dataset.files.content import find_content, states_of
-from reinforce.dataset.files.key_hashes import digest_keys
+from reinforce.dataset.files.content import digest_keys, find_content, states_of
 from reinforce.dataset.files.layer_file import LayerFile, RefusedFile
 from reinforce.dataset.files.listing import SHARD_NAME
 from reinforce.dataset.files.store import Store

@@ -16,14 +16,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from reinforce.dataset.files.content import Hashes, digest_keys, hash_keys
 from reinforce.dataset.files.damage import check_columns, compute_again
-from reinforce.dataset.files.key_hashes import Hashes, digest_keys, hash_keys
 from reinforce.dataset.files.layer_file import LayerFile, RefusedFile, StoredKeys
 from reinforce.dataset.files.store import DamagedQuarantine, Store, check_footer, parse_footer
 from reinforce.dataset.kinds.registry import stored_layer
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.reading.aligned import MisalignedKeys, alignment_error, layer_errors
-from reinforce.dataset.runs.key_sample import ALL, ShardKeys
+from reinforce.dataset.runs.key_sample import ShardKeys
 from reinforce.dataset.validate.findings import Finding
 from reinforce.dataset.validate.inventory import quarantine_finding
 from reinforce.errors import UserError
@@ -133,32 +133,33 @@ def _describe(keys: Collection[str], what: str) -> str:
     return f"{plural(len(keys), 'row')} {what} ({first_names(sorted(keys))})"
 
 
-@dataclass(frozen=True)
-class ShardChecks:
-    """Reads shards of a dataset; ``quick`` reads only keys."""
-
-    store: Store
-    manifest: Mapping[str, Any]
-    quick: bool
-
-    def check(self, shards: Sequence[ShardFiles], limit: int = ALL) -> list[CheckedShard]:
-        """Read some shards; hashes of their keys up to a ``limit`` are returned."""
-        ends: dict[str, dict[str, LayerFile]] = {shard.name: {} for shard in shards}
-        if self.quick:
-            for shard in shards:
-                for layer, size in shard.sizes.items():
-                    with contextlib.suppress(Exception):  # then it is opened again, which raises the same
-                        ends[shard.name][layer] = self.store.layer_end(layer, shard.name, size)
-            check_together([file.footer for files in ends.values() for file in files.values()])
-        return [_ShardCheck(self, shard, ends[shard.name], limit).run() for shard in shards]
+def check_shards(
+    store: Store, manifest: Mapping[str, Any], quick: bool, shards: Sequence[ShardFiles], limit: int
+) -> list[CheckedShard]:
+    """Read some shards, or only their keys if ``quick``; hashes of keys up to a ``limit`` are returned."""
+    ends: dict[str, dict[str, LayerFile]] = {shard.name: {} for shard in shards}
+    if quick:
+        for shard in shards:
+            for layer, size in shard.sizes.items():
+                with contextlib.suppress(Exception):  # then it is opened again, which raises the same
+                    ends[shard.name][layer] = store.layer_end(layer, shard.name, size)
+        check_together([file.footer for files in ends.values() for file in files.values()])
+    return [_ShardCheck(store, manifest, quick, shard, ends[shard.name], limit).run() for shard in shards]
 
 
 class _ShardCheck:
     """The check of one shard. ``ends`` are those of its files whose end was read before, by layer."""
 
-    def __init__(self, checks: ShardChecks, shard: ShardFiles, ends: Mapping[str, LayerFile], limit: int) -> None:
-        self._store, self._manifest, self._quick = checks.store, checks.manifest, checks.quick
-        self._shard, self._ends = shard, ends
+    def __init__(
+        self,
+        store: Store,
+        manifest: Mapping[str, Any],
+        quick: bool,
+        shard: ShardFiles,
+        ends: Mapping[str, LayerFile],
+        limit: int,
+    ) -> None:
+        self._store, self._manifest, self._quick, self._shard, self._ends = store, manifest, quick, shard, ends
         self._found = CheckedShard(shard.name)
         self._keys: _Keys | None = _Keys(limit)  # of the samples; None if these are damaged
 

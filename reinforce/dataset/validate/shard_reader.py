@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from reinforce.dataset.files.content import hash_keys
 from reinforce.dataset.files.damage import compute_again
-from reinforce.dataset.files.key_hashes import hash_keys
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.runs.key_sample import ShardKeys
 from reinforce.dataset.runs.shard_records import SourceRecord
 from reinforce.dataset.validate.findings import Finding
-from reinforce.dataset.validate.shard_checks import CheckedShard, ShardChecks, ShardFiles
+from reinforce.dataset.validate.shard_checks import CheckedShard, ShardFiles, check_shards
 from reinforce.errors import UserError
 from reinforce.input_config import DEFAULT, Limits
 from reinforce.processes.cores import available_cores
@@ -90,8 +90,8 @@ class ShardReader:
         self.batch *= _ALONE if processes == 1 else 1
 
     @functools.cached_property
-    def _checks(self) -> ShardChecks:
-        return ShardChecks(Store(self._url), self._manifest, self._quick)
+    def _store(self) -> Store:
+        return Store(self._url)
 
     @functools.cached_property
     def _pool(self) -> ThreadPoolExecutor:
@@ -103,15 +103,15 @@ class ShardReader:
     def read(self, shards: Shards) -> list[CheckedShard]:
         size = _TOGETHER if self._quick else 1
         parts = [shards.files[start : start + size] for start in range(0, len(shards.files), size)]
-        pool, checks = self._pool, self._checks  # made here, before threads use them
-        return [*itertools.chain.from_iterable(pool.map(lambda part: self._read(checks, part, shards), parts))]
+        pool, store = self._pool, self._store  # made here, before threads use them
+        return [*itertools.chain.from_iterable(pool.map(lambda part: self._read(store, part, shards), parts))]
 
     def close(self) -> None:
         if "_pool" in vars(self):
             self._pool.shutdown(cancel_futures=True)
 
-    def _read(self, checks: ShardChecks, part: Sequence[ShardFiles], shards: Shards) -> list[CheckedShard]:
-        checked = checks.check(part, shards.limit)
+    def _read(self, store: Store, part: Sequence[ShardFiles], shards: Shards) -> list[CheckedShard]:
+        checked = check_shards(store, self._manifest, self._quick, part, shards.limit)
         for files, one in zip(part, checked, strict=True):
             if self._sources:
                 self._look_at_source(files, one, shards.recorded.get(files.name))
@@ -134,7 +134,7 @@ class ShardReader:
 
     def _compare_count(self, files: ShardFiles, checked: CheckedShard) -> list[Finding] | None:
         """A finding if a source file has another number of samples than its shard; None if that cannot be counted."""
-        store, url = self._checks.store, current_url(checked.footer["source"], self._moved)
+        store, url = self._store, current_url(checked.footer["source"], self._moved)
         if self._manifest.get("input", {}).get("view"):  # of another dataset, which may have another by now
             return None
         refused = store.quarantined(SAMPLES, files.name) if SAMPLES in files.quarantined else []

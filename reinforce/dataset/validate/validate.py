@@ -1,4 +1,4 @@
-"""``reinforce validate``: all files of a dataset, their keys, and the source files as they are now. Writes nothing."""
+"""``reinforce validate``: the files of a dataset and its views, keys, and the source files as they are now."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import contextlib
 import itertools
 import random
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,19 +19,22 @@ from reinforce.dataset.files.listing import Listing
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.manifest.class_code import code_lines
+from reinforce.dataset.reading.aligned import AlignedLayers
 from reinforce.dataset.runs.key_sample import ALL, KeySample, RepeatedKeys
 from reinforce.dataset.runs.shard_records import SourceRecord, read_records
 from reinforce.dataset.validate.findings import Finding
 from reinforce.dataset.validate.inventory import take_inventory
 from reinforce.dataset.validate.shard_checks import ShardFiles
 from reinforce.dataset.validate.shard_reader import STATES, ShardReader, Shards, default_processes
-from reinforce.dataset.validate.views import check_views
+from reinforce.dataset.view import View, read_views
+from reinforce.errors import StorageError, UserError
 from reinforce.parallel.map_workers import open_workers
 from reinforce.source.references import ImageRoots
 from reinforce.terminal import first_lines, plural
 
 _CAPACITY = 2**24  # hashes of keys, 128 MiB: datasets of more samples are estimated
 _NAMED = 10
+_VIEW_THREADS = 16
 _FIX = "It probably lacks memory. Use fewer processes: --workers 1."
 
 
@@ -166,7 +170,7 @@ def validate(
             found.changed += [f"{shard.name}: {shard.changed}"] if shard.source == "changed" else []
             counted += shard.counted
     faulty = {finding.shard for finding in found.findings}
-    findings, notes = check_views(store, manifest, listings[SAMPLES], [name for name in chosen if name not in faulty])
+    findings, notes = _check_views(store, manifest, listings[SAMPLES], [name for name in chosen if name not in faulty])
     found.findings += findings
     found.code += notes
     found.repeated = keys.repeated()
@@ -214,3 +218,48 @@ def _batches(
     while batch := [*itertools.islice(files, size)]:
         known = {file.name: recorded[file.name] for file in batch if file.name in recorded}
         yield Shards(batch, known, ALL if count else keys.limit)
+
+
+def _check_views(
+    store: Store, manifest: Mapping[str, Any], shards: Listing, chosen: Collection[str]
+) -> tuple[list[Finding], list[str]]:
+    """Problems of the files of views, and lines about views that are refused because their inputs have changed.
+
+    ``shards`` are those of the samples, of which the files of the ``chosen`` ones are read.
+    """
+    findings: list[Finding] = []
+    notes: list[str] = []
+    for name, view in read_views(store):
+        if isinstance(view, UserError):
+            findings.append(Finding("view", str(view), f"views/{name}"))
+            continue
+        if changes := view.changes(store, manifest):
+            notes.append(f"view {name} is refused: {'; '.join(changes)}. Make it again with reinforce select.")
+            continue
+        if lost := [shard for shard in view.counts if shard not in shards]:
+            message = f"{store.url}: view {name} has {len(lost):,} shards without samples, such as {lost[0]}"
+            findings.append(Finding("view", message, f"views/{name}"))
+        findings += _check_view(store, manifest, view, [shard for shard in chosen if shard in view.counts])
+    return findings, notes
+
+
+def _check_view(store: Store, manifest: Mapping[str, Any], view: View, shards: Collection[str]) -> Iterator[Finding]:
+    fingerprints = {SAMPLES: manifest["layers"][SAMPLES]["fingerprint"]}
+    aligned = AlignedLayers(store, fingerprints, {SAMPLES: ["key"]}, view=view.rows)
+
+    def check(shard: str) -> str | None:
+        try:
+            with aligned.open(shard, whole=False) as files:
+                kept = [files.row_group(number).samples.num_rows for number in range(files.row_groups)]
+        except StorageError:
+            raise
+        except UserError as error:
+            return str(error)
+        if kept == list(view.kept[shard]):
+            return None
+        return f"{store.url}: view {view.name} keeps other rows of {shard} than it states. Make it again."
+
+    with ThreadPoolExecutor(_VIEW_THREADS) as pool:
+        for shard, message in zip(shards, pool.map(check, shards), strict=True):
+            if message is not None:
+                yield Finding("view", message, f"views/{view.name}", shard)

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reinforce.dataset.files.key_hashes import digest_keys, hash_keys
+from reinforce.dataset.files.content import digest_keys, hash_keys
 from reinforce.dataset.files.listing import Listing
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.validate.shard_reader import ShardReader
