@@ -20,8 +20,7 @@ from reinforce import settings
 from reinforce.api.inputs import image_transform, replay_size, text_transform
 from reinforce.dataset.augment.device_records import DEVICE_BACKEND
 from reinforce.dataset.reading.dataset import Dataset as ReinforcedDataset
-from reinforce.dataset.reading.kept_groups import KeptGroups
-from reinforce.dataset.reading.samples import RowPlaces
+from reinforce.dataset.reading.samples import KeptGroups, RowPlaces
 from reinforce.errors import UserError
 from reinforce.student.config import Data
 from reinforce.student.data.datasets import open_datasets

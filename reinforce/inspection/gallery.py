@@ -13,8 +13,7 @@ from PIL import Image
 
 from reinforce.dataset.kinds.registry import kind_of
 from reinforce.dataset.reading.dataset import Dataset
-from reinforce.dataset.reading.sample import Sample
-from reinforce.dataset.reading.shown_sample import SHOWN_REPLAYS, Pictures, ShownSample, draw, webp
+from reinforce.dataset.reading.sample import SHOWN_REPLAYS, Pictures, Sample, ShownSample, draw, webp
 from reinforce.errors import UserError
 from reinforce.inspection.overview import Quarantined
 from reinforce.inspection.rows import Rows

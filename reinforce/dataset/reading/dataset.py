@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
-import json
 import logging
 import numbers
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,33 +15,31 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from reinforce import settings
-from reinforce.dataset.augment.records import from_records
 from reinforce.dataset.files.damage import describe_damaged, drop_shard_command, find_damaged, without_files
 from reinforce.dataset.files.index import read_index
 from reinforce.dataset.files.listing import Listing
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.kinds.registry import model_sections, stored_layer
-from reinforce.dataset.layers import MODEL_SECTIONS, NO_IMAGES, SAMPLES, TRUE_CAPTION, captions_layer, embeddings_layer
+from reinforce.dataset.layers import MODEL_SECTIONS, SAMPLES, TRUE_CAPTION, captions_layer, embeddings_layer
 from reinforce.dataset.manifest.manifest import read_manifest, select_names
-from reinforce.dataset.reading.aligned import AlignedLayers, row_errors
+from reinforce.dataset.reading.aligned import AlignedLayers
 from reinforce.dataset.reading.completeness import check_completeness
 from reinforce.dataset.reading.row_counts import kept_rows, row_group_table
-from reinforce.dataset.reading.row_layers import RowGroupLayers
 from reinforce.dataset.reading.sample import ImagePolicies, Sample
-from reinforce.dataset.reading.samples import Samples
+from reinforce.dataset.reading.samples import Samples, read_samples
 from reinforce.dataset.view import View, open_view
 from reinforce.errors import UserError
 from reinforce.images.policy import ReadLimits
 from reinforce.seeds import Ints
-from reinforce.source.references import ChangedImages, ImageRoots, referenced_images
+from reinforce.source.references import ChangedImages, ImageRoots
 from reinforce.terminal import escape, format_bytes, plural
-from schemas import IMAGE_DIGEST, image_column
 
 if TYPE_CHECKING:
     from reinforce.dataset.reading.torch_dataset import TorchSamples
 
 
 _LOG = logging.getLogger(__name__)
+_SHOWN_LAYERS = 40  # in a notebook
 
 
 @settings.checked_arguments
@@ -229,10 +225,7 @@ class Dataset:
     def __iter__(self) -> Iterator[Sample]:
         for shard in self.shards:
             for tables in self.row_groups(shard):
-                try:
-                    yield from self._samples(tables)
-                except ChangedImages as error:
-                    raise UserError(error.describe(drop_shard_command(self.store.url, [SAMPLES], shard))) from error
+                yield from self._samples(shard, tables)
 
     def row_groups(self, shard: str) -> Iterator[dict[str, pa.Table]]:
         """Tables of each row group by layer, aligned by key. Raises UserError if they are not or one is damaged."""
@@ -260,10 +253,7 @@ class Dataset:
     ) -> list[Sample]:
         """The samples at some places of the tables of a row group. Raises UserError as iterating does."""
         taken = {name: table.take(pa.array(places, pa.int64())) for name, table in tables.items()}
-        try:
-            return list(self._samples(taken, images))
-        except ChangedImages as error:
-            raise UserError(error.describe(drop_shard_command(self.store.url, [SAMPLES], shard))) from error
+        return list(self._samples(shard, taken, images))
 
     def show(self, key: str) -> Sample:
         """The sample of a key, which a notebook shows with its crops, augmentations and captions.
@@ -323,7 +313,7 @@ class Dataset:
         return escape("\n".join(lines))
 
     def _repr_html_(self) -> str:
-        from reinforce.dataset.reading.notebook import dataset_html
+        from reinforce.markup import render  # other uses need no jinja
 
         facts = [
             ("samples", f"{len(self):,}"),
@@ -331,7 +321,15 @@ class Dataset:
             ("size", format_bytes(self.nbytes)),
             *self._described_models(),
         ]
-        return dataset_html(self.store.url, facts, {name: self.manifest["layers"][name] for name in self.layers})
+        layers = [stored_layer(name, self.manifest["layers"][name]) for name in self.layers[:_SHOWN_LAYERS]]
+        return render(
+            "notebook/table.html",
+            title=self.store.url,
+            facts=facts,
+            heads=("layer", "a row", "fingerprint"),
+            lines=[(layer.name, layer.kind.content(layer), layer.fingerprint) for layer in layers],
+            more=len(self.layers) - len(layers),
+        )
 
     def _described_models(self) -> Iterator[tuple[str, str]]:
         """The selected models of each section, for people; sections besides these two only where they have some."""
@@ -361,38 +359,10 @@ class Dataset:
     def _policies(self) -> ImagePolicies:
         return ImagePolicies.from_manifest(self.manifest, self.store.url, self.limits)
 
-    def _samples(self, tables: Mapping[str, pa.Table], with_images: bool = True) -> Iterator[Sample]:
-        """The samples of one row group. Raises UserError if a row is not what a run writes."""
-        column = image_column(self.manifest["images"])
-        with_images &= self.manifest["images"] != NO_IMAGES
-        if with_images and column not in tables[SAMPLES].column_names:
-            raise UserError(f"{self.store.url}: column {column}, which dataset.json states, is missing. Restore it.")
-        with row_errors(self.store.url):
-            rows = tables[SAMPLES].to_pylist()
-            layers = RowGroupLayers(tables, self.teachers, self.captioners)
-        images: Iterator[bytes]
-        if not with_images:
-            images = itertools.repeat(b"", len(rows))
-        elif self.manifest["images"] == "embed":
-            images = (row["image"] for row in rows)
-        else:
-            digests = [row.get(IMAGE_DIGEST) for row in rows]
-            images = referenced_images([row["image_ref"] for row in rows], self.roots, digests=digests)
-        for i, (row, image) in enumerate(zip(rows, images, strict=True)):
-            with row_errors(self.store.url):
-                sample = Sample(
-                    key=row["key"],
-                    caption=row["caption"],
-                    metadata=json.loads(row["metadata"]) if row["metadata"] else None,
-                    width=row["width"],
-                    height=row["height"],
-                    image=image,
-                    augmentations=tuple(from_records(row["augmentations"])),
-                    captions=layers.captions(i),
-                    images=layers.images(i),
-                    texts=layers.texts(i),
-                    values=layers.values(i),
-                    true_captions=tuple(layers.true_captions[i]),
-                    policies=self._policies,
-                )
-            yield sample
+    def _samples(self, shard: str, tables: Mapping[str, pa.Table], with_images: bool = True) -> Iterator[Sample]:
+        try:
+            yield from read_samples(
+                tables, self.manifest, self.teachers, self.captioners, self._policies, self.roots, with_images
+            )
+        except ChangedImages as error:
+            raise UserError(error.describe(drop_shard_command(self.store.url, [SAMPLES], shard))) from error

@@ -1,8 +1,9 @@
-"""One sample of a reinforced dataset, and its image as the teachers saw it."""
+"""One sample of a reinforced dataset: its image as the teachers saw it, and how notebooks and reports show it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import io
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,15 +11,22 @@ import numpy as np
 from PIL import Image
 from pydantic import ValidationError
 
+from reinforce.dataset import vectors
 from reinforce.dataset.augment.backends import BACKENDS, load_backend
-from reinforce.dataset.augment.records import Augmentation
+from reinforce.dataset.augment.records import Augmentation, Crop
+from reinforce.dataset.layers import TRUE_CAPTION
 from reinforce.errors import UserError
 from reinforce.images.policy import IMAGE_POLICIES, ImageRefused, ReadLimits, decode, is_image_policy
 from reinforce.input_config import Limits
 from reinforce.terminal import escape
 from schemas import Reason
 
+#: Augmentations that are shown of a sample.
+SHOWN_REPLAYS = 8
 _CAPTION_CHARS = 60  # of a caption in repr
+_SIDE, _REPLAY_SIDE = 320, 120  # pixels of pictures in a notebook
+_LOSSLESS_PIXELS = 256**2  # images up to this size are stored without loss
+_QUALITY = 82
 
 
 @dataclass(frozen=True)
@@ -157,6 +165,140 @@ class Sample:
         )
 
     def _repr_html_(self) -> str:
-        from reinforce.dataset.reading.notebook import sample_html
+        from reinforce.markup import picture_address, render  # other uses need no jinja
 
-        return sample_html(self)
+        pictures: dict[str, Any] = {"original": "", "replays": [], "problem": ""}
+        try:
+            drawn = draw(self, _SIDE, _REPLAY_SIDE)
+            pictures["original"] = picture_address(drawn.original)
+            pictures["replays"] = [*map(picture_address, _squares(drawn.replays))]
+        except UserError as error:
+            pictures["problem"] = str(error)
+        return render("notebook/sample.html", shown=ShownSample.of(self), **pictures)
+
+
+@dataclass(frozen=True)
+class Replay:
+    """One augmentation record: the crop in the image, its share of the image's area, and its operations as text."""
+
+    number: int
+    crop: Crop
+    share: float
+    operations: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        """Alt text of the record, in one line."""
+        return ", ".join([f"crop of {self.share:.0%} of the image", *self.operations])
+
+
+@dataclass(frozen=True)
+class CaptionLine:
+    """A caption and its similarity to the image by each teacher, None where there is none.
+
+    ``captioner`` is None for the true caption. A caption that the dataset does not have has no ``text``.
+    """
+
+    captioner: str | None
+    text: str | None
+    similarities: tuple[float | None, ...]
+
+
+@dataclass(frozen=True)
+class ShownSample:
+    """One sample as it is shown. ``records`` counts its augmentation records, of which ``replays`` are the first."""
+
+    key: str
+    width: int
+    height: int
+    teachers: tuple[str, ...]
+    records: int
+    replays: tuple[Replay, ...]
+    captions: tuple[CaptionLine, ...]
+
+    @classmethod
+    def of(cls, sample: Sample) -> ShownSample:
+        """The sample as it is shown, with the teachers that have vectors of images and texts."""
+        teachers = tuple(name for name in sample.images if sample.texts.get(name))
+        return cls(
+            sample.key,
+            sample.width,
+            sample.height,
+            teachers,
+            len(sample.augmentations),
+            tuple(_replay(sample, k) for k in range(min(SHOWN_REPLAYS, len(sample.augmentations)))),
+            tuple(_caption_lines(sample, teachers)),
+        )
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Images of a sample as WebP: the original, and the replays side by side, each a square; empty without any."""
+
+    original: bytes
+    replays: bytes
+
+
+def draw(sample: Sample, side: int, replay_side: int) -> Pictures:
+    """Draw the original, at most ``side`` pixels wide and high, and the first replays.
+
+    Raises UserError if the image cannot be decoded.
+    """
+    image = sample.pil()
+    replays = [sample.augmented(k, image=image) for k in range(min(SHOWN_REPLAYS, len(sample.augmentations)))]
+    small = image.copy()
+    small.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=2.0)
+    if not replays:
+        return Pictures(webp(small), b"")
+    square = min(replay_side, max(replay.width for replay in replays))
+    strip = Image.new("RGB", (square * len(replays), square))
+    for k, replay in enumerate(replays):
+        same = replay.size == (square, square)
+        strip.paste(replay if same else replay.resize((square, square), Image.Resampling.LANCZOS), (k * square, 0))
+    return Pictures(webp(small), webp(strip))
+
+
+def webp(image: Image.Image, quality: int | None = None) -> bytes:
+    """Encode a picture as WebP, a small one without loss unless it has a ``quality``."""
+    out = io.BytesIO()
+    lossless = quality is None and image.width * image.height <= _LOSSLESS_PIXELS
+    image.save(out, "WEBP", quality=40 if lossless else quality or _QUALITY, lossless=lossless, method=2)
+    return out.getvalue()
+
+
+def _squares(strip: bytes) -> Iterator[bytes]:
+    """The squares of a strip as single images: notebooks may remove the styles that cut it."""
+    if strip:
+        with Image.open(io.BytesIO(strip)) as image:
+            for left in range(0, image.width, image.height):
+                yield webp(image.crop((left, 0, left + image.height, image.height)), 85)
+
+
+def _replay(sample: Sample, number: int) -> Replay:
+    augmentation = sample.augmentations[number]
+    crop = augmentation.crop
+    share = crop.width * crop.height / max(1, sample.width * sample.height)
+    return Replay(number, crop, share, tuple(_operations(augmentation)))
+
+
+def _operations(augmentation: Augmentation) -> Iterator[str]:
+    for op in augmentation.ops or ():
+        yield f"{op.name} {op.magnitude:.3g}".replace("-", "\u2212") if op.magnitude else op.name
+
+
+def _caption_lines(sample: Sample, teachers: tuple[str, ...]) -> Iterator[CaptionLine]:
+    by_source: dict[str, list[str | None]] = {TRUE_CAPTION: [sample.caption, *sample.true_captions[1:]]}
+    by_source |= {name: [None] if texts is None else [*texts] for name, texts in sample.captions.items()}
+    for source, texts in by_source.items():
+        columns = [_similarities(sample, teacher, source, len(texts)) for teacher in teachers]
+        for n, text in enumerate(texts):
+            captioner = None if source == TRUE_CAPTION else source
+            yield CaptionLine(captioner, text, tuple(column[n] for column in columns))
+
+
+def _similarities(sample: Sample, teacher: str, source: str, count: int) -> list[float | None]:
+    texts = sample.texts[teacher].get(source)
+    if texts is None or len(texts) != count:
+        return [None] * count
+    cosines = vectors.mean_cosines(texts[None], sample.images[teacher][None])[0]
+    return [float(value) if np.isfinite(value) else None for value in cosines]

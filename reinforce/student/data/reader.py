@@ -18,8 +18,8 @@ from reinforce.dataset.files.damage import drop_shard_command
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.reading.aligned import RowGroup, row_errors
 from reinforce.dataset.reading.dataset import AlignedLayers
-from reinforce.dataset.reading.kept_groups import KeptGroups
 from reinforce.dataset.reading.sample import ImagePolicies
+from reinforce.dataset.reading.samples import KeptGroups
 from reinforce.errors import UserError
 from reinforce.source.references import ChangedImages, ImageRoots
 from reinforce.student.data.examples import (
