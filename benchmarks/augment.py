@@ -34,10 +34,9 @@ from benchmarks.loader import photo
 from benchmarks.stored import write_results
 from reinforce.config import Augmentations
 from reinforce.dataset.augment import fixed_point
-from reinforce.dataset.augment.backends import BACKENDS, Replay, load_backend
+from reinforce.dataset.augment.backends import BACKENDS, Replay, load_backend, sample_augmentation
 from reinforce.dataset.augment.device_records import CELL, fill_cell
 from reinforce.dataset.augment.records import Augmentation, replay
-from reinforce.dataset.augment.sampling import sample_augmentation
 from reinforce.images import fast_jpeg
 from reinforce.images.policy import decode
 from reinforce.input_config import Limits

@@ -30,7 +30,7 @@ from reinforce.captioning.config import CaptionerConfig
 from reinforce.captioning.held_out import HeldOut, load_held_out
 from reinforce.captioning.source import PairSource
 from reinforce.config import Augmentations, RandAugment
-from reinforce.dataset.augment.sampling import sample_augmentation
+from reinforce.dataset.augment.backends import sample_augmentation
 from reinforce.errors import UserError
 from reinforce.seeds import uniforms
 from reinforce.source.formats.base import Shard

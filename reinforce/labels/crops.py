@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from reinforce.dataset.augment.operations import OPS
 from reinforce.dataset.augment.records import Augmentation, Crop, from_records
-from reinforce.dataset.augment.tables import OPS
 from reinforce.dataset.kinds.registry import encodes_texts
 from reinforce.dataset.layers import TRUE_CAPTION, captions_layer, inputs_of
 from reinforce.labels.interface import RowLabels

@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from reinforce.config import Config
+from reinforce.dataset.augment.operations import OPS
 from reinforce.dataset.augment.records import Augmentation, Crop, Op, from_records
-from reinforce.dataset.augment.tables import OPS
 from reinforce.dataset.layers import TRUE_CAPTION, Layer
 from reinforce.source.captions import clean_text, parse_json
 from reinforce.source.samples import Refusal

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from reinforce.dataset import vectors
-from reinforce.dataset.augment.tables import OPS
+from reinforce.dataset.augment.operations import OPS
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import NO_IMAGES, SAMPLES, TRUE_CAPTION, captions_layer, embeddings_layer
 from reinforce.dataset.reading.aligned import row_errors

@@ -22,8 +22,8 @@ from reinforce.captioning.finetune import build, finetune
 from reinforce.captioning.source import GROUPS_FILE
 from reinforce.captioning.streams import CaptionStreams, load_streams, predicted_lengths
 from reinforce.config import Augmentations, RandAugment
+from reinforce.dataset.augment.backends import sample_augmentation
 from reinforce.dataset.augment.records import replay
-from reinforce.dataset.augment.sampling import sample_augmentation
 from reinforce.errors import UserError
 from reinforce.images.policy import decode
 from reinforce.input_config import Limits

@@ -25,8 +25,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from reinforce.config import Config, parse_config
+from reinforce.dataset.augment.backends import sample_augmentation
 from reinforce.dataset.augment.records import replay
-from reinforce.dataset.augment.sampling import sample_augmentation
 from reinforce.engine.decode.row import Row
 from reinforce.engine.decode.rows import RowSpec, rows_from_source
 from reinforce.images.policy import FORMATS, ImageRefused, decode

@@ -12,7 +12,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 from torchvision.transforms.autoaugment import _apply_op
 
-from reinforce.dataset.augment.tables import OPS
+from reinforce.dataset.augment.operations import OPS
 from teachers.protocols import ImageSpec
 
 

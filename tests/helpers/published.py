@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 import reinforce
-from reinforce.dataset.augment.tables import OPS
+from reinforce.dataset.augment.operations import OPS
 from reinforce.dataset.files.store import Store
 from tests.helpers import data
 from tests.helpers.data import picture, write_tar

@@ -20,7 +20,7 @@ from torchvision.transforms.autoaugment import _apply_op
 from torchvision.transforms.functional import resized_crop
 
 import reinforce
-from reinforce.dataset.augment.tables import OPS
+from reinforce.dataset.augment.operations import OPS
 from reinforce.dataset.vectors import normalized as unit
 from reinforce.errors import UserError
 from reinforce.publishing import datacompdr_shard

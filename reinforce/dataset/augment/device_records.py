@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from PIL import Image
 
+from reinforce.dataset.augment.operations import MATRICES
 from reinforce.dataset.augment.records import Augmentation, cut, operations_at, resize
 
 DEVICE_BACKEND = "device-1"
@@ -64,13 +66,8 @@ def _rotation(magnitude: float, size: int) -> Numbers:
     return _affine(cos, sin, cos * -half + sin * -half + half, minus, cos, minus * -half + cos * -half + half)
 
 
-def _shear_x(magnitude: float, _: int) -> Numbers:
-    return _affine(1, math.tan(math.radians(math.degrees(math.atan(magnitude)))), 0, 0, 1, 0)
-
-
-def _shear_y(magnitude: float, _: int) -> Numbers:
-    angle = math.radians(math.degrees(math.atan(magnitude)))
-    return _affine(1, 0, 0, math.sin(angle) / math.cos(angle), 1, 0)
+def _moved(name: str, magnitude: float, _: int) -> Numbers:
+    return _affine(*MATRICES[name](magnitude))
 
 
 def _bits(magnitude: float, _: int) -> Numbers:
@@ -82,10 +79,7 @@ def _bits(magnitude: float, _: int) -> Numbers:
 _NUMBERS: Mapping[str, Callable[[float, int], Numbers]] = {
     **dict.fromkeys(("Identity", "AutoContrast", "Equalize"), lambda *_: ()),
     **dict.fromkeys(("Brightness", "Color", "Contrast", "Sharpness"), lambda magnitude, _: (1.0 + magnitude,)),
-    "ShearX": _shear_x,
-    "ShearY": _shear_y,
-    "TranslateX": lambda magnitude, _: _affine(1, 0, -int(magnitude), 0, 1, 0),
-    "TranslateY": lambda magnitude, _: _affine(1, 0, 0, 0, 1, -int(magnitude)),
+    **{name: partial(_moved, name) for name in MATRICES},
     "Rotate": _rotation,
     "Posterize": _bits,
     "Solarize": lambda magnitude, _: (magnitude,),

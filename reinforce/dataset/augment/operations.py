@@ -1,19 +1,31 @@
-"""RandAugment's operations on RGB images, with the pixels of torchvision's on PIL images.
+"""RandAugment's operations on RGB images, with the pixels of torchvision's on PIL images, and the tables of draws.
 
-They take less CPU than Pillow's own: an operation on single values is a table of 256 values, and the smoothing filter
+The operations take less CPU than Pillow's own: one on single values is a table of 256 values, and the smoothing filter
 is computed in integers.
+
+A draw picks an operation by its position, so one more operation in a table would change all later draws under an equal
+fingerprint. Tables are therefore never changed: one more operation is a new table of a new backend, whose name is in
+the fingerprint of the samples.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache, partial
 
 import numpy as np
 from PIL import Image, ImageOps
 
 #: One operation: (RGB image, magnitude) -> RGB image of the same size.
 Operation = Callable[[Image.Image, float], Image.Image]
+#: RandAugment's operations by torchvision's names; published records store an operation as its index here.
+OPS = (
+    "Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness",
+    "Color", "Contrast", "Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize",
+)  # fmt: skip
+_BINS = 31  # magnitude levels of RandAugment
 
 _VALUES = Image.frombytes("L", (256, 1), bytes(range(256)))
 _SMOOTH_CENTRE, _SMOOTH_SUM = 5, 13  # weights of Pillow's ImageFilter.SMOOTH: 5 in the centre, 1 around, sum 13
@@ -24,14 +36,27 @@ def affine(image: Image.Image, *matrix: float) -> Image.Image:
     return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.NEAREST, fillcolor=(0, 0, 0))
 
 
-def _shear_x(image: Image.Image, magnitude: float) -> Image.Image:
+def _shear_x(magnitude: float) -> tuple[float, ...]:
     # To degrees and back as torchvision does, for the same double.
-    return affine(image, 1, math.tan(math.radians(math.degrees(math.atan(magnitude)))), 0, 0, 1, 0)
+    return 1, math.tan(math.radians(math.degrees(math.atan(magnitude)))), 0, 0, 1, 0
 
 
-def _shear_y(image: Image.Image, magnitude: float) -> Image.Image:
+def _shear_y(magnitude: float) -> tuple[float, ...]:
     angle = math.radians(math.degrees(math.atan(magnitude)))
-    return affine(image, 1, 0, 0, math.sin(angle) / math.cos(angle), 1, 0)
+    return 1, 0, 0, math.sin(angle) / math.cos(angle), 1, 0
+
+
+#: Pillow's affine matrix of the operations that move pixels, by the magnitude.
+MATRICES: Mapping[str, Callable[[float], tuple[float, ...]]] = {
+    "ShearX": _shear_x,
+    "ShearY": _shear_y,
+    "TranslateX": lambda magnitude: (1, 0, -int(magnitude), 0, 1, 0),
+    "TranslateY": lambda magnitude: (1, 0, 0, 0, 1, -int(magnitude)),
+}
+
+
+def _move(name: str, image: Image.Image, magnitude: float) -> Image.Image:
+    return affine(image, *MATRICES[name](magnitude))
 
 
 def _rotate(image: Image.Image, magnitude: float) -> Image.Image:
@@ -84,10 +109,7 @@ def _smooth(image: Image.Image) -> Image.Image:
 #: Every operation by torchvision's name.
 TORCHVISION: Mapping[str, Operation] = {
     "Identity": lambda image, _: image,
-    "ShearX": _shear_x,
-    "ShearY": _shear_y,
-    "TranslateX": lambda image, magnitude: affine(image, 1, 0, -int(magnitude), 0, 1, 0),
-    "TranslateY": lambda image, magnitude: affine(image, 1, 0, 0, 0, 1, -int(magnitude)),
+    **{name: partial(_move, name) for name in MATRICES},
     "Rotate": _rotate,
     "Brightness": lambda image, magnitude: _blend_with(0, image, magnitude),
     "Color": color,
@@ -98,3 +120,37 @@ TORCHVISION: Mapping[str, Operation] = {
     "AutoContrast": lambda image, _: ImageOps.autocontrast(image),
     "Equalize": lambda image, _: ImageOps.equalize(image),
 }
+
+
+@dataclass(frozen=True)
+class OperationTable:
+    """The operations that are drawn, each with the same probability, in the order of draws.
+
+    ``magnitudes`` maps (level, size in pixels) to the magnitude of every operation, as float32 numbers. Those of
+    ``signed`` operations are drawn with a sign.
+    """
+
+    names: tuple[str, ...]
+    signed: frozenset[str]
+    magnitudes: Callable[[int, int], Mapping[str, float]]
+
+
+@lru_cache(maxsize=64)
+def torchvision_magnitudes(level: int, size: int) -> Mapping[str, float]:
+    """Magnitude of every operation at one of the 31 levels, by torchvision's table, as float32 numbers."""
+
+    def between(start: float, end: float) -> float:
+        return float(np.linspace(start, end, _BINS)[level].astype(np.float32))
+
+    return {
+        **dict.fromkeys(("Identity", "AutoContrast", "Equalize"), 0.0),
+        **dict.fromkeys(("ShearX", "ShearY"), between(0.0, 0.3)),
+        **dict.fromkeys(("TranslateX", "TranslateY"), between(0.0, 150.0 / 331.0 * size)),
+        **dict.fromkeys(("Brightness", "Color", "Contrast", "Sharpness"), between(0.0, 0.9)),
+        "Rotate": between(0.0, 30.0),
+        "Posterize": float(8 - round(level / ((_BINS - 1) / 4))),
+        "Solarize": between(255.0, 0.0),
+    }
+
+
+RAND_AUGMENT = OperationTable(OPS, frozenset(OPS[1:10]), torchvision_magnitudes)

@@ -13,9 +13,8 @@ from PIL.Image import Image
 from PIL.Image import new as new_image
 
 from reinforce.config import Config
-from reinforce.dataset.augment.backends import load_backend
+from reinforce.dataset.augment.backends import load_backend, sample_augmentation
 from reinforce.dataset.augment.records import Augmentation, Crop, from_records, to_records
-from reinforce.dataset.augment.sampling import sample_augmentation
 from reinforce.engine.decode.cells import PixelCells, PixelLayout
 from reinforce.images.policy import ImageRefused, decode, image_policy
 from reinforce.labels.interface import RowLabels

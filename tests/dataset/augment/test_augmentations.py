@@ -23,7 +23,8 @@ from torchvision.transforms.autoaugment import _apply_op
 from reinforce.config import Augmentations, parse_config
 from reinforce.config import RandAugment as RandAugmentPolicy
 from reinforce.dataset.augment import operations
-from reinforce.dataset.augment.backends import BACKENDS, load_backend
+from reinforce.dataset.augment.backends import BACKENDS, load_backend, sample_augmentation
+from reinforce.dataset.augment.operations import OPS
 from reinforce.dataset.augment.records import (
     AUGMENTATION_BACKEND,
     Augmentation,
@@ -33,8 +34,6 @@ from reinforce.dataset.augment.records import (
     replay,
     to_records,
 )
-from reinforce.dataset.augment.sampling import sample_augmentation
-from reinforce.dataset.augment.tables import OPS
 from reinforce.errors import UserError
 from schemas import AUGMENTATION
 from tests.helpers.images import noise
@@ -96,7 +95,7 @@ def test_a_record_is_of_a_crop_in_the_image_and_replays_to_the_same_pixels_from_
 
 def test_the_golden_record_is_sampled_in_any_process_and_depends_on_seed_key_and_index():
     code = (
-        "from reinforce.dataset.augment.sampling import sample_augmentation\n"
+        "from reinforce.dataset.augment.backends import sample_augmentation\n"
         "from reinforce.config import Augmentations\n"
         f"import sys; print(sample_augmentation(Augmentations(), *{GOLDEN_ARGUMENTS!a}), "
         "'torch' in sys.modules, 'torchvision' in sys.modules)"

@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 
 from reinforce.config import Augmentations
+from reinforce.dataset.augment.backends import sample_augmentation
 from reinforce.dataset.augment.device import augment
 from reinforce.dataset.augment.device_records import CELL, CellRecord, fill_cell
+from reinforce.dataset.augment.operations import OPS, torchvision_magnitudes
 from reinforce.dataset.augment.records import Augmentation, Crop, Op, replay
-from reinforce.dataset.augment.sampling import sample_augmentation
-from reinforce.dataset.augment.tables import OPS, torchvision_magnitudes
 
 SIZE = 48
 HEIGHT_FIRST = int(PIL.__version__.split(".")[0]) >= 13

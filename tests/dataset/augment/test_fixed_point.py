@@ -21,11 +21,10 @@ from PIL import Image
 from reinforce.config import Augmentations, RandAugment
 from reinforce.dataset.augment import fixed_point
 from reinforce.dataset.augment import records as augment
-from reinforce.dataset.augment.backends import Replay, load_backend
+from reinforce.dataset.augment.backends import Replay, load_backend, sample_augmentation
 from reinforce.dataset.augment.fixed_point import OPERATIONS, RESIZERS, load_resizer
+from reinforce.dataset.augment.operations import OPS, RAND_AUGMENT, torchvision_magnitudes
 from reinforce.dataset.augment.records import Augmentation
-from reinforce.dataset.augment.sampling import sample_augmentation
-from reinforce.dataset.augment.tables import OPS, RAND_AUGMENT, torchvision_magnitudes
 from reinforce.errors import UserError
 from tests.helpers.images import natural, noise
 

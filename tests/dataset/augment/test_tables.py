@@ -10,10 +10,9 @@ import pytest
 from PIL import ImageChops
 
 from reinforce.config import Augmentations, parse_config
-from reinforce.dataset.augment.backends import BACKENDS, Backend, known_operations, load_backend
+from reinforce.dataset.augment.backends import BACKENDS, Backend, known_operations, load_backend, sample_augmentation
+from reinforce.dataset.augment.operations import OPS, RAND_AUGMENT, OperationTable
 from reinforce.dataset.augment.records import AUGMENTATION_BACKEND, Augmentation
-from reinforce.dataset.augment.sampling import sample_augmentation
-from reinforce.dataset.augment.tables import OPS, RAND_AUGMENT, OperationTable
 from reinforce.dataset.layers import SAMPLES
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.plan.recipe import build_layers

@@ -21,8 +21,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 import schemas
 from benchmarks.scale.object_store import Content, counts, serve
 from reinforce.config import Augmentations
+from reinforce.dataset.augment.backends import sample_augmentation
 from reinforce.dataset.augment.records import to_records
-from reinforce.dataset.augment.sampling import sample_augmentation
 from reinforce.dataset.files import listing
 from reinforce.dataset.files.layer_file import RefusedFile
 from reinforce.dataset.files.listing import Listing
