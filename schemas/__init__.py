@@ -21,6 +21,7 @@ def _field(name: str, type_: pa.DataType, description: str, nullable: bool = Tru
     return pa.field(name, type_, nullable=nullable, metadata={"description": description})
 
 
+_TEXTS = pa.list_(pa.field("element", pa.string(), nullable=False))
 _KEY = _field("key", pa.string(), "the sample's key in its source shard, as webdataset forms it", nullable=False)
 
 CROP = pa.struct(
@@ -84,8 +85,7 @@ def samples_schema(images: str, true_captions: bool = False, labels: bool = Fals
     ``true_captions``: with a column of all true captions of a sample. ``labels``: with a column of how its published
     labels were found.
     """
-    texts = pa.list_(pa.field("element", pa.string(), nullable=False))
-    several = [_field(TRUE_CAPTIONS, texts, "all, `caption` the first; only with `input.captions_per_sample`", False)]
+    several = [_field(TRUE_CAPTIONS, _TEXTS, "all, `caption` the first; only with `input.captions_per_sample`", False)]
     fields = [
         _KEY,
         _field("caption", pa.string(), "the true caption after the caption policy; null where there is none"),
@@ -95,7 +95,13 @@ def samples_schema(images: str, true_captions: bool = False, labels: bool = Fals
         _field("height", pa.int32(), "of the RGB image (orientation applied), in pixels", nullable=False),
     ]
     if images == "none":
-        fields += _identity_fields()
+        uid, sha256, digest, url = IDENTITIES
+        fields += [
+            _field(uid, pa.string(), "uid of the sample in the data set that it is from"),
+            _field(sha256, pa.string(), "SHA-256 of the file as it was downloaded, in hex digits"),
+            _field(digest, pa.uint64(), "BLAKE2b-64 of the encoded image that was labelled, little-endian"),
+            _field(url, pa.string(), "where the image was downloaded from"),
+        ]
     elif image_column(images) == "image":
         fields.append(_field("image", pa.binary(), "the encoded image as it stood in the source", nullable=False))
     else:
@@ -122,16 +128,6 @@ def samples_schema(images: str, true_captions: bool = False, labels: bool = Fals
         "what joined `augmentations` with the sample, and the size that they are scaled from; null where they are own"
     )
     return pa.schema([*fields, *[_field(LABELLED, pa.string(), joined)][: int(labels)]])
-
-
-def _identity_fields() -> list[pa.Field]:
-    uid, sha256, digest, url = IDENTITIES
-    return [
-        _field(uid, pa.string(), "uid of the sample in the data set that it is from"),
-        _field(sha256, pa.string(), "SHA-256 of the file as it was downloaded, in hex digits"),
-        _field(digest, pa.uint64(), "BLAKE2b-64 of the encoded image that was labelled, little-endian"),
-        _field(url, pa.string(), "where the image was downloaded from"),
-    ]
 
 
 def identities_schema() -> pa.Schema:
@@ -229,12 +225,7 @@ def index_schema() -> pa.Schema:
 HELD_OUT = pa.schema(
     [
         _field("key", pa.string(), "the sample's key in its shard, as webdataset forms it", False),
-        _field(
-            "captions",
-            pa.list_(pa.field("element", pa.string(), nullable=False)),
-            "the image's captions after the caption policy, at least one",
-            nullable=False,
-        ),
+        _field("captions", _TEXTS, "the image's captions after the caption policy, at least one", False),
         _field("image", pa.binary(), "the encoded image as it is in the source", False),
     ]
 )
