@@ -13,7 +13,7 @@ from benchmarks import processes
 from benchmarks.pipeline.figures import Bench, Figure
 from benchmarks.pipeline.inputs import SIZE, make_config, write_shards
 from benchmarks.pipeline.workers import Job, WorkerSetup, start_workers
-from reinforce.engine.inference.batches import cells_per_shard
+from reinforce.engine.inference.inference import cells_per_shard
 from reinforce.engine.worker.actor import SHARDS_IN_FLIGHT
 
 MEMORY = "memory"

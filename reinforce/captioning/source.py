@@ -108,8 +108,8 @@ class PairSource:
         Refused samples are counted in ``refused`` by reason. Without ``images``, samples may lack theirs. Raises
         UserError for a shard that cannot be read completely.
         """
-        read = read_samples if images else find_format(shard.format).read_texts
-        items: Iterator[Item] = read(shard, self.spec)
+        texts = find_format(shard.format).read(shard, self.spec, images=False)
+        items: Iterator[Item] = read_samples(shard, self.spec) if images else texts
         for item in raise_on_damage(items, shard.file, self.where):
             if isinstance(item, Refusal):
                 if self.is_dataset and item.reason is Reason.IMAGE_PLACE:

@@ -18,8 +18,7 @@ from reinforce.dataset.files.store import Store
 from reinforce.dataset.kinds.registry import KINDS
 from reinforce.dataset.manifest.manifest import find_manifest
 from reinforce.engine.inference.batch_sizes import MAX_AUTO_BATCH
-from reinforce.engine.inference.models import Models, size_note
-from reinforce.engine.inference.out_of_memory import memory_hint
+from reinforce.engine.inference.models import Models, memory_hint, size_note
 from reinforce.engine.inference.outputs import Floats
 from reinforce.engine.messages.tracebacks import user_frames
 from reinforce.engine.plan.precision import resolve_precisions

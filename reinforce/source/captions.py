@@ -11,7 +11,7 @@ from typing import Any
 
 from reinforce.input_config import Limits
 
-#: Name and version of the text cleaning in :func:`caption_of`; recorded in dataset.json.
+#: Name and version of the text cleaning in :func:`captions_of`; recorded in dataset.json.
 CAPTION_POLICY = "text-1"
 
 #: What bytes become that cannot be decoded, and the name under which captions that have it are counted.
@@ -26,33 +26,21 @@ _SURROGATES = re.compile(r"[\ud800-\udfff]")
 
 
 def caption_of(sidecars: Mapping[str, bytes], fields: Sequence[str], limits: Limits) -> str | None:
-    """Return the first caption among ``fields`` that is not empty, or None, by policy ``text-1``.
+    """Return the caption of a sample that has one, as ``captions_of`` finds it, or None."""
+    return next(iter(captions_of(sidecars, fields, limits)), None)
 
-    A field is a member's extension (``txt``) or EXTENSION:NAME of a top-level JSON string (``json:caption``).
+
+def captions_of(
+    sidecars: Mapping[str, bytes], fields: Sequence[str], limits: Limits, most: int | None = None
+) -> list[str]:
+    """Return the first ``most`` different captions at all ``fields``, in their order, by policy ``text-1``.
+
+    A field is a member's extension (``txt``) or EXTENSION:NAME of a top-level value in JSON (``json:caption``). A
+    member holds a JSON list of texts, or a caption on each line; a JSON field holds a text or a list of texts. For
+    ``most`` None, the first caption alone is returned: there, a member is one text, and a list in JSON is none.
     Text is UTF-8, or UTF-16 with a byte order mark; bytes that cannot be decoded become U+FFFD. Each control character,
     including line ends, becomes a space; whitespace at both ends is removed; the text is cut at
     ``limits.caption_chars`` characters.
-    """
-    for field in fields:
-        extension, is_json, name = field.partition(":")
-        data = sidecars.get(extension)
-        if data is None:
-            continue
-        if is_json:
-            document = parse_json(data)
-            text = document.get(name) if isinstance(document, dict) else None
-        else:
-            text = _decode(data)
-        caption = clean_text(text, limits.caption_chars) if isinstance(text, str) else ""
-        if caption:
-            return caption
-    return None
-
-
-def captions_of(sidecars: Mapping[str, bytes], fields: Sequence[str], limits: Limits, most: int) -> list[str]:
-    """Return the first ``most`` different captions at all ``fields``, in their order, each cleaned by ``text-1``.
-
-    A member holds a JSON list of texts, or a caption on each line; a JSON field holds a text or a list of texts.
     """
     found: dict[str, None] = {}
     for field in fields:
@@ -60,21 +48,24 @@ def captions_of(sidecars: Mapping[str, bytes], fields: Sequence[str], limits: Li
         data = sidecars.get(extension)
         if data is None:
             continue
-        for text in _json_texts(data, name) if is_json else _lines(data):
+        for text in _json_texts(data, name, most) if is_json else _member_texts(data, most):
             if caption := clean_text(text, limits.caption_chars):
                 found[caption] = None
-            if len(found) == most:
+            if len(found) == (most or 1):
                 return [*found]
     return [*found]
 
 
-def _json_texts(data: bytes, name: str) -> list[str]:
+def _json_texts(data: bytes, name: str, most: int | None) -> list[str]:
     document = parse_json(data)
-    return texts_of(document.get(name)) if isinstance(document, dict) else []
+    value = document.get(name) if isinstance(document, dict) else None
+    return [] if most is None and isinstance(value, list) else texts_of(value)
 
 
-def _lines(data: bytes) -> list[str]:
+def _member_texts(data: bytes, most: int | None) -> list[str]:
     text = _decode(data)
+    if most is None:
+        return [text]
     listed = texts_of(parse_json(data)) if text.lstrip().startswith("[") else []
     return listed or _LINE_ENDS.split(text)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from reinforce.errors import UserError
 from reinforce.source.urls import Info, canonical, filesystem
-from reinforce.source.whole_reads import open_whole, read_up_to, watching_opened
+from reinforce.source.whole_reads import open_whole, read_up_to
 
 _HEAD_BYTES = 64 * 2**10  # holds the headers of the first members, and most of the first image
 _STAMPS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified")
@@ -62,7 +62,7 @@ class ChangedSource(Exception):
 
 
 class OpenedStates:
-    """The state of a source file each time that it was opened, before its bytes were read.
+    """The state of a source file each time that it was opened, before its bytes were read; for ``watching_opened``.
 
     Where opening a file shows neither an ETag nor a modification time, its first bytes are read. They cost no request
     where the file is read from its beginning.
@@ -98,14 +98,6 @@ class OpenedStates:
                     f"{canonical(self._url)} has changed while it was read: {before.describe_change(now)}. It is read "
                     "again, up to failures.attempts times. A program that still writes to it must end first."
                 )
-
-
-@contextlib.contextmanager
-def recording_opened(url: str) -> Iterator[OpenedStates]:
-    """Record the states of a source file while this thread reads it in the block."""
-    opened = OpenedStates(url)
-    with watching_opened(opened):
-        yield opened
 
 
 def read_state(url: str) -> SourceState:

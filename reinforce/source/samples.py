@@ -62,13 +62,9 @@ class RawSample:
 
     def captions(self, spec: Input) -> list[str]:
         """The true captions that a config keeps: one, or those by ``captions_of``, each in the texts of templates."""
-        fields, limits = spec.caption_fields, spec.limits
-        if (most := spec.captions_per_sample) is None:
-            caption = self.caption(fields, limits)
-            found = [caption] if caption else []
-        else:
-            several = (captions_of(of, fields, limits, most) for of in (self.sidecars, self.all_sidecars))
-            found = next(filter(None, several), [])
+        fields, limits, most = spec.caption_fields, spec.limits, spec.captions_per_sample
+        places = (captions_of(of, fields, limits, most) for of in (self.sidecars, self.all_sidecars))
+        found = next(filter(None, places), [])
         if spec.templates is None:
             return found
         texts = (text.replace("{}", caption) for caption in found for text in spec.templates)

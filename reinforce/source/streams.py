@@ -8,13 +8,15 @@ import gzip
 import lzma
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
+from reinforce.processes.prefetch import prefetch
 from reinforce.source.file_types import NOT_A_FILE
 from reinforce.source.tar import Readable
 from reinforce.source.urls import compression, filesystem
@@ -23,7 +25,11 @@ from reinforce.source.whole_reads import open_whole
 BLOCK_BYTES = 8 * 2**20  # bytes per request to an object store
 #: Errors of a storage that has no file at a path which may be read.
 NO_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+_THREADS, _LOCAL_THREADS = 16, 2  # that read files ahead
 _MAGIC = {b"\x1f\x8b": ".tar.gz", b"\xfd7zXZ": ".tar.xz", b"BZh": ".tar.bz2", b"\x28\xb5\x2f\xfd": ".tar.zst"}
+
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 
 
 class Seekable(Readable, Protocol):
@@ -63,6 +69,13 @@ def read_file(url: str, limit: int) -> bytes:
     with open_whole(fs, path, block_size=limit + 1, cache_type="none") as file:
         data: bytes = file.read(limit + 1)
     return data
+
+
+def read_ahead(read: Callable[[_T], _R], items: Iterable[_T], folder: str) -> Iterator[_R]:
+    """Yield ``read(item)`` in order; it reads files, most of them in ``folder``, ahead in threads."""
+    threads = _THREADS if "://" in folder else _LOCAL_THREADS
+    with ThreadPoolExecutor(threads) as pool:
+        yield from prefetch(pool, read, items, threads)
 
 
 class _PlainStream:

@@ -20,6 +20,7 @@ from reinforce.source.driver_errors import lacks_range
 _INVALID = (errno.EINVAL, errno.EIO, 400)  # what drivers raise for a request that the storage finds invalid
 _NO_NEXT_PAGE = ("PaginationError", "KeyError")  # botocore's for a token that is repeated, s3fs's for one that is lost
 T = TypeVar("T")
+W = TypeVar("W", bound="OpenWatcher")
 
 
 class ShortRead(OSError):
@@ -36,11 +37,11 @@ _WATCHER: ContextVar[OpenWatcher | None] = ContextVar("_WATCHER", default=None)
 
 
 @contextlib.contextmanager
-def watching_opened(watcher: OpenWatcher) -> Iterator[None]:
-    """Call ``watcher`` for each file that this thread opens in the block with ``open_whole``."""
+def watching_opened(watcher: W) -> Iterator[W]:
+    """Call ``watcher`` for each file that this thread opens in the block with ``open_whole``; yields it."""
     token = _WATCHER.set(watcher)
     try:
-        yield
+        yield watcher
     finally:
         _WATCHER.reset(token)
 

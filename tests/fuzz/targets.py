@@ -27,10 +27,12 @@ from PIL import Image
 from reinforce.config import Config, parse_config
 from reinforce.dataset.augment.backends import sample_augmentation
 from reinforce.dataset.augment.records import replay
+from reinforce.engine.decode.cells import PixelLayout
 from reinforce.engine.decode.row import Row
-from reinforce.engine.decode.rows import RowSpec, rows_from_source
+from reinforce.engine.decode.rows import rows_from_source
 from reinforce.images.policy import FORMATS, ImageRefused, decode
 from reinforce.input_config import Limits
+from reinforce.labels.interface import LabelReader
 from reinforce.source.captions import caption_of, json_error, metadata_of
 from reinforce.source.formats.base import Shard
 from reinforce.source.formats.tar import split_name
@@ -100,9 +102,9 @@ class Found:
 def rows(data: bytes, name: str = "x.tar") -> list[Found | Refusal]:
     """Read a shard to rows, each with its crops."""
     fsspec.filesystem("memory").pipe(f"/fuzz/{name}", data)
-    spec, found = RowSpec(crops=True), list[Found | Refusal]()
-    with lease(CONFIG, spec) as taken:
-        for row in rows_from_source(CONFIG, Shard(f"memory://fuzz/{name}"), spec, taken, window=4):
+    found = list[Found | Refusal]()
+    with lease(CONFIG, PixelLayout((CONFIG.augmentations.count, CONFIG.augmentations.size))) as taken:
+        for row in rows_from_source(CONFIG, Shard(f"memory://fuzz/{name}"), LabelReader(), taken, window=4):
             if isinstance(row, Refusal):
                 found.append(row)
                 continue

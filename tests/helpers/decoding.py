@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from reinforce.config import Config
+from reinforce.engine.decode.cells import PixelLayout
 from reinforce.engine.decode.decode_pool import CellLease, DecodePool
 from reinforce.engine.decode.row import DecodeSpec, Row
-from reinforce.engine.decode.rows import RowSpec
 
 
 @functools.cache
@@ -19,9 +19,9 @@ def decode_pool() -> DecodePool:
 
 
 @contextmanager
-def lease(config: Config, spec: RowSpec, cells: int = 64) -> Iterator[CellLease]:
-    """Pixel cells for rows of ``spec``."""
-    with decode_pool().lease(DecodeSpec(config, spec.layout(config)), cells) as taken:
+def lease(config: Config, layout: PixelLayout, cells: int = 64) -> Iterator[CellLease]:
+    """Pixel cells for rows with the pixels of ``layout``."""
+    with decode_pool().lease(DecodeSpec(config, layout), cells) as taken:
         yield taken
 
 

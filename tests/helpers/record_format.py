@@ -10,7 +10,7 @@ from pathlib import Path
 from reinforce.input_config import Input
 from reinforce.source.formats.base import Shard, SourceFormat
 from reinforce.source.formats.columns import make_sample
-from reinforce.source.samples import Item, ReadBudget, Refusal, UnreadSample, unique_keys
+from reinforce.source.samples import Item, Refusal, UnreadSample
 from reinforce.source.streams import open_stream
 from schemas import Reason
 
@@ -25,21 +25,17 @@ class Records(SourceFormat):
     def recognises(self, head: bytes) -> bool:
         return head.startswith(_MAGIC)
 
-    def read(self, shard: Shard, spec: Input, budget: ReadBudget | None = None) -> Iterator[Item]:
-        return unique_keys(_samples(shard, spec), spec.limits)
-
-
-def _samples(shard: Shard, spec: Input) -> Iterator[Item]:
-    with open_stream(shard.url) as (stream, _):
-        content = io.BytesIO(stream.read(2**30))
-    content.seek(len(_MAGIC))
-    while header := content.read(12):
-        sizes = struct.unpack(">3I", header)
-        key, caption, image = (content.read(size) for size in sizes)
-        if len(image) < sizes[2]:
-            yield Refusal(None, Reason.SHARD_DAMAGED, f"it ends inside the record {key.decode()}")
-            return
-        yield make_sample(UnreadSample(key.decode(), "", {"txt": caption}, {}, ()), image, spec.limits)
+    def items(self, shard: Shard, spec: Input) -> Iterator[Item]:
+        with open_stream(shard.url) as (stream, _):
+            content = io.BytesIO(stream.read(2**30))
+        content.seek(len(_MAGIC))
+        while header := content.read(12):
+            sizes = struct.unpack(">3I", header)
+            key, caption, image = (content.read(size) for size in sizes)
+            if len(image) < sizes[2]:
+                yield Refusal(None, Reason.SHARD_DAMAGED, f"it ends inside the record {key.decode()}")
+                return
+            yield make_sample(UnreadSample(key.decode(), "", {"txt": caption}, {}, ()), image, spec.limits)
 
 
 def write_records(path: Path, records: list[tuple[str, str, bytes]]) -> Path:

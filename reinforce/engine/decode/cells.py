@@ -28,6 +28,11 @@ class PixelCells:
     crops: Bytes | None
     whole: Mapping[ImageSpec, Bytes] = field(default_factory=dict)
 
+    @property
+    def needed(self) -> bool:
+        """Whether rows have pixels at all."""
+        return self.crops is not None or bool(self.whole)
+
     def write(self, cell: int, image: Image, augmentations: Sequence[Augmentation], replay: Replay) -> None:
         """Write the pixels of one RGB image, with the crops by ``replay``.
 

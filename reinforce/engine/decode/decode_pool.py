@@ -22,8 +22,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
 from reinforce.engine.decode.cells import Bytes, FreeCells, PixelCells
-from reinforce.engine.decode.handle import DEPTH, ProcessDied, ProcessHandle
-from reinforce.engine.decode.process import StatusBoard
+from reinforce.engine.decode.process import DEPTH, ProcessDied, ProcessHandle, StatusBoard
 from reinforce.engine.decode.row import DecodeSpec, Outcome, Row
 from reinforce.engine.messages.pulse import LeaseWatch
 from reinforce.processes.shared_memory import SharedMemory

@@ -7,19 +7,19 @@ augmented ahead in decode processes. Memory grows with the window and the row gr
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from concurrent.futures import wait
+from dataclasses import replace
 
 import pyarrow as pa
 
 from reinforce.config import Config
 from reinforce.dataset.files.layer_file import LayerFile
 from reinforce.dataset.kinds.samples import true_captions
-from reinforce.engine.decode.ahead import decode_ahead
-from reinforce.engine.decode.cells import PixelLayout
-from reinforce.engine.decode.decode_pool import CellLease
-from reinforce.engine.decode.row import Row, StoredImage
-from reinforce.engine.messages.pulse import READING
+from reinforce.engine.decode.decode_pool import CellLease, RowChunk
+from reinforce.engine.decode.row import Decoded, Row, StoredImage
+from reinforce.engine.messages.pulse import DECODING, READING
 from reinforce.errors import UserError
 from reinforce.labels.identities import identity_of
 from reinforce.labels.interface import LabelReader, RowLabels, Wanted
@@ -32,32 +32,17 @@ from reinforce.source.references import ImageRoots, LostImage, images_of_group
 from reinforce.source.samples import RawSample, Refusal
 from reinforce.source.urls import canonical, is_public
 from schemas import IMAGE_DIGEST, TRUE_CAPTIONS, Reason, image_columns
-from teachers.protocols import ImageSpec
 
 #: A row group is full at the first of these limits: rows, bytes of encoded images, and bytes of vectors at a nominal
 #: width. Small enough to shuffle and to stream.
 GROUP_ROWS = 1024
 GROUP_BYTES = 32 * 2**20
+#: A chunk is full at CHUNK_ROWS rows or _CHUNK_BYTES encoded bytes.
+CHUNK_ROWS = 8
+_CHUNK_BYTES = 2**20
+_MAX_PENDING_BYTES = 128 * 2**20
 _LABEL_COLUMNS = ("metadata", "width", "height", "augmentations")  # of stored samples, by which labels are found
 _NOMINAL_VECTOR_BYTES = 1536 * 2
-
-
-@dataclass(frozen=True)
-class RowSpec:
-    """What the layers of a lease need of each row: ``crops``, ``whole`` images and values of ``labels``."""
-
-    crops: bool
-    whole: tuple[ImageSpec, ...] = ()
-    labels: LabelReader = field(default_factory=LabelReader)
-
-    @property
-    def needs_image(self) -> bool:
-        return self.crops or bool(self.whole)
-
-    def layout(self, config: Config) -> PixelLayout:
-        """The pixels of one row."""
-        policy = config.augmentations
-        return PixelLayout((policy.count, policy.size) if self.crops else None, self.whole)
 
 
 def max_group_rows(vectors: int, group_rows: int = GROUP_ROWS) -> int:
@@ -69,13 +54,12 @@ def max_group_rows(vectors: int, group_rows: int = GROUP_ROWS) -> int:
 
 
 def rows_from_source(
-    config: Config, shard: Shard, spec: RowSpec, lease: CellLease, window: int, group_rows: int = GROUP_ROWS
+    config: Config, shard: Shard, labels: LabelReader, lease: CellLease, window: int, group_rows: int = GROUP_ROWS
 ) -> Iterator[Row | Refusal]:
     """Read a source shard. Every image is decoded, even where no layer needs it, so that broken ones are refused.
 
     The cells of yielded rows are to be released by the caller.
     """
-    labels = spec.labels
     if labels.shard_refusal is not None:
         yield labels.shard_refusal
         return
@@ -104,15 +88,15 @@ def rows_from_source(
 
 
 def rows_from_samples(
-    config: Config, shard: Shard, file: LayerFile, spec: RowSpec, lease: CellLease, window: int
+    config: Config, shard: Shard, file: LayerFile, labels: LabelReader, lease: CellLease, window: int
 ) -> Iterator[Row]:
-    """Read the rows back from the samples layer of a shard, with images only if ``spec`` needs them.
+    """Read the rows back from the samples layer of a shard, with images only if ``lease`` has cells for their pixels.
 
     Images that are stored by reference are read from the shard itself, or from the files that it names. The cells of
     yielded rows are to be released by the caller.
     """
-    stored = _stored_rows(config, shard, file, spec)
-    if not spec.needs_image and spec.labels.member_reader is None:
+    stored = _stored_rows(config, shard, file, labels, lease.cells.needed)
+    if not lease.cells.needed and labels.member_reader is None:
         yield from lease.watch.steps(READING, stored)
         return
     for row in decode_ahead(lease, stored, window):
@@ -190,28 +174,28 @@ def _labelled(raw: RawSample, labels: Sequence[RowLabels]) -> Row | Refusal:
     return refusal or Row(next((one.key for one in labels if one.key is not None), raw.key), sample=raw, labels=labels)
 
 
-def _stored_rows(config: Config, shard: Shard, file: LayerFile, spec: RowSpec) -> Iterator[Row]:
-    """The rows of the samples layer, without images where none are needed."""
+def _stored_rows(config: Config, shard: Shard, file: LayerFile, reader: LabelReader, decoded: bool) -> Iterator[Row]:
+    """The rows of the samples layer, with their images if these are ``decoded``."""
     columns = ["key", "caption", TRUE_CAPTIONS]
     roots = _image_roots(config, shard)
-    if spec.needs_image:
+    if decoded:
         columns += ["augmentations", *image_columns(config.images)]
-    if spec.labels.sets:
-        stated = image_columns(config.images)[-1:] if spec.labels.needs_digests else ()  # a digest, or the image
+    if reader.sets:
+        stated = image_columns(config.images)[-1:] if reader.needs_digests else ()  # a digest, or the image
         columns = [*dict.fromkeys([*columns, *_LABEL_COLUMNS, *stated])]
     for group in range(file.num_row_groups):
         table = file.read_row_group(group, columns=columns)
         images: Iterable[bytes | LostImage | None] = itertools.repeat(None)
-        if spec.needs_image and "image" in columns:
+        if decoded and "image" in columns:
             images = (value.as_py() for value in table["image"])
-        elif spec.needs_image:
+        elif decoded:
             digests = table[IMAGE_DIGEST].to_pylist() if IMAGE_DIGEST in table.column_names else None
             images = images_of_group(table["image_ref"].to_pylist(), roots, config.moved, digests)
         records = table["augmentations"].to_pylist() if "augmentations" in columns else itertools.repeat([])
         keys, captions = table["key"].to_pylist(), true_captions(table)
         labels: Iterable[tuple[Mapping[str, LabelValue], Sequence[RowLabels]]] = itertools.repeat(({}, ()))
-        if spec.labels.sets:
-            labels = _labels_of_stored(table, captions, spec.labels)
+        if reader.sets:
+            labels = _labels_of_stored(table, captions, reader)
         for key, texts, image, record, (values, packed) in zip(keys, captions, images, records, labels, strict=False):
             sample = None if image is None else StoredImage(image, record)
             first = next(iter(texts), None)
@@ -241,3 +225,93 @@ def _labels_of_stored(
                 labels.refuse(one)
                 values |= dict.fromkeys(one.values, Refusal(key, Reason.NOT_REINFORCED, f"labels: {why}"))
         yield values, [packed for one in found if (packed := one.to_unpack(records)) is not None]
+
+
+def chunk_rows(window: int, processes: int) -> int:
+    """Rows of a chunk: two chunks of a window per process."""
+    return max(1, min(CHUNK_ROWS, window // (2 * processes)))
+
+
+def decode_ahead(lease: CellLease, rows: Iterable[Row | Refusal], window: int) -> Iterator[Row | Refusal]:
+    """Yield each row with its cell and what was decoded, in order; a Refusal passes through.
+
+    A sample of the source that cannot be used gives its Refusal; a row of the samples layer is black then. At most
+    ``window`` rows are pending, and fewer if their encoded bytes add up to more than 128 MiB. The consumer releases the
+    cells. Raises RuntimeError for a row at which a decode process raised.
+    """
+    ahead = _Ahead(lease, chunk_rows(window, lease.pool.processes))
+    try:
+        for row in lease.watch.steps(READING, rows):
+            ahead.add(row)
+            while len(ahead) > window or (ahead.bytes > _MAX_PENDING_BYTES and len(ahead) > 1):
+                yield ahead.take()
+        while len(ahead):
+            yield ahead.take()
+    finally:
+        ahead.cancel()
+
+
+class _Ahead:
+    """The pending rows, in order, and the chunks that they are in."""
+
+    def __init__(self, lease: CellLease, chunk_limit: int) -> None:
+        self.bytes = 0  # encoded, of all pending rows
+        self._lease, self._chunk_limit = lease, chunk_limit
+        self._pending: deque[Refusal | tuple[RowChunk, int]] = deque()
+        self._open, self._open_bytes = RowChunk(lease), 0
+        self._submitted: deque[RowChunk] = deque()
+
+    def __len__(self) -> int:
+        return len(self._pending)
+
+    def add(self, row: Row | Refusal) -> None:
+        if isinstance(row, Refusal):
+            self._pending.append(row)
+            return
+        rows, size = self._open.rows, row.size
+        self._pending.append((self._open, len(rows)))
+        row.cell = self._lease.free.take()
+        rows.append(row)
+        self._open_bytes += size
+        self.bytes += size
+        if len(rows) == self._chunk_limit or self._open_bytes > _CHUNK_BYTES:
+            self._submit()
+
+    def take(self) -> Row | Refusal:
+        """The oldest row, once it is decoded."""
+        entry = self._pending.popleft()
+        if isinstance(entry, Refusal):
+            return entry
+        chunk, number = entry
+        if chunk is self._open:
+            self._submit()
+        row = chunk.rows[number]
+        with self._lease.watch.stage(DECODING, f"key {row.key!r}"):
+            outcome = chunk.future.result()[number]
+        self.bytes -= row.size
+        if isinstance(outcome, str):
+            raise RuntimeError(outcome)
+        assert row.cell is not None
+        if isinstance(outcome, Refusal):
+            if isinstance(row.sample, RawSample):
+                self._lease.free.release([row.cell])
+                return outcome
+            self._lease.cells.blacken(row.cell)  # an image that was accepted before crashes its decode process now
+            outcome = Decoded(unreadable=outcome)
+        row.finish(outcome)
+        return row
+
+    def cancel(self) -> None:
+        """Withdraw what no process has begun, and wait until no process writes into the cells any more."""
+        futures = [chunk.future for chunk in self._submitted]
+        wait([future for future in futures if not future.cancel()])
+
+    def _submit(self) -> None:
+        """Submit the open chunk and open another."""
+        chunk = self._open
+        self._lease.pool.submit(chunk)
+        self._lease.watch.read_bytes += self._open_bytes
+        self._open, self._open_bytes = RowChunk(self._lease), 0
+        self._submitted.append(chunk)
+        while self._submitted and self._submitted[0].future.done():
+            self._submitted.popleft()

@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 from reinforce.config import Config
-from reinforce.engine.inference.out_of_memory import OutOfMemory
-from reinforce.engine.messages.tracebacks import shorten
+from reinforce.engine.messages.results import LayerFailure
+from reinforce.engine.messages.tracebacks import error_with_frames, shorten
 from reinforce.errors import UserError
 from teachers.redact import Redactor
+from teachers.runtime.memory import forget_frames, is_out_of_memory
 
 #: Largest batch of ``workers.batch: auto``. Larger ones take more shared memory for pixels.
 MAX_AUTO_BATCH = 1024
@@ -29,6 +30,7 @@ _LEAST_TEXTS = 1024
 _CAUSE_CHARS = 500
 Bound = Literal["rows", "crops", "texts", "samples"]
 _UNITS: dict[Bound, str] = {"rows": "image", "crops": "augmented image", "texts": "text", "samples": "sample"}
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,28 @@ class Demand:
     bound: Bound
     one: str
     fix: str
+
+
+@dataclass(frozen=True)
+class OutOfMemory:
+    """The failure that ``attempt`` returns instead of raising: the layer whose model raised, None for a copy, and the
+    text."""
+
+    layer: str | None
+    text: str
+
+
+def attempt(work: Callable[[], _T]) -> _T | OutOfMemory:
+    """The result of ``work``, or OutOfMemory. Then nothing refers any more to what the functions in it have held."""
+    try:
+        return work()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        layer = error.layer if isinstance(error, LayerFailure) else None
+        text = str(error.args[1]) if isinstance(error, LayerFailure) else error_with_frames(error)
+        forget_frames(error)
+    return OutOfMemory(layer, text)
 
 
 COPYING = Demand(

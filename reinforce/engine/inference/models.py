@@ -20,7 +20,6 @@ from reinforce.config import Config
 from reinforce.dataset.augment.backends import load_backend
 from reinforce.dataset.layers import Layer
 from reinforce.engine.inference.batch_sizes import BatchSizes, rows_per_batch
-from reinforce.engine.inference.out_of_memory import memory_hint
 from reinforce.engine.inference.outputs import Floats, copied, encode, to_scores
 from reinforce.engine.messages.tracebacks import user_frames
 from reinforce.engine.record.rates import Cost
@@ -30,7 +29,8 @@ from teachers.patches.encoder import PatchEncoder, patches_of
 from teachers.protocols import Captioner, ImageSpec, NoCaptions, Scorer, Teacher
 from teachers.registry import load_model
 from teachers.runtime.accelerator import Accelerator
-from teachers.runtime.memory import release_cache
+from teachers.runtime.determinism import is_without_engine
+from teachers.runtime.memory import is_out_of_memory, release_cache
 
 
 @dataclass
@@ -243,6 +243,23 @@ def load_models(config: Config, layers: Iterable[Layer]) -> Models:
         if note := size_note(name, teacher.image, config.augmentations.size):
             models.batches.note(note)
     return models
+
+
+def memory_hint(error: BaseException) -> str:
+    """What to do about an error of a few inputs or of loading, if it is one of memory or of a convolution without an
+    algorithm, which may lack memory, else an empty text."""
+    if is_without_engine(error):
+        return (
+            ". cuDNN has no algorithm for a convolution of this model, or no memory for one. Set workers.deterministic "
+            "to false: a shard that is computed again may then differ in rounding. Or set another `precision`."
+        )
+    if not is_out_of_memory(error):
+        return ""
+    return (
+        ". The models of the config do not fit in the memory of the device together. Use smaller ones or `precision: "
+        "bf16`, compute some of the layers in a run of their own, or use a device with more memory, or one that no "
+        "other program uses."
+    )
 
 
 def size_note(name: str, image: ImageSpec | None, crops: int) -> str | None:

@@ -33,8 +33,7 @@ import numpy.typing as npt
 import torch
 
 from reinforce.config import Config
-from reinforce.engine.inference.models import Models
-from reinforce.engine.inference.out_of_memory import memory_hint
+from reinforce.engine.inference.models import Models, memory_hint
 from reinforce.engine.inference.outputs import Floats, to_numpy
 from reinforce.engine.messages.tracebacks import user_frames
 from reinforce.errors import UserError

@@ -181,7 +181,7 @@ def _table_fields(shard: Shard, spec: Input) -> Fields:
 def _first_rows(shard: Shard, image: str, names: Sequence[str]) -> list[dict[str, Any]]:
     """The first rows of a table that can be read, without binary columns."""
     spec = Input(image=image, captions=[f"json:{name}" for name in names])
-    items = itertools.islice(find_format(shard.format).read_texts(shard, spec), _TEXTS)
+    items = itertools.islice(find_format(shard.format).read(shard, spec, images=False), _TEXTS)
     found = (parse_json(item.sidecars.get("json", b"")) for item in items if not isinstance(item, Refusal))
     return [row for row in found if isinstance(row, dict)]
 

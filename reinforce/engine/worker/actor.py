@@ -24,7 +24,7 @@ from reinforce.dataset.layers import Layer
 from reinforce.engine.decode.decode_pool import DecodePool
 from reinforce.engine.inference.models import Counters, Models, describe_loaded, load_models
 from reinforce.engine.inference.self_test import precisions
-from reinforce.engine.inference.stage_meter import device_report
+from reinforce.engine.inference.session import device_report
 from reinforce.engine.messages.pulse import Pulse, WorkerWatch, output_path, process_memory
 from reinforce.engine.messages.results import (
     LayerFailure,

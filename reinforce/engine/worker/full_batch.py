@@ -13,12 +13,9 @@ import numpy as np
 
 from reinforce.config import Config
 from reinforce.dataset.layers import Layer
-from reinforce.engine.decode.cells import PixelCells
 from reinforce.engine.decode.row import Row
-from reinforce.engine.decode.rows import RowSpec
 from reinforce.engine.inference.batch_sizes import MAX_AUTO_BATCH, rows_per_batch
-from reinforce.engine.inference.batches import IN_WORK
-from reinforce.engine.inference.inference import Inference
+from reinforce.engine.inference.inference import IN_WORK, Inference
 from reinforce.engine.inference.models import Counters, Models
 from reinforce.engine.inference.session import Session
 from reinforce.engine.messages.results import LayerFailure
@@ -67,10 +64,11 @@ def _try_batch(models: Models, config: Config, layers: list[Layer]) -> bool:
     sessions = [Session(config, models) for _ in range(_COPIED)]
     inferences = [Inference(session, make_producers(layers, session)) for session in sessions]
     rows = [Row(f"{i}", None, i) for i in range(inferences[0].rows_per_batch)]
-    pixels = _noise(config, inferences[0], len(rows))
+    layout = inferences[0].layout
+    noise = np.random.default_rng(0).integers(0, 256, len(rows) * layout.cell_bytes, np.uint8)
 
     def run(inference: Inference) -> None:
-        inference.run(rows, pixels)
+        inference.run(rows, layout.cells(noise))
         inference.fill()
 
     try:
@@ -84,9 +82,3 @@ def _try_batch(models: Models, config: Config, layers: list[Layer]) -> bool:
     except LayerFailure as error:
         raise UserError(f"{error.layer} fails in a full batch of {config.workers.images}: {error.args[1]}") from None
     return models.batches.end_of_search()
-
-
-def _noise(config: Config, inference: Inference, rows: int) -> PixelCells:
-    """Random pixels of so many rows."""
-    layout = RowSpec(inference.crops, inference.whole).layout(config)
-    return layout.cells(np.random.default_rng(0).integers(0, 256, rows * layout.cell_bytes, np.uint8))

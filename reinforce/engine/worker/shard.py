@@ -22,12 +22,10 @@ from reinforce.dataset.runs.key_sample import ShardKeys
 from reinforce.dataset.runs.shard_records import ShardRecord, SourceRecord
 from reinforce.engine.decode.decode_pool import CellLease, DecodePool
 from reinforce.engine.decode.row import DecodeSpec, Row
-from reinforce.engine.decode.rows import GROUP_ROWS, RowSpec, rows_from_samples, rows_from_source
-from reinforce.engine.inference.batches import Batches, cells_per_shard, rows_ahead
-from reinforce.engine.inference.inference import Inference, Outputs
+from reinforce.engine.decode.rows import GROUP_ROWS, rows_from_samples, rows_from_source
+from reinforce.engine.inference.inference import Batches, Inference, Outputs, cells_per_shard, rows_ahead
 from reinforce.engine.inference.models import Counters, Models
-from reinforce.engine.inference.session import Session
-from reinforce.engine.inference.stage_meter import device_report
+from reinforce.engine.inference.session import Session, device_report
 from reinforce.engine.messages.pulse import WRITING, LeaseWatch
 from reinforce.engine.messages.results import LayerFailure, ShardResult
 from reinforce.engine.messages.task import PendingShard
@@ -40,11 +38,11 @@ from reinforce.labels.interface import LabelReader
 from reinforce.labels.rows import open_labels
 from reinforce.labels.unread import quarantine_of
 from reinforce.source.captions import CAPTIONS_REPLACED, REPLACED
-from reinforce.source.identity import OpenedStates, SourceState, former_url, probe_state, read_state, recording_opened
+from reinforce.source.identity import OpenedStates, SourceState, former_url, probe_state, read_state
 from reinforce.source.references import ChangedImages
 from reinforce.source.samples import AbsentShard, Refusal
 from reinforce.source.urls import canonical, is_local
-from reinforce.source.whole_reads import ShortRead
+from reinforce.source.whole_reads import ShortRead, watching_opened
 from schemas import IMAGE_DIGEST, Reason
 from teachers.redact import Redactor
 
@@ -52,8 +50,7 @@ from teachers.redact import Redactor
 def allocate_pixels(pool: DecodePool, config: Config, layers: Iterable[Layer], models: Models, shards: int) -> None:
     """Allocate the cells of ``shards`` shards with ``layers`` once, page-locked for copies to the accelerator."""
     session = Session(config, models)
-    inference = Inference(session, make_producers(layers, session))
-    layout = RowSpec(inference.crops, inference.whole).layout(config)
+    layout = Inference(session, make_producers(layers, session)).layout
     if layout.cell_bytes:
         for _ in range(shards):
             models.accelerator.pin(pool.allocate(cells_per_shard(config) * layout.cell_bytes))
@@ -118,10 +115,9 @@ class ShardProcess:
             writers = self._writers(stack)
             inputs = {name: self._open_input(stack, name) for name in self._stored_inputs()}
             columns = {SAMPLES: self._sample_columns()}
-            spec = self._row_spec(stack)
-            lease = stack.enter_context(self._lease(spec))
+            lease = self._lease(stack)
             self.batches = stack.enter_context(Batches(lambda: self.inference.rows_per_batch, self.watch))
-            with self._recording(), contextlib.closing(self._rows(stack, spec, lease)) as rows:
+            with self._recording(), contextlib.closing(self._rows(stack, lease)) as rows:
                 for index, group in itertools.groupby(rows, key=lambda row: row.group):
                     if short := [name for name, file in inputs.items() if index >= file.num_row_groups]:
                         raise MisalignedLayer(short[0])
@@ -157,17 +153,14 @@ class ShardProcess:
 
     # -- rows
 
-    def _row_spec(self, stack: contextlib.ExitStack) -> RowSpec:
+    def _lease(self, stack: contextlib.ExitStack) -> CellLease:
+        """Open the labels, and take pixel cells for the rows that are pending and those of a batch."""
         self.labels = open_labels(self.config, self.layers.values(), self.shard.reinforcements, planned=True)
         stack.enter_context(contextlib.closing(self.labels))
-        return RowSpec(self.inference.crops, self.inference.whole, self.labels)
+        decoding = DecodeSpec(self.config, self.inference.layout, reader=self.labels.member_reader)
+        return stack.enter_context(self.pool.lease(decoding, cells_per_shard(self.config), self.watch))
 
-    def _lease(self, spec: RowSpec) -> contextlib.AbstractContextManager[CellLease]:
-        """Pixel cells for the rows that are pending and those of a batch."""
-        decoding = DecodeSpec(self.config, spec.layout(self.config), reader=self.labels.member_reader)
-        return self.pool.lease(decoding, cells_per_shard(self.config), self.watch)
-
-    def _rows(self, stack: contextlib.ExitStack, spec: RowSpec, lease: CellLease) -> Generator[Row]:
+    def _rows(self, stack: contextlib.ExitStack, lease: CellLease) -> Generator[Row]:
         """The rows of the shard; records what is refused at reading."""
         window = rows_ahead(self.config)
         if SAMPLES not in self.layers:
@@ -176,9 +169,9 @@ class ShardProcess:
             if (refusal := self.labels.shard_refusal) is not None:
                 layer = next(name for name, layer in self.layers.items() if layer.labels is not None)
                 raise LayerFailure(layer, f"{refusal.reason.value}: {refusal.detail}")
-            yield from self._stored_rows(file, spec, lease, window)
+            yield from self._stored_rows(file, lease, window)
             return
-        for row in rows_from_source(self.config, self.shard.source, spec, lease, window, self.group_rows):
+        for row in rows_from_source(self.config, self.shard.source, self.labels, lease, window, self.group_rows):
             if isinstance(row, Refusal):
                 if row.by_storage and not is_local(self.shard.url):
                     raise AbsentShard(row)  # the storage may fail for a while
@@ -190,15 +183,15 @@ class ShardProcess:
                     self.source_counts[CAPTIONS_REPLACED] += 1
                 yield row
 
-    def _stored_rows(self, file: LayerFile, spec: RowSpec, lease: CellLease, window: int) -> Iterator[Row]:
+    def _stored_rows(self, file: LayerFile, lease: CellLease, window: int) -> Iterator[Row]:
         """The rows of the samples layer. Raises LayerFailure where the source of referenced images was replaced."""
         replaced = False
-        if spec.needs_image and not self.config.embeds_images:
+        if lease.cells.needed and not self.config.embeds_images:
             self.source_note, replaced = referenced_source_change(self.shard, parse_footer(file.metadata))
             if replaced and IMAGE_DIGEST not in file.footer[1]:  # else the digests decide
                 raise LayerFailure(self._first_image_layer(), describe_replaced(self.shard, self.source_note))
         try:
-            yield from rows_from_samples(self.config, self.shard.source, file, spec, lease, window)
+            yield from rows_from_samples(self.config, self.shard.source, file, self.labels, lease, window)
         except (ChangedImages, FileNotFoundError) as error:
             if replaced:
                 reason = describe_replaced(self.shard, self.source_note)
@@ -220,7 +213,7 @@ class ShardProcess:
         if SAMPLES not in self.layers or not self.shard.is_file:
             yield
             return
-        with recording_opened(self.shard.url) as self.opened:
+        with watching_opened(OpenedStates(self.shard.url)) as self.opened:
             try:
                 yield
             except OSError as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from reinforce.dataset.files.damage import file_damage, set_aside
-from reinforce.dataset.files.layer_file import RefusedFile
+from reinforce.dataset.files.layer_file import LayerFile, RefusedFile
 from reinforce.dataset.files.store import Store, parse_footer
 from reinforce.dataset.layers import SAMPLES
 from reinforce.errors import UserError
@@ -114,21 +114,20 @@ def _stale_reason(
                 return "it is of other images"
             if before is not None and before.same_content(state) is False:
                 return f"it is of another source file: {before.describe_change(state)}"
-            if file.num_row_groups != len(groups):
-                return _OTHER_ROWS
-            for number, keys in enumerate(groups):
-                if file.read_row_group(number, columns=["key"])["key"].to_pylist() != list(keys):
-                    return _OTHER_ROWS
+            return None if _keys(file) == [*map(list, groups)] else _OTHER_ROWS
     except RefusedFile as error:
         return str(error)
-    return None
 
 
 def _stored_keys(store: Store, shard: str) -> list[list[str]]:
     """The keys of each row group of the stored samples. Raises UserError if they cannot be read."""
     try:
         with store.open_layer(SAMPLES, shard) as file:
-            groups = range(file.num_row_groups)
-            return [file.read_row_group(number, columns=["key"])["key"].to_pylist() for number in groups]
+            return _keys(file)
     except RefusedFile as error:
         raise UserError(f"{store.layer_path(SAMPLES, shard)} cannot be read: {error}.") from error
+
+
+def _keys(file: LayerFile) -> list[list[str]]:
+    """The keys of each row group."""
+    return [file.read_row_group(number, ["key"])["key"].to_pylist() for number in range(file.num_row_groups)]

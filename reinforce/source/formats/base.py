@@ -6,13 +6,13 @@ A format is one object. All other code reads sources through it, and never asks 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from reinforce.input_config import DEFAULT, Input, Limits
 from reinforce.source.file_types import foreign_name, is_image_name
-from reinforce.source.samples import Item, ReadBudget, unique_keys
+from reinforce.source.samples import Item, ReadBudget, refusing_absent, unique_keys
 from reinforce.source.urls import Info, filesystem
 from reinforce.source.whole_reads import read_whole
 
@@ -88,6 +88,24 @@ class ListedSample:
         return json.dumps({"key": self.key, "files": self.files, "row": self.row}, default=str).encode() + b"\n"
 
 
+def divided(url: str, rows: int, ends: Iterable[tuple[int, int]], last: Part | None, header: int = 0) -> Iterator[Part]:
+    """Yield the parts after ``last`` of a table, of at least ``rows`` rows but the last one.
+
+    ``ends`` are the places, as in ``Part.end``, at which the table can be divided, with the rows before each since the
+    one before it.
+    """
+    first, start = (last.first + last.rows, last.end) if last else (0, header)
+    count, end = 0, start
+    for more, place in ends:
+        if place > start:
+            count, end = count + more, place
+            if count >= rows:
+                yield Part(url, first, count, start, end, header)
+                first, start, count = first + count, end, 0
+    if count:
+        yield Part(url, first, count, start, end, header)
+
+
 class SourceFormat:
     """One format of sources. The defaults are those of files that hold samples and cannot be divided."""
 
@@ -114,21 +132,17 @@ class SourceFormat:
     #: Whether ``input.view`` can choose samples of it.
     has_views: bool = False
 
-    def read(self, shard: Shard, spec: Input, budget: ReadBudget | None = None) -> Iterator[Item]:
+    def read(self, shard: Shard, spec: Input, budget: ReadBudget | None = None, images: bool = True) -> Iterator[Item]:
         """Yield the samples of a shard in order, each key once, with refusals in between.
 
-        ``budget`` bounds the bytes that are read before the first sample. Damage is yielded as a Refusal without a key.
-        Raises the errors of the storage.
+        ``budget`` bounds the bytes that are read before the first sample. Without ``images``, samples may lack theirs,
+        where that is less work. Damage is yielded as a Refusal without a key. Raises the errors of the storage.
         """
         return unique_keys(self.items(shard, spec), spec.limits)
 
     def items(self, shard: Shard, spec: Input) -> Iterator[Item]:
         """Yield the samples of a shard, whose keys may come again, as ``read`` does."""
         raise NotImplementedError
-
-    def read_texts(self, shard: Shard, spec: Input) -> Iterator[Item]:
-        """Yield the samples as ``read`` does, without their images where that is less work; they may then lack one."""
-        return self.read(shard, spec)
 
     def recognises(self, head: bytes) -> bool:
         """Whether a file begins with ``head``, its first bytes, in this format alone."""
@@ -161,7 +175,8 @@ class SourceFormat:
 
     def count(self, url: str, limits: Limits) -> int | None:
         """Number of samples of a file, or None if it cannot be read. Raises the errors of the storage."""
-        keys = {item.key for item in self.read(Shard(url, format=self.name), Input(limits=limits))}
+        items = self.read(Shard(url, format=self.name), Input(limits=limits), images=False)
+        keys = {item.key for item in refusing_absent(url, items)}
         return len(keys - {None}) or None
 
     # Of tables.

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from reinforce.input_config import Limits
-from reinforce.source.formats.base import Part
+from reinforce.source.formats.base import Part, divided
 from reinforce.source.formats.lines import BrokenRow, LinesFormat, Row
 from reinforce.source.urls import filesystem
 from reinforce.source.whole_reads import read_whole, report_opened
@@ -46,10 +46,7 @@ class Coco(LinesFormat):
             return None
 
     def parts(self, url: str, rows: int, last: Part | None = None) -> Iterator[Part]:
-        total = len(_rows_of(url))
-        for first in range(last.first + last.rows if last else 0, total, rows):
-            end = min(first + rows, total)
-            yield Part(url, first, end - first, first, end)
+        return divided(url, rows, ((1, number + 1) for number in range(len(_rows_of(url)))), last)
 
 
 def _rows_of(url: str) -> Sequence[Row | BrokenRow]:

@@ -19,7 +19,7 @@ from reinforce.source.formats.base import Shard, SourceFormat
 from reinforce.source.formats.columns import Columns, make_sample
 from reinforce.source.formats.parquet import ParquetFile, Row
 from reinforce.source.references import ImageRoots, LostImage, images_or_losses
-from reinforce.source.samples import Item, RawSample, Refusal, UnreadSample, unique_keys
+from reinforce.source.samples import Item, RawSample, ReadBudget, Refusal, UnreadSample, unique_keys
 from reinforce.source.urls import Info, canonical, expand, filesystem
 from reinforce.source.views import RowDigests, rows_path, shards_path, split_view
 from reinforce.source.whole_reads import read_whole
@@ -62,8 +62,8 @@ class SamplesLayer(SourceFormat):
             found += expand(f"{literal}/samples/*.parquet", listed)
         return found
 
-    def read_texts(self, shard: Shard, spec: Input) -> Iterator[Item]:
-        return unique_keys(self.items(shard, spec, images=False), spec.limits)
+    def read(self, shard: Shard, spec: Input, budget: ReadBudget | None = None, images: bool = True) -> Iterator[Item]:
+        return unique_keys(self.items(shard, spec, images), spec.limits)
 
     def items(self, shard: Shard, spec: Input, images: bool = True) -> Iterator[Item]:
         """Yield the samples; of a part, those of its row groups."""

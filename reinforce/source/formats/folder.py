@@ -7,10 +7,10 @@ the image that its ``file_name`` names, relative to its folder, as Hugging Face'
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from glob import escape
 from typing import Any
@@ -18,7 +18,6 @@ from typing import Any
 from reinforce.errors import UserError
 from reinforce.input_config import SOURCES, Input
 from reinforce.parquet.footers import RefusedFile
-from reinforce.processes.prefetch import prefetch
 from reinforce.source.captions import parse_json
 from reinforce.source.file_types import METADATA, foreign_name, is_image_name, unread_heic
 from reinforce.source.formats.base import ListedSample, Shard, SourceFormat
@@ -28,7 +27,7 @@ from reinforce.source.formats.parquet import Parquet, ParquetFile, is_binary
 from reinforce.source.formats.recognise import format_of_name
 from reinforce.source.formats.tar import sample_of_files, split_name
 from reinforce.source.samples import Item, RawSample, Refusal, UnreadSample, as_utf8
-from reinforce.source.streams import NO_FILE, read_file
+from reinforce.source.streams import NO_FILE, read_ahead, read_file
 from reinforce.source.urls import canonical, filesystem
 from reinforce.source.whole_reads import list_whole
 from reinforce.terminal import plural
@@ -40,8 +39,6 @@ CLASS = "class"
 
 _TABLES = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet")  # other files that may have captions
 _LINE_BYTES = 2**24
-_THREADS = 16
-_LOCAL_THREADS = 2
 
 
 class Folder(SourceFormat):
@@ -54,7 +51,8 @@ class Folder(SourceFormat):
         return not fs.glob(f"{escape(path)}/*.tar*")
 
     def items(self, shard: Shard, spec: Input) -> Iterator[Item]:
-        return _read_list(shard.lines(), shard.folder, spec)
+        reader = _ListReader(shard.folder.rstrip("/"), spec)
+        return itertools.chain.from_iterable(read_ahead(reader.samples, shard.lines(), shard.folder))
 
     def list_folder(
         self, url: str, spec: Input, output: str = "", listed: Sequence[ListedSample] = ()
@@ -156,16 +154,9 @@ def _notes(root: str, others: Sequence[str], tables: Sequence[str], samples: Ite
     return [f"source: {plural(len(others), 'other file')} not read, such as {shown}{hint}{heic}"]
 
 
-def _read_list(lines: Iterable[bytes], folder: str, spec: Input) -> Iterator[RawSample | Refusal]:
-    """Yield the samples of a list, whose lines are those of ``ListedSample``; images are read ahead in threads."""
-    reader = _ListReader(folder.rstrip("/"), spec)
-    threads = _THREADS if "://" in folder else _LOCAL_THREADS
-    with ThreadPoolExecutor(threads) as pool:
-        for items in prefetch(pool, reader.samples, lines, threads):
-            yield from items
-
-
 class _ListReader:
+    """Reads the samples of the lines of a list, which are those of ``ListedSample``."""
+
     def __init__(self, folder: str, spec: Input) -> None:
         self._folder, self._spec = folder, spec
         self._rows = RowReader("", spec)

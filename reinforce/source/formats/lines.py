@@ -10,7 +10,7 @@ from typing import Any
 
 from reinforce.input_config import Input, Limits
 from reinforce.parquet.footers import RefusedFile
-from reinforce.source.formats.base import Part, Shard, SourceFormat
+from reinforce.source.formats.base import Part, Shard, SourceFormat, divided
 from reinforce.source.formats.columns import NoColumn, RowReader, find_columns, joined_rows
 from reinforce.source.samples import Item, Refusal
 from reinforce.source.streams import Seekable, open_stream
@@ -104,17 +104,7 @@ class LinesFormat(SourceFormat):
     def parts(self, url: str, rows: int, last: Part | None = None) -> Iterator[Part]:
         found = self.ends(url)
         header = next(found, None) or 0 if self.has_header else 0
-        first, start = (last.first + last.rows, last.end) if last else (0, header)
-        count, end = 0, start
-        for position in found:
-            if position <= start:
-                continue
-            count, end = count + 1, position
-            if count == rows:
-                yield Part(url, first, count, start, end, header)
-                first, start, count = first + count, end, 0
-        if count:
-            yield Part(url, first, count, start, end, header)
+        return divided(url, rows, ((1, place) for place in found), last, header)
 
     def first_row(self, url: str) -> tuple[list[str], Row] | None:
         broken = None

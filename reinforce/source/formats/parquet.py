@@ -8,6 +8,7 @@ checks each page before it passes it on.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from reinforce.input_config import Input, Limits
 from reinforce.parquet.checked_file import CheckedFile
 from reinforce.parquet.footers import FooterCheck, RefusedFile, check_codecs
 from reinforce.parquet.pages import BadPage
-from reinforce.source.formats.base import Part, Shard, SourceFormat
+from reinforce.source.formats.base import Part, Shard, SourceFormat, divided
 from reinforce.source.formats.columns import Columns, NoColumn, RowReader, find_columns, joined_rows
 from reinforce.source.samples import Item, Refusal
 from reinforce.source.streams import check_file
@@ -192,15 +193,7 @@ class Parquet(SourceFormat):
             sizes = file.group_sizes
         if last:
             _check_groups(last, sizes)
-        first, start = (last.first + last.rows, last.end) if last else (0, 0)
-        count = 0
-        for number in range(start, len(sizes)):
-            count += sizes[number]
-            if count >= rows:
-                yield Part(url, first, count, start, number + 1)
-                first, start, count = first + count, number + 1, 0
-        if count:
-            yield Part(url, first, count, start, len(sizes))
+        return divided(url, rows, zip(sizes, itertools.count(1), strict=False), last)
 
     def first_row(self, url: str) -> tuple[list[str], Row]:
         with ParquetFile(url) as file:

@@ -37,20 +37,15 @@ class Tar(SourceFormat):
     prevails = True  # as over the Parquet files that img2dataset writes beside its tars
     has_offsets = referable = True
 
-    def read(self, shard: Shard, spec: Input, budget: ReadBudget | None = None) -> Iterator[RawSample | Refusal]:
-        return _read_tar(shard.file, spec.limits, budget=budget)
-
-    def read_texts(self, shard: Shard, spec: Input) -> Iterator[RawSample | Refusal]:
-        return _read_tar(shard.file, spec.limits, images=False)
+    def read(
+        self, shard: Shard, spec: Input, budget: ReadBudget | None = None, images: bool = True
+    ) -> Iterator[RawSample | Refusal]:
+        return _read_tar(shard.file, spec.limits, images, budget)
 
     def foreign(self, url: str) -> str | None:
         if _PACKED_TABLE.search(url.partition("?")[0].lower()):
             return "a table with a compression that is not read: store it as it is, or as .gz or .zst"
         return foreign_name(url)
-
-    def count(self, url: str, limits: Limits) -> int | None:
-        keys = {item.key for item in read_shard(url, limits, images=False)}
-        return len(keys - {None}) or None
 
 
 def read_shard(url: str, limits: Limits, images: bool = True) -> Iterator[RawSample | Refusal]:

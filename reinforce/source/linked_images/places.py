@@ -11,20 +11,16 @@ import contextlib
 import errno
 import re
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 from reinforce.input_config import Input
-from reinforce.processes.prefetch import prefetch
 from reinforce.source.formats.columns import make_sample
 from reinforce.source.linked_images.http import ImageRefusedByPlace, Unreachable, fetch
 from reinforce.source.references import MAX_URL_CHARS, ImageRoots
 from reinforce.source.samples import Item, RawSample, Refusal, UnreadSample
-from reinforce.source.streams import NO_FILE, read_file
+from reinforce.source.streams import NO_FILE, read_ahead, read_file
 from reinforce.source.urls import canonical
 from schemas import Reason
 
-_THREADS = 16
-_LOCAL_THREADS = 2
 _FIRST_UNREACHABLE = 20  # unreachable images at the start of a shard after which the shard fails
 _NOT_IN_PLACES = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 _NO_NAME = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)  # errors of file systems for impossible paths
@@ -45,9 +41,7 @@ class Places:
 
         Raises the storage's errors, and ConnectionError if none of the first images can be reached.
         """
-        threads = _LOCAL_THREADS if "://" not in self.folder else _THREADS
-        with ThreadPoolExecutor(threads) as pool:
-            yield from prefetch(pool, self._read, items, threads)
+        return read_ahead(self._read, items, self.folder)
 
     def resolve(self, location: str) -> str:
         """The URL of a place. Raises ImageRefusedByPlace."""

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 
 from reinforce.config import parse_config
-from reinforce.engine.decode.ahead import chunk_rows, decode_ahead
 from reinforce.engine.decode.cells import PixelLayout
 from reinforce.engine.decode.decode_pool import CellLease, DecodePool, RowChunk
 from reinforce.engine.decode.row import Decoded, DecodeSpec, Row, StoredImage
+from reinforce.engine.decode.rows import chunk_rows, decode_ahead
 from reinforce.source.samples import RawSample, Refusal
 from schemas import Reason
 from tests.helpers.data import config_of, picture

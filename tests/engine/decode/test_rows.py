@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 from reinforce.config import parse_config
 from reinforce.dataset.augment.records import from_records, replay
 from reinforce.dataset.files.store import Store
-from reinforce.engine.decode.cells import PixelCells, runs
+from reinforce.engine.decode.cells import PixelCells, PixelLayout, runs
 from reinforce.engine.decode.row import Row
-from reinforce.engine.decode.rows import GROUP_ROWS, RowSpec, max_group_rows, rows_from_samples, rows_from_source
+from reinforce.engine.decode.rows import GROUP_ROWS, max_group_rows, rows_from_samples, rows_from_source
 from reinforce.errors import UserError
 from reinforce.images.policy import decode
+from reinforce.labels.interface import LabelReader
 from reinforce.source.formats.base import Shard
 from reinforce.source.samples import Refusal
 from schemas import Reason
@@ -33,7 +34,7 @@ from tests.helpers.decoding import cell_of, lease
 from tests.helpers.reinforced import reinforce_here
 
 WHOLE = ImageSpec(8, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-SPEC = RowSpec(crops=True, whole=(WHOLE,))
+PIXELS, NONE = PixelLayout((2, 24), (WHOLE,)), PixelLayout(None)
 
 
 def shard_config(folder: Path, members: list[tuple[str, bytes]], **changes: Any) -> dict[str, Any]:
@@ -57,19 +58,19 @@ def copied(row: Row | Refusal, cells: PixelCells) -> RowPixels | Refusal:
 
 
 def from_source(
-    config: dict[str, Any], spec: RowSpec = SPEC, group_rows: int = GROUP_ROWS
+    config: dict[str, Any], layout: PixelLayout = PIXELS, group_rows: int = GROUP_ROWS
 ) -> list[RowPixels | Refusal]:
     parsed = parse_config(config)
-    with lease(parsed, spec) as taken:
-        rows = rows_from_source(parsed, Shard(config["source"]), spec, taken, 4, group_rows)
+    with lease(parsed, layout) as taken:
+        rows = rows_from_source(parsed, Shard(config["source"]), LabelReader(), taken, 4, group_rows)
         return [copied(row, taken.cells) for row in rows]
 
 
-def from_samples(config: dict[str, Any], spec: RowSpec = SPEC) -> list[RowPixels]:
+def from_samples(config: dict[str, Any], layout: PixelLayout = PIXELS) -> list[RowPixels]:
     parsed, store = parse_config(config), Store(config["output"])
     [shard] = store.shards("samples")
-    with lease(parsed, spec) as taken, store.open_layer("samples", shard) as file:
-        rows = rows_from_samples(parsed, Shard(config["source"]), file, spec, taken, 4)
+    with lease(parsed, layout) as taken, store.open_layer("samples", shard) as file:
+        rows = rows_from_samples(parsed, Shard(config["source"]), file, LabelReader(), taken, 4)
         return list(rows_of([copied(row, taken.cells) for row in rows]))
 
 
@@ -107,7 +108,7 @@ def test_pixels_are_those_of_the_recorded_augmentations_and_of_the_whole_image(t
 def test_a_broken_image_is_refused_even_where_no_layer_needs_pixels(tmp_path: Path) -> None:
     members = members_of(0, 3)
     members[3] = (members[3][0], members[3][1][:200])
-    found = from_source(shard_config(tmp_path, members), RowSpec(crops=False))
+    found = from_source(shard_config(tmp_path, members), NONE)
     assert [row.reason.value for row in found if isinstance(row, Refusal)] == ["image_broken"]
     assert [found_row.crops for found_row in rows_of(found)] == [None, None]
 
@@ -166,8 +167,8 @@ def test_row_groups_shrink_with_the_number_of_augmentations_and_of_true_captions
     path = write_tar(tmp_path / "0.tar", members)
     config = parse_config(config_of(str(path), tmp_path / "out", input={"captions_per_sample": 64}))
     groups: list[int] = []
-    with lease(config, RowSpec(crops=False)) as taken:
-        for row in rows_from_source(config, Shard(str(path)), RowSpec(crops=False), taken, 4):
+    with lease(config, NONE) as taken:
+        for row in rows_from_source(config, Shard(str(path)), LabelReader(), taken, 4):
             taken.free.release([cell_of(row)])
             groups.append(row.group)
     assert groups == [0] * 170 + [1] * 2
@@ -184,7 +185,7 @@ def test_only_the_shard_itself_is_read_by_reference_and_not_where_no_layer_needs
     with pytest.raises(UserError, match=r"reference to /etc/hostname, .* add it to `source`"):
         from_samples(config)
     (tmp_path / "source" / "0.tar").unlink()
-    rows = [found.row for found in from_samples(config, RowSpec(crops=False))]
+    rows = [found.row for found in from_samples(config, NONE)]
     assert [row.caption for row in rows] == [f"thing {i} of shard 0" for i in range(3)]
     assert all(row.cell is None and row.unreadable is None for row in rows)
 

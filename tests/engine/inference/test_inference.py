@@ -19,8 +19,7 @@ import pytest
 import torch
 
 from reinforce.engine.decode.row import Decoded, Row
-from reinforce.engine.inference.batches import Batches
-from reinforce.engine.inference.inference import Inference
+from reinforce.engine.inference.inference import Batches, Inference
 from reinforce.engine.inference.models import Counters, Models, PriorityLock
 from reinforce.engine.inference.outputs import encode, to_numpy
 from reinforce.engine.messages.pulse import LeaseWatch

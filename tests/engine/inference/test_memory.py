@@ -16,9 +16,8 @@ from reinforce.config import Config, parse_config
 from reinforce.dataset.layers import Layer
 from reinforce.engine.decode.cells import PixelCells
 from reinforce.engine.decode.row import Row
-from reinforce.engine.inference.batch_sizes import BatchSizes, Demand, texts_per_batch
-from reinforce.engine.inference.models import Counters, Models
-from reinforce.engine.inference.out_of_memory import OutOfMemory, attempt, memory_hint
+from reinforce.engine.inference.batch_sizes import BatchSizes, Demand, OutOfMemory, attempt, texts_per_batch
+from reinforce.engine.inference.models import Counters, Models, memory_hint
 from reinforce.engine.messages.results import ShardResult, raising_layer_failure
 from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.engine.worker.full_batch import find_batch, fit_batch

@@ -15,10 +15,9 @@ import torch
 from reinforce.dataset.layers import Layer
 from reinforce.engine.decode.row import Row
 from reinforce.engine.decode.rows import GROUP_ROWS
-from reinforce.engine.inference.batch_sizes import Demand, rows_per_batch
+from reinforce.engine.inference.batch_sizes import Demand, OutOfMemory, rows_per_batch
 from reinforce.engine.inference.inference import Batch, Outputs
 from reinforce.engine.inference.models import Models, count_tokens
-from reinforce.engine.inference.out_of_memory import OutOfMemory
 from reinforce.engine.inference.outputs import copied
 from reinforce.engine.inference.self_test import LONG_TEXT, TEXTS, check_captioner, probe_images, test_rows
 from reinforce.engine.messages.pulse import SERVER

@@ -16,10 +16,9 @@ from reinforce.config import Config
 from reinforce.dataset.kinds.scores import make_scorer
 from reinforce.dataset.layers import Layer, model_of
 from reinforce.engine.decode.row import Row
-from reinforce.engine.inference.batch_sizes import Demand
+from reinforce.engine.inference.batch_sizes import Demand, OutOfMemory
 from reinforce.engine.inference.inference import Batch, Outputs
 from reinforce.engine.inference.models import Models
-from reinforce.engine.inference.out_of_memory import OutOfMemory
 from reinforce.engine.inference.outputs import Floats
 from reinforce.engine.inference.self_test import LONG_TEXT, can_be_tested, check_numbers, score_probes, test_rows
 from reinforce.engine.messages.results import raising_layer_failure

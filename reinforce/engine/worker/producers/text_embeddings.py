@@ -13,10 +13,9 @@ import torch
 from reinforce.config import Config
 from reinforce.dataset.layers import TRUE_CAPTION, Layer
 from reinforce.engine.decode.row import Row
-from reinforce.engine.inference.batch_sizes import Demand, texts_per_batch
+from reinforce.engine.inference.batch_sizes import Demand, OutOfMemory, texts_per_batch
 from reinforce.engine.inference.inference import Outputs
 from reinforce.engine.inference.models import Models
-from reinforce.engine.inference.out_of_memory import OutOfMemory
 from reinforce.engine.inference.outputs import to_numpy
 from reinforce.engine.inference.self_test import LONG_TEXT, TEXTS, check_text_encoder, test_rows
 from reinforce.engine.messages.tracebacks import shorten

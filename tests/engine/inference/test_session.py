@@ -11,7 +11,7 @@ import torch
 
 from reinforce.config import parse_config
 from reinforce.engine.inference.models import Counters, Models, load_models
-from reinforce.engine.inference.stage_meter import StageMeter, device_report
+from reinforce.engine.inference.session import StageMeter, device_report
 from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.engine.record.rates import Cost
 from reinforce.engine.worker.producers.registry import measure_costs
