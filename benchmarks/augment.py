@@ -37,7 +37,7 @@ from reinforce.dataset.augment import fixed_point
 from reinforce.dataset.augment.backends import BACKENDS, Replay, load_backend, sample_augmentation
 from reinforce.dataset.augment.device_records import CELL, fill_cell
 from reinforce.dataset.augment.records import Augmentation, replay
-from reinforce.images import fast_jpeg
+from reinforce.images import jpeg
 from reinforce.images.policy import decode
 from reinforce.input_config import Limits
 from teachers.preprocessing.pixels import to_pixels
@@ -63,8 +63,8 @@ class Variant:
     simplejpeg: bool = True
 
     def decode(self, photos: Sequence[bytes]) -> list[Image.Image]:
-        load = fast_jpeg.load if self.simplejpeg else _leave_to_pillow
-        with unittest.mock.patch.object(fast_jpeg, "load", load):
+        load = jpeg.load if self.simplejpeg else _leave_to_pillow
+        with unittest.mock.patch.object(jpeg, "load", load):
             return [decode(data, LIMITS, strict=True, policy=self.policy) for data in photos]
 
 

@@ -26,9 +26,8 @@ from fsspec.implementations.local import LocalFileSystem
 from reinforce.errors import DamagedJson, StorageError, UserError
 from reinforce.processes.attempts import CONDITIONAL_PUTS, FIRST_WRITE, READS
 from reinforce.processes.file_lock import lock_file
-from reinforce.source.driver_errors import is_conflict, is_full, is_unsupported
 from reinforce.source.urls import filesystem
-from reinforce.source.whole_reads import ShortRead, list_whole, read_start
+from reinforce.source.whole_reads import ShortRead, is_conflict, is_full, is_unsupported, list_whole, read_start
 from teachers.redact import redact
 from teachers.weights import replacing
 

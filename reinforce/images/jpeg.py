@@ -1,17 +1,26 @@
-"""Detect JPEGs with missing scan data: libjpeg fills it with grey and only warns, and Pillow hides the warning.
+"""JPEGs: common ones decoded by simplejpeg where it is installed, and those with missing scan data detected.
 
-simplejpeg's strict mode refuses these, and also images that datasets contain: those with stray bytes before a marker,
-with damaged codes after which decoding continues, and progressive ones whose later scans are missing.
+simplejpeg gives the pixels of Pillow for less CPU: both use libjpeg-turbo with its default transform and upsampling.
+Everything else than an RGB JPEG without warnings that is decoded at its size is left to Pillow.
+
+libjpeg fills in missing scan data with grey and only warns, and Pillow hides the warning. simplejpeg's strict mode
+refuses such JPEGs, and also images that datasets contain: those with stray bytes before a marker, with damaged codes
+after which decoding continues, and progressive ones whose later scans are missing.
 """
 
 from __future__ import annotations
 
+import functools
+import io
 import re
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
-from PIL import Image
+import pyarrow as pa
+from PIL import Image, JpegImagePlugin
 
+_PIXEL_BYTES = 4  # that Pillow has for an RGB pixel
 _MARKER = re.compile(rb"\xff[^\x00\xff]")
 _SOS, _EOI, _TEM, _DRI = 0xDA, 0xD9, 0x01, 0xDD
 _RESTARTS = range(0xD0, 0xD8)
@@ -19,6 +28,62 @@ _FILL = 0xFF  # any number of it may come before a marker
 _BLOCK = 8  # side in pixels of a block at full size
 #: Bytes without a marker. As scan data, they decode to something other than grey.
 _NOISE = bytes(1 + (i * i * 31 + i * 17) % 253 for i in range(64))
+
+
+def load(image: Image.Image, data: bytes) -> bool:
+    """Load the pixels of a JPEG that Pillow has opened from ``data``. Returns False where Pillow must load them."""
+    if not _is_common(image) or (decoder := _load_decoder()) is None:
+        return False
+    pixels = _decode(decoder, data, image.size)
+    if pixels is None:
+        return False
+    image.im = pixels.im
+    image.tile = []  # type: ignore[attr-defined]
+    return True
+
+
+def _is_common(image: Image.Image) -> bool:
+    return (
+        type(image) is JpegImagePlugin.JpegImageFile
+        and image.mode == "RGB"
+        and not image.decoderconfig  # set where it is decoded at a fraction of its size
+        and "progressive" not in image.info
+    )
+
+
+@functools.cache
+def _load_decoder() -> Any:
+    """The module simplejpeg; None if it or Pillow's zero-copy import is missing, or its pixels are not Pillow's."""
+    try:
+        import simplejpeg
+    except ImportError:
+        return None
+    return simplejpeg if hasattr(Image, "fromarrow") and _equals_pillow(simplejpeg) else None
+
+
+def _equals_pillow(decoder: Any) -> bool:
+    values = np.arange(3 * 45 * 35, dtype=np.uint32) ** 2 * np.uint32(2654435761) >> np.uint32(24)
+    image = Image.fromarray(values.astype(np.uint8).reshape(35, 45, 3))
+    for subsampling in ("4:4:4", "4:2:2", "4:2:0"):
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", subsampling=subsampling, quality=90)
+        pixels = _decode(decoder, buffer.getvalue(), image.size)
+        if pixels is None or pixels.tobytes() != Image.open(buffer).tobytes():
+            return False
+    return True
+
+
+def _decode(decoder: Any, data: bytes, size: tuple[int, int]) -> Image.Image | None:
+    """The RGB pixels, in memory that is not copied; None after a warning or for an image of another size."""
+    try:
+        height, width, *_ = decoder.decode_jpeg_header(data)
+        if (width, height) != size:
+            return None
+        pixels = decoder.decode_jpeg(data, colorspace="RGBX", strict=True)
+    except ValueError:  # a warning or an error of libjpeg
+        return None
+    values = pa.Array.from_buffers(pa.uint8(), pixels.size, [None, pa.py_buffer(pixels)])
+    return Image.fromarrow(pa.FixedSizeListArray.from_arrays(values, _PIXEL_BYTES), "RGB", size)
 
 
 def lacks_scan_data(image: Image.Image, data: bytes, decode: Callable[[bytes], Image.Image]) -> bool:

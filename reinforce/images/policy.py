@@ -17,8 +17,7 @@ from pydantic import Field
 
 from reinforce.config import Config
 from reinforce.errors import UserError
-from reinforce.images import fast_jpeg, png
-from reinforce.images.jpeg import ends_in_zeros, lacks_scan_data
+from reinforce.images import jpeg, png
 from reinforce.input_config import Limits
 from reinforce.processes.imports import HEIC_HINT, reads_heic
 from reinforce.settings import Section
@@ -135,7 +134,7 @@ def decode(data: bytes, limits: Limits, strict: bool = False, policy: str = IMAG
             raise ImageRefused(Reason.IMAGE_SCANS, f"{scans} scans, above limits.scans of {limits.scans}")
         _reduce(image, policy)
         with large_image_lock if image.width * image.height > _LARGE_PIXELS else contextlib.nullcontext():
-            if not fast_jpeg.load(image, data):
+            if not jpeg.load(image, data):
                 image.load()
             _check_size(image.size, limits)  # a first frame may enlarge the canvas
             _check_complete(image, data, strict)
@@ -275,9 +274,9 @@ def _check_complete(image: Image.Image, data: bytes, strict: bool) -> None:
     elif strict and image.format == _HEIF and data.endswith(_ZEROS):
         raise ImageRefused(Reason.IMAGE_BROKEN, f"the HEIC ends in {len(_ZEROS):,} zeros or more")
     elif strict and _is_jpeg(image):
-        if ends_in_zeros(data):
+        if jpeg.ends_in_zeros(data):
             raise ImageRefused(Reason.IMAGE_BROKEN, "the JPEG ends in zeros, without an end mark")
-        if lacks_scan_data(image, data, _load):
+        if jpeg.lacks_scan_data(image, data, _load):
             raise ImageRefused(Reason.IMAGE_BROKEN, "the JPEG lacks scan data")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import os
 import re
@@ -186,15 +185,10 @@ def find_compressed(urls: Sequence[str]) -> str | None:
     return next((url for url, location in locations if COMPRESSIONS.get(_ending(location))), None)
 
 
-def find_private(urls: Iterable[str]) -> str | None:
-    """Return the first URL that is not :func:`is_public`, or None. Plain names are as public as their folder."""
-    public = functools.lru_cache(maxsize=2**10)(is_public)
-    for url in urls:
-        folder, _, name = url.rpartition("/")
-        plain = folder and not _SPECIAL.search(folder) and _PLAIN_NAME.fullmatch(name)
-        if not public(f"{folder}/x" if plain else url):
-            return url
-    return None
+def find_private(urls: Sequence[str]) -> str | None:
+    """Return the first URL that is not :func:`is_public`, or None."""
+    locations = zip(urls, _canonical_urls(urls), strict=True)
+    return next((url for url, location in locations if location != url and not is_public(url)), None)
 
 
 def compression(url: str) -> str | None:

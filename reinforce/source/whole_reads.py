@@ -1,22 +1,29 @@
-"""Reads that check how many bytes arrive, and listings that start again.
+"""Reads of storages that check how many bytes arrive, listings that start again, and what drivers raise.
 
 An object store may answer with fewer bytes than were asked for and a Content-Length that fits them. No driver notices
 that, and where the answer has no checksum, the file looks damaged. Its size is known, so the bytes are asked for again.
-A listing is a chain of pages, each with the token of the next one, and a token may expire before it is used.
+A listing is a chain of pages, each with the token of the next one, and a token may expire before it is used. Each
+driver has exceptions of its own, which are classified here.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
+from reinforce.errors import StorageError
 from reinforce.processes.attempts import READS
-from reinforce.source.driver_errors import lacks_range
 
+#: Packages whose exceptions are errors of a storage, beside OSError.
+_DRIVERS = frozenset({"botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "azure", "adlfs", "requests", "urllib3"})
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota reached, file too large
+_CONFLICTS = (409, 412)  # HTTP status of a conditional put that met another one, or a file
+_NO_RANGE = (errno.EINVAL, 416)  # of a read from a range that a file does not have
 _INVALID = (errno.EINVAL, errno.EIO, 400)  # what drivers raise for a request that the storage finds invalid
 _NO_NEXT_PAGE = ("PaginationError", "KeyError")  # botocore's for a token that is repeated, s3fs's for one that is lost
 T = TypeVar("T")
@@ -84,7 +91,7 @@ def read_start(fs: Any, path: str, size: int) -> bytes:
     try:
         data: bytes = fs.cat_file(path, end=size)
     except Exception as error:  # each driver has its own exceptions
-        if not lacks_range(error):
+        if not _lacks_range(error):
             raise
         fs.invalidate_cache()
         if fs.info(path)["size"]:
@@ -130,3 +137,40 @@ def _read(read: Callable[[], bytes], size: int, path: str) -> bytes:
         return data
 
     return READS.call(read_whole, lambda error: isinstance(error, ShortRead))
+
+
+def is_storage_error(error: Exception) -> bool:
+    """Whether an error comes from a storage or from the network to it."""
+    if isinstance(error, (OSError, StorageError)):
+        return True
+    return type(error).__module__.partition(".")[0] in _DRIVERS
+
+
+def is_full(error: Exception) -> bool:
+    """Whether a disk is full, by Python or by a library in Rust, such as safetensors, which has it in its message."""
+    in_rust = re.search(r"\(os error (\d+)\)", str(error))
+    number = error.errno if isinstance(error, OSError) else int(in_rust[1]) if in_rust else None
+    return number in _NO_SPACE
+
+
+def is_unsupported(error: Exception) -> bool:
+    """Whether a storage or its driver has no conditional puts."""
+    if isinstance(error, (NotImplementedError, TypeError)) or "NotImplemented" in str(error):
+        return True
+    return getattr(error, "errno", None) == errno.ENOSYS  # s3fs raises it for status 501
+
+
+def is_conflict(error: Exception) -> bool:
+    """Whether a storage reports that a conditional put met another one, or a file."""
+    response = getattr(error.__cause__, "response", None)  # of botocore
+    status = response.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(response, dict) else None
+    return isinstance(error, FileExistsError) or not {status, *_codes(error)}.isdisjoint(_CONFLICTS)
+
+
+def _lacks_range(error: Exception) -> bool:
+    """Whether a storage reports that a file does not have the bytes that were asked for."""
+    return not _codes(error).isdisjoint(_NO_RANGE)
+
+
+def _codes(error: Exception) -> set[object]:
+    return {getattr(error, name, None) for name in ("errno", "code", "status", "status_code")}

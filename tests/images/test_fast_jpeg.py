@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from reinforce.images import fast_jpeg
+from reinforce.images import jpeg
 from reinforce.images.policy import ImageRefused, decode
 from reinforce.input_config import Limits
 from tests.helpers.images import encode, natural, noise, without_scan_data
@@ -58,7 +58,7 @@ def test_pixels_equal_pillows(
     image = noise(width, height, seed=seed, saturated=saturated)
     data = encode(image, "JPEG", **{"subsampling": subsampling, "quality": quality, **options})
     header = opened(data)
-    assert fast_jpeg.load(header, data)
+    assert jpeg.load(header, data)
     assert header.mode == "RGB"
     assert header.tobytes() == opened(data).tobytes()
 
@@ -67,7 +67,7 @@ def test_pixels_of_natural_images_equal_pillows() -> None:
     for image, subsampling in itertools.product((natural(255, 191), natural(1024, 768)), SUBSAMPLINGS):
         data = encode(image, "JPEG", subsampling=subsampling, quality=90)
         header = opened(data)
-        assert fast_jpeg.load(header, data)
+        assert jpeg.load(header, data)
         assert header.tobytes() == opened(data).tobytes()
 
 
@@ -75,7 +75,7 @@ def test_pixels_of_natural_images_equal_pillows() -> None:
 def test_hostile_images_have_the_same_outcome_as_with_pillow(case: ImageCase, monkeypatch: pytest.MonkeyPatch) -> None:
     data = case.data()
     found = outcomes(data)
-    monkeypatch.setattr(fast_jpeg, "load", lambda *_: False)
+    monkeypatch.setattr(jpeg, "load", lambda *_: False)
     assert found == outcomes(data)
 
 
@@ -87,7 +87,7 @@ def test_damaged_jpegs_have_the_same_outcome_as_with_pillow(seed: int, draw: st.
         data[draw.draw(st.integers(2, len(data) - 1))] = draw.draw(st.integers(0, 255))
     damaged = bytes(data[: draw.draw(st.integers(len(data) // 2, len(data)))]) if seed % 3 == 0 else bytes(data)
     found = outcome(damaged, True)
-    with mock.patch.object(fast_jpeg, "load", return_value=False):
+    with mock.patch.object(jpeg, "load", return_value=False):
         assert found == outcome(damaged, True)
 
 
@@ -105,9 +105,9 @@ def test_damaged_jpegs_have_the_same_outcome_as_with_pillow(seed: int, draw: st.
     ids=["grey", "CMYK", "progressive", "PNG", "MPO", "missing scan data", "truncated"],
 )
 def test_everything_else_is_left_to_pillow(data: bytes) -> None:
-    assert not fast_jpeg.load(opened(data), data)
+    assert not jpeg.load(opened(data), data)
     large = encode(natural(50, 40), "JPEG")
-    assert not fast_jpeg.load(opened(data), large), "of another size than Pillow has found"
+    assert not jpeg.load(opened(data), large), "of another size than Pillow has found"
 
 
 def test_images_have_the_same_pixels_where_the_package_is_missing_or_has_other_pixels(
@@ -118,15 +118,15 @@ def test_images_have_the_same_pixels_where_the_package_is_missing_or_has_other_p
     def darker(data: bytes, **options: Any) -> Any:
         return decode_jpeg(data, **options) // 2
 
-    assert fast_jpeg._load_decoder() is not None
+    assert jpeg._load_decoder() is not None
     decode_jpeg, data = simplejpeg.decode_jpeg, encode(natural(60, 40), "JPEG")
     fast = decode(data, LIMITS).tobytes()
     monkeypatch.setattr(simplejpeg, "decode_jpeg", darker)
-    monkeypatch.setattr(fast_jpeg, "_load_decoder", fast_jpeg._load_decoder.__wrapped__)
-    assert fast_jpeg._load_decoder() is None
+    monkeypatch.setattr(jpeg, "_load_decoder", jpeg._load_decoder.__wrapped__)
+    assert jpeg._load_decoder() is None
     assert decode(data, LIMITS).tobytes() == fast
     monkeypatch.setitem(sys.modules, "simplejpeg", None)
-    assert not fast_jpeg.load(opened(data), data)
+    assert not jpeg.load(opened(data), data)
     assert decode(data, LIMITS).tobytes() == fast
 
 

@@ -43,9 +43,9 @@ from reinforce.engine.worker.producers.registry import check_models, measure_cos
 from reinforce.engine.worker.shard import ShardProcess, allocate_pixels
 from reinforce.errors import StorageError, UserError
 from reinforce.processes.imports import reads_heic
-from reinforce.source.driver_errors import is_storage_error
 from reinforce.source.samples import AbsentShard
 from reinforce.source.urls import is_local
+from reinforce.source.whole_reads import is_storage_error
 from reinforce.storage import forget_credentials
 from schemas import Reason
 from teachers.fast_paths.usage import Usage, growth, snapshot
