@@ -1,17 +1,20 @@
-"""The most similar images among those that were looked at, and how many samples each class has."""
+"""Similar images among those that were looked at, and how many samples each class has."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from reinforce.dataset.vectors import normalized
+from reinforce.inspection.plots import Chart, distribution
 from reinforce.inspection.rows import Rows
+from reinforce.seeds import permutation
 
 _PAIRS = 24  # that are shown
+_SHOWN, _NEAREST = 24, 6  # images, and the nearest ones of each
 _CHUNK = 512  # rows that are compared with all others at once
 _COSINES = (0.9, 0.95, 0.98)
 _CLASSES = 20  # of the largest ones, and of the smallest ones
@@ -81,3 +84,33 @@ def count_classes(rows: Rows) -> Classes | None:
     largest, smallest = (ordered[:_CLASSES], ordered[-_CLASSES:]) if cut else (ordered, [])
     hidden = len(ordered) - len(largest) - len(smallest)
     return Classes(len(counts), largest, smallest, hidden, len(rows) - counts.total())
+
+
+def find_neighbours(rows: Rows, order: Sequence[int]) -> list[tuple[int, Mapping[str, Sequence[tuple[int, float]]]]]:
+    """The first rows of ``order``, each with the nearest rows and their cosines, the nearest first: by each teacher
+    that encodes images alone, by the mean vectors of crops."""
+    vectors = {teacher: normalized(rows.image_vectors(teacher)) for teacher in rows.image_teachers}
+    return [(row, {teacher: _nearest(of, row) for teacher, of in vectors.items()}) for row in order[:_SHOWN]]
+
+
+def _nearest(vectors: np.ndarray, row: int) -> list[tuple[int, float]]:
+    """The rows of the nearest of unit vectors [R, D] with their cosines, of those that are finite."""
+    cosines = vectors @ vectors[row]
+    cosines[row] = np.nan
+    finite = np.flatnonzero(np.isfinite(cosines))
+    nearest = finite[np.argsort(-cosines[finite], kind="stable")][:_NEAREST]
+    return [(int(one), float(cosines[one])) for one in nearest]
+
+
+def similarity_charts(rows: Rows, seed: int) -> Iterator[Chart]:
+    """For each teacher, cosines of two crops of one image and of two images, each the mean over their crops."""
+    order = permutation(len(rows), seed, "pairs of images")
+    for teacher, count in rows.image_teachers.items():
+        vectors = rows.image_vectors(teacher)
+        named = {"two images": np.einsum("rd,rd->r", vectors[order[1:]], vectors[order[:-1]])}
+        if count > 1:
+            named["two crops of one image"] = (count * np.square(vectors).sum(axis=1) - 1) / (count - 1)
+        finite = {name: values[np.isfinite(values)] for name, values in named.items()}
+        if found := {name: values for name, values in finite.items() if len(values)}:
+            text = "Mean cosines of crops. Where they do not differ, the teacher cannot tell these images apart."
+            yield distribution(teacher, text, "cosine", "pairs", found)

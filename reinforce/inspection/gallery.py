@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 from PIL import Image
@@ -17,35 +17,11 @@ from reinforce.dataset.reading.sample import SHOWN_REPLAYS, Pictures, Sample, Sh
 from reinforce.errors import UserError
 from reinforce.inspection.overview import Quarantined
 from reinforce.inspection.rows import Rows
-from reinforce.inspection.selection import Group
-from reinforce.inspection.sides import RuleSides
+from reinforce.inspection.selection import Place
 from reinforce.seeds import permutation
 
 _RANDOM, _RANKED, _NULL = 96, 24, 24  # samples in the random tab, in each ranked tab, and among null rows
 _SIDE, _REPLAY_SIDE = 420, 144  # pixels
-
-
-@dataclass(frozen=True)
-class Tab:
-    """One way to look at the samples: its name, what it is called, and what it shows."""
-
-    name: str
-    title: str
-    text: str
-
-
-TABS = (
-    Tab("random", "Random", "Samples in random order."),
-    Tab("key", "By key", "Every sample that has a picture here, in the order of shards and keys."),
-    Tab("agree", "Teachers agree", "Samples for which the teachers give the most similar targets."),
-    Tab("disagree", "Teachers disagree", "Samples for which the teachers give the most different targets."),
-    Tab("worst", "Fit worst", "True captions that fit their image worst, by their mean rank over all teachers."),
-    Tab("synthetic", "Synthetic fits better", "Synthetic captions are more similar to the image than the true one."),
-    Tab("true", "True fits better", "The true caption is more similar to the image than the synthetic ones."),
-    Tab("quarantine", "Quarantined", "What was refused, and rows that a layer could not compute, with the reason."),
-)
-#: Tabs of samples without captions.
-TABS_ALONE = tuple(tab for tab in TABS if tab.name in ("random", "key", "quarantine"))
 
 
 @dataclass(frozen=True)
@@ -180,10 +156,9 @@ def _side_by_side(pictures: np.ndarray) -> Image.Image:
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """A sample on a page beside the gallery: a number, the file of its picture or None with a ``problem``, its key and
+    """A sample on a page beside the gallery: the file of its picture or None with a ``problem``, its key and true
     caption, and the number of its card in the gallery, if it has one."""
 
-    value: str
     picture: str | None
     problem: str
     key: str
@@ -191,48 +166,31 @@ class Thumbnail:
     card: int | None = None
 
     @classmethod
-    def of(cls, card: Card, value: str) -> Thumbnail:
-        picture = None if card.picture is None else f"{card.picture}.webp"
-        caption = next((line.text for line in card.shown.captions if line.captioner is None), None)
-        return cls(value, picture, card.problem, card.shown.key, caption, card.row)
+    def of(cls, shown: ShownSample, picture: str | None, problem: str, card: int | None = None) -> Thumbnail:
+        caption = next((line.text for line in shown.captions if line.captioner is None), None)
+        return cls(picture, problem, shown.key, caption, card)
 
 
-def draw_sides(
-    data: Dataset, rules: Sequence[RuleSides], problems: list[str], write: Callable[[str, bytes], None]
-) -> dict[tuple[int, str], list[Thumbnail]]:
-    """Read and draw the samples of the sides of rules, and ``write`` their pictures -> thumbnails by rule and side."""
-    chosen = [(rule.number, side.name, one) for rule in rules for side in rule.sides for one in side.samples]
-    places = {index: (one.group, one.place) for index, (_, _, one) in enumerate(chosen)}
-    sides: dict[tuple[int, str], list[Thumbnail]] = {}
-    for index, drawn in sorted(draw_rows(data, places, "rule", problems, write).items()):
-        value = chosen[index][2].value
-        shown = replace(drawn, value="" if value is None else f"{value:.4g}")
-        sides.setdefault(chosen[index][:2], []).append(shown)
-    return sides
-
-
-def draw_rows(
-    data: Dataset,
-    places: Mapping[int, tuple[Group, int]],
-    stem: str,
-    problems: list[str],
-    write: Callable[[str, bytes], None],
-) -> dict[int, Thumbnail]:
-    """Read and draw samples at places, and ``write`` their pictures, whose names begin with ``stem`` -> thumbnails
-    without numbers, by the number of the place."""
+def draw_thumbnails(
+    data: Dataset, rows: Rows, cards: Sequence[Card], places: Collection[Place], write: Callable[[str, bytes], None]
+) -> dict[Place, Thumbnail]:
+    """Thumbnails of cards, and of samples at other ``places``, which are read and drawn; ``write`` gets the pictures of
+    these by file name."""
     found = {}
-    for index, sample, pictures, problem in _read(data, places, problems):
-        name = f"images/{stem}-{index:05d}.webp" if pictures else None
+    for card in cards:
+        picture = card.picture and f"{card.picture}.webp"
+        found[rows.places[card.row]] = Thumbnail.of(card.shown, picture, card.problem, card.row)
+    others = dict(enumerate(sorted({*places} - found.keys())))
+    for index, sample, pictures, problem in _read(data, others, rows.problems):
+        name = f"images/other-{index:05d}.webp" if pictures else None
         if pictures and name:
             write(name, pictures.original)
-        one = ShownSample.of(sample)
-        caption = next((line.text for line in one.captions if line.captioner is None), None)
-        found[index] = Thumbnail("", name, problem, one.key, caption)
+        found[others[index]] = Thumbnail.of(ShownSample.of(sample), name, problem)
     return found
 
 
 def _read(
-    data: Dataset, places: Mapping[int, tuple[Group, int]], problems: list[str]
+    data: Dataset, places: Mapping[int, Place], problems: list[str]
 ) -> Iterator[tuple[int, Sample, Pictures | None, str]]:
     """Read and draw samples at places, a row group at a time; one without a picture has a problem."""
     by_group: dict[tuple[str, int], list[int]] = {}

@@ -14,6 +14,7 @@ from markupsafe import Markup
 from reinforce import plots
 from reinforce.dataset.augment.backends import known_operations
 from reinforce.inspection.rows import Rows
+from reinforce.inspection.selection import Place
 from reinforce.inspection.targets import BATCH, SCALES
 
 if TYPE_CHECKING:
@@ -86,15 +87,15 @@ def quantile_rows(values: np.ndarray) -> list[tuple[str, int]]:
     return [(f"{places[place]:.0%}".replace("%", " %"), int(ordered[place])) for place in sorted(places)]
 
 
-def number_charts(rows: Rows) -> Iterator[tuple[Chart, list[tuple[str, int]]]]:
-    """The distribution of each score, and the rows at its quantiles."""
+def number_charts(rows: Rows) -> Iterator[tuple[Chart, list[tuple[str, Place]]]]:
+    """The distribution of each score, and the samples at its quantiles."""
     for (layer, name), every in rows.scores().items():
         found = every[np.isfinite(every)]
         if not len(found):
             continue
         about = f"Of {len(found):,} samples; {len(every) - len(found):,} have none."
         chart = distribution(f"{layer}: {name}", about, name, "samples", {name: found})
-        yield chart, [(f"{share}: {every[row]:.4g}", row) for share, row in quantile_rows(every)]
+        yield chart, [(f"{share}: {every[row]:.4g}", rows.places[row]) for share, row in quantile_rows(every)]
 
 
 def distribution(title: str, text: str, x_label: str, unit: str, named: Mapping[str, np.ndarray]) -> Chart:

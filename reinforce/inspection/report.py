@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,12 +20,12 @@ from reinforce.dataset.reading.dataset import Dataset
 from reinforce.dataset.vectors import NORM_TOLERANCE
 from reinforce.dataset.view import open_view
 from reinforce.errors import UserError
-from reinforce.inspection import captions, contents, neighbours, plots
-from reinforce.inspection.gallery import TABS, TABS_ALONE, Card, Thumbnail, choose, draw_sides, make_cards, measures
+from reinforce.inspection import captions, contents, plots
+from reinforce.inspection.gallery import Card, choose, draw_thumbnails, make_cards, measures
 from reinforce.inspection.overview import Overview, Quarantined, model_facts, read_overview, recipe_lines
 from reinforce.inspection.plots import Chart, quantile_rows
 from reinforce.inspection.rows import Rows, read_rows
-from reinforce.inspection.selection import select
+from reinforce.inspection.selection import Place, select
 from reinforce.inspection.sides import Sides
 from reinforce.inspection.texts import DEFINITIONS
 from reinforce.markup import TEMPLATES, render
@@ -101,12 +102,13 @@ def inspect(
     at_quantiles = {row for values in rows.scores().values() for _, row in quantile_rows(values)}
     tabs = choose(rows, seed, set(items), at_quantiles)
     cards = make_cards(data, rows, tabs, items, files.__setitem__)
-    near = neighbours.find_neighbours(rows, tabs["random"]) if rows.image_teachers else []
-    nearest = neighbours.draw_neighbours(data, rows, near, cards, files.__setitem__)
-    similar = contents.find_similar(rows)
-    pairs = neighbours.draw_pairs(data, rows, similar, cards, files.__setitem__)
-    thumbnails = draw_sides(data, sides.rules, rows.problems, files.__setitem__) if sides else {}
+    nearest, similar = _nearest(rows, tabs["random"]), contents.find_similar(rows)
+    wanted = {place for one, found in nearest for place in (one, *(other for _, of in found for _, other in of))}
+    wanted |= {rows.places[row] for pair in (similar.pairs if similar else ()) for row in pair[:2]}
+    wanted |= {place for rule in (sides.rules if sides else ()) for side in rule.sides for _, place in side.shown}
+    drawn = draw_thumbnails(data, rows, cards, wanted, files.__setitem__)
     texts, cosines = captions.text_figures(rows), captions.similarities(rows)
+    charts = [*contents.similarity_charts(rows, seed)]
     problems = [*overview.problems, *dict.fromkeys(rows.problems)]
     about: dict[str, Any] = {
         "version": version, "teachers": data.teachers, "captioners": data.captioners, "limit": limit, "seed": seed,
@@ -119,15 +121,16 @@ def inspect(
         "rows": rows,
         "view": None if sides is None else sides.view,
         "has_texts": rows.has_texts,
+        "thumbnails": drawn,
     }
     found = {
         "summary": _summary(data, overview, problems),
         "gallery": _gallery(overview, rows, cards),
-        "contents": {"similar": similar, "pairs": pairs, "classes": contents.count_classes(rows)},
+        "contents": {"similar": similar, "classes": contents.count_classes(rows)},
         **({"captions": _captions(rows, texts, cosines)} if rows.has_texts else {}),
-        **({"neighbours": _neighbours(rows, nearest, seed)} if rows.image_teachers else {}),
-        "plots": _plots(rows, {card.row: card for card in cards}),
-        **({} if sides is None else {"view": _sides(sides, thumbnails)}),
+        **({"neighbours": {"nearest": nearest, **_charts(similarity=charts)}} if rows.image_teachers else {}),
+        "plots": _plots(rows),
+        **({} if sides is None else {"view": {"rules": sides.rules}}),
     }
     names = {name: _FIRST if name == "summary" else f"{name}.html" for name in found}
     shared["pages"] = [(address, name.capitalize()) for name, address in names.items()]
@@ -170,16 +173,15 @@ def _by_key(items: Sequence[Quarantined]) -> dict[tuple[str, str], list[Quaranti
     return found
 
 
-def _sides(sides: Sides, thumbnails: Mapping[tuple[int, str], list[Thumbnail]]) -> dict[str, Any]:
-    rules = [
+def _nearest(rows: Rows, order: Sequence[int]) -> list[tuple[Place, list[tuple[str, list[tuple[str, Place]]]]]]:
+    """Samples, each with the nearest ones and their cosines by teacher."""
+    return [
         (
-            rule,
-            json.dumps(rule.rule, ensure_ascii=False),
-            [(side, thumbnails.get((rule.number, side.name), ())) for side in rule.sides],
+            rows.places[row],
+            [(name, [(f"{cosine:.3f}", rows.places[one]) for one, cosine in of]) for name, of in found.items()],
         )
-        for rule in sides.rules
+        for row, found in (contents.find_neighbours(rows, order) if rows.image_teachers else ())
     ]
-    return {"rules": rules}
 
 
 def _summary(data: Dataset, overview: Overview, problems: Sequence[str]) -> dict[str, Any]:
@@ -202,16 +204,14 @@ def _summary(data: Dataset, overview: Overview, problems: Sequence[str]) -> dict
 def _gallery(overview: Overview, rows: Rows, cards: Sequence[Card]) -> dict[str, Any]:
     shown = {(card.shard, card.shown.key) for card in cards}
     others = [item for item in overview.quarantine.items if (item.shard, item.key) not in shown]
-    shown_tabs = TABS if rows.has_texts else TABS_ALONE
-    counts = {tab.name: sum(tab.name in card.ranks for card in cards) for tab in shown_tabs}
+    counts = Counter(name for card in cards for name in card.ranks)
     counts["quarantine"] += len(others)
-    tabs = [(tab, counts[tab.name]) for tab in shown_tabs]
     found = measures(rows)
     numbers = [[f"{values[card.row]:.4g}" for values in found.values()] for card in cards]
     return {
         "cards": [*zip(cards, numbers, strict=True)],
         "others": others,
-        "tabs": tabs,
+        "counts": counts,
         "measures": [*found],
         "parts": -(-len(rows) // _FOUND_ROWS),
     }
@@ -229,11 +229,7 @@ def _captions(
     }
 
 
-def _neighbours(rows: Rows, nearest: Sequence[neighbours.Shown], seed: int) -> dict[str, Any]:
-    return {"nearest": nearest, **_charts(similarity=[*neighbours.similarity_charts(rows, seed)])}
-
-
-def _plots(rows: Rows, cards: Mapping[int, Card]) -> dict[str, Any]:
+def _plots(rows: Rows) -> dict[str, Any]:
     scores = [*plots.number_charts(rows)]
     return {
         **_charts(
@@ -241,7 +237,7 @@ def _plots(rows: Rows, cards: Mapping[int, Card]) -> dict[str, Any]:
             crops=[plots.area_chart(rows), plots.operation_chart(rows)],
             targets=[plots.entropy_chart(rows), plots.agreement_chart(rows)],
         ),
-        "quantiles": [[Thumbnail.of(cards[row], text) for text, row in at if row in cards] for _, at in scores],
+        "quantiles": [at for _, at in scores],
         "layers": [(name, figures) for name, figures in rows.layers.items() if name != SAMPLES],
         "tolerance": NORM_TOLERANCE,
     }

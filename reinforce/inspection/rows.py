@@ -18,7 +18,7 @@ from reinforce.dataset.reading.aligned import AlignedLayers, row_errors
 from reinforce.dataset.reading.dataset import Dataset
 from reinforce.dataset.vectors import Floats
 from reinforce.errors import UserError
-from reinforce.inspection.selection import Group, Selection
+from reinforce.inspection.selection import Group, Place, Selection
 from reinforce.inspection.sides import Sides
 from reinforce.inspection.targets import Targets
 from reinforce.source.captions import parse_json
@@ -74,7 +74,7 @@ class Rows:
     teachers: list[str]
     captioners: list[str]
     targets: Targets
-    places: list[tuple[Group, int]] = field(default_factory=list)
+    places: list[Place] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
     captions: list[list[str]] = field(default_factory=list)  # the true ones
     synthetic: dict[str, list[list[str] | None]] = field(default_factory=dict)

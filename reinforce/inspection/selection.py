@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -19,13 +20,17 @@ _SHARDS = 64  # opened at least, if there are so many; more only while these hav
 _GROUPS = 256  # row groups at most: each takes a request for every layer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Group:
     """A row group, and how many of its rows are looked at, from the first; with a view, of those that it keeps."""
 
     shard: str
     number: int
     rows: int
+
+
+#: Where a sample is: its row group, and the row in it.
+Place: TypeAlias = tuple[Group, int]
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ view may be untrusted: its expressions are computed with limits of time and memo
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.reading.dataset import Dataset
 from reinforce.dataset.view import View
 from reinforce.errors import UserError
-from reinforce.inspection.selection import Group
+from reinforce.inspection.selection import Group, Place
 from reinforce.selection.expressions import Expression
 from reinforce.selection.limited import LimitedExpressions, LimitError
 
@@ -28,40 +29,40 @@ _NUMBER = re.compile(r"(\d+) ")
 LEFT_OUT, KEPT, NO_VALUE = "left out", "kept", "left out, without a value"
 
 
-@dataclass(frozen=True)
-class SideSample:
-    """A sample and where it is; the ``value`` by which a rule decides, and the ``distance`` by which it is chosen."""
-
-    distance: float
-    group: Group
-    place: int
-    value: float | None
-
-
 @dataclass
 class Side:
-    """The samples of one side of a rule, those that are shown first."""
+    """The samples of one side of a rule, those that are shown first: the distance by which each is chosen, the value by
+    which the rule decides, '' if it has none, and where the sample is."""
 
     name: str
-    samples: list[SideSample] = field(default_factory=list)
+    samples: list[tuple[float, str, Place]] = field(default_factory=list)
 
     def add(self, group: Group, places: np.ndarray, distances: np.ndarray, values: np.ndarray | None) -> None:
         """Add the rows at some places of a row group; the smallest distances are shown."""
         for place in places[np.argsort(distances[places], kind="stable")[:_SHOWN]].tolist():
-            value = None if values is None or np.isnan(values[place]) else float(values[place])
-            self.samples.append(SideSample(float(distances[place]), group, place, value))
-        self.samples = sorted(self.samples, key=lambda sample: sample.distance)[:_SHOWN]
+            value = "" if values is None or np.isnan(values[place]) else f"{values[place]:.4g}"
+            self.samples.append((float(distances[place]), value, (group, place)))
+        self.samples = sorted(self.samples, key=lambda sample: sample[0])[:_SHOWN]
+
+    @property
+    def shown(self) -> list[tuple[str, Place]]:
+        """The value and place of each sample."""
+        return [(value, place) for _, value, place in self.samples]
 
 
 @dataclass
 class RuleSides:
-    """A rule of a view: its text, the ``line`` of the view's report on it, and its sides."""
+    """A rule of a view, the ``line`` of the view's report on it, and its sides."""
 
     number: int
     rule: Mapping[str, Any]
     line: Mapping[str, Any]
     expression: Expression | None
     sides: tuple[Side, ...] = field(default_factory=lambda: (Side(LEFT_OUT), Side(KEPT), Side(NO_VALUE)))
+
+    @property
+    def text(self) -> str:
+        return json.dumps(self.rule, ensure_ascii=False)
 
     def add(self, group: Group, codes: np.ndarray, null: np.ndarray, order: np.ndarray, value: np.ndarray) -> None:
         """Add the rows of a row group: ``codes`` number the rule that leaves a row out, 0 for none."""

@@ -12,7 +12,7 @@ import torch
 import reinforce
 from reinforce.dataset.vectors import normalized
 from reinforce.inspection import gallery
-from reinforce.inspection.neighbours import find_neighbours, similarity_charts
+from reinforce.inspection.contents import find_neighbours, similarity_charts
 from reinforce.inspection.report import inspect
 from reinforce.inspection.rows import Rows, read_rows
 from reinforce.inspection.selection import select
@@ -79,7 +79,7 @@ def test_neighbours_outside_the_gallery_have_pictures_and_a_page_without_caption
     page = (tmp_path / "report" / "neighbours.html").read_text()
     assert page.count("<h3>eye.1</h3>") == page.count("<h3>half</h3>") == 2
     pictures = set(re.findall(r'src="(images/[^"]+)"', page))
-    assert any("near-" in picture for picture in pictures)
+    assert any("other-" in picture for picture in pictures)
     assert all((tmp_path / "report" / picture).is_file() for picture in pictures)
     for name in ("gallery", "plots", "neighbours"):
         text = re.sub(r"<[^>]+>", "", (tmp_path / "report" / f"{name}.html").read_text())
