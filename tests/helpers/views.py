@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+import reinforce
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.view import View, read_view, view_fingerprint
 from reinforce.selection.config import SelectConfig
@@ -19,6 +20,17 @@ def make_view(url: str | Path, *rules: str | dict[str, Any], name: str = "some",
     """Make a view of a dataset; a rule that is a text is a ``where``. ``options`` are those of ``select``."""
     written = [{"where": rule} if isinstance(rule, str) else rule for rule in rules]
     return select(parse(SelectConfig, {"dataset": str(url), "name": name, "rules": written, "seed": seed}), **options)
+
+
+def keys_of(url: str | Path, view: str | None = "some") -> list[str]:
+    """The keys of the samples of a view, or of a dataset."""
+    return [sample.key for sample in reinforce.open(str(url), view=view)]
+
+
+def reasons_of(url: str | Path, view: str = "some") -> list[str | None]:
+    """Why the view leaves out each row of the dataset, None where it keeps it."""
+    [folder] = [folder for folder in Path(url, "views", view).glob("rows-*") if any(folder.iterdir())]
+    return [row for path in sorted(folder.iterdir()) for row in pq.read_table(path)["left_out"].to_pylist()]
 
 
 def as_version_1(url: str | Path, name: str = "some") -> Path:

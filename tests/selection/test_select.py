@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import yaml
 from hypothesis import given
@@ -27,7 +26,7 @@ from reinforce.selection.thresholds import DOUBLE_BITS, FLOAT_BITS, Counts, Sear
 from tests.helpers.commands import Command
 from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.reinforced import reinforce_here
-from tests.helpers.views import make_view
+from tests.helpers.views import keys_of, make_view, reasons_of
 
 SHARDS, ROWS = 3, 20
 SCORES = {"match": {"similarity": "red", "texts": ["caption", "namer"]}, "sizes": {"facts": ["words", "bytes"]}}
@@ -48,15 +47,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def url(made: Path, tmp_path: Path) -> str:
-    shutil.copytree(made, tmp_path / "out")
-    return str(tmp_path / "out")
-
-
-view_of = functools.partial(make_view, name="mine")
-
-
-def kept(url: str, name: str = "mine") -> list[str]:
-    return [sample.key for sample in reinforce.open(url, view=name)]
+    return str(shutil.copytree(made, tmp_path / "out"))
 
 
 def scores(url: str, score: str) -> dict[str, Any]:
@@ -64,33 +55,51 @@ def scores(url: str, score: str) -> dict[str, Any]:
     return {sample.key: sample.values[f"scores/{layer}"][name] for sample in reinforce.open(url)}
 
 
-def test_where_keeps_the_samples_for_which_it_is_true(url: str) -> None:
-    view = view_of(url, {"where": "scores.match.caption_mean > 0 AND metadata->>'uid' NOT LIKE '001%'"})
-    values = scores(url, "match.caption_mean")
-    wanted = [key for key, value in values.items() if value is not None and value > 0 and not key.startswith("001")]
-    assert kept(url) == wanted
-    assert 0 < len(wanted) < SHARDS * ROWS
-    assert len(reinforce.open(url, view="mine")) == len(wanted)
-    [line] = view.report
-    # Two captions are missing in shards whose uid does not decide.
-    assert (line["rows"], line["null"]) == (SHARDS * ROWS, 2)
+NUMBERS = "regexp_extract_all(caption, '[0-9]+')"
+NAN = "CASE WHEN key LIKE '000%' THEN 'nan'::DOUBLE ELSE width END"
 
 
-def test_nan_is_no_value_of_a_number_and_nullif_makes_it_null_in_where(url: str) -> None:
-    number = "CASE WHEN key LIKE '000%' THEN 'nan'::DOUBLE ELSE width END"
-    best, large = view_of(url, {"keep": {"top": 1.0, "by": number}}), view_of(url, {"where": f"{number} > 0"}, name="b")
-    known = view_of(url, {"where": f"nullif({number}, 'nan') > 0"}, name="c")
-    rows = [(line["null"], line["left_out"]) for view in (best, large, known) for line in view.report]
-    assert rows == [(ROWS, ROWS), (0, 0), (ROWS, ROWS)], "duckdb's NaN is larger than any number"
+def matches(sample: reinforce.Sample) -> bool:
+    return (sample.values["scores/match"]["caption_mean"] or 0) > 0 and not sample.key.startswith("001")
+
+
+def large(sample: reinforce.Sample) -> bool:
+    return any(word.isdecimal() and int(word) > 10 for word in (sample.caption or "").split(" "))
+
+
+@pytest.mark.parametrize(
+    ("text", "keeps", "null"),
+    [
+        ("scores.match.caption_mean > 0 AND metadata->>'uid' NOT LIKE '001%'", matches, 2),  # the third is false
+        (f"len(list_filter({NUMBERS}, lambda n: try_cast(n AS INT) > width / 4)) > 0", large, 3),
+        (f"len(list_filter({NUMBERS}, n -> n::INT > width / 4)) > 0 AND (metadata->'uid') IS NOT NULL", large, 3),
+        (f"len([n FOR n IN {NUMBERS} IF n::INT > width / 4]) > 0", large, 3),
+        (f"nullif({NAN}, 'nan') > 0", lambda sample: not sample.key.startswith("000"), ROWS),
+    ],
+)
+def test_where_keeps_the_samples_for_which_it_is_true(
+    url: str, text: str, keeps: Callable[[reinforce.Sample], bool], null: int
+) -> None:
+    view = make_view(url, text)
+    wanted = [sample.key for sample in reinforce.open(url) if keeps(sample)]
+    assert keys_of(url) == wanted
+    assert 0 < len(wanted) == len(reinforce.open(url, view="some")) < SHARDS * ROWS
+    assert [(line["rows"], line["null"]) for line in view.report] == [(SHARDS * ROWS, null)]
+
+
+def test_nan_is_no_value_of_a_number(url: str) -> None:
+    views = [make_view(url, {"keep": {"top": 1.0, "by": NAN}}), make_view(url, f"{NAN} > 0")]
+    rows = [(line["null"], line["left_out"]) for view in views for line in view.report]
+    assert rows == [(ROWS, ROWS), (0, 0)], "duckdb's NaN is larger than any number"
 
 
 def test_keep_takes_the_samples_with_the_largest_values_of_all_shards(url: str) -> None:
     values = {key: value for key, value in scores(url, "match.caption_mean").items() if value is not None}
     for top in (7, 0.25, 1.0, 1000):
-        view = view_of(url, {"where": "caption IS NOT NULL"}, {"keep": {"top": top, "by": "scores.match.caption_mean"}})
+        view = make_view(url, "caption IS NOT NULL", {"keep": {"top": top, "by": "scores.match.caption_mean"}})
         count = min(len(values), round(top * len(values)) if isinstance(top, float) else top)
         best = sorted(values, key=values.__getitem__, reverse=True)[:count]
-        assert {*kept(url)} == {*best}
+        assert {*keys_of(url)} == {*best}
         assert view.report[1]["left_out"] == len(values) - count
         if count < len(values):
             assert view.report[1]["threshold"] == pytest.approx(values[best[-1]])
@@ -99,35 +108,17 @@ def test_keep_takes_the_samples_with_the_largest_values_of_all_shards(url: str) 
 def test_keep_compares_numbers_as_float64(url: str) -> None:
     """As float32 they are all equal, and all would be kept."""
     number = "100000000 + key::INTEGER % 100"
-    view = view_of(url, {"keep": {"top": 6, "by": number}})
+    view = make_view(url, {"keep": {"top": 6, "by": number}})
     numbers = {sample.key: int(sample.key) % 100 for sample in reinforce.open(url)}
-    assert sorted(numbers[key] for key in kept(url)) == sorted(numbers.values())[-6:]
+    assert sorted(numbers[key] for key in keys_of(url)) == sorted(numbers.values())[-6:]
     assert view.report[0]["threshold"] == 100_000_000 + sorted(numbers.values())[-6]
 
 
-@pytest.mark.parametrize(
-    "function", ["lambda word: try_cast(word AS INT) > width / 4", "word -> word::INT > width / 4"]
-)
-def test_lambdas_are_computed_by_row_and_the_arrow_of_json_stays(url: str, function: str) -> None:
-    words = "regexp_extract_all(caption, '[0-9]+')"
-    json_arrow = "(metadata->'uid') IS NOT NULL"
-    view_of(url, {"where": f"len(list_filter({words}, {function})) > 0 AND {json_arrow}"})
-    rows = [(sample.key, (sample.caption or "").split(" ")) for sample in reinforce.open(url)]
-    wanted = [key for key, found in rows if any(word.isdecimal() and int(word) > 10 for word in found)]
-    assert kept(url) == wanted
-    assert 0 < len(wanted) < len(rows)
-    view_of(url, {"where": f"len([word FOR word IN {words} IF word::INT > width / 4]) > 0"}, name="other")
-    assert kept(url, "other") == wanted
-
-
 def test_rules_apply_in_order_and_rows_say_which_left_them_out(url: str) -> None:
-    view_of(url, {"where": "captions.namer[1] IS NOT NULL AND width = 40"}, {"where": "scores.match.caption_max > 0.1"},
-            {"sample": 12}, {"keep": {"top": 5, "by": "-scores.sizes.bytes"}})  # fmt: skip
-    [folder] = Path(url, "views/mine").glob("rows-*")
-    rows = [row for path in sorted(folder.iterdir()) for row in pq.read_table(path).to_pylist()]
-    assert [row["key"] for row in rows] == [sample.key for sample in reinforce.open(url)]
+    sql = ("captions.namer[1] IS NOT NULL AND width = 40", "scores.match.caption_max > 0.1")
+    make_view(url, *sql, {"sample": 12}, {"keep": {"top": 5, "by": "-scores.sizes.bytes"}})
     match, sizes = scores(url, "match.caption_max"), scores(url, "sizes.bytes")
-    reasons = {row["key"]: row["left_out"] for row in rows}
+    reasons = dict(zip(match, reasons_of(url), strict=True))
     for key, reason in reasons.items():
         assert (reason == "2 where: null") == (match[key] is None)
         assert (reason == "2 where") == (match[key] is not None and match[key] <= 0.1)
@@ -137,29 +128,21 @@ def test_rules_apply_in_order_and_rows_say_which_left_them_out(url: str) -> None
     assert {key for key in sampled if reasons[key] is None} == {key for key in sampled if sizes[key] <= largest}
 
 
-def test_all_but_keeps_what_a_sample_leaves_out(url: str) -> None:
-    for rules in ([{"where": "width > 0"}], [{"where": "scores.match.caption_max > 0.1"}]):
-        view_of(url, *rules)
-        every = {*kept(url)}
-        view_of(url, *rules, {"sample": 7}, seed=3)
-        sampled = {*kept(url)}
-        view_of(url, *rules, {"all_but": 7}, seed=3)
-        assert len(sampled) == 7
-        assert {*kept(url)} == every - sampled
+def test_a_sample_depends_on_seed_and_key_alone_and_all_but_is_the_rest(url: str) -> None:
+    def taken(*rules: str | dict[str, Any], seed: int = 0) -> list[str]:
+        make_view(url, *rules, seed=seed)
+        return keys_of(url)
 
-
-def test_a_sample_depends_on_seed_and_key_alone(url: str) -> None:
     rule = {"sample": 20}
-    view_of(url, rule)
-    first = kept(url)
+    first = taken(rule)
     assert len(first) == 20
     shutil.rmtree(Path(url, "views"))
-    view_of(url, rule)
-    assert kept(url) == first
-    view_of(url, rule, seed=1)
-    assert kept(url) != first
-    view_of(url, {"where": "width > 0"}, rule)
-    assert kept(url) == first, "rules before it change nothing if they keep all"
+    assert taken(rule) == first != taken(rule, seed=1)
+    assert taken("width > 0", rule) == first, "rules before it change nothing if they keep all"
+    for text in ("width > 0", "scores.match.caption_max > 0.1"):
+        sampled, others = ({*taken(text, {name: 7}, seed=3)} for name in ("sample", "all_but"))
+        assert len(sampled) == 7
+        assert others == {*taken(text)} - sampled
 
 
 @pytest.mark.parametrize("few", [thresholds._FEW, 0])
@@ -185,26 +168,26 @@ def test_thresholds_of_groups_are_exact_for_any_numbers(few: int, bits: int, dat
 
 def test_keep_within_takes_the_largest_values_of_each_group(url: str) -> None:
     by, within = "scores.match.caption_mean", "length(captions.namer[1]) % 3"
-    view = view_of(url, {"keep": {"top": 0.25, "by": by, "within": within}})
+    view = make_view(url, {"keep": {"top": 0.25, "by": by, "within": within}})
     values, of_group = scores(url, "match.caption_mean"), {}
     for sample in reinforce.open(url):
         if values[sample.key] is not None:
             assert sample.captions["namer"] is not None
             of_group.setdefault(len(sample.captions["namer"][0] or "") % 3, []).append(sample.key)
     best = {group: sorted(keys, key=values.__getitem__, reverse=True) for group, keys in of_group.items()}
-    assert {*kept(url)} == {key for keys in best.values() for key in keys[: max(1, round(0.25 * len(keys)))]}
+    assert {*keys_of(url)} == {key for keys in best.values() for key in keys[: max(1, round(0.25 * len(keys)))]}
     assert (view.report[0]["groups"], view.report[0]["null"]) == (len(best), 3)
     assert len(best) > 1
 
 
 def test_a_view_that_is_made_again_replaces_the_first_unless_its_rules_leave_nothing(url: str) -> None:
-    view_of(url, {"sample": 6})
-    view_of(url, {"sample": 5})
-    assert list_views(Store(url)) == ["mine"]
-    with pytest.raises(UserError, match="the rules keep no sample: rule 1 where leaves out the last; view mine is not"):
-        view_of(url, {"where": "width > 4000"}, {"sample": 3})
-    assert len(kept(url)) == 5
-    assert len([*Path(url, "views/mine").glob("*/*")]) == SHARDS, "of the earlier view alone"
+    make_view(url, {"sample": 6})
+    make_view(url, {"sample": 5})
+    assert list_views(Store(url)) == ["some"]
+    with pytest.raises(UserError, match="the rules keep no sample: rule 1 where leaves out the last; view some is not"):
+        make_view(url, "width > 4000", {"sample": 3})
+    assert len(keys_of(url)) == 5
+    assert len([*Path(url, "views/some").glob("*/*")]) == SHARDS, "of the earlier view alone"
 
 
 def test_without_scores_a_column_that_is_missing_names_the_key_that_adds_them(url: str) -> None:
@@ -263,17 +246,17 @@ def test_a_wrong_rule_is_one_error_before_anything_is_read(url: str) -> None:
         path.write_bytes(b"")
     for rule, message in WRONG:
         with pytest.raises(UserError) as raised:
-            view_of(url, rule)
+            make_view(url, rule)
         assert message in str(raised.value)
     assert not Path(url, "views").exists()
     for path, content in samples.items():
         path.write_bytes(content)
     with pytest.raises(UserError, match=r"an expression fails on a sample: .*'thing 0 of shard 0'.* Use try_cast"):
-        view_of(url, {"where": "CAST(caption AS INTEGER) > 1"})
+        make_view(url, "CAST(caption AS INTEGER) > 1")
 
 
 def test_a_view_of_layers_that_have_changed_is_refused(url: str) -> None:
-    view_of(url, {"where": "scores.sizes.words > 1"})
+    make_view(url, "scores.sizes.words > 1")
     manifest = Path(url, "dataset.json")
     content = json.loads(manifest.read_text())
     content["layers"]["scores/match"]["fingerprint"] = "0" * 16
@@ -281,38 +264,35 @@ def test_a_view_of_layers_that_have_changed_is_refused(url: str) -> None:
     assert reinforce.open(url, teachers=[], captioners=[]).manifest, "another layer does not matter"
     content["layers"]["scores/sizes"]["fingerprint"] = "1" * 16
     manifest.write_text(json.dumps(content))
-    with pytest.raises(UserError, match="scores/sizes has changed since view mine was made"):
-        reinforce.open(url, view="mine")
+    with pytest.raises(UserError, match="scores/sizes has changed since view some was made"):
+        reinforce.open(url, view="some")
 
 
 def test_a_layer_that_lacks_a_shard_is_named(url: str) -> None:
     next(Path(url, "scores/sizes").iterdir()).unlink()
     with pytest.raises(UserError, match=r"scores/sizes lacks 1 of 3 shards.* Finish the run before you select"):
-        view_of(url, {"where": "scores.sizes.words > 1"})
-    view_of(url, {"where": "scores.match.caption_mean > 0"})
+        make_view(url, "scores.sizes.words > 1")
+    make_view(url, "scores.match.caption_mean > 0")
 
 
 def test_shards_that_are_newer_than_a_view_are_counted_and_not_read(url: str, caplog: pytest.LogCaptureFixture) -> None:
     [first, *_] = sorted(Path(url, "samples").iterdir())
     hidden = Path(url).parent / "hidden"
-    layers = [
-        path for path in Path(url).rglob(first.name) if "views" not in str(path) and "quarantine" not in str(path)
-    ]
-    for path in layers:
+    for path in [*Path(url).rglob(first.name)]:
         target = hidden / path.relative_to(url)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.move(path, target)
     shutil.rmtree(Path(url, "index"))
-    view_of(url, {"where": "width > 0"})
+    make_view(url, "width > 0")
     shutil.copytree(hidden, url, dirs_exist_ok=True)
-    assert len(kept(url)) == (SHARDS - 1) * ROWS
-    assert "not read, because newer than view mine: 1 shard" in caplog.text
+    assert len(keys_of(url)) == (SHARDS - 1) * ROWS
+    assert "not read, because newer than view some: 1 shard" in caplog.text
 
 
 def test_show_and_rows_find_the_samples_of_a_view_alone(url: str) -> None:
-    some = [sample.key for sample in reinforce.open(url)][1::2]
-    view_of(url, {"where": f"key IN ({', '.join(map(repr, some))})"})
-    data = reinforce.open(url, view="mine")
+    some = keys_of(url, None)[1::2]
+    make_view(url, f"key IN ({', '.join(map(repr, some))})")
+    data = reinforce.open(url, view="some")
     assert data.show(some[3]).key == some[3]
     assert [sample.key for sample in data.rows(data.shards[0], 0, [0, 1])] == some[:2]
     with pytest.raises(KeyError, match="has no sample '00000000'"):
