@@ -11,9 +11,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import reinforce
+from reinforce.dataset.kinds.registry import kind_of
 from reinforce.errors import UserError
 from reinforce.inspection.report import inspect
 from tests.helpers.data import tree
@@ -241,3 +244,35 @@ def test_a_report_on_a_view_has_its_samples_and_both_sides_of_each_rule(viewed: 
     assert not (tmp_path / "report" / "view.html").exists()
     with pytest.raises(UserError, match="has no view 'worst'; it has: best"):
         inspect(viewed, str(tmp_path / "report"), view="worst")
+
+
+def test_equal_patches_have_equal_colours_and_a_grid_may_have_few() -> None:
+    kind = kind_of("patches/dino")
+    values = np.random.default_rng(0).normal(size=(2, 3, 4, 9)).astype(np.float32)
+    values[0, 2, 3] = values[1, 0, 0]
+    colours = kind.pictures(values, 8)
+    assert (colours.shape, colours.dtype) == ((2, 3, 4, 3), np.uint8)
+    assert np.array_equal(colours[0, 2, 3], colours[1, 0, 0])
+    assert len(kind.pictures(values, 1)) == 1
+    assert kind.pictures(values[:, :1, :1, :2], 8).shape == (2, 1, 1, 3)
+    assert not len(kind.pictures(None, 8))
+    assert kind.pictures(values * np.nan, 8).shape == (2, 3, 4, 3)
+    # centred, so that a shift or a scale of all patches changes nothing
+    assert np.abs(kind.pictures(3 * values + 1, 8).astype(int) - colours).max() <= 1
+
+
+def test_a_report_shows_the_grids_of_the_crops(tmp_path: Path) -> None:
+    patches = {"grid": 4, "codec": "float16", "sample": 100}
+    teacher: dict[str, Any] = {"class": "tests.helpers.patch_models:PatchTeacher", "options": {"size": 16}}
+    teachers = {"dino": {**teacher, "patches": patches}, "plain": teacher}
+    url = small_dataset(tmp_path, (9,), captioners={}, teachers=teachers)
+    inspect(url, str(tmp_path / "report"))
+    files = sorted((tmp_path / "report" / "images").glob("*-grids-*.webp"))
+    assert files
+    count = len(next(iter(reinforce.open(url))).augmentations)
+    with Image.open(files[0]) as picture:
+        assert picture.size == (144 * count, 144)
+    page = (tmp_path / "report" / "gallery.html").read_text()
+    assert page.count('<figure class="grids">') == len(files)
+    assert "<code>patches/dino</code>" in page
+    assert "patches/plain" not in page

@@ -263,3 +263,77 @@ def test_keys_join_only_where_neither_side_states_anything_and_the_config_says_s
     taken = by_number(reinforce_here(taking(tmp_path, url, labels=labels)))
     joined = {number for number, one in taken.items() if one.captions.get("namer")}
     assert joined == ({0, 1} if join == "key" else set())
+
+
+SEVERAL, MOST = 12, 3  # samples with several captions, and how many at most
+READ = {"captions": ["json:captions"], "captions_per_sample": MOST}
+STRANGE = 7  # the number of the sample whose captions another copy has changed
+
+
+def captions_of(number: int) -> list[str]:
+    return [f"{word} {number}" for word in ("one", "two", "three")[: 1 + number % MOST]]
+
+
+def write_several(path: Path, reverse: bool = False) -> None:
+    """Images with one to three captions each, or a copy of them in another order with these in another order."""
+    members = []
+    for number in reversed(range(SEVERAL)) if reverse else range(SEVERAL):
+        texts = captions_of(number)[:: -1 if reverse else 1] + ["other"] * (reverse and number == STRANGE)
+        fields = {"uid": f"uid{number}", "captions": texts, "first": texts[0]}
+        members += [
+            (f"{'own' if reverse else ''}{number}.png", picture(number)),
+            (f"{'own' if reverse else ''}{number}.json", json.dumps(fields).encode()),
+        ]
+    write_tar(path, members)
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("several")
+    write_several(folder / "images" / "0.tar")
+    dataset = reinforce_here(config_of(f"{folder}/images/*.tar", folder / "dataset", input=READ))
+    exported = export_labels(dataset, f"{folder}/labels", use_ray=False)
+    assert any("sets input.captions_per_sample: 3" in line for line in exported.lines())
+    return exported.output
+
+
+@pytest.mark.parametrize(
+    "read", [READ, {**READ, "captions_per_sample": 2}, {**READ, "captions_per_sample": 5}, {"captions": ["json:first"]}]
+)
+@pytest.mark.parametrize("own", [False, True])  # whether the config has the model too
+def test_vectors_are_those_that_the_model_computes_of_the_captions(
+    tmp_path: Path, several: str, read: dict[str, Any], own: bool
+) -> None:
+    write_several(tmp_path / "copy" / "0.tar", reverse=True)
+    source = f"{tmp_path}/copy/*.tar"
+    expected = reinforce_here(config_of(source, tmp_path / "computed", input=read))
+    models = {"teachers": config_of("", "")["teachers"]} if own else {}
+    config = taking(tmp_path, several, input=read, **models)
+    for one, other in zip(reinforce.open(expected), reinforce.open(reinforce_here(config)), strict=True):
+        assert one.true_captions == other.true_captions
+        if own or "other" not in one.true_captions:
+            np.testing.assert_array_equal(one.texts["red"]["caption"], other.texts["red"]["caption"])
+        else:
+            assert np.isnan(other.texts["red"]["caption"]).all()  # one of its captions is not in the labels
+        assert len(other.texts["red"]["namer"]) == 2
+
+
+def test_a_plan_states_what_is_read_of_them(tmp_path: Path, several: str) -> None:
+    write_several(tmp_path / "copy" / "0.tar", reverse=True)
+    _, notes = check_source(make_plan(parse_config(taking(tmp_path, several, input={"captions": ["json:first"]}))))
+    assert any("input.captions_per_sample: 3 takes all" in note for note in notes)
+    _, notes = check_source(make_plan(parse_config(taking(tmp_path, several, input=READ))))
+    assert not any("takes all" in note for note in notes)
+
+
+def test_layers_of_captions_that_are_taken_later_fit_the_stored_ones(tmp_path: Path, several: str) -> None:
+    write_several(tmp_path / "copy" / "0.tar", reverse=True)
+
+    def of(*layers: str) -> dict[str, Any]:
+        return taking(tmp_path, several, input=READ, labels={"lab": {"url": several, "layers": [*layers]}})
+
+    reinforce_here(of("embeddings/blue"))
+    later = reinforce.open(reinforce_here(of("embeddings/blue", "embeddings/red/caption")))
+    at_once = reinforce.open(reinforce_here({**of(*LAYERS), "output": f"{tmp_path}/at-once"}))
+    for one, other in zip(at_once, later, strict=True):
+        np.testing.assert_array_equal(one.texts["red"]["caption"], other.texts["red"]["caption"])
