@@ -1,9 +1,14 @@
-"""Expressions of SQL over the rows of a shard, computed by duckdb."""
+"""Expressions of SQL over the rows of a shard, checked by their parsed statement and computed by duckdb.
+
+An aggregate, a window or ``unnest`` computes a value from several rows, or several rows from one. A function such as
+``random`` or ``now`` gives another value each time. Neither can decide whether a view keeps a sample.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,7 +20,6 @@ from reinforce.dataset.kinds.registry import stored_layer
 from reinforce.dataset.layers import SAMPLES, captions_layer, scores_layer
 from reinforce.errors import UserError
 from reinforce.processes.imports import require
-from reinforce.selection.syntax import columns_of
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -31,6 +35,13 @@ _NUMBERS |= {f"U{name}" for name in ("TINYINT", "SMALLINT", "INTEGER", "BIGINT",
 _SINGLE = {"FLOAT", "TINYINT", "SMALLINT", "UTINYINT", "USMALLINT"}  # numbers that float32 has exactly
 #: Folders of layers that an expression may name, as ``FOLDER.NAME``, with the column that has their values.
 _FOLDERS = {"scores": (scores_layer, "scores"), "captions": (captions_layer, "captions")}
+_NOT_A_QUERY = "must be one expression, without SELECT, FROM and subqueries"
+#: Classes of nodes whose value depends on their children alone. ``FUNCTION`` and ``LAMBDA`` are checked by themselves.
+_BY_ROW = {"BETWEEN", "CASE", "CAST", "COLLATE", "COLUMN_REF", "COMPARISON", "CONJUNCTION", "CONSTANT", "OPERATOR"}
+_BY_ROW |= {"TYPE"}
+_OPERATORS_OF_ROWS = {"GROUPING_FUNCTION"}
+_CURRENT = {("age", 1)}  # functions that depend on the present time with so many arguments
+_MAX_DEPTH = 8  # of macros in macros
 
 
 def connect() -> DuckDBPyConnection:
@@ -167,3 +178,147 @@ def numbers(values: pa.Array) -> npt.NDArray[np.float64]:
     """Values of an expression as float64 [rows]; NaN where they are null."""
     found: npt.NDArray[np.float64] = values.cast(pa.float64(), safe=False).fill_null(np.nan).to_numpy(False)
     return found
+
+
+# -- syntax
+
+
+@dataclass(frozen=True)
+class _Function:
+    """Functions of one name. ``kinds`` are duckdb's, ``pure`` is whether one of them depends on its arguments alone."""
+
+    kinds: Collection[str]
+    pure: bool
+    takes_lambda: bool
+    macros: Sequence[tuple[Sequence[str], str]]  # parameters and definition
+
+
+_FUNCTIONS = """
+SELECT lower(function_name), list(DISTINCT function_type),
+    coalesce(bool_or(function_type = 'scalar' AND stability = 'CONSISTENT'), false),
+    coalesce(bool_or(list_contains(parameter_types, 'LAMBDA')), false),
+    coalesce(
+        list(row(parameters, macro_definition)) FILTER (WHERE function_type = 'macro' AND macro_definition != ''), []
+    )
+FROM duckdb_functions() GROUP BY ALL
+"""
+
+
+def columns_of(database: DuckDBPyConnection, text: str, where: str) -> list[tuple[str, ...]]:
+    """The path of each column that an expression names. ``where`` is its place for messages.
+
+    Raises UserError if ``text`` is not one expression that computes a value of each row from this row alone.
+    """
+    parsed = _parse(database, text)
+    if parsed["error"]:
+        raise UserError(f"{where}: {text!r} is not an expression of SQL: {parsed['error_message']}")
+    nodes = [statement["node"] for statement in parsed["statements"]]
+    plain = len(nodes) == 1 and nodes[0]["type"] == "SELECT_NODE" and len(nodes[0]["select_list"]) == 1
+    if not plain or nodes[0]["from_table"]["type"] != "EMPTY":
+        raise UserError(f"{where}: {text!r} {_NOT_A_QUERY}")
+    walk = _Walk(_functions(database), database)
+    try:
+        return list(dict.fromkeys(walk.columns(nodes[0]["select_list"], frozenset())))
+    except _Refused as error:
+        raise UserError(f"{where}: {text!r} {error}") from None
+
+
+def _parse(database: DuckDBPyConnection, text: str) -> dict[str, Any]:
+    [[serialized]] = database.execute("SELECT json_serialize_sql(?)", [f"SELECT {text}"]).fetchall()
+    parsed: dict[str, Any] = json.loads(serialized)
+    return parsed
+
+
+_listed: dict[str, _Function] = {}
+
+
+def _functions(database: DuckDBPyConnection) -> Mapping[str, _Function]:
+    """The functions of duckdb by name, which are listed once a process."""
+    if not _listed:
+        for name, *facts in database.execute(_FUNCTIONS).fetchall():
+            _listed[name] = _Function(*facts)
+    return _listed
+
+
+class _Refused(Exception):
+    """The part of an expression that is not computed from one row."""
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """Walks through the nodes of a parsed expression."""
+
+    functions: Mapping[str, _Function]
+    database: DuckDBPyConnection
+    depth: int = 0
+
+    def columns(self, node: Any, names: Collection[str], lambdas: bool = False) -> Iterator[tuple[str, ...]]:
+        """The path of each column below a node; ``names`` are parameters of lambdas, which are no columns.
+
+        ``lambdas`` is whether the node is an argument of a function that takes lambdas; elsewhere the same syntax is
+        the arrow of JSON.
+        """
+        if isinstance(node, list):
+            for one in node:
+                yield from self.columns(one, names, lambdas)
+            return
+        if not isinstance(node, dict):
+            return
+        kind, below = node.get("class"), lambdas
+        if kind is not None:
+            below = self._check(node, kind)
+            if kind == "COLUMN_REF":
+                if node["column_names"][0] not in names:
+                    yield tuple(node["column_names"])
+                return
+            if kind == "LAMBDA" and lambdas:
+                own = {str(path[0]) for path in self.columns(node["lhs"], frozenset())}
+                yield from self.columns(node["expr"], {*names, *own})
+                return
+        for value in node.values():
+            yield from self.columns(value, names, below)
+
+    def _check(self, node: Mapping[str, Any], kind: str) -> bool:
+        """Raise _Refused for a node that needs other rows; returns whether its arguments may be lambdas."""
+        if kind == "FUNCTION":
+            name = str(node["function_name"]).lower()
+            self._check_function(name, len(node.get("arguments") or node.get("children") or ()))
+            return name in self.functions and self.functions[name].takes_lambda
+        if kind in ("SUBQUERY", "STAR"):
+            raise _Refused(_NOT_A_QUERY)
+        if kind == "WINDOW":
+            raise _Refused("has a window over several rows. An expression is computed from the sample's own row.")
+        if kind not in _BY_ROW | {"LAMBDA"} or node.get("type") in _OPERATORS_OF_ROWS:
+            what = str(node.get("type", kind)).lower().replace("_", " ")
+            raise _Refused(f"has a {what}, which is not computed from the sample's own row")
+        return False
+
+    def _check_function(self, name: str, arguments: int) -> None:
+        found = self.functions.get(name)
+        if found is None:  # the binder of duckdb reports it, with names that are similar
+            return
+        if "aggregate" in found.kinds and "scalar" not in found.kinds:
+            of_lists = f"list_{name}" if f"list_{name}" in self.functions else "list_aggregate"
+            raise _Refused(
+                f"has {name}, an aggregate of several rows. An expression is computed from the sample's own row; "
+                f"{of_lists} is for the values of a list."
+            )
+        if "scalar" in found.kinds and (not found.pure or (name, arguments) in _CURRENT):
+            raise _Refused(f"has {name}, whose value does not depend on the sample's own row alone")
+        if {"scalar", "macro"}.isdisjoint(found.kinds):
+            raise _Refused(f"has {name}, which does not make one value of one row. Use functions of lists.")
+        for parameters, definition in found.macros if "scalar" not in found.kinds else ():
+            self._check_macro(name, parameters, definition)
+
+    def _check_macro(self, name: str, parameters: Collection[str], definition: str) -> None:
+        parsed: dict[str, Any] = _parse(self.database, definition) if self.depth < _MAX_DEPTH else {"error": True}
+        if parsed["error"]:
+            raise _Refused(f"has {name}, which cannot be checked. Write what it stands for.")
+        inside = _Walk(self.functions, self.database, self.depth + 1)
+        nodes = [statement["node"]["select_list"] for statement in parsed["statements"]]
+        try:
+            others = [*inside.columns(nodes, frozenset())]
+        except _Refused as error:
+            raise _Refused(f"has {name}, which {error}") from None
+        if unknown := {path[0].lower() for path in others} - {one.lower() for one in parameters}:
+            raise _Refused(f"has {name}, which depends on {', '.join(sorted(unknown))}")
