@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.stored import replace_part, update_page, write_results
+from benchmarks.stored import markdown_table, mean_and_spread, replace_part, update_page, write_results
 from reinforce import plots, settings
 from reinforce.adapting.choosing import Point, Rule, mean
 from reinforce.adapting.interpolate import GRID
@@ -177,11 +177,6 @@ def figures(arms: Mapping[str, Any]) -> dict[str, dict[str, list[float]]]:
     return found
 
 
-def _cell(values: Sequence[float]) -> str:
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.fmean(values):.1f} ± {spread:.1f}"
-
-
 def render_page(text: str, results: Mapping[str, Any]) -> str:
     """The page with the tables written anew; the rest of ``text`` stays."""
     parts = []
@@ -189,16 +184,14 @@ def render_page(text: str, results: Mapping[str, Any]) -> str:
         found = figures(of["arms"])
         naive = statistics.fmean(found["naive"]["loss"])
         best = max(statistics.fmean(values["gain"]) for values in found.values())
-        lines = [
-            f"{int(size):,} drawings, {of['steps']} steps of {BATCH}, {results['seeds']} seeds:",
-            "",
-            "| arm | rate | domain, top 5 % | gain | general, top 5 % | loss |",
-            "|---|---|---|---|---|---|",
-        ]
+        rows = []
         for arm, values in found.items():
             rate = of["arms"][arm]["rate"]
-            cells = [_cell(values[name]) for name in ("domain", "gain", "general", "loss")]
-            lines.append(f"| {arm} | {f'{rate:g}' if rate else ''} | {' | '.join(cells)} |")
+            cells = [mean_and_spread(values[name]) for name in ("domain", "gain", "general", "loss")]
+            rows.append([arm, f"{rate:g}" if rate else "", *cells])
+        heads = ["arm", "rate", "domain, top 5 %", "gain", "general, top 5 %", "loss"]
+        about = f"{int(size):,} drawings, {of['steps']} steps of {BATCH}, {results['seeds']} seeds:"
+        lines = [about, "", markdown_table(heads, rows)]
         for name in MIXED["keep, both stored anchors"]:
             share = 100 * statistics.fmean(found[name]["gain"]) / best if best > 0 else 0.0
             lost = max(0.0, 100 * statistics.fmean(found[name]["loss"]) / naive) if naive > 0 else 0.0

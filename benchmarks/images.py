@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.stored import replace_part, update_page, write_results
+from benchmarks.stored import markdown_table, mean_and_spread, replace_part, update_page, write_results
 from reinforce import settings
 from reinforce.config import parse_config
 from reinforce.engine.run import run
@@ -256,27 +256,20 @@ def _validated(tried: Mapping[Any, Any], arm: str, rate: float, seed: int) -> fl
     return float(tried[arm, rate, seed]["metrics"][_VALIDATION]) if tried else 0.0
 
 
-def _cell(values: Sequence[float], digits: int = 1) -> str:
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.fmean(values):.{digits}f} ± {spread:.{digits}f}"
-
-
 def render_page(text: str, results: Mapping[str, Any]) -> str:
     """The page with the table written anew; the rest of ``text`` stays."""
     base = statistics.fmean(one["cpu"] for one in results["arms"][LIGHTLY]["seeds"])
-    titles = " | ".join(METRICS.values())
-    lines = [f"| training | rate | {titles} | CPU ms a step | steps a second, by CPU |", "|---|---|---|---|---|---|"]
+    rows = []
     for arm, of in results["arms"].items():
-        cells = [_cell([100 * one["metrics"][metric] for one in of["seeds"]]) for metric in METRICS]
+        cells = [mean_and_spread([100 * one["metrics"][metric] for one in of["seeds"]]) for metric in METRICS]
         cpu = [one["cpu"] for one in of["seeds"]]
-        cells += [_cell([1000 * value for value in cpu], 0), f"{base / statistics.fmean(cpu):.2f} times"]
-        lines.append(f"| {arm} | {of['rate']:g} | {' | '.join(cells)} |")
+        cells += [mean_and_spread([1000 * value for value in cpu], 0), f"{base / statistics.fmean(cpu):.2f} times"]
+        rows.append([arm, f"{of['rate']:g}", *cells])
     for name, metrics in {"the teacher": results["teacher"], "random weights": results.get("random")}.items():
-        if metrics is None:
-            continue
-        cells = [f"{100 * metrics[metric]:.1f}" for metric in METRICS]
-        lines.append(f"| {name} | | {' | '.join(cells)} | | |")
-    return replace_part(text, "images", "\n".join(lines))
+        if metrics is not None:
+            rows.append([name, "", *(f"{100 * metrics[metric]:.1f}" for metric in METRICS), "", ""])
+    heads = ["training", "rate", *METRICS.values(), "CPU ms a step", "steps a second, by CPU"]
+    return replace_part(text, "images", markdown_table(heads, rows))
 
 
 def _random(out: Path) -> dict[str, float]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -21,7 +20,7 @@ import open_clip
 import torch
 
 from benchmarks.ablations.encoders import Encoder
-from benchmarks.stored import replace_part, update_page, write_results
+from benchmarks.stored import markdown_table, mean_and_spread, replace_part, update_page, write_results
 from examples.demo.compare import student_config
 from examples.demo.data import write_tests
 from reinforce.evaluation.evaluator import Evaluator
@@ -118,27 +117,20 @@ def evaluate(config: StudentConfig, evaluator: Evaluator) -> dict[str, Any]:
     return found
 
 
-def _cell(values: Sequence[float], scale: float = 100, digits: int = 1) -> str:
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{scale * statistics.fmean(values):.{digits}f} ± {scale * spread:.{digits}f}"
-
-
 def render_page(text: str, results: Mapping[str, Any]) -> str:
     """The page with the table written anew; the rest of ``text`` stays."""
-    columns = [f"{name}, %" for name in MEASURES]
-    lines = [
-        f"| trained with | runs in | {' | '.join(columns)} | image cosine, mean | image cosine, least |",
-        "|---|---|" + "---|" * (len(columns) + 2),
-    ]
+    lines = []
     for arm, seeds in results["students"].items():
         for kind in seeds[0]:
             rows = [seed[kind] for seed in seeds]
-            cells = [_cell([row[measure] for row in rows]) for measure in MEASURES]
+            cells = [mean_and_spread([100 * row[measure] for row in rows]) for measure in MEASURES]
             for which in ("mean", "least"):
                 key = f"image, {which} cosine"
-                cells.append(_cell([row[key] for row in rows], 1, 4) if key in rows[0] else "1")
-            lines.append(f"| {arm} | {kind} | {' | '.join(cells)} |")
-    return replace_part(text, "quantize", "\n".join(lines))
+                cells.append(mean_and_spread([row[key] for row in rows], 4) if key in rows[0] else "1")
+            lines.append([arm, kind, *cells])
+    heads = ["trained with", "runs in", *(f"{name}, %" for name in MEASURES)]
+    table = markdown_table([*heads, "image cosine, mean", "image cosine, least"], lines)
+    return replace_part(text, "quantize", table)
 
 
 def main() -> None:

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import reinforce
-from benchmarks.stored import replace_part, update_page, write_results, write_tar
+from benchmarks.stored import markdown_table, mean_and_spread, replace_part, update_page, write_results, write_tar
 from examples.demo.compare import CONFIG
 from examples.demo.data import UNSEEN_PICTURES, UNSEEN_STYLE, shared_concepts
 from reinforce import settings
@@ -159,31 +158,21 @@ def _evaluate(model: str, sets: Mapping[str, Any]) -> dict[str, float]:
     return report.results[model].metrics
 
 
-def _cell(values: Sequence[float]) -> str:
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{100 * statistics.fmean(values):.1f} ± {100 * spread:.1f}"
-
-
 def render_page(text: str, results: Mapping[str, Any]) -> str:
     """The page with both tables written anew; the rest of ``text`` stays."""
     columns = [*MEASURES, RECALL]
-    lines = [f"| student with | {' | '.join(f'{name}, %' for name in columns)} |", "|---|" + "---|" * len(columns)]
-    for arm, seeds in results["images"].items():
-        cells = [_cell([seed[name] for seed in seeds]) if name in seeds[0] else "" for name in columns]
-        lines.append(f"| {arm} | {' | '.join(cells)} |")
-    text = replace_part(text, "images", "\n".join(lines))
-    head = [f"{language}, {name}" for language in ("German", "English") for name in NAMES]
-    lines = [f"| text tower | {' | '.join(f'{name}, %' for name in head)} |", "|---|" + "---|" * len(head)]
+    rows = [
+        [arm, *(mean_and_spread([100 * seed[name] for seed in seeds]) if name in seeds[0] else "" for name in columns)]
+        for arm, seeds in results["images"].items()
+    ]
+    text = replace_part(text, "images", markdown_table(["student with", *(f"{name}, %" for name in columns)], rows))
+    columns_of_texts = [(language, name) for language in ("German", "English") for name in NAMES]
+    rows = []
     for tower, seeds in results["texts"].items():
-        cells = [
-            _cell([seed[language][name] for seed in seeds])
-            if len(seeds) > 1
-            else f"{100 * seeds[0][language][name]:.1f}"
-            for language in ("German", "English")
-            for name in NAMES
-        ]
-        lines.append(f"| {tower} | {' | '.join(cells)} |")
-    return replace_part(text, "texts", "\n".join(lines))
+        values = [[100 * seed[language][name] for seed in seeds] for language, name in columns_of_texts]
+        rows.append([tower, *(mean_and_spread(of) if len(of) > 1 else f"{of[0]:.1f}" for of in values)])
+    heads = ["text tower", *(f"{language}, {name}, %" for language, name in columns_of_texts)]
+    return replace_part(text, "texts", markdown_table(heads, rows))
 
 
 def main() -> None:

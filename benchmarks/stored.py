@@ -6,6 +6,7 @@ import datetime
 import io
 import json
 import re
+import statistics
 import tarfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +31,18 @@ def replace_part(text: str, name: str, part: str) -> str:
     if len(markers.findall(text)) != 1:
         raise ValueError(f"the page must have `<!-- {name} -->` and `<!-- end of {name} -->`, each once")
     return markers.sub(lambda found: f"{found[1]}\n{part.rstrip()}\n\n{found[2]}", text)
+
+
+def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of Markdown."""
+    head, *lines = ("".join(f"| {cell} " if cell else "| " for cell in cells) + "|" for cells in (heads, *rows))
+    return "\n".join([head, "|---" * len(heads) + "|", *lines])
+
+
+def mean_and_spread(values: Sequence[float], digits: int = 1) -> str:
+    """The mean of seeds and their standard deviation, 0 of one."""
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.fmean(values):.{digits}f} ± {spread:.{digits}f}"
 
 
 def update_page(page: Path, results: Path, render: Callable[[str, Mapping[str, Any]], str]) -> None:

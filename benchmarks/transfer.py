@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.stored import replace_part, update_page
+from benchmarks.stored import markdown_table, replace_part, update_page
 from examples.demo.compare import (
     ARMS,
     MEASURES,
@@ -123,13 +123,13 @@ def render_page(text: str, results: Mapping[str, Any]) -> str:
 
 
 def _table(captions: str, results: Mapping[str, Any], plain: str, distilled: str) -> str:
-    lines = [f"| {captions} | plain | distilled | times |", "|---|---|---|---|"]
+    rows = []
     for name, (title, _) in MEASURES.items():
         values = [results[arm][name]["seeds"] for arm in (plain, distilled)]
-        lines.append(f"| {title} | {' | '.join(map(format_share, values))} | {ratio(*values):.2f} |")
-    seconds = [results[arm][SECONDS]["mean"] for arm in (plain, distilled)]
-    lines.append(f"| seconds per step | {seconds[0]:.2f} | {seconds[1]:.2f} | {seconds[1] / seconds[0]:.2f} |")
-    return "\n".join(lines)
+        rows.append([title, *map(format_share, values), f"{ratio(*values):.2f}"])
+    one, other = (results[arm][SECONDS]["mean"] for arm in (plain, distilled))
+    rows.append(["seconds per step", f"{one:.2f}", f"{other:.2f}", f"{other / one:.2f}"])
+    return markdown_table([captions, "plain", "distilled", "times"], rows)
 
 
 if __name__ == "__main__":

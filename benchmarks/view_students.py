@@ -18,7 +18,7 @@ import numpy as np
 
 import reinforce
 from benchmarks.selection import BUILD, auc, captions, make_dataset, worst
-from benchmarks.stored import replace_part, update_page, write_results
+from benchmarks.stored import markdown_table, replace_part, update_page, write_results
 from benchmarks.transfer import summarise
 from examples.demo.compare import MEASURES, arm_overrides, collect_measures, format_share
 from examples.demo.data import SHARE, write_tests
@@ -101,17 +101,16 @@ def render_page(text: str, results: Mapping[str, Any]) -> str:
     """The page with the part about students written anew; the rest of ``text`` stays."""
     students = results["students"]
     seeds = len(students["whole"][SHOWN[0]]["seeds"])
-    lines = [
-        textwrap.fill(_TEXT.format(**results["view"], **results, seeds=seeds, top=1 - SHARE, score=SCORE), 120),
-        "",
-        f"| trained on | {' | '.join(ARMS.values())} | recovered |",
-        "|---|---|---|---|---|",
+    rows = [
+        [MEASURES[name][0], *(format_share(students[arm][name]["seeds"]) for arm in ARMS), recovered(students, name)]
+        for name in SHOWN
     ]
-    for name in SHOWN:
-        cells = [format_share(students[arm][name]["seeds"]) for arm in ARMS]
-        lines.append(f"| {MEASURES[name][0]} | {' | '.join(cells)} | {recovered(students, name)} |")
-    lines += ["", textwrap.fill(_AGREEMENT.format(**results["agreement"]), 120)]
-    return replace_part(text, "students", "\n".join(lines))
+    parts = [
+        textwrap.fill(_TEXT.format(**results["view"], **results, seeds=seeds, top=1 - SHARE, score=SCORE), 120),
+        markdown_table(["trained on", *ARMS.values(), "recovered"], rows),
+        textwrap.fill(_AGREEMENT.format(**results["agreement"]), 120),
+    ]
+    return replace_part(text, "students", "\n\n".join(parts))
 
 
 def main() -> None:

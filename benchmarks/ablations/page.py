@@ -19,6 +19,7 @@ from benchmarks.ablations.claims import ERRORS, ERRORS_OF_PICKED, Verdict, agree
 from benchmarks.ablations.measures import ALL_MEASURES
 from benchmarks.ablations.questions import Question, make_questions
 from benchmarks.ablations.results import Answer
+from benchmarks.stored import markdown_table
 from reinforce.storage import write_file, write_json
 
 RESULTS = Path(__file__).parents[1] / "results" / "ablations.json"
@@ -152,17 +153,15 @@ def check_claims(answer: Answer) -> list[Verdict]:
 
 def render_page(checked: Sequence[tuple[Answer, Sequence[Verdict]]], info: StudyInfo) -> str:
     """Return the whole page."""
-    rows = ["| question | these results |", "|---|---|"]
-    for answer, verdicts in checked:
-        title = answer.question.title
-        rows.append(f"| [{title}](#{_anchor(title)}) | {agreement(verdicts)} |")
+    titles = [(answer.question.title, agreement(verdicts)) for answer, verdicts in checked]
+    summary = [(f"[{title}](#{_anchor(title)})", found) for title, found in titles]
     top = _TEXT.format(
         **{key: getattr(info, key) for key in ("steps", "batch", "seeds", "torch")},
         machines=_machines([answer for answer, _ in checked]),
         command="make ablations            # trains the students; writes this page"
         if info.command == _PROGRAM
         else info.command,
-        summary="\n".join(rows),
+        summary=markdown_table(("question", "these results"), summary),
         unanswered=_unanswered(info),
         errors=ERRORS,
         picked=ERRORS_OF_PICKED,
@@ -193,11 +192,11 @@ def _section(answer: Answer, verdicts: Sequence[Verdict]) -> str:
 
 def _table(answer: Answer) -> str:
     columns = answer.question.columns
-    lines = [f"| | {' | '.join(ALL_MEASURES[name].title for name in columns)} |", f"|---|{'---|' * len(columns)}"]
-    for label, measured in answer.numbers.items():
-        cells = [ALL_MEASURES[name].format_cell(measured[name]) if name in measured else "" for name in columns]
-        lines.append(f"| {label} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    rows = [
+        [label, *(ALL_MEASURES[name].format_cell(measured[name]) if name in measured else "" for name in columns)]
+        for label, measured in answer.numbers.items()
+    ]
+    return markdown_table(["", *(ALL_MEASURES[name].title for name in columns)], rows)
 
 
 def _to_json(study: Study, answer: Answer, verdicts: Sequence[Verdict]) -> dict[str, Any]:
