@@ -138,7 +138,7 @@ def _solarize(images: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
 
 def _autocontrast(images: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
     low, high = (values.double()[:, None, None] for values in torch.aminmax(images.flatten(1, 2), dim=1))
-    scale = 255.0 / (high - low)
+    scale = torch.full_like(high, 255.0) / (high - low)  # a number divided by a tensor is rounded twice
     stretched = (images.double() * scale + -low * scale).clamp_(0, _LEVELS - 1).to(torch.uint8)
     return torch.where(high > low, stretched, images)
 
