@@ -1,4 +1,4 @@
-"""Pages of Parquet files: every encoding of the common writers, and bounded memory for any bytes."""
+"""Parquet files: every encoding of the common writers, bounded memory for any bytes, and footers that are accepted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from reinforce.input_config import Limits
-from reinforce.parquet import checked_file
+from reinforce.parquet import checked_file, footers
+from reinforce.parquet.footers import FooterCheck, RefusedFile, check_together, footer_bytes, read_footer
 from reinforce.source.samples import RawSample
 from tests.helpers.data import picture
 from tests.helpers.tables import read_lazily, read_table, write_columns
@@ -29,6 +30,7 @@ from tests.hostile.parquet import (
     Column,
     File,
     Page,
+    i64,
     levels,
     run,
     text,
@@ -180,3 +182,56 @@ def test_rows_of_a_long_dictionary_entry_are_read_a_few_at_a_time(
         assert (item.key, len(item.image)) == (f"{number:03d}", 300_000)
         assert pa.total_allocated_bytes() - before < 4_000_000
     assert number == rows - 1
+
+
+NAMES = ["key"]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(footers, "_accepted", set())
+
+
+def footer_of(data: bytes) -> tuple[pq.FileMetaData, list[str], bytes]:
+    footer = read_footer(data, len(data))
+    assert footer is not None
+    return footer, NAMES, footer_bytes(data)
+
+
+def one_key(key: bytes, offset: int | None = None) -> bytes:
+    extra = {} if offset is None else {9: i64(offset)}
+    return File([Column([("key", REQUIRED)], [Page(text(key), 1)], extra=extra)], 1).encoded()
+
+
+def accepted_before(found: tuple[pq.FileMetaData, list[str], bytes], monkeypatch: pytest.MonkeyPatch) -> bool:
+    with monkeypatch.context() as context:
+        context.setattr(FooterCheck, "_begin", lambda *_: (_ for _ in ()).throw(RefusedFile("it is checked")))
+        return FooterCheck(*found).accepted
+
+
+def test_footers_of_equal_columns_are_checked_once_and_others_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    bad, sink = footer_of(one_key(b"b", offset=-5)), pa.BufferOutputStream()
+    with pytest.raises(RefusedFile, match="its footer cannot be used"):
+        FooterCheck(*bad).check(0)
+    pq.write_table(pa.table({"key": [1]}), sink)
+    good = [footer_of(one_key(bytes([letter]))) for letter in b"abc"]
+    for other in (bad, footer_of(sink.getvalue().to_pybytes())):  # that Arrow rejects, and of another schema
+        found = [good[0], other, good[2]]
+        check_together(found)
+        assert not any(accepted_before(one, monkeypatch) for one in found)
+    check_together(good)
+    assert all(accepted_before(one, monkeypatch) for one in good)
+    assert not FooterCheck(*bad).accepted
+
+
+def test_a_check_keeps_no_memory() -> None:
+    footer, names, _ = footer_of(one_key(b"a"))
+    FooterCheck(footer, names)
+    before = _resident()
+    for _ in range(500):
+        assert FooterCheck(footer, names).accepted
+    assert _resident() - before < 2**20, "Arrow kept 5 KB for each exception in a file of Python"
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096

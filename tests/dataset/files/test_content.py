@@ -1,4 +1,4 @@
-"""Digests and states of layer files: equal for copies, others for other values, with and without page checksums."""
+"""Digests and states of layer files: equal for copies, others for other values; digests and hashes of keys."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import schemas
-from reinforce.dataset.files.content import content_of, find_content, states_of
+from reinforce.dataset.files.content import content_of, digest_keys, find_content, hash_keys, states_of
 from reinforce.dataset.files.store import Store
 
 LAYER, ROWS = "embeddings/red/images", 12
@@ -65,3 +67,32 @@ def test_states_differ_with_times_and_are_unknown_where_a_file_is_missing(tmp_pa
     shutil.rmtree(store.path("captions"))
     assert [*states_of(store, layers, ["0"])] == [0]
     assert states_of(store, [LAYER], ["0"])[0]
+
+
+texts = st.lists(st.text(max_size=20) | st.sampled_from(["x" * 255, "x" * 256, "x" * 257]), max_size=8)
+few = settings(max_examples=40)
+
+
+@few
+@given(texts)
+def test_keys_have_equal_hashes_exactly_if_they_are_equal(keys: list[str]) -> None:
+    every = [*keys, *(f"{key}\0" for key in keys), *keys[::-1]]
+    hashes = hash_keys(pa.array(every, pa.string())).tolist()
+    assert len({*hashes}) == len({*every})
+    assert dict(zip(every, hashes, strict=True)) == {
+        key: hash_keys(pa.array([key], pa.string())).tolist()[0] for key in every
+    }
+
+
+@few
+@given(texts, texts, st.integers(0, 5))
+def test_hashes_and_digests_are_of_the_keys_and_not_of_how_arrow_holds_them(
+    first: list[str], second: list[str], start: int
+) -> None:
+    whole = pa.array(["before", *first], pa.string())[1:]
+    parts = pa.chunked_array([whole[:start], whole[start:]])
+    assert hash_keys(parts).tolist() == hash_keys(pa.array(first, pa.string())).tolist()
+    digests = [digest_keys(pa.array(keys, pa.string())) for keys in (first, second, [*first, None], [*first, ""])]
+    assert digest_keys(parts) == digests[0]
+    assert (digests[0] == digests[1]) == (first == second)
+    assert len({digests[0], *digests[2:]}) == 3

@@ -1,7 +1,9 @@
-"""dataset.json: what is kept, what is added, and what is refused."""
+"""dataset.json: what is kept, added and refused, and what differs from a config that does not fit, for every layer."""
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,12 @@ from reinforce.dataset.files.store import MANIFEST, Store
 from reinforce.dataset.kinds.registry import KINDS
 from reinforce.dataset.layers import Layer
 from reinforce.dataset.manifest.manifest import read_manifest, record_scales, scale_notes, update_manifest
+from reinforce.engine.plan.plan import make_plan
 from reinforce.errors import UserError
 from tests.helpers.data import config_of
+from tests.helpers.models.tiny_models import open_clip_model
+from tests.helpers.reinforced import config_for as config
+from tests.helpers.reinforced import small_dataset
 
 RECIPE = {"model": "m", "seed": 0}
 LAYERS = {
@@ -86,3 +92,129 @@ def test_a_manifest_of_a_newer_version_is_an_error(tmp_path: Path) -> None:
     store.write_json({"schema_version": schemas.SCHEMA_VERSION + 1}, MANIFEST)
     with pytest.raises(UserError, match="newer version"):
         read_manifest(store)
+
+
+def refusal(config: dict[str, Any]) -> list[str]:
+    """The lines of the error for a config."""
+    with pytest.raises(UserError) as caught:
+        make_plan(parse_config(config))
+    return str(caught.value).splitlines()
+
+
+def teachers(**changes: Any) -> dict[str, Any]:
+    """The teachers of the dataset, with changes of ``red``."""
+    known: dict[str, Any] = config_of("", "")["teachers"]
+    return {**known, "red": {**known["red"], **changes}}
+
+
+def test_a_changed_seed_is_named_once_with_the_number_of_layers_that_follow_from_it(made: Path) -> None:
+    changed = config(made, seed=3)
+    layers = make_plan(parse_config({**changed, "output": f"{made}-new"})).layers
+    recorded = json.loads((made / "dataset.json").read_text())["layers"]
+    lines = refusal(changed)
+    assert lines[0] == f"{made} was made by another config, and the results would be mixed:"
+    before, now = recorded["samples"]["fingerprint"], layers["samples"].fingerprint
+    assert lines[1:-1] == [
+        f"  samples: fingerprint {before} in the dataset, {now} in this config",
+        "    seed: 0 in the dataset, 3 in this config",
+        "  7 more layers (captions/namer, embeddings/red/images, embeddings/red/caption, ...) computed from what "
+        "differs",
+    ]
+    assert "write to another `output`, or delete" in lines[-1]
+    assert lines[-1].endswith(f": reinforce drop {made} '*'")
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"images": "reference"}, 'images: "embed" in the dataset, "reference" in this config'),
+        (
+            {"augmentations": {"count": 2, "size": 24, "rand_augment": {"ops": 1}}},
+            "augmentations.rand_augment.ops: 2 in the dataset, 1 in this config",
+        ),
+        (
+            {"input": {"limits": {"pixels": 9}}},
+            "input.limits.pixels: 89478485 in the dataset, 9 in this config",
+        ),
+        ({"input": {"limits": {"scans": 9}}}, "input.limits.scans: not set in the dataset, 9 in this config"),
+        (
+            {"input": {"captions": ["txt"]}},
+            'input.captions: ["txt", "json:caption"] in the dataset, ["txt"] in this config',
+        ),
+        ({"teachers": teachers(dtype="int8")}, 'dtype: "float16" in the dataset, "int8" in this config'),
+        (
+            {"teachers": teachers(options={"size": 16, "dim": 8, "seed": 4})},
+            "options.seed: not set in the dataset, 4 in this config",
+        ),
+        ({"teachers": teachers(options={"size": 16})}, "options.dim: 8 in the dataset, not set in this config"),
+    ],
+)
+def test_what_differs_is_named(made: Path, changes: dict[str, Any], line: str) -> None:
+    lines = refusal(config(made, **changes))
+    assert [text for text in lines if text.startswith("    ")] == [f"    {line}"]
+
+
+def test_only_the_layers_of_a_changed_teacher_are_named_with_one_reason(made: Path) -> None:
+    lines = refusal(config(made, teachers=teachers(dtype="float32")))
+    assert [line.split(":")[0].strip() for line in lines[1:-1]] == [
+        "embeddings/red/images",
+        "dtype",
+        "2 more layers (embeddings/red/caption, embeddings/red/namer) for the same reason",
+    ]
+    assert "give the changed model another name, or delete" in lines[-1]
+    assert lines[-1].endswith(f": reinforce drop {made} 'embeddings/red/*'")
+
+
+def test_the_command_of_a_changed_captioner_names_the_layers_that_depend_on_its_captions(made: Path) -> None:
+    one = {"namer": {"class": "tests.helpers.models:SeedCaptioner", "options": {"captions": 1}}}
+    lines = refusal(config(made, captioners=one, teachers={}))
+    assert {line.strip() for line in lines} >= {
+        "captions: 2 in the dataset, 1 in this config",
+        "options.captions: not set in the dataset, 1 in this config",
+    }
+    assert lines[-1].endswith(f": reinforce drop {made} embeddings/blue/namer embeddings/red/namer captions/namer")
+
+
+def test_every_changed_model_is_in_one_message(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.helpers.models import ColorTeacher
+
+    both = teachers(dtype="int8")
+    both["blue"] = {**both["blue"], "options": {"size": 24, "dim": 12, "seed": 2}}
+    text = "\n".join(refusal(config(made, teachers=both)))
+    assert re.search(
+        r'dtype: "float16" in the dataset, "int8" in this config\n  2 more.*\n  embeddings/blue/images', text
+    )
+    assert "options.seed: 1 in the dataset, 2 in this config" in text
+    monkeypatch.setattr(ColorTeacher, "version", 7, raising=False)
+    assert refusal(config(made)).count("    version: not set in the dataset, 7 in this config") == 1, "once for both"
+
+
+def test_weights_tokenizers_and_precision_are_named(tmp_path: Path) -> None:
+    model = open_clip_model(tmp_path / "vit", image_size=24, width=32, embed_dim=16, seed=0)
+    small_dataset(tmp_path, (2,), teachers={"vit": {"model": model}}, captioners={})
+    again = config(tmp_path / "out", teachers={"vit": {"model": model, "precision": "bf16"}}, captioners={})
+    assert '    precision: "fp32" in the dataset, "bf16" in this config' in refusal(again)
+    folder = Path(model.removeprefix("local-dir:"))
+    open_clip_model(folder, image_size=24, width=32, embed_dim=16, seed=1)
+    (folder / "tokenizer_config.json").write_text("{}")
+    again["teachers"]["vit"]["precision"] = "fp32"
+    keys = [line.strip().split(": ")[0] for line in refusal(again) if line.startswith("    ")]
+    weights = [key for key in keys if key.endswith((".safetensors", ".bin", ".pt"))]
+    assert len(weights) == 1
+    assert "files.tokenizer_config.json" in keys
+
+
+def test_a_difference_that_the_manifest_does_not_explain_is_named_and_a_missing_layer_is_checked_by_a_footer(
+    made: Path, dataset: Path
+) -> None:
+    manifest = json.loads((dataset / "dataset.json").read_text())
+    entry = manifest["layers"].pop("embeddings/red/images")
+    (dataset / "dataset.json").write_text(json.dumps(manifest))
+    assert make_plan(parse_config(config(made, dataset))).pending == []
+    lines = refusal(config(made, dataset, teachers=teachers(dtype="int8")))
+    assert f"embeddings/red/images: fingerprint {entry['fingerprint']} in the dataset, " in "\n".join(lines)
+    manifest["layers"]["embeddings/red/images"] = {**entry, "fingerprint": "0123"}
+    (dataset / "dataset.json").write_text(json.dumps(manifest))
+    lines = refusal(config(made, dataset))
+    assert lines[1].startswith("  embeddings/red/images: fingerprint 0123 in the dataset, ")
+    assert lines[2] == "    nothing in dataset.json explains the difference"

@@ -1,9 +1,10 @@
-"""What `reinforce validate` reads, and hashes of keys."""
+"""What `reinforce validate` reads, and what it finds in views: damaged files, other rows, inputs that have changed."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -11,10 +12,9 @@ from unittest import mock
 import fsspec
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from reinforce.dataset.files.content import digest_keys, hash_keys
+import reinforce
+from reinforce.dataset.drop import drop, plan_drop
 from reinforce.dataset.files.listing import Listing
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.validate.shard_reader import ShardReader
@@ -22,7 +22,8 @@ from reinforce.dataset.validate.validate import validate
 from reinforce.errors import UserError
 from tests.helpers.commands import printed_by
 from tests.helpers.data import members_of, write_tar
-from tests.helpers.reinforced import small_dataset
+from tests.helpers.reinforced import flip, rewrite, small_dataset
+from tests.helpers.views import as_version_1, make_view
 
 RED = "embeddings/red/images"
 
@@ -111,30 +112,69 @@ def test_a_process_that_dies_ends_the_command_with_one_line(made: Path, monkeypa
         validate(str(made), processes=2)
 
 
-texts = st.lists(st.text(max_size=20) | st.sampled_from(["x" * 255, "x" * 256, "x" * 257]), max_size=8)
-few = settings(max_examples=40)
+@pytest.fixture
+def viewed(dataset: Path) -> Path:
+    """A copy of a dataset with a view."""
+    make_view(dataset, "captions.namer[1] IS NOT NULL AND key LIKE '%1'", name="best")
+    return dataset
 
 
-@few
-@given(texts)
-def test_keys_have_equal_hashes_exactly_if_they_are_equal(keys: list[str]) -> None:
-    every = [*keys, *(f"{key}\0" for key in keys), *keys[::-1]]
-    hashes = hash_keys(pa.array(every, pa.string())).tolist()
-    assert len({*hashes}) == len({*every})
-    assert dict(zip(every, hashes, strict=True)) == {
-        key: hash_keys(pa.array([key], pa.string())).tolist()[0] for key in every
-    }
+def rows_file(url: Path) -> Path:
+    return sorted(url.glob("views/best/rows-*/*"))[0]
 
 
-@few
-@given(texts, texts, st.integers(0, 5))
-def test_hashes_and_digests_are_of_the_keys_and_not_of_how_arrow_holds_them(
-    first: list[str], second: list[str], start: int
+def change_version_1(url: Path, change: Callable[[pa.Table], pa.Table]) -> None:
+    as_version_1(url, "best")
+    rewrite(rows_file(url), change)
+
+
+def one_more(table: pa.Table) -> pa.Table:
+    """The rows with another one left out or kept."""
+    left_out = table["left_out"].to_pylist()
+    changed = [None if left_out[0] else "1 where", *left_out[1:]]
+    return table.set_column(1, table.schema.field(1), pa.array(changed, pa.string()))
+
+
+def reversed_keys(table: pa.Table) -> pa.Table:
+    return table.set_column(0, table.schema.field(0), table["key"].take([*range(len(table))[::-1]]))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda url: rows_file(url).unlink(), "view best has no rows of "),
+        (lambda url: rewrite(rows_file(url), one_more), "does not have the digest that the view states"),
+        (lambda url: change_version_1(url, one_more), "view best keeps other rows of "),
+        (lambda url: change_version_1(url, lambda table: table.slice(1)), "view best is of other samples of "),
+        (lambda url: change_version_1(url, reversed_keys), "view best is of other samples of "),
+        (lambda url: flip(rows_file(url), "left_out"), "cannot be read"),
+        (lambda url: next(url.glob("views/best/shards-*")).write_bytes(b"PAR1"), "does not have the digest that view"),
+        (lambda url: as_version_1(url, "best").write_bytes(b"PAR1"), "shards.parquet cannot be read"),
+        (
+            lambda url: (url / "views/best/view.json").write_text(
+                (url / "views/best/view.json").read_text().replace("%1", "%2")
+            ),
+            "does not have its fingerprint: it was changed",
+        ),
+    ],
+)
+def test_a_damaged_view_is_one_finding_and_is_not_read(
+    viewed: Path, damage: Callable[[Path], object], message: str
 ) -> None:
-    whole = pa.array(["before", *first], pa.string())[1:]
-    parts = pa.chunked_array([whole[:start], whole[start:]])
-    assert hash_keys(parts).tolist() == hash_keys(pa.array(first, pa.string())).tolist()
-    digests = [digest_keys(pa.array(keys, pa.string())) for keys in (first, second, [*first, None], [*first, ""])]
-    assert digest_keys(parts) == digests[0]
-    assert (digests[0] == digests[1]) == (first == second)
-    assert len({digests[0], *digests[2:]}) == 3
+    assert validate(str(viewed)).valid
+    damage(viewed)
+    found = validate(str(viewed))
+    [finding] = found.findings
+    assert message in finding.message
+    assert (finding.kind, finding.layer, finding.at_fault) == ("view", "views/best", False)
+    if "keeps other rows" not in message:  # of which that version states no digest
+        with pytest.raises(UserError, match=r"[Mm]ake (it|the view) again"):
+            list(reinforce.open(str(viewed), view="best"))
+
+
+def test_a_view_of_a_dropped_layer_is_a_note(viewed: Path) -> None:
+    store = Store(str(viewed))
+    drop(store, plan_drop(store, ["captions/*", "embeddings/*/namer"]))
+    found = validate(str(viewed))
+    assert found.valid
+    assert "view best is refused: captions/namer was dropped since view best was made. Make it again" in found.code[-1]

@@ -1,4 +1,7 @@
-"""The backend fixed-point-1: its pixels are the same wherever they are computed."""
+"""Augmentation backends: fixed-point-1 has the same pixels everywhere, device-1 those of torchvision-pil-1.
+
+One more operation belongs to a new backend.
+"""
 
 from __future__ import annotations
 
@@ -8,25 +11,40 @@ import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageChops
 
-from reinforce.config import Augmentations, RandAugment
+from reinforce.config import Augmentations, RandAugment, parse_config
 from reinforce.dataset.augment import fixed_point
-from reinforce.dataset.augment import records as augment
-from reinforce.dataset.augment.backends import Replay, load_backend, sample_augmentation
+from reinforce.dataset.augment.backends import (
+    BACKENDS,
+    Backend,
+    Replay,
+    known_operations,
+    load_backend,
+    sample_augmentation,
+)
+from reinforce.dataset.augment.device import augment
+from reinforce.dataset.augment.device_records import CELL, CellRecord, fill_cell
 from reinforce.dataset.augment.fixed_point import OPERATIONS, RESIZERS, load_resizer
-from reinforce.dataset.augment.operations import OPS, RAND_AUGMENT, torchvision_magnitudes
-from reinforce.dataset.augment.records import Augmentation
+from reinforce.dataset.augment.operations import OPS, RAND_AUGMENT, TORCHVISION, OperationTable, torchvision_magnitudes
+from reinforce.dataset.augment.records import AUGMENTATION_BACKEND, Augmentation, Crop, Op, Resize, replay
+from reinforce.dataset.layers import SAMPLES
+from reinforce.engine.plan.plan import make_plan
+from reinforce.engine.plan.recipe import build_layers
 from reinforce.errors import UserError
+from tests.helpers.data import config_of
 from tests.helpers.images import natural, noise
+from tests.helpers.reinforced import reinforce_here
 
 BACKEND = "fixed-point-1"
 # The pixels of 300 records. If they change, students no longer see what the teachers saw.
@@ -76,7 +94,7 @@ def test_torch_gives_the_golden_pixels_on_every_processor_and_with_any_threads(c
     if flag not in Path("/proc/cpuinfo").read_text():
         pytest.skip(f"this processor has no {capability}")
     code = (
-        "import torch; from tests.dataset.augment import test_fixed_point as t; "
+        "import torch; from tests.dataset.augment import test_backends as t; "
         f"torch.set_num_threads({threads}); t.fixed_point.RESIZERS = {{'torch': t.RESIZERS['torch']}}; "
         "print(t.replayed_digest())"
     )
@@ -133,7 +151,7 @@ def test_operations_are_those_of_the_default_backend_with_rounded_magnitudes(nam
         magnitude = torchvision_magnitudes(bin_, 64)[name]
         for signed in {magnitude, -magnitude} if name in RAND_AUGMENT.signed else {magnitude}:
             ours = np.asarray(OPERATIONS[name](image, signed)).astype(int)
-            default = np.asarray(augment.TORCHVISION[name](image, signed)).astype(int)
+            default = np.asarray(TORCHVISION[name](image, signed)).astype(int)
             if name in ("Brightness", "Color", "Contrast", "Sharpness"):
                 assert np.abs(ours - default).max() <= 2
             else:
@@ -153,7 +171,7 @@ def test_torch_is_imported_only_where_cykooz_resizer_is_missing(monkeypatch: pyt
 
 
 def test_a_package_with_other_pixels_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    def other() -> augment.Resize:
+    def other() -> Resize:
         return lambda image, size: image.resize((size, size), Image.Resampling.BICUBIC)
 
     monkeypatch.setattr(fixed_point, "RESIZERS", {"pillow": other, "torch": RESIZERS["torch"]})
@@ -161,3 +179,107 @@ def test_a_package_with_other_pixels_is_not_used(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(fixed_point, "RESIZERS", {"pillow": other})
     with pytest.raises(UserError, match=r"fixed-point-1: pillow \S+ does not give its pixels on this machine"):
         load_resizer()
+
+
+SIZE = 48
+HEIGHT_FIRST = int(PIL.__version__.split(".")[0]) >= 13
+
+
+def on_device(images: list[Image.Image], records: list[Augmentation], size: int = SIZE) -> np.ndarray:
+    cells = np.zeros((len(images), CELL * size, CELL * size, 3), np.uint8)
+    filled = [fill_cell(*of, size, cell) for *of, cell in zip(images, records, cells, strict=True)]
+    return augment(torch.from_numpy(cells), filled, size).numpy().astype(int)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_an_operation_has_exactly_the_same_pixels(name: str) -> None:
+    records = []
+    for level in (3, 9, 30):
+        magnitude = torchvision_magnitudes(level, SIZE)[name]
+        signs = (1, -1) if name in OPS[1:10] else (1,)
+        records += [Augmentation(Crop(0, 0, SIZE, SIZE), SIZE, (Op(name, sign * magnitude),)) for sign in signs]
+    images = [natural(SIZE, SIZE, seed) for seed in range(len(records))]
+    grey, dark = Image.new("RGB", (SIZE, SIZE), (90, 90, 90)), Image.new("RGB", (SIZE, SIZE))
+    images, records = [*images, grey, dark], [*records, records[0], records[0]]
+    expected = [np.asarray(replay(*of)) for of in zip(images, records, strict=True)]
+    np.testing.assert_array_equal(on_device(images, records), np.stack(expected))
+
+
+def test_resized_crops_of_all_shapes_differ_by_one_level_in_few_places() -> None:
+    sides = [(20, 30), (150, 40), (30, 90), (70, 95), (48, 60), (60, 48), (48, 48), (1, 1), (3, 190), (300, 200)]
+    records = [Augmentation(Crop(0, 0, height, width), SIZE, None) for width, height in sides]
+    images = [natural(*side) for side in sides]
+    expected = np.stack([np.asarray(replay(*of)) for of in zip(images, records, strict=True)]).astype(int)
+    differences = abs(on_device(images, records) - expected)
+    assert differences.max() <= (1 if HEIGHT_FIRST else 4)
+    assert not HEIGHT_FIRST or (differences > 0).mean() < 1e-3
+
+
+def test_sampled_records_have_the_same_pixels_but_for_few() -> None:
+    policy = Augmentations(count=1, size=SIZE)
+    images = [natural(40 + 7 * n, 200 - 5 * n) for n in range(24)]
+    records = [sample_augmentation(policy, 0, str(n), 0, *image.size) for n, image in enumerate(images)]
+    expected = np.stack([np.asarray(replay(*of)) for of in zip(images, records, strict=True)]).astype(int)
+    differences = abs(on_device(images, records) - expected)
+    assert not HEIGHT_FIRST or (differences.max() <= 3 and (differences > 0).mean() < 1e-3)
+    assert differences.mean() < 1
+
+
+def test_a_crop_without_room_in_a_cell_is_resized_by_the_host() -> None:
+    record, cell = Augmentation(Crop(0, 0, 100, 200), SIZE, None), np.zeros((CELL * SIZE) ** 2 * 3, np.uint8)
+    assert fill_cell(natural(200, 100), record, SIZE, cell) == CellRecord(SIZE, SIZE, ())
+    np.testing.assert_array_equal(cell[: SIZE * SIZE * 3], np.asarray(replay(natural(200, 100), record)).reshape(-1))
+    with pytest.raises(ValueError, match="another image"):
+        fill_cell(natural(199, 100), record, SIZE, cell)
+
+
+NEW = "with-invert-1"
+
+
+def with_invert() -> Backend:
+    """The default backend with one more operation."""
+    default, table = BACKENDS[AUGMENTATION_BACKEND], RAND_AUGMENT
+    operations = {**default.operations, "Invert": lambda image, _: ImageChops.invert(image)}
+    more = OperationTable(
+        (*table.names, "Invert"), table.signed, lambda level, size: {**table.magnitudes(level, size), "Invert": 0.0}
+    )
+    return Backend(default.load_resize, operations, more)
+
+
+def drawn_by(policy: Augmentations) -> list[Augmentation]:
+    return [sample_augmentation(policy, 0, str(n), 0, 64, 48) for n in range(200)]
+
+
+def test_an_operation_of_a_new_backend_changes_no_records_fingerprints_or_datasets_of_others(
+    shards: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(shards(3, 2), tmp_path / "out", captioners={}, teachers={})
+    reinforce_here(config)
+    policies = [Augmentations(backend=name) for name in BACKENDS]
+    drawn = [drawn_by(policy) for policy in policies]
+    fingerprint = build_layers(parse_config(config), {})[SAMPLES].fingerprint
+
+    monkeypatch.setitem(BACKENDS, NEW, with_invert())
+    assert [drawn_by(policy) for policy in policies] == drawn
+    layers = build_layers(parse_config(config), {})
+    assert layers[SAMPLES].fingerprint == fingerprint
+    assert make_plan(parse_config(config)).pending == []
+
+    parsed = parse_config(config)
+    changed = parsed.model_copy(update={"augmentations": parsed.augmentations.model_copy(update={"backend": NEW})})
+    assert build_layers(changed, {})[SAMPLES].fingerprint != fingerprint
+
+
+def test_a_new_backend_draws_and_replays_its_operation_and_others_refuse_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BACKENDS, NEW, with_invert())
+    assert known_operations() == (*OPS, "Invert")
+    drawn = drawn_by(Augmentations().model_copy(update={"backend": NEW}))
+    inverting = [record for record in drawn if any(op.name == "Invert" for op in record.ops or ())]
+    assert 10 < len(inverting) < 45  # 2 of 15 operations a record: 27 of 200 expected
+    record = Augmentation(inverting[0].crop, 16, tuple(op for op in inverting[0].ops or () if op.name == "Invert")[:1])
+    image = noise(64, 48)
+    plain = load_backend(NEW)(image, Augmentation(record.crop, 16, None))
+    assert np.array_equal(load_backend(NEW)(image, record), 255 - plain)
+    for backend in (AUGMENTATION_BACKEND, "fixed-point-1"):
+        with pytest.raises(ValueError, match="unknown operation 'Invert'"):
+            load_backend(backend)(image, record)
