@@ -167,8 +167,7 @@ def test_too_few_patches_to_fit_a_codebook_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_lost_codebook_of_patches_is_refused_by_name(stored: Path, tmp_path: Path) -> None:
-    copied = tmp_path / "copied"
-    shutil.copytree(stored, copied)
+    copied = shutil.copytree(stored, tmp_path / "copied")
     (copied / "codebooks" / "patches" / "rq8.safetensors").unlink()
     assert [(one.kind, one.layer) for one in validate(str(copied)).findings] == [("codebook", "patches/rq8")]
     with pytest.raises(UserError, match="the codebook of patches/rq8, is missing"):
@@ -184,8 +183,7 @@ def _black() -> bytes:
 
 
 def test_patches_that_do_not_fit_in_memory_are_computed_in_smaller_batches(stored: Path, tmp_path: Path) -> None:
-    copied = tmp_path / "copied"
-    shutil.copytree(stored, copied)
+    copied = shutil.copytree(stored, tmp_path / "copied")
     before = tree(copied)
     shutil.rmtree(copied / "patches" / "pq24")
     shard = shard_process(config(stored.parent, copied))

@@ -48,7 +48,7 @@ class Bench:
     """An object store behind a proxy, and what an undisturbed run writes there."""
 
     def __init__(self, folder: Path, proxy: Proxy) -> None:
-        self.proxy = proxy
+        self.folder, self.proxy = folder, proxy
         os.environ |= s3_environment(proxy.url)
         import s3fs
 
@@ -81,29 +81,25 @@ class Bench:
         with local_ray():
             return reinforce.run(self.config(name, **changes))
 
-    def try_case(self, case: Case) -> Outcome:
+    def attempt(self, case: Case | Kill) -> Outcome:
         name = re.sub(r"\W+", "-", case.name)
         self.put_source(name)
-        begin, error = time.monotonic(), ""
-        with case.inject(self, name):
-            try:
-                summary = self.run(name, failures={"allowed_share": 1.0, **case.failures})
-                error = summary.message if summary.status else ""
-            except UserError as caught:
-                error = " ".join(str(caught).split())
+        begin = time.monotonic()
+        error = self._run_case(case, name) if isinstance(case, Case) else run_killed(self, case, name)
         seconds = time.monotonic() - begin
         problem = self._problem(name, error)
-        if bool(case.error) != bool(error) or not re.search(case.error, error):
+        if isinstance(case, Case) and (bool(case.error) != bool(error) or not re.search(case.error, error)):
             problem = f"expected {case.error or 'a complete run'!r}, and it ended with {error or 'a complete run'!r}"
         return Outcome(seconds, error, problem)
 
-    def try_kill(self, kill: Kill) -> Outcome:
-        name = re.sub(r"\W+", "-", kill.name)
-        self.put_source(name)
-        begin = time.monotonic()
-        with tempfile.TemporaryDirectory() as folder:
-            error = run_killed(self, kill, name, Path(folder))
-        return Outcome(time.monotonic() - begin, error, self._problem(name, error))
+    def _run_case(self, case: Case, name: str) -> str:
+        """Run with a fault -> the error."""
+        with case.inject(self, name):
+            try:
+                summary = self.run(name, failures={"allowed_share": 1.0, **case.failures})
+            except UserError as caught:
+                return " ".join(str(caught).split())
+        return summary.message if summary.status else ""
 
     def _problem(self, name: str, error: str) -> str:
         """What is wrong with a dataset, which the same command completes after an error."""
@@ -171,7 +167,7 @@ def _tried(bench: Bench, case: Case | Kill) -> Outcome:
     begin = time.monotonic()
     try:
         with time_limit(_LIMIT_SECONDS):
-            return bench.try_kill(case) if isinstance(case, Kill) else bench.try_case(case)
+            return bench.attempt(case)
     except Exception as error:  # a traceback that a user would see
         return Outcome(time.monotonic() - begin, "", f"{type(error).__name__}: {error}")
 

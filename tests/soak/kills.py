@@ -51,11 +51,13 @@ KILLS = [
 ]
 
 
-def run_killed(bench: Bench, kill: Kill, name: str, folder: Path) -> str:
+def run_killed(bench: Bench, kill: Kill, name: str) -> str:
     """Run the config of a case in a process, and kill what ``kill`` names -> the last line of an error, or ''.
 
     Raises AssertionError where it ends otherwise than ``kill`` says.
     """
+    folder = bench.folder / name
+    folder.mkdir()
     path, log = folder / "config.yaml", folder / "log"
     path.write_text(yaml.safe_dump(bench.config(name)))
     start = f"from reinforce.cli import main; main(['run', {str(path)!r}])"

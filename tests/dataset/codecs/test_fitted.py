@@ -99,8 +99,7 @@ def test_codes_are_encoded_from_float16_by_a_codebook_of_the_same_numbers_when_i
 
 
 def test_a_run_that_adds_shards_uses_the_stored_codebook(stored: Path, tmp_path: Path) -> None:
-    copied = tmp_path / "copied"
-    shutil.copytree(stored.parent, copied)
+    copied = shutil.copytree(stored.parent, tmp_path / "copied")
     before = tree(copied / "out" / "codebooks")
     write_tar(copied / "source" / "00003.tar", members_of(3, 5, width=9, height=8))
     values = config(copied, copied / "out")
@@ -112,8 +111,7 @@ def test_a_run_that_adds_shards_uses_the_stored_codebook(stored: Path, tmp_path:
 
 
 def test_a_codebook_that_is_lost_or_altered_by_one_bit_is_refused_by_name(stored: Path, tmp_path: Path) -> None:
-    copied = tmp_path / "copied"
-    shutil.copytree(stored, copied)
+    copied = shutil.copytree(stored, tmp_path / "copied")
     path = copied / "codebooks" / f"{LAYER}.safetensors"
     content = bytearray(path.read_bytes())
     content[-9] ^= 1
@@ -132,8 +130,7 @@ def test_a_codebook_that_is_lost_or_altered_by_one_bit_is_refused_by_name(stored
 
 
 def test_dropping_a_layer_deletes_its_codebook_and_a_new_run_fits_the_same(stored: Path, tmp_path: Path) -> None:
-    copied = tmp_path / "copied"
-    shutil.copytree(stored, copied)
+    copied = shutil.copytree(stored, tmp_path / "copied")
     before, store = tree(copied), Store(str(copied))
     drop(store, plan_drop(store, ["embeddings/pq4/*"]))
     assert not [name for name in tree(copied) if "pq4" in name]
@@ -168,8 +165,7 @@ def test_a_training_example_a_selection_and_a_report_read_codes(stored: Path, tm
 
 
 def test_hugging_face_shows_codes_as_bytes_and_the_card_names_the_codec(stored: Path, tmp_path: Path) -> None:
-    copied = tmp_path / "copied"
-    shutil.copytree(stored, copied)
+    copied = shutil.copytree(stored, tmp_path / "copied")
     write_card(str(copied))
     assert "[2, 8] pq4" in (copied / "README.md").read_text()
     rows = datasets.load_dataset(
@@ -275,8 +271,7 @@ def test_too_few_vectors_to_fit_a_codebook_are_refused(stored: Path, tmp_path: P
 def test_a_codec_without_its_encoder_ends_a_run_and_not_the_reading(
     stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copied = tmp_path / "copied"
-    shutil.copytree(stored, copied)
+    copied = shutil.copytree(stored, tmp_path / "copied")
     shutil.rmtree(copied / "embeddings" / "pq4" / "images")
     monkeypatch.setattr("reinforce.processes.imports.installed", lambda package: package != "faiss")
     with pytest.raises(UserError, match=r"codec pq4 needs faiss: run pip install -e '\.\[select\]'"):
