@@ -14,11 +14,15 @@ _GAP = 2**13  # bytes between two columns that are read with them in one request
 
 
 class WindowFile(ArrowInput):
-    """An open binary file of ``size`` bytes, which the caller closes. ``error`` is what the storage has raised."""
+    """An open binary file of ``size`` bytes, which the caller closes. ``error`` is what the storage has raised.
+
+    The end of the file is kept, since it often is all of it, and what was fetched last, since it may be fetched again.
+    """
 
     def __init__(self, file: Any, size: int) -> None:
         self._file, self._size = file, size
         self._parts: dict[Hashable, tuple[int, memoryview]] = {}  # where each begins, and its bytes
+        self._end = size, memoryview(b"")
         self.error: Exception | None = None
 
     def footer(self) -> tuple[pq.FileMetaData, bytes]:
@@ -27,14 +31,17 @@ class WindowFile(ArrowInput):
             start = max(0, self._size - length)
             tail = bytes(self.read_at(start, self._size - start))
             if (footer := read_footer(tail, self._size)) is not None:
+                self._end = start, memoryview(tail)
                 return footer, footer_bytes(tail)
         raise RefusedFile("its footer cannot be read")
 
     def fetch(self, spans: Sequence[tuple[int, int]]) -> None:
         """Fetch these (start, length) in place of all before, neighbours in one request."""
-        self._parts.clear()
-        for start, length in _merged(spans):
-            self.keep(start, start, self._read_file(start, length))
+        wanted = _merged(spans)
+        self._parts = {start: part for start, part in self._parts.items() if (start, len(part[1])) in wanted}
+        for start, length in wanted:
+            if start not in self._parts:
+                self.keep(start, start, self.read_at(start, length))
 
     def keep(self, key: Hashable, start: int, data: Bytes) -> None:
         """Keep bytes at ``start`` for Arrow, in place of those of the same ``key``."""
@@ -42,7 +49,7 @@ class WindowFile(ArrowInput):
 
     def read_at(self, start: int, length: int) -> Bytes:
         """Bytes that were fetched, and the rest from the file. Raises RefusedFile if the file ends before."""
-        for first, part in self._parts.values():
+        for first, part in (self._end, *self._parts.values()):
             if first <= start < first + len(part):
                 done = part[start - first : start - first + length]
                 if len(done) == length:

@@ -196,6 +196,7 @@ class LayerFile:
                 leaf.physical_type, str(column.logical_type), column.max_definition_level, leaf.num_values,
                 leaf.compression, leaf.total_uncompressed_size, leaf.data_page_offset - start,
             )  # fmt: skip
+            self._source.fetch([(start, length)])  # they are often decoded next
             return StoredKeys(group.num_rows, form, bytes(self._source.read_at(start, length)))
 
     def content(self, columns: Collection[str] | None = None) -> bytes:

@@ -22,6 +22,7 @@ from reinforce.dataset.files.layer_file import LayerFile, RefusedFile, naming_re
 from reinforce.dataset.files.listing import Listing, list_folders
 from reinforce.dataset.layers import Layer
 from reinforce.errors import StorageError, UserError
+from reinforce.parquet.footers import ArrowInput
 from reinforce.processes.prefetch import prefetch
 from reinforce.source import file_types as formats
 from reinforce.source.whole_reads import open_whole, read_range
@@ -204,36 +205,24 @@ class Store(Storage):
             yield file
 
 
-class RangeFile:
+class RangeFile(ArrowInput):
     """A file of ``size`` bytes at a path of an fsspec file system, or of the local disk if ``fs`` is None.
 
-    It is read by one request for each range, and never open in between. What was read first and last is kept: the end
-    of a file, which often is all of it, and a range that is read again.
+    It is read by one request for each range, and never open in between.
     """
 
     def __init__(self, fs: Any, path: str, size: int) -> None:
-        self._fs, self._path, self.size = fs, path, size
-        self._position = 0
-        self._parts: list[tuple[int, bytes]] = []
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self._position = offset + (0, self._position, self.size)[whence]
-        return self._position
+        self._fs, self._path, self._size = fs, path, size
 
     def read(self, length: int) -> bytes:
-        start, stop = self._position, min(self.size, self._position + length)
-        self._position = max(start, stop)
-        for first, data in self._parts:
-            if first <= start and stop <= first + len(data):
-                return data[start - first : stop - first]
-        if stop <= start:
-            return b""
-        if self._fs is None:
-            data = _read_local(self._path, start, stop)
-        else:
-            data = read_range(self._fs, self._path, start, stop)
-        self._parts = [*self._parts[:1], (start, data)]
-        return data
+        start, self._position = self._position, self._position + length
+        if self._fs is not None:
+            return read_range(self._fs, self._path, start, start + length)
+        descriptor = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would block
+        try:
+            return os.pread(descriptor, length, start)
+        finally:
+            os.close(descriptor)
 
 
 class LayerWriter(contextlib.ExitStack):
@@ -287,14 +276,6 @@ class LayerWriter(contextlib.ExitStack):
         if self._parquet.is_open:
             with contextlib.suppress(OSError):
                 self._parquet.close()
-
-
-def _read_local(path: str, start: int, stop: int) -> bytes:
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would block
-    try:
-        return os.pread(descriptor, stop - start, start)
-    finally:
-        os.close(descriptor)
 
 
 def _memory_map(path: str) -> Any:

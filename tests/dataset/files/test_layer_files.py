@@ -24,7 +24,7 @@ from reinforce.config import Augmentations
 from reinforce.dataset.augment.backends import sample_augmentation
 from reinforce.dataset.augment.records import to_records
 from reinforce.dataset.files import listing
-from reinforce.dataset.files.layer_file import RefusedFile
+from reinforce.dataset.files.layer_file import LayerFile, RefusedFile
 from reinforce.dataset.files.listing import Listing
 from reinforce.dataset.files.store import RangeFile, Store, parse_footer
 from reinforce.dataset.kinds.registry import KINDS
@@ -181,7 +181,7 @@ def test_quarantine_rows_are_read_back_and_a_file_of_a_newer_schema_is_an_error(
         pass
 
 
-def test_the_end_of_a_file_and_its_last_range_are_requested_once_and_a_pipe_does_not_block(
+def test_the_end_of_a_file_and_keys_that_are_read_again_are_requested_once_and_a_pipe_does_not_block(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ranges: list[tuple[int, int]] = []
@@ -192,26 +192,18 @@ def test_the_end_of_a_file_and_its_last_range_are_requested_once_and_a_pipe_does
         return bytes(cat_file(self, path, start, end))
 
     monkeypatch.setattr(LocalFileSystem, "cat_file", recorded)
-    data, path = bytes(range(200)), tmp_path / "file"
-    path.write_bytes(data)
-
-    def read(file: RangeFile, start: int, length: int) -> bytes:
-        file.seek(start)
-        return file.read(length)
-
+    keys, path = [os.urandom(32).hex() for _ in range(4000)], tmp_path / "s.parquet"
+    pq.write_table(table(*keys), path, row_group_size=2000, use_dictionary=False)
+    size = path.stat().st_size
     for fs in (LocalFileSystem(), None):
-        file = RangeFile(fs, str(path), 200)
-        for start, length in ((150, 50), (160, 10), (10, 20), (12, 5), (10, 20), (190, 30), (200, 5)):
-            assert read(file, start, length) == data[start : start + length]
-        assert ranges == [(150, 200), (10, 30)], "of the file system alone"
-    read(file := RangeFile(LocalFileSystem(), str(path), 200), 150, 50)
-    assert [read(file, start, end - start) for start, end in ((10, 15), (40, 45), (11, 14))] == [
-        data[10:15], data[40:45], data[11:14]
-    ]  # fmt: skip
-    assert ranges[3:] == [(10, 15), (40, 45), (11, 14)], "only the last range is kept"
+        file = LayerFile(RangeFile(fs, str(path), size), size)
+        assert file.stored_keys(0, 2**20) != file.stored_keys(1, 2**20)
+        assert file.read_row_group(1, ["key"])["key"].to_pylist() == keys[2000:]
+    starts = [file.metadata.row_group(group).column(0).data_page_offset for group in (0, 1)]
+    assert [start for start, _ in ranges] == [size - 2**16, *starts], "of the file system alone"
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(OSError, match="Illegal seek"):
-        read(RangeFile(None, str(tmp_path / "pipe"), 200), 20, 9)
+        RangeFile(None, str(tmp_path / "pipe"), 200).read(9)
 
 
 SHARDS = [f"{number:06d}-0123456789" for number in range(2500)]
