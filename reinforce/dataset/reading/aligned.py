@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import pyarrow as pa
@@ -134,11 +134,9 @@ def alignment_error(store: Store, layer: str, shard: str) -> MisalignedKeys:
 
 
 @contextlib.contextmanager
-def read_errors(path: str, fix: Callable[[], str] = lambda: "delete it") -> Iterator[None]:
-    """Turn what reading a layer file raises into a UserError that names the file and the fix.
-
-    ``fix`` returns what to do with a damaged file.
-    """
+def layer_errors(store: Store, layer: str, shard: str) -> Iterator[None]:
+    """Turn what reading a layer's file raises into a UserError that names it and the command that sets it aside."""
+    path = store.layer_path(layer, shard)
     try:
         yield
     except UserError:
@@ -147,18 +145,11 @@ def read_errors(path: str, fix: Callable[[], str] = lambda: "delete it") -> Iter
         raise UserError(f"{path} is missing. `reinforce run` with its config computes what is missing.") from error
     except Exception as error:  # each storage driver has its own exceptions
         kind = "" if isinstance(error, RefusedFile) else f"{type(error).__name__}: "
+        command = drop_shard_command(store.url, [layer], shard)
         raise UserError(
-            f"{path} cannot be read ({kind}{escape(str(error)[:500])}). If it is damaged, {fix()}: `reinforce run` "
-            "with its config computes what is missing."
+            f"{path} cannot be read ({kind}{escape(str(error)[:500])}). If it is damaged, set it aside by {command} "
+            "--yes: `reinforce run` with its config computes what is missing."
         ) from error
-
-
-def layer_errors(store: Store, layer: str, shard: str) -> contextlib.AbstractContextManager[None]:
-    """``read_errors`` of a layer's file, with the command that sets it aside."""
-    return read_errors(
-        store.layer_path(layer, shard),
-        lambda: f"set it aside by {drop_shard_command(store.url, [layer], shard)} --yes",
-    )
 
 
 @contextlib.contextmanager
