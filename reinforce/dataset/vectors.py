@@ -125,11 +125,6 @@ def own_slots(samples: pa.Table, count: int) -> npt.NDArray[np.bool_]:
     return own
 
 
-def from_scales(column: pa.ChunkedArray) -> Floats:
-    """Convert the column ``scales`` to [rows, count] float32; arbitrary in null rows."""
-    return tensor_rows(column)[0]
-
-
 def from_lists(column: pa.ChunkedArray, shape: Sequence[int]) -> pa.Array:
     """Convert a column of lists to a fixed_shape_tensor column of ``shape``; null rows stay null.
 

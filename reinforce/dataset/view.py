@@ -230,10 +230,8 @@ def write_view(store: Store, view: View) -> None:
         "state": view.files.states,
         "digest": view.files.digests,
     }
-    table = pa.table(columns, schema=schemas.view_shards_schema())
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, row_group_size=_SHARDS_GROUP, compression="zstd", write_page_checksum=True)
-    store.write_bytes(buffer.getvalue(), *shards_path(view.name, view.fingerprint))
+    table, path = pa.table(columns, schema=schemas.view_shards_schema()), shards_path(view.name, view.fingerprint)
+    content = store.write_table(table, *path, row_group_size=_SHARDS_GROUP)
     description = {
         "format": _FORMAT,
         "version": _VERSION,
@@ -243,7 +241,7 @@ def write_view(store: Store, view: View) -> None:
         "inputs": dict(view.inputs),
         "report": [*view.report],
         "columns": {name: [*names] for name, names in view.files.columns.items()},
-        "shards": f"{digest_of(buffer.getvalue()):016x}",
+        "shards": f"{digest_of(content):016x}",
     }
     store.write_json(description, FOLDER, view.name, _DESCRIPTION)
     remove_leftovers(store, view.name, view.fingerprint)

@@ -87,16 +87,11 @@ def index_file(layer: str) -> str:
     return f"{layer.replace('/', '--')}.parquet"
 
 
-def read_index(store: Store, layer: str, fingerprint: str) -> LayerIndex:
-    """Read the index of a layer with this fingerprint; empty if there is none that can be used."""
-    try:
-        return _read_index(store, layer, fingerprint)
-    except StorageError:  # a reader may have no right to read it
-        return LayerIndex()
+def read_index(store: Store, layer: str, fingerprint: str, to_write: bool = False) -> LayerIndex:
+    """Read the index of a layer with this fingerprint; empty if there is none that can be used.
 
-
-def _read_index(store: Store, layer: str, fingerprint: str) -> LayerIndex:
-    """The same for who writes it again. Raises StorageError."""
+    Raises StorageError if it is read to be written again; other readers may have no right to read it.
+    """
 
     def parse(content: bytes) -> LayerIndex:
         file = LayerFile(pa.BufferReader(content), len(content))
@@ -110,7 +105,9 @@ def _read_index(store: Store, layer: str, fingerprint: str) -> LayerIndex:
     try:
         return store.read_parsed(parse, FOLDER, index_file(layer), limit=_MAX_BYTES)
     except StorageError:
-        raise
+        if to_write:
+            raise
+        return LayerIndex()
     except (OSError, ValueError, UserError, pa.ArrowException):  # among them FileNotFoundError and RefusedFile
         return LayerIndex()
 
@@ -127,7 +124,7 @@ def prune_index(store: Store, layer: str, fingerprint: str, listing: Listing, pe
 
     Readers report files that the index has and the layer lacks. Returns the removed shards. Raises StorageError.
     """
-    index = _read_index(store, layer, fingerprint)
+    index = read_index(store, layer, fingerprint, to_write=True)
     shards = index.table["shard"].combine_chunks()
     kept = listing.has(shards) | pc.is_in(shards, value_set=pa.array(pending, pa.string())).to_numpy(False)
     if not kept.all():
@@ -151,6 +148,6 @@ class IndexWriter(PeriodicWriter):
     def flush(self) -> None:
         for layer in list(self._entries):
             fingerprint = self._layers[layer].fingerprint
-            index = _read_index(self._store, layer, fingerprint).merged(self._entries[layer], layer == SAMPLES)
-            write_index(self._store, layer, fingerprint, index)
+            index = read_index(self._store, layer, fingerprint, to_write=True)
+            write_index(self._store, layer, fingerprint, index.merged(self._entries[layer], layer == SAMPLES))
             del self._entries[layer]

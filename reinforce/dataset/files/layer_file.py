@@ -293,15 +293,12 @@ class LayerFile:
     def _codebook(self, table: pa.Table) -> dict[bytes, bytes] | None:
         """The metadata of a table that a codebook decodes: its place, by the footer."""
         digest = (self.metadata.metadata or {}).get(b"reinforce.codebook", b"")
-        if not digest and not any(_is_code(type_) for type_ in table.schema.types):
+        tensors = [type_.value_type for type_ in table.schema.types if isinstance(type_, pa.FixedShapeTensorType)]
+        if not digest and pa.uint8() not in tensors:
             return None
         if not re.fullmatch(rb"[0-9a-f]{32}", digest):
             raise RefusedFile("its footer does not name the codebook of its codes")
         return None if self._name is None else Place(self._dataset or "", self._name[0], digest.decode()).metadata()
-
-
-def _is_code(type_: pa.DataType) -> bool:
-    return isinstance(type_, pa.FixedShapeTensorType) and type_.value_type == pa.uint8()
 
 
 def _column_names(footer: pq.FileMetaData) -> list[str]:

@@ -87,11 +87,13 @@ class Store(Storage):
         table = pa.table([keys, reasons, details], schema=schemas.quarantine_schema())
         self.write_table(table, "quarantine", layer, f"{shard}.parquet")
 
-    def write_table(self, table: pa.Table, *parts: str, **options: Any) -> None:
-        """Publish a small Parquet file; ``options`` are those of ``pyarrow.parquet.write_table``."""
+    def write_table(self, table: pa.Table, *parts: str, **options: Any) -> bytes:
+        """Publish a small Parquet file -> its bytes; ``options`` are those of ``pyarrow.parquet.write_table``."""
         buffer = pa.BufferOutputStream()
         pq.write_table(table, buffer, **{"compression": "zstd", "write_page_checksum": True, **options})
-        self.write_bytes(buffer.getvalue().to_pybytes(), *parts)
+        content: bytes = buffer.getvalue().to_pybytes()
+        self.write_bytes(content, *parts)
+        return content
 
     def quarantined(self, layer: str, shard: str) -> list[dict[str, str | None]]:
         """Read the rows of a quarantine file: key, reason, detail. Raises DamagedQuarantine."""

@@ -275,4 +275,4 @@ def _norm_tolerance(table: pa.Table, shape: list[int]) -> Any:
     """How far the norm of a stored vector may be from 1; for int8 [rows, count], from the step of each vector."""
     if "scales" not in table.column_names:
         return vectors.NORM_TOLERANCE + _FLOAT_ERROR
-    return vectors.NORM_TOLERANCE + vectors.from_scales(table["scales"]) * (0.5 * np.sqrt(shape[1]))
+    return vectors.NORM_TOLERANCE + vectors.tensor_rows(table["scales"])[0] * (0.5 * np.sqrt(shape[1]))

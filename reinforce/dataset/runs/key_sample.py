@@ -80,34 +80,29 @@ class RepeatedKeys:
 
 
 class KeySample:
-    """The sampled keys of many shards: at most ``capacity`` hashes."""
+    """The sampled keys of many shards: at most ``capacity`` hashes, of which ``limit`` is the largest possible one."""
 
     def __init__(self, capacity: int = DATASET_HASHES) -> None:
         self._capacity = capacity
-        self._limit = ALL
+        self.limit = ALL
         self._shards: dict[str, ShardKeys] = {}
         self._total = 0
 
     def add(self, shard: str, keys: ShardKeys) -> None:
         """Add a shard, or replace it."""
-        self._limit = min(self._limit, keys.limit)
+        self.limit = min(self.limit, keys.limit)
         before = self._shards.get(shard, _NO_KEYS)
-        self._shards[shard] = keys.below(self._limit)
+        self._shards[shard] = keys.below(self.limit)
         self._total += len(self._shards[shard].hashes) - len(before.hashes)
         if self._total > self._capacity:
             self._trim()
             if self._total > self._capacity:
                 every = np.concatenate([of_shard.hashes for of_shard in self._shards.values()])
-                self._limit = int(np.partition(every, len(every) // 2)[len(every) // 2])
+                self.limit = int(np.partition(every, len(every) // 2)[len(every) // 2])
                 self._trim()
 
-    @property
-    def limit(self) -> int:
-        """The largest hash that is still sampled."""
-        return self._limit
-
     def __getitem__(self, shard: str) -> ShardKeys:
-        return self._shards.get(shard, _NO_KEYS).below(self._limit)
+        return self._shards.get(shard, _NO_KEYS).below(self.limit)
 
     def _trim(self) -> None:
         self._shards = {shard: self[shard] for shard in self._shards}
@@ -121,11 +116,11 @@ class KeySample:
         every.sort()
         same = every[1:][every[1:] == every[:-1]]  # a shard has each of its hashes once
         repeated = len(np.unique(same))
-        estimate = round(repeated * (ALL / max(1, self._limit)))
+        estimate = round(repeated * (ALL / max(1, self.limit)))
         share = repeated / max(1, len(every) - len(same))
         owners = [name for name, part in zip(names, parts, strict=True) if len(same) and (part == same[0]).any()]
         pair = (owners[0], owners[1]) if owners else None
-        return RepeatedKeys(estimate, share, self._limit == ALL, len(names), pair)
+        return RepeatedKeys(estimate, share, self.limit == ALL, len(names), pair)
 
 
 _NO_KEYS = ShardKeys(np.empty(0, np.uint64))

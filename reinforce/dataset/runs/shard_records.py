@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +61,7 @@ class ShardRecord:
         entry: dict[str, Any] = {
             "shard": self.shard,
             "limit": f"{self.keys.limit:x}",
-            "keys": _encode(self.keys.hashes),
+            "keys": base64.b64encode(self.keys.hashes.astype("<u8").tobytes()).decode(),
         }
         if self.source is not None:
             state = self.source.state
@@ -73,7 +73,8 @@ class ShardRecord:
         """The record of a line, or None if it is none."""
         try:
             entry = _Entry.model_validate_json(line)
-            keys = ShardKeys(_decode(entry.keys), min(max(int(entry.limit, 16), 0), ALL))
+            hashes = np.unique(np.frombuffer(base64.b64decode(entry.keys, validate=True), "<u8").astype(np.uint64))
+            keys = ShardKeys(hashes, min(max(int(entry.limit, 16), 0), ALL))
         except ValueError:  # also pydantic's, and those of broken numbers and base64
             return None
         source = SourceRecord(entry.url, SourceState(entry.bytes, entry.head, entry.stamp)) if entry.url else None
@@ -99,13 +100,10 @@ class RecordWriter(PeriodicWriter):
     def shards(self) -> Collection[str]:
         return self._sources.keys()
 
-    def _records(self) -> Iterator[ShardRecord]:
-        for shard, source in self._sources.items():
-            yield ShardRecord(shard, self._keys[shard], source)
-
     def flush(self) -> None:
         if self._changed:
-            content = "".join(f"{record.line()}\n" for record in self._records())
+            records = (ShardRecord(shard, self._keys[shard], source) for shard, source in self._sources.items())
+            content = "".join(f"{record.line()}\n" for record in records)
             self._store.write_bytes(content.encode("utf-8", "replace"), "runs", self._run, FILE)
         self._changed = False
 
@@ -150,11 +148,3 @@ def _contents(store: Storage) -> dict[str, bytes]:
             if len(content) < files[path]:
                 contents[path] = read_range(store.fs, path, 0, files[path])
     return contents
-
-
-def _encode(hashes: np.ndarray) -> str:
-    return base64.b64encode(hashes.astype("<u8").tobytes()).decode()
-
-
-def _decode(text: str) -> np.ndarray:
-    return np.unique(np.frombuffer(base64.b64decode(text, validate=True), "<u8").astype(np.uint64))
