@@ -65,17 +65,14 @@ _MANIFEST_SECONDS = 5.0  # between two attempts to write dataset.json
 _QUIET_START_SECONDS = 15.0  # after which a slow start is logged
 
 
-class Driver:
+class Driver(RunState):
     """Runs one plan to its end. Ray must be initialised."""
 
     def __init__(self, plan: Plan, store: Store, progress: Progress, claims: Claims | None = None) -> None:
-        self.state = state = RunState(plan, store, progress)
-        self.plan, self.store, self.progress, self.config = plan, store, progress, state.config
-        self.queue, self.pool, self.policy, self.totals = state.queue, state.pool, state.policy, state.totals
-        self.events, self.redact = state.events, state.redact
+        super().__init__(plan, store, progress)
         self.claims = claims or Claims(store, plan.config, plan.layers)
         self.records, self.index = RecordWriter(store, self.events.run), IndexWriter(store, plan.layers)
-        self.lifecycle, self.reporter = WorkerLifecycle(self.state), Reporter(self.state)
+        self.lifecycle, self.reporter = WorkerLifecycle(self), Reporter(self)
         self.raylet, self.ray_checked = RayletWatch(), time.monotonic()
         self.control, self.control_lost = ControlWatch(), 0.0
         self.manifest_written = self.wait_logged = False
@@ -87,9 +84,9 @@ class Driver:
     def run(self) -> RunSummary:
         """Run the plan. Raises UserError, also after it has recorded how the run ended."""
         start = time.monotonic()
-        self.events.add("start", shards=len(self.plan.pending), layers=sorted(self.state.needed), ray=ray.__version__)
+        self.events.add("start", shards=len(self.plan.pending), layers=sorted(self.needed), ray=ray.__version__)
         for line in (self.pool.describe(len(self.plan.pending)), *self.plan.notes):
-            self.state.log(line)
+            self.log(line)
         ending = Ending()
         try:
             self._set_damaged_aside()
@@ -121,7 +118,7 @@ class Driver:
         for file in self.plan.recomputed:
             path = set_aside(self.store, file.layer, file.shard)
             self.events.add("set_aside", shard=file.shard, layer=file.layer, reason=file.reason, path=path)
-            self.state.log(f"{file.line()}; it is set aside as {path} and computed again")
+            self.log(f"{file.line()}; it is set aside as {path} and computed again")
             self.totals.set_aside.append(file.line())
 
     def _compare_keys(self) -> dict[str, Any]:
@@ -158,14 +155,15 @@ class Driver:
                 if ref in self.lifecycle.polled:
                     self.lifecycle.record_pulse(ref)
                 elif ref in self.pool.loading:
-                    self._handle_start(ref)
+                    info = self.lifecycle.finish_start(ref)
+                    self.loaded = info.models if info else self.loaded
                 elif ref in self.pool.leases:  # not if the other lease of its worker has failed just now
                     self._handle_lease_end(ref)
             self.lifecycle.poll()
             if not self.manifest_written:
                 self._write_manifest()
                 self._check_start(time.monotonic() - start)
-            self.progress.show(self.state.snapshot(time.monotonic()))
+            self.progress.show(self.snapshot(time.monotonic()))
             self.reporter.report()
             self.events.flush_when_due()
             self.records.flush_when_due()
@@ -197,7 +195,7 @@ class Driver:
         """Log the policy's notes and avoid the nodes that it names. Raise UserError if no shard can be finished."""
         for note in self.policy.notes[self.notes_logged :]:
             self.events.add("note", text=note)
-            self.state.log(note)
+            self.log(note)
         self.notes_logged = len(self.policy.notes)
         self.pool.avoid(self.policy.faults.avoided(time.monotonic()))
         self.policy.memory.check(len(self.pool.slots))
@@ -206,7 +204,7 @@ class Driver:
         """Log a slow start once. Raise UserError after ``workers.start_timeout``."""
         if waited > _QUIET_START_SECONDS and not self.wait_logged:
             self.wait_logged = True
-            self.state.log(self.pool.resource_error() or "waiting for workers to load their models ...")
+            self.log(self.pool.resource_error() or "waiting for workers to load their models ...")
         workers = self.config.workers
         if waited > workers.start_timeout:
             cause = self.pool.resource_error() or "see the workers' logs"
@@ -215,27 +213,18 @@ class Driver:
                 f"(workers.start_timeout): {cause}"
             )
 
-    def _handle_start(self, ref: Any) -> None:
-        """Handle a worker that has loaded its models, or has failed to."""
-        info = self.lifecycle.finish_start(ref)
-        if info is None:
-            return
-        if len(self.pool.started) == 1 and self.config.workers.batch == "auto":
-            self.state.log(f"workers.batch: auto gives {info.batch:,} images at the first worker")
-        self.loaded = info.models
-
     def _write_manifest(self) -> None:
         """Write dataset.json once ``workers.min`` workers have started; while the storage fails, every few seconds."""
         now = time.monotonic()
         if self.loaded is None or len(self.pool.started) < self.config.workers.min or now < self.manifest_due:
             return
         try:
-            self.claims.publish(self.loaded, self.state.needed)
+            self.claims.publish(self.loaded, self.needed)
         except StorageError as error:
             self.manifest_failed = self.manifest_failed or now
             if now - self.manifest_failed >= self.config.failures.outage_seconds:
                 raise
-            self.state.log(f"{error} It is tried again.")
+            self.log(f"{error} It is tried again.")
             self.store.refresh()
             self.manifest_due = time.monotonic() + _MANIFEST_SECONDS
         else:
@@ -250,15 +239,15 @@ class Driver:
         """
         with contextlib.suppress(StorageError):  # the next run lists them
             if self.loaded is not None and not self.claims.is_published:
-                self.state.log(f"{self.store.path(MANIFEST)} is not there any more, and is written again")
-                self.claims.publish(self.loaded, self.state.needed)
+                self.log(f"{self.store.path(MANIFEST)} is not there any more, and is written again")
+                self.claims.publish(self.loaded, self.needed)
             listings = self.store.listings({**self.committed, SAMPLES: ()}, self.plan.committed)
             set_aside = {*self.totals.postponed}
             for layer, listing in listings.items():
                 lost = self._lost(layer, listing) - set_aside
                 if lost:
                     files = "1 file is" if len(lost) == 1 else f"{len(lost):,} files are"
-                    self.state.log(f"{layer}: {files} not there any more, such as {min(lost)}.parquet; computed again")
+                    self.log(f"{layer}: {files} not there any more, such as {min(lost)}.parquet; computed again")
                     self.totals.finished -= lost
                     self.totals.postponed |= lost
 
@@ -295,29 +284,30 @@ class Driver:
             self.committed.setdefault(layer, set()).add(result.shard)
         for layer, reason in result.set_aside.items():
             text = DamagedFile(layer, result.shard, reason).line()
-            self.state.log(f"{text}; it is set aside, and the shard is finished after the others")
+            self.log(f"{text}; it is set aside, and the shard is finished after the others")
             self.totals.set_aside.append(text)
         self.policy.add_notes(result.notes)
         if result.record:
             self.records.add(result.record)
         if result.source_note:
-            self.state.log(f"{result.shard}: {result.source_note}")
+            self.log(f"{result.shard}: {result.source_note}")
         if count := result.refused.get(Reason.LABELS_UNREAD.value):
             more = f" (and {plural(count - 1, 'more file')})" if count > 1 else ""
-            self.state.log(f"{result.shard}: {result.examples[Reason.LABELS_UNREAD.value]}{more}; its rows are null")
+            self.log(f"{result.shard}: {result.examples[Reason.LABELS_UNREAD.value]}{more}; its rows are null")
             self.policy.quarantined.add(result.shard)
         if result.quarantine_reason:
             detail = result.examples.get(result.quarantine_reason, "")
-            self.state.log(f"{result.shard} is quarantined: {result.quarantine_reason}: {detail}")
+            self.log(f"{result.shard} is quarantined: {result.quarantine_reason}: {detail}")
             self.policy.shard_quarantined(result.shard, f"{result.quarantine_reason}: {detail}")
 
     def _try_elsewhere(self, slot: Slot, shard: PendingShard, reason: str) -> bool:
         """Queue a shard that could not be read for another node; False if it is not tried again."""
-        decision = self.policy.read_failed(shard, reason, slot.id, self.pool.count_nodes(), time.monotonic())
+        nodes = len({slot.id.node for slot in self.pool.started})
+        decision = self.policy.read_failed(shard, reason, slot.id, nodes, time.monotonic())
         if decision is None:
             return False
         self.store.forget_quarantine(SAMPLES, shard.name)
-        self.state.log(f"{shard.name} is tried on another node: {reason} on {slot.id.place}")
+        self.log(f"{shard.name} is tried on another node: {reason} on {slot.id.place}")
         self._carry_out(decision)
         return True
 
@@ -331,7 +321,7 @@ class Driver:
         self.events.add("shard_raised", shard=shard.name, attempt=decision.attempt, error=shorten(text, 2000))
         shown = shorten(text, 1000)
         of = "" if isinstance(error, StorageFailure) else f" of {self.config.failures.attempts}"
-        self.state.log(f"{shard.name}: attempt {decision.attempt}{of} raised {shown}")
+        self.log(f"{shard.name}: attempt {decision.attempt}{of} raised {shown}")
         self._carry_out(decision)
 
     def _handle_death(self, verdict: DeathVerdict) -> None:
@@ -341,7 +331,7 @@ class Driver:
         self.events.add(event, pid=death.worker.id.pid, shards=names, node_lost=verdict.node_lost, error=death.error)
         reason = "its node was lost" if verdict.node_lost else death.error
         what = "hung and was killed" if death.hung else "died"
-        self.state.log(f"a worker {what} ({reason}); in flight: {', '.join(names)}")
+        self.log(f"a worker {what} ({reason}); in flight: {', '.join(names)}")
         for decision in verdict.decisions:
             self._carry_out(decision)
 
@@ -352,7 +342,7 @@ class Driver:
         if isinstance(decision, Quarantine):
             self._quarantine(decision)
         elif isinstance(decision, LeaveShard):
-            self.state.log(f"{name} is left for the next run, because the storage has failed for too long")
+            self.log(f"{name} is left for the next run, because the storage has failed for too long")
         self.queue.put_back(decision, self.policy.faults.tried(name))
 
     def _quarantine(self, decision: Quarantine) -> None:
@@ -361,7 +351,7 @@ class Driver:
         self.store.quarantine(layer, name, [(None, reason, detail)])
         self.events.add("shard_quarantined", shard=name, layer=layer, reason=reason.value, detail=detail)
         cause = f"{reason.value}: {shorten(detail, 300)}"
-        self.state.log(f"{name} is quarantined in {layer}: {cause}")
+        self.log(f"{name} is quarantined in {layer}: {cause}")
         self.totals.add_quarantined(name, layer, reason.value, detail)
         self.policy.shard_quarantined(name, cause)
         if decision.rest is None:

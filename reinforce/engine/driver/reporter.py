@@ -45,8 +45,10 @@ class Reporter:
             least = _PROGRESS_SECONDS_LOCAL if self._state.store.local else _PROGRESS_SECONDS
             interval = least + len(self._state.pool.slots) * _SECONDS_PER_WORKER
             self._progress_due = now + interval
+            progress = self._progress(snapshot, rates, interval)
+            text = self._state.redact(json.dumps(progress.model_dump(mode="json"), ensure_ascii=False))
             with contextlib.suppress(UserError):  # the run itself does not need it
-                self._write(self._progress(snapshot, rates, interval))
+                self._state.store.write_bytes(text.encode("utf-8", "replace"), "runs", progress.run, FILE)
 
     def _record_metrics(self, snapshot: Snapshot, rates: Rates, workers: int) -> None:
         state = self._state
@@ -89,10 +91,6 @@ class Reporter:
             fast_paths=state.totals.fast_paths,
             job=job_id(),
         )
-
-    def _write(self, progress: RunProgress) -> None:
-        text = self._state.redact(json.dumps(progress.model_dump(mode="json"), ensure_ascii=False))
-        self._state.store.write_bytes(text.encode("utf-8", "replace"), "runs", progress.run, FILE)
 
 
 def worker_progress(slot: Slot) -> WorkerProgress:

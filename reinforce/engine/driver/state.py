@@ -55,11 +55,10 @@ class RunState:
 
     def _silent_hosts(self) -> Counter[str]:
         """The number of shards that wait for a host which does not answer, and may be lost, by its name."""
-        workers = [(slot.id, len(slot.leases)) for slot in self.silent if slot in self.pool.started]
-        ended = [
-            (death.worker.id, len(death.worker.shards)) for death in self.policy.deaths
-        ]  # not known to be lost yet
         shards = Counter[str]()
-        for worker, count in (*workers, *ended):
-            shards[worker.place] += count
+        for slot in self.silent:
+            if slot in self.pool.started:
+                shards[slot.id.place] += len(slot.leases)
+        for death in self.policy.deaths:  # not known to be lost yet
+            shards[death.worker.id.place] += len(death.worker.shards)
         return shards

@@ -58,6 +58,8 @@ class WorkerLifecycle:
             return None
         self._policy.load_passed()
         self._pool.record_start(slot, info)
+        if len(self._pool.started) == 1 and self._state.config.workers.batch == "auto":
+            self._state.log(f"workers.batch: auto gives {info.batch:,} images at the first worker")
         self._policy.add_notes(info.notes)
         if info.reads_heic not in (None, reads_heic()) and not any(HEIC_HINT in note for note in self._policy.notes):
             self._policy.add_notes([heic_note(f"workers, the first on {info.id.place}")])
@@ -97,7 +99,8 @@ class WorkerLifecycle:
         dead, memory = not isinstance(error, ActorUnavailableError), isinstance(error, OutOfMemoryError)
         worker, reason = self._end(slot), self._state.redact.cut(str(error)).strip().splitlines()[0][:300]
         if memory:
-            worker = replace(worker, neighbours=self._pool.count_on_node(worker.id.node))
+            neighbours = sum(other.id.node == worker.id.node for other in self._pool.started)
+            worker = replace(worker, neighbours=neighbours)
         self._policy.worker_died(worker, reason, time.monotonic(), dead, memory)
 
     def recycle(self, slot: Slot) -> None:

@@ -119,9 +119,12 @@ class WorkerPool:
 
     def grow(self, size: int) -> None:
         """Ask for actors until ``size`` (at most ``workers.max``) exist or are pending."""
+        actor = self._class
+        if self._avoided:
+            actor = actor.options(label_selector={_NODE_LABEL: f"!in({','.join(sorted(self._avoided))})"})
         for _ in range(min(size, self._limit()) - len(self.slots) + len(self.leaving)):
             index = heapq.heappop(self._indexes) if self._indexes else len(self.slots)
-            slot = Slot(self._placed().remote(*self._arguments, index), avoids=self._avoided, index=index)
+            slot = Slot(actor.remote(*self._arguments, index), avoids=self._avoided, index=index)
             self.slots.append(slot)
             self.loading[slot.actor.load.remote()] = slot
 
@@ -148,12 +151,6 @@ class WorkerPool:
             slot.leaving = True
             self.leaving[slot] = None
             self.free.pop(slot, None)
-
-    def _placed(self) -> Any:
-        """The actor class, with the nodes that it must not be placed on."""
-        if not self._avoided:
-            return self._class
-        return self._class.options(label_selector={_NODE_LABEL: f"!in({','.join(sorted(self._avoided))})"})
 
     def describe(self, size: int) -> str:
         return describe_workers(self._config.workers, size, self._limit(), live_resources())
@@ -197,12 +194,6 @@ class WorkerPool:
     def count_placeable(self) -> int:
         """Number of workers that the cluster can hold at once, of those that were asked for."""
         return min(len(self.slots), self._cluster_capacity())
-
-    def count_nodes(self) -> int:
-        return len({slot.id.node for slot in self.started})
-
-    def count_on_node(self, node: str) -> int:
-        return sum(slot.id.node == node for slot in self.started)
 
     def record_start(self, slot: Slot, info: WorkerInfo) -> None:
         slot.info, slot.started_at = info, time.monotonic()
