@@ -21,8 +21,7 @@ from reinforce.engine.inference.batch_sizes import MAX_AUTO_BATCH
 from reinforce.engine.inference.models import Models, memory_hint, size_note
 from reinforce.engine.inference.outputs import Floats
 from reinforce.engine.messages.tracebacks import user_frames
-from reinforce.engine.plan.precision import resolve_precisions
-from reinforce.engine.plan.recipe import version_notes
+from reinforce.engine.plan.recipe import resolve_precisions, version_notes
 from reinforce.engine.worker.producers.base import Side
 from reinforce.engine.worker.producers.registry import PRODUCERS
 from reinforce.errors import UserError
@@ -42,6 +41,7 @@ from teachers.spec import ModelSpec
 
 Kind = Literal["teacher", "captioner"]
 
+_HEADINGS = ("model", "side", "dimension", "norm", "speed", "batch")
 _FIRST_BATCH, _CLASS_BATCH = 8, 64
 _ENOUGH_SECONDS = 0.5  # of one batch; a larger one is not measured
 
@@ -68,28 +68,26 @@ class Report:
 
     def table(self) -> Table:
         table = Table(box=None, header_style="bold", pad_edge=False)
-        for heading in ("model", "side", "dimension", "norm", "speed", "batch"):
+        for heading in _HEADINGS:
             table.add_column(heading, justify="left" if heading in ("model", "side") else "right", no_wrap=True)
-        for row in self.rows:
-            norm = (
-                "-"
-                if row.norms is None
-                else " to ".join(sorted({f"{n:.4f}" for n in (row.norms.min(), row.norms.max())}))
-            )
-            rate = f"{row.rate:,.0f}" if row.rate >= 100 else f"{row.rate:.3g}"
-            table.add_row(row.model, row.side, str(row.dim or "-"), norm, f"{rate} {row.side}/s", str(row.batch))
+        for cells in self._cells():
+            table.add_row(*cells)
         return table
 
     def _repr_html_(self) -> str:
         from reinforce.markup import render
 
-        lines = [
-            (row.model, row.side, str(row.dim or ""), f"{row.rate:,.3g} {row.side}/s", str(row.batch))
-            for row in self.rows
-        ]
         facts = [("note", note) for note in self.notes]
-        heads = ("model", "side", "dimension", "speed", "batch")
-        return render("notebook/table.html", title="models", facts=facts, heads=heads, lines=lines, more=0)
+        return render("notebook/table.html", title="models", facts=facts, heads=_HEADINGS, lines=self._cells(), more=0)
+
+    def _cells(self) -> list[list[str]]:
+        rows = []
+        for row in self.rows:
+            norms = () if row.norms is None else (row.norms.min(), row.norms.max())
+            norm = " to ".join(sorted({f"{n:.4f}" for n in norms})) or "-"
+            rate = f"{row.rate:,.0f}" if row.rate >= 100 else f"{row.rate:.3g}"
+            rows.append([row.model, row.side, str(row.dim or "-"), norm, f"{rate} {row.side}/s", str(row.batch)])
+        return rows
 
 
 def check_target(

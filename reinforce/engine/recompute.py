@@ -30,8 +30,7 @@ from reinforce.engine.decode.decode_pool import DecodePool
 from reinforce.engine.inference.models import load_models, on_this_machine
 from reinforce.engine.messages.results import LayerFailure
 from reinforce.engine.messages.task import PendingShard
-from reinforce.engine.plan.precision import resolve_precisions
-from reinforce.engine.plan.recipe import as_recorded, build_layers, describe_models, with_codebooks
+from reinforce.engine.plan.recipe import build_layers, describe_models, resolve_layers, resolve_precisions
 from reinforce.engine.plan.source_shards import with_view
 from reinforce.engine.worker.shard import ShardProcess
 from reinforce.engine.worker.stale_files import MisalignedLayer, origin_entries
@@ -84,8 +83,7 @@ def recompute(config: Config, url: str, rows: int, seed: int = 0, pool: DecodePo
     manifest = read_manifest(store)
     config = on_this_machine(config).model_copy(update={"output": store.url})
     config = _describable(resolve_precisions(with_labels(with_view(config)), lambda: manifest, nodes_of_run)[0], found)
-    infos = with_codebooks(config, describe_models(config), store, manifest)
-    layers, _ = as_recorded(build_layers(config, infos), manifest)
+    config, layers, _ = resolve_layers(config, store, manifest, nodes_of_run)
     chosen = _known(layers, manifest, found)
     if SAMPLES not in chosen:
         return found

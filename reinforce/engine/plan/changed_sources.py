@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from reinforce.dataset.layers import SAMPLES
@@ -66,14 +66,9 @@ def changes_note(plan: Plan, recorded: Mapping[str, SourceRecord]) -> str | None
     for (shard, before_state), state in zip(probed, states, strict=True):
         if state is not None and before_state.same_content(state) is False:
             changed.append(f"{shard.name}: {before_state.describe_change(state)}")
-    if not changed:
-        return None
     extended = sum(SAMPLES not in shard.layers for shard in plan.pending)
     stored = "from the stored images" if plan.config.embeds_images else "from images at their old offsets"
-    return (
-        f"source: {len(changed):,} of {extended:,} shards that get new layers have {_since(changed)} The new layers "
-        f"are computed {stored}. {_REMEDY.format(name='SHARD')}"
-    )
+    return _note(changed, f"{extended:,} shards that get new layers", f"The new layers are computed {stored}")
 
 
 def finished_note(plan: Plan, recorded: Mapping[str, SourceRecord]) -> str | None:
@@ -83,13 +78,11 @@ def finished_note(plan: Plan, recorded: Mapping[str, SourceRecord]) -> str | Non
         before = recorded[name].state if name in recorded else None
         if before is not None and before.bytes not in (None, size):
             changed.append(f"{name}: {before.describe_change(SourceState(size, None))}")
-    if not changed:
-        return None
-    return (
-        f"source: {len(changed):,} of {len(plan.finished):,} finished shards have {_since(changed)} The dataset has "
-        f"what was in them then. {_REMEDY.format(name='SHARD')}"
-    )
+    return _note(changed, f"{len(plan.finished):,} finished shards", "The dataset has what was in them then")
 
 
-def _since(changed: list[str]) -> str:
-    return f"changed since their samples were written ({'; '.join(first_lines(changed, _NAMED))})."
+def _note(changed: Sequence[str], of: str, result: str) -> str | None:
+    """The warning about the ``changed`` ones, as lines, ``of`` all shards, if there are any."""
+    since = f"changed since their samples were written ({'; '.join(first_lines(changed, _NAMED))})"
+    remedy = _REMEDY.format(name="SHARD")
+    return f"source: {len(changed):,} of {of} have {since}. {result}. {remedy}" if changed else None

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
+from pathlib import PurePath, PurePosixPath
 
 from fsspec.implementations.local import LocalFileSystem
 
@@ -53,20 +54,20 @@ def _named(config: Config) -> Iterator[tuple[str, str]]:
         yield f"labels.{name}.url", labels.url
 
 
-def _urls_of(entry: str, output: str) -> Iterator[str]:
+def _urls_of(entry: str, output: PurePath) -> Iterator[str]:
     """The URLs and patterns that an entry stands for; the entry itself where none of them can be in ``output``."""
     folder = _SPECIAL.split(entry, maxsplit=1)[0].rpartition("/")[0]
     if entry.partition("?")[0].endswith(".txt"):
         yield from _decisive(expand(entry, None, find_format("csv").recognises), output)
-    elif "{" in entry and (folder.endswith(":/") or not _apart(_parts(_place(folder or ".")), _parts(output))):
+    elif "{" in entry and (folder.endswith(":/") or _overlap(_place(folder or "."), output)):
         yield from _decisive(expand_braces(entry, entry), output)
     else:
         yield entry
 
 
-def _decisive(urls: Iterable[str], output: str) -> Iterator[str]:
+def _decisive(urls: Iterable[str], output: PurePath) -> Iterator[str]:
     """One URL of each folder, as they are in ``output`` together, and those that may be a folder above it by name."""
-    folders, names = set(), {*_parts(output)}
+    folders, names = set(), {*output.parts}
     for url in urls:
         folder, _, name = url.rstrip("/").rpartition("/")
         if folder not in folders or name in names or "**" in name:
@@ -74,20 +75,23 @@ def _decisive(urls: Iterable[str], output: str) -> Iterator[str]:
             yield url
 
 
-def _relation(output: str, url: str) -> str | None:
+def _relation(output: PurePath, url: str) -> str | None:
     """How the place of a dataset overlaps a URL or pattern that is read, in words; None if they are apart."""
-    place = _place(url)
-    mine, read = _parts(output), _parts(place)
-    patterns = next((n for n, part in enumerate(read) if has_glob(url) and has_glob(part)), None)
+    read = _place(url)
+    patterns = next((n for n, part in enumerate(read.parts) if has_glob(url) and has_glob(part)), None)
     if patterns is not None:
-        if _starts(read[:patterns], mine):
+        if PurePosixPath(*read.parts[:patterns]).is_relative_to(output):
             return "contains the files of"
-        return "is among the files of" if _matches_inside(read, mine) else None
-    if mine == read:
+        return "is among the files of" if _matches_inside(read.parts, output.parts) else None
+    if output == read:
         return _SAME
-    if _starts(mine, read):
+    if output.is_relative_to(read):
         return "is inside"
-    return "contains" if _starts(read, mine) else None
+    return "contains" if read.is_relative_to(output) else None
+
+
+def _overlap(one: PurePath, other: PurePath) -> bool:
+    return one.is_relative_to(other) or other.is_relative_to(one)
 
 
 def _matches_inside(pattern: Sequence[str], folder: Sequence[str]) -> bool:
@@ -101,23 +105,10 @@ def _matches_inside(pattern: Sequence[str], folder: Sequence[str]) -> bool:
     return has_glob(extension) or extension in _WRITTEN
 
 
-def _place(url: str) -> str:
+def _place(url: str) -> PurePath:
     """Protocol and path of a URL or pattern, without links of local disks."""
     fs, path = filesystem(canonical(url).rpartition("::")[2])
     if isinstance(fs, LocalFileSystem):
-        return os.path.realpath(path)
+        return PurePosixPath(os.path.realpath(path))
     protocol = fs.protocol if isinstance(fs.protocol, str) else fs.protocol[0]
-    return f"{protocol}://{path.strip('/')}"
-
-
-def _parts(place: str) -> list[str]:
-    return place.rstrip("/").split("/")
-
-
-def _apart(one: Sequence[str], other: Sequence[str]) -> bool:
-    """Whether neither of two places is in the other."""
-    return any(a != b for a, b in zip(one, other, strict=False))
-
-
-def _starts(parts: Sequence[str], start: Sequence[str]) -> bool:
-    return [*parts[: len(start)]] == [*start]
+    return PurePosixPath(f"{protocol}://{path.strip('/')}")

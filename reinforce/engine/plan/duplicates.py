@@ -6,7 +6,7 @@ meet, some contents are compared.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal, TypeVar
@@ -69,9 +69,27 @@ def find_copies(plan: Plan, store: Store) -> Copies:
     chosen = evenly_spread(meeting, _COMPARED)
     if not chosen:
         return Copies((), 0, 0)
-    comparison = _Comparison(plan, store)
+    new = {shard.name: shard.url for shard in plan.pending if SAMPLES in shard.layers}
+
+    def compare(item: tuple[PendingShard, list[str]], number: int) -> str | Literal[False] | None:
+        """The URL of the shard that the new one is a copy of, False if it is none, None if nothing can be compared."""
+        shard, names = item
+        state = probe_state(shard.url)
+        outcome: Literal[False] | None = None
+        for name in names if state is not None else ():
+            assert state is not None
+            if name in new:
+                other, url = probe_state(new[name]), new[name]
+                same = state.same_content(other) if other is not None else None
+            else:
+                same, url = _same_as_committed(plan.config, store, shard, state, name, number < _WITHOUT_STATE)
+            if same:
+                return url
+            outcome = same if same is not None else outcome
+        return outcome
+
     with ThreadPoolExecutor(_THREADS) as pool:
-        outcomes = [*pool.map(comparison.compare, chosen, range(len(chosen)))]
+        outcomes = [*pool.map(compare, chosen, range(len(chosen)))]
     pairs = [
         (canonical(shard.url), canonical(outcome))
         for (shard, _), outcome in zip(chosen, outcomes, strict=True)
@@ -107,43 +125,19 @@ def _meeting_shards(plan: Plan) -> list[tuple[PendingShard, list[str]]]:
     return meeting
 
 
-class _Comparison:
-    """Compares new shards with others of the plan and the dataset."""
-
-    def __init__(self, plan: Plan, store: Store) -> None:
-        self._config, self._store = plan.config, store
-        self._urls: Mapping[str, str] = {shard.name: shard.url for shard in plan.pending if SAMPLES in shard.layers}
-
-    def compare(self, item: tuple[PendingShard, list[str]], number: int) -> str | Literal[False] | None:
-        """The URL of the shard that the new one is a copy of, False if it is none, None if nothing can be compared."""
-        shard, names = item
-        state = probe_state(shard.url)
-        outcome: Literal[False] | None = None
-        for name in names if state is not None else ():
-            assert state is not None
-            if name in self._urls:
-                other, url = probe_state(self._urls[name]), self._urls[name]
-                same = state.same_content(other) if other is not None else None
-            else:
-                same, url = self._same_as_committed(shard, state, name, number < _WITHOUT_STATE)
-            if same:
-                return url
-            outcome = same if same is not None else outcome
-        return outcome
-
-    def _same_as_committed(
-        self, shard: PendingShard, state: SourceState, name: str, by_rows: bool
-    ) -> tuple[bool | None, str]:
-        """Whether a new shard has the content of a committed one, and the URL of that one."""
-        try:
-            with self._store.open_layer(SAMPLES, name, whole=False) as file:
-                footer = parse_footer(file.metadata)
-                same = state.same_content(SourceState.from_footer(footer))
-                if same is None and by_rows:
-                    same = _same_first_row(self._config, shard.source, file)
-        except Exception:  # each driver has its own exceptions, and a damaged file is reported where it is needed
-            return None, name
-        return same, footer.get("source", name)
+def _same_as_committed(
+    config: Config, store: Store, shard: PendingShard, state: SourceState, name: str, by_rows: bool
+) -> tuple[bool | None, str]:
+    """Whether a new shard has the content of a committed one, and the URL of that one."""
+    try:
+        with store.open_layer(SAMPLES, name, whole=False) as file:
+            footer = parse_footer(file.metadata)
+            same = state.same_content(SourceState.from_footer(footer))
+            if same is None and by_rows:
+                same = _same_first_row(config, shard.source, file)
+    except Exception:  # each driver has its own exceptions, and a damaged file is reported where it is needed
+        return None, name
+    return same, footer.get("source", name)
 
 
 def _same_first_row(config: Config, shard: Shard, file: LayerFile) -> bool:

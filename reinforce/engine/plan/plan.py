@@ -27,8 +27,7 @@ from reinforce.dataset.manifest.manifest import find_manifest
 from reinforce.dataset.reading.aligned import layer_errors
 from reinforce.dataset.runs.shard_records import read_records
 from reinforce.engine.messages.task import PendingShard
-from reinforce.engine.plan.precision import resolve_precisions
-from reinforce.engine.plan.recipe import as_recorded, build_layers, describe_models, with_codebooks
+from reinforce.engine.plan.recipe import resolve_layers
 from reinforce.engine.plan.shard_lists import SourceShards, list_url
 from reinforce.engine.plan.source_shards import source_shards, with_view
 from reinforce.engine.plan.unread_labels import find_unread
@@ -123,13 +122,10 @@ class Plan:
 def make_plan(
     config: Config, retry_quarantined: bool = False, nodes: Callable[[], Sequence[Node]] = nodes_of_run
 ) -> Plan:
-    """List the source and every layer once, and subtract; ``nodes`` as in ``resolve_precisions``. Raises UserError."""
+    """List the source and every layer once, and subtract; ``nodes`` as in ``resolve_layers``. Raises UserError."""
     store = Store(config.output)
     manifest = find_manifest(store)
-    config, notes = resolve_precisions(with_labels(with_view(config)), lambda: manifest, nodes)
-    infos = with_codebooks(config, describe_models(config), store, manifest)
-    layers, continued = as_recorded(build_layers(config, infos), manifest)
-    notes += continued
+    config, layers, notes = resolve_layers(with_labels(with_view(config)), store, manifest, nodes)
     listed: dict[str, Info] = {}
     source = source_shards(config, listed)
     tars = _pair_reinforcements(config, source)
@@ -146,14 +142,14 @@ def make_plan(
     damaged += damaged_quarantine(unreadable)
     refused = {} if retry_quarantined else quarantine
     missing = _subtract(source.names, layers, committed, refused)
-    stored = _stored_layers(store, source.names, committed, known)
+    stored = _stored_layers(store, source.names, committed, known, unread.replaced)
     pending = [
         PendingShard(
             name,
             source.urls[row],
             todo,
             tars[row] if tars and any(layers[layer].labels is not None for layer in todo) else None,
-            *_not_replaced(stored.get(name, ((), None)), unread.replaced.get(name, ())),
+            *stored.get(name, ((), None)),
             source.format.name,
             list_url(config, name) if source.format.is_listed else "",
             source.part(row),
@@ -234,11 +230,16 @@ def _subtract(
 
 
 def _stored_layers(
-    store: Store, names: pa.StringArray, committed: Mapping[str, Listing], known: Iterable[str]
+    store: Store,
+    names: pa.StringArray,
+    committed: Mapping[str, Listing],
+    known: Iterable[str],
+    replaced: Mapping[str, Collection[str]],
 ) -> dict[str, tuple[tuple[str, ...], SourceState | None]]:
     """The shards among ``names`` whose samples are missing although other layers exist, also those only ``known``.
 
-    Each with these layers, and with the state of its source file when samples were written, if a run has recorded it.
+    Each with these layers, without those that are ``replaced``, and with the state of its source file when samples
+    were written, if a run has recorded it.
     """
     absent = ~committed[SAMPLES].has(names)
     if not absent.any():
@@ -248,16 +249,11 @@ def _stored_layers(
     stored: dict[str, list[str]] = {}
     for layer, rows in has.items():
         for shard in names.filter(pa.array(rows)).to_pylist():
-            stored.setdefault(shard, []).append(layer)
+            kept = stored.setdefault(shard, [])
+            kept += [layer] if layer not in replaced.get(shard, ()) else []
     sources = read_records(store).sources if stored else {}
     states = {shard: sources[shard].state if shard in sources else None for shard in stored}
     return {shard: (tuple(layers), states[shard]) for shard, layers in stored.items()}
-
-
-def _not_replaced(
-    stored: tuple[tuple[str, ...], SourceState | None], replaced: Collection[str]
-) -> tuple[tuple[str, ...], SourceState | None]:
-    return tuple(layer for layer in stored[0] if layer not in replaced), stored[1]
 
 
 def _listed_sizes(

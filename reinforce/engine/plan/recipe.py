@@ -1,21 +1,68 @@
-"""The layers of a config: descriptions of its models, and what each kind of layers makes of them."""
+"""The layers of a config: precisions and descriptions of its models, and what each kind of layers makes of them.
+
+``precision: auto`` is resolved before fingerprints. What dataset.json records for a model comes first, so that a
+dataset that was made in fp32 stays complete on any machine. A model that it does not list is computed in bf16 where
+workers use GPUs, and in fp32 on CPUs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 from reinforce.config import Config
 from reinforce.dataset.codecs import codebooks
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.kinds.registry import KINDS
 from reinforce.dataset.layers import MODEL_SECTIONS, Layer, mapping_at
+from reinforce.dataset.manifest.class_code import entry_keys
 from reinforce.engine.messages.tracebacks import user_frames
 from reinforce.errors import UserError
 from reinforce.labels.taken import labelled
+from reinforce.processes.cores import Node, default_gpus
 from teachers.registry import describe_model
-from teachers.spec import ModelInfo
+from teachers.spec import ModelInfo, ModelSpec, Precision
+
+_RECORDED, _GPUS, _CPUS = "as dataset.json records", "workers use GPUs", "workers use CPUs"
+
+
+def resolve_precisions(
+    config: Config, manifest: Callable[[], Mapping[str, Any] | None], nodes: Callable[[], Sequence[Node]]
+) -> tuple[Config, list[str]]:
+    """The config with the precision of each model that is loaded, and lines about those that were ``auto``.
+
+    ``manifest`` returns dataset.json of the output; it is called if a model was ``auto``.
+    ``nodes`` are those on which workers will run; it is called if `workers.gpus` is not set and they matter.
+    """
+    specs = config.models
+    all_ = [(section, name, spec) for section, of in specs.items() for name, spec in of.items()]
+    open_ = [(section, name) for section, name, spec in all_ if spec.uses_precision and spec.precision == "auto"]
+    if not open_:
+        return config, []
+    found_manifest = manifest() or {}
+    recorded = {model: _recorded_precision(found_manifest, *model) for model in open_}
+    default: tuple[Precision, str] = ("fp32", _CPUS)
+    if None in recorded.values():
+        gpus = default_gpus(nodes()) if config.workers.gpus is None else config.workers.gpus
+        default = ("bf16", _GPUS) if gpus else default
+    found = {model: (precision, _RECORDED) if precision else default for model, precision in recorded.items()}
+    changed: dict[str, dict[str, ModelSpec]] = {section: {**specs[section]} for section, _ in found}
+    for (section, name), (precision, _) in found.items():
+        changed[section][name] = changed[section][name].model_copy(update={"precision": precision})
+    rows = sorted((precision, reason, name) for (_, name), (precision, reason) in found.items())
+    lines = [
+        f"precision: {precision} for {', '.join(name for _, _, name in group)} (auto: {reason})"
+        for (precision, reason), group in itertools.groupby(rows, key=lambda row: row[:2])
+    ]
+    return config.model_copy(update=changed), lines
+
+
+def _recorded_precision(manifest: Mapping[str, Any], section: str, name: str) -> Precision | None:
+    """The precision of a model's layers in dataset.json, None if it lists none."""
+    precision = mapping_at(manifest, *entry_keys(section, name), "model").get("precision")
+    return precision if precision in get_args(Precision) else None
 
 
 def describe_models(config: Config) -> dict[tuple[str, str], ModelInfo]:
@@ -38,7 +85,24 @@ def describe_models(config: Config) -> dict[tuple[str, str], ModelInfo]:
     return infos
 
 
-def with_codebooks(
+def resolve_layers(
+    config: Config, store: Store, manifest: Mapping[str, Any] | None, nodes: Callable[[], Sequence[Node]]
+) -> tuple[Config, dict[str, Layer], list[str]]:
+    """The config with its precisions, its layers, those of earlier versions as dataset.json records them, and notes on
+    both. ``nodes`` as in ``resolve_precisions``. Raises UserError."""
+    config, notes = resolve_precisions(config, lambda: manifest, nodes)
+    layers = build_layers(config, _with_codebooks(config, describe_models(config), store, manifest))
+    for name, layer in layers.items():
+        layers[name], fault = layer.kind.as_recorded(layer, mapping_at(manifest or {}, "layers", name))
+        if fault:
+            notes.append(
+                f"{name}: an earlier version made this layer, and {fault}; it is kept. To compute it again, delete it "
+                "with `reinforce drop`, and run again"
+            )
+    return config, layers, notes
+
+
+def _with_codebooks(
     config: Config, infos: Mapping[tuple[str, str], ModelInfo], store: Store, manifest: Mapping[str, Any] | None
 ) -> dict[tuple[str, str], ModelInfo]:
     """Descriptions with the codebooks that the dataset has, by dataset.json or of a run that has not written it yet,
@@ -79,19 +143,6 @@ def build_layers(config: Config, infos: Mapping[tuple[str, str], ModelInfo]) -> 
         found = labelled(config, (layer for kind in kinds for layer in kind.layers(config, infos, layers)))
         layers |= {layer.name: layer for layer in sorted(found, key=lambda layer: _position(config, layer))}
     return layers
-
-
-def as_recorded(layers: Mapping[str, Layer], manifest: Mapping[str, Any] | None) -> tuple[dict[str, Layer], list[str]]:
-    """The layers, those of earlier versions as dataset.json records them, and a note on each of these."""
-    found, notes = dict(layers), []
-    for name, layer in layers.items():
-        found[name], fault = layer.kind.as_recorded(layer, mapping_at(manifest or {}, "layers", name))
-        if fault:
-            notes.append(
-                f"{name}: an earlier version made this layer, and {fault}; it is kept. To compute it again, delete it "
-                "with `reinforce drop`, and run again"
-            )
-    return found, notes
 
 
 def _position(config: Config, layer: Layer) -> int:

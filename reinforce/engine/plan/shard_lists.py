@@ -11,9 +11,10 @@ from __future__ import annotations
 import csv
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
@@ -26,6 +27,7 @@ from reinforce.source.formats.base import ListedSample, Part, SourceFormat
 from reinforce.source.identity import former_url
 from reinforce.source.urls import Info, canonical, filesystem, shard_name
 
+T = TypeVar("T")
 #: Samples of a shard of a folder.
 BLOCK = 2048
 _LISTS = "lists"
@@ -73,39 +75,39 @@ def folder_shards(folders: Sequence[str], config: Config, format_: SourceFormat)
     """List folders, and form shards of the files that are in no list of the dataset. Raises UserError."""
     store, result = Store(config.output), SourceShards(format_)
     written = _written_lists(store)
+
+    def block(url: str, number: int) -> tuple[str, str]:
+        """The URL and the name of a shard of a folder."""
+        shard = f"{url.rstrip('/')}/block-{number:06d}"
+        return shard, shard_name(former_url(shard, config.moved))
+
     for url in folders:
-        listed: list[ListedSample] = []
-        for number in itertools.count():
-            shard = f"{url.rstrip('/')}/block-{number:06d}"
-            name = shard_name(former_url(shard, config.moved))
-            if name not in written:
-                break
-            listed += _listed(store, name)
-            result.urls.append(shard)
+        numbered = (block(url, number) for number in itertools.count())
+        known = [*itertools.takewhile(lambda one: one[1] in written, numbered)]
+        listed = [sample for _, name in known for sample in _entries(store, name, _sample_of)]
         samples, notes = format_.list_folder(url, config.input, canonical(config.output), listed)
         result.notes.extend(notes)
-        for content, at in zip(_blocks(samples), itertools.count(number), strict=False):
-            shard = f"{url.rstrip('/')}/block-{at:06d}"
+        result.urls += [shard for shard, _ in known]
+        for first in range(0, len(samples), BLOCK):
+            shard, name = block(url, len(known) + first // BLOCK)
             result.urls.append(shard)
-            result.lists[shard_name(former_url(shard, config.moved))] = content
+            result.lists[name] = b"".join(sample.line() for sample in samples[first : first + BLOCK])
     return result
 
 
-def _listed(store: Store, shard: str) -> Iterator[ListedSample]:
-    """The samples of a list. Raises UserError if it is damaged."""
-    for line in store.read_bytes(_LISTS, f"{shard}.jsonl", limit=_LIST_BYTES).splitlines():
+def _entries(store: Store, name: str, read: Callable[[Any], T]) -> Iterator[T]:
+    """What ``read`` makes of the JSON of each line of a list. Raises UserError if the list is damaged."""
+    for line in store.read_bytes(_LISTS, f"{name}.jsonl", limit=_LIST_BYTES).splitlines():
         try:
-            entry = parse_json(line)
-            files = {str(extension): (str(path), int(size)) for extension, (path, size) in entry["files"].items()}
-            yield ListedSample(str(entry["key"]), files)
+            yield read(parse_json(line))
         except (TypeError, KeyError, ValueError, AttributeError) as error:
-            where = store.path(_LISTS, shard)
+            where = store.path(_LISTS, name)
             raise UserError(f"{where}.jsonl is damaged. Restore it from a backup or another copy.") from error
 
 
-def _blocks(samples: Sequence[ListedSample]) -> Iterator[bytes]:
-    for first in range(0, len(samples), BLOCK):
-        yield b"".join(sample.line() for sample in samples[first : first + BLOCK])
+def _sample_of(entry: Any) -> ListedSample:
+    files = {str(extension): (str(path), int(size)) for extension, (path, size) in entry["files"].items()}
+    return ListedSample(str(entry["key"]), files)
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,15 @@ class _Table:
 
     size: int | None
     parts: tuple[Part, ...] = ()
+
+
+_NEW = _Table(None)
+
+
+def _table_of(entry: Any) -> tuple[str, _Table]:
+    """The place of a file, and what a list has of it."""
+    parts = tuple(Part(entry["file"], *map(int, numbers)) for numbers in entry["parts"])
+    return entry["file"], _Table(int(entry["size"]), parts)
 
 
 def table_shards(
@@ -126,28 +137,31 @@ def table_shards(
     assert config.input.rows_per_shard is not None
     store, result = Store(config.output), SourceShards(format_)
     names = sorted(name for name in _written_lists(store) if name.startswith(_PARTS))
-    known = _read_lists(store, names)
+    known: dict[str, _Table] = {}
+    for name in names:
+        for place, table in _entries(store, name, _table_of):
+            known[place] = _Table(table.size, (*known.get(place, _NEW).parts, *table.parts))
     places = [former_url(url, config.moved) for url in urls]
     rows = config.input.rows_per_shard
 
-    def divided(url: str, place: str) -> _Table | None:
-        return _divided(url, format_, rows, known.get(place, _Table(None)), listed.get(url))
+    def divide(url: str, place: str) -> _Table | None:
+        return _divided(url, format_, rows, known.get(place, _NEW), listed.get(url))
 
     with ThreadPoolExecutor(_THREADS) as pool:
-        tables = [*pool.map(divided, urls, places)]
+        divided = [*pool.map(divide, urls, places)]
     lines = []
-    for url, place, table in zip(urls, places, tables, strict=True):
-        before = known.get(place, _Table(None))
-        if table is None:
+    for url, place, found in zip(urls, places, divided, strict=True):
+        if found is None:
             result.urls.append(url)
             result.parts.append(None)
             continue
-        if table.parts != (*_at(before.parts, url),):
-            new = [part.numbers() for part in table.parts[len(before.parts) :]]
-            lines.append(json.dumps({"file": place, "size": table.size, "parts": new}))
+        before = known.get(place, _NEW).parts
+        if found.parts != (*_at(before, url),):
+            new = [part.numbers() for part in found.parts[len(before) :]]
+            lines.append(json.dumps({"file": place, "size": found.size, "parts": new}))
         stem = _stem(place, format_)
-        result.urls += [f"{url}/{stem}-{number:06d}" for number in range(len(table.parts))]
-        result.parts += table.parts
+        result.urls += [f"{url}/{stem}-{number:06d}" for number in range(len(found.parts))]
+        result.parts += found.parts
     if lines:
         result.lists[f"{_PARTS}{len(names):06d}"] = "".join(f"{line}\n" for line in lines).encode()
     return result
@@ -187,20 +201,4 @@ def _divided(url: str, format_: SourceFormat, rows: int, before: _Table, info: I
 
 def _at(parts: Sequence[Part], url: str) -> list[Part]:
     """Parts of a file that is now at ``url``."""
-    return [Part(url, part.first, part.rows, part.start, part.end, part.header) for part in parts]
-
-
-def _read_lists(store: Store, names: Sequence[str]) -> dict[str, _Table]:
-    """The files of the lists by their places, with their parts. Raises UserError if a list is damaged."""
-    known: dict[str, _Table] = {}
-    for name in names:
-        for line in store.read_bytes(_LISTS, f"{name}.jsonl", limit=_LIST_BYTES).splitlines():
-            try:
-                entry = parse_json(line)
-                place, size = entry["file"], int(entry["size"])
-                parts = tuple(Part(place, *map(int, numbers)) for numbers in entry["parts"])
-            except (TypeError, KeyError, ValueError) as error:
-                where = store.path(_LISTS, name)
-                raise UserError(f"{where}.jsonl is damaged. Restore it from a backup or another copy.") from error
-            known[place] = _Table(size, (*known.get(place, _Table(None)).parts, *parts))
-    return known
+    return [replace(part, file=url) for part in parts]
