@@ -11,7 +11,7 @@ from typing import Any
 from reinforce.config import Config
 from reinforce.dataset.files.index import prune_index
 from reinforce.dataset.files.store import MANIFEST, DamagedFiles, Store
-from reinforce.dataset.layers import SAMPLES, Layer, mapping_at
+from reinforce.dataset.layers import SAMPLES, mapping_at
 from reinforce.dataset.manifest.claims import Claims
 from reinforce.dataset.manifest.class_code import check_classes, entry_keys
 from reinforce.dataset.manifest.manifest import (
@@ -136,7 +136,11 @@ def _complete_manifest(plan: Plan, store: Store, manifest: dict[str, Any] | None
     Raises UserError if one cannot be loaded here.
     """
     stored = [layer for name, layer in plan.layers.items() if plan.states[name].done and layer.loads_model]
-    lost = [layer for layer in stored if "dim" in layer.kind.required and not _described(manifest, layer).get("dim")]
+    described = {
+        layer.name: mapping_at(manifest or {}, *entry_keys(str(layer.kind.section), str(layer.model)))
+        for layer in stored
+    }
+    lost = [layer for layer in stored if "dim" in layer.kind.required and not described[layer.name].get("dim")]
     if not lost:
         return manifest
     from reinforce.engine.inference.models import describe_loaded, load_models, on_this_machine
@@ -157,11 +161,6 @@ def _complete_manifest(plan: Plan, store: Store, manifest: dict[str, Any] | None
     manifest = update_manifest(manifest, plan.config, plan.layers, loaded)
     write_manifest(store, manifest)
     return manifest
-
-
-def _described(manifest: Mapping[str, Any] | None, layer: Layer) -> Mapping[str, Any]:
-    """What dataset.json has of the model of a layer."""
-    return mapping_at(manifest or {}, *entry_keys(str(layer.kind.section), str(layer.model)))
 
 
 def _compute(
@@ -185,7 +184,11 @@ def _compute(
     if plan.listed and (changed := changes_note(plan, recorded)):
         _LOG.warning(redact(changed))
     if retry_quarantined:
-        _forget_quarantine(plan, store)
+        pending = {shard.name for shard in plan.pending}
+        damaged: DamagedFiles = {}  # the driver sets them aside
+        for layer, shards in store.quarantined_shards(store.listings(plan.layers), damaged).items():
+            for shard in shards & pending:
+                store.forget_quarantine(layer, shard)
     progress = Progress(expected_samples(plan))
     progress.log(f"{plural(len(plan.pending), 'shard')} to compute; waiting for Ray")
     from reinforce.cluster import ray_cluster  # imports Ray, which planning does not need
@@ -203,11 +206,3 @@ def _compute(
             if not summary.postponed:
                 break
         return summary
-
-
-def _forget_quarantine(plan: Plan, store: Store) -> None:
-    pending = {shard.name for shard in plan.pending}
-    damaged: DamagedFiles = {}  # the driver sets them aside
-    for layer, shards in store.quarantined_shards(store.listings(plan.layers), damaged).items():
-        for shard in shards & pending:
-            store.forget_quarantine(layer, shard)

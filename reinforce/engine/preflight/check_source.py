@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from reinforce.labels.identities import identity_of
 from reinforce.labels.interface import Wanted
 from reinforce.labels.rows import open_labels
 from reinforce.labels.unread import MissingLabels
-from reinforce.processes.attempts import pause_seconds
+from reinforce.processes.attempts import Attempts, pause_seconds
 from reinforce.processes.imports import HEIC_HINT, reads_heic
 from reinforce.source.captions import REPLACED
 from reinforce.source.file_types import is_image_name
@@ -39,7 +38,6 @@ _READ_ITEMS = 64  # samples and refusals at the beginning of a shard, among whic
 _READ_BYTES = 64 * 2**20  # in addition to the largest image
 _FIRST_ITEMS = 4  # of which one image should differ
 _CAPTION_CHARS = 60
-_PILLOW_C_HEADERS = (b"WEBP", b"ftyp")  # at byte 8 and 4: formats whose headers are parsed in C
 
 
 @dataclass(frozen=True)
@@ -173,11 +171,9 @@ def _preview_labels(plan: Plan, shards: Sequence[PendingShard]) -> list[str]:
         with contextlib.closing(open_labels(plan.config, layers, tar, values=False, limit=_READ_ITEMS)) as labels:
             return [note for one in labels.sets for note in one.preview(samples, where)]
 
-    for attempt in range(1, plan.config.failures.attempts):
-        with contextlib.suppress(MissingLabels):
-            return preview()
-        time.sleep(pause_seconds(attempt))
-    return preview()
+    count = plan.config.failures.attempts
+    attempts = Attempts(count, tuple(map(pause_seconds, range(1, count))))
+    return attempts.call(preview, lambda error: isinstance(error, MissingLabels))
 
 
 def _format_notes(shards: Sequence[PendingShard]) -> list[str]:
@@ -285,7 +281,8 @@ def _sample_of(shard: Shard, config: Config, budget: ReadBudget) -> FirstSample 
             continue
         try:
             check_decoder(item.image)
-            size = None if _has_c_header(item.image) else check_header(item.image, limits)
+            in_c = item.image[8:12] == b"WEBP" or item.image[4:8] == b"ftyp"  # formats whose headers Pillow parses in C
+            size = None if in_c else check_header(item.image, limits)
         except ImageRefused as refused:
             refusals.append(Refusal(item.key, refused.reason, refused.detail))
             continue
@@ -323,10 +320,6 @@ def _describe(refusals: Sequence[Refusal], format_: SourceFormat) -> str:
         return first.detail
     what = "the only sample cannot" if len(refusals) == 1 else f"none of the first {len(refusals)} samples can"
     return f"{what} be read: {first.key}: {first.reason.value}: {first.detail}"
-
-
-def _has_c_header(image: bytes) -> bool:
-    return image[8:12] == _PILLOW_C_HEADERS[0] or image[4:8] == _PILLOW_C_HEADERS[1]
 
 
 def _quote(caption: str) -> str:

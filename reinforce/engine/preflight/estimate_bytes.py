@@ -13,7 +13,6 @@ from reinforce.config import Config
 from reinforce.dataset.codecs.registry import CODECS, find_codec
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.kinds.registry import stored_layer
-from reinforce.dataset.layers import Layer
 from reinforce.dataset.manifest.manifest import find_manifest
 from reinforce.engine.plan.plan import Plan
 from reinforce.source.formats.base import Shard
@@ -53,7 +52,10 @@ def expected_bytes(plan: Plan, statistics: SourceStatistics | None = None) -> di
             per_shard = state.done_bytes / state.done
         elif statistics is not None:
             known = replace(layer, dim=layer.dim or dims.get(layer.owner))
-            per_shard = _shard_bytes(plan, known, statistics)
+            image = statistics.image_bytes if plan.config.embeds_images else _REFERENCE_BYTES
+            records = _RECORD_BYTES * plan.config.augmentations.count
+            row = known.kind.row_bytes(known, image + statistics.text_bytes + records)  # None before it is loaded
+            per_shard = None if row is None else statistics.rows * row
         sizes[name] = None if per_shard is None else round(per_shard * state.missing)
     return sizes
 
@@ -85,14 +87,6 @@ def plan_table(plan: Plan, expected: Mapping[str, int | None]) -> Table:
         text = "?" if size is None else format_bytes(size)
         table.add_row(name, f"{state.done:,}", f"{state.missing:,}", f"{state.quarantined:,}", text)
     return table
-
-
-def _shard_bytes(plan: Plan, layer: Layer, statistics: SourceStatistics) -> float | None:
-    """Expected bytes of one shard of a layer; None if the model's dimension is not known before it is loaded."""
-    image = statistics.image_bytes if plan.config.embeds_images else _REFERENCE_BYTES
-    records = _RECORD_BYTES * plan.config.augmentations.count
-    row = layer.kind.row_bytes(layer, image + statistics.text_bytes + records)
-    return None if row is None else statistics.rows * row
 
 
 def _recorded_dims(plan: Plan) -> dict[tuple[str | None, str | None], int | None]:

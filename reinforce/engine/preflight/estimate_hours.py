@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from reinforce.config import Estimate
@@ -27,7 +27,7 @@ class Rate:
     origin: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Effort:
     """Hours, bytes and costs of a plan. Unknown numbers are None.
 
@@ -36,26 +36,28 @@ class Effort:
     """
 
     samples: int
-    rate: float | None
-    cores: float | None
-    limited: float | None
+    rate: float | None = None
+    cores: float | None = None
+    limited: float | None = None
     workers: int
     gpus: float
     cpus: int
-    hours: float | None
-    worker_hours: float | None
-    wanted_workers: int | None
+    hours: float | None = None
+    worker_hours: float | None = None
+    wanted_workers: int | None = None
     read_bytes: int
     written_bytes: int | None
-    cost: float | None
-    storage_cost: float | None
+    cost: float | None = None
+    storage_cost: float | None = None
     currency: str
     assumptions: Sequence[str]
-    warnings: Sequence[str]
+    warnings: Sequence[str] = ()
 
     def lines(self, hours: float | None = None) -> list[str]:
         """For people; ``hours`` is the wish for which ``wanted_workers`` are needed."""
-        each = f"{plural(self.workers, 'worker')} with {_share(self.gpus, self.cpus)} each"
+        cores = plural(self.cpus, "core")
+        share = f"{self.gpus:g} GPU and {cores}" if self.gpus else cores
+        each = f"{plural(self.workers, 'worker')} with {share} each"
         read = f"reads {format_bytes(self.read_bytes)}"
         if self.hours is None or self.worker_hours is None or self.limited is None:
             return [
@@ -91,49 +93,46 @@ def estimate_effort(
     gpus, cpus = share
     samples = round(statistics.rows * len(plan.pending))
     cpu_ms, cpu_text = _cpu_of_sample(plan)
-    cores = None if rate is None else rate.value * cpu_ms / 1000
-    # Without a GPU the models take the cores, too, and their rate was measured with decoding beside them.
-    limited = None if rate is None else min(rate.value, cpus * 1000 / cpu_ms) if gpus else rate.value
-    worker_hours = None if not limited else samples / limited / 3600
-    cost = None if worker_hours is None or prices.price is None else worker_hours * prices.price
-    month = None if written_bytes is None or prices.storage_price is None else written_bytes / _GIGA
     assumptions = [cpu_text] if gpus else []
-    assumptions += (
-        [] if rate is None else [f"{rate.value:,.0f} images a second for the models of a worker ({rate.origin})"]
-    )
-    assumptions.append(
-        f"{statistics.rows:,.0f} images a shard of {format_bytes(statistics.image_bytes)}, as in the first"
-    )
+    if rate is not None:
+        assumptions.append(f"{rate.value:,.0f} images a second for the models of a worker ({rate.origin})")
+    size = format_bytes(statistics.image_bytes)
+    assumptions.append(f"{statistics.rows:,.0f} images a shard of {size}, as in the first")
     assumptions.append("every worker is busy all the time, and storage keeps up")
-    return Effort(
+    found = Effort(
         samples=samples,
-        rate=None if rate is None else rate.value,
-        cores=cores,
-        limited=limited,
         workers=workers,
         gpus=gpus,
         cpus=cpus,
-        hours=None if worker_hours is None else worker_hours / max(1, workers),
-        worker_hours=worker_hours,
-        wanted_workers=None if worker_hours is None or hours is None else max(1, math.ceil(worker_hours / hours)),
         read_bytes=round(samples * statistics.image_bytes),
         written_bytes=written_bytes,
-        cost=cost,
-        storage_cost=None if month is None or prices.storage_price is None else month * prices.storage_price,
         currency=prices.currency,
         assumptions=assumptions,
-        warnings=_cpu_warnings(cores, cpus, gpus, rate, cpu_ms),
     )
-
-
-def _cpu_warnings(cores: float | None, cpus: int, gpus: float, rate: Rate | None, cpu_ms: float) -> list[str]:
-    if cores is None or rate is None or not gpus or cores <= cpus:
-        return []
-    return [
+    if written_bytes is not None and prices.storage_price is not None:
+        found = replace(found, storage_cost=written_bytes / _GIGA * prices.storage_price)
+    if rate is None:
+        return found
+    cores, possible = rate.value * cpu_ms / 1000, cpus * 1000 / cpu_ms
+    # Without a GPU the models take the cores, too, and their rate was measured with decoding beside them.
+    limited = min(rate.value, possible) if gpus else rate.value
+    warning = (
         f"decoding {rate.value:,.0f} images a second takes {cores:.1f} cores a GPU, and a worker has {cpus}: the GPU "
-        f"would wait, at {cpus * 1000 / cpu_ms:,.0f} images a second. Use nodes with more cores a GPU, fewer "
-        "augmentations, augmentations.backend: fixed-point-1, or input.reduce_to."
-    ]
+        f"would wait, at {possible:,.0f} images a second. Use nodes with more cores a GPU, fewer augmentations, "
+        "augmentations.backend: fixed-point-1, or input.reduce_to."
+    )
+    worker_hours = samples / limited / 3600
+    return replace(
+        found,
+        rate=rate.value,
+        cores=cores,
+        limited=limited,
+        hours=worker_hours / max(1, workers),
+        worker_hours=worker_hours,
+        wanted_workers=None if hours is None else max(1, math.ceil(worker_hours / hours)),
+        cost=None if prices.price is None else worker_hours * prices.price,
+        warnings=[warning] if gpus and cores > cpus else [],
+    )
 
 
 def _cpu_of_sample(plan: Plan) -> tuple[float, str]:
@@ -171,8 +170,3 @@ def measured_rate(plan: Plan, summary: Mapping[str, Any] | None) -> Rate | None:
         return None
     device = (summary.get("device") or {}).get("name")
     return Rate(1 / seconds, f"as run {summary.get('run')} measured" + (f" on {device}" if device else ""))
-
-
-def _share(gpus: float, cpus: int) -> str:
-    cores = f"{plural(cpus, 'core')}"
-    return f"{gpus:g} GPU and {cores}" if gpus else cores

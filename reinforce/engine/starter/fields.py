@@ -182,8 +182,7 @@ def _first_rows(shard: Shard, image: str, names: Sequence[str]) -> list[dict[str
     """The first rows of a table that can be read, without binary columns."""
     spec = Input(image=image, captions=[f"json:{name}" for name in names])
     items = itertools.islice(find_format(shard.format).read(shard, spec, images=False), _TEXTS)
-    found = (parse_json(item.sidecars.get("json", b"")) for item in items if not isinstance(item, Refusal))
-    return [row for row in found if isinstance(row, dict)]
+    return [row for item in items if not isinstance(item, Refusal) and (row := _json_of(item))]
 
 
 def _columns(shard: Shard) -> tuple[list[str], Mapping[str, Any]]:
@@ -254,11 +253,8 @@ def _folder_of_images(shard: Shard, spec: Input) -> str | None:
     return None
 
 
-def _json_of(sample: RawSample) -> dict[str, Any]:
-    try:
-        found = json.loads(sample.sidecars.get("json", b"{}"))
-    except ValueError:
-        return {}
+def _json_of(sample: RawSample | UnreadSample) -> dict[str, Any]:
+    found = parse_json(sample.sidecars.get("json", b""))
     return found if isinstance(found, dict) else {}
 
 

@@ -22,6 +22,7 @@ from reinforce.processes.cores import default_gpus
 from reinforce.source.formats.base import Shard, SourceFormat
 from reinforce.source.formats.recognise import files_of_folder, format_of_name
 from reinforce.source.urls import Info, canonical, filesystem
+from reinforce.terminal import format_bytes, plural
 
 _UNMADE = "none"  # folder of an output in which there is no dataset
 #: Names of files with captions of images elsewhere, in a folder of images.
@@ -126,8 +127,6 @@ def default_path(data: str) -> Path:
 
 
 def _describe(count: int, format_: SourceFormat, size: int | None) -> str:
-    from reinforce.terminal import format_bytes, plural
-
     what = format_.noun.removesuffix(" file")
     return f"{plural(count, 'shard')} ({what}{'' if size is None else f', {format_bytes(size)}'})"
 
