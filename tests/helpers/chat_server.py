@@ -26,7 +26,6 @@ Answer: TypeAlias = "Callable[[Any, dict[str, Any]], tuple[int, dict[str, Any]]]
 
 
 def image_of(request: dict[str, Any]) -> Image.Image:
-    """The image of a request."""
     (part,) = [part for part in request["messages"][0]["content"] if part["type"] == "image_url"]
     return Image.open(io.BytesIO(base64.b64decode(part["image_url"]["url"].partition(",")[2])))
 
@@ -49,15 +48,8 @@ def _handler(answer: Answer, after: Callable[[], None] = lambda: None) -> type[h
         protocol_version = "HTTP/1.1"
 
         def do_POST(self) -> None:
-            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            status, body = answer(self.headers, request)
-            data = json.dumps(body).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            with contextlib.suppress(ConnectionError):  # the client reads no more of a long answer
-                self.wfile.write(data)
+            status, body = answer(self.headers, json.loads(self.read_body()))
+            self.answer(status, json.dumps(body).encode(), Content_Type="application/json")
             after()
 
     return Handler
@@ -65,13 +57,11 @@ def _handler(answer: Answer, after: Callable[[], None] = lambda: None) -> type[h
 
 @contextlib.contextmanager
 def chat_server(answer: Answer = describe) -> Iterator[str]:
-    """The URL of a server in this process."""
     with serving(_handler(answer)) as url:
         yield url
 
 
 def start_process(port: int, count: Path) -> subprocess.Popen[bytes]:
-    """A server in a process of its own."""
     return subprocess.Popen([sys.executable, "-m", "tests.helpers.chat_server", str(port), str(count)])
 
 

@@ -28,49 +28,50 @@ class Hub(QuietHandler):
     def do_GET(self) -> None:
         path, parts = unquote(urlsplit(self.path).path), self._parts
         if len(parts) < 4:  # of no repository
-            return self._answer({})
+            return self._answer_json({})
         repository = parts[3]
         if (status := self.refused.get(repository)) is not None:
-            return self._send(b"{}", status)
+            return self.answer(status, b"{}")
         paths = {str(one.relative_to(self.root / repository)): one for one in sorted(self._folder.rglob("*"))}
         if not path.startswith("/api"):
             return self._file(path.partition("/resolve/")[2].partition("/")[2], paths)
         if "/tree/" in path:
-            return self._answer([_entry(name, one) for name, one in paths.items()])
+            return self._answer_json([_entry(name, one) for name, one in paths.items()])
         if parts[4:5] == ["revision"] and parts[5] not in ("main", "refs", self.sha):
-            return self._send(b"{}", 404, {"X-Error-Code": "RevisionNotFound"})
+            return self.answer(404, b"{}", X_Error_Code="RevisionNotFound")
         siblings = [
             {"rfilename": name, "size": one.stat().st_size, "blobId": _oid(one)}
             for name, one in paths.items()
             if one.is_file()
         ]
-        return self._answer({"id": f"x/{repository}", "sha": self.sha, "private": False, "siblings": siblings})
+        return self._answer_json({"id": f"x/{repository}", "sha": self.sha, "private": False, "siblings": siblings})
 
     do_HEAD = do_GET
 
     def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        parts = self._parts
+        body, parts = self.read_body(), self._parts
         if parts[1] == "repos":
             return self._create(json.loads(body))
         if parts[1] == "validate-yaml":
-            return self._answer({"errors": [], "warnings": []})
+            return self._answer_json({"errors": [], "warnings": []})
         if (status := self.refused.get(parts[3])) is not None:
-            return self._send(b"{}", status)
+            return self.answer(status, b"{}")
         if parts[4] == "preupload":
             files = json.loads(body)["files"]
             modes = [{"path": one["path"], "uploadMode": "regular", "shouldIgnore": False} for one in files]
-            return self._answer({"files": modes})
+            return self._answer_json({"files": modes})
         if parts[4] == "commit":
             return self._commit([json.loads(line) for line in body.splitlines()])
         names = json.loads(body)["paths"]
-        return self._answer([_entry(name, self._folder / name) for name in names if (self._folder / name).exists()])
+        return self._answer_json(
+            [_entry(name, self._folder / name) for name in names if (self._folder / name).exists()]
+        )
 
     def _create(self, wanted: dict[str, Any]) -> None:
         if (status := self.refused.get(wanted["name"])) is not None:
-            return self._send(b"{}", status)
+            return self.answer(status, b"{}")
         (self.root / wanted["name"]).mkdir(exist_ok=True)
-        return self._answer({"url": f"http://{self.headers['Host']}/{wanted['organization']}/{wanted['name']}"})
+        return self._answer_json({"url": f"http://{self.headers['Host']}/{wanted['organization']}/{wanted['name']}"})
 
     def _commit(self, lines: list[dict[str, Any]]) -> None:
         for line in lines:
@@ -80,7 +81,7 @@ class Hub(QuietHandler):
                 assert (line["key"], line["value"]["encoding"]) == ("file", "base64")
                 (self._folder / line["value"]["path"]).write_bytes(base64.b64decode(line["value"]["content"]))
         url = f"http://{self.headers['Host']}/x/{self._parts[3]}/commit/{self.sha}"
-        self._answer({"commitUrl": url, "commitOid": self.sha, "pullRequestUrl": None})
+        self._answer_json({"commitUrl": url, "commitOid": self.sha, "pullRequestUrl": None})
 
     @property
     def _parts(self) -> list[str]:
@@ -96,36 +97,23 @@ class Hub(QuietHandler):
     def _file(self, name: str, paths: dict[str, Path]) -> None:
         if name not in paths:
             missing = "EntryNotFound" if self._folder.is_dir() else "RepoNotFound"
-            return self._send(b"", 404, {"X-Error-Code": missing})
+            return self.answer(404, X_Error_Code=missing)
         data = paths[name].read_bytes()
         if self.command == "GET":
             self.asked[name] += 1
         first, _, last = (self.headers.get("Range") or "bytes=0-").partition("=")[2].partition("-")
         headers = {"ETag": f'"{_oid(paths[name])}"', "X-Repo-Commit": self.sha, "Accept-Ranges": "bytes"}
         part = data[int(first) : int(last) + 1 if last else None]
-        if len(part) < len(data):
-            headers["Content-Range"] = f"bytes {first}-{int(first) + len(part) - 1}/{len(data)}"
         if self.command == "GET" and name in self.cut:
             self.cut.discard(name)
-            self._head(200, len(data), headers)
-            self.wfile.write(data[: len(data) // 2])
             self.close_connection = True
-            return None
-        return self._send(part, 206 if len(part) < len(data) else 200, headers)
+            return self.answer(200, data[: len(data) // 2], len(data), **headers)
+        if len(part) < len(data):
+            headers["Content-Range"] = f"bytes {first}-{int(first) + len(part) - 1}/{len(data)}"
+        return self.answer(206 if len(part) < len(data) else 200, part, **headers)
 
-    def _answer(self, values: Any) -> None:
-        self._send(json.dumps(values).encode())
-
-    def _send(self, data: bytes, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        self._head(status, len(data), headers or {})
-        if self.command != "HEAD":
-            self.wfile.write(data)
-
-    def _head(self, status: int, length: int, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(length), **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
+    def _answer_json(self, values: Any) -> None:
+        self.answer(200, json.dumps(values).encode())
 
 
 def _entry(name: str, path: Path) -> dict[str, Any]:

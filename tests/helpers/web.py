@@ -11,10 +11,23 @@ SECRET = b"secret"
 
 
 class QuietHandler(http.server.BaseHTTPRequestHandler):
-    """A handler that logs nothing."""
+    """Logs nothing."""
 
     def log_message(self, *_: object) -> None:
         pass
+
+    def read_body(self) -> bytes:
+        return self.rfile.read(int(self.headers["Content-Length"]))
+
+    def answer(self, status: int, body: bytes = b"", length: int | None = None, **headers: object) -> None:
+        """Send a body, unless it is not asked for, with headers whose names have ``_`` for ``-``."""
+        self.send_response(status)
+        for name, value in {"Content_Length": len(body) if length is None else length, **headers}.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+        if self.command != "HEAD":
+            with contextlib.suppress(ConnectionError):  # the client reads no more of a long answer
+                self.wfile.write(body)
 
 
 @contextlib.contextmanager
@@ -34,11 +47,7 @@ def redirecting_server() -> Iterator[tuple[str, list[str]]]:
     class Handler(QuietHandler):
         def do_GET(self) -> None:
             asked.append(self.path)
-            self.send_response(200 if self.path == "/secret" else 302)
-            self.send_header("Location", "/secret")
-            self.send_header("Content-Length", str(len(SECRET)))
-            self.end_headers()
-            self.wfile.write(SECRET)
+            self.answer(200 if self.path == "/secret" else 302, SECRET, Location="/secret")
 
         do_HEAD = do_GET
 
