@@ -25,7 +25,8 @@ from reinforce.evaluation.report import Outcome, Result, name_refused
 from reinforce.images.policy import PUBLISHED_POLICY
 from reinforce.processes.cores import available_cores
 from reinforce.terminal import OpenScreen
-from teachers.open_clip.teacher import ImageEncoder, OpenClipEncoder
+from teachers.image_encoder import ImageEncoder
+from teachers.open_clip.teacher import OpenClipEncoder
 from teachers.protocols import ImageSpec
 from teachers.runtime.accelerator import Accelerator
 
@@ -131,7 +132,7 @@ class Evaluator:
         """
         with _eval_mode(model, accelerator):
             if tokenizer is None:
-                encoder = cast(Encoder, ImageEncoder(model, image, accelerator))
+                encoder = cast(Encoder, ImageEncoder(model, image, accelerator, model.encode_image))
             else:
                 encoder = OpenClipEncoder(model, image, tokenizer, accelerator)
             result = self.evaluate(encoder, accelerator, keep_going=True)

@@ -16,43 +16,22 @@ from safetensors.torch import load_file
 from timm.utils.model import reparameterize_model
 
 from teachers import weights
-from teachers.fast_paths import towers
+from teachers.image_encoder import ImageEncoder, unit
 from teachers.open_clip import catalog
 from teachers.open_clip.building import FUSED, build, from_authors, is_authors
 from teachers.open_clip.options import stated_preprocess
 from teachers.open_clip.text import TextEncoder, keep_residual_in_float32
-from teachers.patches.encoder import PatchEncoder, encoder_of_model
 from teachers.preprocessing.pixels import channels
 from teachers.protocols import ImageSpec
 from teachers.runtime.accelerator import Accelerator
 from teachers.spec import ModelSpec, TeacherSpec
 
 
-class ImageEncoder:
-    """Image encoder of a module with ``encode_image`` that is on its device in eval mode. The module is not changed."""
-
-    def __init__(self, model: Any, image: ImageSpec, accelerator: Accelerator) -> None:
-        self._accelerator = accelerator
-        self._model = model
-        self._encode_images: Callable[[torch.Tensor], torch.Tensor] = model.encode_image
-        self.image: ImageSpec | None = image
-
-    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
-        with self._accelerator.forward():
-            features = self._encode_images(self._accelerator.layout(pixels))
-            return torch.nn.functional.normalize(features.float(), dim=-1)
-
-    def patches(self, stage: int = -1, size: tuple[int, int] | None = None) -> PatchEncoder:
-        """The encoder of the tower's patches; see ``teachers.patches.encoder``."""
-        assert self.image is not None
-        return encoder_of_model(self._model, self.image, self._accelerator, stage, size)
-
-
 class OpenClipEncoder(ImageEncoder):
     """Image and text encoder of an open_clip model that is on its device in eval mode. The model is not changed."""
 
     def __init__(self, model: Any, image: ImageSpec, tokenizer: Any, accelerator: Accelerator) -> None:
-        super().__init__(model, image, accelerator)
+        super().__init__(model, image, accelerator, model.encode_image)
         self._text = TextEncoder(model, copy.copy(tokenizer), accelerator)  # a copy, since TextEncoder modifies it
         self.tokenizer_key = self._text.tokenizer_key
 
@@ -66,7 +45,7 @@ class OpenClipEncoder(ImageEncoder):
     def encode_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens of ``tokenize`` -> [B, dim] float32, unit norm."""
         with self._accelerator.forward():
-            return torch.nn.functional.normalize(self._text.encode(tokens).float(), dim=-1)
+            return unit(self._text.encode(tokens))
 
 
 class OpenClipTeacher(OpenClipEncoder):
@@ -83,10 +62,7 @@ class OpenClipTeacher(OpenClipEncoder):
         self.dim = int(open_clip.get_model_config(model_name(spec))["embed_dim"])
         if accelerator.device.type == "cuda" or spec.held_weights:
             keep_residual_in_float32(model)
-        towers.freeze(self, model, accelerator, spec)
-        if spec.precision == "fp8":
-            towers.use_fp8(self, model.visual, accelerator)
-        self._encode_images = towers.compile_images(self, model.visual, model.encode_image, spec.compile, accelerator)
+        self._make_fast(model.visual, spec)
 
 
 def load_model(spec: ModelSpec, image_size: int | None = None) -> Any:

@@ -5,18 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import timm
-import torch
 
 from teachers import weights
-from teachers.fast_paths import towers
-from teachers.patches.encoder import PatchEncoder, encoder_of_model
+from teachers.image_encoder import ImageEncoder
 from teachers.protocols import ImageSpec
 from teachers.runtime.accelerator import Accelerator
 from teachers.spec import ModelSpec, TeacherSpec
 from teachers.timm import catalog
 
 
-class TimmTeacher:
+class TimmTeacher(ImageEncoder):
     """An image encoder: the features that a model of timm pools for its classifier, at unit norm.
 
     Raises ValueError or FileNotFoundError for a wrong spec.
@@ -25,33 +23,16 @@ class TimmTeacher:
     def __init__(self, spec: TeacherSpec, accelerator: Accelerator) -> None:
         model = load_model(spec)
         model.reset_classifier(0)
-        self.image: ImageSpec | None = image_spec(model, spec)
+        super().__init__(accelerator.prepare(model), image_spec(model, spec), accelerator, model)
         self.logit_scale = spec.logit_scale
-        self._model, self._accelerator = accelerator.prepare(model), accelerator
-        self._encode_images = self._model
-        probe = torch.zeros(1, 3, self.image.height, self.image.width, device=accelerator.device)
-        features = self.encode_images(probe)
+        features = self._embed_black()
         if features.ndim != 2:
             raise ValueError(
                 f"model {spec.name} gives features of shape {[*features.shape[1:]]} for an image, not one vector: set "
                 "`global_pool` in `options`, such as {global_pool: avg}"
             )
         self.dim = features.shape[1]
-        towers.freeze(self, self._model, accelerator, spec)
-        if spec.precision == "fp8":
-            towers.use_fp8(self, self._model, accelerator)
-        self._encode_images = towers.compile_images(self, self._model, self._model, spec.compile, accelerator)
-
-    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
-        """[B, 3, H, W] float32 -> [B, dim] float32, unit norm."""
-        with self._accelerator.forward():
-            features: torch.Tensor = self._encode_images(self._accelerator.layout(pixels))
-            return torch.nn.functional.normalize(features.float(), dim=-1)
-
-    def patches(self, stage: int = -1, size: tuple[int, int] | None = None) -> PatchEncoder:
-        """The encoder of the model's patches; see ``teachers.patches.encoder``."""
-        assert self.image is not None
-        return encoder_of_model(self._model, self.image, self._accelerator, stage, size)
+        self._make_fast(model, spec)
 
 
 def load_model(spec: ModelSpec) -> Any:

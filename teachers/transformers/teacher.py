@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from math import isqrt
 from typing import Any, Literal, cast
@@ -13,7 +13,7 @@ import transformers
 
 from teachers import weights
 from teachers.fast_paths import towers
-from teachers.patches.encoder import PatchEncoder, encoder_of_model
+from teachers.image_encoder import ImageEncoder, unit
 from teachers.preprocessing.pixels import channels
 from teachers.protocols import ImageSpec, Teacher
 from teachers.runtime.accelerator import Accelerator
@@ -23,8 +23,6 @@ from teachers.transformers.options import TransformersOptions
 
 _log = logging.getLogger(__name__)
 _RESAMPLING: dict[int, Literal["nearest", "bilinear", "bicubic"]] = {0: "nearest", 2: "bilinear", 3: "bicubic"}
-
-EncodeImages = Callable[[torch.Tensor], torch.Tensor]
 
 
 def load(spec: TransformersOptions, accelerator: Accelerator) -> Teacher:
@@ -57,7 +55,7 @@ def _own_code(spec: TransformersOptions) -> Iterator[None]:
             ) from error
 
 
-class TransformersTeacher:
+class TransformersTeacher(ImageEncoder):
     """A dual encoder: any model with ``get_image_features`` and ``get_text_features``, such as CLIP and SigLIP 2.
 
     Texts are padded to the longest of the batch and masked; the constructor checks this against the full length.
@@ -66,38 +64,27 @@ class TransformersTeacher:
     """
 
     def __init__(self, spec: TransformersOptions, accelerator: Accelerator) -> None:
-        self._accelerator = accelerator
-        self._model, _ = _load_model(spec, accelerator)
+        model, _ = _load_model(spec, accelerator)
         for method in ("get_image_features", "get_text_features"):
-            if not hasattr(self._model, method):
-                raise ValueError(f"{type(self._model).__name__} has no `{method}`: it is not a dual encoder")
+            if not hasattr(model, method):
+                raise ValueError(f"{type(model).__name__} has no `{method}`: it is not a dual encoder")
         if spec.pooling is not None:
-            raise ValueError(f"`pooling` is not used by {type(self._model).__name__}, a dual encoder; remove it")
+            raise ValueError(f"`pooling` is not used by {type(model).__name__}, a dual encoder; remove it")
         processor = _load_processor(spec)
-        self.image: ImageSpec | None = image_spec(processor, square_size(processor, spec.image_size))
+        image = image_spec(processor, square_size(processor, spec.image_size))
+        super().__init__(model, image, accelerator, self._image_features, self._inputs)
         self._patch: int | None = processor["patch_size"] if _takes_patches(processor) else None
-        siglip = self._model.config.model_type in catalog.SIGLIP
-        positions = self._model.config.text_config.max_position_embeddings
+        siglip = model.config.model_type in catalog.SIGLIP
+        positions = model.config.text_config.max_position_embeddings
         self._tokenize = _Tokenizer(spec, positions, masked=not siglip)
         if siglip and spec.lowercase is None:
             self._tokenize.check_case()
-        self._encode_images: EncodeImages = self._image_features
-        with _first_input(self._model):
-            self.dim = _image_dim(self.encode_images, self.image, accelerator)
+        with _first_input(model):
+            self.dim = self._embed_black().shape[1]
             self._trims = not siglip and trimming_is_exact(self._encode)
-        self._encode_images = _make_fast(self, self._model, spec, accelerator, self._image_features)
-        scale = getattr(self._model, "logit_scale", None)
+        self._make_fast(getattr(model, "vision_model", model), spec)
+        scale = getattr(model, "logit_scale", None)
         self.logit_scale = spec.logit_scale or (float(scale.exp()) if scale is not None else None)
-
-    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
-        """[B, 3, H, W] float32 -> [B, dim] float32, unit norm."""
-        with self._accelerator.forward():
-            return _unit(self._encode_images(self._accelerator.layout(pixels)))
-
-    def patches(self, stage: int = -1, size: tuple[int, int] | None = None) -> PatchEncoder:
-        """The encoder of the tower's patches; see ``teachers.patches.encoder``."""
-        assert self.image is not None
-        return encoder_of_model(self._model, self.image, self._accelerator, stage, size, self._inputs)
 
     def _inputs(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
         return _patch_inputs(pixels, self._patch) if self._patch else {"pixel_values": pixels}
@@ -108,7 +95,7 @@ class TransformersTeacher:
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
         """B strings -> [B, dim] float32, unit norm."""
         with self._accelerator.forward():
-            return _unit(self._encode(texts, trim=self._trims))
+            return unit(self._encode(texts, trim=self._trims))
 
     def _encode(self, texts: Sequence[str], trim: bool) -> torch.Tensor:
         return _features(
@@ -116,40 +103,29 @@ class TransformersTeacher:
         )
 
 
-class ImageTeacher:
+class ImageTeacher(ImageEncoder):
     """An image encoder (DINOv3, C-RADIO, ViT, ...): its pooled output if the pooler has weights, else its CLS token.
 
     ``pooling`` chooses: the CLS token, or C-RADIO's summary, which is several class tokens in a row.
     """
 
     def __init__(self, spec: TransformersOptions, accelerator: Accelerator) -> None:
-        self._accelerator = accelerator
-        self._model, pools = _load_model(spec, accelerator)
+        model, pools = _load_model(spec, accelerator)
         self._pools = pools and spec.pooling is None
         self._summary = spec.pooling == "summary"
-        if spec.pooling is None and self._model.config.model_type == "radio":
+        if spec.pooling is None and model.config.model_type == "radio":
             _log.warning("%s: set `pooling: summary` to get all class tokens, not the first alone", spec.model)
         processor = _load_processor(spec)
-        self.image: ImageSpec | None = image_spec(processor, square_size(processor, spec.image_size))
+        image = image_spec(processor, square_size(processor, spec.image_size))
+        super().__init__(model, image, accelerator, self._pooled)
         if spec.pooling == "mean" or spec.lowercase is not None:
             raise ValueError(
                 "`lowercase` and `pooling: mean` are for texts, which this model does not encode; remove it"
             )
         self.logit_scale = spec.logit_scale
-        self._encode_images: EncodeImages = self._pooled
-        with _first_input(self._model):
-            self.dim = _image_dim(self.encode_images, self.image, accelerator)
-        self._encode_images = _make_fast(self, self._model, spec, accelerator, self._pooled)
-
-    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
-        """[B, 3, H, W] float32 -> [B, dim] float32, unit norm."""
-        with self._accelerator.forward():
-            return _unit(self._encode_images(self._accelerator.layout(pixels)))
-
-    def patches(self, stage: int = -1, size: tuple[int, int] | None = None) -> PatchEncoder:
-        """The encoder of the model's patches; see ``teachers.patches.encoder``."""
-        assert self.image is not None
-        return encoder_of_model(self._model, self.image, self._accelerator, stage, size)
+        with _first_input(model):
+            self.dim = self._embed_black().shape[1]
+        self._make_fast(getattr(model, "vision_model", model), spec)
 
     def _pooled(self, pixels: torch.Tensor) -> torch.Tensor:
         output = self._model(pixel_values=pixels)
@@ -194,8 +170,8 @@ class TextTeacher:
             mask = tokens["attention_mask"].unsqueeze(-1)
             if not self._mean:
                 first = mask[..., 0].argmax(dim=1)  # not 0 where the tokenizer pads on the left
-                return _unit(hidden[torch.arange(len(hidden), device=hidden.device), first])
-            return _unit((hidden * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1))
+                return unit(hidden[torch.arange(len(hidden), device=hidden.device), first])
+            return unit((hidden * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1))
 
 
 class _Tokenizer:
@@ -329,17 +305,6 @@ def _load_model(spec: TransformersOptions, accelerator: Accelerator) -> tuple[An
     return accelerator.prepare(model.float()), not missing
 
 
-def _make_fast(
-    teacher: Any, model: Any, spec: TransformersOptions, accelerator: Accelerator, encode: EncodeImages
-) -> EncodeImages:
-    """``encode`` on the fast paths of ``teachers.fast_paths.towers``."""
-    towers.freeze(teacher, model, accelerator, spec)
-    tower = getattr(model, "vision_model", model)
-    if spec.precision == "fp8":
-        towers.use_fp8(teacher, tower, accelerator)
-    return towers.compile_images(teacher, tower, encode, spec.compile, accelerator)
-
-
 @contextmanager
 def _first_input(model: Any) -> Iterator[None]:
     """Name the model in errors of its first forward pass."""
@@ -347,11 +312,6 @@ def _first_input(model: Any) -> Iterator[None]:
         yield
     except Exception as error:
         raise ValueError(f"{type(model).__name__} cannot be a teacher: {type(error).__name__}: {error}") from error
-
-
-def _image_dim(encode: Callable[[torch.Tensor], torch.Tensor], spec: ImageSpec | None, accelerator: Accelerator) -> int:
-    assert spec is not None
-    return encode(torch.zeros(1, 3, spec.height, spec.width, device=accelerator.device)).shape[1]
 
 
 def _positions(model: Any) -> int:
@@ -372,7 +332,3 @@ def _features(output: Any) -> torch.Tensor:
     """Unwrap the embeddings, which transformers 5 returns in a model output."""
     features: torch.Tensor = output if isinstance(output, torch.Tensor) else output.pooler_output
     return features
-
-
-def _unit(features: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.normalize(features.float(), dim=-1)

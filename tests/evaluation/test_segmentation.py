@@ -22,7 +22,7 @@ from reinforce.evaluation.kinds.segmentation import SegmentationSet
 from reinforce.evaluation.models import Models
 from reinforce.evaluation.suite.run import evaluate_suite
 from reinforce.input_config import Limits
-from teachers.open_clip.teacher import ImageEncoder
+from teachers.image_encoder import ImageEncoder
 from teachers.spec import ModelSpec
 from tests.helpers.evaluation import CPU, ConstantEncoder, NanEncoder, load_spec, load_teacher, make_evaluator
 from tests.helpers.models import tiny_models
@@ -219,7 +219,7 @@ def test_a_training_takes_the_short_schedule_of_the_suite(tmp_path: Path, monkey
     monkeypatch.setattr(segmentation, "_STEPS", {"published": (0, 0), "short": (2, 0)})
     evaluator = Evaluator(settings.parse(Evaluation, {"suite": "dense", "data": str(tmp_path), "sets": ["voc2012"]}))
     clip = load_teacher(tiny_models.open_clip_model(tmp_path / "model"))._model
-    result = evaluator.evaluate(ImageEncoder(clip, load_spec(clip), CPU), CPU)
+    result = evaluator.evaluate(ImageEncoder(clip, load_spec(clip), CPU, clip.encode_image), CPU)
     assert [*result.metrics] == ["dense/voc2012/miou"]
 
 
