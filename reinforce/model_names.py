@@ -11,7 +11,7 @@ from pathlib import Path
 from reinforce import settings
 from reinforce.errors import UserError
 from reinforce.source.urls import filesystem
-from teachers.backbones import config as networks
+from teachers.backbones import spec as networks
 from teachers.open_clip import catalog
 from teachers.registry import FAMILIES, AnyTeacher, teacher_spec
 from teachers.spec import ModelSpec, TeacherSpec

@@ -11,9 +11,9 @@ from PIL import Image
 
 from reinforce.evaluation.classes import load_templates
 from reinforce.evaluation.config import Evaluation
+from reinforce.evaluation.encoding import Models
 from reinforce.evaluation.images import ImageBatches
 from reinforce.evaluation.kinds.labels import ZeroShotSet
-from reinforce.evaluation.models import Models
 from reinforce.evaluation.reading import LabelledImage
 from reinforce.images.policy import decode
 from reinforce.source.samples import Refusal, T

@@ -8,8 +8,8 @@ from typing import Any, Literal
 from reinforce.adapting.mixing import Mixer, load_mixer
 from reinforce.errors import UserError
 from reinforce.evaluation.config import Evaluation
+from reinforce.evaluation.encoding import Models
 from reinforce.evaluation.evaluator import Evaluator
-from reinforce.evaluation.models import Models
 from reinforce.processes.cores import available_cores
 from reinforce.storage import Storage
 from teachers.open_clip.teacher import OpenClipEncoder

@@ -1,18 +1,25 @@
-"""The images of a set as uint8 batches: decoded ahead in threads, and cached if they fit into memory."""
+"""The images of a set as uint8 batches: decoded ahead in threads, and cached if they fit into memory.
+
+Their content is hashed while it is read: what a kept result was made of. Images, labels, captions, metadata, class
+names and templates count, in their order. Names of files and keys of samples do not, so that a copy in other shards is
+the same set.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
 
-from reinforce.evaluation.content import ContentDigest, hash_content
 from reinforce.evaluation.reading import LabelledImage, SetReader
 from reinforce.images.policy import IMAGE_POLICY, ImageRefused, decode
 from reinforce.input_config import Limits
@@ -21,6 +28,29 @@ from reinforce.source.samples import Refusal
 from schemas import Reason
 from teachers.preprocessing.fit import fit
 from teachers.protocols import ImageSpec
+
+_BYTES = 16
+
+
+@dataclass
+class ContentDigest:
+    """The digest of one pass over a set: of its class names and templates, and of its ``examples``, each hashed."""
+
+    texts: list[Sequence[str]] = field(default_factory=list)
+    examples: list[bytes] = field(default_factory=list)
+
+    def hexdigest(self) -> str:
+        """The digest of all that was added."""
+        return hash_content(self.texts, b"".join(self.examples)).hex()
+
+
+def hash_content(value: Any, data: bytes = b"") -> bytes:
+    """Hash an example: its target, a JSON value or one with such an attribute ``content``, and its image."""
+    text = json.dumps(value, default=attrgetter("content")).encode()
+    digest = hashlib.blake2b(text + b"\0", digest_size=_BYTES)
+    digest.update(data)
+    return digest.digest()
+
 
 T = TypeVar("T")
 #: uint8 [B, height, width, 3] for each spec, and the targets of the B examples.

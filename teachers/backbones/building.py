@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from teachers.backbones.classes import build_class, load_weights, read_weights
+from teachers.backbones.classes import ImageModel, build_class, load_weights, read_weights, width_of
 from teachers.backbones.folder import write_class, write_timm
-from teachers.backbones.network import ImageModel, width_of
 from teachers.backbones.spec import BackboneSpec
 from teachers.open_clip import catalog
 from teachers.protocols import ImageSpec

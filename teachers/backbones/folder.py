@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from teachers.backbones.classes import build_class
-from teachers.backbones.config import CLASS, CONFIG, read_config
-from teachers.backbones.network import ImageModel, width_of
+from teachers.backbones.classes import ImageModel, build_class, width_of
+from teachers.backbones.spec import CLASS, CONFIG, read_config
 from teachers.protocols import ImageSpec
 from teachers.runtime.accelerator import Accelerator
 from teachers.spec import TeacherSpec

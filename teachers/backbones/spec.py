@@ -1,9 +1,11 @@
-"""What a config states of a network of images."""
+"""What a config states of a network of images, and the config in the folder of one, read without torch."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from teachers.open_clip import catalog
@@ -41,3 +43,18 @@ class BackboneSpec:
         if "resize_mode" in stated:
             found["resize"] = "crop" if stated["resize_mode"] == "shortest" else "squash"
         return found if self.image_size is None else {**found, "size": self.image_size}
+
+
+#: Name of the file, in timm's folders too.
+CONFIG = "config.json"
+#: Key of a network that a class or function builds.
+CLASS = "class"
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The config of a folder; empty if it has none that is a JSON object."""
+    try:
+        found = json.loads(Path(folder, CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

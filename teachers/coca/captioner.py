@@ -11,12 +11,10 @@ import open_clip
 import torch
 
 from teachers.coca.compiling import compile_steps
-from teachers.coca.decoder import CocaDecoder
+from teachers.coca.decoder import CocaDecoder, PlainCocaDecoder, known_release, make_network
 from teachers.coca.fixed_decoder import SIZES, FixedCocaDecoder
 from teachers.coca.network import check_decodable
-from teachers.coca.plain_decoder import PlainCocaDecoder, known_release, make_network
-from teachers.decoding.captioner import DecodingCaptioner
-from teachers.decoding.decode import decode
+from teachers.decoding.decode import DecodingCaptioner, decode
 from teachers.fast_paths.frozen import freeze
 from teachers.fast_paths.towers import compile_images
 from teachers.fast_paths.usage import fast_path

@@ -1,17 +1,142 @@
-"""CoCa's text towers at one position of each row, over caches that the caller holds."""
+"""CoCa's text towers at one position of each row, with attention over cached keys and values that the caller holds.
+
+Everything but attention uses the modules of open_clip's blocks, so activations, norms and layer scales are the model's
+own. Linear layers are built by ``Linear``. A block does not add its last output to the residual stream: the next block
+does, so that a compiled block adds and normalises in one kernel.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import open_clip.transformer as towers
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
-from teachers.coca.blocks import CrossAttentionBlock, SelfAttentionBlock, check_block
 from teachers.fast_paths.frozen import FrozenLinear
 from teachers.fast_paths.recompilation import Compiler
 from teachers.runtime.accelerator import Accelerator
+
+Tensor = torch.Tensor
+#: Weight [out, in] and bias -> module that computes ``x @ weight.T + bias``.
+Linear = Callable[[Tensor, Tensor | None], torch.nn.Module]
+
+
+def check_block(block: Any) -> None:
+    """Raise ValueError for a block that cannot be decoded token by token."""
+    attention = getattr(block, "attn", None)
+    known = torch.nn.MultiheadAttention, getattr(towers, "Attention", torch.nn.MultiheadAttention)
+    if not isinstance(attention, known) or getattr(attention, "in_proj_weight", None) is None:
+        raise ValueError(f"blocks of type {type(block).__name__} are unknown")
+    if getattr(attention, "logit_scale", None) is not None:
+        raise ValueError("`scaled_cosine_attn` is not supported, as in open_clip's own forward pass, which fails")
+
+
+class _Block(torch.nn.Module):
+    """Residual block without the projections of queries, keys and values."""
+
+    def __init__(self, block: Any, linear: Linear) -> None:
+        super().__init__()
+        attention, identity = block.attn, torch.nn.Identity()
+        self.heads = attention.num_heads
+        self.norm = block.ln_1
+        self.out = linear(attention.out_proj.weight, attention.out_proj.bias)
+        # norms and scales that only a CustomResidualAttentionBlock has
+        self.query_norm = getattr(attention, "ln_q", identity)
+        self.key_norm = getattr(attention, "ln_k", identity)
+        self.head_scale = getattr(attention, "head_scale", None)
+        self.inner_norm = getattr(attention, "ln_inner", identity)
+        self.outer_norm = getattr(block, "ln_attn", identity)
+        self.scale = block.ls_1
+        parts = (linear(m.weight, m.bias) if isinstance(m, torch.nn.Linear) else m for m in block.mlp)
+        self.mlp = torch.nn.Sequential(block.ln_2, *parts, block.ls_2)
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        """Attend from [B, n, width] to [B, m, width] -> [B, n, width]; bool ``mask`` broadcasts to [B, heads, n, m]."""
+        query, keys, values = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (query, keys, values))
+        x = scaled_dot_product_attention(self.query_norm(query), keys, values, attn_mask=mask)
+        if self.head_scale is not None:
+            x = x * self.head_scale
+        return x.transpose(1, 2).flatten(2)
+
+    def add(self, x: Tensor, attended: Tensor, slots: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Add the attention output to the residual stream [rows, width] -> the stream, and the MLP of it.
+
+        ``attended`` is [rows, width], or [slots, width] with the slot of each row.
+        """
+        projected = self.scale(self.outer_norm(self.out(self.inner_norm(attended))))
+        x = x + (projected if slots is None else projected.index_select(0, slots))
+        return x, self.mlp(x)
+
+
+class SelfAttentionBlock(_Block):
+    """Causal self-attention: tokens attend to the tokens before them and to themselves."""
+
+    def __init__(self, block: Any, linear: Linear) -> None:
+        super().__init__(block, linear)
+        self.project = linear(block.attn.in_proj_weight, block.attn.in_proj_bias)
+
+    def forward(
+        self, x: Tensor, added: Tensor | None, cache: Tensor, position: Tensor, visible: int, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Process the newest tokens: the residual stream [rows, width] and what is to be added to it -> both.
+
+        ``cache`` [rows, 2, length, width] holds the keys and values of all positions; those of the newest tokens are
+        written to it at ``position``, int64 [rows], or [1] for all rows. Tokens attend to the first ``visible``
+        positions that ``mask`` allows.
+        """
+        x = x if added is None else x + added
+        query, key, value = (projected := self.project(self.norm(x))).chunk(3, dim=-1)
+        if isinstance(self.key_norm, torch.nn.Identity):
+            newest = projected[:, query.shape[1] :].unflatten(1, (2, 1, -1))
+        else:
+            key = self.key_norm(key.unflatten(-1, (self.heads, -1))).flatten(1)
+            newest = torch.stack([key, value], dim=1)[:, :, None]
+        if len(position) == 1:
+            cache.index_copy_(2, position, newest)
+        elif torch.compiler.is_compiling():  # in place; of `scatter_` inductor makes copies of the cache
+            both = torch.arange(2, device=x.device)
+            cache[torch.arange(len(x), device=x.device)[:, None], both, position[:, None]] = newest.squeeze(2)
+        else:
+            cache.scatter_(2, position[:, None, None, None].expand_as(newest), newest)
+        keys, values = cache[:, :, :visible].unbind(1)
+        return self.add(x, self.attend(query[:, None], keys, values, mask).squeeze(1))
+
+
+class CrossAttentionBlock(_Block):
+    """Cross-attention: text tokens attend to the tokens of their image."""
+
+    def __init__(self, block: Any, linear: Linear) -> None:
+        super().__init__(block, linear)
+        width, bias = block.attn.out_proj.weight.shape[1], block.attn.in_proj_bias
+        weights, biases = block.attn.in_proj_weight.split([width, 2 * width]), bias.split([width, 2 * width])
+        self.project, self.project_image = (linear(*of) for of in zip(weights, biases, strict=True))
+        self.image_norm = block.ln_1_kv
+
+    def keys_values(self, images: Tensor) -> Tensor:
+        """Image tokens [B, n, width] -> [B, n, 2 * width]."""
+        projected: Tensor = self.project_image(self.image_norm(images))
+        return projected
+
+    def forward(
+        self, x: Tensor, added: Tensor, image_cache: Tensor, slots: Tensor, row_of_slot: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Process the newest tokens, as ``SelfAttentionBlock`` does.
+
+        ``image_cache`` is the result of ``keys_values``. Tokens are arranged by slots, equally many for each image, so
+        that the captions of an image share its keys and values. Token i has slot ``slots[i]``, and ``row_of_slot`` is
+        the token of each slot, any for an unused one.
+        """
+        x = x + added
+        query = self.project(self.norm(x)).index_select(0, row_of_slot).unflatten(0, (len(image_cache), -1))
+        keys, values = image_cache.chunk(2, dim=-1)
+        attended = self.attend(query, keys, values, None).flatten(0, 1)
+        if torch.compiler.is_compiling():  # one kernel reads rows, adds and normalises
+            return self.add(x, attended, slots)
+        return self.add(x, attended.index_select(0, slots))
+
 
 Tensor = torch.Tensor
 

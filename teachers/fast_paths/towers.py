@@ -16,7 +16,7 @@ from teachers.fast_paths.recompilation import Compiler, many_shapes
 from teachers.fast_paths.usage import FastPath, fast_path
 from teachers.runtime.accelerator import Accelerator, widest_float
 from teachers.spec import TeacherSpec
-from teachers.tokens.texts import PROBE_TEXTS
+from teachers.tokens import PROBE_TEXTS
 
 _LOG = logging.getLogger(__name__)
 #: Modules that do nothing with their weights but what autocast computes in its precision.

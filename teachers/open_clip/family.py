@@ -9,7 +9,7 @@ from teachers.open_clip import catalog
 from teachers.open_clip.options import OpenClipOptions, stated_preprocess
 from teachers.protocols import Teacher
 from teachers.spec import ModelInfo, ModelSpec, TeacherSpec
-from teachers.tokens.files import check_tokenizer_files
+from teachers.tokens import check_tokenizer_files
 
 #: Tokenizer files of a local folder.
 _TOKENIZER_FILES = (

@@ -17,7 +17,7 @@ import torch
 
 from teachers.open_clip import building  # noqa: F401  (whoever tokenizes for a model finds it by name)
 from teachers.runtime.accelerator import Accelerator
-from teachers.tokens.texts import PROBE_TEXTS, special_token_escaper, trimming_is_exact
+from teachers.tokens import PROBE_TEXTS, special_token_escaper, trimming_is_exact
 
 _LOG = logging.getLogger(__name__)
 #: Special tokens of a tokenizer that does not state them.

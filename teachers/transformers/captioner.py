@@ -15,16 +15,14 @@ import numpy.typing as npt
 import torch
 import transformers
 
-from teachers.decoding.captioner import DecodingCaptioner
-from teachers.decoding.decode import decode
+from teachers.decoding.decode import DecodingCaptioner, decode
 from teachers.protocols import Captioner
 from teachers.runtime.accelerator import Accelerator
 from teachers.runtime.memory import GIB, cache_bytes
 from teachers.spec import CaptionerSpec
 from teachers.transformers import catalog
 from teachers.transformers.cached_decoder import merge_end_tokens
-from teachers.transformers.chat import Chat
-from teachers.transformers.image_to_text import CaptioningModel, EncoderDecoder, Git
+from teachers.transformers.captioning_models import CaptioningModel, Chat, EncoderDecoder, Git
 from teachers.transformers.options import TransformersCaptionerOptions
 from teachers.transformers.teacher import image_spec
 

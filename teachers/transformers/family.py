@@ -10,7 +10,7 @@ from teachers import weights
 from teachers.decoding.postprocess import cleaning_identity
 from teachers.protocols import Captioner, Teacher
 from teachers.spec import CHAT_FIELDS, ModelInfo, ModelSpec
-from teachers.tokens.files import check_tokenizer_files
+from teachers.tokens import check_tokenizer_files
 from teachers.transformers import catalog
 from teachers.transformers.options import LANGUAGES, TransformersCaptionerOptions, TransformersOptions
 

@@ -17,7 +17,7 @@ from teachers.image_encoder import ImageEncoder, unit
 from teachers.preprocessing.pixels import channels
 from teachers.protocols import ImageSpec, Teacher
 from teachers.runtime.accelerator import Accelerator
-from teachers.tokens.texts import PROBE_TEXTS, special_token_escaper, trimming_is_exact
+from teachers.tokens import PROBE_TEXTS, special_token_escaper, trimming_is_exact
 from teachers.transformers import catalog
 from teachers.transformers.options import TransformersOptions
 

@@ -19,7 +19,7 @@ from teachers.caption_readers import CAPTION
 from teachers.protocols import NoCaptions
 from teachers.runtime.accelerator import Accelerator
 from teachers.runtime.memory import GIB, cache_bytes
-from teachers.tokens.texts import special_token_escaper
+from teachers.tokens import special_token_escaper
 from teachers.transformers.captioner import load_network
 from teachers.transformers.options import TransformersCaptionerOptions
 

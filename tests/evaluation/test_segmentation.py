@@ -15,11 +15,11 @@ from reinforce import settings, terminal
 from reinforce.errors import UserError
 from reinforce.evaluation.command import EvaluationCommand, evaluate_models
 from reinforce.evaluation.config import Evaluation
+from reinforce.evaluation.encoding import Models
 from reinforce.evaluation.evaluator import Evaluator, evaluate_set
 from reinforce.evaluation.images import ImageBatches
 from reinforce.evaluation.kinds import segmentation
 from reinforce.evaluation.kinds.segmentation import SegmentationSet
-from reinforce.evaluation.models import Models
 from reinforce.evaluation.suite.run import evaluate_suite
 from reinforce.input_config import Limits
 from teachers.image_encoder import ImageEncoder

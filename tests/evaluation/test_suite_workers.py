@@ -14,7 +14,7 @@ import pytest
 
 from reinforce.errors import UserError
 from reinforce.evaluation.suite.results import SuiteReport
-from reinforce.evaluation.suite.workers import Job, count_workers
+from reinforce.evaluation.suite.run import Job, count_workers
 from reinforce.parallel.map_workers import Actors
 from tests.helpers import forks
 from tests.helpers.commands import Command

@@ -16,7 +16,7 @@ import yaml
 
 from reinforce.errors import UserError
 from reinforce.evaluation.config import Evaluation
-from reinforce.evaluation.models import Models
+from reinforce.evaluation.encoding import Models
 from reinforce.evaluation.report import Result
 from reinforce.settings import parse
 from teachers.protocols import ImageSpec

@@ -18,7 +18,7 @@ from reinforce.evaluation.registry import SuiteSet
 from reinforce.evaluation.report import Metrics, Outcome
 
 if TYPE_CHECKING:
-    from reinforce.evaluation.models import Models
+    from reinforce.evaluation.encoding import Models
 
 _COLUMNS = ["cue", "candidate_images", "candidates", "associations"]
 

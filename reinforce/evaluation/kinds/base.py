@@ -17,7 +17,7 @@ from reinforce.images.policy import IMAGE_POLICY
 from reinforce.settings import Section
 
 if TYPE_CHECKING:
-    from reinforce.evaluation.models import Models
+    from reinforce.evaluation.encoding import Models
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from reinforce.evaluation.kinds.base import ImageSet, SetKind
 from reinforce.evaluation.report import Metrics, Outcome
 
 if TYPE_CHECKING:
-    from reinforce.evaluation.models import Models
+    from reinforce.evaluation.encoding import Models
 
 
 def _score(models: Models, images: ImageBatches) -> Outcome:

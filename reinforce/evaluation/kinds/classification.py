@@ -28,7 +28,7 @@ from reinforce.input_config import Limits
 from reinforce.source.samples import RawSample, Refusal
 
 if TYPE_CHECKING:
-    from reinforce.evaluation.models import Models
+    from reinforce.evaluation.encoding import Models
 
 _LABEL, _METADATA = "cls", "npy"
 _TOP = 5

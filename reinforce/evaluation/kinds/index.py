@@ -26,7 +26,7 @@ from reinforce.source.samples import Refusal
 if TYPE_CHECKING:
     import torch
 
-    from reinforce.evaluation.models import Models
+    from reinforce.evaluation.encoding import Models
     from teachers.runtime.accelerator import Accelerator
 
 

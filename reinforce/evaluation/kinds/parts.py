@@ -25,7 +25,7 @@ from reinforce.terminal import plural
 if TYPE_CHECKING:
     import torch
 
-    from reinforce.evaluation.models import Models
+    from reinforce.evaluation.encoding import Models
     from teachers.runtime.accelerator import Accelerator
 
 TRAIN, TEST = "train", "test"

@@ -24,7 +24,7 @@ from reinforce.source.samples import Refusal
 from schemas import Reason
 
 if TYPE_CHECKING:
-    from reinforce.evaluation.models import Models
+    from reinforce.evaluation.encoding import Models
 
 #: Directions, with the names that DataComp's result files have for them.
 _WAYS = {"text_to_image": "image_retrieval", "image_to_text": "text_retrieval"}

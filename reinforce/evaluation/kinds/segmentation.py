@@ -36,8 +36,7 @@ if TYPE_CHECKING:
     import torch
 
     from reinforce.evaluation.dense.head import Schedule, Segmenter
-    from reinforce.evaluation.encoding import Encoder
-    from reinforce.evaluation.models import Models
+    from reinforce.evaluation.encoding import Encoder, Models
     from teachers.patches.encoder import PatchEncoder
 
 _CHECKED = 16  # masks of each part that are read when a set is opened

@@ -14,9 +14,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from teachers.coca.captioner import CocaCaptioner
-from teachers.coca.decoder import CocaDecoder
+from teachers.coca.decoder import CocaDecoder, PlainCocaDecoder
 from teachers.coca.network import CocaNetwork
-from teachers.coca.plain_decoder import PlainCocaDecoder
 from teachers.decoding.decode import decode
 from teachers.open_clip.teacher import load_model
 from teachers.protocols import Captioner, ImageSpec

@@ -203,7 +203,7 @@ def test_captions_on_cuda_are_those_of_the_cpu_and_a_word_waits_at_most_once(opt
     on_cpu = build("cpu", **options)
     wanted = on_cpu.caption(*batch(on_cpu, 10))
     assert len({len(text) for of in wanted for text in of}) > 1
-    monkeypatch.setattr("teachers.coca.blocks.scaled_dot_product_attention", record)
+    monkeypatch.setattr("teachers.coca.network.scaled_dot_product_attention", record)
     with stand_in_cuda() as cuda:
         captioner = build("cuda", **options)
         pixels, seeds = batch(captioner, 10)

@@ -32,7 +32,7 @@ from teachers.preprocessing.pixels import to_pixels
 from teachers.protocols import ImageSpec
 from teachers.registry import captioner_spec, describe_model, load_model, teacher_spec
 from teachers.runtime.accelerator import Accelerator
-from teachers.tokens.texts import PROBE_TEXTS
+from teachers.tokens import PROBE_TEXTS
 from tests.helpers.compiled_graphs import captured_graphs
 from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.decoding import decode_pool

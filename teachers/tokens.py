@@ -1,16 +1,20 @@
-"""Texts before they are encoded: special tokens in them are escaped, and batches are padded to their longest text.
+"""Texts before they are encoded, and the files of a tokenizer.
 
-Caption text such as ``<end_of_text>`` must not become the token itself. That embeddings are equal for texts padded to
-the longest of the batch or to full length is checked.
+Special tokens in texts are escaped: caption text such as ``<end_of_text>`` must not become the token itself. Batches
+are padded to their longest text; that embeddings are equal for texts padded to it or to full length is checked.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 _log = logging.getLogger(__name__)
 
@@ -40,6 +44,8 @@ def special_token_escaper(tokens: Iterable[str]) -> Callable[[str], str]:
 
 def trimming_is_exact(encode: Callable[[Sequence[str], bool], torch.Tensor]) -> bool:
     """Compare ``encode(texts, trim) -> [B, dim]`` with and without trimming, on batches of growing longest text."""
+    import torch
+
     for count in range(1, len(PROBE_TEXTS) + 1):
         texts = PROBE_TEXTS[:count]
         with torch.inference_mode():  # without autocast, so in float32 whatever the teacher's precision
@@ -50,3 +56,34 @@ def trimming_is_exact(encode: Callable[[Sequence[str], bool], torch.Tensor]) -> 
             _log.warning("texts are encoded at full length: trimmed ones differ by %g", (full - trimmed).abs().max())
             return False
     return True
+
+
+#: Names of files that hold a vocabulary, and their suffixes for SentencePiece and tiktoken.
+_NAMES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+_SUFFIXES = (".model", ".spm", ".tiktoken")
+#: Tokenizers of bytes or characters, which need no vocabulary: ByT5, CANINE, Perceiver.
+_WITHOUT_VOCABULARY = ("byt5", "canine", "perceiver")
+
+
+def check_tokenizer_files(folder: Path) -> None:
+    """Raise FileNotFoundError if a folder has no vocabulary of a tokenizer."""
+    names = [path.name for path in folder.iterdir() if path.is_file()]
+    if any(name in _NAMES or name.startswith("vocab.") or name.endswith(_SUFFIXES) for name in names):
+        return
+    if _needs_no_vocabulary(folder):
+        return
+    raise FileNotFoundError(
+        f"folder {folder} has no tokenizer files, so all its texts would get the same tokens: expected one of "
+        f"{', '.join(_NAMES)}. Save the model's tokenizer or processor into the folder as well: "
+        f"AutoTokenizer.from_pretrained(ORIGINAL_MODEL).save_pretrained({str(folder)!r})"
+    )
+
+
+def _needs_no_vocabulary(folder: Path) -> bool:
+    kinds = []
+    for file, key in (("tokenizer_config.json", "tokenizer_class"), ("config.json", "model_type")):
+        try:
+            kinds.append(str(json.loads((folder / file).read_text(encoding="utf-8"))[key]))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return any(kind.lower().startswith(_WITHOUT_VOCABULARY) for kind in kinds)

@@ -14,8 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from teachers.registry import captioner_spec, describe_model, teacher_spec
-from teachers.tokens.files import check_tokenizer_files
-from teachers.tokens.texts import PROBE_TEXTS, special_token_escaper, trimming_is_exact
+from teachers.tokens import PROBE_TEXTS, check_tokenizer_files, special_token_escaper, trimming_is_exact
 from tests.helpers.models import tiny_models
 from tests.helpers.models.tiny_captioners import blip
 from tests.helpers.models.tiny_coca import coca_model

@@ -1,1 +1,0 @@
-"""Special tokens, tokenizer files, and batches of shorter texts."""
