@@ -7,6 +7,7 @@ keys and implements ``describe``, ``load`` and ``hosts``. ``teachers.registry.FA
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
@@ -60,6 +61,8 @@ class ModelSpec(BaseModel):
     published: ClassVar[bool] = False
     #: Whether the family uses ``options``.
     takes_options: ClassVar[bool] = False
+    #: What makes the model of a spec and an Accelerator, ``module:Callable``; imported when one is loaded, with torch.
+    loader: ClassVar[str]
     #: Keys of fast paths, which False turns off.
     fast_paths: ClassVar[tuple[str, ...]] = ()
 
@@ -141,7 +144,10 @@ class ModelSpec(BaseModel):
 
         Raises ValueError, OSError, or what the model raises.
         """
-        raise NotImplementedError
+        module, _, function = self.loader.partition(":")
+        runtime = importlib.import_module("teachers.runtime.accelerator")
+        accelerator = runtime.Accelerator(device, self.autocast_precision)
+        return getattr(importlib.import_module(module), function)(self, accelerator)
 
     def plain(self) -> Self:
         """A copy with every fast path off. A precision of fp8 keeps what it needs."""

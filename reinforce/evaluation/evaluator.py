@@ -130,7 +130,8 @@ class Evaluator:
         """
         with _eval_mode(model, accelerator):
             if tokenizer is None:
-                encoder = cast(Encoder, ImageEncoder(model, image, accelerator, model.encode_image))
+                encode = cast(Any, model).encode_image
+                encoder = cast(Encoder, ImageEncoder(model, image, accelerator, encode))
             else:
                 encoder = OpenClipEncoder(model, image, tokenizer, accelerator)
             result = self.evaluate(encoder, accelerator, keep_going=True)

@@ -19,7 +19,7 @@ from reinforce.settings import Section, without_defaults
 from reinforce.student.loss_config import Loss
 from reinforce.training.config import TrackersOfRun, Training
 from teachers.backbones.spec import BackboneSpec
-from teachers.open_clip.options import PREPROCESS, Preprocess
+from teachers.open_clip.family import PREPROCESS, Preprocess
 
 
 def _as_weights(value: Any) -> Any:

@@ -37,7 +37,7 @@ from reinforce.training.task import Batch, Encoded
 from teachers.backbones.building import Backbone
 from teachers.open_clip import catalog
 from teachers.open_clip.building import write_open_clip
-from teachers.open_clip.options import OpenClipOptions, stated_preprocess
+from teachers.open_clip.family import OpenClipOptions, stated_preprocess
 from teachers.open_clip.released import MIXER
 from teachers.open_clip.teacher import FUSED, image_spec, load_model, model_name, random_model
 from teachers.patches.maps import features_and_map

@@ -19,7 +19,7 @@ from reinforce.training.launch import launch, runs_on_ray
 from reinforce.training.record.results import Results
 from reinforce.training.record.trackers import check_trackers
 from teachers.open_clip.catalog import DEFAULT_PREPROCESS
-from teachers.open_clip.options import stated_preprocess
+from teachers.open_clip.family import stated_preprocess
 from teachers.open_clip.tokenizer import Tokenizer
 from teachers.runtime.accelerator import Accelerator
 from teachers.spec import ModelSpec

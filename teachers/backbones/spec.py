@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from teachers.open_clip import catalog
-from teachers.open_clip.options import Preprocess
+from teachers.open_clip.family import Preprocess
 from teachers.weights import CHECKPOINTS
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from teachers.decoding.postprocess import cleaning_identity
 from teachers.open_clip import catalog
-from teachers.open_clip.family import model_identity
-from teachers.open_clip.options import OpenClipOptions
-from teachers.protocols import Captioner
+from teachers.open_clip.family import OpenClipOptions, model_identity
 from teachers.spec import CHAT_FIELDS, CaptionerSpec, ModelInfo
 
 
 class CocaSpec(OpenClipOptions, CaptionerSpec):
+    loader: ClassVar[str] = "teachers.coca.captioner:CocaCaptioner"
+
     def describe(self) -> ModelInfo:
         if given := [field for field in CHAT_FIELDS if getattr(self, field) is not None]:
             raise ValueError(f"{', '.join(given)}: used only by chat models of `family: transformers`; remove it")
@@ -18,9 +20,3 @@ class CocaSpec(OpenClipOptions, CaptionerSpec):
         catalog.check_coca(self.name)
         identity = {**identity, **self.decoding(), **cleaning_identity(self.clean)}
         return ModelInfo(dim=None, images=True, texts=False, identity=identity)
-
-    def load(self, name: str, device: str) -> Captioner:
-        from teachers.coca.captioner import CocaCaptioner
-        from teachers.runtime.accelerator import Accelerator
-
-        return CocaCaptioner(self, Accelerator(device, self.precision))

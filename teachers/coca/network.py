@@ -138,9 +138,6 @@ class CrossAttentionBlock(_Block):
         return self.add(x, attended.index_select(0, slots))
 
 
-Tensor = torch.Tensor
-
-
 class CocaNetwork(torch.nn.Module):
     """The text towers of an open_clip CoCa for texts of at most ``length`` tokens.
 

@@ -19,7 +19,7 @@ from teachers import weights
 from teachers.image_encoder import ImageEncoder, unit
 from teachers.open_clip import catalog
 from teachers.open_clip.building import FUSED, build, from_authors, is_authors
-from teachers.open_clip.options import stated_preprocess
+from teachers.open_clip.family import stated_preprocess
 from teachers.open_clip.text import TextEncoder, keep_residual_in_float32
 from teachers.preprocessing.pixels import channels
 from teachers.protocols import ImageSpec

@@ -31,7 +31,7 @@ from teachers.caption_readers import CAPTION
 from teachers.protocols import ImageSpec, NoCaptions
 from teachers.redact import REDACTED
 from teachers.server.answers import DETAIL_CHARS, LongAnswer, bound_answers, check_answer, read_answer
-from teachers.server.options import ServerOptions
+from teachers.server.family import ServerCaptionerSpec
 from teachers.server.servers import Server, Servers
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class ServerCaptioner:
     #: ``to_texts`` waits for servers, within bounds of its own.
     waits = True
 
-    def __init__(self, name: str, spec: ServerOptions) -> None:
+    def __init__(self, name: str, spec: ServerCaptionerSpec) -> None:
         self._openai = _import_client()
         self.captions = spec.captions
         self.reads_captions = spec.sees is not None
@@ -197,7 +197,7 @@ def _retry_after(error: Exception) -> float | None:
     return float(value) if re.fullmatch(r"\d{1,6}(\.\d+)?", value) else None
 
 
-def _api_key(spec: ServerOptions) -> str | None:
+def _api_key(spec: ServerCaptionerSpec) -> str | None:
     if spec.api_key_env is None:
         return None
     key = os.environ.get(spec.api_key_env)

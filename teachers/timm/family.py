@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar, cast
+from typing import ClassVar
 
 from pydantic import model_validator
 
-from teachers.protocols import Teacher
 from teachers.spec import ModelInfo, TeacherSpec
 from teachers.timm import catalog
 
 
 class TimmTeacherSpec(TeacherSpec):
+    loader: ClassVar[str] = "teachers.timm.teacher:TimmTeacher"
     takes_options: ClassVar[bool] = True
 
     @model_validator(mode="after")
@@ -22,12 +22,6 @@ class TimmTeacherSpec(TeacherSpec):
 
     def describe(self) -> ModelInfo:
         return ModelInfo(dim=None, images=True, texts=False, identity=catalog.model_identity(self))
-
-    def load(self, name: str, device: str) -> Teacher:
-        from teachers.runtime.accelerator import Accelerator
-        from teachers.timm.teacher import TimmTeacher
-
-        return cast(Teacher, TimmTeacher(self, Accelerator(device, self.autocast_precision)))
 
     def hosts(self) -> Iterator[str]:
         return catalog.hosts(self)

@@ -23,7 +23,7 @@ from teachers.spec import CaptionerSpec
 from teachers.transformers import catalog
 from teachers.transformers.cached_decoder import merge_end_tokens
 from teachers.transformers.captioning_models import CaptioningModel, Chat, EncoderDecoder, Git
-from teachers.transformers.options import TransformersCaptionerOptions
+from teachers.transformers.family import TransformersCaptionerSpec
 from teachers.transformers.teacher import image_spec
 
 #: Limits on captions decoded in parallel and on the bytes of their caches on a CPU, independent of the batch size.
@@ -101,7 +101,7 @@ class TransformersCaptioner(DecodingCaptioner):
         return max(1, min(_MAX_ROWS, int(rows))), found.shape[-1]
 
 
-def load(spec: TransformersCaptionerOptions, accelerator: Accelerator) -> Captioner:
+def load(spec: TransformersCaptionerSpec, accelerator: Accelerator) -> Captioner:
     """Load the captioner of a spec.
 
     Raises ValueError for a model that cannot caption or lacks weights; OSError for a model that does not exist.
@@ -117,12 +117,12 @@ def load(spec: TransformersCaptionerOptions, accelerator: Accelerator) -> Captio
     return TransformersCaptioner(spec, accelerator, kind(model, accelerator, image), tokenizer)
 
 
-def load_network(spec: TransformersCaptionerOptions, auto: Any) -> tuple[dict[str, Any], Any]:
+def load_network(spec: TransformersCaptionerSpec, auto: Any) -> tuple[dict[str, Any], Any]:
     """The config and the network of a spec, by an ``AutoModel``; raises as ``load``."""
     if catalog.is_local_folder(spec.name):
         catalog.read_config(spec.name)  # has better error messages for folders than transformers
     config = transformers.AutoConfig.from_pretrained(spec.name, trust_remote_code=False).to_dict()
-    catalog.check_captioner(config, spec)
+    spec.check_config(config)
     model, report = auto.from_pretrained(spec.model, trust_remote_code=False, output_loading_info=True)
     misfits = [*sorted(report["missing_keys"]), *map(str, report["mismatched_keys"])]
     if misfits:

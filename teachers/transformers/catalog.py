@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from teachers.transformers.options import TransformersCaptionerOptions
-
 _WEIGHTS = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -144,37 +142,3 @@ def content_files(folder: Path, extra: tuple[str, ...] = ()) -> list[Path]:
         shards = set(json.loads(files[0].read_text(encoding="utf-8"))["weight_map"].values())
         files += [folder / shard for shard in sorted(shards)]
     return files + [folder / setting for setting in (*_SETTINGS, *extra) if (folder / setting).is_file()]
-
-
-def check_captioner(config: dict[str, Any] | None, spec: TransformersCaptionerOptions) -> None:
-    """Raise ValueError if a model cannot caption, or translate, as the spec asks. Checks nothing without a config."""
-    if config is None:
-        return
-    kind = config["model_type"]
-    if spec.sees is not None and kind not in TRANSLATORS:
-        raise ValueError(
-            f"`sees: {spec.sees}` needs a sequence-to-sequence model of type {', '.join(TRANSLATORS)}; this one is of "
-            f"type {kind!r}"
-        )
-    if spec.sees is None and kind in TRANSLATORS:
-        raise ValueError(f"a model of type {kind!r} sees no images: add `sees: caption`, to translate true captions")
-    if kind not in IMAGE_TO_TEXT and kind not in CHAT_MODELS and kind not in TRANSLATORS:
-        raise ValueError(
-            f"a model of type {kind!r} is not a supported captioner: use {', '.join((*IMAGE_TO_TEXT, *CHAT_MODELS))}, "
-            "an open_clip CoCa, or a custom `class`"
-        )
-    architectures = config.get("architectures") or []
-    writer = {**IMAGE_TO_TEXT, **TRANSLATORS}.get(kind)
-    if writer is not None and architectures and writer not in architectures:
-        raise ValueError(f"{architectures[0]} does not write captions: use the weights of a {writer}")
-    if kind in CHAT_MODELS and not spec.prompt:
-        raise ValueError(
-            f'a model of type {kind!r} needs a prompt, such as prompt: "Describe the image in one sentence."'
-        )
-    for name in ("prompt", "image_size"):
-        if kind in IMAGE_TO_TEXT and getattr(spec, name) is not None:
-            raise ValueError(f"`{name}` is not used by a model of type {kind!r}: remove it")
-    text = config.get("decoder" if kind == "vision-encoder-decoder" else "text_config") or config
-    positions = text.get("max_position_embeddings") or text.get("n_positions")
-    if positions is not None and spec.max_length > positions:
-        raise ValueError(f"max_length {spec.max_length} exceeds the model's context of {positions} tokens")

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
 
 from teachers import weights
+from teachers.caption_readers import CaptionReaderSpec
 from teachers.decoding.postprocess import cleaning_identity
-from teachers.protocols import Captioner, Teacher
-from teachers.spec import CHAT_FIELDS, ModelInfo, ModelSpec
+from teachers.spec import CHAT_FIELDS, ModelInfo, ModelSpec, TeacherSpec
 from teachers.tokens import check_tokenizer_files
 from teachers.transformers import catalog
-from teachers.transformers.options import LANGUAGES, TransformersCaptionerOptions, TransformersOptions
+from teachers.transformers.catalog import CHAT_MODELS, IMAGE_TO_TEXT, TRANSLATORS
+
+#: Defaults of translators, whose texts may be as short as a word.
+_TRANSLATION = {"strategy": "greedy", "captions": 1, "min_length": 0, "max_length": 128}
+_STRATEGIES = ("greedy", "beams")
+LANGUAGES = ("source_language", "target_language")
 
 
 class _Transformers(ModelSpec):
@@ -42,7 +49,31 @@ class _Transformers(ModelSpec):
         return identity
 
 
-class TransformersTeacherSpec(_Transformers, TransformersOptions):
+class TransformersTeacherSpec(_Transformers, TeacherSpec):
+    loader: ClassVar[str] = "teachers.transformers.teacher:load"
+
+    image_size: int | None = Field(
+        None,
+        ge=8,
+        description="family transformers: side in pixels of the square image, for models that accept several sizes; "
+        "default: the model's own",
+    )
+    pooling: Literal["cls", "mean", "summary"] | None = Field(
+        None,
+        description="family transformers, models of texts or images alone: which outputs become the embedding. mean: "
+        "the mean of the text's tokens; cls: the first token; summary: C-RADIO's summary; default: mean for texts, the "
+        "pooler if it has weights or else cls for images",
+    )
+    trust_remote_code: bool = Field(
+        False,
+        description="family transformers: run the code in the model's folder or repository, which can do anything; for "
+        "models that transformers itself does not have",
+    )
+    lowercase: bool | None = Field(
+        None,
+        description="family transformers: texts in lower case, as SigLIP 2 needs; default: as the tokenizer does",
+    )
+
     @property
     def imports(self) -> str | None:
         return self.model if self.trust_remote_code else None
@@ -60,18 +91,46 @@ class TransformersTeacherSpec(_Transformers, TransformersOptions):
         identity = {**self.identity(tuple(path.name for path in code)), **given}
         return ModelInfo(dim=dim, images=images, texts=texts, identity=identity)
 
-    def load(self, name: str, device: str) -> Teacher:
-        from teachers.runtime.accelerator import Accelerator
-        from teachers.transformers.teacher import load
 
-        return load(self, Accelerator(device, self.autocast_precision))
+class TransformersCaptionerSpec(_Transformers, CaptionReaderSpec):
+    source_language: str | None = Field(
+        None,
+        description="family transformers with `sees: caption`: language of the true captions, as the tokenizer names "
+        "it, such as eng_Latn; for models of several source languages",
+    )
+    target_language: str | None = Field(
+        None,
+        description="family transformers with `sees: caption`: language of the translations, as the tokenizer names "
+        "it, such as deu_Latn; for models of several target languages",
+    )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _set_defaults_of_translators(cls, values: Any) -> Any:
+        translates = isinstance(values, Mapping) and values.get("sees") == "caption"
+        return {**_TRANSLATION, **values} if translates else values
 
-class TransformersCaptionerSpec(_Transformers, TransformersCaptionerOptions):
+    @model_validator(mode="after")
+    def _check_translation(self) -> TransformersCaptionerSpec:
+        if self.sees is None:
+            if given := [key for key in LANGUAGES if getattr(self, key) is not None]:
+                raise ValueError(f"`{given[0]}` is used only with `sees: caption`: add that, or remove the key")
+        elif self.sees == "both":
+            raise ValueError("`sees: both` is used only with family openai: translators see `caption` alone")
+        elif self.strategy not in _STRATEGIES:
+            raise ValueError(f"strategy {self.strategy} is not used with `sees: caption`: use greedy or beams")
+        elif self.image_size is not None:
+            raise ValueError("`image_size` is not used with `sees: caption`, by which no image is seen: remove it")
+        return self
+
+    @property
+    def loader(self) -> str:  # type: ignore[override]
+        return f"teachers.transformers.{'captioner' if self.sees is None else 'translator'}:load"
+
     def describe(self) -> ModelInfo:
         if fast := [key for key in self.fast_paths if getattr(self, key) is True]:
             raise ValueError(f"`{fast[0]}` works only with CoCa; remove it")
-        catalog.check_captioner(self.read_config(), self)
+        self.check_config(self.read_config())
         self.check_tokenizer()
         # Absent where they are not set, so that older fingerprints stay valid.
         keys = (*CHAT_FIELDS, "sees", *LANGUAGES)
@@ -81,9 +140,37 @@ class TransformersCaptionerSpec(_Transformers, TransformersCaptionerOptions):
         identity = {**model, **self.decoding(), **given, **cleaning_identity(self.clean)}
         return ModelInfo(dim=None, images=not translates, texts=translates, identity=identity)
 
-    def load(self, name: str, device: str) -> Captioner:
-        from teachers.runtime.accelerator import Accelerator
-        from teachers.transformers import captioner, translator
-
-        load = captioner.load if self.sees is None else translator.load
-        return load(self, Accelerator(device, self.precision))
+    def check_config(self, config: dict[str, Any] | None) -> None:
+        """Raise ValueError if a model cannot caption or translate as the keys ask. Checks nothing without a config."""
+        if config is None:
+            return
+        kind = config["model_type"]
+        if self.sees is not None and kind not in TRANSLATORS:
+            raise ValueError(
+                f"`sees: {self.sees}` needs a sequence-to-sequence model of type {', '.join(TRANSLATORS)}; this one is "
+                f"of type {kind!r}"
+            )
+        if self.sees is None and kind in TRANSLATORS:
+            raise ValueError(
+                f"a model of type {kind!r} sees no images: add `sees: caption`, to translate true captions"
+            )
+        if kind not in IMAGE_TO_TEXT and kind not in CHAT_MODELS and kind not in TRANSLATORS:
+            raise ValueError(
+                f"a model of type {kind!r} is not a supported captioner: use "
+                f"{', '.join((*IMAGE_TO_TEXT, *CHAT_MODELS))}, an open_clip CoCa, or a custom `class`"
+            )
+        architectures = config.get("architectures") or []
+        writer = {**IMAGE_TO_TEXT, **TRANSLATORS}.get(kind)
+        if writer is not None and architectures and writer not in architectures:
+            raise ValueError(f"{architectures[0]} does not write captions: use the weights of a {writer}")
+        if kind in CHAT_MODELS and not self.prompt:
+            raise ValueError(
+                f'a model of type {kind!r} needs a prompt, such as prompt: "Describe the image in one sentence."'
+            )
+        for name in ("prompt", "image_size"):
+            if kind in IMAGE_TO_TEXT and getattr(self, name) is not None:
+                raise ValueError(f"`{name}` is not used by a model of type {kind!r}: remove it")
+        text = config.get("decoder" if kind == "vision-encoder-decoder" else "text_config") or config
+        positions = text.get("max_position_embeddings") or text.get("n_positions")
+        if positions is not None and self.max_length > positions:
+            raise ValueError(f"max_length {self.max_length} exceeds the model's context of {positions} tokens")

@@ -19,13 +19,13 @@ from teachers.protocols import ImageSpec, Teacher
 from teachers.runtime.accelerator import Accelerator
 from teachers.tokens import PROBE_TEXTS, special_token_escaper, trimming_is_exact
 from teachers.transformers import catalog
-from teachers.transformers.options import TransformersOptions
+from teachers.transformers.family import TransformersTeacherSpec
 
 _log = logging.getLogger(__name__)
 _RESAMPLING: dict[int, Literal["nearest", "bilinear", "bicubic"]] = {0: "nearest", 2: "bilinear", 3: "bicubic"}
 
 
-def load(spec: TransformersOptions, accelerator: Accelerator) -> Teacher:
+def load(spec: TransformersTeacherSpec, accelerator: Accelerator) -> Teacher:
     """Load the teacher of a spec, with both encoders or the one that the model has.
 
     Raises ValueError for a model that cannot be a teacher or lacks weights; OSError for a model that does not exist.
@@ -41,7 +41,7 @@ def load(spec: TransformersOptions, accelerator: Accelerator) -> Teacher:
 
 
 @contextmanager
-def _own_code(spec: TransformersOptions) -> Iterator[None]:
+def _own_code(spec: TransformersTeacherSpec) -> Iterator[None]:
     """Name the key that allows the code of a model, which the processes of a node copy and import one by one."""
     with weights.locked(f"transformers {spec.name}") if spec.trust_remote_code else nullcontext():
         try:
@@ -63,7 +63,7 @@ class TransformersTeacher(ImageEncoder):
     model gets the patches of square images of one size.
     """
 
-    def __init__(self, spec: TransformersOptions, accelerator: Accelerator) -> None:
+    def __init__(self, spec: TransformersTeacherSpec, accelerator: Accelerator) -> None:
         model, _ = _load_model(spec, accelerator)
         for method in ("get_image_features", "get_text_features"):
             if not hasattr(model, method):
@@ -109,7 +109,7 @@ class ImageTeacher(ImageEncoder):
     ``pooling`` chooses: the CLS token, or C-RADIO's summary, which is several class tokens in a row.
     """
 
-    def __init__(self, spec: TransformersOptions, accelerator: Accelerator) -> None:
+    def __init__(self, spec: TransformersTeacherSpec, accelerator: Accelerator) -> None:
         model, pools = _load_model(spec, accelerator)
         self._pools = pools and spec.pooling is None
         self._summary = spec.pooling == "summary"
@@ -144,7 +144,7 @@ class TextTeacher:
 
     image = None
 
-    def __init__(self, spec: TransformersOptions, accelerator: Accelerator) -> None:
+    def __init__(self, spec: TransformersTeacherSpec, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
         self._model, _ = _load_model(spec, accelerator)
         if spec.image_size or spec.pooling == "summary":
@@ -177,7 +177,7 @@ class TextTeacher:
 class _Tokenizer:
     """The model's tokenizer, with special tokens in texts escaped."""
 
-    def __init__(self, spec: TransformersOptions, positions: int, masked: bool) -> None:
+    def __init__(self, spec: TransformersTeacherSpec, positions: int, masked: bool) -> None:
         self._tokenizer = transformers.AutoTokenizer.from_pretrained(
             spec.model, trust_remote_code=spec.trust_remote_code
         )
@@ -285,13 +285,13 @@ def _patch_inputs(pixels: torch.Tensor, patch: int) -> dict[str, torch.Tensor]:
     }
 
 
-def _load_processor(spec: TransformersOptions) -> dict[str, Any]:
+def _load_processor(spec: TransformersTeacherSpec) -> dict[str, Any]:
     processor = transformers.AutoImageProcessor.from_pretrained(spec.model, trust_remote_code=spec.trust_remote_code)
     config: dict[str, Any] = processor.to_dict()
     return config
 
 
-def _load_model(spec: TransformersOptions, accelerator: Accelerator) -> tuple[Any, bool]:
+def _load_model(spec: TransformersTeacherSpec, accelerator: Accelerator) -> tuple[Any, bool]:
     """Load the model -> (model, whether its pooler has weights). Hub downloads use huggingface_hub's file locks."""
     model, report = transformers.AutoModel.from_pretrained(
         spec.model, trust_remote_code=spec.trust_remote_code, output_loading_info=True

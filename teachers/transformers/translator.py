@@ -21,7 +21,7 @@ from teachers.runtime.accelerator import Accelerator
 from teachers.runtime.memory import GIB, cache_bytes
 from teachers.tokens import special_token_escaper
 from teachers.transformers.captioner import load_network
-from teachers.transformers.options import TransformersCaptionerOptions
+from teachers.transformers.family import TransformersCaptionerSpec
 
 _PLAIN = "a photo"  # translated where no caption is given, as in a test
 _MAX_CACHE_BYTES = 4 * GIB  # on a CPU
@@ -35,9 +35,7 @@ class Translator:
     image: Any = None
     reads_captions = True
 
-    def __init__(
-        self, spec: TransformersCaptionerOptions, accelerator: Accelerator, model: Any, tokenizer: Any
-    ) -> None:
+    def __init__(self, spec: TransformersCaptionerSpec, accelerator: Accelerator, model: Any, tokenizer: Any) -> None:
         self.captions, self._accelerator, self._model, self._tokenizer = spec.captions, accelerator, model, tokenizer
         prefix, forced = choose_languages(tokenizer, spec)
         self._prompt = prefix + (spec.prompt or CAPTION)
@@ -139,7 +137,7 @@ class _FiniteLogits(transformers.LogitsProcessor):
         return scores
 
 
-def load(spec: TransformersCaptionerOptions, accelerator: Accelerator) -> Translator:
+def load(spec: TransformersCaptionerSpec, accelerator: Accelerator) -> Translator:
     """Load the translator of a spec.
 
     Raises ValueError for a model that cannot translate, or lacks weights or a package that its tokenizer needs;
@@ -155,7 +153,7 @@ def load(spec: TransformersCaptionerOptions, accelerator: Accelerator) -> Transl
     return Translator(spec, accelerator, accelerator.prepare(model.float()), tokenizer)
 
 
-def choose_languages(tokenizer: Any, spec: TransformersCaptionerOptions) -> tuple[str, dict[str, Any]]:
+def choose_languages(tokenizer: Any, spec: TransformersCaptionerSpec) -> tuple[str, dict[str, Any]]:
     """Choose the languages of a spec -> what precedes each caption, and arguments of ``generate``.
 
     M2M100 and NLLB name both languages by tokens of the tokenizer, Marian's models of several target languages the
