@@ -10,8 +10,7 @@ too. That is part of the model, in training and inference, and is not changed.)
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import open_clip
 import torch
@@ -21,35 +20,21 @@ from reinforce.captioning.evaluator import CaptionerEvaluator
 from reinforce.captioning.model import CaptionerModel
 from reinforce.student.loss import Objective, contrastive_losses
 from reinforce.training.distributed import gather
-from reinforce.training.task import Batch, Encoded
+from reinforce.training.task import Batch, Encoded, Task
 from teachers.open_clip.building import write_open_clip
 
 #: CLIP's loss without distillation.
 _CLIP = Objective(lambda_=0.0)
 
 
-class CaptioningTask:
-    """CoCa's two losses, and an evaluator of held-out images; implements ``reinforce.training.task.Task``."""
-
-    compiles_once = False  # batches have the lengths of their captions
+class CaptioningTask(Task):
+    """CoCa's two losses, and an evaluator of held-out images. Batches have the lengths of their captions."""
 
     def __init__(
         self, model: CaptionerModel, loss: Loss, evaluator: CaptionerEvaluator, notes: Sequence[str] = ()
     ) -> None:
-        self.model: torch.nn.Module = model
-        self.notes: Sequence[str] = notes
-        self._loss = loss
-        self._evaluator = evaluator
-
-    def settle(self, recorded: Mapping[str, Any] | None) -> Mapping[str, Any]:
-        return {}
-
-    def begin_step(self, step: int, steps: int) -> None:
-        """Do nothing: all steps are alike."""
-
-    def prepare(self, batch: Batch) -> Batch:
-        """Return the batch as it is; this task adds nothing."""
-        return batch
+        self.model, self.notes = model, notes
+        self._loss, self._evaluator = loss, evaluator
 
     def losses(self, encoded: Encoded, batch: Batch) -> dict[str, torch.Tensor]:
         """Return the weighted ``contrastive`` and ``caption`` losses of a rank's b samples, without those of weight 0.

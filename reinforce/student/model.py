@@ -7,7 +7,7 @@ import math
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import open_clip
 import torch
@@ -15,7 +15,6 @@ import torch
 from reinforce.errors import UserError
 from reinforce.student.config import BatchNorm, Quantize
 from reinforce.student.config import Student as StudentSpec
-from reinforce.student.depths import block_depths, image_depths
 from reinforce.student.layers.pointwise import avoid_faulty_convolutions
 from reinforce.student.layers.quantize import can_quantize, freeze_batch_norms, merge, quantize, round_in_eval
 from reinforce.student.loss import Form
@@ -26,7 +25,9 @@ from reinforce.student.towers import (
     Plan,
     Source,
     Tower,
+    block_depths,
     has_weights,
+    image_depths,
     join_towers,
     map_width,
     model_config,
@@ -34,7 +35,7 @@ from reinforce.student.towers import (
     tower_of,
 )
 from reinforce.training.task import Batch, Encoded
-from teachers.backbones.building import Backbone
+from teachers.backbones.building import Backbone, build_backbone
 from teachers.open_clip import catalog
 from teachers.open_clip.building import write_open_clip
 from teachers.open_clip.family import OpenClipOptions, stated_preprocess
@@ -120,7 +121,7 @@ class Student(torch.nn.Module):
         scalars = {} if self.backbone else {"logit_scale": self.clip.logit_scale.exp().reshape(())}
         if not self.backbone and self.clip.logit_bias is not None:
             scalars["logit_bias"] = self.clip.logit_bias.reshape(())
-        scalars |= {scale_name(_teacher_name(module)): scale() for module, scale in self.scales.items()}
+        scalars |= {scale_name(module.replace(",", ".")): scale() for module, scale in self.scales.items()}
         losses = self.terms.losses_of_rows({**features, **maps}, batch.get("targets", {}), self.heads)
         if self.start:
             losses |= self.terms.losses_of_weights(dict(self.named_parameters()), self.start)
@@ -225,6 +226,17 @@ class LearntScale(torch.nn.Module):
         return self.logit_scale.exp()
 
 
+class _Network(NamedTuple):
+    """The module of a student, ready to be trained; ``parts`` are further arguments of ``Student``."""
+
+    name: str
+    clip: Any
+    config: Mapping[str, Any]
+    image: ImageSpec
+    towers: Collection[str]
+    parts: Mapping[str, Any]
+
+
 def build_student(
     spec: StudentSpec,
     *,
@@ -243,57 +255,71 @@ def build_student(
     UserError if the model is unknown, cannot be loaded, or cannot be trained with this loss; what the configs show is
     reported before anything is loaded.
     """
-    plan: Plan | None = None
     try:
-        model = OpenClipOptions(model=spec.model, pretrained=spec.pretrained, preprocess=spec.preprocess)
-        name, pretrained = model_name(model), has_weights(model)
-        config = model_config(name)
-        if spec.image_size is not None:
-            config["vision_cfg"] = {**config["vision_cfg"], "image_size": spec.image_size}
-        if spec.text is not None or spec.dim is not None:
-            plan = plan_student(spec, Source(name, config, pretrained), only)
-            config = dict(plan.config)
-        if terms is not None:
-            with torch.device("meta"):
-                terms.heads(config["embed_dim"])  # reports teachers of other dimensions
-        clip = _load(model, spec.image_size, seed)
-        if plan is not None:
-            clip = _join(plan, clip, spec, seed)
-        if any(FUSED in key for key in clip.state_dict()):
-            raise ValueError(
-                f"the weights of {name} are reparameterised for inference and lack the branches that are trained: "
-                "start from the weights before that"
-            )
-        if spec.image_size is not None and hasattr(getattr(clip.visual, "trunk", None), "set_input_size"):
-            raise ValueError(
-                f"open_clip cannot load a {name} of another image size, since its image tower is a transformer of "
-                "timm: choose a model with this `image_size`, and remove the key"
-            )
-        image = image_spec(open_clip.get_model_preprocess_cfg(clip))
-        if image.height != image.width:
-            raise ValueError(
-                f"{name} takes images of {image.height} x {image.width}, and augmented crops are square: choose a "
-                "model with a square `image_size`"
-            )
-        if form == "sigmoid" and clip.logit_bias is None:
-            config |= _init_as_siglip(clip, name, pretrained)
-        if spec.quantize is not None and not can_quantize(clip):
-            raise ValueError(f"{name} has no layer whose weights `quantize` could round: remove the key")
+        made = _image_network(spec, seed) if spec.images_alone else _two_towers(spec, seed, form, terms, only)
+        if spec.quantize is not None and not can_quantize(made.clip):
+            raise ValueError(f"{made.name} has no layer whose weights `quantize` could round: remove the key")
+        if checkpointing:
+            made.clip.set_grad_checkpointing()
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         raise UserError(f"student: {error}") from error
-    if form == "softmax" and clip.logit_bias is not None:
-        clip.logit_bias.requires_grad_(False)
-    avoid_faulty_convolutions(clip)
-    if checkpointing:
-        clip.set_grad_checkpointing()
-    sources = {"image": pretrained, "text": pretrained} if plan is None else plan.weights
-    towers = [tower for tower, has in sources.items() if has]
+    avoid_faulty_convolutions(made.clip)
     with seeded(seed):
-        student = Student(name, clip.train(), config, image, towers, terms, plan.text.name if plan else None)
+        student = Student(made.name, made.clip.train(), made.config, made.image, made.towers, terms, **made.parts)
     student.freeze(spec.freeze or (), only)
     student.keep_start()
-    student.set_batch_norm(spec.batch_norm or ("keep" if pretrained else "train"))
+    student.set_batch_norm(spec.batch_norm or ("keep" if student.pretrained else "train"))
     return student
+
+
+def _image_network(spec: StudentSpec, seed: int) -> _Network:
+    """A network of images alone, of timm or of a class. Raises ValueError if it is unknown or does not fit."""
+    with seeded(seed):
+        clip, backbone = build_backbone(spec.backbone)
+    towers = ["image"] * backbone.pretrained
+    return _Network(backbone.name, clip, {"embed_dim": backbone.dim}, backbone.image, towers, {"backbone": backbone})
+
+
+def _two_towers(spec: StudentSpec, seed: int, form: Form, terms: Terms | None, only: Tower | None) -> _Network:
+    """A model of open_clip, or of the towers of two. Raises ValueError as ``build_student`` raises UserError."""
+    plan: Plan | None = None
+    model = OpenClipOptions(model=spec.model, pretrained=spec.pretrained, preprocess=spec.preprocess)
+    name, pretrained = model_name(model), has_weights(model)
+    config = model_config(name)
+    if spec.image_size is not None:
+        config["vision_cfg"] = {**config["vision_cfg"], "image_size": spec.image_size}
+    if spec.text is not None or spec.dim is not None:
+        plan = plan_student(spec, Source(name, config, pretrained), only)
+        config = dict(plan.config)
+    if terms is not None:
+        with torch.device("meta"):
+            terms.heads(config["embed_dim"])  # reports teachers of other dimensions
+    clip = _load(model, spec.image_size, seed)
+    if plan is not None:
+        clip = _join(plan, clip, spec, seed)
+    if any(FUSED in key for key in clip.state_dict()):
+        raise ValueError(
+            f"the weights of {name} are reparameterised for inference and lack the branches that are trained: start "
+            "from the weights before that"
+        )
+    if spec.image_size is not None and hasattr(getattr(clip.visual, "trunk", None), "set_input_size"):
+        raise ValueError(
+            f"open_clip cannot load a {name} of another image size, since its image tower is a transformer of timm: "
+            "choose a model with this `image_size`, and remove the key"
+        )
+    image = image_spec(open_clip.get_model_preprocess_cfg(clip))
+    if image.height != image.width:
+        raise ValueError(
+            f"{name} takes images of {image.height} x {image.width}, and augmented crops are square: choose a model "
+            "with a square `image_size`"
+        )
+    if form == "sigmoid" and clip.logit_bias is None:
+        config |= _init_as_siglip(clip, name, pretrained)
+    if form == "softmax" and clip.logit_bias is not None:
+        clip.logit_bias.requires_grad_(False)
+    weights = {"image": pretrained, "text": pretrained} if plan is None else plan.weights
+    towers = [tower for tower, has in weights.items() if has]
+    return _Network(name, clip, config, image, towers, {"text_name": plan.text.name} if plan else {})
 
 
 def _join(plan: Plan, image: Any, spec: StudentSpec, seed: int) -> Any:
@@ -371,7 +397,3 @@ def _init_as_siglip(clip: Any, name: str, pretrained: bool) -> dict[str, float]:
     torch.nn.init.constant_(clip.logit_scale, start["init_logit_scale"])
     clip.logit_bias = torch.nn.Parameter(torch.full_like(clip.logit_scale, start["init_logit_bias"]))
     return start
-
-
-def _teacher_name(module: str) -> str:
-    return module.replace(",", ".")

@@ -66,7 +66,7 @@ def teacher_info(
 def add_targets(
     batch: Batch, teachers: Mapping[str, Teacher], patches: Mapping[str, PatchEncoder] | None = None
 ) -> Batch:
-    """The batch with ``targets`` on its device, computed from its ``crops`` and ``texts``; see ``batch.py``.
+    """The batch with ``targets`` on its device, computed from its ``crops`` and ``texts``; see ``data/assembly.py``.
 
     They are vectors of ``teachers``, and grids of the teachers whose encoders are in ``patches``. Stored targets of
     other models stay.

@@ -17,7 +17,6 @@ from reinforce.evaluation.evaluator import Evaluator
 from reinforce.processes.cores import available_cores
 from reinforce.student import online
 from reinforce.student.config import QUANTIZE_SHARE, StudentConfig
-from reinforce.student.images_alone import build_image_student
 from reinforce.student.layers.quantize import batch_norms
 from reinforce.student.model import Student, build_student, export, load_tokenizer
 from reinforce.student.teachers import (
@@ -36,7 +35,7 @@ from reinforce.student.terms.registry import Terms, make_terms
 from reinforce.student.towers import Tower
 from reinforce.terminal import plural
 from reinforce.training.distributed import gather
-from reinforce.training.task import Batch, Encoded, Metrics
+from reinforce.training.task import Batch, Encoded, Metrics, Task
 from teachers.patches.encoder import PatchEncoder
 from teachers.protocols import Teacher
 from teachers.runtime.accelerator import Accelerator
@@ -45,7 +44,7 @@ from teachers.runtime.accelerator import Accelerator
 BATCH_NORM = "student.batch_norm"
 
 
-class StudentTask:
+class StudentTask(Task):
     """Trains the student of a config by distillation; see ``reinforce.training.task.Task``.
 
     Reads dataset.json of the datasets and the evaluation sets, loads the student on the CPU and, with
@@ -53,6 +52,8 @@ class StudentTask:
     logit scales. Raises UserError if the config, the datasets and the models do not fit together.
     """
 
+    model: Student
+    notes: list[str]
     compiles_once = True
 
     def __init__(self, config: StudentConfig, device: str = "cpu") -> None:
@@ -79,15 +80,13 @@ class StudentTask:
         self.terms: Terms = make_terms(loss, models)
         notes = compare_towers(config, manifests)
         only: Tower | None = None if texts and images else "text" if texts else "image"
-        options: dict[str, Any] = {
-            "seed": config.seed,
-            "terms": self.terms,
-            "checkpointing": config.train.compute.gradient_checkpointing,
-        }
-        self.model: Student = (
-            build_image_student(config.student, **options)
-            if config.student.images_alone
-            else build_student(config.student, form=loss.form, only=only, **options)
+        self.model = build_student(
+            config.student,
+            seed=config.seed,
+            form=loss.form,
+            terms=self.terms,
+            only=only,
+            checkpointing=config.train.compute.gradient_checkpointing,
         )
         self.tokenizer = load_tokenizer(self.model)
         used = self.terms.models

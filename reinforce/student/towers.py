@@ -1,16 +1,18 @@
-"""A student of two models of open_clip: the image tower of one and the text tower of the other, in one space."""
+"""The towers of a student: the image tower of one model and the text tower of another, in one space; their blocks."""
 
 from __future__ import annotations
 
 import json
+import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import open_clip
 import torch
+from timm.models import group_parameters
 
 from reinforce.errors import UserError
 from reinforce.student.config import Student as StudentSpec
@@ -23,6 +25,11 @@ from teachers.spec import ModelSpec
 
 Tower = Literal["image", "text"]
 _LOGITS = "logit_"
+#: Blocks of open_clip, transformers, and residual stages of open_clip's ResNet; and what comes before the first one.
+_BLOCK = re.compile(r"(?:^|\.)(?:resblocks|blocks?|layers?|layer(\d+)|h)\.(\d+)\.")
+_STEM = re.compile(
+    r"(?:transformer\.)?(?:encoder\.)?(?:embed\w*|\w+_embed\w*|cls_emb|shared|conv\d|bn\d|ln_pre)(?:\.|$)"
+)
 
 
 @dataclass(frozen=True)
@@ -208,3 +215,33 @@ def map_width(clip: Any, image: ImageSpec, stage: int) -> int:
         raise UserError(f"loss.dense.stage: {error}") from error
     finally:
         clip.visual.train(training)
+
+
+def image_depths(visual: Any) -> dict[str, int]:
+    """Depths by the names of the parameters of an image tower: the number of blocks between them and its head.
+
+    Towers of timm are divided by timm's ``group_matcher``; those of open_clip and transformers into what comes before
+    the blocks, each block, and what follows them, the head with depth 0.
+    """
+    names = [name for name, _ in visual.named_parameters()]
+    trunk: Any = getattr(visual, "trunk", None)
+    if not hasattr(trunk, "group_matcher"):
+        return block_depths(names)
+    layers = group_parameters(trunk, trunk.group_matcher(), reverse=True)
+    head = [name for name in names if not name.startswith("trunk.")]
+    last = max(layers.values()) + bool(head)
+    return dict.fromkeys(head, 0) | {f"trunk.{name}": last - layer for name, layer in layers.items()}
+
+
+def block_depths(names: Iterable[str]) -> dict[str, int]:
+    """Depths by the names of the parameters of a text tower, or of an image tower that is not timm's."""
+    groups = {name: _group(name) for name in names}
+    layers = sorted({*groups.values()}, reverse=True)
+    return {name: layers.index(group) for name, group in groups.items()}
+
+
+def _group(name: str) -> tuple[int, ...]:
+    """What orders parameters from the stem (0) over the blocks (1, number) to the head (2)."""
+    if block := _BLOCK.search(name):
+        return (1, *(int(number) for number in block.groups() if number is not None))
+    return (0,) if _STEM.match(name) else (2,)

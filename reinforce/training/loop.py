@@ -22,6 +22,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -33,7 +34,6 @@ from reinforce.processes.fast_paths import use_accelerator
 from reinforce.seeds import seed_for
 from reinforce.storage import Storage
 from reinforce.terminal import Screen, plural
-from reinforce.training.batches import Prefetcher
 from reinforce.training.distributed import gather
 from reinforce.training.distributed.batch_norms import synchronize_batch_norms
 from reinforce.training.distributed.ranks import Ranks, check_output_is_shared, wrap_ddp
@@ -41,21 +41,20 @@ from reinforce.training.job import Job, total_steps
 from reinforce.training.optimizer import learning_rate, make_adamw
 from reinforce.training.order import ORDER
 from reinforce.training.record.evaluations import Evaluations, OnEvaluation
-from reinforce.training.record.log import Log
+from reinforce.training.record.log import Log, Throughput, format_row
 from reinforce.training.record.log import notes as log_notes
 from reinforce.training.record.profile import StepProfiler
-from reinforce.training.record.progress import Throughput, format_row
 from reinforce.training.record.results import Results, read_results
 from reinforce.training.record.trackers import open_trackers
 from reinforce.training.saving.checkpoint import Checkpoints, DamagedCheckpoint, Progress
 from reinforce.training.saving.resume import check_resumable, describe_differences, describe_length
 from reinforce.training.saving.writer import CheckpointWriter
 from reinforce.training.state import State, check_skipped, make_average
-from reinforce.training.step import StepOutput, backpropagate, describe_failure
+from reinforce.training.step import Prefetcher, StepOutput, backpropagate, describe_failure
 from reinforce.training.stop import Stopped, StopSignal
-from reinforce.training.task import Batch, Build, Feed, Task
+from reinforce.training.task import Build, Feed, Task
 from reinforce.training.trials.compiled import compile_model
-from reinforce.training.trials.division import fewest_microbatches, flops_of_sample, most_kept
+from reinforce.training.trials.division import Trials
 from teachers.fast_paths.recompilation import Compiler
 from teachers.fast_paths.usage import snapshot, total
 
@@ -145,13 +144,11 @@ class _Loop:
                 trackers = open_trackers(self.job, self.storage)
                 # without a checkpoint the config may be another one, so an evaluation before the first step is repeated
                 kept = self.progress.step if self.resumed else -1
-                self.log = stack.enter_context(Log(self.storage, kept, trackers))
-                self.evaluations.log = self.log
+                self.evaluations.log = self.log = stack.enter_context(Log(self.storage, kept, trackers))
                 stack.enter_context(self.screen)
-                for note in notes:
-                    self.screen.log(note)
-                if self.progress.step:
-                    self.screen.log(f"resuming after step {self.progress.step:,} of {self.steps:,}")
+            self._note(*notes)
+            if self.progress.step:
+                self._note(f"resuming after step {self.progress.step:,} of {self.steps:,}")
             if self.job.export_best and not self.progress.step and self.evaluations.due(self.progress.step):
                 self._save()  # the state before the first step may be the best one
             # in case the process was killed between a checkpoint and its evaluation
@@ -191,50 +188,46 @@ class _Loop:
         shared = self.training.compute.sync_batch_norm and self.ranks.size > 1
         return division + " with shared batch statistics" * shared
 
-    def _divide(self, batch: Batch, size: int) -> None:
-        """Find what a sample costs, and what of the division of a rank's ``size`` samples the config leaves open."""
-        flops = flops_of_sample(self.task, self.state, batch, size, self.accelerator)
+    def _divide(self, trials: Trials) -> None:
+        """Find what a sample costs, and what of the division of a rank's batch the config leaves open."""
         peak = self.accelerator.peak_flops()
         peak = None if peak is None else peak * self.ranks.size
-        self.throughput = Throughput(self.progress.step, self.steps, flops, peak)
+        self.throughput = Throughput(self.progress.step, self.steps, trials.flops_of_sample(), peak)
         self.ranks.at("finding how many samples fit in memory")
         if self._finds_microbatches:
-            self._find_microbatches(batch, size)
-        self._find_kept(batch, size)
+            before, size = self.progress, trials.size
+            self.microbatches = trials.fewest_microbatches(before.part)
+            self.progress = replace(before, part=size // self.microbatches, division=self._division())
+            count = self.microbatches
+            of = f"{count:,} microbatches of {size // count:,}" if count > 1 else "one microbatch"
+            self._note(
+                f"accumulate: auto: a rank's {size:,} samples of a step fit in {of}",
+                *describe_differences(before, self.progress),
+            )
+        self._find_kept(trials)
 
-    def _find_kept(self, batch: Batch, size: int) -> None:
-        keep = self.training.compute.keep_activations
-        self.kept = most_kept(self.task, self.state, batch, size, self.microbatches, self.ranks, keep)
-        if self.kept and self.ranks.is_first:
-            self.screen.log(
+    def _find_kept(self, trials: Trials) -> None:
+        self.kept = trials.most_kept(self.microbatches, self.training.compute.keep_activations)
+        if self.kept:
+            self._note(
                 f"{self.kept} of {self.microbatches} microbatches pass the model once: their activations are kept"
             )
 
-    def _find_microbatches(self, batch: Batch, size: int) -> None:
-        before = self.progress
-        self.microbatches = fewest_microbatches(self.task, self.state, batch, size, self.ranks, before.part)
-        self.progress = replace(before, part=size // self.microbatches, division=self._division())
-        if self.ranks.is_first:
-            count = self.microbatches
-            of = f"{count:,} microbatches of {size // count:,}" if count > 1 else "one microbatch"
-            self.screen.log(f"accumulate: auto: a rank's {size:,} samples of a step fit in {of}")
-            for note in describe_differences(before, self.progress):
-                self.screen.log(note)
-
-    def _compile(self, model: Any, batch: Batch, size: int) -> None:
+    def _compile(self, trials: Trials, model: Any) -> None:
         """Compile the model where the config asks for it or leaves it open, and say what a resumed training changes."""
-
-        def step(model: Any) -> StepOutput:
-            return backpropagate(self.task, model, batch, size, [0] * self.microbatches, self.accelerator, self.kept)
-
         before = self.progress
         self.ranks.at("compiling the model")
         suits = bool(before.compiled) if before.step else self.steps >= _LEAST_COMPILED  # it resumes as it began
-        self.compiled = compile_model(self.task, self.state, model, step, self.ranks, self.training.compute, suits)
+        step = partial(trials.step, microbatches=self.microbatches, kept=self.kept)
+        self.compiled = compile_model(trials, model, step, self.training.compute, suits)
         self.progress = replace(before, compiled=None if self.compiled is None else True)
+        self._note(*describe_differences(before, self.progress))
+
+    def _note(self, *lines: str) -> None:
+        """Show lines on rank 0."""
         if self.ranks.is_first:
-            for note in describe_differences(before, self.progress):
-                self.screen.log(note)
+            for line in lines:
+                self.screen.log(line)
 
     # -- checkpoints
 
@@ -310,9 +303,11 @@ class _Loop:
         self._fetch(prefetcher)
         if signum := self.ranks.start_max(self.stop.signum)():
             raise Stopped(signum)
-        self._divide(prefetcher.peek(), rank_batch)  # before the model is wrapped and compiled
+        trials = Trials(self.task, self.state, prefetcher.peek(), rank_batch, self.ranks)
+        self._divide(trials)  # before the model is wrapped and compiled
         model = wrap_ddp(self.state.model, self.ranks)
-        self._compile(model, prefetcher.peek(), rank_batch)
+        self._compile(trials, model)
+        del trials  # and its batch
         profiler = None
         if self.training.profile is not None and self.ranks.is_first:
             counts = self.training.profile, self.progress.step, self.steps
@@ -322,8 +317,7 @@ class _Loop:
                 profiler.begin_step(self.progress.step)
             signum = self._step(model, prefetcher, rank_batch)
             if profiler is not None:
-                for line in profiler.end_step(self.progress.step - 1):
-                    self.screen.log(line)
+                self._note(*profiler.end_step(self.progress.step - 1))
             if signum == _NOT_SAVED:
                 self.ranks.run_on_first(self.writer.wait)  # raises on all ranks
             step, every = self.progress.step, self.training.checkpoints.every
@@ -344,9 +338,9 @@ class _Loop:
         """Train on the fetched batch; returns the signal by which any rank was asked to stop, _NOT_SAVED, or 0."""
         step, begun = self.progress.step, time.perf_counter()
         if note := self.task.begin_step(step, self.steps):
-            if self.ranks.is_first:
-                self.screen.log(note)
-            self._find_kept(prefetcher.peek(), rank_batch)  # the activations may have changed
+            self._note(note)
+            # the activations may have changed
+            self._find_kept(Trials(self.task, self.state, prefetcher.peek(), rank_batch, self.ranks))
             if self.compiled is not None and self.training.compute.compile == "auto":
                 self.compiled.give_up("it has changed since it was compared with plain code")
         lr = learning_rate(step, self.steps, self.training.optimizer)

@@ -11,6 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+import ray.train.torch
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from reinforce.cluster import live_resources, ray_cluster
@@ -22,6 +26,7 @@ from reinforce.terminal import Screen, plural
 from reinforce.training.config import Compute
 from reinforce.training.distributed.host_watch import RankHost
 from reinforce.training.distributed.mailbox import Mailbox
+from reinforce.training.distributed.network import use_interface_of
 from reinforce.training.distributed.rank_watch import TIMEOUT
 from reinforce.training.distributed.ranks import join_ranks
 from reinforce.training.distributed.supervisor import Supervisor
@@ -73,10 +78,6 @@ def launch_on_ray(build: Build, job: Job, address: str | None) -> Results:
     """
     # Otherwise Ray Train runs the ranks in its own folder, where relative paths of the config are wrong.
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-
-    from reinforce.training.distributed.ray_backend import GroupConfig, ReportController
 
     class Trainer(TorchTrainer):
         def _create_default_callbacks(self) -> list[Any]:
@@ -128,10 +129,38 @@ def environment_of_ranks(gpus: float) -> dict[str, Any]:
 
     Versions of Ray without it start them without; a rank then sets it before its first work on CUDA.
     """
-    from ray.train import RunConfig
-
     key = "worker_runtime_env"
     return {key: {"env_vars": determinism.environment()}} if gpus and key in RunConfig.__dataclass_fields__ else {}
+
+
+class GroupConfig(TorchConfig):
+    """Ray's own config, with a backend that lets ranks on several hosts use the interfaces of their hosts."""
+
+    @property
+    def backend_cls(self) -> Any:
+        return _Backend
+
+
+class _Backend(TorchConfig().backend_cls):  # type: ignore[misc]
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        """Start the process group; runs in the controller."""
+        if len(set(worker_group.execute(ray.util.get_node_ip_address))) > 1:
+            worker_group.execute(_use_interface)
+        super().on_start(worker_group, backend_config)
+
+
+def _use_interface() -> None:
+    use_interface_of(ray.util.get_node_ip_address())
+
+
+class ReportController(ControllerCallback):
+    """Gives the ``mailbox`` the actor of the controller, for which Ray Train has no other function."""
+
+    def __init__(self, mailbox: Any) -> None:
+        self._mailbox = mailbox
+
+    def after_controller_start(self, *_: Any) -> None:
+        ray.get(self._mailbox.set_controller.remote(ray.get_runtime_context().current_actor))
 
 
 class _RemoteScreen(Screen):
@@ -164,8 +193,6 @@ class _RemoteLog(logging.Handler):
 
 def _train_rank(settings: dict[str, Any]) -> None:
     """The train loop that each worker of Ray Train runs."""
-    import ray.train.torch
-
     folder, mailbox = settings["folder"], settings["mailbox"]
     log = logging.getLogger("reinforce")
     log.setLevel(settings["log_level"])

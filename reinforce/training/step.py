@@ -1,18 +1,18 @@
-"""The gradient of one batch, computed at once or in microbatches: the same if the model treats samples alone.
+"""One step: its batch is moved to the device, and its gradient computed at once or in microbatches.
 
-Batch normalisation and dropout do not: they see one microbatch at a time.
+The gradient is the same if the model treats samples alone. Batch normalisation and dropout do not: they see one
+microbatch at a time.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from reinforce.training.batches import slice_batch
 from reinforce.training.config import Compute
 from reinforce.training.task import Batch, Encoded, Task
 from teachers.runtime import determinism
@@ -26,6 +26,58 @@ class StepOutput:
 
     losses: dict[str, torch.Tensor]
     scalars: dict[str, torch.Tensor]
+
+
+class Prefetcher:
+    """Batches on the device; each is copied there while the device computes the one before."""
+
+    def __init__(self, batches: Iterable[Batch], accelerator: Accelerator) -> None:
+        self._batches = iter(batches)
+        self._accelerator = accelerator
+        self._ready: Batch | None = None
+
+    def fetch(self) -> None:
+        """Wait for the next batch of the feed and start copying it. Raises RuntimeError if the feed has ended."""
+        batch = next(self._batches, None)
+        if batch is None:
+            raise RuntimeError("the feed ended before the training: its batches must be endless")
+        with self._accelerator.copy_stream():
+            self._ready = _map_batch(batch, self._to_device)
+
+    def take(self) -> Batch:
+        """Return the batch that was fetched last, once."""
+        batch, self._ready = self.peek(), None
+        return batch
+
+    def peek(self) -> Batch:
+        """Return the batch that was fetched last and keep it."""
+        assert self._ready is not None
+        self._accelerator.wait_for_copies(_tensors(self._ready))
+        return self._ready
+
+    def _to_device(self, value: Any) -> Any:
+        return self._accelerator.put(value) if isinstance(value, torch.Tensor) else value
+
+
+def slice_batch(batch: Batch, start: int, stop: int) -> dict[str, Any]:
+    """Samples ``start`` to ``stop`` of a batch, without a copy."""
+    return _map_batch(batch, lambda value: value[start:stop])
+
+
+def _map_batch(batch: Batch, change: Callable[[Any], Any]) -> dict[str, Any]:
+    """A batch with changed tensors and lists."""
+    return {
+        name: _map_batch(value, change) if isinstance(value, Mapping) else change(value)
+        for name, value in batch.items()
+    }
+
+
+def _tensors(batch: Batch) -> Iterator[torch.Tensor]:
+    for value in batch.values():
+        if isinstance(value, Mapping):
+            yield from _tensors(value)
+        elif isinstance(value, torch.Tensor):
+            yield value
 
 
 def backpropagate(

@@ -47,31 +47,21 @@ class Metrics(dict[str, float]):
 
 
 class Task(Protocol):
-    """What the loop trains; ``reinforce.student.task`` has an implementation.
+    """What the loop trains. Implementations are subclasses, such as ``reinforce.student.task``.
 
     Draw random numbers (dropout) only from torch's global generators: the loop seeds them for each step, rank and
     microbatch, so that a resumed training run draws the numbers that an uninterrupted one would have drawn.
     """
 
-    @property
-    def model(self) -> torch.nn.Module:
-        """All parameters that are learnt, heads included; ``model(batch)`` returns ``Encoded``.
-
-        The loop moves it to the device, compiles it, wraps it in DistributedDataParallel, averages it and saves it.
-        The forward pass runs under autocast unless the precision is fp32. Parameters named ``logit_scale`` hold
-        logarithms and are clamped to [0, ln 100].
-        """
-        ...
-
-    @property
-    def notes(self) -> Sequence[str]:
-        """Lines for the user about what is trained from what; rank 0 prints them at the start."""
-        ...
-
-    @property
-    def compiles_once(self) -> bool:
-        """Whether all prepared batches have the same shapes and nothing but tensors, so that one graph is for all."""
-        ...
+    #: All parameters that are learnt, heads included; ``model(batch)`` returns ``Encoded``. The loop moves it to the
+    #: device, compiles it, wraps it in DistributedDataParallel, averages it and saves it. The forward pass runs under
+    #: autocast unless the precision is fp32. Parameters named ``logit_scale`` hold logarithms and are clamped to
+    #: [0, ln 100].
+    model: torch.nn.Module
+    #: Lines for the user about what is trained from what; rank 0 prints them at the start.
+    notes: Sequence[str] = ()
+    #: Whether all prepared batches have the same shapes and nothing but tensors, so that one graph is for all.
+    compiles_once: bool = False
 
     def settle(self, recorded: Mapping[str, Any] | None) -> Mapping[str, Any]:
         """Choose what the config leaves open; returns values by key of the config, which checkpoints record.
@@ -79,7 +69,7 @@ class Task(Protocol):
         Called once, before the first step. ``recorded`` is the config of the checkpoint from which the training run
         resumes; None if it begins. The keys are those of ``Job.earlier``.
         """
-        ...
+        return {}
 
     def begin_step(self, step: int, steps: int) -> str | None:
         """Change the model for step ``step`` (from 0) of ``steps``, if it is to change; returns a line for the user.
@@ -87,14 +77,14 @@ class Task(Protocol):
         Called before each step on every rank. The model must depend on the arguments alone, since a training run may
         resume at any step, and keep its parameters, buffers and their names.
         """
-        ...
+        return None
 
     def prepare(self, batch: Batch) -> Batch:
         """Complete a rank's whole batch on its device; called once per step, before it is split into microbatches.
 
         Online teachers add their embeddings here. Runs without gradients and outside autocast.
         """
-        ...
+        return batch
 
     def losses(self, encoded: Encoded, batch: Batch) -> dict[str, torch.Tensor]:
         """Weighted losses of a rank's whole batch by name, without ``encoded.losses``; their sum is minimised.

@@ -24,8 +24,16 @@ from reinforce.tuning.config import TuneConfig
 from reinforce.tuning.results import Curve, Row, ScreeningCheck, best_row, check_screening, make_curves, make_rows
 from reinforce.tuning.screening import TeacherScreening, screen
 from reinforce.tuning.search import Search
-from reinforce.tuning.space import JOINT, LAMBDA, BaseStudent, Setting, Trial, lambda_settings, scale_settings
-from reinforce.tuning.student_yaml import render_student_yaml
+from reinforce.tuning.space import (
+    JOINT,
+    LAMBDA,
+    BaseStudent,
+    Setting,
+    Trial,
+    lambda_settings,
+    render_student_yaml,
+    scale_settings,
+)
 from reinforce.tuning.trials import Outcome
 from teachers.redact import redact
 from teachers.runtime.accelerator import Accelerator

@@ -155,7 +155,8 @@ class _SignalStopper(tune.Stopper):
 class _Scheduler(FIFOScheduler):
     """One ASHA scheduler for each curve; logs a line at each evaluation.
 
-    Trials start in order. ASHA identifies them by name, so that evaluations of earlier searches can be replayed.
+    Trials start in order. ASHA identifies them by name, so that evaluations of earlier searches can be replayed. It
+    learns of no trial that Tune adds or removes: it has all from the start, and keeps their evaluations.
     """
 
     def __init__(self, search: Search, trials: Mapping[Trial, StudentConfig], stop_early: bool) -> None:
@@ -196,9 +197,6 @@ class _Scheduler(FIFOScheduler):
             if behind and outcome.state == "open" and not outcome.continued and step == outcome.curve[-1][0]:
                 mark_stopped(self._configs[trial.name], self._search.metric, step, value)
 
-    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """Do nothing: all trials were added in the constructor."""
-
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         name = trial.config["name"]
         if _ERROR in result:
@@ -213,12 +211,6 @@ class _Scheduler(FIFOScheduler):
         end = ", stopped early" if behind else ", finished" if step == self._search.steps else ""
         self._search.screen.log(f"{name}: step {step:,} of {self._search.steps:,}  {value:.4f}{end}")
         return str(TrialScheduler.STOP if behind else TrialScheduler.CONTINUE)
-
-    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        """Do nothing: ASHA already has its last evaluation."""
-
-    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
-        """Do nothing: ASHA keeps the evaluations of removed trials."""
 
     def _falls_behind(self, name: str, step: int, value: float) -> bool:
         """Return whether ASHA stops the trial; False at its last step, where stopping saves nothing."""

@@ -1,13 +1,16 @@
-"""The search space: settings, their trials, and the student config of each trial."""
+"""The search space: settings, their trials, and the student configs of each trial and with the best values."""
 
 from __future__ import annotations
 
 import itertools
 import random
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from reinforce import settings
 from reinforce.errors import UserError
@@ -16,6 +19,8 @@ from reinforce.tuning.config import TuneConfig
 
 LAMBDA, JOINT = "lambda", "joint"
 TRIALS = "trials"
+_UNCHANGED = "unchanged from the tuned config"
+_WIDTH = 110
 
 
 @dataclass(frozen=True)
@@ -118,3 +123,50 @@ def _read_raw(student: str | Mapping[str, Any]) -> dict[str, Any]:
     settings.load(StudentConfig, student)  # raises UserError with the place of a fault
     data: dict[str, Any] = settings.load_yaml(Path(student).read_text(encoding="utf-8"))
     return data
+
+
+def render_student_yaml(
+    raw: Mapping[str, Any], best: Mapping[str, float], origins: Mapping[str, str], output: str, header: str
+) -> str:
+    """Return student.yaml: the tuned config as the user wrote it, with other output, scales and lambda.
+
+    ``best`` are values by teacher and LAMBDA. ``origins`` states in one line where each scale and lambda comes from,
+    also for teachers that were not tuned. ``header`` is a comment at the top.
+    """
+    scales = {name: value for name, value in best.items() if name != LAMBDA}
+    data = apply_setting(raw, Setting("", scales, best.get(LAMBDA)))
+    data["output"] = output
+    lines = _comment(header)
+    for key, value in data.items():
+        if key == "loss":
+            lines += ["loss:", *_loss_lines(value, origins)]
+        else:
+            lines += _yaml_lines({key: value})
+    return "\n".join(lines) + "\n"
+
+
+def _loss_lines(loss: Mapping[str, Any], origins: Mapping[str, str]) -> list[str]:
+    lines = []
+    for key, value in loss.items():
+        if key == "logit_scales":
+            for name, origin in origins.items():
+                if name not in value and name != LAMBDA:
+                    lines += _comment(f"{name}: {origin}")
+            if value:
+                lines.append("logit_scales:")
+                for name, scale in value.items():
+                    entry = [*_comment(origins.get(name, _UNCHANGED)), *_yaml_lines({name: scale})]
+                    lines += [f"  {line}" for line in entry]
+        elif key == LAMBDA:
+            lines += [*_comment(origins.get(LAMBDA, _UNCHANGED)), *_yaml_lines({key: value})]
+        else:
+            lines += _yaml_lines({key: value})
+    return [f"  {line}" for line in lines]
+
+
+def _comment(text: str) -> list[str]:
+    return [f"# {line}" for line in textwrap.wrap(text, _WIDTH)]
+
+
+def _yaml_lines(value: Mapping[str, Any]) -> list[str]:
+    return yaml.safe_dump(dict(value), sort_keys=False, allow_unicode=True, width=10_000).rstrip("\n").split("\n")

@@ -24,14 +24,13 @@ from reinforce.engine.worker.shard import ShardProcess, allocate_pixels
 from reinforce.errors import UserError
 from reinforce.student.train import train
 from reinforce.training import loop
-from reinforce.training.batches import Prefetcher
 from reinforce.training.distributed import gather
 from reinforce.training.distributed.batch_norms import _Shared, synchronize_batch_norms
 from reinforce.training.distributed.ranks import Ranks
 from reinforce.training.state import State
-from reinforce.training.step import StepOutput, backpropagate
+from reinforce.training.step import Prefetcher, StepOutput, backpropagate
 from reinforce.training.stop import Stopped, StopSignal
-from reinforce.training.trials.division import fewest_microbatches
+from reinforce.training.trials.division import Trials
 from teachers.fast_paths.usage import set_enabled, snapshot
 from teachers.runtime.accelerator import Accelerator
 from tests.helpers.captioning import TEXTS, make_batch, make_captioner
@@ -243,7 +242,8 @@ def test_ranks_divide_alike_and_wait_for_none_in_a_trial(monkeypatch: pytest.Mon
         batch = next(iter(PairFeed().batches(0, 1, 12, 0)))
         there = Prefetcher([batch], accelerator)
         there.fetch()
-        assert fewest_microbatches(task, state, there.peek(), 12, Others(1, 3, accelerator), None) == 4
+        trials = Trials(task, state, there.peek(), 12, Others(1, 3, accelerator))
+        assert trials.fewest_microbatches(None) == 4
         assert state.tensors().keys() == before.keys()
         assert all(torch.equal(value, before[name]) for name, value in state.tensors().items())
         assert all(parameter.grad is None for parameter in task.model.parameters())

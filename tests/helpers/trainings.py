@@ -24,7 +24,7 @@ from reinforce.training.job import Job
 from reinforce.training.loop import run_rank
 from reinforce.training.record.results import Results
 from reinforce.training.stop import Stopped, StopSignal
-from reinforce.training.task import Batch, Build, Encoded, Feed, Reading
+from reinforce.training.task import Batch, Build, Encoded, Feed, Reading, Task
 from teachers.runtime.accelerator import Accelerator
 
 F = TypeVar("F", bound=Feed)
@@ -51,22 +51,13 @@ class Towers(torch.nn.Module):
         return Encoded({"left": left, "right": right}, local, {"logit_scale": self.logit_scale.exp()})
 
 
-class TowersTask:
+class TowersTask(Task):
+    model: Any
     notes = ("two towers",)
-    compiles_once = False
 
     def __init__(self, **options: Any) -> None:
         self.model = Towers(**options)
         self.evaluated: list[int] = []
-
-    def settle(self, recorded: Mapping[str, Any] | None) -> Mapping[str, Any]:
-        return {}
-
-    def begin_step(self, step: int, steps: int) -> None:
-        pass
-
-    def prepare(self, batch: Batch) -> Batch:
-        return batch
 
     def losses(self, encoded: Encoded, batch: Batch) -> dict[str, torch.Tensor]:
         assert len(batch["key"]) == len(encoded.features["left"])

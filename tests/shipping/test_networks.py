@@ -16,8 +16,7 @@ import yaml
 from safetensors.torch import load_file
 
 from reinforce.student.config import Student as StudentSpec
-from reinforce.student.images_alone import build_image_student
-from reinforce.student.model import export
+from reinforce.student.model import build_student, export
 from tests.helpers.commands import printed_by, run_command
 from tests.helpers.evaluation import write_colour_folder
 
@@ -35,7 +34,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "class": {"class_": CLASS, "without": "fc"},
     }
     for name, one in keys.items():
-        export(build_image_student(StudentSpec(image_size=SIDE, **one), seed=0), str(root / name))
+        export(build_student(StudentSpec(image_size=SIDE, **one), seed=0), str(root / name))
     return {"timm": str(root / "timm"), "class": f"class:{CLASS},{root}/class"}
 
 

@@ -17,8 +17,7 @@ from reinforce.evaluation.command import build_evaluation, evaluate_models
 from reinforce.model_names import resolve_models
 from reinforce.student.config import Student as StudentSpec
 from reinforce.student.config import StudentConfig
-from reinforce.student.images_alone import build_image_student
-from reinforce.student.model import export
+from reinforce.student.model import build_student, export
 from reinforce.student.task import StudentTask
 from reinforce.student.terms.features import Features
 from reinforce.student.terms.registry import Terms
@@ -64,7 +63,7 @@ def number() -> int:
 
 def built(keys: dict[str, Any], seed: int = 0) -> Any:
     spec = settings.parse(StudentSpec, keys)
-    return build_image_student(spec, seed=seed, terms=Terms([Features(1.0, {"eyes": IMAGE_TEACHER})]))
+    return build_student(spec, seed=seed, terms=Terms([Features(1.0, {"eyes": IMAGE_TEACHER})]))
 
 
 def features(network: Any) -> torch.Tensor:

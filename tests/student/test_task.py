@@ -17,8 +17,7 @@ from reinforce.errors import UserError
 from reinforce.student.config import StudentConfig
 from reinforce.student.task import StudentTask
 from reinforce.student.train import build, student_job
-from reinforce.training.batches import slice_batch
-from reinforce.training.step import backpropagate
+from reinforce.training.step import backpropagate, slice_batch
 from reinforce.training.task import Batch
 from teachers.runtime.accelerator import Accelerator
 from tests.helpers.data import config_of, members_of, write_tar

@@ -18,21 +18,20 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import reinforce.training.record.progress
 from reinforce.errors import UserError
 from reinforce.storage import Storage
 from reinforce.student.config import StudentConfig
 from reinforce.student.train import student_job
-from reinforce.training import loop
 from reinforce.training.config import Trackers
 from reinforce.training.job import Job
 from reinforce.training.record import curves
+from reinforce.training.record import log as log_module
 from reinforce.training.record.curves import draw_curves
-from reinforce.training.record.log import Log
-from reinforce.training.record.progress import Throughput, format_row
+from reinforce.training.record.log import Log, Throughput, format_row
 from reinforce.training.record.results import Results, read_results
 from reinforce.training.record.trackers import RUNS, Scalars, Tracker, check_trackers, open_trackers
 from reinforce.training.saving.checkpoint import BestCheckpoint
+from reinforce.training.trials.division import Trials
 from tests.helpers.trainings import WIDTH, PairFeed, before_batches, job, rows, run, stopped_after
 
 
@@ -98,7 +97,7 @@ def test_a_row_is_one_line_with_samples_waiting_and_the_share_of_a_known_peak_si
 ) -> None:
     for peak, mfu, shown in ((None, {}, ""), (6.4e12, {"mfu": 0.4}, "  MFU 40%")):
         now = iter([100.0, 130.0])
-        monkeypatch.setattr(reinforce.training.record.progress.time, "monotonic", lambda now=now: next(now))
+        monkeypatch.setattr(log_module.time, "monotonic", lambda now=now: next(now))
         throughput = Throughput(start=10, steps=40, flops=4e10, peak=peak)
         throughput.add_step(seconds=1.5, idle=0.5)
         throughput.add_step(seconds=0.5, idle=0.0)
@@ -194,7 +193,7 @@ def test_logs_have_the_flops_of_the_model_and_counting_them_changes_nothing(
     products = 3 * (2 * WIDTH * 16 + 2 * 16 * 8 + 2 * WIDTH * 8) - 2 * WIDTH * 16 - 2 * WIDTH * 8  # none of inputs
     assert row["flops_per_second"] == pytest.approx(products * row["samples_per_second"])
     assert "mfu" not in row, "no peak of a CPU"
-    monkeypatch.setattr(loop, "flops_of_sample", lambda *_: 0.0)
+    monkeypatch.setattr(Trials, "flops_of_sample", lambda _: 0.0)
     run(job(tmp_path / "not", steps=3), norm=True, dropout=0.3)
     assert "flops_per_second" not in rows(tmp_path / "not")[-2]
     counted, without = (load_file(tmp_path / name / LAST) for name in ("counted", "not"))

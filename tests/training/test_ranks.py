@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounter
 
 from reinforce.errors import UserError
-from reinforce.training.batches import Prefetcher
 from reinforce.training.distributed import gather
 from reinforce.training.distributed.batch_norms import synchronize_batch_norms
 from reinforce.training.distributed.ranks import Ranks, join_ranks, share_from_first, wrap_ddp
@@ -30,11 +30,11 @@ from reinforce.training.loop import run_rank
 from reinforce.training.record import log
 from reinforce.training.saving.checkpoint import Checkpoints, DamagedCheckpoint
 from reinforce.training.state import State
-from reinforce.training.step import StepOutput, backpropagate
+from reinforce.training.step import Prefetcher, backpropagate
 from reinforce.training.stop import Stopped, StopSignal
 from reinforce.training.task import Batch, Feed, Task
 from reinforce.training.trials.compiled import compile_if_equal
-from reinforce.training.trials.division import fewest_microbatches, flops_of_sample
+from reinforce.training.trials.division import Trials
 from teachers.fast_paths import recompilation
 from teachers.runtime.accelerator import Accelerator
 from tests.helpers import sync_batch_norm  # noqa: F401  SyncBatchNorm's operations on CPUs
@@ -112,19 +112,17 @@ def divide(rank: int, ranks: Ranks) -> dict[str, Any]:
         state = State(task.model, torch.optim.AdamW(task.model.parameters()))
         batches = Prefetcher(PairFeed().batches(rank, RANKS, size, 0), accelerator)
         batches.fetch()
-        flops_of_sample(task, state, batches.peek(), size, accelerator)
-        parts = fewest_microbatches(task, state, batches.peek(), size, there, None)
+        trials = Trials(task, state, batches.peek(), size, there)
+        trials.flops_of_sample()
+        parts = trials.fewest_microbatches(None)
         backpropagate(task, task.model, batches.take(), size, [0] * parts, accelerator)
         return {"parts": parts, "means": task.model.left[1].running_mean[:8].tolist()}
 
 
 def compile_(rank: int, ranks: Ranks) -> dict[str, Any]:
     """Compile a model where the compiler fails on rank 1, then on none; whether it is compiled, and a gradient."""
-    found, accelerator = [], Accelerator("cpu")
-    batch, size = next(iter(PairFeed().batches(rank, RANKS, 8, 0))), 8
-
-    def step(model: Any) -> StepOutput:
-        return backpropagate(task, model, batch, size, [0, 0], accelerator)
+    found = []
+    batch = next(iter(PairFeed().batches(rank, RANKS, 8, 0)))
 
     def compile_graph(graph: Any, inputs: Any) -> Any:
         if fails and rank == 1:
@@ -136,8 +134,9 @@ def compile_(rank: int, ranks: Ranks) -> dict[str, Any]:
         torch.manual_seed(0)
         task = StaticTask(norm=True)
         model = wrap_ddp(task.model.train(), ranks)
-        state = State(task.model, torch.optim.SGD(task.model.parameters()))
-        found.append(compile_if_equal(task, state, model, step, ranks, recompilation.Compiler("Towers", False)))
+        trials = Trials(task, State(task.model, torch.optim.SGD(task.model.parameters())), batch, 8, ranks)
+        step = partial(trials.step, microbatches=2, kept=0)
+        found.append(compile_if_equal(trials, model, step, recompilation.Compiler("Towers", False)))
         step(model)
     return {"compiled": found, "gradient": task.model.right.weight.grad.tolist()}
 

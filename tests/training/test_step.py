@@ -8,10 +8,9 @@ import open_clip
 import pytest
 import torch
 
-from reinforce.training.batches import Prefetcher, slice_batch
 from reinforce.training.config import Optimizer
 from reinforce.training.optimizer import learning_rate, make_adamw, undecayed_parameters
-from reinforce.training.step import StepOutput, backpropagate
+from reinforce.training.step import Prefetcher, StepOutput, backpropagate, slice_batch
 from reinforce.training.task import Batch
 from teachers.runtime.accelerator import Accelerator
 from tests.helpers.models.tiny_models import open_clip_config

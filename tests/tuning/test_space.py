@@ -16,8 +16,15 @@ from reinforce.student.config import StudentConfig
 from reinforce.terminal import Screen
 from reinforce.tuning.config import EarlyStopping, TuneConfig
 from reinforce.tuning.search import Search, _Scheduler
-from reinforce.tuning.space import LAMBDA, BaseStudent, Setting, Trial, lambda_settings, scale_settings
-from reinforce.tuning.student_yaml import render_student_yaml
+from reinforce.tuning.space import (
+    LAMBDA,
+    BaseStudent,
+    Setting,
+    Trial,
+    lambda_settings,
+    render_student_yaml,
+    scale_settings,
+)
 from reinforce.tuning.trials import Outcome, begin_trial, mark_stopped, read_outcome
 from tests.helpers.tuning import METRIC, STUDENT, trial_student, tune_config
 

@@ -18,7 +18,7 @@ from reinforce.dataset.augment.device import augment
 from reinforce.dataset.augment.device_records import DEVICE_BACKEND
 from reinforce.student.teachers import IMAGE
 from reinforce.student.train import build
-from reinforce.training.batches import Prefetcher
+from reinforce.training.step import Prefetcher
 
 SECTION = "loader"
 APART = 0.001  # share of the values, which resizing may round in another way

@@ -1,4 +1,21 @@
-"""Assembling batches from the parts that loader processes made."""
+"""Assembling batches from the parts that loader processes made, in the format that the student's task reads.
+
+A batch is a plain mapping, so loaders can pin, slice and move it without knowing its content. With B samples of a rank:
+
+=================  ===========================  ==============================================================
+``key``            list[str]                    sample keys
+``image``          uint8 [B, size, size, 3]     one augmentation, replayed at the student's image size, RGB;
+                   ..                           absent with ``images: none``
+``records``        list[CellRecord]             with the backend ``device-1``, whose cells then are in ``image``
+``caption``        int64 [B, context]           tokens of the true caption (with ``mixed``: of the picked one)
+``synthetic``      int64 [B, context]           tokens of a synthetic caption; absent with ``mixed`` or no captioner
+``targets``        {model: {name: [B, ...]}}    what is stored of each model: of a teacher, unit-norm vectors float32
+                   ..                           [B, D] of ``image``, ``caption`` and ``synthetic``, as far as it has
+                   ..                           them; see ``target_tensors`` of a kind of layers
+``crops``          {teacher: uint8 [B, h, w, 3]}  the same augmentation at the recorded size; online teachers only
+``texts``          {what: list[str]}            captions as text; online teachers only
+=================  ===========================  ==============================================================
+"""
 
 from __future__ import annotations
 
@@ -43,7 +60,7 @@ class BufferPool:
 
 @dataclass(frozen=True)
 class Assembler:
-    """Concatenates parts to batches, see ``reinforce.student.data.batch``. It copies, since part buffers are reused.
+    """Concatenates parts to batches, as described above. It copies, since part buffers are reused.
 
     ``kinds`` are the kinds of text, ``targets`` those of an example, ``online`` the online teachers. With ``pin``,
     batches are in pinned memory, from which a CUDA device copies asynchronously.

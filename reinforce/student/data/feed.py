@@ -177,7 +177,7 @@ class StreamFeed:
 
 
 class StudentFeed(StreamFeed):
-    """Batches from reinforced datasets, in the format of ``reinforce.student.data.batch``.
+    """Batches from reinforced datasets, in the format of ``reinforce.student.data.assembly``.
 
     ``size`` is the side of the student's images in pixels. ``models`` are those whose stored targets are read, by
     their section in dataset.json, by default ``data.teachers``; for the teachers in ``online``, batches have ``crops``

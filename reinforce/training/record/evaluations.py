@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from reinforce.training.job import Job
 from reinforce.training.record.curves import name_parts
 from reinforce.training.record.log import Log
 from reinforce.training.record.results import Results, metric_text
-from reinforce.training.saving.checkpoint import DamagedCheckpoint, Progress
+from reinforce.training.saving.checkpoint import Checkpoints, DamagedCheckpoint, Progress
 from reinforce.training.saving.writer import CheckpointWriter
 from reinforce.training.state import State
 from reinforce.training.stop import StopSignal
@@ -29,26 +30,25 @@ from teachers.runtime import determinism
 OnEvaluation = Callable[[int, Mapping[str, float]], None]
 
 
+@dataclass
 class Evaluations:
     """The evaluations of a training run of ``steps`` steps, of the state of rank 0. ``log`` is None on other ranks."""
 
-    def __init__(
-        self,
-        task: Task,
-        job: Job,
-        ranks: Ranks,
-        state: State,
-        writer: CheckpointWriter,
-        steps: int,
-        stop: StopSignal,
-        screen: Screen,
-        on_evaluation: OnEvaluation | None,
-    ) -> None:
-        self.task, self.job, self.ranks, self.state = task, job, ranks, state
-        self.steps, self.stop, self.screen, self.on_evaluation = steps, stop, screen, on_evaluation
-        self.storage, self.writer, self.checkpoints = Storage(job.output), writer, writer.checkpoints
-        self.log: Log | None = None
-        self._noted = False
+    task: Task
+    job: Job
+    ranks: Ranks
+    state: State
+    writer: CheckpointWriter
+    steps: int
+    stop: StopSignal
+    screen: Screen
+    on_evaluation: OnEvaluation | None
+    log: Log | None = None
+    _noted: bool = False
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        return self.writer.checkpoints
 
     def due(self, step: int) -> bool:
         every = self.job.evaluate_every
@@ -138,9 +138,10 @@ class Evaluations:
                 self.state.load(self.checkpoints.load(exported)[1])
             except DamagedCheckpoint as error:
                 raise UserError(f"{error}, and evaluate.export is best. Restore it, or set it to last.") from error
-        with self.stop.interruptible(), self.storage.temporary_folder() as folder:
+        storage = Storage(self.job.output)
+        with self.stop.interruptible(), storage.temporary_folder() as folder:
             self.task.export(self.state.final_model, folder)
-            self.storage.put_folder(folder, self.job.export)
+            storage.put_folder(folder, self.job.export)
         losses = [row["loss"] for row in self.log.rows if "loss" in row]
         row = self._logged_row(exported) or {}
         results = Results(
@@ -159,4 +160,4 @@ class Evaluations:
             fast_paths=fast_paths,
         )
         self.log.publish(last=True)
-        results.write(self.storage)
+        results.write(storage)

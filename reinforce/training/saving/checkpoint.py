@@ -12,7 +12,7 @@ import re
 import tempfile
 import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +62,12 @@ class Progress:
     data: Mapping[str, Any] | None = None
     division: str | None = None
     files: str | None = None
-    skipped_last: int = 0
-    order: int = 1
     part: int | None = None
     row_processes: int | None = None
     steps: int | None = None
     compiled: bool | None = None
+    skipped_last: int = 0
+    order: int = 1
 
     def after_step(self, seconds: float, skipped: bool) -> Progress:
         return replace(
@@ -175,19 +175,17 @@ def _file_name(step: int) -> str:
 
 
 def _encode_header(progress: Progress) -> str:
-    names = ("streams", "samples", "model_config", "data", "division", "files", "part", "row_processes", "steps")
-    optional = {name: getattr(progress, name) for name in (*names, "compiled")}
-    optional["skipped_last"] = progress.skipped_last or None
-    optional["order"] = progress.order if progress.order > 1 else None
-    fields = {
+    """Without what older checkpoints do not have, where it has the value that they mean."""
+    _, _, _, _, *later = fields(progress)
+    header = {
         "version": _VERSION,
         "step": progress.step,
         "course": progress.fixed_config,
         "seconds": progress.seconds,
         "skipped": progress.skipped,
-        **{name: value for name, value in optional.items() if value is not None},
+        **{one.name: getattr(progress, one.name) for one in later if getattr(progress, one.name) != one.default},
     }
-    return json.dumps(fields)
+    return json.dumps(header)
 
 
 def _read(local: str, shown: str) -> tuple[Progress, dict[str, torch.Tensor]]:

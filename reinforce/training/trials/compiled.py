@@ -17,10 +17,9 @@ import torch
 
 from reinforce.training.config import Compute
 from reinforce.training.distributed.ranks import Ranks
-from reinforce.training.state import State
 from reinforce.training.step import StepOutput
 from reinforce.training.task import Task
-from reinforce.training.trials.division import no_trace
+from reinforce.training.trials.division import Trials, no_trace
 from teachers.fast_paths.recompilation import Compiler, many_shapes
 from teachers.fast_paths.usage import enabled, loading
 from teachers.runtime.memory import forget_frames, release_cache
@@ -33,14 +32,13 @@ _LIMITS_FP32, _LIMITS = (0.9999, 1e-3), (0.99, 0.01)
 Step = Callable[[Any], StepOutput]
 
 
-def compile_model(
-    task: Task, state: State, model: Any, step: Step, ranks: Ranks, compute: Compute, suits: bool
-) -> Compiler | None:
+def compile_model(trials: Trials, model: Any, step: Step, compute: Compute, suits: bool) -> Compiler | None:
     """Compile the task's model, which ``model`` may wrap, as ``compute.compile`` says; None if it stays plain.
 
     ``step`` is that of the first batch; ``suits`` is whether the training run may be compiled by ``auto``. All ranks
     decide alike.
     """
+    task, ranks = trials.task, trials.ranks
     if compute.compile is False or not enabled():
         return None
     shares = compute.sync_batch_norm and ranks.size > 1
@@ -50,22 +48,23 @@ def compile_model(
     with loading("the trained model"):
         compiler = Compiler(type(task.model).__name__, asked=compute.compile is True)
     if compute.compile == "auto":
-        return compiler if compile_if_equal(task, state, model, step, ranks, compiler) else None
+        return compiler if compile_if_equal(trials, model, step, compiler) else None
     _compile(task, compiler)
     return compiler
 
 
-def compile_if_equal(task: Task, state: State, model: Any, step: Step, ranks: Ranks, compiler: Compiler) -> bool:
+def compile_if_equal(trials: Trials, model: Any, step: Step, compiler: Compiler) -> bool:
     """Compile the task's model and return whether steps equal plain ones on each rank; otherwise they are plain."""
+    task, ranks = trials.task, trials.ranks
     plain = reason = None
     try:
-        plain = _gradient(task, state, task.model, step, ranks)
+        plain = _gradient(trials, task.model, step)
         _compile(task, compiler)
         if plain.random:
             reason = "its passes draw random numbers, which compiled ones would draw in another order"
         else:
             with _without_reduction(model):
-                reason = _difference(plain, _gradient(task, state, model, step, ranks), ranks)
+                reason = _difference(plain, _gradient(trials, model, step), ranks)
             compiler.accept()
     except Exception as error:  # of the compiler, of the C compiler that it needs, or of memory
         forget_frames(error)
@@ -99,12 +98,12 @@ class _Gradient:
     random: bool
 
 
-def _gradient(task: Task, state: State, model: Any, step: Step, ranks: Ranks) -> _Gradient:
-    device = ranks.accelerator.device
-    with no_trace(state):
+def _gradient(trials: Trials, model: Any, step: Step) -> _Gradient:
+    device = trials.ranks.accelerator.device
+    with no_trace(trials.state):
         losses = step(model).losses
         after = _random_states(device)
-        gradients = {name: parameter.grad for name, parameter in task.model.named_parameters()}
+        gradients = {name: parameter.grad for name, parameter in trials.task.model.named_parameters()}
     torch.manual_seed(0)
     drew = any(not torch.equal(one, other) for one, other in zip(after, _random_states(device), strict=True))
     return _Gradient(losses, gradients, drew)

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 
 from reinforce.errors import UserError
-from reinforce.training.batches import slice_batch
 from reinforce.training.distributed import gather
 from reinforce.training.distributed.ranks import Ranks
 from reinforce.training.state import State
-from reinforce.training.step import backpropagate
+from reinforce.training.step import StepOutput, backpropagate, slice_batch
 from reinforce.training.task import Batch, Task
-from teachers.runtime.accelerator import Accelerator
 from teachers.runtime.determinism import is_without_engine
 from teachers.runtime.flops import count_flops
 from teachers.runtime.memory import forget_frames, is_out_of_memory, release_cache
@@ -29,99 +28,108 @@ from teachers.runtime.memory import forget_frames, is_out_of_memory, release_cac
 _RESERVE = 0.06
 
 
-def fewest_microbatches(task: Task, state: State, batch: Batch, size: int, ranks: Ranks, before: int | None) -> int:
-    """The fewest microbatches of a rank's ``batch`` of ``size`` samples with which a step fits, the same on all ranks.
+@dataclass(frozen=True)
+class Trials:
+    """Steps of a rank's ``batch`` of ``size`` samples; all ranks make them together."""
 
-    It begins with one microbatch, or with microbatches of ``before`` samples, and tries the next divisor of ``size``
-    from twice as many on. Raises UserError if a single sample does not fit.
-    """
-    microbatches = size // before if before and size % before == 0 else 1
-    while not _fits(task, state, batch, size, microbatches, 0, ranks):
-        if microbatches == size:
-            raise UserError(
-                "out of memory: a step does not fit in the memory of the accelerator, even one sample at a time. "
-                "Lower train.batch, use more ranks, or set train.compute.gradient_checkpointing: true."
-            )
-        microbatches = next(count for count in range(min(2 * microbatches, size), size + 1) if size % count == 0)
-    return microbatches
+    task: Task
+    state: State
+    batch: Batch
+    size: int
+    ranks: Ranks
 
+    def step(self, model: Any, microbatches: int, kept: int) -> StepOutput:
+        """Add the gradient of the batch; ``model`` is the task's, which may be wrapped. Leaves a trace by itself."""
+        return backpropagate(self.task, model, self.batch, self.size, [0] * microbatches, self.ranks.accelerator, kept)
 
-def most_kept(
-    task: Task, state: State, batch: Batch, size: int, microbatches: int, ranks: Ranks, keep: bool | Literal["auto"]
-) -> int:
-    """The number of microbatches whose activations a step keeps between its passes, the same on all ranks.
+    def fewest_microbatches(self, before: int | None) -> int:
+        """The fewest microbatches of the batch with which a step fits, the same on all ranks.
 
-    All or none as ``keep`` states, or with ``auto`` as many as fit on accelerators, and none on CPUs. Results are the
-    same for any number. With several ranks the last microbatch is not kept.
-    """
-    most = microbatches - (ranks.size > 1) if microbatches > 1 else 0
-    if keep != "auto":
-        return most * keep
-    kept = 0
-    while kept < most and ranks.accelerator.device.type == "cuda":
-        tried = (kept + most + 1) // 2
-        if _fits(task, state, batch, size, microbatches, tried, ranks):
-            kept = tried
-        else:
-            most = tried - 1
-    return kept
+        It begins with one microbatch, or with microbatches of ``before`` samples, and tries the next divisor of the
+        size from twice as many on. Raises UserError if a single sample does not fit.
+        """
+        size = self.size
+        microbatches = size // before if before and size % before == 0 else 1
+        while not self._fits(microbatches, 0):
+            if microbatches == size:
+                raise UserError(
+                    "out of memory: a step does not fit in the memory of the accelerator, even one sample at a time. "
+                    "Lower train.batch, use more ranks, or set train.compute.gradient_checkpointing: true."
+                )
+            microbatches = next(count for count in range(min(2 * microbatches, size), size + 1) if size % count == 0)
+        return microbatches
 
+    def most_kept(self, microbatches: int, keep: bool | Literal["auto"]) -> int:
+        """The number of microbatches whose activations a step keeps between its passes, the same on all ranks.
 
-def flops_of_sample(task: Task, state: State, batch: Batch, size: int, accelerator: Accelerator) -> float:
-    """FLOPs of the model for a sample, forward and backward, as far as they can be counted; 0 if not at all.
+        All or none as ``keep`` states, or with ``auto`` as many as fit on accelerators, and none on CPUs. Results are
+        the same for any number. With several ranks the last microbatch is not kept.
+        """
+        most = microbatches - (self.ranks.size > 1) if microbatches > 1 else 0
+        if keep != "auto":
+            return most * keep
+        kept = 0
+        while kept < most and self.ranks.accelerator.device.type == "cuda":
+            tried = (kept + most + 1) // 2
+            if self._fits(microbatches, tried):
+                kept = tried
+            else:
+                most = tried - 1
+        return kept
 
-    The loss over the batch counts for nothing, nor do forward passes that are repeated to save memory: of microbatches,
-    and in blocks whose activations are recomputed.
-    """
-    recomputed = any(getattr(module, "grad_checkpointing", False) for module in task.model.modules())
+    def flops_of_sample(self) -> float:
+        """FLOPs of the model for a sample, forward and backward, as far as they can be counted; 0 if not at all.
 
-    def encode() -> torch.Tensor:
-        with accelerator.autocast():
-            encoded = task.model(few)
-        return torch.stack([value.float().sum() for value in (*encoded.features.values(), *encoded.losses.values())])
+        The loss over the batch counts for nothing, nor do forward passes that are repeated to save memory: of
+        microbatches, and in blocks whose activations are recomputed.
+        """
+        task = self.task
+        recomputed = any(getattr(module, "grad_checkpointing", False) for module in task.model.modules())
 
-    def forward() -> None:
-        with torch.no_grad():
-            encode()
+        def encode() -> torch.Tensor:
+            with self.ranks.accelerator.autocast():
+                encoded = task.model(few)
+            outputs = (*encoded.features.values(), *encoded.losses.values())
+            return torch.stack([value.float().sum() for value in outputs])
 
-    with no_trace(state):
-        for rows in range(1, min(2, size) + 1):  # batch normalisation of one row may raise
+        def forward() -> None:
             with torch.no_grad():
-                few = task.prepare(slice_batch(batch, 0, rows))
-            if whole := count_flops(lambda: encode().sum().backward()):
-                break
-        once = count_flops(forward) if recomputed or not whole else 0
-    return max(once, whole - once * recomputed) / rows
+                encode()
 
+        with no_trace(self.state):
+            for rows in range(1, min(2, self.size) + 1):  # batch normalisation of one row may raise
+                with torch.no_grad():
+                    few = task.prepare(slice_batch(self.batch, 0, rows))
+                if whole := count_flops(lambda: encode().sum().backward()):
+                    break
+            once = count_flops(forward) if recomputed or not whole else 0
+        return max(once, whole - once * recomputed) / rows
 
-def _fits(task: Task, state: State, batch: Batch, size: int, microbatches: int, kept: int, ranks: Ranks) -> bool:
-    """Whether a step of so many ``microbatches``, of which some are ``kept``, fits on each rank."""
-    fits = _fits_here(task, state, batch, size, microbatches, kept, ranks.accelerator)
-    return not ranks.start_max(not fits)()
+    def _fits(self, microbatches: int, kept: int) -> bool:
+        """Whether a step of so many microbatches, of which some are ``kept``, fits on each rank."""
+        return not self.ranks.start_max(not self._fits_here(microbatches, kept))()
 
-
-def _fits_here(
-    task: Task, state: State, batch: Batch, size: int, microbatches: int, kept: int, accelerator: Accelerator
-) -> bool:
-    """Whether a step fits on this rank, with the optimizer's state and a reserve beside it."""
-    try:
-        with no_trace(state):
-            total = torch.cuda.get_device_properties(accelerator.device).total_memory
-            beside = [torch.empty(int(_RESERVE * total), dtype=torch.uint8, device=accelerator.device)]
-            for group in state.optimizer.param_groups:
-                new = [parameter for parameter in group["params"] if parameter not in state.optimizer.state]
-                beside += [torch.empty_like(parameter) for parameter in new for _ in range(2)]
-            backpropagate(task, task.model, batch, size, [0] * microbatches, accelerator, kept)
-        return True
-    except Exception as error:
-        # cuDNN reports lack of memory for a convolution's workspace as lack of an algorithm.
-        if not is_out_of_memory(error) and not (is_without_engine(error) and (kept or microbatches < size)):
-            raise
-        forget_frames(error)
-    finally:
-        beside = []
-        release_cache(accelerator.device)
-    return False
+    def _fits_here(self, microbatches: int, kept: int) -> bool:
+        """Whether a step fits on this rank, with the optimizer's state and a reserve beside it."""
+        device, optimizer = self.ranks.accelerator.device, self.state.optimizer
+        try:
+            with no_trace(self.state):
+                total = torch.cuda.get_device_properties(device).total_memory
+                beside = [torch.empty(int(_RESERVE * total), dtype=torch.uint8, device=device)]
+                for group in optimizer.param_groups:
+                    new = [parameter for parameter in group["params"] if parameter not in optimizer.state]
+                    beside += [torch.empty_like(parameter) for parameter in new for _ in range(2)]
+                self.step(self.task.model, microbatches, kept)
+            return True
+        except Exception as error:
+            # cuDNN reports lack of memory for a convolution's workspace as lack of an algorithm.
+            if not is_out_of_memory(error) and not (is_without_engine(error) and (kept or microbatches < self.size)):
+                raise
+            forget_frames(error)
+        finally:
+            beside = []
+            release_cache(device)
+        return False
 
 
 @contextmanager

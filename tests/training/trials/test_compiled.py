@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from reinforce.storage import Storage
-from reinforce.training.batches import Prefetcher
 from reinforce.training.distributed.ranks import Ranks
 from reinforce.training.saving.checkpoint import Checkpoints
 from reinforce.training.state import State
-from reinforce.training.step import backpropagate
+from reinforce.training.step import Prefetcher
 from reinforce.training.trials import compiled
+from reinforce.training.trials.division import Trials
 from teachers.fast_paths import recompilation, usage
 from teachers.runtime.accelerator import Accelerator
 from tests.helpers.stand_in_cuda import stand_in_cuda
@@ -64,12 +64,11 @@ def compile_(task: TowersTask) -> tuple[recompilation.Compiler, bool, Callable[[
     accelerator = Accelerator("cpu")
     state = State(task.model.train(), torch.optim.SGD(task.model.parameters()))
 
-    def step(model: Any) -> Any:
-        return backpropagate(task, model, BATCH, 16, [0] * 2, accelerator, 1)
-
+    trials = Trials(task, state, BATCH, 16, Ranks(0, 1, accelerator))
+    step = partial(trials.step, microbatches=2, kept=1)
     compiler = recompilation.Compiler("Towers", False)
     before = {name: value.clone() for name, value in state.tensors().items()}
-    made = compiled.compile_if_equal(task, state, task.model, step, Ranks(0, 1, accelerator), compiler)
+    made = compiled.compile_if_equal(trials, task.model, step, compiler)
     assert all(torch.equal(value, before[name]) for name, value in state.tensors().items())
     assert all(parameter.grad is None for parameter in task.model.parameters())
     return compiler, made, partial(step, task.model)
@@ -166,15 +165,14 @@ def test_on_cuda_a_student_is_compiled_by_default_in_a_long_training_without_sha
             batches = Prefetcher([BATCH], accelerator)
             batches.fetch()
 
-            def step(model: Any) -> Any:
-                return backpropagate(task, model, batches.peek(), 16, [0], accelerator)
-
             class Alone(Ranks):
                 def start_max(self, value: int) -> Any:
                     return lambda: value
 
             config = job("x", batch=16 * ranks, compute=compute).training.compute
-            compiled.compile_model(task, state, model, step, Alone(0, ranks, accelerator), config, suits)
+            trials = Trials(task, state, batches.peek(), 16, Alone(0, ranks, accelerator))
+            step = partial(trials.step, microbatches=1, kept=0)
+            compiled.compile_model(trials, model, step, config, suits)
             return len(usage.snapshot())
 
         assert paths() == paths(ranks=2) == 1
@@ -183,9 +181,9 @@ def test_on_cuda_a_student_is_compiled_by_default_in_a_long_training_without_sha
 
 
 def test_nothing_is_compiled_on_a_cpu_by_default_nor_where_fast_paths_are_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = (StaticTask(), None, None, None, Ranks(0, 1, Accelerator("cpu")))
-    assert compiled.compile_model(*arguments, job("x").training.compute, False) is None  # type: ignore[arg-type]
+    trials = Trials(StaticTask(), None, BATCH, 16, Ranks(0, 1, Accelerator("cpu")))  # type: ignore[arg-type]
+    assert compiled.compile_model(trials, None, pytest.fail, job("x").training.compute, False) is None
     monkeypatch.setenv(usage.VARIABLE, "plain")
     wanted = job("x", compute={"compile": True}).training.compute
-    assert compiled.compile_model(*arguments, wanted, False) is None  # type: ignore[arg-type]
+    assert compiled.compile_model(trials, None, pytest.fail, wanted, False) is None
     assert usage.snapshot() == ()
