@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import random
-from collections import Counter
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -27,7 +26,7 @@ from reinforce.publishing.labels import export_labels
 from reinforce.source.references import image_digest
 from tests.helpers.data import config_of, picture, tree, write_tar
 from tests.helpers.reinforced import reinforce_here
-from tests.labels.test_taking import by_number, dataset_of, publish, same_values, sample, smaller, taking
+from tests.labels.test_taking import by_number, dataset_of, publish, sample, smaller, taking
 
 COUNT, UIDS = 40, 17
 
@@ -41,31 +40,6 @@ def write(folder: Path, images: bool = False, uids: int = UIDS) -> str:
     return publish(folder, *shards, indexed=images)
 
 
-def take(folder: Path, url: str, again: bool = False, uids: int = UIDS) -> tuple[dict[int, reinforce.Sample], Counter]:
-    """What a copy in another order takes of labels, by number, and the counts; with images encoded ``again``."""
-    numbers = [*range(COUNT)]
-    random.Random(1).shuffle(numbers)
-    images = {n: smaller(picture(n)) if again else picture(n) for n in numbers}
-    members = [one for n in numbers for one in sample(n, f"own{n}", images[n], uid=f"uid{n % uids}")]
-    write_tar(folder / "copy" / "0.tar", members)
-    results: list[ShardResult] = []
-    taken = by_number(reinforce_here(taking(folder, url), results=results))
-    return taken, sum((Counter(result.source_counts) for result in results), Counter())
-
-
-@pytest.mark.parametrize("uids", [UIDS, 1])  # two or three rows with one uid, or all 40
-@pytest.mark.parametrize("images", [False, True])
-def test_the_digest_shows_which_of_several_rows_with_one_uid_is_of_the_image(
-    tmp_path: Path, images: bool, uids: int
-) -> None:
-    url = write(tmp_path, images, uids)
-    before = by_number(str(tmp_path / "dataset"))
-    taken, counts = take(tmp_path, url, uids=uids)
-    for number, one in taken.items():
-        same_values(before[number], one)
-    assert counts == {"labels.lab.uid": COUNT}
-
-
 @pytest.mark.parametrize("earlier", [False, True])
 @pytest.mark.parametrize(("images", "uids"), [(False, UIDS), (True, UIDS), (False, 1)])
 def test_where_nothing_shows_it_none_is_taken_and_counted(
@@ -74,9 +48,13 @@ def test_where_nothing_shows_it_none_is_taken_and_counted(
     url = write(tmp_path, images, uids)
     if earlier:
         forget_repeated(url)
-    taken, counts = take(tmp_path, url, again=True, uids=uids)
+    numbers = random.Random(1).sample(range(COUNT), COUNT)
+    copy = [one for n in numbers for one in sample(n, f"own{n}", smaller(picture(n)), uid=f"uid{n % uids}")]
+    write_tar(tmp_path / "copy" / "0.tar", copy)
+    results: list[ShardResult] = []
+    taken = by_number(reinforce_here(taking(tmp_path, url), results=results))
     assert not any(one.captions.get("namer") for one in taken.values())
-    assert counts == {"labels.lab.ambiguous": COUNT}
+    assert (counts := results[0].source_counts) == {"labels.lab.ambiguous": COUNT}
     assert source_lines(counts) == ["samples joined with labels lab: 40 not (ambiguous: several rows state the same)"]
     files = Path(tmp_path, "out/quarantine").rglob("*.parquet")
     details = {detail for path in files for detail in pq.read_table(path)["detail"].to_pylist()}

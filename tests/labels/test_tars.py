@@ -92,15 +92,6 @@ def test_raygens_tars_give_captions_and_text_vectors_and_crops_are_drawn_here(tm
         parse_config({**own, "reinforcements": None, "captioners": {}, "teachers": {}})
 
 
-def test_images_and_reinforcements_may_be_in_the_same_tars(tmp_path: Path) -> None:
-    merged = [source_members(one) + [m for m in published_members(one) if not m[0].endswith("url.txt")] for one in ALL]
-    write_published(tmp_path, merged, [])
-    config = config_of(tmp_path, reinforcements=f"{tmp_path}/source/*.tar", images="reference")
-    samples = reinforce.open(reinforce_here(config), images_from=[f"{tmp_path}/source"])
-    for one, sample in zip(ALL, samples, strict=True):
-        check_sample(one, sample)
-
-
 def test_a_layer_added_later_equals_that_of_a_single_run(tmp_path: Path) -> None:
     write_published(tmp_path, [source_members(one) for one in ALL], [published_members(one) for one in reversed(ALL)])
     ours = {"class": "tests.helpers.models:ColorTeacher", "options": {"size": 16, "dim": 8}}

@@ -7,7 +7,6 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,7 +16,7 @@ from benchmarks.gpu.bench import Bench, Size
 from benchmarks.gpu.probe import ABSENT, probing
 from benchmarks.gpu.process import Entry, Section, measure
 from benchmarks.gpu.results import Results
-from benchmarks.gpu.sections import SECTIONS, right
+from benchmarks.gpu.sections import SECTIONS
 from benchmarks.gpu.sections import shards as gpu_shards
 from benchmarks.gpu.trace import Trace, limit_of
 from benchmarks.pipeline.figures import Figure
@@ -109,30 +108,6 @@ def test_a_tiny_run_on_a_cpu_measures_every_section(
     assert "| milliseconds of a source image | measured | estimated for an H100 |" in text
     assert "| teachers | " in text
     assert "there is no nvidia-smi" in text
-
-
-@pytest.mark.usefixtures("here")
-def test_embeddings_of_another_input_fail_and_set_the_exit_status(
-    tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    load = right.registry.load_model
-
-    def load_wrong(name: str, spec: Any, device: str) -> Any:
-        teacher: Any = load(name, spec, device)
-        if name == "dfn2b" and spec.precision == "bf16":
-            encode = teacher.encode_images
-            monkeypatch.setattr(teacher, "encode_images", lambda pixels: encode(pixels).roll(1, 0))
-        return teacher
-
-    monkeypatch.setattr(right.registry, "load_model", load_wrong)
-    monkeypatch.setattr(right, "TEACHERS", {"as in runs": {}})
-    with pytest.raises(SystemExit) as ended:
-        run(tmp_path, folder, "--only", "right")
-    assert ended.value.code == 1
-    name = "right: dfn2b, as in runs, images: error, as a share of the spread"
-    failures = Results.read(tmp_path / "gpu.jsonl").sections["right"]["failures"]
-    assert failures.keys() == {name}
-    assert f"{name} FAILED: {failures[name]}" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("here")
