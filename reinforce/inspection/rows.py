@@ -152,31 +152,19 @@ def read_rows(data: Dataset, selection: Selection, sides: Sides | None = None) -
 
 
 def _empty(data: Dataset) -> Rows:
-    scales = {
-        teacher: data.manifest["teachers"][teacher].get("logit_scale")
-        for teacher in data.teachers
-        if _has(data, teacher, "images") and _has(data, teacher, TRUE_CAPTION)
-    }
-    layers = {name: LayerFigures() for name in data.layers if name != SAMPLES}
-    synthetic: dict[str, list[list[str] | None]] = {name: [] for name in data.captioners}
-    images = {
-        teacher: data.manifest["layers"][embeddings_layer(teacher, "images")]["count"]
-        for teacher in data.teachers
-        if _has(data, teacher, "images") and not any(_has(data, teacher, one) for one in (TRUE_CAPTION, *synthetic))
-    }
+    inputs, stored = ("images", TRUE_CAPTION, *data.captioners), data.manifest["layers"]
+    sides = {name: {one for one in inputs if embeddings_layer(name, one) in data.layers} for name in data.teachers}
+    both = [name for name, of in sides.items() if {"images", TRUE_CAPTION} <= of]
+    alone = [name for name, of in sides.items() if of == {"images"}]
     return Rows(
         [*data.teachers],
         [*data.captioners],
-        Targets(scales),
-        synthetic=synthetic,
-        layers=layers,
-        image_teachers=images,
-        compared=next((teacher for teacher in data.teachers if _has(data, teacher, "images")), None),
+        Targets({name: data.manifest["teachers"][name].get("logit_scale") for name in both}),
+        synthetic={name: [] for name in data.captioners},
+        layers={name: LayerFigures() for name in data.layers if name != SAMPLES},
+        image_teachers={name: stored[embeddings_layer(name, "images")]["count"] for name in alone},
+        compared=next((name for name, of in sides.items() if "images" in of), None),
     )
-
-
-def _has(data: Dataset, teacher: str, inputs: str) -> bool:
-    return embeddings_layer(teacher, inputs) in data.layers
 
 
 def _add(rows: Rows, group: Group, places: np.ndarray, tables: Mapping[str, pa.Table]) -> None:

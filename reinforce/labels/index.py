@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import schemas
 from reinforce.dataset.files.layer_file import LayerFile, RefusedFile
@@ -41,6 +41,7 @@ _READ_AT_ONCE = 32  # partitions
 _FIX = "Make it again with `reinforce export labels`."
 
 Ints = npt.NDArray[np.int32]
+_Kind: TypeAlias = Annotated[str, Field(pattern=f"^({'|'.join(INDEXED)})$")]
 
 
 class Entries(NamedTuple):
@@ -204,6 +205,18 @@ _NAMES, _TYPES = _SCHEMA.names, _SCHEMA.types
 _NOTHING = Entries(np.empty(0, np.uint64), np.empty(0, np.int32), np.empty(0, np.int32))
 
 
+class _Stated(BaseModel):
+    """What is read of index.json."""
+
+    model_config = ConfigDict(strict=True)
+
+    fingerprint: Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
+    samples: str
+    bits: Annotated[int, Field(ge=0, le=MAX_BITS)]
+    kinds: dict[_Kind, int]
+    repeated: dict[_Kind, int] | None = None
+
+
 def find_index(store: Store) -> IdentityIndex | None:
     """Open the index of a dataset's identities; None if it has none. Raises UserError if it is damaged or newer."""
     path = store.path(FOLDER, DESCRIPTION)
@@ -215,26 +228,15 @@ def find_index(store: Store) -> IdentityIndex | None:
         raise UserError(f"{path} does not describe an index of identities. {_FIX}")
     if version > VERSION:
         raise UserError(f"{path} was written by a newer version of this program. Upgrade to read it.")
-    fingerprint, samples, bits = (found.get(name) for name in ("fingerprint", "samples", "bits"))
-    kinds, repeated = found.get("kinds"), found.get("repeated")
-    if not (
-        isinstance(fingerprint, str)
-        and re.fullmatch("[0-9a-f]{16}", fingerprint)
-        and isinstance(samples, str)
-        and type(bits) is int
-        and 0 <= bits <= MAX_BITS
-        and isinstance(kinds, dict)
-        and isinstance(repeated, dict | None)
-        and all(
-            kind in INDEXED and type(count) is int for part in (kinds, repeated or {}) for kind, count in part.items()
-        )
-    ):
-        raise UserError(f"{path} is damaged. {_FIX}")
-    table = _read_shards(store, fingerprint)
-    if index_fingerprint(samples, bits, table) != fingerprint:
+    try:
+        stated = _Stated.model_validate(found)
+    except ValidationError as error:
+        raise UserError(f"{path} is damaged. {_FIX}") from error
+    table = _read_shards(store, stated.fingerprint)
+    if index_fingerprint(stated.samples, stated.bits, table) != stated.fingerprint:
         raise UserError(f"{path} is not of the shards beside it: one of them was changed. {_FIX}")
     shards, groups = table["shard"].to_pylist(), table["groups"].to_pylist()
-    return IdentityIndex(store, fingerprint, samples, bits, kinds, shards, groups, repeated)
+    return IdentityIndex(store, shards=shards, groups=groups, **dict(stated))
 
 
 def open_index(store: Store) -> IdentityIndex:

@@ -8,26 +8,28 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from reinforce.config import Config
-from reinforce.dataset.augment.records import Augmentation
+from reinforce.dataset.augment.records import Augmentation, from_records
 from reinforce.dataset.files.layer_file import LayerFile, RefusedFile
 from reinforce.dataset.files.store import Store
+from reinforce.dataset.kinds.registry import encodes_texts
 from reinforce.dataset.kinds.samples import true_captions
-from reinforce.dataset.layers import REINFORCEMENTS, SAMPLES, TRUE_CAPTION, Layer
+from reinforce.dataset.layers import REINFORCEMENTS, SAMPLES, TRUE_CAPTION, Layer, captions_layer, inputs_of
 from reinforce.dataset.vectors import tensor_rows
-from reinforce.labels.crops import LabelCrops, StoredLabels, parse_records
 from reinforce.labels.identities import DIGEST, KEY, Identity, columns_of_identities, stated
 from reinforce.labels.index import IdentityIndex, cached_index, read_fingerprint
 from reinforce.labels.interface import BROKEN, LabelReader, LabelSet, RowLabels, Wanted, describe_counts
 from reinforce.labels.joining import IndexedRows, Joined, Joining, RowOf, Why
-from reinforce.labels.members import LabelValue, Unreadable, checked_norms
+from reinforce.labels.members import LabelCrops, LabelValue, MemberReader, Unreadable, checked_norms, parse_records
 from reinforce.labels.tars import TarLabels
 from reinforce.labels.unread import LabelFiles
 from reinforce.source.captions import clean_text
@@ -58,6 +60,49 @@ def open_labels(
         else _StoredSet(name, config, found, values, planned)
         for name, found in named.items()
     )
+
+
+@dataclass(frozen=True)
+class StoredLabels(RowLabels):
+    """What a dataset has of a sample: also its image with the augmentation records, and its true ``captions``, of which
+    ``count`` are wanted: 0 without layers of them."""
+
+    image: LabelCrops = field(kw_only=True)
+    captions: Sequence[str] = ()
+    count: int = 0
+
+    def crops(self, reader: MemberReader | None, width: int, height: int) -> Sequence[Augmentation]:
+        return self.image.fitted(width, height)
+
+    def note(self, width: int, height: int) -> str | None:
+        """The identity that matched the images, and the size that crops are scaled from."""
+        own = (self.image.width, self.image.height)
+        return f"{self.joined}, scaled from {own[0]} x {own[1]}" if own != (width, height) else self.joined
+
+    def why_other(self, width: int, height: int, records: Sequence[Mapping[str, Any]]) -> str | None:
+        try:
+            fitted = self.crops(None, width, height)
+        except Unreadable as error:
+            return str(error)
+        same = not fitted or [*fitted] == [*from_records(records)]
+        return None if same else "its crops are not those of the stored sample"
+
+    def values_of(self, key: str, captions: Sequence[str], values: Mapping[str, LabelValue]) -> dict[str, LabelValue]:
+        """Vectors of texts are of the texts of the same labels; of true captions, those of the sample's."""
+        found = {**values}
+        for layer, value in values.items():
+            if isinstance(value, Refusal) or not encodes_texts(layer):
+                continue
+            own = values.get(captions_layer(inputs_of(layer)))
+            if isinstance(own, Refusal):
+                found[layer] = own
+            elif inputs_of(layer) == TRUE_CAPTION and captions and {*captions} <= {*self.captions[: len(value)]}:
+                texts = itertools.islice(itertools.cycle(captions), self.count)  # as a run encodes them
+                found[layer] = np.stack([value[self.captions.index(text)] for text in texts])
+            elif inputs_of(layer) == TRUE_CAPTION:
+                detail = "labels: its vector is of another caption than the sample's"
+                found[layer] = Refusal(key, Reason.NOT_REINFORCED, detail)
+        return found
 
 
 class _Row(NamedTuple):

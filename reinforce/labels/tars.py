@@ -10,34 +10,14 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
-import numpy as np
-
 from reinforce.config import Config
 from reinforce.dataset.augment.records import Augmentation
 from reinforce.dataset.layers import REINFORCEMENTS, SAMPLES, TRUE_CAPTION, Layer, inputs_of
 from reinforce.errors import StorageError, UserError
 from reinforce.images.policy import reads_crops
-from reinforce.labels.identities import KEY, KINDS, Identity, identity_of
-from reinforce.labels.interface import (
-    ABSENT,
-    OTHER_IMAGE,
-    UNCONFIRMED,
-    LabelSet,
-    RowLabels,
-    Wanted,
-    describe_counts,
-)
-from reinforce.labels.joining import (
-    MAX_CANDIDATES,
-    Candidates,
-    Codes,
-    Joined,
-    Joining,
-    RowOf,
-    Why,
-    difference,
-    only_keys,
-)
+from reinforce.labels.identities import KEY, KINDS, identity_of
+from reinforce.labels.interface import UNCONFIRMED, LabelSet, RowLabels, Wanted, describe_counts
+from reinforce.labels.joining import Joined, TarRows
 from reinforce.labels.members import (
     CAPTIONS,
     LARGEST_IMAGE,
@@ -52,7 +32,6 @@ from reinforce.source.formats.tar import read_shard
 from reinforce.source.samples import Refusal
 from reinforce.source.urls import canonical
 from schemas import WHOLE_SHARD, Reason
-from teachers.published.family import JOINS
 
 _CHECKED_SAMPLES = 8
 
@@ -80,57 +59,6 @@ class PackedLabels(RowLabels):
         none = Refusal(key, Reason.NO_TEXT, "no caption that the published vector could belong to")
         lost = [layer for layer in values if inputs_of(layer) == TRUE_CAPTION and not captions]
         return {**values} | {layer: none for layer in lost if not isinstance(values[layer], Refusal)}
-
-
-class TarRows(Candidates):
-    """The samples of a tar, with what they state. ``join`` is the weakest kind that may join: one of KINDS, or KEY."""
-
-    def __init__(self, join: str = "url") -> None:
-        self.identities: list[Identity] = []
-        self._rows: dict[tuple[str, str], list[int]] = {}
-        self._joins = JOINS[: JOINS.index(join) + 1]
-
-    def add(self, key: str, identity: Identity) -> None:
-        stated = {**identity, KEY: key}
-        for kind_and_value in stated.items():
-            self._rows.setdefault(kind_and_value, []).append(len(self.identities))
-        self.identities.append(stated)
-
-    def entries(self, kind: str, texts: Sequence[str]) -> dict[str, Codes]:
-        return {text: np.array(self._rows[kind, text]) for text in texts if (kind, text) in self._rows}
-
-    def stated(self, row: RowOf) -> Identity:
-        return self.identities[row.row]
-
-    def name(self, row: RowOf) -> str:
-        return repr(self.stated(row)[KEY])
-
-    def match(self, samples: Sequence[Wanted]) -> list[Joined | Why]:
-        """The row of each sample, or why it has none."""
-        own = {number: {**one.identity, KEY: one.key} for number, one in enumerate(samples)}
-        found, why = Joining(self, own).join(self._joins)
-        why |= {number: self._why_none(own[number]) for number, one in why.items() if one.what == ABSENT}
-        return [found[number] if number in found else why[number] for number in own]
-
-    def _why_none(self, own: Identity) -> Why:
-        """Why a sample has no row: one that agrees in what may not join it, its key at last, differs or states less."""
-        for kind, text in own.items():
-            for row in self._rows.get((kind, text), ())[:MAX_CANDIDATES]:
-                if differs := difference(own, self.identities[row], kind):
-                    return Why(OTHER_IMAGE, f"{self.identities[row][KEY]!r} is of another image: {differs}")
-        if (KEY, own[KEY]) not in self._rows:
-            return Why(ABSENT, f"none with its {_listed(own)}")
-        theirs, join = self.identities[self._rows[KEY, own[KEY]][0]], self._joins[-1]
-        if only_keys(own[KEY], own, theirs):
-            return Why(UNCONFIRMED, "only the key agrees, which confirms nothing; `join: key` takes it")
-        here, there = (_listed([kind for kind in one if kind != KEY] or ["nothing"]) for one in (own, theirs))
-        allowed = "" if join in (KEY, KINDS[-1]) else f", and `join: {join}` takes nothing weaker"
-        return Why(UNCONFIRMED, f"only the key agrees: {here} stated here, {there} there{allowed}")
-
-
-def _listed(names: Iterable[str]) -> str:
-    *others, last = names
-    return f"{', '.join(others)} or {last}" if others else last
 
 
 class TarLabels(LabelSet):

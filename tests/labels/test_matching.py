@@ -23,8 +23,7 @@ from reinforce.engine.preflight.check_source import check_source
 from reinforce.errors import UserError
 from reinforce.labels.identities import KINDS, normal_url
 from reinforce.labels.interface import Wanted
-from reinforce.labels.joining import Joined, Why
-from reinforce.labels.tars import TarRows
+from reinforce.labels.joining import Joined, TarRows, Why
 from teachers.published.family import JOINS
 from tests.helpers.images import encode
 from tests.helpers.published import (

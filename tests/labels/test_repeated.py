@@ -19,9 +19,8 @@ from reinforce.engine.record.summary import source_lines
 from reinforce.labels.identities import DIGEST, Identity
 from reinforce.labels.index import open_index
 from reinforce.labels.interface import Wanted
-from reinforce.labels.joining import Joined, proves
+from reinforce.labels.joining import Joined, TarRows, proves
 from reinforce.labels.rows import open_labels
-from reinforce.labels.tars import TarRows
 from reinforce.publishing.labels import export_labels
 from reinforce.source.references import image_digest
 from tests.helpers.data import config_of, picture, tree, write_tar
