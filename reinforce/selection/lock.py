@@ -14,6 +14,8 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import psutil
+
 from reinforce.claim_file import ClaimFile
 from reinforce.dataset.files.store import Store
 from reinforce.errors import UserError
@@ -74,9 +76,4 @@ def _is_held(claim: ClaimFile) -> bool:
 def _has_ended(claim: Mapping[str, Any]) -> bool:
     """Whether the process of a claim of this machine has ended."""
     pid = claim.get("pid")
-    try:
-        if isinstance(pid, int) and pid != os.getpid():
-            os.kill(pid, 0)
-    except OSError as error:
-        return isinstance(error, ProcessLookupError)
-    return False
+    return isinstance(pid, int) and pid != os.getpid() and not psutil.pid_exists(pid)

@@ -21,8 +21,9 @@ from teachers.open_clip.teacher import random_model
 from tests.helpers.demo import ROOT
 
 
-def test_every_arm_is_a_valid_training_on_one_core(study: Study) -> None:
-    for question in make_questions(study).values():
+def test_every_arm_is_a_valid_training_on_one_core_and_equal_arms_are_trained_once(study: Study) -> None:
+    questions, trained = make_questions(study), {}
+    for question in questions.values():
         labels = [arm.label for arm in question.arms]
         assert len(set(labels)) == len(labels) > 1
         for arm in question.arms:
@@ -31,6 +32,13 @@ def test_every_arm_is_a_valid_training_on_one_core(study: Study) -> None:
             assert [source.url for source in config.data.datasets] == [study.dataset_url(arm.dataset)]
             assert (config.train.compute.cpus, config.data.workers) == (1, 0)
             assert {metric for _, metric in MEASURES.values()} <= set(config.evaluate.metrics)
+            trained[arm.name] = config.model_dump_json(exclude={"output", "seed", "evaluate"})
+    assert len({*trained.values()}) == len(trained)
+    shared = {"ways": "stored", "lambda": "lambda 0.85", "storage": "float16"}
+    for name, label in shared.items():
+        assert {arm.label: arm.name for arm in questions[name].arms}[label] == "distilled"
+    count = study.demo.augmentations.count
+    assert {arm.name for arm in questions["augmentations"].arms if arm.x == count} == {"distilled"}
 
 
 def test_every_dataset_is_a_distinct_valid_run(study: Study) -> None:
@@ -45,20 +53,6 @@ def test_every_dataset_is_a_distinct_valid_run(study: Study) -> None:
     assert (first.model, first.captions, second.captions) == (second.model, 1, 1)
     assert first.decoding() != second.decoding()
     assert study.own_scales() == {"conv-64": 27.3, "conv-48": 29.8, "styles-64": 24.0}, "of the teachers' weights"
-
-
-def test_equal_arms_are_trained_once(study: Study) -> None:
-    questions = make_questions(study)
-    arms = {arm.name: arm for question in questions.values() for arm in question.arms}
-    configs = {
-        study.student_config(arm, 0).model_dump_json(exclude={"output", "seed", "evaluate"}) for arm in arms.values()
-    }
-    assert len(configs) == len(arms)
-    shared = {"ways": "stored", "lambda": "lambda 0.85", "storage": "float16"}
-    for name, label in shared.items():
-        assert {arm.label: arm.name for arm in questions[name].arms}[label] == "distilled"
-    count = study.demo.augmentations.count
-    assert {arm.name for arm in questions["augmentations"].arms if arm.x == count} == {"distilled"}
 
 
 def test_overrides_apply_to_all_students_and_errors_are_reported_early(
