@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 from pydantic import Field, GetCoreSchemaHandler, create_model
@@ -56,7 +55,7 @@ def captioner_spec(**values: Any) -> CaptionerSpec:
 def describe_model(name: str, spec: ModelSpec) -> ModelInfo:
     """Describe a model without loading it. Raises ValueError or OSError that names the model and the fix."""
     with _errors_naming(spec.label.format(name)):
-        return replace(spec.describe(), patches=spec.stores_patches)
+        return spec.describe()
 
 
 def load_model(name: str, spec: ModelSpec, device: str) -> Any:

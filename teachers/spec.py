@@ -30,10 +30,10 @@ class ModelInfo:
     """Description of a model that is not loaded.
 
     ``dim`` is the length of its embeddings, None where it is known only after loading and for captioners. ``images``
-    and ``texts`` say which inputs it takes, ``patches`` whether its patches are stored. ``identity`` is a JSON object
-    that the layer fingerprint covers: models with equal identities give equal outputs on the same software. ``code`` is
-    the hash of the file that defines a custom class, None for other models; no fingerprint covers it. ``codebooks`` are
-    digests of the codebooks of its layers, by the names of these.
+    and ``texts`` say which inputs it takes. ``identity`` is a JSON object that the layer fingerprint covers: models
+    with equal identities give equal outputs on the same software. ``code`` is the hash of the file that defines a
+    custom class, None for other models; no fingerprint covers it. ``codebooks`` are digests of the codebooks of its
+    layers, by the names of these.
     """
 
     dim: int | None
@@ -41,7 +41,6 @@ class ModelInfo:
     texts: bool
     identity: dict[str, Any]
     code: str | None = None
-    patches: bool = False
     codebooks: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -126,11 +125,6 @@ class ModelSpec(BaseModel):
         """The user's class that is imported and run, ``package.module:Class``, or the model whose own code is."""
         return None
 
-    @property
-    def stores_patches(self) -> bool:
-        """Whether its patches are stored, too."""
-        return False
-
     def describe(self) -> ModelInfo:
         """Describe the model. Raises ValueError or FileNotFoundError that names the fix.
 
@@ -148,6 +142,10 @@ class ModelSpec(BaseModel):
         runtime = importlib.import_module("teachers.runtime.accelerator")
         accelerator = runtime.Accelerator(device, self.autocast_precision)
         return getattr(importlib.import_module(module), function)(self, accelerator)
+
+    def finer(self) -> ModelSpec:
+        """A copy whose layers are stored without codebooks, to fit codebooks to what they have."""
+        return self
 
     def plain(self) -> Self:
         """A copy with every fast path off. A precision of fp8 keeps what it needs."""
@@ -223,9 +221,9 @@ class TeacherSpec(ModelSpec):
             raise ValueError("`codec` and `dtype` are the same: remove `dtype`")
         return self
 
-    @property
-    def stores_patches(self) -> bool:
-        return self.patches is not None
+    def finer(self) -> TeacherSpec:
+        patches = self.patches and self.patches.picking()
+        return self.model_copy(update={"codec": "float16", "patches": patches})
 
     @property
     def storage(self) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
@@ -27,7 +27,7 @@ from reinforce.dataset.comparison import Comparison
 from reinforce.errors import UserError
 
 if TYPE_CHECKING:
-    from teachers.spec import ModelInfo
+    from teachers.spec import ModelInfo, ModelSpec
 
 SAMPLES = "samples"
 #: ``images`` in the dataset.json of published labels, which have none, and the key with what these labels are of.
@@ -193,6 +193,19 @@ class PickedValues(NamedTuple):
     usable: npt.NDArray[np.bool_]
 
 
+class OnlineTarget(NamedTuple):
+    """A target that a loaded model computes in a training loop.
+
+    It has the ``name`` of its tensor in a batch, the preprocessing of its ``image``, a function that encodes pixels
+    [B, 3, H, W], and the ``entry`` that a layer of it would have in dataset.json.
+    """
+
+    name: str
+    image: Any
+    encode: Callable[[Any], Any]
+    entry: Mapping[str, Any]
+
+
 @dataclass(frozen=True)
 class LayerKind(ABC):
     """All that is stored and shown of layers of one kind. ``kinds.registry`` has an object of each kind.
@@ -209,6 +222,8 @@ class LayerKind(ABC):
         model_key: of a layer's entry in dataset.json with the name of its model, None if it has none.
         required: keys of a layer's entry in dataset.json.
         tensors: axes of the columns whose rows have a shape. Columns with fewer axes have the first ones of the others.
+        stored_plain: columns that are stored without compression.
+        kept_as_stored: columns of tensors that no reader converts to float32 as a whole.
         crops: whether its models may see the augmented images.
         vectors: whether its values are unit-norm vectors of a model.
         picks: which of a row's values a training example takes, that of its crop or of its text; None if none.
@@ -228,6 +243,8 @@ class LayerKind(ABC):
     model_key: ClassVar[str | None] = None
     required: ClassVar[tuple[str, ...]] = ()
     tensors: ClassVar[Mapping[str, int]] = {}
+    stored_plain: ClassVar[tuple[str, ...]] = ()
+    kept_as_stored: ClassVar[tuple[str, ...]] = ()
     crops: ClassVar[bool] = False
     vectors: ClassVar[bool] = False
     picks: ClassVar[Literal["crop", "text"] | None] = None
@@ -267,6 +284,20 @@ class LayerKind(ABC):
     def row_bytes(self, layer: Layer, sample: float) -> float | None:
         """Expected bytes of a row, of a sample that takes ``sample`` bytes; None if the dimension is not known before
         the model is loaded."""
+
+    # -- models
+
+    def asks(self, spec: ModelSpec) -> bool:
+        """Whether a model's entry in the config, in ``section``, asks for layers of this kind."""
+        return True
+
+    def encoder(self, model: Any, device: Any) -> Any:
+        """What computes values of this kind from a loaded model: by default the model. Raises ValueError."""
+        return model
+
+    def stated_by(self, encoder: Any) -> Mapping[str, Any]:
+        """What an encoder states, for ``entry``, besides what the spec of its model does."""
+        return {}
 
     # -- codecs
 
@@ -361,6 +392,10 @@ class LayerKind(ABC):
     def pick(self, table: pa.Table, index: npt.NDArray[np.intp]) -> PickedValues:
         """Value ``index[row]`` of every row of a row group, with an array for each of ``target_tensors``."""
         raise ValueError(f"layers of kind {self.name} are no targets")
+
+    def online(self, model: Any, device: Any) -> OnlineTarget:
+        """What a loaded model computes instead of a layer that is read. Raises ValueError if it cannot."""
+        raise ValueError(f"{type(model).__name__} computes no {self.name} in a training loop")
 
     # -- for people
 

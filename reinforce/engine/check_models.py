@@ -158,7 +158,7 @@ def _check_model(
         model: Any = load_model(name, spec, device)
         models, image = Models({spec.section: {name: model}}, Accelerator(device)), getattr(model, "image", None)
         found = len(report.rows)
-        for kind in (kind for kind in KINDS.values() if kind.section == spec.section):
+        for kind in (kind for kind in KINDS.values() if kind.section == spec.section and kind.asks(spec)):
             side = PRODUCERS[kind.name].side(models, name, info, spec.resolved_precision)
             if side is not None:
                 report.rows.append(_measure_side(models, name, kind.unit, batch, side))

@@ -62,11 +62,10 @@ def check_codebooks(plan: Plan) -> None:
 
 
 def _finer(config: Config, layers: Sequence[Layer], output: str) -> Config:
-    """The config of the run that computes vectors to fit codebooks to: only with the teachers that need them."""
-    names = {layer.model for layer in layers}
-    teachers = {
-        name: spec.model_copy(update={"codec": "float16", "patches": spec.patches and spec.patches.picking()})
-        for name, spec in config.teachers.items()
-        if name in names
+    """The config of the run that computes vectors to fit codebooks to: only with the models that need them."""
+    owners = {layer.owner for layer in layers}
+    models = {
+        section: {name: spec.finer() for name, spec in of.items() if (section, name) in owners}
+        for section, of in config.models.items()
     }
-    return config.model_copy(update={"output": output, "teachers": teachers, "classifiers": {}, "scores": {}})
+    return config.with_models({**models, "captioners": config.captioners}).model_copy(update={"output": output})

@@ -38,7 +38,6 @@ MAX_VALUES = 2**20  # of a column of texts or structs in a row group
 MAX_BYTES = 2**30  # of the columns of a row group that are read together
 
 _KEYS = "key"
-_KEPT_AS_STORED = ("patches",)  # columns of tensors that no reader converts to float32 as a whole
 _WIDTHS = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBLE": 8}
 
 
@@ -75,6 +74,11 @@ def _known_layouts() -> list[dict[str, str]]:
 def _tensors() -> dict[str, int]:
     """The axes of each column whose rows have a shape."""
     return {name: axes for kind in KINDS.values() for name, axes in kind.tensors.items()}
+
+
+def _kept_as_stored() -> set[str]:
+    """The columns of tensors that no reader converts to float32 as a whole."""
+    return {name for kind in KINDS.values() for name in kind.kept_as_stored}
 
 
 _NOT_IN_ALL = {schemas.IMAGE_DIGEST, schemas.TRUE_CAPTIONS, schemas.LABELLED}  # not in all files of samples
@@ -259,7 +263,7 @@ class LayerFile:
             if not rows <= values <= (most if "." in leaf.path_in_schema else rows):
                 raise RefusedFile(f"column {name} has {values:,} values in {rows:,} rows")
             total += self._decoded_bytes(leaf, values)
-            if name in self._shapes and name not in _KEPT_AS_STORED:
+            if name in self._shapes and name not in _kept_as_stored():
                 total += rows * math.prod(self._shapes[name]) * _WIDTHS["FLOAT"]
             if total > MAX_BYTES:
                 raise RefusedFile(f"a row group needs more than {MAX_BYTES:,} bytes, in column {name}")
@@ -273,7 +277,7 @@ class LayerFile:
         if leaf.physical_type == "BYTE_ARRAY":
             dictionaries = [page for page in pages if page.type == DICTIONARY]
             return total + sum(_expanded(page, values, chunk, leaf.compression) for page in dictionaries)
-        unknown = 2 if _column(leaf) in _KEPT_AS_STORED else 8
+        unknown = 2 if _column(leaf) in _kept_as_stored() else 8
         return total + values * _WIDTHS.get(leaf.physical_type, unknown)
 
     def _with_tensors(self, table: pa.Table) -> pa.Table:

@@ -10,7 +10,7 @@ import os
 import re
 import shlex
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeAlias
 
@@ -35,8 +35,6 @@ _QUARANTINE_BYTES = 256 * 2**20
 _QUARANTINE_ROWS = 2**20  # a quarantine file has one row group
 _READ_AT_ONCE = 32  # quarantine files
 _READ_AHEAD_BYTES = 2**20  # of a quarantine file that is read while others are
-_INCOMPRESSIBLE = ("image", "embeddings", "patches")  # columns that are stored without compression
-
 
 _BYTES = (pa.int8(), pa.uint8())
 
@@ -249,7 +247,7 @@ class LayerWriter(contextlib.ExitStack):
                     **({} if layer.codebook is None else {"reinforce.codebook": layer.codebook["digest"]}),
                 }
             ),
-            **_encodings(schema),
+            **_encodings(schema, layer.kind.stored_plain),
             write_statistics=["key"],
             write_page_checksum=True,
         )
@@ -288,8 +286,8 @@ def _memory_map(path: str) -> Any:
     return pa.memory_map(path)
 
 
-def _encodings(schema: pa.Schema) -> dict[str, Any]:
-    """Arguments of ParquetWriter for the compression and encoding of every column.
+def _encodings(schema: pa.Schema, plain: Collection[str]) -> dict[str, Any]:
+    """Arguments of ParquetWriter for the compression and encoding of every column; ``plain`` are not compressed.
 
     ParquetWriter identifies a nested column by the full path of its values, ``augmentations.list.element.crop.top``,
     and ignores shorter names. Parquet stores integers of 8 bits in 32; a dictionary brings each back to one byte.
@@ -301,7 +299,7 @@ def _encodings(schema: pa.Schema) -> dict[str, Any]:
     tensors = [f.name for f in schema if isinstance(f.type, pa.FixedShapeTensorType) and f.type.value_type in _BYTES]
     dictionary = ("augmentations", "image_ref", *tensors)
     return {
-        "compression": {path: "none" if name in _INCOMPRESSIBLE else "zstd" for path, name in paths.items()},
+        "compression": {path: "none" if name in plain else "zstd" for path, name in paths.items()},
         "use_dictionary": [path for path, name in paths.items() if name in dictionary],
     }
 

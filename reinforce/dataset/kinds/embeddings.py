@@ -47,6 +47,7 @@ class _Embeddings(LayerKind):
     section = "teachers"
     model_key = "teacher"
     tensors: ClassVar = {"embeddings": 2, "scales": 1}
+    stored_plain = ("embeddings",)
     vectors = True
     taken = True
     required = ("count", "dim", "dtype")

@@ -27,6 +27,7 @@ from reinforce.dataset.layers import (
     SAMPLES,
     Layer,
     LayerKind,
+    OnlineTarget,
     PickedValues,
     TargetTensor,
     compute_fingerprint,
@@ -36,7 +37,8 @@ from reinforce.errors import UserError
 from teachers.patch_config import Patches
 
 if TYPE_CHECKING:
-    from teachers.spec import ModelInfo
+    from teachers.patches.encoder import PatchEncoder
+    from teachers.spec import ModelInfo, ModelSpec
 
 Floats = npt.NDArray[np.float32]
 _NUMBERS = {"float16": pa.float16(), "uint8": pa.uint8()}
@@ -91,6 +93,7 @@ class PatchFeatures(LayerKind):
     model_key = "teacher"
     required = ("teacher", "count", "dim", "dtype", "grid", "codebook")
     tensors: ClassVar = {"patches": 2}
+    stored_plain = kept_as_stored = ("patches",)
     crops = True
     picks = "crop"
     asked = "patches"
@@ -127,6 +130,17 @@ class PatchFeatures(LayerKind):
                 code=info.code,
                 sees="crops",
             )
+
+    def asks(self, spec: ModelSpec) -> bool:
+        return getattr(spec, "patches", None) is not None
+
+    def encoder(self, model: Any, device: Any) -> PatchEncoder:
+        from teachers.patches.encoder import patches_of
+
+        return patches_of(model, device)
+
+    def stated_by(self, encoder: Any) -> Mapping[str, Any]:
+        return {"patches_dim": encoder.dim}
 
     def codec(self, layer: Layer) -> Codec:
         return _codec(layer.model, layer.dtype)
@@ -241,6 +255,11 @@ class PatchFeatures(LayerKind):
         picked, codebook = stored[np.arange(len(index)), index], _codebook(table)
         grids: Any = [PickedGrid(one, codebook) for one in picked]
         return PickedValues((grids,), valid, valid & np.isfinite(picked).all(axis=1))
+
+    def online(self, model: Any, device: Any) -> OnlineTarget:
+        encoder = self.encoder(model, device)
+        entry = {"grid": [encoder.rows, encoder.columns], "dim": encoder.dim}
+        return OnlineTarget("patches", encoder.image, encoder.encode_patches, entry)
 
     def content(self, layer: Layer) -> str:
         rows, columns = layer.recipe["patches"]["grid"]

@@ -53,6 +53,17 @@ def model_sections() -> list[str]:
     return [*dict.fromkeys(str(kind.section) for kind in KINDS.values() if kind.model_key is not None)]
 
 
+def owner_of(target_section: str) -> str:
+    """The section of the config with the models whose values loss terms ask for under a name."""
+    found = (kind.section for kind in KINDS.values() if kind.target_section == target_section)
+    return str(next(found, target_section))
+
+
+def target_sections(owner: str) -> list[str]:
+    """The names under which loss terms ask for values of the models of a section."""
+    return [*dict.fromkeys(str(kind.target_section) for kind in KINDS.values() if kind.section == owner)]
+
+
 def encodes_texts(name: str) -> bool:
     """Whether the layer of a name has a teacher's vectors of texts."""
     return kind_of(name) is KINDS["texts"]

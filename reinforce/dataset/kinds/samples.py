@@ -35,6 +35,7 @@ class Samples(LayerKind):
     pattern = SAMPLES
     level = 0
     columns = ("key", "caption", "augmentations")
+    stored_plain = ("image",)
     values = None
     unit = "samples"
     producer = "samples:Samples"

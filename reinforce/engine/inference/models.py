@@ -18,14 +18,14 @@ import torch
 
 from reinforce.config import Config
 from reinforce.dataset.augment.backends import load_backend
-from reinforce.dataset.layers import Layer
+from reinforce.dataset.kinds.registry import KINDS
+from reinforce.dataset.layers import Layer, LayerKind
 from reinforce.engine.inference.batch_sizes import BatchSizes, rows_per_batch
 from reinforce.engine.inference.outputs import Floats, copied, encode, to_scores
 from reinforce.engine.messages.tracebacks import user_frames
 from reinforce.engine.record.rates import Cost
 from reinforce.errors import UserError
 from reinforce.processes.fast_paths import use_accelerator
-from teachers.patches.encoder import PatchEncoder, patches_of
 from teachers.protocols import Captioner, ImageSpec, NoCaptions, Scorer, Teacher
 from teachers.registry import load_model
 from teachers.runtime.accelerator import Accelerator
@@ -119,7 +119,7 @@ class Models:
     batches: BatchSizes = field(default_factory=BatchSizes)
     costs: Mapping[str, Cost] = field(default_factory=dict)  # of layers, where they are known
     uncompared: set[str] = field(default_factory=set)  # teachers in fp8 that are still to be compared with bf16
-    _patch_encoders: dict[str, PatchEncoder] = field(default_factory=dict)
+    _encoders: dict[tuple[str, str], Any] = field(default_factory=dict)
     _tokenizing: threading.Lock = field(default_factory=threading.Lock)
     _tokens: TokenCache = field(default_factory=TokenCache)
 
@@ -131,15 +131,16 @@ class Models:
     def captioners(self) -> Mapping[str, Captioner]:
         return self.loaded.get("captioners", {})
 
-    def patch_encoder(self, name: str) -> PatchEncoder:
-        """The encoder of a teacher's patches. Raises UserError if it has none."""
-        if name not in self._patch_encoders:
+    def encoder(self, kind: LayerKind, name: str) -> Any:
+        """What computes layers of a kind from the model of a name. Raises UserError if the model cannot."""
+        key, section = (kind.name, name), str(kind.section)
+        if key not in self._encoders:
             try:
                 with torch.inference_mode():
-                    self._patch_encoders[name] = patches_of(self.teachers[name], self.accelerator.device)
+                    self._encoders[key] = kind.encoder(self.loaded[section][name], self.accelerator.device)
             except ValueError as error:
-                raise UserError(f"teachers.{name}.patches: {error}{user_frames(error)}") from error
-        return self._patch_encoders[name]
+                raise UserError(f"{section}.{name}.{kind.name}: {error}{user_frames(error)}") from error
+        return self._encoders[key]
 
     def of(self, layer: Layer) -> Any:
         """The model of a layer, None if no model makes it."""
@@ -286,9 +287,10 @@ def describe_loaded(models: Models, config: Config) -> dict[tuple[str, str], dic
         for section, of in models.loaded.items()
         for name, model in of.items()
     }
-    for name in models.teachers:
-        if config.teachers[name].patches is not None:
-            stated["teachers", name]["patches_dim"] = models.patch_encoder(name).dim
+    for (section, name), of_model in stated.items():
+        for kind in KINDS.values():
+            if kind.section == section and kind.asks(specs[section][name]):
+                of_model.update(kind.stated_by(models.encoder(kind, name)))
     return stated
 
 

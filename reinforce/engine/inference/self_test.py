@@ -76,10 +76,6 @@ TOLERANCES: dict[Precision, Tolerance] = {
     "fp16": Tolerance(batch=0.99, repeat=0.999, equal=1e-4),
     "fp8": Tolerance(batch=0.99, repeat=0.999, equal=1e-4),
 }
-#: What to check if two inputs get the same embedding.
-_CAUSES = {
-    "images": "image encoder and `image`", "texts": "tokenizer and the text encoder", "patches": "patches and `image`",
-}  # fmt: skip
 #: Least cosine between the embeddings of an image in fp8 and in bf16, and the images of which it is computed.
 _FP8_COSINE, _FP8_IMAGES = 0.999, 128
 _PRECISIONS: dict[torch.dtype, Precision] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -97,32 +93,27 @@ def test_rows(size: int) -> list[int]:
     return [place % _IMAGES for place in range(size)]
 
 
-def check_image_encoder(models: Models, name: str, precision: Precision, batch: int | None = None) -> Floats:
-    """Test the image encoder of a teacher -> the norms of its embeddings. Raises UserError.
+def check_image_encoder(
+    models: Models,
+    name: str,
+    what: str,
+    image: ImageSpec | None,
+    compute: Callable[[torch.Tensor], torch.Tensor],
+    precision: Precision,
+    batch: int | None = None,
+) -> Floats:
+    """Test what a teacher computes of images -> the norms of its vectors. Raises UserError.
 
-    ``batch`` is the size of a full batch to test, on CPUs of as many inputs as are computed in five seconds, from 8 to
-    64; None: three images.
+    ``compute`` makes vectors [B, D] of unit norm of pixels, preprocessed by ``image``. ``batch`` is the size of a full
+    batch to test, on CPUs of as many inputs as are computed in five seconds, from 8 to 64; None: three images.
     """
-    teacher = models.teachers[name]
 
     def encode(rows: Sequence[int]) -> torch.Tensor:
-        pixels = probe_images(models, teacher.image, range(_IMAGES))[rows]
+        pixels = probe_images(models, image, range(_IMAGES))[rows]
         with models.use_accelerator():
-            return models.encode_images(teacher, pixels)
+            return compute(pixels)
 
-    return _check_encoder(models, name, "images", encode, precision, batch)
-
-
-def check_patch_encoder(models: Models, name: str, precision: Precision, batch: int | None = None) -> None:
-    """Test the patches of a teacher, the grid of each image as one vector; as ``check_image_encoder``."""
-    encoder = models.patch_encoder(name)
-
-    def encode(rows: Sequence[int]) -> torch.Tensor:
-        pixels = probe_images(models, encoder.image, range(_IMAGES))[rows]
-        with models.use_accelerator():
-            return torch.nn.functional.normalize(encoder.encode_patches(pixels).flatten(1), dim=1)
-
-    _check_encoder(models, name, "patches", encode, precision, batch)
+    return _check_encoder(models, name, what, encode, precision, batch)
 
 
 def check_fp8(models: Models, name: str, pixels: torch.Tensor) -> None:
@@ -344,9 +335,11 @@ def _check_different(values: Floats, side: str, tolerance: Tolerance) -> None:
         for other in range(one):
             difference = float(np.abs(values[one] - values[other]).max())
             if difference <= tolerance.equal:
-                pair = f"{TEXTS[other]!r} and {TEXTS[one]!r}" if side == "texts" else "two different images"
+                pair, cause = "two different images", f"encoder of {side} and `image`"
+                if side == "texts":
+                    pair, cause = f"{TEXTS[other]!r} and {TEXTS[one]!r}", "tokenizer and the text encoder"
                 raise ValueError(
-                    f"{pair} get the same embedding (largest difference {difference:.1g}); check the {_CAUSES[side]}"
+                    f"{pair} get the same embedding (largest difference {difference:.1g}); check the {cause}"
                 )
 
 

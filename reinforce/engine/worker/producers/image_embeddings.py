@@ -33,9 +33,10 @@ class ImageEmbeddings(Embeddings):
         if not info.images:
             return None
         teacher = models.teachers[name]
+        encode, image = partial(models.encode_images, teacher), teacher.image
         return Side(
-            partial(check_image_encoder, models, name, precision),
-            image_batches(models, teacher.image, teacher.encode_images),
+            partial(check_image_encoder, models, name, "images", image, encode, precision),
+            image_batches(models, image, teacher.encode_images),
         )
 
     @staticmethod

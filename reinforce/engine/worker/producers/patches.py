@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import torch
 
 from reinforce.config import Config
 from reinforce.dataset import vectors
 from reinforce.dataset.codecs.codebooks import load
 from reinforce.dataset.files.layer_file import MAX_BYTES
+from reinforce.dataset.kinds.registry import KINDS
 from reinforce.dataset.layers import Layer
 from reinforce.engine.inference.batch_sizes import Demand
 from reinforce.engine.inference.inference import Batch, Outputs
 from reinforce.engine.inference.models import Models, crops_per_batch
-from reinforce.engine.inference.self_test import check_patch_encoder
+from reinforce.engine.inference.self_test import check_image_encoder
 from reinforce.engine.worker.producers.base import Producer, RowGroup, Side, image_batches
 from reinforce.errors import UserError
 from reinforce.seeds import philox_bits, seed_for
@@ -28,6 +29,7 @@ from schemas import Reason
 from teachers.preprocessing.pixels import to_pixels
 from teachers.spec import ModelInfo, Precision
 
+_KIND = KINDS["patches"]
 _READ = {2: 2, 1: 5}  # times the stored bytes that a reader holds of a row group, by the bytes of a number
 
 
@@ -36,14 +38,17 @@ class PatchFeatures(Producer):
     counted = 32
 
     @staticmethod
-    def side(models: Models, name: str, info: ModelInfo, precision: Precision) -> Side | None:
-        if not info.patches:
-            return None
-        encoder = models.patch_encoder(name)
-        return Side(
-            partial(check_patch_encoder, models, name, precision),
-            image_batches(models, encoder.image, encoder.encode_patches),
-        )
+    def side(models: Models, name: str, info: ModelInfo, precision: Precision) -> Side:
+        encoder = models.encoder(_KIND, name)
+
+        def compute(pixels: torch.Tensor) -> torch.Tensor:
+            """The grid of each image as one vector."""
+            return torch.nn.functional.normalize(encoder.encode_patches(pixels).flatten(1), dim=1)
+
+        def check(batch: int | None) -> None:
+            check_image_encoder(models, name, "patches", encoder.image, compute, precision, batch)
+
+        return Side(check, image_batches(models, encoder.image, encoder.encode_patches))
 
     @staticmethod
     def full_batch(models: Models, layer: Layer, config: Config) -> int:
@@ -54,7 +59,7 @@ class PatchFeatures(Producer):
         return bool(self.layers)
 
     def schema(self, layer: Layer) -> pa.Schema:
-        encoder, grid = self.session.models.patch_encoder(str(layer.model)), layer.recipe["patches"]["grid"]
+        encoder, grid = self.session.models.encoder(_KIND, str(layer.model)), layer.recipe["patches"]["grid"]
         if [encoder.rows, encoder.columns] != grid:
             raise UserError(
                 f"teachers.{layer.model}.patches.grid: {grid} in this config, and the model has {encoder.rows} x "
@@ -73,7 +78,7 @@ class PatchFeatures(Producer):
         size = models.batches.fitting("crops", len(batch.crops))
         found: dict[str, npt.NDArray[np.float32]] = {}
         for layer in self.layers:
-            encoder = models.patch_encoder(str(layer.model))
+            encoder = models.encoder(_KIND, str(layer.model))
             with self.session.stage(layer.name, batch.what, len(batch.crops)):
                 parts = [
                     encoder.encode_patches(to_pixels(part, encoder.image)).flatten(1, 2).cpu().numpy()

@@ -70,7 +70,7 @@ def check_models(
 
 def _info(layer: Layer) -> ModelInfo:
     """Description of a layer's model, as if it had every side."""
-    return ModelInfo(layer.dim, images=True, texts=True, patches=True, identity=dict(layer.identity))
+    return ModelInfo(layer.dim, images=True, texts=True, identity=dict(layer.identity))
 
 
 def measure_costs(models: Models, config: Config, layers: Iterable[Layer], card: str | None = None) -> dict[str, Cost]:
