@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterator
-from types import ModuleType
 from typing import Any
 
 import reinforce
@@ -14,12 +13,6 @@ from reinforce.api.examples import ExampleStream
 from reinforce.dataset.reading.samples import Samples
 from reinforce.dataset.reading.torch_dataset import TorchSamples
 from teachers import protocols
-
-
-def _is_own(value: Any, module: ModuleType) -> bool:
-    """Whether a public function is defined in a module."""
-    return inspect.isfunction(value) and value.__module__ == module.__name__ and not value.__name__.startswith("_")
-
 
 #: Title -> objects, in the order of the page.
 OBJECTS: dict[str, list[Any]] = {
@@ -32,10 +25,7 @@ OBJECTS: dict[str, list[Any]] = {
     ],
     "Reading": [reinforce.Dataset, reinforce.Sample, Samples, TorchSamples],
     "Training": [reinforce.Examples, ExampleStream, reinforce.Student],
-    "Losses": [
-        reinforce.losses.StudentLoss,
-        *(value for value in vars(reinforce.losses).values() if _is_own(value, reinforce.losses)),
-    ],
+    "Losses": [getattr(reinforce.losses, name) for name in reinforce.losses.__all__],
     "Models of your own": [
         value for value in vars(protocols).values() if inspect.isclass(value) and value.__module__ == protocols.__name__
     ],

@@ -19,6 +19,8 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from reinforce import settings
 from reinforce.api.inputs import image_transform, replay_size, text_transform
 from reinforce.dataset.augment.device_records import DEVICE_BACKEND
+from reinforce.dataset.kinds.registry import KINDS, kind_of, owner_of
+from reinforce.dataset.layers import model_of
 from reinforce.dataset.reading.dataset import Dataset as ReinforcedDataset
 from reinforce.dataset.reading.samples import KeptGroups, RowPlaces
 from reinforce.errors import UserError
@@ -28,7 +30,6 @@ from reinforce.student.data.examples import Example
 from reinforce.student.data.parts import PartMaker
 from reinforce.student.data.reader import StreamedDataset
 from reinforce.student.data.stream import StreamReader, make_orders
-from reinforce.student.teachers import PATCHES
 from reinforce.training.distributed import gather
 from reinforce.training.order import GroupChunk, share
 
@@ -56,7 +57,8 @@ class Examples(Dataset[dict[str, Any]]):
     - ``key``: str, and ``image``: one of the stored augmentations;
     - ``caption``, and with captioners ``synthetic``: tokens, of transformers ``{input_ids, attention_mask}``;
     - ``targets``: ``{teacher: {image, caption, synthetic}}``, unit-norm float32 [D]; of ``classifiers``, if they are
-      named, their tensors; of teachers named by ``patches`` also their grids, ``patches`` [rows, columns, D].
+      named, their tensors. Of teachers that are named under a kind of their other layers, such as ``patches=["dino"]``,
+      also those: ``patches`` [rows, columns, D].
 
     With ``columns``, items are flat: a list of names, or a dict of your names for them, such as
     ``{"pixel_values": "image", "labels": "dfn2b/image"}``.
@@ -77,26 +79,28 @@ class Examples(Dataset[dict[str, Any]]):
         context: int | None = None,
         size: int | None = None,
         columns: Sequence[str] | Mapping[str, str] | None = None,
-        patches: str | Sequence[str] = (),
         seed: int = 0,
         **keys: Any,
     ) -> None:
         sources, defaults = _sources(datasets)
+        others = {name: _names(name, keys.pop(name)) for name in [*keys] if owner_of(name) != name}
         self.data = settings.as_config(Data, None, datasets=sources, **{**defaults, **keys})
         if self.data.backend == DEVICE_BACKEND:
             raise UserError(f"backend {DEVICE_BACKEND} is for `reinforce train`; choose another, or none.")
         self.seed, self.epoch = seed, None if self.data.pick == "random" else 0
-        self.datasets = _restricted(open_datasets(self.data, seed, _models(self.data, patches)), datasets)
+        self.datasets = _restricted(open_datasets(self.data, seed, {**_models(self.data), **others}), datasets)
         self._image, self._tokens = image_transform(image), text_transform(tokenizer, context)
         recorded = max(dataset.size for dataset in self.datasets)
         self.size = _checked_size(replay_size(image) or recorded if size is None else size)
         first = self.datasets[0]
         self.kinds, self.targets = first.spec.kinds, first.targets
-        with_grids = {target.model for target in self.targets if target.name == PATCHES}
-        if missing := [name for name in settings.as_names(patches) if name not in with_grids]:
-            raise UserError(
-                f"patches: teacher {missing[0]} has none; those that have: {', '.join(with_grids) or 'none'}."
-            )
+        for section, names in others.items():
+            found = [model_of(layer) for layer in first.spec.crops if kind_of(layer).target_section == section]
+            if missing := [name for name in names if name not in found]:
+                raise UserError(
+                    f"{section}: {owner_of(section)[:-1]} {missing[0]} has none; those that have: "
+                    f"{', '.join(found) or 'none'}."
+                )
         self._maker = PartMaker(self.size, self.targets, _no_tokens, scaled=self.data.translations != "stored")
         self._columns = _checked_columns(columns, self.names)
         self._connect()
@@ -264,13 +268,19 @@ def _sources(datasets: Any) -> tuple[Any, dict[str, Any]]:
     return [source], {**keys, "images_from": [*datasets.roots.urls], "limits": datasets.limits}
 
 
-def _models(data: Data, patches: Any) -> dict[str, Sequence[str] | None]:
-    """The models whose targets are read, by section. Classifiers and patches are not, unless they are named."""
-    grids = settings.as_names(patches)
-    if not isinstance(grids, list):
-        raise UserError(f"patches: want names of teachers, got {patches!r:.100}")
-    named = {} if data.classifiers is None else {"classifiers": data.classifiers}
-    return {"teachers": data.teachers, **named, PATCHES: grids}
+def _models(data: Data) -> dict[str, Sequence[str] | None]:
+    """The models whose targets are read, by section. Those that are no teachers are not, unless they are named."""
+    sections = {str(kind.section) for kind in KINDS.values() if kind.picks is not None} - {"teachers"}
+    named = {section: getattr(data, section) for section in sorted(sections)}
+    return {"teachers": data.teachers, **{section: names for section, names in named.items() if names is not None}}
+
+
+def _names(section: str, given: Any) -> list[str]:
+    """The names of models under a section. Raises UserError."""
+    names = settings.as_names(given)
+    if not isinstance(names, list):
+        raise UserError(f"{section}: want names of {owner_of(section)}, got {given!r:.100}")
+    return names
 
 
 def _restricted(found: list[StreamedDataset], datasets: Any) -> list[StreamedDataset]:

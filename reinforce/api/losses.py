@@ -24,8 +24,8 @@ from reinforce.student.model import LearntScale
 from reinforce.student.task import read_stored
 from reinforce.student.teachers import CAPTION, IMAGE, SYNTHETIC
 from reinforce.student.terms.base import MAP, Rows, Tensors, module_name, scale_name, unit
-from reinforce.student.terms.dense import distances
-from reinforce.student.terms.probabilities import divergence
+from reinforce.student.terms.dense import dense
+from reinforce.student.terms.probabilities import probabilities
 from reinforce.student.terms.registry import Terms, make_terms
 from reinforce.student.towers import map_width
 from teachers.open_clip.teacher import image_spec
@@ -33,6 +33,11 @@ from teachers.patches.maps import features_and_map
 
 if TYPE_CHECKING:
     from reinforce.api.examples import Examples
+
+__all__ = [
+    "StudentLoss", "contrastive", "dense", "distance_from_start", "distillation", "features", "interactive",
+    "probabilities",
+]  # fmt: skip
 
 #: Vectors of a teacher's images and texts, and its logit scale.
 TeacherVectors = tuple[torch.Tensor, torch.Tensor, "float | torch.Tensor"]
@@ -90,31 +95,6 @@ def interactive(
     return torch.stack([contrastive(one, other, logit_scale) for one, other in sides]).mean()
 
 
-def probabilities(
-    logits: torch.Tensor,
-    classes: torch.Tensor,
-    values: torch.Tensor,
-    rest: torch.Tensor,
-    temperature: float = 1.0,
-) -> torch.Tensor:
-    """Divergence of a linear head's ``logits`` [B, C] from a classifier's stored probabilities, times temperature^2.
-
-    ``classes`` and ``values`` [B, k] are the stored ones, ``rest`` [B] the sum of those of other classes.
-    """
-    return temperature**2 * divergence(logits.float() / temperature, classes, values, rest).mean()
-
-
-def dense(projected: torch.Tensor, patches: torch.Tensor, cosine: float = 0.9, smooth_l1: float = 0.1) -> torch.Tensor:
-    """Mean of both weighted distances of a student's grids from a teacher's ``patches`` [B, rows, columns, D].
-
-    The student's are ``projected`` to the teacher's dimension; they are resized to its rows and columns.
-    """
-    if projected.ndim != 4 or patches.ndim != 4 or projected.shape[::3] != patches.shape[::3]:
-        shapes = " and ".join(str([*tensor.shape]) for tensor in (projected, patches))
-        raise UserError(f"dense: want two grids [B, rows, columns, D] of equal B and D, got {shapes}.")
-    return distances(projected.float(), patches.float(), cosine, smooth_l1).mean()
-
-
 def distance_from_start(weights: Mapping[str, torch.Tensor], start: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Half the squared distance of weights by name from those of the ``start`` of a fine-tuning (L2-SP).
 
@@ -131,7 +111,7 @@ class StudentLoss(torch.nn.Module):
     ``examples`` state the teachers and their logit scales, ``keys`` are keys of ``loss`` of a student's config
     (``lambda`` as ``lambda_=0.7``). ``width`` is the dimension of the student's features, for terms that project them
     with heads, which are parameters of this module: give them to the optimizer, too. ``model`` is the model of
-    open_clip that is trained, for ``anchor.weights``, whose start are its weights now, and for ``dense``. ``notes``
+    open_clip that is trained, for terms of its weights, whose start are those of now, and of its spatial map. ``notes``
     describe the use of each teacher. Raises UserError if the stored vectors do not suffice.
     """
 
@@ -147,17 +127,16 @@ class StudentLoss(torch.nn.Module):
         self.notes = [*self.terms.notes]
         self.heads = torch.nn.ModuleDict(_heads(self.terms, width))
         self._models = (model,)  # in a tuple, so that its parameters are not those of this module
-        if (stage := self.terms.stage()) is not None:
-            self.heads.update(self.terms.map_heads(_map_width(self._model("dense"), stage)))
+        self.heads.update(self.terms.map_heads(self._map_width))
         self._start: dict[str, torch.Tensor] = {}
-        if self.terms.needs_start:
-            named = self._model("anchor.weights").named_parameters()
+        if self.terms.start_key is not None:
+            named = self._model(self.terms.start_key).named_parameters()
             self._start = {name: weight.detach().clone() for name, weight in named if weight.requires_grad}
         starts = self.terms.scales().items()
         self.scales = torch.nn.ModuleDict({module_name(teacher): LearntScale(start) for teacher, start in starts})
 
     def encode_image(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Features ``image`` [B, D] by the ``model``, and for ``dense`` the ``map`` of its tower, in one pass."""
+        """Features ``image`` [B, D] by the ``model``, and if a term needs it the ``map`` of its tower, in one pass."""
         model, stage = self._model("encode_image"), self.terms.stage()
         if stage is None:
             return {IMAGE: model.encode_image(pixels)}
@@ -172,8 +151,8 @@ class StudentLoss(torch.nn.Module):
     ) -> torch.Tensor:
         """The total loss, a scalar, of ``features`` [B, D] by ``image``, ``caption`` and ``synthetic``.
 
-        For ``dense`` they have the ``map`` of the images, too, as ``encode_image`` returns it. ``targets`` are those of
-        a batch of examples, ``logit_scale`` is that of the student, not its logarithm.
+        Where a term needs it they have the ``map`` of the images, too, as ``encode_image`` returns it. ``targets`` are
+        those of a batch of examples, ``logit_scale`` is that of the student, not its logarithm.
         """
         return torch.stack([*self.losses(features, targets, logit_scale, logit_bias).values()]).sum()
 
@@ -189,7 +168,8 @@ class StudentLoss(torch.nn.Module):
         if unknown := features.keys() - {IMAGE, CAPTION, SYNTHETIC, *maps}:
             raise UserError(f"features: {min(unknown)!r} is none of image, caption and synthetic.")
         if maps and MAP not in features:
-            raise UserError("features: `dense` needs the `map` of the images: add what `encode_image` returns.")
+            key = self.terms.map_key
+            raise UserError(f"features: `{key}` needs the `map` of the images: add what `encode_image` returns.")
         of_rows = {what: rows if what in maps else unit(rows) for what, rows in features.items()}
         features = {what: rows for what, rows in of_rows.items() if what not in maps}
         first = next(iter(features.values()), torch.zeros(()))
@@ -210,7 +190,7 @@ class StudentLoss(torch.nn.Module):
     def _losses_of_weights(self) -> dict[str, torch.Tensor]:
         if not self._start:
             return {}
-        weights = dict(self._model("anchor.weights").named_parameters())
+        weights = dict(self._model(str(self.terms.start_key)).named_parameters())
         self._start = {name: value.to(weights[name]) for name, value in self._start.items()}
         return self.terms.losses_of_weights(weights, self._start)
 
@@ -224,13 +204,13 @@ class StudentLoss(torch.nn.Module):
             )
         return model
 
-
-def _map_width(model: Any, stage: int) -> int:
-    """Channels of the map after a stage of a model's image tower. Raises UserError if there is none."""
-    try:
-        return map_width(model, image_spec(open_clip.get_model_preprocess_cfg(model)), stage)
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"dense: {type(model).__name__} has no map that is known here: {error}") from error
+    def _map_width(self, stage: int) -> int:
+        """Channels of the map after a stage of the model's image tower. Raises ValueError if there is none."""
+        model = self._model(str(self.terms.map_key))
+        try:
+            return map_width(model, image_spec(open_clip.get_model_preprocess_cfg(model)), stage)
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{type(model).__name__} has no map that is known here: {error}") from error
 
 
 def _heads(terms: Terms, width: int | None) -> dict[str, torch.nn.Module]:

@@ -312,14 +312,10 @@ class StudentConfig(Section):
                 f"with data.{alone}: none there are no similarities of images with texts: remove logit_scales, "
                 "learn_scales and form under `loss`"
             )
-        of_images = {
-            "loss.probabilities": loss.probabilities is not None,
-            "loss.dense": loss.dense is not None,
-            "loss.targets: online": loss.targets == "online",
-        }
-        if alone == "images" and any(of_images.values()):
-            given = ", ".join(key for key, is_given in of_images.items() if is_given)
-            raise ValueError(f"data.images: none reads stored vectors of texts alone: remove {given}")
+        if alone == "images" and loss.of_images:
+            raise ValueError(
+                f"data.images: none reads stored vectors of texts alone: remove {', '.join(loss.of_images)}"
+            )
         if student.quantize is not None and student.quantize_share != 1 and self.evaluate.export == "best":
             raise ValueError(
                 "with `student.quantize`, `evaluate.export: best` may choose a step before the weights were rounded; "

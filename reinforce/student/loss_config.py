@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BeforeValidator,
@@ -17,6 +17,16 @@ from reinforce.config_schema import InSchema, Named, either
 from reinforce.settings import Section, without_defaults
 from teachers.registry import AnyTeacher
 from teachers.spec import TeacherSpec
+
+#: The modules of the terms in ``reinforce.student.terms``, in the order of the losses.
+TERMS = (
+    *("pairs", "scales", "features", "interactive", "probabilities", "dense"),
+    *("anchor_similarities", "anchor_features", "anchor_weights"),
+)
+#: Keys of terms that are added to the loss of images, whichever lambda is, and keys that came later than the others.
+_OF_IMAGES, _LATER = ("probabilities", "dense"), ("dense",)
+#: Sections of a run's config with the models that the term of a key learns from, if they are no teachers.
+OTHER_MODELS = {"probabilities": "classifiers"}
 
 
 class Anchor(Section):
@@ -48,15 +58,32 @@ class Anchor(Section):
         return self
 
 
-def _as_dense_loss(value: Any) -> Any:
+class TeacherTerm(Section):
+    """A term that learns from what teachers have besides vectors, whichever lambda is."""
+
+    weight: float = Field(gt=0, description="weight of the loss, which is added to the others, whichever lambda is")
+    teachers: list[str] | None = Field(None, min_length=1, description="teachers that are learnt; default: all")
+
+
+_Term = TypeVar("_Term", bound=TeacherTerm)
+
+
+def _as_teacher_term(value: Any) -> Any:
     """Accept the weight alone."""
     return {"weight": value} if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
-class DenseLoss(Section):
+#: A section of which the config may have the weight alone.
+OrWeight = Annotated[
+    _Term | None,
+    BeforeValidator(_as_teacher_term),
+    InSchema(lambda section: either({"exclusiveMinimum": 0, "type": "number"}, section)),
+]
+
+
+class DenseLoss(TeacherTerm):
     """How the student's spatial map approaches the patch vectors of teachers; see student/terms/dense.py."""
 
-    weight: float = Field(gt=0, description="weight of the loss, which is added to the others, whichever lambda is")
     teachers: list[str] | None = Field(
         None, min_length=1, description="teachers whose patches are learnt; default: all that have some"
     )
@@ -71,14 +98,6 @@ class DenseLoss(Section):
         if not self.cosine + self.smooth_l1:
             raise ValueError("`cosine` and `smooth_l1` are both 0, so nothing would be learnt; set one")
         return self
-
-
-#: Also a weight alone.
-DenseOrWeight = Annotated[
-    DenseLoss | None,
-    BeforeValidator(_as_dense_loss),
-    InSchema(lambda section: either({"exclusiveMinimum": 0, "type": "number"}, section)),
-]
 
 
 def _as_feature_loss(value: Any) -> Any:
@@ -173,7 +192,7 @@ class Loss(Section):
         description="weight of learning classifiers' probabilities of images, by a linear head; it is added to the "
         "other losses, whichever lambda is; default: not learnt",
     )
-    dense: DenseOrWeight = Field(
+    dense: OrWeight[DenseLoss] = Field(
         None, description="learning the patch vectors of teachers; its weight, or a mapping; default: not learnt"
     )
     anchor: Anchor | None = Field(None, description="terms against forgetting in a fine-tuning; default: none")
@@ -182,12 +201,28 @@ class Loss(Section):
         description="for `online`: the models to run, as in `reinforce run`; precision: fp32 unless it is given",
     )
 
-    _as_before = without_defaults("dense")
+    _as_before = without_defaults(*_LATER)
 
     @property
     def anchors(self) -> list[str]:
         """The teacher of `anchor`, if it has one."""
         return [] if self.anchor is None or self.anchor.teacher is None else [self.anchor.teacher]
+
+    @property
+    def of_images(self) -> list[str]:
+        """The keys that are set, by their path, and need images."""
+        online = ["loss.targets: online"] if self.targets == "online" else []
+        return [*(f"loss.{key}" for key in _OF_IMAGES if getattr(self, key) is not None), *online]
+
+    @property
+    def teacher_terms(self) -> list[TeacherTerm]:
+        """The sections that are set of terms that learn from teachers, whichever lambda is."""
+        return [value for _, value in self if isinstance(value, TeacherTerm)]
+
+    @property
+    def reads_ensemble(self) -> bool:
+        """Whether some term learns from teachers that are not the anchor's."""
+        return self.lambda_ > 0 or bool(self.teacher_terms)
 
     @field_validator("teachers")
     @classmethod

@@ -6,6 +6,7 @@ import logging
 import math
 import shutil
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,8 +85,7 @@ class Student(torch.nn.Module):
         self.terms = terms or Terms()
         self.backbone = backbone
         self.heads = torch.nn.ModuleDict(self.terms.heads(config["embed_dim"]))
-        if (stage := self.terms.stage()) is not None:
-            self.heads.update(self.terms.map_heads(map_width(clip, image, stage)))
+        self.heads.update(self.terms.map_heads(partial(map_width, clip, image)))
         self.scales = torch.nn.ModuleDict(
             {module_name(teacher): LearntScale(start) for teacher, start in self.terms.scales().items()}
         )
@@ -174,10 +174,12 @@ class Student(torch.nn.Module):
 
     def keep_start(self) -> None:
         """Keep the weights of the model that are trained, if a term needs them. Raises UserError if they are random."""
-        if not self.terms.needs_start:
+        if self.terms.start_key is None:
             return
         if self.towers != ({"image"} if self.backbone else {"image", "text"}):
-            raise UserError(f"loss.anchor.weights: {self.name} starts from random weights; set student.pretrained")
+            raise UserError(
+                f"loss.{self.terms.start_key}: {self.name} starts from random weights; set student.pretrained"
+            )
         trained = {name: p for name, p in self.named_parameters() if name.startswith("clip.") and p.requires_grad}
         self.start = _Start({name: parameter.detach().clone() for name, parameter in trained.items()})
 

@@ -10,11 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from reinforce.dataset.kinds.registry import KINDS
+from reinforce.dataset.layers import OnlineTarget
 from reinforce.errors import UserError
 from reinforce.evaluation.encoding import encode_texts
-from reinforce.student.teachers import IMAGE, IMAGES, PATCHES, TEXTS, TeacherInfo
+from reinforce.student.teachers import IMAGE, IMAGES, TEXTS, TeacherInfo
 from reinforce.training.task import Batch
-from teachers.patches.encoder import PatchEncoder, patches_of
 from teachers.preprocessing.pixels import to_pixels
 from teachers.protocols import ImageSpec, Teacher
 from teachers.registry import load_model
@@ -34,50 +35,50 @@ def load_teachers(specs: Mapping[str, TeacherSpec], device: str) -> dict[str, Te
         raise UserError(str(error)) from error
 
 
-def patch_encoders(
-    teachers: Mapping[str, Teacher], names: Sequence[str] | None, device: str
-) -> dict[str, PatchEncoder]:
-    """The patch encoders of the teachers in ``names``; None: of all that have one. Raises UserError for the others."""
+def other_targets(
+    section: str, teachers: Mapping[str, Teacher], names: Sequence[str] | None, device: str
+) -> dict[str, OnlineTarget]:
+    """The targets of the kind of a ``target_section`` of the teachers in ``names``; None: of all that have one.
+
+    Raises ValueError for the others.
+    """
+    [kind] = (kind for kind in KINDS.values() if kind.target_section == section)
     found = {}
     for name, teacher in teachers.items():
         if names is None or name in names:
             try:
-                found[name] = patches_of(teacher, torch.device(device))
+                found[name] = kind.online(teacher, torch.device(device))
             except ValueError as error:
                 if names is not None:
-                    raise UserError(f"loss.dense: teacher {name}: {error}") from error
-                _LOG.warning("teacher %s: no patches are learnt: %s", name, error)
+                    raise ValueError(f"teacher {name}: {error}") from error
+                _LOG.warning("teacher %s: no %s are learnt: %s", name, section, error)
     return found
 
 
-def teacher_info(
-    teacher: Teacher, spec: TeacherSpec, texts: bool = True, patches: PatchEncoder | None = None
-) -> TeacherInfo:
+def teacher_info(teacher: Teacher, spec: TeacherSpec, texts: bool = True) -> TeacherInfo:
     """The description of a loaded teacher, with its side of texts only if there are ``texts``."""
     sides = {IMAGES} if teacher.image is not None else set()
     sides |= {TEXTS} if texts and callable(getattr(teacher, "encode_texts", None)) else set()
     source = "config: loss.teachers" if spec.logit_scale is not None else "model"
-    grid = None if patches is None else (patches.rows, patches.columns, patches.dim)
-    return TeacherInfo(teacher.dim, frozenset(sides), teacher.logit_scale, source, grid)
+    return TeacherInfo(teacher.dim, frozenset(sides), teacher.logit_scale, source)
 
 
 @torch.no_grad()
 @determinism.inference()
 def add_targets(
-    batch: Batch, teachers: Mapping[str, Teacher], patches: Mapping[str, PatchEncoder] | None = None
+    batch: Batch, teachers: Mapping[str, Teacher], others: Sequence[tuple[str, OnlineTarget]] = ()
 ) -> Batch:
     """The batch with ``targets`` on its device, computed from its ``crops`` and ``texts``; see ``data/assembly.py``.
 
-    They are vectors of ``teachers``, and grids of the teachers whose encoders are in ``patches``. Stored targets of
-    other models stay.
+    They are vectors of ``teachers``, and ``others``, each with the name of its teacher. Stored targets of other models
+    stay.
     """
     device = batch["image"].device
     targets: dict[str, dict[str, torch.Tensor]] = dict(batch.get("targets", {}))
-    patches = patches or {}
-    for name in (*teachers, *patches):
+    for name in (*teachers, *(name for name, _ in others)):
         targets[name] = dict(targets.get(name, {}))  # a classifier may have the name of a teacher
-    for name, encoder in patches.items():
-        targets[name][PATCHES] = _encode(encoder.encode_patches, encoder.image, batch["crops"][name]).to(device)
+    for name, target in others:
+        targets[name][target.name] = _encode(target.encode, target.image, batch["crops"][name]).to(device)
     for name, teacher in teachers.items():
         if teacher.image is not None:
             targets[name][IMAGE] = _encode(teacher.encode_images, teacher.image, batch["crops"][name]).to(device)

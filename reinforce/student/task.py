@@ -12,6 +12,8 @@ import torch
 
 from reinforce.dataset.augment.device import augment
 from reinforce.dataset.files.store import Store
+from reinforce.dataset.kinds.registry import target_sections
+from reinforce.dataset.layers import OnlineTarget
 from reinforce.dataset.manifest.manifest import read_manifest
 from reinforce.evaluation.evaluator import Evaluator
 from reinforce.processes.cores import available_cores
@@ -22,7 +24,6 @@ from reinforce.student.model import Student, build_student, export, load_tokeniz
 from reinforce.student.teachers import (
     CAPTION,
     IMAGE,
-    PATCHES,
     SYNTHETIC,
     TeacherInfo,
     compare_towers,
@@ -36,7 +37,6 @@ from reinforce.student.towers import Tower
 from reinforce.terminal import plural
 from reinforce.training.distributed import gather
 from reinforce.training.task import Batch, Encoded, Metrics, Task
-from teachers.patches.encoder import PatchEncoder
 from teachers.protocols import Teacher
 from teachers.runtime.accelerator import Accelerator
 
@@ -60,23 +60,25 @@ class StudentTask(Task):
         loss, texts, images = config.loss, config.data.captions != "none", config.data.images != "none"
         teachers: dict[str, Teacher] = {}
         known: dict[str, TeacherInfo] = {}
-        encoders: dict[str, PatchEncoder] = {}
-        reads = loss.lambda_ > 0 or loss.anchors or loss.dense is not None
-        if reads and loss.targets == "online":
-            every = loss.lambda_ > 0 or (loss.dense is not None and loss.dense.teachers is None)
-            named = [*loss.anchors, *((loss.dense and loss.dense.teachers) or ())]
+        if loss.targets == "online":
+            every = loss.lambda_ > 0 or any(term.teachers is None for term in loss.teacher_terms)
+            named = [*loss.anchors, *(name for term in loss.teacher_terms for name in term.teachers or ())]
             specs = {name: spec for name, spec in loss.teachers.items() if every or name in named}
             teachers = online.load_teachers(specs, device)
-            if loss.dense is not None:
-                encoders = online.patch_encoders(teachers, loss.dense.teachers, device)
-            known = {
-                name: online.teacher_info(teacher, loss.teachers[name], texts, encoders.get(name))
-                for name, teacher in teachers.items()
-            }
+            known = {name: online.teacher_info(one, loss.teachers[name], texts) for name, one in teachers.items()}
         manifests = {source.url: read_manifest(Store(source.url)) for source in config.data.datasets}
-        models = read_stored(config, manifests)
+        models, others = read_stored(config, manifests), dict[tuple[str, str], OnlineTarget]()
         if loss.targets == "online":
-            models = replace(models, teachers=known)
+            stored = models.entries
+
+            def entries(section: str, names: Sequence[str] | None) -> Mapping[str, Any]:
+                if section not in target_sections("teachers"):
+                    return stored(section, names)
+                found = online.other_targets(section, teachers, names, device)
+                others.update({(section, name): target for name, target in found.items()})
+                return {name: target.entry for name, target in found.items()}
+
+            models = replace(models, teachers=known, entries=entries)
         self.terms: Terms = make_terms(loss, models)
         notes = compare_towers(config, manifests)
         only: Tower | None = None if texts and images else "text" if texts else "image"
@@ -91,7 +93,7 @@ class StudentTask(Task):
         self.tokenizer = load_tokenizer(self.model)
         used = self.terms.models
         self._online_teachers = {name: teachers[name] for name in used["teachers"] if name in teachers}
-        self._online_patches = {name: encoders[name] for name in used.get(PATCHES, ()) if name in encoders}
+        self._online_others = [(name, of) for (section, name), of in others.items() if name in used.get(section, ())]
         self._batch_norm, self._sync = config.student.batch_norm, config.train.compute.sync_batch_norm
         self._quantize = config.student.quantize
         self._quantize_share = config.student.quantize_share or QUANTIZE_SHARE
@@ -127,8 +129,8 @@ class StudentTask(Task):
 
         Sample keys are dropped: torch.compile would treat them as constants and recompile for each batch.
         """
-        if self._online_teachers or self._online_patches:
-            batch = online.add_targets(batch, self._online_teachers, self._online_patches)
+        if self._online_teachers or self._online_others:
+            batch = online.add_targets(batch, self._online_teachers, self._online_others)
         if "records" in batch:
             batch = {**batch, IMAGE: augment(batch[IMAGE], batch["records"], self.model.image.height)}
         return {name: batch[name] for name in (IMAGE, CAPTION, SYNTHETIC, "targets") if name in batch}
@@ -171,13 +173,16 @@ def read_stored(config: StudentConfig, manifests: Mapping[str, Mapping[str, Any]
     """
     data, loss = config.data, config.loss
     known: dict[str, TeacherInfo] = {}
-    if loss.targets == "stored" and (loss.lambda_ > 0 or loss.anchors or loss.dense is not None):
+    if loss.targets == "stored" and (loss.reads_ensemble or loss.anchors):
         anchors_alone = config.model_copy(update={"data": data.model_copy(update={"teachers": []})})
-        all_named = loss.lambda_ > 0 or loss.dense is not None
-        known = stored_teachers(config if all_named else anchors_alone, manifests)
+        known = stored_teachers(config if loss.reads_ensemble else anchors_alone, manifests)
     vectors = partial(first_vectors, data, manifests) if loss.targets == "stored" else None
     texts, images = data.captions != "none", data.images != "none"
-    return Models(known, texts, images, partial(stored_models, data, manifests), vectors=vectors)
+
+    def entries(section: str, names: Sequence[str] | None) -> Mapping[str, Any]:
+        return stored_models(data, manifests, section)
+
+    return Models(known, texts, images, entries, vectors=vectors)
 
 
 def _describe(student: Student, config: StudentConfig) -> str:

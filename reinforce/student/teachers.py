@@ -10,9 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from reinforce.dataset.files.store import Store
-from reinforce.dataset.kinds.patches import patches_layer
-from reinforce.dataset.kinds.registry import kind_of
-from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, embeddings_layer, mapping_at, model_of
+from reinforce.dataset.kinds.registry import kind_of, owner_of
+from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, embeddings_layer, model_of
 from reinforce.dataset.manifest.manifest import select_names
 from reinforce.dataset.reading.aligned import AlignedLayers
 from reinforce.errors import UserError
@@ -24,9 +23,6 @@ T = TypeVar("T", bound=Collection[str])
 
 #: Keys of a batch; SYNTHETIC exists only if captioners are read.
 IMAGE, CAPTION, SYNTHETIC = "image", "caption", "synthetic"
-
-#: Name of the target of an image's grid, and of the models that have it; of shape ``TeacherInfo.patches``.
-PATCHES = "patches"
 #: Sides of a teacher.
 IMAGES, TEXTS = "images", "texts"
 
@@ -35,15 +31,13 @@ IMAGES, TEXTS = "images", "texts"
 class TeacherInfo:
     """A teacher as dataset.json or the loaded model describes it.
 
-    ``sides`` are IMAGES, TEXTS or both. ``scale_source`` describes where the logit scale comes from. ``patches`` are
-    the rows, columns and dimension of its grids of patch vectors, None without them.
+    ``sides`` are IMAGES, TEXTS or both. ``scale_source`` describes where the logit scale comes from.
     """
 
     dim: int
     sides: frozenset[str]
     logit_scale: float | None
     scale_source: str
-    patches: tuple[int, int, int] | None = None
 
     def has(self, what: str) -> bool:
         """Whether it has vectors of IMAGE, CAPTION or SYNTHETIC."""
@@ -63,8 +57,7 @@ def stored_teachers(config: StudentConfig, manifests: Mapping[str, Mapping[str, 
         infos = {url: _stored_teacher(name, config.data, url, manifest) for url, manifest in manifests.items()}
         (url, first), *others = infos.items()
         for other_url, other in others:
-            patches_differ = config.loss.dense is not None and other.patches != first.patches
-            if patches_differ or (other.dim, other.sides) != (first.dim, first.sides):
+            if (other.dim, other.sides) != (first.dim, first.sides):
                 raise UserError(
                     f"teacher {name} differs between the datasets: {url} has {_describe(first)}, {other_url} has "
                     f"{_describe(other)}. Name other data.teachers, or run the missing layers."
@@ -74,8 +67,6 @@ def stored_teachers(config: StudentConfig, manifests: Mapping[str, Mapping[str, 
                     f"teacher {name} has logit scale {first.logit_scale} in {url} and {other.logit_scale} in "
                     f"{other_url}. Set loss.logit_scales.{name}."
                 )
-        if config.loss.dense is not None and first.patches is not None:
-            _check_statistics(name, manifests)
         known[name] = first
     return known
 
@@ -113,20 +104,25 @@ def _known_identity(identity: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def stored_models(data: Data, manifests: Mapping[str, Mapping[str, Any]], section: str) -> dict[str, Any]:
-    """The models of a section besides teachers: by name, the entry of their layer in dataset.json.
+    """The models that have targets under the name ``section``: by name, the entry of their layer in dataset.json.
 
     Raises UserError for one that ``data`` names and a dataset lacks, and for one that differs between the datasets.
     """
-    found = {url: _entries(section, getattr(data, section), url, manifest) for url, manifest in manifests.items()}
+    owner, found = owner_of(section), {}
+    for url, manifest in manifests.items():
+        found[url] = _entries(section, owner, getattr(data, owner), url, manifest)
     first = _agreed(section, found)
-    url = next(iter(found))
+    url, what = next(iter(found)), "" if section == owner else f"{section} with "
     for other_url, other in found.items():
         for name, entry in first.items():
             one, two = _of_targets(entry), _of_targets(other[name])
             if keys := [key for key in one | two if one.get(key) != two.get(key)]:
+                fix = f"Name those to use under data.{owner}."
+                if "codebook" in keys:
+                    fix = "Copy the codebooks of one dataset before the other is made, or name one under data.datasets."
                 raise UserError(
-                    f"{section[:-1]} {name} has another {' and another '.join(keys)} in {other_url} than in {url}. "
-                    f"Name those to use under data.{section}."
+                    f"{owner[:-1]} {name} has {what}another {' and another '.join(keys)} in {other_url} than in {url}. "
+                    f"{fix}"
                 )
     return first
 
@@ -173,14 +169,17 @@ def _agreed(section: str, found: Mapping[str, T]) -> T:
         if set(other) != set(first):
             raise UserError(
                 f"the datasets have different {section}: {url} has {', '.join(first) or 'none'}, {other_url} has "
-                f"{', '.join(other) or 'none'}. Name the {section} to use under data.{section}."
+                f"{', '.join(other) or 'none'}. Name the {owner_of(section)} to use under data.{owner_of(section)}."
             )
     return first
 
 
-def _entries(section: str, names: Sequence[str] | None, url: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    layers = {model_of(layer): layer for layer in manifest["layers"] if kind_of(layer).section == section}
-    found = {name: manifest["layers"][layers[name]] for name in select_names(url, section, names, manifest)}
+def _entries(
+    section: str, owner: str, names: Sequence[str] | None, url: str, manifest: Mapping[str, Any]
+) -> dict[str, Any]:
+    layers = {model_of(layer): layer for layer in manifest["layers"] if kind_of(layer).target_section == section}
+    models = select_names(url, owner, names, manifest)
+    found = {name: manifest["layers"][layers[name]] for name in models if name in layers}
     for name, entry in found.items():
         if entry["dim"] is None:
             raise _unfinished(url, layers[name])
@@ -221,22 +220,9 @@ def _stored_teacher(name: str, data: Data, url: str, manifest: Mapping[str, Any]
     dim = next((dim for dim in dims if dim), 0)
     if sides and not dim:
         raise _unfinished(url, f"teacher {name}")
-    source, patches = f"dataset: {entry['logit_scale_from']}", layers.get(patches_layer(name), {})
-    grid = (*patches["grid"], patches["dim"]) if patches.get("dim") and data.images != "none" else None
-    return TeacherInfo(dim, frozenset(sides), entry["logit_scale"], source, grid)
-
-
-def _check_statistics(name: str, manifests: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise UserError if datasets have patches of a teacher that are standardised by other statistics."""
-    (url, first), *others = ((url, mapping_at(one, "layers", patches_layer(name))) for url, one in manifests.items())
-    for other_url, other in others:
-        if other.get("codebook") != first.get("codebook"):
-            raise UserError(
-                f"teacher {name} has patches by other statistics in {other_url} than in {url}. Copy the codebooks of "
-                "one dataset before the other is made, or name one of them under data.datasets."
-            )
+    source = f"dataset: {entry['logit_scale_from']}"
+    return TeacherInfo(dim, frozenset(sides), entry["logit_scale"], source)
 
 
 def _describe(teacher: TeacherInfo) -> str:
-    patches = f", patches {[*teacher.patches]}" if teacher.patches else ""
-    return f"{teacher.dim} dimensions of {' and '.join(sorted(teacher.sides)) or 'nothing'}{patches}"
+    return f"{teacher.dim} dimensions of {' and '.join(sorted(teacher.sides)) or 'nothing'}"

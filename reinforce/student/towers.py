@@ -14,7 +14,6 @@ import open_clip
 import torch
 from timm.models import group_parameters
 
-from reinforce.errors import UserError
 from reinforce.student.config import Student as StudentSpec
 from teachers.open_clip import catalog
 from teachers.open_clip.teacher import image_spec, model_name, random_model
@@ -206,13 +205,11 @@ def _check_dimensions(clip: Any, plan: Plan) -> None:
 
 
 def map_width(clip: Any, image: ImageSpec, stage: int) -> int:
-    """Channels of the map after a stage of the image tower. Raises UserError if there is none."""
+    """Channels of the map after a stage of the image tower. Raises ValueError if there is none."""
     training = clip.visual.training
     clip.visual.eval()  # batch statistics stay
     try:
         return encoder_of_model(clip, image, Accelerator(str(next(clip.parameters()).device)), stage).dim
-    except ValueError as error:
-        raise UserError(f"loss.dense.stage: {error}") from error
     finally:
         clip.visual.train(training)
 

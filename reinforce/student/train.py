@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from reinforce import settings
+from reinforce.dataset.kinds.registry import target_sections
 from reinforce.storage import Storage
 from reinforce.student.config import StudentConfig
 from reinforce.student.data.feed import StudentFeed
 from reinforce.student.task import BATCH_NORM, StudentTask
-from reinforce.student.teachers import PATCHES
 from reinforce.student.towers import has_weights
 from reinforce.training.job import Job, make_job
 from reinforce.training.launch import launch, runs_on_ray
@@ -58,10 +58,6 @@ def student_job(config: StudentConfig) -> Job:
     )
 
 
-#: Sections of models that run in the loop with ``loss.targets: online``, by ``Terms.models``.
-_ONLINE = ("teachers", PATCHES)
-
-
 def _evaluates_start(config: StudentConfig) -> bool:
     """Whether there are sets to evaluate a pretrained student on before its first step.
 
@@ -90,14 +86,14 @@ def _default_preprocess(config: StudentConfig) -> Iterator[str]:
 def build(config: StudentConfig, accelerator: Accelerator) -> tuple[StudentTask, StudentFeed]:
     """Make the task and the feed of one rank. Raises UserError if config, datasets and models do not fit together."""
     task = StudentTask(config, str(accelerator.device))
-    online, read = config.loss.targets == "online", task.terms.models
+    read, online = task.terms.models, target_sections("teachers") if config.loss.targets == "online" else ()
     feed = StudentFeed(
         config.data,
         config.seed,
         task.model.image.height,
         Tokenizer(task.model.text_name),
-        models=read | (dict.fromkeys(_ONLINE, ()) if online else {}),
-        online=[*dict.fromkeys(name for section in _ONLINE for name in read.get(section, ()))] if online else (),
+        models=read | dict.fromkeys(online, ()),
+        online=[*dict.fromkeys(name for section in online for name in read.get(section, ()))],
         pin=accelerator.device.type == "cuda",
     )
     feed.data |= task.terms.recorded()

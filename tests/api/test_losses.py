@@ -10,7 +10,6 @@ from typing import Any
 
 import open_clip
 import pytest
-import timm
 import torch
 from torch.nn.functional import cross_entropy, normalize
 
@@ -105,7 +104,7 @@ def test_the_module_gives_the_losses_and_gradients_of_a_training_run(
     batch = task.prepare(next(iter(feed.batches(0, 1, 8, 0))))
     model = open_clip.create_model(released)
     own = losses.StudentLoss(reinforce.Examples(of_all_terms), width=16, model=model, lambda_=0.6, **keys)
-    assert [type(term).__module__ for term in own.terms.terms] == [module.__name__ for module in MODULES]
+    assert [type(term).__module__ for term in own.terms.terms] == [module.__name__ for module in MODULES.values()]
     own.heads.load_state_dict(task.model.heads.state_dict())
     for clip in (task.model.clip, model):
         with torch.no_grad():
@@ -146,6 +145,8 @@ def test_examples_have_the_targets_of_every_term_and_weights_move_with_the_model
         "clip/caption", "dense/dino", "probabilities/colors"
     }  # fmt: skip
     assert found["anchor_weights"] == 0
+    with pytest.raises(UserError, match=r"loss\.dense\.stage: SimpleNamespace has no map that is known here"):
+        losses.StudentLoss(pairs, width=16, model=SimpleNamespace(visual=torch.nn.Linear(2, 2)), dense=1.0)
     with pytest.raises(UserError, match="`dense` needs the `map` of the images"):
         own({"image": features["image"]}, batch["targets"], 10.0)
 
@@ -168,8 +169,6 @@ def test_learnt_scales_are_parameters_of_the_module(made: Path) -> None:
          "anchor.weights reads the model that is trained: set `model` to it, .* got none"),
         (lambda data: losses.StudentLoss(data, model=torch.nn.Linear(2, 2), anchor={"weights": 1.0},
                                          logit_scales={"blue": 9.0}), "a model of open_clip, got Linear"),
-        (lambda data: losses._map_width(SimpleNamespace(visual=torch.nn.Linear(2, 2)), -1), "has no map"),
-        (lambda data: losses._map_width(timm.create_model("resnet18"), -1), "has no map"),
         (lambda data: SCALED(data).encode_image(rows(0)), "encode_image reads the model that is trained"),
         (lambda data: SCALED(data)({"image": rows(0), "map": rows(0)}, {}, 1.0), "'map' is none of"),
         (lambda data: SCALED(data)({"images": rows(0)}, {}, 1.0), "'images' is none of"),

@@ -35,6 +35,10 @@ from tests.helpers.trainings import curve
 
 TEACHER = {"class": "tests.helpers.models.patches:Cells", "options": {"rows": 4, "columns": 4, "channels": 5}}
 BLIND = {"class": "tests.helpers.models:ColorTeacher"}
+MODELS = Models(
+    {"dino": TeacherInfo(5, frozenset([IMAGES]), None, "")},
+    entries=lambda section, names: {"dino": {"grid": [3, 5], "dim": 6}} if section == "patches" else {},
+)
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -107,9 +111,8 @@ def test_a_batch_of_256_needs_less_than_a_gigabyte() -> None:
 
 @pytest.mark.parametrize(("kind", "stage"), [("vit", -1), ("vit", 0), ("mobileclip", -1), ("mobileclip", 1)])
 def test_a_student_learns_from_the_map_of_any_stage(tmp_path: Path, kind: str, stage: int) -> None:
-    info = TeacherInfo(5, frozenset([IMAGES]), None, "", (3, 5, 6))
     loss = settings.parse(Loss, {"lambda": 0.0, "dense": {"weight": 1.0, "stage": stage}})
-    terms = make_terms(loss, Models({"dino": info}))
+    terms = make_terms(loss, MODELS)
     name = student_folder(tmp_path, kind)
     student = build_student(StudentSpec(model=name), seed=0, terms=terms)
     plain = build_student(StudentSpec(model=name), seed=0)
@@ -135,11 +138,10 @@ def test_a_student_learns_from_the_map_of_any_stage(tmp_path: Path, kind: str, s
 
 
 def test_other_heads_start_as_without_the_term(tmp_path: Path) -> None:
-    info = TeacherInfo(5, frozenset([IMAGES]), None, "", (3, 5, 6))
     name = student_folder(tmp_path, "mobileclip")
     made = []
     for extra in ({}, {"dense": 1.0}):
-        terms = make_terms(settings.parse(Loss, {"lambda": 0.5, "features": "all", **extra}), Models({"dino": info}))
+        terms = make_terms(settings.parse(Loss, {"lambda": 0.5, "features": "all", **extra}), MODELS)
         student = build_student(StudentSpec(model=name), seed=0, terms=terms)
         made.append({key: value for key, value in student.state_dict().items() if "patches" not in key})
     for key, value in made[0].items():
@@ -147,8 +149,7 @@ def test_other_heads_start_as_without_the_term(tmp_path: Path) -> None:
 
 
 def test_a_student_without_such_a_stage_is_refused(tmp_path: Path) -> None:
-    info = TeacherInfo(5, frozenset([IMAGES]), None, "", (3, 5, 6))
-    terms = Terms([dense.Dense(DenseLoss(weight=1.0, stage=9), {"dino": info.patches or (0, 0, 0)})])
+    terms = Terms([dense.Dense(DenseLoss(weight=1.0, stage=9), {"dino": (3, 5, 6)})])
     with pytest.raises(UserError, match=r"loss\.dense\.stage: CLIP, stage 9 gives no patches for images of 32 x 32"):
         build_student(StudentSpec(model=student_folder(tmp_path)), seed=0, terms=terms)
 
@@ -304,5 +305,6 @@ def test_datasets_of_which_one_has_patches_train_together_without_the_term(tmp_p
     other = write_grids(tmp_path, 5, patches=None)
     data = {"teachers": ["dino", "red"]}
     StudentTask(stored(tmp_path, [grids, other], {"features": "all"}, data))
-    with pytest.raises(UserError, match="teacher dino differs between the datasets"):
+    message = r"the datasets have different patches: .* has dino, .* has none\. Name the teachers"
+    with pytest.raises(UserError, match=message):
         StudentTask(stored(tmp_path, [grids, other], {"lambda": 0.0, "dense": 1.0}, data))

@@ -22,7 +22,7 @@ from reinforce.dataset.augment.device_records import DEVICE_BACKEND
 from reinforce.dataset.files.damage import describe_damaged, find_damaged
 from reinforce.dataset.files.index import read_index
 from reinforce.dataset.files.store import Store
-from reinforce.dataset.kinds.registry import KINDS, kind_of
+from reinforce.dataset.kinds.registry import kind_of, owner_of
 from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, inputs_of, model_of, require_images
 from reinforce.dataset.manifest.manifest import read_manifest, select_names
 from reinforce.dataset.reading.aligned import AlignedLayers
@@ -145,9 +145,8 @@ def _check_fields(aligned: AlignedLayers, shard: str, data: Data) -> None:
 def _layers_of(models: Models, url: str, manifest: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The layers with targets of the crop, and the models with targets of the texts. Raises UserError."""
     crops, texts = [], []
-    owners = {kind.target_section: str(kind.section) for kind in KINDS.values()}
     for section, names in models.items():
-        for model in select_names(url, owners.get(section, section), names, manifest):
+        for model in select_names(url, owner_of(section), names, manifest):
             of_model = [layer for layer in manifest["layers"] if model_of(layer) == model]
             own = [layer for layer in of_model if kind_of(layer).target_section == section]
             crops += [layer for layer in own if kind_of(layer).picks == "crop"]

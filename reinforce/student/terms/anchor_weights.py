@@ -21,6 +21,7 @@ class AnchorWeights(Term):
     """``anchor_weights``, one number for both towers and the logit scale."""
 
     weight: float
+    key = "anchor.weights"
     needs_start = True
 
     def losses_of_weights(self, weights: Tensors, start: Tensors) -> Mapping[str, torch.Tensor]:

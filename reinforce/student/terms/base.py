@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -19,22 +19,25 @@ Tensors = Mapping[str, torch.Tensor]
 MAP = "map"
 #: Reads the first stored vectors [n, D] of a side of a teacher.
 ReadVectors: TypeAlias = Callable[[str, str], npt.NDArray[np.float32]]
+#: Finds the entries of layers in dataset.json by the name of their model.
+ReadEntries: TypeAlias = "Callable[[str, Sequence[str] | None], Mapping[str, Any]]"
 
 
 @dataclass(frozen=True)
 class Models:
     """The models whose targets a training run may take.
 
-    ``teachers`` are described by a TeacherInfo; ``stored`` finds the models of another section of the config by name,
-    as their layers' entries in dataset.json. ``texts`` and ``images`` are whether examples have them. ``anchor`` is the
-    teacher of ``loss.anchor``, which terms do not find among ``teachers``. ``vectors`` reads stored ones; it is None
-    with ``targets: online``.
+    ``teachers`` are described by a TeacherInfo; ``entries`` finds the models that have other targets, by name, as
+    their layers' entries in dataset.json. It gets the ``target_section`` of the kind, and the names that the config
+    states; it raises ValueError if an online teacher of them lacks such targets. ``texts`` and ``images`` are whether
+    examples have them. ``anchor`` is the teacher of ``loss.anchor``, which terms do not find among ``teachers``.
+    ``vectors`` reads stored ones; it is None with ``targets: online``.
     """
 
     teachers: Mapping[str, TeacherInfo]
     texts: bool = True
     images: bool = True
-    stored: Callable[[str], Mapping[str, Any]] = lambda section: {}
+    entries: ReadEntries = lambda section, names: {}
     anchor: TeacherInfo | None = None
     vectors: ReadVectors | None = None
 
@@ -58,12 +61,13 @@ class Term:
     """One term of a student's loss. It implements ``losses_of_rows`` or, if it needs the rows of all ranks, ``losses``.
 
     The module of a term has ``make(loss, models)``, which returns the term, or None if the config does not ask for it,
-    and raises UserError if the models do not fit. ``reinforce.student.terms.registry`` lists the modules.
+    and raises UserError if the models do not fit. ``loss_config.TERMS`` lists the modules.
 
-    ``aligns`` is whether it makes the features of images and texts comparable, ``needs_start`` whether it implements
-    ``losses_of_weights``.
+    ``key`` is that of ``loss`` in the config, in messages about ``stage`` and ``needs_start``. ``aligns`` is whether it
+    makes the features of images and texts comparable, ``needs_start`` whether it implements ``losses_of_weights``.
     """
 
+    key: str = ""
     aligns: bool = False
     needs_start: bool = False
 

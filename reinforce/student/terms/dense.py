@@ -20,9 +20,10 @@ from torch.utils.checkpoint import checkpoint
 
 from reinforce.errors import UserError
 from reinforce.student.loss_config import DenseLoss, Loss
-from reinforce.student.teachers import PATCHES
 from reinforce.student.terms.base import MAP, Models, Tensors, Term, head_name
 
+#: Name of the targets, under which they are asked for.
+PATCHES = "patches"
 #: Numbers of a chunk's grids (32 MiB in float32).
 CHUNK = 1 << 23
 
@@ -33,6 +34,7 @@ class Dense(Term):
 
     loss: DenseLoss
     grids: Mapping[str, tuple[int, int, int]]
+    key = "dense"
 
     def uses(self) -> Mapping[tuple[str, str], str]:
         return {
@@ -69,6 +71,17 @@ class Dense(Term):
         return distances(projected, target.float(), self.loss.cosine, self.loss.smooth_l1).sum()
 
 
+def dense(projected: torch.Tensor, patches: torch.Tensor, cosine: float = 0.9, smooth_l1: float = 0.1) -> torch.Tensor:
+    """Mean of both weighted distances of a student's grids from a teacher's ``patches`` [B, rows, columns, D].
+
+    The student's are ``projected`` to the teacher's dimension; they are resized to its rows and columns.
+    """
+    if projected.ndim != 4 or patches.ndim != 4 or projected.shape[::3] != patches.shape[::3]:
+        shapes = " and ".join(str([*tensor.shape]) for tensor in (projected, patches))
+        raise UserError(f"dense: want two grids [B, rows, columns, D] of equal B and D, got {shapes}.")
+    return distances(projected.float(), patches.float(), cosine, smooth_l1).mean()
+
+
 def distances(projected: torch.Tensor, target: torch.Tensor, cosine: float, smooth_l1: float) -> torch.Tensor:
     """The loss [p] of grids [p, rows, columns, D], of which the ``projected`` are resized to those of the target."""
     grid, own = target.shape[1:3], projected.shape[1:3]
@@ -87,7 +100,8 @@ def make(loss: Loss, models: Models) -> Dense | None:
     """The term of a config. Raises UserError if a teacher that it names, or every teacher, has no patches."""
     if loss.dense is None:
         return None
-    grids = {name: teacher.patches for name, teacher in models.teachers.items() if teacher.patches is not None}
+    found = models.entries(PATCHES, loss.dense.teachers).items()
+    grids = {name: (*entry["grid"], entry["dim"]) for name, entry in found if name in models.teachers}
     wanted = [*grids] if loss.dense.teachers is None else loss.dense.teachers
     if missing := [name for name in wanted if name not in grids]:
         raise UserError(

@@ -60,13 +60,27 @@ def make(loss: Loss, models: Models) -> Probabilities | None:
     """The term of a config. Raises UserError if the datasets have no classifier."""
     if loss.probabilities is None:
         return None
-    entries = models.stored("classifiers")
+    entries = models.entries("classifiers", None)
     if not entries:
         raise UserError(
             "loss.probabilities needs layers probabilities/CLASSIFIER, and the datasets have none. Name a model under "
             "`classifiers` in the config of `reinforce run`, and run it."
         )
     return Probabilities(loss.probabilities, entries)
+
+
+def probabilities(
+    logits: torch.Tensor,
+    classes: torch.Tensor,
+    values: torch.Tensor,
+    rest: torch.Tensor,
+    temperature: float = 1.0,
+) -> torch.Tensor:
+    """Divergence of a linear head's ``logits`` [B, C] from a classifier's stored probabilities, times temperature^2.
+
+    ``classes`` and ``values`` [B, k] are the stored ones, ``rest`` [B] the sum of those of other classes.
+    """
+    return temperature**2 * divergence(logits.float() / temperature, classes, values, rest).mean()
 
 
 def divergence(

@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import importlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from reinforce.dataset.kinds.registry import owner_of
 from reinforce.errors import UserError
-from reinforce.student.loss_config import Loss
-from reinforce.student.teachers import PATCHES
-from reinforce.student.terms import (
-    anchor_features,
-    anchor_similarities,
-    anchor_weights,
-    dense,
-    features,
-    interactive,
-    pairs,
-    probabilities,
-    scales,
-)
+from reinforce.student.loss_config import TERMS, Loss
 from reinforce.student.terms.base import MAP, Models, Rows, Tensors, Term
 
 #: The module of each term, in the order of the losses.
-MODULES = (
-    *(pairs, scales, features, interactive, probabilities, dense),
-    *(anchor_similarities, anchor_features, anchor_weights),
-)
+MODULES = {name: importlib.import_module(f"{__package__}.{name}") for name in TERMS}
 
 _UNUSED = "unused: it has only one side and loss.features is none, or only texts, which are not read"
 
@@ -49,8 +36,14 @@ class Terms:
         return found
 
     @property
-    def needs_start(self) -> bool:
-        return any(term.needs_start for term in self.terms)
+    def start_key(self) -> str | None:
+        """The key of ``loss`` of a term that needs the first weights; None if none does."""
+        return next((term.key for term in self.terms if term.needs_start), None)
+
+    @property
+    def map_key(self) -> str | None:
+        """The key of ``loss`` of a term that needs the map of a stage; None if none does."""
+        return next((term.key for term in self.terms if term.stage() is not None), None)
 
     def recorded(self) -> dict[str, Any]:
         return _merged([term.recorded() for term in self.terms])
@@ -61,8 +54,16 @@ class Terms:
     def stage(self) -> int | None:
         return next((stage for term in self.terms if (stage := term.stage()) is not None), None)
 
-    def map_heads(self, width: int) -> dict[str, torch.nn.Module]:
-        return _merged([term.map_heads(width) for term in self.terms])
+    def map_heads(self, width: Callable[[int], int]) -> dict[str, torch.nn.Module]:
+        """The heads of the map; ``width`` returns the channels after a stage. Raises UserError for its ValueError."""
+        stage = self.stage()
+        if stage is None:
+            return {}
+        try:
+            channels = width(stage)
+        except ValueError as error:
+            raise UserError(f"loss.{self.map_key}.stage: {error}") from error
+        return _merged([term.map_heads(channels) for term in self.terms])
 
     def scales(self) -> dict[str, float]:
         return _merged([term.scales() for term in self.terms])
@@ -88,15 +89,18 @@ class Terms:
 def make_terms(loss: Loss, models: Models) -> Terms:
     """The terms of a config. Raises UserError if the models do not fit, or if nothing would be learnt."""
     others = _set_anchor_apart(loss, models)
-    made: list[Term | None] = [module.make(loss, others) for module in MODULES]
-    terms = [term for term in made if term is not None]
+    terms: list[Term] = []
+    for name, module in MODULES.items():
+        try:
+            terms += filter(None, [module.make(loss, others)])
+        except ValueError as error:
+            raise UserError(f"loss.{name}: {error}") from error
     _check_learns(loss, models, terms)
-    notes = ["lambda 0: no teacher is used"] if loss.lambda_ == 0 and not loss.anchors and loss.dense is None else []
+    notes = [] if loss.reads_ensemble or loss.anchors else ["lambda 0: no teacher is used"]
     uses: dict[tuple[str, str], list[str]] = {("teachers", name): [] for name in models.teachers}
     for term in terms:
-        for model, use in term.uses().items():
-            own = ("teachers", model[1]) if model[0] == PATCHES else model
-            uses.setdefault(own, []).append(use)
+        for (section, name), use in term.uses().items():
+            uses.setdefault((owner_of(section), name), []).append(use)
     notes += [f"{section[:-1]} {name}: {'; '.join(found) or _UNUSED}" for (section, name), found in uses.items()]
     return Terms(terms, notes)
 
