@@ -12,12 +12,14 @@ import yaml
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.kinds.registry import kind_of
 from reinforce.dataset.layers import LABELS, SAMPLES, mapping_at, model_of
+from reinforce.dataset.manifest.class_code import entry_keys
 from reinforce.dataset.manifest.manifest import read_manifest, select_names
 from reinforce.errors import UserError
 from reinforce.markup import render_markdown
 from reinforce.publishing.card import MODEL_MARK, UNKNOWN, markdown, model_identity, one_line
 from reinforce.publishing.public import is_local_path, without_paths
 from reinforce.storage import Storage
+from reinforce.student.loss_config import OTHER_MODELS
 from reinforce.training.record.curves import name_parts
 from reinforce.training.record.results import Results, read_results
 from reinforce.training.saving.checkpoint import read_config
@@ -32,7 +34,7 @@ _SETTINGS = (
 _SECTIONS = {
     "teachers": ("loss.lambda", "loss.anchor", "loss.features", "loss.interactive"),
     "captioners": ("data.",),
-    "classifiers": ("loss.probabilities",),
+    **{section: (f"loss.{key}",) for key, section in OTHER_MODELS.items()},
 }
 _HUB_DATASETS = "hf://datasets/"
 
@@ -128,7 +130,7 @@ def _models(
     if section == "captioners" and settings.get("data.captions") == "none":
         return
     for name in select_names(url, section, _names(section, settings), manifest):
-        entry = without_paths(manifest[section][name])
+        entry = without_paths(mapping_at(manifest, *entry_keys(section, name)))
         prints = {
             layer: str(stored["fingerprint"])
             for layer, stored in manifest["layers"].items()

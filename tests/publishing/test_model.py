@@ -45,16 +45,24 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The output of a training from a dataset with two teachers, a captioner and licences, with an evaluation."""
+    """The output of a training from a dataset with two teachers, a classifier and a captioner, with an evaluation."""
     folder = tmp_path_factory.mktemp("trained")
     write_tar(folder / "source" / "0.tar", members_of(0, 12))
     teachers = {
         "red": {"class": "tests.helpers.models:ColorTeacher", "options": {"size": 16}, "logit_scale": 50.0},
         "unused": {"class": "tests.helpers.models:ImageOnly"},
     }
-    dataset = reinforce_here(config_of(f"{folder}/source/*.tar", folder / "photos-dr", teachers=teachers))
+    classifiers = {"colors": {"class": "tests.helpers.models.classifiers:Colors", "k": 3}}
+    made = config_of(f"{folder}/source/*.tar", folder / "photos-dr", teachers=teachers, classifiers=classifiers)
+    dataset = reinforce_here(made)
     sets = {"colours": {"images": write_colour_folder(folder / "colours"), "templates": "none"}}
-    config = student_config(folder, [{"url": dataset}], data={"teachers": ["red"]}, evaluate={"zero_shot": sets})
+    config = student_config(
+        folder,
+        [{"url": dataset}],
+        data={"teachers": ["red"]},
+        loss={"probabilities": 0.1},
+        evaluate={"zero_shot": sets},
+    )
     return reinforce.train(config).output
 
 
@@ -90,10 +98,12 @@ def test_open_clip_loads_a_published_student_and_its_card_states_its_origin(
     assert (front["license"], front["library_name"]) == ("mit", "open_clip")
     assert front["pipeline_tag"] == "zero-shot-image-classification"
     manifest = json.loads(Path(trained).parent.joinpath("photos-dr/dataset.json").read_text())
-    for layer in ("samples", "embeddings/red/images", "embeddings/red/caption"):
+    for layer in ("samples", "embeddings/red/images", "embeddings/red/caption", "probabilities/colors"):
         assert manifest["layers"][layer]["fingerprint"] in card, layer
     (teacher,) = [line for line in card.splitlines() if line.startswith("| red")]
     assert "ColorTeacher" in teacher
+    (classifier,) = [line for line in card.splitlines() if line.startswith("| colors")]
+    assert "Colors" in classifier
     assert "apple\\-amlr" in teacher
     assert "unused" not in card
     assert "photos\\-dr" in card
