@@ -10,9 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,7 @@ from reinforce.config_schema import LAYER_NAME
 from reinforce.dataset.codecs.base import Codec
 from reinforce.dataset.codecs.codebooks import Place
 from reinforce.dataset.comparison import Comparison
+from reinforce.dataset.targets import OnlineTarget, PickedValues, TargetTensor
 from reinforce.errors import UserError
 
 if TYPE_CHECKING:
@@ -167,43 +168,6 @@ def compute_fingerprint(recipe: Mapping[str, Any]) -> str:
     """Hash the schema version and a recipe -> 16 hex digits."""
     text = json.dumps({"schema": schemas.SCHEMA_VERSION, **recipe}, sort_keys=True, separators=(",", ":"))
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
-class TargetTensor(NamedTuple):
-    """A tensor that a training example takes from a layer: its name in a batch, NumPy dtype and shape.
-
-    With no name, it is named after what it is of: ``image``, ``caption`` or ``synthetic``. Values of one that is
-    ``below`` a number are indices, from 0 on.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    below: int | None = None
-
-
-class PickedValues(NamedTuple):
-    """One value of every row: arrays [rows, *shape] of each target tensor, arbitrary in unusable rows.
-
-    ``stored`` [rows] are not null, and ``usable`` [rows] can be trained on.
-    """
-
-    arrays: tuple[npt.NDArray[Any], ...]
-    stored: npt.NDArray[np.bool_]
-    usable: npt.NDArray[np.bool_]
-
-
-class OnlineTarget(NamedTuple):
-    """A target that a loaded model computes in a training loop.
-
-    It has the ``name`` of its tensor in a batch, the preprocessing of its ``image``, a function that encodes pixels
-    [B, 3, H, W], and the ``entry`` that a layer of it would have in dataset.json.
-    """
-
-    name: str
-    image: Any
-    encode: Callable[[Any], Any]
-    entry: Mapping[str, Any]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from reinforce.dataset.kinds.registry import KINDS
-from reinforce.dataset.layers import OnlineTarget
+from reinforce.dataset.targets import OnlineTarget
 from reinforce.errors import UserError
 from reinforce.evaluation.encoding import encode_texts
 from reinforce.student.teachers import IMAGE, IMAGES, TEXTS, TeacherInfo

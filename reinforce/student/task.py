@@ -13,8 +13,8 @@ import torch
 from reinforce.dataset.augment.device import augment
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.kinds.registry import target_sections
-from reinforce.dataset.layers import OnlineTarget
 from reinforce.dataset.manifest.manifest import read_manifest
+from reinforce.dataset.targets import OnlineTarget
 from reinforce.evaluation.evaluator import Evaluator
 from reinforce.processes.cores import available_cores
 from reinforce.student import online

@@ -21,14 +21,13 @@ from reinforce.dataset.layers import (
     TRUE_CAPTION,
     Layer,
     LayerKind,
-    PickedValues,
-    TargetTensor,
     captions_layer,
     compute_fingerprint,
     embeddings_layer,
     inputs_of,
     mapping_at,
 )
+from reinforce.dataset.targets import PickedValues, TargetTensor
 from reinforce.errors import UserError
 from reinforce.input_config import IMAGES_ALONE
 from teachers.published.family import PublishedTeacherSpec

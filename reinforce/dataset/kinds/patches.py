@@ -27,12 +27,10 @@ from reinforce.dataset.layers import (
     SAMPLES,
     Layer,
     LayerKind,
-    OnlineTarget,
-    PickedValues,
-    TargetTensor,
     compute_fingerprint,
     mapping_at,
 )
+from reinforce.dataset.targets import OnlineTarget, PickedValues, TargetTensor
 from reinforce.errors import UserError
 from teachers.patch_config import Patches
 

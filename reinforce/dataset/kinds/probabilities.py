@@ -19,11 +19,10 @@ from reinforce.dataset.layers import (
     SAMPLES,
     Layer,
     LayerKind,
-    PickedValues,
-    TargetTensor,
     compute_fingerprint,
     mapping_at,
 )
+from reinforce.dataset.targets import PickedValues, TargetTensor
 from teachers.custom.classifier import LEAST_TEMPERATURE, MOST_TEMPERATURE
 
 if TYPE_CHECKING:

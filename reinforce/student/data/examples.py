@@ -16,7 +16,8 @@ import pyarrow as pa
 
 from reinforce.dataset.augment.records import AUGMENTATION_BACKEND, Augmentation, from_records
 from reinforce.dataset.kinds.registry import kind_of
-from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, PickedValues, captions_layer, embeddings_layer
+from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, captions_layer, embeddings_layer
+from reinforce.dataset.targets import PickedValues
 from reinforce.errors import UserError
 from reinforce.evaluation.fields import is_in_json, read_captions
 from reinforce.images.policy import IMAGE_POLICY
