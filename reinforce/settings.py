@@ -12,7 +12,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec, TypeVar
+from typing import Annotated, Any, ClassVar, ParamSpec, TypeVar
 
 import yaml
 from pydantic import (
@@ -34,9 +34,15 @@ T = TypeVar("T")
 
 
 class Section(BaseModel):
-    """Base class of every part of a config. Unknown keys and values that need type conversion are errors."""
+    """Base class of every part of a config. Unknown keys and values that need type conversion are errors.
+
+    By ``place`` and ``configs``, errors find the key here for that of another library: the name of the section in the
+    config that has it, and the configs of which keys have values that are mappings.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
+    place: ClassVar[str] = ""
+    configs: ClassVar[Mapping[str, type[BaseModel]]] = {}
 
 
 def without_defaults(*keys: str) -> Any:
@@ -286,9 +292,7 @@ def _name_elsewhere(model: type[BaseModel], loc: tuple[int | str, ...]) -> str |
     name = str(loc[-1]).lstrip("-").replace("-", "_").lower()
     found = []
     for row in (one for one in names_elsewhere() if one["name"] == name):
-        parts = row["key"].split(".")
-        suffixes = [parts[start:] for start in range(max(1, len(parts) - 1))]  # the key in a section that is alone
-        key = next((one for one in suffixes if has_key(model, one)), [])
+        key = _key_in(model, row["key"].split("."))
         if key or not row["key"]:
             shared = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(loc, key, strict=False))
             found.append((len([*shared]), row, f" is `{'.'.join(key)}` here" if key else ""))
@@ -296,6 +300,15 @@ def _name_elsewhere(model: type[BaseModel], loc: tuple[int | str, ...]) -> str |
         return None
     _, row, place = max(found, key=lambda one: one[0])
     return f"{name} of {row['library']}{place}{': ' * bool(row['note'])}{row['note']}"
+
+
+def _key_in(model: type[BaseModel], key: Sequence[str]) -> Sequence[str]:
+    """A key of a whole config where ``model`` has it, which may be a section alone or have such a config as a part."""
+    section, parts = ([model.place], model.configs) if issubclass(model, Section) else ([], {})
+    suffixes = [key[start:] for start in range(len(key)) if start < max(1, len(key) - 1) or key[:start] == section]
+    found = [one for one in suffixes if has_key(model, one)]
+    found += [[name, *one] for name, part in parts.items() for one in suffixes if has_key(part, one)]
+    return found[0] if found else []
 
 
 def has_key(model: type[BaseModel], key: Sequence[str]) -> bool:

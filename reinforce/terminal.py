@@ -7,9 +7,9 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from rich.console import Console, RenderableType
 from rich.live import Live
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _LOG_SECONDS = 10.0
+_DRAW_SECONDS = 0.25  # between two lines of a progress, which may be messages to another process
 _NOTEBOOK_SECONDS = 0.5
 _NOTEBOOK_COLUMNS = 115
 _BAR_COLUMNS = 20
@@ -43,8 +44,11 @@ def escape(text: str) -> str:
 class Screen:
     """Shows a progress bar and a line that are updated in place; in a log, prints the line every ten seconds.
 
-    A notebook has one output for the line, without a widget, so that it needs nothing but IPython.
+    A notebook has one output for the line, without a widget, so that it needs nothing but IPython. ``current`` is the
+    one that is open in this process.
     """
+
+    current: ClassVar[Screen | None] = None
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(file=sys.stdout, highlight=False)
@@ -56,13 +60,16 @@ class Screen:
             self._live = Live(console=self._console, refresh_per_second=4, transient=True)
         self._printed = time.monotonic()
         self._last_draw: tuple[str, float] | None = None
+        self._outer: Screen | None = None
 
     def __enter__(self) -> Self:
         if self._live:
             self._live.start()
+        self._outer, Screen.current = Screen.current, self
         return self
 
     def __exit__(self, *_: object) -> None:
+        Screen.current = self._outer
         if self._live:
             self._live.stop()
         if self._notebook:
@@ -118,21 +125,24 @@ class _NotebookLine:
             self._handle.update(data, raw=True)
 
 
-#: Opens a screen, or gives one that is open.
-OpenScreen = Callable[[], AbstractContextManager[Screen]]
+def show_progress(items: Iterable[T], total: int, unit: str, label: str = "") -> Iterator[T]:
+    """Yield items, and show how many of ``total`` there have been; ``unit`` is the noun for one.
 
-
-def show_progress(
-    items: Iterable[T], total: int, unit: str, label: str = "", open_screen: OpenScreen = Screen
-) -> Iterator[T]:
-    """Yield items, and show how many of ``total`` there have been on a screen; ``unit`` is the noun for one."""
-    start = time.monotonic()
-    with open_screen() as screen:
-        for done, item in enumerate(items, start=1):
-            rate = done / max(time.monotonic() - start, 1e-9)
-            left = format_duration((total - done) / rate)
-            screen.draw(f"{label}{done:,} of {plural(total, unit)}  {rate:.1f} {unit}s/s  ETA {left}", done, total)
-            yield item
+    The line is on the open screen, whose own line comes back at the end, or else on a new one.
+    """
+    start, drawn = time.monotonic(), float("-inf")
+    with Screen() if Screen.current is None else nullcontext(Screen.current) as screen:
+        before = screen._last_draw
+        try:
+            for done, item in enumerate(items, start=1):
+                now = time.monotonic()
+                if now - drawn >= _DRAW_SECONDS or done == total:
+                    drawn, rate = now, done / max(now - start, 1e-9)
+                    line = f"{label}{done:,} of {plural(total, unit)}  {rate:.1f} {unit}s/s  ETA "
+                    screen.draw(line + format_duration((total - done) / rate), done, total)
+                yield item
+        finally:
+            screen._last_draw = before
 
 
 def _bar_and_line(line: str, done: float, total: float) -> Table:

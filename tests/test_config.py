@@ -10,12 +10,15 @@ import pytest
 from pydantic import BeforeValidator, Field
 
 from reinforce import settings
+from reinforce.adapting.config import AdaptConfig
 from reinforce.cli.config import schema_of
 from reinforce.config import Workers, load_config, parse_config
 from reinforce.errors import UserError
+from reinforce.evaluation.command import EvaluationCommand
 from reinforce.settings import Section, flatten
-from reinforce.student.config import StudentConfig
-from reinforce.training.config import Training, fixed_config
+from reinforce.student.config import Data, StudentConfig
+from reinforce.student.loss_config import Loss
+from reinforce.training.config import Training, describe_changes, fixed_config
 from reinforce_docs import keys
 from tests.helpers.pages import ROOT
 
@@ -190,8 +193,19 @@ def test_a_name_of_another_library_is_answered_with_the_key_here(override: str, 
 
 
 def test_names_of_other_libraries_are_found_in_sections_alone_and_in_runs() -> None:
-    with pytest.raises(UserError, match=r"lr: unknown key; lr of open_clip is `optimizer\.lr` here"):
-        settings.parse(Training, {"steps": 3, "lr": 1e-3})
+    adapting = {"source": "s", "output": "o", "released": {"model": "m"}}
+    for section, given, key in (
+        (Training, {"steps": 3, "lr": 1e-3}, "optimizer.lr"),
+        (Training, {"max_steps": 3}, "steps"),
+        (Data, {"datasets": "d", "teacher": "t"}, "teachers"),
+        (Loss, {"siglip": True}, "form"),
+        (EvaluationCommand, {"batch_size": 8}, "batch"),
+        (AdaptConfig, {**adapting, "lr": 1e-3}, "student.train.optimizer.lr"),
+        (AdaptConfig, {**adapting, "num_beams": 3}, "run.captioners.NAME.beams"),
+        (AdaptConfig, {**adapting, "out": "a"}, "output"),
+    ):
+        with pytest.raises(UserError, match=f"unknown key; .* is `{re.escape(key)}` here"):
+            settings.parse(section, given)
     with pytest.raises(UserError) as caught:
         parse_config(
             {**MINIMAL, "batch_size": 3, "captioners": {"c": {"model": "m", "num_beams": 3}}, "train_data": "a"}
@@ -226,5 +240,8 @@ def test_a_former_name_of_a_key_is_read_and_checkpoints_keep_it() -> None:
     assert "grad_clip_norm" not in str(fixed_config(config, ()))
     changed = settings.as_config(StudentConfig, config, train={"optimizer": {"grad_clip_norm": 3.0}})
     assert changed.train.optimizer.grad_clip_norm == 3.0
+    assert describe_changes(*(fixed_config(one, ()) for one in (config, changed))) == [
+        "train.optimizer.grad_clip_norm: 2.0 before, 3.0 now"
+    ]
     properties = schema_of("student")["$defs"]["Optimizer"]["properties"]
     assert (properties["clip"]["deprecated"], "deprecated" in properties["grad_clip_norm"]) == (True, False)

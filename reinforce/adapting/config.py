@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
+from reinforce.config import Config
 from reinforce.evaluation.config import Evaluation
 from reinforce.settings import Section, flatten
+from reinforce.student.config import StudentConfig
 
 #: Names in the datasets and configs that a step reads of another.
 RELEASED, DOMAIN, TRAIN, HELD_OUT = "released", "domain", "train", "held-out"
@@ -33,6 +36,8 @@ class Released(Section):
 
 class AdaptConfig(Section):
     """One adaptation of a released student to images of a domain."""
+
+    configs: ClassVar[Mapping[str, type[BaseModel]]] = {"run": Config, "student": StudentConfig}
 
     source: str = Field(min_length=1, description="images with captions, or in folders of classes; as of `init`")
     output: str = Field(min_length=1, description="folder for the dataset, the training run, the model and the page")

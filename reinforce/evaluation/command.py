@@ -73,15 +73,16 @@ def evaluate_models(
     from reinforce.evaluation.encoding import load_encoders
     from reinforce.evaluation.evaluator import Evaluator
 
-    evaluator = Evaluator(evaluation, shown=SHOWN if page else 0, open_screen=Screen)
+    evaluator = Evaluator(evaluation, shown=SHOWN if page else 0)
     results: dict[str, Result] = {}
-    for name, model, accelerator in load_encoders(specs, device, precision, available_cores()):
-        if not results:
-            Screen().log(evaluator.describe(accelerator))
-        result = evaluator.evaluate(model, accelerator)
-        results[name] = replace(result, metrics=evaluation.combine([result.metrics]))
-    for line in problem_lines(snapshot()):
-        Screen().log(line)
+    with Screen() as screen:
+        for name, model, accelerator in load_encoders(specs, device, precision, available_cores()):
+            if not results:
+                screen.log(evaluator.describe(accelerator))
+            result = evaluator.evaluate(model, accelerator)
+            results[name] = replace(result, metrics=evaluation.combine([result.metrics]))
+        for line in problem_lines(snapshot()):
+            screen.log(line)
     report = Report(results)
     if page is not None:
         write_page(report, page)

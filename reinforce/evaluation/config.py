@@ -41,6 +41,8 @@ _SET_NAMES = keys_match(f"^{_NAME.pattern}$")
 class Evaluation(Section):
     """Sets by name, and how often they are evaluated during training (always at its end)."""
 
+    place = "evaluate"
+
     every: int | None = Field(
         None, ge=1, description="steps between evaluations; default: only at the end, and at the start of a fine-tuning"
     )

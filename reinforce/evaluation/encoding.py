@@ -12,7 +12,6 @@ from reinforce.errors import UserError
 from reinforce.evaluation.classes import Template
 from reinforce.evaluation.images import ContentDigest, ImageBatches, geometry_of
 from reinforce.model_names import model_errors
-from reinforce.terminal import OpenScreen
 from teachers.fast_paths.usage import in_force, loading
 from teachers.preprocessing.pixels import to_pixels
 from teachers.protocols import ImageSpec
@@ -123,8 +122,8 @@ class _Encoded(NamedTuple):
 class Models:
     """Models by name, on one accelerator. ``not_finite`` is of one set.
 
-    ``short`` says that published sets whose metrics need a training take its short schedule, and ``open_screen`` is
-    where such a training shows its steps, if it does. ``shown`` is the number of images whose segmentations are drawn.
+    ``short`` says that published sets whose metrics need a training take its short schedule. ``shown`` is the number of
+    images whose segmentations are drawn.
     """
 
     encoders: Mapping[str, Encoder]
@@ -136,7 +135,6 @@ class Models:
     kept: dict[str, _Encoded] = field(default_factory=dict)  # images that sets share
     short: bool = False
     shown: int = 0
-    open_screen: OpenScreen | None = None
 
     def encode_images(self, images: ImageBatches) -> Iterator[tuple[dict[str, torch.Tensor], list[Any]]]:
         """Yield float32 [B, dim] of unit norm by model, on the device, and the targets of each batch.

@@ -22,7 +22,6 @@ from reinforce.evaluation.registry import SuiteSet
 from reinforce.evaluation.report import Outcome, Result, name_refused
 from reinforce.images.policy import PUBLISHED_POLICY
 from reinforce.processes.cores import available_cores
-from reinforce.terminal import OpenScreen
 from teachers.image_encoder import ImageEncoder
 from teachers.open_clip.teacher import OpenClipEncoder
 from teachers.protocols import ImageSpec
@@ -39,7 +38,7 @@ class Evaluator:
     """Evaluates models on the sets of a config, which are checked once, at construction.
 
     Those of the user that fit into ``config.memory`` stay decoded between evaluations. ``only`` are the names of the
-    sets that are used, such as ``zero_shot/imagenet``; default: all. ``shown`` and ``open_screen`` are those of
+    sets that are used, such as ``zero_shot/imagenet``; default: all. ``shown`` is that of
     ``Models``. Raises UserError for a faulty set: a missing folder or shard, labels that do not match the classes,
     invalid templates.
     """
@@ -49,10 +48,9 @@ class Evaluator:
         config: Evaluation,
         only: Collection[str] | None = None,
         shown: int = 0,
-        open_screen: OpenScreen | None = None,
     ) -> None:
         self.config = config
-        self._display: Any = {"shown": shown, "open_screen": open_screen}
+        self._shown = shown
         self._threads = config.threads or available_cores()
         budget = CacheBudget(config.memory)
         by_source: dict[str, list[ImageSet]] = {}
@@ -85,7 +83,7 @@ class Evaluator:
         suite that cannot be used; with ``keep_going`` this set has failed, too.
         """
         result = Result({}, {})
-        models = Models({_MODEL: model}, accelerator, self.config.batch, self._threads, short=True, **self._display)
+        models = Models({_MODEL: model}, accelerator, self.config.batch, self._threads, short=True, shown=self._shown)
         outcomes = {}
         for sets, images in self._own:
             for image_set in sets:

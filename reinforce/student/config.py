@@ -60,6 +60,8 @@ class Source(Section):
 class Data(Section):
     """What is read from the reinforced datasets, and how a training example is made from a sample."""
 
+    place = "data"
+
     datasets: Annotated[list[Source], BeforeValidator(_as_sources), InSchema(_sources_schema)] = Field(
         min_length=1, description="a URL, or a list of URLs or {url, weight, view}"
     )

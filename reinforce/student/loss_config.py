@@ -155,6 +155,8 @@ class FeatureLoss(Section):
 class Loss(Section):
     """(1 - lambda) x CLIP loss + lambda x (distillation + features), summed over true and synthetic captions."""
 
+    place = "loss"
+
     lambda_: float = Field(
         1.0, ge=0, le=1, alias="lambda", description="1 is best for zero-shot, 0.7 for retrieval; 0 reads no teacher"
     )

@@ -147,6 +147,8 @@ class Checkpoints(Section):
 class Training(Section):
     """Length, batch size and everything else about a training run that does not depend on its model."""
 
+    place = "train"
+
     steps: int | None = Field(None, ge=1, description="optimizer steps; give this or `epochs`")
     epochs: float | None = Field(None, gt=0, description="passes over the data; give this or `steps`")
     batch: int = Field(1024, ge=2, description="samples per step over all ranks")
@@ -273,7 +275,7 @@ def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
         return "not set" if value is None else repr(value)
 
     return [
-        f"{key}: {shown(before.get(key))} before, {shown(now.get(key))} now"
+        f"{key.replace(*reversed(_RECORDED))}: {shown(before.get(key))} before, {shown(now.get(key))} now"
         for key in sorted({*before, *now})
         if before.get(key) != now.get(key)
     ]

@@ -30,7 +30,7 @@ from reinforce.input_config import Limits
 from reinforce.processes.prefetch import prefetch
 from reinforce.seeds import permutation, uniforms
 from reinforce.source.samples import Refusal
-from reinforce.terminal import show_progress
+from reinforce.terminal import Screen, show_progress
 
 if TYPE_CHECKING:
     import torch
@@ -237,9 +237,8 @@ def _train(masks: _Masks, name: str, models: Models, images: ImageBatches, refus
 
     def batches() -> Generator[tuple[torch.Tensor, torch.Tensor], None, None]:
         steps: Iterable[int] = range(schedule.steps)
-        if models.open_screen is not None:
-            label = f"{masks.name}, head for {name}: "
-            steps = show_progress(steps, schedule.steps, "step", label, models.open_screen)
+        if Screen.current is not None:
+            steps = show_progress(steps, schedule.steps, "step", f"{masks.name}, head for {name}: ")
         with closing(_crops(masks, images, patches, models.threads, refused)) as crops:
             for _ in steps:
                 pixels, labels = zip(*itertools.islice(crops, schedule.batch), strict=True)

@@ -11,7 +11,6 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, Literal
@@ -247,8 +246,7 @@ def _in_turn(
             models()
         start = time.monotonic()
         with Screen() as screen:
-            shown = partial(_on_screen, models, screen)
-            outcome = run_job(job, shown, partial(_draw, screen, job.one), threads)
+            outcome = run_job(job, models, partial(_draw, screen, job.one), threads)
             screen.log(_describe(job, outcome, f" in {time.monotonic() - start:.0f} s"))
         yield job, outcome
 
@@ -267,10 +265,6 @@ def _side_by_side(
             screen.log(_describe(job, outcome))
             screen.draw(f"{done} of {len(jobs)} sets", done, len(jobs))
             yield job, outcome
-
-
-def _on_screen(models: Callable[[], Models], screen: Screen) -> Models:
-    return replace(models(), open_screen=lambda: nullcontext(screen))
 
 
 def _draw(screen: Screen, one: SuiteSet, images: int) -> None:
