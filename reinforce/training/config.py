@@ -275,7 +275,7 @@ def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
         return "not set" if value is None else repr(value)
 
     return [
-        f"{key.replace(*reversed(_RECORDED))}: {shown(before.get(key))} before, {shown(now.get(key))} now"
+        f"{key.replace(*_RECORDED[::-1])}: {shown(before.get(key))} before, {shown(now.get(key))} now"
         for key in sorted({*before, *now})
         if before.get(key) != now.get(key)
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import itertools
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from reinforce.evaluation.dense.head import Schedule, Segmenter
     from reinforce.evaluation.encoding import Encoder, Models
     from teachers.patches.encoder import PatchEncoder
+    from teachers.runtime.accelerator import Accelerator
 
 _CHECKED = 16  # masks of each part that are read when a set is opened
 _RATIOS = 0.5, 2.0
@@ -236,17 +237,24 @@ def _train(masks: _Masks, name: str, models: Models, images: ImageBatches, refus
     schedule = config.schedule_of(masks.layout)
 
     def batches() -> Generator[tuple[torch.Tensor, torch.Tensor], None, None]:
-        steps: Iterable[int] = range(schedule.steps)
-        if Screen.current is not None:
-            steps = show_progress(steps, schedule.steps, "step", f"{masks.name}, head for {name}: ")
         with closing(_crops(masks, images, patches, models.threads, refused)) as crops:
-            for _ in steps:
-                pixels, labels = zip(*itertools.islice(crops, schedule.batch), strict=True)
-                yield accelerator.put(np.stack(pixels)), accelerator.put(np.stack(labels))
+            loaded: Iterator[tuple[torch.Tensor, torch.Tensor]] = (
+                _batch([*itertools.islice(crops, schedule.batch)], accelerator) for _ in range(schedule.steps)
+            )
+            if Screen.current is not None:
+                loaded = show_progress(loaded, schedule.steps, "step", f"{masks.name}, head for {name}: ")
+            yield from loaded
 
     with closing(batches()) as shown:  # an error ends the threads and the screen
         head = train_head(patches, shown, masks.classes, schedule, accelerator.device, config.seed)
     return Segmenter(patches, head, stride, models.batch)
+
+
+def _batch(
+    crops: Sequence[tuple[np.ndarray, np.ndarray]], accelerator: Accelerator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    pixels, labels = zip(*crops, strict=True)
+    return accelerator.put(np.stack(pixels)), accelerator.put(np.stack(labels))
 
 
 def _crops(
