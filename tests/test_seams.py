@@ -28,13 +28,10 @@ from reinforce.engine.worker.producers.registry import PRODUCERS
 from reinforce.errors import UserError
 from reinforce.source.formats.recognise import all_formats
 from teachers import registry
-from tests.helpers.brightness import LAYER as BRIGHTNESS
-from tests.helpers.brightness import Brightness, BrightnessProducer
 from tests.helpers.commands import printed_by
 from tests.helpers.data import config_of, members_of, picture, write_tar
-from tests.helpers.palette_family import PALETTE
-from tests.helpers.record_format import write_records
 from tests.helpers.reinforced import reinforce_here
+from tests.helpers.seams import BRIGHTNESS, PALETTE, Brightness, BrightnessProducer, write_records
 
 ROOT = Path(__file__).parents[1]
 
@@ -154,7 +151,7 @@ def test_each_format_has_the_name_it_is_registered_by_and_endings_of_its_own() -
 @pytest.fixture
 def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with two files of one more format; the last sample of the second has a key that is there already."""
-    monkeypatch.setitem(input_config.MODULES, "records", "tests.helpers.record_format")
+    monkeypatch.setitem(input_config.MODULES, "records", "tests.helpers.seams")
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # charts, which take long, are those of other reports
     monkeypatch.chdir(tmp_path)
     for shard in "ab":

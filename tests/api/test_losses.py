@@ -81,7 +81,7 @@ def of_all_terms(tmp_path_factory: pytest.TempPathFactory, released: str) -> str
         "released": {"model": released, "logit_scale": 20.0, "dtype": "float32"},
         "red": {"class": "tests.helpers.models:ColorTeacher", "options": {"size": 16}, "logit_scale": 50.0},
         "dino": {
-            "class": "tests.helpers.patch_models:PatchTeacher", "options": {"size": 16}, "patches": patches,
+            "class": "tests.helpers.models.patches:PatchTeacher", "options": {"size": 16}, "patches": patches,
             "logit_scale": 30.0,
         },
     }  # fmt: skip

@@ -31,12 +31,12 @@ from tests.engine.inference.test_memory import limited
 from tests.helpers.data import config_of, members_of, tree, write_tar
 from tests.helpers.decoding import decode_pool
 from tests.helpers.models import tiny_models
-from tests.helpers.patch_models import PatchTeacher
+from tests.helpers.models.patches import PatchTeacher
 from tests.helpers.reinforced import reinforce_here, shard_process
 
 pytest.importorskip("faiss")
 
-MODEL = {"class": "tests.helpers.patch_models:PatchTeacher", "options": {"size": 16}}
+MODEL = {"class": "tests.helpers.models.patches:PatchTeacher", "options": {"size": 16}}
 CODECS = ("float16", "pca40", "pq24", "rq8")
 
 

@@ -11,6 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as F
+from torchvision.transforms.autoaugment import _apply_op
 
 import reinforce
 from reinforce.dataset.augment.operations import OPS
@@ -141,3 +145,12 @@ def check_sample(one: PublishedSample, sample: reinforce.Sample, tolerance: floa
     ]
     assert records == one.records
     assert {a.size for a in sample.augmentations} == {SIZE}
+
+
+def torchvision_replay(data: bytes, record: Any, size: int) -> np.ndarray:
+    """Replay a published augmentation record on an encoded image with only Pillow and torchvision."""
+    crop, ops = record
+    view = F.resized_crop(Image.open(io.BytesIO(data)).convert("RGB"), *crop, [size, size], InterpolationMode.BICUBIC)
+    for number, magnitude in ops or []:
+        view = _apply_op(view, OPS[number], magnitude, InterpolationMode.NEAREST, None)
+    return np.asarray(view)

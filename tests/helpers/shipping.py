@@ -13,7 +13,7 @@ import torch
 from timm.models.fastvit import FastVit, RepConditionalPosEnc
 from timm.models.vision_transformer import VisionTransformer
 
-from tests.helpers.models.tiny_models import MEAN, STD, open_clip_config, save_open_clip, seeded
+from tests.helpers.models.tiny_models import MEAN, PREPROCESS, STD, open_clip_config, save_open_clip, seeded
 
 CONTEXT = 16
 #: ``vision_cfg`` of a model with ``tiny_fastvit``.
@@ -55,17 +55,15 @@ def timm_vit(folder: Path, proj: str | None = None, **text: Any) -> str:
     config["vision_cfg"] = {
         "timm_model_name": "tiny_timm_vit", "timm_pool": "token", "timm_proj": proj, "image_size": 32,
     }  # fmt: skip
-    preprocess = {"size": 32, "mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "shortest"}
     model = seeded(lambda: open_clip.CustomTextCLIP(**config), 3)
-    return save_open_clip(folder, {**config, "custom_text": True}, preprocess, model)
+    return save_open_clip(folder, {**config, "custom_text": True}, {"size": 32, **PREPROCESS}, model)
 
 
 def vit(folder: Path) -> str:
     """Write a small ViT with one layer a tower, since each takes a second to export."""
     config = open_clip_config(context_length=CONTEXT, layers=1)
     config["vision_cfg"]["layers"] = 1
-    preprocess = {"size": 32, "mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "shortest"}
-    return save_open_clip(folder, config, preprocess, seeded(lambda: open_clip.CLIP(**config), 2))
+    return save_open_clip(folder, config, {"size": 32, **PREPROCESS}, seeded(lambda: open_clip.CLIP(**config), 2))
 
 
 def fastvit(folder: Path, weights: bool = True, size: tuple[int, int] = (96, 64), causal: bool = False) -> str:

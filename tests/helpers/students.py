@@ -18,7 +18,7 @@ from reinforce.student.model import Student, build_student
 from reinforce.student.teachers import IMAGES, TEXTS, TeacherInfo
 from reinforce.student.terms.features import Features
 from reinforce.student.terms.registry import Terms
-from tests.helpers.models.tiny_models import open_clip_config, save_open_clip, tokenizer
+from tests.helpers.models.tiny_models import TOKENS, TOWER, open_clip_config, save_open_clip, tokenizer
 from tests.helpers.shipping import FASTVIT
 
 KINDS = ("vit", "mobileclip", "hf")
@@ -40,10 +40,9 @@ def student_folder(folder: Path, kind: str = "vit", **changes: Any) -> str:
     elif kind == "hf":
         from transformers import RobertaConfig
 
-        tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-        text = RobertaConfig(vocab_size=300, max_position_embeddings=32, pad_token_id=0, **tower)
+        text = RobertaConfig(vocab_size=300, max_position_embeddings=32, pad_token_id=0, **TOWER)
         text.save_pretrained(folder / "text")
-        tokenizer(folder, start="<s>", end="</s>", pad="<pad>", length=16)
+        tokenizer(folder, **{**TOKENS, "length": 16})
         config["text_cfg"] = {
             "hf_model_name": str(folder / "text"),
             "hf_tokenizer_name": "of this folder",

@@ -20,7 +20,7 @@ from reinforce.input_config import Limits
 from schemas import Reason
 from tests.helpers.data import config_of, write_tar
 from tests.helpers.images import JPEGS, encode, natural, noise
-from tests.helpers.pixels import PixelRecorder
+from tests.helpers.models import PixelRecorder
 from tests.helpers.reinforced import reinforce_here
 from tests.hostile.images import IMAGES, ImageCase
 
@@ -112,7 +112,7 @@ def test_records_and_sizes_refer_to_the_reduced_image(tmp_path: Path, backend: s
     write_tar(tmp_path / "source" / "0.tar", members)
     config = config_of(f"{tmp_path}/source/*.tar", tmp_path / "out", captioners={}, input={"reduce_to": 100})
     config["augmentations"] |= {"backend": backend}
-    config["teachers"] = {"recorder": {"class": "tests.helpers.pixels:PixelRecorder"}}
+    config["teachers"] = {"recorder": {"class": "tests.helpers.models:PixelRecorder"}}
     PixelRecorder.seen.clear()
     samples = list(reinforce.open(reinforce_here(config)))
     assert [(s.width, s.height) for s in samples] == [(200, 150), (200, 151), (200, 151)]

@@ -263,7 +263,7 @@ def test_equal_patches_have_equal_colours_and_a_grid_may_have_few() -> None:
 
 def test_a_report_shows_the_grids_of_the_crops(tmp_path: Path) -> None:
     patches = {"grid": 4, "codec": "float16", "sample": 100}
-    teacher: dict[str, Any] = {"class": "tests.helpers.patch_models:PatchTeacher", "options": {"size": 16}}
+    teacher: dict[str, Any] = {"class": "tests.helpers.models.patches:PatchTeacher", "options": {"size": 16}}
     teachers = {"dino": {**teacher, "patches": patches}, "plain": teacher}
     url = small_dataset(tmp_path, (9,), captioners={}, teachers=teachers)
     inspect(url, str(tmp_path / "report"))

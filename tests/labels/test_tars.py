@@ -25,7 +25,6 @@ from reinforce.student.data.feed import StudentFeed
 from tests.helpers.data import tree
 from tests.helpers.images import encode, noise
 from tests.helpers.in_loaders import letters, read
-from tests.helpers.pixels import torchvision_replay
 from tests.helpers.published import (
     ALL,
     COUNT,
@@ -38,6 +37,7 @@ from tests.helpers.published import (
     published_sample,
     quarantine,
     source_members,
+    torchvision_replay,
     write_published,
 )
 from tests.helpers.reinforced import reinforce_here

@@ -267,7 +267,7 @@ def grids(tmp_path_factory: pytest.TempPathFactory) -> str:
 def write_grids(folder: Path, number: int, **changes: Any) -> str:
     write_tar(folder / "source" / f"{number}.tar", members_of(number, 16))
     patches = {"grid": 4, "codec": "float16", "sample": 400}
-    teacher = {"class": "tests.helpers.patch_models:PatchTeacher", "options": {"size": 16}, "patches": patches}
+    teacher = {"class": "tests.helpers.models.patches:PatchTeacher", "options": {"size": 16}, "patches": patches}
     broken = {**teacher, "options": {"size": 16, "broken": True}}
     teachers = {"dino": {**teacher, **changes}, "red": BLIND, "broken": broken}
     return reinforce_here(config_of(f"{folder}/source/*.tar", folder / "out", captioners={}, teachers=teachers))

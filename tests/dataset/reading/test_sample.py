@@ -24,7 +24,7 @@ from reinforce.training.record.results import Results
 from tests.helpers.data import config_of, picture, write_tar
 from tests.helpers.images import encode
 from tests.helpers.in_loaders import key_and_crop
-from tests.helpers.pixels import PixelRecorder
+from tests.helpers.models import PixelRecorder
 from tests.helpers.reinforced import reinforce_here
 
 
@@ -50,7 +50,7 @@ def test_augmented_is_the_crop_that_the_teachers_saw(tmp_path: Path, images: str
     write_tar(tmp_path / "source" / "0.tar", members)
     config = config_of(f"{tmp_path}/source/*.tar", tmp_path / "out", images=images, captioners={})
     config["augmentations"] |= {"backend": backend}
-    config["teachers"] = {"recorder": {"class": "tests.helpers.pixels:PixelRecorder"}}
+    config["teachers"] = {"recorder": {"class": "tests.helpers.models:PixelRecorder"}}
     PixelRecorder.seen.clear()
     samples = list(reinforce.open(reinforce_here(config), images_from=f"{tmp_path}/source"))
     crops = [np.asarray(sample.augmented(k)) for sample in samples for k in range(2)]

@@ -283,3 +283,18 @@ class FullNodeTeacher(ColorTeacher):
             if Path(self.marker).read_text() in ("", node):
                 raise OSError(errno.ENOSPC, "No space left on device")
         return super().encode_texts(texts)
+
+
+class PixelRecorder:
+    """A teacher for images of 24 x 24 pixels that keeps those it is given, uint8 [24, 24, 3]."""
+
+    dim = 2
+    logit_scale = 1.0
+    seen: ClassVar[list[np.ndarray]] = []
+
+    def __init__(self, device: torch.device) -> None:
+        self.image = ImageSpec(24, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
+        self.seen.extend((pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
+        return torch.tensor([[1.0, 0.0]]).repeat(len(pixels), 1)

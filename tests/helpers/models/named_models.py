@@ -13,11 +13,11 @@ import transformers
 from timm.models import eva, fastvit, register_model, save_for_hf, vision_transformer
 
 from tests.helpers.models import tiny_models
-from tests.helpers.models.tiny_models import TEXT, TOWER, VISION
+from tests.helpers.models.tiny_models import SQUARE, TEXT, TOKENS, TOWER, VISION, save_transformers
 
 SIDE = 32
-_CLIP = transformers.CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
-_RADIO = transformers.CLIPImageProcessor(size={"height": SIDE, "width": SIDE}, do_center_crop=False, do_normalize=False)
+_CLIP = transformers.CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=SQUARE)
+_RADIO = transformers.CLIPImageProcessor(size=SQUARE, do_center_crop=False, do_normalize=False)
 
 
 @register_model
@@ -51,7 +51,7 @@ def open_clip_named(folder: Path, name: str) -> str:
     config["embed_dim"] = 48
     if "hf_tokenizer_name" in text:  # open_clip takes the tokenizer of the folder
         text["vocab_size"] = 300
-        tiny_models.tokenizer(folder, start="<s>", end="</s>", pad="<pad>", length=text["context_length"])
+        tiny_models.tokenizer(folder, **{**TOKENS, "length": text["context_length"]})
     custom = config.pop("custom_text", False)
     build = open_clip.CustomTextCLIP if custom else open_clip.CLIP
     model = _default(build, config) if "MobileCLIP" in name else tiny_models.seeded(lambda: build(**config), 0)
@@ -71,59 +71,47 @@ def _default(build: Any, config: dict[str, Any]) -> Any:
 def siglip2(folder: Path) -> str:
     """A SigLIP 2 with a fixed size: the classes of SigLIP, with Gemma's tokenizer, which keeps capitals."""
     config = transformers.SiglipConfig(text_config=TEXT, vision_config=VISION)
-    processor = transformers.SiglipImageProcessor(size={"height": SIDE, "width": SIDE})
-    _save(folder, transformers.SiglipModel, config, processor)
-    _gemma_tokenizer(transformers.GemmaTokenizer, folder)
-    return str(folder)
+    processor = transformers.SiglipImageProcessor(size=SQUARE)
+    save_transformers(folder, transformers.SiglipModel, config, processor)
+    return _gemma_tokenizer(transformers.GemmaTokenizer, folder)
 
 
 def naflex(folder: Path) -> str:
     vision = {**TOWER, "patch_size": 8, "num_patches": 16}
     config = transformers.Siglip2Config(text_config=TEXT, vision_config=vision)
     processor = transformers.Siglip2ImageProcessor(patch_size=8, max_num_patches=16)
-    _save(folder, transformers.Siglip2Model, config, processor)
-    _gemma_tokenizer(transformers.Siglip2Tokenizer, folder)
-    return str(folder)
+    save_transformers(folder, transformers.Siglip2Model, config, processor)
+    return _gemma_tokenizer(transformers.Siglip2Tokenizer, folder)
 
 
 def metaclip2(folder: Path) -> str:
     config = transformers.MetaClip2Config(text_config=TEXT, vision_config=VISION)
-    _save(folder, transformers.MetaClip2Model, config, _CLIP)
-    tiny_models.tokenizer(folder, start="<s>", end="</s>", pad="<pad>", length=24)
-    return str(folder)
+    return save_transformers(folder, transformers.MetaClip2Model, config, _CLIP, TOKENS)
 
 
 def dinov3(folder: Path) -> str:
     config = transformers.DINOv3ViTConfig(**VISION, num_register_tokens=2)
-    processor = transformers.DINOv3ViTImageProcessor(size={"height": SIDE, "width": SIDE})
-    return _save(folder, transformers.DINOv3ViTModel, config, processor)
+    processor = transformers.DINOv3ViTImageProcessor(size=SQUARE)
+    return save_transformers(folder, transformers.DINOv3ViTModel, config, processor)
 
 
 def radio(folder: Path) -> str:
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 8, "max_img_size": 64}
-    return _save(folder, transformers.RadioModel, transformers.RadioConfig(**sizes), _RADIO)
+    return save_transformers(folder, transformers.RadioModel, transformers.RadioConfig(**sizes), _RADIO)
 
 
 def xlm_roberta(folder: Path) -> str:
     """A sentence encoder whose positions start after that of the padding token."""
     config = transformers.XLMRobertaConfig(**{**TEXT, "max_position_embeddings": 25})
-    _save(folder, transformers.XLMRobertaModel, config)
-    tiny_models.tokenizer(folder, start="<s>", end="</s>", pad="<pad>", length=512)
-    return str(folder)
+    return save_transformers(folder, transformers.XLMRobertaModel, config, tokens={**TOKENS, "length": 512})
 
 
-def _save(folder: Path, model: Any, config: Any, processor: Any = None) -> str:
-    tiny_models.seeded(lambda: model(config), 0).save_pretrained(folder)
-    if processor is not None:
-        processor.save_pretrained(folder)
-    return str(folder)
-
-
-def _gemma_tokenizer(tokenizer: Any, folder: Path) -> None:
+def _gemma_tokenizer(tokenizer: Any, folder: Path) -> str:
     special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
     units = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
     vocabulary = {unit: index for index, unit in enumerate(units)}
     tokenizer(vocab=vocabulary, merges=[], model_max_length=24).save_pretrained(folder)
+    return str(folder)
 
 
 def timm_named(folder: Path, name: str) -> str:

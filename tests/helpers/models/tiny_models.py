@@ -22,6 +22,10 @@ TEXT = {
     "eos_token_id": 2,
 }
 VISION = {**TOWER, "image_size": 32, "patch_size": 8}
+#: Special tokens and the length of a tokenizer.
+TOKENS: dict[str, Any] = {"start": "<s>", "end": "</s>", "pad": "<pad>", "length": 24}
+SQUARE = {"height": 32, "width": 32}
+PREPROCESS = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "shortest"}
 #: Options of ``open_clip_model`` whose text towers are exact on trimmed texts.
 TRIMMED: dict[str, dict[str, Any]] = {
     "small": {"image_size": 32, "embed_dim": 16},
@@ -68,10 +72,7 @@ def open_clip_model(
     model = seeded(lambda: build(**config), seed)
     if custom_text:
         config["custom_text"] = True
-    preprocessing = {
-        "size": image_size, "mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "shortest",
-    }  # fmt: skip
-    return save_open_clip(folder, config, {**preprocessing, **(preprocess or {})}, model)
+    return save_open_clip(folder, config, {"size": image_size, **PREPROCESS, **(preprocess or {})}, model)
 
 
 def save_open_clip(folder: Path, config: dict[str, Any], preprocess: dict[str, Any], model: Any = None) -> str:
@@ -123,62 +124,65 @@ def tokenizer(folder: Path, *, start: str, end: str, pad: str, length: int) -> N
     fast.save_pretrained(folder)
 
 
-def transformers_clip(folder: Path, *, seed: int = 0, image_size: int = 32, dim: int = 24) -> str:
+def save_transformers(
+    folder: Path, model: Any, config: Any, processor: Any = None, tokens: dict[str, Any] | None = None
+) -> str:
+    """Save a model with seeded weights, the processor of its images, and a tokenizer -> the folder."""
+    seeded(lambda: model(config), 0).save_pretrained(folder)
+    if processor is not None:
+        processor.save_pretrained(folder)
+    if tokens is not None:
+        tokenizer(folder, **tokens)
+    return str(folder)
+
+
+def transformers_clip(folder: Path) -> str:
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
-    config = CLIPConfig(text_config=TEXT, vision_config={**VISION, "image_size": image_size}, projection_dim=dim)
-    seeded(lambda: CLIPModel(config), seed).save_pretrained(folder)
-    square = {"height": image_size, "width": image_size}
-    CLIPImageProcessor(size={"shortest_edge": image_size}, crop_size=square).save_pretrained(folder)
-    tokenizer(folder, start="<|startoftext|>", end="<|endoftext|>", pad="<pad>", length=24)
-    return str(folder)
+    config = CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=24)
+    processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=SQUARE)
+    tokens = {**TOKENS, "start": "<|startoftext|>", "end": "<|endoftext|>"}
+    return save_transformers(folder, CLIPModel, config, processor, tokens)
 
 
-def transformers_siglip(folder: Path, *, seed: int = 0, image_size: int = 32) -> str:
+def transformers_siglip(folder: Path) -> str:
     from transformers import SiglipConfig, SiglipImageProcessor, SiglipModel
 
-    config = SiglipConfig(text_config=TEXT, vision_config={**VISION, "image_size": image_size})
-    seeded(lambda: SiglipModel(config), seed).save_pretrained(folder)
-    SiglipImageProcessor(size={"height": image_size, "width": image_size}).save_pretrained(folder)
-    tokenizer(folder, start="<s>", end="</s>", pad="<pad>", length=24)
-    return str(folder)
+    config = SiglipConfig(text_config=TEXT, vision_config=VISION)
+    return save_transformers(folder, SiglipModel, config, SiglipImageProcessor(size=SQUARE), TOKENS)
 
 
-def transformers_dinov2(folder: Path, *, seed: int = 0, image_size: int = 28) -> str:
+def transformers_dinov2(folder: Path) -> str:
     """Save an image encoder."""
     from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
-    config = Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=image_size)
-    seeded(lambda: Dinov2Model(config), seed).save_pretrained(folder)
-    square = {"height": image_size, "width": image_size}
-    BitImageProcessor(size={"shortest_edge": image_size + 4}, crop_size=square).save_pretrained(folder)
-    return str(folder)
+    config = Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28)
+    processor = BitImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 28, "width": 28})
+    return save_transformers(folder, Dinov2Model, config, processor)
 
 
-def transformers_siglip_images(folder: Path, *, seed: int = 0) -> str:
+def transformers_siglip_images(folder: Path) -> str:
     """Save the image tower of a SigLIP without its text tower."""
     from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
 
-    seeded(lambda: SiglipVisionModel(SiglipVisionConfig(**VISION)), seed).save_pretrained(folder)
-    SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
-    return str(folder)
+    processor = SiglipImageProcessor(size=SQUARE)
+    return save_transformers(folder, SiglipVisionModel, SiglipVisionConfig(**VISION), processor)
 
 
-def timm_vit(folder: Path, *, seed: int = 0) -> str:
-    """Save a model of timm as its ``save_for_hf`` does, and return its name, ``local-dir:FOLDER``."""
-    import timm
-    from timm.models import save_for_hf
-
-    model = seeded(lambda: timm.create_model("test_vit", img_size=32), seed)
-    save_for_hf(model, str(folder), model_args={"img_size": 32}, safe_serialization=True)
-    return f"local-dir:{folder}"
-
-
-def transformers_bert(folder: Path, *, seed: int = 0) -> str:
+def transformers_bert(folder: Path) -> str:
     """Save a text encoder."""
     from transformers import BertConfig, BertModel
 
     config = BertConfig(vocab_size=300, max_position_embeddings=24, **TOWER)
-    seeded(lambda: BertModel(config), seed).save_pretrained(folder)
-    tokenizer(folder, start="[CLS]", end="[SEP]", pad="[PAD]", length=24)
-    return str(folder)
+    tokens = {**TOKENS, "start": "[CLS]", "end": "[SEP]", "pad": "[PAD]"}
+    return save_transformers(folder, BertModel, config, tokens=tokens)
+
+
+def timm_vit(folder: Path) -> str:
+    """Save a model of timm as its ``save_for_hf`` does, and return its name, ``local-dir:FOLDER``."""
+    import timm
+    from timm.models import save_for_hf
+
+    model = seeded(lambda: timm.create_model("test_vit", img_size=32), 0)
+    save_for_hf(model, str(folder), model_args={"img_size": 32}, safe_serialization=True)
+    return f"local-dir:{folder}"
