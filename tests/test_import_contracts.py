@@ -21,10 +21,10 @@ BROKEN = [
     ("The engine: messages, plan, decode", "reinforce/engine/plan/plan.py", "reinforce.engine.driver.worker_pool"),
     (
         "The driver acts, its policy decides",
-        "reinforce/engine/driver/policy/memory.py",
+        "reinforce/engine/driver/policy/no_fault.py",
         "reinforce.engine.driver.worker_pool",
     ),
-    ("Policy is pure", "reinforce/engine/driver/policy/outages.py", "ray"),
+    ("Policy is pure", "reinforce/engine/driver/policy/no_fault.py", "ray"),
     ("Datasets: files, manifest", "reinforce/dataset/files/damage.py", "reinforce.dataset.manifest.claims"),
     ("Sources: bytes, samples, formats", "reinforce/source/streams.py", "reinforce.source.reading"),
     ("Teachers: families above", "teachers/runtime/accelerator.py", "teachers.coca.network"),

@@ -85,7 +85,7 @@ def plan_config(
     from reinforce.dataset.files.store import Store
     from reinforce.dataset.manifest.class_code import check_classes
     from reinforce.engine.plan.check_output import check_output
-    from reinforce.engine.plan.duplicates import check_copies
+    from reinforce.engine.plan.moved_sources import check_copies
     from reinforce.engine.plan.plan import make_plan
     from reinforce.engine.preflight.check_machines import machines_of_plan
     from reinforce.engine.preflight.check_source import check_source

@@ -19,7 +19,7 @@ from reinforce.engine.decode.rows import GROUP_ROWS
 from reinforce.engine.inference.models import describe_loaded, load_models
 from reinforce.engine.messages.results import ShardResult
 from reinforce.engine.plan.plan import Plan, make_plan
-from reinforce.engine.plan.shard_lists import write_lists
+from reinforce.engine.plan.source_shards import write_lists
 from reinforce.engine.worker.shard import ShardProcess
 from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.decoding import decode_pool

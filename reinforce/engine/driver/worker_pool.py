@@ -14,7 +14,7 @@ import ray
 from reinforce.cluster import call_on_nodes, live_nodes, live_resources
 from reinforce.config import Config, Workers
 from reinforce.dataset.layers import Layer
-from reinforce.engine.driver.policy.memory import MemoryUse
+from reinforce.engine.driver.policy.no_fault import MemoryUse
 from reinforce.engine.driver.polls import Polls
 from reinforce.engine.messages.pulse import LeasePulse, Pulse, read_board
 from reinforce.engine.messages.results import WorkerId, WorkerInfo

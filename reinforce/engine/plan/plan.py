@@ -28,8 +28,7 @@ from reinforce.dataset.reading.aligned import layer_errors
 from reinforce.dataset.runs.shard_records import read_records
 from reinforce.engine.messages.task import PendingShard
 from reinforce.engine.plan.recipe import resolve_layers
-from reinforce.engine.plan.shard_lists import SourceShards, list_url
-from reinforce.engine.plan.source_shards import source_shards, with_view
+from reinforce.engine.plan.source_shards import SourceShards, list_url, source_shards, with_view
 from reinforce.engine.plan.unread_labels import find_unread
 from reinforce.errors import UserError
 from reinforce.labels.taken import with_labels

@@ -18,8 +18,7 @@ from reinforce.dataset.files.store import MANIFEST, Store
 from reinforce.dataset.manifest.manifest import DIGEST_KEY, update_manifest
 from reinforce.dataset.runs.shard_records import RecordWriter, SourceRecord
 from reinforce.engine.messages.results import LayerFailure, ShardResult
-from reinforce.engine.plan.changed_sources import changes_note, finished_note, referenced_source_change
-from reinforce.engine.plan.duplicates import find_copies
+from reinforce.engine.plan.moved_sources import changes_note, find_copies, finished_note, referenced_source_change
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.run import run
 from reinforce.errors import UserError

@@ -15,9 +15,9 @@ import pytest
 import reinforce
 from reinforce.config import parse_config
 from reinforce.dataset.files.store import Store
-from reinforce.engine.plan import shard_lists
+from reinforce.engine.plan import source_shards
 from reinforce.engine.plan.plan import Plan, make_plan
-from reinforce.engine.plan.shard_lists import write_lists
+from reinforce.engine.plan.source_shards import write_lists
 from reinforce.engine.preflight.check_source import check_source
 from reinforce.engine.preflight.estimate_bytes import expected_bytes
 from reinforce.errors import UserError
@@ -120,7 +120,7 @@ def test_a_class_is_added_to_the_rows_and_files_that_state_more(tmp_path: Path) 
 def test_files_that_are_added_form_new_shards_and_finished_ones_stay(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shard_lists, "BLOCK", 3)
+    monkeypatch.setattr(source_shards, "BLOCK", 3)
     values = config(photos, photos / "out", teachers=RED)
     reinforce_here(values)
     before = tree(photos / "out")

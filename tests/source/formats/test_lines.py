@@ -12,8 +12,7 @@ import pyarrow as pa
 import pytest
 
 from reinforce.config import parse_config
-from reinforce.engine.plan.shard_lists import SourceShards
-from reinforce.engine.plan.source_shards import source_shards
+from reinforce.engine.plan.source_shards import SourceShards, source_shards
 from reinforce.input_config import Input, Limits
 from reinforce.parquet.footers import RefusedFile
 from reinforce.source.formats.base import Shard

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from reinforce.engine.driver.policy.memory import MemoryUse
+from reinforce.engine.driver.policy.no_fault import MemoryUse
 from reinforce.engine.messages.results import WorkerId
 from reinforce.engine.messages.task import PendingShard
 from schemas import Reason

@@ -10,12 +10,12 @@
 - Ray drains a node after a preemption notice, a SIGTERM to its `ray start --block`, `ray drain-node`, or when an
   autoscaler removes it. Its workers get no further leases, finish those in flight, and are ended, so that Ray can end
   the node before its deadline. A shard that is still in flight when the node ends is leased again; it is no suspect.
-- A storage error counts against no shard (`outages.py`).
 - A worker at which three leases in a row fail is replaced. Storage errors do not count, unless the shards pass
   elsewhere (`faults.py`). While they do not count, the worker is paused between its leases. A model that fails at more
   than three workers and passes at none replaces no further worker.
-- A worker that is killed for its memory counts against no shard (`memory.py`). Where the memory of its device runs out,
-  the worker halves its batches, and the run stops only if a single input does not fit (`batch_sizes.py`).
+- A storage error, and a worker that is killed for its memory, count against no shard (`no_fault.py`). Where the memory
+  of its device runs out, a worker halves its batches, and the run stops only if a single input does not fit
+  (`batch_sizes.py`).
 - The last attempt of a shard that failed at a replaced worker runs alone, in case another shard had broken the worker.
   If it fails there, too, the worker is replaced.
 - An error that the user must fix (a fingerprint, missing weights, a full disk) stops the run at once.
@@ -48,8 +48,7 @@ from reinforce.engine.driver.policy.decisions import (
 )
 from reinforce.engine.driver.policy.faults import Faults
 from reinforce.engine.driver.policy.hangs import Hang
-from reinforce.engine.driver.policy.memory import MemoryDeaths
-from reinforce.engine.driver.policy.outages import Outages
+from reinforce.engine.driver.policy.no_fault import MemoryDeaths, Outages
 from reinforce.engine.messages.results import LayerFailure, LoadFailure, ShardFailure, StorageFailure, WorkerId
 from reinforce.engine.messages.task import PendingShard
 from reinforce.errors import RayEnded, TooManyQuarantined, UserError

@@ -1,4 +1,4 @@
-"""Failures that count against no shard: each sentence of policy/memory.py and policy/outages.py."""
+"""Failures that count against no shard: each sentence of policy/no_fault.py."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from reinforce.engine.driver.policy.decisions import (
     RunAlone,
 )
 from reinforce.engine.driver.policy.failures import FailurePolicy
-from reinforce.engine.driver.policy.memory import MemoryDeaths, MemoryUse
+from reinforce.engine.driver.policy.no_fault import MemoryDeaths, MemoryUse
 from reinforce.engine.messages.results import StorageFailure, WorkerId
 from reinforce.engine.messages.task import PendingShard
 from reinforce.errors import StorageError, UserError
