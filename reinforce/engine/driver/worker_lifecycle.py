@@ -52,7 +52,7 @@ class WorkerLifecycle:
             return None
         except RayError as error:
             self._events.add("worker_failed_to_start", error=shorten(self._state.redact.cut(str(error)), 500))
-            running, possible = len(self._pool.started), self._pool.count_placeable()
+            running, possible = len(self._pool.started), min(len(self._pool.slots), self._pool.cluster_capacity())
             self._policy.load_died(str(error), is_node_lost(error), running, possible)
             self._pool.discard(slot)
             return None

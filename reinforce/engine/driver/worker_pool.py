@@ -191,10 +191,6 @@ class WorkerPool:
         for slot in list(self.slots):
             self.remove(slot)
 
-    def count_placeable(self) -> int:
-        """Number of workers that the cluster can hold at once, of those that were asked for."""
-        return min(len(self.slots), self._cluster_capacity())
-
     def record_start(self, slot: Slot, info: WorkerInfo) -> None:
         slot.info, slot.started_at = info, time.monotonic()
         self._started_sum += slot.started_at
@@ -241,9 +237,9 @@ class WorkerPool:
 
     def _limit(self) -> int:
         workers = self._config.workers
-        return max(workers.min, self._cluster_capacity()) if workers.max is None else workers.max
+        return max(workers.min, self.cluster_capacity()) if workers.max is None else workers.max
 
-    def _cluster_capacity(self) -> int:
+    def cluster_capacity(self) -> int:
         """Number of workers that the cluster's nodes can hold, updated every few seconds."""
         if time.monotonic() - self._capacity_checked > _CAPACITY_SECONDS:
             self._capacity_checked = time.monotonic()

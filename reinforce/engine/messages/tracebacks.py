@@ -62,7 +62,7 @@ def _user_frames(error: BaseException) -> Iterator[str]:
         if not installed or (_package(frame) == package and package not in _LIBRARIES):
             source = linecache.getline(file, line, frame.f_globals).strip()
             shown = f": `{source}`" if 0 < len(source) <= _MAX_SOURCE else ""
-            yield f"{_short_path(file)}:{line} in {frame.f_code.co_name}{shown}"
+            yield f"{file.removeprefix(os.getcwd() + os.sep)}:{line} in {frame.f_code.co_name}{shown}"
 
 
 def _is_ours(frame: FrameType) -> bool:
@@ -74,7 +74,3 @@ def _is_ours(frame: FrameType) -> bool:
 
 def _package(frame: FrameType) -> str:
     return str(frame.f_globals.get("__name__", "")).partition(".")[0]
-
-
-def _short_path(file: str) -> str:
-    return file.removeprefix(os.getcwd() + os.sep)

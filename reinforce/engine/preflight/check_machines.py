@@ -34,10 +34,6 @@ class Machine:
     reads_heic: bool | None = None
 
 
-def this_machine(resources: Node) -> Machine:
-    return Machine("this machine", {"CPU": available_cores(), **resources}, *look(_ray_folder()))
-
-
 @contextlib.contextmanager
 def machines_of_plan(address: str | None) -> Iterator[Callable[[], Sequence[Machine]]]:
     """Connect to the cluster at ``address`` or RAY_ADDRESS, unless Ray is initialised -> the machines that a run would
@@ -46,7 +42,12 @@ def machines_of_plan(address: str | None) -> Iterator[Callable[[], Sequence[Mach
     Raises UserError if there is no cluster at the address.
     """
     with cluster_of_run(address, log_to_driver=False) as has_cluster:
-        yield cluster_machines if has_cluster else lambda: [this_machine(dict(*nodes_of_run()[:1]))]
+        yield cluster_machines if has_cluster else this_machine
+
+
+def this_machine() -> list[Machine]:
+    resources = {"CPU": available_cores(), **dict(*nodes_of_run()[:1])}
+    return [Machine("this machine", resources, *look(_ray_folder()))]
 
 
 def cluster_machines() -> list[Machine]:

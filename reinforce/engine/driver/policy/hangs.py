@@ -86,14 +86,9 @@ class StallLimits:
 
 def find_hang(pulse: Pulse, shards: Collection[str], limits: StallLimits) -> Hang | None:
     """The hang of a worker with leases of ``shards``, or None."""
-    stuck = [lease for lease in pulse.leases if lease.shard in shards and _is_over(lease, limits)]
-    if not stuck:
-        return None
-    return Hang.of("; ".join(_describe(lease, pulse.key, limits) for lease in stuck), stuck)
-
-
-def _is_over(lease: LeasePulse, limits: StallLimits) -> bool:
-    return lease.stage not in UNLIMITED_STAGES and lease.seconds > limits.seconds(lease.stage)
+    limited = [lease for lease in pulse.leases if lease.shard in shards and lease.stage not in UNLIMITED_STAGES]
+    stuck = [lease for lease in limited if lease.seconds > limits.seconds(lease.stage)]
+    return Hang.of("; ".join(_describe(lease, pulse.key, limits) for lease in stuck), stuck) if stuck else None
 
 
 def _describe(lease: LeasePulse, key: str | None, limits: StallLimits) -> str:
