@@ -1,4 +1,4 @@
-"""Commands that pages show: which of them tests run, and how the others are checked."""
+"""Commands that pages show: which of them tests run. The others are parsed, with the files that they name."""
 
 from __future__ import annotations
 
@@ -45,45 +45,6 @@ RUN = [
     r"reinforce inspect photos-reinforced photos-report",
 ]
 
-#: Commands that are only parsed, with the files that they name, and why they are not run here.
-CHECKED = {
-    r"make [a-z-]+( .*)?": "takes minutes; the parts of each target have tests of their own",
-    r"python -m benchmarks\.pipeline .*": "takes minutes; tests/benchmarks/pipeline/test_main.py runs a small one",
-    r"python -m benchmarks\.gpu\b.*": "needs a GPU; tests/benchmarks/gpu/test_main.py runs a small one on a CPU",
-    r"\.ci/run": "runs these tests",
-    r"pip install .*": "needs a package index",
-    r"export [A-Z_]+=.*": "sets a variable of the reader's shell",
-    r"ray start --head": "starts a cluster; tests/integration/test_cluster.py does",
-    r"ray job submit .*": "needs a cluster; tests/integration/test_cluster.py submits one",
-    r"torchrun .*": "needs several ranks; tests/integration/test_train.py runs them",
-    r"reinforce --(install|show)-completion": "needs a shell that it knows; tests/cli completes as a bash asks",
-    r"reinforce (plan|run) configs/.*": "needs the data of the config; tests/integration runs small ones",
-    r"reinforce init (photos/|shards) (my|photos)\.yaml": "its config exists; see tests/engine/starter/test_starter.py",
-    r"reinforce init photos/ --run": "needs photos and a model; `make wheel-check` runs it, tests/wheel_check.py",
-    r"reinforce run my\.yaml --set source=.*": "a run like the others; tests/cli sets keys",
-    r"reinforce adapt (photos/|demo/tests/.*) .*": "needs a released model; see tests/adapting/test_adapt.py",
-    r"reinforce diff my-data my-labels": "needs the labels; tests/labels/test_difference.py compares others",
-    r"reinforce convert my-data .*": "needs that teacher; tests/dataset/codecs/test_fitted.py converts others",
-    r"reinforce tune .*": "trains for minutes on Ray Tune; tests/tuning/test_space.py runs a small one",
-    r"reinforce validate my-data --recompute .*": "loads all models; tests/engine/test_recompute.py does",
-    r"reinforce inspect demo/dataset demo/report": "that dataset is a copy of my-data, of which a report is made here",
-    r"reinforce dashboard": "needs the folder of a running Ray; tests/engine/record/test_events.py",
-    r"reinforce drop my-data .*": "deletes layers that other commands need; tests/dataset/test_drop.py",
-    r"reinforce train runs/tuning/student\.yaml": "its config is written by a tuning; see tests/tuning/test_command.py",
-    r"reinforce (train|finetune-captioner) configs/.*": "trains for minutes; tests/training and tests/captioning",
-    r"reinforce evaluate demo/students/.*": "needs the demo's student; tests/evaluation evaluates small ones",
-    r"python -m examples\.demo data": "draws 1,364 emoji; tests/examples/demo",
-    r"reinforce evaluate .*( --zero-shot imagenet=| --suite [a-z-]+).*": "needs large sets; see tests/evaluation",
-    r"reinforce evaluate .* --set index\..*": "needs a teacher and images; see tests/evaluation/test_index.py",
-    r"reinforce evaluate .* --set segmentation\..*": "needs masks; see tests/evaluation/test_segmentation.py",
-    r"reinforce evaluate .* --set knn\..*": "needs class folders; see tests/evaluation/test_two_parts.py",
-    r"reinforce fetch-sets .*": "needs the Hub; tests/evaluation/test_fetch.py has a small one",
-    r"reinforce export (onnx|coreml|litert|executorch|transformers) .*": "takes half a minute; tests/shipping",
-    r"reinforce publish model runs/s0 hf://.*": "needs the Hub; tests/publishing/test_model.py has a small one",
-    r"python -m venv .*": "creates an environment",
-    r"reinforce latency .*": "measures large models for minutes; tests/shipping/test_latency.py",
-}
-
 #: Files that a command of the pages writes.
 _WRITTEN = {"runs/tuning/student.yaml"}
 
@@ -94,9 +55,9 @@ def local(words: list[str]) -> list[str]:
 
 
 def rule_of(words: list[str]) -> str | None:
-    """The first rule of RUN or CHECKED that a command matches as a whole."""
+    """The first rule of RUN that a command matches as a whole."""
     command = " ".join(local(words))
-    return next((rule for rule in [*RUN, *CHECKED] if re.fullmatch(rule, command)), None)
+    return next((rule for rule in RUN if re.fullmatch(rule, command)), None)
 
 
 def check(words: list[str]) -> None:

@@ -20,40 +20,15 @@ from teachers.open_clip.teacher import image_spec
 
 # torch.use_deterministic_algorithms in torch 2.13 lists what raises on CUDA; these are ATen's names.
 RAISING = {
-    "_adaptive_avg_pool2d_backward",
-    "_adaptive_avg_pool3d_backward",
-    "adaptive_max_pool2d_backward",
-    "avg_pool3d_backward",
-    "fractional_max_pool2d_backward",
-    "fractional_max_pool3d_backward",
-    "max_unpool2d",
-    "max_unpool3d",
-    "upsample_linear1d_backward",
-    "upsample_bilinear2d_backward",
-    "upsample_bicubic2d_backward",
-    "_upsample_bilinear2d_aa_backward",
-    "_upsample_bicubic2d_aa_backward",
-    "upsample_trilinear3d_backward",
-    "reflection_pad1d_backward",
-    "reflection_pad2d_backward",
-    "reflection_pad3d_backward",
-    "nll_loss2d_forward",
-    "nll_loss2d_backward",
-    "_ctc_loss",
-    "_ctc_loss_backward",
-    "_embedding_bag_backward",
-    "put",
-    "put_",
-    "histc",
-    "median",
-    "nanmedian",
-    "kthvalue",
-    "grid_sampler_2d_backward",
-    "grid_sampler_3d_backward",
-    "cummax",
-    "cummin",
+    "_adaptive_avg_pool2d_backward", "_adaptive_avg_pool3d_backward", "adaptive_max_pool2d_backward",
+    "avg_pool3d_backward", "fractional_max_pool2d_backward", "fractional_max_pool3d_backward", "max_unpool2d",
+    "max_unpool3d", "upsample_linear1d_backward", "upsample_bilinear2d_backward", "upsample_bicubic2d_backward",
+    "_upsample_bilinear2d_aa_backward", "_upsample_bicubic2d_aa_backward", "upsample_trilinear3d_backward",
+    "reflection_pad1d_backward", "reflection_pad2d_backward", "reflection_pad3d_backward", "nll_loss2d_forward",
+    "nll_loss2d_backward", "_ctc_loss", "_ctc_loss_backward", "_embedding_bag_backward", "put", "put_", "histc",
+    "median", "nanmedian", "kthvalue", "grid_sampler_2d_backward", "grid_sampler_3d_backward", "cummax", "cummin",
     "logcumsumexp",
-}
+}  # fmt: skip
 #: These raise for floating-point numbers only; bincount with weights.
 _RAISING_FOR_FLOATS = {"cumsum", "cumsum_", "cumprod", "bincount"}
 
