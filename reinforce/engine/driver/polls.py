@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Hashable
 from typing import Generic, TypeVar
 
@@ -28,29 +27,27 @@ class Polls(Generic[_Worker]):
     """
 
     def __init__(self) -> None:
-        self._turns: deque[tuple[float, _Worker]] = deque()  # time from which a worker is due
-        self._known: set[_Worker] = set()
+        self._turns: dict[_Worker, float] = {}  # time from which a worker is due, in the order of their turns
         self._asked: dict[_Worker, float] = {}  # in the order in which they were asked
         self._looked: float | None = None
 
     def add(self, worker: _Worker, now: float) -> None:
-        self._known.add(worker)
-        self._turns.append((now + POLL_SECONDS, worker))
+        self._turns[worker] = now + POLL_SECONDS
 
     def remove(self, worker: _Worker) -> None:
-        self._known.discard(worker)
+        self._turns.pop(worker, None)
         self._asked.pop(worker, None)
 
     def due(self, now: float, least: float) -> list[_Worker]:
         """The workers to ask now; ``least`` is the smallest limit of a step."""
-        interval = poll_interval(len(self._known), least)
-        free = MAX_IN_FLIGHT - self._quick(now)
+        interval = poll_interval(len(self._turns), least)
+        free = MAX_IN_FLIGHT - sum(now - asked <= _SLOW_ANSWER_SECONDS for asked in self._asked.values())
         due: list[_Worker] = []
-        while self._turns and len(due) < free and self._turns[0][0] <= now:
-            _, worker = self._turns.popleft()
-            if worker not in self._known:
-                continue
-            self._turns.append((now + interval, worker))
+        for worker, at in [*self._turns.items()]:
+            if at > now or len(due) >= free:
+                break
+            del self._turns[worker]  # its next turn is after those of the others
+            self._turns[worker] = now + interval
             if worker not in self._asked:
                 self._asked[worker] = now
                 due.append(worker)
@@ -68,12 +65,3 @@ class Polls(Generic[_Worker]):
             self._asked = dict.fromkeys(self._asked, now)
         self._looked = now
         return [(worker, now - asked) for worker, asked in self._asked.items()]
-
-    def _quick(self, now: float) -> int:
-        """Number of requests under way that are not slow."""
-        quick = 0
-        for asked in reversed(self._asked.values()):
-            if now - asked > _SLOW_ANSWER_SECONDS:
-                break
-            quick += 1
-        return quick
