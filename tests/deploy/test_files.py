@@ -27,8 +27,9 @@ from referencing.jsonschema import DRAFT202012
 
 from reinforce.config import load_config
 from tests.deploy.kubernetes_schema import FILE as KUBERNETES
+from tests.helpers.commands import output_of
+from tests.helpers.pages import ROOT
 
-ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 BIN = Path(sys.executable).parent
 IMAGES = ("cpu", "cuda")
@@ -77,16 +78,12 @@ def scripts() -> dict[str, str]:
 @pytest.mark.parametrize(("name", "code"), scripts().items())
 def test_shell_code_passes_shellcheck(name: str, code: str) -> None:
     # SC1090: a virtual environment; SC2046: words of `jobs -p`; SC2086, SC2088: the words and `~` are for Ray
-    command = [tool("shellcheck"), "--norc", "--exclude=SC1090,SC2046,SC2086,SC2088", "-"]
-    done = subprocess.run(command, input=code, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{name}: {done.stdout}"
+    output_of(tool("shellcheck"), "--norc", "--exclude=SC1090,SC2046,SC2086,SC2088", "-", given=code)
 
 
 @pytest.mark.parametrize("image", [*IMAGES, BENCHMARK])
 def test_dockerfiles_pass_hadolint(image: str) -> None:
-    command = [tool("hadolint"), "--format=json", DEPLOY / f"docker/{image}.Dockerfile"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert json.loads(done.stdout) == [], done.stderr
+    output_of(tool("hadolint"), DEPLOY / f"docker/{image}.Dockerfile")
 
 
 @pytest.mark.parametrize("image", IMAGES)
@@ -126,17 +123,9 @@ def test_the_benchmark_starts_from_what_its_image_has(tmp_path: Path) -> None:
     [entry] = re.findall(r"^ENTRYPOINT (.*)$", text, re.MULTILINE)
     python, *words = json.loads(entry)
     assert python == "python"
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "packages")}
     for command in (compiler.split(), [*words, "--help"]):
-        done = subprocess.run(
-            [sys.executable, *command],
-            cwd=tmp_path / folder.lstrip("/"),
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
+        place = tmp_path / folder.lstrip("/")
+        output_of(sys.executable, *command, cwd=place, PYTHONPATH=str(tmp_path / "packages"))
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
@@ -145,8 +134,7 @@ def test_units_are_valid_for_systemd(unit: str, tmp_path: Path) -> None:
     text = (DEPLOY / f"systemd/{unit}.service").read_text()
     (tmp_path / f"{unit}.service").write_text(text.replace("/opt/venv/bin/ray ", f"{shutil.which('true')} "))
     command = ["systemd-analyze", "verify", "--man=no", str(tmp_path / f"{unit}.service")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT).stdout == b""
 
 
 def test_the_command_lines_of_ray_start_are_those_of_the_installed_ray() -> None:
@@ -173,21 +161,13 @@ REASON = "set DEPLOY_BUILD to the command that builds an image, such as DEPLOY_B
 @pytest.mark.parametrize("image", [*IMAGES, BENCHMARK])
 def test_images_build(image: str) -> None:
     command = [*shlex.split(os.environ["DEPLOY_BUILD"]), "-f", f"deploy/docker/{image}.Dockerfile"]
-    done = subprocess.run([*command, "-t", f"reinforce:{image}", "."], cwd=ROOT, check=False)
-    assert done.returncode == 0
+    subprocess.run([*command, "-t", f"reinforce:{image}", "."], cwd=ROOT, check=True)
 
 
 LARGE = [
-    ".venv/lib/python3/site-packages/torch/lib.so",
-    ".git/objects/pack/a.pack",
-    "demo/shards/000.tar",
-    "data/000.tar",
-    "checkpoints/step-1.pt",
-    "wandb/run/log.txt",
-    "outputs/samples/a.parquet",
-    "mine/000.tar.gz",
-    "mine/a.parquet",
-]
+    ".venv/lib/python3/site-packages/torch/lib.so", ".git/objects/pack/a.pack", "demo/shards/000.tar", "data/000.tar",
+    "checkpoints/step-1.pt", "wandb/run/log.txt", "outputs/samples/a.parquet", "mine/000.tar.gz", "mine/a.parquet",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -303,8 +283,7 @@ def test_the_manifests_start_the_same_cluster_and_name_the_ray_of_the_image_and_
 
 def test_the_schema_of_kubernetes_is_that_of_the_package(deploy_tools: Path) -> None:
     code = "import tests.deploy.kubernetes_schema as k; print(k.text(), end='')"
-    done = subprocess.run([deploy_tools / "python", "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == KUBERNETES.read_text()
+    assert output_of(deploy_tools / "python", "-c", code) == KUBERNETES.read_text()
 
 
 @pytest.mark.parametrize("cloud", ["aws", "gcp"])
@@ -337,10 +316,8 @@ print(json.dumps({
 
 
 def test_skypilot_parses_the_task_and_recovers_spot_nodes(deploy_tools: Path) -> None:
-    command = [deploy_tools / "python", "-c", _PARSE, "deploy/skypilot/reinforce.yaml"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    task = json.loads(done.stdout.splitlines()[-1])
+    printed = output_of(deploy_tools / "python", "-c", _PARSE, "deploy/skypilot/reinforce.yaml")
+    task = json.loads(printed.splitlines()[-1])
     assert task["resources"]
     for spot, recovery, accelerators in task["resources"]:
         assert spot

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,11 +37,16 @@ def printed_by(capfd: pytest.CaptureFixture[str], *words: str, status: int = 0) 
     return out
 
 
+def output_of(*command: object, cwd: Path = ROOT, given: str | None = None, **environment: str) -> str:
+    """What a program prints that gets ``given`` and must end without an error."""
+    done = subprocess.run(
+        [*map(str, command)], cwd=cwd, env=os.environ | environment, input=given, capture_output=True, text=True,
+        timeout=1080, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 def json_of_process(code: str, *arguments: object, **environment: str) -> Any:
     """What Python prints as JSON in its last line when it runs ``code``, which must end without an error."""
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=1080, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(output_of(sys.executable, "-c", code, *arguments, **environment).splitlines()[-1])

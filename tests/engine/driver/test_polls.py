@@ -14,7 +14,6 @@ from reinforce.engine.driver.policy.hangs import (
     CEILING,
     MODEL_FLOOR,
     STORAGE_FLOOR,
-    Hang,
     StallLimits,
     find_hang,
     find_silence,
@@ -93,10 +92,6 @@ def pulse(stage: str, seconds: float, what: str = "", key: str | None = None) ->
     return Pulse(leases=(LeasePulse("a", stage, seconds, what),), key=key)
 
 
-def hang_of(pulse: Pulse, limits: StallLimits) -> Hang:
-    return find_hang(pulse, {"a", "b"}, limits)  # type: ignore[return-value]
-
-
 def hangs(stage: str, seconds: float, limits: StallLimits) -> bool:
     return find_hang(pulse(stage, seconds), {"a"}, limits) is not None
 
@@ -127,7 +122,7 @@ def test_the_limit_of_a_batch_follows_from_the_slowest_batch_of_its_layer(slowes
 
 def test_a_first_batch_that_hung_for_an_hour_gets_a_quarter_of_it_and_other_stages_have_limits_of_their_own() -> None:
     limits = StallLimits(Failures(sample_seconds=1000.0))
-    limits.record_hang(hang_of(pulse(LAYER, 3601.0), limits))  # its shard runs alone next
+    limits.record_hang(find_hang(pulse(LAYER, 3601.0), {"a"}, limits))  # its shard runs alone next
     assert (limits.seconds(LAYER), limits.seconds("another")) == (900.0, 3600.0)
     limits.record({LAYER: 100.0})
     assert limits.seconds(LAYER) == 2000.0, "what was measured counts more"
@@ -158,11 +153,11 @@ def test_a_lease_that_waits_never_hangs_and_one_that_makes_no_progress_does_whil
 def test_the_message_names_shard_layer_batch_and_limit_or_the_image_in_work() -> None:
     limits = StallLimits(Failures())
     limits.record({LAYER: 2.0})
-    assert hang_of(pulse(LAYER, 312.0, "16 rows, keys 'k16' to 'k31'"), limits).reason == (
+    assert find_hang(pulse(LAYER, 312.0, "16 rows, keys 'k16' to 'k31'"), {"a"}, limits).reason == (
         "a has made no progress for 312 s in layer embeddings/red/images (16 rows, keys 'k16' to 'k31') (limit: 300 s, "
         "because the slowest such step so far took 2 s; failures.stall_seconds sets another limit)"
     )
-    assert hang_of(pulse(DECODING, 7.0, "key 'k3'", key="k9"), SIX).reason == (
+    assert find_hang(pulse(DECODING, 7.0, "key 'k3'", key="k9"), {"a"}, SIX).reason == (
         "a has made no progress for 7 s in decoding (key 'k3'); longest in a decode process: key 'k9' "
         "(limit: failures.stall_seconds = 6)"
     )

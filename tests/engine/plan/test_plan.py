@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +14,10 @@ from reinforce.engine.plan.plan import NotInSource, make_plan
 from reinforce.engine.plan.source_shards import source_shards
 from reinforce.errors import UserError
 from schemas import Reason
+from tests.helpers.commands import output_of
 from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.published import config_of as published_config
 from tests.helpers.reinforced import reinforce_here
-
-ROOT = Path(__file__).parents[3]
 
 
 def test_planning_a_hundred_thousand_shards_is_quick_and_lean(tmp_path: Path) -> None:
@@ -39,11 +37,10 @@ print("imported", sorted({{"openai", "ray", "torch"}} & sys.modules.keys()))
 status = open("/proc/self/status").read()  # getrusage would count the process that forked this one
 print("megabytes", int(re.search(r"VmHWM:\\s+(\\d+)", status)[1]) / 1024)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    figures = dict(line.split() for line in done.stdout.splitlines() if line.startswith(("seconds", "megabytes")))
-    assert "100,000 shards" in done.stdout
-    assert "imported []" in done.stdout, "planning needs none of them"
+    printed = output_of(sys.executable, "-c", code)
+    figures = dict(line.split() for line in printed.splitlines() if line.startswith(("seconds", "megabytes")))
+    assert "100,000 shards" in printed
+    assert "imported []" in printed, "planning needs none of them"
     assert float(figures["seconds"]) < 10
     assert float(figures["megabytes"]) < 500
 
