@@ -19,38 +19,40 @@ from reinforce.errors import RayEnded
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_an_initialised_ray_is_used_and_left_running() -> None:
+def test_an_initialised_ray_is_used_and_left_running_and_its_live_nodes_have_their_resources() -> None:
     with ray_cluster("192.0.2.1:6379"):
         assert ray.is_initialized()
     assert ray.is_initialized()
+    assert [node["CPU"] for node in live_resources()] == [2]
+    assert live_nodes() == {ray.get_runtime_context().get_node_id()}
 
 
-@pytest.mark.usefixtures("ray_session")
-def test_live_nodes_have_their_resources() -> None:
-    [node] = live_resources()
-    assert node["CPU"] == 2
-
-
-def test_ray_on_this_machine_has_the_cores_and_gpus_that_this_process_can_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    started: dict[str, Any] = {}
+@pytest.fixture
+def stopped(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Ray has not started here; an entry for each time that it is shut down."""
+    found: list[bool] = []
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "shutdown", lambda: found.append(True))
+    return found
+
+
+@pytest.mark.usefixtures("stopped")
+def test_ray_on_this_machine_has_the_cores_and_gpus_that_this_process_can_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: dict[str, Any] = {}
     monkeypatch.setattr(ray, "init", lambda **options: started.update(options))
-    monkeypatch.setattr(ray, "shutdown", lambda: None)
     monkeypatch.setattr("reinforce.cluster.available_cores", lambda: 16)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with ray_cluster(None):
         assert (started["address"], started["num_cpus"], started["num_gpus"]) == ("local", 16, 2)
 
 
+@pytest.mark.usefixtures("stopped")
 @pytest.mark.parametrize("own", [None, lambda *_: None], ids=["default", "own"])
 def test_sigterm_is_handled_as_before_and_ends_a_program_without_a_handler(
     monkeypatch: pytest.MonkeyPatch, own: Any
 ) -> None:
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", lambda **_: signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(signum)))
-    monkeypatch.setattr(ray, "shutdown", lambda: None)
     first = signal.signal(signal.SIGTERM, own or signal.SIG_DFL)
     try:
         with pytest.raises(SystemExit, match="143") if own is None else nullcontext(), ray_cluster(None):
@@ -60,16 +62,14 @@ def test_sigterm_is_handled_as_before_and_ends_a_program_without_a_handler(
         signal.signal(signal.SIGTERM, first)
 
 
-def test_sigterm_while_ray_starts_ends_with_143_and_stops_what_ray_has_started(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sigterm_while_ray_starts_ends_with_143_and_stops_what_ray_has_started(
+    monkeypatch: pytest.MonkeyPatch, stopped: list[bool]
+) -> None:
     def init(**_: object) -> None:
         signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(signum))
         signal.raise_signal(signal.SIGTERM)
 
-    stopped: list[bool] = []
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", init)
-    monkeypatch.setattr(ray, "shutdown", lambda: stopped.append(True))
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit, match="143"), ray_cluster(None):
         pytest.fail("Ray has not started")
@@ -77,6 +77,7 @@ def test_sigterm_while_ray_starts_ends_with_143_and_stops_what_ray_has_started(m
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+@pytest.mark.usefixtures("stopped")
 @pytest.mark.parametrize("starts", [False, True])
 def test_ray_that_does_not_start_on_a_busy_machine_is_started_once_more_and_then_one_error(
     monkeypatch: pytest.MonkeyPatch, starts: bool
@@ -87,10 +88,7 @@ def test_ray_that_does_not_start_on_a_busy_machine_is_started_once_more_and_then
         if len(nodes) < 1 + (not starts):
             Busy(nodes)
 
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", init)
-    monkeypatch.setattr(ray, "shutdown", lambda: None)
     ends = nullcontext() if starts else pytest.raises(RayEnded, match=r"too busy, .* run the same command again")
     with ends, ray_cluster(None):
         assert starts
@@ -108,11 +106,6 @@ class Busy(ray._private.node.Node):
 
     def kill_all_processes(self, *_: object, **__: object) -> None:
         self.killed = True
-
-
-@pytest.mark.usefixtures("ray_session")
-def test_only_known_nodes_are_alive() -> None:
-    assert live_nodes() == {ray.get_runtime_context().get_node_id()}
 
 
 def test_the_cause_of_a_task_error_is_the_exception_that_the_task_raised() -> None:

@@ -28,12 +28,8 @@ MINIMAL = {"source": "shards/{0..3}.tar", "output": "out"}
 def test_the_default_augmentations_are_those_of_datacompdr() -> None:
     config = parse_config(MINIMAL)
     policy = config.augmentations
-    assert (policy.size, policy.scale, policy.rand_augment.ops, policy.rand_augment.magnitude) == (
-        224,
-        (0.08, 1.0),
-        2,
-        9,
-    )
+    augment = policy.rand_augment
+    assert (policy.size, policy.scale, augment.ops, augment.magnitude) == (224, (0.08, 1.0), 2, 9)
 
 
 @pytest.mark.parametrize(
