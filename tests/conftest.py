@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, settings
 
 from teachers.fast_paths import usage
 from tests.helpers import forks
-from tests.helpers.commands import Command, run_command
+from tests.helpers.commands import Command, Printed, printed_by, run_command
 from tests.helpers.data import members_of, write_tar
 from tests.helpers.s3_proxy import Proxy, s3_behind_proxy, s3_environment
 
@@ -220,6 +220,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def command(capfd: pytest.CaptureFixture[str]) -> Command:
     """Runs a command."""
     return partial(run_command, capfd)
+
+
+@pytest.fixture
+def printed(capfd: pytest.CaptureFixture[str]) -> Printed:
+    """What a command prints that succeeds."""
+    return partial(printed_by, capfd)
+
+
+@pytest.fixture
+def refused(capfd: pytest.CaptureFixture[str]) -> Printed:
+    """The error of a command that ends with status 2."""
+    return partial(printed_by, capfd, status=2)
 
 
 @pytest.fixture

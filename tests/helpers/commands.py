@@ -17,6 +17,8 @@ from tests.helpers.pages import ROOT
 
 #: Words of a command -> its exit status, standard output and standard error.
 Command = Callable[..., tuple[int, str, str]]
+#: Words of a command -> what it prints: on standard output, or, if it is refused with status 2, on standard error.
+Printed = Callable[..., str]
 
 
 def exit_status(*words: str) -> int:
@@ -34,7 +36,7 @@ def printed_by(capfd: pytest.CaptureFixture[str], *words: str, status: int = 0) 
     """What a command prints that ends with this ``status``."""
     code, out, err = run_command(capfd, *words)
     assert code == status, err
-    return out
+    return err if status == 2 else out
 
 
 def output_of(*command: object, cwd: Path = ROOT, given: str | None = None, **environment: str) -> str:

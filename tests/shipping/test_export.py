@@ -24,7 +24,6 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from reinforce.cli import main
 from reinforce.errors import UserError
 from reinforce.images.policy import decode
 from reinforce.input_config import Limits
@@ -36,13 +35,14 @@ from teachers.open_clip.teacher import load_model
 from teachers.protocols import ImageSpec
 from teachers.spec import ModelSpec
 from tests.helpers import shipping as models
-from tests.helpers.commands import run_command
+from tests.helpers.commands import Printed, exit_status
 from tests.helpers.data import picture
 from tests.helpers.evaluation import COLOURS, ColourOracle, make_evaluator, write_colour_folder, write_colour_shard
 from tests.helpers.images import encode
 from tests.helpers.models.tiny_coca import coca_model
 from tests.helpers.students import built
 
+ONNX = ("export", "onnx")
 FILES = {"README.md", "export.json", "golden.json", "image.onnx", "preprocess.json", "text.onnx", "tokenizer.json"}
 CLASSES = ["a cat", "a dog"]  # of the README
 HALF = ((0.5,) * 3,) * 2  # mean and deviation
@@ -64,7 +64,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     output = f"{root}/onnx" if request.param == "vit" else f"memory://{root}/onnx"
     sets = evaluation_sets(root)
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        assert export(name, "--output", output, *sets) == 0
+        assert exit_status(*ONNX, name, "--output", output, *sets) == 0
     if request.param == "fastvit":
         fsspec.filesystem("memory").get(output, f"{root}/onnx", recursive=True)
     return Exported(name, root / "onnx", sets, printed.getvalue())
@@ -79,18 +79,6 @@ def evaluation_sets(root: Path) -> list[str]:
     return ["--config", str(config), "--retrieval", f"pairs={pairs}", "--limit", "10"]
 
 
-def export(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as ended:
-        main(["export", "onnx", *arguments])
-    return ended.value.code if isinstance(ended.value.code, int) else 0
-
-
-def runner(path: Path) -> Any:
-    session = onnxruntime.InferenceSession(str(path))
-    (name,) = (value.name for value in session.get_inputs())
-    return lambda inputs: session.run(None, {name: inputs})[0]
-
-
 def test_towers_match_torch_for_any_batch_size(exported: Exported) -> None:
     assert {path.name for path in exported.folder.iterdir()} == FILES
     for path in exported.folder.iterdir():  # no paths of this machine
@@ -101,7 +89,7 @@ def test_towers_match_torch_for_any_batch_size(exported: Exported) -> None:
     about = json.loads((exported.folder / "preprocess.json").read_text())
     mean, std = (np.array(about[key], np.float32)[:, None, None] for key in ("mean", "std"))
     rng = np.random.default_rng(0)
-    image, text = (runner(exported.folder / f"{side}.onnx") for side in ("image", "text"))
+    image, text = (onnxruntime.InferenceSession(str(exported.folder / f"{side}.onnx")) for side in ("image", "text"))
     for count in (1, 2, 7):
         coarse = rng.integers(0, 256, (count, 4, 4, 3), np.uint8)
         pixels = coarse.repeat(about["size"][0] // 4, 1).repeat(about["size"][1] // 4, 2)
@@ -110,13 +98,12 @@ def test_towers_match_torch_for_any_batch_size(exported: Exported) -> None:
         with torch.no_grad():
             images = model.encode_image(torch.from_numpy(normalised), normalize=True).numpy()
             texts = model.encode_text(torch.from_numpy(tokens), normalize=True).numpy()
-        np.testing.assert_allclose(image(pixels), images, rtol=0, atol=1e-4)
-        np.testing.assert_allclose(text(tokens), texts, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(image.run(None, {"images": pixels})[0], images, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(text.run(None, {"tokens": tokens})[0], texts, rtol=0, atol=1e-4)
         assert images.shape == (count, about["dim"])
     written = onnx.load(str(exported.folder / "image.onnx"))
-    assert (written.producer_name, [(one.key, one.value) for one in written.metadata_props]) == (
-        "reinforce", [("model", about["model"])],
-    )  # fmt: skip
+    noted = {one.key: one.value for one in written.metadata_props}
+    assert (written.producer_name, noted) == ("reinforce", {"model": about["model"]})
     if count > 1:
         assert np.abs(images - images.mean(0)).max() > 0.01, "a constant would agree too"
         assert np.abs(texts - texts.mean(0)).max() > 0.01
@@ -161,7 +148,7 @@ def test_readme_example_runs_without_torch_and_open_clip(exported: Exported) -> 
 
 
 def test_report_and_golden_file_hold_what_the_trained_model_computes(
-    exported: Exported, capfd: pytest.CaptureFixture[str]
+    exported: Exported, printed: Printed, refused: Printed
 ) -> None:
     report = json.loads((exported.folder / "export.json").read_text())
     for side, inputs in (("image", 10 + 10), ("text", 6 + 10)):
@@ -181,8 +168,7 @@ def test_report_and_golden_file_hold_what_the_trained_model_computes(
         expected = torch.tensor([case["embedding"] for case in cases])
         torch.testing.assert_close(embeddings, expected, rtol=0, atol=1e-5)
 
-    assert export(str(exported.folder), "--check") == 0
-    assert capfd.readouterr().out == (
+    assert printed(*ONNX, str(exported.folder), "--check") == (
         "image: cosine at least 1.00000 to 3 embeddings of golden.json, in ONNX\n"
         "text: cosine at least 1.00000 to 8 embeddings of golden.json, in ONNX\n"
     )
@@ -190,17 +176,15 @@ def test_report_and_golden_file_hold_what_the_trained_model_computes(
     other = exported.folder.parent / "other"
     shutil.copytree(exported.folder, other)
     (other / "golden.json").write_text(json.dumps(swapped))
-    assert export(str(other), "--check") == 2
-    assert "the text tower has a cosine of" in capfd.readouterr().err
-    assert export(str(exported.folder.parent), "--check") == 2
-    assert "has no export.json of onnx: --check takes a local folder" in capfd.readouterr().err
+    assert "the text tower has a cosine of" in refused(*ONNX, str(other), "--check")
+    err = refused(*ONNX, str(exported.folder.parent), "--check")
+    assert "has no export.json of onnx: --check takes a local folder" in err
 
 
 def test_accuracy_of_both_models_is_reported_and_an_existing_folder_is_not_overwritten(
-    exported: Exported, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    exported: Exported, tmp_path: Path, printed: Printed, refused: Printed
 ) -> None:
-    judged = ["evaluate", exported.model, *exported.sets, "--json", str(tmp_path / "report.json")]
-    assert run_command(capfd, *judged)[0] == 0
+    printed("evaluate", exported.model, *exported.sets, "--json", str(tmp_path / "report.json"))
     (expected,) = json.loads((tmp_path / "report.json").read_text())["models"].values()
     report = json.loads((exported.folder / "export.json").read_text())
     assert report["metrics"]["trained"] == report["metrics"]["exported"] == expected["metrics"]
@@ -209,17 +193,17 @@ def test_accuracy_of_both_models_is_reported_and_an_existing_folder_is_not_overw
     top1 = f"{100 * expected['metrics']['zero_shot/colours/top1']:.2f} %"
     assert f"zero_shot/colours/top1: {top1}, trained model {top1}\n" in exported.printed
     before = {path: path.stat().st_mtime_ns for path in exported.folder.iterdir()}
-    assert export(exported.model, "--output", str(exported.folder)) == 2
-    assert "already exists: remove it, or give another --output" in capfd.readouterr().err
+    err = refused(*ONNX, exported.model, "--output", str(exported.folder))
+    assert "already exists: remove it, or give another --output" in err
     assert {path: path.stat().st_mtime_ns for path in exported.folder.iterdir()} == before
 
 
 def test_image_tower_alone_is_judged_with_the_text_tower_of_the_model(
-    exported: Exported, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    exported: Exported, tmp_path: Path, printed: Printed
 ) -> None:
     folder = tmp_path / "onnx"
-    assert export(exported.model, str(folder), "--tower", "image", *exported.sets) == 0
-    assert "tokenizer.json" not in capfd.readouterr().out
+    out = printed(*ONNX, exported.model, str(folder), "--tower", "image", *exported.sets)
+    assert "tokenizer.json" not in out
     assert {path.name for path in folder.iterdir()} == FILES - {"text.onnx", "tokenizer.json"}
     report, both = (json.loads((one / "export.json").read_text()) for one in (folder, exported.folder))
     assert report["metrics"] == both["metrics"]
@@ -230,7 +214,7 @@ def test_image_tower_alone_is_judged_with_the_text_tower_of_the_model(
     program = [sys.executable, "-I", "-c", code.replace("cat.jpg", "../cat.jpg")]
     done = subprocess.run(program, cwd=folder, check=True, capture_output=True, text=True)
     assert done.stdout == "(1, 16)\n"
-    assert export(str(folder), "--check") == 0
+    printed(*ONNX, str(folder), "--check")
 
 
 def test_each_model_is_judged_by_its_own_embeddings(tmp_path: Path) -> None:
@@ -255,7 +239,7 @@ class Turned(ColourOracle):
 
 
 def test_tower_that_differs_from_torch_is_reported_and_nothing_is_written(
-    exported: Exported, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    exported: Exported, tmp_path: Path, refused: Printed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights = shutil.copytree(exported.folder.parent / "model", tmp_path / "model") / "open_clip_model.safetensors"
     state = load_file(weights)
@@ -263,22 +247,19 @@ def test_tower_that_differs_from_torch_is_reported_and_nothing_is_written(
     save_file(state, weights)
     graphs = lambda tower, path, _: shutil.copy(exported.folder / path.name, path)  # noqa: E731  (of other weights)
     monkeypatch.setattr(graph, "write_onnx", graphs)
-    assert export(f"local-dir:{tmp_path}/model", "--output", f"{tmp_path}/out/onnx") == 2
-    assert "its image tower in ONNX differs by inf from torch, more than the allowed 1e-04" in capfd.readouterr().err
+    err = refused(*ONNX, f"local-dir:{tmp_path}/model", f"{tmp_path}/out/onnx")
+    assert "its image tower in ONNX differs by inf from torch, more than the allowed 1e-04" in err
     assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_models_that_cannot_be_exported_are_reported(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, refused: Printed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert export(coca_model(tmp_path / "coca"), "--output", f"{tmp_path}/onnx") == 2
-    assert "it is a captioner" in capfd.readouterr().err
-    assert export("ViT-B-32", "--output", f"{tmp_path}/onnx") == 2
-    assert "no weights without `pretrained`" in capfd.readouterr().err
+    assert "it is a captioner" in refused(*ONNX, coca_model(tmp_path / "coca"), f"{tmp_path}/onnx")
+    assert "no weights without `pretrained`" in refused(*ONNX, "ViT-B-32", f"{tmp_path}/onnx")
     lacking = packages.TargetEntry("ONNX", "export", ("onnx", "onnx_that_is_not_there"))
     monkeypatch.setitem(packages.TARGETS, "onnx", lacking)
-    assert export("MobileCLIP2-S0") == 2
-    assert "onnx_that_is_not_there: run pip install -e '.[export]'" in capfd.readouterr().err
+    assert "onnx_that_is_not_there: run pip install -e '.[export]'" in refused(*ONNX, "MobileCLIP2-S0")
     assert not (tmp_path / "onnx").exists()
 
 

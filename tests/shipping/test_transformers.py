@@ -16,13 +16,13 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from reinforce.shipping.tokens import PROBES
 from teachers.open_clip.tokenizer import Tokenizer
 from tests.helpers import shipping as models
-from tests.helpers.commands import run_command
+from tests.helpers.commands import Printed
 from tests.helpers.models.tiny_models import open_clip_config, save_open_clip, seeded
 from tests.helpers.students import student_folder
 
+EXPORT = ("export", "transformers")
 LABELS = ["a cat", "a dog", "<end_of_text>"]  # as plain text
 
 
@@ -69,14 +69,10 @@ WRITTEN: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("kind", WRITTEN)
-def test_pipeline_of_transformers_gives_the_probabilities_of_open_clip(
-    kind: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_pipeline_gives_the_probabilities_of_open_clip(kind: str, tmp_path: Path, printed: Printed) -> None:
     write, class_name = WRITTEN[kind]
     name, folder = write(tmp_path / "model"), str(tmp_path / "out")
-    code, out, err = run_command(capfd, "export", "transformers", name, folder)
-    assert code == 0, err
-    differences = [float(one) for one in re.findall(r"largest difference (\S+)", out)]
+    differences = [float(one) for one in re.findall(r"largest difference (\S+)", printed(*EXPORT, name, folder))]
     assert len(differences) == 2
     assert max(differences) < 1e-4
     clip, _, preprocess = open_clip.create_model_and_transforms(name)
@@ -101,33 +97,17 @@ def test_pipeline_of_transformers_gives_the_probabilities_of_open_clip(
     scores = {one["label"]: one["score"] for one in found}
     assert [scores[label] for label in LABELS] == pytest.approx(expected.tolist(), abs=5e-3), "resizers differ"
 
-    assert run_command(capfd, "export", "transformers", folder, "--check")[0] == 0
+    printed(*EXPORT, folder, "--check")
     for path in (tmp_path / "out").iterdir():
         assert str(tmp_path).encode() not in path.read_bytes(), path.name
     (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "out/README.md").read_text(), flags=re.DOTALL)
     compile(code, "README.md", "exec")
 
 
-def test_tokens_of_transformers_are_those_of_open_clip(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    name, folder = models.vit(tmp_path / "model"), str(tmp_path / "out")
-    assert run_command(capfd, "export", "transformers", name, folder)[0] == 0
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    original = open_clip.get_tokenizer(name)
-    texts = [text for text in PROBES if "<" not in text]
-    found = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
-    expected = original(texts)
-    torch.testing.assert_close(found.input_ids * found.attention_mask, expected)
-    assert tokenizer("<end_of_text>").input_ids[1:-1] != [49407], "special tokens in texts are plain text"
-
-
 @pytest.mark.parametrize("kind", ["vit", "timm_vit", "fastvit"])
-def test_image_tower_alone_has_the_embeddings_of_open_clip(
-    kind: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_image_tower_alone_has_the_embeddings_of_open_clip(kind: str, tmp_path: Path, printed: Printed) -> None:
     name, folder = getattr(models, kind)(tmp_path / "model"), str(tmp_path / "out")
-    code, out, err = run_command(capfd, "export", "transformers", name, folder, "--tower", "image")
-    assert code == 0, err
-    assert out.count("largest difference") == 1
+    assert printed(*EXPORT, name, folder, "--tower", "image").count("largest difference") == 1
     (code_block,) = re.findall(r"```python\n(.*?)```", (tmp_path / "out/README.md").read_text(), flags=re.DOTALL)
     picture(128, 70).save(tmp_path / "cat.jpg")
     scope: dict[str, Any] = {}
@@ -139,7 +119,16 @@ def test_image_tower_alone_has_the_embeddings_of_open_clip(
     embedding = found.get("image_embeds", found.get("logits"))
     torch.testing.assert_close(embedding, expected, rtol=0.02, atol=0.02 * float(expected.abs().max()))
     assert not (tmp_path / "out/tokenizer.json").exists()
-    assert run_command(capfd, "export", "transformers", folder, "--check")[0] == 0
+    printed(*EXPORT, folder, "--check")
+
+
+def not_finite(folder: Path) -> str:
+    """Write a ViT with weights that are no numbers, from which all results differ infinitely."""
+    name, weights = models.vit(folder), folder / "open_clip_model.safetensors"
+    state = load_file(weights)
+    state["visual.conv1.weight"].fill_(float("nan"))
+    save_file(state, weights)
+    return name
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
@@ -150,27 +139,14 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "last token": (lambda folder: models.timm_vit(folder, pool_type="last"), "its text tower pools by `last`"),
     "mean": (lambda folder: text_of_transformers(folder, "mean_pooler"), "its text tower pools by MeanPooler"),
     "resnet": (models.resnet, "no image tower like open_clip's ModifiedResNet"),
+    "not finite": (not_finite, "differs by inf from torch"),
 }
 
 
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_transformers_cannot_compute_is_refused_and_nothing_is_written(
-    kind: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    kind: str, tmp_path: Path, refused: Printed
 ) -> None:
     write, reason = REFUSED[kind]
-    name = write(tmp_path / "model")
-    code, _, err = run_command(capfd, "export", "transformers", name, str(tmp_path / "out"))
-    assert (code, reason in err) == (2, True), err
+    assert reason in refused(*EXPORT, write(tmp_path / "model"), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
-
-
-def test_weights_that_transformers_does_not_compute_alike_are_refused(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    name = models.vit(tmp_path / "model")
-    weights = tmp_path / "model/open_clip_model.safetensors"
-    state = load_file(weights)
-    state["visual.conv1.weight"].fill_(float("nan"))
-    save_file(state, weights)
-    code, _, err = run_command(capfd, "export", "transformers", name, str(tmp_path / "out"))
-    assert (code, "differs by inf from torch" in err) == (2, True), err
