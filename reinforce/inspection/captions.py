@@ -91,14 +91,12 @@ def similarity_charts(cosines: Mapping[str, Mapping[str, np.ndarray]]) -> Iterat
 
 def correlations(rows: Rows) -> tuple[list[str], list[list[float | None]]]:
     """The teachers, and the rank correlations of their similarities of true captions."""
-    ranked: dict[str, np.ndarray] = {}
     values = {teacher: rows.true_similarity(teacher) for teacher in rows.targets.scales}
     valid = np.logical_and.reduce([np.isfinite(v) for v in values.values()]) if values else np.zeros(0, bool)
     if valid.sum() < 3:
         return [], []
-    for teacher, found in values.items():
-        ranked[teacher] = np.argsort(np.argsort(found[valid], kind="stable"), kind="stable").astype(float)
-    return [*ranked], np.atleast_2d(np.corrcoef([*ranked.values()])).tolist()
+    ranks = [np.argsort(np.argsort(found[valid], kind="stable"), kind="stable") for found in values.values()]
+    return [*values], np.atleast_2d(np.corrcoef(ranks)).tolist()
 
 
 def length_chart(texts: Mapping[str, TextFigures]) -> Chart | None:

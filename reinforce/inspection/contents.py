@@ -65,14 +65,6 @@ class Classes:
     hidden: int
     without: int
 
-    @property
-    def most(self) -> int:
-        return self.largest[0][1]
-
-    @property
-    def least(self) -> int:
-        return (self.smallest or self.largest)[-1][1]
-
 
 def count_classes(rows: Rows) -> Classes | None:
     """The classes of the rows; None where fewer than two are stated, or where most samples have one of their own."""

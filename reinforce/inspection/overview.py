@@ -1,14 +1,12 @@
-"""The facts of a dataset that need no rows: layers, models, bytes, quarantine, runs and the recipe."""
+"""The facts of a dataset that need no rows: layers, bytes, quarantine and runs."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from reinforce.dataset.files.damage import describe_damaged, find_damaged, without_files
 from reinforce.dataset.files.index import read_index
@@ -60,10 +58,6 @@ class Quarantine:
     counts: tuple[tuple[str, str, int], ...]
     items: tuple[Quarantined, ...]
 
-    @property
-    def total(self) -> int:
-        return sum(count for *_, count in self.counts)
-
 
 @dataclass(frozen=True)
 class Overview:
@@ -74,10 +68,6 @@ class Overview:
     quarantine: Quarantine
     runs: tuple[tuple[str, RunRecord], ...]
     problems: tuple[str, ...]
-
-    @property
-    def bytes(self) -> int:
-        return sum(layer.bytes for layer in self.layers)
 
 
 def read_overview(data: Dataset, seed: int) -> Overview:
@@ -131,39 +121,3 @@ def _runs(store: Store, problems: list[str]) -> Iterator[tuple[str, RunRecord]]:
                 yield started, check_run(summary, store.path("runs", name))
         except UserError as error:
             problems.append(str(error))
-
-
-_IMAGES = {"embed": "embedded", "reference": "by reference", "none": "none: published labels"}
-
-
-def recipe_lines(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The settings that determine a dataset, by name, for people."""
-    augmentations = dict(manifest.get("augmentations", {}))
-    return [
-        ("schema version", str(manifest.get("schema_version", ""))),
-        ("seed", str(manifest.get("seed", ""))),
-        ("images", _IMAGES.get(manifest["images"], manifest["images"])),
-        *((f"{name} policy", str(value)) for name, value in dict(manifest.get("policies", {})).items()),
-        *((f"augmentations: {name}", _compact(value)) for name, value in augmentations.items()),
-    ]
-
-
-def model_facts(entry: Mapping[str, Any]) -> str:
-    """A teacher or captioner in one line: what dataset.json records of its model, without file digests."""
-    model = entry.get("model")
-    if not isinstance(model, Mapping):
-        return _compact(model) if model else ""
-    shown = {key: value for key, value in model.items() if key not in ("files", "digest", "sha256")}
-    return ", ".join(f"{key} {_compact(value)}" for key, value in shown.items() if value not in (None, {}, []))
-
-
-def _compact(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_compact(inner)}" for key, inner in value.items())
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(_compact, value))
-    return json.dumps(value)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from reinforce.dataset.kinds.registry import model_sections
-from reinforce.dataset.layers import SAMPLES, mapping_at
+from reinforce.dataset.layers import mapping_at
 from reinforce.dataset.manifest.class_code import entry_keys
 from reinforce.dataset.reading.dataset import Dataset
 from reinforce.dataset.vectors import NORM_TOLERANCE
@@ -22,7 +22,7 @@ from reinforce.dataset.view import open_view
 from reinforce.errors import UserError
 from reinforce.inspection import captions, contents, plots
 from reinforce.inspection.gallery import Card, choose, draw_thumbnails, make_cards, measures
-from reinforce.inspection.overview import Overview, Quarantined, model_facts, read_overview, recipe_lines
+from reinforce.inspection.overview import Overview, Quarantined, read_overview
 from reinforce.inspection.plots import Chart, quantile_rows
 from reinforce.inspection.rows import Rows, read_rows
 from reinforce.inspection.selection import Place, select
@@ -36,7 +36,6 @@ from reinforce.terminal import escape, plural
 
 _FOUND_ROWS = 1000  # of a file with the texts that the search reads
 _KEY_CHARS = 40  # in the summary for people
-_PROBLEMS = 20  # that are shown
 _CONTENTS = "report.json"
 _FIRST = "index.html"
 _KIND = "reinforce-inspect"
@@ -186,19 +185,14 @@ def _nearest(rows: Rows, order: Sequence[int]) -> list[tuple[Place, list[tuple[s
 
 def _summary(data: Dataset, overview: Overview, problems: Sequence[str]) -> dict[str, Any]:
     models = [
-        (section[:-1], name, model_facts(entry), entry)
+        (section[:-1], name, mapping_at(data.manifest, *entry_keys(section, name)))
         for section, names in data.models.items()
         for name in names
-        for entry in [mapping_at(data.manifest, *entry_keys(section, name))]
     ]
+    text = json.dumps(data.manifest, indent=2, ensure_ascii=False)
     return {
-        "overview": overview,
-        "problems": problems[:_PROBLEMS],
-        "more_problems": max(0, len(problems) - _PROBLEMS),
-        "manifest": json.dumps(data.manifest, indent=2, ensure_ascii=False),
-        "recipe": recipe_lines(data.manifest),
-        "models": models,
-    }
+        "overview": overview, "problems": problems, "models": models, "manifest": data.manifest, "manifest_text": text,
+    }  # fmt: skip
 
 
 def _gallery(overview: Overview, rows: Rows, cards: Sequence[Card]) -> dict[str, Any]:
@@ -238,7 +232,6 @@ def _plots(rows: Rows) -> dict[str, Any]:
             targets=[plots.entropy_chart(rows), plots.agreement_chart(rows)],
         ),
         "quantiles": [at for _, at in scores],
-        "layers": [(name, figures) for name, figures in rows.layers.items() if name != SAMPLES],
         "tolerance": NORM_TOLERANCE,
     }
 
