@@ -193,26 +193,22 @@ def diff(
     Vectors count as equal from a cosine of ``min_cosine`` on; at 1, if their numbers are equal. Rows are matched by key
     in shards of one name, others by identity. Raises UserError.
     """
-    stores, manifests = [Store(first), Store(second)], []
-    for store in stores:
-        manifests.append(read_manifest(store))
+    stores = [Store(first), Store(second)]
+    manifests = [read_manifest(store) for store in stores]
     names = [_named(manifest["layers"], layers) for manifest in manifests]
     if layers is not None and not {*names[0], *names[1]} - {SAMPLES}:
         known = sorted({name for manifest in manifests for name in manifest["layers"]})
         raise UserError(f"--layers: neither dataset has {', '.join(layers)}; they have: {', '.join(known)}.")
     common = [name for name in names[0] if name in names[1]]
-    found = DatasetDiff(stores[0].url, stores[1].url)
-    found.only_first = [name for name in names[0] if name not in common]
-    found.only_second = [name for name in names[1] if name not in common]
+    only_first, only_second = ([name for name in of_side if name not in common] for of_side in names)
     prints = [{name: manifest["layers"][name]["fingerprint"] for name in common} for manifest in manifests]
-    found.fingerprints = {name: (prints[0][name], prints[1][name]) for name in common}
+    both = {name: (prints[0][name], prints[1][name]) for name in common}
+    found = DatasetDiff(stores[0].url, stores[1].url, only_first, only_second, both)
     listings = [store.listings(common) for store in stores]
-    lacking = {
-        name: frozenset(
-            shard for side in listings for shard in side[SAMPLES].only(~side[SAMPLES].within(side[name].names))
-        )
-        for name in common
-    }
+    lacking = {}
+    for name in common:
+        sides = (side[SAMPLES].only(~side[SAMPLES].within(side[name].names)) for side in listings)
+        lacking[name] = frozenset(shard for side in sides for shard in side)
     found.missing.update({name: len(shards) for name, shards in lacking.items() if shards})
     groups = [
         row_group_table(store, prints[side][SAMPLES], dict(listings[side][SAMPLES].items()))

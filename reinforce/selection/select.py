@@ -283,18 +283,18 @@ class _Selection:
             self.log(f"rule {rule.label}: dividing samples into cells ({buckets.cells:,})")
             places = training_places(self.groups, self.shards, rule.seed, buckets.cells)
             train = partial(train_cells, self.parts, centroids, self.inputs, rule, buckets.cells)
-            self._all(self.compute(f"{centroids}-trained", train, [places]))
+            list(self.compute(f"{centroids}-trained", train, [places]))
         in_buckets = self.parts.shuffle(records, buckets.dtype, buckets.count)
-        self._all(self._pass(records, CollectRecords(rule, buckets, in_buckets, centroids), save=True))
+        list(self._pass(records, CollectRecords(rule, buckets, in_buckets, centroids), save=True))
         self.log(f"rule {rule.label}: comparing samples in each part ({buckets.count:,})")
         firsts = np.array([chunk.first for chunk in self.chunks])
         worse = self.parts.shuffle(out, PLACES, len(self.chunks))
         compare = partial(compare_records, rule, in_buckets, worse, firsts)
-        self._all(self.compute(out, compare, in_buckets.ranges(len(self.chunks))))
+        list(self.compute(out, compare, in_buckets.ranges(len(self.chunks))))
         assert self.codes is not None
         enter = partial(enter_duplicates, self.parts, rule, worse, self.codes, f"{out}-codes")
         chunks = [*zip(self.chunks, worse.ranges(buckets.count), strict=True)]
-        self._all(self.compute(f"{out}-entered", enter, chunks))
+        list(self.compute(f"{out}-entered", enter, chunks))
         self.codes = f"{out}-codes"
 
     def _pass(self, stage: str, measure: Measure[_T], save: bool | None = None) -> Iterator[Arrays]:
@@ -306,9 +306,3 @@ class _Selection:
         task = Pass(self.parts, self.inputs, self.codes, after, tuple(self.pending), measure)
         yield from self.compute(stage, task, self.chunks)
         self.codes, self.pending = after or self.codes, []
-
-    @staticmethod
-    def _all(results: Iterator[Arrays]) -> None:
-        """Compute all parts of a stage, whose results are read where they are needed."""
-        for _ in results:
-            pass

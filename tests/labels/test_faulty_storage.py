@@ -59,14 +59,17 @@ def files_of(folder: Path, output: str, summary: RunSummary) -> dict[str, bytes]
 
 
 @contextmanager
-def losing(s3: s3fs.S3FileSystem, s3_proxy: Proxy, output: Path, part: str) -> Iterator[str]:
-    """While the block runs, a file of the labels is missing as soon as a run has begun to read it."""
-    lost = sorted(s3.find(f"{LABELS}/{part}"))[0]
+def losing(s3: s3fs.S3FileSystem, s3_proxy: Proxy, output: Path, part: str, cut: bool = False) -> Iterator[str]:
+    """While the block runs, a file of the labels is missing, or ``cut``, as soon as a run has begun to read it."""
+    lost = sorted(s3.find(f"{LABELS}/{part.removeprefix('labels/')}"))[0]
     content = s3.cat_file(lost)
+
+    def lose() -> None:
+        s3.pipe_file(lost, content[: len(content) // 2]) if cut else s3.rm_file(lost)
+
     try:
-        remove = run_first(lambda: s3.rm_file(lost))
-        with s3_proxy.inject(remove, lambda r: r.key == lost and has_begun(output), 1):
-            yield lost
+        with s3_proxy.inject(run_first(lose), lambda r: r.key == lost and has_begun(output), 1):
+            yield lost.removeprefix("bucket/labels/")
     finally:
         s3.pipe_file(lost, content)
 
@@ -118,32 +121,20 @@ def test_a_file_of_labels_that_is_missing_for_a_moment_changes_nothing(
 def test_what_stays_missing_is_named_and_read_when_this_is_asked_for(
     folder: Path, s3: s3fs.S3FileSystem, s3_proxy: Proxy, whole: dict[str, bytes], fault: str, part: str
 ) -> None:
-    """One file of labels disappears, or is cut, when the run has begun to read it."""
     output = f"{fault}-{part.strip('/').replace('/', '-')}"
-    lost = sorted(s3.find(f"{LABELS}/{part.removeprefix('labels/')}"))[0]
-    content = s3.cat_file(lost)
-
-    def lose() -> None:
-        s3.rm_file(lost) if fault == "missing" else s3.pipe_file(lost, content[: len(content) // 2])
-
-    try:
-        with s3_proxy.inject(run_first(lose), lambda r: r.key == lost and has_begun(folder / output), 1):
-            summary = reinforced(folder, output)
-        name = lost.removeprefix("bucket/labels/")
+    with losing(s3, s3_proxy, folder / output, part, fault == "cut") as name:
+        summary = reinforced(folder, output)
         assert (summary.status, summary.refused["labels_unread"] > 0) == (1, True)
         assert name in summary.examples["labels_unread"]
         assert "--retry-quarantined" in summary.text("out")
         again = reinforced(folder, output)
         assert (again.run, again.status) == (None, 1), "nothing else is missing"
         assert "--retry-quarantined" in again.message
-        assert (
-            name in read_status(f"{folder}/{output}")["quarantine"]["labels/lab"]["examples"]["labels_unread (shard)"]
-        )
+        quarantined = read_status(f"{folder}/{output}")["quarantine"]["labels/lab"]
+        assert name in quarantined["examples"]["labels_unread (shard)"]
         still = reinforced(folder, output, retry_quarantined=True)
         assert (still.status, still.refused) == (1, summary.refused)
         assert not (folder / output / "set-aside").exists(), "nothing has changed"
-    finally:
-        s3.pipe_file(lost, content)
     assert files_of(folder, output, reinforced(folder, output, retry_quarantined=True)) == whole
     assert reinforced(folder, output, retry_quarantined=True).run is None
 
