@@ -144,8 +144,7 @@ def make_cards(
                 grids[layer] = f"{stem}-grids-{number}.webp"
                 write(grids[layer], webp(_side_by_side(colours)))
         cards.append(Card(row, shard, ShownSample.of(sample), ranks[row], agreed, stem, problem, refused, grids))
-    order = {row: place for place, row in enumerate(tabs["key"])}
-    return sorted(cards, key=lambda card: order[card.row])
+    return sorted(cards, key=lambda card: card.ranks["key"])
 
 
 def _side_by_side(pictures: np.ndarray) -> Image.Image:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.reading.dataset import Dataset
@@ -25,7 +25,6 @@ from reinforce.selection.expressions import Expression
 from reinforce.selection.limited import LimitedExpressions, LimitError
 
 _SHOWN = 12  # samples of each side
-_NUMBER = re.compile(r"(\d+) ")
 LEFT_OUT, KEPT, NO_VALUE = "left out", "kept", "left out, without a value"
 
 
@@ -102,9 +101,10 @@ class Sides:
         keys = tables[SAMPLES]["key"]
         if not reasons["key"].equals(keys):
             raise UserError(f"view {self.view.name} is of other samples of {group.shard}. Make it again.")
-        texts = reasons["left_out"].to_pylist()
-        codes = np.array([_code(text) for text in texts], np.int64)
-        null = np.array([text is not None and text.endswith(": null") for text in texts], np.bool_)
+        left_out = reasons["left_out"]
+        rule_numbers = pc.struct_field(pc.extract_regex(left_out, r"^(?P<number>\d+) "), "number")
+        codes = pc.fill_null(rule_numbers.cast(pa.int64()), 0).to_numpy()  # 0 where a row is kept
+        null = pc.fill_null(pc.ends_with(left_out, ": null"), False).to_numpy()
         salt = hashlib.blake2b(f"{self._seed} {group.shard}".encode(), digest_size=8).hexdigest()
         order = hash_array(keys.to_numpy(), hash_key=salt, categorize=False).astype(np.float64)
         for rule in self.rules:
@@ -140,9 +140,3 @@ class Sides:
 
     def _report(self, number: int, error: UserError) -> None:
         self.problems.append(f"view {self.view.name}, rule {number}: samples are shown without values: {error}")
-
-
-def _code(reason: str | None) -> int:
-    """The number of the rule that leaves a row out, 0 where it is kept."""
-    found = _NUMBER.match(reason or "")
-    return int(found[1]) if found else 0
