@@ -13,7 +13,6 @@ import pytest
 import reinforce
 from reinforce.config import parse_config
 from reinforce.dataset.files.store import Store
-from reinforce.engine.messages.results import ShardResult
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.record.summary import source_lines
 from reinforce.labels.identities import DIGEST, Identity
@@ -25,7 +24,7 @@ from reinforce.publishing.labels import export_labels
 from reinforce.source.references import image_digest
 from tests.helpers.data import config_of, picture, tree, write_tar
 from tests.helpers.reinforced import reinforce_here
-from tests.labels.test_taking import by_number, dataset_of, publish, sample, smaller, taking
+from tests.labels.test_taking import dataset_of, publish, sample, smaller, take, taking
 
 COUNT, UIDS = 40, 17
 
@@ -50,10 +49,9 @@ def test_where_nothing_shows_it_none_is_taken_and_counted(
     numbers = random.Random(1).sample(range(COUNT), COUNT)
     copy = [one for n in numbers for one in sample(n, f"own{n}", smaller(picture(n)), uid=f"uid{n % uids}")]
     write_tar(tmp_path / "copy" / "0.tar", copy)
-    results: list[ShardResult] = []
-    taken = by_number(reinforce_here(taking(tmp_path, url), results=results))
+    taken, counts = take(taking(tmp_path, url))
     assert not any(one.captions.get("namer") for one in taken.values())
-    assert (counts := results[0].source_counts) == {"labels.lab.ambiguous": COUNT}
+    assert counts == {"labels.lab.ambiguous": COUNT}
     assert source_lines(counts) == ["samples joined with labels lab: 40 not (ambiguous: several rows state the same)"]
     files = Path(tmp_path, "out/quarantine").rglob("*.parquet")
     details = {detail for path in files for detail in pq.read_table(path)["detail"].to_pylist()}
@@ -93,10 +91,9 @@ def test_keys_that_repeat_in_shards_join_nothing(tmp_path: Path) -> None:
     assert open_index(Store(url)).repeated == {"key": 4}
     write_tar(tmp_path / "copy" / "0.tar", [one for n in range(3) for one in sample(n, f"{n:05d}")[:2]])
     labels = {"lab": {"url": url, "layers": ["captions/namer"], "join": "key"}}
-    results: list[ShardResult] = []
-    taken = by_number(reinforce_here(taking(tmp_path, url, labels=labels), results=results))
+    taken, counts = take(taking(tmp_path, url, labels=labels))
     assert {number for number, one in taken.items() if one.captions.get("namer")} == {0}
-    assert results[0].source_counts == {"labels.lab.key": 1, "labels.lab.ambiguous": 2}
+    assert counts == {"labels.lab.key": 1, "labels.lab.ambiguous": 2}
 
 
 def said_of(rng: random.Random, few: int) -> tuple[int, dict[str, str]]:

@@ -6,6 +6,7 @@ import io
 import json
 import random
 import shutil
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,13 @@ def by_number(url: str) -> dict[int, reinforce.Sample]:
     return {int(str(one.caption).split()[1]): one for one in reinforce.open(url)}
 
 
+def take(config: dict[str, Any]) -> tuple[dict[int, reinforce.Sample], Counter[str]]:
+    """The samples of a run by number, and how many joined by what, or why they did not."""
+    results: list[ShardResult] = []
+    taken = by_number(reinforce_here(config, results=results))
+    return taken, sum((Counter(result.source_counts) for result in results), Counter())
+
+
 def same_values(one: reinforce.Sample, other: reinforce.Sample) -> None:
     assert one.captions["namer"] == other.captions["namer"]
     for teacher in ("red", "blue"):
@@ -121,10 +129,9 @@ def labels(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize("computed", [False, True])
 def test_every_row_that_must_match_has_the_labels_and_no_other(tmp_path: Path, labels: str, computed: bool) -> None:
     write_copy(tmp_path)
-    results: list[ShardResult] = []
     own = {name: config_of("", "")[name] for name in ("teachers", "captioners")} if computed else {}
-    made = dataset_of(labels), reinforce_here(taking(tmp_path, labels, **own), results=results)
-    before, after = map(by_number, made)
+    before = by_number(dataset_of(labels))
+    after, counts = take(taking(tmp_path, labels, **own))
     assert after.keys() == {n for n in range(COUNT + 3) if n >= COUNT or n % 10 != MISSING}
     for number, one in after.items():
         if number < COUNT and number % 10 != EXCHANGED:
@@ -140,14 +147,11 @@ def test_every_row_that_must_match_has_the_labels_and_no_other(tmp_path: Path, l
         else:
             assert one.captions.get("namer") is None
             assert np.isnan(one.images["red"]).all()
-    dims = [json.loads(Path(url, "dataset.json").read_text())["teachers"]["red"]["dim"] for url in made]
-    assert dims == [8, 8], "projections of features need it"
+    assert json.loads((tmp_path / "out/dataset.json").read_text())["teachers"]["red"]["dim"] == 8, "of projections"
     samples = pq.read_table(tmp_path / "out" / "samples", columns=["caption", "labelled"]).to_pylist()
     notes = {int(row["caption"].split()[1]): row["labelled"] for row in samples}
     assert (notes[12], notes[13], notes[11], notes[41]) == ("uid, scaled from 40 x 30", "uid", None, None)
-    counts = [result.source_counts for result in results]
-    assert sum(count.get("labels.lab.uid", 0) for count in counts) == 32
-    assert sum(count.get("labels.lab.absent", 0) for count in counts) == 7
+    assert counts == {"labels.lab.uid": 32, "labels.lab.absent": 7}
 
 
 def test_layers_that_are_taken_later_fit_the_stored_rows(tmp_path: Path, labels: str) -> None:
@@ -160,16 +164,15 @@ def test_layers_that_are_taken_later_fit_the_stored_rows(tmp_path: Path, labels:
     with pytest.raises(UserError, match="embeddings/red/images: fingerprint"):  # one model, one recipe
         reinforce_here(of(*LAYERS, "embeddings/red/images"))
     others = of("embeddings/red/images", "embeddings/blue", "captions/namer")
-    results: list[ShardResult] = []
-    url = reinforce_here(others, results=results)
+    taken, counts = take(others)
     before = by_number(dataset_of(labels))
-    for number, one in by_number(url).items():
+    for number, one in taken.items():
         joined = number < COUNT and number % 10 != EXCHANGED
         assert one.captions.get("namer") == (before[number].captions["namer"] if joined else None)
         if joined:
             np.testing.assert_array_equal(one.images["blue"], before[number].images["blue"])
             np.testing.assert_array_equal(one.texts["blue"]["namer"], before[number].texts["blue"]["namer"])
-    assert sum(result.source_counts["labels.lab.uid"] for result in results) == 32
+    assert counts["labels.lab.uid"] == 32
     assert not make_plan(parse_config(others)).pending
 
 
@@ -188,15 +191,12 @@ def test_a_rotten_download_is_another_image(tmp_path: Path, kind: str) -> None:
     images = {1: picture(1, 30, 30), 2: picture(99), 3: smaller(picture(3))}
     copy = [m for n in range(5) for m in sample(n, f"own{n}", images.get(n), **stated(n))]
     write_tar(tmp_path / "copy" / "0.tar", copy)
-    results: list[ShardResult] = []
-    taken = by_number(reinforce_here(taking(tmp_path, url), results=results))
+    taken, counts = take(taking(tmp_path, url))
     labelled = {number for number, one in taken.items() if one.captions.get("namer")}
     # The SHA-256 is that of the file before it was encoded; a URL may have another image now, which a digest shows.
     assert labelled == ({0, 4} if kind == "url" else {0, 2, 3, 4})
-    counts = {"labels.lab.digest": 2, "labels.lab.other_image": 3}
-    assert results[0].source_counts == (
-        counts if kind == "url" else {"labels.lab.sha256": 4, "labels.lab.other_image": 1}
-    )
+    joined = {"digest": 2, "other_image": 3} if kind == "url" else {"sha256": 4, "other_image": 1}
+    assert counts == {f"labels.lab.{name}": count for name, count in joined.items()}
 
 
 RED = config_of("", "")["teachers"]["red"]
