@@ -13,9 +13,8 @@ from markupsafe import Markup
 
 from reinforce import plots
 from reinforce.dataset.augment.backends import known_operations
-from reinforce.inspection.rows import Rows
+from reinforce.inspection.rows import BATCH, SCALES, Rows
 from reinforce.inspection.selection import Place
-from reinforce.inspection.targets import BATCH, SCALES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,9 +14,8 @@ from reinforce.dataset.augment.backends import known_operations
 from reinforce.dataset.vectors import normalized
 from reinforce.inspection.contents import count_classes, find_similar
 from reinforce.inspection.gallery import choose, mean_rank, measures, synthetic_gap
-from reinforce.inspection.rows import Rows, read_rows
+from reinforce.inspection.rows import BATCH, SCALES, Rows, Targets, read_rows
 from reinforce.inspection.selection import select
-from reinforce.inspection.targets import BATCH, SCALES, Targets
 from tests.helpers.reinforced import small_dataset
 
 
