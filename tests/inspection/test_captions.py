@@ -83,12 +83,8 @@ def test_rows_without_captions_have_a_page_and_without_sacrebleu_there_is_no_sel
     assert report["texts"]["namer"]["words"] > 0
 
 
-def summary_of(*images: list[str] | None) -> dict[str, Any]:
-    return text_statistics(images)
-
-
 def test_distinct_ngrams_are_counted_over_all_captions_and_within_an_image() -> None:
-    summary = summary_of(["A cat, a cat.", "a dog"], ["a cat", "the bird sings"])
+    summary = text_statistics([["A cat, a cat.", "a dog"], ["a cat", "the bird sings"]])
     # Words: a cat a cat a dog | a cat the bird sings; distinct: a cat dog the bird sings.
     assert summary["distinct"]["1"] == pytest.approx(6 / 11)
     # Pairs: a-cat cat-a a-cat a-dog | a-cat the-bird bird-sings; none crosses the end of a caption.
@@ -100,30 +96,30 @@ def test_distinct_ngrams_are_counted_over_all_captions_and_within_an_image() -> 
 
 
 def test_lengths_duplicates_missing_end_marks_and_ends_mid_sentence_are_counted() -> None:
-    summary = summary_of(["A dog's life - in 3 acts.", ""], ["one two", "one"])
+    summary = text_statistics([["A dog's life - in 3 acts.", ""], ["one two", "one"]])
     assert summary["lengths"] == {"0": 1, "1": 1, "2": 1, "6": 1}
     assert summary["words"] == pytest.approx(9 / 4)
-    summary = summary_of(["a cat", "A cat!", "a dog"], ["a dog", "a bird", "a fish"], ["x", "y", "y"])
+    summary = text_statistics([["a cat", "A cat!", "a dog"], ["a dog", "a bird", "a fish"], ["x", "y", "y"]])
     assert summary["duplicates_within_image"] == pytest.approx(2 / 9)
     assert summary["duplicates_across_images"] == pytest.approx(2 / 9), "both captions `a dog`, and no others"
-    summary = summary_of(
-        ["a cat.", 'he says "stop!"', "a cat on the", "a cat"], ["猫です。", "it is of", "a cat and", "so?"]
+    summary = text_statistics(
+        [["a cat.", 'he says "stop!"', "a cat on the", "a cat"], ["猫です。", "it is of", "a cat and", "so?"]]
     )
     assert summary["no_end_mark"] == pytest.approx(4 / 8)
     assert summary["ends_midway"] == pytest.approx(3 / 8)
 
 
 def test_rows_without_captions_count_only_as_null_and_equal_captions_have_a_self_bleu_of_one() -> None:
-    summary = summary_of(None, ["a cat", "a dog"], None, None)
+    summary = text_statistics([None, ["a cat", "a dog"], None, None])
     assert (summary["rows"], summary["captions"], summary["null"]) == (4, 2, 0.75)
     assert summary.keys() - {"rows", "captions"} == DEFINITIONS.keys()
-    nothing = summary_of(None)
+    nothing = text_statistics([None])
     assert (nothing["null"], nothing["words"], nothing["self_bleu"]) == (1.0, None, None)
     assert nothing["distinct"] == {"1": None, "2": None, "3": None}
     same = "a photo of a cat"
-    assert summary_of([same] * 3, [same + " and a dog"] * 3)["self_bleu"] == pytest.approx(1)
-    assert summary_of([same], ["another one of these"])["self_bleu"] is None
-    assert summary_of([same, "two dogs run on green grass"])["self_bleu"] < 0.1
+    assert text_statistics([[same] * 3, [same + " and a dog"] * 3])["self_bleu"] == pytest.approx(1)
+    assert text_statistics([[same], ["another one of these"]])["self_bleu"] is None
+    assert text_statistics([[same, "two dogs run on green grass"]])["self_bleu"] < 0.1
 
 
 WORDS = st.lists(st.sampled_from(["a", "cat", "dog", "sits", "on", "the", "mat."]), min_size=1, max_size=9).map(

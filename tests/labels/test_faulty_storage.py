@@ -144,7 +144,6 @@ def test_a_lost_partition_of_the_index_costs_shards_and_no_labels(
 ) -> None:
     """Without it, samples would be joined by what is weaker, or not at all."""
     index = Store(LABELS).read_json("identities", "index.json")
-    assert index is not None
     with losing(s3, s3_proxy, folder / "index", f"identities/{index['fingerprint']}/uid"):
         summary = reinforced(folder, "index")
     assert summary.status == 1

@@ -172,7 +172,6 @@ def test_keep_within_takes_the_largest_values_of_each_group(url: str) -> None:
     values, of_group = scores(url, "match.caption_mean"), {}
     for sample in reinforce.open(url):
         if values[sample.key] is not None:
-            assert sample.captions["namer"] is not None
             of_group.setdefault(len(sample.captions["namer"][0] or "") % 3, []).append(sample.key)
     best = {group: sorted(keys, key=values.__getitem__, reverse=True) for group, keys in of_group.items()}
     assert {*keys_of(url)} == {key for keys in best.values() for key in keys[: max(1, round(0.25 * len(keys)))]}

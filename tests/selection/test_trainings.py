@@ -77,7 +77,6 @@ def test_batches_over_a_view_are_the_same_after_a_resume_and_in_loader_processes
     [few, some, every] = [feed_of(url, view).data for view in ("few", "some", None)]
     assert few != some
     view = reinforce.open(url, view="few").view
-    assert view is not None
     assert {name: value for name, value in few.items() if every.get(name) != value} == {
         f"{url}: view few": view.fingerprint
     }
