@@ -18,9 +18,7 @@ from reinforce.input_config import Input, Limits
 from reinforce.source.reading import read_samples as read_source
 
 
-def test_variants_of_a_backend_have_equal_pixels_and_results_ratios_to_the_default(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_variants_have_equal_pixels_and_ratios_to_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(augment, "SIZE", 64)
     photos = [photo(seed, 200) for seed in range(2)]
     of = variants()

@@ -165,9 +165,7 @@ def test_search_and_tabs_choose_samples(report: Path, watched: Watched) -> None:
     assert set(shown(page)) == {*REFUSED, *WITHOUT_CAPTION}
 
 
-def test_words_are_searched_in_all_tabs_and_samples_are_sorted_and_filtered_by_a_number(
-    report: Path, watched: Watched
-) -> None:
+def test_words_are_searched_in_all_tabs_and_samples_sorted_and_filtered(report: Path, watched: Watched) -> None:
     page = watched.page
     page.goto(f"file://{report}/gallery.html#tab=quarantine")
     page.fill("#query", "thing shard 1")

@@ -69,9 +69,7 @@ def test_figures_are_those_of_the_stored_captions_and_vectors(tmp_path: Path) ->
         assert f'<div role="img" aria-label="{title}.' in page
 
 
-def test_rows_without_captions_have_a_page_and_without_sacrebleu_there_is_no_self_bleu(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_reports_without_captions_or_sacrebleu_have_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     silent = {"class": "tests.helpers.models:RepetitiveCaptioner", "captions": 3, "clean": {"characters": 1}}
     changes = {"captioners": {"silent": silent}, "input": {"captions": ["json:nothing"]}}
     report = figures_of(small_dataset(tmp_path / "silent", (3,), **changes), tmp_path / "report")

@@ -72,9 +72,7 @@ def check_addresses(folder: Path, *pages: str) -> None:
             assert (folder / address.partition("#")[0]).is_file(), address
 
 
-def test_the_same_report_twice_has_equal_files_and_an_earlier_one_leaves_nothing(
-    url: str, whole: Path, tmp_path: Path
-) -> None:
+def test_equal_reports_are_equal_files_and_an_earlier_one_leaves_nothing(url: str, whole: Path, tmp_path: Path) -> None:
     inspect(url, str(tmp_path / "once"), limit=11, seed=3)
     shutil.copytree(whole, tmp_path / "again")
     other = files_of(tmp_path / "again")

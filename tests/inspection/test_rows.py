@@ -43,9 +43,7 @@ def test_rows_have_the_similarities_and_crops_of_their_samples(labelled: str, ro
             }
 
 
-def test_tabs_are_ordered_by_what_they_show_of_a_selection_that_is_seeded(
-    labelled: str, rows: Rows, tmp_path: Path
-) -> None:
+def test_tabs_are_ordered_by_what_they_show_of_a_seeded_selection(labelled: str, rows: Rows, tmp_path: Path) -> None:
     tabs = choose(rows, 0, set())
     gap = synthetic_gap(rows)
     assert [*gap[tabs["synthetic"]]] == sorted(gap[gap > 0], reverse=True)[:24]

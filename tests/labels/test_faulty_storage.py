@@ -85,9 +85,7 @@ def has_begun(output: Path) -> bool:
 
 
 @pytest.mark.parametrize("part", ["dataset.json", "index.json", "shards.parquet", "/uid/", "labels/samples/"])
-def test_a_refusal_of_labels_while_planning_is_an_error_of_the_storage(
-    folder: Path, s3_proxy: Proxy, part: str
-) -> None:
+def test_a_refusal_while_planning_is_an_error_of_the_storage(folder: Path, s3_proxy: Proxy, part: str) -> None:
     with (
         s3_proxy.inject(refuse(403, "AccessDenied", "not for you"), reads(part)) as affected,
         pytest.raises(StorageError, match=r"bucket/labels.* cannot be read: PermissionError: .*; check the storage"),

@@ -89,9 +89,7 @@ def damage(path: Path, column: str) -> None:
 
 
 @pytest.mark.parametrize("column", ["url", "caption"])
-def test_a_row_group_of_samples_that_is_refused_is_read_once(
-    labels: Path, reads: Counter[tuple[Any, int]], column: str
-) -> None:
+def test_a_refused_group_of_samples_is_read_once(labels: Path, reads: Counter[tuple[Any, int]], column: str) -> None:
     [path] = labels.glob("samples/*.parquet")
     damage(path, column)
     plan = plan_of(labels)
@@ -104,9 +102,7 @@ def test_a_row_group_of_samples_that_is_refused_is_read_once(
     assert all(broken) if column == "url" else any(broken)
 
 
-def test_row_groups_of_a_layer_that_are_refused_are_read_once_and_cost_this_layer(
-    labels: Path, reads: Counter[tuple[Any, int]]
-) -> None:
+def test_refused_row_groups_of_a_layer_are_read_once_and_cost_it(labels: Path, reads: Counter[tuple[Any, int]]) -> None:
     [path] = labels.glob("embeddings/red/images/*.parquet")
     rewrite(path, "embeddings", pa.array([np.zeros(1000, np.float16)] * COUNT))
     plan = plan_of(labels)

@@ -83,9 +83,7 @@ def test_the_index_has_every_identity(dataset: Path, monkeypatch: pytest.MonkeyP
         index.row_group(1, 11)
 
 
-def test_a_killed_build_continues_and_a_second_one_writes_nothing(
-    dataset: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_build_continues_and_a_second_writes_nothing(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(building, "PART_ROWS", 3)
     written: list[str] = []
     merge = building.merge_partition
@@ -114,9 +112,7 @@ def test_a_killed_build_continues_and_a_second_one_writes_nothing(
     assert now == {name: (dataset / name).stat().st_mtime_ns for name in now}
 
 
-def test_what_somebody_else_has_changed_is_refused_with_the_remedy(
-    dataset: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_somebody_else_has_changed_is_refused_with_the_remedy(dataset: Path) -> None:
     index = build(dataset)
     store = Store(str(dataset))
     description = json.loads((dataset / "identities" / "index.json").read_text())

@@ -123,9 +123,7 @@ BROKEN: dict[str, tuple[str, dict[str, bytes | Callable[[], bytes] | None]]] = {
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 @pytest.mark.parametrize("order", ["C", "F"])
-def test_vectors_are_the_two_dimensional_float_arrays_of_any_memory_order(
-    dtype: type, order: Literal["C", "F"]
-) -> None:
+def test_vectors_are_two_dimensional_float_arrays_of_any_memory_order(dtype: type, order: Literal["C", "F"]) -> None:
     values = np.asarray(np.arange(6).reshape(2, 3), dtype, order)
     data = npz({"values": values}, scalar=np.float32(1), whole=np.ones((2, 3), int), cube=np.ones((1, 1, 1)))
     [(name, parsed)] = parse_vectors("npz", data).items()

@@ -40,9 +40,7 @@ def write(folder: Path, images: bool = False, uids: int = UIDS) -> str:
 
 @pytest.mark.parametrize("earlier", [False, True])
 @pytest.mark.parametrize(("images", "uids"), [(False, UIDS), (True, UIDS), (False, 1)])
-def test_where_nothing_shows_it_none_is_taken_and_counted(
-    tmp_path: Path, images: bool, uids: int, earlier: bool
-) -> None:
+def test_where_nothing_shows_it_none_is_taken(tmp_path: Path, images: bool, uids: int, earlier: bool) -> None:
     url = write(tmp_path, images, uids)
     if earlier:
         forget_repeated(url)
@@ -66,9 +64,7 @@ def forget_repeated(url: str) -> None:
     path.write_text(json.dumps(description))
 
 
-def test_an_export_and_the_index_report_repeated_identities_also_of_labels_of_an_earlier_version(
-    tmp_path: Path,
-) -> None:
+def test_exports_and_indexes_report_repeated_identities_also_of_earlier_labels(tmp_path: Path) -> None:
     url = write(tmp_path)
     assert open_index(Store(url)).repeated == {"uid": COUNT}
     before = tree(Path(url), layers_only=False)

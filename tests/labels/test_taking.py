@@ -213,18 +213,14 @@ BAD: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("changes", "message"), BAD)
-def test_labels_that_do_not_fit_are_refused_while_planning(
-    tmp_path: Path, labels: str, changes: dict[str, Any], message: str
-) -> None:
+def test_labels_that_do_not_fit_are_refused(tmp_path: Path, labels: str, changes: dict[str, Any], message: str) -> None:
     own = {key: value for key, value in changes.items() if key not in ("url", "layers")}
     lab = {"url": labels, "layers": LAYERS, **{key: changes[key] for key in changes.keys() - own.keys()}}
     with pytest.raises(UserError, match=message):
         make_plan(parse_config(taking(tmp_path, labels, labels={"lab": lab}, **own)))
 
 
-def test_labels_without_an_index_are_refused_and_with_one_what_joins_is_counted_and_checked_before_a_run(
-    tmp_path: Path, labels: str
-) -> None:
+def test_labels_without_an_index_are_refused_and_others_counted_before_a_run(tmp_path: Path, labels: str) -> None:
     write_copy(tmp_path)
     _, notes = check_source(make_plan(parse_config(taking(tmp_path, labels))))
     assert any(note.startswith("labels.lab: the first") and "by uid" in note for note in notes)
@@ -301,9 +297,7 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> str:
     "read", [READ, {**READ, "captions_per_sample": 2}, {**READ, "captions_per_sample": 5}, {"captions": ["json:first"]}]
 )
 @pytest.mark.parametrize("own", [False, True])  # whether the config has the model too
-def test_vectors_are_those_that_the_model_computes_of_the_captions(
-    tmp_path: Path, several: str, read: dict[str, Any], own: bool
-) -> None:
+def test_vectors_are_what_the_model_computes(tmp_path: Path, several: str, read: dict[str, Any], own: bool) -> None:
     write_several(tmp_path / "copy" / "0.tar", reverse=True)
     source = f"{tmp_path}/copy/*.tar"
     expected = reinforce_here(config_of(source, tmp_path / "computed", input=read))

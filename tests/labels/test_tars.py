@@ -115,9 +115,7 @@ def test_a_layer_added_later_equals_that_of_a_single_run(tmp_path: Path) -> None
         assert sample.texts["ours"].keys() == {"caption", "coca", "tagged"}
 
 
-def test_reinforcements_removed_between_runs_leave_null_rows_and_a_missing_shard_fails_the_layer(
-    tmp_path: Path,
-) -> None:
+def test_removed_reinforcements_leave_null_rows_and_a_missing_shard_fails_the_layer(tmp_path: Path) -> None:
     write_published(tmp_path, [source_members(one) for one in ALL], [published_members(one) for one in ALL])
     first, nowhere = config_of(tmp_path), f"{tmp_path}/nowhere/00000.tar"
     del first["teachers"]["two"]

@@ -202,9 +202,7 @@ def test_a_file_that_changes_during_a_selection_is_an_error(url: str, monkeypatc
     assert len([*Path(url, "views/some").glob("rows-*")]) == 1
 
 
-def test_a_reader_between_the_description_and_its_shards_reads_the_new_view(
-    url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_reader_between_description_and_shards_reads_the_new_view(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     make_view(url, {"sample": 7})
     read_shards, made = views._read_shards, []
 

@@ -235,9 +235,7 @@ def rule(*against: str, **changes: Any) -> dict[str, Any]:
     return {"decontaminate": {"against": [*against], "teacher": "red", "threshold": 0.95, **changes}}
 
 
-def test_images_of_a_reference_that_have_no_vector_are_counted_and_refused_unless_accepted(
-    plain: str, tmp_path: Path
-) -> None:
+def test_reference_images_without_vectors_are_counted_and_refused_unless_accepted(plain: str, tmp_path: Path) -> None:
     write_images(tmp_path / "evaluation.tar", [0, 1, None, 3, None, 5])
     evaluation = with_teacher(tmp_path / "evaluation.tar", tmp_path / "evaluation")
     with pytest.raises(UserError) as raised:

@@ -62,9 +62,7 @@ def test_values_are_those_of_a_selection_and_wrong_expressions_are_errors_of_the
 
 
 @pytest.mark.parametrize("text", [*MEMORY, *TIME])
-def test_an_expression_above_the_limits_is_an_error_in_bounded_time(
-    url: str, text: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_expressions_above_limits_fail_in_bounded_time(url: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limited, "SECONDS", 2.0)
     with LimitedExpressions(manifest_of(url)) as expressions:
         begin = time.monotonic()
@@ -82,9 +80,7 @@ def test_further_expressions_do_not_start_it_again_and_again(url: str, monkeypat
                 expressions.values(found, tables_of(url))
 
 
-def test_a_report_on_a_hostile_view_names_the_rule_and_shows_its_samples(
-    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_report_on_a_hostile_view_names_the_rule(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limited, "SECONDS", 1.5)
     store = Store(url)
     make_view(url, {"keep": {"top": 0.5, "by": "width + key::INT"}})

@@ -36,9 +36,7 @@ def url(copy: Path, request: pytest.FixtureRequest) -> str:
     return "s3://bucket/out"
 
 
-def test_a_second_selection_of_a_name_is_refused_and_the_first_is_not_disturbed(
-    url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_second_selection_is_refused_without_harm_to_the_first(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     begun, go_on = threading.Event(), threading.Event()
     write, made = ViewRows.write, []
 
@@ -96,9 +94,7 @@ def test_a_selection_whose_claim_was_taken_writes_no_view(
     assert s3.exists("bucket/taken/views/some/selection.json")
 
 
-def test_a_claim_is_renewed_while_a_selection_runs(
-    labelled: str, s3: s3fs.S3FileSystem, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_claim_is_renewed_while_a_selection_runs(s3: s3fs.S3FileSystem, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "_RENEWED", 0.1)
     store = Store("s3://bucket/renewed")
     with lock.lock_view(store, "some") as check:
@@ -108,9 +104,7 @@ def test_a_claim_is_renewed_while_a_selection_runs(
     assert not s3.exists("bucket/renewed/views/some/selection.json")
 
 
-def test_a_view_in_an_object_store_equals_that_on_disk_and_knows_its_content(
-    labelled: str, s3: s3fs.S3FileSystem, tmp_path: Path
-) -> None:
+def test_a_view_in_an_object_store_equals_that_on_disk(labelled: str, s3: s3fs.S3FileSystem, tmp_path: Path) -> None:
     shutil.copytree(labelled, tmp_path / "out")
     here = make_view(tmp_path / "out", {"deduplicate": {"teacher": "red", "threshold": 0.97}})
     s3.put(f"{labelled}/", "bucket/equal/", recursive=True)

@@ -55,9 +55,7 @@ def test_every_dataset_is_a_distinct_valid_run(study: Study) -> None:
     assert study.own_scales() == {"conv-64": 27.3, "conv-48": 29.8, "styles-64": 24.0}, "of the teachers' weights"
 
 
-def test_overrides_apply_to_all_students_and_errors_are_reported_early(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_overrides_apply_to_all_students_and_errors_come_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     study = Study(tmp_path, ["train.steps=120", "train.optimizer.warmup=5"])
     questions = make_questions(study)
@@ -89,9 +87,7 @@ def test_a_question_without_its_captioner_is_an_error_if_it_is_named_and_left_ou
 
 
 @pytest.mark.parametrize("encoder", STAGES, ids=lambda encoder: encoder.name)
-def test_an_encoder_has_its_stages_widths_and_size(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoder: Encoder
-) -> None:
+def test_encoders_have_their_stages_and_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoder: Encoder) -> None:
     monkeypatch.chdir(ROOT)
     stages, size = len(encoder.blocks), encoder.size
     encoder.write(tmp_path)

@@ -57,9 +57,7 @@ def run(tmp_path: Path, folder: Path, *words: str) -> Results:
 
 
 @pytest.mark.usefixtures("here")
-def test_a_tiny_run_on_a_cpu_measures_every_section(
-    tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_tiny_run_measures_every_section(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = run(tmp_path, folder)
     output = capsys.readouterr().out
     assert results.sections.keys() == SECTIONS.keys() - {"ranks"}

@@ -36,9 +36,7 @@ def names(results: Results, section: str) -> list[str]:
     return [figure["name"] for figure in results.sections[section]["figures"]]
 
 
-def test_what_goes_wrong_in_a_section_is_its_result_and_the_others_are_measured(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failures_are_results_and_other_sections_are_measured(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     ways = (gpu_sections.breaks_the_device, gpu_sections.crashes, gpu_sections.is_killed, gpu_sections.passes)
     sections = {way.__name__: Section(way, 5) for way in ways}
     results = measure(bench, monkeypatch, {"right": Section(gpu_sections.is_wrong, 5, checks=True), **sections})
@@ -67,9 +65,7 @@ def test_what_goes_wrong_in_a_section_is_its_result_and_the_others_are_measured(
     assert f"| id | {rate} (**`right` was not measured**) |" in render_page(PAGE, results)
 
 
-def test_a_section_that_hangs_is_killed_with_its_children_and_says_where_it_was(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_section_that_hangs_is_killed_and_says_where_it_was(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     sections = {"hangs": Section(gpu_sections.hangs, 0.02), "passes": Section(gpu_sections.passes, 5)}
     start = time.monotonic()
     results = measure(bench, monkeypatch, sections)

@@ -82,9 +82,7 @@ def test_two_rows_that_are_swapped_fail(bench: Bench, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("block", ["visual.transformer.resblocks.0", "text_decoder.resblocks.0"])
-def test_one_block_of_a_captioner_off_by_one_percent_fails(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, block: str
-) -> None:
+def test_captioner_blocks_off_by_one_percent_fail(bench: Bench, monkeypatch: pytest.MonkeyPatch, block: str) -> None:
     [(name, spec)] = recipe.demo().captioners.items()
     assert unmet(right._compare_logits(bench, name, spec)) == []
     inject(monkeypatch, "teachers.coca.captioner.load_model", lambda model: scale(model.get_submodule(block)))
