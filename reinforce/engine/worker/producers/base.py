@@ -5,26 +5,33 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from reinforce.config import Config
+from reinforce.dataset import vectors
 from reinforce.dataset.kinds.registry import kind_of
 from reinforce.dataset.layers import SAMPLES, Layer
 from reinforce.engine.decode.row import Row
-from reinforce.engine.inference.batch_sizes import Demand, rows_per_batch
+from reinforce.engine.inference.batch_sizes import Bound, Demand, rows_per_batch
 from reinforce.engine.inference.inference import Encoder, Outputs
-from reinforce.engine.inference.models import Models
+from reinforce.engine.inference.models import Models, crops_per_batch
 from reinforce.engine.inference.outputs import Floats
 from reinforce.engine.inference.self_test import probe_images, test_rows
 from reinforce.engine.inference.session import Session
 from reinforce.engine.worker.refusals import Refusals
 from reinforce.engine.worker.stale_files import MisalignedLayer
 from reinforce.source.samples import Refusal
+from schemas import Reason
 from teachers.protocols import ImageSpec
 from teachers.spec import ModelInfo, Precision
+
+Mask = npt.NDArray[np.bool_]
+#: What models see, and what is halved, of the augmented images.
+CROPS: Final = "crops"
 
 
 class RowGroup:
@@ -114,10 +121,27 @@ class Producer(Encoder):
     @staticmethod
     def full_batch(models: Models, layer: Layer, config: Config) -> int:
         """Inputs of a full batch of a layer's model."""
+        if layer.sees == CROPS:
+            return crops_per_batch(models, config)
         return models.batches.fitting("rows", rows_per_batch(config))
 
+    @property
+    def crops(self) -> bool:
+        return any(layer.sees == CROPS for layer in self.computed)
+
+    @property
+    def whole(self) -> Iterable[ImageSpec]:
+        return [self.session.models.of(layer).image for layer in self.computed if layer.sees == "image"]
+
     def demand(self, layer: Layer, rows: int) -> Demand:
-        return Demand("rows", f"{layer.name}: one image does", "a smaller model")
+        one = "one augmented image" if layer.sees == CROPS else "one image"
+        bound: Bound = CROPS if layer.sees == CROPS and rows == 1 else "rows"
+        return Demand(bound, f"{layer.name}: {one} does", self.smaller_model(layer))
+
+    @staticmethod
+    def smaller_model(layer: Layer) -> str:
+        """The config keys to change if one input does not fit."""
+        return f"{layer.kind.section}.{layer.model}: a smaller model, or `precision: bf16`"
 
     # -- tables
 
@@ -140,17 +164,40 @@ class Producer(Encoder):
     def table(self, layer: Layer, group: RowGroup) -> pa.Table:
         """The table of a row group."""
 
+    def tensor_table(
+        self, layer: Layer, group: RowGroup, values: Mapping[str, npt.NDArray[Any]], valid: Mask
+    ) -> pa.Table:
+        """The table of ``values`` [rows, *shape] by column, null where they are not ``valid`` [rows]."""
+        schema, codebook = self.schema(layer), layer.codebook_at(self.session.config.output)
+        columns = [pa.array(group.keys, pa.string())]
+        for field in [*schema][1:]:
+            stored = values[field.name].astype(field.type.value_type.to_pandas_dtype())
+            stored[~valid] = 0
+            columns.append(vectors.tensor_column(stored, field.type.shape, valid))
+        table = pa.table(columns, schema=schema)
+        return table.replace_schema_metadata(None if codebook is None else codebook.metadata())
+
     def footer(self) -> dict[str, str]:
         """What the footers of all files of the shard record of its layers."""
         return {}
 
     # -- refusals
 
-    def refuse_unreadable(self, layer: Layer, group: RowGroup) -> None:
-        """Record the rows of which the image cannot be read any more."""
+    def refuse_not_finite(
+        self, layer: Layer, group: RowGroup, given: Mask, finite: Mask, what: str = "NaN or infinity"
+    ) -> Mask:
+        """Record the ``given`` rows that are not ``finite`` -> those that are [rows]."""
+        for row in np.flatnonzero(given & ~finite):
+            detail = f"{layer.model} returned {what}"
+            self.refusals.add(layer.name, Refusal(group.keys[row], Reason.NOT_FINITE, detail))
+        return given & finite
+
+    def refuse_unreadable(self, layer: Layer, group: RowGroup) -> Mask:
+        """Record the rows of which the image cannot be read any more -> those of which it can [rows]."""
         for row in group.rows:
             if row.unreadable and not self.has_label(layer, row):
                 self.refusals.add(layer.name, row.unreadable)
+        return np.array([row.unreadable is None for row in group.rows], bool)
 
     def labels(self, layer: Layer, rows: Sequence[Row]) -> Iterator[tuple[int, Any]]:
         """The values that labels of others have, with the place of their row; records why others have none, unless a

@@ -28,7 +28,7 @@ from reinforce.source.samples import Refusal
 from schemas import Reason
 from teachers.decoding.postprocess import clean
 from teachers.preprocessing.pixels import to_pixels
-from teachers.protocols import ImageSpec, NoCaptions
+from teachers.protocols import NoCaptions
 from teachers.spec import ModelInfo, Precision
 
 _Seeds = npt.NDArray[np.uint64]
@@ -56,10 +56,6 @@ class Captions(Producer):
             return lambda: models.captions(captioner, pixels, seeds, true)[0]()  # noqa: PLW0108 - captions each time
 
         return Side(partial(check_captioner, models, name, count), prepare, count)
-
-    @property
-    def whole(self) -> Iterable[ImageSpec]:
-        return [self.session.models.of(layer).image for layer in self._seeing]
 
     def prepare(self, rows: Sequence[Row]) -> Mapping[str, npt.NDArray[Any]]:
         """Seeds [rows, captions], or what is drawn from them, by layer."""

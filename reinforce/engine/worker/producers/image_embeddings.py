@@ -10,15 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from reinforce.config import Config
 from reinforce.dataset.layers import Layer
-from reinforce.engine.inference.batch_sizes import Demand
 from reinforce.engine.inference.inference import Batch, Outputs
-from reinforce.engine.inference.models import Models, crops_per_batch
+from reinforce.engine.inference.models import Models
 from reinforce.engine.inference.outputs import to_numpy
 from reinforce.engine.inference.self_test import check_fp8, check_image_encoder
-from reinforce.engine.worker.producers.base import RowGroup, Side, image_batches
-from reinforce.engine.worker.producers.vectors import Embeddings, Floats, Mask
+from reinforce.engine.worker.producers.base import Mask, RowGroup, Side, image_batches
+from reinforce.engine.worker.producers.vectors import Embeddings, Floats
 from teachers.preprocessing.pixels import to_pixels
 from teachers.protocols import ImageSpec
 from teachers.spec import ModelInfo, Precision
@@ -38,14 +36,6 @@ class ImageEmbeddings(Embeddings):
             partial(check_image_encoder, models, name, "images", image, encode, precision),
             image_batches(models, image, teacher.encode_images),
         )
-
-    @staticmethod
-    def full_batch(models: Models, layer: Layer, config: Config) -> int:
-        return crops_per_batch(models, config)
-
-    @property
-    def crops(self) -> bool:
-        return bool(self.computed)
 
     def encode(self, batch: Batch, prepared: Any) -> Callable[[], Outputs]:
         """Embeddings [rows, K, D] by layer."""
@@ -96,10 +86,6 @@ class ImageEmbeddings(Embeddings):
                     outputs[layer.name][places] = values
         return lambda: outputs
 
-    def demand(self, layer: Layer, rows: int) -> Demand:
-        one = f"{layer.name}: one augmented image does"
-        return Demand("crops" if rows == 1 else "rows", one, self.smaller_model(layer))
-
     def vectors(self, layer: Layer, group: RowGroup) -> tuple[Floats, Mask]:
-        self.refuse_unreadable(layer, group)
-        return np.concatenate(group.outputs(layer.name)), np.array([row.unreadable is None for row in group.rows])
+        readable = self.refuse_unreadable(layer, group)
+        return np.concatenate(group.outputs(layer.name)), readable

@@ -11,21 +11,16 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from reinforce.config import Config
-from reinforce.dataset import vectors
 from reinforce.dataset.codecs.codebooks import load
 from reinforce.dataset.files.layer_file import MAX_BYTES
 from reinforce.dataset.kinds.registry import KINDS
 from reinforce.dataset.layers import Layer
-from reinforce.engine.inference.batch_sizes import Demand
 from reinforce.engine.inference.inference import Batch, Outputs
-from reinforce.engine.inference.models import Models, crops_per_batch
+from reinforce.engine.inference.models import Models
 from reinforce.engine.inference.self_test import check_image_encoder
 from reinforce.engine.worker.producers.base import Producer, RowGroup, Side, image_batches
 from reinforce.errors import UserError
 from reinforce.seeds import philox_bits, seed_for
-from reinforce.source.samples import Refusal
-from schemas import Reason
 from teachers.preprocessing.pixels import to_pixels
 from teachers.spec import ModelInfo, Precision
 
@@ -49,14 +44,6 @@ class PatchFeatures(Producer):
             check_image_encoder(models, name, "patches", encoder.image, compute, precision, batch)
 
         return Side(check, image_batches(models, encoder.image, encoder.encode_patches))
-
-    @staticmethod
-    def full_batch(models: Models, layer: Layer, config: Config) -> int:
-        return crops_per_batch(models, config)
-
-    @property
-    def crops(self) -> bool:
-        return bool(self.layers)
 
     def schema(self, layer: Layer) -> pa.Schema:
         encoder, grid = self.session.models.encoder(_KIND, str(layer.model)), layer.recipe["patches"]["grid"]
@@ -110,13 +97,8 @@ class PatchFeatures(Producer):
         cells["patches"] = values.reshape(len(keys), *field.shape)
         return cells
 
-    def demand(self, layer: Layer, rows: int) -> Demand:
-        fix = f"teachers.{layer.model}: a smaller model, or `precision: bf16`"
-        return Demand("crops" if rows == 1 else "rows", f"{layer.name}: one augmented image does", fix)
-
     def table(self, layer: Layer, group: RowGroup) -> pa.Table:
-        self.refuse_unreadable(layer, group)
-        schema, codebook = self.schema(layer), layer.codebook_at(self.session.config.output)
+        readable = self.refuse_unreadable(layer, group)
         cells = np.concatenate(group.outputs(layer.name))
         most = MAX_BYTES // _READ[cells["patches"].itemsize]
         if cells["patches"].nbytes > most:
@@ -124,15 +106,8 @@ class PatchFeatures(Producer):
                 f"teachers.{layer.model}.patches.codec: {layer.dtype} takes {cells['patches'].nbytes:,} bytes in "
                 f"{len(cells):,} rows, and at most {most:,} are read together. Choose pca128 or pq96"
             )
-        readable = np.array([row.unreadable is None for row in group.rows], bool)
-        for row in np.flatnonzero(readable & ~cells["finite"]):
-            detail = f"{layer.model} returned patches with NaN or infinity"
-            self.refusals.add(layer.name, Refusal(group.keys[row], Reason.NOT_FINITE, detail))
-        valid = readable & cells["finite"]
-        values = np.where(valid[:, None, None], cells["patches"], cells["patches"].dtype.type(0))
-        column = vectors.tensor_column(values, schema.field("patches").type.shape, valid)
-        table = pa.table([pa.array(group.keys, pa.string()), column], schema=schema)
-        return table.replace_schema_metadata(None if codebook is None else codebook.metadata())
+        valid = self.refuse_not_finite(layer, group, readable, cells["finite"], "patches with NaN or infinity")
+        return self.tensor_table(layer, group, {"patches": cells["patches"]}, valid)
 
 
 def _cells(type_: pa.FixedShapeTensorType) -> npt.DTypeLike:

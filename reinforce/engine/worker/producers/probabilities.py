@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from reinforce.config import Config
-from reinforce.dataset import vectors
 from reinforce.dataset.layers import Layer
-from reinforce.engine.inference.batch_sizes import Demand
 from reinforce.engine.inference.inference import Batch, Outputs
-from reinforce.engine.inference.models import Models, crops_per_batch
+from reinforce.engine.inference.models import Models
 from reinforce.engine.inference.outputs import Floats
 from reinforce.engine.inference.self_test import check_numbers, probe_images
-from reinforce.engine.worker.producers.base import Producer, RowGroup, Side, image_batches
+from reinforce.engine.worker.producers.base import CROPS, Producer, RowGroup, Side, image_batches
 from reinforce.errors import UserError
-from reinforce.source.samples import Refusal
-from schemas import Reason
 from teachers.preprocessing.pixels import to_pixels
-from teachers.protocols import ImageSpec
 from teachers.spec import ModelInfo, Precision
 
 _COLUMNS = ("classes", "probabilities", "rest")
-_CROPS: Final = "crops"
 
 
 class ClassProbabilities(Producer):
@@ -54,27 +47,15 @@ class ClassProbabilities(Producer):
         check = partial(check_numbers, models, name, "probabilities", classifier, compute)
         return Side(check, image_batches(models, classifier.image, classifier.classify))
 
-    @staticmethod
-    def full_batch(models: Models, layer: Layer, config: Config) -> int:
-        return crops_per_batch(models, config) if layer.sees == _CROPS else Producer.full_batch(models, layer, config)
-
     # -- batches
-
-    @property
-    def crops(self) -> bool:
-        return any(layer.sees == _CROPS for layer in self.layers)
-
-    @property
-    def whole(self) -> Iterable[ImageSpec]:
-        return [self.session.models.of(layer).image for layer in self.layers if layer.sees != _CROPS]
 
     def encode(self, batch: Batch, prepared: Any) -> Callable[[], Outputs]:
         """The cells of rows, [rows] of ``_cells``, by layer."""
-        size = self.session.models.batches.fitting(_CROPS, len(batch.rows) * self.session.config.augmentations.count)
+        size = self.session.models.batches.fitting(CROPS, len(batch.rows) * self.session.config.augmentations.count)
         found: dict[str, list[list[torch.Tensor]]] = {}
         for layer in self.layers:
             classifier = self.session.models.of(layer)
-            images = batch.crops if layer.sees == _CROPS else batch.whole[classifier.image]
+            images = batch.crops if layer.sees == CROPS else batch.whole[classifier.image]
             assert images is not None
             with self.session.stage(layer.name, batch.what, len(images)):
                 pixels = (to_pixels(part, classifier.image) for part in images.split(size))
@@ -88,29 +69,14 @@ class ClassProbabilities(Producer):
                     cells[name] = values.cpu().numpy().reshape(cells[name].shape)
         return lambda: outputs
 
-    def demand(self, layer: Layer, rows: int) -> Demand:
-        crops = rows == 1 and layer.sees == _CROPS
-        one, fix = f"{layer.name}: one image does", f"classifiers.{layer.model}: a smaller model, or `precision: bf16`"
-        return Demand("crops" if crops else "rows", one, fix)
-
     # -- tables
 
     def table(self, layer: Layer, group: RowGroup) -> pa.Table:
-        self.refuse_unreadable(layer, group)
+        readable = self.refuse_unreadable(layer, group)
         cells = np.concatenate(group.outputs(layer.name))
-        readable = np.array([row.unreadable is None for row in group.rows], bool)
         finite = np.isfinite(cells["probabilities"]).all(axis=(1, 2))
-        for row in np.flatnonzero(readable & ~finite):
-            detail = f"{layer.model} returned NaN or infinity"
-            self.refusals.add(layer.name, Refusal(group.keys[row], Reason.NOT_FINITE, detail))
-        valid = readable & finite
-        cells[~valid] = np.zeros(1, cells.dtype)
-        schema = self.schema(layer)
-        columns = [
-            vectors.tensor_column(cells[name].astype(field.type.value_type.to_pandas_dtype()), field.type.shape, valid)
-            for name, field in ((name, schema.field(name)) for name in _COLUMNS)
-        ]
-        return pa.table([pa.array(group.keys, pa.string()), *columns], schema=schema)
+        valid = self.refuse_not_finite(layer, group, readable, finite)
+        return self.tensor_table(layer, group, {name: cells[name] for name in _COLUMNS}, valid)
 
 
 def _cells(layer: Layer) -> npt.DTypeLike:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,7 +27,6 @@ from reinforce.source.samples import Refusal
 from schemas import Reason
 from teachers.custom.family import CAPTION, METADATA, PIXELS
 from teachers.preprocessing.pixels import to_pixels
-from teachers.protocols import ImageSpec
 from teachers.spec import ModelInfo, Precision
 
 Mask = npt.NDArray[np.bool_]
@@ -66,10 +65,6 @@ class Scores(Producer):
         return columns | {METADATA for layer in self.layers if METADATA in _inputs(layer)}
 
     # -- classes that see pixels
-
-    @property
-    def whole(self) -> Iterable[ImageSpec]:
-        return [self.session.models.of(layer).image for layer in self._seeing]
 
     def encode(self, batch: Batch, prepared: Any) -> Callable[[], Outputs]:
         """Scores [rows, names] by layer; NaN where an input is missing."""

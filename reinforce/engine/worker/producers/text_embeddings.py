@@ -19,8 +19,8 @@ from reinforce.engine.inference.models import Models
 from reinforce.engine.inference.outputs import to_numpy
 from reinforce.engine.inference.self_test import LONG_TEXT, TEXTS, check_text_encoder, test_rows
 from reinforce.engine.messages.tracebacks import shorten
-from reinforce.engine.worker.producers.base import RowGroup, Side
-from reinforce.engine.worker.producers.vectors import Embeddings, Floats, Mask
+from reinforce.engine.worker.producers.base import Mask, RowGroup, Side
+from reinforce.engine.worker.producers.vectors import Embeddings, Floats
 from reinforce.source.samples import Refusal
 from schemas import Reason
 from teachers.spec import ModelInfo, Precision

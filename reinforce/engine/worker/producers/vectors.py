@@ -14,12 +14,9 @@ from reinforce.dataset.codecs.codebooks import load
 from reinforce.dataset.codecs.registry import find_codec
 from reinforce.dataset.layers import Layer
 from reinforce.engine.messages.results import raising_layer_failure
-from reinforce.engine.worker.producers.base import Producer, RowGroup
-from reinforce.source.samples import Refusal
-from schemas import Reason
+from reinforce.engine.worker.producers.base import Mask, Producer, RowGroup
 
 Floats = npt.NDArray[np.float32]
-Mask = npt.NDArray[np.bool_]
 
 
 class Embeddings(Producer):
@@ -28,11 +25,6 @@ class Embeddings(Producer):
     @abstractmethod
     def vectors(self, layer: Layer, group: RowGroup) -> tuple[Floats, Mask]:
         """Computed embeddings [rows, count, dim], and which rows have some [rows]; records why others have none."""
-
-    @staticmethod
-    def smaller_model(layer: Layer) -> str:
-        """The config keys to change if one input does not fit."""
-        return f"teachers.{layer.model}: a smaller model, or `precision: bf16`"
 
     def table(self, layer: Layer, group: RowGroup) -> pa.Table:
         codec = find_codec(layer.dtype)
@@ -48,16 +40,13 @@ class Embeddings(Producer):
                 codes[place] = value
             else:
                 values[place] = value
-        finite = np.isfinite(values).all(axis=(1, 2))
-        for key, refused in zip(group.keys, valid & ~finite, strict=True):
-            if refused:
-                detail = f"{layer.model} returned NaN or infinity"
-                self.refusals.add(layer.name, Refusal(key, Reason.NOT_FINITE, detail))
+        finite = np.asarray(np.isfinite(values).all(axis=(1, 2)))
+        valid = self.refuse_not_finite(layer, group, valid, finite)
         codebook = layer.codebook_at(self.session.config.output)
         if codebook is not None:
             load(codebook).codec.require_encoder()  # what is lost or missing ends the run: no model is the cause
         with raising_layer_failure(layer.name):
-            columns = vectors.encode_as(values, codec, codebook, valid & finite)
+            columns = vectors.encode_as(values, codec, codebook, valid)
         if codes:
             columns = [vectors.with_rows(columns[0], codes)]
         table = pa.table([pa.array(group.keys, pa.string()), *columns], schema=self.schema(layer))
