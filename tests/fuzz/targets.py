@@ -28,18 +28,14 @@ from reinforce.config import Config, parse_config
 from reinforce.dataset.augment.backends import sample_augmentation
 from reinforce.dataset.augment.records import replay
 from reinforce.engine.decode.cells import PixelLayout
-from reinforce.engine.decode.row import Row
-from reinforce.engine.decode.rows import rows_from_source
 from reinforce.images.policy import FORMATS, ImageRefused, decode
 from reinforce.input_config import Limits
-from reinforce.labels.interface import LabelReader
 from reinforce.source.captions import caption_of, json_error, metadata_of
-from reinforce.source.formats.base import Shard
 from reinforce.source.formats.tar import split_name
-from reinforce.source.samples import RawSample, Refusal, as_utf8
+from reinforce.source.samples import Refusal, as_utf8
 from tests.fuzz import datasets, published, tables
 from tests.helpers.data import picture
-from tests.helpers.decoding import cell_of, lease
+from tests.helpers.decoding import RowPixels, read_source
 from tests.helpers.images import encode, noise
 from tests.helpers.tars import tar_bytes, zstd
 from tests.hostile.images import IMAGES
@@ -86,41 +82,20 @@ def _shard() -> tuple[bytes, dict[str, Span], dict[str, list[Span]]]:
     return data, spans, headers
 
 
-@dataclass(frozen=True)
-class Found:
-    """A row, its sample and its crops [K, S, S, 3]."""
-
-    row: Row
-    sample: RawSample
-    crops: np.ndarray
-
-    @property
-    def key(self) -> str:
-        return self.row.key
-
-
-def rows(data: bytes, name: str = "x.tar") -> list[Found | Refusal]:
+def rows(data: bytes, name: str = "x.tar") -> list[RowPixels | Refusal]:
     """Read a shard to rows, each with its crops."""
     fsspec.filesystem("memory").pipe(f"/fuzz/{name}", data)
-    found = list[Found | Refusal]()
-    with lease(CONFIG, PixelLayout((CONFIG.augmentations.count, CONFIG.augmentations.size))) as taken:
-        for row in rows_from_source(CONFIG, Shard(f"memory://fuzz/{name}"), LabelReader(), taken, window=4):
-            if isinstance(row, Refusal):
-                found.append(row)
-                continue
-            assert isinstance(row.sample, RawSample)
-            assert taken.cells.crops is not None
-            found.append(Found(row, row.sample, taken.cells.crops[cell_of(row)].copy()))
-            taken.free.release([cell_of(row)])
+    found = read_source(CONFIG, f"memory://fuzz/{name}", PixelLayout((2, 24)))
+    assert all(f"{row.key} {row.detail}".encode() for row in found if isinstance(row, Refusal))
     return found
 
 
-def by_key_of(found: list[Found | Refusal]) -> dict[str, Found]:
-    return {row.key: row for row in found if isinstance(row, Found)}
+def by_key_of(found: list[RowPixels | Refusal]) -> dict[str, RowPixels]:
+    return {row.key: row for row in found if isinstance(row, RowPixels)}
 
 
 @cache
-def good_rows() -> dict[str, Found]:
+def good_rows() -> dict[str, RowPixels]:
     """The rows of the good samples. Decoding them starts processes, so it is not done at import."""
     return by_key_of(rows(GOOD))
 
@@ -168,14 +143,14 @@ def shard(mutations: list[Mutation]) -> None:
         copied = key in refused  # a mutation copied its header, and one of the two samples was refused
         if key in by_key and (before or (untouched and not copied)):
             now, then = by_key[key], good_rows()[key]
-            assert (now.sample.image, now.row.caption) == (then.sample.image, then.row.caption)
+            assert (now.row.sample.image, now.row.caption) == (then.row.sample.image, then.row.caption)
             assert np.array_equal(now.crops, then.crops)
         if before:
             assert key in by_key, f"{key} is before all changes"
         elif key not in by_key and key not in refused:
             renamed = any(at < end and to >= start for at, to in touched for start, end in HEADERS[key])
             assert renamed or None in refused, f"{key} is lost"
-    for sample in (row.sample for row in by_key.values()):
+    for sample in (found.row.sample for found in by_key.values()):
         assert data[sample.offset : sample.offset + len(sample.image)] == sample.image
 
 
@@ -227,7 +202,7 @@ def members(listed: list[tuple[str, bytes, bytes]], tar_format: int) -> None:
         expected = {split_name(i.name)[0] for i in tar if i.isreg() or i.issym() or i.islnk()} - {""}
     found = rows(buffer.getvalue())
     assert {row.key for row in found} - {None} == {as_utf8(key) for key in expected}
-    made = [row.key for row in found if isinstance(row, Row)]
+    made = [row.key for row in found if isinstance(row, RowPixels)]
     assert len(made) == len({*made}), "each key has at most one row"
     assert {row.reason.value for row in found if isinstance(row, Refusal) and row.key is None} <= {"shard_unsorted"}
 

@@ -7,14 +7,14 @@ import io
 import tarfile
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from reinforce.input_config import Limits
 from reinforce.source.samples import RawSample, Refusal
 from reinforce.source.tar import DamagedTar, Member, members
 from schemas import Reason
-from tests.helpers.tars import BODY, KEYS, TAR, outcomes, read, sample_members, tar_bytes, zstd
+from tests.helpers.tars import BODY, KEYS, TAR, outcomes, read, sample_members, tar_bytes
 
 # --- formats
 
@@ -96,34 +96,6 @@ def test_a_truncated_tar_yields_all_samples_before_the_cut_and_is_damaged(name):
         assert rows[-1].key is None, cut
 
 
-def test_a_damaged_header_is_reported_and_skipped_where_tarfile_stops_silently():
-    data = bytearray(TAR)
-    data[ENDS[0] + 20] ^= 1
-    with tarfile.open(fileobj=io.BytesIO(bytes(data))) as tar:
-        assert len(tar.getnames()) == 3
-    rows = read(bytes(data))
-    assert [row.key for row in rows] == ["a", "b", "c", None]
-    assert rows[1].reason is Reason.NO_IMAGE
-    assert rows[2] == read(TAR)[2]
-    assert rows[-1].reason is Reason.SHARD_DAMAGED
-    assert rows[-1].detail.startswith(f"damaged at byte {ENDS[0]}: ")
-    assert rows[-1].detail.endswith("the member before it is 'a.json'")
-    rows = read(b"x" * 512 + TAR[512:])
-    assert outcomes(rows) == [("a", "no_image"), *outcomes(read(TAR))[1:], (None, "shard_damaged")]
-
-
-@pytest.mark.parametrize("change", [1, 100, 511, 513, 1000])
-def test_missing_or_inserted_bytes_cost_only_their_sample(change):
-    at = ENDS[0] + 600  # in the image of b
-    for data in (TAR[:at] + TAR[at + change :], TAR[:at] + b"x" * change + TAR[at:]):
-        rows = read(data)
-        assert rows[0] == read(TAR)[0]
-        assert rows[2].key == "c"
-        assert (rows[2].image, rows[2].sidecars) == (read(TAR)[2].image, read(TAR)[2].sidecars)
-        assert data[rows[2].offset : rows[2].offset + rows[2].length] == rows[2].image
-        assert rows[-1].reason is Reason.SHARD_DAMAGED
-
-
 def test_zeros_are_padding_of_concatenated_tars_or_damage_if_no_writer_leaves_so_many():
     body = tar_bytes(sample_members("z"), end=False)
     for padding in (1024, 2**20 - len(body)):
@@ -177,6 +149,7 @@ def test_malformed_pax_headers_and_those_without_a_member_are_damage():
     for records in (b"9 size=-1\n", large, b"99 path=a\n", b"junk", b"5 a=b\n", b"0 a=b\n", b"6 a=b\n\xff"):
         rows = read(TAR[: ENDS[0]] + pax(records, TAR[ENDS[0] :]))
         assert outcomes(rows) == [first, ("b", "no_image"), third, (None, "shard_damaged")], records
+        assert rows[-1].detail.endswith("the member before it is 'a.json'")
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -209,19 +182,3 @@ def test_sparse_members_junk_after_the_end_and_long_zeros_are_damage():
     assert outcomes(read(TAR + bytes(1024) + b"junk" * 128))[3:] == [(None, "shard_damaged")]
     assert outcomes(read(TAR + bytes(5 * 2**20)))[3:] == [(None, "shard_damaged")]
     assert len(read(TAR + bytes(2**20))) == 3
-
-
-MUTATIONS = st.lists(st.tuples(st.integers(0, len(TAR) - 1), st.integers(0, 255)), min_size=1, max_size=4)
-
-
-@given(MUTATIONS, st.integers(1, len(TAR)), st.sampled_from(["x.tar", "x.tar.gz", "x.tar.zst"]))
-@settings(max_examples=100)
-def test_reading_never_raises_for_any_bytes(mutations, cut, name):
-    data = bytearray({"x.tar": TAR, "x.tar.gz": gzip.compress(TAR), "x.tar.zst": zstd(TAR)}[name])
-    for at, value in mutations:
-        data[at % len(data)] = value
-    rows = read(bytes(data[:cut]), name)
-    assert rows
-    for row in rows:
-        row_text = f"{row.key} {row.detail if isinstance(row, Refusal) else row.sidecars}"
-        row_text.encode("utf-8")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,8 @@ from hypothesis import strategies as st
 from reinforce.config import parse_config
 from reinforce.dataset.augment.records import from_records, replay
 from reinforce.dataset.files.store import Store
-from reinforce.engine.decode.cells import PixelCells, PixelLayout, runs
-from reinforce.engine.decode.row import Row
-from reinforce.engine.decode.rows import GROUP_ROWS, max_group_rows, rows_from_samples, rows_from_source
+from reinforce.engine.decode.cells import PixelLayout, runs
+from reinforce.engine.decode.rows import GROUP_ROWS, max_group_rows, rows_from_samples
 from reinforce.errors import UserError
 from reinforce.images.policy import decode
 from reinforce.labels.interface import LabelReader
@@ -30,7 +28,7 @@ from schemas import Reason
 from teachers.preprocessing.fit import fit
 from teachers.protocols import ImageSpec
 from tests.helpers.data import config_of, config_of_tar, members_of, picture, write_tar
-from tests.helpers.decoding import cell_of, lease
+from tests.helpers.decoding import RowPixels, copied, lease, read_source
 from tests.helpers.reinforced import reinforce_here
 
 WHOLE = ImageSpec(8, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -41,48 +39,28 @@ def shard_config(folder: Path, members: list[tuple[str, bytes]], **changes: Any)
     return config_of_tar(folder, members, **{"captioners": {}, "teachers": {}, **changes})
 
 
-@dataclass(frozen=True)
-class RowPixels:
-    """A row, and copies of its crops and of the whole image."""
-
-    row: Row
-    crops: np.ndarray | None
-    whole: dict[ImageSpec, np.ndarray]
-
-
-def copied(row: Row | Refusal, cells: PixelCells) -> RowPixels | Refusal:
-    if isinstance(row, Refusal):
-        return row
-    crops = None if cells.crops is None else cells.crops[cell_of(row)].copy()
-    return RowPixels(row, crops, {spec: array[cell_of(row)].copy() for spec, array in cells.whole.items()})
-
-
 def from_source(
     config: dict[str, Any], layout: PixelLayout = PIXELS, group_rows: int = GROUP_ROWS
 ) -> list[RowPixels | Refusal]:
-    parsed = parse_config(config)
-    with lease(parsed, layout) as taken:
-        rows = rows_from_source(parsed, Shard(config["source"]), LabelReader(), taken, 4, group_rows)
-        return [copied(row, taken.cells) for row in rows]
+    return read_source(parse_config(config), config["source"], layout, group_rows)
 
 
 def from_samples(config: dict[str, Any], layout: PixelLayout = PIXELS) -> list[RowPixels]:
     parsed, store = parse_config(config), Store(config["output"])
     [shard] = store.shards("samples")
     with lease(parsed, layout) as taken, store.open_layer("samples", shard) as file:
-        rows = rows_from_samples(parsed, Shard(config["source"]), file, LabelReader(), taken, 4)
-        return list(rows_of([copied(row, taken.cells) for row in rows]))
+        return rows_of(copied(rows_from_samples(parsed, Shard(config["source"]), file, LabelReader(), taken, 4), taken))
 
 
-def rows_of(found: Sequence[RowPixels | Refusal]) -> Iterator[RowPixels]:
-    return (row for row in found if isinstance(row, RowPixels))
+def rows_of(found: Sequence[RowPixels | Refusal]) -> list[RowPixels]:
+    return [row for row in found if isinstance(row, RowPixels)]
 
 
 @pytest.mark.parametrize("images", ["embed", "reference"])
 def test_rows_from_samples_equal_those_from_the_source(tmp_path: Path, images: str) -> None:
     config = shard_config(tmp_path, members_of(0, 11), images=images)
     reinforce_here(config, group_rows=4)
-    first, later = list(rows_of(from_source(config, group_rows=4))), from_samples(config)
+    first, later = rows_of(from_source(config, group_rows=4)), from_samples(config)
     assert [(a.row.key, a.row.caption, a.row.group) for a in later] == [
         (a.row.key, a.row.caption, a.row.group) for a in first
     ]
@@ -110,7 +88,7 @@ def test_a_broken_image_is_refused_even_where_no_layer_needs_pixels(tmp_path: Pa
     members[3] = (members[3][0], members[3][1][:200])
     found = from_source(shard_config(tmp_path, members), NONE)
     assert [row.reason.value for row in found if isinstance(row, Refusal)] == ["image_broken"]
-    assert [found_row.crops for found_row in rows_of(found)] == [None, None]
+    assert [found_row.crops.size for found_row in rows_of(found)] == [0, 0]
 
 
 @pytest.mark.parametrize(
@@ -166,12 +144,7 @@ def test_row_groups_shrink_with_the_number_of_augmentations_and_of_true_captions
     members = [(f"{i:03d}.{end}", data) for i in range(172) for end, data in (("png", picture(1, 8, 8)), ("txt", b"t"))]
     path = write_tar(tmp_path / "0.tar", members)
     config = parse_config(config_of(str(path), tmp_path / "out", input={"captions_per_sample": 64}))
-    groups: list[int] = []
-    with lease(config, NONE) as taken:
-        for row in rows_from_source(config, Shard(str(path)), LabelReader(), taken, 4):
-            taken.free.release([cell_of(row)])
-            groups.append(row.group)
-    assert groups == [0] * 170 + [1] * 2
+    assert [found.row.group for found in rows_of(read_source(config, str(path), NONE))] == [0] * 170 + [1] * 2
 
 
 def test_only_the_shard_itself_is_read_by_reference_and_not_where_no_layer_needs_its_images(tmp_path: Path) -> None:

@@ -21,14 +21,6 @@ from tests.helpers.tars import LIMITS, TAR, outcomes, read, sample_members, tar_
 # --- grouping
 
 
-def test_members_of_one_key_are_one_sample_with_one_image():
-    data = tar_bytes(sample_members("a", b"A") + sample_members("b", b"B"))
-    first, second = read(data)
-    assert (first.key, first.image, second.key) == ("a", b"A", "b")
-    assert first.sidecars == {"txt": b"photo a", "json": b'{"uid": 1}'}
-    assert data[first.offset : first.offset + first.length] == b"A"
-
-
 MR = ["Mr. A 1.jpg", "Mr. A 2.JPG", "Mr. A 2.txt", "Mr. A 2.meta.json", "Mr. A.txt", "Mr.txt"]
 STRAYS = [
     (["a.jpg", "a.png"], "a.jpg", "2 images, of which .jpg is read, and not .png; a key ends at the first dot of the "),
