@@ -14,6 +14,7 @@ from reinforce.input_config import Input
 from reinforce.source.formats.base import Shard
 from reinforce.source.reading import read_samples
 from reinforce.source.samples import RawSample, Refusal
+from tests.helpers.data import config_of
 
 datasets.disable_progress_bars()
 #: Written by img2dataset 1.47 with output_format=parquet: 6 images, and 4 with a row of a download that failed.
@@ -32,6 +33,16 @@ def write_columns(path: Path, columns: Mapping[str, Any], **options: Any) -> Pat
     """A Parquet file of pyarrow."""
     pq.write_table(pa.table(dict(columns)), path, **options)
     return path
+
+
+def samples_config(source: Path | str, output: Path | str, **changes: Any) -> dict[str, Any]:
+    """A config without models."""
+    return config_of(str(source), output, **{"captioners": {}, "teachers": {}, **changes})
+
+
+def stored_rows(dataset: Path | str) -> list[dict[str, Any]]:
+    """The rows of the samples of a dataset."""
+    return [row for path in sorted(Path(dataset, "samples").iterdir()) for row in pq.read_table(path).to_pylist()]
 
 
 def read_lazily(path: Path | str, format_: str = "parquet", **spec: Any) -> Iterator[Any]:

@@ -21,13 +21,11 @@ from reinforce.errors import UserError
 from tests.helpers.data import config_of, members_of, picture, write_tar
 from tests.helpers.reinforced import reinforce_here
 from tests.helpers.tables import outcomes, read_table
+from tests.helpers.tables import samples_config as config
+from tests.helpers.tables import stored_rows as rows
 from tests.helpers.views import as_version_1, make_view
 
 TEACHERS = {"red": config_of("", "")["teachers"]["red"]}
-
-
-def config(source: Path | str, output: Path, **changes: Any) -> dict[str, Any]:
-    return config_of(str(source), output, **{"captioners": {}, "teachers": {}, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +43,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def rows(dataset: Path | str) -> list[dict[str, Any]]:
-    return [row for path in sorted(Path(dataset, "samples").iterdir()) for row in pq.read_table(path).to_pylist()]
-
-
 @pytest.mark.parametrize("images", ["embed", "reference"])
 def test_the_samples_of_a_dataset_are_those_of_its_source(first: Path, tmp_path: Path, images: str) -> None:
     spec = {"images_from": str(first / "tars")} if images == "reference" else {}
@@ -59,9 +53,8 @@ def test_the_samples_of_a_dataset_are_those_of_its_source(first: Path, tmp_path:
     assert (sample and sample.caption, notes) == ("thing 0 of shard 0", [])
     assert rows(reinforce_here(values)) == rows(first / "embed")
     assert not Store(str(tmp_path / "out")).shards("quarantine/samples")
-    assert rows(reinforce_here({**values, "augmentations": {"count": 1}, "output": f"{tmp_path}/1"})) != rows(
-        first / "embed"
-    )
+    other = reinforce_here({**values, "augmentations": {"count": 1}, "output": f"{tmp_path}/1"})
+    assert rows(other) != rows(first / "embed")
 
 
 @pytest.fixture

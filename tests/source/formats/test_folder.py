@@ -27,6 +27,8 @@ from reinforce.source.formats.tar import split_name
 from reinforce.source.reading import read_samples
 from tests.helpers.data import config_of, picture, tree
 from tests.helpers.reinforced import reinforce_here
+from tests.helpers.tables import samples_config as config
+from tests.helpers.tables import stored_rows as rows
 
 RED = {"red": config_of("", "")["teachers"]["red"]}
 
@@ -51,16 +53,8 @@ def photos(tmp_path: Path) -> Path:
     return folder
 
 
-def config(source: Path | str, output: Path | str, **changes: Any) -> dict[str, Any]:
-    return config_of(str(source), output, **{"captioners": {}, "teachers": {}, **changes})  # type: ignore[arg-type]
-
-
 def plan(values: dict[str, Any]) -> Plan:
     return make_plan(parse_config(values))
-
-
-def rows(dataset: Path | str) -> list[dict[str, Any]]:
-    return [row for path in sorted(Path(dataset, "samples").iterdir()) for row in pq.read_table(path).to_pylist()]
 
 
 def test_a_folder_gives_the_samples_of_a_tar_of_it(photos: Path, tmp_path: Path) -> None:
@@ -95,9 +89,8 @@ def test_captions_are_made_of_the_names_of_class_folders(tmp_path: Path) -> None
     assert [row["true_captions"] for row in found] == [cats, cats, dogs, []]
     metadata = [row["metadata"] and json.loads(row["metadata"]) for row in found]
     assert metadata == [{"class": "big cats", "n": 1}, {"class": "big cats"}, {"class": "dogs {}"}, None]
-    one = rows(
-        reinforce_here(config(tmp_path / "photos", tmp_path / "one", input={**several, "captions_per_sample": None}))
-    )
+    several["captions_per_sample"] = None
+    one = rows(reinforce_here(config(tmp_path / "photos", tmp_path / "one", input=several)))
     assert [row["caption"] for row in one] == [cats[0], cats[0], dogs[0], None]
     plain = rows(reinforce_here(config(tmp_path / "photos", tmp_path / "plain")))
     assert [row["caption"] for row in plain] == [None] * 4

@@ -18,7 +18,7 @@ from reinforce.parquet.footers import RefusedFile
 from reinforce.source.formats.base import Shard
 from reinforce.source.formats.recognise import find_format
 from reinforce.source.reading import read_samples
-from reinforce.source.samples import RawSample, Refusal
+from reinforce.source.samples import RawSample
 from tests.helpers.data import picture
 from tests.helpers.tables import outcomes, read_table, write_columns
 
@@ -77,7 +77,6 @@ def test_rows_may_have_different_columns_and_damage_ends_a_file_after_the_rows_b
     (tmp_path / "x.jsonl.gz").write_bytes(packed[: len(packed) // 2])
     *before, last = read_table(tmp_path / "x.jsonl.gz", "jsonl")
     assert {row.key for row in before} == {"u0", "u1", "u2"}
-    assert isinstance(last, Refusal)
     assert (last.key, last.reason.value) == (None, "shard_damaged")
 
 
@@ -89,7 +88,6 @@ def test_a_file_without_any_row_is_refused_as_a_whole(tmp_path: Path) -> None:
     ):
         (tmp_path / "x.jsonl").write_bytes(content)
         last = read_table(tmp_path / "x.jsonl", "jsonl")[-1]
-        assert isinstance(last, Refusal)
         assert (last.key, last.reason.value) == (None, "shard_unreadable")
         assert last.detail.startswith(detail)
 
@@ -189,7 +187,6 @@ def test_a_first_line_that_cannot_be_the_names_of_columns_refuses_the_file(
     (tmp_path / "a.png").write_bytes(IMAGES[0])
     (tmp_path / name).write_bytes(content)
     *_, last = read_table(tmp_path / name, "csv", image="a.png" if name == "x.csv" else None)
-    assert isinstance(last, Refusal)
     assert (last.key, last.reason.value) == (None, "shard_unreadable")
     assert fault in last.detail
     with pytest.raises(RefusedFile, match="line 1: "):

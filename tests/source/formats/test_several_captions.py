@@ -7,14 +7,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from reinforce.config import parse_config
+from reinforce.config import Config
 from reinforce.engine.plan.source_shards import source_shards
 from reinforce.engine.starter.starter import make_starter
 from reinforce.input_config import Input
 from reinforce.settings import load_yaml
-from reinforce.source.captions import captions_of
 from reinforce.source.formats.base import Shard
 from reinforce.source.formats.recognise import find_format, source_format
 from reinforce.source.reading import read_samples
@@ -24,6 +21,7 @@ from tests.helpers.tables import write_columns, write_huggingface
 
 FIVE = ["a cat", "a cat on a mat", "one cat", "cat", "the cat"]
 PNG = picture(1)
+SEVERAL = Input(captions_per_sample=5)
 FLICKR = "image,caption\n" + "".join(f'{name}.png,"{text}, {name}"\n' for name in "ab" for text in FIVE)
 FIVE_OF = {name: [f"{text}, {name}" for text in FIVE] for name in "ab"}
 
@@ -31,9 +29,7 @@ FIVE_OF = {name: [f"{text}, {name}" for text in FIVE] for name in "ab"}
 def captions(path: Path, format_: str, **spec: Any) -> dict[str, list[str]]:
     """The captions of each sample of a file by key."""
     read = Input(format=format_, **spec)
-    items = [*read_samples(Shard(str(path), "s", format_), read)]
-    assert all(isinstance(item, RawSample) for item in items), items
-    return {item.key: item.captions(read) for item in items if isinstance(item, RawSample)}
+    return {item.key: item.captions(read) for item in read_samples(Shard(str(path), "s", format_), read)}
 
 
 def pictures(folder: Path) -> Path:
@@ -82,38 +78,28 @@ def test_rows_with_one_image_are_one_sample_and_a_part_of_a_table_counts_its_row
     columns = {"image": [PNG, PNG, picture(2)], "text": ["a", "b", "c"], "key": ["1", "2", "3"]}
     table = write_columns(tmp_path / "a.parquet", columns)
     assert captions(table, "parquet", captions_per_sample=5) == {"1": ["a", "b"], "3": ["c"]}
-    lines = [
-        {"file_name": name, "text": text} for name, text in (("a.png", "a"), ("a.png", ["b", "a"]), ("b.png", "c"))
-    ]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + "no JSON\n")
-    items = [*read_samples(Shard(f"{tmp_path}/a.jsonl", "s", "jsonl"), spec := Input(captions_per_sample=5))]
-    assert [item.captions(spec) for item in items if isinstance(item, RawSample)] == [["a", "b"], ["c"]]
-    assert items[-1].key == "s-00000003", "rows keep their numbers"
+    (tmp_path / "a.jsonl").write_text(
+        '{"file_name": "a.png", "text": "a"}\n{"file_name": "a.png", "text": ["b", "a"]}\n'
+        '{"file_name": "b.png", "text": "c"}\nno JSON\n'
+    )
+    *items, broken = read_samples(Shard(f"{tmp_path}/a.jsonl", "s", "jsonl"), spec := Input(captions_per_sample=5))
+    assert [item.captions(spec) for item in items] == [["a", "b"], ["c"]]
+    assert broken.key == "s-00000003", "rows keep their numbers"
     (tmp_path / "a.csv").write_text(FLICKR)
     parts = [*find_format("csv").parts(f"{tmp_path}/a.csv", 5)]
     read = [[*read_samples(Shard(f"{tmp_path}/a.csv", "s", "csv", part=part), spec)] for part in parts]
-    assert [[item.captions(spec) for item in of if isinstance(item, RawSample)] for of in read] == [
-        [FIVE_OF["a"]],
-        [FIVE_OF["b"]],
-    ]
+    assert [[item.captions(spec) for item in of] for of in read] == [[FIVE_OF["a"]], [FIVE_OF["b"]]]
 
 
 def test_rows_of_metadata_with_one_file_are_one_sample(tmp_path: Path) -> None:
     rows = FLICKR.replace("image,caption", "file_name,text")
     (pictures(tmp_path) / "metadata.csv").write_text(rows)
     for several, found in ((5, [*FIVE_OF.values()]), (None, [of[:1] for of in FIVE_OF.values()])):
-        values = {"source": str(tmp_path), "output": "out", "input": {"captions_per_sample": several}}
-        config = parse_config(values)
-        shards = source_shards(config)
+        spec = Input(captions_per_sample=several)
+        shards = source_shards(Config(source=str(tmp_path), output="out", input=spec))
         [(name, listing)] = shards.lists.items()
-        items = [*read_samples(Shard(shards.urls[0], name, "folder", listing), config.input)]
-        assert [item.captions(config.input) for item in items if isinstance(item, RawSample)] == found
-
-
-def test_a_number_that_is_none_is_refused() -> None:
-    for number in (0, 65, "all"):
-        with pytest.raises(ValueError, match="captions_per_sample"):
-            Input(captions_per_sample=number)  # type: ignore[arg-type]
+        items = read_samples(Shard(shards.urls[0], name, "folder", listing), spec)
+        assert [item.captions(spec) for item in items] == found
 
 
 def write_coco(folder: Path, split: str = "val2017", count: int = 5) -> Path:
@@ -146,20 +132,14 @@ def read_found(path: Path, **spec: Any) -> list[RawSample | Refusal]:
     return [*read_samples(Shard(str(path), "shard", format_.name), Input(**spec))]
 
 
-def captions_of_item(item: RawSample | Refusal, most: int = 5) -> list[str]:
-    assert isinstance(item, RawSample)
-    return captions_of(item.all_sidecars, ["txt", "json:caption"], Input().limits, most)
-
-
 def test_each_image_of_coco_is_a_sample_with_its_captions(tmp_path: Path) -> None:
     path = write_coco(tmp_path)
     items = read_found(path, images_from=str(tmp_path / "val2017"), captions_per_sample=5)
     assert [item.key for item in items] == ["9", "10", "11", "12", "13"]
-    assert captions_of_item(items[1]) == ["a 10 1", "a 10 2"]
-    assert isinstance(items[1], RawSample)
+    assert items[1].captions(SEVERAL) == ["a 10 1", "a 10 2"]
     assert (items[1].image, items[1].url) == (picture(10), f"{tmp_path}/val2017/000000000010.jpg")
     assert json.loads(items[1].sidecars["json"])["license"] == 1
-    assert captions_of_item(read_found(path, images_from=str(tmp_path / "val2017"))[0], 1) == ["a 9 1"]
+    assert read_found(path, images_from=str(tmp_path / "val2017"))[0].captions(SEVERAL) == ["a 9 1"]
     format_ = find_format("coco")
     parts = [*format_.parts(str(path), 2)]
     assert [[item.key for item in format_.read(Shard(str(path), part=part), Input())] for part in parts] == [
@@ -171,19 +151,13 @@ def test_each_image_of_coco_is_a_sample_with_its_captions(tmp_path: Path) -> Non
 def test_images_of_flickr_are_in_the_folder_of_the_table_or_the_one_that_the_config_names(tmp_path: Path) -> None:
     path = write_flickr(tmp_path)
     items = read_found(path, images_from=str(tmp_path / "Images"), captions_per_sample=5)
-    assert [captions_of_item(item)[4] for item in items] == ["a picture 0 4 .", "a picture 1 4 .", "a picture 2 4 ."]
-    [missing, *_] = read_found(path)
-    assert isinstance(missing, Refusal)
-    assert missing.reason.value == "image_missing"
+    assert [item.captions(SEVERAL)[4] for item in items] == [f"a picture {n} 4 ." for n in range(3)]
+    assert read_found(path)[0].reason.value == "image_missing"
     (tmp_path / "0.jpg").write_bytes(picture(7))
     (tmp_path.parent / "out.jpg").write_bytes(picture(8))
     path.write_text("image,caption\n0.jpg,a\n1.jpg,b\n../../out.jpg,c\n")
     first, second, third = read_found(path, images_from=str(tmp_path / "Images"))
-    assert isinstance(first, RawSample)
-    assert isinstance(second, RawSample)
-    assert (first.image, second.image) == (picture(7), picture(1))
-    assert isinstance(third, Refusal)
-    assert third.reason.value == "image_place"
+    assert (first.image, second.image, third.reason.value) == (picture(7), picture(1), "image_place")
 
 
 def test_init_finds_captions_and_images(tmp_path: Path) -> None:
@@ -212,7 +186,6 @@ def test_a_document_that_is_none_of_cocos_is_one_refusal_and_one_object_a_line_n
     }.items():
         path.write_text(content)
         item = read_found(path)[-1]
-        assert isinstance(item, Refusal)
         assert item.key is None
         assert re.search(message, item.detail), item.detail
     for content in ('{"image": "a.jpg"}\n', '{"images": ["a.jpg"]}\n', '{"info": {}}\n{"info": {}}\n'):
