@@ -16,7 +16,6 @@ import yaml
 
 import reinforce
 from reinforce.config import load_config, parse_config
-from reinforce.dataset.status import read_status
 from reinforce.engine.plan.plan import make_plan
 from teachers.redact import REDACTED
 from tests.helpers.data import config_of, members_of, write_tar
@@ -146,12 +145,3 @@ def test_errors_of_configs_and_storages_do_not_quote_secrets(tmp_path: Path) -> 
     messages.append(str(caught.value))
     for secret in (PASSWORD, SIGNATURE, TOKEN):
         assert not [message for message in messages if secret in message]
-
-
-def test_a_forged_manifest_cannot_name_paths_or_markup(tmp_path: Path) -> None:
-    for name in ("../../etc", "embeddings/../x", "[red]x", "\x1b[2J"):
-        manifest = {"schema_version": 1, "layers": {"samples": {}, name: {}}, "teachers": {}, "captioners": {}}
-        (tmp_path / "dataset.json").write_text(json.dumps(manifest))
-        for read in (reinforce.open, read_status):
-            with pytest.raises(reinforce.UserError, match=r"dataset.json has .*, which is not a valid layer name"):
-                read(str(tmp_path))

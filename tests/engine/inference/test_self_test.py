@@ -52,14 +52,11 @@ class Changed(ColorTeacher):
 
 
 class Network(ColorTeacher):
-    """A teacher with a network over both embeddings, in training mode as it is built."""
+    """A teacher with a network over the embeddings of texts, in training mode as it is built."""
 
     def __init__(self, layer: torch.nn.Module) -> None:
         super().__init__(CPU, dim=64)
         self.head = torch.nn.Sequential(torch.nn.Identity(), layer)
-
-    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.normalize(self.head(super().encode_images(pixels)), dim=-1)
 
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
         return torch.nn.functional.normalize(self.head(super().encode_texts(texts)), dim=-1)
@@ -116,24 +113,12 @@ def test_models_of_both_libraries_pass_in_every_precision(saved: dict[str, str],
 @pytest.mark.parametrize(
     ("layer", "red", "message"),
     [
-        (
-            TRUE,
-            WrongShapeTeacher(CPU),
-            r"\(texts\): embeddings must have shape \(3, 6\), got \(3, 7\) from WrongShapeTeacher\.encode_texts",
-        ),
         (IMAGES, WrongShapeTeacher(CPU), r"\(images\): embeddings must have shape \(3, 6\)"),
-        (
-            IMAGES,
-            Changed(lambda out, _: out.numpy()),
-            r"must be a torch\.Tensor of shape \(3, 8\), got type ndarray from .*return torch\.from_numpy of it",
-        ),
         (TRUE, ImageOnly(CPU), r"\(texts\): it encodes no texts, as is known"),
-        (TRUE, Changed(lambda out, _: 2 * out), r"norm 1, got 2\.000.*normalize"),
         (IMAGES, Changed(lambda out, _: 1.02 * out), r"norm 1, got 1\.020"),
         (IMAGES, Changed(lambda out, _: out * float("nan")), "finite, got NaN"),
         (TRUE, Changed(lambda out, _: out[:1].expand(len(out), -1)), "'a cat in the sun' and 'a dog on the bed' get"),
         (IMAGES, Changed(lambda out, _: out[:1].expand(len(out), -1)), "two different images get the same embedding"),
-        (TRUE, Changed(lambda out, _: out.roll(1, 1) if len(out) > 1 else out), "in a batch than alone .cosine"),
         (
             TRUE,
             Changed(lambda out, texts: out[np.argsort([-len(text) for text in texts])]),  # sorted by length
@@ -144,9 +129,8 @@ def test_models_of_both_libraries_pass_in_every_precision(saved: dict[str, str],
             Changed(lambda out, _: torch.nn.functional.normalize(out + 0.1 * torch.randn_like(out), dim=-1)),
             r"second time \(cosine 0\.\d+, at least 0\.9999 is required\)",
         ),
-        (TRUE, Split(CPU), r"norm 1, got 3\.000"),
+        (TRUE, Split(CPU), r"norm 1, got 3\.000.*normalize"),
         (IMAGES, without_image(), "no `image`"),
-        (IMAGES, Changed(lambda out, _: out.flip(0)), "in a batch than alone .*order of the rows"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -155,19 +139,17 @@ def test_a_wrong_teacher_is_a_user_error(layer: str, red: Any, message: str) -> 
         check(layer, red=red)
 
 
-@pytest.mark.parametrize("layer", [IMAGES, TRUE])
-def test_a_network_in_training_mode_is_named(layer: str) -> None:
-    for part, failed in (
-        (torch.nn.Dropout(0.1), "the second time"),
-        (torch.nn.BatchNorm1d(64), "Expected more than 1"),
-    ):
-        teacher = Network(part)
-        with pytest.raises(
-            UserError, match=rf"{failed}[^.]*.*[^.]\. Call `\.eval\(\)` on `head`, which is in training mode"
-        ):
-            check(layer, red=teacher)
-        teacher.head.eval()
-        check(layer, red=teacher)
+@pytest.mark.parametrize(
+    ("part", "failed"),
+    [(torch.nn.Dropout(0.1), "the second time"), (torch.nn.BatchNorm1d(64), "Expected more than 1")],
+)
+def test_a_network_in_training_mode_is_named(part: torch.nn.Module, failed: str) -> None:
+    teacher = Network(part)
+    fix = r"[^.]*.*[^.]\. Call `\.eval\(\)` on `head`, which is in training mode"
+    with pytest.raises(UserError, match=failed + fix):
+        check(TRUE, red=teacher)
+    teacher.head.eval()
+    check(TRUE, red=teacher)
 
 
 def test_tolerances_depend_on_the_precision_of_the_output_and_of_the_config() -> None:
@@ -203,27 +185,24 @@ class Writing(SeedCaptioner):
 
 
 @pytest.mark.parametrize(
-    ("namer", "message"),
+    ("change", "message"),
     [
+        (lambda texts, *_: [row[:1] for row in texts], r"list of 2 texts for each of 2 images, got \[\['a pict"),
+        (lambda texts, *_: texts[9], r"\(captions\): IndexError"),
         (
-            Writing(lambda texts, *_: [row[:1] for row in texts]),
-            r"list of 2 texts for each of 2 images, got \[\['a pict",
-        ),
-        (ColorTeacher(CPU), r"\(captions\): AttributeError: .*'caption'"),
-        (
-            Writing(lambda texts, _, call: [[f"call {call}"] * 2 for _ in texts]),
+            lambda texts, _, call: [[f"call {call}"] * 2 for _ in texts],
             r"other captions the second time, \['call 1', .*`seeds`",
         ),
         (
-            Writing(lambda texts, seeds, _: [[f"{int(seeds.sum())}, caption of a batch"] * 2 for _ in texts]),
+            lambda texts, seeds, _: [[f"{int(seeds.sum())}, caption of a batch"] * 2 for _ in texts],
             r"captions in a batch, .* than alone, .* image b and seeds\[b, n\] alone",
         ),
     ],
-    ids=["number", "method", "unseeded", "batch"],
+    ids=["number", "error", "unseeded", "batch"],
 )
-def test_a_captioner_without_its_number_of_seeded_captions_is_a_user_error(namer: Any, message: str) -> None:
+def test_a_captioner_without_its_number_of_seeded_captions_is_a_user_error(change: Any, message: str) -> None:
     with pytest.raises(UserError, match=f"namer fails its self-test .*{message}"):
-        check(CAPTIONS, namer=namer)
+        check(CAPTIONS, namer=Writing(change))
 
 
 def full_batch(size: int) -> Config:
