@@ -20,7 +20,7 @@ import torch
 
 from reinforce.engine.decode.row import Decoded, Row
 from reinforce.engine.inference.inference import Batches, Inference
-from reinforce.engine.inference.models import Counters, Models, PriorityLock
+from reinforce.engine.inference.models import Counters, PriorityLock
 from reinforce.engine.inference.outputs import encode, to_numpy
 from reinforce.engine.messages.pulse import LeaseWatch
 from reinforce.engine.messages.results import LayerFailure
@@ -28,35 +28,30 @@ from reinforce.seeds import seed_for
 from reinforce.source.samples import Refusal
 from schemas import Reason
 from teachers.preprocessing.pixels import to_pixels
-from teachers.runtime.accelerator import Accelerator
-from tests.helpers.batches import CONFIG, CPU, LAYERS, make_inference, pixels, rows, text_encoder
-from tests.helpers.models import ColorTeacher, SeedCaptioner, WrongShapeTeacher
+from tests.helpers.batches import (
+    CONFIG,
+    CPU,
+    LAYERS,
+    Changed,
+    Writing,
+    make_inference,
+    models_of,
+    pixels,
+    rows,
+    text_encoder,
+)
+from tests.helpers.models import ColorTeacher, WrongShapeTeacher
 from tests.helpers.waiting import wait_for
 
 
-class Recording(ColorTeacher):
-    """Records the batches of texts."""
-
-    batches: list[list[str]]
-
-    def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
-        self.batches = [*getattr(self, "batches", []), list(texts)]
-        return super().encode_texts(texts)
-
-
-def models_with(red: ColorTeacher | None = None) -> Models:
-    teachers = {"red": red or ColorTeacher(CPU), "blue": ColorTeacher(CPU, size=24, dim=12, seed=1)}
-    return Models({"teachers": teachers, "captioners": {"namer": SeedCaptioner(CPU)}}, Accelerator("cpu"))
-
-
 def inference(*names: str, red: ColorTeacher | None = None, counters: Counters | None = None) -> Inference:
-    return make_inference(CONFIG, [LAYERS[name] for name in names], models_with(red), counters)
+    return make_inference(CONFIG, [LAYERS[name] for name in names], models_of(red), counters)
 
 
 def texts_of(red: ColorTeacher) -> Callable[[Sequence[list[str] | None]], Any]:
     """The encoder of the captions of ``namer``."""
     layer = LAYERS["embeddings/red/namer"]
-    return partial(text_encoder(CONFIG, layer, models_with(red)).encode_texts, layer)
+    return partial(text_encoder(CONFIG, layer, models_of(red)).encode_texts, layer)
 
 
 def test_a_batch_gives_each_layer_the_outputs_of_its_model_and_a_lease_of_text_layers_only_runs_none() -> None:
@@ -78,10 +73,11 @@ def test_a_batch_gives_each_layer_the_outputs_of_its_model_and_a_lease_of_text_l
 
 
 def test_each_distinct_text_is_encoded_once_in_batches_of_similar_length() -> None:
-    teacher = Recording(CPU)
+    batches: list[list[str]] = []
+    teacher = Changed(lambda out, texts: batches.append([*texts]) or out)
     texts = [["a", "ccc"], None, ["bb", "a"], [], ["dddd", "ccc"]]
     values, valid = texts_of(teacher)(texts)
-    assert teacher.batches == [["a", "bb", "ccc"], ["dddd"]]
+    assert batches == [["a", "bb", "ccc"], ["dddd"]]
     assert valid.tolist() == [True, False, True, False, True]
     assert values.shape == (5, 2, 8)
     assert not values[~valid].any()
@@ -99,8 +95,7 @@ def test_an_error_of_a_model_names_its_layer() -> None:
     ):
         texts_of(wrong)([["a"]])
     layer = replace(LAYERS["captions/namer"], count=3)
-    models = models_with()
-    models.captioners["namer"].caption = lambda pixels, seeds: [["one"]] * len(pixels)  # type: ignore[method-assign]
+    models = models_of(namer=Writing(lambda texts, *_: [["one"]] * len(texts)))
     with pytest.raises(LayerFailure, match=r"captions/namer: .* must return 3 texts for each of 2 images"):
         make_inference(CONFIG, [layer], models).run(rows(2), pixels())
 
@@ -127,38 +122,25 @@ def test_the_norm_of_every_row_of_embeddings_is_checked_where_it_is_finite() -> 
 
 @pytest.mark.parametrize("layer", ["embeddings/red/images", "embeddings/red/namer"])
 def test_a_teacher_whose_norm_changes_after_its_first_batch_fails(layer: str) -> None:
-    class Growing(ColorTeacher):
-        norm = 1.0
-
-        def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
-            return super().encode_images(pixels) * self.norm
-
-        def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
-            return super().encode_texts(texts) * self.norm
-
-    teacher = Growing(CPU)
+    norms = [1.0]
+    teacher = Changed(lambda out, _: out * norms[-1])
     run, encode_texts = inference("embeddings/red/images", red=teacher), texts_of(teacher)
 
     def encode() -> None:
         run.run(rows(2), pixels()) if layer.endswith("images") else encode_texts([["a", "b"]])
 
     encode()
-    teacher.norm = 3.0
+    norms.append(3.0)
     with pytest.raises(LayerFailure, match=rf"{layer}: ValueError: embeddings must have norm 1, got 3\.0"):
         encode()
 
 
 def test_the_norm_of_an_unreadable_images_embedding_is_not_checked() -> None:
-    class Brightness(ColorTeacher):
-        """Black images get the embedding 0."""
-
-        def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
-            return super().encode_images(pixels) * (pixels > -1).any(dim=(1, 2, 3))[:, None]
-
     batch = rows(3)
     cells = pixels()
     cells.crops[1] = 0
-    run = inference("embeddings/red/images", red=Brightness(CPU))
+    of_black_zero = Changed(lambda out, given: out * (given > -1).any(dim=(1, 2, 3))[:, None])
+    run = inference("embeddings/red/images", red=of_black_zero)
     with pytest.raises(LayerFailure, match=r"got 0\.000 in row 3 of 6"):
         run.run(batch, cells)
     batch[1] = replace(batch[1], decoded=Decoded(unreadable=Refusal("key1", Reason.IMAGE_BROKEN, "gone")))
@@ -168,30 +150,14 @@ def test_the_norm_of_an_unreadable_images_embedding_is_not_checked() -> None:
 # -- models that change their inputs, or reuse the memory of their outputs
 
 
-class Rude(ColorTeacher):
-    """Changes its inputs, and returns views of one buffer for batches of four or more, as captured graphs do.
+def rude(change: Callable[[Any], object], buffer: torch.Tensor, seed: int = 0) -> Changed:
+    """A teacher that changes its inputs, and returns views of a buffer for four or more, as captured graphs do."""
 
-    The buffer is that of ``other``, if any.
-    """
+    def store(out: torch.Tensor, given: Any) -> torch.Tensor:
+        change(given)
+        return buffer[: len(out)].copy_(out) if len(out) >= 4 else out
 
-    def __init__(
-        self, change: Callable[[torch.Tensor], object] = torch.Tensor.zero_, other: Rude | None = None
-    ) -> None:
-        super().__init__(CPU, seed=int(other is not None))
-        self.change, self.buffer = change, torch.empty(64, 8) if other is None else other.buffer
-
-    def _store(self, out: torch.Tensor) -> torch.Tensor:
-        return self.buffer[: len(out)].copy_(out) if len(out) >= 4 else out
-
-    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
-        out = self._store(super().encode_images(pixels))
-        self.change(pixels)
-        return out
-
-    def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
-        out = self._store(super().encode_texts(texts))
-        texts.clear()
-        return out
+    return Changed(store, seed=seed)
 
 
 @pytest.mark.parametrize(
@@ -205,13 +171,13 @@ def test_a_teacher_may_change_its_pixels_and_reuse_the_memory_of_its_output(crop
     second.crops[:] = 255 - second.crops
 
     def run(red: ColorTeacher, blue: ColorTeacher) -> list[Any]:
-        models = Models({"teachers": {"red": red, "blue": blue}}, Accelerator("cpu"))
+        models = models_of(red, blue=blue)
         models.batches._bounds["crops"] = crops
         shard = make_inference(CONFIG, [LAYERS[f"embeddings/{name}/images"] for name in ("red", "blue")], models)
         return [shard.run(rows(3), first), shard.run(rows(3), second)]
 
-    red = Rude(change)
-    found, right = run(red, Rude(change, red)), run(ColorTeacher(CPU), ColorTeacher(CPU, seed=1))
+    buffer = torch.empty(64, 8)
+    found, right = run(rude(change, buffer), rude(change, buffer, 1)), run(ColorTeacher(CPU), ColorTeacher(CPU, seed=1))
     for mine, theirs in zip(found, right, strict=True):
         for name in theirs:
             np.testing.assert_array_equal(mine[name], theirs[name], err_msg=name)
@@ -241,24 +207,20 @@ def test_a_teacher_may_change_its_list_of_texts_and_reuse_the_memory_of_its_outp
     layer = LAYERS["embeddings/red/namer"]
     config = CONFIG.model_copy(update={"workers": CONFIG.workers.model_copy(update={"batch": 4})})
     texts = [["a", "bb"], ["ccc", "dddd"], ["eeeee", "ffffff"], ["ggggggg", "hhhhhhhh"]]
-    found = text_encoder(config, layer, models_with(Rude())).encode_texts(layer, texts)[0]
+    found = text_encoder(config, layer, models_of(rude(list.clear, torch.empty(64, 8)))).encode_texts(layer, texts)[0]
     np.testing.assert_allclose(found, texts_of(ColorTeacher(CPU))(texts)[0], atol=1e-6)
 
 
 def test_captions_do_not_change_when_a_captioner_reuses_the_lists_that_it_returns() -> None:
-    class Reusing(SeedCaptioner):
-        kept: list[list[str]]
+    kept: list[list[str]] = [[], [], []]
 
-        def caption(self, pixels: torch.Tensor, seeds: np.ndarray) -> list[list[str]]:
-            new = super().caption(pixels, seeds)
-            self.kept = getattr(self, "kept", new)
-            for row, texts in zip(self.kept, new, strict=True):
-                row[:] = texts
-            return self.kept
+    def reuse(new: list[list[str]], *_: Any) -> list[list[str]]:
+        for row, texts in zip(kept, new, strict=True):
+            row[:] = texts
+        return kept
 
-    models = models_with()
-    models.captioners["namer"] = Reusing(CPU)
-    runs = [make_inference(CONFIG, [LAYERS["captions/namer"]], one) for one in (models, models_with())]
+    models = (models_of(namer=Writing(reuse)), models_of())
+    runs = [make_inference(CONFIG, [LAYERS["captions/namer"]], one) for one in models]
     cells = pixels()
     batches = [rows(3), [replace(row, key=f"other {row.key}") for row in rows(3)]]
     found, right = ([run.run(batch, cells) for batch in batches] for run in runs)

@@ -24,9 +24,8 @@ from reinforce.engine.worker.full_batch import find_batch, fit_batch
 from reinforce.errors import UserError
 from teachers.runtime.accelerator import Accelerator
 from teachers.runtime.memory import is_out_of_memory
-from tests.helpers.batches import make_inference
+from tests.helpers.batches import Changed, make_inference, models_of
 from tests.helpers.data import config_of, members_of, tree, write_tar
-from tests.helpers.models import ColorTeacher, SeedCaptioner
 from tests.helpers.reinforced import shard_process
 
 CPU = torch.device("cpu")
@@ -146,16 +145,15 @@ def test_the_batch_that_the_other_shard_has_copied_is_not_the_cause_of_a_second_
     device = SmallDevice(17)
     first = threading.Event()
 
-    class Teacher(ColorTeacher):
-        def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
-            if not first.is_set():
-                first.set()
-                for _ in range(2):  # until both shards have copied their batch
-                    assert device.copied.acquire(timeout=600)
-            device.check(3 * len(pixels) // 2)  # 8 rows do not fit, 4 do, and 2 beside a copied batch of 8
-            return super().encode_images(pixels)
+    def encode(out: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+        if not first.is_set():
+            first.set()
+            for _ in range(2):  # until both shards have copied their batch
+                assert device.copied.acquire(timeout=600)
+        device.check(3 * len(pixels) // 2)  # 8 rows do not fit, 4 do, and 2 beside a copied batch of 8
+        return out
 
-    models = Models({"teachers": {"red": Teacher(CPU)}}, device)
+    models = models_of(Changed(encode), accelerator=device)
     crops = np.random.default_rng(0).integers(0, 255, (8, 2, 24, 24, 3), np.uint8)
     outputs: list[Any] = []
 
@@ -231,31 +229,19 @@ def test_an_attempt_that_runs_out_of_memory_releases_what_its_functions_held() -
     assert attempt(lambda: 3) == 3
 
 
-class Large(ColorTeacher):
-    """Needs memory for three rows of a device for each row that it encodes, and encodes at most 10 texts."""
-
-    def __init__(self, device: SmallDevice) -> None:
-        super().__init__(CPU)
-        self.memory = device
-        self.longest = 0
-
-    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
-        self.memory.check(3 * len(pixels) // 2)
-        return super().encode_images(pixels)
-
-    def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
-        self.longest = max(self.longest, *map(len, texts))
-        if len(texts) > 10:
-            raise torch.cuda.OutOfMemoryError(MESSAGE)
-        return super().encode_texts(texts)
-
-
 def loaded(batch: Any, capacity: int = 17) -> tuple[Models, Config, list[Layer]]:
+    """Models of which ``red`` needs memory for three rows for each that it encodes, and encodes at most 10 texts."""
     device = SmallDevice(capacity)
+
+    def encode(out: torch.Tensor, inputs: Any) -> torch.Tensor:
+        if isinstance(inputs, list) and len(inputs) > 10:
+            raise torch.cuda.OutOfMemoryError(MESSAGE)
+        device.check(0 if isinstance(inputs, list) else 3 * len(inputs) // 2)
+        return out
+
     config = parse_config(config_of("x.tar", "out", workers={"batch": batch}))
     layers = [*build_layers(config, describe_models(config)).values()]
-    teachers = {"red": Large(device), "blue": ColorTeacher(CPU, size=24, dim=12)}
-    return Models({"teachers": teachers, "captioners": {"namer": SeedCaptioner(CPU)}}, device), config, layers
+    return models_of(Changed(encode), accelerator=device), config, layers
 
 
 def test_auto_is_the_largest_batch_that_fits_while_others_are_copied_and_on_the_cpu_a_fixed_number() -> None:

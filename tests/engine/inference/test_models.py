@@ -14,11 +14,10 @@ from reinforce.config import parse_config
 from reinforce.dataset.augment import fixed_point
 from reinforce.dataset.augment.backends import load_backend
 from reinforce.engine.inference import models as engine_models
-from reinforce.engine.inference.models import Models, TokenCache, load_models
+from reinforce.engine.inference.models import TokenCache, load_models
 from reinforce.errors import UserError
 from teachers.open_clip import text as open_clip_text
-from teachers.runtime.accelerator import Accelerator
-from tests.helpers.batches import CONFIG, CPU, LAYERS
+from tests.helpers.batches import CONFIG, CPU, LAYERS, Changed, models_of
 from tests.helpers.data import config_of
 from tests.helpers.models import ColorTeacher, SeedCaptioner
 
@@ -57,12 +56,6 @@ class OverridingCaptioner(Splitting):
         return [["mine"] * len(row) for row in seeds]
 
 
-def models() -> Models:
-    return Models(
-        {"teachers": {"red": ColorTeacher(CPU)}, "captioners": {"namer": SeedCaptioner(CPU)}}, Accelerator("cpu")
-    )
-
-
 def test_only_the_models_of_missing_layers_are_loaded() -> None:
     loaded = load_models(CONFIG, [LAYERS["samples"], LAYERS["embeddings/red/caption"]])
     assert (loaded.teachers.keys(), loaded.captioners.keys()) == ({"red"}, set())
@@ -90,21 +83,21 @@ def test_what_cannot_be_loaded_is_a_user_error_with_the_mend(monkeypatch: pytest
 
 
 def test_texts_are_tokenized_before_the_accelerator_is_used_where_the_teacher_supports_it() -> None:
-    encode = models().text_encoder(Tokenizing(CPU), ["one", "two"])
-    with models().use_accelerator():
+    encode = models_of().text_encoder(Tokenizing(CPU), ["one", "two"])
+    with models_of().use_accelerator():
         assert encode().is_inference()
         torch.testing.assert_close(encode(), ColorTeacher(CPU).encode_texts(["ONE", "TWO"]))
-    encode = models().text_encoder(ColorTeacher(CPU), ["one"])
+    encode = models_of().text_encoder(ColorTeacher(CPU), ["one"])
     torch.testing.assert_close(encode(), ColorTeacher(CPU).encode_texts(["one"]))
 
 
 def test_a_class_that_overrides_a_method_below_its_parts_is_called_by_the_method() -> None:
     teacher = Overriding(CPU)
-    torch.testing.assert_close(models().text_encoder(teacher, ["one"])(), teacher.encode_texts(["one"]))
+    torch.testing.assert_close(models_of().text_encoder(teacher, ["one"])(), teacher.encode_texts(["one"]))
     pixels, seeds = torch.zeros(1, 3, 8, 8), np.array([[1, 2]], np.uint64)
-    texts, _ = models().captions(Splitting(CPU), pixels, seeds)
+    texts, _ = models_of().captions(Splitting(CPU), pixels, seeds)
     assert texts() == [["seed 1", "seed 2"]]
-    texts, tokens = models().captions(OverridingCaptioner(CPU), pixels, seeds)
+    texts, tokens = models_of().captions(OverridingCaptioner(CPU), pixels, seeds)
     assert (texts(), tokens) == ([["mine", "mine"]], 0)
 
 
@@ -114,8 +107,8 @@ def test_tokens_of_captions_are_counted_where_a_captioner_returns_lists_of_them(
             return [[[1, 2, 3], [4]], None]
 
     pixels, seeds = torch.zeros(2, 3, 8, 8), np.zeros((2, 2), np.uint64)
-    assert models().captions(Generating(CPU), pixels, seeds)[1] == 4
-    assert models().captions(Splitting(CPU), pixels, seeds)[1] == 0, "in another form"
+    assert models_of().captions(Generating(CPU), pixels, seeds)[1] == 4
+    assert models_of().captions(Splitting(CPU), pixels, seeds)[1] == 0, "in another form"
 
 
 def test_teachers_of_open_clip_with_one_tokenizer_share_the_tokens_of_a_batch() -> None:
@@ -176,7 +169,7 @@ def test_a_teacher_that_changes_the_tokens_of_a_batch_changes_no_others() -> Non
             del tokens["ids"]
             return out
 
-    loaded = models()
+    loaded = models_of()
     first, second = (loaded.text_encoder(Shared(CPU, seed=seed), ["ab", "cd"]) for seed in (0, 1))
     torch.testing.assert_close(first(), ColorTeacher(CPU).encode_texts(["ab", "cd"]))
     torch.testing.assert_close(second(), ColorTeacher(CPU, seed=1).encode_texts(["ab", "cd"]))
@@ -199,7 +192,7 @@ def test_tokens_do_not_change_when_a_model_reuses_their_memory() -> None:
             self.buffer[:] = seeds
             return self.buffer
 
-    loaded, teacher = models(), Buffered(CPU)
+    loaded, teacher = models_of(), Buffered(CPU)
     encode, _ = (loaded.text_encoder(teacher, texts) for texts in (["ab", "cd"], ["xx", "yy"]))
     torch.testing.assert_close(encode(), ColorTeacher(CPU).encode_texts(["ab", "cd"]))
     captioner, pixels = BufferedCaptioner(CPU), torch.zeros(1, 3, 8, 8)
@@ -210,11 +203,7 @@ def test_tokens_do_not_change_when_a_model_reuses_their_memory() -> None:
 
 @pytest.mark.parametrize("out", [torch.zeros(1, 8), torch.zeros(2, 8, 1), np.zeros((2, 8)), None], ids=str)
 def test_the_class_of_embeddings_that_do_not_fit_their_batch_is_named(out: Any) -> None:
-    class Halving(ColorTeacher):
-        def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
-            return out
-
     found = r"\(\d, 8(, 1)?\)" if isinstance(out, torch.Tensor) else f"type {type(out).__name__}"
     fix = {torch.Tensor: "; correct it or `dim`", np.ndarray: "; return torch.from_numpy of it"}.get(type(out), "")
-    with pytest.raises(ValueError, match=rf"shape \(2, 8\), got {found} from Halving.encode_images\(\){fix}$"):
-        models().encode_images(Halving(CPU), torch.zeros(2, 3, 16, 16))
+    with pytest.raises(ValueError, match=rf"shape \(2, 8\), got {found} from Changed.encode_images\(\){fix}$"):
+        models_of().encode_images(Changed(lambda *_: out), torch.zeros(2, 3, 16, 16))

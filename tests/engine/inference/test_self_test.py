@@ -11,44 +11,23 @@ import torch
 
 from reinforce.config import Config, parse_config
 from reinforce.engine.inference import self_test
-from reinforce.engine.inference.models import Counters, Models, load_models
+from reinforce.engine.inference.models import Counters, load_models
 from reinforce.engine.inference.self_test import TEXTS, check_text_encoder
 from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.engine.worker.producers.registry import check_models
 from reinforce.errors import UserError
 from teachers.registry import captioner_spec, teacher_spec
-from teachers.runtime.accelerator import Accelerator, Precision
-from tests.helpers.batches import CONFIG, CPU, LAYERS
-from tests.helpers.models import ColorTeacher, ImageOnly, SeedCaptioner, TextOnly, WrongShapeTeacher, tiny_models
+from teachers.runtime.accelerator import Precision
+from tests.helpers.batches import CONFIG, CPU, LAYERS, Changed, Writing, models_of
+from tests.helpers.models import ColorTeacher, ImageOnly, TextOnly, WrongShapeTeacher, tiny_models
 from tests.helpers.models.tiny_captioners import blip, spec_of
 from tests.helpers.models.tiny_coca import coca_model
 
 IMAGES, TRUE, CAPTIONS = "embeddings/red/images", "embeddings/red/caption", "captions/namer"
 
 
-def models(red: Any = None, namer: Any = None) -> Models:
-    return Models(
-        {"teachers": {"red": red or ColorTeacher(CPU)}, "captioners": {"namer": namer or SeedCaptioner(CPU)}},
-        Accelerator("cpu"),
-    )
-
-
 def check(*layers: str, precision: Precision = "fp32", config: Config | None = None, **loaded: Any) -> None:
-    check_models(models(**loaded), [LAYERS[layer] for layer in layers], {("teachers", "red"): precision}, config)
-
-
-class Changed(ColorTeacher):
-    """A teacher whose embeddings are changed by a function of the embeddings and the inputs."""
-
-    def __init__(self, change: Any) -> None:
-        super().__init__(CPU)
-        self.change = change
-
-    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self.change(super().encode_images(pixels), pixels)
-
-    def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
-        return self.change(super().encode_texts(texts), texts)
+    check_models(models_of(**loaded), [LAYERS[layer] for layer in layers], {("teachers", "red"): precision}, config)
 
 
 class Network(ColorTeacher):
@@ -79,12 +58,12 @@ def without_image() -> ColorTeacher:
 
 
 def test_good_models_pass_and_the_check_does_not_count_as_work() -> None:
-    checked = models()
+    checked = models_of()
     check_models(checked, [LAYERS[name] for name in ("samples", IMAGES, TRUE, CAPTIONS)], {})
     assert checked.counters == Counters()
     check(IMAGES, red=ImageOnly(CPU))
     check(TRUE, "embeddings/red/namer", red=TextOnly(CPU))
-    np.testing.assert_allclose(check_text_encoder(models(), "red", "fp32"), [1] * len(TEXTS), atol=1e-6)
+    np.testing.assert_allclose(check_text_encoder(models_of(), "red", "fp32"), [1] * len(TEXTS), atol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -172,18 +151,6 @@ def test_tolerances_depend_on_the_precision_of_the_output_and_of_the_config() ->
         check(TRUE, red=Changed(turned(10)), precision="bf16")
 
 
-class Writing(SeedCaptioner):
-    """A captioner whose captions are changed by a function of the captions, the seeds and the number of the call."""
-
-    def __init__(self, change: Any) -> None:
-        super().__init__(CPU)
-        self.change, self.calls = change, 0
-
-    def caption(self, pixels: torch.Tensor, seeds: np.ndarray) -> list[list[str]]:
-        self.calls += 1
-        return self.change(super().caption(pixels, seeds), seeds, self.calls)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -244,7 +211,7 @@ def test_a_full_batch_is_that_of_the_config_or_what_fits_in_memory_or_is_quick_o
 ) -> None:
     sizes: list[int] = []
     red, namer = (kind(lambda out, *_: sizes.append(len(out)) or out) for kind in (Changed, Writing))
-    loaded = models(red=red)
+    loaded = models_of(red=red)
     check_models(loaded, [LAYERS[IMAGES], LAYERS[TRUE]], {}, full_batch(20))
     loaded.batches._bounds |= {"rows": 4, "texts": 7}
     check_models(loaded, [LAYERS[IMAGES], LAYERS[TRUE]], {}, full_batch(20))

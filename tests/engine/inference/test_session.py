@@ -10,16 +10,16 @@ import pytest
 import torch
 
 from reinforce.config import parse_config
-from reinforce.engine.inference.models import Counters, Models, load_models
+from reinforce.engine.inference.models import Counters, load_models
 from reinforce.engine.inference.session import StageMeter, device_report
 from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.engine.record.rates import Cost
 from reinforce.engine.worker.producers.registry import measure_costs
 from teachers.runtime.accelerator import Accelerator, Precision
 from teachers.runtime.flops import count_flops, peak_flops
-from tests.helpers.batches import CONFIG, LAYERS, make_inference, pixels, rows, text_encoder
+from tests.helpers.batches import CONFIG, LAYERS, Changed, make_inference, models_of, pixels, rows, text_encoder
 from tests.helpers.data import config_of
-from tests.helpers.models import ColorTeacher, SeedCaptioner, tiny_models
+from tests.helpers.models import tiny_models
 from tests.helpers.stand_in_cuda import stand_in_cuda
 
 SECONDS = 1000.0  # of a batch on the device
@@ -45,22 +45,6 @@ class QueuingAccelerator(Accelerator):
         self.clock, self.queued = self.clock + self.queued, 0.0
 
 
-class Launching(ColorTeacher):
-    """Queues work in no time; the host then waits for it, and is slow with what it got."""
-
-    def __init__(self, accelerator: QueuingAccelerator) -> None:
-        super().__init__(torch.device("cpu"))
-        self.accelerator = accelerator
-
-    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
-        self.accelerator.queued += SECONDS
-        return waiting(super().encode_images(pixels), self.accelerator)
-
-    def encode_texts(self, texts: Any) -> torch.Tensor:
-        self.accelerator.queued += SECONDS
-        return waiting(super().encode_texts(texts), self.accelerator)
-
-
 class Waiting(torch.Tensor):
     """An output that the host waits for when it reads it, not when it queues a copy of it."""
 
@@ -76,18 +60,17 @@ class Waiting(torch.Tensor):
         return self.as_subclass(torch.Tensor)
 
 
-def waiting(values: torch.Tensor, accelerator: QueuingAccelerator) -> Waiting:
-    out = values.as_subclass(Waiting)
-    out.accelerator = accelerator
-    return out
-
-
 def test_a_run_counts_what_the_device_spent_on_models_and_nothing_of_the_host() -> None:
     accelerator, counters = QueuingAccelerator(), Counters()
-    models = Models(
-        {"teachers": {"red": Launching(accelerator)}, "captioners": {"namer": SeedCaptioner(torch.device("cpu"))}},
-        accelerator,
-    )
+
+    def launch(values: torch.Tensor, _: Any) -> Waiting:
+        """Queue work in no time; the host then waits for it, and is slow with what it got."""
+        accelerator.queued += SECONDS
+        out = values.as_subclass(Waiting)
+        out.accelerator = accelerator
+        return out
+
+    models = models_of(Changed(launch), accelerator=accelerator)
     run = make_inference(CONFIG, [LAYERS["embeddings/red/images"], LAYERS["captions/namer"]], models, counters)
     run.run(rows(3), pixels())
     assert counters.busy == models.counters.busy == SECONDS
