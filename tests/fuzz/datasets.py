@@ -91,18 +91,18 @@ CHANGES = st.lists(
     min_size=1,
     max_size=3,
 )
-JSON_VALUES = st.recursive(
-    st.one_of(
-        st.none(),
-        st.booleans(),
-        st.integers(),
-        st.floats(),
-        st.text(max_size=12),
-        st.sampled_from(["reference", "embed", "float32", "int8", "samples", "captions", "../x", "\x1b[2J", 10**13]),
-    ),
-    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=6), inner, max_size=3)),
-    max_leaves=6,
-)
+
+
+def json_values(*others: Any) -> st.SearchStrategy[Any]:
+    """Values of JSON, and of strategies for others."""
+    return st.recursive(
+        st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=12), *others),
+        lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(st.text(max_size=8), inner, max_size=4)),
+        max_leaves=8,
+    )
+
+
+NAMES = st.sampled_from(["reference", "embed", "float32", "int8", "samples", "captions", "../x", "\x1b[2J", 10**13])
 
 
 def changed(good: bytes, starts: Sequence[int], changes: list[tuple[tuple[int, float], bytes, bool]]) -> bytes:
@@ -188,7 +188,7 @@ TARGETS: dict[str, tuple[Any, dict[str, Any]]] = {
         {
             "name": st.sampled_from(["dataset.json", "dataset.json", "runs/r/summary.json"]),
             "path": st.lists(st.integers(0, 20), min_size=1, max_size=5),
-            "value": JSON_VALUES,
+            "value": json_values(NAMES),
             "removed": st.booleans(),
         },
     ),

@@ -281,10 +281,7 @@ TEXT_BYTES = st.one_of(
     st.binary(max_size=300),
     st.text(st.characters(), max_size=300).map(lambda text: text.encode("utf-8", "surrogatepass")),
     st.text(max_size=100).map(lambda text: text.encode("utf-16")),
-    st.recursive(
-        st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20)),
-        lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(st.text(max_size=8), inner, max_size=4)),
-    ).map(lambda value: json.dumps({"caption": value}).encode()),
+    datasets.json_values().map(lambda value: json.dumps({"caption": value}).encode()),
     st.builds(
         lambda data, at, inserted: data[:at] + inserted + data[at:],
         st.sampled_from([data for case in TEXTS for _, data in case.members()]),
