@@ -61,14 +61,6 @@ def test_braces_expand_as_in_a_shell_and_lists_keep_their_order_without_duplicat
     assert expand(["b.tar", "{a,b}.tar", "b.tar"]) == ["b.tar", "a.tar"]
 
 
-@given(st.integers(0, 10**8), st.integers(0, 300), st.integers(1, 10))
-def test_a_zero_padded_range_has_every_number_in_order_at_one_width(first, more, width):
-    last = first + more
-    width = max(width, len(str(last)))
-    urls = expand(f"{{{first:0{width}d}..{last:0{width}d}}}.tar")
-    assert urls == [f"{number:0{width}d}.tar" for number in range(first, last + 1)]
-
-
 def test_globs_match_sorted_files_and_keep_scheme_host_and_chain(folder):
     names = [f"{folder}/a.tar", f"{folder}/b.tar", f"{folder}/c.txt.tar"]
     assert expand(f"{folder}/*.tar") == names

@@ -275,12 +275,6 @@ def test_a_process_that_cannot_start_is_an_error(monkeypatch: pytest.MonkeyPatch
     pool.close()
 
 
-def test_a_lease_needs_no_memory_where_no_pixels_are_needed(single: DecodePool) -> None:
-    with single.lease(DecodeSpec(CONFIG, PixelLayout(None)), 8) as lease:
-        [outcome] = submit(lease, row(0)).result()
-        assert (outcome.width, outcome.height, outcome.caption) == (40, 30, "a caption")
-
-
 def test_the_images_of_the_oldest_lease_are_decoded_first(single: DecodePool) -> None:
     order: list[str] = []
     with single.lease(SPEC, 64) as older, single.lease(SPEC, 64) as younger:

@@ -91,22 +91,6 @@ def test_a_broken_image_is_refused_even_where_no_layer_needs_pixels(tmp_path: Pa
     assert [found_row.crops.size for found_row in rows_of(found)] == [0, 0]
 
 
-@pytest.mark.parametrize(
-    ("texts", "row"),
-    [
-        ({"pic 0.v1.txt": b"a cat", "pic 0.v1.json": b'{"uid": 1}'}, ("pic 0", "a cat", '{"uid":1}')),
-        ({"pic 0.v1.txt": b"a cat", "pic 0.json": b'{"caption": "a dog"}'}, ("pic 0", "a dog", '{"caption":"a dog"}')),
-    ],
-)
-def test_a_caption_is_found_by_the_compound_extension_of_its_image_and_first_by_a_plain_one(
-    tmp_path: Path, texts: dict[str, bytes], row: tuple[str, str, str]
-) -> None:
-    (_, image), *_ = members_of(0, 1)
-    [found] = rows_of(from_source(shard_config(tmp_path, [("pic 0.v1.png", image), *texts.items()])))
-    assert (found.row.key, found.row.caption, found.row.decoded.metadata) == row
-    assert found.row.decoded.left_out == ()
-
-
 def test_a_sample_without_a_caption_records_what_was_looked_for_and_what_is_there(tmp_path: Path) -> None:
     (_, image), *_ = members_of(0, 1)
     config = shard_config(tmp_path, [("0.png", image), ("0.caption", b"a cat"), ("1.png", image)])

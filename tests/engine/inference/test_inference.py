@@ -281,8 +281,11 @@ def test_an_error_arrives_once_no_batch_is_in_work() -> None:
     assert ended.is_set()
 
 
-def test_the_oldest_waiting_shard_gets_the_lock_first() -> None:
+def test_the_oldest_waiting_shard_gets_the_lock_first_also_after_an_error() -> None:
     lock, order = PriorityLock(), []
+    assert [lock.next_order() for _ in range(3)] == [1, 2, 3]
+    with contextlib.suppress(ZeroDivisionError), lock.take(9):
+        raise ZeroDivisionError
 
     def use(number: int) -> None:
         with lock.take(number):
@@ -296,22 +299,3 @@ def test_the_oldest_waiting_shard_gets_the_lock_first() -> None:
     for thread in threads:
         thread.join(600)
     assert order == [3, 3, 4, 5]
-
-
-def test_one_thread_at_a_time_holds_the_lock_and_an_exception_releases_it() -> None:
-    lock, inside, most = PriorityLock(), 0, 0
-    orders = [lock.next_order() for _ in range(4)]
-    assert orders == [1, 2, 3, 4]
-
-    def use(order: int) -> None:
-        nonlocal inside, most
-        for _ in range(50):
-            with contextlib.suppress(ZeroDivisionError), lock.take(order):
-                inside += 1
-                most = max(most, inside)
-                inside -= 1
-                raise ZeroDivisionError
-
-    with ThreadPoolExecutor(4) as threads:
-        list(threads.map(use, orders))
-    assert most == 1

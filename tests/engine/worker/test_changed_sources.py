@@ -18,9 +18,7 @@ import pytest
 import torch
 
 from reinforce.dataset.validate.validate import validate
-from reinforce.engine.messages.results import ShardFailure
 from reinforce.source.identity import ChangedSource
-from tests.engine.worker.test_actor import LocalWorker
 from tests.helpers.data import config_of, members_of, picture, tree, write_tar
 from tests.helpers.models import ColorTeacher
 from tests.helpers.reinforced import fresh_dataset, shard_process
@@ -108,16 +106,6 @@ def test_a_file_that_changes_while_it_is_read_is_computed_again(name: str, how: 
     fresh = fresh_dataset({**config, "output": str(tmp_path / "fresh")})
     assert {name: data for name, data in tree(fresh).items() if name != "dataset.json"} == tree(tmp_path / "out")
     assert validate(str(fresh), [str(tmp_path / "source")]).sources == {"same": 1}
-
-
-def test_the_driver_counts_such_a_lease_as_an_attempt_for_which_no_worker_is_at_fault(tmp_path: Path) -> None:
-    source = write_source(tmp_path / "source" / "0.tar", 1)
-    worker = LocalWorker(simple_config(str(source), tmp_path / "out"))
-    ACTIONS.append(lambda: write_source(source, 2))
-    with pytest.raises(ShardFailure, match=r"^ChangedSource: .*0\.tar has changed while it was read") as raised:
-        worker.run()
-    assert not raised.value.worker_at_fault
-    assert worker.run().samples == 4
 
 
 def test_an_object_that_is_replaced_is_noticed_by_its_etag_without_further_requests(

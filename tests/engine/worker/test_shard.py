@@ -16,7 +16,7 @@ import torch
 
 import reinforce
 from reinforce.config import parse_config
-from reinforce.dataset.augment.records import Augmentation, Crop, from_records, replay, to_records
+from reinforce.dataset.augment.records import replay
 from reinforce.dataset.files.store import Store
 from reinforce.engine.decode.row import Decoded, Row
 from reinforce.engine.inference.inference import Batch
@@ -31,8 +31,7 @@ from reinforce.engine.worker.refusals import Refusals
 from reinforce.engine.worker.stale_files import MisalignedLayer
 from reinforce.images.policy import decode
 from reinforce.seeds import seed_for
-from reinforce.source.references import image_digest
-from reinforce.source.samples import RawSample, Refusal
+from reinforce.source.samples import Refusal
 from reinforce.source.urls import shard_name
 from schemas import Reason
 from teachers.preprocessing.pixels import to_pixels
@@ -70,15 +69,6 @@ def test_a_result_lists_the_committed_layers_their_bytes_and_what_was_refused(tm
     for name in files:
         metadata = pq.read_metadata(tmp_path / "out" / name)
         assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == [4, 4]
-
-
-def test_a_shard_that_is_refused_as_a_whole_commits_nothing_but_its_quarantine(tmp_path: Path) -> None:
-    config = config_of_tar(tmp_path, members_of(0, 3))
-    (tmp_path / "source" / "0.tar").write_text("not a tar\n" * 100)
-    result = shard_process(config).run()
-    assert (result.layers, result.samples, result.quarantine_reason) == ((), 0, "shard_unreadable")
-    [file] = tree(tmp_path / "out")
-    assert file.startswith("quarantine/samples/")
 
 
 @pytest.mark.parametrize("limit", [1000, 2])
@@ -206,20 +196,6 @@ def test_a_shard_whose_quarantine_file_is_damaged_is_computed_and_the_file_set_a
     assert copy.read_bytes() == damaged
 
 
-AUGMENTATION = Augmentation(Crop(1, 2, 10, 20), 24, None)
-
-
-def row(key: str, caption: str | None, image: bytes, offset: int, decoded: Decoded) -> Row:
-    return Row(key, caption, sample=RawSample(key, image, offset, len(image), {}), decoded=decoded)
-
-
-RECORDS = to_records([AUGMENTATION])
-ROWS = [
-    row("a", "A", b"first", 512, Decoded(metadata='{"a": 1}', width=40, height=30, records=RECORDS)),
-    row("b", None, b"second", 2048, Decoded(width=20, height=10, records=RECORDS)),
-]
-
-
 def table(layer: str, group: RowGroup, **changes: Any) -> tuple[pa.Table, Refusals]:
     """The table of a layer of a config with a teacher ``red`` of dimension 8 and 2 augmentations."""
     config = parse_config(config_of("x.tar", "out", **changes))
@@ -228,20 +204,6 @@ def table(layer: str, group: RowGroup, **changes: Any) -> tuple[pa.Table, Refusa
     [producer] = make_producers([layers[layer]], Session(config, models), source="s3://bucket/x.tar")
     [(_, found)] = producer.tables(group)
     return found, producer.refusals
-
-
-def test_a_samples_table_has_the_encoded_images_or_references_to_them() -> None:
-    embedded = table("samples", RowGroup(ROWS, [], {}), images="embed")[0].to_pylist()
-    referenced = table("samples", RowGroup(ROWS, [], {}), images="reference")[0].to_pylist()
-    assert [row.pop("image") for row in embedded] == [b"first", b"second"]
-    assert [row.pop("image_ref") for row in referenced] == [
-        {"url": "s3://bucket/x.tar", "offset": 512, "length": 5},
-        {"url": "s3://bucket/x.tar", "offset": 2048, "length": 6},
-    ]
-    assert [row.pop("image_digest") for row in referenced] == [image_digest(b"first"), image_digest(b"second")]
-    assert embedded == referenced
-    assert from_records(embedded[0].pop("augmentations")) == [AUGMENTATION]
-    assert embedded[0] == {"key": "a", "caption": "A", "metadata": '{"a": 1}', "width": 40, "height": 30}
 
 
 @pytest.mark.parametrize("side", ["images", "caption"])
@@ -295,6 +257,7 @@ def test_captions_of_a_row_group_are_decoded_without_the_rows_that_have_labels()
 
 def test_stored_captions_must_have_the_keys_of_samples_in_their_order() -> None:
     stored = {"captions/c": pa.table({"key": ["a", "b"], "captions": [["x"], None]})}
-    assert RowGroup(ROWS, [], stored).values("captions/c") == [["x"], None]
+    rows = [Row("a"), Row("b")]
+    assert RowGroup(rows, [], stored).values("captions/c") == [["x"], None]
     with pytest.raises(MisalignedLayer, match=r"captions/c does not have the rows of the samples"):
-        RowGroup(ROWS[::-1], [], stored)
+        RowGroup(rows[::-1], [], stored)

@@ -21,7 +21,6 @@ from reinforce.dataset.runs.shard_records import RecordWriter, ShardRecord, Sour
 from reinforce.dataset.validate.validate import validate
 from reinforce.engine.messages.results import ShardResult
 from reinforce.engine.plan.plan import make_plan
-from reinforce.engine.worker import stale_files as inputs
 from reinforce.source.identity import read_state
 from tests.helpers.data import config_of, members_of, tree, write_tar
 from tests.helpers.reinforced import forget_sources, reinforce_here, shard_process
@@ -113,18 +112,6 @@ def test_a_file_that_vanishes_after_the_plan_or_whose_footer_has_lost_a_column_i
     path = file_of(folder / "out", "samples")
     path.write_bytes(path.read_bytes().replace(b"caption", b"caqtion"))
     assert lease(folder).set_aside == {"samples": "it has no column caption"}
-
-
-def test_a_file_that_reads_well_the_second_time_stays_and_the_lease_fails(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    remove(folder, *LATER)
-    path = file_of(folder / "out", "samples")
-    damage(path, 1)
-    monkeypatch.setattr(inputs, "file_damage", lambda *_: None)
-    with pytest.raises(ValueError, match="a page does not have its checksum"):
-        lease(folder)
-    assert path.exists()
 
 
 def rewrite_source(folder: Path, keys: int, pictures: int, count: int = 12) -> None:

@@ -10,7 +10,7 @@ import tracemalloc
 import pytest
 
 from reinforce.errors import UserError
-from reinforce.input_config import Limits
+from reinforce.input_config import Input, Limits
 from reinforce.source.formats.tar import read_shard
 from reinforce.source.references import read_ranges
 from reinforce.source.samples import Refusal
@@ -61,6 +61,8 @@ def test_sidecars_with_the_compound_extension_of_the_image_belong_to_it():
     assert sample.members == ("v1.png", "v1.txt", "v1.json", "v2.txt", "v1.x.txt")
     (plain,) = read(tar_bytes([*members, ("0.txt", b"plain")]))
     assert plain.all_sidecars["txt"] == b"plain", "the caption of a sample that had one stays"
+    (own,) = read(tar_bytes([("0.v1.png", b"I"), ("0.v1.txt", b"a cat"), ("0.json", b'{"caption": "a dog"}')]))
+    assert own.captions(Input()) == ["a dog"], "those of its image come after its own"
     (large,) = read(tar_bytes([("0.v1.png", b"I"), ("0.v1.txt", bytes(301))]))
     assert large.left_out["txt"].detail.startswith(".v1.txt: 301 bytes")
     other, strays = read(tar_bytes([("0.jpg", b"J"), *members]))

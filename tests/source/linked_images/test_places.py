@@ -13,8 +13,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from reinforce.input_config import Limits
@@ -71,21 +69,6 @@ def test_paths_of_a_table_are_relative_to_its_folder_and_stay_in_it(folder: Path
     assert allowed[7:] == found[7:], "a folder that is allowed allows no other"
     [large] = read(table(folder / "y.csv", ["a.png"]), limits=Limits(image_bytes=100))
     assert large.startswith("image_bytes: 'a.png': more bytes than")
-
-
-@pytest.mark.parametrize("format_", ["csv", "jsonl", "parquet"])
-def test_tables_of_any_format_may_name_places(folder: Path, format_: str) -> None:
-    path = folder / f"x.{format_}"
-    if format_ == "csv":
-        table(path, ["a.png", "deep/b.png"])
-    elif format_ == "jsonl":
-        path.write_text('{"path": "a.png", "text": "0"}\n{"path": "deep/b.png", "text": "1"}')
-    else:
-        image = [{"bytes": None, "path": "a.png"}, {"bytes": IMAGES[1], "path": "elsewhere.png"}]
-        pq.write_table(pa.table({"image": image, "text": ["0", "1"]}), path)
-    found = read_table(path, format_)
-    assert [item.image for item in found] == IMAGES[:2]  # type: ignore[union-attr]
-    assert [*outcomes(found).values()] == ["0", "1"]
 
 
 def test_urls_are_read_from_public_addresses_and_from_those_that_are_named(
