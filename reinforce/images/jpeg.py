@@ -53,12 +53,12 @@ def _is_common(image: Image.Image) -> bool:
 
 @functools.cache
 def _load_decoder() -> Any:
-    """The module simplejpeg; None if it or Pillow's zero-copy import is missing, or its pixels are not Pillow's."""
+    """The module simplejpeg; None if it is missing, or its pixels are not Pillow's."""
     try:
         import simplejpeg
     except ImportError:
         return None
-    return simplejpeg if hasattr(Image, "fromarrow") and _equals_pillow(simplejpeg) else None
+    return simplejpeg if _equals_pillow(simplejpeg) else None
 
 
 def _equals_pillow(decoder: Any) -> bool:
