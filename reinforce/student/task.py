@@ -94,12 +94,8 @@ class StudentTask(Task):
         used = self.terms.models
         self._online_teachers = {name: teachers[name] for name in used["teachers"] if name in teachers}
         self._online_others = [(name, of) for (section, name), of in others.items() if name in used.get(section, ())]
-        self._batch_norm, self._sync = config.student.batch_norm, config.train.compute.sync_batch_norm
-        self._quantize = config.student.quantize
-        self._quantize_share = config.student.quantize_share or QUANTIZE_SHARE
-        self._precision = config.train.compute.precision
+        self._config, self._precision = config, config.train.compute.precision
         rank, ranks, evaluation = gather.rank(), gather.world_size(), config.evaluate
-        self._evaluation = evaluation
         if rank == 0 and ranks > 1:
             Evaluator(evaluation)  # reports the faulty sets of all ranks
         threads = evaluation.threads or max(1, available_cores() // gather.local_world_size())
@@ -109,20 +105,21 @@ class StudentTask(Task):
 
     def settle(self, recorded: Mapping[str, Any] | None) -> Mapping[str, Any]:
         """Keep the batch statistics of a pretrained student, unless the checkpoint is of a training that did not."""
-        how = self.model.batch_norm if self._batch_norm or recorded is None else recorded[BATCH_NORM]
+        stated, sync = self._config.student.batch_norm, self._config.train.compute.sync_batch_norm
+        how = self.model.batch_norm if stated or recorded is None else recorded[BATCH_NORM]
         self.model.set_batch_norm(how)
         norms = len(batch_norms(self.model.clip))
-        if self._batch_norm is None and self.model.pretrained and norms:
-            self.notes.append(f"student.batch_norm: {how}: {_describe_norms(how, norms, self._sync)}")
+        if stated is None and self.model.pretrained and norms:
+            self.notes.append(f"student.batch_norm: {how}: {_describe_norms(how, norms, sync)}")
         return {BATCH_NORM: how}
 
     def begin_step(self, step: int, steps: int) -> str | None:
         """Train with rounded values in the last ``student.quantize_share`` of the steps, at least in one."""
-        if self._quantize in (None, self.model.quantized) or step < steps - max(1, round(self._quantize_share * steps)):
+        kind, share = self._config.student.quantize, self._config.student.quantize_share or QUANTIZE_SHARE
+        if kind is None or kind == self.model.quantized or step < steps - max(1, round(share * steps)):
             return None
-        assert self._quantize is not None
-        self.model.quantize(self._quantize)
-        return f"step {step + 1:,} and later ones train with {self._quantize}, and keep their batch statistics"
+        self.model.quantize(kind)
+        return f"step {step + 1:,} and later ones train with {kind}, and keep their batch statistics"
 
     def prepare(self, batch: Batch) -> Batch:
         """Keep images, tokens and targets; add the targets of online teachers, and augment what the loaders left to do.
@@ -154,11 +151,10 @@ class StudentTask(Task):
 
     def combine_evaluations(self, parts: Sequence[Metrics]) -> Metrics:
         """The metrics of all ranks in the order of the config; NaN for a set that failed."""
-        found = self._evaluation.combine(parts)
+        evaluation = self._config.evaluate
+        found = evaluation.combine(parts)
         sets = {name: part for of_rank in parts for name, part in of_rank.parts.items()}
-        return Metrics(
-            {name: found.get(name, math.nan) for name in self._evaluation.metrics}, self._evaluation.parts(sets)
-        )
+        return Metrics({name: found.get(name, math.nan) for name in evaluation.metrics}, evaluation.parts(sets))
 
     def export(self, model: torch.nn.Module, folder: str) -> None:
         """Write a folder that open_clip loads as model and tokenizer ``local-dir:FOLDER``."""

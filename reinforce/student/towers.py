@@ -15,6 +15,7 @@ import torch
 from timm.models import group_parameters
 
 from reinforce.student.config import Student as StudentSpec
+from reinforce.student.config import TextTower
 from teachers.open_clip import catalog
 from teachers.open_clip.teacher import image_spec, model_name, random_model
 from teachers.patches.encoder import encoder_of_model
@@ -65,48 +66,45 @@ class Plan:
 
 
 def plan_student(spec: StudentSpec, image: Source, only: Tower | None) -> Plan:
-    """Plan the student of a config, whose own model is that of ``image``; ``only`` one tower may be trained.
+    """Plan the student of a config by the configs of its models alone; its own model is that of ``image``.
 
-    Raises ValueError if its towers do not fit together.
+    ``only`` one tower may be trained. Raises ValueError if its towers do not fit together.
     """
-    text = image
-    if spec.text is not None:
-        try:
-            model = ModelSpec(model=spec.text.model, pretrained=spec.text.pretrained)
-            language_model, config = spec.text.pretrained == "transformers", model_config(model_name(model))
-            if language_model and not config["text_cfg"].get("hf_model_name"):
-                raise ValueError(f"{model.name} has no language model of transformers: set another `pretrained`")
-            weights = not language_model and has_weights(model)
-            text = Source(model_name(model), config, weights, language_model)
-        except (ValueError, OSError) as error:
-            raise ValueError(
-                f"text: {error}. A text tower is that of a model of open_clip; for a teacher without one remove `text`"
-            ) from error
-    if text.pretrained and (only == "image" or "text" in (spec.freeze or ())):
-        return plan_towers(image, text, "text", spec.dim)
-    return plan_towers(image, text, "image", spec.dim)
-
-
-def plan_towers(image: Source, text: Source, space: Tower, dim: int | None) -> Plan:
-    """Plan a student by the configs alone. Raises ValueError if two towers with weights do not fit together."""
-    base = image if space == "image" else text
+    text = image if spec.text is None else _text_source(spec.text)
+    keeps_text = text.pretrained and (only == "image" or "text" in (spec.freeze or ()))
+    space: Tower = "text" if keeps_text else "image"
+    base = text if keeps_text else image
+    width = spec.dim or base.config["embed_dim"]
     both = {"vision_cfg": image.config["vision_cfg"], "text_cfg": text.config["text_cfg"]}
-    config = {**base.config, **both, "embed_dim": dim or base.config["embed_dim"]}
+    config = {**base.config, **both, "embed_dim": width}
     for key, source in {"custom_text": text, "quick_gelu": _of_quick_gelu(image, text, base)}.items():
         config.pop(key, None)
         if source.config.get(key):
             config[key] = True
     sources: dict[Tower, Source] = {"image": image, "text": text}
-    width = config["embed_dim"]
     changed = [tower for tower, source in sources.items() if source.config["embed_dim"] != width]
     for tower in changed:
-        if sources[tower].pretrained and dim is None:
+        if sources[tower].pretrained and spec.dim is None:
             raise ValueError(
                 f"the {tower} tower of {sources[tower].name} has {sources[tower].config['embed_dim']} dimensions and "
                 f"the other tower {width}. Set student.dim to {width}: the tower then gets a new last layer, which is "
                 "trained and exported"
             )
     return Plan(image, text, space, config, changed)
+
+
+def _text_source(spec: TextTower) -> Source:
+    """The model of ``student.text``. Raises ValueError if it cannot give a text tower."""
+    try:
+        model = ModelSpec(model=spec.model, pretrained=spec.pretrained)
+        language_model, config = spec.pretrained == "transformers", model_config(model_name(model))
+        if language_model and not config["text_cfg"].get("hf_model_name"):
+            raise ValueError(f"{model.name} has no language model of transformers: set another `pretrained`")
+        return Source(model_name(model), config, not language_model and has_weights(model), language_model)
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"text: {error}. A text tower is that of a model of open_clip; for a teacher without one remove `text`"
+        ) from error
 
 
 def join_towers(plan: Plan, image: Any, text: Any) -> tuple[Any, list[str]]:

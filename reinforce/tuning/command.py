@@ -99,7 +99,7 @@ class TuningResult:
             "found": dict(self.best),
             "curves": curves,
             "rows": [row.json() for row in self.rows],
-            "screening": {name: check.json() for name, check in self.checks.items()},
+            "screening": {name: vars(check) for name, check in self.checks.items()},
             "seconds": self.seconds,
         }
 
@@ -129,7 +129,7 @@ def check_config(config: TuneConfig) -> CheckedConfig:
     ):
         if wrong:
             raise UserError(f"config {base.origin}: {fix}.")
-    current_scales, origins = _current_scales(config, base)
+    current_scales, origins = _current_scales(base)
     Store(config.output).check_writable()
     first = next(iter(scale_settings(config) or lambda_settings(config, current_scales)))
     _, feed = build(base.trial_config(Trial(first, config.seeds[0])), Accelerator("cpu"))
@@ -143,9 +143,9 @@ def check_config(config: TuneConfig) -> CheckedConfig:
     return CheckedConfig(base, steps, metric, current_scales, origins)
 
 
-def _current_scales(config: TuneConfig, base: BaseStudent) -> tuple[dict[str, float], dict[str, str]]:
+def _current_scales(base: BaseStudent) -> tuple[dict[str, float], dict[str, str]]:
     """Return the current scale of each teacher with images and texts, and where it comes from. Raises UserError."""
-    loss = base.short.loss
+    config, loss = base.config, base.short.loss
     manifests = {source.url: read_manifest(Store(source.url)) for source in base.short.data.datasets}
     teachers = stored_teachers(base.short, manifests)
     for name in config.scales:
@@ -170,10 +170,10 @@ def screen_only(config: TuneConfig) -> dict[str, TeacherScreening]:
     if not config.scales:
         raise UserError("scales: --screen-only has no scales to screen. Give two or more by teacher.")
     base = BaseStudent(config)
-    current_scales, _ = _current_scales(config, base)
+    current_scales, _ = _current_scales(base)
     Store(config.output).check_writable()
     with Store(config.output).lock():
-        screenings = _run_screening(config, base, current_scales)
+        screenings = _run_screening(base, current_scales)
         plot.draw([], screenings, {}, "", f"{config.output.rstrip('/')}/{PLOT}")
     return screenings
 
@@ -184,32 +184,31 @@ def tune(config: TuneConfig, address: str | None = None) -> TuningResult:
     Raises UserError for what the user can fix, ``reinforce.training.stop.Stopped`` after a signal.
     """
     checked = check_config(config)
-    store, terminal = Store(config.output), Screen()
+    store = Store(config.output)
     with store.lock():
-        screenings = _run_screening(config, checked.base, checked.current_scales)
+        screenings = _run_screening(checked.base, checked.current_scales)
         with contextlib.ExitStack() as stack:
 
             def start_cluster() -> None:  # once, and only if trials are left to run
                 if not ray.is_initialized():
                     stack.enter_context(ray_cluster(address, log_to_driver=False))
 
-            early, concurrent = config.early_stopping, config.concurrent
-            search = Search(config.output, checked.metric, checked.steps, early, concurrent, terminal, start_cluster)
-            outcomes = _run_stage(config, checked.base, search, scale_settings(config))
+            search = Search(config, checked.metric, checked.steps, Screen(), start_cluster)
+            outcomes = _run_stage(checked.base, search, scale_settings(config))
             rows = make_rows(outcomes, config.seeds)
             best = _best_values(config, rows)
             scales = {**checked.current_scales, **best}
             failed = any(row.state == "failed" for row in rows)  # the best scales are not known yet
-            later = _run_stage(config, checked.base, search, [] if failed else lambda_settings(config, scales))
+            later = _run_stage(checked.base, search, [] if failed else lambda_settings(config, scales))
         outcomes |= later
         rows += make_rows(later, config.seeds)
         best_lambda = best_row(rows, LAMBDA)
         if best_lambda is not None:
             best = {**best, LAMBDA: best_lambda.setting.lambda_ or 0.0}
-        result = _summarise(config, checked, outcomes, rows, screenings, best)
+        result = _summarise(checked, outcomes, rows, screenings, best)
         store.write_json(result.json(), TABLE)
         if best:
-            store.write_bytes(_student_yaml(config, checked, result).encode(), STUDENT)
+            store.write_bytes(_student_yaml(checked, result).encode(), STUDENT)
         picture = f"{config.output.rstrip('/')}/{PLOT}"
         plot.draw(result.curves, screenings, result.checks, checked.metric, picture)
     if not any(row.state == "finished" for row in rows):
@@ -240,23 +239,17 @@ def record_scales_in_datasets(config: TuneConfig, result: TuningResult) -> list[
     return lines
 
 
-def _run_screening(
-    config: TuneConfig, base: BaseStudent, current_scales: Mapping[str, float]
-) -> dict[str, TeacherScreening]:
+def _run_screening(base: BaseStudent, current_scales: Mapping[str, float]) -> dict[str, TeacherScreening]:
+    config, how = base.config, base.config.screening
     if not config.scales:
         return {}
-    screenings = screen(
-        base.short,
-        {name: sorted(values) for name, values in config.scales.items()},
-        current_scales,
-        config.screening.batches,
-        config.screening.batch,
-    )
+    scales = {name: sorted(values) for name, values in config.scales.items()}
+    screenings = screen(base.short, scales, current_scales, how.batches, how.batch)
     Store(config.output).write_json({name: screening.json() for name, screening in screenings.items()}, SCREENING)
     return screenings
 
 
-def _run_stage(config: TuneConfig, base: BaseStudent, search: Search, settings: list[Setting]) -> dict[Trial, Outcome]:
+def _run_stage(base: BaseStudent, search: Search, settings: list[Setting]) -> dict[Trial, Outcome]:
     """Train all settings with the first seed, then those that were not stopped with the other seeds.
 
     A stopped setting next to a plateau is trained to the end as well, to find where the plateau ends. Without early
@@ -267,6 +260,7 @@ def _run_stage(config: TuneConfig, base: BaseStudent, search: Search, settings: 
         trials = [Trial(setting, seed) for seed in seeds for setting in settings]
         return search.run({trial: base.trial_config(trial) for trial in trials}, stop_early) if trials else {}
 
+    config = base.config
     if not settings:
         return {}
     if config.early_stopping is None:
@@ -298,31 +292,29 @@ def _best_values(config: TuneConfig, rows: list[Row]) -> dict[str, float]:
 
 
 def _summarise(
-    config: TuneConfig,
     checked: CheckedConfig,
     outcomes: Mapping[Trial, Outcome],
     rows: list[Row],
     screenings: Mapping[str, TeacherScreening],
     best: Mapping[str, float],
 ) -> TuningResult:
-    curves = make_curves(rows)
-    by_step = {
-        trial.setting.name: dict(outcome.curve) for trial, outcome in outcomes.items() if trial.seed == config.seeds[0]
-    }
+    curves, first = make_curves(rows), checked.base.config.seeds[0]
+    by_step = {trial.setting.name: dict(outcome.curve) for trial, outcome in outcomes.items() if trial.seed == first}
     checks = {
         curve.axis: check_screening(curve, screenings[curve.axis], [by_step[row.setting.name] for _, row in curve.rows])
         for curve in curves
         if curve.axis in screenings
     }
     seconds = sum(outcome.seconds for outcome in outcomes.values())
-    return TuningResult(redact(config.output), checked.metric, rows, curves, screenings, checks, best, seconds)
+    output = redact(checked.base.config.output)
+    return TuningResult(output, checked.metric, rows, curves, screenings, checks, best, seconds)
 
 
-def _student_yaml(config: TuneConfig, checked: CheckedConfig, result: TuningResult) -> str:
+def _student_yaml(checked: CheckedConfig, result: TuningResult) -> str:
     texts = {curve.axis: curve.describe().partition(": ")[2] for curve in result.curves}
     origins = {name: f"unchanged: {origin}" for name, origin in checked.origins.items()}
     for name in result.best:
         origins[name] = f"reinforce tune, {result.metric}: {texts[name]}" if name in texts else "set in the tuning"
     header = f"Written by reinforce tune: {checked.base.origin} with the best scales by {result.metric}."
-    output = os.path.join(config.output.rstrip("/"), "student")
+    output = os.path.join(checked.base.config.output.rstrip("/"), "student")
     return render_student_yaml(checked.base.raw, result.best, origins, output, header)

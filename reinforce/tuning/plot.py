@@ -117,7 +117,7 @@ def _draw_screening(panel: Axes, axis: str, screening: TeacherScreening | None, 
         if len(known) < len(numbers):
             continue
         highest = max(known) if measure == "calibration" else 1.0
-        rank = check.correlations[measure] if check is not None else None
+        rank = check.ranks[measure] if check is not None else None
         text = label if rank is None else f"{label}, rank correlation {rank:+.2f}"
         points = [number / highest for number in known]
         panel.plot(scales, points, color=plots.colour(number + 1), marker="o", markersize=3, label=text)

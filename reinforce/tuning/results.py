@@ -229,40 +229,29 @@ def screening_table(screenings: Mapping[str, TeacherScreening]) -> Table:
 class ScreeningCheck:
     """Agreement of one teacher's screening with training.
 
-    ``correlations`` are Spearman's rank correlations of each measure with the metric over ``count`` scales: at the end
-    of training (``step`` is None), or, where trials were stopped early, at the last ``step`` that all of them reached,
-    first seed only. ``calibrated`` is the most likely scale by the screening, ``nearest`` the tried scale closest to it
-    in ratio, and ``gap`` the metric of ``best`` minus that of ``nearest``; None if ``nearest`` was not trained to the
-    end.
+    The field names are keys of table.json. ``ranks`` are Spearman's rank correlations of each measure with the metric
+    over ``count`` scales: at the end of training (``step`` is None), or, where trials were stopped early, at the last
+    ``step`` that all of them reached, first seed only. ``calibrated`` is the most likely scale by the screening,
+    ``nearest`` the tried scale closest to it in ratio, and ``lost`` the metric of ``best`` minus that of ``nearest``;
+    None if ``nearest`` was not trained to the end.
     """
 
-    correlations: dict[str, float | None]
+    ranks: dict[str, float | None]
     count: int
     step: int | None
     calibrated: float
     best: float | None
     nearest: float
-    gap: float | None
-
-    def json(self) -> dict[str, Any]:
-        return {
-            "ranks": self.correlations,
-            "count": self.count,
-            "step": self.step,
-            "calibrated": self.calibrated,
-            "best": self.best,
-            "nearest": self.nearest,
-            "lost": self.gap,
-        }
+    lost: float | None
 
     def describe(self, teacher: str) -> str:
         when = "at the end" if self.step is None else f"at step {self.step:,}, which all trials reached"
-        ranks = ", ".join(f"{name} {'-' if r is None else f'{r:+.2f}'}" for name, r in self.correlations.items())
+        ranks = ", ".join(f"{name} {'-' if r is None else f'{r:+.2f}'}" for name, r in self.ranks.items())
         text = f"screening of {teacher}: rank correlation with the metric over {self.count} scales {when}: {ranks}; "
         text += f"most likely scale {self.calibrated:g}"
         if self.best is not None:
             text += f", best {self.best:g}"
-            gap = "was not trained to the end" if self.gap is None else f"is {self.gap:.4f} below the best"
+            gap = "was not trained to the end" if self.lost is None else f"is {self.lost:.4f} below the best"
             text += f"; {self.nearest:g}, the nearest value tried, {gap}"
         return text
 

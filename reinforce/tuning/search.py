@@ -33,7 +33,7 @@ from reinforce.training.distributed.ranks import join_ranks
 from reinforce.training.loop import run_rank
 from reinforce.training.ray_train import Reserved, check_capacity, reserve
 from reinforce.training.stop import Stopped, StopSignal
-from reinforce.tuning.config import EarlyStopping
+from reinforce.tuning.config import TuneConfig
 from reinforce.tuning.space import Trial
 from reinforce.tuning.trials import Outcome, begin_trial, mark_stopped, read_outcome
 
@@ -46,15 +46,13 @@ _STEP, _VALUE, _ERROR = "step", "value", "trial_error"  # keys of the results th
 class Search:
     """How trials are run.
 
-    ``steps`` is the length of a trial, ``metric`` is maximized, ``output`` is that of the tuning. ``start_cluster``
-    starts Ray, or connects to it, unless that is done already.
+    ``steps`` is the length of a trial, ``metric`` is maximized. ``start_cluster`` starts Ray, or connects to it, unless
+    that is done already.
     """
 
-    output: str
+    config: TuneConfig
     metric: str
     steps: int
-    early_stopping: EarlyStopping | None
-    concurrent: int | None
     screen: Screen
     start_cluster: Callable[[], None]
 
@@ -69,7 +67,8 @@ class Search:
         scheduler = _Scheduler(self, trials, stop_early)
         for trial, outcome in outcomes.items():
             scheduler.replay(trial, outcome)
-        if not stop_early or self.early_stopping is None:  # a trial that was stopped under another config continues
+        if not stop_early or self.config.early_stopping is None:
+            # a trial that was stopped under another config continues
             open_ = [trial for trial, outcome in outcomes.items() if outcome.state != "finished"]
         else:
             outcomes = {trial: self._read_outcome(config) for trial, config in trials.items()}
@@ -95,13 +94,13 @@ class Search:
         work = tune.with_parameters(run, configs=configs)
         resources = {name.lower(): number for name, number in each.resources.items()}
         stop = StopSignal()
-        with stop.handle_signals(), _scratch_folder(Storage(self.output)) as storage, self.screen:
+        with stop.handle_signals(), _scratch_folder(Storage(self.config.output)) as storage, self.screen:
             tuner = tune.Tuner(
                 tune.with_resources(work, resources),
                 param_space={"name": tune.grid_search(list(configs))},
                 tune_config=tune.TuneConfig(
                     scheduler=scheduler,
-                    max_concurrent_trials=self.concurrent,
+                    max_concurrent_trials=self.config.concurrent,
                     reuse_actors=True,  # importing the libraries takes longer than a short trial
                 ),
                 run_config=tune.RunConfig(
@@ -122,7 +121,7 @@ class Search:
     def _reserve(self, compute: Compute, trials: int) -> Reserved:
         """Resources of each trial. By default trials share the cores of the cluster; a trial of one core wastes
         least."""
-        at_once = min(trials, self.concurrent or trials)
+        at_once = min(trials, self.config.concurrent or trials)
         each = reserve(compute, at_once)
         check_capacity(each, can_grow=True)
         at_once = min(at_once, capacity(live_resources(), each.cpus, each.gpus))
@@ -166,7 +165,7 @@ class _Scheduler(FIFOScheduler):
         self._configs = {trial.name: config for trial, config in trials.items()}
         self._curves = {trial.name: trial.setting.curve for trial in trials}
         self._schedulers: dict[str, ASHAScheduler] = {}
-        early = search.early_stopping
+        early = search.config.early_stopping
         if stop_early and early is not None:
             for curve in dict.fromkeys(self._curves.values()):
                 self._schedulers[curve] = ASHAScheduler(

@@ -78,7 +78,7 @@ def lambda_settings(config: TuneConfig, scales: Mapping[str, float]) -> list[Set
 
 
 class BaseStudent:
-    """The student's config that is tuned.
+    """The student's config that is tuned by a ``config``.
 
     ``raw`` is the mapping as the user wrote it, ``full`` the training run that `reinforce train` would run, ``short``
     that of a trial without its setting, and ``origin`` the name of the config in messages. Raises UserError for an
@@ -86,7 +86,7 @@ class BaseStudent:
     """
 
     def __init__(self, config: TuneConfig) -> None:
-        self._output = config.output.rstrip("/")
+        self.config = config
         self.origin = "student" if isinstance(config.student, dict) else config.student
         self.raw: dict[str, Any] = _read_raw(config.student)
         for key in ("output", "seed"):
@@ -99,7 +99,8 @@ class BaseStudent:
 
     def trial_config(self, trial: Trial) -> StudentConfig:
         """Return the training run of a trial."""
-        data = {**self._raw_short, "output": f"{self._output}/{TRIALS}/{trial.name}", "seed": trial.seed}
+        output = f"{self.config.output.rstrip('/')}/{TRIALS}/{trial.name}"
+        data = {**self._raw_short, "output": output, "seed": trial.seed}
         return settings.parse(StudentConfig, apply_setting(data, trial.setting))
 
 

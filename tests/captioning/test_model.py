@@ -24,8 +24,9 @@ from teachers.open_clip.building import write_open_clip
 from teachers.open_clip.tokenizer import Tokenizer
 from teachers.preprocessing.pixels import to_pixels
 from teachers.runtime.accelerator import Accelerator
-from tests.helpers.captioning import TEXTS, captioner_config, gradients_of, make_batch, make_captioner, task_losses
+from tests.helpers.captioning import TEXTS, captioner_config, make_batch, make_captioner, task_losses
 from tests.helpers.models.tiny_models import open_clip_model
+from tests.helpers.trainings import gradients_of
 
 
 def test_parameters_that_the_loss_does_not_use_are_not_trained(tmp_path: Path) -> None:

@@ -92,10 +92,6 @@ def task_losses(model: CaptionerModel, batch: Batch, loss: Loss) -> dict[str, to
     return CaptioningTask(model, loss, evaluator=None).losses(model(batch), batch)  # type: ignore[arg-type]
 
 
-def gradients_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
 def take(feed: Feed, steps: int, rank: int = 0, ranks: int = 1, batch: int = 4, start: int = 0) -> list[Any]:
     """The batches of some steps of one rank."""
     batches = feed.batches(rank, ranks, batch, start)

@@ -116,13 +116,3 @@ def forget_sources(files: Iterable[Path]) -> None:
         with pq.ParquetWriter(path, groups[0].schema.with_metadata(metadata)) as writer:
             for group in groups:
                 writer.write_table(group.replace_schema_metadata(metadata))
-
-
-def two_teachers(folder: Path) -> str:
-    """A dataset of 12 samples in ``folder`` with a teacher of both sides, ``red``, and one of images, ``eyes``."""
-    write_tar(folder / "source" / "0.tar", members_of(0, 12))
-    teachers = {
-        "red": {"class": "tests.helpers.models:ColorTeacher", "options": {"size": 16}, "dtype": "float32"},
-        "eyes": {"class": "tests.helpers.models:ImageOnly", "dtype": "float32"},
-    }
-    return reinforce_here(config_of(f"{folder}/source/*.tar", folder / "reinforced", teachers=teachers))

@@ -15,13 +15,18 @@ from reinforce import settings
 from reinforce.student.config import Student as StudentSpec
 from reinforce.student.config import StudentConfig
 from reinforce.student.model import Student, build_student
+from reinforce.student.task import StudentTask
 from reinforce.student.teachers import IMAGES, TEXTS, TeacherInfo
 from reinforce.student.terms.features import Features
 from reinforce.student.terms.registry import Terms
+from reinforce.student.train import build
+from reinforce.training.task import Batch
+from teachers.runtime.accelerator import Accelerator
 from tests.helpers.models.tiny_models import TOKENS, TOWER, open_clip_config, save_open_clip, tokenizer
 from tests.helpers.shipping import FASTVIT
 
 KINDS = ("vit", "mobileclip", "hf")
+PAIRS = 6  # of a batch of a config's training
 IMAGE_TEACHER = TeacherInfo(6, frozenset([IMAGES]), None, "")
 TEACHER = TeacherInfo(5, frozenset([IMAGES, TEXTS]), 50.0, "")
 
@@ -64,6 +69,17 @@ def student_config(folder: Path, datasets: Any, kind: str = "vit", **sections: A
     }
     changed = {name: {**config.get(name, {}), **keys} for name, keys in sections.items()}
     return settings.parse(StudentConfig, {**config, **changed})
+
+
+def first_batch(config: StudentConfig) -> tuple[StudentTask, Batch]:
+    """The task of a config, and its first batch as a step computes with it."""
+    task, feed = build(config, Accelerator("cpu"))
+    return task, task.prepare(next(iter(feed.batches(0, 1, config.train.batch, 0))))
+
+
+def losses_of(task: StudentTask, batch: Batch) -> dict[str, torch.Tensor]:
+    encoded = task.model(batch)
+    return {**task.losses(encoded, batch), **encoded.losses}
 
 
 def batch(size: int, pairs: int = 4, context: int = 16, kinds: tuple[str, ...] = ("caption", "synthetic")) -> Any:

@@ -202,6 +202,10 @@ def rows(output: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
 
 
+def gradients_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
 def curve(output: Path) -> list[float]:
     """The losses in a training's log."""
     return [row["loss"] for row in rows(output) if "loss" in row]

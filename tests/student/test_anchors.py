@@ -8,106 +8,80 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch._dynamo.testing import CompileCounter
 
 import reinforce
 from reinforce.errors import UserError
 from reinforce.student.task import StudentTask
-from reinforce.student.train import build
-from reinforce.training.step import backpropagate
 from reinforce.training.task import Batch
-from teachers.runtime.accelerator import Accelerator
-from tests.helpers.data import config_of, members_of, write_tar
-from tests.helpers.models.tiny_models import open_clip_model
-from tests.helpers.reinforced import reinforce_here
-from tests.helpers.students import student_config, student_folder
+from tests.helpers.students import first_batch, losses_of, student_folder
 from tests.helpers.trainings import curve, rows
 
-PAIRS = 6
-BOTH = {"teacher": "released", "similarities": 2.0, "features": 3.0}
-
-
-@pytest.fixture(scope="module")
-def released(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return open_clip_model(tmp_path_factory.mktemp("released"), context_length=16)
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory, released: str) -> str:
-    folder = tmp_path_factory.mktemp("dataset")
-    write_tar(folder / "source" / "0.tar", members_of(0, 12))
-    teachers = {
-        "released": {"model": released, "logit_scale": 20.0, "dtype": "float32"},
-        "red": {"class": "tests.helpers.models:ColorTeacher", "options": {"size": 32}, "logit_scale": 5.0},
-        "eyes": {"class": "tests.helpers.models:ImageOnly"},
-    }
-    return reinforce_here(config_of(f"{folder}/source/*.tar", folder / "reinforced", teachers=teachers))
+BOTH = {"teacher": "vit", "similarities": 2.0, "features": 3.0}
 
 
 @pytest.fixture
-def config(tmp_path: Path, dataset: str, released: str) -> Any:
-    def make(anchor: dict[str, Any] | None, *, train: dict[str, Any] | None = None, **sections: Any) -> Any:
-        loss = {"lambda": 0.0, **sections.pop("loss", {}), **({} if anchor is None else {"anchor": anchor})}
-        student = {"model": released, **sections.pop("student", {})}
-        own = {"steps": 2, "batch": PAIRS, **(train or {})}
-        return student_config(tmp_path, dataset, loss=loss, student=student, train=own, **sections)
+def released(teachers: dict[str, dict[str, Any]]) -> str:
+    model: str = teachers["vit"]["model"]
+    return model
+
+
+@pytest.fixture
+def anchored(config: Any, released: str) -> Any:
+    """Makes configs with lambda 0, an anchor, and a student that starts as the teacher ``vit``."""
+
+    def make(anchor: dict[str, Any] | None, loss: Any = None, **sections: Any) -> Any:
+        loss = {"lambda": 0.0, **(loss or {}), **({} if anchor is None else {"anchor": anchor})}
+        return config(loss, **{**sections, "student": {"model": released, **sections.get("student", {})}})
 
     return make
 
 
-def first_batch(config: Any) -> tuple[StudentTask, Batch]:
-    task, feed = build(config, Accelerator("cpu"))
-    return task, task.prepare(next(iter(feed.batches(0, 1, PAIRS, 0))))
-
-
-def losses_of(task: StudentTask, batch: Batch) -> dict[str, float]:
-    encoded = task.model(batch)
-    return {name: value.item() for name, value in {**task.losses(encoded, batch), **encoded.losses}.items()}
+def numbers_of(task: StudentTask, batch: Batch) -> dict[str, float]:
+    return {name: value.item() for name, value in losses_of(task, batch).items()}
 
 
 def test_an_unchanged_student_is_at_its_anchors_which_are_added_to_the_loss_of_any_lambda(
-    config: Any, released: str
+    anchored: Any, released: str
 ) -> None:
-    task, batch = first_batch(config({**BOTH, "weights": 0.5}))
-    assert batch["targets"].keys() == {"released"}, "lambda 0 reads no other teacher"
-    losses = losses_of(task, batch)
+    task, batch = first_batch(anchored({**BOTH, "weights": 0.5}))
+    assert batch["targets"].keys() == {"vit"}, "lambda 0 reads no other teacher"
+    losses = numbers_of(task, batch)
     texts = ("caption", "synthetic")
     expected = {f"{term}/{kind}" for term in ("clip", "anchor_similarities", "anchor_features") for kind in texts}
     assert losses.keys() == expected | {"anchor_features/image", "anchor_weights"}
     assert losses["anchor_weights"] == 0
     for what in ("image", *texts):
         assert losses[f"anchor_features/{what}"] == pytest.approx(0, abs=2e-3)
-    alone, batch = first_batch(config(None, loss={"lambda": 1.0}, data={"teachers": ["released"]}))
-    ordinary = losses_of(alone, batch)
+    alone, batch = first_batch(anchored(None, loss={"lambda": 1.0}, data={"teachers": ["vit"]}))
+    ordinary = numbers_of(alone, batch)
     for kind in texts:
         assert losses[f"anchor_similarities/{kind}"] == pytest.approx(2 * ordinary[f"distill/{kind}"], rel=1e-5)
-    in_loop = {"released": {"model": released, "logit_scale": 20.0}, "unread": {"model": "local-dir:/nowhere"}}
-    online, batch = first_batch(config({**BOTH, "weights": 0.5}, loss={"targets": "online", "teachers": in_loop}))
-    assert losses_of(online, batch) == pytest.approx(losses, rel=1e-3, abs=1e-4)
-    assert task.terms.recorded() == {"loss.logit_scales.released": 20.0}
+    in_loop = {"vit": {"model": released, "logit_scale": 20.0}, "unread": {"model": "local-dir:/nowhere"}}
+    online, batch = first_batch(anchored({**BOTH, "weights": 0.5}, loss={"targets": "online", "teachers": in_loop}))
+    assert numbers_of(online, batch) == pytest.approx(losses, rel=1e-3, abs=1e-4)
+    assert task.terms.recorded() == {"loss.logit_scales.vit": 20.0}
     assert task.notes[1] == (
-        "teacher released: anchor of similarities, logit scale 20 (dataset: config); anchor of features of images and "
-        "texts"
+        "teacher vit: anchor of similarities, logit scale 20 (dataset: config); anchor of features of images and texts"
     )
 
 
-def test_the_teacher_of_an_anchor_is_read_beside_the_ensemble_and_is_not_in_it(config: Any) -> None:
+def test_the_teacher_of_an_anchor_is_read_beside_the_ensemble_and_is_not_in_it(anchored: Any) -> None:
     with_anchor, batch = first_batch(
-        config(
+        anchored(
             {**BOTH, "similarities": 1.0},
-            loss={"lambda": 0.5, "logit_scales": {"released": 9.0}},
+            loss={"lambda": 0.5, "logit_scales": {"vit": 9.0}},
             data={"teachers": ["red"]},
         )
     )
-    assert batch["targets"].keys() == {"red", "released"}
-    plain, of_plain = first_batch(config(None, loss={"lambda": 0.5}, data={"teachers": ["red"]}))
-    losses, others = losses_of(with_anchor, batch), losses_of(plain, of_plain)
+    assert batch["targets"].keys() == {"red", "vit"}
+    plain, of_plain = first_batch(anchored(None, loss={"lambda": 0.5}, data={"teachers": ["red"]}))
+    losses, others = numbers_of(with_anchor, batch), numbers_of(plain, of_plain)
     assert {name: losses[name] for name in others} == pytest.approx(others)
-    assert with_anchor.terms.recorded() == {"loss.logit_scales.red": 5.0, "loss.logit_scales.released": 9.0}
+    assert with_anchor.terms.recorded() == {"loss.logit_scales.red": 50.0, "loss.logit_scales.vit": 9.0}
 
 
-def test_the_anchor_of_weights_pulls_them_to_their_start(config: Any) -> None:
-    task, batch = first_batch(config({"weights": 0.5}, student={"freeze": ["text"]}))
+def test_the_anchor_of_weights_pulls_them_to_their_start(anchored: Any) -> None:
+    task, batch = first_batch(anchored({"weights": 0.5}, student={"freeze": ["text"]}))
     student = task.model
     assert {name.split(".")[1] for name in student.start} == {"visual", "logit_scale"}
     with torch.no_grad():
@@ -122,32 +96,15 @@ def test_the_anchor_of_weights_pulls_them_to_their_start(config: Any) -> None:
         torch.testing.assert_close(gradient, torch.full_like(gradient, 0.5 * 0.01), rtol=1e-3, atol=1e-6)
 
 
-def test_microbatches_have_the_gradients_of_the_whole_batch_and_a_student_is_compiled_once(config: Any) -> None:
-    gradients = []
-    for parts in (1, 2):
-        task, batch = first_batch(config({**BOTH, "weights": 10.0}))
-        with torch.no_grad():
-            for parameter in task.model.clip.parameters():
-                parameter.add_(0.01)
-        backpropagate(task, task.model, batch, PAIRS, [1] * parts, Accelerator("cpu"))
-        gradients.append({name: p.grad for name, p in task.model.named_parameters() if p.grad is not None})
-    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
-    graphs = CompileCounter()
-    task.model.compile(backend=graphs)
-    for _ in range(2):
-        task.model(batch)
-    assert graphs.frame_count == 1
-
-
 @pytest.mark.usefixtures("no_pictures")
 def test_a_training_keeps_near_its_start_by_each_anchor_and_resumes_with_equal_bits(
-    config: Any, released: str, tmp_path: Path
+    anchored: Any, released: str, tmp_path: Path
 ) -> None:
     start = load_file(Path(released.removeprefix("local-dir:")) / "open_clip_model.safetensors")
     optimizer = {"lr": 0.003, "warmup": 0, "hold": 9, "weight_decay": 0.0}
 
     def train(name: str, anchor: dict[str, Any] | None, stop_at: int | None = None) -> tuple[float, list[float]]:
-        made = config(anchor, train={"steps": 6, "optimizer": optimizer, "ema": 0.5})
+        made = anchored(anchor, train={"steps": 6, "optimizer": optimizer, "ema": 0.5})
         made = made.model_copy(update={"output": str(tmp_path / name)})
         if stop_at is not None:
             reinforce.train(made.model_copy(update={"train": made.train.model_copy(update={"steps": stop_at})}))
@@ -160,20 +117,20 @@ def test_a_training_keeps_near_its_start_by_each_anchor_and_resumes_with_equal_b
     weights, whole = train("weights", {"weights": 1.0})
     assert weights < 0.5 * free
     assert train("resumed", {"weights": 1.0}, stop_at=3) == (weights, whole)
-    train("features", {"teacher": "released", "features": 100.0})
+    train("features", {"teacher": "vit", "features": 100.0})
     far, near = (rows(tmp_path / name)[-2]["losses"] for name in ("free", "features"))
     assert near["clip/caption"] > far["clip/caption"]
 
 
-def test_anchors_that_do_not_fit_are_refused(config: Any, tmp_path: Path) -> None:
+def test_anchors_that_do_not_fit_are_refused(anchored: Any, tmp_path: Path) -> None:
     for keys, message in (
         ({"similarities": 1.0}, "`similarities` and `features` need `teacher`"),
-        ({"teacher": "released"}, "set a weight: `similarities` or `features` of `teacher`, or `weights`"),
+        ({"teacher": "vit"}, "set a weight: `similarities` or `features` of `teacher`, or `weights`"),
         ({}, "set a weight"),
         ({"weights": 0.0}, "greater than 0"),
     ):
         with pytest.raises(UserError, match=message):
-            config(keys)
+            anchored(keys)
     images = {"data": {"captions": "none"}}
     random = {"student": {"model": student_folder(tmp_path / "random")}}
     for keys, sections, message in (
@@ -182,7 +139,7 @@ def test_anchors_that_do_not_fit_are_refused(config: Any, tmp_path: Path) -> Non
         (
             BOTH,
             images,
-            r"anchor\.similarities needs vectors of images and texts of teacher released, and data\.captions",
+            r"anchor\.similarities needs vectors of images and texts of teacher vit, and data\.captions",
         ),
         (
             {"teacher": "red", "features": 1.0},
@@ -193,6 +150,6 @@ def test_anchors_that_do_not_fit_are_refused(config: Any, tmp_path: Path) -> Non
         ({"weights": 1.0}, {**images, "loss": {"features": "none", "lambda": 1.0}}, r"data\.captions is none"),
     ):
         with pytest.raises(UserError, match=message):
-            StudentTask(config(keys, **sections))
-    task, batch = first_batch(config({"teacher": "released", "features": 1.0}, **images))
-    assert losses_of(task, batch).keys() == {"anchor_features/image"}
+            StudentTask(anchored(keys, **sections))
+    task, batch = first_batch(anchored({"teacher": "vit", "features": 1.0}, **images))
+    assert numbers_of(task, batch).keys() == {"anchor_features/image"}

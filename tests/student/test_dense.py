@@ -29,8 +29,8 @@ from teachers.patches.maps import features_and_map
 from teachers.preprocessing.pixels import to_pixels
 from teachers.runtime.accelerator import Accelerator
 from tests.helpers.data import config_of, members_of, write_tar
-from tests.helpers.reinforced import reinforce_here
-from tests.helpers.students import batch, student_config, student_folder
+from tests.helpers.reinforced import reinforce_here, small_dataset
+from tests.helpers.students import batch, first_batch, losses_of, student_config, student_folder
 from tests.helpers.trainings import curve
 
 TEACHER = {"class": "tests.helpers.models.patches:Cells", "options": {"rows": 4, "columns": 4, "channels": 5}}
@@ -148,34 +148,22 @@ def test_other_heads_start_as_without_the_term(tmp_path: Path) -> None:
         assert torch.equal(value, made[1][key]), key
 
 
-def test_a_student_without_such_a_stage_is_refused(tmp_path: Path) -> None:
-    terms = Terms([dense.Dense(DenseLoss(weight=1.0, stage=9), {"dino": (3, 5, 6)})])
-    with pytest.raises(UserError, match=r"loss\.dense\.stage: CLIP, stage 9 gives no patches for images of 32 x 32"):
-        build_student(StudentSpec(model=student_folder(tmp_path)), seed=0, terms=terms)
-
-
-def test_teachers_without_patches_are_refused() -> None:
-    plain = TeacherInfo(8, frozenset([IMAGES, TEXTS]), 70.0, "")
+def test_models_without_patches_are_refused(tmp_path: Path, dataset: str) -> None:
+    plain = Models({"vit": TeacherInfo(8, frozenset([IMAGES, TEXTS]), 70.0, "")})
     for loss, message in (
         ({"dense": 1.0}, r"loss\.dense needs layers patches/TEACHER, and the datasets have none"),
         ({"dense": {"weight": 1.0, "teachers": ["vit"]}}, r"teacher vit has no patches; those with patches are: none"),
+        ({"dense": {"weight": 1.0, "cosine": 0, "smooth_l1": 0}}, "`cosine` and `smooth_l1` are both 0"),
     ):
         with pytest.raises(UserError, match=message):
-            make_terms(settings.parse(Loss, loss), Models({"vit": plain}))
-    with pytest.raises(UserError, match="`cosine` and `smooth_l1` are both 0"):
-        settings.parse(Loss, {"dense": {"weight": 1.0, "cosine": 0, "smooth_l1": 0}})
-
-
-def test_a_checkpoint_of_before_has_the_same_config() -> None:
-    assert "dense" not in Loss().model_dump()
-    assert Loss(dense=DenseLoss(weight=2.0)).model_dump()["dense"]["weight"] == 2.0
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("dataset")
-    write_tar(folder / "source" / "0.tar", members_of(0, 12))
-    return reinforce_here(config_of(f"{folder}/source/*.tar", folder / "reinforced", teachers={"red": BLIND}))
+            make_terms(settings.parse(Loss, loss), plain)
+    terms = Terms([dense.Dense(DenseLoss(weight=1.0, stage=9), {"dino": (3, 5, 6)})])
+    with pytest.raises(UserError, match=r"loss\.dense\.stage: CLIP, stage 9 gives no patches for images of 32 x 32"):
+        build_student(StudentSpec(model=student_folder(tmp_path)), seed=0, terms=terms)
+    named = {"lambda": 0.0, "dense": {"weight": 1.0, "teachers": ["blind"]}}
+    with pytest.raises(UserError, match=r"loss\.dense: teacher blind: ColorTeacher has no patches: add a method"):
+        StudentTask(online(tmp_path, dataset, named, {"blind": BLIND}))
+    assert "dense" not in Loss().model_dump(), "as checkpoints of before have it"
 
 
 def online(tmp_path: Path, dataset: str, loss: dict[str, Any], teachers: Any, **sections: Any) -> StudentConfig:
@@ -205,44 +193,29 @@ def test_patches_alone_train_the_image_tower_without_vectors(tmp_path: Path, dat
 def test_patches_are_learnt_beside_the_other_losses(tmp_path: Path, dataset: str) -> None:
     teachers = {"cells": {**TEACHER, "logit_scale": 40.0}, "blind": {**BLIND, "logit_scale": 40.0}}
     loss = {"lambda": 0.5, "dense": 0.5, "features": "all"}
-    task, feed = build(online(tmp_path, dataset, loss, teachers), Accelerator("cpu"))
-    prepared = task.prepare(next(iter(feed.batches(0, 1, 8, 0))))
+    task, prepared = first_batch(online(tmp_path, dataset, loss, teachers))
     assert {name: {*of} for name, of in prepared["targets"].items()} == {
         "cells": {"image", "caption", "synthetic", "patches"},
         "blind": {"image", "caption", "synthetic"},
     }
-    encoded = task.model(prepared)
-    assert {*task.losses(encoded, prepared), *encoded.losses} == {
+    assert losses_of(task, prepared).keys() == {
         f"{term}/{kind}" for term in ("clip", "distill", "features") for kind in ("caption", "synthetic")
     } | {"dense/cells", "features/image"}
     [note] = [note for note in task.notes if note.startswith("teacher cells: similarities, logit scale 40 (config")]
     assert note.endswith("; 4 x 4 patches of 5 dimensions")
 
 
-def test_an_online_teacher_without_patches_is_refused_by_name(tmp_path: Path, dataset: str) -> None:
-    loss = {"lambda": 0.0, "dense": {"weight": 1.0, "teachers": ["blind"]}}
-    with pytest.raises(UserError, match=r"loss\.dense: teacher blind: ColorTeacher has no patches: add a method"):
-        StudentTask(online(tmp_path, dataset, loss, {"blind": BLIND}))
-
-
 def test_stored_patches_are_read_with_their_crops_and_only_where_they_are_learnt(tmp_path: Path) -> None:
-    write_tar(tmp_path / "source" / "0.tar", members_of(0, 24))
     teachers = {"cells": {**TEACHER, "patches": {"grid": 4, "codec": "float16"}}}
     augmentations = {"count": 2, "size": 32}
-    made = config_of(
-        f"{tmp_path}/source/*.tar", tmp_path / "out", teachers=teachers, captioners={}, augmentations=augmentations
-    )
-    url = reinforce_here(made)
+    url = small_dataset(tmp_path, (24,), teachers=teachers, captioners={}, augmentations=augmentations)
     codebook = json.loads(Path(url, "dataset.json").read_text())["layers"]["patches/cells"]["codebook"]
     statistics = load(Place(url, "patches/cells", codebook["digest"])).arrays
 
-    def built(**loss: Any) -> Any:
-        return build(
-            student_config(tmp_path, url, "mobileclip", loss=loss, data={"captions": "none"}), Accelerator("cpu")
-        )
+    def first(**loss: Any) -> Any:
+        return first_batch(student_config(tmp_path, url, "mobileclip", loss=loss, data={"captions": "none"}))
 
-    task, feed = built(**{"lambda": 0.0}, dense={"weight": 1.0})
-    prepared = task.prepare(next(iter(feed.batches(0, 1, 8, 0))))
+    task, prepared = first(**{"lambda": 0.0}, dense={"weight": 1.0})
     found = prepared["targets"]["cells"]["patches"]
     assert (found.shape, found.dtype) == ((8, 4, 4, 5), torch.float16)
     mean, deviation = (torch.from_numpy(statistics[f"{one}_of_channel"][:3]) for one in ("mean", "deviation"))
@@ -252,10 +225,9 @@ def test_stored_patches_are_read_with_their_crops_and_only_where_they_are_learnt
     corner = images[:, :side, -side:].mean((1, 2))
     order = torch.corrcoef(torch.stack([values.flatten(), corner.flatten()]))[0, 1]
     assert order > 0.95, "the corner of the grid is that of the crop that the student sees"
-    losses = task.losses(task.model(prepared), prepared)
-    assert "dense/cells" in {*losses, *task.model(prepared).losses}
-    task, feed = built(**{"lambda": 0.5})
-    assert {*next(iter(feed.batches(0, 1, 8, 0)))["targets"]["cells"]} == {"image"}
+    assert "dense/cells" in losses_of(task, prepared)
+    _, without = first(**{"lambda": 0.5})
+    assert {*without["targets"]["cells"]} == {"image"}
 
 
 @pytest.fixture(scope="module")
@@ -287,18 +259,6 @@ def test_rows_with_patches_that_are_not_finite_are_replaced(tmp_path: Path, grid
     batches.close()
     assert all(one["targets"]["broken"]["patches"].isfinite().all() for one in made)
     assert len({key for one in made for key in one["key"]}) < 16
-
-
-def test_stored_patches_alone_train_a_student(tmp_path: Path, grids: str) -> None:
-    loss = {"lambda": 0.0, "dense": {"weight": 1.0, "teachers": ["dino"], "stage": 1}}
-    losses = curve(Path(reinforce.train(stored(tmp_path, grids, loss, steps=12)).output))
-    assert losses[-1] < 0.9 * losses[0]
-
-
-def test_a_named_teacher_needs_stored_patches(tmp_path: Path, grids: str) -> None:
-    loss = {"lambda": 0.0, "dense": {"weight": 1.0, "teachers": ["red"]}}
-    with pytest.raises(UserError, match=r"loss\.dense: teacher red has no patches; those with patches are: dino"):
-        StudentTask(stored(tmp_path, grids, loss))
 
 
 def test_datasets_of_which_one_has_patches_train_together_without_the_term(tmp_path: Path, grids: str) -> None:

@@ -100,8 +100,9 @@ def test_decay_adds_groups_to_those_of_towers(tmp_path: Path) -> None:
 def test_decay_of_blocks_that_are_not_learnt_or_not_known_is_refused(tmp_path: Path) -> None:
     student = built(student_folder(tmp_path))
     student.towers = frozenset(["image", "text"])
-    with pytest.raises(UserError, match=r"train\.optimizer\.layer_decay is for students"):
-        make_adamw(torch.nn.Linear(2, 2), Optimizer(layer_decay=DECAYS))
+    for key in ("towers", "layer_decay"):
+        with pytest.raises(UserError, match=rf"train\.optimizer\.{key} is for students"):
+            make_adamw(torch.nn.Linear(2, 2), Optimizer(**{key: DECAYS}))
     with pytest.raises(UserError, match=r"layer_decay: no weights of images are learnt; name image or text"):
         make_adamw(student, Optimizer(layer_decay={"images": 0.5}))
     student.clip.visual = torch.nn.Linear(2, 2)

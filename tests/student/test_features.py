@@ -12,45 +12,31 @@ import torch
 import reinforce
 from reinforce import settings
 from reinforce.errors import UserError
-from reinforce.student.config import StudentConfig
 from reinforce.student.loss_config import Loss
 from reinforce.student.task import StudentTask
 from reinforce.student.teachers import IMAGES, TEXTS, TeacherInfo
 from reinforce.student.terms.base import Models
 from reinforce.student.terms.features import Moments
 from reinforce.student.terms.registry import make_terms
-from reinforce.student.train import build
 from reinforce.training.config import describe_changes, fixed_config
-from reinforce.training.step import backpropagate
 from reinforce.training.task import Batch
-from teachers.runtime.accelerator import Accelerator
-from tests.helpers.reinforced import two_teachers
-from tests.helpers.students import student_config
+from tests.helpers.students import first_batch, losses_of
 from tests.helpers.trainings import curve
 
-PAIRS = 6
 
+@pytest.fixture
+def features_config(config: Any) -> Any:
+    """Makes configs of students that learn from images alone."""
 
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return two_teachers(tmp_path_factory.mktemp("dataset"))
+    def make(features: Any, teachers: Any = ("red", "eyes"), loss: Any = None, **train: Any) -> Any:
+        data = {"captions": "none", "teachers": [*teachers]}
+        return config({"features": features, **(loss or {})}, train, data=data)
 
-
-def config(folder: Path, dataset: str, features: Any, teachers: Any = None, loss: Any = None, **train: Any) -> Any:
-    return student_config(
-        folder, dataset, data={"captions": "none", "teachers": teachers}, loss={"features": features, **(loss or {})},
-        train={"steps": 1, "batch": PAIRS, **train},
-    )  # fmt: skip
-
-
-def first_batch(made: StudentConfig) -> tuple[StudentTask, Batch]:
-    task, feed = build(made, Accelerator("cpu"))
-    return task, task.prepare(next(iter(feed.batches(0, 1, PAIRS, 0))))
+    return make
 
 
 def loss_of(task: StudentTask, batch: Batch) -> torch.Tensor:
-    encoded = task.model(batch)
-    losses = {**task.losses(encoded, batch), **encoded.losses}
+    losses = losses_of(task, batch)
     assert losses.keys() == {"features/image"}
     return losses["features/image"]
 
@@ -69,10 +55,10 @@ def projected(task: StudentTask, batch: Batch, teacher: str) -> torch.Tensor:
 @pytest.mark.parametrize("standardise", [False, True])
 @pytest.mark.parametrize("distance", ["cosine", "l2", "similarities"])
 def test_the_distance_is_its_equation_and_teachers_count_by_their_weights(
-    tmp_path: Path, dataset: str, distance: str, standardise: bool
+    features_config: Any, dataset: str, distance: str, standardise: bool
 ) -> None:
     features = {"teachers": "all", "distance": distance, "standardise": standardise, "weights": {"eyes": 3.0}}
-    task, batch = first_batch(config(tmp_path, dataset, features, loss={"features_weight": 0.5}))
+    task, batch = first_batch(features_config(features, loss={"features_weight": 0.5}))
     found = {}
     for name in ("red", "eyes"):
         own, z = projected(task, batch, name), batch["targets"][name]["image"]
@@ -93,9 +79,9 @@ def test_the_distance_is_its_equation_and_teachers_count_by_their_weights(
         assert "standardised" in next(note for note in task.notes if note.startswith("teacher eyes"))
 
 
-def test_similarities_are_with_the_batch_and_the_newest_vectors_of_earlier_ones(tmp_path: Path, dataset: str) -> None:
+def test_similarities_are_with_the_batch_and_the_newest_vectors_of_earlier_ones(features_config: Any) -> None:
     features = {"distance": "similarities", "queue": 8, "temperature": 0.2}
-    task, batch = first_batch(config(tmp_path, dataset, features, ["eyes"]))
+    task, batch = first_batch(features_config(features, ["eyes"]))
     stored = batch["targets"]["eyes"]["image"]
     queue: Any = task.model.heads["eyes/queue-images"]
     assert len(queue.filled()) == 0
@@ -111,28 +97,17 @@ def test_similarities_are_with_the_batch_and_the_newest_vectors_of_earlier_ones(
     assert torch.equal(queue.filled(), torch.cat([stored, earlier])[:8]), "the oldest are dropped"
 
 
-def test_similarities_and_their_queue_do_not_depend_on_microbatches(tmp_path: Path, dataset: str) -> None:
-    gradients = []
-    for microbatches in (1, 3):
-        features = {"teachers": "all", "distance": "similarities", "queue": 9}
-        task, batch = first_batch(config(tmp_path, dataset, features))
-        for _ in range(2):  # the second one has a queue
-            task.model.zero_grad()
-            backpropagate(task, task.model, batch, PAIRS, [0] * microbatches, Accelerator("cpu"))
-        grown = {name: value for name, value in task.model.named_buffers() if "queue" in name}
-        assert int(grown["heads.eyes/queue-images.count"]) == 9
-        gradients.append({**grown, **{name: p.grad for name, p in task.model.named_parameters() if p.grad is not None}})
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-5)
-
-
-def test_a_resumed_training_has_the_queue_and_the_moments_of_an_uninterrupted_one(tmp_path: Path, dataset: str) -> None:
+def test_a_resumed_training_has_the_queue_and_the_moments_of_an_uninterrupted_one(
+    features_config: Any, tmp_path: Path
+) -> None:
     features = {"distance": "similarities", "queue": 20, "standardise": True}
-    whole = config(tmp_path / "whole", dataset, features, steps=4, optimizer={"warmup": 0, "hold": 4})
-    reinforce.train(whole)
-    for steps in (2, 4):
-        parts = config(tmp_path / "parts", dataset, features, steps=steps, optimizer={"warmup": 0, "hold": 4})
-        reinforce.train(parts)
-    assert curve(Path(parts.output)) == curve(Path(whole.output))
+    curves = []
+    for output, lengths in (("whole", [4]), ("parts", [2, 4])):
+        for steps in lengths:
+            made = features_config(features, steps=steps, optimizer={"warmup": 0, "hold": 4})
+            reinforce.train(made.model_copy(update={"output": str(tmp_path / output)}))
+        curves.append(curve(tmp_path / output))
+    assert curves[0] == curves[1]
 
 
 def test_vectors_that_are_all_equal_and_settings_that_do_not_fit_are_refused_before_a_model_is_built() -> None:

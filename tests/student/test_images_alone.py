@@ -24,9 +24,7 @@ from reinforce.student.terms.registry import Terms
 from teachers.protocols import ImageSpec
 from tests.helpers.evaluation import write_colour_folder
 from tests.helpers.models import HALF
-from tests.helpers.reinforced import two_teachers
 from tests.helpers.students import IMAGE_TEACHER
-from tests.helpers.trainings import curve
 
 SIDE = 32
 PIXELS = torch.rand(3, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
@@ -72,12 +70,7 @@ def features(network: Any) -> torch.Tensor:
         return found
 
 
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return two_teachers(tmp_path_factory.mktemp("dataset"))
-
-
-def config(folder: Path, dataset: str, student: dict[str, Any], **sections: Any) -> StudentConfig:
+def config_of(folder: Path, dataset: str, student: dict[str, Any], **sections: Any) -> StudentConfig:
     keys = {
         "output": str(folder / "out"), "student": student, "data": {"datasets": dataset, "workers": 0},
         "loss": {"features": "all"},
@@ -145,7 +138,7 @@ def test_a_training_reads_no_caption_and_no_tokenizer_and_its_export_has_the_met
         monkeypatch.setattr(f"open_clip.{name}", _refuse)
     faces = {part: {"images": write_colour_folder(tmp_path / part, each)} for part, each in (("train", 5), ("test", 2))}
     sets = {"knn": {"colours": {**faces, "k": [1, 3]}}, "linear": {"colours": faces}}
-    made = config(tmp_path, dataset, student, evaluate=sets)
+    made = config_of(tmp_path, dataset, student, evaluate=sets)
     task = StudentTask(made)
     assert task.tokenizer is None
     assert made.data.captions == "none"
@@ -164,15 +157,6 @@ def test_a_training_reads_no_caption_and_no_tokenizer_and_its_export_has_the_met
     if "class" not in student:
         with pytest.raises(UserError, match="without a text tower"), resolve_models([name]):
             pass
-
-
-def test_a_training_of_a_network_resumes_as_if_it_had_not_stopped(tmp_path: Path, dataset: str) -> None:
-    train = {"compute": {"accumulate": 2}, "ema": 0.9}
-    whole = config(tmp_path / "whole", dataset, TIMM, train={**train, "steps": 4})
-    reinforce.train(whole)
-    for steps in (2, 4):
-        reinforce.train(config(tmp_path / "parts", dataset, TIMM, train={**train, "steps": steps}))
-    assert curve(tmp_path / "parts/out") == curve(tmp_path / "whole/out")
 
 
 def test_networks_that_do_not_fit_are_refused_with_the_reason(tmp_path: Path) -> None:
@@ -223,8 +207,8 @@ def test_what_needs_texts_is_refused_by_the_config_alone(tmp_path: Path) -> None
     ]
     for student, sections, message in refused:
         with pytest.raises(UserError, match=message):
-            config(tmp_path, "data", student, **sections)
-    assert config(tmp_path, "data", {"model": "ViT-B-32"}).data.captions == "both"
+            config_of(tmp_path, "data", student, **sections)
+    assert config_of(tmp_path, "data", {"model": "ViT-B-32"}).data.captions == "both"
 
 
 def test_a_student_of_open_clip_keeps_the_config_of_earlier_checkpoints() -> None:

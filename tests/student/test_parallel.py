@@ -18,7 +18,6 @@ from reinforce.student.train import build
 from teachers.runtime.accelerator import Accelerator
 from tests.helpers.data import config_of, picture, write_tar
 from tests.helpers.in_loaders import letters
-from tests.helpers.models.tiny_models import open_clip_model
 from tests.helpers.reinforced import reinforce_here
 from tests.helpers.students import student_config, student_folder
 from tests.helpers.trainings import curve
@@ -28,8 +27,9 @@ INTO_SPACE = {"features": {"teachers": "all", "head": "none"}}
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return open_clip_model(tmp_path_factory.mktemp("teacher"), embed_dim=24, context_length=16)
+def teacher(teachers: dict[str, dict[str, Any]]) -> str:
+    model: str = teachers["vit"]["model"]
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -81,14 +81,10 @@ def test_a_text_tower_learns_a_teachers_space_from_texts_alone(dataset: str, tmp
     small = student_folder(tmp_path / "small", "hf", embed_dim=9)
 
     def config(steps: int = 2, **data: Any) -> Any:
-        return student_config(
-            tmp_path,
-            dataset,
-            student={"model": teacher, "text": {"model": small}},
-            data={"teachers": ["vit"], "captioners": [], "parallel": ["json:de"], "images": "none", **data},
-            loss=INTO_SPACE,
-            train={"steps": steps, "batch": 6, "optimizer": {"lr": 0.01, "warmup": 0}, "checkpoints": {"every": 1}},
-        )
+        student = {"model": teacher, "text": {"model": small}}
+        data = {"teachers": ["vit"], "captioners": [], "parallel": ["json:de"], "images": "none", **data}
+        train = {"steps": steps, "batch": 6, "optimizer": {"lr": 0.01, "warmup": 0}, "checkpoints": {"every": 1}}
+        return student_config(tmp_path, dataset, student=student, data=data, loss=INTO_SPACE, train=train)
 
     task, feed = build(config(), Accelerator("cpu"))
     batch = next(iter(feed.batches(0, 1, 6, 0)))
@@ -132,13 +128,6 @@ def test_a_text_tower_learns_a_teachers_space_from_texts_alone(dataset: str, tmp
 def test_keys_that_do_not_fit_are_refused(
     sections: dict[str, Any], message: str, dataset: str, tmp_path: Path, teacher: str
 ) -> None:
-    def make() -> Any:
-        return build(
-            student_config(
-                tmp_path, dataset, **{**sections, "student": {"model": teacher, **sections.get("student", {})}}
-            ),
-            Accelerator("cpu"),
-        )
-
+    student = {"model": teacher, **sections.get("student", {})}
     with pytest.raises(UserError, match=message):
-        make()
+        build(student_config(tmp_path, dataset, **{**sections, "student": student}), Accelerator("cpu"))

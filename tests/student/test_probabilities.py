@@ -19,11 +19,11 @@ from reinforce.student.terms.probabilities import divergence
 from reinforce.student.train import build
 from reinforce.training.step import backpropagate
 from teachers.runtime.accelerator import Accelerator
-from tests.helpers.data import config_of, members_of, write_tar
+from tests.helpers.data import config_of_tar, members_of
 from tests.helpers.evaluation import encode_png
-from tests.helpers.reinforced import reinforce_here
-from tests.helpers.students import student_config
-from tests.helpers.trainings import rows
+from tests.helpers.reinforced import reinforce_here, small_dataset
+from tests.helpers.students import first_batch, losses_of, student_config
+from tests.helpers.trainings import gradients_of, rows
 
 COLORS = {"class": "tests.helpers.models.classifiers:Colors"}
 CLASSES, IMAGES = 6, 24
@@ -78,39 +78,28 @@ def test_a_student_learns_probabilities_alone_from_images_without_text(tmp_path:
     config = student_config(
         tmp_path, alone, data={"captions": "none", "workers": 1}, loss={"probabilities": 1.0}, train=train
     )
-    task, feed = build(config, Accelerator("cpu"))
-    batch = task.prepare(next(iter(feed.batches(0, 1, 8, 0))))
+    task, batch = first_batch(config)
     assert {name: tuple(value.shape) for name, value in batch["targets"]["near.by"].items()} == {
         "classes": (8, 3), "probabilities": (8, 3), "rest": (8,),
     }  # fmt: skip
     assert batch["targets"]["near.by"]["classes"].dtype == torch.int32
     assert "classifier near.by: probabilities of the 3 most likely of 6 classes" in task.notes
-    gradients = []
-    for parts in (1, 2):
-        task.model.zero_grad()
-        output = backpropagate(task, task.model, batch, 8, [0] * parts, Accelerator("cpu"))
-        gradients.append({name: p.grad.clone() for name, p in task.model.named_parameters() if p.grad is not None})
+    output = backpropagate(task, task.model, batch, 8, [0, 0], Accelerator("cpu"))
     assert output.losses.keys() == {"probabilities/near.by", "probabilities/whole"}
-    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
-    assert {name.split(".")[0] for name in gradients[0]} == {"clip", "heads"}
-    assert all("visual" in name for name in gradients[0] if name.startswith("clip"))
+    learnt = gradients_of(task.model)
+    assert {name.split(".")[0] for name in learnt} == {"clip", "heads"}
+    assert all("visual" in name for name in learnt if name.startswith("clip"))
     reinforce.train(config)
     losses = [row["losses"]["probabilities/near.by"] for row in rows(tmp_path / "out") if "losses" in row]
     assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:10])
 
 
 def test_probabilities_are_learnt_beside_distillation_and_lambda_does_not_weigh_them(tmp_path: Path) -> None:
-    write_tar(tmp_path / "source" / "0.tar", members_of(0, 12))
-    classifiers = {"near": {**COLORS, "k": 2}}
-    dataset = reinforce_here(config_of(f"{tmp_path}/source/*.tar", tmp_path / "made", classifiers=classifiers))
+    dataset = small_dataset(tmp_path, (12,), classifiers={"near": {**COLORS, "k": 2}})
     found = []
     for share in (0.0, 0.5):
-        task, feed = build(
-            student_config(tmp_path, dataset, loss={"lambda": share, "probabilities": 2.0}), Accelerator("cpu")
-        )
-        batch = task.prepare(next(iter(feed.batches(0, 1, 8, 0))))
-        encoded = task.model(batch)
-        found.append({**task.losses(encoded, batch), **encoded.losses})
+        made = student_config(tmp_path, dataset, loss={"lambda": share, "probabilities": 2.0})
+        found.append(losses_of(*first_batch(made)))
     plain, distilled = found
     assert plain.keys() == {"clip/caption", "clip/synthetic", "probabilities/near"}
     assert distilled.keys() == plain.keys() | {"distill/caption", "distill/synthetic"}
@@ -119,15 +108,12 @@ def test_probabilities_are_learnt_beside_distillation_and_lambda_does_not_weigh_
 
 @pytest.mark.parametrize("changes", [{"learn_scales": True}, {"targets": "online", "interactive": 1.0}])
 def test_a_classifier_may_have_the_name_of_a_teacher(tmp_path: Path, changes: dict[str, Any]) -> None:
-    write_tar(tmp_path / "source" / "0.tar", members_of(0, 12))
-    made = config_of(f"{tmp_path}/source/*.tar", tmp_path / "made", classifiers={"red": {**COLORS, "k": 2}})
+    made = config_of_tar(tmp_path, members_of(0, 12), classifiers={"red": {**COLORS, "k": 2}})
     online = {"teachers": {"red": made["teachers"]["red"]}} if "targets" in changes else {}
     loss = {**changes, **online, "probabilities": 1.0}
-    task, feed = build(student_config(tmp_path, reinforce_here(made), loss=loss), Accelerator("cpu"))
-    batch = task.prepare(next(iter(feed.batches(0, 1, 8, 0))))
+    task, batch = first_batch(student_config(tmp_path, reinforce_here(made), loss=loss))
     assert batch["targets"]["red"].keys() == {"image", "caption", "synthetic", "classes", "probabilities", "rest"}
-    encoded = task.model(batch)
-    losses = {**task.losses(encoded, batch), **encoded.losses}
+    losses = losses_of(task, batch)
     assert losses.keys() >= {"distill/caption", "probabilities/red"}
     assert all(loss.isfinite() for loss in losses.values())
 
@@ -142,34 +128,25 @@ def test_classes_that_dataset_json_does_not_have_are_one_error_with_the_file(tmp
     with pq.ParquetWriter(path, table.schema) as writer:
         writer.write_table(table.set_column(1, table.schema.field("classes"), column), row_group_size=8)
     config = student_config(tmp_path, str(folder), data={"captions": "none"}, loss={"probabilities": 1.0})
-    feed = build(config, Accelerator("cpu"))[1]
     with pytest.raises(UserError, match=r"has classes of near\.by that are not from 0 to 5"):
-        next(iter(feed.batches(0, 1, 8, 0)))
-
-
-def test_an_unfinished_classifier_is_named(tmp_path: Path, alone: str) -> None:
-    folder = Path(shutil.copytree(alone, tmp_path / "unfinished"))
-    manifest = json.loads((folder / "dataset.json").read_text())
-    manifest["layers"]["probabilities/near.by"]["dim"] = None
-    (folder / "dataset.json").write_text(json.dumps(manifest))
-    config = student_config(tmp_path, str(folder), data={"captions": "none"}, loss={"probabilities": 1.0})
-    with pytest.raises(UserError, match=r"no dimension of probabilities/near\.by\. Finish the run"):
-        build(config, Accelerator("cpu"))
+        first_batch(config)
 
 
 def test_a_dataset_without_the_classifiers_that_a_training_needs_is_named(tmp_path: Path, alone: str) -> None:
-    write_tar(tmp_path / "source" / "0.tar", members_of(0, 4))
-    other = reinforce_here(config_of(f"{tmp_path}/source/*.tar", tmp_path / "made"))
+    other = small_dataset(tmp_path, (4,))
     none = {"captions": "none", "teachers": []}
-    changed = str(shutil.copytree(alone, tmp_path / "changed"))
-    manifest = json.loads(Path(changed, "dataset.json").read_text())
-    manifest["layers"]["probabilities/near.by"] |= {"top": 2, "temperature": 3.0}
-    Path(changed, "dataset.json").write_text(json.dumps(manifest))
+    changed, unfinished = str(tmp_path / "changed"), str(tmp_path / "unfinished")
+    for folder, entry in ((changed, {"top": 2, "temperature": 3.0}), (unfinished, {"dim": None})):
+        manifest = Path(shutil.copytree(alone, folder), "dataset.json")
+        content = json.loads(manifest.read_text())
+        content["layers"]["probabilities/near.by"] |= entry
+        manifest.write_text(json.dumps(content))
     cases: list[tuple[Any, dict[str, Any], str]] = [
         (other, none, "loss.probabilities needs layers probabilities/CLASSIFIER, and the datasets have none"),
         (alone, {**none, "classifiers": ["far"]}, "has no classifier 'far'; it has: near.by, whole"),
         ([alone, changed], none, f"classifier near.by has another top and another temperature in {changed} than in"),
         ([alone, other], none, "the datasets have different classifiers: .* has near.by, whole, .* has none"),
+        (unfinished, none, r"no dimension of probabilities/near\.by\. Finish the run"),
         (alone, {}, "no teacher has vectors of both .* set data.captions to none"),
     ]
     for dataset, data, message in cases:

@@ -20,10 +20,8 @@ from reinforce.student.task import StudentTask
 from reinforce.student.teachers import IMAGES, TEXTS, TeacherInfo
 from reinforce.student.terms.features import Features
 from reinforce.student.terms.registry import Terms
-from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.models.tiny_models import open_clip_model
-from tests.helpers.reinforced import reinforce_here
-from tests.helpers.students import KINDS, batch_for, plain_open_clip, student_config, student_folder, train_briefly
+from tests.helpers.students import KINDS, batch_for, plain_open_clip, student_folder, train_briefly
 
 TEXT = {"caption": ["a photo of a cat", "A dog."]}
 
@@ -172,46 +170,27 @@ def test_towers_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     assert built(model=small, text={"model": quick}, freeze=["text"]).config["quick_gelu"], "the image tower is random"
 
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return open_clip_model(tmp_path_factory.mktemp("teacher"), embed_dim=24, context_length=16)
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory, teacher: str) -> str:
-    folder = tmp_path_factory.mktemp("dataset")
-    write_tar(folder / "source" / "0.tar", members_of(0, 12))
-    teachers = {"vit": {"model": teacher}, "eyes": {"class": "tests.helpers.models:ImageOnly"}}
-    return reinforce_here(config_of(f"{folder}/source/*.tar", folder / "reinforced", teachers=teachers))
-
-
 def test_a_training_on_images_alone_ends_in_the_teachers_space_and_resumes(
-    tmp_path: Path, dataset: str, teacher: str
+    tmp_path: Path, config: Any, teachers: dict[str, dict[str, Any]]
 ) -> None:
-    def config(text: str = teacher, **data: Any) -> Any:
-        return student_config(
-            tmp_path,
-            dataset,
-            student={"text": {"model": text}},
-            data={"teachers": ["vit"], "captions": "none", **data},
-            loss={"features": {"teachers": "all", "head": "none"}},
-            train={"steps": 2, "batch": 6, "checkpoints": {"every": 1}},
-        )
+    teacher, loss = teachers["vit"]["model"], {"features": {"teachers": "all", "head": "none"}}
 
-    results = reinforce.train(config())
-    assert results.steps == 2
+    def made(steps: int = 2, text: str = teacher, **data: Any) -> Any:
+        data = {"teachers": ["vit"], "captions": "none", **data}
+        return config(loss, {"steps": steps}, student={"text": {"model": text}}, data=data)
+
+    assert reinforce.train(made()).steps == 2
     exported = open_clip.create_model(f"local-dir:{tmp_path}/out/student")
     of_teacher = weights(open_clip.create_model(teacher), "text")
     assert all(torch.equal(value, of_teacher[name]) for name, value in weights(exported, "text").items())
-    notes = StudentTask(config()).notes
-    assert "teacher vit: vectors of images, 24 dimensions, without a head" in notes
+    notes = StudentTask(made()).notes
+    assert "teacher vit: vectors of images, 16 dimensions, without a head" in notes
     assert not any(note.startswith("student.text") for note in notes)
-    other = open_clip_model(tmp_path / "other", embed_dim=24, context_length=16, seed=1)
-    assert any("does not show that" in note for note in StudentTask(config(other)).notes)
+    other = open_clip_model(tmp_path / "other", context_length=16, seed=1)
+    assert any("does not show that" in note for note in StudentTask(made(text=other)).notes)
     with pytest.raises(UserError, match=r"teacher eyes of .* has vectors of images alone, so .* has no text tower"):
-        StudentTask(config(teachers=["eyes"]))
-    more = config().model_copy(update={"train": config().train.model_copy(update={"steps": 3})})
-    assert reinforce.train(more).steps == 3
+        StudentTask(made(teachers=["eyes"]))
+    assert reinforce.train(made(3)).steps == 3
     path = Path(teacher.removeprefix("local-dir:"), "open_clip_config.json")
     before = path.read_text()
     try:
@@ -219,6 +198,6 @@ def test_a_training_on_images_alone_ends_in_the_teachers_space_and_resumes(
         changed["model_cfg"]["text_cfg"]["pool_type"] = "first"
         path.write_text(json.dumps(changed))
         with pytest.raises(UserError, match=r"model_cfg\.text_cfg\.pool_type: not set before, 'first' now"):
-            reinforce.train(more.model_copy(update={"train": more.train.model_copy(update={"steps": 4})}))
+            reinforce.train(made(4))
     finally:
         path.write_text(before)

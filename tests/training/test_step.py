@@ -14,7 +14,7 @@ from reinforce.training.step import Prefetcher, StepOutput, backpropagate, slice
 from reinforce.training.task import Batch
 from teachers.runtime.accelerator import Accelerator
 from tests.helpers.models.tiny_models import open_clip_config
-from tests.helpers.trainings import PairFeed, TowersTask
+from tests.helpers.trainings import PairFeed, TowersTask, gradients_of
 
 SIZE = 16
 
@@ -27,7 +27,7 @@ def gradients(parts: int, precision: Any = "fp32", **options: Any) -> tuple[Step
     torch.manual_seed(0)
     task = TowersTask(**options)
     outcome = backpropagate(task, task.model, batch(), SIZE, list(range(parts)), Accelerator("cpu", precision))
-    return outcome, {name: p.grad for name, p in task.model.named_parameters() if p.grad is not None}
+    return outcome, gradients_of(task.model)
 
 
 def test_parts_give_the_losses_and_gradients_of_the_whole_batch_and_bfloat16_is_close() -> None:
@@ -56,7 +56,7 @@ def test_kept_parts_pass_the_model_once_with_the_gradients_and_statistics_of_two
         task.model.register_forward_hook(lambda *_, passes=passes: passes.append(torch.is_grad_enabled()))
         outcome = backpropagate(task, task.model, batch(), SIZE, range(4), Accelerator("cpu"), kept)
         assert (passes.count(True), passes.count(False)) == (4, 4 - kept)
-        gradients = {name: p.grad for name, p in task.model.named_parameters() if p.grad is not None}
+        gradients = gradients_of(task.model)
         found.append((outcome.losses, outcome.scalars, gradients, dict(task.model.named_buffers())))
     for others in found[1:]:
         torch.testing.assert_close(others, found[0], rtol=1e-6, atol=1e-9)

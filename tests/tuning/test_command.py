@@ -143,8 +143,8 @@ def test_settings_that_are_not_stopped_are_trained_with_every_seed_and_then_the_
             }  # fmt: skip
 
     made = parse(TuneConfig, {**config, "output": "out", "scales": {"red": [*values]}, "seeds": [0, 1]})
-    search = Answers("out", METRIC, STEPS, made.early_stopping, 1, Screen(), lambda: None)
-    outcomes = _run_stage(made, BaseStudent(made), search, scale_settings(made))
+    search = Answers(made, METRIC, STEPS, Screen(), lambda: None)
+    outcomes = _run_stage(BaseStudent(made), search, scale_settings(made))
     assert asked == [
         (True, [f"red-{scale:g}_seed-0" for scale in values]),
         (False, ["red-20_seed-1", "red-40_seed-1"]),

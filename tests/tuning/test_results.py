@@ -88,15 +88,15 @@ def test_tables_show_the_best_a_stopped_and_a_failed_setting_and_the_scale_neare
 def test_screening_is_compared_at_the_end_of_training_or_at_the_last_shared_step() -> None:
     curve = scale_curve({10.0: [0.1, 0.1], 20.0: [0.3, 0.3], 40.0: [0.4, 0.4]})
     check = check_screening(curve, toy_screening(10.0, 20.0, 40.0), [])
-    assert check.correlations["entropy"] == pytest.approx(-1)
-    assert check.correlations["true_pair"] == pytest.approx(1)
-    assert check.correlations["agreement"] is None
+    assert check.ranks["entropy"] == pytest.approx(-1)
+    assert check.ranks["true_pair"] == pytest.approx(1)
+    assert check.ranks["agreement"] is None
     assert (check.step, check.count, check.nearest) == (None, 3, 40.0)
-    assert check.gap == pytest.approx(0)
-    assert list(check.json()) == ["ranks", "count", "step", "calibrated", "best", "nearest", "lost"]
+    assert check.lost == pytest.approx(0)
+    assert list(vars(check)) == ["ranks", "count", "step", "calibrated", "best", "nearest", "lost"]
     curve = scale_curve({10.0: None, 20.0: [0.3, 0.3], 40.0: [0.2, 0.2]})
     check = check_screening(curve, toy_screening(10.0, 20.0, 40.0), [{5: 0.1}, {5: 0.2, 10: 0.3}, {5: 0.3, 10: 0.2}])
-    assert (check.step, check.correlations["true_pair"]) == (5, pytest.approx(1))
+    assert (check.step, check.ranks["true_pair"]) == (5, pytest.approx(1))
     assert "at step 5, which all trials reached" in check.describe("red")
     # Worked example with a tie: ranks 1, 2.5, 2.5, 4 against 1, 3, 2, 4.
     assert spearman([1, 2, 2, 4], [1, 3, 2, 4]) == pytest.approx(4.5 / (4.5 * 5) ** 0.5)

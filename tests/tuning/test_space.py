@@ -14,7 +14,7 @@ from reinforce import settings
 from reinforce.errors import UserError
 from reinforce.student.config import StudentConfig
 from reinforce.terminal import Screen
-from reinforce.tuning.config import EarlyStopping, TuneConfig
+from reinforce.tuning.config import TuneConfig
 from reinforce.tuning.search import Search, _Scheduler
 from reinforce.tuning.space import (
     LAMBDA,
@@ -185,8 +185,7 @@ def trials(folder: Path) -> dict[Trial, StudentConfig]:
 
 
 def make_scheduler(configs: dict[Trial, StudentConfig]) -> _Scheduler:
-    early = EarlyStopping(grace=0.3, reduction=2.0)
-    search = Search("out", METRIC, STEPS, early, None, Screen(), lambda: None)
+    search = Search(tune_config(early_stopping={"grace": 0.3}), METRIC, STEPS, Screen(), lambda: None)
     return _Scheduler(search, configs, stop_early=True)
 
 

@@ -90,6 +90,10 @@ def test_picks_are_uniform_and_captioners_are_picked_by_weight() -> None:
     assert crops[0] / ROWS == pytest.approx(1 / 2, abs=0.1)
     assert sources["a"] / ROWS == pytest.approx(3 / 4, abs=0.1)
     assert all(texts[n] / ROWS == pytest.approx(1 / 3, abs=0.1) for n in "012")
+    mixed = examples(tables(), replace(SPEC, captions="mixed", synthetic=0.25)).rows
+    picked = Counter(example.texts[0][0] for example in mixed if example)
+    assert picked["t"] / ROWS == pytest.approx(3 / 4, abs=0.1), "the true caption"
+    assert picked["a"] / (picked["a"] + picked["b"]) == pytest.approx(3 / 4, abs=0.1)
     whole, part = examples(tables()).rows, examples(tables(), first=150).rows
     assert [str(example) for example in part] == [str(example) for example in whole[150:]], "in any chunk"
 

@@ -28,7 +28,7 @@ from reinforce.training.stop import Stopped, StopSignal
 from teachers.runtime.accelerator import Accelerator
 from tests.helpers.ranks import results_of_ranks
 from tests.helpers.students import batch_for, built, student_config, student_folder, train_briefly
-from tests.helpers.trainings import stopping
+from tests.helpers.trainings import gradients_of, stopping
 
 STEPS = 5
 
@@ -193,8 +193,7 @@ def _gradients(rank: int, folder: Path) -> dict[str, torch.Tensor]:
     wrapped = torch.nn.parallel.DistributedDataParallel(student, find_unused_parameters=True)
     found = wrapped(batch_for(student)).features
     found["image"].matmul(found["caption"].T).exp().sum().backward()
-    gradients = {name: weight.grad for name, weight in student.named_parameters() if weight.grad is not None}
-    return gradients | dict(student.named_buffers())
+    return gradients_of(student) | dict(student.named_buffers())
 
 
 def test_ranks_round_with_the_same_batch_statistics(tmp_path: Path) -> None:
