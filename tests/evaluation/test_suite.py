@@ -322,16 +322,10 @@ DAMAGE: dict[str, tuple[dict[str, str | None] | tuple[Any, ...], str]] = {
     "bad number of shards": ({"test/nshards.txt": "<html>"}, "is '<html>', not the number of shards"),
     "a missing shard": ({"test/1.tar": None}, "has no test/1.tar"),
     "a damaged shard": ({"test/1.tar": "x" * 600}, "1.tar: shard_unreadable"),
-    "templates without a placeholder": (
-        {"zeroshot_classification_templates.txt": "a photo of {c}\na photo\n"},
-        "template 'a photo' has no {}",
-    ),
-    "an empty class": ({"classnames.txt": "red\n\nblue\n"}, "line 2 of"),
     "a label beyond the classes": (
         (6, RED, (0, 1)),
         "has the label 6 in its .cls member; want the index of one of the 6 classes",
     ),
-    "a negative label": ((-1, RED, (0, 1)), "has the label -1"),
     "a label that is a name": (("red", RED, (0, 1)), "has the label 'red' in its .cls member; want the index"),
     "no metadata": ((0, RED, None), "whole numbers region, country in its .npy member; it has none"),
     "metadata of another shape": ((0, RED, (1, 2, 3)), "its shape is (3,), its values are [1, 2, 3]"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from teachers.coca.captioner import CocaCaptioner
-from teachers.coca.decoder import CocaDecoder
+from teachers.coca.decoder import CocaDecoder, PlainCocaDecoder
 from teachers.coca.fixed_decoder import SIZES, FixedCocaDecoder
 from teachers.coca.network import CocaNetwork, check_decodable
 from teachers.fast_paths import usage
@@ -69,23 +69,6 @@ def image_tokens(model: Any, count: int) -> torch.Tensor:
     return tokens
 
 
-class UncachedDecoder:
-    """Next-token logits by open_clip's own forward pass over all tokens so far and image tokens [B, n, width]."""
-
-    def __init__(self, model: Any, images: torch.Tensor) -> None:
-        self._model, self._images = model, images
-
-    @torch.inference_mode()
-    def next_logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        latent = self._images[:, 0]  # open_clip only returns it
-        out = self._model(None, tokens, image_latent=latent, image_embs=self._images, output_labels=False)
-        logits: torch.Tensor = out["logits"][:, -1]
-        return logits
-
-    def select_rows(self, rows: torch.Tensor) -> None:
-        self._images = self._images[rows]
-
-
 def logits_of_steps(forward: Any, images: int) -> list[torch.Tensor]:
     """Logits along fixed tokens while rows are repeated, dropped and reordered. Token 0 is an ordinary token."""
     words = torch.randint(0, VOCABULARY - 2, (LENGTH, 20), generator=torch.Generator().manual_seed(2))
@@ -113,8 +96,9 @@ def difference(model: Any, precision: str = "fp32", forward: Any = None) -> floa
     for tokens in (images * torch.nan, images):  # the second reuses the caches of the first
         forward.begin(tokens, 3)
         found = logits_of_steps(forward, 3)
-    with Accelerator("cpu", precision).forward():
-        wanted = logits_of_steps(UncachedDecoder(model, images), 3)
+    plain = PlainCocaDecoder(model, Accelerator("cpu", precision))  # open_clip's own forward pass
+    plain.begin(images, 1)
+    wanted = logits_of_steps(plain, 3)
     assert [len(rows) for rows in found] == [3, 9, 9, 9, 4, 5, 5, 2]
     return max((a - b).abs().max().item() / b.abs().max().item() for a, b in zip(found, wanted, strict=True))
 

@@ -13,7 +13,7 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from open_clip.tokenizer import get_clean_fn
 
@@ -29,7 +29,7 @@ from tests.helpers.models import tiny_models
 from tests.helpers.models.tiny_models import FULL_LENGTH, TRIMMED
 
 CPU = Accelerator("cpu")
-OWN, SAFE = open_clip.get_tokenizer("ViT-B-32"), Tokenizer("ViT-B-32")
+OWN, SAFE = open_clip.get_tokenizer("ViT-B-32"), pickle.loads(pickle.dumps(Tokenizer("ViT-B-32")))
 TEXTS = ["a", "a photo of a dog on the beach", "", "so many words " * 60, "Ünïcode – 犬"]
 
 
@@ -74,7 +74,7 @@ def test_embeddings_match_open_clip_and_only_causal_towers_trim_texts(models: di
 
 
 def test_logit_scale_and_preprocessing_are_the_models_own_unless_the_config_states_others(
-    models: dict[str, str], tmp_path: Path
+    models: dict[str, str],
 ) -> None:
     small, large = _teacher(models["small"]), _teacher(models["large"])
     assert small.logit_scale == pytest.approx(1 / 0.07)
@@ -86,9 +86,6 @@ def test_logit_scale_and_preprocessing_are_the_models_own_unless_the_config_stat
     assert changed.image == ImageSpec(32, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "bilinear", "squash")
     changed = _teacher(models["small"], preprocess={"mean": [0.0, 0.0, 0.0]})
     assert changed.image == replace(small.image, mean=(0.0, 0.0, 0.0))
-    (tmp_path / "a.pt").touch()
-    with pytest.raises(ValueError, match=r"does not state its preprocessing, .* add `preprocess: \{mean: \[0\.0, "):
-        _teacher("MobileCLIP2-S0", pretrained=str(tmp_path / "a.pt"))
 
 
 def test_torch_checkpoints_load_like_safetensors_and_weights_that_do_not_fit_are_rejected(
@@ -183,12 +180,7 @@ def test_text_towers_of_transformers_encode_the_full_length(tmp_path: Path) -> N
     torch.testing.assert_close(teacher.encode_texts(TEXTS), expected, rtol=0, atol=1e-6)
 
 
-def test_tokens_match_open_clip_also_after_pickling() -> None:
-    texts = ["A photo of a  cat.", "naïve café, ünïcode", "", "word " * 200]
-    for tokenizer in (SAFE, pickle.loads(pickle.dumps(SAFE))):
-        assert torch.equal(tokenizer(texts), OWN(texts))
-
-
+@example("A photo of a  cat, naïve café, " * 40)
 @given(st.text(max_size=60).filter(lambda text: "<" not in html.unescape(html.unescape(text))))
 @settings(max_examples=100)
 def test_tokens_of_any_text_match_open_clip(text: str) -> None:
