@@ -149,8 +149,6 @@ def test_f1_recall_and_jaccard_equal_those_of_scikit_learn() -> None:
 def test_classes_without_samples_and_classes_that_are_only_predicted() -> None:
     labels, predicted = np.array([0, 0, 2, 2]), np.array([0, 1, 2, -1])
     assert macro_recall(labels, predicted) == 0.5
-    assert macro_f1(labels, predicted) == pytest.approx((2 / 3 + 2 / 3) / 2), "class 1 has no sample"
-    assert macro_f1(labels, np.array([0, 2, 2, 2])) == pytest.approx((2 / 3 + 4 / 5) / 2), "a wrong 2 costs class 2"
     assert macro_f1(labels, np.full(4, -1)) == 0
     labels, ranks, predicted = np.array([0, 1, 1]), np.array([0, 4, 5]), np.array([0, 0, 3])
     metrics = classification_metrics(labels, ranks, predicted, 6)

@@ -24,7 +24,7 @@ from reinforce.evaluation.suite.run import evaluate_suite
 from reinforce.input_config import Limits
 from teachers.image_encoder import ImageEncoder
 from teachers.spec import ModelSpec
-from tests.helpers.evaluation import CPU, ConstantEncoder, NanEncoder, load_spec, load_teacher, make_evaluator
+from tests.helpers.evaluation import CPU, ConstantEncoder, load_spec, load_teacher, make_evaluator
 from tests.helpers.models import tiny_models
 from tests.helpers.segmentation import PatchColours, scene, write_ade, write_voc
 
@@ -260,8 +260,3 @@ def test_one_model_without_patches_costs_the_others_nothing(tmp_path: Path) -> N
     outcome = evaluate_set(opened, ImageBatches(opened.examples, policy=opened.policy), models)
     assert {*outcome.metrics} == {"good"}
     assert {*outcome.failed} == {"bad"}
-
-
-def test_nan_encoder_is_no_dense_model(tmp_path: Path) -> None:
-    url = write_ade(tmp_path, {"training": 2, "validation": 2})
-    assert "NanEncoder has no patches" in open_set(url).evaluate(NanEncoder(), CPU).failed["segmentation/set"]

@@ -130,17 +130,6 @@ def test_lower_precisions_match_autocast_within_rounding(precision, apart):
     assert low.bytes_per_image(5, 10) * 2 == full.bytes_per_image(5, 10)
 
 
-def test_caches_have_the_computed_size_and_are_reused():
-    model = coca({})
-    forward, images = build_decoder(model), image_tokens(model, 4)
-    forward.begin(images, 3)
-    caches = forward.cache, forward.image_cache
-    assert sum(cache.nbytes for cache in caches) == 4 * forward.bytes_per_image(3, images.shape[1])
-    forward.begin(images[:2], 3)
-    assert forward.cache is caches[0]
-    assert forward.image_cache is caches[1]
-
-
 def test_unsupported_towers_are_rejected():
     with pytest.raises(ValueError, match="scaled_cosine_attn"):
         check_decodable(coca({"scaled_cosine_attn": True}))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections import deque
 from collections.abc import Sequence
 
@@ -220,15 +219,6 @@ def test_finished_images_leave_the_batch_and_images_are_independent():
     assert forward.steps[1] == 3 * len(FEW_IMAGES)
     assert any(later < now for now, later in itertools.pairwise(forward.steps[1:]))
     assert together == [beam_search(ToyDecoder([image]), decoding_rules, 1, 3, beams)[0] for image in FEW_IMAGES]
-
-
-def test_rules_mask_impossible_tokens_and_apply_the_repetition_penalty():
-    decoding_rules = DecodingRules(START, END, torch.arange(VOCABULARY) == START, 2, 4, repetition_penalty=2.0)
-    logits = torch.tensor([[1.0, -1.0, 3.0, 9.0, 5.0]])
-    tokens = torch.tensor([[START, 0, 1, 1]])
-    assert decoding_rules.apply(logits, tokens).tolist() == [[0.5, -2.0, 3.0, -math.inf, 5.0]]
-    assert decoding_rules.apply(logits, tokens[:, :2]).tolist() == [[0.5, -1.0, 3.0, -math.inf, -math.inf]]
-    assert logits[0, 3] == 9.0
 
 
 def test_compact_moves_rows_only_to_fill_gaps():

@@ -12,8 +12,6 @@ import pytest
 from teachers.fast_paths import usage
 from teachers.fast_paths.report import parse, problem_lines, usage_lines
 from teachers.fast_paths.usage import Usage, fast_path, growth, loading, set_enabled, snapshot, total
-from teachers.registry import load_model
-from teachers.spec import TeacherSpec
 
 pytestmark = pytest.mark.usefixtures("own_fast_paths")
 
@@ -72,16 +70,6 @@ def test_counts_of_equal_paths_are_summed_over_loads_and_workers() -> None:
         Usage("vit", "compile", asked=True, used=3, plain=4, reason="no compiler"),
         Usage("b", "compile"),
     )
-
-
-def test_paths_of_a_model_of_the_registry_have_its_name_in_the_config() -> None:
-    class Spec(TeacherSpec):
-        def load(self, name: str, device: str) -> None:
-            fast_path("compile", asked=bool(self.compile)).used()
-
-    load_model("my.teacher", Spec(model="any", compile=True), "cpu")
-    fast_path("graphs")
-    assert snapshot() == (Usage("my.teacher", "compile", asked=True, used=1), Usage("", "graphs"))
 
 
 def test_what_was_counted_between_two_snapshots_leaves_out_paths_without_news() -> None:
