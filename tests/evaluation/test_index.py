@@ -17,9 +17,7 @@ from reinforce.errors import UserError
 from reinforce.evaluation.config import Evaluation
 from reinforce.settings import parse
 from teachers.protocols import ImageSpec
-from tests.helpers.commands import Command
 from tests.helpers.evaluation import CPU, encode_png, make_evaluator, write_shard
-from tests.helpers.models import tiny_models
 
 IMAGES = 24
 
@@ -126,15 +124,3 @@ def test_another_space_a_faulty_teacher_and_too_few_images_are_reported(shard: s
     for keys, message in refused:
         with pytest.raises(UserError, match=message):
             make_evaluator(**index(shard, **keys))
-
-
-def test_the_command_compares_open_clip_models(shard: str, tmp_path: Path, command: Command) -> None:
-    model = tiny_models.open_clip_model(tmp_path / "a")
-    other = tiny_models.open_clip_model(tmp_path / "b", seed=1)
-    keys = {"images": shard, "teacher": model, "k": "[3]"}
-    sets = [word for key, value in keys.items() for word in ("--set", f"index.own.{key}={value}")]
-    status, _, err = command("evaluate", model, other, *sets, "--json", str(tmp_path / "scores.json"))
-    assert status == 0, err
-    scores = json.loads((tmp_path / "scores.json").read_text())["models"]
-    assert scores[model]["metrics"] == {"index/own/k3/recall": 1.0}
-    assert 0 <= scores[other]["metrics"]["index/own/k3/recall"] < 1

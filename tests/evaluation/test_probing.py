@@ -97,18 +97,6 @@ def test_a_linear_probe_has_the_probabilities_of_logistic_regression(
         assert int((p.argmax(1) == true).sum()) == hits
 
 
-@pytest.mark.parametrize("l2", [1.0, 1e-3, 1e-6])
-def test_a_probe_is_the_minimum_of_its_objective(clusters: tuple[np.ndarray, ...], l2: float) -> None:
-    train, labels, *_ = clusters
-    weights = fit_probe(torch.from_numpy(train), labels, [l2], CPU).weights.numpy()
-    x = (train - train.mean(0, dtype=float)) / train.std(0, dtype=float)
-    x = np.concatenate([x, np.ones((len(x), 1))], 1)
-    p = np.exp(x @ weights.T)
-    errors = p / p.sum(1, keepdims=True) - np.eye(CLASSES)[labels]
-    gradient = errors.T @ x / len(x) + l2 * np.pad(weights[:, :-1], ((0, 0), (0, 1)))
-    assert np.abs(gradient).max() < 1e-5
-
-
 def test_the_best_l2_is_chosen_on_every_fifth_image_of_a_class_and_the_largest_of_equal_ones() -> None:
     labels = np.array([0] * 11 + [1] * 4 + [0, 2, 2, 2, 2, 2])
     assert np.flatnonzero(hold_out(labels)).tolist() == [4, 9, 20]

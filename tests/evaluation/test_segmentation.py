@@ -47,19 +47,6 @@ def test_colours_are_found_in_both_layouts(tmp_path: Path, inference: str) -> No
         assert scores["accuracy"] > 0.9
 
 
-def test_features_of_nothing_are_no_better_than_the_largest_class(tmp_path: Path) -> None:
-    class Blind(PatchColours):
-        def encode_patches(self, pixels: torch.Tensor) -> torch.Tensor:
-            return super().encode_patches(pixels) * 0
-
-    url = write_ade(tmp_path, {"training": 6, "validation": 6})
-    scores = evaluate(Blind(), url)
-    labels = np.concatenate([scene(1000 + index)[1][2:].flatten() for index in range(6)])
-    share = float((labels == 0).mean())
-    assert scores["accuracy"] == pytest.approx(share)
-    assert scores["miou"] == pytest.approx(share / len(np.unique(labels)))
-
-
 def test_a_training_evaluates_a_student_and_leaves_it_as_it_was(tmp_path: Path) -> None:
     url = write_voc(tmp_path / "voc", {"train": 4, "val": 3})
     teacher = load_teacher(tiny_models.open_clip_model(tmp_path / "model"))

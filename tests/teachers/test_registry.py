@@ -13,18 +13,14 @@ import pytest
 from pydantic import ValidationError
 
 from teachers.registry import captioner_spec, describe_model, teacher_spec
-from teachers.spec import Clean, ModelInfo
+from teachers.spec import Clean
 from tests.helpers.models import tiny_models
 from tests.helpers.models.tiny_captioners import spec_of
 
 CLIP = {"model": "ViT-B-32-quickgelu", "pretrained": "openai"}
 COCA = {"model": "coca_ViT-L-14", "pretrained": "laion2b_s13b_b90k"}
 HUB = {"family": "transformers", "model": "google/siglip-base-patch16-224"}
-#: Describe a model by the values of its spec.
-DESCRIBE: dict[str, Callable[[dict[str, Any]], ModelInfo]] = {
-    "teacher": lambda values: describe_model("mine", teacher_spec(**values)),
-    "captioner": lambda values: describe_model("mine", captioner_spec(**values)),
-}
+SPECS: dict[str, Any] = {"teacher": teacher_spec, "captioner": captioner_spec}
 
 
 @pytest.mark.parametrize(
@@ -43,17 +39,13 @@ DESCRIBE: dict[str, Callable[[dict[str, Any]], ModelInfo]] = {
 )
 def test_a_wrong_model_is_rejected_before_loading(role: str, spec: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=f"{role} mine: .*{message}"):
-        DESCRIBE[role](spec)
+        describe_model("mine", SPECS[role](**spec))
 
 
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        (
-            "llava",
-            {"prompt": None},
-            "'llava' needs a prompt, such as prompt: .Describe the image in one sentence",
-        ),
+        ("llava", {"prompt": None}, "'llava' needs a prompt, such as prompt: .Describe the image in one sentence"),
         ("blip", {"prompt": "a photo of"}, "`prompt` is not used by a model of type 'blip': remove it"),
         ("git", {"image_size": 64}, "`image_size` is not used by a model of type 'git'"),
         ("git", {"max_length": 65}, "max_length 65 exceeds the model's context of 64 tokens"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -13,21 +13,12 @@ import torch
 
 from teachers import protocols
 from teachers.protocols import ImageSpec
-from teachers.registry import (
-    captioner_spec,
-    describe_model,
-    load_model,
-    teacher_spec,
-)
-from teachers.spec import ModelInfo, TeacherSpec
+from teachers.registry import captioner_spec, describe_model, load_model, teacher_spec
+from teachers.spec import TeacherSpec
 
 MODULE = "tests.helpers.models.custom_models"
 WEIGHTS = {"weights": "here"}
-#: Describe a model by the values of its spec.
-DESCRIBE: dict[str, Callable[[dict[str, Any]], ModelInfo]] = {
-    "teacher": lambda values: describe_model("mine", teacher_spec(**values)),
-    "captioner": lambda values: describe_model("mine", captioner_spec(**values)),
-}
+SPECS: dict[str, Any] = {"teacher": teacher_spec, "captioner": captioner_spec}
 
 
 def custom(name: str, **spec: Any) -> TeacherSpec:
@@ -56,7 +47,7 @@ def custom(name: str, **spec: Any) -> TeacherSpec:
 def test_a_wrong_class_is_rejected_before_loading(role: str, name: str, spec: dict[str, Any], message: str) -> None:
     values = {"class_": name if ":" in name else f"{MODULE}:{name}", **spec}
     with pytest.raises(ValueError, match=f"{role} mine: .*(?:{message})"):
-        DESCRIBE[role](values)
+        describe_model("mine", SPECS[role](**values))
 
 
 def test_a_class_with_one_encoder_or_both_is_built_with_the_device_and_its_options() -> None:

@@ -59,19 +59,6 @@ def test_calls_are_counted_by_the_model_that_was_loaded(caplog: pytest.LogCaptur
     assert snapshot() == ()
 
 
-def test_counts_of_equal_paths_are_summed_over_loads_and_workers() -> None:
-    for calls, asked in ((1, False), (2, True)):
-        with loading("vit"):
-            fast_path("compile", asked).used(calls)
-    [one] = snapshot()
-    assert one == Usage("vit", "compile", asked=True, used=3)
-    other = Usage("vit", "compile", plain=4, reason="no compiler")
-    assert total([one, other, Usage("b", "compile")]) == (
-        Usage("vit", "compile", asked=True, used=3, plain=4, reason="no compiler"),
-        Usage("b", "compile"),
-    )
-
-
 def test_what_was_counted_between_two_snapshots_leaves_out_paths_without_news() -> None:
     with loading("a.b"):
         compiled, held, graphs = (fast_path(name, asked=name == "graphs") for name in ("compile", "held", "graphs"))

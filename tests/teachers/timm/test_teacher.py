@@ -103,10 +103,7 @@ def test_weights_that_do_not_fit_are_an_error_and_never_random(model: Any, file:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        (
-            {"model": "vit_smal_patch14_dinov2"},
-            "has no model vit_smal_patch14_dinov2; .*: vit_small_patch14_dinov2",
-        ),
+        ({"model": "vit_smal_patch14_dinov2"}, "has no model vit_smal_patch14_dinov2; .*: vit_small_patch14_dinov2"),
         ({"model": "vit_small_patch14_dinov2.lvd"}, "no weights lvd of model .*; .*vit_small_patch14_dinov2.lvd142m"),
         ({"model": "zzzzzz"}, "timm .* has no model zzzzzz. `timm.list_models"),
         ({"model": "local-dir:absent"}, "absent/config.json does not exist"),
