@@ -15,7 +15,7 @@ from rich.live import Live
 from reinforce.cli.common import DatasetUrl, print_json, print_lines
 from reinforce.errors import UserError
 from reinforce.terminal import escape, plural, print_table
-from teachers.fast_paths.report import parse, usage_lines
+from teachers.fast_paths.usage import parse, usage_lines
 
 if TYPE_CHECKING:
     from reinforce.dataset.files.store import Store

@@ -29,8 +29,7 @@ from reinforce.processes.cores import available_cores, describe_share
 from reinforce.processes.fast_paths import use_accelerator
 from reinforce.terminal import Screen
 from teachers.custom.family import ClassTeacherSpec
-from teachers.fast_paths.report import problem_lines
-from teachers.fast_paths.usage import snapshot
+from teachers.fast_paths.usage import problem_lines, snapshot
 from teachers.protocols import ImageSpec
 from teachers.redact import Redactor
 from teachers.registry import describe_model, load_model

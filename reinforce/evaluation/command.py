@@ -14,8 +14,7 @@ from reinforce.evaluation.report import Report, Result
 from reinforce.processes.cores import available_cores
 from reinforce.processes.fast_paths import Accelerated, use_accelerator
 from reinforce.terminal import Screen
-from teachers.fast_paths.report import problem_lines
-from teachers.fast_paths.usage import snapshot
+from teachers.fast_paths.usage import problem_lines, snapshot
 from teachers.spec import ModelSpec
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Whether a process uses fast paths, which of them each model has, and how often they really ran.
+"""Whether a process uses fast paths, which of them each model has, and how often they really ran, also for people.
 
 A fast path has the name of the config key that turns it off, such as ``compile``. Each counts its own calls: a call is
 ``used`` only where the fast code ran, not where it was asked for.
@@ -9,10 +9,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar
 
 from teachers.spec import ModelSpec
 
@@ -158,3 +158,43 @@ def total(usages: Iterable[Usage]) -> tuple[Usage, ...]:
         key = usage.model, usage.path
         found[key] = found[key] + usage if key in found else usage
     return tuple(found.values())
+
+
+#: What to do about a path that does not run, besides turning it off.
+_FIXES = {"compile": ["TORCH_LOGS=+dynamo in the environment shows why"]}
+#: Paths that raise where they are asked for and fail.
+_STRICT = ("held_weights", "fused_attention", "compile")
+
+
+def parse(records: Iterable[Mapping[str, Any]]) -> tuple[Usage, ...]:
+    """Counts from a JSON file, also of another version of this package."""
+    known = {one.name for one in fields(Usage)}
+    return tuple(Usage(**{key: value for key, value in one.items() if key in known}) for one in records)
+
+
+def usage_lines(usages: Iterable[Usage]) -> list[str]:
+    """One line for each model with its paths: calls that ran the fast code, and those that ran the plain way."""
+    parts: dict[str, list[str]] = {}
+    for one in usages:
+        calls = f" {one.used:,} fast, {one.plain:,} plain calls" if one.used or one.plain else ""
+        reason = f" (off: {one.reason})" if one.reason else ""
+        parts.setdefault(one.model, []).append(f"{one.path}{calls}{reason}")
+    return [f"fast paths of {model or 'a model'}: {'; '.join(paths)}" for model, paths in parts.items()]
+
+
+def problem_lines(usages: Iterable[Usage]) -> list[str]:
+    """One line with the fix for each path that fell back, or that ran in fewer than half of its calls."""
+    return [_problem(one) for one in usages if one.reason is not None or one.used < one.plain]
+
+
+def _problem(one: Usage) -> str:
+    calls, key = one.used + one.plain, f"{one.path}: true" if one.asked else one.path
+    makes_error = one.path in _STRICT and not one.asked
+    fixes = [f"`{one.path}: true` makes that an error" if makes_error else f"`{one.path}: false` turns it off"]
+    if one.reason is not None:
+        some = f" ({one.used:,} of {calls:,} calls ran it)" if one.used else ""
+        ran = f"fell back{some}: {one.reason}"
+    else:
+        ran = f"ran in {one.used:,} of {calls:,} calls" if one.used else f"never ran in {calls:,} calls"
+        fixes = [*_FIXES.get(one.path, ()), *fixes]
+    return f"{one.model or 'a model'}: fast path `{key}` {ran}; {', '.join(fixes)}"

@@ -11,7 +11,7 @@ from teachers.image_encoder import ImageEncoder
 from teachers.protocols import ImageSpec
 from teachers.runtime.accelerator import Accelerator
 from teachers.spec import ModelSpec, TeacherSpec
-from teachers.timm import catalog
+from teachers.timm.family import check_model, timm_name, weights_file
 
 
 class TimmTeacher(ImageEncoder):
@@ -40,13 +40,13 @@ def load_model(spec: ModelSpec) -> Any:
 
     Raises ValueError for weights that do not fit the model, and FileNotFoundError for missing files.
     """
-    path, overlay = catalog.weights_file(spec), None
+    path, overlay = weights_file(spec), None
     if path is not None:
         # In the place of the weights that timm names, and of as many classes as the model has, so that all are loaded.
         file = weights.as_safetensors(weights.fetch(path))
         overlay = {"source": "", "file": str(file), "custom_load": False, "label_offset": 0}
         overlay |= {key: spec.options[key] for key in ("num_classes",) if key in spec.options}
-    name = catalog.timm_name(spec.name)
+    name = timm_name(spec.name)
     try:
         return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **spec.options).float()
     except RuntimeError as error:
@@ -58,8 +58,8 @@ def load_model(spec: ModelSpec) -> Any:
 
 def random_model(spec: ModelSpec) -> Any:
     """Build the model of a spec with random weights, in float32 on the CPU, without downloads. Raises ValueError."""
-    catalog.check_model(spec.name)
-    return timm.create_model(catalog.timm_name(spec.name), pretrained=False, **spec.options).float()
+    check_model(spec.name)
+    return timm.create_model(timm_name(spec.name), pretrained=False, **spec.options).float()
 
 
 def image_spec(model: Any, spec: ModelSpec) -> ImageSpec:

@@ -53,7 +53,7 @@ from reinforce.errors import StorageError, UserError
 from reinforce.processes.signals import stop_requests
 from reinforce.terminal import plural
 from schemas import Reason
-from teachers.fast_paths.report import problem_lines
+from teachers.fast_paths.usage import problem_lines
 
 #: Reasons of retries, in metrics.
 _RETRY_REASONS: dict[type, str] = {Retry: "error", Requeue: WORKER_LOST, RunAlone: "suspect"}

@@ -24,7 +24,7 @@ from reinforce.engine.preflight.check_machines import heic_note
 from reinforce.engine.record.summary import WORKER_LOST
 from reinforce.processes.imports import HEIC_HINT, reads_heic
 from reinforce.terminal import plural
-from teachers.fast_paths.report import problem_lines
+from teachers.fast_paths.usage import problem_lines
 
 _SILENT_SECONDS = 15.0  # without an answer, after which the progress line names the host
 

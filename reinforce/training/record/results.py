@@ -11,8 +11,7 @@ from reinforce.terminal import format_duration, plural
 from reinforce.training.record.curves import name_parts
 from reinforce.training.record.log import CURVES, EVENTS, LOG, written
 from reinforce.training.saving.checkpoint import FOLDER, BestCheckpoint
-from teachers.fast_paths.report import parse, problem_lines
-from teachers.fast_paths.usage import Usage
+from teachers.fast_paths.usage import Usage, parse, problem_lines
 
 RESULTS = "results.json"
 _METRICS = "metric, %"

@@ -10,8 +10,18 @@ from dataclasses import asdict
 import pytest
 
 from teachers.fast_paths import usage
-from teachers.fast_paths.report import parse, problem_lines, usage_lines
-from teachers.fast_paths.usage import Usage, fast_path, growth, loading, set_enabled, snapshot, total
+from teachers.fast_paths.usage import (
+    Usage,
+    fast_path,
+    growth,
+    loading,
+    parse,
+    problem_lines,
+    set_enabled,
+    snapshot,
+    total,
+    usage_lines,
+)
 
 pytestmark = pytest.mark.usefixtures("own_fast_paths")
 

@@ -13,7 +13,7 @@ from timm.models import save_for_hf
 
 from teachers.patches.encoder import patches_of
 from teachers.registry import describe_model, load_model, teacher_spec
-from teachers.timm import catalog
+from teachers.timm import family
 from tests.helpers.commands import json_of_process
 from tests.helpers.models import tiny_models
 
@@ -25,8 +25,8 @@ from teachers.registry import describe_model, teacher_spec
 found = describe_model("mine", teacher_spec(family="timm", model="vit_small_patch14_dinov2.lvd142m"))
 loaded = sorted({"timm", "torch"} & sys.modules.keys())
 import timm
-from teachers.timm import catalog
-print(json.dumps([found.images, found.texts, loaded, sorted(catalog._names()[0] ^ {*timm.list_models()})]))
+from teachers.timm import family
+print(json.dumps([found.images, found.texts, loaded, sorted(family._names()[0] ^ {*timm.list_models()})]))
 """
 
 
@@ -121,4 +121,4 @@ def test_names_are_those_of_timm_and_are_found_without_it() -> None:
     assert json_of_process(_WITHOUT_TORCH) == [True, False, [], []]
     former = "vit_tiny_patch16_224_in21k"
     for name in (*timm.list_pretrained("vit_*"), *timm.list_pretrained("*siglip*"), former):
-        catalog._check_name(name)
+        family._check_name(name)
