@@ -246,25 +246,19 @@ def test_what_cannot_be_converted_is_refused(stored: Path, teacher: str, name: s
 
 
 @pytest.mark.parametrize(
-    ("codec", "message"),
+    ("codec", "sample", "message"),
     [
-        ("pq3", r"teachers\.red\.codec: pq3: vectors of 8 numbers have no 3 equal parts; choose pq2"),
-        ("pca9", r"pca9: the vectors have 8 numbers; choose at most pca8"),
+        ("pq3", 280, r"teachers\.red\.codec: pq3: vectors of 8 numbers have no 3 equal parts; choose pq2"),
+        ("pca9", 280, r"pca9: the vectors have 8 numbers; choose at most pca8"),
+        ("pq4", 255, r"teachers\.red\.codec: pq4 is fitted to 256 vectors at least, and .*red/images has 255\."),
     ],
 )
-def test_a_codec_that_does_not_fit_the_vectors_is_refused(
-    stored: Path, tmp_path: Path, codec: str, message: str
+def test_a_codec_that_does_not_fit_the_vectors_or_their_number_is_refused(
+    stored: Path, tmp_path: Path, codec: str, sample: int, message: str
 ) -> None:
+    values = config(stored.parent, tmp_path / "out", red=codec)
+    values["teachers"]["red"]["codec_sample"] = sample
     with pytest.raises(UserError, match=message):
-        reinforce_here(config(stored.parent, tmp_path / "out", red=codec), 64)
-
-
-def test_too_few_vectors_to_fit_a_codebook_are_refused(stored: Path, tmp_path: Path) -> None:
-    values = config(stored.parent, tmp_path / "out", red="pq4")
-    values["teachers"]["red"]["codec_sample"] = 255
-    with pytest.raises(
-        UserError, match=r"teachers\.red\.codec: pq4 is fitted to 256 vectors at least, and .*red/images has 255\."
-    ):
         reinforce_here(values, 64)
 
 

@@ -178,11 +178,6 @@ def test_a_flipped_byte_is_named_by_every_reader_with_the_command_that_mends_it(
             read()
         for part in (str(path), "a page does not have its checksum", fix):
             assert part in str(caught.value)
-    found = validate(str(dataset))
-    assert (found.valid, len(found.errors)) == (False, 1)
-    assert str(path) in found.errors[0]
-    assert fix in found.errors[0]
-    assert validate(str(dataset), quick=True).valid, "only the keys are read"
 
 
 LAYERS = {
