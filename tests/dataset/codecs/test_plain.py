@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 
 import reinforce
@@ -49,19 +47,6 @@ def test_first_numbers_are_those_of_the_whole_vectors_at_unit_norm(stored: Path)
     assert validate(str(stored)).valid
 
 
-def test_stored_numbers_and_planned_bytes_are_those_of_the_codec(stored: Path) -> None:
-    layers = make_plan(parse_config(config(stored.parent))).layers
-    for name, (type_, width, size) in {
-        "float32": ("float", 8, 32), "float16": ("halffloat", 8, 16), "first4": ("halffloat", 4, 8),
-        "first4-int8": ("int8", 4, 8),
-    }.items():  # fmt: skip
-        path = next((stored / "embeddings" / name / "images").iterdir())
-        column = pq.read_schema(path).field("embeddings")
-        assert (str(column.type.value_type), column.type.shape) == (type_, [2, width])
-        layer = replace(layers[f"embeddings/{name}/images"], dim=8)  # of a class, it is known once it is loaded
-        assert layer.kind.row_bytes(layer, 0) == 2 * size
-
-
 def test_codec_and_dtype_are_one_setting_of_the_fingerprint(stored: Path) -> None:
     def fingerprint(**keys: str) -> str:
         changes = {"teachers": {"red": {**MODEL, **keys}}, "captioners": {}}
@@ -96,8 +81,3 @@ def test_a_codec_that_cannot_store_the_vectors_is_refused_before_anything_is_wri
                 f"{stored.parent}/source/*.tar", tmp_path, captioners={}, teachers={"red": {**MODEL, "codec": codec}}
             )
         )
-
-
-def test_a_changed_codec_is_named(stored: Path) -> None:
-    with pytest.raises(UserError, match='dtype: "first4" in the dataset, "first5" in this config'):
-        make_plan(parse_config(config(stored.parent, first4="first5")))
