@@ -8,10 +8,10 @@ from typing import Any, Literal
 from rich.table import Table
 from rich.text import Text
 
-from reinforce.dataset.files.damage import damaged_quarantine, find_damaged, without_files
+from reinforce.dataset.files.damage import find_damaged, without_files
 from reinforce.dataset.files.index import read_index
 from reinforce.dataset.files.listing import Listing
-from reinforce.dataset.files.store import DamagedFiles, Store
+from reinforce.dataset.files.store import DamagedFile, Store
 from reinforce.dataset.kinds.registry import stored_layer
 from reinforce.dataset.layers import LABELS, MODEL_SECTIONS, SAMPLES, mapping_at
 from reinforce.dataset.manifest.class_code import code_lines
@@ -48,7 +48,7 @@ def read_status(url: str) -> dict[str, Any]:
     found = check_completeness(store, {SAMPLES: listings[SAMPLES]}, [committed, *listings.values()])
     layers, quarantine = {}, {}
     samples = _Samples()
-    unreadable: DamagedFiles = {}
+    unreadable: list[DamagedFile] = []
     for name, listing in without_files(listings, damaged).items():
         layers[name] = {**manifest["layers"][name], "shards": len(listing), "bytes": listing.total_bytes}
     for name in (*names, *of_labels):
@@ -62,7 +62,7 @@ def read_status(url: str) -> dict[str, Any]:
         "layers": layers,
         "quarantine": quarantine,
         "quarantined": samples.counts(),
-        "damaged": [*damaged, *damaged_quarantine(unreadable)],
+        "damaged": [*damaged, *sorted(unreadable)],
         "lost": found.describe_missing(),
         "notes": code_lines(manifest),
         "last_run": next((one for run in list_runs(store) if (one := read_summary(store, run)) is not None), None),
@@ -93,7 +93,9 @@ class _Samples:
         }
 
 
-def _quarantine(store: Store, layer: str, files: Listing, damaged: DamagedFiles, samples: _Samples) -> dict[str, Any]:
+def _quarantine(
+    store: Store, layer: str, files: Listing, damaged: list[DamagedFile], samples: _Samples
+) -> dict[str, Any]:
     """Counts and first examples by reason, of the quarantine of a layer; ``damaged`` receives damaged files, and
     ``samples`` the rows."""
     reasons: Counter[str] = Counter()

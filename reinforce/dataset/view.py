@@ -78,10 +78,6 @@ class ViewRows:
             path = store.path(*self._path(shard))
             raise UserError(f"{path} cannot be read ({error}). Make the view again.") from error
 
-    def remove(self, store: Store, shards: Iterable[str]) -> None:
-        for shard in shards:
-            store.remove(*self._path(shard))
-
     @property
     def folder(self) -> str:
         return "/".join(self._path("")[:-1])

@@ -10,7 +10,7 @@ from typing import Any
 
 from reinforce.config import Config
 from reinforce.dataset.files.index import prune_index
-from reinforce.dataset.files.store import MANIFEST, DamagedFiles, Store
+from reinforce.dataset.files.store import MANIFEST, DamagedFile, Store
 from reinforce.dataset.layers import SAMPLES, mapping_at
 from reinforce.dataset.manifest.claims import Claims
 from reinforce.dataset.manifest.class_code import check_classes, entry_keys
@@ -184,7 +184,7 @@ def _compute(
         _LOG.warning(redact(changed))
     if retry_quarantined:
         pending = {shard.name for shard in plan.pending}
-        damaged: DamagedFiles = {}  # the driver sets them aside
+        damaged: list[DamagedFile] = []  # the driver sets them aside
         for layer, shards in store.quarantined_shards(store.listings(plan.layers), damaged).items():
             for shard in shards & pending:
                 store.forget_quarantine(layer, shard)

@@ -12,34 +12,20 @@ import os
 import shlex
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import pyarrow as pa
 
 from reinforce.dataset.files.index import LayerIndex, read_index
 from reinforce.dataset.files.layer_file import RefusedFile
 from reinforce.dataset.files.listing import Listing
-from reinforce.dataset.files.store import Store, parse_footer
+from reinforce.dataset.files.store import QUARANTINE, DamagedFile, Store, parse_footer
 from reinforce.dataset.kinds.registry import kind_of
 from reinforce.terminal import first_lines
 
 SET_ASIDE = "set-aside"
-QUARANTINE = "quarantine/"  # before the layer, in the paths of quarantine files
 MIN_BYTES = 12  # of a Parquet file
 _THREADS = 16
 _NAMED = 3
-
-
-@dataclass(frozen=True)
-class DamagedFile:
-    """A layer file that cannot be read, and why."""
-
-    layer: str
-    shard: str
-    reason: str
-
-    def line(self) -> str:
-        return f"{self.layer}/{self.shard}.parquet: {self.reason}"
 
 
 def find_damaged(
@@ -118,11 +104,6 @@ def set_aside(store: Store, layer: str, shard: str) -> str:
     if not layer.startswith(QUARANTINE):
         store.forget_quarantine(layer, shard)
     return target
-
-
-def damaged_quarantine(found: Mapping[tuple[str, str], str]) -> list[DamagedFile]:
-    """The damaged files of ``Store.quarantined_rows``; their layers begin with ``quarantine/``."""
-    return [DamagedFile(f"{QUARANTINE}{layer}", shard, reason) for (layer, shard), reason in sorted(found.items())]
 
 
 def drop_shard_command(url: str, layers: Sequence[str], shard: str) -> str:

@@ -12,7 +12,8 @@ import shlex
 import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeAlias
+from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -31,6 +32,7 @@ from reinforce.terminal import escape
 from schemas import WHOLE_SHARD, Reason
 
 MANIFEST = formats.MANIFEST
+QUARANTINE = "quarantine/"  # before the layer, in the paths of quarantine files
 _QUARANTINE_BYTES = 256 * 2**20
 _QUARANTINE_ROWS = 2**20  # a quarantine file has one row group
 _READ_AT_ONCE = 32  # quarantine files
@@ -46,8 +48,16 @@ class DamagedQuarantine(UserError):
         return str(self.args[0])
 
 
-#: Quarantine files that are damaged: the reason by layer and shard.
-DamagedFiles: TypeAlias = "dict[tuple[str, str], str]"
+@dataclass(frozen=True, order=True)
+class DamagedFile:
+    """A layer file that cannot be read, and why. The layer of a quarantine file begins with ``quarantine/``."""
+
+    layer: str
+    shard: str
+    reason: str
+
+    def line(self) -> str:
+        return f"{self.layer}/{self.shard}.parquet: {self.reason}"
 
 
 class Store(Storage):
@@ -113,7 +123,7 @@ class Store(Storage):
             ) from error
 
     def quarantined_rows(
-        self, layer: str, files: Listing, damaged: DamagedFiles | None = None
+        self, layer: str, files: Listing, damaged: list[DamagedFile] | None = None
     ) -> Iterator[tuple[str, list[dict[str, str | None]]]]:
         """``quarantined`` of some listed quarantine files, of which small ones are read many at a time.
 
@@ -127,7 +137,7 @@ class Store(Storage):
             except DamagedQuarantine as error:
                 if damaged is None:
                     raise
-                damaged[layer, shard] = error.args[1]
+                damaged.append(DamagedFile(f"{QUARANTINE}{layer}", shard, error.args[1]))
                 return []
 
         def read(shard: str) -> list[dict[str, str | None]] | None:
@@ -140,7 +150,7 @@ class Store(Storage):
     def lone_quarantine(
         self,
         committed: Mapping[str, Listing],
-        damaged: DamagedFiles | None = None,
+        damaged: list[DamagedFile] | None = None,
         files: Mapping[str, Listing] | None = None,
     ) -> dict[str, dict[str, bool]]:
         """Shards with a quarantine file and no file of the layer, by layer, and whether they are refused as a whole.
@@ -160,7 +170,7 @@ class Store(Storage):
         return found
 
     def quarantined_shards(
-        self, committed: Mapping[str, Listing], damaged: DamagedFiles | None = None
+        self, committed: Mapping[str, Listing], damaged: list[DamagedFile] | None = None
     ) -> dict[str, set[str]]:
         """Shards that are quarantined as a whole, by layer, as ``lone_quarantine`` finds them."""
         found = self.lone_quarantine(committed, damaged)

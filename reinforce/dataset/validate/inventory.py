@@ -14,7 +14,7 @@ from reinforce.dataset.codecs import codebooks
 from reinforce.dataset.drop import layers_with_folders
 from reinforce.dataset.files.index import LayerIndex, read_index
 from reinforce.dataset.files.listing import Listing
-from reinforce.dataset.files.store import MANIFEST, DamagedFiles, Store
+from reinforce.dataset.files.store import MANIFEST, QUARANTINE, DamagedFile, Store
 from reinforce.dataset.kinds.registry import depends, stored_layer
 from reinforce.dataset.layers import LABELS, SAMPLES, mapping_at
 from reinforce.dataset.manifest.manifest import DIGEST_KEY, manifest_digest, read_manifest
@@ -128,10 +128,10 @@ def check_missing(store: Store, inventory: Inventory, seen: pa.StringArray | Non
     quarantine, the files without a file of the layer are read. With ``seen``, other shards are not looked at.
     """
     listings, entries = inventory.listings, inventory.manifest["layers"]
-    damaged: DamagedFiles = {}
+    damaged: list[DamagedFile] = []
     refused = store.lone_quarantine(listings, damaged, inventory.every)
-    for layer, shard in sorted(damaged):
-        yield quarantine_finding(store, layer, shard, damaged[layer, shard])
+    for file in sorted(damaged):
+        yield quarantine_finding(store, file.layer.removeprefix(QUARANTINE), file.shard, file.reason)
     committed = {name: index.listing() for name, index in inventory.indexes.items()}
     every = inventory.shards()
     if seen is not None:

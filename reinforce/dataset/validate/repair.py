@@ -12,9 +12,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from reinforce.dataset.files.damage import QUARANTINE, SET_ASIDE, file_damage, set_aside
+from reinforce.dataset.files.damage import SET_ASIDE, file_damage, set_aside
 from reinforce.dataset.files.layer_file import RefusedFile
-from reinforce.dataset.files.store import MANIFEST, DamagedQuarantine, Store, parse_footer
+from reinforce.dataset.files.store import MANIFEST, QUARANTINE, DamagedQuarantine, Store, parse_footer
 from reinforce.dataset.kinds.registry import drop_command, with_dependants
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.manifest.manifest import read_manifest

@@ -22,10 +22,10 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from reinforce.cluster import ControlWatch, RayletWatch, cause_of, draining_nodes, live_nodes
-from reinforce.dataset.files.damage import DamagedFile, set_aside, set_aside_notes
+from reinforce.dataset.files.damage import set_aside, set_aside_notes
 from reinforce.dataset.files.index import IndexWriter
 from reinforce.dataset.files.listing import Listing
-from reinforce.dataset.files.store import MANIFEST, Store
+from reinforce.dataset.files.store import MANIFEST, DamagedFile, Store
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.manifest.claims import Claims
 from reinforce.dataset.runs.shard_records import RecordWriter, read_records

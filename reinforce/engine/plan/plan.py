@@ -16,10 +16,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from reinforce.config import Config
-from reinforce.dataset.files.damage import DamagedFile, damaged_quarantine, find_damaged, without_files
+from reinforce.dataset.files.damage import find_damaged, without_files
 from reinforce.dataset.files.layer_file import RefusedFile
 from reinforce.dataset.files.listing import Listing
-from reinforce.dataset.files.store import MANIFEST, DamagedFiles, Store, check_footer, parse_footer
+from reinforce.dataset.files.store import MANIFEST, DamagedFile, Store, check_footer, parse_footer
 from reinforce.dataset.layers import SAMPLES, Layer, mapping_at
 from reinforce.dataset.manifest.class_code import ClassCode, class_codes
 from reinforce.dataset.manifest.differences import check_recipes
@@ -135,10 +135,10 @@ def make_plan(
     known = mapping_at(manifest or {}, "layers")
     unread = find_unread(store, config, layers, known, source.names, committed, retry_quarantined)
     committed = unread.without_replaced(committed)
-    unreadable: DamagedFiles = {}
+    unreadable: list[DamagedFile] = []
     lone = store.lone_quarantine(committed, unreadable)
     quarantine = {layer: {shard for shard, whole in shards.items() if whole} for layer, shards in lone.items()}
-    damaged += damaged_quarantine(unreadable)
+    damaged += sorted(unreadable)
     refused = {} if retry_quarantined else quarantine
     missing = _subtract(source.names, layers, committed, refused)
     stored = _stored_layers(store, source.names, committed, known, unread.replaced)
