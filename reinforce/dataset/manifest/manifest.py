@@ -125,7 +125,8 @@ def update_manifest(
     ``loaded`` has by section and name what each loaded model states, such as its dim. ``computed`` names the layers
     that the run computes: the code of their classes is recorded.
     """
-    made = [layer for name, layer in layers.items() if name in computed]
+    first = {layer.owner: layer for layer in reversed([*layers.values()])}  # of each model
+    made = {layer.owner: layer for name, layer in layers.items() if name in computed}
     manifest: dict[str, Any] = {
         "format": "reinforced-dataset",
         "schema_version": schemas.SCHEMA_VERSION,
@@ -142,11 +143,11 @@ def update_manifest(
             entry |= _code(before, layer if name in computed else None)
         manifest["layers"][name] = {"kind": layer.kind.name, "fingerprint": layer.fingerprint, **entry}
     for name, teacher in config.teachers.items():
-        before = manifest["teachers"].get(name, {})
-        of_model = loaded.get(("teachers", name)) or teacher.stated
+        before, owner = manifest["teachers"].get(name, {}), ("teachers", name)
+        of_model = loaded.get(owner) or teacher.stated
         manifest["teachers"][name] = {
-            "model": _model_identity(layers, "teachers", name) or before.get("model"),
-            **_code(before, _model_layer(made, "teachers", name)),
+            "model": first[owner].recipe["model"] if owner in first else before.get("model"),
+            **_code(before, made.get(owner)),
             **_logit_scale(before, teacher.logit_scale, of_model.get("logit_scale")),
             "dim": of_model.get("dim") or before.get("dim"),
             "image": of_model.get("image") or before.get("image"),
@@ -154,10 +155,10 @@ def update_manifest(
     if moved := _moved((old or {}).get("moved", {}), config):
         manifest["moved"] = moved
     for name in config.captioners:
-        before = manifest["captioners"].get(name, {})
+        before, owner = manifest["captioners"].get(name, {}), ("captioners", name)
         manifest["captioners"][name] = {
-            "model": _model_identity(layers, "captioners", name),
-            **_code(before, _model_layer(made, "captioners", name)),
+            "model": first[owner].recipe["model"] if owner in first else None,
+            **_code(before, made.get(owner)),
         }
     return manifest
 
@@ -234,13 +235,3 @@ def scale_notes(old: Mapping[str, Any] | None, config: Config) -> list[str]:
                 "which was in use before the tuning; any other value would replace it"
             )
     return notes
-
-
-def _model_identity(layers: Mapping[str, Layer], section: str, name: str) -> Any:
-    layer = _model_layer(layers.values(), section, name)
-    return layer.recipe["model"] if layer else None
-
-
-def _model_layer(layers: Iterable[Layer], section: str, name: str) -> Layer | None:
-    """A layer of a model, or None."""
-    return next((layer for layer in layers if layer.owner == (section, name)), None)

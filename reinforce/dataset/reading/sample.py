@@ -226,7 +226,7 @@ class ShownSample:
             sample.height,
             teachers,
             len(sample.augmentations),
-            tuple(_replay(sample, k) for k in range(min(SHOWN_REPLAYS, len(sample.augmentations)))),
+            tuple(_replay(sample, *one) for one in enumerate(sample.augmentations[:SHOWN_REPLAYS])),
             tuple(_caption_lines(sample, teachers)),
         )
 
@@ -245,7 +245,7 @@ def draw(sample: Sample, side: int, replay_side: int) -> Pictures:
     Raises UserError if the image cannot be decoded.
     """
     image = sample.pil()
-    replays = [sample.augmented(k, image=image) for k in range(min(SHOWN_REPLAYS, len(sample.augmentations)))]
+    replays = [sample.augmented(k, image=image) for k, _ in enumerate(sample.augmentations[:SHOWN_REPLAYS])]
     small = image.copy()
     small.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=2.0)
     if not replays:
@@ -274,16 +274,14 @@ def _squares(strip: bytes) -> Iterator[bytes]:
                 yield webp(image.crop((left, 0, left + image.height, image.height)), 85)
 
 
-def _replay(sample: Sample, number: int) -> Replay:
-    augmentation = sample.augmentations[number]
+def _replay(sample: Sample, number: int, augmentation: Augmentation) -> Replay:
     crop = augmentation.crop
     share = crop.width * crop.height / max(1, sample.width * sample.height)
-    return Replay(number, crop, share, tuple(_operations(augmentation)))
-
-
-def _operations(augmentation: Augmentation) -> Iterator[str]:
-    for op in augmentation.ops or ():
-        yield f"{op.name} {op.magnitude:.3g}".replace("-", "\u2212") if op.magnitude else op.name
+    operations = (
+        f"{op.name} {op.magnitude:.3g}".replace("-", "\u2212") if op.magnitude else op.name
+        for op in augmentation.ops or ()
+    )
+    return Replay(number, crop, share, tuple(operations))
 
 
 def _caption_lines(sample: Sample, teachers: tuple[str, ...]) -> Iterator[CaptionLine]:
