@@ -213,7 +213,7 @@ def layers_with_folders(store: Store) -> set[str]:
 
 def _file_sizes(store: Store, layer: str) -> tuple[list[int], list[int]]:
     """Bytes of a layer's files and of its quarantine files."""
-    return [*store.shards(layer).values()], [*store.shards(f"quarantine/{layer}").values()]
+    return store.shards(layer).sizes.tolist(), store.shards(f"quarantine/{layer}").sizes.tolist()
 
 
 def _orphans(manifest: Mapping[str, Any], dropped: Collection[str]) -> dict[str, Mapping[str, Any]]:

@@ -53,7 +53,7 @@ class LayerIndex:
     def differing(self, listing: Listing) -> list[str]:
         """Shards of a listing whose file has another size than the one that was committed."""
         shards = self.table["shard"].combine_chunks()
-        sizes = listing.aligned(shards)
+        sizes = listing.sizes_of(shards)
         differs = (sizes >= 0) & (sizes != self.table["size"].to_numpy())
         names: list[str] = shards.filter(pa.array(differs)).to_pylist()
         return names

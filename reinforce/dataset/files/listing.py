@@ -17,7 +17,7 @@ import os
 import posixpath
 import re
 import threading
-from collections.abc import ItemsView, Iterable, Iterator, Mapping, Sequence, ValuesView
+from collections.abc import ItemsView, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeAlias
 
@@ -53,11 +53,6 @@ _ETAG = re.compile(rb"<ETag>([^<]*)</ETag>")
 class _Items(ItemsView[str, int]):
     def __iter__(self) -> Iterator[tuple[str, int]]:
         return zip(self._mapping, self._mapping.sizes.tolist(), strict=True)  # type: ignore[attr-defined]
-
-
-class _Sizes(ValuesView[int]):
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._mapping.sizes.tolist())  # type: ignore[attr-defined]
 
 
 class Listing(Mapping[str, int]):
@@ -103,13 +98,10 @@ class Listing(Mapping[str, int]):
             yield from self.names[start : start + _CHUNK].to_pylist()
 
     def __getitem__(self, name: str) -> int:
-        place = self._place(name)
-        if place is None:
+        place = bisect.bisect_left(self.names, str(name), key=str)
+        if place == len(self) or self.names[place].as_py() != name:
             raise KeyError(name)
         return int(self.sizes[place])
-
-    def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and self._place(name) is not None
 
     @property
     def total_bytes(self) -> int:
@@ -134,29 +126,22 @@ class Listing(Mapping[str, int]):
 
     def without(self, names: Iterable[str]) -> Listing:
         """The shards that are not among some names."""
-        return self.only(~self.within(names if isinstance(names, pa.StringArray) else pa.array(names, pa.string())))
+        return self.only(~self.within(_as_array(names)))
 
-    def sizes_of(self, names: Sequence[str]) -> npt.NDArray[np.int64]:
-        """The bytes of the files of some listed shards [names]."""
-        return self.aligned(pa.array(names, pa.string()))
-
-    def aligned(self, names: pa.StringArray) -> npt.NDArray[np.int64]:
+    def sizes_of(self, names: Iterable[str]) -> npt.NDArray[np.int64]:
         """The bytes of the files of some shards, -1 for those that are not listed [names]."""
-        places = pc.index_in(names, value_set=self.names)
+        places = pc.index_in(_as_array(names), value_set=self.names)
         listed = places.is_valid().to_numpy(zero_copy_only=False)
-        found = np.full(len(names), -1, np.int64)
+        found = np.full(len(places), -1, np.int64)
         found[listed] = self.sizes[places.drop_null().to_numpy()]
         return found
 
     def items(self) -> ItemsView[str, int]:
         return _Items(self)
 
-    def values(self) -> ValuesView[int]:
-        return _Sizes(self)
 
-    def _place(self, name: str) -> int | None:
-        place = bisect.bisect_left(self.names, name, key=str)
-        return place if place < len(self) and self.names[place].as_py() == name else None
+def _as_array(names: Iterable[str]) -> pa.StringArray:
+    return names if isinstance(names, pa.StringArray) else pa.array(names, pa.string())
 
 
 def list_folders(

@@ -204,7 +204,7 @@ def _check_sizes(
 
 def _shard_files(chosen: Listing, listings: Mapping[str, Listing], layers: Sequence[str]) -> Iterator[ShardFiles]:
     """Listed files of some shards: layers and quarantine."""
-    sizes = [listings[layer].aligned(chosen.names) for layer in layers]
+    sizes = [listings[layer].sizes_of(chosen.names) for layer in layers]
     refused = [listings[f"quarantine/{layer}"].has(chosen.names) for layer in layers]
     for place, name in enumerate(chosen):
         present = {layer: int(size[place]) for layer, size in zip(layers, sizes, strict=True) if size[place] >= 0}
