@@ -118,7 +118,6 @@ class _Chunk:
     def __init__(self, start: int, end: int, leaf: Any, column: Any) -> None:
         self.next, self.end = start, end
         self.column, self.compression = column, leaf.compression
-        # What has been read before Arrow asked for it: where it begins, and its bytes.
         self._values, self._first = leaf.num_values, start
 
     def pass_page(self, page: Page, header: int) -> int:

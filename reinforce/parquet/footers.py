@@ -94,8 +94,8 @@ class ArrowInput:
 class FooterCheck:
     """A check of the columns ``names`` in a footer.
 
-    Where ``content`` gives its bytes, a footer that this process has accepted before is not checked again: loaders open
-    the same files many times.
+    ``accepted`` is whether Arrow accepts all row groups. Where ``content`` gives its bytes, a footer that this process
+    has accepted before is not checked again: loaders open the same files many times.
 
     Python must not read values of a footer that Arrow rejects: nothing catches Arrow's exception there, and the process
     would end. So Arrow first begins to read the columns from a file that cannot be read.
@@ -104,25 +104,20 @@ class FooterCheck:
     def __init__(self, footer: pq.FileMetaData, names: Sequence[str], content: bytes | None = None) -> None:
         self._footer, self._names = footer, [*names]
         key = None if content is None else _digest(names, content)
-        self._good = key in _accepted
-        if self._good:
+        self.accepted = key in _accepted
+        if self.accepted:
             return
         try:
             self._begin(range(footer.num_row_groups))
         except RefusedFile:
             return
-        self._good = True
+        self.accepted = True
         if key is not None:
             _accept([key])
 
-    @property
-    def accepted(self) -> bool:
-        """Whether Arrow accepts all row groups."""
-        return self._good
-
     def check(self, number: int) -> None:
         """Raise RefusedFile if Arrow rejects a row group."""
-        if not self._good:
+        if not self.accepted:
             self._begin([number])
 
     def _begin(self, numbers: Sequence[int]) -> None:

@@ -35,10 +35,6 @@ class FileEntry:
     size: int
     groups: tuple[int, ...]
 
-    @property
-    def rows(self) -> int:
-        return sum(self.groups)
-
 
 @dataclass(frozen=True)
 class LayerIndex:
@@ -74,7 +70,7 @@ class LayerIndex:
         columns = [
             pa.array(entries, pa.string()),
             pa.array([entry.size for entry in entries.values()], pa.int64()),
-            pa.array([entry.rows for entry in entries.values()], pa.int64()),
+            pa.array([sum(entry.groups) for entry in entries.values()], pa.int64()),
             pa.array([entry.groups if groups else None for entry in entries.values()], pa.list_(pa.int32())),
         ]
         new = pa.table(columns, schema=schemas.index_schema())

@@ -165,23 +165,20 @@ class LayerFile:
 
     def read_row_group(self, number: int, columns: Collection[str] | None = None, use_threads: bool = True) -> pa.Table:
         """Read a row group, or some of its columns. Raises RefusedFile if it is above the bounds or damaged."""
-        with naming_refused(self._name):
-            return self._read_row_group(number, columns, use_threads)
-
-    def _read_row_group(self, number: int, columns: Collection[str] | None, use_threads: bool) -> pa.Table:
         names = [name for name in self._names if columns is None or name in columns]
-        if missing := set(columns or ()) - set(names) - {schemas.IMAGE_DIGEST, schemas.TRUE_CAPTIONS}:
-            raise RefusedFile(f"it has no column {', '.join(sorted(missing))}")
-        group = self._row_group(number)
-        leaves = self._leaves(group, names)
-        self._source.fetch([span(leaf, self._source.size()) for leaf in leaves])
-        try:
-            with self._decode_errors():
-                self._check_bytes(group.num_rows, leaves)
-                table = self._file.read_row_group(number, columns=names, use_threads=use_threads)
-        finally:
-            self._source.fetch([])
-        return self._with_tensors(table)
+        with naming_refused(self._name):
+            if missing := set(columns or ()) - set(names) - {schemas.IMAGE_DIGEST, schemas.TRUE_CAPTIONS}:
+                raise RefusedFile(f"it has no column {', '.join(sorted(missing))}")
+            group = self._row_group(number)
+            leaves = self._leaves(group, names)
+            self._source.fetch([span(leaf, self._source.size()) for leaf in leaves])
+            try:
+                with self._decode_errors():
+                    self._check_bytes(group.num_rows, leaves)
+                    table = self._file.read_row_group(number, columns=names, use_threads=use_threads)
+            finally:
+                self._source.fetch([])
+            return self._with_tensors(table)
 
     def stored_keys(self, number: int, most_bytes: int) -> StoredKeys | None:
         """The keys of a row group without decoding them; None if they take more than ``most_bytes``.

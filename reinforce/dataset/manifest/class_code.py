@@ -51,11 +51,6 @@ class ClassCode:
         """Whether stored layers were computed with another state of the file, if known."""
         return self.stored and bool(self.recorded) and self.recorded[-1] != self.now
 
-    @property
-    def forgotten(self) -> bool:
-        """Whether the recorded hashes match no file any more."""
-        return not self.stored and bool(self.recorded)
-
     def line(self) -> str:
         """The line of ``reinforce plan``."""
         name, version = self.identity["class"], self.identity.get("version", "none")

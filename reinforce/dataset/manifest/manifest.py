@@ -210,7 +210,7 @@ def _code(before: Mapping[str, Any], layer: Layer | None) -> dict[str, Any]:
 
 def forget_code(store: Store, codes: Iterable[ClassCode]) -> None:
     """Remove hashes of classes from dataset.json that belong to no file, such as those of a run that committed none."""
-    forgotten = [code for code in codes if code.forgotten and code.computed]
+    forgotten = [code for code in codes if code.recorded and code.computed and not code.stored]
     manifest = find_manifest(store) if forgotten else None
     if manifest is not None:
         for code in forgotten:

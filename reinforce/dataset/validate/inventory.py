@@ -41,10 +41,6 @@ class Inventory:
         """The shards that have samples, or had some by the index."""
         return Listing.union([self.every[SAMPLES], self.indexes[SAMPLES].listing()])
 
-    def orphans(self) -> set[tuple[str | None, str | None]]:
-        """The layer and the shard of each file that belongs to nothing."""
-        return {(one.layer, one.shard) for one in self.findings if one.kind == "orphan"}
-
 
 def take_inventory(store: Store) -> Inventory:
     """Read dataset.json and the indexes, list the layers, and check them. Raises UserError if there is no dataset.
@@ -56,7 +52,8 @@ def take_inventory(store: Store) -> Inventory:
     first = _take_inventory(store)
     if not any(one.kind in ("missing", "orphan") for one in first.findings):
         return first
-    again, known = _take_inventory(store, first.shards()), first.orphans()
+    again = _take_inventory(store, first.shards())
+    known = {(one.layer, one.shard) for one in first.findings if one.kind == "orphan"}
     findings = [one for one in again.findings if one.kind != "orphan" or (one.layer, one.shard) in known]
     return replace(again, findings=findings)
 
