@@ -20,16 +20,14 @@ from reinforce.errors import UserError
 from reinforce.student.config import StudentConfig
 from reinforce.student.loss import Objective, contrastive_losses
 from reinforce.student.loss_config import Loss
-from reinforce.student.model import LearntScale
 from reinforce.student.task import read_stored
 from reinforce.student.teachers import CAPTION, IMAGE, SYNTHETIC
-from reinforce.student.terms.base import MAP, Rows, Tensors, module_name, scale_name, unit
+from reinforce.student.terms.base import MAP, Rows, Tensors, unit
 from reinforce.student.terms.dense import dense
 from reinforce.student.terms.probabilities import probabilities
 from reinforce.student.terms.registry import Terms, make_terms
 from reinforce.student.towers import map_width
 from teachers.open_clip.teacher import image_spec
-from teachers.patches.maps import features_and_map
 
 if TYPE_CHECKING:
     from reinforce.api.examples import Examples
@@ -132,15 +130,11 @@ class StudentLoss(torch.nn.Module):
         if self.terms.start_key is not None:
             named = self._model(self.terms.start_key).named_parameters()
             self._start = {name: weight.detach().clone() for name, weight in named if weight.requires_grad}
-        starts = self.terms.scales().items()
-        self.scales = torch.nn.ModuleDict({module_name(teacher): LearntScale(start) for teacher, start in starts})
+        self.scales = self.terms.scales()
 
     def encode_image(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
         """Features ``image`` [B, D] by the ``model``, and if a term needs it the ``map`` of its tower, in one pass."""
-        model, stage = self._model("encode_image"), self.terms.stage()
-        if stage is None:
-            return {IMAGE: model.encode_image(pixels)}
-        return dict(zip((IMAGE, MAP), features_and_map(model.visual, pixels, stage), strict=True))
+        return self.terms.encode_images(self._model("encode_image"), pixels)
 
     def forward(
         self,
@@ -176,7 +170,7 @@ class StudentLoss(torch.nn.Module):
         scalars = {"logit_scale": torch.as_tensor(logit_scale, device=first.device).reshape(())}
         if logit_bias is not None:
             scalars["logit_bias"] = logit_bias.reshape(())
-        scalars |= {scale_name(teacher): self.scales[module_name(teacher)]() for teacher in self.terms.scales()}
+        scalars |= self.terms.scalars(self.scales)
         own = {name: dict(of) for name, of in targets.items()}
         try:
             losses = self.terms.losses_of_rows(of_rows, own, self.heads) | self._losses_of_weights()

@@ -20,7 +20,7 @@ from reinforce.student.layers.pointwise import avoid_faulty_convolutions
 from reinforce.student.layers.quantize import can_quantize, freeze_batch_norms, merge, quantize, round_in_eval
 from reinforce.student.loss import Form
 from reinforce.student.teachers import CAPTION, IMAGE, SYNTHETIC
-from reinforce.student.terms.base import MAP, module_name, scale_name, unit
+from reinforce.student.terms.base import unit
 from reinforce.student.terms.registry import Terms
 from reinforce.student.towers import (
     Plan,
@@ -42,7 +42,6 @@ from teachers.open_clip.building import write_open_clip
 from teachers.open_clip.family import OpenClipOptions, stated_preprocess
 from teachers.open_clip.released import MIXER
 from teachers.open_clip.teacher import FUSED, image_spec, load_model, model_name, random_model
-from teachers.patches.maps import features_and_map
 from teachers.preprocessing.pixels import to_pixels
 from teachers.protocols import ImageSpec
 from teachers.runtime.determinism import seeded
@@ -86,9 +85,7 @@ class Student(torch.nn.Module):
         self.backbone = backbone
         self.heads = torch.nn.ModuleDict(self.terms.heads(config["embed_dim"]))
         self.heads.update(self.terms.map_heads(partial(map_width, clip, image)))
-        self.scales = torch.nn.ModuleDict(
-            {module_name(teacher): LearntScale(start) for teacher, start in self.terms.scales().items()}
-        )
+        self.scales = self.terms.scales()
 
     @property
     def pretrained(self) -> bool:
@@ -101,19 +98,15 @@ class Student(torch.nn.Module):
         Raises UserError if the images [p, h, w, 3] do not have the student's size.
         """
         features: dict[str, torch.Tensor] = {}
-        maps: dict[str, torch.Tensor] = {}
+        of_images: dict[str, torch.Tensor] = {}
         if IMAGE in batch:
             size = tuple(batch[IMAGE].shape[1:3])
             if size != (self.image.height, self.image.width):
                 raise UserError(f"the batch has images of {size[0]} x {size[1]}; the student takes {self.image.size}.")
             # trains a third faster with convolutions on CPUs
             pixels = to_pixels(batch[IMAGE], self.image).contiguous(memory_format=torch.channels_last)
-            stage = self.terms.stage()
-            if stage is None:
-                images = self.clip.encode_image(pixels)
-            else:
-                images, maps[MAP] = features_and_map(self.clip.visual, pixels, stage)
-            features[IMAGE] = unit(images)
+            of_images = self.terms.encode_images(self.clip, pixels)
+            of_images[IMAGE] = features[IMAGE] = unit(of_images[IMAGE])
         kinds = [kind for kind in (CAPTION, SYNTHETIC) if kind in batch]
         if kinds:
             texts = unit(self.clip.encode_text(torch.cat([batch[kind] for kind in kinds])))  # all kinds in one pass
@@ -121,8 +114,8 @@ class Student(torch.nn.Module):
         scalars = {} if self.backbone else {"logit_scale": self.clip.logit_scale.exp().reshape(())}
         if not self.backbone and self.clip.logit_bias is not None:
             scalars["logit_bias"] = self.clip.logit_bias.reshape(())
-        scalars |= {scale_name(module.replace(",", ".")): scale() for module, scale in self.scales.items()}
-        losses = self.terms.losses_of_rows({**features, **maps}, batch.get("targets", {}), self.heads)
+        scalars |= self.terms.scalars(self.scales)
+        losses = self.terms.losses_of_rows({**features, **of_images}, batch.get("targets", {}), self.heads)
         if self.start:
             losses |= self.terms.losses_of_weights(dict(self.named_parameters()), self.start)
         return Encoded({**features, **self.terms.projections(features, self.heads)}, losses, scalars)
@@ -215,17 +208,6 @@ class _Start(dict[str, torch.Tensor]):
 
     def __deepcopy__(self, _: Any) -> _Start:
         return self
-
-
-class LearntScale(torch.nn.Module):
-    """A teacher's logit scale; the loop clamps parameters of this name and does not decay them."""
-
-    def __init__(self, start: float) -> None:
-        super().__init__()
-        self.logit_scale = torch.nn.Parameter(torch.tensor(math.log(start)))
-
-    def forward(self) -> torch.Tensor:
-        return self.logit_scale.exp()
 
 
 class _Network(NamedTuple):

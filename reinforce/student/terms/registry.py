@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,7 +13,9 @@ import torch
 from reinforce.dataset.kinds.registry import owner_of
 from reinforce.errors import UserError
 from reinforce.student.loss_config import TERMS, Loss
-from reinforce.student.terms.base import MAP, Models, Rows, Tensors, Term
+from reinforce.student.teachers import IMAGE
+from reinforce.student.terms.base import MAP, Models, Rows, Tensors, Term, module_name, scale_name
+from teachers.patches.maps import features_and_map
 
 #: The module of each term, in the order of the losses.
 MODULES = {name: importlib.import_module(f"{__package__}.{name}") for name in TERMS}
@@ -65,8 +68,22 @@ class Terms:
             raise UserError(f"loss.{self.map_key}.stage: {error}") from error
         return _merged([term.map_heads(channels) for term in self.terms])
 
-    def scales(self) -> dict[str, float]:
-        return _merged([term.scales() for term in self.terms])
+    def scales(self) -> torch.nn.ModuleDict:
+        """The logit scales to learn, by the names of modules of their teachers."""
+        starts = _merged([term.scales() for term in self.terms])
+        return torch.nn.ModuleDict({module_name(teacher): _Scale(start) for teacher, start in starts.items()})
+
+    @staticmethod
+    def scalars(scales: torch.nn.ModuleDict) -> dict[str, torch.Tensor]:
+        """The values of ``scales`` as scalars of ``Rows``."""
+        return {scale_name(name.replace(",", ".")): scale() for name, scale in scales.items()}
+
+    def encode_images(self, clip: Any, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The features IMAGE [p, D] of a model and, if a term needs it, the MAP of its image tower, in one pass."""
+        stage = self.stage()
+        if stage is None:
+            return {IMAGE: clip.encode_image(pixels)}
+        return dict(zip((IMAGE, MAP), features_and_map(clip.visual, pixels, stage), strict=True))
 
     def projections(self, features: Tensors, heads: torch.nn.ModuleDict) -> dict[str, torch.Tensor]:
         return _merged([term.projections(features, heads) for term in self.terms])
@@ -84,6 +101,17 @@ class Terms:
 
     def losses(self, rows: Rows) -> dict[str, torch.Tensor]:
         return _merged([term.losses(rows) for term in self.terms])
+
+
+class _Scale(torch.nn.Module):
+    """A teacher's logit scale; the loop clamps parameters of this name and does not decay them."""
+
+    def __init__(self, start: float) -> None:
+        super().__init__()
+        self.logit_scale = torch.nn.Parameter(torch.tensor(math.log(start)))
+
+    def forward(self) -> torch.Tensor:
+        return self.logit_scale.exp()
 
 
 def make_terms(loss: Loss, models: Models) -> Terms:
