@@ -24,7 +24,7 @@ from reinforce.config_schema import LAYER_NAME
 from reinforce.dataset.codecs.base import Codec
 from reinforce.dataset.codecs.codebooks import Place
 from reinforce.dataset.comparison import Comparison
-from reinforce.dataset.targets import OnlineTarget, PickedValues, TargetTensor
+from reinforce.dataset.targets import PickedValues, TargetEncoder, TargetTensor
 from reinforce.errors import UserError
 
 if TYPE_CHECKING:
@@ -255,13 +255,9 @@ class LayerKind(ABC):
         """Whether a model's entry in the config, in ``section``, asks for layers of this kind."""
         return True
 
-    def encoder(self, model: Any, device: Any) -> Any:
-        """What computes values of this kind from a loaded model: by default the model. Raises ValueError."""
-        return model
-
-    def stated_by(self, encoder: Any) -> Mapping[str, Any]:
-        """What an encoder states, for ``entry``, besides what the spec of its model does."""
-        return {}
+    def encoder(self, model: Any, device: Any) -> TargetEncoder:
+        """What computes values of a kind that is ``asked`` from a loaded model. Raises ValueError if it cannot."""
+        raise ValueError(f"{type(model).__name__} is asked for no {self.name}")
 
     # -- codecs
 
@@ -284,7 +280,7 @@ class LayerKind(ABC):
 
     def entry(self, layer: Layer, stated: Mapping[str, Any]) -> dict[str, Any]:
         """What a layer's entry has besides its kind and fingerprint. ``stated`` has what the loaded model states, such
-        as its ``dim``, or else the entry so far."""
+        as its ``dim``, and under the kind's name what its ``encoder`` does, or else the entry so far."""
         return {}
 
     def check_entry(self, entry: Mapping[str, Any]) -> None:
@@ -356,10 +352,6 @@ class LayerKind(ABC):
     def pick(self, table: pa.Table, index: npt.NDArray[np.intp]) -> PickedValues:
         """Value ``index[row]`` of every row of a row group, with an array for each of ``target_tensors``."""
         raise ValueError(f"layers of kind {self.name} are no targets")
-
-    def online(self, model: Any, device: Any) -> OnlineTarget:
-        """What a loaded model computes instead of a layer that is read. Raises ValueError if it cannot."""
-        raise ValueError(f"{type(model).__name__} computes no {self.name} in a training loop")
 
     # -- for people
 

@@ -33,11 +33,11 @@ class PickedValues(NamedTuple):
     usable: npt.NDArray[np.bool_]
 
 
-class OnlineTarget(NamedTuple):
-    """A target that a loaded model computes in a training loop.
+class TargetEncoder(NamedTuple):
+    """What computes a target of images from a loaded model that has other layers, too.
 
-    It has the ``name`` of its tensor in a batch, the preprocessing of its ``image``, a function that encodes pixels
-    [B, 3, H, W], and the ``entry`` that a layer of it would have in dataset.json.
+    It has the ``name`` of the tensor in a batch, the preprocessing of its ``image``, a function that encodes pixels
+    [B, 3, H, W], and the ``entry`` of a layer in dataset.json as far as the model decides it.
     """
 
     name: str

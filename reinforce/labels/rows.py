@@ -21,7 +21,7 @@ from reinforce.config import Config
 from reinforce.dataset.augment.records import Augmentation, from_records
 from reinforce.dataset.files.layer_file import LayerFile, RefusedFile
 from reinforce.dataset.files.store import Store
-from reinforce.dataset.kinds.registry import encodes_texts
+from reinforce.dataset.kinds.registry import kind_of
 from reinforce.dataset.kinds.samples import true_captions
 from reinforce.dataset.layers import REINFORCEMENTS, SAMPLES, TRUE_CAPTION, Layer, captions_layer, inputs_of
 from reinforce.dataset.vectors import tensor_rows
@@ -91,7 +91,7 @@ class StoredLabels(RowLabels):
         """Vectors of texts are of the texts of the same labels; of true captions, those of the sample's."""
         found = {**values}
         for layer, value in values.items():
-            if isinstance(value, Refusal) or not encodes_texts(layer):
+            if isinstance(value, Refusal) or kind_of(layer).picks != "text":
                 continue
             own = values.get(captions_layer(inputs_of(layer)))
             if isinstance(own, Refusal):

@@ -8,7 +8,7 @@ from typing import Any
 
 from reinforce.config import Augmentations, Config
 from reinforce.dataset.files.store import Store
-from reinforce.dataset.kinds.registry import encodes_texts, kind_of
+from reinforce.dataset.kinds.registry import kind_of
 from reinforce.dataset.layers import (
     REINFORCEMENTS,
     SAMPLES,
@@ -93,7 +93,7 @@ def _take(where: str, labels: Labels, manifest: Mapping[str, Any]) -> Taken:
             raise UserError(f"{where}.layers: {Store(labels.url).url} has no {wanted}; what can be taken: {listed}")
         named |= found
     for name in [*named]:
-        if encodes_texts(name) and inputs_of(name) != TRUE_CAPTION:
+        if kind_of(name).picks == "text" and inputs_of(name) != TRUE_CAPTION:
             captions = captions_layer(inputs_of(name))
             if captions not in named and name in labels.layers:
                 raise UserError(f"{where}.layers: {name} is of the captions in {captions}; take them too")

@@ -62,7 +62,7 @@ class TeacherTerm(Section):
     """A term that learns from what teachers have besides vectors, whichever lambda is."""
 
     weight: float = Field(gt=0, description="weight of the loss, which is added to the others, whichever lambda is")
-    teachers: list[str] | None = Field(None, min_length=1, description="teachers that are learnt; default: all")
+    teachers: list[str] | None = None
 
 
 _Term = TypeVar("_Term", bound=TeacherTerm)

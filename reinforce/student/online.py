@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from reinforce.dataset.kinds.registry import KINDS
-from reinforce.dataset.targets import OnlineTarget
+from reinforce.dataset.targets import TargetEncoder
 from reinforce.errors import UserError
 from reinforce.evaluation.encoding import encode_texts
 from reinforce.student.teachers import IMAGE, IMAGES, TEXTS, TeacherInfo
@@ -37,7 +37,7 @@ def load_teachers(specs: Mapping[str, TeacherSpec], device: str) -> dict[str, Te
 
 def other_targets(
     section: str, teachers: Mapping[str, Teacher], names: Sequence[str] | None, device: str
-) -> dict[str, OnlineTarget]:
+) -> dict[str, TargetEncoder]:
     """The targets of the kind of a ``target_section`` of the teachers in ``names``; None: of all that have one.
 
     Raises ValueError for the others.
@@ -47,7 +47,7 @@ def other_targets(
     for name, teacher in teachers.items():
         if names is None or name in names:
             try:
-                found[name] = kind.online(teacher, torch.device(device))
+                found[name] = kind.encoder(teacher, torch.device(device))
             except ValueError as error:
                 if names is not None:
                     raise ValueError(f"teacher {name}: {error}") from error
@@ -66,7 +66,7 @@ def teacher_info(teacher: Teacher, spec: TeacherSpec, texts: bool = True) -> Tea
 @torch.no_grad()
 @determinism.inference()
 def add_targets(
-    batch: Batch, teachers: Mapping[str, Teacher], others: Sequence[tuple[str, OnlineTarget]] = ()
+    batch: Batch, teachers: Mapping[str, Teacher], others: Sequence[tuple[str, TargetEncoder]] = ()
 ) -> Batch:
     """The batch with ``targets`` on its device, computed from its ``crops`` and ``texts``; see ``data/assembly.py``.
 

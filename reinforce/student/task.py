@@ -14,7 +14,7 @@ from reinforce.dataset.augment.device import augment
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.kinds.registry import target_sections
 from reinforce.dataset.manifest.manifest import read_manifest
-from reinforce.dataset.targets import OnlineTarget
+from reinforce.dataset.targets import TargetEncoder
 from reinforce.evaluation.evaluator import Evaluator
 from reinforce.processes.cores import available_cores
 from reinforce.student import online
@@ -67,7 +67,7 @@ class StudentTask(Task):
             teachers = online.load_teachers(specs, device)
             known = {name: online.teacher_info(one, loss.teachers[name], texts) for name, one in teachers.items()}
         manifests = {source.url: read_manifest(Store(source.url)) for source in config.data.datasets}
-        models, others = read_stored(config, manifests), dict[tuple[str, str], OnlineTarget]()
+        models, others = read_stored(config, manifests), dict[tuple[str, str], TargetEncoder]()
         if loss.targets == "online":
             stored = models.entries
 

@@ -169,7 +169,7 @@ def test_patches_that_do_not_fit_in_memory_are_computed_in_smaller_batches(store
     shutil.rmtree(copied / "patches" / "pq24")
     shard = shard_process(config(stored.parent, copied))
     encoder = shard.models.encoder(kind_of("patches/pq24"), "pq24")
-    encoder.encode_patches = limited(encoder.encode_patches, 4)  # type: ignore[method-assign]
+    shard.models._encoders["patches", "pq24"] = encoder._replace(encode=limited(encoder.encode, 4))
     result = shard.run()
     notes = [note.partition("now on ")[2] for note in result.notes if note.startswith("patches/pq24")]
     assert [note.partition(" at once")[0] for note in notes] == ["4 images", "2 images"]

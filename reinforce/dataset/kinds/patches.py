@@ -30,12 +30,11 @@ from reinforce.dataset.layers import (
     compute_fingerprint,
     mapping_at,
 )
-from reinforce.dataset.targets import OnlineTarget, PickedValues, TargetTensor
+from reinforce.dataset.targets import PickedValues, TargetEncoder, TargetTensor
 from reinforce.errors import UserError
 from teachers.patch_config import Patches
 
 if TYPE_CHECKING:
-    from teachers.patches.encoder import PatchEncoder
     from teachers.spec import ModelInfo, ModelSpec
 
 Floats = npt.NDArray[np.float32]
@@ -132,13 +131,12 @@ class PatchFeatures(LayerKind):
     def asks(self, spec: ModelSpec) -> bool:
         return getattr(spec, "patches", None) is not None
 
-    def encoder(self, model: Any, device: Any) -> PatchEncoder:
+    def encoder(self, model: Any, device: Any) -> TargetEncoder:
         from teachers.patches.encoder import patches_of
 
-        return patches_of(model, device)
-
-    def stated_by(self, encoder: Any) -> Mapping[str, Any]:
-        return {"patches_dim": encoder.dim}
+        found = patches_of(model, device)
+        entry = {"grid": [found.rows, found.columns], "dim": found.dim}
+        return TargetEncoder("patches", found.image, found.encode_patches, entry)
 
     def codec(self, layer: Layer) -> Codec:
         return _codec(layer.model, layer.dtype)
@@ -172,7 +170,7 @@ class PatchFeatures(LayerKind):
 
     def entry(self, layer: Layer, stated: Mapping[str, Any]) -> dict[str, Any]:
         settings = layer.recipe["patches"]
-        entry = {"teacher": layer.model, "count": layer.count, "dim": stated.get("patches_dim", stated.get("dim"))}
+        entry = {"teacher": layer.model, "count": layer.count, "dim": stated.get(self.name, stated).get("dim")}
         own = {"grid": settings["grid"], "codebook": settings.get("codebook")}
         return {
             **entry,
@@ -253,11 +251,6 @@ class PatchFeatures(LayerKind):
         picked, codebook = stored[np.arange(len(index)), index], _codebook(table)
         grids: Any = [PickedGrid(one, codebook) for one in picked]
         return PickedValues((grids,), valid, valid & np.isfinite(picked).all(axis=1))
-
-    def online(self, model: Any, device: Any) -> OnlineTarget:
-        encoder = self.encoder(model, device)
-        entry = {"grid": [encoder.rows, encoder.columns], "dim": encoder.dim}
-        return OnlineTarget("patches", encoder.image, encoder.encode_patches, entry)
 
     def content(self, layer: Layer) -> str:
         rows, columns = layer.recipe["patches"]["grid"]

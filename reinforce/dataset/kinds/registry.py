@@ -64,11 +64,6 @@ def target_sections(owner: str) -> list[str]:
     return [*dict.fromkeys(str(kind.target_section) for kind in KINDS.values() if kind.section == owner)]
 
 
-def encodes_texts(name: str) -> bool:
-    """Whether the layer of a name has a teacher's vectors of texts."""
-    return kind_of(name) is KINDS["texts"]
-
-
 def stored_layer(name: str, entry: Mapping[str, Any]) -> Layer:
     """A layer by its entry in dataset.json."""
     return KINDS[entry["kind"]].stored(name, entry)

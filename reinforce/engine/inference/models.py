@@ -20,6 +20,7 @@ from reinforce.config import Config
 from reinforce.dataset.augment.backends import load_backend
 from reinforce.dataset.kinds.registry import KINDS
 from reinforce.dataset.layers import Layer, LayerKind
+from reinforce.dataset.targets import TargetEncoder
 from reinforce.engine.inference.batch_sizes import BatchSizes, rows_per_batch
 from reinforce.engine.inference.outputs import Floats, copied, encode, to_scores
 from reinforce.engine.messages.tracebacks import user_frames
@@ -119,7 +120,7 @@ class Models:
     batches: BatchSizes = field(default_factory=BatchSizes)
     costs: Mapping[str, Cost] = field(default_factory=dict)  # of layers, where they are known
     uncompared: set[str] = field(default_factory=set)  # teachers in fp8 that are still to be compared with bf16
-    _encoders: dict[tuple[str, str], Any] = field(default_factory=dict)
+    _encoders: dict[tuple[str, str], TargetEncoder] = field(default_factory=dict)
     _tokenizing: threading.Lock = field(default_factory=threading.Lock)
     _tokens: TokenCache = field(default_factory=TokenCache)
 
@@ -131,8 +132,8 @@ class Models:
     def captioners(self) -> Mapping[str, Captioner]:
         return self.loaded.get("captioners", {})
 
-    def encoder(self, kind: LayerKind, name: str) -> Any:
-        """What computes layers of a kind from the model of a name. Raises UserError if the model cannot."""
+    def encoder(self, kind: LayerKind, name: str) -> TargetEncoder:
+        """What computes layers of a kind from the model of a name. Raises UserError if it cannot."""
         key, section = (kind.name, name), str(kind.section)
         if key not in self._encoders:
             try:
@@ -289,8 +290,8 @@ def describe_loaded(models: Models, config: Config) -> dict[tuple[str, str], dic
     }
     for (section, name), of_model in stated.items():
         for kind in KINDS.values():
-            if kind.section == section and kind.asks(specs[section][name]):
-                of_model.update(kind.stated_by(models.encoder(kind, name)))
+            if kind.asked and kind.section == section and kind.asks(specs[section][name]):
+                of_model[kind.name] = models.encoder(kind, name).entry
     return stated
 
 

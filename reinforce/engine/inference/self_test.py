@@ -26,7 +26,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -57,6 +58,8 @@ _SCORE_TOLERANCE, _SCORE_DIFFERENCE = 0.05, 1e-3
 #: Bounds of a full batch on CPUs, where one of a large model would take longer than workers may take to start, and one
 #: of a small model a noticeable part of a small run.
 _SECONDS, _LEAST_BATCH, _LARGEST_BATCH = 5.0, 8, 64
+#: Returns a function that computes a batch on the accelerator, given the test input of each of its rows.
+Start: TypeAlias = Callable[[Sequence[int]], Callable[[], Any]]
 
 
 @dataclass(frozen=True)
@@ -93,27 +96,20 @@ def test_rows(size: int) -> list[int]:
     return [place % _IMAGES for place in range(size)]
 
 
-def check_image_encoder(
-    models: Models,
-    name: str,
-    what: str,
-    image: ImageSpec | None,
-    compute: Callable[[torch.Tensor], torch.Tensor],
-    precision: Precision,
-    batch: int | None = None,
-) -> Floats:
-    """Test what a teacher computes of images -> the norms of its vectors. Raises UserError.
+def of_images(models: Models, image: ImageSpec | None, run: Callable[[torch.Tensor], Any]) -> Start:
+    """Lets a model ``run`` the pixels of test images, preprocessed by ``image``."""
 
-    ``compute`` makes vectors [B, D] of unit norm of pixels, preprocessed by ``image``. ``batch`` is the size of a full
-    batch to test, on CPUs of as many inputs as are computed in five seconds, from 8 to 64; None: three images.
-    """
+    def start(rows: Sequence[int]) -> Callable[[], Any]:
+        pixels = probe_images(models, image, rows)
+        return lambda: run(pixels)
 
-    def encode(rows: Sequence[int]) -> torch.Tensor:
-        pixels = probe_images(models, image, range(_IMAGES))[rows]
-        with models.use_accelerator():
-            return compute(pixels)
+    return start
 
-    return _check_encoder(models, name, what, encode, precision, batch)
+
+def _run(models: Models, start: Start, rows: Sequence[int]) -> Any:
+    run = start(rows)
+    with models.use_accelerator():
+        return run()
 
 
 def check_fp8(models: Models, name: str, pixels: torch.Tensor) -> None:
@@ -136,26 +132,24 @@ def check_fp8(models: Models, name: str, pixels: torch.Tensor) -> None:
 
 
 def check_text_encoder(models: Models, name: str, precision: Precision, batch: int | None = None) -> Floats:
-    """Test the text encoder of a teacher -> the norms of its embeddings; as ``check_image_encoder``."""
+    """Test the text encoder of a teacher -> the norms of its embeddings; as ``check_encoder``."""
     teacher = models.teachers[name]
 
-    def encode(rows: Sequence[int]) -> torch.Tensor:
+    def start(rows: Sequence[int]) -> Callable[[], Any]:
         if not any(callable(getattr(teacher, method, None)) for method in ("encode_texts", "encode_tokens")):
             raise ValueError(
                 "it encodes no texts, as is known of a model of the hub once its config.json is here; run the command "
                 "again, or, if workers have another cache than this machine, download the file here first"
             )
-        run = models.text_encoder(teacher, [TEXTS[row] for row in rows])
-        with models.use_accelerator():
-            return run()
+        return models.text_encoder(teacher, [TEXTS[row] for row in rows])
 
-    return _check_encoder(models, name, "texts", encode, precision, batch)
+    return check_encoder(models, name, "texts", start, precision, batch)
 
 
 def check_captioner(models: Models, name: str, count: int, batch: int | None = None) -> None:
     """Test a captioner that writes ``count`` captions for an image. Raises UserError.
 
-    ``batch`` is that of ``check_image_encoder``; one that is not ``repeatable`` is not asked for it. None: two images.
+    ``batch`` is that of ``check_encoder``; one that is not ``repeatable`` is not asked for it. None: two images.
     """
     captioner = models.captioners[name]
     seeds = np.arange(_IMAGES * count, dtype=np.uint64).reshape(_IMAGES, count)
@@ -204,22 +198,15 @@ def score_probes(models: Models, name: str, inputs: Sequence[str], names: Sequen
     return models.score(scorer, values, len(rows), names)
 
 
-def check_numbers(
-    models: Models, name: str, what: str, model: Any, compute: Callable[[Sequence[int]], Floats], batch: int | None
-) -> None:
-    """Test a model that computes numbers, ``what``, [rows, N] of test inputs. Raises UserError. ``batch`` is that of
-    ``check_image_encoder``."""
-
-    def computed(rows: Sequence[int]) -> Floats:
-        with models.use_accelerator():
-            return compute(rows)
-
+def check_numbers(models: Models, name: str, what: str, model: Any, start: Start, batch: int | None) -> None:
+    """Test a model that computes numbers, ``what``, [rows, N] of test inputs, as ``check_encoder``."""
+    computed = partial(_run, models, start)
     try:
-        start = time.process_time()
+        began = time.process_time()
         alone = np.concatenate([computed([row]) for row in range(_IMAGES)])
         if not np.isfinite(alone).all():
             raise ValueError(f"{what} must be finite, got NaN or infinity; check the weights and the precision")
-        rows = [*range(_IMAGES)] if batch is None else _shuffled(_affordable(models, batch, start))
+        rows = [*range(_IMAGES)] if batch is None else _shuffled(_affordable(models, batch, began))
         first = computed(rows)
         allowed = _SCORE_TOLERANCE * np.abs(alone).max(axis=0) + _SCORE_DIFFERENCE
         if batch is None and (np.abs(computed(rows) - first) > allowed / 10).any():
@@ -285,20 +272,21 @@ def _any_begins_alike(a: list[list[str]], b: list[list[str]]) -> bool:
     return any(x[:_COMPARED_CHARACTERS] == y[:_COMPARED_CHARACTERS] for x, y in pairs)
 
 
-def _check_encoder(
-    models: Models,
-    name: str,
-    kind: str,
-    encode: Callable[[Sequence[int]], torch.Tensor],
-    precision: Precision,
-    batch: int | None,
+def check_encoder(
+    models: Models, name: str, kind: str, start: Start, precision: Precision, batch: int | None = None
 ) -> Floats:
-    rows = everything = [*range(_IMAGES)]
+    """Test what a teacher computes, vectors [B, D] of unit norm -> their norms. Raises UserError.
+
+    ``batch`` is the size of a full batch to test, on CPUs of as many inputs as are computed in five seconds, from 8 to
+    64; None: three inputs.
+    """
+    rows, encode = [*range(_IMAGES)], partial(_run, models, start)
+    everything = rows
     try:
-        start = time.process_time()
+        began = time.process_time()
         alone = [] if batch is None else [encode([row]) for row in everything]
         if batch is not None:
-            batch = _affordable(models, batch, start)
+            batch = _affordable(models, batch, began)
             rows = _shuffled(batch)
         out = encode(rows)
         tolerance = TOLERANCES[_PRECISIONS.get(out.dtype, precision)]

@@ -20,7 +20,7 @@ from reinforce.engine.inference.batch_sizes import Bound, Demand, rows_per_batch
 from reinforce.engine.inference.inference import Encoder, Outputs
 from reinforce.engine.inference.models import Models, crops_per_batch
 from reinforce.engine.inference.outputs import Floats
-from reinforce.engine.inference.self_test import probe_images, test_rows
+from reinforce.engine.inference.self_test import Start, test_rows
 from reinforce.engine.inference.session import Session
 from reinforce.engine.worker.refusals import Refusals
 from reinforce.engine.worker.stale_files import MisalignedLayer
@@ -74,25 +74,16 @@ class Side:
     """What a model computes for layers of one kind, to be tested before a run and measured by ``reinforce check``.
 
     ``check`` tests a full batch of a size, or with None a few inputs -> the norms of vectors, if it returns some; it
-    raises UserError. ``prepare`` returns a function that runs a batch of a size on the accelerator, with a number of
-    ``outputs`` for each input.
+    raises UserError. ``start`` begins a batch, with a number of ``outputs`` for each input.
     """
 
     check: Callable[[int | None], Floats | None]
-    prepare: Callable[[int], Callable[[], Any]]
+    start: Start
     outputs: int = 1
 
-
-def image_batches(
-    models: Models, image: ImageSpec | None, run: Callable[[Any], Any]
-) -> Callable[[int], Callable[[], Any]]:
-    """A function that makes a batch of a size, and returns one that lets a model ``run`` its pixels."""
-
-    def prepare(size: int) -> Callable[[], Any]:
-        pixels = probe_images(models, image, test_rows(size))
-        return lambda: run(pixels)
-
-    return prepare
+    def prepare(self, size: int) -> Callable[[], Any]:
+        """A function that runs a batch of a size on the accelerator."""
+        return self.start(test_rows(size))
 
 
 class Producer(Encoder):

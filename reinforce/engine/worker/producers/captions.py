@@ -19,7 +19,7 @@ from reinforce.engine.inference.batch_sizes import Demand, OutOfMemory, rows_per
 from reinforce.engine.inference.inference import Batch, Outputs
 from reinforce.engine.inference.models import Models, count_tokens
 from reinforce.engine.inference.outputs import copied
-from reinforce.engine.inference.self_test import LONG_TEXT, TEXTS, check_captioner, probe_images, test_rows
+from reinforce.engine.inference.self_test import LONG_TEXT, TEXTS, check_captioner, probe_images
 from reinforce.engine.messages.pulse import SERVER
 from reinforce.engine.messages.results import raising_layer_failure
 from reinforce.engine.worker.producers.base import Producer, RowGroup, Side
@@ -49,13 +49,12 @@ class Captions(Producer):
         captioner = models.captioners[name]
         count = info.identity["captions"]
 
-        def prepare(size: int) -> Callable[[], Any]:
-            rows = test_rows(size)
+        def start(rows: Sequence[int]) -> Callable[[], Any]:
             pixels, true = captioner.image and probe_images(models, captioner.image, rows), [TEXTS[n] for n in rows]
-            seeds = np.arange(size * count, dtype=np.uint64).reshape(size, count)
+            seeds = np.arange(len(rows) * count, dtype=np.uint64).reshape(-1, count)
             return lambda: models.captions(captioner, pixels, seeds, true)[0]()  # noqa: PLW0108 - captions each time
 
-        return Side(partial(check_captioner, models, name, count), prepare, count)
+        return Side(partial(check_captioner, models, name, count), start, count)
 
     def prepare(self, rows: Sequence[Row]) -> Mapping[str, npt.NDArray[Any]]:
         """Seeds [rows, captions], or what is drawn from them, by layer."""

@@ -14,8 +14,8 @@ from reinforce.dataset.layers import Layer
 from reinforce.engine.inference.inference import Batch, Outputs
 from reinforce.engine.inference.models import Models
 from reinforce.engine.inference.outputs import to_numpy
-from reinforce.engine.inference.self_test import check_fp8, check_image_encoder
-from reinforce.engine.worker.producers.base import Mask, RowGroup, Side, image_batches
+from reinforce.engine.inference.self_test import check_encoder, check_fp8, of_images
+from reinforce.engine.worker.producers.base import Mask, RowGroup, Side
 from reinforce.engine.worker.producers.vectors import Embeddings, Floats
 from teachers.preprocessing.pixels import to_pixels
 from teachers.protocols import ImageSpec
@@ -31,11 +31,8 @@ class ImageEmbeddings(Embeddings):
         if not info.images:
             return None
         teacher = models.teachers[name]
-        encode, image = partial(models.encode_images, teacher), teacher.image
-        return Side(
-            partial(check_image_encoder, models, name, "images", image, encode, precision),
-            image_batches(models, image, teacher.encode_images),
-        )
+        start = of_images(models, teacher.image, partial(models.encode_images, teacher))
+        return Side(partial(check_encoder, models, name, "images", start, precision), start)
 
     def encode(self, batch: Batch, prepared: Any) -> Callable[[], Outputs]:
         """Embeddings [rows, K, D] by layer."""

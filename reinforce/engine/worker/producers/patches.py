@@ -17,8 +17,8 @@ from reinforce.dataset.kinds.registry import KINDS
 from reinforce.dataset.layers import Layer
 from reinforce.engine.inference.inference import Batch, Outputs
 from reinforce.engine.inference.models import Models
-from reinforce.engine.inference.self_test import check_image_encoder
-from reinforce.engine.worker.producers.base import Producer, RowGroup, Side, image_batches
+from reinforce.engine.inference.self_test import check_encoder, of_images
+from reinforce.engine.worker.producers.base import Producer, RowGroup, Side
 from reinforce.errors import UserError
 from reinforce.seeds import philox_bits, seed_for
 from teachers.preprocessing.pixels import to_pixels
@@ -38,25 +38,28 @@ class PatchFeatures(Producer):
 
         def compute(pixels: torch.Tensor) -> torch.Tensor:
             """The grid of each image as one vector."""
-            return torch.nn.functional.normalize(encoder.encode_patches(pixels).flatten(1), dim=1)
+            return torch.nn.functional.normalize(encoder.encode(pixels).flatten(1), dim=1)
+
+        start = of_images(models, encoder.image, compute)
 
         def check(batch: int | None) -> None:
-            check_image_encoder(models, name, "patches", encoder.image, compute, precision, batch)
+            check_encoder(models, name, "patches", start, precision, batch)
 
-        return Side(check, image_batches(models, encoder.image, encoder.encode_patches))
+        return Side(check, start)
 
     def schema(self, layer: Layer) -> pa.Schema:
-        encoder, grid = self.session.models.encoder(_KIND, str(layer.model)), layer.recipe["patches"]["grid"]
-        if [encoder.rows, encoder.columns] != grid:
+        entry, grid = self.session.models.encoder(_KIND, str(layer.model)).entry, layer.recipe["patches"]["grid"]
+        rows, columns = entry["grid"]
+        if [rows, columns] != grid:
             raise UserError(
-                f"teachers.{layer.model}.patches.grid: {grid} in this config, and the model has {encoder.rows} x "
-                f"{encoder.columns} patches of its images; set grid: [{encoder.rows}, {encoder.columns}]"
+                f"teachers.{layer.model}.patches.grid: {grid} in this config, and the model has {rows} x {columns} "
+                f"patches of its images; set grid: [{rows}, {columns}]"
             )
         try:
-            layer.kind.codec(layer).dim(encoder.dim)
+            layer.kind.codec(layer).dim(entry["dim"])
         except ValueError as error:
             raise UserError(f"teachers.{layer.model}.patches.codec: {error}") from None
-        return layer.schema(self.session.config.images, encoder.dim)
+        return layer.schema(self.session.config.images, entry["dim"])
 
     def encode(self, batch: Batch, prepared: Any) -> Callable[[], Outputs]:
         """The stored patches of rows, [rows] of ``_cells``, by layer."""
@@ -68,7 +71,7 @@ class PatchFeatures(Producer):
             encoder = models.encoder(_KIND, str(layer.model))
             with self.session.stage(layer.name, batch.what, len(batch.crops)):
                 parts = [
-                    encoder.encode_patches(to_pixels(part, encoder.image)).flatten(1, 2).cpu().numpy()
+                    encoder.encode(to_pixels(part, encoder.image)).flatten(1, 2).cpu().numpy()
                     for part in batch.crops.split(size)
                 ]
                 patches = np.concatenate(parts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,8 +15,8 @@ from reinforce.dataset.layers import Layer
 from reinforce.engine.inference.inference import Batch, Outputs
 from reinforce.engine.inference.models import Models
 from reinforce.engine.inference.outputs import Floats
-from reinforce.engine.inference.self_test import check_numbers, probe_images
-from reinforce.engine.worker.producers.base import CROPS, Producer, RowGroup, Side, image_batches
+from reinforce.engine.inference.self_test import check_numbers, of_images
+from reinforce.engine.worker.producers.base import CROPS, Producer, RowGroup, Side
 from reinforce.errors import UserError
 from teachers.preprocessing.pixels import to_pixels
 from teachers.spec import ModelInfo, Precision
@@ -40,12 +40,11 @@ class ClassProbabilities(Producer):
     def side(models: Models, name: str, info: ModelInfo, precision: Precision) -> Side:
         classifier = models.loaded["classifiers"][name]
 
-        def compute(rows: Sequence[int]) -> Floats:
-            found = _probabilities(classifier, probe_images(models, classifier.image, rows), 1.0)
-            return np.asarray(found.cpu())
+        def compute(pixels: torch.Tensor) -> Floats:
+            return np.asarray(_probabilities(classifier, pixels, 1.0).cpu())
 
-        check = partial(check_numbers, models, name, "probabilities", classifier, compute)
-        return Side(check, image_batches(models, classifier.image, classifier.classify))
+        start = of_images(models, classifier.image, compute)
+        return Side(partial(check_numbers, models, name, "probabilities", classifier, start), start)
 
     # -- batches
 

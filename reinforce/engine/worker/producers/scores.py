@@ -20,7 +20,7 @@ from reinforce.engine.inference.batch_sizes import Demand, OutOfMemory
 from reinforce.engine.inference.inference import Batch, Outputs
 from reinforce.engine.inference.models import Models
 from reinforce.engine.inference.outputs import Floats
-from reinforce.engine.inference.self_test import LONG_TEXT, can_be_tested, check_numbers, score_probes, test_rows
+from reinforce.engine.inference.self_test import LONG_TEXT, can_be_tested, check_numbers, score_probes
 from reinforce.engine.messages.results import raising_layer_failure
 from reinforce.engine.worker.producers.base import Producer, RowGroup, Side
 from reinforce.source.samples import Refusal
@@ -50,8 +50,12 @@ class Scores(Producer):
         if not can_be_tested(info.identity["inputs"]):
             return None
         score = partial(score_probes, models, name, info.identity["inputs"], info.identity["names"])
-        check = partial(check_numbers, models, f"scores.{name}", "scores", models.loaded["scores"][name], score)
-        return Side(check, lambda size: partial(score, test_rows(size)))
+
+        def start(rows: Sequence[int]) -> Callable[[], Floats]:
+            return partial(score, rows)
+
+        check = partial(check_numbers, models, f"scores.{name}", "scores", models.loaded["scores"][name], start)
+        return Side(check, start)
 
     @staticmethod
     def full_batch(models: Models, layer: Layer, config: Config) -> int:

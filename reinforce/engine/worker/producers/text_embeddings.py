@@ -17,7 +17,7 @@ from reinforce.engine.inference.batch_sizes import Demand, OutOfMemory, texts_pe
 from reinforce.engine.inference.inference import Outputs
 from reinforce.engine.inference.models import Models
 from reinforce.engine.inference.outputs import to_numpy
-from reinforce.engine.inference.self_test import LONG_TEXT, TEXTS, check_text_encoder, test_rows
+from reinforce.engine.inference.self_test import LONG_TEXT, TEXTS, check_text_encoder
 from reinforce.engine.messages.tracebacks import shorten
 from reinforce.engine.worker.producers.base import Mask, RowGroup, Side
 from reinforce.engine.worker.producers.vectors import Embeddings, Floats
@@ -37,11 +37,11 @@ class TextEmbeddings(Embeddings):
         if not info.texts:
             return None
 
-        def prepare(size: int) -> Callable[[], Any]:
-            texts = [f"{TEXTS[row]}, {place}" for place, row in enumerate(test_rows(size))]
+        def start(rows: Sequence[int]) -> Callable[[], Any]:
+            texts = [f"{TEXTS[row]}, {place}" for place, row in enumerate(rows)]
             return lambda: models.text_encoder(models.teachers[name], texts)()  # noqa: PLW0108 - tokenizes each time
 
-        return Side(partial(check_text_encoder, models, name, precision), prepare)
+        return Side(partial(check_text_encoder, models, name, precision), start)
 
     @staticmethod
     def full_batch(models: Models, layer: Layer, config: Config) -> int:
