@@ -45,10 +45,8 @@ class Card:
     grids: Mapping[str, str] = field(default_factory=dict)
 
 
-def choose(
-    rows: Rows, seed: int, quarantined: set[tuple[str, str]], others: Collection[int] = ()
-) -> dict[str, list[int]]:
-    """The rows of each tab, in its order; ``quarantined`` are the shard and key of items, and ``others`` are rows that
+def choose(rows: Rows, seed: int, refused: set[tuple[str, str]], others: Collection[int] = ()) -> dict[str, list[int]]:
+    """The rows of each tab, in its order; ``refused`` are the shard and key of items, and ``others`` are rows that
     other pages show."""
     tabs = {"random": permutation(len(rows), seed, "inspected samples").tolist()[:_RANDOM]}
     agreement = rows.targets.agreements()
@@ -59,7 +57,7 @@ def choose(
     gap = synthetic_gap(rows)
     tabs["synthetic"] = [row for row in _extreme(-gap) if gap[row] > 0]
     tabs["true"] = [row for row in _extreme(gap) if gap[row] < 0]
-    null = [row for row, (group, _) in enumerate(rows.places) if (group.shard, rows.keys[row]) in quarantined]
+    null = [row for row, (group, _) in enumerate(rows.places) if (group.shard, rows.keys[row]) in refused]
     tabs["quarantine"] = null[:_NULL]
     shown = sorted({*others, *(row for found in tabs.values() for row in found)})
     tabs["key"] = sorted(shown, key=lambda row: (rows.places[row][0].shard, rows.keys[row], row))

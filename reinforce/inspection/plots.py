@@ -70,9 +70,8 @@ class Chart:
                 columns = 1 if max(map(len, labels)) > 20 else 3
                 figure.legend(loc="outside upper left", ncols=columns, frameon=False, fontsize=9, labelcolor=plots.INK)
             file = io.StringIO()
-            figure.savefig(
-                file, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
-            )
+            nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+            figure.savefig(file, format="svg", transparent=True, metadata=nothing)
         svg = file.getvalue()
         svg = re.sub(r' id="[a-z0-9_.]+_\d+"', "", svg[svg.index("<svg") :])  # which other charts of the page have too
         return Markup(re.sub("|".join(_VARIABLES), lambda found: f"var(--{_VARIABLES[found[0]]})", svg))  # noqa: S704

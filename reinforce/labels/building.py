@@ -42,6 +42,7 @@ from reinforce.labels.index import (
     MAX_BITS,
     SHARDS,
     IdentityIndex,
+    damaged,
     description,
     find_index,
     index_fingerprint,
@@ -51,7 +52,6 @@ from reinforce.labels.index import (
 from reinforce.parallel.map_workers import MapWorkers, open_workers
 from reinforce.parallel.shuffle import Ranges, Shuffle
 from reinforce.storage import as_seen_by_workers
-from reinforce.terminal import escape
 
 PART_ROWS = 2**20  # of the shards of a part, and about of a partition
 _GROUP_ROWS = 2**14  # of a row group of a partition
@@ -200,9 +200,7 @@ def count_partition(build: Build, number: str) -> Counts:
             continue  # a kind without entries
         except RefusedFile as error:
             fix = f"Delete {store.path(FOLDER)}, and repeat the command."
-            raise UserError(
-                f"{store.layer_path(layer, number)} is damaged ({escape(str(error)[:200])}). {fix}"
-            ) from error
+            raise damaged(store.layer_path(layer, number), error, fix) from error
     return counts
 
 

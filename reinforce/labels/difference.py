@@ -112,9 +112,7 @@ class DatasetDiff:
             "rows": {"a": self.rows[0], "b": self.rows[1]},
             "matched": dict(self.matched),
             "without_identity": {"a": self.unstated[0], "b": self.unstated[1]},
-            "identities": {
-                side: [*filter(of.__contains__, COLUMNS)] for side, of in zip("ab", self.kinds, strict=True)
-            },
+            "identities": {one: [*filter(of.__contains__, COLUMNS)] for one, of in zip("ab", self.kinds, strict=True)},
             "only_in_a": {"samples": self.unmatched[0], "layers": self.only_first},
             "only_in_b": {"samples": self.unmatched[1], "layers": self.only_second},
             "missing_shards": dict(self.missing),

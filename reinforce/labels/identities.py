@@ -78,15 +78,11 @@ def columns_of_identities(names: Sequence[str], images: bool = True) -> list[str
 
 def identities(samples: pa.Table) -> dict[str, pa.Array]:
     """The identities of rows of samples by kind, null where a row states none: texts, and digests as uint64 [rows]."""
-    found = {
-        kind: samples[column].combine_chunks() for kind, column in COLUMNS.items() if column in samples.column_names
-    }
+    found = {kind: samples[name].combine_chunks() for kind, name in COLUMNS.items() if name in samples.column_names}
     if DIGEST not in found and "image" in samples.column_names:
         found[DIGEST] = pa.array(map(image_digest, samples["image"].to_pylist()), pa.uint64())
     if "metadata" in samples.column_names and "uid" not in found:
-        stated = [
-            {} if text is None else identity_of({"json": text.encode()}) for text in samples["metadata"].to_pylist()
-        ]
+        stated = [{} if one is None else identity_of({"json": one.encode()}) for one in samples["metadata"].to_pylist()]
         for kind in COLUMNS:
             if kind != DIGEST:
                 found[kind] = pa.array([one.get(kind) for one in stated], pa.string())

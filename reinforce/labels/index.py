@@ -75,6 +75,11 @@ def partition_name(number: int) -> str:
     return f"{number:05d}"
 
 
+def damaged(path: str, error: Exception, fix: str = _FIX) -> UserError:
+    """The error of a file of an index that cannot be read."""
+    return UserError(f"{path} is damaged ({escape(str(error)[:200])}). {fix}")
+
+
 class NoSuchRow(UserError, RefusedFile):
     """An index names a row that its shard does not have."""
 
@@ -109,9 +114,8 @@ class IdentityIndex:
             if 0 <= rest < rows:
                 return number, rest
             rest -= rows
-        raise NoSuchRow(
-            f"{self.store.path(FOLDER, DESCRIPTION)} names row {row} of shard {shard}, which has none. {_FIX}"
-        )
+        path = self.store.path(FOLDER, DESCRIPTION)
+        raise NoSuchRow(f"{path} names row {row} of shard {shard}, which has none. {_FIX}")
 
     def place(self, shard: str, group: int) -> tuple[int, int]:
         """The number of a shard, and the first row of one of its row groups."""
@@ -154,9 +158,7 @@ class IdentityIndex:
         except FileNotFoundError:
             self._check_absent(kind, name)
         except (RefusedFile, ValueError, pa.ArrowException) as error:
-            raise UserError(
-                f"{self.store.layer_path(layer, name)} is damaged ({escape(str(error)[:200])}). {_FIX}"
-            ) from error
+            raise damaged(self.store.layer_path(layer, name), error) from error
 
     def _check_absent(self, kind: str, name: str) -> None:
         """Raise MissingLabels if a partition that does not exist is not one without entries."""
@@ -275,7 +277,7 @@ def _read_shards(store: Store, fingerprint: str) -> pa.Table:
     except FileNotFoundError as error:
         raise MissingLabels(f"{store.path(*parts)} is missing. {_FIX}") from error
     except (RefusedFile, ValueError, pa.ArrowException) as error:
-        raise UserError(f"{store.path(*parts)} is damaged ({escape(str(error)[:200])}). {_FIX}") from error
+        raise damaged(store.path(*parts), error) from error
     return table
 
 

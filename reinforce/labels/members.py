@@ -233,9 +233,7 @@ def _parse_pth(data: bytes) -> dict[str, Floats]:
     found = torch.load(io.BytesIO(unpacked), map_location="cpu", weights_only=True)
     if not isinstance(found, dict):
         raise Unreadable("pth.gz does not hold a mapping of names to tensors")
-    tensors = {
-        name: value for name, value in found.items() if isinstance(name, str) and isinstance(value, torch.Tensor)
-    }
+    tensors = {name: one for name, one in found.items() if isinstance(name, str) and isinstance(one, torch.Tensor)}
     matrices = {name: value for name, value in tensors.items() if value.ndim == 2 and value.is_floating_point()}
     _check_size(4 * sum(value.numel() for value in matrices.values()))
     return {name: value.float().numpy() for name, value in matrices.items()}

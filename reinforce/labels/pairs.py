@@ -110,9 +110,8 @@ class Partners:
     def _stated(self, place: RowPlace) -> Identity:
         rows = self._group(place.shard, place.group)
         if place.row >= len(rows):
-            raise UserError(
-                f"{self._store.layer_path(SAMPLES, place.shard)} does not have the rows of its index: {place}."
-            )
+            path = self._store.layer_path(SAMPLES, place.shard)
+            raise UserError(f"{path} does not have the rows of its index: {place}.")
         return rows[place.row]
 
     def _read_group(self, shard: str, group: int) -> Sequence[Identity]:

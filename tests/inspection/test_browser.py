@@ -158,9 +158,8 @@ def test_search_and_tabs_choose_samples(report: Path, watched: Watched) -> None:
     assert agreement == sorted(agreement)
     choose(page, "quarantine")
     assert set(shown(page)) == {*REFUSED, *WITHOUT_CAPTION}
-    assert (
-        page.locator(".card:not([hidden])", has_text=REFUSED[0]).locator(".refusal").inner_text().startswith("image_")
-    )
+    card = page.locator(".card:not([hidden])", has_text=REFUSED[0])
+    assert card.locator(".refusal").inner_text().startswith("image_")
     page.reload()  # the address keeps the tab
     assert set(shown(page)) == {*REFUSED, *WITHOUT_CAPTION}
 

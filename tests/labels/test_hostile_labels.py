@@ -57,9 +57,8 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[Any, int]]:
 
 def find(plan: Plan) -> tuple[list[RowLabels], dict[str, int]]:
     """The labels of the copy, in two batches."""
-    wanted = [
-        Wanted(f"own{n}", {"uid": f"uid{n}", "url": f"https://example.org/{n}"}, picture(n)) for n in range(COUNT)
-    ]
+    stated = [{"uid": f"uid{n}", "url": f"https://example.org/{n}"} for n in range(COUNT)]
+    wanted = [Wanted(f"own{n}", one, picture(n)) for n, one in enumerate(stated)]
     with contextlib.closing(open_labels(plan.config, plan.layers.values())) as reader:
         found = [one for part in (wanted[::2], wanted[1::2]) for [one] in reader.find(part)]
         return found, reader.counts

@@ -146,9 +146,7 @@ def test_a_copy_in_another_order_has_the_labels_of_its_own_images_and_no_others(
         document = None if layout == "DFNDR" else json.dumps(found).encode()
         return published_members(ALL[number], json=document, **{"url.txt": url})
 
-    source = [
-        source_members(ALL[number], f"own{number}", json=json.dumps(stated(number)).encode()) for number in range(2, 10)
-    ]
+    source = [source_members(ALL[n], f"own{n}", json=json.dumps(stated(n)).encode()) for n in range(2, 10)]
     source[0][0] = ("own2.jpg", encode(Image.open(io.BytesIO(source[0][0][1])), "JPEG"))
     source.append(source_members(ALL[1], json=json.dumps(stated(99)).encode()))
     source.append(source_members(ALL[3], "again", json=json.dumps(stated(3)).encode()))

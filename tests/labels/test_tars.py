@@ -77,9 +77,7 @@ def test_raygens_tars_give_captions_and_text_vectors_and_crops_are_drawn_here(tm
     own = {**config, "reinforcements": tars, "augmentations": {"count": 2, "size": 24, "own": True}}
     url = reinforce_here(own)
     samples = list(reinforce.open(url))
-    plain = reinforce_here(
-        {"source": tars, "output": str(tmp_path / "plain"), "augmentations": {"count": 2, "size": 24}}
-    )
+    plain = reinforce_here({"source": tars, "output": f"{tmp_path}/plain", "augmentations": {"count": 2, "size": 24}})
     for one, sample, alone in zip(ALL, samples, reinforce.open(plain), strict=False):
         assert sample.captions["coca"] == one.captions["syn_text"]
         assert sample.augmentations == alone.augmentations
@@ -109,9 +107,8 @@ def test_a_layer_added_later_equals_that_of_a_single_run(tmp_path: Path) -> None
     assert different == ["dataset.json"], "which lists teachers in the order in which they were added"
     for one, sample in zip(ALL, reinforce.open(f"{tmp_path}/out"), strict=True):
         assert sample.captions["tagged"] == one.captions["syn_text_tagged"]
-        np.testing.assert_allclose(
-            sample.texts["two"]["tagged"], one.vectors["syn_text_tagged_emb"][:, DIMS[0] :], atol=1e-6
-        )
+        tagged = one.vectors["syn_text_tagged_emb"][:, DIMS[0] :]
+        np.testing.assert_allclose(sample.texts["two"]["tagged"], tagged, atol=1e-6)
         assert sample.texts["ours"].keys() == {"caption", "coca", "tagged"}
 
 

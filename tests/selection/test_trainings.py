@@ -77,9 +77,8 @@ def test_batches_over_a_view_are_the_same_after_a_resume_and_in_loader_processes
     [few, some, every] = [feed_of(url, view).data for view in ("few", "some", None)]
     assert few != some
     view = reinforce.open(url, view="few").view
-    assert {name: value for name, value in few.items() if every.get(name) != value} == {
-        f"{url}: view few": view.fingerprint
-    }
+    own = {name: value for name, value in few.items() if every.get(name) != value}
+    assert own == {f"{url}: view few": view.fingerprint}
     dumped = Data.model_validate({"datasets": url}).model_dump(mode="json")
     assert dumped["datasets"] == [{"url": url, "weight": 1.0}], "as in checkpoints of earlier versions"
 

@@ -81,9 +81,8 @@ def run(folder: Path, shards: int, cluster: Cluster) -> tuple[RunSummary, Simula
 
 
 def test_a_run_survives_lost_nodes_and_deaths_of_workers(tmp_path: Path) -> None:
-    cluster = Cluster(
-        6, 8, lambda draw: draw.uniform(0.01, 0.05), losses=[(0.1, 0), (0.2, 3)], deaths=[0.05, 0.15, 0.3]
-    )
+    losses, deaths = [(0.1, 0), (0.2, 3)], [0.05, 0.15, 0.3]
+    cluster = Cluster(6, 8, lambda draw: draw.uniform(0.01, 0.05), losses=losses, deaths=deaths)
     summary, _ = run(tmp_path, 600, cluster)
     assert (summary.status, summary.message, summary.quarantined_shards) == (0, "done", 0)
     assert (summary.shards, summary.samples) == (600, 600 * 10_000)
