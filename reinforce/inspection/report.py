@@ -105,7 +105,7 @@ def inspect(
     wanted = {place for one, found in nearest for place in (one, *(other for _, of in found for _, other in of))}
     wanted |= {rows.places[row] for pair in (similar.pairs if similar else ()) for row in pair[:2]}
     wanted |= {place for rule in (sides.rules if sides else ()) for side in rule.sides for _, place in side.shown}
-    drawn = draw_thumbnails(data, rows, cards, wanted, files.__setitem__)
+    thumbnails = draw_thumbnails(data, rows, cards, wanted, files.__setitem__)
     texts, cosines = captions.text_figures(rows), captions.similarities(rows)
     charts = [*contents.similarity_charts(rows, seed)]
     problems = [*overview.problems, *dict.fromkeys(rows.problems)]
@@ -115,12 +115,11 @@ def inspect(
     shared = {
         **about,
         "title": data.store.url.rstrip("/").rpartition("/")[2] or data.store.url,
-        "url": data.store.url,
+        "data": data,
         "selection": selection,
         "rows": rows,
-        "view": None if sides is None else sides.view,
-        "has_texts": rows.has_texts,
-        "thumbnails": drawn,
+        "sides": sides,
+        "thumbnails": thumbnails,
     }
     found = {
         "summary": _summary(data, overview, problems),
@@ -129,7 +128,7 @@ def inspect(
         **({"captions": _captions(rows, texts, cosines)} if rows.has_texts else {}),
         **({"neighbours": {"nearest": nearest, **_charts(similarity=charts)}} if rows.image_teachers else {}),
         "plots": _plots(rows),
-        **({} if sides is None else {"view": {"rules": sides.rules}}),
+        **({} if sides is None else {"view": {}}),
     }
     names = {name: _FIRST if name == "summary" else f"{name}.html" for name in found}
     shared["pages"] = [(address, name.capitalize()) for name, address in names.items()]
@@ -189,10 +188,8 @@ def _summary(data: Dataset, overview: Overview, problems: Sequence[str]) -> dict
         for section, names in data.models.items()
         for name in names
     ]
-    text = json.dumps(data.manifest, indent=2, ensure_ascii=False)
-    return {
-        "overview": overview, "problems": problems, "models": models, "manifest": data.manifest, "manifest_text": text,
-    }  # fmt: skip
+    manifest = json.dumps(data.manifest, indent=2, ensure_ascii=False)
+    return {"overview": overview, "problems": problems, "models": models, "manifest": manifest}
 
 
 def _gallery(overview: Overview, rows: Rows, cards: Sequence[Card]) -> dict[str, Any]:
@@ -200,13 +197,11 @@ def _gallery(overview: Overview, rows: Rows, cards: Sequence[Card]) -> dict[str,
     others = [item for item in overview.quarantine.items if (item.shard, item.key) not in shown]
     counts = Counter(name for card in cards for name in card.ranks)
     counts["quarantine"] += len(others)
-    found = measures(rows)
-    numbers = [[f"{values[card.row]:.4g}" for values in found.values()] for card in cards]
     return {
-        "cards": [*zip(cards, numbers, strict=True)],
+        "cards": cards,
         "others": others,
         "counts": counts,
-        "measures": [*found],
+        "measures": measures(rows),
         "parts": -(-len(rows) // _FOUND_ROWS),
     }
 
