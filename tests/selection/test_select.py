@@ -93,16 +93,25 @@ def test_nan_is_no_value_of_a_number(url: str) -> None:
     assert rows == [(ROWS, ROWS), (0, 0)], "duckdb's NaN is larger than any number"
 
 
-def test_keep_takes_the_samples_with_the_largest_values_of_all_shards(url: str) -> None:
-    values = {key: value for key, value in scores(url, "match.caption_mean").items() if value is not None}
-    for top in (7, 0.25, 1.0, 1000):
-        view = make_view(url, "caption IS NOT NULL", {"keep": {"top": top, "by": "scores.match.caption_mean"}})
-        count = min(len(values), round(top * len(values)) if isinstance(top, float) else top)
-        best = sorted(values, key=values.__getitem__, reverse=True)[:count]
-        assert {*keys_of(url)} == {*best}
-        assert view.report[1]["left_out"] == len(values) - count
-        if count < len(values):
-            assert view.report[1]["threshold"] == pytest.approx(values[best[-1]])
+@pytest.mark.parametrize("top", [7, 0.25, 1.0, 1000])
+@pytest.mark.parametrize("within", [None, "length(captions.namer[1]) % 3"])
+def test_keep_takes_the_samples_with_the_largest_values_of_all_or_of_each_group(
+    url: str, top: float, within: str | None
+) -> None:
+    view = make_view(url, {"keep": {"top": top, "by": "scores.match.caption_mean", "within": within}})
+    groups: dict[int, list[tuple[float, str]]] = {}
+    for sample in reinforce.open(url):
+        if (value := sample.values["scores/match"]["caption_mean"]) is not None:
+            group = len(sample.captions["namer"][0]) % 3 if within else 0
+            groups.setdefault(group, []).append((value, sample.key))
+    counts = {group: max(1, round(top * len(of))) if isinstance(top, float) else top for group, of in groups.items()}
+    best = [one for group, of in groups.items() for one in sorted(of, reverse=True)[: counts[group]]]
+    assert {*keys_of(url)} == {key for _, key in best}
+    [line] = view.report
+    assert (line["null"], line["left_out"]) == (3, SHARDS * ROWS - len(best))
+    assert line.get("groups", 1) == len(groups) == (3 if within else 1)
+    if not within and line["left_out"] > 3:
+        assert line["threshold"] == pytest.approx(min(best)[0])
 
 
 def test_keep_compares_numbers_as_float64(url: str) -> None:
@@ -164,19 +173,6 @@ def test_thresholds_of_groups_are_exact_for_any_numbers(few: int, bits: int, dat
         wanted = min(count, max(1, round(top * count))) if isinstance(top, float) else min(count, top)
         assert number(int(found), bits) == ordered_values[wanted - 1]
     assert {*search.groups.tolist()} == {*groups.tolist()}
-
-
-def test_keep_within_takes_the_largest_values_of_each_group(url: str) -> None:
-    by, within = "scores.match.caption_mean", "length(captions.namer[1]) % 3"
-    view = make_view(url, {"keep": {"top": 0.25, "by": by, "within": within}})
-    values, of_group = scores(url, "match.caption_mean"), {}
-    for sample in reinforce.open(url):
-        if values[sample.key] is not None:
-            of_group.setdefault(len(sample.captions["namer"][0] or "") % 3, []).append(sample.key)
-    best = {group: sorted(keys, key=values.__getitem__, reverse=True) for group, keys in of_group.items()}
-    assert {*keys_of(url)} == {key for keys in best.values() for key in keys[: max(1, round(0.25 * len(keys)))]}
-    assert (view.report[0]["groups"], view.report[0]["null"]) == (len(best), 3)
-    assert len(best) > 1
 
 
 def test_a_view_that_is_made_again_replaces_the_first_unless_its_rules_leave_nothing(url: str) -> None:
