@@ -27,6 +27,7 @@ from reinforce.engine.recompute import recompute
 from reinforce.engine.worker.producers.registry import PRODUCERS
 from reinforce.errors import UserError
 from reinforce.source.formats.recognise import all_formats
+from reinforce.student.loss_config import OF_IMAGES, OTHER_MODELS
 from teachers import registry
 from tests.helpers.commands import printed_by
 from tests.helpers.data import config_of, members_of, picture, write_tar
@@ -90,9 +91,21 @@ def kind_questions(tree: ast.AST) -> Iterator[tuple[int, str]]:
             divided = on if of == "'/'" and node.func.attr in DIVIDES else of if node.func.attr in PARTS else ""
             found = divided in ("name", "layer", "layer.name", "self.name")
         if found:
-            yield node.lineno, ast.unparse(node)  # type: ignore[attr-defined]
+            yield node.lineno, ast.unparse(node)
 
 
+def term_questions(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """The line and the text of each key of a term of images that is read, and of each name under which terms ask for
+    other targets than vectors."""
+    asked = {kind.asked for kind in KINDS.values()} | {*OTHER_MODELS.values()}
+    for node in ast.walk(tree):
+        of_term = isinstance(node, ast.Attribute) and node.attr in OF_IMAGES
+        found = of_term and ast.unparse(node.value).endswith("loss")
+        if found or (isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in asked):
+            yield node.lineno, ast.unparse(node)
+
+
+TERM_CODE = "config.loss.dense.stage; targets['patches']; models.loaded['classifiers']"
 KIND_CODE = "layer.kind.name in ('images', 'texts'); f'captions/{c}'; layer.split('/'); posixpath.dirname(name); "
 KIND_CODE += "layer.kind.section == 'teachers'"
 PROGRAMS = ("reinforce", "jobs", "benchmarks", "examples")
@@ -116,9 +129,16 @@ PROGRAMS = ("reinforce", "jobs", "benchmarks", "examples")
             KIND_CODE,
             5,
         ),
+        (
+            term_questions,
+            ("reinforce",),
+            ("reinforce/dataset/kinds/", "worker/producers/", "student/terms/", "student/loss_config.py"),
+            TERM_CODE,
+            3,
+        ),
     ],
 )
-def test_no_other_code_asks_which_format_family_or_kind_it_has(
+def test_no_other_code_asks_which_format_family_kind_or_term_it_has(
     search: Callable[[ast.AST], Iterator[tuple[int, str]]],
     folders: tuple[str, ...],
     own: tuple[str, ...],

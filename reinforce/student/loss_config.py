@@ -24,7 +24,7 @@ TERMS = (
     *("anchor_similarities", "anchor_features", "anchor_weights"),
 )
 #: Keys of terms that are added to the loss of images, whichever lambda is, and keys that came later than the others.
-_OF_IMAGES, _LATER = ("probabilities", "dense"), ("dense",)
+OF_IMAGES, _LATER = ("probabilities", "dense"), ("dense",)
 #: Sections of a run's config with the models that the term of a key learns from, if they are no teachers.
 OTHER_MODELS = {"probabilities": "classifiers"}
 
@@ -214,7 +214,7 @@ class Loss(Section):
     def of_images(self) -> list[str]:
         """The keys that are set, by their path, and need images."""
         online = ["loss.targets: online"] if self.targets == "online" else []
-        return [*(f"loss.{key}" for key in _OF_IMAGES if getattr(self, key) is not None), *online]
+        return [*(f"loss.{key}" for key in OF_IMAGES if getattr(self, key) is not None), *online]
 
     @property
     def teacher_terms(self) -> list[TeacherTerm]:
