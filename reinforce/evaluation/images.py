@@ -109,16 +109,14 @@ class ImageBatches:
             self._cached = None
         needed = self._count * sum(spec.height * spec.width * 3 for spec in specs)
         kept: list[_Decoded] | None = [] if 0 < needed <= self._budget.free else None
-        refused: list[Refusal] = []
         done = 0
-        with closing(self._decode(specs, size, threads, refused)) as batches:
+        with closing(self._decode(specs, size, threads)) as batches:
             for batch in batches:
                 if kept is not None:
                     kept.append(batch)
                 yield batch
                 done += len(batch[1])
                 self._progress(done)
-        self.refused = refused
         if kept is not None:
             self._budget.free -= needed
             self._cached = geometry, kept, needed
@@ -131,55 +129,49 @@ class ImageBatches:
         ``make`` runs ahead in threads, for ``size`` images. Images whose target is not ``only`` are loaded for the
         digest alone, and not decoded. Nothing is cached.
         """
-        refused: list[Refusal] = []
 
         def convert(item: LabelledImage, data: bytes) -> T | None:
             return make(self.open(data), item.target) if only(item.target) else None
 
-        with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
-            skip = None if self.digest is not None else only
-            with closing(self._converted(pool, convert, size + threads, refused, skip)) as items:
-                found = (item for item in items if item is not None)
-                for done, item in enumerate(found, start=1):
-                    yield item
-                    self._progress(done)
-        self.refused = refused
+        skip = None if self.digest is not None else only
+        with closing(self._converted(convert, size, threads, skip)) as items:
+            found = (item for item in items if item is not None)
+            for done, item in enumerate(found, start=1):
+                yield item
+                self._progress(done)
 
     def open(self, data: bytes) -> Image.Image:
         """Decode an image to RGB at its own size, as all of this set. Raises ImageRefused. Thread-safe."""
-        if len(data) > self._limits.image_bytes:  # a dataset may have been made with wider limits
-            raise ImageRefused(Reason.IMAGE_BYTES, f"{len(data)} bytes, above limits.image_bytes")
+        self._check_size(data)
         return decode(data, self._limits, policy=self._policy)
 
-    def _decode(
-        self, specs: Sequence[ImageSpec], size: int, threads: int, refused: list[Refusal]
-    ) -> Generator[_Decoded, None, None]:
+    def _check_size(self, data: bytes) -> None:
+        if len(data) > self._limits.image_bytes:  # a dataset may have been made with wider limits
+            raise ImageRefused(Reason.IMAGE_BYTES, f"{len(data)} bytes, above limits.image_bytes")
+
+    def _decode(self, specs: Sequence[ImageSpec], size: int, threads: int) -> Generator[_Decoded, None, None]:
         def convert(item: LabelledImage, data: bytes) -> tuple[list[np.ndarray], Any]:
             if not specs:  # only read
-                if len(data) > self._limits.image_bytes:
-                    raise ImageRefused(Reason.IMAGE_BYTES, f"{len(data)} bytes, above limits.image_bytes")
+                self._check_size(data)
                 return [], item.target
             image = self.open(data)
             return [fit(image, spec) for spec in specs], item.target
 
-        # closing() cancels pending decodes when the consumer stops early
-        with (
-            ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool,
-            closing(self._converted(pool, convert, 2 * size + threads, refused)) as items,
-        ):
+        with closing(self._converted(convert, 2 * size, threads)) as items:
             while taken := list(itertools.islice(items, size)):
                 pixels = [np.stack(images) for images in zip(*(images for images, _ in taken), strict=True)]
                 yield pixels, [target for _, target in taken]
 
     def _converted(
         self,
-        pool: ThreadPoolExecutor,
         convert: Callable[[LabelledImage, bytes], T],
-        window: int,
-        refused: list[Refusal],
+        ahead: int,
+        threads: int,
         only: Callable[[Any], bool] | None = None,
     ) -> Generator[T, None, None]:
-        """What ``convert`` gives for each example; their hashes go to ``digest``, those it refuses to ``refused``."""
+        """What ``convert`` gives for each example, in threads; their hashes go to ``digest``, those it refuses to
+        ``refused``. Closing it cancels pending decodes when the consumer stops early."""
+        refused: list[Refusal] = []
 
         def run(item: LabelledImage | Refusal) -> tuple[bytes, T | Refusal]:
             if isinstance(item, Refusal):
@@ -194,10 +186,15 @@ class ImageBatches:
         examples = self._examples()
         if only is not None:
             examples = (item for item in examples if isinstance(item, Refusal) or only(item.target))
-        for content, item in prefetch(pool, run, examples, window):
-            if self.digest is not None:
-                self.digest.examples.append(content)
-            if isinstance(item, Refusal):
-                refused.append(item)
-            else:
-                yield item
+        with (
+            ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool,
+            closing(prefetch(pool, run, examples, ahead + threads)) as found,
+        ):
+            for content, item in found:
+                if self.digest is not None:
+                    self.digest.examples.append(content)
+                if isinstance(item, Refusal):
+                    refused.append(item)
+                else:
+                    yield item
+        self.refused = refused

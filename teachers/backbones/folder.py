@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from teachers.backbones.classes import ImageModel, build_class, width_of
 from teachers.backbones.spec import CLASS, CONFIG, read_config
+from teachers.image_encoder import ImageEncoder
 from teachers.protocols import ImageSpec
 from teachers.runtime.accelerator import Accelerator
 from teachers.spec import TeacherSpec
@@ -54,7 +55,7 @@ def write_class(network: torch.nn.Module, image: ImageSpec, config: Mapping[str,
     (target / CONFIG).write_text(text + "\n", encoding="utf-8")
 
 
-class ExportedClass:
+class ExportedClass(ImageEncoder):
     """An image teacher of a folder that ``write_class`` wrote, whose ``class`` the user names, since its code runs.
 
     Raises ValueError if the folder is of another class.
@@ -69,16 +70,11 @@ class ExportedClass:
         weights = Path(folder, WEIGHTS)
         network, _ = build_class(name, config.get("options", {}), config.get("without"), weights)
         size = config["image"].pop("size")
-        self.image = ImageSpec(**_tuples(config["image"]), size=size if isinstance(size, int) else tuple(size))
-        self.dim = width_of(network, self.image, name)
-        self._accelerator = Accelerator(str(device))
-        self.model = self._accelerator.prepare(ImageModel(network))
-
-    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
-        """[B, 3, H, W] float32 -> [B, dim] float32, unit norm."""
-        with self._accelerator.forward():
-            features = self.model.encode_image(self._accelerator.layout(pixels))
-            return torch.nn.functional.normalize(features.float(), dim=-1)
+        image = ImageSpec(**_tuples(config["image"]), size=size if isinstance(size, int) else tuple(size))
+        self.dim = width_of(network, image, name)
+        accelerator = Accelerator(str(device))
+        self.model = accelerator.prepare(ImageModel(network))
+        super().__init__(self.model, image, accelerator, self.model.encode_image)
 
 
 def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -45,13 +45,13 @@ class DecodingRules:
         """Input and output of ``Decoder.next_logits`` -> float32 [rows, vocabulary], -inf where impossible."""
         new = tokens[:, 1:]
         logits = self._penalize(logits.float(), new) if new.shape[1] else logits.float()
-        mask = torch.zeros_like(logits[0]).masked_fill_(self.impossible, -torch.inf)
+        mask = self.mask()
         if new.shape[1] < self.min_tokens:
             mask[self.end].fill_(-torch.inf)
         return logits + mask  # several times as fast as masked_fill
 
     def mask(self) -> torch.Tensor:
-        """The bias that ``apply_at`` adds to logits, [vocabulary]."""
+        """The bias that is added to logits, float32 [vocabulary]."""
         mask = torch.zeros(len(self.impossible), device=self.impossible.device)
         return mask.masked_fill_(self.impossible, -torch.inf)
 

@@ -42,18 +42,28 @@ class TokenChooser:
     def without_waiting(
         self, logits: torch.Tensor, u: torch.Tensor, probabilities: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The tokens [rows], and bool [rows] or None: those that are open.
+        """The tokens [rows], and bool [rows] or None: those that are open, whose nuclei are wide.
 
-        If ``keeps_probabilities``, the probabilities are written to the given tensor, from which ``remaining`` chooses
-        the open tokens.
+        If ``keeps_probabilities``, the probabilities are written to the given tensor, float32 [rows, vocabulary], from
+        which ``remaining`` chooses the open tokens.
         """
-        if self.keeps_probabilities:
-            return sample_narrow_nuclei(logits, u, self.spec.temperature, self.spec.top_p, probabilities)
-        return self(logits, u), None
+        if not self.keeps_probabilities:
+            return self(logits, u), None
+        found = _probabilities(logits, self.spec.temperature)
+        probabilities.copy_(found)
+        sampled, wide, _ = _sample_narrow_nuclei(found, u, self.spec.top_p)
+        return sampled, wide
 
     def remaining(self, probabilities: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        """The tokens [rows] of rows that were left open."""
-        return sample_wide_nuclei(probabilities, u, self.spec.top_p)
+        """The tokens [rows] of rows that were left open, without waiting for a device.
+
+        The rows are sorted, which is the fastest way that needs no decision on the host.
+        """
+        tokens = []
+        for rows, numbers in zip(probabilities.split(_SORTED_ROWS), u.split(_SORTED_ROWS), strict=True):
+            edge = _nucleus_edge(rows.sort(dim=-1, descending=True).values, self.spec.top_p)
+            tokens.append(_invert_cdf(rows.where(rows >= edge, 0), numbers))
+        return torch.cat(tokens)
 
 
 def uniforms(seeds: npt.NDArray[np.uint64], count: int) -> npt.NDArray[np.float64]:
@@ -81,32 +91,6 @@ def sample_nucleus(logits: torch.Tensor, u: torch.Tensor, temperature: float, to
         edge = _wide_nucleus_edge(rows, start[wide], top_p)
         sampled[wide] = _invert_cdf(rows.where(rows >= edge, 0), u[wide])
     return sampled
-
-
-def sample_narrow_nuclei(
-    logits: torch.Tensor, u: torch.Tensor, temperature: float, top_p: float, out: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """As ``sample_nucleus`` with ``top_p`` below 1, without waiting for a device -> tokens [rows], wide nuclei [rows].
-
-    Where a nucleus is wide, the token is arbitrary, and ``sample_wide_nuclei`` gives the right one from the
-    probabilities, which are written to ``out``, float32 [rows, vocabulary].
-    """
-    probabilities = _probabilities(logits, temperature)
-    out.copy_(probabilities)
-    sampled, wide, _ = _sample_narrow_nuclei(probabilities, u, top_p)
-    return sampled, wide
-
-
-def sample_wide_nuclei(probabilities: torch.Tensor, u: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Tokens [rows] of nuclei of any width from probabilities [rows, vocabulary], without waiting for a device.
-
-    The rows are sorted, which is the fastest way that needs no decision on the host.
-    """
-    tokens = []
-    for rows, numbers in zip(probabilities.split(_SORTED_ROWS), u.split(_SORTED_ROWS), strict=True):
-        edge = _nucleus_edge(rows.sort(dim=-1, descending=True).values, top_p)
-        tokens.append(_invert_cdf(rows.where(rows >= edge, 0), numbers))
-    return torch.cat(tokens)
 
 
 def _sample_narrow_nuclei(

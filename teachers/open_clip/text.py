@@ -94,7 +94,8 @@ def disable_special_tokens(tokenizer: Any) -> Any:
     original = copy.copy(tokenizer)
     special: Sequence[str] = _SPECIAL
     try:
-        if getattr(tokenizer, "clean_fn", None) is None and isinstance(tokenizer, _with_clean_fn()):
+        known = open_clip.SimpleTokenizer, open_clip.tokenizer.HFTokenizer  # which clean texts by ``clean_fn``
+        if getattr(tokenizer, "clean_fn", None) is None and isinstance(tokenizer, known):
             raise AttributeError("a tokenizer has no clean_fn")
         special = _special_tokens(tokenizer)
         changed = _escape_after_cleaning(tokenizer, special)
@@ -103,11 +104,6 @@ def disable_special_tokens(tokenizer: Any) -> Any:
     except Exception as error:  # of an open_clip with other tokenizers
         _left_out("fast tokenization", error)
         return _EscapedBefore(original, special)
-
-
-def _with_clean_fn() -> tuple[type, ...]:
-    """Classes of open_clip whose tokenizers clean texts by ``clean_fn``."""
-    return open_clip.SimpleTokenizer, open_clip.tokenizer.HFTokenizer
 
 
 def _special_tokens(tokenizer: Any) -> list[str]:

@@ -9,7 +9,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -191,38 +191,26 @@ def _open(one: SuiteSet, files: SetFiles) -> ImageSet:
 KIND = SetKind("segmentation", _open, section="segmentation", open_own=_open_own)
 
 
-class _Measured(NamedTuple):
-    """Metrics and pictures by model."""
-
-    metrics: dict[str, Metrics]
-    segmented: Mapping[str, Sequence[Segmented]]
-
-
 def _score(masks: _Masks, models: Models, images: ImageBatches) -> Outcome:
     """The metrics of heads that are trained for each model. What cannot be used has failed, with the reason."""
     segmenters: dict[str, Segmenter] = {}
     failed: dict[str, str] = {}
     refused: dict[str, Refusal] = {}
-    measured = _Measured({}, {})
+    metrics: dict[str, Metrics] = {}
+    segmented: Mapping[str, Sequence[Segmented]] = {}
     try:
         for name in models.encoders:
             try:
                 segmenters[name] = _train(masks, name, models, images, refused)
             except ValueError as error:  # of a model without patches, or without those of this size
                 failed[name] = str(error)
-        measured = _measure(masks, segmenters, models, images)
+        metrics, segmented = _measure(masks, segmenters, models, images)
     except UserError as error:  # of masks: the set is of no use to any model
         if not models.encoders:
             raise
         failed = dict.fromkeys(models.encoders, str(error))
-    return Outcome(
-        measured.metrics,
-        masks.images,
-        [*refused.values(), *images.refused],
-        masks.classes,
-        failed,
-        segmented=measured.segmented,
-    )
+    all_refused = [*refused.values(), *images.refused]
+    return Outcome(metrics, masks.images, all_refused, masks.classes, failed, segmented=segmented)
 
 
 def _train(masks: _Masks, name: str, models: Models, images: ImageBatches, refused: dict[str, Refusal]) -> Segmenter:
@@ -298,8 +286,10 @@ def _crops(
                 )
 
 
-def _measure(masks: _Masks, segmenters: Mapping[str, Segmenter], models: Models, images: ImageBatches) -> _Measured:
-    """Measure all models on the test part."""
+def _measure(
+    masks: _Masks, segmenters: Mapping[str, Segmenter], models: Models, images: ImageBatches
+) -> tuple[dict[str, Metrics], dict[str, list[Segmented]]]:
+    """Measure all models on the test part -> metrics and pictures by model."""
     import torch
 
     from reinforce.evaluation.dense.head import confusion, mean_iou, most_likely
@@ -327,7 +317,5 @@ def _measure(masks: _Masks, segmenters: Mapping[str, Segmenter], models: Models,
                 segmented[name].append(draw(key, image, labels, found.cpu().numpy(), right))
     if segmenters and not all(int(found.sum()) for found in counts.values()):
         raise UserError(f"{masks.name}: no pixel of the test part has a class: every image or pixel is left out.")
-    measured = _Measured({}, segmented)
-    for name, found in counts.items():
-        measured.metrics[name] = dict(zip(masks.config.scores, mean_iou(found), strict=True))
-    return measured
+    scores = masks.config.scores
+    return {name: dict(zip(scores, mean_iou(found), strict=True)) for name, found in counts.items()}, segmented

@@ -10,13 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teachers.decoding.sampling import (
-    sample_narrow_nuclei,
-    sample_nucleus,
-    sample_top_k,
-    sample_wide_nuclei,
-    uniforms,
-)
+from teachers.decoding.sampling import TokenChooser, sample_nucleus, sample_top_k, uniforms
+from teachers.registry import captioner_spec
 from tests.helpers.stand_in_cuda import stand_in_cuda
 
 TEN_THOUSAND = torch.from_numpy((np.arange(10_000) + 0.5) / 10_000)
@@ -86,11 +81,12 @@ def test_nuclei_without_waiting_are_the_same(size, spread, top_p):
     logits[1] *= 100
     u = torch.rand(200, dtype=torch.float64, generator=generator).clamp(min=2**-53)
     expected = sample_nucleus(logits, u, 1.0, top_p)
+    chooser = TokenChooser(captioner_spec(model="any", top_p=top_p))
 
     def sample(logits: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
         probabilities = torch.empty_like(logits)
-        tokens, wide = sample_narrow_nuclei(logits, u, 1.0, top_p, probabilities)
-        return torch.where(wide, sample_wide_nuclei(probabilities, u, top_p), tokens)
+        tokens, wide = chooser.without_waiting(logits, u, probabilities)
+        return torch.where(wide, chooser.remaining(probabilities, u), tokens)
 
     assert torch.equal(sample(logits, u), expected)
     with stand_in_cuda() as cuda:
