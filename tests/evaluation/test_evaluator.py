@@ -149,9 +149,7 @@ def test_any_true_match_is_a_hit(tmp_path: Path) -> None:
     assert result.sets["retrieval/set"].images == 4
 
 
-def test_a_reinforced_dataset_gives_the_metrics_of_its_shards(
-    names: dict[str, str], shards: Callable[..., str], tmp_path: Path
-) -> None:
+def test_a_dataset_scores_as_its_shards_do(names: dict[str, str], shards: Callable[..., str], tmp_path: Path) -> None:
     model = load_teacher(names["shortest"])
     source = shards(7, 6)
     results = []
@@ -172,9 +170,7 @@ def test_a_reinforced_dataset_gives_the_metrics_of_its_shards(
 # --- images that cannot be decoded
 
 
-def test_refused_images_are_listed_and_do_not_change_retrieval(
-    names: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_refused_images_are_listed(names: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     good = [(f"{i}", solid_image(name), {"cls": str(i), "txt": name}) for i, name in enumerate(NAMES)]
     bad = [("x", b"no image", {"cls": "3", "txt": "red"}), ("y", solid_image("red")[:-30], {"cls": "3", "txt": "red"})]
     without_caption = [("z", solid_image("red"), {"cls": "3"})]
@@ -203,9 +199,7 @@ def test_refused_images_are_listed_and_do_not_change_retrieval(
     assert {name: result.metrics[name] for name in retrieval} == retrieval
 
 
-def test_a_set_whose_images_are_all_refused_and_a_model_without_an_image_side_are_errors(
-    names: dict[str, str], folder: str, tmp_path: Path
-) -> None:
+def test_no_usable_image_and_a_model_of_texts_are_errors(names: dict[str, str], folder: str, tmp_path: Path) -> None:
     url = write_shard(tmp_path / "a.tar", [("k", b"no image", {"cls": "red"})])
     model, tokenizer = open_clip.create_model(names["shortest"]).train(), open_clip.get_tokenizer(names["shortest"])
     with pytest.raises(UserError, match=r"zero_shot/set: every image is refused, the first \(k\) for image_format"):
@@ -273,9 +267,7 @@ def test_sets_that_fit_are_decoded_once(folder: str, tmp_path: Path, monkeypatch
     assert all(of_one == metrics[0] for of_one in metrics)
 
 
-def test_another_geometry_replaces_the_cache_and_an_interrupted_pass_is_not_cached(
-    folder: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cache_has_one_geometry_and_no_interrupted_pass(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class Larger(ColourOracle):
         image = ImageSpec(12, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 

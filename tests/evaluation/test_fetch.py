@@ -37,9 +37,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
 SETS = ("--sets", "mnist,misc/winogavil")
 
 
-def test_sets_are_downloaded_at_a_recorded_revision_and_the_same_command_continues(
-    hub: type[Hub], command: Command, tmp_path: Path
-) -> None:
+def test_sets_are_downloaded_at_a_revision_and_continued(hub: type[Hub], command: Command, tmp_path: Path) -> None:
     root = tmp_path / "sets"
     status, out, err = command("fetch-sets", "datacomp", str(root), *SETS, "--dry-run")
     assert (status, root.exists()) == (0, False), err
@@ -71,9 +69,7 @@ def test_sets_are_downloaded_at_a_recorded_revision_and_the_same_command_continu
     assert all((root / name).read_bytes() == (hub.root / name).read_bytes() for name in names)
 
 
-def test_a_download_that_breaks_off_is_finished_by_the_same_command(
-    hub: type[Hub], command: Command, tmp_path: Path
-) -> None:
+def test_a_broken_download_is_finished_by_the_same_command(hub: type[Hub], command: Command, tmp_path: Path) -> None:
     root = tmp_path / "sets"
     hub.cut.add("test/0.tar")
     for _ in range(2):  # newer clients go on by themselves

@@ -34,6 +34,7 @@ from tests.helpers.evaluation import (
 )
 from tests.helpers.models import tiny_models
 
+Evaluate = Callable[..., str]
 MNIST = "wds_mnist_test"
 FORMER = "result of an earlier version computed again, since they do not state the content of their sets"
 
@@ -89,9 +90,7 @@ CHANGES: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
 }
 
 
-def test_a_set_of_other_content_is_evaluated_again_though_sizes_and_times_are_the_same(
-    evaluate: Callable[..., str], tmp_path: Path, decoded: list[int]
-) -> None:
+def test_other_content_of_equal_size_and_time_is_found(evaluate: Evaluate, tmp_path: Path, decoded: list[int]) -> None:
     evaluate()
     assert len(decoded) == 12
     for number, (what, (name, change)) in enumerate(CHANGES.items(), start=2):
@@ -102,9 +101,7 @@ def test_a_set_of_other_content_is_evaluated_again_though_sizes_and_times_are_th
         assert len(decoded) == 12 * number, f"{what}: kept"
 
 
-def test_a_copy_of_a_set_is_read_once_and_keeps_its_result(
-    evaluate: Callable[..., str], tmp_path: Path, decoded: list[int]
-) -> None:
+def test_a_copy_is_read_once_and_keeps_its_result(evaluate: Evaluate, tmp_path: Path, decoded: list[int]) -> None:
     expected = evaluate().splitlines()[-4:]
     shutil.copytree(tmp_path / "sets", tmp_path / "copy")
     out = evaluate(data="copy")
@@ -116,7 +113,7 @@ def test_a_copy_of_a_set_is_read_once_and_keeps_its_result(
 
 
 def test_another_version_of_the_metric_and_results_of_earlier_versions_are_computed_again_with_a_line(
-    evaluate: Callable[..., str], tmp_path: Path, decoded: list[int], monkeypatch: pytest.MonkeyPatch
+    evaluate: Evaluate, tmp_path: Path, decoded: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evaluate()
     monkeypatch.setitem(KINDS, "classification", replace(KINDS["classification"], version=10**6))
@@ -134,7 +131,7 @@ def test_another_version_of_the_metric_and_results_of_earlier_versions_are_compu
     assert len(decoded) == 36
 
 
-def test_models_never_share_a_file_of_results(evaluate: Callable[..., str], tmp_path: Path, decoded: list[int]) -> None:
+def test_models_never_share_a_file_of_results(evaluate: Evaluate, tmp_path: Path, decoded: list[int]) -> None:
     for models in (["a/b"], ["a-b"], ["a/b"], ["a-b"]):
         evaluate(*models)
     assert len(decoded) == 24, "each is kept"
@@ -146,18 +143,14 @@ def test_models_never_share_a_file_of_results(evaluate: Callable[..., str], tmp_
     assert file_name("mobileclip2_s0") == "mobileclip2_s0.jsonl", "as before"
 
 
-def test_a_storage_that_lists_no_times_has_its_sets_read_each_time(
-    evaluate: Callable[..., str], decoded: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sets_without_times_are_read(evaluate: Evaluate, decoded: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "_version", lambda *_: None)
     evaluate()
     assert ["kept, since the content is the same" in evaluate() for _ in range(2)] == [True, True]
     assert len(decoded) == 12
 
 
-def test_an_object_store_is_compared_by_etags(
-    evaluate: Callable[..., str], tmp_path: Path, decoded: list[int], s3: Any
-) -> None:
+def test_an_object_store_is_compared_by_etags(evaluate: Evaluate, tmp_path: Path, decoded: list[int], s3: Any) -> None:
     s3.put(f"{tmp_path}/sets", "bucket/evalsets", recursive=True)
     data = "s3://bucket/evalsets"
     assert "acc1: a/b" in evaluate(data=data)
@@ -236,7 +229,7 @@ def test_all_that_a_metric_depends_on_is_content_and_changes_the_state_of_the_fi
 
 
 def test_a_file_that_is_replaced_while_a_set_is_read_leaves_no_result_that_is_kept(
-    evaluate: Callable[..., str], tmp_path: Path, decoded: list[int], monkeypatch: pytest.MonkeyPatch
+    evaluate: Evaluate, tmp_path: Path, decoded: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The listing is of the old file, what is read is the new one."""
     find = files.find_files

@@ -52,9 +52,7 @@ def test_class_rank_is_the_position_in_a_stable_sort(seed: int, levels: int, ima
     candidates=st.integers(1, 12),
     block=st.integers(1, 14),
 )
-def test_the_best_true_match_counts_for_any_block_size(
-    seed: int, levels: int, queries: int, candidates: int, block: int
-) -> None:
+def test_the_best_match_counts_in_any_block(seed: int, levels: int, queries: int, candidates: int, block: int) -> None:
     rng = np.random.default_rng(seed)
     left, right = vectors(rng, queries, levels), vectors(rng, candidates, levels)
     matches = rng.random((queries, candidates)) < 0.3

@@ -163,9 +163,7 @@ def test_long_captions_are_read_as_they_are_published(tmp_path: Path) -> None:
         evaluate_set(tmp_path, "sharegpt4v-1k")
 
 
-def test_the_languages_of_xm3600_are_sets_that_share_their_images(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_languages_of_xm3600_are_sets_that_share_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     languages = [one.key.removeprefix("xm3600/") for one in select_sets("xm3600")]
     assert len(languages) == 36
     captions = {colour: {one: [f"{colour} in {one}", "a second caption"] for one in languages} for colour in COLOURS}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -212,9 +211,7 @@ def test_wrong_keys_are_reported_with_their_place() -> None:
         assert message in str(error.value)
 
 
-def test_images_of_sets_with_equal_parts_are_decoded_and_encoded_once(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_equal_parts_are_decoded_and_encoded_once(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where some are broken, and although sets of other parts are between them in the config."""
     holes = Path(shutil.copytree(root / "train", tmp_path / "train"))
     (holes / "red" / "0.png").write_bytes(b"no image")
@@ -284,8 +281,8 @@ class LoadedOracle(ImageOracle):
         pass
 
 
-def test_any_teacher_is_evaluated_by_its_name(
-    command: Callable[..., Any], root: Path, teachers: dict[str, str], tmp_path: Path
+def test_any_teacher_is_evaluated_by_name(
+    command: Command, root: Path, teachers: dict[str, str], tmp_path: Path
 ) -> None:
     parts = [f"{part}.images={root}/{part}" for part in ("train", "test")]
     sets = [item for section in ("knn", "linear") for part in parts for item in ("--set", f"{section}.pets.{part}")]

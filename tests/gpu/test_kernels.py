@@ -27,9 +27,7 @@ SHARED = {80: 166_912, 90: 232_448}
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton's assembler is not installed")
 @pytest.mark.parametrize("arch", SHARED)
 @pytest.mark.parametrize("path", PATHS)
-def test_the_kernels_of_a_path_are_assembled_and_keep_their_values_in_registers(
-    path: str, arch: int, tmp_path: Path
-) -> None:
+def test_the_kernels_of_a_path_are_assembled_and_keep_values_in_registers(path: str, arch: int, tmp_path: Path) -> None:
     caches = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "torch"), "TRITON_CACHE_DIR": str(tmp_path / "triton")}
     done = subprocess.run(
         [sys.executable, "-m", "tests.helpers.card_hooks", path, str(arch)],

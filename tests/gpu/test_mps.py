@@ -58,9 +58,7 @@ def test_auto_is_mps_behind_cuda_and_a_device_that_is_not_there_is_refused(monke
         Accelerator("mps")
 
 
-def test_a_rank_alone_is_on_mps_and_several_are_on_the_cpu_with_a_line(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_only_a_rank_alone_is_on_mps(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     def device(compute: Compute) -> str:
         with join_ranks(compute) as ranks:
             return str(ranks.accelerator.device.type)
@@ -76,9 +74,7 @@ def test_a_rank_alone_is_on_mps_and_several_are_on_the_cpu_with_a_line(
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_a_training_on_mps_has_the_losses_and_the_metrics_of_a_cpu(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_training_on_mps_has_losses_and_metrics_of_a_cpu(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """With augmentation on the device, an average of weights, two sets and a checkpoint."""
     dataset, compute = small_dataset(tmp_path, (16,)), {"accumulate": 2}
     config: dict[str, Any] = {

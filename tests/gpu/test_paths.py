@@ -51,9 +51,7 @@ WAITS_A_STEP = 1
 WIDE = 20_000  # middle features of a student whose activations are larger than its weights
 
 
-def test_a_shard_on_a_gpu_has_the_layers_of_a_cpu_and_waits_for_no_copy_of_its_images(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_shard_on_a_gpu_is_that_of_a_cpu_and_waits_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tar(tmp_path / "source" / "0.tar", members_of(0, 12))
 
     def config(output: str, gpus: int) -> dict[str, Any]:
@@ -100,9 +98,7 @@ def test_a_shard_on_a_gpu_has_the_layers_of_a_cpu_and_waits_for_no_copy_of_its_i
             assert found.equals(expected), path
 
 
-def test_a_training_step_on_a_gpu_has_the_loss_of_a_cpu_and_waits_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_on_a_gpu_has_the_loss_of_a_cpu_and_waits_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     teachers = {"vit": {"model": open_clip_model(tmp_path / "vit"), "logit_scale": 20.0}}
     dataset = small_dataset(tmp_path, (16,), teachers=teachers)
     config = {
@@ -205,9 +201,7 @@ def test_a_step_is_divided_as_far_as_memory_asks_and_a_resumed_training_keeps_th
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_fewer_activations_are_kept_once_the_model_has_changed_and_takes_more_memory(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_fewer_activations_are_kept_once_a_model_is_larger(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with stand_in_cuda(46 * 200_000) as cuda:
 
         class Changing(TowersTask):

@@ -79,9 +79,7 @@ def test_captions_do_not_depend_on_the_batch_for_any_strategy(
 
 
 @pytest.mark.parametrize("kind", ["coca", "blip", "qwen2_5_vl"])
-def test_bf16_captions_are_repeatable_and_chat_models_store_bf16_weights(
-    build_captioner: Captioners, kind: str
-) -> None:
+def test_bf16_captions_are_repeatable_and_chat_models_hold_bf16_weights(build_captioner: Captioners, kind: str) -> None:
     captioner: Any = build_captioner(kind, captions=2, precision="bf16")
     assert captioned(captioner, 2) == captioned(captioner, 2)
     if kind != "coca":

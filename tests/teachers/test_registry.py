@@ -17,6 +17,8 @@ from teachers.spec import Clean
 from tests.helpers.models import tiny_models
 from tests.helpers.models.tiny_captioners import spec_of
 
+Folder = Callable[[str], Path]
+
 CLIP = {"model": "ViT-B-32-quickgelu", "pretrained": "openai"}
 COCA = {"model": "coca_ViT-L-14", "pretrained": "laion2b_s13b_b90k"}
 HUB = {"family": "transformers", "model": "google/siglip-base-patch16-224"}
@@ -54,15 +56,13 @@ def test_a_wrong_model_is_rejected_before_loading(role: str, spec: dict[str, Any
     ],
 )
 def test_keys_that_a_model_of_transformers_does_not_support_are_rejected_before_loading(
-    captioner_folder: Callable[[str], Path], kind: str, options: dict[str, Any], message: str
+    captioner_folder: Folder, kind: str, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=f"captioner mine: .*{message}"):
         describe_model("mine", spec_of(captioner_folder(kind), kind, **options))
 
 
-def test_a_model_of_transformers_that_cannot_caption_is_rejected_before_loading(
-    root: Path, tmp_path: Path, captioner_folder: Callable[[str], Path]
-) -> None:
+def test_a_model_that_cannot_caption_is_rejected(root: Path, tmp_path: Path, captioner_folder: Folder) -> None:
     with pytest.raises(ValueError, match=r"mine: .* type 'siglip' is not a supported captioner: use blip, git"):
         describe_model("mine", spec_of(root / "siglip", "siglip"))
     config = json.loads((captioner_folder("blip") / "config.json").read_text())
@@ -78,9 +78,7 @@ def test_hub_models_are_not_looked_up() -> None:
         assert info.identity == {"family": spec.family, "model": spec.model, "precision": "fp32"}
 
 
-def test_describing_models_does_not_import_torch(
-    tmp_path: Path, root: Path, captioner_folder: Callable[[str], Path]
-) -> None:
+def test_describing_models_does_not_import_torch(tmp_path: Path, root: Path, captioner_folder: Folder) -> None:
     code = f"""
 import sys
 from teachers.registry import captioner_spec, describe_model, teacher_spec
@@ -96,9 +94,7 @@ print(sorted({{"torch", "open_clip", "transformers"}} & set(sys.modules)))
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
-def test_a_captioners_identity_includes_its_files_its_prompt_and_its_sampling(
-    captioner_folder: Callable[[str], Path],
-) -> None:
+def test_a_captioners_identity_includes_its_files_its_prompt_and_its_sampling(captioner_folder: Folder) -> None:
     chat = {"family": "transformers", "model": str(captioner_folder("qwen2_vl")), "prompt": "Describe it."}
     sampling = [{"captions": 2}, {"top_p": 0.5}, {"temperature": 0.7}, {"min_length": 3}, {"max_length": 20}]
     for spec, changes in ((COCA, sampling), (chat, [*sampling, {"prompt": "What is it?"}, {"image_size": 64}])):

@@ -81,9 +81,7 @@ def choose_otherwise(logits: torch.Tensor, *state: torch.Tensor) -> None:
         ("_advance", choose_otherwise, "ValueError: other tokens are chosen from equal logits"),
     ],
 )
-def test_what_cannot_be_compiled_or_has_other_results_is_not_unless_the_config_asks_for_it(
-    function, compiled, message, caplog
-):
+def test_what_cannot_be_compiled_or_has_other_results_is_not_unless_asked_for(function, compiled, message, caplog):
     with stand_in_cuda(), pytest.MonkeyPatch.context() as patch:
         plain = build("cuda", compile=False)
         pixels, seeds = batch(plain, 3)

@@ -121,9 +121,7 @@ def test_captions_share_a_row_until_the_first_token_and_ended_rows_leave_the_bat
 @pytest.mark.parametrize(
     ("options", "value"), [({"temperature": 3.0, "top_p": 1.0}, torch.inf), ({"strategy": "beams"}, torch.nan)]
 )
-def test_an_image_with_non_finite_logits_gives_none_without_affecting_others_and_all_of_several_are_an_error(
-    options, value
-):
+def test_an_image_with_non_finite_logits_gives_none_alone_and_all_of_several_are_an_error(options, value):
     class Broken(ToyDecoder):
         def next_logits(self, tokens: torch.Tensor) -> torch.Tensor:
             logits = super().next_logits(tokens)
@@ -268,9 +266,7 @@ def steps_of(lengths: np.ndarray, rows: int, places: int, ahead: int) -> list[in
 @pytest.mark.parametrize("ahead", [0, 1])
 @pytest.mark.parametrize("captions", [1, 2, 5])
 @pytest.mark.parametrize("images", [1, 3, 40])
-def test_each_image_enters_once_in_order_in_rows_and_a_place_that_are_free(
-    images: int, captions: int, ahead: int
-) -> None:
+def test_each_image_enters_once_in_order_in_free_rows_and_a_place(images: int, captions: int, ahead: int) -> None:
     lengths = np.random.default_rng(images).integers(1, 9, (images, captions))
     lengths[0] = 1  # ends at the first step
     steps_of(lengths, 16, 16 // captions, ahead)

@@ -73,9 +73,7 @@ def test_functions_run_compiled_after_their_operations_were_counted(graphs: Grap
     assert snapshot() == counts(used=4 if own else 1, plain=0)
 
 
-def test_calls_that_torch_runs_without_compiled_code_are_plain_and_reported_once(
-    graphs: Graphs, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_calls_without_compiled_code_are_reported_once(graphs: Graphs, caplog: pytest.LogCaptureFixture) -> None:
     function = compiled(dynamic=False)
     with FlopCounterMode(display=False):
         function(square(3), square(3))
@@ -89,9 +87,7 @@ def test_calls_that_torch_runs_without_compiled_code_are_plain_and_reported_once
 
 
 @pytest.mark.slow
-def test_kernels_of_torchs_own_compiler_count_their_calls_in_each_thread(
-    graphs: Graphs, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_kernels_of_torch_count_by_thread(graphs: Graphs, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     found: list[torch.Tensor] = []
     with patch.object(recompilation, "inductor", TORCHS_OWN):
@@ -117,9 +113,7 @@ def test_a_function_that_torch_never_compiles_is_not_accepted(monkeypatch: pytes
     assert snapshot() == counts(used=0, plain=1)
 
 
-def test_what_cannot_be_compiled_later_runs_as_it_is_from_then_on_with_one_line(
-    graphs: Graphs, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_fails_to_compile_later_runs_as_it_is(graphs: Graphs, caplog: pytest.LogCaptureFixture) -> None:
     function = compiled(dynamic=False)
     graphs.fails = lambda graph: True
     for side in (2, 3, 4, 2):
@@ -197,9 +191,7 @@ def test_settings_of_the_compiler_are_those_of_the_process_in_each_thread(graphs
     assert found == [(1, deterministic)] * 3
 
 
-def test_settings_are_also_those_of_backward_passes_which_threads_of_autograd_compile(
-    graphs: Graphs, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_settings_are_also_those_of_backward_passes_in_threads(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[tuple[bool, bool]] = []
 
     def run_as_it_is(graph: Any, _: Any, **options: Any) -> Callable[..., Any]:

@@ -80,9 +80,7 @@ def test_a_capture_that_fails_leaves_plain_steps_with_equal_captions_and_one_war
     assert graphs().plain >= 10
 
 
-def test_steps_are_counted_as_replayed_from_the_second_with_a_key_and_not_where_graphs_are_off(
-    cuda: StandIn, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_steps_are_replayed_from_the_second_with_a_key(cuda: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(steps: Steps) -> list[int]:
         done = list[int]()
         values = torch.zeros(1, device="cuda")

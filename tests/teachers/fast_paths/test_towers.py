@@ -64,9 +64,7 @@ def stored_in(model: torch.nn.Module, dtype: torch.dtype) -> set[str]:
 
 
 @pytest.mark.parametrize(("kind", "precision"), [("small", "fp16"), ("class-token", "bf16"), ("bidirectional", "bf16")])
-def test_weights_that_are_held_in_the_precision_give_the_bits_of_autocast_or_stay_in_float32(
-    tmp_path: Path, kind: str, precision: Any
-) -> None:
+def test_held_weights_give_the_bits_of_autocast_or_stay_in_float32(tmp_path: Path, kind: str, precision: Any) -> None:
     model = open_clip_model(tmp_path, **{**TRIMMED, **FULL_LENGTH}[kind])
     accelerator = Accelerator("cpu", precision)
     teacher = OpenClipTeacher(teacher_spec(model=model, precision=precision), accelerator)
@@ -207,7 +205,7 @@ def test_fp8_keeps_the_attention_that_it_needs() -> None:
 
 
 @pytest.mark.parametrize(("compile_", "blocks"), [(None, 2), (True, 2), (False, 0)])
-def test_blocks_of_image_towers_are_compiled_on_cuda_unless_the_config_says_no(
+def test_blocks_are_compiled_on_cuda_unless_the_config_says_no(
     tmp_path: Path, compile_: bool | None, blocks: int
 ) -> None:
     spec = teacher_spec(model=open_clip_model(tmp_path), precision="bf16", compile=compile_)

@@ -53,9 +53,7 @@ def test_every_tag_is_accepted_or_its_error_names_a_model_that_accepts_it() -> N
         ("hf-hub:apple/DFN2B-CLIP-ViT-L-14", "dfn2b", "`pretrained` is not used with hf-hub:"),
     ],
 )
-def test_wrong_names_are_rejected_with_the_fix(
-    models: dict[str, str], model: str, pretrained: str | None, message: str
-) -> None:
+def test_wrong_names_are_rejected(models: dict[str, str], model: str, pretrained: str | None, message: str) -> None:
     model = models["small"] if model == "local-dir:/tmp" else model
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         catalog.check_model(model, pretrained)
@@ -117,9 +115,7 @@ def preprocess_of(model: str, tag: str) -> dict[str, Any]:
     return {**channels, "interpolation": found["interpolation"], "resize_mode": found["resize_mode"]}
 
 
-def test_a_file_of_a_released_model_needs_the_preprocessing_in_which_its_tags_differ_from_open_clip(
-    tmp_path: Path,
-) -> None:
+def test_a_file_of_a_released_model_needs_the_preprocessing_in_which_its_tags_differ(tmp_path: Path) -> None:
     file = str(tmp_path / "a.pt")
     Path(file).write_bytes(b"weights")
     weights = describe_model("a", teacher_spec(model="ViT-B-32", pretrained=file)).identity["weights"]
@@ -223,9 +219,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
 
 
 @pytest.mark.parametrize(("layout", "fused"), [("authors", False), ("authors", True), ("open_clip", True)])
-def test_released_weights_give_the_features_of_the_model_that_they_were_taken_from(
-    small: tuple[Any, Path], layout: str, fused: bool
-) -> None:
+def test_released_weights_give_the_features_of_their_model(small: tuple[Any, Path], layout: str, fused: bool) -> None:
     model, folder = small
     state = (reparameterize_model(model) if fused else model).state_dict()
     torch.save(authors_fastvit(state) if layout == "authors" else state, folder / "mobileclip_s0.pt")

@@ -73,9 +73,7 @@ def test_embeddings_match_open_clip_and_only_causal_towers_trim_texts(models: di
     assert _length_seen(teacher, ["word " * 200]) == full
 
 
-def test_logit_scale_and_preprocessing_are_the_models_own_unless_the_config_states_others(
-    models: dict[str, str],
-) -> None:
+def test_logit_scale_and_preprocessing_are_the_models_own_unless_the_config_states_them(models: dict[str, str]) -> None:
     small, large = _teacher(models["small"]), _teacher(models["large"])
     assert small.logit_scale == pytest.approx(1 / 0.07)
     assert small.image == ImageSpec(32, tiny_models.MEAN, tiny_models.STD)
@@ -88,7 +86,7 @@ def test_logit_scale_and_preprocessing_are_the_models_own_unless_the_config_stat
     assert changed.image == replace(small.image, mean=(0.0, 0.0, 0.0))
 
 
-def test_torch_checkpoints_load_like_safetensors_and_weights_that_do_not_fit_are_rejected(
+def test_torch_checkpoints_load_like_safetensors_and_others_are_rejected(
     models: dict[str, str], tmp_path: Path
 ) -> None:
     folder, small = tmp_path / "copy", catalog.local_folder(models["small"])

@@ -32,9 +32,7 @@ class Ahead(open_clip.SimpleTokenizer):
         return found
 
 
-def test_texts_of_a_model_with_other_insides_are_encoded_by_the_model_itself(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_model_with_other_insides_encodes_its_texts_itself(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     name = open_clip_model(tmp_path / "model")
     model, tokenizer = open_clip.create_model(name).eval(), open_clip.get_tokenizer(name)
     expected = model.encode_text(tokenizer(["a photo of a cat", "a dog"]))
@@ -58,9 +56,7 @@ def test_a_tokenizer_with_other_insides_gives_the_same_tokens(caplog: pytest.Log
     assert ahead.context_length == 40
 
 
-def test_a_tokenizer_that_would_get_other_tokens_stays_as_it_is(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tokenizer_of_other_tokens_stays(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("teachers.open_clip.text._cached_encode", lambda tokenizer: lambda text: [7])
     with caplog.at_level(logging.WARNING):
         changed = disable_special_tokens(open_clip.SimpleTokenizer())

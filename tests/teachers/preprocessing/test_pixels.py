@@ -44,9 +44,7 @@ def _open_clip(image: Image.Image, spec: ImageSpec) -> torch.Tensor:
     resize=st.sampled_from(["crop", "squash"]),
     interpolation=st.sampled_from(["bicubic", "bilinear"]),
 )
-def test_whole_images_match_open_clips_validation_transform(
-    width: int, height: int, size: Any, resize: Any, interpolation: Any
-) -> None:
+def test_whole_images_match_open_clips_own(width: int, height: int, size: Any, resize: Any, interpolation: Any) -> None:
     if resize == "crop" and not isinstance(size, int):
         interpolation = "bicubic"  # open_clip always uses it for such crops
     spec = ImageSpec(size, MEAN, STD, interpolation, resize)

@@ -94,9 +94,7 @@ def test_workers_trainings_and_checks_settle_the_flags_before_they_load_models(t
         assert flags() == {**SETTLED, "deterministic": False, "benchmark": True}
 
 
-def test_ray_starts_workers_and_ranks_with_the_workspace_of_cublas_unless_the_environment_has_one(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_ray_starts_processes_with_the_workspace_of_cublas_unless_one_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
     assert environment_of_ranks(gpus=0) == {}, "ranks on CPUs can use processes that wait"
     for value in (":4096:8", ":16:8"):
         assert RunConfig(**environment_of_ranks(gpus=1)).worker_runtime_env == {"env_vars": {WORKSPACE: value}}
@@ -123,7 +121,7 @@ def test_on_cuda_operations_are_deterministic_and_only_trainings_require_it() ->
     assert not torch.are_deterministic_algorithms_enabled(), "a notebook goes on"
 
 
-def test_captions_are_decoded_without_sorting_the_indices_of_each_copy(
+def test_captions_are_decoded_without_sorting_indices_of_copies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     captioner = coca.CocaCaptioner(
@@ -168,9 +166,7 @@ def test_a_training_with_an_operation_without_a_deterministic_kernel_names_it_an
 
 
 @pytest.mark.parametrize(("deterministic", "key"), [(True, "deterministic to false: a"), (False, "precision;")])
-def test_a_training_with_a_convolution_without_an_algorithm_names_what_to_set(
-    tmp_path: Path, deterministic: bool, key: str
-) -> None:
+def test_a_convolution_without_an_algorithm_names_what_to_set(tmp_path: Path, deterministic: bool, key: str) -> None:
     """cuDNN says the same where memory for its workspace is lacking: the first parts that fit are found."""
     no_engine = "GET was unable to find an engine to execute this computation"
     calls: list[int] = []

@@ -194,9 +194,7 @@ def test_requests_are_parallel_within_the_bound_and_spread_over_the_servers_that
     assert min(served["a"], served["b"]) >= 6
 
 
-def test_a_server_that_stays_down_or_hangs_ends_the_wait_after_its_bound_and_is_logged(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_a_server_that_stays_down_or_hangs_ends_the_wait_after_its_bound(caplog: pytest.LogCaptureFixture) -> None:
     with chat_server(lambda *_: (time.sleep(1), (200, completion("late")))[1]) as hanging:  # type: ignore[func-returns-value]
         urls = [f"http://127.0.0.1:{free_port()}", hanging]
         with pytest.raises(ServerUnavailable, match=r"no server has answered for \d s .*`wait` allows 0.3.*again"):
@@ -205,7 +203,7 @@ def test_a_server_that_stays_down_or_hangs_ends_the_wait_after_its_bound_and_is_
     assert "of at most 0.3 s so far" in caplog.text
 
 
-def test_a_request_that_the_server_rejects_before_any_answer_is_an_error_of_the_config(
+def test_a_request_that_is_rejected_before_any_answer_is_an_error_of_the_config(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("MY_KEY", "no-name-of-a-secret")

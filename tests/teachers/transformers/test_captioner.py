@@ -26,6 +26,8 @@ from tests.helpers.models import tiny_captioners
 from tests.helpers.models.tiny_captioners import PROMPT, Captioners, captioned, pictures, pixels_of, seeds, spec_of
 from tests.helpers.stand_in_cuda import stand_in_cuda
 
+Folder = Callable[[str], Path]
+
 KINDS = [*tiny_captioners.IMAGE_TO_TEXT, *tiny_captioners.CHAT]
 
 
@@ -58,9 +60,7 @@ def generated(folder: Path, kind: str, pictures: list[Image.Image], words: int, 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_greedy_captions_match_transformers_generate(
-    build_captioner: Captioners, captioner_folder: Callable[[str], Path], kind: str
-) -> None:
+def test_greedy_captions_match_generate(build_captioner: Captioners, captioner_folder: Folder, kind: str) -> None:
     size = {"image_size": 64} if kind.startswith("qwen") else {}
     captioner = build_captioner(kind, captions=1, top_p=1e-6, min_length=0, max_length=10, **size)
     images = [image.resize((captioner.image.width, captioner.image.height)) for image in pictures(3)]
@@ -91,9 +91,7 @@ def test_lengths_are_within_bounds_and_captions_have_no_special_tokens(
     assert not any("<" in tokenizer.convert_ids_to_tokens(token)[:-1] for row in words for token in row)
 
 
-def test_rows_decoded_in_parallel_are_limited_by_cache_bytes(
-    build_captioner: Captioners, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_in_parallel_are_limited_by_bytes(build_captioner: Captioners, monkeypatch: pytest.MonkeyPatch) -> None:
     # keys and values of two layers, for the prompt and 30 tokens of the caption
     monkeypatch.setattr(transformers_captioner, "_MAX_CACHE_BYTES", 10 * 2 * 2 * 16 * 4 * 100)
     captioner = build_captioner("llava")
@@ -101,9 +99,7 @@ def test_rows_decoded_in_parallel_are_limited_by_cache_bytes(
     assert captioner._rows == 10 * 100 // (length + 30)
 
 
-def test_logits_that_differ_from_generate_are_rejected_at_loading(
-    captioner_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_logits_other_than_generates_are_rejected(captioner_folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     begin = Git.begin
 
     def counting_the_image(self: Git, pixels: torch.Tensor) -> Any:
@@ -116,9 +112,7 @@ def test_logits_that_differ_from_generate_are_rejected_at_loading(
         load(spec_of(captioner_folder("git"), "git"), Accelerator("cpu"))
 
 
-def test_nan_logits_and_missing_weights_are_rejected_at_loading(
-    captioner_folder: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_nan_logits_and_missing_weights_are_rejected_at_loading(captioner_folder: Folder, tmp_path: Path) -> None:
     for path in captioner_folder("git").iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     state = load_file(tmp_path / "model.safetensors")
@@ -137,9 +131,7 @@ def test_all_supported_model_types_are_tested() -> None:
 
 
 @pytest.mark.parametrize("kind", ["blip", "git"])
-def test_captions_on_cuda_are_those_of_the_cpu_with_one_wait_a_word(
-    captioner_folder: Callable[[str], Path], kind: str
-) -> None:
+def test_captions_on_cuda_are_those_of_the_cpu_with_one_wait_a_word(captioner_folder: Folder, kind: str) -> None:
     spec = spec_of(captioner_folder(kind), kind, captions=3, min_length=1, max_length=9, top_p=0.99)
     on_cpu = load(spec, Accelerator("cpu"))
     pixels, all_seeds = pixels_of(pictures(4), on_cpu.image), seeds(4, 3)
@@ -204,9 +196,7 @@ def test_images_are_squares_of_the_processors_size_or_a_default_size() -> None:
     assert (llava.size, llava.resize, llava.interpolation) == (336, "crop", "bicubic")
 
 
-def test_each_of_several_end_tokens_ends_a_caption(
-    build_captioner: Captioners, captioner_folder: Callable[[str], Path]
-) -> None:
+def test_each_of_several_end_tokens_ends_a_caption(build_captioner: Captioners, captioner_folder: Folder) -> None:
     captioner = build_captioner("llava", captions=8, min_length=0, max_length=40, temperature=3.0)
     lengths = [len(text) for row in captioned(captioner) for text in row]
     config = json.loads((captioner_folder("llava") / "generation_config.json").read_text())

@@ -56,9 +56,7 @@ def test_each_passes_the_self_test_with_the_sides_and_the_dimension_that_were_de
     assert {name for name, found in sides.items() if found == (False, True)} == {"minilm", "e5", "bge"}
 
 
-def test_a_model_of_the_hub_without_texts_is_known_once_its_config_is_here(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hub_model_without_texts_is_known_by_its_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     teachers = {"dino": {"family": "transformers", "model": named_models.dinov3(tmp_path / "dino")}}
     config = parse_config({"source": "x.tar", "output": "out", "teachers": teachers})
     alone = parse_config({"source": "x.tar", "output": "out", "teachers": teachers, "input": {"captions": "none"}})

@@ -119,9 +119,7 @@ def test_special_tokens_in_texts_are_read_as_plain_text(root: Path, kind: str, t
     assert ((tokens == 2).sum(dim=1) == 1).all()
 
 
-def test_half_precision_checkpoints_compute_in_float32_and_missing_weights_are_an_error(
-    root: Path, tmp_path: Path
-) -> None:
+def test_half_precision_checkpoints_compute_in_float32_and_missing_weights_raise(root: Path, tmp_path: Path) -> None:
     shutil.copytree(root / "clip", tmp_path / "clip")
     CLIPModel.from_pretrained(root / "clip").half().save_pretrained(tmp_path / "clip")
     half = _load(tmp_path / "clip")
@@ -248,9 +246,7 @@ class Model(PreTrainedModel):
 """
 
 
-def test_the_code_of_a_model_runs_only_where_the_config_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_code_of_a_model_runs_only_if_the_config_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     folder = tmp_path / "own"
     BitImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}).save_pretrained(folder)

@@ -66,9 +66,7 @@ def changed(folder: Path, path: Path, change: Callable[[dict[str, torch.Tensor]]
 
 
 @pytest.mark.parametrize("kind", TRANSLATORS)
-def test_translations_are_those_of_generate_greedily_and_by_beams_and_others_have_a_reason(
-    captioner_folder: Folder, kind: str
-) -> None:
+def test_translations_are_those_of_generate_and_others_have_a_reason(captioner_folder: Folder, kind: str) -> None:
     folder, texts = captioner_folder(kind), [text for text in CAPTIONS if text and text.strip()]
     beams: dict[str, Any] = {"captions": 2, "strategy": "beams", "beams": 3, "length_penalty": 0.5}
     as_generate: dict[str, Any] = {"num_beams": 3, "num_return_sequences": 2, "length_penalty": 0.5}
@@ -112,9 +110,7 @@ def test_languages_and_prompts_choose_the_translation(captioner_folder: Folder, 
     assert translations(prompted, ["a</s>b"]) == [generated(t5, ["to German: a< /s>b."], {})], "no token ends a caption"
 
 
-def test_captions_above_the_models_limit_are_cut_and_no_translation_is_longer_than_asked(
-    captioner_folder: Folder,
-) -> None:
+def test_captions_above_the_models_limit_are_cut_and_no_translation_is_longer(captioner_folder: Folder) -> None:
     for kind in ("m2m_100", "marian"):
         folder, long = captioner_folder(kind), "the cats and dogs " * 40
         model = load(folder, kind, max_length=40)
@@ -125,9 +121,7 @@ def test_captions_above_the_models_limit_are_cut_and_no_translation_is_longer_th
     assert only == NoCaptions("the translation is empty"), "of the language alone"
 
 
-def test_batches_are_cut_where_caches_take_more_memory_than_allowed(
-    captioner_folder: Folder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_batches_are_cut_where_caches_take_too_much(captioner_folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, options = captioner_folder("marian"), {"strategy": "beams", "beams": 2}
     whole = translations(load(folder, "marian", **options), CAPTIONS)
     vocabulary = hf.AutoConfig.from_pretrained(folder).vocab_size
@@ -147,9 +141,7 @@ def test_batches_are_cut_where_caches_take_more_memory_than_allowed(
     assert sizes == [3, 1]
 
 
-def test_a_caption_whose_logits_are_not_finite_gets_none_and_several_are_an_error(
-    captioner_folder: Folder, tmp_path: Path
-) -> None:
+def test_a_caption_whose_logits_are_not_finite_gets_none(captioner_folder: Folder, tmp_path: Path) -> None:
     whole = captioner_folder("marian")
     tokenizer = hf.AutoTokenizer.from_pretrained(whole)
     [token] = tokenizer.encode("Z", add_special_tokens=False)
@@ -166,9 +158,7 @@ def test_a_caption_whose_logits_are_not_finite_gets_none_and_several_are_an_erro
         translations(load(folder, "marian"), ["Z", "Z Z"])
 
 
-def test_the_identity_covers_languages_and_files_of_tokenizers_and_defaults_are_those_of_translations(
-    captioner_folder: Folder, tmp_path: Path
-) -> None:
+def test_the_identity_covers_languages_and_files_of_tokenizers(captioner_folder: Folder, tmp_path: Path) -> None:
     folder = tmp_path / "marian"
     shutil.copytree(captioner_folder("marian"), folder)
     (folder / "source.spm").write_bytes(b"pieces")
@@ -207,9 +197,7 @@ def test_the_identity_covers_languages_and_files_of_tokenizers_and_defaults_are_
         ("m2m_100", {"source_language": "xx"}, "'xx' is none of the model's 3 languages; .* deu_Latn, eng_Latn, fra"),
     ],
 )
-def test_what_does_not_fit_is_one_line(
-    captioner_folder: Folder, kind: str, options: dict[str, Any], message: str
-) -> None:
+def test_wrong_keys_are_one_line(captioner_folder: Folder, kind: str, options: dict[str, Any], message: str) -> None:
     folder = captioner_folder(kind)
 
     def use() -> None:
