@@ -1,23 +1,30 @@
-"""Results of suites that are kept: by the content of the set, the version of the metric, and the model."""
+"""Results of suites: kept by the content of the set, the metric and the model, and computed side by side."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
+from reinforce.errors import UserError
 from reinforce.evaluation.evaluator import read_content
 from reinforce.evaluation.kinds import files
 from reinforce.evaluation.kinds.files import find_files
 from reinforce.evaluation.kinds.registry import KINDS
-from reinforce.evaluation.suite.results import ResultFile, file_name
+from reinforce.evaluation.suite.results import ResultFile, SuiteReport, file_name
+from reinforce.evaluation.suite.run import Job, count_workers
+from reinforce.parallel.map_workers import Actors
+from tests.helpers import forks
 from tests.helpers.commands import Command
 from tests.helpers.evaluation import (
     COLOURS,
@@ -33,6 +40,7 @@ from tests.helpers.evaluation import (
     write_urban1k,
 )
 from tests.helpers.models import tiny_models
+from tests.helpers.waiting import wait_for
 
 Evaluate = Callable[..., str]
 MNIST = "wds_mnist_test"
@@ -240,3 +248,80 @@ def test_a_file_that_is_replaced_while_a_set_is_read_leaves_no_result_that_is_ke
     monkeypatch.setattr("reinforce.evaluation.suite.run.find_files", find)
     assert "evaluated again, since the content has changed" in evaluate()
     assert len(decoded) == 24
+
+
+KEYS = ["mnist", "imagenet1k", "renderedsst2"]
+
+
+def test_results_are_reported_in_the_order_of_the_sets_whichever_ends_first() -> None:
+    sets = [find_set(key) for key in KEYS]
+    lines = {one.key: {"key": one.key, "metrics": {"main_metric": 0.5}, "notes": []} for one in reversed(sets)}
+    report = SuiteReport("datacomp", 38, sets, {"model": lines}).as_json()
+    assert [line["key"] for line in report["models"]["model"]["results"]] == KEYS
+
+
+def test_one_accelerator_and_cpus_need_no_ray_unless_workers_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert [count_workers(given, None, "auto") for given in (None, 1, 2)] == [None, None, 2]
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    assert [count_workers(None, None, device) for device in ("auto", "cuda", "cuda:1", "cpu")] == [8, 8, None, None]
+    assert [count_workers(given, "auto", "auto") for given in (None, 3)] == [0, 3]
+    with pytest.raises(UserError, match="--workers 2: each needs an accelerator of its own; --device cuda:1 is one"):
+        count_workers(2, None, "cuda:1")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_workers_of_ray_have_the_results_of_one_process_also_after_one_is_killed(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny_models.open_clip_model(tmp_path / "plain")
+    for number, key in enumerate(("mnist", "stl10", "cifar10")):
+        write_classification(tmp_path / "sets", key, colour_samples(number + 1))
+    words = ("evaluate", "plain", "--suite", "datacomp", "--data", "sets", "--sets", "mnist,stl10,cifar10")
+
+    def metrics(out: str) -> dict[str, float]:
+        lines = map(json.loads, (tmp_path / out / "plain.jsonl").read_text().splitlines())
+        return {line["key"]: line["metrics"] for line in lines}
+
+    killed: list[int] = []
+    call = Actors._call
+
+    def call_and_kill(self: Actors, worker: Any, function: Any, job: Job) -> Any:
+        begun.append(job.one.key)
+        future = call(self, worker, function, job)
+        if not killed:
+            killed.append(kill_worker())
+        return future
+
+    begun: list[str] = []
+    assert command(*words, "--out", "alone")[0] == 0
+    monkeypatch.setattr(Actors, "_call", call_and_kill)
+    status, out, err = command(*words, "--out", "workers", "--workers", "2")
+    assert status == 0, out + err
+    assert len(killed) == 1
+    assert sorted(begun) == ["cifar10", "cifar10", "mnist", "stl10"], "the set of the killed worker is done again"
+    assert begun[-1] == "stl10", "the largest begin first"
+    assert "3 sets by 2 workers" in out + err
+    assert metrics("workers") == metrics("alone")
+
+
+def kill_worker() -> int:
+    """Kill a process of Ray that evaluates sets -> its id."""
+    wait_for(workers)
+    [worker, *_] = workers()
+    os.kill(worker, signal.SIGKILL)
+    return worker
+
+
+def workers() -> list[int]:
+    """Processes of this session that evaluate sets. They may be forks of a process that is not below this one."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):  # it has ended
+            named = " ".join(process.cmdline()).startswith("ray::_MapActor")
+            if named and process.environ().get(forks.ADDRESS) == os.environ[forks.ADDRESS]:
+                found.append(process.pid)
+    return found

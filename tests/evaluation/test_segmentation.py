@@ -92,29 +92,23 @@ def open_set(url: str, **config: Any) -> Any:
 def test_masks_that_fit_no_class_or_image_are_named_before_a_model_is_evaluated(tmp_path: Path) -> None:
     url = write_ade(tmp_path, {"training": 3, "validation": 2})
     mask = tmp_path / "annotations" / "validation" / "ADE_00000001.png"
-    with pytest.raises(
-        UserError, match=r"segmentation/set: the mask of ADE_0000000\d has the value \d, which none of 2 classes"
-    ):
-        open_set(url, classes=2)
     labels = np.asarray(Image.open(mask))
-    Image.fromarray(labels[:-1]).save(mask)
-    with pytest.raises(UserError, match="the mask of ADE_00000001 has 56 x 39 pixels, and its image 56 x 40"):
-        open_set(url)
-    Image.fromarray(np.stack([labels] * 3, -1)).save(mask)
-    with pytest.raises(UserError, match="the mask of ADE_00000001 cannot be used: its pixels are RGB, not indices"):
-        open_set(url)
+
+    def refused(message: str, pixels: np.ndarray | None = None, url: str = url, **config: Any) -> None:
+        if pixels is not None:
+            Image.fromarray(pixels).save(mask)
+        with pytest.raises(UserError, match=message):
+            open_set(url, **config)
+
+    refused(r"segmentation/set: the mask of ADE_0000000\d has the value \d, which none of 2 classes", classes=2)
+    refused("the mask of ADE_00000001 has 56 x 39 pixels, and its image 56 x 40", labels[:-1])
+    refused("the mask of ADE_00000001 cannot be used: its pixels are RGB, not indices", np.stack([labels] * 3, -1))
     mask.write_bytes(b"none")
-    with pytest.raises(UserError, match="the mask of ADE_00000001 cannot be used: cannot identify image file"):
-        open_set(url)
+    refused("the mask of ADE_00000001 cannot be used: cannot identify image file")
     mask.unlink()
-    with pytest.raises(
-        UserError, match=r"1 of 2 files of the part 'validation' are missing in .*annotations/validation"
-    ):
-        open_set(url)
-    with pytest.raises(UserError, match="cannot be read: FileNotFoundError"):
-        open_set(url, test="testing")
-    with pytest.raises(UserError, match="has no folder ImageSets/Segmentation of voc2012 or annotations of ade20k"):
-        open_set(str(tmp_path / "images"))
+    refused(r"1 of 2 files of the part 'validation' are missing in .*annotations/validation")
+    refused("cannot be read: FileNotFoundError", test="testing")
+    refused("has no folder ImageSets/Segmentation of voc2012 or annotations of ade20k", url=str(tmp_path / "images"))
 
 
 def test_a_wrong_mask_that_is_found_late_fails_the_set_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

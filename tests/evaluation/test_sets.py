@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -161,85 +160,72 @@ def test_broken_json_among_labels_is_refused_like_a_broken_image(tmp_path: Path)
         zero_shot(write_shard(tmp_path / "b.tar", samples[1::2]), label="json:class")
 
 
-def faults(root: Path) -> dict[str, tuple[Callable[[], Any], str]]:
-    """A function that opens the faulty set and a part of its error message, by fault."""
-    url, folder = write_colour_shard(root / "a.tar"), write_colour_folder(root / "folder")
-    (root / "bare").mkdir()
-    write_colour_folder(root / "hole")
-    (root / "hole" / "pink").mkdir()
-    write_colour_folder(root / "loose")
-    (root / "loose" / "a.png").write_bytes(b"")
-    (root / "short.txt").write_text("blue\ngreen\n")
-    (root / "gap.txt").write_text("blue\n\ngreen\n")
-    (root / "empty.txt").write_text("\n")
-    (root / "groups.json").write_text('{"blue": 1}')
-    (root / "broken.json").write_text("{")
+#: The images of a faulty set, its other keys, and a part of the error; {root} is a folder with the files of ``write``.
+FAULTS: list[tuple[str, dict[str, Any], str]] = [
+    ("{root}/{a,b}.tar", {"classes": NAMES}, "b.tar: shard_missing"),
+    ("{root}/bad.tar", {"classes": NAMES}, "bad.tar: shard_damaged"),
+    ("{root}/bare", {}, "to read shards in it write {root}/bare/*.tar"),
+    ("{root}/hole", {}, "1 of 7 class folders in"),
+    ("{root}/loose", {}, "1 image directly in"),
+    ("{root}/nothing.tar", {"classes": NAMES}, "no image in"),
+    (
+        "{root}/folder",
+        {"classes": "{root}/short.txt"},
+        "classes has 2 names for 6 folders: give one name for each",
+    ),
+    (
+        "{root}/a.tar",
+        {"classes": "{root}/short.txt"},
+        "4 labels without a class among 2, such as 2: add classes",
+    ),
+    ("{root}/minus.tar", {"classes": NAMES}, "1 label without a class among 6, such as -1"),
+    ("{root}/a.tar", {"classes": NAMES[1:], "label": "json:class"}, "1 label without a class among 5, such as 'blue'"),
+    ("{root}/a.tar", {}, "labels at cls are numbers, such as 0: give `classes`"),
+    ("{root}/no.tar", {}, "k1 has no label at cls (its other members: txt)"),
+    ("{root}/a.tar", {"classes": "{root}/none.txt"}, "{root}/none.txt cannot be read: FileNotFoundError"),
+    ("{root}/a.tar", {"classes": "{root}/empty.txt"}, "empty.txt is empty"),
+    ("{root}/a.tar", {"classes": "{root}/gap.txt"}, "line 2 of"),
+    ("{root}/a.tar", {"classes": []}, "classes are an empty list"),
+    ("{root}/folder", {"templates": "open-ai"}, "use openai, simple, none"),
+    ("{root}/folder", {"templates": ["a {d}"]}, "'a {d}' has no {}"),
+    ("{root}/folder", {"templates": []}, "templates are an empty list"),
+    ("{root}/folder", {"groups": {"blue": "bright"}}, "no group for 5 of 6 classes, such as 'green'"),
+    ("{root}/folder", {"groups": "{root}/groups.json"}, "must be a JSON object"),
+    ("{root}/folder", {"groups": "{root}/broken.json"}, "is not JSON"),
+    ("{root}/folder", {"groups": "json:group"}, "need shards"),
+    ("{root}/two.tar", {"label": "json:c", "groups": "json:h"}, "no group at json:h"),
+    ("{root}/two.tar", {"label": "json:c", "groups": "json:g"}, "class 'red' has two groups, '0' and (at 1) '1'"),
+]
+
+
+def write_faulty(root: Path) -> None:
+    url, red = write_colour_shard(root / "a.tar"), solid_image("red")
+    for name in ("folder", "hole", "loose"):
+        write_colour_folder(root / name)
+    for name in ("bare", "hole/pink"):
+        (root / name).mkdir()
+    texts = {"short.txt": "blue\ngreen\n", "gap.txt": "blue\n\ngreen\n", "empty.txt": "\n", "loose/a.png": ""}
+    for name, text in {**texts, "groups.json": '{"blue": 1}', "broken.json": "{"}.items():
+        (root / name).write_text(text)
     (root / "bad.tar").write_bytes(Path(url).read_bytes()[:7000])
-    two = write_shard(
-        root / "two.tar", [(str(i), solid_image("red"), {"json": {"c": "red", "g": str(i)}}) for i in range(2)]
-    )
-    unlabelled = write_shard(root / "no.tar", [("k1", solid_image("red"), {"txt": "red"})])
-    nothing = write_shard(root / "nothing.tar", [])
-    return {
-        "missing shard": (lambda: zero_shot(f"{root}/{{a,b}}.tar", classes=NAMES), f"{root}/b.tar: shard_missing"),
-        "damaged shard": (lambda: zero_shot(f"{root}/bad.tar", classes=NAMES), "bad.tar: shard_damaged"),
-        "no class folder": (lambda: zero_shot(f"{root}/bare"), f"to read shards in it write {root}/bare/*.tar"),
-        "empty class folder": (lambda: zero_shot(f"{root}/hole"), "1 of 7 class folders in"),
-        "images next to class folders": (lambda: zero_shot(f"{root}/loose"), "1 image directly in"),
-        "no image": (lambda: zero_shot(nothing, classes=NAMES), "no image in"),
-        "fewer names than folders": (
-            lambda: zero_shot(folder, classes=f"{root}/short.txt"),
-            "classes has 2 names for 6 folders: give one name for each folder, sorted, from 'blue' to 'yellow'",
-        ),
-        "fewer names than labels": (
-            lambda: zero_shot(url, classes=f"{root}/short.txt"),
-            "4 labels without a class among 2, such as 2: add classes to `classes`, which numbers count from 0",
-        ),
-        "negative label": (
-            lambda: zero_shot(write_shard(root / "neg.tar", [("a", solid_image("red"), {"cls": "-1"})]), classes=NAMES),
-            "1 label without a class among 6, such as -1",
-        ),
-        "label without a class": (
-            lambda: zero_shot(url, classes=NAMES[1:], label="json:class"),
-            "1 label without a class among 5, such as 'blue'",
-        ),
-        "numbers without names": (lambda: zero_shot(url), "labels at cls are numbers, such as 0: give `classes`"),
-        "no label": (lambda: zero_shot(unlabelled), "k1 has no label at cls (its other members: txt)"),
-        "no classes file": (
-            lambda: zero_shot(url, classes=f"{root}/none.txt"),
-            f"{root}/none.txt cannot be read: FileNotFoundError",
-        ),
-        "empty classes file": (lambda: zero_shot(url, classes=f"{root}/empty.txt"), "empty.txt is empty"),
-        "gap in the classes": (lambda: zero_shot(url, classes=f"{root}/gap.txt"), "line 2 of"),
-        "empty classes": (lambda: zero_shot(url, classes=[]), "classes are an empty list"),
-        "unknown templates": (lambda: zero_shot(folder, templates="open-ai"), "use openai, simple, none"),
-        "template without a placeholder": (lambda: zero_shot(folder, templates=["a {d}"]), "'a {d}' has no {}"),
-        "no templates": (lambda: zero_shot(folder, templates=[]), "templates are an empty list"),
-        "class without a group": (
-            lambda: zero_shot(folder, groups={"blue": "bright"}),
-            "no group for 5 of 6 classes, such as 'green'",
-        ),
-        "groups that are not names": (lambda: zero_shot(folder, groups=f"{root}/groups.json"), "must be a JSON object"),
-        "groups that are not JSON": (lambda: zero_shot(folder, groups=f"{root}/broken.json"), "is not JSON"),
-        "groups of folders in data": (lambda: zero_shot(folder, groups="json:group"), "need shards"),
-        "no group in the data": (lambda: zero_shot(two, label="json:c", groups="json:h"), "no group at json:h"),
-        "two groups of a class": (
-            lambda: zero_shot(two, label="json:c", groups="json:g"),
-            "class 'red' has two groups, '0' and (at 1) '1'",
-        ),
-        "retrieval from class folders": (
-            lambda: open_retrieval(RetrievalSet(pairs=folder)),
-            f"none of 12 images in {folder} has a caption at txt, json:caption",
-        ),
-        "no captions": (lambda: open_retrieval(RetrievalSet(pairs=url, captions=["text"])), "none of 12 images in"),
-    }
+    write_shard(root / "two.tar", [(str(i), red, {"json": {"c": "red", "g": str(i)}}) for i in range(2)])
+    write_shard(root / "no.tar", [("k1", red, {"txt": "red"})])
+    write_shard(root / "minus.tar", [("a", red, {"cls": "-1"})])
+    write_shard(root / "nothing.tar", [])
 
 
 def test_a_faulty_set_is_reported(tmp_path: Path) -> None:
-    for fault, (open_set, message) in faults(tmp_path).items():
+    def placed(value: Any) -> Any:
+        return value.replace("{root}", str(tmp_path)) if isinstance(value, str) else value
+
+    write_faulty(tmp_path)
+    for images, keys, message in FAULTS:
         with pytest.raises(UserError) as error:
-            open_set()
-        assert message in str(error.value), fault
+            zero_shot(placed(images), **{key: placed(value) for key, value in keys.items()})
+        assert placed(message) in str(error.value), (images, keys)
+    for pairs, captions in (("folder", "txt"), ("a.tar", "text")):
+        with pytest.raises(UserError, match=rf"none of 12 images in \S+ has a caption at {captions}: set"):
+            open_retrieval(RetrievalSet(pairs=f"{tmp_path}/{pairs}", captions=[captions]))
 
 
 def test_templates_and_class_names_are_built_in_given_or_in_a_file(tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
-"""Teachers of open_clip, their texts, tokens and exports compared with the library itself."""
+"""Teachers of open_clip, their texts, tokens and exports compared with the library itself, also with other insides."""
 
 from __future__ import annotations
 
+import copy
 import html
 import json
+import logging
 import pickle
 import shutil
 from dataclasses import replace
@@ -20,13 +22,13 @@ from open_clip.tokenizer import get_clean_fn
 from teachers.open_clip import catalog
 from teachers.open_clip.building import write_open_clip
 from teachers.open_clip.teacher import OpenClipTeacher, image_spec
-from teachers.open_clip.text import clean_text
+from teachers.open_clip.text import TextEncoder, clean_text, disable_special_tokens
 from teachers.open_clip.tokenizer import Tokenizer
 from teachers.protocols import ImageSpec
 from teachers.registry import teacher_spec
 from teachers.runtime.accelerator import Accelerator
 from tests.helpers.models import tiny_models
-from tests.helpers.models.tiny_models import FULL_LENGTH, TRIMMED
+from tests.helpers.models.tiny_models import FULL_LENGTH, TRIMMED, open_clip_model
 
 CPU = Accelerator("cpu")
 OWN, SAFE = open_clip.get_tokenizer("ViT-B-32"), pickle.loads(pickle.dumps(Tokenizer("ViT-B-32")))
@@ -184,3 +186,53 @@ def test_text_towers_of_transformers_encode_the_full_length(tmp_path: Path) -> N
 def test_tokens_of_any_text_match_open_clip(text: str) -> None:
     twice = [text, text]  # the second text uses the token cache
     assert torch.equal(SAFE(twice), OWN(twice))
+
+
+OTHER_TEXTS = ["a photo of a cat", "", "two &lt;end_of_text&gt; dogs", "so many words " * 60]
+
+
+class Ahead(open_clip.SimpleTokenizer):
+    """A tokenizer that has renamed what it is made of."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.inner = open_clip.SimpleTokenizer(**options)
+        for name in ("pat", "byte_encoder", "clean_fn"):
+            delattr(self, name)
+
+    def __call__(self, texts: Any, context_length: int | None = None) -> torch.Tensor:
+        found: torch.Tensor = self.inner(texts, context_length)
+        return found
+
+
+def test_a_model_with_other_insides_encodes_its_texts_itself(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    name = open_clip_model(tmp_path / "model")
+    model, tokenizer = open_clip.create_model(name).eval(), open_clip.get_tokenizer(name)
+    expected = model.encode_text(tokenizer(["a photo of a cat", "a dog"]))
+    inner = copy.deepcopy(model)
+    model.__class__ = type("CLIP", (open_clip.CLIP,), {"encode_text": lambda _, tokens: inner.encode_text(tokens)})
+    del model.text_pool_type
+    with caplog.at_level(logging.WARNING):
+        encoder = TextEncoder(model, tokenizer, Accelerator("cpu"))
+    assert "trimming of texts is left out: this code does not know the insides of open_clip" in caplog.text
+    assert torch.equal(encoder.encode(encoder.tokenize(["a photo of a cat", "a dog"])), expected)
+
+
+def test_a_tokenizer_with_other_insides_gives_the_same_tokens(caplog: pytest.LogCaptureFixture) -> None:
+    usual = disable_special_tokens(open_clip.SimpleTokenizer(context_length=40))
+    with caplog.at_level(logging.WARNING):
+        ahead = disable_special_tokens(Ahead(context_length=40))
+    assert "fast tokenization is left out" in caplog.text
+    assert torch.equal(ahead(OTHER_TEXTS), usual(OTHER_TEXTS))
+    assert (ahead(["<end_of_text>", "<START_OF_TEXT>"])[:, 1:3] < 49406).all(), "special tokens are plain text"
+    assert torch.equal(copy.copy(ahead)(OTHER_TEXTS), usual(OTHER_TEXTS))
+    assert ahead.context_length == 40
+
+
+def test_a_tokenizer_of_other_tokens_stays(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("teachers.open_clip.text._cached_encode", lambda tokenizer: lambda text: [7])
+    with caplog.at_level(logging.WARNING):
+        changed = disable_special_tokens(open_clip.SimpleTokenizer())
+    assert "it would have other tokens" in caplog.text
+    monkeypatch.undo()
+    assert torch.equal(changed(OTHER_TEXTS), disable_special_tokens(open_clip.SimpleTokenizer())(OTHER_TEXTS))

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from ray.train import RunConfig
@@ -20,13 +19,11 @@ from reinforce.errors import UserError
 from reinforce.training.distributed.ranks import join_ranks
 from reinforce.training.launch import launch
 from reinforce.training.ray_train import environment_of_ranks
-from teachers.coca import captioner as coca
 from teachers.fast_paths.step_graphs import decoding_kernels
-from teachers.registry import captioner_spec
 from teachers.runtime import determinism
 from teachers.runtime.accelerator import Accelerator
 from tests.helpers.data import config_of
-from tests.helpers.models.tiny_coca import IMAGE_SIZE, coca_model
+from tests.helpers.models.tiny_coca import batch, build
 from tests.helpers.stand_in_cuda import stand_in_cuda
 from tests.helpers.trainings import PairFeed, TowersTask, job, rows, run
 from tests.helpers.trainings import training as training_config
@@ -121,12 +118,8 @@ def test_on_cuda_operations_are_deterministic_and_only_trainings_require_it() ->
     assert not torch.are_deterministic_algorithms_enabled(), "a notebook goes on"
 
 
-def test_captions_are_decoded_without_sorting_indices_of_copies(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    captioner = coca.CocaCaptioner(
-        captioner_spec(model=coca_model(tmp_path), captions=1, max_length=8), Accelerator("cpu")
-    )
+def test_captions_are_decoded_without_sorting_indices_of_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    captioner = build("cpu")
     seen: list[bool] = []
     begin = captioner._decoder.begin
 
@@ -136,7 +129,7 @@ def test_captions_are_decoded_without_sorting_indices_of_copies(
 
     monkeypatch.setattr(captioner._decoder, "begin", noting)
     determinism.set_flags("cuda")
-    captioner.generate(torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE), np.zeros((1, 1), np.uint64))
+    captioner.generate(*batch(captioner, 1))
     assert seen == [False]
     assert torch.is_deterministic_algorithms_warn_only_enabled()
     with decoding_kernels(torch.device("cuda")):
