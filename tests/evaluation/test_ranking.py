@@ -13,12 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
 
+from reinforce.evaluation import probing
 from reinforce.evaluation.classes import load_templates
 from reinforce.evaluation.encoding import build_classifier, encode_texts
 from reinforce.evaluation.kinds.classification import own_metrics
-from reinforce.evaluation.probing import linear
-from reinforce.evaluation.probing.linear import fit_probe, hold_out
-from reinforce.evaluation.probing.neighbours import classify, find_nearest
+from reinforce.evaluation.probing import classify, find_nearest, fit_probe, hold_out
 from reinforce.evaluation.ranking import rank_classes, rank_matches
 from tests.helpers.evaluation import CPU, ColourOracle, load_teacher
 from tests.helpers.models import tiny_models
@@ -203,7 +202,7 @@ def test_a_linear_probe_has_the_probabilities_of_logistic_regression(
     train, labels, test, true = clusters
     hits, expected = REGRESSIONS[l2]
     for block in (4096, 37):
-        monkeypatch.setattr(linear, "BLOCK", block)
+        monkeypatch.setattr(probing, "PROBE_BLOCK", block)
         probe = fit_probe(torch.from_numpy(train), labels, [l2], CPU)
         p = (probe.inputs(torch.from_numpy(test)) @ probe.weights.T).softmax(1).numpy()
         assert p[0] == pytest.approx(np.array(expected), abs=1e-4)

@@ -114,7 +114,7 @@ def _neighbours(queries: torch.Tensor, index: torch.Tensor, count: int, accelera
     """The ``count`` nearest rows of ``index``, int64 [N, count], for each query, without the row of the query."""
     import torch
 
-    from reinforce.evaluation.probing.neighbours import find_nearest
+    from reinforce.evaluation.probing import find_nearest
     from reinforce.evaluation.ranking import BLOCK
 
     parts = []

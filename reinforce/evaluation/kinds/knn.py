@@ -48,7 +48,7 @@ class KnnSet(TwoPartSet):
 def _classify(config: TwoPartSet, features: Features, accelerator: Accelerator) -> Metrics:
     import torch
 
-    from reinforce.evaluation.probing.neighbours import classify
+    from reinforce.evaluation.probing import classify
 
     assert isinstance(config, KnnSet)
     accelerator = accelerator.of_float64("nearest neighbours")

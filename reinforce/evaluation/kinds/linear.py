@@ -29,7 +29,7 @@ class LinearSet(TwoPartSet):
         return ["top1", "top5", "mean_per_class"]
 
     def fault(self, counts: np.ndarray) -> str | None:
-        from reinforce.evaluation.probing.linear import FOLD
+        from reinforce.evaluation.probing import FOLD
 
         if len(self.l2) == 1 or counts.max() >= FOLD:
             return None
@@ -42,16 +42,16 @@ class LinearSet(TwoPartSet):
 def _classify(config: TwoPartSet, features: Features, accelerator: Accelerator) -> Metrics:
     import torch
 
-    from reinforce.evaluation.probing.linear import BLOCK, fit_probe
+    from reinforce.evaluation.probing import PROBE_BLOCK, fit_probe
     from reinforce.evaluation.ranking import rank_classes
 
     assert isinstance(config, LinearSet)
     accelerator = accelerator.of_float64("linear probes")
     probe = fit_probe(features.train, features.train_labels, config.l2, accelerator)
     ranked = []
-    for start in range(0, len(features.test), BLOCK):
-        inputs = probe.inputs(accelerator.put(features.test[start : start + BLOCK]))
-        true = accelerator.put(features.test_labels[start : start + BLOCK])
+    for start in range(0, len(features.test), PROBE_BLOCK):
+        inputs = probe.inputs(accelerator.put(features.test[start : start + PROBE_BLOCK]))
+        true = accelerator.put(features.test_labels[start : start + PROBE_BLOCK])
         ranked.append(torch.stack(rank_classes(inputs, probe.weights, true)).cpu().numpy())
     ranks, predicted = np.concatenate(ranked, axis=1)
     return own_metrics(None, None, features.test_labels, ranks, predicted)

@@ -1,8 +1,13 @@
-"""A linear probe: softmax regression on standardised features, by full-batch L-BFGS in float64.
+"""Classifiers of image features: votes of the nearest training images, and a linear probe.
 
-It minimises the mean cross-entropy plus ``l2 / 2`` times the squared norm of the weights, without the bias: of N
-images, scikit-learn's LogisticRegression with C = 1 / (l2 N) behind a StandardScaler. Each pass reads the features in
-blocks, so that memory on the device does not depend on N. Nothing is random.
+Neighbours are weighted as in DINO: a class gets the sum of exp(cosine / T). Scores are those of ``ranking``. Among
+equal scores the image with the lower index is nearer, and among equal sums the class with the lower index wins, so that
+results are the same on every device and for every block size.
+
+The probe is softmax regression on standardised features, by full-batch L-BFGS in float64. It minimises the mean
+cross-entropy plus ``l2 / 2`` times the squared norm of the weights, without the bias: of N images, scikit-learn's
+LogisticRegression with C = 1 / (l2 N) behind a StandardScaler. Each pass reads the features in blocks, so that memory
+on the device does not depend on N. Nothing is random.
 """
 
 from __future__ import annotations
@@ -13,15 +18,79 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from reinforce.evaluation.ranking import BLOCK, scores_of
 from teachers.runtime.accelerator import Accelerator
 
+_SIGN, _INDEX = 0x7FFFFFFF, 0xFFFFFFFF
 #: Images of one block; a block takes 16 bytes per image and class.
-BLOCK = 4096
+PROBE_BLOCK = 4096
 #: Every fifth image of a class is held out to choose ``l2``.
 FOLD = 5
 _ITERATIONS = 300
 _GRADIENT = 1e-6  # largest absolute entry at which a fit ends
 _CONSTANT = 1e-7  # standard deviation of a feature of unit-norm vectors that differs by rounding alone
+
+
+def classify(
+    train: torch.Tensor,
+    labels: torch.Tensor,
+    test: torch.Tensor,
+    counts: Sequence[int],
+    temperature: float,
+    accelerator: Accelerator,
+    block: int = BLOCK,
+) -> dict[int, torch.Tensor]:
+    """Predict the classes of ``test`` by each number of neighbours in ``counts`` -> int64 [Q] on the CPU, by number.
+
+    ``train`` [N, D] and ``test`` [Q, D] are float32 of unit norm on the CPU, ``labels`` int64 [N] are at least 0. No
+    count is above N. Memory on the device is bounded by ``block`` and the largest count.
+    """
+    found: dict[int, list[torch.Tensor]] = {count: [] for count in counts}
+    classes = int(labels.max()) + 1
+    for start in range(0, len(test), block):
+        scores, indices = find_nearest(test[start : start + block], train, max(counts), accelerator, block)
+        weights = ((scores.double() - scores[:, :1]) / temperature).exp()  # relative to the nearest, as exp overflows
+        votes = torch.zeros(len(scores), classes, dtype=torch.float64)
+        done = 0
+        for count in sorted(found):
+            votes.scatter_add_(1, labels[indices[:, done:count]], weights[:, done:count])
+            found[count].append(votes.argmax(1))
+            done = count
+    return {count: torch.cat(parts) for count, parts in found.items()}
+
+
+def find_nearest(
+    queries: torch.Tensor, train: torch.Tensor, count: int, accelerator: Accelerator, block: int = BLOCK
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ``count`` nearest of ``train`` [N, D] for ``queries`` [Q, D], nearest first, on the CPU.
+
+    Returns scores, float32 [Q, count], and indices, int64 [Q, count].
+    """
+    part = accelerator.put(queries)
+    best: torch.Tensor | None = None
+    for left in range(0, len(train), block):
+        scores = scores_of(part, accelerator.put(train[left : left + block]))
+        keys = _keys(scores, left)
+        best = keys if best is None else torch.cat([best, keys], 1)
+        best = best.topk(min(count, best.shape[1]), dim=1).values
+    assert best is not None
+    bits = (best >> 32).to(torch.int32)
+    return _flip(bits).view(torch.float32).cpu(), (_INDEX - (best & _INDEX)).cpu()
+
+
+def _keys(scores: torch.Tensor, first: int) -> torch.Tensor:
+    """Distinct int64 keys [Q, C] that order candidates by score, then by index, which starts at ``first``.
+
+    The upper half has the bits of the score, the lower one the index: topk alone has no order among equal scores.
+    """
+    bits = _flip((scores + 0.0).view(torch.int32))  # + 0.0 makes -0.0 equal to 0.0
+    indices = torch.arange(first, first + scores.shape[1], device=scores.device)
+    return (bits.long() << 32) | (_INDEX - indices)
+
+
+def _flip(bits: torch.Tensor) -> torch.Tensor:
+    """Bits of float32 as int32 in the order of the floats, and back."""
+    return torch.where(bits < 0, bits ^ _SIGN, bits)
 
 
 @dataclass(frozen=True)
@@ -77,8 +146,8 @@ class _Data:
 
     def blocks(self, rows: np.ndarray) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Standardised features float64 [B, D + 1] and classes [B] of some rows, on the device."""
-        for start in range(0, len(rows), BLOCK):
-            part = torch.from_numpy(rows[start : start + BLOCK])
+        for start in range(0, len(rows), PROBE_BLOCK):
+            part = torch.from_numpy(rows[start : start + PROBE_BLOCK])
             x = _standardise(self.accelerator.put(self.features[part]), self.mean, self.scale)
             yield x, self.accelerator.put(self.labels[part])
 
@@ -118,7 +187,7 @@ def _loss(data: _Data, rows: np.ndarray, weights: torch.Tensor, l2: float) -> tu
 
 def _moments(features: torch.Tensor, accelerator: Accelerator) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation of each feature, float64 [D] on the device; 1 for a feature that is constant."""
-    parts = [features[start : start + BLOCK] for start in range(0, len(features), BLOCK)]
+    parts = [features[start : start + PROBE_BLOCK] for start in range(0, len(features), PROBE_BLOCK)]
     sums = [accelerator.put(part).double().sum(0) for part in parts]
     mean = torch.stack(sums).sum(0) / len(features)
     squares = [(accelerator.put(part).double() - mean).square().sum(0) for part in parts]

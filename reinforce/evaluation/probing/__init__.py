@@ -1,1 +1,0 @@
-"""Classifiers of image features: weighted nearest neighbours, and a linear probe."""
