@@ -143,7 +143,7 @@ def our_batches(folder: Path, processes: int, batch: int) -> Iterator[Any]:
     config = config_of(folder, TOKENIZER, workers=processes, prefetch=PREFETCH)
     tokenize = Tokenizer(TOKENIZER)
     feed = CaptionStreams(load_streams(config, SIZE)[0], tokenize, int(tokenize([""])[0, 1]))
-    feed.set_up(1, batch, 0, processes, None)
+    feed.set_up(1, batch, processes)
     return feed.batches(0, 1, batch, 0)
 
 

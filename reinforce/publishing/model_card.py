@@ -20,7 +20,7 @@ from reinforce.publishing.card import MODEL_MARK, UNKNOWN, markdown, model_ident
 from reinforce.publishing.public import is_local_path, without_paths
 from reinforce.storage import Storage
 from reinforce.student.loss_config import OTHER_MODELS
-from reinforce.training.record.curves import name_parts
+from reinforce.training.record.curves import name_part
 from reinforce.training.record.results import Results, read_results
 from reinforce.training.saving.checkpoint import read_config
 from teachers.redact import redact
@@ -151,4 +151,5 @@ def _names(section: str, settings: Mapping[str, Any]) -> list[str] | None:
 def _metrics(results: Results | None) -> dict[str, float]:
     if results is None:
         return {}
-    return {name: value for name, value in name_parts(results.metrics, results.parts).items() if value is not None}
+    found = results.metrics.items()
+    return {name_part(name, results.parts): value for name, value in found if value is not None}

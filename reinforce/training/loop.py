@@ -52,7 +52,7 @@ from reinforce.training.saving.writer import CheckpointWriter
 from reinforce.training.state import State, check_skipped, make_average
 from reinforce.training.step import Prefetcher, StepOutput, backpropagate, describe_failure
 from reinforce.training.stop import Stopped, StopSignal
-from reinforce.training.task import Build, Feed, Task
+from reinforce.training.task import Begun, Build, Feed, Task
 from reinforce.training.trials.compiled import compile_model
 from reinforce.training.trials.division import Trials
 from teachers.fast_paths.recompilation import Compiler
@@ -164,10 +164,9 @@ class _Loop:
         """Share the rank's cores between arithmetic and reading; returns lines about both."""
         ranks, accelerated = self.ranks.size, self.accelerator.device.type != "cpu"
         cores = -self.ranks.start_max(-self.ranks.cpus)()  # all ranks read in the same way
-        loaders, step = loader_processes(cores, accelerated), self.progress.step
         before, batch = self.progress, self.training.batch // ranks
-        recorded = before.streams, before.order, before.row_processes
-        reading = self.feed.set_up(ranks, batch, step, loaders, *recorded)
+        begun = Begun(before.step, before.streams, before.order, before.row_processes)
+        reading = self.feed.set_up(ranks, batch, loader_processes(cores, accelerated), begun)
         now = replace(before, streams=reading.streams, row_processes=reading.row_processes)
         now = replace(now, samples=self.feed.samples, files=reading.files)
         # With `auto`, that of the checkpoint until the first step is tried.

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
+from reinforce.training.order import ORDER
 from teachers.runtime.accelerator import Accelerator
 
 #: Nested mappings of tensors [b, ...] and lists of length b, where b is the number of samples of one rank.
@@ -126,6 +127,16 @@ class Reading:
     row_processes: int | None = None
 
 
+@dataclass(frozen=True)
+class Begun:
+    """The first step of a feed, and what a checkpoint recorded of how it was read; see ``Reading`` and ``order.py``."""
+
+    step: int = 0
+    streams: int | None = None
+    order: int = ORDER
+    row_processes: int | None = None
+
+
 class Feed(Protocol):
     """Where the loop gets its batches from."""
 
@@ -142,28 +153,18 @@ class Feed(Protocol):
         """
         ...
 
-    def set_up(
-        self,
-        ranks: int,
-        batch: int,
-        start: int,
-        loaders: int,
-        streams: int | None,
-        order: int,
-        row_processes: int | None = None,
-    ) -> Reading:
-        """Choose what the config leaves open, before ``batches`` with the same arguments; the same on every rank.
+    def set_up(self, ranks: int, batch: int, loaders: int, begun: Begun) -> Reading:
+        """Choose what the config leaves open, before ``batches`` of the same ranks; the same on every rank.
 
-        ``loaders`` is the number of processes or threads that suits the machine, ``order`` the version of the order of
-        samples; ``streams`` and ``row_processes`` are what the checkpoint recorded, if there is one.
+        ``loaders`` is the number of processes or threads that suits the machine.
         """
         ...
 
     def batches(self, rank: int, ranks: int, batch: int, start: int) -> Iterable[Batch]:
         """Endless batches of ``batch`` samples for one rank, beginning with step ``start``; epochs follow one another.
 
-        Must be a pure function of its arguments, of ``Reading.streams`` and of the ``order`` of ``set_up``, so that a
-        resumed training run gets the batches that an uninterrupted one would have got.
+        Must be a pure function of its arguments, of ``Reading.streams`` and of ``Begun.order``, so that a resumed
+        training run gets the batches that an uninterrupted one would have got.
         """
         ...
 

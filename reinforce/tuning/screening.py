@@ -49,7 +49,7 @@ class ScaleMeasures:
     entropy_of_texts: float
     true_pair: float
     calibration: float
-    agreement: float | None
+    agreement: float | None = None
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,7 @@ def _screen_teacher(
     measured = []
     for scale in scales:
         rows = [_measure(scale * cosines, logits) for cosines, logits in zip(own, others, strict=True)]
-        means = {key: _mean([row[key] for row in rows]) for key in rows[0]}
-        measured.append(ScaleMeasures(scale=scale, **means))  # type: ignore[arg-type]
+        measured.append(ScaleMeasures(scale, **{key: float(np.mean([row[key] for row in rows])) for key in rows[0]}))
     hits = [
         (values.argmax(dim=1) == torch.arange(len(values))).float().mean().item()
         for cosines in own
@@ -127,8 +126,8 @@ def _screen_teacher(
     return TeacherScreening(measured, _most_likely_scale(own), float(np.mean(hits)))
 
 
-def _measure(logits: torch.Tensor, others: Sequence[torch.Tensor]) -> dict[str, float | None]:
-    """Measures of ``logits`` [B, B]; ``others`` are the scaled logits of the other teachers."""
+def _measure(logits: torch.Tensor, others: Sequence[torch.Tensor]) -> dict[str, float]:
+    """Measures of ``logits`` [B, B]; ``others`` are the scaled logits of the other teachers, none without agreement."""
     entropies, true, losses, agreements = [], [], [], []
     for ensemble in ((logits, *others), (logits.T, *(other.T for other in others))):
         targets = [vectors.softmax(of_teacher.numpy()) for of_teacher in ensemble]
@@ -143,7 +142,7 @@ def _measure(logits: torch.Tensor, others: Sequence[torch.Tensor]) -> dict[str, 
         "entropy_of_texts": entropies[1],
         "true_pair": float(np.mean(true)),
         "calibration": float(np.mean(losses)),
-        "agreement": float(np.mean(agreements)) if agreements else None,
+        **({"agreement": float(np.mean(agreements))} if agreements else {}),
     }
 
 
@@ -176,8 +175,3 @@ def _most_likely_scale(cosines: Sequence[torch.Tensor]) -> float:
             right = low + ratio * (high - low)
             right_loss = loss(right)
     return float(f"{math.exp((low + high) / 2):.3g}")
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    numbers = [value for value in values if value is not None]
-    return float(np.mean(numbers)) if numbers else None

@@ -14,7 +14,7 @@ from reinforce.errors import UserError
 from reinforce.student.task import StudentTask
 from reinforce.training.task import Batch
 from tests.helpers.students import first_batch, losses_of, student_folder
-from tests.helpers.trainings import curve, rows
+from tests.helpers.trainings import curve
 
 BOTH = {"teacher": "vit", "similarities": 2.0, "features": 3.0}
 
@@ -117,9 +117,6 @@ def test_a_training_keeps_near_its_start_by_each_anchor_and_resumes_with_equal_b
     weights, whole = train("weights", {"weights": 1.0})
     assert weights < 0.5 * free
     assert train("resumed", {"weights": 1.0}, stop_at=3) == (weights, whole)
-    train("features", {"teacher": "vit", "features": 100.0})
-    far, near = (rows(tmp_path / name)[-2]["losses"] for name in ("free", "features"))
-    assert near["clip/caption"] > far["clip/caption"]
 
 
 def test_anchors_that_do_not_fit_are_refused(anchored: Any, tmp_path: Path) -> None:
@@ -136,16 +133,8 @@ def test_anchors_that_do_not_fit_are_refused(anchored: Any, tmp_path: Path) -> N
     for keys, sections, message in (
         ({**BOTH, "teacher": "gone"}, {}, "no teacher 'gone'"),
         ({"teacher": "eyes", "similarities": 1.0}, {}, r"anchor\.similarities needs vectors of images and texts of"),
-        (
-            BOTH,
-            images,
-            r"anchor\.similarities needs vectors of images and texts of teacher vit, and data\.captions",
-        ),
-        (
-            {"teacher": "red", "features": 1.0},
-            {},
-            r"anchor\.features: teacher red has \d+ dimensions and the student 16",
-        ),
+        (BOTH, images, r"anchor\.similarities needs .* texts of teacher vit, and data\.captions"),
+        ({"teacher": "red", "features": 1.0}, {}, r"teacher red has \d+ dimensions and the student 16"),
         ({"weights": 1.0}, random, r"loss\.anchor\.weights: .* starts from random weights; set student\.pretrained"),
         ({"weights": 1.0}, {**images, "loss": {"features": "none", "lambda": 1.0}}, r"data\.captions is none"),
     ):

@@ -10,7 +10,7 @@ import torch
 
 from reinforce.training.config import Optimizer
 from reinforce.training.optimizer import learning_rate, make_adamw, undecayed_parameters
-from reinforce.training.step import Prefetcher, StepOutput, backpropagate, slice_batch
+from reinforce.training.step import Prefetcher, StepOutput, backpropagate
 from reinforce.training.task import Batch
 from teachers.runtime.accelerator import Accelerator
 from tests.helpers.models.tiny_models import open_clip_config
@@ -48,6 +48,7 @@ def test_parts_give_the_losses_and_gradients_of_the_whole_batch_and_bfloat16_is_
 def test_kept_parts_pass_the_model_once_with_the_gradients_and_statistics_of_two_passes(
     options: dict[str, Any],
 ) -> None:
+    """With all kept, the gradient is autograd's; both passes of the others draw the same dropout."""
     found = []
     for kept in range(5):
         torch.manual_seed(0)
@@ -60,37 +61,6 @@ def test_kept_parts_pass_the_model_once_with_the_gradients_and_statistics_of_two
         found.append((outcome.losses, outcome.scalars, gradients, dict(task.model.named_buffers())))
     for others in found[1:]:
         torch.testing.assert_close(others, found[0], rtol=1e-6, atol=1e-9)
-
-
-def test_both_passes_draw_the_same_dropout() -> None:
-    """The gradient equals autograd's for the whole loss with each part's dropout."""
-    _, found = gradients(4, dropout=0.5)
-    torch.manual_seed(0)
-    task = TowersTask(dropout=0.5)
-    encoded = []
-    for seed in range(4):
-        torch.manual_seed(seed)
-        encoded.append(task.model(slice_batch(batch(), seed * 4, seed * 4 + 4)))
-    whole = type(encoded[0])(
-        {name: torch.cat([e.features[name] for e in encoded]) for name in encoded[0].features},
-        {"closeness": torch.stack([e.losses["closeness"] for e in encoded]).mean()},
-        encoded[0].scalars,
-    )
-    (task.losses(whole, batch())["contrast"] + whole.losses["closeness"]).backward()
-    for name, p in task.model.named_parameters():
-        if p.grad is not None:
-            torch.testing.assert_close(found[name], p.grad)
-
-
-def test_running_statistics_are_those_of_one_pass() -> None:
-    torch.manual_seed(0)
-    twice, once = TowersTask(norm=True), TowersTask(norm=True)
-    once.model.load_state_dict(twice.model.state_dict())
-    backpropagate(twice, twice.model, batch(), SIZE, [0, 1], Accelerator("cpu"))
-    for start in (0, SIZE // 2):
-        once.model(slice_batch(batch(), start, start + SIZE // 2))
-    for (name, found), expected in zip(twice.model.named_buffers(), once.model.buffers(), strict=True):
-        assert torch.equal(found, expected), name
 
 
 def test_prepare_sees_the_whole_batch_without_gradients_and_a_feed_that_ends_is_an_error() -> None:

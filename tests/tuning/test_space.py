@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -189,31 +190,38 @@ def make_scheduler(configs: dict[Trial, StudentConfig]) -> _Scheduler:
     return _Scheduler(search, configs, stop_early=True)
 
 
-def evaluate(scheduler: _Scheduler, configs: dict[Trial, StudentConfig], trial: Trial, step: int, value: float) -> str:
-    """Write an evaluation to the log of a training, then report it."""
-    folder = Path(configs[trial].output)
+def log_evaluation(config: StudentConfig, step: int, value: float) -> None:
+    folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "log.jsonl", "a", encoding="utf-8") as log:
-        log.write(json.dumps({"step": step, "metrics": {METRIC: value}}) + "\n")
+        log.write(evaluation(step, value) + "\n")
+
+
+def evaluate(scheduler: _Scheduler, configs: dict[Trial, StudentConfig], trial: Trial, step: int, value: float) -> str:
+    """Write an evaluation to the log of a training, then report it."""
+    log_evaluation(configs[trial], step, value)
     tuned = SimpleNamespace(config={"name": trial.name})
     return scheduler.on_trial_result(None, tuned, {"step": step, "value": value})
 
 
-def run_trials(scheduler: _Scheduler, configs: dict[Trial, StudentConfig], kill_after: int | None = None) -> None:
-    """Run one trial after another; the search is killed after ``kill_after`` evaluations."""
+def run_trials(
+    scheduler: _Scheduler, configs: dict[Trial, StudentConfig], kill_after: int | None = None, logged: bool = False
+) -> None:
+    """Run one trial after another; the search is killed after so many evaluations, of which one more is ``logged``."""
     count = 0
     for trial, config in configs.items():
         outcome = read_outcome(config, STEPS, METRIC)
         if outcome.state != "open":
             continue
         for step, value in zip((4, 8, 12), CURVES[trial.setting.scales["red"]], strict=True):
-            if step <= max([0, *(at for at, _ in outcome.curve)]):
-                continue
-            if kill_after is not None and count == kill_after:
-                return
-            count += 1
-            if evaluate(scheduler, configs, trial, step, value) == "STOP":
-                break
+            if step > max([0, *(at for at, _ in outcome.curve)]):
+                if kill_after is not None and count == kill_after:
+                    if logged:
+                        log_evaluation(config, step, value)
+                    return
+                count += 1
+                if evaluate(scheduler, configs, trial, step, value) == "STOP":
+                    break
             if step == STEPS:
                 results = {"steps": STEPS, "seconds": 1.0, "best": None, "output": "", "export": "student"}
                 rest = {"samples": 96, "parameters": 1, "loss": 0.0, "metrics": {}, "skipped": 0}
@@ -234,9 +242,9 @@ def test_trials_that_fall_behind_at_a_rung_are_stopped_also_in_a_search_that_was
         10.0: ("finished", 12), 20.0: ("finished", 12), 30.0: ("stopped", 4), 40.0: ("finished", 12),
         50.0: ("stopped", 8),
     }  # fmt: skip
-    for kill_after in range(1, 13):
-        killed = trials(tmp_path / str(kill_after))
-        run_trials(make_scheduler(killed), killed, kill_after=kill_after)
+    for kill_after, logged in itertools.product(range(1, 13), (False, True)):
+        killed = trials(tmp_path / f"{kill_after}-{logged}")
+        run_trials(make_scheduler(killed), killed, kill_after, logged)
         again = make_scheduler(killed)
         for trial in killed:
             again.replay(trial, read_outcome(killed[trial], STEPS, METRIC))
@@ -250,20 +258,3 @@ def test_a_trial_whose_metric_is_not_finite_falls_behind(tmp_path: Path) -> None
     first, second, third, *_ = configs
     decisions = [evaluate(scheduler, configs, trial, 4, value) for trial, value in ((first, 0.2), (second, 0.3))]
     assert [*decisions, evaluate(scheduler, configs, third, 4, float("nan"))] == ["CONTINUE", "CONTINUE", "STOP"]
-
-
-def test_evaluation_that_was_logged_but_not_reported_is_decided_on_resume(tmp_path: Path) -> None:
-    """The next search replays the log before it continues the trial, and stops it."""
-    configs = trials(tmp_path)
-    scheduler = make_scheduler(configs)
-    first, second, third, *_ = configs
-    for trial in (first, second):
-        for step, value in zip((4, 8, 12), CURVES[trial.setting.scales["red"]], strict=True):
-            evaluate(scheduler, configs, trial, step, value)
-    folder = Path(configs[third].output)
-    folder.mkdir()
-    (folder / "log.jsonl").write_text(json.dumps({"step": 4, "metrics": {METRIC: 0.1}}) + '\n{"step": 5, "lo')
-    again = make_scheduler(configs)
-    for trial in (first, second, third):
-        again.replay(trial, read_outcome(configs[trial], STEPS, METRIC))
-    assert read_outcome(configs[third], STEPS, METRIC).state == "stopped"

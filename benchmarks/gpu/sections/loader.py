@@ -37,7 +37,7 @@ def _measure(bench: Bench, backend: str) -> list[Figure]:
     model, output = next(iter(size.students)), bench.folder / "loader"
     config = recipe.training_config(bench, model, dataset(bench), output, {"backend": backend})
     task, feed = build(config, accelerator)
-    loaders = feed.set_up(1, size.samples, 0, bench.cores, None).loaders
+    loaders = feed.set_up(1, size.samples, bench.cores).loaders
     taken = 0
     with contextlib.closing(feed.batches(0, 1, size.samples, 0)) as batches:
         prefetcher = Prefetcher(batches, accelerator)

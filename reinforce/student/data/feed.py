@@ -34,11 +34,12 @@ from reinforce.student.data.reader import Streamed
 from reinforce.student.data.stream import RankStream, StreamPlan
 from reinforce.training.distributed.ranks import share_from_first
 from reinforce.training.order import ORDER, places
-from reinforce.training.task import Batch, Reading
+from reinforce.training.task import Batch, Begun, Reading
 from teachers.redact import redact
 
 _LOG = logging.getLogger(__name__)
 _MOST_NAMED = 10  # rows of a rank that were replaced
+_NEW = Begun()
 T = TypeVar("T")
 _Assembled: TypeAlias = "tuple[Batch, Counter[str]]"  # a batch, and the unusable rows since the last one, by reason
 
@@ -78,21 +79,12 @@ class StreamFeed:
         self._order = ORDER
         self._named: set[str] = set()
 
-    def set_up(
-        self,
-        ranks: int,
-        batch: int,
-        start: int,
-        loaders: int,
-        streams: int | None,
-        order: int = ORDER,
-        row_processes: int | None = None,
-    ) -> Reading:
+    def set_up(self, ranks: int, batch: int, loaders: int, begun: Begun = _NEW) -> Reading:
         """See ``reinforce.training.task.Feed`` and ``plan_reading``."""
-        self._order = order
-        reading = plan_reading(self._config, ranks, batch, start, loaders, streams)
-        if order < 3:
-            reading = _keep_order_of_rows(reading, ranks, start, row_processes)
+        self._order = begun.order
+        reading = plan_reading(self._config, ranks, batch, loaders, begun)
+        if begun.order < 3:
+            reading = _keep_order_of_rows(reading, ranks, begun)
         self._reading = replace(reading, files=self._files)
         return self._reading
 
@@ -101,7 +93,7 @@ class StreamFeed:
 
         The number of the step is all the state there is, so a plain DataLoader resumes exactly.
         """
-        reading = self._reading or plan_reading(self._config, ranks, batch, start, 1, None)
+        reading = self._reading or plan_reading(self._config, ranks, batch, 1, Begun(start))
         processes, streams = max(1, reading.loaders), reading.streams
         assert streams is not None
         if streams % (ranks * processes):
@@ -258,20 +250,20 @@ def _made_in_thread(items: Generator[T]) -> Generator[T]:
         yield from prefetch(pool, lambda _: next(items), itertools.count(), 1)
 
 
-def plan_reading(data: Streams, ranks: int, batch: int, start: int, loaders: int, recorded: int | None) -> Reading:
+def plan_reading(data: Streams, ranks: int, batch: int, loaders: int, begun: Begun) -> Reading:
     """Choose loader processes and streams for ranks with ``batch`` samples per step each.
 
     Set values of ``data.workers`` and ``data.streams`` are used unchanged. Otherwise ``loaders`` suits the machine, and
-    a stream is read by one process. The order of samples depends on the streams: a training run that resumes at step
-    ``start`` keeps those that its checkpoint ``recorded``. A checkpoint without a record was written when the default
-    was one process.
+    a stream is read by one process. The order of samples depends on the streams: a training run that resumes keeps
+    those that its checkpoint recorded. A checkpoint without a record was written when the default was one process.
     """
+    recorded = begun.streams
     if data.workers is not None:
         workers, parts = data.workers, ranks * max(1, data.workers)
         streams = data.streams or (recorded if recorded and recorded % parts == 0 else parts)
     else:
         wanted = min(batch, loaders)
-        streams = data.streams or recorded or ranks * (1 if start else wanted)
+        streams = data.streams or recorded or ranks * (1 if begun.step else wanted)
         local = streams // ranks  # of a rank, which its workers divide
         workers = (
             next(n for n in range(min(local, wanted), 0, -1) if local % n == 0) if streams % ranks == 0 else wanted
@@ -279,14 +271,15 @@ def plan_reading(data: Streams, ranks: int, batch: int, start: int, loaders: int
         if data.streams is None and streams % ranks:
             streams = ranks * workers
     text = f"{workers} loader process{'es' * (workers > 1)}" if workers else "no loader process"
-    return Reading(workers, text, streams, _note(data, ranks, workers, streams, start, recorded))
+    return Reading(workers, text, streams, _note(data, ranks, workers, streams, begun))
 
 
-def _keep_order_of_rows(reading: Reading, ranks: int, start: int, recorded: int | None) -> Reading:
-    """The order of rows within a batch before version 3: by process, as many as ``recorded``, or else as read now."""
+def _keep_order_of_rows(reading: Reading, ranks: int, begun: Begun) -> Reading:
+    """The order of rows within a batch before version 3: by process, as many as recorded, or else as read now."""
     assert reading.streams is not None
-    row_processes, note, local = recorded or max(1, reading.loaders), reading.note, reading.streams // ranks
-    if start and recorded is None and any(local % count == 0 for count in range(2, local)):
+    recorded, note, local = begun.row_processes, reading.note, reading.streams // ranks
+    row_processes = recorded or max(1, reading.loaders)
+    if begun.step and recorded is None and any(local % count == 0 for count in range(2, local)):
         note = note or (
             "the checkpoint does not record its number of loader processes, on which the order of rows within a batch "
             f"depends: from here on it is that of {row_processes}. If it was another one, resume once with this as "
@@ -295,8 +288,9 @@ def _keep_order_of_rows(reading: Reading, ranks: int, start: int, recorded: int 
     return replace(reading, row_processes=row_processes, note=note)
 
 
-def _note(data: Streams, ranks: int, workers: int, streams: int, start: int, recorded: int | None) -> str | None:
+def _note(data: Streams, ranks: int, workers: int, streams: int, begun: Begun) -> str | None:
     """Why the order of samples may not be the one before, or None if it is."""
+    start, recorded = begun.step, begun.streams
     if start and recorded and recorded != streams:
         return (
             f"the order of samples changes at this step: the checkpoint's {recorded} streams cannot be shared by "

@@ -128,7 +128,7 @@ _rounding_of = cache(_Rounding)
 
 
 class _Rounded(torch.nn.Module):
-    """Base of the classes that are put before a layer's own."""
+    """Base of the classes that are put before a layer's own; itself for modules of which a parameter is rounded."""
 
     rounding: _Rounding
 
@@ -137,10 +137,6 @@ class _Rounded(torch.nn.Module):
 
     def rounds_inputs(self) -> bool:
         return self.rounding.inputs and self.rounds()
-
-
-class _RoundedProjection(_Rounded):
-    """A module of which only a parameter is rounded."""
 
 
 class _RoundedConvolution(_Rounded):
@@ -193,9 +189,9 @@ _WEIGHTS: dict[type[torch.nn.Module], tuple[type[_Rounded], str, int]] = {
     torch.nn.Conv2d: (_RoundedConvolution, "weight", 0),
     torch.nn.Linear: (_RoundedLinear, "weight", 0),
     torch.nn.MultiheadAttention: (_RoundedAttention, "in_proj_weight", 0),
-    open_clip.model.CLIP: (_RoundedProjection, "text_projection", 1),
-    open_clip.transformer.TextTransformer: (_RoundedProjection, "text_projection", 1),
-    open_clip.transformer.VisionTransformer: (_RoundedProjection, "proj", 1),
+    open_clip.model.CLIP: (_Rounded, "text_projection", 1),
+    open_clip.transformer.TextTransformer: (_Rounded, "text_projection", 1),
+    open_clip.transformer.VisionTransformer: (_Rounded, "proj", 1),
 }
 
 

@@ -20,9 +20,9 @@ _PANELS: tuple[tuple[str, str, Callable[[Mapping[str, Any]], Mapping[str, Any]]]
 )
 
 
-def name_parts(metrics: Mapping[str, T], parts: Mapping[str, str]) -> dict[str, T]:
-    """Metrics under names that say what part they are of, such as ``datacomp/mean of 2 of 38 sets``."""
-    return {f"{name} of {parts[name]}" if name in parts else name: value for name, value in metrics.items()}
+def name_part(metric: str, parts: Mapping[str, str]) -> str:
+    """A metric's name, which says what part it is of, such as ``datacomp/mean of 2 of 38 sets``."""
+    return f"{metric} of {parts[metric]}" if metric in parts else metric
 
 
 def draw_curves(rows: Sequence[Mapping[str, Any]], url: str) -> None:
@@ -47,8 +47,9 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], url: str) -> None:
 
 
 def _metrics(row: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
-    metrics = name_parts(row.get("metrics", {}), row.get("parts", {}))
-    return {name.removeprefix("retrieval/"): value for name, value in metrics.items() if _metric_kind(name) == kind}
+    metrics, parts = row.get("metrics", {}), row.get("parts", {})
+    of_kind = {name_part(name, parts): value for name, value in metrics.items() if _metric_kind(name) == kind}
+    return {name.removeprefix("retrieval/"): value for name, value in of_kind.items()}
 
 
 def _metric_kind(metric: str) -> str:

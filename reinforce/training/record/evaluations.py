@@ -14,7 +14,7 @@ from reinforce.storage import Storage
 from reinforce.terminal import Screen
 from reinforce.training.distributed.ranks import Ranks
 from reinforce.training.job import Job
-from reinforce.training.record.curves import name_parts
+from reinforce.training.record.curves import name_part
 from reinforce.training.record.log import Log
 from reinforce.training.record.results import Results, metric_text
 from reinforce.training.saving.checkpoint import Checkpoints, DamagedCheckpoint, Progress
@@ -84,8 +84,8 @@ class Evaluations:
         self.writer.wait()  # the best step must have a checkpoint, and so must one at which ``on_evaluation`` ends it
         parts = metrics.parts if isinstance(metrics, Metrics) else {}
         if metrics:
-            shown = ((*name_parts({name: 0}, parts), metric_text(name, value)) for name, value in metrics.items())
-            self.screen.log(f"step {step:,}, %: " + "  ".join(f"{name} {text}" for name, text in shown))
+            shown = (f"{name_part(name, parts)} {metric_text(name, value)}" for name, value in metrics.items())
+            self.screen.log(f"step {step:,}, %: " + "  ".join(shown))
             self._choose(step, metrics, parts)
         self.log.add({"step": step, "metrics": metrics} | ({"parts": parts} if parts else {}))
         self.log.publish()

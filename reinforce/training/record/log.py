@@ -14,7 +14,7 @@ from reinforce.processes.imports import installed
 from reinforce.settings import flatten
 from reinforce.storage import Storage
 from reinforce.terminal import format_duration, plural
-from reinforce.training.record.curves import draw_curves, name_parts
+from reinforce.training.record.curves import draw_curves, name_part
 from reinforce.training.record.trackers import Tracker
 
 _DRAWING_SECONDS = 30.0
@@ -71,8 +71,8 @@ class Log:
         self._file.write(json.dumps(clean) + "\n")
         self._file.flush()
         if "parts" in row:
-            numbers = {key: value for key, value in row.items() if key != "parts"}
-            row = {**numbers, "metrics": name_parts(row["metrics"], row["parts"])}
+            named = {name_part(name, row["parts"]): value for name, value in row["metrics"].items()}
+            row = {**{key: value for key, value in row.items() if key != "parts"}, "metrics": named}
         flat = flatten(row, separator="/")
         scalars = {name: value for name, value in flat if name != "step" and not isinstance(value, Mapping)}
         if self._events is not None:

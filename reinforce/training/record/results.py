@@ -8,7 +8,7 @@ from typing import Any
 
 from reinforce.storage import Storage
 from reinforce.terminal import format_duration, plural
-from reinforce.training.record.curves import name_parts
+from reinforce.training.record.curves import name_part
 from reinforce.training.record.log import CURVES, EVENTS, LOG, written
 from reinforce.training.saving.checkpoint import FOLDER, BestCheckpoint
 from teachers.fast_paths.usage import Usage, parse, problem_lines
@@ -28,10 +28,8 @@ def metric_text(name: str, value: float | None) -> str:
 
 def metric_lines(metrics: Mapping[str, float | None], parts: Mapping[str, str], head: str) -> list[str]:
     """Metrics as an aligned table; ``parts`` says which are of a part of what their names say."""
-    shown = {
-        name: metric_text(metric, value) for metric, value in metrics.items() for name in name_parts({metric: 0}, parts)
-    }
-    rows = [(_METRICS, head), *shown.items()] if shown else []
+    shown = [(name_part(metric, parts), metric_text(metric, value)) for metric, value in metrics.items()]
+    rows = [(_METRICS, head), *shown] if shown else []
     left, right = (max((len(row[side]) for row in rows), default=0) for side in (0, 1))
     return [f"{name:<{left}}  {value:>{right}}" for name, value in rows]
 
@@ -82,8 +80,7 @@ class Results:
         )
         if self.best is not None and self.best.step != self.steps:
             where = "exported" if self.best.step == self.exported else "kept as a checkpoint"
-            [name] = name_parts({self.best.metric: 0}, self.parts)
-            best = metric_text(self.best.metric, self.best.value)
+            name, best = name_part(self.best.metric, self.parts), metric_text(self.best.metric, self.best.value)
             lines.append(f"best {name}: {best} at step {self.best.step:,}, {where}")
         if self.skipped:
             lines.append(f"{plural(self.skipped, 'step')} skipped, because the gradient was not finite")
@@ -106,7 +103,7 @@ class Results:
         best = self.best
         found = {best.metric: f"{metric_text(best.metric, best.value)} at step {best.step:,}"} if best else {}
         metrics = [
-            (*name_parts({name: 0}, self.parts), metric_text(name, value), found.get(name, ""))
+            (name_part(name, self.parts), metric_text(name, value), found.get(name, ""))
             for name, value in self.metrics.items()
         ]
         return render(

@@ -124,32 +124,28 @@ class Checkpoints:
         found = self._storage.read_json(FOLDER, _BEST)
         return BestCheckpoint(**found) if found else None
 
-    def update_best(self, step: int, metric: str, value: float) -> BestCheckpoint:
-        """Compare a step with the best so far and return the better one; among equals, the earlier one."""
+    def update_best(self, step: int, metric: str, value: float) -> None:
+        """Compare a step with the best so far and keep the better one; among equals, the earlier one."""
         best = self.best()
         if best is None or best.metric != metric or value > best.value:
-            best = BestCheckpoint(step, metric, value)
-            self._storage.write_json(asdict(best), FOLDER, _BEST)
-        return best
+            self._storage.write_json(asdict(BestCheckpoint(step, metric, value)), FOLDER, _BEST)
 
     def load(self, step: int) -> tuple[Progress, dict[str, torch.Tensor]]:
         """Return a checkpoint's header and its tensors on the CPU.
 
         Raises DamagedCheckpoint, and UserError if it is of a newer version.
         """
+        path = self._storage.path(FOLDER, _file_name(step))
         try:
-            return self._load(self._storage.path(FOLDER, _file_name(step)), _file_name(step))
+            if self._storage.local:
+                return _read(path, path)
+            with tempfile.TemporaryDirectory() as folder:
+                local = str(Path(folder, _file_name(step)))
+                self._storage.fs.get_file(path, local)
+                return _read(local, path)
         except DamagedCheckpoint:
             self._damaged.add(step)
             raise
-
-    def _load(self, path: str, name: str) -> tuple[Progress, dict[str, torch.Tensor]]:
-        if self._storage.local:
-            return _read(path, path)
-        with tempfile.TemporaryDirectory() as folder:
-            local = str(Path(folder, name))
-            self._storage.fs.get_file(path, local)
-            return _read(local, path)
 
 
 def read_config(storage: Storage) -> dict[str, Any] | None:

@@ -28,7 +28,7 @@ from reinforce.input_config import Limits
 from reinforce.student.config import Data
 from reinforce.student.data.assembly import Assembler
 from reinforce.student.data.feed import StudentFeed
-from reinforce.training.task import Batch
+from reinforce.training.task import Batch, Begun
 from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.in_loaders import letters, read
 from tests.helpers.reinforced import reinforce_here, small_dataset
@@ -112,7 +112,7 @@ def test_a_rank_that_is_not_the_first_lists_and_reads_nothing_before_its_first_b
 
 def test_loader_processes_read_every_sample_once_and_resume_exactly_also_with_other_cores(labelled: str) -> None:
     feed = feed_of(labelled, workers=None)
-    reading = feed.set_up(ranks=1, batch=4, start=0, loaders=2, streams=None)
+    reading = feed.set_up(1, 4, loaders=2)
     assert (reading.loaders, reading.streams) == (2, 2)
     undisturbed = take(feed, 16, 4)
     epoch = [key for batch in undisturbed[:11] for key in batch["key"]]
@@ -121,17 +121,17 @@ def test_loader_processes_read_every_sample_once_and_resume_exactly_also_with_ot
     # One process reads the same streams one after the other.
     assert all(map(same, take(feed_of(labelled, streams=2), 16, 4), undisturbed))
     resumed = feed_of(labelled, workers=None)
-    assert resumed.set_up(ranks=1, batch=4, start=9, loaders=1, streams=reading.streams).loaders == 1
+    assert resumed.set_up(1, 4, 1, Begun(9, reading.streams)).loaders == 1
     assert all(map(same, take(resumed, 7, 4, start=9), undisturbed[9:]))
     # A checkpoint without a record was read in one stream.
     old = feed_of(labelled, workers=None)
-    assert old.set_up(ranks=1, batch=4, start=9, loaders=2, streams=None).streams == 1
+    assert old.set_up(1, 4, 2, Begun(9)).streams == 1
     assert all(map(same, take(old, 3, 4, start=9), take(feed_of(labelled), 3, 4, start=9)))
 
 
 def set_up(feed: StudentFeed, order: int, start: int = 9, row_processes: int | None = None) -> tuple[int | None, Any]:
     """The order of rows that a feed of one rank with four streams chooses, and what it notes about it."""
-    reading = feed.set_up(1, 6, start, 2, 4, order, row_processes)
+    reading = feed.set_up(1, 6, 2, Begun(start, 4, order, row_processes))
     return reading.row_processes, reading.note
 
 
@@ -230,11 +230,6 @@ def test_only_the_needed_layers_and_columns_are_read(labelled: str) -> None:
         "embeddings/blue/images": ("key", "embeddings"),
         "embeddings/blue/caption": ("key", "embeddings"),
     }
-    with dataset.layers.open(dataset.shards[0], whole=False) as layers:
-        tables = layers.read(0)
-    assert {name: tuple(sorted(t.column_names)) for name, t in tables.items()} == {
-        name: tuple(sorted(columns)) for name, columns in dataset.layers.columns.items()
-    }
     [batch] = take(feed, 1, 4)
     assert set(batch["targets"]) == {"blue"}
     assert "synthetic" not in batch
@@ -266,22 +261,6 @@ def test_unusable_rows_are_replaced_and_logged_by_reason(tmp_path: Path, caplog:
     with pytest.raises(UserError, match=r"none of 40 rows can be used \(no caption\)\. Set data\.captions to none "):
         take(feed, 1, 4)
     assert take(feed_of(f"{tmp_path}/none", teachers=[], captions="mixed", synthetic=1.0), 1, 4)
-
-
-def test_online_teachers_get_the_crops_and_texts_that_stored_ones_got(labelled: str) -> None:
-    data = Data.model_validate({"datasets": labelled, "workers": 0})
-    [stored] = take(StudentFeed(data, 5, 24, letters), 1, 6)
-    [online] = take(StudentFeed(data, 5, 20, letters, models={"teachers": []}, online=["red", "new"]), 1, 6)
-    assert online["targets"] == {}
-    assert online["key"] == stored["key"]
-    assert torch.equal(online["crops"]["red"], stored["image"])
-    [alike] = take(StudentFeed(data, 5, 24, letters, models={"teachers": []}, online=["red"]), 1, 6)
-    assert alike["crops"]["red"] is alike["image"], "of the size at which the teachers saw it"
-    assert online["crops"]["new"] is online["crops"]["red"]
-    assert online["image"].shape == (6, 20, 20, 3)
-    assert {kind: [text[:40] for text in texts] for kind, texts in online["texts"].items()} == {
-        kind: read(stored[kind]) for kind in ("caption", "synthetic")
-    }
 
 
 TRAINING = """
@@ -330,7 +309,7 @@ def test_other_samples_in_as_many_rows_are_other_files(tmp_path: Path) -> None:
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         write_tar(tmp_path / "source" / "0.tar", members_of(seed, 9))
         feed = feed_of(reinforce_here(config_of(f"{tmp_path}/source/*.tar", tmp_path / "out")))
-        return feed.set_up(1, 6, 0, 1, None).files, feed.rows, feed.data
+        return feed.set_up(1, 6, 1).files, feed.rows, feed.data
 
     first, again, other = made(0), made(0), made(5)
     assert again == first

@@ -28,6 +28,7 @@ from reinforce.student.data.parts import Part, PartMaker
 from reinforce.student.data.reader import DatasetReader, StreamedDataset
 from reinforce.student.data.stream import RankStream, StreamPlan, StreamReader, make_orders
 from reinforce.training.order import GroupChunk, Order
+from reinforce.training.task import Begun
 from tests.helpers.data import config_of, members_of, picture, write_tar
 from tests.helpers.in_loaders import letters, unchanged
 from tests.helpers.reinforced import reinforce_here, small_dataset
@@ -170,7 +171,7 @@ def test_windows_without_a_usable_row_take_distinct_ones_of_later_epochs_from_an
 def test_a_training_of_an_earlier_version_gets_its_replacements(half: str) -> None:
     """These keys must stay: trainings resume after an upgrade."""
     feed = feed_of(half, streams=2, window=32)
-    feed.set_up(ranks=1, batch=16, start=1, loaders=0, streams=2, order=1)
+    feed.set_up(1, 16, 0, Begun(1, streams=2, order=1))
     [batch] = itertools.islice(feed.batches(0, 1, 16, 1), 1)
     expected = [20, 62, 23, 19, 25, 17, 29, 31, 38, 37, 34, 47, 41, 55, 49, 49]
     assert [int(key) for key in batch["key"]] == expected
@@ -283,7 +284,7 @@ def plan(
     ranks: int = 1, batch: int = 64, start: int = 0, loaders: int = 8, recorded: int | None = None, **data: Any
 ) -> tuple[int, int | None, bool]:
     """Loader processes, streams, and whether there is a note."""
-    reading = plan_reading(Streams(**data), ranks, batch, start, loaders, recorded)
+    reading = plan_reading(Streams(**data), ranks, batch, loaders, Begun(start, recorded))
     return reading.loaders, reading.streams, reading.note is not None
 
 

@@ -21,14 +21,12 @@ from reinforce.student.config import StudentConfig
 from reinforce.student.layers.quantize import can_quantize, quantize, round_inputs, round_weights
 from reinforce.student.model import Student, build_student
 from reinforce.student.train import build, student_job
-from reinforce.training.distributed.ranks import Ranks
-from reinforce.training.loop import run_rank
 from reinforce.training.saving.checkpoint import Checkpoints
 from reinforce.training.stop import Stopped, StopSignal
 from teachers.runtime.accelerator import Accelerator
 from tests.helpers.ranks import results_of_ranks
 from tests.helpers.students import batch_for, built, student_config, student_folder, train_briefly
-from tests.helpers.trainings import gradients_of, stopping
+from tests.helpers.trainings import gradients_of, run, stopping
 
 STEPS = 5
 
@@ -145,34 +143,23 @@ def config_with(folder: Path, dataset: str, train: dict[str, Any] | None = None,
     return student_config(folder, dataset, "mobileclip", student=student, train=own)
 
 
-def train(config: StudentConfig, stop_at: int | None = None, log: list[str] | None = None) -> dict[str, torch.Tensor]:
+def train(config: StudentConfig, stop_at: int | None = None) -> dict[str, torch.Tensor]:
     """Train in this process, and return the tensors of the last checkpoint."""
-    accelerator, stop = Accelerator("cpu"), StopSignal()
-    task, feed = build(config, accelerator)
-    begin = task.begin_step
-
-    def logged(step: int, steps: int) -> str | None:
-        note = begin(step, steps)
-        if log is not None and note:
-            log.append(note)
-        return note
-
-    task.begin_step = logged  # type: ignore[method-assign]
-    if stop_at is not None:
-        feed = stopping(feed, stop, stop_at)
-    run_rank(lambda _: (task, feed), student_job(config), Ranks(0, 1, accelerator), stop)
+    task, feed = build(config, Accelerator("cpu"))
+    stop = StopSignal()
+    run(student_job(config), feed if stop_at is None else stopping(feed, stop, stop_at), stop, task)
     checkpoints = Checkpoints(Storage(config.output), 1)
     return checkpoints.load(max(checkpoints.steps()))[1]
 
 
 def test_a_training_that_resumes_where_it_rounds_has_equal_weights_and_exports_a_plain_student(
-    tmp_path: Path, labelled: str
+    tmp_path: Path, labelled: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     compute = {"compute": {"accumulate": 2}}
     keys = {"quantize": "int8", "quantize_share": 0.6}
-    log: list[str] = []
-    whole = train(config_with(tmp_path / "whole", labelled, compute, **keys), log=log)
-    assert log == ["step 3 and later ones train with int8, and keep their batch statistics"]
+    whole = train(config_with(tmp_path / "whole", labelled, compute, **keys))
+    line = "step 3 and later ones train with int8, and keep their batch statistics"
+    assert capsys.readouterr().out.count(line) == 1
     interrupted = config_with(tmp_path / "resumed", labelled, compute, **keys)
     with pytest.raises(Stopped):
         train(interrupted, stop_at=4)
