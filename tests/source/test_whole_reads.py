@@ -1,8 +1,12 @@
-"""An object store that answers with fewer bytes than there are, and a Content-Length that fits them."""
+"""Compressed shards, errors of a storage while they are read, and answers with fewer bytes than there are."""
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import itertools
+import lzma
+import random
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,8 +19,9 @@ from reinforce.dataset.files.store import Store
 from reinforce.dataset.status import read_status
 from reinforce.dataset.validate.validate import validate
 from reinforce.errors import StorageError
-from reinforce.input_config import Input
+from reinforce.input_config import Input, Limits
 from reinforce.source.formats.base import Shard
+from reinforce.source.formats.tar import read_shard
 from reinforce.source.reading import read_samples
 from reinforce.source.urls import expand
 from reinforce.source.whole_reads import ShortRead
@@ -24,6 +29,7 @@ from schemas import Reason
 from tests.helpers.data import config_of, members_of, tree, write_tar
 from tests.helpers.reinforced import fresh_dataset
 from tests.helpers.s3_proxy import Proxy, Request, shorten
+from tests.helpers.tars import LIMITS, TAR, outcomes, read, sample_members, tar_bytes, zstd
 
 SHARES = (0.0, 0.5)  # of the bytes, which are sent
 
@@ -91,3 +97,36 @@ def test_a_storage_that_never_sends_all_is_an_error_and_no_damage(
             store.read_json("dataset.json")
         with pytest.raises(reinforce.UserError, match=r"cannot read this list of URLs .*the storage sent"):
             expand("s3://bucket/never/list.txt")
+
+
+COMPRESS = {"gz": gzip.compress, "xz": lzma.compress, "bz2": bz2.compress, "zst": zstd}
+
+
+def test_compressed_tars_are_read_like_plain_ones_and_truncated_or_plain_ones_under_their_names_refused():
+    noise = random.Random(0)
+    plain = tar_bytes([member for i in range(180) for member in sample_members(f"{i}", noise.randbytes(4_800))])
+    rows = read(plain)
+    assert len(rows) == 180
+    for ending, compress in COMPRESS.items():
+        data = compress(plain)
+        assert read(data, f"x.tar.{ending}") == rows, ending
+        cut = read(data[:-20], f"x.tar.{ending}")
+        assert cut[-1].reason is Reason.SHARD_DAMAGED, ending
+        assert cut[:100] == rows[:100], ending  # bzip2 loses the most, a block of 900 kB
+        for other in (TAR, b""):
+            assert outcomes(read(other, f"x.tar.{ending}")) == [(None, "shard_unreadable")], ending
+
+
+def test_temporary_storage_errors_are_raised_after_the_samples_before_them(unsteady):
+    plain = tar_bytes([(f"{i}.jpg", random.Random(i).randbytes(2**20)) for i in range(12)])
+    for name, content in (("x.tar", plain), ("x.tar.gz", gzip.compress(plain, 1))):
+        for error in (TimeoutError("no answer"), ConnectionResetError("gone"), OSError("try again")):
+            unsteady.content, unsteady.fails_at, unsteady.error = content, 9 * 2**20, error
+            rows = read_shard(f"unsteady://{name}", Limits())
+            assert [next(rows).key for _ in range(5)] == ["0", "1", "2", "3", "4"]
+            with pytest.raises(type(error), match=str(error)):
+                list(rows)
+    for ending, compress in COMPRESS.items():  # they are not mistaken for broken compression
+        unsteady.content, unsteady.fails_at = compress(TAR), 100
+        with pytest.raises(OSError, match="try again"):
+            list(read_shard(f"unsteady://x.tar.{ending}", LIMITS))
