@@ -33,7 +33,7 @@ from reinforce.input_config import Limits
 from reinforce.source.captions import caption_of, json_error, metadata_of
 from reinforce.source.formats.tar import split_name
 from reinforce.source.samples import Refusal, as_utf8
-from tests.fuzz import datasets, published, tables
+from tests.fuzz import datasets, published
 from tests.helpers.data import picture
 from tests.helpers.decoding import RowPixels, read_source
 from tests.helpers.images import encode, noise
@@ -314,5 +314,4 @@ TARGETS: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
     "text": (text, {"caption": TEXT_BYTES, "document": TEXT_BYTES}),
     "published": (published.published, {"member": published.MEMBERS}),
     **datasets.TARGETS,
-    **tables.TARGETS,
 }

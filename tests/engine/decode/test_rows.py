@@ -18,14 +18,12 @@ from hypothesis import strategies as st
 
 import reinforce
 from reinforce.config import parse_config
-from reinforce.dataset.augment.records import from_records, replay
 from reinforce.dataset.files.damage import set_aside
 from reinforce.dataset.files.store import Store
 from reinforce.engine.decode.cells import PixelLayout, runs
 from reinforce.engine.decode.rows import GROUP_ROWS, max_group_rows, rows_from_samples
 from reinforce.engine.messages.results import LayerFailure, ShardResult
 from reinforce.errors import UserError
-from reinforce.images.policy import decode
 from reinforce.labels.interface import LabelReader
 from reinforce.source.formats.base import Shard
 from reinforce.source.samples import Refusal
@@ -34,7 +32,6 @@ from reinforce.student.data.datasets import open_datasets
 from reinforce.student.data.reader import DatasetReader
 from reinforce.training.order import Order
 from schemas import Reason
-from teachers.preprocessing.fit import fit
 from teachers.protocols import ImageSpec
 from tests.helpers.data import config_of, config_of_tar, members_of, picture, tree, write_tar
 from tests.helpers.decoding import RowPixels, copied, lease, read_source
@@ -78,18 +75,6 @@ def test_rows_from_samples_equal_those_from_the_source(tmp_path: Path, images: s
         assert (a.row.unreadable, b.row.unreadable, b.row.sample) == (None, None, None)
         np.testing.assert_array_equal(a.crops, b.crops)
         np.testing.assert_array_equal(a.whole[WHOLE], b.whole[WHOLE])
-
-
-def test_pixels_are_those_of_the_recorded_augmentations_and_of_the_whole_image(tmp_path: Path) -> None:
-    config = shard_config(tmp_path, members_of(0, 1))
-    [found] = rows_of(from_source(config))
-    sample, decoded = found.row.sample, found.row.decoded
-    image = decode(sample.image, parse_config(config).input.limits)
-    assert (decoded.width, decoded.height) == image.size
-    assert found.crops.shape == (2, 24, 24, 3)
-    for crop, record in zip(found.crops, from_records(decoded.records), strict=True):
-        np.testing.assert_array_equal(crop, np.asarray(replay(image, record)))
-    np.testing.assert_array_equal(found.whole[WHOLE], fit(image, WHOLE))
 
 
 def test_a_broken_image_is_refused_even_where_no_layer_needs_pixels(tmp_path: Path) -> None:
