@@ -131,10 +131,12 @@ class LostImage:
 
 
 def images_or_losses(
-    ranges: Sequence[tuple[str, int, int]], digests: Iterable[int | None]
+    ranges: Sequence[tuple[str, int, int]], digests: Iterable[int | None], there: bool = False
 ) -> Iterator[bytes | LostImage]:
     """Yield the image at each (URL, offset, length), or why it is lost: its file, or a part of it, does not exist, or
     it does not have its digest. Consecutive images of one URL are read sequentially.
+
+    If all must be ``there``, what ``read_ranges`` raises for one that does not exist is raised.
     """
     for url, group in itertools.groupby(zip(ranges, digests, strict=True), key=lambda row: row[0][0]):
         part = [(place, digest) for (_, *place), digest in group]
@@ -147,6 +149,8 @@ def images_or_losses(
                 else:
                     yield LostImage(Reason.IMAGE_BROKEN, "another image than when the samples were written")
         except (DamagedTar, FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+            if there:
+                raise
             yield from [LostImage(Reason.IMAGE_MISSING, f"{url[:500]}: {error}")] * (len(part) - done)
 
 
@@ -155,18 +159,19 @@ def images_of_group(
     roots: ImageRoots,
     moved: Mapping[str, str] | None = None,
     digests: Sequence[int | None] | None = None,
+    tolerated: float = 0.5,
 ) -> Iterator[bytes | LostImage]:
     """Yield the images of one row group as ``referenced_images`` does, where single ones may be lost.
 
-    Where more than half of them are, the source was replaced or is not there: raises ChangedImages, or
-    FileNotFoundError.
+    Where more than the share ``tolerated`` of them are, the source was replaced or is not there: raises ChangedImages,
+    or FileNotFoundError; where none is tolerated, what ``read_ranges`` raises.
     """
-    found = images_or_losses(roots.ranges(references, moved), digests or [None] * len(references))
+    found = images_or_losses(roots.ranges(references, moved), digests or [None] * len(references), not tolerated)
     for number, image in enumerate(found):
         if isinstance(image, LostImage):
             rest = [image, *found]
             lost = [one for one in rest if isinstance(one, LostImage)]
-            if 2 * len(lost) > len(references):
+            if len(lost) > tolerated * len(references):
                 if all(one.reason is Reason.IMAGE_MISSING for one in lost):
                     raise FileNotFoundError(image.detail)
                 raise ChangedImages(len(lost), len(references), references[number]["url"])
@@ -230,11 +235,4 @@ def referenced_images(
     outside ``roots``, and ChangedImages; before that, the remaining images are read, so that the error has their
     number.
     """
-    groups = itertools.groupby(roots.ranges(references), key=lambda found: found[0])
-    images = (image for url, rows in groups for image in read_ranges(url, ((at, size) for _, at, size in rows)))
-    found = iter(zip(images, digests or [None] * len(references), strict=True))
-    for number, (image, digest) in enumerate(found):
-        if digest is not None and image_digest(image) != digest:
-            changed = 1 + sum(other is not None and image_digest(data) != other for data, other in found)
-            raise ChangedImages(changed, len(references), references[number]["url"])
-        yield image
+    return images_of_group(references, roots, digests=digests, tolerated=0)  # type: ignore[return-value]

@@ -28,7 +28,6 @@ from tests.helpers.batches import Changed, make_inference, models_of
 from tests.helpers.data import config_of, members_of, tree, write_tar
 from tests.helpers.reinforced import shard_process
 
-CPU = torch.device("cpu")
 MESSAGE = "CUDA out of memory. Tried to allocate 2.00 GiB."
 
 
