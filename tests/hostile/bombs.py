@@ -1,9 +1,10 @@
-"""Files of some kilobytes that ask their decoder for gigabytes, by the file of a dataset that they replace."""
+"""Files of some kilobytes that ask their decoder for gigabytes, and forged values of dataset.json."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -154,3 +155,22 @@ BOMBS = [
     Bomb("statistics whose rejection ends the process", "samples", "its footer cannot be used", _statistics),
     Bomb("a footer of millions of columns", "samples", "its footer has", _footer),
 ]
+
+#: Values of dataset.json that no run writes: by the keys that are changed, and a part of the message.
+FORGED: dict[str, tuple[dict[str, Any], str]] = {
+    "layers that are a list": ({"layers": []}, "is not that of a reinforced dataset"),
+    "no layers": ({"layers": {}}, "lists no samples"),
+    "a layer that is text": ({"layers__samples": "x"}, r"layers\.samples"),
+    "a fingerprint that is a number": ({"layers__samples__fingerprint": 1}, r"layers\.samples\.fingerprint"),
+    "a dimension of a million million": ({"layers": {"embeddings/red/images": {"dim": 10**12}}}, "dataset.json"),
+    "images in a way that is not known": ({"images": "both"}, "images: Input should be 'embed', 'reference' or 'none'"),
+    "a logit scale that is text": ({"teachers__red__logit_scale": "\x1b[2J"}, r"teachers\.red\.logit_scale"),
+    "an infinite logit scale": ({"teachers__red__logit_scale": float("inf")}, r"teachers\.red\.logit_scale"),
+    "a schema version that is text": ({"schema_version": "one"}, "schema_version"),
+    "augmentations of 60,000 pixels": ({"augmentations__size": 60_000}, r"augmentations\.size"),
+    "policies that are a list": ({"policies": []}, "does not record image policies"),
+    "a policy that is null": ({"policies__image": None}, "does not record image policies"),
+    "a layer of images without its dimension": ({"layers__embeddings/red/images": {"kind": "images"}}, "dataset.json"),
+    "another name of a layer": ({"layers__../../x": {}}, "not a valid layer name"),
+    "other dimensions than the files": ({"layers__embeddings/red/images__dim": 9}, "shapes in dataset.json"),
+}

@@ -6,8 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from tests.hostile.bombs import BOMBS
-from tests.hostile.forged import FORGED
+from tests.hostile.bombs import BOMBS, FORGED
 from tests.hostile.images import IMAGES
 from tests.hostile.tars import TARS
 from tests.hostile.texts import TEXTS
@@ -61,6 +60,11 @@ def _grouped(items: list[tuple[str, str]]) -> Iterator[str]:
     """Defects with equal remarks, which follow them."""
     for remark in dict.fromkeys(remark for _, remark in items):
         yield ", ".join(defect for defect, own in items if own == remark) + (f" ({remark})" if remark else "")
+
+
+def slug(text: str) -> str:
+    """The name of a defect in keys, file names and test ids."""
+    return re.sub(r"\W+", "-", text).strip("-")
 
 
 def named_tests() -> list[tuple[str, str]]:

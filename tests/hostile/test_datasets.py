@@ -20,9 +20,8 @@ from reinforce.errors import UserError
 from tests.helpers.commands import run_command
 from tests.helpers.images import raw_png
 from tests.helpers.reinforced import small_dataset
-from tests.hostile.bombs import BOMBS, Bomb
-from tests.hostile.forged import FORGED
-from tests.hostile.words import slug
+from tests.hostile.bombs import BOMBS, FORGED, Bomb
+from tests.hostile.table import slug
 from tests.student.data.test_reader import feed_of, read_epoch
 
 ROOT = Path(__file__).parents[2]

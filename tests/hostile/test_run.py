@@ -22,9 +22,9 @@ from reinforce.input_config import Limits
 from reinforce.source.urls import shard_name
 from tests.helpers.data import config_of, members_of, picture, tree, write_tar
 from tests.hostile.images import IMAGE_BYTES, IMAGES, ImageCase, scan_bomb
+from tests.hostile.table import slug
 from tests.hostile.tars import KEY_CHARS, SHARD_SAMPLES, TARS, TarCase
 from tests.hostile.texts import MEMBERS, SIDECAR_BYTES, TEXTS, TextCase
-from tests.hostile.words import slug
 
 LIMITS = {
     "image_bytes": IMAGE_BYTES,
