@@ -111,24 +111,6 @@ def test_a_teacher_is_deleted_with_its_quarantine_and_its_entries(made: Path, da
     assert models() == (["blue"], [])
 
 
-def test_layers_that_depend_on_a_deleted_one_must_be_named(dataset: Path) -> None:
-    before = tree(dataset, layers_only=False)
-    plan = plan_drop(Store(str(dataset)), ["captions/namer"])
-    assert plan.dependants == ["embeddings/blue/namer", "embeddings/red/namer"]
-    full = f"reinforce drop {dataset} embeddings/blue/namer embeddings/red/namer captions/namer"
-    [images] = only = ["embeddings/a/images"]
-    assert drop_command("my data", only, only) == f"reinforce drop 'my data' {images}", "no pattern for one layer"
-    with pytest.raises(UserError) as caught:
-        drop(Store(str(dataset)), plan)
-    assert str(caught.value) == (
-        "nothing was deleted: embeddings/blue/namer, embeddings/red/namer depend on captions/namer. "
-        f"Name them, too: {full}"
-    )
-    assert tree(dataset, layers_only=False) == before
-    drop_layers(*full.split()[2:])
-    assert len(reinforce.open(str(dataset), strict=True)) == 6
-
-
 def test_samples_are_deleted_only_with_everything(made: Path, dataset: Path) -> None:
     for names in (["samples"], ["samples", *LAYERS[:-2]]):
         with pytest.raises(UserError, match=rf"depends? on .*samples\. Name them, too: reinforce drop {dataset} '\*'"):
@@ -156,6 +138,8 @@ def test_a_plan_has_the_files_and_the_bytes_and_what_is_lost(dataset: Path) -> N
     assert "quarantine" not in lines[1]
     assert lines[3] == "dataset.json: the entry teachers.red with the tuned logit scale 63"
     assert lines[4].startswith("in total: 7 files (")
+    [images] = only = ["embeddings/a/images"]
+    assert drop_command("my data", only, only) == f"reinforce drop 'my data' {images}", "no pattern for one layer"
 
 
 def test_an_unknown_layer_and_a_folder_without_a_dataset_are_errors(dataset: Path, tmp_path: Path) -> None:

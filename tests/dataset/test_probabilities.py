@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import reinforce
-from reinforce.config import Config, parse_config
+from reinforce.config import parse_config
 from reinforce.dataset import vectors
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.kinds.probabilities import ClassProbabilities, read
@@ -304,15 +304,3 @@ def test_stored_cells_keep_the_probabilities_and_compare_as_themselves(logits: n
     assert reversed_.equal == sum(bool((cells[row] == cells[3 - row]).all()) for row in range(4)) or top < 6
     assert reversed_.cosine is not None
     assert -1e-3 <= reversed_.cosine <= 1 + 1e-3
-
-
-def test_the_settings_of_a_classifier_are_in_the_fingerprint_of_its_layer(
-    tmp_path: Path,
-) -> None:
-    def fingerprint(**keys: Any) -> str:
-        config: Config = parse_config(config_with(tmp_path, crops={"k": 2, **keys}))
-        return build_layers(config, describe_models(config))[CROPS].fingerprint
-
-    found = [fingerprint(), fingerprint(k=3), fingerprint(temperature=2.0), fingerprint(sees="image")]
-    assert len({*found, fingerprint(options={"sharpness": 1.0})}) == 5
-    assert fingerprint() == found[0]

@@ -129,16 +129,6 @@ def test_both_packages_resize_to_the_same_pixels(width: int, height: int, size: 
     assert one.tobytes() == other.tobytes()
 
 
-@settings(max_examples=30)
-@given(st.integers(0, 2**32), st.integers(8, 260), st.integers(8, 260), st.integers(8, 260))
-def test_natural_images_differ_little_from_pillows_resizing(seed: int, width: int, height: int, size: int) -> None:
-    image = natural(width, height, seed).point(lambda value: 64 + value // 2)  # no overshoot, which each clips apart
-    ours, pillows = load_resizer()(image, size), image.resize((size, size), Image.Resampling.BICUBIC)
-    differences = np.abs(np.asarray(ours).astype(int) - np.asarray(pillows))
-    assert differences.max() <= 2
-    assert differences.mean() < 0.5
-
-
 def test_torch_is_imported_only_where_cykooz_resizer_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("cykooz_resizer")
     code = (
