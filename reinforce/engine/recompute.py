@@ -25,7 +25,7 @@ from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import SAMPLES, Layer
 from reinforce.dataset.manifest.manifest import read_manifest
 from reinforce.dataset.reading.aligned import AlignedLayers
-from reinforce.dataset.validate.findings import Finding
+from reinforce.dataset.validate.inventory import Finding
 from reinforce.engine.decode.decode_pool import DecodePool
 from reinforce.engine.inference.models import load_models, on_this_machine
 from reinforce.engine.messages.results import LayerFailure

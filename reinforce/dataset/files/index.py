@@ -7,6 +7,9 @@ as finished work. A damaged index, and one of another layer or fingerprint, coun
 
 from __future__ import annotations
 
+import contextlib
+import time
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -18,7 +21,6 @@ import pyarrow.compute as pc
 import schemas
 from reinforce.dataset.files.layer_file import MAX_ROWS, LayerFile
 from reinforce.dataset.files.listing import SHARD_NAME, Listing
-from reinforce.dataset.files.periodic import PeriodicWriter
 from reinforce.dataset.files.store import Store, parse_footer
 from reinforce.dataset.layers import SAMPLES, Layer
 from reinforce.errors import StorageError, UserError
@@ -127,6 +129,26 @@ def prune_index(store: Store, layer: str, fingerprint: str, listing: Listing, pe
         write_index(store, layer, fingerprint, LayerIndex(index.table.filter(pa.array(kept))))
     removed: list[str] = shards.filter(pa.array(~kept)).to_pylist()
     return removed
+
+
+class PeriodicWriter(ABC):
+    """Collects what a run has finished, and writes it: by ``flush`` now, or by ``flush_when_due`` every few minutes."""
+
+    seconds = 300.0
+
+    def __init__(self) -> None:
+        self._flushed = time.monotonic()
+
+    @abstractmethod
+    def flush(self) -> None:
+        """Write what is new. Raises StorageError."""
+
+    def flush_when_due(self) -> None:
+        """``flush`` if the last time is long ago. After a storage error, a later call writes the same."""
+        if time.monotonic() - self._flushed > self.seconds:
+            self._flushed = time.monotonic()
+            with contextlib.suppress(StorageError):
+                self.flush()
 
 
 class IndexWriter(PeriodicWriter):

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel
 
-from reinforce.dataset.files.periodic import PeriodicWriter
+from reinforce.dataset.files.index import PeriodicWriter
 from reinforce.dataset.runs.key_sample import ALL, KeySample, ShardKeys
 from reinforce.errors import StorageError
 from reinforce.source.identity import SourceState

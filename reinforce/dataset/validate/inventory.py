@@ -1,10 +1,10 @@
-"""Checks of a dataset without opening its layer files: dataset.json by itself, missing files, and orphans."""
+"""What validation finds, and checks without opening layer files: dataset.json by itself, missing files, and orphans."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -18,9 +18,33 @@ from reinforce.dataset.files.store import MANIFEST, QUARANTINE, DamagedFile, Sto
 from reinforce.dataset.kinds.registry import depends, stored_layer
 from reinforce.dataset.layers import LABELS, SAMPLES, mapping_at
 from reinforce.dataset.manifest.manifest import DIGEST_KEY, manifest_digest, read_manifest
-from reinforce.dataset.validate.findings import Finding
 from reinforce.errors import StorageError, UserError
 from reinforce.terminal import first_names
+
+#: ``unreadable``: the storage has failed. ``damaged``: the bytes are not those that were written. ``misplaced``: a file
+#: of another layer, shard or recipe. ``rows``: values that a run does not write. ``missing``: a file that should exist.
+#: ``orphan``: a file that belongs to nothing. ``manifest``: dataset.json contradicts itself or the files.
+#: ``count``: the source has another number of samples. ``quarantine``: the quarantine file of the layer is damaged.
+#: ``view``: a view is damaged, or of other rows than the samples. ``codebook``: that of a layer is lost or has changed.
+Kind = Literal[
+    "unreadable", "damaged", "misplaced", "rows", "missing", "orphan", "manifest", "count", "quarantine", "view",
+    "codebook",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One problem. ``layer`` and ``shard`` name the file, None if it is not in one file."""
+
+    kind: Kind
+    message: str
+    layer: str | None = None
+    shard: str | None = None
+
+    @property
+    def at_fault(self) -> bool:
+        """Whether the file has a fault that ends if a run computes it again."""
+        return self.kind in ("damaged", "misplaced", "rows") and None not in (self.layer, self.shard)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from reinforce.dataset.kinds.registry import drop_command, with_dependants
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.manifest.manifest import read_manifest
 from reinforce.dataset.runs.shard_records import read_records
-from reinforce.dataset.validate.findings import Finding
+from reinforce.dataset.validate.inventory import Finding
 from reinforce.dataset.validate.shard_reader import compare_source
 from reinforce.errors import UserError
 from reinforce.source.identity import SourceState, current_url

@@ -24,8 +24,7 @@ from reinforce.dataset.kinds.registry import stored_layer
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.reading.aligned import MisalignedKeys, alignment_error, layer_errors
 from reinforce.dataset.runs.key_sample import ShardKeys
-from reinforce.dataset.validate.findings import Finding
-from reinforce.dataset.validate.inventory import quarantine_finding
+from reinforce.dataset.validate.inventory import Finding, quarantine_finding
 from reinforce.errors import UserError
 from reinforce.parquet.footers import check_together
 from reinforce.source.urls import shard_name

@@ -22,7 +22,7 @@ from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.runs.key_sample import ShardKeys
 from reinforce.dataset.runs.shard_records import SourceRecord
-from reinforce.dataset.validate.findings import Finding
+from reinforce.dataset.validate.inventory import Finding
 from reinforce.dataset.validate.shard_checks import CheckedShard, ShardFiles, check_shards
 from reinforce.errors import UserError
 from reinforce.input_config import DEFAULT, Limits

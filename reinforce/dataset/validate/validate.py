@@ -22,8 +22,7 @@ from reinforce.dataset.manifest.class_code import code_lines
 from reinforce.dataset.reading.aligned import AlignedLayers
 from reinforce.dataset.runs.key_sample import ALL, KeySample, RepeatedKeys
 from reinforce.dataset.runs.shard_records import SourceRecord, read_records
-from reinforce.dataset.validate.findings import Finding
-from reinforce.dataset.validate.inventory import take_inventory
+from reinforce.dataset.validate.inventory import Finding, take_inventory
 from reinforce.dataset.validate.shard_checks import ShardFiles
 from reinforce.dataset.validate.shard_reader import STATES, ShardReader, Shards, default_processes
 from reinforce.dataset.view import View, read_views
