@@ -7,6 +7,7 @@ HTML. In both, control characters of values are written as ``\\x00`` or ``\\u202
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,17 @@ def picture_address(data: bytes, kind: str = "webp") -> str:
 def render(template: str, **values: Any) -> Markup:
     """Fill in an HTML template of the folder ``templates``."""
     return Markup(_environment().get_template(template).render(values))  # noqa: S704 - escaped by the environment
+
+
+def notebook_table(
+    title: str,
+    facts: Sequence[tuple[str, str]],
+    heads: Sequence[str] = (),
+    lines: Sequence[Sequence[str]] = (),
+    more: int = 0,
+) -> Markup:
+    """A result as a notebook shows it: facts by name, and a table, of which ``more`` lines are left out."""
+    return render("notebook/table.html", title=title, facts=facts, heads=heads, lines=lines, more=more)
 
 
 def render_markdown(template: str, **values: Any) -> str:

@@ -31,7 +31,7 @@ from reinforce.engine.preflight.estimate_bytes import source_statistics
 from reinforce.engine.run import run
 from reinforce.errors import TooManyQuarantined, UserError
 from reinforce.evaluation.evaluator import Evaluator
-from reinforce.markup import render
+from reinforce.markup import notebook_table
 from reinforce.model_names import resolve_models
 from reinforce.selection.config import SelectConfig
 from reinforce.selection.select import select
@@ -93,7 +93,7 @@ class Adapted:
         facts = [("", redact(line)) for line in self.lines()]
         rows = [(name, percent(value), percent(self.after.get(name))) for name, value in self.before.items()]
         heads = ("metric, %", "before", "after")
-        return render("notebook/table.html", title=redact(self.output), facts=facts, heads=heads, lines=rows, more=0)
+        return notebook_table(redact(self.output), facts, heads, rows)
 
     def as_json(self) -> dict[str, Any]:
         return {"output": self.output, "model": MODEL, "page": self.page, **self.sweep.as_json()}
@@ -119,7 +119,7 @@ def adapt(config: AdaptConfig, log: Log = lambda line: None, address: str | None
     storage.write_bytes(_yaml(run_config), RUN_FILE)
     for line in [f"source: {domain.found}", *domain.notes]:
         log(line)
-    _Estimate(config, student, general).log(plan, log)
+    _log_estimate(config, plan, student, general, log)
     del student
     summary = run(run_config, address=address)
     if summary.status:
@@ -228,45 +228,40 @@ def _check_length(config: StudentConfig, images: int, log: Log) -> None:
         )
 
 
-class _Estimate:
-    """What an adaptation will compute, and how long that takes by the rate of the released model on this machine."""
+def _log_estimate(config: AdaptConfig, plan: Any, student: Student, general: int, log: Log) -> None:
+    """Log what an adaptation will compute, and how long that takes by the rate of the released model here.
 
-    def __init__(self, config: AdaptConfig, student: Student, general: int) -> None:
-        self._config, self._student, self._general = config, student, general
-
-    def log(self, plan: Any, log: Log) -> None:
-        """Log the images, teachers and passes, with a time where the number of images is known."""
-        config, teachers = self._config, 1 + len(self._config.teachers)
-        statistics = source_statistics(plan)
-        if statistics is None:
-            return
-        images = round(statistics.rows * len(plan.pending))
-        crops = plan.config.augmentations.count
-        shares = len(config.alphas or GRID)
-        log(
-            f"about {plural(images, 'image')}, {crops} crops of each for {plural(teachers, 'teacher')}; then training, "
-            f"and evaluation of {plural(shares, 'share')} of its weights, with {plural(self._general, 'general image')}"
-        )
-        training = steps.training_config(config, _NO_DOMAIN, max(2, round((1 - config.held_out) * images)))
-        seen = (training.train.steps or 0) * training.train.batch
-        evaluated = config.held_out * images + self._general
-        passes = images * crops + 3 * seen + (shares + 2) * evaluated  # before and after the training, too
-        unknown = "" if teachers == 1 else ", without the other teachers"
-        log(f"estimate: {format_duration(passes * self._seconds())} on this machine by the rate of one image{unknown}")
-
-    def _seconds(self) -> float:
-        """Seconds of a forward pass for an image of the released model."""
-        accelerator, image = Accelerator("auto", "auto"), self._student.image
-        model = accelerator.place(self._student.clip)
-        pixels = accelerator.put(torch.zeros(_PROBE, image.height, image.width, 3, dtype=torch.uint8))
-        for _ in range(2):  # the first pass allocates
-            accelerator.synchronize()
-            start = time.perf_counter()
-            with accelerator.forward():
-                model.encode_image(to_pixels(pixels, image))
-            accelerator.synchronize()
-            seconds = time.perf_counter() - start
-        return seconds / _PROBE
+    Where the number of images is not known, nothing is logged. ``general`` is the number of general images.
+    """
+    statistics, teachers = source_statistics(plan), 1 + len(config.teachers)
+    if statistics is None:
+        return
+    images = round(statistics.rows * len(plan.pending))
+    crops, shares = plan.config.augmentations.count, len(config.alphas or GRID)
+    log(
+        f"about {plural(images, 'image')}, {crops} crops of each for {plural(teachers, 'teacher')}; then training, "
+        f"and evaluation of {plural(shares, 'share')} of its weights, with {plural(general, 'general image')}"
+    )
+    no_domain = steps.Domain("", "", {}, (), True, ())
+    training = steps.training_config(config, no_domain, max(2, round((1 - config.held_out) * images)))
+    seen = (training.train.steps or 0) * training.train.batch
+    evaluated = config.held_out * images + general
+    passes = images * crops + 3 * seen + (shares + 2) * evaluated  # before and after the training, too
+    unknown = "" if teachers == 1 else ", without the other teachers"
+    time_taken = format_duration(passes * _seconds_of_image(student))
+    log(f"estimate: {time_taken} on this machine by the rate of one image{unknown}")
 
 
-_NO_DOMAIN = steps.Domain("", "", {}, (), True, ())
+def _seconds_of_image(student: Student) -> float:
+    """Seconds of a forward pass for an image."""
+    accelerator, image = Accelerator("auto", "auto"), student.image
+    model = accelerator.place(student.clip)
+    pixels = accelerator.put(torch.zeros(_PROBE, image.height, image.width, 3, dtype=torch.uint8))
+    for _ in range(2):  # the first pass allocates
+        accelerator.synchronize()
+        start = time.perf_counter()
+        with accelerator.forward():
+            model.encode_image(to_pixels(pixels, image))
+        accelerator.synchronize()
+        seconds = time.perf_counter() - start
+    return seconds / _PROBE

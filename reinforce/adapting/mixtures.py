@@ -1,17 +1,26 @@
-"""Mixtures of weights, evaluated on the sets of a config; results are kept in a file, and none is computed twice."""
+"""Weighted means of the weights of models of one architecture, tensor by tensor, statistics of norms included.
+
+Evaluated on the sets of a config, results are kept in a file, and none is computed twice.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from reinforce.adapting.mixing import Mixer, load_mixer
+import torch
+
 from reinforce.errors import UserError
 from reinforce.evaluation.config import Evaluation
 from reinforce.evaluation.encoding import Models
 from reinforce.evaluation.evaluator import Evaluator
 from reinforce.processes.cores import available_cores
+from reinforce.settings import flatten
 from reinforce.storage import Storage
+from reinforce.student.config import Student as StudentSpec
+from reinforce.student.model import Student, build_student, export, load_tokenizer
 from teachers.open_clip.teacher import OpenClipEncoder
 from teachers.redact import redact_values
 from teachers.runtime.accelerator import Accelerator, Precision
@@ -20,6 +29,113 @@ from teachers.spec import ModelSpec
 KEPT = "mixtures.json"
 SWEEP, SOUP = "sweep.json", "soup.json"
 _MODEL = "open_clip_config.json"
+State = dict[str, torch.Tensor]
+#: Keys of a ``model_cfg`` that do not change what weights mean: starting values, regularisation, paths.
+_IRRELEVANT = {
+    "hf_model_name", "hf_model_pretrained", "hf_tokenizer_name", "init_logit_bias", "init_logit_scale",
+    "patch_dropout", "timm_drop", "timm_drop_path", "timm_model_pretrained",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Mixer:
+    """Models by name whose weights can be mixed, and ``student``, which takes the weights of a mixture."""
+
+    student: Student
+    tokenizer: Any
+    states: Mapping[str, State]
+
+    def use(self, weights: Mapping[str, float]) -> None:
+        """Load the mean of some models, weighted, into ``student``."""
+        mixed = mix([self.states[name] for name in weights], [*weights.values()])
+        self.student.clip.load_state_dict(mixed)
+
+    def write(self, storage: Storage) -> None:
+        """Write ``student`` as a folder that open_clip loads as ``local-dir:``."""
+        with storage.temporary_folder() as folder:
+            export(self.student, folder)
+            storage.put_folder(folder)
+
+    def digests(self) -> dict[str, str]:
+        """A digest of the weights of each model."""
+        return {name: _digest(state) for name, state in self.states.items()}
+
+
+def load_mixer(specs: Mapping[str, ModelSpec]) -> Mixer:
+    """Load models of open_clip on the CPU. Raises UserError unless all have the architecture of the first."""
+    students = {name: _load(name, spec) for name, spec in specs.items()}
+    first_name, first = next(iter(students.items()))
+    for name, other in students.items():
+        if fault := next(_differences(first, other), None):
+            raise UserError(f"{first_name} and {name} cannot be mixed: {fault}. Name models of one architecture.")
+    states = {name: _copy(student) for name, student in students.items()}
+    return Mixer(first.eval(), load_tokenizer(first), states)
+
+
+def mix(states: Sequence[State], weights: Sequence[float]) -> State:
+    """The weighted sum of states whose tensors have equal names and shapes; equal bits where one weight is 1.
+
+    Sums are in float64. Of integers, such as numbers of batches, the largest is taken.
+    """
+    used = [(state, weight) for state, weight in zip(states, weights, strict=True) if weight]
+    if len(used) == 1 and used[0][1] == 1:
+        return used[0][0]
+    mixed: State = {}
+    for name, first in used[0][0].items():
+        if first.is_floating_point():
+            total = torch.zeros_like(first, dtype=torch.float64)
+            for state, weight in used:
+                total.add_(state[name].double(), alpha=weight)
+            mixed[name] = total.to(first.dtype)
+        else:
+            mixed[name] = torch.stack([state[name] for state, _ in used]).amax(0)
+    return mixed
+
+
+def _load(name: str, spec: ModelSpec) -> Student:
+    try:
+        return build_student(StudentSpec(model=spec.name, pretrained=spec.pretrained), seed=0)
+    except UserError as error:
+        raise UserError(f"{name}: {str(error).removeprefix('student: ')}") from error
+
+
+def _copy(student: Student) -> State:
+    """The weights as ``open_clip`` saves them. Raises UserError for weights that are not finite."""
+    state = {name: value.detach().clone() for name, value in student.clip.state_dict().items()}
+    if broken := [name for name, value in state.items() if not value.isfinite().all()]:
+        raise UserError(f"{student.name}: {broken[0]} is not finite. Take weights of an earlier checkpoint.")
+    return state
+
+
+def _differences(one: Student, other: Student) -> Iterator[str]:
+    """Why the weights of two models do not mean the same."""
+    shapes, others = ({key: tuple(v.shape) for key, v in s.clip.state_dict().items()} for s in (one, other))
+    for name in [*shapes, *others]:
+        if shapes.get(name) != others.get(name):
+            yield f"{name} is {shapes.get(name, 'absent')} in one and {others.get(name, 'absent')} in the other"
+    if one.image != other.image:
+        yield f"their images differ: {one.image} and {other.image}"
+    configs, other_configs = (_relevant(s.config) for s in (one, other))
+    for key in [*configs, *other_configs]:
+        if configs.get(key) != other_configs.get(key):
+            yield f"{key} is {configs.get(key, 'absent')} in one and {other_configs.get(key, 'absent')} in the other"
+
+
+def _relevant(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Entries of a ``model_cfg`` by dotted keys, without those that do not change what weights mean."""
+    return {
+        key: value
+        for key, value in flatten(config)
+        if key.rpartition(".")[2] not in _IRRELEVANT and value not in (None, False, {})
+    }
+
+
+def _digest(state: State) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(name.encode())
+        digest.update(value.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 class Mixtures:

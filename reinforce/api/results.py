@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reinforce.markup import render
+from reinforce.markup import notebook_table
 from reinforce.terminal import format_bytes, format_duration, plural
 from teachers.redact import redact
 
@@ -39,7 +39,7 @@ class Starter:
         return "\n".join([*map(redact, self.lines), f"written: {self.path}"])
 
     def _repr_html_(self) -> str:
-        return _table(f"written: {self.path}", [("", line) for line in map(redact, self.lines)])
+        return notebook_table(f"written: {self.path}", [("", line) for line in map(redact, self.lines)])
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,9 @@ class Planned:
         facts += [("note", redact(line)) for line in [*self.report.plan.notes, *self.warnings]]
         sizes = {name: format_bytes(size) for name, size in self.report.expected.items() if size is not None}
         lines = [(name, f"{one.done:,}", sizes.get(name, "")) for name, one in self.report.plan.states.items()]
-        return _table(redact(self.report.plan.config.output), facts, ("layer", "finished shards", "to write"), lines)
+        return notebook_table(
+            redact(self.report.plan.config.output), facts, ("layer", "finished shards", "to write"), lines
+        )
 
 
 @dataclass(frozen=True)
@@ -125,13 +127,4 @@ class Selected:
     def _repr_html_(self) -> str:
         rules = [(redact(str(one["rule"])), f"{one['rows']:,}", f"{one['left_out']:,}") for one in self.rules]
         facts = [("kept", f"{self.kept:,} of {plural(self.samples, 'sample')}"), ("dataset", redact(self.dataset))]
-        return _table(f"view {self.name}", facts, ("rule", "samples", "left out"), rules)
-
-
-def _table(
-    title: str,
-    facts: Sequence[tuple[str, str]],
-    heads: Sequence[str] = (),
-    lines: Sequence[Sequence[str]] = (),
-) -> str:
-    return render("notebook/table.html", title=title, facts=facts, heads=heads, lines=lines, more=0)
+        return notebook_table(f"view {self.name}", facts, ("rule", "samples", "left out"), rules)

@@ -181,8 +181,8 @@ def soup(
 
     Models are added in the order of their own metric (a greedy soup). Finished evaluations are not repeated.
     """
+    from reinforce.adapting.interpolate import greedy_soup
     from reinforce.adapting.mixtures import Mixtures
-    from reinforce.adapting.soup import greedy_soup
     from reinforce.model_names import resolve_models
 
     if len(models) < 2:

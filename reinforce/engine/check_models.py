@@ -74,10 +74,9 @@ class Report:
         return table
 
     def _repr_html_(self) -> str:
-        from reinforce.markup import render
+        from reinforce.markup import notebook_table
 
-        facts = [("note", note) for note in self.notes]
-        return render("notebook/table.html", title="models", facts=facts, heads=_HEADINGS, lines=self._cells(), more=0)
+        return notebook_table("models", [("note", note) for note in self.notes], _HEADINGS, self._cells())
 
     def _cells(self) -> list[list[str]]:
         rows = []

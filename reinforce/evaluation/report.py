@@ -123,11 +123,10 @@ class Report:
         return score_table(["metric, %", *self.results], self._rows(), [*self.results])
 
     def _repr_html_(self) -> str:
-        from reinforce.markup import render
+        from reinforce.markup import notebook_table
 
         facts = [("", line) for line in self.lines()]
-        heads = ("metric, %", *self.results)
-        return render("notebook/table.html", title="evaluation", facts=facts, heads=heads, lines=self._rows(), more=0)
+        return notebook_table("evaluation", facts, ("metric, %", *self.results), self._rows())
 
     def lines(self) -> list[str]:
         """One line per set with its images, which models with equal summaries share, and one for each that failed."""

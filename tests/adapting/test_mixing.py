@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from reinforce.adapting.mixing import load_mixer, mix
+from reinforce.adapting.mixtures import load_mixer, mix
 from reinforce.errors import UserError
 from reinforce.storage import Storage
 from reinforce.student.model import export

@@ -313,7 +313,7 @@ class Dataset:
         return escape("\n".join(lines))
 
     def _repr_html_(self) -> str:
-        from reinforce.markup import render  # other uses need no jinja
+        from reinforce.markup import notebook_table  # other uses need no jinja
 
         facts = [
             ("samples", f"{len(self):,}"),
@@ -322,14 +322,9 @@ class Dataset:
             *self._described_models(),
         ]
         layers = [stored_layer(name, self.manifest["layers"][name]) for name in self.layers[:_SHOWN_LAYERS]]
-        return render(
-            "notebook/table.html",
-            title=self.store.url,
-            facts=facts,
-            heads=("layer", "a row", "fingerprint"),
-            lines=[(layer.name, layer.kind.content(layer), layer.fingerprint) for layer in layers],
-            more=len(self.layers) - len(layers),
-        )
+        lines = [(layer.name, layer.kind.content(layer), layer.fingerprint) for layer in layers]
+        more = len(self.layers) - len(layers)
+        return notebook_table(self.store.url, facts, ("layer", "a row", "fingerprint"), lines, more)
 
     def _described_models(self) -> Iterator[tuple[str, str]]:
         """The selected models of each section, for people; sections besides these two only where they have some."""

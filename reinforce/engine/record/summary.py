@@ -105,7 +105,7 @@ class RunSummary:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        from reinforce.markup import render
+        from reinforce.markup import notebook_table
 
         rate = self.samples / self.seconds if self.seconds else 0.0
         facts = [
@@ -122,14 +122,9 @@ class RunSummary:
             (name, f"{stage['inputs']:,.0f}", f"{stage.get('per_second', 0):,.0f}")
             for name, stage in self.stages.items()
         ]
-        return render(
-            "notebook/table.html",
-            title=f"{self.run}: {self.message}" if self.run else self.message,
-            facts=facts if self.run else [],
-            heads=("layer", "inputs", "inputs/s on the device"),
-            lines=stages,
-            more=0,
-        )
+        title = f"{self.run}: {self.message}" if self.run else self.message
+        heads = ("layer", "inputs", "inputs/s on the device")
+        return notebook_table(title, facts if self.run else [], heads, stages)
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ class Results:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        from reinforce.markup import render
+        from reinforce.markup import notebook_table
 
         facts = [
             ("steps", f"{self.steps:,}"),
@@ -106,14 +106,7 @@ class Results:
             (name_part(name, self.parts), metric_text(name, value), found.get(name, ""))
             for name, value in self.metrics.items()
         ]
-        return render(
-            "notebook/table.html",
-            title=self.output,
-            facts=facts,
-            heads=(_METRICS, "last", "best"),
-            lines=metrics,
-            more=0,
-        )
+        return notebook_table(self.output, facts, (_METRICS, "last", "best"), metrics)
 
     def as_json(self) -> dict[str, Any]:
         rates = {"seconds_per_step": self.seconds_per_step, "samples_per_second": self.samples_per_second}
