@@ -28,8 +28,7 @@ from reinforce.shipping import tokens
 from reinforce.shipping.checks import HELD_OUT, Agreement, compare, compare_on_sets
 from reinforce.shipping.golden import GOLDEN, check_golden, write_golden
 from reinforce.shipping.packages import TARGETS, load_target
-from reinforce.shipping.steps import step, step_screen
-from reinforce.shipping.targets.base import BOTH, IMAGE, ExportOptions, Run, Target, size_of
+from reinforce.shipping.targets.base import BOTH, IMAGE, ExportOptions, Run, Target, size_of, step, step_screen
 from reinforce.shipping.towers import Tower, reparameterize, split_towers
 from reinforce.storage import Storage
 from reinforce.terminal import format_bytes
@@ -115,12 +114,12 @@ def export_model(
     _check_new(store)
     evaluator = Evaluator(evaluation) if evaluation is not None and evaluation.metrics else None
     with model_errors(name), _publish_folder(store) as folder, step_screen() as screen:
-        if isinstance(spec, TeacherSpec):  # a network of images alone
+        tokenize = None if isinstance(spec, TeacherSpec) else Tokenizer(model_name(spec))
+        if tokenize is None:  # a network of images alone
             options = replace(options, tower=IMAGE)
-            model, tokenize = _load_network(name, spec, runtime.fuses), None
         else:
             options = replace(options, config=open_clip.get_model_config(model_name(spec)) or {})
-            model, tokenize = _load(name, spec, options.tower, runtime.fuses), Tokenizer(model_name(spec))
+        model = _load(name, spec, options.tower, runtime.fuses)
         runtime.refuse(model.towers, options)
         paths = {}
         for tower in model.towers:
@@ -174,12 +173,18 @@ def check_export(target: str, folder: str, min_cosine: float = MIN_COSINE) -> li
 
 
 def _load(name: str, spec: ModelSpec, tower: str, fuses: bool) -> _Model:
-    clip = load_model(spec).eval().requires_grad_(False)
-    image = image_spec(open_clip.get_model_preprocess_cfg(clip))
+    """Load a model of open_clip, or a network of images alone, which has no texts."""
+    clip: Any
     tokenizer = texts = None
-    if tower == BOTH:
-        tokenizer = tokens.convert_tokenizer(model_name(spec))
-        texts = torch.tensor([text.ids for text in tokenizer.encode_batch([*tokens.PROBES, *HELD_OUT])])
+    if isinstance(spec, TeacherSpec):
+        clip, image = load_network(spec)
+    else:
+        clip = load_model(spec)
+        image = image_spec(open_clip.get_model_preprocess_cfg(clip))
+        if tower == BOTH:
+            tokenizer = tokens.convert_tokenizer(model_name(spec))
+            texts = torch.tensor([text.ids for text in tokenizer.encode_batch([*tokens.PROBES, *HELD_OUT])])
+    clip.eval().requires_grad_(False)
     references: dict[str, Run] = {
         "image": lambda images: normalize(clip.encode_image(to_pixels(images, image)), dim=-1),
         "text": lambda rows: normalize(clip.encode_text(rows), dim=-1),
@@ -189,18 +194,6 @@ def _load(name: str, spec: ModelSpec, tower: str, fuses: bool) -> _Model:
     config = _preprocess_config(name, clip, image, None if texts is None else texts.shape[1])
     config["dim"] = references["image"](towers[0].example(1)).shape[1]
     return _Model(towers, references, image, tokenizer, config)
-
-
-def _load_network(name: str, spec: TeacherSpec, fuses: bool) -> _Model:
-    network, image = load_network(spec)
-    network.eval().requires_grad_(False)
-    references: dict[str, Run] = {
-        "image": lambda images: normalize(network.encode_image(to_pixels(images, image)), dim=-1)
-    }
-    towers = split_towers(reparameterize(network) if fuses else network, image, None)
-    config = _preprocess_config(name, network, image, None)
-    config["dim"] = references["image"](towers[0].example(1)).shape[1]
-    return _Model(towers, references, image, None, config)
 
 
 def _convert(runtime: Target, tower: Tower, folder: Path, options: ExportOptions) -> Path:

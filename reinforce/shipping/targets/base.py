@@ -1,10 +1,12 @@
-"""Interface of a runtime for which models are exported."""
+"""Interface of a runtime for which models are exported, and what is shown of a conversion."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import sys
+import threading
+import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,11 +15,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from rich.console import Console
 
 from reinforce.markup import render_markdown
 from reinforce.shipping.towers import Tower
+from reinforce.terminal import Screen, format_duration
 from teachers.protocols import ImageSpec
 
+_REDRAW_SECONDS = 1.0  # of a step that goes on
 #: ``ExportOptions.tower``: both towers, or the image tower alone.
 BOTH, IMAGE = "both", "image"
 #: The inputs of a tower, as ``Tower.example`` returns them, N rows -> embeddings, float32 [N, dim], unit norm.
@@ -125,3 +130,39 @@ def silenced() -> Iterator[None]:
             for number, copy in saved:
                 os.dup2(copy, number)
                 os.close(copy)
+
+
+@contextlib.contextmanager
+def step_screen() -> Iterator[Screen]:
+    """Yield a screen on a copy of standard output, which stays open when ``silenced`` redirects that of the process."""
+    with contextlib.ExitStack() as stack:
+        console = None
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # not a file
+            sys.stdout.flush()
+            number = os.dup(sys.stdout.fileno())
+            copy = stack.enter_context(open(number, "w", encoding=sys.stdout.encoding, errors="backslashreplace"))
+            console = Console(file=copy, highlight=False)
+        yield stack.enter_context(Screen(console))
+
+
+@contextlib.contextmanager
+def step(screen: Screen, label: str) -> Iterator[None]:
+    """Show what is done and the time since it began; once it is done, print how long it took."""
+    start, ended = time.monotonic(), threading.Event()
+
+    def line() -> str:
+        return f"{label}: {format_duration(time.monotonic() - start)}"
+
+    def redraw() -> None:
+        while not ended.wait(_REDRAW_SECONDS):
+            screen.draw(line(), 0, 1)
+
+    screen.draw(label, 0, 1)
+    thread = threading.Thread(target=redraw, name="step", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+    screen.log(line())
