@@ -228,20 +228,12 @@ def inspect(
 
     With --view, it also shows samples on both sides of each rule of the view.
     """
-    from reinforce import __version__
-    from reinforce.inspection.report import inspect as inspect_dataset
+    from reinforce.api.commands import inspect as inspect_dataset
 
     found = inspect_dataset(
-        dataset,
-        output,
-        split_names(teachers),
-        split_names(captioners),
-        limit=limit,
-        seed=seed,
-        images_from=images_from or (),
-        view=view,
-        version=__version__,
-    )
+        dataset, output, split_names(teachers), split_names(captioners), limit=limit, seed=seed,
+        images_from=images_from, view=view,
+    )  # fmt: skip
     print_lines(found.lines())
 
 

@@ -30,6 +30,7 @@ from reinforce.input_config import Limits
 from reinforce.shipping import packages
 from reinforce.shipping.checks import compare, compare_on_sets
 from reinforce.shipping.targets import onnx as graph
+from reinforce.shipping.targets.base import ExportOptions
 from reinforce.shipping.towers import Tower, count_parameters, reparameterize
 from teachers.open_clip.teacher import load_model
 from teachers.protocols import ImageSpec
@@ -245,8 +246,8 @@ def test_tower_that_differs_from_torch_is_reported_and_nothing_is_written(
     state = load_file(weights)
     next(state[name] for name in state if re.match(r"visual\..*weight", name)).fill_(float("nan"))
     save_file(state, weights)
-    graphs = lambda tower, path, _: shutil.copy(exported.folder / path.name, path)  # noqa: E731  (of other weights)
-    monkeypatch.setattr(graph, "write_onnx", graphs)
+    of_other_weights = lambda _, tower, to, options: shutil.copy(exported.folder / f"{tower.name}.onnx", to)  # noqa: E731
+    monkeypatch.setattr(graph.Onnx, "convert", of_other_weights)
     err = refused(*ONNX, f"local-dir:{tmp_path}/model", f"{tmp_path}/out/onnx")
     assert "its image tower in ONNX differs by inf from torch, more than the allowed 1e-04" in err
     assert list((tmp_path / "out").iterdir()) == []
@@ -287,10 +288,10 @@ def test_large_weights_are_stored_in_a_separate_file(tmp_path: Path, monkeypatch
     monkeypatch.setattr(graph, "EXTERNAL_DATA_BYTES", 1000)
     linear = torch.nn.Linear(40, 30)
     tower = Tower("image", "images", linear, lambda count: torch.rand(count, 40))
-    graph.write_onnx(tower, tmp_path / "image.onnx", {})
+    graph.TARGET.convert(tower, tmp_path, ExportOptions("tiny", "fp32"))
     assert (tmp_path / "image.onnx.data").stat().st_size >= 40 * 30 * 4
     (tmp_path / "image.onnx").rename(tmp_path / "moved.onnx")  # the graph does not depend on its own name
-    assert compare(graph.load_session(tmp_path / "moved.onnx"), linear, torch.rand(3, 40)).difference < 1e-5
+    assert compare(graph.TARGET.load(tmp_path / "moved.onnx"), linear, torch.rand(3, 40)).difference < 1e-5
 
 
 def test_largest_difference_is_infinite_where_a_number_is_not_finite() -> None:

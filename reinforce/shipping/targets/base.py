@@ -60,8 +60,8 @@ class Target(ABC):
         return self.title
 
     def max_difference(self, weights: str) -> float:
-        """Return the largest allowed difference of an element from torch; by default, the cosine alone decides."""
-        return sys.float_info.max
+        """The largest allowed difference of an element from torch; of smaller weights the cosine alone decides."""
+        return 1e-4 if weights == "fp32" else sys.float_info.max
 
     def refuse(self, towers: Sequence[Tower], options: ExportOptions) -> None:  # noqa: B027  (optional)
         """Raise ValueError with what is not supported. Called before any tower is converted."""

@@ -20,9 +20,6 @@ class ExecuTorch(Target):
     def __init__(self) -> None:
         self._delegated: dict[Path, tuple[int, int]] = {}
 
-    def max_difference(self, weights: str) -> float:
-        return 1e-4 if weights == "fp32" else super().max_difference(weights)
-
     def convert(self, tower: Tower, folder: Path, options: ExportOptions) -> Path:
         """Write ``NAME.pte``: uint8 [1, H, W, 3] or int64 [1, context] -> float32 [1, dim]."""
         path = folder / f"{tower.name}.pte"

@@ -19,9 +19,6 @@ class LiteRt(Target):
     weights = ("fp32", *_RECIPES)
     template = "export/litert.md"
 
-    def max_difference(self, weights: str) -> float:
-        return 1e-4 if weights == "fp32" else super().max_difference(weights)
-
     def convert(self, tower: Tower, folder: Path, options: ExportOptions) -> Path:
         """Write ``NAME.tflite``: uint8 [1, H, W, 3] or int32 [1, context] -> float32 [1, dim]."""
         path = folder / f"{tower.name}.tflite"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,57 +21,45 @@ class Onnx(Target):
     weights = ("fp32",)
     template = "export/onnx.md"
 
-    def max_difference(self, weights: str) -> float:
-        return 1e-4
-
     def convert(self, tower: Tower, folder: Path, options: ExportOptions) -> Path:
+        """Write a graph ``input`` [batch, ...] -> ``embeddings`` [batch, dim] with a dynamic batch size.
+
+        Weights of 1.9 GB or more are written to ``NAME.onnx.data``.
+        """
         path = folder / f"{tower.name}.onnx"
-        write_onnx(tower, path, {"model": options.model})
+        weights = sum(value.nbytes for value in tower.module.state_dict().values())
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # deprecations inside torch
+            try:
+                program = torch.onnx.export(
+                    tower.module,
+                    (tower.example(2),),  # torch.export specializes on sizes 0 and 1
+                    dynamo=True,
+                    dynamic_shapes=({0: torch.export.Dim("batch")},),
+                    input_names=[tower.input],
+                    output_names=[OUTPUT],
+                    verbose=False,
+                )
+            except torch.onnx.OnnxExporterError as error:
+                reason = next((line for line in str(error.__cause__ or error).splitlines() if line.strip()), "")
+                raise ValueError(f"torch cannot export its {tower.name} tower to ONNX: {reason}") from error
+        assert program is not None
+        _remove_debug_metadata(program.model)
+        program.model.producer_name = "reinforce"
+        program.model.metadata_props["model"] = options.model
+        program.save(str(path), external_data=weights >= EXTERNAL_DATA_BYTES)
         return path
 
     def load(self, path: Path, threads: int | None = None) -> Run:
-        return load_session(path, threads)
+        import onnxruntime
 
-
-def write_onnx(tower: Tower, path: Path, metadata: Mapping[str, str]) -> None:
-    """Write a graph ``input`` [batch, ...] -> ``embeddings`` [batch, dim] with a dynamic batch size.
-
-    Weights of 1.9 GB or more are written to ``NAME.onnx.data``. Raises ValueError.
-    """
-    weights = sum(value.nbytes for value in tower.module.state_dict().values())
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # deprecations inside torch
-        try:
-            program = torch.onnx.export(
-                tower.module,
-                (tower.example(2),),  # torch.export specializes on sizes 0 and 1
-                dynamo=True,
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
-                input_names=[tower.input],
-                output_names=[OUTPUT],
-                verbose=False,
-            )
-        except torch.onnx.OnnxExporterError as error:
-            reason = next((line for line in str(error.__cause__ or error).splitlines() if line.strip()), "")
-            raise ValueError(f"torch cannot export its {tower.name} tower to ONNX: {reason}") from error
-    assert program is not None
-    _remove_debug_metadata(program.model)
-    program.model.producer_name = "reinforce"
-    program.model.metadata_props.update(metadata)
-    program.save(str(path), external_data=weights >= EXTERNAL_DATA_BYTES)
-
-
-def load_session(path: Path, threads: int | None = None) -> Run:
-    """Load a file into onnxruntime on the CPU; return a function from inputs to embeddings."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    return lambda inputs: torch.from_numpy(session.run([OUTPUT], {name: inputs.numpy()})[0])
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # errors
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        name = session.get_inputs()[0].name
+        return lambda inputs: torch.from_numpy(session.run([OUTPUT], {name: inputs.numpy()})[0])
 
 
 def _remove_debug_metadata(model: Any) -> None:

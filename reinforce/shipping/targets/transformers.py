@@ -40,9 +40,6 @@ class Transformers(Target):
     def __init__(self) -> None:
         self._model: Any = None
 
-    def max_difference(self, weights: str) -> float:
-        return 1e-4
-
     def refuse(self, towers: Sequence[Tower], options: ExportOptions) -> None:
         image, texts = towers[0], next((tower for tower in towers if tower.name == "text"), None)
         spec = _spec(image)
